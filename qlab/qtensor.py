@@ -1,0 +1,86 @@
+"""The quantized value: W ~ (codes - zeros) * scales, a plain immutable dataclass and pytree."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from qlab.errors import QlabError
+from qlab.spec import Spec
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """W[..., o, k] ~ (codes - zeros) * scales [* outer], one scale per tile of `spec.tile`.
+
+    codes: int8 [..., o, k], signed. scales: float [..., a, g]; they may be negative (signed full range).
+    zeros: int8 [..., a, g], or None when the spec is symmetric. outer: a global scale [1] (NVFP4), or None.
+    perm: int [k], the storage order of input channels of formats with g_idx, or None.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    spec: Spec
+    outer: Tensor | None = None
+    perm: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.codes, Tensor):  # pytree maps may carry anything
+            return
+        expected = self.spec.tile.scales_shape(self.codes.shape)
+        if tuple(self.scales.shape) != expected:
+            raise QlabError(f"codes {tuple(self.codes.shape)} at {self.spec} need scales {expected}, "
+                            f"not {tuple(self.scales.shape)}")
+        if self.codes.dtype != torch.int8:
+            raise QlabError(f"codes are int8, not {self.codes.dtype}")
+        if (self.zeros is None) != self.spec.symmetric:
+            raise QlabError(f"{self.spec} has {'no' if self.spec.symmetric else 'a'} zero point per scale")
+        if self.zeros is not None and self.zeros.shape != self.scales.shape:
+            raise QlabError(f"zeros {tuple(self.zeros.shape)} and scales {tuple(self.scales.shape)} differ in shape")
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+
+Leaf = Tensor | QTensor
+Params = Mapping[str, Leaf]
+
+
+def round_codes(W_ok: Tensor, scales: Tensor, zeros: Tensor | None, spec: Spec) -> Tensor:
+    """codes = clamp(round_half_even(W / scales + zeros), qmin, qmax) in the dtype of W, as int8 [..., o, k]."""
+    x = spec.tile.split(W_ok) / scales.to(W_ok.dtype)[..., None]
+    if zeros is not None:
+        x = x + zeros.to(x.dtype)[..., None]
+    return spec.tile.join(x.round_().clamp_(spec.qmin, spec.qmax), W_ok.shape).to(torch.int8)
+
+
+def dense(leaf: Leaf, dtype: torch.dtype | None = None) -> Tensor:
+    """(codes - zeros) * scales computed in `dtype` (default: the scales'), or the plain tensor in `dtype`."""
+    if isinstance(leaf, Tensor):
+        return leaf if dtype is None else leaf.to(dtype)
+    dtype = dtype or leaf.scales.dtype
+    x = leaf.spec.tile.split(leaf.codes).to(dtype)
+    if leaf.zeros is not None:
+        x = x - leaf.zeros.to(dtype)[..., None]
+    x = x * leaf.scales.to(dtype)[..., None]
+    if leaf.outer is not None:
+        x = x * leaf.outer.to(dtype)
+    W_ok = leaf.spec.tile.join(x, leaf.shape)
+    return W_ok if leaf.perm is None else W_ok[..., leaf.perm.argsort()]
+
+
+def nbytes(leaf: Leaf) -> int:
+    """Bytes a leaf takes in memory."""
+    parts = [leaf] if isinstance(leaf, Tensor) else [leaf.codes, leaf.scales, leaf.zeros, leaf.outer, leaf.perm]
+    return sum(t.numel() * t.itemsize for t in parts if t is not None)
+
+
+pytree.register_pytree_node(
+    QTensor,
+    lambda q: ([q.codes, q.scales, q.zeros, q.outer, q.perm], q.spec),
+    lambda children, spec: QTensor(*list(children)[:3], spec, *list(children)[3:]),
+)

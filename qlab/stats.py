@@ -1,0 +1,135 @@
+"""Statistics of a site's input as monoids that are transported when the graph is re-parametrised.
+
+Shapes: x_nk is n tokens by k channels, H_kk = sum_n x_n^T x_n. Accumulation is in fp32 whatever the model's dtype.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+GRAM_TILE = 384  # columns per block of the upper triangle; the lower one is its mirror
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one batch shows of one source: x_nk, and the keys [n] of its tokens (sample * length + position)."""
+
+    x_nk: Tensor
+    keys: Tensor
+
+
+class Stat(NamedTuple):
+    """lift: one observation -> state. combine: associative and commutative (up to fp32 rounding).
+
+    transport: x -> x * m (m a vector [k]) or x @ M (a matrix [k, k]) sends the state to its new value;
+    None says that it must be observed again.
+    """
+
+    lift: Callable[[Observation], Any]
+    combine: Callable[[Any, Any], Any]
+    transport: Callable[[Any, Tensor], Any]
+
+
+class Moment(NamedTuple):
+    """sum over tokens of x^T x, fp32 [k, k], and the number of tokens."""
+
+    sum_kk: Tensor
+    count: int
+
+    @property
+    def mean_kk(self) -> Tensor:
+        return self.sum_kk / max(self.count, 1)
+
+
+class Sample(NamedTuple):
+    """Rows [n, k] with the smallest hashed keys [n]: the same rows whatever order the batches came in."""
+
+    order: Tensor
+    x_nk: Tensor
+
+
+def gram(x_nk: Tensor) -> Tensor:
+    """x^T x in fp32 [k, k]. Only the blocks of the upper triangle are multiplied, so that it is exactly symmetric."""
+    x, k = x_nk.float(), x_nk.shape[1]
+    H_kk = x.new_empty(k, k)
+    for i in range(0, k, GRAM_TILE):
+        rows = slice(i, min(i + GRAM_TILE, k))
+        H_kk[rows, i:] = x[:, rows].T @ x[:, i:]
+        H_kk[i:, rows] = H_kk[rows, i:].T
+    return H_kk
+
+
+def _move_moment(state: Moment, M: Tensor) -> Moment:
+    H = state.sum_kk
+    moved = H * M[:, None] * M[None, :] if M.ndim == 1 else (M.T.double() @ H.double() @ M.double()).float()
+    return Moment(moved, state.count)
+
+
+def _move_minmax(state: tuple[Tensor, Tensor], M: Tensor) -> tuple[Tensor, Tensor] | None:
+    if M.ndim != 1:
+        return None
+    lo, hi = state[0] * M, state[1] * M
+    return torch.minimum(lo, hi), torch.maximum(lo, hi)
+
+
+def _hashed(keys: Tensor) -> Tensor:
+    """splitmix64's finaliser: a fixed pseudo-random order of token keys."""
+    h = (keys + 1) * -7046029254386353131
+    h = (h ^ (h >> 30)) * -4658895280553007687
+    h = (h ^ (h >> 27)) * -7723592293110705685
+    return h ^ (h >> 31)
+
+
+def sample(n: int) -> Stat:
+    """A random sample of n rows of x_nk, independent of the order of batches."""
+
+    def smallest(order: Tensor, x_nk: Tensor) -> Sample:
+        kept = order.argsort(stable=True)[:n]
+        return Sample(order[kept], x_nk[kept])
+
+    return Stat(
+        lambda o: smallest(_hashed(o.keys), o.x_nk.float()),
+        lambda a, b: smallest(torch.cat([a.order, b.order]), torch.cat([a.x_nk, b.x_nk])),
+        lambda s, M: Sample(s.order, s.x_nk * M if M.ndim == 1 else s.x_nk @ M),
+    )
+
+
+STATS: dict[str, Stat] = {
+    "second_moment": Stat(
+        lambda o: Moment(gram(o.x_nk), o.x_nk.shape[0]),
+        lambda a, b: Moment(a.sum_kk + b.sum_kk, a.count + b.count),
+        _move_moment,
+    ),
+    "absmax": Stat(
+        lambda o: o.x_nk.float().abs().amax(0),
+        torch.maximum,
+        lambda s, M: s * M.abs() if M.ndim == 1 else None,
+    ),
+    "absmean": Stat(
+        lambda o: (o.x_nk.float().abs().sum(0), o.x_nk.shape[0]),
+        lambda a, b: (a[0] + b[0], a[1] + b[1]),
+        lambda s, M: (s[0] * M.abs(), s[1]) if M.ndim == 1 else None,
+    ),
+    "minmax": Stat(
+        lambda o: (o.x_nk.float().amin(0), o.x_nk.float().amax(0)),
+        lambda a, b: (torch.minimum(a[0], b[0]), torch.maximum(a[1], b[1])),
+        _move_minmax,
+    ),
+    "sample": sample(512),
+}
+
+Stats = Mapping[tuple[str, str], Any]  # (source node, statistic) -> state
+
+
+def transport(stats: Stats, source: str, M: Tensor) -> Stats:
+    """The statistics after the inputs of `source` became x * m or x @ M; what cannot be moved is dropped."""
+    moved = {key: STATS[key[1]].transport(state, M) if key[0] == source else state for key, state in stats.items()}
+    return {key: state for key, state in moved.items() if state is not None}
+
+
+def quadratic(D_ok: Tensor, H_kk: Tensor) -> float:
+    """tr(D H D^T): the squared output error of a weight error D on inputs with second moment H."""
+    return float(torch.einsum("ok,ok->", D_ok @ H_kk, D_ok))

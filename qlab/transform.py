@@ -1,0 +1,176 @@
+"""Quantizers are tuples of pure stages (graph, stats) -> (graph, stats); chaining them is tuple concatenation."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlab.errors import QlabError
+from qlab.graph import ModuleGraph, Site, by_source
+from qlab.qtensor import Leaf, QTensor, dense
+from qlab.spec import Spec
+from qlab.stats import Moment, Stats, quadratic, transport
+
+Apply = Callable[[ModuleGraph, Stats], tuple[ModuleGraph, Stats]]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which sites a stage may touch: those that match every `include` and no `exclude` (globs over full names)."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __contains__(self, name: str) -> bool:
+        return all(matches(p, name) for p in self.include) and not any(matches(p, name) for p in self.exclude)
+
+    def __str__(self) -> str:
+        return " and ".join([*self.include, *(f"not {p}" for p in self.exclude)]) or "every site"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pure step. needs: statistics it reads. spec: the grid it rounds to (None: it rounds nothing)."""
+
+    name: str
+    needs: frozenset[str]
+    apply: Apply
+    spec: Spec | None = None
+    scope: Scope = field(default_factory=Scope)
+    uncovered: bool = False  # the last stage of `rules`: any site in its scope is an error
+
+
+Transform = tuple[Stage, ...]
+
+
+def matches(pattern: str, name: str) -> bool:
+    """A glob over full site names ('*.mlp.*'), or an anchored regular expression after 're:'."""
+    return bool(re.fullmatch(pattern[3:], name)) if pattern.startswith("re:") else fnmatchcase(name, pattern)
+
+
+def chain(*transforms: Transform) -> Transform:
+    """One after the other. chain() is the identity and chain is associative."""
+    return sum(transforms, ())
+
+
+def at(pattern: str, transform: Transform) -> Transform:
+    """The transform restricted to the sites whose full name matches the pattern."""
+    return tuple(replace(s, scope=replace(s.scope, include=(pattern, *s.scope.include))) for s in transform)
+
+
+def keep() -> Transform:
+    """Leave the sites as they are: what a rule says of layers that stay unquantized."""
+    return (Stage("keep", frozenset(), lambda graph, stats: (graph, stats)),)
+
+
+def rules(table: Mapping[str, Transform]) -> Transform:
+    """The first matching pattern decides. A pattern without a site, and a site without a pattern, are errors."""
+    stages: list[Stage] = []
+    earlier: tuple[str, ...] = ()
+    for pattern, transform in table.items():
+        for stage in at(pattern, transform or keep()):
+            stages.append(replace(stage, scope=replace(stage.scope, exclude=stage.scope.exclude + earlier)))
+        earlier = (*earlier, pattern)
+    last = Stage("rules", frozenset(), lambda g, s: (g, s), scope=Scope(exclude=earlier), uncovered=True)
+    return (*stages, last)
+
+
+def select(stage: Stage, graph: ModuleGraph) -> ModuleGraph:
+    """The graph with only the stage's sites selected."""
+    return replace(graph, selected=frozenset(s.path for s in graph.code.sites if graph.where(s) in stage.scope))
+
+
+def apply(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
+    """Run one stage on the sites of its scope; the result has every site selected again."""
+    chosen = select(stage, graph)
+    if stage.uncovered and chosen.sites:
+        raise QlabError(f"no rule covers {', '.join(map(graph.where, chosen.sites))}; add a pattern, with keep() to leave them")
+    new, stats = stage.apply(chosen, stats)
+    return replace(new, selected=None), stats
+
+
+# ------------------------------------------------------------------ authoring
+WeightFn = Callable[[Tensor, Mapping[str, Any], Site], tuple[Leaf, Mapping[str, Any]]]
+
+
+def each_weight(name: str, fn: WeightFn, needs: frozenset[str] = frozenset(), spec: Spec | None = None) -> Transform:
+    """A lossy stage: every selected weight W_ok (fp32) becomes fn(W_ok, its statistics, site) -> (leaf, notes).
+
+    Notes go into the report, with the relative weight error |W - W'| / |W| and, where the second moment is at hand,
+    the relative calibration loss tr(D H D^T) / tr(W H W^T), D = W' - W.
+    """
+
+    def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
+        leaves, notes = {}, dict(graph.notes)
+        for site in graph.sites:
+            W_ok = graph.weight_ok(site)
+            if not torch.isfinite(W_ok).all():
+                raise QlabError(f"{graph.where(site)}.weight holds NaN or Inf; repair the checkpoint or keep() this site")
+            seen = {need: stats[site.source, need] for need in needs}
+            try:
+                leaf, note = fn(W_ok, seen, site)
+            except QlabError as error:
+                raise QlabError(f"{graph.where(site)}: {error}") from error
+            assert site.weight is not None  # weight_ok refused it otherwise
+            leaves[site.weight] = leaf if isinstance(leaf, QTensor) or site.layout == "o k" else leaf.mT.contiguous()
+            notes[site.path] = {**notes.get(site.path, {}), **_errors(W_ok, leaf, seen.get("second_moment")), **note}
+        return replace(graph.update(leaves), notes=notes), stats
+
+    return (Stage(name, needs, run, spec),)
+
+
+def _errors(W_ok: Tensor, leaf: Leaf, moment: Moment | None) -> dict[str, float]:
+    D_ok = dense(leaf, torch.float32) - W_ok
+    errors = {"weight_error": float(D_ok.norm() / W_ok.norm().clamp_min(1e-30))}
+    if moment is not None:
+        H_kk = moment.mean_kk
+        errors["loss"] = quadratic(D_ok, H_kk) / max(quadratic(W_ok, H_kk), 1e-30)
+        errors["tokens"] = moment.count
+    return errors
+
+
+@dataclass(frozen=True)
+class Multiply:
+    """The online operation x -> x * m, m [k]."""
+
+    m_k: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.m_k.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Rotate:
+    """The online operation x -> x @ M, M [k, k]."""
+
+    M_kk: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x @ self.M_kk.to(x.dtype)
+
+
+def reparametrize(
+    graph: ModuleGraph, stats: Stats, source: str, M: Tensor, M_inv: Tensor
+) -> tuple[ModuleGraph, Stats]:
+    """x -> x @ M at the inputs of a source, W -> W @ M_inv^T, statistics transported: the function stays the same.
+
+    M and M_inv are vectors [k] (diagonals) or matrices [k, k]. Every site of the source must be selected, since they
+    share one input and one set of statistics.
+    """
+    sharing = by_source(graph.code.sites)[source]
+    outside = [graph.where(s) for s in sharing if s not in graph.sites]
+    if outside:
+        raise QlabError(f"{', '.join(outside)} shares its input with {', '.join(map(graph.where, graph.sites))}; a "
+                        "reparametrization needs one rule for all of them")
+    leaves, online = {}, dict(graph.online)
+    for site in sharing:
+        W_ok = graph.weight_ok(site)
+        moved = W_ok * M_inv if M_inv.ndim == 1 else (W_ok.double() @ M_inv.T.double()).float()
+        assert site.weight is not None
+        leaves[site.weight] = moved.mT if site.layout == "k o" else moved
+        online[site.path] = (*online.get(site.path, ()), Multiply(M) if M.ndim == 1 else Rotate(M))
+    return replace(graph.update(leaves), online=online), transport(stats, source, M)
