@@ -30,7 +30,7 @@ LAYOUT = frozenset({
 })  # fmt: skip
 HOMOGENEOUS = SAME_VALUES | {aten.relu.default, aten.neg.default, aten.leaky_relu.default, aten.abs.default}
 PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default})
-HARMLESS = frozenset({aten.sym_size.int})
+HARMLESS = frozenset({aten.sym_size.int, aten.new_empty.default, aten.new_zeros.default, aten.empty_like.default})
 NORMS = {aten.layer_norm.default: (2, 3), aten.rms_norm.default: (2, None)}  # positions of weight and bias
 NONE = -1  # the label of a channel that this producer does not feed
 
@@ -71,7 +71,7 @@ class Fold:
             return m_k
         w = _tensor(graph, self.producer.weight)
         before = (w.float() + self.producer.offset)[self.index_k]
-        after = _scaled(w, self.producer.offset, self._spread(m_k, len(w))).float()[self.index_k] + self.producer.offset
+        after = _scaled(w, self.producer.offset, self._spread(m_k, len(w)), graph.dtype).float()[self.index_k] + self.producer.offset
         usable = (before != 0) & (after != 0) & (before.sign() == after.sign())
         return torch.where(usable, after / before.where(usable, torch.ones_like(before)), torch.ones_like(before))
 
@@ -83,18 +83,18 @@ class Fold:
         if p.rows:
             leaves: dict[str, Leaf] = {p.weight: w.float() * (t if p.transposed else t[:, None])}
         else:
-            leaves = {p.weight: _scaled(w, p.offset, t)}
+            leaves = {p.weight: _scaled(w, p.offset, t, graph.dtype)}
         if p.bias:
             b = _tensor(graph, p.bias)
-            leaves[p.bias] = b.float() * t if p.rows else (b.float() * t).to(b.dtype)
+            leaves[p.bias] = b.float() * t if p.rows else _scaled(b, 0.0, t, graph.dtype)
         return leaves
 
     def _spread(self, m_k: Tensor, size: int) -> Tensor:
         return torch.ones(size, device=m_k.device).index_copy_(0, self.index_k.to(m_k.device), m_k.float())
 
 
-def _scaled(w: Tensor, offset: float, t: Tensor) -> Tensor:
-    return ((w.float() + offset) * t - offset).to(w.dtype)
+def _scaled(w: Tensor, offset: float, t: Tensor, stored: torch.dtype) -> Tensor:
+    return ((w.float() + offset) * t - offset).to(stored).to(w.dtype)
 
 
 def _tensor(graph: ModuleGraph, path: str) -> Tensor:

@@ -75,13 +75,14 @@ class Code:
 class ModuleGraph:
     """One segment as an immutable value; transforms return new ones.
 
-    path: the segment's path in the model. selected: the sites a transform may touch (None: all).
+    path: the segment's path in the model. dtype: what its leaves are stored in. selected: the sites a transform may touch (None: all).
     online: what still happens at run time to a site's input, per site path. notes: what stages report of a site.
     """
 
     code: Code
     params: Params
     path: str = ""
+    dtype: torch.dtype = torch.float32
     online: Mapping[str, tuple[Op, ...]] = field(default_factory=dict)
     selected: frozenset[str] | None = None
     notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -165,7 +166,7 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
     code = Code(graph, params, constants, examples, out_spec, _sites(graph, params, where))
     leaves: dict[str, Leaf] = {name: t.detach() for name, t in module.named_parameters(remove_duplicate=False)}
     leaves |= {name: t for name, t in module.named_buffers(remove_duplicate=False) if name in params.values()}
-    return ModuleGraph(code, leaves, path)
+    return ModuleGraph(code, leaves, path, next((t.dtype for t in leaves.values() if isinstance(t, Tensor)), torch.float32))
 
 
 def root(node: fx.Node) -> fx.Node:

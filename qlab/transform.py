@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from qlab.errors import QlabError
-from qlab.graph import ModuleGraph, Site, by_source
+from qlab.graph import ModuleGraph, by_source
 from qlab.qtensor import Leaf, QTensor, dense
-from qlab.spec import Spec
+from qlab.spec import Spec, with_scale_dtype
 from qlab.stats import Moment, Stats, quadratic, transport
 
 Apply = Callable[[ModuleGraph, Stats], tuple[ModuleGraph, Stats]]
@@ -34,12 +34,16 @@ class Scope:
 
 @dataclass(frozen=True)
 class Stage:
-    """One pure step. needs: statistics it reads. spec: the grid it rounds to (None: it rounds nothing)."""
+    """One pure step. needs: statistics it reads. spec: the grid it rounds to (None: it rounds nothing).
+
+    detail: its settings in words. scope: the sites it may touch.
+    """
 
     name: str
     needs: frozenset[str]
     apply: Apply
     spec: Spec | None = None
+    detail: str = ""
     scope: Scope = field(default_factory=Scope)
     uncovered: bool = False  # the last stage of `rules`: any site in its scope is an error
 
@@ -94,11 +98,13 @@ def apply(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, 
 
 
 # ------------------------------------------------------------------ authoring
-WeightFn = Callable[[Tensor, Mapping[str, Any], Site], tuple[Leaf, Mapping[str, Any]]]
+WeightFn = Callable[[Tensor, Mapping[str, Any], Spec], tuple[Leaf, Mapping[str, Any]]]
 
 
-def each_weight(name: str, fn: WeightFn, needs: frozenset[str] = frozenset(), spec: Spec | None = None) -> Transform:
-    """A lossy stage: every selected weight W_ok (fp32) becomes fn(W_ok, its statistics, site) -> (leaf, notes).
+def each_weight(name: str, fn: WeightFn, spec: Spec, needs: frozenset[str] = frozenset(), detail: str = "") -> Transform:
+    """A lossy stage: every selected weight W_ok (fp32) becomes fn(W_ok, its statistics, spec) -> (leaf, notes).
+
+    The spec that fn gets has its scale dtype settled. detail: the stage's own settings, for plans and provenance.
 
     Notes go into the report, with the relative weight error |W - W'| / |W| and, where the second moment is at hand,
     the relative calibration loss tr(D H D^T) / tr(W H W^T), D = W' - W.
@@ -112,7 +118,7 @@ def each_weight(name: str, fn: WeightFn, needs: frozenset[str] = frozenset(), sp
                 raise QlabError(f"{graph.where(site)}.weight holds NaN or Inf; repair the checkpoint or keep() this site")
             seen = {need: stats[site.source, need] for need in needs}
             try:
-                leaf, note = fn(W_ok, seen, site)
+                leaf, note = fn(W_ok, seen, with_scale_dtype(spec, graph.dtype))
             except QlabError as error:
                 raise QlabError(f"{graph.where(site)}: {error}") from error
             assert site.weight is not None  # weight_ok refused it otherwise
@@ -120,7 +126,7 @@ def each_weight(name: str, fn: WeightFn, needs: frozenset[str] = frozenset(), sp
             notes[site.path] = {**notes.get(site.path, {}), **_errors(W_ok, leaf, seen.get("second_moment")), **note}
         return replace(graph.update(leaves), notes=notes), stats
 
-    return (Stage(name, needs, run, spec),)
+    return (Stage(name, needs, run, spec, detail),)
 
 
 def _errors(W_ok: Tensor, leaf: Leaf, moment: Moment | None) -> dict[str, float]:

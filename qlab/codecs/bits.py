@@ -43,4 +43,7 @@ def unpack(words: Tensor, bits: int, k: int) -> Tensor:
 
 def _resize(stream: Tensor, size: int) -> Tensor:
     """The stream with its last axis cut or filled with zeros to `size`; what is cut is padding."""
-    return F.pad(stream, (0, size - stream.shape[-1])).contiguous()
+    resized = stream.new_zeros((*stream.shape[:-1], size))  # a new tensor: views in wider words need plain strides
+    kept = min(size, stream.shape[-1])
+    resized[..., :kept] = stream[..., :kept]
+    return resized

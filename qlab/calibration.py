@@ -1,0 +1,117 @@
+"""Token windows from local text, and the one source of random numbers."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from qlab.checkpoint import Checkpoint
+from qlab.errors import QlabError
+
+SEPARATOR = "\n\n"  # between documents
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """ids [samples, length] and where they came from: names and sha256 of the texts, and the seed that chose them."""
+
+    ids: Tensor
+    texts: tuple[str, ...]
+    sha256: str
+    seed: int | None
+
+    def describe(self) -> dict[str, object]:
+        """For reports: everything but the ids themselves, and their hash."""
+        digest = hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+        return {"texts": list(self.texts), "sha256": self.sha256, "seed": self.seed, "samples": self.ids.shape[0],
+                "length": self.ids.shape[1], "ids_sha256": digest}  # fmt: skip
+
+
+def generator(seed: int, path: str) -> torch.Generator:
+    """The random numbers of one purpose: they depend on the seed and its name, not on the order of visits."""
+    digest = hashlib.sha256(f"{seed}/{path}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def tokens(model: Checkpoint, texts: Sequence[str | Path], samples: int = 128, length: int = 2048, seed: int = 0) -> Tokens:
+    """`samples` distinct windows of `length` tokens, drawn without replacement from all full windows of the texts.
+
+    texts: .jsonl files with a "text" in every line, or plain text; tokenized without special tokens.
+    """
+    stream, digest = _stream(model, texts)
+    windows = _full_windows(stream, length, texts)
+    if len(windows) < samples:
+        raise QlabError(f"{_names(texts)} gives {len(windows)} windows of {length} tokens and {samples} were asked for; "
+                        "give more text, fewer samples or a shorter length")
+    chosen = torch.randperm(len(windows), generator=generator(seed, "calibration"))[:samples]
+    return Tokens(windows[chosen], _names(texts), digest, seed)
+
+
+def first_windows(model: Checkpoint, texts: Sequence[str | Path], length: int, count: int | None = None) -> Tokens:
+    """The first `count` full windows of `length` tokens (None: all of them), in the order of the text."""
+    stream, digest = _stream(model, texts)
+    return Tokens(_full_windows(stream, length, texts)[:count], _names(texts), digest, None)
+
+
+def from_ids(model: Checkpoint, ids: Tensor) -> Tokens:
+    """Token ids [samples, length] of one's own."""
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise QlabError(f"token ids have shape {tuple(ids.shape)}; give [samples, length]")
+    vocabulary = model.config.get_text_config().vocab_size
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocabulary:
+        raise QlabError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocabulary} of {model.path}; "
+                        "tokenize with the model's own tokenizer")
+    return Tokens(ids.long(), (), hashlib.sha256(ids.long().numpy().tobytes()).hexdigest(), None)
+
+
+def _names(texts: Sequence[str | Path]) -> tuple[str, ...]:
+    return tuple(Path(t).name for t in texts)
+
+
+def _full_windows(stream: Tensor, length: int, texts: Sequence[str | Path]) -> Tensor:
+    count = len(stream) // length
+    if not count:
+        raise QlabError(f"{_names(texts)} holds {len(stream)} tokens, less than one window of {length}; give more text or "
+                        "a shorter length")
+    return stream[: count * length].view(count, length)
+
+
+def _stream(model: Checkpoint, texts: Sequence[str | Path]) -> tuple[Tensor, str]:
+    if not texts:
+        raise QlabError("no text was given; name at least one text or jsonl file")
+    tokenizer = AutoTokenizer.from_pretrained(model.path, local_files_only=True)
+    digest = hashlib.sha256()
+    documents = []
+    for path in map(Path, texts):
+        for document in _documents(path, digest):
+            documents.append(document + SEPARATOR)
+    ids = [i for piece in tokenizer(documents, add_special_tokens=False, verbose=False).input_ids for i in piece]
+    return from_ids(model, torch.tensor([ids])).ids[0], digest.hexdigest()
+
+
+def _documents(path: Path, digest: "hashlib._Hash") -> Iterator[str]:
+    try:
+        raw = path.read_bytes()
+        text = raw.decode()
+    except OSError as error:
+        raise QlabError(f"the text {path} cannot be read ({error.strerror}); check the path") from error
+    except UnicodeDecodeError as error:
+        raise QlabError(f"the text {path} is not UTF-8 (byte {error.start}); convert it first") from error
+    if not text.strip():
+        raise QlabError(f"the text {path} is empty; give one with words in it")
+    digest.update(raw)
+    if path.suffix != ".jsonl":
+        yield text
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                yield json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise QlabError(f'{path}, line {number}: not a JSON object with a "text"; write one per line') from error

@@ -1,0 +1,140 @@
+"""A model directory as lazily loaded tensors: the one door to safetensors files and to configurations."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from qlab.codecs import CODECS, Codec
+from qlab.errors import QlabError
+from qlab.qtensor import Leaf
+from qlab.spec import Spec
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """files: tensor name -> the safetensors file that holds it. quantized: module path -> its spec on disk."""
+
+    path: Path
+    config: PretrainedConfig
+    files: Mapping[str, Path]
+    codec: Codec | None
+    quantized: Mapping[str, Spec]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype most of its floating-point numbers are stored in."""
+        sizes: dict[torch.dtype, int] = {}
+        for name in self.files:
+            shape, dtype = self.shape_and_dtype(name)
+            if dtype.is_floating_point:
+                sizes[dtype] = sizes.get(dtype, 0) + shape.numel()
+        return max(sizes, key=lambda d: sizes[d]) if sizes else torch.float32
+
+    def shape_and_dtype(self, name: str) -> tuple[torch.Size, torch.dtype]:
+        """Read from the file's header; no tensor is loaded."""
+        with safe_open(self.files[name], "pt") as file:
+            part = file.get_slice(name)
+            return torch.Size(part.get_shape()), _DTYPES[part.get_dtype()]
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, by its name in the files."""
+        with safe_open(self.files[name], "pt") as file:
+            return file.get_tensor(name)
+
+    def leaf(self, name: str, dtype: torch.dtype | None = None) -> Leaf:
+        """The leaf called `name` in the model: decoded where its module is quantized, else in `dtype`."""
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and module in self.quantized and self.codec:
+            parts = {key: self.tensor(key) for key in self.files if key.rpartition(".")[0] == module}
+            return self.codec.decode(module, parts, self.quantized[module])
+        if name not in self.files:
+            raise QlabError(f"{self.path} has no tensor {name}, which the architecture {self.config.model_type} needs; "
+                            "the download may be incomplete")
+        tensor = self.tensor(name)
+        return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+
+    def fingerprint(self) -> str:
+        """sha256 over the config and every file's header and size: names the model without reading all of it."""
+        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True, default=str).encode())
+        for file in sorted(set(self.files.values())):
+            with file.open("rb") as f:
+                (size,) = struct.unpack("<Q", f.read(8))
+                digest.update(f.read(min(size, 1 << 24)))
+                f.seek(-min(file.stat().st_size, 1 << 16), 2)
+                digest.update(f.read())
+            digest.update(str(file.stat().st_size).encode())
+        return digest.hexdigest()
+
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """A Hugging Face model directory, quantized by qlab's formats or not. Nothing is loaded but headers.
+
+    Errors: a missing or empty directory, no safetensors in it, a truncated or foreign shard, an unknown config.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise QlabError(f"{folder} is not a model directory; give the path of one, or 'demo'")
+    if not (folder / "config.json").is_file():
+        raise QlabError(f"{folder} has no config.json; a model directory holds one beside its safetensors files")
+    raw = _json(folder / "config.json")
+    quantization = raw.get("quantization_config")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise QlabError(f"{folder}/config.json: model_type {raw.get('model_type')!r} is unknown to transformers "
+                        f"({str(error).strip().splitlines()[0]})") from error
+    files = _files(folder)
+    if not quantization:
+        return Checkpoint(folder, config, files, None, {})
+    method = quantization.get("quant_method")
+    if method not in CODECS:
+        raise QlabError(f"{folder} is quantized with {method!r}, which qlab does not read; it reads {', '.join(CODECS)}")
+    del config.quantization_config  # the skeleton is built unquantized; leaves carry the codes
+    packed = sorted({name.rpartition(".")[0] for name in files if name.endswith(".weight_packed")})
+    specs = CODECS[method].specs(quantization, packed)
+    return Checkpoint(folder, config, files, CODECS[method], {path: spec for path, spec in specs.items() if spec})
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise QlabError(f"{path} is not valid JSON ({error}); repair or download it again") from error
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    shards: Iterable[Path] = sorted(folder.glob("*.safetensors"))
+    if (folder / INDEX).is_file():
+        listed = _json(folder / INDEX).get("weight_map", {})
+        shards = sorted({folder / name for name in listed.values()})
+        for shard in shards:
+            if not shard.is_file():
+                raise QlabError(f"{folder / INDEX} lists {shard.name}, which is missing; download the model again")
+    if not shards:
+        raise QlabError(f"{folder} holds no safetensors files; convert the model to safetensors first")
+    files = {}
+    for shard in shards:
+        try:
+            with safe_open(shard, "pt") as file:
+                files.update(dict.fromkeys(file.keys(), shard))
+        except (SafetensorError, OSError) as error:
+            raise QlabError(f"{shard} is truncated or not a safetensors file ({error}); download it again") from error
+    return files

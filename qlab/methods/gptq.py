@@ -1,0 +1,77 @@
+"""GPTQ: round column by column, each error compensated in the columns not rounded yet (Frantar et al. 2022).
+
+Legend: W_ok weight, H_kk mean second moment, s_ko and z_ko scales and zeros of every column in solving order.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlab.methods.grid import Grid, fit, weighted
+from qlab.methods.obs import inverse_factor, obs_sweep
+from qlab.qtensor import QTensor
+from qlab.spec import Spec
+from qlab.transform import Transform, each_weight
+
+Order = Callable[[Tensor], Tensor]  # H_kk -> the order [k] in which columns are solved
+
+
+def act_order(H_kk: Tensor) -> Tensor:
+    """Columns with the largest second moment first (act-order, desc_act)."""
+    return H_kk.diagonal().argsort(descending=True, stable=True)
+
+
+def paper_order(H_kk: Tensor) -> Tensor:
+    """Left to right, as in the paper."""
+    return torch.arange(len(H_kk), device=H_kk.device)
+
+
+def gptq_codes(W_ok: Tensor, H_kk: Tensor, scales: Tensor, zeros: Tensor | None, spec: Spec, order: Tensor,
+               damp: float, block: int) -> tuple[Tensor, float, int]:  # fmt: skip
+    """Codes int8 [o, k] on a fixed grid, the damping that was used and the number of dead columns.
+
+    Columns are solved in `order` and returned in their own places, so no g_idx is left behind.
+    """
+    factor = inverse_factor(H_kk[order][:, order], damp)
+    W = torch.where(factor.dead.to(W_ok.device), 0, W_ok[:, order])
+    rows, cols = spec.tile.sizes(W_ok.shape)
+
+    def per_column(x_ag: Tensor) -> Tensor:  # [a, g] -> [k, o or 1] in solving order
+        wide = x_ag.to(W.dtype).repeat_interleave(cols, 1)[:, order]
+        return (wide.repeat_interleave(rows, 0) if rows > 1 else wide).T.contiguous()
+
+    s_ko, z_ko = per_column(scales), None if zeros is None else per_column(zeros)
+    codes_ko = torch.empty(W.shape[1], W.shape[0], dtype=torch.int8, device=W.device)
+
+    def project(w_o: Tensor, j: int, out_o: Tensor) -> Tensor:
+        torch.div(w_o, s_ko[j], out=out_o)
+        if z_ko is None:
+            out_o.round_().clamp_(spec.qmin, spec.qmax)
+            codes_ko[j] = out_o
+        else:
+            out_o.add_(z_ko[j]).round_().clamp_(spec.qmin, spec.qmax)
+            codes_ko[j] = out_o
+            out_o.sub_(z_ko[j])
+        return out_o.mul_(s_ko[j])
+
+    obs_sweep(W, factor.U_kk, project, block)
+    return codes_ko[order.argsort()].T.contiguous(), factor.damp, int(factor.dead.sum())
+
+
+def gptq(spec: Spec, grid: Grid = weighted, order: Order = act_order, damp: float = 0.01, block: int = 32) -> Transform:
+    """min tr((W - W') H (W - W')^T) over codes on a grid that is fixed beforehand (static groups).
+
+    damp: fraction of mean(diag H) added to its diagonal. grid, order: see qlab.methods.grid, act_order, paper_order.
+    block changes speed, not codes (up to rounding).
+    """
+
+    def fn(W_ok: Tensor, stats: Mapping[str, Any], spec: Spec) -> tuple[QTensor, Mapping[str, Any]]:
+        H_kk = stats["second_moment"].mean_kk
+        scales, zeros = fit(grid, W_ok, spec, H_kk)
+        codes, used, dead = gptq_codes(W_ok, H_kk, scales, zeros, spec, order(H_kk), damp, block)
+        return QTensor(codes, scales, zeros, spec), {"grid": grid.name, "damp": used, "dead": dead}
+
+    detail = f"grid {grid.name}, {order.__name__}, damp {damp:g}"
+    return each_weight("gptq", fn, spec, frozenset({"second_moment"}), detail)

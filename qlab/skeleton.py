@@ -1,0 +1,266 @@
+"""The Hugging Face model on the meta device: its blocks, what they are called with, and what surrounds them.
+
+Nothing here knows an architecture. A block's inputs are recorded by running the model's own forward with the blocks
+replaced by recorders; the head is run the same way, with the last block replaying the final hidden states.
+"""
+
+import contextlib
+import copy
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from qlab.checkpoint import Checkpoint
+from qlab.errors import QlabError
+from qlab.graph import Code, ModuleGraph, tensors_of, trace
+from qlab.qtensor import Leaf, dense
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with beside its hidden states, as a flat list with a hole at `hidden`."""
+
+    leaves: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    hidden: int
+
+    def inputs(self, hidden: Tensor) -> tuple[tuple, dict[str, Any]]:
+        """The block's arguments around these hidden states."""
+        leaves = [hidden if i == self.hidden else _to(leaf, hidden) for i, leaf in enumerate(self.leaves)]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+
+def _to(leaf: Any, like: Tensor) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.to(like.device, like.dtype) if leaf.is_floating_point() else leaf.to(like.device)
+
+
+class Skeleton:
+    """blocks: path -> meta module, in running order. Loads only what surrounds the blocks."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu"):
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
+        with init_empty_weights(include_buffers=False):
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype).eval()
+        self.prefix, self.blocks = _find_blocks(self.model)
+        self._codes: dict[Any, Code] = {}
+        self._traced_for: dict[Any, str] = {}
+        self._outputs: dict[str, Output] = {}
+
+    def block_names(self, path: str) -> dict[str, str]:
+        """Leaf name inside the block -> its name in the checkpoint's files."""
+        return {name: self.file_name(f"{path}.{name}") for name, _ in self.blocks[path].named_parameters()}
+
+    def file_name(self, name: str) -> str:
+        """The model's name of a tensor as the files spell it: some files leave out the base model's prefix."""
+        bare = name.removeprefix(self.model.base_model_prefix + ".")
+        module = name.rpartition(".")[0]
+        known = name in self.checkpoint.files or module in self.checkpoint.quantized
+        return bare if not known and bare in self.checkpoint.files else name
+
+    def graph(self, path: str, call: Call, hidden: Tensor, device: torch.device | str = "cpu") -> ModuleGraph:
+        """The block as a value, with its leaves loaded from the files."""
+        leaves: dict[str, Leaf] = {}
+        for name, file_name in self.block_names(path).items():
+            leaf = self.checkpoint.leaf(file_name, self.dtype)
+            leaves[name] = pytree.tree_map(lambda t: t.to(device), leaf)
+        for name, buffer in self.blocks[path].named_buffers():
+            stored = self.file_name(f"{path}.{name}")
+            leaves[name] = (self.checkpoint.tensor(stored) if stored in self.checkpoint.files else buffer).to(device)
+        return ModuleGraph(self.code(path, call, hidden), leaves, path, dtype=self.checkpoint.dtype)
+
+    def code(self, path: str, call: Call, hidden: Tensor) -> Code:
+        """The traced program of a block; traced once for all blocks of one structure.
+
+        Blocks carry their own index. Whether it matters is not assumed: the first and the last block of a structure
+        are both traced, and where their programs differ every block is.
+        """
+        paths = list(self.blocks)
+        key = _structure(self.blocks[path], call, hidden, paths.index(path))
+        if key not in self._codes:
+            code = self._codes[key] = self._trace(path, call, hidden).code
+            twins = [p for i, p in enumerate(paths) if p != path and _structure(self.blocks[p], call, hidden, i) == key]
+            if twins and str(self._trace(twins[-1], call, hidden).code.graph) != str(code.graph):
+                self._traced_for[key] = path
+        if self._traced_for.get(key, path) != path:
+            key = (key, path)
+            if key not in self._codes:
+                self._codes[key] = self._trace(path, call, hidden).code
+        return self._codes[key]
+
+    def _trace(self, path: str, call: Call, hidden: Tensor) -> ModuleGraph:
+        args, kwargs = call.inputs(hidden.to("meta"))
+        return trace(_on_meta(self.blocks[path]), args, kwargs, path)
+
+    # -------------------------------------------------------------- around the blocks
+    def load_outside(self, with_head: bool) -> None:
+        """Fill in the parameters that no block holds: embeddings, final norm and, on demand, the head."""
+        head = self.model.get_output_embeddings()
+        head_parameters = {id(p) for p in head.parameters()} if head is not None else set()
+        inside = tuple(f"{path}." for path in self.blocks)
+        tied = self.model.get_input_embeddings()
+        for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
+            if name.startswith(inside) or not parameter.is_meta or (id(parameter) in head_parameters and not with_head):
+                continue
+            file_name = self.file_name(name)
+            if id(parameter) in head_parameters and file_name not in self.checkpoint.files and tied is not None \
+                    and file_name.rpartition(".")[0] not in self.checkpoint.quantized:  # fmt: skip
+                value = self.checkpoint.leaf(self.file_name(_name_of(self.model, tied)), self.dtype)
+            else:
+                value = self.checkpoint.leaf(file_name, self.dtype)
+            _set(self.model, name, dense(value, self.dtype).to(self.device))
+        for buffer_owner in self.model.modules():
+            for key, buffer in list(buffer_owner._buffers.items()):
+                if buffer is not None and not buffer.is_meta:
+                    buffer_owner._buffers[key] = buffer.to(self.device)
+
+    def drop_outside(self) -> None:
+        """Let go of what load_outside filled in."""
+        for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
+            if not parameter.is_meta:
+                _set(self.model, name, parameter.to("meta"))
+
+    def record(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Call]]:
+        """The hidden states that enter the first block, and what every block is called with beside them."""
+        recorders = [_Recorder(block, self._output_of(path)) for path, block in self.blocks.items()]
+        recorders[-1].last = True
+        with _Replaced(self.model, self.prefix, recorders), contextlib.suppress(_Recorded):
+            self.model(input_ids=tokens.to(self.device), attention_mask=mask, use_cache=False)
+        calls = {path: r.seen[0] for path, r in zip(self.blocks, recorders) if r.seen is not None}
+        first = recorders[0].seen
+        if first is None or len(calls) < len(self.blocks):
+            raise QlabError(f"{type(self.model).__name__} did not run blocks {sorted(set(self.blocks) - set(calls))}; "
+                            "qlab streams models that run each block once, in order")
+        return first[1], calls
+
+    def head(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """The model's logits [b, l, vocabulary] when the last block returns these hidden states."""
+        recorders = [_Recorder(block, self._output_of(path)) for path, block in self.blocks.items()]
+        recorders[-1].replay = hidden
+        with _Replaced(self.model, self.prefix, recorders):
+            return self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+
+    def _output_of(self, path: str) -> "Callable[[Call, Tensor], Output]":
+        def output(call: Call, hidden: Tensor) -> Output:
+            if path not in self._outputs:
+                args, kwargs = call.inputs(hidden.to("meta"))
+                parts, spec = pytree.tree_flatten(_on_meta(self.blocks[path])(*args, **kwargs))
+                at = next(i for i, p in enumerate(parts) if isinstance(p, Tensor) and p.shape == hidden.shape)
+                self._outputs[path] = Output(tuple(parts), spec, at)
+            return self._outputs[path]
+
+        return output
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a block returns, read off a run on meta tensors: hidden states alone, or a tuple that holds them."""
+
+    parts: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    hidden: int
+
+    def around(self, hidden: Tensor) -> Any:
+        """The block's return value with these hidden states in it."""
+        parts = [hidden if i == self.hidden else part for i, part in enumerate(self.parts)]
+        return pytree.tree_unflatten(parts, self.spec)
+
+
+class _Recorded(Exception):
+    """The last block was reached while recording: the rest of the forward is not needed."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: remembers what it was called with and hands the hidden states on, or others instead."""
+
+    def __init__(self, block: nn.Module, output: Callable[[Call, Tensor], Output]):
+        super().__init__()
+        object.__setattr__(self, "block", block)  # not a submodule: it stays where it is
+        self.output, self.last = output, False
+        self.replay: Tensor | None = None
+        self.seen: tuple[Call, Tensor] | None = None
+
+    def __getattr__(self, name: str) -> Any:  # models read attributes of their blocks, such as attention_type
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+        at = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+        hidden = leaves[at]
+        leaves[at] = None
+        call = Call(tuple(leaves), spec, at)
+        self.seen = call, hidden
+        if self.last:
+            raise _Recorded
+        return self.output(call, hidden).around(hidden if self.replay is None else self.replay)
+
+
+class _Replaced:
+    """The model with other modules in the place of its blocks, while the context lasts."""
+
+    def __init__(self, model: nn.Module, prefix: str, blocks: Sequence[nn.Module]):
+        owner, _, self.name = prefix.rpartition(".")
+        self.owner = model.get_submodule(owner)
+        self.inside, self.outside = nn.ModuleList(blocks), getattr(self.owner, self.name)
+
+    def __enter__(self) -> None:
+        setattr(self.owner, self.name, self.inside)
+
+    def __exit__(self, *error: object) -> None:
+        setattr(self.owner, self.name, self.outside)
+
+
+def _find_blocks(model: nn.Module) -> tuple[str, dict[str, nn.Module]]:
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    outer = {n: m for n, m in lists.items() if not any(n.startswith(o + ".") for o in lists)}
+    if not outer:
+        raise QlabError(f"{type(model).__name__} has no list of blocks (nn.ModuleList) to stream through")
+    prefix = max(outer, key=lambda n: sum(p.numel() for p in outer[n].parameters()))
+    return prefix, {f"{prefix}.{i}": block for i, block in enumerate(outer[prefix])}
+
+
+def _on_meta(block: nn.Module) -> nn.Module:
+    """A copy of the block with its buffers on meta too; its parameters are there already and are shared."""
+    memo: dict[int, Any] = {id(p): p for p in block.parameters()}
+    memo |= {id(b): b.to("meta") for b in block.buffers()}
+    return copy.deepcopy(block, memo)
+
+
+def _structure(block: nn.Module, call: Call, hidden: Tensor, index: int) -> Any:
+    """What the traced program depends on: classes, shapes, plain attributes and the form of the inputs.
+
+    An attribute that holds the block's own index is left out (see Skeleton.code).
+    """
+
+    def plain(module: nn.Module) -> tuple:
+        values = {k: getattr(v, "__qualname__", v) for k, v in vars(module).items() if k != "training"}
+        kept = {k: v for k, v in values.items() if isinstance(v, bool | int | float | str)}
+        return tuple(sorted((k, v) for k, v in kept.items() if not (v == index and re.search("idx|index|layer", k))))
+
+    tensors = tuple((t.dtype, tuple(n == 1 for n in t.shape)) for t in tensors_of(*call.inputs(hidden.to("meta"))))
+    others = tuple(repr(leaf) for leaf in call.leaves if not isinstance(leaf, Tensor))
+    modules = tuple(
+        (name, type(m), tuple((k, tuple(p.shape)) for k, p in m.named_parameters(recurse=False)), plain(m))
+        for name, m in block.named_modules()
+    )
+    return tensors, others, call.spec, modules
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(f"{name}.weight" for name, m in model.named_modules() if m is module)
+
+
+def _set(model: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, key = name.rpartition(".")
+    model.get_submodule(owner)._parameters[key] = nn.Parameter(value, requires_grad=False)

@@ -1,0 +1,100 @@
+"""Quantizing is a scan over segments: load one, observe what the next stage needs, apply the stage, push the carry on."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlab.errors import QlabError
+from qlab.graph import ModuleGraph, inputs_of, interpret
+from qlab.skeleton import Call, Skeleton
+from qlab.stats import STATS, Observation, Stats
+from qlab.transform import Transform, apply, select
+
+BATCH_TOKENS = 2048
+Batch = tuple[Call, Tensor]  # what a block is called with, and its hidden states [b, l, d]
+Batches = Callable[[], Iterator[Batch]]
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What every block is called with, per batch: calls[batch][block path]."""
+
+    batches: tuple[Tensor, ...]
+    calls: tuple[dict[str, Call], ...]
+
+    @property
+    def first(self) -> dict[str, Call]:
+        return self.calls[0]
+
+
+def in_batches(ids: Tensor, batch_tokens: int = BATCH_TOKENS) -> list[Tensor]:
+    """Token windows [n, l] as batches of about `batch_tokens` tokens."""
+    return list(ids.split(max(1, batch_tokens // ids.shape[1])))
+
+
+def solve(graph: ModuleGraph, transform: Transform, observe: Callable[[ModuleGraph, set], Stats]) -> tuple[ModuleGraph, Stats]:
+    """All stages on one segment; statistics that a stage needs and nobody has yet are observed just before it."""
+    stats: Stats = {}
+    for stage in transform:
+        wanted = {(s.source, need) for s in select(stage, graph).sites for need in stage.needs}
+        if missing := wanted - stats.keys():
+            stats = {**stats, **observe(graph, missing)}
+        graph, stats = apply(stage, graph, stats)
+    return graph, stats
+
+
+def observe(graph: ModuleGraph, wanted: set[tuple[str, str]], batches: Iterator[Batch]) -> Stats:
+    """The statistics `wanted` {(source, name)} of a segment's inputs over all batches.
+
+    Refuses NaN and Inf in activations, naming the sites they reach.
+    """
+    sources = sorted({source for source, _ in wanted})
+    stats: dict[tuple[str, str], Any] = {}
+    seen = 0
+    for call, hidden in batches:
+        count = hidden.shape[0] * hidden.shape[1]
+        keys = torch.arange(seen, seen + count)
+        seen += count
+        for source, x in inputs_of(graph, sources, *call.inputs(hidden)).items():
+            x_nk = x.flatten(0, -2)
+            if not torch.isfinite(x_nk).all():
+                at = ", ".join(graph.where(s) for s in graph.code.sites if s.source == source)
+                raise QlabError(f"the activations that reach {at} hold NaN or Inf; check the model in this dtype ({x.dtype})")
+            for name in sorted(n for s, n in wanted if s == source):
+                state = STATS[name].lift(Observation(x_nk, keys.to(x_nk.device)))
+                key = (source, name)
+                stats[key] = STATS[name].combine(stats[key], state) if key in stats else state
+    return stats
+
+
+def push(graph: ModuleGraph, batches: Iterator[Batch]) -> Iterator[Tensor]:
+    """The hidden states that leave the segment, batch by batch."""
+    for call, hidden in batches:
+        out = interpret(graph, *call.inputs(hidden))
+        yield out if isinstance(out, Tensor) else next(t for t in out if isinstance(t, Tensor) and t.shape == hidden.shape)
+
+
+def record(skeleton: Skeleton, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[dict[str, Call]]]:
+    """The hidden states that enter the first block, and every block's calls, for each batch of tokens.
+
+    Calls of later batches share the tensors that equal those of the first one (rotary tables, masks).
+    """
+    hidden, calls = [], []
+    for tokens in batches:
+        h, call = skeleton.record(tokens)
+        hidden.append(h)
+        calls.append({path: _shared(c, calls[0][path] if calls else None) for path, c in call.items()})
+    return hidden, calls
+
+
+def _shared(call: Call, earlier: Call | None) -> Call:
+    if earlier is None or len(earlier.leaves) != len(call.leaves):
+        return call
+    leaves = tuple(
+        old if isinstance(new, Tensor) and isinstance(old, Tensor) and new.shape == old.shape and torch.equal(new, old) else new
+        for new, old in zip(call.leaves, earlier.leaves)
+    )
+    return Call(leaves, call.spec, call.hidden)

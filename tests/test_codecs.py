@@ -1,0 +1,329 @@
+"""The compressed-tensors codec: words by hand, the bijection, and what the format's own library makes of our files."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from compressed_tensors.compressors import PackedQuantizationCompressor, pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+from families import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from qlab.codecs import CODECS
+from qlab.codecs.bits import pack, unpack, words_of
+from qlab.errors import QlabError
+from qlab.qtensor import QTensor, dense, round_codes
+from qlab.spec import Int, Tile, parse_spec, with_scale_dtype
+
+CODEC = CODECS["compressed-tensors"]
+INT4, INT8, ASYM = parse_spec("int4-g16"), parse_spec("int8-channel"), parse_spec("int3-g32-asym")
+INT4_ASYM = parse_spec("int4-g16-asym")
+
+
+def hexes(words):
+    return " ".join(f"{word & 0xFFFFFFFF:08x}" for word in words.flatten().tolist())
+
+
+def absmax(W, spec):
+    """Min-max rounding: s = max|W| / (2^b - 1) * 2, or the range through zero over 2^b - 1."""
+    x = spec.tile.split(W)
+    if spec.symmetric:
+        scales, zeros = x.abs().amax(-1) / (2**spec.bits - 1) * 2, None
+    else:
+        low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
+        scales = (high - low) / (2**spec.bits - 1)
+        zeros = (spec.qmin - low / scales).round().to(torch.int8)
+    return QTensor(round_codes(W, scales, zeros, spec), scales, zeros, spec)
+
+
+def random_qtensor(spec, o, k, seed=0):
+    """Every code of the grid, scales of both signs, in the spec's scale dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    grid = spec.tile.scales_shape((o, k))
+    codes = lambda *shape: torch.randint(spec.qmin, spec.qmax + 1, shape, generator=generator, dtype=torch.int8)
+    scales = torch.randn(grid, generator=generator).to(spec.scale_dtype)
+    return QTensor(codes(o, k), scales, None if spec.symmetric else codes(*grid), spec)
+
+
+@st.composite
+def qtensors(draw):
+    group = draw(st.sampled_from([1, 5, 8, 32]))
+    tile = draw(st.sampled_from([Tile(None, None), Tile(1, None), Tile(1, group)]))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    spec = Int(draw(st.integers(2, 8)), tile, draw(st.booleans()), dtype)
+    o, k = draw(st.integers(1, 40)), group * draw(st.integers(1, 12))
+    return random_qtensor(spec, o, k, draw(st.integers(0, 99)))
+
+
+def assert_same(a, b):
+    assert a.spec == b.spec
+    for field in ("codes", "scales", "zeros"):
+        x, y = getattr(a, field), getattr(b, field)
+        assert x is y is None or (x.dtype == y.dtype and torch.equal(x, y)), field
+
+
+@pytest.mark.parametrize("bits, words", [
+    (2, "e4e4e4e4 e4e4e4e4"),
+    (3, "88fac688 c688fac6 fac688fa"),
+    (4, "76543210 fedcba98 76543210 fedcba98"),
+    (5, "8a418820 c5a92839 ca307b9a 38bdab49 ffbbcdeb"),
+    (6, "440c2040 a2481c61 3ce34c2c 544d2450 a6585d65 7de75c6d"),
+    (7, "40608080 880e1828 68c16284 88901e38 58a94264 668c982e 3e78e9c3"),
+    (8, "03020100 07060504 0b0a0908 0f0e0d0c 13121110 17161514 1b1a1918 1f1e1d1c"),
+])  # fmt: skip
+def test_dense_streams_have_the_golden_words(bits, words):
+    codes = (torch.arange(32) % 2**bits).to(torch.uint8)
+    assert hexes(pack(codes, bits)) == words
+    assert torch.equal(unpack(pack(codes, bits), bits, 32), codes)
+
+
+@pytest.mark.parametrize("bits, codes, words", [
+    (4, list(range(-8, 8)), "76543210 fedcba98"),
+    (8, [-128, -1, 0, 127], "ff807f00"),
+    (3, list(range(-4, 4)) * 4, "88fac688 c688fac6 fac688fa"),
+    (3, [3] * 11, "ffffffff 00000001"),  # the eleventh code straddles; the row ends in zero bits
+])  # fmt: skip
+def test_pack_quantized_rows_have_the_golden_words(bits, codes, words):
+    q = QTensor(torch.tensor([codes], dtype=torch.int8), torch.ones(1, 1), None, Int(bits, Tile(1, None)))
+    tensors = CODEC.encode("m.q", q)
+    assert hexes(tensors["m.q.weight_packed"]) == words
+    assert tensors["m.q.weight_shape"].tolist() == [1, len(codes)]
+
+
+def test_zero_points_pack_along_dim_0():
+    zeros = torch.arange(-8, 8, dtype=torch.int8).reshape(8, 2)
+    q = QTensor(torch.zeros(8, 32, dtype=torch.int8), torch.ones(8, 2), zeros, INT4_ASYM)
+    packed = CODEC.encode("m", q)["m.weight_zero_point"]
+    assert packed.shape == (1, 2) and hexes(packed) == "eca86420 fdb97531"
+
+
+def test_w4a16_end_to_end_golden():
+    q = absmax(torch.arange(-8.0, 8.0).repeat(8)[None], parse_spec("int4-g128"))
+    tensors = CODEC.encode("m", q)
+    assert tensors["m.weight_scale"].item() == pytest.approx(1.0666667)
+    assert hexes(tensors["m.weight_packed"]) == " ".join(["76543211 fedcba98"] * 8)
+
+
+def test_w4a16_asym_end_to_end_golden():
+    q = absmax(torch.linspace(-3, 12, 128).repeat(8, 1), parse_spec("int4-g128-asym"))
+    tensors = CODEC.encode("m", q)
+    assert tensors["m.weight_scale"].tolist() == [[1.0]] * 8
+    assert hexes(tensors["m.weight_packed"][0, :3]) == "11100000 22211111 33222222"
+    assert hexes(tensors["m.weight_zero_point"]) == "33333333"
+
+
+@settings(max_examples=150, deadline=None)
+@given(qtensors())
+def test_decode_inverts_encode_bit_for_bit(q):
+    assert_same(CODEC.decode("m.q", CODEC.encode("m.q", q), q.spec), q)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 9), st.integers(1, 100))
+def test_the_librarys_packers_agree(bits, o, k):
+    unsigned = torch.randint(2**bits, (o, k), generator=torch.Generator().manual_seed(k)).to(torch.uint8)
+    codes, words = (unsigned.short() - 2 ** (bits - 1)).to(torch.int8), pack(unsigned, bits)
+    assert words.shape == (o, words_of(k, bits)) and torch.equal(words, pack_to_int32(codes, bits))
+    assert torch.equal(unpack_from_int32(words, bits, codes.shape), codes)
+    assert torch.equal(unpack(words, bits, k), unsigned)
+
+
+@settings(max_examples=60, deadline=None)
+@given(qtensors())
+def test_the_librarys_decompressor_returns_the_dense_weight(q):
+    scheme = QuantizationConfig.model_validate(CODEC.config({"m": q.spec})).config_groups["group_0"]
+    tensors = {name.removeprefix("m."): tensor for name, tensor in CODEC.encode("m", q).items()}
+    W = PackedQuantizationCompressor.decompress(tensors, scheme)["weight"]
+    assert W.dtype == q.scales.dtype and torch.equal(W, dense(q))
+
+
+LINEARS = [name for name, module in tiny("llama").named_modules() if isinstance(module, torch.nn.Linear)]
+NAMES = [f"h.{i}.{name}" for i in range(3) for name in ("q", "mlp.fc1", "mlp.fc2", "experts.0.w1", "experts.1.w1")]
+
+
+def some_specs(paths):
+    choices = st.sampled_from([None, INT4, INT8, ASYM])
+    return st.fixed_dictionaries(dict.fromkeys(paths, choices)).filter(lambda specs: any(specs.values()))
+
+
+def library_reads(config):
+    """What compressed-tensors attaches to each linear of a tiny llama: bits, symmetric, group."""
+    model = tiny("llama")
+    apply_quantization_config(model, QuantizationConfig.model_validate(config), show_progress=False)
+    schemes = {path: getattr(model.get_submodule(path), "quantization_scheme", None) for path in LINEARS}
+    return {p: s and (s.weights.num_bits, s.weights.symmetric, s.weights.group_size) for p, s in schemes.items()}
+
+
+def as_read(specs):
+    return {p: s and (s.bits, s.symmetric, s.tile.cols) for p, s in specs.items()}
+
+
+@settings(max_examples=60, deadline=None)
+@given(some_specs([*NAMES, "lm_head"]))
+def test_specs_inverts_config(specs):
+    assert CODEC.specs(CODEC.config(specs), specs) == specs
+
+
+@settings(max_examples=20, deadline=None)
+@given(some_specs(LINEARS))
+def test_the_library_gives_every_module_the_same_spec(specs):
+    assert library_reads(CODEC.config(specs)) == as_read(specs)
+
+
+def test_config_is_what_the_library_would_write():
+    config = CODEC.config({"a": INT4, "b": INT8, "lm_head": None})
+    written = QuantizationConfig.model_validate(config).model_dump()
+    assert written == {key: config.get(key) for key in written}
+    assert json.dumps(config) == json.dumps(config, sort_keys=True)
+
+
+def test_config_is_compact_and_its_targets_are_disjoint():
+    one = CODEC.config({"h.0.q": INT4, "h.1.q": replace(INT4, scale_dtype=torch.float16), "lm_head": None})
+    assert one["config_groups"]["group_0"]["targets"] == ["Linear"] and one["ignore"] == ["lm_head"]
+    groups = CODEC.config({"h.0.q": INT4, "h.1.q": INT4, "h.0.v": INT4, "h.1.v": INT8})["config_groups"]
+    assert [g["targets"] for g in groups.values()] == [["h.0.v", r"re:h\.\d+\.q$"], ["h.1.v"]]
+
+
+def test_overlapping_targets_are_read_as_the_library_reads_them():
+    attention = "model.layers.1.self_attn"
+    groups = [(2, ["Linear"]), (3, ["re:.*q_proj"]), (4, ["re:.*attn"]), (5, [f"{attention}.q_proj"])]
+    config = CODEC.config({"m": INT4})
+    scheme = config["config_groups"]["group_0"]
+    config["config_groups"] = {
+        str(i): scheme | {"targets": targets, "weights": scheme["weights"] | {"num_bits": bits}}
+        for i, (bits, targets) in enumerate(groups)
+    }
+    config["ignore"] = [f"re:{attention}.k", "lm_head"]
+    specs = CODEC.specs(config, LINEARS)
+    assert as_read(specs) == library_reads(config)
+    assert {s and s.bits for s in specs.values()} == {None, 2, 4, 5}
+    config["ignore"] = ["Linear"]
+    assert set(CODEC.specs(config, LINEARS).values()) == {None} == set(library_reads(config).values())
+
+
+def test_configs_of_older_releases_are_read():
+    weights = {"num_bits": 4, "type": "int", "group_size": 16, "actorder": None, "observer": "minmax",
+               "block_structure": None, "observer_kwargs": {}, "scale_dtype": None, "zp_dtype": None}  # fmt: skip
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+              "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": None,
+              "sparsity_config": {"format": "dense", "global_sparsity": 0.1}}  # fmt: skip
+    assert CODEC.specs(config, ["a"]) == {"a": INT4}
+
+
+@pytest.mark.parametrize("spec, dequantize", [("int4-g16", False), ("int3-tensor", False), ("int4-g16-asym", True)])
+def test_transformers_computes_the_logits_of_the_dense_weights(spec, dequantize, tmp_path):
+    model, spec = tiny("llama"), with_scale_dtype(parse_spec(spec), torch.float32)
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    # transformers dequantizes every module with the first group, so mixed bits load only where it leaves them packed
+    mixed = {} if dequantize else {name: replace(spec, bits=8) for name in linears if name.endswith("down_proj")}
+    specs = dict.fromkeys(linears, spec) | mixed | {"lm_head": None}
+    quantized = {p: absmax(model.get_submodule(p).weight.detach(), s) for p, s in specs.items() if s}
+    state = {n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in quantized}
+    for path, q in quantized.items():
+        state |= CODEC.encode(path, q)
+        model.get_submodule(path).weight.data = dense(q, torch.float32)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.to_dict() | {"quantization_config": CODEC.config(specs)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    how = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **how).eval()
+    tokens = torch.arange(1, 65).reshape(2, 32)
+    with torch.no_grad():
+        expected, got = model(tokens).logits, loaded(tokens).logits
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+
+    tensors = load_file(tmp_path / "model.safetensors")
+    for path, read in CODEC.specs(CODEC.config(specs), linears).items():
+        if read:
+            assert_same(CODEC.decode(path, tensors, specs[path]), quantized[path])
+
+
+def int4(**changes):
+    return replace(random_qtensor(with_scale_dtype(INT4, torch.float32), 4, 32), **changes)
+
+
+@pytest.mark.parametrize("leaf, message", [
+    (QTensor(torch.zeros(4, 32, dtype=torch.int8), torch.ones(2, 2), None, Int(4, Tile(2, 16))), "no scale per b2x16"),
+    (QTensor(torch.zeros(2, 4, 32, dtype=torch.int8), torch.ones(2, 4, 2), None, INT4), r"not \(2, 4, 32\)"),
+    (int4(outer=torch.ones(1)), "`outer`"),
+    (int4(perm=torch.arange(32)), "`perm`"),
+    (int4(scales=torch.ones(4, 2).half()), "scales are torch.float16, expected torch.float32"),
+    (int4(scales=torch.ones(4, 2, dtype=torch.float8_e4m3fn), spec=INT4), "scales are torch.float8_e4m3fn"),
+    (int4(spec=replace(INT4, scale_dtype=torch.float8_e4m3fn)), "has no torch.float8_e4m3fn scales"),
+    (int4(codes=torch.full((4, 32), 8, dtype=torch.int8)), r"codes span \[8, 8\] but int4 holds \[-8, 7\]"),
+    (int4(zeros=torch.full((4, 2), -9).to(torch.int8), spec=INT4_ASYM), r"zeros span \[-9, -9\]"),
+    (int4(zeros=torch.ones(4, 2), spec=INT4_ASYM), "int8 zeros, not torch.float32"),
+])  # fmt: skip
+def test_encode_refuses(leaf, message):
+    with pytest.raises(QlabError, match=rf"^m\.q: .*{message}"):
+        CODEC.encode("m.q", leaf)
+
+
+@pytest.mark.parametrize("name, tensor, message", [
+    ("weight_packed", None, "weight_packed is missing"),
+    ("weight_zero_point", None, "weight_zero_point is missing"),
+    ("weight_shape", torch.tensor([4, 30]), r"weight_shape \(4, 30\) does not fit int4-g16-asym"),
+    ("weight_shape", torch.tensor([0, 32]), r"weight_shape \(0, 32\) does not fit"),
+    ("weight_packed", torch.zeros(4, 3, dtype=torch.int32), r"weight_packed is .*\(4, 3\), expected .*\(4, 4\)"),
+    ("weight_packed", torch.zeros(4, 4), r"weight_packed is torch.float32 .*expected torch.int32"),
+    ("weight_scale", torch.ones(4, 1), r"weight_scale is .*\(4, 1\), expected torch.float32 \(4, 2\)"),
+    ("weight_scale", torch.ones(4, 2, dtype=torch.uint8), "weight_scale is torch.uint8"),
+    ("weight_zero_point", torch.zeros(4, 2, dtype=torch.int8), "weight_zero_point is torch.int8"),
+    ("weight_g_idx", torch.zeros(32), "weight_g_idx has no place"),
+])  # fmt: skip
+def test_decode_refuses(name, tensor, message):
+    tensors = CODEC.encode("m.q", random_qtensor(with_scale_dtype(INT4_ASYM, torch.float32), 4, 32))
+    tensors.pop(f"m.q.{name}", None)
+    if tensor is not None:
+        tensors[f"m.q.{name}"] = tensor
+    with pytest.raises(QlabError, match=rf"^m\.q\.{message}"):
+        CODEC.decode("m.q", tensors, INT4_ASYM)
+
+
+def test_decode_refuses_a_zero_point_that_a_symmetric_spec_would_drop():
+    tensors = CODEC.encode("m", int4()) | {"m.weight_zero_point": torch.zeros(1, 2, dtype=torch.int32)}
+    with pytest.raises(QlabError, match="weight_zero_point has no place in pack-quantized at int4-g16"):
+        CODEC.decode("m", tensors, INT4)
+    with pytest.raises(QlabError, match="m: pack-quantized has no scale per b2x16"):
+        CODEC.decode("m", {}, Int(4, Tile(2, 16)))
+
+
+def test_refusal_comes_before_any_work():
+    assert CODEC.refusal(INT4) is None
+    assert "no run-time operations" in CODEC.refusal(INT4, online=(torch.neg,))
+    with pytest.raises(QlabError, match="lm_head: pack-quantized has no scale per b16x16"):
+        CODEC.config({"lm_head": Int(4, Tile(16, 16))})
+    with pytest.raises(QlabError, match="none of the 1 modules is quantized"):
+        CODEC.config({"lm_head": None})
+
+
+@pytest.mark.parametrize("where, change, message", [
+    ("config", {"quant_method": "gptq"}, "quant_method 'gptq'"),
+    ("config", {"quantization_status": "frozen"}, "quantization_status 'frozen'"),
+    ("config", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
+    ("config", {"transform_config": {"config_groups": {}}}, "transform_config"),
+    ("config", {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+    ("config", {"config_groups": {"W4A16": ["Linear"]}}, "group W4A16 lacks `weights`"),
+    ("group", {"format": "int-quantized"}, "group_0 has format 'int-quantized'"),
+    ("group", {"input_activations": {"num_bits": 8}}, "group_0 has input_activations"),
+    ("group", {"targets": ["Embedding"]}, "Embedding"),
+    ("group", {"scheme": "x"}, "unknown key 'scheme'"),
+    ("weights", {"type": "float"}, "group_0 has type 'float'"),
+    ("weights", {"dynamic": True}, "group_0 has dynamic True"),
+    ("weights", {"actorder": "group"}, "group_0 has actorder 'group'"),
+    ("weights", {"strategy": "block", "block_structure": [128, 128]}, "group_0 has block_structure"),
+    ("weights", {"strategy": "tensor_group"}, "strategy 'tensor_group' with group_size 16"),
+    ("weights", {"strategy": "channel"}, "strategy 'channel' with group_size 16"),
+    ("weights", {"num_bits": 16}, "int16 is not a grid"),
+])  # fmt: skip
+def test_specs_refuses_by_name(where, change, message):
+    config = CODEC.config({"a": INT4})
+    group = config["config_groups"]["group_0"]
+    {"config": config, "group": group, "weights": group["weights"]}[where].update(change)
+    with pytest.raises(QlabError, match=message):
+        CODEC.specs(config, ["a"])
