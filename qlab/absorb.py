@@ -167,7 +167,7 @@ class _Labels(fx.Interpreter):
     """Carries a producer's channel numbers forward beside meta values of every node."""
 
     def __init__(self, code: Code, producer: str):
-        super().__init__(fx.GraphModule(nn.Module(), code.graph))
+        super().__init__(nn.Module(), graph=code.graph)
         self.producer = producer
         self.sites = {s.weight: s for s in code.sites}
         self.code = code

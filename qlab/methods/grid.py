@@ -4,7 +4,7 @@ Legend: W_ok weight [o, k] in fp32; x_agn its tiles [a, g, n] (`Tile.split`); s_
 H_kk the mean second moment of the input; e_ag the objective of every tile.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,18 +15,22 @@ from qlab.qtensor import QTensor, round_codes
 from qlab.spec import Spec, with_scale_dtype
 
 Candidates = Callable[[Tensor, Tensor, Spec], Iterator[tuple[Tensor, Tensor | None]]]
-CHUNK = 1 << 16  # numbers searched at once: small enough to stay in cache over all candidates
+CHUNK = 1 << 18  # numbers searched at once: few enough to stay in cache over all candidates
 
 
 @dataclass(frozen=True)
 class Grid:
     """candidates(lo_ag, hi_ag, spec) yields (scales, zeros); every tile takes the one with the least
     sum_j h_j (x_j - q_j)^2, where h is diag(H) when `weighted` and 1 otherwise. lo <= 0 <= hi are the tile's range.
+
+    refit: each candidate is also tried with the scale that suits its codes best,
+    s = sum_j h_j x_j c_j / sum_j h_j c_j^2 with c = codes - zeros.
     """
 
     name: str
     candidates: Candidates
     weighted: bool = False
+    refit: bool = False
 
     @property
     def needs(self) -> frozenset[str]:
@@ -50,38 +54,46 @@ def fit(grid: Grid, W_ok: Tensor, spec: Spec, H_kk: Tensor | None = None) -> tup
 
 def _fit_rows(grid: Grid, x_agn: Tensor, spec: Spec, h_agn: Tensor | None) -> tuple[Tensor, Tensor | None]:
     lo, hi = x_agn.amin(-1).clamp_max(0), x_agn.amax(-1).clamp_min(0)
-    every = [_stored(s, z, spec) for s, z in grid.candidates(lo, hi, spec)]
-    if len(every) == 1:
-        return every[0]
-    best_e, best_s, best_z = None, *every[0]
-    for s, z in every:
-        e_ag = _objective(x_agn, s, z, spec, h_agn)
-        if best_e is None:
-            best_e = e_ag
-            continue
-        better = e_ag < best_e
-        best_e, best_s = torch.where(better, e_ag, best_e), torch.where(better, s, best_s)
-        best_z = torch.where(better, z, best_z) if z is not None and best_z is not None else None
-    return best_s, best_z
+    first, *others = [(_stored(s, spec), z) for s, z in grid.candidates(lo, hi, spec)]
+    if not others and not grid.refit:
+        return first
+    # sum h (x - s c)^2 = sum h x^2 - 2 s B + s^2 A with A = sum h c^2, B = sum h x c: the codes are needed once for both
+    # scales, and what does not depend on the candidate is left out
+    best_e, (best_s, best_z) = torch.full_like(lo, torch.inf), first
+    for s, z in (first, *others):
+        c = _centred(x_agn, s, z, spec)
+        hc = c if h_agn is None else c * h_agn
+        A, B = torch.linalg.vecdot(hc, c), torch.linalg.vecdot(hc, x_agn)
+        for scale in (s, _stored(B / A, spec)) if grid.refit else (s,):
+            e = scale.float() * (scale.float() * A - 2 * B)
+            better = (e < best_e) & (A > 0)  # a tile of zeros keeps the first candidate
+            best_e, best_s = torch.where(better, e, best_e), torch.where(better, scale, best_s)
+            best_z = z if z is None or best_z is None else torch.where(better, z, best_z)
+    # the sums above cancel; never hand out anything worse than the first candidate by the plain formula
+    worse = objective(x_agn, *first, spec, h_agn) < objective(x_agn, best_s, best_z, spec, h_agn)
+    return torch.where(worse, first[0], best_s), None if best_z is None else torch.where(worse, first[1], best_z)
 
 
-def _objective(x_agn: Tensor, s_ag: Tensor, z_ag: Tensor | None, spec: Spec, h_agn: Tensor | None) -> Tensor:
-    s = s_ag.float()[..., None]
-    d = x_agn / s
+def _centred(x_agn: Tensor, s_ag: Tensor, z_ag: Tensor | None, spec: Spec) -> Tensor:
+    """codes - zeros, as floats."""
+    c = x_agn / s_ag.float()[..., None]
     if z_ag is None:
-        d.round_().clamp_(spec.qmin, spec.qmax)
-    else:
-        z = z_ag.float()[..., None]
-        d.add_(z).round_().clamp_(spec.qmin, spec.qmax).sub_(z)
-    d.mul_(s).sub_(x_agn)
+        return c.round_().clamp_(spec.qmin, spec.qmax)
+    z = z_ag.float()[..., None]
+    return c.add_(z).round_().clamp_(spec.qmin, spec.qmax).sub_(z)
+
+
+def objective(x_agn: Tensor, s_ag: Tensor, z_ag: Tensor | None, spec: Spec, h_agn: Tensor | None = None) -> Tensor:
+    """sum_j h_j (x_j - s (codes_j - z))^2 of every tile [a, g]; h = 1 where it is None."""
+    d = _centred(x_agn, s_ag, z_ag, spec).mul_(s_ag.float()[..., None]).sub_(x_agn)
     return torch.linalg.vecdot(d, d if h_agn is None else d * h_agn)
 
 
-def _stored(s_ag: Tensor, z_ag: Tensor | None, spec: Spec) -> tuple[Tensor, Tensor | None]:
+def _stored(s_ag: Tensor, spec: Spec) -> Tensor:
     """Scales as the file will hold them: rounded to their dtype, zeros replaced by its epsilon (compressed-tensors)."""
     assert spec.scale_dtype is not None  # `fit` settles it
     s = s_ag.to(spec.scale_dtype)
-    return torch.where(s == 0, torch.finfo(s.dtype).eps, s), z_ag
+    return torch.where((s == 0) | s.isnan(), torch.finfo(s.dtype).eps, s)
 
 
 def encode(grid: Grid, W_ok: Tensor, spec: Spec, H_kk: Tensor | None = None) -> QTensor:
@@ -91,9 +103,6 @@ def encode(grid: Grid, W_ok: Tensor, spec: Spec, H_kk: Tensor | None = None) -> 
 
 
 # ------------------------------------------------------------------ candidates
-SHRINK = tuple(float(p) for p in torch.linspace(1.05, 0.5, 23))
-
-
 def _ranged(lo: Tensor, hi: Tensor, spec: Spec) -> tuple[Tensor, Tensor | None]:
     """The grid of compressed-tensors: s = absmax / ((qmax - qmin) / 2), or s = (hi - lo) / (qmax - qmin) with
     z = qmin - lo / s rounded half to even."""
@@ -111,35 +120,47 @@ def _whole(lo: Tensor, hi: Tensor, spec: Spec) -> Iterator[tuple[Tensor, Tensor 
     yield _ranged(lo, hi, spec)
 
 
-def _shrunken(lo: Tensor, hi: Tensor, spec: Spec) -> Iterator[tuple[Tensor, Tensor | None]]:
-    yield _ranged(lo, hi, spec)
-    for p in SHRINK:
-        yield _ranged(lo * p, hi * p, spec)
-        if not spec.symmetric and p < 1:  # outliers mostly sit at one end
-            yield _ranged(lo * p, hi, spec)
-            yield _ranged(lo, hi * p, spec)
+def _shrunken(ratios: Sequence[float]) -> Candidates:
+    """The whole range and the same shrunken to each ratio: both ends, and one end where there is a zero point."""
 
-
-def _signed_range(lo: Tensor, hi: Tensor, spec: Spec) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """AutoRound's symmetric convention: s = +-absmax / |qmin|, so that the larger extreme has the code qmin."""
-    if not spec.symmetric:
+    def candidates(lo: Tensor, hi: Tensor, spec: Spec) -> Iterator[tuple[Tensor, Tensor | None]]:
         yield _ranged(lo, hi, spec)
-        return
-    absmax = torch.maximum(-lo, hi)
-    yield torch.where(hi > -lo, -absmax, absmax) / -spec.qmin, None
+        for p in ratios:
+            yield _ranged(lo * p, hi * p, spec)
+            if not spec.symmetric:  # outliers mostly sit at one end
+                yield _ranged(lo * p, hi, spec)
+                yield _ranged(lo, hi * p, spec)
+
+    return candidates
 
 
-def _union(lo: Tensor, hi: Tensor, spec: Spec) -> Iterator[tuple[Tensor, Tensor | None]]:
-    yield from _shrunken(lo, hi, spec)
-    if spec.symmetric:
-        for p in (1.0, *SHRINK):
-            for s, z in _signed_range(lo, hi, spec):
-                yield s * p, z
+def _signed_range(ratios: Sequence[float]) -> Candidates:
+    """AutoRound's symmetric convention: s = +-absmax / |qmin|, so that the larger extreme has the code qmin."""
 
+    def candidates(lo: Tensor, hi: Tensor, spec: Spec) -> Iterator[tuple[Tensor, Tensor | None]]:
+        if not spec.symmetric:  # a range with a zero point uses every code already
+            yield _ranged(lo, hi, spec)
+            return
+        absmax = torch.maximum(-lo, hi)
+        for p in ratios:
+            yield torch.where(hi > -lo, -absmax, absmax) * p / -spec.qmin, None
+
+    return candidates
+
+
+def _union(*sets: Candidates) -> Candidates:
+    return lambda lo, hi, spec: (candidate for s in sets for candidate in s(lo, hi, spec))
+
+
+SHRINK = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+FINE = SHRINK[:-1]
+GENTLE = (0.95, 0.9, 0.85, 0.8)
 
 minmax = Grid("minmax", _whole)
-mse = Grid("mse", _shrunken)
-weighted_mse = Grid("weighted_mse", _shrunken, weighted=True)
-signed = Grid("signed", _signed_range)
-weighted = Grid("weighted", _union, weighted=True)
-GRIDS = {g.name: g for g in (minmax, mse, weighted_mse, signed, weighted)}
+mse = Grid("mse", _shrunken(SHRINK))
+weighted_mse = Grid("weighted_mse", _shrunken(SHRINK), weighted=True)
+signed = Grid("signed", _signed_range((1.0,)))
+weighted = Grid("weighted", _union(_shrunken(FINE), _signed_range((1.0, *FINE))), weighted=True, refit=True)
+# GPTQ moves weights before it rounds them, so a range that suits the weights as they are clips them later
+gentle = Grid("gentle", _union(_shrunken(GENTLE), _signed_range((1.0, *GENTLE))), weighted=True)
+GRIDS = {g.name: g for g in (minmax, mse, weighted_mse, signed, weighted, gentle)}
