@@ -5,6 +5,7 @@ import json
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class Checkpoint:
     codec: Codec | None
     quantized: Mapping[str, Spec]
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype most of its floating-point numbers are stored in."""
         sizes: dict[torch.dtype, int] = {}

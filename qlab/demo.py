@@ -20,7 +20,7 @@ from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import platformdirs
@@ -149,13 +149,32 @@ def _check(file: Path, expected: str) -> None:
 def _make_model(folder: Path, progress: Progress) -> None:
     with _step(progress, "download model"):
         gguf = _take(MODEL, folder.parent)
-    with _step(progress, "convert model"), _quiet_transformers():
+    with _step(progress, "convert model"):
         _convert(gguf, folder)
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write the GGUF as an ordinary Hugging Face directory in bfloat16."""
+    import torch
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    # A transformers that has GgufConfig may keep the weights packed unless told; an older one always unpacks.
+    packing = getattr(transformers, "GgufConfig", None)
+    unpack = {"quantization_config": packing(dequantize=True)} if packing else {}
+    with _quiet_transformers():
+        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, **unpack)
+        # The loaded model stays marked as quantized and refuses to be saved, so its weights move into a plain one.
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**source), dtype=torch.bfloat16)
+        model.load_state_dict(loaded.state_dict())
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Keep back transformers' warnings, which are about a quantized model, and its bars, which would cut through ours."""
+    """Keep back its warnings, which speak of a quantized model, and its bars, which would cut through ours."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -165,23 +184,6 @@ def _quiet_transformers() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """Write the GGUF as an ordinary Hugging Face directory in bfloat16."""
-    import torch
-    import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    # A transformers that has GgufConfig may keep the weights packed unless told; an older one always unpacks.
-    unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
-    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, **unpack)
-    # The loaded model stays marked as quantized and refuses to be saved, so its weights move into a plain one.
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**source), dtype=torch.bfloat16)
-    model.load_state_dict(loaded.state_dict())
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
 def _make_text(folder: Path, progress: Progress) -> None:
@@ -208,7 +210,7 @@ def _pages(dump: Path) -> Iterator[tuple[str, str]]:
             page.clear()
 
 
-APPENDIX = re.compile(r"references|external links|see also|(further|notes|works cited|sources|bibliography)\b.*|footnotes")
+APPENDIX = re.compile(r"(see also|references|notes|footnotes|sources|further reading|external links|bibliography).*")
 PICTURE = re.compile(r"\s*(file|image|category):", re.IGNORECASE)
 REFERENCE = re.compile(r"<ref\b[^>]*/>|<ref\b.*?</ref>", re.DOTALL | re.IGNORECASE)
 MARKUP = re.compile(r"\[\[|]]|\{\{|}}|!!|</?[a-z]|https?:", re.IGNORECASE)
@@ -216,7 +218,7 @@ ITEM = "•"
 
 
 def _prose(markup: str) -> str:
-    """The paragraphs of an article: no notes, appendices, tables, pictures, lists and headings, and no markup."""
+    """The paragraphs of an article, without its notes, appendices, tables, pictures, lists and headings."""
     import mwparserfromhell
 
     # Unpaired quotes inside a reference would hide its end from the parser, so references go before it comes.
@@ -224,13 +226,16 @@ def _prose(markup: str) -> str:
     for section in code.get_sections(levels=[2]):
         if APPENDIX.fullmatch(str(section.get(0).title).strip().lower()):
             code.remove(section)
-    for node in [*code.filter_tags(matches=_is("table")), *code.filter_wikilinks(matches=_is_picture)]:
-        with suppress(ValueError):  # it went with the one around it
+    tables = code.filter_tags(matches=lambda tag: tag.tag == "table")
+    pictures = code.filter_wikilinks(matches=lambda link: bool(PICTURE.match(str(link.title))))
+    for node in [*tables, *pictures]:
+        with suppress(ValueError):  # it went with a node around it
             code.remove(node)
-    for mark in code.filter_tags(matches=_is("li", "dd", "dt")):
+    for mark in code.filter_tags(matches=lambda tag: tag.tag in ("li", "dd", "dt")):
         code.replace(mark, ITEM)
     lines = map(_mend, code.strip_code().split("\n"))
-    return "\n".join(line for line in lines if _is_paragraph(line))
+    paragraphs = (line for line in lines if len(line) >= SHORTEST_PARAGRAPH and not line.startswith(ITEM))
+    return "\n".join(line for line in paragraphs if not MARKUP.search(line))  # what the parser could not make out
 
 
 def _mend(line: str) -> str:

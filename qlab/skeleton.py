@@ -122,6 +122,19 @@ class Skeleton:
                 if buffer is not None and not buffer.is_meta:
                     buffer_owner._buffers[key] = buffer.to(self.device)
 
+    def outside(self) -> dict[str, Tensor]:
+        """Every tensor of the files that belongs to no block, as stored."""
+        inside = {name for path in self.blocks for name in self.block_names(path).values()}
+        return {name: self.checkpoint.tensor(name) for name in self.checkpoint.files if name not in inside}
+
+    def linears(self) -> list[str]:
+        """Names of all linear modules, in the model's spelling."""
+        return [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear)]
+
+    def module_name(self, name: str) -> str:
+        """The model's name of a module as the files spell it."""
+        return self.file_name(f"{name}.weight").rpartition(".")[0]
+
     def drop_outside(self) -> None:
         """Let go of what load_outside filled in."""
         for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):

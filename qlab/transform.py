@@ -45,6 +45,7 @@ class Stage:
     spec: Spec | None = None
     detail: str = ""
     scope: Scope = field(default_factory=Scope)
+    reparametrizes: bool = False  # it moves inputs, so the sites of one input belong together
     uncovered: bool = False  # the last stage of `rules`: any site in its scope is an error
 
 

@@ -90,7 +90,7 @@ def awq_scale(spec: Spec, grid: Grid = weighted) -> Transform:
         return graph, stats
 
     search_stage = Stage("awq_scale", frozenset({"second_moment", "absmean"}), run,
-                         detail=f"grid {grid.name}")
+                         detail=f"grid {grid.name}", reparametrizes=True)
     return chain((search_stage,), absorb())
 
 

@@ -1,0 +1,201 @@
+"""What a recipe will do to a model, and whether it can, before anything runs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+from qlab.calibration import Tokens
+from qlab.checkpoint import Checkpoint
+from qlab.codecs import CODECS
+from qlab.errors import QlabError
+from qlab.graph import Code, Site, by_source
+from qlab.report import bits_per_weight, describe
+from qlab.skeleton import Skeleton
+from qlab.spec import Spec
+from qlab.sweep import BATCH_TOKENS, in_batches
+from qlab.transform import Stage, Transform
+
+CODEC = CODECS["compressed-tensors"]
+MiB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """stages: the recipe in words. sites: name -> spec, shape and bits per weight. passes: forward passes over the
+    calibration data. statistics: what is observed. memory: predicted bytes by what holds them."""
+
+    stages: Sequence[Mapping[str, str]]
+    sites: Mapping[str, Mapping[str, Any]]
+    unquantized: Sequence[str]
+    passes: int
+    tokens: int
+    statistics: Sequence[str]
+    memory: Mapping[str, int]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over all sites; those that stay unquantized count in full."""
+        return bits_per_weight(self.sites)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The predicted peak of the process."""
+        return sum(self.memory.values())
+
+    def check(self, memory: int | None) -> None:
+        """Refuse a plan that needs more than `memory` bytes."""
+        if memory is not None and self.peak_bytes > memory:
+            largest = max(self.memory, key=lambda k: self.memory[k])
+            raise QlabError(f"the plan needs {self.peak_bytes / MiB:.0f} MiB and the budget is {memory / MiB:.0f} MiB (most of it: "
+                            f"{largest}); give more memory, or fewer or shorter samples")
+
+    def json(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        return {"stages": list(self.stages), "sites": dict(self.sites), "unquantized": list(self.unquantized),
+                "passes": self.passes, "tokens": self.tokens, "statistics": list(self.statistics),
+                "memory": dict(self.memory), "peak_bytes": self.peak_bytes, "bits_per_weight": self.bits_per_weight}  # fmt: skip
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table("stage", "spec", "settings", "sites", title="plan", title_justify="left")
+        for stage in self.stages:
+            table.add_row(stage["stage"], stage["spec"], stage["detail"], stage["scope"])
+        yield table
+        yield (f"{len(self.sites) - sum(r['spec'] is None for r in self.sites.values())} weights quantized, "
+               f"{self.bits_per_weight:.3f} bits per weight")
+        yield f"stays unquantized: {', '.join(self.unquantized) or 'nothing'}"
+        yield f"{self.passes} passes over {self.tokens:,} tokens; statistics: {', '.join(self.statistics) or 'none'}"
+        parts = ", ".join(f"{name} {size / MiB:.0f}" for name, size in self.memory.items())
+        yield f"predicted peak memory: {self.peak_bytes / MiB:.0f} MiB ({parts})"
+
+
+@torch.no_grad()
+def plan(
+    model: Checkpoint, recipe: Transform, data: Tokens | None = None, *, skeleton: Skeleton | None = None
+) -> Plan:
+    """Stages, passes, statistics, predicted peak memory, bits per weight and what stays unquantized.
+
+    Refuses by site or pattern name what cannot work: groups that do not divide, patterns without a site, sites
+    without a rule, weights rounded twice, inputs split under a reparametrization, what the format cannot hold.
+    """
+    if model.quantized:
+        raise QlabError(f"{model.path} is quantized already; start from the unquantized model")
+    needs = sorted({need for stage in recipe for need in stage.needs})
+    if needs and data is None:
+        raise QlabError(f"the recipe observes {', '.join(needs)} and no calibration text was given")
+    skeleton = skeleton or Skeleton(model, model.dtype)
+    codes = trace_all(skeleton, data)
+    named = {f"{path}.{site.path}": (path, site) for path, code in codes.items() for site in code.sites}
+    specs = _specs(recipe, named)
+    shapes = {name: _shape(skeleton, *at) for name, at in named.items()}
+    for stage in recipe:
+        _check_scope(stage, named, codes)
+    _check_specs(specs, shapes, named)
+    rows = {n: {"spec": str(s) if s else None, "shape": list(shapes[n]), "bits_per_weight":
+                s.bits_per_weight(shapes[n], model.dtype) if s else 8.0 * model.dtype.itemsize} for n, s in specs.items()}  # fmt: skip
+    outside = [n for n in skeleton.linears() if n not in named]
+    tokens = data.ids.numel() if data is not None and needs else 0
+    return Plan(
+        describe(recipe),
+        rows,
+        [*outside, *(n for n, s in specs.items() if s is None)],
+        2 if needs else 0,
+        tokens,
+        needs,
+        predict_memory(skeleton, codes, shapes, named, data if needs else None, needs),
+    )
+
+
+def trace_all(skeleton: Skeleton, data: Tokens | None) -> dict[str, Code]:
+    """Every block's program, traced on inputs of the form that calibration will have."""
+    ids = in_batches(data.ids)[0] if data is not None else torch.zeros(2, 8, dtype=torch.long)
+    skeleton.load_outside(with_head=False)
+    hidden, calls = skeleton.record(ids)
+    return {path: skeleton.code(path, call, hidden) for path, call in calls.items()}
+
+
+def _shape(skeleton: Skeleton, path: str, site: Site) -> torch.Size:
+    assert site.weight is not None
+    shape = skeleton.blocks[path].get_parameter(site.weight).shape
+    return torch.Size([*shape[:-2], shape[-1], shape[-2]]) if site.layout.endswith("k o") else shape
+
+
+def _specs(recipe: Transform, named: Mapping[str, tuple[str, Site]]) -> dict[str, Spec | None]:
+    specs: dict[str, Spec | None] = dict.fromkeys(named)
+    for stage in recipe:
+        if stage.spec is None:
+            continue
+        for name in named:
+            if name in stage.scope:
+                if specs[name] is not None:
+                    raise QlabError(f"{name} is rounded by two stages, to {specs[name]} and to {stage.spec}; give each site one")
+                specs[name] = stage.spec
+    return specs
+
+
+def _check_scope(stage: Stage, named: Mapping[str, tuple[str, Site]], codes: Mapping[str, Code]) -> None:
+    chosen = {name for name in named if name in stage.scope}
+    if stage.uncovered:
+        if chosen:
+            raise QlabError(f"no rule covers {_some(sorted(chosen))}; add a pattern, with keep() to leave them as they are")
+        return
+    if not chosen:
+        raise QlabError(f"the stage {stage.name!r} matches no site ({stage.scope}); sites are named like {next(iter(named))}")
+    if stage.reparametrizes:
+        for path, code in codes.items():
+            for group in by_source(code.sites).values():
+                names = [f"{path}.{s.path}" for s in group]
+                inside = [n for n in names if n in chosen]
+                if inside and len(inside) < len(names):
+                    rest = ", ".join(n for n in names if n not in chosen)
+                    raise QlabError(f"{', '.join(inside)} shares its input with {rest}, and the rule for {stage.name} splits them; "
+                                    "a reparametrization needs one rule for all sites of an input")
+
+
+def _check_specs(specs: Mapping[str, Spec | None], shapes: Mapping[str, torch.Size], named: Mapping[str, Any]) -> None:
+    failed: dict[str, list[str]] = {}
+    for name, spec in specs.items():
+        if spec is None:
+            continue
+        try:
+            spec.tile.sizes(shapes[name])
+        except QlabError as error:
+            failed.setdefault(str(error), []).append(name)
+        if named[name][1].layout != "o k":
+            reason = "compressed-tensors holds nn.Linear weights, and its readers skip other modules without a word"
+            failed.setdefault(reason, []).append(name)
+        elif reason := CODEC.refusal(spec):
+            failed.setdefault(reason, []).append(name)
+    for reason, names in failed.items():
+        raise QlabError(f"{_some(names)}: {reason}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def predict_memory(skeleton: Skeleton, codes: Mapping[str, Code], shapes: Mapping[str, torch.Size],
+                   named: Mapping[str, tuple[str, Site]], data: Tokens | None, needs: Sequence[str]) -> dict[str, int]:  # fmt: skip
+    """Bytes at the widest moment of the widest block, by what holds them."""
+    size = skeleton.dtype.itemsize
+    memory = {"process": psutil.Process().memory_info().rss}
+    blocks = {path: sum(p.numel() for p in block.parameters()) for path, block in skeleton.blocks.items()}
+    memory["block and its quantized form"] = max(blocks.values()) * (2 * size + 2)
+    widest = max(torch.Size(shape).numel() for shape in shapes.values())
+    memory["solver"] = 5 * 4 * widest
+    if data is None:
+        return memory
+    ks = {(path, site.source): shapes[name][-1] for name, (path, site) in named.items()}
+    squares = {path: sum(4 * k * k for (p, _), k in ks.items() if p == path) for path in codes}
+    if "second_moment" in needs:
+        memory["statistics"] = max(squares.values()) + 4 * 4 * max(ks.values()) ** 2
+    hidden = skeleton.model.get_input_embeddings().weight.shape[-1]
+    batch = min(BATCH_TOKENS, data.ids.numel())
+    outputs = max(sum(shapes[n][-2] for n, (p, _) in named.items() if p == path) for path in codes)
+    memory["activations"] = size * batch * (outputs + 6 * hidden) + 4 * batch * max(ks.values())
+    memory["carry"] = 2 * size * data.ids.numel() * hidden
+    return memory

@@ -1,0 +1,78 @@
+"""What a run measured: per-site rows, bits per weight, peak memory, and where everything came from."""
+
+import platform
+import threading
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import psutil
+import torch
+
+from qlab.graph import ModuleGraph, Site
+from qlab.qtensor import Leaf, QTensor
+from qlab.transform import Transform
+
+PACKAGES = ("qlab", "torch", "transformers", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of every package that decides which bytes come out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def describe(recipe: Transform) -> list[dict[str, str]]:
+    """The stages of a recipe in words."""
+    return [
+        {"stage": s.name, "spec": str(s.spec or ""), "detail": s.detail, "scope": str(s.scope)} for s in recipe if not s.uncovered
+    ]
+
+
+def stored_bits(leaf: Leaf, dtype: torch.dtype) -> float:
+    """Bits per weight of a leaf on disk."""
+    return leaf.spec.bits_per_weight(leaf.shape, dtype) if isinstance(leaf, QTensor) else 8 * dtype.itemsize
+
+
+def site_rows(graph: ModuleGraph) -> dict[str, dict[str, Any]]:
+    """Per site: spec, shape [o, k], bits per weight and what the stages noted (errors, losses, damping, tokens)."""
+
+    def row(site: Site) -> dict[str, Any]:
+        assert site.weight is not None
+        leaf = graph.params[site.weight]
+        spec = str(leaf.spec) if isinstance(leaf, QTensor) else None
+        bits = stored_bits(leaf, graph.dtype)
+        return {"spec": spec, "shape": list(leaf.shape), "bits_per_weight": bits, **graph.notes.get(site.path, {})}
+
+    return {graph.where(site): row(site) for site in graph.code.sites}
+
+
+def bits_per_weight(rows: Mapping[str, Mapping[str, Any]]) -> float:
+    """Mean over the weights of all sites, unquantized ones at their stored width."""
+    sizes = {name: torch.Size(row["shape"]).numel() for name, row in rows.items()}
+    return sum(row["bits_per_weight"] * sizes[name] for name, row in rows.items()) / max(sum(sizes.values()), 1)
+
+
+class PeakMemory:
+    """The largest resident set of this process while the context lasts, sampled every 10 ms, in bytes."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.process, self.done = psutil.Process(), threading.Event()
+        self.bytes = self.process.memory_info().rss
+        self.thread = threading.Thread(target=self._sample, daemon=True)
+        self.thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self.done.wait(0.01):
+            self.bytes = max(self.bytes, self.process.memory_info().rss)
+
+    def __exit__(self, *error: object) -> None:
+        self.done.set()
+        self.thread.join()
+        self.bytes = max(self.bytes, self.process.memory_info().rss)
