@@ -71,7 +71,7 @@ class Skeleton:
         leaves: dict[str, Leaf] = {}
         for name, file_name in self.block_names(path).items():
             leaf = self.checkpoint.leaf(file_name, self.dtype)
-            leaves[name] = pytree.tree_map(lambda t: t.to(device), leaf)
+            leaves[name] = pytree.tree_map_only(Tensor, lambda t: t.to(device), leaf)
         for name, buffer in self.blocks[path].named_buffers():
             stored = self.file_name(f"{path}.{name}")
             leaves[name] = (self.checkpoint.tensor(stored) if stored in self.checkpoint.files else buffer).to(device)

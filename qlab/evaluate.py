@@ -1,0 +1,130 @@
+"""Perplexity, KL divergence and top-1 agreement against a reference, with intervals over windows.
+
+Both models are streamed block by block through `interpret`, so neither has to fit in memory.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from qlab.calibration import Tokens, generator
+from qlab.checkpoint import Checkpoint
+from qlab.errors import QlabError
+from qlab.skeleton import Skeleton
+from qlab.sweep import in_batches, push, record
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A model's final hidden states [n, l, d] on all windows, and those after every block on the first one [b, l, d]."""
+
+    skeleton: Skeleton
+    hidden: Tensor
+    trail: Tensor
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over all predicted tokens, in nats; `_ci` are 95 % bootstrap intervals over windows.
+
+    perplexity = exp(mean NLL). kl = mean KL(reference || model). top1_agreement: the share of tokens on which both
+    models predict the same. ratio_ci: the paired interval of perplexity / reference_perplexity. layer_error: relative
+    error |h - h_ref| / |h_ref| of the hidden states after every block, on the first window.
+    """
+
+    perplexity: float
+    perplexity_ci: tuple[float, float]
+    reference_perplexity: float
+    ratio_ci: tuple[float, float]
+    kl: float
+    kl_ci: tuple[float, float]
+    top1_agreement: float
+    top1_ci: tuple[float, float]
+    windows: int
+    length: int
+    predictions: int
+    layer_error: tuple[float, ...]
+
+    def json(self) -> dict[str, Any]:
+        """The evaluation as plain data."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
+
+
+@torch.no_grad()
+def read(model: Checkpoint, data: Tokens, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Reading:
+    """Run the model on all windows, one block in memory at a time; the head stays loaded for what follows."""
+    skeleton = Skeleton(model, dtype, device)
+    skeleton.load_outside(with_head=True)
+    windows = in_batches(data.ids)
+    states, calls = record(skeleton, windows)
+    trail = []
+    console = Console(stderr=True)
+    for path in track(list(skeleton.blocks), f"reading {model.path.name}", console=console, disable=not console.is_terminal):
+        graph = skeleton.graph(path, calls[0][path], states[0])
+        states = list(push(graph, ((call[path], h) for call, h in zip(calls, states))))
+        trail.append(states[0][0].cpu())
+    return Reading(skeleton, torch.cat(states), torch.stack(trail))
+
+
+@torch.no_grad()
+def evaluate(model: Checkpoint | Reading, against: Checkpoint | Reading, data: Tokens) -> Evaluation:
+    """How far `model` is from the reference `against` on windows of tokens (see Evaluation), in fp32."""
+    ours = model if isinstance(model, Reading) else read(model, data)
+    theirs = against if isinstance(against, Reading) else read(against, data)
+    if ours.hidden.shape[:2] != data.ids.shape or theirs.hidden.shape[:2] != data.ids.shape:
+        raise QlabError(f"the readings were made on windows {tuple(ours.hidden.shape[:2])} and {tuple(theirs.hidden.shape[:2])}, "
+                        f"not on these {tuple(data.ids.shape)}; read both on the same tokens")
+    per_window = [_window(ours, theirs, data.ids, i) for i in range(len(data.ids))]
+    nll, nll_ref, kl, top1 = (torch.stack([w[k] for w in per_window]) for k in ("nll", "nll_ref", "kl", "top1"))
+    error = (ours.trail - theirs.trail).flatten(1).norm(dim=1) / theirs.trail.flatten(1).norm(dim=1).clamp_min(1e-30)
+    predictions = data.ids.shape[1] - 1
+    return Evaluation(
+        perplexity=float(nll.mean().exp()),
+        perplexity_ci=_interval(nll, torch.exp),
+        reference_perplexity=float(nll_ref.mean().exp()),
+        ratio_ci=_interval(nll - nll_ref, torch.exp),
+        kl=float(kl.mean()),
+        kl_ci=_interval(kl),
+        top1_agreement=float(top1.mean()),
+        top1_ci=_interval(top1),
+        windows=len(data.ids),
+        length=data.ids.shape[1],
+        predictions=predictions * len(data.ids),
+        layer_error=tuple(float(e) for e in error),
+    )
+
+
+def _window(ours: Reading, theirs: Reading, ids: Tensor, i: int) -> Mapping[str, Tensor]:
+    tokens, targets = ids[i : i + 1], ids[i, 1:]
+    log_p = _log_probabilities(theirs, tokens, i)
+    log_q = log_p if ours is theirs else _log_probabilities(ours, tokens, i)
+    return {
+        "nll": F.nll_loss(log_q, targets).double(),
+        "nll_ref": F.nll_loss(log_p, targets).double(),
+        "kl": F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().mean(),
+        "top1": (log_q.argmax(-1) == log_p.argmax(-1)).double().mean(),
+    }
+
+
+def _log_probabilities(reading: Reading, tokens: Tensor, i: int) -> Tensor:
+    """log softmax of the logits that predict tokens 1 .. l-1: [l - 1, vocabulary]."""
+    logits = reading.skeleton.head(tokens, reading.hidden[i : i + 1])[0, :-1]
+    if not torch.isfinite(logits).all():
+        raise QlabError(f"{reading.skeleton.checkpoint.path} predicts NaN or Inf in window {i}; its weights are damaged")
+    return logits.float().log_softmax(-1).cpu()
+
+
+def _interval(values: Tensor, through: Any = lambda t: t) -> tuple[float, float]:
+    """95 % percentile bootstrap of the mean over windows, passed through a monotone function."""
+    picks = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator(0, "bootstrap"))
+    means = through(values[picks].mean(1))
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype))
+    return float(low), float(high)

@@ -1,0 +1,24 @@
+"""Names people type -> local files: 'demo' is a model and a text, everything else is a path."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlab.checkpoint import Checkpoint, open_checkpoint
+from qlab.demo import demo_model, demo_text
+
+DEMO = "demo"
+
+
+def open_model(name: str | Path) -> Checkpoint:
+    """A model directory, or the demo model (obtained on first use)."""
+    return open_checkpoint(demo_model() if str(name) == DEMO else name)
+
+
+def calibration_texts(paths: Sequence[str | Path] | None) -> list[Path]:
+    """The texts to calibrate on; without any, the demo's calibration articles."""
+    return [Path(p) for p in paths] if paths else [demo_text("calibration")]
+
+
+def evaluation_texts(paths: Sequence[str | Path] | None) -> list[Path]:
+    """The texts to evaluate on; without any, the demo's held-out articles."""
+    return [Path(p) for p in paths] if paths else [demo_text("heldout")]
