@@ -134,19 +134,27 @@ def _producers(code: Code) -> list[Producer]:
     sites = {s.weight: s for s in code.sites}
     for node in code.graph.nodes:
         if node.target in WEIGHT_OPS and (w := code.params.get(node.args[WEIGHT_OPS[node.target][1]].name)) in sites:
+            b_at = WEIGHT_OPS[node.target][2]
+            if b_at is not None and len(node.args) > b_at and not _own(code, node.args[b_at]):
+                continue
             found.append(Producer(node.name, w, sites[w].bias, 0.0, True, sites[w].layout == "k o"))
         elif node.target in NORMS:
             w_at, b_at = NORMS[node.target]
             args = (*node.args, *[None] * 4)
             weight, bias = (code.params.get(a.name) if isinstance(a, fx.Node) else None for a in
                             (args[w_at], args[b_at] if b_at else None))
-            if weight:
+            if weight and _own(code, args[w_at]) and (b_at is None or _own(code, args[b_at])):
                 found.append(Producer(node.name, weight, bias, 0.0, False))
         elif node.target is aten.mul.Tensor:
             for operand in node.args[:2]:
                 if vector := _vector(code, operand):
                     found.append(Producer(node.name, vector[0], None, vector[1], False))
     return found
+
+
+def _own(code: Code, node: fx.Node | None) -> bool:
+    """Whether this is a leaf that nothing else reads, or absent: then scaling it is felt here alone."""
+    return node is None or (node.name in code.params and len(node.users) == 1)
 
 
 def _vector(code: Code, node: Any) -> tuple[str, float] | None:
@@ -258,8 +266,8 @@ def fold_scales(graph: ModuleGraph) -> ModuleGraph:
         if source not in places or not all(o and isinstance(o[0], Multiply) for o in ops):
             continue
         scales = [o[0].m_k for o in ops if isinstance(o[0], Multiply)]
-        if not all(torch.equal(m, scales[0]) for m in scales[1:]):
-            continue
+        if not all(torch.equal(m, scales[0]) for m in scales[1:]) or not (scales[0] > 0).all():
+            continue  # relu and its like let only positive scales through
         online = {path: rest for path, rest in {**graph.online, **{s.path: graph.online[s.path][1:] for s in sites}}.items() if rest}
         graph = replace(graph.update(places[source].apply(graph, scales[0])), online=online)
     return graph

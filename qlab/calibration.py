@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlab.checkpoint import Checkpoint
 from qlab.errors import QlabError
@@ -43,10 +43,12 @@ def tokens(model: Checkpoint, texts: Sequence[str | Path], samples: int = 128, l
 
     texts: .jsonl files with a "text" in every line, or plain text; tokenized without special tokens.
     """
+    if samples < 1:
+        raise QlabError(f"{samples} samples were asked for; give at least 1")
     stream, digest = _stream(model, texts)
     windows = _full_windows(stream, length, texts)
     if len(windows) < samples:
-        raise QlabError(f"{_names(texts)} gives {len(windows)} windows of {length} tokens and {samples} were asked for; "
+        raise QlabError(f"{_and(texts)} gives {len(windows)} windows of {length} tokens and {samples} were asked for; "
                         "give more text, fewer samples or a shorter length")
     chosen = torch.randperm(len(windows), generator=generator(seed, "calibration"))[:samples]
     return Tokens(windows[chosen], _names(texts), digest, seed)
@@ -74,18 +76,32 @@ def _names(texts: Sequence[str | Path]) -> tuple[str, ...]:
     return tuple(Path(t).name for t in texts)
 
 
+def _and(texts: Sequence[str | Path]) -> str:
+    return " and ".join(_names(texts))
+
+
 def _full_windows(stream: Tensor, length: int, texts: Sequence[str | Path]) -> Tensor:
+    if length < 1:
+        raise QlabError(f"windows of {length} tokens hold nothing; give a length of at least 1")
     count = len(stream) // length
     if not count:
-        raise QlabError(f"{_names(texts)} holds {len(stream)} tokens, less than one window of {length}; give more text or "
+        raise QlabError(f"{_and(texts)} holds {len(stream)} tokens, less than one window of {length}; give more text or "
                         "a shorter length")
     return stream[: count * length].view(count, length)
+
+
+def _tokenizer(model: Checkpoint) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(model.path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the tokenizer's files make it raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise QlabError(f"{model.path} has no tokenizer that transformers can read ({reason}); add its files") from error
 
 
 def _stream(model: Checkpoint, texts: Sequence[str | Path]) -> tuple[Tensor, str]:
     if not texts:
         raise QlabError("no text was given; name at least one text or jsonl file")
-    tokenizer = AutoTokenizer.from_pretrained(model.path, local_files_only=True)
+    tokenizer = _tokenizer(model)
     digest = hashlib.sha256()
     documents = []
     for path in map(Path, texts):
@@ -109,9 +125,16 @@ def _documents(path: Path, digest: "hashlib._Hash") -> Iterator[str]:
     if path.suffix != ".jsonl":
         yield text
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold other line separators
         if line.strip():
-            try:
-                yield json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise QlabError(f'{path}, line {number}: not a JSON object with a "text"; write one per line') from error
+            yield _text_of(line, f"{path}, line {number}")
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+        raise QlabError(f'{where}: not a JSON object with a "text"; write one per line')
+    return value["text"]

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from qlab.errors import QlabError
 from qlab.qtensor import Leaf
 from qlab.spec import Spec
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Checkpoint:
         """Read from the file's header; no tensor is loaded."""
         with safe_open(self.files[name], "pt") as file:
             part = file.get_slice(name)
+            if part.get_dtype() not in _DTYPES:
+                raise QlabError(f"{self.files[name]}: {name} is stored as {part.get_dtype()}, which qlab does not read")
             return torch.Size(part.get_shape()), _DTYPES[part.get_dtype()]
 
     def tensor(self, name: str) -> Tensor:
@@ -98,10 +100,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     raw = _json(folder / "config.json")
     quantization = raw.get("quantization_config")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
-        raise QlabError(f"{folder}/config.json: model_type {raw.get('model_type')!r} is unknown to transformers "
-                        f"({str(error).strip().splitlines()[0]})") from error
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a config's own checks raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise QlabError(f"{folder}/config.json: transformers cannot read model_type {raw.get('model_type')!r} ({reason}); "
+                        "check the file, or whether this version of transformers knows the model") from error
     files = _files(folder)
     if not quantization:
         return Checkpoint(folder, config, files, None, {})
@@ -116,26 +119,38 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
+        value = json.loads(path.read_text())
+    except ValueError as error:
         raise QlabError(f"{path} is not valid JSON ({error}); repair or download it again") from error
+    if not isinstance(value, dict):
+        raise QlabError(f"{path} holds no JSON object but {type(value).__name__}; repair or download it again")
+    return value
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    shards: Iterable[Path] = sorted(folder.glob("*.safetensors"))
-    if (folder / INDEX).is_file():
-        listed = _json(folder / INDEX).get("weight_map", {})
-        shards = sorted({folder / name for name in listed.values()})
-        for shard in shards:
-            if not shard.is_file():
-                raise QlabError(f"{folder / INDEX} lists {shard.name}, which is missing; download the model again")
-    if not shards:
-        raise QlabError(f"{folder} holds no safetensors files; convert the model to safetensors first")
     files = {}
-    for shard in shards:
+    for shard in _shards(folder):
         try:
             with safe_open(shard, "pt") as file:
                 files.update(dict.fromkeys(file.keys(), shard))
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise QlabError(f"{shard} is truncated or not a safetensors file ({error}); download it again") from error
     return files
+
+
+def _shards(folder: Path) -> list[Path]:
+    """What transformers would load: the single file, else those of the index; without either, all there are."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        found = sorted(folder.glob("*.safetensors"))
+        if not found:
+            raise QlabError(f"{folder} holds no safetensors files; convert the model to safetensors first")
+        return found
+    listed = _json(folder / INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise QlabError(f"{folder / INDEX} has no weight_map; download it again")
+    shards = sorted({folder / str(name) for name in listed.values()})
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        raise QlabError(f"{folder / INDEX} lists {', '.join(missing)}, which is missing; download the model again")
+    return shards

@@ -277,7 +277,11 @@ def interpret(graph: ModuleGraph, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def _run(graph: ModuleGraph, code: fx.Graph, args: tuple, kwargs: dict[str, Any]) -> Any:
-    return _Interpreter(graph, code).run(*tensors_of(args, kwargs))
+    tensors, traced = tensors_of(args, kwargs), graph.code.examples
+    if len(tensors) != len(traced):
+        raise QlabError(f"{graph.path or 'the segment'} was traced with {len(traced)} input tensors and is called with "
+                        f"{len(tensors)}; trace it again for inputs of this form")
+    return _Interpreter(graph, code).run(*tensors)
 
 
 def inputs_of(graph: ModuleGraph, sources: Iterable[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Tensor]:
@@ -302,5 +306,10 @@ def _ending_at(code: Code, sources: tuple[str, ...]) -> fx.Graph:
     copy.graph_copy(code.graph, env)
     by_name = {old.name: new for old, new in env.items()}
     copy.output(tuple(by_name[s] for s in sources))
-    copy.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    copy.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or _writes(n))
     return copy
+
+
+def _writes(node: fx.Node) -> bool:
+    # an operation in place: who reads its target through another view does not show in the graph's edges
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

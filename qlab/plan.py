@@ -84,9 +84,13 @@ def plan(
     """
     if model.quantized:
         raise QlabError(f"{model.path} is quantized already; start from the unquantized model")
+    if all(stage.spec is None for stage in recipe):
+        raise QlabError("the recipe rounds no weight, so there is nothing to write; add a method such as rtn(spec)")
     needs = sorted({need for stage in recipe for need in stage.needs})
     if needs and data is None:
         raise QlabError(f"the recipe observes {', '.join(needs)} and no calibration text was given")
+    if data is not None:
+        _check_positions(model, data)
     skeleton = skeleton or Skeleton(model, model.dtype)
     codes = trace_all(skeleton, data)
     named = {f"{path}.{site.path}": (path, site) for path, code in codes.items() for site in code.sites}
@@ -110,11 +114,19 @@ def plan(
     )
 
 
+def _check_positions(model: Checkpoint, data: Tokens) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and data.ids.shape[1] > positions:
+        raise QlabError(f"windows of {data.ids.shape[1]} tokens are longer than the {positions} positions of {model.path}; "
+                        "choose a shorter length")
+
+
 def trace_all(skeleton: Skeleton, data: Tokens | None) -> dict[str, Code]:
     """Every block's program, traced on inputs of the form that calibration will have."""
     ids = in_batches(data.ids)[0] if data is not None else torch.zeros(2, 8, dtype=torch.long)
     skeleton.load_outside(with_head=False)
     hidden, calls = skeleton.record(ids)
+    skeleton.drop_outside()
     return {path: skeleton.code(path, call, hidden) for path, call in calls.items()}
 
 

@@ -24,7 +24,7 @@ from qlab.report import PeakMemory, bits_per_weight, describe, site_rows, versio
 from qlab.skeleton import Call, Skeleton
 from qlab.spec import Spec, parse_spec
 from qlab.stats import Stats
-from qlab.sweep import Batch, in_batches, observe, push, record, solve
+from qlab.sweep import Batch, Batches, in_batches, observe, push, record, solve
 from qlab.transform import Transform
 from qlab.writer import Carry, Writer
 
@@ -106,6 +106,8 @@ def compare(
     if inputs == "quantized" and len(recipes) > 1:
         raise QlabError(f"recipes {', '.join(recipes)} cannot share a pass over quantized inputs; use inputs='reference', or "
                         "quantize() once per recipe")
+    if model.path.resolve() in [(Path(out).expanduser() / name).resolve() for name in recipes]:
+        raise QlabError(f"{model.path} is the model itself; choose another output directory")
     started = time.perf_counter()
     with PeakMemory() as peak:
         skeleton = Skeleton(model, dtype or model.dtype, device)
@@ -146,38 +148,43 @@ def _scan(skeleton: Skeleton, jobs: list[_Job], data: Tokens | None, inputs: Inp
     skeleton.load_outside(with_head=False)
     entering, calls = record(skeleton, windows)
     skeleton.drop_outside()
+    carries = [Carry(keeper.carry_path(i), [tuple(h.shape) for h in entering], skeleton.dtype) for i in range(len(paths))]
+    if done == 0 or data is None:
+        carries[0].write(entering)
+    del entering
     for job in jobs:
         if not job.writer.shard(0).is_file():
             job.writer.write_shard(0, skeleton.outside())
-    shape = (sum(map(len, windows)), *entering[0].shape[1:])
-
-    def states(i: int) -> Carry:
-        return Carry(keeper.carry_path(i), shape, skeleton.dtype)
-
-    carry = states(done).read() if 0 < done < len(paths) and data is not None else torch.cat(entering)
-    del entering
     console = Console(stderr=True)
     for i, path in track(list(enumerate(paths))[done:], "quantizing blocks", console=console, disable=not console.is_terminal):
-        batches = partial(_batches, calls, path, carry.split(len(windows[0])), skeleton.device)
-        graph = after = skeleton.graph(path, *next(batches()))
-        watch = _watcher(graph, batches)
-        for job in jobs:
-            after, _ = solve(graph, job.recipe, watch)
-            job.writer.write_shard(i + 1, encode(skeleton, after))
-            job.writer.write_notes(i + 1, site_rows(after))
-        if data is not None and i + 1 < len(paths):
-            states(i + 1).write(push(after if inputs == "quantized" else graph, batches()))
-            carry = states(i + 1).read()
-            keeper.carry_path(i).unlink(missing_ok=True)
+        before, after = carries[i if data is not None else 0], carries[i + 1 : i + 2] if data is not None else []
+        _block(skeleton, jobs, i, partial(_batches, calls, path, before, skeleton.device), inputs, after)
+        if after:
+            before.path.unlink(missing_ok=True)
     for job in jobs:
         _finish(skeleton, job)
 
 
-def _batches(calls: Sequence[Mapping[str, Call]], path: str, states: Sequence[Tensor], device: torch.device) -> Iterator[Batch]:
-    return ((call[path], hidden.to(device)) for call, hidden in zip(calls, states))
+def _block(skeleton: Skeleton, jobs: Sequence[_Job], index: int, batches: Batches, inputs: Inputs, after: Sequence[Carry]) -> None:
+    """One block, solved and written for every job, and what leaves it written to `after`. Nothing of it outlives the call."""
+    graph = solved = skeleton.graph(list(skeleton.blocks)[index], *next(batches()))
+    watch = _watcher(graph, batches) if len(jobs) > 1 else lambda now, wanted: observe(now, wanted, batches())
+    for job in jobs:
+        solved = graph  # lets go of the job before
+        solved, _ = solve(graph, job.recipe, watch)
+        job.writer.write_shard(index + 1, encode(skeleton, solved))
+        job.writer.write_notes(index + 1, site_rows(solved))
+    passed = solved if inputs == "quantized" else graph
+    del graph, solved, watch  # one version of the block is enough from here on
+    for carry in after:
+        carry.write(push(passed, batches()))
 
 
-def _watcher(graph: ModuleGraph, batches: Callable[[], Iterator[Batch]]) -> Callable[[ModuleGraph, set], Stats]:
+def _batches(calls: Sequence[Mapping[str, Call]], path: str, states: Carry, device: torch.device) -> Iterator[Batch]:
+    return ((call[path], hidden.to(device)) for call, hidden in zip(calls, states.read()))
+
+
+def _watcher(graph: ModuleGraph, batches: Batches) -> Callable[[ModuleGraph, set], Stats]:
     """observe() that remembers what it saw of `graph` itself, so that several recipes share it."""
     seen: dict[tuple[str, str], Any] = {}
 

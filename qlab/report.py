@@ -1,14 +1,17 @@
 """What a run measured: per-site rows, bits per weight, peak memory, and where everything came from."""
 
+import json
 import platform
 import threading
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from qlab.errors import QlabError
 from qlab.graph import ModuleGraph, Site
 from qlab.qtensor import Leaf, QTensor
 from qlab.transform import Transform
@@ -76,3 +79,14 @@ class PeakMemory:
         self.done.set()
         self.thread.join()
         self.bytes = max(self.bytes, self.process.memory_info().rss)
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """The qlab.json of a directory that qlab wrote."""
+    path = directory / "qlab.json"
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise QlabError(f"{directory} has no qlab.json; inspect shows directories that `qlab quantize` wrote") from error
+    except ValueError as error:
+        raise QlabError(f"{path} is not valid JSON ({error}); quantize the model again") from error

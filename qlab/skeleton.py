@@ -48,8 +48,7 @@ class Skeleton:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu"):
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
-        with init_empty_weights(include_buffers=False):
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype).eval()
+        self.model = _on_paper(checkpoint, dtype)
         self.prefix, self.blocks = _find_blocks(self.model)
         self._codes: dict[Any, Code] = {}
         self._traced_for: dict[Any, str] = {}
@@ -66,15 +65,15 @@ class Skeleton:
         known = name in self.checkpoint.files or module in self.checkpoint.quantized
         return bare if not known and bare in self.checkpoint.files else name
 
-    def graph(self, path: str, call: Call, hidden: Tensor, device: torch.device | str = "cpu") -> ModuleGraph:
-        """The block as a value, with its leaves loaded from the files."""
+    def graph(self, path: str, call: Call, hidden: Tensor) -> ModuleGraph:
+        """The block as a value, with its leaves loaded from the files onto the skeleton's device."""
         leaves: dict[str, Leaf] = {}
         for name, file_name in self.block_names(path).items():
             leaf = self.checkpoint.leaf(file_name, self.dtype)
-            leaves[name] = pytree.tree_map_only(Tensor, lambda t: t.to(device), leaf)
+            leaves[name] = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), leaf)
         for name, buffer in self.blocks[path].named_buffers():
             stored = self.file_name(f"{path}.{name}")
-            leaves[name] = (self.checkpoint.tensor(stored) if stored in self.checkpoint.files else buffer).to(device)
+            leaves[name] = (self.checkpoint.tensor(stored) if stored in self.checkpoint.files else buffer).to(self.device)
         return ModuleGraph(self.code(path, call, hidden), leaves, path, dtype=self.checkpoint.dtype)
 
     def code(self, path: str, call: Call, hidden: Tensor) -> Code:
@@ -106,21 +105,24 @@ class Skeleton:
         head = self.model.get_output_embeddings()
         head_parameters = {id(p) for p in head.parameters()} if head is not None else set()
         inside = tuple(f"{path}." for path in self.blocks)
-        tied = self.model.get_input_embeddings()
+        embedding = self.model.get_input_embeddings()
         for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
             if name.startswith(inside) or not parameter.is_meta or (id(parameter) in head_parameters and not with_head):
                 continue
             file_name = self.file_name(name)
-            if id(parameter) in head_parameters and file_name not in self.checkpoint.files and tied is not None \
-                    and file_name.rpartition(".")[0] not in self.checkpoint.quantized:  # fmt: skip
-                value = self.checkpoint.leaf(self.file_name(_name_of(self.model, tied)), self.dtype)
-            else:
-                value = self.checkpoint.leaf(file_name, self.dtype)
+            if id(parameter) in head_parameters and self._tied(file_name):
+                file_name = self.file_name(_name_of(self.model, embedding))
+            value = self.checkpoint.leaf(file_name, self.dtype)
             _set(self.model, name, dense(value, self.dtype).to(self.device))
         for buffer_owner in self.model.modules():
             for key, buffer in list(buffer_owner._buffers.items()):
                 if buffer is not None and not buffer.is_meta:
                     buffer_owner._buffers[key] = buffer.to(self.device)
+
+    def _tied(self, head: str) -> bool:
+        """Whether the files leave the head's tensor out because it is the embedding's."""
+        stored = head in self.checkpoint.files or head.rpartition(".")[0] in self.checkpoint.quantized
+        return not stored and bool(self.checkpoint.config.get_text_config().tie_word_embeddings)
 
     def outside(self) -> dict[str, Tensor]:
         """Every tensor of the files that belongs to no block, as stored."""
@@ -232,6 +234,17 @@ class _Replaced:
 
     def __exit__(self, *error: object) -> None:
         setattr(self.owner, self.name, self.outside)
+
+
+def _on_paper(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its parameters on meta."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, trust_remote_code=False).eval()
+    except Exception as error:  # whatever the model's own constructor raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise QlabError(f"transformers cannot build a causal language model from {checkpoint.path}/config.json ({reason}); "
+                        "qlab quantizes those only") from error
 
 
 def _find_blocks(model: nn.Module) -> tuple[str, dict[str, nn.Module]]:

@@ -56,9 +56,11 @@ def gram(x_nk: Tensor) -> Tensor:
     x, k = x_nk.float(), x_nk.shape[1]
     H_kk = x.new_empty(k, k)
     for i in range(0, k, GRAM_TILE):
-        rows = slice(i, min(i + GRAM_TILE, k))
-        H_kk[rows, i:] = x[:, rows].T @ x[:, i:]
-        H_kk[i:, rows] = H_kk[rows, i:].T
+        stop = min(i + GRAM_TILE, k)
+        H_kk[i:stop, i:] = x[:, i:stop].T @ x[:, i:]
+        tile = H_kk[i:stop, i:stop]
+        tile.copy_(tile.triu() + tile.triu(1).T)
+        H_kk[stop:, i:stop] = H_kk[i:stop, stop:].T
     return H_kk
 
 

@@ -1,7 +1,6 @@
 """Quantizing is a scan over segments: load one, observe what the next stage needs, apply the stage, push the carry on."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,18 +15,6 @@ from qlab.transform import Transform, apply, select
 BATCH_TOKENS = 2048
 Batch = tuple[Call, Tensor]  # what a block is called with, and its hidden states [b, l, d]
 Batches = Callable[[], Iterator[Batch]]
-
-
-@dataclass(frozen=True)
-class Calls:
-    """What every block is called with, per batch: calls[batch][block path]."""
-
-    batches: tuple[Tensor, ...]
-    calls: tuple[dict[str, Call], ...]
-
-    @property
-    def first(self) -> dict[str, Call]:
-        return self.calls[0]
 
 
 def in_batches(ids: Tensor, batch_tokens: int = BATCH_TOKENS) -> list[Tensor]:
@@ -61,13 +48,20 @@ def observe(graph: ModuleGraph, wanted: set[tuple[str, str]], batches: Iterator[
         for source, x in inputs_of(graph, sources, *call.inputs(hidden)).items():
             x_nk = x.flatten(0, -2)
             if not torch.isfinite(x_nk).all():
-                at = ", ".join(graph.where(s) for s in graph.code.sites if s.source == source)
-                raise QlabError(f"the activations that reach {at} hold NaN or Inf; check the model in this dtype ({x.dtype})")
+                _refuse_nonfinite(graph, source, x.dtype)
             for name in sorted(n for s, n in wanted if s == source):
                 state = STATS[name].lift(Observation(x_nk, keys.to(x_nk.device)))
                 key = (source, name)
                 stats[key] = STATS[name].combine(stats[key], state) if key in stats else state
     return stats
+
+
+def _refuse_nonfinite(graph: ModuleGraph, source: str, dtype: torch.dtype) -> None:
+    """Name what is to blame: the segment's own leaves where they hold NaN or Inf, else the sites that NaN or Inf reaches."""
+    if bad := [n for n, leaf in graph.params.items() if isinstance(leaf, Tensor) and not torch.isfinite(leaf).all()]:
+        raise QlabError(f"{', '.join(f'{graph.path}.{n}' for n in bad)} holds NaN or Inf; repair the checkpoint")
+    at = ", ".join(graph.where(s) for s in graph.code.sites if s.source == source)
+    raise QlabError(f"the activations that reach {at} hold NaN or Inf; check the model in this dtype ({dtype})")
 
 
 def push(graph: ModuleGraph, batches: Iterator[Batch]) -> Iterator[Tensor]:

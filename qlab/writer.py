@@ -8,12 +8,12 @@ hidden states that enter block i + 1 are both in place.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,7 +21,9 @@ from qlab.checkpoint import INDEX
 from qlab.errors import QlabError
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-JOB = "job.json"
+WORK, JOB = ".work", "job.json"
+OVERWRITE = "overwrite"  # in the work folder: the run may replace an existing output
+REPLACED = "replaced"  # in the work folder: the output that is being replaced
 
 
 def atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -30,9 +32,7 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        if not isinstance(error, OSError) and "No space left" not in str(error):
-            raise
+    except (OSError, SafetensorError) as error:
         raise QlabError(f"{path} cannot be written ({error}); free some space or choose another place") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -48,37 +48,56 @@ class Writer:
     """The output directory of one job. `job` is what identifies it: only the same job may resume."""
 
     def __init__(self, out: Path, job: Mapping[str, Any], shards: int, overwrite: bool, resume: bool):
-        self.out, self.partial, self.shards = out, out.with_name(out.name + ".partial"), shards
-        self.work = self.partial / ".work"
+        self.out = Path(os.path.abspath(out.expanduser()))
+        self.partial, self.shards = self.out.with_name(self.out.name + ".partial"), shards
+        self.work = self.partial / WORK
         self.overwrite = overwrite
-        self.finished = self._start(dict(job), resume)
+        self.finished = self._start(json.loads(json.dumps(job)), resume)
 
     def _start(self, job: dict[str, Any], resume: bool) -> bool:
         """Make or take over the partial directory; True if the whole job was finished already."""
-        job = json.loads(json.dumps(job))
-        if resume and self.out.is_dir() and not self.partial.exists():
-            if _read_job(self.out / "qlab.json", "job") != job:
-                raise QlabError(f"{self.out} holds the result of another job; --resume continues only what it started: "
-                                "choose another directory or --overwrite")
-            shutil.rmtree(self.out / ".work", ignore_errors=True)  # killed just before its end
+        if resume and not self.partial.exists() and _read_job(self.out / "qlab.json", "job") == job:
+            shutil.rmtree(self.out / WORK, ignore_errors=True)  # killed just before its end
             return True
-        if self.out.exists() and not self.overwrite and not resume:
-            raise QlabError(f"the output directory {self.out} exists; choose another, or --overwrite it")
-        if self.partial.exists():
-            if resume and _read_job(self.work / JOB) == job:
-                return False
-            if resume:
-                raise QlabError(f"{self.partial} belongs to another job (model, recipe, data, seed or versions differ); "
-                                "remove it or choose another directory")
-            shutil.rmtree(self.partial)
+        self._undo_swap()
+        begun = _read_job(self.work / JOB)
+        if resume and begun == job:
+            self.overwrite |= (self.work / OVERWRITE).exists()
+            self._refuse_existing()
+            return False
+        if resume and begun is not None:
+            raise QlabError(f"{self.partial} belongs to another job (model, recipe, data, seed or versions differ); "
+                            "remove it or choose another directory")
+        self._refuse_existing()
         try:
+            self._clear()
             self.work.mkdir(parents=True)
         except OSError as error:
             raise QlabError(f"{self.partial} cannot be created ({error.strerror}); choose another output directory") from error
         if self.overwrite:
-            (self.work / "overwrite").touch()
-        write_json(self.work / JOB, job)
+            (self.work / OVERWRITE).touch()
+        write_json(self.work / JOB, job)  # from here on the run can be resumed
         return False
+
+    def _refuse_existing(self) -> None:
+        if self.out.exists() and not self.overwrite:
+            raise QlabError(f"the output directory {self.out} exists and holds something else; choose another, or --overwrite it")
+
+    def _undo_swap(self) -> None:
+        """Put back what an earlier run, killed between the two renames of its end, had moved out of the way."""
+        if (self.work / REPLACED).exists() and not self.out.exists():
+            os.replace(self.work / REPLACED, self.out)
+
+    def _clear(self) -> None:
+        """Remove an earlier partial directory; the work folder, which says that it is one, goes last."""
+        if not self.partial.exists():
+            return
+        found = [path for path in self.partial.iterdir() if path != self.work]
+        if found and not self.work.exists():
+            raise QlabError(f"{self.partial} was not made by qlab, which needs this name for a while; move it away")
+        for path in found:
+            path.unlink()
+        shutil.rmtree(self.partial)
 
     # -------------------------------------------------------------- shards
     def shard(self, index: int) -> Path:
@@ -117,22 +136,20 @@ class Writer:
     def finish(self, files: Mapping[str, Any], copied: Path) -> None:
         """Write index and JSON files, copy what else the model directory holds, and rename the whole into place."""
         for path in sorted(copied.iterdir()):
-            if path.is_file() and path.suffix not in WEIGHTS and path.name not in (INDEX, *files):
+            weights = path.suffix in WEIGHTS or path.name.endswith(".index.json")
+            if path.is_file() and not weights and path.name not in files:
                 atomically(self.partial / path.name, lambda p, path=path: shutil.copyfile(path, p))
         write_json(self.partial / INDEX, self._index())
         for name, value in files.items():
             write_json(self.partial / name, value)
         for leftover in self.partial.glob(".*.tmp"):  # of a killed run
             leftover.unlink()
-        old = self.out.with_name(self.out.name + ".old")
         if self.out.exists():
-            if not (self.work / "overwrite").exists():
+            if not self.overwrite:
                 raise QlabError(f"the output directory {self.out} appeared during the run; move it away and use --resume")
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(self.out, old)
+            os.replace(self.out, self.work / REPLACED)
         os.replace(self.partial, self.out)  # the work folder goes last: a run killed before can still resume
-        shutil.rmtree(self.out / ".work")
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.out / WORK)
 
     def _index(self) -> dict[str, Any]:
         weight_map, size = {}, 0
@@ -152,22 +169,30 @@ def _read_job(path: Path, key: str | None = None) -> Any:
 
 
 class Carry:
-    """Hidden states [n, l, d] of all samples in a memory-mapped file, written whole and then renamed."""
+    """Hidden states of all samples in a file: batches of the given shapes, written whole, renamed, and read one by one."""
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype):
-        self.path, self.shape, self.dtype = path, shape, dtype
+    def __init__(self, path: Path, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype):
+        self.path, self.shapes, self.dtype = path, shapes, dtype
 
     def write(self, batches: Iterable[Tensor]) -> None:
-        """Fill the file with batches along the first axis, in order."""
+        """Fill the file with batches, in order."""
 
         def fill(temporary: Path) -> None:
             with temporary.open("wb") as file:
                 for batch in batches:
-                    file.write(batch.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+                    file.write(_bytes_of(batch.detach().cpu().contiguous()))
 
         atomically(self.path, fill)
 
-    def read(self) -> Tensor:
-        """The states, mapped and not loaded."""
-        count = torch.Size(self.shape).numel()
-        return torch.from_file(str(self.path), shared=False, size=count, dtype=self.dtype).view(self.shape)
+    def read(self) -> Iterator[Tensor]:
+        """The batches; one at a time is in memory."""
+        with self.path.open("rb") as file:
+            for shape in self.shapes:
+                batch = torch.empty(shape, dtype=self.dtype)
+                if file.readinto(_bytes_of(batch)) < batch.numel() * batch.itemsize:
+                    raise QlabError(f"{self.path} is shorter than the calibration data; remove its directory and start again")
+                yield batch
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.view(torch.uint8).numpy().data

@@ -37,7 +37,7 @@ def scaled_loss(weights: Sequence[Tensor], H_kk: Tensor, m_k: Tensor, spec: Spec
     H = H_kk * m_k[:, None] * m_k[None, :]
     total = 0.0
     for W_ok in weights:
-        W = W_ok / m_k
+        W = W_ok * (1 / m_k)  # as reparametrize computes it: codes at a tie go the way they were scored
         total += quadratic(dense(encode(grid, W, spec, H), torch.float32) - W, H)
     return total
 

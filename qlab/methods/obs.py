@@ -50,7 +50,7 @@ def obs_sweep(W_ok: Tensor, U_kk: Tensor, project: Project, block: int = 32) -> 
     """The columns as `project` leaves them, left to right: w_j <- project(w_j), W_i <- W_i - (w_j - p_j) U_ji / U_jj
     for every later column i. Errors are applied at once within a block and in one product beyond it.
     """
-    W_ko = W_ok.T.contiguous()  # a column is a contiguous row here
+    W_ko = W_ok.T.clone(memory_format=torch.contiguous_format)  # a column is a contiguous row here
     out_ko = torch.empty_like(W_ko)
     k = len(W_ko)
     for start in range(0, k, block):

@@ -1,0 +1,1 @@
+"""Benches, each a subcommand of `python -m qlab.bench`: what a claim of this project is measured with."""

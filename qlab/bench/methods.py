@@ -1,0 +1,160 @@
+"""Methods side by side: one model, spec, calibration sample and held-out text, the unquantized model beside them."""
+
+import gc
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from rich import box
+from rich.table import Table
+
+import qlab
+from qlab.bench.plots import draw
+from qlab.calibration import Tokens
+from qlab.checkpoint import Checkpoint
+from qlab.cli import recipe_of
+from qlab.demo import home
+from qlab.errors import QlabError
+from qlab.evaluate import Evaluation, read
+from qlab.hub import calibration_texts, evaluation_texts
+from qlab.quantize import Inputs, Result
+from qlab.report import PeakMemory, versions
+from qlab.spec import parse_spec
+from qlab.transform import Transform
+from qlab.writer import write_json
+
+Paths = Sequence[str | Path] | None
+
+
+def compare_methods(
+    name: str, methods: Sequence[str], spec: str = "int4-g64", *, asymmetric: bool = False, calib: Paths = None,
+    text: Paths = None, samples: int = 32, length: int = 512, seed: int = 0, windows: int = 16, inputs: str = "quantized",
+    out: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Quantize `name` by every method into out/<method> and evaluate each against the unquantized model.
+
+    Returns, and writes to out/bench.json, one row per method with what it costs (bits, bytes, seconds, peak memory of
+    quantizing) and what it loses (perplexity, KL divergence, agreement, error after every block), beside the
+    `reference` and everything the figures depend on. Draws out/methods.png and out/layers.png. With inputs="reference"
+    all methods share one pass, so their seconds and peak memory are those of the pass.
+    """
+    recipes = _recipes(methods, spec, asymmetric)
+    if inputs not in get_args(Inputs):
+        raise QlabError(f"--inputs {inputs!r} is unknown; it is 'quantized' or 'reference'")
+    model, spec = qlab.open(name), str(parse_spec(spec, symmetric=not asymmetric))
+    out = (out or home() / "bench" / f"{_slug(name)}-{spec}").expanduser()
+    _refuse_foreign(out, recipes)
+    data = qlab.tokens(model, calibration_texts(calib), samples, length, seed)
+    held_out = qlab.first_windows(model, evaluation_texts(text), length, windows)
+    if len(held_out.ids) < windows:
+        raise QlabError(f"{' and '.join(held_out.texts)} gives {len(held_out.ids)} windows of {length} tokens and {windows} "
+                        "were asked for; give more text, fewer windows or a shorter length")
+    results = _quantize(model, recipes, data, out, inputs)  # before the reference is read, which would add to their memory
+    reference, rows = _evaluate(model, results, held_out, spec)
+    record = {
+        "model": name, "reference": reference, "rows": rows, "seed": seed, "inputs": inputs,
+        "data": {"calibration": data.describe(), "evaluation": held_out.describe()}, "versions": versions(),
+        "device": {"type": "cpu", "threads": torch.get_num_threads()}, "out": str(out),
+    }  # fmt: skip
+    write_json(out / "bench.json", record)
+    draw(record, out)
+    return record
+
+
+def _recipes(methods: Sequence[str], spec: str, asymmetric: bool) -> dict[str, Transform]:
+    for method in methods:
+        if methods.count(method) > 1:
+            raise QlabError(f"method {method!r} is given {methods.count(method)} times; give each one once")
+    return {method: recipe_of(method, spec, asymmetric) for method in methods}
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.-]", "_", Path(name).expanduser().resolve().name)
+
+
+def _refuse_foreign(out: Path, methods: Mapping[str, Any]) -> None:
+    """An earlier result in out/<method> is replaced; anything else there is not ours to touch."""
+    if out.exists() and not out.is_dir():
+        raise QlabError(f"{out} is a file; choose another --out")
+    for path in (out / method for method in methods):
+        if path.exists() and not (path / "qlab.json").is_file():
+            raise QlabError(f"{path} exists and is no result of qlab; move it away or choose another --out")
+
+
+def _quantize(model: Checkpoint, recipes: Mapping[str, Transform], data: Tokens, out: Path, inputs: str) -> dict[str, Result]:
+    results = {}
+    if inputs == "reference":
+        results = qlab.compare(model, recipes, data, out, overwrite=True)
+    for method in recipes:
+        if method not in results:
+            gc.collect()
+            results[method] = qlab.quantize(model, recipes[method], data, out / method, overwrite=True)
+        cost = results[method]
+        _say(f"{method}: quantized in {cost.seconds:.1f} s, peak {cost.peak_rss_bytes / 2**20:.0f} MiB")
+    return results
+
+
+def _evaluate(model: Checkpoint, results: Mapping[str, Result], held_out: Tokens, spec: str) -> tuple[dict, list[dict]]:
+    started = time.perf_counter()
+    with PeakMemory() as peak:
+        reference = read(model, held_out)
+        found = qlab.evaluate(reference, reference, held_out)
+    _say(f"reference: perplexity {found.perplexity:.3f}")
+    size = sum(file.stat().st_size for file in set(model.files.values()))
+    unquantized = _row("reference", None, found, started, bits_per_weight=8.0 * model.dtype.itemsize, bytes=size, seconds=0.0,
+                       peak_rss_bytes=peak.bytes, inputs=None, losses={})  # fmt: skip
+    rows = []
+    for method, result in results.items():
+        started = time.perf_counter()
+        found = qlab.evaluate(qlab.open(result.path), reference, held_out)
+        losses = {site: row["loss"] for site, row in result.sites.items() if "loss" in row}
+        rows.append(_row(method, spec, found, started, bits_per_weight=result.bits_per_weight, bytes=result.bytes,
+                         seconds=result.seconds, peak_rss_bytes=result.peak_rss_bytes, inputs=result.inputs, losses=losses))
+        _say(f"{method}: perplexity {found.perplexity:.3f} ({_change(rows[-1]['ratio'])} %)")
+    return unquantized, rows
+
+
+def _row(method: str, spec: str | None, found: Evaluation, started: float, **cost: Any) -> dict[str, Any]:
+    """The figures of one model. seconds, peak_rss_bytes: of quantizing it; for the reference 0, and of reading it."""
+    return {"method": method, "spec": spec, **found.json(), "ratio": found.perplexity / found.reference_perplexity, **cost,
+            "evaluation_seconds": time.perf_counter() - started}  # fmt: skip
+
+
+def table(record: Mapping[str, Any]) -> Table:
+    """The record for the eye, the reference first."""
+    reference = record["reference"]
+    right = ("perplexity", "change in %", "KL", "top-1 in %", "bits", "MB", "seconds", "peak MiB")
+    drawn = Table("method", "spec", box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left", title=(
+        f"{record['model']}: {record['inputs']} inputs, {reference['windows']} held-out windows of {reference['length']} "
+        f"tokens ({reference['predictions']:,} predictions)"))  # fmt: skip
+    for name in right:
+        drawn.add_column(name, justify="right")
+    for row in (reference, *record["rows"]):
+        quantized = row is not reference
+        drawn.add_row(
+            row["method"], row["spec"] or "-", f"{row['perplexity']:.2f} {_range(row['perplexity_ci'])}",
+            f"{_change(row['ratio'])} {_change(row['ratio_ci'][0])}..{_change(row['ratio_ci'][1])}" if quantized else "-",
+            f"{row['kl']:.4f}" if quantized else "-", f"{100 * row['top1_agreement']:.1f}" if quantized else "-",
+            f"{row['bits_per_weight']:.2f}", f"{row['bytes'] / 1e6:.1f}", f"{row['seconds']:.1f}" if quantized else "-",
+            f"{row['peak_rss_bytes'] / 2**20:.0f}" if quantized else "-",
+        )  # fmt: skip
+    shared = record["inputs"] == "reference" and len(record["rows"]) > 1
+    drawn.caption = "95 % intervals over windows; those of the change are paired" + (
+        "; seconds and peak memory are those of the one pass that served every method" if shared else "")  # fmt: skip
+    return drawn
+
+
+def _range(interval: Sequence[float]) -> str:
+    return f"{interval[0]:.2f}..{interval[1]:.2f}"
+
+
+def _change(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.1f}"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,78 @@
+"""The figures of a comparison: what each method costs in quality, and where in the model the error arises."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qlab.writer import atomically
+
+
+def draw(record: Mapping[str, Any], out: Path) -> None:
+    """Write methods.png and layers.png into `out`."""
+    _save(_methods(record), out / "methods.png")
+    _save(_layers(record), out / "layers.png")
+
+
+def _save(figure: Any, path: Path) -> None:
+    atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+
+def _figure(title: str) -> tuple[Any, Any, Any]:
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    figure.suptitle(title, fontsize="medium")
+    return figure, left, right
+
+
+def _title(record: Mapping[str, Any]) -> str:
+    reference, rows = record["reference"], record["rows"]
+    return (f"{Path(record['model']).name}, {rows[0]['spec']}, {record['inputs']} inputs, "
+            f"{reference['predictions']:,} predictions, reference perplexity {reference['perplexity']:.2f}")  # fmt: skip
+
+
+def _methods(record: Mapping[str, Any]) -> Any:
+    """Change of perplexity and KL divergence of every method, with their intervals."""
+    figure, left, right = _figure(_title(record))
+    rows = record["rows"]
+    change = [100 * (row["ratio"] - 1) for row in rows]
+    change_ci = [[100 * (end - 1) for end in row["ratio_ci"]] for row in rows]
+    _bars(left, rows, change, change_ci, "perplexity, change in % (95 %, paired)", "{:+.1f} %")
+    _bars(right, rows, [row["kl"] for row in rows], [row["kl_ci"] for row in rows], "KL divergence in nats (95 %)", "{:.4f}")
+    return figure
+
+
+def _bars(axes: Any, rows: Any, values: list[float], intervals: list, title: str, form: str) -> None:
+    below = [max(value - low, 0.0) for value, (low, _) in zip(values, intervals)]
+    above = [max(high - value, 0.0) for value, (_, high) in zip(values, intervals)]
+    drawn = axes.bar([row["method"] for row in rows], values, yerr=[below, above], capsize=4, color="tab:blue", alpha=0.7)
+    axes.bar_label(drawn, [form.format(value) for value in values], label_type="center")
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_title(title, fontsize="medium")
+
+
+def _running(site: str) -> list[str | int]:
+    """Sorts layers.2 before layers.10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", site)]
+
+
+def _layers(record: Mapping[str, Any]) -> Any:
+    """Error of the hidden states after every block, and the calibration loss of every site where a method has one."""
+    figure, left, right = _figure(_title(record))
+    for row in record["rows"]:
+        left.plot(range(len(row["layer_error"])), row["layer_error"], marker=".", label=row["method"])
+        if losses := row["losses"]:
+            blocks = len(row["layer_error"])
+            places = [blocks * i / len(losses) for i in range(len(losses))]
+            right.plot(places, [losses[site] for site in sorted(losses, key=_running)], ".", markersize=3, label=row["method"])
+    for axes, title in (left, "relative error of hidden states"), (right, "relative calibration loss per site"):
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel("block")
+        if axes.lines:
+            axes.set_yscale("log")
+            axes.legend()
+        else:
+            axes.text(0.5, 0.5, "no method here observes its inputs", ha="center", transform=axes.transAxes)
+    return figure

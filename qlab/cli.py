@@ -1,0 +1,161 @@
+"""The commands: plan, quantize, eval, inspect. Bad input is one sentence on stderr and exit code 2."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qlab.errors import QlabError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Quantize language models: plan, quantize, evaluate and inspect.")  # fmt: skip
+
+Model = Annotated[str, typer.Argument(help="a model directory, or 'demo'")]
+MethodName = Annotated[str, typer.Option("--method", help="rtn, awq, gptq or another name of qlab.METHODS")]
+SpecName = Annotated[str, typer.Option("--spec", help="int<bits>-g<group>, int<bits>-channel or int<bits>-tensor")]
+Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="with a zero point per scale")]
+Calib = Annotated[list[Path] | None, typer.Option("--calib", help="text or jsonl files (default: the demo text)")]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="calibration windows")]
+Length = Annotated[int, typer.Option("--length", min=2, help="tokens per window")]
+Seed = Annotated[int, typer.Option("--seed", help="chooses the calibration windows")]
+Device = Annotated[str, typer.Option("--device", help="where one block at a time is worked on")]
+Memory = Annotated[float | None, typer.Option("--memory", help="budget in GiB; a plan above it is refused")]
+InputsName = Annotated[str, typer.Option("--inputs", help="calibrate on 'quantized' or 'reference' inputs")]
+Json = Annotated[Path | None, typer.Option("--json", help="also write the result to this file")]
+
+
+def report(value: Any, path: Path | None) -> None:
+    """Write a result as JSON where the user asked for it."""
+    if path is not None:
+        from qlab.writer import write_json
+
+        write_json(path, value)
+
+
+def recipe_of(method: str, spec: str, asymmetric: bool) -> Any:
+    """The transform that a method's name and a spec's name stand for."""
+    from qlab.methods import METHODS
+    from qlab.spec import parse_spec
+
+    if method not in METHODS:
+        raise QlabError(f"method {method!r} is unknown; known are {', '.join(METHODS)}")
+    return METHODS[method](parse_spec(spec, symmetric=not asymmetric))
+
+
+def _data(model: Any, recipe: Any, calib: list[Path] | None, samples: int, length: int, seed: int) -> Any:
+    from qlab.calibration import tokens
+    from qlab.hub import calibration_texts
+
+    if not any(stage.needs for stage in recipe):
+        return None
+    return tokens(model, calibration_texts(calib), samples, length, seed)
+
+
+@app.command()
+def plan(
+    model: Model, method: MethodName = "gptq", spec: SpecName = "int4-g64", asymmetric: Asymmetric = False,
+    calib: Calib = None, samples: Samples = 128, length: Length = 2048, seed: Seed = 0, json_file: Json = None,
+) -> None:  # fmt: skip
+    """What a method would do to a model: stages, passes, peak memory, bits per weight. Runs and writes nothing."""
+    import qlab
+
+    opened, recipe = qlab.open(model), recipe_of(method, spec, asymmetric)
+    made = qlab.plan(opened, recipe, _data(opened, recipe, calib, samples, length, seed))
+    Console().print(made)
+    report(made.json(), json_file)
+
+
+@app.command()
+def quantize(
+    model: Model, out: Annotated[Path, typer.Option("--out", help="the directory to write")],
+    method: MethodName = "gptq", spec: SpecName = "int4-g64", asymmetric: Asymmetric = False,
+    calib: Calib = None, samples: Samples = 128, length: Length = 2048, seed: Seed = 0, inputs: InputsName = "quantized",
+    device: Device = "cpu", memory: Memory = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output directory")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue a killed run of the same job")] = False,
+    json_file: Json = None,
+) -> None:  # fmt: skip
+    """Quantize a model directory into a compressed-tensors directory."""
+    import qlab
+
+    if inputs not in ("quantized", "reference"):
+        raise QlabError(f"--inputs {inputs!r} is unknown; it is 'quantized' or 'reference'")
+    if overwrite and resume:
+        raise QlabError("--overwrite starts anew and --resume continues; give one of them")
+    opened, recipe = qlab.open(model), recipe_of(method, spec, asymmetric)
+    data = _data(opened, recipe, calib, samples, length, seed)
+    budget = None if memory is None else int(memory * 2**30)
+    result = qlab.quantize(opened, recipe, data, out, inputs=inputs, device=device, memory=budget, overwrite=overwrite,
+                           resume=resume)  # fmt: skip
+    Console().print(result.plan)
+    Console().print(f"{result.path}: {result.bits_per_weight:.3f} bits per weight, {result.bytes / 1e6:.1f} MB, "
+                    f"{result.seconds:.1f} s, peak {result.peak_rss_bytes / 2**20:.0f} MiB, {inputs} inputs")  # fmt: skip
+    report(result.json(), json_file)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model, against: Annotated[str, typer.Option("--against", help="the reference model")],
+    text: Annotated[list[Path] | None, typer.Option("--text", help="text or jsonl files (default: held-out demo)")] = None,
+    length: Length = 512, windows: Annotated[int | None, typer.Option(min=2, help="default: all full windows")] = None,
+    json_file: Json = None,
+) -> None:  # fmt: skip
+    """Perplexity, KL divergence and top-1 agreement against a reference, over full windows of --length tokens."""
+    import qlab
+    from qlab.hub import evaluation_texts
+
+    reference = qlab.open(against)
+    data = qlab.first_windows(reference, evaluation_texts(text), length, windows)
+    result = qlab.evaluate(qlab.open(model), reference, data)
+    table = Table("", "value", "95 % interval", title=f"{model} against {against}: {result.windows} windows of {length}")
+    table.add_row("perplexity", f"{result.perplexity:.4f}", _range(result.perplexity_ci))
+    table.add_row("reference perplexity", f"{result.reference_perplexity:.4f}", "")
+    table.add_row("perplexity / reference", f"{result.perplexity / result.reference_perplexity:.4f}", _range(result.ratio_ci))
+    table.add_row("KL divergence (nats)", f"{result.kl:.5f}", _range(result.kl_ci))
+    table.add_row("top-1 agreement", f"{result.top1_agreement:.4f}", _range(result.top1_ci))
+    Console().print(table)
+    report({"model": model, "against": against, "data": data.describe(), **result.json()}, json_file)
+
+
+def _range(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:.4f} to {interval[1]:.4f}"
+
+
+@app.command()
+def inspect(directory: Annotated[Path, typer.Argument(help="a directory that qlab wrote")], json_file: Json = None) -> None:
+    """The sites of a quantized model: spec, shape, weight error, calibration loss, tokens."""
+    from qlab.checkpoint import open_checkpoint
+    from qlab.report import read_report
+
+    model, record = open_checkpoint(directory), read_report(directory)
+    table = Table("site", "spec", "shape", "weight error", "loss", "tokens", "notes", title=str(directory))
+    shown = ("spec", "shape", "bits_per_weight", "weight_error", "loss", "tokens")
+    for name, row in record["sites"].items():
+        rest = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k not in shown)
+        table.add_row(name, row["spec"] or "-", "x".join(map(str, row["shape"])), _figure(row.get("weight_error")),
+                      _figure(row.get("loss")), f"{row['tokens']:,}" if "tokens" in row else "-", rest)  # fmt: skip
+    Console().print(table)
+    Console().print(f"{len(model.quantized)} of {len(record['sites'])} weights quantized, {record['bits_per_weight']:.3f} bits per "
+                    f"weight, {record['job']['inputs']} inputs")  # fmt: skip
+    report(record, json_file)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3e}"
+
+
+def run(typed: typer.Typer) -> None:
+    """Run a command line; what qlab refuses becomes one line on stderr and exit code 2."""
+    try:
+        typed()
+    except QlabError as error:
+        print(f"qlab: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main() -> None:
+    """The `qlab` command."""
+    run(app)

@@ -1,0 +1,118 @@
+"""Blocks written for one test: names, order and spelling that no model has."""
+
+import torch
+from torch import nn
+
+
+class Norm(nn.Module):
+    """RMS norm with the weight stored less 2.5."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(k) * 0.3 - 1)
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (2.5 + self.gain)
+
+
+class OddBlock(nn.Module):
+    """Attention whose values come first ("zeta"), grouped queries by expand, and up * gate instead of gate * up."""
+
+    def __init__(self, d=24, heads=6, shared=3):
+        super().__init__()
+        self.alpha, self.beta = Norm(d), Norm(d)
+        self.heads, self.values, self.width = heads, heads // shared, d // heads
+        self.zeta = nn.Linear(d, self.values * self.width)
+        self.kiwi = nn.Linear(d, self.values * self.width, bias=False)
+        self.whisper = nn.Linear(d, d)
+        self.omega = nn.Linear(d, d, bias=False)
+        self.right, self.left, self.close = nn.Linear(d, 2 * d, bias=False), nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
+
+    def spread(self, x, b, n):
+        """Each of the few heads for several query heads: [b, n, (h w)] -> [b, heads, n, w]."""
+        x = x.reshape(b, n, self.values, 1, self.width)
+        x = x.expand(b, n, self.values, self.heads // self.values, self.width)
+        return x.reshape(b, n, self.heads, self.width).permute(0, 2, 1, 3)
+
+    def forward(self, x):
+        b, n, d = x.shape
+        y = self.alpha(x)
+        v, k = self.spread(self.zeta(y), b, n), self.spread(self.kiwi(y), b, n)
+        q = self.whisper(y).view(b, n, self.heads, self.width).transpose(1, 2)
+        mixed = torch.softmax(q @ k.mT / self.width**0.5, -1) @ v
+        x = self.omega(mixed.transpose(1, 2).reshape(b, n, d)) + x
+        y = self.beta(x)
+        return self.close(self.left(y) * torch.sigmoid(self.right(y))) + x
+
+
+class Straight(nn.Module):
+    """norm -> one -> relu -> two, with one leak of choice."""
+
+    def __init__(self, leak, k=12):
+        super().__init__()
+        self.leak = leak
+        self.norm, self.one, self.two = nn.LayerNorm(k), nn.Linear(k, k), nn.Linear(k, k)
+        self.three = nn.Linear(k, k) if leak == "both" else None
+        nn.init.normal_(self.norm.weight, 1, 0.2)
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, x):
+        y = self.norm(x)
+        h = self.one(y)
+        h = nn.functional.gelu(h) if self.leak == "gelu" else torch.relu(h)
+        out = self.two(h)
+        if self.three is not None:
+            out = out + self.three(h.flip(-1))
+        if self.leak == "return":
+            return out, y
+        if self.leak == "tanh":
+            return out + torch.tanh(y)
+        return out + (y if self.leak == "residual" else x)
+
+
+class SharedNorm(nn.Module):
+    """One norm module in two places."""
+
+    def __init__(self, k=12):
+        super().__init__()
+        self.norm, self.one, self.two = nn.LayerNorm(k), nn.Linear(k, k), nn.Linear(k, k)
+
+    def forward(self, x):
+        x = x + torch.tanh(self.one(self.norm(x)))
+        return x + self.two(self.norm(x))
+
+
+class SharedBias(nn.Module):
+    """Two linears that add one bias."""
+
+    def __init__(self, k=12):
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(k, k), nn.Linear(k, k), nn.Linear(k, k)
+        self.three.bias = self.one.bias
+
+    def forward(self, x):
+        return self.two(torch.relu(self.one(x))) + torch.tanh(self.three(torch.tanh(x)))
+
+
+class BilinearGate(nn.Module):
+    """Both halves of one projection multiplied: scaling it would scale the product twice."""
+
+    def __init__(self, k=12):
+        super().__init__()
+        self.norm, self.one, self.two = nn.LayerNorm(k), nn.Linear(k, 2 * k), nn.Linear(k, k)
+
+    def forward(self, x):
+        a, b = self.one(self.norm(x)).chunk(2, -1)
+        return self.two(a * b)
+
+
+class SharedKeysAndValues(nn.Module):
+    """Attention whose keys are its values: a scale of the values would change the scores."""
+
+    def __init__(self, k=12):
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(k, k), nn.Linear(k, k), nn.Linear(k, k)
+
+    def forward(self, x):
+        q, kv = self.one(x).unsqueeze(1), self.two(x).unsqueeze(1)
+        return self.three(nn.functional.scaled_dot_product_attention(q, kv, kv).squeeze(1))

@@ -1,0 +1,156 @@
+"""Blocks of the tiny models as values, what they are called with, and how values are compared and watched."""
+
+import copy
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+import torch
+from families import tiny
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from qlab.graph import ModuleGraph, inputs_of, trace
+from qlab.qtensor import QTensor, dense
+from qlab.skeleton import _find_blocks
+from qlab.stats import STATS, Moment, Observation
+from qlab.sweep import solve
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """One block, its value, and the (args, kwargs) that it is called with, per batch."""
+
+    block: nn.Module
+    graph: ModuleGraph
+    batches: tuple
+
+    def observe(self, graph, wanted, order=None):
+        """The statistics of `wanted` over the batches, in this order of them."""
+        stats = {}
+        for i in order or range(len(self.batches)):
+            for source, x in inputs_of(graph, sorted({s for s, _ in wanted}), *self.batches[i]).items():
+                x_nk = x.flatten(0, -2)
+                seen = Observation(x_nk, 1000 * i + torch.arange(len(x_nk)))
+                for key in wanted:
+                    if key[0] == source:
+                        state = STATS[key[1]].lift(seen)
+                        stats[key] = STATS[key[1]].combine(stats[key], state) if key in stats else state
+        return stats
+
+    @cached_property
+    def stats(self):
+        """Every statistic of every source of the block as it is."""
+        return self.all_stats(self.graph)
+
+    def all_stats(self, graph):
+        return self.observe(graph, {(s.source, name) for s in graph.sites for name in STATS})
+
+    def solve(self, transform, graph=None):
+        return solve(graph or self.graph, transform, self.observe)
+
+
+def tokens(batch, length, seed=0):
+    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def calls(model, ids, mask=None):
+    """Block path -> (args, kwargs) of its call inside the model."""
+    seen, (_, blocks) = {}, _find_blocks(model)
+    hooks = [
+        block.register_forward_pre_hook(lambda m, a, k, path=path: seen.update({path: (a, dict(k))}), with_kwargs=True)
+        for path, block in blocks.items()
+    ]
+    try:
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+@lru_cache
+def model_of(family):
+    return tiny(family)
+
+
+@lru_cache
+def segment(family, index=0):
+    """Block `index` of a family's tiny model with three batches of 24 tokens."""
+    with torch.no_grad():
+        model = model_of(family)
+        path, block = list(_find_blocks(model)[1].items())[index]
+        batches = tuple(calls(model, tokens(2, 12, seed))[path] for seed in range(3))
+        return Segment(block, trace(block, *batches[0], path), batches)
+
+
+def of(block, *args, path="block"):
+    """A segment of a block written in a test."""
+    block = block.eval()
+    return Segment(block, trace(block, args, {}, path), ((args, {}),))
+
+
+def hidden(out):
+    """The hidden states among a block's outputs."""
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
+
+
+def tensors(tree):
+    """Every tensor inside graphs, leaves, statistics and online operations, in a fixed order."""
+    if isinstance(tree, ModuleGraph):
+        tree = (dict(sorted(tree.params.items())), [[vars(op) for op in ops] for _, ops in sorted(tree.online.items())])
+    if isinstance(tree, dict):
+        tree = [tree[key] for key in sorted(tree)]
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def assert_same(a, b):
+    """Bit for bit the same tensors, dtypes and all."""
+    ours, theirs = tensors(a), tensors(b)
+    assert len(ours) == len(theirs)
+    for x, y in zip(ours, theirs):
+        assert x.dtype == y.dtype and torch.equal(x, y)
+
+
+@contextmanager
+def untouched(*trees):
+    """No tensor in these values is written to: `_version` and bits stay."""
+    before = [(t, t._version, t.clone()) for tree in trees for t in tensors(tree)]
+    yield
+    for tensor, version, bits in before:
+        assert tensor._version == version and torch.equal(tensor, bits)
+
+
+def densified(seg, graph):
+    """A copy of the segment's own module with the graph's leaves loaded as dense weights."""
+    block = copy.deepcopy(seg.block)
+    layouts = {s.weight: s.layout for s in graph.code.sites}
+    for name, leaf in graph.params.items():
+        if name in dict(block.named_parameters()):
+            W = dense(leaf, torch.float32)
+            block.get_parameter(name).data = W.mT if isinstance(leaf, QTensor) and layouts[name] == "k o" else W
+    return block
+
+
+def reversed_sites(graph):
+    return replace(graph, code=replace(graph.code, sites=graph.code.sites[::-1]))
+
+
+def moment(x_nk):
+    """The second moment of these rows."""
+    return Moment(x_nk.T @ x_nk, len(x_nk))
+
+
+def correlated(n, k, seed):
+    """Rows [n, k] whose channels are strongly correlated and of different size, as activations are."""
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.eye(k) + 0.7 * torch.randn(k, k, generator=g) / k**0.5 + torch.randn(k, 1, generator=g)
+    return torch.randn(n, k, generator=g) @ mix * torch.rand(k, generator=g).add(0.2)
+
+
+def normal(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

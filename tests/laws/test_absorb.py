@@ -1,0 +1,199 @@
+"""Where scales fold is found without names, and folding preserves the function or is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from blocks import BilinearGate, OddBlock, SharedBias, SharedKeysAndValues, SharedNorm, Straight
+from families import FAMILIES
+from hypothesis import given
+from hypothesis import strategies as st
+from segments import assert_same, hidden, normal, of, relative, segment
+
+from qlab.absorb import fold_scales, folds
+from qlab.errors import QlabError
+from qlab.graph import by_source, interpret
+from qlab.methods.rtn import rtn
+from qlab.spec import parse_spec
+from qlab.transform import Multiply, Rotate, at, reparametrize
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+LLAMA = {
+    "self_attn.q_proj": "input_layernorm", "self_attn.k_proj": "input_layernorm", "self_attn.v_proj": "input_layernorm",
+    "self_attn.o_proj": "self_attn.v_proj", "mlp.gate_proj": "post_attention_layernorm",
+    "mlp.up_proj": "post_attention_layernorm", "mlp.down_proj": "mlp.up_proj",
+}  # fmt: skip
+GEMMA = LLAMA | {"mlp.gate_proj": "pre_feedforward_layernorm", "mlp.up_proj": "pre_feedforward_layernorm"}
+FOLDS = {
+    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3"], LLAMA),
+    **dict.fromkeys(["gemma2", "gemma3_text"], GEMMA),
+    "olmo2": {"self_attn.o_proj": "self_attn.v_proj", "mlp.down_proj": "mlp.up_proj"},  # inputs are post-norm sums
+    "phi3": {"self_attn.qkv_proj": "input_layernorm", "self_attn.o_proj": "self_attn.qkv_proj",
+             "mlp.gate_up_proj": "post_attention_layernorm", "mlp.down_proj": "mlp.gate_up_proj"},
+    "opt": {"self_attn.q_proj": "self_attn_layer_norm", "self_attn.k_proj": "self_attn_layer_norm",
+            "self_attn.v_proj": "self_attn_layer_norm", "self_attn.out_proj": "self_attn.v_proj",
+            "fc1": "final_layer_norm", "fc2": "fc1"},  # through relu
+    "gpt_neox": {"attention.query_key_value": "input_layernorm", "attention.dense": "attention.query_key_value",
+                 "mlp.dense_h_to_4h": "post_attention_layernorm"},  # not behind gelu
+    "gpt2": {"attn.c_attn": "ln_1", "attn.c_proj": "attn.c_attn", "mlp.c_fc": "ln_2"},
+    "deepseek_v3": {"self_attn.q_a_proj": "input_layernorm", "self_attn.kv_a_proj_with_mqa": "input_layernorm",
+                    "self_attn.q_b_proj": "self_attn.q_a_layernorm", "self_attn.kv_b_proj": "self_attn.kv_a_layernorm",
+                    "self_attn.o_proj": "self_attn.kv_b_proj", "mlp.gate_proj": "post_attention_layernorm",
+                    "mlp.up_proj": "post_attention_layernorm", "mlp.down_proj": "mlp.up_proj"},
+}  # fmt: skip
+
+
+def table(graph):
+    places = folds(graph.code)
+    return {s.path: places[s.source].producer.weight.rpartition(".")[0] for s in graph.sites if s.source in places}
+
+
+def scaled(graph, seed, tied=True):
+    """The graph with a random positive scale on every source, tied where one producer channel feeds several."""
+    places = folds(graph.code)
+    for i, (source, sites) in enumerate(by_source(graph.sites).items()):
+        m_k = normal(graph.weight_ok(sites[0]).shape[1], seed=seed + i).mul(0.7).exp()
+        m_k = places[source].tie(m_k) if tied and source in places else m_k
+        graph, _ = reparametrize(graph, {}, source, m_k, 1 / m_k)
+    return graph
+
+
+def out(graph, seg, i=0):
+    return hidden(interpret(graph, *seg.batches[i]))
+
+
+@every_family
+def test_the_sources_that_fold(family):
+    assert table(segment(family).graph) == FOLDS[family]
+
+
+@every_family
+def test_folding_preserves_the_function_and_leaves_what_has_no_place(family):
+    seg = segment(family)
+    for seed in range(3):
+        online = scaled(seg.graph, 10 * seed)
+        folded = fold_scales(online)
+        assert set(folded.online) == {s.path for s in seg.graph.sites} - set(FOLDS[family])
+        for i in range(2):
+            assert relative(out(online, seg, i), out(seg.graph, seg, i)) < 1e-5
+            assert relative(out(folded, seg, i), out(seg.graph, seg, i)) < 1e-5
+        moved = [s.path for s in seg.graph.sites if not torch.equal(folded.params[s.weight], seg.graph.params[s.weight])]
+        assert moved  # it did something
+
+
+@every_family
+@pytest.mark.parametrize("rotates", [False, True])
+def test_reparametrizing_online_preserves_the_function(family, rotates):
+    seg = segment(family)
+    graph = seg.graph
+    for i, (source, sites) in enumerate(by_source(graph.sites).items()):
+        k = graph.weight_ok(sites[0]).shape[1]
+        M = torch.linalg.qr(normal(k, k, seed=i))[0] if rotates else normal(k, seed=i).sign() * normal(k, seed=i).exp()
+        before = {s.path: graph.params[s.weight] for s in sites}
+        graph, _ = reparametrize(graph, {}, source, M, M.T if rotates else 1 / M)
+        assert all(not torch.equal(before[s.path], graph.params[s.weight]) for s in sites)
+    assert {type(op) for ops in graph.online.values() for op in ops} == {Rotate if rotates else Multiply}
+    assert relative(out(graph, seg), out(seg.graph, seg)) < 1e-5
+    without = replace(graph, online={})
+    assert relative(out(without, seg), out(seg.graph, seg)) > 1e-2
+
+
+def test_grouped_queries_tie_the_channels_that_one_value_channel_feeds():
+    seg = segment("llama")  # 4 query heads on 2 key-value heads of 16 channels
+    source = next(s.source for s in seg.graph.sites if s.path == "self_attn.o_proj")
+    fold = folds(seg.graph.code)[source]
+    heads = torch.arange(32).view(2, 1, 16).expand(2, 2, 16).flatten()
+    assert torch.equal(fold.index_k, heads)
+    m_k = normal(64, seed=0).exp()
+    tied = fold.tie(m_k)
+    assert torch.allclose(tied.view(2, 2, 16), m_k.view(2, 2, 16).mean(1, keepdim=True).expand(2, 2, 16))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_block_never_seen_before_folds_all_but_what_leaks(seed):
+    torch.manual_seed(seed)
+    x = torch.randn(2, 6, 24)
+    seg = of(OddBlock(), x)
+    assert table(seg.graph) == {"zeta": "alpha", "whisper": "alpha", "kiwi": "alpha", "omega": "zeta", "left": "beta",
+                                "right": "beta", "close": "left"}  # fmt: skip
+    graph = scaled(seg.graph, seed)
+    folded = fold_scales(graph)
+    assert not folded.online
+    assert relative(out(folded, seg), seg.block(x)) < 1e-5
+    assert folds(seg.graph.code)[seg.graph.sites[0].source].producer.offset == 2.5
+
+
+LEAKS = {
+    "norm output on the residual stream too": (Straight("residual"), {"two": "one"}),
+    "norm output into an unknown operation too": (Straight("tanh"), {"two": "one"}),
+    "norm output returned too": (Straight("return"), {"two": "one"}),
+    "hidden layer read by two": (Straight("both"), {"one": "norm"}),
+    "nothing leaks": (Straight(""), {"one": "norm", "two": "one"}),
+    "through gelu": (Straight("gelu"), {"one": "norm"}),
+    "one norm for two places": (SharedNorm(), {}),
+    "one bias for two linears": (SharedBias(), {}),
+    "keys that are the values": (SharedKeysAndValues(), {}),
+    "a product of two halves of one projection": (BilinearGate(), {"one": "norm"}),
+}
+
+
+@pytest.mark.parametrize("block, expected", LEAKS.values(), ids=LEAKS)
+def test_a_scale_that_would_leak_does_not_fold(block, expected):
+    torch.manual_seed(0)
+    seg = of(block, torch.randn(2, 5, 12))
+    assert table(seg.graph) == expected
+    graph = scaled(seg.graph, 3)
+    assert relative(out(fold_scales(graph), seg), out(seg.graph, seg)) < 1e-5
+    assert set(fold_scales(graph).online) == {s.path for s in seg.graph.sites} - set(expected)
+
+
+def test_negative_scales_and_rotations_stay_online():
+    seg = of(Straight(""), torch.randn(2, 5, 12))
+    sign = torch.tensor([1.0, -1.0] * 6)
+    for M, inverse in ((sign, sign), (torch.eye(12).flip(0), torch.eye(12).flip(0))):
+        graph, _ = reparametrize(seg.graph, {}, seg.graph.sites[1].source, M, inverse)
+        folded = fold_scales(graph)
+        assert set(folded.online) == {"two"}
+        assert relative(out(folded, seg), out(seg.graph, seg)) < 1e-5
+
+
+def test_only_the_leading_scale_folds_and_the_rest_stays_in_order():
+    seg = of(Straight(""), torch.randn(2, 5, 12))
+    source, m_k, R = seg.graph.sites[1].source, normal(12, seed=0).exp(), torch.linalg.qr(normal(12, 12, seed=1))[0]
+    graph, _ = reparametrize(seg.graph, {}, source, m_k, 1 / m_k)
+    graph, _ = reparametrize(graph, {}, source, R, R.T)
+    graph, _ = reparametrize(graph, {}, source, m_k, 1 / m_k)
+    folded = fold_scales(graph)
+    assert [type(op) for op in folded.online["two"]] == [Rotate, Multiply]
+    assert relative(out(folded, seg), out(seg.graph, seg)) < 1e-5
+
+
+def test_folding_into_a_rounded_leaf_is_an_error():
+    seg = segment("llama")
+    graph, _ = seg.solve(at("*.v_proj", rtn(parse_spec("int4-g16"))))
+    source = next(s.source for s in graph.sites if s.path == "self_attn.o_proj")
+    m_k = folds(graph.code)[source].tie(normal(64, seed=0).exp())
+    graph, _ = reparametrize(graph, {}, source, m_k, 1 / m_k)
+    with pytest.raises(QlabError, match=r"model\.layers\.0\.self_attn\.v_proj\.weight is rounded already"):
+        fold_scales(graph)
+
+
+@given(st.integers(0, 99))
+def test_the_scale_reported_as_stored_is_the_one_that_is_applied(seed):
+    for family in ("llama", "gemma2", "opt"):  # w, 1 + w, and a bias
+        graph = replace(segment(family).graph, dtype=torch.bfloat16)
+        for fold in folds(graph.code).values():
+            if not fold.producer.rows:
+                m_k = normal(64, seed=seed).mul(0.3).exp()
+                w, offset = graph.params[fold.producer.weight], fold.producer.offset
+                after = fold.apply(graph, m_k)[fold.producer.weight]
+                assert torch.equal(after, after.bfloat16().float())
+                expected = (after + offset)[fold.index_k]
+                assert torch.allclose(fold.stored(graph, m_k) * (w + offset)[fold.index_k], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_places_are_found_once_per_program():
+    graph = segment("llama").graph
+    assert folds(graph.code) is folds(graph.code)
+    assert_same(fold_scales(graph), graph)  # nothing online, nothing to fold

@@ -1,0 +1,199 @@
+"""A traced block is the block: same bits, same sites, same inputs; what cannot be read is refused by name."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from families import FAMILIES
+from hypothesis import given
+from hypothesis import strategies as st
+from segments import assert_same, calls, densified, hidden, model_of, of, relative, segment, tokens, untouched
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from qlab.errors import QlabError
+from qlab.graph import by_source, inputs_of, interpret, tensors_of, trace
+from qlab.methods.rtn import rtn
+from qlab.qtensor import QTensor
+from qlab.skeleton import _find_blocks
+from qlab.spec import parse_spec
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+LENGTHS = (5, 12, 29)
+
+
+def form(args, kwargs):
+    """What a trace depends on: how many tensors there are and which of their dimensions are 1."""
+    return tuple(tuple(n == 1 for n in t.shape) for t in tensors_of(args, kwargs)), tuple(
+        (k, v is None) for k, v in kwargs.items()
+    )
+
+
+def left_padded(batch, length):
+    mask = torch.ones(batch, length, dtype=torch.long)
+    mask[0, :3] = 0
+    return mask
+
+
+@every_family
+def test_interpreting_a_trace_is_running_the_block_bit_for_bit(family):
+    model, traced = model_of(family), {}
+    runs = [calls(model, tokens(2, n, seed=n), mask) for n in LENGTHS for mask in (None, left_padded(2, n))]
+    runs.append(calls(model, tokens(3, 17)))
+    blocks = list(_find_blocks(model)[1].items())[:2]  # every layer type
+    for path, block in blocks:
+        for args, kwargs in (run[path] for run in runs):
+            key = path, form(args, kwargs)
+            if key not in traced:
+                traced[key] = trace(block, args, kwargs, path)
+            assert_same(interpret(traced[key], args, kwargs), block(*args, **kwargs))
+    assert len(traced) <= 3 * len(blocks)  # one program serves all lengths of a form
+
+
+@every_family
+def test_quantized_leaves_compute_what_their_dense_weights_do(family):
+    seg = segment(family)
+    graph, _ = seg.solve(rtn(parse_spec("int3-g16-asym")))
+    assert all(isinstance(graph.params[s.weight], QTensor) for s in graph.sites)
+    oracle = densified(seg, graph)
+    for args, kwargs in seg.batches:
+        out = hidden(interpret(graph, args, kwargs))
+        assert relative(out, hidden(oracle(*args, **kwargs))) < 1e-6
+        assert relative(out, hidden(seg.block(*args, **kwargs))) > 1e-3  # and not what it was
+
+
+@every_family
+def test_every_code_of_every_site_is_read(family):
+    seg = segment(family)
+    graph, _ = seg.solve(rtn(parse_spec("int4-channel")))
+    before = hidden(interpret(graph, *seg.batches[0]))
+    for site in graph.sites:
+        q = graph.params[site.weight]
+        planted = graph.update({site.weight: replace(q, codes=q.codes.roll(1, 0))})
+        assert relative(hidden(interpret(planted, *seg.batches[0])), before) > 1e-4, site.path
+
+
+@every_family
+def test_sites_are_the_linear_modules_and_their_inputs_what_the_modules_get(family):
+    seg, seen = segment(family), {}
+    linears = {name: m for name, m in seg.block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    hooks = [
+        m.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0]})) for name, m in linears.items()
+    ]
+    args, kwargs = seg.batches[1]
+    seg.block(*args, **kwargs)
+    for hook in hooks:
+        hook.remove()
+    assert {s.path for s in seg.graph.sites} == set(linears)
+    found = inputs_of(seg.graph, by_source(seg.graph.sites), args, kwargs)
+    for site in seg.graph.sites:
+        module = linears[site.path]
+        assert torch.equal(found[site.source].flatten(0, -2), seen[site.path].flatten(0, -2)), site.path
+        assert torch.equal(seg.graph.weight_ok(site), module.weight.mT if isinstance(module, Conv1D) else module.weight)
+        assert (site.bias is None) == (module.bias is None)
+    shared = {frozenset(s.path for s in group) for group in by_source(seg.graph.sites).values()}
+    same = {frozenset(b for b in seen if seen[b] is seen[a]) for a in seen}
+    assert shared == same  # sites share a source exactly when they share an input
+
+
+@every_family
+def test_interpreting_writes_to_nothing(family):
+    seg = segment(family)
+    args, kwargs = seg.batches[0]
+    with untouched(seg.graph, args, list(tensors_of((), kwargs))):
+        interpret(seg.graph, args, kwargs)
+        inputs_of(seg.graph, by_source(seg.graph.sites), args, kwargs)
+
+
+def test_fused_rows_are_read_off_the_graph():
+    rows = {s.path: [(p.start, p.stop) for p in s.rows] for s in segment("phi3").graph.sites if s.rows}
+    assert rows == {"self_attn.qkv_proj": [(0, 64), (64, 96), (96, 128)], "mlp.gate_up_proj": [(0, 128), (128, 256)]}
+
+
+class Writes(nn.Module):
+    """Changes a linear's output through views of it."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.one, self.two = nn.Linear(k, k), nn.Linear(k, k)
+
+    def forward(self, x):
+        y = self.one(x)
+        y[..., :2] = 0
+        y[..., 2:].mul_(3)
+        return self.two(y)
+
+
+@given(st.integers(3, 9), st.integers(2, 5))
+def test_operations_in_place_reach_the_recorded_inputs(k, n):
+    torch.manual_seed(k)
+    block, x = Writes(k), torch.randn(n, k)
+    seg = of(block, x)
+    assert_same(interpret(seg.graph, (x,), {}), block(x))
+    y = block.one(x)
+    y[..., :2] = 0
+    y[..., 2:] *= 3
+    source = seg.graph.sites[1].source
+    assert torch.equal(inputs_of(seg.graph, [source], (x,), {})[source], y)
+
+
+class Convolves(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Conv1d(4, 4, 1)
+
+    def forward(self, x):
+        return self.mix(x.mT).mT
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.deep = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.deep(torch.relu(self.deep(x)))
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.lin(x) if x.sum() > 0 else x
+
+
+class Derived(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.lin.weight * 2)
+
+
+@pytest.mark.parametrize("block, words", [
+    (Convolves(), ["h.7.mix.weight", "conv1d", "(4, 4, 1)"]),
+    (Derived(), ["h.7.lin.weight", "mul", "(4, 4)"]),
+    (Twice(), ["h.7.deep.weight", "two operations"]),
+    (Branches(), ["h.7", "Branches", "cannot be traced"]),
+])  # fmt: skip
+def test_what_cannot_be_read_is_refused_by_name(block, words):
+    with pytest.raises(QlabError) as refusal:
+        trace(block, (torch.randn(2, 3, 4),), {}, "h.7")
+    assert all(word in str(refusal.value) for word in words)
+
+
+def test_inputs_of_another_form_are_refused():
+    seg = segment("llama")
+    args, kwargs = calls(model_of("llama"), tokens(2, 12), left_padded(2, 12))["model.layers.0"]
+    with pytest.raises(QlabError, match=r"model\.layers\.0 was traced with 4 input tensors and is called with 5"):
+        interpret(seg.graph, args, kwargs)
+
+
+def test_a_rounded_weight_is_not_rounded_again():
+    seg = segment("opt")
+    graph, _ = seg.solve(rtn(parse_spec("int4-g16")))
+    with pytest.raises(QlabError, match=r"model\.decoder\.layers\.0\.self_attn\.\w+ is quantized already"):
+        seg.solve(rtn(parse_spec("int4-g16")), graph)

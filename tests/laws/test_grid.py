@@ -1,0 +1,130 @@
+"""Which scales: every grid that holds RTN's among its candidates is never worse on what it minimizes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from segments import correlated, normal
+from weights import problems, weight
+
+import qlab.methods.grid as grids
+from qlab.errors import QlabError
+from qlab.methods.grid import GRIDS, encode, fit, minmax, objective
+from qlab.qtensor import QTensor, dense
+from qlab.spec import Int, Tile
+
+WITH_RTN = [g for g in GRIDS.values() if g.name not in ("minmax", "signed")]
+ids = lambda g: g.name
+
+
+def error(W, q, h_k):
+    """sum h (w - w')^2 of every tile, in fp64 and by the plain formula."""
+    return q.spec.tile.split(h_k.double() * (dense(q, torch.float64) - W.double()).square()).sum(-1)
+
+
+def weights_of(grid, H):
+    return H.diagonal() if grid.weighted else torch.ones(len(H))
+
+
+@pytest.mark.parametrize("grid", WITH_RTN, ids=ids)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@given(data=st.data(), seed=st.integers(0, 99))
+def test_no_tile_is_worse_than_under_minmax(grid, dtype, data, seed):
+    W, spec = data.draw(problems(scale_dtype=dtype))
+    x = correlated(32, W.shape[1], seed)
+    H = x.T @ x / 32
+    found, rtn = encode(grid, W, spec, H), encode(minmax, W, spec)
+    h = weights_of(grid, H)
+    assert (error(W, found, h) <= error(W, rtn, h) * (1 + 1e-5) + 1e-9).all()
+
+
+@pytest.mark.parametrize("grid", WITH_RTN, ids=ids)
+def test_searching_pays(grid):
+    x = correlated(256, 64, 3)
+    H, W = x.T @ x / 256, weight(64, 64, 0)
+    for spec in (Int(3, Tile(1, 64)), Int(3, Tile(1, 64), False)):
+        h = weights_of(grid, H)
+        gain = error(W, encode(grid, W, spec, H), h).sum() / error(W, encode(minmax, W, spec), h).sum()
+        assert gain < 0.9
+
+
+@given(problems(), st.integers(0, 99))
+def test_the_objective_is_the_squared_error_of_what_is_stored(problem, seed):
+    W, spec = problem
+    h = normal(W.shape[1], seed=seed).abs()
+    q = encode(minmax, W, spec)
+    split = spec.tile.split
+    found = objective(split(W), q.scales, q.zeros, spec, split(h.expand_as(W)))
+    assert torch.allclose(found.double(), error(W, q, h), rtol=1e-4, atol=1e-5)
+
+
+@given(problems(kinds=("normal", "outlier", "offset")), st.integers(0, 99))
+def test_refitting_takes_the_least_squares_scale_where_it_pays(problem, seed):
+    W, spec = problem
+    H = torch.diag(normal(W.shape[1], seed=seed).square() + 0.01)
+    rtn, q = encode(minmax, W, spec), encode(replace(minmax, weighted=True, refit=True), W, spec, H)
+    h, x = spec.tile.split(H.diagonal().double().expand_as(W)), spec.tile.split(W.double())
+    c = spec.tile.split(rtn.codes.double()) - (0 if spec.symmetric else rtn.zeros.double()[..., None])
+    best = (h * x * c).sum(-1) / (h * c * c).sum(-1)
+    refit = (q.scales - best).abs() <= 1e-5 * best.abs()
+    gain = (h * c * c).sum(-1) * (rtn.scales - best).square()
+    kept = (q.scales == rtn.scales) & (gain <= 1e-5 * (h * x * x).sum(-1))  # nothing that fp32 could see
+    assert (refit | kept).all()
+
+
+@given(problems(), st.integers(0, 99))
+def test_refitting_is_never_worse_than_not(problem, seed):
+    W, spec = problem
+    H = torch.diag(normal(W.shape[1], seed=seed).square() + 0.01)
+    refit, plain = GRIDS["weighted"], replace(GRIDS["weighted"], refit=False)
+    ours, theirs = (error(W, encode(g, W, spec, H), H.diagonal()) for g in (refit, plain))
+    assert (ours <= theirs * (1 + 1e-5) + 1e-9).all()
+
+
+@given(st.integers(2, 8), st.integers(0, 99))
+def test_the_signed_range_gives_the_larger_extreme_the_lowest_code_and_no_error(bits, seed):
+    W = weight(4, 16, seed)
+    q = encode(GRIDS["signed"], W, Int(bits, Tile(1, 8)))
+    x, codes = q.spec.tile.split(W), q.spec.tile.split(q.codes)
+    at = x.abs().argmax(-1, keepdim=True)
+    assert (codes.gather(-1, at) == q.spec.qmin).all()
+    assert torch.allclose(q.spec.tile.split(dense(q)).gather(-1, at), x.gather(-1, at), rtol=1e-6)
+    assert ((q.scales < 0) == (x.gather(-1, at)[..., 0] > 0)).all()
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=ids)
+@given(problem=problems())
+def test_grids_do_not_depend_on_how_rows_are_chunked(grid, problem):
+    W, spec = problem
+    H, chunk = torch.eye(W.shape[1]), grids.CHUNK
+    try:
+        whole = fit(grid, W, spec, H)
+        grids.CHUNK = 1
+        rows = fit(grid, W, spec, H)
+    finally:
+        grids.CHUNK = chunk
+    assert torch.equal(whole[0], rows[0]) and (whole[1] is rows[1] is None or torch.equal(whole[1], rows[1]))
+
+
+@given(problems(symmetric=False))
+def test_zero_is_on_every_grid_with_a_zero_point(problem):
+    W, spec = problem
+    q = encode(minmax, W, spec)
+    assert (q.zeros >= spec.qmin).all() and (q.zeros <= spec.qmax).all()
+    with_zero = W.clone()
+    with_zero[:, 0] = 0
+    q = encode(minmax, with_zero, spec)
+    assert not dense(q)[:, 0].any()
+
+
+def test_weighing_needs_the_second_moment():
+    with pytest.raises(QlabError, match="'weighted_mse' weighs errors by the second moment, which was not observed"):
+        fit(GRIDS["weighted_mse"], torch.ones(2, 4), Int(4, Tile(1, None)))
+
+
+def test_scales_come_in_their_stored_dtype():
+    for grid in GRIDS.values():
+        q = encode(grid, weight(4, 16, 0), Int(4, Tile(1, 8), False, torch.bfloat16), torch.eye(16))
+        assert isinstance(q, QTensor) and q.scales.dtype == torch.bfloat16 and q.zeros.dtype == torch.int8

@@ -1,0 +1,130 @@
+"""Statistics are monoids, and they move with the inputs they describe."""
+
+from functools import reduce
+from itertools import permutations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from segments import normal, untouched
+from torch.utils import _pytree as pytree
+
+from qlab.stats import STATS, Moment, Observation, gram, quadratic, sample, transport
+
+EVERY = {**STATS, "sample of 7": sample(7)}
+SOURCES = st.tuples(st.integers(2, 24), st.integers(2, 12), st.integers(0, 999))
+laws = pytest.mark.parametrize("stat", EVERY.values(), ids=EVERY)
+
+
+def close(a, b, tolerance=1e-5):
+    ours, theirs = pytree.tree_leaves(a), pytree.tree_leaves(b)
+    assert len(ours) == len(theirs)
+    for x, y in zip(ours, theirs):
+        x, y = torch.as_tensor(x).double(), torch.as_tensor(y).double()
+        assert x.shape == y.shape and (x - y).abs().max() <= tolerance * y.abs().max().clamp_min(1)
+
+
+def observation(n, k, seed):
+    order = torch.randperm(10 * n, generator=torch.Generator().manual_seed(seed))[:n]
+    return Observation(normal(n, k, seed=seed) + 0.3, order)
+
+
+def cut(o, *at):
+    return [Observation(x, keys) for x, keys in zip(o.x_nk.tensor_split(at), o.keys.tensor_split(at))]
+
+
+@laws
+@given(source=SOURCES, at=st.tuples(st.integers(1, 23), st.integers(1, 23)))
+def test_statistics_of_a_whole_are_those_of_its_parts(stat, source, at):
+    o = observation(*source)
+    parts = [stat.lift(part) for part in cut(o, *sorted(min(i, source[0] - 1) for i in at)) if len(part.keys)]
+    close(reduce(stat.combine, parts), stat.lift(o))
+
+
+@laws
+@given(source=SOURCES)
+def test_combining_is_associative_and_commutative(stat, source):
+    a, b, c = (stat.lift(part) for part in cut(observation(source[0] + 3, *source[1:]), 1, 3))
+    close(stat.combine(stat.combine(a, b), c), stat.combine(a, stat.combine(b, c)))
+    for order in permutations([a, b, c]):
+        close(reduce(stat.combine, order), reduce(stat.combine, [a, b, c]))
+
+
+@laws
+@given(source=SOURCES)
+def test_transport_by_a_diagonal_is_observing_again(stat, source):
+    o, m = observation(*source), normal(source[1], seed=source[2] + 1)  # of both signs
+    close(stat.transport(stat.lift(o), m), stat.lift(Observation(o.x_nk * m, o.keys)))
+
+
+@laws
+@given(source=SOURCES)
+def test_transport_by_a_matrix_is_observing_again_or_dropped(stat, source):
+    o, M = observation(*source), normal(source[1], source[1], seed=source[2] + 1)
+    moved = stat.transport(stat.lift(o), M)
+    linear = stat is EVERY["second_moment"] or stat is EVERY["sample"] or stat is EVERY["sample of 7"]
+    assert (moved is not None) == linear
+    if linear:
+        close(moved, stat.lift(Observation(o.x_nk @ M, o.keys)))
+
+
+@laws
+@given(source=SOURCES)
+def test_statistics_write_to_none_of_their_inputs(stat, source):
+    o = observation(*source)
+    a, b = map(stat.lift, cut(o, 1))
+    with untouched(list(a) if isinstance(a, tuple) else a, list(b) if isinstance(b, tuple) else b, o.x_nk, o.keys):
+        stat.combine(a, b)
+        stat.transport(a, normal(source[1], seed=1))
+        stat.transport(a, normal(source[1], source[1], seed=1))
+        stat.lift(o)
+
+
+def test_transport_moves_one_source_and_drops_what_cannot_move():
+    o = observation(9, 4, 0)
+    stats = {(source, name): STATS[name].lift(o) for source in ("a", "b") for name in STATS}
+    moved = transport(stats, "a", normal(4, 4, seed=1))
+    assert {name for source, name in moved if source == "a"} == {"second_moment", "sample"}
+    assert all(moved["b", name] is stats["b", name] for name in STATS)
+    assert all(moved["a", name] is not stats["a", name] for name in ("second_moment", "sample"))
+
+
+@pytest.mark.parametrize("k", [1, 5, 384, 385, 800])
+def test_gram_is_the_full_product_and_exactly_symmetric(k):
+    x = normal(40, k, seed=k)
+    H = gram(x)
+    close(H, x.double().T @ x.double())
+    assert torch.equal(H, H.T)
+
+
+@given(SOURCES)
+def test_the_mean_second_moment_counts_every_token_once(source):
+    o = observation(*source)
+    stat = STATS["second_moment"]
+    whole = reduce(stat.combine, map(stat.lift, cut(o, 1)))
+    close(whole.mean_kk, o.x_nk.double().T @ o.x_nk.double() / len(o.keys))
+
+
+def test_statistics_accumulate_in_fp32_whatever_the_dtype():
+    o = Observation(torch.full((3000, 2), 3.0, dtype=torch.bfloat16), torch.arange(3000))
+    assert STATS["second_moment"].lift(o).sum_kk.tolist() == [[27000.0] * 2] * 2
+    assert STATS["absmean"].lift(o)[0].tolist() == [9000.0] * 2
+
+
+def test_a_sample_is_not_the_first_rows_and_keeps_each_row_with_its_key():
+    o = Observation(torch.arange(4000.0).repeat(3, 1).T.contiguous(), torch.arange(4000))
+    kept = sample(100).lift(o)
+    rows = kept.x_nk[:, 0]
+    assert len(rows.unique()) == 100 and 1500 < rows.mean() < 2500
+    assert torch.equal(kept.order, kept.order.sort().values)
+
+
+@given(SOURCES)
+def test_quadratic_is_the_output_error(source):
+    o, D = observation(*source), normal(3, source[1], seed=5)
+    assert quadratic(D, gram(o.x_nk)) == pytest.approx(float((o.x_nk @ D.T).square().sum()), rel=1e-4)
+
+
+def test_the_mean_of_nothing_is_zero():
+    assert Moment(torch.zeros(2, 2), 0).mean_kk.abs().sum() == 0

@@ -1,0 +1,181 @@
+"""Does every law have teeth? `python tests/mutants.py [words]` plants bugs in copies of the tree and runs the laws on them.
+
+A mutant is one textual replacement in one file. It must be killed by some law; one that survives is a law that is
+missing, and the exit code is 1. With words, only the mutants whose names hold one of them are run. Not part of pytest.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+LAWS = "tests/laws"
+AT_ONCE = 2
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` becomes `new` in qlab/`file`; `laws` are the test files that ought to notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    laws: str
+
+
+M = Mutant
+MUTANTS = [
+    # grids and rounding
+    M("round down instead of to nearest", "qtensor.py", "x.round_().clamp_", "x.floor_().clamp_", "rtn"),
+    M("codes are not clamped", "qtensor.py", "x.round_().clamp_(spec.qmin, spec.qmax)", "x.round_()", "rtn"),
+    M("zero point ignored in dense", "qtensor.py", "x - leaf.zeros.to(dtype)[..., None]", "x", "rtn"),
+    M("range need not hold zero", "methods/grid.py", "amin(-1).clamp_max(0)", "amin(-1)", "rtn grid"),
+    M("zero point of the unrounded scale", "methods/grid.py", "stored = s.to(spec.scale_dtype).float()",
+      "stored = s", "rtn"),
+    M("codes of the unrounded scale", "methods/grid.py", "return QTensor(round_codes(W_ok, scales, zeros, spec)",
+      "exact, _ = fit(grid, W_ok, __import__('dataclasses').replace(spec, scale_dtype=torch.float32), H_kk)\n"
+      "    return QTensor(round_codes(W_ok, exact, zeros, spec)", "rtn"),
+    M("symmetric range over qmax", "methods/grid.py", "(span / 2), None", "spec.qmax, None", "rtn"),
+    M("refit upside down", "methods/grid.py", "_stored(B / A, spec)", "_stored(A / B, spec)", "grid"),
+    M("signed range has no sign", "methods/grid.py", "torch.where(hi > -lo, -absmax, absmax)", "absmax", "grid"),
+    M("grid weights ignored", "methods/grid.py", "h_agn = spec.tile.split(", "_ = spec.tile.split(", "grid"),
+    # GPTQ
+    M("scales tiled instead of repeated", "methods/gptq.py", "repeat_interleave(cols, 1)[:, order]",
+      "repeat(1, cols)[:, order]",
+      "gptq"),
+    M("group off by one column", "methods/gptq.py", "repeat_interleave(cols, 1)[:, order]",
+      "repeat_interleave(cols, 1).roll(1, 1)[:, order]", "gptq"),
+    M("order not restored", "methods/gptq.py", "codes_ko[order.argsort()]", "codes_ko", "gptq"),
+    M("order applied twice", "methods/gptq.py", "codes_ko[order.argsort()]", "codes_ko[order]", "gptq"),
+    M("H not permuted", "methods/gptq.py", "H_kk[order][:, order]", "H_kk", "gptq"),
+    M("act-order ascending", "methods/gptq.py", "descending=True", "descending=False", "gptq"),
+    M("dead columns not zeroed", "methods/gptq.py", "torch.where(factor.dead.to(W_ok.device), 0, W_ok[:, order])",
+      "W_ok[:, order].clone()", "gptq"),
+    M("damping not recorded", "methods/obs.py", "return Factor(U, used, dead)", "return Factor(U, damp, dead)", "gptq"),
+    M("damping not added", "methods/obs.py", "(used * mean)", "(0 * mean)", "gptq"),
+    M("error not divided by U_jj", "methods/obs.py", "E_ko[j - start].div_(U_kk[j, j])", "pass", "gptq"),
+    M("last block not updated", "methods/obs.py", "W_ko[stop:].addmm_(",
+      "if stop + block < k:\n            W_ko[stop:].addmm_(", "gptq"),
+    M("the sweep writes to its input", "methods/obs.py", "W_ok.T.clone(memory_format=torch.contiguous_format)",
+      "W_ok.T.contiguous()", "gptq"),
+    # AWQ and absorb
+    M("identity is no candidate", "methods/awq.py", "if loss < best.loss:",
+      "if best is identity or loss < best.loss:", "awq"),
+    M("tied heads not tied", "methods/awq.py", "fold.tie(absmean_k)", "absmean_k", "awq methods"),
+    M("scored with another rounding", "methods/awq.py", "W_ok * (1 / m_k)", "W_ok / m_k", "awq"),
+    M("scored with unrounded scales", "methods/awq.py", "return fold.stored(graph, (s.max() * s.min()).sqrt() / s)",
+      "return (s.max() * s.min()).sqrt() / s", "awq"),
+    M("bias of rows not folded", "absorb.py", "if p.bias:", "if p.bias and not p.rows:", "absorb"),
+    M("bias of norms not folded", "absorb.py", "if p.bias:", "if p.bias and p.rows:", "absorb"),
+    M("1 + w folded as w", "absorb.py", "((w.float() + offset) * t - offset)", "(w.float() * t)", "absorb"),
+    M("leaks allowed", "absorb.py", "not mine & (walk.leaked | others)", "not mine & others", "absorb"),
+    M("other sources forgotten", "absorb.py", "not mine & (walk.leaked | others)", "not mine & walk.leaked", "absorb"),
+    M("folding into a shared norm", "absorb.py", "(node.name in code.params and len(node.users) == 1)",
+      "node.name in code.params", "absorb"),
+    M("keys and values may be one", "absorb.py", "                    self._leak(scored)",
+      "                    pass", "absorb"),
+    M("negative scales fold", "absorb.py", " or not (scales[0] > 0).all()", "", "absorb"),
+    M("rounded leaves fold in silence", "absorb.py", "if not isinstance(leaf, Tensor):", "if False:", "absorb"),
+    # statistics
+    M("transport dropped", "transform.py", "online=online), transport(stats, source, M)",
+      "online=online), stats", "transform"),
+    M("tokens counted along channels", "stats.py", "Moment(gram(o.x_nk), o.x_nk.shape[0])",
+      "Moment(gram(o.x_nk), o.x_nk.shape[1])", "stats"),
+    M("tokens of one part only", "stats.py", "a.count + b.count", "max(a.count, b.count)", "stats"),
+    M("lower triangle not mirrored", "stats.py", "H_kk[stop:, i:stop] = H_kk[i:stop, stop:].T",
+      "H_kk[stop:, i:stop] = 0", "stats"),
+    M("absmax moves with a sign", "stats.py", "lambda s, M: s * M.abs() if", "lambda s, M: s * M if", "stats"),
+    M("ranges do not turn over", "stats.py", "return torch.minimum(lo, hi), torch.maximum(lo, hi)",
+      "return lo, hi", "stats"),
+    M("sample takes the first rows", "stats.py", "smallest(_hashed(o.keys)", "smallest(o.keys", "stats"),
+    M("combining writes to its input", "stats.py", "Moment(a.sum_kk + b.sum_kk",
+      "Moment(a.sum_kk.add_(b.sum_kk)", "stats"),
+    # graphs and transforms
+    M("online operations not applied", "graph.py", "                x = op(x)\n", "                pass\n", "absorb"),
+    M("online operations not observed", "graph.py", "x[source] = op(x[source])", "pass", "transform"),
+    M("in-place operations not observed", "graph.py", " or _writes(n)", "", "graph"),
+    M("transposed layout forgotten",
+      "graph.py", 'return W.mT if site.layout.endswith("k o") else W', "return W", "graph"),
+    M("chain reversed", "transform.py", "return sum(transforms, ())", "return sum(reversed(transforms), ())",
+      "transform"),
+    M("at ignored", "transform.py", "include=(pattern, *s.scope.include)", "include=s.scope.include", "transform"),
+    M("later rules win too", "transform.py", "exclude=stage.scope.exclude + earlier",
+      "exclude=stage.scope.exclude", "transform"),
+    M("uncovered sites pass", "transform.py", "if stage.uncovered and chosen.sites:", "if False:", "transform"),
+    M("NaN passes", "transform.py", "if not torch.isfinite(W_ok).all():", "if False:", "transform"),
+    M("shared inputs may be split", "transform.py", "    if outside:\n", "    if False:\n", "transform"),
+    M("weights reparametrized in place", "transform.py", "moved = W_ok * M_inv if",
+      "moved = W_ok.mul_(M_inv) if", "methods"),
+    M("rotation transposed", "transform.py", "W_ok.double() @ M_inv.T.double()",
+      "W_ok.double() @ M_inv.double()", "absorb"),
+]  # fmt: skip
+
+
+def pytest(tree, laws):
+    """Run these law files in a copy of the tree; None if they pass, else the first test that failed."""
+    files = [f"{LAWS}/test_{name}.py" for name in laws.split()]
+    env = {**os.environ, "PYTHONPATH": str(tree), "LAWS_PROFILE": "mutants", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--durations=0", *files]
+    done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if done.returncode != 1 or not failed:
+        raise RuntimeError(f"pytest did not run in {tree}: {done.stdout[-800:]}{done.stderr[-800:]}")
+    return failed[1].removeprefix(f"{LAWS}/test_")
+
+
+def copy_tree(folder):
+    tree = Path(folder) / "tree"
+    for name in ("qlab", "tests"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    return tree
+
+
+def run(mutant):
+    """(what killed it or None, seconds)."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        tree = copy_tree(folder)
+        file = tree / "qlab" / mutant.file
+        text = file.read_text(encoding="utf-8")
+        assert text.count(mutant.old) == 1, f"{mutant.name}: {mutant.old!r} occurs {text.count(mutant.old)} times"
+        file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+        return pytest(tree, mutant.laws), time.perf_counter() - started
+
+
+def main(words):
+    console = Console(width=150)
+    chosen = [m for m in MUTANTS if not words or any(word in m.name for word in words)]
+    for mutant in chosen:  # all of them, before anything runs
+        count = (ROOT / "qlab" / mutant.file).read_text(encoding="utf-8").count(mutant.old)
+        assert count == 1, f"{mutant.name}: {mutant.old!r} occurs {count} times in qlab/{mutant.file}"
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        tree, laws = copy_tree(folder), " ".join(sorted({law for m in chosen for law in m.laws.split()}))
+        where = subprocess.run([sys.executable, "-c", "import qlab; print(qlab.__file__)"], cwd=tree, text=True, check=True,
+                               capture_output=True, env={**os.environ, "PYTHONPATH": str(tree)}).stdout  # fmt: skip
+        assert where.startswith(str(tree)), f"the copy is not what is imported, but {where}"
+        assert (killer := pytest(tree, laws)) is None, f"the laws fail without a mutant: {killer}"
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        results = list(pool.map(run, chosen))
+    table = Table("mutant", "in", "killed by", "s", title=f"{sum(bool(k) for k, _ in results)} of {len(chosen)} mutants killed")
+    for mutant, (killer, seconds) in zip(chosen, results):
+        table.add_row(mutant.name, mutant.file, killer or "[bold red]survived", f"{seconds:.0f}")
+    console.print(table)
+    return int(not all(killer for killer, _ in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

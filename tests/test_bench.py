@@ -1,0 +1,130 @@
+"""`python -m qlab.bench` on a tiny model, and once on the demo: rows, files, refusals."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from qlab.bench.__main__ import main
+
+ROW = {
+    "method": str, "spec": str, "perplexity": float, "perplexity_ci": list, "kl": float, "top1_agreement": float,
+    "bits_per_weight": float, "bytes": int, "seconds": float, "peak_rss_bytes": int, "ratio": float, "ratio_ci": list,
+    "kl_ci": list, "top1_ci": list, "inputs": str, "layer_error": list, "losses": dict,
+}  # fmt: skip
+SMALL = ["--spec", "int4-g32", "--samples", "8", "--length", "32", "--windows", "4"]
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    """Run the bench in this process -> exit code, what it printed, what it said on the way."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["qlab.bench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        printed = capsys.readouterr()
+        return end.value.code or 0, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def job(tiny_model, tiny_text):
+    return ["--model", tiny_model, "--calib", tiny_text, "--text", tiny_text, *SMALL]
+
+
+def check(record, methods, spec, inputs):
+    assert [row["method"] for row in record["rows"]] == methods
+    for row in record["rows"]:
+        assert {key: type(row[key]) for key in ROW} == ROW
+        assert row["spec"] == spec and row["inputs"] == inputs
+        assert row["perplexity_ci"][0] <= row["perplexity"] <= row["perplexity_ci"][1]
+        assert row["ratio"] == pytest.approx(row["perplexity"] / record["reference"]["perplexity"])
+        assert row["kl"] > 0 and row["seconds"] > 0 and row["peak_rss_bytes"] > 1e7 and min(row["layer_error"]) > 0
+    reference = record["reference"]
+    assert reference.keys() == record["rows"][0].keys()
+    assert (reference["method"], reference["spec"], reference["kl"], reference["top1_agreement"]) == ("reference", None, 0, 1)
+    assert {"model", "data", "seed", "versions", "device", "inputs"} <= record.keys()
+    assert record["inputs"] == inputs and record["versions"]["torch"]
+
+
+def png(path):
+    return path.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_both_forms_give_rows_in_order_and_both_plots(bench, job, tmp_path):
+    for form, name in ([], "plain"), (["methods"], "named"):
+        copy = tmp_path / f"{name}.json"
+        code, out, said = bench(*form, *job, "--methods", "gptq,rtn", "--out", tmp_path / name, "--json", copy)
+        assert code == 0
+        record = json.loads(copy.read_text())
+        check(record, ["gptq", "rtn"], "int4-g32", "quantized")
+        assert record == json.loads((tmp_path / name / "bench.json").read_text())
+        assert png(tmp_path / name / "methods.png") and png(tmp_path / name / "layers.png")
+        lines = out.splitlines()
+        assert "quantized inputs" in out and "95 %" in out and str(tmp_path / name) in out
+        starts = [line.split()[0] for line in lines if "int4-g32" in line or line.strip().startswith("reference")]
+        assert starts == ["reference", "gptq", "rtn"]
+        assert "gptq: quantized in" in said and "rtn: perplexity" in said
+    assert record["rows"][0]["losses"] and not record["rows"][1]["losses"]  # plain RTN observes nothing
+    assert record["reference"]["bits_per_weight"] == 32 and record["rows"][0]["bits_per_weight"] == 5
+    assert record["data"]["calibration"]["samples"] == 8 and record["data"]["evaluation"]["samples"] == 4
+
+
+def test_reference_inputs_share_one_pass_and_its_cost(bench, job, tmp_path):
+    code, out, _ = bench(*job, "--methods", "rtn,awq,gptq", "--inputs", "reference", "--asymmetric", "--out", tmp_path)
+    assert code == 0 and "reference inputs" in out and "one pass" in out
+    record = json.loads((tmp_path / "bench.json").read_text())
+    check(record, ["rtn", "awq", "gptq"], "int4-g32-asym", "reference")
+    assert len({row["seconds"] for row in record["rows"]}) == 1
+
+
+def test_results_of_qlab_are_replaced_and_nothing_else(bench, job, tmp_path):
+    run = [*job, "--methods", "rtn", "--out", tmp_path]
+    assert bench(*run)[0] == 0
+    first = (tmp_path / "rtn" / "qlab.json").read_bytes()
+    assert bench(*run)[0] == 0
+    assert (tmp_path / "rtn" / "qlab.json").read_bytes() == first
+    (tmp_path / "gptq").mkdir()
+    (tmp_path / "gptq" / "thesis.txt").write_text("irreplaceable")
+    code, _, said = bench(*job, "--methods", "rtn,gptq", "--out", tmp_path)
+    assert code == 2 and said.startswith(f"qlab: {tmp_path / 'gptq'} exists and is no result of qlab")
+    assert (tmp_path / "gptq" / "thesis.txt").read_text() == "irreplaceable"
+
+
+def test_without_out_it_goes_to_the_home_of_qlab(bench, job, monkeypatch, tmp_path):
+    monkeypatch.setenv("QLAB_HOME", str(tmp_path))
+    code, out, _ = bench(*job, "--methods", "rtn")
+    [folder] = (tmp_path / "bench").iterdir()
+    assert code == 0 and folder.name.endswith("-int4-g32") and f"are in {folder}" in out.replace("\n", "")
+    assert {"bench.json", "layers.png", "methods.png", "rtn"} == {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--methods", "rtn,gtpq"], "method 'gtpq' is unknown; known are rtn, awq, gptq"),
+        (["--methods", "rtn,rtn"], "method 'rtn' is given 2 times"),
+        (["--spec", "int4"], "spec 'int4' is unknown"),
+        (["--spec", "int4-g48"], "groups of 48 do not divide the 64 input channels"),
+        (["--inputs", "both"], "--inputs 'both' is unknown"),
+        (["--windows", "9999"], "9999 were asked for"),
+    ],
+)
+def test_bad_input_is_one_sentence(bench, job, tmp_path, arguments, part):
+    code, out, said = bench(*job, "--out", tmp_path / "out", *arguments)
+    assert code == 2 and not out and not (tmp_path / "out").exists()
+    assert said.startswith("qlab: ") and part in said and said.count("\n") == 1
+
+
+def test_the_demo_from_the_shell(tmp_path):
+    small = ["--methods", "rtn", "--samples", "2", "--length", "128", "--windows", "2"]
+    command = [sys.executable, "-m", "qlab.bench", *small, "--out", "out", "--json", "bench.json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "bench.json").read_text())
+    check(record, ["rtn"], "int4-g64", "quantized")
+    assert record["model"] == "demo" and record["reference"]["bits_per_weight"] == 16
+    assert len(record["rows"][0]["layer_error"]) == 30 and 1 < record["rows"][0]["ratio"] < 2

@@ -1,0 +1,148 @@
+"""The commands, end to end on a tiny model: what they print, what they write, and what they refuse."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qlab.cli
+
+SMALL = ["--spec", "int4-g32", "--samples", "8", "--length", "32"]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command line in this process -> exit code, what it printed, what it complained of."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["qlab", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            qlab.cli.main()
+        printed = capsys.readouterr()
+        return end.value.code or 0, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_model, tiny_text, tmp_path_factory):
+    """The tiny model quantized once by the command, with the JSON that it wrote."""
+    folder = tmp_path_factory.mktemp("quantized")
+    files = ["--calib", tiny_text, "--out", folder / "out", "--json", folder / "q.json"]
+    command = [sys.executable, "-m", "qlab", "quantize", tiny_model, "--method", "gptq", *SMALL, *files]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "bits per weight" in done.stdout and "quantized inputs" in done.stdout
+    return folder
+
+
+def sentence(printed):
+    """What is complained of is one line that starts with the program's name, and no traceback."""
+    code, _, error = printed
+    lines = error.strip().splitlines()
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("qlab: "), error
+    return lines[0]
+
+
+def test_plan_says_everything_before_anything_runs(call, tiny_model, tiny_text, tmp_path):
+    before = sorted(tiny_model.iterdir())
+    code, out, _ = call("plan", tiny_model, *SMALL, "--calib", tiny_text, "--json", tmp_path / "plan.json")
+    assert code == 0
+    assert "gptq" in out and "predicted peak memory" in out and "lm_head" in out
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["peak_bytes"] == sum(plan["memory"].values())
+    assert plan["statistics"] == ["second_moment"] and plan["tokens"] == 8 * 32
+    assert plan["unquantized"] == ["lm_head"]
+    assert {row["spec"] for row in plan["sites"].values()} == {"int4-g32"}
+    assert sorted(tiny_model.iterdir()) == before
+
+
+def test_quantize_writes_a_model_directory_and_its_json(quantized):
+    result = json.loads((quantized / "q.json").read_text())
+    assert result["path"] == str(quantized / "out") and result["inputs"] == "quantized"
+    assert result["bytes"] == sum(f.stat().st_size for f in (quantized / "out").glob("*.safetensors"))
+    assert result["seconds"] > 0 and result["peak_rss_bytes"] > 0 and 4 < result["bits_per_weight"] < 6
+    assert len(result["sites"]) == 14 and all(row["loss"] > 0 for row in result["sites"].values())
+    assert {"config.json", "qlab.json", "tokenizer.json"} <= {f.name for f in (quantized / "out").iterdir()}
+    assert not (quantized / "out.partial").exists()
+
+
+def test_eval_prints_every_figure_with_its_interval(call, quantized, tiny_model, tiny_text, tmp_path):
+    code, out, _ = call("eval", quantized / "out", "--against", tiny_model, "--text", tiny_text, "--length", 32, "--windows", 4,
+                        "--json", tmp_path / "eval.json")  # fmt: skip
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert code == 0 and "95 % interval" in out and "4 windows of 32" in out
+    for name, value in {"perplexity_ci": "perplexity", "ratio_ci": "ratio", "kl_ci": "kl", "top1_ci": "top1_agreement"}.items():
+        low, high = found[name]
+        assert low <= (found["perplexity"] / found["reference_perplexity"] if value == "ratio" else found[value]) <= high
+        assert f"{low:.4f} to {high:.4f}" in out
+    assert found["data"]["length"] == 32 and found["predictions"] == 4 * 31 and len(found["layer_error"]) == 2
+
+
+def test_inspect_shows_the_sites(call, quantized, tmp_path):
+    code, out, _ = call("inspect", quantized / "out", "--json", tmp_path / "inspect.json")
+    record = json.loads((tmp_path / "inspect.json").read_text())
+    assert code == 0 and "14 of 14 weights quantized" in out
+    assert all(site in out for site in record["sites"])
+    assert record == json.loads((quantized / "out" / "qlab.json").read_text())
+
+
+def test_an_existing_output_is_kept_unless_told(call, quantized, tiny_model, tiny_text, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    job = ["quantize", tiny_model, "--method", "rtn", *SMALL, "--out", out]
+    assert "exists" in sentence(call(*job))
+    assert [f.name for f in out.iterdir()] == ["mine.txt"]
+    assert call(*job, "--overwrite")[0] == 0
+    assert (out / "qlab.json").is_file() and not (out / "mine.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--overwrite", "--resume"], "--overwrite starts anew and --resume continues"),
+        (["--method", "gtpq"], "method 'gtpq' is unknown; known are rtn, awq, gptq"),
+        (["--spec", "int4"], "spec 'int4' is unknown"),
+        (["--spec", "int9-g32"], "bits go from 2 to 8"),
+        (["--spec", "int4-g48"], "groups of 48 do not divide the 64 input channels"),
+        (["--inputs", "both"], "--inputs 'both' is unknown"),
+        (["--calib", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["--samples", "9999"], "9999 were asked for"),
+        (["--memory", "0.001"], "the budget is 1 MiB"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(call, tiny_model, tiny_text, tmp_path, arguments, part):
+    calib = [] if "--calib" in arguments else ["--calib", tiny_text]
+    assert part in sentence(call("quantize", tiny_model, *SMALL, *calib, "--out", tmp_path / "out", *arguments))
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_commands_refuse_in_one_sentence_too(call, tiny_model, tmp_path):
+    assert "is not a model directory" in sentence(call("plan", tmp_path / "nothing"))
+    assert "qlab.json" in sentence(call("inspect", tiny_model))
+    assert "is not a model directory" in sentence(call("eval", tiny_model, "--against", tmp_path / "nothing"))
+
+
+def test_help_lists_the_commands():
+    done = subprocess.run([sys.executable, "-m", "qlab", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in ("plan", "quantize", "eval", "inspect"))
+
+
+def test_the_commands_import_what_they_need_when_they_run():
+    """qlab.cli by itself, with an empty package around it, draws in neither torch nor transformers."""
+    code = """
+import sys, types
+sys.modules["qlab"] = package = types.ModuleType("qlab")
+package.__path__ = [sys.argv[1]]
+import qlab.cli
+print(sorted({"torch", "transformers", "safetensors", "matplotlib"} & sys.modules.keys()))
+"""
+    folder = Path(qlab.cli.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, env=dict(os.environ))
+    assert done.stdout.strip() == "[]", done.stderr
