@@ -1,6 +1,6 @@
 """What a recipe will do to a model, and whether it can, before anything runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from qlab.transform import Stage, Transform
 
 CODEC = CODECS["compressed-tensors"]
 MiB = 1 << 20
+# [k, k] matrices that a stage holds at once beside its statistics
+SQUARES = {"gptq": 8, "awq_scale": 4}
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def plan(
         2 if needs else 0,
         tokens,
         needs,
-        predict_memory(skeleton, codes, shapes, named, data if needs else None, needs),
+        predict_memory(skeleton, codes, shapes, data if needs else None, recipe),
     )
 
 
@@ -191,23 +193,44 @@ def _some(names: Sequence[str]) -> str:
 
 
 def predict_memory(skeleton: Skeleton, codes: Mapping[str, Code], shapes: Mapping[str, torch.Size],
-                   named: Mapping[str, tuple[str, Site]], data: Tokens | None, needs: Sequence[str]) -> dict[str, int]:  # fmt: skip
-    """Bytes at the widest moment of the widest block, by what holds them."""
-    size = skeleton.dtype.itemsize
-    memory = {"process": psutil.Process().memory_info().rss}
-    blocks = {path: sum(p.numel() for p in block.parameters()) for path, block in skeleton.blocks.items()}
-    memory["block and its quantized form"] = max(blocks.values()) * (2 * size + 2)
-    widest = max(torch.Size(shape).numel() for shape in shapes.values())
-    memory["solver"] = 5 * 4 * widest
-    if data is None:
-        return memory
-    ks = {(path, site.source): shapes[name][-1] for name, (path, site) in named.items()}
-    squares = {path: sum(4 * k * k for (p, _), k in ks.items() if p == path) for path in codes}
-    if "second_moment" in needs:
-        memory["statistics"] = max(squares.values()) + 4 * 4 * max(ks.values()) ** 2
-    hidden = skeleton.model.get_input_embeddings().weight.shape[-1]
-    batch = min(BATCH_TOKENS, data.ids.numel())
-    outputs = max(sum(shapes[n][-2] for n, (p, _) in named.items() if p == path) for path in codes)
-    memory["activations"] = size * batch * (outputs + 6 * hidden) + 4 * batch * max(ks.values())
-    memory["carry"] = 2 * size * data.ids.numel() * hidden
-    return memory
+                   data: Tokens | None, recipe: Transform) -> dict[str, int]:  # fmt: skip
+    """Bytes at the widest moment of the run, by what holds them: entering the first block, copying what surrounds the
+    blocks, or observing, solving and leaving the widest block."""
+    process = {"process": psutil.Process().memory_info().rss}
+    checkpoint, size = skeleton.checkpoint, skeleton.dtype.itemsize
+    embedding = skeleton.model.get_input_embeddings().weight
+    inside = {name for path in skeleton.blocks for name in skeleton.block_names(path).values()}
+    outside = [shape.numel() * dtype.itemsize for shape, dtype in
+               (checkpoint.shape_and_dtype(name) for name in checkpoint.files if name not in inside)]  # fmt: skip
+    moments = [process | {"embeddings and head": sum(outside)}]
+    if data is not None:
+        moments.append(process | {"embeddings": embedding.numel() * size,
+                                  "carry": size * data.ids.numel() * embedding.shape[-1]})  # fmt: skip
+    for path, code in codes.items():
+        weights = [shapes[f"{path}.{site.path}"] for site in code.sites]
+        block = sum(p.numel() for p in skeleton.blocks[path].parameters()) * size
+        moments += [process | {"block": block} | held for held in _block_moments(code, weights, size, data, recipe)]
+    return max(moments, key=lambda held: sum(held.values()))
+
+
+def _block_moments(code: Code, weights: Sequence[torch.Size], size: int, data: Tokens | None,
+                   recipe: Transform) -> Iterator[dict[str, int]]:  # fmt: skip
+    """What is held beside the process and the block's own leaves, at the widest moments of the block."""
+    statistics, square = 0, 0
+    if data is not None:
+        ks = [weights[code.sites.index(sites[0])][-1] for sites in by_source(code.sites).values()]
+        hidden, widest = weights[0][-1], max(max(shape) for shape in weights)
+        tokens = min(BATCH_TOKENS, data.ids.numel())
+        # an attention holds some seven tensors of the hidden size, a feed-forward layer three of the widest
+        activations = tokens * (size * (2 * hidden + max(5 * hidden, 3 * widest)) + (4 * max(ks) if size < 4 else 0))
+        if any("second_moment" in stage.needs for stage in recipe):
+            square = 4 * max(ks) ** 2
+            statistics = sum(4 * k * k for k in ks)
+        yield {"statistics": statistics + 2 * square, "activations": activations}  # one lifted, one combined
+        yield {"codes": sum(map(torch.Size.numel, weights)), "activations": activations + 2 * 4 * max(map(torch.Size.numel, weights))}
+    moved = 0
+    for stage in recipe:
+        moved += 4 * sum(map(torch.Size.numel, weights)) if stage.reparametrizes else 0
+        rounded = 0 if stage.spec is None else sum(map(torch.Size.numel, weights))
+        solver = (4 if size == 4 else 5) * 4 * max(map(torch.Size.numel, weights)) + SQUARES.get(stage.name, 1) * square
+        yield {"moved weights": moved, "codes": rounded, "statistics": statistics, "solver": solver}

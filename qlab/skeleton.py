@@ -61,9 +61,10 @@ class Skeleton:
     def file_name(self, name: str) -> str:
         """The model's name of a tensor as the files spell it: some files leave out the base model's prefix."""
         bare = name.removeprefix(self.model.base_model_prefix + ".")
-        module = name.rpartition(".")[0]
-        known = name in self.checkpoint.files or module in self.checkpoint.quantized
-        return bare if not known and bare in self.checkpoint.files else name
+        return bare if not self._stored(name) and self._stored(bare) else name
+
+    def _stored(self, name: str) -> bool:
+        return name in self.checkpoint.files or name.rpartition(".")[0] in self.checkpoint.quantized
 
     def graph(self, path: str, call: Call, hidden: Tensor) -> ModuleGraph:
         """The block as a value, with its leaves loaded from the files onto the skeleton's device."""
@@ -121,8 +122,7 @@ class Skeleton:
 
     def _tied(self, head: str) -> bool:
         """Whether the files leave the head's tensor out because it is the embedding's."""
-        stored = head in self.checkpoint.files or head.rpartition(".")[0] in self.checkpoint.quantized
-        return not stored and bool(self.checkpoint.config.get_text_config().tie_word_embeddings)
+        return not self._stored(head) and bool(self.checkpoint.config.get_text_config().tie_word_embeddings)
 
     def outside(self) -> dict[str, Tensor]:
         """Every tensor of the files that belongs to no block, as stored."""

@@ -130,7 +130,7 @@ def pytest(tree, laws):
     done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
     if done.returncode == 0:
         return None
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode != 1 or not failed:
         raise RuntimeError(f"pytest did not run in {tree}: {done.stdout[-800:]}{done.stderr[-800:]}")
     return failed[1].removeprefix(f"{LAWS}/test_")

@@ -31,8 +31,8 @@ def bench(monkeypatch, capsys):
 
 
 @pytest.fixture
-def job(tiny_model, tiny_text):
-    return ["--model", tiny_model, "--calib", tiny_text, "--text", tiny_text, *SMALL]
+def job(saved, text):
+    return ["--model", saved(), "--calib", text, "--text", text, *SMALL]
 
 
 def check(record, methods, spec, inputs):
@@ -54,23 +54,27 @@ def png(path):
     return path.read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_both_forms_give_rows_in_order_and_both_plots(bench, job, tmp_path):
-    for form, name in ([], "plain"), (["methods"], "named"):
-        copy = tmp_path / f"{name}.json"
-        code, out, said = bench(*form, *job, "--methods", "gptq,rtn", "--out", tmp_path / name, "--json", copy)
-        assert code == 0
-        record = json.loads(copy.read_text())
-        check(record, ["gptq", "rtn"], "int4-g32", "quantized")
-        assert record == json.loads((tmp_path / name / "bench.json").read_text())
-        assert png(tmp_path / name / "methods.png") and png(tmp_path / name / "layers.png")
-        lines = out.splitlines()
-        assert "quantized inputs" in out and "95 %" in out and str(tmp_path / name) in out
-        starts = [line.split()[0] for line in lines if "int4-g32" in line or line.strip().startswith("reference")]
-        assert starts == ["reference", "gptq", "rtn"]
-        assert "gptq: quantized in" in said and "rtn: perplexity" in said
+def test_rows_come_in_order_with_both_plots(bench, job, tmp_path):
+    copy, folder = tmp_path / "copy.json", tmp_path / "out"
+    code, out, said = bench(*job, "--methods", "gptq,rtn", "--out", folder, "--json", copy)
+    assert code == 0
+    record = json.loads(copy.read_text())
+    check(record, ["gptq", "rtn"], "int4-g32", "quantized")
+    assert record == json.loads((folder / "bench.json").read_text())
+    assert png(folder / "methods.png") and png(folder / "layers.png")
+    assert "quantized inputs" in out and "95 %" in out and str(folder) in out
+    first = [line.split()[0] for line in out.splitlines() if line.strip()]
+    assert [word for word in first if word in ("reference", "gptq", "rtn")] == ["reference", "gptq", "rtn"]
+    assert "gptq: quantized in" in said and "rtn: perplexity" in said
     assert record["rows"][0]["losses"] and not record["rows"][1]["losses"]  # plain RTN observes nothing
     assert record["reference"]["bits_per_weight"] == 32 and record["rows"][0]["bits_per_weight"] == 5
     assert record["data"]["calibration"]["samples"] == 8 and record["data"]["evaluation"]["samples"] == 4
+
+
+def test_the_subcommand_may_be_named(bench, job, tmp_path):
+    code, _, _ = bench("methods", *job, "--methods", "rtn", "--out", tmp_path)
+    assert code == 0
+    check(json.loads((tmp_path / "bench.json").read_text()), ["rtn"], "int4-g32", "quantized")
 
 
 def test_reference_inputs_share_one_pass_and_its_cost(bench, job, tmp_path):

@@ -29,11 +29,11 @@ def call(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def quantized(tiny_model, tiny_text, tmp_path_factory):
+def quantized(saved, text, tmp_path_factory):
     """The tiny model quantized once by the command, with the JSON that it wrote."""
     folder = tmp_path_factory.mktemp("quantized")
-    files = ["--calib", tiny_text, "--out", folder / "out", "--json", folder / "q.json"]
-    command = [sys.executable, "-m", "qlab", "quantize", tiny_model, "--method", "gptq", *SMALL, *files]
+    files = ["--calib", text, "--out", folder / "out", "--json", folder / "q.json"]
+    command = [sys.executable, "-m", "qlab", "quantize", saved(), "--method", "gptq", *SMALL, *files]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "bits per weight" in done.stdout and "quantized inputs" in done.stdout
@@ -48,9 +48,9 @@ def sentence(printed):
     return lines[0]
 
 
-def test_plan_says_everything_before_anything_runs(call, tiny_model, tiny_text, tmp_path):
-    before = sorted(tiny_model.iterdir())
-    code, out, _ = call("plan", tiny_model, *SMALL, "--calib", tiny_text, "--json", tmp_path / "plan.json")
+def test_plan_says_everything_before_anything_runs(call, saved, text, tmp_path):
+    before = sorted(saved().iterdir())
+    code, out, _ = call("plan", saved(), *SMALL, "--calib", text, "--json", tmp_path / "plan.json")
     assert code == 0
     assert "gptq" in out and "predicted peak memory" in out and "lm_head" in out
     plan = json.loads((tmp_path / "plan.json").read_text())
@@ -58,7 +58,7 @@ def test_plan_says_everything_before_anything_runs(call, tiny_model, tiny_text, 
     assert plan["statistics"] == ["second_moment"] and plan["tokens"] == 8 * 32
     assert plan["unquantized"] == ["lm_head"]
     assert {row["spec"] for row in plan["sites"].values()} == {"int4-g32"}
-    assert sorted(tiny_model.iterdir()) == before
+    assert sorted(saved().iterdir()) == before
 
 
 def test_quantize_writes_a_model_directory_and_its_json(quantized):
@@ -71,8 +71,8 @@ def test_quantize_writes_a_model_directory_and_its_json(quantized):
     assert not (quantized / "out.partial").exists()
 
 
-def test_eval_prints_every_figure_with_its_interval(call, quantized, tiny_model, tiny_text, tmp_path):
-    code, out, _ = call("eval", quantized / "out", "--against", tiny_model, "--text", tiny_text, "--length", 32, "--windows", 4,
+def test_eval_prints_every_figure_with_its_interval(call, quantized, saved, text, tmp_path):
+    code, out, _ = call("eval", quantized / "out", "--against", saved(), "--text", text, "--length", 32, "--windows", 4,
                         "--json", tmp_path / "eval.json")  # fmt: skip
     found = json.loads((tmp_path / "eval.json").read_text())
     assert code == 0 and "95 % interval" in out and "4 windows of 32" in out
@@ -91,11 +91,11 @@ def test_inspect_shows_the_sites(call, quantized, tmp_path):
     assert record == json.loads((quantized / "out" / "qlab.json").read_text())
 
 
-def test_an_existing_output_is_kept_unless_told(call, quantized, tiny_model, tiny_text, tmp_path):
+def test_an_existing_output_is_kept_unless_told(call, quantized, saved, text, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
-    job = ["quantize", tiny_model, "--method", "rtn", *SMALL, "--out", out]
+    job = ["quantize", saved(), "--method", "rtn", *SMALL, "--out", out]
     assert "exists" in sentence(call(*job))
     assert [f.name for f in out.iterdir()] == ["mine.txt"]
     assert call(*job, "--overwrite")[0] == 0
@@ -116,16 +116,16 @@ def test_an_existing_output_is_kept_unless_told(call, quantized, tiny_model, tin
         (["--memory", "0.001"], "the budget is 1 MiB"),
     ],
 )
-def test_bad_input_is_one_sentence_and_leaves_nothing(call, tiny_model, tiny_text, tmp_path, arguments, part):
-    calib = [] if "--calib" in arguments else ["--calib", tiny_text]
-    assert part in sentence(call("quantize", tiny_model, *SMALL, *calib, "--out", tmp_path / "out", *arguments))
+def test_bad_input_is_one_sentence_and_leaves_nothing(call, saved, text, tmp_path, arguments, part):
+    calib = [] if "--calib" in arguments else ["--calib", text]
+    assert part in sentence(call("quantize", saved(), *SMALL, *calib, "--out", tmp_path / "out", *arguments))
     assert not list(tmp_path.iterdir())
 
 
-def test_other_commands_refuse_in_one_sentence_too(call, tiny_model, tmp_path):
+def test_other_commands_refuse_in_one_sentence_too(call, saved, tmp_path):
     assert "is not a model directory" in sentence(call("plan", tmp_path / "nothing"))
-    assert "qlab.json" in sentence(call("inspect", tiny_model))
-    assert "is not a model directory" in sentence(call("eval", tiny_model, "--against", tmp_path / "nothing"))
+    assert "qlab.json" in sentence(call("inspect", saved()))
+    assert "is not a model directory" in sentence(call("eval", saved(), "--against", tmp_path / "nothing"))
 
 
 def test_help_lists_the_commands():

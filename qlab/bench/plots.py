@@ -61,12 +61,13 @@ def _running(site: str) -> list[str | int]:
 def _layers(record: Mapping[str, Any]) -> Any:
     """Error of the hidden states after every block, and the calibration loss of every site where a method has one."""
     figure, left, right = _figure(_title(record))
-    for row in record["rows"]:
-        left.plot(range(len(row["layer_error"])), row["layer_error"], marker=".", label=row["method"])
+    for i, row in enumerate(record["rows"]):
+        same: dict[str, Any] = {"label": row["method"], "color": f"C{i}"}  # on both sides
+        left.plot(range(len(row["layer_error"])), row["layer_error"], marker=".", **same)
         if losses := row["losses"]:
             blocks = len(row["layer_error"])
-            places = [blocks * i / len(losses) for i in range(len(losses))]
-            right.plot(places, [losses[site] for site in sorted(losses, key=_running)], ".", markersize=3, label=row["method"])
+            places = [blocks * n / len(losses) for n in range(len(losses))]
+            right.plot(places, [losses[site] for site in sorted(losses, key=_running)], ".", markersize=3, **same)
     for axes, title in (left, "relative error of hidden states"), (right, "relative calibration loss per site"):
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("block")

@@ -2,10 +2,28 @@
 
 from collections.abc import Callable, Mapping
 
-from qlab.methods.awq import awq
+from qlab.methods.awq import awq, awq_scale
 from qlab.methods.gptq import gptq
+from qlab.methods.grid import weighted
 from qlab.methods.rtn import rtn
 from qlab.spec import Spec
-from qlab.transform import Transform
+from qlab.transform import Transform, chain
 
-METHODS: Mapping[str, Callable[[Spec], Transform]] = {"rtn": rtn, "awq": awq, "gptq": gptq}
+
+def rtn_weighted(spec: Spec) -> Transform:
+    """RTN on the weighted grid."""
+    return rtn(spec, weighted)
+
+
+def awq_gptq(spec: Spec) -> Transform:
+    """AWQ's scales, then GPTQ."""
+    return chain(awq_scale(spec), gptq(spec))
+
+
+METHODS: Mapping[str, Callable[[Spec], Transform]] = {
+    "rtn": rtn,
+    "rtn-weighted": rtn_weighted,
+    "awq": awq,
+    "gptq": gptq,
+    "awq-gptq": awq_gptq,
+}

@@ -62,7 +62,7 @@ class Straight(nn.Module):
         h = nn.functional.gelu(h) if self.leak == "gelu" else torch.relu(h)
         out = self.two(h)
         if self.three is not None:
-            out = out + self.three(h.flip(-1))
+            out = out + self.three(h.unflatten(-1, (3, -1)).mT.flatten(-2))  # the same channels in another order
         if self.leak == "return":
             return out, y
         if self.leak == "tanh":
@@ -116,3 +116,15 @@ class SharedKeysAndValues(nn.Module):
     def forward(self, x):
         q, kv = self.one(x).unsqueeze(1), self.two(x).unsqueeze(1)
         return self.three(nn.functional.scaled_dot_product_attention(q, kv, kv).squeeze(1))
+
+
+class Halves(nn.Module):
+    """Two linears that read a half each of what a third one makes."""
+
+    def __init__(self, k=12):
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(k, 2 * k), nn.Linear(k, k), nn.Linear(k, k)
+
+    def forward(self, x):
+        a, b = torch.relu(self.one(x)).chunk(2, -1)
+        return self.two(a) + self.three(b)

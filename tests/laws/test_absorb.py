@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from blocks import BilinearGate, OddBlock, SharedBias, SharedKeysAndValues, SharedNorm, Straight
+from blocks import BilinearGate, Halves, OddBlock, SharedBias, SharedKeysAndValues, SharedNorm, Straight
 from families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
@@ -130,6 +130,7 @@ LEAKS = {
     "norm output returned too": (Straight("return"), {"two": "one"}),
     "hidden layer read by two": (Straight("both"), {"one": "norm"}),
     "nothing leaks": (Straight(""), {"one": "norm", "two": "one"}),
+    "halves of a hidden layer, each read by one": (Halves(), {"two": "one", "three": "one"}),
     "through gelu": (Straight("gelu"), {"one": "norm"}),
     "one norm for two places": (SharedNorm(), {}),
     "one bias for two linears": (SharedBias(), {}),

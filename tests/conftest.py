@@ -1,0 +1,71 @@
+"""Tiny models as directories on disk, with a real tokenizer and text in its words."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from qlab.skeleton import Skeleton, _structure
+
+_trace = Skeleton._trace
+_programs: dict = {}
+
+
+def traced_once(self: Skeleton, path: str, call, hidden):
+    """Tracing is most of the work on models this small: equal blocks of different skeletons share their programs."""
+    config = {k: v for k, v in self.checkpoint.config.to_dict().items() if k not in ("_name_or_path", "quantization_config")}
+    key = (json.dumps(config, sort_keys=True, default=str), self.dtype, path, _structure(self.blocks[path], call, hidden, -1))
+    if key not in _programs:
+        _programs[key] = _trace(self, path, call, hidden)
+    return _programs[key]
+
+
+Skeleton._trace = traced_once
+torch.set_num_threads(1)  # the models are tiny, and children that tests fork must not inherit half a thread pool
+
+WORDS = [f"word{i}" for i in range(125)]
+
+
+def add_tokenizer(directory: Path) -> None:
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    fast.save_pretrained(directory)
+
+
+def prose(words: int, seed: int = 0) -> str:
+    draw = random.Random(seed)
+    return " ".join(draw.choice(WORDS) for _ in range(words))
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """saved(family, dtype, shard_size, **config) -> the directory of such a model, made once."""
+    made: dict[str, Path] = {}
+
+    def save(family: str = "llama", dtype: torch.dtype = torch.float32, shard_size: str = "1GB", **overrides) -> Path:
+        key = repr((family, dtype, shard_size, sorted(overrides.items())))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(family)
+            tiny(family, **overrides).to(dtype).save_pretrained(made[key], max_shard_size=shard_size)
+            add_tokenizer(made[key])
+        return made[key]
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """A text file of 4096 words the tokenizer knows."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(prose(4096))
+    return path

@@ -1,0 +1,203 @@
+"""The main job on tiny models: the directory is complete, and transformers reads from it what qlab reads."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, tiny
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from qlab.calibration import from_ids, tokens
+from qlab.checkpoint import INDEX, open_checkpoint
+from qlab.methods import METHODS
+from qlab.methods.awq import awq
+from qlab.methods.gptq import gptq
+from qlab.methods.rtn import rtn
+from qlab.quantize import compare, quantize
+from qlab.skeleton import Skeleton
+from qlab.spec import parse_spec
+from qlab.sweep import push
+from qlab.transform import keep, rules
+
+LINEAR = [family for family in FAMILIES if family != "gpt2"]  # gpt2's Conv1D is refused: see test_plan
+INT4 = parse_spec("int4-g16")
+IDS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(1))
+
+
+def calibration(path: Path, samples: int = 4, length: int = 32, seed: int = 0):
+    ids = torch.randint(3, 128, (samples, length), generator=torch.Generator().manual_seed(seed))
+    return from_ids(open_checkpoint(path), ids)
+
+
+@torch.no_grad()
+def qlab_logits(path: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
+    skeleton = Skeleton(open_checkpoint(path), torch.float32)
+    skeleton.load_outside(with_head=True)
+    hidden, calls = skeleton.record(ids)
+    for block, call in calls.items():
+        (hidden,) = push(skeleton.graph(block, call, hidden), iter([(call, hidden)]))
+    return skeleton.head(ids, hidden)
+
+
+@torch.no_grad()
+def transformers_logits(path: Path, ids: torch.Tensor = IDS, dequantize: bool = False) -> torch.Tensor:
+    how = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+    model, report = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **how)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    return model.eval()(ids).logits
+
+
+def assert_read_alike(path: Path, dequantize: bool = False) -> None:
+    ours, theirs = qlab_logits(path), transformers_logits(path, dequantize=dequantize)
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in path.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def assert_complete(path: Path, source: Path, sites: set[str]) -> None:
+    """Every other file of the source as it was, an index that lists exactly what is there, and a row per site."""
+    index = json.loads((path / INDEX).read_text())["weight_map"]
+    assert set(index) == set(tensors(path)) and set(index.values()) == {f.name for f in path.glob("*.safetensors")}
+    copied = [f for f in source.iterdir() if f.suffix != ".safetensors" and f.name not in ("config.json", INDEX)]
+    assert {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= {f.name for f in copied}
+    assert all((path / f.name).read_bytes() == f.read_bytes() for f in copied)
+    assert not [f for f in path.iterdir() if f.name.startswith(".")]
+    rows = json.loads((path / "qlab.json").read_text())["sites"]
+    assert set(rows) == sites and all(row["spec"] == "int4-g16" and row["weight_error"] < 0.2 for row in rows.values())
+
+
+@pytest.mark.parametrize("family", LINEAR)
+def test_transformers_reads_every_family_and_method_as_qlab_does(family, saved, tmp_path):
+    source = saved(family)
+    model = open_checkpoint(source)
+    results = compare(model, {name: method(INT4) for name, method in METHODS.items()}, calibration(source), tmp_path)
+    prefix = Skeleton(model, torch.float32).prefix
+    sites = {name.removesuffix(".weight") for name, t in tensors(source).items()
+             if name.startswith(prefix) and name.endswith(".weight") and t.ndim == 2}  # fmt: skip
+    before = qlab_logits(source)
+    assert torch.allclose(before, tiny(family)(IDS).logits, rtol=1e-4, atol=1e-4)
+    for name, result in results.items():
+        assert_complete(result.path, source, sites)
+        assert_read_alike(result.path)
+        assert 0 < (qlab_logits(result.path) - before).norm() < 0.9 * before.norm(), name
+        assert result.bits_per_weight == 4 + 32 / 16
+
+
+@pytest.mark.parametrize("family", LINEAR)
+def test_what_is_not_quantized_is_copied_bit_for_bit(family, saved, tmp_path):
+    source = tensors(saved(family))
+    result = quantize(open_checkpoint(saved(family)), rtn(INT4), None, tmp_path / "out")
+    written = tensors(result.path)
+    left = {name for name in source if name.removesuffix(".weight") not in result.sites}
+    assert left == {name for name in written if not name.endswith(("weight_packed", "weight_scale", "weight_shape"))}
+    assert all(bits_equal(written[name], source[name]) for name in left)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_and_untied_heads_in_several_shards_and_both_dtypes(family, dtype, tied, saved, tmp_path):
+    source = saved(family, dtype, "60KB", tie_word_embeddings=tied)
+    assert len(list(source.glob("*.safetensors"))) > 2
+    result = quantize(open_checkpoint(source), gptq(INT4), calibration(source), tmp_path / "out")
+    written = tensors(result.path)
+    assert ("lm_head.weight" in written) is not tied
+    assert {t.dtype for name, t in written.items() if name.endswith("_scale")} == {dtype}
+    assert_read_alike(result.path, dequantize=True)
+
+
+def test_bits_zero_points_channels_and_mixtures_read_alike(saved, tmp_path):
+    mixed = rules({
+        "*.layers.0.self_attn.*": awq(parse_spec("int4-g32-asym")),
+        "*.self_attn.o_proj": keep(),
+        "*.self_attn.*": gptq(parse_spec("int8-channel")),
+        "*.mlp.down_proj": rtn(parse_spec("int3-g16-asym")),
+        "*": gptq(parse_spec("int4-g64")),
+    })
+    recipes = {spec: rtn(parse_spec(spec)) for spec in ("int3-g16", "int8-g16", "int8-channel", "int4-g16-asym")}
+    source = saved("qwen2")
+    for name, result in compare(open_checkpoint(source), recipes | {"mixed": mixed}, calibration(source), tmp_path).items():
+        assert_read_alike(result.path, dequantize="asym" in name or name == "mixed")
+    specs = {name.removeprefix("model.layers."): row["spec"] for name, row in result.sites.items()}
+    assert specs["0.self_attn.q_proj"] == "int4-g32-asym" and specs["1.self_attn.q_proj"] == "int8-channel"
+    assert specs["0.mlp.down_proj"] == "int3-g16-asym" and specs["0.mlp.up_proj"] == "int4-g64"
+    assert specs["0.self_attn.o_proj"] == "int4-g32-asym" and specs["1.self_attn.o_proj"] is None
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_checkpoints_whose_names_lack_the_base_prefix_are_read(family, tmp_path):
+    whole = tiny(family, tie_word_embeddings=True)
+    whole.base_model.save_pretrained(tmp_path)
+    assert not any(name.startswith(whole.base_model_prefix) for name in tensors(tmp_path))
+    assert torch.allclose(qlab_logits(tmp_path), whole(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_quantized_checkpoint_without_the_base_prefix_reads_alike(tmp_path):
+    source = tmp_path / "source"
+    tiny("llama", tie_word_embeddings=True).base_model.save_pretrained(source)
+    result = quantize(open_checkpoint(source), gptq(INT4), calibration(source), tmp_path / "out")
+    assert_read_alike(result.path)
+
+
+def test_blocks_that_differ_by_their_index_have_programs_of_their_own(tmp_path):
+    model = tiny("gpt2", scale_attn_by_inverse_layer_idx=True, n_layer=3)
+    model.save_pretrained(tmp_path)
+    skeleton = Skeleton(open_checkpoint(tmp_path), torch.float32)
+    skeleton.load_outside(with_head=False)
+    hidden, calls = skeleton.record(IDS)
+    assert len({id(skeleton.code(path, call, hidden)) for path, call in calls.items()}) == 3
+    assert torch.allclose(qlab_logits(tmp_path), model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_of_one_structure_share_one_program(saved):
+    skeleton = Skeleton(open_checkpoint(saved("gemma2")), torch.float32)
+    skeleton.load_outside(with_head=False)
+    hidden, calls = skeleton.record(IDS)
+    assert len({id(skeleton.code(path, call, hidden)) for path, call in calls.items()}) == 2  # sliding and full attention
+
+
+def test_errors_propagate_on_quantized_inputs_only(saved, tmp_path):
+    source = saved()
+    model, data = open_checkpoint(source), calibration(source)
+    ours = tensors(quantize(model, gptq(INT4), data, tmp_path / "q", inputs="quantized").path)
+    other = tensors(quantize(model, gptq(INT4), data, tmp_path / "r", inputs="reference").path)
+    same = {name for name in ours if bits_equal(ours[name], other[name])}
+    assert {name for name in ours if ".layers.0." in name} <= same
+    assert any(".layers.1." in name and "packed" in name for name in ours.keys() - same)
+
+
+def test_compare_gives_the_bytes_of_separate_runs(saved, tmp_path):
+    source = saved()
+    model, data = open_checkpoint(source), calibration(source)
+    recipes = {name: method(INT4) for name, method in METHODS.items()}
+    together = compare(model, recipes, data, tmp_path / "all")
+    for name, recipe in recipes.items():
+        alone = quantize(model, recipe, data, tmp_path / name, inputs="reference")
+        assert contents(alone.path) == contents(together[name].path)
+
+
+def test_the_same_call_gives_the_same_bytes_and_another_seed_does_not(saved, text, tmp_path):
+    model = open_checkpoint(saved())
+    written = []
+    for run, seed in enumerate([0, 0, 1]):
+        torch.manual_seed(run)  # the global state of random numbers plays no part
+        written.append(contents(quantize(model, gptq(INT4), tokens(model, [text], 4, 32, seed), tmp_path / str(run)).path))
+    assert written[0] == written[1]
+    assert written[0]["model-00002-of-00003.safetensors"] != written[2]["model-00002-of-00003.safetensors"]
+
+
+def test_recipes_cannot_share_quantized_inputs(saved, tmp_path):
+    with pytest.raises(Exception, match="a, b cannot share a pass over quantized inputs"):
+        compare(open_checkpoint(saved()), {"a": rtn(INT4), "b": rtn(INT4)}, None, tmp_path, inputs="quantized")
