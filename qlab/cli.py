@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -80,6 +80,7 @@ def quantize(
 ) -> None:  # fmt: skip
     """Quantize a model directory into a compressed-tensors directory."""
     import qlab
+    from qlab.quantize import Inputs
 
     if inputs not in ("quantized", "reference"):
         raise QlabError(f"--inputs {inputs!r} is unknown; it is 'quantized' or 'reference'")
@@ -88,7 +89,7 @@ def quantize(
     opened, recipe = qlab.open(model), recipe_of(method, spec, asymmetric)
     data = _data(opened, recipe, calib, samples, length, seed)
     budget = None if memory is None else int(memory * 2**30)
-    result = qlab.quantize(opened, recipe, data, out, inputs=inputs, device=device, memory=budget, overwrite=overwrite,
+    result = qlab.quantize(opened, recipe, data, out, inputs=cast(Inputs, inputs), device=device, memory=budget, overwrite=overwrite,
                            resume=resume)  # fmt: skip
     Console().print(result.plan)
     Console().print(f"{result.path}: {result.bits_per_weight:.3f} bits per weight, {result.bytes / 1e6:.1f} MB, "

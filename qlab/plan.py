@@ -182,8 +182,8 @@ def _check_specs(specs: Mapping[str, Spec | None], shapes: Mapping[str, torch.Si
         if named[name][1].layout != "o k":
             reason = "compressed-tensors holds nn.Linear weights, and its readers skip other modules without a word"
             failed.setdefault(reason, []).append(name)
-        elif reason := CODEC.refusal(spec):
-            failed.setdefault(reason, []).append(name)
+        elif refused := CODEC.refusal(spec):
+            failed.setdefault(refused, []).append(name)
     for reason, names in failed.items():
         raise QlabError(f"{_some(names)}: {reason}")
 
@@ -198,7 +198,7 @@ def predict_memory(skeleton: Skeleton, codes: Mapping[str, Code], shapes: Mappin
     blocks, or observing, solving and leaving the widest block."""
     process = {"process": psutil.Process().memory_info().rss}
     checkpoint, size = skeleton.checkpoint, skeleton.dtype.itemsize
-    embedding = skeleton.model.get_input_embeddings().weight
+    embedding = skeleton.model.get_input_embeddings().get_parameter("weight")
     inside = {name for path in skeleton.blocks for name in skeleton.block_names(path).values()}
     outside = [shape.numel() * dtype.itemsize for shape, dtype in
                (checkpoint.shape_and_dtype(name) for name in checkpoint.files if name not in inside)]  # fmt: skip

@@ -82,5 +82,5 @@ def nbytes(leaf: Leaf) -> int:
 pytree.register_pytree_node(
     QTensor,
     lambda q: ([q.codes, q.scales, q.zeros, q.outer, q.perm], q.spec),
-    lambda children, spec: QTensor(*list(children)[:3], spec, *list(children)[3:]),
+    lambda parts, spec: QTensor(parts[0], parts[1], parts[2], spec, parts[3], parts[4]),  # type: ignore[index]
 )

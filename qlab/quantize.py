@@ -215,8 +215,11 @@ def encode(skeleton: Skeleton, graph: ModuleGraph) -> dict[str, Tensor]:
 
 def _finish(skeleton: Skeleton, job: _Job) -> None:
     model, sites = skeleton.checkpoint, job.writer.notes()
-    specs: dict[str, Spec | None] = dict.fromkeys(map(skeleton.module_name, skeleton.linears()))
-    specs |= {skeleton.module_name(n): parse_spec(row["spec"]) for n, row in sites.items() if row["spec"]}
+    specs: dict[str, Spec | None] = {}
+    for name in skeleton.linears():
+        row = sites.get(name)
+        spec = parse_spec(row["spec"]) if row and row["spec"] else None
+        specs |= {name: spec, skeleton.module_name(name): spec}  # readers match the one or the other
     config = json.loads((model.path / "config.json").read_text())
     config["quantization_config"] = CODECS[CODEC].config(specs)
     record = {"job": job.identity, "sites": sites, "bits_per_weight": bits_per_weight(sites)}

@@ -16,6 +16,8 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from qlab.checkpoint import Checkpoint
 from qlab.errors import QlabError
@@ -50,6 +52,7 @@ class Skeleton:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         self.model = _on_paper(checkpoint, dtype)
         self.prefix, self.blocks = _find_blocks(self.model)
+        self._spelled = self._spellings()
         self._codes: dict[Any, Code] = {}
         self._traced_for: dict[Any, str] = {}
         self._outputs: dict[str, Output] = {}
@@ -59,12 +62,20 @@ class Skeleton:
         return {name: self.file_name(f"{path}.{name}") for name, _ in self.blocks[path].named_parameters()}
 
     def file_name(self, name: str) -> str:
-        """The model's name of a tensor as the files spell it: some files leave out the base model's prefix."""
-        bare = name.removeprefix(self.model.base_model_prefix + ".")
-        return bare if not self._stored(name) and self._stored(bare) else name
+        """The model's name of a tensor as the files spell it."""
+        return self._spelled.get(name, name)
 
-    def _stored(self, name: str) -> bool:
-        return name in self.checkpoint.files or name.rpartition(".")[0] in self.checkpoint.quantized
+    def _spellings(self) -> dict[str, str]:
+        """The model's name of every tensor -> its name in the files, which transformers may rename when it loads them.
+
+        A quantized weight goes by the name it would have unquantized.
+        """
+        stored, known = self.checkpoint, self.model.state_dict()
+        names = {name for name in stored.files if name.rpartition(".")[0] not in stored.quantized}
+        names |= {f"{module}.weight" for module in stored.quantized}
+        renamings = [rule for rule in get_model_conversion_mapping(self.model) if isinstance(rule, WeightRenaming)]
+        prefix = self.model.base_model_prefix
+        return {rename_source_key(name, renamings, [], prefix, known)[0]: name for name in sorted(names)}
 
     def graph(self, path: str, call: Call, hidden: Tensor) -> ModuleGraph:
         """The block as a value, with its leaves loaded from the files onto the skeleton's device."""
@@ -111,7 +122,7 @@ class Skeleton:
             if name.startswith(inside) or not parameter.is_meta or (id(parameter) in head_parameters and not with_head):
                 continue
             file_name = self.file_name(name)
-            if id(parameter) in head_parameters and self._tied(file_name):
+            if id(parameter) in head_parameters and self._tied(name):
                 file_name = self.file_name(_name_of(self.model, embedding))
             value = self.checkpoint.leaf(file_name, self.dtype)
             _set(self.model, name, dense(value, self.dtype).to(self.device))
@@ -122,7 +133,7 @@ class Skeleton:
 
     def _tied(self, head: str) -> bool:
         """Whether the files leave the head's tensor out because it is the embedding's."""
-        return not self._stored(head) and bool(self.checkpoint.config.get_text_config().tie_word_embeddings)
+        return head not in self._spelled and bool(self.checkpoint.config.get_text_config().tie_word_embeddings)
 
     def outside(self) -> dict[str, Tensor]:
         """Every tensor of the files that belongs to no block, as stored."""

@@ -52,7 +52,7 @@ class Tile:
         return (*shape[:-2], shape[-2] // rows, shape[-1] // cols)
 
     def __str__(self) -> str:
-        named = {(None, None): "tensor", (1, None): "channel"}
+        named: dict[tuple[int | None, int | None], str] = {(None, None): "tensor", (1, None): "channel"}
         if (self.rows, self.cols) in named:
             return named[self.rows, self.cols]
         return f"g{self.cols}" if self.rows == 1 else f"b{self.rows}x{self.cols}"

@@ -37,11 +37,11 @@ class Moment(NamedTuple):
     """sum over tokens of x^T x, fp32 [k, k], and the number of tokens."""
 
     sum_kk: Tensor
-    count: int
+    tokens: int
 
     @property
     def mean_kk(self) -> Tensor:
-        return self.sum_kk / max(self.count, 1)
+        return self.sum_kk / max(self.tokens, 1)
 
 
 class Sample(NamedTuple):
@@ -67,7 +67,7 @@ def gram(x_nk: Tensor) -> Tensor:
 def _move_moment(state: Moment, M: Tensor) -> Moment:
     H = state.sum_kk
     moved = H * M[:, None] * M[None, :] if M.ndim == 1 else (M.T.double() @ H.double() @ M.double()).float()
-    return Moment(moved, state.count)
+    return Moment(moved, state.tokens)
 
 
 def _move_minmax(state: tuple[Tensor, Tensor], M: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -102,7 +102,7 @@ def sample(n: int) -> Stat:
 STATS: dict[str, Stat] = {
     "second_moment": Stat(
         lambda o: Moment(gram(o.x_nk), o.x_nk.shape[0]),
-        lambda a, b: Moment(a.sum_kk + b.sum_kk, a.count + b.count),
+        lambda a, b: Moment(a.sum_kk + b.sum_kk, a.tokens + b.tokens),
         _move_moment,
     ),
     "absmax": Stat(

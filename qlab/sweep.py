@@ -76,7 +76,8 @@ def record(skeleton: Skeleton, batches: Sequence[Tensor]) -> tuple[list[Tensor],
 
     Calls of later batches share the tensors that equal those of the first one (rotary tables, masks).
     """
-    hidden, calls = [], []
+    hidden: list[Tensor] = []
+    calls: list[dict[str, Call]] = []
     for tokens in batches:
         h, call = skeleton.record(tokens)
         hidden.append(h)

@@ -136,7 +136,7 @@ def _errors(W_ok: Tensor, leaf: Leaf, moment: Moment | None) -> dict[str, float]
     if moment is not None:
         H_kk = moment.mean_kk
         errors["loss"] = quadratic(D_ok, H_kk) / max(quadratic(W_ok, H_kk), 1e-30)
-        errors["tokens"] = moment.count
+        errors["tokens"] = moment.tokens
     return errors
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ class Writer:
         for path in sorted(copied.iterdir()):
             weights = path.suffix in WEIGHTS or path.name.endswith(".index.json")
             if path.is_file() and not weights and path.name not in files:
-                atomically(self.partial / path.name, lambda p, path=path: shutil.copyfile(path, p))
+                atomically(self.partial / path.name, partial(shutil.copyfile, path))
         write_json(self.partial / INDEX, self._index())
         for name, value in files.items():
             write_json(self.partial / name, value)
@@ -152,7 +153,8 @@ class Writer:
         shutil.rmtree(self.out / WORK)
 
     def _index(self) -> dict[str, Any]:
-        weight_map, size = {}, 0
+        weight_map: dict[str, str] = {}
+        size = 0
         for i in range(self.shards):
             with safe_open(self.shard(i), "pt") as file:
                 weight_map |= dict.fromkeys(file.keys(), self.shard(i).name)

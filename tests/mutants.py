@@ -92,7 +92,7 @@ MUTANTS = [
       "online=online), stats", "transform"),
     M("tokens counted along channels", "stats.py", "Moment(gram(o.x_nk), o.x_nk.shape[0])",
       "Moment(gram(o.x_nk), o.x_nk.shape[1])", "stats"),
-    M("tokens of one part only", "stats.py", "a.count + b.count", "max(a.count, b.count)", "stats"),
+    M("tokens of one part only", "stats.py", "a.tokens + b.tokens", "max(a.tokens, b.tokens)", "stats"),
     M("lower triangle not mirrored", "stats.py", "H_kk[stop:, i:stop] = H_kk[i:stop, stop:].T",
       "H_kk[stop:, i:stop] = 0", "stats"),
     M("absmax moves with a sign", "stats.py", "lambda s, M: s * M.abs() if", "lambda s, M: s * M if", "stats"),

@@ -115,7 +115,7 @@ def test_tied_and_untied_heads_in_several_shards_and_both_dtypes(family, dtype, 
     written = tensors(result.path)
     assert ("lm_head.weight" in written) is not tied
     assert {t.dtype for name, t in written.items() if name.endswith("_scale")} == {dtype}
-    assert_read_alike(result.path, dequantize=True)
+    assert_read_alike(result.path)
 
 
 def test_bits_zero_points_channels_and_mixtures_read_alike(saved, tmp_path):

@@ -71,7 +71,8 @@ def _fit_rows(grid: Grid, x_agn: Tensor, spec: Spec, h_agn: Tensor | None) -> tu
             best_z = z if z is None or best_z is None else torch.where(better, z, best_z)
     # the sums above cancel; never hand out anything worse than the first candidate by the plain formula
     worse = objective(x_agn, *first, spec, h_agn) < objective(x_agn, best_s, best_z, spec, h_agn)
-    return torch.where(worse, first[0], best_s), None if best_z is None else torch.where(worse, first[1], best_z)
+    zeros = None if first[1] is None or best_z is None else torch.where(worse, first[1], best_z)
+    return torch.where(worse, first[0], best_s), zeros
 
 
 def _centred(x_agn: Tensor, s_ag: Tensor, z_ag: Tensor | None, spec: Spec) -> Tensor:
