@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from directories import bits_equal, contents, random_tokens, tensors
 from families import FAMILIES, tiny
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from qlab.calibration import from_ids, tokens
+from qlab.calibration import tokens
 from qlab.checkpoint import INDEX, open_checkpoint
+from qlab.errors import QlabError
 from qlab.methods import METHODS
 from qlab.methods.awq import awq
 from qlab.methods.gptq import gptq
@@ -22,13 +23,9 @@ from qlab.sweep import push
 from qlab.transform import keep, rules
 
 LINEAR = [family for family in FAMILIES if family != "gpt2"]  # gpt2's Conv1D is refused: see test_plan
+SHORT = dict.fromkeys(["gemma2", "gemma3_text"], dict(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]))
 INT4 = parse_spec("int4-g16")
 IDS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(1))
-
-
-def calibration(path: Path, samples: int = 4, length: int = 32, seed: int = 0):
-    ids = torch.randint(3, 128, (samples, length), generator=torch.Generator().manual_seed(seed))
-    return from_ids(open_checkpoint(path), ids)
 
 
 @torch.no_grad()
@@ -54,18 +51,6 @@ def assert_read_alike(path: Path, dequantize: bool = False) -> None:
     assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in path.glob("*.safetensors") for name, t in load_file(file).items()}
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
-
-
-def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-
-
 def assert_complete(path: Path, source: Path, sites: set[str]) -> None:
     """Every other file of the source as it was, an index that lists exactly what is there, and a row per site."""
     index = json.loads((path / INDEX).read_text())["weight_map"]
@@ -80,14 +65,14 @@ def assert_complete(path: Path, source: Path, sites: set[str]) -> None:
 
 @pytest.mark.parametrize("family", LINEAR)
 def test_transformers_reads_every_family_and_method_as_qlab_does(family, saved, tmp_path):
-    source = saved(family)
+    source = saved(family, **SHORT.get(family, {}))
     model = open_checkpoint(source)
-    results = compare(model, {name: method(INT4) for name, method in METHODS.items()}, calibration(source), tmp_path)
+    results = compare(model, {name: method(INT4) for name, method in METHODS.items()}, random_tokens(source), tmp_path)
     prefix = Skeleton(model, torch.float32).prefix
     sites = {name.removesuffix(".weight") for name, t in tensors(source).items()
              if name.startswith(prefix) and name.endswith(".weight") and t.ndim == 2}  # fmt: skip
     before = qlab_logits(source)
-    assert torch.allclose(before, tiny(family)(IDS).logits, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(before, tiny(family, **SHORT.get(family, {}))(IDS).logits, rtol=1e-4, atol=1e-4)
     for name, result in results.items():
         assert_complete(result.path, source, sites)
         assert_read_alike(result.path)
@@ -97,9 +82,9 @@ def test_transformers_reads_every_family_and_method_as_qlab_does(family, saved, 
 
 @pytest.mark.parametrize("family", LINEAR)
 def test_what_is_not_quantized_is_copied_bit_for_bit(family, saved, tmp_path):
-    source = tensors(saved(family))
-    result = quantize(open_checkpoint(saved(family)), rtn(INT4), None, tmp_path / "out")
-    written = tensors(result.path)
+    directory = saved(family, **SHORT.get(family, {}))
+    result = quantize(open_checkpoint(directory), rtn(INT4), None, tmp_path / "out")
+    source, written = tensors(directory), tensors(result.path)
     left = {name for name in source if name.removesuffix(".weight") not in result.sites}
     assert left == {name for name in written if not name.endswith(("weight_packed", "weight_scale", "weight_shape"))}
     assert all(bits_equal(written[name], source[name]) for name in left)
@@ -111,29 +96,35 @@ def test_what_is_not_quantized_is_copied_bit_for_bit(family, saved, tmp_path):
 def test_tied_and_untied_heads_in_several_shards_and_both_dtypes(family, dtype, tied, saved, tmp_path):
     source = saved(family, dtype, "60KB", tie_word_embeddings=tied)
     assert len(list(source.glob("*.safetensors"))) > 2
-    result = quantize(open_checkpoint(source), gptq(INT4), calibration(source), tmp_path / "out")
+    result = quantize(open_checkpoint(source), gptq(INT4), random_tokens(source), tmp_path / "out")
     written = tensors(result.path)
     assert ("lm_head.weight" in written) is not tied
     assert {t.dtype for name, t in written.items() if name.endswith("_scale")} == {dtype}
     assert_read_alike(result.path)
 
 
-def test_bits_zero_points_channels_and_mixtures_read_alike(saved, tmp_path):
+def test_bits_channels_and_zero_points_read_alike(saved, tmp_path):
+    source = saved("qwen2")
+    recipes = {spec: rtn(parse_spec(spec)) for spec in ("int3-g16", "int8-g16", "int8-channel", "int4-g16-asym", "int3-g32-asym")}
+    for name, result in compare(open_checkpoint(source), recipes, None, tmp_path).items():
+        assert_read_alike(result.path, dequantize="asym" in name)
+
+
+def test_a_mixture_of_bits_groups_and_methods_reads_alike(saved, tmp_path):
+    # symmetric throughout: transformers dequantizes zero points only where all modules share one spec
+    source = saved("qwen2")
     mixed = rules({
-        "*.layers.0.self_attn.*": awq(parse_spec("int4-g32-asym")),
+        "*.layers.0.self_attn.*": awq(parse_spec("int4-g32")),
         "*.self_attn.o_proj": keep(),
         "*.self_attn.*": gptq(parse_spec("int8-channel")),
-        "*.mlp.down_proj": rtn(parse_spec("int3-g16-asym")),
+        "*.mlp.down_proj": rtn(parse_spec("int3-g16")),
         "*": gptq(parse_spec("int4-g64")),
     })
-    recipes = {spec: rtn(parse_spec(spec)) for spec in ("int3-g16", "int8-g16", "int8-channel", "int4-g16-asym")}
-    source = saved("qwen2")
-    for name, result in compare(open_checkpoint(source), recipes | {"mixed": mixed}, calibration(source), tmp_path).items():
-        assert_read_alike(result.path, dequantize="asym" in name or name == "mixed")
+    result = quantize(open_checkpoint(source), mixed, random_tokens(source), tmp_path / "out")
+    assert_read_alike(result.path)
     specs = {name.removeprefix("model.layers."): row["spec"] for name, row in result.sites.items()}
-    assert specs["0.self_attn.q_proj"] == "int4-g32-asym" and specs["1.self_attn.q_proj"] == "int8-channel"
-    assert specs["0.mlp.down_proj"] == "int3-g16-asym" and specs["0.mlp.up_proj"] == "int4-g64"
-    assert specs["0.self_attn.o_proj"] == "int4-g32-asym" and specs["1.self_attn.o_proj"] is None
+    assert [specs[f"{i}.self_attn.{p}_proj"] for i in (0, 1) for p in "qo"] == ["int4-g32", "int4-g32", "int8-channel", None]
+    assert [specs[f"{i}.mlp.{p}_proj"] for i in (0, 1) for p in ("down", "up")] == ["int3-g16", "int4-g64"] * 2
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -147,7 +138,7 @@ def test_checkpoints_whose_names_lack_the_base_prefix_are_read(family, tmp_path)
 def test_a_quantized_checkpoint_without_the_base_prefix_reads_alike(tmp_path):
     source = tmp_path / "source"
     tiny("llama", tie_word_embeddings=True).base_model.save_pretrained(source)
-    result = quantize(open_checkpoint(source), gptq(INT4), calibration(source), tmp_path / "out")
+    result = quantize(open_checkpoint(source), gptq(INT4), random_tokens(source), tmp_path / "out")
     assert_read_alike(result.path)
 
 
@@ -170,7 +161,7 @@ def test_blocks_of_one_structure_share_one_program(saved):
 
 def test_errors_propagate_on_quantized_inputs_only(saved, tmp_path):
     source = saved()
-    model, data = open_checkpoint(source), calibration(source)
+    model, data = open_checkpoint(source), random_tokens(source)
     ours = tensors(quantize(model, gptq(INT4), data, tmp_path / "q", inputs="quantized").path)
     other = tensors(quantize(model, gptq(INT4), data, tmp_path / "r", inputs="reference").path)
     same = {name for name in ours if bits_equal(ours[name], other[name])}
@@ -180,7 +171,7 @@ def test_errors_propagate_on_quantized_inputs_only(saved, tmp_path):
 
 def test_compare_gives_the_bytes_of_separate_runs(saved, tmp_path):
     source = saved()
-    model, data = open_checkpoint(source), calibration(source)
+    model, data = open_checkpoint(source), random_tokens(source)
     recipes = {name: method(INT4) for name, method in METHODS.items()}
     together = compare(model, recipes, data, tmp_path / "all")
     for name, recipe in recipes.items():
@@ -199,5 +190,5 @@ def test_the_same_call_gives_the_same_bytes_and_another_seed_does_not(saved, tex
 
 
 def test_recipes_cannot_share_quantized_inputs(saved, tmp_path):
-    with pytest.raises(Exception, match="a, b cannot share a pass over quantized inputs"):
+    with pytest.raises(QlabError, match="a, b cannot share a pass over quantized inputs"):
         compare(open_checkpoint(saved()), {"a": rtn(INT4), "b": rtn(INT4)}, None, tmp_path, inputs="quantized")

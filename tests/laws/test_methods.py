@@ -100,7 +100,7 @@ def test_every_site_becomes_codes_of_its_own_shape_near_the_weight(method, famil
         out, reference = (hidden(interpret(g, *seg.batches[i])) for g in (graph, seg.graph))
         assert 0 < relative(out, reference) < 0.02
     untouched_leaves = set(graph.params) - {s.weight for s in graph.sites}
-    if method != "awq":
+    if not method.startswith("awq"):
         assert all(graph.params[name] is seg.graph.params[name] for name in untouched_leaves)
 
 

@@ -1,0 +1,232 @@
+"""A killed run, resumed, leaves the bytes of one that was never killed, wherever the kill came."""
+
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from directories import contents, random_tokens
+
+import qlab.writer
+from qlab.checkpoint import open_checkpoint
+from qlab.errors import QlabError
+from qlab.methods.gptq import gptq
+from qlab.methods.rtn import rtn
+from qlab.quantize import compare, quantize
+from qlab.spec import parse_spec
+
+SPEC = parse_spec("int4-g16")
+KILLED = -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def source(saved):
+    return saved("llama", num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def job(source):
+    """job(out, **options): three blocks by GPTQ, each calibrated on what the rounded ones before it produce."""
+    model, data = open_checkpoint(source), random_tokens(source)
+    return lambda out, **options: quantize(model, gptq(SPEC), data, out, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(job, tmp_path_factory):
+    """What an uninterrupted run writes."""
+    return contents(job(tmp_path_factory.mktemp("whole") / "out").path)
+
+
+def start(run) -> int:
+    """The process id of a forked child that runs `run`."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return pid
+
+
+def finish(pid: int) -> int:
+    """The child's exit code, negative where a signal ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def dying(run, n: int, when: str):
+    """`run` in a process that kills itself right before or after its n-th rename."""
+    real, count = os.replace, 0
+
+    def replace(*paths):
+        nonlocal count
+        count += 1
+        if count == n and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(*paths)
+        if count == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def die():
+        qlab.writer.os.replace = replace
+        run()
+
+    return die
+
+
+def assert_whole(out, whole) -> None:
+    assert contents(out) == whole
+    assert [p.name for p in out.parent.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_at_any_rename_and_resumed(when, overwrite, job, whole, tmp_path):
+    points = first = 12 if overwrite else 0  # an existing output matters at the end only
+    while True:
+        out = tmp_path / f"{points + 1}" / "out"
+        out.mkdir(parents=True)
+        (out / "old.txt").write_text("old")
+        if not overwrite:
+            shutil.rmtree(out)
+        status = finish(start(dying(lambda out=out: job(out, overwrite=overwrite), points + 1, when)))
+        if status == 0:
+            break  # every rename of the run has had its turn
+        assert status == KILLED
+        points += 1
+        seen = {"old.txt": b"old"} if overwrite else None
+        assert not out.exists() or contents(out) == seen or whole.items() <= contents(out).items()  # never something between
+        assert finish(start(lambda out=out: job(out, resume=True))) == 0
+        assert_whole(out, whole)
+    assert points >= 18 and points - first >= 6 and contents(out) == whole
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_before_anything_was_written_and_resumed(when, job, whole, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert finish(start(dying(lambda: job(tmp_path / "out", overwrite=True), 1, when))) == KILLED
+    job(tmp_path / "out", overwrite=True, resume=True)
+    assert_whole(tmp_path / "out", whole)
+
+
+def test_killed_at_twenty_random_moments_and_resumed(job, whole, tmp_path):
+    began = time.perf_counter()
+    assert finish(start(lambda: job(tmp_path / "timed"))) == 0
+    duration, draw, killed = time.perf_counter() - began, random.Random(0), 0
+    for i in range(20):
+        out = tmp_path / str(i) / "out"
+        for resume in (False, True)[: 1 + i % 2]:  # every other one twice in a row
+            pid = start(lambda out=out, resume=resume: job(out, resume=resume))
+            time.sleep(draw.uniform(0, duration))
+            os.kill(pid, signal.SIGKILL)
+            killed += finish(pid) == KILLED
+        assert finish(start(lambda out=out: job(out, resume=True))) == 0
+        assert_whole(out, whole)
+    assert killed >= 10
+
+
+def test_a_killed_comparison_is_resumed(source, tmp_path):
+    model, data, recipes = open_checkpoint(source), random_tokens(source), {"rtn": rtn(SPEC), "gptq": gptq(SPEC)}
+    compare(model, recipes, data, tmp_path / "whole")
+    expected = contents(tmp_path / "whole")
+    for n in range(3, 33, 6):
+        out = tmp_path / str(n)
+        status = finish(start(dying(lambda out=out: compare(model, recipes, data, out), n, "after")))
+        assert status == KILLED
+        compare(model, recipes, data, out, resume=True)
+        assert contents(out) == expected
+
+
+@pytest.fixture
+def killed(job, tmp_path):
+    """The output path of a run killed in its second block."""
+    assert finish(start(dying(lambda: job(tmp_path / "out"), 8, "after"))) == KILLED
+    return tmp_path / "out"
+
+
+def test_only_the_same_job_may_resume(killed, source, saved):
+    before = contents(killed.parent)
+    model, data = open_checkpoint(source), random_tokens(source)
+    others = [
+        (model, rtn(SPEC), None, {}),
+        (model, gptq(parse_spec("int4-g32")), data, {}),
+        (model, gptq(SPEC, damp=0.02), data, {}),
+        (model, gptq(SPEC), random_tokens(source, seed=1), {}),
+        (model, gptq(SPEC), random_tokens(source, samples=3), {}),
+        (model, gptq(SPEC), data, {"inputs": "reference"}),
+        (model, gptq(SPEC), data, {"dtype": torch.bfloat16}),
+        (open_checkpoint(saved("llama", num_hidden_layers=3, seed=1)), gptq(SPEC), data, {}),
+    ]
+    for other, recipe, tokens, options in others:
+        with pytest.raises(QlabError, match="belongs to another job"):
+            quantize(other, recipe, tokens, killed, resume=True, **options)
+    assert contents(killed.parent) == before
+
+
+def test_a_run_without_resume_starts_again(killed, job, whole):
+    job(killed)
+    assert_whole(killed, whole)
+
+
+def test_resuming_a_finished_job_changes_nothing(job, whole, tmp_path):
+    out = job(tmp_path / "out").path
+    before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
+    again = job(out, resume=True)
+    assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == before
+    assert len(again.sites) == 21 and again.path == out
+    assert_whole(out, whole)
+
+
+def test_resuming_what_was_never_started_starts_it(job, whole, tmp_path):
+    job(tmp_path / "out", resume=True)
+    assert_whole(tmp_path / "out", whole)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_existing_output_is_refused_and_untouched(resume, job, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("all of it")
+    with pytest.raises(QlabError, match="exists .* choose another, or --overwrite"):
+        job(out, resume=resume)
+    assert contents(tmp_path) == {"out/thesis.txt": b"all of it"}
+
+
+def test_overwrite_replaces_the_whole_output(job, whole, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    job(out, overwrite=True)
+    assert_whole(out, whole)
+
+
+def test_an_output_that_was_being_replaced_is_put_back_by_the_next_run(job, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    n = 15
+    while out.exists():  # until the kill falls between the two renames of the swap
+        assert finish(start(dying(lambda n=n: job(out, overwrite=True), n, "after"))) == KILLED
+        n += 1
+    with pytest.raises(QlabError, match="exists"):
+        job(out)
+    assert contents(out) == {"old.txt": b"old"}
+
+
+def test_a_folder_in_the_way_that_is_not_ours_is_left_alone(job, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("all of it")
+    with pytest.raises(QlabError, match="was not made by qlab"):
+        job(tmp_path / "out")
+    assert contents(tmp_path) == {"out.partial/thesis.txt": b"all of it"}
+
+
+def test_an_output_that_appears_during_the_run_is_kept(killed, job):
+    killed.mkdir()
+    (killed / "thesis.txt").write_text("all of it")
+    with pytest.raises(QlabError, match="exists"):
+        job(killed, resume=True)
+    assert contents(killed) == {"thesis.txt": b"all of it"}
