@@ -69,7 +69,7 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """sha256 over the config and every file's header and size: names the model without reading all of it."""
-        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True, default=str).encode())
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
         for file in sorted(set(self.files.values())):
             with file.open("rb") as f:
                 (size,) = struct.unpack("<Q", f.read(8))

@@ -1,0 +1,152 @@
+"""A plan says what a recipe will do, and refuses by name what it cannot, before anything runs or is written."""
+
+import pytest
+import torch
+from directories import contents, random_tokens
+from families import tiny
+
+from qlab.checkpoint import open_checkpoint
+from qlab.errors import QlabError
+from qlab.methods.awq import awq, awq_scale
+from qlab.methods.gptq import gptq
+from qlab.methods.rtn import rtn
+from qlab.plan import plan
+from qlab.quantize import quantize
+from qlab.spec import parse_spec
+from qlab.transform import at, chain, keep, rules
+
+INT4 = parse_spec("int4-g16")
+Q, K, V, O = (f"model.layers.0.self_attn.{p}_proj" for p in "qkvo")
+
+
+@pytest.fixture(scope="module")
+def source(saved):
+    return saved("llama")
+
+
+@pytest.fixture(scope="module")
+def model(source):
+    return open_checkpoint(source)
+
+
+def refusal(*args) -> str:
+    with pytest.raises(QlabError) as error:
+        plan(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_stages_sites_and_what_stays_unquantized(model):
+    made = plan(model, rules({"*.o_proj": keep(), "*": rtn(INT4)}))
+    assert [stage["stage"] for stage in made.stages] == ["keep", "rtn"]
+    assert len(made.sites) == 14 and made.sites[Q] == {"spec": "int4-g16", "shape": [64, 64], "bits_per_weight": 6.0}
+    assert set(made.unquantized) == {"lm_head", O, O.replace("0", "1")}
+    assert made.json()["sites"][O]["spec"] is None
+
+
+def test_bits_per_weight_by_hand(model, saved):
+    # a block: q and o 64 x 64, k and v 32 x 64, gate and up 128 x 64, down 64 x 128
+    mixed = rules({
+        "*.self_attn.o_proj": keep(),  # fp32
+        "*.self_attn.*": rtn(parse_spec("int8-channel")),  # one fp32 scale per row of 64
+        "*.mlp.down_proj": rtn(parse_spec("int3-g32-asym")),  # an fp32 scale and a 3-bit zero per 32
+        "*": rtn(parse_spec("int4-g64")),  # an fp32 scale per 64
+    })
+    bits = 4096 * 32 + (4096 + 2 * 2048) * 8.5 + 8192 * (3 + 35 / 32) + 2 * 8192 * 4.5
+    assert plan(model, mixed).bits_per_weight == bits / (2 * 4096 + 2 * 2048 + 3 * 8192)
+    halves = open_checkpoint(saved("llama", torch.bfloat16))
+    assert plan(halves, rtn(parse_spec("int4-g64-asym"))).bits_per_weight == 4 + (16 + 4) / 64
+    assert plan(halves, rtn(parse_spec("int8-tensor"))).sites[Q]["bits_per_weight"] == 8 + 16 / 4096
+
+
+def test_the_plan_is_what_the_job_then_does(model, source, tmp_path):
+    recipe = rules({"*.self_attn.*": awq(parse_spec("int4-g32-asym")), "*.down_proj": keep(), "*": gptq(INT4)})
+    result = quantize(model, recipe, random_tokens(source), tmp_path / "out")
+    assert result.bits_per_weight == result.plan.bits_per_weight
+    rows = {name: {key: row[key] for key in ("spec", "shape", "bits_per_weight")} for name, row in result.sites.items()}
+    assert rows == result.plan.sites
+
+
+def test_passes_tokens_and_statistics(model, source):
+    without = plan(model, rtn(INT4), random_tokens(source))
+    assert (without.passes, without.tokens, without.statistics) == (0, 0, [])
+    observed = plan(model, chain(at("*.mlp.*", gptq(INT4)), at("*.self_attn.*", awq(INT4))), random_tokens(source))
+    assert (observed.passes, observed.tokens) == (2, 128)
+    assert observed.statistics == ["absmean", "second_moment"]
+
+
+def test_the_plan_writes_nothing(model, source):
+    before = contents(source)
+    plan(model, gptq(INT4), random_tokens(source))
+    assert contents(source) == before
+
+
+def test_a_memory_budget_is_kept_or_refused(model, source, tmp_path):
+    made = plan(model, gptq(INT4), random_tokens(source))
+    made.check(made.peak_bytes)
+    with pytest.raises(QlabError, match=r"the plan needs \d+ MiB and the budget is 8 MiB .*most of it: process.*"):
+        quantize(model, gptq(INT4), random_tokens(source), tmp_path / "out", memory=8 << 20)
+    assert not list(tmp_path.iterdir())
+
+
+def test_groups_that_do_not_divide_are_refused_with_the_legal_ones(model):
+    message = refusal(model, rules({"*.down_proj": rtn(parse_spec("int4-g48")), "*": rtn(INT4)}))
+    assert "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj" in message
+    assert "groups of 48 do not divide the 128 input channels" in message and "(64, 128)" in message
+    assert "16, 32, 64, 128 or 'channel'" in message
+
+
+def test_a_pattern_without_a_site_is_refused(model):
+    assert "matches no site (*.experts.*)" in refusal(model, at("*.experts.*", rtn(INT4)))
+    assert "matches no site (*.atn.*" in refusal(model, rules({"*.atn.*": rtn(INT4), "*": rtn(INT4)}))
+
+
+def test_a_pattern_that_earlier_ones_leave_nothing_for_is_refused(model):
+    assert "matches no site (*.q_proj and not *)" in refusal(model, rules({"*": rtn(INT4), "*.q_proj": keep()}))
+
+
+def test_uncovered_sites_are_refused(model):
+    message = refusal(model, rules({"*.self_attn.*": rtn(INT4)}))
+    assert "no rule covers model.layers.0.mlp.down_proj" in message and "keep()" in message
+
+
+def test_a_site_rounded_twice_is_refused(model):
+    message = refusal(model, chain(rtn(INT4), at("*.q_proj", rtn(parse_spec("int8-channel")))))
+    assert f"{Q} is rounded by two stages, to int4-g16 and to int8-channel" in message
+
+
+def test_a_rule_that_splits_the_sites_of_one_input_is_refused(model, source):
+    recipe = rules({"*.q_proj": awq(INT4), "*": rtn(INT4)})
+    message = refusal(model, recipe, random_tokens(source))
+    assert f"{Q} shares its input with {K}, {V}" in message and "awq_scale" in message
+
+
+def test_a_data_dependent_recipe_without_data_is_refused(model):
+    assert "observes second_moment and no calibration text" in refusal(model, gptq(INT4))
+
+
+def test_a_recipe_that_rounds_nothing_is_refused(model, source):
+    assert "rounds no weight" in refusal(model, ())
+    assert "rounds no weight" in refusal(model, keep())
+    assert "rounds no weight" in refusal(model, awq_scale(INT4), random_tokens(source))
+
+
+def test_windows_longer_than_the_model_are_refused(model, source):
+    assert "windows of 129 tokens are longer than the 128 positions" in refusal(model, gptq(INT4), random_tokens(source, 1, 129))
+
+
+def test_conv1d_is_refused_by_name(tmp_path):
+    tiny("gpt2").save_pretrained(tmp_path)
+    message = refusal(open_checkpoint(tmp_path), rtn(INT4))
+    assert "transformer.h.0.attn.c_attn" in message and "nn.Linear" in message
+
+
+def test_a_quantized_model_is_refused(model, tmp_path):
+    out = quantize(model, rtn(INT4), None, tmp_path / "out").path
+    assert "is quantized already; start from the unquantized model" in refusal(open_checkpoint(out), rtn(INT4))
+
+
+def test_refusals_come_before_anything_is_written(model, tmp_path):
+    with pytest.raises(QlabError):
+        quantize(model, rtn(parse_spec("int4-g48")), None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
