@@ -1,16 +1,12 @@
 """Tiny models as directories on disk, with a real tokenizer and text in its words."""
 
 import json
-import random
 from pathlib import Path
 
 import pytest
 import torch
+from directories import add_tokenizer, prose
 from families import tiny
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
 from qlab.skeleton import Skeleton, _structure
 
@@ -29,23 +25,6 @@ def traced_once(self: Skeleton, path: str, call, hidden):
 
 Skeleton._trace = traced_once
 torch.set_num_threads(1)  # the models are tiny, and children that tests fork must not inherit half a thread pool
-
-WORDS = [f"word{i}" for i in range(125)]
-
-
-def add_tokenizer(directory: Path) -> None:
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *WORDS])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    fast.save_pretrained(directory)
-
-
-def prose(words: int, seed: int = 0) -> str:
-    draw = random.Random(seed)
-    return " ".join(draw.choice(WORDS) for _ in range(words))
-
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):

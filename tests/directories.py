@@ -1,12 +1,33 @@
 """What tests ask of model directories: their bytes, their tensors, and tokens to calibrate on."""
 
+import random
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from qlab.calibration import Tokens, from_ids
 from qlab.checkpoint import open_checkpoint
+
+WORDS = [f"word{i}" for i in range(125)]
+
+
+def add_tokenizer(directory: Path) -> None:
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    fast.save_pretrained(directory)
+
+
+def prose(words: int, seed: int = 0) -> str:
+    draw = random.Random(seed)
+    return " ".join(draw.choice(WORDS) for _ in range(words))
 
 
 def contents(path: Path) -> dict[str, bytes]:

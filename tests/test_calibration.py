@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import prose
+from directories import prose
 
 from qlab.calibration import first_windows, generator, tokens
 from qlab.checkpoint import open_checkpoint

@@ -190,7 +190,7 @@ def test_an_existing_output_is_refused_and_untouched(resume, job, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("all of it")
-    with pytest.raises(QlabError, match="exists .* choose another, or --overwrite"):
+    with pytest.raises(QlabError, match=r"exists .* choose another, or --overwrite"):
         job(out, resume=resume)
     assert contents(tmp_path) == {"out/thesis.txt": b"all of it"}
 
