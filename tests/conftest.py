@@ -7,6 +7,7 @@ import pytest
 import torch
 from directories import add_tokenizer, prose
 from families import tiny
+from transformers.utils import logging as transformers_logging
 
 from qlab.skeleton import Skeleton, _structure
 
@@ -24,6 +25,7 @@ def traced_once(self: Skeleton, path: str, call, hidden):
 
 
 Skeleton._trace = traced_once
+transformers_logging.disable_progress_bar()  # tests read what qlab itself prints
 torch.set_num_threads(1)  # the models are tiny, and children that tests fork must not inherit half a thread pool
 
 @pytest.fixture(scope="session")
