@@ -2,15 +2,20 @@
 
 import errno
 import json
+import resource
 import shutil
 
 import pytest
 import torch
 from directories import change, contents, random_tokens
+from families import tiny
+from test_resume import finish, start
+from transformers import AutoConfig
 
 import qlab
 from qlab import QlabError
-from qlab.checkpoint import open_checkpoint
+from qlab.checkpoint import INDEX, open_checkpoint
+from qlab.skeleton import Skeleton
 
 INT4 = qlab.parse_spec("int4-g16")
 
@@ -153,3 +158,110 @@ def test_a_full_disk_leaves_the_former_result_and_can_be_resumed(folder, tmp_pat
     monkeypatch.setattr(writer, "save_file", save)
     qlab.quantize(model, again, None, out, resume=True)
     assert json.loads((out / "qlab.json").read_text())["bits_per_weight"] == 3 + 32 / 16
+
+
+@pytest.mark.parametrize("keep", [1, 7, 8, 9, 3000, 0.5, 0.999])
+def test_a_shard_cut_in_its_length_header_or_data(folder, keep):
+    shard = folder / "model.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: int(len(whole) * keep) if isinstance(keep, float) else keep])
+    refused(lambda: qlab.open(folder), "model.safetensors is truncated")
+
+
+@pytest.mark.parametrize("text, words", [("{}", "has no weight_map"), ("[]", "holds no JSON object"), ("{", "is not valid JSON")])
+def test_an_index_that_lists_nothing(folder, text, words):
+    (folder / "model.safetensors").unlink()
+    (folder / INDEX).write_text(text)
+    refused(lambda: qlab.open(folder), INDEX, words)
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"\xff\xfe", b'{"model_type": "llama", }'])
+def test_a_config_that_is_no_json_object(folder, text):
+    (folder / "config.json").write_bytes(text)
+    refused(lambda: qlab.open(folder), "config.json", "JSON")
+
+
+@pytest.mark.parametrize("changes", [{"model_type": 7}, {"hidden_size": "wide"}])
+def test_a_config_with_values_that_transformers_rejects(folder, changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(lambda: qlab.open(folder), "config.json", "transformers cannot read", repr(config["model_type"]))
+
+
+def test_a_model_that_is_no_causal_language_model(tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    vision = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    AutoConfig.for_model("vit", **vision).save_pretrained(tmp_path)
+    refused(lambda: Skeleton(open_checkpoint(tmp_path), torch.float32), "cannot build a causal language model")
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.input_layernorm.weight", "model.embed_tokens.weight", "model.norm.weight"])
+def test_a_missing_tensor_that_is_no_site(folder, tmp_path, name):
+    change(folder, **{name.replace(".", "__"): None})
+    refused(lambda: qlab.quantize(open_checkpoint(folder), qlab.rtn(INT4), None, tmp_path / "q"), f"has no tensor {name}")
+    assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("method", [qlab.awq, qlab.gptq])
+@pytest.mark.parametrize("name", ["0.self_attn.q_proj", "1.mlp.down_proj", "1.input_layernorm"])
+def test_a_tensor_that_is_not_finite_is_named_where_it_is_observed(folder, tmp_path, value, method, name):
+    change(folder, **{f"model.layers.{name}.weight".replace(".", "__"): lambda t: t.clone().index_fill_(0, torch.tensor([3]), value)})
+    model, data = open_checkpoint(folder), random_tokens(folder)
+    refused(lambda: qlab.quantize(model, method(INT4), data, tmp_path / "q"), f"model.layers.{name}.weight", "NaN or Inf")
+    assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize("line", ['{"text": "word1"', '"text"', '{"text": 7}', '{"text": null}', "[1]"])
+def test_a_line_of_jsonl_without_a_text(folder, tmp_path, line):
+    lines = tmp_path / "t.jsonl"
+    lines.write_text('{"text": "word1"}\n\n' + line + "\n")
+    refused(lambda: qlab.tokens(open_checkpoint(folder), [lines], 1, 1), "t.jsonl, line 3", 'not a JSON object with a "text"')
+
+
+def test_no_text_no_windows_and_no_tokenizer(folder, text, tmp_path):
+    model = open_checkpoint(folder)
+    refused(lambda: qlab.tokens(model, [], 1, 8), "no text was given")
+    refused(lambda: qlab.tokens(model, [tmp_path], 1, 8), "cannot be read (Is a directory)")
+    refused(lambda: qlab.tokens(model, [text], 0, 8), "0 samples were asked for")
+    refused(lambda: qlab.tokens(model, [text], 1, 0), "windows of 0 tokens")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    refused(lambda: qlab.tokens(model, [text], 1, 8), "model has no tokenizer")
+
+
+@pytest.mark.parametrize("ids", [torch.ones(4), torch.ones(1, 0)])
+def test_token_ids_that_are_no_windows(folder, ids):
+    refused(lambda: qlab.from_ids(open_checkpoint(folder), ids.long()), f"shape {tuple(ids.shape)}", "[samples, length]")
+
+
+@pytest.mark.parametrize("spec", ["", "int4", "int4-g", "int4-g0", "int9-g16", "int1-g16", "fp4-g16", "int4-g16-sym"])
+def test_an_unknown_spec(spec):
+    refused(lambda: qlab.parse_spec(spec), spec[:4])
+
+
+def test_an_output_that_is_the_model_or_lies_below_a_file(folder):
+    before, model = contents(folder), open_checkpoint(folder)
+    refused(lambda: qlab.quantize(model, qlab.rtn(INT4), None, folder, overwrite=True), "is the model itself")
+    refused(lambda: qlab.quantize(model, qlab.rtn(INT4), None, folder / "config.json" / "q"), "q.partial cannot be created")
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("limit", [100, 4000, 12000, 30000])  # the job file, the report, hidden states, a shard
+def test_files_that_the_system_refuses_to_let_grow(folder, tmp_path, limit):
+    out, recipe = tmp_path / "out", qlab.gptq(INT4)
+    job = lambda out, **options: qlab.quantize(open_checkpoint(folder), recipe, random_tokens(folder), out, **options)
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        refused(lambda: job(out, overwrite=True), "cannot be written", "File too large", "free some space")
+
+    job(tmp_path / "whole")
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    assert finish(start(limited)) == 0
+    assert contents(out) == {"old.txt": b"old"}
+    assert not list(tmp_path.rglob("*.tmp"))
+    job(out, overwrite=True, resume=True)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
