@@ -3,7 +3,8 @@
 Shapes: x_nk is n tokens by k channels, H_kk = sum_n x_n^T x_n. Accumulation is in fp32 whatever the model's dtype.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -55,13 +56,23 @@ def gram(x_nk: Tensor) -> Tensor:
     """x^T x in fp32 [k, k]. Only the blocks of the upper triangle are multiplied, so that it is exactly symmetric."""
     x, k = x_nk.float(), x_nk.shape[1]
     H_kk = x.new_empty(k, k)
-    for i in range(0, k, GRAM_TILE):
-        stop = min(i + GRAM_TILE, k)
-        H_kk[i:stop, i:] = x[:, i:stop].T @ x[:, i:]
-        tile = H_kk[i:stop, i:stop]
-        tile.copy_(tile.triu() + tile.triu(1).T)
-        H_kk[stop:, i:stop] = H_kk[i:stop, stop:].T
-    return H_kk
+    with _bf16_products(x_nk.dtype):
+        for i in range(0, k, GRAM_TILE):
+            torch.mm(x[:, i : i + GRAM_TILE].T, x[:, i:], out=H_kk[i : i + GRAM_TILE, i:])
+    H_kk.triu_()
+    return H_kk + H_kk.triu(1).T
+
+
+@contextmanager
+def _bf16_products(dtype: torch.dtype) -> Iterator[None]:
+    """Lets a processor multiply fp32 copies of bf16 numbers as bf16 (AMX, AVX-512): exact, accumulated in fp32 as before."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _move_moment(state: Moment, M: Tensor) -> Moment:
@@ -134,4 +145,4 @@ def transport(stats: Stats, source: str, M: Tensor) -> Stats:
 
 def quadratic(D_ok: Tensor, H_kk: Tensor) -> float:
     """tr(D H D^T): the squared output error of a weight error D on inputs with second moment H."""
-    return float(torch.einsum("ok,ok->", D_ok @ H_kk, D_ok))
+    return float(torch.linalg.vecdot(D_ok @ H_kk, D_ok).sum())

@@ -1,6 +1,6 @@
 """AWQ: scale the input channels that matter before rounding, and fold the scales upstream (Lin et al. 2023).
 
-Legend: W_ok weight, H_kk mean second moment of the input x, m_k what x is multiplied by (1 / s in the paper).
+Legend: W_ok weight, H mean second moment of the input x, m_k what x is multiplied by (1 / s in the paper).
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from qlab.methods.grid import Grid, encode, weighted
 from qlab.methods.rtn import rtn
 from qlab.qtensor import dense
 from qlab.spec import Spec, with_scale_dtype
-from qlab.stats import Stats, quadratic
+from qlab.stats import STATS, Moment, Stats, quadratic
 from qlab.transform import Stage, Transform, chain, reparametrize
 
 RATIOS = tuple(i / 10 for i in range(11))
-ROWS = 4  # candidates are first ranked on every fourth row
+ROWS = 128  # of each weight, evenly spread, rank the candidates
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,24 @@ class Choice:
     identity_loss: float
 
 
-def scaled_loss(weights: Sequence[Tensor], H_kk: Tensor, m_k: Tensor, spec: Spec, grid: Grid) -> float:
-    """sum over weights of tr(D H' D^T), D the rounding error of W / m, H' = m H m: the output error after scaling."""
-    H = H_kk * m_k[:, None] * m_k[None, :]
+def scaled_loss(weights: Sequence[Tensor], moment: Moment, m_k: Tensor, spec: Spec, grid: Grid) -> float:
+    """sum over weights of tr(D H' D^T), D the rounding error of W / m, H' = m H m: the output error after scaling.
+
+    H' and W / m are computed as reparametrize does it, so that ties go the way they were scored.
+    """
+    H = STATS["second_moment"].transport(moment, m_k).mean_kk
     total = 0.0
     for W_ok in weights:
-        W = W_ok * (1 / m_k)  # as reparametrize computes it: codes at a tie go the way they were scored
+        W = W_ok * (1 / m_k)
         total += quadratic(dense(encode(grid, W, spec, H), torch.float32) - W, H)
     return total
 
 
-def search(graph: ModuleGraph, fold: Fold, weights: Sequence[Tensor], absmean_k: Tensor, H_kk: Tensor, spec: Spec,
+def search(graph: ModuleGraph, fold: Fold, weights: Sequence[Tensor], absmean_k: Tensor, moment: Moment, spec: Spec,
            grid: Grid) -> Choice:  # fmt: skip
     """The scale s = mean|x|^ratio, normalised by sqrt(max min), with the least output error; s = 1 is a candidate.
 
-    Every scale is scored as it will be stored (`Fold.stored`). A subset of the rows ranks the ratios; the two best and
+    Every scale is scored as it will be stored (`Fold.stored`). ROWS rows of each weight rank the ratios; the two best and
     the identity are compared on all rows, so the loss is never above the identity's.
     """
     importance = fold.tie(absmean_k).clamp_min(1e-4)
@@ -55,13 +58,13 @@ def search(graph: ModuleGraph, fold: Fold, weights: Sequence[Tensor], absmean_k:
         s = importance**ratio
         return fold.stored(graph, (s.max() * s.min()).sqrt() / s)
 
-    some = [W[::ROWS] for W in weights]
-    ranked = sorted(RATIOS[1:], key=lambda r: scaled_loss(some, H_kk, scale(r), spec, grid))
+    some = [W[:: max(1, len(W) // ROWS)] for W in weights]
+    ranked = sorted(RATIOS[1:], key=lambda r: scaled_loss(some, moment, scale(r), spec, grid))
     one = torch.ones_like(importance)
-    identity = best = Choice(one, 0.0, loss := scaled_loss(weights, H_kk, one, spec, grid), loss)
+    identity = best = Choice(one, 0.0, loss := scaled_loss(weights, moment, one, spec, grid), loss)
     for ratio in ranked[:2]:
         m_k = scale(ratio)
-        loss = scaled_loss(weights, H_kk, m_k, spec, grid)
+        loss = scaled_loss(weights, moment, m_k, spec, grid)
         if loss < best.loss:
             best = Choice(m_k, ratio, loss, identity.loss)
     return best
@@ -80,11 +83,11 @@ def awq_scale(spec: Spec, grid: Grid = weighted) -> Transform:
             if source not in places:
                 continue
             total_k, count = stats[source, "absmean"]
-            H_kk = stats[source, "second_moment"].mean_kk
+            moment = stats[source, "second_moment"]
             weights = [graph.weight_ok(s) for s in sites]
-            choice = search(graph, places[source], weights, total_k / max(count, 1), H_kk, settled, grid)
+            choice = search(graph, places[source], weights, total_k / max(count, 1), moment, settled, grid)
             graph, stats = reparametrize(graph, stats, source, choice.m_k, 1 / choice.m_k)
-            energy = sum(quadratic(W, H_kk) for W in weights)
+            energy = sum(quadratic(W, moment.mean_kk) for W in weights)
             note = {"awq_ratio": choice.ratio, "awq_loss": choice.loss / energy, "awq_rtn_loss": choice.identity_loss / energy}
             graph = replace(graph, notes={**graph.notes, **{s.path: {**graph.notes.get(s.path, {}), **note} for s in sites}})
         return graph, stats

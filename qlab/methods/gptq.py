@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qlab.methods.grid import Grid, fit, weighted
-from qlab.methods.obs import inverse_factor, obs_sweep
+from qlab.methods.obs import damped, factorize, obs_sweep
 from qlab.methods.quantease import descend_codes, refit_scales
 from qlab.qtensor import QTensor
 from qlab.spec import Spec
@@ -35,30 +35,26 @@ def gptq_codes(W_ok: Tensor, H_kk: Tensor, scales: Tensor, zeros: Tensor | None,
 
     Columns are solved in `order` and returned in their own places, so no g_idx is left behind.
     """
-    factor = inverse_factor(H_kk[order][:, order], damp)
-    W = torch.where(factor.dead.to(W_ok.device), 0, W_ok[:, order])
+    factor = factorize(H_kk.index_select(0, order).index_select(1, order), damp)
+    W = W_ok.index_select(1, order).masked_fill_(factor.dead.to(W_ok.device), 0)
     rows, cols = spec.tile.sizes(W_ok.shape)
 
     def per_column(x_ag: Tensor) -> Tensor:  # [a, g] -> [k, o or 1] in solving order
-        wide = x_ag.to(W.dtype).repeat_interleave(cols, 1)[:, order]
-        return (wide.repeat_interleave(rows, 0) if rows > 1 else wide).T.contiguous()
+        return x_ag.T.to(W.dtype).repeat_interleave(rows, 1).index_select(0, order // cols)
 
-    s_ko, z_ko = per_column(scales), None if zeros is None else per_column(zeros)
-    codes_ko = torch.empty(W.shape[1], W.shape[0], dtype=torch.int8, device=W.device)
+    codes_ko = W.new_empty(W.shape[1], W.shape[0])
+    c, s = codes_ko.unbind(), per_column(scales).unbind()
+    z = None if zeros is None else per_column(zeros).unbind()
 
-    def project(w_o: Tensor, j: int, out_o: Tensor) -> Tensor:
-        torch.div(w_o, s_ko[j], out=out_o)
-        if z_ko is None:
-            out_o.round_().clamp_(spec.qmin, spec.qmax)
-            codes_ko[j] = out_o
+    def project(w_o: Tensor, j: int, out_o: Tensor) -> None:
+        torch.div(w_o, s[j], out=c[j])
+        if z is None:
+            torch.mul(c[j].round_().clamp_(spec.qmin, spec.qmax), s[j], out=out_o)
         else:
-            out_o.add_(z_ko[j]).round_().clamp_(spec.qmin, spec.qmax)
-            codes_ko[j] = out_o
-            out_o.sub_(z_ko[j])
-        return out_o.mul_(s_ko[j])
+            torch.sub(c[j].add_(z[j]).round_().clamp_(spec.qmin, spec.qmax), z[j], out=out_o).mul_(s[j])
 
-    obs_sweep(W, factor.U_kk, project, block)
-    return codes_ko[order.argsort()].T.contiguous(), factor.damp, int(factor.dead.sum())
+    obs_sweep(W, factor.R_kk, project, block)
+    return codes_ko.to(torch.int8)[order.argsort()].T.contiguous(), factor.damp, int(factor.dead.sum())
 
 
 def gptq(
@@ -76,11 +72,10 @@ def gptq(
         scales, zeros = fit(grid, W_ok, spec, H_kk)
         codes, used, dead = gptq_codes(W_ok, H_kk, scales, zeros, spec, order(H_kk), damp, block)
         q = QTensor(codes, scales, zeros, spec)
-        damped = H_kk + torch.diag_embed(torch.where(H_kk.diagonal() > 0, used * H_kk.diagonal().mean(), 1))
         for _ in range(sweeps):
             if spec.tile.rows == 1:  # a scale that rows share has no least-squares problem of its own
-                q = refit_scales(W_ok, damped, q)
-            q = descend_codes(W_ok, damped, q, order(H_kk), block)
+                q = refit_scales(W_ok, damped(H_kk, used), q)
+            q = descend_codes(W_ok, damped(H_kk, used), q, order(H_kk), block)
         return q, {"grid": grid.name, "damp": used, "dead": dead}
 
     detail = f"grid {grid.name}, {order.__name__}, damp {damp:g}, {sweeps} sweeps"

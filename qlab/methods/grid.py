@@ -24,7 +24,7 @@ class Grid:
     sum_j h_j (x_j - q_j)^2, where h is diag(H) when `weighted` and 1 otherwise. lo <= 0 <= hi are the tile's range.
 
     refit: each candidate is also tried with the scale that suits its codes best,
-    s = sum_j h_j x_j c_j / sum_j h_j c_j^2 with c = codes - zeros.
+    s = sum_j h_j x_j c_j / sum_j h_j c_j^2 with c = codes - zeros, and so is the best of them all once more.
     """
 
     name: str
@@ -59,16 +59,24 @@ def _fit_rows(grid: Grid, x_agn: Tensor, spec: Spec, h_agn: Tensor | None) -> tu
         return first
     # sum h (x - s c)^2 = sum h x^2 - 2 s B + s^2 A with A = sum h c^2, B = sum h x c: the codes are needed once for both
     # scales, and what does not depend on the candidate is left out
-    best_e, (best_s, best_z) = torch.full_like(lo, torch.inf), first
-    for s, z in (first, *others):
+    best_e, best_s, best_z = torch.full_like(lo, torch.inf), *first
+
+    def consider(s: Tensor, z: Tensor | None) -> None:
+        nonlocal best_e, best_s, best_z
         c = _centred(x_agn, s, z, spec)
         hc = c if h_agn is None else c * h_agn
         A, B = torch.linalg.vecdot(hc, c), torch.linalg.vecdot(hc, x_agn)
         for scale in (s, _stored(B / A, spec)) if grid.refit else (s,):
-            e = scale.float() * (scale.float() * A - 2 * B)
+            wide = scale.float()
+            e = (wide * A).sub_(B, alpha=2).mul_(wide)
             better = (e < best_e) & (A > 0)  # a tile of zeros keeps the first candidate
             best_e, best_s = torch.where(better, e, best_e), torch.where(better, scale, best_s)
             best_z = z if z is None or best_z is None else torch.where(better, z, best_z)
+
+    for s, z in (first, *others):
+        consider(s, z)
+    if grid.refit:
+        consider(best_s, best_z)
     # the sums above cancel; never hand out anything worse than the first candidate by the plain formula
     worse = objective(x_agn, *first, spec, h_agn) < objective(x_agn, best_s, best_z, spec, h_agn)
     zeros = None if first[1] is None or best_z is None else torch.where(worse, first[1], best_z)
@@ -94,7 +102,7 @@ def _stored(s_ag: Tensor, spec: Spec) -> Tensor:
     """Scales as the file will hold them: rounded to their dtype, zeros replaced by its epsilon (compressed-tensors)."""
     assert spec.scale_dtype is not None  # `fit` settles it
     s = s_ag.to(spec.scale_dtype)
-    return torch.where((s == 0) | s.isnan(), torch.finfo(s.dtype).eps, s)
+    return s.masked_fill((s == 0) | s.isnan(), torch.finfo(s.dtype).eps)
 
 
 def encode(grid: Grid, W_ok: Tensor, spec: Spec, H_kk: Tensor | None = None) -> QTensor:
@@ -154,14 +162,11 @@ def _union(*sets: Candidates) -> Candidates:
 
 
 SHRINK = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
-FINE = SHRINK[:-1]
-GENTLE = (0.95, 0.9, 0.85, 0.8)
+COARSE = (0.9, 0.8, 0.7, 0.6, 0.5)  # refitting the scale makes up for the finer steps
 
 minmax = Grid("minmax", _whole)
 mse = Grid("mse", _shrunken(SHRINK))
 weighted_mse = Grid("weighted_mse", _shrunken(SHRINK), weighted=True)
 signed = Grid("signed", _signed_range((1.0,)))
-weighted = Grid("weighted", _union(_shrunken(FINE), _signed_range((1.0, *FINE))), weighted=True, refit=True)
-# GPTQ moves weights before it rounds them, so a range that suits the weights as they are clips them later
-gentle = Grid("gentle", _union(_shrunken(GENTLE), _signed_range((1.0, *GENTLE))), weighted=True)
-GRIDS = {g.name: g for g in (minmax, mse, weighted_mse, signed, weighted, gentle)}
+weighted = Grid("weighted", _union(_shrunken(COARSE), _signed_range((1.0, *COARSE))), weighted=True, refit=True)
+GRIDS = {g.name: g for g in (minmax, mse, weighted_mse, signed, weighted)}

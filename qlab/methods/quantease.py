@@ -22,22 +22,18 @@ def descend_codes(W_ok: Tensor, H_kk: Tensor, q: QTensor, order: Tensor, block: 
     """
     spec, (rows, cols) = q.spec, q.spec.tile.sizes(q.shape)
     codes_ko, D_ko = q.codes.T.to(W_ok.dtype).contiguous(), (W_ok - dense(q, W_ok.dtype)).T.contiguous()
-
-    def scales_of(columns: Tensor) -> Tensor:
-        x_ob = q.scales[:, columns // cols].repeat_interleave(rows, 0)
-        return x_ob.T.to(W_ok.dtype).contiguous()
-
+    s_ga = q.scales.T.to(W_ok.dtype)
     for columns in order.split(block):
         H_bb = H_kk[columns][:, columns]
         G_bo = H_kk[columns] @ D_ko  # H is symmetric: row j of H D^T is column j of D H
-        s_bo = scales_of(columns)
-        for i, j in enumerate(columns.tolist()):
+        s_bo, old_bo = s_ga[columns // cols].repeat_interleave(rows, 1), codes_ko[columns]
+        new_bo, Hs_bo = torch.empty_like(old_bo), H_bb.diagonal()[:, None] * s_bo
+        for i, (g, s, hs, old, new) in enumerate(zip(*(t.unbind() for t in (G_bo, s_bo, Hs_bo, old_bo, new_bo)))):
             # W' + G / H_jj in units of codes: the present code, plus the step that the gradient asks for
-            code = (codes_ko[j] + G_bo[i] / (H_bb[i, i] * s_bo[i])).round_().clamp_(spec.qmin, spec.qmax)
-            step = (code - codes_ko[j]).mul_(s_bo[i])
-            codes_ko[j] = code
-            D_ko[j] -= step
-            G_bo[i + 1 :].addr_(H_bb[i + 1 :, i], step, alpha=-1)
+            torch.addcdiv(old, g, hs, out=new).round_().clamp_(spec.qmin, spec.qmax)
+            G_bo[i + 1 :].addr_(H_bb[i + 1 :, i], (new - old).mul_(s), alpha=-1)
+        codes_ko[columns] = new_bo
+        D_ko[columns] -= (new_bo - old_bo) * s_bo
     return QTensor(codes_ko.T.contiguous().to(torch.int8), q.scales, q.zeros, spec)
 
 
@@ -50,10 +46,11 @@ def refit_scales(W_ok: Tensor, H_kk: Tensor, q: QTensor) -> QTensor:
     c_ogn = q.spec.tile.split(q.codes).to(W_ok.dtype)
     if q.zeros is not None:
         c_ogn = c_ogn - q.zeros.to(W_ok.dtype)[..., None]
-    H_gnk = rearrange(H_kk, "(g n) k -> g n k", g=groups)
+    H_gnhm = rearrange(H_kk, "(g n) (h m) -> g n h m", g=groups, h=groups)
     A_ogh = W_ok.new_empty(o, groups, groups)
-    for g in range(groups):
-        A_ogh[:, g] = torch.linalg.vecdot(rearrange(c_ogn[:, g] @ H_gnk[g], "o (h n) -> o h n", h=groups), c_ogn)
+    for g in range(groups):  # A is symmetric
+        cH_ohm = rearrange(c_ogn[:, g] @ H_gnhm[g, :, g:].flatten(1), "o (h m) -> o h m", h=groups - g)
+        A_ogh[:, g, g:] = A_ogh[:, g:, g] = torch.linalg.vecdot(cH_ohm, c_ogn[:, g:])
     b_og = torch.linalg.vecdot(rearrange(W_ok @ H_kk, "o (g n) -> o g n", g=groups), c_ogn)
     ridge = RIDGE * A_ogh.diagonal(dim1=1, dim2=2)
     ridge = torch.where(ridge > 0, ridge, 1)

@@ -10,7 +10,7 @@ from weights import problems, weight
 from qlab.errors import QlabError
 from qlab.methods.gptq import act_order, gptq, gptq_codes, paper_order
 from qlab.methods.grid import fit, minmax
-from qlab.methods.obs import inverse_factor, obs_sweep
+from qlab.methods.obs import factorize, obs_sweep
 from qlab.qtensor import QTensor, dense, round_codes
 from qlab.spec import Int, Tile, parse_spec
 from qlab.stats import Moment, quadratic
@@ -131,11 +131,13 @@ def test_damping_grows_until_the_factorization_works_and_is_noted(damp, rank, us
     x[0, 0] = 0 if rank == 16 else x[0, 0]
     H = x.T @ x / len(x)
     H = H if rank == 16 else H - 1e-4 * torch.eye(16)  # not positive definite, by rounding as it were
-    factor = inverse_factor(H, damp)
+    factor = factorize(H, damp)
     assert factor.damp == used
-    spread = (H + used * H.diagonal().mean() * torch.eye(16)).double()
-    assert torch.allclose(factor.U_kk.double().T @ factor.U_kk.double() @ spread, torch.eye(16).double(), atol=1e-2)
-    assert not factor.U_kk.tril(-1).any()
+    R, spread = factor.R_kk.double(), (H + used * H.diagonal().mean() * torch.eye(16)).double()
+    assert torch.equal(R.triu(), R) and torch.equal(R.diagonal(), torch.ones(16).double())
+    D = torch.linalg.solve_triangular(R, torch.linalg.solve_triangular(R, spread, upper=True).T, upper=True)
+    pivots = D.diagonal()
+    assert (pivots > 0).all() and torch.allclose(D, pivots.diag(), atol=1e-3 * float(pivots.max()))
 
 
 def with_moment(state):
@@ -163,13 +165,13 @@ def test_a_second_moment_beyond_repair_is_refused_by_site():
 @given(SEEDS, st.integers(1, 9))
 def test_the_sweep_writes_to_none_of_its_inputs(seed, o):
     W, H = weight(12, o, seed).T, second_moment(12, seed).float()  # columns lie contiguously already
-    U, before = inverse_factor(H, DAMP).U_kk, W.clone()
-    kept = W._version, U._version, H._version
-    out = obs_sweep(W, U, lambda w, j, into: into.copy_(w.round()), block=5)
-    assert torch.equal(W, before) and (W._version, U._version, H._version) == kept and torch.equal(out, out.round())
+    R, before = factorize(H, DAMP).R_kk, W.clone()
+    kept = W._version, R._version, H._version
+    out = obs_sweep(W, R, lambda w, j, into: into.copy_(w.round()), block=5)
+    assert torch.equal(W, before) and (W._version, R._version, H._version) == kept and torch.equal(out, out.round())
 
 
 @given(SEEDS)
 def test_a_projection_that_changes_nothing_leaves_the_weight(seed):
     W, H = weight(5, 12, seed), second_moment(12, seed).float()
-    assert torch.equal(obs_sweep(W, inverse_factor(H, DAMP).U_kk, lambda w, j, into: into.copy_(w)), W)
+    assert torch.equal(obs_sweep(W, factorize(H, DAMP).R_kk, lambda w, j, into: into.copy_(w)), W)
