@@ -1,6 +1,8 @@
 """The commands: plan, quantize, eval, inspect. Bad input is one sentence on stderr and exit code 2."""
 
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -9,6 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from qlab.errors import QlabError
+
+SEVERAL = ("--calib", "--text")  # options that take several files
+WIDTH = 132  # of a table that no terminal shows
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Quantize language models: plan, quantize, evaluate and inspect.")  # fmt: skip
@@ -25,6 +30,12 @@ Device = Annotated[str, typer.Option("--device", help="where one block at a time
 Memory = Annotated[float | None, typer.Option("--memory", help="budget in GiB; a plan above it is refused")]
 InputsName = Annotated[str, typer.Option("--inputs", help="calibrate on 'quantized' or 'reference' inputs")]
 Json = Annotated[Path | None, typer.Option("--json", help="also write the result to this file")]
+
+
+def console() -> Console:
+    """Of the width of the terminal or $COLUMNS, or wide enough for every table where there is neither."""
+    shown = Console()
+    return shown if shown.is_terminal or "COLUMNS" in os.environ else Console(width=WIDTH)
 
 
 def report(value: Any, path: Path | None) -> None:
@@ -64,7 +75,7 @@ def plan(
 
     opened, recipe = qlab.open(model), recipe_of(method, spec, asymmetric)
     made = qlab.plan(opened, recipe, _data(opened, recipe, calib, samples, length, seed))
-    Console().print(made)
+    console().print(made)
     report(made.json(), json_file)
 
 
@@ -91,8 +102,8 @@ def quantize(
     budget = None if memory is None else int(memory * 2**30)
     result = qlab.quantize(opened, recipe, data, out, inputs=cast(Inputs, inputs), device=device, memory=budget, overwrite=overwrite,
                            resume=resume)  # fmt: skip
-    Console().print(result.plan)
-    Console().print(f"{result.path}: {result.bits_per_weight:.3f} bits per weight, {result.bytes / 1e6:.1f} MB, "
+    console().print(result.plan)
+    console().print(f"{result.path}: {result.bits_per_weight:.3f} bits per weight, {result.bytes / 1e6:.1f} MB, "
                     f"{result.seconds:.1f} s, peak {result.peak_rss_bytes / 2**20:.0f} MiB, {inputs} inputs")  # fmt: skip
     report(result.json(), json_file)
 
@@ -117,7 +128,7 @@ def evaluate(
     table.add_row("perplexity / reference", f"{result.perplexity / result.reference_perplexity:.4f}", _range(result.ratio_ci))
     table.add_row("KL divergence (nats)", f"{result.kl:.5f}", _range(result.kl_ci))
     table.add_row("top-1 agreement", f"{result.top1_agreement:.4f}", _range(result.top1_ci))
-    Console().print(table)
+    console().print(table)
     report({"model": model, "against": against, "data": data.describe(), **result.json()}, json_file)
 
 
@@ -133,13 +144,14 @@ def inspect(directory: Annotated[Path, typer.Argument(help="a directory that qla
 
     model, record = open_checkpoint(directory), read_report(directory)
     table = Table("site", "spec", "shape", "weight error", "loss", "tokens", "notes", title=str(directory))
+    table.columns[0].overflow = "fold"  # a site is looked up by its whole name
     shown = ("spec", "shape", "bits_per_weight", "weight_error", "loss", "tokens")
     for name, row in record["sites"].items():
         rest = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k not in shown)
         table.add_row(name, row["spec"] or "-", "x".join(map(str, row["shape"])), _figure(row.get("weight_error")),
                       _figure(row.get("loss")), f"{row['tokens']:,}" if "tokens" in row else "-", rest)  # fmt: skip
-    Console().print(table)
-    Console().print(f"{len(model.quantized)} of {len(record['sites'])} weights quantized, {record['bits_per_weight']:.3f} bits per "
+    console().print(table)
+    console().print(f"{len(model.quantized)} of {len(record['sites'])} weights quantized, {record['bits_per_weight']:.3f} bits per "
                     f"weight, {record['job']['inputs']} inputs")  # fmt: skip
     report(record, json_file)
 
@@ -151,10 +163,23 @@ def _figure(value: float | None) -> str:
 def run(typed: typer.Typer) -> None:
     """Run a command line; what qlab refuses becomes one line on stderr and exit code 2."""
     try:
-        typed()
+        typed(args=_spread(sys.argv[1:]))
     except QlabError as error:
         print(f"qlab: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _spread(arguments: Sequence[str]) -> list[str]:
+    """`--calib a b` as `--calib a --calib b`: files that follow the first one belong to the same option."""
+    spread: list[str] = []
+    option: str | None = None
+    for before, argument in zip(["", *arguments], arguments):
+        if argument.startswith("-"):
+            option = argument if argument in SEVERAL else None
+        elif option and before != option and Path(argument).is_file():
+            spread.append(option)
+        spread.append(argument)
+    return spread
 
 
 def main() -> None:

@@ -48,6 +48,17 @@ def sentence(printed):
     return lines[0]
 
 
+def test_files_after_the_first_one_belong_to_the_same_option(call, saved, text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text())
+    for arguments in ([saved(), "--calib", text, other, *SMALL], [*SMALL, "--calib", text, "--calib", other, saved()],
+                      [*SMALL, "--calib", text, other, saved()]):  # fmt: skip
+        code, _, error = call("plan", *arguments, "--json", tmp_path / "plan.json")
+        assert code == 0, error
+        assert json.loads((tmp_path / "plan.json").read_text())["tokens"] == 8 * 32
+    assert call("plan", saved(), text, other)[0] == 2
+
+
 def test_plan_says_everything_before_anything_runs(call, saved, text, tmp_path):
     before = sorted(saved().iterdir())
     code, out, _ = call("plan", saved(), *SMALL, "--calib", text, "--json", tmp_path / "plan.json")

@@ -4,13 +4,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
-from qlab.cli import Asymmetric, Calib, InputsName, Json, Length, Seed, SpecName, report, run
+from qlab.cli import Asymmetric, Calib, InputsName, Json, Length, Seed, SpecName, console, report, run
 
 DEFAULT = "methods"
-WIDTH = 132  # of a table that no terminal shows
 
 
 class WithDefault(TyperGroup):
@@ -48,11 +46,8 @@ def methods(
     record = compare_methods(model, names.split(","), spec, asymmetric=asymmetric, calib=calib, text=text, samples=samples,
                              length=length, seed=seed, windows=windows, inputs=inputs, out=out)  # fmt: skip
     report(record, json_file)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
-    console.print(table(record))
-    console.print(f"models, bench.json, methods.png and layers.png are in {record['out']}", soft_wrap=True)
+    console().print(table(record))
+    console().print(f"models, bench.json, methods.png and layers.png are in {record['out']}", soft_wrap=True)
 
 
 def main() -> None:
