@@ -65,7 +65,7 @@ def gram(x_nk: Tensor) -> Tensor:
 
 @contextmanager
 def _bf16_products(dtype: torch.dtype) -> Iterator[None]:
-    """Lets a processor multiply fp32 copies of bf16 numbers as bf16 (AMX, AVX-512): exact, accumulated in fp32 as before."""
+    """Lets a processor with matrix units for bf16 (AMX) multiply fp32 copies of bf16 numbers there: exact, summed in fp32."""
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     try:

@@ -72,11 +72,15 @@ def test_refitting_takes_the_least_squares_scale_where_it_pays(problem, seed):
         return (h * x * c).sum(-1) / (h * c * c).sum(-1), (h * c * c).sum(-1)
 
     once, curvature = least_squares(rtn.codes)
-    twice, _ = least_squares(round_codes(W, once.float(), rtn.zeros, spec))
+    again = round_codes(W, once.float(), rtn.zeros, spec)
+    twice, _ = least_squares(again)
     refit = [(q.scales - best).abs() <= 1e-5 * best.abs() for best in (once, twice)]
     gain = curvature * (rtn.scales - once).square()
     kept = (q.scales == rtn.scales) & (gain <= 1e-5 * (h * x * x).sum(-1))  # nothing that fp32 could see
     assert (refit[0] | refit[1] | kept).all()
+    bound = error(W, QTensor(again, twice, rtn.zeros, spec), H.diagonal())
+    unseen = 2e-6 * (h * x * x).sum(-1)  # the search subtracts numbers of this size
+    assert (kept | (error(W, q, H.diagonal()) <= bound + unseen)).all()
 
 
 @given(problems(), st.integers(0, 99))

@@ -90,6 +90,14 @@ def test_transport_moves_one_source_and_drops_what_cannot_move():
     assert all(moved["a", name] is not stats["a", name] for name in ("second_moment", "sample"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gram_sums_exact_products_in_fp32(dtype):
+    """At a size that goes to the matrix units where there are any: nothing of the inputs is rounded away."""
+    x = normal(1024, 512, seed=0).to(dtype)
+    exact = x.double().T @ x.double()
+    assert (gram(x) - exact).abs().max() < 2e-5 * exact.abs().max()
+
+
 @pytest.mark.parametrize("k", [1, 5, 384, 385, 800])
 def test_gram_is_the_full_product_and_exactly_symmetric(k):
     x = normal(40, k, seed=k)
