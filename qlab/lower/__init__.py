@@ -1,0 +1,6 @@
+"""Lowering: a quantized model directory as an ordinary, fast nn.Module. Nothing CUDA or Triton is imported before it is used."""
+
+from qlab.lower.linear import QLinear
+from qlab.lower.model import lower, resident_bytes
+
+__all__ = ["QLinear", "lower", "resident_bytes"]
