@@ -57,12 +57,15 @@ DEVICES: dict[tuple[int, int], tuple[Device, ...]] = {
     (12, 0): (Device("5090", 170, 2.41, 1792, 209),),
 }
 
-# Loop instructions per weight of the compiled kernel, {(layout, bm): (scale on the accumulator, scale on the weight)}, at bn=128.
+# Thread-instructions per weight in the loop of the compiled kernel (`static.compile_variant`), {(layout, bm, bn): count}, with the
+# scale on the accumulator up to bm=32 and on the weight above.
 INSTRUCTIONS = {
-    ("wgmma", 16): (2.5, 2.9), ("wgmma", 32): (2.7, 2.9), ("wgmma", 64): (4.4, 3.7), ("wgmma", 128): (6.3, 5.0),
-    ("mma2", 16): (2.9, 3.1), ("mma2", 32): (3.9, 3.8), ("mma2", 64): (8.4, 7.8), ("mma2", 128): (16.0, 16.0),
+    ("wgmma", 16, 64): 3.2, ("wgmma", 16, 128): 2.5, ("wgmma", 32, 64): 3.5, ("wgmma", 32, 128): 2.7, ("wgmma", 64, 128): 3.9,
+    ("wgmma", 128, 128): 5.1,
+    ("mma2", 16, 64): 3.3, ("mma2", 16, 128): 3.0, ("mma2", 32, 64): 6.0, ("mma2", 32, 128): 3.9, ("mma2", 64, 128): 8.3,
+    ("mma2", 128, 128): 13.6,
 }  # fmt: skip
-NARROW = 0.4  # more of them at bn=64, whose x fragments serve half as many rows
+ON_WEIGHT = 0.4  # more of them when a small tile scales the weight
 FMA_INSTRUCTIONS = 4.7  # per weight for shifts and conversion; each token adds one multiply-add
 
 
@@ -137,9 +140,10 @@ def _fma(p: Problem, c: Config, d: Device) -> float:
 
 
 def _instructions(layout: str, c: Config) -> float:
-    known = [bm for name, bm in INSTRUCTIONS if name == layout]
-    row = INSTRUCTIONS[layout, min(known, key=lambda bm: abs(math.log2(bm / c.bm)))]
-    return row[c.scale_on == "weight"] + (NARROW if c.bn < 128 else 0.0)
+    """Of the compiled tile nearest in size."""
+    near = min((key for key in INSTRUCTIONS if key[0] == layout),
+               key=lambda key: abs(math.log2(key[1] / c.bm)) + abs(math.log2(key[2] / c.bn)))  # fmt: skip
+    return INSTRUCTIONS[near] + (ON_WEIGHT if c.scale_on == "weight" and c.bm <= 32 else 0.0)
 
 
 def _resident(p: Problem, c: Config) -> int:

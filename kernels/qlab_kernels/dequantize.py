@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlab_kernels import reference
-from qlab_kernels.device import reads_packed, setting
+from qlab_kernels.device import reads_packed, setting, stored
 from qlab_kernels.layout import Packed
 from qlab_kernels.tile import codes, in_order, load_halves
 
@@ -47,7 +47,7 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
     if not reads_packed(packed):
         return reference.dequantize(packed, dtype)
     experts = packed.words.shape[:-3]
-    y = torch.empty((*experts, packed.n, packed.k), dtype=dtype, device=packed.words.device)
+    y = torch.empty((*experts, packed.n, packed.k), dtype=stored(dtype), device=packed.words.device)
     scales = packed.scales.view(torch.int32)
     zeros = scales if packed.zeros is None else packed.zeros.view(torch.int32)
     constants = setting(packed.scales, packed)
@@ -57,4 +57,4 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
         packed.words, scales, zeros, y, packed.n, packed.k, packed.padded_k, packed.padded_n,
         ZEROS=packed.zeros is not None, BK=128, DTYPE=half, **constants,
     )  # fmt: skip
-    return y
+    return y.to(dtype)

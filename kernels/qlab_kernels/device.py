@@ -16,6 +16,11 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def stored(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a kernel stores for results in `dtype`: the interpreter truncates fp32 to bf16, so there torch rounds them."""
+    return torch.float32 if interpreted() and dtype == torch.bfloat16 else dtype
+
+
 def reads_packed(packed: Packed) -> bool:
     """Whether the device of these weights has a Triton kernel for them; 7.0 and 7.2 have none."""
     return interpreted() or _capability(packed.words)[1].path != "dequantize"

@@ -189,10 +189,10 @@ def update(path: Path, change: Callable[[dict[Key, Entry]], object]) -> None:
         op, capability = path.name.removesuffix(".json").split(".", 1)
         entries = dict(table.entries) if table else {}
         change(entries)
-        replace(path, Table({**(table.meta if table else {}), "op": op, "capability": capability}, entries).json())
+        replace_file(path, Table({**(table.meta if table else {}), "op": op, "capability": capability}, entries).json())
 
 
-def replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Write `text` to `path` so that a reader sees the old or the new contents, whole, even after a crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from qlab_kernels.capability import KernelError
 from qlab_kernels.config import Config
-from qlab_kernels.device import operands, setting
+from qlab_kernels.device import operands, setting, stored
 from qlab_kernels.layout import Packed
 from qlab_kernels.tile import product
 
@@ -58,9 +58,9 @@ def int4_grouped_mm(x: Tensor, packed: Packed, offsets: Tensor, config: Config) 
     if config.kind != "gemm":
         raise KernelError(f"int4_grouped_mm has the one kind gemm, not {config.kind}")
     t = x.shape[0]
-    y = x.new_empty(t, packed.n)
+    y = x.new_empty(t, packed.n, dtype=stored(x.dtype))
     if t == 0:
-        return y
+        return y.to(x.dtype)
     x, scales, zeros = operands(x, packed)
     grid = (t // config.bm + min(experts, t), packed.padded_n // config.bn)
     int4_grouped_mm_kernel[grid](
@@ -68,4 +68,4 @@ def int4_grouped_mm(x: Tensor, packed: Packed, offsets: Tensor, config: Config) 
         EXPERTS=triton.next_power_of_2(experts), ZEROS=packed.zeros is not None, BM=config.bm, BN=config.bn, BK=config.bk,
         SCALE_ON=config.scale_on, STAGES=config.stages, **setting(x, packed), num_warps=config.warps,
     )  # fmt: skip
-    return y
+    return y.to(x.dtype)

@@ -9,7 +9,7 @@ from qlab_kernels import dequantize as dense
 from qlab_kernels import fma
 from qlab_kernels.capability import KernelError
 from qlab_kernels.config import Config
-from qlab_kernels.device import operands, setting
+from qlab_kernels.device import operands, setting, stored
 from qlab_kernels.layout import Packed
 from qlab_kernels.tile import product
 
@@ -58,11 +58,11 @@ def int4_mm(x: Tensor, packed: Packed, config: Config) -> Tensor:
         raise KernelError(f"a GPU multiplies by split_k, gemm, fma or dequant, not by {config.kind}")
     x, scales, zeros = operands(x, packed)
     m, split = x.shape[0], config.split
-    y = x.new_empty((split, m, packed.n), dtype=x.dtype if split == 1 else torch.float32)
+    y = torch.empty((split, m, packed.n), dtype=stored(x.dtype) if split == 1 else torch.float32, device=x.device)
     grid = (triton.cdiv(m, config.bm) * (packed.padded_n // config.bn), split)
     int4_mm_kernel[grid](
         x, packed.words, scales, zeros, y, m, packed.n, packed.padded_k, packed.padded_n, split,
         ZEROS=packed.zeros is not None, BM=config.bm, BN=config.bn, BK=config.bk, SCALE_ON=config.scale_on, STAGES=config.stages,
         **setting(x, packed), num_warps=config.warps,
     )  # fmt: skip
-    return y[0] if split == 1 else y.sum(0).to(x.dtype)
+    return (y[0] if split == 1 else y.sum(0)).to(x.dtype)

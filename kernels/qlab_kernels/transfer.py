@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from qlab_kernels import cache
-from qlab_kernels.entries import CacheError, Entry, Key, Table, replace, update
+from qlab_kernels.entries import CacheError, Entry, Key, Table, replace_file, update
 
 Layer = Literal["user", "shipped"]
 
@@ -13,7 +13,7 @@ Layer = Literal["user", "shipped"]
 def export(path: Path) -> int:
     """Write all of the user's entries into one file; returns how many. They can be imported elsewhere, or named in the override."""
     tables = cache.user_tables()
-    replace(path, "[\n" + ",\n".join(table.json() for _, table in sorted(tables.items())) + "]\n")
+    replace_file(path, "[\n" + ",\n".join(table.json() for _, table in sorted(tables.items())) + "]\n")
     return sum(len(table.entries) for table in tables.values())
 
 
