@@ -4,7 +4,7 @@ Names: y[m, n] = x[m, k] @ W[n, k].T; a program computes a tile of bm tokens x b
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -160,28 +160,31 @@ def _fma_menu(p: Problem) -> list[Config]:
 
 
 def _tile_menu(p: Problem) -> list[Config]:
-    """Small tiles with several splits for few tokens, larger ones for more; k tiles as wide as the group allows."""
+    """Small tiles with several splits for few tokens, larger ones for more; at most 64 tiles of tokens."""
     menu = []
-    for bm, bn, bk, warps, stages, scale_on in tiles(p):
-        tokens = round_up(max(p.m, 1), bm) // bm
-        if (bm > 16 and p.bucket < bm // 2) or tokens > 64 // max(1, 64 // bm):
+    k_pad = padded_group(p.k, p.group)[0]
+    for c in _tiles(p):
+        tokens = round_up(max(p.m, 1), c.bm) // c.bm
+        if (c.bm > 16 and p.bucket <= c.bm // 2) or tokens > max(1, c.bm // 8):
             continue
-        depth = max(1, padded_group(p.k, p.group)[0] // bk)
-        splits = sorted({min(s, depth) for s in (1, 2, 4, 8, 16)}) if bm <= 64 else [1]
-        menu += [Config("gemm" if s == 1 else "split_k", bm, bn, bk, s, warps, stages, scale_on) for s in splits]
+        splits = sorted({min(s, max(1, k_pad // c.bk)) for s in ((1, 2, 4, 8, 16) if c.bm <= 64 else (1,))})
+        menu += [replace(c, kind="gemm" if s == 1 else "split_k", split=s) for s in splits]
     return menu
 
 
-def tiles(p: Problem) -> list[tuple[int, int, int, int, int, Literal["accumulator", "weight"]]]:
-    """(bm, bn, bk, warps, stages, scale_on) that compile without spills on every capability of the fused path."""
-    group = padded_group(p.k, p.group)[1]
-    small: Literal["accumulator", "weight"] = "accumulator" if group >= 64 else "weight"
-    bk = 128 if group % 128 == 0 else 64
-    found = [(16, 64, bk, 4, s, small) for s in (3, 4, 5)] + [(16, 128, bk, 4, s, small) for s in (3, 4)]
-    found += [(32, 64, bk, 4, 4, small), (32, 128, bk, 4, 3, small)]
-    found += [(64, 128, 64, 4, 3, "weight"), (64, 128, 64, 4, 4, "weight")]
-    found += [(128, 128, 64, 8, 3, "weight"), (128, 128, 64, 8, 4, "weight")]
-    return found
+def _tiles(p: Problem) -> list[Config]:
+    """The tiles that compile without spills; k tiles as wide as pays, scales on the accumulator of small tiles where groups allow."""
+    k_pad, group = padded_group(p.k, p.group)
+    bk = 64 if k_pad % 128 else 128
+    small = [(16, 64, bk, 4, 3), (16, 64, bk, 4, 4), (16, 64, bk, 4, 5), (16, 128, bk, 4, 3), (16, 128, bk, 4, 4), (32, 128, bk, 4, 3)]
+    large = [(64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4)]
+    if group % 256 == 0:
+        small += [(16, 64, 256, 4, 3), (16, 128, 256, 4, 3)]
+    if p.cc == (9, 0):  # wgmma spreads the accumulator over all warps; mma.sync tiles of these sizes spill or exchange weights
+        small += [(32, 64, bk, 4, 4)]
+        large += [(64, 128, 128, 4, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3)]
+    on_accumulator = [Config("gemm", *t[:3], 1, *t[3:], "accumulator" if group % t[2] == 0 else "weight") for t in small]
+    return on_accumulator + [Config("gemm", *t[:3], 1, *t[3:], "weight") for t in large]
 
 
 def heuristic(p: Problem) -> Config:
@@ -211,6 +214,6 @@ def _waste(p: Problem, c: Config) -> tuple[float, ...]:
 def kernel_revision() -> str:
     """12 hex digits over the kernels' sources and the layouts' names: a cached time belongs to one of them."""
     digest = hashlib.sha256(REVISION.encode())
-    for name in ("tile", "int4_mm", "grouped", "fma", "dequantize"):
+    for name in ("tile", "device", "int4_mm", "grouped", "fma", "dequantize"):
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     return digest.hexdigest()[:12]

@@ -39,7 +39,8 @@ def dequantize_kernel(
         w -= load_halves(zeros_ptr + first, row, rn[:, None], N_PAD, DTYPE).to(tl.float32)
     w *= load_halves(scales_ptr + first, row, rn[:, None], N_PAD, DTYPE).to(tl.float32)
     y_tile = y_ptr + expert * N * K + (block_n * 64).to(tl.int64) * K
-    tl.store(y_tile + tl.arange(0, 64)[:, None] * K + rk[None, :], w.to(y_ptr.dtype.element_ty), mask=(rn < N)[:, None] & (rk < K)[None, :])
+    inside = (rn < N)[:, None] & (rk < K)[None, :]
+    tl.store(y_tile + tl.arange(0, 64)[:, None] * K + rk[None, :], w.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:

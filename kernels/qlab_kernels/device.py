@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlab_kernels.capability import Capability, KernelError, Target, admit, target
+from qlab_kernels.config import Config
 from qlab_kernels.layout import Packed
 
 _TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -27,8 +28,11 @@ def reads_packed(packed: Packed) -> bool:
 
 
 def setting(x: Tensor, packed: Packed) -> dict:
-    """The constants that the device and the weights decide: GROUP, LAYOUT, SEQUENCE, COMPUTE."""
-    group = 0 if packed.group >= packed.padded_k else packed.group
+    """The constants that the device and the weights decide: GROUP (0: one scale per row), LAYOUT, SEQUENCE, COMPUTE."""
+    rows = packed.scales.shape[-2]
+    if rows > 1 and rows * packed.group != packed.padded_k:
+        raise KernelError(f"{rows} scales per row do not cover {packed.padded_k} codes in groups of {packed.group}: pack them anew")
+    group = 0 if rows == 1 else packed.group
     if interpreted():
         compute = tl.float32 if x.dtype == torch.bfloat16 else _TL[x.dtype]
         return {"GROUP": group, "LAYOUT": packed.layout, "SEQUENCE": "plain", "COMPUTE": compute}
@@ -44,6 +48,13 @@ def _capability(t: Tensor) -> tuple[Capability, Target]:
         raise KernelError(f"these kernels run on CUDA devices, not on {t.device}: there, qlab_kernels.reference computes the same")
     cc = torch.cuda.get_device_capability(t.device)
     return cc, target(cc)
+
+
+def options(config: Config, layout: str) -> dict[str, int]:
+    """What the tensor-core kernels are compiled with. Left alone, the assembler spills a few registers of the mma.sync kernels before
+    the loop to fit one block more; 168 is what three blocks of 4 warps leave."""
+    limit = {"maxnreg": 168} if layout == "mma2" and config.warps == 4 and config.bm <= 32 else {}
+    return {"num_warps": config.warps, **limit}
 
 
 def operands(x: Tensor, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:

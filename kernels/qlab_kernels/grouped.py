@@ -6,7 +6,7 @@ from torch import Tensor
 
 from qlab_kernels.capability import KernelError
 from qlab_kernels.config import Config
-from qlab_kernels.device import operands, setting, stored
+from qlab_kernels.device import operands, options, setting, stored
 from qlab_kernels.layout import Packed
 from qlab_kernels.tile import product
 
@@ -66,6 +66,6 @@ def int4_grouped_mm(x: Tensor, packed: Packed, offsets: Tensor, config: Config) 
     int4_grouped_mm_kernel[grid](
         x, packed.words, scales, zeros, offsets, y, t, experts, packed.n, packed.padded_k, packed.padded_n,
         EXPERTS=triton.next_power_of_2(experts), ZEROS=packed.zeros is not None, BM=config.bm, BN=config.bn, BK=config.bk,
-        SCALE_ON=config.scale_on, STAGES=config.stages, **setting(x, packed), num_warps=config.warps,
+        SCALE_ON=config.scale_on, STAGES=config.stages, **setting(x, packed), **options(config, packed.layout),
     )  # fmt: skip
     return y.to(x.dtype)

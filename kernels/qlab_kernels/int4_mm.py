@@ -9,7 +9,7 @@ from qlab_kernels import dequantize as dense
 from qlab_kernels import fma
 from qlab_kernels.capability import KernelError
 from qlab_kernels.config import Config
-from qlab_kernels.device import operands, setting, stored
+from qlab_kernels.device import operands, options, setting, stored
 from qlab_kernels.layout import Packed
 from qlab_kernels.tile import product
 
@@ -63,6 +63,6 @@ def int4_mm(x: Tensor, packed: Packed, config: Config) -> Tensor:
     int4_mm_kernel[grid](
         x, packed.words, scales, zeros, y, m, packed.n, packed.padded_k, packed.padded_n, split,
         ZEROS=packed.zeros is not None, BM=config.bm, BN=config.bn, BK=config.bk, SCALE_ON=config.scale_on, STAGES=config.stages,
-        **setting(x, packed), num_warps=config.warps,
+        **setting(x, packed), **options(config, packed.layout),
     )  # fmt: skip
     return (y[0] if split == 1 else y.sum(0)).to(x.dtype)

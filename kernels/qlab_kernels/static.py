@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 from qlab_kernels.capability import Capability, target
 from qlab_kernels.config import Config, Problem
+from qlab_kernels.device import options
 from qlab_kernels.layout import padded_group
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -69,7 +70,7 @@ def variant(p: Problem, c: Config) -> Variant | None:
     return Variant(p.op, p.cc, p.dtype, 0 if group >= k_pad else group, p.zeros, plain)
 
 
-def _source(v: Variant) -> tuple[ASTSource, dict[str, int]]:
+def _source(v: Variant, planted: dict) -> tuple[ASTSource, dict[str, int]]:
     """The kernel with its argument types, constants and alignments, and the options it is compiled with."""
     c, row = v.config, target(v.cc)
     constants: dict = {"GROUP": v.group, "ZEROS": v.zeros, "BM": c.bm, "BN": c.bn, "BK": c.bk}
@@ -80,25 +81,30 @@ def _source(v: Variant) -> tuple[ASTSource, dict[str, int]]:
 
         types |= {"x_ptr": "*fp32", "words_ptr": "*i32", "scales_ptr": _PTR[v.dtype], "zeros_ptr": _PTR[v.dtype]}
     else:
-        constants |= {"SCALE_ON": c.scale_on, "LAYOUT": row.layout, "SEQUENCE": row.sequence, "COMPUTE": _TL[v.dtype], "STAGES": c.stages}
+        constants |= {"SCALE_ON": c.scale_on, "STAGES": c.stages}
+        constants |= {"LAYOUT": row.layout, "SEQUENCE": row.sequence, "COMPUTE": _TL[v.dtype]}
         if v.op == "int4_grouped_mm":
             from qlab_kernels.grouped import int4_grouped_mm_kernel as kernel
 
             constants["EXPERTS"] = 64
         else:
             from qlab_kernels.int4_mm import int4_mm_kernel as kernel
+    constants |= planted
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     aligned = [n for n in names if n.endswith("_ptr") or n in ("N", "K", "N_PAD")]
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     constexprs = {(names.index(n),): value for n, value in constants.items()}
-    return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs), {"num_warps": c.warps, "num_stages": c.stages}
+    return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs), options(c, row.layout)
 
 
-def compile_variant(v: Variant) -> Facts:
-    """Compile for v.cc with the assembler that Triton ships; needs no driver. Raises what Triton raises."""
-    source, options = _source(v)
-    built = triton.compile(source, target=GPUTarget("cuda", v.cc[0] * 10 + v.cc[1], 32), options=options)
+def compile_variant(v: Variant, **planted: object) -> Facts:
+    """Compile for v.cc with the assembler that Triton ships; needs no driver. Raises what Triton raises.
+
+    planted: constants that replace the kernel's own, to see that the gates notice.
+    """
+    source, settings = _source(v, planted)
+    built = triton.compile(source, target=GPUTarget("cuda", v.cc[0] * 10 + v.cc[1], 32), options=settings)
     ptx = built.asm["ptx"]
     usage, sass = disassemble(built.asm["cubin"])
     body = longest_loop(sass)

@@ -25,7 +25,7 @@ def codes(words, SEQUENCE: tl.constexpr, COMPUTE: tl.constexpr):
         high = (words >> 4).to(tl.int8)
         nibbles = tl.join(low, high).reshape(R, C // 4, 2, 2, 2).trans(0, 1, 3, 4, 2)  # p, i1, i0 -> i1, i0, p
         return (nibbles.reshape(R, C * 2) - 8).to(COMPUTE)
-    if COMPUTE == tl.float16:
+    if COMPUTE == tl.float16:  # noqa: SIM300
         first, second = tl.inline_asm_elementwise(
             asm="""{
             .reg .b32 upper, exponent, m1032, sixteenth, m72;

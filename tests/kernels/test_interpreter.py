@@ -39,7 +39,8 @@ def tensor_core_cases(draw):
     tiles = -(-k // bk)
     split = draw(st.integers(1, min(tiles, 5)))
     config = ("gemm" if split == 1 else "split_k", draw(st.sampled_from([16, 32])), bn, bk, split, 4, 2, scale_on)
-    return Case(draw(st.integers(0, 40)), n, k, group, draw(st.booleans()), draw(st.sampled_from(["wgmma", "mma2"])), draw(DTYPE), config)
+    layout = draw(st.sampled_from(["wgmma", "mma2"]))
+    return Case(draw(st.integers(0, 40)), n, k, group, draw(st.booleans()), layout, draw(DTYPE), config)
 
 
 @few
