@@ -63,7 +63,7 @@ class Snapshot:
         digest = hashlib.sha256(f"{self.inline} {self.kernel}".encode())
         for layer in (self.override, self.user, self.shipped):
             for name, table in sorted(layer.items()):
-                digest.update(f"{name} {table.json()}".encode())
+                digest.update(f"{name} {sorted(f'{key} {entry}' for key, entry in table.entries.items())}".encode())
             digest.update(b"layer")
         return digest.hexdigest()[:16]
 
