@@ -55,6 +55,34 @@ def methods(
     console.print(f"models, bench.json, methods.png and layers.png are in {record['out']}", soft_wrap=True)
 
 
+@app.command()
+def generate(
+    directories: Annotated[list[Path], typer.Argument(help="directories that qlab quantized")],
+    engines: Annotated[str | None, typer.Option("--engines", help="names with semicolons between them (default: all)")] = None,
+    prompt: Annotated[int, typer.Option("--prompt", help="tokens of the prompt")] = 512,
+    new: Annotated[int, typer.Option("--new", help="tokens to generate")] = 128,
+    repeat: Annotated[int, typer.Option("--repeat", help="turns that every engine takes")] = 3,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="of the CPU (default: torch's)")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda")] = "cpu", json_file: Json = None,
+) -> None:  # fmt: skip
+    """Prefill and decode rates of quantized directories, lowered, against the same models in bfloat16."""
+    import torch
+
+    from qlab.bench.generate import ENGINES, measure, table
+
+    if threads:
+        torch.set_num_threads(threads)
+    names = [name.strip() for name in engines.split(";")] if engines else ENGINES
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    records = []
+    for directory in directories:
+        records.append(measure(directory, names, prompt=prompt, new=new, repeat=repeat, device=device))
+        console.print(table(records[-1]))
+    report(records, json_file)
+
+
 def main() -> None:
     """The command line of the benches."""
     run(app)

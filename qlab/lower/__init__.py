@@ -2,5 +2,6 @@
 
 from qlab.lower.linear import QLinear
 from qlab.lower.model import lower, resident_bytes
+from qlab.lower.rewrite import inductor_options
 
-__all__ = ["QLinear", "lower", "resident_bytes"]
+__all__ = ["QLinear", "inductor_options", "lower", "resident_bytes"]

@@ -9,13 +9,14 @@ int4pack-<b>-pairs has rows 2j and 2j + 1 in it.
 """
 
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from qlab.errors import QlabError
 from qlab.lower.nibbles import Planes, spread
+from qlab.timing import device_label
 
 aten = torch.ops.aten
 PREFIX = "int4pack"
@@ -84,12 +85,37 @@ def dequantize(words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, k: i
 
 
 def kind(m: int, dtype: torch.dtype, dense_copy: bool, n: int, k: int, group: int, zeros: bool) -> Kind:
-    """How a product of m tokens is computed: a pure function of its arguments and of the cache's snapshot."""
+    """How a product of m tokens with planes [n, k] is computed: pure for a snapshot of the config cache.
+
+    An entry of the cache decides, measured on this machine or for a shape like it; else the constants above do.
+    """
     if dtype != torch.bfloat16:
         return "dense"
-    if dense_copy:
-        return "int4pack" if m <= INT4_TOKENS_BESIDE_DENSE else "dense"
-    return "int4pack" if m <= INT4_TOKENS else "dense"
+    from qlab_kernels import cache as configs
+
+    found = configs.lookup(problem(m, dtype, dense_copy, n, k, group, zeros))
+    if found.source == "heuristic":
+        return "int4pack" if m <= (INT4_TOKENS_BESIDE_DENSE if dense_copy else INT4_TOKENS) else "dense"
+    return "int4pack" if found.config.kind == "int4pack" else "dense"
+
+
+def problem(m: int, dtype: torch.dtype, dense_copy: bool, n: int, k: int, group: int, zeros: bool) -> Any:
+    """The product's key in the config cache. n, k: of the packed planes, padding included."""
+    from qlab_kernels import Problem
+
+    op = "int4_linear_cpu_beside_dense" if dense_copy else "int4_linear_cpu"
+    return Problem(op, f"cpu-{_isa()}", _processor(torch.get_num_threads()), str(dtype).removeprefix("torch."), group, zeros, n, k, m)
+
+
+@cache
+def _isa() -> str:
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return "amx" if amx else torch.backends.cpu.get_cpu_capability().lower()
+
+
+@cache
+def _processor(threads: int) -> str:
+    return device_label(torch.device("cpu"))
 
 
 def int4_mm(x_mk: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, dense: Tensor | None, n: int, group: int,
@@ -99,7 +125,7 @@ def int4_mm(x_mk: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, d
     m, k = x_mk.shape
     if m == 0:
         return x_mk.new_empty(0, n)
-    if kind(m, x_mk.dtype, dense is not None, n, k, group, zeros is not None) == "int4pack":
+    if kind(m, x_mk.dtype, dense is not None, words.shape[0], 2 * words.shape[1], group, zeros is not None) == "int4pack":
         y = aten._weight_int4pack_mm_for_cpu(spread(x_mk, count), words, group, scales)
         return y if y.shape[1] == n else y[:, :n].contiguous()
     W_nk = dequantize(words, scales, zeros, n, k, group, count, name) if dense is None else dense

@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 
 from qlab.checkpoint import Checkpoint, open_checkpoint
 from qlab.errors import QlabError
+from qlab.lower.attention import use_grouped_attention
 from qlab.lower.linear import QLinear
 from qlab.qtensor import QTensor
 from qlab.quantize import Result
@@ -51,6 +52,8 @@ def lower(
         skeleton.model.tie_weights()
     if (checkpoint.path / "generation_config.json").is_file():
         skeleton.model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    if where.type == "cpu":
+        use_grouped_attention(skeleton.model)
     return skeleton.model.eval()
 
 

@@ -19,7 +19,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from qlab.lower import cpu
 from qlab.lower.nibbles import plane_width
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int, aten.numpy_T.default)
 PRODUCTS = (aten.mm.default, aten.addmm.default)
 SOURCES = ("rewrite.py", "cpu.py", "nibbles.py", "ops.py")
@@ -29,11 +29,12 @@ class Rewrite(CustomGraphPass):
     """The pass. fused, chosen: how many nodes each rewrite replaced in the last graph."""
 
     def __init__(self, snapshot: str):
-        self.snapshot, self.fused, self.chosen = snapshot, 0, 0
+        self.snapshot, self.fused, self.chosen, self.streamed = snapshot, 0, 0, 0
 
     def __call__(self, graph: Any) -> None:
         self.fused = fuse(graph)
         self.chosen = choose(graph)
+        self.streamed = stream(graph)
 
     def uuid(self) -> bytes:
         """Changes with the pass, with the kernels' choice on a CPU and with the config cache."""
@@ -94,18 +95,43 @@ def choose(graph: Any) -> int:
     found = 0
     for node in graph.find_nodes(op="call_function", target=torch.ops.qlab.int4_mm.default):
         x, words, scales, zeros, dense, n, group, count, layout = node.args
-        m, k = x.meta["val"].shape
+        (m, k), (rows, half) = x.meta["val"].shape, words.meta["val"].shape[:2]
         if words.meta["val"].device.type != "cpu" or not isinstance(m, int) or m == 0:
             continue
         cpu.check(layout)
         with graph.inserting_before(node):
-            if cpu.kind(m, x.meta["val"].dtype, dense is not None, n, k, group, zeros is not None) == "int4pack":
+            if cpu.kind(m, x.meta["val"].dtype, dense is not None, rows, 2 * half, group, zeros is not None) == "int4pack":
                 new = _call(graph, aten._weight_int4pack_mm_for_cpu.default, (_spread(graph, x, k, count), words, group, scales))
-                if words.meta["val"].shape[0] != n:
+                if rows != n:
                     new = _call(graph, aten.slice.Tensor, (new, 1, 0, n))
             else:
                 W = dense or _call(graph, torch.ops.qlab.dequantize.default, (words, scales, zeros, n, k, group, count, layout))
                 new = _call(graph, aten.mm.default, (x, _call(graph, aten.permute.default, (W, [1, 0]))))
+        _replace(graph, node, new)
+        found += 1
+    return found
+
+
+def stream(graph: Any) -> int:
+    """On a CPU, write a bfloat16 product of one token with a dense weight as a sum, which is read at the memory's speed.
+
+    mm(x [1, k], W.T) = sum_k x * W in fp32. The library's product of one row takes twice the time, and an unquantized head is
+    as large as all quantized weights of a small model.
+    """
+    found = 0
+    for node in graph.find_nodes(op="call_function", target=aten.mm.default):
+        x, w = node.args
+        value = x.meta["val"]
+        if getattr(w, "target", None) not in TRANSPOSES or _same_axes(w) or value.shape[0] != 1 or value.dtype != torch.bfloat16:
+            continue
+        W = w.args[0]
+        if value.device.type != "cpu" or W.op == "call_function" or not W.meta["val"].is_contiguous():
+            continue
+        with graph.inserting_before(node):
+            wide = [_call(graph, prims.convert_element_type.default, (t, torch.float32)) for t in (x, W)]
+            sums = _call(graph, aten.sum.dim_IntList, (_call(graph, aten.mul.Tensor, tuple(wide)), [1]))
+            rounded = _call(graph, prims.convert_element_type.default, (sums, torch.bfloat16))
+            new = _call(graph, aten.unsqueeze.default, (rounded, 0))
         _replace(graph, node, new)
         found += 1
     return found
