@@ -12,8 +12,8 @@ PACKAGE = ROOT / "qlab"
 # A module imports from strictly lower layers, or from its own package. A package is one layer of all its files.
 LAYERS = [
     {"errors"}, {"spec"}, {"qtensor"}, {"graph"}, {"stats"}, {"transform"}, {"absorb"}, {"methods"}, {"codecs"}, {"checkpoint"},
-    {"calibration", "skeleton"}, {"sweep"}, {"report", "writer"}, {"plan"}, {"quantize"}, {"evaluate", "lower"}, {"demo"},
-    {"hub", "hf", "serve"}, {"__init__"}, {"cli"}, {"bench", "__main__"},
+    {"calibration", "skeleton"}, {"sweep"}, {"report", "timing", "writer"}, {"plan"}, {"quantize"}, {"evaluate", "lower"}, {"tuning"},
+    {"demo"}, {"hub", "hf", "serve"}, {"__init__"}, {"cli"}, {"bench", "__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MATHEMATICS = {"errors", "spec", "qtensor", "graph", "stats", "transform", "absorb", "methods"}

@@ -61,9 +61,9 @@ DEVICES: dict[tuple[int, int], tuple[Device, ...]] = {
 # scale on the accumulator up to bm=32 and on the weight above.
 INSTRUCTIONS = {
     ("wgmma", 16, 64): 3.2, ("wgmma", 16, 128): 2.5, ("wgmma", 32, 64): 3.5, ("wgmma", 32, 128): 2.7, ("wgmma", 64, 128): 3.9,
-    ("wgmma", 128, 128): 5.1,
+    ("wgmma", 64, 256): 3.7, ("wgmma", 128, 128): 5.1, ("wgmma", 128, 256): 4.0, ("wgmma", 256, 128): 5.9,
     ("mma2", 16, 64): 3.3, ("mma2", 16, 128): 3.0, ("mma2", 32, 64): 6.0, ("mma2", 32, 128): 3.9, ("mma2", 64, 128): 8.3,
-    ("mma2", 128, 128): 13.6,
+    ("mma2", 64, 256): 8.2, ("mma2", 128, 128): 13.6,
 }  # fmt: skip
 ON_WEIGHT = 0.4  # more of them when a small tile scales the weight
 FMA_INSTRUCTIONS = 4.7  # per weight for shifts and conversion; each token adds one multiply-add

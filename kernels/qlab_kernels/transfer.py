@@ -11,9 +11,15 @@ Layer = Literal["user", "shipped"]
 
 
 def export(path: Path) -> int:
-    """Write all of the user's entries into one file; returns how many. They can be imported elsewhere, or named in the override."""
+    """Write all of the user's entries into one file; returns how many. They can be imported elsewhere, or named in the override.
+
+    CacheError when the file cannot be written.
+    """
     tables = cache.user_tables()
-    replace_file(path, "[\n" + ",\n".join(table.json() for _, table in sorted(tables.items())) + "]\n")
+    try:
+        replace_file(path, "[\n" + ",\n".join(table.json() for _, table in sorted(tables.items())) + "]\n")
+    except OSError as error:
+        raise CacheError(f"{path} cannot be written ({error.strerror}): choose another place") from error
     return sum(len(table.entries) for table in tables.values())
 
 
