@@ -169,7 +169,7 @@ def tune(
     dtype: Annotated[str, typer.Option("--dtype", help="of the activations: bfloat16 or float16")] = "bfloat16",
     group: Annotated[int, typer.Option("--group", min=1, help="weights per scale")] = 128, asymmetric: Asymmetric = False,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda (default: cuda where there is one)")] = "",
-    budget: Annotated[float, typer.Option("--budget", min=0, help="seconds for each shape and number of tokens")] = 10.0,
+    budget: Annotated[float, typer.Option("--budget", min=0, help="seconds for each shape and number of tokens")] = 30.0,
     retune: Annotated[bool, typer.Option("--retune", help="also what was measured before")] = False, json_file: Json = None,
 ) -> None:  # fmt: skip
     """Time the configurations of int4 products on this machine and keep the fastest in the config cache."""
@@ -206,7 +206,7 @@ def cache_list(
         rows = [row for row in transfer.listing() if shipped or row[0] == "user"]
         table = Table("file", "product", "config", "us", "GB/s", "source", "device", "date", title=str(cache.folder()))
         for layer, name, key, entry in rows:
-            old = ", stale" if key.kernel not in (kernel_revision(), "model") else ""
+            old = ", stale" if cache.stale(entry, key, kernel_revision()) else ""
             config = " ".join(f"{k}={v}" for k, v in entry.json()["config"].items() if k != "kind")
             table.add_row(name.removesuffix(".json"), str(key).rsplit("/", 2)[0], f"{entry.config.kind} {config}", f"{entry.us:.1f}",
                           f"{entry.gbps:.0f}", f"{layer}, {entry.source}{old}", entry.device, entry.date)  # fmt: skip

@@ -10,7 +10,7 @@ The first of these that has a legal one decides:
 
 The user's files lie in $QLAB_CACHE_DIR, else $QLAB_HOME/configs, else $XDG_CACHE_HOME/qlab/configs or ~/.cache/qlab/configs. All files
 and the environment are read once, into a snapshot: lookups are pure until `refresh`, and `snapshot_hash` names what they depend on.
-An entry of an older kernel is used where there is no newer (`Found.stale`); it is tuned anew only on request.
+An entry of an older kernel, Triton or torch is used where there is no newer (`Found.stale`); it is tuned anew only on request.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ REACH = 6.0  # in log2 over n, k and m together
 @dataclass(frozen=True)
 class Found:
     """A configuration, where it came from, the entry behind it (None for heuristic and inline override), and whether that was
-    timed on an older version of the kernels."""
+    timed with other versions of the kernels, Triton or torch."""
 
     config: Config
     source: Source
@@ -87,7 +87,7 @@ class Snapshot:
             table = layer.get(name)
             for key, entry in _exact(table, wanted, same_device) if table else ():
                 if legal(p, entry.config) is None:
-                    return Found(entry.config, source, entry, key.kernel not in (self.kernel, MODEL))
+                    return Found(entry.config, source, entry, stale(entry, key, self.kernel))
         return self._nearest(p, name, wanted) or Found(heuristic(p), "heuristic")
 
     def _nearest(self, p: Problem, name: str, wanted: Key) -> Found | None:
@@ -96,8 +96,13 @@ class Snapshot:
                 if _kind(key) == _kind(wanted) and _distance(wanted, key)[0] <= REACH]  # fmt: skip
         for *_, text, entry in sorted(near, key=lambda row: row[:-1]):
             if legal(p, entry.config) is None:
-                return Found(entry.config, "nearest", entry, entries.key_from(text).kernel not in (self.kernel, MODEL))
+                return Found(entry.config, "nearest", entry, stale(entry, entries.key_from(text), self.kernel))
         return None
+
+
+def stale(entry: Entry, key: Key, kernel: str) -> bool:
+    """Whether an entry was measured with other kernels or versions than these. What was only modelled does not age."""
+    return entry.source == "measured" and (key.kernel, entry.triton, entry.torch) != (kernel, *entries.versions())
 
 
 def _exact(table: Table, wanted: Key, same_device: bool) -> list[tuple[Key, Entry]]:
@@ -233,13 +238,15 @@ def require_writable() -> None:
 
 
 def fresh(p: Problem) -> Entry | None:
-    """The user's own measured entry for exactly this problem, device and kernel, read from the disk; None when there is none."""
+    """The user's own measured entry for this very problem, device and versions, read from the disk; None when there is none."""
     try:
         table = entries.read(folder() / file_name(p.op, p.cc))
     except (ValueError, OSError):
         return None
-    entry = table.entries.get(key_of(p, kernel_revision())) if table else None
-    return entry if entry and entry.source == "measured" and legal(p, entry.config) is None else None
+    key = key_of(p, kernel_revision())
+    entry = table.entries.get(key) if table else None
+    usable = entry and entry.source == "measured" and not stale(entry, key, key.kernel) and legal(p, entry.config) is None
+    return entry if usable else None
 
 
 def read_exported(path: Path) -> dict[str, Table]:

@@ -16,8 +16,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import torch
 
 from qlab_kernels.capability import KernelError
 from qlab_kernels.config import Config, Kind, Problem
@@ -71,6 +75,15 @@ _FIELDS = {f.name for f in fields(Entry)}
 
 
 # ---------------------------------------------------------------- keys
+@cache
+def versions() -> tuple[str | None, str]:
+    """Of Triton (None where it is not installed), which is not imported for it, and of torch: (triton, torch)."""
+    try:
+        return version("triton"), torch.__version__
+    except PackageNotFoundError:
+        return None, torch.__version__
+
+
 @dataclass(frozen=True)
 class Key:
     """What an entry is for; op and capability are the file's."""

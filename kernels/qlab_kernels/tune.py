@@ -7,7 +7,6 @@ in and is the only thing that touches a device.
 """
 
 import fcntl
-import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ import torch
 from qlab_kernels import cache
 from qlab_kernels.config import Config, Problem
 from qlab_kernels.cost import prune, true_bytes
-from qlab_kernels.entries import CacheError, Entry, file_name
+from qlab_kernels.entries import CacheError, Entry, file_name, versions
 
 Measure = Callable[[Config, int], float]  # (config, repetitions) -> median microseconds
 ROUNDS = ((3, 4), (10, 2), (50, 1))  # (repetitions, how many go on)
@@ -67,8 +66,8 @@ def tune(
         best = min(timings, key=lambda t: (math.isinf(t.us), -t.reps, t.us))
         if math.isinf(best.us):
             raise CacheError(f"none of {len(timings)} candidates ran for n={p.n}, k={p.k}, m={p.m}: {best.failure}")
-        entry = Entry(best.config, round(best.us, 3), round(true_bytes(p) / best.us * 1e-3, 1), len(timings), p.device, _triton(),
-                      torch.__version__, "measured", date.today().isoformat())  # fmt: skip
+        gbps, today = round(true_bytes(p) / best.us * 1e-3, 1), date.today().isoformat()
+        entry = Entry(best.config, round(best.us, 3), gbps, len(timings), p.device, *versions(), "measured", today)
         cache.store(p, entry)
     return entry
 
@@ -128,12 +127,3 @@ def _only_tuner(path: Path, wait_s: float) -> Iterator[None]:
                                      "lookups give the nearest or the heuristic configuration") from None  # fmt: skip
                 time.sleep(POLL)
         yield
-
-
-def _triton() -> str | None:
-    """Triton's version without importing it."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from importlib.metadata import version
-
-    return version("triton")

@@ -93,7 +93,7 @@ def matmul(
     contenders: Annotated[str | None, typer.Option("--contenders", help="names with commas between them (default: all)")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda (default: cuda where there is one)")] = "",
     tuned: Annotated[bool, typer.Option("--tune", help="measure the configurations first and keep them")] = False,
-    budget: Annotated[float, typer.Option("--budget", min=0, help="seconds of tuning for each shape and number of tokens")] = 10.0,
+    budget: Annotated[float, typer.Option("--budget", min=0, help="seconds of tuning for each shape and number of tokens")] = 30.0,
     seconds: Annotated[float, typer.Option("--seconds", min=0, help="at most, for one median")] = 1.0,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="of the CPU (default: torch's)")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="also draw a figure (PNG)")] = None, json_file: Json = None,

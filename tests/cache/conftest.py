@@ -4,7 +4,7 @@ import pytest
 
 from qlab_kernels import cache
 from qlab_kernels.config import Config, Problem
-from qlab_kernels.entries import Entry
+from qlab_kernels.entries import Entry, versions
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +39,10 @@ def problem():
 
 @pytest.fixture
 def entry():
-    def make(config=None, us=20.0, source="measured", date="2026-01-01", device="NVIDIA H200", torch="2.13.0"):
+    triton, torch = versions()
+
+    def make(config=None, us=20.0, source="measured", date="2026-01-01", device="NVIDIA H200", torch=torch):
         config = config or Config("split_k", 16, 64, 128, 4, 4, 4)
-        return Entry(config, us, 1000.0, 12, device, "3.7.1", torch, source, date)
+        return Entry(config, us, 1000.0, 12, device, triton, torch, source, date)
 
     return make

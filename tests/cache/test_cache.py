@@ -114,8 +114,15 @@ def test_an_entry_of_an_older_kernel_is_stale_but_used(folder, unshipped, proble
     assert (cache.lookup(problem()).config, cache.lookup(problem()).stale) == (A, False)
 
 
+def test_an_entry_of_another_torch_is_stale_and_measured_again_on_request(unshipped, problem, entry):
+    cache.store(problem(), entry(A, torch="2.0"))
+    assert cache.lookup(problem()).stale and cache.lookup(problem()).config == A and cache.fresh(problem()) is None
+    cache.store(problem(), entry(A))
+    assert not cache.lookup(problem()).stale and cache.fresh(problem())
+
+
 def test_the_model_is_never_stale(unshipped, problem, entry):
-    ship(unshipped, problem(), entry(source="modelled"))
+    ship(unshipped, problem(), entry(source="modelled", torch="1.0"))
     assert not cache.lookup(problem()).stale
 
 
