@@ -24,25 +24,26 @@ def pack(planes: Planes, dtype: torch.dtype, device: torch.device) -> tuple[Tens
     import qlab_kernels
 
     zeros = None if planes.zeros is None else planes.zeros.to(device)
-    packed = qlab_kernels.pack(planes.q.to(device), planes.scales.to(device), zeros, planes.group, layout(device, dtype), dtype)
-    return packed.words, packed.scales, packed.zeros
+    weight = qlab_kernels.pack(planes.q.to(device), planes.scales.to(device), zeros, planes.group, layout(device, dtype), dtype)
+    return weight.words, weight.scales, weight.zeros
 
 
-def _packed(words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, k: int, group: int, count: int, name: str) -> Any:
+def packed(words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, k: int, group: int, count: int, name: str) -> Any:
     """The buffers of a lowered weight as qlab_kernels takes them: two planes are one weight of twice the width."""
-    from qlab_kernels.layout import Packed
+    from qlab_kernels.layout import Packed, padded_group
 
     if name != layout(words.device, scales.dtype):
         raise QlabError(f"a weight packed as {name} cannot be read on {torch.cuda.get_device_name(words.device)}, whose layout is "
                         f"{layout(words.device, scales.dtype)}; lower the model directory for this device")
-    return Packed(words, scales, zeros, n, k if count == 1 else count * plane_width(k), group, name)
+    width = k if count == 1 else count * plane_width(k)
+    return Packed(words, scales, zeros, n, width, padded_group(width, group)[1], name)
 
 
 def dequantize(words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, k: int, group: int, count: int, name: str) -> Tensor:
     """W = (q - z) * s [n, k] in the scales' dtype, contiguous."""
     from qlab_kernels.dequantize import dequantize as unpacked
 
-    W_nk = unpacked(_packed(words, scales, zeros, n, k, group, count, name), scales.dtype)
+    W_nk = unpacked(packed(words, scales, zeros, n, k, group, count, name), scales.dtype)
     if count == 2:
         width = plane_width(k)
         W_nk = W_nk[:, :k] + W_nk[:, width : width + k]
@@ -58,11 +59,11 @@ def int4_mm(x_mk: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, d
     m, k = x_mk.shape
     if m == 0:
         return x_mk.new_empty(0, n)
-    packed = _packed(words, scales, zeros, n, k, group, count, name)
+    weight = packed(words, scales, zeros, n, k, group, count, name)
     device, dtype = torch.cuda.get_device_name(x_mk.device), str(x_mk.dtype).removeprefix("torch.")
-    problem = Problem("int4_mm", torch.cuda.get_device_capability(x_mk.device), device, dtype, packed.group, zeros is not None, n,
-                      packed.k, m)  # fmt: skip
+    problem = Problem("int4_mm", torch.cuda.get_device_capability(x_mk.device), device, dtype, weight.group, zeros is not None, n,
+                      weight.k, m)  # fmt: skip
     config = cache.lookup(problem).config
     if config.kind == "dequant":
         return x_mk @ (dequantize(words, scales, zeros, n, k, group, count, name) if dense is None else dense).mT
-    return launch(spread(x_mk, 2) if count == 2 else x_mk, packed, config)
+    return launch(spread(x_mk, 2) if count == 2 else x_mk, weight, config)

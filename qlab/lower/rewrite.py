@@ -1,12 +1,11 @@
-"""What qlab adds to torch.compile: `options=inductor_options()` makes graphs run the fused kernels.
+"""The pass that makes compiled graphs run the fused kernels.
 
-Two rewrites before Inductor's own post-grad passes, on nodes alone, since the operators are opaque to every other pass:
+Three rewrites before Inductor's own post-grad passes, on nodes alone, since the operators are opaque to every other pass:
 
     mm(x, dequantize(w).T), addmm(b, x, dequantize(w).T)   ->  int4_mm(x, w) [+ b]
     int4_mm(x, w) of a known number of tokens on a CPU     ->  what cpu.kind chooses for them: aten's int4 product, which
                                                                Inductor has a template for, or mm(x, dequantize(w).T)
-
-Nothing is installed by an import: the pass is a value in the options, and its uuid holds the snapshot of the config cache.
+    mm(x [1, k], W.T), W dense, on a CPU                   ->  sum_k x * W
 """
 
 import hashlib
@@ -22,11 +21,11 @@ from qlab.lower.nibbles import plane_width
 aten, prims = torch.ops.aten, torch.ops.prims
 TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int, aten.numpy_T.default)
 PRODUCTS = (aten.mm.default, aten.addmm.default)
-SOURCES = ("rewrite.py", "cpu.py", "nibbles.py", "ops.py")
+SOURCES = ("rewrite.py", "cpu.py", "nibbles.py", "ops.py")  # what the pass depends on, beside the config cache
 
 
 class Rewrite(CustomGraphPass):
-    """The pass. fused, chosen: how many nodes each rewrite replaced in the last graph."""
+    """The pass. fused, chosen, streamed: how many nodes each rewrite replaced in the last graph."""
 
     def __init__(self, snapshot: str):
         self.snapshot, self.fused, self.chosen, self.streamed = snapshot, 0, 0, 0
@@ -42,20 +41,6 @@ class Rewrite(CustomGraphPass):
         for name in SOURCES:
             digest.update((Path(__file__).parent / name).read_bytes())
         return digest.digest()
-
-
-def inductor_options(**more: Any) -> dict[str, Any]:
-    """Options for torch.compile (`options=`) and AOTInductor (`inductor_configs=`): qlab's pass, and whatever else is given.
-
-    freezing=True and max_autotune=True on a CPU let Inductor's int4 template compete; packed weights are never folded into
-    dense ones by it.
-    """
-    from qlab_kernels.cache import snapshot_hash
-    from torch._inductor.constant_folding import _dont_constant_fold, add_dont_constant_fold
-
-    if torch.ops.qlab.dequantize.default not in _dont_constant_fold:
-        add_dont_constant_fold(torch.ops.qlab.dequantize.default)
-    return {"post_grad_custom_pre_pass": Rewrite(snapshot_hash()), **more}
 
 
 def fuse(graph: Any) -> int:
