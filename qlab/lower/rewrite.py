@@ -57,6 +57,9 @@ def fuse(graph: Any) -> int:
             if bias is not None:
                 new = _call(graph, aten.add.Tensor, (new, bias))
         _replace(graph, node, new)
+        for dead in (w, dequantized):
+            if not dead.users:
+                graph.erase_node(dead)
         found += 1
     return found
 
