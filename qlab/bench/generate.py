@@ -17,7 +17,7 @@ import torch
 from rich import box
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import StaticCache
+from transformers import PreTrainedModel, StaticCache
 
 from qlab.errors import QlabError
 from qlab.lower import QLinear, inductor_options, resident_bytes
@@ -33,7 +33,7 @@ class Engine:
     """One way to run the model, warmed up, and the seconds it took: of every prefill and of every run of decode steps."""
 
     name: str
-    model: nn.Module
+    model: PreTrainedModel
     cache: StaticCache
     prefill: Callable[[Tensor], Tensor]
     step: Callable[[Tensor], Tensor]
@@ -87,9 +87,8 @@ def _prepare(name: str, path: str | Path, prompt: int, new: int, device: str) ->
 
         ids = _tokens(model, prompt, device)
         forward(ids[:, :1])  # makes the cache's tensors, outside of any compiled graph
-        prefill = step = forward
-        if "compiled" in name:
-            prefill, step = (_compiled(forward, name.startswith("qlab")) for _ in range(2))
+        ours = name.startswith("qlab")
+        prefill, step = (_compiled(forward, ours) if "compiled" in name else forward for _ in range(2))
         engine = Engine(name, model, cache, prefill, step, 0.0, 0)
         _run(engine, ids, 3)
         engine.prefill_seconds.clear()
@@ -100,7 +99,7 @@ def _prepare(name: str, path: str | Path, prompt: int, new: int, device: str) ->
 
 def _compiled(forward: Callable[[Tensor], Tensor], ours: bool) -> Callable[[Tensor], Tensor]:
     """One graph for one shape; the model does not change while it is measured, so its modules are not guarded."""
-    guards = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    guards: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
     options = inductor_options(**guards) if ours else guards
 
     def own(ids: Tensor) -> Tensor:  # torch keeps what it compiled per code object, and prefill and step are two programs
@@ -109,7 +108,7 @@ def _compiled(forward: Callable[[Tensor], Tensor], ours: bool) -> Callable[[Tens
     return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
 
-def _undo(model: nn.Module) -> None:
+def _undo(model: PreTrainedModel) -> None:
     """The model as transformers would load it unquantized: dense linears, and torch's attention."""
     for name, module in list(model.named_modules()):
         if isinstance(module, QLinear):
@@ -122,7 +121,7 @@ def _undo(model: nn.Module) -> None:
     model.set_attn_implementation("sdpa")
 
 
-def _tokens(model: nn.Module, length: int, device: str) -> Tensor:
+def _tokens(model: PreTrainedModel, length: int, device: str) -> Tensor:
     vocabulary = model.config.get_text_config().vocab_size
     return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
 

@@ -59,7 +59,7 @@ class QLinear(nn.Module):
     def set_extra_state(self, state: Any) -> None:
         """Refuse words in another order."""
         if (name := bytes(state.tolist()).decode()) != self.layout:
-            raise QlabError(f"this state was packed as {name} and the module reads {self.layout}; lower the model directory here instead")
+            raise QlabError(f"this state was packed as {name} and the module reads {self.layout}; lower the model directory here")
 
     def extra_repr(self) -> str:
         copy = "" if self.dense is None else ", dense copy"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from qlab.checkpoint import Checkpoint, open_checkpoint
 from qlab.errors import QlabError
@@ -23,7 +23,7 @@ def lower(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     dense_cache: bool = False,
-) -> nn.Module:
+) -> PreTrainedModel:
     """The Hugging Face model of a quantized directory, with a QLinear in the place of every quantized linear.
 
     Codes are packed for `device` while they are loaded, one tensor at a time; the directory stays as it is. Everything else
@@ -78,6 +78,7 @@ def _replace_linears(skeleton: Skeleton, dtype: torch.dtype, dense_cache: bool) 
             continue
         left.remove(stored)
         linear = skeleton.model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)  # linears() names no others
         leaf = checkpoint.leaf(f"{stored}.weight")
         if not isinstance(leaf, QTensor) or leaf.shape != linear.weight.shape:
             raise QlabError(f"{stored} holds a weight {tuple(leaf.shape)} and the model wants {tuple(linear.weight.shape)}; its "
@@ -100,7 +101,8 @@ def _load_blocks(skeleton: Skeleton) -> None:
         if parameter.is_meta:
             leaf = skeleton.checkpoint.leaf(skeleton.file_name(name), skeleton.dtype)
             assert not isinstance(leaf, QTensor)
-            _owner(skeleton.model, name)._parameters[name.rpartition(".")[2]] = nn.Parameter(leaf.to(skeleton.device), requires_grad=False)
+            value = nn.Parameter(leaf.to(skeleton.device), requires_grad=False)
+            _owner(skeleton.model, name)._parameters[name.rpartition(".")[2]] = value
     for name, buffer in list(skeleton.model.named_buffers()):
         if (stored := skeleton.file_name(name)) in skeleton.checkpoint.files:
             _owner(skeleton.model, name)._buffers[name.rpartition(".")[2]] = skeleton.checkpoint.tensor(stored).to(buffer)

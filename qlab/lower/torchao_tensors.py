@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 
 from qlab.checkpoint import Checkpoint
 from qlab.errors import QlabError
@@ -21,7 +22,7 @@ from qlab.quantize import Result
 TILE_K, TILE_N = 1024, 8  # what torchao pads a tiled weight to
 
 
-def to_torchao(model: Result | Checkpoint | str | Path, device: torch.device | str = "cpu") -> nn.Module:
+def to_torchao(model: Result | Checkpoint | str | Path, device: torch.device | str = "cpu") -> PreTrainedModel:
     """The Hugging Face model in bfloat16 with torchao int4 weights in ordinary linears; the codes are those of the directory.
 
     On a CPU Int4OpaqueTensor (aten's int4 product for any number of tokens), on a GPU Int4TilePackedTo4dTensor (tinygemm).

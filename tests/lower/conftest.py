@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from qlab_kernels import cache
 
 

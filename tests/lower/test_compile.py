@@ -159,10 +159,11 @@ def test_aot_inductor_runs_the_operators(m, dynamic, tmp_path):
     leaf, x = random_leaf(64, 128, INT4), activations(m, 128, torch.bfloat16)
     shapes = ({0: torch.export.Dim("tokens", min=2, max=4096)},) if dynamic else None
     program = torch.export.export(lowered(leaf), (x,), dynamic_shapes=shapes)
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"), inductor_configs=inductor_options())
-    loaded = torch._inductor.aoti_load_package(path)
-    for m in (m, 100) if dynamic else (m,):
-        x = activations(m, 128, torch.bfloat16)
+    package = str(tmp_path / "layer.pt2")
+    torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=inductor_options())
+    loaded = torch._inductor.aoti_load_package(package)
+    for count in (m, 100) if dynamic else (m,):
+        x = activations(count, 128, torch.bfloat16)
         check_product(loaded(x), x, leaf)
 
 

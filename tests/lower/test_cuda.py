@@ -56,7 +56,7 @@ def test_the_cache_chooses_and_the_kernels_multiply():
 
 def test_capabilities_and_dtypes_without_kernels_are_refused_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (6, 1))
-    with pytest.raises(QlabError, match="no kernels for compute capability 6.1"):
+    with pytest.raises(QlabError, match=r"no kernels for compute capability 6\.1"):
         cuda.layout(torch.device("cpu"), torch.float16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     with pytest.raises(QlabError, match="multiplies float16 activations with int4 weights, not bfloat16"):
