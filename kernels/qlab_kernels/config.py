@@ -11,11 +11,12 @@ from typing import Literal
 
 import torch
 
-from qlab_kernels.capability import Capability, KernelError, admit
+from qlab_kernels.capability import KIB, Capability, KernelError, admit
 from qlab_kernels.layout import ATOM, REVISION, padded_group, round_up
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 FMA_TOKENS = 8  # above, 7.5 dequantizes and calls the library
+EXPERTS = 32  # that the heuristic supposes a grouped product's tokens to be spread over
 DENSE_TOKENS = 256  # above, the heuristic dequantizes and calls the library: the crossover expected on the published tables
 _SMS = {(8, 0): 108, (8, 6): 84, (8, 7): 16, (8, 9): 128, (9, 0): 132, (10, 0): 148, (12, 0): 170}
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -134,9 +135,9 @@ def _legal_tile(p: Problem, c: Config, n_pad: int, k_pad: int, group: int, smem:
 
 
 def shared_bytes(p: Problem, c: Config) -> int:
-    """Upper bound of the shared memory of a tensor-core tile: all stages of packed W, x, scales and zeros, or the store's."""
+    """Shared memory of a tensor-core tile, at most: all stages of packed W, x, scales and zeros, or what the store passes through."""
     stage = c.bn * c.bk // 2 + 2 * c.bm * c.bk + 4 * c.bn * max(1, c.bk // p.group) * (2 if p.zeros else 1)
-    return max(c.stages * stage, 4 * c.bn * c.bm if c.stages == 1 else 0)
+    return max(c.stages * stage, min(4 * c.bn * c.bm, 64 * KIB))
 
 
 def registers(c: Config) -> int:
@@ -161,7 +162,9 @@ def _fma_menu(p: Problem) -> list[Config]:
 
 
 def _tile_menu(p: Problem) -> list[Config]:
-    """Small tiles with several splits for few tokens, larger ones for more; at most 64 tiles of tokens."""
+    """Small tiles with several splits for few tokens, larger ones for more: a small tile would read the weights too often."""
+    if p.op == "int4_grouped_mm":  # how many tokens an expert gets is not known here
+        return _tiles(p)
     menu = []
     k_pad = padded_group(p.k, p.group)[0]
     for c in _tiles(p):
@@ -207,7 +210,7 @@ def heuristic(p: Problem) -> Config:
 def _waste(p: Problem, c: Config) -> tuple[float, ...]:
     """How far a tile is from the expected best: no padded tokens, about four programs per multiprocessor, wide rows of W."""
     assert not isinstance(p.cc, str)
-    tokens = round_up(max(p.m, 1), c.bm)
+    tokens = round_up(max(p.m // EXPERTS if p.op == "int4_grouped_mm" else p.m, 1), c.bm)
     programs = tokens // c.bm * (round_up(p.n, ATOM) // c.bn) * c.split
     wanted = _SMS[p.cc] * (4 if c.bm <= 32 else 1)
     return (tokens // c.bm, tokens, abs(programs / wanted - 1) if programs < wanted else (programs / wanted - 1) / 4, -c.bn, c.stages)

@@ -36,7 +36,7 @@ def int4_grouped_mm_kernel(
     words_ptr += expert.to(tl.int64) * N_PAD * (K // 2) + block_n.to(tl.int64) * BN * (K // 2)
     scale_rows = expert.to(tl.int64) * (K // GROUP if GROUP > 0 else 1) * (N_PAD // 2)
     acc = product(
-        x_tile + rm * K, live, words_ptr, scales_ptr + scale_rows, zeros_ptr + scale_rows, rn, K, N_PAD, 0, 1, K // BK,
+        x_tile + rm * K, live, words_ptr, scales_ptr + scale_rows, zeros_ptr + scale_rows, rn, K, N_PAD, 0, 1,
         GROUP, ZEROS, BM, BN, BK, SCALE_ON, LAYOUT, SEQUENCE, COMPUTE, STAGES,
     )  # fmt: skip
     y_tile = y_ptr + row.to(tl.int64) * N

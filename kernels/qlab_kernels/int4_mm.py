@@ -34,7 +34,7 @@ def int4_mm_kernel(
     rn = tl.arange(0, BN) + (tile // tiles_m) * BN
     acc = product(
         x_ptr + block_m * BM * K + rm * K, live, words_ptr + block_n * BN * K // 2, scales_ptr, zeros_ptr, rn, K, N_PAD,
-        part, SPLIT, tl.cdiv(K // BK - part, SPLIT), GROUP, ZEROS, BM, BN, BK, SCALE_ON, LAYOUT, SEQUENCE, COMPUTE, STAGES,
+        part, SPLIT, GROUP, ZEROS, BM, BN, BK, SCALE_ON, LAYOUT, SEQUENCE, COMPUTE, STAGES,
     )  # fmt: skip
     y_tile = y_ptr + (part.to(tl.int64) * M + block_m * BM) * N
     tl.store(y_tile + rm[None, :] * N + rn[:, None], acc.to(y_ptr.dtype.element_ty), mask=live[None, :] & (rn < N)[:, None])

@@ -4,7 +4,9 @@ import shutil
 from pathlib import Path
 
 import cases
+import numpy
 import pytest
+import triton
 from cases import Case
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -19,6 +21,8 @@ DTYPE = st.sampled_from(["float16", "bfloat16"])
 
 @pytest.fixture(scope="module")
 def interpreter():
+    if triton.__version__ < "3.7" and not numpy.__version__ < "2.4":
+        pytest.skip("the interpreter of Triton 3.6 fails with numpy 2.4 and newer: install numpy<2.4 beside it")
     with cases.interpreter() as pool:
         yield pool
 
@@ -81,7 +85,7 @@ FAULTS = {
         "tile.py", "BK // GROUP if GROUP > 0 and GROUP < BK else 1", "1", ("(GROUP // BK)", "1 * BK // GROUP"),
         Case(3, 64, 256, 64, False, "mma2", "float16", ("gemm", 16, 64, 128, 1, 4, 1, "weight"))),
     "the tail of a split is dropped": (
-        "int4_mm.py", "tl.cdiv(K // BK - part, SPLIT)", "K // BK // SPLIT", None,
+        "tile.py", "tl.range(first, K // BK, step", "tl.range(first, K // BK // step * step, step", None,
         Case(3, 64, 320, 64, False, "mma2", "float16", ("split_k", 16, 64, 64, 2))),
     "the nibbles of a byte are swapped": (
         "tile.py", "tl.join(low, high)", "tl.join(high, low)", None,
