@@ -9,7 +9,7 @@ import multiprocessing
 from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -66,10 +66,15 @@ def choose(rows: Sequence[Ranked], most: int) -> list[tuple[float, Config]]:
 def chosen(cc: Capability, refused: Container[Variant] = ()) -> list[tuple[Problem, float, Config]]:
     """(problem, modelled microseconds, config) for all that is shipped for a capability, without the `refused` variants."""
     found = []
-    for kind in problems(cc):
-        rows = [[(us, c, v) for us, c in rank(p) if (v := variant(p, c)) not in refused] for p in kind]
+    for kind, ranked in _ranked(cc):
+        rows = [[pair for pair in row if pair[2] not in refused] for row in ranked]
         found += [(p, *pair) for p, pair in zip(kind, choose(rows, VARIANTS))]
     return found
+
+
+@cache
+def _ranked(cc: Capability) -> list[tuple[list[Problem], list[Ranked]]]:
+    return [(kind, [[(us, c, variant(p, c)) for us, c in rank(p)] for p in kind]) for kind in problems(cc)]
 
 
 def variants(cc: Capability, refused: Container[Variant] = ()) -> set[Variant]:
