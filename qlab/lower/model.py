@@ -28,7 +28,7 @@ def lower(
 
     Codes are packed for `device` while they are loaded, one tensor at a time; the directory stays as it is. Everything else
     (embeddings, norms, an unquantized head) is in `dtype`, which is also that of the activations. `generate()` works, and so
-    do `torch.compile` (with `inductor_options()` for the fused kernels) and `torch.export`.
+    does `torch.compile`, with `options=inductor_options()` for the fused kernels; the model can be exported.
     dense_cache: keep a dense copy of each weight for products of many tokens; `resident_bytes` says what that costs.
 
     Errors: a directory that is not quantized, a device or dtype without kernels, a quantized tensor that no linear holds.
