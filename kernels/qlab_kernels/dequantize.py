@@ -54,8 +54,9 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
     constants = setting(packed.scales, packed)
     half = tl.bfloat16 if packed.scales.dtype == torch.bfloat16 else tl.float16
     grid = (triton.cdiv(packed.padded_k, 128), packed.padded_n // 64, experts.numel())
-    dequantize_kernel[grid](
-        packed.words, scales, zeros, y, packed.n, packed.k, packed.padded_k, packed.padded_n,
-        ZEROS=packed.zeros is not None, BK=128, DTYPE=half, **constants,
-    )  # fmt: skip
+    with torch.cuda.device_of(y):
+        dequantize_kernel[grid](
+            packed.words, scales, zeros, y, packed.n, packed.k, packed.padded_k, packed.padded_n,
+            ZEROS=packed.zeros is not None, BK=128, DTYPE=half, **constants,
+        )  # fmt: skip
     return y.to(dtype)

@@ -60,17 +60,19 @@ def int4_mm_fma_kernel(
 def planes(x: Tensor) -> Tensor:
     """x [m, k] -> fp32 [m, 9, k/8]: plane i < 8 is x[:, 8j + i] * 16**-(i % 4), exactly; plane 8 is the sum over i."""
     by_word = x.float().unflatten(1, (-1, 8))
-    powers = torch.tensor([1, 1 / 16, 1 / 256, 1 / 4096] * 2, device=x.device)
-    return torch.cat((by_word * powers, by_word.sum(-1, keepdim=True)), -1).transpose(1, 2).contiguous()
+    powers = 1 << (torch.arange(8, device=x.device) % 4 * 4)  # made on the device: a CUDA graph captures no copy from the host
+    return torch.cat((by_word / powers, by_word.sum(-1, keepdim=True)), -1).transpose(1, 2).contiguous()
 
 
 def int4_mm_fma(x: Tensor, packed: Packed, config: Config) -> Tensor:
     """y[m, n] in x's dtype, all products and sums in fp32; m is at most config.bm."""
     x, _, _ = operands(x, packed)
     y = x.new_empty(x.shape[0], packed.n)
-    int4_mm_fma_kernel[(packed.padded_n // config.bn,)](
-        planes(x), packed.words.view(torch.int32), packed.scales, packed.scales if packed.zeros is None else packed.zeros, y,
-        x.shape[0], packed.n, packed.padded_k, packed.padded_n, GROUP=setting(x, packed)["GROUP"], ZEROS=packed.zeros is not None,
-        BM=config.bm, BN=config.bn, BK=config.bk, num_warps=config.warps,
-    )  # fmt: skip
+    zeros = packed.scales if packed.zeros is None else packed.zeros
+    with torch.cuda.device_of(x):
+        int4_mm_fma_kernel[(packed.padded_n // config.bn,)](
+            planes(x), packed.words.view(torch.int32), packed.scales, zeros, y, x.shape[0], packed.n, packed.padded_k, packed.padded_n,
+            GROUP=setting(x, packed)["GROUP"], ZEROS=packed.zeros is not None, BM=config.bm, BN=config.bn, BK=config.bk,
+            num_warps=config.warps,
+        )  # fmt: skip
     return y

@@ -1,5 +1,6 @@
 """int4 matmul of mixture-of-experts layers: tokens sorted by expert, each multiplied with its own expert's weights."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -63,9 +64,10 @@ def int4_grouped_mm(x: Tensor, packed: Packed, offsets: Tensor, config: Config) 
         return y.to(x.dtype)
     x, scales, zeros = operands(x, packed)
     grid = (t // config.bm + min(experts, t), packed.padded_n // config.bn)
-    int4_grouped_mm_kernel[grid](
-        x, packed.words, scales, zeros, offsets, y, t, experts, packed.n, packed.padded_k, packed.padded_n,
-        EXPERTS=triton.next_power_of_2(experts), ZEROS=packed.zeros is not None, BM=config.bm, BN=config.bn, BK=config.bk,
-        SCALE_ON=config.scale_on, STAGES=config.stages, **setting(x, packed), **options(config, packed.layout),
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        int4_grouped_mm_kernel[grid](
+            x, packed.words, scales, zeros, offsets, y, t, experts, packed.n, packed.padded_k, packed.padded_n,
+            EXPERTS=triton.next_power_of_2(experts), ZEROS=packed.zeros is not None, BM=config.bm, BN=config.bn, BK=config.bk,
+            SCALE_ON=config.scale_on, STAGES=config.stages, **setting(x, packed), **options(config, packed.layout),
+        )  # fmt: skip
     return y.to(x.dtype)

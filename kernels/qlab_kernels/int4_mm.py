@@ -60,9 +60,10 @@ def int4_mm(x: Tensor, packed: Packed, config: Config) -> Tensor:
     m, split = x.shape[0], config.split
     y = torch.empty((split, m, packed.n), dtype=stored(x.dtype) if split == 1 else torch.float32, device=x.device)
     grid = (triton.cdiv(m, config.bm) * (packed.padded_n // config.bn), split)
-    int4_mm_kernel[grid](
-        x, packed.words, scales, zeros, y, m, packed.n, packed.padded_k, packed.padded_n, split,
-        ZEROS=packed.zeros is not None, BM=config.bm, BN=config.bn, BK=config.bk, SCALE_ON=config.scale_on, STAGES=config.stages,
-        **setting(x, packed), **options(config, packed.layout),
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        int4_mm_kernel[grid](
+            x, packed.words, scales, zeros, y, m, packed.n, packed.padded_k, packed.padded_n, split,
+            ZEROS=packed.zeros is not None, BM=config.bm, BN=config.bn, BK=config.bk, SCALE_ON=config.scale_on, STAGES=config.stages,
+            **setting(x, packed), **options(config, packed.layout),
+        )  # fmt: skip
     return (y[0] if split == 1 else y.sum(0)).to(x.dtype)

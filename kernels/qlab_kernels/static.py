@@ -4,7 +4,6 @@ The gates stand for speed where no device is at hand: a kernel that spills, conv
 from shared memory or issues too many instructions per weight cannot reach the memory's rate.
 """
 
-import os
 import re
 import subprocess
 import tempfile
@@ -121,10 +120,10 @@ def compile_variant(v: Variant, **planted: object) -> Facts:
 def disassemble(cubin: bytes) -> tuple[str, str]:
     """(resource usage, machine code) as the CUDA tools print them."""
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.cubin")
-        Path(path).write_bytes(cubin)
-        commands = [[TOOLS / "cuobjdump", "-res-usage", path], [TOOLS / "nvdisasm", "-c", path]]
-        usage, sass = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        commands = [f"{TOOLS}/cuobjdump", "-res-usage", str(path)], [f"{TOOLS}/nvdisasm", "-c", str(path)]
+        usage, sass = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in commands)
     return usage, sass
 
 
