@@ -57,6 +57,12 @@ def test_a_second_start_measures_nothing(problem):
     assert tune(problem(), again, 1e9, retune=True) and again.calls
 
 
+def test_what_is_known_needs_neither_lock_nor_a_folder_to_write(problem, monkeypatch):
+    tune(problem(), Bench(), 1e9)
+    monkeypatch.setattr(cache, "require_writable", lambda: 1 / 0)
+    assert tune(problem(), Bench(), 1e9)
+
+
 def test_lookups_never_measure(problem):
     bench = Bench()
     for m in (1, 16, 4096):
