@@ -164,9 +164,10 @@ def table(record: Mapping[str, Any]) -> Table:
     """The record for the eye: rates, and how they compare with the bfloat16 model run eagerly and compiled."""
     device, rows = record["device"], record["rows"]
     against = [name for name in (BASE, COMPILED) if name in rows[0]["ratio"]]
-    drawn = Table("engine", box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left", title=(
+    drawn = Table(box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left", title=(
         f"{record['model']}: prompt of {record['prompt']}, {record['new']} new tokens, {device['type']}, {device['threads']} threads"))
-    for name in ("first token, ms", "prefill, tok/s", "decode, tok/s", *(f"against {name}: prefill, decode" for name in against),
+    drawn.add_column("engine", no_wrap=True)
+    for name in ("first token, ms", "prefill, tok/s", "decode, tok/s", *(f"x {name}: prefill, decode" for name in against),
                  "weights, MB", "warm-up, s"):  # fmt: skip
         drawn.add_column(name, justify="right")
     for row in rows:
@@ -174,7 +175,7 @@ def table(record: Mapping[str, Any]) -> Table:
         drawn.add_row(
             row["engine"], f"{1e3 * row['time_to_first_token_s']:.0f}", f"{row['prefill_tokens_per_s']:.0f}",
             f"{row['decode_tokens_per_s']:.1f}",
-            *(f"{r['prefill_tokens_per_s']:.2f} x, {r['decode_tokens_per_s']:.2f} x" for r in ratios),
+            *(f"{r['prefill_tokens_per_s']:.2f}, {r['decode_tokens_per_s']:.2f}" for r in ratios),
             f"{row['weight_bytes'] / 1e6:.1f}", f"{row['warm_up_seconds']:.0f}",
         )  # fmt: skip
     drawn.caption = "medians; weights without embeddings, and without a head that is tied to them"

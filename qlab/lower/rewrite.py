@@ -36,8 +36,9 @@ class Rewrite(CustomGraphPass):
         self.streamed = stream(graph)
 
     def uuid(self) -> bytes:
-        """Changes with the pass, with the kernels' choice on a CPU and with the config cache."""
-        digest = hashlib.sha256(self.snapshot.encode())
+        """Changes with the pass, with the config cache and with the CPU that it is asked about."""
+        machine = cpu.problem(1, torch.bfloat16, False, 64, 64, 64, False)
+        digest = hashlib.sha256(f"{self.snapshot} {machine.cc} {machine.device}".encode())
         for name in SOURCES:
             digest.update((Path(__file__).parent / name).read_bytes())
         return digest.digest()
