@@ -157,8 +157,9 @@ def candidates(p: Problem) -> list[Config]:
 
 def _fma_menu(p: Problem) -> list[Config]:
     bm = min(p.bucket, FMA_TOKENS)
-    shapes = [(16, 64)] if padded_group(p.k, p.group)[0] % 128 else [(8, 256), (16, 128), (16, 256)]
-    return [Config("fma", bm, bn, bk, 1, 4) for bn, bk in shapes]
+    if padded_group(p.k, p.group)[0] % 128:
+        return [Config("fma", bm, 16, 64)]
+    return [Config("fma", bm, bn, bk) for bn, bk in ((8, 256), (16, 128), *([(16, 256)] if bm < 8 else []))]
 
 
 def _tile_menu(p: Problem) -> list[Config]:
@@ -185,7 +186,8 @@ def _tiles(p: Problem) -> list[Config]:
         small = [t for t in small if t[1] > 64]
     large = [(64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4)]
     if group % 256 == 0:
-        small += [(16, 128, 256, 4, 3)] if p.cc == (10, 0) else [(16, 64, 256, 4, 3), (16, 128, 256, 4, 3)]
+        small += [] if p.cc == (10, 0) else [(16, 64, 256, 4, 3)]
+        small += [(16, 128, 256, 4, 3)] if p.cc == (9, 0) or not p.zeros else []
     if p.cc == (9, 0):  # wgmma spreads the accumulator over all warps; mma.sync tiles of these sizes spill or exchange weights
         small += [(32, 64, bk, 4, 4)]
         large += [(64, 128, 128, 4, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3)]
