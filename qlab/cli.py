@@ -210,7 +210,8 @@ def cache_list(
             config = " ".join(f"{k}={v}" for k, v in entry.json()["config"].items() if k != "kind")
             table.add_row(name.removesuffix(".json"), str(key).rsplit("/", 2)[0], f"{entry.config.kind} {config}", f"{entry.us:.1f}",
                           f"{entry.gbps:.0f}", f"{layer}, {entry.source}{old}", entry.device, entry.date)  # fmt: skip
-        Console().print(table)
+        console = Console()
+        (console if console.is_terminal else Console(width=240)).print(table)
         report([{"layer": layer, "file": name, "key": str(key), **entry.json()} for layer, name, key, entry in rows], json_file)
 
 

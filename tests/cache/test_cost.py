@@ -98,6 +98,12 @@ def test_few_programs_want_a_split():
         assert rank(problem(m, 4096, 4096))[0][1].split > 1
 
 
+def test_a_split_pays_for_its_partial_sums():
+    """16 partial products of 64 x 8192 in fp32, written and read, are twice the weights' own bytes."""
+    few, many = (microseconds(problem(64), Config("split_k", 64, 128, 64, split, 4, 3, "weight")) for split in (2, 16))
+    assert many > 1.25 * few
+
+
 def test_one_stage_starves_the_memory():
     one, four = (microseconds(problem(1), Config("split_k", 16, 64, 128, 4, 4, stages)) for stages in (1, 4))
     assert four < one
