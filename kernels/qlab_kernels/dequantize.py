@@ -10,6 +10,8 @@ from qlab_kernels.device import reads_packed, setting, stored
 from qlab_kernels.layout import Packed
 from qlab_kernels.tile import codes, in_order, load_halves
 
+BK = 128  # a program's width
+
 
 @triton.jit
 def dequantize_kernel(
@@ -53,10 +55,10 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
     zeros = scales if packed.zeros is None else packed.zeros.view(torch.int32)
     constants = setting(packed.scales, packed)
     half = tl.bfloat16 if packed.scales.dtype == torch.bfloat16 else tl.float16
-    grid = (triton.cdiv(packed.padded_k, 128), packed.padded_n // 64, experts.numel())
+    grid = (triton.cdiv(packed.padded_k, BK), packed.padded_n // 64, experts.numel())
     with torch.cuda.device_of(y):
         dequantize_kernel[grid](
             packed.words, scales, zeros, y, packed.n, packed.k, packed.padded_k, packed.padded_n,
-            ZEROS=packed.zeros is not None, BK=128, DTYPE=half, **constants,
+            ZEROS=packed.zeros is not None, BK=BK, DTYPE=half, **constants,
         )  # fmt: skip
     return y.to(dtype)

@@ -35,7 +35,8 @@ _WGMMA_FROM_REGISTERS = re.compile(r"wgmma\.mma_async[^;]*\{[^}]*\},\s*\{")
 
 @dataclass(frozen=True)
 class Variant:
-    """One compilation. group 0 is whole rows; of the config's split only whether there is one matters."""
+    """One compilation. group 0 is whole rows; of the config's split only whether there is one matters. op "dequantize", with a
+    config of kind "dequant", is the kernel that makes dense weights."""
 
     op: str
     cc: Capability
@@ -75,7 +76,14 @@ def _source(v: Variant, planted: dict) -> tuple[ASTSource, dict[str, int]]:
     constants: dict = {"GROUP": v.group, "ZEROS": v.zeros, "BM": c.bm, "BN": c.bn, "BK": c.bk}
     types = {"x_ptr": _PTR[v.dtype], "y_ptr": _PTR["float32" if c.split > 1 else v.dtype], "words_ptr": "*u8",
              "scales_ptr": "*i32", "zeros_ptr": "*i32", "offsets_ptr": "*i32"}  # fmt: skip
-    if c.kind == "fma":
+    if v.op == "dequantize":
+        from qlab_kernels.dequantize import BK
+        from qlab_kernels.dequantize import dequantize_kernel as kernel
+
+        half = _TL[v.dtype]
+        constants = {"GROUP": v.group, "ZEROS": v.zeros, "BK": BK, "DTYPE": half}
+        constants |= {"LAYOUT": row.layout, "SEQUENCE": row.sequence, "COMPUTE": half}
+    elif c.kind == "fma":
         from qlab_kernels.fma import int4_mm_fma_kernel as kernel
 
         types |= {"x_ptr": "*fp32", "words_ptr": "*i32", "scales_ptr": _PTR[v.dtype], "zeros_ptr": _PTR[v.dtype]}
@@ -91,10 +99,11 @@ def _source(v: Variant, planted: dict) -> tuple[ASTSource, dict[str, int]]:
     constants |= planted
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    aligned = [n for n in names if n.endswith("_ptr") or n in ("N", "K", "N_PAD")]
+    aligned = [n for n in names if n.endswith("_ptr") or n in ("N", "K", "N_PAD", "K_PAD")]
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     constexprs = {(names.index(n),): value for n, value in constants.items()}
-    return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs), options(c, row.layout)
+    settings = options(c, row.layout) if c.kind in ("gemm", "split_k") else {"num_warps": c.warps}
+    return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs), settings
 
 
 def compile_variant(v: Variant, **planted: object) -> Facts:
@@ -111,7 +120,7 @@ def compile_variant(v: Variant, **planted: object) -> Facts:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     tensor = ptx.count("mma.sync") + ptx.count("tcgen05.mma") + ptx.count("wgmma.mma_async")
-    weights = v.config.bn * v.config.bk
+    weights = max(v.config.bn * v.config.bk, 1)
     return Facts(int(found[1]), int(found[2]), built.metadata.shared, ptx.count("wgmma.mma_async"),
                  len(_WGMMA_FROM_REGISTERS.findall(ptx)), tensor, opcodes, sum("LDGSTS" in line and ".128" in line for line in body),
                  len(body) * 32 * v.config.warps / weights)  # fmt: skip
@@ -153,6 +162,8 @@ def faults(v: Variant, f: Facts) -> list[str]:
         wrong.append(f"{f.registers} registers x {32 * c.warps} threads exceed the register file")
     if f.shared > row.smem:
         wrong.append(f"{f.shared} bytes of shared memory exceed {row.smem}")
+    if v.op == "dequantize":
+        return wrong
     if not f.loop:
         wrong.append("no loop found")
     if f.loop["I2F"]:

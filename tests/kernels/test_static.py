@@ -77,6 +77,12 @@ def test_shipped_and_chosen_variants_pass_the_gates(compilers, cc):
     assert not failures(compilers, [v for v in (*shipped_variants(), *chosen()) if v and v.cc == cc])
 
 
+@pytest.mark.parametrize("cc", COMPILED)
+def test_dequantization_compiles(compilers, cc):
+    kinds = [(0, True), (32, True), (128, False)]
+    assert not failures(compilers, [Variant("dequantize", cc, d, *kind, Config("dequant")) for d in dtypes(cc) for kind in kinds])
+
+
 def test_the_normal_run_stays_small_and_covers_every_capability():
     variants = {v for v in (*shipped_variants(), *chosen()) if v}
     assert len(variants) <= MOST
