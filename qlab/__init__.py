@@ -5,6 +5,7 @@ from qlab.calibration import Tokens, first_windows, from_ids, tokens
 from qlab.errors import QlabError
 from qlab.evaluate import evaluate
 from qlab.hub import open_model as open
+from qlab.lower import inductor_options, lower, to_torchao
 from qlab.methods import METHODS
 from qlab.methods.awq import awq, awq_scale
 from qlab.methods.gptq import gptq
@@ -17,6 +18,6 @@ from qlab.transform import at, chain, keep, rules
 
 __all__ = [
     "GRIDS", "METHODS", "Int", "QlabError", "Tile", "Tokens", "absorb", "at", "awq", "awq_scale", "chain", "compare",
-    "evaluate", "first_windows", "from_ids", "gptq", "keep", "open", "parse_spec", "plan", "quantize", "rtn", "rules",
-    "tokens",
+    "evaluate", "first_windows", "from_ids", "gptq", "inductor_options", "keep", "lower", "open", "parse_spec", "plan", "quantize",
+    "rtn", "rules", "to_torchao", "tokens",
 ]  # fmt: skip

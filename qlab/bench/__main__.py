@@ -1,12 +1,15 @@
 """`python -m qlab.bench`: without a subcommand, the methods compared on the demo model."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from qlab.cli import Asymmetric, Calib, InputsName, Json, Length, Seed, SpecName, console, report, run
+from qlab.cli import (
+    Asymmetric, Calib, InputsName, Json, Length, Seed, SpecName, console, kernel_refusals, report, run, tune,
+)  # fmt: skip
 
 DEFAULT = "methods"
 
@@ -48,6 +51,90 @@ def methods(
     report(record, json_file)
     console().print(table(record))
     console().print(f"models, bench.json, methods.png and layers.png are in {record['out']}", soft_wrap=True)
+
+
+@app.command()
+def generate(
+    directories: Annotated[list[Path], typer.Argument(help="directories that qlab quantized")],
+    engines: Annotated[str | None, typer.Option("--engines", help="names with semicolons between them (default: all)")] = None,
+    prompt: Annotated[int, typer.Option("--prompt", help="tokens of the prompt")] = 512,
+    new: Annotated[int, typer.Option("--new", help="tokens to generate")] = 128,
+    repeat: Annotated[int, typer.Option("--repeat", help="turns that every engine takes")] = 3,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="of the CPU (default: torch's)")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda")] = "cpu", json_file: Json = None,
+) -> None:  # fmt: skip
+    """Prefill and decode rates of quantized directories, lowered, against the same models in bfloat16."""
+    import torch
+
+    from qlab.bench.generate import ENGINES, measure, table
+
+    if threads:
+        torch.set_num_threads(threads)
+    names = [name.strip() for name in engines.split(";")] if engines else ENGINES
+    records = []
+    for directory in directories:
+        records.append(measure(directory, names, prompt=prompt, new=new, repeat=repeat, device=device))
+        console().print(table(records[-1]))
+    report(records, json_file)
+
+
+@app.command()
+def matmul(
+    shapes: Annotated[str | None, typer.Option("--shapes", help="NxK with commas between them (default: the common ones)")] = None,
+    m: Annotated[str | None, typer.Option("--m", help="numbers of tokens (default: 1,2,4 to 4096)")] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="of the activations: bfloat16 or float16")] = "bfloat16",
+    group: Annotated[int, typer.Option("--group", min=1, help="weights per scale")] = 128, asymmetric: Asymmetric = False,
+    contenders: Annotated[str | None, typer.Option("--contenders", help="names with commas between them (default: all)")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda (default: cuda where there is one)")] = "",
+    tuned: Annotated[bool, typer.Option("--tune", help="measure the configurations first and keep them")] = False,
+    budget: Annotated[float, typer.Option("--budget", min=0, help="seconds of tuning for each shape and number of tokens")] = 30.0,
+    seconds: Annotated[float, typer.Option("--seconds", min=0, help="at most, for one median")] = 1.0,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="of the CPU (default: torch's)")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="also draw a figure (PNG)")] = None, json_file: Json = None,
+) -> None:  # fmt: skip
+    """One int4 product against the library's, the compiler's and other int4 kernels, for every shape and number of tokens."""
+    import torch
+
+    from qlab.bench.contenders import CONTENDERS
+    from qlab.bench.matmul import SHAPES, SHAPES_CPU, TOKENS, compare_matmuls, table, verdict
+    from qlab.bench.plots import draw_matmuls
+    from qlab.tuning import parse_shapes, parse_tokens
+
+    if threads:
+        torch.set_num_threads(threads)
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    names = contenders.split(",") if contenders else list(CONTENDERS)
+    wanted = parse_shapes(shapes or (SHAPES_CPU if where == "cpu" else SHAPES))
+    with kernel_refusals():
+        record = compare_matmuls(wanted, parse_tokens(m or TOKENS), dtype=dtype, group=group, zeros=asymmetric, device=where,
+                                 names=names, tune=tuned, budget=budget, seconds=seconds, said=say)  # fmt: skip
+    report(record, json_file)
+    console().print(table(record))
+    for line in verdict(record):
+        console().print(line, soft_wrap=True, highlight=False)
+    if plot:
+        draw_matmuls(record, plot)
+
+
+app.command("tune")(tune)
+
+
+@app.command()
+def modelled(
+    out: Annotated[Path, typer.Option("--out", help="the folder to write: the package's own is kernels/qlab_kernels/tuned")],
+    workers: Annotated[int, typer.Option("--workers", min=1, help="processes that compile")] = 1,
+) -> None:
+    """Write the shipped config tables of all capabilities from the cost model, every kernel in them compiled and checked."""
+    with kernel_refusals():
+        from qlab_kernels.modelled import write
+
+        for path in write(out, workers):
+            say(f"{path}: {path.stat().st_size} bytes")
+
+
+def say(line: str) -> None:
+    """Progress, apart from the result."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -14,6 +14,27 @@ def draw(record: Mapping[str, Any], out: Path) -> None:
     _save(_layers(record), out / "layers.png")
 
 
+def draw_matmuls(record: Mapping[str, Any], path: Path) -> None:
+    """Write a figure of a comparison of products to `path`: time over tokens for every shape, one line a contender."""
+    from matplotlib.figure import Figure
+
+    shapes, rows = record["shapes"], record["rows"]
+    figure = Figure(figsize=(5 * len(shapes), 4.5), layout="constrained")
+    figure.suptitle(f"{record['device']['name']}: {record['dtype']} x int4, groups of {record['group']}, cold cache", fontsize="medium")
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    for axes, (n, k) in zip(figure.subplots(1, len(shapes), squeeze=False)[0], shapes):
+        here = [row for row in rows if (row["n"], row["k"]) == (n, k)]
+        for i, name in enumerate(names):
+            line = [(row["m"], row["us"]) for row in here if row["contender"] == name]
+            axes.plot(*zip(*line), marker=".", color=f"C{i}", label=name) if line else None
+        floor = [(row["m"], row["floor_us"]) for row in here if row["contender"] == names[0]]
+        axes.plot(*zip(*floor), color="black", linestyle=":", label=f"floor of {names[0]}") if floor else None
+        axes.set(title=f"{n}x{k}", xlabel="tokens", ylabel="microseconds", yscale="log")
+        axes.set_xscale("log", base=2)
+        axes.legend(fontsize="small")
+    _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> None:
     atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 

@@ -1,0 +1,244 @@
+"""One file of tuned configurations per operator and capability: its entries, and writes that many processes may do at once.
+
+    {op}.sm90.json = {"schema": 1, "meta": {op, capability, ...}, "entries": {key: {config, us, gbps, trials, device, triton, torch,
+    date, source}}}
+
+A key is `dtype/group/zeros/NxK/mBUCKET/device/kernel revision`, where a group of whole rows is `row`. Fields that all entries of a
+shipped file share stand in its `meta`. Writers load, merge and replace the file under a lock on a sidecar, so that no entry is lost;
+a reader never locks, because the file is only ever replaced whole.
+"""
+
+import fcntl
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from qlab_kernels.capability import KernelError
+from qlab_kernels.config import Config, Kind, Problem
+
+SCHEMA = 1
+MODEL = "model"  # stands for the kernel revision in keys of modelled entries, which no kernel's source decides
+
+
+class CacheError(KernelError):
+    """The config cache cannot do what was asked: which file, why, and what would work."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A configuration and what is known of it. us: microseconds per call; gbps: true bytes over that time; trials: how many
+    configurations were timed (0 when modelled); triton, torch: the versions it was timed with; date: YYYY-MM-DD."""
+
+    config: Config
+    us: float
+    gbps: float
+    trials: int
+    device: str
+    triton: str | None
+    torch: str
+    source: Literal["measured", "modelled"]
+    date: str
+
+    def json(self) -> dict[str, Any]:
+        """The fields; those of the config that have their default are left out."""
+        usual = asdict(Config(self.config.kind))
+        config = {k: v for k, v in asdict(self.config).items() if k == "kind" or v != usual[k]}
+        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "config": config}
+
+
+def entry_from(row: Mapping[str, Any], meta: Mapping[str, Any] | None = None) -> Entry:
+    """The inverse of `Entry.json`; what `row` lacks comes from `meta`. ValueError when it is no entry."""
+    merged = {**{k: v for k, v in (meta or {}).items() if k in _FIELDS}, **row}
+    try:
+        config = Config(**merged["config"])
+        entry = Entry(**{**merged, "config": config, "us": float(merged["us"]), "gbps": float(merged["gbps"])})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"not an entry: {error}") from error
+    sizes = (config.bm, config.bn, config.bk, config.split, config.warps, config.stages, entry.trials)
+    names = (config.kind in get_args(Kind), config.scale_on in ("accumulator", "weight"), entry.source in ("measured", "modelled"))
+    if not all(names) or any(type(size) is not int for size in sizes) or {type(entry.device), type(entry.date)} != {str}:
+        raise ValueError(f"an entry whose values are not what they should be: {row}")
+    return entry
+
+
+_FIELDS = {f.name for f in fields(Entry)}
+
+
+# ---------------------------------------------------------------- keys
+@cache
+def versions() -> tuple[str | None, str]:
+    """Of Triton (None where it is not installed), which is not imported for it, and of torch: (triton, torch)."""
+    try:
+        return version("triton"), torch.__version__
+    except PackageNotFoundError:
+        return None, torch.__version__
+
+
+@dataclass(frozen=True)
+class Key:
+    """What an entry is for; op and capability are the file's."""
+
+    dtype: str
+    group: str
+    zeros: bool
+    n: int
+    k: int
+    m: int
+    device: str
+    kernel: str
+
+    def __str__(self) -> str:
+        zeros = "zeros" if self.zeros else "symmetric"
+        return f"{self.dtype}/{self.group}/{zeros}/{self.n}x{self.k}/m{self.m}/{self.device}/{self.kernel}"
+
+
+_KEY = re.compile(r"(\w+)/(g\d+|row)/(zeros|symmetric)/(\d+)x(\d+)/m(\d+)/([^/]+)/([^/]+)")
+
+
+def key_of(p: Problem, kernel: str) -> Key:
+    """The key of a problem; its m counts as the bucket."""
+    group = "row" if p.group >= p.k else f"g{p.group}"
+    return Key(p.dtype, group, p.zeros, p.n, p.k, p.bucket, device_name(p.device), kernel)
+
+
+def key_from(text: str) -> Key:
+    """The inverse of `str(key)`. ValueError for anything else."""
+    if not (found := _KEY.fullmatch(text)):
+        raise ValueError(f"not a key: {text!r}")
+    dtype, group, zeros, n, k, m, device, kernel = found.groups()
+    return Key(dtype, group, zeros == "zeros", int(n), int(k), int(m), device, kernel)
+
+
+def device_name(name: str) -> str:
+    """'NVIDIA H200' -> 'nvidia-h200': lower case, everything else one dash."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") or "any"
+
+
+def file_name(op: str, cc: tuple[int, int] | str) -> str:
+    """int4_mm.sm90.json, int4_linear_cpu.cpu-amx.json."""
+    return f"{op}.{capability_name(cc)}.json"
+
+
+def capability_name(cc: tuple[int, int] | str) -> str:
+    """'sm90' of (9, 0); a CPU's is its name."""
+    return cc if isinstance(cc, str) else f"sm{cc[0]}{cc[1]}"
+
+
+# ---------------------------------------------------------------- contents
+@dataclass(frozen=True)
+class Table:
+    """The contents of one file. Entries with fields that are missing or unknown make the whole file unreadable."""
+
+    meta: Mapping[str, Any]
+    entries: Mapping[Key, Entry]
+
+    def json(self) -> str:
+        """One entry a line, sorted: small, and a change of one entry is one line of a diff."""
+        rows = {str(key): entry.json() for key, entry in self.entries.items()}
+        rows = {key: {k: v for k, v in row.items() if k not in self.meta or self.meta[k] != v} for key, row in rows.items()}
+        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(rows[key], sort_keys=True)}" for key in sorted(rows, key=_order))
+        meta = json.dumps(self.meta, sort_keys=True)
+        return f'{{"schema": {SCHEMA}, "meta": {meta},\n"entries": {{\n{lines}\n}}}}\n'
+
+
+def _order(key: str) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
+
+
+def parse(text: str | bytes, op: str | None = None, capability: str | None = None) -> Table:
+    """A file's contents. ValueError when they are not one table of this schema, or of another operator or capability."""
+    value = json.loads(text)
+    try:
+        schema, meta = value["schema"], value["meta"]
+        if schema != SCHEMA:
+            raise ValueError(f"schema {schema!r}, and this version reads {SCHEMA}")
+        if (op or meta["op"], capability or meta["capability"]) != (meta["op"], meta["capability"]):
+            raise ValueError(f"it is for {meta['op']} on {meta['capability']}")
+        if not re.fullmatch(r"\w+", meta["op"]) or not re.fullmatch(r"[\w-]+", meta["capability"]):  # they become a file's name
+            raise ValueError(f"an operator {meta['op']!r} or a capability {meta['capability']!r} that is no name")
+        return Table(meta, {key_from(key): entry_from(row, meta) for key, row in value["entries"].items()})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__} {error}: not a file of configurations") from error
+
+
+def read(path: Path) -> Table | None:
+    """The table in `path`, None when there is no such file. ValueError when it is corrupt."""
+    op, capability = path.name.removesuffix(".json").split(".", 1)
+    try:
+        return parse(path.read_bytes(), op, capability)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+# ---------------------------------------------------------------- writes
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on the sidecar of `path`. The kernel drops it when the holder dies."""
+    with open(path.with_name(f".{path.name}.lock"), "a") as sidecar:
+        fcntl.flock(sidecar, fcntl.LOCK_EX)
+        yield
+
+
+def update(path: Path, change: Callable[[dict[Key, Entry]], object]) -> None:
+    """Load the entries of `path`, let `change` edit them, and replace the file: atomically, under its lock, durably.
+
+    A corrupt file is renamed to `.bad` first, with a warning. Raises OSError where the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path):
+        for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a writer that was killed: under the lock there is no other
+            left.unlink(missing_ok=True)
+        table = _read_locked(path)
+        op, capability = path.name.removesuffix(".json").split(".", 1)
+        entries = dict(table.entries) if table else {}
+        change(entries)
+        replace_file(path, Table({**(table.meta if table else {}), "op": op, "capability": capability}, entries).json())
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old or the new contents, whole, even after a crash."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_or_set_aside(path: Path) -> Table | None:
+    """The table in `path`; a corrupt file is renamed to `.bad` with a warning and counts as none."""
+    try:
+        return read(path)
+    except OSError as error:
+        warnings.warn(f"{path} cannot be read ({error.strerror}); its entries are not used", stacklevel=2)
+        return None
+    except ValueError as error:
+        try:
+            with locked(path):  # by now another process may have set it aside and written a new one
+                return _read_locked(path)
+        except OSError:
+            warnings.warn(f"{path} cannot be read ({error}) nor renamed; its entries are not used", stacklevel=2)
+            return None
+
+
+def _read_locked(path: Path) -> Table | None:
+    try:
+        return read(path)
+    except ValueError as error:
+        aside = next(p for i in range(10**6) if not (p := path.with_name(f"{path.name}.bad{i or ''}")).exists())
+        os.replace(path, aside)
+        warnings.warn(f"{path} cannot be read ({error}); it is kept as {aside.name} and a new one begun", stacklevel=3)
+        return None

@@ -1,0 +1,69 @@
+"""y[m, n] = x[m, k] @ W[n, k].T for packed int4 weights, with or without a split of k; and the launch of every kind."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qlab_kernels import dequantize as dense
+from qlab_kernels import fma
+from qlab_kernels.capability import KernelError
+from qlab_kernels.config import Config
+from qlab_kernels.device import operands, options, setting, stored
+from qlab_kernels.layout import Packed
+from qlab_kernels.tile import product
+
+
+@triton.jit(do_not_specialize=["M", "SPLIT"])
+def int4_mm_kernel(
+    x_ptr, words_ptr, scales_ptr, zeros_ptr, y_ptr, M, N, K, N_PAD, SPLIT,
+    GROUP: tl.constexpr, ZEROS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SCALE_ON: tl.constexpr, LAYOUT: tl.constexpr, SEQUENCE: tl.constexpr, COMPUTE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of m, fastest, x tiles of n, SPLIT). y: [M, N], or fp32 partial products [SPLIT, M, N].
+
+    Part p of a split takes the k tiles p, p + SPLIT, ...: any number of them, so that no tail is dropped.
+    """
+    tile = tl.program_id(0)
+    part = tl.program_id(1)
+    tiles_m = tl.cdiv(M, BM)
+    block_m = (tile % tiles_m).to(tl.int64)
+    block_n = (tile // tiles_m).to(tl.int64)
+    rm = tl.arange(0, BM)
+    live = rm < M - block_m * BM
+    rn = tl.arange(0, BN) + (tile // tiles_m) * BN
+    acc = product(
+        x_ptr + block_m * BM * K + rm * K, live, words_ptr + block_n * BN * K // 2, scales_ptr, zeros_ptr, rn, K, N_PAD,
+        part, SPLIT, GROUP, ZEROS, BM, BN, BK, SCALE_ON, LAYOUT, SEQUENCE, COMPUTE, STAGES,
+    )  # fmt: skip
+    y_tile = y_ptr + (part.to(tl.int64) * M + block_m * BM) * N
+    tl.store(y_tile + rm[None, :] * N + rn[:, None], acc.to(y_ptr.dtype.element_ty), mask=live[None, :] & (rn < N)[:, None])
+
+
+def int4_mm(x: Tensor, packed: Packed, config: Config) -> Tensor:
+    """y[m, n] in x's dtype, for x [m, k] and any `config` that `legal` allows; the caller adds the bias.
+
+    Products are summed in fp32, and the partial sums of a split by torch: the result does not depend on the order of programs.
+
+    Raises:
+        KernelError: for an x that does not fit the weights, and a kind that multiplies no matrices on a GPU.
+    """
+    if x.shape[0] == 0:
+        return x.new_empty(0, packed.n)
+    if config.kind == "dequant":
+        return x @ dense.dequantize(packed, x.dtype).T
+    if config.kind == "fma":
+        return fma.int4_mm_fma(x, packed, config)
+    if config.kind not in ("split_k", "gemm"):
+        raise KernelError(f"a GPU multiplies by split_k, gemm, fma or dequant, not by {config.kind}")
+    x, scales, zeros = operands(x, packed)
+    m, split = x.shape[0], config.split
+    y = torch.empty((split, m, packed.n), dtype=stored(x.dtype) if split == 1 else torch.float32, device=x.device)
+    grid = (triton.cdiv(m, config.bm) * (packed.padded_n // config.bn), split)
+    with torch.cuda.device_of(x):
+        int4_mm_kernel[grid](
+            x, packed.words, scales, zeros, y, m, packed.n, packed.padded_k, packed.padded_n, split,
+            ZEROS=packed.zeros is not None, BM=config.bm, BN=config.bn, BK=config.bk, SCALE_ON=config.scale_on, STAGES=config.stages,
+            **setting(x, packed), **options(config, packed.layout),
+        )  # fmt: skip
+    return (y[0] if split == 1 else y.sum(0)).to(x.dtype)

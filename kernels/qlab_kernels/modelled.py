@@ -1,0 +1,136 @@
+"""The shipped tables as the cost model fills them: for every capability, what should be fastest on common shapes.
+
+They stand in until somebody measures, and say so (`source: modelled`). Every distinct kernel variant among them has to be compiled to
+be checked, so for each kind of weights only a few are used: chosen greedily to lose least against the model's best everywhere, among
+those that pass the static gates.
+"""
+
+import multiprocessing
+from collections.abc import Callable, Container, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+
+from qlab_kernels.cache import shipped_tables
+from qlab_kernels.capability import TARGETS, Capability
+from qlab_kernels.config import BUCKETS, Config, Problem
+from qlab_kernels.cost import DEVICES, rank, true_bytes
+from qlab_kernels.entries import MODEL, Entry, Key, Table, capability_name, file_name, key_of, replace_file
+from qlab_kernels.static import Variant, compile_variant, faults, variant
+
+SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 28672), (16384, 16384))  # n, k
+KINDS = (("bfloat16", 128, False), ("bfloat16", 128, True), ("bfloat16", 64, False), ("bfloat16", 32, False),
+         ("float16", 128, False), ("float16", 128, True), ("float16", 64, False), ("float16", 32, False))  # fmt: skip
+MAIN = (128, False)  # group and zeros of which everything is listed
+FEW = ((SHAPES[0], SHAPES[3]), (1, 4, 16, 32, 64, 128, 256, 1024, 4096))  # of the others: `nearest` reaches the rest from these
+VARIANTS = 5  # of a kind: 8 kinds x 7 capabilities stay below 250
+GAIN = 0.005  # a variant that lowers the mean modelled time by less is not worth its compilation
+
+
+def problems(cc: Capability) -> list[list[Problem]]:
+    """What is shipped for a capability, one list for each kind of weights."""
+    dtypes, name = [str(dtype).removeprefix("torch.") for dtype in TARGETS[cc].dtypes], DEVICES[cc][0].name
+
+    def listed(dtype: str, group: int, zeros: bool) -> list[Problem]:
+        shapes, tokens = (SHAPES, BUCKETS) if (group, zeros) == MAIN else FEW
+        return [Problem("int4_mm", cc, name, dtype, group, zeros, n, k, m) for n, k in shapes for m in tokens]
+
+    return [listed(*kind) for kind in KINDS if kind[0] in dtypes]
+
+
+Ranked = Sequence[tuple[float, Config, Variant | None]]  # of one problem: (microseconds, config, what it compiles), fastest first
+
+
+def choose(rows: Sequence[Ranked], most: int) -> list[tuple[float, Config]]:
+    """For each row the best (microseconds, config) among at most `most` compiled variants, which all rows share."""
+
+    def best(row: Ranked, allowed: Sequence[Variant | None]) -> tuple[float, Config]:
+        return next(((us, c) for us, c, v in row if v in allowed), row[-1][:2])
+
+    def loss(allowed: Sequence[Variant | None]) -> float:
+        return sum(best(row, allowed)[0] / row[0][0] for row in rows) / len(rows)
+
+    allowed: list[Variant | None] = [None]  # a dequantization compiles nothing of its shape
+    wanted = list(dict.fromkeys(v for row in rows for *_, v in row if v))
+    for _ in range(min(most, len(wanted))):
+        least = min(wanted, key=lambda v: loss([*allowed, v]))
+        if loss(allowed) - loss([*allowed, least]) < GAIN:
+            break
+        allowed.append(least)
+    return [best(row, allowed) for row in rows]
+
+
+def chosen(cc: Capability, refused: Container[Variant] = ()) -> list[tuple[Problem, float, Config]]:
+    """(problem, modelled microseconds, config) for all that is shipped for a capability, without the `refused` variants."""
+    found = []
+    for kind, ranked in _ranked(cc):
+        rows = [[pair for pair in row if pair[2] not in refused] for row in ranked]
+        found += [(p, *pair) for p, pair in zip(kind, choose(rows, VARIANTS))]
+    return found
+
+
+@cache
+def _ranked(cc: Capability) -> list[tuple[list[Problem], list[Ranked]]]:
+    return [(kind, [[(us, c, variant(p, c)) for us, c in rank(p)] for p in kind]) for kind in problems(cc)]
+
+
+def variants(cc: Capability, refused: Container[Variant] = ()) -> set[Variant]:
+    """The distinct compilations among `chosen`."""
+    return {v for p, _, c in chosen(cc, refused) if (v := variant(p, c))}
+
+
+def refusals(v: Variant) -> list[str]:
+    """Compile a variant and hold it against the gates; what it fails, in words."""
+    try:
+        return faults(v, compile_variant(v))
+    except Exception as error:  # a compiler that fails is one more reason
+        return [f"{type(error).__name__}: {error}"]
+
+
+def table(cc: Capability, gate: Callable[[Iterable[Variant]], Iterable[list[str]]]) -> Table:
+    """The shipped table of a capability: only variants that pass `gate`, a map of `refusals` over variants."""
+    seen: set[Variant] = set()
+    refused: set[Variant] = set()
+    while new := sorted(variants(cc, refused) - seen, key=repr):
+        seen |= set(new)
+        refused |= {v for v, wrong in zip(new, gate(new)) if wrong}
+    today, name, version = date.today().isoformat(), DEVICES[cc][0].name, torch.__version__.split("+")[0]
+    entries: dict[Key, Entry] = {}
+    for p, us, config in chosen(cc, refused):
+        gbps = round(true_bytes(p) / us * 1e-3)
+        entries[key_of(p, MODEL)] = Entry(config, round(us, 1), gbps, 0, name, None, version, "modelled", today)
+    shared = {"device": name, "triton": None, "torch": version, "source": "modelled", "date": today, "trials": 0}
+    return Table({"op": "int4_mm", "capability": capability_name(cc), **shared}, entries)
+
+
+def problem_of(op: str, cc: Capability, key: Key) -> Problem:
+    """A problem that has this key."""
+    group = key.k if key.group == "row" else int(key.group[1:])
+    return Problem(op, cc, key.device, key.dtype, group, key.zeros, key.n, key.k, key.m)
+
+
+def shipped() -> list[tuple[Problem, Entry]]:
+    """Every entry of the files that this package ships."""
+    capabilities = {capability_name(cc): cc for cc in TARGETS}
+    return [(problem_of(table.meta["op"], capabilities[table.meta["capability"]], key), entry)
+            for table in shipped_tables().values() for key, entry in table.entries.items()]  # fmt: skip
+
+
+def shipped_variants() -> set[Variant]:
+    """The distinct compilations that the shipped files need."""
+    return {v for p, entry in shipped() if (v := variant(p, entry.config))}
+
+
+def write(folder: Path, workers: int = 1) -> list[Path]:
+    """Write the tables of all capabilities into `folder`, every variant in them compiled and checked; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for cc in TARGETS:
+            path = folder / file_name("int4_mm", cc)
+            replace_file(path, table(cc, partial(pool.map, refusals)).json())
+            paths.append(path)
+    return paths

@@ -1,0 +1,222 @@
+"""Everybody who multiplies x [m, k] by the same int4 weight [n, k]: qlab, the library's dense matmul, and the int4 of others.
+
+A contender prepares some copies of a weight and returns one function of x for each; it raises Unavailable where it cannot run.
+"""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qlab.lower import cpu, cuda
+from qlab.lower.nibbles import Planes
+from qlab.lower.ops import int4_mm
+from qlab.timing import copies
+from qlab.tuning import DTYPES, Random, random_weight
+
+Product = Callable[[Tensor], Tensor]
+
+
+class Unavailable(Exception):
+    """Why a contender does not take part."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A weight shape and its numbers. n, k: rows and columns; group: codes per scale; zeros: whether there are zero points."""
+
+    n: int
+    k: int
+    dtype: str
+    group: int
+    zeros: bool
+    device: torch.device
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def int4_bytes(self) -> float:
+        """Codes, 16-bit scales and zero points of one copy."""
+        return self.n * self.k * (0.5 + (4 if self.zeros else 2) / self.group)
+
+    @property
+    def dense_bytes(self) -> float:
+        return 2.0 * self.n * self.k
+
+    def weights(self, weight_bytes: float) -> list[Random]:
+        """As many different weights as keep the caches cold."""
+        return [random_weight(self.n, self.k, self.group, self.zeros, self.device, i) for i in range(copies(weight_bytes, self.device))]
+
+
+# ---------------------------------------------------------------- ours
+def qlab(case: Case) -> Sequence[Product]:
+    """The operator of a lowered model, in the configuration that the cache holds."""
+    return [partial(int4_mm_of, w, None) for w in _packed(case)]
+
+
+def qlab_dense_copy(case: Case) -> Sequence[Product]:
+    """The same with dense_cache=True; on a GPU the configuration "dequant" uses the copy."""
+    dense = [w.dense(case.torch_dtype) for w in case.weights(case.dense_bytes)]
+    return [partial(int4_mm_of, w, W) for w, W in zip(_packed(case), dense)]
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    words: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    n: int
+    group: int
+    layout: str
+
+
+def _packed(case: Case) -> list[_Buffers]:
+    made = [Planes(w.codes, w.scales, w.zeros, case.k, case.group, 1) for w in case.weights(case.int4_bytes)]
+    if case.device.type == "cuda":
+        layout = cuda.layout(case.device, case.torch_dtype)
+        return [_Buffers(*cuda.pack(p, case.torch_dtype, case.device), case.n, case.group, layout) for p in made]
+    return [_Buffers(*cpu.pack(p, case.torch_dtype), case.n, case.group, cpu.layout()) for p in made]
+
+
+def int4_mm_of(b: _Buffers, dense: Tensor | None, x: Tensor) -> Tensor:
+    """x [m, k] -> y [m, n]"""
+    return int4_mm(x, b.words, b.scales, b.zeros, dense, b.n, b.group, 1, b.layout)
+
+
+# ---------------------------------------------------------------- the library and the compiler
+def library(case: Case) -> Sequence[Product]:
+    """The dense matmul of torch (cuBLAS, oneDNN) on the dequantized weight."""
+    return [partial(_swapped, F.linear, w.dense(case.torch_dtype)) for w in case.weights(case.dense_bytes)]
+
+
+def _swapped(function: Callable[..., Tensor], weight: Tensor, x: Tensor) -> Tensor:
+    return function(x, weight)
+
+
+def compiled(case: Case) -> Sequence[Product]:
+    """torch.compile of unpack, dequantize and matmul, every shape on its own."""
+
+    @partial(torch.compile, dynamic=False, fullgraph=True)
+    def product(bytes_nk: Tensor, scales: Tensor, offsets: Tensor, x: Tensor) -> Tensor:
+        q = torch.stack((bytes_nk & 15, bytes_nk >> 4), -1).view(*scales.shape, -1)
+        W = (q.to(x.dtype) - offsets[..., None]) * scales[..., None]
+        return x @ W.view(bytes_nk.shape[0], -1).mT
+
+    def unlimited(*weight: Tensor, x: Tensor) -> Tensor:
+        with torch._dynamo.config.patch(recompile_limit=64):  # a bench of many shapes must not end up in eager mode
+            return product(*weight, x)
+
+    made = []
+    for w in case.weights(case.int4_bytes):
+        u = (w.codes + 8).to(torch.uint8)
+        offsets = torch.full_like(w.scales, 8.0) if w.zeros is None else w.zeros + 8
+        weight = (u[:, ::2] | u[:, 1::2] << 4, w.scales.to(case.torch_dtype), offsets.to(case.torch_dtype))
+        made.append(lambda x, weight=weight: unlimited(*weight, x=x))
+    return made
+
+
+# ---------------------------------------------------------------- other int4
+def torch_int4(case: Case) -> Sequence[Product]:
+    """aten._weight_int4pack_mm, torch's own: w = (u - 8) * s + z."""
+    if case.dtype != "bfloat16":
+        raise Unavailable(f"takes bfloat16 activations, not {case.dtype}")
+    if case.group not in (32, 64, 128, 256) or case.n % 16:
+        raise Unavailable(f"takes groups of 32 to 256 and n % 16 == 0, not groups of {case.group} and n={case.n}")
+    if case.device.type == "cuda" and torch.cuda.get_device_capability(case.device) < (8, 0):
+        raise Unavailable("needs compute capability 8.0")
+    aten, made = torch.ops.aten, []
+    for w in case.weights(case.int4_bytes):
+        u = w.codes.int() + 8
+        zeros = torch.zeros_like(w.scales) if w.zeros is None else -w.zeros * w.scales
+        scales = torch.stack((w.scales, zeros), -1).transpose(0, 1).contiguous().bfloat16()
+        if case.device.type == "cuda":
+            words = aten._convert_weight_to_int4pack((u[:, ::2] << 4 | u[:, 1::2]).to(torch.uint8), 8)
+            made.append(partial(_int4pack, aten._weight_int4pack_mm, words, case.group, scales))
+        else:
+            words = aten._convert_weight_to_int4pack_for_cpu(u, 1)
+            made.append(partial(_int4pack, aten._weight_int4pack_mm_for_cpu, words, case.group, scales))
+    return made
+
+
+def _int4pack(function: Any, words: Tensor, group: int, scales: Tensor, x: Tensor) -> Tensor:
+    return function(x, words, group, scales)
+
+
+def _need(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise Unavailable("is not installed")
+
+
+def gemlite(case: Case) -> Sequence[Product]:
+    """gemlite's Triton kernels on the same codes."""
+    if case.device.type != "cuda":
+        raise Unavailable("runs on GPUs")
+    _need("gemlite")
+    from gemlite.helper import A16W4_HQQ_INT
+
+    packer, made = A16W4_HQQ_INT(device=str(case.device), dtype=case.torch_dtype), []
+    for w in case.weights(case.int4_bytes):
+        zeros = torch.full_like(w.scales, 8.0) if w.zeros is None else w.zeros + 8
+        u, scales = (w.codes + 8).to(torch.uint8), w.scales.to(case.torch_dtype)
+        made.append(packer.from_weights(u, scales.reshape(-1, 1), zeros.to(case.torch_dtype).reshape(-1, 1)))
+    return made
+
+
+def torchao(case: Case) -> Sequence[Product]:
+    """torchao's int4 weights; it quantizes the dense weight itself, so its product differs a little."""
+    _need("torchao")
+    if case.dtype != "bfloat16":
+        raise Unavailable(f"takes bfloat16 activations, not {case.dtype}")
+    from torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+    if case.device.type == "cuda":
+        config = Int4WeightOnlyConfig(group_size=case.group, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
+    else:
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+
+        config = PrototypeInt4WeightOnlyConfig(group_size=case.group, set_inductor_config=False)
+    made = []
+    for w in case.weights(case.int4_bytes):
+        linear = torch.nn.Linear(case.k, case.n, bias=False, device="meta", dtype=case.torch_dtype)
+        linear.weight = torch.nn.Parameter(w.dense(case.torch_dtype), requires_grad=False)
+        quantize_(linear, config)
+        made.append(linear)
+    return made
+
+
+OURS = "qlab"
+LIBRARY = "library"
+CONTENDERS: dict[str, Callable[[Case], Sequence[Product]]] = {
+    OURS: qlab, "dense copy": qlab_dense_copy, LIBRARY: library, "compiled": compiled, "torch int4": torch_int4,
+    "gemlite": gemlite, "torchao": torchao,
+}  # fmt: skip
+DENSE = {LIBRARY, "dense copy"}  # hold the weight in 16 bits
+TOLERANCE = {"torchao": 0.25}  # relative error; of the others, which multiply the very same weight:
+TIGHT = 0.02
+
+
+def prepare(name: str, case: Case) -> Sequence[Product]:
+    """The products of a contender, checked against fp32 on a few tokens. Unavailable says why it does not take part."""
+    with torch.no_grad():
+        try:
+            made = CONTENDERS[name](case)
+        except Unavailable:
+            raise
+        except Exception as error:  # a foreign library that does not work here is no reason to measure nothing
+            raise Unavailable(f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        x = torch.randn(4, case.k, device=case.device, dtype=case.torch_dtype)
+        expected = x.float() @ random_weight(case.n, case.k, case.group, case.zeros, case.device, 0).dense(torch.float32).mT
+        try:
+            error_norm = float((made[0](x).float() - expected).norm() / expected.norm())
+        except Exception as error:
+            raise Unavailable(f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+    if not error_norm < TOLERANCE.get(name, TIGHT):
+        raise Unavailable(f"computes something else: relative error {error_norm:.3f}")
+    return made

@@ -1,0 +1,182 @@
+"""Generation side by side: a lowered model directory and the same model in bfloat16 as Hugging Face runs it, in one process.
+
+The bfloat16 model has the directory's own weights, dequantized: how fast it is does not depend on their values. Every engine runs
+the same loop, greedy with a static cache for one sequence, and takes its turn in every repetition, so that what else the machine
+does touches all of them; figures are medians over the repetitions.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import PreTrainedModel, StaticCache
+
+from qlab.errors import QlabError
+from qlab.lower import QLinear, inductor_options, resident_bytes
+from qlab.lower.model import lower
+from qlab.report import PeakMemory, versions
+
+ENGINES = ("bf16 eager", "bf16 compiled", "qlab eager", "qlab compiled", "qlab compiled, dense cache")
+BASE, COMPILED = ENGINES[:2]
+
+
+@dataclass
+class Engine:
+    """One way to run the model, warmed up, and the seconds it took: of every prefill and of every run of decode steps."""
+
+    name: str
+    model: PreTrainedModel
+    cache: StaticCache
+    prefill: Callable[[Tensor], Tensor]
+    step: Callable[[Tensor], Tensor]
+    warm_up_seconds: float
+    peak_rss_bytes: int
+    prefill_seconds: list[float] = field(default_factory=list)
+    decode_seconds: list[float] = field(default_factory=list)
+
+
+@torch.no_grad()
+def measure(
+    path: str | Path, engines: Sequence[str] = ENGINES, *, prompt: int = 512, new: int = 128, repeat: int = 3, device: str = "cpu",
+) -> dict[str, Any]:  # fmt: skip
+    """Prefill of `prompt` random tokens and `new` decoded ones by every engine, as a record with one row each.
+
+    Errors: an unknown engine, fewer than one prompt token or two new ones, whatever `lower` refuses.
+    """
+    if unknown := [name for name in engines if name not in ENGINES]:
+        raise QlabError(f"engine {unknown[0]!r} is unknown; known are {'; '.join(ENGINES)}")
+    if prompt < 2 or new < 2 or repeat < 1:
+        raise QlabError(f"{prompt} prompt tokens, {new} new tokens and {repeat} repetitions; measure at least 2, 2 and 1")
+    ready: list[Engine] = []
+    for name in engines:
+        ready.append(_prepare(name, path, prompt, new, device))
+    ids = _tokens(ready[0].model, prompt, device)
+    for _ in range(repeat):
+        for engine in ready:
+            _run(engine, ids, new)
+    rows = [_row(engine, prompt, new) for engine in ready]
+    for row in rows:
+        row["ratio"] = {base["engine"]: {key: row[key] / base[key] for key in ("prefill_tokens_per_s", "decode_tokens_per_s")}
+                        for base in rows if base["engine"] in (BASE, COMPILED)}  # fmt: skip
+    return {"model": str(path), "prompt": prompt, "new": new, "repeat": repeat, "rows": rows, "versions": versions(),
+            "device": {"type": device, "threads": torch.get_num_threads()}}  # fmt: skip
+
+
+def _prepare(name: str, path: str | Path, prompt: int, new: int, device: str) -> Engine:
+    """Load and warm up an engine: compiled ones compile here."""
+    torch._dynamo.reset()
+    gc.collect()
+    started = time.perf_counter()
+    with PeakMemory() as peak:
+        model = lower(path, device, torch.bfloat16, dense_cache=name.endswith("dense cache"))
+        if name.startswith("bf16"):
+            _undo(model)
+        cache = StaticCache(config=model.config, max_cache_len=prompt + new)
+
+        def forward(ids: Tensor) -> Tensor:
+            logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            return logits[:, -1].argmax(-1, keepdim=True)
+
+        ids = _tokens(model, prompt, device)
+        forward(ids[:, :1])  # makes the cache's tensors, outside of any compiled graph
+        ours = name.startswith("qlab")
+        prefill, step = (_compiled(forward, ours) if "compiled" in name else forward for _ in range(2))
+        engine = Engine(name, model, cache, prefill, step, 0.0, 0)
+        _run(engine, ids, 3)
+        engine.prefill_seconds.clear()
+        engine.decode_seconds.clear()
+    engine.warm_up_seconds, engine.peak_rss_bytes = time.perf_counter() - started, peak.bytes
+    return engine
+
+
+def _compiled(forward: Callable[[Tensor], Tensor], ours: bool) -> Callable[[Tensor], Tensor]:
+    """One graph for one shape; the model does not change while it is measured, so its modules are not guarded."""
+    guards: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    options = inductor_options(**guards) if ours else guards
+
+    def own(ids: Tensor) -> Tensor:  # torch keeps what it compiled per code object, and prefill and step are two programs
+        return forward(ids)
+
+    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
+
+
+def _undo(model: PreTrainedModel) -> None:
+    """The model as transformers would load it unquantized: dense linears, and torch's attention."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QLinear):
+            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            linear.weight = nn.Parameter(module.weight().contiguous(), requires_grad=False)
+            if module.bias is not None:
+                linear.bias = nn.Parameter(module.bias, requires_grad=False)
+            owner, _, key = name.rpartition(".")
+            setattr(model.get_submodule(owner), key, linear)
+    model.set_attn_implementation("sdpa")
+
+
+def _tokens(model: PreTrainedModel, length: int, device: str) -> Tensor:
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def _run(engine: Engine, ids: Tensor, new: int) -> None:
+    """One prefill, which gives the first new token, and the rest of the `new` tokens one by one."""
+    engine.cache.reset()
+    started = _now(ids)
+    token = engine.prefill(ids)
+    prefilled = _now(ids)
+    for _ in range(new - 1):
+        token = engine.step(token)
+    engine.prefill_seconds.append(prefilled - started)
+    engine.decode_seconds.append(_now(ids) - prefilled)
+
+
+def _now(ids: Tensor) -> float:
+    if ids.is_cuda:
+        torch.cuda.synchronize(ids.device)
+    return time.perf_counter()
+
+
+def _row(engine: Engine, prompt: int, new: int) -> dict[str, Any]:
+    resident = resident_bytes(engine.model)
+    return {
+        "engine": engine.name,
+        "prefill_tokens_per_s": prompt / median(engine.prefill_seconds),
+        "decode_tokens_per_s": (new - 1) / median(engine.decode_seconds),
+        "time_to_first_token_s": median(engine.prefill_seconds),
+        "resident_bytes": resident,
+        "weight_bytes": sum(resident.values()) - resident["embeddings"],
+        "peak_rss_bytes": engine.peak_rss_bytes,
+        "warm_up_seconds": engine.warm_up_seconds,
+        "prefill_seconds": engine.prefill_seconds,
+        "decode_seconds": engine.decode_seconds,
+    }
+
+
+def table(record: Mapping[str, Any]) -> Table:
+    """The record for the eye: rates, and how they compare with the bfloat16 model run eagerly and compiled."""
+    device, rows = record["device"], record["rows"]
+    against = [name for name in (BASE, COMPILED) if name in rows[0]["ratio"]]
+    drawn = Table(box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left", title=(
+        f"{record['model']}: prompt of {record['prompt']}, {record['new']} new tokens, {device['type']}, {device['threads']} threads"))
+    drawn.add_column("engine", no_wrap=True)
+    for name in ("first token, ms", "prefill, tok/s", "decode, tok/s", *(f"x {name}: prefill, decode" for name in against),
+                 "weights, MB", "warm-up, s"):  # fmt: skip
+        drawn.add_column(name, justify="right")
+    for row in rows:
+        ratios = [row["ratio"][name] for name in against]
+        drawn.add_row(
+            row["engine"], f"{1e3 * row['time_to_first_token_s']:.0f}", f"{row['prefill_tokens_per_s']:.0f}",
+            f"{row['decode_tokens_per_s']:.1f}",
+            *(f"{r['prefill_tokens_per_s']:.2f}, {r['decode_tokens_per_s']:.2f}" for r in ratios),
+            f"{row['weight_bytes'] / 1e6:.1f}", f"{row['warm_up_seconds']:.0f}",
+        )  # fmt: skip
+    drawn.caption = "medians; weights without embeddings, and without a head that is tied to them"
+    return drawn

@@ -1,0 +1,195 @@
+"""One int4 product for every shape and number of tokens: qlab beside everything else that multiplies the same weight here.
+
+    GB/s          bytes that the product must move (its own weights once, x, y) over its time
+    % of floor    max(those bytes / measured copy bandwidth, 2 m n k / measured matmul rate) over its time
+    ratio         a baseline's time over qlab's: above 1, qlab is faster
+
+Times are medians on a cold cache; on a GPU also inside a CUDA graph.
+"""
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+from qlab.bench.contenders import CONTENDERS, DENSE, LIBRARY, OURS, Case, Unavailable, prepare
+from qlab.errors import QlabError
+from qlab.lower import cpu
+from qlab.report import versions
+from qlab.timing import copy_rate, device_label, graph_microseconds, last_cache, matmul_rate, microseconds
+from qlab.tuning import Shape, check, tune_shapes
+
+SHAPES = "4096x4096,4096x14336,14336x4096,8192x8192,8192x28672,16384x16384"
+SHAPES_CPU = "4096x4096"
+TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096"
+REPS = 50
+
+
+def compare_matmuls(
+    shapes: Sequence[Shape], tokens: Sequence[int], *, dtype: str = "bfloat16", group: int = 128, zeros: bool = False,
+    device: torch.device | str = "cpu", names: Sequence[str] = tuple(CONTENDERS), tune: bool = False, budget: float = 10.0,
+    seconds: float = 1.0, said: Callable[[str], object] = lambda _: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Time every contender of `names` for every shape and number of tokens; the record says what could not take part, and why.
+
+    seconds: at most for one median. tune: measure the configurations first, `budget` seconds each, and keep them.
+    """
+    check(shapes, tokens, dtype, group)
+    if unknown := [name for name in names if name not in CONTENDERS]:
+        raise QlabError(f"contender {unknown[0]!r} is unknown; known are {', '.join(CONTENDERS)}")
+    where = torch.device(device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise QlabError(f"--device {device} was asked for and torch sees no GPU; use --device cpu")
+    if tune:
+        tune_shapes(shapes, tokens, dtype=dtype, group=group, zeros=zeros, device=where, budget=budget, said=said)
+    cases = [Case(n, k, dtype, group, zeros, where) for n, k in shapes]
+    rates = {"copy_gbps": copy_rate(where), "matmul_tflops": matmul_rate(where, cases[0].torch_dtype)}
+    said(f"{device_label(where)}: copies {rates['copy_gbps']:.0f} GB/s, multiplies {rates['matmul_tflops']:.2f} TFLOP/s")
+    rows: list[dict[str, Any]] = []
+    absent: dict[str, str] = {}
+    with torch.no_grad():
+        for case in cases:
+            for name in names:
+                try:
+                    found = _measure(name, case, tokens, rates, seconds)
+                    said(f"{case.n}x{case.k} {name}: " + ", ".join(f"{row['us']:.1f}" for row in found) + " us")
+                    rows += found
+                except Unavailable as why:
+                    absent[name] = str(why)
+                gc.collect()
+    _add_ratios(rows)
+    return {
+        "shapes": [list(shape) for shape in shapes], "tokens": list(tokens), "dtype": dtype, "group": group, "zeros": zeros,
+        "rows": rows, "absent": absent, "rates": rates, "losses": losses(rows), "versions": _versions(),
+        "device": {
+            "type": where.type, "name": device_label(where), "threads": torch.get_num_threads(), "last_cache": last_cache(where),
+        },
+        "measured": {"statistic": "median", "repetitions": REPS, "seconds": seconds, "cache": "cold: rotated copies of the weight"
+                     + (", a cleared buffer" if where.type == "cuda" else "")},
+    }  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = versions()
+    for package in ("triton", "gemlite", "torchao"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _measure(name: str, case: Case, tokens: Sequence[int], rates: Mapping[str, float], seconds: float) -> list[dict[str, Any]]:
+    products = prepare(name, case)
+    rows = []
+    for m in tokens:
+        x = torch.randn(m, case.k, device=case.device, dtype=case.torch_dtype)
+        calls = [partial(product, x) for product in products]
+        us = microseconds(calls, REPS, case.device, seconds)
+        moved = (case.dense_bytes if name in DENSE else case.int4_bytes) + 2.0 * m * (case.n + case.k)
+        operations = 2.0 * m * case.n * case.k
+        floor = max(moved / rates["copy_gbps"] * 1e-3, operations / rates["matmul_tflops"] * 1e-6)
+        rows.append({
+            "contender": name, "n": case.n, "k": case.k, "m": m, "us": us, "graph_us": _in_graph(name, calls, case.device),
+            "gbps": moved / us * 1e-3, "tflops": operations / us * 1e-6, "floor_us": floor, "percent_of_floor": 100 * floor / us,
+            **(_how(case, m) if name == OURS else {}),
+        })  # fmt: skip
+    return rows
+
+
+def _in_graph(name: str, calls: Sequence[Callable[[], Any]], device: torch.device) -> float | None:
+    """Not every library can be captured; what cannot has no such figure."""
+    try:
+        return graph_microseconds(calls, device)
+    except RuntimeError:
+        torch.cuda.synchronize(device)
+        return None
+
+
+def _how(case: Case, m: int) -> dict[str, Any]:
+    """The configuration that ran, and where it came from."""
+    from qlab_kernels import cache
+    from qlab_kernels.config import Config, Problem
+
+    if case.device.type == "cuda":
+        cc = torch.cuda.get_device_capability(case.device)
+        found = cache.lookup(Problem("int4_mm", cc, device_label(case.device), case.dtype, case.group, case.zeros, case.n, case.k, m))
+        return {"config": asdict(found.config), "source": found.source, "stale": found.stale}
+    n, k = -(-case.n // cpu.ROWS) * cpu.ROWS, case.k
+    found = cache.lookup(cpu.problem(m, case.torch_dtype, False, n, k, case.group, case.zeros))
+    kind = cpu.kind(m, case.torch_dtype, False, n, k, case.group, case.zeros)
+    return {"config": asdict(Config(kind)), "source": found.source, "stale": found.stale}
+
+
+def _add_ratios(rows: Sequence[dict[str, Any]]) -> None:
+    """Give qlab's rows `ratio`: every other contender's time over qlab's."""
+    for row in rows:
+        if row["contender"] == OURS:
+            row["ratio"] = {o["contender"]: o["us"] / row["us"] for o in rows if o is not row and _place(o) == _place(row)}
+
+
+def _place(row: Mapping[str, Any]) -> tuple[int, int, int]:
+    return row["n"], row["k"], row["m"]
+
+
+def losses(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Where qlab's int4 is slower than the library's dense matmul, and by how much: {n, k, m, times} with times > 1."""
+    return [{"n": row["n"], "k": row["k"], "m": row["m"], "times": 1 / row["ratio"][LIBRARY]}
+            for row in rows if row.get("ratio", {}).get(LIBRARY, 1.0) < 1.0]  # fmt: skip
+
+
+def verdict(record: Mapping[str, Any]) -> list[str]:
+    """In sentences: where int4 loses to the library's dense matmul, where it loses to another int4, who could not take part."""
+    library = f"the library's {record['dtype']} matmul"
+    ours = [row for row in record["rows"] if "ratio" in row]
+    said = []
+    for n, k in record["shapes"]:
+        here = [row for row in ours if (row["n"], row["k"]) == (n, k) and LIBRARY in row["ratio"]]
+        lost = [f"{1 / row['ratio'][LIBRARY]:.2f} times its time at {row['m']}" for row in here if row["ratio"][LIBRARY] < 1]
+        if lost:
+            said.append(f"{n}x{k}: int4 loses to {library} at {len(lost)} of {len(here)} numbers of tokens: {', '.join(lost)}")
+        elif here:
+            said.append(f"{n}x{k}: int4 is nowhere slower than {library}")
+    for row in ours:
+        faster = {name: ratio for name, ratio in row["ratio"].items() if ratio < 1 and name not in DENSE}
+        if faster:
+            best = min(faster, key=faster.__getitem__)
+            said.append(f"{row['n']}x{row['k']} at {row['m']}: {best} is faster, qlab takes {1 / faster[best]:.2f} times its time")
+    return said + [f"{name} {why}" for name, why in record["absent"].items()]
+
+
+def table(record: Mapping[str, Any]) -> Table:
+    """One line for each shape and number of tokens: qlab's figures, then every baseline's time and its ratio to qlab's."""
+    others = list(dict.fromkeys(row["contender"] for row in record["rows"] if row["contender"] != OURS))
+    rates = record["rates"]
+    drawn = Table(box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left", title=(
+        f"{record['device']['name']}: {record['dtype']} x int4, groups of {record['group']}{', zeros' if record['zeros'] else ''}; "
+        f"copies {rates['copy_gbps']:.0f} GB/s, multiplies {rates['matmul_tflops']:.2f} TFLOP/s"))  # fmt: skip
+    for name in ("n x k", "m", "how", "us", "graph us", "GB/s", "TFLOP/s", "% of floor", *others):
+        drawn.add_column(name, justify="left" if name in ("n x k", "how") else "right", overflow="fold")
+    by_place = {(row["contender"], *_place(row)): row for row in record["rows"]}
+    for n, k in record["shapes"]:
+        for m in record["tokens"]:
+            baselines = [by_place.get((name, n, k, m)) for name in others]
+            row = by_place.get((OURS, n, k, m))
+            figures = _figures(row) if row else ["-"] * 6
+            times = [f"{b['us']:.1f}" + (f" ({b['us'] / row['us']:.2f}x)" if row else "") if b else "-" for b in baselines]
+            drawn.add_row(f"{n}x{k}", str(m), *figures, *times)
+    drawn.caption = "us: median on a cold cache; a baseline's (x) is its time over qlab's: above 1, qlab is faster"
+    return drawn
+
+
+def _figures(row: Mapping[str, Any]) -> list[str]:
+    c = row["config"]
+    tile = f" {c['bm']}x{c['bn']}x{c['bk']}" if c["bm"] else ""
+    split = f"/{c['split']}" if c["split"] > 1 else ""
+    how = f"{c['kind']}{tile}{split} ({row['source']}{', stale' if row['stale'] else ''})"
+    graph = "-" if row["graph_us"] is None else f"{row['graph_us']:.1f}"
+    return [how, f"{row['us']:.1f}", graph, f"{row['gbps']:.1f}", f"{row['tflops']:.3f}", f"{row['percent_of_floor']:.0f}"]

@@ -1,0 +1,21 @@
+"""What qlab adds to torch.compile: a value among the options. Nothing is installed by an import."""
+
+from typing import Any
+
+import torch
+
+
+def inductor_options(**more: Any) -> dict[str, Any]:
+    """Options for torch.compile (`options=`) and AOTInductor (`inductor_configs=`): qlab's pass, and whatever else is given.
+
+    freezing=True and max_autotune=True on a CPU let Inductor's int4 template compete; packed weights are never folded into
+    dense ones by it.
+    """
+    from torch._inductor.constant_folding import _dont_constant_fold, add_dont_constant_fold
+
+    from qlab.lower.rewrite import Rewrite
+    from qlab_kernels.cache import snapshot_hash
+
+    if torch.ops.qlab.dequantize.default not in _dont_constant_fold:
+        add_dont_constant_fold(torch.ops.qlab.dequantize.default)
+    return {"post_grad_custom_pre_pass": Rewrite(snapshot_hash()), **more}

@@ -1,0 +1,133 @@
+"""A quantized model directory as an ordinary Hugging Face model that runs fast."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from qlab.checkpoint import Checkpoint, open_checkpoint
+from qlab.errors import QlabError
+from qlab.lower.attention import use_grouped_attention
+from qlab.lower.linear import QLinear
+from qlab.qtensor import QTensor
+from qlab.quantize import Result
+from qlab.skeleton import Skeleton
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def lower(
+    model: Result | Checkpoint | str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    dense_cache: bool = False,
+) -> PreTrainedModel:
+    """The Hugging Face model of a quantized directory, with a QLinear in the place of every quantized linear.
+
+    Codes are packed for `device` while they are loaded, one tensor at a time; the directory stays as it is. Everything else
+    (embeddings, norms, an unquantized head) is in `dtype`, which is also that of the activations. `generate()` works, and so
+    does `torch.compile`, with `options=inductor_options()` for the fused kernels; the model can be exported.
+    dense_cache: keep a dense copy of each weight for products of many tokens; `resident_bytes` says what that costs.
+
+    Errors: a directory that is not quantized, a device or dtype without kernels, a quantized tensor that no linear holds.
+    Warns when the activations' dtype has no int4 kernel on the device, so that every product is dense.
+    """
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model.path if isinstance(model, Result) else model)
+    where = _device(device)
+    if dtype not in DTYPES:
+        raise QlabError(f"no kernel takes {dtype} activations; lower to {', '.join(str(d) for d in DTYPES)}")
+    if not checkpoint.quantized:
+        raise QlabError(f"{checkpoint.path} is not quantized, so there is nothing to lower; load it with transformers")
+    if where.type == "cpu" and dtype != torch.bfloat16 and not dense_cache:
+        warnings.warn(f"no int4 kernel on a CPU takes {dtype} activations: every product dequantizes its weight and is dense. "
+                      "Use torch.bfloat16, or dense_cache=True to dequantize once", stacklevel=2)  # fmt: skip
+    skeleton = Skeleton(checkpoint, dtype, where)
+    _replace_linears(skeleton, dtype, dense_cache)
+    with torch.no_grad():
+        skeleton.load_outside(with_head=True)
+        _load_blocks(skeleton)
+    if checkpoint.config.get_text_config().tie_word_embeddings:
+        skeleton.model.tie_weights()
+    if (checkpoint.path / "generation_config.json").is_file():
+        skeleton.model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    if where.type == "cpu":
+        use_grouped_attention(skeleton.model)
+    return skeleton.model.eval()
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise QlabError(f"{device!r} is no device; lower to 'cpu' or 'cuda'") from error
+    if where.type not in ("cpu", "cuda"):
+        raise QlabError(f"there are no int4 kernels for {where.type}; lower to 'cpu' or 'cuda'")
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise QlabError("torch finds no CUDA device here; lower to 'cpu', or install a CUDA build of torch on a machine with a GPU")
+    return where
+
+
+def _replace_linears(skeleton: Skeleton, dtype: torch.dtype, dense_cache: bool) -> None:
+    """Put a QLinear where the directory holds codes; refuse codes that no linear of the model takes."""
+    checkpoint, left = skeleton.checkpoint, set(skeleton.checkpoint.quantized)
+    for name in skeleton.linears():
+        stored = skeleton.module_name(name)
+        if stored not in left:
+            continue
+        left.remove(stored)
+        linear = skeleton.model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)  # linears() names no others
+        leaf = checkpoint.leaf(f"{stored}.weight")
+        if not isinstance(leaf, QTensor) or leaf.shape != linear.weight.shape:
+            raise QlabError(f"{stored} holds a weight {tuple(leaf.shape)} and the model wants {tuple(linear.weight.shape)}; its "
+                            "config.json belongs to another model")
+        bias = None if linear.bias is None else checkpoint.tensor(skeleton.file_name(f"{name}.bias"))
+        _set_module(skeleton.model, name, QLinear(name, leaf, bias, dtype, skeleton.device, dense_cache))
+    if left:
+        raise QlabError(f"{checkpoint.path} holds codes for {sorted(left)[0]} and {len(left) - 1} more modules that are no linear of "
+                        f"{type(skeleton.model).__name__}; qlab lowers linears only")
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    owner, _, key = name.rpartition(".")
+    setattr(model.get_submodule(owner), key, module)
+
+
+def _load_blocks(skeleton: Skeleton) -> None:
+    """The parameters of the blocks that stayed on meta, and the buffers that the files hold."""
+    for name, parameter in list(skeleton.model.named_parameters(remove_duplicate=False)):
+        if parameter.is_meta:
+            leaf = skeleton.checkpoint.leaf(skeleton.file_name(name), skeleton.dtype)
+            assert not isinstance(leaf, QTensor)
+            value = nn.Parameter(leaf.to(skeleton.device), requires_grad=False)
+            _owner(skeleton.model, name)._parameters[name.rpartition(".")[2]] = value
+    for name, buffer in list(skeleton.model.named_buffers()):
+        if (stored := skeleton.file_name(name)) in skeleton.checkpoint.files:
+            _owner(skeleton.model, name)._buffers[name.rpartition(".")[2]] = skeleton.checkpoint.tensor(stored).to(buffer)
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def resident_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes of a model's tensors by what they are: packed weights, dense copies, embeddings (a tied head with them), the rest."""
+    seen: set[int] = set()
+    total = {"packed": 0, "dense copies": 0, "embeddings": 0, "other": 0}
+
+    def add(kind: str, *tensors: torch.Tensor | None) -> None:
+        for tensor in tensors:
+            if tensor is not None and tensor.untyped_storage().data_ptr() not in seen:
+                seen.add(tensor.untyped_storage().data_ptr())
+                total[kind] += tensor.untyped_storage().nbytes()
+
+    for module in model.modules():
+        if isinstance(module, QLinear):
+            add("packed", module.words, module.scales, module.zeros)
+            add("dense copies", module.dense)
+        elif isinstance(module, nn.Embedding):
+            add("embeddings", module.weight)
+    add("other", *model.parameters(), *model.buffers())
+    return total

@@ -1,0 +1,149 @@
+"""The pass that makes compiled graphs run the fused kernels.
+
+Three rewrites before Inductor's own post-grad passes, on nodes alone, since the operators are opaque to every other pass:
+
+    mm(x, dequantize(w).T), addmm(b, x, dequantize(w).T)   ->  int4_mm(x, w) [+ b]
+    int4_mm(x, w) of a known number of tokens on a CPU     ->  what cpu.kind chooses for them: aten's int4 product, which
+                                                               Inductor has a template for, or mm(x, dequantize(w).T)
+    mm(x [1, k], W.T), W dense, on a CPU                   ->  sum_k x * W
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from qlab.lower import cpu
+from qlab.lower.nibbles import plane_width
+
+aten, prims = torch.ops.aten, torch.ops.prims
+TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int, aten.numpy_T.default)
+PRODUCTS = (aten.mm.default, aten.addmm.default)
+SOURCES = ("rewrite.py", "cpu.py", "nibbles.py", "ops.py")  # what the pass depends on, beside the config cache
+
+
+class Rewrite(CustomGraphPass):
+    """The pass. fused, chosen, streamed: how many nodes each rewrite replaced in the last graph."""
+
+    def __init__(self, snapshot: str):
+        self.snapshot, self.fused, self.chosen, self.streamed = snapshot, 0, 0, 0
+
+    def __call__(self, graph: Any) -> None:
+        self.fused = fuse(graph)
+        self.chosen = choose(graph)
+        self.streamed = stream(graph)
+
+    def uuid(self) -> bytes:
+        """Changes with the pass, with the config cache and with the CPU that it is asked about."""
+        machine = cpu.problem(1, torch.bfloat16, False, 64, 64, 64, False)
+        digest = hashlib.sha256(f"{self.snapshot} {machine.cc} {machine.device}".encode())
+        for name in SOURCES:
+            digest.update((Path(__file__).parent / name).read_bytes())
+        return digest.digest()
+
+
+def fuse(graph: Any) -> int:
+    """Replace products with a dequantized weight; the number of them."""
+    found = 0
+    for node in [n for target in PRODUCTS for n in graph.find_nodes(op="call_function", target=target)]:
+        bias, x, w = (None, *node.args) if node.target is aten.mm.default else node.args
+        dequantized = _dequantized(w)
+        if dequantized is None or node.kwargs:
+            continue
+        words, scales, zeros, n, _, group, count, layout = dequantized.args
+        with graph.inserting_before(node):
+            new = _call(graph, torch.ops.qlab.int4_mm.default, (x, words, scales, zeros, None, n, group, count, layout))
+            if bias is not None:
+                new = _call(graph, aten.add.Tensor, (new, bias))
+        _replace(graph, node, new)
+        for dead in (w, dequantized):
+            if not dead.users:
+                graph.erase_node(dead)
+        found += 1
+    return found
+
+
+def _dequantized(w: Any) -> Any:
+    """The dequantize node that `w` is the transpose of, or None."""
+    if getattr(w, "target", None) not in TRANSPOSES or w.meta["val"].ndim != 2 or _same_axes(w):
+        return None
+    source = w.args[0]
+    return source if getattr(source, "target", None) is torch.ops.qlab.dequantize.default else None
+
+
+def _same_axes(w: Any) -> bool:
+    if w.target is aten.permute.default:
+        return [d % 2 for d in w.args[1]] != [1, 0]
+    return w.target is aten.transpose.int and w.args[1] % 2 == w.args[2] % 2
+
+
+def choose(graph: Any) -> int:
+    """On a CPU, write out the products whose number of tokens is known when they are compiled; the number of them."""
+    found = 0
+    for node in graph.find_nodes(op="call_function", target=torch.ops.qlab.int4_mm.default):
+        x, words, scales, zeros, dense, n, group, count, layout = node.args
+        (m, k), (rows, half) = x.meta["val"].shape, words.meta["val"].shape[:2]
+        if words.meta["val"].device.type != "cpu" or not isinstance(m, int) or m == 0:
+            continue
+        cpu.check(layout)
+        with graph.inserting_before(node):
+            if cpu.kind(m, x.meta["val"].dtype, dense is not None, rows, 2 * half, group, zeros is not None) == "int4pack":
+                new = _call(graph, aten._weight_int4pack_mm_for_cpu.default, (_spread(graph, x, k, count), words, group, scales))
+                if rows != n:
+                    new = _call(graph, aten.slice.Tensor, (new, 1, 0, n))
+            else:
+                W = dense or _call(graph, torch.ops.qlab.dequantize.default, (words, scales, zeros, n, k, group, count, layout))
+                new = _call(graph, aten.mm.default, (x, _call(graph, aten.permute.default, (W, [1, 0]))))
+        _replace(graph, node, new)
+        found += 1
+    return found
+
+
+def stream(graph: Any) -> int:
+    """On a CPU, write a bfloat16 product of one token with a dense weight as a sum, which is read at the memory's speed.
+
+    mm(x [1, k], W.T) = sum_k x * W in fp32. The library's product of one row takes twice the time, and an unquantized head is
+    as large as all quantized weights of a small model.
+    """
+    found = 0
+    for node in graph.find_nodes(op="call_function", target=aten.mm.default):
+        x, w = node.args
+        value = x.meta["val"]
+        if getattr(w, "target", None) not in TRANSPOSES or _same_axes(w) or value.shape[0] != 1 or value.dtype != torch.bfloat16:
+            continue
+        W = w.args[0]
+        if value.device.type != "cpu" or W.op == "call_function" or not W.meta["val"].is_contiguous():
+            continue
+        with graph.inserting_before(node):
+            wide = [_call(graph, prims.convert_element_type.default, (t, torch.float32)) for t in (x, W)]
+            sums = _call(graph, aten.sum.dim_IntList, (_call(graph, aten.mul.Tensor, tuple(wide)), [1]))
+            rounded = _call(graph, prims.convert_element_type.default, (sums, torch.bfloat16))
+            new = _call(graph, aten.unsqueeze.default, (rounded, 0))
+        _replace(graph, node, new)
+        found += 1
+    return found
+
+
+def _spread(graph: Any, x: Any, k: int, count: int) -> Any:
+    """nibbles.spread in a graph."""
+    if plane_width(k) != k:
+        x = _call(graph, aten.constant_pad_nd.default, (x, [0, plane_width(k) - k], 0.0))
+    return x if count == 1 else _call(graph, aten.cat.default, ([x, x], 1))
+
+
+def _call(graph: Any, target: Any, args: tuple) -> Any:
+    """A new node with the value that later passes read off it."""
+    node = graph.call_function(target, args)
+    fakes = torch.utils._pytree.tree_map(lambda a: a.meta["val"] if hasattr(a, "meta") and hasattr(a, "op") else a, args)
+    tensors = [t for t in torch.utils._pytree.tree_leaves(fakes) if isinstance(t, torch.Tensor)]
+    with tensors[0].fake_mode:  # type: ignore[attr-defined]
+        node.meta["val"] = target(*fakes)
+    return node
+
+
+def _replace(graph: Any, old: Any, new: Any) -> None:
+    new.meta = {**old.meta, **new.meta}
+    old.replace_all_uses_with(new)
+    graph.erase_node(old)

@@ -1,0 +1,15 @@
+"""No gradients, and a config cache without the user's own entries."""
+
+import pytest
+import torch
+
+from qlab_kernels import cache
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("QLAB_CACHE_DIR", str(tmp_path_factory.mktemp("configs")))
+    cache.refresh()
+    with torch.no_grad():
+        yield
+    cache._current = None

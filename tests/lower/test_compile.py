@@ -1,0 +1,181 @@
+"""torch.compile, export and AOTInductor: one graph, the operators counted in it, the rewrites, the cache's key."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from weights import activations, check_product, lowered, random_leaf
+
+import qlab
+from qlab.checkpoint import open_checkpoint
+from qlab.lower import QLinear, cpu, inductor_options, lower
+from qlab.lower.rewrite import Rewrite
+from qlab.methods.rtn import rtn
+from qlab.spec import Int, Tile, parse_spec
+
+INT4 = Int(4, Tile(1, 64))
+
+
+class Reference(nn.Module):
+    """A linear as somebody writes it: dequantize, then multiply."""
+
+    def __init__(self, layer, bias=None):
+        super().__init__()
+        self.layer, self.bias = layer, bias
+
+    def forward(self, x):
+        return F.linear(x, self.layer.weight(), self.bias)
+
+
+class Seen:
+    """A post-grad pass that calls another one and remembers the operators it left."""
+
+    def __init__(self):
+        self.options = inductor_options(fx_graph_cache=False)
+        self.inner, self.targets = self.options["post_grad_custom_pre_pass"], []
+        self.options["post_grad_custom_pre_pass"] = self
+
+    def __call__(self, graph):
+        self.inner(graph)
+        self.targets = [node.target for node in graph.nodes if node.op == "call_function"]
+
+    def count(self, name):
+        return sum(str(target).startswith(name) for target in self.targets)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def directory(saved, tmp_path_factory):
+    out = tmp_path_factory.mktemp("quantized") / "llama"
+    return qlab.quantize(open_checkpoint(saved()), rtn(parse_spec("int4-g32")), None, out).path
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("shape", [(7, 128), (2, 5, 128), (1, 128)], ids=["2-D", "3-D", "one token"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_reference_graph_is_rewritten_to_the_fused_operator(shape, biased, dynamic):
+    leaf = random_leaf(100, 128, INT4)
+    bias = activations(1, 100, torch.bfloat16, seed=5)[0] if biased else None
+    x, seen = activations(torch.Size(shape[:-1]).numel(), 128, torch.bfloat16).view(shape), Seen()
+    compiled = torch.compile(Reference(lowered(leaf), bias), fullgraph=True, dynamic=dynamic, options=seen.options)
+    check_product(compiled(x).flatten(0, -2), x.flatten(0, -2), leaf, bias)
+    assert seen.inner.fused == 1 and seen.count("qlab.dequantize") == 0
+    known = not dynamic or shape[0] == 1  # torch specializes sizes of 1
+    assert seen.count("aten._weight_int4pack_mm_for_cpu") == known and seen.count("qlab.int4_mm") == (not known)
+
+
+def test_another_product_with_a_dequantized_weight_is_left_alone():
+    layer, seen = lowered(random_leaf(64, 64, INT4)), Seen()
+    x = activations(3, 64, torch.bfloat16)
+    compiled = torch.compile(lambda x: x @ layer.weight(), fullgraph=True, options=seen.options)  # not transposed: x @ W, not x @ W.T
+    assert torch.allclose(compiled(x), x @ layer.weight(), atol=0.05, rtol=0.02)
+    assert seen.inner.fused == 0 and seen.count("qlab.dequantize") == 1
+
+
+@pytest.mark.parametrize("k, spec", [(100, Int(4, Tile(1, None))), (128, Int(8, Tile(1, 64), False))], ids=["ragged", "two planes"])
+@pytest.mark.parametrize("m", [2, 100])
+def test_static_products_are_written_out_as_the_operator_computes_them(m, k, spec):
+    leaf, x = random_leaf(70, k, spec), activations(m, k, torch.bfloat16)
+    seen, layer = Seen(), lowered(leaf)
+    check_product(torch.compile(layer, fullgraph=True, dynamic=False, options=seen.options)(x), x, leaf)
+    int4 = cpu.kind(m, x.dtype, False, *layer.words.shape, layer.group, False) == "int4pack"
+    assert int4 == (m == 2) and seen.inner.chosen == 1 and seen.count("qlab.int4_mm") == 0
+    assert (seen.count("aten._weight_int4pack_mm_for_cpu"), seen.count("qlab.dequantize")) == (int4, not int4)
+
+
+def test_a_dense_copy_is_multiplied_when_there_are_many_tokens():
+    leaf, x, seen = random_leaf(64, 128, INT4), activations(100, 128, torch.bfloat16), Seen()
+    check_product(torch.compile(lowered(leaf, dense_cache=True), dynamic=False, options=seen.options)(x), x, leaf)
+    assert seen.count("aten.mm") == 1 and seen.count("qlab") == 0
+
+
+def test_a_dense_product_of_one_token_becomes_a_sum():
+    head, x, seen = nn.Linear(64, 200, bias=False, dtype=torch.bfloat16), activations(1, 64, torch.bfloat16), Seen()
+    y = torch.compile(head, dynamic=False, options=seen.options)(x)
+    torch.testing.assert_close(y, head(x), rtol=0.02, atol=0.02)
+    assert seen.inner.streamed == 1 and seen.count("aten.mm") == 0
+
+
+def test_the_whole_model_is_one_graph_with_one_operator_per_site(directory):
+    model, graphs = lower(directory), []
+
+    def backend(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for tokens in (ids, ids[:, :5], ids[:1]):
+        torch.testing.assert_close(compiled(input_ids=tokens, use_cache=False).logits, model(input_ids=tokens, use_cache=False).logits)
+    sites = sum(isinstance(module, QLinear) for module in model.modules())
+    assert [sum("qlab.int4_mm" in target for target in graph) for graph in graphs[:1]] == [sites] == [14]
+
+
+def test_the_compiled_model_decodes_like_the_eager_one(directory):
+    from transformers import StaticCache
+
+    model = lower(directory)
+    ids = torch.randint(3, 128, (1, 6), generator=torch.Generator().manual_seed(1))
+    seen, found = Seen(), []
+    for compile in (False, True):
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        model(input_ids=ids, past_key_values=cache)
+        step = torch.compile(model, fullgraph=True, dynamic=False, options=seen.options) if compile else model
+        found.append(step(input_ids=ids[:, :1], past_key_values=cache).logits)
+    torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0.05)
+    assert seen.count("aten._weight_int4pack_mm_for_cpu") == 14 and seen.inner.streamed == 1
+    assert seen.count("aten._scaled_dot_product") == 0
+
+
+def test_freezing_with_max_autotune_keeps_the_weight_packed():
+    """Inductor's int4 template competes; the dequantized weight of the many-token product is not folded into a constant."""
+    leaf = random_leaf(64, 128, INT4)
+    options = {"freezing": True, "max_autotune": True, "fx_graph_cache": False}
+    for m, kept in ((1, "aten._weight_int4pack_mm_for_cpu"), (100, "qlab.dequantize")):
+        seen, x = Seen(), activations(m, 128, torch.bfloat16)
+        compiled = torch.compile(lowered(leaf).eval(), dynamic=False, options=seen.options | options)
+        check_product(compiled(x), x, leaf)
+        assert seen.count(kept) == 1
+
+
+def test_export_with_a_dynamic_number_of_tokens():
+    leaf, x = random_leaf(70, 128, INT4), activations(5, 128, torch.bfloat16)
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    program = torch.export.export(lowered(leaf), (x,), dynamic_shapes=({0: tokens},))
+    assert sum("qlab.int4_mm" in str(node.target) for node in program.graph.nodes) == 1
+    for m in (2, 70):
+        x = activations(m, 128, torch.bfloat16)
+        check_product(program.module()(x), x, leaf)
+
+
+@pytest.mark.parametrize("m, dynamic", [(1, False), (5, True)])
+def test_aot_inductor_runs_the_operators(m, dynamic, tmp_path):
+    leaf, x = random_leaf(64, 128, INT4), activations(m, 128, torch.bfloat16)
+    shapes = ({0: torch.export.Dim("tokens", min=2, max=4096)},) if dynamic else None
+    program = torch.export.export(lowered(leaf), (x,), dynamic_shapes=shapes)
+    package = str(tmp_path / "layer.pt2")
+    torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=inductor_options())
+    loaded = torch._inductor.aoti_load_package(package)
+    for count in (m, 100) if dynamic else (m,):
+        x = activations(count, 128, torch.bfloat16)
+        check_product(loaded(x), x, leaf)
+
+
+def test_the_pass_is_named_by_its_sources_and_by_the_cache():
+    assert Rewrite("a").uuid() == Rewrite("a").uuid() != Rewrite("b").uuid()
+    from qlab_kernels import cache
+
+    before = inductor_options()["post_grad_custom_pre_pass"].uuid()
+    assert before == Rewrite(cache.snapshot_hash()).uuid()
+
+
+def test_importing_installs_no_pass():
+    from torch._inductor import config
+
+    assert config.post_grad_custom_pre_pass is None

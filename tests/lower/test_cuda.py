@@ -1,0 +1,102 @@
+"""The CUDA implementations: their choice and their plumbing with Triton interpreted, and the whole on a GPU where there is one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from weights import activations, check_product, random_leaf
+
+import qlab
+from qlab.checkpoint import open_checkpoint
+from qlab.errors import QlabError
+from qlab.lower import QLinear, cuda, inductor_options, lower
+from qlab.methods.rtn import rtn
+from qlab.spec import Int, Tile, parse_spec
+from qlab_kernels import target
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+INTERPRETED = """
+import torch
+from weights import activations, check_product, random_leaf
+from qlab.lower import cuda
+from qlab.lower.nibbles import planes_of
+from qlab.qtensor import dense
+from qlab.spec import Int, Tile
+from qlab_kernels import cache
+torch.cuda.get_device_capability = lambda device=None: (9, 0)
+torch.cuda.get_device_name = lambda device=None: "NVIDIA H200"
+kinds = set()
+lookup = cache.lookup
+cache.lookup = lambda problem: (found := lookup(problem), kinds.add(found.config.kind))[0]
+cases = [(100, 128, Int(4, Tile(1, 64), False)), (64, 100, Int(3, Tile(1, None))), (70, 96, Int(8, Tile(1, 32), False))]
+for n, k, spec in cases:
+    leaf = random_leaf(n, k, spec, scale_dtype=torch.float16)
+    planes = planes_of("site", leaf, whole_rows=True)
+    packed = cuda.pack(planes, torch.float16, torch.device("cpu"))
+    name = cuda.layout(torch.device("cpu"), torch.float16)
+    W = cuda.dequantize(*packed, n, k, planes.group, planes.count, name)
+    assert W.shape == (n, k) and W.is_contiguous()
+    torch.testing.assert_close(W, dense(leaf), rtol=2e-3, atol=2e-3 * W.abs().max())
+    for m in (0, 1, 5, 600):
+        x = activations(m, k, torch.float16)
+        check_product(cuda.int4_mm(x, *packed, None, n, planes.group, planes.count, name), x, leaf)
+        check_product(cuda.int4_mm(x, *packed, W, n, planes.group, planes.count, name), x, leaf)
+assert "dequant" in kinds and len(kinds) > 1, kinds
+"""
+
+
+def test_the_cache_chooses_and_the_kernels_multiply():
+    """Fused and dequantizing configurations, two planes, whole rows and ragged shapes, in Triton's interpreter."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, check=True)
+
+
+def test_capabilities_and_dtypes_without_kernels_are_refused_by_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (6, 1))
+    with pytest.raises(QlabError, match=r"no kernels for compute capability 6\.1"):
+        cuda.layout(torch.device("cpu"), torch.float16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    with pytest.raises(QlabError, match="multiplies float16 activations with int4 weights, not bfloat16"):
+        cuda.layout(torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    nothing = torch.empty(0, dtype=torch.float16)
+    with pytest.raises(QlabError, match="packed as wgmma cannot be read on Tesla T4, whose layout is rows"):
+        cuda.packed(nothing, nothing, None, 1, 1, 32, 1, "wgmma")
+
+
+def dtypes():
+    """Of the activations that this GPU's kernels take."""
+    return target(torch.cuda.get_device_capability()).dtypes
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("spec", [Int(4, Tile(1, 128)), Int(4, Tile(1, 64), False), Int(3, Tile(1, None)), Int(8, Tile(1, 32), False)])
+def test_a_lowered_linear_agrees_with_interpret_on_a_gpu(spec):
+    leaf = random_leaf(200, 256, spec)
+    for dtype in dtypes():
+        layer = QLinear("site", leaf, None, dtype, torch.device("cuda"), False)
+        packed = (layer.words, layer.scales, layer.zeros)
+        for m in (0, 1, 17, 700):
+            x = activations(m, 256, dtype).cuda()
+            check_product(layer(x).cpu(), x.cpu(), leaf)
+            rest = (None, 200, layer.group, layer.count, layer.layout)
+            torch.library.opcheck(torch.ops.qlab.int4_mm.default, (x, *packed, *rest))
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("options", [{}, {"triton.cudagraphs": True}], ids=["compiled", "CUDA graphs"])
+def test_a_lowered_model_compiles_and_generates_on_a_gpu(saved, tmp_path, options):
+    result = qlab.quantize(open_checkpoint(saved()), rtn(parse_spec("int4-g32")), None, tmp_path / "out")
+    dtype = dtypes()[0]
+    on_gpu, ids = lower(result, "cuda", dtype), torch.randint(3, 128, (2, 9)).cuda()
+    reference = lower(result, "cpu", torch.float32, dense_cache=True)(input_ids=ids.cpu()).logits
+    compiled = torch.compile(on_gpu, fullgraph=True, dynamic=not options, options=inductor_options(**options))
+    for _ in range(3):  # CUDA graphs are recorded in the second call
+        found = compiled(input_ids=ids, use_cache=False).logits
+    assert (found.cpu().float() - reference).norm() / reference.norm() < 0.05
+    assert on_gpu.generate(ids, max_new_tokens=4, do_sample=False).shape[1] <= 13

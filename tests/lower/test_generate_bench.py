@@ -1,0 +1,66 @@
+"""`python -m qlab.bench generate` on a tiny model: rows, ratios, memory, refusals. No test asserts seconds."""
+
+import json
+import sys
+
+import pytest
+
+import qlab
+from qlab.bench.__main__ import main
+from qlab.bench.generate import ENGINES
+from qlab.checkpoint import open_checkpoint
+from qlab.methods.rtn import rtn
+from qlab.spec import parse_spec
+
+
+@pytest.fixture(scope="module")
+def directory(saved, tmp_path_factory):
+    out = tmp_path_factory.mktemp("quantized") / "llama"
+    return qlab.quantize(open_checkpoint(saved()), rtn(parse_spec("int4-g32")), None, out).path
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["qlab.bench", "generate", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        printed = capsys.readouterr()
+        return end.value.code or 0, printed.out, printed.err
+
+    return run
+
+
+def test_engines_side_by_side(bench, directory, tmp_path):
+    engines = ["bf16 eager", "qlab eager", "qlab compiled, dense cache"]
+    out = tmp_path / "out.json"
+    code, printed, _ = bench(directory, "--engines", ";".join(engines), "--prompt", 8, "--new", 4, "--repeat", 2, "--json", out)
+    assert code == 0 and all(name in printed for name in engines)
+    [record] = json.loads(out.read_text())
+    assert (record["prompt"], record["new"], record["device"]["type"]) == (8, 4, "cpu")
+    rows = {row["engine"]: row for row in record["rows"]}
+    assert list(rows) == engines
+    for row in rows.values():
+        assert row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] > 0 and row["peak_rss_bytes"] > 10**7
+        assert len(row["prefill_seconds"]) == len(row["decode_seconds"]) == 2
+        assert row["ratio"]["bf16 eager"]["decode_tokens_per_s"] == pytest.approx(
+            row["decode_tokens_per_s"] / rows["bf16 eager"]["decode_tokens_per_s"])
+    resident = {name: row["resident_bytes"] for name, row in rows.items()}
+    assert resident["bf16 eager"]["packed"] == 0 and resident["qlab eager"]["dense copies"] == 0
+    assert resident["qlab compiled, dense cache"]["dense copies"] > 0
+    assert rows["qlab eager"]["weight_bytes"] < rows["bf16 eager"]["weight_bytes"]
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [(["--engines", "llama.cpp"], f"engine 'llama.cpp' is unknown; known are {'; '.join(ENGINES)}"),
+     (["--new", 1], "measure at least 2, 2 and 1"), (["--device", "tpu"], "'tpu' is no device")],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(bench, directory, arguments, part):
+    code, out, said = bench(directory, *arguments)
+    assert code == 2 and not out and part in said and said.count("\n") == 1
+
+
+def test_a_directory_that_is_not_quantized_is_refused(bench, saved):
+    code, _, said = bench(saved())
+    assert code == 2 and "is not quantized, so there is nothing to lower" in said

@@ -1,0 +1,136 @@
+"""qlab::dequantize and qlab::int4_mm on a CPU: the right numbers for every shape, and operators that torch accepts."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from weights import GROUPS, activations, calm, check_product, lowered, problems, random_leaf
+
+from qlab.errors import QlabError
+from qlab.lower import cpu
+from qlab.lower.nibbles import planes_of
+from qlab.lower.ops import dequantize, int4_mm
+from qlab.qtensor import QTensor, dense
+from qlab.spec import Int, Tile
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@calm
+@given(problems(), st.sampled_from(DTYPES), st.booleans(), st.booleans())
+def test_a_lowered_linear_agrees_with_interpret(problem, dtype, biased, dense_cache):
+    leaf, m = problem
+    bias = activations(1, leaf.shape[0], dtype, seed=7)[0] if biased else None
+    x = activations(m, leaf.shape[1], dtype)
+    check_product(lowered(leaf, dtype, bias, dense_cache)(x), x, leaf, bias)
+
+
+@calm
+@given(problems(), st.sampled_from(DTYPES))
+def test_a_dequantized_weight_is_the_leaf_rounded_once(problem, dtype):
+    leaf, _ = problem
+    stored = QTensor(leaf.codes, leaf.scales.to(dtype), leaf.zeros, leaf.spec)  # kernels hold scales in the activations' dtype
+    W = lowered(leaf, dtype).weight()
+    assert torch.equal(W, dense(stored, torch.float64).to(dtype))
+
+
+@pytest.mark.parametrize("kind", ["int4pack", "dense"])
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_both_ways_of_multiplying_agree(kind, group, symmetric, monkeypatch):
+    monkeypatch.setattr(cpu, "kind", lambda *args: kind)
+    leaf = random_leaf(70, 256, Int(4, Tile(1, group), symmetric))
+    for m in (1, 3, 70):
+        x = activations(m, 256, torch.bfloat16)
+        check_product(lowered(leaf)(x), x, leaf)
+
+
+def test_leading_dimensions_are_kept():
+    layer, x = lowered(random_leaf(40, 64, Int(4, Tile(1, 32)))), activations(6, 64, torch.bfloat16)
+    assert torch.equal(layer(x.view(2, 3, 64)).view(6, 40), layer(x))
+    assert layer(x[0]).shape == (40,) and layer(x[:0].view(0, 1, 64)).shape == (0, 1, 40)
+
+
+@pytest.mark.parametrize("bits, symmetric", [(4, True), (3, False), (8, False)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torch_accepts_the_operators(bits, symmetric, dtype):
+    layer = lowered(random_leaf(70, 100, Int(bits, Tile(1, None), symmetric)), dtype, dense_cache=bits == 3)
+    packed = (layer.words, layer.scales, layer.zeros)
+    torch.library.opcheck(torch.ops.qlab.dequantize.default, (*packed, 70, 100, layer.group, layer.count, layer.layout))
+    for m in (0, 1, 70):
+        arguments = (activations(m, 100, dtype), *packed, layer.dense, 70, layer.group, layer.count, layer.layout)
+        torch.library.opcheck(torch.ops.qlab.int4_mm.default, arguments)
+
+
+def test_four_bits_cost_four_bits_and_eight_cost_eight():
+    for bits, expected in ((2, 4), (4, 4), (5, 8), (8, 8)):
+        layer = lowered(random_leaf(64, 256, Int(bits, Tile(1, 64))))
+        assert layer.words.numel() * 8 == expected * 64 * 256
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_every_instruction_set_reads_its_own_order(capability):
+    """ATEN_CPU_CAPABILITY makes torch pack in another order."""
+    code = """
+import torch
+from weights import activations, check_product, lowered, random_leaf
+from qlab.spec import Int, Tile
+leaf = random_leaf(100, 128, Int(4, Tile(1, 64), False))
+for m in (1, 70):
+    x = activations(m, 128, torch.bfloat16)
+    check_product(lowered(leaf)(x), x, leaf)
+"""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_words_of_another_machine_are_refused():
+    layer = lowered(random_leaf(64, 64, Int(4, Tile(1, 32))))
+    packed = (layer.words, layer.scales, layer.zeros)
+    with pytest.raises(QlabError, match="packed as int4pack-8-halves cannot be read here"):
+        dequantize(*packed, 64, 64, 32, 1, "int4pack-8-halves")
+    with pytest.raises(QlabError, match="packed as mma2 cannot be read here"):
+        int4_mm(activations(1, 64, torch.bfloat16), *packed, None, 64, 32, 1, "mma2")
+
+
+def test_what_no_kernel_holds_is_refused_by_name():
+    with pytest.raises(QlabError, match=r"site: groups of 16 have no int4 kernel; quantize with groups of 32, 64, 128, 256"):
+        planes_of("site", random_leaf(8, 64, Int(4, Tile(1, 16))))
+    leaf = random_leaf(8, 64, Int(4, Tile(1, 32)))
+    with pytest.raises(QlabError, match=r"site: a weight .* with perm has no int4 kernel"):
+        planes_of("site", QTensor(leaf.codes, leaf.scales, None, leaf.spec, perm=torch.arange(64)))
+    with pytest.raises(QlabError, match=r"lowered for torch.bfloat16 got torch.float32 activations"):
+        lowered(leaf)(activations(1, 64, torch.float32))
+
+
+def test_an_entry_of_the_cache_decides_the_kind():
+    from qlab_kernels import Config, cache
+    from qlab_kernels.entries import Entry
+
+    arguments = (torch.bfloat16, False, 64, 256, 64, False)
+    assert (cpu.kind(2, *arguments), cpu.kind(512, *arguments)) == ("int4pack", "dense")
+    assert (cpu.kind(16, *arguments), cpu.kind(16, torch.bfloat16, True, *arguments[2:])) == ("int4pack", "dense")
+    entry = dict(us=1.0, gbps=1.0, trials=1, device="here", triton="", torch="", source="measured", date="2026-01-01")
+    cache.store(cpu.problem(2, *arguments), Entry(Config("dense"), **entry))
+    cache.refresh()
+    assert cpu.kind(2, *arguments) == "dense"
+    assert cpu.kind(2, torch.float16, *arguments[1:]) == "dense"  # no int4 kernel takes it, whatever the cache says
+
+
+def test_planted_faults_are_seen():
+    """The tolerance is tight enough for a swapped nibble, a lost zero point and a straddled group."""
+    leaf, x = random_leaf(64, 128, Int(4, Tile(1, 32), False)), activations(3, 128, torch.bfloat16)
+    for spoil in ("words", "zero", "group"):
+        layer = lowered(leaf)
+        if spoil == "words":
+            layer.words[:1, :32] = (layer.words[:1, :32] >> 4) | (layer.words[:1, :32] << 4)
+        elif spoil == "zero":
+            layer.scales[..., 1] = 0
+        else:
+            layer.scales.copy_(layer.scales.roll(1, 0))
+        with pytest.raises(AssertionError):
+            check_product(layer(x), x, leaf)
