@@ -8,7 +8,18 @@ import typer
 from typer.core import TyperGroup
 
 from qlab.cli import (
-    Asymmetric, Calib, InputsName, Json, Length, Seed, SpecName, console, kernel_refusals, report, run, tune,
+    Asymmetric,
+    Calib,
+    InputsName,
+    Json,
+    Length,
+    Seed,
+    SpecName,
+    console,
+    kernel_refusals,
+    report,
+    run,
+    tune,
 )  # fmt: skip
 
 DEFAULT = "methods"
