@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from weights import activations, check_product, lowered, random_leaf
+from lowering_cases import activations, check_product, lowered, random_leaf
 
 import qlab
 from qlab.checkpoint import open_checkpoint

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from weights import activations, check_product, random_leaf
+from lowering_cases import activations, check_product, random_leaf
 
 import qlab
 from qlab.checkpoint import open_checkpoint
@@ -20,7 +20,7 @@ gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 INTERPRETED = """
 import torch
-from weights import activations, check_product, random_leaf
+from lowering_cases import activations, check_product, random_leaf
 from qlab.lower import cuda
 from qlab.lower.nibbles import planes_of
 from qlab.qtensor import dense

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from weights import GROUPS, activations, calm, check_product, lowered, problems, random_leaf
+from lowering_cases import GROUPS, activations, calm, check_product, lowered, problems, random_leaf
 
 from qlab.errors import QlabError
 from qlab.lower import cpu
@@ -77,7 +77,7 @@ def test_every_instruction_set_reads_its_own_order(capability):
     """ATEN_CPU_CAPABILITY makes torch pack in another order."""
     code = """
 import torch
-from weights import activations, check_product, lowered, random_leaf
+from lowering_cases import activations, check_product, lowered, random_leaf
 from qlab.spec import Int, Tile
 leaf = random_leaf(100, 128, Int(4, Tile(1, 64), False))
 for m in (1, 70):
