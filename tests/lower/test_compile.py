@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from lowering_cases import activations, check_product, lowered, random_leaf
+from torch import nn
 
 import qlab
 from qlab.checkpoint import open_checkpoint
