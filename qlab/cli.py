@@ -33,10 +33,10 @@ InputsName = Annotated[str, typer.Option("--inputs", help="calibrate on 'quantiz
 Json = Annotated[Path | None, typer.Option("--json", help="also write the result to this file")]
 
 
-def console() -> Console:
+def console(width: int = WIDTH) -> Console:
     """Of the width of the terminal or $COLUMNS, or wide enough for every table where there is neither."""
     shown = Console()
-    return shown if shown.is_terminal or "COLUMNS" in os.environ else Console(width=WIDTH)
+    return shown if shown.is_terminal or "COLUMNS" in os.environ else Console(width=width)
 
 
 def report(value: Any, path: Path | None) -> None:
@@ -178,7 +178,8 @@ def tune(
     shapes: Annotated[str | None, typer.Option("--shapes", help="NxK with commas between them: rows x columns of weights")] = None,
     m: Annotated[str, typer.Option("--m", help="numbers of tokens with commas between them")] = "1,2,4,8,16,32,64,128,256,512,1024",
     dtype: Annotated[str, typer.Option("--dtype", help="of the activations: bfloat16 or float16")] = "bfloat16",
-    group: Annotated[int, typer.Option("--group", min=1, help="weights per scale")] = 128, asymmetric: Asymmetric = False,
+    group: Annotated[int | None, typer.Option("--group", min=1, help="weights per scale of --shapes (default: 128)")] = None,
+    asymmetric: Asymmetric = False,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda (default: cuda where there is one)")] = "",
     budget: Annotated[float, typer.Option("--budget", min=0, help="seconds for each shape and number of tokens")] = 30.0,
     retune: Annotated[bool, typer.Option("--retune", help="also what was measured before")] = False, json_file: Json = None,
@@ -186,14 +187,17 @@ def tune(
     """Time the configurations of int4 products on this machine and keep the fastest in the config cache."""
     import torch
 
-    from qlab.tuning import parse_shapes, parse_tokens, shapes_of, tune_shapes
+    from qlab.tuning import parse_shapes, parse_tokens, tune_shapes, weights_of
 
     if (model is None) == (shapes is None):
         raise QlabError("give either a directory that qlab quantized or --shapes")
-    wanted = parse_shapes(shapes) if shapes else shapes_of(Path(str(model)))
+    if model is not None and (group or asymmetric):
+        raise QlabError(f"{model} has its own groups and zero points; --group and --asymmetric go with --shapes")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    rows = tune_shapes(wanted, parse_tokens(m), dtype=dtype, group=group, zeros=asymmetric, device=where, budget=budget, retune=retune,
-                       said=lambda line: print(line, file=sys.stderr, flush=True))  # fmt: skip
+    wanted = {(group or 128, asymmetric): parse_shapes(shapes)} if shapes else weights_of(str(model), where)
+    rows = [row for (per_scale, zeros), sizes in wanted.items() for row in tune_shapes(
+        sizes, parse_tokens(m), dtype=dtype, group=per_scale, zeros=zeros, device=where, budget=budget, retune=retune,
+        said=lambda line: print(line, file=sys.stderr, flush=True))]  # fmt: skip
     from qlab_kernels import cache
 
     timings = sum(row["timings"] for row in rows)
@@ -221,8 +225,7 @@ def cache_list(
             config = " ".join(f"{k}={v}" for k, v in entry.json()["config"].items() if k != "kind")
             table.add_row(name.removesuffix(".json"), str(key).rsplit("/", 2)[0], f"{entry.config.kind} {config}", f"{entry.us:.1f}",
                           f"{entry.gbps:.0f}", f"{layer}, {entry.source}{old}", entry.device, entry.date)  # fmt: skip
-        console = Console()
-        (console if console.is_terminal else Console(width=240)).print(table)
+        console(width=240).print(table)
         report([{"layer": layer, "file": name, "key": str(key), **entry.json()} for layer, name, key, entry in rows], json_file)
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from qlab.errors import QlabError
+from qlab.qtensor import QTensor
+from qlab.spec import parse_spec
 from qlab.timing import copies, copy_rate, device_label, matmul_rate, microseconds
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -166,12 +168,23 @@ def _tune(problem: Any, measure: Any, budget: float, floor_us: float, retune: bo
     return {"n": problem.n, "k": problem.k, "m": problem.bucket, "op": problem.op, **entry.json(), "timings": len(timed)}
 
 
-def shapes_of(directory: str | Path) -> list[Shape]:
-    """The distinct (n, k) of the quantized linears of a directory that qlab wrote."""
+def weights_of(directory: str | Path, device: torch.device | str) -> dict[tuple[int, bool], list[Shape]]:
+    """(group, has zeros) -> the distinct (n, k) of a directory's quantized linears, as the device's kernels hold them.
+
+    A channel's scale may be cut into groups, and 5 to 8 bits are two planes beside each other: see qlab.lower.nibbles.
+    """
+    from qlab.lower.nibbles import planes_of
     from qlab.report import read_report
 
-    sites = read_report(Path(directory))["sites"].values()
-    return sorted({(row["shape"][0], row["shape"][1]) for row in sites if row["spec"] and len(row["shape"]) == 2})
+    found: dict[tuple[int, bool], set[Shape]] = {}
+    distinct = {(row["spec"], tuple(row["shape"])) for row in read_report(Path(directory))["sites"].values() if row["spec"]}
+    for text, shape in (pair for pair in distinct if len(pair[1]) == 2):
+        spec = parse_spec(text)
+        scales = torch.zeros(spec.tile.scales_shape(shape))
+        blank = QTensor(torch.zeros(shape, dtype=torch.int8), scales, None if spec.symmetric else scales.to(torch.int8), spec)
+        planes = planes_of(f"{directory}, {text}", blank, whole_rows=torch.device(device).type == "cuda")
+        found.setdefault((planes.group, planes.zeros is not None), set()).add((planes.q.shape[0], planes.q.shape[1]))
+    return {form: sorted(shapes) for form, shapes in sorted(found.items())}
 
 
 def parse_shapes(text: str) -> list[Shape]:

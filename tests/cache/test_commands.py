@@ -6,14 +6,19 @@ import sys
 import pytest
 import torch
 
+import qlab
 import qlab.cli
 import qlab.tuning
 from qlab.bench import contenders
 from qlab.bench.__main__ import main as bench_main
 from qlab.bench.contenders import CONTENDERS, Case, Unavailable, prepare
 from qlab.bench.matmul import compare_matmuls, losses, table, verdict
+from qlab.checkpoint import open_checkpoint
+from qlab.lower import QLinear, cpu
+from qlab.methods.rtn import rtn
+from qlab.spec import parse_spec
 from qlab.timing import copies, microseconds
-from qlab.tuning import parse_shapes, random_weight, shapes_of
+from qlab.tuning import parse_shapes, random_weight, weights_of
 from qlab_kernels import cache
 from qlab_kernels.config import Config
 
@@ -79,7 +84,20 @@ def test_the_shapes_of_a_directory_are_its_linears(tmp_path):
     sites = {"a": {**site, "shape": [128, 256]}, "b": {**site, "shape": [128, 256]}, "c": {**site, "shape": [64, 64]},
              "experts": {**site, "shape": [4, 64, 64]}, "lm_head": {**site, "spec": None, "shape": [99, 64]}}  # fmt: skip
     (tmp_path / "qlab.json").write_text(json.dumps({"sites": sites}))
-    assert shapes_of(tmp_path) == [(64, 64), (128, 256)]
+    assert weights_of(tmp_path, "cpu") == {(64, False): [(64, 64), (128, 256)]}
+
+
+def test_tuning_a_directory_measures_what_its_lowered_model_looks_up(call, saved, tmp_path):
+    """Its groups, its zero points and its planes: every choice of the lowered model is then a measured one."""
+    for text in ("int4-g32", "int3-g64-asym", "int4-channel", "int8-g32"):
+        path = qlab.quantize(open_checkpoint(saved(dtype=torch.bfloat16)), rtn(parse_spec(text)), None, tmp_path / text).path
+        code, _, error = call("tune", path, "--m", "1", "--device", "cpu", "--budget", "0.2")
+        assert code == 0, error
+        for module in qlab.lower(path).modules():
+            if isinstance(module, QLinear):
+                rows, half = module.words.shape
+                problem = cpu.problem(1, torch.bfloat16, False, rows, 2 * half, module.group, module.zeros is not None)
+                assert cache.lookup(problem).source == "user", (text, module)
 
 
 def test_the_cache_commands(call, tmp_path, problem, entry):
