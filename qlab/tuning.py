@@ -178,7 +178,7 @@ def weights_of(directory: str | Path, device: torch.device | str) -> dict[tuple[
 
     found: dict[tuple[int, bool], set[Shape]] = {}
     distinct = {(row["spec"], tuple(row["shape"])) for row in read_report(Path(directory))["sites"].values() if row["spec"]}
-    for text, shape in (pair for pair in distinct if len(pair[1]) == 2):
+    for text, shape in ((spec, torch.Size(shape)) for spec, shape in distinct if len(shape) == 2):
         spec = parse_spec(text)
         scales = torch.zeros(spec.tile.scales_shape(shape))
         blank = QTensor(torch.zeros(shape, dtype=torch.int8), scales, None if spec.symmetric else scales.to(torch.int8), spec)

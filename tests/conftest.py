@@ -1,6 +1,8 @@
 """Tiny models as directories on disk, with a real tokenizer and text in its words."""
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,18 @@ def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
     path.write_text(prose(4096))
     return path
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(main, *arguments): a command line run in this process -> exit code, what it printed, what it complained of."""
+    monkeypatch.setenv("COLUMNS", "250")
+
+    def run(main: Callable[[], None], *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["qlab", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        printed = capsys.readouterr()
+        return end.value.code or 0, printed.out, printed.err
+
+    return run

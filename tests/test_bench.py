@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -17,17 +18,8 @@ SMALL = ["--spec", "int4-g32", "--samples", "8", "--length", "32", "--windows", 
 
 
 @pytest.fixture
-def bench(monkeypatch, capsys):
-    """Run the bench in this process -> exit code, what it printed, what it said on the way."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["qlab.bench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        printed = capsys.readouterr()
-        return end.value.code or 0, printed.out, printed.err
-
-    return run
+def bench(command):
+    return partial(command, main)
 
 
 @pytest.fixture

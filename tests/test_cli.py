@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,18 +15,8 @@ SMALL = ["--spec", "int4-g32", "--samples", "8", "--length", "32"]
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command line in this process -> exit code, what it printed, what it complained of."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["qlab", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            qlab.cli.main()
-        printed = capsys.readouterr()
-        return end.value.code or 0, printed.out, printed.err
-
-    return run
+def call(command):
+    return partial(command, qlab.cli.main)
 
 
 @pytest.fixture(scope="module")

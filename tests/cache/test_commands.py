@@ -1,7 +1,6 @@
 """`qlab tune`, `qlab cache`, `python -m qlab.bench matmul|tune` on a CPU: what they print, write and refuse."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -36,18 +35,8 @@ def small_cache(monkeypatch):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a command line in this process -> exit code, what it printed, what it said on the way."""
-    monkeypatch.setenv("COLUMNS", "250")
-
-    def run(*arguments, main=qlab.cli.main):
-        monkeypatch.setattr(sys, "argv", ["qlab", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        printed = capsys.readouterr()
-        return end.value.code or 0, printed.out, printed.err
-
-    return run
+def call(command):
+    return lambda *arguments, main=qlab.cli.main: command(main, *arguments)
 
 
 def test_tuning_fills_the_cache_and_a_second_time_measures_nothing(call, tmp_path, folder):

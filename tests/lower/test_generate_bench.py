@@ -1,7 +1,7 @@
 """`python -m qlab.bench generate` on a tiny model: rows, ratios, memory, refusals. No test asserts seconds."""
 
 import json
-import sys
+from functools import partial
 
 import pytest
 
@@ -20,15 +20,8 @@ def directory(saved, tmp_path_factory):
 
 
 @pytest.fixture
-def bench(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["qlab.bench", "generate", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        printed = capsys.readouterr()
-        return end.value.code or 0, printed.out, printed.err
-
-    return run
+def bench(command):
+    return partial(command, main, "generate")
 
 
 def test_engines_side_by_side(bench, directory, tmp_path):
