@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from qlab.codecs import CODECS, Codec
+from qlab.codecs import Codec, reader
 from qlab.errors import QlabError
 from qlab.qtensor import Leaf
 from qlab.spec import Spec
@@ -108,13 +108,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     files = _files(folder)
     if not quantization:
         return Checkpoint(folder, config, files, None, {})
-    method = quantization.get("quant_method")
-    if method not in CODECS:
-        raise QlabError(f"{folder} is quantized with {method!r}, which qlab does not read; it reads {', '.join(CODECS)}")
+    try:
+        codec = reader(quantization)
+        specs = codec.specs(quantization, files)
+    except QlabError as error:
+        raise QlabError(f"{folder}: {error}") from error
     del config.quantization_config  # the skeleton is built unquantized; leaves carry the codes
-    packed = sorted({name.rpartition(".")[0] for name in files if name.endswith(".weight_packed")})
-    specs = CODECS[method].specs(quantization, packed)
-    return Checkpoint(folder, config, files, CODECS[method], {path: spec for path, spec in specs.items() if spec})
+    return Checkpoint(folder, config, files, codec, specs)
 
 
 def _json(path: Path) -> dict[str, Any]:

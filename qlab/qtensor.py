@@ -8,16 +8,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qlab.errors import QlabError
-from qlab.spec import Spec
+from qlab.spec import Int, Spec
 
 
 @dataclass(frozen=True)
 class QTensor:
-    """W[..., o, k] ~ (codes - zeros) * scales [* outer], one scale per tile of `spec.tile`.
+    """W[..., o, k] ~ (codes - zeros) * scales, one scale per tile of `spec.tile`; with outer: codes * (scales / outer).
 
-    codes: int8 [..., o, k], signed. scales: float [..., a, g]; they may be negative (signed full range).
-    zeros: int8 [..., a, g], or None when the spec is symmetric. outer: a global scale [1] (NVFP4), or None.
-    perm: int [k], the storage order of input channels of formats with g_idx, or None.
+    codes: [..., o, k] in spec.code_dtype: signed int8, or an 8-bit float that holds the value itself.
+    scales: float [..., a, g]; they may be negative (signed full range). zeros: [..., a, g] in spec.zero_dtype, or None
+    when the spec is symmetric. outer: fp32 [..., 1], the global scale of NVFP4, which scales are divided by, or None.
+    perm: int64 [k], or None. Column j of codes is input channel perm[j]: the order in which channels share groups in
+    formats with g_idx.
     """
 
     codes: Tensor
@@ -34,8 +36,8 @@ class QTensor:
         if tuple(self.scales.shape) != expected:
             raise QlabError(f"codes {tuple(self.codes.shape)} at {self.spec} need scales {expected}, "
                             f"not {tuple(self.scales.shape)}")
-        if self.codes.dtype != torch.int8:
-            raise QlabError(f"codes are int8, not {self.codes.dtype}")
+        if self.codes.dtype != self.spec.code_dtype:
+            raise QlabError(f"codes of {self.spec} are {self.spec.code_dtype}, not {self.codes.dtype}")
         if (self.zeros is None) != self.spec.symmetric:
             raise QlabError(f"{self.spec} has {'no' if self.spec.symmetric else 'a'} zero point per scale")
         if self.zeros is not None and self.zeros.shape != self.scales.shape:
@@ -52,6 +54,8 @@ Params = Mapping[str, Leaf]
 
 def round_codes(W_ok: Tensor, scales: Tensor, zeros: Tensor | None, spec: Spec) -> Tensor:
     """codes = clamp(round_half_even(W / scales + zeros), qmin, qmax) in the dtype of W, as int8 [..., o, k]."""
+    if not isinstance(spec, Int):
+        raise QlabError(f"{spec} has no integer codes")
     x = spec.tile.split(W_ok) / scales.to(W_ok.dtype)[..., None]
     if zeros is not None:
         x = x + zeros.to(x.dtype)[..., None]
@@ -59,16 +63,18 @@ def round_codes(W_ok: Tensor, scales: Tensor, zeros: Tensor | None, spec: Spec) 
 
 
 def dense(leaf: Leaf, dtype: torch.dtype | None = None) -> Tensor:
-    """(codes - zeros) * scales computed in `dtype` (default: the scales'), or the plain tensor in `dtype`."""
+    """(codes - zeros) * scales computed in `dtype` (default: the scales', or fp32 where those have 8 bits), or the plain
+    tensor in `dtype`."""
     if isinstance(leaf, Tensor):
         return leaf if dtype is None else leaf.to(dtype)
-    dtype = dtype or leaf.scales.dtype
+    dtype = dtype or (leaf.scales.dtype if leaf.scales.dtype.itemsize > 1 else torch.float32)
     x = leaf.spec.tile.split(leaf.codes).to(dtype)
     if leaf.zeros is not None:
         x = x - leaf.zeros.to(dtype)[..., None]
-    x = x * leaf.scales.to(dtype)[..., None]
+    scales = leaf.scales.to(dtype)
     if leaf.outer is not None:
-        x = x * leaf.outer.to(dtype)
+        scales = scales / leaf.outer.to(dtype)[..., None]
+    x = x * scales[..., None]
     W_ok = leaf.spec.tile.join(x, leaf.shape)
     return W_ok if leaf.perm is None else W_ok[..., leaf.perm.argsort()]
 

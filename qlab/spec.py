@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -68,16 +69,20 @@ class Int:
     """Integer codes in [-2^(bits-1), 2^(bits-1) - 1]; W = (codes - zeros) * scales.
 
     symmetric: zeros are all 0 and not stored. scale_dtype: how scales are stored; None is the weight's own dtype.
+    zero_dtype: int8 zeros are codes of the grid; a float dtype lets them lie between codes (HQQ).
     """
 
     bits: int
     tile: Tile
     symmetric: bool = True
     scale_dtype: torch.dtype | None = None
+    zero_dtype: torch.dtype = torch.int8
+
+    code_dtype: ClassVar[torch.dtype] = torch.int8
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise QlabError(f"int{self.bits} is not a grid qlab rounds to; bits go from 2 to 8")
+        if not 1 <= self.bits <= 8:
+            raise QlabError(f"int{self.bits} is not a grid qlab knows; bits go from 1 to 8")
 
     @property
     def qmin(self) -> int:
@@ -89,7 +94,8 @@ class Int:
 
     def bits_per_weight(self, shape: torch.Size, dtype: torch.dtype) -> float:
         """Stored bits per weight: codes, scales in their dtype, and zero points of `bits` bits each."""
-        per_scale = 8 * (self.scale_dtype or dtype).itemsize + (0 if self.symmetric else self.bits)
+        per_zero = self.bits if self.zero_dtype == torch.int8 else 8 * self.zero_dtype.itemsize
+        per_scale = 8 * (self.scale_dtype or dtype).itemsize + (0 if self.symmetric else per_zero)
         rows, cols = self.tile.sizes(shape)
         return self.bits + per_scale / (rows * cols)
 
@@ -97,21 +103,85 @@ class Int:
         return f"int{self.bits}-{self.tile}" + ("" if self.symmetric else "-asym")
 
 
-Spec = Int
+@dataclass(frozen=True)
+class Float:
+    """Floating-point codes of 1 sign, `exponent` and `mantissa` bits; W = codes * scales, or codes * (scales / outer).
+
+    Codes hold the value itself in an 8-bit float, which every narrower one fits into exactly. max: the largest finite
+    value. outer: scales are relative to one global scale per weight (NVFP4), by which they are divided.
+    """
+
+    exponent: int
+    mantissa: int
+    tile: Tile
+    scale_dtype: torch.dtype | None = None
+    outer: bool = False
+
+    symmetric: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if (self.exponent, self.mantissa) not in _MAX:
+            raise QlabError(f"e{self.exponent}m{self.mantissa} is not a float qlab knows; it knows "
+                            f"{', '.join(f'e{e}m{m}' for e, m in _MAX)}")
+
+    @property
+    def bits(self) -> int:
+        return 1 + self.exponent + self.mantissa
+
+    @property
+    def max(self) -> float:
+        return _MAX[self.exponent, self.mantissa]
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.float8_e5m2 if (self.exponent, self.mantissa) == (5, 2) else torch.float8_e4m3fn
+
+    def bits_per_weight(self, shape: torch.Size, dtype: torch.dtype) -> float:
+        """Stored bits per weight: codes and scales in their dtype; one outer scale per weight does not show."""
+        rows, cols = self.tile.sizes(shape)
+        return self.bits + 8 * (self.scale_dtype or dtype).itemsize / (rows * cols)
+
+    def __str__(self) -> str:
+        if self.outer:
+            return "nvfp4"
+        if self.scale_dtype == torch.float8_e8m0fnu:
+            return f"mxfp{self.bits}"
+        return f"fp{self.bits}-{self.tile}"
+
+
+# e4m3 has no infinities; e2m3 and e2m1 (OCP MX) have neither infinities nor NaN
+_MAX = {(4, 3): 448.0, (5, 2): 57344.0, (2, 3): 7.5, (2, 1): 6.0}
+FLOATS = {"fp8": (4, 3), "fp6": (2, 3), "fp4": (2, 1)}
+Spec = Int | Float
 
 
 def parse_spec(text: str, symmetric: bool = True) -> Spec:
-    """'int4-g64', 'int8-channel', 'int8-tensor', with '-asym' for a zero point -> Spec."""
-    match = re.fullmatch(r"int(\d+)-(?:g(\d+)|(channel)|(tensor))(-asym)?", text)
-    if not match:
+    """The spec that a name means. Integers: 'int4-g64', 'int8-channel', 'int8-tensor', with '-asym' for a zero point.
+
+    Floats: 'fp8-tensor', 'fp8-channel', 'fp8-b128x128', 'mxfp4', 'mxfp6', 'mxfp8' (groups of 32, power-of-two scales:
+    OCP MX) and 'nvfp4' (groups of 16, e4m3 scales under one global scale).
+    """
+    if text in NAMED:
+        return NAMED[text]
+    match = re.fullmatch(r"(int|fp)(\d+)-(?:g(\d+)|b(\d+)x(\d+)|(channel)|(tensor))(-asym)?", text)
+    if not match or (match[1] == "fp" and (f"fp{match[2]}" not in FLOATS or match[8])):
         raise QlabError(
-            f"spec {text!r} is unknown; write int<bits>-g<group>, int<bits>-channel or int<bits>-tensor, such as int4-g64"
+            f"spec {text!r} is unknown; write int<bits>-g<group>, int<bits>-channel or int<bits>-tensor, such as int4-g64, "
+            f"or fp8-channel, fp8-b128x128, {', '.join(NAMED)}"
         )
-    bits, group, channel, _, asym = match.groups()
-    if group is not None and int(group) < 1:
-        raise QlabError(f"spec {text!r} asks for groups of {group}; a group holds at least one input channel")
-    tile = Tile(1, int(group)) if group else Tile(1, None) if channel else Tile(None, None)
-    return Int(int(bits), tile, symmetric and not asym)
+    kind, bits, group, rows, cols, channel, _, asym = match.groups()
+    if any(size is not None and int(size) < 1 for size in (group, rows, cols)):
+        raise QlabError(f"spec {text!r} asks for groups of {group or f'{rows}x{cols}'}; a group holds at least one input channel")
+    tile = Tile(1, int(group)) if group else Tile(int(rows), int(cols)) if rows else Tile(1 if channel else None, None)
+    return Int(int(bits), tile, symmetric and not asym) if kind == "int" else Float(*FLOATS[f"fp{bits}"], tile)
+
+
+NAMED: dict[str, Spec] = {
+    "mxfp4": Float(2, 1, Tile(1, 32), torch.float8_e8m0fnu),
+    "mxfp6": Float(2, 3, Tile(1, 32), torch.float8_e8m0fnu),
+    "mxfp8": Float(4, 3, Tile(1, 32), torch.float8_e8m0fnu),
+    "nvfp4": Float(2, 1, Tile(1, 16), torch.float8_e4m3fn, outer=True),
+}
 
 
 def with_scale_dtype(spec: Spec, dtype: torch.dtype) -> Spec:

@@ -235,7 +235,7 @@ def test_token_ids_that_are_no_windows(folder, ids):
     refused(lambda: qlab.from_ids(open_checkpoint(folder), ids.long()), f"shape {tuple(ids.shape)}", "[samples, length]")
 
 
-@pytest.mark.parametrize("spec", ["", "int4", "int4-g", "int4-g0", "int9-g16", "int1-g16", "fp4-g16", "int4-g16-sym"])
+@pytest.mark.parametrize("spec", ["", "int4", "int4-g", "int4-g0", "int9-g16", "int0-g16", "fp5-g16", "int4-g16-sym"])
 def test_an_unknown_spec(spec):
     refused(lambda: qlab.parse_spec(spec), spec[:4])
 

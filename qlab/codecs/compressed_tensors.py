@@ -7,7 +7,7 @@ unpacked int8 weight_zero_point [1]; vLLM reads group and channel scales only. S
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -190,21 +190,30 @@ def _pattern(path: str) -> str:
     return "re:" + r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in path.split(".")) + "$"
 
 
-def specs(config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Spec | None]:
-    """The spec of each nn.Linear of a model, as compressed-tensors matches it; refuses by name what it cannot read.
+def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec]:
+    """The spec of every module with packed tensors among `names`, as compressed-tensors matches it; refuses by name what
+    it cannot read.
 
     `ignore` wins; then exact names, `re:` patterns (re.match, alphabetically), the class Linear.
     """
     _check_config(config)
-    paths = list(paths)
+    paths = sorted(name.removesuffix(".weight_packed") for name in names if name.endswith(".weight_packed"))
+    modules = {*paths, *(name.removesuffix(".weight") for name in names if name.endswith(".weight"))}
     targets: dict[str, Spec] = {}
     for name, group in (config.get("config_groups") or {}).items():
         spec = _read_group(name, group, config.get("format"))
         targets |= dict.fromkeys(group["targets"], spec)
-    if unknown := {t for t in targets if not t.startswith("re:")} - {LINEAR, *paths}:
+    if unknown := {t for t in targets if not t.startswith("re:")} - {LINEAR, *modules}:
         raise QlabError(f"targets {sorted(unknown)} are not linears of this model; qlab knows the class {LINEAR} only")
     ignored, target = _matcher(config.get("ignore") or ()), _matcher(targets)
-    return {p: None if ignored(p) or not (match := target(p)) else targets[match] for p in paths}
+    found: dict[str, Spec] = {}
+    for path in paths:
+        match = target(path)
+        if ignored(path) or match is None:
+            raise QlabError(f"{path}.weight_packed is in the files, and quantization_config names no spec for it; the file or "
+                            "its config is wrong")
+        found[path] = targets[match]
+    return found
 
 
 def _matcher(targets: Collection[str]) -> Callable[[str], str | None]:

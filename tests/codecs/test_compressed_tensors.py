@@ -5,16 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compressed_tensors.compressors import PackedQuantizationCompressor, pack_to_int32, unpack_from_int32
+from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from leaves import assert_same, hexes, random_qtensor
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from qlab.codecs import CODECS
-from qlab.codecs.bits import pack, unpack, words_of
 from qlab.errors import QlabError
 from qlab.qtensor import QTensor, dense, round_codes
 from qlab.spec import Int, Tile, parse_spec, with_scale_dtype
@@ -22,10 +22,6 @@ from qlab.spec import Int, Tile, parse_spec, with_scale_dtype
 CODEC = CODECS["compressed-tensors"]
 INT4, INT8, ASYM = parse_spec("int4-g16"), parse_spec("int8-channel"), parse_spec("int3-g32-asym")
 INT4_ASYM = parse_spec("int4-g16-asym")
-
-
-def hexes(words):
-    return " ".join(f"{word & 0xFFFFFFFF:08x}" for word in words.flatten().tolist())
 
 
 def absmax(W, spec):
@@ -40,15 +36,6 @@ def absmax(W, spec):
     return QTensor(round_codes(W, scales, zeros, spec), scales, zeros, spec)
 
 
-def random_qtensor(spec, o, k, seed=0):
-    """Every code of the grid, scales of both signs, in the spec's scale dtype."""
-    generator = torch.Generator().manual_seed(seed)
-    grid = spec.tile.scales_shape((o, k))
-    codes = lambda *shape: torch.randint(spec.qmin, spec.qmax + 1, shape, generator=generator, dtype=torch.int8)
-    scales = torch.randn(grid, generator=generator).to(spec.scale_dtype)
-    return QTensor(codes(o, k), scales, None if spec.symmetric else codes(*grid), spec)
-
-
 @st.composite
 def qtensors(draw):
     group = draw(st.sampled_from([1, 5, 8, 32]))
@@ -57,28 +44,6 @@ def qtensors(draw):
     spec = Int(draw(st.integers(2, 8)), tile, draw(st.booleans()), dtype)
     o, k = draw(st.integers(1, 40)), group * draw(st.integers(1, 12))
     return random_qtensor(spec, o, k, draw(st.integers(0, 99)))
-
-
-def assert_same(a, b):
-    assert a.spec == b.spec
-    for field in ("codes", "scales", "zeros"):
-        x, y = getattr(a, field), getattr(b, field)
-        assert x is y is None or (x.dtype == y.dtype and torch.equal(x, y)), field
-
-
-@pytest.mark.parametrize("bits, words", [
-    (2, "e4e4e4e4 e4e4e4e4"),
-    (3, "88fac688 c688fac6 fac688fa"),
-    (4, "76543210 fedcba98 76543210 fedcba98"),
-    (5, "8a418820 c5a92839 ca307b9a 38bdab49 ffbbcdeb"),
-    (6, "440c2040 a2481c61 3ce34c2c 544d2450 a6585d65 7de75c6d"),
-    (7, "40608080 880e1828 68c16284 88901e38 58a94264 668c982e 3e78e9c3"),
-    (8, "03020100 07060504 0b0a0908 0f0e0d0c 13121110 17161514 1b1a1918 1f1e1d1c"),
-])  # fmt: skip
-def test_dense_streams_have_the_golden_words(bits, words):
-    codes = (torch.arange(32) % 2**bits).to(torch.uint8)
-    assert hexes(pack(codes, bits)) == words
-    assert torch.equal(unpack(pack(codes, bits), bits, 32), codes)
 
 
 @pytest.mark.parametrize("bits, codes, words", [
@@ -123,16 +88,6 @@ def test_decode_inverts_encode_bit_for_bit(q):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 8), st.integers(1, 9), st.integers(1, 100))
-def test_the_librarys_packers_agree(bits, o, k):
-    unsigned = torch.randint(2**bits, (o, k), generator=torch.Generator().manual_seed(k)).to(torch.uint8)
-    codes, words = (unsigned.short() - 2 ** (bits - 1)).to(torch.int8), pack(unsigned, bits)
-    assert words.shape == (o, words_of(k, bits)) and torch.equal(words, pack_to_int32(codes, bits))
-    assert torch.equal(unpack_from_int32(words, bits, codes.shape), codes)
-    assert torch.equal(unpack(words, bits, k), unsigned)
-
-
-@settings(max_examples=60, deadline=None)
 @given(qtensors())
 def test_the_librarys_decompressor_returns_the_dense_weight(q):
     scheme = QuantizationConfig.model_validate(CODEC.config({"m": q.spec})).config_groups["group_0"]
@@ -158,6 +113,11 @@ def library_reads(config):
     return {p: s and (s.weights.num_bits, s.weights.symmetric, s.weights.group_size) for p, s in schemes.items()}
 
 
+def file_names(specs):
+    """The tensors of a directory whose modules are stored like this."""
+    return [f"{path}.weight_packed" if spec else f"{path}.weight" for path, spec in specs.items()]
+
+
 def as_read(specs):
     return {p: s and (s.bits, s.symmetric, s.tile.cols) for p, s in specs.items()}
 
@@ -165,7 +125,8 @@ def as_read(specs):
 @settings(max_examples=60, deadline=None)
 @given(some_specs([*NAMES, "lm_head"]))
 def test_specs_inverts_config(specs):
-    assert CODEC.specs(CODEC.config(specs), specs) == specs
+    quantized = {path: spec for path, spec in specs.items() if spec}
+    assert CODEC.specs(CODEC.config(specs), file_names(specs)) == quantized
 
 
 @settings(max_examples=20, deadline=None)
@@ -198,11 +159,14 @@ def test_overlapping_targets_are_read_as_the_library_reads_them():
         for i, (bits, targets) in enumerate(groups)
     }
     config["ignore"] = [f"re:{attention}.k", "lm_head"]
-    specs = CODEC.specs(config, LINEARS)
-    assert as_read(specs) == library_reads(config)
-    assert {s and s.bits for s in specs.values()} == {None, 2, 4, 5}
+    expected = library_reads(config)
+    specs = CODEC.specs(config, file_names(expected))
+    assert as_read(specs) == {path: read for path, read in expected.items() if read}
+    assert {s.bits for s in specs.values()} == {2, 4, 5}
     config["ignore"] = ["Linear"]
-    assert set(CODEC.specs(config, LINEARS).values()) == {None} == set(library_reads(config).values())
+    assert set(library_reads(config).values()) == {None}
+    with pytest.raises(QlabError, match="names no spec for it"):
+        CODEC.specs(config, file_names(expected))
 
 
 def test_configs_of_older_releases_are_read():
@@ -211,7 +175,7 @@ def test_configs_of_older_releases_are_read():
     config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
               "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": None,
               "sparsity_config": {"format": "dense", "global_sparsity": 0.1}}  # fmt: skip
-    assert CODEC.specs(config, ["a"]) == {"a": INT4}
+    assert CODEC.specs(config, ["a.weight_packed"]) == {"a": INT4}
 
 
 @pytest.mark.parametrize("spec, dequantize", [("int4-g16", False), ("int3-tensor", False), ("int4-g16-asym", True)])
@@ -238,9 +202,8 @@ def test_transformers_computes_the_logits_of_the_dense_weights(spec, dequantize,
     assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
 
     tensors = load_file(tmp_path / "model.safetensors")
-    for path, read in CODEC.specs(CODEC.config(specs), linears).items():
-        if read:
-            assert_same(CODEC.decode(path, tensors, specs[path]), quantized[path])
+    for path in CODEC.specs(CODEC.config(specs), tensors):
+        assert_same(CODEC.decode(path, tensors, specs[path]), quantized[path])
 
 
 def int4(**changes):
@@ -326,4 +289,4 @@ def test_specs_refuses_by_name(where, change, message):
     group = config["config_groups"]["group_0"]
     {"config": config, "group": group, "weights": group["weights"]}[where].update(change)
     with pytest.raises(QlabError, match=message):
-        CODEC.specs(config, ["a"])
+        CODEC.specs(config, ["a.weight_packed"])
