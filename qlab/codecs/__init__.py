@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qlab.codecs import compressed_tensors, gptq
+from qlab.codecs import awq, compressed_tensors, gptq
 from qlab.errors import QlabError
 from qlab.qtensor import QTensor
 from qlab.spec import Spec
@@ -53,6 +53,7 @@ CODECS: Mapping[str, Codec] = {  # what qlab writes, by the name that `--codec` 
         compressed_tensors.specs,
     ),
     **{str(version): _gptq(version) for version in GPTQ_VERSIONS},  # gptq, gptq_v2, and either with _desc_act
+    "awq": Codec(awq.refusal, awq.encode, awq.decode, awq.config, awq.specs),
 }
 
 # quant_method of a quantization_config -> the codec that reads such a directory. A format whose variants differ in what
@@ -60,11 +61,13 @@ CODECS: Mapping[str, Codec] = {  # what qlab writes, by the name that `--codec` 
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Codec]] = {
     "compressed-tensors": lambda config: CODECS["compressed-tensors"],
     "gptq": lambda config: CODECS[str(gptq.version(config))],
+    "awq": lambda config: CODECS["awq"],
 }
 
 # A file beside a config.json without a quantization_config -> what such a config would say; older writers made these.
 LEGACY_CONFIGS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "quantize_config.json": lambda raw: {"quant_method": "gptq", **raw},
+    "quant_config.json": awq.legacy_config,
 }
 
 
