@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qlab.codecs import awq, compressed_tensors, gptq
+from qlab.codecs import auto_round, awq, compressed_tensors, gptq
 from qlab.errors import QlabError
 from qlab.qtensor import QTensor
 from qlab.spec import Spec
@@ -62,6 +62,7 @@ READERS: Mapping[str, Callable[[Mapping[str, Any]], Codec]] = {
     "compressed-tensors": lambda config: CODECS["compressed-tensors"],
     "gptq": lambda config: CODECS[str(gptq.version(config))],
     "awq": lambda config: CODECS["awq"],
+    "auto-round": lambda config: replace(CODECS[auto_round.layout(config)], specs=auto_round.specs),
 }
 
 # A file beside a config.json without a quantization_config -> what such a config would say; older writers made these.
