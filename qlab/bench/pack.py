@@ -18,7 +18,7 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from qlab.codecs.bits import pack, signed, unpack, unsigned
+from qlab.codecs.bits import pack_signed, unpack_signed
 from qlab.errors import QlabError
 from qlab.report import versions
 from qlab.timing import COPIES, device_label, microseconds
@@ -31,14 +31,13 @@ Calls = tuple[Callable[[Tensor], Any], Callable[[Tensor], Any], Callable[[Tensor
 
 def qlab_rows(bits: int, shape: torch.Size) -> Calls:
     """The dense stream of every row: compressed-tensors' layout."""
-    to_words = lambda codes: pack(unsigned(codes, bits), bits)
-    return (lambda codes: codes), to_words, lambda words: signed(unpack(words, bits, shape[1]), bits)
+    return (lambda codes: codes), lambda codes: pack_signed(codes, bits), lambda words: unpack_signed(words, bits, shape[1])
 
 
 def qlab_columns(bits: int, shape: torch.Size) -> Calls:
     """The same words transposed: GPTQ's layout."""
-    to_words = lambda codes: pack(unsigned(codes, bits), bits).mT.contiguous()
-    return (lambda codes: codes), to_words, lambda words: signed(unpack(words.mT, bits, shape[1]), bits)
+    to_words = lambda codes: pack_signed(codes, bits).mT.contiguous()
+    return (lambda codes: codes), to_words, lambda words: unpack_signed(words.mT, bits, shape[1])
 
 
 def compressed_tensors(bits: int, shape: torch.Size) -> Calls:

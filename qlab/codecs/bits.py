@@ -58,16 +58,26 @@ def unpack(words: Tensor, bits: int, k: int) -> Tensor:
     *rows, _ = words.shape
     lane, size = _lane(bits)
     stream = _resize(words.contiguous().view(torch.uint8), -(-k // 8) * bits).view(-1, size)
-    lanes = torch.zeros(stream.shape[0], dtype=LANES[lane], device=words.device)
+    lanes = torch.empty(stream.shape[0], dtype=LANES[lane], device=words.device)
     for some, x in zip(stream.split(CHUNK // lane), lanes.split(CHUNK // lane)):
         if size == 1:
             x.copy_(some[:, 0])
         else:
-            x.view(torch.uint8).view(-1, lane)[:, :size] = some
+            x.zero_().view(torch.uint8).view(-1, lane)[:, :size] = some
         for low, gap, width in reversed(_steps(bits, lane)):
             upper = (x << gap).bitwise_and_(low << width)
             x.bitwise_and_(low).bitwise_or_(upper)
     return lanes.view(torch.uint8).view(*rows, -(-k // 8) * 8)[..., :k].contiguous()
+
+
+def pack_signed(codes: Tensor, bits: int) -> Tensor:
+    """pack for int8 codes [..., k] of a symmetric range: the stream holds codes + 2^(bits-1)."""
+    return pack(unsigned(codes, bits), bits)
+
+
+def unpack_signed(words: Tensor, bits: int, k: int) -> Tensor:
+    """The inverse of pack_signed: int8 [..., k]."""
+    return unpack(words, bits, k).sub_(2 ** (bits - 1)).view(torch.int8)
 
 
 def _lane(bits: int) -> tuple[int, int]:

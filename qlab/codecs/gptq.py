@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qlab.codecs import dynamic, stored
-from qlab.codecs.bits import pack, signed, unpack, unsigned
+from qlab.codecs.bits import pack, pack_signed, signed, unpack, unpack_signed, unsigned
 from qlab.errors import QlabError
 from qlab.qtensor import QTensor
 from qlab.spec import Int, Spec
@@ -88,7 +88,7 @@ def encode(version: Version, path: str, leaf: QTensor) -> dict[str, Tensor]:
         raise QlabError(f"{path}: {lowest} of {zeros.numel()} zero points are the lowest code, which GPTQ version 1 cannot store "
                         f"(it stores z - 1); write {V2}")
     tensors = {
-        "qweight": pack(unsigned(leaf.codes[:, inverse], bits), bits).mT,
+        "qweight": pack_signed(leaf.codes[:, inverse], bits).mT,
         "qzeros": pack((zeros - version.offset).mT, bits),
         "scales": leaf.scales.mT,
         "g_idx": g_idx,
@@ -124,7 +124,7 @@ def decode(version: Version, path: str, tensors: Mapping[str, Tensor], spec: Spe
         raise QlabError(f"{path}.qzeros is not {2 ** (bits - 1)} everywhere, as a symmetric {version.name} file has it; its config "
                         "names the wrong version, or sym must be false")
     perm = _perm(version, path, tensors, k, groups)
-    codes = signed(unpack(words.mT, bits, k), bits)
+    codes = unpack_signed(words.mT, bits, k)
     return QTensor(codes if perm is None else codes[:, perm], scales, None if spec.symmetric else zeros, spec, perm=perm)
 
 
@@ -132,7 +132,7 @@ def _zeros(version: Version, packed: Tensor, bits: int, o: int) -> Tensor:
     """Signed zero points [o, g]. A field that held z = 0 has borrowed from the fields above it; one addition to the whole
     word gives back what was subtracted from the whole word."""
     if version.offset and bits in ONES:
-        return signed(unpack(packed + ONES[bits], bits, o), bits).mT.contiguous()
+        return unpack_signed(packed + ONES[bits], bits, o).mT.contiguous()
     fields = (unpack(packed, bits, o) + version.offset) & (2**bits - 1)
     return signed(fields, bits).mT.contiguous()
 

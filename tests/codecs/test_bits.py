@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from leaves import hexes
 
-from qlab.codecs.bits import CHUNK, pack, signed, unpack, unsigned, words_of
+from qlab.codecs.bits import CHUNK, pack, pack_signed, signed, unpack, unpack_signed, unsigned, words_of
 
 
 @pytest.mark.parametrize("bits, words", [
@@ -52,3 +52,5 @@ def test_signed_codes_are_unsigned_ones_moved_down(bits):
     codes = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).to(torch.int8)
     assert unsigned(codes, bits).tolist() == list(range(2**bits))
     assert torch.equal(signed(unsigned(codes, bits), bits), codes)
+    assert torch.equal(pack_signed(codes, bits), pack(unsigned(codes, bits), bits))
+    assert torch.equal(unpack_signed(pack_signed(codes, bits), bits, 2**bits), codes)
