@@ -93,7 +93,8 @@ def test_foreign_libraries_come_in_by_their_doors(file):
         "safetensors": {"checkpoint", "writer", "hub"},
         "transformers": {"checkpoint", "calibration", "skeleton", "demo", "hf", "hub", "lower", "serve", "evaluate", "bench"},
         "accelerate": {"skeleton", "hf", "hub"},
-        "compressed_tensors": set(),  # tests read with it; qlab does not need it
+        "compressed_tensors": {"bench"},  # tests read with it; qlab does not need it
+        "gptqmodel": {"bench"},
         "matplotlib": {"bench", "report"},
         "typer": {"cli", "bench"},
         "torchao": {"lower", "bench"},

@@ -1,12 +1,13 @@
 """On-disk formats: pure bijections between quantized values and named tensors, one file per format."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from qlab.codecs import compressed_tensors
+from qlab.codecs import auto_round, awq, compressed_tensors, gptq
 from qlab.errors import QlabError
 from qlab.qtensor import QTensor
 from qlab.spec import Spec
@@ -31,6 +32,18 @@ class Codec:
     specs: Callable[[Mapping[str, Any], Collection[str]], dict[str, Spec]]
 
 
+def _gptq(version: gptq.Version) -> Codec:
+    return Codec(
+        gptq.refusal,
+        partial(gptq.encode, version),
+        partial(gptq.decode, version),
+        partial(gptq.config, version),
+        gptq.specs,
+    )
+
+
+GPTQ_VERSIONS = [replace(version, reordered=reordered) for version in (gptq.V1, gptq.V2) for reordered in (False, True)]
+
 CODECS: Mapping[str, Codec] = {  # what qlab writes, by the name that `--codec` takes
     "compressed-tensors": Codec(
         compressed_tensors.refusal,
@@ -39,12 +52,23 @@ CODECS: Mapping[str, Codec] = {  # what qlab writes, by the name that `--codec` 
         compressed_tensors.config,
         compressed_tensors.specs,
     ),
+    **{str(version): _gptq(version) for version in GPTQ_VERSIONS},  # gptq, gptq_v2, and either with _desc_act
+    "awq": Codec(awq.refusal, awq.encode, awq.decode, awq.config, awq.specs),
 }
 
 # quant_method of a quantization_config -> the codec that reads such a directory. A format whose variants differ in what
 # the same tensors mean (GPTQ v1 and v2) looks at the rest of the config to choose.
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Codec]] = {
     "compressed-tensors": lambda config: CODECS["compressed-tensors"],
+    "gptq": lambda config: CODECS[str(gptq.version(config))],
+    "awq": lambda config: CODECS["awq"],
+    "auto-round": lambda config: replace(CODECS[auto_round.layout(config)], specs=auto_round.specs),
+}
+
+# A file beside a config.json without a quantization_config -> what such a config would say; older writers made these.
+LEGACY_CONFIGS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "quantize_config.json": lambda raw: {"quant_method": "gptq", **raw},
+    "quant_config.json": awq.legacy_config,
 }
 
 
