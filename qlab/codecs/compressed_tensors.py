@@ -34,6 +34,8 @@ PROVENANCE_KEYS = {"observer", "observer_kwargs", "scale_dtype", "zp_dtype"}
 
 def refusal(spec: Spec, online: Collection = ()) -> str | None:
     """Why pack-quantized cannot hold such a weight, or None when it can."""
+    if not isinstance(spec, Int):
+        return f"{FORMAT} holds integers, not {spec}"
     if online:
         return f"{FORMAT} holds no run-time operations; fold them into the weights or leave the method out"
     if _strategy(spec.tile) is None:
@@ -78,6 +80,7 @@ def _check_leaf(path: str, leaf: QTensor) -> None:
                         f"round scales to their stored dtype before rounding codes")
     if leaf.zeros is not None and leaf.zeros.dtype != torch.int8:
         raise QlabError(f"{path}: {FORMAT} stores int8 zeros, not {leaf.zeros.dtype}; choose a grid that rounds them")
+    assert isinstance(spec, Int)  # refused otherwise
     for name, codes in (("codes", leaf.codes), ("zeros", leaf.zeros)):
         low, high = (0, 0) if codes is None else (int(x) for x in codes.aminmax())
         if low < spec.qmin or high > spec.qmax:

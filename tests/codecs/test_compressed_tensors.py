@@ -213,7 +213,6 @@ def int4(**changes):
 @pytest.mark.parametrize("leaf, message", [
     (QTensor(torch.zeros(4, 32, dtype=torch.int8), torch.ones(2, 2), None, Int(4, Tile(2, 16))), "no scale per b2x16"),
     (QTensor(torch.zeros(2, 4, 32, dtype=torch.int8), torch.ones(2, 4, 2), None, INT4), r"not \(2, 4, 32\)"),
-    (int4(outer=torch.ones(1)), "`outer`"),
     (int4(perm=torch.arange(32)), "`perm`"),
     (int4(scales=torch.ones(4, 2).half()), "scales are torch.float16, expected torch.float32"),
     (int4(scales=torch.ones(4, 2, dtype=torch.float8_e4m3fn), spec=INT4), "scales are torch.float8_e4m3fn"),
