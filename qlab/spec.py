@@ -224,3 +224,25 @@ NAMED: dict[str, Spec] = {
 def with_scale_dtype(spec: Spec, dtype: torch.dtype) -> Spec:
     """The spec with its scale dtype settled: its own where stated, else the weight's."""
     return spec if spec.scale_dtype else replace(spec, scale_dtype=dtype)
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """How the input of a site is rounded at run time: the spec's tiles lie over x [tokens, channels].
+
+    static: the one scale (NVFP4: the outer scale) was fixed beforehand and is stored; else it is found for the x at hand.
+    """
+
+    spec: Spec
+    static: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.spec}{' static' if self.static else ''}"
+
+
+def parse_input_spec(text: str) -> InputSpec:
+    """'int8-token', 'fp8-token', 'fp8-tensor static', or another spec over [tokens, channels]; a token is a row."""
+    name, _, static = text.partition(" ")
+    if static not in ("", "static"):
+        raise QlabError(f"input spec {text!r} is unknown; write a spec such as fp8-token, with ' static' for a stored scale")
+    return InputSpec(parse_spec(re.sub(r"-token\b", "-channel", name)), bool(static))
