@@ -4,7 +4,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,24 @@ from transformers import AutoConfig, PretrainedConfig
 
 from qlab.codecs import Codec, reader
 from qlab.errors import QlabError
+from qlab.graph import Op
 from qlab.qtensor import Leaf
-from qlab.spec import Spec
+from qlab.spec import InputSpec, Spec
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """files: tensor name -> the safetensors file that holds it. quantized: module path -> its spec on disk."""
+    """files: tensor name -> the safetensors file that holds it. quantized: module path -> its spec on disk (None: a dense
+    weight in a layout of the codec's). inputs: module path -> how its input is rounded at run time."""
 
     path: Path
     config: PretrainedConfig
     files: Mapping[str, Path]
     codec: Codec | None
-    quantized: Mapping[str, Spec]
+    quantized: Mapping[str, Spec | None]
+    inputs: Mapping[str, InputSpec] = field(default_factory=dict)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -38,7 +41,7 @@ class Checkpoint:
         sizes: dict[torch.dtype, int] = {}
         for name in self.files:
             shape, dtype = self.shape_and_dtype(name)
-            if dtype.is_floating_point:
+            if dtype.is_floating_point and dtype.itemsize > 1:  # 8 bits are codes
                 sizes[dtype] = sizes.get(dtype, 0) + shape.numel()
         return max(sizes, key=lambda d: sizes[d]) if sizes else torch.float32
 
@@ -67,6 +70,13 @@ class Checkpoint:
         tensor = self.tensor(name)
         return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
+    def online(self, module: str) -> tuple[Op, ...]:
+        """What happens to the module's input at run time."""
+        if module not in self.inputs or self.codec is None or self.codec.decode_input is None:
+            return ()
+        parts = {key: self.tensor(key) for key in self.files if key.rpartition(".")[0] == module}
+        return (self.codec.decode_input(module, parts, self.inputs[module]),)
+
     def fingerprint(self) -> str:
         """sha256 over the config and every file's header and size: names the model without reading all of it."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
@@ -83,7 +93,7 @@ class Checkpoint:
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
+    "U8": torch.uint8, "BOOL": torch.bool, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 
 
@@ -110,11 +120,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return Checkpoint(folder, config, files, None, {})
     try:
         codec = reader(quantization)
-        specs = codec.specs(quantization, files)
+        specs, inputs = codec.specs(quantization, files), codec.inputs(quantization, files)
     except QlabError as error:
         raise QlabError(f"{folder}: {error}") from error
     del config.quantization_config  # the skeleton is built unquantized; leaves carry the codes
-    return Checkpoint(folder, config, files, codec, specs)
+    return Checkpoint(folder, config, files, codec, specs, inputs)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from qlab.plan import Plan, plan
 from qlab.qtensor import QTensor
 from qlab.report import PeakMemory, bits_per_weight, describe, site_rows, versions
 from qlab.skeleton import Call, Skeleton
-from qlab.spec import Spec, parse_spec
+from qlab.spec import InputSpec, Spec, parse_input_spec, parse_spec
 from qlab.stats import Stats
 from qlab.sweep import Batch, Batches, Inputs, in_batches, in_order, observe, push, record, solve, solve_in_order
 from qlab.transform import Transform
@@ -204,14 +204,17 @@ def _watcher(graph: ModuleGraph, batches: Batches) -> Callable[[ModuleGraph, set
 
 def encode(skeleton: Skeleton, graph: ModuleGraph) -> dict[str, Tensor]:
     """A block's tensors as the files hold them: codes packed by the codec, everything else in its own stored dtype."""
-    if graph.online:
-        raise QlabError(f"{', '.join(f'{graph.path}.{p}' for p in graph.online)} still need an operation at run time, which "
-                        f"{CODEC} cannot hold; absorb() it or choose a method without it")
+    codec = CODECS[CODEC]
+    for site in graph.code.sites:
+        leaf, online = graph.params[site.weight or ""], graph.online.get(site.path, ())
+        if online and (reason := codec.refusal(leaf.spec, online) if isinstance(leaf, QTensor) else "its weight is not quantized"):
+            raise QlabError(f"{graph.where(site)} still needs an operation at run time: {reason}")
+    by_weight = {site.weight: graph.online.get(site.path, ()) for site in graph.code.sites}
     tensors: dict[str, Tensor] = {}
     for name, file_name in skeleton.block_names(graph.path).items():
         leaf = graph.params[name]
         if isinstance(leaf, QTensor):
-            tensors |= CODECS[CODEC].encode(file_name.rpartition(".")[0], leaf)
+            tensors |= codec.encode(file_name.rpartition(".")[0], leaf, by_weight[name])
         else:
             tensors[file_name] = leaf.to(skeleton.checkpoint.shape_and_dtype(file_name)[1])
     return tensors
@@ -220,11 +223,14 @@ def encode(skeleton: Skeleton, graph: ModuleGraph) -> dict[str, Tensor]:
 def _finish(skeleton: Skeleton, job: _Job) -> None:
     model, sites = skeleton.checkpoint, job.writer.notes()
     specs: dict[str, Spec | None] = {}
+    inputs: dict[str, InputSpec | None] = {}
     for name in skeleton.linears():
         row = sites.get(name)
         spec = parse_spec(row["spec"]) if row and row["spec"] else None
+        rounded = parse_input_spec(row["inputs"]) if row and row.get("inputs") else None
         specs |= {name: spec, skeleton.module_name(name): spec}  # readers match the one or the other
+        inputs |= {name: rounded, skeleton.module_name(name): rounded}
     config = json.loads((model.path / "config.json").read_text())
-    config["quantization_config"] = CODECS[CODEC].config(specs)
+    config["quantization_config"] = CODECS[CODEC].config(specs, inputs)
     record = {"job": job.identity, "sites": sites, "bits_per_weight": bits_per_weight(sites)}
     job.writer.finish({"config.json": config, "qlab.json": record}, model.path)

@@ -86,7 +86,10 @@ class Skeleton:
         for name, buffer in self.blocks[path].named_buffers():
             stored = self.file_name(f"{path}.{name}")
             leaves[name] = (self.checkpoint.tensor(stored) if stored in self.checkpoint.files else buffer).to(self.device)
-        return ModuleGraph(self.code(path, call, hidden), leaves, path, dtype=self.checkpoint.dtype)
+        code = self.code(path, call, hidden)
+        ops = {site.path: self.checkpoint.online(self.module_name(f"{path}.{site.path}")) for site in code.sites}
+        online = {site: op for site, op in ops.items() if op}
+        return ModuleGraph(code, leaves, path, dtype=self.checkpoint.dtype, online=online)
 
     def code(self, path: str, call: Call, hidden: Tensor) -> Code:
         """The traced program of a block; traced once for all blocks of one structure.
@@ -124,6 +127,8 @@ class Skeleton:
             file_name = self.file_name(name)
             if id(parameter) in head_parameters and self._tied(name):
                 file_name = self.file_name(_name_of(self.model, embedding))
+            if file_name.rpartition(".")[0] in self.checkpoint.inputs:
+                raise QlabError(f"{name} has inputs that are rounded at run time, which qlab does inside blocks only")
             value = self.checkpoint.leaf(file_name, self.dtype)
             _set(self.model, name, dense(value, self.dtype).to(self.device))
         for buffer_owner in self.model.modules():
