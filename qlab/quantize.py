@@ -172,7 +172,7 @@ def _block(skeleton: Skeleton, jobs: Sequence[_Job], index: int, batches: Batche
     for job in jobs:
         solved = graph  # lets go of the job before
         solved, _ = solve(graph, job.recipe, watch)
-        job.writer.write_shard(index + 1, encode(skeleton, solved))
+        job.writer.write_shard(index + 1, encode(skeleton, solved).items())
         job.writer.write_notes(index + 1, site_rows(solved))
     passed = solved if inputs == "quantized" else graph
     del graph, solved, watch  # one version of the block is enough from here on

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from qlab.checkpoint import INDEX
+from qlab.directory import INDEX, read_header
 from qlab.errors import QlabError
+from qlab.tensors import write
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 WORK, JOB = ".work", "job.json"
@@ -33,7 +32,7 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise QlabError(f"{path} cannot be written ({error}); free some space or choose another place") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -105,10 +104,9 @@ class Writer:
         """The file of segment `index`: 0 is what surrounds the blocks, i the i-th block (from 1)."""
         return self.partial / f"model-{index + 1:05d}-of-{self.shards:05d}.safetensors"
 
-    def write_shard(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """One shard, atomically."""
-        whole = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}
-        atomically(self.shard(index), lambda p: save_file(whole, p, metadata={"format": "pt"}))
+    def write_shard(self, index: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """One shard, atomically, one tensor at a time."""
+        atomically(self.shard(index), lambda path: write(path, tensors))
 
     def write_notes(self, index: int, notes: Mapping[str, Any]) -> None:
         """What the report says of a segment, kept until the end of the job."""
@@ -156,8 +154,7 @@ class Writer:
         weight_map: dict[str, str] = {}
         size = 0
         for i in range(self.shards):
-            with safe_open(self.shard(i), "pt") as file:
-                weight_map |= dict.fromkeys(file.keys(), self.shard(i).name)
+            weight_map |= dict.fromkeys(read_header(self.shard(i)), self.shard(i).name)
             size += self.shard(i).stat().st_size
         return {"metadata": {"total_size": size}, "weight_map": weight_map}
 
