@@ -54,6 +54,13 @@ class Checkpoint:
             del config.quantization_config
         return config
 
+    @property
+    def known(self) -> bool:
+        """Whether transformers has the architecture."""
+        from transformers import CONFIG_MAPPING
+
+        return self.raw.get("model_type") in CONFIG_MAPPING
+
     @cached_property
     def files(self) -> dict[str, Path]:
         """Tensor name -> the file that holds it."""

@@ -21,6 +21,7 @@ from qlab.errors import QlabError
 from qlab.tensors import write
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+FORMER = ("quantize_config.json", "quant_config.json")  # they say how the weights were quantized before, in GPTQ's and AWQ's way
 WORK, JOB = ".work", "job.json"
 OVERWRITE = "overwrite"  # in the work folder: the run may replace an existing output
 REPLACED = "replaced"  # in the work folder: the output that is being replaced
@@ -108,16 +109,28 @@ class Writer:
         """One shard, atomically, one tensor at a time."""
         atomically(self.shard(index), lambda path: write(path, tensors))
 
-    def write_notes(self, index: int, notes: Mapping[str, Any]) -> None:
-        """What the report says of a segment, kept until the end of the job."""
-        write_json(self.work / f"notes-{index:05d}.json", notes)
+    def write_notes(self, index: int, notes: Mapping[str, Mapping[str, Any]]) -> None:
+        """What the report says of a segment, by section, kept until the end of the job."""
+        write_json(self._notes_path(index), notes)
 
-    def notes(self) -> dict[str, Any]:
-        """The notes of all segments."""
-        merged: dict[str, Any] = {}
+    def _notes_path(self, index: int) -> Path:
+        return self.work / f"notes-{index:05d}.json"
+
+    def notes(self) -> dict[str, dict[str, Any]]:
+        """The notes of all segments: section -> its rows."""
+        merged: dict[str, dict[str, Any]] = {}
         for path in sorted(self.work.glob("notes-*.json")):
-            merged |= json.loads(path.read_text())
+            for section, rows in json.loads(path.read_text()).items():
+                merged.setdefault(section, {}).update(rows)
         return merged
+
+    def has(self, index: int) -> bool:
+        """Whether the shard of a segment and its notes are in place."""
+        return self.shard(index).is_file() and self._notes_path(index).is_file()
+
+    def discard(self) -> None:
+        """Remove what was written so far; the work folder, which says what it is, goes last."""
+        self._clear()
 
     # -------------------------------------------------------------- the carry
     def carry_path(self, index: int) -> Path:
@@ -128,14 +141,14 @@ class Writer:
         """How many blocks are finished: the largest i whose shard, notes and following carry (if any) are in place."""
         for i in range(blocks, 0, -1):
             carried = i == blocks or carry_path is None or carry_path(i).is_file()
-            if carried and self.shard(i).is_file() and (self.work / f"notes-{i:05d}.json").is_file():
+            if carried and self.has(i):
                 return i
         return 0
 
     def finish(self, files: Mapping[str, Any], copied: Path) -> None:
         """Write index and JSON files, copy what else the model directory holds, and rename the whole into place."""
         for path in sorted(copied.iterdir()):
-            weights = path.suffix in WEIGHTS or path.name.endswith(".index.json")
+            weights = path.suffix in WEIGHTS or path.name.endswith(".index.json") or path.name in FORMER
             if path.is_file() and not weights and path.name not in files:
                 atomically(self.partial / path.name, partial(shutil.copyfile, path))
         write_json(self.partial / INDEX, self._index())

@@ -12,8 +12,9 @@ PACKAGE = ROOT / "qlab"
 # A module imports from strictly lower layers, or from its own package. A package is one layer of all its files.
 LAYERS = [
     {"errors"}, {"directory"}, {"tensors"},
-    {"spec"}, {"qtensor"}, {"graph"}, {"interpret"}, {"stats"}, {"transform"}, {"absorb"}, {"methods"},
-    {"codecs"}, {"checkpoint"}, {"calibration", "skeleton"}, {"sweep"}, {"report", "timing", "writer"}, {"plan"}, {"quantize"},
+    {"spec"}, {"qtensor", "targets"}, {"certificate"}, {"graph"}, {"interpret"}, {"stats"}, {"transform"}, {"absorb"}, {"methods"},
+    {"codecs"}, {"checkpoint"}, {"calibration", "skeleton"}, {"sweep"}, {"report", "timing", "writer"},
+    {"plan", "shardwise"}, {"quantize"}, {"linears"}, {"convert", "verify", "inspection", "model_free"},
     {"evaluate", "lower"}, {"tuning"}, {"demo"}, {"hub", "hf", "serve"}, {"__init__"}, {"cli"}, {"bench", "__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
