@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from families import FAMILIES
-from segments import assert_same, hidden, segment
+from segments import assert_same, hidden, normal, of, segment
+from torch import nn
 
 from qlab import sweep
 from qlab.graph import by_source
@@ -65,6 +66,29 @@ def test_each_source_is_solved_on_what_the_quantized_ones_before_it_produce(fami
     assert graph.selected is None
     for out, batch in zip(leaving, seg.batches, strict=True):
         assert torch.equal(out, hidden(interpret(graph, *batch)))
+
+
+def test_an_input_that_is_copied_early_waits_for_its_site():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            early = (2 * x).clone()
+            return self.second(early) + self.first(x + 1)
+
+    class Swapped(Late):
+        def forward(self, x):
+            early = (2 * x).clone()
+            return self.first(x + 1) + self.second(early)
+
+    for block in (Late(), Swapped()):
+        seg = of(block, normal(2, 4, 16, seed=0))
+        walk = Walk(seg.graph.code)
+        for source in by_source(seg.graph.code.sites):
+            expected = inputs_of(seg.graph, [source], *seg.batches[0])[source]
+            assert torch.equal(walk.to(seg.graph, source, *seg.batches[0]), expected)
 
 
 def test_what_does_not_fit_is_computed_again_to_the_same_bits(monkeypatch):
