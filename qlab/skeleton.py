@@ -7,7 +7,7 @@ replaced by recorders; the head is run the same way, with the last block replayi
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,10 +140,10 @@ class Skeleton:
         """Whether the files leave the head's tensor out because it is the embedding's."""
         return head not in self._spelled and bool(self.checkpoint.config.get_text_config().tie_word_embeddings)
 
-    def outside(self) -> dict[str, Tensor]:
-        """Every tensor of the files that belongs to no block, as stored."""
+    def outside(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the files that belongs to no block, as stored, one at a time."""
         inside = {name for path in self.blocks for name in self.block_names(path).values()}
-        return {name: self.checkpoint.tensor(name) for name in self.checkpoint.files if name not in inside}
+        return ((name, self.checkpoint.tensor(name)) for name in self.checkpoint.files if name not in inside)
 
     def linears(self) -> list[str]:
         """Names of all linear modules, in the model's spelling."""
