@@ -20,8 +20,9 @@ from qlab.errors import QlabError
 from qlab.graph import ModuleGraph
 from qlab.plan import Plan, plan
 from qlab.qtensor import QTensor
+from qlab.recording import Call
 from qlab.report import PeakMemory, bits_per_weight, describe, site_rows, versions
-from qlab.skeleton import Call, Skeleton
+from qlab.skeleton import Skeleton
 from qlab.spec import Spec, parse_spec
 from qlab.stats import Stats
 from qlab.sweep import Batch, Batches, in_batches, observe, push, record, solve

@@ -9,7 +9,7 @@ from torch import Tensor
 from qlab.errors import QlabError
 from qlab.graph import ModuleGraph, inputs_of, interpret
 from qlab.skeleton import Call, Skeleton
-from qlab.stats import STATS, Observation, Stats
+from qlab.stats import Observation, Stats, stat_of
 from qlab.transform import Transform, apply, select
 
 BATCH_TOKENS = 2048
@@ -33,26 +33,31 @@ def solve(graph: ModuleGraph, transform: Transform, observe: Callable[[ModuleGra
     return graph, stats
 
 
-def observe(graph: ModuleGraph, wanted: set[tuple[str, str]], batches: Iterator[Batch]) -> Stats:
-    """The statistics `wanted` {(source, name)} of a segment's inputs over all batches.
+def observe(graph: ModuleGraph, wanted: set[tuple[str, str]], batches: Iterator[Batch], everywhere: bool = False) -> Stats:
+    """The statistics `wanted` {(source, name)} of a segment's inputs over all batches; experts' are of their own tokens,
+    or, with `everywhere`, of all tokens.
 
     Refuses NaN and Inf in activations, naming the sites they reach.
     """
     sources = sorted({source for source, _ in wanted})
+    routes = {site.source: site.route for site in graph.code.sites}
     stats: dict[tuple[str, str], Any] = {}
     seen = 0
     for call, hidden in batches:
         count = hidden.shape[0] * hidden.shape[1]
         keys = torch.arange(seen, seen + count)
         seen += count
-        for source, x in inputs_of(graph, sources, *call.inputs(hidden)).items():
-            x_nk = x.flatten(0, -2)
+        inputs = inputs_of(graph, sources, *call.inputs(hidden), everywhere)
+        for source in sources:
+            x_nk, own = inputs[source].flatten(0, -2), (keys.to(inputs[source].device),)
+            if route := routes[source]:
+                own = own[0][inputs[route][1]], inputs[route][2]
             if not x_nk.sum().isfinite() and not torch.isfinite(x_nk).all():  # the sum is the cheaper question
-                _refuse_nonfinite(graph, source, x.dtype)
+                _refuse_nonfinite(graph, source, x_nk.dtype)
             for name in sorted(n for s, n in wanted if s == source):
-                state = STATS[name].lift(Observation(x_nk, keys.to(x_nk.device)))
-                key = (source, name)
-                stats[key] = STATS[name].combine(stats[key], state) if key in stats else state
+                stat, key = stat_of(name, experts=route is not None), (source, name)
+                state = stat.lift(Observation(x_nk, *own))
+                stats[key] = stat.combine(stats[key], state) if key in stats else state
     return stats
 
 
