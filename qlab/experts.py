@@ -5,12 +5,22 @@ whatever the device. Legend: n tokens, t choices per token, s = n t pairs of tok
 e experts, ends [e] where each expert's rows end.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What reaches a source: x [..., k]; where it belongs to experts, x [s, k] with the token of every row and the ends."""
+
+    x: Tensor
+    tokens: Tensor | None = None
+    ends: Tensor | None = None
 
 
 def rows_of(ends: Tensor) -> Iterator[slice]:
@@ -49,8 +59,8 @@ def route_everywhere(chosen_nt: Tensor, experts: int) -> tuple[Tensor, Tensor, T
 @route.register_fake
 @route_everywhere.register_fake
 def _(chosen_nt: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    s = chosen_nt.numel()
-    return (*(chosen_nt.new_empty(s, dtype=torch.long) for _ in range(2)), chosen_nt.new_empty(experts, dtype=torch.long))
+    pairs = chosen_nt.new_empty(chosen_nt.numel(), dtype=torch.long)
+    return pairs, torch.empty_like(pairs), chosen_nt.new_empty(experts, dtype=torch.long)
 
 
 @torch.library.custom_op("qlab::experts_linear", mutates_args=())
@@ -73,6 +83,12 @@ def experts_matmul(x_sk: Tensor, W_eko: Tensor, bias_eo: Tensor | None, ends: Te
 @experts_matmul.register_fake
 def _(x_sk: Tensor, W_eko: Tensor, bias_eo: Tensor | None, ends: Tensor) -> Tensor:
     return x_sk.new_empty(x_sk.shape[0], W_eko.shape[2])
+
+
+# operation -> layout of its weight
+EXPERT_OPS: Mapping[Any, str] = {
+    torch.ops.qlab.experts_linear.default: "e o k", torch.ops.qlab.experts_matmul.default: "e k o",
+}  # fmt: skip
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

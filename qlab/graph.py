@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from qlab.errors import QlabError
-from qlab.experts import each_expert
-from qlab.qtensor import Leaf, Params, QTensor, dense
+from qlab.experts import EXPERT_OPS
+from qlab.qtensor import Leaf, Params
 
 aten = torch.ops.aten
 Op = Callable[..., Tensor]  # x -> x; of experts' rows also (x, ends) -> x
@@ -24,7 +22,6 @@ SAME_VALUES = frozenset({
     aten.lift_fresh_copy.default,
 })  # fmt: skip
 RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
-EXPERT_OPS = {torch.ops.qlab.experts_linear.default: "e o k", torch.ops.qlab.experts_matmul.default: "e k o"}
 # operation -> positions of (input, weight, bias), and the weight's layout
 WEIGHT_OPS: Mapping[Any, tuple[int, int, int | None, str]] = {
     **{op: (0, 1, 2, layout) for op, layout in EXPERT_OPS.items()},
@@ -151,111 +148,3 @@ def _grouped(sites: Iterable[Site], key: Callable[[Site], str]) -> dict[str, tup
 def tensors_of(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
     """The tensors among a segment's inputs, in the order in which its graph takes them."""
     return tuple(x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
-
-
-# ------------------------------------------------------------------ interpret
-class _Interpreter(fx.Interpreter):
-    """Runs a graph with its leaves dequantized where they are used, in the dtype of the input they meet."""
-
-    def __init__(self, mg: ModuleGraph, graph: fx.Graph):
-        super().__init__(nn.Module(), graph=graph)
-        self.mg = mg
-        self.by_weight = {s.weight: s for s in mg.code.sites if s.weight}
-
-    def placeholder(self, target: str, args: tuple, kwargs: dict) -> Any:
-        code = self.mg.code
-        if target in code.constants:
-            return code.constants[target]
-        if target not in code.params:
-            return super().placeholder(target, args, kwargs)
-        leaf = self.mg.params[code.params[target]]
-        return _Weight(code.params[target], leaf) if code.params[target] in self.by_weight else leaf
-
-    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        if target in SAME_VALUES and isinstance(args[0], _Weight):
-            return args[0]  # a weight is read in the dtype of the input it meets
-        if target in EXPERT_OPS and isinstance(args[1], _Weight):
-            return self._each_expert(EXPERT_OPS[target], *args)
-        if target in WEIGHT_OPS and isinstance(args[WEIGHT_OPS[target][1]], _Weight):
-            x_at, w_at, b_at, layout = WEIGHT_OPS[target]
-            site, x = self.by_weight[args[w_at].path], args[x_at]
-            for op in self.mg.online.get(site.path, ()):
-                x = op(x)
-            W = dense(args[w_at].leaf, x.dtype)
-            new = list(args)
-            # codes are always [o, k]; an unquantized weight still has its own layout
-            new[x_at], new[w_at] = x, W.mT if isinstance(args[w_at].leaf, QTensor) and layout == "k o" else W
-            if b_at is not None and len(args) > b_at and args[b_at] is not None:
-                new[b_at] = args[b_at].to(x.dtype)
-            args = tuple(new)
-        return super().call_function(target, args, kwargs)
-
-    def _each_expert(self, layout: str, x_sk: Tensor, weight: "_Weight", bias_eo: Tensor | None, ends: Tensor) -> Tensor:
-        for op in self.mg.online.get(self.by_weight[weight.path].path, ()):
-            x_sk = op(x_sk, ends)
-
-        def product(e: int, x_nk: Tensor) -> Tensor:  # one expert is dense at a time
-            leaf = pytree.tree_map_only(Tensor, lambda t: t[e], weight.leaf)
-            W = dense(leaf, x_nk.dtype)
-            W_ok = W.mT if layout == "e k o" and isinstance(leaf, Tensor) else W
-            return F.linear(x_nk, W_ok, None if bias_eo is None else bias_eo[e].to(x_nk.dtype))
-
-        return each_expert(x_sk, ends, product)
-
-
-@dataclass(frozen=True)
-class _Weight:
-    path: str
-    leaf: Leaf
-
-
-def interpret(graph: ModuleGraph, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What the segment computes on these inputs, with every leaf as it is now. Differentiable; the reference reading."""
-    out = _run(graph, graph.code.graph, args, kwargs)
-    return pytree.tree_unflatten(list(out), graph.code.out_spec)
-
-
-def _run(graph: ModuleGraph, code: fx.Graph, args: tuple, kwargs: dict[str, Any]) -> Any:
-    tensors, traced = tensors_of(args, kwargs), graph.code.examples
-    if len(tensors) != len(traced):
-        raise QlabError(f"{graph.path or 'the segment'} was traced with {len(traced)} input tensors and is called with "
-                        f"{len(tensors)}; trace it again for inputs of this form")
-    return _Interpreter(graph, code).run(*tensors)
-
-
-def inputs_of(graph: ModuleGraph, sources: Iterable[str], args: tuple, kwargs: dict[str, Any], everywhere: bool = False
-              ) -> dict[str, Any]:  # fmt: skip
-    """The tensors x [..., k] that reach the sites of each source, online operations included, and nothing beyond them.
-
-    Only what the sources depend on is computed: the last projection of a block never runs here. Rows of experts come with
-    what their route says (qlab.experts.route), under its node's name. everywhere: every token goes to every expert.
-    """
-    first = {source: sites[0] for source, sites in by_source(graph.code.sites).items()}
-    wanted = tuple(sources)
-    routes = tuple(sorted({route for s in wanted if (route := first[s].route)}))
-    x = dict(zip(wanted + routes, _run(graph, _ending_at(graph.code, wanted + routes, everywhere), args, kwargs)))
-    for source in wanted:
-        ends = x[first[source].route][2:] if first[source].route else ()
-        for op in graph.online.get(first[source].path, ()):
-            x[source] = op(x[source], *ends)
-    return x
-
-
-@lru_cache(maxsize=32)
-def _ending_at(code: Code, sources: tuple[str, ...], everywhere: bool = False) -> fx.Graph:
-    """A copy of the program that returns these nodes and holds nothing they do not need."""
-    copy = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    copy.graph_copy(code.graph, env)
-    by_name = {old.name: new for old, new in env.items()}
-    for node in copy.nodes:
-        if everywhere and node.target is torch.ops.qlab.route.default:
-            node.target = torch.ops.qlab.route_everywhere.default
-    copy.output(tuple(by_name[s] for s in sources))
-    copy.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or _writes(n))
-    return copy
-
-
-def _writes(node: fx.Node) -> bool:
-    # an operation in place: who reads its target through another view does not show in the graph's edges
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,11 +25,10 @@ from qlab.report import PeakMemory, bits_per_weight, describe, site_rows, versio
 from qlab.skeleton import Skeleton
 from qlab.spec import Spec, parse_spec
 from qlab.stats import Stats
-from qlab.sweep import Batch, Batches, in_batches, observe, push, record, solve
+from qlab.sweep import Batch, Batches, Inputs, in_batches, in_order, observe, push, record, solve, solve_in_order
 from qlab.transform import Transform
 from qlab.writer import Carry, Writer
 
-Inputs = Literal["quantized", "reference"]
 CODEC = "compressed-tensors"
 
 
@@ -75,8 +74,9 @@ def quantize(
 ) -> Result:
     """Apply a recipe to every block of the model and write a compressed-tensors directory.
 
-    data: calibration tokens; None only for recipes that need no statistics. inputs: whether a block is calibrated on
-    what the quantized blocks before it produce (errors propagate) or on the reference model's activations.
+    data: calibration tokens; None only for recipes that need no statistics. inputs: whether a site is calibrated on what
+    the quantized sites before it produce (errors propagate; where a stage moves inputs, on the quantized blocks before
+    its own) or on the reference model's activations.
     dtype: of the activations while calibrating (default: the checkpoint's own); statistics and solvers use fp32.
     memory: refuse to start when the predicted peak, in bytes, is above this. The same call gives the same bytes, also
     when a killed run is continued with resume=True.
@@ -112,7 +112,7 @@ def compare(
     started = time.perf_counter()
     with PeakMemory() as peak:
         skeleton = Skeleton(model, dtype or model.dtype, device)
-        plans = {name: plan(model, recipe, data, skeleton=skeleton) for name, recipe in recipes.items()}
+        plans = {name: plan(model, recipe, data, inputs=inputs, skeleton=skeleton) for name, recipe in recipes.items()}
         jobs = []
         for name, recipe in recipes.items():
             plans[name].check(memory)
@@ -170,15 +170,19 @@ def _block(skeleton: Skeleton, jobs: Sequence[_Job], index: int, batches: Batche
     """One block, solved and written for every job, and what leaves it written to `after`. Nothing of it outlives the call."""
     graph = solved = skeleton.graph(list(skeleton.blocks)[index], *next(batches()))
     watch = _watcher(graph, batches) if len(jobs) > 1 else lambda now, wanted: observe(now, wanted, batches())
+    leaving = None
     for job in jobs:
         solved = graph  # lets go of the job before
-        solved, _ = solve(graph, job.recipe, watch)
+        if in_order(job.recipe, inputs):
+            solved, leaving = solve_in_order(graph, job.recipe, batches)
+        else:
+            solved, _ = solve(graph, job.recipe, watch)
         job.writer.write_shard(index + 1, encode(skeleton, solved))
         job.writer.write_notes(index + 1, site_rows(solved))
     passed = solved if inputs == "quantized" else graph
     del graph, solved, watch  # one version of the block is enough from here on
     for carry in after:
-        carry.write(push(passed, batches()))
+        carry.write(leaving or push(passed, batches()))
 
 
 def _batches(calls: Sequence[Mapping[str, Call]], path: str, states: Carry, device: torch.device) -> Iterator[Batch]:

@@ -8,7 +8,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from qlab.errors import QlabError
-from qlab.graph import EXPERT_OPS, RESHAPES, SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, Part, Site, aten, behind_casts, tensors_of
+from qlab.experts import EXPERT_OPS
+from qlab.graph import RESHAPES, SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, Part, Site, aten, behind_casts, tensors_of
 from qlab.qtensor import Leaf
 
 

@@ -49,6 +49,7 @@ class Stage:
     detail: str = ""
     scope: Scope = field(default_factory=Scope)
     reparametrizes: bool = False  # it moves inputs, so the sites of one input belong together
+    sitewise: bool = False  # what it does to a site depends on that site's weight and statistics only
     uncovered: bool = False  # the last stage of `rules`: any site in its scope is an error
 
     def touches(self, name: str, site: Site) -> bool:
@@ -76,7 +77,7 @@ def at(pattern: str, transform: Transform) -> Transform:
 
 def keep() -> Transform:
     """Leave the sites as they are: what a rule says of layers that stay unquantized."""
-    return (Stage("keep", frozenset(), lambda graph, stats: (graph, stats)),)
+    return (Stage("keep", frozenset(), lambda graph, stats: (graph, stats), sitewise=True),)
 
 
 def rules(table: Mapping[str, Transform]) -> Transform:
@@ -87,22 +88,22 @@ def rules(table: Mapping[str, Transform]) -> Transform:
         for stage in at(pattern, transform or keep()):
             stages.append(replace(stage, scope=replace(stage.scope, exclude=stage.scope.exclude + earlier)))
         earlier = (*earlier, pattern)
-    last = Stage("rules", frozenset(), lambda g, s: (g, s), scope=Scope(exclude=earlier), uncovered=True)
+    last = Stage("rules", frozenset(), lambda g, s: (g, s), scope=Scope(exclude=earlier), uncovered=True, sitewise=True)
     return (*stages, last)
 
 
 def select(stage: Stage, graph: ModuleGraph) -> ModuleGraph:
-    """The graph with only the stage's sites selected."""
-    return replace(graph, selected=frozenset(s.path for s in graph.code.sites if stage.touches(graph.where(s), s)))
+    """The graph with only the stage's sites selected, out of those that are selected already."""
+    return replace(graph, selected=frozenset(s.path for s in graph.sites if stage.touches(graph.where(s), s)))
 
 
 def apply(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
-    """Run one stage on the sites of its scope; the result has every site selected again."""
+    """Run one stage on the selected sites of its scope; the result has the same sites selected as the graph had."""
     chosen = select(stage, graph)
     if stage.uncovered and chosen.sites:
         raise QlabError(f"no rule covers {', '.join(map(graph.where, chosen.sites))}; add a pattern, with keep() to leave them")
     new, stats = stage.apply(chosen, stats)
-    return replace(new, selected=None), stats
+    return replace(new, selected=graph.selected), stats
 
 
 # ------------------------------------------------------------------ authoring
@@ -144,7 +145,7 @@ def each_weight(name: str, fn: WeightFn, spec: Spec, needs: frozenset[str] = fro
             notes[site.path] = {**notes.get(site.path, {}), **_notes([s.errors for s in solved]), **_merged([s.note for s in solved])}
         return replace(graph.update(leaves), notes=notes), stats
 
-    return (Stage(name, needs, run, spec, detail),)
+    return (Stage(name, needs, run, spec, detail, sitewise=True),)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from families import MIXTURES, tiny
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from qlab.graph import ModuleGraph, inputs_of
+from qlab.graph import ModuleGraph
+from qlab.interpret import inputs_of
 from qlab.qtensor import QTensor, dense
 from qlab.skeleton import EXPERTS, _find_blocks
 from qlab.stats import STATS, Moment, Observation, stat_of
@@ -30,12 +31,11 @@ class Segment:
         """The statistics of `wanted` over the batches, in this order of them."""
         stats = {}
         for i in order or range(len(self.batches)):
-            routes = {s.source: s.route for s in graph.code.sites}
             found = inputs_of(graph, sorted({s for s, _ in wanted}), *self.batches[i])
             for source, name in wanted:
-                x_nk, route = found[source].flatten(0, -2), routes[source]
-                tokens, ends = (torch.arange(len(x_nk)), None) if route is None else found[route][1:]
-                stat = stat_of(name, experts=route is not None)
+                x_nk, tokens, ends = found[source].x.flatten(0, -2), found[source].tokens, found[source].ends
+                tokens = torch.arange(len(x_nk)) if tokens is None else tokens
+                stat = stat_of(name, experts=ends is not None)
                 state = stat.lift(Observation(x_nk, 1000 * i + tokens, ends))
                 stats[source, name] = stat.combine(stats[source, name], state) if (source, name) in stats else state
         return stats

@@ -13,7 +13,8 @@ from segments import assert_same, hidden, normal, of, relative, segment
 
 from qlab.absorb import fold_scales, folds
 from qlab.errors import QlabError
-from qlab.graph import by_origin, interpret
+from qlab.graph import by_origin
+from qlab.interpret import interpret
 from qlab.methods.rtn import rtn
 from qlab.spec import parse_spec
 from qlab.transform import Multiply, Rotate, at, reparametrize

@@ -10,7 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qlab.errors import QlabError
-from qlab.graph import by_source, inputs_of, interpret, tensors_of
+from qlab.graph import by_source, tensors_of
+from qlab.interpret import inputs_of, interpret
 from qlab.methods.rtn import rtn
 from qlab.qtensor import QTensor
 from qlab.skeleton import _find_blocks
@@ -88,7 +89,7 @@ def test_sites_are_the_linear_modules_and_their_inputs_what_the_modules_get(fami
     found = inputs_of(seg.graph, by_source(seg.graph.sites), args, kwargs)
     for site in (s for s in seg.graph.sites if not s.route):
         module = linears[site.path]
-        assert torch.equal(found[site.source].flatten(0, -2), seen[site.path].flatten(0, -2)), site.path
+        assert torch.equal(found[site.source].x.flatten(0, -2), seen[site.path].flatten(0, -2)), site.path
         assert torch.equal(seg.graph.weight_ok(site), module.weight.mT if isinstance(module, Conv1D) else module.weight)
         assert (site.bias is None) == (getattr(module, "bias", None) is None)
     shared = {frozenset(s.path for s in group if not s.route) for group in by_source(seg.graph.sites).values()} - {frozenset()}
@@ -134,7 +135,7 @@ def test_operations_in_place_reach_the_recorded_inputs(k, n):
     y[..., :2] = 0
     y[..., 2:] *= 3
     source = seg.graph.sites[1].source
-    assert torch.equal(inputs_of(seg.graph, [source], (x,), {})[source], y)
+    assert torch.equal(inputs_of(seg.graph, [source], (x,), {})[source].x, y)
 
 
 class Convolves(nn.Module):
