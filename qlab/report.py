@@ -1,6 +1,5 @@
 """What a run measured: per-site rows, bits per weight, peak memory, and where everything came from."""
 
-import json
 import platform
 import threading
 from collections.abc import Mapping
@@ -11,12 +10,14 @@ from typing import Any
 import psutil
 import torch
 
+from qlab.directory import read_json
 from qlab.errors import QlabError
 from qlab.graph import ModuleGraph, Site
 from qlab.methods.inputs import QuantizeInput
 from qlab.qtensor import Leaf, QTensor
 from qlab.transform import Transform
 
+RECORD = "qlab.json"
 PACKAGES = ("qlab", "torch", "transformers", "safetensors")
 
 
@@ -84,12 +85,13 @@ class PeakMemory:
         self.bytes = max(self.bytes, self.process.memory_info().rss)
 
 
+def recorded(directory: Path) -> dict[str, Any]:
+    """The qlab.json of a directory that qlab wrote; {} for directories of others."""
+    return read_json(directory / RECORD) if (directory / RECORD).is_file() else {}
+
+
 def read_report(directory: Path) -> dict[str, Any]:
-    """The qlab.json of a directory that qlab wrote."""
-    path = directory / "qlab.json"
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise QlabError(f"{directory} has no qlab.json; inspect shows directories that `qlab quantize` wrote") from error
-    except ValueError as error:
-        raise QlabError(f"{path} is not valid JSON ({error}); quantize the model again") from error
+    """The qlab.json of a directory that qlab wrote; refuses directories without one."""
+    if not (record := recorded(directory)):
+        raise QlabError(f"{directory} has no {RECORD}, which `qlab quantize` writes; give a directory that qlab wrote")
+    return record

@@ -1,12 +1,13 @@
 """On-disk formats: pure bijections between quantized values and named tensors, one file per format."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from qlab.codecs import compressed_tensors, fp8
+from qlab.codecs import auto_round, awq, compressed_tensors, fp8, gptq
 from qlab.errors import QlabError
 from qlab.graph import Op
 from qlab.qtensor import Leaf
@@ -39,6 +40,18 @@ class Codec:
     decode_input: Callable[[str, Mapping[str, Tensor], InputSpec], Op] | None = None
 
 
+def _gptq(version: gptq.Version) -> Codec:
+    return Codec(
+        gptq.refusal,
+        partial(gptq.encode, version),
+        partial(gptq.decode, version),
+        partial(gptq.config, version),
+        gptq.specs,
+    )
+
+
+GPTQ_VERSIONS = [replace(version, reordered=reordered) for version in (gptq.V1, gptq.V2) for reordered in (False, True)]
+
 CODECS: Mapping[str, Codec] = {  # what qlab writes, by the name that `--codec` takes
     "compressed-tensors": Codec(
         compressed_tensors.refusal,
@@ -49,11 +62,14 @@ CODECS: Mapping[str, Codec] = {  # what qlab writes, by the name that `--codec` 
         compressed_tensors.inputs,
         compressed_tensors.decode_input,
     ),
+    **{str(version): _gptq(version) for version in GPTQ_VERSIONS},  # gptq, gptq_v2, and either with _desc_act
+    "awq": Codec(awq.refusal, awq.encode, awq.decode, awq.config, awq.specs),
 }
+
 
 def _read_only(name: str, codec: Any) -> Codec:
     """The codec of a module that reads a format and does not write it."""
-    reason = f"qlab reads {name} and does not write it; use {' or '.join(CODECS)}"
+    reason = f"qlab reads {name} and does not write it; use compressed-tensors"
 
     def refuse(*args: Any) -> Any:
         raise QlabError(reason)
@@ -66,6 +82,15 @@ def _read_only(name: str, codec: Any) -> Codec:
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Codec]] = {
     "compressed-tensors": lambda config: CODECS["compressed-tensors"],
     "fp8": lambda config: _read_only("fp8", fp8),
+    "gptq": lambda config: CODECS[str(gptq.version(config))],
+    "awq": lambda config: CODECS["awq"],
+    "auto-round": lambda config: replace(CODECS[auto_round.layout(config)], specs=auto_round.specs),
+}
+
+# A file beside a config.json without a quantization_config -> what such a config would say; older writers made these.
+LEGACY_CONFIGS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "quantize_config.json": lambda raw: {"quant_method": "gptq", **raw},
+    "quant_config.json": awq.legacy_config,
 }
 
 
