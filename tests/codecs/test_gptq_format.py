@@ -271,7 +271,6 @@ def test_configs_in_files_of_their_own_are_read():
     (dict(spec=Int(5, Tile(1, 32), True, F16)), r"has no int5-g32; it holds integers of 2 or 3 or 4 or 8 bits"),
     (dict(scales=torch.ones(32, 2)), "scales are torch.float32 and GPTQ stores torch.float16; round scales"),
     (dict(scales=torch.ones(32, 2), spec=Int(4, Tile(1, 32), True, torch.float32)), "has no torch.float32 scales; round them"),
-    (dict(outer=torch.ones(1)), "`outer`"),
     (dict(codes=torch.full((32, 64), 8, dtype=torch.int8)), r"codes span \[8, 8\] but int4 holds \[-8, 7\]"),
     (dict(codes=torch.zeros(32, 64, dtype=torch.int8), zeros=torch.ones(32, 2), spec=Int(4, Tile(1, 32), False, F16, F16)),
      "no zero points between codes"),
