@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from qlab.errors import QlabError
-from qlab.qtensor import Leaf, Params, QTensor, dense
+from qlab.qtensor import Leaf, Params
 
 aten = torch.ops.aten
 Op = Callable[[Tensor], Tensor]
@@ -228,88 +227,3 @@ def _parts(node: fx.Node) -> tuple[Part, ...]:
             for piece in user.meta["val"]:
                 cuts.add((start, start := start + int(piece.shape[-1])))
     return tuple(Part(*cut) for cut in sorted(cuts)) if len(cuts) > 1 else ()
-
-
-# ------------------------------------------------------------------ interpret
-class _Interpreter(fx.Interpreter):
-    """Runs a graph with its leaves dequantized where they are used, in the dtype of the input they meet."""
-
-    def __init__(self, mg: ModuleGraph, graph: fx.Graph):
-        super().__init__(nn.Module(), graph=graph)
-        self.mg = mg
-        self.by_weight = {s.weight: s for s in mg.code.sites if s.weight}
-
-    def placeholder(self, target: str, args: tuple, kwargs: dict) -> Any:
-        code = self.mg.code
-        if target in code.constants:
-            return code.constants[target]
-        if target not in code.params:
-            return super().placeholder(target, args, kwargs)
-        leaf = self.mg.params[code.params[target]]
-        return _Weight(code.params[target], leaf) if code.params[target] in self.by_weight else leaf
-
-    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        if target in WEIGHT_OPS and isinstance(args[WEIGHT_OPS[target][1]], _Weight):
-            x_at, w_at, b_at, layout = WEIGHT_OPS[target]
-            site, x = self.by_weight[args[w_at].path], args[x_at]
-            for op in self.mg.online.get(site.path, ()):
-                x = op(x)
-            W = dense(args[w_at].leaf, x.dtype)
-            new = list(args)
-            # codes are always [o, k]; an unquantized weight still has its own layout
-            new[x_at], new[w_at] = x, W.mT if isinstance(args[w_at].leaf, QTensor) and layout == "k o" else W
-            if b_at is not None and len(args) > b_at and args[b_at] is not None:
-                new[b_at] = args[b_at].to(x.dtype)
-            args = tuple(new)
-        return super().call_function(target, args, kwargs)
-
-
-@dataclass(frozen=True)
-class _Weight:
-    path: str
-    leaf: Leaf
-
-
-def interpret(graph: ModuleGraph, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What the segment computes on these inputs, with every leaf as it is now. Differentiable; the reference reading."""
-    out = _run(graph, graph.code.graph, args, kwargs)
-    return pytree.tree_unflatten(list(out), graph.code.out_spec)
-
-
-def _run(graph: ModuleGraph, code: fx.Graph, args: tuple, kwargs: dict[str, Any]) -> Any:
-    tensors, traced = tensors_of(args, kwargs), graph.code.examples
-    if len(tensors) != len(traced):
-        raise QlabError(f"{graph.path or 'the segment'} was traced with {len(traced)} input tensors and is called with "
-                        f"{len(tensors)}; trace it again for inputs of this form")
-    return _Interpreter(graph, code).run(*tensors)
-
-
-def inputs_of(graph: ModuleGraph, sources: Iterable[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors x [..., k] that reach the sites of each source, online operations included, and nothing beyond them.
-
-    Only what the sources depend on is computed: the last projection of a block never runs here.
-    """
-    wanted = tuple(sources)
-    x = dict(zip(wanted, _run(graph, _ending_at(graph.code, wanted), args, kwargs)))
-    first = {source: sites[0] for source, sites in by_source(graph.code.sites).items()}
-    for source in wanted:
-        for op in graph.online.get(first[source].path, ()):
-            x[source] = op(x[source])
-    return x
-
-
-@lru_cache(maxsize=32)
-def _ending_at(code: Code, sources: tuple[str, ...]) -> fx.Graph:
-    """A copy of the program that returns these nodes and holds nothing they do not need."""
-    copy = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    copy.graph_copy(code.graph, env)
-    by_name = {old.name: new for old, new in env.items()}
-    copy.output(tuple(by_name[s] for s in sources))
-    copy.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or _writes(n))
-    return copy
-
-
-def _writes(node: fx.Node) -> bool:
-    # an operation in place: who reads its target through another view does not show in the graph's edges
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

@@ -16,11 +16,12 @@ from qlab.errors import QlabError
 from qlab.graph import Code, Site, by_source
 from qlab.report import bits_per_weight, describe
 from qlab.skeleton import Skeleton
-from qlab.spec import Spec
-from qlab.sweep import BATCH_TOKENS, in_batches
+from qlab.spec import Spec, with_scale_dtype
+from qlab.sweep import BATCH_TOKENS, HELD, Inputs, in_batches, in_order
+from qlab.targets import refusal, uniformity
 from qlab.transform import Stage, Transform
 
-CODEC = CODECS["compressed-tensors"]
+CODEC = "compressed-tensors"  # what is written unless another codec is named
 MiB = 1 << 20
 # [k, k] matrices that a stage holds at once beside its statistics
 SQUARES = {"gptq": 8, "awq_scale": 4}
@@ -77,13 +78,17 @@ class Plan:
 
 @torch.no_grad()
 def plan(
-    model: Checkpoint, recipe: Transform, data: Tokens | None = None, *, skeleton: Skeleton | None = None
-) -> Plan:
+    model: Checkpoint, recipe: Transform, data: Tokens | None = None, *, inputs: Inputs = "quantized",
+    skeleton: Skeleton | None = None, codec: str = CODEC, target: str | None = None,
+) -> Plan:  # fmt: skip
     """Stages, passes, statistics, predicted peak memory, bits per weight and what stays unquantized.
 
     Refuses by site or pattern name what cannot work: groups that do not divide, patterns without a site, sites
-    without a rule, weights rounded twice, inputs split under a reparametrization, what the format cannot hold.
+    without a rule, weights rounded twice, inputs split under a reparametrization, what the codec's format cannot hold, and
+    what the engine `target` (a name in qlab.targets) does not load, with the nearest that it does.
     """
+    if codec not in CODECS:
+        raise QlabError(f"the codec {codec!r} is unknown; qlab writes {', '.join(CODECS)}")
     if model.quantized:
         raise QlabError(f"{model.path} is quantized already; start from the unquantized model")
     if all(stage.spec is None for stage in recipe):
@@ -100,7 +105,7 @@ def plan(
     shapes = {name: _shape(skeleton, *at) for name, at in named.items()}
     for stage in recipe:
         _check_scope(stage, named, codes)
-    _check_specs(specs, shapes, named)
+    _check_specs(specs, shapes, named, model.dtype, codec, target)
     rows = {n: {"spec": str(s) if s else None, "shape": list(shapes[n]), "bits_per_weight":
                 s.bits_per_weight(shapes[n], model.dtype) if s else 8.0 * model.dtype.itemsize} for n, s in specs.items()}  # fmt: skip
     outside = [n for n in skeleton.linears() if n not in named]
@@ -109,10 +114,10 @@ def plan(
         describe(recipe),
         rows,
         [*outside, *(n for n, s in specs.items() if s is None)],
-        2 if needs else 0,
+        (1 if in_order(recipe, inputs) else 2) if needs else 0,
         tokens,
         needs,
-        predict_memory(skeleton, codes, shapes, data if needs else None, recipe),
+        predict_memory(skeleton, codes, shapes, data if needs else None, recipe, inputs),
     )
 
 
@@ -170,22 +175,29 @@ def _check_scope(stage: Stage, named: Mapping[str, tuple[str, Site]], codes: Map
                                     "a reparametrization needs one rule for all sites of an input")
 
 
-def _check_specs(specs: Mapping[str, Spec | None], shapes: Mapping[str, torch.Size], named: Mapping[str, Any]) -> None:
+def _check_specs(specs: Mapping[str, Spec | None], shapes: Mapping[str, torch.Size], named: Mapping[str, tuple[str, Site]],
+                 dtype: torch.dtype, codec: str, target: str | None) -> None:  # fmt: skip
     failed: dict[str, list[str]] = {}
-    for name, spec in specs.items():
-        if spec is None:
-            continue
+    rounded = {name: spec for name, spec in specs.items() if spec}
+    for name, spec in rounded.items():
+        layout, k = named[name][1].layout, shapes[name][-1]
         try:
             spec.tile.sizes(shapes[name])
         except QlabError as error:
             failed.setdefault(str(error), []).append(name)
-        if named[name][1].layout != "o k":
-            reason = "compressed-tensors holds nn.Linear weights, and its readers skip other modules without a word"
+        if layout != "o k":
+            reason = f"{codec} holds nn.Linear weights, and its readers skip other modules without a word"
             failed.setdefault(reason, []).append(name)
-        elif refused := CODEC.refusal(spec):
+            continue
+        refused = CODECS[codec].refusal(with_scale_dtype(spec, dtype))
+        if target and not refused:
+            refused = refusal(target, codec, spec, layout.startswith("e"), k)
+        if refused:
             failed.setdefault(refused, []).append(name)
     for reason, names in failed.items():
         raise QlabError(f"{_some(names)}: {reason}")
+    if target and (several := uniformity(target, rounded)):
+        raise QlabError(f"{several}; give all sites one")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -193,7 +205,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def predict_memory(skeleton: Skeleton, codes: Mapping[str, Code], shapes: Mapping[str, torch.Size],
-                   data: Tokens | None, recipe: Transform) -> dict[str, int]:  # fmt: skip
+                   data: Tokens | None, recipe: Transform, inputs: Inputs) -> dict[str, int]:  # fmt: skip
     """Bytes at the widest moment of the run, by what holds them: entering the first block, copying what surrounds the
     blocks, or observing, solving and leaving the widest block."""
     process = {"process": psutil.Process().memory_info().rss}
@@ -209,14 +221,14 @@ def predict_memory(skeleton: Skeleton, codes: Mapping[str, Code], shapes: Mappin
     for path, code in codes.items():
         weights = [shapes[f"{path}.{site.path}"] for site in code.sites]
         block = sum(p.numel() for p in skeleton.blocks[path].parameters()) * size
-        moments += [process | {"block": block} | held for held in _block_moments(code, weights, size, data, recipe)]
+        moments += [process | {"block": block} | held for held in _block_moments(code, weights, size, data, recipe, inputs)]
     return max(moments, key=lambda held: sum(held.values()))
 
 
 def _block_moments(code: Code, weights: Sequence[torch.Size], size: int, data: Tokens | None,
-                   recipe: Transform) -> Iterator[dict[str, int]]:  # fmt: skip
+                   recipe: Transform, inputs: Inputs) -> Iterator[dict[str, int]]:  # fmt: skip
     """What is held beside the process and the block's own leaves, at the widest moments of the block."""
-    statistics, square = 0, 0
+    statistics, square, waiting = 0, 0, 0
     if data is not None:
         ks = [weights[code.sites.index(sites[0])][-1] for sites in by_source(code.sites).values()]
         hidden, widest = weights[0][-1], max(max(shape) for shape in weights)
@@ -225,12 +237,15 @@ def _block_moments(code: Code, weights: Sequence[torch.Size], size: int, data: T
         activations = tokens * (size * (2 * hidden + max(5 * hidden, 3 * widest)) + (4 * max(ks) if size < 4 else 0))
         if any("second_moment" in stage.needs for stage in recipe):
             square = 4 * max(ks) ** 2
-            statistics = sum(4 * k * k for k in ks)
-        yield {"statistics": statistics + 2 * square, "activations": activations}  # one lifted, one combined
-        yield {"codes": sum(map(torch.Size.numel, weights)), "activations": activations + 2 * 4 * max(map(torch.Size.numel, weights))}
+            statistics = square if in_order(recipe, inputs) else sum(4 * k * k for k in ks)
+        if in_order(recipe, inputs):  # the hidden states and the input of the widest source, of every batch
+            waiting = min(HELD, data.ids.numel() * size * (hidden + max(ks)))
+        yield {"statistics": statistics + 2 * square, "activations": activations, "waiting": waiting}  # one lifted, one combined
+        yield {"codes": sum(map(torch.Size.numel, weights)), "waiting": waiting,
+               "activations": activations + 2 * 4 * max(map(torch.Size.numel, weights))}  # fmt: skip
     moved = 0
     for stage in recipe:
         moved += 4 * sum(map(torch.Size.numel, weights)) if stage.reparametrizes else 0
         rounded = 0 if stage.spec is None else sum(map(torch.Size.numel, weights))
         solver = (4 if size == 4 else 5) * 4 * max(map(torch.Size.numel, weights)) + SQUARES.get(stage.name, 1) * square
-        yield {"moved weights": moved, "codes": rounded, "statistics": statistics, "solver": solver}
+        yield {"moved weights": moved, "codes": rounded, "statistics": statistics, "waiting": waiting, "solver": solver}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,22 +14,20 @@ from rich.progress import track
 from torch import Tensor
 
 from qlab.calibration import Tokens
+from qlab.certificate import certify, hash_of
 from qlab.checkpoint import Checkpoint
-from qlab.codecs import CODECS
+from qlab.codecs import CODECS, Codec
 from qlab.errors import QlabError
-from qlab.graph import ModuleGraph
-from qlab.plan import Plan, plan
-from qlab.qtensor import QTensor
+from qlab.graph import ModuleGraph, Op
+from qlab.plan import CODEC, Plan, plan
+from qlab.qtensor import Leaf, QTensor
 from qlab.report import PeakMemory, bits_per_weight, describe, site_rows, versions
 from qlab.skeleton import Call, Skeleton
-from qlab.spec import Spec, parse_spec
+from qlab.spec import InputSpec, Spec, parse_input_spec, parse_spec
 from qlab.stats import Stats
-from qlab.sweep import Batch, Batches, in_batches, observe, push, record, solve
+from qlab.sweep import Batch, Batches, Inputs, in_batches, in_order, observe, push, record, solve, solve_in_order
 from qlab.transform import Transform
 from qlab.writer import Carry, Writer
-
-Inputs = Literal["quantized", "reference"]
-CODEC = "compressed-tensors"
 
 
 @dataclass(frozen=True)
@@ -71,17 +69,21 @@ def quantize(
     memory: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    codec: str = CODEC,
+    target: str | None = None,
 ) -> Result:
-    """Apply a recipe to every block of the model and write a compressed-tensors directory.
+    """Apply a recipe to every block of the model and write a directory in the format that `codec` names.
 
-    data: calibration tokens; None only for recipes that need no statistics. inputs: whether a block is calibrated on
-    what the quantized blocks before it produce (errors propagate) or on the reference model's activations.
+    data: calibration tokens; None only for recipes that need no statistics. inputs: whether a site is calibrated on what
+    the quantized sites before it produce (errors propagate; where a stage moves inputs, on the quantized blocks before
+    its own) or on the reference model's activations.
     dtype: of the activations while calibrating (default: the checkpoint's own); statistics and solvers use fp32.
-    memory: refuse to start when the predicted peak, in bytes, is above this. The same call gives the same bytes, also
+    memory: refuse to start when the predicted peak, in bytes, is above this. target: an engine of qlab.targets, whose limits
+    are checked before anything runs. The same call gives the same bytes, also
     when a killed run is continued with resume=True.
     """
     results = compare(model, {"": recipe}, data, out, inputs=inputs, dtype=dtype, device=device, memory=memory,
-                      overwrite=overwrite, resume=resume)  # fmt: skip
+                      overwrite=overwrite, resume=resume, codec=codec, target=target)  # fmt: skip
     return results[""]
 
 
@@ -98,6 +100,8 @@ def compare(
     memory: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    codec: str = CODEC,
+    target: str | None = None,
 ) -> dict[str, Result]:
     """Several recipes in one pass over the reference model, each into out/<name>: they share every statistic.
 
@@ -111,14 +115,15 @@ def compare(
     started = time.perf_counter()
     with PeakMemory() as peak:
         skeleton = Skeleton(model, dtype or model.dtype, device)
-        plans = {name: plan(model, recipe, data, skeleton=skeleton) for name, recipe in recipes.items()}
+        plans = {name: plan(model, recipe, data, inputs=inputs, skeleton=skeleton, codec=codec, target=target)
+                 for name, recipe in recipes.items()}  # fmt: skip
         jobs = []
         for name, recipe in recipes.items():
             plans[name].check(memory)
             used = data if plans[name].statistics else None
             job = {"source": model.fingerprint(), "recipe": describe(recipe), "data": used and used.describe(), "inputs": inputs,
-                   "dtype": str(skeleton.dtype), "device": skeleton.device.type, "versions": versions()}
-            jobs.append(_Job(recipe, Writer(Path(out) / name, job, len(skeleton.blocks) + 1, overwrite, resume), job))
+                   "dtype": str(skeleton.dtype), "device": skeleton.device.type, "codec": codec, "versions": versions()}
+            jobs.append(_Job(recipe, CODECS[codec], Writer(Path(out) / name, job, len(skeleton.blocks) + 1, overwrite, resume), job))
         if unfinished := [job for job in jobs if not job.writer.finished]:
             needed = data if any(p.statistics for p in plans.values()) else None
             _scan(skeleton, unfinished, needed, inputs)
@@ -132,6 +137,7 @@ def compare(
 @dataclass(frozen=True)
 class _Job:
     recipe: Transform
+    codec: Codec
     writer: Writer
     identity: Mapping[str, Any]
 
@@ -169,15 +175,20 @@ def _block(skeleton: Skeleton, jobs: Sequence[_Job], index: int, batches: Batche
     """One block, solved and written for every job, and what leaves it written to `after`. Nothing of it outlives the call."""
     graph = solved = skeleton.graph(list(skeleton.blocks)[index], *next(batches()))
     watch = _watcher(graph, batches) if len(jobs) > 1 else lambda now, wanted: observe(now, wanted, batches())
+    leaving = None
     for job in jobs:
         solved = graph  # lets go of the job before
-        solved, _ = solve(graph, job.recipe, watch)
-        job.writer.write_shard(index + 1, encode(skeleton, solved))
-        job.writer.write_notes(index + 1, site_rows(solved))
+        if in_order(job.recipe, inputs):
+            solved, leaving = solve_in_order(graph, job.recipe, batches)
+        else:
+            solved, _ = solve(graph, job.recipe, watch)
+        leaves = as_stored(skeleton, solved)
+        job.writer.write_shard(index + 1, encode(leaves, job.codec, online_at(skeleton, solved, job.codec)).items())
+        job.writer.write_notes(index + 1, {"sites": site_rows(solved), **certificates(leaves, skeleton.checkpoint)})
     passed = solved if inputs == "quantized" else graph
     del graph, solved, watch  # one version of the block is enough from here on
     for carry in after:
-        carry.write(push(passed, batches()))
+        carry.write(leaving or push(passed, batches()))
 
 
 def _batches(calls: Sequence[Mapping[str, Call]], path: str, states: Carry, device: torch.device) -> Iterator[Batch]:
@@ -198,29 +209,59 @@ def _watcher(graph: ModuleGraph, batches: Batches) -> Callable[[ModuleGraph, set
     return watch
 
 
-def encode(skeleton: Skeleton, graph: ModuleGraph) -> dict[str, Tensor]:
-    """A block's tensors as the files hold them: codes packed by the codec, everything else in its own stored dtype."""
-    if graph.online:
-        raise QlabError(f"{', '.join(f'{graph.path}.{p}' for p in graph.online)} still need an operation at run time, which "
-                        f"{CODEC} cannot hold; absorb() it or choose a method without it")
+def as_stored(skeleton: Skeleton, graph: ModuleGraph) -> dict[str, Leaf]:
+    """A block's leaves by their names in the files, each unquantized one in its own stored dtype."""
+    names, stored = skeleton.block_names(graph.path), skeleton.checkpoint.shape_and_dtype
+    leaves = {file_name: graph.params[name] for name, file_name in names.items()}
+    return {name: leaf if isinstance(leaf, QTensor) else leaf.to(stored(name)[1]) for name, leaf in leaves.items()}
+
+
+def online_at(skeleton: Skeleton, graph: ModuleGraph, codec: Codec) -> dict[str, tuple[Op, ...]]:
+    """What still happens to inputs at run time, by the leaves' names in the files; refused where the format has no place for it."""
+    names, online = skeleton.block_names(graph.path), {}
+    for site in graph.code.sites:
+        if ops := graph.online.get(site.path, ()):
+            leaf = graph.params[site.weight or ""]
+            if reason := codec.refusal(leaf.spec, ops) if isinstance(leaf, QTensor) else "its weight is not quantized":
+                raise QlabError(f"{graph.where(site)} still needs an operation at run time: {reason}")
+            online[names[site.weight or ""]] = ops
+    return online
+
+
+def encode(leaves: Mapping[str, Leaf], codec: Codec, online: Mapping[str, tuple[Op, ...]]) -> dict[str, Tensor]:
+    """The tensors of these leaves: codes packed by the codec, everything else as it is."""
     tensors: dict[str, Tensor] = {}
-    for name, file_name in skeleton.block_names(graph.path).items():
-        leaf = graph.params[name]
-        if isinstance(leaf, QTensor):
-            tensors |= CODECS[CODEC].encode(file_name.rpartition(".")[0], leaf)
-        else:
-            tensors[file_name] = leaf.to(skeleton.checkpoint.shape_and_dtype(file_name)[1])
+    for name, leaf in leaves.items():
+        ops = [online[name]] if name in online else []
+        tensors |= codec.encode(name.rpartition(".")[0], leaf, *ops) if isinstance(leaf, QTensor) else {name: leaf}
     return tensors
 
 
+def certificates(leaves: Mapping[str, Leaf], reference: Checkpoint) -> dict[str, dict[str, Any]]:
+    """What `verify` can hold a block to: a certificate per quantized module, and the hash of every other tensor that differs
+    from the reference's."""
+    certified: dict[str, Any] = {}
+    changed: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        original = reference.leaf(name) if name in reference.stored else None
+        if isinstance(leaf, QTensor):
+            certified[name.rpartition(".")[0]] = certify(leaf, original)
+        elif not isinstance(original, Tensor) or not torch.equal(leaf.cpu(), original):
+            changed[name] = hash_of(leaf)
+    return {"certificates": certified, "changed": changed}
+
+
 def _finish(skeleton: Skeleton, job: _Job) -> None:
-    model, sites = skeleton.checkpoint, job.writer.notes()
+    model, notes = skeleton.checkpoint, job.writer.notes()
     specs: dict[str, Spec | None] = {}
+    inputs: dict[str, InputSpec | None] = {}
     for name in skeleton.linears():
-        row = sites.get(name)
+        row = notes["sites"].get(name)
         spec = parse_spec(row["spec"]) if row and row["spec"] else None
+        rounded = parse_input_spec(row["inputs"]) if row and row.get("inputs") else None
         specs |= {name: spec, skeleton.module_name(name): spec}  # readers match the one or the other
-    config = json.loads((model.path / "config.json").read_text())
-    config["quantization_config"] = CODECS[CODEC].config(specs)
-    record = {"job": job.identity, "sites": sites, "bits_per_weight": bits_per_weight(sites)}
+        inputs |= {name: rounded, skeleton.module_name(name): rounded}
+    rounding = [inputs] if any(inputs.values()) else []
+    config = {**model.raw, "quantization_config": job.codec.config(specs, *rounding)}
+    record = {"job": job.identity, **notes, "bits_per_weight": bits_per_weight(notes["sites"])}
     job.writer.finish({"config.json": config, "qlab.json": record}, model.path)

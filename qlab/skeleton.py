@@ -7,7 +7,7 @@ replaced by recorders; the head is run the same way, with the last block replayi
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,10 @@ class Skeleton:
         for name, buffer in self.blocks[path].named_buffers():
             stored = self.file_name(f"{path}.{name}")
             leaves[name] = (self.checkpoint.tensor(stored) if stored in self.checkpoint.files else buffer).to(self.device)
-        return ModuleGraph(self.code(path, call, hidden), leaves, path, dtype=self.checkpoint.dtype)
+        code = self.code(path, call, hidden)
+        ops = {site.path: self.checkpoint.online(self.module_name(f"{path}.{site.path}")) for site in code.sites}
+        online = {site: op for site, op in ops.items() if op}
+        return ModuleGraph(code, leaves, path, dtype=self.checkpoint.dtype, online=online)
 
     def code(self, path: str, call: Call, hidden: Tensor) -> Code:
         """The traced program of a block; traced once for all blocks of one structure.
@@ -124,6 +127,8 @@ class Skeleton:
             file_name = self.file_name(name)
             if id(parameter) in head_parameters and self._tied(name):
                 file_name = self.file_name(_name_of(self.model, embedding))
+            if file_name.rpartition(".")[0] in self.checkpoint.inputs:
+                raise QlabError(f"{name} has inputs that are rounded at run time, which qlab does inside blocks only")
             value = self.checkpoint.leaf(file_name, self.dtype)
             _set(self.model, name, dense(value, self.dtype).to(self.device))
         for buffer_owner in self.model.modules():
@@ -135,10 +140,10 @@ class Skeleton:
         """Whether the files leave the head's tensor out because it is the embedding's."""
         return head not in self._spelled and bool(self.checkpoint.config.get_text_config().tie_word_embeddings)
 
-    def outside(self) -> dict[str, Tensor]:
-        """Every tensor of the files that belongs to no block, as stored."""
+    def outside(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the files that belongs to no block, as stored, one at a time."""
         inside = {name for path in self.blocks for name in self.block_names(path).values()}
-        return {name: self.checkpoint.tensor(name) for name in self.checkpoint.files if name not in inside}
+        return ((name, self.checkpoint.tensor(name)) for name in self.checkpoint.files if name not in inside)
 
     def linears(self) -> list[str]:
         """Names of all linear modules, in the model's spelling."""

@@ -1,19 +1,23 @@
 """Quantizing is a scan over segments: load one, observe what the next stage needs, apply the stage, push the carry on."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from qlab.errors import QlabError
-from qlab.graph import ModuleGraph, inputs_of, interpret
+from qlab.graph import ModuleGraph, by_source
+from qlab.interpret import Walk, inputs_of, interpret
 from qlab.skeleton import Call, Skeleton
 from qlab.stats import STATS, Observation, Stats
 from qlab.transform import Transform, apply, select
 
 BATCH_TOKENS = 2048
+HELD = 2 << 30  # bytes of values that may wait inside a segment while its sources are solved one by one
 Batch = tuple[Call, Tensor]  # what a block is called with, and its hidden states [b, l, d]
+Inputs = Literal["quantized", "reference"]  # what a block sees while it is calibrated
 Batches = Callable[[], Iterator[Batch]]
 
 
@@ -39,21 +43,31 @@ def observe(graph: ModuleGraph, wanted: set[tuple[str, str]], batches: Iterator[
     Refuses NaN and Inf in activations, naming the sites they reach.
     """
     sources = sorted({source for source, _ in wanted})
-    stats: dict[tuple[str, str], Any] = {}
-    seen = 0
+    seen = _Seen(graph, wanted)
     for call, hidden in batches:
-        count = hidden.shape[0] * hidden.shape[1]
-        keys = torch.arange(seen, seen + count)
-        seen += count
-        for source, x in inputs_of(graph, sources, *call.inputs(hidden)).items():
+        seen.add(inputs_of(graph, sources, *call.inputs(hidden)))
+    return seen.stats
+
+
+class _Seen:
+    """Statistics as they grow, batch by batch."""
+
+    def __init__(self, graph: ModuleGraph, wanted: set[tuple[str, str]]):
+        self.graph, self.wanted = graph, wanted
+        self.tokens = dict.fromkeys((source for source, _ in wanted), 0)
+        self.stats: dict[tuple[str, str], Any] = {}
+
+    def add(self, inputs: Mapping[str, Tensor]) -> None:
+        """One batch: source -> what reaches its sites, [..., k]."""
+        for source, x in inputs.items():
             x_nk = x.flatten(0, -2)
             if not x_nk.sum().isfinite() and not torch.isfinite(x_nk).all():  # the sum is the cheaper question
-                _refuse_nonfinite(graph, source, x.dtype)
-            for name in sorted(n for s, n in wanted if s == source):
-                state = STATS[name].lift(Observation(x_nk, keys.to(x_nk.device)))
-                key = (source, name)
-                stats[key] = STATS[name].combine(stats[key], state) if key in stats else state
-    return stats
+                _refuse_nonfinite(self.graph, source, x.dtype)
+            start, self.tokens[source] = self.tokens[source], self.tokens[source] + len(x_nk)
+            keys = torch.arange(start, self.tokens[source]).to(x_nk.device)
+            for name in sorted(n for s, n in self.wanted if s == source):
+                state, key = STATS[name].lift(Observation(x_nk, keys)), (source, name)
+                self.stats[key] = STATS[name].combine(self.stats[key], state) if key in self.stats else state
 
 
 def _refuse_nonfinite(graph: ModuleGraph, source: str, dtype: torch.dtype) -> None:
@@ -67,8 +81,46 @@ def _refuse_nonfinite(graph: ModuleGraph, source: str, dtype: torch.dtype) -> No
 def push(graph: ModuleGraph, batches: Iterator[Batch]) -> Iterator[Tensor]:
     """The hidden states that leave the segment, batch by batch."""
     for call, hidden in batches:
-        out = interpret(graph, *call.inputs(hidden))
-        yield out if isinstance(out, Tensor) else next(t for t in out if isinstance(t, Tensor) and t.shape == hidden.shape)
+        yield _hidden(interpret(graph, *call.inputs(hidden)), hidden)
+
+
+def _hidden(out: Any, hidden: Tensor) -> Tensor:
+    return out if isinstance(out, Tensor) else next(t for t in out if isinstance(t, Tensor) and t.shape == hidden.shape)
+
+
+def in_order(transform: Transform, inputs: Inputs) -> bool:
+    """Whether a recipe can be solved source after source, each on what the quantized ones before it produce."""
+    return inputs == "quantized" and all(stage.sitewise for stage in transform)
+
+
+def solve_in_order(graph: ModuleGraph, transform: Transform, batches: Batches) -> tuple[ModuleGraph, Iterator[Tensor]]:
+    """All stages, source after source in running order, each on inputs that the quantized sources before it produced;
+    with the hidden states that leave the solved segment, batch by batch.
+
+    One forward pass: it waits at each source until that is solved. Where the values of waiting batches are more than HELD
+    bytes, the others are let go and computed again. Every stage must be sitewise.
+    """
+    walks = [Walk(graph.code) for _ in batches()]
+    for source, sites in by_source(graph.code.sites).items():
+        graph = replace(graph, selected=frozenset(site.path for site in sites))
+        wanted = {(source, need) for stage in transform if select(stage, graph).sites for need in stage.needs}
+        stats = _at(source, graph, wanted, walks, batches()) if wanted else {}
+        for stage in transform:
+            graph, stats = apply(stage, graph, stats)
+    graph = replace(graph, selected=None)
+    return graph, (_hidden(walk.end(graph, *call.inputs(h)), h) for walk, (call, h) in zip(walks, batches()))
+
+
+def _at(source: str, graph: ModuleGraph, wanted: set, walks: Sequence[Walk], batches: Iterator[Batch]) -> Stats:
+    """The statistics `wanted` of one source, with every walk waiting there."""
+    seen, held = _Seen(graph, wanted), 0
+    for walk, (call, hidden) in zip(walks, batches):
+        seen.add({source: walk.to(graph, source, *call.inputs(hidden))})
+        held += walk.nbytes()
+        if held > HELD:
+            held -= walk.nbytes()
+            walk.forget()
+    return seen.stats
 
 
 def record(skeleton: Skeleton, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[dict[str, Call]]]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from qlab.errors import QlabError
-from qlab.graph import ModuleGraph, by_source
-from qlab.qtensor import Leaf, QTensor, dense
+from qlab.graph import ModuleGraph, Site, by_source
+from qlab.qtensor import Leaf, QTensor, dense, shared_outer
 from qlab.spec import Spec, with_scale_dtype
 from qlab.stats import Moment, Stats, quadratic, transport
 
@@ -46,6 +46,7 @@ class Stage:
     detail: str = ""
     scope: Scope = field(default_factory=Scope)
     reparametrizes: bool = False  # it moves inputs, so the sites of one input belong together
+    sitewise: bool = False  # what it does to a site depends on that site's weight and statistics only
     uncovered: bool = False  # the last stage of `rules`: any site in its scope is an error
 
 
@@ -69,7 +70,7 @@ def at(pattern: str, transform: Transform) -> Transform:
 
 def keep() -> Transform:
     """Leave the sites as they are: what a rule says of layers that stay unquantized."""
-    return (Stage("keep", frozenset(), lambda graph, stats: (graph, stats)),)
+    return (Stage("keep", frozenset(), lambda graph, stats: (graph, stats), sitewise=True),)
 
 
 def rules(table: Mapping[str, Transform]) -> Transform:
@@ -80,22 +81,22 @@ def rules(table: Mapping[str, Transform]) -> Transform:
         for stage in at(pattern, transform or keep()):
             stages.append(replace(stage, scope=replace(stage.scope, exclude=stage.scope.exclude + earlier)))
         earlier = (*earlier, pattern)
-    last = Stage("rules", frozenset(), lambda g, s: (g, s), scope=Scope(exclude=earlier), uncovered=True)
+    last = Stage("rules", frozenset(), lambda g, s: (g, s), scope=Scope(exclude=earlier), uncovered=True, sitewise=True)
     return (*stages, last)
 
 
 def select(stage: Stage, graph: ModuleGraph) -> ModuleGraph:
-    """The graph with only the stage's sites selected."""
-    return replace(graph, selected=frozenset(s.path for s in graph.code.sites if graph.where(s) in stage.scope))
+    """The graph with only the stage's sites selected, out of those that are selected already."""
+    return replace(graph, selected=frozenset(s.path for s in graph.sites if graph.where(s) in stage.scope))
 
 
 def apply(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
-    """Run one stage on the sites of its scope; the result has every site selected again."""
+    """Run one stage on the selected sites of its scope; the result has the same sites selected as the graph had."""
     chosen = select(stage, graph)
     if stage.uncovered and chosen.sites:
         raise QlabError(f"no rule covers {', '.join(map(graph.where, chosen.sites))}; add a pattern, with keep() to leave them")
     new, stats = stage.apply(chosen, stats)
-    return replace(new, selected=None), stats
+    return replace(new, selected=graph.selected), stats
 
 
 # ------------------------------------------------------------------ authoring
@@ -107,19 +108,24 @@ def each_weight(name: str, fn: WeightFn, spec: Spec, needs: frozenset[str] = fro
 
     The spec that fn gets has its scale dtype settled. detail: the stage's own settings, for plans and provenance.
 
+    Beside the statistics, fn finds "outer": the global scale where the spec has one (NVFP4), else None. It is one for all
+    selected weights of a source, since engines fuse those (q, k and v; gate and up).
+
     Notes go into the report, with the relative weight error |W - W'| / |W| and, where the second moment is at hand,
     the relative calibration loss tr(D H D^T) / tr(W H W^T), D = W' - W.
     """
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
         leaves, notes = {}, dict(graph.notes)
+        settled = with_scale_dtype(spec, graph.dtype)
+        outers = _outers(graph, settled)
         for site in graph.sites:
             W_ok = graph.weight_ok(site)
             if not torch.isfinite(W_ok).all():
                 raise QlabError(f"{graph.where(site)}.weight holds NaN or Inf; repair the checkpoint or keep() this site")
-            seen = {need: stats[site.source, need] for need in needs}
+            seen = {need: stats[site.source, need] for need in needs} | {"outer": outers.get(site.path)}
             try:
-                leaf, note = fn(W_ok, seen, with_scale_dtype(spec, graph.dtype))
+                leaf, note = fn(W_ok, seen, settled)
             except QlabError as error:
                 raise QlabError(f"{graph.where(site)}: {error}") from error
             assert site.weight is not None  # weight_ok refused it otherwise
@@ -127,7 +133,18 @@ def each_weight(name: str, fn: WeightFn, spec: Spec, needs: frozenset[str] = fro
             notes[site.path] = {**notes.get(site.path, {}), **_errors(W_ok, leaf, seen.get("second_moment")), **note}
         return replace(graph.update(leaves), notes=notes), stats
 
-    return (Stage(name, needs, run, spec, detail),)
+    return (Stage(name, needs, run, spec, detail, sitewise=True),)
+
+
+def _outers(graph: ModuleGraph, spec: Spec) -> dict[str, Tensor]:
+    """Site path -> the outer scale that it shares with the sites of its source; empty where the spec has none."""
+    if not spec.outer:
+        return {}
+    groups: dict[Any, list[Site]] = {}
+    for site in graph.sites:
+        groups.setdefault((site.source, graph.weight_ok(site).shape[:-2]), []).append(site)
+    shared = [(sites, shared_outer(map(graph.weight_ok, sites), spec)) for sites in groups.values()]
+    return {site.path: outer for sites, outer in shared for site in sites if outer is not None}
 
 
 def _errors(W_ok: Tensor, leaf: Leaf, moment: Moment | None) -> dict[str, float]:

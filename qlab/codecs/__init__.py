@@ -9,8 +9,9 @@ from torch import Tensor
 
 from qlab.codecs import auto_round, awq, compressed_tensors, gptq
 from qlab.errors import QlabError
-from qlab.qtensor import QTensor
-from qlab.spec import Spec
+from qlab.graph import Op
+from qlab.qtensor import Leaf
+from qlab.spec import InputSpec, Spec
 
 Specs = Mapping[str, Spec | None]  # every linear module of a model -> how its weight is stored; None is unquantized
 
@@ -22,14 +23,21 @@ class Codec:
     refusal(spec, online=()): why the format cannot hold such a weight, or None; ask before any work.
     encode(path, leaf): the tensors of module `path` for a leaf [o, k]. decode(path, tensors, spec): the inverse.
     config(specs): config.json's quantization_config. specs(config, names): the spec of every module that is quantized
-    among the tensor `names` of a directory's files; what it cannot read is refused by name.
+    among the tensor `names` of a directory's files; what it cannot read is refused by name. A spec of None is a dense
+    weight in a layout of the format's own.
+
+    Formats that round inputs at run time take those operations as a further argument of `encode` (online) and how they
+    round as one of `config` (inputs: path -> InputSpec), and read both: inputs(config, names) like specs,
+    decode_input(path, tensors, spec) the operation.
     """
 
     refusal: Callable[..., str | None]
-    encode: Callable[[str, QTensor], dict[str, Tensor]]
-    decode: Callable[[str, Mapping[str, Tensor], Spec], QTensor]
-    config: Callable[[Specs], dict[str, Any]]
-    specs: Callable[[Mapping[str, Any], Collection[str]], dict[str, Spec]]
+    encode: Callable[..., dict[str, Tensor]]
+    decode: Callable[[str, Mapping[str, Tensor], Any], Leaf]
+    config: Callable[..., dict[str, Any]]
+    specs: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, Spec | None]]
+    inputs: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, InputSpec]] = lambda config, names: {}
+    decode_input: Callable[[str, Mapping[str, Tensor], InputSpec], Op] | None = None
 
 
 def _gptq(version: gptq.Version) -> Codec:
@@ -51,6 +59,8 @@ CODECS: Mapping[str, Codec] = {  # what qlab writes, by the name that `--codec` 
         compressed_tensors.decode,
         compressed_tensors.config,
         compressed_tensors.specs,
+        compressed_tensors.inputs,
+        compressed_tensors.decode_input,
     ),
     **{str(version): _gptq(version) for version in GPTQ_VERSIONS},  # gptq, gptq_v2, and either with _desc_act
     "awq": Codec(awq.refusal, awq.encode, awq.decode, awq.config, awq.specs),

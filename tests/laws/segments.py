@@ -10,7 +10,8 @@ from families import tiny
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from qlab.graph import ModuleGraph, inputs_of, trace
+from qlab.graph import ModuleGraph, trace
+from qlab.interpret import inputs_of
 from qlab.qtensor import QTensor, dense
 from qlab.skeleton import _find_blocks
 from qlab.stats import STATS, Moment, Observation

@@ -12,7 +12,8 @@ from segments import assert_same, hidden, normal, of, relative, segment
 
 from qlab.absorb import fold_scales, folds
 from qlab.errors import QlabError
-from qlab.graph import by_source, interpret
+from qlab.graph import by_source
+from qlab.interpret import interpret
 from qlab.methods.rtn import rtn
 from qlab.spec import parse_spec
 from qlab.transform import Multiply, Rotate, at, reparametrize

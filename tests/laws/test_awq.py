@@ -8,7 +8,8 @@ from families import FAMILIES
 from segments import assert_same, hidden, relative, segment
 
 from qlab.absorb import folds
-from qlab.graph import by_source, interpret
+from qlab.graph import by_source
+from qlab.interpret import interpret
 from qlab.methods.awq import awq, awq_scale
 from qlab.methods.grid import encode, minmax, mse, weighted
 from qlab.methods.rtn import rtn

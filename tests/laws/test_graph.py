@@ -10,7 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qlab.errors import QlabError
-from qlab.graph import by_source, inputs_of, interpret, tensors_of, trace
+from qlab.graph import by_source, tensors_of, trace
+from qlab.interpret import inputs_of, interpret
 from qlab.methods.rtn import rtn
 from qlab.qtensor import QTensor
 from qlab.skeleton import _find_blocks

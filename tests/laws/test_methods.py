@@ -9,7 +9,7 @@ from families import FAMILIES
 from methods import LAW_METHODS, LAW_SPECS
 from segments import assert_same, hidden, relative, reversed_sites, segment, tensors, untouched
 
-from qlab.graph import interpret
+from qlab.interpret import interpret
 from qlab.methods import METHODS
 from qlab.qtensor import QTensor, dense
 from qlab.spec import Int, Tile, parse_spec, with_scale_dtype

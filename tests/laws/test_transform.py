@@ -10,7 +10,8 @@ from methods import LAW_METHODS
 from segments import assert_same, normal, segment
 
 from qlab.errors import QlabError
-from qlab.graph import by_source, interpret
+from qlab.graph import by_source
+from qlab.interpret import interpret
 from qlab.methods.rtn import rtn
 from qlab.qtensor import QTensor
 from qlab.spec import parse_spec

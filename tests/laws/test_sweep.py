@@ -1,0 +1,131 @@
+"""One forward pass that waits at every source: what it sees, what it solves and what leaves it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from families import FAMILIES
+from segments import assert_same, hidden, normal, of, segment
+from torch import nn
+
+from qlab import sweep
+from qlab.graph import by_source
+from qlab.interpret import Walk, inputs_of, interpret
+from qlab.methods.gptq import gptq
+from qlab.methods.rtn import rtn
+from qlab.skeleton import Call
+from qlab.spec import parse_spec
+from qlab.sweep import solve_in_order
+from qlab.transform import at, chain, keep, rules
+
+SPEC = parse_spec("int4-g16")
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def batches_of(seg):
+    """The segment's calls as the driver makes them."""
+    def one(args, kwargs):
+        leaves, spec = torch.utils._pytree.tree_flatten((args, kwargs))
+        where = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
+        return Call((*leaves[:where], None, *leaves[where + 1 :]), spec, where), leaves[where]
+
+    return lambda: iter([one(*batch) for batch in seg.batches])
+
+
+def rounded_before(graph, solved, source):
+    """The graph with the leaves of `solved` at every site that runs before those of the source."""
+    groups = by_source(graph.code.sites)
+    done = [s.weight for earlier in list(groups)[: list(groups).index(source)] for s in groups[earlier]]
+    return graph.update({weight: solved.params[weight] for weight in done})
+
+
+@every_family
+@pytest.mark.parametrize("forgetful", [False, True])
+def test_a_walk_meets_at_every_source_what_the_leaves_before_it_produce(family, forgetful):
+    seg = segment(family)
+    graph, solved = seg.graph, seg.solve(rtn(SPEC))[0]
+    walk, batch = Walk(graph.code), seg.batches[0]
+    for source in by_source(graph.code.sites):
+        now = rounded_before(graph, solved, source)
+        assert torch.equal(walk.to(now, source, *batch), inputs_of(now, [source], *batch)[source])
+        if forgetful:
+            walk.forget()
+            assert walk.nbytes() == 0
+    assert_same(walk.end(solved, *batch), interpret(solved, *batch))
+
+
+@every_family
+def test_each_source_is_solved_on_what_the_quantized_ones_before_it_produce(family):
+    seg = segment(family)
+    graph, leaving = solve_in_order(seg.graph, gptq(SPEC), batches_of(seg))
+    by_hand = seg.graph
+    for sites in by_source(seg.graph.code.sites).values():
+        here = replace(by_hand, selected=frozenset(s.path for s in sites))
+        by_hand = replace(seg.solve(gptq(SPEC), here)[0], selected=None)
+    assert_same(graph, by_hand)
+    assert graph.selected is None
+    for out, batch in zip(leaving, seg.batches, strict=True):
+        assert torch.equal(out, hidden(interpret(graph, *batch)))
+
+
+def test_an_input_that_is_copied_early_waits_for_its_site():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            early = (2 * x).clone()
+            return self.second(early) + self.first(x + 1)
+
+    class Swapped(Late):
+        def forward(self, x):
+            early = (2 * x).clone()
+            return self.first(x + 1) + self.second(early)
+
+    for block in (Late(), Swapped()):
+        seg = of(block, normal(2, 4, 16, seed=0))
+        walk = Walk(seg.graph.code)
+        for source in by_source(seg.graph.code.sites):
+            expected = inputs_of(seg.graph, [source], *seg.batches[0])[source]
+            assert torch.equal(walk.to(seg.graph, source, *seg.batches[0]), expected)
+
+
+def test_what_does_not_fit_is_computed_again_to_the_same_bits(monkeypatch):
+    seg, results = segment("llama"), []
+    for held in (0, 20000, 1 << 30):
+        monkeypatch.setattr(sweep, "HELD", held)
+        graph, leaving = solve_in_order(seg.graph, gptq(SPEC), batches_of(seg))
+        results.append([graph, *map(torch.clone, leaving)])
+    first, *others = results
+    for other in others:
+        assert_same(first[0], other[0])
+        assert all(map(torch.equal, first[1:], other[1:]))
+
+
+def test_what_waits_is_within_the_limit(monkeypatch):
+    seg, waiting = segment("llama"), []
+    monkeypatch.setattr(sweep, "HELD", 20000)
+    walks = []
+    monkeypatch.setattr(sweep, "Walk", lambda code: walks.append(Walk(code)) or walks[-1])
+    watched = rules({"*.o_proj": gptq(SPEC), "*": keep()})
+    watched = tuple(replace(s, apply=lambda g, st: waiting.append(sum(w.nbytes() for w in walks)) or (g, st)) for s in watched)
+    solve_in_order(seg.graph, watched, batches_of(seg))
+    assert 0 < max(waiting) <= 20000
+
+
+def test_rules_hold_source_by_source():
+    seg = segment("llama")
+    recipe = rules({"*.o_proj": keep(), "*.mlp.*": rtn(SPEC), "*": gptq(SPEC)})
+    graph, _ = solve_in_order(seg.graph, recipe, batches_of(seg))
+    assert isinstance(graph.params["self_attn.o_proj.weight"], torch.Tensor)
+    alone, _ = solve_in_order(seg.graph, at("*.mlp.*", rtn(SPEC)), batches_of(seg))
+    assert torch.equal(graph.params["mlp.up_proj.weight"].codes, alone.params["mlp.up_proj.weight"].codes)
+
+
+def test_only_sitewise_recipes_on_quantized_inputs_are_solved_in_order():
+    from qlab.methods.awq import awq_scale
+
+    assert sweep.in_order(rules({"*.o_proj": keep(), "*": gptq(SPEC)}), "quantized")
+    assert not sweep.in_order(gptq(SPEC), "reference")
+    assert not sweep.in_order(chain(awq_scale(SPEC), gptq(SPEC)), "quantized")
