@@ -1,11 +1,15 @@
 """Runs inside an environment with GPTQModel: `read DIR...` writes DIR.dense.safetensors, what its kernel makes of every
 quantized weight; `write MODEL OUT` quantizes a model in every way of WAYS, each into OUT/<name>, and reads them."""
 
+import json
 import sys
+from pathlib import Path
 
 import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
+from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 from safetensors.torch import save_file
 
 SKIP_AND_CHANGE = {r"-:.*\.down_proj": {}, r"+:.*\.o_proj": {"bits": 8, "group_size": 32}}
@@ -20,12 +24,19 @@ WAYS = {
 }
 
 
+def dense(module):
+    """[out, in] as the kernel itself computes it."""
+    if isinstance(module, AwqTorchLinear):
+        return dequantize_gemm(module.qweight, module.qzeros, module.scales, module.bits, module.group_size).T
+    return module.dequantize_weight().detach().T
+
+
 def read(directory):
-    backend = BACKEND.AWQ_TORCH if '"quant_method": "awq"' in open(f"{directory}/config.json").read() else BACKEND.GPTQ_TORCH
+    config = json.loads(Path(directory, "config.json").read_text())
+    backend = BACKEND.AWQ_TORCH if config["quantization_config"]["quant_method"] == "awq" else BACKEND.GPTQ_TORCH
     model = GPTQModel.load(directory, backend=backend, device="cpu", dtype=torch.float16)
     modules = {name: m for name, m in model.model.named_modules() if isinstance(m, BaseQuantLinear)}
-    dense = {name: m.dequantize_weight().detach().T.half().contiguous() for name, m in modules.items()}
-    save_file(dense, f"{directory}.dense.safetensors")
+    save_file({name: dense(m).half().contiguous() for name, m in modules.items()}, f"{directory}.dense.safetensors")
 
 
 def write(source, out):
