@@ -1,9 +1,10 @@
 """On-disk formats: pure bijections between quantized values and named tensors, one file per format."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qlab.codecs import compressed_tensors
@@ -46,6 +47,15 @@ CODECS: Mapping[str, Codec] = {  # what qlab writes, by the name that `--codec` 
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Codec]] = {
     "compressed-tensors": lambda config: CODECS["compressed-tensors"],
 }
+
+
+def storable(spec: Spec, codec: str, dtype: torch.dtype) -> Spec:
+    """The spec with scales in the dtype of the weights where the codec stores such scales, else in float16; the spec as it is
+    where it cannot store either."""
+    if codec in CODECS and spec.scale_dtype is None and CODECS[codec].refusal(replace(spec, scale_dtype=dtype)):
+        halves = replace(spec, scale_dtype=torch.float16)
+        return halves if CODECS[codec].refusal(halves) is None else spec
+    return spec
 
 
 def reader(config: Mapping[str, Any]) -> Codec:
