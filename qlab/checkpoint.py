@@ -4,7 +4,7 @@ import hashlib
 import struct
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qlab.codecs import Codec, reader
+from qlab.codecs import LEGACY_CONFIGS, Codec, reader
 from qlab.directory import CONFIG, INDEX, Stored, locate, read_json
 from qlab.errors import QlabError
+from qlab.graph import Op
 from qlab.qtensor import Leaf
-from qlab.spec import Spec
+from qlab.spec import InputSpec, Spec
 from qlab.tensors import dtype_of, read
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ __all__ = ["INDEX", "Checkpoint", "open_checkpoint"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """raw: config.json as it stands. stored: tensor name -> where it lies. quantized: module path -> its spec on disk.
+    """raw: config.json as it stands. stored: tensor name -> where it lies. quantized: module path -> its spec on disk (None:
+    a dense weight in a layout of the codec's). inputs: module path -> how its input is rounded at run time.
 
     Only `config` asks transformers, so that everything else also works for models it does not know.
     """
@@ -36,7 +38,8 @@ class Checkpoint:
     raw: Mapping[str, Any]
     stored: Mapping[str, Stored]
     codec: Codec | None
-    quantized: Mapping[str, Spec]
+    quantized: Mapping[str, Spec | None]
+    inputs: Mapping[str, InputSpec] = field(default_factory=dict)
 
     @cached_property
     def config(self) -> "PretrainedConfig":
@@ -72,7 +75,7 @@ class Checkpoint:
         sizes: dict[torch.dtype, int] = {}
         for name in self.stored:
             shape, dtype = self.shape_and_dtype(name)
-            if dtype.is_floating_point:
+            if dtype.is_floating_point and dtype.itemsize > 1:  # 8 bits are codes
                 sizes[dtype] = sizes.get(dtype, 0) + shape.numel()
         return max(sizes, key=lambda d: sizes[d]) if sizes else torch.float32
 
@@ -106,6 +109,13 @@ class Checkpoint:
         tensor = self.tensor(name)
         return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
+    def online(self, module: str) -> tuple[Op, ...]:
+        """What happens to the module's input at run time."""
+        if module not in self.inputs or self.codec is None or self.codec.decode_input is None:
+            return ()
+        parts = {key: self.tensor(key) for key in self.files if key.rpartition(".")[0] == module}
+        return (self.codec.decode_input(module, parts, self.inputs[module]),)
+
     def fingerprint(self) -> str:
         """sha256 over the config and every file's header and size: names the model without reading all of it."""
         digest = hashlib.sha256((self.path / CONFIG).read_bytes())
@@ -130,13 +140,20 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not (folder / CONFIG).is_file():
         raise QlabError(f"{folder} has no config.json; a model directory holds one beside its safetensors files")
     raw, stored = read_json(folder / CONFIG), locate(folder)
-    quantization = raw.get("quantization_config")
+    quantization = raw.get("quantization_config") or _legacy_config(folder)
     if not quantization:
         return Checkpoint(folder, raw, stored, None, {})
     if not isinstance(quantization, dict):
         raise QlabError(f"{folder / CONFIG} has a quantization_config that is no object but {quantization!r:.40}; download it again")
     try:
         codec = reader(quantization)
-        return Checkpoint(folder, raw, stored, codec, codec.specs(quantization, stored))
+        specs, inputs = codec.specs(quantization, stored), codec.inputs(quantization, stored)
+        return Checkpoint(folder, raw, stored, codec, specs, inputs)
     except QlabError as error:
         raise QlabError(f"{folder}: {error}") from error
+
+
+def _legacy_config(folder: Path) -> dict[str, Any] | None:
+    """What older writers put into a file of its own."""
+    found = [read(read_json(folder / name)) for name, read in LEGACY_CONFIGS.items() if (folder / name).is_file()]
+    return found[0] if found else None

@@ -90,7 +90,8 @@ def inspect(path: str | Path) -> Inspection:
 def _held(model: Checkpoint, module: str) -> dict[str, Any]:
     parts = sorted(model.parts(module))
     stored = ", ".join(f"{name.removeprefix(f'{module}.')} {_said(model, name)}" for name in parts)
-    return {"spec": str(model.quantized[module]), "stored": stored, "bytes": sum(model.stored[name].nbytes for name in parts)}
+    size = sum(model.stored[name].nbytes for name in parts)
+    return {"spec": str(model.quantized[module] or "dense"), "stored": stored, "bytes": size}
 
 
 def _said(model: Checkpoint, name: str) -> str:

@@ -18,12 +18,13 @@ from qlab.certificate import certify, hash_of
 from qlab.checkpoint import Checkpoint
 from qlab.codecs import CODECS, Codec
 from qlab.errors import QlabError
-from qlab.graph import ModuleGraph
+from qlab.graph import ModuleGraph, Op
 from qlab.plan import CODEC, Plan, plan
 from qlab.qtensor import Leaf, QTensor
+from qlab.recording import Call
 from qlab.report import PeakMemory, bits_per_weight, describe, site_rows, versions
-from qlab.skeleton import Call, Skeleton
-from qlab.spec import Spec, parse_spec
+from qlab.skeleton import Skeleton
+from qlab.spec import InputSpec, Spec, parse_input_spec, parse_spec
 from qlab.stats import Stats
 from qlab.sweep import Batch, Batches, Inputs, in_batches, in_order, observe, push, record, solve, solve_in_order
 from qlab.transform import Transform
@@ -183,7 +184,7 @@ def _block(skeleton: Skeleton, jobs: Sequence[_Job], index: int, batches: Batche
         else:
             solved, _ = solve(graph, job.recipe, watch)
         leaves = as_stored(skeleton, solved)
-        job.writer.write_shard(index + 1, encode(leaves, job.codec).items())
+        job.writer.write_shard(index + 1, encode(leaves, job.codec, online_at(skeleton, solved, job.codec)).items())
         job.writer.write_notes(index + 1, {"sites": site_rows(solved), **certificates(leaves, skeleton.checkpoint)})
     passed = solved if inputs == "quantized" else graph
     del graph, solved, watch  # one version of the block is enough from here on
@@ -211,19 +212,29 @@ def _watcher(graph: ModuleGraph, batches: Batches) -> Callable[[ModuleGraph, set
 
 def as_stored(skeleton: Skeleton, graph: ModuleGraph) -> dict[str, Leaf]:
     """A block's leaves by their names in the files, each unquantized one in its own stored dtype."""
-    if graph.online:
-        raise QlabError(f"{', '.join(f'{graph.path}.{p}' for p in graph.online)} still need an operation at run time, which no "
-                        "format that qlab writes can hold; absorb() it or choose a method without it")
     names, stored = skeleton.block_names(graph.path), skeleton.checkpoint.shape_and_dtype
     leaves = {file_name: graph.params[name] for name, file_name in names.items()}
     return {name: leaf if isinstance(leaf, QTensor) else leaf.to(stored(name)[1]) for name, leaf in leaves.items()}
 
 
-def encode(leaves: Mapping[str, Leaf], codec: Codec) -> dict[str, Tensor]:
+def online_at(skeleton: Skeleton, graph: ModuleGraph, codec: Codec) -> dict[str, tuple[Op, ...]]:
+    """What still happens to inputs at run time, by the leaves' names in the files; refused where the format has no place for it."""
+    names, online = skeleton.block_names(graph.path), {}
+    for site in graph.code.sites:
+        if ops := graph.online.get(site.path, ()):
+            leaf = graph.params[site.weight or ""]
+            if reason := codec.refusal(leaf.spec, ops) if isinstance(leaf, QTensor) else "its weight is not quantized":
+                raise QlabError(f"{graph.where(site)} still needs an operation at run time: {reason}")
+            online[names[site.weight or ""]] = ops
+    return online
+
+
+def encode(leaves: Mapping[str, Leaf], codec: Codec, online: Mapping[str, tuple[Op, ...]]) -> dict[str, Tensor]:
     """The tensors of these leaves: codes packed by the codec, everything else as it is."""
     tensors: dict[str, Tensor] = {}
     for name, leaf in leaves.items():
-        tensors |= codec.encode(name.rpartition(".")[0], leaf) if isinstance(leaf, QTensor) else {name: leaf}
+        ops = [online[name]] if name in online else []
+        tensors |= codec.encode(name.rpartition(".")[0], leaf, *ops) if isinstance(leaf, QTensor) else {name: leaf}
     return tensors
 
 
@@ -244,10 +255,14 @@ def certificates(leaves: Mapping[str, Leaf], reference: Checkpoint) -> dict[str,
 def _finish(skeleton: Skeleton, job: _Job) -> None:
     model, notes = skeleton.checkpoint, job.writer.notes()
     specs: dict[str, Spec | None] = {}
+    inputs: dict[str, InputSpec | None] = {}
     for name in skeleton.linears():
         row = notes["sites"].get(name)
         spec = parse_spec(row["spec"]) if row and row["spec"] else None
+        rounded = parse_input_spec(row["inputs"]) if row and row.get("inputs") else None
         specs |= {name: spec, skeleton.module_name(name): spec}  # readers match the one or the other
-    config = {**model.raw, "quantization_config": job.codec.config(specs)}
+        inputs |= {name: rounded, skeleton.module_name(name): rounded}
+    rounding = [inputs] if any(inputs.values()) else []
+    config = {**model.raw, "quantization_config": job.codec.config(specs, *rounding)}
     record = {"job": job.identity, **notes, "bits_per_weight": bits_per_weight(notes["sites"])}
     job.writer.finish({"config.json": config, "qlab.json": record}, model.path)

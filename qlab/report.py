@@ -13,6 +13,7 @@ import torch
 from qlab.directory import read_json
 from qlab.errors import QlabError
 from qlab.graph import ModuleGraph, Site
+from qlab.methods.inputs import QuantizeInput
 from qlab.qtensor import Leaf, QTensor
 from qlab.transform import Transform
 
@@ -51,7 +52,9 @@ def site_rows(graph: ModuleGraph) -> dict[str, dict[str, Any]]:
         leaf = graph.params[site.weight]
         spec = str(leaf.spec) if isinstance(leaf, QTensor) else None
         bits = stored_bits(leaf, graph.dtype)
-        return {"spec": spec, "shape": list(leaf.shape), "bits_per_weight": bits, **graph.notes.get(site.path, {})}
+        rounded = [str(op.input_spec) for op in graph.online.get(site.path, ()) if isinstance(op, QuantizeInput)]
+        row = {"spec": spec, "shape": list(leaf.shape), "bits_per_weight": bits}
+        return row | ({"inputs": rounded[0]} if rounded else {}) | dict(graph.notes.get(site.path, {}))
 
     return {graph.where(site): row(site) for site in graph.code.sites}
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
-from torch import Tensor
 
 from qlab.certificate import fingerprint, hash_of, off_grid, weight_error
 from qlab.checkpoint import Checkpoint, open_checkpoint
@@ -85,10 +84,10 @@ def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path)
     changed: dict[str, str | None] = {}
     for name in sorted(names):
         module = name.rpartition(".")[0]
-        if module in model.quantized and name == f"{module}.weight":
+        if model.quantized.get(module) and name == f"{module}.weight":
             sites[module] = _site(model, reference, module, certificates.get(module, {}))
         elif name in theirs and _differs(model, reference, name):
-            written = noted.get(name) == hash_of(model.tensor(name))
+            written = noted.get(name) == hash_of(dense(model.leaf(name)))
             changed[name] = "written by the recipe, as recorded" if written else None
     unheard = sorted(set(certificates) - set(sites))
     missing = [*sorted(theirs - names), *(f"the certified {module}" for module in unheard)]
@@ -120,6 +119,5 @@ def _site(model: Checkpoint, reference: Checkpoint, module: str, certificate: Ma
 
 def _differs(model: Checkpoint, reference: Checkpoint, name: str) -> bool:
     """Whether an unquantized tensor is another than the reference's, cast to the same dtype."""
-    ours: Tensor = model.tensor(name)
-    leaf = reference.leaf(name)
+    ours, leaf = dense(model.leaf(name)), reference.leaf(name)
     return ours.shape != leaf.shape or not torch.equal(ours, dense(leaf).to(ours.dtype))

@@ -100,8 +100,7 @@ MUTANTS = [
     M("negative scales fold", "absorb.py", " or not (scales[0] > 0).all()", "", "absorb"),
     M("rounded leaves fold in silence", "absorb.py", "if not isinstance(leaf, Tensor):", "if False:", "absorb"),
     # statistics
-    M("transport dropped", "transform.py", "online=online), transport(stats, source, M)",
-      "online=online), stats", "transform"),
+    M("transport dropped", "transform.py", "        stats = transport(stats, source, M)\n", "        pass\n", "transform"),
     M("tokens counted along channels", "stats.py", "Moment(gram(o.x_nk), o.x_nk.shape[0])",
       "Moment(gram(o.x_nk), o.x_nk.shape[1])", "stats"),
     M("tokens of one part only", "stats.py", "a.tokens + b.tokens", "max(a.tokens, b.tokens)", "stats"),
