@@ -81,7 +81,7 @@ def test_what_qlab_wrote_is_what_it_claims_to_be(method, made, original):
 @pytest.mark.parametrize("name, function, words", [
     (f"{UP}.weight_packed", flip, f"{UP}: its codes, scales or zero points are not the certified ones"),
     (f"{UP}.weight_scale", lambda s: s * 1.01, "are not the certified ones"),
-    (f"{UP}.weight_scale", lambda s: s * float("inf"), f"{UP}: a scale is NaN or Inf"),
+    (f"{UP}.weight_scale", lambda s: s * float("inf"), f"{UP}.weight_scale holds NaN or Inf"),
     (f"{UP}.weight_scale", lambda s: None, "weight_scale is missing"),
     (f"{UP}.weight_packed", lambda w: w[:-1], "weight_packed is torch.int32"),
     (f"{UP}.weight_shape", lambda s: s.flip(0), UP),
