@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qlab.codecs import auto_round, awq, compressed_tensors, fp8, gptq
@@ -92,6 +93,15 @@ LEGACY_CONFIGS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "quantize_config.json": lambda raw: {"quant_method": "gptq", **raw},
     "quant_config.json": awq.legacy_config,
 }
+
+
+def storable(spec: Spec, codec: str, dtype: torch.dtype) -> Spec:
+    """The spec with scales in the dtype of the weights where the codec stores such scales, else in float16; the spec as it is
+    where it cannot store either."""
+    if codec in CODECS and spec.scale_dtype is None and CODECS[codec].refusal(replace(spec, scale_dtype=dtype)):
+        halves = replace(spec, scale_dtype=torch.float16)
+        return halves if CODECS[codec].refusal(halves) is None else spec
+    return spec
 
 
 def reader(config: Mapping[str, Any]) -> Codec:
