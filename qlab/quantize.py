@@ -71,6 +71,7 @@ def quantize(
     memory: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    calibrate_all_experts: bool = False,
 ) -> Result:
     """Apply a recipe to every block of the model and write a compressed-tensors directory.
 
@@ -82,7 +83,7 @@ def quantize(
     when a killed run is continued with resume=True.
     """
     results = compare(model, {"": recipe}, data, out, inputs=inputs, dtype=dtype, device=device, memory=memory,
-                      overwrite=overwrite, resume=resume)  # fmt: skip
+                      overwrite=overwrite, resume=resume, calibrate_all_experts=calibrate_all_experts)  # fmt: skip
     return results[""]
 
 
@@ -99,6 +100,7 @@ def compare(
     memory: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    calibrate_all_experts: bool = False,
 ) -> dict[str, Result]:
     """Several recipes in one pass over the reference model, each into out/<name>: they share every statistic.
 
@@ -209,22 +211,25 @@ def encode(skeleton: Skeleton, graph: ModuleGraph) -> dict[str, Tensor]:
         raise QlabError(f"{', '.join(f'{graph.path}.{p}' for p in graph.online)} still need an operation at run time, which "
                         f"{CODEC} cannot hold; absorb() it or choose a method without it")
     tensors: dict[str, Tensor] = {}
-    for name, file_name in skeleton.block_names(graph.path).items():
+    for name, stored in skeleton.block_names(graph.path).items():
         leaf = graph.params[name]
-        if isinstance(leaf, QTensor):
-            tensors |= CODECS[CODEC].encode(file_name.rpartition(".")[0], leaf)
-        else:
-            tensors[file_name] = leaf.to(skeleton.checkpoint.shape_and_dtype(file_name)[1])
+        fused = isinstance(leaf, QTensor) and len(leaf.shape) == 3
+        for piece in skeleton.expert_pieces(f"{graph.path}.{name}") if fused else stored:
+            part = piece.of(leaf)
+            if isinstance(part, QTensor):
+                tensors |= CODECS[CODEC].encode(piece.module, part)
+            else:
+                tensors[piece.name] = part.to(skeleton.stored_dtype(piece))
     return tensors
 
 
 def _finish(skeleton: Skeleton, job: _Job) -> None:
     model, sites = skeleton.checkpoint, job.writer.notes()
     specs: dict[str, Spec | None] = {}
-    for name in skeleton.linears():
+    for name in [*skeleton.linears(), *sites]:
         row = sites.get(name)
         spec = parse_spec(row["spec"]) if row and row["spec"] else None
-        specs |= {name: spec, skeleton.module_name(name): spec}  # readers match the one or the other
+        specs |= dict.fromkeys(skeleton.modules(name), spec)  # readers match the one or the other
     config = json.loads((model.path / "config.json").read_text())
     config["quantization_config"] = CODECS[CODEC].config(specs)
     record = {"job": job.identity, "sites": sites, "bits_per_weight": bits_per_weight(sites)}

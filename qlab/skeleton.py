@@ -15,14 +15,13 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qlab.checkpoint import Checkpoint
 from qlab.errors import QlabError
 from qlab.experts import experts_forward
 from qlab.graph import Code, ModuleGraph, tensors_of
+from qlab.names import Piece, assemble, pieces_of_experts, spellings
 from qlab.qtensor import Leaf, dense
 from qlab.recording import Call, Output, Recorded, Recorder, Replaced
 from qlab.trace import trace
@@ -38,36 +37,59 @@ class Skeleton:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         self.model = _on_paper(checkpoint, dtype)
         self.prefix, self.blocks = _find_blocks(self.model)
-        self._spelled = self._spellings()
+        # a quantized weight goes by the name it would have unquantized
+        stored = {name for name in checkpoint.files if name.rpartition(".")[0] not in checkpoint.quantized}
+        self._stored = stored | {f"{module}.weight" for module in checkpoint.quantized}
+        self._spelled = spellings(self.model, self._stored)
+        self._parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        self._pieces: dict[str, tuple[Piece, ...]] = {}
         self._codes: dict[Any, Code] = {}
         self._traced_for: dict[Any, str] = {}
         self._outputs: dict[str, Output] = {}
 
-    def block_names(self, path: str) -> dict[str, str]:
-        """Leaf name inside the block -> its name in the checkpoint's files."""
-        return {name: self.file_name(f"{path}.{name}") for name, _ in self.blocks[path].named_parameters()}
+    def block_names(self, path: str) -> dict[str, tuple[Piece, ...]]:
+        """Leaf name inside the block -> the tensors that hold it in the checkpoint's files."""
+        return {name: self.pieces(f"{path}.{name}") for name, _ in self.blocks[path].named_parameters()}
 
     def file_name(self, name: str) -> str:
         """The model's name of a tensor as the files spell it."""
         return self._spelled.get(name, name)
 
-    def _spellings(self) -> dict[str, str]:
-        """The model's name of every tensor -> its name in the files, which transformers may rename when it loads them.
+    def pieces(self, name: str) -> tuple[Piece, ...]:
+        """The tensors of the files that hold a parameter: one, or one per expert and projection of fused experts."""
+        whole = (Piece(self.file_name(name)),)
+        if whole[0].name in self._stored or self.model.get_parameter(name).ndim < 3:
+            return whole
+        return self.expert_pieces(name) or whole
 
-        A quantized weight goes by the name it would have unquantized.
-        """
-        stored, known = self.checkpoint, self.model.state_dict()
-        names = {name for name in stored.files if name.rpartition(".")[0] not in stored.quantized}
-        names |= {f"{module}.weight" for module in stored.quantized}
-        renamings = [rule for rule in get_model_conversion_mapping(self.model) if isinstance(rule, WeightRenaming)]
-        prefix = self.model.base_model_prefix
-        return {rename_source_key(name, renamings, [], prefix, known)[0]: name for name in sorted(names)}
+    def expert_pieces(self, name: str) -> tuple[Piece, ...]:
+        """The tensors that engines expect for fused experts, as which they are written once they are quantized."""
+        if name not in self._pieces:
+            self._pieces[name] = pieces_of_experts(self.model, name, self._stored)
+        return self._pieces[name]
 
-    def graph(self, path: str, call: Call, hidden: Tensor) -> ModuleGraph:
-        """The block as a value, with its leaves loaded from the files onto the skeleton's device."""
+    def stored_dtype(self, piece: Piece) -> torch.dtype:
+        """What an unquantized tensor is written in: as it was stored, or the checkpoint's own dtype where it was quantized."""
+        if piece.module in self.checkpoint.quantized:
+            return self.checkpoint.dtype
+        return self.checkpoint.shape_and_dtype(piece.name)[1]
+
+    def modules(self, site: str) -> tuple[str, ...]:
+        """What readers of the files call the module of a site: in the model's spelling and in the files', or every expert."""
+        if site in self._parameters:
+            return tuple(piece.module for piece in self.expert_pieces(site))
+        return site, self.module_name(site)
+
+    def _leaf(self, name: str, decoded: bool) -> Leaf:
+        leaf = self.checkpoint.leaf(name, self.dtype)
+        return dense(leaf, self.dtype) if decoded else leaf
+
+    def graph(self, path: str, call: Call, hidden: Tensor, decoded: bool = False) -> ModuleGraph:
+        """The block as a value, with its leaves loaded from the files onto the skeleton's device; all of them dense if
+        `decoded`."""
         leaves: dict[str, Leaf] = {}
-        for name, file_name in self.block_names(path).items():
-            leaf = self.checkpoint.leaf(file_name, self.dtype)
+        for name, pieces in self.block_names(path).items():
+            leaf = assemble(pieces, [self._leaf(piece.name, decoded) for piece in pieces])
             leaves[name] = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), leaf)
         for name, buffer in self.blocks[path].named_buffers():
             stored = self.file_name(f"{path}.{name}")
@@ -123,8 +145,13 @@ class Skeleton:
 
     def outside(self) -> dict[str, Tensor]:
         """Every tensor of the files that belongs to no block, as stored."""
-        inside = {name for path in self.blocks for name in self.block_names(path).values()}
-        return {name: self.checkpoint.tensor(name) for name in self.checkpoint.files if name not in inside}
+        return {name: self.checkpoint.tensor(name) for name in self.outside_names()}
+
+    def outside_names(self) -> list[str]:
+        """The names of the files' tensors that belong to no block."""
+        pieces = {p for path in self.blocks for held in self.block_names(path).values() for p in held}
+        inside, quantized = {p.name for p in pieces}, {p.module for p in pieces} & self.checkpoint.quantized.keys()
+        return [n for n in self.checkpoint.files if n not in inside and n.rpartition(".")[0] not in quantized]
 
     def linears(self) -> list[str]:
         """Names of all linear modules, in the model's spelling."""
