@@ -1,23 +1,60 @@
-"""qlab: quantization of language models as pure functional transforms over module graphs."""
+"""qlab: quantization of language models as pure functional transforms over module graphs.
 
-from qlab.absorb import absorb
-from qlab.calibration import Tokens, first_windows, from_ids, tokens
-from qlab.errors import QlabError
-from qlab.evaluate import evaluate
-from qlab.hub import open_model as open
-from qlab.lower import inductor_options, lower, to_torchao
-from qlab.methods import METHODS
-from qlab.methods.awq import awq, awq_scale
-from qlab.methods.gptq import gptq
-from qlab.methods.grid import GRIDS
-from qlab.methods.rtn import rtn
-from qlab.plan import plan
-from qlab.quantize import compare, quantize
-from qlab.spec import Int, Tile, parse_spec
-from qlab.transform import at, chain, keep, rules
+The imports below are the public names. Each runs when its name is first asked for, so that `qlab --help` and headers wait
+for neither torch nor transformers.
+"""
+
+import ast
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlab.absorb import absorb
+    from qlab.calibration import Tokens, first_windows, from_ids, tokens
+    from qlab.errors import QlabError
+    from qlab.evaluate import evaluate
+    from qlab.hub import open_model as open
+    from qlab.lower import inductor_options, lower, to_torchao
+    from qlab.methods import METHODS
+    from qlab.methods.awq import awq, awq_scale
+    from qlab.methods.gptq import gptq
+    from qlab.methods.grid import GRIDS
+    from qlab.methods.rtn import rtn
+    from qlab.plan import plan
+    from qlab.quantize import compare, quantize
+    from qlab.spec import Int, Tile, parse_spec
+    from qlab.transform import at, chain, keep, rules
 
 __all__ = [
     "GRIDS", "METHODS", "Int", "QlabError", "Tile", "Tokens", "absorb", "at", "awq", "awq_scale", "chain", "compare",
     "evaluate", "first_windows", "from_ids", "gptq", "inductor_options", "keep", "lower", "open", "parse_spec", "plan", "quantize",
     "rtn", "rules", "to_torchao", "tokens",
 ]  # fmt: skip
+
+
+def _homes() -> dict[str, tuple[str, str]]:
+    """Public name -> the module that holds it and its name there, read off the imports above."""
+    statements = ast.walk(ast.parse(Path(__file__).read_text(encoding="utf-8")))
+    found = [(node.module or "", alias) for node in statements if isinstance(node, ast.ImportFrom) for alias in node.names]
+    return {alias.asname or alias.name: (module, alias.name) for module, alias in found if module.startswith("qlab.")}
+
+
+class _Package(ModuleType):
+    """A public name goes before the submodule of the same name (`plan`, `quantize`), whichever is imported first."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in __all__ or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module 'qlab' has no attribute {name!r}")
+        module, theirs = _homes()[name]
+        setattr(self, name, getattr(import_module(module), theirs))
+        return vars(self)[name]
+
+
+sys.modules[__name__].__class__ = _Package

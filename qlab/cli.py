@@ -21,7 +21,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 Model = Annotated[str, typer.Argument(help="a model directory, or 'demo'")]
 MethodName = Annotated[str, typer.Option("--method", help="rtn, awq, gptq or another name of qlab.METHODS")]
-SpecName = Annotated[str, typer.Option("--spec", help="int<bits>-g<group>, int<bits>-channel or int<bits>-tensor")]
+SpecName = Annotated[str, typer.Option("--spec", help="int<bits>-g<group>, -channel or -tensor; fp8-channel, mxfp4, nvfp4")]
 Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="with a zero point per scale")]
 Calib = Annotated[list[Path] | None, typer.Option("--calib", help="text or jsonl files (default: the demo text)")]
 Samples = Annotated[int, typer.Option("--samples", min=1, help="calibration windows")]

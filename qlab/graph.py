@@ -13,7 +13,7 @@ from qlab.experts import EXPERT_OPS
 from qlab.qtensor import Leaf, Params
 
 aten = torch.ops.aten
-Op = Callable[..., Tensor]  # x -> x; of experts' rows also (x, ends) -> x
+Op = Callable[..., Tensor]  # x -> x; one that is `per_expert` is called with the ends of experts' rows too
 
 # Operations that hand on the same numbers, channel for channel: a site's input is looked up behind them.
 SAME_VALUES = frozenset({

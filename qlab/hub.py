@@ -10,8 +10,11 @@ DEMO = "demo"
 
 
 def open_model(name: str | Path) -> Checkpoint:
-    """A model directory, or the demo model (obtained on first use)."""
-    return open_checkpoint(demo_model() if str(name) == DEMO else name)
+    """A model directory, or the demo model (obtained on first use). Refuses one whose architecture transformers does not
+    know; `open_checkpoint` takes that too."""
+    model = open_checkpoint(demo_model() if str(name) == DEMO else name)
+    assert model.config is not None  # read once here, so that a config it cannot read is refused before any work
+    return model
 
 
 def calibration_texts(paths: Sequence[str | Path] | None) -> list[Path]:

@@ -16,11 +16,12 @@ from qlab.errors import QlabError
 from qlab.graph import Code, Site, by_origin, by_source
 from qlab.report import bits_per_weight, describe
 from qlab.skeleton import Skeleton
-from qlab.spec import Int, Spec
+from qlab.spec import Float, Spec, with_scale_dtype
 from qlab.sweep import BATCH_TOKENS, HELD, Inputs, in_batches, in_order
+from qlab.targets import refusal, uniformity
 from qlab.transform import Stage, Transform
 
-CODEC = CODECS["compressed-tensors"]
+CODEC = "compressed-tensors"  # what is written unless another codec is named
 MiB = 1 << 20
 # [k, k] matrices that a stage holds at once beside its statistics
 SQUARES = {"gptq": 8, "awq_scale": 4}
@@ -78,14 +79,17 @@ class Plan:
 @torch.no_grad()
 def plan(
     model: Checkpoint, recipe: Transform, data: Tokens | None = None, *, inputs: Inputs = "quantized",
-    calibrate_all_experts: bool = False, skeleton: Skeleton | None = None,
+    calibrate_all_experts: bool = False, skeleton: Skeleton | None = None, codec: str = CODEC, target: str | None = None,
 ) -> Plan:  # fmt: skip
     """Stages, passes, statistics, predicted peak memory, bits per weight and what stays unquantized.
 
     Refuses by site or pattern name what cannot work: groups that do not divide, patterns without a site, sites
-    without a rule, weights rounded twice, inputs split under a reparametrization, what the format cannot hold.
+    without a rule, weights rounded twice, inputs split under a reparametrization, what the codec's format cannot hold, and
+    what the engine `target` (a name in qlab.targets) does not load, with the nearest that it does.
     """
-    if any(isinstance(spec, Int) for spec in model.quantized.values()):
+    if codec not in CODECS:
+        raise QlabError(f"the codec {codec!r} is unknown; qlab writes {', '.join(CODECS)}")
+    if any(not isinstance(spec, Float) for spec in model.quantized.values()):
         raise QlabError(f"{model.path} is quantized already; start from the unquantized model")
     if all(stage.spec is None for stage in recipe):
         raise QlabError("the recipe rounds no weight, so there is nothing to write; add a method such as rtn(spec)")
@@ -101,7 +105,7 @@ def plan(
     shapes = {name: _shape(skeleton, *at) for name, at in named.items()}
     for stage in recipe:
         _check_scope(stage, named, codes)
-    _check_specs(specs, shapes, named, skeleton)
+    _check_specs(specs, shapes, named, skeleton, codec, target)
     rows = {n: {"spec": str(s) if s else None, "shape": list(shapes[n]), "bits_per_weight":
                 s.bits_per_weight(shapes[n], model.dtype) if s else 8.0 * model.dtype.itemsize} for n, s in specs.items()}  # fmt: skip
     for name, (_, site) in named.items():
@@ -177,30 +181,37 @@ def _check_scope(stage: Stage, named: Mapping[str, tuple[str, Site]], codes: Map
 
 
 def _check_specs(specs: Mapping[str, Spec | None], shapes: Mapping[str, torch.Size], named: Mapping[str, tuple[str, Site]],
-                 skeleton: Skeleton) -> None:  # fmt: skip
+                 skeleton: Skeleton, codec: str, target: str | None) -> None:  # fmt: skip
     failed: dict[str, list[str]] = {}
-    for name, spec in specs.items():
-        if spec is None:
-            continue
+    rounded = {name: spec for name, spec in specs.items() if spec}
+    for name, spec in rounded.items():
+        k = shapes[name][-1]
         try:
             spec.tile.sizes(shapes[name])
         except QlabError as error:
             failed.setdefault(str(error), []).append(name)
-        path, site = named[name]
-        if site.route:
-            if not skeleton.expert_pieces(f"{path}.{site.path}"):
-                failed.setdefault("quantized experts are written one by one, and transformers knows no names for them in this "
-                                  "architecture; keep() them", []).append(name)  # fmt: skip
-            elif spec.tile.rows is None:
-                failed.setdefault("fused experts have a scale per group, channel or block; one per tensor would join projections "
-                                  "that the files hold apart", []).append(name)  # fmt: skip
-        elif site.layout != "o k":
-            reason = "compressed-tensors holds nn.Linear weights, and its readers skip other modules without a word"
+        site = named[name][1]
+        if site.route and not skeleton.expert_pieces(name):
+            failed.setdefault("quantized experts are written one by one, and transformers knows no names for them in this "
+                              "architecture; keep() them", []).append(name)  # fmt: skip
+            continue
+        if site.route and spec.tile.rows is None:
+            failed.setdefault("fused experts have a scale per group, channel or block; one per tensor would join projections that "
+                              "the files hold apart", []).append(name)  # fmt: skip
+            continue
+        if site.layout not in ("o k", "e o k"):
+            reason = f"{codec} holds nn.Linear weights, and its readers skip other modules without a word"
             failed.setdefault(reason, []).append(name)
-        if refused := CODEC.refusal(spec):
+            continue
+        refused = CODECS[codec].refusal(with_scale_dtype(spec, skeleton.checkpoint.dtype))
+        if target and not refused:
+            refused = refusal(target, codec, spec, site.route is not None, k)
+        if refused:
             failed.setdefault(refused, []).append(name)
     for reason, names in failed.items():
         raise QlabError(f"{_some(names)}: {reason}")
+    if target and (several := uniformity(target, rounded)):
+        raise QlabError(f"{several}; give all sites one")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """The quantized value: W ~ (codes - zeros) * scales, a plain immutable dataclass and pytree."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qlab.errors import QlabError
-from qlab.spec import Int, Spec
+from qlab.spec import Float, Spec
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class QTensor:
             raise QlabError(f"codes of {self.spec} are {self.spec.code_dtype}, not {self.codes.dtype}")
         if (self.zeros is None) != self.spec.symmetric:
             raise QlabError(f"{self.spec} has {'no' if self.spec.symmetric else 'a'} zero point per scale")
+        if (self.outer is None) == self.spec.outer:
+            raise QlabError(f"{self.spec} has {'one' if self.spec.outer else 'no'} outer scale per weight")
         if self.zeros is not None and self.zeros.shape != self.scales.shape:
             raise QlabError(f"zeros {tuple(self.zeros.shape)} and scales {tuple(self.scales.shape)} differ in shape")
 
@@ -52,14 +54,24 @@ Leaf = Tensor | QTensor
 Params = Mapping[str, Leaf]
 
 
-def round_codes(W_ok: Tensor, scales: Tensor, zeros: Tensor | None, spec: Spec) -> Tensor:
-    """codes = clamp(round_half_even(W / scales + zeros), qmin, qmax) in the dtype of W, as int8 [..., o, k]."""
-    if not isinstance(spec, Int):
-        raise QlabError(f"{spec} has no integer codes")
-    x = spec.tile.split(W_ok) / scales.to(W_ok.dtype)[..., None]
+def steps(scales: Tensor, outer: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What one unit of the codes weighs, [..., a, g] in `dtype`: scales, or scales / outer."""
+    return scales.to(dtype) if outer is None else scales.to(dtype) / outer.to(dtype)[..., None]
+
+
+def shared_outer(weights: Iterable[Tensor], spec: Spec) -> Tensor | None:
+    """The outer scale [..., 1] that weights [..., o, k] have in common, or None where the spec has no such scale."""
+    if not (isinstance(spec, Float) and spec.outer):
+        return None
+    return spec.global_scale(torch.stack([W.abs().amax((-2, -1)) for W in weights]).amax(0))
+
+
+def round_codes(W_ok: Tensor, scales: Tensor, zeros: Tensor | None, spec: Spec, outer: Tensor | None = None) -> Tensor:
+    """codes = the nearest to W / scales + zeros (or W / (scales / outer)) in the dtype of W, [..., o, k] in spec.code_dtype."""
+    x = spec.tile.split(W_ok) / steps(scales, outer, W_ok.dtype)[..., None]
     if zeros is not None:
         x = x + zeros.to(x.dtype)[..., None]
-    return spec.tile.join(x.round_().clamp_(spec.qmin, spec.qmax), W_ok.shape).to(torch.int8)
+    return spec.tile.join(spec.nearest_(x), W_ok.shape).to(spec.code_dtype)
 
 
 def dense(leaf: Leaf, dtype: torch.dtype | None = None) -> Tensor:
@@ -68,13 +80,10 @@ def dense(leaf: Leaf, dtype: torch.dtype | None = None) -> Tensor:
     if isinstance(leaf, Tensor):
         return leaf if dtype is None else leaf.to(dtype)
     dtype = dtype or (leaf.scales.dtype if leaf.scales.dtype.itemsize > 1 else torch.float32)
-    x = leaf.spec.tile.split(leaf.codes).to(dtype)
+    x = leaf.spec.tile.split(leaf.codes.to(dtype))
     if leaf.zeros is not None:
         x = x - leaf.zeros.to(dtype)[..., None]
-    scales = leaf.scales.to(dtype)
-    if leaf.outer is not None:
-        scales = scales / leaf.outer.to(dtype)[..., None]
-    x = x * scales[..., None]
+    x = x * steps(leaf.scales, leaf.outer, dtype)[..., None]
     W_ok = leaf.spec.tile.join(x, leaf.shape)
     return W_ok if leaf.perm is None else W_ok[..., leaf.perm.argsort()]
 

@@ -1,6 +1,5 @@
 """What a run measured: per-site rows, bits per weight, peak memory, and where everything came from."""
 
-import json
 import platform
 import threading
 from collections.abc import Mapping
@@ -11,11 +10,14 @@ from typing import Any
 import psutil
 import torch
 
+from qlab.directory import read_json
 from qlab.errors import QlabError
 from qlab.graph import ModuleGraph, Site
+from qlab.methods.inputs import QuantizeInput
 from qlab.qtensor import Leaf, QTensor
 from qlab.transform import Transform
 
+RECORD = "qlab.json"
 PACKAGES = ("qlab", "torch", "transformers", "safetensors")
 
 
@@ -50,7 +52,9 @@ def site_rows(graph: ModuleGraph) -> dict[str, dict[str, Any]]:
         leaf = graph.params[site.weight]
         spec = str(leaf.spec) if isinstance(leaf, QTensor) else None
         bits = stored_bits(leaf, graph.dtype)
-        return {"spec": spec, "shape": list(leaf.shape), "bits_per_weight": bits, **graph.notes.get(site.path, {})}
+        rounded = [str(op.input_spec) for op in graph.online.get(site.path, ()) if isinstance(op, QuantizeInput)]
+        row = {"spec": spec, "shape": list(leaf.shape), "bits_per_weight": bits}
+        return row | ({"inputs": rounded[0]} if rounded else {}) | dict(graph.notes.get(site.path, {}))
 
     return {graph.where(site): row(site) for site in graph.code.sites}
 
@@ -81,12 +85,13 @@ class PeakMemory:
         self.bytes = max(self.bytes, self.process.memory_info().rss)
 
 
+def recorded(directory: Path) -> dict[str, Any]:
+    """The qlab.json of a directory that qlab wrote; {} for directories of others."""
+    return read_json(directory / RECORD) if (directory / RECORD).is_file() else {}
+
+
 def read_report(directory: Path) -> dict[str, Any]:
-    """The qlab.json of a directory that qlab wrote."""
-    path = directory / "qlab.json"
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise QlabError(f"{directory} has no qlab.json; inspect shows directories that `qlab quantize` wrote") from error
-    except ValueError as error:
-        raise QlabError(f"{path} is not valid JSON ({error}); quantize the model again") from error
+    """The qlab.json of a directory that qlab wrote; refuses directories without one."""
+    if not (record := recorded(directory)):
+        raise QlabError(f"{directory} has no {RECORD}, which `qlab quantize` writes; give a directory that qlab wrote")
+    return record

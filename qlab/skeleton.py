@@ -7,7 +7,7 @@ replaced by recorders; the head is run the same way, with the last block replayi
 import contextlib
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from qlab.checkpoint import Checkpoint
 from qlab.errors import QlabError
 from qlab.experts import experts_forward
-from qlab.graph import Code, ModuleGraph, tensors_of
+from qlab.graph import Code, ModuleGraph, Op, tensors_of
 from qlab.names import Piece, assemble, pieces_of_experts, spellings
 from qlab.qtensor import Leaf, dense
 from qlab.recording import Call, Output, Recorded, Recorder, Replaced
@@ -85,8 +85,10 @@ class Skeleton:
         return dense(leaf, self.dtype) if decoded else leaf
 
     def graph(self, path: str, call: Call, hidden: Tensor, decoded: bool = False) -> ModuleGraph:
-        """The block as a value, with its leaves loaded from the files onto the skeleton's device; all of them dense if
-        `decoded`."""
+        """The block as a value, with its leaves loaded from the files onto the skeleton's device.
+
+        decoded: as if it had never been quantized, all leaves dense and no input rounded at run time.
+        """
         leaves: dict[str, Leaf] = {}
         for name, pieces in self.block_names(path).items():
             leaf = assemble(pieces, [self._leaf(piece.name, decoded) for piece in pieces])
@@ -94,7 +96,18 @@ class Skeleton:
         for name, buffer in self.blocks[path].named_buffers():
             stored = self.file_name(f"{path}.{name}")
             leaves[name] = (self.checkpoint.tensor(stored) if stored in self.checkpoint.files else buffer).to(self.device)
-        return ModuleGraph(self.code(path, call, hidden), leaves, path, dtype=self.checkpoint.dtype)
+        code = self.code(path, call, hidden)
+        online = {site.path: ops for site in code.sites if not decoded and (ops := self._online(f"{path}.{site.path}"))}
+        return ModuleGraph(code, leaves, path, dtype=self.checkpoint.dtype, online=online)
+
+    def _online(self, site: str) -> tuple[Op, ...]:
+        """What happens to a site's input at run time. Fused experts have one input, which all of them must round alike."""
+        modules = [m for m in self.modules(site) if m in self.checkpoint.inputs]
+        specs = {self.checkpoint.inputs[m] for m in modules}
+        if site in self._parameters and (len(specs) > 1 or any(s.static for s in specs)):
+            raise QlabError(f"{site}: its experts round their inputs in ways of their own ({', '.join(map(str, specs))}); qlab reads "
+                            "experts whose inputs are rounded with one dynamic spec")
+        return self.checkpoint.online(modules[-1]) if modules else ()
 
     def code(self, path: str, call: Call, hidden: Tensor) -> Code:
         """The traced program of a block; traced once for all blocks of one structure.
@@ -132,6 +145,8 @@ class Skeleton:
             file_name = self.file_name(name)
             if id(parameter) in head_parameters and self._tied(name):
                 file_name = self.file_name(_name_of(self.model, embedding))
+            if file_name.rpartition(".")[0] in self.checkpoint.inputs:
+                raise QlabError(f"{name} has inputs that are rounded at run time, which qlab does inside blocks only")
             value = self.checkpoint.leaf(file_name, self.dtype)
             _set(self.model, name, dense(value, self.dtype).to(self.device))
         for buffer_owner in self.model.modules():
@@ -143,9 +158,9 @@ class Skeleton:
         """Whether the files leave the head's tensor out because it is the embedding's."""
         return head not in self._spelled and bool(self.checkpoint.config.get_text_config().tie_word_embeddings)
 
-    def outside(self) -> dict[str, Tensor]:
-        """Every tensor of the files that belongs to no block, as stored."""
-        return {name: self.checkpoint.tensor(name) for name in self.outside_names()}
+    def outside(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the files that belongs to no block, as stored, one at a time."""
+        return ((name, self.checkpoint.tensor(name)) for name in self.outside_names())
 
     def outside_names(self) -> list[str]:
         """The names of the files' tensors that belong to no block."""

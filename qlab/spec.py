@@ -1,10 +1,12 @@
 """Number grids and what one scale covers. Nothing else in qlab knows which numbers exist."""
 
+import math
 import re
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -16,7 +18,8 @@ class Tile:
     """The rows and columns of a weight that one scale covers; None is the whole axis.
 
     tensor = Tile(None, None), channel = Tile(1, None), group of g = Tile(1, g), 2-D block = Tile(128, 128).
-    Leading axes (experts) always have scales of their own.
+    Leading axes (experts) always have scales of their own. Groups divide a row. Blocks of several rows and columns need
+    not: those at the lower and right edge are filled up with zeros, so that scale counts are rounded up.
     """
 
     rows: int | None
@@ -25,32 +28,34 @@ class Tile:
     pattern = "... (a r) (g k) -> ... a g (r k)"
 
     def split(self, W_ok: Tensor) -> Tensor:
-        """[..., o, k] -> [..., a, g, n]: the n numbers under scale [a, g]."""
-        r, k = self.sizes(W_ok.shape)
-        return rearrange(W_ok, self.pattern, r=r, k=k)
+        """[..., o, k] -> [..., a, g, n]: the n numbers under scale [a, g], zeros where a block reaches over the edge."""
+        rows, cols = self.sizes(W_ok.shape)
+        o, k = W_ok.shape[-2:]
+        if o % rows or k % cols:
+            W_ok = F.pad(W_ok, (0, -k % cols, 0, -o % rows))
+        return rearrange(W_ok, self.pattern, r=rows, k=cols)
 
     def join(self, x_agn: Tensor, shape: torch.Size) -> Tensor:
         """The inverse of split, for a weight of the given shape."""
-        r, k = self.sizes(shape)
-        return rearrange(x_agn, "... a g (r k) -> ... (a r) (g k)", r=r, k=k)
+        rows, cols = self.sizes(shape)
+        whole = rearrange(x_agn, "... a g (r k) -> ... (a r) (g k)", r=rows, k=cols)
+        return whole if whole.shape == shape else whole[..., : shape[-2], : shape[-1]].contiguous()
 
     def sizes(self, shape: torch.Size) -> tuple[int, int]:
-        """Rows and columns under one scale of a weight [..., o, k]; refuses a tile that does not divide it."""
+        """Rows and columns under one scale of a weight [..., o, k]; refuses groups that do not divide it."""
         o, k = shape[-2:]
         rows, cols = self.rows or o, self.cols or k
-        if k % cols:
+        if self.rows in (None, 1) and k % cols:
             raise QlabError(
                 f"groups of {cols} do not divide the {k} input channels of a weight {tuple(shape)}; "
                 f"legal groups here are {', '.join(map(str, legal_groups(k)))} or 'channel'"
             )
-        if o % rows:
-            raise QlabError(f"tiles of {rows} rows do not divide the {o} rows of a weight {tuple(shape)}")
         return rows, cols
 
     def scales_shape(self, shape: torch.Size) -> tuple[int, ...]:
         """Shape of the scales of a weight [..., o, k]: [..., a, g]."""
         rows, cols = self.sizes(shape)
-        return (*shape[:-2], shape[-2] // rows, shape[-1] // cols)
+        return (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // cols))
 
     def __str__(self) -> str:
         named: dict[tuple[int | None, int | None], str] = {(None, None): "tensor", (1, None): "channel"}
@@ -79,6 +84,7 @@ class Int:
     zero_dtype: torch.dtype = torch.int8
 
     code_dtype: ClassVar[torch.dtype] = torch.int8
+    outer: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -92,23 +98,35 @@ class Int:
     def qmax(self) -> int:
         return 2 ** (self.bits - 1) - 1
 
+    @property
+    def reach(self) -> float:
+        """max|W| / reach is the scale that spreads a symmetric range over all codes: half the distance between the ends."""
+        return (self.qmax - self.qmin) / 2
+
+    def nearest_(self, x: Tensor) -> Tensor:
+        """x, in units of the scale, moved to the nearest code, ties to even, saturating at the ends. In place."""
+        return x.round_().clamp_(self.qmin, self.qmax)
+
     def bits_per_weight(self, shape: torch.Size, dtype: torch.dtype) -> float:
         """Stored bits per weight: codes, scales in their dtype, and zero points of `bits` bits each."""
         per_zero = self.bits if self.zero_dtype == torch.int8 else 8 * self.zero_dtype.itemsize
         per_scale = 8 * (self.scale_dtype or dtype).itemsize + (0 if self.symmetric else per_zero)
-        rows, cols = self.tile.sizes(shape)
-        return self.bits + per_scale / (rows * cols)
+        return self.bits + per_scale * _scales_per_weight(self.tile, shape)
 
     def __str__(self) -> str:
         return f"int{self.bits}-{self.tile}" + ("" if self.symmetric else "-asym")
+
+
+def _scales_per_weight(tile: Tile, shape: torch.Size) -> float:
+    return math.prod(tile.scales_shape(shape)) / math.prod(shape)
 
 
 @dataclass(frozen=True)
 class Float:
     """Floating-point codes of 1 sign, `exponent` and `mantissa` bits; W = codes * scales, or codes * (scales / outer).
 
-    Codes hold the value itself in an 8-bit float, which every narrower one fits into exactly. max: the largest finite
-    value. outer: scales are relative to one global scale per weight (NVFP4), by which they are divided.
+    Codes hold the value itself in e4m3, into which every narrower one fits exactly. outer: scales are relative to one
+    fp32 global scale per weight (NVFP4), by which they are divided. scale_dtype float8_e8m0fnu: powers of two (OCP MX).
     """
 
     exponent: int
@@ -118,6 +136,7 @@ class Float:
     outer: bool = False
 
     symmetric: ClassVar[bool] = True
+    code_dtype: ClassVar[torch.dtype] = torch.float8_e4m3fn
 
     def __post_init__(self) -> None:
         if (self.exponent, self.mantissa) not in _MAX:
@@ -133,24 +152,40 @@ class Float:
         return _MAX[self.exponent, self.mantissa]
 
     @property
-    def code_dtype(self) -> torch.dtype:
-        return torch.float8_e5m2 if (self.exponent, self.mantissa) == (5, 2) else torch.float8_e4m3fn
+    def reach(self) -> float:
+        """max|W| / reach is the scale that maps a range onto all codes."""
+        return self.max
+
+    def nearest_(self, x: Tensor) -> Tensor:
+        """x, in units of the scale, moved to the nearest code, ties to even, saturating at the ends. In place.
+
+        A zero of either sign becomes +0, while what is rounded down to zero keeps its sign (compressed-tensors).
+        """
+        x.add_(0.0).clamp_(-self.max, self.max)
+        if self.bits == 8:
+            return x.copy_(x.to(self.code_dtype))
+        # below 2 the numbers of e2m1 and e2m3 are subnormal or in the first binade, which have the same step
+        step = torch.exp2((x.frexp().exponent - 1).clamp_(min=0) - self.mantissa).to(x.dtype)
+        return x.div_(step).round_().mul_(step)
+
+    def global_scale(self, absmax: Tensor) -> Tensor:
+        """outer = (448 * max) / absmax: it takes the largest group's scale to the end of e4m3. absmax [...] -> [..., 1]."""
+        assert self.outer and self.scale_dtype is not None
+        largest = torch.finfo(self.scale_dtype).max * self.max
+        outer = largest / absmax.float().clamp_min(torch.finfo(torch.float32).tiny)
+        return outer.nan_to_num_(nan=1.0, posinf=1.0)[..., None]
 
     def bits_per_weight(self, shape: torch.Size, dtype: torch.dtype) -> float:
         """Stored bits per weight: codes and scales in their dtype; one outer scale per weight does not show."""
-        rows, cols = self.tile.sizes(shape)
-        return self.bits + 8 * (self.scale_dtype or dtype).itemsize / (rows * cols)
+        return self.bits + 8 * (self.scale_dtype or dtype).itemsize * _scales_per_weight(self.tile, shape)
 
     def __str__(self) -> str:
-        if self.outer:
-            return "nvfp4"
-        if self.scale_dtype == torch.float8_e8m0fnu:
-            return f"mxfp{self.bits}"
-        return f"fp{self.bits}-{self.tile}"
+        named = [name for name, spec in NAMED.items() if spec == self]
+        return named[0] if named else f"fp{self.bits}-{self.tile}"
 
 
 # e4m3 has no infinities; e2m3 and e2m1 (OCP MX) have neither infinities nor NaN
-_MAX = {(4, 3): 448.0, (5, 2): 57344.0, (2, 3): 7.5, (2, 1): 6.0}
+_MAX = {(4, 3): 448.0, (2, 3): 7.5, (2, 1): 6.0}
 FLOATS = {"fp8": (4, 3), "fp6": (2, 3), "fp4": (2, 1)}
 Spec = Int | Float
 
@@ -161,6 +196,8 @@ def parse_spec(text: str, symmetric: bool = True) -> Spec:
     Floats: 'fp8-tensor', 'fp8-channel', 'fp8-b128x128', 'mxfp4', 'mxfp6', 'mxfp8' (groups of 32, power-of-two scales:
     OCP MX) and 'nvfp4' (groups of 16, e4m3 scales under one global scale).
     """
+    if not symmetric and (text in NAMED or text.startswith("fp")):
+        raise QlabError(f"spec {text!r} has no zero point; only integers are asymmetric")
     if text in NAMED:
         return NAMED[text]
     match = re.fullmatch(r"(int|fp)(\d+)-(?:g(\d+)|b(\d+)x(\d+)|(channel)|(tensor))(-asym)?", text)
@@ -187,3 +224,25 @@ NAMED: dict[str, Spec] = {
 def with_scale_dtype(spec: Spec, dtype: torch.dtype) -> Spec:
     """The spec with its scale dtype settled: its own where stated, else the weight's."""
     return spec if spec.scale_dtype else replace(spec, scale_dtype=dtype)
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """How the input of a site is rounded at run time: the spec's tiles lie over x [tokens, channels].
+
+    static: the one scale (NVFP4: the outer scale) was fixed beforehand and is stored; else it is found for the x at hand.
+    """
+
+    spec: Spec
+    static: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.spec}{' static' if self.static else ''}"
+
+
+def parse_input_spec(text: str) -> InputSpec:
+    """'int8-token', 'fp8-token', 'fp8-tensor static', or another spec over [tokens, channels]; a token is a row."""
+    name, _, static = text.partition(" ")
+    if static not in ("", "static"):
+        raise QlabError(f"input spec {text!r} is unknown; write a spec such as fp8-token, with ' static' for a stored scale")
+    return InputSpec(parse_spec(re.sub(r"-token\b", "-channel", name)), bool(static))

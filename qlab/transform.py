@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from qlab.errors import QlabError
 from qlab.experts import per_row
 from qlab.graph import ModuleGraph, Site, by_origin, by_source
-from qlab.qtensor import Leaf, QTensor, dense
+from qlab.qtensor import Leaf, QTensor, dense, shared_outer
 from qlab.spec import Spec, with_scale_dtype
 from qlab.stats import Moment, Stats, quadratic, transport
 
@@ -115,6 +115,9 @@ def each_weight(name: str, fn: WeightFn, spec: Spec, needs: frozenset[str] = fro
 
     The spec that fn gets has its scale dtype settled. detail: the stage's own settings, for plans and provenance.
 
+    Beside the statistics, fn finds "outer": the global scale where the spec has one (NVFP4), else None. It is one for all
+    selected weights of a source, since engines fuse those (q, k and v; gate and up).
+
     Notes go into the report, with the relative weight error |W - W'| / |W| and, where the second moment is at hand,
     the relative calibration loss tr(D H D^T) / tr(W H W^T), D = W' - W.
     """
@@ -131,21 +134,35 @@ def each_weight(name: str, fn: WeightFn, spec: Spec, needs: frozenset[str] = fro
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
         leaves, notes = {}, dict(graph.notes)
+        outers = _outers(graph, spec)
         for site in graph.sites:
             assert site.weight is not None  # weight_ok refuses it otherwise
             seen = {need: stats[site.source, need] for need in needs}
+            outer = outers.get(site.path)
             if site.route is None:
-                solved = [solve(graph, site, seen)]
+                solved = [solve(graph, site, {**seen, "outer": outer})]
                 leaf = solved[0].leaf
             else:
-                experts = range(graph.params[site.weight].shape[0])
-                solved = [solve(graph, site, {n: state.states[e] for n, state in seen.items()}, e) for e in experts]
+                solved = [solve(graph, site, {**{n: state.states[e] for n, state in seen.items()},
+                                              "outer": None if outer is None else outer[e]}, e)
+                          for e in range(graph.params[site.weight].shape[0])]  # fmt: skip
                 leaf = _stacked([s.leaf for s in solved])
             leaves[site.weight] = leaf if isinstance(leaf, QTensor) or site.layout.endswith("o k") else leaf.mT.contiguous()
             notes[site.path] = {**notes.get(site.path, {}), **_notes([s.errors for s in solved]), **_merged([s.note for s in solved])}
         return replace(graph.update(leaves), notes=notes), stats
 
     return (Stage(name, needs, run, spec, detail, sitewise=True),)
+
+
+def _outers(graph: ModuleGraph, spec: Spec) -> dict[str, Tensor]:
+    """Site path -> the outer scale that it shares with the sites of its source; empty where the spec has none."""
+    if not spec.outer:
+        return {}
+    groups: dict[Any, list[Site]] = {}
+    for site in graph.sites:
+        groups.setdefault((site.source, graph.weight_ok(site).shape[:-2]), []).append(site)
+    shared = [(sites, shared_outer(map(graph.weight_ok, sites), spec)) for sites in groups.values()]
+    return {site.path: outer for sites, outer in shared for site in sites if outer is not None}
 
 
 @dataclass(frozen=True)
@@ -209,9 +226,13 @@ class Multiply:
 
     m_k: Tensor
 
+    @property
+    def per_expert(self) -> bool:
+        return self.m_k.ndim == 3
+
     def __call__(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
         m = self.m_k.to(x.dtype)
-        return x * (m if m.ndim == 1 or ends is None else per_row(m[:, 0], ends))
+        return x * (m if ends is None else per_row(m[:, 0], ends))
 
 
 @dataclass(frozen=True)
@@ -220,7 +241,7 @@ class Rotate:
 
     M_kk: Tensor
 
-    def __call__(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         return x @ self.M_kk.to(x.dtype)
 
 

@@ -181,7 +181,7 @@ def weights_of(directory: str | Path, device: torch.device | str) -> dict[tuple[
     for text, shape in ((spec, torch.Size(shape)) for spec, shape in distinct if len(shape) == 2):
         spec = parse_spec(text)
         scales = torch.zeros(spec.tile.scales_shape(shape))
-        blank = QTensor(torch.zeros(shape, dtype=torch.int8), scales, None if spec.symmetric else scales.to(torch.int8), spec)
+        blank = QTensor(torch.zeros(shape, dtype=spec.code_dtype), scales, None if spec.symmetric else scales.to(torch.int8), spec)
         planes = planes_of(f"{directory}, {text}", blank, whole_rows=torch.device(device).type == "cuda")
         found.setdefault((planes.group, planes.zeros is not None), set()).add((planes.q.shape[0], planes.q.shape[1]))
     return {form: sorted(shapes) for form, shapes in sorted(found.items())}

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from qlab.checkpoint import INDEX
+from qlab.directory import INDEX, read_header
 from qlab.errors import QlabError
+from qlab.tensors import write
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+FORMER = ("quantize_config.json", "quant_config.json")  # they say how the weights were quantized before, in GPTQ's and AWQ's way
 WORK, JOB = ".work", "job.json"
 OVERWRITE = "overwrite"  # in the work folder: the run may replace an existing output
 REPLACED = "replaced"  # in the work folder: the output that is being replaced
@@ -33,7 +33,7 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise QlabError(f"{path} cannot be written ({error}); free some space or choose another place") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -105,21 +105,32 @@ class Writer:
         """The file of segment `index`: 0 is what surrounds the blocks, i the i-th block (from 1)."""
         return self.partial / f"model-{index + 1:05d}-of-{self.shards:05d}.safetensors"
 
-    def write_shard(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """One shard, atomically."""
-        whole = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}
-        atomically(self.shard(index), lambda p: save_file(whole, p, metadata={"format": "pt"}))
+    def write_shard(self, index: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """One shard, atomically, one tensor at a time."""
+        atomically(self.shard(index), lambda path: write(path, tensors))
 
-    def write_notes(self, index: int, notes: Mapping[str, Any]) -> None:
-        """What the report says of a segment, kept until the end of the job."""
-        write_json(self.work / f"notes-{index:05d}.json", notes)
+    def write_notes(self, index: int, notes: Mapping[str, Mapping[str, Any]]) -> None:
+        """What the report says of a segment, by section, kept until the end of the job."""
+        write_json(self._notes_path(index), notes)
 
-    def notes(self) -> dict[str, Any]:
-        """The notes of all segments."""
-        merged: dict[str, Any] = {}
+    def _notes_path(self, index: int) -> Path:
+        return self.work / f"notes-{index:05d}.json"
+
+    def notes(self) -> dict[str, dict[str, Any]]:
+        """The notes of all segments: section -> its rows."""
+        merged: dict[str, dict[str, Any]] = {}
         for path in sorted(self.work.glob("notes-*.json")):
-            merged |= json.loads(path.read_text())
+            for section, rows in json.loads(path.read_text()).items():
+                merged.setdefault(section, {}).update(rows)
         return merged
+
+    def has(self, index: int) -> bool:
+        """Whether the shard of a segment and its notes are in place."""
+        return self.shard(index).is_file() and self._notes_path(index).is_file()
+
+    def discard(self) -> None:
+        """Remove what was written so far; the work folder, which says what it is, goes last."""
+        self._clear()
 
     # -------------------------------------------------------------- the carry
     def carry_path(self, index: int) -> Path:
@@ -130,14 +141,14 @@ class Writer:
         """How many blocks are finished: the largest i whose shard, notes and following carry (if any) are in place."""
         for i in range(blocks, 0, -1):
             carried = i == blocks or carry_path is None or carry_path(i).is_file()
-            if carried and self.shard(i).is_file() and (self.work / f"notes-{i:05d}.json").is_file():
+            if carried and self.has(i):
                 return i
         return 0
 
     def finish(self, files: Mapping[str, Any], copied: Path) -> None:
         """Write index and JSON files, copy what else the model directory holds, and rename the whole into place."""
         for path in sorted(copied.iterdir()):
-            weights = path.suffix in WEIGHTS or path.name.endswith(".index.json")
+            weights = path.suffix in WEIGHTS or path.name.endswith(".index.json") or path.name in FORMER
             if path.is_file() and not weights and path.name not in files:
                 atomically(self.partial / path.name, partial(shutil.copyfile, path))
         write_json(self.partial / INDEX, self._index())
@@ -156,8 +167,7 @@ class Writer:
         weight_map: dict[str, str] = {}
         size = 0
         for i in range(self.shards):
-            with safe_open(self.shard(i), "pt") as file:
-                weight_map |= dict.fromkeys(file.keys(), self.shard(i).name)
+            weight_map |= dict.fromkeys(read_header(self.shard(i)), self.shard(i).name)
             size += self.shard(i).stat().st_size
         return {"metadata": {"total_size": size}, "weight_map": weight_map}
 

@@ -41,7 +41,8 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    flat = [t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*flat)
 
 
 def random_tokens(path: Path, samples: int = 4, length: int = 32, seed: int = 0) -> Tokens:

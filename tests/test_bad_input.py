@@ -143,19 +143,19 @@ def test_a_full_disk_leaves_the_former_result_and_can_be_resumed(folder, tmp_pat
 
     model, out = open_checkpoint(folder), tmp_path / "q"
     qlab.quantize(model, qlab.rtn(INT4), None, out)
-    before, save = contents(out), writer.save_file
+    before, write = contents(out), writer.write
 
-    def full(tensors, path, **kwargs):
+    def full(path, tensors):
         if "00003" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
-        save(tensors, path, **kwargs)
+        write(path, tensors)
 
-    monkeypatch.setattr(writer, "save_file", full)
+    monkeypatch.setattr(writer, "write", full)
     again = qlab.rtn(qlab.parse_spec("int3-g16"))
     refused(lambda: qlab.quantize(model, again, None, out, overwrite=True), "00003", "No space left")
     assert contents(out) == before
     assert not list(tmp_path.rglob("*.tmp"))
-    monkeypatch.setattr(writer, "save_file", save)
+    monkeypatch.setattr(writer, "write", write)
     qlab.quantize(model, again, None, out, resume=True)
     assert json.loads((out / "qlab.json").read_text())["bits_per_weight"] == 3 + 32 / 16
 

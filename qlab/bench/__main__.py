@@ -127,6 +127,20 @@ def matmul(
         draw_matmuls(record, plot)
 
 
+@app.command()
+def pack(
+    n: Annotated[int, typer.Option("--n", min=32, help="rows of the weight")] = 4096,
+    k: Annotated[int, typer.Option("--k", min=128, help="columns of the weight")] = 4096,
+    reps: Annotated[int, typer.Option("--reps", min=3, help="calls for one median")] = 10, json_file: Json = None,
+) -> None:  # fmt: skip
+    """Codes to int32 words and back on one core, beside the packers of compressed-tensors and GPTQModel."""
+    from qlab.bench.pack import compare_packers, table
+
+    record = compare_packers(n, k, reps=reps, said=say)
+    report(record, json_file)
+    console().print(table(record))
+
+
 app.command("tune")(tune)
 
 

@@ -1,15 +1,17 @@
 """On-disk formats: pure bijections between quantized values and named tensors, one file per format."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from qlab.codecs import compressed_tensors
+from qlab.codecs import auto_round, awq, compressed_tensors, gptq
 from qlab.errors import QlabError
-from qlab.qtensor import QTensor
-from qlab.spec import Spec
+from qlab.graph import Op
+from qlab.qtensor import Leaf
+from qlab.spec import InputSpec, Spec
 
 Specs = Mapping[str, Spec | None]  # every linear module of a model -> how its weight is stored; None is unquantized
 
@@ -21,15 +23,34 @@ class Codec:
     refusal(spec, online=()): why the format cannot hold such a weight, or None; ask before any work.
     encode(path, leaf): the tensors of module `path` for a leaf [o, k]. decode(path, tensors, spec): the inverse.
     config(specs): config.json's quantization_config. specs(config, names): the spec of every module that is quantized
-    among the tensor `names` of a directory's files; what it cannot read is refused by name.
+    among the tensor `names` of a directory's files; what it cannot read is refused by name. A spec of None is a dense
+    weight in a layout of the format's own.
+
+    Formats that round inputs at run time take those operations as a further argument of `encode` (online) and how they
+    round as one of `config` (inputs: path -> InputSpec), and read both: inputs(config, names) like specs,
+    decode_input(path, tensors, spec) the operation.
     """
 
     refusal: Callable[..., str | None]
-    encode: Callable[[str, QTensor], dict[str, Tensor]]
-    decode: Callable[[str, Mapping[str, Tensor], Spec], QTensor]
-    config: Callable[[Specs], dict[str, Any]]
-    specs: Callable[[Mapping[str, Any], Collection[str]], dict[str, Spec]]
+    encode: Callable[..., dict[str, Tensor]]
+    decode: Callable[[str, Mapping[str, Tensor], Any], Leaf]
+    config: Callable[..., dict[str, Any]]
+    specs: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, Spec | None]]
+    inputs: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, InputSpec]] = lambda config, names: {}
+    decode_input: Callable[[str, Mapping[str, Tensor], InputSpec], Op] | None = None
 
+
+def _gptq(version: gptq.Version) -> Codec:
+    return Codec(
+        gptq.refusal,
+        partial(gptq.encode, version),
+        partial(gptq.decode, version),
+        partial(gptq.config, version),
+        gptq.specs,
+    )
+
+
+GPTQ_VERSIONS = [replace(version, reordered=reordered) for version in (gptq.V1, gptq.V2) for reordered in (False, True)]
 
 CODECS: Mapping[str, Codec] = {  # what qlab writes, by the name that `--codec` takes
     "compressed-tensors": Codec(
@@ -38,13 +59,26 @@ CODECS: Mapping[str, Codec] = {  # what qlab writes, by the name that `--codec` 
         compressed_tensors.decode,
         compressed_tensors.config,
         compressed_tensors.specs,
+        compressed_tensors.inputs,
+        compressed_tensors.decode_input,
     ),
+    **{str(version): _gptq(version) for version in GPTQ_VERSIONS},  # gptq, gptq_v2, and either with _desc_act
+    "awq": Codec(awq.refusal, awq.encode, awq.decode, awq.config, awq.specs),
 }
 
 # quant_method of a quantization_config -> the codec that reads such a directory. A format whose variants differ in what
 # the same tensors mean (GPTQ v1 and v2) looks at the rest of the config to choose.
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Codec]] = {
     "compressed-tensors": lambda config: CODECS["compressed-tensors"],
+    "gptq": lambda config: CODECS[str(gptq.version(config))],
+    "awq": lambda config: CODECS["awq"],
+    "auto-round": lambda config: replace(CODECS[auto_round.layout(config)], specs=auto_round.specs),
+}
+
+# A file beside a config.json without a quantization_config -> what such a config would say; older writers made these.
+LEGACY_CONFIGS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "quantize_config.json": lambda raw: {"quant_method": "gptq", **raw},
+    "quant_config.json": awq.legacy_config,
 }
 
 

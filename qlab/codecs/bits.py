@@ -1,13 +1,21 @@
 """Dense bit streams: code i of a row occupies bits [i*b, (i+1)*b) of one little-endian integer, cut into int32 words.
 
-Several formats store codes this way and differ only in the axis that they pack. Tensors are viewed as bytes, so the
-host is little-endian, as every machine that torch ships for is.
+Several formats store codes this way and differ only in the axis that they pack. Tensors are viewed in wider and narrower
+words, so the host is little-endian, as every machine that torch ships for is.
+
+A *lane* is the fewest codes that are whole bytes together: 2 of 4 bits, 8 of 3 bits. Within it, codes lie one a byte in one
+machine word, and packing closes the gaps between neighbours: codes become pairs, pairs quads, quads octets. All of it is
+arithmetic on whole words.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
+
+CHUNK = 1 << 20  # codes at a time: they and what is made of them stay in a core's own cache
+LANES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # the word for a lane of so many codes
 
 
 def words_of(k: int, bits: int) -> int:
@@ -15,34 +23,82 @@ def words_of(k: int, bits: int) -> int:
     return -(-k * bits // 32)
 
 
+def unsigned(codes: Tensor, bits: int) -> Tensor:
+    """codes + 2^(bits-1): int8 -> uint8, whose arithmetic wraps, so that one addition serves 8 bits too."""
+    return codes.contiguous().view(torch.uint8) + 2 ** (bits - 1)
+
+
+def signed(codes: Tensor, bits: int) -> Tensor:
+    """codes - 2^(bits-1): uint8 -> int8, the inverse of unsigned."""
+    return (codes - 2 ** (bits - 1)).view(torch.int8)
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """row = sum_i codes[i] << (i * bits): uint8 [..., k], each below 2^bits -> int32 [..., words_of(k, bits)].
 
     Rows end in zero bits. A code of 2^bits or more would run into its neighbour: callers check ranges.
     """
-    k = codes.shape[-1]
-    # Eight codes are `bits` whole bytes: in groups of eight nothing straddles.
-    lanes = rearrange(F.pad(codes, (0, -k % 8)), "... (n lane) -> lane ... n", lane=8)
-    octets = torch.zeros(lanes.shape[1:], dtype=torch.int64, device=codes.device)
-    for i, lane in enumerate(lanes):
-        octets |= lane.to(torch.int64) << (i * bits)
-    stream = rearrange(octets[..., None].view(torch.uint8)[..., :bits], "... n b -> ... (n b)")
-    return _resize(stream, 4 * words_of(k, bits)).view(torch.int32)
+    *rows, k = codes.shape
+    lane, size = _lane(bits)
+    padded = F.pad(codes, (0, -k % 8)) if k % 8 or codes.storage_offset() % 8 else codes.contiguous()  # pad copies: it aligns
+    lanes = padded.view(-1).view(LANES[lane])
+    stream = torch.empty((lanes.shape[0], size), dtype=torch.uint8, device=codes.device)
+    for x, out in zip(lanes.split(CHUNK // lane), stream.split(CHUNK // lane)):
+        for low, gap, width in _steps(bits, lane):
+            x = (x & low).bitwise_or_((x & low << width).bitwise_right_shift_(gap))
+        if size == 1:
+            out[:, 0] = x  # a conversion to bytes, which is faster than a strided copy of them
+        else:
+            out.copy_(x.view(torch.uint8).view(-1, lane)[:, :size])
+    return _resize(stream.view(*rows, -(-k // 8) * bits), 4 * words_of(k, bits)).view(torch.int32)
 
 
 def unpack(words: Tensor, bits: int, k: int) -> Tensor:
     """codes[i] = (row >> (i * bits)) & (2^bits - 1): int32 [..., words_of(k, bits)] -> uint8 [..., k]."""
-    n = -(-k // 8)
-    stream = rearrange(_resize(words.contiguous().view(torch.uint8), n * bits), "... (n b) -> ... n b", n=n)
-    octets = _resize(stream, 8).view(torch.int64)
-    codes = torch.empty((*words.shape[:-1], n, 8), dtype=torch.uint8, device=words.device)
-    for i in range(8):
-        codes[..., i] = ((octets[..., 0] >> (i * bits)) & (2**bits - 1)).to(torch.uint8)
-    return rearrange(codes, "... n lane -> ... (n lane)")[..., :k].contiguous()
+    *rows, _ = words.shape
+    lane, size = _lane(bits)
+    stream = _resize(words.contiguous().view(torch.uint8), -(-k // 8) * bits).view(-1, size)
+    lanes = torch.empty(stream.shape[0], dtype=LANES[lane], device=words.device)
+    for some, x in zip(stream.split(CHUNK // lane), lanes.split(CHUNK // lane)):
+        if size == 1:
+            x.copy_(some[:, 0])
+        else:
+            x.zero_().view(torch.uint8).view(-1, lane)[:, :size] = some
+        for low, gap, width in reversed(_steps(bits, lane)):
+            upper = (x << gap).bitwise_and_(low << width)
+            x.bitwise_and_(low).bitwise_or_(upper)
+    return lanes.view(torch.uint8).view(*rows, -(-k // 8) * 8)[..., :k].contiguous()
+
+
+def pack_signed(codes: Tensor, bits: int) -> Tensor:
+    """pack for int8 codes [..., k] of a symmetric range: the stream holds codes + 2^(bits-1)."""
+    return pack(unsigned(codes, bits), bits)
+
+
+def unpack_signed(words: Tensor, bits: int, k: int) -> Tensor:
+    """The inverse of pack_signed: int8 [..., k]."""
+    return unpack(words, bits, k).sub_(2 ** (bits - 1)).view(torch.int8)
+
+
+def _lane(bits: int) -> tuple[int, int]:
+    """The codes of a lane, and the bytes that they pack into."""
+    return 8 // math.gcd(bits, 8), bits // math.gcd(bits, 8)
+
+
+def _steps(bits: int, lane: int) -> list[tuple[int, int, int]]:
+    """Per step of packing: the mask of the lower fields, the gap that closes, and the bits from a lower field to its upper one."""
+    steps = []
+    for width in (w for w in (8, 16, 32) if w < 8 * lane):
+        used = bits * width // 8
+        low = sum((2**used - 1) << at for at in range(0, 8 * lane, 2 * width))
+        steps.append((low, width - used, width))
+    return steps
 
 
 def _resize(stream: Tensor, size: int) -> Tensor:
     """The stream with its last axis cut or filled with zeros to `size`; what is cut is padding."""
+    if stream.shape[-1] == size:
+        return stream
     resized = stream.new_zeros((*stream.shape[:-1], size))  # a new tensor: views in wider words need plain strides
     kept = min(size, stream.shape[-1])
     resized[..., :kept] = stream[..., :kept]

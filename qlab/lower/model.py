@@ -40,6 +40,9 @@ def lower(
         raise QlabError(f"no kernel takes {dtype} activations; lower to {', '.join(str(d) for d in DTYPES)}")
     if not checkpoint.quantized:
         raise QlabError(f"{checkpoint.path} is not quantized, so there is nothing to lower; load it with transformers")
+    if checkpoint.inputs:
+        raise QlabError(f"{next(iter(checkpoint.inputs))} of {checkpoint.path} rounds its inputs at run time, which no kernel of "
+                        "qlab's does; evaluate it with qlab, or load it with transformers")
     if where.type == "cpu" and dtype != torch.bfloat16 and not dense_cache:
         warnings.warn(f"no int4 kernel on a CPU takes {dtype} activations: every product dequantizes its weight and is dense. "
                       "Use torch.bfloat16, or dense_cache=True to dequantize once", stacklevel=2)  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qlab.errors import QlabError
 from qlab.qtensor import QTensor
+from qlab.spec import Int
 
 GROUPS = (256, 128, 64, 32)  # what aten's and qlab's own kernels read
 ROW_MULTIPLE = 64  # whole rows that 32 does not divide are padded to it
@@ -47,6 +48,10 @@ def planes_of(path: str, leaf: QTensor, whole_rows: bool = False) -> Planes:
                         "take one [o, k] weight with plain scales")
     rows, cols = leaf.spec.tile.sizes(leaf.shape)
     k = leaf.shape[1]
+    if not isinstance(leaf.spec, Int):
+        raise QlabError(f"{path}: {leaf.spec} has no kernel; kernels multiply integer codes")
+    if leaf.shape[0] % rows or k % cols:
+        raise QlabError(f"{path}: blocks of {rows}x{cols} that do not divide a weight {tuple(leaf.shape)} have no kernel")
     if whole_rows and cols == k and leaf.spec.bits <= 4:
         group, pad = k, 0
     else:

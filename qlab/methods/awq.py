@@ -13,7 +13,7 @@ from qlab.absorb import Fold, absorb, folds
 from qlab.graph import ModuleGraph, Site, by_origin, by_source
 from qlab.methods.grid import Grid, encode, weighted
 from qlab.methods.rtn import rtn
-from qlab.qtensor import dense
+from qlab.qtensor import dense, shared_outer
 from qlab.spec import Spec, with_scale_dtype
 from qlab.stats import STATS, Moment, Stats, quadratic
 from qlab.transform import Stage, Transform, chain, reparametrize
@@ -48,10 +48,11 @@ def scaled_loss(weights: Sequence[Tensor], moment: Moment, m_k: Tensor, spec: Sp
     H' and W / m are computed as reparametrize does it, so that ties go the way they were scored.
     """
     H = STATS["second_moment"].transport(moment, m_k).mean_kk
+    outer = shared_outer((W_ok * (1 / m_k) for W_ok in weights), spec)
     total = 0.0
     for W_ok in weights:
         W = W_ok * (1 / m_k)
-        total += quadratic(dense(encode(grid, W, spec, H), torch.float32) - W, H)
+        total += quadratic(dense(encode(grid, W, spec, H, outer), torch.float32) - W, H)
     return total
 
 

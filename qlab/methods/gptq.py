@@ -12,7 +12,7 @@ from torch import Tensor
 from qlab.methods.grid import Grid, fit, weighted
 from qlab.methods.obs import damped, factorize, obs_sweep
 from qlab.methods.quantease import descend_codes, refit_scales
-from qlab.qtensor import QTensor
+from qlab.qtensor import QTensor, steps
 from qlab.spec import Spec
 from qlab.transform import Transform, each_weight
 
@@ -31,7 +31,7 @@ def paper_order(H_kk: Tensor) -> Tensor:
 
 def gptq_codes(W_ok: Tensor, H_kk: Tensor, scales: Tensor, zeros: Tensor | None, spec: Spec, order: Tensor,
                damp: float, block: int) -> tuple[Tensor, float, int]:  # fmt: skip
-    """Codes int8 [o, k] on a fixed grid, the damping that was used and the number of dead columns.
+    """Codes [o, k] on a fixed grid, the damping that was used and the number of dead columns. scales: see qtensor.steps.
 
     Columns are solved in `order` and returned in their own places, so no g_idx is left behind.
     """
@@ -40,7 +40,7 @@ def gptq_codes(W_ok: Tensor, H_kk: Tensor, scales: Tensor, zeros: Tensor | None,
     rows, cols = spec.tile.sizes(W_ok.shape)
 
     def per_column(x_ag: Tensor) -> Tensor:  # [a, g] -> [k, o or 1] in solving order
-        return x_ag.T.to(W.dtype).repeat_interleave(rows, 1).index_select(0, order // cols)
+        return x_ag.T.to(W.dtype).repeat_interleave(rows, 1)[:, : len(W)].index_select(0, order // cols)
 
     codes_ko = W.new_empty(W.shape[1], W.shape[0])
     c, s = codes_ko.unbind(), per_column(scales).unbind()
@@ -49,12 +49,12 @@ def gptq_codes(W_ok: Tensor, H_kk: Tensor, scales: Tensor, zeros: Tensor | None,
     def project(w_o: Tensor, j: int, out_o: Tensor) -> None:
         torch.div(w_o, s[j], out=c[j])
         if z is None:
-            torch.mul(c[j].round_().clamp_(spec.qmin, spec.qmax), s[j], out=out_o)
+            torch.mul(spec.nearest_(c[j]), s[j], out=out_o)
         else:
-            torch.sub(c[j].add_(z[j]).round_().clamp_(spec.qmin, spec.qmax), z[j], out=out_o).mul_(s[j])
+            torch.sub(spec.nearest_(c[j].add_(z[j])), z[j], out=out_o).mul_(s[j])
 
     obs_sweep(W, factor.R_kk, project, block)
-    return codes_ko.to(torch.int8)[order.argsort()].T.contiguous(), factor.damp, int(factor.dead.sum())
+    return codes_ko[order.argsort()].T.contiguous().to(spec.code_dtype), factor.damp, int(factor.dead.sum())
 
 
 def gptq(
@@ -69,11 +69,14 @@ def gptq(
 
     def fn(W_ok: Tensor, stats: Mapping[str, Any], spec: Spec) -> tuple[QTensor, Mapping[str, Any]]:
         H_kk = stats["second_moment"].mean_kk
-        scales, zeros = fit(grid, W_ok, spec, H_kk)
-        codes, used, dead = gptq_codes(W_ok, H_kk, scales, zeros, spec, order(H_kk), damp, block)
-        q = QTensor(codes, scales, zeros, spec)
+        outer = stats.get("outer")
+        scales, zeros = fit(grid, W_ok, spec, H_kk, outer)
+        s_ag = steps(scales, outer, W_ok.dtype)
+        codes, used, dead = gptq_codes(W_ok, H_kk, s_ag, zeros, spec, order(H_kk), damp, block)
+        q = QTensor(codes, scales, zeros, spec, outer)
         for _ in range(sweeps):
-            if spec.tile.rows == 1:  # a scale that rows share has no least-squares problem of its own
+            # a scale that rows share has no least-squares problem of its own, and 8 bits are too few for its solution
+            if spec.tile.rows == 1 and scales.itemsize > 1:
                 q = refit_scales(W_ok, damped(H_kk, used), q)
             q = descend_codes(W_ok, damped(H_kk, used), q, order(H_kk), block)
         return q, {"grid": grid.name, "damp": used, "dead": dead}

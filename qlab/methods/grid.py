@@ -4,6 +4,7 @@ Legend: W_ok weight [o, k] in fp32; x_agn its tiles [a, g, n] (`Tile.split`); s_
 H_kk the mean second moment of the input; e_ag the objective of every tile.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from qlab.errors import QlabError
-from qlab.qtensor import QTensor, round_codes
-from qlab.spec import Spec, with_scale_dtype
+from qlab.qtensor import QTensor, round_codes, shared_outer, steps
+from qlab.spec import Float, Spec, with_scale_dtype
 
 Candidates = Callable[[Tensor, Tensor, Spec], Iterator[tuple[Tensor, Tensor | None]]]
 CHUNK = 1 << 18  # numbers searched at once: few enough to stay in cache over all candidates
@@ -37,8 +38,12 @@ class Grid:
         return frozenset({"second_moment"} if self.weighted else ())
 
 
-def fit(grid: Grid, W_ok: Tensor, spec: Spec, H_kk: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """The best candidate of every tile: scales [a, g] in their stored dtype, zeros int8 [a, g] or None if symmetric."""
+def fit(grid: Grid, W_ok: Tensor, spec: Spec, H_kk: Tensor | None = None,
+        outer: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The best candidate of every tile: scales [a, g] in their stored dtype, zeros int8 [a, g] or None if symmetric.
+
+    outer: what the scales are relative to, where the spec has such a scale (see qtensor.shared_outer).
+    """
     spec = with_scale_dtype(spec, torch.float32)
     if grid.weighted and H_kk is None:
         raise QlabError(f"the grid {grid.name!r} weighs errors by the second moment, which was not observed")
@@ -47,14 +52,15 @@ def fit(grid: Grid, W_ok: Tensor, spec: Spec, H_kk: Tensor | None = None) -> tup
     if grid.weighted and H_kk is not None:
         h_agn = spec.tile.split(H_kk.diagonal().expand(spec.tile.sizes(W_ok.shape)[0], -1))
     rows = max(1, CHUNK // x_agn[0].numel())
-    parts = [_fit_rows(grid, x, spec, h_agn) for x in x_agn.split(rows)]
+    parts = [_fit_rows(grid, x, spec, h_agn, outer) for x in x_agn.split(rows)]
     scales = torch.cat([s for s, _ in parts])
     return scales, None if spec.symmetric else torch.cat([z for _, z in parts if z is not None])
 
 
-def _fit_rows(grid: Grid, x_agn: Tensor, spec: Spec, h_agn: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _fit_rows(grid: Grid, x_agn: Tensor, spec: Spec, h_agn: Tensor | None,
+              outer: Tensor | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     lo, hi = x_agn.amin(-1).clamp_max(0), x_agn.amax(-1).clamp_min(0)
-    first, *others = [(_stored(s, spec), z) for s, z in grid.candidates(lo, hi, spec)]
+    first, *others = [(_stored(s, spec, outer), z) for s, z in grid.candidates(lo, hi, spec)]
     if not others and not grid.refit:
         return first
     # sum h (x - s c)^2 = sum h x^2 - 2 s B + s^2 A with A = sum h c^2, B = sum h x c: the codes are needed once for both
@@ -63,11 +69,11 @@ def _fit_rows(grid: Grid, x_agn: Tensor, spec: Spec, h_agn: Tensor | None) -> tu
 
     def consider(s: Tensor, z: Tensor | None) -> None:
         nonlocal best_e, best_s, best_z
-        c = _centred(x_agn, s, z, spec)
+        c = _centred(x_agn, steps(s, outer, torch.float32), z, spec)
         hc = c if h_agn is None else c * h_agn
         A, B = torch.linalg.vecdot(hc, c), torch.linalg.vecdot(hc, x_agn)
-        for scale in (s, _stored(B / A, spec)) if grid.refit else (s,):
-            wide = scale.float()
+        for scale in (s, _stored(B / A, spec, outer)) if grid.refit else (s,):
+            wide = steps(scale, outer, torch.float32)
             e = (wide * A).sub_(B, alpha=2).mul_(wide)
             better = (e < best_e) & (A > 0)  # a tile of zeros keeps the first candidate
             best_e, best_s = torch.where(better, e, best_e), torch.where(better, scale, best_s)
@@ -78,7 +84,8 @@ def _fit_rows(grid: Grid, x_agn: Tensor, spec: Spec, h_agn: Tensor | None) -> tu
     if grid.refit:
         consider(best_s, best_z)
     # the sums above cancel; never hand out anything worse than the first candidate by the plain formula
-    worse = objective(x_agn, *first, spec, h_agn) < objective(x_agn, best_s, best_z, spec, h_agn)
+    error = lambda s, z: objective(x_agn, steps(s, outer, torch.float32), z, spec, h_agn)
+    worse = error(*first) < error(best_s, best_z)
     zeros = None if first[1] is None or best_z is None else torch.where(worse, first[1], best_z)
     return torch.where(worse, first[0], best_s), zeros
 
@@ -87,42 +94,62 @@ def _centred(x_agn: Tensor, s_ag: Tensor, z_ag: Tensor | None, spec: Spec) -> Te
     """codes - zeros, as floats."""
     c = x_agn / s_ag.float()[..., None]
     if z_ag is None:
-        return c.round_().clamp_(spec.qmin, spec.qmax)
+        return spec.nearest_(c)
     z = z_ag.float()[..., None]
-    return c.add_(z).round_().clamp_(spec.qmin, spec.qmax).sub_(z)
+    return spec.nearest_(c.add_(z)).sub_(z)
 
 
 def objective(x_agn: Tensor, s_ag: Tensor, z_ag: Tensor | None, spec: Spec, h_agn: Tensor | None = None) -> Tensor:
-    """sum_j h_j (x_j - s (codes_j - z))^2 of every tile [a, g]; h = 1 where it is None."""
+    """sum_j h_j (x_j - s (codes_j - z))^2 of every tile [a, g]; h = 1 where it is None. s: see qtensor.steps."""
     d = _centred(x_agn, s_ag, z_ag, spec).mul_(s_ag.float()[..., None]).sub_(x_agn)
     return torch.linalg.vecdot(d, d if h_agn is None else d * h_agn)
 
 
-def _stored(s_ag: Tensor, spec: Spec) -> Tensor:
-    """Scales as the file will hold them: rounded to their dtype, zeros replaced by its epsilon (compressed-tensors)."""
+def _stored(s_ag: Tensor, spec: Spec, outer: Tensor | None) -> Tensor:
+    """Scales as the file will hold them: times outer, rounded to their dtype, zeros replaced by its epsilon
+    (compressed-tensors)."""
     assert spec.scale_dtype is not None  # `fit` settles it
-    s = s_ag.to(spec.scale_dtype)
-    return s.masked_fill((s == 0) | s.isnan(), torch.finfo(s.dtype).eps)
+    limits = torch.finfo(spec.scale_dtype)
+    wide = s_ag if outer is None else outer[..., None] * s_ag
+    if spec.scale_dtype.itemsize == 1:  # what 8 bits cannot hold saturates; wider dtypes hold every scale of a weight
+        wide = wide.float().clamp(-limits.max if limits.min < 0 else limits.tiny, limits.max)
+    s = wide.to(spec.scale_dtype)
+    unusable = (s.float() == 0) | s.isnan()  # torch takes the smallest e8m0 for a zero
+    return torch.where(unusable, torch.tensor(limits.eps, dtype=s.dtype, device=s.device), s)
 
 
-def encode(grid: Grid, W_ok: Tensor, spec: Spec, H_kk: Tensor | None = None) -> QTensor:
-    """round(W / s + z) on the fitted grid."""
-    scales, zeros = fit(grid, W_ok, spec, H_kk)
-    return QTensor(round_codes(W_ok, scales, zeros, spec), scales, zeros, spec)
+def encode(grid: Grid, W_ok: Tensor, spec: Spec, H_kk: Tensor | None = None, outer: Tensor | None = None) -> QTensor:
+    """round(W / s + z) on the fitted grid. outer: shared with other weights (see qtensor.shared_outer), or W's own."""
+    outer = shared_outer([W_ok], spec) if outer is None else outer
+    scales, zeros = fit(grid, W_ok, spec, H_kk, outer)
+    return QTensor(round_codes(W_ok, scales, zeros, spec, outer), scales, zeros, spec, outer)
 
 
 # ------------------------------------------------------------------ candidates
 def _ranged(lo: Tensor, hi: Tensor, spec: Spec) -> tuple[Tensor, Tensor | None]:
-    """The grid of compressed-tensors: s = absmax / ((qmax - qmin) / 2), or s = (hi - lo) / (qmax - qmin) with
-    z = qmin - lo / s rounded half to even."""
-    span = spec.qmax - spec.qmin
-    if spec.symmetric:
-        return torch.maximum(-lo, hi) / (span / 2), None
-    s = (hi - lo) / span
+    """The grid of compressed-tensors: s = absmax / reach, or s = (hi - lo) / (qmax - qmin) with z = qmin - lo / s rounded
+    half to even."""
+    if isinstance(spec, Float) and spec.scale_dtype == torch.float8_e8m0fnu:
+        return _power_of_two(torch.maximum(-lo, hi), spec), None
+    if isinstance(spec, Float) or spec.symmetric:
+        return torch.maximum(-lo, hi) / spec.reach, None
+    s = (hi - lo) / (spec.qmax - spec.qmin)
     assert spec.scale_dtype is not None
     stored = s.to(spec.scale_dtype).float()
     z = (spec.qmin - lo / stored).nan_to_num_(0).clamp_(spec.qmin, spec.qmax).round_()
     return s, z.to(torch.int8)
+
+
+def _power_of_two(absmax: Tensor, spec: Float) -> Tensor:
+    """OCP MX: the exponent of absmax, rounded up where the mantissa is close to 2, less that of the largest code.
+
+    "Close" is half a step of the code's mantissa: 1.75 for fp4, 1.9375 for fp6. fp8 ends at 1.75 * 2^8 and has the former
+    too. What lies above the largest code then saturates. Source: compressed-tensors 0.20.
+    """
+    rounded_to = 3 if spec.bits == 6 else 1  # bits of mantissa
+    exponents = (absmax.float().view(torch.int32) + (1 << (22 - rounded_to))) >> 23  # biased by 127, as e8m0 is
+    largest = math.frexp(spec.max)[1] - 1
+    return (exponents - largest).clamp_(0, 254).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
 def _whole(lo: Tensor, hi: Tensor, spec: Spec) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -147,6 +174,9 @@ def _signed_range(ratios: Sequence[float]) -> Candidates:
     """AutoRound's symmetric convention: s = +-absmax / |qmin|, so that the larger extreme has the code qmin."""
 
     def candidates(lo: Tensor, hi: Tensor, spec: Spec) -> Iterator[tuple[Tensor, Tensor | None]]:
+        if isinstance(spec, Float):  # as many codes on either side of zero
+            yield from _shrunken(ratios)(lo, hi, spec)
+            return
         if not spec.symmetric:  # a range with a zero point uses every code already
             yield _ranged(lo, hi, spec)
             return

@@ -6,11 +6,13 @@ Source: Behdad et al. 2023 (QuantEase), for the codes; the scales are a least-sq
 Legend: W_ok weight, H_kk damped mean second moment, c_ok codes - zeros, s_ag scales, D_ok = W - W'.
 """
 
+from dataclasses import replace
+
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from qlab.qtensor import QTensor, dense
+from qlab.qtensor import QTensor, dense, steps
 
 RIDGE = 1e-3  # pull of a scale towards its old value, as a fraction of its own curvature
 
@@ -22,19 +24,19 @@ def descend_codes(W_ok: Tensor, H_kk: Tensor, q: QTensor, order: Tensor, block: 
     """
     spec, (rows, cols) = q.spec, q.spec.tile.sizes(q.shape)
     codes_ko, D_ko = q.codes.T.to(W_ok.dtype).contiguous(), (W_ok - dense(q, W_ok.dtype)).T.contiguous()
-    s_ga = q.scales.T.to(W_ok.dtype)
+    s_ga, o = steps(q.scales, q.outer, W_ok.dtype).T, len(W_ok)
     for columns in order.split(block):
         H_bb = H_kk[columns][:, columns]
         G_bo = H_kk[columns] @ D_ko  # H is symmetric: row j of H D^T is column j of D H
-        s_bo, old_bo = s_ga[columns // cols].repeat_interleave(rows, 1), codes_ko[columns]
+        s_bo, old_bo = s_ga[columns // cols].repeat_interleave(rows, 1)[:, :o], codes_ko[columns]
         new_bo, Hs_bo = torch.empty_like(old_bo), H_bb.diagonal()[:, None] * s_bo
         for i, (g, s, hs, old, new) in enumerate(zip(*(t.unbind() for t in (G_bo, s_bo, Hs_bo, old_bo, new_bo)))):
             # W' + G / H_jj in units of codes: the present code, plus the step that the gradient asks for
-            torch.addcdiv(old, g, hs, out=new).round_().clamp_(spec.qmin, spec.qmax)
+            spec.nearest_(torch.addcdiv(old, g, hs, out=new))
             G_bo[i + 1 :].addr_(H_bb[i + 1 :, i], (new - old).mul_(s), alpha=-1)
         codes_ko[columns] = new_bo
         D_ko[columns] -= (new_bo - old_bo) * s_bo
-    return QTensor(codes_ko.T.contiguous().to(torch.int8), q.scales, q.zeros, spec)
+    return replace(q, codes=codes_ko.T.contiguous().to(spec.code_dtype))
 
 
 def refit_scales(W_ok: Tensor, H_kk: Tensor, q: QTensor) -> QTensor:

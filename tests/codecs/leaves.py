@@ -2,7 +2,9 @@
 
 import torch
 
+from qlab.methods.grid import encode, minmax
 from qlab.qtensor import QTensor
+from qlab.spec import Float
 
 
 def hexes(words):
@@ -10,8 +12,10 @@ def hexes(words):
 
 
 def random_qtensor(spec, o, k, seed=0):
-    """Every code of the grid, scales of both signs, in the spec's scale dtype."""
+    """Every code of the grid, scales of both signs (floats: as a rounding finds them), in the spec's scale dtype."""
     generator = torch.Generator().manual_seed(seed)
+    if isinstance(spec, Float):
+        return encode(minmax, torch.randn(o, k, generator=generator) * torch.rand(o, k, generator=generator) ** 3, spec)
     grid = spec.tile.scales_shape((o, k))
     codes = lambda *shape: torch.randint(spec.qmin, spec.qmax + 1, shape, generator=generator, dtype=torch.int8)
     scales = torch.randn(grid, generator=generator).to(spec.scale_dtype)
@@ -20,6 +24,11 @@ def random_qtensor(spec, o, k, seed=0):
 
 def assert_same(a, b):
     assert a.spec == b.spec
-    for field in ("codes", "scales", "zeros"):
+    for field in ("codes", "scales", "zeros", "outer", "perm"):
         x, y = getattr(a, field), getattr(b, field)
-        assert x is y is None or (x.dtype == y.dtype and torch.equal(x, y)), field
+        assert x is y is None or (x.dtype == y.dtype and torch.equal(bits(x), bits(y))), field
+
+
+def bits(x):
+    """A tensor whose equality is that of bytes: torch compares no 8-bit floats."""
+    return x.contiguous().view(torch.uint8) if x.is_floating_point() else x

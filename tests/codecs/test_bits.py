@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from leaves import hexes
 
-from qlab.codecs.bits import pack, unpack, words_of
+from qlab.codecs.bits import CHUNK, pack, pack_signed, signed, unpack, unpack_signed, unsigned, words_of
 
 
 @pytest.mark.parametrize("bits, words", [
@@ -33,3 +33,24 @@ def test_the_librarys_packers_agree(bits, o, k):
     assert words.shape == (o, words_of(k, bits)) and torch.equal(words, pack_to_int32(codes, bits))
     assert torch.equal(unpack_from_int32(words, bits, codes.shape), codes)
     assert torch.equal(unpack(words, bits, k), unsigned)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_streams_longer_than_a_chunk_and_codes_anywhere_in_memory_pack_alike(bits):
+    codes = torch.randint(2**bits, (3, CHUNK // 2), generator=torch.Generator().manual_seed(bits)).to(torch.uint8)
+    words = pack(codes, bits)
+    for i in range(3):
+        row = torch.cat([torch.zeros(3, dtype=torch.uint8), codes[i]])[3:]  # starts between two words
+        assert torch.equal(pack(row, bits), words[i])
+        assert torch.equal(pack(codes.mT.contiguous().mT, bits), words)
+    assert torch.equal(unpack(words, bits, CHUNK // 2), codes)
+    assert torch.equal(unpack(words.mT.contiguous().mT, bits, CHUNK // 2), codes)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_signed_codes_are_unsigned_ones_moved_down(bits):
+    codes = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).to(torch.int8)
+    assert unsigned(codes, bits).tolist() == list(range(2**bits))
+    assert torch.equal(signed(unsigned(codes, bits), bits), codes)
+    assert torch.equal(pack_signed(codes, bits), pack(unsigned(codes, bits), bits))
+    assert torch.equal(unpack_signed(pack_signed(codes, bits), bits, 2**bits), codes)

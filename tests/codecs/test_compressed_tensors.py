@@ -18,6 +18,7 @@ from qlab.codecs import CODECS
 from qlab.errors import QlabError
 from qlab.qtensor import QTensor, dense, round_codes
 from qlab.spec import Int, Tile, parse_spec, with_scale_dtype
+from qlab.transform import Multiply
 
 CODEC = CODECS["compressed-tensors"]
 INT4, INT8, ASYM = parse_spec("int4-g16"), parse_spec("int8-channel"), parse_spec("int3-g32-asym")
@@ -211,9 +212,8 @@ def int4(**changes):
 
 
 @pytest.mark.parametrize("leaf, message", [
-    (QTensor(torch.zeros(4, 32, dtype=torch.int8), torch.ones(2, 2), None, Int(4, Tile(2, 16))), "no scale per b2x16"),
+    (QTensor(torch.zeros(4, 32, dtype=torch.int8), torch.ones(2, 2), None, Int(4, Tile(2, 16))), "no scale per b2x16 block"),
     (QTensor(torch.zeros(2, 4, 32, dtype=torch.int8), torch.ones(2, 4, 2), None, INT4), r"not \(2, 4, 32\)"),
-    (int4(outer=torch.ones(1)), "`outer`"),
     (int4(perm=torch.arange(32)), "`perm`"),
     (int4(scales=torch.ones(4, 2).half()), "scales are torch.float16, expected torch.float32"),
     (int4(scales=torch.ones(4, 2, dtype=torch.float8_e4m3fn), spec=INT4), "scales are torch.float8_e4m3fn"),
@@ -237,7 +237,10 @@ def test_encode_refuses(leaf, message):
     ("weight_scale", torch.ones(4, 1), r"weight_scale is .*\(4, 1\), expected torch.float32 \(4, 2\)"),
     ("weight_scale", torch.ones(4, 2, dtype=torch.uint8), "weight_scale is torch.uint8"),
     ("weight_zero_point", torch.zeros(4, 2, dtype=torch.int8), "weight_zero_point is torch.int8"),
-    ("weight_g_idx", torch.zeros(32), "weight_g_idx has no place"),
+    ("weight_g_idx", torch.zeros(32), "weight_g_idx is torch.float32"),
+    ("weight_g_idx", torch.zeros(32, dtype=torch.int32), "weight_g_idx does not put 16 channels into each of 2 groups"),
+    ("weight_global_scale", torch.ones(1), "weight_global_scale has no place"),
+    ("weight_scale", torch.full((4, 2), torch.nan), "weight_scale holds NaN"),
 ])  # fmt: skip
 def test_decode_refuses(name, tensor, message):
     tensors = CODEC.encode("m.q", random_qtensor(with_scale_dtype(INT4_ASYM, torch.float32), 4, 32))
@@ -250,16 +253,16 @@ def test_decode_refuses(name, tensor, message):
 
 def test_decode_refuses_a_zero_point_that_a_symmetric_spec_would_drop():
     tensors = CODEC.encode("m", int4()) | {"m.weight_zero_point": torch.zeros(1, 2, dtype=torch.int32)}
-    with pytest.raises(QlabError, match="weight_zero_point has no place in pack-quantized at int4-g16"):
+    with pytest.raises(QlabError, match=r"weight_zero_point has no place beside .* at int4-g16"):
         CODEC.decode("m", tensors, INT4)
-    with pytest.raises(QlabError, match="m: pack-quantized has no scale per b2x16"):
+    with pytest.raises(QlabError, match=r"^m: compressed-tensors has no scale per b2x16"):
         CODEC.decode("m", {}, Int(4, Tile(2, 16)))
 
 
 def test_refusal_comes_before_any_work():
     assert CODEC.refusal(INT4) is None
-    assert "no run-time operations" in CODEC.refusal(INT4, online=(torch.neg,))
-    with pytest.raises(QlabError, match="lm_head: pack-quantized has no scale per b16x16"):
+    assert "no run-time Multiply" in CODEC.refusal(INT4, online=(Multiply(torch.ones(1)),))
+    with pytest.raises(QlabError, match=r"^lm_head: compressed-tensors has no scale per b16x16"):
         CODEC.config({"lm_head": Int(4, Tile(16, 16))})
     with pytest.raises(QlabError, match="none of the 1 modules is quantized"):
         CODEC.config({"lm_head": None})
@@ -268,19 +271,28 @@ def test_refusal_comes_before_any_work():
 @pytest.mark.parametrize("where, change, message", [
     ("config", {"quant_method": "gptq"}, "quant_method 'gptq'"),
     ("config", {"quantization_status": "frozen"}, "quantization_status 'frozen'"),
-    ("config", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
+    ("config", {"sparsity_config": {"format": "marlin-24"}}, "marlin-24"),
     ("config", {"transform_config": {"config_groups": {}}}, "transform_config"),
     ("config", {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
-    ("config", {"config_groups": {"W4A16": ["Linear"]}}, "group W4A16 lacks `weights`"),
-    ("group", {"format": "int-quantized"}, "group_0 has format 'int-quantized'"),
-    ("group", {"input_activations": {"num_bits": 8}}, "group_0 has input_activations"),
+    ("config", {"config_groups": {"W9A16": ["Linear"]}}, "group W9A16 is neither"),
+    ("config", {"config_groups": ["W4A16"]}, "config_groups .*no JSON object"),
+    ("config", {"ignore": [["lm_head"]]}, "ignore .*no list of names"),
+    ("config", {"ignore": ["re:("]}, "no regular expression"),
+    ("group", {"format": "marlin-24"}, "group_0 has format 'marlin-24'"),
+    ("group", {"format": "mxfp4-pack-quantized"}, "which holds no int4-g16"),
+    ("group", {"weights": None}, "names no spec for it"),
+    ("group", {"input_activations": {"num_bits": 8, "strategy": "channel", "dynamic": True}}, "inputs have a scale per"),
+    ("group", {"output_activations": {"num_bits": 8}}, "group_0 has output_activations"),
     ("group", {"targets": ["Embedding"]}, "Embedding"),
     ("group", {"scheme": "x"}, "unknown key 'scheme'"),
-    ("weights", {"type": "float"}, "group_0 has type 'float'"),
-    ("weights", {"dynamic": True}, "group_0 has dynamic True"),
-    ("weights", {"actorder": "group"}, "group_0 has actorder 'group'"),
-    ("weights", {"strategy": "block", "block_structure": [128, 128]}, "group_0 has block_structure"),
-    ("weights", {"strategy": "tensor_group"}, "strategy 'tensor_group' with group_size 16"),
+    ("weights", {"type": "float"}, "fp4 with strategy 'group'"),
+    ("weights", {"type": "complex"}, "type 'complex'"),
+    ("weights", {"dynamic": True}, "group_0 weights has dynamic True"),
+    ("weights", {"actorder": "random"}, "actorder 'random'"),
+    ("weights", {"strategy": "block", "block_structure": "128"}, "strategy 'block' with group_size 16"),
+    ("weights", {"strategy": "block", "group_size": None, "block_structure": "128"}, "block_structure"),
+    ("weights", {"num_bits": "4"}, "num_bits '4'"),
+    ("weights", {"group_size": [16]}, "group_size"),
     ("weights", {"strategy": "channel"}, "strategy 'channel' with group_size 16"),
     ("weights", {"num_bits": 16}, "int16 is not a grid"),
 ])  # fmt: skip

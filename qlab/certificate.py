@@ -1,0 +1,78 @@
+"""What is promised of a quantized weight when it is made, and what can be checked of it in a file.
+
+A certificate holds `sha256`, the hash of the numbers that the codes mean, whatever the format that stores them, and
+`weight_error`, |W - W'| / |W| against the weight of the model that was quantized. Where a method rescaled an input, that
+error is large and still the one to be found again; how well the weight was rounded is in the site's own row.
+"""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlab.qtensor import Leaf, QTensor, dense
+from qlab.spec import Int
+
+
+def certify(leaf: QTensor, reference: Leaf | None) -> dict[str, Any]:
+    """The certificate of a quantized weight [o, k]; without the weight it was made from, the hash alone."""
+    return {"sha256": fingerprint(leaf)} | ({} if reference is None else {"weight_error": weight_error(leaf, reference)})
+
+
+def fingerprint(leaf: QTensor) -> str:
+    """sha256 over shape, codes, scales, zeros, outer scale and order of channels.
+
+    Scales and zeros enter as float64, missing zeros as 0 and missing outer scales as 1, so that a format's choice of dtype
+    does not show and a changed number does.
+    """
+    zeros = torch.zeros_like(leaf.scales, dtype=torch.float64) if leaf.zeros is None else leaf.zeros
+    outer = torch.ones(1, dtype=torch.float64) if leaf.outer is None else leaf.outer
+    perm = torch.arange(leaf.shape[-1]) if leaf.perm is None else leaf.perm
+    digest = hashlib.sha256(f"{leaf.spec.tile} {tuple(leaf.shape)}".encode())
+    for part in (leaf.codes, leaf.scales.double(), zeros.double(), outer.double(), perm):
+        digest.update(_bytes(part))
+    return digest.hexdigest()
+
+
+def hash_of(tensor: Tensor) -> str:
+    """sha256 of an unquantized tensor: dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def weight_error(leaf: Leaf, reference: Leaf) -> float:
+    """|W - W'| / |W| in fp32."""
+    W_ok = dense(reference, torch.float32)
+    return float((dense(leaf, torch.float32) - W_ok).norm() / W_ok.norm().clamp_min(1e-30))
+
+
+def largest_step(leaf: QTensor, W_ok: Tensor) -> float:
+    """max |W - W'| / |scale|: a weight that was rounded to nearest without clipping has at most 0.5."""
+    D_agn = leaf.spec.tile.split(dense(leaf, torch.float32) - W_ok).abs()
+    scales = leaf.scales.float() if leaf.outer is None else leaf.scales.float() / leaf.outer[..., None]
+    return float((D_agn.amax(-1) / scales.abs()).max())
+
+
+def off_grid(leaf: QTensor) -> str | None:
+    """Why the leaf is not on the grid that its spec names, or None. Shapes are the leaf's own invariants."""
+    if not torch.isfinite(leaf.scales.float()).all():
+        return "a scale is NaN or Inf"
+    if leaf.outer is not None and not (torch.isfinite(leaf.outer) & (leaf.outer != 0)).all():
+        return "its global scale is 0, NaN or Inf"
+    if isinstance(leaf.spec, Int):
+        named = {"codes": leaf.codes, "zeros": leaf.zeros if leaf.spec.zero_dtype == torch.int8 else None}
+        for name, tensor in named.items():
+            low, high = (0, 0) if tensor is None else (int(x) for x in tensor.aminmax())
+            if low < leaf.spec.qmin or high > leaf.spec.qmax:
+                return f"{name} span [{low}, {high}] and {leaf.spec} has [{leaf.spec.qmin}, {leaf.spec.qmax}]"
+    elif not torch.isfinite(leaf.codes.float()).all() or float(leaf.codes.float().abs().max()) > leaf.spec.max:
+        return f"a code is NaN or above {leaf.spec.max}"
+    if leaf.zeros is not None and not torch.isfinite(leaf.zeros.float()).all():
+        return "a zero point is NaN or Inf"
+    return None

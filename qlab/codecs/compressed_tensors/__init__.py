@@ -1,0 +1,58 @@
+"""compressed-tensors: one config, and tensors in the layout that suits the numbers. Source: compressed-tensors 0.20.
+
+`packed.py` holds integers as bit streams, `plain.py` one code per byte (int-, float- and naive-quantized, MXFP8),
+`narrow.py` 4- and 6-bit floats, `sparse.py` 2:4 weights (read only). `scheme.py` says how a number grid is written
+down, `config.py` which module has which.
+"""
+
+from collections.abc import Collection, Mapping
+
+from torch import Tensor
+
+from qlab.codecs.compressed_tensors import narrow, packed, plain, sparse
+from qlab.codecs.compressed_tensors.activations import decode_input, encode_input
+from qlab.codecs.compressed_tensors.config import config, inputs, specs
+from qlab.codecs.compressed_tensors.scheme import format_of, refusal
+from qlab.errors import QlabError
+from qlab.methods.inputs import QuantizeInput
+from qlab.qtensor import Leaf, QTensor
+from qlab.spec import Spec
+
+__all__ = ["config", "decode", "decode_input", "encode", "inputs", "refusal", "specs"]
+
+LAYOUTS = {
+    "pack-quantized": packed, "int-quantized": plain, "float-quantized": plain, "naive-quantized": plain,
+    "mxfp8-quantized": plain, "mxfp4-pack-quantized": narrow, "mxfp6-pack-quantized": narrow,
+    "nvfp4-pack-quantized": narrow,
+}  # fmt: skip
+
+
+def encode(path: str, leaf: QTensor, online: Collection = ()) -> dict[str, Tensor]:
+    """QTensor [o, k] -> the tensors of module `path`, in the format that its spec and its inputs' call for.
+
+    online: what happens to the module's input at run time; only QuantizeInput has a place here.
+    """
+    if reason := refusal(leaf.spec, online):
+        raise QlabError(f"{path}: {reason}")
+    if len(leaf.shape) != 2:
+        raise QlabError(f"{path}: compressed-tensors holds one [o, k] weight per module, not {tuple(leaf.shape)}; split it")
+    if leaf.perm is not None:
+        raise QlabError(f"{path}: compressed-tensors cannot express the leaf's `perm`; use a codec with g_idx")
+    rounding = next((op for op in online if isinstance(op, QuantizeInput)), None)
+    tensors = LAYOUTS[format_of(leaf.spec, rounding.input_spec if rounding else None)].encode(path, leaf)
+    return tensors | (encode_input(path, rounding) if rounding else {})
+
+
+def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec | None) -> Leaf:
+    """The inverse of encode; refuses missing, misshaped and unexpected tensors of the module.
+
+    spec None: a dense weight in the 2:4 format. Codes may be in that format too.
+    """
+    if f"{path}.compressed" in tensors or spec is None:
+        weight, left = sparse.decode(path, tensors, spec), sparse.others(path, tensors)
+        return weight if spec is None else plain.decode(path, left | {f"{path}.weight": weight}, spec)
+    if reason := refusal(spec):
+        raise QlabError(f"{path}: {reason}")
+    if f"{path}.weight_packed" not in tensors and f"{path}.weight" in tensors:
+        return plain.decode(path, tensors, spec)
+    return LAYOUTS[format_of(spec)].decode(path, tensors, spec)

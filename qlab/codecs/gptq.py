@@ -1,0 +1,196 @@
+"""GPTQ: W[n, k] = scales[g, n] * (q - z) with g = g_idx[k] and unsigned q, z; the layout of AutoGPTQ and GPTQModel.
+
+    qweight int32 [K*b/32, N]   codes, one dense bit stream along K
+    qzeros  int32 [G, N*b/32]   zero points, dense along N; version 1 stores z - 1 and version 2 stores z
+    scales  float16 or bfloat16 [G, N]
+    g_idx   int32 [K]           the group of each input channel; k // group_size unless channels were reordered
+
+Source: GPTQModel 7.6, whose version 1 is AutoGPTQ's.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlab.codecs import dynamic, stored
+from qlab.codecs.bits import pack, pack_signed, signed, unpack, unpack_signed, unsigned
+from qlab.errors import QlabError
+from qlab.qtensor import QTensor
+from qlab.spec import Int, Spec
+
+BITS = (2, 3, 4, 8)
+TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+# A 1 in every field of a word. Fields of 3 bits straddle words, so there versions differ field by field and not by word.
+ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+# What changes the weights beyond this layout; everything else in a config is provenance or advice to kernels.
+UNREAD = ("adapter", "rotation", "is_marlin_format")
+
+
+@dataclass(frozen=True)
+class Version:
+    """name: the `checkpoint_format` of configs. offset: what is subtracted from stored zero points. reordered: whether
+    configs say `desc_act`, without which readers drop g_idx."""
+
+    name: str
+    offset: int
+    reordered: bool = False
+
+    def __str__(self) -> str:
+        return self.name + ("_desc_act" if self.reordered else "")
+
+
+V1, V2 = Version("gptq", 1), Version("gptq_v2", 0)
+
+
+def version(config: Mapping[str, Any]) -> Version:
+    """The version that a quantization_config names by `checkpoint_format` or `format`; neither means version 1."""
+    found = {str(config[key]).lower() for key in ("checkpoint_format", "format") if config.get(key) is not None} or {V1.name}
+    known = {v.name: v for v in (V1, V2)}
+    if len(found) > 1 or not found <= known.keys():
+        raise QlabError(f"quantization_config has GPTQ format {' and '.join(sorted(found))}; qlab reads {' or '.join(known)}")
+    desc_act = config.get("desc_act", False)
+    if type(desc_act) is not bool:
+        raise QlabError(f"quantization_config has desc_act {desc_act!r}; it is true or false")
+    return replace(known[found.pop()], reordered=desc_act)
+
+
+def refusal(spec: Spec, online: Collection = ()) -> str | None:
+    """Why GPTQ cannot hold such a weight, or None when it can."""
+    return stored.refusal("GPTQ", BITS, spec, online)
+
+
+def encode(version: Version, path: str, leaf: QTensor) -> dict[str, Tensor]:
+    """QTensor [o, k] -> {path.qweight, path.qzeros, path.scales, path.g_idx}.
+
+    Refuses what does not fill whole words, a perm where the config does not say desc_act, and for version 1 a zero point
+    at the lowest code: its word would borrow from the neighbours.
+    """
+    stored.check_leaf(path, "GPTQ", leaf, refusal(leaf.spec))
+    (o, k), bits = leaf.shape, leaf.spec.bits
+    if o * bits % 32 or k * bits % 32:
+        raise QlabError(f"{path}: {o} x {k} codes of {bits} bits do not fill int32 words along both axes, as GPTQ needs; keep() "
+                        "this site or write compressed-tensors")
+    inverse = slice(None) if leaf.perm is None else leaf.perm.argsort()
+    in_order = _in_order(k, leaf.scales.shape[1])
+    g_idx = in_order[inverse]
+    if not version.reordered and not torch.equal(g_idx, in_order):
+        raise QlabError(f"{path}: its channels share groups in an order of their own (perm), which readers of {version} drop; "
+                        f"write {replace(version, reordered=True)}")
+    if leaf.zeros is None:
+        zeros = torch.full(leaf.scales.shape, 2 ** (bits - 1), dtype=torch.uint8, device=leaf.codes.device)
+    else:
+        zeros = unsigned(leaf.zeros, bits)
+    if version.offset and (lowest := int((zeros == 0).sum())):
+        raise QlabError(f"{path}: {lowest} of {zeros.numel()} zero points are the lowest code, which GPTQ version 1 cannot store "
+                        f"(it stores z - 1); write {V2}")
+    tensors = {
+        "qweight": pack_signed(leaf.codes[:, inverse], bits).mT,
+        "qzeros": pack((zeros - version.offset).mT, bits),
+        "scales": leaf.scales.mT,
+        "g_idx": g_idx,
+    }
+    return {f"{path}.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _in_order(k: int, groups: int) -> Tensor:
+    """g_idx of channels in their own order: k // group_size."""
+    return torch.arange(groups, dtype=torch.int32).repeat_interleave(k // groups)
+
+
+def decode(version: Version, path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
+    """The inverse of encode, up to the order of a perm within a group, which comes back ascending.
+
+    Refuses missing, misshaped and unexpected tensors, groups of unequal sizes, and zero points that are not in the middle
+    where the config says symmetric.
+    """
+    if reason := refusal(spec):
+        raise QlabError(f"{path}: {reason}")
+    assert isinstance(spec, Int)  # refused otherwise
+    bits = spec.bits
+    stored.check_names(path, "GPTQ", tensors, TENSORS)
+    words = stored.take(path, tensors, "qweight", (None, None), torch.int32)
+    k, o = words.shape[0] * 32 // bits, words.shape[1]
+    if words.shape[0] * 32 % bits or o * bits % 32 or (spec.tile.cols and k % spec.tile.cols):
+        raise QlabError(f"{path}.qweight {tuple(words.shape)} does not hold a weight of {spec}; the file or its config is wrong")
+    groups = k // (spec.tile.cols or k)
+    scales = stored.take(path, tensors, "scales", (groups, o), *stored.scale_dtypes(spec)).mT.contiguous()
+    packed = stored.take(path, tensors, "qzeros", (groups, o * bits // 32), torch.int32)
+    zeros = _zeros(version, packed, bits, o)
+    if spec.symmetric and not bool((zeros == 0).all()):
+        raise QlabError(f"{path}.qzeros is not {2 ** (bits - 1)} everywhere, as a symmetric {version.name} file has it; its config "
+                        "names the wrong version, or sym must be false")
+    perm = _perm(version, path, tensors, k, groups)
+    codes = unpack_signed(words.mT, bits, k)
+    return QTensor(codes if perm is None else codes[:, perm], scales, None if spec.symmetric else zeros, spec, perm=perm)
+
+
+def _zeros(version: Version, packed: Tensor, bits: int, o: int) -> Tensor:
+    """Signed zero points [o, g]. A field that held z = 0 has borrowed from the fields above it; one addition to the whole
+    word gives back what was subtracted from the whole word."""
+    if version.offset and bits in ONES:
+        return unpack_signed(packed + ONES[bits], bits, o).mT.contiguous()
+    fields = (unpack(packed, bits, o) + version.offset) & (2**bits - 1)
+    return signed(fields, bits).mT.contiguous()
+
+
+def _perm(version: Version, path: str, tensors: Mapping[str, Tensor], k: int, groups: int) -> Tensor | None:
+    """The order that puts channels of one group side by side; None where they lie so already."""
+    if f"{path}.g_idx" not in tensors and not version.reordered:
+        return None
+    g_idx, in_order = stored.take(path, tensors, "g_idx", (k,), torch.int32), _in_order(k, groups)
+    perm = g_idx.argsort(stable=True)
+    if not torch.equal(g_idx[perm], in_order):
+        raise QlabError(f"{path}.g_idx does not give each of {groups} groups {k // groups} of {k} channels; qlab reads groups of "
+                        "one size")
+    return None if torch.equal(g_idx, in_order) else perm
+
+
+def config(version: Version, specs: Mapping[str, Spec | None]) -> dict[str, Any]:
+    """quantization_config of a model whose linears are in `specs`; None is unquantized.
+
+    The most common spec stands at the top; `dynamic` names the other modules, one anchored pattern for a family (paths that
+    differ in numbers only) where its members agree. GPTQModel refuses version 1 with zero points unless it wrote the file.
+    """
+    for path, spec in specs.items():
+        if spec and (reason := refusal(spec)):
+            raise QlabError(f"{path}: {reason}")
+    quantized = {path: _keys(spec) for path, spec in specs.items() if isinstance(spec, Int)}
+    if not quantized:
+        raise QlabError(f"none of the {len(specs)} modules is quantized; write the model without a quantization_config")
+    [(common, _)] = Counter(quantized.values()).most_common(1)
+    heads = {path for path in specs if path.rpartition(".")[2] == "lm_head"}
+    named = {path: quantized.get(path) for path in specs if path in quantized or path not in heads}
+    return {
+        **dict(common),
+        "checkpoint_format": version.name,
+        "desc_act": version.reordered,
+        "dynamic": dynamic.rules(named, common) or None,
+        "format": version.name,
+        "lm_head": not heads.isdisjoint(quantized),
+        "meta": {"quantizer": ["qlab"]},
+        "method": "gptq",
+        "pack_dtype": "int32",
+        "quant_method": "gptq",
+    }
+
+
+def _keys(spec: Int) -> dynamic.Keys:
+    return ("bits", spec.bits), ("group_size", spec.tile.cols or -1), ("sym", spec.symmetric)
+
+
+def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec]:
+    """The spec of every module with a qweight among `names`; refuses by name what it cannot read."""
+    return {path: _spec(path, dynamic.override(config, path)) for path in stored.modules_with("qweight", names)}
+
+
+def _spec(path: str, found: Mapping[str, Any]) -> Spec:
+    for key in UNREAD:
+        if found.get(key):
+            raise QlabError(f"{path} has {key} {found[key]!r} in quantization_config; qlab reads plain packed weights only")
+    if found.get("pack_dtype") not in (None, "int32"):
+        raise QlabError(f"{path} has pack_dtype {found['pack_dtype']!r} in quantization_config; qlab reads int32 words")
+    return stored.read_spec(path, found, BITS)

@@ -1,0 +1,193 @@
+"""The same codes in another format. What the format cannot hold is refused by name; rounding anew has to be asked for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlab.certificate import certify, weight_error
+from qlab.checkpoint import Checkpoint, open_checkpoint
+from qlab.codecs import CODECS, Codec
+from qlab.errors import QlabError
+from qlab.linears import linear_names
+from qlab.methods.grid import encode as round_to_grid
+from qlab.methods.grid import minmax
+from qlab.qtensor import QTensor, dense
+from qlab.report import bits_per_weight, recorded, stored_bits, versions
+from qlab.shardwise import Notes, leaves_by_file, rewrite_files
+from qlab.spec import Int, Spec
+from qlab.writer import Writer
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The directory written, and per module what became of it: its spec, and the error of rounding it anew where it was."""
+
+    path: Path
+    sites: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def requantized(self) -> dict[str, float]:
+        """Module -> relative error |W - W'| / |W| against the weights it was rounded anew from."""
+        return {name: row["requantization_error"] for name, row in self.sites.items() if "requantization_error" in row}
+
+    def json(self) -> dict[str, Any]:
+        """The result as plain data."""
+        return {"path": str(self.path), "sites": dict(self.sites), "requantized": self.requantized}
+
+
+@torch.no_grad()
+def convert(
+    model: Checkpoint | str | Path,
+    codec: str,
+    out: str | Path,
+    *,
+    requantize: Spec | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> Converted:
+    """Write a quantized directory in the format that `codec` names, file by file.
+
+    Codes, scales and zeros stay what they are, and so do the unquantized tensors, the tokenizer and the other files.
+    requantize: a grid on which every weight is to lie. Those that do already keep their codes where the format can hold
+    them; the others are dequantized and rounded to nearest.
+
+    Errors: a directory that is not quantized; without `requantize`, any loss, with the modules and what they would lose.
+    """
+    source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    if not source.quantized:
+        raise QlabError(f"{source.path} is not quantized, so there is nothing to convert; quantize it first")
+    if codec not in CODECS:
+        raise QlabError(f"the codec {codec!r} is unknown; qlab writes {', '.join(CODECS)}")
+    if source.path.resolve() == Path(out).expanduser().resolve():
+        raise QlabError(f"{source.path} is the directory to convert; choose another output directory")
+    targets = _targets(source, codec, requantize)
+    config = CODECS[codec].config({name: targets.get(module) for name, module in linear_names(source).items()})
+    record = recorded(source.path)
+    job = {"source": source.fingerprint(), "codec": codec, "requantize": requantize and str(requantize),
+           "versions": versions(), "converted_from": record.get("job")}  # fmt: skip
+    writer = Writer(Path(out), job, len(leaves_by_file(source)), overwrite, resume)
+    if not writer.finished:
+        rewrite_files(source, writer, partial(_rewrite, source, CODECS[codec], targets, requantize, record), "converting")
+        notes = writer.notes()
+        if lost := notes.get("lost"):
+            writer.discard()
+            raise _refusal(codec, lost)
+        sites = notes["sites"]
+        report = {**record, **notes, "job": job, "bits_per_weight": bits_per_weight(sites)}
+        writer.finish({"config.json": {**source.raw, "quantization_config": config}, "qlab.json": report}, source.path)
+    return Converted(writer.out, recorded(writer.out)["sites"])
+
+
+# ------------------------------------------------------------------ what a format can hold
+def _targets(source: Checkpoint, codec: str, requantize: Spec | None) -> dict[str, Spec]:
+    """The spec that every module will have in the new format, decided before a tensor is read."""
+    if requantize is not None:
+        target = _nearest(requantize, CODECS[codec])
+        if isinstance(target, str):
+            raise QlabError(f"{codec} cannot hold {requantize} weights ({target}); choose another grid to round to")
+        return dict.fromkeys(source.quantized, target)
+    nearest = {spec: _nearest(spec, CODECS[codec]) for spec in set(source.quantized.values())}
+    targets = {module: nearest[spec] for module, spec in source.quantized.items()}
+    if lost := {module: target for module, target in targets.items() if isinstance(target, str)}:
+        raise _refusal(codec, lost)
+    return {module: target for module, target in targets.items() if not isinstance(target, str)}
+
+
+def _refusal(codec: str, lost: Mapping[str, str]) -> QlabError:
+    """Modules by what they would lose."""
+    by_reason: dict[str, list[str]] = {}
+    for module, reason in lost.items():
+        by_reason.setdefault(reason.removeprefix(f"{module}: "), []).append(module)
+    parts = [", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") + f" ({reason})"
+             for reason, names in by_reason.items()]  # fmt: skip
+    return QlabError(f"{codec} cannot hold {'; '.join(parts)}; choose another codec, or a grid to round the weights to (--requantize)")
+
+
+def _nearest(spec: Spec, codec: Codec) -> Spec | str:
+    """The spec itself, or the one that differs in storing zero points that are all 0 or not; else why not."""
+    whole = isinstance(spec, Int) and spec.zero_dtype == torch.int8
+    for candidate in [spec, replace(spec, symmetric=not spec.symmetric)] if whole else [spec]:
+        if _scale_dtypes(candidate, codec):
+            return replace(candidate, scale_dtype=None) if whole else candidate
+    return codec.refusal(replace(spec, scale_dtype=spec.scale_dtype or SCALE_DTYPES[0])) or f"it has no {spec} weights"
+
+
+def _scale_dtypes(spec: Spec, codec: Codec, own: torch.dtype | None = None) -> list[torch.dtype]:
+    """The dtypes in which the format can store such scales, the leaf's own first."""
+    fixed = spec.scale_dtype is not None and spec.scale_dtype.itemsize == 1  # MX and NV: the dtype is part of the grid
+    dtypes = [spec.scale_dtype] if fixed else list(dict.fromkeys([own, *SCALE_DTYPES] if own else SCALE_DTYPES))
+    return [d for d in dtypes if d is not None and codec.refusal(replace(spec, scale_dtype=d)) is None]
+
+
+def express(leaf: QTensor, target: Spec, codec: Codec) -> QTensor:
+    """The same numbers as a leaf of the target's spec that the codec can encode; refuses whatever would be lost."""
+    leaf = in_order(leaf)
+    zeros = leaf.zeros
+    if isinstance(target, Int) != isinstance(leaf.spec, Int) or (leaf.spec.bits, leaf.spec.tile) != (target.bits, target.tile):
+        raise QlabError(f"its codes lie on {leaf.spec}, not on {target}")
+    if target.symmetric and zeros is not None:
+        if (zeros != 0).any():
+            raise QlabError("zero points that are not 0 would be lost")
+        zeros = None
+    elif not target.symmetric and zeros is None:
+        zeros = torch.zeros_like(leaf.scales, dtype=torch.int8)
+    dtypes = _scale_dtypes(target, codec, leaf.scales.dtype)
+    for dtype in dtypes:
+        scales = leaf.scales.to(dtype)
+        if torch.equal(scales.double(), leaf.scales.double()):
+            return QTensor(leaf.codes, scales, zeros, replace(target, scale_dtype=dtype), leaf.outer, leaf.perm)
+    raise QlabError(f"{leaf.scales.dtype} scales would be rounded to {dtypes[0]}".replace("torch.", ""))
+
+
+def in_order(leaf: QTensor) -> QTensor:
+    """The leaf without `perm` where every group still consists of neighbouring channels; else as it is."""
+    if leaf.perm is None:
+        return leaf
+    k = leaf.shape[-1]
+    cols = leaf.spec.tile.cols or k
+    place = leaf.perm.argsort()  # input channel -> column of codes
+    group = (place // cols).reshape(-1, cols)
+    if (group != group[:, :1]).any():
+        return leaf
+    order = group[:, 0]
+    zeros = None if leaf.zeros is None else leaf.zeros[..., order]
+    return QTensor(leaf.codes[..., place], leaf.scales[..., order], zeros, leaf.spec, leaf.outer)
+
+
+# ------------------------------------------------------------------ one leaf
+def _rewrite(source: Checkpoint, codec: Codec, targets: Mapping[str, Spec], requantize: Spec | None,
+             record: Mapping[str, Any], name: str, notes: Notes) -> Mapping[str, Tensor]:  # fmt: skip
+    """The tensors of one leaf in the new format; what would be lost goes into the notes instead."""
+    module = name.rpartition(".")[0]
+    leaf = source.leaf(name) if module in targets and name == f"{module}.weight" else source.tensor(name)
+    if isinstance(leaf, Tensor):
+        return {name: leaf}
+    row = {**record.get("sites", {}).get(module, {}), "shape": list(leaf.shape)}
+    certificate = record.get("certificates", {}).get(module)
+    try:
+        new = express(leaf, targets[module], codec)
+        tensors = codec.encode(module, new)
+    except QlabError as error:
+        if requantize is None:
+            notes.setdefault("lost", {})[module] = str(error)
+            return {}
+        new = _rounded(leaf, targets[module], codec)
+        tensors = codec.encode(module, new)
+        row = {"shape": row["shape"], "requantized_from": str(leaf.spec), "requantization_error": weight_error(new, leaf)}
+        certificate = certify(new, leaf)
+    row |= {"spec": str(new.spec), "bits_per_weight": stored_bits(new, new.scales.dtype)}
+    notes.setdefault("sites", {})[module] = row
+    if certificate:
+        notes.setdefault("certificates", {})[module] = certificate
+    return tensors
+
+
+def _rounded(leaf: QTensor, target: Spec, codec: Codec) -> QTensor:
+    return round_to_grid(minmax, dense(leaf, torch.float32), replace(target, scale_dtype=_scale_dtypes(target, codec)[0]))

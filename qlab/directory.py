@@ -1,0 +1,158 @@
+"""A model directory on disk: its JSON files and where each of its tensors lies, from headers alone and without torch.
+
+A safetensors file is 8 bytes n (little-endian), n bytes of JSON {name: {dtype, shape, data_offsets}}, and the data without
+gaps. Every file is opened once, and nothing in it is believed before it is checked. Pickles are never read.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from qlab.errors import QlabError
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+LARGEST_JSON = 100_000_000  # bytes; also what the safetensors library accepts as a header
+MOST_AXES = 64  # of a tensor, as in torch
+METADATA = "__metadata__"
+# bits of one element, by the format's names
+WIDTHS: Mapping[str, int] = {
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I8": 8, "U8": 8, "BOOL": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a file: its dtype by the format's name, and the bytes [start, stop) of the file that hold it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; refuses files of more than 100 MB and whatever is no object."""
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise QlabError(f"{path} has {path.stat().st_size} bytes, which no configuration needs; download it again")
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise QlabError(f"{path} cannot be read ({error.strerror}); check the path and its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise QlabError(f"{path} is not valid JSON ({_first_line(error)}); repair or download it again") from error
+    if not isinstance(value, dict):
+        raise QlabError(f"{path} holds no JSON object but {type(value).__name__}; repair or download it again")
+    return value
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """Every tensor of a safetensors file; refuses a file whose header and size do not describe each other exactly."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if size < 8 or length > min(size - 8, LARGEST_JSON):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            found = json.loads(f.read(length), object_pairs_hook=_without_duplicates)
+        return _checked(file, found, 8 + length, size)
+    except (OSError, ValueError, RecursionError, struct.error) as error:
+        raise QlabError(f"{file} is truncated or not a safetensors file ({_first_line(error)}); download it again") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key occurs twice in its header")
+    return found
+
+
+def _checked(file: Path, header: Any, begin: int, size: int) -> dict[str, Stored]:
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    header.pop(METADATA, None)
+    tensors = {name: _entry(file, name, entry, begin) for name, entry in header.items()}
+    end = begin
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if tensor.start != end:
+            raise ValueError(f"{name!r} begins at byte {tensor.start} and what is before it ends at {end}")
+        end = tensor.stop
+    if end != size:
+        raise ValueError(f"its tensors end at byte {end} of {size}")
+    return tensors
+
+
+def _entry(file: Path, name: str, entry: Any, begin: int) -> Stored:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"the entry of {name!r} is not a dtype, a shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in WIDTHS:
+        raise ValueError(f"{name!r} has the unknown dtype {dtype!r:.40}")
+    if not _counts(shape) or len(shape) > MOST_AXES or not _counts(offsets) or len(offsets) != 2:
+        raise ValueError(f"{name!r} has no proper shape or data_offsets")
+    if 8 * (offsets[1] - offsets[0]) != prod(shape) * WIDTHS[dtype]:
+        raise ValueError(f"{name!r} is {dtype} {shape} and has {offsets[1] - offsets[0]} bytes")
+    return Stored(file, dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def locate(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a directory, by name.
+
+    The files are what transformers would load: the single file, else those of the index; without either, all there are.
+    A tensor in two files is taken from where the index says, and refused without an index.
+    """
+    listed = {} if (folder / SINGLE).is_file() else _listed(folder)
+    tensors: dict[str, Stored] = {}
+    for shard in [folder / SINGLE] if (folder / SINGLE).is_file() else _shards(folder, listed):
+        for name, tensor in read_header(shard).items():
+            if name in tensors and name not in listed:
+                raise QlabError(f"{name} is in {tensors[name].file} and in {shard}; remove the file that does not belong")
+            if name not in tensors or listed[name] == shard.name:
+                tensors[name] = tensor
+    if lacking := [name for name, file in listed.items() if name not in tensors or tensors[name].file.name != file]:
+        raise QlabError(f"{folder / INDEX} lists {lacking[0]} in {listed[lacking[0]]}, which does not hold it; download the model "
+                        "again")
+    return tensors
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """The index: tensor name -> file name. Empty where there is no index."""
+    if not (folder / INDEX).is_file():
+        return {}
+    listed = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise QlabError(f"{folder / INDEX} has no weight_map; download it again")
+    for file in listed.values():
+        if not isinstance(file, str) or "/" in file or "\\" in file or file in ("", ".", ".."):
+            raise QlabError(f"{folder / INDEX} lists the file {file!r}, which is no plain name of a file beside it; download it again")
+    return listed
+
+
+def _shards(folder: Path, listed: Mapping[str, str]) -> list[Path]:
+    found = sorted({folder / name for name in listed.values()} if listed else folder.glob("*.safetensors"))
+    if not found:
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        instead = f" but {pickles[0]}, a pickle, which qlab never loads" if pickles else ""
+        raise QlabError(f"{folder} holds no safetensors files{instead}; convert the model to safetensors first")
+    if missing := [shard.name for shard in found if not shard.is_file()]:
+        raise QlabError(f"{folder / INDEX} lists {', '.join(missing)}, which is missing; download the model again")
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,56 @@
+"""Activation quantization: x is rounded to nearest at run time, as the weights were beforehand."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qlab.graph import ModuleGraph
+from qlab.methods.grid import encode, minmax
+from qlab.qtensor import QTensor, dense, round_codes
+from qlab.spec import InputSpec, Spec
+from qlab.stats import Stats
+from qlab.transform import Stage, Transform
+
+
+@dataclass(frozen=True)
+class QuantizeInput:
+    """The online operation x -> dense(round(x)) on the grid `minmax`, x [..., k] seen as [tokens, k], computed in fp32.
+
+    scales, zeros [1, 1] or outer [1]: what was fixed beforehand; None is found for the x at hand.
+    """
+
+    spec: Spec
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    outer: Tensor | None = None
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """The operation without its tensors."""
+        return InputSpec(self.spec, self.scales is not None or self.outer is not None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x_nk = x.flatten(0, -2).float()
+        scales, zeros, outer = (None if t is None else t.to(x.device) for t in (self.scales, self.zeros, self.outer))
+        if scales is None:
+            q = encode(minmax, x_nk, self.spec, outer=outer)
+        else:
+            q = QTensor(round_codes(x_nk, scales, zeros, self.spec, outer), scales, zeros, self.spec, outer)
+        return dense(q, torch.float32).to(x.dtype).view_as(x)
+
+
+def quantize_inputs(spec: Spec) -> Transform:
+    """Round what enters every selected site at run time, with a scale for every token, group of channels or whole x.
+
+    spec: its tiles lie over [tokens, channels], so that 'fp8-channel' has one scale per token. Chain it behind what
+    rounds the weights: statistics are those of the inputs before it.
+    """
+
+    def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
+        online = dict(graph.online)
+        for site in (s for s in graph.sites if not s.router):
+            online[site.path] = (*online.get(site.path, ()), QuantizeInput(spec))
+        return replace(graph, online=online), stats
+
+    return (Stage("quantize_inputs", frozenset(), run, detail=str(InputSpec(spec))),)

@@ -1,0 +1,43 @@
+"""A model directory rewritten file by file, one tensor in memory at a time, without a model definition."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from qlab.checkpoint import Checkpoint
+from qlab.writer import Writer
+
+Notes = dict[str, dict[str, Any]]  # section of the report -> rows
+Rewrite = Callable[[str, Notes], Mapping[str, Tensor]]  # a leaf's name -> its new tensors; what is to be reported goes into the notes
+
+
+def leaves_by_file(model: Checkpoint) -> list[list[str]]:
+    """The leaves of each file: the name of every plain tensor, and `module.weight` for a quantized module, whose tensors
+    count where the first of them lies. A quantized module's bias is a plain tensor."""
+    files: dict[Any, list[str]] = {}
+    seen: set[str] = set()
+    for name, stored in model.stored.items():
+        module, _, kind = name.rpartition(".")
+        leaf = f"{module}.weight" if module in model.quantized and kind != "bias" else name
+        if leaf not in seen:
+            files.setdefault(stored.file, []).append(leaf)
+            seen.add(leaf)
+    return list(files.values())
+
+
+def rewrite_files(model: Checkpoint, writer: Writer, rewrite: Rewrite, doing: str) -> None:
+    """Write every file that the writer lacks, with its notes."""
+    files, console = leaves_by_file(model), Console(stderr=True)
+    for index, leaves in track(list(enumerate(files)), doing, console=console, disable=not console.is_terminal):
+        if not writer.has(index):
+            notes: Notes = {}
+            writer.write_shard(index, _rewritten(leaves, rewrite, notes))
+            writer.write_notes(index, notes)
+
+
+def _rewritten(leaves: list[str], rewrite: Rewrite, notes: Notes) -> Iterator[tuple[str, Tensor]]:
+    for leaf in leaves:
+        yield from rewrite(leaf, notes).items()

@@ -1,0 +1,87 @@
+"""Tensors in safetensors files: one read by its place, and a file written tensor by tensor.
+
+Both touch the bytes of one tensor at a time and map nothing into memory, so that models larger than memory pass through.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from qlab.directory import METADATA, Stored
+from qlab.errors import QlabError
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
+    "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+BLOCK = 1 << 20
+
+
+def dtype_of(name: str, stored: Stored) -> torch.dtype:
+    """The torch dtype of a stored tensor; refuses by name the formats' dtypes that torch has no tensors of."""
+    if stored.dtype not in DTYPES:
+        raise QlabError(f"{stored.file}: {name} is stored as {stored.dtype}, which qlab does not read")
+    return DTYPES[stored.dtype]
+
+
+def read(name: str, stored: Stored) -> Tensor:
+    """The tensor itself, in memory of its own."""
+    dtype = dtype_of(name, stored)
+    data = torch.empty(stored.nbytes, dtype=torch.uint8)
+    try:
+        with stored.file.open("rb") as file:
+            file.seek(stored.start)
+            got = file.readinto(data.numpy().data) if stored.nbytes else 0
+    except OSError as error:
+        raise QlabError(f"{stored.file} cannot be read ({error.strerror}); check the disk") from error
+    if got < stored.nbytes:
+        raise QlabError(f"{stored.file} became shorter while it was read; download it again")
+    return data.view(dtype).reshape(stored.shape)
+
+
+def write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """A safetensors file of these tensors, each let go of before the next one is asked for.
+
+    The header comes first in the file and is known last: data waits in nameless files beside `path`. There is one for each
+    width of element, and the widest is joined first, since readers view the bytes in place and need them aligned.
+    """
+    header: dict[str, dict] = {}
+    with ExitStack() as stack:
+        spools: dict[int, IO[bytes]] = {}
+        for name, tensor in tensors:
+            if tensor.dtype not in NAMES or name in header or name == METADATA:
+                raise QlabError(f"{name} is {tensor.dtype}, which {path.name} cannot hold, or occurs twice; rename or cast it")
+            data = tensor.detach().cpu().contiguous()
+            spool = spools.get(data.itemsize) or stack.enter_context(TemporaryFile(dir=path.parent))
+            spools[data.itemsize] = spool
+            header[name] = {"dtype": NAMES[data.dtype], "shape": list(data.shape), "data_offsets": [spool.tell()]}
+            if data.numel():
+                spool.write(data.reshape(-1).view(torch.uint8).numpy().data)
+            header[name]["data_offsets"].append(spool.tell())
+            del tensor, data
+        begin = 0
+        for width in sorted(spools, reverse=True):
+            for entry in header.values():
+                if DTYPES[entry["dtype"]].itemsize == width:
+                    entry["data_offsets"] = [begin + offset for offset in entry["data_offsets"]]
+            begin += spools[width].tell()
+        _join(path, header, [spools[width] for width in sorted(spools, reverse=True)])
+
+
+def _join(path: Path, header: dict[str, dict], parts: list[IO[bytes]]) -> None:
+    text = json.dumps({METADATA: {"format": "pt"}} | dict(sorted(header.items())), separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begins at a multiple of 8 bytes
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for part in parts:
+            part.seek(0)
+            shutil.copyfileobj(part, file, BLOCK)

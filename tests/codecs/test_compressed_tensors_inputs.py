@@ -1,0 +1,202 @@
+"""Inputs that are rounded at run time: the library's numbers, directories that evaluate with them, and refusals."""
+
+import json
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from families import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from leaves import random_qtensor
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+import qlab
+from qlab.checkpoint import open_checkpoint
+from qlab.codecs import CODECS
+from qlab.codecs.compressed_tensors.scheme import PRESETS, args_of
+from qlab.errors import QlabError
+from qlab.evaluate import read
+from qlab.methods.grid import encode, minmax
+from qlab.methods.inputs import QuantizeInput, quantize_inputs
+from qlab.methods.rtn import rtn
+from qlab.qtensor import dense
+from qlab.spec import InputSpec, parse_input_spec, parse_spec, with_scale_dtype
+from qlab.transform import chain, keep, rules
+
+CODEC = CODECS["compressed-tensors"]
+DYNAMIC = ("int8-token", "int4-token", "int8-token-asym", "fp8-token", "fp8-tensor", "fp8-g32", "mxfp4", "mxfp8")
+
+
+@pytest.mark.parametrize("text", DYNAMIC)
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(1, 9), groups=st.integers(1, 4), seed=st.integers(0, 99))
+def test_dynamic_inputs_are_rounded_as_the_library_does(text, n, groups, seed):
+    spec = parse_input_spec(text.replace("-token-asym", "-channel-asym"))
+    x = torch.randn(2, n, 32 * groups, generator=torch.Generator().manual_seed(seed)) * 3
+    args = QuantizationArgs.model_validate(args_of(spec.spec, static=False, of_inputs=True))
+    scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Module())
+    assert torch.equal(QuantizeInput(spec.spec)(x), fake_quantize(x, scale, zero, args))
+
+
+@pytest.mark.parametrize("text", ["fp8-tensor static", "int8-tensor static", "int8-tensor-asym static", "nvfp4 static"])
+def test_stored_scales_are_written_read_and_used_as_the_library_does(text):
+    spec, x = parse_input_spec(text), torch.randn(3, 5, 32)
+    scale = None if spec.spec.outer else torch.tensor([[0.02]])
+    zero = None if spec.spec.symmetric else torch.tensor([[3]], dtype=torch.int8)
+    op = QuantizeInput(spec.spec, scale, zero, torch.tensor([900.0]) if spec.spec.outer else None)
+    assert op.input_spec == spec and parse_input_spec(str(spec)) == spec
+    weight = random_qtensor(with_scale_dtype(parse_spec("nvfp4" if spec.spec.outer else "fp8-channel"), torch.float32), 4, 32)
+    stored = CODEC.encode("m", weight, (op,))
+    back = CODEC.decode_input("m", stored, spec)
+    assert torch.equal(back(x), op(x)) and back.input_spec == spec
+    args = QuantizationArgs.model_validate(args_of(spec.spec, static=True, of_inputs=True))
+    if spec.spec.outer:
+        local, zeros = compute_dynamic_scales_and_zp(x, args, torch.nn.Module(), op.outer)
+        assert torch.equal(op(x), fake_quantize(x, local, zeros, args, op.outer))
+    else:
+        assert torch.equal(op(x), fake_quantize(x, scale, zero, args))
+
+
+def directory(model, folder, codes, config, extra=()):
+    """A model directory with these tensors in the place of the modules' weights."""
+    modules = {name.rpartition(".")[0] for name in codes}
+    state = {n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in modules}
+    save_file({**state, **codes, **dict(extra)}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict() | {"quantization_config": config}))
+    return folder
+
+
+def of_preset(name, folder):
+    """A tiny llama in the form of a preset, its unquantized numbers exact in bfloat16."""
+    weights, rounded = PRESETS[name]
+    model = tiny("llama", hidden_size=128, intermediate_size=256).bfloat16().float()
+    spec, inputs = with_scale_dtype(parse_spec(weights), torch.float32), rounded and parse_input_spec(rounded)
+    linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    online = ()
+    if inputs:
+        scale, outer = torch.tensor([[0.03]]) if inputs.static and not inputs.spec.outer else None, torch.tensor([700.0])
+        online = (QuantizeInput(inputs.spec, scale, None, outer if inputs.spec.outer else None),)
+    codes = {}
+    for path in linears:
+        codes |= CODEC.encode(path, encode(minmax, model.get_submodule(path).weight.detach(), spec), online)
+    config = CODEC.config(dict.fromkeys(linears, spec) | {"lm_head": None}, dict.fromkeys(linears, inputs))
+    return directory(model, folder, codes, config)
+
+
+def logits(folder, ids):
+    """What qlab computes of the directory."""
+    reading = read(open_checkpoint(folder), qlab.from_ids(open_checkpoint(folder), ids))
+    return reading.skeleton.head(ids, reading.hidden)
+
+
+@pytest.mark.parametrize("name", ["W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "W4A8", "W4AFP8", "W3A16", "NVFP4A16",
+                                  "MXFP4A16", "MXFP4", "MXFP6A8", "MXFP8"])  # fmt: skip
+def test_transformers_computes_our_logits(name, tmp_path):
+    folder = of_preset(name, tmp_path)
+    ids = torch.arange(3, 35).reshape(2, 16)
+    narrow = name.startswith(("NV", "MX"))  # the library makes bfloat16 weights of these, and does it in the first forward
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if narrow else torch.float32).eval()
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        if narrow:
+            expected = torch.nn.Module.float(theirs)(ids).logits
+    limit = 0.02 if name.startswith("NV") else 1e-4  # NVFP4's scales are no powers of two, so that bfloat16 rounds its weights
+    assert (logits(folder, ids) - expected).norm() < limit * expected.norm()
+
+
+@pytest.mark.parametrize("weights", ["nvfp4", "mxfp6", "fp8-b48x48", "fp8-tensor", "mxfp8"])
+def test_a_quantized_directory_of_floats_holds_the_dense_weights_of_its_codes(weights, tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "model")
+    model = open_checkpoint(tmp_path / "model")
+    qlab.quantize(model, rtn(parse_spec(weights)), None, tmp_path / "out")
+    out = open_checkpoint(tmp_path / "out")
+    assert len(out.quantized) == 14 and out.dtype == torch.float32
+    for module, spec in out.quantized.items():
+        leaf, W = out.leaf(f"{module}.weight"), model.leaf(f"{module}.weight")
+        assert leaf.spec.bits == spec.bits and (dense(leaf, torch.float32) - W).norm() < 0.12 * W.norm()
+
+
+@pytest.mark.parametrize("weights, rounded", [("int8-channel", "int8-channel"), ("fp8-b32x32", "fp8-g32"), ("mxfp4", "mxfp8")])
+def test_qlab_writes_what_it_rounds_at_run_time(weights, rounded, tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "model")
+    model, ids = open_checkpoint(tmp_path / "model"), torch.arange(3, 35).reshape(2, 16)
+    some = chain(rtn(parse_spec(weights)), quantize_inputs(parse_spec(rounded)))
+    recipe = rules({"*.mlp.*": some, "*.q_proj": keep(), "*": rtn(parse_spec(weights))})
+    result = qlab.quantize(model, recipe, None, tmp_path / "out")
+    opened = open_checkpoint(tmp_path / "out")
+    assert set(opened.inputs.values()) == {InputSpec(parse_spec(rounded))} and all(".mlp." in m for m in opened.inputs)
+    assert {name: row.get("inputs") for name, row in result.sites.items()} == {
+        name: rounded if ".mlp." in name else None for name in result.sites}  # fmt: skip
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    if weights != "mxfp4":  # the library decompresses those to bfloat16
+        with torch.no_grad():
+            expected = theirs(ids).logits
+        assert (logits(tmp_path / "out", ids) - expected).norm() < 1e-4 * expected.norm()
+    qlab.quantize(model, rules({"*.q_proj": keep(), "*": rtn(parse_spec(weights))}), None, tmp_path / "weights only")
+    assert not torch.equal(logits(tmp_path / "out", ids), logits(tmp_path / "weights only", ids))
+
+
+def test_inputs_that_qlab_does_not_lower_or_write_are_refused_by_name(tmp_path):
+    folder = of_preset("W8A8", tmp_path)
+    with pytest.raises(QlabError, match=r"layers\.0.* rounds its inputs at run time, which no kernel"):
+        qlab.lower(folder)
+    with pytest.raises(QlabError, match="m has rounded inputs and an unquantized weight"):
+        CODEC.config({"m": None, "n": parse_spec("int8-channel")}, {"m": InputSpec(parse_spec("int8-channel"))})
+    twice = (QuantizeInput(parse_spec("int8-channel")),) * 2
+    with pytest.raises(QlabError, match="m: compressed-tensors rounds an input once"):
+        CODEC.encode("m", random_qtensor(with_scale_dtype(parse_spec("int8-channel"), torch.float32), 4, 32), twice)
+
+
+def test_a_head_with_rounded_inputs_is_refused_by_name(tmp_path):
+    model = tiny("llama", tie_word_embeddings=False)
+    spec = with_scale_dtype(parse_spec("fp8-channel"), torch.float32)
+    codes = CODEC.encode("lm_head", encode(minmax, model.lm_head.weight.detach(), spec))
+    directory(model, tmp_path, codes, CODEC.config({"lm_head": spec}, {"lm_head": InputSpec(spec)}))
+    with pytest.raises(QlabError, match=r"lm_head\.weight has inputs that are rounded at run time"):
+        logits(tmp_path, torch.arange(3, 19).reshape(1, 16))
+
+
+def int8_static(**edits):
+    stored = {"m.input_scale": torch.tensor([0.02]), "m.input_zero_point": torch.tensor([3], dtype=torch.int8)}
+    return {name: t for name, t in (stored | {f"m.{k}": v for k, v in edits.items()}).items() if t is not None}
+
+
+@pytest.mark.parametrize("text, edits, message", [
+    ("int8-tensor-asym static", {"input_scale": None}, "m.input_scale is missing"),
+    ("int8-tensor-asym static", {"input_zero_point": None}, "m.input_zero_point is missing"),
+    ("int8-tensor-asym static", {"input_scale": torch.zeros(1)}, "m has an input scale of 0"),
+    ("int8-tensor-asym static", {"input_scale": torch.ones(2)}, "input_scale is torch.float32"),
+    ("int8-tensor static", {}, "input_zero_point has no place where inputs are int8-tensor static"),
+    ("fp8-token", {"input_zero_point": None}, "input_scale has no place where inputs are fp8-channel"),
+    ("nvfp4 static", {"input_zero_point": None, "input_scale": None}, "input_global_scale is missing"),
+])  # fmt: skip
+def test_stored_input_scales_are_checked(text, edits, message):
+    with pytest.raises(QlabError, match=message):
+        CODEC.decode_input("m", int8_static(**edits), parse_input_spec(text))
+
+
+@pytest.mark.parametrize("args, message", [
+    ({"num_bits": 8, "strategy": "channel"}, "strategy 'channel'"),
+    ({"num_bits": 8, "strategy": "token"}, "one stored scale per tensor"),
+    ({"num_bits": 8, "group_size": 32, "strategy": "group"}, "one stored scale per tensor"),
+    ({"num_bits": 8, "strategy": "token", "dynamic": "local"}, "'local'"),
+    ({"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": True}, "'tensor_group'"),
+    ({"num_bits": 8, "strategy": "block", "block_structure": [2, 2], "dynamic": True}, "scale per tensor, token or group"),
+    ({"dynamic": "sometimes"}, "dynamic 'sometimes'"),
+    ({"num_bits": 4, "type": "float", "strategy": "token", "dynamic": True}, "symmetric fp4"),
+    (["int8"], "no QuantizationArgs"),
+])  # fmt: skip
+def test_inputs_that_qlab_does_not_round_are_refused_by_name(args, message):
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "group_size": -1}, "input_activations": args}
+    config = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "config_groups": {"group_0": group}}
+    with pytest.raises(QlabError, match=f"config group group_0 input_activations .*{message}"):
+        CODEC.inputs(config, ["m.weight_scale"])
+
+
+def test_an_input_spec_is_read_as_it_is_written():
+    with pytest.raises(QlabError, match="'fp8-token sometimes' is unknown"):
+        parse_input_spec("fp8-token sometimes")

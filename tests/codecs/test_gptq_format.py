@@ -1,0 +1,319 @@
+"""The GPTQ codec: words by hand, the bijection, zero points of both versions, channels in another order, per-module changes."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from corruption import damaged, odd_configs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from leaves import assert_same, hexes, random_qtensor
+
+from qlab.codecs import CODECS, LEGACY_CONFIGS, reader
+from qlab.errors import QlabError
+from qlab.qtensor import QTensor, dense
+from qlab.spec import Int, Tile, parse_spec
+
+F16 = torch.float16
+V1, V2, V2_ORDER = CODECS["gptq"], CODECS["gptq_v2"], CODECS["gptq_v2_desc_act"]
+INT4, ASYM = Int(4, Tile(1, 32), True, F16), Int(4, Tile(1, 32), False, F16)
+
+
+def unscaled(spec):
+    return replace(spec, scale_dtype=None)
+
+
+def no_lowest(q):
+    """The leaf with every zero point above the lowest code, as version 1 needs."""
+    return q if q.zeros is None else replace(q, zeros=q.zeros.clamp(min=q.spec.qmin + 1))
+
+
+@st.composite
+def leaves(draw):
+    bits, group = draw(st.sampled_from([2, 3, 4, 8])), draw(st.sampled_from([None, 8, 32]))
+    spec = Int(bits, Tile(1, group), draw(st.booleans()), draw(st.sampled_from([F16, torch.bfloat16])))
+    q = random_qtensor(spec, 32 * draw(st.integers(1, 3)), 32 * draw(st.integers(1, 4)), draw(st.integers(0, 99)))
+    return q
+
+
+def canonical_perm(k, group, seed):
+    """A random assignment of channels to groups; within a group they ascend."""
+    order = torch.randperm(k, generator=torch.Generator().manual_seed(seed))
+    return order.view(-1, group).sort(-1).values.flatten()
+
+
+@settings(max_examples=100, deadline=None)
+@given(leaves())
+def test_decode_inverts_encode_bit_for_bit(q):
+    assert_same(V2.decode("m.q", V2.encode("m.q", q), q.spec), q)
+    q = no_lowest(q)
+    assert_same(V1.decode("m.q", V1.encode("m.q", q), q.spec), q)
+
+
+@settings(max_examples=40, deadline=None)
+@given(leaves(), st.integers(0, 99))
+def test_channels_in_another_order_come_back(q, seed):
+    k = q.shape[1]
+    q = replace(q, perm=canonical_perm(k, q.spec.tile.cols or k, seed))
+    tensors = V2_ORDER.encode("m", q)
+    back = V2_ORDER.decode("m", tensors, q.spec)
+    assert torch.equal(dense(back), dense(q))
+    if q.spec.tile.cols and not torch.equal(q.perm, torch.arange(k)):
+        assert_same(back, q)
+        assert torch.equal(back.perm, q.perm)
+    shuffled = replace(q, codes=q.codes.flip(-1), scales=q.scales.flip(-1), zeros=q.zeros if q.zeros is None else q.zeros.flip(-1),
+                       perm=q.perm.flip(-1))  # the same weight, its groups and channels named in reverse
+    assert torch.equal(dense(V2_ORDER.decode("m", V2_ORDER.encode("m", shuffled), q.spec)), dense(q))
+
+
+def stream(words, bits, count):
+    """The fields of int32 words as one little-endian integer."""
+    whole = sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(words.tolist()))
+    return torch.tensor([whole >> (bits * i) & (2**bits - 1) for i in range(count)])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("offset, codec", [(1, V1), (0, V2_ORDER)])
+def test_the_formula_of_the_format_gives_the_dense_weight(bits, offset, codec):
+    q = no_lowest(random_qtensor(Int(bits, Tile(1, 16), False, F16), 32, 64))
+    if codec is V2_ORDER:
+        q = replace(q, perm=canonical_perm(64, 16, 7))
+    t = codec.encode("m", q)
+    W = torch.empty(32, 64, dtype=F16)
+    for n in range(32):
+        codes = stream(t["m.qweight"][:, n], bits, 64)
+        for k in range(64):
+            g = int(t["m.g_idx"][k])
+            zero = int(stream(t["m.qzeros"][g], bits, 32)[n]) + offset
+            W[n, k] = t["m.scales"][g, n] * (int(codes[k]) - zero)
+    assert torch.equal(W, dense(q))
+    assert torch.equal(dense(codec.decode("m", t, q.spec)), W)
+
+
+@pytest.mark.parametrize("bits, v1, v2", [
+    (2, "55555555 55555555", "aaaaaaaa aaaaaaaa"),
+    (3, "db6db6db b6db6db6 6db6db6d", "24924924 49249249 92492492"),
+    (4, " ".join(["77777777"] * 4), " ".join(["88888888"] * 4)),
+    (8, " ".join(["7f7f7f7f"] * 8), " ".join(["80808080"] * 8)),
+])  # fmt: skip
+def test_symmetric_zero_points_have_the_golden_words(bits, v1, v2):
+    q = random_qtensor(Int(bits, Tile(1, None), True, F16), 32, 32)
+    assert hexes(V1.encode("m", q)["m.qzeros"]) == v1
+    assert hexes(V2.encode("m", q)["m.qzeros"]) == v2
+
+
+@pytest.mark.parametrize("bits, words", [
+    (2, "e4e4e4e4 e4e4e4e4"),
+    (3, "88fac688 c688fac6 fac688fa"),
+    (4, "76543210 fedcba98 76543210 fedcba98"),
+])  # fmt: skip
+def test_codes_run_down_the_columns_with_the_golden_words(bits, words):
+    codes = (torch.arange(32) % 2**bits - 2 ** (bits - 1)).to(torch.int8).repeat(32, 1)
+    tensors = V1.encode("m", QTensor(codes, torch.ones(32, 1, dtype=F16), None, Int(bits, Tile(1, None))))
+    assert tensors["m.qweight"].shape == (bits, 32)
+    for column in tensors["m.qweight"].mT:
+        assert hexes(column) == words
+
+
+ZERO_AND_FIVES = torch.tensor([[-8], *[[-3]] * 7], dtype=torch.int8)  # unsigned 0 and 5
+
+
+def test_a_zero_point_of_0_is_written_by_version_2_and_refused_by_version_1():
+    q = replace(random_qtensor(Int(4, Tile(1, None), False, F16), 8, 32), zeros=ZERO_AND_FIVES)
+    assert hexes(V2.encode("m", q)["m.qzeros"]) == "55555550"
+    with pytest.raises(QlabError, match=r"^m\.q: 1 of 8 zero points are the lowest code.*write gptq_v2$"):
+        V1.encode("m.q", q)
+
+
+def test_a_borrowed_word_of_version_1_gives_back_every_zero_point():
+    q = replace(random_qtensor(Int(4, Tile(1, None), False, F16), 8, 32), zeros=ZERO_AND_FIVES)
+    borrowed = {**V2.encode("m", q), "m.qzeros": torch.tensor([[0x4444443F]], dtype=torch.int32)}
+    assert_same(V1.decode("m", borrowed, q.spec), q)
+
+
+@pytest.mark.parametrize("bits, ones", [(2, 0x55555555), (4, 0x11111111), (8, 0x01010101)])
+def test_whole_words_less_a_constant_are_version_1_for_any_zero_points(bits, ones):
+    q = random_qtensor(Int(bits, Tile(1, 8), False, F16), 32, 64)
+    q.zeros[::3] = q.spec.qmin
+    tensors = V2.encode("m", q)
+    assert_same(V1.decode("m", {**tensors, "m.qzeros": tensors["m.qzeros"] - ones}, q.spec), q)
+
+
+def test_three_bit_zero_points_of_version_1_wrap_field_by_field():
+    q = random_qtensor(Int(3, Tile(1, 8), False, F16), 32, 64)
+    lower = replace(q, zeros=torch.where(q.zeros == -4, 3, q.zeros - 1).to(torch.int8))  # z - 1 mod 8
+    assert (q.zeros == -4).any()
+    assert_same(V1.decode("m", V2.encode("m", lower), q.spec), q)
+
+
+@pytest.mark.parametrize("wrong, right", [(V1, V2), (V2, V1)])
+def test_a_symmetric_file_read_as_the_other_version_is_refused(wrong, right):
+    q = random_qtensor(INT4, 32, 64)
+    with pytest.raises(QlabError, match=r"^m\.qzeros is not 8 everywhere.*names the wrong version"):
+        wrong.decode("m", right.encode("m", q), q.spec)
+
+
+def test_trivial_g_idx_is_written_and_may_be_missing_where_the_config_does_not_say_desc_act():
+    q = random_qtensor(INT4, 32, 64)
+    tensors = V1.encode("m", q)
+    assert tensors["m.g_idx"].dtype == torch.int32 and tensors["m.g_idx"].tolist() == [0] * 32 + [1] * 32
+    del tensors["m.g_idx"]
+    assert_same(V1.decode("m", tensors, q.spec), q)
+    with pytest.raises(QlabError, match=r"^m\.g_idx is missing"):
+        CODECS["gptq_desc_act"].decode("m", tensors, q.spec)
+
+
+def test_an_order_that_readers_would_drop_is_refused():
+    q = replace(random_qtensor(INT4, 32, 64), perm=torch.arange(64).flip(0))
+    with pytest.raises(QlabError, match=r"^m: its channels share groups .* readers of gptq drop; write gptq_desc_act$"):
+        V1.encode("m", q)
+    within = replace(q, perm=torch.arange(64).view(2, 32).flip(1).flatten())  # the groups are those of g_idx = k // 32
+    assert torch.equal(dense(V1.decode("m", V1.encode("m", within), q.spec)), dense(within))
+
+
+def test_groups_of_unequal_sizes_are_refused():
+    tensors = V1.encode("m", random_qtensor(INT4, 32, 64))
+    for channel, group in ((0, 1), (0, -1), (63, 2)):
+        g_idx = tensors["m.g_idx"].clone()
+        g_idx[channel] = group
+        with pytest.raises(QlabError, match="does not give each of 2 groups 32 of 64 channels"):
+            V1.decode("m", {**tensors, "m.g_idx": g_idx}, INT4)
+
+
+# ------------------------------------------------------------------ configs
+NAMES = [f"h.{i}.{name}" for i in range(3) for name in ("q", "fc1", "fc2", "experts.0.w1", "experts.1.w1")] + ["lm_head"]
+CHOICES = [None, *(Int(b, Tile(1, g), s) for b, g, s in [(4, 128, True), (3, 32, False), (8, None, True)])]
+
+
+def file_names(specs):
+    """The tensors of a directory whose modules are stored like this."""
+    return [f"{path}.{'qweight' if spec else 'weight'}" for path, spec in specs.items()]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.fixed_dictionaries(dict.fromkeys(NAMES, st.sampled_from(CHOICES))).filter(lambda specs: any(specs.values())))
+def test_specs_inverts_config(specs):
+    config = V1.config(specs)
+    assert V1.specs(json.loads(json.dumps(config)), file_names(specs)) == {path: spec for path, spec in specs.items() if spec}
+    for path, spec in specs.items():  # no module matches two patterns, and none that is skipped is matched by another
+        matching = [p for p in config["dynamic"] or {} if re.match(p[2:], path)]
+        assert len(matching) <= 1 and (path == "lm_head" or (matching[:1] or "+")[0].startswith("-") == (spec is None))
+
+
+def test_the_config_of_one_spec_is_the_plain_one():
+    config = CODECS["gptq_v2_desc_act"].config({"a.0.q": INT4, "a.1.q": INT4, "lm_head": None})
+    expected = {"bits": 4, "group_size": 32, "sym": True, "desc_act": True, "quant_method": "gptq", "checkpoint_format": "gptq_v2",
+                "format": "gptq_v2", "lm_head": False, "dynamic": None, "pack_dtype": "int32"}  # fmt: skip
+    assert expected.items() <= config.items()
+    assert V1.config({"q": Int(8, Tile(1, None)), "lm_head": INT4})["lm_head"] is True
+    mixed = V1.config({"a.0.q": INT4, "a.1.q": INT4, "a.0.v": ASYM, "a.1.v": ASYM, "a.0.o": INT4, "a.1.o": None})
+    asymmetric = {"bits": 4, "group_size": 32, "sym": False}
+    assert mixed["dynamic"] == {r"+:^a\.\d+\.v$": asymmetric, r"-:^a\.1\.o$": {}}
+
+
+def test_patterns_match_as_in_gptqmodel():
+    dynamic = {r".*\.18\..*gate.*": {"bits": 8, "group_size": 64}, "+:.*gate": {"bits": 2}, r"-:.*\.up": {}, "h.1": {"sym": False}}
+    config = {"bits": 4, "group_size": 128, "dynamic": dynamic}
+    paths = ["h.18.gate_proj", "h.1.gate_proj", "h.1.down", "h.10.down", "g.h.1.down"]
+    found = V1.specs(config, [f"{path}.qweight" for path in paths])
+    assert [str(found[path]) for path in paths] == ["int8-g64", "int2-g128", "int4-g128-asym", "int4-g128-asym", "int4-g128"]
+    with pytest.raises(QlabError, match=r"^h\.2\.up has codes in the files, and '-:\.\*\\\\.up' in `dynamic` says"):
+        V1.specs(config, ["h.2.up.qweight"])
+    assert V1.specs(config, ["h.2.up.weight"]) == {}
+
+
+@pytest.mark.parametrize("config, name", [
+    ({}, "gptq"),
+    ({"checkpoint_format": "gptq"}, "gptq"),
+    ({"format": "gptq_v2"}, "gptq_v2"),
+    ({"checkpoint_format": "GPTQ_V2", "format": "gptq_v2", "desc_act": True}, "gptq_v2_desc_act"),
+    ({"desc_act": True}, "gptq_desc_act"),
+])  # fmt: skip
+def test_the_config_chooses_the_version(config, name):
+    assert reader({"quant_method": "gptq", **config}) is CODECS[name]
+
+
+@pytest.mark.parametrize("config, message", [
+    ({"format": "marlin"}, "GPTQ format marlin; qlab reads gptq or gptq_v2"),
+    ({"checkpoint_format": "gptq", "format": "gptq_v2"}, "GPTQ format gptq and gptq_v2"),
+    ({"checkpoint_format": "gptq_p"}, "gptq_p"),
+    ({"desc_act": "yes"}, "desc_act 'yes'"),
+    ({"bits": 5}, "^m has bits 5; qlab reads 2, 3, 4, 8"),
+    ({"bits": True}, "^m has bits True"),
+    ({"group_size": 0}, "^m has group_size 0"),
+    ({"group_size": None}, "^m has group_size None"),
+    ({"sym": 1}, "^m has sym 1"),
+    ({"pack_dtype": "int64"}, "^m has pack_dtype 'int64'"),
+    ({"adapter": {"rank": 8}}, "^m has adapter {'rank': 8}"),
+    ({"dynamic": ["m"]}, "no table of patterns"),
+    ({"dynamic": {"m": 4}}, "no table of patterns"),
+    ({"dynamic": {"(": {}}}, r"the pattern '\(' in `dynamic`, which is no regular expression"),
+    ({"dynamic": {"+:m": {"bits": 16}}}, "^m has bits 16"),
+])  # fmt: skip
+def test_a_config_that_cannot_be_read_is_refused(config, message):
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 128, **config}
+    with pytest.raises(QlabError, match=message):
+        reader(config).specs(config, ["m.qweight"])
+
+
+def test_configs_in_files_of_their_own_are_read():
+    raw = {"bits": 4, "group_size": 128, "damp_percent": 0.1, "desc_act": False, "sym": True, "true_sequential": True,
+           "model_name_or_path": None, "model_file_base_name": "model", "is_marlin_format": False}  # fmt: skip
+    config = LEGACY_CONFIGS["quantize_config.json"](raw)
+    assert reader(config).specs(config, ["m.qweight"]) == {"m": Int(4, Tile(1, 128))}
+    assert LEGACY_CONFIGS["quantize_config.json"]({"quant_method": "awq"})["quant_method"] == "awq"
+
+
+# ------------------------------------------------------------------ refusals and damage
+@pytest.mark.parametrize("change, message", [
+    (dict(spec=Int(5, Tile(1, 32), True, F16)), r"has no int5-g32; it holds integers of 2 or 3 or 4 or 8 bits"),
+    (dict(scales=torch.ones(32, 2)), "scales are torch.float32 and GPTQ stores torch.float16; round scales"),
+    (dict(scales=torch.ones(32, 2), spec=Int(4, Tile(1, 32), True, torch.float32)), "has no torch.float32 scales; round them"),
+    (dict(outer=torch.ones(1)), "`outer`"),
+    (dict(codes=torch.full((32, 64), 8, dtype=torch.int8)), r"codes span \[8, 8\] but int4 holds \[-8, 7\]"),
+    (dict(codes=torch.zeros(32, 64, dtype=torch.int8), zeros=torch.ones(32, 2), spec=Int(4, Tile(1, 32), False, F16, F16)),
+     "no zero points between codes"),
+    (dict(codes=torch.zeros(4, 64, dtype=torch.int8), scales=torch.ones(4, 2, dtype=F16)), "4 x 64 codes of 4 bits do not fill int32"),
+    (dict(codes=torch.zeros(2, 32, 64, dtype=torch.int8), scales=torch.ones(2, 32, 2, dtype=F16)), r"not \(2, 32, 64\)"),
+    (dict(scales=torch.ones(1, 1, dtype=F16), spec=Int(4, Tile(None, None))), "has no scale per tensor"),
+])  # fmt: skip
+def test_encode_refuses(change, message):
+    with pytest.raises(QlabError, match=rf"^m\.q: .*{message}"):
+        V1.encode("m.q", replace(random_qtensor(INT4, 32, 64), **change))
+
+
+def test_refusal_comes_before_any_work():
+    assert V1.refusal(unscaled(INT4)) is None
+    assert "no run-time operations" in V1.refusal(INT4, (torch.neg,))
+    with pytest.raises(QlabError, match="lm_head: GPTQ has no mxfp4"):
+        V1.config({"lm_head": parse_spec("mxfp4")})
+    with pytest.raises(QlabError, match="none of the 1 modules is quantized"):
+        V1.config({"lm_head": None})
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_damaged_tensors_are_refused_or_make_no_difference(data):
+    group, bits = data.draw(st.sampled_from([None, 32])), data.draw(st.sampled_from([3, 4]))
+    q = no_lowest(random_qtensor(Int(bits, Tile(1, group), data.draw(st.booleans()), F16), 64, 96))
+    tensors = data.draw(damaged(V1.encode("m.q", q)))
+    try:
+        back = V1.decode("m.q", tensors, q.spec)
+    except QlabError as error:
+        assert str(error).startswith("m.q")
+    else:
+        assert_same(back, q)
+        assert tensors.keys() == V1.encode("m.q", q).keys() - {"m.q.g_idx"}
+
+
+@settings(max_examples=200, deadline=None)
+@given(odd_configs(V1.config({"m.0.q": INT4, "m.1.q": ASYM, "m.2.q": None})))
+def test_odd_configs_are_refused_or_mean_specs(config):
+    config = {**config, "quant_method": "gptq"}
+    try:
+        specs = reader(config).specs(config, ["m.0.q.qweight", "m.1.q.qweight", "m.2.q.weight"])
+    except QlabError:
+        return
+    assert all(isinstance(spec, Int) and spec.bits in (2, 3, 4, 8) for spec in specs.values())
