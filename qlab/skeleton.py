@@ -14,7 +14,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qlab.checkpoint import Checkpoint
@@ -37,9 +37,8 @@ class Skeleton:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         self.model = _on_paper(checkpoint, dtype)
         self.prefix, self.blocks = _find_blocks(self.model)
-        # a quantized weight goes by the name it would have unquantized
-        stored = {name for name in checkpoint.files if name.rpartition(".")[0] not in checkpoint.quantized}
-        self._stored = stored | {f"{module}.weight" for module in checkpoint.quantized}
+        # a quantized weight also goes by the name it would have unquantized
+        self._stored = {*checkpoint.files, *(f"{module}.weight" for module in checkpoint.quantized)}
         self._spelled = spellings(self.model, self._stored)
         self._parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         self._pieces: dict[str, tuple[Piece, ...]] = {}
@@ -144,7 +143,7 @@ class Skeleton:
                 continue
             file_name = self.file_name(name)
             if id(parameter) in head_parameters and self._tied(name):
-                file_name = self.file_name(_name_of(self.model, embedding))
+                file_name = self.file_name(f"{_path_of(self.model, embedding)}.weight")
             if file_name.rpartition(".")[0] in self.checkpoint.inputs:
                 raise QlabError(f"{name} has inputs that are rounded at run time, which qlab does inside blocks only")
             value = self.checkpoint.leaf(file_name, self.dtype)
@@ -218,21 +217,36 @@ def _on_paper(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """The model with its parameters on meta."""
     try:
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, trust_remote_code=False,
-                                                    experts_implementation=EXPERTS).eval()
+            return _maker(checkpoint.config).from_config(checkpoint.config, dtype=dtype, trust_remote_code=False,
+                                                         experts_implementation=EXPERTS).eval()  # fmt: skip
     except Exception as error:  # whatever the model's own constructor raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise QlabError(f"transformers cannot build a causal language model from {checkpoint.path}/config.json ({reason}); "
-                        "qlab quantizes those only") from error
+                        "qlab quantizes those, and models of images and text around one") from error
 
 
-def _find_blocks(model: nn.Module) -> tuple[str, dict[str, nn.Module]]:
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+def _maker(config: PretrainedConfig) -> type:
+    """The auto class that makes the architecture that the config names: of text alone, or of images and text."""
+    for maker in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        known = maker._model_mapping.get(type(config), None)
+        if known is not None and known.__name__ in (config.architectures or [known.__name__]):
+            return maker
+    return AutoModelForCausalLM
+
+
+def _find_blocks(model: PreTrainedModel) -> tuple[str, dict[str, nn.Module]]:
+    """The largest list of modules in the decoder that text goes through, which other towers may feed."""
+    decoder = _path_of(model, model.get_decoder())
+    lists = {n: m for n, m in model.named_modules() if n.startswith(decoder) and isinstance(m, nn.ModuleList) and len(m)}
     outer = {n: m for n, m in lists.items() if not any(n.startswith(o + ".") for o in lists)}
     if not outer:
         raise QlabError(f"{type(model).__name__} has no list of blocks (nn.ModuleList) to stream through")
     prefix = max(outer, key=lambda n: sum(p.numel() for p in outer[n].parameters()))
     return prefix, {f"{prefix}.{i}": block for i, block in enumerate(outer[prefix])}
+
+
+def _path_of(model: nn.Module, module: nn.Module | None) -> str:
+    return next((name for name, m in model.named_modules() if m is module), "")
 
 
 def _on_meta(block: nn.Module) -> nn.Module:
@@ -260,10 +274,6 @@ def _structure(block: nn.Module, call: Call, hidden: Tensor, index: int) -> Any:
         for name, m in block.named_modules()
     )
     return tensors, others, call.spec, modules
-
-
-def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next(f"{name}.weight" for name, m in model.named_modules() if m is module)
 
 
 def _set(model: nn.Module, name: str, value: Tensor) -> None:

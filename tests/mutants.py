@@ -113,7 +113,8 @@ MUTANTS = [
       "Moment(a.sum_kk.add_(b.sum_kk)", "stats"),
     # graphs and transforms
     M("online operations not applied", "interpret.py", "                x = op(x)\n", "                pass\n", "absorb"),
-    M("online operations not observed", "interpret.py", "        x = _run_op(op, x, ends)\n    return", "        pass\n    return", "transform"),
+    M("online operations not observed", "interpret.py", "        x = _run_op(op, x, ends)\n    return",
+      "        pass\n    return", "transform"),
     M("a source's input dropped before its last site", "interpret.py", "last[by_name[held]] = max(", "max(", "sweep"),
     M("a walk keeps the leaves it began with", "interpret.py", "interpreter = _Interpreter(graph, self.code.graph)",
       "interpreter = self.__dict__.setdefault('first', _Interpreter(graph, self.code.graph))", "sweep"),
