@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.codecs import auto_round, awq, compressed_tensors, gptq
+from qlab.codecs import auto_round, awq, compressed_tensors, fp8, gptq
 from qlab.errors import QlabError
 from qlab.graph import Op
 from qlab.qtensor import Leaf
@@ -67,10 +67,22 @@ CODECS: Mapping[str, Codec] = {  # what qlab writes, by the name that `--codec` 
     "awq": Codec(awq.refusal, awq.encode, awq.decode, awq.config, awq.specs),
 }
 
+
+def _read_only(name: str, codec: Any) -> Codec:
+    """The codec of a module that reads a format and does not write it."""
+    reason = f"qlab reads {name} and does not write it; use compressed-tensors"
+
+    def refuse(*args: Any) -> Any:
+        raise QlabError(reason)
+
+    return Codec(lambda spec, online=(): reason, refuse, codec.decode, refuse, codec.specs, codec.inputs, codec.decode_input)
+
+
 # quant_method of a quantization_config -> the codec that reads such a directory. A format whose variants differ in what
 # the same tensors mean (GPTQ v1 and v2) looks at the rest of the config to choose.
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Codec]] = {
     "compressed-tensors": lambda config: CODECS["compressed-tensors"],
+    "fp8": lambda config: _read_only("fp8", fp8),
     "gptq": lambda config: CODECS[str(gptq.version(config))],
     "awq": lambda config: CODECS["awq"],
     "auto-round": lambda config: replace(CODECS[auto_round.layout(config)], specs=auto_round.specs),
