@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qlab.codecs import auto_round, awq, compressed_tensors, gptq
+from qlab.codecs import auto_round, awq, compressed_tensors, gptq, hqq
 from qlab.errors import QlabError
 from qlab.graph import Op
 from qlab.qtensor import Leaf
@@ -50,6 +50,16 @@ def _gptq(version: gptq.Version) -> Codec:
     )
 
 
+def _read_only(name: str, decode: Callable[..., Leaf], specs: Callable[..., Mapping[str, Spec | None]]) -> Codec:
+    """A format that qlab reads and does not write."""
+    reason = f"qlab reads {name} and does not write it; write {', '.join(CODECS)}"
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise QlabError(reason)
+
+    return Codec(lambda *args, **kwargs: reason, refuse, decode, refuse, specs)
+
+
 GPTQ_VERSIONS = [replace(version, reordered=reordered) for version in (gptq.V1, gptq.V2) for reordered in (False, True)]
 
 CODECS: Mapping[str, Codec] = {  # what qlab writes, by the name that `--codec` takes
@@ -73,6 +83,7 @@ READERS: Mapping[str, Callable[[Mapping[str, Any]], Codec]] = {
     "gptq": lambda config: CODECS[str(gptq.version(config))],
     "awq": lambda config: CODECS["awq"],
     "auto-round": lambda config: replace(CODECS[auto_round.layout(config)], specs=auto_round.specs),
+    "hqq": lambda config: _read_only("HQQ", hqq.decode, hqq.specs),
 }
 
 # A file beside a config.json without a quantization_config -> what such a config would say; older writers made these.
