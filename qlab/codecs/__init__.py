@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qlab.codecs import auto_round, awq, compressed_tensors, gptq, hqq
+from qlab.codecs import auto_round, awq, compressed_tensors, gptq, hqq, torchao
 from qlab.errors import QlabError
 from qlab.graph import Op
 from qlab.qtensor import Leaf
@@ -84,6 +84,7 @@ READERS: Mapping[str, Callable[[Mapping[str, Any]], Codec]] = {
     "awq": lambda config: CODECS["awq"],
     "auto-round": lambda config: replace(CODECS[auto_round.layout(config)], specs=auto_round.specs),
     "hqq": lambda config: _read_only("HQQ", hqq.decode, hqq.specs),
+    "torchao": lambda config: _read_only("torchao's tensors", torchao.decode, torchao.specs),
 }
 
 # A file beside a config.json without a quantization_config -> what such a config would say; older writers made these.
