@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qlab.errors import QlabError
-from qlab.graph import SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, aten, by_source
+from qlab.graph import SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, aten, behind_casts, by_origin
 from qlab.qtensor import Leaf
 from qlab.transform import Multiply, Stage, Transform
 
@@ -79,9 +79,9 @@ class Fold:
         """The producer's leaves with channel index_k[j] multiplied by m_k[j]."""
         p = self.producer
         w = _tensor(graph, p.weight)
-        t = self._spread(m_k, w.shape[-1] if p.transposed else w.shape[0])
+        t = self._spread(m_k, w.shape[-1] if p.transposed or w.ndim == 1 else w.shape[-2])
         if p.rows:
-            leaves: dict[str, Leaf] = {p.weight: w.float() * (t if p.transposed else t[:, None])}
+            leaves: dict[str, Leaf] = {p.weight: w.float() * (t[..., None, :] if p.transposed else t[..., None])}
         else:
             leaves = {p.weight: _scaled(w, p.offset, t, graph.dtype)}
         if p.bias:
@@ -90,7 +90,9 @@ class Fold:
         return leaves
 
     def _spread(self, m_k: Tensor, size: int) -> Tensor:
-        return torch.ones(size, device=m_k.device).index_copy_(0, self.index_k.to(m_k.device), m_k.float())
+        """[k] -> [size], or experts' own [e, 1, k] -> [e, size]."""
+        m = m_k if m_k.ndim == 1 else m_k[:, 0]
+        return torch.ones(*m.shape[:-1], size, device=m.device).index_copy_(-1, self.index_k.to(m.device), m.float())
 
 
 def _scaled(w: Tensor, offset: float, t: Tensor, stored: torch.dtype) -> Tensor:
@@ -133,11 +135,11 @@ def _producers(code: Code) -> list[Producer]:
     found = []
     sites = {s.weight: s for s in code.sites}
     for node in code.graph.nodes:
-        if node.target in WEIGHT_OPS and (w := code.params.get(node.args[WEIGHT_OPS[node.target][1]].name)) in sites:
+        if node.target in WEIGHT_OPS and (w := code.params.get(behind_casts(node.args[WEIGHT_OPS[node.target][1]]).name)) in sites:
             b_at = WEIGHT_OPS[node.target][2]
             if b_at is not None and len(node.args) > b_at and not _own(code, node.args[b_at]):
                 continue
-            found.append(Producer(node.name, w, sites[w].bias, 0.0, True, sites[w].layout == "k o"))
+            found.append(Producer(node.name, w, sites[w].bias, 0.0, True, sites[w].layout.endswith("k o")))
         elif node.target in NORMS:
             w_at, b_at = NORMS[node.target]
             args = (*node.args, *[None] * 4)
@@ -205,15 +207,15 @@ class _Labels(fx.Interpreter):
         if n.target not in WEIGHT_OPS:
             return False
         x_at, w_at, _, _ = WEIGHT_OPS[n.target]
-        site = self.sites.get(self.code.params.get(n.args[w_at].name, ""))
+        site = self.sites.get(self.code.params.get(behind_casts(n.args[w_at]).name, ""))
         if site is None or n.args[x_at] not in self.labels:
             return False
         rows = self.labels[n.args[x_at]].flatten(0, -2)
         if not (rows == rows[0]).all():
             return False
-        if site.source in self.reached and not torch.equal(self.reached[site.source], rows[0]):
+        if site.origin in self.reached and not torch.equal(self.reached[site.origin], rows[0]):
             return False
-        self.reached[site.source] = rows[0].clone()
+        self.reached[site.origin] = rows[0].clone()
         return True
 
     def _follow(self, n: fx.Node, value: Any) -> Any:
@@ -234,6 +236,8 @@ class _Labels(fx.Interpreter):
             return first
         if n.target is aten.cat.default:
             return self._concatenate(n)
+        if n.target is aten.index.Tensor and first is not None and len(n.args[1]) == 1:  # rows, in another order
+            return first[:1].expand(value.shape) if (first == first[:1]).all() else None
         if n.target in PRODUCTS and first is None and len(others) == 1:
             return _mixed_over_tokens(others[0], value.shape)
         if n.target is aten.scaled_dot_product_attention.default and args[2] is not None:
@@ -261,7 +265,7 @@ def _mixed_over_tokens(labels: Tensor, shape: torch.Size) -> Tensor | None:
 def fold_scales(graph: ModuleGraph) -> ModuleGraph:
     """Every leading online scale that a producer can take, folded into it; the others stay in `online`."""
     places = folds(graph.code)
-    for source, sites in by_source(graph.code.sites).items():
+    for source, sites in by_origin(graph.code.sites).items():
         ops = [graph.online.get(s.path, ()) for s in sites]
         if source not in places or not all(o and isinstance(o[0], Multiply) for o in ops):
             continue

@@ -1,16 +1,18 @@
 """What a segment computes: its graph run node by node, with every leaf as it is at that moment. The reference reading."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from qlab.errors import QlabError
-from qlab.graph import WEIGHT_OPS, Code, ModuleGraph, by_source, tensors_of
+from qlab.experts import EXPERT_OPS, Rows, each_expert
+from qlab.graph import SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, Site, by_source, tensors_of
 from qlab.qtensor import QTensor, dense
 
 
@@ -32,6 +34,10 @@ class _Interpreter(fx.Interpreter):
         return _Weight(path) if path in self.by_weight else self.mg.params[path]
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        if target in SAME_VALUES and isinstance(args[0], _Weight):
+            return args[0]  # a weight is read in the dtype of the input it meets
+        if target in EXPERT_OPS and isinstance(args[1], _Weight):
+            return self._each_expert(EXPERT_OPS[target], *args)
         if target in WEIGHT_OPS and isinstance(args[WEIGHT_OPS[target][1]], _Weight):
             x_at, w_at, b_at, layout = WEIGHT_OPS[target]
             site, x = self.by_weight[args[w_at].path], args[x_at]
@@ -46,6 +52,19 @@ class _Interpreter(fx.Interpreter):
                 new[b_at] = args[b_at].to(x.dtype)
             args = tuple(new)
         return super().call_function(target, args, kwargs)
+
+    def _each_expert(self, layout: str, x_sk: Tensor, weight: "_Weight", bias_eo: Tensor | None, ends: Tensor) -> Tensor:
+        stacked = self.mg.params[weight.path]
+        for op in self.mg.online.get(self.by_weight[weight.path].path, ()):
+            x_sk = op(x_sk, ends)
+
+        def product(e: int, x_nk: Tensor) -> Tensor:  # one expert is dense at a time
+            leaf = pytree.tree_map_only(Tensor, lambda t: t[e], stacked)
+            W = dense(leaf, x_nk.dtype)
+            W_ok = W.mT if layout == "e k o" and isinstance(leaf, Tensor) else W
+            return F.linear(x_nk, W_ok, None if bias_eo is None else bias_eo[e].to(x_nk.dtype))
+
+        return each_expert(x_sk, ends, product)
 
 
 @dataclass(frozen=True)
@@ -73,30 +92,42 @@ def _tensors(graph: ModuleGraph, args: tuple, kwargs: dict[str, Any]) -> tuple[T
     return tensors
 
 
-def inputs_of(graph: ModuleGraph, sources: Iterable[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors x [..., k] that reach the sites of each source, online operations included, and nothing beyond them.
+def inputs_of(graph: ModuleGraph, sources: Iterable[str], args: tuple, kwargs: dict[str, Any], everywhere: bool = False
+              ) -> dict[str, Rows]:  # fmt: skip
+    """What reaches the sites of each source, online operations included, and nothing beyond them.
 
-    Only what the sources depend on is computed: the last projection of a block never runs here.
+    Only what the sources depend on is computed: the last projection of a block never runs here. everywhere: every token
+    goes to every expert, for statistics.
     """
     wanted = tuple(sources)
-    x = dict(zip(wanted, _run(graph, _ending_at(graph.code, wanted), args, kwargs)))
-    return {source: _online(graph, source, x[source]) for source in wanted}
+    routes = tuple(sorted({r for s in wanted if (r := _first(graph, s).route)}))
+    env = dict(zip(wanted + routes, _run(graph, _ending_at(graph.code, wanted + routes, everywhere), args, kwargs)))
+    return {source: _arriving(graph, source, env) for source in wanted}
 
 
-def _online(graph: ModuleGraph, source: str, x: Tensor) -> Tensor:
+def _first(graph: ModuleGraph, source: str) -> Site:
+    return by_source(graph.code.sites)[source][0]
+
+
+def _arriving(graph: ModuleGraph, source: str, env: Mapping[str, Any]) -> Rows:
     """The input of a source's sites, once their online operations have run."""
-    for op in graph.online.get(by_source(graph.code.sites)[source][0].path, ()):
-        x = op(x)
-    return x
+    site, x = _first(graph, source), env[source]
+    _, tokens, ends = env[site.route] if site.route else (None, None, None)
+    for op in graph.online.get(site.path, ()):
+        x = op(x) if ends is None else op(x, ends)
+    return Rows(x, tokens, ends)
 
 
 @lru_cache(maxsize=32)
-def _ending_at(code: Code, sources: tuple[str, ...]) -> fx.Graph:
+def _ending_at(code: Code, sources: tuple[str, ...], everywhere: bool) -> fx.Graph:
     """A copy of the program that returns these nodes and holds nothing they do not need."""
     copy = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     copy.graph_copy(code.graph, env)
     by_name = {old.name: new for old, new in env.items()}
+    for node in copy.nodes:
+        if everywhere and node.target is torch.ops.qlab.route.default:
+            node.target = torch.ops.qlab.route_everywhere.default
     copy.output(tuple(by_name[s] for s in sources))
     copy.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or _writes(n))
     return copy
@@ -121,11 +152,11 @@ class Walk:
         self.env: dict[fx.Node, Any] = {}
         self.done = 0
 
-    def to(self, graph: ModuleGraph, source: str, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """The tensor x [..., k] that reaches the sites of a source, online operations included."""
+    def to(self, graph: ModuleGraph, source: str, args: tuple, kwargs: dict[str, Any]) -> Rows:
+        """What reaches the sites of a source, online operations included."""
         node = next(n for n in self.nodes if n.name == source)
         self._advance(graph, max(self.done, self.nodes.index(node) + 1), args, kwargs)
-        return _online(graph, source, self.env[node])
+        return _arriving(graph, source, {n.name: value for n, value in self.env.items()})
 
     def end(self, graph: ModuleGraph, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What the segment returns."""
@@ -157,7 +188,7 @@ class Walk:
 
 @lru_cache(maxsize=32)
 def _last_uses(code: Code) -> dict[fx.Node, tuple[fx.Node, ...]]:
-    """node -> the values nobody needs once it has run. The input of a source lives until its last site has."""
+    """node -> the values nobody needs once it has run. The input of a source, and a route, live until the last site has."""
     nodes = list(code.graph.nodes)
     at = {node: i for i, node in enumerate(nodes)}
     last = {node: max((at[user] for user in node.users), default=at[node]) for node in nodes}
@@ -165,7 +196,8 @@ def _last_uses(code: Code) -> dict[fx.Node, tuple[fx.Node, ...]]:
     by_name = {node.name: node for node in nodes}
     for site in code.sites:
         used = max((at[user] for user in by_name[weights[site.weight]].users), default=0) if site.weight else 0
-        last[by_name[site.source]] = max(last[by_name[site.source]], used)
+        for held in filter(None, (site.source, site.route)):
+            last[by_name[held]] = max(last[by_name[held]], used)
     uses: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for node, i in last.items():
         if node.op != "output":

@@ -21,8 +21,9 @@ from qlab.errors import QlabError
 from qlab.graph import ModuleGraph, Op
 from qlab.plan import CODEC, Plan, plan
 from qlab.qtensor import Leaf, QTensor
+from qlab.recording import Call
 from qlab.report import PeakMemory, bits_per_weight, describe, site_rows, versions
-from qlab.skeleton import Call, Skeleton
+from qlab.skeleton import Skeleton
 from qlab.spec import InputSpec, Spec, parse_input_spec, parse_spec
 from qlab.stats import Stats
 from qlab.sweep import Batch, Batches, Inputs, in_batches, in_order, observe, push, record, solve, solve_in_order

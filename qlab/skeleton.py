@@ -7,8 +7,7 @@ replaced by recorders; the head is run the same way, with the last block replayi
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,31 +17,18 @@ from torch.utils import _pytree as pytree
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qlab.checkpoint import Checkpoint
 from qlab.errors import QlabError
-from qlab.graph import Code, ModuleGraph, tensors_of, trace
+from qlab.experts import experts_forward
+from qlab.graph import Code, ModuleGraph, tensors_of
 from qlab.qtensor import Leaf, dense
+from qlab.recording import Call, Output, Recorded, Recorder, Replaced
+from qlab.trace import trace
 
-
-@dataclass(frozen=True)
-class Call:
-    """What a block is called with beside its hidden states, as a flat list with a hole at `hidden`."""
-
-    leaves: tuple[Any, ...]
-    spec: pytree.TreeSpec
-    hidden: int
-
-    def inputs(self, hidden: Tensor) -> tuple[tuple, dict[str, Any]]:
-        """The block's arguments around these hidden states."""
-        leaves = [hidden if i == self.hidden else _to(leaf, hidden) for i, leaf in enumerate(self.leaves)]
-        return pytree.tree_unflatten(leaves, self.spec)
-
-
-def _to(leaf: Any, like: Tensor) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return leaf.to(like.device, like.dtype) if leaf.is_floating_point() else leaf.to(like.device)
+EXPERTS = "qlab"  # the name under which transformers finds the forward of fused experts that traces on every device
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)
 
 
 class Skeleton:
@@ -161,9 +147,9 @@ class Skeleton:
 
     def record(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Call]]:
         """The hidden states that enter the first block, and what every block is called with beside them."""
-        recorders = [_Recorder(block, self._output_of(path)) for path, block in self.blocks.items()]
+        recorders = [Recorder(block, self._output_of(path)) for path, block in self.blocks.items()]
         recorders[-1].last = True
-        with _Replaced(self.model, self.prefix, recorders), contextlib.suppress(_Recorded):
+        with Replaced(self.model, self.prefix, recorders), contextlib.suppress(Recorded):
             self.model(input_ids=tokens.to(self.device), attention_mask=mask, use_cache=False)
         calls = {path: r.seen[0] for path, r in zip(self.blocks, recorders) if r.seen is not None}
         first = recorders[0].seen
@@ -174,9 +160,9 @@ class Skeleton:
 
     def head(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """The model's logits [b, l, vocabulary] when the last block returns these hidden states."""
-        recorders = [_Recorder(block, self._output_of(path)) for path, block in self.blocks.items()]
+        recorders = [Recorder(block, self._output_of(path)) for path, block in self.blocks.items()]
         recorders[-1].replay = hidden
-        with _Replaced(self.model, self.prefix, recorders):
+        with Replaced(self.model, self.prefix, recorders):
             return self.model(input_ids=tokens.to(self.device), use_cache=False).logits
 
     def _output_of(self, path: str) -> "Callable[[Call, Tensor], Output]":
@@ -191,72 +177,12 @@ class Skeleton:
         return output
 
 
-@dataclass(frozen=True)
-class Output:
-    """What a block returns, read off a run on meta tensors: hidden states alone, or a tuple that holds them."""
-
-    parts: tuple[Any, ...]
-    spec: pytree.TreeSpec
-    hidden: int
-
-    def around(self, hidden: Tensor) -> Any:
-        """The block's return value with these hidden states in it."""
-        parts = [hidden if i == self.hidden else part for i, part in enumerate(self.parts)]
-        return pytree.tree_unflatten(parts, self.spec)
-
-
-class _Recorded(Exception):
-    """The last block was reached while recording: the rest of the forward is not needed."""
-
-
-class _Recorder(nn.Module):
-    """Stands in for a block: remembers what it was called with and hands the hidden states on, or others instead."""
-
-    def __init__(self, block: nn.Module, output: Callable[[Call, Tensor], Output]):
-        super().__init__()
-        object.__setattr__(self, "block", block)  # not a submodule: it stays where it is
-        self.output, self.last = output, False
-        self.replay: Tensor | None = None
-        self.seen: tuple[Call, Tensor] | None = None
-
-    def __getattr__(self, name: str) -> Any:  # models read attributes of their blocks, such as attention_type
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "block"), name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, spec = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
-        at = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
-        hidden = leaves[at]
-        leaves[at] = None
-        call = Call(tuple(leaves), spec, at)
-        self.seen = call, hidden
-        if self.last:
-            raise _Recorded
-        return self.output(call, hidden).around(hidden if self.replay is None else self.replay)
-
-
-class _Replaced:
-    """The model with other modules in the place of its blocks, while the context lasts."""
-
-    def __init__(self, model: nn.Module, prefix: str, blocks: Sequence[nn.Module]):
-        owner, _, self.name = prefix.rpartition(".")
-        self.owner = model.get_submodule(owner)
-        self.inside, self.outside = nn.ModuleList(blocks), getattr(self.owner, self.name)
-
-    def __enter__(self) -> None:
-        setattr(self.owner, self.name, self.inside)
-
-    def __exit__(self, *error: object) -> None:
-        setattr(self.owner, self.name, self.outside)
-
-
 def _on_paper(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """The model with its parameters on meta."""
     try:
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, trust_remote_code=False).eval()
+            return AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, trust_remote_code=False,
+                                                    experts_implementation=EXPERTS).eval()
     except Exception as error:  # whatever the model's own constructor raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise QlabError(f"transformers cannot build a causal language model from {checkpoint.path}/config.json ({reason}); "

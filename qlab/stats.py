@@ -10,28 +10,36 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from qlab.experts import rows_of
 
 GRAM_TILE = 384  # columns per block of the upper triangle; the lower one is its mirror
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What one batch shows of one source: x_nk, and the keys [n] of its tokens (sample * length + position)."""
+    """What one batch shows of one source: x_nk, and the keys [n] of its tokens (sample * length + position).
+
+    ends [e]: where the rows of each expert end, if they are sorted by expert.
+    """
 
     x_nk: Tensor
     keys: Tensor
+    ends: Tensor | None = None
 
 
 class Stat(NamedTuple):
     """lift: one observation -> state. combine: associative and commutative (up to fp32 rounding).
 
     transport: x -> x * m (m a vector [k]) or x @ M (a matrix [k, k]) sends the state to its new value;
-    None says that it must be observed again.
+    None says that it must be observed again. nothing: the state of k channels that no token reached, combine's identity.
     """
 
     lift: Callable[[Observation], Any]
     combine: Callable[[Any, Any], Any]
     transport: Callable[[Any, Tensor], Any]
+    nothing: Callable[[int], Any]
 
 
 class Moment(NamedTuple):
@@ -42,7 +50,10 @@ class Moment(NamedTuple):
 
     @property
     def mean_kk(self) -> Tensor:
-        return self.sum_kk / max(self.tokens, 1)
+        """The mean over tokens, and I where there were none: then every direction counts the same, as without data."""
+        if not self.tokens:
+            return torch.eye(len(self.sum_kk), dtype=self.sum_kk.dtype, device=self.sum_kk.device)
+        return self.sum_kk / self.tokens
 
 
 class Sample(NamedTuple):
@@ -84,6 +95,8 @@ def _move_moment(state: Moment, M: Tensor) -> Moment:
 def _move_minmax(state: tuple[Tensor, Tensor], M: Tensor) -> tuple[Tensor, Tensor] | None:
     if M.ndim != 1:
         return None
+    if (state[0] > state[1]).all():  # nothing was seen
+        return state
     lo, hi = state[0] * M, state[1] * M
     return torch.minimum(lo, hi), torch.maximum(lo, hi)
 
@@ -107,7 +120,34 @@ def sample(n: int) -> Stat:
         lambda o: smallest(_hashed(o.keys), o.x_nk.float()),
         lambda a, b: smallest(torch.cat([a.order, b.order]), torch.cat([a.x_nk, b.x_nk])),
         lambda s, M: Sample(s.order, s.x_nk * M if M.ndim == 1 else s.x_nk @ M),
+        lambda k: Sample(torch.empty(0, dtype=torch.long), torch.empty(0, k)),
     )
+
+
+class PerExpert(NamedTuple):
+    """One state per expert, of the tokens that were routed to it."""
+
+    states: tuple[Any, ...]
+
+
+def per_expert(stat: Stat) -> Stat:
+    """The statistic of every expert's own tokens. A state moves by a matrix [k, k] or diagonal [k] that all experts share,
+    or by diagonals of their own [e, 1, k]."""
+
+    def lift(o: Observation) -> PerExpert:
+        assert o.ends is not None
+        parts = [Observation(o.x_nk[rows], o.keys[rows]) for rows in rows_of(o.ends)]
+        return PerExpert(tuple(stat.lift(p) if len(p.keys) else _on(o.x_nk, stat.nothing(o.x_nk.shape[1])) for p in parts))
+
+    def move(state: PerExpert, M: Tensor) -> PerExpert | None:
+        moved = [stat.transport(s, M[e, 0] if M.ndim == 3 else M) for e, s in enumerate(state.states)]
+        return None if any(s is None for s in moved) else PerExpert(tuple(moved))
+
+    return Stat(lift, lambda a, b: PerExpert(tuple(map(stat.combine, a.states, b.states))), move, stat.nothing)
+
+
+def _on(like: Tensor, state: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.to(like.device), state)
 
 
 STATS: dict[str, Stat] = {
@@ -115,21 +155,25 @@ STATS: dict[str, Stat] = {
         lambda o: Moment(gram(o.x_nk), o.x_nk.shape[0]),
         lambda a, b: Moment(a.sum_kk + b.sum_kk, a.tokens + b.tokens),
         _move_moment,
+        lambda k: Moment(torch.zeros(k, k), 0),
     ),
     "absmax": Stat(
         lambda o: o.x_nk.float().abs().amax(0),
         torch.maximum,
         lambda s, M: s * M.abs() if M.ndim == 1 else None,
+        torch.zeros,
     ),
     "absmean": Stat(
         lambda o: (o.x_nk.float().abs().sum(0), o.x_nk.shape[0]),
         lambda a, b: (a[0] + b[0], a[1] + b[1]),
         lambda s, M: (s[0] * M.abs(), s[1]) if M.ndim == 1 else None,
+        lambda k: (torch.zeros(k), 0),
     ),
     "minmax": Stat(
         lambda o: (o.x_nk.float().amin(0), o.x_nk.float().amax(0)),
         lambda a, b: (torch.minimum(a[0], b[0]), torch.maximum(a[1], b[1])),
         _move_minmax,
+        lambda k: (torch.full((k,), torch.inf), torch.full((k,), -torch.inf)),
     ),
     "sample": sample(512),
 }
@@ -137,9 +181,18 @@ STATS: dict[str, Stat] = {
 Stats = Mapping[tuple[str, str], Any]  # (source node, statistic) -> state
 
 
+def stat_of(name: str, experts: bool) -> Stat:
+    """The statistic of that name, of every expert's own tokens where the rows belong to experts."""
+    return per_expert(STATS[name]) if experts else STATS[name]
+
+
 def transport(stats: Stats, source: str, M: Tensor) -> Stats:
     """The statistics after the inputs of `source` became x * m or x @ M; what cannot be moved is dropped."""
-    moved = {key: STATS[key[1]].transport(state, M) if key[0] == source else state for key, state in stats.items()}
+
+    def move(name: str, state: Any) -> Any:
+        return stat_of(name, isinstance(state, PerExpert)).transport(state, M)
+
+    moved = {key: move(key[1], state) if key[0] == source else state for key, state in stats.items()}
     return {key: state for key, state in moved.items() if state is not None}
 
 

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from qlab.errors import QlabError
+from qlab.experts import Rows
 from qlab.graph import ModuleGraph, by_source
 from qlab.interpret import Walk, inputs_of, interpret
-from qlab.skeleton import Call, Skeleton
-from qlab.stats import STATS, Observation, Stats
+from qlab.recording import Call
+from qlab.skeleton import Skeleton
+from qlab.stats import Observation, Stats, stat_of
 from qlab.transform import Transform, apply, select
 
 BATCH_TOKENS = 2048
@@ -37,15 +39,16 @@ def solve(graph: ModuleGraph, transform: Transform, observe: Callable[[ModuleGra
     return graph, stats
 
 
-def observe(graph: ModuleGraph, wanted: set[tuple[str, str]], batches: Iterator[Batch]) -> Stats:
-    """The statistics `wanted` {(source, name)} of a segment's inputs over all batches.
+def observe(graph: ModuleGraph, wanted: set[tuple[str, str]], batches: Iterator[Batch], everywhere: bool = False) -> Stats:
+    """The statistics `wanted` {(source, name)} of a segment's inputs over all batches; experts' are of their own tokens,
+    or, with `everywhere`, of all tokens.
 
     Refuses NaN and Inf in activations, naming the sites they reach.
     """
     sources = sorted({source for source, _ in wanted})
     seen = _Seen(graph, wanted)
     for call, hidden in batches:
-        seen.add(inputs_of(graph, sources, *call.inputs(hidden)))
+        seen.add(inputs_of(graph, sources, *call.inputs(hidden), everywhere))
     return seen.stats
 
 
@@ -57,17 +60,19 @@ class _Seen:
         self.tokens = dict.fromkeys((source for source, _ in wanted), 0)
         self.stats: dict[tuple[str, str], Any] = {}
 
-    def add(self, inputs: Mapping[str, Tensor]) -> None:
-        """One batch: source -> what reaches its sites, [..., k]."""
-        for source, x in inputs.items():
-            x_nk = x.flatten(0, -2)
+    def add(self, inputs: Mapping[str, Rows]) -> None:
+        """One batch: source -> what reaches its sites."""
+        for source, rows in inputs.items():
+            x_nk = rows.x.flatten(0, -2)
             if not x_nk.sum().isfinite() and not torch.isfinite(x_nk).all():  # the sum is the cheaper question
-                _refuse_nonfinite(self.graph, source, x.dtype)
-            start, self.tokens[source] = self.tokens[source], self.tokens[source] + len(x_nk)
-            keys = torch.arange(start, self.tokens[source]).to(x_nk.device)
+                _refuse_nonfinite(self.graph, source, x_nk.dtype)
+            numbers = torch.arange(len(x_nk), device=x_nk.device) if rows.tokens is None else rows.tokens
+            observation = Observation(x_nk, numbers + self.tokens[source], rows.ends)
+            self.tokens[source] += int(numbers.max()) + 1
             for name in sorted(n for s, n in self.wanted if s == source):
-                state, key = STATS[name].lift(Observation(x_nk, keys)), (source, name)
-                self.stats[key] = STATS[name].combine(self.stats[key], state) if key in self.stats else state
+                stat, key = stat_of(name, rows.ends is not None), (source, name)
+                state = stat.lift(observation)
+                self.stats[key] = stat.combine(self.stats[key], state) if key in self.stats else state
 
 
 def _refuse_nonfinite(graph: ModuleGraph, source: str, dtype: torch.dtype) -> None:

@@ -1,16 +1,19 @@
 """Quantizers are tuples of pure stages (graph, stats) -> (graph, stats); chaining them is tuple concatenation."""
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from qlab.errors import QlabError
-from qlab.graph import ModuleGraph, Site, by_source
+from qlab.experts import per_row
+from qlab.graph import ModuleGraph, Site, by_origin, by_source
 from qlab.qtensor import Leaf, QTensor, dense, shared_outer
 from qlab.spec import Spec, with_scale_dtype
 from qlab.stats import Moment, Stats, quadratic, transport
@@ -48,6 +51,10 @@ class Stage:
     reparametrizes: bool = False  # it moves inputs, so the sites of one input belong together
     sitewise: bool = False  # what it does to a site depends on that site's weight and statistics only
     uncovered: bool = False  # the last stage of `rules`: any site in its scope is an error
+
+    def touches(self, name: str, site: Site) -> bool:
+        """Whether it may change a site of this full name. A router is never rounded, and needs no rule."""
+        return name in self.scope and not (site.router and (self.spec is not None or self.uncovered))
 
 
 Transform = tuple[Stage, ...]
@@ -87,7 +94,7 @@ def rules(table: Mapping[str, Transform]) -> Transform:
 
 def select(stage: Stage, graph: ModuleGraph) -> ModuleGraph:
     """The graph with only the stage's sites selected, out of those that are selected already."""
-    return replace(graph, selected=frozenset(s.path for s in graph.sites if graph.where(s) in stage.scope))
+    return replace(graph, selected=frozenset(s.path for s in graph.sites if stage.touches(graph.where(s), s)))
 
 
 def apply(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
@@ -115,22 +122,33 @@ def each_weight(name: str, fn: WeightFn, spec: Spec, needs: frozenset[str] = fro
     the relative calibration loss tr(D H D^T) / tr(W H W^T), D = W' - W.
     """
 
+    def solve(graph: ModuleGraph, site: Site, seen: Mapping[str, Any], expert: int | None = None) -> _Solved:
+        W_ok = graph.weight_ok(site, expert)
+        if not torch.isfinite(W_ok).all():
+            raise QlabError(f"{graph.where(site)}.weight holds NaN or Inf; repair the checkpoint or keep() this site")
+        try:
+            leaf, note = fn(W_ok, seen, with_scale_dtype(spec, graph.dtype))
+        except QlabError as error:
+            raise QlabError(f"{graph.where(site)}{'' if expert is None else f', expert {expert}'}: {error}") from error
+        return _Solved(leaf, note, _errors(W_ok, leaf, seen.get("second_moment")))
+
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
         leaves, notes = {}, dict(graph.notes)
-        settled = with_scale_dtype(spec, graph.dtype)
-        outers = _outers(graph, settled)
+        outers = _outers(graph, with_scale_dtype(spec, graph.dtype))
         for site in graph.sites:
-            W_ok = graph.weight_ok(site)
-            if not torch.isfinite(W_ok).all():
-                raise QlabError(f"{graph.where(site)}.weight holds NaN or Inf; repair the checkpoint or keep() this site")
-            seen = {need: stats[site.source, need] for need in needs} | {"outer": outers.get(site.path)}
-            try:
-                leaf, note = fn(W_ok, seen, settled)
-            except QlabError as error:
-                raise QlabError(f"{graph.where(site)}: {error}") from error
-            assert site.weight is not None  # weight_ok refused it otherwise
-            leaves[site.weight] = leaf if isinstance(leaf, QTensor) or site.layout == "o k" else leaf.mT.contiguous()
-            notes[site.path] = {**notes.get(site.path, {}), **_errors(W_ok, leaf, seen.get("second_moment")), **note}
+            assert site.weight is not None  # weight_ok refuses it otherwise
+            seen = {need: stats[site.source, need] for need in needs}
+            outer = outers.get(site.path)
+            if site.route is None:
+                solved = [solve(graph, site, {**seen, "outer": outer})]
+                leaf = solved[0].leaf
+            else:
+                experts = range(graph.params[site.weight].shape[0])
+                own = [{n: state.states[e] for n, state in seen.items()} for e in experts]
+                solved = [solve(graph, site, {**own[e], "outer": None if outer is None else outer[e]}, e) for e in experts]
+                leaf = _stacked([s.leaf for s in solved])
+            leaves[site.weight] = leaf if isinstance(leaf, QTensor) or site.layout.endswith("o k") else leaf.mT.contiguous()
+            notes[site.path] = {**notes.get(site.path, {}), **_notes([s.errors for s in solved]), **_merged([s.note for s in solved])}
         return replace(graph.update(leaves), notes=notes), stats
 
     return (Stage(name, needs, run, spec, detail, sitewise=True),)
@@ -147,24 +165,70 @@ def _outers(graph: ModuleGraph, spec: Spec) -> dict[str, Tensor]:
     return {site.path: outer for sites, outer in shared for site in sites if outer is not None}
 
 
-def _errors(W_ok: Tensor, leaf: Leaf, moment: Moment | None) -> dict[str, float]:
+@dataclass(frozen=True)
+class _Errors:
+    """|D| and |W|, and of the second moment, if it was seen: tr(D H D^T), tr(W H W^T), tokens and channels."""
+
+    D: float
+    W: float
+    D_H: float = 0.0
+    W_H: float = 0.0
+    tokens: int | None = None
+    channels: int = 0
+
+
+@dataclass(frozen=True)
+class _Solved:
+    leaf: Leaf
+    note: Mapping[str, Any]
+    errors: _Errors
+
+
+def _stacked(leaves: Sequence[Leaf]) -> Leaf:
+    """Leaves [o, k] of all experts as one [e, o, k]."""
+    return pytree.tree_map(lambda *parts: None if parts[0] is None else torch.stack(parts), *leaves)
+
+
+def _errors(W_ok: Tensor, leaf: Leaf, moment: Moment | None) -> _Errors:
     D_ok = dense(leaf, torch.float32) - W_ok
-    errors = {"weight_error": float(D_ok.norm() / W_ok.norm().clamp_min(1e-30))}
-    if moment is not None:
-        H_kk = moment.mean_kk
-        errors["loss"] = quadratic(D_ok, H_kk) / max(quadratic(W_ok, H_kk), 1e-30)
-        errors["tokens"] = moment.tokens
-    return errors
+    norms = float(D_ok.norm()), float(W_ok.norm())
+    if moment is None:
+        return _Errors(*norms)
+    H_kk = moment.mean_kk
+    return _Errors(*norms, quadratic(D_ok, H_kk), quadratic(W_ok, H_kk), moment.tokens, len(H_kk))
+
+
+def _notes(parts: Sequence[_Errors]) -> dict[str, Any]:
+    """The errors of one site, over all of its experts if it has some, each weighted by its tokens."""
+    notes: dict[str, Any] = {"weight_error": math.hypot(*(p.D for p in parts)) / max(math.hypot(*(p.W for p in parts)), 1e-30)}
+    counts = [p.tokens for p in parts if p.tokens is not None]
+    if counts:
+        notes["tokens"] = sum(counts)
+        share = [tokens / max(notes["tokens"], 1) for tokens in counts]
+        D_H, W_H = (sum(q * s for q, s in zip(values, share)) for values in ((p.D_H for p in parts), (p.W_H for p in parts)))
+        notes["loss"] = D_H / max(W_H, 1e-30)
+    if counts and len(parts) > 1:
+        # with fewer tokens than input channels an expert's second moment is singular
+        few = [e for e, p in enumerate(parts) if p.tokens is not None and p.tokens < p.channels]
+        notes |= {"expert_tokens": counts, "experts_with_few_tokens": few}
+    return notes
+
+
+def _merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a method says of its experts: one value where all agree, else a list."""
+    values = {key: [note[key] for note in notes] for key in notes[0]}
+    return {key: found[0] if all(v == found[0] for v in found) else found for key, found in values.items()}
 
 
 @dataclass(frozen=True)
 class Multiply:
-    """The online operation x -> x * m, m [k]."""
+    """The online operation x -> x * m, m [k], or of experts' rows m [e, 1, k]."""
 
     m_k: Tensor
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return x * self.m_k.to(x.dtype)
+    def __call__(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
+        m = self.m_k.to(x.dtype)
+        return x * (m if m.ndim == 1 or ends is None else per_row(m[:, 0], ends))
 
 
 @dataclass(frozen=True)
@@ -173,19 +237,19 @@ class Rotate:
 
     M_kk: Tensor
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
         return x @ self.M_kk.to(x.dtype)
 
 
 def reparametrize(
-    graph: ModuleGraph, stats: Stats, source: str, M: Tensor, M_inv: Tensor
+    graph: ModuleGraph, stats: Stats, origin: str, M: Tensor, M_inv: Tensor
 ) -> tuple[ModuleGraph, Stats]:
-    """x -> x @ M at the inputs of a source, W -> W @ M_inv^T, statistics transported: the function stays the same.
+    """x -> x @ M at the inputs of all sites of an origin, W -> W @ M_inv^T, statistics transported: the function stays.
 
-    M and M_inv are vectors [k] (diagonals) or matrices [k, k]. Every site of the source must be selected, since they
-    share one input and one set of statistics.
+    M and M_inv are vectors [k] (diagonals), matrices [k, k], or diagonals [e, 1, k] of experts that feed themselves.
+    Every site of the origin must be selected, since they share its channels.
     """
-    sharing = by_source(graph.code.sites)[source]
+    sharing = by_origin(graph.code.sites)[origin]
     outside = [graph.where(s) for s in sharing if s not in graph.sites]
     if outside:
         raise QlabError(f"{', '.join(outside)} shares its input with {', '.join(map(graph.where, graph.sites))}; a "
@@ -193,8 +257,10 @@ def reparametrize(
     leaves, online = {}, dict(graph.online)
     for site in sharing:
         W_ok = graph.weight_ok(site)
-        moved = W_ok * M_inv if M_inv.ndim == 1 else (W_ok.double() @ M_inv.T.double()).float()
+        moved = W_ok * M_inv if M_inv.ndim != 2 else (W_ok.double() @ M_inv.T.double()).float()
         assert site.weight is not None
-        leaves[site.weight] = moved.mT if site.layout == "k o" else moved
-        online[site.path] = (*online.get(site.path, ()), Multiply(M) if M.ndim == 1 else Rotate(M))
-    return replace(graph.update(leaves), online=online), transport(stats, source, M)
+        leaves[site.weight] = moved.mT if site.layout.endswith("k o") else moved
+        online[site.path] = (*online.get(site.path, ()), Rotate(M) if M.ndim == 2 else Multiply(M))
+    for source in by_source(sharing):
+        stats = transport(stats, source, M)
+    return replace(graph.update(leaves), online=online), stats

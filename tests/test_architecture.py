@@ -11,14 +11,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qlab"
 # A module imports from strictly lower layers, or from its own package. A package is one layer of all its files.
 LAYERS = [
-    {"errors"}, {"directory"}, {"tensors"},
-    {"spec"}, {"qtensor", "targets"}, {"certificate"}, {"graph"}, {"interpret"}, {"stats"}, {"transform"}, {"absorb"}, {"methods"},
-    {"codecs"}, {"checkpoint"}, {"calibration", "skeleton"}, {"sweep"}, {"report", "timing", "writer"},
+    {"errors"}, {"directory"}, {"tensors"}, {"spec"}, {"qtensor", "targets"}, {"certificate"}, {"experts"}, {"graph"}, {"trace"},
+    {"interpret"}, {"stats"}, {"transform"}, {"absorb"}, {"methods"}, {"codecs"}, {"checkpoint"},
+    {"calibration", "recording", "names"}, {"skeleton"}, {"sweep"}, {"report", "timing", "writer"},
     {"plan", "shardwise"}, {"quantize"}, {"linears"}, {"convert", "verify", "inspection", "model_free"},
     {"evaluate", "lower"}, {"tuning"}, {"demo"}, {"hub", "hf", "serve"}, {"__init__"}, {"cli"}, {"bench", "__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-MATHEMATICS = {"errors", "spec", "qtensor", "graph", "interpret", "stats", "transform", "absorb", "methods"}
+MATHEMATICS = {"errors", "spec", "qtensor", "experts", "graph", "trace", "interpret", "stats", "transform", "absorb", "methods"}
 MODELS = {"transformers", "safetensors", "accelerate", "huggingface_hub", "gguf"}
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 modules = pytest.mark.parametrize("file", FILES)
@@ -76,10 +76,10 @@ def test_mathematics_knows_no_model_library(file):
 
 
 @modules
-def test_only_graph_interpret_and_absorb_use_fx_and_export(file):
+def test_only_graph_trace_interpret_and_absorb_use_fx_and_export(file):
     text = ast.unparse(ast.parse(FILES[file].read_text(encoding="utf-8")))
     uses = "torch.fx" in text or "torch.export" in text or "import fx" in text or ", fx" in text
-    assert not uses or file in ("graph.py", "interpret.py", "absorb.py")
+    assert not uses or file in ("graph.py", "trace.py", "interpret.py", "absorb.py")
 
 
 @modules

@@ -3,14 +3,14 @@
 Legend: W_ok weight, H mean second moment of the input x, m_k what x is multiplied by (1 / s in the paper).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from qlab.absorb import Fold, absorb, folds
-from qlab.graph import ModuleGraph, by_source
+from qlab.graph import ModuleGraph, Site, by_origin, by_source
 from qlab.methods.grid import Grid, encode, weighted
 from qlab.methods.rtn import rtn
 from qlab.qtensor import dense, shared_outer
@@ -32,6 +32,16 @@ class Choice:
     identity_loss: float
 
 
+@dataclass(frozen=True)
+class Input:
+    """Weights [o, k] of one input, its second moment, mean|x| [k], and its tokens as a share of the most that any sees."""
+
+    weights: Sequence[Tensor]
+    moment: Moment
+    absmean_k: Tensor
+    share: float = 1.0
+
+
 def scaled_loss(weights: Sequence[Tensor], moment: Moment, m_k: Tensor, spec: Spec, grid: Grid) -> float:
     """sum over weights of tr(D H' D^T), D the rounding error of W / m, H' = m H m: the output error after scaling.
 
@@ -46,50 +56,74 @@ def scaled_loss(weights: Sequence[Tensor], moment: Moment, m_k: Tensor, spec: Sp
     return total
 
 
-def search(graph: ModuleGraph, fold: Fold, weights: Sequence[Tensor], absmean_k: Tensor, moment: Moment, spec: Spec,
-           grid: Grid) -> Choice:  # fmt: skip
+def search(graph: ModuleGraph, fold: Fold, inputs: Sequence[Input], spec: Spec, grid: Grid) -> Choice:
     """The scale s = mean|x|^ratio, normalised by sqrt(max min), with the least output error; s = 1 is a candidate.
 
     Every scale is scored as it will be stored (`Fold.stored`). ROWS rows of each weight rank the ratios; the two best and
-    the identity are compared on all rows, so the loss is never above the identity's.
+    the identity are compared on all rows, so the loss is never above the identity's. Inputs that no token reached keep 1.
     """
+    seen = sum(i.share for i in inputs)
+    absmean_k = torch.stack([i.absmean_k * i.share for i in inputs]).sum(0) / max(seen, 1e-30)
     importance = fold.tie(absmean_k).clamp_min(1e-4)
 
     def scale(ratio: float) -> Tensor:
         s = importance**ratio
         return fold.stored(graph, (s.max() * s.min()).sqrt() / s)
 
-    some = [W[:: max(1, len(W) // ROWS)] for W in weights]
-    ranked = sorted(RATIOS[1:], key=lambda r: scaled_loss(some, moment, scale(r), spec, grid))
+    def total(among: Sequence[Input], m_k: Tensor) -> float:
+        return sum(i.share * scaled_loss(i.weights, i.moment, m_k, spec, grid) for i in among)
+
+    some = [replace(i, weights=[W[:: max(1, len(W) // ROWS)] for W in i.weights]) for i in inputs]
+    ranked = sorted(RATIOS[1:], key=lambda r: total(some, scale(r))) if seen else []
     one = torch.ones_like(importance)
-    identity = best = Choice(one, 0.0, loss := scaled_loss(weights, moment, one, spec, grid), loss)
+    identity = best = Choice(one, 0.0, loss := total(inputs, one), loss)
     for ratio in ranked[:2]:
         m_k = scale(ratio)
-        loss = scaled_loss(weights, moment, m_k, spec, grid)
+        loss = total(inputs, m_k)
         if loss < best.loss:
             best = Choice(m_k, ratio, loss, identity.loss)
     return best
 
 
-def awq_scale(spec: Spec, grid: Grid = weighted) -> Transform:
-    """Lossless: for every source whose scale can be folded upstream, the searched scale, folded.
+def _inputs(graph: ModuleGraph, stats: Stats, sites: Iterable[Site]) -> list[Input]:
+    """What the weights of one origin see: dense ones all tokens, each expert its own."""
+    found: list[Input] = []
+    for source, group in by_source(sites).items():
+        moments, means = stats[source, "second_moment"], stats[source, "absmean"]
+        if group[0].route is None:
+            found.append(_input([graph.weight_ok(s) for s in group], moments, means))
+        else:
+            found += [_input([graph.weight_ok(s, e) for s in group], *own) for e, own in enumerate(zip(moments.states, means.states))]
+    most = max(i.moment.tokens for i in found)
+    return [replace(i, share=i.moment.tokens / max(most, 1)) for i in found]
 
-    Channels that one producer channel feeds (grouped queries) are scaled together. Sources that nothing can take a
-    scale for (post-norm inputs, behind GELU) stay as they are.
+
+def _input(weights: Sequence[Tensor], moment: Moment, absmean: tuple[Tensor, int]) -> Input:
+    total_k, count = absmean
+    return Input(weights, moment, total_k / max(count, 1))
+
+
+def awq_scale(spec: Spec, grid: Grid = weighted) -> Transform:
+    """Lossless: for every origin whose scale can be folded upstream, the searched scale, folded.
+
+    Channels that one producer channel feeds (grouped queries) are scaled together. Origins that nothing can take a
+    scale for (post-norm inputs, behind GELU) stay as they are. A norm before a mixture gets one scale for the router,
+    shared and routed experts, whose losses count by their tokens; inside the experts each has a scale of its own.
     """
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
         places, settled = folds(graph.code), with_scale_dtype(spec, graph.dtype)
-        for source, sites in by_source(graph.sites).items():
-            if source not in places:
+        for origin, sharing in by_origin(graph.sites).items():
+            sites = [s for s in sharing if not s.router]  # a router is scaled with them, and never rounded
+            if origin not in places or not sites:
                 continue
-            total_k, count = stats[source, "absmean"]
-            moment = stats[source, "second_moment"]
-            weights = [graph.weight_ok(s) for s in sites]
-            choice = search(graph, places[source], weights, total_k / max(count, 1), moment, settled, grid)
-            graph, stats = reparametrize(graph, stats, source, choice.m_k, 1 / choice.m_k)
-            energy = sum(quadratic(W, moment.mean_kk) for W in weights)
-            note = {"awq_ratio": choice.ratio, "awq_loss": choice.loss / energy, "awq_rtn_loss": choice.identity_loss / energy}
+            inputs, own = _inputs(graph, stats, sites), len(graph.params[places[origin].producer.weight].shape) == 3
+            choices = [search(graph, places[origin], group, settled, grid) for group in ([[i] for i in inputs] if own else [inputs])]
+            m = torch.stack([c.m_k for c in choices])[:, None] if own else choices[0].m_k
+            graph, stats = reparametrize(graph, stats, origin, m, 1 / m)
+            energy = sum(i.share * sum(quadratic(W, i.moment.mean_kk) for W in i.weights) for i in inputs)
+            note = {"awq_ratio": [c.ratio for c in choices] if own else choices[0].ratio,
+                    "awq_loss": sum(c.loss for c in choices) / energy, "awq_rtn_loss": sum(c.identity_loss for c in choices) / energy}
             graph = replace(graph, notes={**graph.notes, **{s.path: {**graph.notes.get(s.path, {}), **note} for s in sites}})
         return graph, stats
 

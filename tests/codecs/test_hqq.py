@@ -142,6 +142,6 @@ def test_odd_configs_are_refused_or_mean_specs(params, flat):
 
 def test_writing_is_refused():
     codec = reader(config())
-    assert codec.refusal(Int(4, Tile(1, 16))).startswith("qlab reads HQQ and does not write it; write compressed-tensors")
+    assert codec.refusal(Int(4, Tile(1, 16))).startswith("qlab reads HQQ and does not write it; use compressed-tensors")
     with pytest.raises(QlabError, match="does not write it"):
         codec.config({})

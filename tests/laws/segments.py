@@ -6,16 +6,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
-from families import tiny
+from families import MIXTURES, tiny
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from qlab.graph import ModuleGraph, trace
+from qlab.graph import ModuleGraph
 from qlab.interpret import inputs_of
 from qlab.qtensor import QTensor, dense
-from qlab.skeleton import _find_blocks
-from qlab.stats import STATS, Moment, Observation
+from qlab.skeleton import EXPERTS, _find_blocks
+from qlab.stats import STATS, Moment, Observation, stat_of
 from qlab.sweep import solve
+from qlab.trace import trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +31,13 @@ class Segment:
         """The statistics of `wanted` over the batches, in this order of them."""
         stats = {}
         for i in order or range(len(self.batches)):
-            for source, x in inputs_of(graph, sorted({s for s, _ in wanted}), *self.batches[i]).items():
-                x_nk = x.flatten(0, -2)
-                seen = Observation(x_nk, 1000 * i + torch.arange(len(x_nk)))
-                for key in wanted:
-                    if key[0] == source:
-                        state = STATS[key[1]].lift(seen)
-                        stats[key] = STATS[key[1]].combine(stats[key], state) if key in stats else state
+            found = inputs_of(graph, sorted({s for s, _ in wanted}), *self.batches[i])
+            for source, name in wanted:
+                x_nk, tokens, ends = found[source].x.flatten(0, -2), found[source].tokens, found[source].ends
+                tokens = torch.arange(len(x_nk)) if tokens is None else tokens
+                stat = stat_of(name, experts=ends is not None)
+                state = stat.lift(Observation(x_nk, 1000 * i + tokens, ends))
+                stats[source, name] = stat.combine(stats[source, name], state) if (source, name) in stats else state
         return stats
 
     @cached_property
@@ -72,12 +73,15 @@ def calls(model, ids, mask=None):
 
 @lru_cache
 def model_of(family):
-    return tiny(family)
+    model = tiny(family)
+    model.set_experts_implementation(EXPERTS)
+    return model
 
 
 @lru_cache
-def segment(family, index=0):
-    """Block `index` of a family's tiny model with three batches of 24 tokens."""
+def segment(family, index=None):
+    """Block `index` (default: the first, or the first with experts) of a family's tiny model with three batches of 24 tokens."""
+    index = int(family in MIXTURES) if index is None else index
     with torch.no_grad():
         model = model_of(family)
         path, block = list(_find_blocks(model)[1].items())[index]
@@ -133,7 +137,8 @@ def densified(seg, graph):
     for name, leaf in graph.params.items():
         if name in dict(block.named_parameters()):
             W = dense(leaf, torch.float32)
-            block.get_parameter(name).data = W.mT if isinstance(leaf, QTensor) and layouts[name] == "k o" else W
+            turned = isinstance(leaf, QTensor) and layouts[name].endswith("k o")
+            block.get_parameter(name).data = W.mT if turned else W
     return block
 
 

@@ -1,30 +1,32 @@
 """Where scales fold is found without names, and folding preserves the function or is refused."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from blocks import BilinearGate, Halves, OddBlock, SharedBias, SharedKeysAndValues, SharedNorm, Straight
-from families import FAMILIES
+from families import FAMILIES, MIXTURES
 from hypothesis import given
 from hypothesis import strategies as st
 from segments import assert_same, hidden, normal, of, relative, segment
 
 from qlab.absorb import fold_scales, folds
 from qlab.errors import QlabError
-from qlab.graph import by_source
+from qlab.graph import by_origin
 from qlab.interpret import interpret
 from qlab.methods.rtn import rtn
 from qlab.spec import parse_spec
 from qlab.transform import Multiply, Rotate, at, reparametrize
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 
-LLAMA = {
-    "self_attn.q_proj": "input_layernorm", "self_attn.k_proj": "input_layernorm", "self_attn.v_proj": "input_layernorm",
-    "self_attn.o_proj": "self_attn.v_proj", "mlp.gate_proj": "post_attention_layernorm",
-    "mlp.up_proj": "post_attention_layernorm", "mlp.down_proj": "mlp.up_proj",
-}  # fmt: skip
+ATTENTION = {"self_attn.q_proj": "input_layernorm", "self_attn.k_proj": "input_layernorm",
+             "self_attn.v_proj": "input_layernorm", "self_attn.o_proj": "self_attn.v_proj"}  # fmt: skip
+LLAMA = ATTENTION | {"mlp.gate_proj": "post_attention_layernorm", "mlp.up_proj": "post_attention_layernorm",
+                     "mlp.down_proj": "mlp.up_proj"}  # fmt: skip
+EXPERTS = {"mlp.gate": "post_attention_layernorm", "mlp.experts.gate_up_proj": "post_attention_layernorm",
+           "mlp.experts.down_proj": "mlp.experts.gate_up_proj"}  # fmt: skip
 GEMMA = LLAMA | {"mlp.gate_proj": "pre_feedforward_layernorm", "mlp.up_proj": "pre_feedforward_layernorm"}
 FOLDS = {
     **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3"], LLAMA),
@@ -38,25 +40,31 @@ FOLDS = {
     "gpt_neox": {"attention.query_key_value": "input_layernorm", "attention.dense": "attention.query_key_value",
                  "mlp.dense_h_to_4h": "post_attention_layernorm"},  # not behind gelu
     "gpt2": {"attn.c_attn": "ln_1", "attn.c_proj": "attn.c_attn", "mlp.c_fc": "ln_2"},
+    "mixtral": ATTENTION | EXPERTS,
+    "qwen3_moe": ATTENTION | EXPERTS,
     "deepseek_v3": {"self_attn.q_a_proj": "input_layernorm", "self_attn.kv_a_proj_with_mqa": "input_layernorm",
                     "self_attn.q_b_proj": "self_attn.q_a_layernorm", "self_attn.kv_b_proj": "self_attn.kv_a_layernorm",
-                    "self_attn.o_proj": "self_attn.kv_b_proj", "mlp.gate_proj": "post_attention_layernorm",
-                    "mlp.up_proj": "post_attention_layernorm", "mlp.down_proj": "mlp.up_proj"},
+                    "self_attn.o_proj": "self_attn.kv_b_proj", **EXPERTS,
+                    "mlp.shared_experts.gate_proj": "post_attention_layernorm",
+                    "mlp.shared_experts.up_proj": "post_attention_layernorm",
+                    "mlp.shared_experts.down_proj": "mlp.shared_experts.up_proj"},
 }  # fmt: skip
 
 
 def table(graph):
-    places = folds(graph.code)
-    return {s.path: places[s.source].producer.weight.rpartition(".")[0] for s in graph.sites if s.source in places}
+    weights = {origin: place.producer.weight for origin, place in folds(graph.code).items()}
+    return {s.path: re.sub(r"\.(weight|gain)$", "", weights[s.origin]) for s in graph.sites if s.origin in weights}
 
 
 def scaled(graph, seed, tied=True):
     """The graph with a random positive scale on every source, tied where one producer channel feeds several."""
     places = folds(graph.code)
-    for i, (source, sites) in enumerate(by_source(graph.sites).items()):
-        m_k = normal(graph.weight_ok(sites[0]).shape[1], seed=seed + i).mul(0.7).exp()
-        m_k = places[source].tie(m_k) if tied and source in places else m_k
-        graph, _ = reparametrize(graph, {}, source, m_k, 1 / m_k)
+    for i, (origin, sites) in enumerate(by_origin(graph.sites).items()):
+        m_k = normal(graph.weight_ok(sites[0]).shape[-1], seed=seed + i).mul(0.7).exp()
+        m_k = places[origin].tie(m_k) if tied and origin in places else m_k
+        if all(s.route and not s.gathered_from for s in sites):  # every expert its own
+            m_k = m_k * normal(len(graph.params[sites[0].weight]), 1, 1, seed=seed).exp()
+        graph, _ = reparametrize(graph, {}, origin, m_k, 1 / m_k)
     return graph
 
 
@@ -88,8 +96,8 @@ def test_folding_preserves_the_function_and_leaves_what_has_no_place(family):
 def test_reparametrizing_online_preserves_the_function(family, rotates):
     seg = segment(family)
     graph = seg.graph
-    for i, (source, sites) in enumerate(by_source(graph.sites).items()):
-        k = graph.weight_ok(sites[0]).shape[1]
+    for i, (source, sites) in enumerate(by_origin(graph.sites).items()):
+        k = graph.weight_ok(sites[0]).shape[-1]
         M = torch.linalg.qr(normal(k, k, seed=i))[0] if rotates else normal(k, seed=i).sign() * normal(k, seed=i).exp()
         before = {s.path: graph.params[s.weight] for s in sites}
         graph, _ = reparametrize(graph, {}, source, M, M.T if rotates else 1 / M)

@@ -4,10 +4,11 @@ import pytest
 import torch
 from segments import correlated, normal
 
-from qlab.graph import by_source, trace
+from qlab.graph import by_source
 from qlab.methods import METHODS
 from qlab.spec import parse_spec
 from qlab.stats import STATS, Observation
+from qlab.trace import trace
 from qlab.transform import apply
 
 GOLDEN = {  # method/spec -> the sum of relative losses; other processors and versions flip a few codes near ties

@@ -4,20 +4,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, MIXTURES
 from segments import assert_same, calls, densified, hidden, model_of, of, relative, segment, tokens, untouched
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qlab.errors import QlabError
-from qlab.graph import by_source, tensors_of, trace
+from qlab.graph import by_source, tensors_of
 from qlab.interpret import inputs_of, interpret
 from qlab.methods.rtn import rtn
 from qlab.qtensor import QTensor
 from qlab.skeleton import _find_blocks
 from qlab.spec import parse_spec
+from qlab.trace import trace
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 LENGTHS = (5, 12, 29)
 
 
@@ -53,7 +54,7 @@ def test_interpreting_a_trace_is_running_the_block_bit_for_bit(family):
 def test_quantized_leaves_compute_what_their_dense_weights_do(family):
     seg = segment(family)
     graph, _ = seg.solve(rtn(parse_spec("int3-g16-asym")))
-    assert all(isinstance(graph.params[s.weight], QTensor) for s in graph.sites)
+    assert all(isinstance(graph.params[s.weight], QTensor) != s.router for s in graph.sites)
     oracle = densified(seg, graph)
     for args, kwargs in seg.batches:
         out = hidden(interpret(graph, args, kwargs))
@@ -66,16 +67,16 @@ def test_every_code_of_every_site_is_read(family):
     seg = segment(family)
     graph, _ = seg.solve(rtn(parse_spec("int4-channel")))
     before = hidden(interpret(graph, *seg.batches[0]))
-    for site in graph.sites:
+    for site in (s for s in graph.sites if not s.router):
         q = graph.params[site.weight]
-        planted = graph.update({site.weight: replace(q, codes=q.codes.roll(1, 0))})
+        planted = graph.update({site.weight: replace(q, codes=q.codes.roll(1, -2))})
         assert relative(hidden(interpret(planted, *seg.batches[0])), before) > 1e-4, site.path
 
 
 @every_family
 def test_sites_are_the_linear_modules_and_their_inputs_what_the_modules_get(family):
     seg, seen = segment(family), {}
-    linears = {name: m for name, m in seg.block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    linears = {name: m for name, m in seg.block.named_modules() if isinstance(m, nn.Linear | Conv1D) or "Router" in type(m).__name__}
     hooks = [
         m.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0]})) for name, m in linears.items()
     ]
@@ -83,15 +84,16 @@ def test_sites_are_the_linear_modules_and_their_inputs_what_the_modules_get(fami
     seg.block(*args, **kwargs)
     for hook in hooks:
         hook.remove()
-    assert {s.path for s in seg.graph.sites} == set(linears)
+    assert {s.path for s in seg.graph.sites if not s.route} == set(linears)
+    assert {s.weight for s in seg.graph.sites if s.route} == {n for n, p in seg.block.named_parameters() if p.ndim == 3}
     found = inputs_of(seg.graph, by_source(seg.graph.sites), args, kwargs)
-    for site in seg.graph.sites:
+    for site in (s for s in seg.graph.sites if not s.route):
         module = linears[site.path]
-        assert torch.equal(found[site.source].flatten(0, -2), seen[site.path].flatten(0, -2)), site.path
+        assert torch.equal(found[site.source].x.flatten(0, -2), seen[site.path].flatten(0, -2)), site.path
         assert torch.equal(seg.graph.weight_ok(site), module.weight.mT if isinstance(module, Conv1D) else module.weight)
-        assert (site.bias is None) == (module.bias is None)
-    shared = {frozenset(s.path for s in group) for group in by_source(seg.graph.sites).values()}
-    same = {frozenset(b for b in seen if seen[b] is seen[a]) for a in seen}
+        assert (site.bias is None) == (getattr(module, "bias", None) is None)
+    shared = {frozenset(s.path for s in group if not s.route) for group in by_source(seg.graph.sites).values()} - {frozenset()}
+    same = {frozenset(b for b in seen if seen[b].data_ptr() == seen[a].data_ptr()) for a in seen}  # a view is the same input
     assert shared == same  # sites share a source exactly when they share an input
 
 
@@ -133,7 +135,7 @@ def test_operations_in_place_reach_the_recorded_inputs(k, n):
     y[..., :2] = 0
     y[..., 2:] *= 3
     source = seg.graph.sites[1].source
-    assert torch.equal(inputs_of(seg.graph, [source], (x,), {})[source], y)
+    assert torch.equal(inputs_of(seg.graph, [source], (x,), {})[source].x, y)
 
 
 class Convolves(nn.Module):

@@ -5,7 +5,7 @@ from itertools import permutations
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, MIXTURES
 from methods import LAW_METHODS, LAW_SPECS
 from segments import assert_same, hidden, relative, reversed_sites, segment, tensors, untouched
 
@@ -17,7 +17,7 @@ from qlab.stats import STATS
 from qlab.transform import apply
 
 every_method = pytest.mark.parametrize("method", LAW_METHODS)
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 specs = pytest.mark.parametrize("text", LAW_SPECS)
 ROUNDING = [m for m in LAW_METHODS if m != "awq_scale"]
 
@@ -89,7 +89,7 @@ def test_every_site_becomes_codes_of_its_own_shape_near_the_weight(method, famil
     seg = segment(family)
     spec = parse_spec("int8-g16")
     graph, _ = seg.solve(LAW_METHODS[method](spec))
-    for site in graph.sites:
+    for site in (s for s in graph.sites if not s.router):
         q = graph.params[site.weight]
         assert isinstance(q, QTensor) and q.spec == with_scale_dtype(spec, torch.float32)
         assert q.shape == seg.graph.weight_ok(site).shape
@@ -98,8 +98,8 @@ def test_every_site_becomes_codes_of_its_own_shape_near_the_weight(method, famil
     assert not graph.online
     for i in range(2):
         out, reference = (hidden(interpret(g, *seg.batches[i])) for g in (graph, seg.graph))
-        assert 0 < relative(out, reference) < 0.02
-    untouched_leaves = set(graph.params) - {s.weight for s in graph.sites}
+        assert 0 < relative(out, reference) < (0.05 if family in MIXTURES else 0.02)  # near a tie a token changes its expert
+    untouched_leaves = set(graph.params) - {s.weight for s in graph.sites if not s.router}
     if not method.startswith("awq"):
         assert all(graph.params[name] is seg.graph.params[name] for name in untouched_leaves)
 

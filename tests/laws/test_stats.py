@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from segments import normal, untouched
 from torch.utils import _pytree as pytree
 
-from qlab.stats import STATS, Moment, Observation, gram, quadratic, sample, transport
+from qlab.stats import STATS, Moment, Observation, gram, per_expert, quadratic, sample, transport
 
 EVERY = {**STATS, "sample of 7": sample(7)}
 SOURCES = st.tuples(st.integers(2, 24), st.integers(2, 12), st.integers(0, 999))
@@ -22,7 +22,8 @@ def close(a, b, tolerance=1e-5):
     assert len(ours) == len(theirs)
     for x, y in zip(ours, theirs):
         x, y = torch.as_tensor(x).double(), torch.as_tensor(y).double()
-        assert x.shape == y.shape and (x - y).abs().max() <= tolerance * y.abs().max().clamp_min(1)
+        assert x.shape == y.shape
+        assert torch.equal(x, y) or (x - y).abs().max() <= tolerance * y.abs().max().clamp_min(1)  # nothing is infinite or empty
 
 
 def observation(n, k, seed):
@@ -134,5 +135,51 @@ def test_quadratic_is_the_output_error(source):
     assert quadratic(D, gram(o.x_nk)) == pytest.approx(float((o.x_nk @ D.T).square().sum()), rel=1e-4)
 
 
-def test_the_mean_of_nothing_is_zero():
-    assert Moment(torch.zeros(2, 2), 0).mean_kk.abs().sum() == 0
+def test_the_mean_of_nothing_weighs_every_direction_the_same():
+    assert torch.equal(Moment(torch.zeros(2, 2), 0).mean_kk, torch.eye(2))
+
+
+@laws
+@given(source=SOURCES)
+def test_nothing_is_the_identity_and_stays_nothing(stat, source):
+    state, nothing = stat.lift(observation(*source)), stat.nothing(source[1])
+    close(stat.combine(state, nothing), state)
+    close(stat.combine(nothing, state), state)
+    m = normal(source[1], seed=1)
+    close(stat.combine(stat.transport(nothing, m), state), state)
+
+
+@laws
+@given(source=SOURCES, split=st.lists(st.integers(0, 24), min_size=1, max_size=4))
+def test_an_experts_statistic_is_that_of_the_tokens_routed_to_it(stat, source, split):
+    o = observation(*source)
+    ends = torch.tensor([*sorted(min(i, source[0]) for i in split), source[0]])
+    seen = per_expert(stat).lift(Observation(o.x_nk, o.keys, ends)).states
+    starts = [0, *ends.tolist()]
+    assert len(seen) == len(ends)
+    for state, start, stop in zip(seen, starts, ends.tolist()):
+        own = Observation(o.x_nk[start:stop], o.keys[start:stop])
+        close(state, stat.lift(own) if stop > start else stat.nothing(source[1]))
+
+
+@laws
+@given(source=SOURCES)
+def test_experts_combine_and_move_one_by_one(stat, source):
+    n, k, seed = source
+    experts = per_expert(stat)
+    a, b = (observation(n, k, seed + i) for i in range(2))
+    ends = torch.tensor([n // 2, n // 2, n])  # the second expert sees nothing
+    both = experts.combine(*(experts.lift(Observation(o.x_nk, o.keys, ends)) for o in (a, b)))
+    own = [stat.combine(*(stat.lift(part) for part in parts)) for parts in zip(cut(a, n // 2), cut(b, n // 2))]
+    close(both.states[0], own[0])
+    close(both.states[2], own[1])
+    m_e1k = normal(3, 1, k, seed=seed)
+    for e in (0, 2):
+        close(experts.transport(both, m_e1k).states[e], stat.transport(both.states[e], m_e1k[e, 0]))
+        close(experts.transport(both, m_e1k[1, 0]).states[e], stat.transport(both.states[e], m_e1k[1, 0]))
+
+
+def test_what_cannot_move_for_one_expert_is_dropped_for_all():
+    o = observation(9, 4, 0)
+    stats = {("a", name): per_expert(STATS[name]).lift(Observation(o.x_nk, o.keys, torch.tensor([4, 9]))) for name in STATS}
+    assert {name for _, name in transport(stats, "a", normal(4, 4, seed=1))} == {"second_moment", "sample"}

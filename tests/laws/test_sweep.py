@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, MIXTURES
 from segments import assert_same, hidden, normal, of, segment
 from torch import nn
 
@@ -13,13 +13,13 @@ from qlab.graph import by_source
 from qlab.interpret import Walk, inputs_of, interpret
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
-from qlab.skeleton import Call
+from qlab.recording import Call
 from qlab.spec import parse_spec
 from qlab.sweep import solve_in_order
 from qlab.transform import at, chain, keep, rules
 
 SPEC = parse_spec("int4-g16")
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 
 
 def batches_of(seg):
@@ -47,7 +47,7 @@ def test_a_walk_meets_at_every_source_what_the_leaves_before_it_produce(family, 
     walk, batch = Walk(graph.code), seg.batches[0]
     for source in by_source(graph.code.sites):
         now = rounded_before(graph, solved, source)
-        assert torch.equal(walk.to(now, source, *batch), inputs_of(now, [source], *batch)[source])
+        assert torch.equal(walk.to(now, source, *batch).x, inputs_of(now, [source], *batch)[source].x)
         if forgetful:
             walk.forget()
             assert walk.nbytes() == 0
@@ -88,7 +88,7 @@ def test_an_input_that_is_copied_early_waits_for_its_site():
         walk = Walk(seg.graph.code)
         for source in by_source(seg.graph.code.sites):
             expected = inputs_of(seg.graph, [source], *seg.batches[0])[source]
-            assert torch.equal(walk.to(seg.graph, source, *seg.batches[0]), expected)
+            assert torch.equal(walk.to(seg.graph, source, *seg.batches[0]).x, expected.x)
 
 
 def test_what_does_not_fit_is_computed_again_to_the_same_bits(monkeypatch):

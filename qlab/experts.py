@@ -1,0 +1,115 @@
+"""A mixture of experts as operations of a traced program: where tokens go, and one product per expert.
+
+Every fused mixture of transformers runs through `experts_forward`, so that all of them trace to the same two operations,
+whatever the device. Legend: n tokens, t choices per token, s = n t pairs of token and expert in the order of experts,
+e experts, ends [e] where each expert's rows end.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What reaches a source: x [..., k]; where it belongs to experts, x [s, k] with the token of every row and the ends."""
+
+    x: Tensor
+    tokens: Tensor | None = None
+    ends: Tensor | None = None
+
+
+def rows_of(ends: Tensor) -> Iterator[slice]:
+    """The rows of every expert, in order."""
+    start = 0
+    for end in ends.tolist():
+        yield slice(start, start := end)
+
+
+def each_expert(x_sk: Tensor, ends: Tensor, product: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """product(e, rows of expert e) for all experts, one below the other."""
+    return torch.cat([product(e, x_sk[rows]) for e, rows in enumerate(rows_of(ends))])
+
+
+def per_row(m_ek: Tensor, ends: Tensor) -> Tensor:
+    """[e, k] -> [s, k]: each row gets its expert's."""
+    return m_ek.repeat_interleave(torch.diff(ends, prepend=ends.new_zeros(1)), 0)
+
+
+@torch.library.custom_op("qlab::route", mutates_args=())
+def route(chosen_nt: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(pairs, tokens, ends): numbers [s] of the pairs in chosen_nt.flatten() by expert, their tokens [s], and ends [e]."""
+    chosen = chosen_nt.flatten()
+    pairs = chosen.argsort(stable=True)
+    return pairs, pairs // chosen_nt.shape[1], chosen.bincount(minlength=experts).cumsum(0)
+
+
+@torch.library.custom_op("qlab::route_everywhere", mutates_args=())
+def route_everywhere(chosen_nt: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What `route` gives when every token goes to every expert: for statistics, which need no weights of the choice."""
+    n = len(chosen_nt)
+    tokens = torch.arange(n, device=chosen_nt.device).repeat(experts)
+    return torch.arange(n * experts, device=chosen_nt.device), tokens, torch.arange(1, experts + 1, device=tokens.device) * n
+
+
+@route.register_fake
+@route_everywhere.register_fake
+def _(chosen_nt: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    pairs = chosen_nt.new_empty(chosen_nt.numel(), dtype=torch.long)
+    return pairs, torch.empty_like(pairs), chosen_nt.new_empty(experts, dtype=torch.long)
+
+
+@torch.library.custom_op("qlab::experts_linear", mutates_args=())
+def experts_linear(x_sk: Tensor, W_eok: Tensor, bias_eo: Tensor | None, ends: Tensor) -> Tensor:
+    """x W_e^T + b_e for the rows of each expert e: [s, o]."""
+    return each_expert(x_sk, ends, lambda e, x: F.linear(x, W_eok[e], None if bias_eo is None else bias_eo[e]))
+
+
+@experts_linear.register_fake
+def _(x_sk: Tensor, W_eok: Tensor, bias_eo: Tensor | None, ends: Tensor) -> Tensor:
+    return x_sk.new_empty(x_sk.shape[0], W_eok.shape[1])
+
+
+@torch.library.custom_op("qlab::experts_matmul", mutates_args=())
+def experts_matmul(x_sk: Tensor, W_eko: Tensor, bias_eo: Tensor | None, ends: Tensor) -> Tensor:
+    """x W_e + b_e for the rows of each expert e, of weights that are stored transposed: [s, o]."""
+    return each_expert(x_sk, ends, lambda e, x: F.linear(x, W_eko[e].mT, None if bias_eo is None else bias_eo[e]))
+
+
+@experts_matmul.register_fake
+def _(x_sk: Tensor, W_eko: Tensor, bias_eo: Tensor | None, ends: Tensor) -> Tensor:
+    return x_sk.new_empty(x_sk.shape[0], W_eko.shape[2])
+
+
+# operation -> layout of its weight
+EXPERT_OPS: Mapping[Any, str] = {
+    torch.ops.qlab.experts_linear.default: "e o k", torch.ops.qlab.experts_matmul.default: "e k o",
+}  # fmt: skip
+
+
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The forward of a module of fused experts, as transformers' experts interface calls it: [n, k] -> [n, k].
+
+    A weight may be a module that stands in for one, called with (x [s, k], bias [e, o] or None, ends).
+    """
+
+    def product(name: str, x_sk: Tensor) -> Tensor:
+        weight, bias = getattr(self, name), getattr(self, f"{name}_bias") if self.has_bias else None
+        if isinstance(weight, nn.Module):
+            return weight(x_sk, bias, ends)
+        op = torch.ops.qlab.experts_matmul if self.is_transposed else torch.ops.qlab.experts_linear
+        return op(x_sk, weight, bias, ends)
+
+    pairs, tokens, ends = torch.ops.qlab.route(top_k_index, len(self.down_proj))
+    x_sk = hidden_states[tokens]
+    x_sk = self._apply_gate(product("gate_up_proj", x_sk)) if self.has_gate else self.act_fn(product("up_proj", x_sk))
+    y_sk = product("down_proj", x_sk)
+    if self.has_post_expert_norm:
+        y_sk = self.post_expert_norm(y_sk)
+    y_sk = y_sk * top_k_weights.reshape(-1)[pairs].unsqueeze(-1)
+    y_ntk = y_sk[pairs.argsort()].unflatten(0, tuple(top_k_index.shape))
+    return y_ntk.sum(1).to(hidden_states.dtype)

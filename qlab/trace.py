@@ -1,0 +1,151 @@
+"""From a module to a value: torch.export of one segment, and the sites that its program shows."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from qlab.errors import QlabError
+from qlab.experts import EXPERT_OPS
+from qlab.graph import RESHAPES, SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, Part, Site, aten, behind_casts, tensors_of
+from qlab.qtensor import Leaf
+
+
+class _OnTensors(nn.Module):
+    """The segment as a function of the tensors among its inputs; everything else is part of its structure."""
+
+    def __init__(self, segment: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        super().__init__()
+        self.segment = segment
+        self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
+
+    def forward(self, *tensors: Tensor) -> Any:
+        feed = iter(tensors)
+        args, kwargs = pytree.tree_unflatten([next(feed) if isinstance(x, Tensor) else x for x in self.leaves], self.spec)
+        return self.segment(*args, **kwargs)
+
+
+def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = "") -> ModuleGraph:
+    """torch.export (non-strict) of one segment with weights lifted to inputs and every input dimension dynamic.
+
+    `args` and `kwargs` are example inputs; tensor dimensions of size 1 are fixed to 1, the others stay symbolic.
+    Refuses by name: a segment that export cannot trace, a weight used by an operation qlab does not know.
+    """
+    tensors = tensors_of(args, kwargs)
+    auto = tuple({d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n > 1} for t in tensors)
+    where = path or type(module).__name__
+    try:
+        wrapped = _OnTensors(module, args, kwargs)
+        exported = torch.export.export(wrapped, tensors, dynamic_shapes=(auto,), strict=False)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise QlabError(f"{where} ({type(module).__name__}) cannot be traced by torch.export: {reason}") from error
+    graph = exported.graph
+    for node in list(graph.nodes):  # these pin the graph to the device and dtype of the trace
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+    signature = exported.graph_signature
+    lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    params = {name: target.removeprefix("segment.") for name, target in lifted.items()}
+    constants = {name: exported.constants[key] for name, key in signature.inputs_to_lifted_tensor_constants.items()}
+    out_spec = exported.call_spec.out_spec
+    assert out_spec is not None  # an exported program always has one
+    examples = tuple(t.to("meta") for t in tensors)
+    code = Code(graph, params, constants, examples, out_spec, _sites(graph, params, where))
+    leaves: dict[str, Leaf] = {name: t.detach() for name, t in module.named_parameters(remove_duplicate=False)}
+    leaves |= {name: t for name, t in module.named_buffers(remove_duplicate=False) if name in params.values()}
+    return ModuleGraph(code, leaves, path, next((t.dtype for t in leaves.values() if isinstance(t, Tensor)), torch.float32))
+
+
+def root(node: fx.Node) -> fx.Node:
+    """The node behind casts, copies and reshapes that keep the channel axis."""
+    while node.op == "call_function":
+        keeps = node.target in RESHAPES and node.meta["val"].shape[-1] == node.args[0].meta["val"].shape[-1]
+        if node.target not in SAME_VALUES and not keeps:
+            break
+        node = node.args[0]
+    return node
+
+
+def _sites(graph: fx.Graph, params: Mapping[str, str], where: str) -> tuple[Site, ...]:
+    sites, explained = [], set()
+    for node in graph.nodes:
+        if node.target not in WEIGHT_OPS:
+            continue
+        x_at, w_at, b_at, layout = WEIGHT_OPS[node.target]
+        chain = _through_casts(node.args[w_at])
+        leaf = chain[-1].name
+        if leaf not in params:
+            continue  # attention's own products, or a derived weight that _refuse_unknown finds
+        bias = node.args[b_at] if b_at is not None and len(node.args) > b_at else None
+        bias_path = params.get(bias.name) if bias is not None else None
+        x, route, gathered_from = root(node.args[x_at]), None, None
+        if node.target in EXPERT_OPS:
+            route = node.args[3].args[0].name  # ends are one of the results of a route
+            gathered_from = root(x.args[0]).name if x.target is aten.index.Tensor else None
+        sites.append(Site(_module(params[leaf]), params[leaf], bias_path, x.name, node.target.name(), layout, _parts(node),
+                          gathered_from, route, _chooses_experts(node)))  # fmt: skip
+        explained |= set(zip((node, *chain), chain))
+        explained |= {(node, bias)}
+    _refuse_unknown(graph, params, explained, where)
+    return tuple(sites)
+
+
+def _module(path: str) -> str:
+    """The module of a leaf called `weight`; fused experts hold several weights and are called by the leaf's own path."""
+    return path.removesuffix("weight").rstrip(".") or path
+
+
+def _through_casts(node: fx.Node) -> list[fx.Node]:
+    chain = [node]
+    while behind_casts(chain[-1]) is not chain[-1]:
+        chain.append(chain[-1].args[0])
+    return chain
+
+
+def _chooses_experts(node: fx.Node) -> bool:
+    """Whether a linear's output decides the routing before any other weight sees it: then it is a router."""
+    ahead, seen = list(node.users), set()
+    while ahead:
+        user = ahead.pop()
+        if user.target is torch.ops.qlab.route.default:
+            return True
+        if user not in seen and user.target not in WEIGHT_OPS:
+            seen.add(user)
+            ahead += user.users
+    return False
+
+
+def _refuse_unknown(graph: fx.Graph, params: Mapping[str, str], explained: set, where: str) -> None:
+    used: dict[str, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.name in params and node.meta["val"].ndim >= 2:
+            for user in node.users:
+                if (user, node) not in explained:
+                    raise QlabError(f"{where}.{params[node.name]} {tuple(node.meta['val'].shape)} is used by {user.target}, "
+                                    "a weight-bearing operation qlab does not know; known are linear, addmm, mm, matmul and "
+                                    "the products of fused experts")
+                if params[node.name] in used:
+                    raise QlabError(f"{where}.{params[node.name]} is used by two operations, {used[params[node.name]]} and "
+                                    f"{user}; qlab needs one use per weight")
+                used[params[node.name]] = user
+
+
+def _parts(node: fx.Node) -> tuple[Part, ...]:
+    """Row ranges that a fused output is cut into, read off its slices, splits and chunks along the channel axis."""
+    users, last = list(node.users), node.meta["val"].ndim - 1
+    while len(users) == 1 and users[0].target in SAME_VALUES:
+        node, users = users[0], list(users[0].users)
+    width, cuts = int(node.meta["val"].shape[-1]), set()
+    for user in users:
+        along = user.args[1] if len(user.args) > 1 and user.target is aten.slice.Tensor else user.args[-1]
+        if user.target is aten.slice.Tensor and along in (-1, last):
+            if len(user.args) < 5:  # every other channel (interleaved gate and up) is no range of rows
+                cuts.add((user.args[2] or 0, min(user.args[3], width)))
+        elif user.target in (aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default) and along in (-1, last):
+            start = 0
+            for piece in user.meta["val"]:
+                cuts.add((start, start := start + int(piece.shape[-1])))
+    return tuple(Part(*cut) for cut in sorted(cuts)) if len(cuts) > 1 else ()
