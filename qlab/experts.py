@@ -108,7 +108,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     x_sk = hidden_states[tokens]
     x_sk = self._apply_gate(product("gate_up_proj", x_sk)) if self.has_gate else self.act_fn(product("up_proj", x_sk))
     y_sk = product("down_proj", x_sk)
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):  # which transformers 5.17 does not know
         y_sk = self.post_expert_norm(y_sk)
     y_sk = y_sk * top_k_weights.reshape(-1)[pairs].unsqueeze(-1)
     y_ntk = y_sk[pairs.argsort()].unflatten(0, tuple(top_k_index.shape))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.codecs import auto_round, awq, compressed_tensors, fp8, gptq
+from qlab.codecs import auto_round, awq, compressed_tensors, fp8, gptq, hqq, torchao
 from qlab.errors import QlabError
 from qlab.graph import Op
 from qlab.qtensor import Leaf
@@ -75,17 +75,19 @@ def _read_only(name: str, codec: Any) -> Codec:
     def refuse(*args: Any) -> Any:
         raise QlabError(reason)
 
-    return Codec(lambda spec, online=(): reason, refuse, codec.decode, refuse, codec.specs, codec.inputs, codec.decode_input)
+    return Codec(lambda spec, online=(): reason, refuse, codec.decode, refuse, codec.specs)
 
 
 # quant_method of a quantization_config -> the codec that reads such a directory. A format whose variants differ in what
 # the same tensors mean (GPTQ v1 and v2) looks at the rest of the config to choose.
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Codec]] = {
     "compressed-tensors": lambda config: CODECS["compressed-tensors"],
-    "fp8": lambda config: _read_only("fp8", fp8),
+    "fp8": lambda config: replace(_read_only("fp8", fp8), inputs=fp8.inputs, decode_input=fp8.decode_input),
     "gptq": lambda config: CODECS[str(gptq.version(config))],
     "awq": lambda config: CODECS["awq"],
     "auto-round": lambda config: replace(CODECS[auto_round.layout(config)], specs=auto_round.specs),
+    "hqq": lambda config: _read_only("HQQ", hqq),
+    "torchao": lambda config: _read_only("torchao's tensors", torchao),
 }
 
 # A file beside a config.json without a quantization_config -> what such a config would say; older writers made these.
