@@ -93,10 +93,11 @@ def recorded(directory: Path) -> dict[str, Any]:
         rows = record.get(section, {})
         for name, row in rows.items() if isinstance(rows, dict) else [(section, None)]:
             if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in kinds.items()):
-                raise QlabError(f"{directory / RECORD} does not hold what qlab writes at {section}, {name}; remove it or quantize again")
+                where = f"{directory / RECORD}, {section}, {name}"
+                raise QlabError(f"{where} is not what qlab writes there; remove the file, or quantize again")
     for key, kind in {"job": dict, "changed": dict, "bits_per_weight": float}.items():
         if key in record and not isinstance(record[key], kind):
-            raise QlabError(f"{directory / RECORD} does not hold what qlab writes at {key}; remove it, or quantize again")
+            raise QlabError(f"{directory / RECORD}, {key} is not what qlab writes there; remove the file, or quantize again")
     return record
 
 

@@ -119,8 +119,8 @@ def each_weight(name: str, fn: WeightFn, spec: Spec, needs: frozenset[str] = fro
     Beside the statistics, fn finds "outer": the global scale where the spec has one (NVFP4), else None. It is one for all
     selected weights of a source, since engines fuse those (q, k and v; gate and up).
 
-    Notes go into the report, with the relative weight error |W - W'| / |W|, the largest error in steps and, where the second moment is at hand,
-    the relative calibration loss tr(D H D^T) / tr(W H W^T), D = W' - W.
+    Notes go into the report, with the relative weight error |W - W'| / |W|, the largest error in steps and, where the second
+    moment is at hand, the relative calibration loss tr(D H D^T) / tr(W H W^T), D = W' - W.
     """
 
     def solve(graph: ModuleGraph, site: Site, seen: Mapping[str, Any], expert: int | None = None) -> _Solved:
