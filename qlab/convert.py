@@ -87,7 +87,7 @@ def convert(
 
 # ------------------------------------------------------------------ what a format can hold
 def _config(source: Checkpoint, codec: Codec, targets: Mapping[str, Spec]) -> dict[str, Any]:
-    names = linear_names(source)
+    names = {**linear_names(source), **{module: module for module in source.quantized}}  # experts are no linears of the model
     inputs = [{name: source.inputs.get(module) for name, module in names.items()}] if source.inputs else []
     return codec.config({name: targets.get(module) for name, module in names.items()}, *inputs)
 
