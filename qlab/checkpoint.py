@@ -113,7 +113,7 @@ class Checkpoint:
         """What happens to the module's input at run time."""
         if module not in self.inputs or self.codec is None or self.codec.decode_input is None:
             return ()
-        parts = {key: self.tensor(key) for key in self.files if key.rpartition(".")[0] == module}
+        parts = {key: self.tensor(key) for key in self.parts(module)}
         return (self.codec.decode_input(module, parts, self.inputs[module]),)
 
     def fingerprint(self) -> str:

@@ -130,6 +130,13 @@ class ModuleGraph:
         return W.mT if site.layout.endswith("k o") else W
 
 
+def lone_weight(path: str, W_ok: Tensor) -> ModuleGraph:
+    """A weight [o, k] by itself as a segment of one site, for stages that need no data."""
+    site = Site(path, "weight", None, path, "", "o k")
+    code = Code(fx.Graph(), {}, {}, (), pytree.tree_structure(None), (site,))
+    return ModuleGraph(code, {"weight": W_ok}, dtype=W_ok.dtype)
+
+
 def by_source(sites: Iterable[Site]) -> dict[str, tuple[Site, ...]]:
     """Sites grouped by the node that feeds them, in running order: they see the same rows."""
     return _grouped(sites, lambda site: site.source)

@@ -19,19 +19,24 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-LAWS = "tests/laws"
+K = "qlab_kernels/"
 AT_ONCE = 2
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old` becomes `new` in qlab/`file`; `laws` are the test files that ought to notice."""
+    """`old` becomes `new` in `file`, of qlab/ or else of kernels/; `laws` are the test files that ought to notice, of
+    tests/laws/ where no folder is named."""
 
     name: str
     file: str
     old: str
     new: str
     laws: str
+
+    def path(self, tree):
+        """The file in a copy of the tree."""
+        return tree / ("kernels" if self.file.startswith(K) else "qlab") / self.file
 
 
 M = Mutant
@@ -135,13 +140,71 @@ MUTANTS = [
       "moved = W_ok.mul_(M_inv) if", "methods"),
     M("rotation transposed", "transform.py", "W_ok.double() @ M_inv.T.double()",
       "W_ok.double() @ M_inv.double()", "absorb"),
+    # kernels, without a GPU: Triton's interpreter against the float64 reference
+    M("a split drops its tail", K + "tile.py", "tl.range(first, K // BK, step,", "tl.range(first, K // BK // step * step, step,",
+      "kernels/interpreter"),
+    M("nibbles swapped", K + "tile.py", "low = (words & 15).to(tl.int8)\n        high = (words >> 4).to(tl.int8)",
+      "high = (words & 15).to(tl.int8)\n        low = (words >> 4).to(tl.int8)", "kernels/interpreter"),
+    M("a tile wider than a group takes its first scale", K + "tile.py", "rows = tile * GROUPS + tl.arange(0, GROUPS)[None, :]",
+      "rows = tile * GROUPS + 0 * tl.arange(0, GROUPS)[None, :]", "kernels/interpreter"),
+    M("a group wider than a tile moves on with it", K + "tile.py", "row = tile // (GROUP // BK)", "row = tile",
+      "kernels/interpreter"),
+    M("zero points added", K + "tile.py", "w -= load_halves(zeros_ptr, row,", "w += load_halves(zeros_ptr, row,",
+      "kernels/interpreter"),
+    M("whole rows lose their zero point", K + "tile.py", "tl.dot(w - z if ZEROS else w, x, acc)", "tl.dot(w, x, acc)",
+      "kernels/interpreter"),
+    M("partial sums in 16 bits", K + "int4_mm.py", "if split == 1 else torch.float32", "if split == 1 else stored(x.dtype)",
+      "kernels/interpreter"),
+    M("experts read from the first one's words", K + "grouped.py", "words_ptr += expert.to(tl.int64) * N_PAD * (K // 2) + ",
+      "words_ptr += ", "kernels/interpreter"),
+    M("experts end where the next begins", K + "grouped.py", "tl.load(offsets_ptr + e - 1, mask=(e > 0) & (e < E), other=0)",
+      "tl.load(offsets_ptr + e, mask=(e > 0) & (e < E), other=0)", "kernels/interpreter"),
+    M("planes of x unscaled", K + "fma.py", "by_word / powers", "by_word", "kernels/interpreter"),
+    M("dequantized rows shifted by an atom", K + "dequantize.py", "row = tl.minimum(row,", "row = 0 * tl.minimum(row,",
+      "kernels/interpreter"),
+    M("padding holds weights", K + "layout.py", "n_pad, k_pad), 8, dtype=torch.uint8", "n_pad, k_pad), 9, dtype=torch.uint8",
+      "kernels/layout kernels/interpreter"),
+    M("atoms in another order", K + "layout.py", "permute(0, 1, 5, 2, 4, 8, 6, 7, 3, 9)", "permute(0, 1, 5, 2, 4, 8, 7, 6, 3, 9)",
+      "kernels/layout"),
+    M("tiles that do not divide are legal", K + "config.py", "smem: int) -> str | None:",
+      "smem: int) -> str | None:\n    n_pad = k_pad = 1 << 20\n", "kernels/capability cache/cache cache/tune kernels/interpreter"),
+    # the config cache
+    M("another device's entries count as the user's own", K + "cache.py", '("user", self.user, True)', '("user", self.user, False)',
+      "cache/cache"),
+    M("shipped before the user's own", K + "cache.py", '("override", self.override, False), ("user", self.user, True),',
+      '("override", self.override, False), ("shipped-device", self.shipped, True), ("user", self.user, True),', "cache/cache"),
+    M("illegal entries count", K + "cache.py", "if legal(p, entry.config) is None:\n                    return Found(entry.config, s",
+      "if True:\n                    return Found(entry.config, s", "cache/cache"),
+    M("the hash forgets the user's files", K + "cache.py", "for layer in (self.override, self.user, self.shipped)",
+      "for layer in (self.override, self.shipped)", "cache/cache"),
+    M("writers do not lock", K + "entries.py", "fcntl.flock(sidecar, fcntl.LOCK_EX)", "pass", "cache/entries"),
+    M("a writer forgets what was there", K + "entries.py", "entries = dict(table.entries) if table else {}", "entries = {}",
+      "cache/entries cache/cache"),
+    M("a corrupt file is lost", K + "entries.py", "os.replace(path, aside)", "path.unlink()", "cache/entries cache/cache"),
+    M("an older entry wins an import", K + "transfer.py", "entries[key].date <= entry.date", "entries[key].date >= entry.date",
+      "cache/commands cache/cache"),
+    # lowering
+    M("high planes at the low ones' scale", "lower/nibbles.py", "torch.cat([16 * scales, scales], 1)", "torch.cat([scales, scales], 1)",
+      "lower/operators"),
+    M("low planes keep their offset", "lower/nibbles.py", "if zeros is None else zeros) - 8", "if zeros is None else zeros)",
+      "lower/operators"),
+    M("wide groups in turns", "lower/nibbles.py", "leaf.scales.float().repeat_interleave(rows, 0).repeat_interleave(repeat, 1)",
+      "leaf.scales.float().repeat_interleave(rows, 0).repeat(1, repeat)", "lower/operators"),
+    M("aten's zero point has the other sign", "lower/cpu.py", "-(planes.zeros * planes.scales).mT", "(planes.zeros * planes.scales).mT",
+      "lower/operators"),
+    M("words of another machine are read", "lower/cpu.py", "    if name != layout():", "    if False:", "lower/operators lower/model"),
+    M("a bias is lost", "lower/linear.py", "y = y if self.bias is None else y + self.bias", "y = y", "lower/model lower/operators"),
+    M("the pass loses addmm's bias", "lower/rewrite.py", "            if bias is not None:", "            if False:", "lower/compile"),
+    M("the pass takes weights that are not transposed", "lower/rewrite.py", "w.meta[\"val\"].ndim != 2 or _same_axes(w):",
+      "w.meta[\"val\"].ndim != 2:", "lower/compile"),
 ]  # fmt: skip
 
 
 def pytest(tree, laws):
     """Run these law files in a copy of the tree; None if they pass, else the first test that failed."""
-    files = [f"{LAWS}/test_{name}.py" for name in laws.split()]
-    env = {**os.environ, "PYTHONPATH": str(tree), "LAWS_PROFILE": "mutants", "PYTHONDONTWRITEBYTECODE": "1"}
+    named = (name if "/" in name else f"laws/{name}" for name in laws.split())
+    files = [f"tests/{folder}/test_{name}.py" for folder, name in (path.split("/") for path in named)]
+    env = {**os.environ, "PYTHONPATH": f"{tree}:{tree / 'kernels'}", "LAWS_PROFILE": "mutants", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--durations=0", *files]
     done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
     if done.returncode == 0:
@@ -149,12 +212,12 @@ def pytest(tree, laws):
     failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode != 1 or not failed:
         raise RuntimeError(f"pytest did not run in {tree}: {done.stdout[-800:]}{done.stderr[-800:]}")
-    return failed[1].removeprefix(f"{LAWS}/test_")
+    return failed[1].removeprefix("tests/").removeprefix("laws/test_")
 
 
 def copy_tree(folder):
     tree = Path(folder) / "tree"
-    for name in ("qlab", "tests"):
+    for name in ("qlab", "kernels", "tests"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tree)
     return tree
@@ -165,7 +228,7 @@ def run(mutant):
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         tree = copy_tree(folder)
-        file = tree / "qlab" / mutant.file
+        file = mutant.path(tree)
         text = file.read_text(encoding="utf-8")
         assert text.count(mutant.old) == 1, f"{mutant.name}: {mutant.old!r} occurs {text.count(mutant.old)} times"
         file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
@@ -176,12 +239,12 @@ def main(words):
     console = Console(width=150)
     chosen = [m for m in MUTANTS if not words or any(word in m.name for word in words)]
     for mutant in chosen:  # all of them, before anything runs
-        count = (ROOT / "qlab" / mutant.file).read_text(encoding="utf-8").count(mutant.old)
-        assert count == 1, f"{mutant.name}: {mutant.old!r} occurs {count} times in qlab/{mutant.file}"
+        count = mutant.path(ROOT).read_text(encoding="utf-8").count(mutant.old)
+        assert count == 1, f"{mutant.name}: {mutant.old!r} occurs {count} times in {mutant.file}"
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         tree, laws = copy_tree(folder), " ".join(sorted({law for m in chosen for law in m.laws.split()}))
         where = subprocess.run([sys.executable, "-c", "import qlab; print(qlab.__file__)"], cwd=tree, text=True, check=True,
-                               capture_output=True, env={**os.environ, "PYTHONPATH": str(tree)}).stdout  # fmt: skip
+                               capture_output=True, env={**os.environ, "PYTHONPATH": f"{tree}:{tree / 'kernels'}"}).stdout  # fmt: skip
         assert where.startswith(str(tree)), f"the copy is not what is imported, but {where}"
         assert (killer := pytest(tree, laws)) is None, f"the laws fail without a mutant: {killer}"
     with ThreadPoolExecutor(AT_ONCE) as pool:

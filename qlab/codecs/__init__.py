@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from qlab.codecs import auto_round, awq, compressed_tensors, gptq
+from qlab.codecs import auto_round, awq, compressed_tensors, fp8, gptq, hqq, torchao
 from qlab.errors import QlabError
 from qlab.graph import Op
 from qlab.qtensor import Leaf
@@ -66,13 +67,27 @@ CODECS: Mapping[str, Codec] = {  # what qlab writes, by the name that `--codec` 
     "awq": Codec(awq.refusal, awq.encode, awq.decode, awq.config, awq.specs),
 }
 
+
+def _read_only(name: str, codec: Any) -> Codec:
+    """The codec of a module that reads a format and does not write it."""
+    reason = f"qlab reads {name} and does not write it; use compressed-tensors"
+
+    def refuse(*args: Any) -> Any:
+        raise QlabError(reason)
+
+    return Codec(lambda spec, online=(): reason, refuse, codec.decode, refuse, codec.specs)
+
+
 # quant_method of a quantization_config -> the codec that reads such a directory. A format whose variants differ in what
 # the same tensors mean (GPTQ v1 and v2) looks at the rest of the config to choose.
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Codec]] = {
     "compressed-tensors": lambda config: CODECS["compressed-tensors"],
+    "fp8": lambda config: replace(_read_only("fp8", fp8), inputs=fp8.inputs, decode_input=fp8.decode_input),
     "gptq": lambda config: CODECS[str(gptq.version(config))],
     "awq": lambda config: CODECS["awq"],
     "auto-round": lambda config: replace(CODECS[auto_round.layout(config)], specs=auto_round.specs),
+    "hqq": lambda config: _read_only("HQQ", hqq),
+    "torchao": lambda config: _read_only("torchao's tensors", torchao),
 }
 
 # A file beside a config.json without a quantization_config -> what such a config would say; older writers made these.
@@ -80,6 +95,15 @@ LEGACY_CONFIGS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "quantize_config.json": lambda raw: {"quant_method": "gptq", **raw},
     "quant_config.json": awq.legacy_config,
 }
+
+
+def storable(spec: Spec, codec: str, dtype: torch.dtype) -> Spec:
+    """The spec with scales in the dtype of the weights where the codec stores such scales, else in float16; the spec as it is
+    where it cannot store either."""
+    if codec in CODECS and spec.scale_dtype is None and CODECS[codec].refusal(replace(spec, scale_dtype=dtype)):
+        halves = replace(spec, scale_dtype=torch.float16)
+        return halves if CODECS[codec].refusal(halves) is None else spec
+    return spec
 
 
 def reader(config: Mapping[str, Any]) -> Codec:

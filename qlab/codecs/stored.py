@@ -36,8 +36,6 @@ def check_leaf(path: str, format_name: str, leaf: QTensor, reason: str | None) -
     assert isinstance(spec, Int)  # refused otherwise
     if len(leaf.shape) != 2:
         raise QlabError(f"{path}: {format_name} holds one [o, k] weight per module, not {tuple(leaf.shape)}; split it")
-    if leaf.outer is not None:
-        raise QlabError(f"{path}: {format_name} cannot express the leaf's `outer`; fold it into the scales")
     if leaf.scales.dtype not in scale_dtypes(spec):
         raise QlabError(f"{path}: scales are {leaf.scales.dtype} and {format_name} stores {scale_dtypes(spec)[0]}; "
                         "round scales to their stored dtype (a spec's scale_dtype) before rounding codes")

@@ -35,19 +35,18 @@ def lower(
     Warns when the activations' dtype has no int4 kernel on the device, so that every product is dense.
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model.path if isinstance(model, Result) else model)
-    where = _device(device)
+    where = device_named(device)
     if dtype not in DTYPES:
         raise QlabError(f"no kernel takes {dtype} activations; lower to {', '.join(str(d) for d in DTYPES)}")
     if not checkpoint.quantized:
         raise QlabError(f"{checkpoint.path} is not quantized, so there is nothing to lower; load it with transformers")
-    if checkpoint.inputs:
-        raise QlabError(f"{next(iter(checkpoint.inputs))} of {checkpoint.path} rounds its inputs at run time, which no kernel of "
-                        "qlab's does; evaluate it with qlab, or load it with transformers")
+    refuse_online(checkpoint)
     if where.type == "cpu" and dtype != torch.bfloat16 and not dense_cache:
         warnings.warn(f"no int4 kernel on a CPU takes {dtype} activations: every product dequantizes its weight and is dense. "
                       "Use torch.bfloat16, or dense_cache=True to dequantize once", stacklevel=2)  # fmt: skip
     skeleton = Skeleton(checkpoint, dtype, where)
-    _replace_linears(skeleton, dtype, dense_cache)
+    for name, stored in quantized_linears(skeleton).items():
+        set_module(skeleton.model, name, pack(skeleton, name, stored, dtype, where, dense_cache))
     with torch.no_grad():
         skeleton.load_outside(with_head=True)
         _load_blocks(skeleton)
@@ -60,7 +59,15 @@ def lower(
     return skeleton.model.eval()
 
 
-def _device(device: torch.device | str) -> torch.device:
+def refuse_online(checkpoint: Checkpoint) -> None:
+    """Refuse a directory whose inputs are rounded at run time."""
+    if checkpoint.inputs:
+        raise QlabError(f"{next(iter(checkpoint.inputs))} of {checkpoint.path} rounds its inputs at run time, which no kernel of "
+                        "qlab's does; evaluate it with qlab, or load it with transformers")
+
+
+def device_named(device: torch.device | str) -> torch.device:
+    """A device that has kernels; refuses others by name."""
     try:
         where = torch.device(device)
     except RuntimeError as error:
@@ -72,28 +79,31 @@ def _device(device: torch.device | str) -> torch.device:
     return where
 
 
-def _replace_linears(skeleton: Skeleton, dtype: torch.dtype, dense_cache: bool) -> None:
-    """Put a QLinear where the directory holds codes; refuse codes that no linear of the model takes."""
-    checkpoint, left = skeleton.checkpoint, set(skeleton.checkpoint.quantized)
-    for name in skeleton.linears():
-        stored = skeleton.module_name(name)
-        if stored not in left:
-            continue
-        left.remove(stored)
-        linear = skeleton.model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)  # linears() names no others
-        leaf = checkpoint.leaf(f"{stored}.weight")
-        if not isinstance(leaf, QTensor) or leaf.shape != linear.weight.shape:
-            raise QlabError(f"{stored} holds a weight {tuple(leaf.shape)} and the model wants {tuple(linear.weight.shape)}; its "
-                            "config.json belongs to another model")
-        bias = None if linear.bias is None else checkpoint.tensor(skeleton.file_name(f"{name}.bias"))
-        _set_module(skeleton.model, name, QLinear(name, leaf, bias, dtype, skeleton.device, dense_cache))
-    if left:
-        raise QlabError(f"{checkpoint.path} holds codes for {sorted(left)[0]} and {len(left) - 1} more modules that are no linear of "
+def quantized_linears(skeleton: Skeleton) -> dict[str, str]:
+    """Name of every linear whose weight the directory holds as codes -> its module in the files; refuses codes that no linear
+    of the model takes."""
+    quantized = skeleton.checkpoint.quantized
+    found = {name: stored for name in skeleton.linears() if (stored := skeleton.module_name(name)) in quantized}
+    if left := sorted(quantized.keys() - found.values()):
+        raise QlabError(f"{skeleton.checkpoint.path} holds codes for {left[0]} and {len(left) - 1} more modules that are no linear of "
                         f"{type(skeleton.model).__name__}; qlab lowers linears only")
+    return found
 
 
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+def pack(skeleton: Skeleton, name: str, stored: str, dtype: torch.dtype, device: torch.device, dense_cache: bool = False) -> QLinear:
+    """The linear `name` of the model with the codes of the module `stored`, packed for the device."""
+    checkpoint, linear = skeleton.checkpoint, skeleton.model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)  # quantized_linears names no others
+    leaf = checkpoint.leaf(f"{stored}.weight")
+    if not isinstance(leaf, QTensor) or leaf.shape != linear.weight.shape:
+        raise QlabError(f"{stored} holds a weight {tuple(leaf.shape)} and the model wants {tuple(linear.weight.shape)}; its "
+                        "config.json belongs to another model")
+    bias = None if linear.bias is None else checkpoint.tensor(skeleton.file_name(f"{name}.bias"))
+    return QLinear(name, leaf, bias, dtype, device, dense_cache)
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of another."""
     owner, _, key = name.rpartition(".")
     setattr(model.get_submodule(owner), key, module)
 
@@ -107,6 +117,8 @@ def _load_blocks(skeleton: Skeleton) -> None:
             value = nn.Parameter(leaf.to(skeleton.device), requires_grad=False)
             _owner(skeleton.model, name)._parameters[name.rpartition(".")[2]] = value
     for name, buffer in list(skeleton.model.named_buffers()):
+        if isinstance(_owner(skeleton.model, name), QLinear):
+            continue  # a file may have a tensor of the same name, such as `scales`, and it is not this one
         if (stored := skeleton.file_name(name)) in skeleton.checkpoint.files:
             _owner(skeleton.model, name)._buffers[name.rpartition(".")[2]] = skeleton.checkpoint.tensor(stored).to(buffer)
 

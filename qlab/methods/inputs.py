@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qlab.graph import ModuleGraph
@@ -16,6 +17,8 @@ from qlab.transform import Stage, Transform
 @dataclass(frozen=True)
 class QuantizeInput:
     """The online operation x -> dense(round(x)) on the grid `minmax`, x [..., k] seen as [tokens, k], computed in fp32.
+
+    A last group of channels that is not full is filled up with zeros.
 
     scales, zeros [1, 1] or outer [1]: what was fixed beforehand; None is found for the x at hand.
     """
@@ -31,13 +34,14 @@ class QuantizeInput:
         return InputSpec(self.spec, self.scales is not None or self.outer is not None)
 
     def __call__(self, x: Tensor) -> Tensor:
-        x_nk = x.flatten(0, -2).float()
+        x_nk, k = x.flatten(0, -2).float(), x.shape[-1]
+        x_nk = F.pad(x_nk, (0, -k % (self.spec.tile.cols or k)))
         scales, zeros, outer = (None if t is None else t.to(x.device) for t in (self.scales, self.zeros, self.outer))
         if scales is None:
             q = encode(minmax, x_nk, self.spec, outer=outer)
         else:
             q = QTensor(round_codes(x_nk, scales, zeros, self.spec, outer), scales, zeros, self.spec, outer)
-        return dense(q, torch.float32).to(x.dtype).view_as(x)
+        return dense(q, torch.float32)[:, :k].reshape(x.shape).to(x.dtype)
 
 
 def quantize_inputs(spec: Spec) -> Transform:

@@ -62,7 +62,6 @@ def test_channels_in_another_order_come_back(q, seed):
     assert torch.equal(dense(back), dense(q))
     if q.spec.tile.cols and not torch.equal(q.perm, torch.arange(k)):
         assert_same(back, q)
-        assert torch.equal(back.perm, q.perm)
     shuffled = replace(q, codes=q.codes.flip(-1), scales=q.scales.flip(-1), zeros=q.zeros if q.zeros is None else q.zeros.flip(-1),
                        perm=q.perm.flip(-1))  # the same weight, its groups and channels named in reverse
     assert torch.equal(dense(V2_ORDER.decode("m", V2_ORDER.encode("m", shuffled), q.spec)), dense(q))
@@ -271,7 +270,6 @@ def test_configs_in_files_of_their_own_are_read():
     (dict(spec=Int(5, Tile(1, 32), True, F16)), r"has no int5-g32; it holds integers of 2 or 3 or 4 or 8 bits"),
     (dict(scales=torch.ones(32, 2)), "scales are torch.float32 and GPTQ stores torch.float16; round scales"),
     (dict(scales=torch.ones(32, 2), spec=Int(4, Tile(1, 32), True, torch.float32)), "has no torch.float32 scales; round them"),
-    (dict(outer=torch.ones(1)), "`outer`"),
     (dict(codes=torch.full((32, 64), 8, dtype=torch.int8)), r"codes span \[8, 8\] but int4 holds \[-8, 7\]"),
     (dict(codes=torch.zeros(32, 64, dtype=torch.int8), zeros=torch.ones(32, 2), spec=Int(4, Tile(1, 32), False, F16, F16)),
      "no zero points between codes"),
