@@ -171,6 +171,11 @@ class Skeleton:
         """Names of all linear modules, in the model's spelling."""
         return [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear)]
 
+    def expert_modules(self) -> list[str]:
+        """What engines call the modules of all fused experts."""
+        fused = [name for name, p in self.model.named_parameters() if p.ndim == 3 and name.startswith(f"{self.prefix}.")]
+        return [piece.module for name in fused for piece in self.expert_pieces(name)]
+
     def module_name(self, name: str) -> str:
         """The model's name of a module as the files spell it."""
         return self.file_name(f"{name}.weight").rpartition(".")[0]

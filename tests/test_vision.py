@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForImageTextToText, LlavaProcessor, PreTrainedTokenizerFast
 
 from qlab.checkpoint import open_checkpoint
+from qlab.cli import main
 from qlab.errors import QlabError
 from qlab.evaluate import evaluate
 from qlab.images import Samples, image_samples
@@ -23,9 +24,11 @@ from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
 from qlab.plan import plan
 from qlab.quantize import quantize
+from qlab.recording import Recorder
 from qlab.skeleton import Skeleton
 from qlab.spec import parse_spec
 from qlab.sweep import push, record
+from qlab.transform import keep, rules
 
 INT4 = parse_spec("int4-g16")
 IMAGE = 127  # the token that stands for a patch
@@ -186,9 +189,32 @@ def test_more_samples_than_lines_are_refused(llava):
 
 
 def test_a_rule_for_the_tower_is_refused_by_name(saved):
-    from qlab.transform import keep, rules
-
     with pytest.raises(QlabError, match=r"matches no site \(\*visual\*\)"):
         plan(open_checkpoint(saved("qwen2_vl")), rules({"*visual*": rtn(INT4), "*": keep()}))
 
 
+
+
+def test_a_command_calibrates_on_images(llava, tmp_path, command):
+    samples = llava / "samples.jsonl"
+    code, out, err = command(main, "quantize", llava, "--out", tmp_path / "out", "--method", "gptq", "--spec", "int4-g16",
+                             "--images", samples, "--samples", 3)  # fmt: skip
+    assert code == 0 and "17 tokens" in out, err
+    code, _, err = command(main, "plan", llava, "--method", "gptq", "--spec", "int4-g16", "--images", samples, "--calib", samples)
+    assert code == 2 and "give one of them" in err
+
+
+def test_models_that_change_hidden_states_between_blocks_are_refused(saved):
+    skeleton = Skeleton(open_checkpoint(saved("llava")), torch.float32)
+    skeleton.load_outside(with_head=False)
+    forward = Recorder.forward
+    second = "model.language_model.layers.1"
+
+    def joined(self, *args, **kwargs):  # another image joins before the second block
+        late = self.block is skeleton.blocks[second]
+        return forward(self, *(a + 1 if late and i == 0 else a for i, a in enumerate(args)), **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(Recorder, "forward", joined)
+        with pytest.raises(QlabError, match=f"changes hidden states before {second}"):
+            skeleton.record(IDS)
