@@ -22,7 +22,7 @@ from qlab.codecs import READERS
 from qlab.errors import QlabError
 from qlab.lower.attention import use_grouped_attention
 from qlab.lower.linear import QLinear
-from qlab.lower.model import DTYPES, device_named, pack, quantized_linears, refuse_online, set_module
+from qlab.lower.model import DTYPES, device_named, pack, quantized_weights, refuse_online, set_module
 from qlab.skeleton import Skeleton
 
 
@@ -85,11 +85,14 @@ class QlabQuantizer(HfQuantizer):
         if type(self.skeleton.model) is not type(model):
             raise QlabError(f"{checkpoint.path} holds a {type(self.skeleton.model).__name__}, which AutoModelForCausalLM loads, and "
                             f"not a {type(model).__name__}")
-        self.linears = quantized_linears(self.skeleton)
+        self.linears = {name: pieces[0].module for name, pieces in quantized_weights(self.skeleton).items()}
+        if experts := [name for name in self.linears if name in dict(model.named_parameters())]:
+            raise QlabError(f"{checkpoint.path} holds codes of fused experts ({experts[0]}), which from_pretrained cannot place; use "
+                            "qlab.lower")
         self._refuse_missing(model)
         for name in self.linears:
             linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)  # quantized_linears names no others
+            assert isinstance(linear, nn.Linear)  # nothing else is left
             set_module(model, name, Awaiting(linear.in_features, linear.out_features))
         ours = {part for stored in self.linears.values() for part in checkpoint.parts(stored)}
         ours |= {f"{name}.{part.rpartition('.')[2]}" for name, stored in self.linears.items() for part in checkpoint.parts(stored)}
@@ -108,8 +111,8 @@ class QlabQuantizer(HfQuantizer):
 
     @torch.no_grad()
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for name, stored in self.linears.items():
-            set_module(model, name, pack(self.skeleton, name, stored, self.dtype, self.device))
+        for name in self.linears:
+            set_module(model, name, pack(self.skeleton, name, self.dtype, self.device))
         if self.device.type == "cpu":
             use_grouped_attention(model)
         return model

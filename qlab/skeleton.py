@@ -79,9 +79,11 @@ class Skeleton:
             return tuple(piece.module for piece in self.expert_pieces(site))
         return site, self.module_name(site)
 
-    def _leaf(self, name: str, decoded: bool) -> Leaf:
-        leaf = self.checkpoint.leaf(name, self.dtype)
-        return dense(leaf, self.dtype) if decoded else leaf
+    def leaf(self, name: str, decoded: bool = False) -> Leaf:
+        """The leaf of a parameter, put together from the files. decoded: dense, as if it had never been quantized."""
+        pieces = self.pieces(name)
+        parts = [self.checkpoint.leaf(piece.name, self.dtype) for piece in pieces]
+        return assemble(pieces, [dense(part, self.dtype) for part in parts] if decoded else parts)
 
     def graph(self, path: str, call: Call, hidden: Tensor, decoded: bool = False) -> ModuleGraph:
         """The block as a value, with its leaves loaded from the files onto the skeleton's device.
@@ -89,8 +91,8 @@ class Skeleton:
         decoded: as if it had never been quantized, all leaves dense and no input rounded at run time.
         """
         leaves: dict[str, Leaf] = {}
-        for name, pieces in self.block_names(path).items():
-            leaf = assemble(pieces, [self._leaf(piece.name, decoded) for piece in pieces])
+        for name, _ in self.blocks[path].named_parameters():
+            leaf = self.leaf(f"{path}.{name}", decoded)
             leaves[name] = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), leaf)
         for name, buffer in self.blocks[path].named_buffers():
             stored = self.file_name(f"{path}.{name}")
