@@ -62,15 +62,16 @@ def assemble(pieces: Sequence[Piece], parts: Sequence[Leaf]) -> Leaf:
     if spec.tile.rows is None or any(p.perm is not None for p in quantized):
         raise QlabError(f"{pieces[0].module} is stored as {spec}, whose scales or order of channels do not join with those of the "
                         "other experts; qlab reads experts with a scale per group or channel")
-    outer = [p.outer for p in quantized if p.outer is not None]
-    if outer and len(outer) > experts:
-        raise QlabError(f"{pieces[0].module} has a global scale of its own; qlab reads fused experts that share one")
+    outers: dict[int, Tensor] = {}
+    for piece, part in zip(pieces, quantized):
+        if part.outer is not None and not torch.equal(outers.setdefault(piece.expert or 0, part.outer), part.outer):
+            raise QlabError(f"{piece.module} has a global scale of its own; qlab reads projections of one fused weight that share it")
     return QTensor(
         _stack(experts, pieces, [p.codes for p in quantized]),
         _stack(experts, pieces, [p.scales for p in quantized]),
         None if spec.symmetric else _stack(experts, pieces, [p.zeros for p in quantized if p.zeros is not None]),
         spec,
-        torch.stack(outer) if outer else None,
+        torch.stack([outers[e] for e in range(experts)]) if outers else None,
     )
 
 
