@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qlab.methods.gptq import gptq
     from qlab.methods.grid import GRIDS
     from qlab.methods.rtn import rtn
+    from qlab.model_free import quantize_files
     from qlab.plan import plan
     from qlab.quantize import compare, quantize
     from qlab.spec import Int, Tile, parse_spec
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GRIDS", "METHODS", "Int", "QlabError", "Tile", "Tokens", "absorb", "at", "awq", "awq_scale", "chain", "compare", "convert",
     "evaluate", "first_windows", "from_ids", "gptq", "inductor_options", "inspect", "keep", "lower", "open", "parse_spec", "plan",
-    "quantize", "rtn", "rules", "to_torchao", "tokens", "verify",
+    "quantize", "quantize_files", "rtn", "rules", "to_torchao", "tokens", "verify",
 ]  # fmt: skip
 
 

@@ -147,6 +147,8 @@ def express(leaf: QTensor, target: Spec, codec: Codec) -> QTensor:
     elif not target.symmetric and zeros is None:
         zeros = torch.zeros_like(leaf.scales, dtype=torch.int8)
     dtypes = _scale_dtypes(target, codec, leaf.scales.dtype)
+    if not dtypes:
+        raise QlabError(codec.refusal(target) or f"its format has no scales of {target}")
     for dtype in dtypes:
         scales = leaf.scales.to(dtype)
         if torch.equal(scales.double(), leaf.scales.double()):

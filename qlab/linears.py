@@ -1,5 +1,7 @@
 """Which modules of a model are linears, by every name under which a reader of the files may look for them."""
 
+from torch import Tensor, nn
+
 from qlab.checkpoint import Checkpoint
 from qlab.skeleton import Skeleton
 
@@ -18,3 +20,18 @@ def linear_names(model: Checkpoint) -> dict[str, str]:
     matrices = [name for name, stored in model.stored.items() if name.endswith(".weight") and len(stored.shape) == 2]
     modules = {name.removesuffix(".weight") for name in matrices} | set(model.quantized) | {HEAD}
     return {name: name for name in sorted(modules)}
+
+
+def other_matrices(model: Checkpoint) -> set[str]:
+    """Modules of the files whose weight has two axes and is no linear's: embeddings, transposed layers. Where transformers does
+    not know the architecture nobody can say, and none is returned."""
+    if not model.known:
+        return set()
+    skeleton = Skeleton(model, model.dtype)
+    found = {name: m for name, m in skeleton.model.named_modules() if not isinstance(m, nn.Linear) and _is_matrix(m)}
+    return {skeleton.module_name(name) for name in found}
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 2

@@ -93,9 +93,10 @@ def _hidden(out: Any, hidden: Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else next(t for t in out if isinstance(t, Tensor) and t.shape == hidden.shape)
 
 
-def in_order(transform: Transform, inputs: Inputs) -> bool:
-    """Whether a recipe can be solved source after source, each on what the quantized ones before it produce."""
-    return inputs == "quantized" and all(stage.sitewise for stage in transform)
+def in_order(transform: Transform, inputs: Inputs, everywhere: bool = False) -> bool:
+    """Whether a recipe can be solved source after source, each on what the quantized ones before it produce. Sending every
+    token to every expert (`everywhere`) is no part of the model's own forward pass."""
+    return inputs == "quantized" and not everywhere and all(stage.sitewise for stage in transform)
 
 
 def solve_in_order(graph: ModuleGraph, transform: Transform, batches: Batches) -> tuple[ModuleGraph, Iterator[Tensor]]:

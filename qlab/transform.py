@@ -134,7 +134,7 @@ def each_weight(name: str, fn: WeightFn, spec: Spec, needs: frozenset[str] = fro
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
         leaves, notes = {}, dict(graph.notes)
-        outers = _outers(graph, with_scale_dtype(spec, graph.dtype))
+        outers = _outers(graph, spec)
         for site in graph.sites:
             assert site.weight is not None  # weight_ok refuses it otherwise
             seen = {need: stats[site.source, need] for need in needs}
@@ -226,9 +226,13 @@ class Multiply:
 
     m_k: Tensor
 
+    @property
+    def per_expert(self) -> bool:
+        return self.m_k.ndim == 3
+
     def __call__(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
         m = self.m_k.to(x.dtype)
-        return x * (m if m.ndim == 1 or ends is None else per_row(m[:, 0], ends))
+        return x * (m if ends is None else per_row(m[:, 0], ends))
 
 
 @dataclass(frozen=True)
@@ -237,7 +241,7 @@ class Rotate:
 
     M_kk: Tensor
 
-    def __call__(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         return x @ self.M_kk.to(x.dtype)
 
 

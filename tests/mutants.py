@@ -118,8 +118,9 @@ MUTANTS = [
       "Moment(a.sum_kk.add_(b.sum_kk)", "stats"),
     # graphs and transforms
     M("online operations not applied", "interpret.py", "                x = op(x)\n", "                pass\n", "absorb"),
-    M("online operations not observed", "interpret.py", "        x = op(x)\n    return x", "        pass\n    return x", "transform"),
-    M("a source's input dropped before its last site", "interpret.py", "last[by_name[site.source]] = max(", "max(", "sweep"),
+    M("online operations not observed", "interpret.py", "        x = _run_op(op, x, ends)\n    return",
+      "        pass\n    return", "transform"),
+    M("a source's input dropped before its last site", "interpret.py", "last[by_name[held]] = max(", "max(", "sweep"),
     M("a walk keeps the leaves it began with", "interpret.py", "interpreter = _Interpreter(graph, self.code.graph)",
       "interpreter = self.__dict__.setdefault('first', _Interpreter(graph, self.code.graph))", "sweep"),
     M("a source solved on unquantized inputs", "sweep.py", "graph, stats = apply(stage, graph, stats)\n    graph = replace",

@@ -93,7 +93,7 @@ def test_methods_know_neither_devices_nor_files_nor_paths(file):
 def test_foreign_libraries_come_in_by_their_doors(file):
     doors = {
         "safetensors": set(),  # directory.py and tensors.py read and write the format themselves, one tensor at a time
-        "transformers": {"checkpoint", "calibration", "skeleton", "demo", "hf", "hub", "lower", "serve", "evaluate", "bench"},
+        "transformers": {"checkpoint", "calibration", "names", "skeleton", "demo", "hf", "hub", "lower", "serve", "evaluate", "bench"},
         "accelerate": {"skeleton", "hf", "hub"},
         "compressed_tensors": {"bench"},  # tests read with it; qlab does not need it
         "gptqmodel": {"bench"},

@@ -25,6 +25,7 @@ from qlab.cli.options import (
     TargetName,
     console,
     report,
+    resolved,
 )  # fmt: skip
 from qlab.errors import QlabError
 
@@ -83,10 +84,14 @@ def plan(
 
 def quantize(
     model: Model, out: Annotated[Path, typer.Option("--out", help="the directory to write")],
-    method: MethodName = "gptq", spec: SpecName = "int4-g64", asymmetric: Asymmetric = False,
+    method: MethodName = "", spec: SpecName = "int4-g64", asymmetric: Asymmetric = False,
     calib: Calib = None, samples: Samples = 128, length: Length = 2048, seed: Seed = 0, inputs: InputsName = "quantized",
     device: Device = "cpu", memory: Memory = None, codec: CodecName = "", target: TargetName = "", overwrite: Overwrite = False,
-    resume: Resume = False, json_file: Json = None,
+    resume: Resume = False,
+    model_free: Annotated[bool, typer.Option("--model-free", help="from files alone, by data-free methods (default: rtn)")] = False,
+    include: Annotated[list[str] | None, typer.Option("--include", help="with --model-free: globs of modules to quantize")] = None,
+    exclude: Annotated[list[str] | None, typer.Option("--exclude", help="with --model-free: globs of modules to leave")] = None,
+    json_file: Json = None,
 ) -> None:  # fmt: skip
     """Quantize a model directory into one that other engines load."""
     import qlab
@@ -96,8 +101,13 @@ def quantize(
         raise QlabError(f"--inputs {inputs!r} is unknown; it is 'quantized' or 'reference'")
     if overwrite and resume:
         raise QlabError("--overwrite starts anew and --resume continues; give one of them")
+    if model_free:
+        _quantize_files(model, out, method, spec, asymmetric, codec, target, include, exclude, overwrite, resume, json_file)
+        return
+    if include or exclude:
+        raise QlabError("--include and --exclude go with --model-free; in Python, qlab.rules and qlab.at choose sites")
     opened = qlab.open(model)
-    recipe, named = chosen(opened, method, spec, asymmetric, codec, target)
+    recipe, named = chosen(opened, method or "gptq", spec, asymmetric, codec, target)
     data = _data(opened, recipe, calib, samples, length, seed)
     budget = None if memory is None else int(memory * 2**30)
     result = qlab.quantize(opened, recipe, data, out, inputs=cast(Inputs, inputs), device=device, memory=budget, overwrite=overwrite,
@@ -105,6 +115,23 @@ def quantize(
     console().print(result.plan)
     cost = f"{result.bytes / 1e6:.1f} MB, {result.seconds:.1f} s, peak {result.peak_rss_bytes / 2**20:.0f} MiB"
     console().print(f"{result.path}: {named}, {result.bits_per_weight:.3f} bits per weight, {cost}, {inputs} inputs", soft_wrap=True)
+    report(result.json(), json_file)
+
+
+def _quantize_files(
+    model: str, out: Path, method: str, spec: str, asymmetric: bool, codec: str, target: str, include: list[str] | None,
+    exclude: list[str] | None, overwrite: bool, resume: bool, json_file: Path | None,
+) -> None:  # fmt: skip
+    from qlab.checkpoint import open_checkpoint
+    from qlab.model_free import KEPT, quantize_files
+
+    opened = open_checkpoint(resolved(model))
+    recipe, named = chosen(opened, method or "rtn", spec, asymmetric, codec, target)
+    result = quantize_files(opened, recipe, out, include=include or ("*",), exclude=(*KEPT, *(exclude or ())), codec=named,
+                            target=target or None, overwrite=overwrite, resume=resume)  # fmt: skip
+    cost = f"{result.seconds:.1f} s, peak {result.peak_rss_bytes / 2**20:.0f} MiB"
+    console().print(f"{result.path}: {named}, {len(result.sites)} weights, {result.bits_per_weight:.3f} bits per weight, {cost}",
+                    soft_wrap=True)  # fmt: skip
     report(result.json(), json_file)
 
 
