@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qlab.certificate import certify
 from qlab.checkpoint import Checkpoint, open_checkpoint
-from qlab.codecs import CODECS, Codec
+from qlab.codecs import CODECS, Codec, misfit
 from qlab.errors import QlabError
 from qlab.graph import lone_weight
 from qlab.linears import linear_names, other_matrices
@@ -133,7 +133,8 @@ def _check(source: Checkpoint, specs: Mapping[str, Spec], codec: str, target: st
         except QlabError as error:
             failed.setdefault(str(error), []).append(module)
             continue
-        reason = CODECS[codec].refusal(with_scale_dtype(spec, source.dtype))
+        stored = with_scale_dtype(spec, source.dtype)
+        reason = CODECS[codec].refusal(stored) or misfit(stored, codec, *shape)
         if target and not reason:
             reason = refusal(target, codec, spec, ".experts." in module, shape[-1])
         if reason:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from qlab.calibration import Tokens
 from qlab.checkpoint import Checkpoint
-from qlab.codecs import CODECS
+from qlab.codecs import CODECS, misfit
 from qlab.errors import QlabError
 from qlab.graph import Code, Site, by_origin, by_source
 from qlab.report import bits_per_weight, describe
@@ -190,6 +190,7 @@ def _check_specs(specs: Mapping[str, Spec | None], shapes: Mapping[str, torch.Si
             spec.tile.sizes(shapes[name])
         except QlabError as error:
             failed.setdefault(str(error), []).append(name)
+            continue
         site = named[name][1]
         if site.route and not skeleton.expert_pieces(name):
             failed.setdefault("quantized experts are written one by one, and transformers knows no names for them in this "
@@ -203,7 +204,9 @@ def _check_specs(specs: Mapping[str, Spec | None], shapes: Mapping[str, torch.Si
             reason = f"{codec} holds nn.Linear weights, and its readers skip other modules without a word"
             failed.setdefault(reason, []).append(name)
             continue
-        refused = CODECS[codec].refusal(with_scale_dtype(spec, skeleton.checkpoint.dtype))
+        stored = with_scale_dtype(spec, skeleton.checkpoint.dtype)
+        rows = [piece.stop - piece.start for piece in skeleton.expert_pieces(name)] if site.route else [shapes[name][0]]
+        refused = CODECS[codec].refusal(stored) or next(filter(None, (misfit(stored, codec, o, k) for o in sorted(set(rows)))), None)
         if target and not refused:
             refused = refusal(target, codec, spec, site.route is not None, k)
         if refused:
@@ -212,6 +215,7 @@ def _check_specs(specs: Mapping[str, Spec | None], shapes: Mapping[str, torch.Si
         raise QlabError(f"{_some(names)}: {reason}")
     if target and (several := uniformity(target, rounded)):
         raise QlabError(f"{several}; give all sites one")
+    CODECS[codec].config(specs)  # refuses what no configuration of the format can say
 
 
 def _some(names: Sequence[str]) -> str:

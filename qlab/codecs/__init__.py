@@ -1,5 +1,6 @@
 """On-disk formats: pure bijections between quantized values and named tensors, one file per format."""
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +12,7 @@ from torch import Tensor
 from qlab.codecs import auto_round, awq, compressed_tensors, fp8, gptq, hqq, torchao
 from qlab.errors import QlabError
 from qlab.graph import Op
-from qlab.qtensor import Leaf
+from qlab.qtensor import Leaf, QTensor
 from qlab.spec import InputSpec, Spec
 
 Specs = Mapping[str, Spec | None]  # every linear module of a model -> how its weight is stored; None is unquantized
@@ -104,6 +105,23 @@ def storable(spec: Spec, codec: str, dtype: torch.dtype) -> Spec:
         halves = replace(spec, scale_dtype=torch.float16)
         return halves if CODECS[codec].refusal(halves) is None else spec
     return spec
+
+
+def misfit(spec: Spec, codec: str, o: int, k: int) -> str | None:
+    """Why the codec cannot encode codes of a weight [o, k], whose rows or channels may not fill the format's words, or None.
+
+    The codec says so when it encodes. Here a weight of zeros does so, a few hundred rows and channels with the same remainders.
+    """
+    groups = math.lcm(256, spec.tile.cols or 1)
+    small = [n if n <= 2 * base else base + n % base for n, base in ((o, 256), (k, groups))]
+    scales = torch.ones(spec.tile.scales_shape(torch.Size(small))).to(spec.scale_dtype or torch.float16)
+    zeros = None if spec.symmetric else torch.zeros_like(scales, dtype=torch.int8)
+    outer = torch.ones(1) if spec.outer else None
+    try:
+        CODECS[codec].encode("weight", QTensor(torch.zeros(small).to(spec.code_dtype), scales, zeros, spec, outer))
+    except QlabError:
+        return f"{codec} has no place for {o} x {k} codes of {spec}, which do not fill its words; keep() them or choose another codec"
+    return None
 
 
 def reader(config: Mapping[str, Any]) -> Codec:
