@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qlab.errors import QlabError
     from qlab.evaluate import evaluate
     from qlab.hub import open_model as open
+    from qlab.images import Samples, image_samples
     from qlab.inspection import inspect
     from qlab.lower import inductor_options, lower, to_torchao
     from qlab.methods import METHODS
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
     from qlab.verify import verify
 
 __all__ = [
-    "GRIDS", "METHODS", "Int", "QlabError", "Tile", "Tokens", "absorb", "at", "awq", "awq_scale", "chain", "compare", "convert",
-    "evaluate", "first_windows", "from_ids", "gptq", "inductor_options", "inspect", "keep", "lower", "open", "parse_spec", "plan",
-    "quantize", "quantize_files", "rtn", "rules", "to_torchao", "tokens", "verify",
+    "GRIDS", "METHODS", "Int", "QlabError", "Samples", "Tile", "Tokens", "absorb", "at", "awq", "awq_scale", "chain", "compare",
+    "convert", "evaluate", "first_windows", "from_ids", "gptq", "image_samples", "inductor_options", "inspect", "keep", "lower",
+    "open", "parse_spec", "plan", "quantize", "quantize_files", "rtn", "rules", "to_torchao", "tokens", "verify",
 ]  # fmt: skip
 
 

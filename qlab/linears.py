@@ -11,12 +11,14 @@ HEAD = "lm_head"  # in no file where it shares the embedding's weight; readers t
 def linear_names(model: Checkpoint) -> dict[str, str]:
     """Name of a linear -> the module in the files that holds its weight.
 
-    Where transformers knows the architecture: its own names and those of the files, which differ where it renames tensors.
+    Where transformers knows the architecture: its own names and those of the files, which differ where it renames tensors,
+    and one for every projection of fused experts.
     Of other models: every module of the files with a weight [o, k], embeddings among them, and the head.
     """
     if model.known:
         skeleton = Skeleton(model, model.dtype)
-        return {name: module for own in skeleton.linears() for module in [skeleton.module_name(own)] for name in (own, module)}
+        own = {name: module for own in skeleton.linears() for module in [skeleton.module_name(own)] for name in (own, module)}
+        return own | {module: module for module in skeleton.expert_modules()}
     matrices = [name for name, stored in model.stored.items() if name.endswith(".weight") and len(stored.shape) == 2]
     modules = {name.removesuffix(".weight") for name in matrices} | set(model.quantized) | {HEAD}
     return {name: name for name in sorted(modules)}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qlab.certificate import certify
 from qlab.checkpoint import Checkpoint, open_checkpoint
-from qlab.codecs import CODECS, Codec, misfit
+from qlab.codecs import CODECS, Codec
 from qlab.errors import QlabError
 from qlab.graph import lone_weight
 from qlab.linears import linear_names, other_matrices
@@ -127,14 +127,13 @@ def _chosen(source: Checkpoint, recipe: Transform, include: Sequence[str], exclu
 def _check(source: Checkpoint, specs: Mapping[str, Spec], codec: str, target: str | None) -> None:
     failed: dict[str, list[str]] = {}
     for module, spec in specs.items():
-        shape = source.stored[f"{module}.weight"].shape
+        shape = torch.Size(source.stored[f"{module}.weight"].shape)
         try:
-            spec.tile.sizes(torch.Size(shape))
+            spec.tile.sizes(shape)
         except QlabError as error:
             failed.setdefault(str(error), []).append(module)
             continue
-        stored = with_scale_dtype(spec, source.dtype)
-        reason = CODECS[codec].refusal(stored) or misfit(stored, codec, *shape)
+        reason = CODECS[codec].refusal(with_scale_dtype(spec, source.dtype)) or CODECS[codec].misfit(spec, shape)
         if target and not reason:
             reason = refusal(target, codec, spec, ".experts." in module, shape[-1])
         if reason:

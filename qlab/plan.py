@@ -9,15 +9,15 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from qlab.calibration import Tokens
+from qlab.calibration import Data
 from qlab.checkpoint import Checkpoint
-from qlab.codecs import CODECS, misfit
+from qlab.codecs import CODECS
 from qlab.errors import QlabError
 from qlab.graph import Code, Site, by_origin, by_source
 from qlab.report import bits_per_weight, describe
 from qlab.skeleton import Skeleton
 from qlab.spec import Float, Spec, with_scale_dtype
-from qlab.sweep import BATCH_TOKENS, HELD, Inputs, in_batches, in_order
+from qlab.sweep import BATCH_TOKENS, HELD, Inputs, in_batches, in_order, record
 from qlab.targets import refusal, uniformity
 from qlab.transform import Stage, Transform
 
@@ -78,7 +78,7 @@ class Plan:
 
 @torch.no_grad()
 def plan(
-    model: Checkpoint, recipe: Transform, data: Tokens | None = None, *, inputs: Inputs = "quantized",
+    model: Checkpoint, recipe: Transform, data: Data | None = None, *, inputs: Inputs = "quantized",
     calibrate_all_experts: bool = False, skeleton: Skeleton | None = None, codec: str = CODEC, target: str | None = None,
 ) -> Plan:  # fmt: skip
     """Stages, passes, statistics, predicted peak memory, bits per weight and what stays unquantized.
@@ -111,7 +111,7 @@ def plan(
     for name, (_, site) in named.items():
         rows[name] |= {"experts": shapes[name][0]} if site.route else {}
     outside = [n for n in skeleton.linears() if n not in named]
-    tokens = data.ids.numel() if data is not None and needs else 0
+    tokens = data.count if data is not None and needs else 0
     return Plan(
         describe(recipe),
         rows,
@@ -123,18 +123,17 @@ def plan(
     )
 
 
-def _check_positions(model: Checkpoint, data: Tokens) -> None:
+def _check_positions(model: Checkpoint, data: Data) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and data.ids.shape[1] > positions:
-        raise QlabError(f"windows of {data.ids.shape[1]} tokens are longer than the {positions} positions of {model.path}; "
+    if positions and data.longest > positions:
+        raise QlabError(f"windows of {data.longest} tokens are longer than the {positions} positions of {model.path}; "
                         "choose a shorter length")
 
 
-def trace_all(skeleton: Skeleton, data: Tokens | None) -> dict[str, Code]:
+def trace_all(skeleton: Skeleton, data: Data | None) -> dict[str, Code]:
     """Every block's program, traced on inputs of the form that calibration will have."""
-    ids = in_batches(data.ids)[0] if data is not None else torch.zeros(2, 8, dtype=torch.long)
     skeleton.load_outside(with_head=False)
-    hidden, calls = skeleton.record(ids)
+    (hidden,), (calls,) = record(skeleton, in_batches(data)[:1])
     skeleton.drop_outside()
     return {path: skeleton.code(path, call, hidden) for path, call in calls.items()}
 
@@ -204,18 +203,17 @@ def _check_specs(specs: Mapping[str, Spec | None], shapes: Mapping[str, torch.Si
             reason = f"{codec} holds nn.Linear weights, and its readers skip other modules without a word"
             failed.setdefault(reason, []).append(name)
             continue
-        stored = with_scale_dtype(spec, skeleton.checkpoint.dtype)
-        rows = [piece.stop - piece.start for piece in skeleton.expert_pieces(name)] if site.route else [shapes[name][0]]
-        refused = CODECS[codec].refusal(stored) or next(filter(None, (misfit(stored, codec, o, k) for o in sorted(set(rows)))), None)
+        held = CODECS[codec]
+        refused = held.refusal(with_scale_dtype(spec, skeleton.checkpoint.dtype)) or held.misfit(spec, shapes[name])
         if target and not refused:
             refused = refusal(target, codec, spec, site.route is not None, k)
         if refused:
             failed.setdefault(refused, []).append(name)
     for reason, names in failed.items():
         raise QlabError(f"{_some(names)}: {reason}")
+    CODECS[codec].config(specs)  # refuses what no config of the format can say of all of them
     if target and (several := uniformity(target, rounded)):
         raise QlabError(f"{several}; give all sites one")
-    CODECS[codec].config(specs)  # refuses what no configuration of the format can say
 
 
 def _some(names: Sequence[str]) -> str:
@@ -223,7 +221,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def predict_memory(skeleton: Skeleton, codes: Mapping[str, Code], shapes: Mapping[str, torch.Size],
-                   data: Tokens | None, recipe: Transform, inputs: Inputs, everywhere: bool) -> dict[str, int]:  # fmt: skip
+                   data: Data | None, recipe: Transform, inputs: Inputs, everywhere: bool) -> dict[str, int]:  # fmt: skip
     """Bytes at the widest moment of the run, by what holds them: entering the first block, copying what surrounds the
     blocks, or observing, solving and leaving the widest block."""
     process = {"process": psutil.Process().memory_info().rss}
@@ -233,7 +231,7 @@ def predict_memory(skeleton: Skeleton, codes: Mapping[str, Code], shapes: Mappin
     moments = [process | {"embeddings and head": sum(outside)}]
     if data is not None:
         moments.append(process | {"embeddings": embedding.numel() * size,
-                                  "carry": size * data.ids.numel() * embedding.shape[-1]})  # fmt: skip
+                                  "carry": size * data.count * embedding.shape[-1]})  # fmt: skip
     for path, code in codes.items():
         weights = [shapes[f"{path}.{site.path}"] for site in code.sites]
         block = sum(p.numel() for p in skeleton.blocks[path].parameters()) * size
@@ -241,7 +239,7 @@ def predict_memory(skeleton: Skeleton, codes: Mapping[str, Code], shapes: Mappin
     return max(moments, key=lambda held: sum(held.values()))
 
 
-def _block_moments(code: Code, weights: Sequence[torch.Size], size: int, data: Tokens | None,
+def _block_moments(code: Code, weights: Sequence[torch.Size], size: int, data: Data | None,
                    recipe: Transform, inputs: Inputs, everywhere: bool) -> Iterator[dict[str, int]]:  # fmt: skip
     """What is held beside the process and the block's own leaves, at the widest moments of the block."""
     statistics, square, waiting, ordered = 0, 0, 0, in_order(recipe, inputs, everywhere)
@@ -252,14 +250,14 @@ def _block_moments(code: Code, weights: Sequence[torch.Size], size: int, data: T
         ks = [weights[i][-1] for i in firsts]
         copies = [(weights[i][0] if everywhere else s.choices) if s.route else 1 for i, s in enumerate(code.sites)]  # of a token
         hidden, widest = weights[0][-1], max(max(shape[-2:]) * rows for shape, rows in zip(weights, copies))
-        tokens = min(BATCH_TOKENS, data.ids.numel())
+        tokens = min(BATCH_TOKENS, data.count)
         # an attention holds some seven tensors of the hidden size, a feed-forward layer three of the widest
         activations = tokens * (size * (2 * hidden + max(5 * hidden, 3 * widest)) + (4 * max(ks) if size < 4 else 0))
         if any("second_moment" in stage.needs for stage in recipe):
             square = 4 * max(ks) ** 2
             statistics = (max(states) if ordered else sum(states)) + 2 * (max(states) - square)  # one lifted, one combined
         if ordered:  # the hidden states and the input of the widest source, of every batch
-            waiting = min(HELD, data.ids.numel() * size * (hidden + max(weights[i][-1] * copies[i] for i in firsts)))
+            waiting = min(HELD, data.count * size * (hidden + max(weights[i][-1] * copies[i] for i in firsts)))
         yield {"statistics": statistics + 2 * square, "activations": activations, "waiting": waiting}
         yield {"codes": sum(map(torch.Size.numel, weights)), "waiting": waiting, "activations": activations + 2 * 4 * max(matrices)}
     moved = 0

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from qlab.calibration import Tokens
+from qlab.calibration import Data
 from qlab.certificate import certify, hash_of
 from qlab.checkpoint import Checkpoint
 from qlab.codecs import CODECS, Codec
@@ -68,7 +68,7 @@ class Result:
 def quantize(
     model: Checkpoint,
     recipe: Transform,
-    data: Tokens | None,
+    data: Data | None,
     out: str | Path,
     *,
     inputs: Inputs = "quantized",
@@ -83,9 +83,9 @@ def quantize(
 ) -> Result:
     """Apply a recipe to every block of the model and write a directory in the format that `codec` names.
 
-    data: calibration tokens; None only for recipes that need no statistics. inputs: whether a site is calibrated on what
-    the quantized sites before it produce (errors propagate; where a stage moves inputs, on the quantized blocks before
-    its own) or on the reference model's activations.
+    data: calibration tokens, or samples of images and text; None only for recipes that need no statistics.
+    inputs: whether a site is calibrated on what the quantized sites before it produce (errors propagate; where a stage moves
+    inputs, on the quantized blocks before its own) or on the reference model's activations.
     dtype: of the activations while calibrating (default: the checkpoint's own); statistics and solvers use fp32.
     memory: refuse to start when the predicted peak, in bytes, is above this. target: an engine of qlab.targets, whose limits
     are checked before anything runs. The same call gives the same bytes, also
@@ -102,7 +102,7 @@ def quantize(
 def compare(
     model: Checkpoint,
     recipes: Mapping[str, Transform],
-    data: Tokens | None,
+    data: Data | None,
     out: str | Path,
     *,
     inputs: Inputs = "reference",
@@ -159,10 +159,10 @@ def _sites(path: Path) -> dict[str, Any]:
     return json.loads((path / "qlab.json").read_text())["sites"]
 
 
-def _scan(skeleton: Skeleton, jobs: list[_Job], data: Tokens | None, inputs: Inputs, everywhere: bool) -> None:
+def _scan(skeleton: Skeleton, jobs: list[_Job], data: Data | None, inputs: Inputs, everywhere: bool) -> None:
     """All blocks, in order, from the first one that some job lacks."""
     keeper, paths = jobs[0].writer, list(skeleton.blocks)
-    windows = in_batches(data.ids if data is not None else torch.zeros(2, 8, dtype=torch.long))
+    windows = in_batches(data)
     done = min(job.writer.blocks_done(len(paths), keeper.carry_path if data is not None else None) for job in jobs)
     skeleton.load_outside(with_head=False)
     entering, calls = record(skeleton, windows)

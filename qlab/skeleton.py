@@ -7,7 +7,7 @@ replaced by recorders; the head is run the same way, with the last block replayi
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from qlab.experts import experts_forward
 from qlab.graph import Code, ModuleGraph, Op, tensors_of
 from qlab.names import Piece, assemble, pieces_of_experts, spellings
 from qlab.qtensor import Leaf, dense
-from qlab.recording import Call, Output, Recorded, Recorder, Replaced
+from qlab.recording import Call, Output, Recorded, Recorder, Replaced, to_like
 from qlab.trace import trace
 
 EXPERTS = "qlab"  # the name under which transformers finds the forward of fused experts that traces on every device
@@ -79,9 +79,11 @@ class Skeleton:
             return tuple(piece.module for piece in self.expert_pieces(site))
         return site, self.module_name(site)
 
-    def _leaf(self, name: str, decoded: bool) -> Leaf:
-        leaf = self.checkpoint.leaf(name, self.dtype)
-        return dense(leaf, self.dtype) if decoded else leaf
+    def leaf(self, name: str, decoded: bool = False) -> Leaf:
+        """The leaf of a parameter, put together from the files. decoded: dense, as if it had never been quantized."""
+        pieces = self.pieces(name)
+        parts = [self.checkpoint.leaf(piece.name, self.dtype) for piece in pieces]
+        return assemble(pieces, [dense(part, self.dtype) for part in parts] if decoded else parts)
 
     def graph(self, path: str, call: Call, hidden: Tensor, decoded: bool = False) -> ModuleGraph:
         """The block as a value, with its leaves loaded from the files onto the skeleton's device.
@@ -89,8 +91,8 @@ class Skeleton:
         decoded: as if it had never been quantized, all leaves dense and no input rounded at run time.
         """
         leaves: dict[str, Leaf] = {}
-        for name, pieces in self.block_names(path).items():
-            leaf = assemble(pieces, [self._leaf(piece.name, decoded) for piece in pieces])
+        for name, _ in self.blocks[path].named_parameters():
+            leaf = self.leaf(f"{path}.{name}", decoded)
             leaves[name] = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), leaf)
         for name, buffer in self.blocks[path].named_buffers():
             stored = self.file_name(f"{path}.{name}")
@@ -171,6 +173,11 @@ class Skeleton:
         """Names of all linear modules, in the model's spelling."""
         return [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear)]
 
+    def expert_modules(self) -> list[str]:
+        """What engines call the modules of all fused experts."""
+        fused = [name for name, p in self.model.named_parameters() if p.ndim == 3 and name.startswith(f"{self.prefix}.")]
+        return [piece.module for name in fused for piece in self.expert_pieces(name)]
+
     def module_name(self, name: str) -> str:
         """The model's name of a module as the files spell it."""
         return self.file_name(f"{name}.weight").rpartition(".")[0]
@@ -181,17 +188,26 @@ class Skeleton:
             if not parameter.is_meta:
                 _set(self.model, name, parameter.to("meta"))
 
-    def record(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Call]]:
-        """The hidden states that enter the first block, and what every block is called with beside them."""
+    def record(self, tokens: Tensor, beside: Mapping[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Call]]:
+        """The hidden states that enter the first block, and what every block is called with beside them.
+
+        beside: what else the model is called with (a mask, images). Refuses models that change hidden states between blocks.
+        """
         recorders = [Recorder(block, self._output_of(path)) for path, block in self.blocks.items()]
         recorders[-1].last = True
+        embedding = self.model.get_input_embeddings().get_parameter("weight")
         with Replaced(self.model, self.prefix, recorders), contextlib.suppress(Recorded):
-            self.model(input_ids=tokens.to(self.device), attention_mask=mask, use_cache=False)
+            others = {name: to_like(t, embedding) for name, t in (beside or {}).items()}
+            self.model(input_ids=tokens.to(self.device), use_cache=False, **others)
         calls = {path: r.seen[0] for path, r in zip(self.blocks, recorders) if r.seen is not None}
         first = recorders[0].seen
         if first is None or len(calls) < len(self.blocks):
             raise QlabError(f"{type(self.model).__name__} did not run blocks {sorted(set(self.blocks) - set(calls))}; "
                             "qlab streams models that run each block once, in order")
+        for path, recorder in zip(self.blocks, recorders):
+            if recorder.seen is not None and not _same(recorder.seen[1], first[1]):
+                raise QlabError(f"{type(self.model).__name__} changes hidden states before {path} (as where images join at several "
+                                "depths); qlab streams models whose blocks hand them on as they are")
         return first[1], calls
 
     def head(self, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -225,10 +241,10 @@ def _on_paper(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
                         "qlab quantizes those, and models of images and text around one") from error
 
 
-def _maker(config: PretrainedConfig) -> type:
+def _maker(config: PretrainedConfig) -> Any:
     """The auto class that makes the architecture that the config names: of text alone, or of images and text."""
     for maker in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        known = maker._model_mapping.get(type(config), None)
+        known: Any = maker._model_mapping.get(type(config), None)
         if known is not None and known.__name__ in (config.architectures or [known.__name__]):
             return maker
     return AutoModelForCausalLM
@@ -243,6 +259,10 @@ def _find_blocks(model: PreTrainedModel) -> tuple[str, dict[str, nn.Module]]:
         raise QlabError(f"{type(model).__name__} has no list of blocks (nn.ModuleList) to stream through")
     prefix = max(outer, key=lambda n: sum(p.numel() for p in outer[n].parameters()))
     return prefix, {f"{prefix}.{i}": block for i, block in enumerate(outer[prefix])}
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and torch.equal(a, b))
 
 
 def _path_of(model: nn.Module, module: nn.Module | None) -> str:

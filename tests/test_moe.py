@@ -11,20 +11,25 @@ from test_quantize import IDS, assert_read_alike, qlab_logits, transformers_logi
 
 from qlab.calibration import from_ids
 from qlab.checkpoint import open_checkpoint
+from qlab.cli import main
 from qlab.codecs import CODECS
+from qlab.convert import convert
 from qlab.errors import QlabError
 from qlab.evaluate import evaluate
+from qlab.lower import lower
 from qlab.methods import METHODS
 from qlab.methods.gptq import gptq
 from qlab.methods.grid import encode as on_grid
 from qlab.methods.grid import minmax
 from qlab.methods.rtn import rtn
+from qlab.model_free import quantize_files
 from qlab.plan import plan
-from qlab.qtensor import QTensor, round_codes
+from qlab.qtensor import QTensor, dense, round_codes
 from qlab.quantize import compare, quantize
 from qlab.skeleton import Skeleton
 from qlab.spec import parse_spec
 from qlab.transform import keep, rules
+from qlab.verify import verify
 
 INT4 = parse_spec("int4-g16")
 EXPERT = {  # an expert's modules in the files, as the families' own checkpoints call them
@@ -208,6 +213,21 @@ def test_rules_choose_experts_and_shared_experts(saved, tmp_path):
     assert torch.isfinite(qlab_logits(result.path)).all()
 
 
+@pytest.mark.parametrize("spec", ["nvfp4", "mxfp4", "fp8-channel", "fp8-b32x32"])
+def test_experts_of_narrow_floats_read_back_as_they_were_solved(spec, saved, tmp_path):
+    result = quantize(open_checkpoint(saved("mixtral")), rtn(parse_spec(spec)), None, tmp_path / "out")
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    W_eok = torch.stack([torch.cat([tensors(saved("mixtral"))[f"model.layers.1.block_sparse_moe.experts.{e}.{w}.weight"]
+                                    for w in ("w1", "w3")]) for e in range(4)])  # fmt: skip
+    q = fused_leaf(result.path, name)
+    assert relative(dense(q, torch.float32), W_eok) == pytest.approx(result.sites[name]["weight_error"], rel=1e-4)
+    assert (q.outer is not None) == (spec == "nvfp4")
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
 def test_experts_alone_are_quantized_and_all_else_is_kept(saved, tmp_path):
     recipe = rules({"*.experts.*": gptq(INT4), "*": keep()})
     source = saved("mixtral")
@@ -286,3 +306,33 @@ def test_zero_points_of_experts_read_back_and_transformers_refuses_them_aloud(sa
     assert (qlab_logits(result.path) - qlab_logits(saved("mixtral"))).norm() < 0.5 * qlab_logits(result.path).norm()
     with pytest.raises(RuntimeError):  # never a model with random experts
         transformers_logits(result.path, dequantize=True)
+
+
+def test_commands_calibrate_all_experts_and_name_those_with_few_tokens(tmp_path, saved, text, command):
+    def run(*more):
+        return command(main, "quantize", saved("mixtral"), "--out", tmp_path / f"out{len(more)}", "--method", "gptq", "--spec",
+                       "int4-g16", "--calib", text, "--samples", 4, "--length", 24, *more)  # fmt: skip
+
+    code, out, err = run()
+    assert code == 0 and "mlp.experts.gate_up_proj: experts" in out and "saw fewer tokens than input channels" in out, err
+    code, out, err = run("--calibrate-all-experts")
+    assert code == 0 and "gate_up_proj: experts" not in out, err
+    assert command(main, "inspect", tmp_path / "out0")[0] == 0
+
+
+def test_an_awq_mixture_is_converted_verified_and_not_lowered(saved, tmp_path):
+    source = saved("qwen3_moe", torch.float16)
+    made = quantize(open_checkpoint(source), METHODS["awq"](parse_spec("int4-g16")), random_tokens(source), tmp_path / "made").path
+    there = convert(made, "gptq", tmp_path / "there").path
+    back = convert(there, "compressed-tensors", tmp_path / "back").path
+    assert torch.equal(qlab_logits(there), qlab_logits(made)) and torch.equal(qlab_logits(back), qlab_logits(made))
+    assert not verify(made, source).faults
+    with pytest.raises(QlabError, match=r"holds codes for .*experts.* that are no linear"):
+        lower(str(made))
+
+
+def test_model_free_rounding_gives_the_tensors_of_the_normal_path(saved, tmp_path):
+    source = saved("deepseek_v3")
+    free = quantize_files(open_checkpoint(source), rtn(INT4), tmp_path / "free").path
+    ours, theirs = tensors(free), tensors(quantize(open_checkpoint(source), rtn(INT4), None, tmp_path / "normal").path)
+    assert ours.keys() == theirs.keys() and all(bits_equal(ours[name], theirs[name]) for name in ours)

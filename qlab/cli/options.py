@@ -11,7 +11,7 @@ from rich.console import Console
 
 from qlab.errors import QlabError
 
-SEVERAL = ("--calib", "--text")  # options that take several files
+SEVERAL = ("--calib", "--images", "--text")  # options that take several files
 WIDTH = 132  # of a table that no terminal shows
 
 Model = Annotated[str, typer.Argument(help="a model directory, or 'demo'")]
@@ -19,6 +19,8 @@ MethodName = Annotated[str, typer.Option("--method", help="rtn, awq, gptq or ano
 SpecName = Annotated[str, typer.Option("--spec", help="int<bits>-g<group>, -channel or -tensor; fp8-channel, mxfp4, nvfp4")]
 Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="with a zero point per scale")]
 Calib = Annotated[list[Path] | None, typer.Option("--calib", help="text or jsonl files (default: the demo text)")]
+Images = Annotated[list[Path] | None, typer.Option("--images", help="instead of --calib: jsonl samples of text and images")]
+AllExperts = Annotated[bool, typer.Option("--calibrate-all-experts", help="statistics of experts from every token")]
 Samples = Annotated[int, typer.Option("--samples", min=1, help="calibration windows")]
 Length = Annotated[int, typer.Option("--length", min=2, help="tokens per window")]
 Seed = Annotated[int, typer.Option("--seed", help="chooses the calibration windows")]

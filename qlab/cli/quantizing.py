@@ -7,10 +7,12 @@ import typer
 from rich.table import Table
 
 from qlab.cli.options import (
+    AllExperts,
     Asymmetric,
     Calib,
     CodecName,
     Device,
+    Images,
     InputsName,
     Json,
     Length,
@@ -58,26 +60,34 @@ def chosen(model: Any, method: str, spec: str, asymmetric: bool, codec: str, tar
     return method_named(method)(storable(grid, named, model.dtype)), named
 
 
-def _data(model: Any, recipe: Any, calib: list[Path] | None, samples: int, length: int, seed: int) -> Any:
+def _data(
+    model: Any, recipe: Any, calib: list[Path] | None, images: list[Path] | None, samples: int, length: int, seed: int
+) -> Any:  # fmt: skip
     from qlab.calibration import tokens
     from qlab.hub import calibration_texts
+    from qlab.images import image_samples
 
+    if calib and images:
+        raise QlabError("--calib takes text and --images samples that may have both; give one of them")
     if not any(stage.needs for stage in recipe):
         return None
+    if images:
+        return image_samples(model, images, samples, length, seed)
     return tokens(model, calibration_texts(calib), samples, length, seed)
 
 
 def plan(
     model: Model, method: MethodName = "gptq", spec: SpecName = "int4-g64", asymmetric: Asymmetric = False,
-    calib: Calib = None, samples: Samples = 128, length: Length = 2048, seed: Seed = 0, codec: CodecName = "",
-    target: TargetName = "", json_file: Json = None,
+    calib: Calib = None, images: Images = None, samples: Samples = 128, length: Length = 2048, seed: Seed = 0,
+    all_experts: AllExperts = False, codec: CodecName = "", target: TargetName = "", json_file: Json = None,
 ) -> None:  # fmt: skip
     """What a method would do to a model: stages, passes, peak memory, bits per weight. Runs and writes nothing."""
     import qlab
 
     opened = qlab.open(model)
     recipe, named = chosen(opened, method, spec, asymmetric, codec, target)
-    made = qlab.plan(opened, recipe, _data(opened, recipe, calib, samples, length, seed), codec=named, target=target or None)
+    data = _data(opened, recipe, calib, images, samples, length, seed)
+    made = qlab.plan(opened, recipe, data, calibrate_all_experts=all_experts, codec=named, target=target or None)
     console().print(made)
     report(made.json(), json_file)
 
@@ -85,8 +95,9 @@ def plan(
 def quantize(
     model: Model, out: Annotated[Path, typer.Option("--out", help="the directory to write")],
     method: MethodName = "", spec: SpecName = "int4-g64", asymmetric: Asymmetric = False,
-    calib: Calib = None, samples: Samples = 128, length: Length = 2048, seed: Seed = 0, inputs: InputsName = "quantized",
-    device: Device = "cpu", memory: Memory = None, codec: CodecName = "", target: TargetName = "", overwrite: Overwrite = False,
+    calib: Calib = None, images: Images = None, samples: Samples = 128, length: Length = 2048, seed: Seed = 0,
+    inputs: InputsName = "quantized", all_experts: AllExperts = False, device: Device = "cpu", memory: Memory = None,
+    codec: CodecName = "", target: TargetName = "", overwrite: Overwrite = False,
     resume: Resume = False,
     model_free: Annotated[bool, typer.Option("--model-free", help="from files alone, by data-free methods (default: rtn)")] = False,
     include: Annotated[list[str] | None, typer.Option("--include", help="with --model-free: globs of modules to quantize")] = None,
@@ -108,13 +119,15 @@ def quantize(
         raise QlabError("--include and --exclude go with --model-free; in Python, qlab.rules and qlab.at choose sites")
     opened = qlab.open(model)
     recipe, named = chosen(opened, method or "gptq", spec, asymmetric, codec, target)
-    data = _data(opened, recipe, calib, samples, length, seed)
+    data = _data(opened, recipe, calib, images, samples, length, seed)
     budget = None if memory is None else int(memory * 2**30)
     result = qlab.quantize(opened, recipe, data, out, inputs=cast(Inputs, inputs), device=device, memory=budget, overwrite=overwrite,
-                           resume=resume, codec=named, target=target or None)  # fmt: skip
+                           resume=resume, calibrate_all_experts=all_experts, codec=named, target=target or None)  # fmt: skip
     console().print(result.plan)
     cost = f"{result.bytes / 1e6:.1f} MB, {result.seconds:.1f} s, peak {result.peak_rss_bytes / 2**20:.0f} MiB"
     console().print(f"{result.path}: {named}, {result.bits_per_weight:.3f} bits per weight, {cost}, {inputs} inputs", soft_wrap=True)
+    for name, few in result.experts_with_few_tokens.items():
+        console().print(f"{name}: experts {', '.join(map(str, few))} saw fewer tokens than input channels", soft_wrap=True)
     report(result.json(), json_file)
 
 

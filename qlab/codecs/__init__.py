@@ -1,6 +1,5 @@
 """On-disk formats: pure bijections between quantized values and named tensors, one file per format."""
 
-import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +11,7 @@ from torch import Tensor
 from qlab.codecs import auto_round, awq, compressed_tensors, fp8, gptq, hqq, torchao
 from qlab.errors import QlabError
 from qlab.graph import Op
-from qlab.qtensor import Leaf, QTensor
+from qlab.qtensor import Leaf
 from qlab.spec import InputSpec, Spec
 
 Specs = Mapping[str, Spec | None]  # every linear module of a model -> how its weight is stored; None is unquantized
@@ -28,6 +27,8 @@ class Codec:
     among the tensor `names` of a directory's files; what it cannot read is refused by name. A spec of None is a dense
     weight in a layout of the format's own.
 
+    misfit(spec, shape): why weights of this shape [..., o, k] do not fit, or None; also before any work.
+
     Formats that round inputs at run time take those operations as a further argument of `encode` (online) and how they
     round as one of `config` (inputs: path -> InputSpec), and read both: inputs(config, names) like specs,
     decode_input(path, tensors, spec) the operation.
@@ -40,6 +41,7 @@ class Codec:
     specs: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, Spec | None]]
     inputs: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, InputSpec]] = lambda config, names: {}
     decode_input: Callable[[str, Mapping[str, Tensor], InputSpec], Op] | None = None
+    misfit: Callable[[Spec, torch.Size], str | None] = lambda spec, shape: None
 
 
 def _gptq(version: gptq.Version) -> Codec:
@@ -49,6 +51,7 @@ def _gptq(version: gptq.Version) -> Codec:
         partial(gptq.decode, version),
         partial(gptq.config, version),
         gptq.specs,
+        misfit=gptq.misfit,
     )
 
 
@@ -65,7 +68,7 @@ CODECS: Mapping[str, Codec] = {  # what qlab writes, by the name that `--codec` 
         compressed_tensors.decode_input,
     ),
     **{str(version): _gptq(version) for version in GPTQ_VERSIONS},  # gptq, gptq_v2, and either with _desc_act
-    "awq": Codec(awq.refusal, awq.encode, awq.decode, awq.config, awq.specs),
+    "awq": Codec(awq.refusal, awq.encode, awq.decode, awq.config, awq.specs, misfit=awq.misfit),
 }
 
 
@@ -105,23 +108,6 @@ def storable(spec: Spec, codec: str, dtype: torch.dtype) -> Spec:
         halves = replace(spec, scale_dtype=torch.float16)
         return halves if CODECS[codec].refusal(halves) is None else spec
     return spec
-
-
-def misfit(spec: Spec, codec: str, o: int, k: int) -> str | None:
-    """Why the codec cannot encode codes of a weight [o, k], whose rows or channels may not fill the format's words, or None.
-
-    The codec says so when it encodes. Here a weight of zeros does so, a few hundred rows and channels with the same remainders.
-    """
-    groups = math.lcm(256, spec.tile.cols or 1)
-    small = [n if n <= 2 * base else base + n % base for n, base in ((o, 256), (k, groups))]
-    scales = torch.ones(spec.tile.scales_shape(torch.Size(small))).to(spec.scale_dtype or torch.float16)
-    zeros = None if spec.symmetric else torch.zeros_like(scales, dtype=torch.int8)
-    outer = torch.ones(1) if spec.outer else None
-    try:
-        CODECS[codec].encode("weight", QTensor(torch.zeros(small).to(spec.code_dtype), scales, zeros, spec, outer))
-    except QlabError:
-        return f"{codec} has no place for {o} x {k} codes of {spec}, which do not fill its words; keep() them or choose another codec"
-    return None
 
 
 def reader(config: Mapping[str, Any]) -> Codec:

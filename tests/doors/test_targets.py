@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qlab.checkpoint import open_checkpoint
-from qlab.codecs import misfit, storable
+from qlab.codecs import storable
 from qlab.errors import QlabError
 from qlab.methods.rtn import rtn
 from qlab.plan import plan
@@ -121,7 +121,7 @@ def test_rows_that_fill_no_words_are_refused_when_the_plan_is_made(saved):
     model = open_checkpoint(saved("llama", torch.float16, intermediate_size=100))
     recipe = rtn(parse_spec("int4-channel"))
     for codec in ("awq", "gptq"):
-        with pytest.raises(QlabError, match=rf"layers.0.mlp.gate_proj, .*: {codec} has no place for 100 x 64 codes of int4-channel"):
+        with pytest.raises(QlabError, match=r"layers.0.mlp.gate_proj, .*100.* do not fill"):
             plan(model, recipe, codec=codec)
     assert plan(model, recipe).sites
 
@@ -132,8 +132,3 @@ def test_what_no_configuration_can_say_is_refused_when_the_plan_is_made(saved):
     with pytest.raises(QlabError, match=r"(?i)awq"):
         plan(model, recipe, codec="awq")
     assert plan(model, recipe, codec="gptq").sites
-
-
-@pytest.mark.parametrize("spec", ["int4-g32", "int8-channel", "mxfp4", "nvfp4", "fp8-b128x128", "int3-g64-asym"])
-def test_a_large_weight_that_fits_does_so_without_being_made(spec):
-    assert misfit(parse_spec(spec), CT, 1 << 20, 1 << 20) is None and misfit(parse_spec(spec), CT, 64, 64) is None
