@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from qlab.checkpoint import Checkpoint, open_checkpoint
+from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.report import recorded
 
 SHOWN = ("spec", "shape", "bits_per_weight", "weight_error", "loss", "tokens", "stored", "bytes")

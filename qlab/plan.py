@@ -10,12 +10,12 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from qlab.calibration import Data
-from qlab.checkpoint import Checkpoint
 from qlab.codecs import CODECS
 from qlab.errors import QlabError
+from qlab.files.checkpoint import Checkpoint
 from qlab.graph import Code, Site, by_origin, by_source
+from qlab.model.skeleton import Skeleton
 from qlab.report import bits_per_weight, describe
-from qlab.skeleton import Skeleton
 from qlab.spec import Float, Spec, with_scale_dtype
 from qlab.sweep import BATCH_TOKENS, HELD, Inputs, in_batches, in_order, record
 from qlab.targets import refusal, uniformity
