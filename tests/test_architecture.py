@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qlab"
 # A module imports from strictly lower layers, or from its own package. A package is one layer of all its files.
 LAYERS = [
-    {"errors"}, {"spec"}, {"qtensor", "targets"}, {"certificate"}, {"experts"}, {"graph"}, {"trace"}, {"interpret"}, {"stats"}, {"transform"},
-    {"absorb"}, {"methods"}, {"codecs"}, {"files"}, {"calibration"}, {"images", "model"}, {"sweep"}, {"report"}, {"plan"},
-    {"quantize"}, {"convert", "verify", "inspection", "model_free"}, {"evaluate", "lower"}, {"demo"}, {"hub", "hf", "serve"},
-    {"__init__"}, {"cli"}, {"bench", "__main__"},
+    {"errors"}, {"spec"}, {"qtensor", "targets"}, {"certificate"}, {"experts"}, {"graph"}, {"trace"}, {"interpret"}, {"stats"},
+    {"transform"}, {"absorb"}, {"methods"}, {"codecs"}, {"files"}, {"calibration"}, {"images", "model"}, {"sweep"}, {"report"},
+    {"plan"}, {"quantize"}, {"convert", "verify", "inspection", "model_free"}, {"evaluate", "lower"}, {"demo"},
+    {"hub", "hf", "serve"}, {"__init__"}, {"cli"}, {"bench", "__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MATHEMATICS = {"errors", "spec", "qtensor", "experts", "graph", "trace", "interpret", "stats", "transform", "absorb", "methods"}
