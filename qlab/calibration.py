@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,21 @@ from qlab.errors import QlabError
 SEPARATOR = "\n\n"  # between documents
 
 
+class Data(Protocol):
+    """What a model is calibrated on. count: tokens of all samples; longest: of the longest one."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def longest(self) -> int: ...
+
+    def batches(self, tokens: int) -> list[Mapping[str, Tensor]]:
+        """What the model is called with, about `tokens` at a time."""
+
+    def describe(self) -> dict[str, object]: ...
+
+
 @dataclass(frozen=True)
 class Tokens:
     """ids [samples, length] and where they came from: names and sha256 of the texts, and the seed that chose them."""
@@ -24,6 +40,20 @@ class Tokens:
     texts: tuple[str, ...]
     sha256: str
     seed: int | None
+
+    @property
+    def count(self) -> int:
+        """Tokens of all samples."""
+        return self.ids.numel()
+
+    @property
+    def longest(self) -> int:
+        """Tokens of each sample."""
+        return self.ids.shape[1]
+
+    def batches(self, tokens: int) -> list[Mapping[str, Tensor]]:
+        """Windows of about `tokens` tokens together."""
+        return [{"input_ids": ids} for ids in self.ids.split(max(1, tokens // self.longest))]
 
     def describe(self) -> dict[str, object]:
         """For reports: everything but the ids themselves, and their hash."""

@@ -68,7 +68,7 @@ def convert(
     if source.path.resolve() == Path(out).expanduser().resolve():
         raise QlabError(f"{source.path} is the directory to convert; choose another output directory")
     targets = _targets(source, codec, requantize)
-    config = CODECS[codec].config({name: targets.get(module) for name, module in linear_names(source).items()})
+    config = _config(source, CODECS[codec], targets)
     record = recorded(source.path)
     job = {"source": source.fingerprint(), "codec": codec, "requantize": requantize and str(requantize),
            "versions": versions(), "converted_from": record.get("job")}  # fmt: skip
@@ -86,15 +86,21 @@ def convert(
 
 
 # ------------------------------------------------------------------ what a format can hold
+def _config(source: Checkpoint, codec: Codec, targets: Mapping[str, Spec]) -> dict[str, Any]:
+    names = {**linear_names(source), **{module: module for module in source.quantized}}  # experts are no linears of the model
+    inputs = [{name: source.inputs.get(module) for name, module in names.items()}] if source.inputs else []
+    return codec.config({name: targets.get(module) for name, module in names.items()}, *inputs)
+
+
 def _targets(source: Checkpoint, codec: str, requantize: Spec | None) -> dict[str, Spec]:
     """The spec that every module will have in the new format, decided before a tensor is read."""
     if requantize is not None:
         target = _nearest(requantize, CODECS[codec])
         if isinstance(target, str):
             raise QlabError(f"{codec} cannot hold {requantize} weights ({target}); choose another grid to round to")
-        return dict.fromkeys(source.quantized, target)
-    nearest = {spec: _nearest(spec, CODECS[codec]) for spec in set(source.quantized.values())}
-    targets = {module: nearest[spec] for module, spec in source.quantized.items()}
+        return {module: target for module, spec in source.quantized.items() if spec}
+    nearest = {spec: _nearest(spec, CODECS[codec]) for spec in set(source.quantized.values()) if spec}
+    targets = {module: nearest[spec] for module, spec in source.quantized.items() if spec}
     if lost := {module: target for module, target in targets.items() if isinstance(target, str)}:
         raise _refusal(codec, lost)
     return {module: target for module, target in targets.items() if not isinstance(target, str)}
@@ -112,10 +118,12 @@ def _refusal(codec: str, lost: Mapping[str, str]) -> QlabError:
 
 def _nearest(spec: Spec, codec: Codec) -> Spec | str:
     """The spec itself, or the one that differs in storing zero points that are all 0 or not; else why not."""
-    whole = isinstance(spec, Int) and spec.zero_dtype == torch.int8
-    for candidate in [spec, replace(spec, symmetric=not spec.symmetric)] if whole else [spec]:
+    candidates = [spec]
+    if isinstance(spec, Int) and spec.zero_dtype == torch.int8:
+        candidates = [replace(spec, scale_dtype=None, symmetric=symmetric) for symmetric in (spec.symmetric, not spec.symmetric)]
+    for candidate in candidates:
         if _scale_dtypes(candidate, codec):
-            return replace(candidate, scale_dtype=None) if whole else candidate
+            return candidate
     return codec.refusal(replace(spec, scale_dtype=spec.scale_dtype or SCALE_DTYPES[0])) or f"it has no {spec} weights"
 
 
@@ -139,6 +147,8 @@ def express(leaf: QTensor, target: Spec, codec: Codec) -> QTensor:
     elif not target.symmetric and zeros is None:
         zeros = torch.zeros_like(leaf.scales, dtype=torch.int8)
     dtypes = _scale_dtypes(target, codec, leaf.scales.dtype)
+    if not dtypes:
+        raise QlabError(codec.refusal(target) or f"its format has no scales of {target}")
     for dtype in dtypes:
         scales = leaf.scales.to(dtype)
         if torch.equal(scales.double(), leaf.scales.double()):
@@ -166,20 +176,23 @@ def _rewrite(source: Checkpoint, codec: Codec, targets: Mapping[str, Spec], requ
              record: Mapping[str, Any], name: str, notes: Notes) -> Mapping[str, Tensor]:  # fmt: skip
     """The tensors of one leaf in the new format; what would be lost goes into the notes instead."""
     module = name.rpartition(".")[0]
-    leaf = source.leaf(name) if module in targets and name == f"{module}.weight" else source.tensor(name)
+    leaf = source.leaf(name) if module in source.quantized and name == f"{module}.weight" else source.tensor(name)
     if isinstance(leaf, Tensor):
-        return {name: leaf}
+        return {name: leaf}  # also what its format laid out in a way of its own
     row = {**record.get("sites", {}).get(module, {}), "shape": list(leaf.shape)}
     certificate = record.get("certificates", {}).get(module)
+    online = [ops] if (ops := source.online(module)) else []
     try:
+        if online and (reason := codec.refusal(targets[module], ops)):
+            raise QlabError(reason)
         new = express(leaf, targets[module], codec)
-        tensors = codec.encode(module, new)
+        tensors = codec.encode(module, new, *online)
     except QlabError as error:
         if requantize is None:
             notes.setdefault("lost", {})[module] = str(error)
             return {}
         new = _rounded(leaf, targets[module], codec)
-        tensors = codec.encode(module, new)
+        tensors = codec.encode(module, new, *online)
         row = {"shape": row["shape"], "requantized_from": str(leaf.spec), "requantization_error": weight_error(new, leaf)}
         certificate = certify(new, leaf)
     row |= {"spec": str(new.spec), "bits_per_weight": stored_bits(new, new.scales.dtype)}

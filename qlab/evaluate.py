@@ -63,7 +63,7 @@ def read(model: Checkpoint, data: Tokens, dtype: torch.dtype = torch.float32, de
     """Run the model on all windows, one block in memory at a time; the head stays loaded for what follows."""
     skeleton = Skeleton(model, dtype, device)
     skeleton.load_outside(with_head=True)
-    windows = in_batches(data.ids)
+    windows = in_batches(data)
     states, calls = record(skeleton, windows)
     trail = []
     console = Console(stderr=True)

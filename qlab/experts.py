@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ def route(chosen_nt: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """(pairs, tokens, ends): numbers [s] of the pairs in chosen_nt.flatten() by expert, their tokens [s], and ends [e]."""
     chosen = chosen_nt.flatten()
     pairs = chosen.argsort(stable=True)
-    return pairs, pairs // chosen_nt.shape[1], chosen.bincount(minlength=experts).cumsum(0)
+    counts = chosen.new_zeros(experts).scatter_add_(0, chosen, torch.ones_like(chosen))  # bincount would make a GPU's host wait
+    return pairs, pairs // chosen_nt.shape[1], counts.cumsum(0)
 
 
 @torch.library.custom_op("qlab::route_everywhere", mutates_args=())
@@ -92,17 +93,23 @@ EXPERT_OPS: Mapping[Any, str] = {
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The forward of a module of fused experts, as transformers' experts interface calls it: [n, k] -> [n, k]."""
+    """The forward of a module of fused experts, as transformers' experts interface calls it: [n, k] -> [n, k].
+
+    A weight may be a module that stands in for one, called with (x [s, k], bias [e, o] or None, ends).
+    """
 
     def product(name: str, x_sk: Tensor) -> Tensor:
+        weight, bias = getattr(self, name), getattr(self, f"{name}_bias") if self.has_bias else None
+        if isinstance(weight, nn.Module):
+            return weight(x_sk, bias, ends)
         op = torch.ops.qlab.experts_matmul if self.is_transposed else torch.ops.qlab.experts_linear
-        return op(x_sk, getattr(self, name), getattr(self, f"{name}_bias") if self.has_bias else None, ends)
+        return op(x_sk, weight, bias, ends)
 
     pairs, tokens, ends = torch.ops.qlab.route(top_k_index, len(self.down_proj))
     x_sk = hidden_states[tokens]
     x_sk = self._apply_gate(product("gate_up_proj", x_sk)) if self.has_gate else self.act_fn(product("up_proj", x_sk))
     y_sk = product("down_proj", x_sk)
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):  # which transformers 5.17 does not know
         y_sk = self.post_expert_norm(y_sk)
     y_sk = y_sk * top_k_weights.reshape(-1)[pairs].unsqueeze(-1)
     y_ntk = y_sk[pairs.argsort()].unflatten(0, tuple(top_k_index.shape))

@@ -13,7 +13,7 @@ from qlab.experts import EXPERT_OPS
 from qlab.qtensor import Leaf, Params
 
 aten = torch.ops.aten
-Op = Callable[..., Tensor]  # x -> x; of experts' rows also (x, ends) -> x
+Op = Callable[..., Tensor]  # x -> x; one that is `per_expert` is called with the ends of experts' rows too
 
 # Operations that hand on the same numbers, channel for channel: a site's input is looked up behind them.
 SAME_VALUES = frozenset({
@@ -54,7 +54,8 @@ class Site:
     path: the module's path inside the segment. source: the graph node that feeds it; sites with one source share
     their statistics. layout: axes of the stored weight, "o k" (linear), "k o" (addmm), "e o k" and "e k o" (fused experts).
     rows: the parts of a fused weight. Of fused experts, gathered_from: the node whose rows its input holds in the order
-    of experts, if it is not made by experts itself; route: the node that says which rows belong to whom. router: it decides
+    of experts, if it is not made by experts itself; route: the node that says which rows belong to whom,
+    choices: to how many experts a token goes. router: it decides
     that, and is never rounded itself (it is small, and every engine reads it as it is).
     """
 
@@ -67,6 +68,7 @@ class Site:
     rows: tuple[Part, ...] = ()
     gathered_from: str | None = None
     route: str | None = None
+    choices: int = 1
     router: bool = False
 
     @property
@@ -126,6 +128,13 @@ class ModuleGraph:
             raise QlabError(f"{self.where(site)} is quantized already; give each site one rounding method")
         W = leaf.float() if expert is None else leaf[expert].float()
         return W.mT if site.layout.endswith("k o") else W
+
+
+def lone_weight(path: str, W_ok: Tensor) -> ModuleGraph:
+    """A weight [o, k] by itself as a segment of one site, for stages that need no data."""
+    site = Site(path, "weight", None, path, "", "o k")
+    code = Code(fx.Graph(), {}, {}, (), pytree.tree_structure(None), (site,))
+    return ModuleGraph(code, {"weight": W_ok}, dtype=W_ok.dtype)
 
 
 def by_source(sites: Iterable[Site]) -> dict[str, tuple[Site, ...]]:

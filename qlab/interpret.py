@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from qlab.errors import QlabError
 from qlab.experts import EXPERT_OPS, Rows, each_expert
-from qlab.graph import SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, Site, by_source, tensors_of
+from qlab.graph import SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, Op, Site, by_source, tensors_of
 from qlab.qtensor import QTensor, dense
 
 
@@ -56,7 +56,7 @@ class _Interpreter(fx.Interpreter):
     def _each_expert(self, layout: str, x_sk: Tensor, weight: "_Weight", bias_eo: Tensor | None, ends: Tensor) -> Tensor:
         stacked = self.mg.params[weight.path]
         for op in self.mg.online.get(self.by_weight[weight.path].path, ()):
-            x_sk = op(x_sk, ends)
+            x_sk = _run_op(op, x_sk, ends)
 
         def product(e: int, x_nk: Tensor) -> Tensor:  # one expert is dense at a time
             leaf = pytree.tree_map_only(Tensor, lambda t: t[e], stacked)
@@ -114,8 +114,12 @@ def _arriving(graph: ModuleGraph, source: str, env: Mapping[str, Any]) -> Rows:
     site, x = _first(graph, source), env[source]
     _, tokens, ends = env[site.route] if site.route else (None, None, None)
     for op in graph.online.get(site.path, ()):
-        x = op(x) if ends is None else op(x, ends)
+        x = _run_op(op, x, ends)
     return Rows(x, tokens, ends)
+
+
+def _run_op(op: Op, x: Tensor, ends: Tensor | None) -> Tensor:
+    return op(x, ends) if getattr(op, "per_expert", False) else op(x)
 
 
 @lru_cache(maxsize=32)

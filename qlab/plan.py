@@ -9,15 +9,15 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from qlab.calibration import Tokens
+from qlab.calibration import Data
 from qlab.checkpoint import Checkpoint
 from qlab.codecs import CODECS
 from qlab.errors import QlabError
-from qlab.graph import Code, Site, by_source
+from qlab.graph import Code, Site, by_origin, by_source
 from qlab.report import bits_per_weight, describe
 from qlab.skeleton import Skeleton
-from qlab.spec import Spec, with_scale_dtype
-from qlab.sweep import BATCH_TOKENS, HELD, Inputs, in_batches, in_order
+from qlab.spec import Float, Spec, with_scale_dtype
+from qlab.sweep import BATCH_TOKENS, HELD, Inputs, in_batches, in_order, record
 from qlab.targets import refusal, uniformity
 from qlab.transform import Stage, Transform
 
@@ -29,7 +29,7 @@ SQUARES = {"gptq": 8, "awq_scale": 4}
 
 @dataclass(frozen=True)
 class Plan:
-    """stages: the recipe in words. sites: name -> spec, shape and bits per weight. passes: forward passes over the
+    """stages: the recipe in words. sites: name -> spec, shape, bits per weight and number of experts. passes: forward passes over the
     calibration data. statistics: what is observed. memory: predicted bytes by what holds them."""
 
     stages: Sequence[Mapping[str, str]]
@@ -78,8 +78,8 @@ class Plan:
 
 @torch.no_grad()
 def plan(
-    model: Checkpoint, recipe: Transform, data: Tokens | None = None, *, inputs: Inputs = "quantized",
-    skeleton: Skeleton | None = None, codec: str = CODEC, target: str | None = None,
+    model: Checkpoint, recipe: Transform, data: Data | None = None, *, inputs: Inputs = "quantized",
+    calibrate_all_experts: bool = False, skeleton: Skeleton | None = None, codec: str = CODEC, target: str | None = None,
 ) -> Plan:  # fmt: skip
     """Stages, passes, statistics, predicted peak memory, bits per weight and what stays unquantized.
 
@@ -89,7 +89,7 @@ def plan(
     """
     if codec not in CODECS:
         raise QlabError(f"the codec {codec!r} is unknown; qlab writes {', '.join(CODECS)}")
-    if model.quantized:
+    if any(not isinstance(spec, Float) for spec in model.quantized.values()):
         raise QlabError(f"{model.path} is quantized already; start from the unquantized model")
     if all(stage.spec is None for stage in recipe):
         raise QlabError("the recipe rounds no weight, so there is nothing to write; add a method such as rtn(spec)")
@@ -105,34 +105,35 @@ def plan(
     shapes = {name: _shape(skeleton, *at) for name, at in named.items()}
     for stage in recipe:
         _check_scope(stage, named, codes)
-    _check_specs(specs, shapes, named, model.dtype, codec, target)
+    _check_specs(specs, shapes, named, skeleton, codec, target)
     rows = {n: {"spec": str(s) if s else None, "shape": list(shapes[n]), "bits_per_weight":
                 s.bits_per_weight(shapes[n], model.dtype) if s else 8.0 * model.dtype.itemsize} for n, s in specs.items()}  # fmt: skip
+    for name, (_, site) in named.items():
+        rows[name] |= {"experts": shapes[name][0]} if site.route else {}
     outside = [n for n in skeleton.linears() if n not in named]
-    tokens = data.ids.numel() if data is not None and needs else 0
+    tokens = data.count if data is not None and needs else 0
     return Plan(
         describe(recipe),
         rows,
         [*outside, *(n for n, s in specs.items() if s is None)],
-        (1 if in_order(recipe, inputs) else 2) if needs else 0,
+        (1 if in_order(recipe, inputs, calibrate_all_experts) else 2) if needs else 0,
         tokens,
         needs,
-        predict_memory(skeleton, codes, shapes, data if needs else None, recipe, inputs),
+        predict_memory(skeleton, codes, shapes, data if needs else None, recipe, inputs, calibrate_all_experts),
     )
 
 
-def _check_positions(model: Checkpoint, data: Tokens) -> None:
+def _check_positions(model: Checkpoint, data: Data) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and data.ids.shape[1] > positions:
-        raise QlabError(f"windows of {data.ids.shape[1]} tokens are longer than the {positions} positions of {model.path}; "
+    if positions and data.longest > positions:
+        raise QlabError(f"windows of {data.longest} tokens are longer than the {positions} positions of {model.path}; "
                         "choose a shorter length")
 
 
-def trace_all(skeleton: Skeleton, data: Tokens | None) -> dict[str, Code]:
+def trace_all(skeleton: Skeleton, data: Data | None) -> dict[str, Code]:
     """Every block's program, traced on inputs of the form that calibration will have."""
-    ids = in_batches(data.ids)[0] if data is not None else torch.zeros(2, 8, dtype=torch.long)
     skeleton.load_outside(with_head=False)
-    hidden, calls = skeleton.record(ids)
+    (hidden,), (calls,) = record(skeleton, in_batches(data)[:1])
     skeleton.drop_outside()
     return {path: skeleton.code(path, call, hidden) for path, call in calls.items()}
 
@@ -149,7 +150,7 @@ def _specs(recipe: Transform, named: Mapping[str, tuple[str, Site]]) -> dict[str
         if stage.spec is None:
             continue
         for name in named:
-            if name in stage.scope:
+            if stage.touches(name, named[name][1]):
                 if specs[name] is not None:
                     raise QlabError(f"{name} is rounded by two stages, to {specs[name]} and to {stage.spec}; give each site one")
                 specs[name] = stage.spec
@@ -157,16 +158,19 @@ def _specs(recipe: Transform, named: Mapping[str, tuple[str, Site]]) -> dict[str
 
 
 def _check_scope(stage: Stage, named: Mapping[str, tuple[str, Site]], codes: Mapping[str, Code]) -> None:
-    chosen = {name for name in named if name in stage.scope}
+    chosen = {name for name, (_, site) in named.items() if stage.touches(name, site)}
     if stage.uncovered:
         if chosen:
             raise QlabError(f"no rule covers {_some(sorted(chosen))}; add a pattern, with keep() to leave them as they are")
         return
+    if not chosen and (routers := [name for name, (_, site) in named.items() if name in stage.scope and site.router]):
+        raise QlabError(f"the stage {stage.name!r} is for {_some(routers)} only, which choose experts; routers stay as they are, as "
+                        "every engine reads them: leave the rule out")
     if not chosen:
         raise QlabError(f"the stage {stage.name!r} matches no site ({stage.scope}); sites are named like {next(iter(named))}")
     if stage.reparametrizes:
         for path, code in codes.items():
-            for group in by_source(code.sites).values():
+            for group in by_origin(code.sites).values():
                 names = [f"{path}.{s.path}" for s in group]
                 inside = [n for n in names if n in chosen]
                 if inside and len(inside) < len(names):
@@ -176,26 +180,37 @@ def _check_scope(stage: Stage, named: Mapping[str, tuple[str, Site]], codes: Map
 
 
 def _check_specs(specs: Mapping[str, Spec | None], shapes: Mapping[str, torch.Size], named: Mapping[str, tuple[str, Site]],
-                 dtype: torch.dtype, codec: str, target: str | None) -> None:  # fmt: skip
+                 skeleton: Skeleton, codec: str, target: str | None) -> None:  # fmt: skip
     failed: dict[str, list[str]] = {}
     rounded = {name: spec for name, spec in specs.items() if spec}
     for name, spec in rounded.items():
-        layout, k = named[name][1].layout, shapes[name][-1]
+        k = shapes[name][-1]
         try:
             spec.tile.sizes(shapes[name])
         except QlabError as error:
             failed.setdefault(str(error), []).append(name)
-        if layout != "o k":
+        site = named[name][1]
+        if site.route and not skeleton.expert_pieces(name):
+            failed.setdefault("quantized experts are written one by one, and transformers knows no names for them in this "
+                              "architecture; keep() them", []).append(name)  # fmt: skip
+            continue
+        if site.route and spec.tile.rows is None:
+            failed.setdefault("fused experts have a scale per group, channel or block; one per tensor would join projections that "
+                              "the files hold apart", []).append(name)  # fmt: skip
+            continue
+        if site.layout not in ("o k", "e o k"):
             reason = f"{codec} holds nn.Linear weights, and its readers skip other modules without a word"
             failed.setdefault(reason, []).append(name)
             continue
-        refused = CODECS[codec].refusal(with_scale_dtype(spec, dtype))
+        held = CODECS[codec]
+        refused = held.refusal(with_scale_dtype(spec, skeleton.checkpoint.dtype)) or held.misfit(spec, shapes[name])
         if target and not refused:
-            refused = refusal(target, codec, spec, layout.startswith("e"), k)
+            refused = refusal(target, codec, spec, site.route is not None, k)
         if refused:
             failed.setdefault(refused, []).append(name)
     for reason, names in failed.items():
         raise QlabError(f"{_some(names)}: {reason}")
+    CODECS[codec].config(specs)  # refuses what no config of the format can say of all of them
     if target and (several := uniformity(target, rounded)):
         raise QlabError(f"{several}; give all sites one")
 
@@ -205,47 +220,48 @@ def _some(names: Sequence[str]) -> str:
 
 
 def predict_memory(skeleton: Skeleton, codes: Mapping[str, Code], shapes: Mapping[str, torch.Size],
-                   data: Tokens | None, recipe: Transform, inputs: Inputs) -> dict[str, int]:  # fmt: skip
+                   data: Data | None, recipe: Transform, inputs: Inputs, everywhere: bool) -> dict[str, int]:  # fmt: skip
     """Bytes at the widest moment of the run, by what holds them: entering the first block, copying what surrounds the
     blocks, or observing, solving and leaving the widest block."""
     process = {"process": psutil.Process().memory_info().rss}
     checkpoint, size = skeleton.checkpoint, skeleton.dtype.itemsize
     embedding = skeleton.model.get_input_embeddings().get_parameter("weight")
-    inside = {name for path in skeleton.blocks for name in skeleton.block_names(path).values()}
-    outside = [shape.numel() * dtype.itemsize for shape, dtype in
-               (checkpoint.shape_and_dtype(name) for name in checkpoint.files if name not in inside)]  # fmt: skip
+    outside = [shape.numel() * dtype.itemsize for shape, dtype in map(checkpoint.shape_and_dtype, skeleton.outside_names())]
     moments = [process | {"embeddings and head": sum(outside)}]
     if data is not None:
         moments.append(process | {"embeddings": embedding.numel() * size,
-                                  "carry": size * data.ids.numel() * embedding.shape[-1]})  # fmt: skip
+                                  "carry": size * data.count * embedding.shape[-1]})  # fmt: skip
     for path, code in codes.items():
         weights = [shapes[f"{path}.{site.path}"] for site in code.sites]
         block = sum(p.numel() for p in skeleton.blocks[path].parameters()) * size
-        moments += [process | {"block": block} | held for held in _block_moments(code, weights, size, data, recipe, inputs)]
+        moments += [process | {"block": block} | held for held in _block_moments(code, weights, size, data, recipe, inputs, everywhere)]
     return max(moments, key=lambda held: sum(held.values()))
 
 
-def _block_moments(code: Code, weights: Sequence[torch.Size], size: int, data: Tokens | None,
-                   recipe: Transform, inputs: Inputs) -> Iterator[dict[str, int]]:  # fmt: skip
+def _block_moments(code: Code, weights: Sequence[torch.Size], size: int, data: Data | None,
+                   recipe: Transform, inputs: Inputs, everywhere: bool) -> Iterator[dict[str, int]]:  # fmt: skip
     """What is held beside the process and the block's own leaves, at the widest moments of the block."""
-    statistics, square, waiting = 0, 0, 0
+    statistics, square, waiting, ordered = 0, 0, 0, in_order(recipe, inputs, everywhere)
+    matrices = [torch.Size(shape[-2:]).numel() for shape in weights]  # experts are solved one after the other
     if data is not None:
-        ks = [weights[code.sites.index(sites[0])][-1] for sites in by_source(code.sites).values()]
-        hidden, widest = weights[0][-1], max(max(shape) for shape in weights)
-        tokens = min(BATCH_TOKENS, data.ids.numel())
+        firsts = [code.sites.index(sites[0]) for sites in by_source(code.sites).values()]
+        states = [4 * weights[i][-1] ** 2 * (weights[i][0] if code.sites[i].route else 1) for i in firsts]
+        ks = [weights[i][-1] for i in firsts]
+        copies = [(weights[i][0] if everywhere else s.choices) if s.route else 1 for i, s in enumerate(code.sites)]  # of a token
+        hidden, widest = weights[0][-1], max(max(shape[-2:]) * rows for shape, rows in zip(weights, copies))
+        tokens = min(BATCH_TOKENS, data.count)
         # an attention holds some seven tensors of the hidden size, a feed-forward layer three of the widest
         activations = tokens * (size * (2 * hidden + max(5 * hidden, 3 * widest)) + (4 * max(ks) if size < 4 else 0))
         if any("second_moment" in stage.needs for stage in recipe):
             square = 4 * max(ks) ** 2
-            statistics = square if in_order(recipe, inputs) else sum(4 * k * k for k in ks)
-        if in_order(recipe, inputs):  # the hidden states and the input of the widest source, of every batch
-            waiting = min(HELD, data.ids.numel() * size * (hidden + max(ks)))
-        yield {"statistics": statistics + 2 * square, "activations": activations, "waiting": waiting}  # one lifted, one combined
-        yield {"codes": sum(map(torch.Size.numel, weights)), "waiting": waiting,
-               "activations": activations + 2 * 4 * max(map(torch.Size.numel, weights))}  # fmt: skip
+            statistics = (max(states) if ordered else sum(states)) + 2 * (max(states) - square)  # one lifted, one combined
+        if ordered:  # the hidden states and the input of the widest source, of every batch
+            waiting = min(HELD, data.count * size * (hidden + max(weights[i][-1] * copies[i] for i in firsts)))
+        yield {"statistics": statistics + 2 * square, "activations": activations, "waiting": waiting}
+        yield {"codes": sum(map(torch.Size.numel, weights)), "waiting": waiting, "activations": activations + 2 * 4 * max(matrices)}
     moved = 0
     for stage in recipe:
         moved += 4 * sum(map(torch.Size.numel, weights)) if stage.reparametrizes else 0
         rounded = 0 if stage.spec is None else sum(map(torch.Size.numel, weights))
-        solver = (4 if size == 4 else 5) * 4 * max(map(torch.Size.numel, weights)) + SQUARES.get(stage.name, 1) * square
+        solver = (4 if size == 4 else 5) * 4 * max(matrices) + SQUARES.get(stage.name, 1) * square
         yield {"moved weights": moved, "codes": rounded, "statistics": statistics, "waiting": waiting, "solver": solver}

@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from qlab.calibration import Tokens
+from qlab.calibration import Data
 from qlab.certificate import certify, hash_of
 from qlab.checkpoint import Checkpoint
 from qlab.codecs import CODECS, Codec
 from qlab.errors import QlabError
 from qlab.graph import ModuleGraph, Op
+from qlab.names import Piece
 from qlab.plan import CODEC, Plan, plan
 from qlab.qtensor import Leaf, QTensor
 from qlab.recording import Call
@@ -48,6 +49,12 @@ class Result:
         return bits_per_weight(self.sites)
 
     @property
+    def experts_with_few_tokens(self) -> Mapping[str, Sequence[int]]:
+        """Site -> its experts that saw fewer tokens than they have input channels, so that their second moment is singular;
+        one that saw none is rounded to nearest on the method's grid, every direction weighing the same."""
+        return {name: few for name, row in self.sites.items() if (few := row.get("experts_with_few_tokens"))}
+
+    @property
     def bytes(self) -> int:
         """Of all safetensors files."""
         return sum(f.stat().st_size for f in self.path.glob("*.safetensors"))
@@ -61,7 +68,7 @@ class Result:
 def quantize(
     model: Checkpoint,
     recipe: Transform,
-    data: Tokens | None,
+    data: Data | None,
     out: str | Path,
     *,
     inputs: Inputs = "quantized",
@@ -70,21 +77,24 @@ def quantize(
     memory: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    calibrate_all_experts: bool = False,
     codec: str = CODEC,
     target: str | None = None,
 ) -> Result:
     """Apply a recipe to every block of the model and write a directory in the format that `codec` names.
 
-    data: calibration tokens; None only for recipes that need no statistics. inputs: whether a site is calibrated on what
-    the quantized sites before it produce (errors propagate; where a stage moves inputs, on the quantized blocks before
-    its own) or on the reference model's activations.
+    data: calibration tokens, or samples of images and text; None only for recipes that need no statistics.
+    inputs: whether a site is calibrated on what the quantized sites before it produce (errors propagate; where a stage moves
+    inputs, on the quantized blocks before its own) or on the reference model's activations.
     dtype: of the activations while calibrating (default: the checkpoint's own); statistics and solvers use fp32.
     memory: refuse to start when the predicted peak, in bytes, is above this. target: an engine of qlab.targets, whose limits
     are checked before anything runs. The same call gives the same bytes, also
     when a killed run is continued with resume=True.
+    calibrate_all_experts: statistics of experts are of all tokens, not of those that are routed to each; nothing else changes.
     """
     results = compare(model, {"": recipe}, data, out, inputs=inputs, dtype=dtype, device=device, memory=memory,
-                      overwrite=overwrite, resume=resume, codec=codec, target=target)  # fmt: skip
+                      overwrite=overwrite, resume=resume, calibrate_all_experts=calibrate_all_experts, codec=codec,
+                      target=target)  # fmt: skip
     return results[""]
 
 
@@ -92,7 +102,7 @@ def quantize(
 def compare(
     model: Checkpoint,
     recipes: Mapping[str, Transform],
-    data: Tokens | None,
+    data: Data | None,
     out: str | Path,
     *,
     inputs: Inputs = "reference",
@@ -101,6 +111,7 @@ def compare(
     memory: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    calibrate_all_experts: bool = False,
     codec: str = CODEC,
     target: str | None = None,
 ) -> dict[str, Result]:
@@ -116,18 +127,19 @@ def compare(
     started = time.perf_counter()
     with PeakMemory() as peak:
         skeleton = Skeleton(model, dtype or model.dtype, device)
-        plans = {name: plan(model, recipe, data, inputs=inputs, skeleton=skeleton, codec=codec, target=target)
-                 for name, recipe in recipes.items()}  # fmt: skip
+        plans = {name: plan(model, recipe, data, inputs=inputs, calibrate_all_experts=calibrate_all_experts, skeleton=skeleton,
+                            codec=codec, target=target) for name, recipe in recipes.items()}  # fmt: skip
         jobs = []
         for name, recipe in recipes.items():
             plans[name].check(memory)
             used = data if plans[name].statistics else None
             job = {"source": model.fingerprint(), "recipe": describe(recipe), "data": used and used.describe(), "inputs": inputs,
-                   "dtype": str(skeleton.dtype), "device": skeleton.device.type, "codec": codec, "versions": versions()}
+                   "calibrate_all_experts": calibrate_all_experts, "dtype": str(skeleton.dtype), "device": skeleton.device.type,
+                   "codec": codec, "versions": versions()}  # fmt: skip
             jobs.append(_Job(recipe, CODECS[codec], Writer(Path(out) / name, job, len(skeleton.blocks) + 1, overwrite, resume), job))
         if unfinished := [job for job in jobs if not job.writer.finished]:
             needed = data if any(p.statistics for p in plans.values()) else None
-            _scan(skeleton, unfinished, needed, inputs)
+            _scan(skeleton, unfinished, needed, inputs, calibrate_all_experts)
     seconds = time.perf_counter() - started
     return {
         name: Result(job.writer.out, _sites(job.writer.out), plans[name], inputs, seconds, peak.bytes)
@@ -147,10 +159,10 @@ def _sites(path: Path) -> dict[str, Any]:
     return json.loads((path / "qlab.json").read_text())["sites"]
 
 
-def _scan(skeleton: Skeleton, jobs: list[_Job], data: Tokens | None, inputs: Inputs) -> None:
+def _scan(skeleton: Skeleton, jobs: list[_Job], data: Data | None, inputs: Inputs, everywhere: bool) -> None:
     """All blocks, in order, from the first one that some job lacks."""
     keeper, paths = jobs[0].writer, list(skeleton.blocks)
-    windows = in_batches(data.ids if data is not None else torch.zeros(2, 8, dtype=torch.long))
+    windows = in_batches(data)
     done = min(job.writer.blocks_done(len(paths), keeper.carry_path if data is not None else None) for job in jobs)
     skeleton.load_outside(with_head=False)
     entering, calls = record(skeleton, windows)
@@ -165,21 +177,26 @@ def _scan(skeleton: Skeleton, jobs: list[_Job], data: Tokens | None, inputs: Inp
     console = Console(stderr=True)
     for i, path in track(list(enumerate(paths))[done:], "quantizing blocks", console=console, disable=not console.is_terminal):
         before, after = carries[i if data is not None else 0], carries[i + 1 : i + 2] if data is not None else []
-        _block(skeleton, jobs, i, partial(_batches, calls, path, before, skeleton.device), inputs, after)
+        _block(skeleton, jobs, i, partial(_batches, calls, path, before, skeleton.device), inputs, everywhere, after)
         if after:
             before.path.unlink(missing_ok=True)
     for job in jobs:
         _finish(skeleton, job)
 
 
-def _block(skeleton: Skeleton, jobs: Sequence[_Job], index: int, batches: Batches, inputs: Inputs, after: Sequence[Carry]) -> None:
+def _block(skeleton: Skeleton, jobs: Sequence[_Job], index: int, batches: Batches, inputs: Inputs, everywhere: bool,
+           after: Sequence[Carry]) -> None:  # fmt: skip
     """One block, solved and written for every job, and what leaves it written to `after`. Nothing of it outlives the call."""
-    graph = solved = skeleton.graph(list(skeleton.blocks)[index], *next(batches()))
-    watch = _watcher(graph, batches) if len(jobs) > 1 else lambda now, wanted: observe(now, wanted, batches())
+    graph = solved = skeleton.graph(list(skeleton.blocks)[index], *next(batches()), decoded=True)
+
+    def look(now: ModuleGraph, wanted: set[tuple[str, str]]) -> Stats:
+        return observe(now, wanted, batches(), everywhere)
+
+    watch = _watcher(graph, look) if len(jobs) > 1 else look
     leaving = None
     for job in jobs:
         solved = graph  # lets go of the job before
-        if in_order(job.recipe, inputs):
+        if in_order(job.recipe, inputs, everywhere):
             solved, leaving = solve_in_order(graph, job.recipe, batches)
         else:
             solved, _ = solve(graph, job.recipe, watch)
@@ -196,36 +213,43 @@ def _batches(calls: Sequence[Mapping[str, Call]], path: str, states: Carry, devi
     return ((call[path], hidden.to(device)) for call, hidden in zip(calls, states.read()))
 
 
-def _watcher(graph: ModuleGraph, batches: Batches) -> Callable[[ModuleGraph, set], Stats]:
-    """observe() that remembers what it saw of `graph` itself, so that several recipes share it."""
+def _watcher(graph: ModuleGraph, look: Callable[[ModuleGraph, set], Stats]) -> Callable[[ModuleGraph, set], Stats]:
+    """look() that remembers what it saw of `graph` itself, so that several recipes share it."""
     seen: dict[tuple[str, str], Any] = {}
 
     def watch(now: ModuleGraph, wanted: set[tuple[str, str]]) -> Stats:
         if now.params is not graph.params:
-            return observe(now, wanted, batches())
+            return look(now, wanted)
         if missing := wanted - seen.keys():
-            seen.update(observe(graph, missing, batches()))
+            seen.update(look(graph, missing))
         return {key: seen[key] for key in wanted}
 
     return watch
 
 
 def as_stored(skeleton: Skeleton, graph: ModuleGraph) -> dict[str, Leaf]:
-    """A block's leaves by their names in the files, each unquantized one in its own stored dtype."""
-    names, stored = skeleton.block_names(graph.path), skeleton.checkpoint.shape_and_dtype
-    leaves = {file_name: graph.params[name] for name, file_name in names.items()}
-    return {name: leaf if isinstance(leaf, QTensor) else leaf.to(stored(name)[1]) for name, leaf in leaves.items()}
+    """A block's leaves by their names in the files, each unquantized one in its own stored dtype; experts one by one."""
+    parts = {piece: piece.of(graph.params[name]) for name in graph.params for piece in _pieces(skeleton, graph, name)}
+    return {piece.name: part if isinstance(part, QTensor) else part.to(skeleton.stored_dtype(piece)) for piece, part in parts.items()}
+
+
+def _pieces(skeleton: Skeleton, graph: ModuleGraph, name: str) -> Sequence[Piece]:
+    """The tensors as which a leaf is written: as it was stored, but quantized experts by the names that engines expect."""
+    leaf, path = graph.params[name], f"{graph.path}.{name}"
+    if isinstance(leaf, QTensor) and len(leaf.shape) == 3:
+        return skeleton.expert_pieces(path)
+    return skeleton.block_names(graph.path).get(name, ())  # a buffer has none
 
 
 def online_at(skeleton: Skeleton, graph: ModuleGraph, codec: Codec) -> dict[str, tuple[Op, ...]]:
     """What still happens to inputs at run time, by the leaves' names in the files; refused where the format has no place for it."""
-    names, online = skeleton.block_names(graph.path), {}
+    online: dict[str, tuple[Op, ...]] = {}
     for site in graph.code.sites:
         if ops := graph.online.get(site.path, ()):
             leaf = graph.params[site.weight or ""]
             if reason := codec.refusal(leaf.spec, ops) if isinstance(leaf, QTensor) else "its weight is not quantized":
                 raise QlabError(f"{graph.where(site)} still needs an operation at run time: {reason}")
-            online[names[site.weight or ""]] = ops
+            online |= {piece.name: ops for piece in _pieces(skeleton, graph, site.weight or "")}
     return online
 
 
@@ -256,12 +280,12 @@ def _finish(skeleton: Skeleton, job: _Job) -> None:
     model, notes = skeleton.checkpoint, job.writer.notes()
     specs: dict[str, Spec | None] = {}
     inputs: dict[str, InputSpec | None] = {}
-    for name in skeleton.linears():
+    for name in [*skeleton.linears(), *notes["sites"]]:
         row = notes["sites"].get(name)
         spec = parse_spec(row["spec"]) if row and row["spec"] else None
         rounded = parse_input_spec(row["inputs"]) if row and row.get("inputs") else None
-        specs |= {name: spec, skeleton.module_name(name): spec}  # readers match the one or the other
-        inputs |= {name: rounded, skeleton.module_name(name): rounded}
+        for module in skeleton.modules(name):  # readers match the one or the other
+            specs[module], inputs[module] = spec, rounded
     rounding = [inputs] if any(inputs.values()) else []
     config = {**model.raw, "quantization_config": job.codec.config(specs, *rounding)}
     record = {"job": job.identity, **notes, "bits_per_weight": bits_per_weight(notes["sites"])}

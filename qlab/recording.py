@@ -18,11 +18,12 @@ class Call:
 
     def inputs(self, hidden: Tensor) -> tuple[tuple, dict[str, Any]]:
         """The block's arguments around these hidden states."""
-        leaves = [hidden if i == self.hidden else _to(leaf, hidden) for i, leaf in enumerate(self.leaves)]
+        leaves = [hidden if i == self.hidden else to_like(leaf, hidden) for i, leaf in enumerate(self.leaves)]
         return pytree.tree_unflatten(leaves, self.spec)
 
 
-def _to(leaf: Any, like: Tensor) -> Any:
+def to_like(leaf: Any, like: Tensor) -> Any:
+    """A tensor on the device of another and, if it is floating point, in its dtype; anything else as it is."""
     if not isinstance(leaf, Tensor):
         return leaf
     return leaf.to(like.device, like.dtype) if leaf.is_floating_point() else leaf.to(like.device)

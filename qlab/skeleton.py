@@ -7,24 +7,23 @@ replaced by recorders; the head is run the same way, with the last block replayi
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qlab.checkpoint import Checkpoint
 from qlab.errors import QlabError
 from qlab.experts import experts_forward
-from qlab.graph import Code, ModuleGraph, tensors_of
+from qlab.graph import Code, ModuleGraph, Op, tensors_of
+from qlab.names import Piece, assemble, pieces_of_experts, spellings
 from qlab.qtensor import Leaf, dense
-from qlab.recording import Call, Output, Recorded, Recorder, Replaced
+from qlab.recording import Call, Output, Recorded, Recorder, Replaced, to_like
 from qlab.trace import trace
 
 EXPERTS = "qlab"  # the name under which transformers finds the forward of fused experts that traces on every device
@@ -38,44 +37,78 @@ class Skeleton:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         self.model = _on_paper(checkpoint, dtype)
         self.prefix, self.blocks = _find_blocks(self.model)
-        self._spelled = self._spellings()
+        # a quantized weight also goes by the name it would have unquantized
+        self._stored = {*checkpoint.files, *(f"{module}.weight" for module in checkpoint.quantized)}
+        self._spelled = spellings(self.model, self._stored)
+        self._parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        self._pieces: dict[str, tuple[Piece, ...]] = {}
         self._codes: dict[Any, Code] = {}
         self._traced_for: dict[Any, str] = {}
         self._outputs: dict[str, Output] = {}
 
-    def block_names(self, path: str) -> dict[str, str]:
-        """Leaf name inside the block -> its name in the checkpoint's files."""
-        return {name: self.file_name(f"{path}.{name}") for name, _ in self.blocks[path].named_parameters()}
+    def block_names(self, path: str) -> dict[str, tuple[Piece, ...]]:
+        """Leaf name inside the block -> the tensors that hold it in the checkpoint's files."""
+        return {name: self.pieces(f"{path}.{name}") for name, _ in self.blocks[path].named_parameters()}
 
     def file_name(self, name: str) -> str:
         """The model's name of a tensor as the files spell it."""
         return self._spelled.get(name, name)
 
-    def _spellings(self) -> dict[str, str]:
-        """The model's name of every tensor -> its name in the files, which transformers may rename when it loads them.
+    def pieces(self, name: str) -> tuple[Piece, ...]:
+        """The tensors of the files that hold a parameter: one, or one per expert and projection of fused experts."""
+        whole = (Piece(self.file_name(name)),)
+        if whole[0].name in self._stored or self.model.get_parameter(name).ndim < 3:
+            return whole
+        return self.expert_pieces(name) or whole
 
-        A quantized weight goes by the name it would have unquantized.
+    def expert_pieces(self, name: str) -> tuple[Piece, ...]:
+        """The tensors that engines expect for fused experts, as which they are written once they are quantized."""
+        if name not in self._pieces:
+            self._pieces[name] = pieces_of_experts(self.model, name, self._stored)
+        return self._pieces[name]
+
+    def stored_dtype(self, piece: Piece) -> torch.dtype:
+        """What an unquantized tensor is written in: as it was stored, or the checkpoint's own dtype where it was quantized."""
+        if piece.module in self.checkpoint.quantized:
+            return self.checkpoint.dtype
+        return self.checkpoint.shape_and_dtype(piece.name)[1]
+
+    def modules(self, site: str) -> tuple[str, ...]:
+        """What readers of the files call the module of a site: in the model's spelling and in the files', or every expert."""
+        if site in self._parameters:
+            return tuple(piece.module for piece in self.expert_pieces(site))
+        return site, self.module_name(site)
+
+    def leaf(self, name: str, decoded: bool = False) -> Leaf:
+        """The leaf of a parameter, put together from the files. decoded: dense, as if it had never been quantized."""
+        pieces = self.pieces(name)
+        parts = [self.checkpoint.leaf(piece.name, self.dtype) for piece in pieces]
+        return assemble(pieces, [dense(part, self.dtype) for part in parts] if decoded else parts)
+
+    def graph(self, path: str, call: Call, hidden: Tensor, decoded: bool = False) -> ModuleGraph:
+        """The block as a value, with its leaves loaded from the files onto the skeleton's device.
+
+        decoded: as if it had never been quantized, all leaves dense and no input rounded at run time.
         """
-        stored, known = self.checkpoint, self.model.state_dict()
-        names = {name for name in stored.files if name.rpartition(".")[0] not in stored.quantized}
-        names |= {f"{module}.weight" for module in stored.quantized}
-        renamings = [rule for rule in get_model_conversion_mapping(self.model) if isinstance(rule, WeightRenaming)]
-        prefix = self.model.base_model_prefix
-        return {rename_source_key(name, renamings, [], prefix, known)[0]: name for name in sorted(names)}
-
-    def graph(self, path: str, call: Call, hidden: Tensor) -> ModuleGraph:
-        """The block as a value, with its leaves loaded from the files onto the skeleton's device."""
         leaves: dict[str, Leaf] = {}
-        for name, file_name in self.block_names(path).items():
-            leaf = self.checkpoint.leaf(file_name, self.dtype)
+        for name, _ in self.blocks[path].named_parameters():
+            leaf = self.leaf(f"{path}.{name}", decoded)
             leaves[name] = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), leaf)
         for name, buffer in self.blocks[path].named_buffers():
             stored = self.file_name(f"{path}.{name}")
             leaves[name] = (self.checkpoint.tensor(stored) if stored in self.checkpoint.files else buffer).to(self.device)
         code = self.code(path, call, hidden)
-        ops = {site.path: self.checkpoint.online(self.module_name(f"{path}.{site.path}")) for site in code.sites}
-        online = {site: op for site, op in ops.items() if op}
+        online = {site.path: ops for site in code.sites if not decoded and (ops := self._online(f"{path}.{site.path}"))}
         return ModuleGraph(code, leaves, path, dtype=self.checkpoint.dtype, online=online)
+
+    def _online(self, site: str) -> tuple[Op, ...]:
+        """What happens to a site's input at run time. Fused experts have one input, which all of them must round alike."""
+        modules = [m for m in self.modules(site) if m in self.checkpoint.inputs]
+        specs = {self.checkpoint.inputs[m] for m in modules}
+        if site in self._parameters and (len(specs) > 1 or any(s.static for s in specs)):
+            raise QlabError(f"{site}: its experts round their inputs in ways of their own ({', '.join(map(str, specs))}); qlab reads "
+                            "experts whose inputs are rounded with one dynamic spec")
+        return self.checkpoint.online(modules[-1]) if modules else ()
 
     def code(self, path: str, call: Call, hidden: Tensor) -> Code:
         """The traced program of a block; traced once for all blocks of one structure.
@@ -112,7 +145,7 @@ class Skeleton:
                 continue
             file_name = self.file_name(name)
             if id(parameter) in head_parameters and self._tied(name):
-                file_name = self.file_name(_name_of(self.model, embedding))
+                file_name = self.file_name(f"{_path_of(self.model, embedding)}.weight")
             if file_name.rpartition(".")[0] in self.checkpoint.inputs:
                 raise QlabError(f"{name} has inputs that are rounded at run time, which qlab does inside blocks only")
             value = self.checkpoint.leaf(file_name, self.dtype)
@@ -128,12 +161,22 @@ class Skeleton:
 
     def outside(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the files that belongs to no block, as stored, one at a time."""
-        inside = {name for path in self.blocks for name in self.block_names(path).values()}
-        return ((name, self.checkpoint.tensor(name)) for name in self.checkpoint.files if name not in inside)
+        return ((name, self.checkpoint.tensor(name)) for name in self.outside_names())
+
+    def outside_names(self) -> list[str]:
+        """The names of the files' tensors that belong to no block."""
+        pieces = {p for path in self.blocks for held in self.block_names(path).values() for p in held}
+        inside, quantized = {p.name for p in pieces}, {p.module for p in pieces} & self.checkpoint.quantized.keys()
+        return [n for n in self.checkpoint.files if n not in inside and n.rpartition(".")[0] not in quantized]
 
     def linears(self) -> list[str]:
         """Names of all linear modules, in the model's spelling."""
         return [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear)]
+
+    def expert_modules(self) -> list[str]:
+        """What engines call the modules of all fused experts."""
+        fused = [name for name, p in self.model.named_parameters() if p.ndim == 3 and name.startswith(f"{self.prefix}.")]
+        return [piece.module for name in fused for piece in self.expert_pieces(name)]
 
     def module_name(self, name: str) -> str:
         """The model's name of a module as the files spell it."""
@@ -145,17 +188,26 @@ class Skeleton:
             if not parameter.is_meta:
                 _set(self.model, name, parameter.to("meta"))
 
-    def record(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Call]]:
-        """The hidden states that enter the first block, and what every block is called with beside them."""
+    def record(self, tokens: Tensor, beside: Mapping[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Call]]:
+        """The hidden states that enter the first block, and what every block is called with beside them.
+
+        beside: what else the model is called with (a mask, images). Refuses models that change hidden states between blocks.
+        """
         recorders = [Recorder(block, self._output_of(path)) for path, block in self.blocks.items()]
         recorders[-1].last = True
+        embedding = self.model.get_input_embeddings().get_parameter("weight")
         with Replaced(self.model, self.prefix, recorders), contextlib.suppress(Recorded):
-            self.model(input_ids=tokens.to(self.device), attention_mask=mask, use_cache=False)
+            others = {name: to_like(t, embedding) for name, t in (beside or {}).items()}
+            self.model(input_ids=tokens.to(self.device), use_cache=False, **others)
         calls = {path: r.seen[0] for path, r in zip(self.blocks, recorders) if r.seen is not None}
         first = recorders[0].seen
         if first is None or len(calls) < len(self.blocks):
             raise QlabError(f"{type(self.model).__name__} did not run blocks {sorted(set(self.blocks) - set(calls))}; "
                             "qlab streams models that run each block once, in order")
+        for path, recorder in zip(self.blocks, recorders):
+            if recorder.seen is not None and not _same(recorder.seen[1], first[1]):
+                raise QlabError(f"{type(self.model).__name__} changes hidden states before {path} (as where images join at several "
+                                "depths); qlab streams models whose blocks hand them on as they are")
         return first[1], calls
 
     def head(self, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -181,21 +233,40 @@ def _on_paper(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """The model with its parameters on meta."""
     try:
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, trust_remote_code=False,
-                                                    experts_implementation=EXPERTS).eval()
+            return _maker(checkpoint.config).from_config(checkpoint.config, dtype=dtype, trust_remote_code=False,
+                                                         experts_implementation=EXPERTS).eval()  # fmt: skip
     except Exception as error:  # whatever the model's own constructor raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise QlabError(f"transformers cannot build a causal language model from {checkpoint.path}/config.json ({reason}); "
-                        "qlab quantizes those only") from error
+                        "qlab quantizes those, and models of images and text around one") from error
 
 
-def _find_blocks(model: nn.Module) -> tuple[str, dict[str, nn.Module]]:
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+def _maker(config: PretrainedConfig) -> Any:
+    """The auto class that makes the architecture that the config names: of text alone, or of images and text."""
+    for maker in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        known: Any = maker._model_mapping.get(type(config), None)
+        if known is not None and known.__name__ in (config.architectures or [known.__name__]):
+            return maker
+    return AutoModelForCausalLM
+
+
+def _find_blocks(model: PreTrainedModel) -> tuple[str, dict[str, nn.Module]]:
+    """The largest list of modules in the decoder that text goes through, which other towers may feed."""
+    decoder = _path_of(model, model.get_decoder())
+    lists = {n: m for n, m in model.named_modules() if n.startswith(decoder) and isinstance(m, nn.ModuleList) and len(m)}
     outer = {n: m for n, m in lists.items() if not any(n.startswith(o + ".") for o in lists)}
     if not outer:
         raise QlabError(f"{type(model).__name__} has no list of blocks (nn.ModuleList) to stream through")
     prefix = max(outer, key=lambda n: sum(p.numel() for p in outer[n].parameters()))
     return prefix, {f"{prefix}.{i}": block for i, block in enumerate(outer[prefix])}
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and torch.equal(a, b))
+
+
+def _path_of(model: nn.Module, module: nn.Module | None) -> str:
+    return next((name for name, m in model.named_modules() if m is module), "")
 
 
 def _on_meta(block: nn.Module) -> nn.Module:
@@ -223,10 +294,6 @@ def _structure(block: nn.Module, call: Call, hidden: Tensor, index: int) -> Any:
         for name, m in block.named_modules()
     )
     return tensors, others, call.spec, modules
-
-
-def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next(f"{name}.weight" for name, m in model.named_modules() if m is module)
 
 
 def _set(model: nn.Module, name: str, value: Tensor) -> None:

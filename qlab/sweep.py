@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from qlab.calibration import Data
 from qlab.errors import QlabError
 from qlab.experts import Rows
 from qlab.graph import ModuleGraph, by_source
@@ -23,9 +24,9 @@ Inputs = Literal["quantized", "reference"]  # what a block sees while it is cali
 Batches = Callable[[], Iterator[Batch]]
 
 
-def in_batches(ids: Tensor, batch_tokens: int = BATCH_TOKENS) -> list[Tensor]:
-    """Token windows [n, l] as batches of about `batch_tokens` tokens."""
-    return list(ids.split(max(1, batch_tokens // ids.shape[1])))
+def in_batches(data: Data | None, batch_tokens: int = BATCH_TOKENS) -> list[Mapping[str, Tensor]]:
+    """What the model is called with, about `batch_tokens` tokens at a time; without data, a few tokens that show the form."""
+    return data.batches(batch_tokens) if data is not None else [{"input_ids": torch.zeros(2, 8, dtype=torch.long)}]
 
 
 def solve(graph: ModuleGraph, transform: Transform, observe: Callable[[ModuleGraph, set], Stats]) -> tuple[ModuleGraph, Stats]:
@@ -93,9 +94,10 @@ def _hidden(out: Any, hidden: Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else next(t for t in out if isinstance(t, Tensor) and t.shape == hidden.shape)
 
 
-def in_order(transform: Transform, inputs: Inputs) -> bool:
-    """Whether a recipe can be solved source after source, each on what the quantized ones before it produce."""
-    return inputs == "quantized" and all(stage.sitewise for stage in transform)
+def in_order(transform: Transform, inputs: Inputs, everywhere: bool = False) -> bool:
+    """Whether a recipe can be solved source after source, each on what the quantized ones before it produce. Sending every
+    token to every expert (`everywhere`) is no part of the model's own forward pass."""
+    return inputs == "quantized" and not everywhere and all(stage.sitewise for stage in transform)
 
 
 def solve_in_order(graph: ModuleGraph, transform: Transform, batches: Batches) -> tuple[ModuleGraph, Iterator[Tensor]]:
@@ -128,15 +130,15 @@ def _at(source: str, graph: ModuleGraph, wanted: set, walks: Sequence[Walk], bat
     return seen.stats
 
 
-def record(skeleton: Skeleton, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[dict[str, Call]]]:
-    """The hidden states that enter the first block, and every block's calls, for each batch of tokens.
+def record(skeleton: Skeleton, batches: Sequence[Mapping[str, Tensor]]) -> tuple[list[Tensor], list[dict[str, Call]]]:
+    """The hidden states that enter the first block, and every block's calls, for each batch.
 
     Calls of later batches share the tensors that equal those of the first one (rotary tables, masks).
     """
     hidden: list[Tensor] = []
     calls: list[dict[str, Call]] = []
-    for tokens in batches:
-        h, call = skeleton.record(tokens)
+    for batch in batches:
+        h, call = skeleton.record(batch["input_ids"], {name: t for name, t in batch.items() if name != "input_ids"})
         hidden.append(h)
         calls.append({path: _shared(c, calls[0][path] if calls else None) for path, c in call.items()})
     return hidden, calls

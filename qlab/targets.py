@@ -132,11 +132,11 @@ def _nearest(rows: tuple[Row | Floats, ...], spec: Spec, experts: bool, k: int |
         if experts and not row.experts:
             continue
         if isinstance(row, Floats):
-            yield from ((abs(known.bits - spec.bits) + 4 * isinstance(spec, Int), known, row.codec) for known in row.specs)
+            yield from ((abs(known.bits - spec.bits) + 100 * isinstance(spec, Int), known, row.codec) for known in row.specs)
             continue
         for tile in row.tiles:
             if k is None or tile.cols is None or k % tile.cols == 0:
                 bits = min(row.bits, key=lambda b: (abs(b - spec.bits), -b))
                 symmetric = spec.symmetric if spec.symmetric in row.symmetric else not spec.symmetric
-                far = abs(bits - spec.bits) + 2 * (symmetric != spec.symmetric) + 4 * isinstance(spec, Float)
+                far = abs(bits - spec.bits) + 2 * (symmetric != spec.symmetric) + 100 * isinstance(spec, Float)
                 yield far + abs(math.log2((tile.cols or 1024) / (spec.tile.cols or 1024))), Int(bits, tile, symmetric), row.codec

@@ -81,12 +81,13 @@ def _sites(graph: fx.Graph, params: Mapping[str, str], where: str) -> tuple[Site
             continue  # attention's own products, or a derived weight that _refuse_unknown finds
         bias = node.args[b_at] if b_at is not None and len(node.args) > b_at else None
         bias_path = params.get(bias.name) if bias is not None else None
-        x, route, gathered_from = root(node.args[x_at]), None, None
+        x, experts = root(node.args[x_at]), {}
         if node.target in EXPERT_OPS:
-            route = node.args[3].args[0].name  # ends are one of the results of a route
-            gathered_from = root(x.args[0]).name if x.target is aten.index.Tensor else None
+            route = node.args[3].args[0]  # ends are one of the results of a route
+            experts = {"route": route.name, "choices": int(route.args[0].meta["val"].shape[-1]),
+                       "gathered_from": root(x.args[0]).name if x.target is aten.index.Tensor else None}  # fmt: skip
         sites.append(Site(_module(params[leaf]), params[leaf], bias_path, x.name, node.target.name(), layout, _parts(node),
-                          gathered_from, route, _chooses_experts(node)))  # fmt: skip
+                          router=_chooses_experts(node), **experts))  # fmt: skip
         explained |= set(zip((node, *chain), chain))
         explained |= {(node, bias)}
     _refuse_unknown(graph, params, explained, where)

@@ -1,7 +1,7 @@
 """Tiny random models of every family, built from configs: hidden 64, two to four blocks, vocabulary 128."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 _DENSE = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
               num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
@@ -28,13 +28,27 @@ MIXTURES: dict[str, dict] = {
     "deepseek_v3": _MLA | dict(num_hidden_layers=3, first_k_dense_replace=1, n_routed_experts=8, num_experts_per_tok=3, n_group=2,
                                topk_group=1, n_shared_experts=1, moe_intermediate_size=32),
 }  # fmt: skip
+_ROPE = dict(rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+             bos_token_id=1, eos_token_id=2)  # fmt: skip
+_TOKENS = dict(image_token_id=127, video_token_id=126, vision_start_token_id=125, vision_end_token_id=124)
+VISION: dict[str, dict] = {  # a decoder of the dense families behind a small vision tower; token 127 stands for an image's patch
+    "llava": dict(text_config=dict(model_type="llama", **_DENSE), image_token_index=127, vision_config=dict(
+        model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        image_size=28, patch_size=14, projection_dim=32)),
+    "qwen2_vl": _TOKENS | dict(text_config=_DENSE | _ROPE, vision_config=dict(
+        depth=2, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2, patch_size=14, in_channels=3)),
+    "qwen2_5_vl": _TOKENS | dict(text_config=_DENSE | _ROPE, vision_config=dict(
+        depth=2, hidden_size=32, out_hidden_size=64, intermediate_size=64, num_heads=2, patch_size=14, fullatt_block_indexes=[1],
+        window_size=56)),
+}  # fmt: skip
 
 
 def tiny(family: str, seed: int = 0, **overrides) -> PreTrainedModel:
     """A random model of the family in fp32, with every weight (norms and biases too) moved off its initial value."""
-    config = AutoConfig.for_model(family, **((FAMILIES | MIXTURES)[family] | overrides))
+    config = AutoConfig.for_model(family, **((FAMILIES | MIXTURES | VISION)[family] | overrides))
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    maker = AutoModelForImageTextToText if family in VISION else AutoModelForCausalLM
+    model = maker.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "qlab"
 LAYERS = [
     {"errors"}, {"directory"}, {"tensors"}, {"spec"}, {"qtensor", "targets"}, {"certificate"}, {"experts"}, {"graph"}, {"trace"},
     {"interpret"}, {"stats"}, {"transform"}, {"absorb"}, {"methods"}, {"codecs"}, {"checkpoint"},
-    {"calibration", "recording", "names"}, {"skeleton"}, {"sweep"}, {"report", "timing", "writer"},
+    {"calibration", "recording", "names"}, {"images", "skeleton"}, {"sweep"}, {"report", "timing", "writer"},
     {"plan", "shardwise"}, {"quantize"}, {"linears"}, {"convert", "verify", "inspection", "model_free"},
     {"evaluate", "lower"}, {"tuning"}, {"demo"}, {"hub", "hf", "serve"}, {"__init__"}, {"cli"}, {"bench", "__main__"},
 ]  # fmt: skip
@@ -93,7 +93,8 @@ def test_methods_know_neither_devices_nor_files_nor_paths(file):
 def test_foreign_libraries_come_in_by_their_doors(file):
     doors = {
         "safetensors": set(),  # directory.py and tensors.py read and write the format themselves, one tensor at a time
-        "transformers": {"checkpoint", "calibration", "skeleton", "demo", "hf", "hub", "lower", "serve", "evaluate", "bench"},
+        "transformers": {"checkpoint", "calibration", "images", "names", "skeleton", "demo", "hf", "hub", "lower", "serve",
+                         "evaluate", "bench"},
         "accelerate": {"skeleton", "hf", "hub"},
         "compressed_tensors": {"bench"},  # tests read with it; qlab does not need it
         "gptqmodel": {"bench"},

@@ -22,8 +22,8 @@ def test_every_parameter_is_found_in_the_files(family, saved):
     model, skeleton = tiny(family), Skeleton(open_checkpoint(saved(family)), torch.float32)
     skeleton.load_outside(with_head=True)
     outside = {n: p for n, p in skeleton.model.named_parameters(remove_duplicate=False) if not p.is_meta}
-    inside = {f"{path}.{leaf}": skeleton.checkpoint.tensor(file_name)
-              for path in skeleton.blocks for leaf, file_name in skeleton.block_names(path).items()}  # fmt: skip
+    inside = {f"{path}.{leaf}": skeleton.checkpoint.tensor(piece.name)
+              for path in skeleton.blocks for leaf, (piece,) in skeleton.block_names(path).items()}  # fmt: skip
     expected = dict(model.named_parameters(remove_duplicate=False))
     assert outside.keys() | inside.keys() == expected.keys()
     assert all(torch.equal(p, expected[name]) for name, p in {**outside, **inside}.items())

@@ -88,7 +88,28 @@ def test_inspect_shows_the_sites(call, quantized, tmp_path):
     record = json.loads((tmp_path / "inspect.json").read_text())
     assert code == 0 and "14 of 14 weights quantized" in out
     assert all(site in out for site in record["sites"])
-    assert record == json.loads((quantized / "out" / "qlab.json").read_text())
+    written = json.loads((quantized / "out" / "qlab.json").read_text())
+    assert all(record[key] == written[key] for key in ("job", "certificates", "changed"))
+    assert all(row.items() <= record["sites"][site].items() for site, row in written["sites"].items())
+
+
+def test_convert_and_verify_go_by_exit_codes(call, quantized, saved, tmp_path):
+    code, out, _ = call("convert", quantized / "out", "--codec", "compressed-tensors", "--out", tmp_path / "again")
+    assert code == 0 and "14 weights with the same codes, 0 rounded anew" in out
+    code, out, _ = call("verify", tmp_path / "again", "--against", saved(), "--json", tmp_path / "v.json")
+    assert code == 0 and "14 quantized weights, 0 faults" in out and json.loads((tmp_path / "v.json").read_text())["faults"] == []
+    code, out, _ = call("verify", tmp_path / "again", "--against", saved("llama", seed=1))
+    assert code == 1 and "14 faults" not in out and "was made from another model" in out
+
+
+def test_codecs_and_targets_are_checked_before_anything_runs(call, saved, text, tmp_path):
+    job = ["quantize", saved(), *SMALL, "--method", "rtn", "--out", tmp_path / "out"]
+    assert "codec 'nothing' is unknown" in sentence(call(*job, "--codec", "nothing"))
+    assert "target 'engine' is unknown; qlab knows the limits of vllm" in sentence(call(*job, "--target", "engine"))
+    wrong = sentence(call(*job, "--target", "vllm", "--spec", "int4-g16"))
+    assert "vllm loads no int4-g16 weights" in wrong and "the nearest it loads is int4-g32" in wrong and "q_proj" in wrong
+    assert not (tmp_path / "out").exists()
+    assert call(*job, "--target", "vllm")[0] == 0
 
 
 def test_an_existing_output_is_kept_unless_told(call, quantized, saved, text, tmp_path):
@@ -124,7 +145,9 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(call, saved, text, tmp_pat
 
 def test_other_commands_refuse_in_one_sentence_too(call, saved, tmp_path):
     assert "is not a model directory" in sentence(call("plan", tmp_path / "nothing"))
-    assert "qlab.json" in sentence(call("inspect", saved()))
+    assert "is not a model directory" in sentence(call("inspect", tmp_path / "nothing"))
+    assert "is not quantized" in sentence(call("convert", saved(), "--codec", "compressed-tensors", "--out", tmp_path / "out"))
+    assert "is not quantized" in sentence(call("verify", saved(), "--against", saved()))
     assert "is not a model directory" in sentence(call("eval", saved(), "--against", tmp_path / "nothing"))
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 MiB = 1 << 20
@@ -65,3 +66,55 @@ def test_the_plan_predicts_the_peak_of_a_small_model_with_a_large_vocabulary(tmp
     seen = measure(llama(tmp_path / "model", 192, 512, 2, torch.bfloat16, 49152), "gptq")
     assert abs(seen["predicted"] / seen["peak"] - 1) < 0.25, seen
     assert any("embeddings" in what for what in seen["held"])
+
+
+LIMITED = """
+import json, resource, sys
+import psutil, torch
+from qlab.checkpoint import open_checkpoint
+from qlab.methods.rtn import rtn
+from qlab.quantize import quantize
+from qlab.spec import parse_spec
+torch.set_num_threads(1)
+before = psutil.Process().memory_info().data
+if len(sys.argv) == 1:
+    print(before)
+    sys.exit()
+path, out, limit = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_DATA, (int(limit), int(limit)))
+result = quantize(open_checkpoint(path), rtn(parse_spec("int4-g64")), None, out)
+print(json.dumps({"peak": result.peak_rss_bytes, "sites": len(result.sites)}))
+"""
+
+
+def limited(*arguments):
+    # what is freed goes back to the system at once, so that the limit is on what is held
+    command, environment = [sys.executable, "-c", LIMITED, *map(str, arguments)], {"MALLOC_MMAP_THRESHOLD_": "4194304"}
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def large_llama(path, size):
+    """A model directory of at least this many bytes, block by block: it never is in memory. Returns the number of its sites."""
+    hidden, intermediate = 1024, 4096
+    per_block = 2 * (4 * hidden * hidden + 3 * hidden * intermediate)
+    blocks = -(-size // per_block)
+    config = AutoConfig.for_model("llama", hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=1, vocab_size=256,
+                                  num_attention_heads=8, num_key_value_heads=8)  # fmt: skip
+    one = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
+    config.num_hidden_layers = blocks
+    config.save_pretrained(path)
+    for i in range(blocks):
+        own = {name.replace("layers.0.", f"layers.{i}."): tensor for name, tensor in one.items() if "layers.0." in name}
+        save_file(own, path / f"block-{i}.safetensors")
+    save_file({name: tensor for name, tensor in one.items() if "layers.0." not in name}, path / "outside.safetensors")
+    return 7 * blocks
+
+
+def test_a_model_four_times_larger_than_the_memory_is_quantized(tmp_path):
+    limit = limited() + 320 * MiB  # of which building the model on paper takes half
+    sites = large_llama(tmp_path / "model", 4 * limit)
+    size = sum(file.stat().st_size for file in (tmp_path / "model").glob("*.safetensors"))
+    done = limited(tmp_path / "model", tmp_path / "out", limit)
+    assert done["sites"] == sites and size >= 4 * limit

@@ -10,7 +10,7 @@ from qlab_kernels.device import reads_packed, setting, stored
 from qlab_kernels.layout import Packed
 from qlab_kernels.tile import codes, in_order, load_halves
 
-BK = 128  # a program's width
+BK, WARPS = 128, 8  # a program's width and its warps: with four of them, some compilers spill
 
 
 @triton.jit
@@ -59,6 +59,6 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
     with torch.cuda.device_of(y):
         dequantize_kernel[grid](
             packed.words, scales, zeros, y, packed.n, packed.k, packed.padded_k, packed.padded_n,
-            ZEROS=packed.zeros is not None, BK=BK, DTYPE=half, **constants,
+            ZEROS=packed.zeros is not None, BK=BK, DTYPE=half, num_warps=WARPS, **constants,
         )  # fmt: skip
     return y.to(dtype)

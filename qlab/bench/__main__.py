@@ -7,20 +7,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from qlab.cli import (
-    Asymmetric,
-    Calib,
-    InputsName,
-    Json,
-    Length,
-    Seed,
-    SpecName,
-    console,
-    kernel_refusals,
-    report,
-    run,
-    tune,
-)  # fmt: skip
+from qlab.cli.kernels import kernel_refusals, tune
+from qlab.cli.options import Asymmetric, Calib, InputsName, Json, Length, Seed, SpecName, console, report, run
 
 DEFAULT = "methods"
 

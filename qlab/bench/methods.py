@@ -16,7 +16,7 @@ import qlab
 from qlab.bench.plots import draw
 from qlab.calibration import Tokens
 from qlab.checkpoint import Checkpoint
-from qlab.cli import recipe_of
+from qlab.cli.quantizing import recipe_of
 from qlab.demo import home
 from qlab.errors import QlabError
 from qlab.evaluate import Evaluation, read

@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from qlab.codecs import auto_round, awq, compressed_tensors, fp8, gptq
+from qlab.codecs import auto_round, awq, compressed_tensors, fp8, gptq, hqq, torchao
 from qlab.errors import QlabError
 from qlab.graph import Op
 from qlab.qtensor import Leaf
@@ -26,6 +27,8 @@ class Codec:
     among the tensor `names` of a directory's files; what it cannot read is refused by name. A spec of None is a dense
     weight in a layout of the format's own.
 
+    misfit(spec, shape): why weights of this shape [..., o, k] do not fit, or None; also before any work.
+
     Formats that round inputs at run time take those operations as a further argument of `encode` (online) and how they
     round as one of `config` (inputs: path -> InputSpec), and read both: inputs(config, names) like specs,
     decode_input(path, tensors, spec) the operation.
@@ -38,6 +41,7 @@ class Codec:
     specs: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, Spec | None]]
     inputs: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, InputSpec]] = lambda config, names: {}
     decode_input: Callable[[str, Mapping[str, Tensor], InputSpec], Op] | None = None
+    misfit: Callable[[Spec, torch.Size], str | None] = lambda spec, shape: None
 
 
 def _gptq(version: gptq.Version) -> Codec:
@@ -47,6 +51,7 @@ def _gptq(version: gptq.Version) -> Codec:
         partial(gptq.decode, version),
         partial(gptq.config, version),
         gptq.specs,
+        misfit=gptq.misfit,
     )
 
 
@@ -63,7 +68,7 @@ CODECS: Mapping[str, Codec] = {  # what qlab writes, by the name that `--codec` 
         compressed_tensors.decode_input,
     ),
     **{str(version): _gptq(version) for version in GPTQ_VERSIONS},  # gptq, gptq_v2, and either with _desc_act
-    "awq": Codec(awq.refusal, awq.encode, awq.decode, awq.config, awq.specs),
+    "awq": Codec(awq.refusal, awq.encode, awq.decode, awq.config, awq.specs, misfit=awq.misfit),
 }
 
 
@@ -74,17 +79,19 @@ def _read_only(name: str, codec: Any) -> Codec:
     def refuse(*args: Any) -> Any:
         raise QlabError(reason)
 
-    return Codec(lambda spec, online=(): reason, refuse, codec.decode, refuse, codec.specs, codec.inputs, codec.decode_input)
+    return Codec(lambda spec, online=(): reason, refuse, codec.decode, refuse, codec.specs)
 
 
 # quant_method of a quantization_config -> the codec that reads such a directory. A format whose variants differ in what
 # the same tensors mean (GPTQ v1 and v2) looks at the rest of the config to choose.
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Codec]] = {
     "compressed-tensors": lambda config: CODECS["compressed-tensors"],
-    "fp8": lambda config: _read_only("fp8", fp8),
+    "fp8": lambda config: replace(_read_only("fp8", fp8), inputs=fp8.inputs, decode_input=fp8.decode_input),
     "gptq": lambda config: CODECS[str(gptq.version(config))],
     "awq": lambda config: CODECS["awq"],
     "auto-round": lambda config: replace(CODECS[auto_round.layout(config)], specs=auto_round.specs),
+    "hqq": lambda config: _read_only("HQQ", hqq),
+    "torchao": lambda config: _read_only("torchao's tensors", torchao),
 }
 
 # A file beside a config.json without a quantization_config -> what such a config would say; older writers made these.
@@ -92,6 +99,15 @@ LEGACY_CONFIGS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "quantize_config.json": lambda raw: {"quant_method": "gptq", **raw},
     "quant_config.json": awq.legacy_config,
 }
+
+
+def storable(spec: Spec, codec: str, dtype: torch.dtype) -> Spec:
+    """The spec with scales in the dtype of the weights where the codec stores such scales, else in float16; the spec as it is
+    where it cannot store either."""
+    if codec in CODECS and spec.scale_dtype is None and CODECS[codec].refusal(replace(spec, scale_dtype=dtype)):
+        halves = replace(spec, scale_dtype=torch.float16)
+        return halves if CODECS[codec].refusal(halves) is None else spec
+    return spec
 
 
 def reader(config: Mapping[str, Any]) -> Codec:

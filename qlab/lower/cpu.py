@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qlab.errors import QlabError
+from qlab.experts import each_expert
 from qlab.lower.nibbles import Planes, spread
 from qlab.timing import device_label
 
@@ -130,6 +131,17 @@ def int4_mm(x_mk: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, d
         return y if y.shape[1] == n else y[:, :n].contiguous()
     W_nk = dequantize(words, scales, zeros, n, k, group, count, name) if dense is None else dense
     return x_mk @ W_nk.mT
+
+
+def int4_grouped_mm(x_sk: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, dense: Tensor | None, ends: Tensor, n: int,
+                    group: int, count: int, name: str) -> Tensor:  # fmt: skip
+    """y [s, n]: expert by expert, in the way that suits its number of rows."""
+
+    def product(e: int, x_mk: Tensor) -> Tensor:
+        z, W = (None if part is None else part[e] for part in (zeros, dense))
+        return int4_mm(x_mk, words[e], scales[e], z, W, n, group, count, name)
+
+    return each_expert(x_sk, ends, product)
 
 
 def check(name: str) -> None:

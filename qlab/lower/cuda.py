@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qlab.errors import QlabError
+from qlab.experts import each_expert
 from qlab.lower.nibbles import Planes, plane_width, spread
 
 
@@ -67,3 +68,25 @@ def int4_mm(x_mk: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, d
     if config.kind == "dequant":
         return x_mk @ (dequantize(words, scales, zeros, n, k, group, count, name) if dense is None else dense).mT
     return launch(spread(x_mk, 2) if count == 2 else x_mk, weight, config)
+
+
+def int4_grouped_mm(x_sk: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, dense: Tensor | None, ends: Tensor, n: int,
+                    group: int, count: int, name: str) -> Tensor:  # fmt: skip
+    """y [s, n] by one grouped kernel, which reads `ends` on the device; expert by expert where the capability has no such kernel."""
+    from qlab_kernels import Problem, cache
+    from qlab_kernels.capability import target
+    from qlab_kernels.grouped import int4_grouped_mm as launch
+
+    cc = torch.cuda.get_device_capability(x_sk.device)
+    if target(cc).path != "fused":
+
+        def product(e: int, x_mk: Tensor) -> Tensor:
+            z, W = (None if part is None else part[e] for part in (zeros, dense))
+            return int4_mm(x_mk, words[e], scales[e], z, W, n, group, count, name)
+
+        return each_expert(x_sk, ends, product)
+    weight = packed(words, scales, zeros, n, x_sk.shape[1], group, count, name)
+    device, dtype = torch.cuda.get_device_name(x_sk.device), str(x_sk.dtype).removeprefix("torch.")
+    problem = Problem("int4_grouped_mm", cc, device, dtype, weight.group, zeros is not None, n, weight.k, len(x_sk))
+    rows = spread(x_sk, 2) if count == 2 else x_sk
+    return launch(rows, weight, ends.to(torch.int32), cache.lookup(problem).config)

@@ -1,4 +1,4 @@
-"""The module that stands in for nn.Linear in a lowered model."""
+"""The modules that hold packed weights in a lowered model: in the place of nn.Linear, and of a fused weight of experts."""
 
 from typing import Any
 
@@ -6,51 +6,46 @@ import torch
 from torch import Tensor, nn
 
 from qlab.errors import QlabError
+from qlab.experts import per_row
 from qlab.lower import cpu, cuda
 from qlab.lower.nibbles import planes_of
-from qlab.lower.ops import dequantize, int4_mm
+from qlab.lower.ops import dequantize, int4_grouped_mm, int4_mm
 from qlab.qtensor import QTensor
 
 
-class QLinear(nn.Module):
-    """y = x @ W.T + b with W held as packed 4-bit codes.
+class PackedWeight(nn.Module):
+    """W [n, k], or one for each of e experts, held as packed 4-bit codes.
 
     words, scales, zeros: buffers in the order `layout`, which belongs to a device and is part of the state: loading the state of
-    another device is refused. dense: a copy of W [n, k] for many tokens, never part of the state, or None.
+    another device is refused; those of experts have a leading axis e. dense: a copy of W [n, k] or [e, n, k] for many tokens, never
+    part of the state, or None.
     """
 
     words: Tensor
     scales: Tensor
     zeros: Tensor | None
-    bias: Tensor | None
     dense: Tensor | None
 
-    def __init__(self, path: str, leaf: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device, dense_cache: bool):
+    def __init__(self, path: str, leaf: QTensor, dtype: torch.dtype, device: torch.device, dense_cache: bool):
         super().__init__()
-        self.out_features, self.in_features = leaf.shape
-        self.spec = str(leaf.spec)
-        if device.type == "cpu":
-            planes, self.layout = planes_of(path, leaf), cpu.layout()
-            words, scales, zeros = cpu.pack(planes, dtype)
-        else:
-            planes, self.layout = planes_of(path, leaf, whole_rows=True), cuda.layout(device, dtype)
-            words, scales, zeros = cuda.pack(planes, dtype, device)
-        self.group, self.count = planes.group, planes.count
-        for name, buffer in {"words": words, "scales": scales, "zeros": zeros}.items():
-            self.register_buffer(name, buffer)
-        self.register_buffer("bias", None if bias is None else bias.to(device, dtype))
+        *self.experts, self.out_features, self.in_features = leaf.shape  # [] or [e]
+        self.spec, on_cpu = str(leaf.spec), device.type == "cpu"
+        leaves = [expert(leaf, e) for e in range(self.experts[0])] if self.experts else [leaf]
+        planes = [planes_of(path, one, whole_rows=not on_cpu) for one in leaves]
+        self.layout = cpu.layout() if on_cpu else cuda.layout(device, dtype)
+        self.group, self.count = planes[0].group, planes[0].count
+        packed = [cpu.pack(p, dtype) if on_cpu else cuda.pack(p, dtype, device) for p in planes]
+        for name, parts in zip(("words", "scales", "zeros"), zip(*packed)):
+            self.register_buffer(name, parts[0] if parts[0] is None or not self.experts else torch.stack(parts))
         self.register_buffer("dense", self.weight().contiguous() if dense_cache else None, persistent=False)
 
     def weight(self) -> Tensor:
-        """W [n, k], dequantized now."""
-        return dequantize(self.words, self.scales, self.zeros, self.out_features, self.in_features, self.group, self.count, self.layout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., k] -> [..., n]"""
-        y = int4_mm(x.reshape(-1, self.in_features), self.words, self.scales, self.zeros, self.dense, self.out_features, self.group,
-                    self.count, self.layout)  # fmt: skip
-        y = y if self.bias is None else y + self.bias
-        return y.view(*x.shape[:-1], self.out_features)
+        """W, dequantized now."""
+        own = (self.out_features, self.in_features, self.group, self.count, self.layout)
+        if not self.experts:
+            return dequantize(self.words, self.scales, self.zeros, *own)
+        zeros = [None] * len(self.words) if self.zeros is None else self.zeros
+        return torch.stack([dequantize(w, s, z, *own) for w, s, z in zip(self.words, self.scales, zeros)])
 
     def get_extra_state(self) -> Tensor:
         """The layout's name as bytes: a tensor, so that every file format of states can hold it."""
@@ -64,3 +59,39 @@ class QLinear(nn.Module):
     def extra_repr(self) -> str:
         copy = "" if self.dense is None else ", dense copy"
         return f"in_features={self.in_features}, out_features={self.out_features}, spec={self.spec}, layout={self.layout}{copy}"
+
+
+class QLinear(PackedWeight):
+    """y = x @ W.T + b."""
+
+    bias: Tensor | None
+
+    def __init__(self, path: str, leaf: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device, dense_cache: bool):
+        super().__init__(path, leaf, dtype, device, dense_cache)
+        self.register_buffer("bias", None if bias is None else bias.to(device, dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., k] -> [..., n]"""
+        y = int4_mm(x.reshape(-1, self.in_features), self.words, self.scales, self.zeros, self.dense, self.out_features, self.group,
+                    self.count, self.layout)  # fmt: skip
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class QExperts(PackedWeight):
+    """A fused weight [e, n, k] of experts: each row of x is multiplied by the weight of its own one."""
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def forward(self, x: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
+        """Rows ends[e-1]:ends[e] of x [s, k] times W_e.T, plus bias [e, n] if there is one -> [s, n]"""
+        y = int4_grouped_mm(x, self.words, self.scales, self.zeros, self.dense, ends, self.out_features, self.group, self.count,
+                            self.layout)  # fmt: skip
+        return y if bias is None else y + per_row(bias, ends)
+
+
+def expert(leaf: QTensor, e: int) -> QTensor:
+    """The weight [n, k] of one expert of a leaf [e, n, k]."""
+    zeros, outer = (None if part is None else part[e] for part in (leaf.zeros, leaf.outer))
+    return QTensor(leaf.codes[e], leaf.scales[e], zeros, leaf.spec, outer, leaf.perm)

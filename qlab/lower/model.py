@@ -10,7 +10,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from qlab.checkpoint import Checkpoint, open_checkpoint
 from qlab.errors import QlabError
 from qlab.lower.attention import use_grouped_attention
-from qlab.lower.linear import QLinear
+from qlab.lower.linear import PackedWeight, QExperts, QLinear
+from qlab.names import Piece
 from qlab.qtensor import QTensor
 from qlab.quantize import Result
 from qlab.skeleton import Skeleton
@@ -24,7 +25,8 @@ def lower(
     dtype: torch.dtype = torch.bfloat16,
     dense_cache: bool = False,
 ) -> PreTrainedModel:
-    """The Hugging Face model of a quantized directory, with a QLinear in the place of every quantized linear.
+    """The Hugging Face model of a quantized directory, with a QLinear in the place of every quantized linear, and a QExperts in
+    that of every fused weight of experts.
 
     Codes are packed for `device` while they are loaded, one tensor at a time; the directory stays as it is. Everything else
     (embeddings, norms, an unquantized head) is in `dtype`, which is also that of the activations. `generate()` works, and so
@@ -35,19 +37,18 @@ def lower(
     Warns when the activations' dtype has no int4 kernel on the device, so that every product is dense.
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model.path if isinstance(model, Result) else model)
-    where = _device(device)
+    where = device_named(device)
     if dtype not in DTYPES:
         raise QlabError(f"no kernel takes {dtype} activations; lower to {', '.join(str(d) for d in DTYPES)}")
     if not checkpoint.quantized:
         raise QlabError(f"{checkpoint.path} is not quantized, so there is nothing to lower; load it with transformers")
-    if checkpoint.inputs:
-        raise QlabError(f"{next(iter(checkpoint.inputs))} of {checkpoint.path} rounds its inputs at run time, which no kernel of "
-                        "qlab's does; evaluate it with qlab, or load it with transformers")
+    refuse_online(checkpoint)
     if where.type == "cpu" and dtype != torch.bfloat16 and not dense_cache:
         warnings.warn(f"no int4 kernel on a CPU takes {dtype} activations: every product dequantizes its weight and is dense. "
                       "Use torch.bfloat16, or dense_cache=True to dequantize once", stacklevel=2)  # fmt: skip
     skeleton = Skeleton(checkpoint, dtype, where)
-    _replace_linears(skeleton, dtype, dense_cache)
+    for name in quantized_weights(skeleton):
+        set_module(skeleton.model, name, pack(skeleton, name, dtype, where, dense_cache))
     with torch.no_grad():
         skeleton.load_outside(with_head=True)
         _load_blocks(skeleton)
@@ -60,7 +61,15 @@ def lower(
     return skeleton.model.eval()
 
 
-def _device(device: torch.device | str) -> torch.device:
+def refuse_online(checkpoint: Checkpoint) -> None:
+    """Refuse a directory whose inputs are rounded at run time."""
+    if checkpoint.inputs:
+        raise QlabError(f"{next(iter(checkpoint.inputs))} of {checkpoint.path} rounds its inputs at run time, which no kernel of "
+                        "qlab's does; evaluate it with qlab, or load it with transformers")
+
+
+def device_named(device: torch.device | str) -> torch.device:
+    """A device that has kernels; refuses others by name."""
     try:
         where = torch.device(device)
     except RuntimeError as error:
@@ -72,41 +81,53 @@ def _device(device: torch.device | str) -> torch.device:
     return where
 
 
-def _replace_linears(skeleton: Skeleton, dtype: torch.dtype, dense_cache: bool) -> None:
-    """Put a QLinear where the directory holds codes; refuse codes that no linear of the model takes."""
-    checkpoint, left = skeleton.checkpoint, set(skeleton.checkpoint.quantized)
-    for name in skeleton.linears():
-        stored = skeleton.module_name(name)
-        if stored not in left:
-            continue
-        left.remove(stored)
-        linear = skeleton.model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)  # linears() names no others
-        leaf = checkpoint.leaf(f"{stored}.weight")
-        if not isinstance(leaf, QTensor) or leaf.shape != linear.weight.shape:
-            raise QlabError(f"{stored} holds a weight {tuple(leaf.shape)} and the model wants {tuple(linear.weight.shape)}; its "
-                            "config.json belongs to another model")
-        bias = None if linear.bias is None else checkpoint.tensor(skeleton.file_name(f"{name}.bias"))
-        _set_module(skeleton.model, name, QLinear(name, leaf, bias, dtype, skeleton.device, dense_cache))
-    if left:
-        raise QlabError(f"{checkpoint.path} holds codes for {sorted(left)[0]} and {len(left) - 1} more modules that are no linear of "
-                        f"{type(skeleton.model).__name__}; qlab lowers linears only")
+def quantized_weights(skeleton: Skeleton) -> dict[str, tuple[Piece, ...]]:
+    """Every linear, and every fused weight of experts by its parameter's name, whose codes the directory holds, with the tensors of
+    the files; refuses codes that nothing in the model takes."""
+    quantized, model = skeleton.checkpoint.quantized, skeleton.model
+    weights = {name: f"{name}.weight" for name in skeleton.linears()}
+    weights |= {name: name for name, p in model.named_parameters() if p.ndim == 3}
+    pieces = {name: skeleton.pieces(weight) for name, weight in weights.items()}
+    found = {name: parts for name, parts in pieces.items() if any(part.module in quantized for part in parts)}
+    if left := sorted(quantized.keys() - {part.module for parts in found.values() for part in parts}):
+        raise QlabError(f"{skeleton.checkpoint.path} holds codes for {left[0]} and {len(left) - 1} more modules that are no linear of "
+                        f"{type(model).__name__}; qlab lowers linears and fused experts only")
+    return found
 
 
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    owner, _, key = name.rpartition(".")
-    setattr(model.get_submodule(owner), key, module)
+def pack(skeleton: Skeleton, name: str, dtype: torch.dtype, device: torch.device, dense_cache: bool = False) -> QLinear | QExperts:
+    """What stands in for a quantized weight of the model, its codes packed for the device."""
+    fused = name in dict(skeleton.model.named_parameters())
+    weight = name if fused else f"{name}.weight"
+    leaf, parameter = skeleton.leaf(weight), skeleton.model.get_parameter(weight)
+    if not isinstance(leaf, QTensor) or sorted(leaf.shape) != sorted(parameter.shape):
+        raise QlabError(f"{skeleton.pieces(weight)[0].module} holds a weight {tuple(leaf.shape)} and the model wants "
+                        f"{tuple(parameter.shape)}; its config.json belongs to another model")
+    if fused:
+        return QExperts(name, leaf, dtype, device, dense_cache)
+    linear = skeleton.model.get_submodule(name)
+    bias = None if linear.bias is None else skeleton.checkpoint.tensor(skeleton.file_name(f"{name}.bias"))
+    return QLinear(name, leaf, bias, dtype, device, dense_cache)
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of another, or of a parameter."""
+    owner, key = _owner(model, name), name.rpartition(".")[2]
+    owner._parameters.pop(key, None)
+    setattr(owner, key, module)
 
 
 def _load_blocks(skeleton: Skeleton) -> None:
     """The parameters of the blocks that stayed on meta, and the buffers that the files hold."""
     for name, parameter in list(skeleton.model.named_parameters(remove_duplicate=False)):
         if parameter.is_meta:
-            leaf = skeleton.checkpoint.leaf(skeleton.file_name(name), skeleton.dtype)
+            leaf = skeleton.leaf(name)
             assert not isinstance(leaf, QTensor)
             value = nn.Parameter(leaf.to(skeleton.device), requires_grad=False)
             _owner(skeleton.model, name)._parameters[name.rpartition(".")[2]] = value
     for name, buffer in list(skeleton.model.named_buffers()):
+        if isinstance(_owner(skeleton.model, name), PackedWeight):
+            continue  # a file may have a tensor of the same name, such as `scales`, and it is not this one
         if (stored := skeleton.file_name(name)) in skeleton.checkpoint.files:
             _owner(skeleton.model, name)._buffers[name.rpartition(".")[2]] = skeleton.checkpoint.tensor(stored).to(buffer)
 
@@ -127,7 +148,7 @@ def resident_bytes(model: nn.Module) -> dict[str, int]:
                 total[kind] += tensor.untyped_storage().nbytes()
 
     for module in model.modules():
-        if isinstance(module, QLinear):
+        if isinstance(module, PackedWeight):
             add("packed", module.words, module.scales, module.zeros)
             add("dense copies", module.dense)
         elif isinstance(module, nn.Embedding):

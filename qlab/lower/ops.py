@@ -1,7 +1,8 @@
-"""The operators that a lowered model consists of: qlab::dequantize and qlab::int4_mm, for a CPU and for CUDA.
+"""The operators that a lowered model consists of: qlab::dequantize, int4_mm and int4_grouped_mm, for a CPU and for CUDA.
 
     qlab::dequantize(words, scales, zeros, n, k, group, count, layout)        -> W [n, k] = (q - z) * s
     qlab::int4_mm(x, words, scales, zeros, dense, n, group, count, layout)    -> y [m, n] = x @ W.T
+    qlab::int4_grouped_mm(x, words, scales, zeros, dense, ends, n, ...)       -> y [m, n]: rows ends[e-1]:ends[e] of x @ W_e.T
 
 words, scales, zeros: as cpu.pack or cuda.pack made them, in the order that `layout` names; group: codes per scale; count: 4-bit
 planes (two for codes of more than four bits). x [m, k] is in the scales' dtype, any m. dense: a copy of W, or None.
@@ -29,6 +30,14 @@ def int4_mm(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, dens
     return cpu.int4_mm(x, words, scales, zeros, dense, n, group, count, layout)
 
 
+@torch.library.custom_op("qlab::int4_grouped_mm", mutates_args=(), device_types="cpu")
+def int4_grouped_mm(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, dense: Tensor | None, ends: Tensor, n: int,
+                    group: int, count: int, layout: str) -> Tensor:  # fmt: skip
+    """y [m, n] in x's dtype, each row by its own expert's weight; all but x and n have a leading axis of experts."""
+    _same_dtype(x, scales)
+    return cpu.int4_grouped_mm(x, words, scales, zeros, dense, ends, n, group, count, layout)
+
+
 @dequantize.register_kernel("cuda")
 def _dequantize_cuda(words, scales, zeros, n, k, group, count, layout):
     return cuda.dequantize(words, scales, zeros, n, k, group, count, layout)
@@ -40,6 +49,12 @@ def _int4_mm_cuda(x, words, scales, zeros, dense, n, group, count, layout):
     return cuda.int4_mm(x, words, scales, zeros, dense, n, group, count, layout)
 
 
+@int4_grouped_mm.register_kernel("cuda")
+def _int4_grouped_mm_cuda(x, words, scales, zeros, dense, ends, n, group, count, layout):
+    _same_dtype(x, scales)
+    return cuda.int4_grouped_mm(x, words, scales, zeros, dense, ends, n, group, count, layout)
+
+
 @dequantize.register_fake
 def _dequantize_fake(words, scales, zeros, n, k, group, count, layout):
     if not layout.startswith(cpu.PREFIX):
@@ -49,6 +64,12 @@ def _dequantize_fake(words, scales, zeros, n, k, group, count, layout):
 
 @int4_mm.register_fake
 def _int4_mm_fake(x, words, scales, zeros, dense, n, group, count, layout):
+    _same_dtype(x, scales)
+    return x.new_empty(x.shape[0], n)
+
+
+@int4_grouped_mm.register_fake
+def _int4_grouped_mm_fake(x, words, scales, zeros, dense, ends, n, group, count, layout):
     _same_dtype(x, scales)
     return x.new_empty(x.shape[0], n)
 

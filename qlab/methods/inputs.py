@@ -53,7 +53,7 @@ def quantize_inputs(spec: Spec) -> Transform:
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
         online = dict(graph.online)
-        for site in graph.sites:
+        for site in (s for s in graph.sites if not s.router):
             online[site.path] = (*online.get(site.path, ()), QuantizeInput(spec))
         return replace(graph, online=online), stats
 

@@ -18,7 +18,7 @@ def damaged(draw, tensors):
         return {**tensors, f"{name.rpartition('.')[0]}.{draw(st.sampled_from(['weight', 'lora_A', 'weight_scale', 'x']))}": tensor}
     if kind == "dtype":
         dtype = draw(st.sampled_from([d for d in DTYPES if d != tensor.dtype]))
-        return {**rest, name: torch.zeros(tensor.shape).to(dtype)}
+        return {**rest, name: tensor.float().to(dtype)}
     sizes = st.lists(st.sampled_from([0, 1, 2, 3, 8, 32, 64, 96]), min_size=0, max_size=3)
     shape = draw(sizes.filter(lambda shape: tuple(shape) != tuple(tensor.shape)))
     return {**rest, name: torch.zeros(shape, dtype=tensor.dtype)}

@@ -62,7 +62,6 @@ def test_channels_in_another_order_come_back(q, seed):
     assert torch.equal(dense(back), dense(q))
     if q.spec.tile.cols and not torch.equal(q.perm, torch.arange(k)):
         assert_same(back, q)
-        assert torch.equal(back.perm, q.perm)
     shuffled = replace(q, codes=q.codes.flip(-1), scales=q.scales.flip(-1), zeros=q.zeros if q.zeros is None else q.zeros.flip(-1),
                        perm=q.perm.flip(-1))  # the same weight, its groups and channels named in reverse
     assert torch.equal(dense(V2_ORDER.decode("m", V2_ORDER.encode("m", shuffled), q.spec)), dense(q))

@@ -180,6 +180,25 @@ def test_only_a_few_tensors_are_alive_at_once(quantized, tmp_path, monkeypatch):
     assert max(most) <= 6 and len(most) > 40  # the tensors of one module, and of the one before while it is replaced
 
 
+@given(codec=st.sampled_from(sorted(CODECS)), bits=st.integers(2, 8), cols=st.sampled_from([32, 64, None]), symmetric=st.booleans(),
+       stored=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+       exact=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]), asymmetric=st.booleans(), seed=st.integers(0, 99))
+def test_a_leaf_is_the_same_in_every_format_or_refused(codec, bits, cols, symmetric, stored, exact, asymmetric, seed):
+    generator, spec = torch.Generator().manual_seed(seed), Int(bits, Tile(1, cols), symmetric)
+    grid = spec.tile.scales_shape((64, 128))
+    draw = lambda *shape: torch.randint(spec.qmin, spec.qmax + 1, shape, generator=generator, dtype=torch.int8)
+    scales = torch.rand(grid, generator=generator).add(0.1).to(exact).to(stored)
+    leaf = QTensor(draw(64, 128), scales, None if symmetric else draw(*grid), spec)
+    try:
+        new = express(leaf, replace(spec, symmetric=not asymmetric), CODECS[codec])
+        tensors = CODECS[codec].encode("m", new)
+    except QlabError as error:
+        assert "\n" not in str(error)
+        assert codec != "compressed-tensors" or (not symmetric and not asymmetric)
+    else:
+        assert fingerprint(CODECS[codec].decode("m", tensors, new.spec)) == fingerprint(leaf)
+
+
 @given(seed=st.integers(0, 99), groups=st.integers(1, 4), shuffled=st.booleans())
 def test_an_order_of_channels_that_keeps_groups_together_is_undone(seed, groups, shuffled):
     generator = torch.Generator().manual_seed(seed)

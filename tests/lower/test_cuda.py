@@ -7,11 +7,13 @@ import sys
 import pytest
 import torch
 from lowering_cases import activations, check_product, random_leaf
+from torch.utils import _pytree as pytree
 
 import qlab
 from qlab.checkpoint import open_checkpoint
 from qlab.errors import QlabError
-from qlab.lower import QLinear, cuda, inductor_options, lower
+from qlab.experts import rows_of
+from qlab.lower import QExperts, QLinear, cuda, inductor_options, lower
 from qlab.methods.rtn import rtn
 from qlab.spec import Int, Tile, parse_spec
 from qlab_kernels import target
@@ -45,6 +47,21 @@ for n, k, spec in cases:
         check_product(cuda.int4_mm(x, *packed, None, n, planes.group, planes.count, name), x, leaf)
         check_product(cuda.int4_mm(x, *packed, W, n, planes.group, planes.count, name), x, leaf)
 assert "dequant" in kinds and len(kinds) > 1, kinds
+
+from qlab.experts import rows_of
+ends = torch.tensor([2, 2, 7])
+for capability in ((9, 0), (7, 5)):  # one grouped kernel, and expert by expert
+    torch.cuda.get_device_capability = lambda device=None: capability
+    for n, k, spec in cases:
+        leaves = [random_leaf(n, k, spec, seed=e, scale_dtype=torch.float16) for e in range(3)]
+        planes = [planes_of("site", leaf, whole_rows=True) for leaf in leaves]
+        parts = zip(*(cuda.pack(p, torch.float16, torch.device("cpu")) for p in planes))
+        packed = [None if part[0] is None else torch.stack(part) for part in parts]
+        x, name = activations(7, k, torch.float16), cuda.layout(torch.device("cpu"), torch.float16)
+        y = cuda.int4_grouped_mm(x, *packed, None, ends, n, planes[0].group, planes[0].count, name)
+        for leaf, rows in zip(leaves, rows_of(ends)):
+            check_product(y[rows], x[rows], leaf)
+        assert cuda.int4_grouped_mm(x[:0], *packed, None, 0 * ends, n, planes[0].group, planes[0].count, name).shape == (0, n)
 """
 
 
@@ -85,6 +102,23 @@ def test_a_lowered_linear_agrees_with_interpret_on_a_gpu(spec):
             check_product(layer(x).cpu(), x.cpu(), leaf)
             rest = (None, 200, layer.group, layer.count, layer.layout)
             torch.library.opcheck(torch.ops.qlab.int4_mm.default, (x, *packed, *rest))
+
+
+def stacked(*parts):
+    return None if parts[0] is None else torch.stack(parts)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("spec", [Int(4, Tile(1, 128)), Int(4, Tile(1, 64), False), Int(8, Tile(1, 32), False)])
+def test_lowered_experts_agree_with_interpret_on_a_gpu(spec):
+    leaves, ends = [random_leaf(200, 256, spec, seed=e) for e in range(4)], torch.tensor([3, 3, 40, 41])
+    for dtype in dtypes():
+        module = QExperts("site", pytree.tree_map(stacked, *leaves), dtype, torch.device("cuda"), False)
+        x = activations(41, 256, dtype).cuda()
+        y = module(x, None, ends.cuda()).cpu()
+        for leaf, rows in zip(leaves, rows_of(ends)):
+            check_product(y[rows], x[rows].cpu(), leaf)
 
 
 @gpu

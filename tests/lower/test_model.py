@@ -9,12 +9,13 @@ from qlab.calibration import from_ids
 from qlab.checkpoint import open_checkpoint
 from qlab.errors import QlabError
 from qlab.evaluate import read
-from qlab.lower import QLinear, lower, resident_bytes
+from qlab.lower import QExperts, QLinear, lower, resident_bytes
 from qlab.methods.rtn import rtn
 from qlab.spec import parse_spec
 
 SPECS = {"llama": "int4-g32", "qwen2": "int4-g64-asym", "gemma3_text": "int3-g32", "phi3": "int8-channel", "opt": "int4-channel",
-         "deepseek_v3": "int4-g32", "olmo2": "int2-g64-asym", "gpt_neox": "int8-g32-asym"}  # fmt: skip
+         "deepseek_v3": "int4-g32", "olmo2": "int2-g64-asym", "gpt_neox": "int8-g32-asym", "mixtral": "int4-g32",
+         "qwen3_moe": "int8-g32-asym"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +49,11 @@ def test_lower_and_interpret_agree(quantized, family):
     reference = interpreted(result.path, ids)
     for dtype in (torch.float32, torch.bfloat16):
         model = lower(result, dtype=dtype, dense_cache=dtype == torch.float32)  # a dense copy: nothing to warn of
-        error = (logits(model, ids) - reference).norm() / reference.norm()
+        errors = (logits(model, ids) - reference).norm(dim=-1) / reference.norm(dim=-1)
+        error = errors.max() if dtype == torch.float32 else errors.median()  # near a tie, a rounded router chooses another expert
         assert error < MODEL[dtype], (dtype, error)
         sites = [name for name, row in result.sites.items() if row["spec"]]
-        lowered = [name for name, module in model.named_modules() if isinstance(module, QLinear)]
+        lowered = [name for name, module in model.named_modules() if isinstance(module, QLinear | QExperts)]
         assert sorted(lowered) == sorted(sites) and model.dtype == dtype
 
 
@@ -67,6 +69,14 @@ def test_one_token_attention_gives_what_the_models_own_attention_gives(quantized
     assert model.config._attn_implementation == "qlab_one_token"
     own.set_attn_implementation("sdpa")
     torch.testing.assert_close(torch.cat(one_by_one, 1), own(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mixture_compiles_into_one_graph(quantized):
+    result = quantized("mixtral", SPECS["mixtral"])
+    model = lower(result, dtype=torch.float32, dense_cache=True)
+    ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
+    compiled = torch.compile(lambda x: model(input_ids=x, use_cache=False).logits, fullgraph=True, options=qlab.inductor_options())
+    torch.testing.assert_close(compiled(ids).double(), logits(model, ids), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("cache", [None, "static"])

@@ -1,0 +1,53 @@
+"""inspect, convert and verify: model directories in any format that qlab reads."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlab.cli.options import Asymmetric, CodecName, Json, Overwrite, Resume, console, report, resolved
+
+Directory = Annotated[Path, typer.Argument(help="a model directory")]
+
+
+def inspect(directory: Directory, json_file: Json = None) -> None:
+    """What a directory holds, in any format that qlab reads: specs, tensors, bytes, and what qlab measured if it wrote it."""
+    from qlab.inspection import inspect
+
+    found = inspect(directory)
+    console().print(found)
+    report(found.json(), json_file)
+
+
+def convert(
+    directory: Directory,
+    codec: CodecName,
+    out: Annotated[Path, typer.Option("--out", help="the directory to write")],
+    requantize: Annotated[str | None, typer.Option("--requantize", help="a spec: round what the format cannot hold to it")] = None,
+    asymmetric: Asymmetric = False, overwrite: Overwrite = False, resume: Resume = False, json_file: Json = None,
+) -> None:  # fmt: skip
+    """The same codes in another format; refuses, with the sites, whatever would be lost. --requantize rounds anew instead."""
+    from qlab.convert import convert
+    from qlab.spec import parse_spec
+
+    grid = parse_spec(requantize, symmetric=not asymmetric) if requantize else None
+    result = convert(directory, codec, out, requantize=grid, overwrite=overwrite, resume=resume)
+    kept = len(result.sites) - len(result.requantized)
+    console().print(f"{result.path}: {kept} weights with the same codes, {len(result.requantized)} rounded anew", soft_wrap=True)
+    for name, error in result.requantized.items():
+        console().print(f"{name}: {error:.3e} of its norm away from what it was", soft_wrap=True)
+    report(result.json(), json_file)
+
+
+def verify(
+    directory: Directory,
+    against: Annotated[str, typer.Option("--against", help="the model it was made from, or 'demo'")], json_file: Json = None,
+) -> None:  # fmt: skip
+    """Is a directory what it claims to be? Grids, certificates and the reference's tensors; exit code 1 if something is not."""
+    from qlab.verify import verify
+
+    verdict = verify(directory, resolved(against))
+    console().print(verdict)
+    report(verdict.json(), json_file)
+    if verdict.faults:
+        raise typer.Exit(1)

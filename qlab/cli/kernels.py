@@ -1,0 +1,109 @@
+"""tune and cache: configurations of kernels."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from qlab.cli.options import Asymmetric, Json, console, report
+from qlab.errors import QlabError
+
+
+@contextmanager
+def kernel_refusals() -> Iterator[None]:
+    """What the kernels' package refuses is refused by qlab."""
+    from qlab_kernels.capability import KernelError
+
+    try:
+        yield
+    except KernelError as error:
+        raise QlabError(str(error)) from error
+
+
+def tune(
+    model: Annotated[str | None, typer.Argument(help="a directory that qlab quantized: its shapes (or give --shapes)")] = None,
+    shapes: Annotated[str | None, typer.Option("--shapes", help="NxK with commas between them: rows x columns of weights")] = None,
+    m: Annotated[str, typer.Option("--m", help="numbers of tokens with commas between them")] = "1,2,4,8,16,32,64,128,256,512,1024",
+    dtype: Annotated[str, typer.Option("--dtype", help="of the activations: bfloat16 or float16")] = "bfloat16",
+    group: Annotated[int | None, typer.Option("--group", min=1, help="weights per scale of --shapes (default: 128)")] = None,
+    asymmetric: Asymmetric = False,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda (default: cuda where there is one)")] = "",
+    budget: Annotated[float, typer.Option("--budget", min=0, help="seconds for each shape and number of tokens")] = 30.0,
+    retune: Annotated[bool, typer.Option("--retune", help="also what was measured before")] = False, json_file: Json = None,
+) -> None:  # fmt: skip
+    """Time the configurations of int4 products on this machine and keep the fastest in the config cache."""
+    import torch
+
+    from qlab.tuning import parse_shapes, parse_tokens, tune_shapes, weights_of
+
+    if (model is None) == (shapes is None):
+        raise QlabError("give either a directory that qlab quantized or --shapes")
+    if model is not None and (group or asymmetric):
+        raise QlabError(f"{model} has its own groups and zero points; --group and --asymmetric go with --shapes")
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = {(group or 128, asymmetric): parse_shapes(shapes)} if shapes else weights_of(str(model), where)
+    rows = [row for (per_scale, zeros), sizes in wanted.items() for row in tune_shapes(
+        sizes, parse_tokens(m), dtype=dtype, group=per_scale, zeros=zeros, device=where, budget=budget, retune=retune,
+        said=lambda line: print(line, file=sys.stderr, flush=True))]  # fmt: skip
+    from qlab_kernels import cache
+
+    timings = sum(row["timings"] for row in rows)
+    console().print(f"{len(rows)} entries, {timings} timings; they are in {cache.folder()}", soft_wrap=True)
+    report({"rows": rows, "folder": str(cache.folder())}, json_file)
+
+
+configs = typer.Typer(no_args_is_help=True, help="The config cache: which configuration of a kernel runs for which shape.")
+
+
+@configs.command("list")
+def cache_list(
+    shipped: Annotated[bool, typer.Option("--shipped", help="also what this package ships")] = False, json_file: Json = None,
+) -> None:  # fmt: skip
+    """The entries, one a line."""
+    with kernel_refusals():
+        from qlab_kernels import cache, transfer
+        from qlab_kernels.config import kernel_revision
+
+        rows = [row for row in transfer.listing() if shipped or row[0] == "user"]
+        table = Table("file", "product", "config", "us", "GB/s", "source", "device", "date", title=str(cache.folder()))
+        for layer, name, key, entry in rows:
+            old = ", stale" if cache.stale(entry, key, kernel_revision()) else ""
+            config = " ".join(f"{k}={v}" for k, v in entry.json()["config"].items() if k != "kind")
+            table.add_row(name.removesuffix(".json"), str(key).rsplit("/", 2)[0], f"{entry.config.kind} {config}", f"{entry.us:.1f}",
+                          f"{entry.gbps:.0f}", f"{layer}, {entry.source}{old}", entry.device, entry.date)  # fmt: skip
+        console(width=240).print(table)
+        report([{"layer": layer, "file": name, "key": str(key), **entry.json()} for layer, name, key, entry in rows], json_file)
+
+
+@configs.command("export")
+def cache_export(file: Annotated[Path, typer.Argument(help="the JSON file to write")]) -> None:
+    """Write the user's entries into one file."""
+    with kernel_refusals():
+        from qlab_kernels import transfer
+
+        console().print(f"{transfer.export(file)} entries written to {file}", soft_wrap=True)
+
+
+@configs.command("import")
+def cache_import(file: Annotated[Path, typer.Argument(help="a file that `qlab cache export` wrote")]) -> None:
+    """Merge the entries of a file into the user's; of two for the same key the later one stays."""
+    with kernel_refusals():
+        from qlab_kernels import cache, transfer
+
+        console().print(f"{transfer.import_(file)} entries taken into {cache.folder()}", soft_wrap=True)
+
+
+@configs.command("clear")
+def cache_clear(
+    op: Annotated[str, typer.Option("--op", help="only those of this operator")] = "",
+    capability: Annotated[str, typer.Option("--capability", help="only those of this one: sm90, cpu-amx")] = "",
+) -> None:
+    """Remove the user's entries; what this package ships stays."""
+    with kernel_refusals():
+        from qlab_kernels import transfer
+
+        console().print(f"{transfer.clear(op, capability)} entries removed")

@@ -1,0 +1,77 @@
+"""What the commands share: their options, a console, JSON results, and one sentence for whatever qlab refuses."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from qlab.errors import QlabError
+
+SEVERAL = ("--calib", "--images", "--text")  # options that take several files
+WIDTH = 132  # of a table that no terminal shows
+
+Model = Annotated[str, typer.Argument(help="a model directory, or 'demo'")]
+MethodName = Annotated[str, typer.Option("--method", help="rtn, awq, gptq or another name of qlab.METHODS")]
+SpecName = Annotated[str, typer.Option("--spec", help="int<bits>-g<group>, -channel or -tensor; fp8-channel, mxfp4, nvfp4")]
+Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="with a zero point per scale")]
+Calib = Annotated[list[Path] | None, typer.Option("--calib", help="text or jsonl files (default: the demo text)")]
+Images = Annotated[list[Path] | None, typer.Option("--images", help="instead of --calib: jsonl samples of text and images")]
+AllExperts = Annotated[bool, typer.Option("--calibrate-all-experts", help="statistics of experts from every token")]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="calibration windows")]
+Length = Annotated[int, typer.Option("--length", min=2, help="tokens per window")]
+Seed = Annotated[int, typer.Option("--seed", help="chooses the calibration windows")]
+Device = Annotated[str, typer.Option("--device", help="where one block at a time is worked on")]
+Memory = Annotated[float | None, typer.Option("--memory", help="budget in GiB; a plan above it is refused")]
+InputsName = Annotated[str, typer.Option("--inputs", help="calibrate on 'quantized' or 'reference' inputs")]
+CodecName = Annotated[str, typer.Option("--codec", help="the format to write: a name of qlab.codecs.CODECS")]
+TargetName = Annotated[str, typer.Option("--target", help="an engine to load it: vllm, transformers, lmdeploy or sglang")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the output directory")]
+Resume = Annotated[bool, typer.Option("--resume", help="continue a killed run of the same job")]
+Json = Annotated[Path | None, typer.Option("--json", help="also write the result to this file")]
+
+
+def console(width: int = WIDTH) -> Console:
+    """Of the width of the terminal or $COLUMNS, or wide enough for every table where there is neither."""
+    shown = Console()
+    return shown if shown.is_terminal or "COLUMNS" in os.environ else Console(width=width)
+
+
+def resolved(model: str) -> Path:
+    """The directory that a name stands for."""
+    from qlab.hub import DEMO, demo_model
+
+    return demo_model() if model == DEMO else Path(model)
+
+
+def report(value: Any, path: Path | None) -> None:
+    """Write a result as JSON where the user asked for it."""
+    if path is not None:
+        from qlab.writer import write_json
+
+        write_json(path, value)
+
+
+def run(typed: typer.Typer) -> None:
+    """Run a command line; what qlab refuses becomes one line on stderr and exit code 2."""
+    try:
+        typed(args=_spread(sys.argv[1:]))
+    except QlabError as error:
+        print(f"qlab: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _spread(arguments: Sequence[str]) -> list[str]:
+    """`--calib a b` as `--calib a --calib b`: files that follow the first one belong to the same option."""
+    spread: list[str] = []
+    option: str | None = None
+    for before, argument in zip(["", *arguments], arguments):
+        if argument.startswith("-"):
+            option = argument if argument in SEVERAL else None
+        elif option and before != option and Path(argument).is_file():
+            spread.append(option)
+        spread.append(argument)
+    return spread

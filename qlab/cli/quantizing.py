@@ -1,0 +1,177 @@
+"""plan, quantize and eval."""
+
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.table import Table
+
+from qlab.cli.options import (
+    AllExperts,
+    Asymmetric,
+    Calib,
+    CodecName,
+    Device,
+    Images,
+    InputsName,
+    Json,
+    Length,
+    Memory,
+    MethodName,
+    Model,
+    Overwrite,
+    Resume,
+    Samples,
+    Seed,
+    SpecName,
+    TargetName,
+    console,
+    report,
+    resolved,
+)  # fmt: skip
+from qlab.errors import QlabError
+
+
+def recipe_of(method: str, spec: str, asymmetric: bool) -> Any:
+    """The transform that a method's name and a spec's name stand for."""
+    from qlab.spec import parse_spec
+
+    return method_named(method)(parse_spec(spec, symmetric=not asymmetric))
+
+
+def method_named(name: str) -> Any:
+    """The method of that name: spec -> transform."""
+    from qlab.methods import METHODS
+
+    if name not in METHODS:
+        raise QlabError(f"method {name!r} is unknown; known are {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def chosen(model: Any, method: str, spec: str, asymmetric: bool, codec: str, target: str) -> tuple[Any, str]:
+    """The recipe and the codec: the one named, else the safest for the target; scales in a dtype that the codec stores."""
+    from qlab.codecs import storable
+    from qlab.plan import CODEC
+    from qlab.spec import parse_spec
+    from qlab.targets import safest_codec
+
+    grid = parse_spec(spec, symmetric=not asymmetric)
+    named = codec or (safest_codec(target, {"": grid}) if target else CODEC)
+    return method_named(method)(storable(grid, named, model.dtype)), named
+
+
+def _data(
+    model: Any, recipe: Any, calib: list[Path] | None, images: list[Path] | None, samples: int, length: int, seed: int
+) -> Any:  # fmt: skip
+    from qlab.calibration import tokens
+    from qlab.hub import calibration_texts
+    from qlab.images import image_samples
+
+    if calib and images:
+        raise QlabError("--calib takes text and --images samples that may have both; give one of them")
+    if not any(stage.needs for stage in recipe):
+        return None
+    if images:
+        return image_samples(model, images, samples, length, seed)
+    return tokens(model, calibration_texts(calib), samples, length, seed)
+
+
+def plan(
+    model: Model, method: MethodName = "gptq", spec: SpecName = "int4-g64", asymmetric: Asymmetric = False,
+    calib: Calib = None, images: Images = None, samples: Samples = 128, length: Length = 2048, seed: Seed = 0,
+    all_experts: AllExperts = False, codec: CodecName = "", target: TargetName = "", json_file: Json = None,
+) -> None:  # fmt: skip
+    """What a method would do to a model: stages, passes, peak memory, bits per weight. Runs and writes nothing."""
+    import qlab
+
+    opened = qlab.open(model)
+    recipe, named = chosen(opened, method, spec, asymmetric, codec, target)
+    data = _data(opened, recipe, calib, images, samples, length, seed)
+    made = qlab.plan(opened, recipe, data, calibrate_all_experts=all_experts, codec=named, target=target or None)
+    console().print(made)
+    report(made.json(), json_file)
+
+
+def quantize(
+    model: Model, out: Annotated[Path, typer.Option("--out", help="the directory to write")],
+    method: MethodName = "", spec: SpecName = "int4-g64", asymmetric: Asymmetric = False,
+    calib: Calib = None, images: Images = None, samples: Samples = 128, length: Length = 2048, seed: Seed = 0,
+    inputs: InputsName = "quantized", all_experts: AllExperts = False, device: Device = "cpu", memory: Memory = None,
+    codec: CodecName = "", target: TargetName = "", overwrite: Overwrite = False,
+    resume: Resume = False,
+    model_free: Annotated[bool, typer.Option("--model-free", help="from files alone, by data-free methods (default: rtn)")] = False,
+    include: Annotated[list[str] | None, typer.Option("--include", help="with --model-free: globs of modules to quantize")] = None,
+    exclude: Annotated[list[str] | None, typer.Option("--exclude", help="with --model-free: globs of modules to leave")] = None,
+    json_file: Json = None,
+) -> None:  # fmt: skip
+    """Quantize a model directory into one that other engines load."""
+    import qlab
+    from qlab.quantize import Inputs
+
+    if inputs not in ("quantized", "reference"):
+        raise QlabError(f"--inputs {inputs!r} is unknown; it is 'quantized' or 'reference'")
+    if overwrite and resume:
+        raise QlabError("--overwrite starts anew and --resume continues; give one of them")
+    if model_free:
+        _quantize_files(model, out, method, spec, asymmetric, codec, target, include, exclude, overwrite, resume, json_file)
+        return
+    if include or exclude:
+        raise QlabError("--include and --exclude go with --model-free; in Python, qlab.rules and qlab.at choose sites")
+    opened = qlab.open(model)
+    recipe, named = chosen(opened, method or "gptq", spec, asymmetric, codec, target)
+    data = _data(opened, recipe, calib, images, samples, length, seed)
+    budget = None if memory is None else int(memory * 2**30)
+    result = qlab.quantize(opened, recipe, data, out, inputs=cast(Inputs, inputs), device=device, memory=budget, overwrite=overwrite,
+                           resume=resume, calibrate_all_experts=all_experts, codec=named, target=target or None)  # fmt: skip
+    console().print(result.plan)
+    cost = f"{result.bytes / 1e6:.1f} MB, {result.seconds:.1f} s, peak {result.peak_rss_bytes / 2**20:.0f} MiB"
+    console().print(f"{result.path}: {named}, {result.bits_per_weight:.3f} bits per weight, {cost}, {inputs} inputs", soft_wrap=True)
+    for name, few in result.experts_with_few_tokens.items():
+        console().print(f"{name}: experts {', '.join(map(str, few))} saw fewer tokens than input channels", soft_wrap=True)
+    report(result.json(), json_file)
+
+
+def _quantize_files(
+    model: str, out: Path, method: str, spec: str, asymmetric: bool, codec: str, target: str, include: list[str] | None,
+    exclude: list[str] | None, overwrite: bool, resume: bool, json_file: Path | None,
+) -> None:  # fmt: skip
+    from qlab.checkpoint import open_checkpoint
+    from qlab.model_free import KEPT, quantize_files
+
+    opened = open_checkpoint(resolved(model))
+    recipe, named = chosen(opened, method or "rtn", spec, asymmetric, codec, target)
+    result = quantize_files(opened, recipe, out, include=include or ("*",), exclude=(*KEPT, *(exclude or ())), codec=named,
+                            target=target or None, overwrite=overwrite, resume=resume)  # fmt: skip
+    cost = f"{result.seconds:.1f} s, peak {result.peak_rss_bytes / 2**20:.0f} MiB"
+    console().print(f"{result.path}: {named}, {len(result.sites)} weights, {result.bits_per_weight:.3f} bits per weight, {cost}",
+                    soft_wrap=True)  # fmt: skip
+    report(result.json(), json_file)
+
+
+def evaluate(
+    model: Model, against: Annotated[str, typer.Option("--against", help="the reference model")],
+    text: Annotated[list[Path] | None, typer.Option("--text", help="text or jsonl files (default: held-out demo)")] = None,
+    length: Length = 512, windows: Annotated[int | None, typer.Option(min=2, help="default: all full windows")] = None,
+    json_file: Json = None,
+) -> None:  # fmt: skip
+    """Perplexity, KL divergence and top-1 agreement against a reference, over full windows of --length tokens."""
+    import qlab
+    from qlab.hub import evaluation_texts
+
+    reference = qlab.open(against)
+    data = qlab.first_windows(reference, evaluation_texts(text), length, windows)
+    result = qlab.evaluate(qlab.open(model), reference, data)
+    table = Table("", "value", "95 % interval", title=f"{model} against {against}: {result.windows} windows of {length}")
+    table.add_row("perplexity", f"{result.perplexity:.4f}", _range(result.perplexity_ci))
+    table.add_row("reference perplexity", f"{result.reference_perplexity:.4f}", "")
+    table.add_row("perplexity / reference", f"{result.perplexity / result.reference_perplexity:.4f}", _range(result.ratio_ci))
+    table.add_row("KL divergence (nats)", f"{result.kl:.5f}", _range(result.kl_ci))
+    table.add_row("top-1 agreement", f"{result.top1_agreement:.4f}", _range(result.top1_ci))
+    console().print(table)
+    report({"model": model, "against": against, "data": data.describe(), **result.json()}, json_file)
+
+
+def _range(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:.4f} to {interval[1]:.4f}"
+
+

@@ -1,0 +1,153 @@
+"""The Hugging Face door: after `import qlab.hf`, `from_pretrained` gives the lowered model of a quantized directory.
+
+Importing this module is the explicit act. From then on, and until the process ends, every quant_method that qlab reads is
+qlab's in transformers, also those that transformers has a reader of its own for. The directory's codes go straight into packed
+linears; everything else is loaded by transformers as always, with its `dtype` and `device_map`.
+"""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qlab.checkpoint import open_checkpoint
+from qlab.codecs import READERS
+from qlab.errors import QlabError
+from qlab.lower.attention import use_grouped_attention
+from qlab.lower.linear import PackedWeight
+from qlab.lower.model import DTYPES, device_named, pack, quantized_weights, refuse_online, set_module
+from qlab.skeleton import EXPERTS, Skeleton
+
+
+class QlabConfig(QuantizationConfigMixin):
+    """A directory's quantization_config, kept word for word: what is saved is what was read."""
+
+    def __init__(self, raw: dict[str, Any]):
+        self.raw, self.quant_method = raw, raw["quant_method"]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The config; transformers' own options have no place in it."""
+        config = cls(copy.deepcopy(config_dict))
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(self.raw)
+
+
+class Awaiting(nn.Module):
+    """Stands where a packed linear will be, without parameters that transformers could look for or fill at random."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+
+
+class QlabQuantizer(HfQuantizer):
+    """Takes quantized linears out of a model before its weights are loaded, and puts packed ones in afterwards."""
+
+    is_trainable = False
+    is_compileable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """One device for the whole model; 'auto' is the GPU where there is one."""
+        if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+            return {"": "cuda" if torch.cuda.is_available() else "cpu"}
+        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map or "cpu"}
+        if len(places) > 1:
+            raise QlabError(f"device_map names {', '.join(sorted(map(str, places)))}; qlab puts a model on one device")
+        place = places.pop()
+        return {"": device_named(f"cuda:{place}" if isinstance(place, int) else place)}
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The activations' dtype, which is refused where no kernel takes it."""
+        if dtype not in DTYPES:
+            raise QlabError(f"no kernel takes {dtype} activations; load with dtype {', '.join(str(d) for d in DTYPES)}")
+        self.dtype = dtype
+        return dtype
+
+    def _process_model_before_weight_loading(  # type: ignore[override]
+        self, model: PreTrainedModel, device_map: Any, checkpoint_files: list[str], **kwargs: Any
+    ) -> None:
+        checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
+        refuse_online(checkpoint)
+        self.device, self.skeleton = torch.device(device_map[""]), Skeleton(checkpoint, self.dtype)
+        if type(self.skeleton.model) is not type(model):
+            raise QlabError(f"{checkpoint.path} holds a {type(self.skeleton.model).__name__}, which AutoModelForCausalLM loads, and "
+                            f"not a {type(model).__name__}")
+        self.packed = quantized_weights(self.skeleton)
+        self._refuse_missing(model)
+        ours: set[str] = set()
+        for name, pieces in self.packed.items():
+            parts = {piece.module: checkpoint.parts(piece.module) for piece in pieces}
+            ours |= {re.escape(part) for own in parts.values() for part in own}
+            place = _at(model, name)
+            if isinstance(place, nn.Linear):
+                ours |= {re.escape(f"{name}.{part.rpartition('.')[2]}") for own in parts.values() for part in own}
+                set_module(model, name, Awaiting(place.in_features, place.out_features))
+            else:  # experts go by numbers under their owner, whatever the files call that
+                ours.add(re.escape(name.rpartition(".")[0]) + r"\.0\..+")
+                set_module(model, name, Awaiting(*place.shape[:0:-1]))
+        families = {re.sub(r"\d+", r"\\d+", pattern) for pattern in ours}
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | {f"^{family}$" for family in families}
+
+    def _refuse_missing(self, model: PreTrainedModel) -> None:
+        """transformers fills what a directory lacks at random and says so in a table; here it is an error."""
+        checkpoint, packed = self.skeleton.checkpoint, {*self.packed, *(f"{name}.weight" for name in self.packed)}
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        for name, _ in self.skeleton.model.named_parameters():
+            lacking = [piece.name for piece in self.skeleton.pieces(name) if piece.name not in checkpoint.stored]
+            if lacking and name not in packed | tied:
+                raise QlabError(f"{checkpoint.path} has no tensor {lacking[0]}, which {type(model).__name__} needs; "
+                                "the download may be incomplete")
+
+    @torch.no_grad()
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name in self.packed:
+            set_module(model, name, pack(self.skeleton, name, self.dtype, self.device))
+        model.set_experts_implementation(EXPERTS)
+        if self.device.type == "cpu":
+            use_grouped_attention(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The codes as the directory holds them, which must still be there, and everything else as the model holds it."""
+        checkpoint = self.skeleton.checkpoint
+        state: dict[str, Tensor] = {}
+        for name, module in model.named_modules():
+            if not isinstance(module, PackedWeight):
+                own = module.named_parameters(name, recurse=False), module.named_buffers(name, recurse=False)
+                kept = {f"{name}.{key}" if name else key for key in module._non_persistent_buffers_set}
+                state |= {key: tensor for tensors in own for key, tensor in tensors if key not in kept}
+        for name, pieces in self.packed.items():
+            for part in (part for piece in pieces for part in checkpoint.parts(piece.module)):
+                fused = pieces[0].expert is not None
+                state[part if fused else f"{name}.{part.rpartition('.')[2]}"] = checkpoint.tensor(part)
+        return state, {}
+
+
+def _at(model: nn.Module, name: str) -> Any:
+    """The submodule or the parameter of this name."""
+    owner, _, key = name.rpartition(".")
+    return getattr(model.get_submodule(owner), key)
+
+
+def register() -> None:
+    """Make every quant_method that qlab reads qlab's."""
+    for method in READERS:
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = QlabConfig
+        auto.AUTO_QUANTIZER_MAPPING[method] = QlabQuantizer
+
+
+register()

@@ -1,0 +1,159 @@
+"""Quantizing without a model: safetensors and a configuration in, the same out, one tensor in memory at a time.
+
+For methods that need no data. Which tensors are linear weights is read off their names: by default every [o, k] `.weight` but
+those of embeddings, heads, norms and routers, which engines expect unquantized.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlab.certificate import certify
+from qlab.checkpoint import Checkpoint, open_checkpoint
+from qlab.codecs import CODECS, Codec
+from qlab.errors import QlabError
+from qlab.graph import lone_weight
+from qlab.linears import linear_names, other_matrices
+from qlab.plan import CODEC
+from qlab.qtensor import QTensor, dense
+from qlab.report import PeakMemory, bits_per_weight, describe, recorded, site_rows, versions
+from qlab.shardwise import Notes, leaves_by_file, rewrite_files
+from qlab.spec import Float, Spec, with_scale_dtype
+from qlab.sweep import solve
+from qlab.targets import refusal, uniformity
+from qlab.transform import Transform, matches
+from qlab.writer import Writer
+
+KEPT = ("*embed*", "*wte", "*wpe", "*lm_head", "*norm*", "*.gate", "*router*", "*shared_expert_gate")
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A directory quantized without its model: the rows of its report, and what the run cost."""
+
+    path: Path
+    sites: Mapping[str, Mapping[str, Any]]
+    seconds: float
+    peak_rss_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over the weights that were chosen."""
+        return bits_per_weight(self.sites)
+
+    def json(self) -> dict[str, Any]:
+        """The result as plain data."""
+        return {"path": str(self.path), "sites": dict(self.sites), "bits_per_weight": self.bits_per_weight, "seconds": self.seconds,
+                "peak_rss_bytes": self.peak_rss_bytes}  # fmt: skip
+
+
+@torch.no_grad()
+def quantize_files(
+    model: Checkpoint | str | Path,
+    recipe: Transform,
+    out: str | Path,
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = KEPT,
+    codec: str = CODEC,
+    target: str | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> Rewritten:
+    """Apply a recipe of data-free methods to the linear weights of a directory, also of architectures that nobody knows.
+
+    include, exclude: globs (or 're:' patterns) over module names; a weight is chosen where one of `include` and none of
+    `exclude` matches. Weights that are stored as 8-bit floats are dequantized first, chosen or not.
+
+    Errors: methods that observe activations, a pattern without a weight, weights that are no nn.Linear's where transformers
+    knows the architecture, what the codec's format cannot hold or the engine `target` does not load.
+    """
+    source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    started = time.perf_counter()
+    if codec not in CODECS:
+        raise QlabError(f"the codec {codec!r} is unknown; qlab writes {', '.join(CODECS)}")
+    if needs := sorted({need for stage in recipe for need in stage.needs}):
+        raise QlabError(f"the recipe observes {', '.join(needs)}, for which the model has to run; use a data-free method such as rtn")
+    if source.path.resolve() == Path(out).expanduser().resolve():
+        raise QlabError(f"{source.path} is the model itself; choose another output directory")
+    specs = _chosen(source, recipe, include, exclude)
+    _check(source, specs, codec, target)
+    names = {**linear_names(source), **{module: module for module in specs}}
+    config = CODECS[codec].config({name: specs.get(module) for name, module in names.items()})
+    job = {"source": source.fingerprint(), "recipe": describe(recipe), "sites": sorted(specs), "codec": codec, "versions": versions()}
+    with PeakMemory() as peak:
+        writer = Writer(Path(out), job, len(leaves_by_file(source)), overwrite, resume)
+        if not writer.finished:
+            rewrite_files(source, writer, partial(_rewrite, source, recipe, CODECS[codec], specs), "quantizing")
+            notes = writer.notes()
+            report = {"job": job, **notes, "bits_per_weight": bits_per_weight(notes["sites"])}
+            writer.finish({"config.json": {**source.raw, "quantization_config": config}, "qlab.json": report}, source.path)
+    return Rewritten(writer.out, recorded(writer.out)["sites"], time.perf_counter() - started, peak.bytes)
+
+
+def _chosen(source: Checkpoint, recipe: Transform, include: Sequence[str], exclude: Sequence[str]) -> dict[str, Spec]:
+    """Module -> the spec that the recipe rounds it to."""
+    if wide := sorted(name for name, spec in source.quantized.items() if not isinstance(spec, Float) or spec.bits < 8):
+        raise QlabError(f"{wide[0]} of {source.path} is quantized to {source.quantized[wide[0]]} already; start from the unquantized "
+                        "model")
+    weights = {name.removesuffix(".weight") for name, stored in source.stored.items()
+               if name.endswith(".weight") and len(stored.shape) == 2}  # fmt: skip
+    modules = sorted(weights | source.quantized.keys())
+    for pattern in (*include, *(p for p in exclude if p not in KEPT)):
+        if not any(matches(pattern, module) for module in modules):
+            raise QlabError(f"the pattern {pattern!r} matches no weight [o, k] of {source.path}; they are named like {modules[0]}"
+                            if modules else f"{source.path} holds no weight [o, k], so there is nothing to quantize")  # fmt: skip
+    chosen = [m for m in modules if any(matches(p, m) for p in include) and not any(matches(p, m) for p in exclude)]
+    if wrong := sorted(set(chosen) & other_matrices(source)):
+        raise QlabError(f"{', '.join(wrong[:4])} belongs to no nn.Linear of the model, and readers would skip it; --exclude it")
+    specs: dict[str, Spec] = {}
+    for stage in recipe:
+        inside = [module for module in chosen if module in stage.scope]
+        if stage.uncovered and inside:
+            raise QlabError(f"no rule covers {', '.join(inside[:4])}; add a pattern, with keep() to leave them as they are")
+        if stage.spec is not None:
+            specs |= dict.fromkeys(inside, stage.spec)
+    if not specs:
+        raise QlabError(f"the recipe and the patterns choose no weight of {source.path}, so there is nothing to write")
+    return specs
+
+
+def _check(source: Checkpoint, specs: Mapping[str, Spec], codec: str, target: str | None) -> None:
+    failed: dict[str, list[str]] = {}
+    for module, spec in specs.items():
+        shape = source.stored[f"{module}.weight"].shape
+        try:
+            spec.tile.sizes(torch.Size(shape))
+        except QlabError as error:
+            failed.setdefault(str(error), []).append(module)
+            continue
+        reason = CODECS[codec].refusal(with_scale_dtype(spec, source.dtype))
+        if target and not reason:
+            reason = refusal(target, codec, spec, ".experts." in module, shape[-1])
+        if reason:
+            failed.setdefault(reason, []).append(module)
+    for reason, modules in failed.items():
+        raise QlabError(f"{', '.join(modules[:4])}{f' and {len(modules) - 4} more' if len(modules) > 4 else ''}: {reason}")
+    if target and (several := uniformity(target, specs)):
+        raise QlabError(f"{several}; give all weights one")
+
+
+def _rewrite(source: Checkpoint, recipe: Transform, codec: Codec, specs: Mapping[str, Spec], name: str,
+             notes: Notes) -> dict[str, Tensor]:  # fmt: skip
+    """The tensors of one leaf: quantized where it is chosen, else dense as it is."""
+    leaf, module = source.leaf(name), name.rpartition(".")[0]
+    weight = dense(leaf, source.dtype) if isinstance(leaf, QTensor) else leaf
+    if module not in specs or name != f"{module}.weight":
+        return {name: weight}
+    solved, _ = solve(lone_weight(module, weight), recipe, lambda graph, wanted: {})
+    new = solved.params["weight"]
+    assert isinstance(new, QTensor)  # _chosen found the stage that rounds it
+    notes.setdefault("sites", {}).update(site_rows(solved))
+    notes.setdefault("certificates", {})[module] = certify(new, leaf)
+    return codec.encode(module, new)

@@ -1,0 +1,117 @@
+"""What a model's tensors are called in its files: renamed, or cut into one tensor per expert and projection.
+
+transformers itself says so: its loading rules give every stored name its place in the model, and its saving rules, run
+on the numbers of a fused weight's rows, say which rows of which expert every file tensor holds.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
+
+from qlab.errors import QlabError
+from qlab.qtensor import Leaf, QTensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of the files: a whole leaf, or rows [start, stop) of one expert of a fused leaf [e, o, k]."""
+
+    name: str
+    expert: int | None = None
+    start: int = 0
+    stop: int = 0
+
+    @property
+    def module(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    def of(self, leaf: Leaf) -> Leaf:
+        """The piece's part of the leaf."""
+        if self.expert is None:
+            return leaf
+        if isinstance(leaf, Tensor):
+            return leaf[self.expert, self.start : self.stop]
+        rows = leaf.spec.tile.rows or leaf.shape[-2]
+        scaled = slice(self.start // rows, -(-self.stop // rows))  # a scale of all rows is each part's
+        if rows < leaf.shape[-2] and (self.start % rows or self.stop % rows):
+            raise QlabError(f"{self.module}: rows {self.start} to {self.stop} of the fused experts share {leaf.spec} scales with "
+                            "their neighbours; choose groups or channels")
+        return QTensor(leaf.codes[self.expert, self.start : self.stop], leaf.scales[self.expert, scaled],
+                       None if leaf.zeros is None else leaf.zeros[self.expert, scaled], leaf.spec,
+                       None if leaf.outer is None else leaf.outer[self.expert])  # fmt: skip
+
+
+def assemble(pieces: Sequence[Piece], parts: Sequence[Leaf]) -> Leaf:
+    """The leaf whose pieces these are: the inverse of Piece.of for groups and channels."""
+    if pieces[0].expert is None:
+        return parts[0]
+    specs = {part.spec if isinstance(part, QTensor) else None for part in parts}
+    if len(specs) > 1:
+        raise QlabError(f"{pieces[0].module} and the others of its fused weight are stored as "
+                        f"{' and '.join(sorted(str(spec) for spec in specs))}; qlab reads experts of one spec")
+    experts = 1 + max(p.expert or 0 for p in pieces)
+    if isinstance(parts[0], Tensor):
+        return _stack(experts, pieces, [p for p in parts if isinstance(p, Tensor)])
+    quantized = [p for p in parts if isinstance(p, QTensor)]
+    spec = parts[0].spec
+    if spec.tile.rows is None or any(p.perm is not None for p in quantized):
+        raise QlabError(f"{pieces[0].module} is stored as {spec}, whose scales or order of channels do not join with those of the "
+                        "other experts; qlab reads experts with a scale per group or channel")
+    outers: dict[int, Tensor] = {}
+    for piece, part in zip(pieces, quantized):
+        if part.outer is not None and not torch.equal(outers.setdefault(piece.expert or 0, part.outer), part.outer):
+            raise QlabError(f"{piece.module} has a global scale of its own; qlab reads projections of one fused weight that share it")
+    return QTensor(
+        _stack(experts, pieces, [p.codes for p in quantized]),
+        _stack(experts, pieces, [p.scales for p in quantized]),
+        None if spec.symmetric else _stack(experts, pieces, [p.zeros for p in quantized if p.zeros is not None]),
+        spec,
+        torch.stack([outers[e] for e in range(experts)]) if outers else None,
+    )
+
+
+def _stack(experts: int, pieces: Sequence[Piece], parts: Sequence[Tensor]) -> Tensor:
+    """[rows, k] of every piece -> [e, rows, k], filled in place so that no second copy is held."""
+    own = [part for piece, part in zip(pieces, parts) if piece.expert == 0]
+    out = own[0].new_empty(experts, sum(map(len, own)), own[0].shape[-1])
+    at = [0] * experts
+    for piece, part in zip(pieces, parts):
+        e = piece.expert or 0
+        out[e, at[e] : at[e] + len(part)] = part
+        at[e] += len(part)
+    return out
+
+
+def spellings(model: PreTrainedModel, stored: Iterable[str]) -> Mapping[str, str]:
+    """The model's name of every tensor -> its stored name, which transformers may rename when it loads them."""
+    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    known = model.state_dict()
+    return {rename_source_key(name, renamings, [], model.base_model_prefix, known)[0]: name for name in sorted(stored)}
+
+
+def pieces_of_experts(model: PreTrainedModel, name: str, stored: Iterable[str]) -> tuple[Piece, ...]:
+    """The tensors that engines expect for a fused weight [e, o, k], in the order of experts and rows; () if transformers
+    knows no names per expert. Names are spelled with or without the base prefix, as the stored ones are."""
+    experts, rows = model.get_parameter(name).shape[:2]
+    numbers = torch.arange(experts * rows, device="cpu").view(experts, rows, 1)  # also where models are being built on meta
+    cut = revert_weight_conversion(model, {name: numbers})
+    if set(cut) == {name}:
+        return ()
+    pieces = []
+    for piece, held in cut.items():
+        first, last = int(held.flatten()[0]), int(held.flatten()[-1])
+        whole = torch.arange(first, last + 1, device=held.device)
+        if held.shape[1:] != (1,) or first // rows != last // rows or not torch.equal(held.flatten(), whole):
+            raise QlabError(f"{name} is saved as {piece} in a way that is no range of rows of one expert; qlab cannot cut it")
+        pieces.append(Piece(_spelled(piece, model.base_model_prefix, set(stored)), first // rows, first % rows, last % rows + 1))
+    return tuple(sorted(pieces, key=lambda p: (p.expert or 0, p.start)))
+
+
+def _spelled(name: str, prefix: str, stored: set[str]) -> str:
+    bare = name.removeprefix(f"{prefix}.")
+    return bare if name not in stored and bare in stored else name

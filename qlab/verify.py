@@ -1,0 +1,123 @@
+"""Is a quantized directory what it claims to be? Every site against its grid, its certificate and the model it came from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+from qlab.certificate import fingerprint, hash_of, off_grid, weight_error
+from qlab.checkpoint import Checkpoint, open_checkpoint
+from qlab.errors import QlabError
+from qlab.qtensor import QTensor, dense
+from qlab.report import recorded
+from qlab.shardwise import leaves_by_file
+
+SLACK = 1e-4  # relative: how far a sum of squares in fp32 may differ between machines
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """sites: module -> spec, weight error against the reference, what was certified of it, and its fault or None.
+
+    missing, extra: tensors of the reference that the directory lacks, and the other way round. changed: unquantized tensors
+    that differ from the reference, with what explains each or None. certified: whether the directory holds certificates;
+    without them nothing explains a change, and none is a fault.
+    """
+
+    path: Path
+    sites: Mapping[str, Mapping[str, Any]]
+    missing: Sequence[str]
+    extra: Sequence[str]
+    changed: Mapping[str, str | None]
+    certified: bool
+
+    @property
+    def faults(self) -> list[str]:
+        """What is wrong, one sentence each; empty when the directory is what it claims to be."""
+        found = [f"{name}: {row['fault']}" for name, row in self.sites.items() if row["fault"]]
+        found += [f"{name} is missing" for name in self.missing]
+        found += [f"{name} is not in the reference" for name in self.extra]
+        return found + [f"{name} differs from the reference and no certificate says why"
+                        for name, why in self.changed.items() if self.certified and why is None]  # fmt: skip
+
+    def json(self) -> dict[str, Any]:
+        """The verdict as plain data."""
+        return {"path": str(self.path), "certified": self.certified, "faults": self.faults, "sites": dict(self.sites),
+                "missing": list(self.missing), "extra": list(self.extra), "changed": dict(self.changed)}  # fmt: skip
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table("site", "spec", "weight error", "certified", "verdict", title=str(self.path))
+        table.columns[0].overflow = "fold"
+        for name, row in self.sites.items():
+            table.add_row(name, row["spec"], _figure(row["weight_error"]), _figure(row["certified_error"]), row["fault"] or "good")
+        yield table
+        for name, why in self.changed.items():
+            yield f"{name} differs from the reference: {why or 'nothing says why'}"
+        yield from (f"[bold]fault[/bold] {fault}" for fault in self.faults)
+        against = "its certificates" if self.certified else "no certificates: only grids and the reference were checked"
+        yield f"{len(self.sites)} quantized weights, {len(self.faults)} faults, {against}"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3e}"
+
+
+@torch.no_grad()
+def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path) -> Verdict:
+    """Check a quantized directory against the model it was made from, one tensor at a time.
+
+    Every site: the codes decode, lie on the grid that the configuration claims, hash to the certificate that was recorded
+    when they were made, and are as far from the reference's weight as it says. Every tensor of the reference is there, and
+    every unquantized one is the reference's own or the one that the recipe is recorded to have written.
+    """
+    model, reference = (m if isinstance(m, Checkpoint) else open_checkpoint(m) for m in (directory, against))
+    if not model.quantized:
+        raise QlabError(f"{model.path} is not quantized, so there is nothing to verify; give a quantized directory")
+    record = recorded(model.path)
+    certificates, noted = record.get("certificates", {}), record.get("changed", {})
+    names, theirs = ({name for file in leaves_by_file(m) for name in file} for m in (model, reference))
+    sites: dict[str, dict[str, Any]] = {}
+    changed: dict[str, str | None] = {}
+    for name in sorted(names):
+        module = name.rpartition(".")[0]
+        if model.quantized.get(module) and name == f"{module}.weight":
+            sites[module] = _site(model, reference, module, certificates.get(module, {}))
+        elif name in theirs and _differs(model, reference, name):
+            written = noted.get(name) == hash_of(dense(model.leaf(name)))
+            changed[name] = "written by the recipe, as recorded" if written else None
+    unheard = sorted(set(certificates) - set(sites))
+    missing = [*sorted(theirs - names), *(f"the certified {module}" for module in unheard)]
+    return Verdict(model.path, sites, missing, sorted(names - theirs), changed, bool(certificates))
+
+
+def _site(model: Checkpoint, reference: Checkpoint, module: str, certificate: Mapping[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {"spec": str(model.quantized[module]), "weight_error": None,
+                           "certified_error": certificate.get("weight_error"), "fault": None}  # fmt: skip
+    try:
+        leaf = model.leaf(f"{module}.weight")
+        assert isinstance(leaf, QTensor)
+        row["fault"] = off_grid(leaf)
+        if certificate and fingerprint(leaf) != certificate["sha256"]:
+            row["fault"] = row["fault"] or "its codes, scales or zero points are not the certified ones"
+        if f"{module}.weight" in reference.stored or module in reference.quantized:
+            W = reference.leaf(f"{module}.weight")
+            if W.shape != leaf.shape:
+                raise QlabError(f"its shape is {tuple(leaf.shape)} and the reference's {tuple(W.shape)}")
+            row["weight_error"] = weight_error(leaf, W)
+    except QlabError as error:
+        row["fault"] = str(error).removeprefix(f"{module}: ")
+    found, promised = row["weight_error"], row["certified_error"]
+    if row["fault"] is None and found is not None and promised is not None and abs(found - promised) > SLACK * promised + 1e-7:
+        row["fault"] = (f"its weight error against the reference is {found:.4e} and was certified as {promised:.4e}; "
+                        "it was made from another model")  # fmt: skip
+    return row
+
+
+def _differs(model: Checkpoint, reference: Checkpoint, name: str) -> bool:
+    """Whether an unquantized tensor is another than the reference's, cast to the same dtype."""
+    ours, leaf = dense(model.leaf(name)), reference.leaf(name)
+    return ours.shape != leaf.shape or not torch.equal(ours, dense(leaf).to(ours.dtype))

@@ -1,0 +1,131 @@
+"""GGUF files written by the gguf package: codes by hand, weights as transformers reads them, files that are damaged."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from families import tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, GgufConfig
+
+from qlab.codecs.gguf import tensors
+from qlab.errors import QlabError
+from qlab.qtensor import QTensor, dense
+from qlab.spec import Int, Tile
+
+KINDS = gguf.GGMLQuantizationType
+OURS = {"self_attn.q_proj": KINDS.Q4_0, "self_attn.k_proj": KINDS.Q8_0, "self_attn.v_proj": KINDS.Q4_1, "mlp.up_proj": KINDS.Q4_0,
+        "mlp.down_proj": KINDS.F16, "mlp.gate_proj": KINDS.BF16}  # fmt: skip
+ARCH, MODEL = "llama", dict(num_key_value_heads=2, num_attention_heads=4)
+
+
+def interleaved(W, heads):
+    """The rows of q and k as the format has them: the first row of a head, the first of its second half, and so on."""
+    half = W.shape[0] // heads // 2
+    return torch.stack([W[(2 * h + part) * half + i] for h in range(heads) for i in range(half) for part in (0, 1)])
+
+
+def write(path, model, arch=ARCH):
+    writer, config = gguf.GGUFWriter(path, arch), model.config
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(128)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(config.vocab_size)
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, W in model.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(module.rpartition(".")[2])
+        W = interleaved(W, heads) if heads and arch == "llama" else W
+        stored = next((k for part, k in OURS.items() if module.endswith(part)), KINDS.F32)
+        data = W.numpy().astype(np.float16) if stored == KINDS.F16 else gguf.quantize(W.numpy(), stored)
+        writer.add_tensor(f"{table.get_name(module)}.{kind}", data, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("llama", **MODEL)
+
+
+@pytest.fixture(scope="module")
+def file(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    write(path, model)
+    return path
+
+
+def test_weights_are_those_that_transformers_reads(model, file):
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32,
+                                                  quantization_config=GgufConfig(dequantize=True)).state_dict()  # fmt: skip
+    found = dict(tensors(file, list(model.state_dict())))
+    assert found.keys() == model.state_dict().keys()
+    for name, leaf in found.items():
+        assert torch.equal(dense(leaf, torch.float32), loaded[name]), name
+    kinds = {name: str(leaf.spec) if isinstance(leaf, QTensor) else leaf.dtype for name, leaf in found.items() if ".0." in name}
+    assert kinds["model.layers.0.self_attn.q_proj.weight"] == "int4-g32" and kinds["model.layers.0.mlp.up_proj.weight"] == "int4-g32"
+    assert kinds["model.layers.0.self_attn.k_proj.weight"] == "int8-g32"
+    assert kinds["model.layers.0.self_attn.v_proj.weight"] == torch.float32
+
+
+def one_tensor(path, data, kind, name="blk.0.ffn_up.weight"):
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_block_count(1)
+    writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return dict(tensors(path, ["model.layers.0.mlp.up_proj.weight"]))["model.layers.0.mlp.up_proj.weight"]
+
+
+def test_blocks_hold_codes_as_by_hand(tmp_path):
+    half = bytes([0x00, 0x38])  # 0.5 as float16
+    q4 = np.frombuffer(half + bytes(range(0x10, 0x20)), dtype=np.uint8)[None]  # low nibbles 0 to 15, high ones 1
+    leaf = one_tensor(tmp_path / "q4.gguf", q4, KINDS.Q4_0)
+    assert leaf.codes.tolist() == [[*range(-8, 8), *[-7] * 16]]
+    assert leaf.scales.tolist() == [[0.5]] and leaf.spec == Int(4, Tile(1, 32), True, torch.float16)
+    q8 = np.frombuffer(half + bytes([0x80, 0xFF, 0, 0x7F] * 8), dtype=np.uint8)[None]
+    assert one_tensor(tmp_path / "q8.gguf", q8, KINDS.Q8_0).codes.tolist() == [[-128, -1, 0, 127] * 8]
+
+
+def test_k_quants_are_dequantized_by_the_package(tmp_path):
+    data = np.random.default_rng(0).integers(0, 256, (3, 144), dtype=np.uint8)
+    data[:, 0:4] = np.frombuffer(np.array([0.5, 0.25], dtype=np.float16).tobytes(), dtype=np.uint8)  # scales that are finite
+    leaf = one_tensor(tmp_path / "k.gguf", data, KINDS.Q4_K)
+    assert leaf.shape == (3, 256) and torch.equal(leaf, torch.from_numpy(gguf.dequantize(data, KINDS.Q4_K)))
+
+
+def test_what_does_not_belong_together_is_refused(model, file, tmp_path):
+    names = list(model.state_dict())
+    with pytest.raises(QlabError, match=r"model\.gguf has no tensor for model\.layers\.0\.other\.weight"):
+        dict(tensors(file, [*names, "model.layers.0.other.weight"]))
+    with pytest.raises(QlabError, match=r"model\.gguf holds blk\.0\.attn_k\.weight, for which the model has no parameter"):
+        dict(tensors(file, [name for name in names if "layers.0.self_attn.k_proj" not in name]))
+    write(tmp_path / "gemma.gguf", model, "gemma2")
+    with pytest.raises(QlabError, match=r"architecture 'gemma2'; qlab reads llama, qwen2, qwen3: convert it"):
+        dict(tensors(tmp_path / "gemma.gguf", names))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_file_is_refused_or_holds_other_numbers(data, model, file, tmp_path):
+    whole = bytearray(file.read_bytes())
+    if data.draw(st.booleans()):
+        whole = whole[: data.draw(st.integers(0, len(whole) - 1))]
+    else:
+        for _ in range(data.draw(st.integers(1, 8))):
+            whole[data.draw(st.integers(0, 2500))] = data.draw(st.integers(0, 255))  # header, names and shapes come first
+    (tmp_path / "damaged.gguf").write_bytes(whole)
+    try:
+        found = dict(tensors(tmp_path / "damaged.gguf", list(model.state_dict())))
+    except QlabError:
+        return
+    assert found.keys() == model.state_dict().keys()

@@ -1,0 +1,105 @@
+"""torchao's tensors in safetensors, flattened by the library itself, against its own dequantization."""
+
+import json
+
+import pytest
+import torch
+from corruption import damaged
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from qlab.codecs import reader
+from qlab.errors import QlabError
+from qlab.qtensor import dense
+from qlab.spec import Int, Tile
+
+quantization = pytest.importorskip("torchao.quantization")
+
+
+def made(config):
+    """(quantization_config, tensors, dense weight as torchao computes it) of one linear quantized by the library."""
+    from torchao.core.config import config_to_dict
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32, bias=False, dtype=torch.float32))
+    quantization.quantize_(model, config)
+    tensors, _ = flatten_tensor_state_dict(model.state_dict())
+    said = {"quant_method": "torchao", "quant_type": {"default": config_to_dict(config)}}
+    return json.loads(json.dumps(said)), tensors, model[0].weight.dequantize()
+
+
+def configs():
+    intx, asymmetric = quantization.IntxWeightOnlyConfig, quantization.MappingType.ASYMMETRIC
+    return [
+        (quantization.Int8WeightOnlyConfig(version=2), Int(8, Tile(1, None))),
+        (intx(weight_dtype=torch.int4, granularity=quantization.PerGroup(32)), Int(4, Tile(1, 32))),
+        (intx(weight_dtype=torch.int3, granularity=quantization.PerAxis(0), mapping_type=asymmetric), Int(3, Tile(1, None), False)),
+        (intx(weight_dtype=torch.int2, granularity=quantization.PerGroup(16), mapping_type=asymmetric), Int(2, Tile(1, 16), False)),
+    ]
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_weights_are_those_of_the_library(i):
+    config, spec = configs()[i]
+    said, tensors, W = made(config)
+    assert reader(said).specs(said, [*tensors, "1.weight"]) == {"0": spec}
+    assert torch.equal(dense(reader(said).decode("0", tensors, spec), torch.float32), W)
+
+
+INT4 = {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig", "_version": 2, "_data": {
+    "group_size": 32, "int4_packing_format": {"_type": "Int4PackingFormat", "_data": "PLAIN"}}}}}  # fmt: skip
+
+
+def test_plain_int4_has_the_even_column_in_the_low_nibble_and_a_zero_point_in_units_of_the_weight():
+    words = torch.tensor([[0x8F, 0x70]], dtype=torch.uint8).view(torch.int8)  # codes -1, -8, 0, 7
+    tensors = {"m._weight_qdata": words, "m._weight_scale": torch.tensor([[0.5], [2.0]]),
+               "m._weight_zero_point": torch.tensor([[0.25], [-1.0]])}  # fmt: skip
+    assert reader(INT4).specs(INT4, tensors) == {"m": None}
+    assert reader(INT4).decode("m", tensors, None).tolist() == [[-0.25, -3.75, -1.0, 13.0]]
+
+
+@pytest.mark.parametrize("default, message", [
+    ({"_type": "Float8WeightOnlyConfig", "_data": {}}, "torchao's Float8WeightOnlyConfig; qlab reads Int8WeightOnlyConfig"),
+    ({"_type": "Int4WeightOnlyConfig", "_data": {"int4_packing_format": {"_type": "P", "_data": "TILE_PACKED_TO_4D"}}}, "TILE_PACKED"),
+    ({"_type": "Int8WeightOnlyConfig", "_data": {"group_size": 0}}, "group_size 0"),
+    ({"_type": "Int8WeightOnlyConfig", "_data": {"granularity": {"_type": "PerTensor", "_data": {}}}}, "granularity PerTensor"),
+    ({"_type": "Int8WeightOnlyConfig", "_data": None}, "writes the fields"),
+    ({"_type": "IntxWeightOnlyConfig", "_data": {}}, "with a _type"),
+    (4, "with a _type"),
+])  # fmt: skip
+def test_a_config_that_cannot_be_read_is_refused(default, message):
+    said = {"quant_method": "torchao", "quant_type": {"default": default}}
+    with pytest.raises(QlabError, match=message):
+        reader(said).specs(said, ["m._weight_qdata"])
+    for quant_type in ("int4_weight_only", None, {"default": {}, "m": {}}):
+        with pytest.raises(QlabError, match="one config for all modules"):
+            reader(said).specs({"quant_type": quant_type}, [])
+
+
+def module(symmetric):
+    return {"m._weight_qdata": torch.randint(-8, 8, (32, 64), dtype=torch.int8), "m._weight_scale": torch.rand(32, 2),
+            "m._weight_zero_point": torch.full((32, 2), 0 if symmetric else 3, dtype=torch.int8)}  # fmt: skip
+
+
+def test_codes_and_zero_points_outside_the_grid_are_refused():
+    codec = reader(INT4)
+    with pytest.raises(QlabError, match=r"spans \[-8, 7\] and int3 holds \[-4, 3\]"):
+        codec.decode("m", module(True), Int(3, Tile(1, 32)))
+    with pytest.raises(QlabError, match="not 0 everywhere"):
+        codec.decode("m", module(False), Int(4, Tile(1, 32)))
+    with pytest.raises(QlabError, match="_weight_act_pre_scale has no place"):
+        codec.decode("m", {**module(True), "m._weight_act_pre_scale": torch.ones(1)}, Int(4, Tile(1, 32)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.booleans())
+def test_damaged_tensors_are_refused_or_make_no_difference(data, symmetric):
+    tensors, spec = module(symmetric), Int(4, Tile(1, 32), symmetric)
+    W = dense(reader(INT4).decode("m", tensors, spec), torch.float64)
+    try:
+        leaf = reader(INT4).decode("m", data.draw(damaged(tensors)), spec)
+    except QlabError:
+        return
+    assert (dense(leaf, torch.float64) - W).abs().max() <= 2.0**-9 * W.abs().max()

@@ -1,0 +1,220 @@
+"""Models of images and text: the decoder is quantized, on text or on what real images become, and the rest is left alone."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+from directories import bits_equal, random_tokens, tensors
+from families import VISION, tiny
+from test_quantize import IDS, qlab_logits
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoModelForImageTextToText, LlavaProcessor, PreTrainedTokenizerFast
+
+from qlab.checkpoint import open_checkpoint
+from qlab.cli import main
+from qlab.errors import QlabError
+from qlab.evaluate import evaluate
+from qlab.images import Samples, image_samples
+from qlab.methods.awq import awq
+from qlab.methods.gptq import gptq
+from qlab.methods.rtn import rtn
+from qlab.plan import plan
+from qlab.quantize import quantize
+from qlab.recording import Recorder
+from qlab.skeleton import Skeleton
+from qlab.spec import parse_spec
+from qlab.sweep import push, record
+from qlab.transform import keep, rules
+
+INT4 = parse_spec("int4-g16")
+IMAGE = 127  # the token that stands for a patch
+every_model = pytest.mark.parametrize("family", VISION)
+
+
+def from_transformers(path):
+    model, report = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    return model.eval()
+
+
+@torch.no_grad()
+@every_model
+def test_the_decoder_is_quantized_on_text_and_the_tower_is_left_alone(family, saved, tmp_path):
+    source = saved(family)
+    (source / "preprocessor_config.json").write_text("{}")
+    before = qlab_logits(source)
+    assert torch.allclose(before, tiny(family)(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+    result = quantize(open_checkpoint(source), awq(INT4), random_tokens(source), tmp_path / "out")
+    after = qlab_logits(result.path)
+    theirs = from_transformers(result.path)(input_ids=IDS).logits
+    assert (after - theirs).norm() <= 1e-5 * theirs.norm() and (after - before).norm() > 1e-3 * before.norm()
+    old, new = tensors(source), tensors(result.path)
+    tower = {name for name in old if "vis" in name or "projector" in name}
+    assert tower and all(bits_equal(old[name], new[name]) for name in tower)
+    assert all("language_model.layers" in name for name in result.sites) and len(result.sites) == 14
+    assert any("vis" in name for name in result.plan.unquantized)
+    assert (result.path / "preprocessor_config.json").read_text() == "{}"
+
+
+@every_model
+def test_perplexity_and_divergence_are_measured_on_text(family, saved, tmp_path):
+    source = saved(family)
+    result = quantize(open_checkpoint(source), rtn(INT4), None, tmp_path / "out")
+    reading = evaluate(open_checkpoint(result.path), open_checkpoint(source), random_tokens(source))
+    assert reading.kl > 0 and reading.perplexity > 1
+
+
+def pictured(family, seed, patches=4):
+    """Token ids with an image's patches in them, and the rest of what the model takes, made without a processor."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 120, (1, 12 + seed), generator=g)
+    ids[0, 3 : 3 + patches] = IMAGE
+    if family == "llava":
+        return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 28, 28, generator=g)}
+    ids[0, 2] = 125
+    pixels = torch.randn(4 * patches, 3 * 2 * 14 * 14, generator=g)  # two by two patches become one token
+    kinds = ids.eq(IMAGE).int()
+    return {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]]), "mm_token_type_ids": kinds}
+
+
+@torch.no_grad()
+@every_model
+def test_blocks_see_what_images_become_and_compute_what_the_model_does(family, saved):
+    skeleton, model = Skeleton(open_checkpoint(saved(family)), torch.float32), tiny(family)
+    skeleton.load_outside(with_head=True)
+    batches = [pictured(family, seed) for seed in range(2)]
+    entering, calls = record(skeleton, batches)
+    for batch, hidden, call in zip(batches, entering, calls):
+        for path in skeleton.blocks:
+            (hidden,) = push(skeleton.graph(path, call[path], hidden), iter([(call[path], hidden)]))
+        ours, theirs = skeleton.head(batch["input_ids"], hidden), model(**batch).logits
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+        without = model(input_ids=batch["input_ids"]).logits
+        assert (theirs - without).norm() > 1e-3 * theirs.norm()  # the image matters
+
+
+@every_model
+def test_calibration_on_images_differs_from_calibration_without(family, saved, tmp_path):
+    source, written = saved(family), {}
+    for name in ("with", "without"):
+        inputs = [pictured(family, seed) for seed in range(3)]
+        inputs = inputs if name == "with" else [{"input_ids": i["input_ids"]} for i in inputs]
+        data = Samples(tuple(inputs), (), "", 0, 3, 12)
+        result = quantize(open_checkpoint(source), gptq(INT4), data, tmp_path / name)
+        assert result.plan.tokens == sum(i["input_ids"].numel() for i in inputs)
+        written[name] = tensors(result.path)
+    site = next(n for n in written["with"] if n.endswith("layers.0.mlp.up_proj.weight_packed"))
+    assert not bits_equal(written["with"][site], written["without"][site])
+
+
+@pytest.fixture(scope="module")
+def llava(saved, tmp_path_factory):
+    """A llava with a real processor, and a file of samples with real images beside it."""
+    pytest.importorskip("PIL")
+    from PIL import Image
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    directory = tmp_path_factory.mktemp("llava")
+    tiny("llava").save_pretrained(directory)
+    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *(f"word{i}" for i in range(120))])} | {"<image>": IMAGE}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+                                   additional_special_tokens=["<image>"])  # fmt: skip
+    pixels = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    template = "{% for m in messages %}{% for c in m['content'] %}{{ '<image> ' if c['type'] == 'image' else c['text'] + ' ' }}" \
+               "{% endfor %}{% endfor %}"
+    LlavaProcessor(image_processor=pixels, tokenizer=fast, patch_size=14, vision_feature_select_strategy="default",
+                   num_additional_image_tokens=1, chat_template=template).save_pretrained(directory)
+    draw = np.random.default_rng(0)
+    for i in range(2):
+        Image.fromarray(draw.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(directory / f"{i}.png")
+    lines = [
+        {"text": "word1 word2 <image> word3 word4", "images": ["0.png"]},
+        {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "word5 word6"}]}], "images": ["1.png"]},
+        {"text": "word7 word8 word9"},
+    ]
+    (directory / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    return directory
+
+
+def test_real_images_go_through_the_processor_and_are_counted(llava, tmp_path):
+    model = open_checkpoint(llava)
+    data = image_samples(model, [llava / "samples.jsonl"], samples=2, seed=1)
+    assert data.images == sum("pixel_values" in s for s in data.inputs) and data.image_tokens == 4 * data.images
+    everything = image_samples(model, [llava / "samples.jsonl"], samples=3)
+    assert (everything.images, everything.image_tokens, everything.count) == (2, 8, 8 + 6 + 3)
+    result = quantize(model, gptq(INT4), data, tmp_path / "out")
+    job = json.loads((result.path / "qlab.json").read_text())["job"]["data"]
+    assert job["image_tokens"] == data.image_tokens and job["texts"] == ["samples.jsonl"]
+    assert {"processor_config.json", "tokenizer.json"} <= {f.name for f in result.path.iterdir()}
+
+
+def test_samples_of_text_and_samples_of_images_calibrate_together(llava, tmp_path):
+    data = image_samples(open_checkpoint(llava), [llava / "samples.jsonl"], samples=3)
+    assert quantize(open_checkpoint(llava), gptq(INT4), data, tmp_path / "out").plan.tokens == data.count
+
+
+def test_qwens_processor_needs_torchvision_and_says_so(saved):
+    if importlib.util.find_spec("torchvision"):
+        pytest.skip("torchvision is installed")
+    source = saved("qwen2_vl")
+    (source / "preprocessor_config.json").write_text('{"image_processor_type": "Qwen2VLImageProcessor"}')
+    with pytest.raises(QlabError, match="has no processor that transformers can make here"):
+        image_samples(open_checkpoint(source), ["unread.jsonl"], 1)
+
+
+@pytest.mark.parametrize("line, words", [
+    ("{", "line 1: not a JSON object"), ('{"images": []}', "not a JSON object"),
+    ('{"text": "a", "images": "0.png"}', "as a list of paths"),
+    ('{"text": "<image> word1", "images": ["absent.png"]}', r"line 1: the image .*absent\.png cannot be read"),
+    ('{"text": "<image> word1", "images": ["samples.jsonl"]}', "cannot be read"),
+    ('{"text": "<image> <image> word1", "images": ["0.png"]}', "line 1: the processor refuses this sample"),
+    ('{"text": "word1 word2 word3 word4 word5 word6"}', "has 6 tokens, more than the 5 of a sample"),
+])  # fmt: skip
+def test_samples_that_cannot_be_used_are_refused_by_line(line, words, llava):
+    path = llava / "wrong.jsonl"
+    path.write_text(line)
+    with pytest.raises(QlabError, match=words):
+        image_samples(open_checkpoint(llava), [path], 1, length=5)
+
+
+def test_more_samples_than_lines_are_refused(llava):
+    with pytest.raises(QlabError, match="holds 3 samples and 9 were asked for"):
+        image_samples(open_checkpoint(llava), [llava / "samples.jsonl"], 9)
+
+
+def test_a_rule_for_the_tower_is_refused_by_name(saved):
+    with pytest.raises(QlabError, match=r"matches no site \(\*visual\*\)"):
+        plan(open_checkpoint(saved("qwen2_vl")), rules({"*visual*": rtn(INT4), "*": keep()}))
+
+
+
+
+def test_a_command_calibrates_on_images(llava, tmp_path, command):
+    samples = llava / "samples.jsonl"
+    code, out, err = command(main, "quantize", llava, "--out", tmp_path / "out", "--method", "gptq", "--spec", "int4-g16",
+                             "--images", samples, "--samples", 3)  # fmt: skip
+    assert code == 0 and "17 tokens" in out, err
+    code, _, err = command(main, "plan", llava, "--method", "gptq", "--spec", "int4-g16", "--images", samples, "--calib", samples)
+    assert code == 2 and "give one of them" in err
+
+
+def test_models_that_change_hidden_states_between_blocks_are_refused(saved):
+    skeleton = Skeleton(open_checkpoint(saved("llava")), torch.float32)
+    skeleton.load_outside(with_head=False)
+    forward = Recorder.forward
+    second = "model.language_model.layers.1"
+
+    def joined(self, *args, **kwargs):  # another image joins before the second block
+        late = self.block is skeleton.blocks[second]
+        return forward(self, *(a + 1 if late and i == 0 else a for i, a in enumerate(args)), **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(Recorder, "forward", joined)
+        with pytest.raises(QlabError, match=f"changes hidden states before {second}"):
+            skeleton.record(IDS)
