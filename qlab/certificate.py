@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.qtensor import Leaf, QTensor, dense
+from qlab.qtensor import Leaf, QTensor, dense, steps
 from qlab.spec import Int
 
 
@@ -52,11 +52,10 @@ def weight_error(leaf: Leaf, reference: Leaf) -> float:
     return float((dense(leaf, torch.float32) - W_ok).norm() / W_ok.norm().clamp_min(1e-30))
 
 
-def largest_step(leaf: QTensor, W_ok: Tensor) -> float:
-    """max |W - W'| / |scale|: a weight that was rounded to nearest without clipping has at most 0.5."""
-    D_agn = leaf.spec.tile.split(dense(leaf, torch.float32) - W_ok).abs()
-    scales = leaf.scales.float() if leaf.outer is None else leaf.scales.float() / leaf.outer[..., None]
-    return float((D_agn.amax(-1) / scales.abs()).max())
+def largest_step(leaf: QTensor, D_ok: Tensor) -> float:
+    """max |D| / |scale| of an error D = W' - W: at most 0.5 for a weight that was rounded to the nearest integer unclipped."""
+    low, high = leaf.spec.tile.split(D_ok).aminmax(dim=-1)
+    return float((torch.maximum(-low, high) / steps(leaf.scales, leaf.outer, torch.float32).abs()).max())
 
 
 def off_grid(leaf: QTensor) -> str | None:

@@ -17,13 +17,13 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qlab.checkpoint import open_checkpoint
 from qlab.codecs import READERS
 from qlab.errors import QlabError
+from qlab.files.checkpoint import open_checkpoint
 from qlab.lower.attention import use_grouped_attention
-from qlab.lower.linear import QLinear
+from qlab.lower.linear import PackedWeight
 from qlab.lower.model import DTYPES, device_named, pack, quantized_weights, refuse_online, set_module
-from qlab.skeleton import Skeleton
+from qlab.model.skeleton import EXPERTS, Skeleton
 
 
 class QlabConfig(QuantizationConfigMixin):
@@ -85,34 +85,38 @@ class QlabQuantizer(HfQuantizer):
         if type(self.skeleton.model) is not type(model):
             raise QlabError(f"{checkpoint.path} holds a {type(self.skeleton.model).__name__}, which AutoModelForCausalLM loads, and "
                             f"not a {type(model).__name__}")
-        self.linears = {name: pieces[0].module for name, pieces in quantized_weights(self.skeleton).items()}
-        if experts := [name for name in self.linears if name in dict(model.named_parameters())]:
-            raise QlabError(f"{checkpoint.path} holds codes of fused experts ({experts[0]}), which from_pretrained cannot place; use "
-                            "qlab.lower")
+        self.packed = quantized_weights(self.skeleton)
         self._refuse_missing(model)
-        for name in self.linears:
-            linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)  # nothing else is left
-            set_module(model, name, Awaiting(linear.in_features, linear.out_features))
-        ours = {part for stored in self.linears.values() for part in checkpoint.parts(stored)}
-        ours |= {f"{name}.{part.rpartition('.')[2]}" for name, stored in self.linears.items() for part in checkpoint.parts(stored)}
-        families = {re.sub(r"\d+", r"\\d+", re.escape(name)) for name in ours}
+        ours: set[str] = set()
+        for name, pieces in self.packed.items():
+            parts = {piece.module: checkpoint.parts(piece.module) for piece in pieces}
+            ours |= {re.escape(part) for own in parts.values() for part in own}
+            place = _at(model, name)
+            if isinstance(place, nn.Linear):
+                ours |= {re.escape(f"{name}.{part.rpartition('.')[2]}") for own in parts.values() for part in own}
+                set_module(model, name, Awaiting(place.in_features, place.out_features))
+            else:  # experts go by numbers under their owner, whatever the files call that
+                ours.add(re.escape(name.rpartition(".")[0]) + r"\.0\..+")
+                set_module(model, name, Awaiting(*place.shape[:0:-1]))
+        families = {re.sub(r"\d+", r"\\d+", pattern) for pattern in ours}
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {f"^{family}$" for family in families}
 
     def _refuse_missing(self, model: PreTrainedModel) -> None:
         """transformers fills what a directory lacks at random and says so in a table; here it is an error."""
-        checkpoint, packed = self.skeleton.checkpoint, {f"{name}.weight" for name in self.linears}
+        checkpoint, packed = self.skeleton.checkpoint, {*self.packed, *(f"{name}.weight" for name in self.packed)}
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         for name, _ in self.skeleton.model.named_parameters():
-            if name not in packed | tied and self.skeleton.file_name(name) not in checkpoint.stored:
-                raise QlabError(f"{checkpoint.path} has no tensor {self.skeleton.file_name(name)}, which {type(model).__name__} needs; "
+            lacking = [piece.name for piece in self.skeleton.pieces(name) if piece.name not in checkpoint.stored]
+            if lacking and name not in packed | tied:
+                raise QlabError(f"{checkpoint.path} has no tensor {lacking[0]}, which {type(model).__name__} needs; "
                                 "the download may be incomplete")
 
     @torch.no_grad()
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for name in self.linears:
+        for name in self.packed:
             set_module(model, name, pack(self.skeleton, name, self.dtype, self.device))
+        model.set_experts_implementation(EXPERTS)
         if self.device.type == "cpu":
             use_grouped_attention(model)
         return model
@@ -122,14 +126,21 @@ class QlabQuantizer(HfQuantizer):
         checkpoint = self.skeleton.checkpoint
         state: dict[str, Tensor] = {}
         for name, module in model.named_modules():
-            if not isinstance(module, QLinear):
+            if not isinstance(module, PackedWeight):
                 own = module.named_parameters(name, recurse=False), module.named_buffers(name, recurse=False)
                 kept = {f"{name}.{key}" if name else key for key in module._non_persistent_buffers_set}
                 state |= {key: tensor for tensors in own for key, tensor in tensors if key not in kept}
-        for name, stored in self.linears.items():
-            for part in checkpoint.parts(stored):
-                state[f"{name}.{part.rpartition('.')[2]}"] = checkpoint.tensor(part)
+        for name, pieces in self.packed.items():
+            for part in (part for piece in pieces for part in checkpoint.parts(piece.module)):
+                fused = pieces[0].expert is not None
+                state[part if fused else f"{name}.{part.rpartition('.')[2]}"] = checkpoint.tensor(part)
         return state, {}
+
+
+def _at(model: nn.Module, name: str) -> Any:
+    """The submodule or the parameter of this name."""
+    owner, _, key = name.rpartition(".")
+    return getattr(model.get_submodule(owner), key)
 
 
 def register() -> None:

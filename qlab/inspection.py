@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from qlab.checkpoint import Checkpoint, open_checkpoint
+from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.report import recorded
 
 SHOWN = ("spec", "shape", "bits_per_weight", "weight_error", "loss", "tokens", "stored", "bytes")
@@ -38,7 +38,7 @@ class Inspection:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self._recorded() if self.record else self._families()
         size = ", ".join(f"{dtype} {held / 1e6:,.1f}" for dtype, held in self.dtypes.items())
-        quantized = sum(row["spec"] is not None for row in self.sites.values())
+        quantized = sum(row.get("spec") is not None for row in self.sites.values())
         yield f"{self.model_type}, {self.format}: {self.files} files, {sum(self.dtypes.values()) / 1e6:,.1f} MB ({size})"
         weights = f"{quantized} of {len(self.sites)} weights quantized" if self.record else f"{quantized} weights quantized"
         more = f", {self.record['bits_per_weight']:.3f} bits per weight" if "bits_per_weight" in self.record else ""
@@ -50,8 +50,8 @@ class Inspection:
         table.columns[0].overflow = "fold"  # a site is looked up by its whole name
         for name, row in self.sites.items():
             rest = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k not in SHOWN)
-            table.add_row(name, row["spec"] or "-", "x".join(map(str, row.get("shape", ()))), _figure(row.get("weight_error")),
-                          _figure(row.get("loss")), f"{row['tokens']:,}" if "tokens" in row else "-", rest)  # fmt: skip
+            table.add_row(name, row.get("spec") or "-", "x".join(map(str, row.get("shape") or ())), _figure(row.get("weight_error")),
+                          _figure(row.get("loss")), f"{row['tokens']:,}" if row.get("tokens") else "-", rest)  # fmt: skip
         return table
 
     def _families(self) -> Table:

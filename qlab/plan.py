@@ -10,12 +10,12 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from qlab.calibration import Data
-from qlab.checkpoint import Checkpoint
 from qlab.codecs import CODECS
 from qlab.errors import QlabError
+from qlab.files.checkpoint import Checkpoint
 from qlab.graph import Code, Site, by_origin, by_source
+from qlab.model.skeleton import Skeleton
 from qlab.report import bits_per_weight, describe
-from qlab.skeleton import Skeleton
 from qlab.spec import Float, Spec, with_scale_dtype
 from qlab.sweep import BATCH_TOKENS, HELD, Inputs, in_batches, in_order, record
 from qlab.targets import refusal, uniformity
@@ -202,13 +202,15 @@ def _check_specs(specs: Mapping[str, Spec | None], shapes: Mapping[str, torch.Si
             reason = f"{codec} holds nn.Linear weights, and its readers skip other modules without a word"
             failed.setdefault(reason, []).append(name)
             continue
-        refused = CODECS[codec].refusal(with_scale_dtype(spec, skeleton.checkpoint.dtype))
+        held = CODECS[codec]
+        refused = held.refusal(with_scale_dtype(spec, skeleton.checkpoint.dtype)) or held.misfit(spec, shapes[name])
         if target and not refused:
             refused = refusal(target, codec, spec, site.route is not None, k)
         if refused:
             failed.setdefault(refused, []).append(name)
     for reason, names in failed.items():
         raise QlabError(f"{_some(names)}: {reason}")
+    CODECS[codec].config(specs)  # refuses what no config of the format can say of all of them
     if target and (several := uniformity(target, rounded)):
         raise QlabError(f"{several}; give all sites one")
 

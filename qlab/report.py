@@ -5,13 +5,14 @@ import threading
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import psutil
 import torch
 
-from qlab.directory import read_json
 from qlab.errors import QlabError
+from qlab.files.directory import read_json
 from qlab.graph import ModuleGraph, Site
 from qlab.methods.inputs import QuantizeInput
 from qlab.qtensor import Leaf, QTensor
@@ -86,8 +87,27 @@ class PeakMemory:
 
 
 def recorded(directory: Path) -> dict[str, Any]:
-    """The qlab.json of a directory that qlab wrote; {} for directories of others."""
-    return read_json(directory / RECORD) if (directory / RECORD).is_file() else {}
+    """The qlab.json of a directory that qlab wrote; {} for directories of others. Refuses one that somebody changed by hand."""
+    record = read_json(directory / RECORD) if (directory / RECORD).is_file() else {}
+    for section, kinds in ROWS.items():
+        rows = record.get(section, {})
+        for name, row in rows.items() if isinstance(rows, dict) else [(section, None)]:
+            if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in kinds.items()):
+                where = f"{directory / RECORD}, {section}, {name}"
+                raise QlabError(f"{where} is not what qlab writes there; remove the file, or quantize again")
+    for key, kind in {"job": dict, "changed": dict, "bits_per_weight": float}.items():
+        if key in record and not isinstance(record[key], kind):
+            raise QlabError(f"{directory / RECORD}, {key} is not what qlab writes there; remove the file, or quantize again")
+    return record
+
+
+_MAYBE_FLOAT = (float, int, NoneType)
+# section of qlab.json -> what its rows hold; None also stands for a key that a row does not have
+ROWS: Mapping[str, Mapping[str, Any]] = {
+    "sites": {"spec": (str, NoneType), "shape": (list, NoneType), "bits_per_weight": _MAYBE_FLOAT, "weight_error": _MAYBE_FLOAT,
+              "loss": _MAYBE_FLOAT, "tokens": (int, NoneType)},
+    "certificates": {"sha256": str, "weight_error": _MAYBE_FLOAT},
+}  # fmt: skip
 
 
 def read_report(directory: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from qlab.certificate import largest_step
 from qlab.errors import QlabError
 from qlab.experts import per_row
 from qlab.graph import ModuleGraph, Site, by_origin, by_source
@@ -118,8 +119,8 @@ def each_weight(name: str, fn: WeightFn, spec: Spec, needs: frozenset[str] = fro
     Beside the statistics, fn finds "outer": the global scale where the spec has one (NVFP4), else None. It is one for all
     selected weights of a source, since engines fuse those (q, k and v; gate and up).
 
-    Notes go into the report, with the relative weight error |W - W'| / |W| and, where the second moment is at hand,
-    the relative calibration loss tr(D H D^T) / tr(W H W^T), D = W' - W.
+    Notes go into the report, with the relative weight error |W - W'| / |W|, the largest error in steps and, where the second
+    moment is at hand, the relative calibration loss tr(D H D^T) / tr(W H W^T), D = W' - W.
     """
 
     def solve(graph: ModuleGraph, site: Site, seen: Mapping[str, Any], expert: int | None = None) -> _Solved:
@@ -167,10 +168,11 @@ def _outers(graph: ModuleGraph, spec: Spec) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Errors:
-    """|D| and |W|, and of the second moment, if it was seen: tr(D H D^T), tr(W H W^T), tokens and channels."""
+    """|D|, |W| and the largest error in steps; of the second moment, if it was seen: tr(D H D^T), tr(W H W^T), tokens and channels."""
 
     D: float
     W: float
+    steps: float = 0.0
     D_H: float = 0.0
     W_H: float = 0.0
     tokens: int | None = None
@@ -191,7 +193,7 @@ def _stacked(leaves: Sequence[Leaf]) -> Leaf:
 
 def _errors(W_ok: Tensor, leaf: Leaf, moment: Moment | None) -> _Errors:
     D_ok = dense(leaf, torch.float32) - W_ok
-    norms = float(D_ok.norm()), float(W_ok.norm())
+    norms = float(D_ok.norm()), float(W_ok.norm()), largest_step(leaf, D_ok) if isinstance(leaf, QTensor) and leaf.perm is None else 0.0
     if moment is None:
         return _Errors(*norms)
     H_kk = moment.mean_kk
@@ -201,6 +203,7 @@ def _errors(W_ok: Tensor, leaf: Leaf, moment: Moment | None) -> _Errors:
 def _notes(parts: Sequence[_Errors]) -> dict[str, Any]:
     """The errors of one site, over all of its experts if it has some, each weighted by its tokens."""
     notes: dict[str, Any] = {"weight_error": math.hypot(*(p.D for p in parts)) / max(math.hypot(*(p.W for p in parts)), 1e-30)}
+    notes["largest_step"] = max(p.steps for p in parts)
     counts = [p.tokens for p in parts if p.tokens is not None]
     if counts:
         notes["tokens"] = sum(counts)

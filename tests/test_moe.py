@@ -10,22 +10,22 @@ from safetensors.torch import save_file
 from test_quantize import IDS, assert_read_alike, qlab_logits, transformers_logits
 
 from qlab.calibration import from_ids
-from qlab.checkpoint import open_checkpoint
 from qlab.cli import main
 from qlab.codecs import CODECS
 from qlab.convert import convert
 from qlab.errors import QlabError
 from qlab.evaluate import evaluate
+from qlab.files.checkpoint import open_checkpoint
 from qlab.methods import METHODS
 from qlab.methods.gptq import gptq
 from qlab.methods.grid import encode as on_grid
 from qlab.methods.grid import minmax
 from qlab.methods.rtn import rtn
+from qlab.model.skeleton import Skeleton
 from qlab.model_free import quantize_files
 from qlab.plan import plan
 from qlab.qtensor import QTensor, dense, round_codes
 from qlab.quantize import compare, quantize
-from qlab.skeleton import Skeleton
 from qlab.spec import parse_spec
 from qlab.transform import keep, rules
 from qlab.verify import verify

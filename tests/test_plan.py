@@ -1,12 +1,14 @@
 """A plan says what a recipe will do, and refuses by name what it cannot, before anything runs or is written."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from directories import contents, random_tokens
 from families import tiny
 
-from qlab.checkpoint import open_checkpoint
 from qlab.errors import QlabError
+from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.awq import awq, awq_scale
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
@@ -152,3 +154,12 @@ def test_refusals_come_before_anything_is_written(model, tmp_path):
     with pytest.raises(QlabError):
         quantize(model, rtn(parse_spec("int4-g48")), None, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_format_cannot_hold_of_these_shapes_or_all_together_is_refused(model, saved):
+    fine, coarse, odd = (replace(parse_spec(name), scale_dtype=torch.float16) for name in ("int4-g16", "int4-g32", "int3-channel"))
+    with pytest.raises(QlabError, match=r"^AWQ has one spec for all modules, and .* has int4-g16 where .* has int4-g32; write gptq$"):
+        plan(model, rules({"*.o_proj": rtn(coarse), "*": rtn(fine)}), codec="awq")
+    narrow = open_checkpoint(saved("llama", intermediate_size=72))
+    with pytest.raises(QlabError, match=r"\.mlp\.gate_proj, .*: 72 x 64 codes of 3 bits do not fill int32 words along both axes"):
+        plan(narrow, rtn(odd), codec="gptq")

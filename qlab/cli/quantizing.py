@@ -135,7 +135,7 @@ def _quantize_files(
     model: str, out: Path, method: str, spec: str, asymmetric: bool, codec: str, target: str, include: list[str] | None,
     exclude: list[str] | None, overwrite: bool, resume: bool, json_file: Path | None,
 ) -> None:  # fmt: skip
-    from qlab.checkpoint import open_checkpoint
+    from qlab.files.checkpoint import open_checkpoint
     from qlab.model_free import KEPT, quantize_files
 
     opened = open_checkpoint(resolved(model))

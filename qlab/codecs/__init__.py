@@ -27,6 +27,8 @@ class Codec:
     among the tensor `names` of a directory's files; what it cannot read is refused by name. A spec of None is a dense
     weight in a layout of the format's own.
 
+    misfit(spec, shape): why weights of this shape [..., o, k] do not fit, or None; also before any work.
+
     Formats that round inputs at run time take those operations as a further argument of `encode` (online) and how they
     round as one of `config` (inputs: path -> InputSpec), and read both: inputs(config, names) like specs,
     decode_input(path, tensors, spec) the operation.
@@ -39,6 +41,7 @@ class Codec:
     specs: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, Spec | None]]
     inputs: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, InputSpec]] = lambda config, names: {}
     decode_input: Callable[[str, Mapping[str, Tensor], InputSpec], Op] | None = None
+    misfit: Callable[[Spec, torch.Size], str | None] = lambda spec, shape: None
 
 
 def _gptq(version: gptq.Version) -> Codec:
@@ -48,6 +51,7 @@ def _gptq(version: gptq.Version) -> Codec:
         partial(gptq.decode, version),
         partial(gptq.config, version),
         gptq.specs,
+        misfit=gptq.misfit,
     )
 
 
@@ -64,7 +68,7 @@ CODECS: Mapping[str, Codec] = {  # what qlab writes, by the name that `--codec` 
         compressed_tensors.decode_input,
     ),
     **{str(version): _gptq(version) for version in GPTQ_VERSIONS},  # gptq, gptq_v2, and either with _desc_act
-    "awq": Codec(awq.refusal, awq.encode, awq.decode, awq.config, awq.specs),
+    "awq": Codec(awq.refusal, awq.encode, awq.decode, awq.config, awq.specs, misfit=awq.misfit),
 }
 
 

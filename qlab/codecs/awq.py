@@ -30,15 +30,21 @@ def refusal(spec: Spec, online: Collection = ()) -> str | None:
     return stored.refusal("AWQ", BITS, spec, online)
 
 
+def misfit(spec: Spec, shape: torch.Size) -> str | None:
+    """Why weights [..., o, k] of this shape do not fit, or None."""
+    if shape[-2] % 8:
+        return f"{shape[-2]} rows do not fill int32 words, as AWQ needs; write compressed-tensors"
+    return None
+
+
 def encode(path: str, leaf: QTensor) -> dict[str, Tensor]:
     """QTensor [o, k] -> {path.qweight, path.qzeros, path.scales}; zero points of a symmetric leaf are 8."""
     stored.check_leaf(path, "AWQ", leaf, refusal(leaf.spec))
     if leaf.perm is not None:
         raise QlabError(f"{path}: its channels share groups in an order of their own (perm), which AWQ has no place for; write "
                         "gptq_desc_act")
-    if leaf.shape[0] % 8:
-        raise QlabError(f"{path}: {leaf.shape[0]} rows do not fill int32 words, as AWQ needs; keep() this site or write "
-                        "compressed-tensors")
+    if reason := misfit(leaf.spec, leaf.shape):
+        raise QlabError(f"{path}: {reason}")
     zeros = torch.zeros_like(leaf.scales, dtype=torch.int8) if leaf.zeros is None else leaf.zeros
     tensors = {"qweight": _pack(leaf.codes), "qzeros": _pack(zeros), "scales": leaf.scales.mT}
     return {f"{path}.{name}": tensor.contiguous() for name, tensor in tensors.items()}

@@ -63,6 +63,14 @@ def refusal(spec: Spec, online: Collection = ()) -> str | None:
     return stored.refusal("GPTQ", BITS, spec, online)
 
 
+def misfit(spec: Spec, shape: torch.Size) -> str | None:
+    """Why weights [..., o, k] of this shape do not fit, or None."""
+    o, k = shape[-2:]
+    if o * spec.bits % 32 or k * spec.bits % 32:
+        return f"{o} x {k} codes of {spec.bits} bits do not fill int32 words along both axes, as GPTQ needs; write compressed-tensors"
+    return None
+
+
 def encode(version: Version, path: str, leaf: QTensor) -> dict[str, Tensor]:
     """QTensor [o, k] -> {path.qweight, path.qzeros, path.scales, path.g_idx}.
 
@@ -70,10 +78,9 @@ def encode(version: Version, path: str, leaf: QTensor) -> dict[str, Tensor]:
     at the lowest code: its word would borrow from the neighbours.
     """
     stored.check_leaf(path, "GPTQ", leaf, refusal(leaf.spec))
-    (o, k), bits = leaf.shape, leaf.spec.bits
-    if o * bits % 32 or k * bits % 32:
-        raise QlabError(f"{path}: {o} x {k} codes of {bits} bits do not fill int32 words along both axes, as GPTQ needs; keep() "
-                        "this site or write compressed-tensors")
+    if reason := misfit(leaf.spec, leaf.shape):
+        raise QlabError(f"{path}: {reason}")
+    k, bits = leaf.shape[1], leaf.spec.bits
     inverse = slice(None) if leaf.perm is None else leaf.perm.argsort()
     in_order = _in_order(k, leaf.scales.shape[1])
     g_idx = in_order[inverse]

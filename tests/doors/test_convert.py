@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlab.certificate import fingerprint
-from qlab.checkpoint import open_checkpoint
 from qlab.codecs import CODECS
 from qlab.convert import convert, express, in_order
 from qlab.errors import QlabError
+from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.rtn import rtn
 from qlab.qtensor import QTensor, dense
 from qlab.quantize import quantize

@@ -1,4 +1,4 @@
-"""Models four times larger than the memory that a process may take: every path stays below the limit.
+"""Directories four times larger than the memory that a process may take: every path without a model stays below the limit.
 
 The limit is set over what the imports took. Loading the model at once, under the same limit, has to fail: it bites.
 """
@@ -10,32 +10,26 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlab.directory import INDEX
-from qlab.tensors import write
+from qlab.files.directory import INDEX
+from qlab.files.tensors import write
 
 MiB = 1 << 20
 JOB = """
 import gc, resource, sys, torch
 import transformers, qlab, qlab.lower
-from qlab.checkpoint import open_checkpoint
+from qlab.files.checkpoint import open_checkpoint
 from qlab.convert import convert
 from qlab.model_free import quantize_files
-from qlab.quantize import quantize
 from qlab.verify import verify
 torch.set_num_threads(1)
 action, path, out, limit = sys.argv[1:]
 model, recipe = open_checkpoint(path), qlab.rtn(qlab.parse_spec("int4-g32"))
-if action == "quantize":
-    qlab.plan(model, recipe)  # torch.export brings hundreds of modules with it when it first runs
 small = torch.randn(256, 256) @ torch.randn(256, 256)
 gc.collect()
 taken = 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1])
 resource.setrlimit(resource.RLIMIT_DATA, (taken + int(limit), taken + int(limit)))
-if action == "quantize":
-    quantize(model, recipe, None, out)
-elif action == "model-free":
+if action == "model-free":
     quantize_files(model, recipe, out)
 elif action == "convert":
     convert(model, "gptq", out)
@@ -63,16 +57,6 @@ def size(path):
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    """Sixty blocks of 4 MiB in bfloat16 under a vocabulary of nothing much."""
-    config = AutoConfig.for_model("llama", hidden_size=448, intermediate_size=1024, num_hidden_layers=60, num_attention_heads=8,
-                                  num_key_value_heads=8, vocab_size=512)  # fmt: skip
-    path = tmp_path_factory.mktemp("large") / "model"
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path, max_shard_size="64MB")
-    return path
-
-
-@pytest.fixture(scope="module")
 def unknown(tmp_path_factory):
     """256 MiB of an architecture that nobody knows."""
     path = tmp_path_factory.mktemp("unknown")
@@ -83,10 +67,6 @@ def unknown(tmp_path_factory):
     (path / "config.json").write_text(json.dumps({"model_type": "nobody_knows"}))
     (path / INDEX).write_text(json.dumps({"weight_map": {name: f"{part}.safetensors" for part in range(4) for name in names[part::4]}}))
     return path
-
-
-def test_the_ordinary_path(large, tmp_path):
-    run("quantize", large, tmp_path / "out", size(large) // 4)
 
 
 def test_the_model_free_path_and_what_follows_it(unknown, tmp_path):

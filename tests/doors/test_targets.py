@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from qlab.checkpoint import open_checkpoint
 from qlab.codecs import storable
 from qlab.errors import QlabError
+from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.rtn import rtn
 from qlab.plan import plan
 from qlab.spec import Int, parse_spec

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from directories import change, random_tokens
 from families import tiny
 from safetensors.torch import load_file, save_file
 
-from qlab.checkpoint import open_checkpoint
+from qlab.certificate import off_grid
 from qlab.errors import QlabError
+from qlab.files.checkpoint import open_checkpoint
 from qlab.methods import METHODS
+from qlab.qtensor import QTensor
 from qlab.quantize import quantize
 from qlab.spec import parse_spec
 from qlab.verify import verify
@@ -140,3 +143,20 @@ def test_what_cannot_be_verified(original, made, tmp_path):
     shutil.copytree(original, tmp_path / "model")
     change(tmp_path / "model", model__layers__0__mlp__up_proj__weight=None)
     assert any("up_proj.weight is not in the reference" in fault for fault in verify(made("rtn"), tmp_path / "model").faults)
+
+
+def test_the_largest_step_of_a_rounding_is_half_a_step(made):
+    rows = json.loads((made("rtn") / "qlab.json").read_text())["sites"].values()
+    assert all(0.4 < row["largest_step"] < 0.55 for row in rows)
+    assert max(row["largest_step"] for row in json.loads((made("gptq") / "qlab.json").read_text())["sites"].values()) > 0.55
+
+
+def test_what_lies_off_its_grid():
+    codes, spec = torch.zeros(2, 32, dtype=torch.int8), parse_spec("int4-g32-asym")
+    good = QTensor(codes, torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int8), spec)
+    assert off_grid(good) is None
+    assert "codes span [8, 8]" in str(off_grid(replace(good, codes=codes + 8)))
+    assert "zeros span [-9, -9]" in str(off_grid(replace(good, zeros=good.zeros - 9)))
+    assert "scale is NaN or Inf" in str(off_grid(replace(good, scales=good.scales * float("nan"))))
+    wide = QTensor(torch.full((2, 32), 448.0).to(torch.float8_e4m3fn), torch.ones(2, 1), None, parse_spec("mxfp4"))
+    assert "above 6.0" in str(off_grid(wide))

@@ -5,25 +5,23 @@ It runs in an environment of its own, named by QLAB_INTEROP_VENV_GPTQMODEL; see 
 
 import json
 import os
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from directories import add_tokenizer
+from driving import SHAPES, assert_equal, drive
 from families import tiny
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qlab.checkpoint import open_checkpoint
 from qlab.codecs import CODECS
+from qlab.files.checkpoint import open_checkpoint
 from qlab.qtensor import QTensor, dense
 from qlab.spec import Int, Tile
 
 VENV, NAME = os.environ.get("QLAB_INTEROP_VENV_GPTQMODEL"), "QLAB_INTEROP_VENV_GPTQMODEL"
 pytestmark = pytest.mark.skipif(not VENV, reason=f"GPTQModel needs an environment of its own: set {NAME} (tests/interop/make_env.py)")
-SHAPES = dict(hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=4, head_dim=32)
 F16 = torch.float16
 
 # name -> codec, spec; a codec with desc_act gets channels in random order
@@ -38,13 +36,6 @@ WRITTEN = {
     "awq-symmetric": ("awq", Int(4, Tile(1, 64), True, F16)),
 }
 WAYS = ("plain", "three_bits", "channel", "asymmetric", "asymmetric_v2", "desc_act", "dynamic")  # of the driver
-
-
-def drive(*arguments):
-    driver = Path(__file__).with_name("gptqmodel_driver.py")
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"GPTQMODEL_CPU_WORKERS": "2"}
-    done = subprocess.run([Path(VENV, "bin", "python"), driver, *arguments], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def random_leaf(spec, o, k, generator, reordered):
@@ -83,7 +74,7 @@ def write(directory, name):
 def ours(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ours")
     weights = {name: write(folder / name, name) for name in WRITTEN}
-    drive("read", *(folder / name for name in WRITTEN))
+    drive(VENV, "gptqmodel_driver.py", "read", *(folder / name for name in WRITTEN))
     return {name: (weights[name], load_file(folder / f"{name}.dense.safetensors")) for name in WRITTEN}
 
 
@@ -92,14 +83,8 @@ def theirs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("theirs")
     tiny("llama", **SHAPES).half().save_pretrained(folder / "source")
     add_tokenizer(folder / "source")
-    drive("write", folder / "source", folder)
+    drive(VENV, "gptqmodel_driver.py", "write", folder / "source", folder)
     return folder
-
-
-def assert_equal(found, expected):
-    assert found.keys() == expected.keys()
-    for path, W in expected.items():
-        assert torch.equal(found[path], W), path
 
 
 @pytest.mark.parametrize("name", WRITTEN)

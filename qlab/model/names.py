@@ -98,14 +98,15 @@ def pieces_of_experts(model: PreTrainedModel, name: str, stored: Iterable[str]) 
     """The tensors that engines expect for a fused weight [e, o, k], in the order of experts and rows; () if transformers
     knows no names per expert. Names are spelled with or without the base prefix, as the stored ones are."""
     experts, rows = model.get_parameter(name).shape[:2]
-    numbers = torch.arange(experts * rows).view(experts, rows, 1)
+    numbers = torch.arange(experts * rows, device="cpu").view(experts, rows, 1)  # also where models are being built on meta
     cut = revert_weight_conversion(model, {name: numbers})
     if set(cut) == {name}:
         return ()
     pieces = []
     for piece, held in cut.items():
         first, last = int(held.flatten()[0]), int(held.flatten()[-1])
-        if held.shape[1:] != (1,) or first // rows != last // rows or not torch.equal(held.flatten(), torch.arange(first, last + 1)):
+        whole = torch.arange(first, last + 1, device=held.device)
+        if held.shape[1:] != (1,) or first // rows != last // rows or not torch.equal(held.flatten(), whole):
             raise QlabError(f"{name} is saved as {piece} in a way that is no range of rows of one expert; qlab cannot cut it")
         pieces.append(Piece(_spelled(piece, model.base_model_prefix, set(stored)), first // rows, first % rows, last % rows + 1))
     return tuple(sorted(pieces, key=lambda p: (p.expert or 0, p.start)))
