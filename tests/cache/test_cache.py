@@ -41,6 +41,12 @@ def test_every_layer_in_its_order(unshipped, problem, entry, monkeypatch, tmp_pa
     assert cache.lookup(problem(op="int4_grouped_mm")).source != "override"  # it names another operator
 
 
+def test_an_entry_of_another_device_is_no_more_than_near(unshipped, problem, entry):
+    cache.store(problem(device="NVIDIA H100"), entry(A))
+    assert cache.lookup(problem(device="NVIDIA H100")).source == "user"
+    assert cache.lookup(problem()).source == "nearest"
+
+
 def test_an_exported_file_overrides(unshipped, problem, entry, monkeypatch, tmp_path):
     cache.store(problem(), entry(A))
     assert transfer.export(tmp_path / "all.json") == 1 and transfer.clear() == 1

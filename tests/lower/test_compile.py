@@ -5,15 +5,16 @@ import torch
 import torch.nn.functional as F
 from lowering_cases import activations, check_product, lowered, random_leaf
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import qlab
 from qlab.files.checkpoint import open_checkpoint
 from qlab.lower import QLinear, cpu, inductor_options, lower
-from qlab.lower.rewrite import Rewrite
+from qlab.lower.rewrite import Rewrite, fuse
 from qlab.methods.rtn import rtn
 from qlab.spec import Int, Tile, parse_spec
 
-INT4 = Int(4, Tile(1, 64))
+INT4, aten = Int(4, Tile(1, 64)), torch.ops.aten
 
 
 class Reference(nn.Module):
@@ -76,6 +77,22 @@ def test_another_product_with_a_dequantized_weight_is_left_alone():
     compiled = torch.compile(lambda x: x @ layer.weight(), fullgraph=True, options=seen.options)  # not transposed: x @ W, not x @ W.T
     assert torch.allclose(compiled(x), x @ layer.weight(), atol=0.05, rtol=0.02)
     assert seen.inner.fused == 0 and seen.count("qlab.dequantize") == 1
+
+
+@pytest.mark.parametrize("target, axes, fused", [
+    (aten.permute.default, ([1, 0],), 1), (aten.permute.default, ([-1, 0],), 1), (aten.permute.default, ([0, 1],), 0),
+    (aten.transpose.int, (0, 1), 1), (aten.transpose.int, (1, -1), 0),
+])  # fmt: skip
+def test_only_a_transposed_weight_is_fused(target, axes, fused):
+    layer = lowered(random_leaf(64, 64, INT4))
+
+    def product(x, words, scales):
+        W = torch.ops.qlab.dequantize(words, scales, None, 64, 64, layer.group, layer.count, layer.layout)
+        return aten.mm(x, target(W, *axes))
+
+    arguments = activations(3, 64, torch.bfloat16), layer.words, layer.scales
+    graph = make_fx(product, tracing_mode="fake")(*arguments).graph
+    assert fuse(graph) == fused
 
 
 @pytest.mark.parametrize("k, spec", [(100, Int(4, Tile(1, None))), (128, Int(8, Tile(1, 64), False))], ids=["ragged", "two planes"])

@@ -49,6 +49,12 @@ def test_both_ways_of_multiplying_agree(kind, group, symmetric, monkeypatch):
         check_product(lowered(leaf)(x), x, leaf)
 
 
+def test_groups_that_no_kernel_reads_are_cut_into_some_that_repeat_a_scale():
+    leaf, x = random_leaf(40, 1536, Int(4, Tile(1, 768))), activations(3, 1536, torch.bfloat16)
+    assert lowered(leaf).group == 256
+    check_product(lowered(leaf)(x), x, leaf)
+
+
 def test_leading_dimensions_are_kept():
     layer, x = lowered(random_leaf(40, 64, Int(4, Tile(1, 32)))), activations(6, 64, torch.bfloat16)
     assert torch.equal(layer(x.view(2, 3, 64)).view(6, 40), layer(x))
