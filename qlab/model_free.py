@@ -127,13 +127,13 @@ def _chosen(source: Checkpoint, recipe: Transform, include: Sequence[str], exclu
 def _check(source: Checkpoint, specs: Mapping[str, Spec], codec: str, target: str | None) -> None:
     failed: dict[str, list[str]] = {}
     for module, spec in specs.items():
-        shape = source.stored[f"{module}.weight"].shape
+        shape = torch.Size(source.stored[f"{module}.weight"].shape)
         try:
-            spec.tile.sizes(torch.Size(shape))
+            spec.tile.sizes(shape)
         except QlabError as error:
             failed.setdefault(str(error), []).append(module)
             continue
-        reason = CODECS[codec].refusal(with_scale_dtype(spec, source.dtype))
+        reason = CODECS[codec].refusal(with_scale_dtype(spec, source.dtype)) or CODECS[codec].misfit(spec, shape)
         if target and not reason:
             reason = refusal(target, codec, spec, ".experts." in module, shape[-1])
         if reason:

@@ -189,6 +189,7 @@ def _check_specs(specs: Mapping[str, Spec | None], shapes: Mapping[str, torch.Si
             spec.tile.sizes(shapes[name])
         except QlabError as error:
             failed.setdefault(str(error), []).append(name)
+            continue
         site = named[name][1]
         if site.route and not skeleton.expert_pieces(name):
             failed.setdefault("quantized experts are written one by one, and transformers knows no names for them in this "

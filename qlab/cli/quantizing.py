@@ -56,7 +56,7 @@ def chosen(model: Any, method: str, spec: str, asymmetric: bool, codec: str, tar
     from qlab.targets import safest_codec
 
     grid = parse_spec(spec, symmetric=not asymmetric)
-    named = codec or (safest_codec(target, {"": grid}) if target else CODEC)
+    named = codec or (safest_codec(target, grid) if target else CODEC)
     return method_named(method)(storable(grid, named, model.dtype)), named
 
 
@@ -89,7 +89,8 @@ def plan(
     data = _data(opened, recipe, calib, images, samples, length, seed)
     made = qlab.plan(opened, recipe, data, calibrate_all_experts=all_experts, codec=named, target=target or None)
     console().print(made)
-    report(made.json(), json_file)
+    console().print(f"written by the codec {named}")
+    report({**made.json(), "codec": named}, json_file)
 
 
 def quantize(

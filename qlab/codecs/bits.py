@@ -57,7 +57,8 @@ def unpack(words: Tensor, bits: int, k: int) -> Tensor:
     """codes[i] = (row >> (i * bits)) & (2^bits - 1): int32 [..., words_of(k, bits)] -> uint8 [..., k]."""
     *rows, _ = words.shape
     lane, size = _lane(bits)
-    stream = _resize(words.contiguous().view(torch.uint8), -(-k // 8) * bits).view(-1, size)
+    flat = words.contiguous().view(-1).view(torch.uint8)  # an axis of size 1 may have any stride, which bytes may not
+    stream = _resize(flat.view(*words.shape[:-1], 4 * words.shape[-1]), -(-k // 8) * bits).view(-1, size)
     lanes = torch.empty(stream.shape[0], dtype=LANES[lane], device=words.device)
     for some, x in zip(stream.split(CHUNK // lane), lanes.split(CHUNK // lane)):
         if size == 1:

@@ -43,7 +43,7 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
         raise QlabError(f"{path}.weight_packed ({o}, {width}) holds no whole groups of {spec}; the file or its config is wrong")
     scales = take_scales(path, tensors, spec, spec.tile.scales_shape(torch.Size((o, k))))
     outer = take(path, tensors, "weight_global_scale", (1,), torch.float32) if spec.outer else None
-    if outer is not None and not (outer > 0).all():
+    if outer is not None and not ((outer > 0) & (scales.float() / outer).isfinite()).all():
         raise QlabError(f"{path}.weight_global_scale is {outer.item():g}, which scales cannot be divided by; the file is damaged")
     words = torch.nn.functional.pad(tensors[f"{path}.weight_packed"], (0, -width % 4)).view(torch.int32)
     codes = _numbers(spec)[unpack(words, spec.bits, k).int()].to(spec.code_dtype)

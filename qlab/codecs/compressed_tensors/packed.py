@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qlab.codecs.bits import pack, unpack, words_of
+from qlab.codecs.bits import pack_signed, unpack_signed, words_of
 from qlab.codecs.compressed_tensors.tensors import check_scales, refuse_others, scale_dtypes, stored_shape, strategy, take
 from qlab.errors import QlabError
 from qlab.qtensor import QTensor
@@ -26,12 +26,12 @@ def encode(path: str, leaf: QTensor) -> dict[str, Tensor]:
     check_codes(path, leaf)
     bits, per_tensor = leaf.spec.bits, strategy(leaf.spec.tile) == "tensor"
     tensors = {
-        "weight_packed": _pack(leaf.codes, bits),
+        "weight_packed": pack_signed(leaf.codes, bits),
         "weight_scale": leaf.scales.reshape(1) if per_tensor else leaf.scales.contiguous(),
         "weight_shape": torch.tensor(leaf.shape),
     }
     if leaf.zeros is not None:
-        zeros = leaf.zeros.reshape(1) if per_tensor else _pack(leaf.zeros.mT, bits).mT
+        zeros = leaf.zeros.reshape(1) if per_tensor else pack_signed(leaf.zeros.mT, bits).mT
         tensors["weight_zero_point"] = zeros.contiguous()
     return {f"{path}.{name}": tensor for name, tensor in tensors.items()}
 
@@ -56,8 +56,8 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
         raise QlabError(f"{path}.weight_shape {tuple(shape)} does not fit {spec}; the file or its config is wrong")
     grid, stored, bits = spec.tile.scales_shape(shape), stored_shape(spec, shape), spec.bits
     found = tensors.get(f"{path}.weight_packed")
-    legacy = found is not None and words_of(k, bits) != _legacy_words(k, bits) == found.shape[-1]
-    words, unpacked = (_legacy_words, _unpack_legacy) if legacy else (words_of, _unpack)
+    legacy = found is not None and found.ndim == 2 and words_of(k, bits) != _legacy_words(k, bits) == found.shape[-1]
+    words, unpacked = (_legacy_words, _unpack_legacy) if legacy else (words_of, unpack_signed)
     packed = take(path, tensors, "weight_packed", (o, words(k, bits)), torch.int32)
     scales = take(path, tensors, "weight_scale", stored, *scale_dtypes(spec))
     if spec.symmetric:
@@ -82,15 +82,6 @@ def _order(path: str, tensors: Mapping[str, Tensor], spec: Spec, k: int) -> Tens
     if not torch.equal(g_idx.sort().values, torch.arange(k, dtype=g_idx.dtype) // cols):
         raise QlabError(f"{path}.weight_g_idx does not put {cols} channels into each of {k // cols} groups; the file is damaged")
     return g_idx.argsort(stable=True)
-
-
-# uint8 arithmetic wraps, so one addition takes every signed code to its unsigned one, at 8 bits too.
-def _pack(codes: Tensor, bits: int) -> Tensor:
-    return pack(codes.contiguous().view(torch.uint8) + 2 ** (bits - 1), bits)
-
-
-def _unpack(words: Tensor, bits: int, k: int) -> Tensor:
-    return (unpack(words, bits, k) - 2 ** (bits - 1)).view(torch.int8)
 
 
 def _legacy_words(k: int, bits: int) -> int:
