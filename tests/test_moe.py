@@ -282,6 +282,29 @@ def test_float_checkpoints_are_decoded_and_quantized_on(saved, tmp_path):
     assert bits_equal(left, tensors(source)["model.layers.1.mlp.gate.weight"])
 
 
+def test_a_checkpoint_of_fp8_blocks_gives_what_its_dense_weights_give(saved, tmp_path):
+    whole = tensors(saved("deepseek_v3"))
+    linears = {n for n in whole if "layers." in n and whole[n].ndim == 2 and not n.endswith("mlp.gate.weight")}
+    codes = {name: on_grid(minmax, whole[name], parse_spec("fp8-b16x16")) for name in linears}
+    config = json.loads((saved("deepseek_v3") / "config.json").read_text())
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
+    rest = {name: t for name, t in whole.items() if name not in linears}
+    stored = {
+        "fp8": {f"{name}{part}": t for name, q in codes.items() for part, t in (("", q.codes), ("_scale_inv", q.scales))},
+        "dense": {name: dense(q, torch.float32) for name, q in codes.items()},
+    }
+    written = {}
+    for kind, held in stored.items():
+        (tmp_path / kind).mkdir()
+        save_file(rest | held, tmp_path / kind / "model.safetensors", metadata={"format": "pt"})
+        named = config | ({"quantization_config": quantization} if kind == "fp8" else {})
+        (tmp_path / kind / "config.json").write_text(json.dumps(named))
+        model = open_checkpoint(tmp_path / kind)
+        written[kind] = tensors(quantize(model, gptq(INT4), random_tokens(model.path), tmp_path / f"{kind}-int4").path)
+    assert written["fp8"].keys() == written["dense"].keys()
+    assert all(bits_equal(t, written["dense"][name]) for name, t in written["fp8"].items())
+
+
 def test_experts_of_different_specs_are_refused_by_name(saved, tmp_path):
     result = quantize(open_checkpoint(saved("mixtral")), rtn(INT4), None, tmp_path / "out")
     config = json.loads((result.path / "config.json").read_text())
