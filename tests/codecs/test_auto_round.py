@@ -35,10 +35,10 @@ def test_tensors_are_those_of_the_packing_format(packing, layout, symmetric):
 def test_exact_names_win_over_patterns_and_earlier_patterns_over_later_ones():
     extra = {"h.1": {"bits": 16}, r"h\.\d+\.mlp": {"bits": 2}, "mlp.up": {"bits": 3}, "h.1.mlp.up": {"group_size": 64}}
     config = {**CONFIG, "extra_config": {**extra, "lm_head": {"bits": 16}}}
-    names = ["h.0.mlp.up.qweight", "h.1.mlp.up.qweight", "h.2.q.qweight", "h.1.weight", "lm_head.weight"]
+    names = ["h.0.mlp.up.qweight", "m.h.0.mlp.up.qweight", "h.1.mlp.up.qweight", "h.2.q.qweight", "h.1.weight", "lm_head.weight"]
     found = reader(config).specs(config, names)
     assert {path: str(spec) for path, spec in found.items()} == {
-        "h.0.mlp.up": "int2-g32", "h.1.mlp.up": "int4-g64", "h.2.q": "int4-g32"}  # fmt: skip
+        "h.0.mlp.up": "int2-g32", "m.h.0.mlp.up": "int2-g32", "h.1.mlp.up": "int4-g64", "h.2.q": "int4-g32"}  # fmt: skip
 
 
 @pytest.mark.parametrize("changes, message", [
