@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qlab.checkpoint import Checkpoint
 from qlab.errors import QlabError
+from qlab.files.checkpoint import Checkpoint
 
 SEPARATOR = "\n\n"  # between documents
 

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from qlab.certificate import certify, weight_error
-from qlab.checkpoint import Checkpoint, open_checkpoint
 from qlab.codecs import CODECS, Codec
 from qlab.errors import QlabError
-from qlab.linears import linear_names
+from qlab.files.checkpoint import Checkpoint, open_checkpoint
+from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
+from qlab.files.writer import Writer
 from qlab.methods.grid import encode as round_to_grid
 from qlab.methods.grid import minmax
+from qlab.model.linears import linear_names
 from qlab.qtensor import QTensor, dense
 from qlab.report import bits_per_weight, recorded, stored_bits, versions
-from qlab.shardwise import Notes, leaves_by_file, rewrite_files
 from qlab.spec import Int, Spec
-from qlab.writer import Writer
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

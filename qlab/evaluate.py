@@ -14,9 +14,9 @@ from rich.progress import track
 from torch import Tensor
 
 from qlab.calibration import Tokens, generator
-from qlab.checkpoint import Checkpoint
 from qlab.errors import QlabError
-from qlab.skeleton import Skeleton
+from qlab.files.checkpoint import Checkpoint
+from qlab.model.skeleton import Skeleton
 from qlab.sweep import in_batches, push, record
 
 RESAMPLES = 2000

@@ -17,13 +17,13 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qlab.checkpoint import open_checkpoint
 from qlab.codecs import READERS
 from qlab.errors import QlabError
+from qlab.files.checkpoint import open_checkpoint
 from qlab.lower.attention import use_grouped_attention
 from qlab.lower.linear import PackedWeight
 from qlab.lower.model import DTYPES, device_named, pack, quantized_weights, refuse_online, set_module
-from qlab.skeleton import EXPERTS, Skeleton
+from qlab.model.skeleton import EXPERTS, Skeleton
 
 
 class QlabConfig(QuantizationConfigMixin):

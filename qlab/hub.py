@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlab.checkpoint import Checkpoint, open_checkpoint
 from qlab.demo import demo_model, demo_text
+from qlab.files.checkpoint import Checkpoint, open_checkpoint
 
 DEMO = "demo"
 

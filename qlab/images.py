@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from qlab.calibration import generator
-from qlab.checkpoint import Checkpoint
 from qlab.errors import QlabError
+from qlab.files.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

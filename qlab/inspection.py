@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from qlab.checkpoint import Checkpoint, open_checkpoint
+from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.report import recorded
 
 SHOWN = ("spec", "shape", "bits_per_weight", "weight_error", "loss", "tokens", "stored", "bytes")
@@ -38,9 +38,10 @@ class Inspection:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self._recorded() if self.record else self._families()
         size = ", ".join(f"{dtype} {held / 1e6:,.1f}" for dtype, held in self.dtypes.items())
-        quantized = sum(row.get("spec") is not None for row in self.sites.values())
+        quantized = sum("stored" in row for row in self.sites.values())
+        left = sum(row.get("spec") is None for row in self.sites.values())
         yield f"{self.model_type}, {self.format}: {self.files} files, {sum(self.dtypes.values()) / 1e6:,.1f} MB ({size})"
-        weights = f"{quantized} of {len(self.sites)} weights quantized" if self.record else f"{quantized} weights quantized"
+        weights = f"{quantized} of {quantized + left} weights quantized" if self.record else f"{quantized} weights quantized"
         more = f", {self.record['bits_per_weight']:.3f} bits per weight" if "bits_per_weight" in self.record else ""
         inputs = self.record.get("job", {}).get("inputs")
         yield f"{weights}{more}{f', {inputs} inputs' if inputs else ''}, {len(self.unquantized)} other tensors"

@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 
 from qlab.certificate import certify
-from qlab.checkpoint import Checkpoint, open_checkpoint
 from qlab.codecs import CODECS, Codec
 from qlab.errors import QlabError
+from qlab.files.checkpoint import Checkpoint, open_checkpoint
+from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
+from qlab.files.writer import Writer
 from qlab.graph import lone_weight
-from qlab.linears import linear_names, other_matrices
+from qlab.model.linears import linear_names, other_matrices
 from qlab.plan import CODEC
 from qlab.qtensor import QTensor, dense
 from qlab.report import PeakMemory, bits_per_weight, describe, recorded, site_rows, versions
-from qlab.shardwise import Notes, leaves_by_file, rewrite_files
 from qlab.spec import Float, Spec, with_scale_dtype
 from qlab.sweep import solve
 from qlab.targets import refusal, uniformity
 from qlab.transform import Transform, matches
-from qlab.writer import Writer
 
 KEPT = ("*embed*", "*wte", "*wpe", "*lm_head", "*norm*", "*.gate", "*router*", "*shared_expert_gate")
 
@@ -127,13 +127,13 @@ def _chosen(source: Checkpoint, recipe: Transform, include: Sequence[str], exclu
 def _check(source: Checkpoint, specs: Mapping[str, Spec], codec: str, target: str | None) -> None:
     failed: dict[str, list[str]] = {}
     for module, spec in specs.items():
-        shape = source.stored[f"{module}.weight"].shape
+        shape = torch.Size(source.stored[f"{module}.weight"].shape)
         try:
-            spec.tile.sizes(torch.Size(shape))
+            spec.tile.sizes(shape)
         except QlabError as error:
             failed.setdefault(str(error), []).append(module)
             continue
-        reason = CODECS[codec].refusal(with_scale_dtype(spec, source.dtype))
+        reason = CODECS[codec].refusal(with_scale_dtype(spec, source.dtype)) or CODECS[codec].misfit(spec, shape)
         if target and not reason:
             reason = refusal(target, codec, spec, ".experts." in module, shape[-1])
         if reason:

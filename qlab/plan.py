@@ -10,12 +10,12 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from qlab.calibration import Data
-from qlab.checkpoint import Checkpoint
 from qlab.codecs import CODECS
 from qlab.errors import QlabError
+from qlab.files.checkpoint import Checkpoint
 from qlab.graph import Code, Site, by_origin, by_source
+from qlab.model.skeleton import Skeleton
 from qlab.report import bits_per_weight, describe
-from qlab.skeleton import Skeleton
 from qlab.spec import Float, Spec, with_scale_dtype
 from qlab.sweep import BATCH_TOKENS, HELD, Inputs, in_batches, in_order, record
 from qlab.targets import refusal, uniformity
@@ -189,6 +189,7 @@ def _check_specs(specs: Mapping[str, Spec | None], shapes: Mapping[str, torch.Si
             spec.tile.sizes(shapes[name])
         except QlabError as error:
             failed.setdefault(str(error), []).append(name)
+            continue
         site = named[name][1]
         if site.route and not skeleton.expert_pieces(name):
             failed.setdefault("quantized experts are written one by one, and transformers knows no names for them in this "

@@ -15,21 +15,21 @@ from torch import Tensor
 
 from qlab.calibration import Data
 from qlab.certificate import certify, hash_of
-from qlab.checkpoint import Checkpoint
 from qlab.codecs import CODECS, Codec
 from qlab.errors import QlabError
+from qlab.files.checkpoint import Checkpoint
+from qlab.files.writer import Carry, Writer
 from qlab.graph import ModuleGraph, Op
-from qlab.names import Piece
+from qlab.model.names import Piece
+from qlab.model.recording import Call
+from qlab.model.skeleton import Skeleton
 from qlab.plan import CODEC, Plan, plan
 from qlab.qtensor import Leaf, QTensor
-from qlab.recording import Call
 from qlab.report import PeakMemory, bits_per_weight, describe, site_rows, versions
-from qlab.skeleton import Skeleton
 from qlab.spec import InputSpec, Spec, parse_input_spec, parse_spec
 from qlab.stats import Stats
 from qlab.sweep import Batch, Batches, Inputs, in_batches, in_order, observe, push, record, solve, solve_in_order
 from qlab.transform import Transform
-from qlab.writer import Carry, Writer
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 import psutil
 import torch
 
-from qlab.directory import read_json
 from qlab.errors import QlabError
+from qlab.files.directory import read_json
 from qlab.graph import ModuleGraph, Site
 from qlab.methods.inputs import QuantizeInput
 from qlab.qtensor import Leaf, QTensor

@@ -12,8 +12,8 @@ from qlab.errors import QlabError
 from qlab.experts import Rows
 from qlab.graph import ModuleGraph, by_source
 from qlab.interpret import Walk, inputs_of, interpret
-from qlab.recording import Call
-from qlab.skeleton import Skeleton
+from qlab.model.recording import Call
+from qlab.model.skeleton import Skeleton
 from qlab.stats import Observation, Stats, stat_of
 from qlab.transform import Transform, apply, select
 

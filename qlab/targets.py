@@ -81,14 +81,11 @@ def target_named(name: str) -> Target:
     return TARGETS[name]
 
 
-def safest_codec(name: str, specs: Mapping[str, Spec], experts: frozenset[str] = frozenset()) -> str:
-    """The first codec of the engine's rows in which it loads every one of these weights; else the codec of the first row,
-    so that the check by name says what does not fit."""
+def safest_codec(name: str, spec: Spec) -> str:
+    """The first codec from whose files the engine loads such weights; where there is none, the first of all, so that the
+    refusal that follows names the nearest thing."""
     rows = target_named(name).rows
-    for codec in dict.fromkeys(row.codec for spec in specs.values() for row in rows if _takes(row, spec, False)):
-        if all(refusal(name, codec, spec, site in experts) is None for site, spec in specs.items()):
-            return codec
-    return rows[0].codec
+    return next((row.codec for row in rows if _takes(row, spec, False)), rows[0].codec)
 
 
 def refusal(name: str, codec: str, spec: Spec, experts: bool = False, k: int | None = None) -> str | None:

@@ -10,11 +10,11 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from qlab.certificate import fingerprint, hash_of, off_grid, weight_error
-from qlab.checkpoint import Checkpoint, open_checkpoint
 from qlab.errors import QlabError
+from qlab.files.checkpoint import Checkpoint, open_checkpoint
+from qlab.files.shardwise import leaves_by_file
 from qlab.qtensor import QTensor, dense
 from qlab.report import recorded
-from qlab.shardwise import leaves_by_file
 
 SLACK = 1e-4  # relative: how far a sum of squares in fp32 may differ between machines
 

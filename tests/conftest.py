@@ -11,7 +11,7 @@ from directories import add_tokenizer, prose
 from families import tiny
 from transformers.utils import logging as transformers_logging
 
-from qlab.skeleton import Skeleton, _structure
+from qlab.model.skeleton import Skeleton, _structure
 
 _trace = Skeleton._trace
 _programs: dict = {}

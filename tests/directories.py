@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from qlab.calibration import Tokens, from_ids
-from qlab.checkpoint import open_checkpoint
+from qlab.files.checkpoint import open_checkpoint
 
 WORDS = [f"word{i}" for i in range(125)]
 

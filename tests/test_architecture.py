@@ -11,11 +11,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qlab"
 # A module imports from strictly lower layers, or from its own package. A package is one layer of all its files.
 LAYERS = [
-    {"errors"}, {"directory"}, {"tensors"}, {"spec"}, {"qtensor", "targets"}, {"certificate"}, {"experts"}, {"graph"}, {"trace"},
-    {"interpret"}, {"stats"}, {"transform"}, {"absorb"}, {"methods"}, {"codecs"}, {"checkpoint"},
-    {"calibration", "recording", "names"}, {"images", "skeleton"}, {"sweep"}, {"report", "timing", "writer"},
-    {"plan", "shardwise"}, {"quantize"}, {"linears"}, {"convert", "verify", "inspection", "model_free"},
-    {"evaluate", "lower"}, {"tuning"}, {"demo"}, {"hub", "hf", "serve"}, {"__init__"}, {"cli"}, {"bench", "__main__"},
+    {"errors"}, {"spec"}, {"qtensor", "targets"}, {"certificate"}, {"experts"}, {"graph"}, {"trace"}, {"interpret"}, {"stats"},
+    {"transform"}, {"absorb"}, {"methods"}, {"codecs"}, {"files"}, {"calibration"}, {"images", "model"}, {"sweep"}, {"report"},
+    {"plan"}, {"quantize"}, {"convert", "verify", "inspection", "model_free"}, {"evaluate", "lower"}, {"demo"},
+    {"hub", "hf", "serve"}, {"__init__"}, {"cli"}, {"bench", "__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MATHEMATICS = {"errors", "spec", "qtensor", "experts", "graph", "trace", "interpret", "stats", "transform", "absorb", "methods"}
@@ -66,7 +65,7 @@ def test_imports_point_downwards(file):
 
 
 def test_the_layers_name_what_exists():
-    assert {unit(file) for file in FILES} >= MATHEMATICS | {"codecs", "checkpoint", "skeleton", "sweep", "plan", "quantize"}
+    assert {unit(file) for file in FILES} >= MATHEMATICS | {"codecs", "files", "model", "sweep", "plan", "quantize"}
 
 
 @modules
@@ -92,10 +91,9 @@ def test_methods_know_neither_devices_nor_files_nor_paths(file):
 @modules
 def test_foreign_libraries_come_in_by_their_doors(file):
     doors = {
-        "safetensors": set(),  # directory.py and tensors.py read and write the format themselves, one tensor at a time
-        "transformers": {"checkpoint", "calibration", "images", "names", "skeleton", "demo", "hf", "hub", "lower", "serve",
-                         "evaluate", "bench"},
-        "accelerate": {"skeleton", "hf", "hub"},
+        "safetensors": set(),  # files/ reads and writes the format itself, one tensor at a time
+        "transformers": {"files", "calibration", "images", "model", "demo", "hf", "hub", "lower", "serve", "evaluate", "bench"},
+        "accelerate": {"model", "hf", "hub"},
         "compressed_tensors": {"bench"},  # tests read with it; qlab does not need it
         "gptqmodel": {"bench"},
         "matplotlib": {"bench", "report"},

@@ -14,8 +14,8 @@ from transformers import AutoConfig
 
 import qlab
 from qlab import QlabError
-from qlab.checkpoint import INDEX, open_checkpoint
-from qlab.skeleton import Skeleton
+from qlab.files.checkpoint import INDEX, open_checkpoint
+from qlab.model.skeleton import Skeleton
 
 INT4 = qlab.parse_spec("int4-g16")
 
@@ -139,7 +139,7 @@ def test_an_existing_output_directory_stays_as_it_is(folder, tmp_path):
 
 
 def test_a_full_disk_leaves_the_former_result_and_can_be_resumed(folder, tmp_path, monkeypatch):
-    from qlab import writer
+    from qlab.files import writer
 
     model, out = open_checkpoint(folder), tmp_path / "q"
     qlab.quantize(model, qlab.rtn(INT4), None, out)

@@ -7,7 +7,7 @@ import torch
 from directories import prose
 
 from qlab.calibration import first_windows, generator, tokens
-from qlab.checkpoint import open_checkpoint
+from qlab.files.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ from directories import bits_equal, change, random_tokens, tensors
 from families import FAMILIES, tiny
 from transformers import AutoModelForCausalLM
 
-from qlab.checkpoint import open_checkpoint
 from qlab.errors import QlabError
+from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.rtn import rtn
+from qlab.model.skeleton import Skeleton
 from qlab.qtensor import QTensor
 from qlab.quantize import quantize
-from qlab.skeleton import Skeleton
 from qlab.spec import parse_spec
 
 

@@ -112,6 +112,16 @@ def test_codecs_and_targets_are_checked_before_anything_runs(call, saved, text, 
     assert call(*job, "--target", "vllm")[0] == 0
 
 
+def test_quantizing_without_a_model(call, saved, tmp_path):
+    job = ["quantize", saved(), "--model-free", "--out", tmp_path / "out"]
+    code, out, _ = call(*job, "--spec", "fp8-channel", "--exclude", "*down_proj", "--exclude", "*.1.*", "--json", tmp_path / "q.json")
+    assert code == 0 and "compressed-tensors, 6 weights" in out
+    assert len(json.loads((tmp_path / "q.json").read_text())["sites"]) == 6
+    assert call("verify", tmp_path / "out", "--against", saved())[0] == 0
+    assert "observes second_moment" in sentence(call(*job, "--method", "gptq", "--overwrite"))
+    assert "go with --model-free" in sentence(call("quantize", saved(), "--include", "*", "--out", tmp_path / "no"))
+
+
 def test_an_existing_output_is_kept_unless_told(call, quantized, saved, text, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
-from qlab.directory import INDEX, LARGEST_JSON, SINGLE, locate, read_header, read_json
 from qlab.errors import QlabError
-from qlab.tensors import DTYPES, read, write
+from qlab.files.directory import INDEX, LARGEST_JSON, SINGLE, locate, read_header, read_json
+from qlab.files.tensors import DTYPES, read, write
 
 
 def file(header, data=b"", length=None):

@@ -14,7 +14,7 @@ MiB = 1 << 20
 JOB = """
 import json, sys, torch
 from qlab.calibration import from_ids
-from qlab.checkpoint import open_checkpoint
+from qlab.files.checkpoint import open_checkpoint
 from qlab.methods import METHODS
 from qlab.quantize import quantize
 from qlab.spec import parse_spec
@@ -71,7 +71,7 @@ def test_the_plan_predicts_the_peak_of_a_small_model_with_a_large_vocabulary(tmp
 LIMITED = """
 import json, resource, sys
 import psutil, torch
-from qlab.checkpoint import open_checkpoint
+from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.rtn import rtn
 from qlab.quantize import quantize
 from qlab.spec import parse_spec

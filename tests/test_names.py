@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from qlab.errors import QlabError
 from qlab.methods.grid import encode, minmax
-from qlab.names import Piece, assemble, pieces_of_experts
+from qlab.model.names import Piece, assemble, pieces_of_experts
 from qlab.qtensor import QTensor
 from qlab.spec import parse_spec
 

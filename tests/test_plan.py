@@ -7,8 +7,8 @@ import torch
 from directories import contents, random_tokens
 from families import tiny
 
-from qlab.checkpoint import open_checkpoint
 from qlab.errors import QlabError
+from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.awq import awq, awq_scale
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn

@@ -11,14 +11,14 @@ from families import FAMILIES, tiny
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from qlab.calibration import tokens
-from qlab.checkpoint import INDEX, open_checkpoint
 from qlab.errors import QlabError
+from qlab.files.checkpoint import INDEX, open_checkpoint
 from qlab.methods import METHODS
 from qlab.methods.awq import awq
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
+from qlab.model.skeleton import Skeleton
 from qlab.quantize import compare, quantize
-from qlab.skeleton import Skeleton
 from qlab.spec import parse_spec
 from qlab.sweep import push
 from qlab.transform import keep, rules

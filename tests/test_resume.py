@@ -10,9 +10,9 @@ import pytest
 import torch
 from directories import contents, random_tokens
 
-import qlab.writer
-from qlab.checkpoint import open_checkpoint
+import qlab.files.writer
 from qlab.errors import QlabError
+from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
 from qlab.quantize import compare, quantize
@@ -77,7 +77,7 @@ def dying(run, n: int, when: str):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def die():
-        qlab.writer.os.replace = replace
+        qlab.files.writer.os.replace = replace
         run()
 
     return die

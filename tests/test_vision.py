@@ -14,18 +14,18 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForImageTextToText, LlavaProcessor, PreTrainedTokenizerFast
 
-from qlab.checkpoint import open_checkpoint
 from qlab.cli import main
 from qlab.errors import QlabError
 from qlab.evaluate import evaluate
+from qlab.files.checkpoint import open_checkpoint
 from qlab.images import Samples, image_samples
 from qlab.methods.awq import awq
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
+from qlab.model.recording import Recorder
+from qlab.model.skeleton import Skeleton
 from qlab.plan import plan
 from qlab.quantize import quantize
-from qlab.recording import Recorder
-from qlab.skeleton import Skeleton
 from qlab.spec import parse_spec
 from qlab.sweep import push, record
 from qlab.transform import keep, rules

@@ -97,7 +97,7 @@ def matmul(
     from qlab.bench.contenders import CONTENDERS
     from qlab.bench.matmul import SHAPES, SHAPES_CPU, TOKENS, compare_matmuls, table, verdict
     from qlab.bench.plots import draw_matmuls
-    from qlab.tuning import parse_shapes, parse_tokens
+    from qlab.lower.tuning import parse_shapes, parse_tokens
 
     if threads:
         torch.set_num_threads(threads)

@@ -16,8 +16,8 @@ from torch import Tensor
 from qlab.lower import cpu, cuda
 from qlab.lower.nibbles import Planes
 from qlab.lower.ops import int4_mm
-from qlab.timing import copies
-from qlab.tuning import DTYPES, Random, random_weight
+from qlab.lower.timing import copies
+from qlab.lower.tuning import DTYPES, Random, random_weight
 
 Product = Callable[[Tensor], Tensor]
 

@@ -20,9 +20,9 @@ from rich.table import Table
 from qlab.bench.contenders import CONTENDERS, DENSE, LIBRARY, OURS, Case, Unavailable, prepare
 from qlab.errors import QlabError
 from qlab.lower import cpu
+from qlab.lower.timing import copy_rate, device_label, graph_microseconds, last_cache, matmul_rate, microseconds
+from qlab.lower.tuning import Shape, check, tune_shapes
 from qlab.report import versions
-from qlab.timing import copy_rate, device_label, graph_microseconds, last_cache, matmul_rate, microseconds
-from qlab.tuning import Shape, check, tune_shapes
 
 SHAPES = "4096x4096,4096x14336,14336x4096,8192x8192,8192x28672,16384x16384"
 SHAPES_CPU = "4096x4096"

@@ -15,17 +15,17 @@ from rich.table import Table
 import qlab
 from qlab.bench.plots import draw
 from qlab.calibration import Tokens
-from qlab.checkpoint import Checkpoint
 from qlab.cli.quantizing import recipe_of
 from qlab.demo import home
 from qlab.errors import QlabError
 from qlab.evaluate import Evaluation, read
+from qlab.files.checkpoint import Checkpoint
+from qlab.files.writer import write_json
 from qlab.hub import calibration_texts, evaluation_texts
 from qlab.quantize import Inputs, Result
 from qlab.report import PeakMemory, versions
 from qlab.spec import parse_spec
 from qlab.transform import Transform
-from qlab.writer import write_json
 
 Paths = Sequence[str | Path] | None
 

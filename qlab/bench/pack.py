@@ -20,8 +20,8 @@ from torch import Tensor
 
 from qlab.codecs.bits import pack_signed, unpack_signed
 from qlab.errors import QlabError
+from qlab.lower.timing import COPIES, device_label, microseconds
 from qlab.report import versions
-from qlab.timing import COPIES, device_label, microseconds
 
 BITS = (2, 3, 4, 8)
 GROUP = 128

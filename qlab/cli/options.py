@@ -50,7 +50,7 @@ def resolved(model: str) -> Path:
 def report(value: Any, path: Path | None) -> None:
     """Write a result as JSON where the user asked for it."""
     if path is not None:
-        from qlab.writer import write_json
+        from qlab.files.writer import write_json
 
         write_json(path, value)
 

@@ -56,7 +56,7 @@ def chosen(model: Any, method: str, spec: str, asymmetric: bool, codec: str, tar
     from qlab.targets import safest_codec
 
     grid = parse_spec(spec, symmetric=not asymmetric)
-    named = codec or (safest_codec(target, {"": grid}) if target else CODEC)
+    named = codec or (safest_codec(target, grid) if target else CODEC)
     return method_named(method)(storable(grid, named, model.dtype)), named
 
 
@@ -89,7 +89,8 @@ def plan(
     data = _data(opened, recipe, calib, images, samples, length, seed)
     made = qlab.plan(opened, recipe, data, calibrate_all_experts=all_experts, codec=named, target=target or None)
     console().print(made)
-    report(made.json(), json_file)
+    console().print(f"written by the codec {named}")
+    report({**made.json(), "codec": named}, json_file)
 
 
 def quantize(
@@ -135,7 +136,7 @@ def _quantize_files(
     model: str, out: Path, method: str, spec: str, asymmetric: bool, codec: str, target: str, include: list[str] | None,
     exclude: list[str] | None, overwrite: bool, resume: bool, json_file: Path | None,
 ) -> None:  # fmt: skip
-    from qlab.checkpoint import open_checkpoint
+    from qlab.files.checkpoint import open_checkpoint
     from qlab.model_free import KEPT, quantize_files
 
     opened = open_checkpoint(resolved(model))

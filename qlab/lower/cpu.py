@@ -17,7 +17,7 @@ from torch import Tensor
 from qlab.errors import QlabError
 from qlab.experts import each_expert
 from qlab.lower.nibbles import Planes, spread
-from qlab.timing import device_label
+from qlab.lower.timing import device_label
 
 aten = torch.ops.aten
 PREFIX = "int4pack"

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from qlab.checkpoint import Checkpoint, open_checkpoint
 from qlab.errors import QlabError
+from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.lower.attention import use_grouped_attention
 from qlab.lower.linear import PackedWeight, QExperts, QLinear
-from qlab.names import Piece
+from qlab.model.names import Piece
+from qlab.model.skeleton import Skeleton
 from qlab.qtensor import QTensor
 from qlab.quantize import Result
-from qlab.skeleton import Skeleton
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

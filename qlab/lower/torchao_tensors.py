@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlab.checkpoint import Checkpoint
 from qlab.errors import QlabError
+from qlab.files.checkpoint import Checkpoint
 from qlab.lower import cuda
 from qlab.lower.linear import QLinear
 from qlab.lower.model import lower

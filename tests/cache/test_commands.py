@@ -7,17 +7,16 @@ import torch
 
 import qlab
 import qlab.cli
-import qlab.tuning
 from qlab.bench import contenders
 from qlab.bench.__main__ import main as bench_main
 from qlab.bench.contenders import CONTENDERS, Case, Unavailable, prepare
 from qlab.bench.matmul import compare_matmuls, losses, table, verdict
-from qlab.checkpoint import open_checkpoint
-from qlab.lower import QLinear, cpu
+from qlab.files.checkpoint import open_checkpoint
+from qlab.lower import QLinear, cpu, timing, tuning
+from qlab.lower.timing import copies, microseconds
+from qlab.lower.tuning import parse_shapes, random_weight, weights_of
 from qlab.methods.rtn import rtn
 from qlab.spec import parse_spec
-from qlab.timing import copies, microseconds
-from qlab.tuning import parse_shapes, random_weight, weights_of
 from qlab_kernels import cache
 from qlab_kernels.config import Config
 
@@ -29,7 +28,7 @@ SMALL = ["--shapes", "128x256", "--m", "1,8", "--group", "64", "--device", "cpu"
 @pytest.fixture(autouse=True)
 def small_cache(monkeypatch):
     """A machine with a small cache: few copies of every weight."""
-    monkeypatch.setattr("qlab.timing.last_cache", lambda device: 2**16)
+    monkeypatch.setattr(timing, "last_cache", lambda device: 2**16)
     monkeypatch.setattr("qlab.bench.matmul.copy_rate", lambda device: 10.0)
     monkeypatch.setattr("qlab.bench.matmul.matmul_rate", lambda device, dtype: 0.1)
 
@@ -61,7 +60,7 @@ def test_what_was_tuned_is_what_runs(call, monkeypatch, fastest):
         is_int4 = calls[0].func is torch.ops.aten._weight_int4pack_mm_for_cpu
         return 1.0 if is_int4 == (fastest == "int4pack") else 9.0
 
-    monkeypatch.setattr(qlab.tuning, "microseconds", invented)
+    monkeypatch.setattr(tuning, "microseconds", invented)
     assert call("tune", *SMALL, "--m", "1,8,1024")[0] == 0
     for m in (1, 8, 7, 1000):
         for dense_copy in (False, True):
@@ -246,6 +245,6 @@ def test_the_bench_on_a_gpu():
 @pytest.mark.gpu
 @needs_gpu
 def test_tuning_on_a_gpu_measures_once():
-    rows = qlab.tuning.tune_shapes([(1024, 1024)], [1, 64], device="cuda", budget=30)
+    rows = tuning.tune_shapes([(1024, 1024)], [1, 64], device="cuda", budget=30)
     assert all(row["timings"] and row["source"] == "measured" for row in rows)
-    assert not any(row["timings"] for row in qlab.tuning.tune_shapes([(1024, 1024)], [1, 64], device="cuda"))
+    assert not any(row["timings"] for row in tuning.tune_shapes([(1024, 1024)], [1, 64], device="cuda"))

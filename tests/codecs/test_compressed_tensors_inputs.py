@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import qlab
-from qlab.checkpoint import open_checkpoint
 from qlab.codecs import CODECS
 from qlab.codecs.compressed_tensors.scheme import PRESETS, args_of
 from qlab.errors import QlabError
 from qlab.evaluate import read
+from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.grid import encode, minmax
 from qlab.methods.inputs import QuantizeInput, quantize_inputs
 from qlab.methods.rtn import rtn

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 
 import qlab
-from qlab.checkpoint import open_checkpoint
 from qlab.codecs import reader
 from qlab.errors import QlabError
 from qlab.evaluate import read
+from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.grid import encode, minmax
 from qlab.methods.inputs import QuantizeInput
 from qlab.qtensor import QTensor, dense

@@ -11,15 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlab.certificate import fingerprint
-from qlab.checkpoint import open_checkpoint
 from qlab.codecs import CODECS
 from qlab.convert import convert, express, in_order
 from qlab.errors import QlabError
+from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.rtn import rtn
 from qlab.qtensor import QTensor, dense
 from qlab.quantize import quantize
 from qlab.spec import Int, Tile, parse_spec
 from qlab.transform import rules
+from qlab.verify import verify
 
 CT = CODECS["compressed-tensors"]
 UP = "model.layers.1.mlp.up_proj"
@@ -83,6 +84,16 @@ def test_biases_of_quantized_modules_are_carried(saved, four_bits, tmp_path):
     out = convert(source, four_bits, tmp_path / "out").path
     biases = [name for name in tensors(source) if name.endswith("q_proj.bias")]
     assert len(biases) == 2 and all(bits_equal(tensors(source)[name], tensors(out)[name]) for name in biases)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_are_converted_one_by_one(family, saved, tmp_path):
+    source = saved(family, torch.float16)
+    first = quantize(open_checkpoint(source), rtn(parse_spec("int4-g32")), None, tmp_path / "q").path
+    there = convert(first, "awq", tmp_path / "there").path
+    assert leaves(first).keys() == leaves(there).keys() and any("experts.1." in name for name in leaves(there))
+    assert all(fingerprint(leaf) == fingerprint(leaves(there)[name]) for name, leaf in leaves(first).items())
+    assert verify(there, source).faults == []
 
 
 def test_what_the_specs_alone_forbid_is_refused_before_anything_is_read(four_bits, quantized, tmp_path, monkeypatch):

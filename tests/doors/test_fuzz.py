@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from qlab.certificate import fingerprint
-from qlab.checkpoint import open_checkpoint
 from qlab.codecs import CODECS
 from qlab.convert import convert
 from qlab.errors import QlabError
+from qlab.files.checkpoint import open_checkpoint
 from qlab.inspection import inspect
 from qlab.methods.rtn import rtn
 from qlab.quantize import quantize

@@ -13,9 +13,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.quantizers import auto
 
 import qlab
-from qlab.checkpoint import open_checkpoint
 from qlab.convert import convert
 from qlab.errors import QlabError
+from qlab.files.checkpoint import open_checkpoint
 from qlab.lower.linear import QExperts, QLinear
 from qlab.methods.rtn import rtn
 from qlab.quantize import quantize

@@ -9,14 +9,14 @@ import torch
 from directories import random_tokens
 from rich.console import Console
 
-from qlab.checkpoint import open_checkpoint
-from qlab.directory import INDEX
 from qlab.errors import QlabError
+from qlab.files.checkpoint import open_checkpoint
+from qlab.files.directory import INDEX
+from qlab.files.tensors import write
 from qlab.inspection import inspect
 from qlab.methods.gptq import gptq
 from qlab.quantize import quantize
 from qlab.spec import parse_spec
-from qlab.tensors import write
 
 
 def printed(found) -> str:
@@ -80,7 +80,7 @@ def test_a_hundred_shards_of_an_unknown_architecture_without_transformers(tmp_pa
 
 
 def test_only_headers_are_read(made, monkeypatch):
-    monkeypatch.setattr("qlab.checkpoint.read", None)
+    monkeypatch.setattr("qlab.files.checkpoint.read", None)
     assert len(inspect(made).sites) == 14
 
 

@@ -11,14 +11,14 @@ import sys
 import pytest
 import torch
 
-from qlab.directory import INDEX
-from qlab.tensors import write
+from qlab.files.directory import INDEX
+from qlab.files.tensors import write
 
 MiB = 1 << 20
 JOB = """
 import gc, resource, sys, torch
 import transformers, qlab, qlab.lower
-from qlab.checkpoint import open_checkpoint
+from qlab.files.checkpoint import open_checkpoint
 from qlab.convert import convert
 from qlab.model_free import quantize_files
 from qlab.verify import verify

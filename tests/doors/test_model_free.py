@@ -10,15 +10,15 @@ from directories import bits_equal, contents, tensors
 from test_resume import KILLED, dying, finish, start
 
 from qlab.certificate import fingerprint
-from qlab.checkpoint import open_checkpoint
 from qlab.errors import QlabError
+from qlab.files.checkpoint import open_checkpoint
+from qlab.files.tensors import write
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
 from qlab.model_free import quantize_files
 from qlab.qtensor import QTensor, dense
 from qlab.quantize import quantize
 from qlab.spec import parse_spec
-from qlab.tensors import write
 from qlab.transform import keep, rules
 from qlab.verify import verify
 

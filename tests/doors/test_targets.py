@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from qlab.checkpoint import open_checkpoint
 from qlab.codecs import storable
 from qlab.errors import QlabError
+from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.rtn import rtn
 from qlab.plan import plan
 from qlab.spec import Int, parse_spec
@@ -63,18 +63,11 @@ def test_the_nearest_group_divides_the_channels():
 @pytest.mark.parametrize("target, spec, codec", [
     ("vllm", "int4-g128", CT), ("vllm", "int4-g128-asym", "awq"), ("vllm", "int8-channel", CT), ("vllm", "int3-g64", CT),
     ("vllm", "fp8-channel", CT), ("lmdeploy", "int4-g128-asym", CT), ("lmdeploy", "int4-g128", CT),
-    ("transformers", "int4-g64-asym", "awq"), ("transformers", "int3-g64-asym", "gptq"), ("sglang", "int4-g128", CT),
+    ("transformers", "int4-g64-asym", "awq"),
+    ("sglang", "int4-g16", CT), ("transformers", "int3-g64-asym", "gptq"), ("sglang", "int4-g128", CT),
 ])  # fmt: skip
 def test_the_safest_codec(target, spec, codec):
-    assert safest_codec(target, {"a": parse_spec(spec)}) == codec
-
-
-def test_experts_decide_the_codec_too():
-    specs = {"dense": parse_spec("int4-g128"), "expert": parse_spec("int4-g128")}
-    assert safest_codec("vllm", specs, frozenset({"expert"})) == CT
-    mixed = {name: parse_spec("int4-g128-asym") for name in specs}
-    chosen = safest_codec("vllm", mixed, frozenset({"expert"}))
-    assert refusal("vllm", chosen, mixed["expert"], experts=True)  # nothing holds them: the check by name says so
+    assert safest_codec(target, parse_spec(spec)) == codec
 
 
 def test_an_engine_that_reads_one_spec_for_all():
@@ -115,3 +108,20 @@ def test_scales_become_halves_where_the_codec_has_no_other(four_bits):
     spec = parse_spec("int4-g32-asym")
     assert storable(spec, four_bits, torch.float32).scale_dtype == torch.float16
     assert storable(parse_spec("int8-channel"), four_bits, torch.float32).scale_dtype is None
+
+
+def test_rows_that_fill_no_words_are_refused_when_the_plan_is_made(saved):
+    model = open_checkpoint(saved("llama", torch.float16, intermediate_size=100))
+    recipe = rtn(parse_spec("int4-channel"))
+    for codec in ("awq", "gptq"):
+        with pytest.raises(QlabError, match=r"layers.0.mlp.gate_proj, .*100.* do not fill"):
+            plan(model, recipe, codec=codec)
+    assert plan(model, recipe).sites
+
+
+def test_what_no_configuration_can_say_is_refused_when_the_plan_is_made(saved):
+    model = open_checkpoint(saved("llama", torch.float16))
+    recipe = rules({"*.down_proj": rtn(parse_spec("int4-g64")), "*": rtn(parse_spec("int4-g32"))})
+    with pytest.raises(QlabError, match=r"(?i)awq"):
+        plan(model, recipe, codec="awq")
+    assert plan(model, recipe, codec="gptq").sites

@@ -11,8 +11,8 @@ from families import tiny
 from safetensors.torch import load_file, save_file
 
 from qlab.certificate import off_grid
-from qlab.checkpoint import open_checkpoint
 from qlab.errors import QlabError
+from qlab.files.checkpoint import open_checkpoint
 from qlab.methods import METHODS
 from qlab.qtensor import QTensor
 from qlab.quantize import quantize

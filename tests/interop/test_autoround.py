@@ -11,7 +11,7 @@ from driving import SHAPES, assert_equal, drive
 from families import tiny
 from safetensors.torch import load_file
 
-from qlab.checkpoint import open_checkpoint
+from qlab.files.checkpoint import open_checkpoint
 from qlab.qtensor import dense
 
 VENV, NAME = os.environ.get("QLAB_INTEROP_VENV_AUTO_ROUND"), "QLAB_INTEROP_VENV_AUTO_ROUND"

@@ -15,8 +15,8 @@ from families import tiny
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qlab.checkpoint import open_checkpoint
 from qlab.codecs import CODECS
+from qlab.files.checkpoint import open_checkpoint
 from qlab.qtensor import QTensor, dense
 from qlab.spec import Int, Tile
 

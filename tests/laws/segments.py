@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from qlab.graph import ModuleGraph
 from qlab.interpret import inputs_of
+from qlab.model.skeleton import EXPERTS, _find_blocks
 from qlab.qtensor import QTensor, dense
-from qlab.skeleton import EXPERTS, _find_blocks
 from qlab.stats import STATS, Moment, Observation, stat_of
 from qlab.sweep import solve
 from qlab.trace import trace

@@ -13,8 +13,8 @@ from qlab.errors import QlabError
 from qlab.graph import by_source, tensors_of
 from qlab.interpret import inputs_of, interpret
 from qlab.methods.rtn import rtn
+from qlab.model.skeleton import _find_blocks
 from qlab.qtensor import QTensor
-from qlab.skeleton import _find_blocks
 from qlab.spec import parse_spec
 from qlab.trace import trace
 

@@ -13,7 +13,7 @@ from qlab.graph import by_source
 from qlab.interpret import Walk, inputs_of, interpret
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
-from qlab.recording import Call
+from qlab.model.recording import Call
 from qlab.spec import parse_spec
 from qlab.sweep import solve_in_order
 from qlab.transform import at, chain, keep, rules

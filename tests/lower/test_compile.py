@@ -7,7 +7,7 @@ from lowering_cases import activations, check_product, lowered, random_leaf
 from torch import nn
 
 import qlab
-from qlab.checkpoint import open_checkpoint
+from qlab.files.checkpoint import open_checkpoint
 from qlab.lower import QLinear, cpu, inductor_options, lower
 from qlab.lower.rewrite import Rewrite
 from qlab.methods.rtn import rtn

@@ -10,9 +10,9 @@ from lowering_cases import activations, check_product, random_leaf
 from torch.utils import _pytree as pytree
 
 import qlab
-from qlab.checkpoint import open_checkpoint
 from qlab.errors import QlabError
 from qlab.experts import rows_of
+from qlab.files.checkpoint import open_checkpoint
 from qlab.lower import QExperts, QLinear, cuda, inductor_options, lower
 from qlab.methods.rtn import rtn
 from qlab.spec import Int, Tile, parse_spec

@@ -8,7 +8,7 @@ import pytest
 import qlab
 from qlab.bench.__main__ import main
 from qlab.bench.generate import ENGINES
-from qlab.checkpoint import open_checkpoint
+from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.rtn import rtn
 from qlab.spec import parse_spec
 

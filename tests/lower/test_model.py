@@ -6,9 +6,9 @@ from tolerances import MODEL
 
 import qlab
 from qlab.calibration import from_ids
-from qlab.checkpoint import open_checkpoint
 from qlab.errors import QlabError
 from qlab.evaluate import read
+from qlab.files.checkpoint import open_checkpoint
 from qlab.lower import QExperts, QLinear, lower, resident_bytes
 from qlab.methods.rtn import rtn
 from qlab.spec import parse_spec

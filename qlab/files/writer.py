@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.directory import INDEX, read_header
 from qlab.errors import QlabError
-from qlab.tensors import write
+from qlab.files.directory import INDEX, read_header
+from qlab.files.tensors import write
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 FORMER = ("quantize_config.json", "quant_config.json")  # they say how the weights were quantized before, in GPTQ's and AWQ's way

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from qlab.codecs import LEGACY_CONFIGS, Codec, reader
-from qlab.directory import CONFIG, INDEX, Stored, locate, read_json
 from qlab.errors import QlabError
+from qlab.files.directory import CONFIG, INDEX, Stored, locate, read_json
+from qlab.files.tensors import dtype_of, read
 from qlab.graph import Op
 from qlab.qtensor import Leaf
 from qlab.spec import InputSpec, Spec
-from qlab.tensors import dtype_of, read
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -14,8 +14,8 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from qlab.directory import METADATA, Stored
 from qlab.errors import QlabError
+from qlab.files.directory import METADATA, Stored
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,

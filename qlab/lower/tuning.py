@@ -1,6 +1,6 @@
 """Tuning on this machine: which configuration of an int4 product is fastest for given shapes and numbers of tokens.
 
-The measuring half of `qlab_kernels.tune`: random weights of the shape, rotated so that none stays in a cache, timed by `qlab.timing`.
+The measuring half of `qlab_kernels.tune`: random weights of the shape, rotated so that none stays in a cache, timed by `timing`.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from qlab.errors import QlabError
+from qlab.lower.timing import copies, copy_rate, device_label, matmul_rate, microseconds
 from qlab.qtensor import QTensor
 from qlab.spec import parse_spec
-from qlab.timing import copies, copy_rate, device_label, matmul_rate, microseconds
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 Shape = tuple[int, int]  # n, k

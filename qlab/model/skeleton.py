@@ -17,13 +17,13 @@ from torch.utils import _pytree as pytree
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from qlab.checkpoint import Checkpoint
 from qlab.errors import QlabError
 from qlab.experts import experts_forward
+from qlab.files.checkpoint import Checkpoint
 from qlab.graph import Code, ModuleGraph, Op, tensors_of
-from qlab.names import Piece, assemble, pieces_of_experts, spellings
+from qlab.model.names import Piece, assemble, pieces_of_experts, spellings
+from qlab.model.recording import Call, Output, Recorded, Recorder, Replaced, to_like
 from qlab.qtensor import Leaf, dense
-from qlab.recording import Call, Output, Recorded, Recorder, Replaced, to_like
 from qlab.trace import trace
 
 EXPERTS = "qlab"  # the name under which transformers finds the forward of fused experts that traces on every device

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from qlab.checkpoint import Checkpoint
-from qlab.skeleton import Skeleton
+from qlab.files.checkpoint import Checkpoint
+from qlab.model.skeleton import Skeleton
 
 HEAD = "lm_head"  # in no file where it shares the embedding's weight; readers that match by class still meet it
 

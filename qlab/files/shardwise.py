@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from qlab.checkpoint import Checkpoint
-from qlab.writer import Writer
+from qlab.files.checkpoint import Checkpoint
+from qlab.files.writer import Writer
 
 Notes = dict[str, dict[str, Any]]  # section of the report -> rows
 Rewrite = Callable[[str, Notes], Mapping[str, Tensor]]  # a leaf's name -> its new tensors; what is to be reported goes into the notes
