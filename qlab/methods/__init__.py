@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from qlab.methods.awq import awq, awq_scale
 from qlab.methods.gptq import gptq
 from qlab.methods.grid import weighted
+from qlab.methods.hqq import hqq
 from qlab.methods.rtn import rtn
 from qlab.spec import Spec
 from qlab.transform import Transform, chain
@@ -23,6 +24,7 @@ def awq_gptq(spec: Spec) -> Transform:
 METHODS: Mapping[str, Callable[[Spec], Transform]] = {
     "rtn": rtn,
     "rtn-weighted": rtn_weighted,
+    "hqq": hqq,
     "awq": awq,
     "gptq": gptq,
     "awq-gptq": awq_gptq,

@@ -60,7 +60,7 @@ def fit(grid: Grid, W_ok: Tensor, spec: Spec, H_kk: Tensor | None = None,
 def _fit_rows(grid: Grid, x_agn: Tensor, spec: Spec, h_agn: Tensor | None,
               outer: Tensor | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     lo, hi = x_agn.amin(-1).clamp_max(0), x_agn.amax(-1).clamp_min(0)
-    first, *others = [(_stored(s, spec, outer), z) for s, z in grid.candidates(lo, hi, spec)]
+    first, *others = [(stored(s, spec, outer), z) for s, z in grid.candidates(lo, hi, spec)]
     if not others and not grid.refit:
         return first
     # sum h (x - s c)^2 = sum h x^2 - 2 s B + s^2 A with A = sum h c^2, B = sum h x c: the codes are needed once for both
@@ -72,7 +72,7 @@ def _fit_rows(grid: Grid, x_agn: Tensor, spec: Spec, h_agn: Tensor | None,
         c = _centred(x_agn, steps(s, outer, torch.float32), z, spec)
         hc = c if h_agn is None else c * h_agn
         A, B = torch.linalg.vecdot(hc, c), torch.linalg.vecdot(hc, x_agn)
-        for scale in (s, _stored(B / A, spec, outer)) if grid.refit else (s,):
+        for scale in (s, stored(B / A, spec, outer)) if grid.refit else (s,):
             wide = steps(scale, outer, torch.float32)
             e = (wide * A).sub_(B, alpha=2).mul_(wide)
             better = (e < best_e) & (A > 0)  # a tile of zeros keeps the first candidate
@@ -105,7 +105,7 @@ def objective(x_agn: Tensor, s_ag: Tensor, z_ag: Tensor | None, spec: Spec, h_ag
     return torch.linalg.vecdot(d, d if h_agn is None else d * h_agn)
 
 
-def _stored(s_ag: Tensor, spec: Spec, outer: Tensor | None) -> Tensor:
+def stored(s_ag: Tensor, spec: Spec, outer: Tensor | None) -> Tensor:
     """Scales as the file will hold them: times outer, rounded to their dtype, zeros replaced by its epsilon
     (compressed-tensors)."""
     assert spec.scale_dtype is not None  # `fit` settles it
@@ -137,7 +137,7 @@ def _ranged(lo: Tensor, hi: Tensor, spec: Spec) -> tuple[Tensor, Tensor | None]:
     assert spec.scale_dtype is not None
     stored = s.to(spec.scale_dtype).float()
     z = (spec.qmin - lo / stored).nan_to_num_(0).clamp_(spec.qmin, spec.qmax).round_()
-    return s, z.to(torch.int8)
+    return s, z.to(spec.zero_dtype)
 
 
 def _power_of_two(absmax: Tensor, spec: Float) -> Tensor:
