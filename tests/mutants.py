@@ -63,7 +63,8 @@ MUTANTS = [
     M("float: powers of two rounded down", "methods/grid.py", "+ (1 << (22 - rounded_to))", "", "floats"),
     M("float: global scale of each weight", "transform.py", 'outer = outers.get(site.path)',
       "outer = shared_outer([graph.weight_ok(site)], spec)", "floats"),
-    M("hqq: the last step instead of the best", "methods/hqq.py", "better = e_ag < best_e", "better = e_ag < torch.inf", "half_quadratic"),
+    M("hqq: the last step instead of the best", "methods/hqq.py", "better = e_ag < best_e", "better = e_ag < torch.inf",
+      "half_quadratic"),
     M("hqq: every error is let be", "methods/hqq.py", ".relu()", "", "half_quadratic"),
     # GPTQ
     M("scales tiled instead of repeated", "methods/gptq.py", "order // cols", "order % x_ag.shape[1]", "gptq"),
