@@ -4,7 +4,7 @@ transformers itself says so: its loading rules give every stored name its place 
 on the numbers of a fused weight's rows, say which rows of which expert every file tensor holds.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,7 +94,7 @@ def spellings(model: PreTrainedModel, stored: Iterable[str]) -> Mapping[str, str
     return {rename_source_key(name, renamings, [], model.base_model_prefix, known)[0]: name for name in sorted(stored)}
 
 
-def pieces_of_experts(model: PreTrainedModel, name: str, stored: Iterable[str]) -> tuple[Piece, ...]:
+def pieces_of_experts(model: PreTrainedModel, name: str, stored: Collection[str]) -> tuple[Piece, ...]:
     """The tensors that engines expect for a fused weight [e, o, k], in the order of experts and rows; () if transformers
     knows no names per expert. Names are spelled with or without the base prefix, as the stored ones are."""
     experts, rows = model.get_parameter(name).shape[:2]
@@ -108,10 +108,10 @@ def pieces_of_experts(model: PreTrainedModel, name: str, stored: Iterable[str]) 
         whole = torch.arange(first, last + 1, device=held.device)
         if held.shape[1:] != (1,) or first // rows != last // rows or not torch.equal(held.flatten(), whole):
             raise QlabError(f"{name} is saved as {piece} in a way that is no range of rows of one expert; qlab cannot cut it")
-        pieces.append(Piece(_spelled(piece, model.base_model_prefix, set(stored)), first // rows, first % rows, last % rows + 1))
+        pieces.append(Piece(_spelled(piece, model.base_model_prefix, stored), first // rows, first % rows, last % rows + 1))
     return tuple(sorted(pieces, key=lambda p: (p.expert or 0, p.start)))
 
 
-def _spelled(name: str, prefix: str, stored: set[str]) -> str:
+def _spelled(name: str, prefix: str, stored: Collection[str]) -> str:
     bare = name.removeprefix(f"{prefix}.")
     return bare if name not in stored and bare in stored else name
