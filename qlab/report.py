@@ -93,7 +93,7 @@ def recorded(directory: Path) -> dict[str, Any]:
         rows = record.get(section, {})
         for name, row in rows.items() if isinstance(rows, dict) else [(section, None)]:
             if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in kinds.items()):
-                where = f"{directory / RECORD}, {section}, {name}"
+                where = f"{directory / RECORD}, {section}, {name!r}"
                 raise QlabError(f"{where} is not what qlab writes there; remove the file, or quantize again")
     for key, kind in {"job": dict, "changed": dict, "bits_per_weight": float}.items():
         if key in record and not isinstance(record[key], kind):
