@@ -65,8 +65,8 @@ def convert(
 
     Errors: a directory that is not quantized; without `requantize`, any loss, with the modules and what they would lose.
     """
-    if not isinstance(model, Checkpoint) and Path(model).suffix == GGUF:
-        return _from_gguf(Path(model).expanduser(), codec, Path(out), requantize, overwrite, resume)
+    if not isinstance(model, Checkpoint) and (file := Path(model).expanduser()).suffix == GGUF and not file.is_dir():
+        return _from_gguf(file, codec, Path(out), requantize, overwrite, resume)
     source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     if not source.quantized:
         raise QlabError(f"{source.path} is not quantized, so there is nothing to convert; quantize it first")

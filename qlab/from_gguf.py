@@ -57,10 +57,12 @@ def _fill(path: Path, codec: Codec, writer: Writer, job: dict[str, Any], scratch
     _save_config_and_tokenizer(path, scratch)
     raw = read_json(scratch / CONFIG)
     skeleton = Skeleton(Checkpoint(scratch, raw, {}, None, {}), torch.bfloat16)
+    if (generation := skeleton.model.generation_config) is not None:
+        generation.save_pretrained(scratch)
     specs: dict[str, Spec | None] = dict.fromkeys(skeleton.linears())
     notes: Notes = {"sites": {}, "certificates": {}, "dequantized": {}}
     writer.write_shard(0, _tensors(path, codec, skeleton, specs, notes))
-    raw["dtype"] = "bfloat16"
+    raw |= {"architectures": [type(skeleton.model).__name__], "dtype": "bfloat16"}
     if any(specs.values()):
         raw["dtype"] = "float16"  # that of the blocks' scales, which bfloat16 would round
         raw["quantization_config"] = codec.config(specs)

@@ -34,8 +34,10 @@ def convert(
     result = convert(directory, codec, out, requantize=grid, overwrite=overwrite, resume=resume)
     kept = len(result.sites) - len(result.requantized)
     console().print(f"{result.path}: {kept} weights with the same codes, {len(result.requantized)} rounded anew", soft_wrap=True)
-    for name, kind in result.dequantized.items():
-        console().print(f"{name}: {kind} blocks dequantized to bfloat16", soft_wrap=True)
+    for kind in sorted(set(result.dequantized.values())):
+        names = [name for name, was in result.dequantized.items() if was == kind]
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        console().print(f"{kind} blocks dequantized to bfloat16: {', '.join(names[:4])}{more}", soft_wrap=True)
     for name, error in result.requantized.items():
         console().print(f"{name}: {error:.3e} of its norm away from what it was", soft_wrap=True)
     report(result.json(), json_file)

@@ -111,8 +111,16 @@ def test_codes_are_those_of_the_file(made):
     assert qlab.verify(made.out, made.out).faults == []
 
 
-def test_floats_keep_their_dtype_and_the_tokenizer_comes_along(made):
+def test_codes_of_two_widths_in_another_format_are_the_same(made, tmp_path):
+    there, here = open_checkpoint(convert(made.file, "gptq", tmp_path / "out").path), open_checkpoint(made.out)
+    assert there.quantized.keys() == here.quantized.keys()
+    assert all(fingerprint(there.leaf(f"{m}.weight")) == fingerprint(here.leaf(f"{m}.weight")) for m in here.quantized)
+
+
+def test_floats_keep_their_dtype_and_everything_else_comes_along(made):
     held = tensors(made.out)
+    assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= contents(made.out).keys()
+    assert json.loads((made.out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     assert held["model.norm.weight"].dtype == torch.float32 and held["model.layers.1.mlp.gate_proj.weight"].dtype == torch.float16
     tokenizer = AutoTokenizer.from_pretrained(made.out)
     theirs = AutoTokenizer.from_pretrained(made.file.parent, gguf_file=made.file.name)
@@ -124,8 +132,9 @@ def test_floats_keep_their_dtype_and_the_tokenizer_comes_along(made):
 def test_embeddings_are_dequantized_and_the_command_says_so(tmp_path, command):
     file = write(tmp_path / "model.gguf", {**CODES, "token_embd": KINDS.Q8_0, "attn_v": KINDS.Q4_1, "output": KINDS.Q8_0})
     code, printed, _ = command(main, "convert", file, "--codec", "compressed-tensors", "--out", tmp_path / "out")
-    assert code == 0 and "model.embed_tokens.weight: Q8_0 blocks dequantized to bfloat16" in printed
-    assert "layers.0.self_attn.v_proj.weight: Q4_1 blocks" in printed and "lm_head" not in printed
+    assert code == 0 and "Q8_0 blocks dequantized to bfloat16: model.embed_tokens.weight\n" in printed
+    values = ", ".join(f"model.layers.{i}.self_attn.v_proj.weight" for i in range(2))
+    assert f"Q4_1 blocks dequantized to bfloat16: {values}\n" in printed and "lm_head" not in printed
     assert tensors(tmp_path / "out")["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert "lm_head" in open_checkpoint(tmp_path / "out").quantized
     theirs = of_the_file(file)
