@@ -1,7 +1,7 @@
 """The same codes in another format. What the format cannot hold is refused by name; rounding anew has to be asked for."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from qlab.certificate import certify, weight_error
 from qlab.codecs import CODECS, Codec
 from qlab.errors import QlabError
-from qlab.files.checkpoint import Checkpoint, open_checkpoint
+from qlab.files.checkpoint import GGUF, Checkpoint, open_checkpoint
 from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
 from qlab.files.writer import Writer
 from qlab.methods.grid import encode as round_to_grid
@@ -27,10 +27,14 @@ SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class Converted:
-    """The directory written, and per module what became of it: its spec, and the error of rounding it anew where it was."""
+    """The directory written, and per module what became of it: its spec, and the error of rounding it anew where it was.
+
+    dequantized: tensor of a GGUF file -> the kind of blocks (Q6_K) that it was dequantized from.
+    """
 
     path: Path
     sites: Mapping[str, Mapping[str, Any]]
+    dequantized: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def requantized(self) -> dict[str, float]:
@@ -39,7 +43,8 @@ class Converted:
 
     def json(self) -> dict[str, Any]:
         """The result as plain data."""
-        return {"path": str(self.path), "sites": dict(self.sites), "requantized": self.requantized}
+        return {"path": str(self.path), "sites": dict(self.sites), "requantized": self.requantized,
+                "dequantized": dict(self.dequantized)}  # fmt: skip
 
 
 @torch.no_grad()
@@ -52,7 +57,7 @@ def convert(
     overwrite: bool = False,
     resume: bool = False,
 ) -> Converted:
-    """Write a quantized directory in the format that `codec` names, file by file.
+    """Write a quantized directory, or the model of a GGUF file, in the format that `codec` names, file by file.
 
     Codes, scales and zeros stay what they are, and so do the unquantized tensors, the tokenizer and the other files.
     requantize: a grid on which every weight is to lie. Those that do already keep their codes where the format can hold
@@ -60,11 +65,12 @@ def convert(
 
     Errors: a directory that is not quantized; without `requantize`, any loss, with the modules and what they would lose.
     """
+    if not isinstance(model, Checkpoint) and (file := Path(model).expanduser()).suffix == GGUF and not file.is_dir():
+        return _from_gguf(file, codec, Path(out), requantize, overwrite, resume)
     source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     if not source.quantized:
         raise QlabError(f"{source.path} is not quantized, so there is nothing to convert; quantize it first")
-    if codec not in CODECS:
-        raise QlabError(f"the codec {codec!r} is unknown; qlab writes {', '.join(CODECS)}")
+    _check_codec(codec)
     if source.path.resolve() == Path(out).expanduser().resolve():
         raise QlabError(f"{source.path} is the directory to convert; choose another output directory")
     targets = _targets(source, codec, requantize)
@@ -83,6 +89,23 @@ def convert(
         report = {**record, **notes, "job": job, "bits_per_weight": bits_per_weight(sites)}
         writer.finish({"config.json": {**source.raw, "quantization_config": config}, "qlab.json": report}, source.path)
     return Converted(writer.out, recorded(writer.out)["sites"])
+
+
+def _check_codec(codec: str) -> None:
+    if codec not in CODECS:
+        raise QlabError(f"the codec {codec!r} is unknown; qlab writes {', '.join(CODECS)}")
+
+
+def _from_gguf(path: Path, codec: str, out: Path, requantize: Spec | None, overwrite: bool, resume: bool) -> Converted:
+    from qlab.from_gguf import from_gguf  # needs the gguf package and transformers' readers, which directories do without
+
+    _check_codec(codec)
+    if requantize is not None:
+        raise QlabError(f"{path} is a GGUF file, whose codes are not rounded anew on the way; convert it without a grid, and then "
+                        "the directory with one (--requantize)")
+    written = from_gguf(path, codec, out, overwrite, resume)
+    record = recorded(written)
+    return Converted(written, record["sites"], {name: row["kind"] for name, row in record["dequantized"].items()})
 
 
 # ------------------------------------------------------------------ what a format can hold

@@ -16,9 +16,8 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 from xml.etree import ElementTree
@@ -159,31 +158,19 @@ def _convert(gguf: Path, folder: Path) -> None:
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    from qlab.from_gguf import quiet_transformers
+
     source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     # A transformers that has GgufConfig may keep the weights packed unless told; an older one always unpacks.
     packing = getattr(transformers, "GgufConfig", None)
     unpack = {"quantization_config": packing(dequantize=True)} if packing else {}
-    with _quiet_transformers():
+    with quiet_transformers():
         loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, **unpack)
         # The loaded model stays marked as quantized and refuses to be saved, so its weights move into a plain one.
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**source), dtype=torch.bfloat16)
         model.load_state_dict(loaded.state_dict())
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep back its warnings, which speak of a quantized model, and its bars, which would cut through ours."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with redirect_stderr(StringIO()):  # its GGUF reader heeds no switch for progress bars
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _make_text(folder: Path, progress: Progress) -> None:

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "qlab"
 LAYERS = [
     {"errors"}, {"spec"}, {"qtensor", "targets"}, {"certificate"}, {"experts"}, {"graph"}, {"trace"}, {"interpret"}, {"stats"},
     {"transform"}, {"absorb"}, {"methods"}, {"codecs"}, {"files"}, {"calibration"}, {"images", "model"}, {"sweep"}, {"report"},
-    {"plan"}, {"quantize"}, {"convert", "verify", "inspection", "model_free"}, {"evaluate", "lower"}, {"demo"},
+    {"plan"}, {"quantize"}, {"from_gguf"}, {"convert", "verify", "inspection", "model_free"}, {"evaluate", "lower"}, {"demo"},
     {"hub", "hf", "serve"}, {"__init__"}, {"cli"}, {"bench", "__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -92,7 +92,8 @@ def test_methods_know_neither_devices_nor_files_nor_paths(file):
 def test_foreign_libraries_come_in_by_their_doors(file):
     doors = {
         "safetensors": set(),  # files/ reads and writes the format itself, one tensor at a time
-        "transformers": {"files", "calibration", "images", "model", "demo", "hf", "hub", "lower", "serve", "evaluate", "bench"},
+        "transformers": {"files", "calibration", "images", "model", "demo", "from_gguf", "hf", "hub", "lower", "serve", "evaluate",
+                         "bench"},
         "accelerate": {"model", "hf", "hub"},
         "compressed_tensors": {"bench"},  # tests read with it; qlab does not need it
         "gptqmodel": {"bench"},

@@ -20,7 +20,7 @@ def inspect(directory: Directory, json_file: Json = None) -> None:
 
 
 def convert(
-    directory: Directory,
+    directory: Annotated[Path, typer.Argument(help="a quantized model directory, or a GGUF file")],
     codec: CodecName,
     out: Annotated[Path, typer.Option("--out", help="the directory to write")],
     requantize: Annotated[str | None, typer.Option("--requantize", help="a spec: round what the format cannot hold to it")] = None,
@@ -34,6 +34,10 @@ def convert(
     result = convert(directory, codec, out, requantize=grid, overwrite=overwrite, resume=resume)
     kept = len(result.sites) - len(result.requantized)
     console().print(f"{result.path}: {kept} weights with the same codes, {len(result.requantized)} rounded anew", soft_wrap=True)
+    for kind in sorted(set(result.dequantized.values())):
+        names = [name for name, was in result.dequantized.items() if was == kind]
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        console().print(f"{kind} blocks dequantized to bfloat16: {', '.join(names[:4])}{more}", soft_wrap=True)
     for name, error in result.requantized.items():
         console().print(f"{name}: {error:.3e} of its norm away from what it was", soft_wrap=True)
     report(result.json(), json_file)

@@ -26,16 +26,14 @@ ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
 UNNEEDED = {"rope_freqs.weight"}  # what llama.cpp computes ahead of a model's config
 
 
-def tensors(path: Path, names: Collection[str]) -> Iterator[tuple[str, Leaf]]:
-    """(name, leaf) of every parameter of `names` in the file, one at a time; a head tied to the embedding has no tensor.
+def tensors(path: Path, names: Collection[str]) -> Iterator[tuple[str, str, Leaf]]:
+    """(name, kind, leaf) of every parameter of `names` in the file, one at a time; a head tied to the embedding has no tensor.
 
+    kind: how the file stores it ("Q4_0", "Q6_K", "F32").
     Errors: no GGUF file, an architecture whose weights are not stored as they are, parameters and tensors without each other.
     """
-    reader = _reader(path)
-    arch, stored = _field(path, reader, "general.architecture", str), {tensor.name: tensor for tensor in reader.tensors}
-    if arch not in ARCHITECTURES:
-        raise QlabError(f"{path} holds a model of architecture {arch!r}; qlab reads {', '.join(ARCHITECTURES)}: convert it to "
-                        "safetensors with transformers first")
+    reader, arch = opened(path)
+    stored = {tensor.name: tensor for tensor in reader.tensors}
     found = _names(path, arch, _field(path, reader, f"{arch}.block_count", int), names, stored)
     if left := sorted(stored.keys() - set(found.values()) - UNNEEDED):
         raise QlabError(f"{path} holds {left[0]}, for which the model has no parameter; the file is of another model")
@@ -44,7 +42,18 @@ def tensors(path: Path, names: Collection[str]) -> Iterator[tuple[str, Leaf]]:
         if ARCHITECTURES[arch] and (kind := own.split(".")[-2]) in ("attn_q", "attn_k"):
             heads = _field(path, reader, f"{arch}.attention.head_count" + ("_kv" if kind == "attn_k" else ""), int)
             leaf = _halves_apart(f"{path}: {own}", leaf, heads)
-        yield name, leaf
+        yield name, stored[own].tensor_type.name, leaf
+
+
+def opened(path: Path) -> tuple[Any, str]:
+    """The package's reader of a file, and the file's architecture; refuses what is no GGUF file or is stored in a way that qlab
+    cannot undo."""
+    reader = _reader(path)
+    arch = _field(path, reader, "general.architecture", str)
+    if arch not in ARCHITECTURES:
+        raise QlabError(f"{path} holds a model of architecture {arch!r}; qlab reads {', '.join(ARCHITECTURES)}: convert it to "
+                        "safetensors with transformers first")
+    return reader, arch
 
 
 def _reader(path: Path) -> Any:

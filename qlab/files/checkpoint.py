@@ -23,7 +23,9 @@ from qlab.spec import InputSpec, Spec
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["INDEX", "Checkpoint", "open_checkpoint"]
+__all__ = ["GGUF", "INDEX", "Checkpoint", "open_checkpoint"]
+
+GGUF = ".gguf"
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Errors: a missing or empty directory, no safetensors in it, a truncated or foreign shard, an unknown quantization.
     """
     folder = Path(path).expanduser()
+    if folder.suffix == GGUF and folder.is_file():
+        raise QlabError(f"{folder} is a GGUF file, which is converted first: "
+                        f"`qlab convert {folder} --codec compressed-tensors --out DIR`")
     if not folder.is_dir():
         raise QlabError(f"{folder} is not a model directory; give the path of one, or 'demo'")
     if not (folder / CONFIG).is_file():

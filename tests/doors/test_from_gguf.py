@@ -1,0 +1,176 @@
+"""A GGUF file converted: the file's codes, the logits of transformers' own reading of it, and errors that leave nothing."""
+
+import json
+from types import SimpleNamespace
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from directories import WORDS, contents, tensors
+from families import tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+import qlab
+from qlab.__main__ import main
+from qlab.certificate import fingerprint
+from qlab.codecs import gguf as file_format
+from qlab.convert import convert
+from qlab.errors import QlabError
+from qlab.files.checkpoint import open_checkpoint
+from qlab.model.skeleton import Skeleton
+from qlab.qtensor import QTensor
+from qlab.sweep import push
+
+KINDS = gguf.GGMLQuantizationType
+CODES = {"attn_q": KINDS.Q4_0, "attn_k": KINDS.Q8_0, "ffn_up": KINDS.Q4_0, "ffn_down": KINDS.Q8_0, "ffn_gate": KINDS.F16,
+         "attn_v": KINDS.F16, "token_embd": KINDS.F16}  # fmt: skip
+IDS = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(1))
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def write(path, kinds, arch="llama"):
+    """A random llama; `kinds`: the last part of a module's name in the file -> how its weight is stored, else float32."""
+    model = tiny("llama", num_key_value_heads=2, num_attention_heads=4)
+    writer, config = gguf.GGUFWriter(path, arch), model.config
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(128)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(16)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<pad>", "<s>", "</s>", "w", "o", "wo", *WORDS[3:]])
+    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * len(WORDS))
+    writer.add_token_merges(["w o"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template(TEMPLATE)
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, W in model.state_dict().items():
+        module, _, suffix = name.rpartition(".")
+        own = table.get_name(module)
+        kind = kinds.get(own.rpartition(".")[2], KINDS.F32)
+        data = W.numpy().astype(np.float16) if kind == KINDS.F16 else gguf.quantize(W.numpy(), kind)
+        writer.add_tensor(f"{own}.{suffix}", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@torch.no_grad()
+def qlab_logits(path):
+    skeleton = Skeleton(qlab.open(path), torch.float32)
+    skeleton.load_outside(with_head=True)
+    hidden, calls = skeleton.record(IDS)
+    for block, call in calls.items():
+        (hidden,) = push(skeleton.graph(block, call, hidden), iter([(call, hidden)]))
+    return skeleton.head(IDS, hidden)
+
+
+@torch.no_grad()
+def transformers_logits(path, **how):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **how).eval()(IDS).logits
+
+
+def of_the_file(file):
+    return transformers_logits(file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gguf")
+    file = write(folder / "model.gguf", CODES)
+    return SimpleNamespace(file=file, result=convert(file, "compressed-tensors", folder / "out"), out=folder / "out")
+
+
+def test_logits_are_those_of_the_file(made):
+    theirs = of_the_file(made.file)
+    assert (qlab_logits(made.out) - theirs).norm() <= 1e-5 * theirs.norm()
+    assert (transformers_logits(made.out) - theirs).norm() <= 1e-3 * theirs.norm()
+
+
+def test_codes_are_those_of_the_file(made):
+    model = open_checkpoint(made.out)
+    names = [name for name, _ in Skeleton(model, torch.float32).model.named_parameters(remove_duplicate=False)]
+    held = {name: leaf for name, _, leaf in file_format.tensors(made.file, names) if isinstance(leaf, QTensor)}
+    assert len(held) == 8 and held.keys() == {f"{module}.weight" for module in model.quantized}
+    assert made.result.sites.keys() == model.quantized.keys()
+    assert {str(spec) for spec in model.quantized.values()} == {"int4-g32", "int8-g32"}
+    certificates = json.loads((made.out / "qlab.json").read_text())["certificates"]
+    for name, leaf in held.items():
+        ours = model.leaf(name)
+        assert torch.equal(ours.codes, leaf.codes) and torch.equal(ours.scales, leaf.scales)
+        assert certificates[name.removesuffix(".weight")]["sha256"] == fingerprint(leaf)
+    assert qlab.verify(made.out, made.out).faults == []
+
+
+def test_codes_of_two_widths_in_another_format_are_the_same(made, tmp_path):
+    there, here = open_checkpoint(convert(made.file, "gptq", tmp_path / "out").path), open_checkpoint(made.out)
+    assert there.quantized.keys() == here.quantized.keys()
+    assert all(fingerprint(there.leaf(f"{m}.weight")) == fingerprint(here.leaf(f"{m}.weight")) for m in here.quantized)
+
+
+def test_floats_keep_their_dtype_and_everything_else_comes_along(made):
+    held = tensors(made.out)
+    assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= contents(made.out).keys()
+    assert json.loads((made.out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert held["model.norm.weight"].dtype == torch.float32 and held["model.layers.1.mlp.gate_proj.weight"].dtype == torch.float16
+    tokenizer = AutoTokenizer.from_pretrained(made.out)
+    theirs = AutoTokenizer.from_pretrained(made.file.parent, gguf_file=made.file.name)
+    assert tokenizer("wo word7 w").input_ids == theirs("wo word7 w").input_ids and len(tokenizer) == len(theirs)
+    assert tokenizer.chat_template == TEMPLATE and tokenizer.eos_token == "</s>"
+    assert made.result.dequantized == {}
+
+
+def test_embeddings_are_dequantized_and_the_command_says_so(tmp_path, command):
+    file = write(tmp_path / "model.gguf", {**CODES, "token_embd": KINDS.Q8_0, "attn_v": KINDS.Q4_1, "output": KINDS.Q8_0})
+    code, printed, _ = command(main, "convert", file, "--codec", "compressed-tensors", "--out", tmp_path / "out")
+    assert code == 0 and "Q8_0 blocks dequantized to bfloat16: model.embed_tokens.weight\n" in printed
+    values = ", ".join(f"model.layers.{i}.self_attn.v_proj.weight" for i in range(2))
+    assert f"Q4_1 blocks dequantized to bfloat16: {values}\n" in printed and "lm_head" not in printed
+    assert tensors(tmp_path / "out")["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert "lm_head" in open_checkpoint(tmp_path / "out").quantized
+    theirs = of_the_file(file)
+    assert (qlab_logits(tmp_path / "out") - theirs).norm() <= 0.01 * theirs.norm()  # bfloat16 rounds to 1/512
+
+
+def test_a_file_without_codes_is_an_unquantized_directory(tmp_path):
+    file = write(tmp_path / "model.gguf", {"attn_q": KINDS.F16})
+    result = convert(file, "gptq", tmp_path / "out")
+    assert not result.sites and "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    theirs = of_the_file(file)
+    assert (transformers_logits(tmp_path / "out") - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+def test_errors_leave_nothing(made, tmp_path, monkeypatch):
+    (tmp_path / "text.gguf").write_text("no model")
+    for file, codec, complaint in [
+        (tmp_path / "text.gguf", "gptq", "truncated or not a GGUF file"),
+        (tmp_path / "missing.gguf", "gptq", "missing.gguf"),
+        (write(tmp_path / "other.gguf", {}, "gemma2"), "gptq", "architecture 'gemma2'; qlab reads llama"),
+        (write(tmp_path / "unknown.gguf", {}, "nobody"), "gptq", "architecture 'nobody'; qlab reads llama"),
+        (made.file, "awq", r"k_proj: .*int8-g32"),
+        (made.file, "zip", "codec 'zip' is unknown"),
+    ]:
+        with pytest.raises(QlabError, match=complaint):
+            convert(file, codec, tmp_path / "out")
+        assert not list(tmp_path.glob("out*"))
+    with pytest.raises(QlabError, match="convert it without a grid"):
+        convert(made.file, "gptq", tmp_path / "out", requantize=qlab.parse_spec("int4-g32"))
+    before = contents(made.out)
+    with pytest.raises(QlabError, match="exists and holds something else"):
+        convert(made.file, "compressed-tensors", made.out)
+    assert contents(made.out) == before
+
+
+@pytest.mark.parametrize("door", [qlab.open, qlab.inspect])
+def test_doors_of_directories_say_that_a_file_is_converted_first(door, made):
+    with pytest.raises(QlabError, match=r"model\.gguf is a GGUF file, which is converted first: `qlab convert .* --out DIR`"):
+        door(made.file)
