@@ -76,7 +76,8 @@ def _tensors(path: Path, codec: Codec, skeleton: Skeleton, specs: dict[str, Spec
     for name, kind, leaf in gguf.tensors(path, shapes):
         module = name.rpartition(".")[0]
         if leaf.shape != shapes[name]:
-            raise QlabError(f"{path}: {name} is {tuple(leaf.shape)} and its config says {tuple(shapes[name])}; download it again")
+            raise QlabError(f"{path}: {name} is {tuple(leaf.shape)} and {tuple(shapes[name])} by the config that transformers reads "
+                            "from the file, which is damaged or of a variant that transformers does not know; convert another")
         if isinstance(leaf, QTensor) and module in specs:
             specs[module] = leaf.spec
             notes["sites"][module] = {"spec": str(leaf.spec), "shape": list(leaf.shape),

@@ -30,8 +30,8 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 def write(path, kinds, arch="llama"):
-    """A random llama; `kinds`: the last part of a module's name in the file -> how its weight is stored, else float32."""
-    model = tiny("llama", num_key_value_heads=2, num_attention_heads=4)
+    """A random model, a llama where qlab does not read `arch`; `kinds`: the last part of a matrix's name -> how it is stored."""
+    model = tiny(arch if arch in file_format.ARCHITECTURES else "llama", num_key_value_heads=2, num_attention_heads=4)
     writer, config = gguf.GGUFWriter(path, arch), model.config
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(128)
@@ -39,6 +39,8 @@ def write(path, kinds, arch="llama"):
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(16)
+    writer.add_value_length(16)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_dimension_count(16)
     writer.add_vocab_size(config.vocab_size)
@@ -50,11 +52,11 @@ def write(path, kinds, arch="llama"):
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
     writer.add_chat_template(TEMPLATE)
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    table = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, config.model_type.upper()), config.num_hidden_layers)
     for name, W in model.state_dict().items():
         module, _, suffix = name.rpartition(".")
         own = table.get_name(module)
-        kind = kinds.get(own.rpartition(".")[2], KINDS.F32)
+        kind = kinds.get(own.rpartition(".")[2], KINDS.F32) if W.ndim == 2 else KINDS.F32
         data = W.numpy().astype(np.float16) if kind == KINDS.F16 else gguf.quantize(W.numpy(), kind)
         writer.add_tensor(f"{own}.{suffix}", data, raw_dtype=kind)
     writer.write_header_to_file()
@@ -94,6 +96,12 @@ def test_logits_are_those_of_the_file(made):
     theirs = of_the_file(made.file)
     assert (qlab_logits(made.out) - theirs).norm() <= 1e-5 * theirs.norm()
     assert (transformers_logits(made.out) - theirs).norm() <= 1e-3 * theirs.norm()
+
+
+def test_a_model_with_biases_has_the_logits_of_its_file(tmp_path):
+    file = write(tmp_path / "model.gguf", CODES, "qwen2")
+    out, theirs = convert(file, "compressed-tensors", tmp_path / "out").path, of_the_file(file)
+    assert (qlab_logits(out) - theirs).norm() <= 1e-5 * theirs.norm() and len(open_checkpoint(out).quantized) == 8
 
 
 def test_codes_are_those_of_the_file(made):
