@@ -23,7 +23,7 @@ from qlab.spec import Int, Tile
 BLOCK = 32
 # general.architecture -> whether rows of q and k are interleaved; the weights of others are changed in further ways
 ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
-UNNEEDED = {"rope_freqs.weight"}  # what llama.cpp computes ahead of a model's config
+SCALED_ROTARY = "rope_freqs.weight"  # factors of rotary frequencies, which transformers does not read into a config
 
 
 def tensors(path: Path, names: Collection[str]) -> Iterator[tuple[str, str, Leaf]]:
@@ -35,7 +35,10 @@ def tensors(path: Path, names: Collection[str]) -> Iterator[tuple[str, str, Leaf
     reader, arch = opened(path)
     stored = {tensor.name: tensor for tensor in reader.tensors}
     found = _names(path, arch, _field(path, reader, f"{arch}.block_count", int), names, stored)
-    if left := sorted(stored.keys() - set(found.values()) - UNNEEDED):
+    if SCALED_ROTARY in stored:
+        raise QlabError(f"{path} holds {SCALED_ROTARY}: its rotary frequencies are scaled, which no config made of the file says; convert "
+                        "the model from its safetensors files")
+    if left := sorted(stored.keys() - set(found.values())):
         raise QlabError(f"{path} holds {left[0]}, for which the model has no parameter; the file is of another model")
     for name, own in found.items():
         leaf = _leaf(f"{path}: {own}", stored[own])

@@ -30,7 +30,7 @@ def interleaved(W, heads):
     return torch.stack([W[(2 * h + part) * half + i] for h in range(heads) for i in range(half) for part in (0, 1)])
 
 
-def write(path, model, arch=ARCH):
+def write(path, model, arch=ARCH, more=None):
     writer, config = gguf.GGUFWriter(path, arch), model.config
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(128)
@@ -48,6 +48,8 @@ def write(path, model, arch=ARCH):
         stored = next((k for part, k in OURS.items() if module.endswith(part)), KINDS.F32)
         data = W.numpy().astype(np.float16) if stored == KINDS.F16 else gguf.quantize(W.numpy(), stored)
         writer.add_tensor(f"{table.get_name(module)}.{kind}", data, raw_dtype=stored)
+    for name, values in (more or {}).items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -105,6 +107,12 @@ def test_k_quants_are_dequantized_by_the_package(tmp_path):
     data[:, 0:4] = np.frombuffer(np.array([0.5, 0.25], dtype=np.float16).tobytes(), dtype=np.uint8)  # scales that are finite
     leaf = one_tensor(tmp_path / "k.gguf", data, KINDS.Q4_K)
     assert leaf.shape == (3, 256) and torch.equal(leaf, torch.from_numpy(gguf.dequantize(data, KINDS.Q4_K)))
+
+
+def test_scaled_rotary_frequencies_are_refused(model, tmp_path):
+    write(tmp_path / "model.gguf", model, more={"rope_freqs.weight": np.ones(8, dtype=np.float32)})
+    with pytest.raises(QlabError, match=r"model\.gguf holds rope_freqs\.weight: its rotary frequencies are scaled"):
+        leaves(tmp_path / "model.gguf", list(model.state_dict()))
 
 
 def test_what_does_not_belong_together_is_refused(model, file, tmp_path):
