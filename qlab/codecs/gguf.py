@@ -36,8 +36,8 @@ def tensors(path: Path, names: Collection[str]) -> Iterator[tuple[str, str, Leaf
     stored = {tensor.name: tensor for tensor in reader.tensors}
     found = _names(path, arch, _field(path, reader, f"{arch}.block_count", int), names, stored)
     if SCALED_ROTARY in stored:
-        raise QlabError(f"{path} holds {SCALED_ROTARY}: its rotary frequencies are scaled, which no config made of the file says; convert "
-                        "the model from its safetensors files")
+        raise QlabError(f"{path} holds {SCALED_ROTARY}: its rotary frequencies are scaled, which no config made of the file says; "
+                        "quantize the model from its safetensors files")
     if left := sorted(stored.keys() - set(found.values())):
         raise QlabError(f"{path} holds {left[0]}, for which the model has no parameter; the file is of another model")
     for name, own in found.items():
