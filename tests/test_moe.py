@@ -137,8 +137,9 @@ def test_experts_that_no_token_or_two_tokens_reach_are_quantized_and_named(tmp_p
     for name, result in results.items():
         row, q = result.sites[site], fused_leaf(result.path, site)
         assert torch.isfinite(q.scales).all() and torch.isfinite(qlab_logits(result.path)).all()
-        if name == "rtn":
-            assert "expert_tokens" not in row and torch.equal(q.codes[0], on_grid(minmax, W_eok[0], q.spec).codes)
+        if name in ("rtn", "hqq"):  # which see no data
+            assert "expert_tokens" not in row
+            assert name == "hqq" or torch.equal(q.codes[0], on_grid(minmax, W_eok[0], q.spec).codes)
             continue
         assert row["expert_tokens"][:2] == [0, 2] and sum(row["expert_tokens"]) == row["tokens"] == 2 * data.ids.numel()
         assert {0, 1} <= set(result.experts_with_few_tokens[site])

