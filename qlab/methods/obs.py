@@ -47,7 +47,8 @@ def factorize(H_kk: Tensor, damp: float) -> Factor:
         L_kk, failed = torch.linalg.cholesky_ex(damped(H_kk, used).flip(0, 1))
         if not failed and torch.isfinite(L_kk).all():
             C_kk = L_kk.flip(0, 1)
-            return Factor(C_kk / C_kk.diagonal(), used, H_kk.diagonal() == 0)
+            del L_kk  # there are enough matrices of this size
+            return Factor(C_kk.div_(C_kk.diagonal().clone()), used, H_kk.diagonal() == 0)
         if used >= DAMP_LIMIT:
             raise QlabError(f"the second moment is not positive definite even with damping {used:g} (limit {DAMP_LIMIT:g}); "
                             "calibrate with more or other text")
