@@ -151,7 +151,7 @@ MUTANTS = [
       "tree_map_only(Tensor, lambda t: t[0], stacked)", "graph"),
     M("mixture: a gather leaks", "absorb.py", "if n.target is aten.index.Tensor and", "if False and", "absorb"),
     M("mixture: an origin moves without its statistics", "transform.py", "    for source in by_source(sharing):",
-      "    for source in list(by_source(sharing))[:1]:", "experts awq"),
+      "    for source in list(by_source(sharing))[:1]:", "transform"),
     M("mixture: parts in another order", "model/names.py", "sorted(pieces, key=lambda p: (p.expert or 0, p.start))", "reversed(pieces)",
       "./names"),
     M("chain reversed", "transform.py", "return sum(transforms, ())", "return sum(reversed(transforms), ())",
