@@ -24,6 +24,7 @@ from qlab.graph import ModuleGraph, Op
 from qlab.model.names import Piece
 from qlab.model.recording import Call
 from qlab.model.skeleton import Skeleton
+from qlab.outside import outside_leaves
 from qlab.plan import CODEC, Plan, plan
 from qlab.qtensor import Leaf, QTensor
 from qlab.report import PeakMemory, bits_per_weight, describe, site_rows, versions
@@ -173,8 +174,8 @@ def _scan(skeleton: Skeleton, jobs: list[_Job], data: Data | None, inputs: Input
         carries[0].write(entering)
     del entering
     for job in jobs:
-        if not job.writer.shard(0).is_file():
-            job.writer.write_shard(0, skeleton.outside())
+        if not job.writer.has(0):
+            _write_outside(skeleton, job)
     console = Console(stderr=True)
     for i, path in track(list(enumerate(paths))[done:], "quantizing blocks", console=console, disable=not console.is_terminal):
         _return_freed_memory()
@@ -184,6 +185,21 @@ def _scan(skeleton: Skeleton, jobs: list[_Job], data: Data | None, inputs: Input
             before.path.unlink(missing_ok=True)
     for job in jobs:
         _finish(skeleton, job)
+
+
+def _write_outside(skeleton: Skeleton, job: _Job) -> None:
+    """What surrounds the blocks, one leaf at a time."""
+    notes: dict[str, dict[str, Any]] = {"sites": {}, "certificates": {}, "changed": {}}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, leaf in outside_leaves(skeleton, job.recipe, notes["sites"].update):
+            if isinstance(leaf, QTensor) or name.rpartition(".")[0] in skeleton.checkpoint.quantized:
+                for section, rows in certificates({name: leaf}, skeleton.checkpoint).items():
+                    notes[section].update(rows)
+            yield from encode({name: leaf}, job.codec, {}).items()
+
+    job.writer.write_shard(0, tensors())
+    job.writer.write_notes(0, notes)
 
 
 def _return_freed_memory() -> None:
