@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.lower import cuda
+from qlab.lower.coded import CodedWeight
 from qlab.lower.linear import QLinear
 from qlab.lower.model import lower
 from qlab.lower.nibbles import GROUPS, plane_width
@@ -34,6 +35,8 @@ def to_torchao(model: Result | Checkpoint | str | Path, device: torch.device | s
         raise QlabError("torchao is not installed; `pip install torchao`, or use qlab.lower") from error
     lowered = lower(model, device, torch.bfloat16)
     for name, module in list(lowered.named_modules()):
+        if isinstance(module, CodedWeight):
+            raise QlabError(f"{name}: torchao's int4 tensors do not hold {module.spec}; use qlab.lower")
         if isinstance(module, QLinear):
             owner, _, key = name.rpartition(".")
             setattr(lowered.get_submodule(owner), key, _linear(name, module))

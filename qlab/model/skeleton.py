@@ -98,10 +98,10 @@ class Skeleton:
             stored = self.file_name(f"{path}.{name}")
             leaves[name] = (self.checkpoint.tensor(stored) if stored in self.checkpoint.files else buffer).to(self.device)
         code = self.code(path, call, hidden)
-        online = {site.path: ops for site in code.sites if not decoded and (ops := self._online(f"{path}.{site.path}"))}
+        online = {site.path: ops for site in code.sites if not decoded and (ops := self.online(f"{path}.{site.path}"))}
         return ModuleGraph(code, leaves, path, dtype=self.checkpoint.dtype, online=online)
 
-    def _online(self, site: str) -> tuple[Op, ...]:
+    def online(self, site: str) -> tuple[Op, ...]:
         """What happens to a site's input at run time. Fused experts have one input, which all of them must round alike."""
         modules = [m for m in self.modules(site) if m in self.checkpoint.inputs]
         specs = {self.checkpoint.inputs[m] for m in modules}
