@@ -58,7 +58,7 @@ def lower(
     with torch.no_grad():
         skeleton.load_outside(with_head=True)
         _load_blocks(skeleton)
-    if checkpoint.config.get_text_config().tie_word_embeddings:
+    if skeleton.tied:
         skeleton.model.tie_weights()
     if (checkpoint.path / "generation_config.json").is_file():
         skeleton.model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)

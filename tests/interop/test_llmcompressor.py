@@ -1,0 +1,106 @@
+"""We read what llm-compressor writes and its compressed-tensors, which is older than ours, reads what we write: dense weights
+equal bit for bit.
+
+It runs in an environment of its own, named by QLAB_INTEROP_VENV_LLMCOMPRESSOR; see make_env.py.
+"""
+
+import json
+import os
+
+import pytest
+import torch
+from directories import add_tokenizer
+from driving import SHAPES, assert_equal, drive
+from families import tiny
+from safetensors.torch import load_file
+
+import qlab
+from qlab.files.checkpoint import open_checkpoint
+from qlab.methods.inputs import quantize_inputs
+from qlab.methods.rtn import rtn
+from qlab.qtensor import dense
+from qlab.spec import parse_spec
+from qlab.transform import chain, keep, rules
+
+VENV, NAME = os.environ.get("QLAB_INTEROP_VENV_LLMCOMPRESSOR"), "QLAB_INTEROP_VENV_LLMCOMPRESSOR"
+pytestmark = pytest.mark.skipif(not VENV, reason=f"llm-compressor needs an environment of its own: set {NAME} (see make_env.py)")
+WAYS = {  # of the driver: what q_proj becomes, and how its input is rounded
+    "W4A16": ("int4-g32", None), "W4A16_asym": ("int4-g32-asym", None), "W8A16": ("int8-channel", None),
+    "W8A8": ("int8-channel", "int8-channel"), "W8A8_static": ("int8-channel", "int8-tensor static"),
+    "W8A8_static_asym": ("int8-channel", "int8-tensor-asym static"), "W4A8": ("int4-g32", "int8-channel"),
+    "FP8": ("fp8-tensor", "fp8-tensor static"), "FP8_DYNAMIC": ("fp8-channel", "fp8-channel"),
+    "FP8_BLOCK": ("fp8-b128x128", "fp8-g128"), "NVFP4A16": ("nvfp4", None), "NVFP4": ("nvfp4", "nvfp4 static"),
+    "MXFP4": ("mxfp4", "mxfp4"), "MXFP8": ("mxfp8", "mxfp8"),
+    "GPTQ": ("int4-g32", None), "GPTQ_unordered": ("int4-g32", None), "AWQ": ("int4-g32-asym", None),
+    "SmoothQuant": ("int8-channel", "int8-channel"), "mixed_groups": ("int4-g32", None),
+}  # fmt: skip
+RECIPES = {
+    "int4": rtn(parse_spec("int4-g32")), "int4-asym": rtn(parse_spec("int4-g32-asym")), "int3": rtn(parse_spec("int3-g64")),
+    "int8-rounded": chain(rtn(parse_spec("int8-channel")), quantize_inputs(parse_spec("int8-channel"))),
+    "fp8-rounded": chain(rtn(parse_spec("fp8-channel")), quantize_inputs(parse_spec("fp8-channel"))),
+    "fp8-blocks": rtn(parse_spec("fp8-b128x128")), "nvfp4": rtn(parse_spec("nvfp4")), "mxfp4": rtn(parse_spec("mxfp4")),
+    "mxfp8": rtn(parse_spec("mxfp8")),
+    "mixed": rules({"*.o_proj": keep(), "*.mlp.*": rtn(parse_spec("fp8-channel")), "*": rtn(parse_spec("int4-g32"))}),
+}  # fmt: skip
+PASSED_ON = ("W4A16_asym", "W8A8_static", "FP8_BLOCK", "mixed_groups")
+
+
+def weights(directory):
+    """Module -> its dense weight, rounded to the model's dtype as the library does it."""
+    model = open_checkpoint(directory)
+    return {path: dense(model.leaf(f"{path}.weight")).to(torch.bfloat16) for path in model.quantized}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama") / "source"
+    tiny("llama", **SHAPES).bfloat16().save_pretrained(folder)
+    add_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("theirs")
+    drive(VENV, "llmcompressor_driver.py", "write", source, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(source, theirs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ours")
+    for name, recipe in RECIPES.items():
+        qlab.quantize(open_checkpoint(source), recipe, None, folder / name)
+    for name in PASSED_ON:
+        qlab.convert(theirs / name, "compressed-tensors", folder / name)
+    drive(VENV, "llmcompressor_driver.py", "read", *(folder / name for name in (*RECIPES, *PASSED_ON)))
+    return folder
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_we_read_what_it_writes(name, theirs):
+    assert_equal(weights(theirs / name), load_file(theirs / f"{name}.dense.safetensors"))
+    model, q_proj = open_checkpoint(theirs / name), "model.layers.0.self_attn.q_proj"
+    inputs = model.inputs.get(q_proj)
+    assert (str(model.quantized[q_proj]), inputs and str(inputs)) == WAYS[name] and len(model.quantized) == 14
+    assert all(op.input_spec == inputs for op in model.online(q_proj))
+
+
+def test_we_read_every_group_of_a_mixed_recipe(theirs):
+    model, mlp = open_checkpoint(theirs / "mixed_groups"), "model.layers.1.mlp"
+    assert {str(model.quantized[f"{mlp}.{part}"]) for part in ("gate_proj", "up_proj")} == {"int8-channel"}
+    assert str(model.quantized[f"{mlp}.down_proj"]) == "fp8-tensor" and str(model.inputs[f"{mlp}.down_proj"]) == "fp8-tensor static"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_reads_what_we_write(name, ours):
+    found = weights(ours / name)
+    assert_equal(load_file(ours / f"{name}.dense.safetensors"), found)
+    assert len(found) == (12 if name == "mixed" else 14)
+
+
+@pytest.mark.parametrize("name", PASSED_ON)
+def test_what_it_writes_goes_through_our_codec_and_back_into_its_reader(name, theirs, ours):
+    assert_equal(load_file(ours / f"{name}.dense.safetensors"), load_file(theirs / f"{name}.dense.safetensors"))
+    theirs_said, ours_said = (json.loads((at / name / "config.json").read_text())["quantization_config"] for at in (theirs, ours))
+    assert theirs_said["version"] != ours_said["version"]
