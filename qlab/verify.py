@@ -91,7 +91,8 @@ def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path)
             changed[name] = "written by the recipe, as recorded" if written else None
     unheard = sorted(set(certificates) - set(sites))
     missing = [*sorted(theirs - names), *(f"the certified {module}" for module in unheard)]
-    return Verdict(model.path, sites, missing, sorted(names - theirs), changed, bool(certificates))
+    made = {f"{module}.weight" for module, row in certificates.items() if row.get("made_of") in theirs}
+    return Verdict(model.path, sites, missing, sorted(names - theirs - made), changed, bool(certificates))
 
 
 def _site(model: Checkpoint, reference: Checkpoint, module: str, certificate: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,8 +104,9 @@ def _site(model: Checkpoint, reference: Checkpoint, module: str, certificate: Ma
         row["fault"] = off_grid(leaf)
         if certificate and fingerprint(leaf) != certificate["sha256"]:
             row["fault"] = row["fault"] or "its codes, scales or zero points are not the certified ones"
-        if f"{module}.weight" in reference.stored or module in reference.quantized:
-            W = reference.leaf(f"{module}.weight")
+        source = certificate.get("made_of", f"{module}.weight")
+        if source in reference.stored or module in reference.quantized:
+            W = reference.leaf(source)
             if W.shape != leaf.shape:
                 raise QlabError(f"its shape is {tuple(leaf.shape)} and the reference's {tuple(W.shape)}")
             row["weight_error"] = weight_error(leaf, W)
