@@ -37,6 +37,8 @@ def lower(
     Warns when the activations' dtype has no int4 kernel on the device, so that every product is dense.
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model.path if isinstance(model, Result) else model)
+    checkpoint.refuse_rotations()
+    checkpoint.warn_unapplied()
     where = device_named(device)
     if dtype not in DTYPES:
         raise QlabError(f"no kernel takes {dtype} activations; lower to {', '.join(str(d) for d in DTYPES)}")
