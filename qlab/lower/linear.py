@@ -45,9 +45,6 @@ class QuantizedWeight(nn.Module):
         """The tensors that W is made of."""
         return self.words, self.scales, self.zeros
 
-    def _keep(self, dense_cache: bool) -> None:
-        self.register_buffer("dense", self.weight().contiguous() if dense_cache else None, persistent=False)
-
     def _rows(self, x: Tensor) -> Tensor:
         """x [..., k] as it is multiplied: [m, k], rounded where inputs are."""
         x = x.reshape(-1, self.in_features)
@@ -68,7 +65,12 @@ class QuantizedWeight(nn.Module):
 
 
 class PackedWeight(QuantizedWeight):
-    """Held as packed 4-bit codes in an order that belongs to a device."""
+    """Held as packed 4-bit codes in an order that belongs to a device.
+
+    perm: the input channel of every column of codes (and of the dense copy), for formats with g_idx, or None.
+    """
+
+    perm: Tensor | None
 
     def __init__(self, path: str, leaf: QTensor, dtype: torch.dtype, device: torch.device, dense_cache: bool,
                  inputs: QuantizeInput | None = None):  # fmt: skip
@@ -80,9 +82,21 @@ class PackedWeight(QuantizedWeight):
         packed = [cpu.pack(p, dtype) if on_cpu else cuda.pack(p, dtype, device) for p in planes]
         for name, parts in zip(("words", "scales", "zeros"), zip(*packed)):
             self.register_buffer(name, parts[0] if parts[0] is None or not self.experts else torch.stack(parts))
-        self._keep(dense_cache)
+        self.register_buffer("perm", None if leaf.perm is None else leaf.perm.to(device))
+        self.register_buffer("dense", self._columns().contiguous() if dense_cache else None, persistent=False)
 
     def weight(self) -> Tensor:
+        return self._columns() if self.perm is None else self._columns()[..., self.perm.argsort()]
+
+    def held(self) -> tuple[Tensor | None, ...]:
+        return *super().held(), self.perm
+
+    def _rows(self, x: Tensor) -> Tensor:
+        x = super()._rows(x)
+        return x if self.perm is None else x[:, self.perm]
+
+    def _columns(self) -> Tensor:
+        """W with its columns in the order of the codes."""
         own = (self.out_features, self.in_features, self.group, self.count, self.layout)
         if not self.experts:
             return dequantize(self.words, self.scales, self.zeros, *own)

@@ -32,8 +32,8 @@ def lower(
     dense_cache: bool = False,
 ) -> PreTrainedModel:
     """The Hugging Face model of a quantized directory, with a QLinear in the place of every quantized linear, and a QExperts in
-    that of every fused weight of experts. Where no int4 kernel takes the codes (floats, groups of 16, blocks, shuffled channels)
-    it is a CodedLinear or CodedExperts, which hold them as bit streams and dequantize for every call; `repr` shows which.
+    that of every fused weight of experts. Where no int4 kernel takes the codes (floats, groups of 16, blocks) it is a CodedLinear
+    or CodedExperts, which hold them as bit streams and dequantize for every call; `repr` shows which.
 
     Codes are packed for `device` while they are loaded, one tensor at a time; the directory stays as it is. Everything else
     (embeddings, norms, an unquantized head) is in `dtype`, which is also that of the activations. Inputs that the directory
@@ -128,7 +128,7 @@ def pack(skeleton: Skeleton, name: str, dtype: torch.dtype, device: torch.device
         raise QlabError(f"{skeleton.pieces(weight)[0].module} holds a weight {tuple(leaf.shape)} and the model wants "
                         f"{tuple(parameter.shape)}; its config.json belongs to another model")
     inputs = refuse_online(name, skeleton.online(name))
-    coded = isinstance(leaf, QTensor) and refusal(leaf) is not None
+    coded = isinstance(leaf, QTensor) and refusal(leaf.spec, leaf.shape) is not None
     if fused:
         if not isinstance(leaf, QTensor):
             raise QlabError(f"{name} has experts without codes of a grid, which no lowered module holds; evaluate the directory with "

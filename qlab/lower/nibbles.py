@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qlab.errors import QlabError
 from qlab.qtensor import QTensor
-from qlab.spec import Int
+from qlab.spec import Int, Spec
 
 GROUPS = (256, 128, 64, 32)  # what aten's and qlab's own kernels read
 ROW_MULTIPLE = 64  # whole rows that 32 does not divide are padded to it
@@ -37,27 +37,25 @@ class Planes:
     count: int
 
 
-def refusal(leaf: QTensor) -> str | None:
-    """Why no int4 kernel multiplies a weight [..., o, k], or None."""
-    spec, (o, k) = leaf.spec, leaf.shape[-2:]
+def refusal(spec: Spec, shape: torch.Size) -> str | None:
+    """Why no int4 kernel multiplies such a weight [..., o, k], or None."""
     if not isinstance(spec, Int):
         return f"{spec} has no kernel; kernels multiply integer codes"
-    if leaf.perm is not None:
-        return f"a weight {tuple(leaf.shape)} with perm has no int4 kernel; kernels take groups of channels in their own order"
-    rows, cols = spec.tile.sizes(leaf.shape)
+    (o, k), (rows, cols) = shape[-2:], spec.tile.sizes(shape)
     if o % rows or k % cols:
-        return f"blocks of {rows}x{cols} that do not divide a weight {tuple(leaf.shape)} have no kernel"
+        return f"blocks of {rows}x{cols} that do not divide a weight {tuple(shape)} have no kernel"
     if (cols + _padding(k, cols)) % GROUPS[-1]:
         return f"groups of {cols} have no int4 kernel; quantize with groups of 32, 64, 128, 256 or whole rows"
     return None
 
 
 def planes_of(path: str, leaf: QTensor, whole_rows: bool = False) -> Planes:
-    """A quantized weight [o, k] as planes. whole_rows: the kernel reads one scale per row without cutting the row into groups.
+    """A quantized weight [o, k] as planes, its channels in the order of the codes. whole_rows: the kernel reads one scale per row
+    without cutting the row into groups.
 
     Errors: whatever `refusal` names.
     """
-    if reason := refusal(leaf):
+    if reason := refusal(leaf.spec, leaf.shape):
         raise QlabError(f"{path}: {reason}")
     rows, cols = leaf.spec.tile.sizes(leaf.shape)
     k = leaf.shape[1]

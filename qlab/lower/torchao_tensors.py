@@ -46,6 +46,9 @@ def to_torchao(model: Result | Checkpoint | str | Path, device: torch.device | s
 def _linear(name: str, module: QLinear) -> nn.Linear:
     if module.count > 1:
         raise QlabError(f"{name}: torchao's int4 tensors do not hold {module.spec}; use qlab.lower, or quantize to 4 bits or less")
+    if module.perm is not None or module.inputs is not None:
+        raise QlabError(f"{name}: torchao's int4 tensors take inputs as they come, in the order of the channels and not rounded; use "
+                        "qlab.lower")
     if plane_width(module.in_features) != module.in_features or module.group not in GROUPS:
         raise QlabError(f"{name}: torchao's int4 tensors hold no groups of {module.group} over {module.in_features} channels; use "
                         "qlab.lower, or quantize with groups of 32, 64, 128 or 256")

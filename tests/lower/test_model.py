@@ -135,6 +135,10 @@ def test_resident_bytes_count_each_tensor_once(quantized):
     true, padded = (2 * (64 * 64 * 2 + 64 * kv * 2 + 3 * 64 * 128) for kv in (32, 64))  # kernels pad rows to 64
     assert plain["packed"] == padded // 2 + padded // 32 * 4 and plain["dense copies"] == 0
     assert cached == plain | {"dense copies": true * 2}
+    with pytest.warns(UserWarning, match="no kernel takes"):
+        coded = resident_bytes(lower(quantized("llama", "fp8-channel").path))
+    outputs = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64)
+    assert coded == plain | {"packed": true + outputs * 2}  # a byte each, and scales in bfloat16
 
 
 def test_what_cannot_be_lowered_is_refused_by_name(quantized, saved, tmp_path):
@@ -174,3 +178,5 @@ def test_torchao_multiplies_the_same_codes(quantized):
     assert (logits(theirs, ids) - reference).norm() / reference.norm() < MODEL[torch.bfloat16]
     with pytest.raises(QlabError, match="torchao's int4 tensors do not hold int8-channel"):
         qlab.to_torchao(quantized("phi3", "int8-channel"))
+    with pytest.warns(UserWarning, match="no kernel"), pytest.raises(QlabError, match="torchao's int4 tensors do not hold fp8-channel"):
+        qlab.to_torchao(quantized("llama", "fp8-channel"))
