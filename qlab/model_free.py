@@ -115,6 +115,9 @@ def _chosen(source: Checkpoint, recipe: Transform, include: Sequence[str], exclu
     chosen = [m for m in modules if any(matches(p, m) for p in include) and not any(matches(p, m) for p in exclude)]
     if wrong := sorted(set(chosen) & other_matrices(source)):
         raise QlabError(f"{', '.join(wrong[:4])} belongs to no nn.Linear of the model, and readers would skip it; --exclude it")
+    if any(stage.scope.outside for stage in recipe):
+        raise QlabError("without a model nobody knows what lies around its blocks; leave outside() away, and name those weights "
+                        "as they are stored")
     specs: dict[str, Spec] = {}
     for stage in recipe:
         inside = [module for module in chosen if module in stage.scope]

@@ -15,6 +15,7 @@ from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.graph import Code, Site, by_origin, by_source
 from qlab.model.skeleton import Skeleton
+from qlab.outside import outside_sites
 from qlab.report import bits_per_weight, describe
 from qlab.spec import Float, Spec, with_scale_dtype
 from qlab.sweep import BATCH_TOKENS, HELD, Inputs, in_batches, in_order, record
@@ -104,10 +105,12 @@ def plan(
     skeleton = skeleton or Skeleton(model, model.dtype)
     codes = trace_all(skeleton, data)
     named = {f"{path}.{site.path}": (path, site) for path, code in codes.items() for site in code.sites}
+    around = outside_sites(skeleton)
+    named |= {name: ("", site) for name, site in around.items() if any(stage.touches(name, site) for stage in recipe)}
     specs = _specs(recipe, named)
     shapes = {name: _shape(skeleton, *at) for name, at in named.items()}
     for stage in recipe:
-        _check_scope(stage, named, codes)
+        _check_scope(stage, named, codes, around)
     _check_specs(specs, shapes, named, skeleton, codec, target)
     rows = {n: {"spec": str(s) if s else None, "shape": list(shapes[n]), "bits_per_weight":
                 s.bits_per_weight(shapes[n], model.dtype) if s else 8.0 * model.dtype.itemsize} for n, s in specs.items()}  # fmt: skip
@@ -143,7 +146,7 @@ def trace_all(skeleton: Skeleton, data: Data | None) -> dict[str, Code]:
 
 def _shape(skeleton: Skeleton, path: str, site: Site) -> torch.Size:
     assert site.weight is not None
-    shape = skeleton.blocks[path].get_parameter(site.weight).shape
+    shape = skeleton.model.get_parameter(f"{path}.{site.weight}" if path else site.weight).shape
     return torch.Size([*shape[:-2], shape[-1], shape[-2]]) if site.layout.endswith("k o") else shape
 
 
@@ -160,7 +163,7 @@ def _specs(recipe: Transform, named: Mapping[str, tuple[str, Site]]) -> dict[str
     return specs
 
 
-def _check_scope(stage: Stage, named: Mapping[str, tuple[str, Site]], codes: Mapping[str, Code]) -> None:
+def _check_scope(stage: Stage, named: Mapping[str, tuple[str, Site]], codes: Mapping[str, Code], around: Mapping[str, Site]) -> None:
     chosen = {name for name, (_, site) in named.items() if stage.touches(name, site)}
     if stage.uncovered:
         if chosen:
@@ -169,8 +172,13 @@ def _check_scope(stage: Stage, named: Mapping[str, tuple[str, Site]], codes: Map
     if not chosen and (routers := [name for name, (_, site) in named.items() if name in stage.scope and site.router]):
         raise QlabError(f"the stage {stage.name!r} is for {_some(routers)} only, which choose experts; routers stay as they are, as "
                         "every engine reads them: leave the rule out")
+    if not chosen and stage.scope.outside:
+        raise QlabError(f"the stage {stage.name!r} matches no linear with a weight of its own ({stage.scope}); those are "
+                        f"{_some(list(around)) or 'none'}")
     if not chosen:
-        raise QlabError(f"the stage {stage.name!r} matches no site ({stage.scope}); sites are named like {next(iter(named))}")
+        beside = [name for name in around if name in stage.scope]
+        hint = f"outside() reaches {_some(beside)}" if beside else f"sites are named like {next(iter(named))}"
+        raise QlabError(f"the stage {stage.name!r} matches no site ({stage.scope}); {hint}")
     if stage.reparametrizes:
         for path, code in codes.items():
             for group in by_origin(code.sites).values():
@@ -231,7 +239,9 @@ def predict_memory(skeleton: Skeleton, codes: Mapping[str, Code], shapes: Mappin
     checkpoint, size = skeleton.checkpoint, skeleton.dtype.itemsize
     embedding = skeleton.model.get_input_embeddings().get_parameter("weight")
     outside = [shape.numel() * dtype.itemsize for shape, dtype in map(checkpoint.shape_and_dtype, skeleton.outside_names())]
-    moments = [process | {"embeddings and head": sum(outside)}]
+    rounded = [shape for name, shape in shapes.items() if not name.startswith(tuple(f"{path}." for path in codes))]
+    solver = 5 * 4 * max((shape.numel() for shape in rounded), default=0)
+    moments = [process | {"embeddings and head": sum(outside), "solver": solver}]
     if data is not None:
         moments.append(process | {"embeddings": embedding.numel() * size,
                                   "carry": size * data.count * embedding.shape[-1]})  # fmt: skip

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from qlab.experts import rows_of
 
-GRAM_TILE = 384  # columns per block of the upper triangle; the lower one is its mirror
+GRAM_TILE = 192  # columns per block of the upper triangle; the lower one is its mirror
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,11 @@ def gram(x_nk: Tensor) -> Tensor:
     with _bf16_products(x_nk.dtype):
         for i in range(0, k, GRAM_TILE):
             torch.mm(x[:, i : i + GRAM_TILE].T, x[:, i:], out=H_kk[i : i + GRAM_TILE, i:])
-    H_kk.triu_()
-    return H_kk + H_kk.triu(1).T
+    for i in range(0, k, GRAM_TILE):  # the mirror image tile by tile, which stays in cache
+        tile, beyond = H_kk[i : i + GRAM_TILE, i : i + GRAM_TILE], i + GRAM_TILE
+        tile.copy_(tile.triu() + tile.triu(1).T)
+        H_kk[beyond:, i:beyond] = H_kk[i:beyond, beyond:].T
+    return H_kk
 
 
 @contextmanager

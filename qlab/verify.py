@@ -98,7 +98,8 @@ def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path)
     extras = {name: extra.fault(model.tensor(name)) for extra in model.extras for name in extra.tensors}
     missing = [*sorted(theirs - names), *(f"the certified {module}" for module in unheard),
                *(name for extra in model.extras for name in extra.missing)]  # fmt: skip
-    return Verdict(model.path, sites, missing, sorted(names - theirs - extras.keys()), changed, bool(certificates), extras)
+    made = {f"{module}.weight" for module, row in certificates.items() if row.get("made_of") in theirs}
+    return Verdict(model.path, sites, missing, sorted(names - theirs - extras.keys() - made), changed, bool(certificates), extras)
 
 
 def _site(model: Checkpoint, reference: Checkpoint, module: str, certificate: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,8 +111,9 @@ def _site(model: Checkpoint, reference: Checkpoint, module: str, certificate: Ma
         row["fault"] = off_grid(leaf)
         if certificate and fingerprint(leaf) != certificate["sha256"]:
             row["fault"] = row["fault"] or "its codes, scales or zero points are not the certified ones"
-        if f"{module}.weight" in reference.stored or module in reference.quantized:
-            W = reference.leaf(f"{module}.weight")
+        source = certificate.get("made_of", f"{module}.weight")
+        if source in reference.stored or module in reference.quantized:
+            W = reference.leaf(source)
             if W.shape != leaf.shape:
                 raise QlabError(f"its shape is {tuple(leaf.shape)} and the reference's {tuple(W.shape)}")
             row["weight_error"] = weight_error(leaf, W)

@@ -29,6 +29,7 @@ Memory = Annotated[float | None, typer.Option("--memory", help="budget in GiB; a
 InputsName = Annotated[str, typer.Option("--inputs", help="calibrate on 'quantized' or 'reference' inputs")]
 CodecName = Annotated[str, typer.Option("--codec", help="the format to write: a name of qlab.codecs.CODECS")]
 TargetName = Annotated[str, typer.Option("--target", help="an engine to load it: vllm, transformers, lmdeploy or sglang")]
+Outside = Annotated[list[str] | None, typer.Option("--outside", help="GLOB=SPEC: round linears around the blocks to nearest")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the output directory")]
 Resume = Annotated[bool, typer.Option("--resume", help="continue a killed run of the same job")]
 Json = Annotated[Path | None, typer.Option("--json", help="also write the result to this file")]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.codecs import auto_round, awq, compressed_tensors, fp8, gptq, hqq, torchao
+from qlab.codecs import auto_round, awq, awq_gemv, compressed_tensors, fp8, gptq, hqq, torchao
 from qlab.codecs.extra import Extra
 from qlab.errors import QlabError
 from qlab.graph import Op
@@ -86,13 +86,20 @@ def _read_only(name: str, codec: Any) -> Codec:
     return Codec(lambda spec, online=(): reason, refuse, codec.decode, refuse, codec.specs)
 
 
+def _awq(config: Mapping[str, Any]) -> Codec:
+    version = awq.version(config)
+    if version == awq.VERSION:
+        return CODECS["awq"]
+    return replace(_read_only(f"AWQ {version}", awq), decode=partial(awq_gemv.decode, version))
+
+
 # quant_method of a quantization_config -> the codec that reads such a directory. A format whose variants differ in what
 # the same tensors mean (GPTQ v1 and v2) looks at the rest of the config to choose.
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Codec]] = {
     "compressed-tensors": lambda config: CODECS["compressed-tensors"],
     "fp8": lambda config: replace(_read_only("fp8", fp8), inputs=fp8.inputs, decode_input=fp8.decode_input),
     "gptq": lambda config: CODECS[str(gptq.version(config))],
-    "awq": lambda config: CODECS["awq"],
+    "awq": _awq,
     "auto-round": lambda config: replace(CODECS[auto_round.layout(config)], specs=auto_round.specs),
     "hqq": lambda config: _read_only("HQQ", hqq),
     "torchao": lambda config: _read_only("torchao's tensors", torchao),

@@ -25,7 +25,7 @@ ROWS = 64  # rows are padded to it: then blocks are whole in every order, and In
 # Tokens up to which the int4 kernel is faster, until `qlab tune` has measured this machine: beside a dense copy of the weight,
 # and where it has to be dequantized for the call.
 INT4_TOKENS_BESIDE_DENSE = 4
-INT4_TOKENS = 32
+INT4_TOKENS = 64
 Kind = Literal["int4pack", "dense"]
 
 

@@ -6,7 +6,7 @@ Sources: Frantar and Alistarh 2022 (OBC), Frantar et al. 2022 (GPTQ); Chee et al
 factorization, which needs no inverse.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +47,8 @@ def factorize(H_kk: Tensor, damp: float) -> Factor:
         L_kk, failed = torch.linalg.cholesky_ex(damped(H_kk, used).flip(0, 1))
         if not failed and torch.isfinite(L_kk).all():
             C_kk = L_kk.flip(0, 1)
-            return Factor(C_kk / C_kk.diagonal(), used, H_kk.diagonal() == 0)
+            del L_kk  # there are enough matrices of this size
+            return Factor(C_kk.div_(C_kk.diagonal().clone()), used, H_kk.diagonal() == 0)
         if used >= DAMP_LIMIT:
             raise QlabError(f"the second moment is not positive definite even with damping {used:g} (limit {DAMP_LIMIT:g}); "
                             "calibrate with more or other text")
@@ -61,13 +62,35 @@ def obs_sweep(W_ok: Tensor, R_kk: Tensor, project: Project, block: int = 32) -> 
     """
     W_ko = W_ok.T.contiguous()  # a column is a contiguous row here
     out_ko, E_ko = torch.empty_like(W_ko), torch.empty_like(W_ko)
-    k = len(W_ko)
+    k, inner = len(W_ko), Substitution(min(block, len(W_ko)), W_ko)
     for start in range(0, k, block):
         stop = min(start + block, k)
         A_bo = W_ko[start:stop].addmm(R_kk[:start, start:stop].T, E_ko[:start])
-        R_bb, w, out, e = R_kk[start:stop, start:stop], W_ko[start:stop], out_ko[start:stop], E_ko[start:stop]
-        for i, (w_o, out_o, e_o) in enumerate(zip(w.unbind(), out.unbind(), e.unbind())):
-            project(A_bo[i], start + i, out_o)
-            torch.sub(w_o, out_o, out=e_o)
-            A_bo[i + 1 :].addr_(R_bb[i, i + 1 :], e_o)
+        w, out = W_ko[start:stop].unbind(), out_ko[start:stop].unbind()
+        for i, a_o, e_o in inner.solve(A_bo, R_kk[start:stop, start:stop].T):
+            project(a_o, start + i, out[i])
+            torch.sub(w[i], out[i], out=e_o)
+        E_ko[start:stop] = inner.e_bo[: stop - start]
     return out_ko.T
+
+
+class Substitution:
+    """Forward substitution within a block of columns: a_i + sum_(j < i) T_ij e_j, where e_j depends on a_j.
+
+    The views of its workspace are made once for all blocks of a matrix: making them takes longer than the products.
+    """
+
+    def __init__(self, block: int, like_ko: Tensor):
+        self.a_bo, self.e_bo = like_ko.new_empty(block, like_ko.shape[1]), like_ko.new_empty(block, like_ko.shape[1])
+        self.T_bb = like_ko.new_empty(block, block)
+        earlier = [(self.e_bo[:i].T, self.T_bb[i, :i]) for i in range(block)]
+        self._columns = list(zip(range(block), self.a_bo.unbind(), self.e_bo.unbind(), earlier))
+
+    def solve(self, A_bo: Tensor, T_bb: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(i, a_i with all earlier errors in it, e_i to be written), column by column. T_bb: what lies below its diagonal counts."""
+        b = len(A_bo)
+        self.a_bo[:b], self.T_bb[:b, :b] = A_bo, T_bb
+        for i, a_o, e_o, (E_oi, T_i) in self._columns[:b]:
+            if i:
+                a_o.addmv_(E_oi, T_i)
+            yield i, a_o, e_o

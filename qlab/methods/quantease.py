@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from qlab.methods.obs import Substitution
 from qlab.qtensor import QTensor, dense, steps
 
 RIDGE = 1e-3  # pull of a scale towards its old value, as a fraction of its own curvature
@@ -23,20 +24,23 @@ def descend_codes(W_ok: Tensor, H_kk: Tensor, q: QTensor, order: Tensor, block: 
     The gradient D H is brought up to date once per block of columns and inside it column by column.
     """
     spec, (rows, cols) = q.spec, q.spec.tile.sizes(q.shape)
-    codes_ko, D_ko = q.codes.T.to(W_ok.dtype).contiguous(), (W_ok - dense(q, W_ok.dtype)).T.contiguous()
-    s_ga, o = steps(q.scales, q.outer, W_ok.dtype).T, len(W_ok)
-    for columns in order.split(block):
-        H_bb = H_kk[columns][:, columns]
-        G_bo = H_kk[columns] @ D_ko  # H is symmetric: row j of H D^T is column j of D H
-        s_bo, old_bo = s_ga[columns // cols].repeat_interleave(rows, 1)[:, :o], codes_ko[columns]
-        new_bo, Hs_bo = torch.empty_like(old_bo), H_bb.diagonal()[:, None] * s_bo
-        for i, (g, s, hs, old, new) in enumerate(zip(*(t.unbind() for t in (G_bo, s_bo, Hs_bo, old_bo, new_bo)))):
+    H_kk = H_kk.index_select(0, order).index_select(1, order)
+    codes_ko = q.codes.T.index_select(0, order).to(W_ok.dtype)
+    D_ko = (W_ok - dense(q, W_ok.dtype)).T.index_select(0, order)
+    s_ko = steps(q.scales, q.outer, W_ok.dtype).T.repeat_interleave(rows, 1)[:, : len(W_ok)].index_select(0, order // cols)
+    codes, s, hs = codes_ko.unbind(), s_ko.unbind(), (H_kk.diagonal()[:, None] * s_ko).unbind()
+    inner, before_o = Substitution(min(block, len(order)), D_ko), torch.empty_like(D_ko[0])
+    for start in range(0, len(order), block):
+        at = slice(start, start + block)
+        G_bo = H_kk[at] @ D_ko  # H is symmetric: row j of H D^T is column j of D H
+        for i, g_o, moved_o in inner.solve(G_bo, -H_kk[at, at]):
+            j, code_o = start + i, codes[start + i]
+            before_o.copy_(code_o)
             # W' + G / H_jj in units of codes: the present code, plus the step that the gradient asks for
-            spec.nearest_(torch.addcdiv(old, g, hs, out=new))
-            G_bo[i + 1 :].addr_(H_bb[i + 1 :, i], (new - old).mul_(s), alpha=-1)
-        codes_ko[columns] = new_bo
-        D_ko[columns] -= (new_bo - old_bo) * s_bo
-    return replace(q, codes=codes_ko.T.contiguous().to(spec.code_dtype))
+            spec.nearest_(code_o.addcdiv_(g_o, hs[j]))
+            torch.sub(code_o, before_o, out=moved_o).mul_(s[j])
+        D_ko[at] -= inner.e_bo[: len(G_bo)]
+    return replace(q, codes=codes_ko[order.argsort()].T.contiguous().to(spec.code_dtype))
 
 
 def refit_scales(W_ok: Tensor, H_kk: Tensor, q: QTensor) -> QTensor:

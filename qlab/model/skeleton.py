@@ -7,7 +7,7 @@ replaced by recorders; the head is run the same way, with the last block replayi
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -139,13 +139,12 @@ class Skeleton:
         head = self.model.get_output_embeddings()
         head_parameters = {id(p) for p in head.parameters()} if head is not None else set()
         inside = tuple(f"{path}." for path in self.blocks)
-        embedding = self.model.get_input_embeddings()
         for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
             if name.startswith(inside) or not parameter.is_meta or (id(parameter) in head_parameters and not with_head):
                 continue
             file_name = self.file_name(name)
-            if id(parameter) in head_parameters and self._tied(name):
-                file_name = self.file_name(f"{_path_of(self.model, embedding)}.weight")
+            if name not in self._spelled:  # left out of the files where it is another's
+                file_name = self.file_name(self.tied.get(name, name))
             if self.online(name.rpartition(".")[0]):
                 raise QlabError(f"{name} has inputs that are rounded or rotated at run time, which qlab does inside blocks only")
             value = self.checkpoint.leaf(file_name, self.dtype)
@@ -155,13 +154,16 @@ class Skeleton:
                 if buffer is not None and not buffer.is_meta:
                     buffer_owner._buffers[key] = buffer.to(self.device)
 
-    def _tied(self, head: str) -> bool:
-        """Whether the files leave the head's tensor out because it is the embedding's."""
-        return head not in self._spelled and bool(self.checkpoint.config.get_text_config().tie_word_embeddings)
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """Parameter that is another one's too -> that one: a head and the embedding."""
+        return self.model.all_tied_weights_keys
 
-    def outside(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the files that belongs to no block, as stored, one at a time."""
-        return ((name, self.checkpoint.tensor(name)) for name in self.outside_names())
+    def outside_leaves(self) -> list[str]:
+        """The names of the leaves of the files that belong to no block: the tensors of a quantized module are one leaf."""
+        leaves = [(n, n.rpartition(".")[0]) for n in self.outside_names()]
+        quantized = self.checkpoint.quantized
+        return list(dict.fromkeys(f"{m}.weight" if m in quantized and n != f"{m}.bias" else n for n, m in leaves))
 
     def outside_names(self) -> list[str]:
         """The names of the files' tensors that belong to no block."""
