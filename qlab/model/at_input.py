@@ -27,7 +27,7 @@ def _rotations(skeleton: "Skeleton", site: str, experts: bool) -> tuple[Op, ...]
     if not experts and not isinstance(skeleton.model.get_submodule(site), nn.Linear):
         return ()
     k = skeleton.model.get_parameter(site if experts else f"{site}.weight").shape[-1]
-    found = [ops for name in skeleton.modules(site) if (ops := skeleton.checkpoint.rotations(name, k))]
+    found = [ops for name in dict.fromkeys(skeleton.modules(site)) if (ops := skeleton.checkpoint.rotations(name, k))]
     if experts and found:
         raise QlabError(f"{site} has inputs that are rotated at run time, which qlab does not do to experts")
     return found[0] if found else ()

@@ -41,7 +41,7 @@ def rotated(kind, target, **more):
 HEADS = {"R3": group("hadamard", ("re:.*self_attn$", "q_attn", False), ("re:.*self_attn$", "k_cache", False), head_dim=16)}
 CASES = {
     "down": {"R4": rotated("hadamard", "re:.*down_proj$")},
-    "inverse": {"R4": group("hadamard", ("re:.*down_proj$", "input", True), ("re:.*down_proj$", "weight_input", False))},
+    "inverse": {"R4": group("random-hadamard", ("re:.*down_proj$", "input", True), ("re:.*down_proj$", "weight_input", False))},
     "every linear": {"v": rotated("random-hadamard", "Linear", precision="torch.float64")},
     "in one matrix": {"v": rotated("hadamard", "Linear", precision="torch.float64")},
     "random": {"v": rotated("random-hadamard", "Linear", head_dim=16, randomize=True)},
