@@ -99,6 +99,9 @@ def plan(
         raise QlabError(f"the codec {codec!r} is unknown; qlab writes {', '.join(CODECS)}")
     if any(not isinstance(spec, Float) for spec in model.quantized.values()):
         raise QlabError(f"{model.path} is quantized already; start from the unquantized model")
+    if online := [extra for extra in model.extras if extra.online]:
+        raise QlabError(f"{model.path} has a {online[0].key} ({online[0].says}) that belongs to its present weights; start from the "
+                        "unquantized model")
     if all(stage.spec is None for stage in recipe):
         raise QlabError("the recipe rounds no weight, so there is nothing to write; add a method such as rtn(spec)")
     needs = sorted({need for stage in recipe for need in stage.needs})

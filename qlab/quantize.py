@@ -24,7 +24,7 @@ from qlab.graph import ModuleGraph, Op
 from qlab.model.names import Piece
 from qlab.model.recording import Call
 from qlab.model.skeleton import Skeleton
-from qlab.outside import outside_leaves
+from qlab.outside import outside_leaves, outside_sites, untied, weight_of
 from qlab.plan import CODEC, Plan, plan
 from qlab.qtensor import Leaf, QTensor
 from qlab.report import PeakMemory, bits_per_weight, describe, site_rows, versions
@@ -192,11 +192,12 @@ def _scan(skeleton: Skeleton, jobs: list[_Job], data: Data | None, inputs: Input
 def _write_outside(skeleton: Skeleton, job: _Job) -> None:
     """What surrounds the blocks, one leaf at a time."""
     notes: dict[str, dict[str, Any]] = {"sites": {}, "certificates": {}, "changed": {}}
+    made_of = {f"{skeleton.module_name(name)}.weight": weight_of(skeleton, name) for name in outside_sites(skeleton)}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, leaf in outside_leaves(skeleton, job.recipe, notes["sites"].update):
             if isinstance(leaf, QTensor) or name.rpartition(".")[0] in skeleton.checkpoint.quantized:
-                for section, rows in certificates({name: leaf}, skeleton.checkpoint).items():
+                for section, rows in certificates({name: leaf}, skeleton.checkpoint, made_of).items():
                     notes[section].update(rows)
             yield from encode({name: leaf}, job.codec, {}).items()
 
@@ -288,15 +289,16 @@ def encode(leaves: Mapping[str, Leaf], codec: Codec, online: Mapping[str, tuple[
     return tensors
 
 
-def certificates(leaves: Mapping[str, Leaf], reference: Checkpoint) -> dict[str, dict[str, Any]]:
+def certificates(leaves: Mapping[str, Leaf], reference: Checkpoint, made_of: Mapping[str, Any] = {}) -> dict[str, dict[str, Any]]:
     """What `verify` can hold a block to: a certificate per quantized module, and the hash of every other tensor that differs
-    from the reference's."""
+    from the reference's. made_of: leaf -> the reference's tensor, where that has another name."""
     certified: dict[str, Any] = {}
     changed: dict[str, Any] = {}
     for name, leaf in leaves.items():
-        original = reference.leaf(name) if name in reference.stored else None
+        source = made_of.get(name) or name
+        original = reference.leaf(source) if source in reference.stored else None
         if isinstance(leaf, QTensor):
-            certified[name.rpartition(".")[0]] = certify(leaf, original)
+            certified[name.rpartition(".")[0]] = certify(leaf, original) | ({} if source == name else {"made_of": source})
         elif not isinstance(original, Tensor) or not torch.equal(leaf.cpu(), original):
             changed[name] = hash_of(leaf)
     return {"certificates": certified, "changed": changed}
@@ -313,6 +315,7 @@ def _finish(skeleton: Skeleton, job: _Job) -> None:
         for module in skeleton.modules(name):  # readers match the one or the other
             specs[module], inputs[module] = spec, rounded
     rounding = [inputs] if any(inputs.values()) else []
-    config = {**model.raw, "quantization_config": job.codec.config(specs, *rounding)}
+    raw = untied(model.raw) if any(f"{name}.weight" in skeleton.tied for name in notes["sites"]) else model.raw
+    config = {**raw, "quantization_config": job.codec.config(specs, *rounding)}
     record = {"job": job.identity, **notes, "bits_per_weight": bits_per_weight(notes["sites"])}
     job.writer.finish({"config.json": config, "qlab.json": record}, model.path)

@@ -1,7 +1,5 @@
 """HQQ: never worse than RTN on its objective, better where there are outliers, and free of data."""
 
-
-
 import pytest
 import torch
 from hypothesis import given
@@ -54,6 +52,19 @@ def test_it_pays_and_moves_zero_points_where_they_may_lie_between_codes(kind, ze
     assert ours.sum() < 0.99 * theirs.sum()
     assert torch.equal(s, q.scales) == (zeros == torch.float32)
     assert z is None or (z.dtype == zeros and torch.equal(z, q.zeros) == (zeros == torch.int8))
+
+
+@pytest.mark.parametrize("size, fitted", [(1e-3, True), (1e4, False)])  # of the errors, to the threshold |d|^(2 - p) = 1 / beta
+def test_small_errors_are_fitted_and_large_ones_let_be(size, fitted, monkeypatch):
+    monkeypatch.setitem(half_quadratic.__globals__, "STEPS", 1)
+    spec = Int(3, Tile(1, 64), True, torch.float32)
+    W = size * weight(32, 64, 3)
+    q = encode(minmax, W, spec)
+    x, codes = spec.tile.split(W), spec.tile.split(q.codes).float()
+    s, _ = half_quadratic(x, q.scales, None, spec, None)
+    least_squares = torch.linalg.vecdot(x, codes) / torch.linalg.vecdot(codes, codes)
+    moved = (s / q.scales - 1).abs() > 1e-4
+    assert bool(moved.any()) == fitted and torch.allclose(s[moved], least_squares[moved], rtol=1e-5)
 
 
 def test_every_tile_of_a_model_is_at_least_as_good_as_rtns():
