@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from qlab.plan import plan
     from qlab.quantize import compare, quantize
     from qlab.spec import Int, Tile, parse_spec
-    from qlab.transform import at, chain, keep, rules
+    from qlab.transform import at, chain, keep, outside, rules
     from qlab.verify import verify
 
 __all__ = [
     "GRIDS", "METHODS", "Int", "QlabError", "Samples", "Tile", "Tokens", "absorb", "at", "awq", "awq_scale", "chain", "compare",
     "convert", "evaluate", "first_windows", "from_ids", "gptq", "image_samples", "inductor_options", "inspect", "keep", "lower",
-    "open", "parse_spec", "plan", "quantize", "quantize_files", "rtn", "rules", "to_torchao", "tokens", "verify",
+    "open", "outside", "parse_spec", "plan", "quantize", "quantize_files", "rtn", "rules", "to_torchao", "tokens", "verify",
 ]  # fmt: skip
 
 

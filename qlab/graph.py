@@ -56,7 +56,7 @@ class Site:
     rows: the parts of a fused weight. Of fused experts, gathered_from: the node whose rows its input holds in the order
     of experts, if it is not made by experts itself; route: the node that says which rows belong to whom,
     choices: to how many experts a token goes. router: it decides
-    that, and is never rounded itself (it is small, and every engine reads it as it is).
+    that, and is never rounded itself (it is small, and every engine reads it as it is). outside: it lies around the blocks.
     """
 
     path: str
@@ -70,6 +70,7 @@ class Site:
     route: str | None = None
     choices: int = 1
     router: bool = False
+    outside: bool = False
 
     @property
     def origin(self) -> str:
@@ -130,9 +131,9 @@ class ModuleGraph:
         return W.mT if site.layout.endswith("k o") else W
 
 
-def lone_weight(path: str, W_ok: Tensor) -> ModuleGraph:
+def lone_weight(path: str, W_ok: Tensor, outside: bool = False) -> ModuleGraph:
     """A weight [o, k] by itself as a segment of one site, for stages that need no data."""
-    site = Site(path, "weight", None, path, "", "o k")
+    site = Site(path, "weight", None, path, "", "o k", outside=outside)
     code = Code(fx.Graph(), {}, {}, (), pytree.tree_structure(None), (site,))
     return ModuleGraph(code, {"weight": W_ok}, dtype=W_ok.dtype)
 

@@ -1,28 +1,31 @@
 """The Hugging Face door: after `import qlab.hf`, `from_pretrained` gives the lowered model of a quantized directory.
 
 Importing this module is the explicit act. From then on, and until the process ends, every quant_method that qlab reads is
-qlab's in transformers, also those that transformers has a reader of its own for. The directory's codes go straight into packed
-linears; everything else is loaded by transformers as always, with its `dtype` and `device_map`.
+qlab's in transformers, also those that transformers has a reader of its own for, and so are directories of older writers that say
+it in a file beside config.json. The directory's codes go straight into lowered modules; everything else is loaded by transformers
+as always, with its `dtype` and `device_map`.
 """
 
 import copy
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qlab.codecs import READERS
+from qlab.codecs import LEGACY_CONFIGS, READERS
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
+from qlab.files.directory import read_json
 from qlab.lower.attention import use_grouped_attention
-from qlab.lower.linear import PackedWeight
-from qlab.lower.model import DTYPES, device_named, pack, quantized_weights, refuse_online, set_module
+from qlab.lower.model import DTYPES, device_named, pack, quantized_weights, set_module, slownesses
 from qlab.model.skeleton import EXPERTS, Skeleton
 
 
@@ -80,11 +83,12 @@ class QlabQuantizer(HfQuantizer):
         self, model: PreTrainedModel, device_map: Any, checkpoint_files: list[str], **kwargs: Any
     ) -> None:
         checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
-        refuse_online(checkpoint)
         self.device, self.skeleton = torch.device(device_map[""]), Skeleton(checkpoint, self.dtype)
         if type(self.skeleton.model) is not type(model):
             raise QlabError(f"{checkpoint.path} holds a {type(self.skeleton.model).__name__}, which AutoModelForCausalLM loads, and "
                             f"not a {type(model).__name__}")
+        checkpoint.refuse_rotations()
+        checkpoint.warn_unapplied()
         self.packed = quantized_weights(self.skeleton)
         self._refuse_missing(model)
         ours: set[str] = set()
@@ -98,6 +102,7 @@ class QlabQuantizer(HfQuantizer):
             else:  # experts go by numbers under their owner, whatever the files call that
                 ours.add(re.escape(name.rpartition(".")[0]) + r"\.0\..+")
                 set_module(model, name, Awaiting(*place.shape[:0:-1]))
+        ours |= {re.escape(name) for extra in checkpoint.extras for name in extra.tensors}
         families = {re.sub(r"\d+", r"\\d+", pattern) for pattern in ours}
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {f"^{family}$" for family in families}
@@ -116,6 +121,10 @@ class QlabQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name in self.packed:
             set_module(model, name, pack(self.skeleton, name, self.dtype, self.device))
+        for slow in slownesses(model, self.dtype, self.device):
+            warnings.warn(slow, stacklevel=2)
+        # transformers has rules of its own for moving models of the methods that it knows
+        model.quantization_method = "qlab"  # type: ignore[assignment]
         model.set_experts_implementation(EXPERTS)
         if self.device.type == "cpu":
             use_grouped_attention(model)
@@ -126,7 +135,7 @@ class QlabQuantizer(HfQuantizer):
         checkpoint = self.skeleton.checkpoint
         state: dict[str, Tensor] = {}
         for name, module in model.named_modules():
-            if not isinstance(module, PackedWeight):
+            if self.packed.keys().isdisjoint((name, name.rpartition(".")[0])):  # a linear, and what rounds its input
                 own = module.named_parameters(name, recurse=False), module.named_buffers(name, recurse=False)
                 kept = {f"{name}.{key}" if name else key for key in module._non_persistent_buffers_set}
                 state |= {key: tensor for tensors in own for key, tensor in tensors if key not in kept}
@@ -134,7 +143,7 @@ class QlabQuantizer(HfQuantizer):
             for part in (part for piece in pieces for part in checkpoint.parts(piece.module)):
                 fused = pieces[0].expert is not None
                 state[part if fused else f"{name}.{part.rpartition('.')[2]}"] = checkpoint.tensor(part)
-        return state, {}
+        return state | {name: checkpoint.tensor(name) for extra in checkpoint.extras for name in extra.tensors}, {}
 
 
 def _at(model: nn.Module, name: str) -> Any:
@@ -143,8 +152,26 @@ def _at(model: nn.Module, name: str) -> Any:
     return getattr(model.get_submodule(owner), key)
 
 
+# transformers' options for where to look for a file
+FINDING = frozenset({"cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder"})
+_get_config_dict = PretrainedConfig.get_config_dict.__func__  # type: ignore[attr-defined]
+
+
+def get_config_dict(cls: type[PretrainedConfig], path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A model's config.json. Where it has no quantization_config, one is made of the file in which older writers put it: to
+    transformers such a model would be an unquantized one whose weights are all missing."""
+    options = {key: kwargs[key] for key in FINDING & kwargs.keys()}
+    found, unused = _get_config_dict(cls, path, **kwargs)
+    if found and not found.get("quantization_config") and not kwargs.get("gguf_file") and not Path(path).is_file():
+        for name, read in LEGACY_CONFIGS.items():
+            if file := cached_file(path, name, _raise_exceptions_for_missing_entries=False, **options):
+                return found | {"quantization_config": read(read_json(Path(file)))}, unused
+    return found, unused
+
+
 def register() -> None:
-    """Make every quant_method that qlab reads qlab's."""
+    """Make every quant_method that qlab reads qlab's, also where a file beside config.json names it."""
+    PretrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[method-assign,assignment]
     for method in READERS:
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = QlabConfig
         auto.AUTO_QUANTIZER_MAPPING[method] = QlabQuantizer

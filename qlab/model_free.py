@@ -102,6 +102,9 @@ def _chosen(source: Checkpoint, recipe: Transform, include: Sequence[str], exclu
     if wide := sorted(name for name, spec in source.quantized.items() if not isinstance(spec, Float) or spec.bits < 8):
         raise QlabError(f"{wide[0]} of {source.path} is quantized to {source.quantized[wide[0]]} already; start from the unquantized "
                         "model")
+    if online := [extra for extra in source.extras if extra.online]:
+        raise QlabError(f"{source.path} has a {online[0].key} ({online[0].says}) that belongs to its present weights; start from the "
+                        "unquantized model")
     weights = {name.removesuffix(".weight") for name, stored in source.stored.items()
                if name.endswith(".weight") and len(stored.shape) == 2}  # fmt: skip
     modules = sorted(weights | source.quantized.keys())
@@ -112,6 +115,9 @@ def _chosen(source: Checkpoint, recipe: Transform, include: Sequence[str], exclu
     chosen = [m for m in modules if any(matches(p, m) for p in include) and not any(matches(p, m) for p in exclude)]
     if wrong := sorted(set(chosen) & other_matrices(source)):
         raise QlabError(f"{', '.join(wrong[:4])} belongs to no nn.Linear of the model, and readers would skip it; --exclude it")
+    if any(stage.scope.outside for stage in recipe):
+        raise QlabError("without a model nobody knows what lies around its blocks; leave outside() away, and name those weights "
+                        "as they are stored")
     specs: dict[str, Spec] = {}
     for stage in recipe:
         inside = [module for module in chosen if module in stage.scope]

@@ -24,6 +24,7 @@ from qlab.graph import ModuleGraph, Op
 from qlab.model.names import Piece
 from qlab.model.recording import Call
 from qlab.model.skeleton import Skeleton
+from qlab.outside import outside_leaves, outside_sites, untied, weight_of
 from qlab.plan import CODEC, Plan, plan
 from qlab.qtensor import Leaf, QTensor
 from qlab.report import PeakMemory, bits_per_weight, describe, site_rows, versions
@@ -88,8 +89,8 @@ def quantize(
     inputs: whether a site is calibrated on what the quantized sites before it produce (errors propagate; where a stage moves
     inputs, on the quantized blocks before its own) or on the reference model's activations.
     dtype: of the activations while calibrating (default: the checkpoint's own); statistics and solvers use fp32.
-    memory: refuse to start when the predicted peak, in bytes, is above this. target: an engine of qlab.targets, whose limits
-    are checked before anything runs. The same call gives the same bytes, also
+    memory: observe as many experts at a time as fit these bytes, and refuse to start when the predicted peak is above them.
+    target: an engine of qlab.targets, whose limits are checked before anything runs. The same call gives the same bytes, also
     when a killed run is continued with resume=True.
     calibrate_all_experts: statistics of experts are of all tokens, not of those that are routed to each; nothing else changes.
     """
@@ -129,7 +130,7 @@ def compare(
     with PeakMemory() as peak:
         skeleton = Skeleton(model, dtype or model.dtype, device)
         plans = {name: plan(model, recipe, data, inputs=inputs, calibrate_all_experts=calibrate_all_experts, skeleton=skeleton,
-                            codec=codec, target=target) for name, recipe in recipes.items()}  # fmt: skip
+                            codec=codec, target=target, memory=memory) for name, recipe in recipes.items()}  # fmt: skip
         jobs = []
         for name, recipe in recipes.items():
             plans[name].check(memory)
@@ -137,7 +138,8 @@ def compare(
             job = {"source": model.fingerprint(), "recipe": describe(recipe), "data": used and used.describe(), "inputs": inputs,
                    "calibrate_all_experts": calibrate_all_experts, "dtype": str(skeleton.dtype), "device": skeleton.device.type,
                    "codec": codec, "versions": versions()}  # fmt: skip
-            jobs.append(_Job(recipe, CODECS[codec], Writer(Path(out) / name, job, len(skeleton.blocks) + 1, overwrite, resume), job))
+            writer = Writer(Path(out) / name, job, len(skeleton.blocks) + 1, overwrite, resume)
+            jobs.append(_Job(recipe, CODECS[codec], writer, job, plans[name].experts_at_once))
         if unfinished := [job for job in jobs if not job.writer.finished]:
             needed = data if any(p.statistics for p in plans.values()) else None
             _scan(skeleton, unfinished, needed, inputs, calibrate_all_experts)
@@ -154,6 +156,7 @@ class _Job:
     codec: Codec
     writer: Writer
     identity: Mapping[str, Any]
+    experts_at_once: int | None
 
 
 def _sites(path: Path) -> dict[str, Any]:
@@ -173,8 +176,8 @@ def _scan(skeleton: Skeleton, jobs: list[_Job], data: Data | None, inputs: Input
         carries[0].write(entering)
     del entering
     for job in jobs:
-        if not job.writer.shard(0).is_file():
-            job.writer.write_shard(0, skeleton.outside())
+        if not job.writer.has(0):
+            _write_outside(skeleton, job)
     console = Console(stderr=True)
     for i, path in track(list(enumerate(paths))[done:], "quantizing blocks", console=console, disable=not console.is_terminal):
         _return_freed_memory()
@@ -184,6 +187,22 @@ def _scan(skeleton: Skeleton, jobs: list[_Job], data: Data | None, inputs: Input
             before.path.unlink(missing_ok=True)
     for job in jobs:
         _finish(skeleton, job)
+
+
+def _write_outside(skeleton: Skeleton, job: _Job) -> None:
+    """What surrounds the blocks, one leaf at a time."""
+    notes: dict[str, dict[str, Any]] = {"sites": {}, "certificates": {}, "changed": {}}
+    made_of = {f"{skeleton.module_name(name)}.weight": weight_of(skeleton, name) for name in outside_sites(skeleton)}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, leaf in outside_leaves(skeleton, job.recipe, notes["sites"].update):
+            if isinstance(leaf, QTensor) or name.rpartition(".")[0] in skeleton.checkpoint.quantized:
+                for section, rows in certificates({name: leaf}, skeleton.checkpoint, made_of).items():
+                    notes[section].update(rows)
+            yield from encode({name: leaf}, job.codec, {}).items()
+
+    job.writer.write_shard(0, tensors())
+    job.writer.write_notes(0, notes)
 
 
 def _return_freed_memory() -> None:
@@ -205,7 +224,7 @@ def _block(skeleton: Skeleton, jobs: Sequence[_Job], index: int, batches: Batche
     for job in jobs:
         solved = graph  # lets go of the job before
         if in_order(job.recipe, inputs, everywhere):
-            solved, leaving = solve_in_order(graph, job.recipe, batches)
+            solved, leaving = solve_in_order(graph, job.recipe, batches, job.experts_at_once)
         else:
             solved, _ = solve(graph, job.recipe, watch)
         leaves = as_stored(skeleton, solved)
@@ -270,15 +289,16 @@ def encode(leaves: Mapping[str, Leaf], codec: Codec, online: Mapping[str, tuple[
     return tensors
 
 
-def certificates(leaves: Mapping[str, Leaf], reference: Checkpoint) -> dict[str, dict[str, Any]]:
+def certificates(leaves: Mapping[str, Leaf], reference: Checkpoint, made_of: Mapping[str, Any] = {}) -> dict[str, dict[str, Any]]:
     """What `verify` can hold a block to: a certificate per quantized module, and the hash of every other tensor that differs
-    from the reference's."""
+    from the reference's. made_of: leaf -> the reference's tensor, where that has another name."""
     certified: dict[str, Any] = {}
     changed: dict[str, Any] = {}
     for name, leaf in leaves.items():
-        original = reference.leaf(name) if name in reference.stored else None
+        source = made_of.get(name) or name
+        original = reference.leaf(source) if source in reference.stored else None
         if isinstance(leaf, QTensor):
-            certified[name.rpartition(".")[0]] = certify(leaf, original)
+            certified[name.rpartition(".")[0]] = certify(leaf, original) | ({} if source == name else {"made_of": source})
         elif not isinstance(original, Tensor) or not torch.equal(leaf.cpu(), original):
             changed[name] = hash_of(leaf)
     return {"certificates": certified, "changed": changed}
@@ -295,6 +315,7 @@ def _finish(skeleton: Skeleton, job: _Job) -> None:
         for module in skeleton.modules(name):  # readers match the one or the other
             specs[module], inputs[module] = spec, rounded
     rounding = [inputs] if any(inputs.values()) else []
-    config = {**model.raw, "quantization_config": job.codec.config(specs, *rounding)}
+    raw = untied(model.raw) if any(f"{name}.weight" in skeleton.tied for name in notes["sites"]) else model.raw
+    config = {**raw, "quantization_config": job.codec.config(specs, *rounding)}
     record = {"job": job.identity, **notes, "bits_per_weight": bits_per_weight(notes["sites"])}
     job.writer.finish({"config.json": config, "qlab.json": record}, model.path)

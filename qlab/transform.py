@@ -24,16 +24,21 @@ Apply = Callable[[ModuleGraph, Stats], tuple[ModuleGraph, Stats]]
 
 @dataclass(frozen=True)
 class Scope:
-    """Which sites a stage may touch: those that match every `include` and no `exclude` (globs over full names)."""
+    """Which sites a stage may touch: those that match every `include` and no `exclude` (globs over full names).
+
+    outside: they are linears around the blocks, else sites of blocks.
+    """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    outside: bool = False
 
     def __contains__(self, name: str) -> bool:
         return all(matches(p, name) for p in self.include) and not any(matches(p, name) for p in self.exclude)
 
     def __str__(self) -> str:
-        return " and ".join([*self.include, *(f"not {p}" for p in self.exclude)]) or "every site"
+        named = " and ".join([*self.include, *(f"not {p}" for p in self.exclude)]) or "every site"
+        return f"{named} around the blocks" if self.outside else named
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ class Stage:
 
     def touches(self, name: str, site: Site) -> bool:
         """Whether it may change a site of this full name. A router is never rounded, and needs no rule."""
-        return name in self.scope and not (site.router and (self.spec is not None or self.uncovered))
+        unrounded = site.router and (self.spec is not None or self.uncovered)
+        return site.outside == self.scope.outside and name in self.scope and not unrounded
 
 
 Transform = tuple[Stage, ...]
@@ -74,6 +80,19 @@ def chain(*transforms: Transform) -> Transform:
 def at(pattern: str, transform: Transform) -> Transform:
     """The transform restricted to the sites whose full name matches the pattern."""
     return tuple(replace(s, scope=replace(s.scope, include=(pattern, *s.scope.include))) for s in transform)
+
+
+def outside(transform: Transform) -> Transform:
+    """The transform on linears around the blocks (a vision tower, a projector, the head), which other stages leave alone.
+
+    Every stage works on one weight at a time and without data, since nothing runs there; others are refused by name.
+    """
+    for stage in transform:
+        if stage.needs or not stage.sitewise:
+            reason = f"observes {', '.join(sorted(stage.needs))}" if stage.needs else "changes more than weights"
+            raise QlabError(f"the stage {stage.name!r} {reason}, and weights around the blocks are rounded one by one without data; "
+                            "use rtn or hqq for them")
+    return tuple(replace(stage, scope=replace(stage.scope, outside=True)) for stage in transform)
 
 
 def keep() -> Transform:
@@ -145,8 +164,9 @@ def each_weight(name: str, fn: WeightFn, spec: Spec, needs: frozenset[str] = fro
                 leaf = solved[0].leaf
             else:
                 experts = range(graph.params[site.weight].shape[0])
-                own = [{n: state.states[e] for n, state in seen.items()} for e in experts]
-                solved = [solve(graph, site, {**own[e], "outer": None if outer is None else outer[e]}, e) for e in experts]
+                # a state may be observed when it is asked for, and is held no longer than its expert takes
+                solved = [solve(graph, site, {**{n: state.states[e] for n, state in seen.items()},
+                                              "outer": None if outer is None else outer[e]}, e) for e in experts]  # fmt: skip
                 leaf = _stacked([s.leaf for s in solved])
             leaves[site.weight] = leaf if isinstance(leaf, QTensor) or site.layout.endswith("o k") else leaf.mT.contiguous()
             notes[site.path] = {**notes.get(site.path, {}), **_notes([s.errors for s in solved]), **_merged([s.note for s in solved])}

@@ -24,11 +24,9 @@ from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
 from qlab.model.recording import Recorder
 from qlab.model.skeleton import Skeleton
-from qlab.plan import plan
 from qlab.quantize import quantize
 from qlab.spec import parse_spec
 from qlab.sweep import push, record
-from qlab.transform import keep, rules
 
 INT4 = parse_spec("int4-g16")
 IMAGE = 127  # the token that stands for a patch
@@ -188,11 +186,6 @@ def test_more_samples_than_lines_are_refused(llava):
         image_samples(open_checkpoint(llava), [llava / "samples.jsonl"], 9)
 
 
-def test_a_rule_for_the_tower_is_refused_by_name(saved):
-    with pytest.raises(QlabError, match=r"matches no site \(\*visual\*\)"):
-        plan(open_checkpoint(saved("qwen2_vl")), rules({"*visual*": rtn(INT4), "*": keep()}))
-
-
 
 
 def test_a_command_calibrates_on_images(llava, tmp_path, command):
@@ -218,3 +211,12 @@ def test_models_that_change_hidden_states_between_blocks_are_refused(saved):
         patch.setattr(Recorder, "forward", joined)
         with pytest.raises(QlabError, match=f"changes hidden states before {second}"):
             skeleton.record(IDS)
+
+
+@torch.no_grad()
+@every_model
+def test_a_head_that_is_the_embedding_is_read_from_it(family, saved):
+    source = saved(family, tie_word_embeddings=True)
+    assert not any("lm_head" in name for name in tensors(source))
+    theirs = from_transformers(source)(input_ids=IDS).logits
+    assert torch.allclose(qlab_logits(source), theirs, rtol=1e-4, atol=1e-4)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 
 from qlab.errors import QlabError
-from qlab.lower import QLinear, inductor_options, resident_bytes
-from qlab.lower.model import lower
+from qlab.lower import CodedLinear, QLinear, inductor_options, resident_bytes
+from qlab.lower.linear import QuantizedWeight
+from qlab.lower.model import lower, set_module
 from qlab.report import PeakMemory, versions
 
 ENGINES = ("bf16 eager", "bf16 compiled", "qlab eager", "qlab compiled", "qlab compiled, dense cache")
@@ -109,15 +110,21 @@ def _compiled(forward: Callable[[Tensor], Tensor], ours: bool) -> Callable[[Tens
 
 
 def _undo(model: PreTrainedModel) -> None:
-    """The model as transformers would load it unquantized: dense linears, and torch's attention."""
+    """The model as transformers would load it unquantized: dense weights, and torch's attention."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, QLinear):
+        if not isinstance(module, QuantizedWeight):
+            continue
+        weight = nn.Parameter(module.weight().contiguous(), requires_grad=False)
+        if isinstance(module, QLinear | CodedLinear):
             linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-            linear.weight = nn.Parameter(module.weight().contiguous(), requires_grad=False)
+            linear.weight = weight
             if module.bias is not None:
                 linear.bias = nn.Parameter(module.bias, requires_grad=False)
-            owner, _, key = name.rpartition(".")
-            setattr(model.get_submodule(owner), key, linear)
+            set_module(model, name, linear)
+        else:  # fused experts, which some models hold transposed
+            owner, key = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            delattr(owner, key)
+            setattr(owner, key, nn.Parameter(weight.mT.contiguous(), requires_grad=False) if owner.is_transposed else weight)
     model.set_attn_implementation("sdpa")
 
 

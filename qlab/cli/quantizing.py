@@ -19,6 +19,7 @@ from qlab.cli.options import (
     Memory,
     MethodName,
     Model,
+    Outside,
     Overwrite,
     Resume,
     Samples,
@@ -48,16 +49,29 @@ def method_named(name: str) -> Any:
     return METHODS[name]
 
 
-def chosen(model: Any, method: str, spec: str, asymmetric: bool, codec: str, target: str) -> tuple[Any, str]:
-    """The recipe and the codec: the one named, else the safest for the target; scales in a dtype that the codec stores."""
+def chosen(
+    model: Any, method: str, spec: str, asymmetric: bool, codec: str, target: str, around: list[str] | None = None
+) -> tuple[Any, str]:  # fmt: skip
+    """The recipe and the codec: the one named, else the safest for the target; scales in a dtype that the codec stores.
+
+    around: GLOB=SPEC for linears around the blocks.
+    """
     from qlab.codecs import storable
+    from qlab.methods.rtn import rtn
     from qlab.plan import CODEC
     from qlab.spec import parse_spec
     from qlab.targets import safest_codec
+    from qlab.transform import at, chain, outside
 
     grid = parse_spec(spec, symmetric=not asymmetric)
     named = codec or (safest_codec(target, grid) if target else CODEC)
-    return method_named(method)(storable(grid, named, model.dtype)), named
+    recipe = method_named(method)(storable(grid, named, model.dtype))
+    for rule in around or ():
+        pattern, equals, text = rule.rpartition("=")
+        if not equals:
+            raise QlabError(f"--outside {rule!r} names no spec; write GLOB=SPEC, such as '*visual*=int8-channel'")
+        recipe = chain(recipe, at(pattern, outside(rtn(storable(parse_spec(text), named, model.dtype)))))
+    return recipe, named
 
 
 def _data(
@@ -79,13 +93,13 @@ def _data(
 def plan(
     model: Model, method: MethodName = "gptq", spec: SpecName = "int4-g64", asymmetric: Asymmetric = False,
     calib: Calib = None, images: Images = None, samples: Samples = 128, length: Length = 2048, seed: Seed = 0,
-    all_experts: AllExperts = False, codec: CodecName = "", target: TargetName = "", json_file: Json = None,
+    all_experts: AllExperts = False, around: Outside = None, codec: CodecName = "", target: TargetName = "", json_file: Json = None,
 ) -> None:  # fmt: skip
     """What a method would do to a model: stages, passes, peak memory, bits per weight. Runs and writes nothing."""
     import qlab
 
     opened = qlab.open(model)
-    recipe, named = chosen(opened, method, spec, asymmetric, codec, target)
+    recipe, named = chosen(opened, method, spec, asymmetric, codec, target, around)
     data = _data(opened, recipe, calib, images, samples, length, seed)
     made = qlab.plan(opened, recipe, data, calibrate_all_experts=all_experts, codec=named, target=target or None)
     console().print(made)
@@ -98,7 +112,7 @@ def quantize(
     method: MethodName = "", spec: SpecName = "int4-g64", asymmetric: Asymmetric = False,
     calib: Calib = None, images: Images = None, samples: Samples = 128, length: Length = 2048, seed: Seed = 0,
     inputs: InputsName = "quantized", all_experts: AllExperts = False, device: Device = "cpu", memory: Memory = None,
-    codec: CodecName = "", target: TargetName = "", overwrite: Overwrite = False,
+    around: Outside = None, codec: CodecName = "", target: TargetName = "", overwrite: Overwrite = False,
     resume: Resume = False,
     model_free: Annotated[bool, typer.Option("--model-free", help="from files alone, by data-free methods (default: rtn)")] = False,
     include: Annotated[list[str] | None, typer.Option("--include", help="with --model-free: globs of modules to quantize")] = None,
@@ -113,13 +127,15 @@ def quantize(
         raise QlabError(f"--inputs {inputs!r} is unknown; it is 'quantized' or 'reference'")
     if overwrite and resume:
         raise QlabError("--overwrite starts anew and --resume continues; give one of them")
+    if model_free and around:
+        raise QlabError("--outside asks the model what lies around its blocks; --model-free takes --include and --exclude")
     if model_free:
         _quantize_files(model, out, method, spec, asymmetric, codec, target, include, exclude, overwrite, resume, json_file)
         return
     if include or exclude:
         raise QlabError("--include and --exclude go with --model-free; in Python, qlab.rules and qlab.at choose sites")
     opened = qlab.open(model)
-    recipe, named = chosen(opened, method or "gptq", spec, asymmetric, codec, target)
+    recipe, named = chosen(opened, method or "gptq", spec, asymmetric, codec, target, around)
     data = _data(opened, recipe, calib, images, samples, length, seed)
     budget = None if memory is None else int(memory * 2**30)
     result = qlab.quantize(opened, recipe, data, out, inputs=cast(Inputs, inputs), device=device, memory=budget, overwrite=overwrite,

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.codecs import auto_round, awq, compressed_tensors, fp8, gptq, hqq, torchao
+from qlab.codecs import auto_round, awq, awq_gemv, compressed_tensors, fp8, gptq, hqq, torchao
+from qlab.codecs.extra import Extra
 from qlab.errors import QlabError
 from qlab.graph import Op
 from qlab.qtensor import Leaf
@@ -31,7 +32,8 @@ class Codec:
 
     Formats that round inputs at run time take those operations as a further argument of `encode` (online) and how they
     round as one of `config` (inputs: path -> InputSpec), and read both: inputs(config, names) like specs,
-    decode_input(path, tensors, spec) the operation.
+    decode_input(path, tensors, spec) the operation. extras(config, names): what else a directory's config says; a format holds
+    its own extras word for word, and no others.
     """
 
     refusal: Callable[..., str | None]
@@ -42,6 +44,7 @@ class Codec:
     inputs: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, InputSpec]] = lambda config, names: {}
     decode_input: Callable[[str, Mapping[str, Tensor], InputSpec], Op] | None = None
     misfit: Callable[[Spec, torch.Size], str | None] = lambda spec, shape: None
+    extras: Callable[[Mapping[str, Any], Collection[str]], tuple[Extra, ...]] = lambda config, names: ()
 
 
 def _gptq(version: gptq.Version) -> Codec:
@@ -66,6 +69,7 @@ CODECS: Mapping[str, Codec] = {  # what qlab writes, by the name that `--codec` 
         compressed_tensors.specs,
         compressed_tensors.inputs,
         compressed_tensors.decode_input,
+        extras=compressed_tensors.extras,
     ),
     **{str(version): _gptq(version) for version in GPTQ_VERSIONS},  # gptq, gptq_v2, and either with _desc_act
     "awq": Codec(awq.refusal, awq.encode, awq.decode, awq.config, awq.specs, misfit=awq.misfit),
@@ -82,13 +86,20 @@ def _read_only(name: str, codec: Any) -> Codec:
     return Codec(lambda spec, online=(): reason, refuse, codec.decode, refuse, codec.specs)
 
 
+def _awq(config: Mapping[str, Any]) -> Codec:
+    version = awq.version(config)
+    if version == awq.VERSION:
+        return CODECS["awq"]
+    return replace(_read_only(f"AWQ {version}", awq), decode=partial(awq_gemv.decode, version))
+
+
 # quant_method of a quantization_config -> the codec that reads such a directory. A format whose variants differ in what
 # the same tensors mean (GPTQ v1 and v2) looks at the rest of the config to choose.
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Codec]] = {
     "compressed-tensors": lambda config: CODECS["compressed-tensors"],
     "fp8": lambda config: replace(_read_only("fp8", fp8), inputs=fp8.inputs, decode_input=fp8.decode_input),
     "gptq": lambda config: CODECS[str(gptq.version(config))],
-    "awq": lambda config: CODECS["awq"],
+    "awq": _awq,
     "auto-round": lambda config: replace(CODECS[auto_round.layout(config)], specs=auto_round.specs),
     "hqq": lambda config: _read_only("HQQ", hqq),
     "torchao": lambda config: _read_only("torchao's tensors", torchao),

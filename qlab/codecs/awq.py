@@ -4,7 +4,7 @@
     qzeros  int32 [G, N/8]   zero points, the same way and as they are
     scales  float16 or bfloat16 [G, N]
 
-Source: AutoAWQ's gemm.py. Versions gemv, gemv_fast, llm-awq and marlin order the same numbers otherwise.
+Source: AutoAWQ's gemm.py. Versions gemv, gemv_fast, llm-awq (awq_gemv.py) and marlin order the same numbers otherwise.
 """
 
 from collections.abc import Collection, Mapping
@@ -20,6 +20,7 @@ from qlab.qtensor import QTensor
 from qlab.spec import Int, Spec
 
 BITS, VERSION = (4,), "gemm"
+PACKED = {VERSION: "int32", "gemv": "int32", "gemv_fast": "int16", "llm-awq": "int16"}  # version that qlab reads -> its words
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 TENSORS = ("qweight", "qzeros", "scales")
 CHUNK = 1 << 17  # words at a time: they stay in a core's own cache
@@ -125,7 +126,7 @@ def config(specs: Mapping[str, Spec | None]) -> dict[str, Any]:
 
 def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec]:
     """The spec of every module with a qweight among `names`; refuses by name what it cannot read."""
-    check_version(config)
+    version(config)
     return {path: _spec(path, dynamic.override(config, path)) for path in stored.modules_with("qweight", names)}
 
 
@@ -136,15 +137,22 @@ def _spec(path: str, found: Mapping[str, Any]) -> Spec:
     return stored.read_spec(path, {**found, "sym": found.get("symmetric", not zero_point)}, BITS)
 
 
-def check_version(config: Mapping[str, Any]) -> None:
-    """Refuse the other versions of AWQ, which mean other numbers by the same names."""
+def version(config: Mapping[str, Any]) -> str:
+    """The version of AWQ: which numbers the tensors mean. Refuses unknown ones, several at once, and words of another width.
+
+    llm-awq is a backend to some writers, beside a version that says nothing then.
+    """
     found = {str(config[key]).lower() for key in ("version", "format", "checkpoint_format") if config.get(key) is not None}
     if str(config.get("backend")).lower() == "llm-awq":
-        found.add("llm-awq")
-    if unread := sorted(found - {VERSION}):
-        raise QlabError(f"quantization_config has AWQ version {unread[0]}; qlab reads {VERSION}")
-    if config.get("pack_dtype") not in (None, "int32"):
-        raise QlabError(f"quantization_config has pack_dtype {config['pack_dtype']!r}; qlab reads int32 words")
+        found = {"llm-awq"}
+    if unread := sorted(found - PACKED.keys()):
+        raise QlabError(f"quantization_config has AWQ version {unread[0]}; qlab reads {', '.join(PACKED)}")
+    if len(found) > 1:
+        raise QlabError(f"quantization_config has AWQ versions {' and '.join(sorted(found))}; it must name one")
+    name = found.pop() if found else VERSION
+    if config.get("pack_dtype") not in (None, PACKED[name]):
+        raise QlabError(f"quantization_config has pack_dtype {config['pack_dtype']!r}; AWQ {name} has {PACKED[name]} words")
+    return name
 
 
 def legacy_config(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The modules that hold packed weights in a lowered model: in the place of nn.Linear, and of a fused weight of experts."""
+"""The modules of a lowered model that hold quantized weights: in the place of nn.Linear, and of a fused weight of experts.
+
+QLinear and QExperts multiply packed 4-bit codes with a kernel; `coded.py` has those for weights that no kernel takes.
+"""
 
 from typing import Any
 
@@ -8,17 +11,19 @@ from torch import Tensor, nn
 from qlab.errors import QlabError
 from qlab.experts import per_row
 from qlab.lower import cpu, cuda
+from qlab.lower.inputs import RoundedInput
 from qlab.lower.nibbles import planes_of
 from qlab.lower.ops import dequantize, int4_grouped_mm, int4_mm
+from qlab.methods.inputs import QuantizeInput
 from qlab.qtensor import QTensor
 
 
-class PackedWeight(nn.Module):
-    """W [n, k], or one for each of e experts, held as packed 4-bit codes.
+class QuantizedWeight(nn.Module):
+    """W [n, k], or one for each of e experts, held as codes.
 
-    words, scales, zeros: buffers in the order `layout`, which belongs to a device and is part of the state: loading the state of
-    another device is refused; those of experts have a leading axis e. dense: a copy of W [n, k] or [e, n, k] for many tokens, never
-    part of the state, or None.
+    words, scales, zeros: buffers in the order `layout`, which is part of the state: loading the state of another layout is
+    refused; those of experts have a leading axis e. dense: a copy of W [n, k] or [e, n, k] for many tokens, never part of the
+    state, or None. inputs: rounds x at run time, or None.
     """
 
     words: Tensor
@@ -26,26 +31,24 @@ class PackedWeight(nn.Module):
     zeros: Tensor | None
     dense: Tensor | None
 
-    def __init__(self, path: str, leaf: QTensor, dtype: torch.dtype, device: torch.device, dense_cache: bool):
+    def __init__(self, path: str, leaf: QTensor, layout: str, device: torch.device, inputs: QuantizeInput | None):
         super().__init__()
         *self.experts, self.out_features, self.in_features = leaf.shape  # [] or [e]
-        self.spec, on_cpu = str(leaf.spec), device.type == "cpu"
-        leaves = [expert(leaf, e) for e in range(self.experts[0])] if self.experts else [leaf]
-        planes = [planes_of(path, one, whole_rows=not on_cpu) for one in leaves]
-        self.layout = cpu.layout() if on_cpu else cuda.layout(device, dtype)
-        self.group, self.count = planes[0].group, planes[0].count
-        packed = [cpu.pack(p, dtype) if on_cpu else cuda.pack(p, dtype, device) for p in planes]
-        for name, parts in zip(("words", "scales", "zeros"), zip(*packed)):
-            self.register_buffer(name, parts[0] if parts[0] is None or not self.experts else torch.stack(parts))
-        self.register_buffer("dense", self.weight().contiguous() if dense_cache else None, persistent=False)
+        self.spec, self.layout = str(leaf.spec), layout
+        self.inputs = None if inputs is None else RoundedInput(path, inputs, device)
 
     def weight(self) -> Tensor:
         """W, dequantized now."""
-        own = (self.out_features, self.in_features, self.group, self.count, self.layout)
-        if not self.experts:
-            return dequantize(self.words, self.scales, self.zeros, *own)
-        zeros = [None] * len(self.words) if self.zeros is None else self.zeros
-        return torch.stack([dequantize(w, s, z, *own) for w, s, z in zip(self.words, self.scales, zeros)])
+        raise NotImplementedError
+
+    def held(self) -> tuple[Tensor | None, ...]:
+        """The tensors that W is made of."""
+        return self.words, self.scales, self.zeros
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """x [..., k] as it is multiplied: [m, k], rounded where inputs are."""
+        x = x.reshape(-1, self.in_features)
+        return x if self.inputs is None else self.inputs(x)
 
     def get_extra_state(self) -> Tensor:
         """The layout's name as bytes: a tensor, so that every file format of states can hold it."""
@@ -61,19 +64,60 @@ class PackedWeight(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, spec={self.spec}, layout={self.layout}{copy}"
 
 
+class PackedWeight(QuantizedWeight):
+    """Held as packed 4-bit codes in an order that belongs to a device.
+
+    perm: the input channel of every column of codes (and of the dense copy), for formats with g_idx, or None.
+    """
+
+    perm: Tensor | None
+
+    def __init__(self, path: str, leaf: QTensor, dtype: torch.dtype, device: torch.device, dense_cache: bool,
+                 inputs: QuantizeInput | None = None):  # fmt: skip
+        on_cpu = device.type == "cpu"
+        super().__init__(path, leaf, cpu.layout() if on_cpu else cuda.layout(device, dtype), device, inputs)
+        leaves = [expert(leaf, e) for e in range(self.experts[0])] if self.experts else [leaf]
+        planes = [planes_of(path, one, whole_rows=not on_cpu) for one in leaves]
+        self.group, self.count = planes[0].group, planes[0].count
+        packed = [cpu.pack(p, dtype) if on_cpu else cuda.pack(p, dtype, device) for p in planes]
+        for name, parts in zip(("words", "scales", "zeros"), zip(*packed)):
+            self.register_buffer(name, parts[0] if parts[0] is None or not self.experts else torch.stack(parts))
+        self.register_buffer("perm", None if leaf.perm is None else leaf.perm.to(device))
+        self.register_buffer("dense", self._columns().contiguous() if dense_cache else None, persistent=False)
+
+    def weight(self) -> Tensor:
+        return self._columns() if self.perm is None else self._columns()[..., self.perm.argsort()]
+
+    def held(self) -> tuple[Tensor | None, ...]:
+        return *super().held(), self.perm
+
+    def _rows(self, x: Tensor) -> Tensor:
+        x = super()._rows(x)
+        return x if self.perm is None else x[:, self.perm]
+
+    def _columns(self) -> Tensor:
+        """W with its columns in the order of the codes."""
+        own = (self.out_features, self.in_features, self.group, self.count, self.layout)
+        if not self.experts:
+            return dequantize(self.words, self.scales, self.zeros, *own)
+        zeros = [None] * len(self.words) if self.zeros is None else self.zeros
+        return torch.stack([dequantize(w, s, z, *own) for w, s, z in zip(self.words, self.scales, zeros)])
+
+
 class QLinear(PackedWeight):
     """y = x @ W.T + b."""
 
     bias: Tensor | None
 
-    def __init__(self, path: str, leaf: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device, dense_cache: bool):
-        super().__init__(path, leaf, dtype, device, dense_cache)
+    def __init__(self, path: str, leaf: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device, dense_cache: bool,
+                 inputs: QuantizeInput | None = None):  # fmt: skip
+        super().__init__(path, leaf, dtype, device, dense_cache, inputs)
         self.register_buffer("bias", None if bias is None else bias.to(device, dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., k] -> [..., n]"""
-        y = int4_mm(x.reshape(-1, self.in_features), self.words, self.scales, self.zeros, self.dense, self.out_features, self.group,
-                    self.count, self.layout)  # fmt: skip
+        y = int4_mm(self._rows(x), self.words, self.scales, self.zeros, self.dense, self.out_features, self.group, self.count,
+                    self.layout)  # fmt: skip
         y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -86,8 +130,8 @@ class QExperts(PackedWeight):
 
     def forward(self, x: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
         """Rows ends[e-1]:ends[e] of x [s, k] times W_e.T, plus bias [e, n] if there is one -> [s, n]"""
-        y = int4_grouped_mm(x, self.words, self.scales, self.zeros, self.dense, ends, self.out_features, self.group, self.count,
-                            self.layout)  # fmt: skip
+        y = int4_grouped_mm(self._rows(x), self.words, self.scales, self.zeros, self.dense, ends, self.out_features, self.group,
+                            self.count, self.layout)  # fmt: skip
         return y if bias is None else y + per_row(bias, ends)
 
 

@@ -1,16 +1,22 @@
 """A quantized model directory as an ordinary Hugging Face model that runs fast."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
+from qlab.graph import Op
 from qlab.lower.attention import use_grouped_attention
-from qlab.lower.linear import PackedWeight, QExperts, QLinear
+from qlab.lower.coded import CodedExperts, CodedLinear, CodedWeight
+from qlab.lower.inputs import RoundedInput
+from qlab.lower.linear import QExperts, QLinear, QuantizedWeight
+from qlab.lower.nibbles import refusal
+from qlab.methods.inputs import QuantizeInput
 from qlab.model.names import Piece
 from qlab.model.skeleton import Skeleton
 from qlab.qtensor import QTensor
@@ -26,33 +32,35 @@ def lower(
     dense_cache: bool = False,
 ) -> PreTrainedModel:
     """The Hugging Face model of a quantized directory, with a QLinear in the place of every quantized linear, and a QExperts in
-    that of every fused weight of experts.
+    that of every fused weight of experts. Where no int4 kernel takes the codes (floats, groups of 16, blocks) it is a CodedLinear
+    or CodedExperts, which hold them as bit streams and dequantize for every call; `repr` shows which.
 
     Codes are packed for `device` while they are loaded, one tensor at a time; the directory stays as it is. Everything else
-    (embeddings, norms, an unquantized head) is in `dtype`, which is also that of the activations. `generate()` works, and so
-    does `torch.compile`, with `options=inductor_options()` for the fused kernels; the model can be exported.
+    (embeddings, norms, an unquantized head) is in `dtype`, which is also that of the activations. Inputs that the directory
+    rounds at run time are. `generate()` works, and so does `torch.compile`, with `options=inductor_options()` for the fused
+    kernels; the model can be exported.
     dense_cache: keep a dense copy of each weight for products of many tokens; `resident_bytes` says what that costs.
 
     Errors: a directory that is not quantized, a device or dtype without kernels, a quantized tensor that no linear holds.
-    Warns when the activations' dtype has no int4 kernel on the device, so that every product is dense.
+    Warns of what is slower than it could be: weights without a kernel, or a dtype of activations without one.
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model.path if isinstance(model, Result) else model)
+    checkpoint.refuse_rotations()
+    checkpoint.warn_unapplied()
     where = device_named(device)
     if dtype not in DTYPES:
         raise QlabError(f"no kernel takes {dtype} activations; lower to {', '.join(str(d) for d in DTYPES)}")
     if not checkpoint.quantized:
         raise QlabError(f"{checkpoint.path} is not quantized, so there is nothing to lower; load it with transformers")
-    refuse_online(checkpoint)
-    if where.type == "cpu" and dtype != torch.bfloat16 and not dense_cache:
-        warnings.warn(f"no int4 kernel on a CPU takes {dtype} activations: every product dequantizes its weight and is dense. "
-                      "Use torch.bfloat16, or dense_cache=True to dequantize once", stacklevel=2)  # fmt: skip
     skeleton = Skeleton(checkpoint, dtype, where)
     for name in quantized_weights(skeleton):
         set_module(skeleton.model, name, pack(skeleton, name, dtype, where, dense_cache))
+    for slow in () if dense_cache else slownesses(skeleton.model, dtype, where):
+        warnings.warn(f"{slow}; dense_cache=True dequantizes once", stacklevel=2)
     with torch.no_grad():
         skeleton.load_outside(with_head=True)
         _load_blocks(skeleton)
-    if checkpoint.config.get_text_config().tie_word_embeddings:
+    if skeleton.tied:
         skeleton.model.tie_weights()
     if (checkpoint.path / "generation_config.json").is_file():
         skeleton.model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
@@ -61,11 +69,26 @@ def lower(
     return skeleton.model.eval()
 
 
-def refuse_online(checkpoint: Checkpoint) -> None:
-    """Refuse a directory whose inputs are rounded at run time."""
-    if checkpoint.inputs:
-        raise QlabError(f"{next(iter(checkpoint.inputs))} of {checkpoint.path} rounds its inputs at run time, which no kernel of "
-                        "qlab's does; evaluate it with qlab, or load it with transformers")
+def slownesses(model: nn.Module, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """What keeps quantized weights of a lowered model from a kernel, a line for all of a kind, with what would help."""
+    modules = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
+    coded = [module.spec for module in modules if isinstance(module, CodedWeight)]
+    found = []
+    if device.type == "cpu" and dtype != torch.bfloat16 and len(coded) < len(modules):
+        found.append(f"no int4 kernel on a CPU takes {dtype} activations: every product dequantizes its weight and is dense. Use "
+                     "torch.bfloat16")
+    if coded:
+        found.append(f"no kernel takes the codes of {len(coded)} weights ({', '.join(sorted(set(coded)))}): every product dequantizes "
+                     "them and is dense. Kernels read integers in groups of 32, 64, 128, 256 or whole rows")
+    return found
+
+
+def refuse_online(name: str, ops: Sequence[Op]) -> QuantizeInput | None:
+    """How a site's input is rounded at run time; refuses whatever else happens to it."""
+    if other := [op for op in ops if not isinstance(op, QuantizeInput)] or ops[1:]:
+        raise QlabError(f"{name} has inputs that go through {type(other[0]).__name__} at run time, which no lowered module does; "
+                        "evaluate the directory with qlab")
+    return next((op for op in ops if isinstance(op, QuantizeInput)), None)
 
 
 def device_named(device: torch.device | str) -> torch.device:
@@ -95,19 +118,35 @@ def quantized_weights(skeleton: Skeleton) -> dict[str, tuple[Piece, ...]]:
     return found
 
 
-def pack(skeleton: Skeleton, name: str, dtype: torch.dtype, device: torch.device, dense_cache: bool = False) -> QLinear | QExperts:
-    """What stands in for a quantized weight of the model, its codes packed for the device."""
+def pack(skeleton: Skeleton, name: str, dtype: torch.dtype, device: torch.device, dense_cache: bool = False) -> nn.Module:
+    """What stands in for a quantized weight of the model: its codes packed for the device's kernel, or as they are where it has
+    none; an ordinary linear where the format's layout is no grid of qlab's, so that the weight has no codes."""
     fused = name in dict(skeleton.model.named_parameters())
     weight = name if fused else f"{name}.weight"
     leaf, parameter = skeleton.leaf(weight), skeleton.model.get_parameter(weight)
-    if not isinstance(leaf, QTensor) or sorted(leaf.shape) != sorted(parameter.shape):
+    if sorted(leaf.shape) != sorted(parameter.shape):
         raise QlabError(f"{skeleton.pieces(weight)[0].module} holds a weight {tuple(leaf.shape)} and the model wants "
                         f"{tuple(parameter.shape)}; its config.json belongs to another model")
+    inputs = refuse_online(name, skeleton.online(name))
+    coded = isinstance(leaf, QTensor) and refusal(leaf.spec, leaf.shape) is not None
     if fused:
-        return QExperts(name, leaf, dtype, device, dense_cache)
+        if not isinstance(leaf, QTensor):
+            raise QlabError(f"{name} has experts without codes of a grid, which no lowered module holds; evaluate the directory with "
+                            "qlab")
+        return (CodedExperts if coded else QExperts)(name, leaf, dtype, device, dense_cache, inputs)
     linear = skeleton.model.get_submodule(name)
     bias = None if linear.bias is None else skeleton.checkpoint.tensor(skeleton.file_name(f"{name}.bias"))
-    return QLinear(name, leaf, bias, dtype, device, dense_cache)
+    if isinstance(leaf, QTensor):
+        return (CodedLinear if coded else QLinear)(name, leaf, bias, dtype, device, dense_cache, inputs)
+    return _plain(leaf, bias, dtype, device)
+
+
+def _plain(W_nk: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> nn.Linear:
+    linear = nn.Linear(W_nk.shape[1], W_nk.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(W_nk.to(device, dtype), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.to(device, dtype), requires_grad=False)
+    return linear
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -126,7 +165,7 @@ def _load_blocks(skeleton: Skeleton) -> None:
             value = nn.Parameter(leaf.to(skeleton.device), requires_grad=False)
             _owner(skeleton.model, name)._parameters[name.rpartition(".")[2]] = value
     for name, buffer in list(skeleton.model.named_buffers()):
-        if isinstance(_owner(skeleton.model, name), PackedWeight):
+        if isinstance(_owner(skeleton.model, name), QuantizedWeight | RoundedInput):
             continue  # a file may have a tensor of the same name, such as `scales`, and it is not this one
         if (stored := skeleton.file_name(name)) in skeleton.checkpoint.files:
             _owner(skeleton.model, name)._buffers[name.rpartition(".")[2]] = skeleton.checkpoint.tensor(stored).to(buffer)
@@ -137,7 +176,7 @@ def _owner(model: nn.Module, name: str) -> nn.Module:
 
 
 def resident_bytes(model: nn.Module) -> dict[str, int]:
-    """Bytes of a model's tensors by what they are: packed weights, dense copies, embeddings (a tied head with them), the rest."""
+    """Bytes of a model's tensors by what they are: quantized weights, dense copies, embeddings (a tied head with them), the rest."""
     seen: set[int] = set()
     total = {"packed": 0, "dense copies": 0, "embeddings": 0, "other": 0}
 
@@ -148,8 +187,8 @@ def resident_bytes(model: nn.Module) -> dict[str, int]:
                 total[kind] += tensor.untyped_storage().nbytes()
 
     for module in model.modules():
-        if isinstance(module, PackedWeight):
-            add("packed", module.words, module.scales, module.zeros)
+        if isinstance(module, QuantizedWeight):
+            add("packed", *module.held())
             add("dense copies", module.dense)
         elif isinstance(module, nn.Embedding):
             add("embeddings", module.weight)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qlab.errors import QlabError
 from qlab.qtensor import QTensor
-from qlab.spec import Int
+from qlab.spec import Int, Spec
 
 GROUPS = (256, 128, 64, 32)  # what aten's and qlab's own kernels read
 ROW_MULTIPLE = 64  # whole rows that 32 does not divide are padded to it
@@ -37,25 +37,33 @@ class Planes:
     count: int
 
 
-def planes_of(path: str, leaf: QTensor, whole_rows: bool = False) -> Planes:
-    """A quantized weight [o, k] as planes. whole_rows: the kernel reads one scale per row without cutting the row into groups.
+def refusal(spec: Spec, shape: torch.Size) -> str | None:
+    """Why no int4 kernel multiplies such a weight [..., o, k], or None."""
+    if not isinstance(spec, Int):
+        return f"{spec} has no kernel; kernels multiply integer codes"
+    (o, k), (rows, cols) = shape[-2:], spec.tile.sizes(shape)
+    if o % rows or k % cols:
+        return f"blocks of {rows}x{cols} that do not divide a weight {tuple(shape)} have no kernel"
+    if (cols + _padding(k, cols)) % GROUPS[-1]:
+        return f"groups of {cols} have no int4 kernel; quantize with groups of 32, 64, 128, 256 or whole rows"
+    return None
 
-    Errors: other than two dimensions, an outer scale or a permutation, groups that are neither whole rows nor a multiple of 32.
+
+def planes_of(path: str, leaf: QTensor, whole_rows: bool = False) -> Planes:
+    """A quantized weight [o, k] as planes, its channels in the order of the codes. whole_rows: the kernel reads one scale per row
+    without cutting the row into groups.
+
+    Errors: whatever `refusal` names.
     """
-    extra = [name for name in ("outer", "perm") if getattr(leaf, name) is not None]
-    if len(leaf.shape) != 2 or extra:
-        raise QlabError(f"{path}: a weight {tuple(leaf.shape)}{f' with {extra[0]}' if extra else ''} has no int4 kernel; kernels "
-                        "take one [o, k] weight with plain scales")
+    if reason := refusal(leaf.spec, leaf.shape):
+        raise QlabError(f"{path}: {reason}")
     rows, cols = leaf.spec.tile.sizes(leaf.shape)
     k = leaf.shape[1]
-    if not isinstance(leaf.spec, Int):
-        raise QlabError(f"{path}: {leaf.spec} has no kernel; kernels multiply integer codes")
-    if leaf.shape[0] % rows or k % cols:
-        raise QlabError(f"{path}: blocks of {rows}x{cols} that do not divide a weight {tuple(leaf.shape)} have no kernel")
     if whole_rows and cols == k and leaf.spec.bits <= 4:
         group, pad = k, 0
     else:
-        group, pad = _kernel_group(path, k, cols)
+        pad = _padding(k, cols)
+        group = next(g for g in GROUPS if (cols + pad) % g == 0)
     repeat = (cols + pad) // group
     scales = leaf.scales.float().repeat_interleave(rows, 0).repeat_interleave(repeat, 1)
     zeros = None if leaf.zeros is None else leaf.zeros.float().repeat_interleave(rows, 0).repeat_interleave(repeat, 1)
@@ -67,13 +75,9 @@ def planes_of(path: str, leaf: QTensor, whole_rows: bool = False) -> Planes:
     return Planes(q, torch.cat([16 * scales, scales], 1), torch.cat([torch.zeros_like(scales), lo_zeros], 1), k, group, 2)
 
 
-def _kernel_group(path: str, k: int, cols: int) -> tuple[int, int]:
-    """The widest kernel group that divides the spec's groups of `cols`, and how many channels are appended to whole rows."""
-    pad = plane_width(k) - k if cols == k else 0
-    for group in GROUPS:
-        if (cols + pad) % group == 0:
-            return group, pad
-    raise QlabError(f"{path}: groups of {cols} have no int4 kernel; quantize with groups of 32, 64, 128, 256 or whole rows")
+def _padding(k: int, cols: int) -> int:
+    """How many channels are appended to a row of k where it is one group."""
+    return plane_width(k) - k if cols == k else 0
 
 
 def plane_width(k: int) -> int:

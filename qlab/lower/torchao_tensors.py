@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.lower import cuda
+from qlab.lower.coded import CodedWeight
 from qlab.lower.linear import QLinear
 from qlab.lower.model import lower
 from qlab.lower.nibbles import GROUPS, plane_width
@@ -34,6 +35,8 @@ def to_torchao(model: Result | Checkpoint | str | Path, device: torch.device | s
         raise QlabError("torchao is not installed; `pip install torchao`, or use qlab.lower") from error
     lowered = lower(model, device, torch.bfloat16)
     for name, module in list(lowered.named_modules()):
+        if isinstance(module, CodedWeight):
+            raise QlabError(f"{name}: torchao's int4 tensors do not hold {module.spec}; use qlab.lower")
         if isinstance(module, QLinear):
             owner, _, key = name.rpartition(".")
             setattr(lowered.get_submodule(owner), key, _linear(name, module))
@@ -43,6 +46,9 @@ def to_torchao(model: Result | Checkpoint | str | Path, device: torch.device | s
 def _linear(name: str, module: QLinear) -> nn.Linear:
     if module.count > 1:
         raise QlabError(f"{name}: torchao's int4 tensors do not hold {module.spec}; use qlab.lower, or quantize to 4 bits or less")
+    if module.perm is not None or module.inputs is not None:
+        raise QlabError(f"{name}: torchao's int4 tensors take inputs as they come, in the order of the channels and not rounded; use "
+                        "qlab.lower")
     if plane_width(module.in_features) != module.in_features or module.group not in GROUPS:
         raise QlabError(f"{name}: torchao's int4 tensors hold no groups of {module.group} over {module.in_features} channels; use "
                         "qlab.lower, or quantize with groups of 32, 64, 128 or 256")

@@ -171,19 +171,24 @@ def _tune(problem: Any, measure: Any, budget: float, floor_us: float, retune: bo
 def weights_of(directory: str | Path, device: torch.device | str) -> dict[tuple[int, bool], list[Shape]]:
     """(group, has zeros) -> the distinct (n, k) of a directory's quantized linears, as the device's kernels hold them.
 
-    A channel's scale may be cut into groups, and 5 to 8 bits are two planes beside each other: see qlab.lower.nibbles.
+    A channel's scale may be cut into groups, and 5 to 8 bits are two planes beside each other: see qlab.lower.nibbles. Weights that no
+    kernel takes are left out; a directory of nothing else is refused.
     """
-    from qlab.lower.nibbles import planes_of
+    from qlab.lower.nibbles import planes_of, refusal
     from qlab.report import read_report
 
     found: dict[tuple[int, bool], set[Shape]] = {}
-    distinct = {(row["spec"], tuple(row["shape"])) for row in read_report(Path(directory))["sites"].values() if row["spec"]}
-    for text, shape in ((spec, torch.Size(shape)) for spec, shape in distinct if len(shape) == 2):
+    rows = [row for row in read_report(Path(directory))["sites"].values() if row["spec"] and len(row["shape"]) == 2]
+    distinct = {(row["spec"], torch.Size(row["shape"])) for row in rows}
+    refused = {(text, shape): reason for text, shape in distinct if (reason := refusal(parse_spec(text), shape))}
+    for text, shape in distinct - refused.keys():
         spec = parse_spec(text)
         scales = torch.zeros(spec.tile.scales_shape(shape))
         blank = QTensor(torch.zeros(shape, dtype=spec.code_dtype), scales, None if spec.symmetric else scales.to(torch.int8), spec)
         planes = planes_of(f"{directory}, {text}", blank, whole_rows=torch.device(device).type == "cuda")
         found.setdefault((planes.group, planes.zeros is not None), set()).add((planes.q.shape[0], planes.q.shape[1]))
+    if refused and not found:
+        raise QlabError(f"{directory} has no weight for a kernel to be tuned for: {next(iter(refused.values()))}")
     return {form: sorted(shapes) for form, shapes in sorted(found.items())}
 
 

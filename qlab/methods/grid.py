@@ -60,39 +60,55 @@ def fit(grid: Grid, W_ok: Tensor, spec: Spec, H_kk: Tensor | None = None,
 def _fit_rows(grid: Grid, x_agn: Tensor, spec: Spec, h_agn: Tensor | None,
               outer: Tensor | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     lo, hi = x_agn.amin(-1).clamp_max(0), x_agn.amax(-1).clamp_min(0)
-    first, *others = [(stored(s, spec, outer), z) for s, z in grid.candidates(lo, hi, spec)]
-    if not others and not grid.refit:
+    made = list(grid.candidates(lo, hi, spec))
+    scales, zeros = stored(torch.stack([s for s, _ in made]), spec, outer), _stacked([z for _, z in made])
+    first = scales[0], None if zeros is None else zeros[0]
+    if len(made) == 1 and not grid.refit:
         return first
-    # sum h (x - s c)^2 = sum h x^2 - 2 s B + s^2 A with A = sum h c^2, B = sum h x c: the codes are needed once for both
-    # scales, and what does not depend on the candidate is left out
-    best_e, best_s, best_z = torch.full_like(lo, torch.inf), *first
-
-    def consider(s: Tensor, z: Tensor | None) -> None:
-        nonlocal best_e, best_s, best_z
-        c = _centred(x_agn, steps(s, outer, torch.float32), z, spec)
-        hc = c if h_agn is None else c * h_agn
-        A, B = torch.linalg.vecdot(hc, c), torch.linalg.vecdot(hc, x_agn)
-        for scale in (s, stored(B / A, spec, outer)) if grid.refit else (s,):
-            wide = steps(scale, outer, torch.float32)
-            e = (wide * A).sub_(B, alpha=2).mul_(wide)
-            better = (e < best_e) & (A > 0)  # a tile of zeros keeps the first candidate
-            best_e, best_s = torch.where(better, e, best_e), torch.where(better, scale, best_s)
-            best_z = z if z is None or best_z is None else torch.where(better, z, best_z)
-
-    for s, z in (first, *others):
-        consider(s, z)
+    best = _best(grid, x_agn, scales, zeros, spec, h_agn, outer)
     if grid.refit:
-        consider(best_s, best_z)
-    # the sums above cancel; never hand out anything worse than the first candidate by the plain formula
+        best = _best(grid, x_agn, best[0][None], None if best[1] is None else best[1][None], spec, h_agn, outer)
+    # the sums in there cancel; never hand out anything worse than the first candidate by the plain formula
     error = lambda s, z: objective(x_agn, steps(s, outer, torch.float32), z, spec, h_agn)
-    worse = error(*first) < error(best_s, best_z)
-    zeros = None if first[1] is None or best_z is None else torch.where(worse, first[1], best_z)
-    return torch.where(worse, first[0], best_s), zeros
+    worse = error(*first) < error(*best)
+    zeros_ag = None if first[1] is None or best[1] is None else torch.where(worse, first[1], best[1])
+    return torch.where(worse, first[0], best[0]), zeros_ag
 
 
-def _centred(x_agn: Tensor, s_ag: Tensor, z_ag: Tensor | None, spec: Spec) -> Tensor:
+def _best(grid: Grid, x_agn: Tensor, scales_cag: Tensor, zeros_cag: Tensor | None, spec: Spec, h_agn: Tensor | None,
+          outer: Tensor | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Of the candidates [c, a, g], and of each refitted if the grid does, the one with the least objective per tile.
+
+    sum h (x - s c)^2 = sum h x^2 - 2 s B + s^2 A with A = sum h c^2, B = sum h x c: the codes are needed once for both scales,
+    and what does not depend on the candidate is left out.
+    """
+    hx, codes, product = x_agn if h_agn is None else x_agn * h_agn, torch.empty_like(x_agn), torch.empty_like(x_agn)
+    A, B = scales_cag.new_empty(scales_cag.shape, dtype=torch.float32), scales_cag.new_empty(scales_cag.shape, dtype=torch.float32)
+    for i, s in enumerate(scales_cag):
+        c = _centred(x_agn, steps(s, outer, torch.float32), None if zeros_cag is None else zeros_cag[i], spec, out=codes)
+        torch.sum(torch.mul(c, hx, out=product), -1, out=B[i])
+        torch.sum(torch.mul(c, c if h_agn is None else h_agn, out=product).mul_(1 if h_agn is None else c), -1, out=A[i])
+    tried = torch.stack([scales_cag, stored(B / A, spec, outer)] if grid.refit else [scales_cag], 1)  # [c, 1 or 2, a, g]
+    wide = steps(tried, outer, torch.float32)
+    e = (wide * A[:, None]).sub_(B[:, None], alpha=2).mul_(wide)
+    e.masked_fill_(~(A > 0)[:, None] | e.isnan(), torch.inf)  # a tile of zeros keeps the first candidate
+    which = e.flatten(0, 1).argmin(0, keepdim=True)
+    return _chosen(tried.flatten(0, 1), which), None if zeros_cag is None else _chosen(zeros_cag, which // tried.shape[1])
+
+
+def _chosen(x_cag: Tensor, which: Tensor) -> Tensor:
+    """x[which[0, a, g], a, g]."""
+    bits = x_cag.view(torch.uint8) if x_cag.itemsize == 1 else x_cag  # torch gathers no 8-bit floats
+    return bits.gather(0, which)[0].view(x_cag.dtype)
+
+
+def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
+    return torch.stack([p for p in parts if p is not None]) if parts[0] is not None else None
+
+
+def _centred(x_agn: Tensor, s_ag: Tensor, z_ag: Tensor | None, spec: Spec, out: Tensor | None = None) -> Tensor:
     """codes - zeros, as floats."""
-    c = x_agn / s_ag.float()[..., None]
+    c = torch.div(x_agn, s_ag.float()[..., None], out=out)
     if z_ag is None:
         return spec.nearest_(c)
     z = z_ag.float()[..., None]

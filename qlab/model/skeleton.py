@@ -7,7 +7,7 @@ replaced by recorders; the head is run the same way, with the last block replayi
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from qlab.errors import QlabError
 from qlab.experts import experts_forward
 from qlab.files.checkpoint import Checkpoint
 from qlab.graph import Code, ModuleGraph, Op, tensors_of
+from qlab.model.at_input import at_input
 from qlab.model.names import Piece, assemble, pieces_of_experts, spellings
 from qlab.model.recording import Call, Output, Recorded, Recorder, Replaced, to_like
 from qlab.qtensor import Leaf, dense
@@ -73,9 +74,13 @@ class Skeleton:
             return self.checkpoint.dtype
         return self.checkpoint.shape_and_dtype(piece.name)[1]
 
+    def fused(self, site: str) -> bool:
+        """Whether a site is a parameter that holds all experts, and goes by its name."""
+        return site in self._parameters
+
     def modules(self, site: str) -> tuple[str, ...]:
         """What readers of the files call the module of a site: in the model's spelling and in the files', or every expert."""
-        if site in self._parameters:
+        if self.fused(site):
             return tuple(piece.module for piece in self.expert_pieces(site))
         return site, self.module_name(site)
 
@@ -98,17 +103,12 @@ class Skeleton:
             stored = self.file_name(f"{path}.{name}")
             leaves[name] = (self.checkpoint.tensor(stored) if stored in self.checkpoint.files else buffer).to(self.device)
         code = self.code(path, call, hidden)
-        online = {site.path: ops for site in code.sites if not decoded and (ops := self._online(f"{path}.{site.path}"))}
+        online = {site.path: ops for site in code.sites if not decoded and (ops := self.online(f"{path}.{site.path}"))}
         return ModuleGraph(code, leaves, path, dtype=self.checkpoint.dtype, online=online)
 
-    def _online(self, site: str) -> tuple[Op, ...]:
-        """What happens to a site's input at run time. Fused experts have one input, which all of them must round alike."""
-        modules = [m for m in self.modules(site) if m in self.checkpoint.inputs]
-        specs = {self.checkpoint.inputs[m] for m in modules}
-        if site in self._parameters and (len(specs) > 1 or any(s.static for s in specs)):
-            raise QlabError(f"{site}: its experts round their inputs in ways of their own ({', '.join(map(str, specs))}); qlab reads "
-                            "experts whose inputs are rounded with one dynamic spec")
-        return self.checkpoint.online(modules[-1]) if modules else ()
+    def online(self, site: str) -> tuple[Op, ...]:
+        """What happens to a site's input at run time."""
+        return at_input(self, site)
 
     def code(self, path: str, call: Call, hidden: Tensor) -> Code:
         """The traced program of a block; traced once for all blocks of one structure.
@@ -139,15 +139,14 @@ class Skeleton:
         head = self.model.get_output_embeddings()
         head_parameters = {id(p) for p in head.parameters()} if head is not None else set()
         inside = tuple(f"{path}." for path in self.blocks)
-        embedding = self.model.get_input_embeddings()
         for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
             if name.startswith(inside) or not parameter.is_meta or (id(parameter) in head_parameters and not with_head):
                 continue
             file_name = self.file_name(name)
-            if id(parameter) in head_parameters and self._tied(name):
-                file_name = self.file_name(f"{_path_of(self.model, embedding)}.weight")
-            if file_name.rpartition(".")[0] in self.checkpoint.inputs:
-                raise QlabError(f"{name} has inputs that are rounded at run time, which qlab does inside blocks only")
+            if name not in self._spelled:  # left out of the files where it is another's
+                file_name = self.file_name(self.tied.get(name, name))
+            if self.online(name.rpartition(".")[0]):
+                raise QlabError(f"{name} has inputs that are rounded or rotated at run time, which qlab does inside blocks only")
             value = self.checkpoint.leaf(file_name, self.dtype)
             _set(self.model, name, dense(value, self.dtype).to(self.device))
         for buffer_owner in self.model.modules():
@@ -155,13 +154,16 @@ class Skeleton:
                 if buffer is not None and not buffer.is_meta:
                     buffer_owner._buffers[key] = buffer.to(self.device)
 
-    def _tied(self, head: str) -> bool:
-        """Whether the files leave the head's tensor out because it is the embedding's."""
-        return head not in self._spelled and bool(self.checkpoint.config.get_text_config().tie_word_embeddings)
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """Parameter that is another one's too -> that one: a head and the embedding."""
+        return self.model.all_tied_weights_keys
 
-    def outside(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the files that belongs to no block, as stored, one at a time."""
-        return ((name, self.checkpoint.tensor(name)) for name in self.outside_names())
+    def outside_leaves(self) -> list[str]:
+        """The names of the leaves of the files that belong to no block: the tensors of a quantized module are one leaf."""
+        leaves = [(n, n.rpartition(".")[0]) for n in self.outside_names()]
+        quantized = self.checkpoint.quantized
+        return list(dict.fromkeys(f"{m}.weight" if m in quantized and n != f"{m}.bias" else n for n, m in leaves))
 
     def outside_names(self) -> list[str]:
         """The names of the files' tensors that belong to no block."""

@@ -11,6 +11,7 @@ from qlab.bench import contenders
 from qlab.bench.__main__ import main as bench_main
 from qlab.bench.contenders import CONTENDERS, Case, Unavailable, prepare
 from qlab.bench.matmul import compare_matmuls, losses, table, verdict
+from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
 from qlab.lower import QLinear, cpu, timing, tuning
 from qlab.lower.timing import copies, microseconds
@@ -71,8 +72,12 @@ def test_the_shapes_of_a_directory_are_its_linears(tmp_path):
     site = {"spec": "int4-g64", "bits_per_weight": 4.25}
     sites = {"a": {**site, "shape": [128, 256]}, "b": {**site, "shape": [128, 256]}, "c": {**site, "shape": [64, 64]},
              "experts": {**site, "shape": [4, 64, 64]}, "lm_head": {**site, "spec": None, "shape": [99, 64]}}  # fmt: skip
+    sites["float"] = {**site, "spec": "nvfp4", "shape": [128, 256]}  # no kernel takes it
     (tmp_path / "qlab.json").write_text(json.dumps({"sites": sites}))
     assert weights_of(tmp_path, "cpu") == {(64, False): [(64, 64), (128, 256)]}
+    (tmp_path / "qlab.json").write_text(json.dumps({"sites": {"float": sites["float"]}}))
+    with pytest.raises(QlabError, match="has no weight for a kernel to be tuned for: nvfp4 has no kernel"):
+        weights_of(tmp_path, "cpu")
 
 
 def test_tuning_a_directory_measures_what_its_lowered_model_looks_up(call, saved, tmp_path):

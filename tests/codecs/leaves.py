@@ -26,9 +26,9 @@ def assert_same(a, b):
     assert a.spec == b.spec
     for field in ("codes", "scales", "zeros", "outer", "perm"):
         x, y = getattr(a, field), getattr(b, field)
-        assert x is y is None or (x.dtype == y.dtype and torch.equal(bits(x), bits(y))), field
+        assert x is y is None or ((x.dtype, x.shape) == (y.dtype, y.shape) and torch.equal(bits(x), bits(y))), field
 
 
 def bits(x):
     """A tensor whose equality is that of bytes: torch compares no 8-bit floats."""
-    return x.contiguous().view(torch.uint8) if x.is_floating_point() else x
+    return (x.contiguous() if x.ndim else x.reshape(1)).view(torch.uint8) if x.is_floating_point() else x

@@ -114,12 +114,10 @@ def test_configs_in_files_of_their_own_are_read():
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"version": "gemv"}, "AWQ version gemv; qlab reads gemm"),
-    ({"version": "gemv_fast"}, "AWQ version gemv_fast"),
-    ({"version": "marlin"}, "AWQ version marlin"),
-    ({"format": "llm-awq"}, "AWQ version llm-awq"),
-    ({"backend": "llm-awq"}, "AWQ version llm-awq"),
-    ({"pack_dtype": "int16"}, "pack_dtype 'int16'"),
+    ({"version": "marlin"}, "AWQ version marlin; qlab reads gemm, gemv, gemv_fast, llm-awq"),
+    ({"version": "gemv", "format": "gemm"}, "AWQ versions gemm and gemv; it must name one"),
+    ({"pack_dtype": "int16"}, "pack_dtype 'int16'; AWQ gemm has int32 words"),
+    ({"version": "gemv_fast", "pack_dtype": "int32"}, "AWQ gemv_fast has int16 words"),
     ({"bits": 8}, "^m has bits 8; qlab reads 4"),
     ({"group_size": "128"}, "^m has group_size '128'"),
     ({"zero_point": None}, "^m has zero_point None"),

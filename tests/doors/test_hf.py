@@ -7,16 +7,19 @@ import shutil
 import pytest
 import torch
 from directories import bits_equal, contents, tensors
-from families import MIXTURES
+from families import MIXTURES, tiny
+from foreign import DENSE, FORMATS, directory
+from lower.tolerances import MODEL
 from test_verify import edit
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 from transformers.quantizers import auto
 
 import qlab
 from qlab.convert import convert
 from qlab.errors import QlabError
+from qlab.evaluate import read
 from qlab.files.checkpoint import open_checkpoint
-from qlab.lower.linear import QExperts, QLinear
+from qlab.lower.linear import QExperts, QLinear, QuantizedWeight
 from qlab.methods.rtn import rtn
 from qlab.quantize import quantize
 from qlab.spec import parse_spec
@@ -28,9 +31,10 @@ IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
 def door():
     """qlab.hf is imported, and transformers has its own readers back when the test ends."""
     mappings = auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
-    before = [dict(mapping) for mapping in mappings]
+    before, reads = [dict(mapping) for mapping in mappings], PretrainedConfig.__dict__["get_config_dict"]
     importlib.import_module("qlab.hf").register()
     yield
+    PretrainedConfig.get_config_dict = reads
     for mapping, was in zip(mappings, before):
         mapping.clear()
         mapping.update(was)
@@ -91,6 +95,68 @@ def test_what_is_saved_is_what_was_read(codec, made, tmp_path):
     configs = [json.loads((path / "config.json").read_text())["quantization_config"] for path in (made(codec), tmp_path / "again")]
     assert configs[0] == configs[1]
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(qlab.lower(made(codec))))
+
+
+def reference(path):
+    """The logits of qlab's own reading, in float32."""
+    reading = read(open_checkpoint(path), qlab.from_ids(open_checkpoint(path), IDS))
+    return reading.skeleton.head(IDS, reading.hidden)
+
+
+@pytest.mark.filterwarnings("ignore:no .*kernel")
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_comes_up_as_qlab_reads_it_and_is_saved_as_it_was(name, tmp_path):
+    path = directory(name, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(path, device_map="cpu")
+    found, expected = logits(model), reference(path)
+    assert (found - expected).norm() < MODEL[torch.float32] * expected.norm() and model.dtype == torch.float32
+    assert sum(isinstance(m, QuantizedWeight) for m in model.modules()) == (0 if name in DENSE else 14)
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    model.to("cpu").save_pretrained(tmp_path / "again")
+    old, new = tensors(path), tensors(tmp_path / "again")
+    assert old.keys() == new.keys() and [key for key in old if not bits_equal(old[key], new[key])] == []
+    configs = [json.loads((folder / "config.json").read_text())["quantization_config"] for folder in (path, tmp_path / "again")]
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks", "nvfp4", "W8A8", "hqq", "gptq, desc_act"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:no .*kernel")
+def test_every_dtype_of_activations(name, dtype, tmp_path):
+    path = directory(name, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    found, expected = logits(model), reference(path)
+    assert found.dtype == dtype and (found - expected).norm() < MODEL[dtype] * expected.norm()
+    assert model.generate(IDS, max_new_tokens=3, do_sample=False).shape[1] <= 11
+
+
+def test_slow_weights_are_announced(tmp_path):
+    with pytest.warns(UserWarning, match=r"no kernel takes the codes of 14 weights \(mxfp4\)"):
+        AutoModelForCausalLM.from_pretrained(directory("mxfp4", tmp_path, torch.bfloat16))
+
+
+@pytest.mark.filterwarnings("ignore:no .*kernel")
+@pytest.mark.parametrize("codec, file", [("gptq", "quantize_config.json"), ("awq", "quant_config.json")])
+def test_a_config_in_a_file_of_its_own_is_found(codec, file, made, tmp_path):
+    """Older writers left config.json as it was; transformers alone would fill such a model at random."""
+    legacy = shutil.copytree(made(codec), tmp_path / "legacy")
+    config = json.loads((legacy / "config.json").read_text())
+    said = config.pop("quantization_config")
+    if codec == "awq":
+        said = {"w_bit": said["bits"], "q_group_size": said["group_size"], "zero_point": True, "version": "GEMM"}
+    (legacy / "config.json").write_text(json.dumps(config))
+    (legacy / file).write_text(json.dumps({k: v for k, v in said.items() if k != "quant_method"}))
+    model = AutoModelForCausalLM.from_pretrained(legacy)
+    assert torch.equal(logits(model), logits(qlab.lower(made(codec))))
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(model))
+    assert open_checkpoint(tmp_path / "again").quantized == open_checkpoint(legacy).quantized
+
+
+def test_unquantized_models_load_as_before(saved):
+    path = saved("llama")
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert getattr(model.config, "quantization_config", None) is None and torch.equal(logits(model), logits(tiny("llama")))
 
 
 @pytest.mark.filterwarnings("ignore:no int4 kernel")

@@ -9,7 +9,10 @@ import venv
 from pathlib import Path
 
 TORCH = "torch>=2.11,<2.14"
-REQUIREMENTS = {"gptqmodel": [TORCH, "gptqmodel==7.6.0"], "auto-round": [TORCH, "auto-round==0.16.1"]}
+REQUIREMENTS = {
+    "gptqmodel": [TORCH, "gptqmodel==7.6.0"], "auto-round": [TORCH, "auto-round==0.16.1"],
+    "llmcompressor": [TORCH, "llmcompressor==0.14.0.1"],  # it pins compressed-tensors 0.19 and transformers 5.15 to 5.17
+}  # fmt: skip
 
 
 def main(name, directory):

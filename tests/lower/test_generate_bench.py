@@ -4,11 +4,14 @@ import json
 from functools import partial
 
 import pytest
+import torch
 
 import qlab
 from qlab.bench.__main__ import main
-from qlab.bench.generate import ENGINES
+from qlab.bench.generate import ENGINES, _undo
 from qlab.files.checkpoint import open_checkpoint
+from qlab.lower import resident_bytes
+from qlab.lower.linear import QuantizedWeight
 from qlab.methods.rtn import rtn
 from qlab.spec import parse_spec
 
@@ -52,6 +55,19 @@ def test_engines_side_by_side(bench, directory, tmp_path):
 def test_bad_input_is_one_sentence(bench, directory, arguments, part):
     code, out, said = bench(directory, *arguments)
     assert code == 2 and not out and part in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("family, spec", [("mixtral", "nvfp4"), ("qwen2", "fp8-channel")])
+def test_the_model_beside_it_has_dense_weights_of_the_same_numbers(family, spec, saved, tmp_path):
+    path = qlab.quantize(open_checkpoint(saved(family)), rtn(parse_spec(spec)), None, tmp_path / "out").path
+    with pytest.warns(UserWarning, match="no kernel takes"):
+        model = qlab.lower(path, dtype=torch.float32)
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        _undo(model)
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
+    assert resident_bytes(model)["packed"] == 0 and not any(isinstance(m, QuantizedWeight) for m in model.modules())
 
 
 def test_a_directory_that_is_not_quantized_is_refused(bench, saved):

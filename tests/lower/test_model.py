@@ -9,7 +9,7 @@ from qlab.calibration import from_ids
 from qlab.errors import QlabError
 from qlab.evaluate import read
 from qlab.files.checkpoint import open_checkpoint
-from qlab.lower import QExperts, QLinear, lower, resident_bytes
+from qlab.lower import CodedExperts, CodedLinear, QExperts, QLinear, lower, resident_bytes
 from qlab.methods.rtn import rtn
 from qlab.spec import parse_spec
 
@@ -55,6 +55,21 @@ def test_lower_and_interpret_agree(quantized, family):
         sites = [name for name, row in result.sites.items() if row["spec"]]
         lowered = [name for name, module in model.named_modules() if isinstance(module, QLinear | QExperts)]
         assert sorted(lowered) == sorted(sites) and model.dtype == dtype
+
+
+CODED = {"fp8-channel": "llama", "fp8-tensor": "opt", "mxfp4": "qwen2", "nvfp4": "mixtral", "int4-g16-asym": "llama"}
+
+
+@pytest.mark.parametrize("spec", CODED)
+def test_what_no_kernel_takes_is_dequantized_for_the_call_and_said_to_be(quantized, spec):
+    result = quantized(CODED[spec], spec)
+    ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
+    with pytest.warns(UserWarning, match=rf"no kernel takes the codes of \d+ weights \({spec}\)"):
+        model = lower(result, dtype=torch.float32)
+    reference, found = interpreted(result.path, ids), logits(model, ids)
+    assert (found - reference).norm() < MODEL[torch.float32] * reference.norm()
+    coded = [name for name, module in model.named_modules() if isinstance(module, CodedLinear | CodedExperts)]
+    assert sorted(coded) == sorted(name for name, row in result.sites.items() if row["spec"]) and f"spec={spec}" in repr(model)
 
 
 def test_one_token_attention_gives_what_the_models_own_attention_gives(quantized):
@@ -120,6 +135,10 @@ def test_resident_bytes_count_each_tensor_once(quantized):
     true, padded = (2 * (64 * 64 * 2 + 64 * kv * 2 + 3 * 64 * 128) for kv in (32, 64))  # kernels pad rows to 64
     assert plain["packed"] == padded // 2 + padded // 32 * 4 and plain["dense copies"] == 0
     assert cached == plain | {"dense copies": true * 2}
+    with pytest.warns(UserWarning, match="no kernel takes"):
+        coded = resident_bytes(lower(quantized("llama", "fp8-channel").path))
+    outputs = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64)
+    assert coded == plain | {"packed": true + outputs * 2}  # a byte each, and scales in bfloat16
 
 
 def test_what_cannot_be_lowered_is_refused_by_name(quantized, saved, tmp_path):
@@ -135,9 +154,6 @@ def test_what_cannot_be_lowered_is_refused_by_name(quantized, saved, tmp_path):
         lower(saved())
     with pytest.raises(QlabError, match="is not a model directory"):
         lower(tmp_path / "nowhere")
-    small = qlab.quantize(open_checkpoint(saved()), rtn(parse_spec("int4-g16")), None, tmp_path / "g16")
-    with pytest.raises(QlabError, match=r"model\.layers\.0\.self_attn\.q_proj: groups of 16 have no int4 kernel"):
-        lower(small)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -162,3 +178,5 @@ def test_torchao_multiplies_the_same_codes(quantized):
     assert (logits(theirs, ids) - reference).norm() / reference.norm() < MODEL[torch.bfloat16]
     with pytest.raises(QlabError, match="torchao's int4 tensors do not hold int8-channel"):
         qlab.to_torchao(quantized("phi3", "int8-channel"))
+    with pytest.warns(UserWarning, match="no kernel"), pytest.raises(QlabError, match="torchao's int4 tensors do not hold fp8-channel"):
+        qlab.to_torchao(quantized("llama", "fp8-channel"))

@@ -9,4 +9,6 @@ import torch
 
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 PRODUCT = {torch.bfloat16: 2.0, torch.float16: 2.0, torch.float32: 32.0}  # of UNIT
-MODEL = {torch.bfloat16: 0.05, torch.float32: 1e-4}  # |logits - reference| / |reference| of a whole tiny model
+# |logits - reference| / |reference| of a whole tiny model. Inputs that are rounded to 8 bits may land on the neighbouring code when
+# they come in 16 bits, which in float16 is most of the error.
+MODEL = {torch.bfloat16: 0.05, torch.float16: 0.05, torch.float32: 1e-4}

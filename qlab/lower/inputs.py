@@ -1,0 +1,44 @@
+"""Inputs that are rounded at run time: what qlab.methods.inputs computes, as one operator.
+
+    qlab::round_input(x [n, k], scales, zeros, outer, spec) -> x on the grid of `spec`, in x's dtype
+"""
+
+import torch
+from torch import Tensor, nn
+
+from qlab.errors import QlabError
+from qlab.methods.inputs import QuantizeInput
+from qlab.spec import parse_spec
+
+
+@torch.library.custom_op("qlab::round_input", mutates_args=())
+def round_input(x: Tensor, scales: Tensor | None, zeros: Tensor | None, outer: Tensor | None, spec: str) -> Tensor:
+    """QuantizeInput(spec, scales, zeros, outer)(x)."""
+    return QuantizeInput(parse_spec(spec), scales, zeros, outer)(x) if len(x) else x.clone()
+
+
+@round_input.register_fake
+def _(x: Tensor, scales: Tensor | None, zeros: Tensor | None, outer: Tensor | None, spec: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+class RoundedInput(nn.Module):
+    """x [n, k] -> x rounded to the nearest numbers of a grid. Scales that were fixed beforehand are buffers."""
+
+    scales: Tensor | None
+    zeros: Tensor | None
+    outer: Tensor | None
+
+    def __init__(self, path: str, rounding: QuantizeInput, device: torch.device):
+        super().__init__()
+        self.spec, self.said = str(rounding.spec), str(rounding.input_spec)
+        if parse_spec(self.spec) != rounding.spec:
+            raise QlabError(f"{path} rounds its inputs to {rounding.spec!r}, which has no name; evaluate the directory with qlab")
+        for name, part in (("scales", rounding.scales), ("zeros", rounding.zeros), ("outer", rounding.outer)):
+            self.register_buffer(name, None if part is None else part.to(device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return round_input(x, self.scales, self.zeros, self.outer, self.spec)
+
+    def extra_repr(self) -> str:
+        return self.said
