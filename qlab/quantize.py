@@ -89,8 +89,8 @@ def quantize(
     inputs: whether a site is calibrated on what the quantized sites before it produce (errors propagate; where a stage moves
     inputs, on the quantized blocks before its own) or on the reference model's activations.
     dtype: of the activations while calibrating (default: the checkpoint's own); statistics and solvers use fp32.
-    memory: refuse to start when the predicted peak, in bytes, is above this. target: an engine of qlab.targets, whose limits
-    are checked before anything runs. The same call gives the same bytes, also
+    memory: observe as many experts at a time as fit these bytes, and refuse to start when the predicted peak is above them.
+    target: an engine of qlab.targets, whose limits are checked before anything runs. The same call gives the same bytes, also
     when a killed run is continued with resume=True.
     calibrate_all_experts: statistics of experts are of all tokens, not of those that are routed to each; nothing else changes.
     """
@@ -130,7 +130,7 @@ def compare(
     with PeakMemory() as peak:
         skeleton = Skeleton(model, dtype or model.dtype, device)
         plans = {name: plan(model, recipe, data, inputs=inputs, calibrate_all_experts=calibrate_all_experts, skeleton=skeleton,
-                            codec=codec, target=target) for name, recipe in recipes.items()}  # fmt: skip
+                            codec=codec, target=target, memory=memory) for name, recipe in recipes.items()}  # fmt: skip
         jobs = []
         for name, recipe in recipes.items():
             plans[name].check(memory)
@@ -138,7 +138,8 @@ def compare(
             job = {"source": model.fingerprint(), "recipe": describe(recipe), "data": used and used.describe(), "inputs": inputs,
                    "calibrate_all_experts": calibrate_all_experts, "dtype": str(skeleton.dtype), "device": skeleton.device.type,
                    "codec": codec, "versions": versions()}  # fmt: skip
-            jobs.append(_Job(recipe, CODECS[codec], Writer(Path(out) / name, job, len(skeleton.blocks) + 1, overwrite, resume), job))
+            writer = Writer(Path(out) / name, job, len(skeleton.blocks) + 1, overwrite, resume)
+            jobs.append(_Job(recipe, CODECS[codec], writer, job, plans[name].experts_at_once))
         if unfinished := [job for job in jobs if not job.writer.finished]:
             needed = data if any(p.statistics for p in plans.values()) else None
             _scan(skeleton, unfinished, needed, inputs, calibrate_all_experts)
@@ -155,6 +156,7 @@ class _Job:
     codec: Codec
     writer: Writer
     identity: Mapping[str, Any]
+    experts_at_once: int | None
 
 
 def _sites(path: Path) -> dict[str, Any]:
@@ -222,7 +224,7 @@ def _block(skeleton: Skeleton, jobs: Sequence[_Job], index: int, batches: Batche
     for job in jobs:
         solved = graph  # lets go of the job before
         if in_order(job.recipe, inputs, everywhere):
-            solved, leaving = solve_in_order(graph, job.recipe, batches)
+            solved, leaving = solve_in_order(graph, job.recipe, batches, job.experts_at_once)
         else:
             solved, _ = solve(graph, job.recipe, watch)
         leaves = as_stored(skeleton, solved)
