@@ -73,8 +73,9 @@ def convert(
     _check_codec(codec)
     if source.path.resolve() == Path(out).expanduser().resolve():
         raise QlabError(f"{source.path} is the directory to convert; choose another output directory")
+    carried = _carried(source, codec)
     targets = _targets(source, codec, requantize)
-    config = _config(source, CODECS[codec], targets)
+    config = _config(source, CODECS[codec], targets) | carried
     record = recorded(source.path)
     job = {"source": source.fingerprint(), "codec": codec, "requantize": requantize and str(requantize),
            "versions": versions(), "converted_from": record.get("job")}  # fmt: skip
@@ -113,6 +114,17 @@ def _config(source: Checkpoint, codec: Codec, targets: Mapping[str, Spec]) -> di
     names = {**linear_names(source), **{module: module for module in source.quantized}}  # experts are no linears of the model
     inputs = [{name: source.inputs.get(module) for name, module in names.items()}] if source.inputs else []
     return codec.config({name: targets.get(module) for name, module in names.items()}, *inputs)
+
+
+def _carried(source: Checkpoint, codec: str) -> dict[str, Any]:
+    """What the config says beside weights and inputs, word for word; refused where it happens at run time and the new format has
+    no place for it. Its tensors are carried on as they are."""
+    assert source.codec is not None  # it is quantized
+    same = CODECS[codec].extras is source.codec.extras
+    if lost := [extra for extra in source.extras if extra.online and not same]:
+        raise QlabError(f"{codec} cannot hold the {lost[0].key} of {source.path}, which would be lost ({lost[0].says}); choose the "
+                        "codec that the directory is in")
+    return {extra.key: source.raw["quantization_config"][extra.key] for extra in source.extras if same}
 
 
 def _targets(source: Checkpoint, codec: str, requantize: Spec | None) -> dict[str, Spec]:
@@ -204,7 +216,7 @@ def _rewrite(source: Checkpoint, codec: Codec, targets: Mapping[str, Spec], requ
         return {name: leaf}  # also what its format laid out in a way of its own
     row = {**record.get("sites", {}).get(module, {}), "shape": list(leaf.shape)}
     certificate = record.get("certificates", {}).get(module)
-    online = [ops] if (ops := source.online(module)) else []
+    online = [ops] if (ops := source.rounding(module)) else []
     try:
         if online and (reason := codec.refusal(targets[module], ops)):
             raise QlabError(reason)

@@ -60,7 +60,11 @@ class Evaluation:
 
 @torch.no_grad()
 def read(model: Checkpoint, data: Tokens, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Reading:
-    """Run the model on all windows, one block in memory at a time; the head stays loaded for what follows."""
+    """Run the model on all windows, one block in memory at a time; the head stays loaded for what follows.
+
+    Warns where the model's readers round keys and values, which qlab does not.
+    """
+    model.warn_unapplied()
     skeleton = Skeleton(model, dtype, device)
     skeleton.load_outside(with_head=True)
     windows = in_batches(data)

@@ -30,6 +30,14 @@ def rows_of(ends: Tensor) -> Iterator[slice]:
         yield slice(start, start := end)
 
 
+def reaching(rows: Rows, experts: slice) -> Rows:
+    """What reaches these experts alone."""
+    assert rows.tokens is not None and rows.ends is not None
+    parts = list(rows_of(rows.ends))[experts]
+    held = slice(parts[0].start, parts[-1].stop)
+    return Rows(rows.x[held], rows.tokens[held], rows.ends[experts] - held.start)
+
+
 def each_expert(x_sk: Tensor, ends: Tensor, product: Callable[[int, Tensor], Tensor]) -> Tensor:
     """product(e, rows of expert e) for all experts, one below the other."""
     return torch.cat([product(e, x_sk[rows]) for e, rows in enumerate(rows_of(ends))])

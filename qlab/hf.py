@@ -87,6 +87,8 @@ class QlabQuantizer(HfQuantizer):
         if type(self.skeleton.model) is not type(model):
             raise QlabError(f"{checkpoint.path} holds a {type(self.skeleton.model).__name__} and not a {type(model).__name__}; load it "
                             "with the auto class of its own architecture")
+        checkpoint.refuse_rotations()
+        checkpoint.warn_unapplied()
         self.packed = quantized_weights(self.skeleton)
         self._refuse_missing(model)
         ours: set[str] = set()
@@ -100,6 +102,7 @@ class QlabQuantizer(HfQuantizer):
             else:  # experts go by numbers under their owner, whatever the files call that
                 ours |= {re.escape(name.rpartition(".")[0]) + r"\.0\..+", re.escape(name)}
                 set_module(model, name, Awaiting(*place.shape[:0:-1]))
+        ours |= {re.escape(name) for extra in checkpoint.extras for name in extra.tensors}
         families = {re.sub(r"\d+", r"\\d+", pattern) for pattern in ours}
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {f"^{family}$" for family in families}
@@ -140,7 +143,7 @@ class QlabQuantizer(HfQuantizer):
             for part in (part for piece in pieces for part in checkpoint.parts(piece.module)):
                 fused = pieces[0].expert is not None
                 state[part if fused else f"{name}.{part.rpartition('.')[2]}"] = checkpoint.tensor(part)
-        return state, {}
+        return state | {name: checkpoint.tensor(name) for extra in checkpoint.extras for name in extra.tensors}, {}
 
 
 def _at(model: nn.Module, name: str) -> Any:

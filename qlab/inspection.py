@@ -19,7 +19,8 @@ SHOWN = ("spec", "shape", "bits_per_weight", "weight_error", "loss", "tokens", "
 @dataclass(frozen=True)
 class Inspection:
     """sites: quantized module -> its spec, tensors and bytes, with what qlab recorded of it. unquantized: name -> dtype and
-    shape. dtypes: bytes by dtype. record: qlab.json, or {} where another tool wrote the directory."""
+    shape. extras: key of its quantization_config -> what its readers do beside, and with how many tensors. dtypes: bytes by dtype.
+    record: qlab.json, or {} where another tool wrote the directory."""
 
     path: Path
     model_type: str
@@ -28,18 +29,21 @@ class Inspection:
     dtypes: Mapping[str, int]
     sites: Mapping[str, Mapping[str, Any]]
     unquantized: Mapping[str, str]
+    extras: Mapping[str, str]
     record: Mapping[str, Any]
 
     def json(self) -> dict[str, Any]:
         """The record with what the headers say added to it."""
         return {**self.record, "path": str(self.path), "model_type": self.model_type, "format": self.format, "files": self.files,
-                "dtypes": dict(self.dtypes), "sites": dict(self.sites), "unquantized": dict(self.unquantized)}  # fmt: skip
+                "dtypes": dict(self.dtypes), "sites": dict(self.sites), "unquantized": dict(self.unquantized),
+                "extras": dict(self.extras)}  # fmt: skip
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self._recorded() if self.record else self._families()
         size = ", ".join(f"{dtype} {held / 1e6:,.1f}" for dtype, held in self.dtypes.items())
         quantized = sum("stored" in row for row in self.sites.values())
         left = sum(row.get("spec") is None for row in self.sites.values())
+        yield from (f"{key}: {says}" for key, says in self.extras.items())
         yield f"{self.model_type}, {self.format}: {self.files} files, {sum(self.dtypes.values()) / 1e6:,.1f} MB ({size})"
         weights = f"{quantized} of {quantized + left} weights quantized" if self.record else f"{quantized} weights quantized"
         more = f", {self.record['bits_per_weight']:.3f} bits per weight" if "bits_per_weight" in self.record else ""
@@ -79,12 +83,12 @@ def inspect(path: str | Path) -> Inspection:
         dtypes[stored.dtype] += stored.nbytes
     noted = dict(record.get("sites", {}))
     sites = {name: {**noted.pop(name, {}), **_held(model, name)} for name in model.quantized}
-    taken = {part for module in model.quantized for part in model.parts(module)}
+    taken = {part for module in model.quantized for part in model.parts(module)} | {n for e in model.extras for n in e.tensors}
     plain = {name: _said(model, name) for name in model.stored if name not in taken}
     return Inspection(
         model.path, str(model.raw.get("model_type")), " ".join(str(quantization[key]) for key in ("quant_method", "format", "version")
         if isinstance(quantization.get(key), str)) or "unquantized", len(set(model.files.values())), dict(dtypes.most_common()),
-        {**sites, **noted}, plain, record,
+        {**sites, **noted}, plain, {e.key: f"{e.says}; {len(e.tensors)} tensors" for e in model.extras}, record,
     )  # fmt: skip
 
 

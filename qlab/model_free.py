@@ -102,6 +102,9 @@ def _chosen(source: Checkpoint, recipe: Transform, include: Sequence[str], exclu
     if wide := sorted(name for name, spec in source.quantized.items() if not isinstance(spec, Float) or spec.bits < 8):
         raise QlabError(f"{wide[0]} of {source.path} is quantized to {source.quantized[wide[0]]} already; start from the unquantized "
                         "model")
+    if online := [extra for extra in source.extras if extra.online]:
+        raise QlabError(f"{source.path} has a {online[0].key} ({online[0].says}) that belongs to its present weights; start from the "
+                        "unquantized model")
     weights = {name.removesuffix(".weight") for name, stored in source.stored.items()
                if name.endswith(".weight") and len(stored.shape) == 2}  # fmt: skip
     modules = sorted(weights | source.quantized.keys())

@@ -12,31 +12,40 @@ from qlab.transform import Transform
 
 
 def outside_sites(skeleton: Skeleton) -> dict[str, Site]:
-    """Every linear that no block holds and that has a weight of its own in the files, by its name in the model."""
+    """Every linear that no block holds, by its name in the model. One tied to the embedding is among them: once it is rounded it
+    has a weight of its own, beside the embedding, which stays."""
     inside = tuple(f"{path}." for path in skeleton.blocks)
-    names = [name for name in skeleton.linears() if not name.startswith(inside) and _has_own_weight(skeleton, name)]
+    names = [name for name in skeleton.linears() if not name.startswith(inside) and weight_of(skeleton, name)]
     return {name: Site(name, f"{name}.weight", None, name, "", outside=True) for name in names}
 
 
-def _has_own_weight(skeleton: Skeleton, name: str) -> bool:
-    """Whether the files hold a linear's weight; a tied head's is the embedding's."""
-    checkpoint, module = skeleton.checkpoint, skeleton.module_name(name)
-    return f"{name}.weight" not in skeleton.tied and (f"{module}.weight" in checkpoint.stored or module in checkpoint.quantized)
+def weight_of(skeleton: Skeleton, name: str) -> str | None:
+    """The leaf of the files that is a linear's weight: its own, or, where they have none, the embedding that it is tied to."""
+    checkpoint, weight = skeleton.checkpoint, f"{name}.weight"
+    found = [skeleton.file_name(w) for w in (weight, skeleton.tied.get(weight, weight))]
+    return next((w for w in found if w in checkpoint.stored or w.rpartition(".")[0] in checkpoint.quantized), None)
 
 
 def outside_leaves(skeleton: Skeleton, recipe: Transform, rows: Callable[[Mapping[str, Any]], None]) -> Iterator[tuple[str, Leaf]]:
     """Every leaf of the files that belongs to no block, one at a time: rounded where a stage of the recipe is for it, else dense
-    as it was stored. rows: takes the report's row of each rounded one."""
+    as it was stored; with the heads that are rounded and were tied. rows: takes the report's row of each rounded one."""
     checkpoint = skeleton.checkpoint
-    sites = {skeleton.module_name(name): site for name, site in outside_sites(skeleton).items()}
-    for name in skeleton.outside_leaves():
-        module, leaf = name.rpartition(".")[0], checkpoint.leaf(name)
+    chosen = {f"{skeleton.module_name(name)}.weight": site for name, site in outside_sites(skeleton).items()
+              if any(stage.spec and stage.touches(name, site) for stage in recipe)}  # fmt: skip
+    for name in dict.fromkeys([*skeleton.outside_leaves(), *chosen]):
+        site = chosen.get(name)
+        leaf = checkpoint.leaf(name if site is None else weight_of(skeleton, site.path) or name)
         if isinstance(leaf, QTensor):  # the files' own format ends here: the output is in another one
             leaf = dense(leaf, checkpoint.dtype)
-        site = sites.get(module) if name == f"{module}.weight" else None
-        if site is None or not any(stage.spec and stage.touches(site.path, site) for stage in recipe):
+        if site is None:
             yield name, leaf
             continue
         solved, _ = solve(lone_weight(site.path, leaf.to(skeleton.device), outside=True), recipe, lambda graph, wanted: {})
         rows(site_rows(solved))
         yield name, solved.params["weight"]
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json whose head has a weight of its own."""
+    text = {"text_config": {**config["text_config"], "tie_word_embeddings": False}} if "text_config" in config else {}
+    return {**config, **text, "tie_word_embeddings": False}

@@ -1,6 +1,6 @@
 """What a recipe will do to a model, and whether it can, before anything runs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,8 @@ SQUARES = {"gptq": 8, "awq_scale": 4}
 @dataclass(frozen=True)
 class Plan:
     """stages: the recipe in words. sites: name -> spec, shape, bits per weight and number of experts. passes: forward passes over the
-    calibration data. statistics: what is observed. memory: predicted bytes by what holds them."""
+    calibration data. statistics: what is observed. memory: predicted bytes by what holds them. experts_at_once: of how many experts
+    statistics are held at a time (None: of all)."""
 
     stages: Sequence[Mapping[str, str]]
     sites: Mapping[str, Mapping[str, Any]]
@@ -40,6 +41,7 @@ class Plan:
     tokens: int
     statistics: Sequence[str]
     memory: Mapping[str, int]
+    experts_at_once: int | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -61,8 +63,9 @@ class Plan:
     def json(self) -> dict[str, Any]:
         """The plan as plain data."""
         return {"stages": list(self.stages), "sites": dict(self.sites), "unquantized": list(self.unquantized),
-                "passes": self.passes, "tokens": self.tokens, "statistics": list(self.statistics),
-                "memory": dict(self.memory), "peak_bytes": self.peak_bytes, "bits_per_weight": self.bits_per_weight}  # fmt: skip
+                "passes": self.passes, "tokens": self.tokens, "statistics": list(self.statistics), "memory": dict(self.memory),
+                "experts_at_once": self.experts_at_once, "peak_bytes": self.peak_bytes,
+                "bits_per_weight": self.bits_per_weight}  # fmt: skip
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table("stage", "spec", "settings", "sites", title="plan", title_justify="left")
@@ -73,6 +76,8 @@ class Plan:
                f"{self.bits_per_weight:.3f} bits per weight")
         yield f"stays unquantized: {', '.join(self.unquantized) or 'nothing'}"
         yield f"{self.passes} passes over {self.tokens:,} tokens; statistics: {', '.join(self.statistics) or 'none'}"
+        if self.experts_at_once:
+            yield f"statistics of {self.experts_at_once} experts at a time"
         parts = ", ".join(f"{name} {size / MiB:.0f}" for name, size in self.memory.items())
         yield f"predicted peak memory: {self.peak_bytes / MiB:.0f} MiB ({parts})"
 
@@ -81,17 +86,22 @@ class Plan:
 def plan(
     model: Checkpoint, recipe: Transform, data: Data | None = None, *, inputs: Inputs = "quantized",
     calibrate_all_experts: bool = False, skeleton: Skeleton | None = None, codec: str = CODEC, target: str | None = None,
+    memory: int | None = None,
 ) -> Plan:  # fmt: skip
     """Stages, passes, statistics, predicted peak memory, bits per weight and what stays unquantized.
 
     Refuses by site or pattern name what cannot work: groups that do not divide, patterns without a site, sites
     without a rule, weights rounded twice, inputs split under a reparametrization, what the codec's format cannot hold, and
-    what the engine `target` (a name in qlab.targets) does not load, with the nearest that it does.
+    what the engine `target` (a name in qlab.targets) does not load, with the nearest that it does. memory: bytes into which the
+    statistics of experts are to fit, a part of the experts at a time; `Plan.check` says whether they do.
     """
     if codec not in CODECS:
         raise QlabError(f"the codec {codec!r} is unknown; qlab writes {', '.join(CODECS)}")
     if any(not isinstance(spec, Float) for spec in model.quantized.values()):
         raise QlabError(f"{model.path} is quantized already; start from the unquantized model")
+    if online := [extra for extra in model.extras if extra.online]:
+        raise QlabError(f"{model.path} has a {online[0].key} ({online[0].says}) that belongs to its present weights; start from the "
+                        "unquantized model")
     if all(stage.spec is None for stage in recipe):
         raise QlabError("the recipe rounds no weight, so there is nothing to write; add a method such as rtn(spec)")
     needs = sorted({need for stage in recipe for need in stage.needs})
@@ -115,15 +125,29 @@ def plan(
         rows[name] |= {"experts": shapes[name][0]} if site.route else {}
     outside = [n for n in skeleton.linears() if n not in named]
     tokens = data.count if data is not None and needs else 0
+    in_parts = in_order(recipe, inputs, calibrate_all_experts)
+    experts = max(shapes[n][0] if in_parts and site.route else 0 for n, (_, site) in named.items())
+    at_once, held = _fitting(memory, experts, lambda n: predict_memory(
+        skeleton, codes, shapes, data if needs else None, recipe, inputs, calibrate_all_experts, n))  # fmt: skip
     return Plan(
         describe(recipe),
         rows,
         [*outside, *(n for n, s in specs.items() if s is None)],
-        (1 if in_order(recipe, inputs, calibrate_all_experts) else 2) if needs else 0,
+        (1 if in_parts else 2) if needs else 0,
         tokens,
         needs,
-        predict_memory(skeleton, codes, shapes, data if needs else None, recipe, inputs, calibrate_all_experts),
+        held,
+        at_once,
     )
+
+
+def _fitting(memory: int | None, experts: int, predict: Callable[[int | None], dict[str, int]]) -> tuple[int | None, dict[str, int]]:
+    """Of how many experts statistics are held at a time, the most that fit, and what is held then: halves, until there is one."""
+    at_once, held = None, predict(None)
+    while memory is not None and sum(held.values()) > memory and experts > 1:
+        experts = at_once = -(-experts // 2)
+        held = predict(at_once)
+    return at_once, held
 
 
 def _check_positions(model: Checkpoint, data: Data) -> None:
@@ -229,7 +253,8 @@ def _some(names: Sequence[str]) -> str:
 
 
 def predict_memory(skeleton: Skeleton, codes: Mapping[str, Code], shapes: Mapping[str, torch.Size],
-                   data: Data | None, recipe: Transform, inputs: Inputs, everywhere: bool) -> dict[str, int]:  # fmt: skip
+                   data: Data | None, recipe: Transform, inputs: Inputs, everywhere: bool,
+                   experts_at_once: int | None = None) -> dict[str, int]:  # fmt: skip
     """Bytes at the widest moment of the run, by what holds them: entering the first block, copying what surrounds the
     blocks, or observing, solving and leaving the widest block."""
     process = {"process": psutil.Process().memory_info().rss}
@@ -245,18 +270,21 @@ def predict_memory(skeleton: Skeleton, codes: Mapping[str, Code], shapes: Mappin
     for path, code in codes.items():
         weights = [shapes[f"{path}.{site.path}"] for site in code.sites]
         block = sum(p.numel() for p in skeleton.blocks[path].parameters()) * size
-        moments += [process | {"block": block} | held for held in _block_moments(code, weights, size, data, recipe, inputs, everywhere)]
+        held = _block_moments(code, weights, size, data, recipe, inputs, everywhere, experts_at_once)
+        moments += [process | {"block": block} | parts for parts in held]
     return max(moments, key=lambda held: sum(held.values()))
 
 
 def _block_moments(code: Code, weights: Sequence[torch.Size], size: int, data: Data | None,
-                   recipe: Transform, inputs: Inputs, everywhere: bool) -> Iterator[dict[str, int]]:  # fmt: skip
+                   recipe: Transform, inputs: Inputs, everywhere: bool, experts_at_once: int | None
+                   ) -> Iterator[dict[str, int]]:  # fmt: skip
     """What is held beside the process and the block's own leaves, at the widest moments of the block."""
     statistics, square, waiting, ordered = 0, 0, 0, in_order(recipe, inputs, everywhere)
     matrices = [torch.Size(shape[-2:]).numel() for shape in weights]  # experts are solved one after the other
     if data is not None:
         firsts = [code.sites.index(sites[0]) for sites in by_source(code.sites).values()]
-        states = [4 * weights[i][-1] ** 2 * (weights[i][0] if code.sites[i].route else 1) for i in firsts]
+        seen = [min(weights[i][0], experts_at_once or weights[i][0]) if code.sites[i].route else 1 for i in firsts]
+        states = [4 * weights[i][-1] ** 2 * n for i, n in zip(firsts, seen)]
         ks = [weights[i][-1] for i in firsts]
         copies = [(weights[i][0] if everywhere else s.choices) if s.route else 1 for i, s in enumerate(code.sites)]  # of a token
         hidden, widest = weights[0][-1], max(max(shape[-2:]) * rows for shape, rows in zip(weights, copies))

@@ -15,21 +15,20 @@ from rich.progress import track
 from torch import Tensor
 
 from qlab.calibration import Data
-from qlab.certificate import certify, hash_of
 from qlab.codecs import CODECS, Codec
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.writer import Carry, Writer
-from qlab.graph import ModuleGraph, Op
-from qlab.model.names import Piece
+from qlab.graph import ModuleGraph
 from qlab.model.recording import Call
 from qlab.model.skeleton import Skeleton
-from qlab.outside import outside_leaves
+from qlab.outside import outside_leaves, outside_sites, untied, weight_of
 from qlab.plan import CODEC, Plan, plan
-from qlab.qtensor import Leaf, QTensor
+from qlab.qtensor import QTensor
 from qlab.report import PeakMemory, bits_per_weight, describe, site_rows, versions
 from qlab.spec import InputSpec, Spec, parse_input_spec, parse_spec
 from qlab.stats import Stats
+from qlab.stored import as_stored, certificates, encode, online_at
 from qlab.sweep import Batch, Batches, Inputs, in_batches, in_order, observe, push, record, solve, solve_in_order
 from qlab.transform import Transform
 
@@ -89,8 +88,8 @@ def quantize(
     inputs: whether a site is calibrated on what the quantized sites before it produce (errors propagate; where a stage moves
     inputs, on the quantized blocks before its own) or on the reference model's activations.
     dtype: of the activations while calibrating (default: the checkpoint's own); statistics and solvers use fp32.
-    memory: refuse to start when the predicted peak, in bytes, is above this. target: an engine of qlab.targets, whose limits
-    are checked before anything runs. The same call gives the same bytes, also
+    memory: observe as many experts at a time as fit these bytes, and refuse to start when the predicted peak is above them.
+    target: an engine of qlab.targets, whose limits are checked before anything runs. The same call gives the same bytes, also
     when a killed run is continued with resume=True.
     calibrate_all_experts: statistics of experts are of all tokens, not of those that are routed to each; nothing else changes.
     """
@@ -130,7 +129,7 @@ def compare(
     with PeakMemory() as peak:
         skeleton = Skeleton(model, dtype or model.dtype, device)
         plans = {name: plan(model, recipe, data, inputs=inputs, calibrate_all_experts=calibrate_all_experts, skeleton=skeleton,
-                            codec=codec, target=target) for name, recipe in recipes.items()}  # fmt: skip
+                            codec=codec, target=target, memory=memory) for name, recipe in recipes.items()}  # fmt: skip
         jobs = []
         for name, recipe in recipes.items():
             plans[name].check(memory)
@@ -138,7 +137,8 @@ def compare(
             job = {"source": model.fingerprint(), "recipe": describe(recipe), "data": used and used.describe(), "inputs": inputs,
                    "calibrate_all_experts": calibrate_all_experts, "dtype": str(skeleton.dtype), "device": skeleton.device.type,
                    "codec": codec, "versions": versions()}  # fmt: skip
-            jobs.append(_Job(recipe, CODECS[codec], Writer(Path(out) / name, job, len(skeleton.blocks) + 1, overwrite, resume), job))
+            writer = Writer(Path(out) / name, job, len(skeleton.blocks) + 1, overwrite, resume)
+            jobs.append(_Job(recipe, CODECS[codec], writer, job, plans[name].experts_at_once))
         if unfinished := [job for job in jobs if not job.writer.finished]:
             needed = data if any(p.statistics for p in plans.values()) else None
             _scan(skeleton, unfinished, needed, inputs, calibrate_all_experts)
@@ -155,6 +155,7 @@ class _Job:
     codec: Codec
     writer: Writer
     identity: Mapping[str, Any]
+    experts_at_once: int | None
 
 
 def _sites(path: Path) -> dict[str, Any]:
@@ -190,11 +191,12 @@ def _scan(skeleton: Skeleton, jobs: list[_Job], data: Data | None, inputs: Input
 def _write_outside(skeleton: Skeleton, job: _Job) -> None:
     """What surrounds the blocks, one leaf at a time."""
     notes: dict[str, dict[str, Any]] = {"sites": {}, "certificates": {}, "changed": {}}
+    made_of = {f"{skeleton.module_name(name)}.weight": weight_of(skeleton, name) for name in outside_sites(skeleton)}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, leaf in outside_leaves(skeleton, job.recipe, notes["sites"].update):
             if isinstance(leaf, QTensor) or name.rpartition(".")[0] in skeleton.checkpoint.quantized:
-                for section, rows in certificates({name: leaf}, skeleton.checkpoint).items():
+                for section, rows in certificates({name: leaf}, skeleton.checkpoint, made_of).items():
                     notes[section].update(rows)
             yield from encode({name: leaf}, job.codec, {}).items()
 
@@ -221,7 +223,7 @@ def _block(skeleton: Skeleton, jobs: Sequence[_Job], index: int, batches: Batche
     for job in jobs:
         solved = graph  # lets go of the job before
         if in_order(job.recipe, inputs, everywhere):
-            solved, leaving = solve_in_order(graph, job.recipe, batches)
+            solved, leaving = solve_in_order(graph, job.recipe, batches, job.experts_at_once)
         else:
             solved, _ = solve(graph, job.recipe, watch)
         leaves = as_stored(skeleton, solved)
@@ -251,55 +253,6 @@ def _watcher(graph: ModuleGraph, look: Callable[[ModuleGraph, set], Stats]) -> C
     return watch
 
 
-def as_stored(skeleton: Skeleton, graph: ModuleGraph) -> dict[str, Leaf]:
-    """A block's leaves by their names in the files, each unquantized one in its own stored dtype; experts one by one."""
-    parts = {piece: piece.of(graph.params[name]) for name in graph.params for piece in _pieces(skeleton, graph, name)}
-    return {piece.name: part if isinstance(part, QTensor) else part.to(skeleton.stored_dtype(piece)) for piece, part in parts.items()}
-
-
-def _pieces(skeleton: Skeleton, graph: ModuleGraph, name: str) -> Sequence[Piece]:
-    """The tensors as which a leaf is written: as it was stored, but quantized experts by the names that engines expect."""
-    leaf, path = graph.params[name], f"{graph.path}.{name}"
-    if isinstance(leaf, QTensor) and len(leaf.shape) == 3:
-        return skeleton.expert_pieces(path)
-    return skeleton.block_names(graph.path).get(name, ())  # a buffer has none
-
-
-def online_at(skeleton: Skeleton, graph: ModuleGraph, codec: Codec) -> dict[str, tuple[Op, ...]]:
-    """What still happens to inputs at run time, by the leaves' names in the files; refused where the format has no place for it."""
-    online: dict[str, tuple[Op, ...]] = {}
-    for site in graph.code.sites:
-        if ops := graph.online.get(site.path, ()):
-            leaf = graph.params[site.weight or ""]
-            if reason := codec.refusal(leaf.spec, ops) if isinstance(leaf, QTensor) else "its weight is not quantized":
-                raise QlabError(f"{graph.where(site)} still needs an operation at run time: {reason}")
-            online |= {piece.name: ops for piece in _pieces(skeleton, graph, site.weight or "")}
-    return online
-
-
-def encode(leaves: Mapping[str, Leaf], codec: Codec, online: Mapping[str, tuple[Op, ...]]) -> dict[str, Tensor]:
-    """The tensors of these leaves: codes packed by the codec, everything else as it is."""
-    tensors: dict[str, Tensor] = {}
-    for name, leaf in leaves.items():
-        ops = [online[name]] if name in online else []
-        tensors |= codec.encode(name.rpartition(".")[0], leaf, *ops) if isinstance(leaf, QTensor) else {name: leaf}
-    return tensors
-
-
-def certificates(leaves: Mapping[str, Leaf], reference: Checkpoint) -> dict[str, dict[str, Any]]:
-    """What `verify` can hold a block to: a certificate per quantized module, and the hash of every other tensor that differs
-    from the reference's."""
-    certified: dict[str, Any] = {}
-    changed: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        original = reference.leaf(name) if name in reference.stored else None
-        if isinstance(leaf, QTensor):
-            certified[name.rpartition(".")[0]] = certify(leaf, original)
-        elif not isinstance(original, Tensor) or not torch.equal(leaf.cpu(), original):
-            changed[name] = hash_of(leaf)
-    return {"certificates": certified, "changed": changed}
-
-
 def _finish(skeleton: Skeleton, job: _Job) -> None:
     model, notes = skeleton.checkpoint, job.writer.notes()
     specs: dict[str, Spec | None] = {}
@@ -311,6 +264,7 @@ def _finish(skeleton: Skeleton, job: _Job) -> None:
         for module in skeleton.modules(name):  # readers match the one or the other
             specs[module], inputs[module] = spec, rounded
     rounding = [inputs] if any(inputs.values()) else []
-    config = {**model.raw, "quantization_config": job.codec.config(specs, *rounding)}
+    raw = untied(model.raw) if any(f"{name}.weight" in skeleton.tied for name in notes["sites"]) else model.raw
+    config = {**raw, "quantization_config": job.codec.config(specs, *rounding)}
     record = {"job": job.identity, **notes, "bits_per_weight": bits_per_weight(notes["sites"])}
     job.writer.finish({"config.json": config, "qlab.json": record}, model.path)

@@ -3,7 +3,7 @@
 Shapes: x_nk is n tokens by k channels, H_kk = sum_n x_n^T x_n. Accumulation is in fp32 whatever the model's dtype.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -128,9 +128,9 @@ def sample(n: int) -> Stat:
 
 
 class PerExpert(NamedTuple):
-    """One state per expert, of the tokens that were routed to it."""
+    """One state per expert, of the tokens that were routed to it. They may be observed as they are asked for."""
 
-    states: tuple[Any, ...]
+    states: Sequence[Any]
 
 
 def per_expert(stat: Stat) -> Stat:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -9,12 +10,12 @@ from torch import Tensor
 
 from qlab.calibration import Data
 from qlab.errors import QlabError
-from qlab.experts import Rows
-from qlab.graph import ModuleGraph, by_source
+from qlab.experts import Rows, reaching
+from qlab.graph import ModuleGraph, Site, by_source
 from qlab.interpret import Walk, inputs_of, interpret
 from qlab.model.recording import Call
 from qlab.model.skeleton import Skeleton
-from qlab.stats import Observation, Stats, stat_of
+from qlab.stats import Observation, PerExpert, Stats, stat_of
 from qlab.transform import Transform, apply, select
 
 BATCH_TOKENS = 2048
@@ -54,22 +55,24 @@ def observe(graph: ModuleGraph, wanted: set[tuple[str, str]], batches: Iterator[
 
 
 class _Seen:
-    """Statistics as they grow, batch by batch."""
+    """Statistics as they grow, batch by batch; of experts, those of all or of some."""
 
-    def __init__(self, graph: ModuleGraph, wanted: set[tuple[str, str]]):
-        self.graph, self.wanted = graph, wanted
+    def __init__(self, graph: ModuleGraph, wanted: set[tuple[str, str]], experts: slice | None = None):
+        self.graph, self.wanted, self.experts = graph, wanted, experts
         self.tokens = dict.fromkeys((source for source, _ in wanted), 0)
         self.stats: dict[tuple[str, str], Any] = {}
 
     def add(self, inputs: Mapping[str, Rows]) -> None:
         """One batch: source -> what reaches its sites."""
         for source, rows in inputs.items():
+            before = self.tokens[source]
+            self.tokens[source] += rows.x[..., 0].numel() if rows.tokens is None else int(rows.tokens.max()) + 1
+            rows = rows if self.experts is None else reaching(rows, self.experts)
             x_nk = rows.x.flatten(0, -2)
             if not x_nk.sum().isfinite() and not torch.isfinite(x_nk).all():  # the sum is the cheaper question
                 _refuse_nonfinite(self.graph, source, x_nk.dtype)
             numbers = torch.arange(len(x_nk), device=x_nk.device) if rows.tokens is None else rows.tokens
-            observation = Observation(x_nk, numbers + self.tokens[source], rows.ends)
-            self.tokens[source] += int(numbers.max()) + 1
+            observation = Observation(x_nk, numbers + before, rows.ends)
             for name in sorted(n for s, n in self.wanted if s == source):
                 stat, key = stat_of(name, rows.ends is not None), (source, name)
                 state = stat.lift(observation)
@@ -100,28 +103,57 @@ def in_order(transform: Transform, inputs: Inputs, everywhere: bool = False) -> 
     return inputs == "quantized" and not everywhere and all(stage.sitewise for stage in transform)
 
 
-def solve_in_order(graph: ModuleGraph, transform: Transform, batches: Batches) -> tuple[ModuleGraph, Iterator[Tensor]]:
+def solve_in_order(graph: ModuleGraph, transform: Transform, batches: Batches, experts_at_once: int | None = None
+                   ) -> tuple[ModuleGraph, Iterator[Tensor]]:  # fmt: skip
     """All stages, source after source in running order, each on inputs that the quantized sources before it produced;
     with the hidden states that leave the solved segment, batch by batch.
 
     One forward pass: it waits at each source until that is solved. Where the values of waiting batches are more than HELD
-    bytes, the others are let go and computed again. Every stage must be sitewise.
+    bytes, the others are let go and computed again. Every stage must be sitewise. experts_at_once: of how many experts statistics
+    are held at a time (None: of all); nothing that comes out depends on it.
     """
     walks = [Walk(graph.code) for _ in batches()]
     for source, sites in by_source(graph.code.sites).items():
         graph = replace(graph, selected=frozenset(site.path for site in sites))
         wanted = {(source, need) for stage in transform if select(stage, graph).sites for need in stage.needs}
-        stats = _at(source, graph, wanted, walks, batches()) if wanted else {}
+        stats: Stats = {}
+        if wanted and sites[0].route and experts_at_once:
+            look = partial(_at, source, graph, walks=walks, batches=batches)
+            stats = {key: PerExpert(_InParts(key, look, _experts(graph, sites[0]), experts_at_once)) for key in wanted}
+        elif wanted:
+            stats = _at(source, graph, wanted, walks, batches)
         for stage in transform:
             graph, stats = apply(stage, graph, stats)
     graph = replace(graph, selected=None)
     return graph, (_hidden(walk.end(graph, *call.inputs(h)), h) for walk, (call, h) in zip(walks, batches()))
 
 
-def _at(source: str, graph: ModuleGraph, wanted: set, walks: Sequence[Walk], batches: Iterator[Batch]) -> Stats:
-    """The statistics `wanted` of one source, with every walk waiting there."""
-    seen, held = _Seen(graph, wanted), 0
-    for walk, (call, hidden) in zip(walks, batches):
+def _experts(graph: ModuleGraph, site: Site) -> int:
+    return graph.params[site.weight or ""].shape[0]
+
+
+class _InParts(Sequence):
+    """One statistic of every expert, observed when it is asked for: of `size` neighbours at a time, of which the last are held."""
+
+    def __init__(self, key: tuple[str, str], look: Callable[..., Stats], experts: int, size: int):
+        self.key, self.look, self.experts, self.size = key, look, experts, size
+        self.first, self.held = 0, ()
+
+    def __len__(self) -> int:
+        return self.experts
+
+    def __getitem__(self, expert: Any) -> Any:
+        if not self.held or not self.first <= expert < self.first + self.size:
+            self.first, self.held = expert - expert % self.size, ()
+            part = slice(self.first, min(self.first + self.size, self.experts))
+            self.held = self.look(wanted={self.key}, experts=part)[self.key].states
+        return self.held[expert - self.first]
+
+
+def _at(source: str, graph: ModuleGraph, wanted: set, walks: Sequence[Walk], batches: Batches, experts: slice | None = None) -> Stats:
+    """The statistics `wanted` of one source, with every walk waiting there; of experts, those of all or of some."""
+    seen, held = _Seen(graph, wanted, experts), 0
+    for walk, (call, hidden) in zip(walks, batches()):
         seen.add({source: walk.to(graph, source, *call.inputs(hidden))})
         held += walk.nbytes()
         if held > HELD:

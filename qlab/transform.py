@@ -164,8 +164,9 @@ def each_weight(name: str, fn: WeightFn, spec: Spec, needs: frozenset[str] = fro
                 leaf = solved[0].leaf
             else:
                 experts = range(graph.params[site.weight].shape[0])
-                own = [{n: state.states[e] for n, state in seen.items()} for e in experts]
-                solved = [solve(graph, site, {**own[e], "outer": None if outer is None else outer[e]}, e) for e in experts]
+                # a state may be observed when it is asked for, and is held no longer than its expert takes
+                solved = [solve(graph, site, {**{n: state.states[e] for n, state in seen.items()},
+                                              "outer": None if outer is None else outer[e]}, e) for e in experts]  # fmt: skip
                 leaf = _stacked([s.leaf for s in solved])
             leaves[site.weight] = leaf if isinstance(leaf, QTensor) or site.layout.endswith("o k") else leaf.mT.contiguous()
             notes[site.path] = {**notes.get(site.path, {}), **_notes([s.errors for s in solved]), **_merged([s.note for s in solved])}

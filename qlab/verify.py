@@ -25,7 +25,8 @@ class Verdict:
 
     missing, extra: tensors of the reference that the directory lacks, and the other way round. changed: unquantized tensors
     that differ from the reference, with what explains each or None. certified: whether the directory holds certificates;
-    without them nothing explains a change, and none is a fault.
+    without them nothing explains a change, and none is a fault. extras: tensor that its configuration calls for beside weights
+    -> what is wrong with it, or None.
     """
 
     path: Path
@@ -34,11 +35,13 @@ class Verdict:
     extra: Sequence[str]
     changed: Mapping[str, str | None]
     certified: bool
+    extras: Mapping[str, str | None]
 
     @property
     def faults(self) -> list[str]:
         """What is wrong, one sentence each; empty when the directory is what it claims to be."""
         found = [f"{name}: {row['fault']}" for name, row in self.sites.items() if row["fault"]]
+        found += [f"{name} {fault}" for name, fault in self.extras.items() if fault]
         found += [f"{name} is missing" for name in self.missing]
         found += [f"{name} is not in the reference" for name in self.extra]
         return found + [f"{name} differs from the reference and no certificate says why"
@@ -47,7 +50,8 @@ class Verdict:
     def json(self) -> dict[str, Any]:
         """The verdict as plain data."""
         return {"path": str(self.path), "certified": self.certified, "faults": self.faults, "sites": dict(self.sites),
-                "missing": list(self.missing), "extra": list(self.extra), "changed": dict(self.changed)}  # fmt: skip
+                "missing": list(self.missing), "extra": list(self.extra), "changed": dict(self.changed),
+                "extras": dict(self.extras)}  # fmt: skip
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table("site", "spec", "weight error", "certified", "verdict", title=str(self.path))
@@ -59,7 +63,8 @@ class Verdict:
             yield f"{name} differs from the reference: {why or 'nothing says why'}"
         yield from (f"[bold]fault[/bold] {fault}" for fault in self.faults)
         against = "its certificates" if self.certified else "no certificates: only grids and the reference were checked"
-        yield f"{len(self.sites)} quantized weights, {len(self.faults)} faults, {against}"
+        beside = f"{len(self.extras)} tensors of what happens at run time, " if self.extras else ""
+        yield f"{len(self.sites)} quantized weights, {beside}{len(self.faults)} faults, {against}"
 
 
 def _figure(value: float | None) -> str:
@@ -90,8 +95,11 @@ def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path)
             written = noted.get(name) == hash_of(dense(model.leaf(name)))
             changed[name] = "written by the recipe, as recorded" if written else None
     unheard = sorted(set(certificates) - set(sites))
-    missing = [*sorted(theirs - names), *(f"the certified {module}" for module in unheard)]
-    return Verdict(model.path, sites, missing, sorted(names - theirs), changed, bool(certificates))
+    extras = {name: extra.fault(model.tensor(name)) for extra in model.extras for name in extra.tensors}
+    missing = [*sorted(theirs - names), *(f"the certified {module}" for module in unheard),
+               *(name for extra in model.extras for name in extra.missing)]  # fmt: skip
+    made = {f"{module}.weight" for module, row in certificates.items() if row.get("made_of") in theirs}
+    return Verdict(model.path, sites, missing, sorted(names - theirs - extras.keys() - made), changed, bool(certificates), extras)
 
 
 def _site(model: Checkpoint, reference: Checkpoint, module: str, certificate: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,8 +111,9 @@ def _site(model: Checkpoint, reference: Checkpoint, module: str, certificate: Ma
         row["fault"] = off_grid(leaf)
         if certificate and fingerprint(leaf) != certificate["sha256"]:
             row["fault"] = row["fault"] or "its codes, scales or zero points are not the certified ones"
-        if f"{module}.weight" in reference.stored or module in reference.quantized:
-            W = reference.leaf(f"{module}.weight")
+        source = certificate.get("made_of", f"{module}.weight")
+        if source in reference.stored or module in reference.quantized:
+            W = reference.leaf(source)
             if W.shape != leaf.shape:
                 raise QlabError(f"its shape is {tuple(leaf.shape)} and the reference's {tuple(W.shape)}")
             row["weight_error"] = weight_error(leaf, W)

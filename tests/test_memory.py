@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from directories import bits_equal, tensors
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -20,13 +21,15 @@ from qlab.quantize import quantize
 from qlab.spec import parse_spec
 from qlab.transform import rules
 torch.set_num_threads(1)
-path, out, method, samples = sys.argv[1:]
+path, out, method, samples, memory = sys.argv[1:]
 model = open_checkpoint(path)
 ids = torch.randint(0, 512, (int(samples), 128), generator=torch.Generator().manual_seed(0))
 gptq, rtn = METHODS["gptq"], METHODS["rtn"]
 METHODS = METHODS | {"gptq in attention": lambda spec: rules({"*.self_attn.*": gptq(spec), "*": rtn(spec)})}
-result = quantize(model, METHODS[method](parse_spec("int4-g64")), None if method == "rtn" else from_ids(model, ids), out)
-print(json.dumps({"peak": result.peak_rss_bytes, "predicted": result.plan.peak_bytes, "held": dict(result.plan.memory)}))
+result = quantize(model, METHODS[method](parse_spec("int4-g64")), None if method == "rtn" else from_ids(model, ids), out,
+                  memory=int(memory) or None)
+print(json.dumps({"peak": result.peak_rss_bytes, "predicted": result.plan.peak_bytes, "held": dict(result.plan.memory),
+                  "at_once": result.plan.experts_at_once}))
 """
 
 
@@ -37,9 +40,10 @@ def llama(path, hidden: int, intermediate: int, blocks: int, dtype=torch.float32
     return path
 
 
-def measure(path, method: str, samples: int = 4, **environment: str) -> dict:
+def measure(path, method: str, samples: int = 4, memory: int = 0, **environment: str) -> dict:
     """The peak and the prediction of one job, in a process of its own."""
-    command = [sys.executable, "-W", "error:::qlab", "-c", JOB, path, path.with_name("out"), method, str(samples)]
+    arguments = [path, path.with_name(f"out-{memory}"), method, str(samples), str(memory)]
+    command = [sys.executable, "-W", "error:::qlab", "-c", JOB, *arguments]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -66,6 +70,21 @@ def test_the_plan_predicts_the_peak_of_a_small_model_with_a_large_vocabulary(tmp
     seen = measure(llama(tmp_path / "model", 192, 512, 2, torch.bfloat16, 49152), "gptq")
     assert abs(seen["predicted"] / seen["peak"] - 1) < 0.25, seen
     assert any("embeddings" in what for what in seen["held"])
+
+
+def test_experts_whose_statistics_do_not_fit_are_observed_in_parts_that_do(tmp_path):
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "262144"}
+    config = AutoConfig.for_model("qwen3_moe", hidden_size=1024, intermediate_size=256, moe_intermediate_size=64, num_experts=32,
+                                  num_experts_per_tok=2, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=8,
+                                  head_dim=32, vocab_size=512)  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "model")
+    free = measure(tmp_path / "model", "rtn-weighted", 17, **at_once)  # two batches, so that moments are added up
+    budget = int(free["peak"] - 200 * MiB)  # a second moment has 4 MiB, there are 32, and up to three of each at a time
+    tight = measure(tmp_path / "model", "rtn-weighted", 17, budget, **at_once)
+    assert free["at_once"] is None and tight["at_once"] in (4, 8, 16)
+    assert tight["peak"] <= budget and tight["predicted"] <= budget, (free, tight)
+    first, second = (tensors(tmp_path / f"out-{memory}") for memory in (0, budget))
+    assert first.keys() == second.keys() and all(bits_equal(t, second[name]) for name, t in first.items())
 
 
 LIMITED = """

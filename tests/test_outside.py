@@ -8,6 +8,7 @@ from directories import bits_equal, random_tokens, tensors
 from families import tiny
 from test_quantize import IDS, qlab_logits
 from test_vision import every_model, from_transformers, pictured
+from transformers import AutoModelForCausalLM
 
 from qlab.cli import main
 from qlab.errors import QlabError
@@ -45,6 +46,10 @@ def written(saved, tmp_path_factory):
         return made[family]
 
     return write
+
+
+def causal(path):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -109,17 +114,34 @@ def test_a_head_of_its_own_is_rounded_by_rule(saved, tmp_path):
     result = quantize(open_checkpoint(source), chain(rtn(parse_spec("int4-g32")), at("lm_head", outside(rtn(INT8)))), None,
                       tmp_path / "out")  # fmt: skip
     assert "lm_head.weight_packed" in tensors(result.path)
-    from transformers import AutoModelForCausalLM
-
-    theirs = AutoModelForCausalLM.from_pretrained(result.path, dtype=torch.float32)(input_ids=IDS).logits
+    theirs = causal(result.path)(input_ids=IDS).logits
     assert (qlab_logits(result.path) - theirs).norm() <= 1e-5 * theirs.norm()
     assert (lower(result.path, dtype=torch.float32, dense_cache=True)(input_ids=IDS).logits - theirs).norm() <= 1e-4 * theirs.norm()
     assert evaluate(open_checkpoint(result.path), open_checkpoint(source), random_tokens(source)).kl > 0
 
 
-def test_a_tied_head_has_no_weight_of_its_own_to_round(saved):
-    with pytest.raises(QlabError, match=r"matches no linear with a weight of its own .lm_head around the blocks.; those are none"):
-        plan(open_checkpoint(saved("llama", tie_word_embeddings=True)), chain(rtn(INT4), at("lm_head", outside(rtn(INT8)))))
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2_vl"])
+def test_a_tied_head_becomes_a_weight_of_its_own(family, saved, tmp_path):
+    source = saved(family, tie_word_embeddings=True)
+    result = quantize(open_checkpoint(source), chain(rtn(INT4), at("lm_head", outside(rtn(INT8)))), None, tmp_path / "out")
+    after, before = tensors(result.path), tensors(source)
+    [embedding] = [name for name in before if "embed_tokens" in name]
+    assert "lm_head.weight_packed" in after and not any(name.startswith("lm_head") for name in before)
+    assert bits_equal(after[embedding], before[embedding]) and result.sites["lm_head"]["weight_error"] > 0
+    theirs = (from_transformers if family == "qwen2_vl" else causal)(result.path)(input_ids=IDS).logits
+    assert (qlab_logits(result.path) - theirs).norm() <= 1e-5 * theirs.norm()
+    assert (lower(result.path, dtype=torch.float32)(input_ids=IDS).logits - theirs).norm() <= 1e-4 * theirs.norm()
+    assert verify(result.path, source).faults == []
+
+
+def test_verify_finds_a_head_that_is_not_the_embedding_rounded(saved, tmp_path):
+    source, other = (saved("llama", tie_word_embeddings=True), tmp_path / "other")
+    quantize(open_checkpoint(source), chain(rtn(INT4), at("lm_head", outside(rtn(INT8)))), None, tmp_path / "out")
+    model = tiny("llama", tie_word_embeddings=True)
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
+    model.save_pretrained(other)
+    assert any(fault.startswith("lm_head: its weight error") for fault in verify(tmp_path / "out", other).faults)
 
 
 def test_rules_for_the_blocks_do_not_reach_around_them(saved):

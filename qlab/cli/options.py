@@ -25,7 +25,7 @@ Samples = Annotated[int, typer.Option("--samples", min=1, help="calibration wind
 Length = Annotated[int, typer.Option("--length", min=2, help="tokens per window")]
 Seed = Annotated[int, typer.Option("--seed", help="chooses the calibration windows")]
 Device = Annotated[str, typer.Option("--device", help="where one block at a time is worked on")]
-Memory = Annotated[float | None, typer.Option("--memory", help="budget in GiB; a plan above it is refused")]
+Memory = Annotated[float | None, typer.Option("--memory", help="budget in GiB, for experts in parts; a plan above it is refused")]
 InputsName = Annotated[str, typer.Option("--inputs", help="calibrate on 'quantized' or 'reference' inputs")]
 CodecName = Annotated[str, typer.Option("--codec", help="the format to write: a name of qlab.codecs.CODECS")]
 TargetName = Annotated[str, typer.Option("--target", help="an engine to load it: vllm, transformers, lmdeploy or sglang")]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qlab.codecs import auto_round, awq, awq_gemv, compressed_tensors, fp8, gptq, hqq, torchao
+from qlab.codecs.extra import Extra
 from qlab.errors import QlabError
 from qlab.graph import Op
 from qlab.qtensor import Leaf
@@ -31,7 +32,8 @@ class Codec:
 
     Formats that round inputs at run time take those operations as a further argument of `encode` (online) and how they
     round as one of `config` (inputs: path -> InputSpec), and read both: inputs(config, names) like specs,
-    decode_input(path, tensors, spec) the operation.
+    decode_input(path, tensors, spec) the operation. extras(config, names): what else a directory's config says; a format holds
+    its own extras word for word, and no others.
     """
 
     refusal: Callable[..., str | None]
@@ -42,6 +44,7 @@ class Codec:
     inputs: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, InputSpec]] = lambda config, names: {}
     decode_input: Callable[[str, Mapping[str, Tensor], InputSpec], Op] | None = None
     misfit: Callable[[Spec, torch.Size], str | None] = lambda spec, shape: None
+    extras: Callable[[Mapping[str, Any], Collection[str]], tuple[Extra, ...]] = lambda config, names: ()
 
 
 def _gptq(version: gptq.Version) -> Codec:
@@ -66,6 +69,7 @@ CODECS: Mapping[str, Codec] = {  # what qlab writes, by the name that `--codec` 
         compressed_tensors.specs,
         compressed_tensors.inputs,
         compressed_tensors.decode_input,
+        extras=compressed_tensors.extras,
     ),
     **{str(version): _gptq(version) for version in GPTQ_VERSIONS},  # gptq, gptq_v2, and either with _desc_act
     "awq": Codec(awq.refusal, awq.encode, awq.decode, awq.config, awq.specs, misfit=awq.misfit),

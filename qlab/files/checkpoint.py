@@ -2,6 +2,7 @@
 
 import hashlib
 import struct
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qlab.codecs import LEGACY_CONFIGS, Codec, reader
+from qlab.codecs.extra import Extra
 from qlab.errors import QlabError
 from qlab.files.directory import CONFIG, INDEX, Stored, locate, read_json
 from qlab.files.tensors import dtype_of, read
@@ -31,7 +33,8 @@ GGUF = ".gguf"
 @dataclass(frozen=True)
 class Checkpoint:
     """raw: config.json as it stands. stored: tensor name -> where it lies. quantized: module path -> its spec on disk (None:
-    a dense weight in a layout of the codec's). inputs: module path -> how its input is rounded at run time.
+    a dense weight in a layout of the codec's). inputs: module path -> how its input is rounded at run time. extras: what else its
+    readers do.
 
     Only `config` asks transformers, so that everything else also works for models it does not know.
     """
@@ -42,6 +45,7 @@ class Checkpoint:
     codec: Codec | None
     quantized: Mapping[str, Spec | None]
     inputs: Mapping[str, InputSpec] = field(default_factory=dict)
+    extras: tuple[Extra, ...] = ()
 
     @cached_property
     def config(self) -> "PretrainedConfig":
@@ -111,12 +115,34 @@ class Checkpoint:
         tensor = self.tensor(name)
         return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
-    def online(self, module: str) -> tuple[Op, ...]:
-        """What happens to the module's input at run time."""
+    def rounding(self, module: str) -> tuple[Op, ...]:
+        """How the module's input is rounded at run time, if it is."""
         if module not in self.inputs or self.codec is None or self.codec.decode_input is None:
             return ()
         parts = {key: self.tensor(key) for key in self.parts(module)}
         return (self.codec.decode_input(module, parts, self.inputs[module]),)
+
+    def rotations(self, module: str, k: int) -> tuple[Op, ...]:
+        """What the input [..., k] of a linear module is multiplied with before it is rounded."""
+        return tuple(op for extra in self.extras for op in extra.ops(module, k, self._needed))
+
+    def _needed(self, name: str) -> Tensor:
+        if name not in self.stored:
+            raise QlabError(f"{self.path} has no tensor {name}, which its quantization_config needs; the download may be incomplete")
+        return self.tensor(name)
+
+    def refuse_rotations(self) -> None:
+        """Refuse activations that are rotated at run time, for those who compute without."""
+        for extra in self.extras:
+            if extra.applied and extra.online:
+                raise QlabError(f"{self.path} has a {extra.key} ({extra.says}), which no kernel of qlab's does; evaluate it with qlab")
+
+    def warn_unapplied(self) -> None:
+        """Warn of what the directory's readers do at run time and qlab does not."""
+        for extra in self.extras:
+            if not extra.applied:
+                warnings.warn(f"{self.path}: {extra.says}, which qlab does not do: it computes with keys and values as they are",
+                              stacklevel=3)  # fmt: skip
 
     def fingerprint(self) -> str:
         """sha256 over the config and every file's header and size: names the model without reading all of it."""
@@ -153,7 +179,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     try:
         codec = reader(quantization)
         specs, inputs = codec.specs(quantization, stored), codec.inputs(quantization, stored)
-        return Checkpoint(folder, raw, stored, codec, specs, inputs)
+        return Checkpoint(folder, raw, stored, codec, specs, inputs, codec.extras(quantization, stored))
     except QlabError as error:
         raise QlabError(f"{folder}: {error}") from error
 

@@ -45,6 +45,8 @@ def lower(
     Warns of what is slower than it could be: weights without a kernel, or a dtype of activations without one.
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model.path if isinstance(model, Result) else model)
+    checkpoint.refuse_rotations()
+    checkpoint.warn_unapplied()
     where = device_named(device)
     if dtype not in DTYPES:
         raise QlabError(f"no kernel takes {dtype} activations; lower to {', '.join(str(d) for d in DTYPES)}")

@@ -21,6 +21,7 @@ from qlab.errors import QlabError
 from qlab.experts import experts_forward
 from qlab.files.checkpoint import Checkpoint
 from qlab.graph import Code, ModuleGraph, Op, tensors_of
+from qlab.model.at_input import at_input
 from qlab.model.names import Piece, assemble, pieces_of_experts, spellings
 from qlab.model.recording import Call, Output, Recorded, Recorder, Replaced, to_like
 from qlab.qtensor import Leaf, dense
@@ -73,9 +74,13 @@ class Skeleton:
             return self.checkpoint.dtype
         return self.checkpoint.shape_and_dtype(piece.name)[1]
 
+    def fused(self, site: str) -> bool:
+        """Whether a site is a parameter that holds all experts, and goes by its name."""
+        return site in self._parameters
+
     def modules(self, site: str) -> tuple[str, ...]:
         """What readers of the files call the module of a site: in the model's spelling and in the files', or every expert."""
-        if site in self._parameters:
+        if self.fused(site):
             return tuple(piece.module for piece in self.expert_pieces(site))
         return site, self.module_name(site)
 
@@ -102,13 +107,8 @@ class Skeleton:
         return ModuleGraph(code, leaves, path, dtype=self.checkpoint.dtype, online=online)
 
     def online(self, site: str) -> tuple[Op, ...]:
-        """What happens to a site's input at run time. Fused experts have one input, which all of them must round alike."""
-        modules = [m for m in self.modules(site) if m in self.checkpoint.inputs]
-        specs = {self.checkpoint.inputs[m] for m in modules}
-        if site in self._parameters and (len(specs) > 1 or any(s.static for s in specs)):
-            raise QlabError(f"{site}: its experts round their inputs in ways of their own ({', '.join(map(str, specs))}); qlab reads "
-                            "experts whose inputs are rounded with one dynamic spec")
-        return self.checkpoint.online(modules[-1]) if modules else ()
+        """What happens to a site's input at run time."""
+        return at_input(self, site)
 
     def code(self, path: str, call: Call, hidden: Tensor) -> Code:
         """The traced program of a block; traced once for all blocks of one structure.
@@ -145,8 +145,8 @@ class Skeleton:
             file_name = self.file_name(name)
             if name not in self._spelled:  # left out of the files where it is another's
                 file_name = self.file_name(self.tied.get(name, name))
-            if file_name.rpartition(".")[0] in self.checkpoint.inputs:
-                raise QlabError(f"{name} has inputs that are rounded at run time, which qlab does inside blocks only")
+            if self.online(name.rpartition(".")[0]):
+                raise QlabError(f"{name} has inputs that are rounded or rotated at run time, which qlab does inside blocks only")
             value = self.checkpoint.leaf(file_name, self.dtype)
             _set(self.model, name, dense(value, self.dtype).to(self.device))
         for buffer_owner in self.model.modules():

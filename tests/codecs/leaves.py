@@ -31,4 +31,4 @@ def assert_same(a, b):
 
 def bits(x):
     """A tensor whose equality is that of bytes: torch compares no 8-bit floats."""
-    return x.reshape(-1).contiguous().view(torch.uint8) if x.is_floating_point() else x
+    return x.reshape(x.shape or 1).clone(memory_format=torch.contiguous_format).view(torch.uint8) if x.is_floating_point() else x

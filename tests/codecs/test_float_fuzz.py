@@ -131,7 +131,7 @@ def test_damaged_configs(data, preset):
                  ("sparsity_config", "format"), ("kv_cache_scheme",), ("transform_config",)] if codec is CT else []  # fmt: skip
         put(whole, data.draw(st.sampled_from([*places(whole), *extra][1:])), data.draw(junk))
         names = ["m.weight", "m.weight_scale", "m.weight_packed", "lm_head.weight"]
-        for read in (codec.specs, codec.inputs):
+        for read in (codec.specs, codec.inputs, lambda config, names, codec=codec: {"m": codec.extras(config, names)}):
             try:
                 assert set(read(whole, names)) <= {"m"}
             except QlabError as error:

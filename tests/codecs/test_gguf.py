@@ -102,6 +102,29 @@ def test_blocks_hold_codes_as_by_hand(tmp_path):
     assert one_tensor(tmp_path / "q8.gguf", q8, KINDS.Q8_0).codes.tolist() == [[-128, -1, 0, 127] * 8]
 
 
+D, M = bytes([0x00, 0x38]), bytes([0x00, 0x34])  # 0.5 and 0.25 as float16
+# a block of 256 by hand -> its values: 32 at a time, repeated over the block
+BY_HAND = {
+    # a byte of scales: low nibble 1, which d multiplies, high nibble 2, which dmin multiplies; codes 0, 1, 2, 3 from the low bits up
+    "Q2_K": (bytes([0x21] * 16 + [0xE4] * 64) + D + M, [-0.5, 0.0, 0.5, 1.0]),
+    # scales 33 - 32 in low nibbles and high pairs of bits; a bit of the mask that is not set takes 4 off
+    "Q3_K": (bytes([0xFF] * 32 + [0xE4] * 64 + [0x11] * 8 + [0xAA] * 4) + D, [0.0, 0.5, 1.0, 1.5]),
+    "Q3_K without its mask": (bytes([0x00] * 32 + [0xE4] * 64 + [0x11] * 8 + [0xAA] * 4) + D, [-2.0, -1.5, -1.0, -0.5]),
+    # scales 1 and mins 2, the last four of either in the nibbles of the last four bytes; codes 0 and 3
+    "Q4_K": (D + M + bytes([1] * 4 + [2] * 4 + [0x21] * 4 + [0x30] * 128), [-0.5, 1.0]),
+    "Q5_K": (D + M + bytes([1] * 4 + [2] * 4 + [0x21] * 4 + [0xFF] * 32 + [0x30] * 128), [7.5, 9.0]),  # every fifth bit: 16 more
+    # low nibbles 15 of the first 64, high ones 0 of the others, above them pairs of bits 0, 1, 2, 3; 32 is taken off
+    "Q6_K": (bytes([0x0F] * 128 + [0xE4] * 64 + [1] * 16) + D, [-8.5, -0.5, 0.0, 8.0]),
+}
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_k_quants_have_their_values_by_hand(case, tmp_path):
+    block, values = BY_HAND[case]
+    leaf = one_tensor(tmp_path / "k.gguf", np.frombuffer(block * 2, dtype=np.uint8)[None], KINDS[case.split()[0]])
+    assert leaf.view(16, 32).tolist() == [[value] * 32 for value in (values * 16)[:16]]
+
+
 def test_k_quants_are_dequantized_by_the_package(tmp_path):
     data = np.random.default_rng(0).integers(0, 256, (3, 144), dtype=np.uint8)
     data[:, 0:4] = np.frombuffer(np.array([0.5, 0.25], dtype=np.float16).tobytes(), dtype=np.uint8)  # scales that are finite

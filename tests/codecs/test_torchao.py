@@ -17,13 +17,13 @@ from qlab.spec import Int, Tile
 quantization = pytest.importorskip("torchao.quantization")
 
 
-def made(config):
+def made(config, dtype=torch.float32):
     """(quantization_config, tensors, dense weight as torchao computes it) of one linear quantized by the library."""
     from torchao.core.config import config_to_dict
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 32, bias=False, dtype=torch.float32))
+    model = nn.Sequential(nn.Linear(64, 32, bias=False, dtype=dtype))
     quantization.quantize_(model, config)
     tensors, _ = flatten_tensor_state_dict(model.state_dict())
     said = {"quant_method": "torchao", "quant_type": {"default": config_to_dict(config)}}
@@ -45,6 +45,31 @@ def test_weights_are_those_of_the_library(i):
     config, spec = configs()[i]
     said, tensors, W = made(config)
     assert reader(said).specs(said, [*tensors, "1.weight"]) == {"0": spec}
+    assert torch.equal(dense(reader(said).decode("0", tensors, spec), torch.float32), W)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 8), st.sampled_from(["SYMMETRIC", "SYMMETRIC_NO_CLIPPING_ERR", "ASYMMETRIC"]),
+       st.sampled_from([None, 8, 16, 32, 64]), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))  # fmt: skip
+def test_integers_of_every_width_group_and_mapping_are_those_of_the_library(bits, mapping, group, dtype):
+    # one bit is left out: its largest symmetric code is 0, by which SYMMETRIC_NO_CLIPPING_ERR divides
+    granularity = quantization.PerAxis(0) if group is None else quantization.PerGroup(group)
+    config = quantization.IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=granularity,
+                                               mapping_type=quantization.MappingType[mapping])  # fmt: skip
+    said, tensors, W = made(config, dtype)
+    spec = Int(bits, Tile(1, group), mapping != "ASYMMETRIC")
+    assert reader(said).specs(said, tensors) == {"0": spec}
+    leaf = reader(said).decode("0", tensors, spec)
+    assert leaf.scales.dtype == W.dtype == dtype
+    assert torch.equal(dense(leaf, dtype), W)
+
+
+@pytest.mark.parametrize("group", [None, 16, 64])
+def test_int8_of_every_group_is_the_librarys(group):
+    granularity = quantization.PerRow() if group is None else quantization.PerGroup(group)
+    said, tensors, W = made(quantization.Int8WeightOnlyConfig(granularity=granularity, version=2))
+    [spec] = reader(said).specs(said, tensors).values()
+    assert spec == Int(8, Tile(1, group))
     assert torch.equal(dense(reader(said).decode("0", tensors, spec), torch.float32), W)
 
 

@@ -29,9 +29,21 @@ IDS = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(1))
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
-def write(path, kinds, arch="llama"):
+SCALES = {KINDS.Q2_K: (80, 82), KINDS.Q3_K: (108,), KINDS.Q4_K: (0, 2), KINDS.Q5_K: (0, 2), KINDS.Q6_K: (208,)}  # where they lie
+
+
+def k_blocks(shape, kind):
+    """Random blocks of a K-quant, which the package does not make: any bytes are one, if their float16 scales are numbers."""
+    draw = np.random.default_rng(int(kind))
+    blocks = draw.integers(0, 256, (shape[0], shape[1] // 256, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
+    for at in SCALES[kind]:
+        blocks[..., at : at + 2] = np.full(blocks.shape[:2], 2e-4, dtype=np.float16)[..., None].view(np.uint8)
+    return blocks.reshape(shape[0], -1)
+
+
+def write(path, kinds, arch="llama", **config):
     """A random model, a llama where qlab does not read `arch`; `kinds`: the last part of a matrix's name -> how it is stored."""
-    model = tiny(arch if arch in file_format.ARCHITECTURES else "llama", num_key_value_heads=2, num_attention_heads=4)
+    model = tiny(arch if arch in file_format.ARCHITECTURES else "llama", num_key_value_heads=2, num_attention_heads=4, **config)
     writer, config = gguf.GGUFWriter(path, arch), model.config
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(128)
@@ -39,10 +51,10 @@ def write(path, kinds, arch="llama"):
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(16)
-    writer.add_value_length(16)
+    writer.add_key_length(config.head_dim if arch == "qwen3" else config.hidden_size // 4)
+    writer.add_value_length(config.head_dim if arch == "qwen3" else config.hidden_size // 4)
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_dimension_count(16)
+    writer.add_rope_dimension_count(config.hidden_size // 4)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(["<pad>", "<s>", "</s>", "w", "o", "wo", *WORDS[3:]])
@@ -57,7 +69,10 @@ def write(path, kinds, arch="llama"):
         module, _, suffix = name.rpartition(".")
         own = table.get_name(module)
         kind = kinds.get(own.rpartition(".")[2], KINDS.F32) if W.ndim == 2 else KINDS.F32
-        data = W.numpy().astype(np.float16) if kind == KINDS.F16 else gguf.quantize(W.numpy(), kind)
+        if kind in SCALES:
+            data = k_blocks(W.shape, kind)
+        else:
+            data = W.numpy().astype(np.float16) if kind == KINDS.F16 else gguf.quantize(W.numpy(), kind)
         writer.add_tensor(f"{own}.{suffix}", data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -98,10 +113,31 @@ def test_logits_are_those_of_the_file(made):
     assert (transformers_logits(made.out) - theirs).norm() <= 1e-3 * theirs.norm()
 
 
-def test_a_model_with_biases_has_the_logits_of_its_file(tmp_path):
-    file = write(tmp_path / "model.gguf", CODES, "qwen2")
+@pytest.mark.parametrize("arch, config", [("qwen2", {}), ("qwen3", {"head_dim": 128})])
+def test_models_with_biases_and_norms_of_heads_have_the_logits_of_their_file(arch, config, tmp_path):
+    file = write(tmp_path / "model.gguf", CODES, arch, **config)
     out, theirs = convert(file, "compressed-tensors", tmp_path / "out").path, of_the_file(file)
     assert (qlab_logits(out) - theirs).norm() <= 1e-5 * theirs.norm() and len(open_checkpoint(out).quantized) == 8
+
+
+def test_a_size_of_heads_that_transformers_does_not_read_is_refused_by_name(tmp_path):
+    file = write(tmp_path / "model.gguf", CODES, "qwen3", head_dim=32)
+    with pytest.raises(QlabError, match=r"q_proj.weight is \(128, 64\) and \(512, 64\) by the config that transformers reads"):
+        convert(file, "compressed-tensors", tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_k_quants_are_dequantized_beside_codes_and_reported(tmp_path):
+    kinds = {"attn_q": KINDS.Q2_K, "attn_k": KINDS.Q3_K, "attn_v": KINDS.Q6_K, "attn_output": KINDS.Q4_0, "ffn_up": KINDS.Q4_K,
+             "ffn_gate": KINDS.Q5_K, "ffn_down": KINDS.Q8_0}  # fmt: skip
+    file = write(tmp_path / "model.gguf", kinds, "qwen3", hidden_size=256, intermediate_size=256, head_dim=128)
+    result = convert(file, "compressed-tensors", tmp_path / "out")
+    theirs, model = of_the_file(file), open_checkpoint(result.path)
+    assert (qlab_logits(result.path) - theirs).norm() <= 0.01 * theirs.norm()  # bfloat16 rounds to 1/512
+    assert {name.rpartition(".")[2] for name in model.quantized} == {"o_proj", "down_proj"}
+    record = json.loads((result.path / "qlab.json").read_text())["dequantized"]
+    found = {name.split(".")[-2]: row["kind"] for name, row in record.items()}
+    assert found == {"q_proj": "Q2_K", "k_proj": "Q3_K", "v_proj": "Q6_K", "up_proj": "Q4_K", "gate_proj": "Q5_K"}
 
 
 def test_codes_are_those_of_the_file(made):

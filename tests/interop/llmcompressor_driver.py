@@ -56,12 +56,14 @@ WAYS = {
     "SmoothQuant": lambda: [SmoothQuantModifier(smoothing_strength=0.5), QuantizationModifier(**preset("W8A8"))],
     "SpinQuant": lambda: [SpinQuantModifier(rotations=["R1", "R2"]), QuantizationModifier(**alike(INT4))],
     "SpinQuant_online": lambda: [SpinQuantModifier(rotations=["R1", "R2", "R3", "R4"]), QuantizationModifier(**alike(INT4))],
-    "QuIP": lambda: [QuIPModifier(rotations=["v", "u"]), QuantizationModifier(**alike(INT4))],
+    "QuIP": lambda: [QuIPModifier(rotations=["v"]), QuantizationModifier(**alike(INT4))],
+    "QuIP_outputs": lambda: [QuIPModifier(rotations=["v", "u"]), QuantizationModifier(**alike(INT4))],
     "mixed_groups": lambda: QuantizationModifier(**grouped(
         (["re:.*self_attn.*"], INT4, None), (["re:.*(gate|up)_proj"], CHANNEL, TOKENS), (["re:.*down_proj"], FP8, FP8))),
     "kv_cache": lambda: QuantizationModifier(**alike(INT4), kv_cache_scheme=FP8),
     "kv_cache_heads": lambda: QuantizationModifier(**alike(INT4), kv_cache_scheme=FP8 | {"strategy": "attn_head"}),
 }  # fmt: skip
+ROTATED = ("SpinQuant", "SpinQuant_online", "QuIP")  # and OUT/<name>.logits.safetensors: what the model computes in fp32
 
 
 def read(directory):
@@ -80,8 +82,12 @@ def write(source, out):
     tokenizer = AutoTokenizer.from_pretrained(source)
     for name, recipe in WAYS.items():
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-        oneshot(model=model, tokenizer=tokenizer, dataset=samples, recipe=recipe(), output_dir=f"{out}/{name}",
-                num_calibration_samples=len(rows), max_seq_length=64)  # fmt: skip
+        made = oneshot(model=model, tokenizer=tokenizer, dataset=samples, recipe=recipe(), output_dir=f"{out}/{name}",
+                       num_calibration_samples=len(rows), max_seq_length=64)  # fmt: skip
+        if name in ROTATED:
+            with torch.no_grad():
+                logits = made.float()(torch.tensor(rows)).logits
+            save_file({"tokens": torch.tensor(rows), "logits": logits}, f"{out}/{name}.logits.safetensors")
         read(f"{out}/{name}")
 
 

@@ -15,6 +15,8 @@ from families import tiny
 from safetensors.torch import load_file
 
 import qlab
+from qlab.errors import QlabError
+from qlab.evaluate import read
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.inputs import quantize_inputs
 from qlab.methods.rtn import rtn
@@ -32,7 +34,9 @@ WAYS = {  # of the driver: what q_proj becomes, and how its input is rounded
     "FP8_BLOCK": ("fp8-b128x128", "fp8-g128"), "NVFP4A16": ("nvfp4", None), "NVFP4": ("nvfp4", "nvfp4 static"),
     "MXFP4": ("mxfp4", "mxfp4"), "MXFP8": ("mxfp8", "mxfp8"),
     "GPTQ": ("int4-g32", None), "GPTQ_unordered": ("int4-g32", None), "AWQ": ("int4-g32-asym", None),
-    "SmoothQuant": ("int8-channel", "int8-channel"), "mixed_groups": ("int4-g32", None),
+    "SmoothQuant": ("int8-channel", "int8-channel"), "mixed_groups": ("int4-g32", None), "kv_cache": ("int4-g32", None),
+    "kv_cache_heads": ("int4-g32", None), "SpinQuant": ("int4-g32", None), "SpinQuant_online": ("int4-g32", None),
+    "QuIP": ("int4-g32", None),
 }  # fmt: skip
 RECIPES = {
     "int4": rtn(parse_spec("int4-g32")), "int4-asym": rtn(parse_spec("int4-g32-asym")), "int3": rtn(parse_spec("int3-g64")),
@@ -42,7 +46,7 @@ RECIPES = {
     "mxfp8": rtn(parse_spec("mxfp8")),
     "mixed": rules({"*.o_proj": keep(), "*.mlp.*": rtn(parse_spec("fp8-channel")), "*": rtn(parse_spec("int4-g32"))}),
 }  # fmt: skip
-PASSED_ON = ("W4A16_asym", "W8A8_static", "FP8_BLOCK", "mixed_groups")
+PASSED_ON = ("W4A16_asym", "W8A8_static", "FP8_BLOCK", "mixed_groups", "kv_cache_heads", "SpinQuant_online")
 
 
 def weights(directory):
@@ -83,13 +87,41 @@ def test_we_read_what_it_writes(name, theirs):
     model, q_proj = open_checkpoint(theirs / name), "model.layers.0.self_attn.q_proj"
     inputs = model.inputs.get(q_proj)
     assert (str(model.quantized[q_proj]), inputs and str(inputs)) == WAYS[name] and len(model.quantized) == 14
-    assert all(op.input_spec == inputs for op in model.online(q_proj))
+    assert all(op.input_spec == inputs for op in model.rounding(q_proj))
 
 
 def test_we_read_every_group_of_a_mixed_recipe(theirs):
     model, mlp = open_checkpoint(theirs / "mixed_groups"), "model.layers.1.mlp"
     assert {str(model.quantized[f"{mlp}.{part}"]) for part in ("gate_proj", "up_proj")} == {"int8-channel"}
     assert str(model.quantized[f"{mlp}.down_proj"]) == "fp8-tensor" and str(model.inputs[f"{mlp}.down_proj"]) == "fp8-tensor static"
+
+
+@pytest.mark.parametrize("name, says, tensors", [
+    ("kv_cache", "keys and values are cached as fp8 with a stored scale per tensor", 4),
+    ("kv_cache_heads", "keys and values are cached as fp8 with a stored scale per head", 4),
+    ("SpinQuant", "rotations R1, R2 are in the weights", 0),
+    ("SpinQuant_online", "activations are rotated at run time by R3, R4", 2), ("QuIP", "activations are rotated at run time by v", 2),
+])  # fmt: skip
+def test_what_happens_beside_weights_is_read_and_passed_on(name, says, tensors, theirs, tmp_path):
+    [extra] = open_checkpoint(theirs / name).extras
+    assert extra.says == says and len(extra.tensors) == tensors and not extra.missing
+    out = open_checkpoint(qlab.convert(theirs / name, "compressed-tensors", tmp_path / "out").path)
+    assert all(torch.equal(out.tensor(part), open_checkpoint(theirs / name).tensor(part)) for part in extra.tensors)
+    assert out.extras[0].tensors == extra.tensors
+
+
+@pytest.mark.parametrize("name", ["SpinQuant", "SpinQuant_online", "QuIP"])
+def test_we_compute_what_its_rotated_models_compute(name, theirs):
+    found = load_file(theirs / f"{name}.logits.safetensors")
+    model, tokens, expected = open_checkpoint(theirs / name), found["tokens"], found["logits"]
+    reading = read(model, qlab.from_ids(model, tokens))
+    ours = reading.skeleton.head(tokens, reading.hidden)
+    assert (ours - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_rotated_outputs_are_refused_by_name(theirs):
+    with pytest.raises(QlabError, match=r"transform_config's group u applies to location 'output'"):
+        open_checkpoint(theirs / "QuIP_outputs")
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -15,6 +15,7 @@ from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
 from qlab.model.recording import Call
 from qlab.spec import parse_spec
+from qlab.stats import PerExpert
 from qlab.sweep import solve_in_order
 from qlab.transform import at, chain, keep, rules
 
@@ -112,6 +113,22 @@ def test_what_waits_is_within_the_limit(monkeypatch):
     watched = tuple(replace(s, apply=lambda g, st: waiting.append(sum(w.nbytes() for w in walks)) or (g, st)) for s in watched)
     solve_in_order(seg.graph, watched, batches_of(seg))
     assert 0 < max(waiting) <= 20000
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("at_once, held", [(1, 1 << 30), (3, 1 << 30), (3, 0)])
+def test_experts_observed_in_parts_give_the_bits_of_all_at_once(family, at_once, held, monkeypatch):
+    seg, most = segment(family), []
+    whole, leaving = solve_in_order(seg.graph, gptq(SPEC), batches_of(seg))
+    look = sweep._at
+    monkeypatch.setattr(sweep, "_at", lambda *a, **k: most.append(look(*a, **k)) or most[-1])
+    monkeypatch.setattr(sweep, "HELD", held)
+    parts, then = solve_in_order(seg.graph, gptq(SPEC), batches_of(seg), at_once)
+    assert_same(parts, whole)
+    assert parts.notes == whole.notes
+    assert all(map(torch.equal, leaving, then))
+    counts = [len(s.states) for stats in most for s in stats.values() if isinstance(s, PerExpert)]
+    assert max(counts) == at_once and len(counts) > 2  # never more than were asked for
 
 
 def test_rules_hold_source_by_source():

@@ -2,23 +2,27 @@
 
 `packed.py` holds integers as bit streams, `plain.py` one code per byte (int-, float- and naive-quantized, MXFP8),
 `narrow.py` 4- and 6-bit floats, `sparse.py` 2:4 weights (read only). `scheme.py` says how a number grid is written
-down, `config.py` which module has which.
+down, `config.py` which module has which, `cache.py` and `transforms.py` what else happens at run time.
 """
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from torch import Tensor
 
 from qlab.codecs.compressed_tensors import narrow, packed, plain, sparse
 from qlab.codecs.compressed_tensors.activations import decode_input, encode_input
+from qlab.codecs.compressed_tensors.cache import cache
 from qlab.codecs.compressed_tensors.config import config, inputs, specs
 from qlab.codecs.compressed_tensors.scheme import format_of, refusal
+from qlab.codecs.compressed_tensors.transforms import transforms
+from qlab.codecs.extra import Extra
 from qlab.errors import QlabError
 from qlab.methods.inputs import QuantizeInput
 from qlab.qtensor import Leaf, QTensor
 from qlab.spec import Spec
 
-__all__ = ["config", "decode", "decode_input", "encode", "inputs", "refusal", "specs"]
+__all__ = ["config", "decode", "decode_input", "encode", "extras", "inputs", "refusal", "specs"]
 
 LAYOUTS = {
     "pack-quantized": packed, "int-quantized": plain, "float-quantized": plain, "naive-quantized": plain,
@@ -56,3 +60,8 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec | None) -> Leaf:
     if f"{path}.weight_packed" not in tensors and f"{path}.weight" in tensors:
         return plain.decode(path, tensors, spec)
     return LAYOUTS[format_of(spec)].decode(path, tensors, spec)
+
+
+def extras(config: Mapping[str, Any], names: Collection[str]) -> tuple[Extra, ...]:
+    """What the config says beside weights and inputs."""
+    return tuple(extra for extra in (cache(config, names), transforms(config, names)) if extra)

@@ -169,9 +169,9 @@ def _check_config(config: Mapping[str, Any]) -> bool:
             raise QlabError(f"quantization_config has {key} {config.get(key)!r}; qlab reads {expected!r}")
     if sparsity.get("format", "dense") not in ("dense", SPARSE):  # old releases write {"format": "dense", ...}
         raise QlabError(f"quantization_config has sparsity_config {dict(sparsity)}; qlab reads dense and {SPARSE} weights only")
-    for key in ("kv_cache_scheme", "transform_config", "moe_sparsity_config"):
-        if config.get(key):
-            raise QlabError(f"quantization_config has {key} {config[key]}; qlab does not apply it, and the model would be another")
+    if config.get("moe_sparsity_config"):
+        raise QlabError(f"quantization_config has moe_sparsity_config {config['moe_sparsity_config']}; qlab does not apply it, and the "
+                        "model would be another")
     return sparsity.get("format") == SPARSE
 
 

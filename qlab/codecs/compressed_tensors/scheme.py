@@ -87,7 +87,7 @@ def args_of(spec: Spec, static: bool = True, of_inputs: bool = False) -> dict[st
 # ------------------------------------------------------------------ reading
 def spec_of(where: str, args: Any) -> Spec:
     """The spec that the QuantizationArgs of weights mean; what qlab does not read is refused by name."""
-    _check_args(where, args)
+    check_args(where, args)
     if args.get("dynamic") not in (None, False):
         raise QlabError(f"{where} has dynamic {args['dynamic']!r}; weights are rounded beforehand")
     if args.get("actorder") not in (None, False, True, "weight", "static", "group", "dynamic"):
@@ -97,7 +97,7 @@ def spec_of(where: str, args: Any) -> Spec:
 
 def input_spec_of(where: str, args: Any) -> InputSpec:
     """How the QuantizationArgs of input_activations round at run time."""
-    _check_args(where, args)
+    check_args(where, args)
     dynamic = args.get("dynamic", False)
     if dynamic not in (True, False, "local"):
         raise QlabError(f"{where} has dynamic {dynamic!r}; it is true, false or 'local'")
@@ -112,7 +112,8 @@ def input_spec_of(where: str, args: Any) -> InputSpec:
     return InputSpec(spec, static)
 
 
-def _check_args(where: str, args: Any) -> None:
+def check_args(where: str, args: Any) -> None:
+    """Refuse what is no QuantizationArgs."""
     if not isinstance(args, Mapping):
         raise QlabError(f"{where} is {args!r}, no QuantizationArgs")
     if unknown := sorted(map(str, args.keys() - ARGS)):

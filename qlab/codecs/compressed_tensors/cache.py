@@ -1,0 +1,52 @@
+"""`kv_cache_scheme`: keys and values are rounded before they are cached. Read and carried on; qlab does not do it.
+
+One QuantizationArgs for every attention with a cache. Static schemes have k_scale and v_scale of each in the dtype of the
+activations: [1], or [heads, 1, 1] of its key-value heads ("attn_head"). Source: compressed-tensors 0.20.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from qlab.codecs.compressed_tensors.scheme import check_args
+from qlab.codecs.extra import Extra
+from qlab.errors import QlabError
+
+KEY, SCALES = "kv_cache_scheme", ("k_scale", "v_scale")
+STRATEGIES = {(False, "tensor"): "a stored scale per tensor", (False, "attn_head"): "a stored scale per head",
+              (True, "tensor"): "a scale per tensor", (True, "token"): "a scale per token"}  # fmt: skip
+
+
+def cache(config: Mapping[str, Any], names: Collection[str]) -> Extra | None:
+    """What the key says, with the scales among `names`; refuses schemes that compressed-tensors has not."""
+    args = config.get(KEY)
+    if not args:
+        return None
+    check_args(KEY, args)
+    dynamic, strategy, bits = args.get("dynamic") or False, args.get("strategy") or "tensor", args.get("num_bits") or 8
+    scales = STRATEGIES.get((dynamic, strategy)) if isinstance(dynamic, bool) and isinstance(strategy, str) else None
+    if scales is None or not args.get("symmetric", True) or bits not in (4, 8):
+        raise QlabError(f"{KEY} has strategy {strategy!r} with dynamic {dynamic!r}, symmetric {args.get('symmetric', True)!r} and "
+                        f"num_bits {bits}; qlab reads symmetric ones of 4 or 8 bits with a scale per tensor, head or token")
+    says = f"keys and values are cached as {'int' if args.get('type', 'int') == 'int' else 'fp'}{bits} with {scales}"
+    tensors, missing = ((), ()) if dynamic else _scales(names)
+    return Extra(KEY, says, tensors=tensors, missing=missing, fault=_fault)
+
+
+def _scales(names: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The scales that are there, and those that modules of the same names but for numbers lack."""
+    found = tuple(sorted(name for name in names if name.rpartition(".")[2] in SCALES))
+    families = {_family(name.rpartition(".")[0]) for name in found}
+    owners = {name.rpartition(".")[0].rpartition(".")[0] for name in names} | {name.rpartition(".")[0] for name in found}
+    wanted = {f"{owner}.{scale}" for owner in owners if _family(owner) in families for scale in SCALES}
+    return found, tuple(sorted(wanted - set(found))) if found else ("k_scale of every attention",)
+
+
+def _family(path: str) -> tuple[str, ...]:
+    return tuple("*" if part.isdigit() else part for part in path.split("."))
+
+
+def _fault(scale: Tensor) -> str | None:
+    good = scale.is_floating_point() and bool(((scale > 0) & scale.isfinite()).all())
+    return None if good else "is no scale of keys or values, which are positive"

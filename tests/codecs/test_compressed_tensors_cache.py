@@ -1,0 +1,127 @@
+"""A kv_cache_scheme is read, shown, carried on with its scales, and never dropped or passed over in silence."""
+
+import importlib
+import json
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationConfig
+from directories import bits_equal, change, random_tokens, tensors
+from families import tiny
+from library import INT8, write_with_the_library
+from transformers import AutoModelForCausalLM
+from transformers.quantizers import auto
+
+import qlab
+from qlab.codecs import CODECS
+from qlab.errors import QlabError
+from qlab.evaluate import read
+from qlab.files.checkpoint import open_checkpoint
+from qlab.inspection import inspect
+from qlab.methods.rtn import rtn
+from qlab.model_free import quantize_files
+from qlab.qtensor import dense
+from qlab.spec import parse_spec
+from qlab.verify import verify
+
+FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"}
+SCALE = "model.layers.1.self_attn.v_scale"
+WARNING = "keys and values are cached as fp8 with a stored scale per tensor, which qlab does not do"
+
+
+def extras(scheme, names=()):
+    return CODECS["compressed-tensors"].extras({"kv_cache_scheme": scheme}, names)
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """What the library writes of a tiny llama with an fp8 cache."""
+    write_with_the_library(tiny("llama"), tmp_path / "fp8 cache", cache=FP8)
+    return tmp_path / "fp8 cache"
+
+
+def test_weights_open_and_inspect_shows_the_scheme(directory):
+    model = open_checkpoint(directory)
+    assert len(model.quantized) == 14 and all(dense(model.leaf(f"{name}.weight")).isfinite().all() for name in model.quantized)
+    shown = inspect(directory)
+    assert shown.extras == {"kv_cache_scheme": "keys and values are cached as fp8 with a stored scale per tensor; 4 tensors"}
+    assert SCALE not in shown.unquantized and shown.json()["extras"] == shown.extras
+
+
+def test_converting_carries_the_scheme_and_its_scales_word_for_word(directory, tmp_path):
+    out = qlab.convert(directory, "compressed-tensors", tmp_path / "out").path
+    before, after = tensors(directory), tensors(out)
+    assert before.keys() == after.keys() and all(bits_equal(before[name], after[name]) for name in before if name.endswith("_scale"))
+    said = [json.loads((at / "config.json").read_text())["quantization_config"] for at in (directory, out)]
+    assert said[0]["kv_cache_scheme"] == said[1]["kv_cache_scheme"] and QuantizationConfig.model_validate(said[1]).kv_cache_scheme
+    theirs = AutoModelForCausalLM.from_pretrained(out)
+    assert torch.equal(theirs.get_submodule("model.layers.1.self_attn").v_scale, before[SCALE])
+
+
+@pytest.mark.parametrize("codec", ["gptq", "awq"])
+def test_formats_without_a_place_for_it_refuse_what_would_be_lost(codec, directory, tmp_path):
+    with pytest.raises(QlabError, match=rf"^{codec} cannot hold the kv_cache_scheme of .* would be lost \(keys and values are"):
+        qlab.convert(directory, codec, tmp_path / "out", requantize=parse_spec("int4-g32"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_verify_counts_the_scales(directory, tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "reference")
+    verdict = verify(directory, tmp_path / "reference")
+    assert not verdict.faults and len(verdict.extras) == 4 and not verdict.extra
+    change(directory, **{SCALE.replace(".", "__"): None, "model.layers.0.self_attn.k_scale".replace(".", "__"): torch.zeros_like})
+    assert verify(directory, tmp_path / "reference").faults == [
+        "model.layers.0.self_attn.k_scale is no scale of keys or values, which are positive", f"{SCALE} is missing"]  # fmt: skip
+
+
+def test_who_computes_without_it_says_so(directory):
+    model = open_checkpoint(directory)
+    with pytest.warns(UserWarning, match=WARNING):
+        read(model, random_tokens(directory, 1, 8))
+    with pytest.warns(UserWarning, match=WARNING):
+        qlab.lower(directory)
+
+
+def test_hugging_face_says_so_and_saves_the_scales_again(directory, tmp_path, monkeypatch):
+    for mapping in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
+        for method, theirs in list(mapping.items()):
+            monkeypatch.setitem(mapping, method, theirs)  # has its own readers back when the test ends
+    importlib.import_module("qlab.hf").register()
+    with pytest.warns(UserWarning, match=WARNING):
+        AutoModelForCausalLM.from_pretrained(directory).save_pretrained(tmp_path / "again")
+    before, after = tensors(directory), tensors(tmp_path / "again")
+    assert before.keys() == after.keys() and bits_equal(before[SCALE], after[SCALE])
+
+
+def test_weights_are_not_quantized_anew_under_the_scheme_of_the_old_ones(tmp_path):
+    write_with_the_library(tiny("llama"), tmp_path / "fp8", cache=FP8, weights=INT8 | {"type": "float"})
+    model, recipe = open_checkpoint(tmp_path / "fp8"), rtn(parse_spec("int4-g32"))
+    for anew in (lambda: qlab.quantize(model, recipe, None, tmp_path / "out"), lambda: quantize_files(model, recipe, tmp_path / "out")):
+        with pytest.raises(QlabError, match=r"fp8 has a kv_cache_scheme .* that belongs to its present weights"):
+            anew()
+
+
+@pytest.mark.parametrize("change, says", [
+    ({}, "fp8 with a stored scale per tensor"), ({"strategy": "attn_head"}, "fp8 with a stored scale per head"),
+    ({"type": "int", "observer": None, "actorder": None, "zp_dtype": None}, "int8 with a stored scale per tensor"),
+    ({"strategy": "token", "dynamic": True}, "fp8 with a scale per token"),
+])  # fmt: skip
+def test_schemes_in_words(change, says):
+    [extra] = extras(FP8 | change)
+    assert extra.says == f"keys and values are cached as {says}" and bool(extra.missing) == (not change.get("dynamic"))
+
+
+@pytest.mark.parametrize("scheme, message", [
+    (FP8 | {"strategy": "channel"}, "strategy 'channel'"), (FP8 | {"symmetric": False}, "symmetric False"),
+    (FP8 | {"dynamic": "local"}, "dynamic 'local'"), (FP8 | {"strategy": "token"}, "'token' with dynamic False"),
+    (FP8 | {"num_bits": 3}, "num_bits 3"), (FP8 | {"scale": 1}, "unknown key 'scale'"), (["fp8"], "no QuantizationArgs"),
+])  # fmt: skip
+def test_schemes_that_no_cache_has_are_refused_by_name(scheme, message):
+    with pytest.raises(QlabError, match=f"^kv_cache_scheme .*{message}"):
+        extras(scheme)
+
+
+def test_layers_of_the_same_names_must_have_scales_too():
+    names = [f"h.{i}.attn.{part}" for i in range(3) for part in ("q_proj.weight", "k_scale")] + ["h.0.attn.v_scale", "norm.weight"]
+    assert extras(FP8, names)[0].missing == ("h.1.attn.v_scale", "h.2.attn.v_scale")
+    assert len(extras(FP8, names)[0].tensors) == 4 and not extras(None, names)
