@@ -54,7 +54,7 @@ MUTANTS = [
     M("symmetric range over qmax", "spec.py", "(self.qmax - self.qmin) / 2", "self.qmax", "rtn"),
     M("refit upside down", "methods/grid.py", "stored(B / A, spec, outer)", "stored(A / B, spec, outer)", "grid"),
     M("signed range has no sign", "methods/grid.py", "torch.where(hi > -lo, -absmax, absmax)", "absmax", "grid"),
-    M("the best is not refitted again", "methods/grid.py", "        consider(best_s, best_z)", "        pass", "grid"),
+    M("the best is not refitted again", "methods/grid.py", "    if grid.refit:\n        best", "    if False:\n        best", "grid"),
     M("grid weights ignored", "methods/grid.py", "h_agn = spec.tile.split(", "_ = spec.tile.split(", "grid"),
     # floats
     M("float: large codes do not saturate", "spec.py", "x.add_(0.0).clamp_(-self.max, self.max)", "x.add_(0.0)", "floats"),
@@ -145,8 +145,7 @@ MUTANTS = [
       "Observation(o.x_nk, o.keys) for rows in", "experts stats"),
     M("mixture: no data means no weight", "stats.py", "            return torch.eye(", "            return 0 * torch.eye(",
       "stats experts"),
-    M("mixture: routers are rounded", "transform.py", "not (site.router and (self.spec is not None or self.uncovered))", "True",
-      "graph"),
+    M("mixture: routers are rounded", "transform.py", "name in self.scope and not unrounded", "name in self.scope", "graph"),
     M("mixture: everywhere is nowhere", "interpret.py", "if everywhere and node.target is", "if False and node.target is", "experts"),
     M("mixture: pairs are not tokens", "experts.py", "pairs // chosen_nt.shape[1]", "pairs % chosen_nt.shape[0]", "experts"),
     M("mixture: every expert reads the first", "interpret.py", "tree_map_only(Tensor, lambda t: t[e], stacked)",
