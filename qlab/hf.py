@@ -85,8 +85,8 @@ class QlabQuantizer(HfQuantizer):
         checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
         self.device, self.skeleton = torch.device(device_map[""]), Skeleton(checkpoint, self.dtype)
         if type(self.skeleton.model) is not type(model):
-            raise QlabError(f"{checkpoint.path} holds a {type(self.skeleton.model).__name__}, which AutoModelForCausalLM loads, and "
-                            f"not a {type(model).__name__}")
+            raise QlabError(f"{checkpoint.path} holds a {type(self.skeleton.model).__name__} and not a {type(model).__name__}; load it "
+                            "with the auto class of its own architecture")
         checkpoint.refuse_rotations()
         checkpoint.warn_unapplied()
         self.packed = quantized_weights(self.skeleton)
@@ -100,7 +100,7 @@ class QlabQuantizer(HfQuantizer):
                 ours |= {re.escape(f"{name}.{part.rpartition('.')[2]}") for own in parts.values() for part in own}
                 set_module(model, name, Awaiting(place.in_features, place.out_features))
             else:  # experts go by numbers under their owner, whatever the files call that
-                ours.add(re.escape(name.rpartition(".")[0]) + r"\.0\..+")
+                ours |= {re.escape(name.rpartition(".")[0]) + r"\.0\..+", re.escape(name)}
                 set_module(model, name, Awaiting(*place.shape[:0:-1]))
         ours |= {re.escape(name) for extra in checkpoint.extras for name in extra.tensors}
         families = {re.sub(r"\d+", r"\\d+", pattern) for pattern in ours}

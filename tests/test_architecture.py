@@ -13,7 +13,8 @@ PACKAGE = ROOT / "qlab"
 LAYERS = [
     {"errors"}, {"spec"}, {"qtensor", "targets"}, {"certificate"}, {"experts"}, {"graph"}, {"trace"}, {"interpret"}, {"stats"},
     {"transform"}, {"absorb"}, {"methods"}, {"codecs"}, {"files"}, {"calibration"}, {"images", "model"}, {"sweep"}, {"report"},
-    {"outside"}, {"plan"}, {"quantize"}, {"from_gguf"}, {"convert", "verify", "inspection", "model_free"}, {"evaluate", "lower"},
+    {"outside", "stored"}, {"plan"}, {"quantize"}, {"from_gguf"},
+    {"convert", "verify", "inspection", "model_free"}, {"evaluate", "lower"},
     {"demo"}, {"hub", "hf", "serve"}, {"__init__"}, {"cli"}, {"bench", "__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

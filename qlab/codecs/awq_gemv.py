@@ -42,24 +42,18 @@ def decode(version: str, path: str, tensors: Mapping[str, Tensor], spec: Int) ->
     groups, multiple = k // group, MULTIPLES.get(group, 1)
     width = -(-groups // (8 * multiple)) * multiple
     if version == "gemv":
-        scales = _unpadded(path, stored.take(path, tensors, "scales", (o, 8 * width), *stored.scale_dtypes(spec)), groups)
+        scales = stored.take(path, tensors, "scales", (o, 8 * width), *stored.scale_dtypes(spec))[:, :groups].contiguous()
         words = stored.take(path, tensors, "qzeros", (o, width), torch.int32)
         zeros = signed(unpack(words, 4, 8 * width), 4)[:, :groups].contiguous()
     else:
         name, halves = ZEROS[version], stored.scale_dtypes(spec)
-        scales, scaled = (_unpadded(path, stored.take(path, tensors, n, (8 * width, o), *halves).mT, groups) for n in ("scales", name))
+        scales, scaled = (stored.take(path, tensors, n, (8 * width, o), *halves)[:groups].mT.contiguous() for n in ("scales", name))
         zeros = _unscaled(f"{path}.{name}", scaled, scales)
     if not bool(scales[:, -1].any()):  # padding, by the looks of it: writers keep scales above 0
         raise QlabError(f"{path} has no scales for the last of its {groups} groups; they are cut off, or its group_size is another")
     if spec.symmetric and not bool((zeros == 0).all()):
         raise QlabError(f"{path} has zero points other than 8, as a symmetric file has them; its config must say zero_point true")
     return QTensor(codes, scales, None if spec.symmetric else zeros, spec)
-
-
-def _unpadded(path: str, x_og: Tensor, groups: int) -> Tensor:
-    if bool(x_og[:, groups:].any()):  # codes and padding of a shorter row have consistent shapes
-        raise QlabError(f"{path} has scales behind its {groups} groups; its qweight is cut off, or its group_size is another")
-    return x_og[:, :groups].contiguous()
 
 
 def _codes(path: str, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -1,4 +1,5 @@
-"""The operators that a lowered model consists of: qlab::dequantize, int4_mm and int4_grouped_mm, for a CPU and for CUDA.
+"""The operators of packed weights: qlab::dequantize, int4_mm and int4_grouped_mm, for a CPU and for CUDA. Those of all other
+weights are in `coded.py`, and that of rounded inputs in `inputs.py`.
 
     qlab::dequantize(words, scales, zeros, n, k, group, count, layout)        -> W [n, k] = (q - z) * s
     qlab::int4_mm(x, words, scales, zeros, dense, n, group, count, layout)    -> y [m, n] = x @ W.T

@@ -48,6 +48,8 @@ CASES = {
     "shuffled": {"v": rotated("hadamard", "re:.*(gate|up)_proj$", head_dim=32, randomize=True)},
     "matrices": {"a": rotated("random-matrix", "re:.*o_proj$", precision="torch.float64"), "b": group(
         "random-matrix", ("re:.*down_proj$", "input", True), ("re:.*down_proj$", "weight_input", False), precision="torch.float64")},
+    "both ways": {"a": group("random-matrix", ("re:.*o_proj$", "input", False), ("re:.*o_proj$", "weight_input", True),
+                             ("re:.*q_proj$", "input", True), ("re:.*q_proj$", "weight_input", False), precision="torch.float64")},
     "heads": HEADS,
     "fused alone": {"R2": group(
         "hadamard", ("re:.*v_proj$", "weight_output", False), ("re:.*o_proj$", "weight_input", True), head_dim=16)},

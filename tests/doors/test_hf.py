@@ -7,11 +7,11 @@ import shutil
 import pytest
 import torch
 from directories import bits_equal, contents, tensors
-from families import MIXTURES, tiny
+from families import MIXTURES, VISION, tiny
 from foreign import DENSE, FORMATS, directory
 from lower.tolerances import MODEL
 from test_verify import edit
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.quantizers import auto
 
 import qlab
@@ -20,9 +20,11 @@ from qlab.errors import QlabError
 from qlab.evaluate import read
 from qlab.files.checkpoint import open_checkpoint
 from qlab.lower.linear import QExperts, QLinear, QuantizedWeight
+from qlab.methods.inputs import quantize_inputs
 from qlab.methods.rtn import rtn
 from qlab.quantize import quantize
 from qlab.spec import parse_spec
+from qlab.transform import chain
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
 
@@ -57,7 +59,7 @@ def made(saved, tmp_path_factory):
 
 def logits(model):
     with torch.no_grad():
-        return model(IDS).logits
+        return model(input_ids=IDS).logits
 
 
 @pytest.mark.parametrize("codec", ["compressed-tensors", "gptq", "gptq_v2", "awq"])
@@ -85,6 +87,23 @@ def test_fused_experts_of_packed_codes(family, made, tmp_path):
     assert old.keys() == new.keys()
     # transformers keeps a router's correction in float32, which holds what the file says
     assert [name for name in old if not bits_equal(old[name].to(new[name].dtype), new[name])] == []
+
+
+@pytest.mark.filterwarnings("ignore:no .*kernel")
+@pytest.mark.parametrize("family, weights, inputs", [
+    ("mixtral", "nvfp4", None), ("deepseek_v3", "fp8-channel", None), ("qwen3_moe", "int8-channel", "int8-channel"),
+    ("qwen2_vl", "fp8-b32x32", "fp8-g32"), ("llava", "int4-g16", None),
+])  # fmt: skip
+def test_mixtures_and_decoders_behind_a_tower_of_any_spec(family, weights, inputs, saved, tmp_path, capfd):
+    rounding = () if inputs is None else quantize_inputs(parse_spec(inputs))
+    path = quantize(open_checkpoint(saved(family)), chain(rtn(parse_spec(weights)), rounding), None, tmp_path / "out").path
+    maker = AutoModelForImageTextToText if family in VISION else AutoModelForCausalLM
+    model, expected = maker.from_pretrained(path), reference(path)
+    assert "UNEXPECTED" not in capfd.readouterr().err
+    assert (logits(model) - expected).norm() < MODEL[torch.float32] * expected.norm()
+    model.save_pretrained(tmp_path / "again")
+    old, new = tensors(path), tensors(tmp_path / "again")
+    assert old.keys() == new.keys() and [key for key in old if not bits_equal(old[key].to(new[key].dtype), new[key])] == []
 
 
 @pytest.mark.parametrize("codec", ["compressed-tensors", "awq"])
@@ -185,7 +204,7 @@ def test_no_weight_is_ever_random(name, made, tmp_path):
 
 
 def test_a_model_of_another_class_is_refused(made):
-    with pytest.raises(QlabError, match="holds a LlamaForCausalLM, which AutoModelForCausalLM loads, and not a LlamaModel"):
+    with pytest.raises(QlabError, match="holds a LlamaForCausalLM and not a LlamaModel; load it with the auto class"):
         AutoModel.from_pretrained(made())
 
 

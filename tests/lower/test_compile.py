@@ -11,8 +11,10 @@ import qlab
 from qlab.files.checkpoint import open_checkpoint
 from qlab.lower import QLinear, cpu, inductor_options, lower
 from qlab.lower.rewrite import Rewrite, fuse
+from qlab.methods.inputs import quantize_inputs
 from qlab.methods.rtn import rtn
 from qlab.spec import Int, Tile, parse_spec
+from qlab.transform import chain
 
 INT4, aten = Int(4, Tile(1, 64)), torch.ops.aten
 
@@ -132,6 +134,25 @@ def test_the_whole_model_is_one_graph_with_one_operator_per_site(directory):
         torch.testing.assert_close(compiled(input_ids=tokens, use_cache=False).logits, model(input_ids=tokens, use_cache=False).logits)
     sites = sum(isinstance(module, QLinear) for module in model.modules())
     assert [sum("qlab.int4_mm" in target for target in graph) for graph in graphs[:1]] == [sites] == [14]
+
+
+def test_a_model_without_kernels_and_with_rounded_inputs_is_one_graph_too(saved, tmp_path):
+    recipe = chain(rtn(parse_spec("fp8-channel")), quantize_inputs(parse_spec("fp8-channel")))
+    path = qlab.quantize(open_checkpoint(saved()), recipe, None, tmp_path / "out").path
+    with pytest.warns(UserWarning, match="no kernel takes"):
+        model = lower(path)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
+    for tokens in (ids, ids[:, :5]):
+        torch.testing.assert_close(compiled(input_ids=tokens, use_cache=False).logits, model(input_ids=tokens, use_cache=False).logits)
+    counts = [sum(op in target for target in graphs[0]) for op in ("qlab.dense", "qlab.round_input", "qlab.int4_mm")]
+    assert counts == [14, 14, 0] and len(graphs) == 1
 
 
 def test_the_compiled_model_decodes_like_the_eager_one(directory):

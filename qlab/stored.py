@@ -1,0 +1,66 @@
+"""What the leaves of a solved block become in files, and what is certified of them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlab.certificate import certify, hash_of
+from qlab.codecs import Codec
+from qlab.errors import QlabError
+from qlab.files.checkpoint import Checkpoint
+from qlab.graph import ModuleGraph, Op
+from qlab.model.names import Piece
+from qlab.model.skeleton import Skeleton
+from qlab.qtensor import Leaf, QTensor
+
+
+def as_stored(skeleton: Skeleton, graph: ModuleGraph) -> dict[str, Leaf]:
+    """A block's leaves by their names in the files, each unquantized one in its own stored dtype; experts one by one."""
+    parts = {piece: piece.of(graph.params[name]) for name in graph.params for piece in _pieces(skeleton, graph, name)}
+    return {piece.name: part if isinstance(part, QTensor) else part.to(skeleton.stored_dtype(piece)) for piece, part in parts.items()}
+
+
+def _pieces(skeleton: Skeleton, graph: ModuleGraph, name: str) -> Sequence[Piece]:
+    """The tensors as which a leaf is written: as it was stored, but quantized experts by the names that engines expect."""
+    leaf, path = graph.params[name], f"{graph.path}.{name}"
+    if isinstance(leaf, QTensor) and len(leaf.shape) == 3:
+        return skeleton.expert_pieces(path)
+    return skeleton.block_names(graph.path).get(name, ())  # a buffer has none
+
+
+def online_at(skeleton: Skeleton, graph: ModuleGraph, codec: Codec) -> dict[str, tuple[Op, ...]]:
+    """What still happens to inputs at run time, by the leaves' names in the files; refused where the format has no place for it."""
+    online: dict[str, tuple[Op, ...]] = {}
+    for site in graph.code.sites:
+        if ops := graph.online.get(site.path, ()):
+            leaf = graph.params[site.weight or ""]
+            if reason := codec.refusal(leaf.spec, ops) if isinstance(leaf, QTensor) else "its weight is not quantized":
+                raise QlabError(f"{graph.where(site)} still needs an operation at run time: {reason}")
+            online |= {piece.name: ops for piece in _pieces(skeleton, graph, site.weight or "")}
+    return online
+
+
+def encode(leaves: Mapping[str, Leaf], codec: Codec, online: Mapping[str, tuple[Op, ...]]) -> dict[str, Tensor]:
+    """The tensors of these leaves: codes packed by the codec, everything else as it is."""
+    tensors: dict[str, Tensor] = {}
+    for name, leaf in leaves.items():
+        ops = [online[name]] if name in online else []
+        tensors |= codec.encode(name.rpartition(".")[0], leaf, *ops) if isinstance(leaf, QTensor) else {name: leaf}
+    return tensors
+
+
+def certificates(leaves: Mapping[str, Leaf], reference: Checkpoint, made_of: Mapping[str, Any] = {}) -> dict[str, dict[str, Any]]:
+    """What `verify` can hold a block to: a certificate per quantized module, and the hash of every other tensor that differs
+    from the reference's. made_of: leaf -> the reference's tensor, where that has another name."""
+    certified: dict[str, Any] = {}
+    changed: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        source = made_of.get(name) or name
+        original = reference.leaf(source) if source in reference.stored else None
+        if isinstance(leaf, QTensor):
+            certified[name.rpartition(".")[0]] = certify(leaf, original) | ({} if source == name else {"made_of": source})
+        elif not isinstance(original, Tensor) or not torch.equal(leaf.cpu(), original):
+            changed[name] = hash_of(leaf)
+    return {"certificates": certified, "changed": changed}
