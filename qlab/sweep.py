@@ -143,6 +143,8 @@ class _InParts(Sequence):
         return self.experts
 
     def __getitem__(self, expert: Any) -> Any:
+        if not 0 <= expert < self.experts:
+            raise IndexError(expert)
         if not self.held or not self.first <= expert < self.first + self.size:
             self.first, self.held = expert - expert % self.size, ()
             part = slice(self.first, min(self.first + self.size, self.experts))

@@ -49,6 +49,8 @@ def decode(version: str, path: str, tensors: Mapping[str, Tensor], spec: Int) ->
         name, halves = ZEROS[version], stored.scale_dtypes(spec)
         scales, scaled = (stored.take(path, tensors, n, (8 * width, o), *halves)[:groups].mT.contiguous() for n in ("scales", name))
         zeros = _unscaled(f"{path}.{name}", scaled, scales)
+    if not bool(scales[:, -1].any()):  # padding, by the looks of it: writers keep scales above 0
+        raise QlabError(f"{path} has no scales for the last of its {groups} groups; they are cut off, or its group_size is another")
     if spec.symmetric and not bool((zeros == 0).all()):
         raise QlabError(f"{path} has zero points other than 8, as a symmetric file has them; its config must say zero_point true")
     return QTensor(codes, scales, None if spec.symmetric else zeros, spec)

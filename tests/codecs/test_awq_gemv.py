@@ -65,7 +65,7 @@ def written(version, q):
 
 def test_gemv_words_by_hand():
     tensors = {"m.qweight": torch.tensor([[0x76543210, 0xFEDCBA98 - (1 << 32)] * 8], dtype=torch.int32),
-               "m.qzeros": torch.tensor([[0x7]], dtype=torch.int32), "m.scales": torch.ones(1, 8, dtype=F16)}  # fmt: skip
+               "m.qzeros": torch.tensor([[0x7]], dtype=torch.int32), "m.scales": torch.eye(1, 8, dtype=F16)}  # fmt: skip
     q = codec("gemv").decode("m", tensors, Int(4, Tile(1, 128), False))
     assert q.codes[0].tolist() == [*range(-8, 8)] * 8 and q.zeros.tolist() == [[-1]] and q.scales.tolist() == [[1.0]]
 
@@ -74,8 +74,8 @@ def test_gemv_fast_words_by_hand():
     # codes floor(k / 2) mod 16 in every row: a word holds columns a, a + 8, a + 16, a + 24
     words = [f"{c:04x}" for pair in ("c840", "d951", "ea62", "fb73") for c in [int(pair, 16)] * 2]
     row = torch.tensor([int(w, 16) for w in words] * 2).to(torch.int16)
-    tensors = {"m.qweight": row.repeat(2, 4).view(2, 64), "m.scales": torch.full((8 * 2, 8), 0.5, dtype=F16),
-               "m.qzeros": torch.full((8 * 2, 8), -1.5, dtype=F16)}  # fmt: skip
+    first = torch.eye(8 * 2, 1, dtype=F16).expand(-1, 8)  # one group, and padding
+    tensors = {"m.qweight": row.repeat(2, 4).view(2, 64), "m.scales": 0.5 * first, "m.qzeros": -1.5 * first}
     q = codec("gemv_fast").decode("m", tensors, Int(4, Tile(1, 64), False))
     assert (q.codes.int() + 8).tolist() == [[k // 2 % 16 for k in range(64)]] * 8
     assert q.zeros.eq(3 - 8).all() and q.zeros.shape == (8, 1)  # -(0.5 * 3)
@@ -128,11 +128,14 @@ def test_other_ways_to_name_a_version():
     assert_same(reader(legacy).decode("m", written("gemv", q), q.spec), q)
 
 
+FIRST = torch.eye(16, 1, dtype=F16).expand(-1, 4)  # the one group of four rows, and padding
+
+
 @pytest.mark.parametrize("version, change, message", [
     ("gemv", {"m.qzeros": torch.zeros(4, 1, dtype=torch.int32)}, r"^m\.qzeros is torch.int32 \(4, 1\), expected torch.int32 \(4, 2\)"),
     ("gemv_fast", {"m.qweight": torch.zeros(1, 32, dtype=torch.int16)}, r"^m\.qweight \(1, 32\) is not made of 64 columns"),
-    ("gemv_fast", {"m.qzeros": torch.full((16, 4), 0.3, dtype=F16)}, r"^m\.qzeros holds no rounded products"),
-    ("llm-awq", {"m.scaled_zeros": torch.full((16, 4), torch.nan, dtype=F16)}, r"^m\.scaled_zeros holds no rounded products"),
+    ("gemv_fast", {"m.qzeros": 0.3 * FIRST}, r"^m\.qzeros holds no rounded products"),
+    ("llm-awq", {"m.scaled_zeros": FIRST.where(FIRST == 0, torch.nan)}, r"^m\.scaled_zeros holds no rounded products"),
     ("llm-awq", {"m.qzeros": torch.zeros(16, 4, dtype=F16)}, r"^m\.qzeros has no place in AWQ llm-awq"),
 ])  # fmt: skip
 def test_tensors_that_are_none_of_the_format_are_refused(version, change, message):
