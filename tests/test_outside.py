@@ -131,7 +131,7 @@ def test_a_tied_head_becomes_a_weight_of_its_own(family, saved, tmp_path):
     assert bits_equal(after[embedding], before[embedding]) and result.sites["lm_head"]["weight_error"] > 0
     theirs = (from_transformers if family == "qwen2_vl" else causal)(result.path)(input_ids=IDS).logits
     assert (qlab_logits(result.path) - theirs).norm() <= 1e-5 * theirs.norm()
-    assert (lower(result.path, dtype=torch.float32)(input_ids=IDS).logits - theirs).norm() <= 1e-4 * theirs.norm()
+    assert (lower(result.path, dtype=torch.float32, dense_cache=True)(input_ids=IDS).logits - theirs).norm() <= 1e-4 * theirs.norm()
     assert verify(result.path, source).faults == []
 
 
