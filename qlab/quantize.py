@@ -177,9 +177,9 @@ def _scan(skeleton: Skeleton, jobs: list[_Job], data: Data | None, inputs: Input
     for job in jobs:
         if not job.writer.has(0):
             _write_outside(skeleton, job)
+    _return_freed_memory()
     console = Console(stderr=True)
     for i, path in track(list(enumerate(paths))[done:], "quantizing blocks", console=console, disable=not console.is_terminal):
-        _return_freed_memory()
         before, after = carries[i if data is not None else 0], carries[i + 1 : i + 2] if data is not None else []
         _block(skeleton, jobs, i, partial(_batches, calls, path, before, skeleton.device), inputs, everywhere, after)
         if after:
@@ -205,7 +205,8 @@ def _write_outside(skeleton: Skeleton, job: _Job) -> None:
 
 
 def _return_freed_memory() -> None:
-    """Tensors of many sizes leave holes that glibc keeps, a fifth of the peak of a small model; other C libraries have no such call."""
+    """What tokenizing, tracing and the embedding leave behind: glibc keeps it, a tenth of the peak of a small model; other C
+    libraries have no such call."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 

@@ -19,7 +19,7 @@ from qlab.stats import STATS, Moment, Stats, quadratic
 from qlab.transform import Stage, Transform, chain, reparametrize
 
 RATIOS = tuple(i / 10 for i in range(11))
-ROWS = 64  # of each weight, evenly spread, rank the candidates
+ROWS = 128  # of each weight, evenly spread, rank the candidates
 
 
 @dataclass(frozen=True)
