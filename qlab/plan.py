@@ -194,7 +194,7 @@ def _check_scope(stage: Stage, named: Mapping[str, tuple[str, Site]], codes: Map
         raise QlabError(f"the stage {stage.name!r} is for {_some(routers)} only, which choose experts; routers stay as they are, as "
                         "every engine reads them: leave the rule out")
     if not chosen and stage.scope.outside:
-        raise QlabError(f"the stage {stage.name!r} matches no linear with a weight of its own ({stage.scope}); those are "
+        raise QlabError(f"the stage {stage.name!r} matches no linear ({stage.scope}); those are "
                         f"{_some(list(around)) or 'none'}")
     if not chosen:
         beside = [name for name in around if name in stage.scope]
