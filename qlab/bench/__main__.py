@@ -47,8 +47,8 @@ def methods(
 
     record = compare_methods(model, names.split(","), spec, asymmetric=asymmetric, calib=calib, text=text, samples=samples,
                              length=length, seed=seed, windows=windows, inputs=inputs, out=out)  # fmt: skip
-    report(record, json_file)
     console().print(table(record))
+    report(record, json_file)
     console().print(f"models, bench.json, methods.png and layers.png are in {record['out']}", soft_wrap=True)
 
 
@@ -108,10 +108,10 @@ def matmul(
     with kernel_refusals():
         record = compare_matmuls(wanted, parse_tokens(m or TOKENS), dtype=dtype, group=group, zeros=asymmetric, device=where,
                                  names=names, tune=tuned, budget=budget, seconds=seconds, said=say)  # fmt: skip
-    report(record, json_file)
     console().print(table(record))
     for line in verdict(record):
         console().print(line, soft_wrap=True, highlight=False)
+    report(record, json_file)  # a file that cannot be written takes no measured figure with it
     if plot:
         draw_matmuls(record, plot)
 
@@ -126,8 +126,8 @@ def pack(
     from qlab.bench.pack import compare_packers, table
 
     record = compare_packers(n, k, reps=reps, said=say)
-    report(record, json_file)
     console().print(table(record))
+    report(record, json_file)
 
 
 app.command("tune")(tune)

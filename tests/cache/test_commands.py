@@ -152,6 +152,13 @@ def test_the_bench_measures_everybody_and_says_who_is_absent(call, tmp_path):
     assert "128x256" in out and ("int4 loses to the library's" in out or "int4 is nowhere slower" in out)
 
 
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_file_that_cannot_be_written_takes_no_figure_with_it(call, option):
+    arguments = [*SMALL, "--contenders", "qlab,library", "--seconds", "0", option, "/no/such/folder/file"]
+    code, out, said = call("matmul", *arguments, main=bench_main)
+    assert code == 2 and "cannot be written" in said and "128x256" in out and "library's bfloat16 matmul" in out
+
+
 def test_tuning_before_the_bench_decides_what_runs(call, tmp_path):
     options = ["--contenders", "qlab", "--tune", "--seconds", "0.01", "--json", tmp_path / "m.json"]
     assert call("matmul", *SMALL, *options, main=bench_main)[0] == 0
