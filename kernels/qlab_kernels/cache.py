@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from qlab_kernels import entries
-from qlab_kernels.config import Config, Problem, heuristic, kernel_revision, legal
+from qlab_kernels.config import OPERATORS, Config, Problem, heuristic, kernel_revision, legal
 from qlab_kernels.entries import MODEL, CacheError, Entry, Key, Table, file_name, key_of
 
 Source = Literal["override", "user", "shipped-device", "shipped-capability", "nearest", "heuristic"]
@@ -194,10 +194,12 @@ def _override() -> tuple[dict[str, Table], tuple[str | None, Config] | None]:
     try:
         if not text.lstrip().startswith("{"):
             return read_exported(Path(text).expanduser()), None
-        value = json.loads(text)
+        value = entries.load(text)
         op = value.pop("op", None)
-        return {}, (op, Config(**value))
-    except (ValueError, TypeError, OSError) as error:
+        if op not in (None, *OPERATORS):
+            raise ValueError(f"no operator {op!r}: there are {', '.join(OPERATORS)}")
+        return {}, (op, entries.config_from(value))
+    except (ValueError, OSError) as error:
         raise CacheError(f"${OVERRIDE} is neither a config as JSON nor a file that `qlab cache export` wrote: {error}") from error
 
 
@@ -251,6 +253,6 @@ def fresh(p: Problem) -> Entry | None:
 
 def read_exported(path: Path) -> dict[str, Table]:
     """The tables, by file name, of a file that `transfer.export` wrote, or of a single table. ValueError when it is neither."""
-    value = json.loads(path.read_bytes())
+    value = entries.load(path.read_bytes())
     tables = [entries.parse(json.dumps(part)) for part in (value if isinstance(value, list) else [value])]
     return {f"{table.meta['op']}.{table.meta['capability']}.json": table for table in tables}

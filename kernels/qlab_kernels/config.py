@@ -21,6 +21,7 @@ DENSE_TOKENS = 256  # above, the heuristic dequantizes and calls the library: th
 _SMS = {(8, 0): 108, (8, 6): 84, (8, 7): 16, (8, 9): 128, (9, 0): 132, (10, 0): 148, (12, 0): 170}
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
+OPERATORS = ("int4_mm", "int4_grouped_mm", "int4_linear_cpu", "int4_linear_cpu_beside_dense")
 Kind = Literal["split_k", "gemm", "dequant", "fma", "int4pack", "dense"]
 
 
@@ -28,7 +29,7 @@ Kind = Literal["split_k", "gemm", "dequant", "fma", "int4pack", "dense"]
 class Problem:
     """One product to configure. n, k are the true sizes; group >= k means one scale per row. device is a name, for the cache.
 
-    op: "int4_mm", "int4_grouped_mm" (m counts tokens of all experts), or "int4_linear_cpu", whose cc is "cpu-<isa>".
+    op: one of OPERATORS. m of "int4_grouped_mm" counts tokens of all experts; cc of the last two is "cpu-<isa>".
     """
 
     op: str

@@ -10,6 +10,7 @@ a reader never locks, because the file is only ever replaced whole.
 
 import fcntl
 import json
+import math
 import os
 import re
 import warnings
@@ -60,15 +61,36 @@ def entry_from(row: Mapping[str, Any], meta: Mapping[str, Any] | None = None) ->
     """The inverse of `Entry.json`; what `row` lacks comes from `meta`. ValueError when it is no entry."""
     merged = {**{k: v for k, v in (meta or {}).items() if k in _FIELDS}, **row}
     try:
-        config = Config(**merged["config"])
+        config = config_from(merged["config"])
         entry = Entry(**{**merged, "config": config, "us": float(merged["us"]), "gbps": float(merged["gbps"])})
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"not an entry: {error}") from error
-    sizes = (config.bm, config.bn, config.bk, config.split, config.warps, config.stages, entry.trials)
-    names = (config.kind in get_args(Kind), config.scale_on in ("accumulator", "weight"), entry.source in ("measured", "modelled"))
-    if not all(names) or any(type(size) is not int for size in sizes) or {type(entry.device), type(entry.date)} != {str}:
+    texts = {type(text) for text in (entry.device, entry.date, entry.torch, entry.triton or "")}
+    figures = type(entry.trials) is int and 0 <= entry.us < math.inf and 0 <= entry.gbps < math.inf
+    if not figures or texts != {str} or entry.source not in ("measured", "modelled"):
         raise ValueError(f"an entry whose values are not what they should be: {row}")
     return entry
+
+
+def config_from(row: Mapping[str, Any]) -> Config:
+    """A configuration from its fields; those that are missing have their default. ValueError when it is none."""
+    try:
+        config = Config(**row)
+    except TypeError as error:
+        raise ValueError(f"not a configuration: {error}") from error
+    sizes = (config.bm, config.bn, config.bk, config.split, config.warps, config.stages)
+    named = config.kind in get_args(Kind) and config.scale_on in ("accumulator", "weight")
+    if not named or any(type(size) is not int for size in sizes):
+        raise ValueError(f"a configuration whose values are not what they should be: {row}")
+    return config
+
+
+def load(text: str | bytes) -> Any:
+    """The value of a JSON text. ValueError when it is none."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 _FIELDS = {f.name for f in fields(Entry)}
@@ -157,7 +179,7 @@ def _order(key: str) -> list[str | int]:
 
 def parse(text: str | bytes, op: str | None = None, capability: str | None = None) -> Table:
     """A file's contents. ValueError when they are not one table of this schema, or of another operator or capability."""
-    value = json.loads(text)
+    value = load(text)
     try:
         schema, meta = value["schema"], value["meta"]
         if schema != SCHEMA:

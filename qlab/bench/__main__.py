@@ -72,7 +72,8 @@ def generate(
     names = [name.strip() for name in engines.split(";")] if engines else ENGINES
     records = []
     for directory in directories:
-        records.append(measure(directory, names, prompt=prompt, new=new, repeat=repeat, device=device))
+        with kernel_refusals():
+            records.append(measure(directory, names, prompt=prompt, new=new, repeat=repeat, device=device))
         console().print(table(records[-1]))
     report(records, json_file)
 

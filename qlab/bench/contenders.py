@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlab.lower import cpu, cuda
-from qlab.lower.nibbles import Planes
 from qlab.lower.ops import int4_mm
 from qlab.lower.timing import copies
 from qlab.lower.tuning import DTYPES, Random, random_weight
@@ -78,11 +77,11 @@ class _Buffers:
 
 
 def _packed(case: Case) -> list[_Buffers]:
-    made = [Planes(w.codes, w.scales, w.zeros, case.k, case.group, 1) for w in case.weights(case.int4_bytes)]
+    made = [w.planes(case.device) for w in case.weights(case.int4_bytes)]
     if case.device.type == "cuda":
         layout = cuda.layout(case.device, case.torch_dtype)
-        return [_Buffers(*cuda.pack(p, case.torch_dtype, case.device), case.n, case.group, layout) for p in made]
-    return [_Buffers(*cpu.pack(p, case.torch_dtype), case.n, case.group, cpu.layout()) for p in made]
+        return [_Buffers(*cuda.pack(p, case.torch_dtype, case.device), case.n, p.group, layout) for p in made]
+    return [_Buffers(*cpu.pack(p, case.torch_dtype), case.n, p.group, cpu.layout()) for p in made]
 
 
 def int4_mm_of(b: _Buffers, dense: Tensor | None, x: Tensor) -> Tensor:

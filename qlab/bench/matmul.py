@@ -20,8 +20,9 @@ from rich.table import Table
 from qlab.bench.contenders import CONTENDERS, DENSE, LIBRARY, OURS, Case, Unavailable, prepare
 from qlab.errors import QlabError
 from qlab.lower import cpu
+from qlab.lower.model import device_named
 from qlab.lower.timing import copy_rate, device_label, graph_microseconds, last_cache, matmul_rate, microseconds
-from qlab.lower.tuning import Shape, check, tune_shapes
+from qlab.lower.tuning import Shape, check, random_weight, tune_shapes
 from qlab.report import versions
 
 SHAPES = "4096x4096,4096x14336,14336x4096,8192x8192,8192x28672,16384x16384"
@@ -42,9 +43,7 @@ def compare_matmuls(
     check(shapes, tokens, dtype, group)
     if unknown := [name for name in names if name not in CONTENDERS]:
         raise QlabError(f"contender {unknown[0]!r} is unknown; known are {', '.join(CONTENDERS)}")
-    where = torch.device(device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise QlabError(f"--device {device} was asked for and torch sees no GPU; use --device cpu")
+    where = device_named(device)
     if tune:
         tune_shapes(shapes, tokens, dtype=dtype, group=group, zeros=zeros, device=where, budget=budget, said=said)
     cases = [Case(n, k, dtype, group, zeros, where) for n, k in shapes]
@@ -118,13 +117,13 @@ def _how(case: Case, m: int) -> dict[str, Any]:
     from qlab_kernels import cache
     from qlab_kernels.config import Config, Problem
 
+    held = random_weight(1, case.k, case.group, case.zeros, torch.device("cpu")).planes(case.device)  # of one row: how a row is cut
     if case.device.type == "cuda":
         cc = torch.cuda.get_device_capability(case.device)
-        found = cache.lookup(Problem("int4_mm", cc, device_label(case.device), case.dtype, case.group, case.zeros, case.n, case.k, m))
+        found = cache.lookup(Problem("int4_mm", cc, device_label(case.device), case.dtype, held.group, case.zeros, case.n, case.k, m))
         return {"config": asdict(found.config), "source": found.source, "stale": found.stale}
-    n, k = -(-case.n // cpu.ROWS) * cpu.ROWS, case.k
-    found = cache.lookup(cpu.problem(m, case.torch_dtype, False, n, k, case.group, case.zeros))
-    kind = cpu.kind(m, case.torch_dtype, False, n, k, case.group, case.zeros)
+    product = m, case.torch_dtype, False, -(-case.n // cpu.ROWS) * cpu.ROWS, held.q.shape[1], held.group, case.zeros
+    found, kind = cache.lookup(cpu.problem(*product)), cpu.kind(*product)
     return {"config": asdict(Config(kind)), "source": found.source, "stale": found.stale}
 
 

@@ -86,7 +86,7 @@ def plane_width(k: int) -> int:
 
 
 def spread(x_mk: Tensor, count: int) -> Tensor:
-    """The activations that the planes multiply: padded with zeros to a plane's width and, for two planes, beside themselves."""
+    """The activations that the planes multiply, contiguous: padded with zeros to a plane's width; for two planes, beside themselves."""
     if padding := plane_width(x_mk.shape[1]) - x_mk.shape[1]:
         x_mk = F.pad(x_mk, (0, padding))
-    return x_mk if count == 1 else torch.cat([x_mk, x_mk], 1)
+    return x_mk.contiguous() if count == 1 else torch.cat([x_mk, x_mk], 1)

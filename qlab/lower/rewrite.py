@@ -92,7 +92,7 @@ def choose(graph: Any) -> int:
             if cpu.kind(m, x.meta["val"].dtype, dense is not None, rows, 2 * half, group, zeros is not None) == "int4pack":
                 new = _call(graph, aten._weight_int4pack_mm_for_cpu.default, (_spread(graph, x, k, count), words, group, scales))
                 if rows != n:
-                    new = _call(graph, aten.slice.Tensor, (new, 1, 0, n))
+                    new = _contiguous(graph, _call(graph, aten.slice.Tensor, (new, 1, 0, n)))
             else:
                 W = dense or _call(graph, torch.ops.qlab.dequantize.default, (words, scales, zeros, n, k, group, count, layout))
                 new = _call(graph, aten.mm.default, (x, _call(graph, aten.permute.default, (W, [1, 0]))))
@@ -130,16 +130,23 @@ def _spread(graph: Any, x: Any, k: int, count: int) -> Any:
     """nibbles.spread in a graph."""
     if plane_width(k) != k:
         x = _call(graph, aten.constant_pad_nd.default, (x, [0, plane_width(k) - k], 0.0))
-    return x if count == 1 else _call(graph, aten.cat.default, ([x, x], 1))
+    return _contiguous(graph, x) if count == 1 else _call(graph, aten.cat.default, ([x, x], 1))
 
 
-def _call(graph: Any, target: Any, args: tuple) -> Any:
+def _contiguous(graph: Any, x: Any) -> Any:
+    """What aten's kernel asks of its input, and what whoever compiled the graph was promised of the output."""
+    if x.meta["val"].is_contiguous():
+        return x
+    return _call(graph, aten.clone.default, (x,), memory_format=torch.contiguous_format)
+
+
+def _call(graph: Any, target: Any, args: tuple, **kwargs: Any) -> Any:
     """A new node with the value that later passes read off it."""
-    node = graph.call_function(target, args)
+    node = graph.call_function(target, args, kwargs)
     fakes = torch.utils._pytree.tree_map(lambda a: a.meta["val"] if hasattr(a, "meta") and hasattr(a, "op") else a, args)
     tensors = [t for t in torch.utils._pytree.tree_leaves(fakes) if isinstance(t, torch.Tensor)]
     with tensors[0].fake_mode:  # type: ignore[attr-defined]
-        node.meta["val"] = target(*fakes)
+        node.meta["val"] = target(*fakes, **kwargs)
     return node
 
 

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from qlab.errors import QlabError
+from qlab.lower.model import device_named
+from qlab.lower.nibbles import Planes, planes_of, refusal, spread
 from qlab.lower.timing import copies, copy_rate, device_label, matmul_rate, microseconds
 from qlab.qtensor import QTensor
-from qlab.spec import parse_spec
+from qlab.spec import Int, Tile, parse_spec
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 Shape = tuple[int, int]  # n, k
@@ -37,6 +39,11 @@ class Random:
             grouped = grouped - self.zeros[..., None]
         return (grouped * self.scales[..., None]).view(self.codes.shape).to(dtype)
 
+    def planes(self, device: torch.device) -> Planes:
+        """As the device's kernels hold it."""
+        leaf = QTensor(self.codes, self.scales, self.zeros, Int(4, Tile(1, self.group), self.zeros is None))
+        return planes_of("the weight", leaf, whole_rows=device.type == "cuda")
+
 
 def random_weight(n: int, k: int, group: int, zeros: bool, device: torch.device, seed: int = 0) -> Random:
     """The weight that belongs to a seed; its entries are of the size that a trained layer's are."""
@@ -56,6 +63,8 @@ def check(shapes: Sequence[Shape], tokens: Sequence[int], dtype: str, group: int
     for n, k in shapes:
         if n < 1 or k < 1 or group < 1 or k % group:
             raise QlabError(f"groups of {group} do not divide a weight of {n}x{k}; choose another --group or shape")
+        if reason := refusal(Int(4, Tile(1, group)), torch.Size((n, k))):
+            raise QlabError(f"--group {group}: {reason}")
 
 
 def tune_shapes(
@@ -71,7 +80,7 @@ def tune_shapes(
     from qlab_kernels.capability import KernelError
 
     check(shapes, tokens, dtype, group)
-    where = torch.device(device)
+    where = device_named(device)
     try:
         require_writable()
         tuner = _tune_cuda if where.type == "cuda" else _tune_cpu
@@ -96,9 +105,11 @@ def _tune_cuda(
     rows = []
     for n, k in shapes:
         weights = [random_weight(n, k, group, zeros, device, seed) for seed in range(copies(n * k / 2, device))]
-        packed = [pack(w.codes, w.scales, w.zeros, group, layout, DTYPES[dtype]) for w in weights]
-        del weights
-        for problem in _once(Problem("int4_mm", cc, device_label(device), dtype, group, zeros, n, k, m) for m in tokens):
+        planes = [w.planes(device) for w in weights]
+        packed = [pack(p.q, p.scales, p.zeros, p.group, layout, DTYPES[dtype]) for p in planes]
+        held = planes[0].group, zeros, n, k
+        del weights, planes
+        for problem in _once(Problem("int4_mm", cc, device_label(device), dtype, *held, m) for m in tokens):
             x = torch.randn(problem.bucket, k, device=device, dtype=DTYPES[dtype])
 
             def measure(config: Config, reps: int, x: Tensor = x, packed: list = packed) -> float:
@@ -114,7 +125,6 @@ def _tune_cpu(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Both questions of a CPU: int4 against dequantizing for the call, and int4 beside a dense copy."""
     from qlab.lower import cpu
-    from qlab.lower.nibbles import Planes
     from qlab_kernels.config import Config
 
     if dtype != "bfloat16":
@@ -122,15 +132,16 @@ def _tune_cpu(
     rows = []
     for n, k in shapes:
         made = [random_weight(n, k, group, zeros, device, seed) for seed in range(copies(n * k / 2, device))]
-        packed = [cpu.pack(Planes(w.codes, w.scales, w.zeros, k, group, 1), torch.bfloat16) for w in made]
+        packed, cut = [cpu.pack(w.planes(device), torch.bfloat16) for w in made], made[0].planes(device).group
         rows_padded, bytes_k = packed[0][0].shape  # the key holds the sizes that the kernel sees
         for copy in (False, True):
             dense = [w.dense(torch.bfloat16) for w in made[: copies(2 * n * k, device)]] if copy else []
-            for problem in _once(cpu.problem(m, torch.bfloat16, copy, rows_padded, 2 * bytes_k, group, zeros) for m in tokens):
+            for problem in _once(cpu.problem(m, torch.bfloat16, copy, rows_padded, 2 * bytes_k, cut, zeros) for m in tokens):
                 x = torch.randn(problem.bucket, k, dtype=torch.bfloat16)
 
-                def measure(config: Config, reps: int, x: Tensor = x, packed: list = packed, dense: list = dense) -> float:
-                    calls = _cpu_calls(config.kind, x, packed, dense, group)
+                def measure(config: Config, reps: int, x: Tensor = x, packed: list = packed, dense: list = dense, cut: int = cut
+                            ) -> float:  # fmt: skip
+                    calls = _cpu_calls(config.kind, x, packed, dense, cut)
                     return microseconds(calls, reps, device, budget / 4)  # a long product is not repeated fifty times
 
                 rows.append({**_tune(problem, measure, budget, 0.0, retune, said), "dense_copy": copy})
@@ -142,7 +153,8 @@ def _cpu_calls(kind: str, x: Tensor, packed: list, dense: list[Tensor], group: i
     from qlab.lower import cpu
 
     if kind == "int4pack":
-        return [partial(torch.ops.aten._weight_int4pack_mm_for_cpu, x, words, group, scales) for words, scales, _ in packed]
+        rows = spread(x, 1)
+        return [partial(torch.ops.aten._weight_int4pack_mm_for_cpu, rows, words, group, scales) for words, scales, _ in packed]
     if dense:
         return [partial(torch.nn.functional.linear, x, W) for W in dense]
 
@@ -174,7 +186,6 @@ def weights_of(directory: str | Path, device: torch.device | str) -> dict[tuple[
     A channel's scale may be cut into groups, and 5 to 8 bits are two planes beside each other: see qlab.lower.nibbles. Weights that no
     kernel takes are left out; a directory of nothing else is refused.
     """
-    from qlab.lower.nibbles import planes_of, refusal
     from qlab.report import read_report
 
     found: dict[tuple[int, bool], set[Shape]] = {}

@@ -56,7 +56,10 @@ def test_an_exported_file_overrides(unshipped, problem, entry, monkeypatch, tmp_
     assert cache.lookup(problem(m=512)).source == "heuristic"
 
 
-@pytest.mark.parametrize("text", ['{"kind": "dequant", "tile": 3}', "{", "[1]", "/no/such/file.json"])
+@pytest.mark.parametrize("text", [
+    '{"kind": "dequant", "tile": 3}', "{", "[1]", "/no/such/file.json", '{"op": "int4mm", "kind": "dequant"}', '{"kind": "fast"}',
+    '{"kind": "split_k", "bm": 16, "bn": 64, "bk": 128, "split": "2"}', '{"op": 1, "kind": "dequant"}', '{"kind": ' + "[" * 10**5,
+])  # fmt: skip
 def test_an_unreadable_override_is_one_sentence(monkeypatch, text):
     monkeypatch.setenv(cache.OVERRIDE, text)
     with pytest.raises(CacheError, match="neither a config as JSON nor a file") as error:

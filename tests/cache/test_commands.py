@@ -116,6 +116,8 @@ def test_the_cache_commands(call, tmp_path, problem, entry):
         (["tune", *SMALL, "--m", "0"], "--m 0 is no number of tokens"),
         (["tune", *SMALL, "--m", "a"], "--m 'a' is no list of token counts"),
         (["tune", *SMALL, "--dtype", "float32"], "--dtype 'float32' is unknown"),
+        (["tune", *SMALL, "--group", "16"], "groups of 16 have no int4 kernel; quantize with groups of 32"),
+        (["tune", *SMALL, "--device", "tpu"], "'tpu' is no device; lower to 'cpu' or 'cuda'"),
         (["tune", *SMALL, "--dtype", "float16"], "always dense, so there is nothing to tune"),
         (["cache", "import", "/no/such/file"], "is not a file that `qlab cache export` wrote"),
         (["cache", "export", "/no/such/folder/file"], "cannot be written"),
@@ -156,7 +158,9 @@ def test_tuning_before_the_bench_decides_what_runs(call, tmp_path):
     assert {row["source"] for row in json.loads((tmp_path / "m.json").read_text())["rows"]} == {"user"}
 
 
-@pytest.mark.parametrize(("option", "value"), [("--contenders", "marlin"), ("--group", "100"), ("--m", "-1")])
+@pytest.mark.parametrize(("option", "value"), [
+    ("--contenders", "marlin"), ("--group", "100"), ("--group", "16"), ("--m", "-1"), ("--device", "tpu"), ("--device", "meta"),
+])  # fmt: skip
 def test_the_bench_refuses_before_it_measures(call, option, value):
     code, out, said = call("matmul", *SMALL, option, value, main=bench_main)
     assert code == 2 and not out and said.count("\n") == 1
@@ -189,6 +193,23 @@ def test_it_says_plainly_where_int4_loses():
     cells = [list(column.cells) for column in drawn.columns]
     assert cells[2][0] == "gemm 16x64x128 (nearest, stale)" and cells[8] == ["30.0 (3.00x)", "48.0 (0.80x)"]
     assert verdict(record(*rows[:3]))[0] == "64x64: int4 is nowhere slower than the library's bfloat16 matmul"
+
+
+@pytest.mark.parametrize(("k", "group"), [(100, 100), (1024, 1024), (192, 96)])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_whole_rows_and_wide_groups_are_held_as_a_lowered_model_holds_them(k, group, zeros):
+    for name in ("qlab", "dense copy"):
+        prepare(name, Case(70, k, "bfloat16", group, zeros, CPU))  # checks itself against fp32
+    rows = tuning.tune_shapes([(70, k)], [1], group=group, zeros=zeros, budget=0.1)
+    held = cpu.problem(1, torch.bfloat16, False, 128, k + -k % 64, 32 if group == 96 else 128 if k == 100 else 256, zeros)
+    assert cache.lookup(held).source == "user" and all(row["timings"] >= 2 for row in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("bench", ["tune", "matmul"])
+def test_a_gpu_that_is_not_there_is_refused(call, bench):
+    code, out, said = call(bench, *SMALL, "--device", "cuda", main=bench_main)
+    assert code == 2 and not out and "torch finds no CUDA device here" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("zeros", [False, True])

@@ -73,6 +73,23 @@ def test_a_reference_graph_is_rewritten_to_the_fused_operator(shape, biased, dyn
     assert seen.count("aten._weight_int4pack_mm_for_cpu") == known and seen.count("qlab.int4_mm") == (not known)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_strides_are_those_of_the_eager_operator(dynamic):
+    """aten's kernel takes contiguous activations only, and its rows are padded; neither shows."""
+    layer, after = lowered(random_leaf(100, 128, INT4)), lowered(random_leaf(70, 64, INT4))
+    wide, seen = activations(6, 256, torch.bfloat16), Seen()
+
+    def product(wide):
+        y = layer(wide[:, :128])
+        return y, after(y[:, :64]), y.view(-1)
+
+    compiled = torch.compile(product, fullgraph=True, dynamic=dynamic, options=seen.options)
+    for found, expected in zip(compiled(wide), product(wide)):
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+        assert found.stride() == expected.stride()
+    assert seen.count("aten._weight_int4pack_mm_for_cpu") == (0 if dynamic else 2)
+
+
 def test_another_product_with_a_dequantized_weight_is_left_alone():
     layer, seen = lowered(random_leaf(64, 64, INT4)), Seen()
     x = activations(3, 64, torch.bfloat16)

@@ -72,6 +72,20 @@ def test_leading_dimensions_are_kept():
     assert layer(x[0]).shape == (40,) and layer(x[:0].view(0, 1, 64)).shape == (0, 1, 40)
 
 
+def strided(m, k):
+    """Activations [m, k] that are not contiguous: columns of wider ones, a transpose, one token repeated."""
+    x = activations(m, 2 * k, torch.bfloat16)
+    return {"columns": x[:, :k], "transposed": x.view(2, k, m)[0].mT, "repeated": x[:1, :k].expand(m, k)}
+
+
+@pytest.mark.parametrize("form", strided(1, 1))
+@pytest.mark.parametrize("m", [6, 80])
+@pytest.mark.parametrize("spec, k", [(Int(4, Tile(1, 64)), 128), (Int(4, Tile(1, None)), 100), (Int(8, Tile(1, 64)), 128)])
+def test_activations_need_not_be_contiguous(form, m, spec, k):
+    leaf, x = random_leaf(70, k, spec), strided(m, k)[form]
+    check_product(lowered(leaf)(x), x, leaf)
+
+
 @pytest.mark.parametrize("bits, symmetric", [(4, True), (3, False), (8, False)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torch_accepts_the_operators(bits, symmetric, dtype):
