@@ -145,11 +145,14 @@ def test_rounding_anew_is_an_explicit_act_and_its_error_is_reported(four_bits, q
 
 def test_rounding_anew_keeps_the_codes_that_fit(four_bits, saved, tmp_path):
     mixed = rules({"*.mlp.*": rtn(parse_spec("int8-channel")), "*": rtn(parse_spec("int4-g32"))})
-    source = quantize(open_checkpoint(saved("llama", torch.float16)), mixed, None, tmp_path / "q").path
+    model = saved("llama", torch.float16)
+    source = quantize(open_checkpoint(model), mixed, None, tmp_path / "q").path
     result = convert(source, four_bits, tmp_path / "out", requantize=parse_spec("int4-g32"))
     assert set(result.requantized) == {name for name in leaves(source) if "mlp" in name}
     kept = [name for name in leaves(source) if "attn" in name]
     assert all(fingerprint(leaves(source)[name]) == fingerprint(leaves(result.path)[name]) for name in kept)
+    verdict = verify(result.path, model)  # what was rounded anew is certified by its hash: the model was not there
+    assert verdict.faults == [] and all((verdict.sites[name]["certified_error"] is None) == ("mlp" in name) for name in verdict.sites)
     with pytest.raises(QlabError, match="cannot hold int3-g32 weights"):
         convert(source, four_bits, tmp_path / "no", requantize=parse_spec("int3-g32"))
 
