@@ -68,7 +68,8 @@ class Checkpoint:
         """Whether transformers has the architecture."""
         from transformers import CONFIG_MAPPING
 
-        return self.raw.get("model_type") in CONFIG_MAPPING
+        kind = self.raw.get("model_type")
+        return isinstance(kind, str) and kind in CONFIG_MAPPING
 
     @cached_property
     def files(self) -> dict[str, Path]:
