@@ -191,8 +191,8 @@ def _check_scope(stage: Stage, named: Mapping[str, tuple[str, Site]], codes: Map
             raise QlabError(f"no rule covers {_some(sorted(chosen))}; add a pattern, with keep() to leave them as they are")
         return
     if not chosen and (routers := [name for name, (_, site) in named.items() if name in stage.scope and site.router]):
-        raise QlabError(f"the stage {stage.name!r} is for {_some(routers)} only, which choose experts; routers stay as they are, as "
-                        "every engine reads them: leave the rule out")
+        raise QlabError(f"the stage {stage.name!r} is for {_some(routers)} only, which choose or weigh experts; routers stay as they "
+                        "are, as every engine reads them: leave the rule out")
     if not chosen and stage.scope.outside:
         raise QlabError(f"the stage {stage.name!r} matches no linear ({stage.scope}); those are "
                         f"{_some(list(around)) or 'none'}")
@@ -241,8 +241,8 @@ def _check_specs(specs: Mapping[str, Spec | None], shapes: Mapping[str, torch.Si
             refused = refusal(target, codec, spec, site.route is not None, k)
         if refused:
             failed.setdefault(refused, []).append(name)
-    for names in _joined(named) if target else ():
-        if divided := division(target, {name: specs[name] for name in names}):
+    for names in _joined(named):
+        if target and (divided := division(target, {name: specs[name] for name in names})):
             failed.setdefault(divided, []).extend(names)
     for reason, names in failed.items():
         raise QlabError(f"{_some(names)}: {reason}")

@@ -84,6 +84,14 @@ def test_a_missing_tensor(folder, tmp_path):
     assert not (tmp_path / "q").exists()
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight"])
+@pytest.mark.parametrize("edit", [lambda t: t[1:], lambda t: t.to(torch.int8)])
+def test_files_of_another_model_than_the_config_describes(name, edit, folder):
+    change(folder, **{name.replace(".", "__"): edit})
+    model = open_checkpoint(folder)
+    refused(lambda: qlab.plan(model, qlab.rtn(INT4)), f"{name} is torch.", "config.json describes a model with floats", "another model")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_or_inf_in_a_weight_names_its_site(folder, tmp_path, value):
     change(folder, model__layers__1__mlp__up_proj__weight=lambda t: t.index_fill(1, torch.tensor([3]), value))
