@@ -55,8 +55,8 @@ class Site:
     their statistics. layout: axes of the stored weight, "o k" (linear), "k o" (addmm), "e o k" and "e k o" (fused experts).
     rows: the parts of a fused weight. Of fused experts, gathered_from: the node whose rows its input holds in the order
     of experts, if it is not made by experts itself; route: the node that says which rows belong to whom,
-    choices: to how many experts a token goes. router: it decides
-    that, and is never rounded itself (it is small, and every engine reads it as it is). outside: it lies around the blocks.
+    choices: to how many experts a token goes. router: it decides that, or is a gate of one number per token (of a shared expert),
+    and is never rounded itself (it is small, and every engine reads it as it is). outside: it lies around the blocks.
     """
 
     path: str

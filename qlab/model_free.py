@@ -115,6 +115,9 @@ def _chosen(source: Checkpoint, recipe: Transform, include: Sequence[str], exclu
     chosen = [m for m in modules if any(matches(p, m) for p in include) and not any(matches(p, m) for p in exclude)]
     if wrong := sorted(set(chosen) & other_matrices(source)):
         raise QlabError(f"{', '.join(wrong[:4])} belongs to no nn.Linear of the model, and readers would skip it; --exclude it")
+    if whole := [m for m in chosen if m not in source.quantized and not source.shape_and_dtype(f"{m}.weight")[1].is_floating_point]:
+        raise QlabError(f"{whole[0]}.weight of {source.path} is stored as {source.stored[f'{whole[0]}.weight'].dtype}, which are no "
+                        "weights but codes that its config.json does not explain; --exclude it, or start from the unquantized model")
     if any(stage.scope.outside for stage in recipe):
         raise QlabError("without a model nobody knows what lies around its blocks; leave outside() away, and name those weights "
                         "as they are stored")

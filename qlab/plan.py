@@ -19,7 +19,7 @@ from qlab.outside import outside_sites
 from qlab.report import bits_per_weight, describe
 from qlab.spec import Float, Spec, with_scale_dtype
 from qlab.sweep import BATCH_TOKENS, HELD, Inputs, in_batches, in_order, record
-from qlab.targets import refusal, uniformity
+from qlab.targets import division, refusal, uniformity
 from qlab.transform import Stage, Transform
 
 CODEC = "compressed-tensors"  # what is written unless another codec is named
@@ -191,8 +191,8 @@ def _check_scope(stage: Stage, named: Mapping[str, tuple[str, Site]], codes: Map
             raise QlabError(f"no rule covers {_some(sorted(chosen))}; add a pattern, with keep() to leave them as they are")
         return
     if not chosen and (routers := [name for name, (_, site) in named.items() if name in stage.scope and site.router]):
-        raise QlabError(f"the stage {stage.name!r} is for {_some(routers)} only, which choose experts; routers stay as they are, as "
-                        "every engine reads them: leave the rule out")
+        raise QlabError(f"the stage {stage.name!r} is for {_some(routers)} only, which choose or weigh experts; routers stay as they "
+                        "are, as every engine reads them: leave the rule out")
     if not chosen and stage.scope.outside:
         raise QlabError(f"the stage {stage.name!r} matches no linear ({stage.scope}); those are "
                         f"{_some(list(around)) or 'none'}")
@@ -241,11 +241,23 @@ def _check_specs(specs: Mapping[str, Spec | None], shapes: Mapping[str, torch.Si
             refused = refusal(target, codec, spec, site.route is not None, k)
         if refused:
             failed.setdefault(refused, []).append(name)
+    for names in _joined(named):
+        if target and (divided := division(target, {name: specs[name] for name in names})):
+            failed.setdefault(divided, []).extend(names)
     for reason, names in failed.items():
         raise QlabError(f"{_some(names)}: {reason}")
     CODECS[codec].config(specs)  # refuses what no config of the format can say of all of them
     if target and (several := uniformity(target, rounded)):
         raise QlabError(f"{several}; give all sites one")
+
+
+def _joined(named: Mapping[str, tuple[str, Site]]) -> list[list[str]]:
+    """Sites of one module that engines may join: they share an input, or are the experts of a mixture."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, (_, site) in named.items():
+        if not site.router:
+            groups.setdefault((name.rpartition(".")[0], "" if site.route else site.source), []).append(name)
+    return list(groups.values())
 
 
 def _some(names: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from directories import change, contents, random_tokens
 from families import tiny
 from test_resume import finish, start
@@ -82,6 +83,21 @@ def test_a_missing_tensor(folder, tmp_path):
     model = open_checkpoint(folder)
     refused(lambda: qlab.quantize(model, qlab.rtn(INT4), None, tmp_path / "q"), "model.layers.1.mlp.up_proj.weight")
     assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize("edit", [{"num_hidden_layers": 10**9}, {"text_config": {"num_hidden_layers": 10**9}}])
+def test_more_layers_than_tensors_are_never_built(edit, folder, monkeypatch):
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | edit))
+    monkeypatch.setattr(transformers, "AutoConfig", None)  # some configs hold a list of all layers
+    refused(lambda: qlab.plan(open_checkpoint(folder), qlab.rtn(INT4)), "num_hidden_layers 1000000000", "tensors")
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight"])
+@pytest.mark.parametrize("edit", [lambda t: t[1:], lambda t: t.to(torch.int8)])
+def test_files_of_another_model_than_the_config_describes(name, edit, folder):
+    change(folder, **{name.replace(".", "__"): edit})
+    model = open_checkpoint(folder)
+    refused(lambda: qlab.plan(model, qlab.rtn(INT4)), f"{name} is torch.", "config.json describes a model with floats", "another model")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

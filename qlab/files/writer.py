@@ -22,6 +22,7 @@ from qlab.files.tensors import write
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 FORMER = ("quantize_config.json", "quant_config.json")  # they say how the weights were quantized before, in GPTQ's and AWQ's way
+TEMPLATES = "additional_chat_templates"  # the one folder of a model directory that transformers reads
 WORK, JOB = ".work", "job.json"
 OVERWRITE = "overwrite"  # in the work folder: the run may replace an existing output
 REPLACED = "replaced"  # in the work folder: the output that is being replaced
@@ -97,7 +98,7 @@ class Writer:
         if found and not self.work.exists():
             raise QlabError(f"{self.partial} was not made by qlab, which needs this name for a while; move it away")
         for path in found:
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         shutil.rmtree(self.partial)
 
     # -------------------------------------------------------------- shards
@@ -151,10 +152,13 @@ class Writer:
             weights = path.suffix in WEIGHTS or path.name.endswith(".index.json") or path.name in FORMER
             if path.is_file() and not weights and path.name not in files:
                 atomically(self.partial / path.name, partial(shutil.copyfile, path))
+        for path in sorted((copied / TEMPLATES).glob("*.jinja")):
+            (self.partial / TEMPLATES).mkdir(exist_ok=True)
+            atomically(self.partial / TEMPLATES / path.name, partial(shutil.copyfile, path))
         write_json(self.partial / INDEX, self._index())
         for name, value in files.items():
             write_json(self.partial / name, value)
-        for leftover in self.partial.glob(".*.tmp"):  # of a killed run
+        for leftover in self.partial.rglob(".*.tmp"):  # of a killed run
             leftover.unlink()
         if self.out.exists():
             if not self.overwrite:

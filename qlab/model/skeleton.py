@@ -46,6 +46,20 @@ class Skeleton:
         self._codes: dict[Any, Code] = {}
         self._traced_for: dict[Any, str] = {}
         self._outputs: dict[str, Output] = {}
+        self._check_headers()
+
+    def _check_headers(self) -> None:
+        """Refuse files of another model than the config describes: tensors of another shape, or that are no floats."""
+        stored, quantized = self.checkpoint.stored, self.checkpoint.quantized
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            for piece in self.pieces(name):
+                if piece.name not in stored or piece.module in quantized:
+                    continue
+                shape, dtype = self.checkpoint.shape_and_dtype(piece.name)
+                wanted = parameter.shape if piece.expert is None else (piece.stop - piece.start, parameter.shape[-1])
+                if sorted(shape) != sorted(wanted) or not dtype.is_floating_point:
+                    raise QlabError(f"{self.checkpoint.path}: {piece.name} is {dtype} {tuple(shape)}, and config.json describes a "
+                                    f"model with floats {tuple(wanted)} there; the one or the other is of another model")
 
     def block_names(self, path: str) -> dict[str, tuple[Piece, ...]]:
         """Leaf name inside the block -> the tensors that hold it in the checkpoint's files."""
