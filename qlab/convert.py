@@ -14,7 +14,7 @@ from qlab.codecs import CODECS, Codec
 from qlab.errors import QlabError
 from qlab.files.checkpoint import GGUF, Checkpoint, open_checkpoint
 from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
-from qlab.files.writer import Writer
+from qlab.files.writer import Writer, apart
 from qlab.methods.grid import encode as round_to_grid
 from qlab.methods.grid import minmax
 from qlab.model.linears import linear_names
@@ -71,8 +71,7 @@ def convert(
     if not source.quantized:
         raise QlabError(f"{source.path} is not quantized, so there is nothing to convert; quantize it first")
     _check_codec(codec)
-    if source.path.resolve() == Path(out).expanduser().resolve():
-        raise QlabError(f"{source.path} is the directory to convert; choose another output directory")
+    apart(out, source.path)
     carried = _carried(source, codec)
     _refuse_rounded_inputs(source, codec)
     targets = _targets(source, codec, requantize)
@@ -102,6 +101,7 @@ def _from_gguf(path: Path, codec: str, out: Path, requantize: Spec | None, overw
     from qlab.from_gguf import from_gguf  # needs the gguf package and transformers' readers, which directories do without
 
     _check_codec(codec)
+    apart(out, path)
     if requantize is not None:
         raise QlabError(f"{path} is a GGUF file, whose codes are not rounded anew on the way; convert it without a grid, and then "
                         "the directory with one (--requantize)")

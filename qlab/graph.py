@@ -39,6 +39,13 @@ def behind_casts(node: fx.Node) -> fx.Node:
     return node
 
 
+def placed(args: tuple, kwargs: Mapping[str, Any], device: torch.device) -> tuple[tuple, dict[str, Any]]:
+    """An operation's arguments with `device` for every device that they name: what a segment makes by itself (a mask, positions)
+    lies where its inputs do, not where it was traced."""
+    there = (device if isinstance(a, torch.device) else a for a in (*args, *kwargs.values()))
+    return tuple(next(there) for _ in args), dict(zip(kwargs, there))
+
+
 @dataclass(frozen=True)
 class Part:
     """Rows [start, stop) of a fused weight (qkv, gate_up) that the graph uses apart from the others."""

@@ -19,7 +19,7 @@ from qlab.codecs import CODECS, Codec
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
-from qlab.files.writer import Writer
+from qlab.files.writer import Writer, apart
 from qlab.graph import lone_weight
 from qlab.model.linears import linear_names, other_matrices
 from qlab.plan import CODEC
@@ -80,8 +80,7 @@ def quantize_files(
         raise QlabError(f"the codec {codec!r} is unknown; qlab writes {', '.join(CODECS)}")
     if needs := sorted({need for stage in recipe for need in stage.needs}):
         raise QlabError(f"the recipe observes {', '.join(needs)}, for which the model has to run; use a data-free method such as rtn")
-    if source.path.resolve() == Path(out).expanduser().resolve():
-        raise QlabError(f"{source.path} is the model itself; choose another output directory")
+    apart(out, source.path)
     specs = _chosen(source, recipe, include, exclude)
     _check(source, specs, codec, target)
     names = {**linear_names(source), **{module: module for module in specs}}

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from qlab.calibration import Data
+from qlab.calibration import Data, check_positions
 from qlab.codecs import CODECS
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
@@ -108,7 +108,7 @@ def plan(
     if needs and data is None:
         raise QlabError(f"the recipe observes {', '.join(needs)} and no calibration text was given")
     if data is not None:
-        _check_positions(model, data)
+        check_positions(model, data)
     skeleton = skeleton or Skeleton(model, model.dtype)
     codes = trace_all(skeleton, data)
     named = {f"{path}.{site.path}": (path, site) for path, code in codes.items() for site in code.sites}
@@ -148,13 +148,6 @@ def _fitting(memory: int | None, experts: int, predict: Callable[[int | None], d
         experts = at_once = -(-experts // 2)
         held = predict(at_once)
     return at_once, held
-
-
-def _check_positions(model: Checkpoint, data: Data) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and data.longest > positions:
-        raise QlabError(f"windows of {data.longest} tokens are longer than the {positions} positions of {model.path}; "
-                        "choose a shorter length")
 
 
 def trace_all(skeleton: Skeleton, data: Data | None) -> dict[str, Code]:

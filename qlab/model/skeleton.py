@@ -22,6 +22,7 @@ from qlab.experts import experts_forward
 from qlab.files.checkpoint import Checkpoint
 from qlab.graph import Code, ModuleGraph, Op, tensors_of
 from qlab.model.at_input import at_input
+from qlab.model.device import usable
 from qlab.model.names import Piece, assemble, pieces_of_experts, spellings
 from qlab.model.recording import Call, Output, Recorded, Recorder, Replaced, to_like
 from qlab.qtensor import Leaf, dense
@@ -35,7 +36,7 @@ class Skeleton:
     """blocks: path -> meta module, in running order. Loads only what surrounds the blocks."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu"):
-        self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, usable(device)
         self.model = _on_paper(checkpoint, dtype)
         self.prefix, self.blocks = _find_blocks(self.model)
         # a quantized weight also goes by the name it would have unquantized

@@ -1,9 +1,11 @@
 """A traced block is the block: same bits, same sites, same inputs; what cannot be read is refused by name."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
+from blocks import Spread
 from families import FAMILIES, MIXTURES
 from segments import assert_same, calls, densified, hidden, model_of, of, relative, segment, tokens, untouched
 from torch import nn
@@ -27,6 +29,13 @@ def form(args, kwargs):
     return tuple(tuple(n == 1 for n in t.shape) for t in tensors_of(args, kwargs)), tuple(
         (k, v is None) for k, v in kwargs.items()
     )
+
+
+def test_what_a_block_makes_itself_lies_where_its_inputs_do_and_not_where_it_was_traced():
+    block, x = Spread("cat"), torch.randn(2, 5, 12)
+    on_paper = trace(deepcopy(block).to("meta"), (x.to("meta"),), {})
+    graph = replace(on_paper, params=dict(block.named_parameters()))
+    assert torch.equal(interpret(graph, (x,), {}), block(x))
 
 
 def left_padded(batch, length):
