@@ -102,14 +102,6 @@ def from_ids(model: Checkpoint, ids: Tensor) -> Tokens:
     return Tokens(ids.long(), (), hashlib.sha256(ids.long().numpy().tobytes()).hexdigest(), None)
 
 
-def check_positions(model: Checkpoint, data: Data) -> None:
-    """Refuse samples that are longer than the model has positions."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and data.longest > positions:
-        raise QlabError(f"windows of {data.longest} tokens are longer than the {positions} positions of {model.path}; "
-                        "choose a shorter length")
-
-
 def _names(texts: Sequence[str | Path]) -> tuple[str, ...]:
     return tuple(Path(t).name for t in texts)
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from qlab.calibration import Tokens, check_positions, generator
+from qlab.calibration import Tokens, generator
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.model.skeleton import Skeleton
@@ -66,8 +66,8 @@ def read(model: Checkpoint, data: Tokens, dtype: torch.dtype = torch.float32, de
     Warns where the model's readers round keys and values, which qlab does not.
     """
     model.warn_unapplied()
-    check_positions(model, data)
     skeleton = Skeleton(model, dtype, device)
+    skeleton.check_length(data.longest)
     skeleton.load_outside(with_head=True)
     windows = in_batches(data)
     states, calls = record(skeleton, windows)

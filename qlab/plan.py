@@ -9,7 +9,7 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from qlab.calibration import Data, check_positions
+from qlab.calibration import Data
 from qlab.codecs import CODECS
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
@@ -107,9 +107,9 @@ def plan(
     needs = sorted({need for stage in recipe for need in stage.needs})
     if needs and data is None:
         raise QlabError(f"the recipe observes {', '.join(needs)} and no calibration text was given")
-    if data is not None:
-        check_positions(model, data)
     skeleton = skeleton or Skeleton(model, model.dtype)
+    if data is not None:
+        skeleton.check_length(data.longest)
     codes = trace_all(skeleton, data)
     named = {f"{path}.{site.path}": (path, site) for path, code in codes.items() for site in code.sites}
     around = outside_sites(skeleton)

@@ -15,7 +15,7 @@ from qlab.errors import QlabError
 from qlab.graph import by_source, tensors_of
 from qlab.interpret import inputs_of, interpret
 from qlab.methods.rtn import rtn
-from qlab.model.skeleton import _find_blocks
+from qlab.model.paper import find_blocks
 from qlab.qtensor import QTensor
 from qlab.spec import parse_spec
 from qlab.trace import trace
@@ -49,7 +49,7 @@ def test_interpreting_a_trace_is_running_the_block_bit_for_bit(family):
     model, traced = model_of(family), {}
     runs = [calls(model, tokens(2, n, seed=n), mask) for n in LENGTHS for mask in (None, left_padded(2, n))]
     runs.append(calls(model, tokens(3, 17)))
-    blocks = list(_find_blocks(model)[1].items())[:2]  # every layer type
+    blocks = list(find_blocks(model)[1].items())[:2]  # every layer type
     for path, block in blocks:
         for args, kwargs in (run[path] for run in runs):
             key = path, form(args, kwargs)
