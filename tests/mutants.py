@@ -98,6 +98,7 @@ MUTANTS = [
     M("zeros forgotten in the refit", "methods/quantease.py", "c_ogn = c_ogn - q.zeros", "c_ogn = c_ogn - 0 * q.zeros", "quantease"),
     M("ridge pulls to zero", "methods/quantease.py", "b_og + ridge * q.scales.to(W_ok.dtype)", "b_og", "quantease"),
     # AWQ and absorb
+    M("a refitted grid may be worse than the first", "methods/grid.py", "torch.where(worse, first[0], best[0])", "best[0]", "grid"),
     M("identity is no candidate", "methods/awq.py", "return found if found.loss < identity.loss else identity", "return found", "awq"),
     M("walk over ratios ends at once", "methods/awq.py", "> len(losses) - 3", "> len(losses) - 2", "awq"),
     M("vertex mirrored", "methods/awq.py", "(below - above) / (below", "(above - below) / (below", "awq"),
