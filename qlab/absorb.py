@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qlab.errors import QlabError
-from qlab.graph import SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, aten, behind_casts, by_origin
+from qlab.graph import SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, aten, behind_casts, by_origin, placed
 from qlab.qtensor import Leaf
 from qlab.transform import Multiply, Stage, Transform
 
@@ -27,6 +27,7 @@ LAYOUT = frozenset({
     aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor, aten.select.int, aten.t.default,
     aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.flatten.using_ints,
     aten.unflatten.int, aten.narrow.default, aten.repeat_interleave.self_int,
+    aten.repeat.default,
 })  # fmt: skip
 HOMOGENEOUS = SAME_VALUES | {aten.relu.default, aten.neg.default, aten.leaky_relu.default, aten.abs.default}
 PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default})
@@ -149,7 +150,7 @@ def _producers(code: Code) -> list[Producer]:
                 found.append(Producer(node.name, weight, bias, 0.0, False))
         elif node.target is aten.mul.Tensor:
             for operand in node.args[:2]:
-                if vector := _vector(code, operand):
+                if (vector := _vector(code, operand)) and operand.meta["val"].shape[0] == node.meta["val"].shape[-1]:
                     found.append(Producer(node.name, vector[0], None, vector[1], False))
     return found
 
@@ -164,7 +165,7 @@ def _vector(code: Code, node: Any) -> tuple[str, float] | None:
     offset = 0.0
     while isinstance(node, fx.Node) and node.op == "call_function" and len(node.users) == 1:
         if node.target is aten.add.Tensor and isinstance(node.args[1], int | float):
-            offset += node.args[1]
+            offset += node.args[1] * node.kwargs.get("alpha", 1)
         elif node.target not in SAME_VALUES:
             return None
         node = node.args[0]
@@ -184,6 +185,9 @@ class _Labels(fx.Interpreter):
         self.labels: dict[fx.Node, Any] = {}
         self.leaked: set[int] = set()
         self.reached: dict[str, Tensor] = {}
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return super().call_function(target, *placed(args, kwargs, torch.device("meta")))
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -234,8 +238,10 @@ class _Labels(fx.Interpreter):
             return None if n.target is aten.div.Tensor and others else (first if not others else others[0]).expand(value.shape)
         if n.target is aten.add.Tensor and first is not None and others and torch.equal(first, others[0]):
             return first
-        if n.target is aten.cat.default:
+        if n.target in (aten.cat.default, aten.stack.default):
             return self._concatenate(n)
+        if n.target is aten.einsum.default:
+            return self._contract(n)
         if n.target is aten.index.Tensor and first is not None and len(n.args[1]) == 1:  # rows, in another order
             return first[:1].expand(value.shape) if (first == first[:1]).all() else None
         if n.target in PRODUCTS and first is None and len(others) == 1:
@@ -252,7 +258,22 @@ class _Labels(fx.Interpreter):
         (parts, *rest), kwargs = self.fetch_args_kwargs_from_env(n)
         inputs = n.args[0]
         assert isinstance(inputs, list | tuple)
-        return torch.cat([self.labels.get(node, torch.full(v.shape, NONE)) for node, v in zip(inputs, parts)], *rest, **kwargs)
+        return n.target([self.labels.get(node, torch.full(v.shape, NONE)) for node, v in zip(inputs, parts)], *rest, **kwargs)
+
+
+    def _contract(self, n: fx.Node) -> Tensor | None:
+        """Labels of a sum of products with one labelled operand, where all terms of a sum carry the same one."""
+        (equation, operands, *_), _ = self.fetch_args_kwargs_from_env(n)
+        labelled = [node for node in n.args[1] if node in self.labels]
+        if len(labelled) > 1:
+            return None
+
+        def mean(power: int) -> Tensor:  # of the labels' powers over the terms of each sum
+            ones = [torch.ones(value.shape, dtype=torch.float64) for value in operands]
+            powers = [self.labels[node].double() ** power if node in labelled else one for node, one in zip(n.args[1], ones)]
+            return torch.einsum(equation, powers) / torch.einsum(equation, ones)
+
+        return mean(1).long() if torch.equal(mean(1) ** 2, mean(2)) else None
 
 
 def _mixed_over_tokens(labels: Tensor, shape: torch.Size) -> Tensor | None:

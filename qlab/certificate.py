@@ -1,8 +1,8 @@
 """What is promised of a quantized weight when it is made, and what can be checked of it in a file.
 
-A certificate holds `sha256`, the hash of the numbers that the codes mean, whatever the format that stores them, and
-`weight_error`, |W - W'| / |W| against the weight of the model that was quantized. Where a method rescaled an input, that
-error is large and still the one to be found again; how well the weight was rounded is in the site's own row.
+A certificate holds `sha256`, the hash of the numbers that the codes mean, whatever the format that stores them, and against the
+weight of the model that was quantized `weight_error`, |W - W'| / |W|, and `largest_step`, max |W - W'| in units of the scales. Where
+a method rescaled an input, both are large and still the ones to be found again; how well the weight was rounded is in the site's row.
 """
 
 import hashlib
@@ -17,7 +17,15 @@ from qlab.spec import Int
 
 def certify(leaf: QTensor, reference: Leaf | None) -> dict[str, Any]:
     """The certificate of a quantized weight [o, k]; without the weight it was made from, the hash alone."""
-    return {"sha256": fingerprint(leaf)} | ({} if reference is None else {"weight_error": weight_error(leaf, reference)})
+    return {"sha256": fingerprint(leaf)} | ({} if reference is None else distances(leaf, reference))
+
+
+def distances(leaf: QTensor, reference: Leaf) -> dict[str, float]:
+    """How far the weight is from the reference's, as a certificate says it; no steps where channels of a group lie apart."""
+    W_ok = dense(reference, torch.float32)
+    D_ok = dense(leaf, torch.float32).sub_(W_ok)
+    found = {"weight_error": float(D_ok.norm() / W_ok.norm().clamp_min(1e-30))}
+    return found | ({"largest_step": largest_step(leaf, D_ok)} if leaf.perm is None else {})
 
 
 def fingerprint(leaf: QTensor) -> str:
@@ -46,16 +54,11 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def weight_error(leaf: Leaf, reference: Leaf) -> float:
-    """|W - W'| / |W| in fp32."""
-    W_ok = dense(reference, torch.float32)
-    return float((dense(leaf, torch.float32) - W_ok).norm() / W_ok.norm().clamp_min(1e-30))
-
-
 def largest_step(leaf: QTensor, D_ok: Tensor) -> float:
-    """max |D| / |scale| of an error D = W' - W: at most 0.5 for a weight that was rounded to the nearest integer unclipped."""
+    """max |D| / |scale| of an error D = W' - W: at most 0.5 for a weight that was rounded to the nearest integer unclipped. No error
+    at a scale of 0 is none."""
     low, high = leaf.spec.tile.split(D_ok).aminmax(dim=-1)
-    return float((torch.maximum(-low, high) / steps(leaf.scales, leaf.outer, torch.float32).abs()).max())
+    return float((torch.maximum(-low, high) / steps(leaf.scales, leaf.outer, torch.float32).abs()).nan_to_num(0.0).max())
 
 
 def off_grid(leaf: QTensor) -> str | None:

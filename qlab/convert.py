@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.certificate import certify, weight_error
+from qlab.certificate import certify, distances
 from qlab.codecs import CODECS, Codec
 from qlab.errors import QlabError
 from qlab.files.checkpoint import GGUF, Checkpoint, open_checkpoint
 from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
-from qlab.files.writer import Writer
+from qlab.files.writer import Writer, apart
 from qlab.methods.grid import encode as round_to_grid
 from qlab.methods.grid import minmax
 from qlab.model.linears import linear_names
@@ -71,9 +71,9 @@ def convert(
     if not source.quantized:
         raise QlabError(f"{source.path} is not quantized, so there is nothing to convert; quantize it first")
     _check_codec(codec)
-    if source.path.resolve() == Path(out).expanduser().resolve():
-        raise QlabError(f"{source.path} is the directory to convert; choose another output directory")
+    apart(out, source.path)
     carried = _carried(source, codec)
+    _refuse_rounded_inputs(source, codec)
     targets = _targets(source, codec, requantize)
     config = _config(source, CODECS[codec], targets) | carried
     record = recorded(source.path)
@@ -101,6 +101,7 @@ def _from_gguf(path: Path, codec: str, out: Path, requantize: Spec | None, overw
     from qlab.from_gguf import from_gguf  # needs the gguf package and transformers' readers, which directories do without
 
     _check_codec(codec)
+    apart(out, path)
     if requantize is not None:
         raise QlabError(f"{path} is a GGUF file, whose codes are not rounded anew on the way; convert it without a grid, and then "
                         "the directory with one (--requantize)")
@@ -127,8 +128,20 @@ def _carried(source: Checkpoint, codec: str) -> dict[str, Any]:
     return {extra.key: source.raw["quantization_config"][extra.key] for extra in source.extras if same}
 
 
+def _refuse_rounded_inputs(source: Checkpoint, codec: str) -> None:
+    """Where inputs are rounded at run time, a format that says nothing of them would give another model."""
+    if source.inputs and CODECS[codec].decode_input is None:
+        path, rounded = next(iter(source.inputs.items()))
+        more = f" and {len(source.inputs) - 1} more" if len(source.inputs) > 1 else ""
+        raise QlabError(f"{codec} cannot hold the rounding of inputs that {source.path} has at {path} ({rounded}){more}, which would "
+                        "be lost; choose compressed-tensors")
+
+
 def _targets(source: Checkpoint, codec: str, requantize: Spec | None) -> dict[str, Spec]:
     """The spec that every module will have in the new format, decided before a tensor is read."""
+    if not any(source.quantized.values()):
+        raise QlabError(f"{source.path} holds no codes on a grid that qlab has, only weights that its format gives back dense, so "
+                        "there is nothing to convert; quantize the model that it was made from")
     if requantize is not None:
         target = _nearest(requantize, CODECS[codec])
         if isinstance(target, str):
@@ -228,8 +241,9 @@ def _rewrite(source: Checkpoint, codec: Codec, targets: Mapping[str, Spec], requ
             return {}
         new = _rounded(leaf, targets[module], codec)
         tensors = codec.encode(module, new, *online)
-        row = {"shape": row["shape"], "requantized_from": str(leaf.spec), "requantization_error": weight_error(new, leaf)}
-        certificate = certify(new, leaf)
+        row = {"shape": row["shape"], "requantized_from": str(leaf.spec),
+               "requantization_error": distances(new, leaf)["weight_error"]}  # fmt: skip
+        certificate = certificate and certify(new, None)  # the weight that the others were made from is not here
     row |= {"spec": str(new.spec), "bits_per_weight": stored_bits(new, new.scales.dtype)}
     notes.setdefault("sites", {})[module] = row
     if certificate:

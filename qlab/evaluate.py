@@ -5,6 +5,7 @@ Both models are streamed block by block through `interpret`, so neither has to f
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ def read(model: Checkpoint, data: Tokens, dtype: torch.dtype = torch.float32, de
     """
     model.warn_unapplied()
     skeleton = Skeleton(model, dtype, device)
+    skeleton.check_length(data.longest)
     skeleton.load_outside(with_head=True)
     windows = in_batches(data)
     states, calls = record(skeleton, windows)
@@ -80,12 +82,20 @@ def read(model: Checkpoint, data: Tokens, dtype: torch.dtype = torch.float32, de
 
 @torch.no_grad()
 def evaluate(model: Checkpoint | Reading, against: Checkpoint | Reading, data: Tokens) -> Evaluation:
-    """How far `model` is from the reference `against` on windows of tokens (see Evaluation), in fp32."""
+    """How far `model` is from the reference `against` on windows of tokens (see Evaluation), in fp32.
+
+    Errors: models whose vocabularies, blocks or hidden sizes differ, windows longer than their positions, readings of other tokens.
+    """
+    _check_vocabularies(model, against)
     ours = model if isinstance(model, Reading) else read(model, data)
     theirs = against if isinstance(against, Reading) else read(against, data)
     if ours.hidden.shape[:2] != data.ids.shape or theirs.hidden.shape[:2] != data.ids.shape:
         raise QlabError(f"the readings were made on windows {tuple(ours.hidden.shape[:2])} and {tuple(theirs.hidden.shape[:2])}, "
                         f"not on these {tuple(data.ids.shape)}; read both on the same tokens")
+    if ours.trail.shape != theirs.trail.shape:
+        (a, *_, d), (b, *_, e) = ours.trail.shape, theirs.trail.shape
+        raise QlabError(f"{_path(ours)} has {a} blocks of hidden size {d} and the reference {_path(theirs)} has {b} of {e}; compare a "
+                        "model with the one that it was made from")
     per_window = [_window(ours, theirs, data.ids, i) for i in range(len(data.ids))]
     nll, nll_ref, kl, top1 = (torch.stack([w[k] for w in per_window]) for k in ("nll", "nll_ref", "kl", "top1"))
     error = (ours.trail - theirs.trail).flatten(1).norm(dim=1) / theirs.trail.flatten(1).norm(dim=1).clamp_min(1e-30)
@@ -104,6 +114,17 @@ def evaluate(model: Checkpoint | Reading, against: Checkpoint | Reading, data: T
         predictions=predictions * len(data.ids),
         layer_error=tuple(float(e) for e in error),
     )
+
+
+def _check_vocabularies(model: Checkpoint | Reading, against: Checkpoint | Reading) -> None:
+    sizes = [(m.skeleton.checkpoint if isinstance(m, Reading) else m).config.get_text_config().vocab_size for m in (model, against)]
+    if sizes[0] != sizes[1]:
+        raise QlabError(f"{_path(model)} has a vocabulary of {sizes[0]} tokens and the reference {_path(against)} one of {sizes[1]}; "
+                        "compare a model with the one that it was made from")
+
+
+def _path(model: Checkpoint | Reading) -> Path:
+    return (model.skeleton.checkpoint if isinstance(model, Reading) else model).path
 
 
 def _window(ours: Reading, theirs: Reading, ids: Tensor, i: int) -> Mapping[str, Tensor]:

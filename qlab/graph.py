@@ -39,6 +39,13 @@ def behind_casts(node: fx.Node) -> fx.Node:
     return node
 
 
+def placed(args: tuple, kwargs: Mapping[str, Any], device: torch.device) -> tuple[tuple, dict[str, Any]]:
+    """An operation's arguments with `device` for every device that they name: what a segment makes by itself (a mask, positions)
+    lies where its inputs do, not where it was traced."""
+    there = (device if isinstance(a, torch.device) else a for a in (*args, *kwargs.values()))
+    return tuple(next(there) for _ in args), dict(zip(kwargs, there))
+
+
 @dataclass(frozen=True)
 class Part:
     """Rows [start, stop) of a fused weight (qkv, gate_up) that the graph uses apart from the others."""
@@ -55,8 +62,8 @@ class Site:
     their statistics. layout: axes of the stored weight, "o k" (linear), "k o" (addmm), "e o k" and "e k o" (fused experts).
     rows: the parts of a fused weight. Of fused experts, gathered_from: the node whose rows its input holds in the order
     of experts, if it is not made by experts itself; route: the node that says which rows belong to whom,
-    choices: to how many experts a token goes. router: it decides
-    that, and is never rounded itself (it is small, and every engine reads it as it is). outside: it lies around the blocks.
+    choices: to how many experts a token goes. router: it decides that, or is a gate of one number per token (of a shared expert),
+    and is never rounded itself (it is small, and every engine reads it as it is). outside: it lies around the blocks.
     """
 
     path: str

@@ -26,7 +26,8 @@ from qlab.files.checkpoint import open_checkpoint
 from qlab.files.directory import read_json
 from qlab.lower.attention import use_grouped_attention
 from qlab.lower.model import DTYPES, device_named, pack, quantized_weights, set_module, slownesses
-from qlab.model.skeleton import EXPERTS, Skeleton
+from qlab.model.paper import EXPERTS
+from qlab.model.skeleton import Skeleton
 
 
 class QlabConfig(QuantizationConfigMixin):

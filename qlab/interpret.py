@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from qlab.errors import QlabError
 from qlab.experts import EXPERT_OPS, Rows, each_expert
-from qlab.graph import SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, Op, Site, by_source, tensors_of
+from qlab.graph import SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, Op, Site, by_source, placed, tensors_of
 from qlab.qtensor import QTensor, dense
 
 
@@ -23,6 +23,7 @@ class _Interpreter(fx.Interpreter):
         super().__init__(nn.Module(), graph=graph)
         self.mg = mg
         self.by_weight = {s.weight: s for s in mg.code.sites if s.weight}
+        self.device = next((t.device for t in pytree.tree_leaves(dict(mg.params)) if isinstance(t, Tensor)), torch.device("cpu"))
 
     def placeholder(self, target: str, args: tuple, kwargs: dict) -> Any:
         code = self.mg.code
@@ -51,7 +52,7 @@ class _Interpreter(fx.Interpreter):
             if b_at is not None and len(args) > b_at and args[b_at] is not None:
                 new[b_at] = args[b_at].to(x.dtype)
             args = tuple(new)
-        return super().call_function(target, args, kwargs)
+        return super().call_function(target, *placed(args, kwargs, self.device))
 
     def _each_expert(self, layout: str, x_sk: Tensor, weight: "_Weight", bias_eo: Tensor | None, ends: Tensor) -> Tensor:
         stacked = self.mg.params[weight.path]

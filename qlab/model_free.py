@@ -19,7 +19,7 @@ from qlab.codecs import CODECS, Codec
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
-from qlab.files.writer import Writer
+from qlab.files.writer import Writer, apart
 from qlab.graph import lone_weight
 from qlab.model.linears import linear_names, other_matrices
 from qlab.plan import CODEC
@@ -80,8 +80,7 @@ def quantize_files(
         raise QlabError(f"the codec {codec!r} is unknown; qlab writes {', '.join(CODECS)}")
     if needs := sorted({need for stage in recipe for need in stage.needs}):
         raise QlabError(f"the recipe observes {', '.join(needs)}, for which the model has to run; use a data-free method such as rtn")
-    if source.path.resolve() == Path(out).expanduser().resolve():
-        raise QlabError(f"{source.path} is the model itself; choose another output directory")
+    apart(out, source.path)
     specs = _chosen(source, recipe, include, exclude)
     _check(source, specs, codec, target)
     names = {**linear_names(source), **{module: module for module in specs}}
@@ -115,6 +114,9 @@ def _chosen(source: Checkpoint, recipe: Transform, include: Sequence[str], exclu
     chosen = [m for m in modules if any(matches(p, m) for p in include) and not any(matches(p, m) for p in exclude)]
     if wrong := sorted(set(chosen) & other_matrices(source)):
         raise QlabError(f"{', '.join(wrong[:4])} belongs to no nn.Linear of the model, and readers would skip it; --exclude it")
+    if whole := [m for m in chosen if m not in source.quantized and not source.shape_and_dtype(f"{m}.weight")[1].is_floating_point]:
+        raise QlabError(f"{whole[0]}.weight of {source.path} is stored as {source.stored[f'{whole[0]}.weight'].dtype}, which are no "
+                        "weights but codes that its config.json does not explain; --exclude it, or start from the unquantized model")
     if any(stage.scope.outside for stage in recipe):
         raise QlabError("without a model nobody knows what lies around its blocks; leave outside() away, and name those weights "
                         "as they are stored")

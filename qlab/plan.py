@@ -19,7 +19,7 @@ from qlab.outside import outside_sites
 from qlab.report import bits_per_weight, describe
 from qlab.spec import Float, Spec, with_scale_dtype
 from qlab.sweep import BATCH_TOKENS, HELD, Inputs, in_batches, in_order, record
-from qlab.targets import refusal, uniformity
+from qlab.targets import division, refusal, uniformity
 from qlab.transform import Stage, Transform
 
 CODEC = "compressed-tensors"  # what is written unless another codec is named
@@ -107,9 +107,9 @@ def plan(
     needs = sorted({need for stage in recipe for need in stage.needs})
     if needs and data is None:
         raise QlabError(f"the recipe observes {', '.join(needs)} and no calibration text was given")
-    if data is not None:
-        _check_positions(model, data)
     skeleton = skeleton or Skeleton(model, model.dtype)
+    if data is not None:
+        skeleton.check_length(data.longest)
     codes = trace_all(skeleton, data)
     named = {f"{path}.{site.path}": (path, site) for path, code in codes.items() for site in code.sites}
     around = outside_sites(skeleton)
@@ -150,13 +150,6 @@ def _fitting(memory: int | None, experts: int, predict: Callable[[int | None], d
     return at_once, held
 
 
-def _check_positions(model: Checkpoint, data: Data) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and data.longest > positions:
-        raise QlabError(f"windows of {data.longest} tokens are longer than the {positions} positions of {model.path}; "
-                        "choose a shorter length")
-
-
 def trace_all(skeleton: Skeleton, data: Data | None) -> dict[str, Code]:
     """Every block's program, traced on inputs of the form that calibration will have."""
     skeleton.load_outside(with_head=False)
@@ -191,8 +184,8 @@ def _check_scope(stage: Stage, named: Mapping[str, tuple[str, Site]], codes: Map
             raise QlabError(f"no rule covers {_some(sorted(chosen))}; add a pattern, with keep() to leave them as they are")
         return
     if not chosen and (routers := [name for name, (_, site) in named.items() if name in stage.scope and site.router]):
-        raise QlabError(f"the stage {stage.name!r} is for {_some(routers)} only, which choose experts; routers stay as they are, as "
-                        "every engine reads them: leave the rule out")
+        raise QlabError(f"the stage {stage.name!r} is for {_some(routers)} only, which choose or weigh experts; routers stay as they "
+                        "are, as every engine reads them: leave the rule out")
     if not chosen and stage.scope.outside:
         raise QlabError(f"the stage {stage.name!r} matches no linear ({stage.scope}); those are "
                         f"{_some(list(around)) or 'none'}")
@@ -241,11 +234,23 @@ def _check_specs(specs: Mapping[str, Spec | None], shapes: Mapping[str, torch.Si
             refused = refusal(target, codec, spec, site.route is not None, k)
         if refused:
             failed.setdefault(refused, []).append(name)
+    for names in _joined(named):
+        if target and (divided := division(target, {name: specs[name] for name in names})):
+            failed.setdefault(divided, []).extend(names)
     for reason, names in failed.items():
         raise QlabError(f"{_some(names)}: {reason}")
     CODECS[codec].config(specs)  # refuses what no config of the format can say of all of them
     if target and (several := uniformity(target, rounded)):
         raise QlabError(f"{several}; give all sites one")
+
+
+def _joined(named: Mapping[str, tuple[str, Site]]) -> list[list[str]]:
+    """Sites of one module that engines may join: they share an input, or are the experts of a mixture."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, (_, site) in named.items():
+        if not site.router:
+            groups.setdefault((name.rpartition(".")[0], "" if site.route else site.source), []).append(name)
+    return list(groups.values())
 
 
 def _some(names: Sequence[str]) -> str:

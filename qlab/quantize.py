@@ -18,7 +18,7 @@ from qlab.calibration import Data
 from qlab.codecs import CODECS, Codec
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
-from qlab.files.writer import Carry, Writer
+from qlab.files.writer import Carry, Writer, apart
 from qlab.graph import ModuleGraph
 from qlab.model.recording import Call
 from qlab.model.skeleton import Skeleton
@@ -123,8 +123,8 @@ def compare(
     if inputs == "quantized" and len(recipes) > 1:
         raise QlabError(f"recipes {', '.join(recipes)} cannot share a pass over quantized inputs; use inputs='reference', or "
                         "quantize() once per recipe")
-    if model.path.resolve() in [(Path(out).expanduser() / name).resolve() for name in recipes]:
-        raise QlabError(f"{model.path} is the model itself; choose another output directory")
+    for name in recipes:
+        apart(Path(out) / name, model.path)
     started = time.perf_counter()
     with PeakMemory() as peak:
         skeleton = Skeleton(model, dtype or model.dtype, device)

@@ -106,7 +106,7 @@ _MAYBE_FLOAT = (float, int, NoneType)
 ROWS: Mapping[str, Mapping[str, Any]] = {
     "sites": {"spec": (str, NoneType), "shape": (list, NoneType), "bits_per_weight": _MAYBE_FLOAT, "weight_error": _MAYBE_FLOAT,
               "loss": _MAYBE_FLOAT, "tokens": (int, NoneType)},
-    "certificates": {"sha256": str, "weight_error": _MAYBE_FLOAT},
+    "certificates": {"sha256": str, "weight_error": _MAYBE_FLOAT, "largest_step": _MAYBE_FLOAT, "made_of": (str, NoneType)},
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from qlab.experts import rows_of
 
-GRAM_TILE = 192  # columns per block of the upper triangle; the lower one is its mirror
+TILE = 192  # columns per block of a symmetric matrix, of which one triangle is multiplied
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ def gram(x_nk: Tensor) -> Tensor:
     x, k = x_nk.float(), x_nk.shape[1]
     H_kk = x.new_empty(k, k)
     with _bf16_products(x_nk.dtype):
-        for i in range(0, k, GRAM_TILE):
-            torch.mm(x[:, i : i + GRAM_TILE].T, x[:, i:], out=H_kk[i : i + GRAM_TILE, i:])
-    for i in range(0, k, GRAM_TILE):  # the mirror image tile by tile, which stays in cache
-        tile, beyond = H_kk[i : i + GRAM_TILE, i : i + GRAM_TILE], i + GRAM_TILE
+        for i in range(0, k, TILE):
+            torch.mm(x[:, i : i + TILE].T, x[:, i:], out=H_kk[i : i + TILE, i:])
+    for i in range(0, k, TILE):  # the mirror image tile by tile, which stays in cache
+        tile, beyond = H_kk[i : i + TILE, i : i + TILE], i + TILE
         tile.copy_(tile.triu() + tile.triu(1).T)
         H_kk[beyond:, i:beyond] = H_kk[i:beyond, beyond:].T
     return H_kk
@@ -200,5 +200,10 @@ def transport(stats: Stats, source: str, M: Tensor) -> Stats:
 
 
 def quadratic(D_ok: Tensor, H_kk: Tensor) -> float:
-    """tr(D H D^T): the squared output error of a weight error D on inputs with second moment H."""
-    return float(torch.linalg.vecdot(D_ok @ H_kk, D_ok).sum())
+    """tr(D H D^T): the squared output error of a weight error D on inputs with second moment H, of which one triangle is read."""
+    total = D_ok.new_zeros(())
+    for i in range(0, len(H_kk), TILE):
+        D_ot, below = D_ok[:, i : i + TILE], slice(i + TILE, None)
+        product = torch.addmm(D_ot @ H_kk[i : i + TILE, i : i + TILE], D_ok[:, below], H_kk[below, i : i + TILE], alpha=2)
+        total += torch.linalg.vecdot(product, D_ot).sum()
+    return float(total)

@@ -39,10 +39,13 @@ class Floats:
 
 @dataclass(frozen=True)
 class Target:
-    """rows: what the engine loads, the safest first. uniform: it reads one spec for all weights."""
+    """rows: what the engine loads, the safest first. uniform: it reads one spec for all weights. joins: it makes one weight of those
+    that share an input (q, k and v; gate and up), and one layer of a mixture's experts. whole_blocks: 2-D blocks divide the input."""
 
     rows: tuple[Row | Floats, ...]
     uniform: bool = False
+    joins: bool = False
+    whole_blocks: bool = False
 
 
 def _floats(*names: str) -> Floats:
@@ -58,7 +61,7 @@ TARGETS: Mapping[str, Target] = {
         Row("gptq", (4, 8), MARLIN),
         Row(CT, (2, 3, 5, 6, 7), MARLIN, (True, False), experts=False),  # one kernel, for CUDA
         _floats("fp8-channel", "fp8-b128x128", "fp8-tensor", "nvfp4", "mxfp4", "mxfp8"),
-    )),
+    ), joins=True, whole_blocks=True),
     "lmdeploy": Target((
         Row(CT, (4,), (Tile(1, 128), Tile(1, 32)), (True, False)),
         Row("awq", (4,), (Tile(1, 128),), (False, True)),
@@ -90,9 +93,10 @@ def safest_codec(name: str, spec: Spec) -> str:
 
 def refusal(name: str, codec: str, spec: Spec, experts: bool = False, k: int | None = None) -> str | None:
     """Why the engine does not load such a weight from this codec's files, with the nearest spec that it loads, or None."""
-    rows = target_named(name).rows
+    rows, cols = target_named(name).rows, spec.tile.cols
     if any(row.codec == codec and _takes(row, spec, experts) for row in rows):
-        return None
+        uneven = TARGETS[name].whole_blocks and spec.tile.rows not in (None, 1) and k and cols and k % cols
+        return f"{name} loads {spec} weights where {cols} divides their input channels, of which there are {k}" if uneven else None
     elsewhere = list(dict.fromkeys(row.codec for row in rows if _takes(row, spec, experts)))
     what = f"{spec} {'expert ' * experts}weights in {codec} files"
     if elsewhere:
@@ -107,6 +111,14 @@ def uniformity(name: str, specs: Mapping[str, Spec]) -> str | None:
     if target_named(name).uniform and len(distinct) > 1:
         return f"{name} reads one spec for all weights, not {', '.join(distinct)}"
     return None
+
+
+def division(name: str, specs: Mapping[str, Spec | None]) -> str | None:
+    """Why the engine cannot make one weight, or one layer of experts, of the weights of these specs (None: unquantized), or None."""
+    if not target_named(name).joins or len(set(specs.values())) < 2:
+        return None
+    distinct = sorted({str(spec or "unquantized") for spec in specs.values()})
+    return f"{name} joins these weights and reads one spec for them, not {', '.join(distinct)}"
 
 
 def _takes(row: Row | Floats, spec: Spec, experts: bool) -> bool:

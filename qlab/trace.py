@@ -87,7 +87,7 @@ def _sites(graph: fx.Graph, params: Mapping[str, str], where: str) -> tuple[Site
             experts = {"route": route.name, "choices": int(route.args[0].meta["val"].shape[-1]),
                        "gathered_from": root(x.args[0]).name if x.target is aten.index.Tensor else None}  # fmt: skip
         sites.append(Site(_module(params[leaf]), params[leaf], bias_path, x.name, node.target.name(), layout, _parts(node),
-                          router=_chooses_experts(node), **experts))  # fmt: skip
+                          router=node.meta["val"].shape[-1] == 1 or _chooses_experts(node), **experts))  # fmt: skip
         explained |= set(zip((node, *chain), chain))
         explained |= {(node, bias)}
     _refuse_unknown(graph, params, explained, where)

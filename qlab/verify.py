@@ -9,7 +9,7 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from qlab.certificate import fingerprint, hash_of, off_grid, weight_error
+from qlab.certificate import distances, fingerprint, hash_of, off_grid
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.shardwise import leaves_by_file
@@ -17,6 +17,7 @@ from qlab.qtensor import QTensor, dense
 from qlab.report import recorded
 
 SLACK = 1e-4  # relative: how far a sum of squares in fp32 may differ between machines
+DISTANCES = {"weight_error": "weight error", "largest_step": "largest error in steps"}
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path)
         module = name.rpartition(".")[0]
         if model.quantized.get(module) and name == f"{module}.weight":
             sites[module] = _site(model, reference, module, certificates.get(module, {}))
+            if certificates and module not in certificates:
+                sites[module]["fault"] = sites[module]["fault"] or "it has no certificate, as all weights of a directory have or none"
         elif name in theirs and _differs(model, reference, name):
             written = noted.get(name) == hash_of(dense(model.leaf(name)))
             changed[name] = "written by the recipe, as recorded" if written else None
@@ -112,17 +115,20 @@ def _site(model: Checkpoint, reference: Checkpoint, module: str, certificate: Ma
         if certificate and fingerprint(leaf) != certificate["sha256"]:
             row["fault"] = row["fault"] or "its codes, scales or zero points are not the certified ones"
         source = certificate.get("made_of", f"{module}.weight")
-        if source in reference.stored or module in reference.quantized:
+        if "made_of" in certificate or source in reference.stored or module in reference.quantized:
             W = reference.leaf(source)
             if W.shape != leaf.shape:
                 raise QlabError(f"its shape is {tuple(leaf.shape)} and the reference's {tuple(W.shape)}")
-            row["weight_error"] = weight_error(leaf, W)
+            row |= distances(leaf, W)
     except QlabError as error:
         row["fault"] = str(error).removeprefix(f"{module}: ")
-    found, promised = row["weight_error"], row["certified_error"]
-    if row["fault"] is None and found is not None and promised is not None and abs(found - promised) > SLACK * promised + 1e-7:
-        row["fault"] = (f"its weight error against the reference is {found:.4e} and was certified as {promised:.4e}; "
-                        "it was made from another model")  # fmt: skip
+    for key, words in DISTANCES.items():
+        found, promised = row.get(key), certificate.get(key)
+        if row["fault"] or found is None or promised is None:
+            continue
+        if not abs(found - promised) <= SLACK * promised + 1e-7:  # NaN is no promise
+            row["fault"] = (f"its {words} against the reference is {found:.4e} and was certified as {promised:.4e}; "
+                            "it was made from another model")  # fmt: skip
     return row
 
 

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from directories import change, contents, random_tokens
 from families import tiny
 from test_resume import finish, start
@@ -82,6 +83,21 @@ def test_a_missing_tensor(folder, tmp_path):
     model = open_checkpoint(folder)
     refused(lambda: qlab.quantize(model, qlab.rtn(INT4), None, tmp_path / "q"), "model.layers.1.mlp.up_proj.weight")
     assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize("edit", [{"num_hidden_layers": 10**9}, {"text_config": {"num_hidden_layers": 10**9}}])
+def test_more_layers_than_tensors_are_never_built(edit, folder, monkeypatch):
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | edit))
+    monkeypatch.setattr(transformers, "AutoConfig", None)  # some configs hold a list of all layers
+    refused(lambda: qlab.plan(open_checkpoint(folder), qlab.rtn(INT4)), "num_hidden_layers 1000000000", "tensors")
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight"])
+@pytest.mark.parametrize("edit", [lambda t: t[1:], lambda t: t.to(torch.int8)])
+def test_files_of_another_model_than_the_config_describes(name, edit, folder):
+    change(folder, **{name.replace(".", "__"): edit})
+    model = open_checkpoint(folder)
+    refused(lambda: qlab.plan(model, qlab.rtn(INT4)), f"{name} is torch.", "config.json describes a model with floats", "another model")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -245,6 +261,44 @@ def test_an_output_that_is_the_model_or_lies_below_a_file(folder):
     refused(lambda: qlab.quantize(model, qlab.rtn(INT4), None, folder, overwrite=True), "is the model itself")
     refused(lambda: qlab.quantize(model, qlab.rtn(INT4), None, folder / "config.json" / "q"), "q.partial cannot be created")
     assert contents(folder) == before
+
+
+def test_an_output_around_the_model_is_refused_even_when_it_may_be_overwritten(folder):
+    before, model = contents(folder.parent), open_checkpoint(folder)
+    refused(lambda: qlab.quantize(model, qlab.rtn(INT4), None, folder.parent, overwrite=True), "holds the model", "choose another")
+    assert contents(folder.parent) == before
+
+
+def test_an_output_that_cannot_be_put_in_place_can_be_resumed(folder, tmp_path, monkeypatch):
+    from qlab.files import writer
+
+    rename, out = writer.os.replace, tmp_path / "q"
+
+    def busy(source, target):  # as where a file system is mounted
+        if target == out:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        rename(source, target)
+
+    monkeypatch.setattr(writer.os, "replace", busy)
+    refused(lambda: qlab.quantize(open_checkpoint(folder), qlab.rtn(INT4), None, out), "q cannot be put in place", "busy", "--resume")
+    monkeypatch.setattr(writer.os, "replace", rename)
+    assert qlab.quantize(open_checkpoint(folder), qlab.rtn(INT4), None, out, resume=True).path == out
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99"])
+def test_a_device_that_does_not_compute_here(folder, tmp_path, device):
+    refused(lambda: qlab.quantize(open_checkpoint(folder), qlab.rtn(INT4), None, tmp_path / "q", device=device),
+            f"the device {device!r} cannot be used here", "choose 'cpu'")  # fmt: skip
+    assert not (tmp_path / "q.partial").exists()
+
+
+def test_models_and_windows_that_do_not_go_together_in_an_evaluation(folder, saved):
+    model, windows = open_checkpoint(folder), random_tokens(folder, 2, 8)
+    small, deep = open_checkpoint(saved("llama", vocab_size=120)), open_checkpoint(saved("llama", num_hidden_layers=3))
+    refused(lambda: qlab.evaluate(small, model, windows), "vocabulary of 120 tokens", "one of 128", "the one that it was made from")
+    refused(lambda: qlab.evaluate(deep, model, windows), "has 3 blocks of hidden size 64", "has 2 of 64")
+    opt = open_checkpoint(saved("opt"))
+    refused(lambda: qlab.evaluate(opt, opt, random_tokens(opt.path, 1, 129)), "windows of 129 tokens", "128 positions", "shorter")
 
 
 @pytest.mark.parametrize("limit", [100, 4000, 12000, 30000])  # the job file, the report, hidden states, a shard

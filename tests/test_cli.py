@@ -145,12 +145,24 @@ def test_an_existing_output_is_kept_unless_told(call, quantized, saved, text, tm
         (["--calib", "nowhere.txt"], "nowhere.txt cannot be read"),
         (["--samples", "9999"], "9999 were asked for"),
         (["--memory", "0.001"], "the budget is 1 MiB"),
+        (["--memory", "nan"], "--memory nan is no budget; give it in GiB"),
+        (["--memory", "-1"], "--memory -1.0 is no budget"),
+        (["--device", "gpu"], "the device 'gpu' cannot be used here"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(call, saved, text, tmp_path, arguments, part):
     calib = [] if "--calib" in arguments else ["--calib", text]
     assert part in sentence(call("quantize", saved(), *SMALL, *calib, "--out", tmp_path / "out", *arguments))
     assert not list(tmp_path.iterdir())
+
+
+def test_demo_is_a_model_for_every_command_that_takes_one(call, saved, tmp_path, monkeypatch):
+    (tmp_path / "model").symlink_to(saved())
+    monkeypatch.setenv("QLAB_DEMO", str(tmp_path))
+    code, printed, _ = call("inspect", "demo")
+    assert code == 0 and "llama, unquantized" in printed
+    assert "is not quantized" in sentence(call("verify", "demo", "--against", "demo"))
+    assert "is not quantized" in sentence(call("convert", "demo", "--codec", "gptq", "--out", tmp_path / "out"))
 
 
 def test_other_commands_refuse_in_one_sentence_too(call, saved, tmp_path):

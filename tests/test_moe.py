@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from directories import add_tokenizer, bits_equal, random_tokens, tensors
-from families import MIXTURES, tiny
+from families import FAMILIES, MIXTURES, tiny
 from test_quantize import IDS, assert_read_alike, qlab_logits
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlab.calibration import from_ids
 from qlab.cli import main
@@ -172,6 +173,16 @@ def test_routers_stay_as_they_are_and_a_rule_for_them_is_refused_by_name(saved):
     assert plan(model, rules({"*.self_attn.*": keep(), "*.experts.*": rtn(INT4)})).sites  # a router needs no rule
     with pytest.raises(QlabError, match=r"'rtn' is for model\.layers\.0\.mlp\.gate, model\.layers\.1\.mlp\.gate only, which choose"):
         plan(model, rules({"*.mlp.gate": rtn(INT4), "*": rtn(INT4)}))
+
+
+def test_the_gate_of_a_shared_expert_stays_as_it_is_too(tmp_path):
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32)
+    config = AutoConfig.for_model("qwen2_moe", **FAMILIES["qwen2"] | experts)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    result = quantize(open_checkpoint(tmp_path / "model"), rtn(parse_spec("int4-g16-asym")), None, tmp_path / "out")
+    gates = [f"model.layers.{i}.mlp.{gate}" for i in range(2) for gate in ("gate", "shared_expert_gate")]
+    assert set(gates) <= set(open_checkpoint(result.path).raw["quantization_config"]["ignore"])
+    assert {name for name, row in result.sites.items() if row["spec"] is None} == set(gates)
 
 
 def test_rules_choose_experts_and_shared_experts(saved, tmp_path):

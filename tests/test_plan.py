@@ -135,8 +135,15 @@ def test_a_recipe_that_rounds_nothing_is_refused(model, source):
     assert "rounds no weight" in refusal(model, awq_scale(INT4), random_tokens(source))
 
 
-def test_windows_longer_than_the_model_are_refused(model, source):
-    assert "windows of 129 tokens are longer than the 128 positions" in refusal(model, gptq(INT4), random_tokens(source, 1, 129))
+def test_windows_longer_than_learned_positions_are_refused_and_rotated_ones_have_no_end(tmp_path):
+    for family in ("opt", "llama"):
+        tiny(family).save_pretrained(tmp_path / family)
+    opt, llama = open_checkpoint(tmp_path / "opt"), open_checkpoint(tmp_path / "llama")
+    longest = opt.config.max_position_embeddings
+    plan(opt, gptq(INT4), random_tokens(opt.path, 1, longest))
+    message = refusal(opt, gptq(INT4), random_tokens(opt.path, 1, longest + 1))
+    assert f"windows of {longest + 1} tokens are longer than the {longest} positions" in message
+    plan(llama, gptq(INT4), random_tokens(llama.path, 1, llama.config.max_position_embeddings + 1))
 
 
 def test_conv1d_is_refused_by_name(tmp_path):

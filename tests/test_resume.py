@@ -177,6 +177,17 @@ def test_a_run_without_resume_starts_again(killed, job, whole):
     assert_whole(killed, whole)
 
 
+def test_templates_in_a_folder_of_their_own_are_copied_and_cleared_away(source, tmp_path):
+    model = shutil.copytree(source, tmp_path / "model")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    job = lambda: quantize(open_checkpoint(model), rtn(SPEC), None, tmp_path / "out")
+    assert finish(start(dying(job, 18, "after"))) == KILLED
+    assert (tmp_path / "out.partial" / "additional_chat_templates").is_dir()
+    job()
+    assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
+
+
 def test_resuming_a_finished_job_changes_nothing(job, whole, tmp_path):
     out = job(tmp_path / "out").path
     before = {p: p.stat().st_mtime_ns for p in out.iterdir()}

@@ -58,11 +58,11 @@ def measure(
         raise QlabError(f"{prompt} prompt tokens, {new} new tokens and {repeat} repetitions; measure at least 2, 2 and 1")
     ready: list[Engine] = []
     for name in engines:
-        ready.append(_prepare(name, path, prompt, new, device))
-    ids = _tokens(ready[0].model, prompt, device)
+        ready.append(prepare(name, path, prompt, new, device))
+    ids = random_tokens(ready[0].model, prompt, device)
     for _ in range(repeat):
         for engine in ready:
-            _run(engine, ids, new)
+            run(engine, ids, new)
     rows = [_row(engine, prompt, new) for engine in ready]
     for row in rows:
         row["ratio"] = {base["engine"]: {key: row[key] / base[key] for key in ("prefill_tokens_per_s", "decode_tokens_per_s")}
@@ -71,7 +71,7 @@ def measure(
             "device": {"type": device, "threads": torch.get_num_threads()}}  # fmt: skip
 
 
-def _prepare(name: str, path: str | Path, prompt: int, new: int, device: str) -> Engine:
+def prepare(name: str, path: str | Path, prompt: int, new: int, device: str) -> Engine:
     """Load and warm up an engine: compiled ones compile here."""
     torch._dynamo.reset()
     gc.collect()
@@ -86,12 +86,12 @@ def _prepare(name: str, path: str | Path, prompt: int, new: int, device: str) ->
             logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             return logits[:, -1].argmax(-1, keepdim=True)
 
-        ids = _tokens(model, prompt, device)
+        ids = random_tokens(model, prompt, device)
         forward(ids[:, :1])  # makes the cache's tensors, outside of any compiled graph
         ours = name.startswith("qlab")
         prefill, step = (_compiled(forward, ours) if "compiled" in name else forward for _ in range(2))
         engine = Engine(name, model, cache, prefill, step, 0.0, 0)
-        _run(engine, ids, 3)
+        run(engine, ids, 3)
         engine.prefill_seconds.clear()
         engine.decode_seconds.clear()
     engine.warm_up_seconds, engine.peak_rss_bytes = time.perf_counter() - started, peak.bytes
@@ -128,12 +128,12 @@ def _undo(model: PreTrainedModel) -> None:
     model.set_attn_implementation("sdpa")
 
 
-def _tokens(model: PreTrainedModel, length: int, device: str) -> Tensor:
+def random_tokens(model: PreTrainedModel, length: int, device: str) -> Tensor:
     vocabulary = model.config.get_text_config().vocab_size
     return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def _run(engine: Engine, ids: Tensor, new: int) -> None:
+def run(engine: Engine, ids: Tensor, new: int) -> None:
     """One prefill, which gives the first new token, and the rest of the `new` tokens one by one."""
     engine.cache.reset()
     started = _now(ids)

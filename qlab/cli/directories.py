@@ -5,22 +5,20 @@ from typing import Annotated
 
 import typer
 
-from qlab.cli.options import Asymmetric, CodecName, Json, Overwrite, Resume, console, report, resolved
-
-Directory = Annotated[Path, typer.Argument(help="a model directory")]
+from qlab.cli.options import Asymmetric, CodecName, Json, Model, Overwrite, Resume, console, report, resolved
 
 
-def inspect(directory: Directory, json_file: Json = None) -> None:
+def inspect(directory: Model, json_file: Json = None) -> None:
     """What a directory holds, in any format that qlab reads: specs, tensors, bytes, and what qlab measured if it wrote it."""
     from qlab.inspection import inspect
 
-    found = inspect(directory)
+    found = inspect(resolved(directory))
     console().print(found)
     report(found.json(), json_file)
 
 
 def convert(
-    directory: Annotated[Path, typer.Argument(help="a quantized model directory, or a GGUF file")],
+    directory: Annotated[str, typer.Argument(help="a quantized model directory, or a GGUF file")],
     codec: CodecName,
     out: Annotated[Path, typer.Option("--out", help="the directory to write")],
     requantize: Annotated[str | None, typer.Option("--requantize", help="a spec: round what the format cannot hold to it")] = None,
@@ -31,7 +29,7 @@ def convert(
     from qlab.spec import parse_spec
 
     grid = parse_spec(requantize, symmetric=not asymmetric) if requantize else None
-    result = convert(directory, codec, out, requantize=grid, overwrite=overwrite, resume=resume)
+    result = convert(resolved(directory), codec, out, requantize=grid, overwrite=overwrite, resume=resume)
     kept = len(result.sites) - len(result.requantized)
     console().print(f"{result.path}: {kept} weights with the same codes, {len(result.requantized)} rounded anew", soft_wrap=True)
     for kind in sorted(set(result.dequantized.values())):
@@ -44,13 +42,13 @@ def convert(
 
 
 def verify(
-    directory: Directory,
+    directory: Model,
     against: Annotated[str, typer.Option("--against", help="the model it was made from, or 'demo'")], json_file: Json = None,
 ) -> None:  # fmt: skip
     """Is a directory what it claims to be? Grids, certificates and the reference's tensors; exit code 1 if something is not."""
     from qlab.verify import verify
 
-    verdict = verify(directory, resolved(against))
+    verdict = verify(resolved(directory), resolved(against))
     console().print(verdict)
     report(verdict.json(), json_file)
     if verdict.faults:

@@ -1,5 +1,6 @@
 """plan, quantize and eval."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -127,6 +128,8 @@ def quantize(
         raise QlabError(f"--inputs {inputs!r} is unknown; it is 'quantized' or 'reference'")
     if overwrite and resume:
         raise QlabError("--overwrite starts anew and --resume continues; give one of them")
+    if memory is not None and not 0 < memory < math.inf:
+        raise QlabError(f"--memory {memory} is no budget; give it in GiB, such as 4")
     if model_free and around:
         raise QlabError("--outside asks the model what lies around its blocks; --model-free takes --include and --exclude")
     if model_free:

@@ -59,7 +59,7 @@ def check_names(path: str, format_name: str, tensors: Mapping[str, Tensor], know
 
 
 def take(path: str, tensors: Mapping[str, Tensor], name: str, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> Tensor:
-    """The tensor `path.name` of this shape (None: any size but 0) and one of these dtypes."""
+    """The tensor `path.name` of this shape (None: any size but 0) and one of these dtypes; refuses numbers that are not finite."""
     if f"{path}.{name}" not in tensors:
         raise QlabError(f"{path}.{name} is missing; the file is incomplete or its quantization_config is wrong")
     tensor = tensors[f"{path}.{name}"]
@@ -68,6 +68,8 @@ def take(path: str, tensors: Mapping[str, Tensor], name: str, shape: tuple[int |
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise QlabError(f"{path}.{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtypes[0]} ({wanted}); "
                         "the file is damaged or its quantization_config is wrong")
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise QlabError(f"{path}.{name} holds NaN or Inf; the file is damaged")
     return tensor
 
 

@@ -53,6 +53,11 @@ class Checkpoint:
         leaves carry the codes."""
         from transformers import AutoConfig
 
+        text = self.raw.get("text_config")
+        layers = {**self.raw, **(text if isinstance(text, dict) else {})}.get("num_hidden_layers")
+        if isinstance(layers, int) and self.stored and layers > len(self.stored):  # which would be built, whatever that takes
+            raise QlabError(f"{self.path / CONFIG} has num_hidden_layers {layers}, and the files hold {len(self.stored)} tensors; the "
+                            "one or the other is of another model")
         try:
             config = AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever a config's own checks raise
@@ -68,7 +73,8 @@ class Checkpoint:
         """Whether transformers has the architecture."""
         from transformers import CONFIG_MAPPING
 
-        return self.raw.get("model_type") in CONFIG_MAPPING
+        kind = self.raw.get("model_type")
+        return isinstance(kind, str) and kind in CONFIG_MAPPING
 
     @cached_property
     def files(self) -> dict[str, Path]:

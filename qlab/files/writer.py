@@ -22,6 +22,7 @@ from qlab.files.tensors import write
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 FORMER = ("quantize_config.json", "quant_config.json")  # they say how the weights were quantized before, in GPTQ's and AWQ's way
+TEMPLATES = "additional_chat_templates"  # the one folder of a model directory that transformers looks into
 WORK, JOB = ".work", "job.json"
 OVERWRITE = "overwrite"  # in the work folder: the run may replace an existing output
 REPLACED = "replaced"  # in the work folder: the output that is being replaced
@@ -43,6 +44,15 @@ def write_json(path: Path, value: Any) -> None:
     """Sorted, indented JSON, atomically."""
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
     atomically(path, lambda p: p.write_text(text))
+
+
+def apart(out: str | Path, source: Path) -> None:
+    """Refuse an output that is what it would be made from, or a folder around it, which goes when it is replaced."""
+    place, model = Path(out).expanduser().resolve(), source.resolve()
+    if place == model:
+        raise QlabError(f"{source} is the model itself; choose another output directory")
+    if place in model.parents:
+        raise QlabError(f"the output directory {place} holds the model {source}; choose another one")
 
 
 class Writer:
@@ -73,10 +83,10 @@ class Writer:
         try:
             self._clear()
             self.work.mkdir(parents=True)
+            if self.overwrite:
+                (self.work / OVERWRITE).touch()
         except OSError as error:
             raise QlabError(f"{self.partial} cannot be created ({error.strerror}); choose another output directory") from error
-        if self.overwrite:
-            (self.work / OVERWRITE).touch()
         write_json(self.work / JOB, job)  # from here on the run can be resumed
         return False
 
@@ -97,7 +107,7 @@ class Writer:
         if found and not self.work.exists():
             raise QlabError(f"{self.partial} was not made by qlab, which needs this name for a while; move it away")
         for path in found:
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         shutil.rmtree(self.partial)
 
     # -------------------------------------------------------------- shards
@@ -147,14 +157,22 @@ class Writer:
 
     def finish(self, files: Mapping[str, Any], copied: Path) -> None:
         """Write index and JSON files, copy what else the model directory holds, and rename the whole into place."""
-        for path in sorted(copied.iterdir()):
+        try:
+            self._finish(files, copied)
+        except OSError as error:
+            raise QlabError(f"{self.out} cannot be put in place ({error}); make way for it and use --resume") from error
+
+    def _finish(self, files: Mapping[str, Any], copied: Path) -> None:
+        for path in sorted([*copied.iterdir(), *(copied / TEMPLATES).glob("*")]):
             weights = path.suffix in WEIGHTS or path.name.endswith(".index.json") or path.name in FORMER
             if path.is_file() and not weights and path.name not in files:
-                atomically(self.partial / path.name, partial(shutil.copyfile, path))
+                place = self.partial / path.relative_to(copied)
+                place.parent.mkdir(exist_ok=True)
+                atomically(place, partial(shutil.copyfile, path))
         write_json(self.partial / INDEX, self._index())
         for name, value in files.items():
             write_json(self.partial / name, value)
-        for leftover in self.partial.glob(".*.tmp"):  # of a killed run
+        for leftover in self.partial.rglob(".*.tmp"):  # of a killed run
             leftover.unlink()
         if self.out.exists():
             if not self.overwrite:

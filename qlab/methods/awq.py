@@ -3,7 +3,7 @@
 Legend: W_ok weight, H mean second moment of the input x, m_k what x is multiplied by (1 / s in the paper).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,8 +18,8 @@ from qlab.spec import Spec, with_scale_dtype
 from qlab.stats import STATS, Moment, Stats, quadratic
 from qlab.transform import Stage, Transform, chain, reparametrize
 
-RATIOS = tuple(i / 10 for i in range(11))
-ROWS = 128  # of each weight, evenly spread, rank the candidates
+STEPS = 10  # ratios are tried in steps of 1 / STEPS
+ROWS = 128  # of each weight, evenly spread, choose the ratio
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,26 @@ def scaled_loss(weights: Sequence[Tensor], moment: Moment, m_k: Tensor, spec: Sp
     return total
 
 
+def least_ratio(loss: Callable[[float], float]) -> float:
+    """The ratio with the least loss: of those on a walk up from 0 that ends where two steps found nothing better, and of the vertex
+    of the parabola through the best of them and its neighbours."""
+    losses = [loss(0.0)]
+    while len(losses) <= STEPS and losses.index(min(losses)) > len(losses) - 3:
+        losses.append(loss(len(losses) / STEPS))
+    best = losses.index(least := min(losses))
+    if 0 < best < len(losses) - 1:
+        below, above = losses[best - 1], losses[best + 1]
+        vertex = (best + (below - above) / (below - 2 * least + above) / 2) / STEPS
+        if loss(vertex) < least:
+            return vertex
+    return best / STEPS
+
+
 def search(graph: ModuleGraph, fold: Fold, inputs: Sequence[Input], spec: Spec, grid: Grid) -> Choice:
     """The scale s = mean|x|^ratio, normalised by sqrt(max min), with the least output error; s = 1 is a candidate.
 
-    Every scale is scored as it will be stored (`Fold.stored`). ROWS rows of each weight rank the ratios; the two best and
-    the identity are compared on all rows, so the loss is never above the identity's. Inputs that no token reached keep 1.
+    Every scale is scored as it will be stored (`Fold.stored`). ROWS rows of each weight choose the ratio, which is compared with
+    the identity on all rows, so the loss is never above the identity's. Inputs that no token reached keep 1.
     """
     seen = sum(i.share for i in inputs)
     absmean_k = torch.stack([i.absmean_k * i.share for i in inputs]).sum(0) / max(seen, 1e-30)
@@ -74,15 +89,11 @@ def search(graph: ModuleGraph, fold: Fold, inputs: Sequence[Input], spec: Spec, 
         return sum(i.share * scaled_loss(i.weights, i.moment, m_k, spec, grid) for i in among)
 
     some = [replace(i, weights=[W[:: max(1, len(W) // ROWS)] for W in i.weights]) for i in inputs]
-    ranked = sorted(RATIOS[1:], key=lambda r: total(some, scale(r))) if seen else []
     one = torch.ones_like(importance)
-    identity = best = Choice(one, 0.0, loss := total(inputs, one), loss)
-    for ratio in ranked[:2]:
-        m_k = scale(ratio)
-        loss = total(inputs, m_k)
-        if loss < best.loss:
-            best = Choice(m_k, ratio, loss, identity.loss)
-    return best
+    identity = Choice(one, 0.0, loss := total(inputs, one), loss)
+    ratio = least_ratio(lambda r: total(some, scale(r))) if seen else 0.0
+    found = Choice(m_k := scale(ratio), ratio, total(inputs, m_k), identity.loss) if ratio else identity
+    return found if found.loss < identity.loss else identity
 
 
 def _inputs(graph: ModuleGraph, stats: Stats, sites: Iterable[Site]) -> list[Input]:

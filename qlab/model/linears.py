@@ -1,4 +1,4 @@
-"""Which modules of a model are linears, by every name under which a reader of the files may look for them."""
+"""Which modules of a model readers may take for linears, by every name under which they may look for them in the files."""
 
 from torch import Tensor, nn
 
@@ -12,12 +12,13 @@ def linear_names(model: Checkpoint) -> dict[str, str]:
     """Name of a linear -> the module in the files that holds its weight.
 
     Where transformers knows the architecture: its own names and those of the files, which differ where it renames tensors,
-    and one for every projection of fused experts.
+    one for every projection of fused experts, and the routers, which to engines are linears like any other.
     Of other models: every module of the files with a weight [o, k], embeddings among them, and the head.
     """
     if model.known:
         skeleton = Skeleton(model, model.dtype)
-        own = {name: module for own in skeleton.linears() for module in [skeleton.module_name(own)] for name in (own, module)}
+        routers = [name for name, module in _other_matrices(skeleton).items() if not isinstance(module, nn.Embedding)]
+        own = {name: m for own in [*skeleton.linears(), *routers] for m in [skeleton.module_name(own)] for name in (own, m)}
         return own | {module: module for module in skeleton.expert_modules()}
     matrices = [name for name, stored in model.stored.items() if name.endswith(".weight") and len(stored.shape) == 2]
     modules = {name.removesuffix(".weight") for name in matrices} | set(model.quantized) | {HEAD}
@@ -30,8 +31,11 @@ def other_matrices(model: Checkpoint) -> set[str]:
     if not model.known:
         return set()
     skeleton = Skeleton(model, model.dtype)
-    found = {name: m for name, m in skeleton.model.named_modules() if not isinstance(m, nn.Linear) and _is_matrix(m)}
-    return {skeleton.module_name(name) for name in found}
+    return {skeleton.module_name(name) for name in _other_matrices(skeleton)}
+
+
+def _other_matrices(skeleton: Skeleton) -> dict[str, nn.Module]:
+    return {name: m for name, m in skeleton.model.named_modules() if not isinstance(m, nn.Linear) and _is_matrix(m)}
 
 
 def _is_matrix(module: nn.Module) -> bool:

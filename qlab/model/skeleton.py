@@ -11,33 +11,28 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qlab.errors import QlabError
-from qlab.experts import experts_forward
 from qlab.files.checkpoint import Checkpoint
 from qlab.graph import Code, ModuleGraph, Op, tensors_of
 from qlab.model.at_input import at_input
+from qlab.model.device import usable
 from qlab.model.names import Piece, assemble, pieces_of_experts, spellings
+from qlab.model.paper import find_blocks, on_paper, path_of
 from qlab.model.recording import Call, Output, Recorded, Recorder, Replaced, to_like
 from qlab.qtensor import Leaf, dense
 from qlab.trace import trace
-
-EXPERTS = "qlab"  # the name under which transformers finds the forward of fused experts that traces on every device
-ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)
 
 
 class Skeleton:
     """blocks: path -> meta module, in running order. Loads only what surrounds the blocks."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu"):
-        self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
-        self.model = _on_paper(checkpoint, dtype)
-        self.prefix, self.blocks = _find_blocks(self.model)
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, usable(device)
+        self.model = on_paper(checkpoint, dtype)
+        self.prefix, self.blocks = find_blocks(self.model)
         # a quantized weight also goes by the name it would have unquantized
         self._stored = {*checkpoint.files, *(f"{module}.weight" for module in checkpoint.quantized)}
         self._spelled = spellings(self.model, self._stored)
@@ -46,6 +41,30 @@ class Skeleton:
         self._codes: dict[Any, Code] = {}
         self._traced_for: dict[Any, str] = {}
         self._outputs: dict[str, Output] = {}
+        self._check_headers()
+
+    def _check_headers(self) -> None:
+        """Refuse files of another model than the config describes: tensors of another shape, or that are no floats."""
+        stored, quantized = self.checkpoint.stored, self.checkpoint.quantized
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            for piece in self.pieces(name):
+                if piece.name not in stored or piece.module in quantized:
+                    continue
+                shape, dtype = self.checkpoint.shape_and_dtype(piece.name)
+                wanted = parameter.shape if piece.expert is None else (piece.stop - piece.start, parameter.shape[-1])
+                if sorted(shape) != sorted(wanted) or not dtype.is_floating_point:
+                    raise QlabError(f"{self.checkpoint.path}: {piece.name} is {dtype} {tuple(shape)}, and config.json describes a "
+                                    f"model with floats {tuple(wanted)} there; the one or the other is of another model")
+
+    def check_length(self, tokens: int) -> None:
+        """Refuse samples of more tokens than a model with learned positions has; the table lies beside that of the vocabulary."""
+        vocabulary = path_of(self.model, self.model.get_input_embeddings())
+        beside = self.model.get_submodule(vocabulary.rpartition(".")[0]).named_children()
+        learned = [n for n, m in beside if isinstance(m, nn.Embedding) and n != vocabulary.rpartition(".")[2]]
+        positions = getattr(self.checkpoint.config.get_text_config(), "max_position_embeddings", tokens)
+        if learned and tokens > positions:
+            raise QlabError(f"windows of {tokens} tokens are longer than the {positions} positions of {self.checkpoint.path}; "
+                            "choose a shorter length")
 
     def block_names(self, path: str) -> dict[str, tuple[Piece, ...]]:
         """Leaf name inside the block -> the tensors that hold it in the checkpoint's files."""
@@ -231,44 +250,8 @@ class Skeleton:
         return output
 
 
-def _on_paper(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its parameters on meta."""
-    try:
-        with init_empty_weights(include_buffers=False):
-            return _maker(checkpoint.config).from_config(checkpoint.config, dtype=dtype, trust_remote_code=False,
-                                                         experts_implementation=EXPERTS).eval()  # fmt: skip
-    except Exception as error:  # whatever the model's own constructor raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise QlabError(f"transformers cannot build a causal language model from {checkpoint.path}/config.json ({reason}); "
-                        "qlab quantizes those, and models of images and text around one") from error
-
-
-def _maker(config: PretrainedConfig) -> Any:
-    """The auto class that makes the architecture that the config names: of text alone, or of images and text."""
-    for maker in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        known: Any = maker._model_mapping.get(type(config), None)
-        if known is not None and known.__name__ in (config.architectures or [known.__name__]):
-            return maker
-    return AutoModelForCausalLM
-
-
-def _find_blocks(model: PreTrainedModel) -> tuple[str, dict[str, nn.Module]]:
-    """The largest list of modules in the decoder that text goes through, which other towers may feed."""
-    decoder = _path_of(model, model.get_decoder())
-    lists = {n: m for n, m in model.named_modules() if n.startswith(decoder) and isinstance(m, nn.ModuleList) and len(m)}
-    outer = {n: m for n, m in lists.items() if not any(n.startswith(o + ".") for o in lists)}
-    if not outer:
-        raise QlabError(f"{type(model).__name__} has no list of blocks (nn.ModuleList) to stream through")
-    prefix = max(outer, key=lambda n: sum(p.numel() for p in outer[n].parameters()))
-    return prefix, {f"{prefix}.{i}": block for i, block in enumerate(outer[prefix])}
-
-
 def _same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and torch.equal(a, b))
-
-
-def _path_of(model: nn.Module, module: nn.Module | None) -> str:
-    return next((name for name, m in model.named_modules() if m is module), "")
 
 
 def _on_meta(block: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Damage for decoders: one tensor of a module gone, added, of another dtype or of another shape; and odd values for configs."""
+"""Damage for decoders: one tensor of a module gone, added, of another dtype or shape, or with a NaN; and odd values for configs."""
 
 import torch
 from hypothesis import strategies as st
@@ -11,7 +11,10 @@ def damaged(draw, tensors):
     """The tensors with one of them damaged."""
     name = draw(st.sampled_from(sorted(tensors)))
     tensor, rest = tensors[name], {key: t for key, t in tensors.items() if key != name}
-    kind = draw(st.sampled_from(["gone", "extra", "dtype", "shape"]))
+    kind = draw(st.sampled_from(["gone", "extra", "dtype", "shape", *(["nan"] if tensor.is_floating_point() else [])]))
+    if kind == "nan":
+        last = torch.arange(tensor.numel()).reshape(tensor.shape) == tensor.numel() - 1
+        return {**rest, name: tensor.float().masked_fill(last, torch.nan).to(tensor.dtype)}
     if kind == "gone":
         return rest
     if kind == "extra":

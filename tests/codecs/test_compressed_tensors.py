@@ -158,6 +158,7 @@ def test_encode_refuses(leaf, message):
     ("weight_g_idx", torch.zeros(32), "weight_g_idx is torch.float32"),
     ("weight_g_idx", torch.zeros(32, dtype=torch.int32), "weight_g_idx does not put 16 channels into each of 2 groups"),
     ("weight_global_scale", torch.ones(1), "weight_global_scale has no place"),
+    ("scales", torch.ones(4, 2), "scales has no place"),
     ("weight_scale", torch.full((4, 2), torch.nan), "weight_scale holds NaN"),
 ])  # fmt: skip
 def test_decode_refuses(name, tensor, message):

@@ -1,11 +1,13 @@
 """Converting moves codes between formats and never changes one; what cannot be carried is refused by name, or rounded on request."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from directories import bits_equal, contents, tensors
+from foreign import directory
 from formats import rounded_scales
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,12 +68,18 @@ def test_a_symmetric_directory_in_a_format_with_zero_points_and_back(four_bits, 
 def test_everything_else_is_carried(four_bits, quantized, tmp_path):
     source = quantized("int4-g32-asym")
     (source / "quantize_config.json").write_text("{}")  # of a format that the new directory does not have
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
     out = convert(source, four_bits, tmp_path / "out").path
+    shutil.copytree(out, tmp_path / "again.partial")  # of a run that was killed just before its end
+    (tmp_path / "again.partial" / ".work").mkdir()
+    assert contents(convert(source, four_bits, tmp_path / "again").path) == contents(out)
     old, new = tensors(source), tensors(out)
     plain = [name for name in old if "proj" not in name]
     assert len(plain) > 5 and all(bits_equal(old[name], new[name]) for name in plain)
-    kept = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"} & contents(source).keys()
-    assert len(kept) >= 3 and all(contents(source)[name] == contents(out)[name] for name in kept)
+    kept = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
+            "additional_chat_templates/tools.jinja"} & contents(source).keys()  # fmt: skip
+    assert len(kept) >= 4 and all(contents(source)[name] == contents(out)[name] for name in kept)
     assert "quantize_config.json" not in contents(out)
     record, was = (json.loads((path / "qlab.json").read_text()) for path in (out, source))
     assert record["certificates"] == was["certificates"] and record["changed"] == was["changed"]
@@ -91,6 +99,9 @@ def test_experts_are_converted_one_by_one(family, saved, tmp_path):
     source = saved(family, torch.float16)
     first = quantize(open_checkpoint(source), rtn(parse_spec("int4-g32")), None, tmp_path / "q").path
     there = convert(first, "awq", tmp_path / "there").path
+    back = convert(there, "compressed-tensors", tmp_path / "back").path
+    configs = [json.loads((path / "config.json").read_text())["quantization_config"] for path in (first, back)]
+    assert configs[0] == configs[1] and any(name.endswith("mlp.gate") for name in configs[1]["ignore"])  # routers too
     assert leaves(first).keys() == leaves(there).keys() and any("experts.1." in name for name in leaves(there))
     assert all(fingerprint(leaf) == fingerprint(leaves(there)[name]) for name, leaf in leaves(first).items())
     assert verify(there, source).faults == []
@@ -145,11 +156,14 @@ def test_rounding_anew_is_an_explicit_act_and_its_error_is_reported(four_bits, q
 
 def test_rounding_anew_keeps_the_codes_that_fit(four_bits, saved, tmp_path):
     mixed = rules({"*.mlp.*": rtn(parse_spec("int8-channel")), "*": rtn(parse_spec("int4-g32"))})
-    source = quantize(open_checkpoint(saved("llama", torch.float16)), mixed, None, tmp_path / "q").path
+    model = saved("llama", torch.float16)
+    source = quantize(open_checkpoint(model), mixed, None, tmp_path / "q").path
     result = convert(source, four_bits, tmp_path / "out", requantize=parse_spec("int4-g32"))
     assert set(result.requantized) == {name for name in leaves(source) if "mlp" in name}
     kept = [name for name in leaves(source) if "attn" in name]
     assert all(fingerprint(leaves(source)[name]) == fingerprint(leaves(result.path)[name]) for name in kept)
+    verdict = verify(result.path, model)  # what was rounded anew is certified by its hash: the model was not there
+    assert verdict.faults == [] and all((verdict.sites[name]["certified_error"] is None) == ("mlp" in name) for name in verdict.sites)
     with pytest.raises(QlabError, match="cannot hold int3-g32 weights"):
         convert(source, four_bits, tmp_path / "no", requantize=parse_spec("int3-g32"))
 
@@ -162,6 +176,18 @@ def test_what_cannot_be_converted_at_all(saved, quantized, tmp_path):
         convert(source, "nothing", tmp_path / "out")
     with pytest.raises(QlabError, match="choose another output directory"):
         convert(source, "compressed-tensors", source, overwrite=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name, words", [
+    ("W8A8", r"gptq cannot hold the rounding of inputs .* at model.*_proj \(int8-channel\) and 13 more, which would be lost"),
+    ("hqq, axis 0", "holds no codes on a grid that qlab has"), ("torchao int4", "holds no codes on a grid that qlab has"),
+])  # fmt: skip
+@pytest.mark.parametrize("requantize", [None, "int4-g32"])
+def test_what_a_format_does_beside_codes_is_not_dropped(name, words, requantize, tmp_path):
+    source = directory(name, tmp_path / name)
+    with pytest.raises(QlabError, match=words):
+        convert(source, "gptq", tmp_path / "out", requantize=requantize and parse_spec(requantize))
     assert not (tmp_path / "out").exists()
 
 

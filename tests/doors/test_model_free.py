@@ -45,8 +45,9 @@ def unknown(tmp_path) -> Path:
     return folder
 
 
-def test_the_codes_of_the_ordinary_path(saved, tmp_path):
-    source = saved("llama", torch.bfloat16, shard_size="60KB")
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe"])
+def test_the_codes_and_the_config_of_the_ordinary_path(family, saved, tmp_path):
+    source = saved(family, torch.bfloat16, shard_size="60KB")
     ordinary = open_checkpoint(quantize(open_checkpoint(source), rtn(INT4), None, tmp_path / "ordinary").path)
     free = open_checkpoint(quantize_files(source, rtn(INT4), tmp_path / "free").path)
     assert free.quantized == ordinary.quantized and free.raw == ordinary.raw
@@ -65,6 +66,17 @@ def test_linear_weights_are_chosen_by_name(unknown, tmp_path):
     assert config["hidden"] == [1, {"deep": None}] and "lm_head" in config["quantization_config"]["ignore"]
     assert (result.path / "tokenizer.json").read_text() == "{}"
     assert verify(result.path, unknown).faults == []
+
+
+def test_a_model_type_that_is_no_name_is_an_unknown_one(unknown, tmp_path):
+    (unknown / "config.json").write_text('{"model_type": ["llama"]}')
+    assert quantize_files(unknown, rtn(INT4), tmp_path / "out").sites.keys() == LINEAR
+
+
+def test_codes_without_a_config_are_no_weights(unknown, tmp_path):
+    write(unknown / "a.safetensors", [("layers.0.attn.q_proj.weight", torch.ones(16, 64, dtype=torch.int8))])
+    with pytest.raises(QlabError, match=r"layers.0.attn.q_proj.weight of .* is stored as I8, which are no weights"):
+        quantize_files(unknown, rtn(INT4), tmp_path / "out")
 
 
 def test_patterns_choose_and_rules_decide(unknown, tmp_path):

@@ -10,7 +10,7 @@ from qlab.methods.rtn import rtn
 from qlab.plan import plan
 from qlab.spec import Int, parse_spec
 from qlab.targets import TARGETS, Floats, refusal, safest_codec, uniformity
-from qlab.transform import rules
+from qlab.transform import keep, rules
 
 CT = "compressed-tensors"
 
@@ -89,6 +89,31 @@ def test_the_plan_names_the_sites_and_what_fits(saved):
     with pytest.raises(QlabError, match="the target 'tensorrt' is unknown"):
         plan(model, rtn(parse_spec("int4-g32")), target="tensorrt")
     assert plan(model, rtn(parse_spec("int4-g32")), target="vllm").sites
+
+
+@pytest.mark.parametrize("family, pattern, sites", [
+    ("llama", "*.q_proj", "self_attn.q_proj, model.layers.0.self_attn.k_proj, model.layers.0.self_attn.v_proj"),
+    ("llama", "*.gate_proj", "mlp.gate_proj, model.layers.0.mlp.up_proj"), ("llama", "*.down_proj", None), ("llama", "*.o_proj", None),
+    ("mixtral", "*.down_proj", "mlp.experts.gate_up_proj, model.layers.0.mlp.experts.down_proj"), ("mixtral", "*.self_attn.*", None),
+])  # fmt: skip
+@pytest.mark.parametrize("other", ["int8-g32", None])
+def test_weights_that_an_engine_joins_have_one_spec(family, pattern, sites, other, saved):
+    model = open_checkpoint(saved(family, torch.float16))
+    recipe = rules({pattern: rtn(parse_spec(other)) if other else keep(), "*": rtn(parse_spec("int4-g32"))})
+    assert plan(model, recipe, target="transformers").sites
+    if sites is None:
+        assert plan(model, recipe, target="vllm").sites
+    else:
+        words = f"vllm joins these weights and reads one spec for them, not int4-g32, {other or 'unquantized'}"
+        with pytest.raises(QlabError, match=f"^model.layers.0.{sites}.*: {words}"):
+            plan(model, recipe, target="vllm")
+
+
+def test_blocks_that_an_engine_wants_whole():
+    spec = parse_spec("fp8-b128x128")
+    assert refusal("vllm", CT, spec, k=256) is refusal("transformers", CT, spec, k=96) is None
+    assert refusal("vllm", CT, spec, k=96) == (
+        "vllm loads fp8-b128x128 weights where 128 divides their input channels, of which there are 96")  # fmt: skip
 
 
 def test_what_is_listed_names_codecs_and_specs_that_exist():

@@ -108,6 +108,25 @@ def test_a_tensor_too_many_and_a_certificate_without_its_weight(copy, original):
     assert "the certified model.layers.9.mlp.up_proj is missing" in verify(copy, original).faults
 
 
+@pytest.mark.parametrize("edit_of, words", [
+    (lambda row: row.update(sha256="0" * 64), "are not the certified ones"),
+    (lambda row: row.update(weight_error=1.001 * row["weight_error"]), "its weight error against the reference is"),
+    (lambda row: row.update(weight_error=float("nan")), "its weight error against the reference is"),
+    (lambda row: row.update(largest_step=1.001 * row["largest_step"]), "its largest error in steps against the reference is"),
+    (lambda row: row.update(made_of="nothing.weight"), "has no tensor nothing.weight"),
+    (None, "it has no certificate"),
+])  # fmt: skip
+def test_a_certificate_that_was_edited_is_found(edit_of, words, copy, original):
+    record = json.loads((copy / "qlab.json").read_text())
+    if edit_of is None:
+        del record["certificates"][UP]
+    else:
+        edit_of(record["certificates"][UP])
+    (copy / "qlab.json").write_text(json.dumps(record))
+    faults = verify(copy, original).faults
+    assert len(faults) == 1 and faults[0].startswith(f"{UP}: ") and words in faults[0]
+
+
 def test_another_model_is_not_the_one_it_was_made_from(made, saved):
     faults = verify(made("rtn"), saved("llama", torch.float16, seed=1)).faults
     assert sum("it was made from another model" in fault for fault in faults) == 14

@@ -128,3 +128,39 @@ class Halves(nn.Module):
     def forward(self, x):
         a, b = torch.relu(self.one(x)).chunk(2, -1)
         return self.two(a) + self.three(b)
+
+
+WAYS = {
+    "repeat": lambda v: v.repeat(1, 2, 1, 1),
+    "stack": lambda v: torch.stack([v, v], 2).flatten(1, 2),
+    "cat": lambda v: torch.cat([v, v], 1),
+    "interleave": lambda v: v.repeat_interleave(2, 1),
+}
+
+
+class Spread(nn.Module):
+    """Grouped queries behind a mask that the block makes itself; each value head is spread over two heads in one of the WAYS."""
+
+    def __init__(self, way, einsum=False):
+        super().__init__()
+        self.way, self.einsum = way, einsum
+        self.ask, self.key, self.tell, self.sum = nn.Linear(12, 12), nn.Linear(12, 6), nn.Linear(12, 6), nn.Linear(12, 12)
+
+    def forward(self, x):
+        q, k, v = (linear(x).unflatten(-1, (-1, 3)).transpose(1, 2) for linear in (self.ask, self.key, self.tell))
+        k, v = WAYS[self.way](k), WAYS[self.way](v)
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        weights = (q @ k.mT).masked_fill(later, -1e9).softmax(-1)
+        mixed = torch.einsum("bhqk,bhkd->bqhd", weights, v) if self.einsum else (weights @ v).transpose(1, 2)
+        return self.sum(mixed.flatten(2))
+
+
+class Factor(nn.Module):
+    """one -> times a parameter -> two, which takes no scale upstream beyond the parameter."""
+
+    def __init__(self, size, alpha=1):
+        super().__init__()
+        self.one, self.two, self.factor, self.alpha = nn.Linear(12, 12), nn.Linear(12, 12), nn.Parameter(torch.rand(size) + 1), alpha
+
+    def forward(self, x):
+        return self.two(torch.tanh(self.one(x)) * torch.add(self.factor, 0.5, alpha=self.alpha))

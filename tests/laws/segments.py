@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from qlab.graph import ModuleGraph
 from qlab.interpret import inputs_of
-from qlab.model.skeleton import EXPERTS, _find_blocks
+from qlab.model.paper import EXPERTS, find_blocks
 from qlab.qtensor import QTensor, dense
 from qlab.stats import STATS, Moment, Observation, stat_of
 from qlab.sweep import solve
@@ -58,7 +58,7 @@ def tokens(batch, length, seed=0):
 
 def calls(model, ids, mask=None):
     """Block path -> (args, kwargs) of its call inside the model."""
-    seen, (_, blocks) = {}, _find_blocks(model)
+    seen, (_, blocks) = {}, find_blocks(model)
     hooks = [
         block.register_forward_pre_hook(lambda m, a, k, path=path: seen.update({path: (a, dict(k))}), with_kwargs=True)
         for path, block in blocks.items()
@@ -84,7 +84,7 @@ def segment(family, index=None):
     index = int(family in MIXTURES) if index is None else index
     with torch.no_grad():
         model = model_of(family)
-        path, block = list(_find_blocks(model)[1].items())[index]
+        path, block = list(find_blocks(model)[1].items())[index]
         batches = tuple(calls(model, tokens(2, 12, seed))[path] for seed in range(3))
         return Segment(block, trace(block, *batches[0], path), batches)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from blocks import BilinearGate, Halves, OddBlock, SharedBias, SharedKeysAndValues, SharedNorm, Straight
+from blocks import WAYS, BilinearGate, Factor, Halves, OddBlock, SharedBias, SharedKeysAndValues, SharedNorm, Spread, Straight
 from families import FAMILIES, MIXTURES
 from hypothesis import given
 from hypothesis import strategies as st
@@ -133,6 +133,17 @@ def test_a_block_never_seen_before_folds_all_but_what_leaks(seed):
     assert folds(seg.graph.code)[seg.graph.sites[0].source].producer.offset == 2.5
 
 
+@pytest.mark.parametrize("way, einsum", [*((way, False) for way in WAYS), ("repeat", True)])
+def test_values_fold_however_a_block_spreads_them_over_grouped_queries(way, einsum):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 12)
+    seg = of(Spread(way, einsum), x)
+    assert table(seg.graph) == {"sum": "tell"}
+    folded = fold_scales(scaled(seg.graph, 1))
+    assert set(folded.online) == {"ask", "key", "tell"}
+    assert relative(out(folded, seg), seg.block(x)) < 1e-5
+
+
 LEAKS = {
     "norm output on the residual stream too": (Straight("residual"), {"two": "one"}),
     "norm output into an unknown operation too": (Straight("tanh"), {"two": "one"}),
@@ -145,6 +156,8 @@ LEAKS = {
     "one bias for two linears": (SharedBias(), {}),
     "keys that are the values": (SharedKeysAndValues(), {}),
     "a product of two halves of one projection": (BilinearGate(), {"one": "norm"}),
+    "a parameter of one number": (Factor(1), {}),
+    "a parameter behind a multiplied constant": (Factor(12, alpha=3), {"two": "factor"}),
 }
 
 

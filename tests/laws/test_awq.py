@@ -1,5 +1,6 @@
 """AWQ never loses to RTN on the statistics it was given, and says so truly."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from segments import assert_same, hidden, relative, segment
 from qlab.absorb import folds
 from qlab.graph import by_source
 from qlab.interpret import interpret
-from qlab.methods.awq import awq, awq_scale
+from qlab.methods.awq import awq, awq_scale, least_ratio
 from qlab.methods.grid import encode, minmax, mse, weighted
 from qlab.methods.rtn import rtn
 from qlab.qtensor import dense
@@ -98,6 +99,30 @@ def test_awq_is_its_scales_and_then_rtn():
     seg = segment("opt")
     graph, stats = run(seg.graph, awq_scale(spec), seg.stats)
     assert_same(run(seg.graph, awq(spec), seg.stats)[0], run(graph, rtn(spec, weighted), stats)[0])
+
+
+@pytest.mark.parametrize("least", [0.08, 0.23, 0.5, 0.87])
+def test_the_ratio_is_found_between_the_steps_of_the_walk(least):
+    asked = []
+    assert least_ratio(lambda r: asked.append(r) or 1 + (r - least) ** 2) == pytest.approx(least)
+    assert max(asked) == pytest.approx(min(1.0, (round(10 * least) + 2) / 10))
+
+
+@pytest.mark.parametrize(
+    ("loss", "found", "asked"),
+    [(lambda r: r, 0.0, 3), (lambda r: -r, 1.0, 11), (lambda r: 1.0, 0.0, 3), (lambda r: 1 - (r in (0.1, 0.2)), 0.1, 5)],
+)
+def test_a_walk_ends_where_two_steps_found_nothing_better(loss, found, asked):
+    seen = []
+    assert least_ratio(lambda r: seen.append(r) or loss(r)) == found and len(seen) == asked
+
+
+def test_a_ratio_that_a_few_rows_chose_and_all_rows_lose_by_is_not_taken(monkeypatch):
+    monkeypatch.setattr(sys.modules["qlab.methods.awq"], "least_ratio", lambda loss: 1.0)
+    seg = segment("llama")
+    graph, _ = run(seg.graph, awq_scale(parse_spec("int3-g16")), seg.stats)
+    assert 0.0 in {n["awq_ratio"] for n in graph.notes.values()}
+    assert all(n["awq_loss"] <= n["awq_rtn_loss"] for n in graph.notes.values())
 
 
 def test_when_scaling_cannot_help_the_identity_is_taken():

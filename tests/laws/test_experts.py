@@ -18,7 +18,7 @@ from qlab.methods.awq import awq_scale
 from qlab.methods.gptq import gptq
 from qlab.methods.grid import encode, weighted
 from qlab.methods.rtn import rtn
-from qlab.model.skeleton import EXPERTS
+from qlab.model.paper import EXPERTS
 from qlab.qtensor import dense
 from qlab.spec import parse_spec, with_scale_dtype
 from qlab.stats import Moment, gram, quadratic

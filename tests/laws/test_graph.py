@@ -1,9 +1,11 @@
 """A traced block is the block: same bits, same sites, same inputs; what cannot be read is refused by name."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
+from blocks import Spread
 from families import FAMILIES, MIXTURES
 from segments import assert_same, calls, densified, hidden, model_of, of, relative, segment, tokens, untouched
 from torch import nn
@@ -13,7 +15,7 @@ from qlab.errors import QlabError
 from qlab.graph import by_source, tensors_of
 from qlab.interpret import inputs_of, interpret
 from qlab.methods.rtn import rtn
-from qlab.model.skeleton import _find_blocks
+from qlab.model.paper import find_blocks
 from qlab.qtensor import QTensor
 from qlab.spec import parse_spec
 from qlab.trace import trace
@@ -29,6 +31,13 @@ def form(args, kwargs):
     )
 
 
+def test_what_a_block_makes_itself_lies_where_its_inputs_do_and_not_where_it_was_traced():
+    block, x = Spread("cat"), torch.randn(2, 5, 12)
+    on_paper = trace(deepcopy(block).to("meta"), (x.to("meta"),), {})
+    graph = replace(on_paper, params=dict(block.named_parameters()))
+    assert torch.equal(interpret(graph, (x,), {}), block(x))
+
+
 def left_padded(batch, length):
     mask = torch.ones(batch, length, dtype=torch.long)
     mask[0, :3] = 0
@@ -40,7 +49,7 @@ def test_interpreting_a_trace_is_running_the_block_bit_for_bit(family):
     model, traced = model_of(family), {}
     runs = [calls(model, tokens(2, n, seed=n), mask) for n in LENGTHS for mask in (None, left_padded(2, n))]
     runs.append(calls(model, tokens(3, 17)))
-    blocks = list(_find_blocks(model)[1].items())[:2]  # every layer type
+    blocks = list(find_blocks(model)[1].items())[:2]  # every layer type
     for path, block in blocks:
         for args, kwargs in (run[path] for run in runs):
             key = path, form(args, kwargs)

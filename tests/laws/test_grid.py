@@ -40,6 +40,18 @@ def test_no_tile_is_worse_than_under_minmax(grid, dtype, data, seed):
     assert (error(W, found, h) <= error(W, rtn, h) * (1 + 1e-5) + 1e-9).all()
 
 
+@given(seed=st.integers(0, 9999))
+def test_weights_on_the_first_grid_stay_there(seed):
+    """Where the error is all but zero, the sums that compare candidates are nothing but rounding."""
+    draw = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (64, 32), generator=draw)
+    codes[:, 0], codes[:, 1] = 0, 15
+    W = (codes - torch.randint(0, 16, (64, 1), generator=draw)) * (torch.rand(64, 1, generator=draw) + 0.01)
+    spec, H = Int(4, Tile(1, 32), False, scale_dtype=torch.float32), torch.diag(torch.rand(32, generator=draw) + 0.01)
+    left = lambda grid: objective(spec.tile.split(W), *fit(grid, W, spec, H), spec, H.diagonal().expand(64, 1, -1))
+    assert (left(GRIDS["weighted"]) <= left(minmax)).all()
+
+
 @pytest.mark.parametrize("grid", WITH_RTN, ids=ids)
 def test_searching_pays(grid):
     x = correlated(256, 64, 3)

@@ -7,17 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qlab.codecs.compressed_tensors.tensors import WIDE, take
+from qlab.codecs.compressed_tensors.tensors import INPUTS, WIDE, take
 from qlab.errors import QlabError
 from qlab.methods.inputs import QuantizeInput
 from qlab.spec import InputSpec
 
-NAMES = ("input_scale", "input_zero_point", "input_global_scale")
-
 
 def encode_input(path: str, rounding: QuantizeInput) -> dict[str, Tensor]:
     """The tensors of module `path` that its inputs need."""
-    parts = zip(NAMES, (rounding.scales, rounding.zeros, rounding.outer))
+    parts = zip(INPUTS, (rounding.scales, rounding.zeros, rounding.outer))
     return {f"{path}.{name}": part.reshape(1).clone() for name, part in parts if part is not None}
 
 
@@ -26,7 +24,7 @@ def decode_input(path: str, tensors: Mapping[str, Tensor], spec: InputSpec) -> Q
     grid = spec.spec
     wanted = {"input_global_scale"} if grid.outer else {"input_scale", *(() if grid.symmetric else ("input_zero_point",))}
     wanted = wanted if spec.static else set()
-    for name in NAMES:
+    for name in INPUTS:
         # a symmetric zero point is 0, and some releases write it down
         if f"{path}.{name}" in tensors and name not in wanted and (name != "input_zero_point" or tensors[f"{path}.{name}"].any()):
             raise QlabError(f"{path}.{name} has no place where inputs are {spec}; check the file's quantization_config")

@@ -9,6 +9,8 @@ from qlab.errors import QlabError
 from qlab.qtensor import QTensor
 from qlab.spec import Spec, Tile
 
+INPUTS = ("input_scale", "input_zero_point", "input_global_scale")  # what is fixed beforehand of a module's inputs
+BESIDE = {"bias", *INPUTS}
 WIDE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what scales are stored in, where it is not settled
 
 
@@ -60,7 +62,8 @@ def take_matrix(path: str, tensors: Mapping[str, Tensor], name: str, dtype: torc
 
 
 def refuse_others(path: str, tensors: Mapping[str, Tensor], spec: Spec, known: set[str]) -> None:
-    """Refuse tensors of the weight that this format has no place for, and would drop."""
+    """Refuse tensors of the module that this format has no place for, and would drop."""
     for name in sorted(tensors):
-        if name.startswith(f"{path}.weight") and name.removeprefix(f"{path}.") not in known:
+        module, _, kind = name.rpartition(".")
+        if module == path and kind not in known | BESIDE:
             raise QlabError(f"{name} has no place beside {', '.join(sorted(known))} at {spec}; check the file's quantization_config")

@@ -1,0 +1,16 @@
+"""Where a model is worked on."""
+
+import torch
+
+from qlab.errors import QlabError
+
+
+def usable(device: torch.device | str) -> torch.device:
+    """The device of this name; refuses what torch cannot compute on here."""
+    try:
+        where = torch.device(device)
+        torch.ones(1, device=where).item()
+    except (RuntimeError, AssertionError) as error:  # unknown to torch, left out of its build, or not in this machine
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise QlabError(f"the device {str(device)!r} cannot be used here ({reason}); choose 'cpu', or one that torch finds") from error
+    return where

@@ -1,0 +1,52 @@
+"""A model directory's Hugging Face model on paper: its modules with parameters on the meta device, and where its blocks are."""
+
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from qlab.errors import QlabError
+from qlab.experts import experts_forward
+from qlab.files.checkpoint import Checkpoint
+
+EXPERTS = "qlab"  # the name under which transformers finds the forward of fused experts that traces on every device
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)
+
+
+def on_paper(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its parameters on meta."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            return _maker(checkpoint.config).from_config(checkpoint.config, dtype=dtype, trust_remote_code=False,
+                                                         experts_implementation=EXPERTS).eval()  # fmt: skip
+    except Exception as error:  # whatever the model's own constructor raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise QlabError(f"transformers cannot build a causal language model from {checkpoint.path}/config.json ({reason}); "
+                        "qlab quantizes those, and models of images and text around one") from error
+
+
+def _maker(config: PretrainedConfig) -> Any:
+    """The auto class that makes the architecture that the config names: of text alone, or of images and text."""
+    for maker in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        known: Any = maker._model_mapping.get(type(config), None)
+        if known is not None and known.__name__ in (config.architectures or [known.__name__]):
+            return maker
+    return AutoModelForCausalLM
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, dict[str, nn.Module]]:
+    """The largest list of modules in the decoder that text goes through, which other towers may feed."""
+    decoder = path_of(model, model.get_decoder())
+    lists = {n: m for n, m in model.named_modules() if n.startswith(decoder) and isinstance(m, nn.ModuleList) and len(m)}
+    outer = {n: m for n, m in lists.items() if not any(n.startswith(o + ".") for o in lists)}
+    if not outer:
+        raise QlabError(f"{type(model).__name__} has no list of blocks (nn.ModuleList) to stream through")
+    prefix = max(outer, key=lambda n: sum(p.numel() for p in outer[n].parameters()))
+    return prefix, {f"{prefix}.{i}": block for i, block in enumerate(outer[prefix])}
+
+
+def path_of(model: nn.Module, module: nn.Module | None) -> str:
+    return next((name for name, m in model.named_modules() if m is module), "")
