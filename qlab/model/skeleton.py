@@ -6,6 +6,7 @@ replaced by recorders; the head is run the same way, with the last block replayi
 
 import contextlib
 import copy
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -44,7 +45,8 @@ class Skeleton:
         self._check_headers()
 
     def _check_headers(self) -> None:
-        """Refuse files of another model than the config describes: tensors of another shape, or that are no floats."""
+        """Refuse files of another model than the config describes: tensors of another size, or that are no floats. Shapes may
+        differ: transformers transposes and flattens some when it loads them."""
         stored, quantized = self.checkpoint.stored, self.checkpoint.quantized
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             for piece in self.pieces(name):
@@ -52,7 +54,7 @@ class Skeleton:
                     continue
                 shape, dtype = self.checkpoint.shape_and_dtype(piece.name)
                 wanted = parameter.shape if piece.expert is None else (piece.stop - piece.start, parameter.shape[-1])
-                if sorted(shape) != sorted(wanted) or not dtype.is_floating_point:
+                if shape.numel() != math.prod(wanted) or not dtype.is_floating_point:
                     raise QlabError(f"{self.checkpoint.path}: {piece.name} is {dtype} {tuple(shape)}, and config.json describes a "
                                     f"model with floats {tuple(wanted)} there; the one or the other is of another model")
 

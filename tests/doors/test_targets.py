@@ -33,7 +33,9 @@ CT = "compressed-tensors"
     ("lmdeploy", "gptq", "int4-g128", False, None),
     ("transformers", CT, "int4-g64", False, None),
     ("transformers", CT, "int4-g64-asym", False, "the codec awq holds them"),
-    ("transformers", "gptq", "int3-g64-asym", False, None),
+    ("transformers", "gptq", "int3-g64", False, None),
+    ("transformers", "gptq", "int3-g64-asym", False, "the codec gptq_v2 holds them"),
+    ("transformers", "gptq_v2", "int3-g64-asym", False, None),
     ("sglang", CT, "int4-g128", False, None),
     ("sglang", CT, "int4-g128-asym", False, "the nearest it loads is int4-g128 with"),
 ])  # fmt: skip
@@ -64,7 +66,7 @@ def test_the_nearest_group_divides_the_channels():
     ("vllm", "int4-g128", CT), ("vllm", "int4-g128-asym", "awq"), ("vllm", "int8-channel", CT), ("vllm", "int3-g64", CT),
     ("vllm", "fp8-channel", CT), ("lmdeploy", "int4-g128-asym", CT), ("lmdeploy", "int4-g128", CT),
     ("transformers", "int4-g64-asym", "awq"),
-    ("sglang", "int4-g16", CT), ("transformers", "int3-g64-asym", "gptq"), ("sglang", "int4-g128", CT),
+    ("sglang", "int4-g16", CT), ("transformers", "int3-g64-asym", "gptq_v2"), ("sglang", "int4-g128", CT),
 ])  # fmt: skip
 def test_the_safest_codec(target, spec, codec):
     assert safest_codec(target, parse_spec(spec)) == codec
@@ -119,7 +121,7 @@ def test_blocks_that_an_engine_wants_whole():
 def test_what_is_listed_names_codecs_and_specs_that_exist():
     for target in TARGETS.values():
         for row in target.rows:
-            assert row.codec in (CT, "awq", "gptq")
+            assert row.codec in (CT, "awq", "gptq", "gptq_v2")
             assert row.specs if isinstance(row, Floats) else row.bits and row.tiles and row.symmetric
 
 
