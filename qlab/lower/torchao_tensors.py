@@ -15,7 +15,7 @@ from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.lower import cuda
 from qlab.lower.coded import CodedWeight
-from qlab.lower.linear import QLinear
+from qlab.lower.linear import QExperts, QLinear
 from qlab.lower.model import lower
 from qlab.lower.nibbles import GROUPS, plane_width
 from qlab.quantize import Result
@@ -27,7 +27,8 @@ def to_torchao(model: Result | Checkpoint | str | Path, device: torch.device | s
     """The Hugging Face model in bfloat16 with torchao int4 weights in ordinary linears; the codes are those of the directory.
 
     On a CPU Int4OpaqueTensor (aten's int4 product for any number of tokens), on a GPU Int4TilePackedTo4dTensor (tinygemm).
-    Errors: torchao is missing, a weight of more than 4 bits, rows that need padding, groups that torchao's kernels do not read.
+    Errors: torchao is missing, a weight of more than 4 bits or of fused experts, rows that need padding, groups that torchao's kernels
+    do not read.
     """
     try:
         import torchao  # noqa: F401
@@ -35,6 +36,8 @@ def to_torchao(model: Result | Checkpoint | str | Path, device: torch.device | s
         raise QlabError("torchao is not installed; `pip install torchao`, or use qlab.lower") from error
     lowered = lower(model, device, torch.bfloat16)
     for name, module in list(lowered.named_modules()):
+        if isinstance(module, QExperts):
+            raise QlabError(f"{name}: torchao's int4 tensors are weights of linears, and these are fused experts; use qlab.lower")
         if isinstance(module, CodedWeight):
             raise QlabError(f"{name}: torchao's int4 tensors do not hold {module.spec}; use qlab.lower")
         if isinstance(module, QLinear):

@@ -178,5 +178,7 @@ def test_torchao_multiplies_the_same_codes(quantized):
     assert (logits(theirs, ids) - reference).norm() / reference.norm() < MODEL[torch.bfloat16]
     with pytest.raises(QlabError, match="torchao's int4 tensors do not hold int8-channel"):
         qlab.to_torchao(quantized("phi3", "int8-channel"))
+    with pytest.raises(QlabError, match="these are fused experts"):
+        qlab.to_torchao(quantized("mixtral", SPECS["mixtral"]))
     with pytest.warns(UserWarning, match="no kernel"), pytest.raises(QlabError, match="torchao's int4 tensors do not hold fp8-channel"):
         qlab.to_torchao(quantized("llama", "fp8-channel"))
