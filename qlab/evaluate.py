@@ -68,6 +68,7 @@ def read(model: Checkpoint, data: Tokens, dtype: torch.dtype = torch.float32, de
     model.warn_unapplied()
     check_positions(model, data)
     skeleton = Skeleton(model, dtype, device)
+    skeleton.check_files()
     skeleton.load_outside(with_head=True)
     windows = in_batches(data)
     states, calls = record(skeleton, windows)

@@ -87,6 +87,7 @@ class Checkpoint:
 
     def shape_and_dtype(self, name: str) -> tuple[torch.Size, torch.dtype]:
         """As the file's header says; no tensor is loaded."""
+        self._refuse_missing(name)
         return torch.Size(self.stored[name].shape), dtype_of(name, self.stored[name])
 
     def tensor(self, name: str) -> Tensor:
@@ -109,11 +110,14 @@ class Checkpoint:
         module, _, kind = name.rpartition(".")
         if kind == "weight" and module in self.quantized and self.codec:
             return self.codec.decode(module, {key: self.tensor(key) for key in self.parts(module)}, self.quantized[module])
+        self._refuse_missing(name)
+        tensor = self.tensor(name)
+        return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+
+    def _refuse_missing(self, name: str) -> None:
         if name not in self.stored:
             raise QlabError(f"{self.path} has no tensor {name}, which the architecture {self.raw.get('model_type')} needs; "
                             "the download may be incomplete")
-        tensor = self.tensor(name)
-        return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
     def rounding(self, module: str) -> tuple[Op, ...]:
         """How the module's input is rounded at run time, if it is."""

@@ -134,6 +134,19 @@ class Skeleton:
         args, kwargs = call.inputs(hidden.to("meta"))
         return trace(_on_meta(self.blocks[path]), args, kwargs, path)
 
+    def check_files(self) -> None:
+        """Refuse files that lack a tensor of the model, or hold one that config.json makes another; by their headers alone."""
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            for piece in self.pieces(name):
+                if piece.module in self.checkpoint.quantized:
+                    continue  # its codes are checked where they are decoded
+                stored = piece.name if piece.name in self.checkpoint.stored else self.file_name(self.tied.get(name, name))
+                shape, dtype = self.checkpoint.shape_and_dtype(stored)
+                expected = parameter.shape if piece.expert is None else torch.Size([piece.stop - piece.start, parameter.shape[-1]])
+                if shape != expected or not dtype.is_floating_point:
+                    raise QlabError(f"{self.checkpoint.files[stored]}: {stored} is {dtype} {tuple(shape)}, and by config.json it is a "
+                                    f"weight {tuple(expected)}; files and config belong to different models")
+
     # -------------------------------------------------------------- around the blocks
     def load_outside(self, with_head: bool) -> None:
         """Fill in the parameters that no block holds: embeddings, final norm and, on demand, the head."""
