@@ -190,6 +190,12 @@ def test_a_config_with_values_that_transformers_rejects(folder, changes):
     refused(lambda: qlab.open(folder), "config.json", "transformers cannot read", repr(config["model_type"]))
 
 
+def test_a_config_that_contradicts_itself_is_told_how(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"hidden_size": 66}
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(lambda: qlab.open(folder), "config.json", "hidden size (66) is not a multiple of the number of attention heads (4)")
+
+
 def test_a_model_that_is_no_causal_language_model(tmp_path):
     tiny("llama").save_pretrained(tmp_path)
     vision = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)

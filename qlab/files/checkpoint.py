@@ -56,7 +56,8 @@ class Checkpoint:
         try:
             config = AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever a config's own checks raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            first, *more = (str(error).strip() or type(error).__name__).splitlines()
+            reason = f"{first} {more[0].strip()}" if first.endswith(":") and more else first
             raise QlabError(f"{self.path / CONFIG}: transformers cannot read model_type {self.raw.get('model_type')!r} ({reason}); "
                             "check the file, or whether this version of transformers knows the model") from error
         if hasattr(config, "quantization_config"):
