@@ -144,20 +144,17 @@ def _stream(model: Checkpoint, texts: Sequence[str | Path]) -> tuple[Tensor, str
 def _documents(path: Path, digest: "hashlib._Hash") -> Iterator[str]:
     try:
         raw = path.read_bytes()
-        text = raw.decode()
+        text = raw.decode("utf-8-sig")  # without the mark that some editors begin files with
     except OSError as error:
         raise QlabError(f"the text {path} cannot be read ({error.strerror}); check the path") from error
     except UnicodeDecodeError as error:
         raise QlabError(f"the text {path} is not UTF-8 (byte {error.start}); convert it first") from error
-    if not text.strip():
+    lines = text.split("\n") if path.suffix == ".jsonl" else []  # not splitlines: JSON strings may hold other line separators
+    texts = [_text_of(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()] or [text]
+    if not any(text.strip() for text in texts):
         raise QlabError(f"the text {path} is empty; give one with words in it")
     digest.update(raw)
-    if path.suffix != ".jsonl":
-        yield text
-        return
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold other line separators
-        if line.strip():
-            yield _text_of(line, f"{path}, line {number}")
+    yield from texts
 
 
 def _text_of(line: str, where: str) -> str:

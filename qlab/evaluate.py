@@ -67,6 +67,7 @@ def read(model: Checkpoint, data: Tokens, dtype: torch.dtype = torch.float32, de
     """
     model.warn_unapplied()
     skeleton = Skeleton(model, dtype, device)
+    skeleton.refuse_missing()
     skeleton.check_length(data.longest)
     skeleton.load_outside(with_head=True)
     windows = in_batches(data)

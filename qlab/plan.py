@@ -108,6 +108,7 @@ def plan(
     if needs and data is None:
         raise QlabError(f"the recipe observes {', '.join(needs)} and no calibration text was given")
     skeleton = skeleton or Skeleton(model, model.dtype)
+    skeleton.refuse_missing()
     if data is not None:
         skeleton.check_length(data.longest)
     codes = trace_all(skeleton, data)
@@ -293,7 +294,7 @@ def _block_moments(code: Code, weights: Sequence[torch.Size], size: int, data: D
         ks = [weights[i][-1] for i in firsts]
         copies = [(weights[i][0] if everywhere else s.choices) if s.route else 1 for i, s in enumerate(code.sites)]  # of a token
         hidden, widest = weights[0][-1], max(max(shape[-2:]) * rows for shape, rows in zip(weights, copies))
-        tokens = min(BATCH_TOKENS, data.count)
+        tokens = min(max(BATCH_TOKENS, data.longest), data.count)  # one window at least
         # an attention holds some seven tensors of the hidden size, a feed-forward layer three of the widest
         activations = tokens * (size * (2 * hidden + max(5 * hidden, 3 * widest)) + (4 * max(ks) if size < 4 else 0))
         if any("second_moment" in stage.needs for stage in recipe):

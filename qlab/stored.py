@@ -43,12 +43,19 @@ def online_at(skeleton: Skeleton, graph: ModuleGraph, codec: Codec) -> dict[str,
 
 
 def encode(leaves: Mapping[str, Leaf], codec: Codec, online: Mapping[str, tuple[Op, ...]]) -> dict[str, Tensor]:
-    """The tensors of these leaves: codes packed by the codec, everything else as it is."""
+    """The tensors of these leaves: codes packed by the codec, everything else as it is; refuses NaN and Inf in that."""
     tensors: dict[str, Tensor] = {}
     for name, leaf in leaves.items():
         ops = [online[name]] if name in online else []
-        tensors |= codec.encode(name.rpartition(".")[0], leaf, *ops) if isinstance(leaf, QTensor) else {name: leaf}
+        tensors |= codec.encode(name.rpartition(".")[0], leaf, *ops) if isinstance(leaf, QTensor) else {name: _finite(name, leaf)}
     return tensors
+
+
+def _finite(name: str, leaf: Tensor) -> Tensor:
+    numbers = leaf.is_floating_point() and leaf.itemsize > 1  # 8 bits are codes
+    if numbers and not leaf.sum().isfinite() and not torch.isfinite(leaf).all():  # the sum is the cheaper question
+        raise QlabError(f"{name} holds NaN or Inf; repair the checkpoint")
+    return leaf
 
 
 def certificates(leaves: Mapping[str, Leaf], reference: Checkpoint, made_of: Mapping[str, Any] = {}) -> dict[str, dict[str, Any]]:

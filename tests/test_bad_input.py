@@ -82,7 +82,7 @@ def test_a_missing_tensor(folder, tmp_path):
     change(folder, model__layers__1__mlp__up_proj__weight=None)
     model = open_checkpoint(folder)
     refused(lambda: qlab.quantize(model, qlab.rtn(INT4), None, tmp_path / "q"), "model.layers.1.mlp.up_proj.weight")
-    assert not (tmp_path / "q").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]  # found by the headers, before anything is written
 
 
 @pytest.mark.parametrize("edit", [{"num_hidden_layers": 10**9}, {"text_config": {"num_hidden_layers": 10**9}}])
@@ -121,6 +121,8 @@ def test_texts_that_cannot_calibrate(folder, tmp_path):
     refused(lambda: qlab.tokens(model, [tmp_path / "none.txt"], 1, 8), "none.txt", "cannot be read")
     text.write_text("  \n")
     refused(lambda: qlab.tokens(model, [text], 1, 8), "t.txt", "empty")
+    lines.write_text('{"text": " "}\n{"text": ""}\n')
+    refused(lambda: qlab.tokens(model, [lines], 1, 8), "t.jsonl", "empty")
     text.write_bytes(b"word1 \xff\xfe")
     refused(lambda: qlab.tokens(model, [text], 1, 8), "t.txt", "UTF-8")
     text.write_text("word1 word2 word3")
@@ -204,6 +206,12 @@ def test_a_config_with_values_that_transformers_rejects(folder, changes):
     refused(lambda: qlab.open(folder), "config.json", "transformers cannot read", repr(config["model_type"]))
 
 
+def test_a_config_that_contradicts_itself_is_told_how(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"hidden_size": 66}
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(lambda: qlab.open(folder), "config.json", "hidden size (66) is not a multiple of the number of attention heads (4)")
+
+
 def test_a_model_that_is_no_causal_language_model(tmp_path):
     tiny("llama").save_pretrained(tmp_path)
     vision = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
@@ -216,6 +224,29 @@ def test_a_missing_tensor_that_is_no_site(folder, tmp_path, name):
     change(folder, **{name.replace(".", "__"): None})
     refused(lambda: qlab.quantize(open_checkpoint(folder), qlab.rtn(INT4), None, tmp_path / "q"), f"has no tensor {name}")
     assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize("edit, found", [(lambda t: t[:-1].clone(), "(127, 64)"), (lambda t: t.T.contiguous(), "(64, 128)"),
+                                         (lambda t: t.to(torch.int8), "torch.int8 (128, 64)")])  # fmt: skip
+def test_a_tensor_that_the_config_does_not_describe(folder, tmp_path, edit, found):
+    change(folder, model__layers__1__mlp__up_proj__weight=edit)
+    model, words = open_checkpoint(folder), ("model.safetensors: model.layers.1.mlp.up_proj.weight is", found, "floats (128, 64)")
+    refused(lambda: qlab.quantize(model, qlab.rtn(INT4), None, tmp_path / "q"), *words)
+    refused(lambda: qlab.evaluate(model, model, random_tokens(folder)), *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.1.input_layernorm.weight"])
+def test_a_tensor_that_is_not_finite_is_named_though_nothing_rounds_or_observes_it(folder, tmp_path, name):
+    change(folder, **{name.replace(".", "__"): lambda t: t.index_fill(0, torch.tensor([3]), float("inf"))})
+    refused(lambda: qlab.quantize(open_checkpoint(folder), qlab.rtn(INT4), None, tmp_path / "q"), f"{name} holds NaN or Inf")
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_weight_of_zeros_is_quantized_to_zeros(folder, tmp_path):
+    change(folder, model__layers__1__mlp__down_proj__weight=torch.zeros_like)
+    out = qlab.quantize(open_checkpoint(folder), qlab.METHODS["awq-gptq"](INT4), random_tokens(folder), tmp_path / "q").path
+    assert not qlab.open(out).leaf("model.layers.1.mlp.down_proj.weight").codes.any()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

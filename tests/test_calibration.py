@@ -56,6 +56,13 @@ def test_jsonl_and_text_hold_the_same_documents(model, tmp_path):
     assert as_lines.sha256 != as_text.sha256
 
 
+def test_a_byte_order_mark_is_no_text(model, tmp_path):
+    plain, marked = tmp_path / "plain.jsonl", tmp_path / "marked.jsonl"
+    plain.write_text(json.dumps({"text": prose(64)}))
+    marked.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
+    assert first_windows(model, [marked], 8).ids.tolist() == first_windows(model, [plain], 8).ids.tolist()
+
+
 def test_several_texts_are_joined_in_order(model, text, tmp_path):
     (tmp_path / "other.txt").write_text(prose(64, seed=9))
     both, alone = first_windows(model, [text, tmp_path / "other.txt"], 64), first_windows(model, [text], 64)

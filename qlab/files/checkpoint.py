@@ -61,7 +61,8 @@ class Checkpoint:
         try:
             config = AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever a config's own checks raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            first, *more = (str(error).strip() or type(error).__name__).splitlines()
+            reason = f"{first} {more[0].strip()}" if first.endswith(":") and more else first
             raise QlabError(f"{self.path / CONFIG}: transformers cannot read model_type {self.raw.get('model_type')!r} ({reason}); "
                             "check the file, or whether this version of transformers knows the model") from error
         if hasattr(config, "quantization_config"):
@@ -93,6 +94,7 @@ class Checkpoint:
 
     def shape_and_dtype(self, name: str) -> tuple[torch.Size, torch.dtype]:
         """As the file's header says; no tensor is loaded."""
+        self._refuse_missing(name)
         return torch.Size(self.stored[name].shape), dtype_of(name, self.stored[name])
 
     def tensor(self, name: str) -> Tensor:
@@ -115,11 +117,14 @@ class Checkpoint:
         module, _, kind = name.rpartition(".")
         if kind == "weight" and module in self.quantized and self.codec:
             return self.codec.decode(module, {key: self.tensor(key) for key in self.parts(module)}, self.quantized[module])
+        self._refuse_missing(name)
+        tensor = self.tensor(name)
+        return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+
+    def _refuse_missing(self, name: str) -> None:
         if name not in self.stored:
             raise QlabError(f"{self.path} has no tensor {name}, which the architecture {self.raw.get('model_type')} needs; "
                             "the download may be incomplete")
-        tensor = self.tensor(name)
-        return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
     def rounding(self, module: str) -> tuple[Op, ...]:
         """How the module's input is rounded at run time, if it is."""

@@ -132,7 +132,7 @@ def awq_scale(spec: Spec, grid: Grid = weighted) -> Transform:
             choices = [search(graph, places[origin], group, settled, grid) for group in ([[i] for i in inputs] if own else [inputs])]
             m = torch.stack([c.m_k for c in choices])[:, None] if own else choices[0].m_k
             graph, stats = reparametrize(graph, stats, origin, m, 1 / m)
-            energy = sum(i.share * sum(quadratic(W, i.moment.mean_kk) for W in i.weights) for i in inputs)
+            energy = max(sum(i.share * sum(quadratic(W, i.moment.mean_kk) for W in i.weights) for i in inputs), 1e-30)
             note = {"awq_ratio": [c.ratio for c in choices] if own else choices[0].ratio,
                     "awq_loss": sum(c.loss for c in choices) / energy, "awq_rtn_loss": sum(c.identity_loss for c in choices) / energy}
             graph = replace(graph, notes={**graph.notes, **{s.path: {**graph.notes.get(s.path, {}), **note} for s in sites}})

@@ -6,7 +6,6 @@ replaced by recorders; the head is run the same way, with the last block replayi
 
 import contextlib
 import copy
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -45,18 +44,25 @@ class Skeleton:
         self._check_headers()
 
     def _check_headers(self) -> None:
-        """Refuse files of another model than the config describes: tensors of another size, or that are no floats. Shapes may
-        differ: transformers transposes and flattens some when it loads them."""
-        stored, quantized = self.checkpoint.stored, self.checkpoint.quantized
+        """Refuse tensors of another model than the config describes: of another shape, or no floats. Where transformers flattens,
+        joins or transposes what it loads, only their size is known."""
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             for piece in self.pieces(name):
-                if piece.name not in stored or piece.module in quantized:
+                if piece.name not in self.checkpoint.stored or piece.module in self.checkpoint.quantized:
                     continue
                 shape, dtype = self.checkpoint.shape_and_dtype(piece.name)
-                wanted = parameter.shape if piece.expert is None else (piece.stop - piece.start, parameter.shape[-1])
-                if shape.numel() != math.prod(wanted) or not dtype.is_floating_point:
-                    raise QlabError(f"{self.checkpoint.path}: {piece.name} is {dtype} {tuple(shape)}, and config.json describes a "
-                                    f"model with floats {tuple(wanted)} there; the one or the other is of another model")
+                wanted = parameter.shape if piece.expert is None else torch.Size((piece.stop - piece.start, parameter.shape[-1]))
+                known = len(shape) == len(wanted) == 2 and piece.expert is None
+                if (shape != wanted if known else shape.numel() != wanted.numel()) or not dtype.is_floating_point:
+                    raise QlabError(f"{self.checkpoint.files[piece.name]}: {piece.name} is {dtype} {tuple(shape)}, and config.json "
+                                    f"describes a model with floats {tuple(wanted)} there; the one or the other is of another model")
+
+    def refuse_missing(self) -> None:
+        """Refuse files that lack a tensor of the model."""
+        for name, _ in self.model.named_parameters(remove_duplicate=False):
+            for piece in self.pieces(name):
+                if piece.module not in self.checkpoint.quantized and piece.name not in self.checkpoint.stored:
+                    self.checkpoint.shape_and_dtype(self.file_name(self.tied.get(name, name)))
 
     def check_length(self, tokens: int) -> None:
         """Refuse samples of more tokens than a model with learned positions has; the table lies beside that of the vocabulary."""
