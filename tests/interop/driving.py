@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import torch
@@ -12,8 +13,9 @@ SHAPES = dict(hidden_size=128, intermediate_size=256, num_attention_heads=4, num
 def drive(venv, script, *arguments):
     """Run a script of this folder there; what it printed is in the error if it fails."""
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"GPTQMODEL_CPU_WORKERS": "2"}
-    command = [Path(venv, "bin", "python"), Path(__file__).with_name(script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    command = [Path(venv, "bin", "python").absolute(), Path(__file__).resolve().with_name(script), *arguments]
+    with tempfile.TemporaryDirectory() as folder:  # GPTQModel writes its logs where it runs
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
