@@ -1,0 +1,104 @@
+"""GPTQ by GPTQModel and llm-compressor, and qlab's methods, on the demo model: the same windows, in turns, each in a process of its own.
+
+Usage: python experiments/rivals.py GPTQMODEL_PYTHON LLMCOMPRESSOR_PYTHON FOLDER
+
+The interpreters are of environments with gptqmodel and with llmcompressor (`python tests/interop/make_env.py` makes such ones), and
+FOLDER receives what they write. All of them quantize every linear but the head to symmetric int4 in groups of 64, act-order without
+g_idx, from 32 x 512 tokens, and are compared by qlab on the same held-out windows. Seconds are those of quantizing: of GPTQModel
+without loading and saving, of the other two with what they write.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich import print
+from rich.table import Table
+
+import qlab
+from qlab.demo import demo_text
+from qlab.evaluate import read
+from qlab.report import versions
+
+ROUNDS = 2
+RESULT = Path(__file__).parent / "results" / "rivals.json"
+
+# each reads: the model, a file of token ids [samples, length], where to write; and prints seconds, peak bytes and its version
+START = "import json, resource, sys, time, torch\nmodel, ids, out = sys.argv[1:]\nids = torch.load(ids)\n"
+END = "\nprint(json.dumps([seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, version]))"
+GPTQMODEL = START + """
+from gptqmodel import GPTQModel, QuantizeConfig, __version__ as version
+samples = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
+loaded = GPTQModel.load(model, QuantizeConfig(bits=4, group_size=64, sym=True), device="cpu")
+started = time.perf_counter()
+loaded.quantize(samples, batch_size=4)
+seconds = time.perf_counter() - started
+loaded.save(out)
+""" + END  # fmt: skip
+LLM_COMPRESSOR = START + """
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from llmcompressor import __version__ as version, oneshot
+from llmcompressor.modifiers.quantization import GPTQModifier
+data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+args = QuantizationArgs(num_bits=4, symmetric=True, strategy="group", group_size=64, actorder="static")
+scheme = QuantizationScheme(targets=["Linear"], weights=args)
+loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+started = time.perf_counter()
+oneshot(model=loaded, dataset=data, recipe=GPTQModifier(ignore=["lm_head"], config_groups={"all": scheme}),
+        max_seq_length=ids.shape[1], num_calibration_samples=len(ids), output_dir=out)
+seconds = time.perf_counter() - started
+""" + END  # fmt: skip
+QLAB = START + """
+import qlab
+version = "here"
+opened = qlab.open(model)
+recipe = qlab.METHODS["{method}"](qlab.parse_spec("int4-g64"))
+seconds = qlab.quantize(opened, recipe, qlab.from_ids(opened, ids), out, overwrite=True).seconds
+""" + END  # fmt: skip
+
+
+def timed(python, program, model, ids, out):
+    """(seconds, peak bytes, version) of one program in a process of its own."""
+    out.mkdir(parents=True, exist_ok=True)  # where it writes its logs, too
+    own = {key: value for key, value in os.environ.items() if python == sys.executable or key != "PYTHONPATH"}
+    command = [python, "-c", program, str(model), str(ids), str(out / "model")]
+    done = subprocess.run(command, cwd=out, env=own | {"GPTQMODEL_CPU_WORKERS": "2"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(gptqmodel, llm_compressor, folder):
+    programs = {"GPTQModel": (gptqmodel, GPTQMODEL), "llm-compressor": (llm_compressor, LLM_COMPRESSOR),
+                **{f"qlab {m}": (sys.executable, QLAB.replace("{method}", m)) for m in ("gptq", "awq", "awq-gptq")}}  # fmt: skip
+    model, folder = qlab.open("demo"), Path(folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(qlab.tokens(model, [demo_text("calibration")], samples=32, length=512).ids, folder / "ids.pt")
+    runs = {name: [] for name in programs}
+    for _ in range(ROUNDS):
+        for name, (python, program) in programs.items():
+            runs[name].append(timed(python, program, model.path, folder / "ids.pt", folder / name))
+    held_out = qlab.first_windows(model, [demo_text("heldout")], length=512, count=16)
+    reference, rows = read(model, held_out), []
+    table = Table("", "version", "seconds", "peak MiB", "perplexity (95 %, paired)", "KL", "top-1")
+    for name, found in runs.items():
+        e = qlab.evaluate(qlab.open(folder / name / "model"), reference, held_out)
+        seconds, peaks, version = [run[0] for run in found], [run[1] for run in found], found[0][2]
+        rows.append({"name": name, "version": version, "seconds": seconds, "peak_rss_bytes": peaks, "perplexity": e.perplexity,
+                     "ratio": e.perplexity / e.reference_perplexity, "ratio_ci": e.ratio_ci, "kl": e.kl,
+                     "top1_agreement": e.top1_agreement})  # fmt: skip
+        change, (low, high) = rows[-1]["ratio"], e.ratio_ci
+        table.add_row(name, version, " ".join(f"{s:.0f}" for s in seconds), f"{median(peaks) / (1 << 20):.0f}",
+                      f"{change - 1:+.1%} ({low - 1:.1%} to {high - 1:.1%})", f"{e.kl:.3f}", f"{e.top1_agreement:.3f}")  # fmt: skip
+    print(table)
+    RESULT.write_text(json.dumps({"reference_perplexity": e.reference_perplexity, "threads": torch.get_num_threads(), "rows": rows,
+                                  "versions": versions()}, indent=1) + "\n")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
