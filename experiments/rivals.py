@@ -1,4 +1,4 @@
-"""GPTQ by GPTQModel and llm-compressor, and qlab's methods, on the demo model: the same windows, in turns, each in a process of its own.
+"""GPTQModel's and llm-compressor's GPTQ beside qlab's methods: the demo model, the same windows, in turns, a process each.
 
 Usage: python experiments/rivals.py GPTQMODEL_PYTHON LLMCOMPRESSOR_PYTHON FOLDER
 
