@@ -1,6 +1,7 @@
 """Tiny models as directories on disk, with a real tokenizer and text in its words."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,12 @@ def saved(tmp_path_factory):
         return made[key]
 
     return save
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A tiny model of the test's own, to break."""
+    return shutil.copytree(saved("llama"), tmp_path / "model")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -11,6 +12,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from qlab.calibration import Tokens, from_ids
+from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
 
 WORDS = [f"word{i}" for i in range(125)]
@@ -58,3 +60,13 @@ def change(path: Path, **edits) -> None:
         if edit is not None:
             whole[name.replace("__", ".")] = edit(old)
     save_file(whole, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def refused(act, *words):
+    """act() raises a QlabError of one sentence that holds all the words."""
+    with pytest.raises(QlabError) as error:
+        act()
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 1000
+    for word in words:
+        assert word in message, message

@@ -1,39 +1,19 @@
 """What cannot work is refused in one sentence that names it, and nothing is left half-written."""
 
-import errno
 import json
-import resource
-import shutil
 
 import pytest
 import torch
 import transformers
-from directories import change, contents, random_tokens
+from directories import change, random_tokens, refused
 from families import tiny
-from test_resume import finish, start
 from transformers import AutoConfig
 
 import qlab
-from qlab import QlabError
 from qlab.files.checkpoint import INDEX, open_checkpoint
 from qlab.model.skeleton import Skeleton
 
 INT4 = qlab.parse_spec("int4-g16")
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    """A tiny model of the test's own, to break."""
-    return shutil.copytree(saved("llama"), tmp_path / "model")
-
-
-def refused(act, *words):
-    with pytest.raises(QlabError) as error:
-        act()
-    message = str(error.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
 
 
 def test_a_missing_and_an_empty_model_directory(tmp_path):
@@ -148,36 +128,6 @@ def test_a_second_moment_that_no_damping_repairs_names_its_site(folder, tmp_path
     refused(lambda: qlab.quantize(model, qlab.gptq(INT4), data, tmp_path / "q"), "model.layers.0.", "positive definite")
 
 
-def test_an_existing_output_directory_stays_as_it_is(folder, tmp_path):
-    out = tmp_path / "q"
-    out.mkdir()
-    (out / "mine.txt").write_text("precious")
-    refused(lambda: qlab.quantize(open_checkpoint(folder), qlab.rtn(INT4), None, out), "q exists", "--overwrite")
-    assert contents(out) == {"mine.txt": b"precious"}
-
-
-def test_a_full_disk_leaves_the_former_result_and_can_be_resumed(folder, tmp_path, monkeypatch):
-    from qlab.files import writer
-
-    model, out = open_checkpoint(folder), tmp_path / "q"
-    qlab.quantize(model, qlab.rtn(INT4), None, out)
-    before, write = contents(out), writer.write
-
-    def full(path, tensors):
-        if "00003" in str(path):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, tensors)
-
-    monkeypatch.setattr(writer, "write", full)
-    again = qlab.rtn(qlab.parse_spec("int3-g16"))
-    refused(lambda: qlab.quantize(model, again, None, out, overwrite=True), "00003", "No space left")
-    assert contents(out) == before
-    assert not list(tmp_path.rglob("*.tmp"))
-    monkeypatch.setattr(writer, "write", write)
-    qlab.quantize(model, again, None, out, resume=True)
-    assert json.loads((out / "qlab.json").read_text())["bits_per_weight"] == 3 + 32 / 16
-
-
 @pytest.mark.parametrize("keep", [1, 7, 8, 9, 3000, 0.5, 0.999])
 def test_a_shard_cut_in_its_length_header_or_data(folder, keep):
     shard = folder / "model.safetensors"
@@ -287,35 +237,6 @@ def test_an_unknown_spec(spec):
     refused(lambda: qlab.parse_spec(spec), spec[:4])
 
 
-def test_an_output_that_is_the_model_or_lies_below_a_file(folder):
-    before, model = contents(folder), open_checkpoint(folder)
-    refused(lambda: qlab.quantize(model, qlab.rtn(INT4), None, folder, overwrite=True), "is the model itself")
-    refused(lambda: qlab.quantize(model, qlab.rtn(INT4), None, folder / "config.json" / "q"), "q.partial cannot be created")
-    assert contents(folder) == before
-
-
-def test_an_output_around_the_model_is_refused_even_when_it_may_be_overwritten(folder):
-    before, model = contents(folder.parent), open_checkpoint(folder)
-    refused(lambda: qlab.quantize(model, qlab.rtn(INT4), None, folder.parent, overwrite=True), "holds the model", "choose another")
-    assert contents(folder.parent) == before
-
-
-def test_an_output_that_cannot_be_put_in_place_can_be_resumed(folder, tmp_path, monkeypatch):
-    from qlab.files import writer
-
-    rename, out = writer.os.replace, tmp_path / "q"
-
-    def busy(source, target):  # as where a file system is mounted
-        if target == out:
-            raise OSError(errno.EBUSY, "Device or resource busy")
-        rename(source, target)
-
-    monkeypatch.setattr(writer.os, "replace", busy)
-    refused(lambda: qlab.quantize(open_checkpoint(folder), qlab.rtn(INT4), None, out), "q cannot be put in place", "busy", "--resume")
-    monkeypatch.setattr(writer.os, "replace", rename)
-    assert qlab.quantize(open_checkpoint(folder), qlab.rtn(INT4), None, out, resume=True).path == out
-
-
 @pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99"])
 def test_a_device_that_does_not_compute_here(folder, tmp_path, device):
     refused(lambda: qlab.quantize(open_checkpoint(folder), qlab.rtn(INT4), None, tmp_path / "q", device=device),
@@ -330,23 +251,3 @@ def test_models_and_windows_that_do_not_go_together_in_an_evaluation(folder, sav
     refused(lambda: qlab.evaluate(deep, model, windows), "has 3 blocks of hidden size 64", "has 2 of 64")
     opt = open_checkpoint(saved("opt"))
     refused(lambda: qlab.evaluate(opt, opt, random_tokens(opt.path, 1, 129)), "windows of 129 tokens", "128 positions", "shorter")
-
-
-@pytest.mark.parametrize("limit", [100, 4000, 12000, 30000])  # the job file, the report, hidden states, a shard
-def test_files_that_the_system_refuses_to_let_grow(folder, tmp_path, limit):
-    out, recipe = tmp_path / "out", qlab.gptq(INT4)
-    job = lambda out, **options: qlab.quantize(open_checkpoint(folder), recipe, random_tokens(folder), out, **options)
-
-    def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        refused(lambda: job(out, overwrite=True), "cannot be written", "File too large", "free some space")
-
-    job(tmp_path / "whole")
-    out.mkdir()
-    (out / "old.txt").write_text("old")
-    assert finish(start(limited)) == 0
-    assert contents(out) == {"old.txt": b"old"}
-    assert not list(tmp_path.rglob("*.tmp"))
-    job(out, overwrite=True, resume=True)
-    assert contents(out) == contents(tmp_path / "whole")
-    assert not (tmp_path / "out.partial").exists()

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from directories import bits_equal
+from directories import bits_equal, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
@@ -23,13 +23,6 @@ def file(header, data=b"", length=None):
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
-
-
-def refused(act, *words):
-    with pytest.raises(QlabError) as error:
-        act()
-    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
-    assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def some_tensors():
