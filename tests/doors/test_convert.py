@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,7 +177,9 @@ def test_what_cannot_be_converted_at_all(saved, quantized, tmp_path):
         convert(source, "nothing", tmp_path / "out")
     with pytest.raises(QlabError, match="choose another output directory"):
         convert(source, "compressed-tensors", source, overwrite=True)
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(QlabError, match=r"holds the model .*; choose another one"):
+        convert(source, "compressed-tensors", Path(source).parent, overwrite=True)
+    assert not (tmp_path / "out").exists() and Path(source).is_dir()
 
 
 @pytest.mark.parametrize("name, words", [
