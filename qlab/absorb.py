@@ -17,9 +17,11 @@ from torch import Tensor, fx
 from qlab.channels import NONE, Labels
 from qlab.errors import QlabError
 from qlab.graph import SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, aten, behind_casts, by_origin
-from qlab.qtensor import Leaf
+from qlab.qtensor import Leaf, QTensor
+from qlab.spec import Spec
 from qlab.transform import Multiply, Stage, Transform
 
+ROUNDED = 2**-8  # relative: what rounding a scale to bf16 may cost
 NORMS = {aten.layer_norm.default: (2, 3), aten.rms_norm.default: (2, None)}  # positions of weight and bias
 
 
@@ -53,10 +55,12 @@ class Fold:
         """The scale that is really applied once the producer is rounded to its stored dtype.
 
         Norm weights w are stored as round(w m): the exact scale is their quotient, 1 where w = 0. Rows are kept in
-        fp32 until they are rounded by a method or written, so there the scale stays m.
+        fp32 until they are rounded by a method or written, so there the scale stays m. A rounded row moves with its
+        scales; where they cannot hold theirs times m, it is 1.
         """
         if self.producer.rows:
-            return m_k
+            leaf = graph.params[self.producer.weight]
+            return torch.where(self._held(leaf, m_k), m_k, 1.0) if isinstance(leaf, QTensor) else m_k
         w = _tensor(graph, self.producer.weight)
         before = (w.float() + self.producer.offset)[self.index_k]
         after = _scaled(w, self.producer.offset, self._spread(m_k, len(w)), graph.dtype).float()[self.index_k] + self.producer.offset
@@ -65,17 +69,30 @@ class Fold:
 
     def apply(self, graph: ModuleGraph, m_k: Tensor) -> Mapping[str, Leaf]:
         """The producer's leaves with channel index_k[j] multiplied by m_k[j]."""
-        p = self.producer
-        w = _tensor(graph, p.weight)
-        t = self._spread(m_k, w.shape[-1] if p.transposed or w.ndim == 1 else w.shape[-2])
-        if p.rows:
-            leaves: dict[str, Leaf] = {p.weight: w.float() * (t[..., None, :] if p.transposed else t[..., None])}
+        p, leaf = self.producer, graph.params[self.producer.weight]
+        if isinstance(leaf, QTensor):
+            if not self._held(leaf, m_k).all():
+                raise QlabError(f"{graph.path}.{p.weight} is rounded already and its scales cannot take others; reparametrize first")
+            t = self._spread(m_k, leaf.shape[-2])
+            leaves: dict[str, Leaf] = {p.weight: replace(leaf, scales=(leaf.scales.float() * t[..., None]).to(leaf.scales.dtype))}
+        elif p.rows:
+            t = self._spread(m_k, leaf.shape[-1 if p.transposed else -2])
+            leaves = {p.weight: leaf.float() * (t[..., None, :] if p.transposed else t[..., None])}
         else:
-            leaves = {p.weight: _scaled(w, p.offset, t, graph.dtype)}
+            t = self._spread(m_k, len(leaf))
+            leaves = {p.weight: _scaled(leaf, p.offset, t, graph.dtype)}
         if p.bias:
             b = _tensor(graph, p.bias)
             leaves[p.bias] = b.float() * t if p.rows else _scaled(b, 0.0, t, graph.dtype)
         return leaves
+
+    def _held(self, q: QTensor, m_k: Tensor) -> Tensor:
+        """[k]: whether the rounded row that makes this channel can be scaled by m, which rounds its scales once more."""
+        if not rows_move(q.spec):
+            return torch.zeros_like(self.index_k, dtype=torch.bool)
+        exact = q.scales.float() * self._spread(m_k, q.shape[-2])[..., None]
+        close = (exact.to(q.scales.dtype).float() - exact).abs() <= ROUNDED * exact.abs()
+        return close.all(-1)[..., self.index_k]
 
     def _spread(self, m_k: Tensor, size: int) -> Tensor:
         """[k] -> [size], or experts' own [e, 1, k] -> [e, size]."""
@@ -89,9 +106,16 @@ def _scaled(w: Tensor, offset: float, t: Tensor, stored: torch.dtype) -> Tensor:
 
 def _tensor(graph: ModuleGraph, path: str) -> Tensor:
     leaf = graph.params[path]
-    if not isinstance(leaf, Tensor):
-        raise QlabError(f"{graph.path}.{path} is rounded already and no scale can be folded into it; reparametrize first")
+    assert isinstance(leaf, Tensor)  # norm weights and biases are never rounded
     return leaf
+
+
+def rows_move(spec: Spec) -> bool:
+    """Whether rows that are rounded to this spec can still be scaled: each has scales of its own, of more than 8 bits.
+
+    Rounding commutes with scaling rows, but for how the scales themselves are rounded.
+    """
+    return spec.tile.rows == 1 and (spec.scale_dtype is None or spec.scale_dtype.itemsize > 1)
 
 
 # ------------------------------------------------------------------ search
@@ -179,4 +203,4 @@ def fold_scales(graph: ModuleGraph) -> ModuleGraph:
 
 def absorb() -> Transform:
     """A lossless stage: fold_scales on every segment."""
-    return (Stage("absorb", frozenset(), lambda graph, stats: (fold_scales(graph), stats)),)
+    return (Stage("absorb", frozenset(), lambda graph, stats: (fold_scales(graph), stats), lossless=True),)

@@ -42,7 +42,7 @@ def _block_moments(code: Code, weights: Sequence[torch.Size], size: int, data: D
                    recipe: Transform, inputs: Inputs, everywhere: bool, experts_at_once: int | None
                    ) -> Iterator[dict[str, int]]:  # fmt: skip
     """What is held beside the process and the block's own leaves, at the widest moments of the block."""
-    statistics, square, waiting, ordered = 0, 0, 0, in_order(recipe, inputs, everywhere)
+    statistics, square, waiting, ordered = 0, 0, 0, in_order(code, recipe, inputs, everywhere)
     matrices = [torch.Size(shape[-2:]).numel() for shape in weights]  # experts are solved one after the other
     if data is not None:
         firsts = [code.sites.index(sites[0]) for sites in by_source(code.sites).values()]
@@ -61,9 +61,10 @@ def _block_moments(code: Code, weights: Sequence[torch.Size], size: int, data: D
             waiting = min(HELD, data.count * size * (hidden + max(weights[i][-1] * copies[i] for i in firsts)))
         yield {"statistics": statistics + 2 * square, "activations": activations, "waiting": waiting}
         yield {"codes": sum(map(torch.Size.numel, weights)), "waiting": waiting, "activations": activations + 2 * 4 * max(matrices)}
-    moved = 0
+    moved, sizes = 0, {site.path: shape.numel() for site, shape in zip(code.sites, weights)}
+    together = [sum(sizes[site.path] for site in sites) for sites in by_source(code.sites).values()]  # moved in fp32, then rounded
     for stage in recipe:
-        moved += 4 * sum(map(torch.Size.numel, weights)) if stage.reparametrizes else 0
+        moved += 4 * (max(together) if ordered else sum(together)) if stage.reparametrizes else 0
         rounded = 0 if stage.spec is None else sum(map(torch.Size.numel, weights))
         solver = (4 if size == 4 else 5) * 4 * max(matrices) + SQUARES.get(stage.name, 1) * square
         yield {"moved weights": moved, "codes": rounded, "statistics": statistics, "waiting": waiting, "solver": solver}

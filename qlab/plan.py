@@ -124,7 +124,7 @@ def plan(
         rows[name] |= {"experts": shapes[name][0]} if site.route else {}
     outside = [n for n in skeleton.linears() if n not in named]
     tokens = data.count if data is not None and needs else 0
-    in_parts = in_order(recipe, inputs, calibrate_all_experts)
+    in_parts = all(in_order(code, recipe, inputs, calibrate_all_experts) for code in codes.values())
     experts = max(shapes[n][0] if in_parts and site.route else 0 for n, (_, site) in named.items())
     at_once, held = _fitting(memory, experts, lambda n: predict_memory(
         skeleton, codes, shapes, data if needs else None, recipe, inputs, calibrate_all_experts, n))  # fmt: skip

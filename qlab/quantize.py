@@ -85,8 +85,8 @@ def quantize(
     """Apply a recipe to every block of the model and write a directory in the format that `codec` names.
 
     data: calibration tokens, or samples of images and text; None only for recipes that need no statistics.
-    inputs: whether a site is calibrated on what the quantized sites before it produce (errors propagate; where a stage moves
-    inputs, on the quantized blocks before its own) or on the reference model's activations.
+    inputs: whether a site is calibrated on what the quantized sites before it produce (errors propagate; on the quantized blocks
+    before its own where sites cannot be solved one after the other, `sweep.in_order`) or on the reference model's activations.
     dtype: of the activations while calibrating (default: the checkpoint's own); statistics and solvers use fp32.
     memory: observe as many experts at a time as fit these bytes, and refuse to start when the predicted peak is above them.
     target: an engine of qlab.targets, whose limits are checked before anything runs. The same call gives the same bytes, also
@@ -223,7 +223,7 @@ def _block(skeleton: Skeleton, jobs: Sequence[_Job], index: int, batches: Batche
     leaving = None
     for job in jobs:
         solved = graph  # lets go of the job before
-        if in_order(job.recipe, inputs, everywhere):
+        if in_order(graph.code, job.recipe, inputs, everywhere):
             solved, leaving = solve_in_order(graph, job.recipe, batches, job.experts_at_once)
         else:
             solved, _ = solve(graph, job.recipe, watch)

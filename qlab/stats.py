@@ -55,6 +55,16 @@ class Moment(NamedTuple):
             return torch.eye(len(self.sum_kk), dtype=self.sum_kk.dtype, device=self.sum_kk.device)
         return self.sum_kk / self.tokens
 
+    @property
+    def mean_square_k(self) -> Tensor:
+        """The diagonal of mean_kk."""
+        squares_k = self.sum_kk.diagonal()
+        return squares_k / self.tokens if self.tokens else torch.ones_like(squares_k)
+
+    def output_error(self, D_ok: Tensor) -> float:
+        """tr(D H D^T) with H = mean_kk: the squared output error of a weight error D, per token."""
+        return quadratic(D_ok, self.sum_kk) / self.tokens if self.tokens else float(D_ok.square().sum())
+
 
 class Sample(NamedTuple):
     """Rows [n, k] with the smallest hashed keys [n]: the same rows whatever order the batches came in."""
@@ -161,13 +171,13 @@ STATS: dict[str, Stat] = {
         lambda k: Moment(torch.zeros(k, k), 0),
     ),
     "absmax": Stat(
-        lambda o: o.x_nk.float().abs().amax(0),
+        lambda o: o.x_nk.abs().amax(0).float(),
         torch.maximum,
         lambda s, M: s * M.abs() if M.ndim == 1 else None,
         torch.zeros,
     ),
     "absmean": Stat(
-        lambda o: (o.x_nk.float().abs().sum(0), o.x_nk.shape[0]),
+        lambda o: (o.x_nk.abs().float().sum(0), o.x_nk.shape[0]),
         lambda a, b: (a[0] + b[0], a[1] + b[1]),
         lambda s, M: (s[0] * M.abs(), s[1]) if M.ndim == 1 else None,
         lambda k: (torch.zeros(k), 0),

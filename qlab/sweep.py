@@ -11,7 +11,7 @@ from torch import Tensor
 from qlab.calibration import Data
 from qlab.errors import QlabError
 from qlab.experts import Rows, reaching
-from qlab.graph import ModuleGraph, Site, by_source
+from qlab.graph import Code, ModuleGraph, Site, by_source
 from qlab.interpret import Walk, inputs_of, interpret
 from qlab.model.recording import Call
 from qlab.model.skeleton import Skeleton
@@ -97,10 +97,15 @@ def _hidden(out: Any, hidden: Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else next(t for t in out if isinstance(t, Tensor) and t.shape == hidden.shape)
 
 
-def in_order(transform: Transform, inputs: Inputs, everywhere: bool = False) -> bool:
-    """Whether a recipe can be solved source after source, each on what the quantized ones before it produce. Sending every
-    token to every expert (`everywhere`) is no part of the model's own forward pass."""
-    return inputs == "quantized" and not everywhere and all(stage.sitewise for stage in transform)
+def in_order(code: Code, transform: Transform, inputs: Inputs, everywhere: bool = False) -> bool:
+    """Whether a recipe can be solved source after source, each on what the quantized ones before it produce.
+
+    A reparametrization needs all sources of its channels at once, which mixtures have several of. Sending every token to every
+    expert (`everywhere`) is no part of the model's own forward pass.
+    """
+    lone = all(site.source == site.origin for site in code.sites)
+    fit = all(stage.lossless or (stage.sitewise and (lone or not stage.reparametrizes)) for stage in transform)
+    return inputs == "quantized" and not everywhere and fit
 
 
 def solve_in_order(graph: ModuleGraph, transform: Transform, batches: Batches, experts_at_once: int | None = None
@@ -123,9 +128,13 @@ def solve_in_order(graph: ModuleGraph, transform: Transform, batches: Batches, e
         elif wanted:
             stats = _at(source, graph, wanted, walks, batches)
         for stage in transform:
-            graph, stats = apply(stage, graph, stats)
-    graph = replace(graph, selected=None)
-    return graph, (_hidden(walk.end(graph, *call.inputs(h)), h) for walk, (call, h) in zip(walks, batches()))
+            if stage.sitewise:
+                graph, stats = apply(stage, graph, stats)
+    graph = walked = replace(graph, selected=None)
+    for stage in transform:
+        if not stage.sitewise:
+            graph, _ = apply(stage, graph, {})
+    return graph, (_hidden(walk.end(walked, *call.inputs(h)), h) for walk, (call, h) in zip(walks, batches()))
 
 
 def _experts(graph: ModuleGraph, site: Site) -> int:

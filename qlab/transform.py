@@ -17,7 +17,7 @@ from qlab.experts import per_row
 from qlab.graph import ModuleGraph, Site, by_origin, by_source
 from qlab.qtensor import Leaf, QTensor, dense, shared_outer
 from qlab.spec import Spec, with_scale_dtype
-from qlab.stats import Moment, Stats, quadratic, transport
+from qlab.stats import Moment, Stats, transport
 
 Apply = Callable[[ModuleGraph, Stats], tuple[ModuleGraph, Stats]]
 
@@ -55,7 +55,8 @@ class Stage:
     detail: str = ""
     scope: Scope = field(default_factory=Scope)
     reparametrizes: bool = False  # it moves inputs, so the sites of one input belong together
-    sitewise: bool = False  # what it does to a site depends on that site's weight and statistics only
+    sitewise: bool = False  # what it does to a site depends on the weights and statistics of that site's input only
+    lossless: bool = False  # it keeps the function whatever it finds, so it may wait until every site is solved
     uncovered: bool = False  # the last stage of `rules`: any site in its scope is an error
 
     def touches(self, name: str, site: Site) -> bool:
@@ -216,8 +217,7 @@ def _errors(W_ok: Tensor, leaf: Leaf, moment: Moment | None) -> _Errors:
     norms = float(D_ok.norm()), float(W_ok.norm()), largest_step(leaf, D_ok) if isinstance(leaf, QTensor) and leaf.perm is None else 0.0
     if moment is None:
         return _Errors(*norms)
-    H_kk = moment.mean_kk
-    return _Errors(*norms, quadratic(D_ok, H_kk), quadratic(W_ok, H_kk), moment.tokens, len(H_kk))
+    return _Errors(*norms, moment.output_error(D_ok), moment.output_error(W_ok), moment.tokens, len(moment.sum_kk))
 
 
 def _notes(parts: Sequence[_Errors]) -> dict[str, Any]:

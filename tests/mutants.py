@@ -49,7 +49,7 @@ MUTANTS = [
     M("zero point of the unrounded scale", "methods/grid.py", "stored = s.to(spec.scale_dtype).float()",
       "stored = s", "rtn"),
     M("codes of the unrounded scale", "methods/grid.py", "return QTensor(round_codes(W_ok, scales, zeros, spec, outer)",
-      "exact, _ = fit(grid, W_ok, __import__('dataclasses').replace(spec, scale_dtype=torch.float32), H_kk)\n"
+      "exact, _ = fit(grid, W_ok, __import__('dataclasses').replace(spec, scale_dtype=torch.float32), h_k)\n"
       "    return QTensor(round_codes(W_ok, exact, zeros, spec, outer)", "rtn"),
     M("symmetric range over qmax", "spec.py", "(self.qmax - self.qmin) / 2", "self.qmax", "rtn"),
     M("refit upside down", "methods/grid.py", "stored(B / A, spec, outer)", "stored(A / B, spec, outer)", "grid"),
@@ -116,7 +116,7 @@ MUTANTS = [
     M("keys and values may be one", "channels.py", "                    self._leak(scored)",
       "                    pass", "absorb"),
     M("negative scales fold", "absorb.py", " or not (scales[0] > 0).all()", "", "absorb"),
-    M("rounded leaves fold in silence", "absorb.py", "if not isinstance(leaf, Tensor):", "if False:", "absorb"),
+    M("rounded leaves fold in silence", "absorb.py", "if not self._held(leaf, m_k).all():", "if False:", "absorb"),
     # statistics
     M("transport dropped", "transform.py", "        stats = transport(stats, source, M)\n", "        pass\n", "transform"),
     M("tokens counted along channels", "stats.py", "Moment(gram(o.x_nk), o.x_nk.shape[0])",

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qlab.absorb import Fold, absorb, folds
+from qlab.absorb import Fold, absorb, folds, rows_move
 from qlab.graph import ModuleGraph, Site, by_origin, by_source
 from qlab.methods.grid import Grid, encode, weighted
 from qlab.methods.rtn import rtn
 from qlab.qtensor import dense, shared_outer
 from qlab.spec import Spec, with_scale_dtype
-from qlab.stats import STATS, Moment, Stats, quadratic
+from qlab.stats import Moment, Stats
 from qlab.transform import Stage, Transform, chain, reparametrize
 
 STEPS = 10  # ratios are tried in steps of 1 / STEPS
@@ -45,15 +45,13 @@ class Input:
 def scaled_loss(weights: Sequence[Tensor], moment: Moment, m_k: Tensor, spec: Spec, grid: Grid) -> float:
     """sum over weights of tr(D H' D^T), D the rounding error of W / m, H' = m H m: the output error after scaling.
 
-    H' and W / m are computed as reparametrize does it, so that ties go the way they were scored.
+    W / m and the diagonal of H' are computed as reparametrize does it, so that ties go the way they were scored.
     """
-    H = STATS["second_moment"].transport(moment, m_k).mean_kk
-    outer = shared_outer((W_ok * (1 / m_k) for W_ok in weights), spec)
-    total = 0.0
-    for W_ok in weights:
-        W = W_ok * (1 / m_k)
-        total += quadratic(dense(encode(grid, W, spec, H, outer), torch.float32) - W, H)
-    return total
+    h_k = moment.sum_kk.diagonal() * m_k * m_k / max(moment.tokens, 1)
+    moved = [W_ok * (1 / m_k) for W_ok in weights]
+    outer = shared_outer(moved, spec)
+    errors = (dense(encode(grid, W, spec, h_k, outer), torch.float32).sub_(W).mul_(m_k) for W in moved)
+    return sum(map(moment.output_error, errors))
 
 
 def least_ratio(loss: Callable[[float], float]) -> float:
@@ -132,14 +130,14 @@ def awq_scale(spec: Spec, grid: Grid = weighted) -> Transform:
             choices = [search(graph, places[origin], group, settled, grid) for group in ([[i] for i in inputs] if own else [inputs])]
             m = torch.stack([c.m_k for c in choices])[:, None] if own else choices[0].m_k
             graph, stats = reparametrize(graph, stats, origin, m, 1 / m)
-            energy = max(sum(i.share * sum(quadratic(W, i.moment.mean_kk) for W in i.weights) for i in inputs), 1e-30)
+            energy = max(sum(i.share * sum(map(i.moment.output_error, i.weights)) for i in inputs), 1e-30)
             note = {"awq_ratio": [c.ratio for c in choices] if own else choices[0].ratio,
                     "awq_loss": sum(c.loss for c in choices) / energy, "awq_rtn_loss": sum(c.identity_loss for c in choices) / energy}
             graph = replace(graph, notes={**graph.notes, **{s.path: {**graph.notes.get(s.path, {}), **note} for s in sites}})
         return graph, stats
 
     search_stage = Stage("awq_scale", frozenset({"second_moment", "absmean"}), run,
-                         detail=f"grid {grid.name}", reparametrizes=True)
+                         detail=f"grid {grid.name}", reparametrizes=True, sitewise=rows_move(spec))
     return chain((search_stage,), absorb())
 
 

@@ -70,7 +70,7 @@ def gptq(
     def fn(W_ok: Tensor, stats: Mapping[str, Any], spec: Spec) -> tuple[QTensor, Mapping[str, Any]]:
         H_kk = stats["second_moment"].mean_kk
         outer = stats.get("outer")
-        scales, zeros = fit(grid, W_ok, spec, H_kk, outer)
+        scales, zeros = fit(grid, W_ok, spec, H_kk.diagonal(), outer)
         s_ag = steps(scales, outer, W_ok.dtype)
         codes, used, dead = gptq_codes(W_ok, H_kk, s_ag, zeros, spec, order(H_kk), damp, block)
         q = QTensor(codes, scales, zeros, spec, outer)

@@ -19,7 +19,7 @@ def rtn(spec: Spec, grid: Grid = minmax) -> Transform:
 
     def fn(W_ok: Tensor, stats: Mapping[str, Any], spec: Spec) -> tuple[QTensor, Mapping[str, Any]]:
         moment = stats.get("second_moment")
-        H_kk = None if moment is None else moment.mean_kk
-        return encode(grid, W_ok, spec, H_kk, stats.get("outer")), {"grid": grid.name}
+        h_k = None if moment is None else moment.mean_square_k
+        return encode(grid, W_ok, spec, h_k, stats.get("outer")), {"grid": grid.name}
 
     return each_weight("rtn", fn, spec, grid.needs, f"grid {grid.name}")

@@ -192,14 +192,45 @@ def test_only_the_leading_scale_folds_and_the_rest_stays_in_order():
     assert relative(out(folded, seg), out(seg.graph, seg)) < 1e-5
 
 
-def test_folding_into_a_rounded_leaf_is_an_error():
+def with_rounded_values(spec, dtype=torch.float32):
+    """llama's block with v_proj rounded, the source of o_proj, and a scale on it that v_proj's rows can carry."""
     seg = segment("llama")
-    graph, _ = seg.solve(at("*.v_proj", rtn(parse_spec("int4-g16"))))
+    graph, _ = seg.solve(at("*.v_proj", rtn(parse_spec(spec))), replace(seg.graph, dtype=dtype))
     source = next(s.source for s in graph.sites if s.path == "self_attn.o_proj")
-    m_k = folds(graph.code)[source].tie(normal(64, seed=0).exp())
+    return seg, graph, source, folds(graph.code)[source].tie(normal(64, seed=0).mul(0.3).exp())
+
+
+@pytest.mark.parametrize("spec", ["int4-g16", "int4-channel", "int3-g16-asym"])
+def test_rounded_rows_move_with_their_scales(spec):
+    seg, graph, source, m_k = with_rounded_values(spec)
+    assert torch.equal(folds(graph.code)[source].stored(graph, m_k), m_k)
+    scaled, _ = reparametrize(graph, {}, source, m_k, 1 / m_k)
+    folded = fold_scales(scaled)
+    before, after = (g.params["self_attn.v_proj.weight"] for g in (graph, folded))
+    assert torch.equal(before.codes, after.codes) and not torch.equal(before.scales, after.scales)
+    assert not folded.online
+    assert relative(out(folded, seg), out(graph, seg)) < 1e-5
+
+
+@pytest.mark.parametrize("spec, dtype, m", [
+    ("int4-tensor", torch.float32, 1.5), ("fp8-b16x16", torch.float32, 1.5), ("nvfp4", torch.float32, 1.3),
+    ("int4-g16", torch.float16, 1e-4),  # scales that fp16 cannot hold
+])  # fmt: skip
+def test_rounded_rows_whose_scales_cannot_take_another_stay_and_are_refused_by_name(spec, dtype, m):
+    _, graph, source, m_k = with_rounded_values(spec, dtype)
+    m_k = torch.full_like(m_k, m)
+    assert torch.equal(folds(graph.code)[source].stored(graph, m_k), torch.ones(64))
     graph, _ = reparametrize(graph, {}, source, m_k, 1 / m_k)
     with pytest.raises(QlabError, match=r"model\.layers\.0\.self_attn\.v_proj\.weight is rounded already"):
         fold_scales(graph)
+
+
+def test_of_rounded_rows_those_stay_whose_scales_would_be_lost():
+    _, graph, source, _ = with_rounded_values("int4-g16", torch.float16)
+    q, fold = graph.params["self_attn.v_proj.weight"], folds(graph.code)[source]
+    tiny = replace(q, scales=torch.where(torch.arange(32)[:, None] < 4, q.scales * 1e-3, q.scales))
+    kept = fold.stored(graph.update({"self_attn.v_proj.weight": tiny}), torch.full((64,), 1.37e-2)) == 1
+    assert torch.equal(kept, fold.index_k < 4)
 
 
 @given(st.integers(0, 99))

@@ -45,7 +45,7 @@ def losses(seg, final, folded, stats, grid, spec):
         for site in sites:
             W, scaled = seg.graph.weight_ok(site), folded.weight_ok(site)
             awq_loss += error(dense(final.params[site.weight], torch.float64) * W.double() / scaled.double() - W, H)
-            rtn_loss += error(dense(encode(grid, W, spec, H)) - W, H)
+            rtn_loss += error(dense(encode(grid, W, spec, H.diagonal())) - W, H)
             energy += error(W, H)
         yield source, sites, awq_loss / energy, rtn_loss / energy
 

@@ -195,7 +195,7 @@ def test_awq_is_never_worse_than_rtn_over_all_experts_and_its_notes_are_true(fam
             W, H = seg.graph.weight_ok(one, e), moment.mean_kk
             moved = graph.weight_ok(one, e)
             ours += moment.tokens * quadratic(dense(final.params[one.weight], torch.float32)[e] * W / moved - W, H)
-            rtns += moment.tokens * quadratic(dense(encode(weighted, W, SPEC, H)) - W, H)
+            rtns += moment.tokens * quadratic(dense(encode(weighted, W, SPEC, H.diagonal())) - W, H)
         note = final.notes[one.path]
         assert note["awq_loss"] <= note["awq_rtn_loss"]
         if one.path.endswith("down_proj"):  # nothing folds into its rows, so what was scored is what was rounded
@@ -211,7 +211,7 @@ def test_an_expert_without_tokens_is_rounded_to_nearest_by_every_solver():
     for transform in (rtn(SPEC, weighted), gptq(SPEC, sweeps=0)):
         graph, _ = apply(transform[0], seg.graph, stats)
         q, W = graph.params[down.weight], seg.graph.weight_ok(down, 0)
-        alone = encode(weighted, W, SPEC, torch.eye(W.shape[1]))
+        alone = encode(weighted, W, SPEC, torch.ones(W.shape[1]))
         assert torch.equal(q.codes[0], alone.codes) and torch.equal(q.scales[0], alone.scales)
         assert graph.notes[down.path]["expert_tokens"][0] == 0 and 0 in graph.notes[down.path]["experts_with_few_tokens"]
 

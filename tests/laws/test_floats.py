@@ -133,7 +133,7 @@ def test_no_tile_is_worse_than_under_minmax(text, grid):
     H = x.T @ x / 32
     h = H.diagonal() if grid.weighted else torch.ones(64)
     error = lambda q: spec.tile.split(h * (dense(q, torch.float32) - W).square()).sum(-1)
-    assert (error(encode(grid, W, spec, H)) <= error(encode(minmax, W, spec)) * (1 + 1e-5) + 1e-9).all()
+    assert (error(encode(grid, W, spec, H.diagonal())) <= error(encode(minmax, W, spec)) * (1 + 1e-5) + 1e-9).all()
 
 
 def white(seg):

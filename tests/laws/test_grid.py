@@ -35,7 +35,7 @@ def test_no_tile_is_worse_than_under_minmax(grid, dtype, data, seed):
     W, spec = data.draw(problems(scale_dtype=dtype))
     x = correlated(32, W.shape[1], seed)
     H = x.T @ x / 32
-    found, rtn = encode(grid, W, spec, H), encode(minmax, W, spec)
+    found, rtn = encode(grid, W, spec, H.diagonal()), encode(minmax, W, spec)
     h = weights_of(grid, H)
     assert (error(W, found, h) <= error(W, rtn, h) * (1 + 1e-5) + 1e-9).all()
 
@@ -47,8 +47,8 @@ def test_weights_on_the_first_grid_stay_there(seed):
     codes = torch.randint(0, 16, (64, 32), generator=draw)
     codes[:, 0], codes[:, 1] = 0, 15
     W = (codes - torch.randint(0, 16, (64, 1), generator=draw)) * (torch.rand(64, 1, generator=draw) + 0.01)
-    spec, H = Int(4, Tile(1, 32), False, scale_dtype=torch.float32), torch.diag(torch.rand(32, generator=draw) + 0.01)
-    left = lambda grid: objective(spec.tile.split(W), *fit(grid, W, spec, H), spec, H.diagonal().expand(64, 1, -1))
+    spec, h = Int(4, Tile(1, 32), False, scale_dtype=torch.float32), torch.rand(32, generator=draw) + 0.01
+    left = lambda grid: objective(spec.tile.split(W), *fit(grid, W, spec, h), spec, h.expand(64, 1, -1))
     assert (left(GRIDS["weighted"]) <= left(minmax)).all()
 
 
@@ -58,7 +58,7 @@ def test_searching_pays(grid):
     H, W = x.T @ x / 256, weight(64, 64, 0)
     for spec in (Int(3, Tile(1, 64)), Int(3, Tile(1, 64), False)):
         h = weights_of(grid, H)
-        gain = error(W, encode(grid, W, spec, H), h).sum() / error(W, encode(minmax, W, spec), h).sum()
+        gain = error(W, encode(grid, W, spec, H.diagonal()), h).sum() / error(W, encode(minmax, W, spec), h).sum()
         assert gain < 0.9
 
 
@@ -75,9 +75,9 @@ def test_the_objective_is_the_squared_error_of_what_is_stored(problem, seed):
 @given(problems(kinds=("normal", "outlier", "offset")), st.integers(0, 99))
 def test_refitting_takes_the_least_squares_scale_where_it_pays(problem, seed):
     W, spec = problem
-    H = torch.diag(normal(W.shape[1], seed=seed).square() + 0.01)
-    rtn, q = encode(minmax, W, spec), encode(replace(minmax, weighted=True, refit=True), W, spec, H)
-    h, x = spec.tile.split(H.diagonal().double().expand_as(W)), spec.tile.split(W.double())
+    h_k = normal(W.shape[1], seed=seed).square() + 0.01
+    rtn, q = encode(minmax, W, spec), encode(replace(minmax, weighted=True, refit=True), W, spec, h_k)
+    h, x = spec.tile.split(h_k.double().expand_as(W)), spec.tile.split(W.double())
 
     def least_squares(codes):
         c = spec.tile.split(codes.double()) - (0 if spec.symmetric else rtn.zeros.double()[..., None])
@@ -90,17 +90,17 @@ def test_refitting_takes_the_least_squares_scale_where_it_pays(problem, seed):
     gain = curvature * (rtn.scales - once).square()
     kept = (q.scales == rtn.scales) & (gain <= 1e-5 * (h * x * x).sum(-1))  # nothing that fp32 could see
     assert (refit[0] | refit[1] | kept).all()
-    bound = error(W, QTensor(again, twice, rtn.zeros, spec), H.diagonal())
+    bound = error(W, QTensor(again, twice, rtn.zeros, spec), h_k)
     unseen = 2e-6 * (h * x * x).sum(-1)  # the search subtracts numbers of this size
-    assert (kept | (error(W, q, H.diagonal()) <= bound + unseen)).all()
+    assert (kept | (error(W, q, h_k) <= bound + unseen)).all()
 
 
 @given(problems(), st.integers(0, 99))
 def test_refitting_is_never_worse_than_not(problem, seed):
     W, spec = problem
-    H = torch.diag(normal(W.shape[1], seed=seed).square() + 0.01)
+    h_k = normal(W.shape[1], seed=seed).square() + 0.01
     refit, plain = GRIDS["weighted"], replace(GRIDS["weighted"], refit=False)
-    ours, theirs = (error(W, encode(g, W, spec, H), H.diagonal()) for g in (refit, plain))
+    ours, theirs = (error(W, encode(g, W, spec, h_k), h_k) for g in (refit, plain))
     assert (ours <= theirs * (1 + 1e-5) + 1e-9).all()
 
 
@@ -119,11 +119,11 @@ def test_the_signed_range_gives_the_larger_extreme_the_lowest_code_and_no_error(
 @given(problem=problems())
 def test_grids_do_not_depend_on_how_rows_are_chunked(grid, problem):
     W, spec = problem
-    H, chunk = torch.eye(W.shape[1]), grids.CHUNK
+    h_k, chunk = torch.ones(W.shape[1]), grids.CHUNK
     try:
-        whole = fit(grid, W, spec, H)
+        whole = fit(grid, W, spec, h_k)
         grids.CHUNK = 1
-        rows = fit(grid, W, spec, H)
+        rows = fit(grid, W, spec, h_k)
     finally:
         grids.CHUNK = chunk
     assert torch.equal(whole[0], rows[0]) and (whole[1] is rows[1] is None or torch.equal(whole[1], rows[1]))
@@ -147,5 +147,5 @@ def test_weighing_needs_the_second_moment():
 
 def test_scales_come_in_their_stored_dtype():
     for grid in GRIDS.values():
-        q = encode(grid, weight(4, 16, 0), Int(4, Tile(1, 8), False, torch.bfloat16), torch.eye(16))
+        q = encode(grid, weight(4, 16, 0), Int(4, Tile(1, 8), False, torch.bfloat16), torch.ones(16))
         assert isinstance(q, QTensor) and q.scales.dtype == torch.bfloat16 and q.zeros.dtype == torch.int8

@@ -84,7 +84,7 @@ def test_zero_points_belong_to_the_scale_that_is_stored(dtype, data):
 @given(problem=problems())
 def test_projecting_onto_a_fixed_grid_is_idempotent(grid, problem):
     W, spec = problem
-    q = encode(grid, W, spec, torch.eye(W.shape[1]))
+    q = encode(grid, W, spec, torch.ones(W.shape[1]))
     again = round_codes(dense(q), q.scales, q.zeros, spec)
     assert torch.equal(again, q.codes)
     assert q.codes.min() >= spec.qmin and q.codes.max() <= spec.qmax

@@ -5,13 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 from families import FAMILIES, MIXTURES
-from segments import assert_same, hidden, normal, of, segment
+from segments import assert_same, hidden, normal, of, relative, segment
 from torch import nn
 
 from qlab import sweep
+from qlab.absorb import fold_scales
 from qlab.graph import by_source
 from qlab.interpret import Walk, inputs_of, interpret
+from qlab.methods.awq import awq, awq_scale
 from qlab.methods.gptq import gptq
+from qlab.methods.inputs import quantize_inputs
 from qlab.methods.rtn import rtn
 from qlab.model.recording import Call
 from qlab.spec import parse_spec
@@ -67,6 +70,20 @@ def test_each_source_is_solved_on_what_the_quantized_ones_before_it_produce(fami
     assert graph.selected is None
     for out, batch in zip(leaving, seg.batches, strict=True):
         assert torch.equal(out, hidden(interpret(graph, *batch)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scales_are_searched_in_order_and_folded_when_all_is_solved(family):
+    seg, recipe = segment(family), awq(SPEC)
+    graph, leaving = solve_in_order(seg.graph, recipe, batches_of(seg))
+    by_hand = seg.graph
+    for sites in by_source(seg.graph.code.sites).values():
+        here = replace(by_hand, selected=frozenset(s.path for s in sites))
+        by_hand = replace(seg.solve(tuple(s for s in recipe if s.name != "absorb"), here)[0], selected=None)
+    assert by_hand.online and not graph.online
+    assert_same(graph, fold_scales(by_hand))
+    for out, batch in zip(leaving, seg.batches, strict=True):
+        assert relative(out, hidden(interpret(graph, *batch))) < 1e-5
 
 
 def test_an_input_that_is_copied_early_waits_for_its_site():
@@ -140,9 +157,14 @@ def test_rules_hold_source_by_source():
     assert torch.equal(graph.params["mlp.up_proj.weight"].codes, alone.params["mlp.up_proj.weight"].codes)
 
 
-def test_only_sitewise_recipes_on_quantized_inputs_are_solved_in_order():
-    from qlab.methods.awq import awq_scale
-
-    assert sweep.in_order(rules({"*.o_proj": keep(), "*": gptq(SPEC)}), "quantized")
-    assert not sweep.in_order(gptq(SPEC), "reference")
-    assert not sweep.in_order(chain(awq_scale(SPEC), gptq(SPEC)), "quantized")
+@pytest.mark.parametrize("recipe, family, inputs, expected", [
+    (rules({"*.o_proj": keep(), "*": gptq(SPEC)}), "llama", "quantized", True),
+    (gptq(SPEC), "llama", "reference", False),
+    (chain(awq_scale(SPEC), gptq(SPEC)), "llama", "quantized", True),
+    (chain(awq_scale(SPEC), gptq(SPEC)), "mixtral", "quantized", False),  # a router and experts share channels
+    (gptq(SPEC), "mixtral", "quantized", True),
+    (awq(parse_spec("nvfp4")), "llama", "quantized", False),  # its scales take no others once they are rounded
+    (chain(gptq(SPEC), quantize_inputs(parse_spec("int8-channel"))), "llama", "quantized", False),
+])  # fmt: skip
+def test_which_recipes_are_solved_in_order(recipe, family, inputs, expected):
+    assert sweep.in_order(segment(family).graph.code, recipe, inputs) is expected
