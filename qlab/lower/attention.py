@@ -40,7 +40,9 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more)
     b, heads, _, d = query.shape
     scale = 1 / math.sqrt(d) if scaling is None else scaling
-    q_bhgd = query.reshape(b, key.shape[1], -1, d).float() * scale
+    q_bhgd = (query.reshape(b, key.shape[1], -1, d).float() * scale).contiguous()
+    # a view by strides is of memory: the compiler writes q there once, which it would else rotate anew for every position
+    q_bhgd = q_bhgd.as_strided(q_bhgd.shape, q_bhgd.stride())
     s_bhgl = (q_bhgd[..., None, :] * key[:, :, None].float()).sum(-1)
     if attention_mask is not None:
         mask = attention_mask[:, :, :, : key.shape[2]]

@@ -117,6 +117,8 @@ def stream(graph: Any) -> int:
         if value.device.type != "cpu" or W.op == "call_function" or not W.meta["val"].is_contiguous():
             continue
         with graph.inserting_before(node):
+            # a view by strides is of memory: the compiler writes x there once, which it would else compute anew for every row
+            x = _call(graph, aten.as_strided.default, (_contiguous(graph, x), list(value.shape), [value.shape[1], 1]))
             wide = [_call(graph, prims.convert_element_type.default, (t, torch.float32)) for t in (x, W)]
             sums = _call(graph, aten.sum.dim_IntList, (_call(graph, aten.mul.Tensor, tuple(wide)), [1]))
             rounded = _call(graph, prims.convert_element_type.default, (sums, torch.bfloat16))

@@ -5,11 +5,13 @@ import torch
 import torch.nn.functional as F
 from lowering_cases import activations, check_product, lowered, random_leaf
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import qlab
 from qlab.files.checkpoint import open_checkpoint
 from qlab.lower import QLinear, cpu, inductor_options, lower
+from qlab.lower.attention import attention
 from qlab.lower.rewrite import Rewrite, fuse
 from qlab.methods.inputs import quantize_inputs
 from qlab.methods.rtn import rtn
@@ -136,6 +138,32 @@ def test_a_dense_product_of_one_token_becomes_a_sum():
     y = torch.compile(head, dynamic=False, options=seen.options)(x)
     torch.testing.assert_close(y, head(x), rtol=0.02, atol=0.02)
     assert seen.inner.streamed == 1 and seen.count("aten.mm") == 0
+
+
+def loops_around(word, code):
+    """The largest number of loops that enclose a line of C++ with this word."""
+    blocks, most = [], 0
+    for line in code.splitlines():
+        if word in line:
+            most = max(most, sum(blocks))
+        if line.strip() == "{":
+            blocks.append(opens_loop)
+        elif line.strip() == "}":
+            blocks.pop()
+        opens_loop = line.strip().startswith("for(")
+    return most
+
+
+def test_what_enters_a_product_of_one_token_is_computed_once():
+    """Not for every row of the weight, nor for every position of the cache: erf stands for a norm and for rotary embeddings."""
+    head, x = nn.Linear(64, 200, bias=False, dtype=torch.bfloat16), activations(1, 64, torch.bfloat16)
+    q, k, v = (torch.randn(1, heads, length, 16, dtype=torch.bfloat16) for heads, length in ((4, 1), (2, 40), (2, 40)))
+    for f, arguments, loops in ((lambda x: head(x.erf()), (x,), 1), (lambda *qkv: attention(head, qkv[0].erf(), *qkv[1:], None)[0],
+                                                                     (q, k, v), 2)):  # fmt: skip
+        compiled = torch.compile(f, dynamic=False, options=Seen().options)
+        y, codes = run_and_get_code(compiled, *arguments)
+        torch.testing.assert_close(y, f(*arguments), rtol=0.02, atol=0.02)
+        assert 1 <= max(loops_around("erf(", code) for code in codes) <= loops
 
 
 def test_the_whole_model_is_one_graph_with_one_operator_per_site(directory):
