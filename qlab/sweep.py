@@ -114,8 +114,9 @@ def solve_in_order(graph: ModuleGraph, transform: Transform, batches: Batches, e
     with the hidden states that leave the solved segment, batch by batch.
 
     One forward pass: it waits at each source until that is solved. Where the values of waiting batches are more than HELD
-    bytes, the others are let go and computed again. Every stage must be sitewise. experts_at_once: of how many experts statistics
-    are held at a time (None: of all); nothing that comes out depends on it.
+    bytes, the others are let go and computed again. Stages are sitewise, or lossless: those come when all sources are solved, since
+    what waits was computed with the leaves as they were. experts_at_once: of how many experts statistics are held at a time (None:
+    of all); nothing that comes out depends on it.
     """
     walks = [Walk(graph.code) for _ in batches()]
     for source, sites in by_source(graph.code.sites).items():

@@ -118,6 +118,7 @@ def awq_scale(spec: Spec, grid: Grid = weighted) -> Transform:
     Channels that one producer channel feeds (grouped queries) are scaled together. Origins that nothing can take a
     scale for (post-norm inputs, behind GELU) stay as they are. A norm before a mixture gets one scale for the router,
     shared and routed experts, whose losses count by their tokens; inside the experts each has a scale of its own.
+    Solved source after source where `rows_move` for the spec: a value projection is rounded then before its rows are scaled.
     """
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
