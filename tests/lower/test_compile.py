@@ -142,15 +142,14 @@ def test_a_dense_product_of_one_token_becomes_a_sum():
 
 def loops_around(word, code):
     """The largest number of loops that enclose a line of C++ with this word."""
-    blocks, most = [], 0
-    for line in code.splitlines():
+    lines, blocks, most = [line.strip() for line in code.splitlines()], [], 0
+    for before, line in zip(["", *lines], lines):
         if word in line:
             most = max(most, sum(blocks))
-        if line.strip() == "{":
-            blocks.append(opens_loop)
-        elif line.strip() == "}":
+        if line == "{":
+            blocks.append(before.startswith("for("))
+        elif line == "}" and blocks:
             blocks.pop()
-        opens_loop = line.strip().startswith("for(")
     return most
 
 
