@@ -60,6 +60,8 @@ def measure(
     for name in engines:
         ready.append(prepare(name, path, prompt, new, device))
     ids = random_tokens(ready[0].model, prompt, device)
+    for engine in ready:
+        warm_up(engine, ids)  # preparing the next one let go of what was compiled for it
     for _ in range(repeat):
         for engine in ready:
             run(engine, ids, new)
@@ -91,11 +93,16 @@ def prepare(name: str, path: str | Path, prompt: int, new: int, device: str) -> 
         ours = name.startswith("qlab")
         prefill, step = (_compiled(forward, ours) if "compiled" in name else forward for _ in range(2))
         engine = Engine(name, model, cache, prefill, step, 0.0, 0)
-        run(engine, ids, 3)
-        engine.prefill_seconds.clear()
-        engine.decode_seconds.clear()
+        warm_up(engine, ids)
     engine.warm_up_seconds, engine.peak_rss_bytes = time.perf_counter() - started, peak.bytes
     return engine
+
+
+def warm_up(engine: Engine, ids: Tensor) -> None:
+    """A short run that is not measured."""
+    run(engine, ids, 3)
+    engine.prefill_seconds.clear()
+    engine.decode_seconds.clear()
 
 
 def _compiled(forward: Callable[[Tensor], Tensor], ours: bool) -> Callable[[Tensor], Tensor]:

@@ -5,8 +5,10 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.callback import callback_handler
 
 import qlab
+from qlab.bench import generate
 from qlab.bench.__main__ import main
 from qlab.bench.generate import ENGINES, _undo
 from qlab.files.checkpoint import open_checkpoint
@@ -45,6 +47,14 @@ def test_engines_side_by_side(bench, directory, tmp_path):
     assert resident["bf16 eager"]["packed"] == 0 and resident["qlab eager"]["dense copies"] == 0
     assert resident["qlab compiled, dense cache"]["dense copies"] > 0
     assert rows["qlab eager"]["weight_bytes"] < rows["bf16 eager"]["weight_bytes"]
+
+
+def test_nothing_compiles_while_it_is_measured(directory, monkeypatch):
+    run, events = generate.run, []
+    monkeypatch.setattr(generate, "run", lambda engine, ids, new: events.append(new) or run(engine, ids, new))
+    monkeypatch.setattr(callback_handler, "run_start_callbacks", lambda *_: events.append("compile"))
+    generate.measure(directory, ["bf16 compiled", "qlab compiled"], prompt=8, new=4, repeat=1)
+    assert "compile" in events and events[-2:] == [4, 4]
 
 
 @pytest.mark.parametrize(
