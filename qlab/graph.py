@@ -105,7 +105,8 @@ class ModuleGraph:
     """One segment as an immutable value; transforms return new ones.
 
     path: the segment's path in the model. dtype: what its leaves are stored in. selected: the sites a transform may touch (None: all).
-    online: what still happens at run time to a site's input, per site path. notes: what stages report of a site.
+    online, online_outputs: what still happens at run time to a site's input, and to its output, per site path.
+    notes: what stages report of a site.
     """
 
     code: Code
@@ -113,6 +114,7 @@ class ModuleGraph:
     path: str = ""
     dtype: torch.dtype = torch.float32
     online: Mapping[str, tuple[Op, ...]] = field(default_factory=dict)
+    online_outputs: Mapping[str, tuple[Op, ...]] = field(default_factory=dict)
     selected: frozenset[str] | None = None
     notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 

@@ -26,6 +26,7 @@ from qlab.files.checkpoint import open_checkpoint
 from qlab.files.directory import read_json
 from qlab.lower.attention import use_grouped_attention
 from qlab.lower.model import DTYPES, device_named, pack, quantized_weights, set_module, slownesses
+from qlab.lower.rotated import attach, rotations
 from qlab.model.paper import EXPERTS
 from qlab.model.skeleton import Skeleton
 
@@ -88,7 +89,6 @@ class QlabQuantizer(HfQuantizer):
         if type(self.skeleton.model) is not type(model):
             raise QlabError(f"{checkpoint.path} holds a {type(self.skeleton.model).__name__} and not a {type(model).__name__}; load it "
                             "with the auto class of its own architecture")
-        checkpoint.refuse_rotations()
         checkpoint.warn_unapplied()
         self.packed = quantized_weights(self.skeleton)
         self._refuse_missing(model)
@@ -122,6 +122,7 @@ class QlabQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name in self.packed:
             set_module(model, name, pack(self.skeleton, name, self.dtype, self.device))
+        attach(model, rotations(self.skeleton), self.device)
         for slow in slownesses(model, self.dtype, self.device):
             warnings.warn(slow, stacklevel=2)
         # transformers has rules of its own for moving models of the methods that it knows

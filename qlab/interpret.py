@@ -51,7 +51,10 @@ class _Interpreter(fx.Interpreter):
             new[x_at], new[w_at] = x, W.mT if isinstance(leaf, QTensor) and layout == "k o" else W
             if b_at is not None and len(args) > b_at and args[b_at] is not None:
                 new[b_at] = args[b_at].to(x.dtype)
-            args = tuple(new)
+            y = super().call_function(target, *placed(tuple(new), kwargs, self.device))
+            for op in self.mg.online_outputs.get(site.path, ()):
+                y = op(y)
+            return y
         return super().call_function(target, *placed(args, kwargs, self.device))
 
     def _each_expert(self, layout: str, x_sk: Tensor, weight: "_Weight", bias_eo: Tensor | None, ends: Tensor) -> Tensor:

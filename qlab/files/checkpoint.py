@@ -133,20 +133,14 @@ class Checkpoint:
         parts = {key: self.tensor(key) for key in self.parts(module)}
         return (self.codec.decode_input(module, parts, self.inputs[module]),)
 
-    def rotations(self, module: str, k: int) -> tuple[Op, ...]:
-        """What the input [..., k] of a linear module is multiplied with before it is rounded."""
-        return tuple(op for extra in self.extras for op in extra.ops(module, k, self._needed))
+    def rotations(self, module: str, location: str, n: int) -> tuple[Op, ...]:
+        """What the "input" [..., n] of a linear module is multiplied with before it is rounded, or its "output"."""
+        return tuple(op for extra in self.extras for op in extra.ops(module, location, n, self._needed))
 
     def _needed(self, name: str) -> Tensor:
         if name not in self.stored:
             raise QlabError(f"{self.path} has no tensor {name}, which its quantization_config needs; the download may be incomplete")
         return self.tensor(name)
-
-    def refuse_rotations(self) -> None:
-        """Refuse activations that are rotated at run time, for those who compute without."""
-        for extra in self.extras:
-            if extra.applied and extra.online:
-                raise QlabError(f"{self.path} has a {extra.key} ({extra.says}), which no kernel of qlab's does; evaluate it with qlab")
 
     def warn_unapplied(self) -> None:
         """Warn of what the directory's readers do at run time and qlab does not."""

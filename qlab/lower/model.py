@@ -1,7 +1,6 @@
 """A quantized model directory as an ordinary Hugging Face model that runs fast."""
 
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,14 +9,15 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
-from qlab.graph import Op
 from qlab.lower.attention import use_grouped_attention
 from qlab.lower.coded import CodedExperts, CodedLinear, CodedWeight
 from qlab.lower.inputs import RoundedInput
 from qlab.lower.linear import QExperts, QLinear, QuantizedWeight
 from qlab.lower.nibbles import refusal
+from qlab.lower.rotated import attach, rotations
 from qlab.methods.inputs import QuantizeInput
 from qlab.model.names import Piece
+from qlab.model.online import at_input
 from qlab.model.skeleton import Skeleton
 from qlab.qtensor import QTensor
 from qlab.quantize import Result
@@ -36,16 +36,15 @@ def lower(
     or CodedExperts, which hold them as bit streams and dequantize for every call; `repr` shows which.
 
     Codes are packed for `device` while they are loaded, one tensor at a time; the directory stays as it is. Everything else
-    (embeddings, norms, an unquantized head) is in `dtype`, which is also that of the activations. Inputs that the directory
-    rounds at run time are. `generate()` works, and so does `torch.compile`, with `options=inductor_options()` for the fused
-    kernels; the model can be exported.
+    (embeddings, norms, an unquantized head) is in `dtype`, which is also that of the activations. What the directory rotates
+    or rounds at run time is rotated or rounded. `generate()` works, and so does `torch.compile`, with `options=inductor_options()`
+    for the fused kernels; the model can be exported.
     dense_cache: keep a dense copy of each weight for products of many tokens; `resident_bytes` says what that costs.
 
     Errors: a directory that is not quantized, a device or dtype without kernels, a quantized tensor that no linear holds.
     Warns of what is slower than it could be: weights without a kernel, or a dtype of activations without one.
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model.path if isinstance(model, Result) else model)
-    checkpoint.refuse_rotations()
     checkpoint.warn_unapplied()
     where = device_named(device)
     if dtype not in DTYPES:
@@ -53,6 +52,7 @@ def lower(
     if not checkpoint.quantized:
         raise QlabError(f"{checkpoint.path} is not quantized, so there is nothing to lower; load it with transformers")
     skeleton = Skeleton(checkpoint, dtype, where)
+    turned = rotations(skeleton)
     for name in quantized_weights(skeleton):
         set_module(skeleton.model, name, pack(skeleton, name, dtype, where, dense_cache))
     for slow in () if dense_cache else slownesses(skeleton.model, dtype, where):
@@ -60,6 +60,7 @@ def lower(
     with torch.no_grad():
         skeleton.load_outside(with_head=True)
         _load_blocks(skeleton)
+    attach(skeleton.model, turned, where)
     if skeleton.tied:
         skeleton.model.tie_weights()
     if (checkpoint.path / "generation_config.json").is_file():
@@ -81,14 +82,6 @@ def slownesses(model: nn.Module, dtype: torch.dtype, device: torch.device) -> li
         found.append(f"no kernel takes the codes of {len(coded)} weights ({', '.join(sorted(set(coded)))}): every product dequantizes "
                      "them and is dense. Kernels read integers in groups of 32, 64, 128, 256 or whole rows")
     return found
-
-
-def refuse_online(name: str, ops: Sequence[Op]) -> QuantizeInput | None:
-    """How a site's input is rounded at run time; refuses whatever else happens to it."""
-    if other := [op for op in ops if not isinstance(op, QuantizeInput)] or ops[1:]:
-        raise QlabError(f"{name} has inputs that go through {type(other[0]).__name__} at run time, which no lowered module does; "
-                        "evaluate the directory with qlab")
-    return next((op for op in ops if isinstance(op, QuantizeInput)), None)
 
 
 def device_named(device: torch.device | str) -> torch.device:
@@ -127,7 +120,7 @@ def pack(skeleton: Skeleton, name: str, dtype: torch.dtype, device: torch.device
     if sorted(leaf.shape) != sorted(parameter.shape):
         raise QlabError(f"{skeleton.pieces(weight)[0].module} holds a weight {tuple(leaf.shape)} and the model wants "
                         f"{tuple(parameter.shape)}; its config.json belongs to another model")
-    inputs = refuse_online(name, skeleton.online(name))
+    inputs = next((op for op in at_input(skeleton, name) if isinstance(op, QuantizeInput)), None)
     coded = isinstance(leaf, QTensor) and refusal(leaf.spec, leaf.shape) is not None
     if fused:
         if not isinstance(leaf, QTensor):

@@ -18,6 +18,7 @@ from qlab.lower.coded import CodedWeight
 from qlab.lower.linear import QExperts, QLinear
 from qlab.lower.model import lower
 from qlab.lower.nibbles import GROUPS, plane_width
+from qlab.lower.rotated import is_rotated
 from qlab.quantize import Result
 
 TILE_K, TILE_N = 1024, 8  # what torchao pads a tiled weight to
@@ -49,9 +50,9 @@ def to_torchao(model: Result | Checkpoint | str | Path, device: torch.device | s
 def _linear(name: str, module: QLinear) -> nn.Linear:
     if module.count > 1:
         raise QlabError(f"{name}: torchao's int4 tensors do not hold {module.spec}; use qlab.lower, or quantize to 4 bits or less")
-    if module.perm is not None or module.inputs is not None:
-        raise QlabError(f"{name}: torchao's int4 tensors take inputs as they come, in the order of the channels and not rounded; use "
-                        "qlab.lower")
+    if module.perm is not None or module.inputs is not None or is_rotated(module):
+        raise QlabError(f"{name}: torchao's int4 tensors take inputs as they come, in the order of the channels and neither rotated "
+                        "nor rounded; use qlab.lower")
     if plane_width(module.in_features) != module.in_features or module.group not in GROUPS:
         raise QlabError(f"{name}: torchao's int4 tensors hold no groups of {module.group} over {module.in_features} channels; use "
                         "qlab.lower, or quantize with groups of 32, 64, 128 or 256")

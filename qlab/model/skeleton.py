@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
-from qlab.graph import Code, ModuleGraph, Op, tensors_of
-from qlab.model.at_input import at_input
+from qlab.graph import Code, ModuleGraph, tensors_of
 from qlab.model.device import usable
 from qlab.model.names import Piece, assemble, pieces_of_experts, spellings
+from qlab.model.online import at_input, at_output
 from qlab.model.paper import find_blocks, on_paper, path_of
 from qlab.model.recording import Call, Output, Recorded, Recorder, Replaced, to_like
 from qlab.qtensor import Leaf, dense
@@ -130,12 +130,10 @@ class Skeleton:
             stored = self.file_name(f"{path}.{name}")
             leaves[name] = (self.checkpoint.tensor(stored) if stored in self.checkpoint.files else buffer).to(self.device)
         code = self.code(path, call, hidden)
-        online = {site.path: ops for site in code.sites if not decoded and (ops := self.online(f"{path}.{site.path}"))}
-        return ModuleGraph(code, leaves, path, dtype=self.checkpoint.dtype, online=online)
-
-    def online(self, site: str) -> tuple[Op, ...]:
-        """What happens to a site's input at run time."""
-        return at_input(self, site)
+        sites = () if decoded else code.sites
+        online = {site.path: ops for site in sites if (ops := at_input(self, f"{path}.{site.path}"))}
+        outputs = {site.path: ops for site in sites if (ops := at_output(self, f"{path}.{site.path}"))}
+        return ModuleGraph(code, leaves, path, dtype=self.checkpoint.dtype, online=online, online_outputs=outputs)
 
     def code(self, path: str, call: Call, hidden: Tensor) -> Code:
         """The traced program of a block; traced once for all blocks of one structure.
@@ -172,8 +170,9 @@ class Skeleton:
             file_name = self.file_name(name)
             if name not in self._spelled:  # left out of the files where it is another's
                 file_name = self.file_name(self.tied.get(name, name))
-            if self.online(name.rpartition(".")[0]):
-                raise QlabError(f"{name} has inputs that are rounded or rotated at run time, which qlab does inside blocks only")
+            if at_input(self, module := name.rpartition(".")[0]) or at_output(self, module):
+                raise QlabError(f"{name} has inputs or outputs that are rounded or rotated at run time, which qlab does inside blocks "
+                                "only")
             value = self.checkpoint.leaf(file_name, self.dtype)
             _set(self.model, name, dense(value, self.dtype).to(self.device))
         for buffer_owner in self.model.modules():

@@ -9,7 +9,8 @@ from directories import bits_equal, change, random_tokens, tensors
 from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from library import INT8, prepare_with_the_library, write_with_the_library
+from library import INT8, TOKENS, prepare_with_the_library, write_with_the_library
+from rotations import CASES, assert_close, group, logits, rotated
 
 import qlab
 from qlab.codecs import CODECS
@@ -18,54 +19,13 @@ from qlab.errors import QlabError
 from qlab.evaluate import read
 from qlab.files.checkpoint import open_checkpoint
 from qlab.inspection import inspect
+from qlab.model.online import at_input
 from qlab.model.skeleton import Skeleton
 from qlab.qtensor import dense
 from qlab.spec import parse_spec
 from qlab.verify import verify
 
 CODEC = CODECS["compressed-tensors"]
-TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-
-
-def group(kind, *places, **more):
-    """A group of (targets, location, inverse) places."""
-    apply = [{"targets": [target], "location": at, "inverse": inverse, "ignore": ["lm_head"]} for target, at, inverse in places]
-    return {"type": kind, "apply": apply, **more}
-
-
-def rotated(kind, target, **more):
-    """x -> x @ M and W -> W @ M^-T at the same modules."""
-    return group(kind, (target, "input", False), (target, "weight_input", True), **more)
-
-
-HEADS = {"R3": group("hadamard", ("re:.*self_attn$", "q_attn", False), ("re:.*self_attn$", "k_cache", False), head_dim=16)}
-CASES = {
-    "down": {"R4": rotated("hadamard", "re:.*down_proj$")},
-    "inverse": {"R4": group("random-hadamard", ("re:.*down_proj$", "input", True), ("re:.*down_proj$", "weight_input", False))},
-    "every linear": {"v": rotated("random-hadamard", "Linear", precision="torch.float64")},
-    "in one matrix": {"v": rotated("hadamard", "Linear", precision="torch.float64")},
-    "random": {"v": rotated("random-hadamard", "Linear", head_dim=16, randomize=True)},
-    "shuffled": {"v": rotated("hadamard", "re:.*(gate|up)_proj$", head_dim=32, randomize=True)},
-    "matrices": {"a": rotated("random-matrix", "re:.*o_proj$", precision="torch.float64"), "b": group(
-        "random-matrix", ("re:.*down_proj$", "input", True), ("re:.*down_proj$", "weight_input", False), precision="torch.float64")},
-    "both ways": {"a": group("random-matrix", ("re:.*o_proj$", "input", False), ("re:.*o_proj$", "weight_input", True),
-                             ("re:.*q_proj$", "input", True), ("re:.*q_proj$", "weight_input", False), precision="torch.float64")},
-    "heads": HEADS,
-    "fused alone": {"R2": group(
-        "hadamard", ("re:.*v_proj$", "weight_output", False), ("re:.*o_proj$", "weight_input", True), head_dim=16)},
-    "all": HEADS | {"R4": rotated("hadamard", "re:.*down_proj$", head_dim=64)},
-    "changed": {"R4": group("random-hadamard", ("re:.*down_proj$", "input", False))},  # not undone in the weights
-}  # fmt: skip
-
-
-def logits(folder):
-    model, ids = open_checkpoint(folder), torch.arange(3, 35).reshape(2, 16)
-    reading = read(model, qlab.from_ids(model, ids))
-    return reading.skeleton.head(ids, reading.hidden)
-
-
-def assert_close(found, expected, limit=1e-5):
-    assert (found - expected).norm() < limit * expected.norm()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -82,10 +42,10 @@ def test_a_rotation_comes_before_the_rounding_and_later_layers_share_its_matrix(
     theirs = prepare_with_the_library(tiny("llama"), **options).get_submodule(name)
     write_with_the_library(tiny("llama"), tmp_path / "v", **options)
     model, x = open_checkpoint(tmp_path / "v"), torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0))
-    ops = Skeleton(model, torch.float32).online(name)
+    ops = at_input(Skeleton(model, torch.float32), name)
     y = reduce(lambda value, op: op(value), ops, x) @ dense(model.leaf(f"{name}.weight")).T
     assert torch.allclose(y, theirs(x), atol=1e-4)
-    assert f"{name}.v_input.weight" not in model.stored and not model.rotations("lm_head", 64)
+    assert f"{name}.v_input.weight" not in model.stored and not model.rotations("lm_head", "input", 64)
 
 
 @settings(max_examples=30, deadline=None)
@@ -116,14 +76,12 @@ def test_what_is_in_the_weights_already_goes_into_every_format(tmp_path):
     assert inspect(tmp_path / "R2").extras == {"transform_config": "rotations R2 are in the weights; 0 tensors"}
 
 
-def test_it_is_shown_verified_and_not_lowered(tmp_path):
+def test_it_is_shown_and_verified(tmp_path):
     write_with_the_library(tiny("llama"), tmp_path / "all", transforms=CASES["all"])
     tiny("llama").save_pretrained(tmp_path / "reference")
     assert inspect(tmp_path / "all").extras == {"transform_config": "activations are rotated at run time by R3, R4; 2 tensors"}
     verdict = verify(tmp_path / "all", tmp_path / "reference")
     assert len(verdict.extras) == 2 and not verdict.extra and not verdict.faults
-    with pytest.raises(QlabError, match=r"all has a transform_config \(activations .* by R3, R4\), which no kernel of qlab's"):
-        qlab.lower(tmp_path / "all")
     change(tmp_path / "all", model__layers__0__mlp__down_proj__R4_input__weight=lambda M: M.fill_(torch.nan))
     assert verify(tmp_path / "all", tmp_path / "reference").faults == ["model.layers.0.mlp.down_proj.R4_input.weight holds NaN or Inf"]
 
@@ -145,7 +103,8 @@ QUERIES, LINEAR = ("re:.*attn$", "q_attn", False), ("Linear", "input", False)
 
 @pytest.mark.parametrize("config, message", [
     ({"config_groups": {"R": group("fourier", LINEAR)}}, "group R is .*qlab reads objects of type hadamard"),
-    ({"config_groups": {"R": group("hadamard", ("Linear", "output", True))}}, "location 'output'"),
+    ({"config_groups": {"R": group("hadamard", ("Linear", "attn_output", True))}}, "location 'attn_output'"),
+    ({"config_groups": {"R": group("hadamard", ("LlamaMLP", "output", True))}}, "targets the class 'LlamaMLP' at its output"),
     ({"config_groups": {"R": group("hadamard", QUERIES, head_dim=16)}}, "transforms queries and keys"),
     ({"config_groups": {"R": group("random-matrix", QUERIES, ("re:.*attn$", "k_cache", False))}}, "transforms queries and keys"),
     ({"config_groups": {"R": group("hadamard", QUERIES, ("re:.*attn$", "k_cache", True))}}, "transforms queries and keys"),
@@ -164,7 +123,7 @@ def test_what_qlab_does_not_compute_is_refused_by_name(config, message):
 def test_two_rotations_of_one_input_are_refused_since_their_order_is_nowhere(tmp_path):
     both = {"a": rotated("hadamard", "re:.*down_proj$"), "b": rotated("random-hadamard", "re:.*down_proj$")}
     write_with_the_library(tiny("llama"), tmp_path / "both", transforms=both)
-    with pytest.raises(QlabError, match=r"down_proj has inputs that a and b of transform_config rotate, in an order"):
+    with pytest.raises(QlabError, match=r"down_proj has an input that a and b of transform_config rotate, in an order"):
         logits(tmp_path / "both")
 
 
@@ -172,4 +131,12 @@ def test_a_head_dim_that_does_not_divide_the_channels_is_refused(tmp_path):
     config = {"config_groups": {"R": group("hadamard", LINEAR, head_dim=24)}}
     [extra] = CODEC.extras({"transform_config": config}, ["m.R_input.weight"])
     with pytest.raises(QlabError, match=r"m has 64 input channels, which the head_dim 24 .* does not divide"):
-        extra.ops("m", 64, lambda name: torch.eye(24))
+        extra.ops("m", "input", 64, lambda name: torch.eye(24))
+
+
+@pytest.mark.parametrize("location", ["input", "output"])
+def test_a_head_that_is_turned_is_refused_by_name(location, tmp_path):
+    head = {"type": "hadamard", "apply": [{"targets": ["lm_head"], "location": location}]}
+    write_with_the_library(tiny("llama"), tmp_path / "head", transforms={"H": head})
+    with pytest.raises(QlabError, match=r"^lm_head.weight has inputs or outputs that are rounded or rotated at run time"):
+        logits(tmp_path / "head")

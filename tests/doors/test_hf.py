@@ -9,7 +9,9 @@ import torch
 from directories import bits_equal, contents, tensors
 from families import MIXTURES, VISION, tiny
 from foreign import DENSE, FORMATS, directory
+from library import write_with_the_library
 from lower.tolerances import MODEL
+from rotations import CASES
 from test_verify import edit
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.quantizers import auto
@@ -60,6 +62,16 @@ def made(saved, tmp_path_factory):
 def logits(model):
     with torch.no_grad():
         return model(input_ids=IDS).logits
+
+
+def test_what_is_turned_at_run_time_is_turned_and_saved(tmp_path):
+    write_with_the_library(tiny("llama").bfloat16(), tmp_path / "quip", transforms=CASES["inputs and outputs"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "quip")
+    assert torch.equal(logits(model), logits(qlab.lower(tmp_path / "quip")))
+    model.save_pretrained(tmp_path / "again")
+    before, after = tensors(tmp_path / "quip"), tensors(tmp_path / "again")
+    assert before.keys() == after.keys() and all(bits_equal(before[name], after[name]) for name in before)
+    assert torch.equal(logits(qlab.lower(tmp_path / "again")), logits(model))
 
 
 @pytest.mark.parametrize("codec", ["compressed-tensors", "gptq", "gptq_v2", "awq"])

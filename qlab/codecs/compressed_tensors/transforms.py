@@ -3,12 +3,12 @@
 {"config_groups": {group: {"type", "apply": [{"targets", "location", "inverse", "ignore"}], "head_dim", ...}}}, with y = x @ W.T:
 
 weight_input, weight_output: done before the weights were rounded; nothing is left of it.
-input: x -> x @ M at run time, for every n neighbouring channels where M [n, n] is narrower than x (`head_dim`). M is the tensor
-<module>.<group>_input.weight, written once for all modules of a group that share it: +-1 for the Hadamard types, which are
-divided by sqrt(n), taken in the order `perm` of rows and columns (`randomize`) and transposed by `inverse`; a random-matrix is
-stored as it is used.
+input, output: x -> x @ M and y -> y @ M at run time, for every n neighbouring channels where M [n, n] is narrower (`head_dim`).
+M is the tensor <module>.<group>_<location>.weight, written once for all modules of a group that share it: +-1 for the Hadamard
+types, which are divided by sqrt(n), taken in the order `perm` of rows and columns (`randomize`) and transposed by `inverse`; a
+random-matrix is stored as it is used.
 q_attn, k_cache: the same to every head of queries and of keys. One Hadamard matrix at both changes no product,
-(q M) (k M)^T = q k^T, so that qlab leaves it out; other pairs, and `output`, are refused.
+(q M) (k M)^T = q k^T, so that qlab leaves it out; other pairs are refused.
 """
 
 import re
@@ -25,7 +25,8 @@ from qlab.graph import Op
 
 KEY, LINEAR = "transform_config", "Linear"
 HADAMARD, TYPES = ("hadamard", "random-hadamard"), ("hadamard", "random-hadamard", "random-matrix")
-DONE, ONLINE = ("weight_input", "weight_output"), ("input", "q_attn", "k_cache")
+DONE, AROUND = ("weight_input", "weight_output"), ("input", "output")
+ONLINE = (*AROUND, "q_attn", "k_cache")
 GROUP_KEYS = {"type", "apply", "randomize", "requires_grad", "head_dim", "precision"}
 PLACE_KEYS = {"targets", "location", "inverse", "ignore"}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
@@ -38,8 +39,12 @@ class MatMul:
     M_nn: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        M = self.M_nn.to(x.device)
-        return (x.to(M.dtype).unflatten(-1, (-1, len(M))) @ M).flatten(-2).to(x.dtype)
+        return rotate(x, self.M_nn.to(x.device))
+
+
+def rotate(x: Tensor, M_nn: Tensor) -> Tensor:
+    """See MatMul."""
+    return (x.to(M_nn.dtype).unflatten(-1, (-1, len(M_nn))) @ M_nn).flatten(-2).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -68,16 +73,16 @@ class Group:
     dtype: torch.dtype
     tensors: tuple[str, ...]
 
-    def at_inputs(self, path: str) -> list[Place]:
-        """The places among them at the input of this linear module."""
-        return [place for place in self.places if place.location == "input" and path in place]
+    def at(self, path: str, location: str) -> list[Place]:
+        """The places among them at the input or output of this linear module."""
+        return [place for place in self.places if place.location == location and path in place]
 
-    def matrix(self, path: str, place: Place, k: int, tensor: Callable[[str], Tensor]) -> Tensor:
-        """M [n, n] for the input [..., k] of a module: its own tensor, or the one of its size that it shares."""
-        own, n = f"{path}.{self.name}_input.weight", self.head_dim or k
-        if k % n:
-            raise QlabError(f"{path} has {k} input channels, which the head_dim {n} of {KEY}'s group {self.name} does not divide; "
-                            "its config is wrong")
+    def matrix(self, path: str, place: Place, channels: int, tensor: Callable[[str], Tensor]) -> Tensor:
+        """M [n, n] for the input or output [..., channels] of a module: its own tensor, or the one of its size that it shares."""
+        own, n = f"{path}.{self.name}_{place.location}.weight", self.head_dim or channels
+        if channels % n:
+            raise QlabError(f"{path} has {channels} {place.location} channels, which the head_dim {n} of {KEY}'s group "
+                            f"{self.name} does not divide; its config is wrong")
         names = [own] if own in self.tensors else [name for name in self.tensors if self._shared(name, place)]
         found = {name: H for name in names if (H := tensor(name)).shape == (n, n) and H.is_floating_point()}
         if len(found) != 1:
@@ -99,7 +104,7 @@ class Group:
     def _shared(self, name: str, place: Place) -> bool:
         """Whether a place may use the matrix under this name. An inverted random matrix is another matrix."""
         owner, _, kind = name.removesuffix(".weight").rpartition(".")
-        same = [p for p in self.places if kind == f"{self.name}_{p.location}" and (p.location != "input" or owner in p)]
+        same = [p for p in self.places if kind == f"{self.name}_{p.location}" and (p.location not in AROUND or owner in p)]
         return name.endswith(".weight") and (self.type in HADAMARD or any(p.inverse == place.inverse for p in same))
 
 
@@ -120,12 +125,12 @@ def transforms(config: Mapping[str, Any], names: Collection[str]) -> Extra | Non
     if not groups:
         return None
 
-    def ops(path: str, k: int, tensor: Callable[[str], Tensor]) -> tuple[Op, ...]:
-        at = [(group, place) for group in online for place in group.at_inputs(path)]
+    def ops(path: str, location: str, channels: int, tensor: Callable[[str], Tensor]) -> tuple[Op, ...]:
+        at = [(group, place) for group in online for place in group.at(path, location)]
         if len(at) > 1:
-            raise QlabError(f"{path} has inputs that {at[0][0].name} and {at[1][0].name} of {KEY} rotate, in an order that the config "
-                            "does not say; qlab reads one such group per module")
-        return tuple(MatMul(group.matrix(path, place, k, tensor)) for group, place in at)
+            raise QlabError(f"{path} has an {location} that {at[0][0].name} and {at[1][0].name} of {KEY} rotate, in an order that the "
+                            "config does not say; qlab reads one such group per module and location")
+        return tuple(MatMul(group.matrix(path, place, channels, tensor)) for group, place in at)
 
     done = f"rotations {', '.join(group.name for group in groups)} are in the weights"
     says = f"activations are rotated at run time by {', '.join(group.name for group in online)}" if online else done
@@ -158,8 +163,8 @@ def _place(where: str, place: Any) -> Place:
         if not isinstance(found, list) or not all(isinstance(text, str) and _compiles(text) for text in found):
             raise QlabError(f"{where} has {key} {found!r:.80}, which are no names or regular expressions")
     foreign = [t for t in (*targets, *ignore) if not t.startswith("re:") and "." not in t and t not in (LINEAR, "lm_head")]
-    if place["location"] == "input" and foreign:
-        raise QlabError(f"{where} targets the class {foreign[0]!r} at its input; qlab knows the class {LINEAR} only")
+    if place["location"] in AROUND and foreign:
+        raise QlabError(f"{where} targets the class {foreign[0]!r} at its {place['location']}; qlab knows the class {LINEAR} only")
     return Place(place["location"], tuple(targets), tuple(ignore), bool(place.get("inverse", False)))
 
 

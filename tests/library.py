@@ -6,18 +6,20 @@ from compressed_tensors.quantization import QuantizationConfig, apply_quantizati
 from compressed_tensors.transform import TransformConfig, apply_transform_config
 
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
-def prepare_with_the_library(model, inputs=None, cache=None, transforms=None, weights=INT8):
+def prepare_with_the_library(model, inputs=None, cache=None, transforms=None, weights=INT8, plain=()):
     """The model with these transforms applied and its linears but lm_head rounded to `weights` while it runs.
 
-    inputs, cache: QuantizationArgs of input_activations and of kv_cache_scheme. weights None: they stay as they are.
+    inputs, cache: QuantizationArgs of input_activations and of kv_cache_scheme. weights None, and linears that match one of `plain`:
+    they stay as they are.
     """
     if transforms:
         apply_transform_config(model, TransformConfig.model_validate({"config_groups": transforms}))
     if weights:
         group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
-        config = {"config_groups": {"group_0": group}, "ignore": ["lm_head"], "kv_cache_scheme": cache}
+        config = {"config_groups": {"group_0": group}, "ignore": ["lm_head", *plain], "kv_cache_scheme": cache}
         apply_quantization_config(model, QuantizationConfig.model_validate(config), show_progress=False)
         for layer, module in enumerate(model.modules()):
             if hasattr(module, "weight_scale"):
