@@ -63,7 +63,7 @@ WAYS = {
     "kv_cache": lambda: QuantizationModifier(**alike(INT4), kv_cache_scheme=FP8),
     "kv_cache_heads": lambda: QuantizationModifier(**alike(INT4), kv_cache_scheme=FP8 | {"strategy": "attn_head"}),
 }  # fmt: skip
-ROTATED = ("SpinQuant", "SpinQuant_online", "QuIP")  # and OUT/<name>.logits.safetensors: what the model computes in fp32
+ROTATED = ("SpinQuant", "SpinQuant_online", "QuIP", "QuIP_outputs")  # and OUT/<name>.logits.safetensors: what they compute in fp32
 
 
 def read(directory):

@@ -15,7 +15,6 @@ from families import tiny
 from safetensors.torch import load_file
 
 import qlab
-from qlab.errors import QlabError
 from qlab.evaluate import read
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.inputs import quantize_inputs
@@ -36,7 +35,7 @@ WAYS = {  # of the driver: what q_proj becomes, and how its input is rounded
     "GPTQ": ("int4-g32", None), "GPTQ_unordered": ("int4-g32", None), "AWQ": ("int4-g32-asym", None),
     "SmoothQuant": ("int8-channel", "int8-channel"), "mixed_groups": ("int4-g32", None), "kv_cache": ("int4-g32", None),
     "kv_cache_heads": ("int4-g32", None), "SpinQuant": ("int4-g32", None), "SpinQuant_online": ("int4-g32", None),
-    "QuIP": ("int4-g32", None),
+    "QuIP": ("int4-g32", None), "QuIP_outputs": ("int4-g32", None),
 }  # fmt: skip
 RECIPES = {
     "int4": rtn(parse_spec("int4-g32")), "int4-asym": rtn(parse_spec("int4-g32-asym")), "int3": rtn(parse_spec("int3-g64")),
@@ -46,7 +45,7 @@ RECIPES = {
     "mxfp8": rtn(parse_spec("mxfp8")),
     "mixed": rules({"*.o_proj": keep(), "*.mlp.*": rtn(parse_spec("fp8-channel")), "*": rtn(parse_spec("int4-g32"))}),
 }  # fmt: skip
-PASSED_ON = ("W4A16_asym", "W8A8_static", "FP8_BLOCK", "mixed_groups", "kv_cache_heads", "SpinQuant_online")
+PASSED_ON = ("W4A16_asym", "W8A8_static", "FP8_BLOCK", "mixed_groups", "kv_cache_heads", "SpinQuant_online", "QuIP_outputs")
 
 
 def weights(directory):
@@ -101,6 +100,7 @@ def test_we_read_every_group_of_a_mixed_recipe(theirs):
     ("kv_cache_heads", "keys and values are cached as fp8 with a stored scale per head", 4),
     ("SpinQuant", "rotations R1, R2 are in the weights", 0),
     ("SpinQuant_online", "activations are rotated at run time by R3, R4", 2), ("QuIP", "activations are rotated at run time by v", 2),
+    ("QuIP_outputs", "activations are rotated at run time by u, v", 4),
 ])  # fmt: skip
 def test_what_happens_beside_weights_is_read_and_passed_on(name, says, tensors, theirs, tmp_path):
     [extra] = open_checkpoint(theirs / name).extras
@@ -110,18 +110,15 @@ def test_what_happens_beside_weights_is_read_and_passed_on(name, says, tensors, 
     assert out.extras[0].tensors == extra.tensors
 
 
-@pytest.mark.parametrize("name", ["SpinQuant", "SpinQuant_online", "QuIP"])
+@pytest.mark.parametrize("name", ["SpinQuant", "SpinQuant_online", "QuIP", "QuIP_outputs"])
 def test_we_compute_what_its_rotated_models_compute(name, theirs):
     found = load_file(theirs / f"{name}.logits.safetensors")
     model, tokens, expected = open_checkpoint(theirs / name), found["tokens"], found["logits"]
     reading = read(model, qlab.from_ids(model, tokens))
     ours = reading.skeleton.head(tokens, reading.hidden)
     assert (ours - expected).norm() < 1e-4 * expected.norm()
-
-
-def test_rotated_outputs_are_refused_by_name(theirs):
-    with pytest.raises(QlabError, match=r"transform_config's group u applies to location 'output'"):
-        open_checkpoint(theirs / "QuIP_outputs")
+    lowered = qlab.lower(theirs / name, dtype=torch.float32, dense_cache=True)(tokens).logits
+    assert (lowered - expected).norm() < 1e-4 * expected.norm()
 
 
 @pytest.mark.parametrize("name", RECIPES)
