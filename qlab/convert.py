@@ -243,7 +243,8 @@ def _rewrite(source: Checkpoint, codec: Codec, targets: Mapping[str, Spec], requ
         tensors = codec.encode(module, new, *online)
         row = {"shape": row["shape"], "requantized_from": str(leaf.spec),
                "requantization_error": distances(new, leaf)["weight_error"]}  # fmt: skip
-        certificate = certificate and certify(new, None)  # the weight that the others were made from is not here
+        if certificate:  # without the weight that the others were made from, which is not here, but with its name
+            certificate = certify(new, None) | {key: certificate[key] for key in ("made_of",) if key in certificate}
     row |= {"spec": str(new.spec), "bits_per_weight": stored_bits(new, new.scales.dtype)}
     notes.setdefault("sites", {})[module] = row
     if certificate:
