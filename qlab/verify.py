@@ -1,5 +1,7 @@
 """Is a quantized directory what it claims to be? Every site against its grid, its certificate and the model it came from."""
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,11 @@ from qlab.report import recorded
 
 SLACK = 1e-4  # relative: how far a sum of squares in fp32 may differ between machines
 DISTANCES = {"weight_error": "weight error", "largest_step": "largest error in steps"}
+ROUNDED = 1e-7  # relative: how far a float of a config.json may have come through the float32 of a GGUF file
+# Keys of config.json, at any depth, that change no number that the model computes: how weights are stored, which is checked by itself,
+# who wrote the file with what, and where a generation begins, ends and keeps its past, which is generation_config.json's to say.
+PROVENANCE = ("quantization_config", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "_attn_implementation_autoset",
+              "bos_token_id", "eos_token_id", "pad_token_id", "use_cache")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,9 @@ class Verdict:
     missing, extra: tensors of the reference that the directory lacks, and the other way round. changed: unquantized tensors
     that differ from the reference, with what explains each or None. certified: whether the directory holds certificates;
     without them nothing explains a change, and none is a fault. extras: tensor that its configuration calls for beside weights
-    -> what is wrong with it, or None.
+    -> what is wrong with it, or None. config: key of config.json, nested ones with dots -> the directory's value and the reference's,
+    None where there is none, if what they compute differs. lost: whether its qlab.json is of a job that certifies, and holds no
+    certificates.
     """
 
     path: Path
@@ -37,11 +46,17 @@ class Verdict:
     changed: Mapping[str, str | None]
     certified: bool
     extras: Mapping[str, str | None]
+    config: Mapping[str, tuple[Any, Any]]
+    lost: bool
 
     @property
     def faults(self) -> list[str]:
         """What is wrong, one sentence each; empty when the directory is what it claims to be."""
-        found = [f"{name}: {row['fault']}" for name, row in self.sites.items() if row["fault"]]
+        found = [f"config.json has {_says(key, ours)} where the reference has {_says('', theirs)}"
+                 for key, (ours, theirs) in self.config.items()]  # fmt: skip
+        if self.lost:
+            found.append("its qlab.json has lost its certificates; quantize or convert again, or remove that file")
+        found += [f"{name}: {row['fault']}" for name, row in self.sites.items() if row["fault"]]
         found += [f"{name} {fault}" for name, fault in self.extras.items() if fault]
         found += [f"{name} is missing" for name in self.missing]
         found += [f"{name} is not in the reference" for name in self.extra]
@@ -52,7 +67,7 @@ class Verdict:
         """The verdict as plain data."""
         return {"path": str(self.path), "certified": self.certified, "faults": self.faults, "sites": dict(self.sites),
                 "missing": list(self.missing), "extra": list(self.extra), "changed": dict(self.changed),
-                "extras": dict(self.extras)}  # fmt: skip
+                "extras": dict(self.extras), "config": dict(self.config), "lost": self.lost}  # fmt: skip
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table("site", "spec", "weight error", "certified", "verdict", title=str(self.path))
@@ -68,6 +83,13 @@ class Verdict:
         yield f"{len(self.sites)} quantized weights, {beside}{len(self.faults)} faults, {against}"
 
 
+def _says(key: str, value: Any) -> str:
+    """A key and its value, in few words."""
+    if value is None:
+        return f"no {key}" if key else "none"
+    return f"{key} {json.dumps(value, default=str):.60}".strip()
+
+
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3e}"
 
@@ -78,7 +100,8 @@ def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path)
 
     Every site: the codes decode, lie on the grid that the configuration claims, hash to the certificate that was recorded
     when they were made, and are as far from the reference's weight as it says. Every tensor of the reference is there, and
-    every unquantized one is the reference's own or the one that the recipe is recorded to have written.
+    every unquantized one is the reference's own or the one that the recipe is recorded to have written. Its config.json says of the
+    model what the reference's says.
     """
     model, reference = (m if isinstance(m, Checkpoint) else open_checkpoint(m) for m in (directory, against))
     if not model.quantized:
@@ -102,9 +125,67 @@ def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path)
     missing = [*sorted(theirs - names), *(f"the certified {module}" for module in unheard),
                *(name for extra in model.extras for name in extra.missing)]  # fmt: skip
     made = {f"{module}.weight" for module, row in certificates.items() if row.get("made_of") in theirs}
-    return Verdict(model.path, sites, missing, sorted(names - theirs - extras.keys() - made), changed, bool(certificates), extras)
+    config = _config_differences(model, reference, untied=bool(made - theirs))
+    lost = not certificates and _certifies(record.get("job", {}))
+    return Verdict(model.path, sites, missing, sorted(names - theirs - extras.keys() - made), changed, bool(certificates), extras,
+                   config, lost)  # fmt: skip
 
 
+def _certifies(job: Mapping[str, Any]) -> bool:
+    """Whether a recorded job certified what it wrote, as all of qlab's do but the conversion of a directory that another tool made:
+    a conversion carries the certificates on that it finds."""
+    while isinstance(job.get("converted_from"), dict):
+        job = job["converted_from"]
+    return bool(job) and "converted_from" not in job
+
+
+# ------------------------------------------------------------------ config.json
+def _config_differences(model: Checkpoint, reference: Checkpoint, untied: bool) -> dict[str, tuple[Any, Any]]:
+    """Key -> the directory's value and the reference's, where they differ. untied: the recipe gave a tied head a weight of its own.
+
+    A key that one of the two files lacks may be a default, or what the other one says in newer words: there transformers' reading
+    of both decides, where it knows the architecture.
+    """
+    ours, theirs = _settings(model.raw), _settings(reference.raw)
+    found = {key: (ours[key], theirs[key]) for key in ours.keys() & theirs.keys()}
+    if ours.keys() != theirs.keys():
+        read, expected = _as_transformers_reads(model), _as_transformers_reads(reference)
+        if read is None or expected is None:
+            read, expected = ours, theirs
+        found = {key: (read.get(key), expected.get(key)) for key in read.keys() | expected.keys()} | found
+    return {key: pair for key, pair in sorted(found.items()) if not _same(*pair) and not
+            (untied and key.rpartition(".")[2] == "tie_word_embeddings" and pair[0] is False)}  # fmt: skip
+
+
+def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What a configuration says of the model: dotted key -> value. A null says nothing."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= {} if key in PROVENANCE else _settings(value, f"{prefix}{key}.")
+        elif key not in PROVENANCE and value is not None:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _as_transformers_reads(model: Checkpoint) -> dict[str, Any] | None:
+    """The same with its defaults, by its present names; None where it does not know the architecture or refuses the file."""
+    try:
+        return _settings(model.config.to_dict()) if model.known else None
+    except QlabError:
+        return None
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    """Whether two values of a configuration are one; NaN is NaN."""
+    if isinstance(ours, list) and isinstance(theirs, list):
+        return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+    if isinstance(ours, float) and isinstance(theirs, float) and math.isclose(ours, theirs, rel_tol=ROUNDED):
+        return True
+    return ours == theirs or repr(ours) == repr(theirs)
+
+
+# ------------------------------------------------------------------ tensors
 def _site(model: Checkpoint, reference: Checkpoint, module: str, certificate: Mapping[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {"spec": str(model.quantized[module]), "weight_error": None,
                            "certified_error": certificate.get("weight_error"), "fault": None}  # fmt: skip

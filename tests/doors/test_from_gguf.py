@@ -155,6 +155,21 @@ def test_codes_are_those_of_the_file(made):
     assert qlab.verify(made.out, made.out).faults == []
 
 
+@pytest.mark.parametrize("arch, config", [("qwen2", {}), ("qwen3", {"head_dim": 128})])
+def test_a_converted_file_verifies_against_the_model_that_it_was_made_of(arch, config, tmp_path):
+    file = write(tmp_path / "model.gguf", {"attn_q": KINDS.Q4_0}, arch, **config)  # everything else is float32
+    out = convert(file, "compressed-tensors", tmp_path / "out").path
+    model = tiny(arch, num_key_value_heads=2, num_attention_heads=4, **config)
+    model.save_pretrained(tmp_path / "model")
+    assert qlab.verify(out, tmp_path / "model").faults == []
+    model.config.rms_norm_eps = 1e-5
+    model.save_pretrained(tmp_path / "model")
+    assert ["rms_norm_eps" in fault for fault in qlab.verify(out, tmp_path / "model").faults] == [True]
+    record = json.loads((out / "qlab.json").read_text())
+    (out / "qlab.json").write_text(json.dumps({**record, "certificates": {}}))
+    assert any("lost its certificates" in fault for fault in qlab.verify(out, out).faults)
+
+
 def test_codes_of_two_widths_in_another_format_are_the_same(made, tmp_path):
     there, here = open_checkpoint(convert(made.file, "gptq", tmp_path / "out").path), open_checkpoint(made.out)
     assert there.quantized.keys() == here.quantized.keys()
