@@ -144,8 +144,9 @@ def _targets(source: Checkpoint, codec: str, requantize: Spec | None) -> dict[st
                         "there is nothing to convert; quantize the model that it was made from")
     if requantize is not None:
         target = _nearest(requantize, CODECS[codec])
-        if isinstance(target, str):
-            raise QlabError(f"{codec} cannot hold {requantize} weights ({target}); choose another grid to round to")
+        reason = target if isinstance(target, str) else CODECS[codec].risk(target)
+        if isinstance(target, str) or reason:
+            raise QlabError(f"{codec} cannot hold {requantize} weights ({reason}); choose another grid to round to")
         return {module: target for module, spec in source.quantized.items() if spec}
     nearest = {spec: _nearest(spec, CODECS[codec]) for spec in set(source.quantized.values()) if spec}
     targets = {module: nearest[spec] for module, spec in source.quantized.items() if spec}

@@ -144,7 +144,7 @@ def _check(source: Checkpoint, specs: Mapping[str, Spec], codec: str, target: st
         reason = CODECS[codec].refusal(with_scale_dtype(spec, source.dtype)) or CODECS[codec].misfit(spec, shape)
         if target and not reason:
             reason = refusal(target, codec, spec, ".experts." in module, shape[-1])
-        if reason:
+        if reason := reason or CODECS[codec].risk(spec):
             failed.setdefault(reason, []).append(module)
     for reason, modules in failed.items():
         raise QlabError(f"{', '.join(modules[:4])}{f' and {len(modules) - 4} more' if len(modules) > 4 else ''}: {reason}")

@@ -231,7 +231,7 @@ def _check_specs(specs: Mapping[str, Spec | None], shapes: Mapping[str, torch.Si
         refused = held.refusal(with_scale_dtype(spec, skeleton.checkpoint.dtype)) or held.misfit(spec, shapes[name])
         if target and not refused:
             refused = refusal(target, codec, spec, site.route is not None, k)
-        if refused:
+        if refused := refused or held.risk(spec):
             failed.setdefault(refused, []).append(name)
     for names in _joined(named):
         if target and (divided := division(target, {name: specs[name] for name in names})):

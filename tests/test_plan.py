@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from directories import contents, random_tokens
+from directories import change, contents, random_tokens
 from families import tiny
 
 from qlab.errors import QlabError
@@ -16,6 +16,7 @@ from qlab.plan import plan
 from qlab.quantize import quantize
 from qlab.spec import parse_spec
 from qlab.transform import at, chain, keep, rules
+from qlab.verify import verify
 
 INT4 = parse_spec("int4-g16")
 Q, K, V, O = (f"model.layers.0.self_attn.{p}_proj" for p in "qkvo")
@@ -171,3 +172,23 @@ def test_what_a_format_cannot_hold_of_these_shapes_or_all_together_is_refused(mo
     narrow = open_checkpoint(saved("llama", intermediate_size=72))
     with pytest.raises(QlabError, match=r"\.mlp\.gate_proj, .*: 72 x 64 codes of 3 bits do not fill int32 words along both axes"):
         plan(narrow, rtn(odd), codec="gptq")
+
+
+def test_zero_points_that_version_1_of_gptq_may_not_hold_are_refused_before_any_work(source, tmp_path, saved):
+    zeros, halves = parse_spec("int4-g32-asym"), open_checkpoint(saved("llama", torch.float16))
+    mixed = rules({"*.mlp.*": gptq(parse_spec("int4-g32")), "*": gptq(zeros)})
+    for codec, other in (("gptq", "gptq_v2"), ("gptq_desc_act", "gptq_v2_desc_act")):
+        words = (rf"^{Q}, {K}, {V}, {O} and 4 more: GPTQ version 1 stores z - 1 and so no zero point at the lowest code, which "
+                 rf"rounding to int4-g32-asym may give; write {other} \(--codec\)$")  # fmt: skip
+        with pytest.raises(QlabError, match=words):
+            plan(halves, mixed, random_tokens(source), codec=codec)
+        with pytest.raises(QlabError, match=words):
+            quantize(halves, mixed, random_tokens(source), tmp_path / "out", codec=codec)
+        assert plan(halves, mixed, random_tokens(source), codec=other).sites[Q]["spec"] == "int4-g32-asym"
+    assert not list(tmp_path.iterdir())
+    positive = tmp_path / "positive"
+    tiny("llama").half().save_pretrained(positive)
+    change(positive, model__layers__0__mlp__up_proj__weight=torch.abs)  # whose zero points are the lowest code
+    written = quantize(open_checkpoint(positive), rtn(zeros), None, tmp_path / "v2", codec="gptq_v2").path
+    leaf = open_checkpoint(written).leaf("model.layers.0.mlp.up_proj.weight")
+    assert leaf.zeros.eq(-8).all() and verify(written, positive).faults == []

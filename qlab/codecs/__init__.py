@@ -29,6 +29,8 @@ class Codec:
     weight in a layout of the format's own.
 
     misfit(spec, shape): why weights of this shape [..., o, k] do not fit, or None; also before any work.
+    risk(spec): why weights that are still to be rounded may not fit once they are, or None: before any work that rounds, which
+    would end in an error of `encode`. Codes that are there already are only asked by `encode`, since most of them may fit.
 
     Formats that round inputs at run time take those operations as a further argument of `encode` (online) and how they
     round as one of `config` (inputs: path -> InputSpec), and read both: inputs(config, names) like specs,
@@ -45,6 +47,7 @@ class Codec:
     decode_input: Callable[[str, Mapping[str, Tensor], InputSpec], Op] | None = None
     misfit: Callable[[Spec, torch.Size], str | None] = lambda spec, shape: None
     extras: Callable[[Mapping[str, Any], Collection[str]], tuple[Extra, ...]] = lambda config, names: ()
+    risk: Callable[[Spec], str | None] = lambda spec: None
 
 
 def _gptq(version: gptq.Version) -> Codec:
@@ -55,6 +58,7 @@ def _gptq(version: gptq.Version) -> Codec:
         partial(gptq.config, version),
         gptq.specs,
         misfit=gptq.misfit,
+        risk=partial(gptq.risk, version),
     )
 
 

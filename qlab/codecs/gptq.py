@@ -71,6 +71,15 @@ def misfit(spec: Spec, shape: torch.Size) -> str | None:
     return None
 
 
+def risk(version: Version, spec: Spec) -> str | None:
+    """Why weights that are still to be rounded to this spec may turn out not to fit, or None: their numbers decide where zero points
+    fall, and version 1 has no word for the lowest."""
+    if version.offset and isinstance(spec, Int) and not spec.symmetric:
+        return (f"GPTQ version 1 stores z - 1 and so no zero point at the lowest code, which rounding to {spec} may give; write "
+                f"{replace(V2, reordered=version.reordered)} (--codec)")  # fmt: skip
+    return None
+
+
 def encode(version: Version, path: str, leaf: QTensor) -> dict[str, Tensor]:
     """QTensor [o, k] -> {path.qweight, path.qzeros, path.scales, path.g_idx}.
 

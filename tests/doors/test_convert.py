@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from directories import bits_equal, contents, tensors
+from directories import bits_equal, change, contents, tensors
 from foreign import directory
 from formats import rounded_scales
 from hypothesis import given
@@ -218,6 +218,23 @@ def test_only_a_few_tensors_are_alive_at_once(quantized, tmp_path, monkeypatch):
     monkeypatch.setattr(type(source), "tensor", tensor)
     convert(source, "compressed-tensors", tmp_path / "out")
     assert max(most) <= 6 and len(most) > 40  # the tensors of one module, and of the one before while it is replaced
+
+
+def test_version_1_of_gptq_takes_zero_points_above_the_lowest_code(saved, quantized, tmp_path):
+    source = quantized("int4-g32-asym")
+    assert all(int(leaf.zeros.min()) > leaf.spec.qmin for leaf in leaves(source).values())
+    there = convert(source, "gptq", tmp_path / "there").path
+    assert verify(there, saved("llama", torch.float16)).faults == []
+    model = shutil.copytree(saved("llama", torch.float16), tmp_path / "model")
+    change(model, model__layers__1__mlp__up_proj__weight=torch.abs)
+    lowest = quantize(open_checkpoint(model), rtn(parse_spec("int4-g32-asym")), None, tmp_path / "lowest").path
+    with pytest.raises(QlabError, match=rf"gptq cannot hold {UP} \(256 of 256 zero points are the lowest code.*; write gptq_v2\)"):
+        convert(lowest, "gptq", tmp_path / "out")
+    words = r"gptq cannot hold int4-g64-asym weights \(.* which rounding to int4-g64-asym may give; write gptq_v2 \(--codec\)\)"
+    with pytest.raises(QlabError, match=words):
+        convert(source, "gptq", tmp_path / "out", requantize=parse_spec("int4-g64-asym"))
+    assert not list(tmp_path.glob("out*"))
+    assert leaves(convert(lowest, "gptq_v2", tmp_path / "v2").path).keys() == leaves(lowest).keys()
 
 
 @given(codec=st.sampled_from(sorted(CODECS)), bits=st.integers(2, 8), cols=st.sampled_from([32, 64, None]), symmetric=st.booleans(),

@@ -116,6 +116,8 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_written(unknown, saved, t
         "no rule covers layers.0.mlp": lambda: quantize_files(unknown, rules({"*q_proj": rtn(INT4)}), out),
         "choose no weight": lambda: quantize_files(unknown, rtn(INT4), out, include=["*lm_head"]),
         "the codec 'nothing' is unknown": lambda: quantize_files(unknown, rtn(INT4), out, codec="nothing"),
+        r"q_proj, .*: GPTQ version 1 stores z - 1 and .*; write gptq_v2 \(--codec\)$":
+            lambda: quantize_files(unknown, rtn(parse_spec("int4-g32-asym")), out, codec="gptq"),
         "vllm loads no int4-g16": lambda: quantize_files(unknown, rtn(parse_spec("int4-g16")), out, target="vllm"),
         "vllm loads no int4-g32-asym expert": lambda: quantize_files(unknown, rtn(parse_spec("int4-g32-asym")), out, target="vllm"),
         "is the model itself": lambda: quantize_files(unknown, rtn(INT4), unknown, overwrite=True),
