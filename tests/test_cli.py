@@ -1,13 +1,16 @@
 """The commands, end to end on a tiny model: what they print, what they write, and what they refuse."""
 
+import gc
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 
 import qlab.cli
+from qlab.cli.options import loading
 
 SMALL = ["--spec", "int4-g32", "--samples", "8", "--length", "32"]
 
@@ -183,6 +186,17 @@ def test_the_commands_import_what_they_need_when_they_run():
     code = "import sys, qlab.cli; print(sorted({'torch', 'transformers', 'safetensors', 'matplotlib'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("error", [None, ImportError])
+def test_the_collector_rests_while_a_command_loads_and_no_longer(error, monkeypatch):
+    frozen = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))  # that of this process would keep other tests' garbage
+    with nullcontext() if error is None else pytest.raises(error), loading():
+        assert not gc.isenabled()
+        if error:
+            raise error
+    assert gc.isenabled() and frozen == [False]
 
 
 def test_a_public_name_goes_before_the_submodule_of_its_name():

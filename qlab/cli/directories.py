@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
-from qlab.cli.options import Asymmetric, CodecName, Json, Model, Overwrite, Resume, console, report, resolved
+from qlab.cli.options import Asymmetric, CodecName, Json, Model, Overwrite, Resume, console, loading, report, resolved
 
 
 def inspect(directory: Model, json_file: Json = None) -> None:
     """What a directory holds, in any format that qlab reads: specs, tensors, bytes, and what qlab measured if it wrote it."""
-    from qlab.inspection import inspect
+    with loading():
+        from qlab.inspection import inspect
 
     found = inspect(resolved(directory))
     console().print(found)
@@ -25,8 +26,9 @@ def convert(
     asymmetric: Asymmetric = False, overwrite: Overwrite = False, resume: Resume = False, json_file: Json = None,
 ) -> None:  # fmt: skip
     """The same codes in another format; refuses, with the sites, whatever would be lost. --requantize rounds anew instead."""
-    from qlab.convert import convert
-    from qlab.spec import parse_spec
+    with loading():
+        from qlab.convert import convert
+        from qlab.spec import parse_spec
 
     grid = parse_spec(requantize, symmetric=not asymmetric) if requantize else None
     result = convert(resolved(directory), codec, out, requantize=grid, overwrite=overwrite, resume=resume)
@@ -46,7 +48,8 @@ def verify(
     against: Annotated[str, typer.Option("--against", help="the model it was made from, or 'demo'")], json_file: Json = None,
 ) -> None:  # fmt: skip
     """Is a directory what it claims to be? Grids, certificates and the reference's tensors; exit code 1 if something is not."""
-    from qlab.verify import verify
+    with loading():
+        from qlab.verify import verify
 
     verdict = verify(resolved(directory), resolved(against))
     console().print(verdict)
