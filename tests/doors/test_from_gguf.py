@@ -43,6 +43,7 @@ def k_blocks(shape, kind):
 
 def write(path, kinds, arch="llama", **config):
     """A random model, a llama where qlab does not read `arch`; `kinds`: the last part of a matrix's name -> how it is stored."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     model = tiny(arch if arch in file_format.ARCHITECTURES else "llama", num_key_value_heads=2, num_attention_heads=4, **config)
     writer, config = gguf.GGUFWriter(path, arch), model.config
     writer.add_block_count(config.num_hidden_layers)
@@ -227,6 +228,15 @@ def test_errors_leave_nothing(made, tmp_path, monkeypatch):
     with pytest.raises(QlabError, match="exists and holds something else"):
         convert(made.file, "compressed-tensors", made.out)
     assert contents(made.out) == before
+
+
+def test_an_output_around_the_file_is_refused_even_when_it_may_be_overwritten(tmp_path):
+    file = write(tmp_path / "models" / "llama" / "model.gguf", CODES)
+    before = contents(tmp_path)
+    for out in (file, file.parent, file.parent.parent):
+        with pytest.raises(QlabError, match=r"model\.gguf is the model itself" if out == file else r"holds the model .*model\.gguf"):
+            convert(file, "compressed-tensors", out, overwrite=True)
+        assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("door", [qlab.open, qlab.inspect])

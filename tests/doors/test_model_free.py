@@ -127,6 +127,14 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_written(unknown, saved, t
     assert [path.name for path in tmp_path.iterdir()] == ["unknown"]
 
 
+def test_an_output_around_the_model_is_refused_even_when_it_may_be_overwritten(unknown, tmp_path):
+    before = contents(tmp_path)
+    for out in (unknown, unknown.parent):
+        with pytest.raises(QlabError, match="is the model itself" if out == unknown else "holds the model .*unknown"):
+            quantize_files(unknown, rtn(INT4), out, overwrite=True)
+        assert contents(tmp_path) == before
+
+
 def test_killed_anywhere_and_resumed(unknown, tmp_path):
     run = lambda out, **options: quantize_files(unknown, rtn(INT4), out, **options)
     run(tmp_path / "whole")
