@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from directories import change, contents, random_tokens
+from directories import change, contents, random_tokens, refused
 from families import tiny
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
@@ -192,3 +193,17 @@ def test_zero_points_that_version_1_of_gptq_may_not_hold_are_refused_before_any_
     written = quantize(open_checkpoint(positive), rtn(zeros), None, tmp_path / "v2", codec="gptq_v2").path
     leaf = open_checkpoint(written).leaf("model.layers.0.mlp.up_proj.weight")
     assert leaf.zeros.eq(-8).all() and verify(written, positive).faults == []
+
+
+@pytest.mark.parametrize("clip, operation", [(8.0, "torch.nonzero()"), (None, "clamp called but both")])
+def test_a_block_whose_operations_ask_for_values_is_refused_by_name(clip, operation, tmp_path):
+    config = AutoConfig.for_model(
+        "dbrx", d_model=64, n_heads=4, n_layers=2, max_seq_len=128, vocab_size=128,
+        attn_config=dict(kv_n_heads=2, clip_qkv=clip, rope_theta=1e4),
+        ffn_config=dict(ffn_hidden_size=64, moe_num_experts=4, moe_top_k=2),
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dbrx")
+    dbrx = open_checkpoint(tmp_path / "dbrx")
+    for act in (lambda: plan(dbrx, rtn(INT4), None), lambda: quantize(dbrx, rtn(INT4), None, tmp_path / "out")):
+        refused(act, "transformer.blocks.0 (DbrxBlock)", operation, "check config.json, or choose a model")
+    assert not list(tmp_path.glob("out*"))

@@ -5,7 +5,6 @@ replaced by recorders; the head is run the same way, with the last block replayi
 """
 
 import contextlib
-import copy
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +19,7 @@ from qlab.graph import Code, ModuleGraph, tensors_of
 from qlab.model.device import usable
 from qlab.model.names import Piece, assemble, pieces_of_experts, spellings
 from qlab.model.online import at_input, at_output
-from qlab.model.paper import find_blocks, on_paper, path_of
+from qlab.model.paper import find_blocks, on_meta, on_paper, output_on_meta, path_of
 from qlab.model.recording import Call, Output, Recorded, Recorder, Replaced, to_like
 from qlab.qtensor import Leaf, dense
 from qlab.trace import trace
@@ -156,7 +155,7 @@ class Skeleton:
 
     def _trace(self, path: str, call: Call, hidden: Tensor) -> ModuleGraph:
         args, kwargs = call.inputs(hidden.to("meta"))
-        return trace(_on_meta(self.blocks[path]), args, kwargs, path)
+        return trace(on_meta(self.blocks[path]), args, kwargs, path)
 
     # -------------------------------------------------------------- around the blocks
     def load_outside(self, with_head: bool) -> None:
@@ -249,7 +248,7 @@ class Skeleton:
         def output(call: Call, hidden: Tensor) -> Output:
             if path not in self._outputs:
                 args, kwargs = call.inputs(hidden.to("meta"))
-                parts, spec = pytree.tree_flatten(_on_meta(self.blocks[path])(*args, **kwargs))
+                parts, spec = pytree.tree_flatten(output_on_meta(path, self.blocks[path], args, kwargs))
                 at = next(i for i, p in enumerate(parts) if isinstance(p, Tensor) and p.shape == hidden.shape)
                 self._outputs[path] = Output(tuple(parts), spec, at)
             return self._outputs[path]
@@ -259,13 +258,6 @@ class Skeleton:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and torch.equal(a, b))
-
-
-def _on_meta(block: nn.Module) -> nn.Module:
-    """A copy of the block with its buffers on meta too; its parameters are there already and are shared."""
-    memo: dict[int, Any] = {id(p): p for p in block.parameters()}
-    memo |= {id(b): b.to("meta") for b in block.buffers()}
-    return copy.deepcopy(block, memo)
 
 
 def _structure(block: nn.Module, call: Call, hidden: Tensor, index: int) -> Any:
