@@ -100,8 +100,8 @@ class QlabQuantizer(HfQuantizer):
             if isinstance(place, nn.Linear):
                 ours |= {re.escape(f"{name}.{part.rpartition('.')[2]}") for own in parts.values() for part in own}
                 set_module(model, name, Awaiting(place.in_features, place.out_features))
-            else:  # experts go by numbers under their owner, whatever the files call that
-                ours |= {re.escape(name.rpartition(".")[0]) + r"\.0\..+", re.escape(name)}
+            else:  # experts go by numbers under their owner, whatever the files call that, or as if codes were weights of theirs
+                ours |= {re.escape(name.rpartition(".")[0]) + r"\.0\..+", re.escape(name) + "(_.+)?"}
                 set_module(model, name, Awaiting(*place.shape[:0:-1]))
         ours |= {re.escape(name) for extra in checkpoint.extras for name in extra.tensors}
         families = {re.sub(r"\d+", r"\\d+", pattern) for pattern in ours}

@@ -98,15 +98,15 @@ def pieces_of_experts(model: PreTrainedModel, name: str, stored: Collection[str]
     """The tensors that engines expect for a fused weight [e, o, k], in the order of experts and rows; () if transformers
     knows no names per expert. Names are spelled with or without the base prefix, as the stored ones are."""
     experts, rows = model.get_parameter(name).shape[:2]
-    numbers = torch.arange(experts * rows, device="cpu").view(experts, rows, 1)  # also where models are being built on meta
-    cut = revert_weight_conversion(model, {name: numbers})
+    numbers = torch.arange(experts * rows, device="cpu")  # also where models are being built on meta
+    two = numbers.view(experts, rows, 1).repeat(1, 1, 2)  # transformers 5.17 drops an axis of one
+    cut = revert_weight_conversion(model, {name: two})
     if set(cut) == {name}:
         return ()
     pieces = []
     for piece, held in cut.items():
         first, last = int(held.flatten()[0]), int(held.flatten()[-1])
-        whole = torch.arange(first, last + 1, device=held.device)
-        if held.shape[1:] != (1,) or first // rows != last // rows or not torch.equal(held.flatten(), whole):
+        if first // rows != last // rows or not torch.equal(held, numbers[first : last + 1, None].repeat(1, 2)):
             raise QlabError(f"{name} is saved as {piece} in a way that is no range of rows of one expert; qlab cannot cut it")
         pieces.append(Piece(_spelled(piece, model.base_model_prefix, stored), first // rows, first % rows, last % rows + 1))
     return tuple(sorted(pieces, key=lambda p: (p.expert or 0, p.start)))

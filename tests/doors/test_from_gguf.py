@@ -58,9 +58,9 @@ def write(path, kinds, arch="llama", **config):
     writer.add_rope_dimension_count(config.hidden_size // 4)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<pad>", "<s>", "</s>", "w", "o", "wo", *WORDS[3:]])
+    writer.add_token_list(["<pad>", "<s>", "</s>", "w", "o", "wo", "ow", *WORDS[4:]])
     writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * len(WORDS))
-    writer.add_token_merges(["w o"])
+    writer.add_token_merges(["w o", "o w"])  # a list of one is no list to transformers 5.17
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
