@@ -8,11 +8,11 @@ import torch
 from qlab.calibration import Data
 from qlab.graph import Code, by_source
 from qlab.model.skeleton import Skeleton
-from qlab.sweep import BATCH_TOKENS, HELD, Inputs, in_order
+from qlab.sweep import BATCH_TOKENS, HELD, Inputs, drifts, in_order
 from qlab.transform import Transform
 
 # [k, k] matrices that a stage holds at once beside its statistics
-SQUARES = {"gptq": 8, "awq_scale": 4}
+SQUARES = {"gptq": 8, "awq_scale": 4, "aim_at_reference": 3}
 
 
 def predict_memory(skeleton: Skeleton, codes: Mapping[str, Code], shapes: Mapping[str, torch.Size],
@@ -30,9 +30,10 @@ def predict_memory(skeleton: Skeleton, codes: Mapping[str, Code], shapes: Mappin
     if data is not None:
         moments.append(process | {"embeddings": embedding.numel() * size,
                                   "carry": size * data.count * embedding.shape[-1]})  # fmt: skip
+    beside = inputs == "quantized" and drifts([recipe])  # the reference's block, which runs too
     for path, code in codes.items():
         weights = [shapes[f"{path}.{site.path}"] for site in code.sites]
-        block = sum(p.numel() for p in skeleton.blocks[path].parameters()) * size
+        block = sum(p.numel() for p in skeleton.blocks[path].parameters()) * size * (2 if beside else 1)
         held = _block_moments(code, weights, size, data, recipe, inputs, everywhere, experts_at_once)
         moments += [process | {"block": block} | parts for parts in held]
     return max(moments, key=lambda held: sum(held.values()))
@@ -57,8 +58,10 @@ def _block_moments(code: Code, weights: Sequence[torch.Size], size: int, data: D
         if any("second_moment" in stage.needs for stage in recipe):
             square = 4 * max(ks) ** 2
             statistics = (max(states) if ordered else sum(states)) + 2 * (max(states) - square)  # one lifted, one combined
+        streams = 2 if inputs == "quantized" and drifts([recipe]) else 1
+        statistics *= streams  # the drift is as large as a second moment
         if ordered:  # the hidden states and the input of the widest source, of every batch
-            waiting = min(HELD, data.count * size * (hidden + max(weights[i][-1] * copies[i] for i in firsts)))
+            waiting = min(HELD, streams * data.count * size * (hidden + max(weights[i][-1] * copies[i] for i in firsts)))
         yield {"statistics": statistics + 2 * square, "activations": activations, "waiting": waiting}
         yield {"codes": sum(map(torch.Size.numel, weights)), "waiting": waiting, "activations": activations + 2 * 4 * max(matrices)}
     moved, sizes = 0, {site.path: shape.numel() for site, shape in zip(code.sites, weights)}

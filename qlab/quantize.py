@@ -29,7 +29,7 @@ from qlab.report import PeakMemory, bits_per_weight, describe, site_rows, versio
 from qlab.spec import InputSpec, Spec, parse_input_spec, parse_spec
 from qlab.stats import Stats
 from qlab.stored import as_stored, certificates, encode, online_at
-from qlab.sweep import Batch, Batches, Inputs, in_batches, in_order, observe, push, record, solve, solve_in_order
+from qlab.sweep import Batch, Batches, Inputs, Reference, drifts, in_batches, in_order, observe, push, record, solve, solve_in_order
 from qlab.transform import Transform
 
 
@@ -166,13 +166,19 @@ def _scan(skeleton: Skeleton, jobs: list[_Job], data: Data | None, inputs: Input
     """All blocks, in order, from the first one that some job lacks."""
     keeper, paths = jobs[0].writer, list(skeleton.blocks)
     windows = in_batches(data)
-    done = min(job.writer.blocks_done(len(paths), keeper.carry_path if data is not None else None) for job in jobs)
+    streams = [inputs, "reference"] if inputs == "quantized" and drifts(job.recipe for job in jobs) else [inputs]
+
+    def carried(i: int) -> bool:
+        return data is None or all(keeper.carry_path(stream, i).is_file() for stream in streams)
+
+    done = min(job.writer.blocks_done(len(paths), carried) for job in jobs)
     skeleton.load_outside(with_head=False)
     entering, calls = record(skeleton, windows)
     skeleton.drop_outside()
-    carries = [Carry(keeper.carry_path(i), [tuple(h.shape) for h in entering], skeleton.dtype) for i in range(len(paths))]
-    if done == 0 or data is None:
-        carries[0].write(entering)
+    shapes = [tuple(h.shape) for h in entering]
+    carries = [[Carry(keeper.carry_path(s, i), shapes, skeleton.dtype) for s in streams] for i in range(len(paths))]
+    for carry in carries[0] if done == 0 or data is None else ():
+        carry.write(entering)
     del entering
     for job in jobs:
         if not job.writer.has(0):
@@ -180,10 +186,11 @@ def _scan(skeleton: Skeleton, jobs: list[_Job], data: Data | None, inputs: Input
     _return_freed_memory()
     console = Console(stderr=True)
     for i, path in track(list(enumerate(paths))[done:], "quantizing blocks", console=console, disable=not console.is_terminal):
-        before, after = carries[i if data is not None else 0], carries[i + 1 : i + 2] if data is not None else []
-        _block(skeleton, jobs, i, partial(_batches, calls, path, before, skeleton.device), inputs, everywhere, after)
-        if after:
-            before.path.unlink(missing_ok=True)
+        before, after = carries[i if data is not None else 0], carries[i + 1] if data is not None and i + 1 < len(paths) else []
+        entering_it = [partial(_batches, calls, path, carry, skeleton.device) for carry in before]
+        _block(skeleton, jobs, i, entering_it, inputs, everywhere, after)
+        for carry in before if after else ():
+            carry.path.unlink(missing_ok=True)
     for job in jobs:
         _finish(skeleton, job)
 
@@ -211,29 +218,32 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def _block(skeleton: Skeleton, jobs: Sequence[_Job], index: int, batches: Batches, inputs: Inputs, everywhere: bool,
+def _block(skeleton: Skeleton, jobs: Sequence[_Job], index: int, streams: Sequence[Batches], inputs: Inputs, everywhere: bool,
            after: Sequence[Carry]) -> None:  # fmt: skip
-    """One block, solved and written for every job, and what leaves it written to `after`. Nothing of it outlives the call."""
+    """One block, solved and written for every job, and what leaves it written to `after`, stream by stream. Nothing of it outlives
+    the call."""
+    batches = streams[0]
     graph = solved = skeleton.graph(list(skeleton.blocks)[index], *next(batches()), decoded=True)
+    reference = Reference(graph, streams[1]) if streams[1:] else None
 
     def look(now: ModuleGraph, wanted: set[tuple[str, str]]) -> Stats:
-        return observe(now, wanted, batches(), everywhere)
+        return observe(now, wanted, batches(), everywhere, reference)
 
     watch = _watcher(graph, look) if len(jobs) > 1 else look
-    leaving = None
+    leaving: list[Iterator[Tensor]] = []
     for job in jobs:
         solved = graph  # lets go of the job before
         if in_order(graph.code, job.recipe, inputs, everywhere):
-            solved, leaving = solve_in_order(graph, job.recipe, batches, job.experts_at_once)
+            solved, leaving = solve_in_order(graph, job.recipe, batches, job.experts_at_once, reference)
         else:
             solved, _ = solve(graph, job.recipe, watch)
         leaves = as_stored(skeleton, solved)
         job.writer.write_shard(index + 1, encode(leaves, job.codec, online_at(skeleton, solved, job.codec)).items())
         job.writer.write_notes(index + 1, {"sites": site_rows(solved), **certificates(leaves, skeleton.checkpoint)})
-    passed = solved if inputs == "quantized" else graph
-    del graph, solved, watch  # one version of the block is enough from here on
-    for carry in after:
-        carry.write(leaving or push(passed, batches()))
+    passed = [solved if inputs == "quantized" else graph, graph][: len(streams)]
+    del graph, solved, watch  # one version of the block per stream is enough from here on
+    for carry, left in zip(after, leaving or [push(g, enter()) for g, enter in zip(passed, streams)]):
+        carry.write(left)
 
 
 def _batches(calls: Sequence[Mapping[str, Call]], path: str, states: Carry, device: torch.device) -> Iterator[Batch]:

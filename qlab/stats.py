@@ -21,12 +21,14 @@ TILE = 192  # columns per block of a symmetric matrix, of which one triangle is 
 class Observation:
     """What one batch shows of one source: x_nk, and the keys [n] of its tokens (sample * length + position).
 
-    ends [e]: where the rows of each expert end, if they are sorted by expert.
+    ends [e]: where the rows of each expert end, if they are sorted by expert. reference_nk: what the reference model has in the
+    place of x, None where that is x itself.
     """
 
     x_nk: Tensor
     keys: Tensor
     ends: Tensor | None = None
+    reference_nk: Tensor | None = None
 
 
 class Stat(NamedTuple):
@@ -99,6 +101,12 @@ def _bf16_products(dtype: torch.dtype) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
+def _drift(o: Observation) -> Moment:
+    if o.reference_nk is None:
+        return Moment(o.x_nk.new_zeros(o.x_nk.shape[1], o.x_nk.shape[1], dtype=torch.float32), o.x_nk.shape[0])
+    return Moment((o.reference_nk.float() - o.x_nk.float()).T @ o.x_nk.float(), o.x_nk.shape[0])
+
+
 def _move_moment(state: Moment, M: Tensor) -> Moment:
     H = state.sum_kk
     moved = H * M[:, None] * M[None, :] if M.ndim == 1 else (M.T.double() @ H.double() @ M.double()).float()
@@ -149,7 +157,8 @@ def per_expert(stat: Stat) -> Stat:
 
     def lift(o: Observation) -> PerExpert:
         assert o.ends is not None
-        parts = [Observation(o.x_nk[rows], o.keys[rows]) for rows in rows_of(o.ends)]
+        other = o.x_nk if o.reference_nk is None else o.reference_nk
+        parts = [Observation(o.x_nk[rows], o.keys[rows], None, other[rows]) for rows in rows_of(o.ends)]
         return PerExpert(tuple(stat.lift(p) if len(p.keys) else _on(o.x_nk, stat.nothing(o.x_nk.shape[1])) for p in parts))
 
     def move(state: PerExpert, M: Tensor) -> PerExpert | None:
@@ -166,6 +175,13 @@ def _on(like: Tensor, state: Any) -> Any:
 STATS: dict[str, Stat] = {
     "second_moment": Stat(
         lambda o: Moment(gram(o.x_nk), o.x_nk.shape[0]),
+        lambda a, b: Moment(a.sum_kk + b.sum_kk, a.tokens + b.tokens),
+        _move_moment,
+        lambda k: Moment(torch.zeros(k, k), 0),
+    ),
+    # sum over tokens of (x' - x)^T x, x' the reference's input; of sources without experts, see Stage.wants
+    "drift": Stat(
+        _drift,
         lambda a, b: Moment(a.sum_kk + b.sum_kk, a.tokens + b.tokens),
         _move_moment,
         lambda k: Moment(torch.zeros(k, k), 0),

@@ -1,8 +1,9 @@
 """Quantizing is a scan over segments: load one, observe what the next stage needs, apply the stage, push the carry on."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 from typing import Any, Literal
 
 import torch
@@ -15,10 +16,11 @@ from qlab.graph import Code, ModuleGraph, Site, by_source
 from qlab.interpret import Walk, inputs_of, interpret
 from qlab.model.recording import Call
 from qlab.model.skeleton import Skeleton
-from qlab.stats import Observation, PerExpert, Stats, stat_of
+from qlab.stats import STATS, Observation, PerExpert, Stats, stat_of
 from qlab.transform import Transform, apply, select
 
 BATCH_TOKENS = 2048
+DRIFT = {"drift"}  # statistics that compare with the reference
 HELD = 2 << 30  # bytes of values that may wait inside a segment while its sources are solved one by one
 Batch = tuple[Call, Tensor]  # what a block is called with, and its hidden states [b, l, d]
 Inputs = Literal["quantized", "reference"]  # what a block sees while it is calibrated
@@ -34,23 +36,34 @@ def solve(graph: ModuleGraph, transform: Transform, observe: Callable[[ModuleGra
     """All stages on one segment; statistics that a stage needs and nobody has yet are observed just before it."""
     stats: Stats = {}
     for stage in transform:
-        wanted = {(s.source, need) for s in select(stage, graph).sites for need in stage.needs}
+        wanted = {(s.source, need) for s in select(stage, graph).sites for need in stage.wants(s)}
         if missing := wanted - stats.keys():
             stats = {**stats, **observe(graph, missing)}
         graph, stats = apply(stage, graph, stats)
     return graph, stats
 
 
-def observe(graph: ModuleGraph, wanted: set[tuple[str, str]], batches: Iterator[Batch], everywhere: bool = False) -> Stats:
+@dataclass(frozen=True)
+class Reference:
+    """The unquantized segment, and what it is called with in the unquantized model, batch by batch beside the quantized one's."""
+
+    graph: ModuleGraph
+    batches: Batches
+
+
+def observe(graph: ModuleGraph, wanted: set[tuple[str, str]], batches: Iterator[Batch], everywhere: bool = False,
+            reference: Reference | None = None) -> Stats:  # fmt: skip
     """The statistics `wanted` {(source, name)} of a segment's inputs over all batches; experts' are of their own tokens,
-    or, with `everywhere`, of all tokens.
+    or, with `everywhere`, of all tokens. reference: where the drift is measured from (None: there is none).
 
     Refuses NaN and Inf in activations, naming the sites they reach.
     """
-    sources = sorted({source for source, _ in wanted})
+    sources, drifting = (sorted({source for source, need in wanted if need in names}) for names in (STATS, DRIFT))
     seen = _Seen(graph, wanted)
-    for call, hidden in batches:
-        seen.add(inputs_of(graph, sources, *call.inputs(hidden), everywhere))
+    others = reference.batches() if reference and drifting else repeat(None)
+    for (call, hidden), other in zip(batches, others):
+        pairs = inputs_of(reference.graph, drifting, *other[0].inputs(other[1])) if reference and other else {}
+        seen.add(inputs_of(graph, sources, *call.inputs(hidden), everywhere), pairs)
     return seen.stats
 
 
@@ -62,8 +75,8 @@ class _Seen:
         self.tokens = dict.fromkeys((source for source, _ in wanted), 0)
         self.stats: dict[tuple[str, str], Any] = {}
 
-    def add(self, inputs: Mapping[str, Rows]) -> None:
-        """One batch: source -> what reaches its sites."""
+    def add(self, inputs: Mapping[str, Rows], reference: Mapping[str, Rows] = {}) -> None:
+        """One batch: source -> what reaches its sites, and what does in the reference where that is another model."""
         for source, rows in inputs.items():
             before = self.tokens[source]
             self.tokens[source] += rows.x[..., 0].numel() if rows.tokens is None else int(rows.tokens.max()) + 1
@@ -72,7 +85,8 @@ class _Seen:
             if not x_nk.sum().isfinite() and not torch.isfinite(x_nk).all():  # the sum is the cheaper question
                 _refuse_nonfinite(self.graph, source, x_nk.dtype)
             numbers = torch.arange(len(x_nk), device=x_nk.device) if rows.tokens is None else rows.tokens
-            observation = Observation(x_nk, numbers + before, rows.ends)
+            pair = reference[source].x.flatten(0, -2) if source in reference else None
+            observation = Observation(x_nk, numbers + before, rows.ends, pair)
             for name in sorted(n for s, n in self.wanted if s == source):
                 stat, key = stat_of(name, rows.ends is not None), (source, name)
                 state = stat.lift(observation)
@@ -97,6 +111,11 @@ def _hidden(out: Any, hidden: Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else next(t for t in out if isinstance(t, Tensor) and t.shape == hidden.shape)
 
 
+def drifts(recipes: Iterable[Transform]) -> bool:
+    """Whether one of them asks how far inputs are from the reference's, which then runs beside the quantized model."""
+    return any(DRIFT & stage.needs for recipe in recipes for stage in recipe)
+
+
 def in_order(code: Code, transform: Transform, inputs: Inputs, everywhere: bool = False) -> bool:
     """Whether a recipe can be solved source after source, each on what the quantized ones before it produce.
 
@@ -108,26 +127,27 @@ def in_order(code: Code, transform: Transform, inputs: Inputs, everywhere: bool 
     return inputs == "quantized" and not everywhere and fit
 
 
-def solve_in_order(graph: ModuleGraph, transform: Transform, batches: Batches, experts_at_once: int | None = None
-                   ) -> tuple[ModuleGraph, Iterator[Tensor]]:  # fmt: skip
+def solve_in_order(graph: ModuleGraph, transform: Transform, batches: Batches, experts_at_once: int | None = None,
+                   reference: Reference | None = None) -> tuple[ModuleGraph, list[Iterator[Tensor]]]:  # fmt: skip
     """All stages, source after source in running order, each on inputs that the quantized sources before it produced;
-    with the hidden states that leave the solved segment, batch by batch.
+    with the hidden states that leave the solved segment, batch by batch, and after them those that leave the reference.
 
     One forward pass: it waits at each source until that is solved. Where the values of waiting batches are more than HELD
     bytes, the others are let go and computed again. Stages are sitewise, or lossless: those come when all sources are solved, since
     what waits was computed with the leaves as they were. experts_at_once: of how many experts statistics are held at a time (None:
     of all); nothing that comes out depends on it.
     """
-    walks = [Walk(graph.code) for _ in batches()]
+    streams = [_Stream(graph.code, batches)] + ([_Stream(graph.code, reference.batches)] if reference else [])
     for source, sites in by_source(graph.code.sites).items():
         graph = replace(graph, selected=frozenset(site.path for site in sites))
-        wanted = {(source, need) for stage in transform if select(stage, graph).sites for need in stage.needs}
+        wanted = {(source, need) for stage in transform if select(stage, graph).sites for need in stage.wants(sites[0])}
+        graphs = [graph, reference.graph] if reference and (source, "drift") in wanted else [graph]
         stats: Stats = {}
         if wanted and sites[0].route and experts_at_once:
-            look = partial(_at, source, graph, walks=walks, batches=batches)
+            look = partial(_at, source, graphs, streams=streams)
             stats = {key: PerExpert(_InParts(key, look, _experts(graph, sites[0]), experts_at_once)) for key in wanted}
         elif wanted:
-            stats = _at(source, graph, wanted, walks, batches)
+            stats = _at(source, graphs, wanted, streams)
         for stage in transform:
             if stage.sitewise:
                 graph, stats = apply(stage, graph, stats)
@@ -135,7 +155,26 @@ def solve_in_order(graph: ModuleGraph, transform: Transform, batches: Batches, e
     for stage in transform:
         if not stage.sitewise:
             graph, _ = apply(stage, graph, {})
-    return graph, (_hidden(walk.end(walked, *call.inputs(h)), h) for walk, (call, h) in zip(walks, batches()))
+    graphs = [walked, reference.graph] if reference else [walked]
+    return graph, [stream.end(g) for stream, g in zip(streams, graphs)]
+
+
+class _Stream:
+    """The walks of all batches through a segment, side by side."""
+
+    def __init__(self, code: Code, batches: Batches):
+        self.batches = batches
+        self.walks = [Walk(code) for _ in batches()]
+
+    def to(self, graph: ModuleGraph, source: str) -> Iterator[tuple[Walk, Rows]]:
+        """Every batch's walk, waiting at a source, and what reaches that."""
+        for walk, (call, hidden) in zip(self.walks, self.batches()):
+            yield walk, walk.to(graph, source, *call.inputs(hidden))
+
+    def end(self, graph: ModuleGraph) -> Iterator[Tensor]:
+        """The hidden states that leave the segment."""
+        for walk, (call, hidden) in zip(self.walks, self.batches()):
+            yield _hidden(walk.end(graph, *call.inputs(hidden)), hidden)
 
 
 def _experts(graph: ModuleGraph, site: Site) -> int:
@@ -162,15 +201,17 @@ class _InParts(Sequence):
         return self.held[expert - self.first]
 
 
-def _at(source: str, graph: ModuleGraph, wanted: set, walks: Sequence[Walk], batches: Batches, experts: slice | None = None) -> Stats:
-    """The statistics `wanted` of one source, with every walk waiting there; of experts, those of all or of some."""
-    seen, held = _Seen(graph, wanted, experts), 0
-    for walk, (call, hidden) in zip(walks, batches()):
-        seen.add({source: walk.to(graph, source, *call.inputs(hidden))})
-        held += walk.nbytes()
-        if held > HELD:
-            held -= walk.nbytes()
-            walk.forget()
+def _at(source: str, graphs: Sequence[ModuleGraph], wanted: set, streams: Sequence[_Stream], experts: slice | None = None) -> Stats:
+    """The statistics `wanted` of one source, with every walk waiting there; of experts, those of all or of some. graphs: the
+    segment, and the reference's where that is looked at too."""
+    seen, held = _Seen(graphs[0], wanted, experts), 0
+    for arrived in zip(*(stream.to(graph, source) for stream, graph in zip(streams, graphs))):
+        seen.add(*({source: rows} for _, rows in arrived))
+        for walk, _ in arrived:
+            held += walk.nbytes()
+            if held > HELD:
+                held -= walk.nbytes()
+                walk.forget()
     return seen.stats
 
 

@@ -59,6 +59,10 @@ class Stage:
     lossless: bool = False  # it keeps the function whatever it finds, so it may wait until every site is solved
     uncovered: bool = False  # the last stage of `rules`: any site in its scope is an error
 
+    def wants(self, site: Site) -> frozenset[str]:
+        """The statistics that it reads of this site's input: no drift of experts, whose rows have no pairs in the reference."""
+        return self.needs - {"drift"} if site.route else self.needs
+
     def touches(self, name: str, site: Site) -> bool:
         """Whether it may change a site of this full name. A router is never rounded, and needs no rule."""
         unrounded = site.router and (self.spec is not None or self.uncovered)

@@ -143,15 +143,14 @@ class Writer:
         self._clear()
 
     # -------------------------------------------------------------- the carry
-    def carry_path(self, index: int) -> Path:
-        """The hidden states that enter block `index` (from 0)."""
-        return self.work / f"carry-{index:05d}.bin"
+    def carry_path(self, stream: str, index: int) -> Path:
+        """The hidden states of a stream (of the quantized model, of the reference) that enter block `index` (from 0)."""
+        return self.work / f"carry-{stream}-{index:05d}.bin"
 
-    def blocks_done(self, blocks: int, carry_path: Callable[[int], Path] | None) -> int:
-        """How many blocks are finished: the largest i whose shard, notes and following carry (if any) are in place."""
+    def blocks_done(self, blocks: int, carried: Callable[[int], bool]) -> int:
+        """How many blocks are finished: the largest i whose shard and notes are in place, and what enters the next block."""
         for i in range(blocks, 0, -1):
-            carried = i == blocks or carry_path is None or carry_path(i).is_file()
-            if carried and self.has(i):
+            if (i == blocks or carried(i)) and self.has(i):
                 return i
         return 0
 

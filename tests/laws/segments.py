@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from qlab.graph import ModuleGraph
 from qlab.interpret import inputs_of
 from qlab.model.paper import EXPERTS, find_blocks
+from qlab.model.recording import Call
 from qlab.qtensor import QTensor, dense
 from qlab.stats import STATS, Moment, Observation, stat_of
 from qlab.sweep import solve
@@ -87,6 +88,16 @@ def segment(family, index=None):
         path, block = list(find_blocks(model)[1].items())[index]
         batches = tuple(calls(model, tokens(2, 12, seed))[path] for seed in range(3))
         return Segment(block, trace(block, *batches[0], path), batches)
+
+
+def batches_of(seg):
+    """The segment's calls as the driver makes them."""
+    def one(args, kwargs):
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        where = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+        return Call((*leaves[:where], None, *leaves[where + 1 :]), spec, where), leaves[where]
+
+    return lambda: iter([one(*batch) for batch in seg.batches])
 
 
 def of(block, *args, path="block"):

@@ -1,5 +1,6 @@
 """Statistics are monoids, and they move with the inputs they describe."""
 
+from dataclasses import replace
 from functools import reduce
 from itertools import permutations
 
@@ -28,11 +29,17 @@ def close(a, b, tolerance=1e-5):
 
 def observation(n, k, seed):
     order = torch.randperm(10 * n, generator=torch.Generator().manual_seed(seed))[:n]
-    return Observation(normal(n, k, seed=seed) + 0.3, order)
+    x = normal(n, k, seed=seed) + 0.3
+    return Observation(x, order, reference_nk=x + 0.1 * normal(n, k, seed=seed + 1))
 
 
 def cut(o, *at):
-    return [Observation(x, keys) for x, keys in zip(o.x_nk.tensor_split(at), o.keys.tensor_split(at))]
+    parts = (t.tensor_split(at) for t in (o.x_nk, o.keys, o.reference_nk))
+    return [Observation(x, keys, reference_nk=other) for x, keys, other in zip(*parts)]
+
+
+def through(o, move):
+    return replace(o, x_nk=move(o.x_nk), reference_nk=move(o.reference_nk))
 
 
 @laws
@@ -56,7 +63,7 @@ def test_combining_is_associative_and_commutative(stat, source):
 @given(source=SOURCES)
 def test_transport_by_a_diagonal_is_observing_again(stat, source):
     o, m = observation(*source), normal(source[1], seed=source[2] + 1)  # of both signs
-    close(stat.transport(stat.lift(o), m), stat.lift(Observation(o.x_nk * m, o.keys)))
+    close(stat.transport(stat.lift(o), m), stat.lift(through(o, lambda x: x * m)))
 
 
 @laws
@@ -64,10 +71,10 @@ def test_transport_by_a_diagonal_is_observing_again(stat, source):
 def test_transport_by_a_matrix_is_observing_again_or_dropped(stat, source):
     o, M = observation(*source), normal(source[1], source[1], seed=source[2] + 1)
     moved = stat.transport(stat.lift(o), M)
-    linear = stat is EVERY["second_moment"] or stat is EVERY["sample"] or stat is EVERY["sample of 7"]
+    linear = any(stat is EVERY[name] for name in ("second_moment", "drift", "sample", "sample of 7"))
     assert (moved is not None) == linear
     if linear:
-        close(moved, stat.lift(Observation(o.x_nk @ M, o.keys)))
+        close(moved, stat.lift(through(o, lambda x: x @ M)))
 
 
 @laws
@@ -86,9 +93,9 @@ def test_transport_moves_one_source_and_drops_what_cannot_move():
     o = observation(9, 4, 0)
     stats = {(source, name): STATS[name].lift(o) for source in ("a", "b") for name in STATS}
     moved = transport(stats, "a", normal(4, 4, seed=1))
-    assert {name for source, name in moved if source == "a"} == {"second_moment", "sample"}
+    assert {name for source, name in moved if source == "a"} == {"second_moment", "drift", "sample"}
     assert all(moved["b", name] is stats["b", name] for name in STATS)
-    assert all(moved["a", name] is not stats["a", name] for name in ("second_moment", "sample"))
+    assert all(moved["a", name] is not stats["a", name] for name in ("second_moment", "drift", "sample"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -135,6 +142,14 @@ def test_quadratic_is_the_output_error(k):
     assert quadratic(D, gram(x)) == pytest.approx(float((x.double() @ D.double().T).square().sum()), rel=1e-5)
 
 
+@given(SOURCES)
+def test_the_drift_is_the_cross_moment_with_the_reference_less_the_second_moment(source):
+    o = observation(*source)
+    drift, x = STATS["drift"].lift(o), o.x_nk.double()
+    close(drift.sum_kk, o.reference_nk.double().T @ x - x.T @ x, 1e-4)
+    assert drift.tokens == len(o.keys) and not STATS["drift"].lift(replace(o, reference_nk=None)).sum_kk.any()
+
+
 def test_the_mean_of_nothing_weighs_every_direction_the_same():
     assert torch.equal(Moment(torch.zeros(2, 2), 0).mean_kk, torch.eye(2))
 
@@ -154,11 +169,11 @@ def test_nothing_is_the_identity_and_stays_nothing(stat, source):
 def test_an_experts_statistic_is_that_of_the_tokens_routed_to_it(stat, source, split):
     o = observation(*source)
     ends = torch.tensor([*sorted(min(i, source[0]) for i in split), source[0]])
-    seen = per_expert(stat).lift(Observation(o.x_nk, o.keys, ends)).states
+    seen = per_expert(stat).lift(replace(o, ends=ends)).states
     starts = [0, *ends.tolist()]
     assert len(seen) == len(ends)
     for state, start, stop in zip(seen, starts, ends.tolist()):
-        own = Observation(o.x_nk[start:stop], o.keys[start:stop])
+        own = Observation(o.x_nk[start:stop], o.keys[start:stop], None, o.reference_nk[start:stop])
         close(state, stat.lift(own) if stop > start else stat.nothing(source[1]))
 
 
@@ -169,7 +184,7 @@ def test_experts_combine_and_move_one_by_one(stat, source):
     experts = per_expert(stat)
     a, b = (observation(n, k, seed + i) for i in range(2))
     ends = torch.tensor([n // 2, n // 2, n])  # the second expert sees nothing
-    both = experts.combine(*(experts.lift(Observation(o.x_nk, o.keys, ends)) for o in (a, b)))
+    both = experts.combine(*(experts.lift(replace(o, ends=ends)) for o in (a, b)))
     own = [stat.combine(*(stat.lift(part) for part in parts)) for parts in zip(cut(a, n // 2), cut(b, n // 2))]
     close(both.states[0], own[0])
     close(both.states[2], own[1])
@@ -182,4 +197,4 @@ def test_experts_combine_and_move_one_by_one(stat, source):
 def test_what_cannot_move_for_one_expert_is_dropped_for_all():
     o = observation(9, 4, 0)
     stats = {("a", name): per_expert(STATS[name]).lift(Observation(o.x_nk, o.keys, torch.tensor([4, 9]))) for name in STATS}
-    assert {name for _, name in transport(stats, "a", normal(4, 4, seed=1))} == {"second_moment", "sample"}
+    assert {name for _, name in transport(stats, "a", normal(4, 4, seed=1))} == {"second_moment", "drift", "sample"}

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import FAMILIES, MIXTURES
-from segments import assert_same, hidden, normal, of, relative, segment
+from segments import assert_same, batches_of, hidden, normal, of, relative, segment
 from torch import nn
 
 from qlab import sweep
@@ -16,7 +16,6 @@ from qlab.methods.awq import awq, awq_scale
 from qlab.methods.gptq import gptq
 from qlab.methods.inputs import quantize_inputs
 from qlab.methods.rtn import rtn
-from qlab.model.recording import Call
 from qlab.spec import parse_spec
 from qlab.stats import PerExpert
 from qlab.sweep import solve_in_order
@@ -24,16 +23,6 @@ from qlab.transform import at, chain, keep, rules
 
 SPEC = parse_spec("int4-g16")
 every_family = pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
-
-
-def batches_of(seg):
-    """The segment's calls as the driver makes them."""
-    def one(args, kwargs):
-        leaves, spec = torch.utils._pytree.tree_flatten((args, kwargs))
-        where = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
-        return Call((*leaves[:where], None, *leaves[where + 1 :]), spec, where), leaves[where]
-
-    return lambda: iter([one(*batch) for batch in seg.batches])
 
 
 def rounded_before(graph, solved, source):
@@ -61,7 +50,7 @@ def test_a_walk_meets_at_every_source_what_the_leaves_before_it_produce(family, 
 @every_family
 def test_each_source_is_solved_on_what_the_quantized_ones_before_it_produce(family):
     seg = segment(family)
-    graph, leaving = solve_in_order(seg.graph, gptq(SPEC), batches_of(seg))
+    graph, (leaving,) = solve_in_order(seg.graph, gptq(SPEC), batches_of(seg))
     by_hand = seg.graph
     for sites in by_source(seg.graph.code.sites).values():
         here = replace(by_hand, selected=frozenset(s.path for s in sites))
@@ -75,7 +64,7 @@ def test_each_source_is_solved_on_what_the_quantized_ones_before_it_produce(fami
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scales_are_searched_in_order_and_folded_when_all_is_solved(family):
     seg, recipe = segment(family), awq(SPEC)
-    graph, leaving = solve_in_order(seg.graph, recipe, batches_of(seg))
+    graph, (leaving,) = solve_in_order(seg.graph, recipe, batches_of(seg))
     by_hand = seg.graph
     for sites in by_source(seg.graph.code.sites).values():
         here = replace(by_hand, selected=frozenset(s.path for s in sites))
@@ -113,7 +102,7 @@ def test_what_does_not_fit_is_computed_again_to_the_same_bits(monkeypatch):
     seg, results = segment("llama"), []
     for held in (0, 20000, 1 << 30):
         monkeypatch.setattr(sweep, "HELD", held)
-        graph, leaving = solve_in_order(seg.graph, gptq(SPEC), batches_of(seg))
+        graph, (leaving,) = solve_in_order(seg.graph, gptq(SPEC), batches_of(seg))
         results.append([graph, *map(torch.clone, leaving)])
     first, *others = results
     for other in others:
@@ -136,11 +125,11 @@ def test_what_waits_is_within_the_limit(monkeypatch):
 @pytest.mark.parametrize("at_once, held", [(1, 1 << 30), (3, 1 << 30), (3, 0)])
 def test_experts_observed_in_parts_give_the_bits_of_all_at_once(family, at_once, held, monkeypatch):
     seg, most = segment(family), []
-    whole, leaving = solve_in_order(seg.graph, gptq(SPEC), batches_of(seg))
+    whole, (leaving,) = solve_in_order(seg.graph, gptq(SPEC), batches_of(seg))
     look = sweep._at
     monkeypatch.setattr(sweep, "_at", lambda *a, **k: most.append(look(*a, **k)) or most[-1])
     monkeypatch.setattr(sweep, "HELD", held)
-    parts, then = solve_in_order(seg.graph, gptq(SPEC), batches_of(seg), at_once)
+    parts, (then,) = solve_in_order(seg.graph, gptq(SPEC), batches_of(seg), at_once)
     assert_same(parts, whole)
     assert parts.notes == whole.notes
     assert all(map(torch.equal, leaving, then))
