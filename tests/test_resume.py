@@ -13,11 +13,12 @@ from directories import contents, random_tokens
 import qlab.files.writer
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
+from qlab.methods.gptaq import aim_at_reference
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
 from qlab.quantize import compare, quantize
 from qlab.spec import parse_spec
-from qlab.transform import rules
+from qlab.transform import chain, rules
 
 SPEC = parse_spec("int4-g16")
 KILLED = -signal.SIGKILL
@@ -29,8 +30,8 @@ def source(saved):
 
 
 def recipe(spec=SPEC, **options):
-    """GPTQ where it is short, so that a run is."""
-    return rules({"*.v_proj": gptq(spec, **options), "*.down_proj": gptq(spec, **options), "*": rtn(SPEC)})
+    """GPTQ where it is short, so that a run is; with a reference beside it, whose hidden states are carried too."""
+    return rules({"*.v_proj": chain(aim_at_reference(), gptq(spec, **options)), "*.down_proj": gptq(spec, **options), "*": rtn(SPEC)})
 
 
 @pytest.fixture(scope="module")
