@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qlab.lower import inductor_options, lower, to_torchao
     from qlab.methods import METHODS
     from qlab.methods.awq import awq, awq_scale
+    from qlab.methods.gptaq import aim_at_reference, gptaq
     from qlab.methods.gptq import gptq
     from qlab.methods.grid import GRIDS
     from qlab.methods.rtn import rtn
@@ -34,9 +35,10 @@ if TYPE_CHECKING:
     from qlab.verify import verify
 
 __all__ = [
-    "GRIDS", "METHODS", "Int", "QlabError", "Samples", "Tile", "Tokens", "absorb", "at", "awq", "awq_scale", "chain", "compare",
-    "convert", "evaluate", "first_windows", "from_ids", "gptq", "image_samples", "inductor_options", "inspect", "keep", "lower",
-    "open", "outside", "parse_spec", "plan", "quantize", "quantize_files", "rtn", "rules", "to_torchao", "tokens", "verify",
+    "GRIDS", "METHODS", "Int", "QlabError", "Samples", "Tile", "Tokens", "absorb", "aim_at_reference", "at", "awq", "awq_scale",
+    "chain", "compare", "convert", "evaluate", "first_windows", "from_ids", "gptaq", "gptq", "image_samples", "inductor_options",
+    "inspect", "keep", "lower", "open", "outside", "parse_spec", "plan", "quantize", "quantize_files", "rtn", "rules",
+    "to_torchao", "tokens", "verify",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from qlab.model.skeleton import Skeleton
 from qlab.outside import outside_sites
 from qlab.report import bits_per_weight, describe
 from qlab.spec import Float, Spec, with_scale_dtype
-from qlab.sweep import Inputs, in_batches, in_order, record
+from qlab.sweep import Inputs, drifts, in_batches, in_order, record
 from qlab.targets import division, refusal, uniformity
 from qlab.transform import Stage, Transform
 
@@ -29,8 +29,8 @@ MiB = 1 << 20
 @dataclass(frozen=True)
 class Plan:
     """stages: the recipe in words. sites: name -> spec, shape, bits per weight and number of experts. passes: forward passes over the
-    calibration data. statistics: what is observed. memory: predicted bytes by what holds them. experts_at_once: of how many experts
-    statistics are held at a time (None: of all)."""
+    calibration data, the reference's among them. statistics: what is observed. memory: predicted bytes by what holds them.
+    experts_at_once: of how many experts statistics are held at a time (None: of all)."""
 
     stages: Sequence[Mapping[str, str]]
     sites: Mapping[str, Mapping[str, Any]]
@@ -124,6 +124,7 @@ def plan(
         rows[name] |= {"experts": shapes[name][0]} if site.route else {}
     outside = [n for n in skeleton.linears() if n not in named]
     tokens = data.count if data is not None and needs else 0
+    runs_beside = inputs == "quantized" and drifts([recipe])  # the reference model
     in_parts = all(in_order(code, recipe, inputs, calibrate_all_experts) for code in codes.values())
     experts = max(shapes[n][0] if in_parts and site.route else 0 for n, (_, site) in named.items())
     at_once, held = _fitting(memory, experts, lambda n: predict_memory(
@@ -132,7 +133,7 @@ def plan(
         describe(recipe),
         rows,
         [*outside, *(n for n, s in specs.items() if s is None)],
-        (1 if in_parts else 2) if needs else 0,
+        (1 if in_parts else 2) + runs_beside if needs else 0,
         tokens,
         needs,
         held,

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.awq import awq, awq_scale
+from qlab.methods.gptaq import gptaq
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
 from qlab.plan import plan
@@ -80,6 +81,8 @@ def test_passes_tokens_and_statistics(model, source):
     assert plan(model, gptq(INT4), random_tokens(source), inputs="reference").passes == 2
     assert plan(model, awq(parse_spec("nvfp4")), random_tokens(source)).passes == 2  # rounded rows take no scale
     assert observed.statistics == ["absmean", "second_moment"]
+    beside = plan(model, gptaq(INT4), random_tokens(source))
+    assert (beside.passes, beside.statistics) == (2, ["drift", "second_moment"])  # the reference runs too
 
 
 def test_the_plan_writes_nothing(model, source):

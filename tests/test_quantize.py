@@ -15,6 +15,7 @@ from qlab.errors import QlabError
 from qlab.files.checkpoint import INDEX, open_checkpoint
 from qlab.methods import METHODS
 from qlab.methods.awq import awq
+from qlab.methods.gptaq import gptaq
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
 from qlab.model.skeleton import Skeleton
@@ -170,6 +171,20 @@ def test_errors_propagate_on_quantized_inputs_only(saved, tmp_path):
     assert first and first <= same
     for later in ("layers.0.self_attn.o_proj", "layers.0.mlp.down_proj", "layers.1.self_attn.q_proj"):
         assert f"model.{later}.weight_packed" in ours.keys() - same
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_aiming_at_the_reference_brings_the_model_nearer_to_it(family, tmp_path):
+    tiny(family, num_hidden_layers=4).save_pretrained(tmp_path / "model")
+    model = open_checkpoint(tmp_path / "model")
+    data, int3 = random_tokens(tmp_path / "model", 16, 32), parse_spec("int3-g16")
+    errors = []
+    for method in (gptq, gptaq):
+        found = qlab_logits(quantize(model, method(int3), data, tmp_path / method.__name__).path)
+        errors.append((found - qlab_logits(model.path)).norm())
+    assert errors[1] < errors[0]
+    same = [tensors(quantize(model, m(int3), data, tmp_path / f"r-{m.__name__}", inputs="reference").path) for m in (gptq, gptaq)]
+    assert all(bits_equal(tensor, same[1][name]) for name, tensor in same[0].items())  # on its own activations nothing drifts
 
 
 def test_compare_gives_the_bytes_of_separate_runs(saved, tmp_path):

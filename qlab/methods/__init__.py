@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from qlab.methods.awq import awq, awq_scale
-from qlab.methods.gptaq import aim_at_reference, gptaq
+from qlab.methods.gptaq import gptaq
 from qlab.methods.gptq import gptq
 from qlab.methods.grid import weighted
 from qlab.methods.hqq import hqq
@@ -22,18 +22,12 @@ def awq_gptq(spec: Spec) -> Transform:
     return chain(awq_scale(spec), gptq(spec))
 
 
-def awq_gptaq(spec: Spec) -> Transform:
-    """Weights aimed at the reference, then AWQ's scales, then GPTQ."""
-    return chain(aim_at_reference(), awq_scale(spec), gptq(spec))
-
-
 METHODS: Mapping[str, Callable[[Spec], Transform]] = {
     "rtn": rtn,
     "rtn-weighted": rtn_weighted,
     "hqq": hqq,
     "awq": awq,
     "gptq": gptq,
-    "gptaq": gptaq,
     "awq-gptq": awq_gptq,
-    "awq-gptaq": awq_gptaq,
+    "gptaq": gptaq,
 }
