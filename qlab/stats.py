@@ -101,6 +101,10 @@ def _bf16_products(dtype: torch.dtype) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
+def _add_moments(a: Moment, b: Moment) -> Moment:
+    return Moment(a.sum_kk + b.sum_kk, a.tokens + b.tokens)
+
+
 def _drift(o: Observation) -> Moment:
     if o.reference_nk is None:
         return Moment(o.x_nk.new_zeros(o.x_nk.shape[1], o.x_nk.shape[1], dtype=torch.float32), o.x_nk.shape[0])
@@ -175,14 +179,14 @@ def _on(like: Tensor, state: Any) -> Any:
 STATS: dict[str, Stat] = {
     "second_moment": Stat(
         lambda o: Moment(gram(o.x_nk), o.x_nk.shape[0]),
-        lambda a, b: Moment(a.sum_kk + b.sum_kk, a.tokens + b.tokens),
+        _add_moments,
         _move_moment,
         lambda k: Moment(torch.zeros(k, k), 0),
     ),
     # sum over tokens of (x' - x)^T x, x' the reference's input; of sources without experts, see Stage.wants
     "drift": Stat(
         _drift,
-        lambda a, b: Moment(a.sum_kk + b.sum_kk, a.tokens + b.tokens),
+        _add_moments,
         _move_moment,
         lambda k: Moment(torch.zeros(k, k), 0),
     ),
