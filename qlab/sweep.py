@@ -17,7 +17,7 @@ from qlab.interpret import Walk, inputs_of, interpret
 from qlab.model.recording import Call
 from qlab.model.skeleton import Skeleton
 from qlab.stats import STATS, Observation, PerExpert, Stats, stat_of
-from qlab.transform import Transform, apply, select
+from qlab.transform import Stage, Transform, apply, select
 
 BATCH_TOKENS = 2048
 DRIFT = {"drift"}  # statistics that compare with the reference
@@ -33,11 +33,16 @@ def in_batches(data: Data | None, batch_tokens: int = BATCH_TOKENS) -> list[Mapp
 
 
 def solve(graph: ModuleGraph, transform: Transform, observe: Callable[[ModuleGraph, set], Stats]) -> tuple[ModuleGraph, Stats]:
-    """All stages on one segment; statistics that a stage needs and nobody has yet are observed just before it."""
-    stats: Stats = {}
+    """All stages on one segment; statistics that a stage needs and nobody has yet are observed just before it, but the drift from
+    the reference before all of them, while channels are still the reference's."""
+
+    def wants(stage: Stage) -> set[tuple[str, str]]:
+        return {(s.source, need) for s in select(stage, graph).sites for need in stage.wants(s)}
+
+    drift = {(source, need) for stage in transform for source, need in wants(stage) if need in DRIFT}
+    stats: Stats = observe(graph, drift) if drift else {}
     for stage in transform:
-        wanted = {(s.source, need) for s in select(stage, graph).sites for need in stage.wants(s)}
-        if missing := wanted - stats.keys():
+        if missing := wants(stage) - stats.keys():
             stats = {**stats, **observe(graph, missing)}
         graph, stats = apply(stage, graph, stats)
     return graph, stats

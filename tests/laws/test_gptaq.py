@@ -15,7 +15,8 @@ from qlab.methods.gptaq import aim_at_reference, gptaq
 from qlab.methods.gptq import gptq
 from qlab.spec import parse_spec
 from qlab.stats import STATS, Observation
-from qlab.sweep import Reference, observe, solve_in_order
+from qlab.sweep import Reference, observe, solve, solve_in_order
+from qlab.transform import Stage, at, chain, reparametrize
 
 SPEC = parse_spec("int4-g16")
 SHAPES = st.tuples(st.integers(1, 8), st.integers(2, 12), st.integers(0, 99))
@@ -96,6 +97,28 @@ def test_weights_of_experts_stay(family):
     graph, _ = solve_in_order(seg.graph, aim_at_reference(), drifted(seg), None, Reference(seg.graph, batches_of(seg)))
     moved = {site.path for site in graph.sites if graph.params[site.weight] is not seg.graph.params[site.weight]}
     assert moved == {site.path for site in graph.sites if not site.route}
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_scales_before_it_or_after_it_make_the_same_block(in_order):
+    seg, reference = segment("llama"), Reference(segment("llama").graph, batches_of(segment("llama")))
+    m, outs = normal(128, seed=7).abs() + 0.5, []
+
+    def move(graph, stats):
+        return reparametrize(graph, stats, graph.sites[0].source, m, 1 / m) if graph.sites else (graph, stats)
+
+    scale = (Stage("scale", frozenset(), move, reparametrizes=True, sitewise=True),)
+    aim, scale = (at("*.down_proj", stages) for stages in (aim_at_reference(damp=1e-6), scale))
+    for recipe in (chain(scale, aim), chain(aim, scale)):
+        if in_order:
+            _, (leaving, _) = solve_in_order(seg.graph, recipe, drifted(seg), reference=reference)
+            outs.append(list(leaving))
+        else:
+            graph, _ = solve(seg.graph, recipe, lambda now, wanted: observe(now, wanted, drifted(seg)(), reference=reference))
+            outs.append([hidden(interpret(graph, *call.inputs(h))) for call, h in drifted(seg)()])
+    plain = [hidden(interpret(seg.graph, *call.inputs(h))) for call, h in drifted(seg)()]
+    for first, then, unmoved in zip(*outs, plain):
+        assert relative(first, then) < 1e-2 * relative(first, unmoved)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
