@@ -21,13 +21,14 @@ def aim_at_reference(strength: float = 0.5, damp: float = 0.01) -> Transform:
     """W <- W + strength * W D (H + damp mean(diag H) I)^-1.
 
     With strength 1 it is the minimum over V of E |V x - W x'|^2 + damp mean(diag H) |V - W|^2; a smaller strength aims at W times
-    a point between x and x'. Without drift, as on the reference's own activations, W stays as it is, bit for bit. Weights of routed
-    experts stay too: which tokens reach an expert differs between the two models, so that their rows have no pairs.
+    a point between x and x'. Without drift, as on the reference's own activations, W stays as it is, bit for bit. Routers stay too, as
+    every engine reads them, and weights of routed experts: which tokens reach an expert differs between the two models, so that
+    their rows have no pairs.
     """
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
         leaves: dict[str, Leaf] = {}
-        for source, sites in by_source(s for s in graph.sites if not s.route).items():
+        for source, sites in by_source(s for s in graph.sites if not s.route and not s.router).items():
             if not (drift := stats[source, "drift"]).sum_kk.any():
                 continue
             factor = torch.linalg.cholesky(damped(stats[source, "second_moment"].mean_kk, damp))
