@@ -8,7 +8,7 @@ import torch
 from qlab.calibration import Data
 from qlab.graph import Code, by_source
 from qlab.model.skeleton import Skeleton
-from qlab.sweep import BATCH_TOKENS, HELD, Inputs, drifts, in_order
+from qlab.sweep import BATCH_TOKENS, HELD, Inputs, in_order, runs_reference
 from qlab.transform import Transform
 
 # [k, k] matrices that a stage holds at once beside its statistics
@@ -30,10 +30,9 @@ def predict_memory(skeleton: Skeleton, codes: Mapping[str, Code], shapes: Mappin
     if data is not None:
         moments.append(process | {"embeddings": embedding.numel() * size,
                                   "carry": size * data.count * embedding.shape[-1]})  # fmt: skip
-    beside = inputs == "quantized" and drifts([recipe])  # the reference's block, which runs too
     for path, code in codes.items():
         weights = [shapes[f"{path}.{site.path}"] for site in code.sites]
-        block = sum(p.numel() for p in skeleton.blocks[path].parameters()) * size * (2 if beside else 1)
+        block = sum(p.numel() for p in skeleton.blocks[path].parameters()) * size * (2 if runs_reference([recipe], inputs) else 1)
         held = _block_moments(code, weights, size, data, recipe, inputs, everywhere, experts_at_once)
         moments += [process | {"block": block} | parts for parts in held]
     return max(moments, key=lambda held: sum(held.values()))
@@ -58,7 +57,7 @@ def _block_moments(code: Code, weights: Sequence[torch.Size], size: int, data: D
         if any("second_moment" in stage.needs for stage in recipe):
             square = 4 * max(ks) ** 2
             statistics = (max(states) if ordered else sum(states)) + 2 * (max(states) - square)  # one lifted, one combined
-        streams = 2 if inputs == "quantized" and drifts([recipe]) else 1
+        streams = 2 if runs_reference([recipe], inputs) else 1
         statistics *= streams  # the drift is as large as a second moment
         if ordered:  # the hidden states and the input of the widest source, of every batch
             waiting = min(HELD, streams * data.count * size * (hidden + max(weights[i][-1] * copies[i] for i in firsts)))

@@ -18,7 +18,7 @@ from qlab.model.skeleton import Skeleton
 from qlab.outside import outside_sites
 from qlab.report import bits_per_weight, describe
 from qlab.spec import Float, Spec, with_scale_dtype
-from qlab.sweep import Inputs, drifts, in_batches, in_order, record
+from qlab.sweep import Inputs, in_batches, in_order, record, runs_reference
 from qlab.targets import division, refusal, uniformity
 from qlab.transform import Stage, Transform
 
@@ -124,7 +124,6 @@ def plan(
         rows[name] |= {"experts": shapes[name][0]} if site.route else {}
     outside = [n for n in skeleton.linears() if n not in named]
     tokens = data.count if data is not None and needs else 0
-    runs_beside = inputs == "quantized" and drifts([recipe])  # the reference model
     in_parts = all(in_order(code, recipe, inputs, calibrate_all_experts) for code in codes.values())
     experts = max(shapes[n][0] if in_parts and site.route else 0 for n, (_, site) in named.items())
     at_once, held = _fitting(memory, experts, lambda n: predict_memory(
@@ -133,7 +132,7 @@ def plan(
         describe(recipe),
         rows,
         [*outside, *(n for n, s in specs.items() if s is None)],
-        (1 if in_parts else 2) + runs_beside if needs else 0,
+        (1 if in_parts else 2) + runs_reference([recipe], inputs) if needs else 0,
         tokens,
         needs,
         held,

@@ -29,7 +29,20 @@ from qlab.report import PeakMemory, bits_per_weight, describe, site_rows, versio
 from qlab.spec import InputSpec, Spec, parse_input_spec, parse_spec
 from qlab.stats import Stats
 from qlab.stored import as_stored, certificates, encode, online_at
-from qlab.sweep import Batch, Batches, Inputs, Reference, drifts, in_batches, in_order, observe, push, record, solve, solve_in_order
+from qlab.sweep import (
+    Batch,
+    Batches,
+    Inputs,
+    Reference,
+    in_batches,
+    in_order,
+    observe,
+    push,
+    record,
+    runs_reference,
+    solve,
+    solve_in_order,
+)  # fmt: skip
 from qlab.transform import Transform
 
 
@@ -166,7 +179,7 @@ def _scan(skeleton: Skeleton, jobs: list[_Job], data: Data | None, inputs: Input
     """All blocks, in order, from the first one that some job lacks."""
     keeper, paths = jobs[0].writer, list(skeleton.blocks)
     windows = in_batches(data)
-    streams = [inputs, "reference"] if inputs == "quantized" and drifts(job.recipe for job in jobs) else [inputs]
+    streams = [inputs, "reference"] if runs_reference((job.recipe for job in jobs), inputs) else [inputs]
 
     def carried(i: int) -> bool:
         return data is None or all(keeper.carry_path(stream, i).is_file() for stream in streams)

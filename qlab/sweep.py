@@ -116,9 +116,9 @@ def _hidden(out: Any, hidden: Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else next(t for t in out if isinstance(t, Tensor) and t.shape == hidden.shape)
 
 
-def drifts(recipes: Iterable[Transform]) -> bool:
-    """Whether one of them asks how far inputs are from the reference's, which then runs beside the quantized model."""
-    return any(DRIFT & stage.needs for recipe in recipes for stage in recipe)
+def runs_reference(recipes: Iterable[Transform], inputs: Inputs) -> bool:
+    """Whether the reference runs beside the quantized model, since a recipe asks how far inputs are from its own."""
+    return inputs == "quantized" and any(DRIFT & stage.needs for recipe in recipes for stage in recipe)
 
 
 def in_order(code: Code, transform: Transform, inputs: Inputs, everywhere: bool = False) -> bool:

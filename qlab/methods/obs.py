@@ -37,18 +37,23 @@ def damped(H_kk: Tensor, damp: float) -> Tensor:
 
 
 def factorize(H_kk: Tensor, damp: float) -> Factor:
-    """The unit upper factor of the damped H.
+    """The unit upper factor of the damped H; see cholesky."""
+    L_kk, used = cholesky(H_kk.flip(0, 1), damp)  # of the matrix read backwards, it eliminates the last column first
+    C_kk = L_kk.flip(0, 1)
+    del L_kk  # there are enough matrices of this size
+    return Factor(C_kk.div_(C_kk.diagonal().clone()), used, H_kk.diagonal() == 0)
 
-    Damping grows tenfold up to 1 where the factorization fails, and what was used is returned. Above that: an error.
+
+def cholesky(H_kk: Tensor, damp: float) -> tuple[Tensor, float]:
+    """L with L L^T = the damped H, and the damping.
+
+    It grows tenfold up to 1 where the factorization fails, and what was used is returned. Above that: an error.
     """
     used = damp
     while True:
-        # Cholesky of the matrix read backwards eliminates the last column first
-        L_kk, failed = torch.linalg.cholesky_ex(damped(H_kk, used).flip(0, 1))
+        L_kk, failed = torch.linalg.cholesky_ex(damped(H_kk, used))
         if not failed and torch.isfinite(L_kk).all():
-            C_kk = L_kk.flip(0, 1)
-            del L_kk  # there are enough matrices of this size
-            return Factor(C_kk.div_(C_kk.diagonal().clone()), used, H_kk.diagonal() == 0)
+            return L_kk, used
         if used >= DAMP_LIMIT:
             raise QlabError(f"the second moment is not positive definite even with damping {used:g} (limit {DAMP_LIMIT:g}); "
                             "calibrate with more or other text")

@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from segments import assert_same, batches_of, hidden, normal, relative, segment
 
+from qlab.errors import QlabError
 from qlab.graph import lone_weight
 from qlab.interpret import interpret
 from qlab.methods.gptaq import aim_at_reference, gptaq
 from qlab.methods.gptq import gptq
 from qlab.spec import parse_spec
-from qlab.stats import STATS, Observation
+from qlab.stats import STATS, Moment, Observation
 from qlab.sweep import Reference, observe, solve, solve_in_order
 from qlab.transform import Stage, at, chain, reparametrize
 
@@ -63,6 +64,16 @@ def test_without_drift_the_weight_keeps_its_bits(shape):
     o, k, seed = shape
     W, x = normal(o, k, seed=seed), normal(32, k, seed=seed + 1)
     assert torch.equal(aimed(W, x, None), W) and torch.equal(aimed(W, x, x), W)
+
+
+def test_a_second_moment_beyond_repair_is_refused_by_site_and_raised_damping_is_noted():
+    [stage], graph = aim_at_reference(), lone_weight("m", normal(3, 8, seed=0))
+    drift = Moment(torch.ones(8, 8), 1)
+    with pytest.raises(QlabError, match=r"^m: the second moment is not positive definite even with damping 1"):
+        stage.apply(graph, {("m", "second_moment"): Moment(torch.eye(8) - torch.ones(8, 8), 1), ("m", "drift"): drift})
+    shaky = torch.eye(8) - 0.13 * torch.ones(8, 8)
+    notes = stage.apply(graph, {("m", "second_moment"): Moment(shaky, 1), ("m", "drift"): drift})[0].notes
+    assert notes["m"]["aim_damp"] > 0.01
 
 
 @given(SHAPES)
