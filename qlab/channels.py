@@ -83,7 +83,7 @@ class Labels(fx.Interpreter):
             return first.expand(value.shape)
         if n.target in LAYOUT and first is not None:
             rest, kwargs = self.fetch_args_kwargs_from_env(n)
-            return n.target(first, *rest[1:], **kwargs)
+            return n.target(first.contiguous(), *rest[1:], **kwargs)  # as a view of what lies in one piece needs
         if n.target in (aten.mul.Tensor, aten.div.Tensor) and len(others) + (first is not None) == 1:
             return None if n.target is aten.div.Tensor and others else (first if not others else others[0]).expand(value.shape)
         if n.target is aten.add.Tensor and first is not None and others and torch.equal(first, others[0]):

@@ -152,7 +152,7 @@ class Spread(nn.Module):
         later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
         weights = (q @ k.mT).masked_fill(later, -1e9).softmax(-1)
         mixed = torch.einsum("bhqk,bhkd->bqhd", weights, v) if self.einsum else (weights @ v).transpose(1, 2)
-        return self.sum(mixed.flatten(2))
+        return self.sum(mixed.flatten(2) if self.einsum else mixed.contiguous().view(*x.shape[:2], -1))
 
 
 class Factor(nn.Module):
