@@ -28,7 +28,7 @@ class _Interpreter(fx.Interpreter):
     def placeholder(self, target: str, args: tuple, kwargs: dict) -> Any:
         code = self.mg.code
         if target in code.constants:
-            return code.constants[target]
+            return code.constants[target].to(self.device)
         if target not in code.params:
             return super().placeholder(target, args, kwargs)
         path = code.params[target]

@@ -1,16 +1,21 @@
 """From a module to a value: torch.export of one segment, and the sites that its program shows."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from qlab.errors import QlabError
 from qlab.experts import EXPERT_OPS
 from qlab.graph import RESHAPES, SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, Part, Site, aten, behind_casts, tensors_of
 from qlab.qtensor import Leaf
+
+TRANSPOSES = (aten.numpy_T.default, aten.t.default, aten.mT.default, aten.transpose.int, aten.permute.default)
 
 
 class _OnTensors(nn.Module):
@@ -37,8 +42,8 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
     auto = tuple({d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n > 1} for t in tensors)
     where = path or type(module).__name__
     try:
-        wrapped = _OnTensors(module, args, kwargs)
-        exported = torch.export.export(wrapped, tensors, dynamic_shapes=(auto,), strict=False)
+        segment, inputs = _without_values(module, tensors)
+        exported = torch.export.export(_OnTensors(segment, args, kwargs), inputs, dynamic_shapes=(auto,), strict=False)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise QlabError(f"{where} ({type(module).__name__}) cannot be traced by torch.export: {reason}") from error
@@ -46,6 +51,7 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
     for node in list(graph.nodes):  # these pin the graph to the device and dtype of the trace
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
+    _name_linears(graph)
     signature = exported.graph_signature
     lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     params = {name: target.removeprefix("segment.") for name, target in lifted.items()}
@@ -53,10 +59,39 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None  # an exported program always has one
     examples = tuple(t.to("meta") for t in tensors)
-    code = Code(graph, params, constants, examples, out_spec, _sites(graph, params, where))
+    code = Code(graph, params, constants, examples, out_spec, _sites(graph, params, frozenset(signature.inputs_to_buffers), where))
     leaves: dict[str, Leaf] = {name: t.detach() for name, t in module.named_parameters(remove_duplicate=False)}
     leaves |= {name: t for name, t in module.named_buffers(remove_duplicate=False) if name in params.values()}
     return ModuleGraph(code, leaves, path, next((t.dtype for t in leaves.values() if isinstance(t, Tensor)), torch.float32))
+
+
+def _without_values(module: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A copy of the module and its inputs as tensors that have a place on the CPU and no memory: what a segment makes of plain
+    numbers beside them (an index, a factor) keeps its values, which are lost where it is traced on the meta device."""
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+        def fake(t: Tensor) -> Tensor:
+            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
+
+        memo: dict[int, Any] = {id(p): nn.Parameter(fake(p), requires_grad=False) for p in module.parameters()}
+        memo |= {id(b): fake(b) for b in module.buffers()}
+        return copy.deepcopy(module, memo), tuple(fake(t) for t in tensors)
+
+
+def _name_linears(graph: fx.Graph) -> None:
+    """x @ W.T is linear(x, W): one name for one product, as which sites, absorb and lower know it."""
+    for node in list(graph.nodes):
+        if node.target in (aten.matmul.default, aten.mm.default) and _turns_matrix(turned := node.args[1]):
+            node.target, node.args = aten.linear.default, (node.args[0], turned.args[0])
+            if not turned.users:
+                graph.erase_node(turned)
+
+
+def _turns_matrix(node: fx.Node) -> bool:
+    """Whether this is the transpose of a stored matrix, in any of its spellings."""
+    if node.target not in TRANSPOSES or node.meta["val"].ndim != 2 or behind_casts(node.args[0]).op != "placeholder":
+        return False
+    axes = (node.args[1] if node.target is aten.permute.default else node.args[1:]) or (1, 0)
+    return axes[0] % 2 != axes[1] % 2
 
 
 def root(node: fx.Node) -> fx.Node:
@@ -69,7 +104,7 @@ def root(node: fx.Node) -> fx.Node:
     return node
 
 
-def _sites(graph: fx.Graph, params: Mapping[str, str], where: str) -> tuple[Site, ...]:
+def _sites(graph: fx.Graph, params: Mapping[str, str], buffers: frozenset[str], where: str) -> tuple[Site, ...]:
     sites, explained = [], set()
     for node in graph.nodes:
         if node.target not in WEIGHT_OPS:
@@ -90,7 +125,7 @@ def _sites(graph: fx.Graph, params: Mapping[str, str], where: str) -> tuple[Site
                           router=node.meta["val"].shape[-1] == 1 or _chooses_experts(node), **experts))  # fmt: skip
         explained |= set(zip((node, *chain), chain))
         explained |= {(node, bias)}
-    _refuse_unknown(graph, params, explained, where)
+    _refuse_unknown(graph, {name: path for name, path in params.items() if name not in buffers}, explained, where)
     return tuple(sites)
 
 
@@ -120,6 +155,7 @@ def _chooses_experts(node: fx.Node) -> bool:
 
 
 def _refuse_unknown(graph: fx.Graph, params: Mapping[str, str], explained: set, where: str) -> None:
+    """Every matrix among the parameters is the weight of one site; buffers (masks, tables of positions) are none."""
     used: dict[str, fx.Node] = {}
     for node in graph.nodes:
         if node.op == "placeholder" and node.name in params and node.meta["val"].ndim >= 2:

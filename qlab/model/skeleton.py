@@ -19,7 +19,7 @@ from qlab.graph import Code, ModuleGraph, tensors_of
 from qlab.model.device import usable
 from qlab.model.names import Piece, assemble, pieces_of_experts, spellings
 from qlab.model.online import at_input, at_output
-from qlab.model.paper import find_blocks, on_meta, on_paper, output_on_meta, path_of
+from qlab.model.paper import find_blocks, on_paper, output_on_meta, path_of
 from qlab.model.recording import Call, Output, Recorded, Recorder, Replaced, to_like
 from qlab.qtensor import Leaf, dense
 from qlab.trace import trace
@@ -155,7 +155,7 @@ class Skeleton:
 
     def _trace(self, path: str, call: Call, hidden: Tensor) -> ModuleGraph:
         args, kwargs = call.inputs(hidden.to("meta"))
-        return trace(on_meta(self.blocks[path]), args, kwargs, path)
+        return trace(self.blocks[path], args, kwargs, path)
 
     # -------------------------------------------------------------- around the blocks
     def load_outside(self, with_head: bool) -> None:

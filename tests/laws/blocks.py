@@ -164,3 +164,18 @@ class Factor(nn.Module):
 
     def forward(self, x):
         return self.two(torch.tanh(self.one(x)) * torch.add(self.factor, 0.5, alpha=self.alpha))
+
+
+class Numbers(nn.Module):
+    """Factors, an index and a table of plain numbers beside weights that are multiplied transposed, in every spelling."""
+
+    def __init__(self):
+        super().__init__()
+        self.turned = nn.ModuleList([nn.Linear(12, 12) for _ in range(5)])
+        self.register_buffer("table", torch.randn(7, 12), persistent=False)
+
+    def forward(self, x):
+        a, b, c, d, e = (linear.weight for linear in self.turned)
+        x = (x @ a.T) * torch.tensor([1.0, 2.0] * 6, device=x.device) @ b.t() + x.new_tensor(0.5)
+        x = x @ c.mT + (x[:, [-2, 0]] @ d.transpose(0, 1)).sum(1, keepdim=True)
+        return x @ e.permute(1, 0) + self.table[: x.shape[1]]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from blocks import Spread
+from blocks import Numbers, Spread
 from families import FAMILIES, MIXTURES
 from segments import assert_same, calls, densified, hidden, model_of, of, relative, segment, tokens, untouched
 from torch import nn
@@ -35,6 +35,15 @@ def test_what_a_block_makes_itself_lies_where_its_inputs_do_and_not_where_it_was
     block, x = Spread("cat"), torch.randn(2, 5, 12)
     on_paper = trace(deepcopy(block).to("meta"), (x.to("meta"),), {})
     graph = replace(on_paper, params=dict(block.named_parameters()))
+    assert torch.equal(interpret(graph, (x,), {}), block(x))
+
+
+def test_plain_numbers_keep_their_values_on_paper_and_transposed_weights_are_linears():
+    torch.manual_seed(0)
+    block, x = Numbers(), torch.randn(2, 5, 12)
+    on_paper = trace(deepcopy(block).to("meta"), (x.to("meta"),), {})
+    graph = replace(on_paper, params={**dict(block.named_parameters()), "table": block.table})
+    assert {(site.path, site.layout) for site in graph.sites} == {(f"turned.{i}", "o k") for i in range(5)}
     assert torch.equal(interpret(graph, (x,), {}), block(x))
 
 
