@@ -125,8 +125,7 @@ def folds(code: Code) -> Mapping[str, Fold]:
     found: dict[str, Fold] = {}
     for producer in _producers(code):  # later ones are nearer to the sources and take precedence
         walk = Labels(code, producer.node)
-        walk.run(*[torch.empty(_concrete(n), device="meta", dtype=n.meta["val"].dtype)
-                   for n in code.graph.nodes if n.op == "placeholder"])
+        walk.run(*_small_inputs(code))
         for source, index in walk.reached.items():
             others = {int(c) for s, i in walk.reached.items() if s != source for c in i.unique()}
             mine = set(index.unique().tolist())
@@ -135,12 +134,22 @@ def folds(code: Code) -> Mapping[str, Fold]:
     return found
 
 
-def _concrete(node: fx.Node) -> tuple[int, ...]:
-    # Every symbolic size becomes 3: sizes that the trace made equal stay equal, and the labels stay small.
-    def value(d: Any) -> int:
-        return d if isinstance(d, int) else int(d.node.expr.subs(dict.fromkeys(d.node.expr.free_symbols, 3)))
+def _small_inputs(code: Code) -> list[Tensor]:
+    """Tensors on meta for everything that enters a program, with 3 for every size that its trace left open, so that labels stay
+    small: sizes that were equal there stay equal. A size that is always the last one counts channels, and is kept."""
+    entering = [n.meta["val"] for n in code.graph.nodes if n.op == "placeholder"]
+    last = {symbol: d.node.hint for t in entering for d in t.shape[-1:] for symbol in _symbols(d)}
+    for symbol in {symbol for t in entering for d in t.shape[:-1] for symbol in _symbols(d)}:
+        last.pop(symbol, None)
 
-    return tuple(value(d) for d in node.meta["val"].shape)
+    def size(d: Any) -> int:
+        return int(d.node.expr.subs({symbol: last.get(symbol, 3) for symbol in _symbols(d)})) if _symbols(d) else int(d)
+
+    return [torch.empty([size(d) for d in t.shape], device="meta", dtype=t.dtype) for t in entering]
+
+
+def _symbols(d: Any) -> set:
+    return d.node.expr.free_symbols if isinstance(d, torch.SymInt) else set()
 
 
 def _producers(code: Code) -> list[Producer]:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from qlab.graph import SAME_VALUES, WEIGHT_OPS, Code, aten, behind_casts, placed
 
 LAYOUT = frozenset({
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.permute.default,
+    aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.permute.default,
     aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor, aten.select.int, aten.t.default,
     aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.flatten.using_ints,
     aten.unflatten.int, aten.narrow.default, aten.repeat_interleave.self_int, aten.repeat.default,
@@ -83,7 +83,7 @@ class Labels(fx.Interpreter):
             return first.expand(value.shape)
         if n.target in LAYOUT and first is not None:
             rest, kwargs = self.fetch_args_kwargs_from_env(n)
-            return n.target(first.contiguous(), *rest[1:], **kwargs)  # as a view of what lies in one piece needs
+            return n.target(first, *rest[1:], **kwargs)
         if n.target in (aten.mul.Tensor, aten.div.Tensor) and len(others) + (first is not None) == 1:
             return None if n.target is aten.div.Tensor and others else (first if not others else others[0]).expand(value.shape)
         if n.target is aten.add.Tensor and first is not None and others and torch.equal(first, others[0]):

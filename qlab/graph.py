@@ -21,7 +21,7 @@ SAME_VALUES = frozenset({
     aten.clone.default, aten.contiguous.default, aten.detach.default, aten.detach_.default, aten.dropout.default,
     aten.lift_fresh_copy.default,
 })  # fmt: skip
-RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
+RESHAPES = frozenset({aten.reshape.default, aten._unsafe_view.default})
 # operation -> positions of (input, weight, bias), and the weight's layout
 WEIGHT_OPS: Mapping[Any, tuple[int, int, int | None, str]] = {
     **{op: (0, 1, 2, layout) for op, layout in EXPERT_OPS.items()},

@@ -48,9 +48,7 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise QlabError(f"{where} ({type(module).__name__}) cannot be traced by torch.export: {reason}") from error
     graph = exported.graph
-    for node in list(graph.nodes):  # these pin the graph to the device and dtype of the trace
-        if node.target is aten._assert_tensor_metadata.default:
-            graph.erase_node(node)
+    _unpin(graph)
     _name_linears(graph)
     signature = exported.graph_signature
     lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -75,6 +73,16 @@ def _without_values(module: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[nn.
         memo: dict[int, Any] = {id(p): nn.Parameter(fake(p), requires_grad=False) for p in module.parameters()}
         memo |= {id(b): fake(b) for b in module.buffers()}
         return copy.deepcopy(module, memo), tuple(fake(t) for t in tensors)
+
+
+def _unpin(graph: fx.Graph) -> None:
+    """Drop what holds on the device and in the dtype of the trace alone: checks of both, and views, which need the strides that
+    an operation happens to give there."""
+    for node in list(graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.target is aten.view.default:
+            node.target = aten.reshape.default
 
 
 def _name_linears(graph: fx.Graph) -> None:
@@ -158,7 +166,7 @@ def _refuse_unknown(graph: fx.Graph, params: Mapping[str, str], explained: set, 
     """Every matrix among the parameters is the weight of one site; buffers (masks, tables of positions) are none."""
     used: dict[str, fx.Node] = {}
     for node in graph.nodes:
-        if node.op == "placeholder" and node.name in params and node.meta["val"].ndim >= 2:
+        if node.op == "placeholder" and node.name in params and sum(n > 1 for n in node.meta["val"].shape) > 1:
             for user in node.users:
                 if (user, node) not in explained:
                     raise QlabError(f"{where}.{params[node.name]} {tuple(node.meta['val'].shape)} is used by {user.target}, "

@@ -173,9 +173,21 @@ class Numbers(nn.Module):
         super().__init__()
         self.turned = nn.ModuleList([nn.Linear(12, 12) for _ in range(5)])
         self.register_buffer("table", torch.randn(7, 12), persistent=False)
+        self.shift = nn.Parameter(torch.randn(1, 12))
 
     def forward(self, x):
         a, b, c, d, e = (linear.weight for linear in self.turned)
         x = (x @ a.T) * torch.tensor([1.0, 2.0] * 6, device=x.device) @ b.t() + x.new_tensor(0.5)
         x = x @ c.mT + (x[:, [-2, 0]] @ d.transpose(0, 1)).sum(1, keepdim=True)
-        return x @ e.permute(1, 0) + self.table[: x.shape[1]]
+        return x @ e.permute(1, 0) + self.table[: x.shape[1]] + self.shift.squeeze(0)
+
+
+class Interleaved(nn.Module):
+    """norm -> one -> times angles, each of the first half for two neighbours, as rotary embeddings are spread -> two."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.one, self.two = nn.LayerNorm(12), nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x, angles):
+        return self.two(self.one(self.norm(x)) * angles[..., : angles.shape[-1] // 2].repeat_interleave(2, -1))

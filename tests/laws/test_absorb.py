@@ -5,7 +5,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from blocks import WAYS, BilinearGate, Factor, Halves, OddBlock, SharedBias, SharedKeysAndValues, SharedNorm, Spread, Straight
+from blocks import (
+    WAYS,
+    BilinearGate,
+    Factor,
+    Halves,
+    Interleaved,
+    OddBlock,
+    SharedBias,
+    SharedKeysAndValues,
+    SharedNorm,
+    Spread,
+    Straight,
+)
 from families import FAMILIES, MIXTURES
 from hypothesis import given
 from hypothesis import strategies as st
@@ -142,6 +154,14 @@ def test_values_fold_however_a_block_spreads_them_over_grouped_queries(way, eins
     folded = fold_scales(scaled(seg.graph, 1))
     assert set(folded.online) == {"ask", "key", "tell"}
     assert relative(out(folded, seg), seg.block(x)) < 1e-5
+
+
+def test_inputs_keep_their_channels_where_a_block_spreads_them():
+    torch.manual_seed(0)
+    x, angles = torch.randn(2, 5, 12), torch.rand(1, 5, 12)
+    seg = of(Interleaved(), x, angles)
+    assert table(seg.graph) == {"one": "norm", "two": "one"}
+    assert relative(out(fold_scales(scaled(seg.graph, 1)), seg), seg.block(x, angles)) < 1e-5
 
 
 LEAKS = {
