@@ -57,6 +57,18 @@ def test_nothing_compiles_while_it_is_measured(directory, monkeypatch):
     assert "compile" in events and events[-2:] == [4, 4]
 
 
+def test_steps_called_from_cpp_give_the_tokens_of_eager_ones(directory):
+    ids, said = torch.randint(3, 100, (1, 8), generator=torch.Generator().manual_seed(1)), []
+    for engine in [generate.prepare(name, directory, 8, 8, "cpu") for name in ("qlab eager", "qlab compiled")]:
+        engine.cache.reset()
+        with torch.no_grad():
+            tokens = [engine.prefill(ids)]
+            for _ in range(7):
+                tokens.append(engine.step(tokens[-1]))
+        said.append([int(token) for token in tokens])
+    assert said[0] == said[1] and len(set(said[0])) > 1
+
+
 @pytest.mark.parametrize(
     "arguments, part",
     [(["--engines", "llama.cpp"], f"engine 'llama.cpp' is unknown; known are {'; '.join(ENGINES)}"),
