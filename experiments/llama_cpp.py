@@ -44,12 +44,15 @@ for line in sys.stdin:
 def main(gguf, python, *paths):
     chosen = [("bf16 eager", paths[0]), *(("qlab compiled", path) for path in paths)]
     engines = {f"{name}, {Path(path).name}": generate.prepare(name, path, PROMPT, NEW, "cpu") for name, path in chosen}
+    ids = generate.random_tokens(next(iter(engines.values())).model, PROMPT, "cpu")
+    for engine in engines.values():
+        generate.warm_up(engine, ids)  # preparing the next one let go of what was compiled for it
     command = [python, "-c", LLAMA, gguf, str(torch.get_num_threads())]
     seconds = {name: (engine.prefill_seconds, engine.decode_seconds) for name, engine in engines.items()} | {"llama.cpp": ([], [])}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         for turn in range(ROUNDS + 1):
             for engine in engines.values():
-                generate.run(engine, generate.random_tokens(engine.model, PROMPT, "cpu"), NEW)
+                generate.run(engine, ids, NEW)
             other.stdin.write("go\n")
             other.stdin.flush()
             prefill, decode, version = json.loads(other.stdout.readline())

@@ -24,7 +24,7 @@ from qlab.demo import demo_text
 from qlab.evaluate import read
 
 RESULTS = Path(__file__).parent / "results" / "other-families"
-METHODS = ("rtn", "rtn-weighted", "hqq", "awq", "gptq", "awq-gptq")
+METHODS = ("rtn", "rtn-weighted", "hqq", "awq", "gptq", "awq-gptq", "gptaq")
 STEPS, BATCH, LENGTH, RATE = 1000, 2, 256, 1.5e-3
 CALIBRATION, EVALUATION = 16384, 4096  # tokens
 SPECS = ("int4-g64", "int3-g64")
