@@ -10,14 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qlab.graph import SAME_VALUES, WEIGHT_OPS, Code, aten, behind_casts, placed
+from qlab.graph import LAYOUT, SAME_VALUES, WEIGHT_OPS, Code, aten, behind_casts, placed
 
-LAYOUT = frozenset({
-    aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.permute.default,
-    aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor, aten.select.int, aten.t.default,
-    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.flatten.using_ints,
-    aten.unflatten.int, aten.narrow.default, aten.repeat_interleave.self_int, aten.repeat.default,
-})  # fmt: skip
 HOMOGENEOUS = SAME_VALUES | {aten.relu.default, aten.neg.default, aten.leaky_relu.default, aten.abs.default}
 PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default})
 HARMLESS = frozenset({aten.sym_size.int, aten.new_empty.default, aten.new_zeros.default, aten.empty_like.default})

@@ -22,6 +22,12 @@ SAME_VALUES = frozenset({
     aten.lift_fresh_copy.default,
 })  # fmt: skip
 RESHAPES = frozenset({aten.reshape.default, aten._unsafe_view.default})
+LAYOUT = frozenset({  # numbers stay, and go elsewhere
+    aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.permute.default,
+    aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor, aten.select.int, aten.t.default,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.flatten.using_ints,
+    aten.unflatten.int, aten.narrow.default, aten.repeat_interleave.self_int, aten.repeat.default,
+})  # fmt: skip
 # operation -> positions of (input, weight, bias), and the weight's layout
 WEIGHT_OPS: Mapping[Any, tuple[int, int, int | None, str]] = {
     **{op: (0, 1, 2, layout) for op, layout in EXPERT_OPS.items()},
@@ -89,13 +95,13 @@ class Site:
 class Code:
     """The traced program of a segment, shared by every segment of the same structure and never edited.
 
-    params: placeholder -> leaf path. examples: meta tensors for the segment's own inputs, in order.
+    params: placeholder -> leaf path. inputs: the shape of each of the segment's own inputs, with None for a size that may be any.
     """
 
     graph: fx.Graph
     params: Mapping[str, str]
     constants: Mapping[str, Tensor]
-    examples: tuple[Tensor, ...]
+    inputs: tuple[tuple[int | None, ...], ...]
     out_spec: pytree.TreeSpec
     sites: tuple[Site, ...]
 

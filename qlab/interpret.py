@@ -89,10 +89,16 @@ def _run(graph: ModuleGraph, code: fx.Graph, args: tuple, kwargs: dict[str, Any]
 
 
 def _tensors(graph: ModuleGraph, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-    tensors, traced = tensors_of(args, kwargs), graph.code.examples
+    tensors, traced = tensors_of(args, kwargs), graph.code.inputs
+    where = graph.path or "the segment"
     if len(tensors) != len(traced):
-        raise QlabError(f"{graph.path or 'the segment'} was traced with {len(traced)} input tensors and is called with "
-                        f"{len(tensors)}; trace it again for inputs of this form")
+        raise QlabError(f"{where} was traced with {len(traced)} input tensors and is called with {len(tensors)}; trace it again for "
+                        "inputs of this form")
+    for t, sizes in zip(tensors, traced):
+        if t.ndim != len(sizes) or any(n not in (None, m) for n, m in zip(sizes, t.shape)):
+            known = ", ".join("any" if n is None else str(n) for n in sizes)
+            raise QlabError(f"{where} was traced with an input of ({known}) and is called with {tuple(t.shape)}, for which its program "
+                            "may differ; use windows of one length, or trace it again")
     return tensors
 
 

@@ -12,10 +12,11 @@ from torch.utils import _pytree as pytree
 
 from qlab.errors import QlabError
 from qlab.experts import EXPERT_OPS
-from qlab.graph import RESHAPES, SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, Part, Site, aten, behind_casts, tensors_of
+from qlab.graph import LAYOUT, RESHAPES, SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, Part, Site, aten, behind_casts, tensors_of
 from qlab.qtensor import Leaf
 
 TRANSPOSES = (aten.numpy_T.default, aten.t.default, aten.mT.default, aten.transpose.int, aten.permute.default)
+FILTERS = (aten.conv1d.default, aten.conv1d.padding)  # weight [o, k, w]; where k is 1, of each channel by itself
 
 
 class _OnTensors(nn.Module):
@@ -42,8 +43,8 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
     auto = tuple({d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n > 1} for t in tensors)
     where = path or type(module).__name__
     try:
-        segment, inputs = _without_values(module, tensors)
-        exported = torch.export.export(_OnTensors(segment, args, kwargs), inputs, dynamic_shapes=(auto,), strict=False)
+        segment, fakes = _without_values(module, tensors)
+        exported = torch.export.export(_OnTensors(segment, args, kwargs), fakes, dynamic_shapes=(auto,), strict=False)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise QlabError(f"{where} ({type(module).__name__}) cannot be traced by torch.export: {reason}") from error
@@ -56,8 +57,9 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
     constants = {name: exported.constants[key] for name, key in signature.inputs_to_lifted_tensor_constants.items()}
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None  # an exported program always has one
-    examples = tuple(t.to("meta") for t in tensors)
-    code = Code(graph, params, constants, examples, out_spec, _sites(graph, params, frozenset(signature.inputs_to_buffers), where))
+    entering = [n.meta["val"].shape for n in graph.nodes if n.op == "placeholder" and n.name not in {**params, **constants}]
+    inputs = tuple(tuple(None if isinstance(d, torch.SymInt) and d.node.expr.free_symbols else int(d) for d in s) for s in entering)
+    code = Code(graph, params, constants, inputs, out_spec, _sites(graph, params, frozenset(signature.inputs_to_buffers), where))
     leaves: dict[str, Leaf] = {name: t.detach() for name, t in module.named_parameters(remove_duplicate=False)}
     leaves |= {name: t for name, t in module.named_buffers(remove_duplicate=False) if name in params.values()}
     return ModuleGraph(code, leaves, path, next((t.dtype for t in leaves.values() if isinstance(t, Tensor)), torch.float32))
@@ -163,19 +165,32 @@ def _chooses_experts(node: fx.Node) -> bool:
 
 
 def _refuse_unknown(graph: fx.Graph, params: Mapping[str, str], explained: set, where: str) -> None:
-    """Every matrix among the parameters is the weight of one site; buffers (masks, tables of positions) are none."""
-    used: dict[str, fx.Node] = {}
+    """Every matrix among the parameters is the weight of one site, or its numbers are used one by one: as factors (a state-space
+    model's A), or as a filter of each channel. Buffers (masks, tables of positions) are none."""
+    made_of_params: set[fx.Node] = set()  # alone
     for node in graph.nodes:
-        if node.op == "placeholder" and node.name in params and sum(n > 1 for n in node.meta["val"].shape) > 1:
-            for user in node.users:
-                if (user, node) not in explained:
-                    raise QlabError(f"{where}.{params[node.name]} {tuple(node.meta['val'].shape)} is used by {user.target}, "
-                                    "a weight-bearing operation qlab does not know; known are linear, addmm, mm, matmul and "
-                                    "the products of fused experts")
-                if params[node.name] in used:
-                    raise QlabError(f"{where}.{params[node.name]} is used by two operations, {used[params[node.name]]} and "
-                                    f"{user}; qlab needs one use per weight")
-                used[params[node.name]] = user
+        if node.name in params or (node.all_input_nodes and made_of_params.issuperset(node.all_input_nodes)):
+            made_of_params.add(node)
+    for node in graph.nodes:
+        if node.op != "placeholder" or node.name not in params or sum(n > 1 for n in node.meta["val"].shape) < 2:
+            continue
+        name, products = f"{where}.{params[node.name]}", [user for user in node.users if (user, node) in explained]
+        for user in node.users:
+            if user not in products and (products or not _number_by_number(user, node, made_of_params)):
+                raise QlabError(f"{name} {tuple(node.meta['val'].shape)} is used by {user.target}, a weight-bearing operation qlab "
+                                "does not know; known are linear, addmm, mm, matmul and the products of fused experts")
+        if len(products) > 1:
+            raise QlabError(f"{name} is used by two operations, {products[0]} and {products[1]}; qlab needs one use per weight")
+
+
+def _number_by_number(node: fx.Node, weight: fx.Node, made_of_params: set[fx.Node]) -> bool:
+    """Whether an operation, and those on what it makes of parameters alone, sum over no channels of the weight and the input."""
+    if node.target in FILTERS:
+        return node.args[1] is weight and weight.meta["val"].shape[1] == 1
+    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    if not pointwise and node.target not in LAYOUT | SAME_VALUES:
+        return False
+    return node not in made_of_params or all(_number_by_number(user, node, made_of_params) for user in node.users)
 
 
 def _parts(node: fx.Node) -> tuple[Part, ...]:

@@ -93,10 +93,10 @@ def prepare(name: str, path: str | Path, prompt: int, new: int, device: str) -> 
         ids = random_tokens(model, prompt, device)
         forward(ids[:, :1])  # makes the cache's tensors, outside of any compiled graph
         ours = name.startswith("qlab")
-        prefill = step = forward
+        ways: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = forward, forward
         if "compiled" in name:
-            prefill, step = _compiled(forward, ours), _compiled(forward, ours, **(FROM_CPP if device == "cpu" else {}))
-        engine = Engine(name, model, cache, prefill, step, 0.0, 0)
+            ways = _compiled(forward, ours), _compiled(forward, ours, **(FROM_CPP if device == "cpu" else {}))
+        engine = Engine(name, model, cache, *ways, 0.0, 0)
         warm_up(engine, ids)
     engine.warm_up_seconds, engine.peak_rss_bytes = time.perf_counter() - started, peak.bytes
     return engine

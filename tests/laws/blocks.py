@@ -191,3 +191,15 @@ class Interleaved(nn.Module):
 
     def forward(self, x, angles):
         return self.two(self.one(self.norm(x)) * angles[..., : angles.shape[-1] // 2].repeat_interleave(2, -1))
+
+
+class StateSpace(nn.Module):
+    """norm -> a filter of each channel over time -> decayed by a matrix of rates, number by number -> out."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.rates, self.out = nn.Conv1d(12, 12, 3, groups=12), nn.Parameter(torch.rand(12, 4)), nn.Linear(12, 12)
+
+    def forward(self, x):
+        x = nn.functional.conv1d(nn.functional.pad(x.mT, (2, 0)), self.mix.weight.squeeze(1).unsqueeze(1), self.mix.bias, groups=12).mT
+        return self.out((x[..., None] * -self.rates.float().exp()).sum(-1))

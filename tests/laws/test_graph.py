@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from blocks import Numbers, Spread
+from blocks import Numbers, Spread, StateSpace
 from families import FAMILIES, MIXTURES
 from segments import assert_same, calls, densified, hidden, model_of, of, relative, segment, tokens, untouched
 from torch import nn
@@ -45,6 +45,14 @@ def test_plain_numbers_keep_their_values_on_paper_and_transposed_weights_are_lin
     graph = replace(on_paper, params={**dict(block.named_parameters()), "table": block.table})
     assert {(site.path, site.layout) for site in graph.sites} == {(f"turned.{i}", "o k") for i in range(5)}
     assert torch.equal(interpret(graph, (x,), {}), block(x))
+
+
+def test_filters_of_each_channel_and_factors_are_no_weights():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 12)
+    seg = of(StateSpace(), x)
+    assert [site.path for site in seg.graph.sites] == ["out"]
+    assert torch.equal(interpret(seg.graph, (x,), {}), seg.block(x))
 
 
 def left_padded(batch, length):
@@ -192,7 +200,17 @@ class Derived(nn.Module):
         return nn.functional.linear(x, self.lin.weight * 2)
 
 
+class Factored(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.lin(x) * self.lin.weight[0]
+
+
 @pytest.mark.parametrize("block, words", [
+    (Factored(), ["h.7.lin.weight", "select", "(4, 4)"]),
     (Convolves(), ["h.7.mix.weight", "conv1d", "(4, 4, 1)"]),
     (Derived(), ["h.7.lin.weight", "mul", "(4, 4)"]),
     (Twice(), ["h.7.deep.weight", "two operations"]),
@@ -209,6 +227,17 @@ def test_inputs_of_another_form_are_refused():
     args, kwargs = calls(model_of("llama"), tokens(2, 12), left_padded(2, 12))["model.layers.0"]
     with pytest.raises(QlabError, match=r"model\.layers\.0 was traced with 4 input tensors and is called with 5"):
         interpret(seg.graph, args, kwargs)
+
+
+def test_a_program_for_one_length_is_not_run_on_another():
+    class Chunks(nn.Module):
+        def forward(self, x):
+            return sum(x[:, i : i + 4].sum(1) for i in range(0, x.shape[1], 4))
+
+    seg = of(Chunks(), torch.randn(2, 8, 12))
+    assert interpret(seg.graph, (torch.randn(3, 8, 12),), {}).shape == (3, 12)
+    with pytest.raises(QlabError, match=r"block was traced with an input of \(any, 8, any\) and is called with \(2, 12, 12\)"):
+        interpret(seg.graph, (torch.randn(2, 12, 12),), {})
 
 
 def test_a_rounded_weight_is_not_rounded_again():
