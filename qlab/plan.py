@@ -122,7 +122,7 @@ def plan(
                 s.bits_per_weight(shapes[n], model.dtype) if s else 8.0 * model.dtype.itemsize} for n, s in specs.items()}  # fmt: skip
     for name, (_, site) in named.items():
         rows[name] |= {"experts": shapes[name][0]} if site.route else {}
-    outside = [n for n in skeleton.linears() if n not in named]
+    left = [n for n in skeleton.linears() if n not in named] + _beside_sites(skeleton, codes)
     tokens = data.count if data is not None and needs else 0
     in_parts = all(in_order(code, recipe, inputs, calibrate_all_experts) for code in codes.values())
     experts = max(shapes[n][0] if in_parts and site.route else 0 for n, (_, site) in named.items())
@@ -131,7 +131,7 @@ def plan(
     return Plan(
         describe(recipe),
         rows,
-        [*outside, *(n for n, s in specs.items() if s is None)],
+        [*left, *(n for n, s in specs.items() if s is None)],
         (1 if in_parts else 2) + runs_reference([recipe], inputs) if needs else 0,
         tokens,
         needs,
@@ -155,6 +155,16 @@ def trace_all(skeleton: Skeleton, data: Data | None) -> dict[str, Code]:
     (hidden,), (calls,) = record(skeleton, in_batches(data)[:1])
     skeleton.drop_outside()
     return {path: skeleton.code(path, call, hidden) for path, call in calls.items()}
+
+
+def _beside_sites(skeleton: Skeleton, codes: Mapping[str, Code]) -> list[str]:
+    """The matrices in blocks that no site multiplies by: filters of each channel, factors."""
+    found = []
+    for path, code in codes.items():
+        held = {name for site in code.sites for name in (site.weight, site.bias)}
+        found += [f"{path}.{name}".removesuffix(".weight") for name, p in skeleton.blocks[path].named_parameters()
+                  if name not in held and sum(n > 1 for n in p.shape) > 1]  # fmt: skip
+    return found
 
 
 def _shape(skeleton: Skeleton, path: str, site: Site) -> torch.Size:

@@ -28,6 +28,11 @@ MIXTURES: dict[str, dict] = {
     "deepseek_v3": _MLA | dict(num_hidden_layers=3, first_k_dense_replace=1, n_routed_experts=8, num_experts_per_tok=3, n_group=2,
                                topk_group=1, n_shared_experts=1, moe_intermediate_size=32),
 }  # fmt: skip
+OTHERS: dict[str, dict] = {  # what the others have not: weights multiplied transposed, rotary pairs of neighbours, filters over time
+    "falcon": dict(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1, eos_token_id=2),
+    "glm": _DENSE | dict(head_dim=16),
+    "lfm2": _DENSE | dict(layer_types=["full_attention", "conv"], block_auto_adjust_ff_dim=False),
+}  # fmt: skip
 _ROPE = dict(rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
              bos_token_id=1, eos_token_id=2)  # fmt: skip
 _TOKENS = dict(image_token_id=127, video_token_id=126, vision_start_token_id=125, vision_end_token_id=124)
@@ -45,7 +50,7 @@ VISION: dict[str, dict] = {  # a decoder of the dense families behind a small vi
 
 def tiny(family: str, seed: int = 0, **overrides) -> PreTrainedModel:
     """A random model of the family in fp32, with every weight (norms and biases too) moved off its initial value."""
-    config = AutoConfig.for_model(family, **((FAMILIES | MIXTURES | VISION)[family] | overrides))
+    config = AutoConfig.for_model(family, **((FAMILIES | MIXTURES | OTHERS | VISION)[family] | overrides))
     torch.manual_seed(seed)
     maker = AutoModelForImageTextToText if family in VISION else AutoModelForCausalLM
     model = maker.from_config(config, dtype=torch.float32).eval()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from directories import bits_equal, contents, random_tokens, tensors
-from families import FAMILIES, tiny
+from families import FAMILIES, OTHERS, tiny
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from qlab.calibration import tokens
@@ -19,6 +19,7 @@ from qlab.methods.gptaq import gptaq
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
 from qlab.model.skeleton import Skeleton
+from qlab.plan import plan
 from qlab.quantize import compare, quantize
 from qlab.spec import parse_spec
 from qlab.sweep import push
@@ -63,6 +64,16 @@ def assert_complete(path: Path, source: Path, sites: set[str]) -> None:
     assert not [f for f in path.iterdir() if f.name.startswith(".")]
     rows = json.loads((path / "qlab.json").read_text())["sites"]
     assert set(rows) == sites and all(row["spec"] == "int4-g16" and row["weight_error"] < 0.2 for row in rows.values())
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_blocks_of_other_makes_are_quantized_whole(family, saved, tmp_path):
+    source = saved(family)
+    result = quantize(open_checkpoint(source), METHODS["awq-gptq"](INT4), random_tokens(source, 8, 16), tmp_path / "out")
+    assert_complete(result.path, source, set(result.sites))
+    assert set(plan(open_checkpoint(source), rtn(INT4)).unquantized) == {"lm_head"} | (
+        {"model.layers.1.conv.conv"} if family == "lfm2" else set())  # fmt: skip
+    assert_read_alike(result.path, dequantize=family == "falcon")  # whose own linears look for a dense weight
 
 
 @pytest.mark.parametrize("family", LINEAR)
