@@ -57,9 +57,10 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
     constants = {name: exported.constants[key] for name, key in signature.inputs_to_lifted_tensor_constants.items()}
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None  # an exported program always has one
-    entering = [n.meta["val"].shape for n in graph.nodes if n.op == "placeholder" and n.name not in {**params, **constants}]
-    inputs = tuple(tuple(None if isinstance(d, torch.SymInt) and d.node.expr.free_symbols else int(d) for d in s) for s in entering)
-    code = Code(graph, params, constants, inputs, out_spec, _sites(graph, params, frozenset(signature.inputs_to_buffers), where))
+    entering = [node for node in graph.nodes if node.op == "placeholder" and node.name not in {**params, **constants}]
+    sites, explained = _sites(graph, params)
+    _refuse_unknown(graph, {name: params[name] for name in signature.inputs_to_parameters}, explained, entering, where)
+    code = Code(graph, params, constants, tuple(_sizes(node.meta["val"]) for node in entering), out_spec, sites)
     leaves: dict[str, Leaf] = {name: t.detach() for name, t in module.named_parameters(remove_duplicate=False)}
     leaves |= {name: t for name, t in module.named_buffers(remove_duplicate=False) if name in params.values()}
     return ModuleGraph(code, leaves, path, next((t.dtype for t in leaves.values() if isinstance(t, Tensor)), torch.float32))
@@ -104,6 +105,10 @@ def _turns_matrix(node: fx.Node) -> bool:
     return axes[0] % 2 != axes[1] % 2
 
 
+def _sizes(t: Tensor) -> tuple[int | None, ...]:
+    return tuple(None if isinstance(d, torch.SymInt) and d.node.expr.free_symbols else int(d) for d in t.shape)
+
+
 def root(node: fx.Node) -> fx.Node:
     """The node behind casts, copies and reshapes that keep the channel axis."""
     while node.op == "call_function":
@@ -114,7 +119,8 @@ def root(node: fx.Node) -> fx.Node:
     return node
 
 
-def _sites(graph: fx.Graph, params: Mapping[str, str], buffers: frozenset[str], where: str) -> tuple[Site, ...]:
+def _sites(graph: fx.Graph, params: Mapping[str, str]) -> tuple[tuple[Site, ...], set[tuple]]:
+    """The sites, and the uses (user, node) of parameters that they account for."""
     sites, explained = [], set()
     for node in graph.nodes:
         if node.target not in WEIGHT_OPS:
@@ -135,8 +141,7 @@ def _sites(graph: fx.Graph, params: Mapping[str, str], buffers: frozenset[str], 
                           router=node.meta["val"].shape[-1] == 1 or _chooses_experts(node), **experts))  # fmt: skip
         explained |= set(zip((node, *chain), chain))
         explained |= {(node, bias)}
-    _refuse_unknown(graph, {name: path for name, path in params.items() if name not in buffers}, explained, where)
-    return tuple(sites)
+    return tuple(sites), explained
 
 
 def _module(path: str) -> str:
@@ -164,33 +169,33 @@ def _chooses_experts(node: fx.Node) -> bool:
     return False
 
 
-def _refuse_unknown(graph: fx.Graph, params: Mapping[str, str], explained: set, where: str) -> None:
+def _refuse_unknown(graph: fx.Graph, params: Mapping[str, str], explained: set, entering: list[fx.Node], where: str) -> None:
     """Every matrix among the parameters is the weight of one site, or its numbers are used one by one: as factors (a state-space
     model's A), or as a filter of each channel. Buffers (masks, tables of positions) are none."""
-    made_of_params: set[fx.Node] = set()  # alone
+    computed = set(entering)  # what depends on the segment's inputs, beyond their sizes
     for node in graph.nodes:
-        if node.name in params or (node.all_input_nodes and made_of_params.issuperset(node.all_input_nodes)):
-            made_of_params.add(node)
+        if isinstance(node.meta.get("val"), Tensor | list | tuple) and not computed.isdisjoint(node.all_input_nodes):
+            computed.add(node)
     for node in graph.nodes:
         if node.op != "placeholder" or node.name not in params or sum(n > 1 for n in node.meta["val"].shape) < 2:
             continue
         name, products = f"{where}.{params[node.name]}", [user for user in node.users if (user, node) in explained]
         for user in node.users:
-            if user not in products and (products or not _number_by_number(user, node, made_of_params)):
+            if user not in products and (products or not _number_by_number(user, node, computed)):
                 raise QlabError(f"{name} {tuple(node.meta['val'].shape)} is used by {user.target}, a weight-bearing operation qlab "
                                 "does not know; known are linear, addmm, mm, matmul and the products of fused experts")
         if len(products) > 1:
             raise QlabError(f"{name} is used by two operations, {products[0]} and {products[1]}; qlab needs one use per weight")
 
 
-def _number_by_number(node: fx.Node, weight: fx.Node, made_of_params: set[fx.Node]) -> bool:
-    """Whether an operation, and those on what it makes of parameters alone, sum over no channels of the weight and the input."""
+def _number_by_number(node: fx.Node, weight: fx.Node, computed: set[fx.Node]) -> bool:
+    """Whether an operation, and those on what it makes without the input, sum over no channels of the weight and the input."""
     if node.target in FILTERS:
         return node.args[1] is weight and weight.meta["val"].shape[1] == 1
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
     if not pointwise and node.target not in LAYOUT | SAME_VALUES:
         return False
-    return node not in made_of_params or all(_number_by_number(user, node, made_of_params) for user in node.users)
+    return node in computed or all(_number_by_number(user, node, computed) for user in node.users)
 
 
 def _parts(node: fx.Node) -> tuple[Part, ...]:

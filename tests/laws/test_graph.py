@@ -209,7 +209,17 @@ class Factored(nn.Module):
         return self.lin(x) * self.lin.weight[0]
 
 
+class Masked(Factored):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.ones(4, 4).tril())
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.lin.weight * self.mask * torch.tensor(2.0))
+
+
 @pytest.mark.parametrize("block, words", [
+    (Masked(), ["h.7.lin.weight", "mul", "(4, 4)"]),
     (Factored(), ["h.7.lin.weight", "select", "(4, 4)"]),
     (Convolves(), ["h.7.mix.weight", "conv1d", "(4, 4, 1)"]),
     (Derived(), ["h.7.lin.weight", "mul", "(4, 4)"]),
