@@ -24,6 +24,7 @@ from qlab.demo import demo_text
 from qlab.evaluate import read
 from qlab.report import versions
 
+METHODS = ("gptq", "awq", "awq-gptq", "gptaq")
 ROUNDS = 2
 RESULT = Path(__file__).parent / "results" / "rivals.json"
 
@@ -75,7 +76,7 @@ def timed(python, program, model, ids, out):
 
 def main(gptqmodel, llm_compressor, folder):
     programs = {"GPTQModel": (gptqmodel, GPTQMODEL), "llm-compressor": (llm_compressor, LLM_COMPRESSOR),
-                **{f"qlab {m}": (sys.executable, QLAB.replace("{method}", m)) for m in ("gptq", "awq", "awq-gptq", "gptaq")}}  # fmt: skip
+                **{f"qlab {m}": (sys.executable, QLAB.replace("{method}", m)) for m in METHODS}}  # fmt: skip
     model, folder = qlab.open("demo"), Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(qlab.tokens(model, [demo_text("calibration")], samples=32, length=512).ids, folder / "ids.pt")
