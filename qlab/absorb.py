@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from qlab.channels import NONE, Labels
 from qlab.errors import QlabError
-from qlab.graph import SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, aten, behind_casts, by_origin
+from qlab.graph import SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, aten, behind_casts, by_origin, open_symbols
 from qlab.qtensor import Leaf, QTensor
 from qlab.spec import Spec
 from qlab.transform import Multiply, Stage, Transform
@@ -138,18 +138,14 @@ def _small_inputs(code: Code) -> list[Tensor]:
     """Tensors on meta for everything that enters a program, with 3 for every size that its trace left open, so that labels stay
     small: sizes that were equal there stay equal. A size that is always the last one counts channels, and is kept."""
     entering = [n.meta["val"] for n in code.graph.nodes if n.op == "placeholder"]
-    last = {symbol: d.node.hint for t in entering for d in t.shape[-1:] for symbol in _symbols(d)}
-    for symbol in {symbol for t in entering for d in t.shape[:-1] for symbol in _symbols(d)}:
+    last = {symbol: d.node.hint for t in entering for d in t.shape[-1:] for symbol in open_symbols(d)}
+    for symbol in {symbol for t in entering for d in t.shape[:-1] for symbol in open_symbols(d)}:
         last.pop(symbol, None)
 
     def size(d: Any) -> int:
-        return int(d.node.expr.subs({symbol: last.get(symbol, 3) for symbol in _symbols(d)})) if _symbols(d) else int(d)
+        return int(d.node.expr.subs({symbol: last.get(symbol, 3) for symbol in open_symbols(d)})) if open_symbols(d) else int(d)
 
     return [torch.empty([size(d) for d in t.shape], device="meta", dtype=t.dtype) for t in entering]
-
-
-def _symbols(d: Any) -> set:
-    return d.node.expr.free_symbols if isinstance(d, torch.SymInt) else set()
 
 
 def _producers(code: Code) -> list[Producer]:

@@ -45,6 +45,16 @@ def behind_casts(node: fx.Node) -> fx.Node:
     return node
 
 
+def is_matrix(shape: Iterable[Any]) -> bool:
+    """Whether a parameter of this shape could be multiplied by: more than one axis is longer than 1."""
+    return sum(n > 1 for n in shape) > 1
+
+
+def open_symbols(size: Any) -> set:
+    """The symbols in a size of a traced tensor; none where the program is for that number alone."""
+    return size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set()
+
+
 def placed(args: tuple, kwargs: Mapping[str, Any], device: torch.device) -> tuple[tuple, dict[str, Any]]:
     """An operation's arguments with `device` for every device that they name: what a segment makes by itself (a mask, positions)
     lies where its inputs do, not where it was traced."""

@@ -12,7 +12,7 @@ from qlab.calibration import Data
 from qlab.codecs import CODECS
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
-from qlab.graph import Code, Site, by_origin
+from qlab.graph import Code, Site, by_origin, is_matrix
 from qlab.memory import predict_memory
 from qlab.model.skeleton import Skeleton
 from qlab.outside import outside_sites
@@ -163,7 +163,7 @@ def _beside_sites(skeleton: Skeleton, codes: Mapping[str, Code]) -> list[str]:
     for path, code in codes.items():
         held = {name for site in code.sites for name in (site.weight, site.bias)}
         found += [f"{path}.{name}".removesuffix(".weight") for name, p in skeleton.blocks[path].named_parameters()
-                  if name not in held and sum(n > 1 for n in p.shape) > 1]  # fmt: skip
+                  if name not in held and is_matrix(p.shape)]  # fmt: skip
     return found
 
 

@@ -7,16 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from qlab.errors import QlabError
 from qlab.experts import EXPERT_OPS
-from qlab.graph import LAYOUT, RESHAPES, SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, Part, Site, aten, behind_casts, tensors_of
+from qlab.graph import (
+    LAYOUT,
+    RESHAPES,
+    SAME_VALUES,
+    WEIGHT_OPS,
+    Code,
+    ModuleGraph,
+    Part,
+    Site,
+    aten,
+    behind_casts,
+    is_matrix,
+    open_symbols,
+    tensors_of,
+)
 from qlab.qtensor import Leaf
 
 TRANSPOSES = (aten.numpy_T.default, aten.t.default, aten.mT.default, aten.transpose.int, aten.permute.default)
-FILTERS = (aten.conv1d.default, aten.conv1d.padding)  # weight [o, k, w]; where k is 1, of each channel by itself
 
 
 class _OnTensors(nn.Module):
@@ -69,7 +81,7 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
 def _without_values(module: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """A copy of the module and its inputs as tensors that have a place on the CPU and no memory: what a segment makes of plain
     numbers beside them (an index, a factor) keeps its values, which are lost where it is traced on the meta device."""
-    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True):
         def fake(t: Tensor) -> Tensor:
             return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
 
@@ -106,7 +118,7 @@ def _turns_matrix(node: fx.Node) -> bool:
 
 
 def _sizes(t: Tensor) -> tuple[int | None, ...]:
-    return tuple(None if isinstance(d, torch.SymInt) and d.node.expr.free_symbols else int(d) for d in t.shape)
+    return tuple(None if open_symbols(d) else int(d) for d in t.shape)
 
 
 def root(node: fx.Node) -> fx.Node:
@@ -177,7 +189,7 @@ def _refuse_unknown(graph: fx.Graph, params: Mapping[str, str], explained: set, 
         if isinstance(node.meta.get("val"), Tensor | list | tuple) and not computed.isdisjoint(node.all_input_nodes):
             computed.add(node)
     for node in graph.nodes:
-        if node.op != "placeholder" or node.name not in params or sum(n > 1 for n in node.meta["val"].shape) < 2:
+        if node.op != "placeholder" or node.name not in params or not is_matrix(node.meta["val"].shape):
             continue
         name, products = f"{where}.{params[node.name]}", [user for user in node.users if (user, node) in explained]
         for user in node.users:
@@ -190,7 +202,7 @@ def _refuse_unknown(graph: fx.Graph, params: Mapping[str, str], explained: set, 
 
 def _number_by_number(node: fx.Node, weight: fx.Node, computed: set[fx.Node]) -> bool:
     """Whether an operation, and those on what it makes without the input, sum over no channels of the weight and the input."""
-    if node.target in FILTERS:
+    if node.target is aten.conv1d.default:  # weight [o, k, w]; where k is 1, a filter of each channel by itself
         return node.args[1] is weight and weight.meta["val"].shape[1] == 1
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
     if not pointwise and node.target not in LAYOUT | SAME_VALUES:

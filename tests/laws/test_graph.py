@@ -45,6 +45,7 @@ def test_plain_numbers_keep_their_values_on_paper_and_transposed_weights_are_lin
     graph = replace(on_paper, params={**dict(block.named_parameters()), "table": block.table})
     assert {(site.path, site.layout) for site in graph.sites} == {(f"turned.{i}", "o k") for i in range(5)}
     assert torch.equal(interpret(graph, (x,), {}), block(x))
+    assert interpret(on_paper, (x.to("meta"),), {}).is_meta  # numbers go where the weights are
 
 
 def test_filters_of_each_channel_and_factors_are_no_weights():
