@@ -179,7 +179,7 @@ class Numbers(nn.Module):
         a, b, c, d, e = (linear.weight for linear in self.turned)
         x = (x @ a.T) * torch.tensor([1.0, 2.0] * 6, device=x.device) @ b.t() + x.new_tensor(0.5)
         x = x @ c.mT + (x[:, [-2, 0]] @ d.transpose(0, 1)).sum(1, keepdim=True)
-        return x @ e.permute(1, 0) + self.table[: x.shape[1]] + self.shift.squeeze(0)
+        return x @ e.permute(1, 0) + self.table[torch.arange(x.shape[1], device=x.device)] + self.shift.softmax(-1).squeeze(0)
 
 
 class Interleaved(nn.Module):
