@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from qlab.certificate import certify, distances
-from qlab.codecs import CODECS, Codec
+from qlab.codecs import CODECS, Codec, refusal_of_transposed
 from qlab.errors import QlabError
 from qlab.files.checkpoint import GGUF, Checkpoint, open_checkpoint
 from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
 from qlab.files.writer import Writer, apart
 from qlab.methods.grid import encode as round_to_grid
 from qlab.methods.grid import minmax
-from qlab.model.linears import linear_names
+from qlab.model.linears import linear_names, transposed
 from qlab.qtensor import QTensor, dense
 from qlab.report import bits_per_weight, recorded, stored_bits, versions
 from qlab.spec import Int, Spec
@@ -74,6 +74,7 @@ def convert(
     apart(out, source.path)
     carried = _carried(source, codec)
     _refuse_rounded_inputs(source, codec)
+    _refuse_transposed(source, codec)
     targets = _targets(source, codec, requantize)
     config = _config(source, CODECS[codec], targets) | carried
     record = recorded(source.path)
@@ -135,6 +136,13 @@ def _refuse_rounded_inputs(source: Checkpoint, codec: str) -> None:
         more = f" and {len(source.inputs) - 1} more" if len(source.inputs) > 1 else ""
         raise QlabError(f"{codec} cannot hold the rounding of inputs that {source.path} has at {path} ({rounded}){more}, which would "
                         "be lost; choose compressed-tensors")
+
+
+def _refuse_transposed(source: Checkpoint, codec: str) -> None:
+    """Codes of linears that hold their dense weight as [k, o], which readers of most formats never look for."""
+    reason = refusal_of_transposed(codec)
+    if reason and source.codec and source.codec.transposed and (turned := sorted(transposed(source) & source.quantized.keys())):
+        raise QlabError(f"{turned[0]} and {len(turned) - 1} more of {source.path}: {reason}")
 
 
 def _targets(source: Checkpoint, codec: str, requantize: Spec | None) -> dict[str, Spec]:

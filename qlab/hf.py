@@ -48,11 +48,16 @@ class QlabConfig(QuantizationConfigMixin):
 
 
 class Awaiting(nn.Module):
-    """Stands where a packed linear will be, without parameters that transformers could look for or fill at random."""
+    """Stands where a packed linear will be, without parameters that transformers could look for or fill at random.
+
+    weight, bias: what modules that initialize those of their children (gpt2's, CLIP's) find, marked as done.
+    """
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self.weight = self.bias = torch.empty(0)
+        self.weight._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 class QlabQuantizer(HfQuantizer):
@@ -97,9 +102,10 @@ class QlabQuantizer(HfQuantizer):
             parts = {piece.module: checkpoint.parts(piece.module) for piece in pieces}
             ours |= {re.escape(part) for own in parts.values() for part in own}
             place = _at(model, name)
-            if isinstance(place, nn.Linear):
+            if isinstance(place, nn.Module):
                 ours |= {re.escape(f"{name}.{part.rpartition('.')[2]}") for own in parts.values() for part in own}
-                set_module(model, name, Awaiting(place.in_features, place.out_features))
+                k, o = place.get_parameter("weight").shape[:: 1 if name in self.skeleton.transposed else -1]
+                set_module(model, name, Awaiting(k, o))
             else:  # experts go by numbers under their owner, whatever the files call that, or as if codes were weights of theirs
                 ours |= {re.escape(name.rpartition(".")[0]) + r"\.0\..+", re.escape(name) + "(_.+)?"}
                 set_module(model, name, Awaiting(*place.shape[:0:-1]))

@@ -5,7 +5,7 @@ those of embeddings, heads, norms and routers, which engines expect unquantized.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from qlab.certificate import certify
-from qlab.codecs import CODECS, Codec
+from qlab.codecs import CODECS, Codec, refusal_of_transposed
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
 from qlab.files.writer import Writer, apart
 from qlab.graph import lone_weight
-from qlab.model.linears import linear_names, other_matrices
+from qlab.model.linears import linear_names, other_matrices, transposed
 from qlab.plan import CODEC
 from qlab.qtensor import QTensor, dense
 from qlab.report import PeakMemory, bits_per_weight, describe, recorded, site_rows, versions
@@ -82,14 +82,15 @@ def quantize_files(
         raise QlabError(f"the recipe observes {', '.join(needs)}, for which the model has to run; use a data-free method such as rtn")
     apart(out, source.path)
     specs = _chosen(source, recipe, include, exclude)
-    _check(source, specs, codec, target)
+    turned = transposed(source) & specs.keys()
+    _check(source, specs, turned, codec, target)
     names = {**linear_names(source), **{module: module for module in specs}}
     config = CODECS[codec].config({name: specs.get(module) for name, module in names.items()})
     job = {"source": source.fingerprint(), "recipe": describe(recipe), "sites": sorted(specs), "codec": codec, "versions": versions()}
     with PeakMemory() as peak:
         writer = Writer(Path(out), job, len(leaves_by_file(source)), overwrite, resume)
         if not writer.finished:
-            rewrite_files(source, writer, partial(_rewrite, source, recipe, CODECS[codec], specs), "quantizing")
+            rewrite_files(source, writer, partial(_rewrite, source, recipe, CODECS[codec], specs, turned), "quantizing")
             notes = writer.notes()
             report = {"job": job, **notes, "bits_per_weight": bits_per_weight(notes["sites"])}
             writer.finish({"config.json": {**source.raw, "quantization_config": config}, "qlab.json": report}, source.path)
@@ -132,16 +133,18 @@ def _chosen(source: Checkpoint, recipe: Transform, include: Sequence[str], exclu
     return specs
 
 
-def _check(source: Checkpoint, specs: Mapping[str, Spec], codec: str, target: str | None) -> None:
+def _check(source: Checkpoint, specs: Mapping[str, Spec], turned: Collection[str], codec: str, target: str | None) -> None:
     failed: dict[str, list[str]] = {}
     for module, spec in specs.items():
-        shape = torch.Size(source.stored[f"{module}.weight"].shape)
+        stored = source.stored[f"{module}.weight"].shape
+        shape = torch.Size(stored[::-1] if module in turned else stored)
         try:
             spec.tile.sizes(shape)
         except QlabError as error:
             failed.setdefault(str(error), []).append(module)
             continue
-        reason = CODECS[codec].refusal(with_scale_dtype(spec, source.dtype)) or CODECS[codec].misfit(spec, shape)
+        reason = refusal_of_transposed(codec) if module in turned else None
+        reason = reason or CODECS[codec].refusal(with_scale_dtype(spec, source.dtype)) or CODECS[codec].misfit(spec, shape)
         if target and not reason:
             reason = refusal(target, codec, spec, ".experts." in module, shape[-1])
         if reason := reason or CODECS[codec].risk(spec):
@@ -152,16 +155,17 @@ def _check(source: Checkpoint, specs: Mapping[str, Spec], codec: str, target: st
         raise QlabError(f"{several}; give all weights one")
 
 
-def _rewrite(source: Checkpoint, recipe: Transform, codec: Codec, specs: Mapping[str, Spec], name: str,
+def _rewrite(source: Checkpoint, recipe: Transform, codec: Codec, specs: Mapping[str, Spec], turned: Collection[str], name: str,
              notes: Notes) -> dict[str, Tensor]:  # fmt: skip
     """The tensors of one leaf: quantized where it is chosen, else dense as it is."""
     leaf, module = source.leaf(name), name.rpartition(".")[0]
     weight = dense(leaf, source.dtype) if isinstance(leaf, QTensor) else leaf
     if module not in specs or name != f"{module}.weight":
         return {name: weight}
-    solved, _ = solve(lone_weight(module, weight), recipe, lambda graph, wanted: {})
+    W_ok = weight.mT if module in turned else weight
+    solved, _ = solve(lone_weight(module, W_ok), recipe, lambda graph, wanted: {})
     new = solved.params["weight"]
     assert isinstance(new, QTensor)  # _chosen found the stage that rounds it
     notes.setdefault("sites", {}).update(site_rows(solved))
-    notes.setdefault("certificates", {})[module] = certify(new, leaf)
+    notes.setdefault("certificates", {})[module] = certify(new, W_ok if module in turned else leaf)
     return codec.encode(module, new)

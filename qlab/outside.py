@@ -15,8 +15,8 @@ def outside_sites(skeleton: Skeleton) -> dict[str, Site]:
     """Every linear that no block holds, by its name in the model. One tied to the embedding is among them: once it is rounded it
     has a weight of its own, beside the embedding, which stays."""
     inside = tuple(f"{path}." for path in skeleton.blocks)
-    names = [name for name in skeleton.linears() if not name.startswith(inside) and weight_of(skeleton, name)]
-    return {name: Site(name, f"{name}.weight", None, name, "", outside=True) for name in names}
+    names = [name for name in skeleton.linears() if not name.startswith(inside) and name not in skeleton.transposed]
+    return {name: Site(name, f"{name}.weight", None, name, "", outside=True) for name in names if weight_of(skeleton, name)}
 
 
 def weight_of(skeleton: Skeleton, name: str) -> str | None:

@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from qlab.calibration import Data
-from qlab.codecs import CODECS
+from qlab.codecs import CODECS, refusal_of_transposed
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.graph import Code, Site, by_origin, is_matrix
@@ -233,12 +233,12 @@ def _check_specs(specs: Mapping[str, Spec | None], shapes: Mapping[str, torch.Si
             failed.setdefault("fused experts have a scale per group, channel or block; one per tensor would join projections that "
                               "the files hold apart", []).append(name)  # fmt: skip
             continue
-        if site.layout not in ("o k", "e o k"):
-            reason = f"{codec} holds nn.Linear weights, and its readers skip other modules without a word"
-            failed.setdefault(reason, []).append(name)
-            continue
         held = CODECS[codec]
-        refused = held.refusal(with_scale_dtype(spec, skeleton.checkpoint.dtype)) or held.misfit(spec, shapes[name])
+        if site.layout not in ("o k", "e o k") and name not in skeleton.transposed:
+            failed.setdefault("readers of every format look for codes in linears, and this is none; keep() it", []).append(name)
+            continue
+        refused = refusal_of_transposed(codec) if name in skeleton.transposed else None
+        refused = refused or held.refusal(with_scale_dtype(spec, skeleton.checkpoint.dtype)) or held.misfit(spec, shapes[name])
         if target and not refused:
             refused = refusal(target, codec, spec, site.route is not None, k)
         if refused := refused or held.risk(spec):

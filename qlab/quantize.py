@@ -216,7 +216,7 @@ def _write_outside(skeleton: Skeleton, job: _Job) -> None:
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, leaf in outside_leaves(skeleton, job.recipe, notes["sites"].update):
             if isinstance(leaf, QTensor) or name.rpartition(".")[0] in skeleton.checkpoint.quantized:
-                for section, rows in certificates({name: leaf}, skeleton.checkpoint, made_of).items():
+                for section, rows in certificates({name: leaf}, skeleton, made_of).items():
                     notes[section].update(rows)
             yield from encode({name: leaf}, job.codec, {}).items()
 
@@ -252,7 +252,7 @@ def _block(skeleton: Skeleton, jobs: Sequence[_Job], index: int, streams: Sequen
             solved, _ = solve(graph, job.recipe, watch)
         leaves = as_stored(skeleton, solved)
         job.writer.write_shard(index + 1, encode(leaves, job.codec, online_at(skeleton, solved, job.codec)).items())
-        job.writer.write_notes(index + 1, {"sites": site_rows(solved), **certificates(leaves, skeleton.checkpoint)})
+        job.writer.write_notes(index + 1, {"sites": site_rows(solved), **certificates(leaves, skeleton)})
     passed = [solved if inputs == "quantized" else graph, graph][: len(streams)]
     del graph, solved, watch  # one version of the block per stream is enough from here on
     for carry, left in zip(after, leaving or [push(g, enter()) for g, enter in zip(passed, streams)]):

@@ -9,7 +9,6 @@ from torch import Tensor
 from qlab.certificate import certify, hash_of
 from qlab.codecs import Codec
 from qlab.errors import QlabError
-from qlab.files.checkpoint import Checkpoint
 from qlab.graph import ModuleGraph, Op
 from qlab.model.names import Piece
 from qlab.model.skeleton import Skeleton
@@ -58,16 +57,18 @@ def _finite(name: str, leaf: Tensor) -> Tensor:
     return leaf
 
 
-def certificates(leaves: Mapping[str, Leaf], reference: Checkpoint, made_of: Mapping[str, Any] = {}) -> dict[str, dict[str, Any]]:
+def certificates(leaves: Mapping[str, Leaf], skeleton: Skeleton, made_of: Mapping[str, Any] = {}) -> dict[str, dict[str, Any]]:
     """What `verify` can hold a block to: a certificate per quantized module, and the hash of every other tensor that differs
-    from the reference's. made_of: leaf -> the reference's tensor, where that has another name."""
+    from the model's. made_of: leaf -> the model's tensor, where that has another name."""
+    reference = skeleton.checkpoint
     certified: dict[str, Any] = {}
     changed: dict[str, Any] = {}
     for name, leaf in leaves.items():
-        source = made_of.get(name) or name
+        source, module = made_of.get(name) or name, name.rpartition(".")[0]
         original = reference.leaf(source) if source in reference.stored else None
         if isinstance(leaf, QTensor):
-            certified[name.rpartition(".")[0]] = certify(leaf, original) | ({} if source == name else {"made_of": source})
+            W = original.mT if isinstance(original, Tensor) and module in skeleton.transposed else original
+            certified[module] = certify(leaf, W) | ({} if source == name else {"made_of": source})
         elif not isinstance(original, Tensor) or not torch.equal(leaf.cpu(), original):
             changed[name] = hash_of(leaf)
     return {"certificates": certified, "changed": changed}

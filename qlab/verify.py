@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from torch import Tensor
 
 from qlab.certificate import distances, fingerprint, hash_of, off_grid
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.shardwise import leaves_by_file
+from qlab.model.linears import transposed
 from qlab.qtensor import QTensor, dense
 from qlab.report import recorded
 
@@ -109,12 +111,13 @@ def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path)
     record = recorded(model.path)
     certificates, noted = record.get("certificates", {}), record.get("changed", {})
     names, theirs = ({name for file in leaves_by_file(m) for name in file} for m in (model, reference))
+    turned = transposed(reference) if model.codec and model.codec.transposed else frozenset()
     sites: dict[str, dict[str, Any]] = {}
     changed: dict[str, str | None] = {}
     for name in sorted(names):
         module = name.rpartition(".")[0]
         if model.quantized.get(module) and name == f"{module}.weight":
-            sites[module] = _site(model, reference, module, certificates.get(module, {}))
+            sites[module] = _site(model, reference, module, certificates.get(module, {}), module in turned)
             if certificates and module not in certificates:
                 sites[module]["fault"] = sites[module]["fault"] or "it has no certificate, as all weights of a directory have or none"
         elif name in theirs and _differs(model, reference, name):
@@ -186,7 +189,7 @@ def _same(ours: Any, theirs: Any) -> bool:
 
 
 # ------------------------------------------------------------------ tensors
-def _site(model: Checkpoint, reference: Checkpoint, module: str, certificate: Mapping[str, Any]) -> dict[str, Any]:
+def _site(model: Checkpoint, reference: Checkpoint, module: str, certificate: Mapping[str, Any], transposed: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"spec": str(model.quantized[module]), "weight_error": None,
                            "certified_error": certificate.get("weight_error"), "fault": None}  # fmt: skip
     try:
@@ -198,6 +201,7 @@ def _site(model: Checkpoint, reference: Checkpoint, module: str, certificate: Ma
         source = certificate.get("made_of", f"{module}.weight")
         if "made_of" in certificate or source in reference.stored or module in reference.quantized:
             W = reference.leaf(source)
+            W = W.mT if transposed and isinstance(W, Tensor) else W
             if W.shape != leaf.shape:
                 raise QlabError(f"its shape is {tuple(leaf.shape)} and the reference's {tuple(W.shape)}")
             row |= distances(leaf, W)

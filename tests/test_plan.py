@@ -152,10 +152,11 @@ def test_windows_longer_than_learned_positions_are_refused_and_rotated_ones_have
     plan(llama, gptq(INT4), random_tokens(llama.path, 1, llama.config.max_position_embeddings + 1))
 
 
-def test_conv1d_is_refused_by_name(tmp_path):
-    tiny("gpt2").save_pretrained(tmp_path)
+def test_conv1d_is_refused_by_name_with_the_codec_that_holds_it(tmp_path):
+    tiny("gpt2").half().save_pretrained(tmp_path)
     message = refusal(open_checkpoint(tmp_path), rtn(INT4))
-    assert "transformer.h.0.attn.c_attn" in message and "nn.Linear" in message
+    assert "transformer.h.0.attn.c_attn" in message and message.endswith("; the codec gptq holds these")
+    assert plan(open_checkpoint(tmp_path), rtn(INT4), codec="gptq").sites["transformer.h.0.attn.c_attn"]["shape"] == [192, 64]
 
 
 def test_a_quantized_model_is_refused(model, tmp_path):

@@ -35,7 +35,7 @@ class Codec:
     Formats that round inputs at run time take those operations as a further argument of `encode` (online) and how they
     round as one of `config` (inputs: path -> InputSpec), and read both: inputs(config, names) like specs,
     decode_input(path, tensors, spec) the operation. extras(config, names): what else a directory's config says; a format holds
-    its own extras word for word, and no others.
+    its own extras word for word, and no others. transposed: whether readers look for codes in linears that hold W as [k, o], too.
     """
 
     refusal: Callable[..., str | None]
@@ -48,6 +48,7 @@ class Codec:
     misfit: Callable[[Spec, torch.Size], str | None] = lambda spec, shape: None
     extras: Callable[[Mapping[str, Any], Collection[str]], tuple[Extra, ...]] = lambda config, names: ()
     risk: Callable[[Spec], str | None] = lambda spec: None
+    transposed: bool = False
 
 
 def _gptq(version: gptq.Version) -> Codec:
@@ -59,6 +60,7 @@ def _gptq(version: gptq.Version) -> Codec:
         gptq.specs,
         misfit=gptq.misfit,
         risk=partial(gptq.risk, version),
+        transposed=True,
     )
 
 
@@ -123,6 +125,13 @@ def storable(spec: Spec, codec: str, dtype: torch.dtype) -> Spec:
         halves = replace(spec, scale_dtype=torch.float16)
         return halves if CODECS[codec].refusal(halves) is None else spec
     return spec
+
+
+def refusal_of_transposed(codec: str) -> str | None:
+    """Why the format has no place for linears that hold W as [k, o] (gpt2's), or None."""
+    if CODECS[codec].transposed:
+        return None
+    return f"{codec} holds nn.Linear weights, and its readers skip other modules without a word; the codec gptq holds these"
 
 
 def reader(config: Mapping[str, Any]) -> Codec:

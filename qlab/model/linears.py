@@ -26,16 +26,22 @@ def linear_names(model: Checkpoint) -> dict[str, str]:
 
 
 def other_matrices(model: Checkpoint) -> set[str]:
-    """Modules of the files whose weight has two axes and is no linear's: embeddings, transposed layers. Where transformers does
-    not know the architecture nobody can say, and none is returned."""
+    """Modules of the files whose weight has two axes and is no linear's: embeddings, routers. Where transformers does not know the
+    architecture nobody can say, and none is returned."""
     if not model.known:
         return set()
     skeleton = Skeleton(model, model.dtype)
     return {skeleton.module_name(name) for name in _other_matrices(skeleton)}
 
 
+def transposed(model: Checkpoint) -> frozenset[str]:
+    """Modules of the files whose weight is stored as [k, o] where it is dense; as far as transformers knows the architecture."""
+    return Skeleton(model, model.dtype).transposed if model.known else frozenset()
+
+
 def _other_matrices(skeleton: Skeleton) -> dict[str, nn.Module]:
-    return {name: m for name, m in skeleton.model.named_modules() if not isinstance(m, nn.Linear) and _is_matrix(m)}
+    linears = set(skeleton.linears())
+    return {name: m for name, m in skeleton.model.named_modules() if name not in linears and _is_matrix(m)}
 
 
 def _is_matrix(module: nn.Module) -> bool:

@@ -7,11 +7,13 @@ replaced by recorders; the head is run the same way, with the last block replayi
 import contextlib
 import re
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from transformers.pytorch_utils import Conv1D
 
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
@@ -198,7 +200,13 @@ class Skeleton:
 
     def linears(self) -> list[str]:
         """Names of all linear modules, in the model's spelling."""
-        return [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear)]
+        return [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+
+    @cached_property
+    def transposed(self) -> frozenset[str]:
+        """The linears that hold their weight as [k, o] (gpt2's), in the model's spelling and in the files'; codes are [o, k] in all."""
+        names = [name for name, m in self.model.named_modules() if isinstance(m, Conv1D)]
+        return frozenset(spelled for name in names for spelled in (name, self.module_name(name)))
 
     def expert_modules(self) -> list[str]:
         """What engines call the modules of all fused experts."""

@@ -17,7 +17,9 @@ from torch import nn
 
 from qlab.codecs import CODECS
 from qlab.files.checkpoint import open_checkpoint
+from qlab.methods.rtn import rtn
 from qlab.qtensor import QTensor, dense
+from qlab.quantize import quantize
 from qlab.spec import Int, Tile
 
 VENV, NAME = os.environ.get("QLAB_INTEROP_VENV_GPTQMODEL"), "QLAB_INTEROP_VENV_GPTQMODEL"
@@ -91,6 +93,15 @@ def theirs(tmp_path_factory):
 def test_it_reads_what_we_write(name, ours):
     weights, read = ours[name]
     assert_equal(read, weights)
+
+
+def test_it_reads_linears_stored_transposed(tmp_path):
+    tiny("gpt2", n_embd=128).half().save_pretrained(tmp_path / "source")
+    add_tokenizer(tmp_path / "source")
+    out = quantize(open_checkpoint(tmp_path / "source"), rtn(Int(4, Tile(1, 64), True, F16)), None, tmp_path / "out", codec="gptq").path
+    drive(VENV, "gptqmodel_driver.py", "read", out)
+    model = open_checkpoint(out)
+    assert_equal(load_file(f"{out}.dense.safetensors"), {path: dense(model.leaf(f"{path}.weight")) for path in model.quantized})
 
 
 @pytest.mark.parametrize("name", WAYS)
