@@ -20,6 +20,7 @@ from qlab.methods.grid import minmax
 from qlab.model.linears import linear_names, transposed
 from qlab.qtensor import QTensor, dense
 from qlab.report import bits_per_weight, recorded, stored_bits, versions
+from qlab.siblings import Siblings
 from qlab.spec import Int, Spec
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -82,7 +83,8 @@ def convert(
            "versions": versions(), "converted_from": record.get("job")}  # fmt: skip
     writer = Writer(Path(out), job, len(leaves_by_file(source)), overwrite, resume)
     if not writer.finished:
-        rewrite_files(source, writer, partial(_rewrite, source, CODECS[codec], targets, requantize, record), "converting")
+        siblings = Siblings(targets, lambda module: dense(source.leaf(f"{module}.weight"), torch.float32))
+        rewrite_files(source, writer, partial(_rewrite, source, CODECS[codec], targets, siblings, requantize, record), "converting")
         notes = writer.notes()
         if lost := notes.get("lost"):
             writer.discard()
@@ -229,7 +231,7 @@ def in_order(leaf: QTensor) -> QTensor:
 
 
 # ------------------------------------------------------------------ one leaf
-def _rewrite(source: Checkpoint, codec: Codec, targets: Mapping[str, Spec], requantize: Spec | None,
+def _rewrite(source: Checkpoint, codec: Codec, targets: Mapping[str, Spec], siblings: Siblings, requantize: Spec | None,
              record: Mapping[str, Any], name: str, notes: Notes) -> Mapping[str, Tensor]:  # fmt: skip
     """The tensors of one leaf in the new format; what would be lost goes into the notes instead."""
     module = name.rpartition(".")[0]
@@ -248,7 +250,7 @@ def _rewrite(source: Checkpoint, codec: Codec, targets: Mapping[str, Spec], requ
         if requantize is None:
             notes.setdefault("lost", {})[module] = str(error)
             return {}
-        new = _rounded(leaf, targets[module], codec)
+        new = _rounded(leaf, targets[module], codec, siblings.outer(module))
         tensors = codec.encode(module, new, *online)
         row = {"shape": row["shape"], "requantized_from": str(leaf.spec),
                "requantization_error": distances(new, leaf)["weight_error"]}  # fmt: skip
@@ -261,5 +263,6 @@ def _rewrite(source: Checkpoint, codec: Codec, targets: Mapping[str, Spec], requ
     return tensors
 
 
-def _rounded(leaf: QTensor, target: Spec, codec: Codec) -> QTensor:
-    return round_to_grid(minmax, dense(leaf, torch.float32), replace(target, scale_dtype=_scale_dtypes(target, codec)[0]))
+def _rounded(leaf: QTensor, target: Spec, codec: Codec, outer: Tensor | None) -> QTensor:
+    settled = replace(target, scale_dtype=_scale_dtypes(target, codec)[0])
+    return round_to_grid(minmax, dense(leaf, torch.float32), settled, outer=outer)

@@ -122,7 +122,7 @@ class ModuleGraph:
 
     path: the segment's path in the model. dtype: what its leaves are stored in. selected: the sites a transform may touch (None: all).
     online, online_outputs: what still happens at run time to a site's input, and to its output, per site path.
-    notes: what stages report of a site.
+    notes: what stages report of a site. outers: global scales of sites that are settled beforehand.
     """
 
     code: Code
@@ -133,6 +133,7 @@ class ModuleGraph:
     online_outputs: Mapping[str, tuple[Op, ...]] = field(default_factory=dict)
     selected: frozenset[str] | None = None
     notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    outers: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -156,11 +157,12 @@ class ModuleGraph:
         return W.mT if site.layout.endswith("k o") else W
 
 
-def lone_weight(path: str, W_ok: Tensor, outside: bool = False) -> ModuleGraph:
-    """A weight [o, k] by itself as a segment of one site, for stages that need no data."""
+def lone_weight(path: str, W_ok: Tensor, outside: bool = False, outer: Tensor | None = None) -> ModuleGraph:
+    """A weight [o, k] by itself as a segment of one site, for stages that need no data. outer: the global scale that it shares with
+    weights elsewhere."""
     site = Site(path, "weight", None, path, "", "o k", outside=outside)
     code = Code(fx.Graph(), {}, {}, (), pytree.tree_structure(None), (site,))
-    return ModuleGraph(code, {"weight": W_ok}, dtype=W_ok.dtype)
+    return ModuleGraph(code, {"weight": W_ok}, dtype=W_ok.dtype, outers={} if outer is None else {path: outer})
 
 
 def by_source(sites: Iterable[Site]) -> dict[str, tuple[Site, ...]]:

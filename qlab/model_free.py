@@ -25,6 +25,7 @@ from qlab.model.linears import linear_names, other_matrices, transposed
 from qlab.plan import CODEC
 from qlab.qtensor import QTensor, dense
 from qlab.report import PeakMemory, bits_per_weight, describe, recorded, site_rows, versions
+from qlab.siblings import Siblings
 from qlab.spec import Float, Spec, with_scale_dtype
 from qlab.sweep import solve
 from qlab.targets import refusal, uniformity
@@ -84,13 +85,14 @@ def quantize_files(
     specs = _chosen(source, recipe, include, exclude)
     turned = transposed(source) & specs.keys()
     _check(source, specs, turned, codec, target)
+    siblings = Siblings(specs, lambda module: dense(source.leaf(f"{module}.weight"), torch.float32))
     names = {**linear_names(source), **{module: module for module in specs}}
     config = CODECS[codec].config({name: specs.get(module) for name, module in names.items()})
     job = {"source": source.fingerprint(), "recipe": describe(recipe), "sites": sorted(specs), "codec": codec, "versions": versions()}
     with PeakMemory() as peak:
         writer = Writer(Path(out), job, len(leaves_by_file(source)), overwrite, resume)
         if not writer.finished:
-            rewrite_files(source, writer, partial(_rewrite, source, recipe, CODECS[codec], specs, turned), "quantizing")
+            rewrite_files(source, writer, partial(_rewrite, source, recipe, CODECS[codec], siblings, turned), "quantizing")
             notes = writer.notes()
             report = {"job": job, **notes, "bits_per_weight": bits_per_weight(notes["sites"])}
             writer.finish({"config.json": {**source.raw, "quantization_config": config}, "qlab.json": report}, source.path)
@@ -155,15 +157,15 @@ def _check(source: Checkpoint, specs: Mapping[str, Spec], turned: Collection[str
         raise QlabError(f"{several}; give all weights one")
 
 
-def _rewrite(source: Checkpoint, recipe: Transform, codec: Codec, specs: Mapping[str, Spec], turned: Collection[str], name: str,
+def _rewrite(source: Checkpoint, recipe: Transform, codec: Codec, siblings: Siblings, turned: Collection[str], name: str,
              notes: Notes) -> dict[str, Tensor]:  # fmt: skip
     """The tensors of one leaf: quantized where it is chosen, else dense as it is."""
     leaf, module = source.leaf(name), name.rpartition(".")[0]
     weight = dense(leaf, source.dtype) if isinstance(leaf, QTensor) else leaf
-    if module not in specs or name != f"{module}.weight":
+    if module not in siblings or name != f"{module}.weight":
         return {name: weight}
     W_ok = weight.mT if module in turned else weight
-    solved, _ = solve(lone_weight(module, W_ok), recipe, lambda graph, wanted: {})
+    solved, _ = solve(lone_weight(module, W_ok, outer=siblings.outer(module)), recipe, lambda graph, wanted: {})
     new = solved.params["weight"]
     assert isinstance(new, QTensor)  # _chosen found the stage that rounds it
     notes.setdefault("sites", {}).update(site_rows(solved))

@@ -3,10 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from qlab.graph import Site, lone_weight
 from qlab.model.skeleton import Skeleton
 from qlab.qtensor import Leaf, QTensor, dense
 from qlab.report import site_rows
+from qlab.siblings import Siblings
 from qlab.sweep import solve
 from qlab.transform import Transform
 
@@ -32,15 +36,21 @@ def outside_leaves(skeleton: Skeleton, recipe: Transform, rows: Callable[[Mappin
     checkpoint = skeleton.checkpoint
     chosen = {f"{skeleton.module_name(name)}.weight": site for name, site in outside_sites(skeleton).items()
               if any(stage.spec and stage.touches(name, site) for stage in recipe)}  # fmt: skip
+
+    def read(name: str) -> Tensor:
+        leaf = checkpoint.leaf(weight_of(skeleton, chosen[name].path) or name if name in chosen else name)
+        return dense(leaf, checkpoint.dtype) if isinstance(leaf, QTensor) else leaf  # the output is in another format than the files
+
+    specs = {name.removesuffix(".weight"): stage.spec for name, site in chosen.items() for stage in recipe
+             if stage.spec and stage.touches(site.path, site)}  # fmt: skip
+    siblings = Siblings(specs, lambda module: read(f"{module}.weight").to(skeleton.device, torch.float32))
     for name in dict.fromkeys([*skeleton.outside_leaves(), *chosen]):
-        site = chosen.get(name)
-        leaf = checkpoint.leaf(name if site is None else weight_of(skeleton, site.path) or name)
-        if isinstance(leaf, QTensor):  # the files' own format ends here: the output is in another one
-            leaf = dense(leaf, checkpoint.dtype)
+        site, leaf = chosen.get(name), read(name)
         if site is None:
             yield name, leaf
             continue
-        solved, _ = solve(lone_weight(site.path, leaf.to(skeleton.device), outside=True), recipe, lambda graph, wanted: {})
+        alone = lone_weight(site.path, leaf.to(skeleton.device), True, siblings.outer(name.removesuffix(".weight")))
+        solved, _ = solve(alone, recipe, lambda graph, wanted: {})
         rows(site_rows(solved))
         yield name, solved.params["weight"]
 

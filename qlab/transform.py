@@ -185,10 +185,10 @@ def _outers(graph: ModuleGraph, spec: Spec) -> dict[str, Tensor]:
     if not spec.outer:
         return {}
     groups: dict[Any, list[Site]] = {}
-    for site in graph.sites:
+    for site in (s for s in graph.sites if s.path not in graph.outers):
         groups.setdefault((site.source, graph.weight_ok(site).shape[:-2]), []).append(site)
     shared = [(sites, shared_outer(map(graph.weight_ok, sites), spec)) for sites in groups.values()]
-    return {site.path: outer for sites, outer in shared for site in sites if outer is not None}
+    return {**graph.outers, **{site.path: outer for sites, outer in shared for site in sites if outer is not None}}
 
 
 @dataclass(frozen=True)

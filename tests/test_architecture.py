@@ -13,7 +13,7 @@ PACKAGE = ROOT / "qlab"
 LAYERS = [
     {"errors"}, {"spec"}, {"qtensor", "targets"}, {"certificate"}, {"experts"}, {"graph"}, {"trace"}, {"interpret"}, {"stats"},
     {"transform"}, {"channels"}, {"absorb"}, {"methods"}, {"codecs"}, {"files"}, {"calibration"}, {"images", "model"}, {"sweep"},
-    {"report"}, {"outside", "stored", "memory"}, {"plan"}, {"quantize"}, {"from_gguf"},
+    {"report"}, {"siblings"}, {"outside", "stored", "memory"}, {"plan"}, {"quantize"}, {"from_gguf"},
     {"convert", "verify", "inspection", "model_free"}, {"evaluate", "lower"},
     {"demo"}, {"hub", "hf", "serve"}, {"__init__"}, {"cli"}, {"bench", "__main__"},
 ]  # fmt: skip
