@@ -24,8 +24,10 @@ class Siblings:
         return module in self._specs
 
     def outer(self, module: str) -> Tensor | None:
-        """The global scale that a weight shares with its parent's others of the same spec; None where the spec has none. Among them are q,
-        k and v, and gate and up, of each of which engines make one weight with one global scale."""
+        """The global scale that a weight shares with its parent's others of the same spec; None where the spec has none.
+
+        Among them are q, k and v, and gate and up, of each of which engines make one weight with one global scale.
+        """
         spec = self._specs[module]
         family = (module.rpartition(".")[0], spec)
         if spec.outer and family not in self._outers:
