@@ -114,7 +114,8 @@ def measure(model, corpus, spec, folder):
         recipe = qlab.METHODS[method](qlab.parse_spec(spec))
         sees_data = any(stage.needs for stage in recipe)
         for calibrated, data in calibration.items() if sees_data else [(None, None)]:
-            result = qlab.quantize(model, recipe, data, folder / f"{model.path.name}-quantized", overwrite=True)
+            out = folder / f"{model.path.name}-quantized"
+            result = qlab.quantize(model, recipe, data, out, overwrite=True, codec="gptq")  # which holds the linears of gpt2, too
             losses = {site: round(row["loss"], 6) for site, row in result.sites.items() if "loss" in row}
             for kind in corpus:
                 found = windows(qlab.open(result.path), reference[kind], held_out[kind])

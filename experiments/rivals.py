@@ -1,11 +1,12 @@
-"""GPTQModel's and llm-compressor's GPTQ beside qlab's methods: the demo model, the same windows, in turns, a process each.
+"""GPTQModel's and llm-compressor's GPTQ beside qlab's methods: the same model and windows, in turns, a process each.
 
-Usage: python experiments/rivals.py GPTQMODEL_PYTHON LLMCOMPRESSOR_PYTHON FOLDER
+Usage: python experiments/rivals.py GPTQMODEL_PYTHON LLMCOMPRESSOR_PYTHON FOLDER [MODEL CALIBRATION HELDOUT]
 
 The interpreters are of environments with gptqmodel and with llmcompressor (`python tests/interop/make_env.py` makes such ones), and
-FOLDER receives what they write. All of them quantize every linear but the head to symmetric int4 in groups of 64, act-order without
-g_idx, from 32 x 512 tokens, and are compared by qlab on the same held-out windows. Seconds are those of quantizing: of GPTQModel
-without loading and saving, of the other two with what they write.
+FOLDER receives what they write. MODEL is a directory and the other two are text files; without them, the demo's. All of them quantize
+every linear but the head to symmetric int4 in groups of 64, act-order without g_idx, from 32 x 512 tokens, and are compared by qlab on
+the same held-out windows. Seconds are those of quantizing: of GPTQModel without loading and saving, of the other two with what they
+write. Figures go to results/rivals.json, of another model to results/rivals/NAME.json.
 """
 
 import json
@@ -26,7 +27,7 @@ from qlab.report import versions
 
 METHODS = ("gptq", "awq", "awq-gptq", "gptaq")
 ROUNDS = 2
-RESULT = Path(__file__).parent / "results" / "rivals.json"
+RESULTS = Path(__file__).parent / "results"
 
 # each reads: the model, a file of token ids [samples, length], where to write; and prints seconds, peak bytes and its version
 START = "import json, resource, sys, time, torch\nmodel, ids, out = sys.argv[1:]\nids = torch.load(ids)\n"
@@ -74,17 +75,17 @@ def timed(python, program, model, ids, out):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(gptqmodel, llm_compressor, folder):
+def main(gptqmodel, llm_compressor, folder, name="demo", calibration=None, heldout=None):
+    model, folder = qlab.open(name), Path(folder).resolve()
     programs = {"GPTQModel": (gptqmodel, GPTQMODEL), "llm-compressor": (llm_compressor, LLM_COMPRESSOR),
                 **{f"qlab {m}": (sys.executable, QLAB.replace("{method}", m)) for m in METHODS}}  # fmt: skip
-    model, folder = qlab.open("demo"), Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(qlab.tokens(model, [demo_text("calibration")], samples=32, length=512).ids, folder / "ids.pt")
+    torch.save(qlab.tokens(model, [calibration or demo_text("calibration")], samples=32, length=512).ids, folder / "ids.pt")
     runs = {name: [] for name in programs}
     for _ in range(ROUNDS):
         for name, (python, program) in programs.items():
             runs[name].append(timed(python, program, model.path, folder / "ids.pt", folder / name))
-    held_out = qlab.first_windows(model, [demo_text("heldout")], length=512, count=16)
+    held_out = qlab.first_windows(model, [heldout or demo_text("heldout")], length=512, count=16)
     reference, rows = read(model, held_out), []
     table = Table("", "version", "seconds", "peak MiB", "perplexity (95 %, paired)", "KL", "top-1")
     for name, found in runs.items():
@@ -97,7 +98,9 @@ def main(gptqmodel, llm_compressor, folder):
         table.add_row(name, version, " ".join(f"{s:.0f}" for s in seconds), f"{median(peaks) / (1 << 20):.0f}",
                       f"{change - 1:+.1%} ({low - 1:.1%} to {high - 1:.1%})", f"{e.kl:.3f}", f"{e.top1_agreement:.3f}")  # fmt: skip
     print(table)
-    RESULT.write_text(json.dumps({"reference_perplexity": e.reference_perplexity, "threads": torch.get_num_threads(), "rows": rows,
+    result = RESULTS / "rivals.json" if name == "demo" else RESULTS / "rivals" / f"{model.path.name}.json"
+    result.parent.mkdir(exist_ok=True)
+    result.write_text(json.dumps({"reference_perplexity": e.reference_perplexity, "threads": torch.get_num_threads(), "rows": rows,
                                   "versions": versions()}, indent=1) + "\n")  # fmt: skip
 
 
