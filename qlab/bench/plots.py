@@ -68,9 +68,11 @@ def _methods(record: Mapping[str, Any]) -> Any:
 def _bars(axes: Any, rows: Any, values: list[float], intervals: list, title: str, form: str) -> None:
     below = [max(value - low, 0.0) for value, (low, _) in zip(values, intervals)]
     above = [max(high - value, 0.0) for value, (_, high) in zip(values, intervals)]
-    drawn = axes.bar([row["method"] for row in rows], values, yerr=[below, above], capsize=4, color="tab:blue", alpha=0.7)
-    axes.bar_label(drawn, [form.format(value) for value in values], label_type="center")
-    axes.axhline(0, color="black", linewidth=0.8)
+    drawn = axes.barh([row["method"] for row in rows], values, xerr=[below, above], capsize=4, color="tab:blue", alpha=0.7)
+    axes.bar_label(drawn, [form.format(value) for value in values], padding=4)
+    axes.invert_yaxis()  # in the order of the table
+    axes.margins(x=0.25)  # room for the labels
+    axes.axvline(0, color="black", linewidth=0.8)
     axes.set_title(title, fontsize="medium")
 
 
