@@ -5,6 +5,7 @@ Legend: W_ok weight, H mean second moment of the input x, m_k what x is multipli
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import fsum  # whose result does not depend on the order in which sites are visited
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def scaled_loss(weights: Sequence[Tensor], moment: Moment, m_k: Tensor, spec: Sp
     moved = [W_ok * (1 / m_k) for W_ok in weights]
     outer = shared_outer(moved, spec)
     errors = (dense(encode(grid, W, spec, h_k, outer), torch.float32).sub_(W).mul_(m_k) for W in moved)
-    return sum(map(moment.output_error, errors))
+    return fsum(map(moment.output_error, errors))
 
 
 def least_ratio(loss: Callable[[float], float]) -> float:
@@ -75,8 +76,8 @@ def search(graph: ModuleGraph, fold: Fold, inputs: Sequence[Input], spec: Spec, 
     Every scale is scored as it will be stored (`Fold.stored`). ROWS rows of each weight choose the ratio, which is compared with
     the identity on all rows, so the loss is never above the identity's. Inputs that no token reached keep 1.
     """
-    seen = sum(i.share for i in inputs)
-    absmean_k = torch.stack([i.absmean_k * i.share for i in inputs]).sum(0) / max(seen, 1e-30)
+    seen = fsum(i.share for i in inputs)
+    absmean_k = torch.stack([i.absmean_k.double() * i.share for i in inputs]).sum(0).float() / max(seen, 1e-30)
     importance = fold.tie(absmean_k).clamp_min(1e-4)
 
     def scale(ratio: float) -> Tensor:
@@ -84,7 +85,7 @@ def search(graph: ModuleGraph, fold: Fold, inputs: Sequence[Input], spec: Spec, 
         return fold.stored(graph, (s.max() * s.min()).sqrt() / s)
 
     def total(among: Sequence[Input], m_k: Tensor) -> float:
-        return sum(i.share * scaled_loss(i.weights, i.moment, m_k, spec, grid) for i in among)
+        return fsum(i.share * scaled_loss(i.weights, i.moment, m_k, spec, grid) for i in among)
 
     some = [replace(i, weights=[W[:: max(1, len(W) // ROWS)] for W in i.weights]) for i in inputs]
     one = torch.ones_like(importance)
@@ -131,7 +132,7 @@ def awq_scale(spec: Spec, grid: Grid = weighted) -> Transform:
             choices = [search(graph, places[origin], group, settled, grid) for group in ([[i] for i in inputs] if own else [inputs])]
             m = torch.stack([c.m_k for c in choices])[:, None] if own else choices[0].m_k
             graph, stats = reparametrize(graph, stats, origin, m, 1 / m)
-            energy = max(sum(i.share * sum(map(i.moment.output_error, i.weights)) for i in inputs), 1e-30)
+            energy = max(fsum(i.share * fsum(map(i.moment.output_error, i.weights)) for i in inputs), 1e-30)
             note = {"awq_ratio": [c.ratio for c in choices] if own else choices[0].ratio,
                     "awq_loss": sum(c.loss for c in choices) / energy, "awq_rtn_loss": sum(c.identity_loss for c in choices) / energy}
             graph = replace(graph, notes={**graph.notes, **{s.path: {**graph.notes.get(s.path, {}), **note} for s in sites}})

@@ -1,6 +1,5 @@
 """After `import qlab.hf`, from_pretrained gives what qlab.lower gives, saves what it read, and never invents a weight."""
 
-import importlib
 import json
 import shutil
 
@@ -13,8 +12,7 @@ from library import write_with_the_library
 from lower.tolerances import MODEL
 from rotations import CASES
 from test_verify import edit
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
-from transformers.quantizers import auto
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import qlab
 from qlab.convert import convert
@@ -28,20 +26,8 @@ from qlab.quantize import quantize
 from qlab.spec import parse_spec
 from qlab.transform import chain
 
+pytestmark = pytest.mark.usefixtures("door")
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
-
-
-@pytest.fixture(autouse=True)
-def door():
-    """qlab.hf is imported, and transformers has its own readers back when the test ends."""
-    mappings = auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
-    before, reads = [dict(mapping) for mapping in mappings], PretrainedConfig.__dict__["get_config_dict"]
-    importlib.import_module("qlab.hf").register()
-    yield
-    PretrainedConfig.get_config_dict = reads
-    for mapping, was in zip(mappings, before):
-        mapping.clear()
-        mapping.update(was)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import torch
 from directories import bits_equal, random_tokens, tensors
 from transformers import AutoModelForCausalLM
 
-import qlab.hf  # noqa: F401  transformers asks qlab from here on
 from qlab.convert import convert
 from qlab.errors import QlabError
 from qlab.evaluate import evaluate
@@ -56,7 +55,7 @@ def test_every_method_writes_codes_near_the_weight(method, source, tmp_path):
 
 
 @torch.no_grad()
-def test_lowered_and_opened_by_transformers_they_compute_the_same(source, written):
+def test_lowered_and_opened_by_transformers_they_compute_the_same(source, written, door):
     expected = by_hand(source, written)(IDS).logits
     lowered, opened = lower(written, dtype=torch.float32), AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32)
     for model in (lowered, opened):
