@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from directories import bits_equal, contents, random_tokens, tensors
 from families import FAMILIES, OTHERS, tiny
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from qlab.calibration import tokens
@@ -73,7 +75,8 @@ def test_blocks_of_other_makes_are_quantized_whole(family, saved, tmp_path):
     assert_complete(result.path, source, set(result.sites))
     assert set(plan(open_checkpoint(source), rtn(INT4)).unquantized) == {"lm_head"} | (
         {"model.layers.1.conv.conv"} if family == "lfm2" else set())  # fmt: skip
-    assert_read_alike(result.path, dequantize=family == "falcon")  # whose own linears look for a dense weight
+    if family != "falcon" or Version(transformers.__version__) >= Version("5.23"):  # 5.17 reads no quantized falcon
+        assert_read_alike(result.path, dequantize=family == "falcon")  # whose own linears look for a dense weight
 
 
 @pytest.mark.parametrize("family", LINEAR)
