@@ -63,9 +63,13 @@ class Moment(NamedTuple):
         squares_k = self.sum_kk.diagonal()
         return squares_k / self.tokens if self.tokens else torch.ones_like(squares_k)
 
+    def output_errors(self, D_ok: Tensor) -> Tensor:
+        """d H d^T of every row [o] with H = mean_kk: the squared output error of a weight error D, per token."""
+        return quadratic(D_ok, self.sum_kk) / self.tokens if self.tokens else D_ok.square().sum(-1)
+
     def output_error(self, D_ok: Tensor) -> float:
-        """tr(D H D^T) with H = mean_kk: the squared output error of a weight error D, per token."""
-        return quadratic(D_ok, self.sum_kk) / self.tokens if self.tokens else float(D_ok.square().sum())
+        """tr(D H D^T), the sum of output_errors."""
+        return float(self.output_errors(D_ok).sum())
 
 
 class Sample(NamedTuple):
@@ -229,11 +233,12 @@ def transport(stats: Stats, source: str, M: Tensor) -> Stats:
     return {key: state for key, state in moved.items() if state is not None}
 
 
-def quadratic(D_ok: Tensor, H_kk: Tensor) -> float:
-    """tr(D H D^T): the squared output error of a weight error D on inputs with second moment H, of which one triangle is read."""
-    total = D_ok.new_zeros(())
+def quadratic(D_ok: Tensor, H_kk: Tensor) -> Tensor:
+    """d H d^T of every row [o]: the squared output error of a weight error D on inputs with second moment H, of which one triangle is
+    read."""
+    total_o = D_ok.new_zeros(len(D_ok))
     for i in range(0, len(H_kk), TILE):
         D_ot, below = D_ok[:, i : i + TILE], slice(i + TILE, None)
         product = torch.addmm(D_ot @ H_kk[i : i + TILE, i : i + TILE], D_ok[:, below], H_kk[below, i : i + TILE], alpha=2)
-        total += torch.linalg.vecdot(product, D_ot).sum()
-    return float(total)
+        total_o += torch.linalg.vecdot(product, D_ot)
+    return total_o

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from qlab.absorb import Fold, absorb, folds, rows_move
 from qlab.graph import ModuleGraph, Site, by_origin, by_source
-from qlab.methods.grid import Grid, encode, weighted
+from qlab.methods.grid import Grid, encode_rows, weighted
 from qlab.methods.rtn import rtn
-from qlab.qtensor import dense, shared_outer
+from qlab.qtensor import shared_outer
 from qlab.spec import Spec, with_scale_dtype
 from qlab.stats import Moment, Stats
 from qlab.transform import Stage, Transform, chain, reparametrize
@@ -51,8 +51,8 @@ def scaled_loss(weights: Sequence[Tensor], moment: Moment, m_k: Tensor, spec: Sp
     h_k = moment.sum_kk.diagonal() * m_k * m_k / max(moment.tokens, 1)
     moved = [W_ok * (1 / m_k) for W_ok in weights]
     outer = shared_outer(moved, spec)
-    errors = (dense(encode(grid, W, spec, h_k, outer), torch.float32).sub_(W).mul_(m_k) for W in moved)
-    return fsum(map(moment.output_error, errors))
+    errors = lambda D_ok: moment.output_errors(D_ok.mul_(m_k))
+    return fsum(float(encode_rows(grid, W, spec, h_k, errors, outer)[1].sum()) for W in moved)
 
 
 def least_ratio(loss: Callable[[float], float]) -> float:

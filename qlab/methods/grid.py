@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qlab.errors import QlabError
-from qlab.qtensor import QTensor, round_codes, shared_outer, steps
+from qlab.qtensor import QTensor, dense, round_codes, shared_outer, steps
 from qlab.spec import Float, Spec, with_scale_dtype
 
 Candidates = Callable[[Tensor, Tensor, Spec], Iterator[tuple[Tensor, Tensor | None]]]
@@ -139,6 +139,34 @@ def encode(grid: Grid, W_ok: Tensor, spec: Spec, h_k: Tensor | None = None, oute
     outer = shared_outer([W_ok], spec) if outer is None else outer
     scales, zeros = fit(grid, W_ok, spec, h_k, outer)
     return QTensor(round_codes(W_ok, scales, zeros, spec, outer), scales, zeros, spec, outer)
+
+
+def encode_rows(grid: Grid, W_ok: Tensor, spec: Spec, h_k: Tensor, errors: Callable[[Tensor], Tensor],
+                outer: Tensor | None = None) -> tuple[QTensor, Tensor]:  # fmt: skip
+    """encode, but on `minmax` in those rows (with all that share their scales) whose output error is less there, and every row's
+    output error [o]. errors(D_ok) -> [o]: the output error of a weight error, d H d^T.
+
+    A weighted grid sees the diagonal of H alone. Where inputs have a direction in common, such as a mean that is not 0, errors add up
+    along it, those of a shrunken range more than others.
+    """
+    q = encode(grid, W_ok, spec, h_k, outer)
+    e_o = errors(dense(q, torch.float32).sub_(W_ok))
+    if not grid.weighted:
+        return q, e_o
+    plain = encode(minmax, W_ok, spec, outer=q.outer)
+    plain_o = errors(dense(plain, torch.float32).sub_(W_ok))
+    tile_o = torch.arange(len(W_ok), device=e_o.device) // spec.tile.sizes(W_ok.shape)[0]
+    gain_a = e_o.new_zeros(len(q.scales)).index_add_(0, tile_o, e_o - plain_o)
+    better_o = (gain_a > 0)[tile_o]
+    zeros = None if q.zeros is None or plain.zeros is None else _rows(gain_a > 0, plain.zeros, q.zeros)
+    codes, scales = _rows(better_o, plain.codes, q.codes), _rows(gain_a > 0, plain.scales, q.scales)
+    return QTensor(codes, scales, zeros, q.spec, q.outer), torch.where(better_o, plain_o, e_o)
+
+
+def _rows(first_a: Tensor, x_an: Tensor, y_an: Tensor) -> Tensor:
+    """Rows of x where `first`, else of y."""
+    x, y = (t.view(torch.uint8) if t.itemsize == 1 else t for t in (x_an, y_an))  # torch chooses among no 8-bit floats
+    return torch.where(first_a[:, None], x, y).view(x_an.dtype)
 
 
 # ------------------------------------------------------------------ candidates

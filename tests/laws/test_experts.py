@@ -194,8 +194,8 @@ def test_awq_is_never_worse_than_rtn_over_all_experts_and_its_notes_are_true(fam
         for e, moment in enumerate(states):
             W, H = seg.graph.weight_ok(one, e), moment.mean_kk
             moved = graph.weight_ok(one, e)
-            ours += moment.tokens * quadratic(dense(final.params[one.weight], torch.float32)[e] * W / moved - W, H)
-            rtns += moment.tokens * quadratic(dense(encode(weighted, W, SPEC, H.diagonal())) - W, H)
+            ours += moment.tokens * quadratic(dense(final.params[one.weight], torch.float32)[e] * W / moved - W, H).sum()
+            rtns += moment.tokens * quadratic(dense(encode(weighted, W, SPEC, H.diagonal())) - W, H).sum()
         note = final.notes[one.path]
         assert note["awq_loss"] <= note["awq_rtn_loss"]
         if one.path.endswith("down_proj"):  # nothing folds into its rows, so what was scored is what was rounded

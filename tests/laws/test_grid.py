@@ -11,9 +11,10 @@ from weights import problems, weight
 
 import qlab.methods.grid as grids
 from qlab.errors import QlabError
-from qlab.methods.grid import GRIDS, encode, fit, minmax, objective
+from qlab.methods.grid import GRIDS, encode, encode_rows, fit, minmax, objective
 from qlab.qtensor import QTensor, dense, round_codes
 from qlab.spec import Int, Tile
+from qlab.stats import quadratic
 
 WITH_RTN = [g for g in GRIDS.values() if g.name not in ("minmax", "signed")]
 ids = lambda g: g.name
@@ -50,6 +51,30 @@ def test_weights_on_the_first_grid_stay_there(seed):
     spec, h = Int(4, Tile(1, 32), False, scale_dtype=torch.float32), torch.rand(32, generator=draw) + 0.01
     left = lambda grid: objective(spec.tile.split(W), *fit(grid, W, spec, h), spec, h.expand(64, 1, -1))
     assert (left(GRIDS["weighted"]) <= left(minmax)).all()
+
+
+@given(data=st.data(), seed=st.integers(0, 99), mean=st.sampled_from([0.0, 3.0]))
+def test_no_rows_cost_more_output_than_under_minmax(data, seed, mean):
+    W, spec = data.draw(problems(scale_dtype=torch.float32))
+    x = correlated(32, W.shape[1], seed) + mean
+    H = x.T @ x / 32
+    q, e_o = encode_rows(GRIDS["weighted"], W, spec, H.diagonal(), lambda D_ok: quadratic(D_ok, H))
+    rows = spec.tile.sizes(W.shape)[0]  # that share scales
+    exact = lambda leaf: ((dense(leaf, torch.float64) - W.double()) @ x.double().T).square().mean(1)
+    for mine, other in zip(exact(q).split(rows), exact(encode(minmax, W, spec)).split(rows)):
+        assert mine.sum() <= other.sum() * (1 + 1e-3) + 1e-6
+    torch.testing.assert_close(e_o.double(), exact(q), rtol=1e-3, atol=1e-5)
+
+
+def test_rows_leave_the_weighted_grid_where_inputs_share_a_direction():
+    W, spec, weighted = weight(64, 64, 0), Int(4, Tile(1, 64), scale_dtype=torch.float32), GRIDS["weighted"]
+    for mean, share in ((0.0, (0.0, 0.2)), (3.0, (0.3, 0.8))):
+        x = torch.randn(256, 64, generator=torch.Generator().manual_seed(1)) + mean
+        H = x.T @ x / 256
+        q, _ = encode_rows(weighted, W, spec, H.diagonal(), lambda D_ok, H=H: quadratic(D_ok, H))
+        moved, plain = (q.scales != encode(weighted, W, spec, H.diagonal()).scales).any(1), encode(minmax, W, spec)
+        assert share[0] <= moved.float().mean() <= share[1]
+        assert torch.equal(q.scales[moved], plain.scales[moved]) and torch.equal(q.codes[moved], plain.codes[moved])
 
 
 @pytest.mark.parametrize("grid", WITH_RTN, ids=ids)

@@ -20,7 +20,7 @@ def rounded(W, spec):
 
 
 def loss(W, H, q):
-    return quadratic(W.double() - dense(q, torch.float64), H)
+    return float(quadratic(W.double() - dense(q, torch.float64), H).sum())
 
 
 @given(plain, SEEDS, orders)
