@@ -1,11 +1,11 @@
-"""GPTQModel's and llm-compressor's GPTQ beside qlab's methods: the same model and windows, in turns, a process each.
+"""GPTQModel's GPTQ and llm-compressor's GPTQ and AWQ beside qlab's methods: the same model and windows, in turns, a process each.
 
 Usage: python experiments/rivals.py GPTQMODEL_PYTHON LLMCOMPRESSOR_PYTHON FOLDER [MODEL CALIBRATION HELDOUT]
 
 The interpreters are of environments with gptqmodel and with llmcompressor (`python tests/interop/make_env.py` makes such ones), and
 FOLDER receives what they write. MODEL is a directory and the other two are text files; without them, the demo's. All of them quantize
 every linear but the head to symmetric int4 in groups of 64, act-order without g_idx, from 32 x 512 tokens, and are compared by qlab on
-the same held-out windows. Seconds are those of quantizing: of GPTQModel without loading and saving, of the other two with what they
+the same held-out windows. GPTQModel's AWQ asks for a GPU; llm-compressor's pins memory for one, which is left out here. Seconds are those of quantizing: of GPTQModel without loading and saving, of the other two with what they
 write. Figures go to results/rivals.json, of another model to results/rivals/NAME.json.
 """
 
@@ -26,7 +26,7 @@ from qlab.evaluate import read
 from qlab.report import versions
 
 METHODS = ("gptq", "awq", "awq-gptq", "gptaq")
-ROUNDS = 2
+ROUNDS = 1
 RESULTS = Path(__file__).parent / "results"
 
 # each reads: the model, a file of token ids [samples, length], where to write; and prints seconds, peak bytes and its version
@@ -46,16 +46,20 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from llmcompressor import __version__ as version, oneshot
-from llmcompressor.modifiers.quantization import GPTQModifier
+from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
+IntermediatesCache.pin_memory = lambda cache, batch_index: None
 data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
-args = QuantizationArgs(num_bits=4, symmetric=True, strategy="group", group_size=64, actorder="static")
-scheme = QuantizationScheme(targets=["Linear"], weights=args)
+args = QuantizationArgs(num_bits=4, symmetric=True, strategy="group", group_size=64{order})
+scheme = dict(ignore=["lm_head"], config_groups={"all": QuantizationScheme(targets=["Linear"], weights=args)})
 loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
 started = time.perf_counter()
-oneshot(model=loaded, dataset=data, recipe=GPTQModifier(ignore=["lm_head"], config_groups={"all": scheme}),
-        max_seq_length=ids.shape[1], num_calibration_samples=len(ids), output_dir=out)
+oneshot(model=loaded, dataset=data, recipe={recipe}, max_seq_length=ids.shape[1], num_calibration_samples=len(ids), output_dir=out)
 seconds = time.perf_counter() - started
 """ + END  # fmt: skip
+LLM_COMPRESSOR_GPTQ = LLM_COMPRESSOR.replace("{order}", ', actorder="static"').replace("{recipe}", "GPTQModifier(**scheme)")
+LLM_COMPRESSOR_AWQ = LLM_COMPRESSOR.replace("{order}", "").replace("{recipe}", "[AWQModifier(), QuantizationModifier(**scheme)]")
 QLAB = START + """
 import qlab
 version = "here"
@@ -77,26 +81,27 @@ def timed(python, program, model, ids, out):
 
 def main(gptqmodel, llm_compressor, folder, name="demo", calibration=None, heldout=None):
     model, folder = qlab.open(name), Path(folder).resolve()
-    programs = {"GPTQModel": (gptqmodel, GPTQMODEL), "llm-compressor": (llm_compressor, LLM_COMPRESSOR),
+    programs = {"GPTQModel gptq": (gptqmodel, GPTQMODEL), "llm-compressor gptq": (llm_compressor, LLM_COMPRESSOR_GPTQ),
+                "llm-compressor awq": (llm_compressor, LLM_COMPRESSOR_AWQ),
                 **{f"qlab {m}": (sys.executable, QLAB.replace("{method}", m)) for m in METHODS}}  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(qlab.tokens(model, [calibration or demo_text("calibration")], samples=32, length=512).ids, folder / "ids.pt")
-    runs = {name: [] for name in programs}
+    runs = {rival: [] for rival in programs}
     for _ in range(ROUNDS):
-        for name, (python, program) in programs.items():
-            runs[name].append(timed(python, program, model.path, folder / "ids.pt", folder / name))
+        for rival, (python, program) in programs.items():
+            runs[rival].append(timed(python, program, model.path, folder / "ids.pt", folder / rival))
     held_out = qlab.first_windows(model, [heldout or demo_text("heldout")], length=512, count=16)
     reference, rows = read(model, held_out), []
     table = Table("", "version", "seconds", "peak MiB", "perplexity (95 %, paired)", "KL", "top-1")
-    for name, found in runs.items():
-        e = qlab.evaluate(qlab.open(folder / name / "model"), reference, held_out)
+    for rival, found in runs.items():
+        e = qlab.evaluate(qlab.open(folder / rival / "model"), reference, held_out)
         seconds, peaks, version = [run[0] for run in found], [run[1] for run in found], found[0][2]
-        rows.append({"name": name, "version": version, "seconds": seconds, "peak_rss_bytes": peaks, "perplexity": e.perplexity,
+        rows.append({"name": rival, "version": version, "seconds": seconds, "peak_rss_bytes": peaks, "perplexity": e.perplexity,
                      "ratio": e.perplexity / e.reference_perplexity, "ratio_ci": e.ratio_ci, "kl": e.kl,
                      "top1_agreement": e.top1_agreement})  # fmt: skip
         change, (low, high) = rows[-1]["ratio"], e.ratio_ci
-        table.add_row(name, version, " ".join(f"{s:.0f}" for s in seconds), f"{median(peaks) / (1 << 20):.0f}",
-                      f"{change - 1:+.1%} ({low - 1:.1%} to {high - 1:.1%})", f"{e.kl:.3f}", f"{e.top1_agreement:.3f}")  # fmt: skip
+        table.add_row(rival, version, " ".join(f"{s:.0f}" for s in seconds), f"{median(peaks) / (1 << 20):.0f}",
+                      f"{change - 1:+.2%} ({low - 1:.2%} to {high - 1:.2%})", f"{e.kl:.3g}", f"{e.top1_agreement:.3f}")  # fmt: skip
     print(table)
     result = RESULTS / "rivals.json" if name == "demo" else RESULTS / "rivals" / f"{model.path.name}.json"
     result.parent.mkdir(exist_ok=True)

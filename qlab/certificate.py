@@ -6,6 +6,7 @@ a method rescaled an input, both are large and still the ones to be found again;
 """
 
 import hashlib
+import json
 from typing import Any
 
 import torch
@@ -48,6 +49,11 @@ def hash_of(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def hash_of_json(value: Any) -> str:
+    """sha256 of what a JSON file says; the order of keys says nothing."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _bytes(tensor: Tensor) -> memoryview:

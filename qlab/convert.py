@@ -19,7 +19,7 @@ from qlab.methods.grid import encode as round_to_grid
 from qlab.methods.grid import minmax
 from qlab.model.linears import linear_names, transposed
 from qlab.qtensor import QTensor, dense
-from qlab.report import bits_per_weight, recorded, stored_bits, versions
+from qlab.report import recorded, stored_bits, versions, written
 from qlab.siblings import Siblings
 from qlab.spec import Int, Spec
 
@@ -89,9 +89,7 @@ def convert(
         if lost := notes.get("lost"):
             writer.discard()
             raise _refusal(codec, lost)
-        sites = notes["sites"]
-        report = {**record, **notes, "job": job, "bits_per_weight": bits_per_weight(sites)}
-        writer.finish({"config.json": {**source.raw, "quantization_config": config}, "qlab.json": report}, source.path)
+        writer.finish(written({**source.raw, "quantization_config": config}, job, {**record, **notes}), source.path)
     return Converted(writer.out, recorded(writer.out)["sites"])
 
 

@@ -25,7 +25,7 @@ from qlab.files.directory import CONFIG, read_json
 from qlab.files.writer import Writer
 from qlab.model.skeleton import Skeleton
 from qlab.qtensor import QTensor, dense
-from qlab.report import bits_per_weight, stored_bits, versions
+from qlab.report import stored_bits, versions, written
 from qlab.spec import Spec
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -66,8 +66,7 @@ def _fill(path: Path, codec: Codec, writer: Writer, job: dict[str, Any], scratch
     if any(specs.values()):
         raw["dtype"] = "float16"  # that of the blocks' scales, which bfloat16 would round
         raw["quantization_config"] = codec.config(specs)
-    report = {**notes, "job": job, "bits_per_weight": bits_per_weight(notes["sites"])}
-    writer.finish({CONFIG: raw, "qlab.json": report}, scratch)
+    writer.finish(written(raw, job, notes), scratch)
 
 
 def _tensors(path: Path, codec: Codec, skeleton: Skeleton, specs: dict[str, Spec | None], notes: Notes) -> Iterator[tuple[str, Tensor]]:

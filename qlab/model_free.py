@@ -1,7 +1,8 @@
 """Quantizing without a model: safetensors and a configuration in, the same out, one tensor in memory at a time.
 
 For methods that need no data. Which tensors are linear weights is read off their names: by default every [o, k] `.weight` but
-those of embeddings, heads, norms and routers, which engines expect unquantized.
+those of embeddings, heads, norms and routers, which engines expect unquantized. Fused experts are cut into those names by which
+engines look for their weights, where transformers has them.
 """
 
 import time
@@ -21,10 +22,10 @@ from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
 from qlab.files.writer import Writer, apart
 from qlab.graph import lone_weight
-from qlab.model.linears import linear_names, other_matrices, transposed
+from qlab.model.linears import experts_apart, holds_experts, linear_names, other_matrices, transposed
 from qlab.plan import CODEC
 from qlab.qtensor import QTensor, dense
-from qlab.report import PeakMemory, bits_per_weight, describe, recorded, site_rows, versions
+from qlab.report import PeakMemory, bits_per_weight, describe, recorded, site_rows, versions, written
 from qlab.siblings import Siblings
 from qlab.spec import Float, Spec, with_scale_dtype
 from qlab.sweep import solve
@@ -75,7 +76,7 @@ def quantize_files(
     Errors: methods that observe activations, a pattern without a weight, weights that are no nn.Linear's where transformers
     knows the architecture, what the codec's format cannot hold or the engine `target` does not load.
     """
-    source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    source = experts_apart(model if isinstance(model, Checkpoint) else open_checkpoint(model))
     started = time.perf_counter()
     if codec not in CODECS:
         raise QlabError(f"the codec {codec!r} is unknown; qlab writes {', '.join(CODECS)}")
@@ -93,9 +94,7 @@ def quantize_files(
         writer = Writer(Path(out), job, len(leaves_by_file(source)), overwrite, resume)
         if not writer.finished:
             rewrite_files(source, writer, partial(_rewrite, source, recipe, CODECS[codec], siblings, turned), "quantizing")
-            notes = writer.notes()
-            report = {"job": job, **notes, "bits_per_weight": bits_per_weight(notes["sites"])}
-            writer.finish({"config.json": {**source.raw, "quantization_config": config}, "qlab.json": report}, source.path)
+            writer.finish(written({**source.raw, "quantization_config": config}, job, writer.notes()), source.path)
     return Rewritten(writer.out, recorded(writer.out)["sites"], time.perf_counter() - started, peak.bytes)
 
 
@@ -109,7 +108,8 @@ def _chosen(source: Checkpoint, recipe: Transform, include: Sequence[str], exclu
                         "unquantized model")
     weights = {name.removesuffix(".weight") for name, stored in source.stored.items()
                if name.endswith(".weight") and len(stored.shape) == 2}  # fmt: skip
-    modules = sorted(weights | source.quantized.keys())
+    experts = {name for name, stored in source.stored.items() if holds_experts(name, stored)}
+    modules = sorted(weights | source.quantized.keys() | experts)
     for pattern in (*include, *(p for p in exclude if p not in KEPT)):
         if not any(matches(pattern, module) for module in modules):
             raise QlabError(f"the pattern {pattern!r} matches no weight [o, k] of {source.path}; they are named like {modules[0]}"
@@ -117,6 +117,9 @@ def _chosen(source: Checkpoint, recipe: Transform, include: Sequence[str], exclu
     chosen = [m for m in modules if any(matches(p, m) for p in include) and not any(matches(p, m) for p in exclude)]
     if wrong := sorted(set(chosen) & other_matrices(source)):
         raise QlabError(f"{', '.join(wrong[:4])} belongs to no nn.Linear of the model, and readers would skip it; --exclude it")
+    if fused := sorted(set(chosen) & experts):
+        raise QlabError(f"{fused[0]} of {source.path} holds {source.stored[fused[0]].shape[0]} experts in one tensor, and only a model's "
+                        "definition tells where each of their projections lies; quantize with the model, or --exclude it")
     if whole := [m for m in chosen if m not in source.quantized and not source.shape_and_dtype(f"{m}.weight")[1].is_floating_point]:
         raise QlabError(f"{whole[0]}.weight of {source.path} is stored as {source.stored[f'{whole[0]}.weight'].dtype}, which are no "
                         "weights but codes that its config.json does not explain; --exclude it, or start from the unquantized model")

@@ -25,7 +25,7 @@ from qlab.model.skeleton import Skeleton
 from qlab.outside import outside_leaves, outside_sites, untied, weight_of
 from qlab.plan import CODEC, Plan, plan
 from qlab.qtensor import QTensor
-from qlab.report import PeakMemory, bits_per_weight, describe, site_rows, versions
+from qlab.report import PeakMemory, bits_per_weight, describe, site_rows, versions, written
 from qlab.spec import InputSpec, Spec, parse_input_spec, parse_spec
 from qlab.stats import Stats
 from qlab.stored import as_stored, certificates, encode, online_at
@@ -290,5 +290,4 @@ def _finish(skeleton: Skeleton, job: _Job) -> None:
     rounding = [inputs] if any(inputs.values()) else []
     raw = untied(model.raw) if any(f"{name}.weight" in skeleton.tied for name in notes["sites"]) else model.raw
     config = {**raw, "quantization_config": job.codec.config(specs, *rounding)}
-    record = {"job": job.identity, **notes, "bits_per_weight": bits_per_weight(notes["sites"])}
-    job.writer.finish({"config.json": config, "qlab.json": record}, model.path)
+    job.writer.finish(written(config, job.identity, notes), model.path)

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 
+from qlab.certificate import hash_of_json
 from qlab.errors import QlabError
 from qlab.files.directory import read_json
 from qlab.graph import ModuleGraph, Site
@@ -95,7 +96,7 @@ def recorded(directory: Path) -> dict[str, Any]:
             if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in kinds.items()):
                 where = f"{directory / RECORD}, {section}, {name!r}"
                 raise QlabError(f"{where} is not what qlab writes there; remove the file, or quantize again")
-    for key, kind in {"job": dict, "changed": dict, "bits_per_weight": float}.items():
+    for key, kind in {"job": dict, "changed": dict, "bits_per_weight": float, "quantization_config": str}.items():
         if key in record and not isinstance(record[key], kind):
             raise QlabError(f"{directory / RECORD}, {key} is not what qlab writes there; remove the file, or quantize again")
     return record
@@ -108,6 +109,13 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
               "loss": _MAYBE_FLOAT, "tokens": (int, NoneType)},
     "certificates": {"sha256": str, "weight_error": _MAYBE_FLOAT, "largest_step": _MAYBE_FLOAT, "made_of": (str, NoneType)},
 }  # fmt: skip
+
+
+def written(config: Mapping[str, Any], job: Mapping[str, Any], notes: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The config.json and the qlab.json of a finished directory; the latter certifies what the former tells readers of the codes."""
+    told = hash_of_json(config.get("quantization_config"))
+    return {"config.json": config, RECORD: {**notes, "job": job, "bits_per_weight": bits_per_weight(notes["sites"]),
+                                            "quantization_config": told}}  # fmt: skip
 
 
 def read_report(directory: Path) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import Tensor
 
-from qlab.certificate import distances, fingerprint, hash_of, off_grid
+from qlab.certificate import distances, fingerprint, hash_of, hash_of_json, off_grid
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.shardwise import leaves_by_file
-from qlab.model.linears import transposed
+from qlab.model.linears import experts_apart, transposed
 from qlab.qtensor import QTensor, dense
 from qlab.report import recorded
 
@@ -37,8 +37,8 @@ class Verdict:
     that differ from the reference, with what explains each or None. certified: whether the directory holds certificates;
     without them nothing explains a change, and none is a fault. extras: tensor that its configuration calls for beside weights
     -> what is wrong with it, or None. config: key of config.json, nested ones with dots -> the directory's value and the reference's,
-    None where there is none, if what they compute differs. lost: whether its qlab.json is of a job that certifies, and holds no
-    certificates.
+    None where there is none, if what they compute differs. retold: whether its quantization_config is another than the certified
+    one. lost: whether its qlab.json is of a job that certifies, and holds no certificates.
     """
 
     path: Path
@@ -49,6 +49,7 @@ class Verdict:
     certified: bool
     extras: Mapping[str, str | None]
     config: Mapping[str, tuple[Any, Any]]
+    retold: bool
     lost: bool
 
     @property
@@ -56,6 +57,9 @@ class Verdict:
         """What is wrong, one sentence each; empty when the directory is what it claims to be."""
         found = [f"config.json has {_says(key, ours)} where the reference has {_says('', theirs)}"
                  for key, (ours, theirs) in self.config.items()]  # fmt: skip
+        if self.retold:
+            found.append("the quantization_config of its config.json is not the one that was written with its codes, and readers may "
+                         "compute something else or nothing; restore it, or quantize or convert again")
         if self.lost:
             found.append("its qlab.json has lost its certificates; quantize or convert again, or remove that file")
         found += [f"{name}: {row['fault']}" for name, row in self.sites.items() if row["fault"]]
@@ -69,7 +73,7 @@ class Verdict:
         """The verdict as plain data."""
         return {"path": str(self.path), "certified": self.certified, "faults": self.faults, "sites": dict(self.sites),
                 "missing": list(self.missing), "extra": list(self.extra), "changed": dict(self.changed),
-                "extras": dict(self.extras), "config": dict(self.config), "lost": self.lost}  # fmt: skip
+                "extras": dict(self.extras), "config": dict(self.config), "retold": self.retold, "lost": self.lost}  # fmt: skip
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table("site", "spec", "weight error", "certified", "verdict", title=str(self.path))
@@ -110,6 +114,7 @@ def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path)
         raise QlabError(f"{model.path} is not quantized, so there is nothing to verify; give a quantized directory")
     record = recorded(model.path)
     certificates, noted = record.get("certificates", {}), record.get("changed", {})
+    reference = experts_apart(reference, whole=model.stored)
     names, theirs = ({name for file in leaves_by_file(m) for name in file} for m in (model, reference))
     turned = transposed(reference) if model.codec and model.codec.transposed else frozenset()
     sites: dict[str, dict[str, Any]] = {}
@@ -129,9 +134,10 @@ def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path)
                *(name for extra in model.extras for name in extra.missing)]  # fmt: skip
     made = {f"{module}.weight" for module, row in certificates.items() if row.get("made_of") in theirs}
     config = _config_differences(model, reference, untied=bool(made - theirs))
+    retold = "quantization_config" in record and record["quantization_config"] != hash_of_json(model.raw.get("quantization_config"))
     lost = not certificates and _certifies(record.get("job", {}))
     return Verdict(model.path, sites, missing, sorted(names - theirs - extras.keys() - made), changed, bool(certificates), extras,
-                   config, lost)  # fmt: skip
+                   config, retold, lost)  # fmt: skip
 
 
 def _certifies(job: Mapping[str, Any]) -> bool:

@@ -49,6 +49,8 @@ def test_fused_tensors_in_the_files_give_the_bits_that_experts_in_the_files_give
     experts = {name for name in theirs if ".experts." in name}
     assert experts and experts == {name for name in ours if ".experts." in name}
     assert all(bits_equal(ours[name], theirs[name]) for name in experts)
+    verdict = verify(tmp_path / "out" / together.name, together)
+    assert not verdict.faults and all(row["weight_error"] is not None for row in verdict.sites.values())
 
 
 GPT_OSS = dict(vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -66,6 +68,10 @@ def test_experts_stored_transposed_are_read_and_refused_where_no_names_are_known
     assert torch.allclose(qlab_logits(checkpoint.path), model(IDS).logits, rtol=1e-4, atol=1e-4)
     with pytest.raises(QlabError, match=r"layers\.0\.mlp\.experts\.gate_up_proj.*transformers knows no names for them"):
         plan(checkpoint, rtn(INT4))
+    with pytest.raises(QlabError, match=r"experts\.down_proj of .* holds 4 experts in one tensor.*--exclude it"):
+        quantize_files(checkpoint, rtn(INT4), tmp_path / "free")
+    left = quantize_files(checkpoint, rtn(INT4), tmp_path / "free", exclude=("*embed*", "*lm_head", "*.experts.*", "*router"))
+    assert not verify(left.path, checkpoint).faults
     result = quantize(checkpoint, rules({"*.experts.*": keep(), "*": gptq(INT4)}), random_tokens(checkpoint.path), tmp_path / "out")
     assert_read_alike(result.path)
 
@@ -141,6 +147,7 @@ def test_an_awq_mixture_is_converted_there_and_back_and_verified(saved, tmp_path
 
 def test_model_free_rounding_gives_the_tensors_of_the_normal_path(saved, tmp_path):
     source = saved("deepseek_v3")
-    free = quantize_files(open_checkpoint(source), rtn(INT4), tmp_path / "free").path
-    ours, theirs = tensors(free), tensors(quantize(open_checkpoint(source), rtn(INT4), None, tmp_path / "normal").path)
-    assert ours.keys() == theirs.keys() and all(bits_equal(ours[name], theirs[name]) for name in ours)
+    theirs = tensors(quantize(open_checkpoint(source), rtn(INT4), None, tmp_path / "normal").path)
+    for stored in source, fused(tmp_path / "fused", "deepseek_v3"):
+        ours = tensors(quantize_files(open_checkpoint(stored), rtn(INT4), tmp_path / f"free-{stored.name}").path)
+        assert ours.keys() == theirs.keys() and all(bits_equal(ours[name], theirs[name]) for name in ours)

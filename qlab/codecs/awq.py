@@ -127,7 +127,14 @@ def config(specs: Mapping[str, Spec | None]) -> dict[str, Any]:
 def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec]:
     """The spec of every module with a qweight among `names`; refuses by name what it cannot read."""
     version(config)
-    return {path: _spec(path, dynamic.override(config, path)) for path in stored.modules_with("qweight", names)}
+    modules, left = stored.modules_with("qweight", names), config.get("modules_to_not_convert") or []
+    if not isinstance(left, list) or not all(isinstance(name, str) for name in left):
+        raise QlabError(f"quantization_config has modules_to_not_convert {left!r:.80}, no list of names")
+    for path in modules:  # whole parts of names: some writers list `gate` beside a quantized gate_proj
+        if inside := [name for name in left if f".{name}." in f".{path}."]:
+            raise QlabError(f"{path} has codes in the files, and {inside[0]!r} in modules_to_not_convert says that it is not quantized; "
+                            "the file or its config is wrong")
+    return {path: _spec(path, dynamic.override(config, path)) for path in modules}
 
 
 def _spec(path: str, found: Mapping[str, Any]) -> Spec:

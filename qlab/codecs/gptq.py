@@ -102,7 +102,7 @@ def encode(version: Version, path: str, leaf: QTensor) -> dict[str, Tensor]:
         zeros = unsigned(leaf.zeros, bits)
     if version.offset and (lowest := int((zeros == 0).sum())):
         raise QlabError(f"{path}: {lowest} of {zeros.numel()} zero points are the lowest code, which GPTQ version 1 cannot store "
-                        f"(it stores z - 1); write {V2}")
+                        f"(it stores z - 1); write {replace(V2, reordered=version.reordered)}")
     tensors = {
         "qweight": pack_signed(leaf.codes[:, inverse], bits).mT,
         "qzeros": pack((zeros - version.offset).mT, bits),

@@ -7,7 +7,7 @@ gaps. Every file is opened once, and nothing in it is believed before it is chec
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,13 @@ class Stored:
     @property
     def nbytes(self) -> int:
         return self.stop - self.start
+
+    def rows(self, expert: int, start: int, stop: int) -> "Stored":
+        """The rows [start, stop) of one expert of a tensor [e, o, k], as a tensor [stop - start, k] in the same bytes."""
+        experts, rows, k = self.shape
+        row = self.nbytes // (experts * rows)
+        first = self.start + row * (expert * rows + start)
+        return replace(self, shape=(stop - start, k), start=first, stop=first + row * (stop - start))
 
 
 def read_json(path: Path) -> dict[str, Any]:

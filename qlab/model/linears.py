@@ -1,8 +1,12 @@
 """Which modules of a model readers may take for linears, by every name under which they may look for them in the files."""
 
+from collections.abc import Collection
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from qlab.files.checkpoint import Checkpoint
+from qlab.files.directory import WIDTHS, Stored
 from qlab.model.skeleton import Skeleton
 
 HEAD = "lm_head"  # in no file where it shares the embedding's weight; readers that match by class still meet it
@@ -37,6 +41,29 @@ def other_matrices(model: Checkpoint) -> set[str]:
 def transposed(model: Checkpoint) -> frozenset[str]:
     """Modules of the files whose weight is stored as [k, o] where it is dense; as far as transformers knows the architecture."""
     return Skeleton(model, model.dtype).transposed if model.known else frozenset()
+
+
+def experts_apart(model: Checkpoint, whole: Collection[str] = ()) -> Checkpoint:
+    """The directory as if experts that its files hold fused [e, o, k] lay there one by one [o, k], by the names that engines expect.
+
+    Every expert's part is a range of bytes of the same file. whole: tensors to leave fused. Those stay so as well whose parts
+    transformers has no names for, and all of an architecture that it does not know.
+    """
+    fused = {name for name, stored in model.stored.items() if holds_experts(name, stored)}.difference(whole)
+    if not fused or not model.known:
+        return model
+    skeleton, stored = Skeleton(model, model.dtype), dict(model.stored)
+    for name, parameter in skeleton.model.named_parameters():
+        held = skeleton.file_name(name)
+        if held in fused and model.stored[held].shape == tuple(parameter.shape) and (pieces := skeleton.expert_pieces(name)):
+            del stored[held]
+            stored |= {piece.name: model.stored[held].rows(piece.expert or 0, piece.start, piece.stop) for piece in pieces}
+    return replace(model, stored=stored)
+
+
+def holds_experts(name: str, stored: Stored) -> bool:
+    """Whether a tensor may hold the weights of several experts: three axes and, unlike filters, not a module's `weight`."""
+    return len(stored.shape) == 3 and stored.shape[0] > 1 and not name.endswith(".weight") and WIDTHS[stored.dtype] >= 16
 
 
 def _other_matrices(skeleton: Skeleton) -> dict[str, nn.Module]:

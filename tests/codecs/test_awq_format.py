@@ -140,6 +140,14 @@ def test_encode_refuses(change, message):
         AWQ.encode("m.q", replace(random_qtensor(SYM, 16, 64), **change))
 
 
+@pytest.mark.parametrize("left", ["q", "m.0", "m.0.q"])
+def test_codes_of_a_module_that_is_said_to_be_unquantized_are_refused(left):
+    config = AWQ.config({"m.0.q": SYM, "m.0.q_norm": None})
+    assert AWQ.specs(config, ["m.0.q.qweight"]).keys() == {"m.0.q"}
+    with pytest.raises(QlabError, match=rf"^m\.0\.q has codes in the files, and '{left}' in modules_to_not_convert says"):
+        AWQ.specs(config | {"modules_to_not_convert": ["other", left]}, ["m.0.q.qweight"])
+
+
 def test_zero_points_that_a_symmetric_spec_would_drop_are_refused():
     with pytest.raises(QlabError, match=r"^m\.qzeros is not 8 everywhere.*must say zero_point true"):
         AWQ.decode("m", AWQ.encode("m", random_qtensor(ASYM, 16, 64)), SYM)

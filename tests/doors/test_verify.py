@@ -245,6 +245,21 @@ def test_the_configuration_of_an_architecture_that_nobody_knows_is_compared_as_i
     assert verify(out, model).faults == [f"config.json has {words}"]
 
 
+@pytest.mark.parametrize("edited", [
+    lambda q: q.update(ignore=[]), lambda q: q.update(kv_cache_scheme={"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True}),
+    lambda q: q["config_groups"]["group_0"].update(input_activations={"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True,
+                                                                      "strategy": "token"}),
+    lambda q: q["config_groups"]["group_0"].update(format="int-quantized"),
+])  # fmt: skip
+def test_a_quantization_config_that_was_edited_is_found(edited, copy, original):
+    rewrite(copy / "config.json", lambda c: edited(c["quantization_config"]))
+    faults = verify(copy, original).faults
+    assert len(faults) == 1 and "quantization_config of its config.json is not the one that was written with its codes" in faults[0]
+    assert verify(copy, original).json()["retold"]
+    (copy / "qlab.json").unlink()
+    assert verify(copy, original).faults == []  # who could say
+
+
 @pytest.mark.parametrize("codec", ["compressed-tensors", "awq"])
 def test_a_head_that_the_recipe_untied_is_no_fault_of_the_configuration(codec, saved, tmp_path):
     source = saved("llama", torch.float16, tie_word_embeddings=True)
