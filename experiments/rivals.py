@@ -5,8 +5,9 @@ Usage: python experiments/rivals.py GPTQMODEL_PYTHON LLMCOMPRESSOR_PYTHON FOLDER
 The interpreters are of environments with gptqmodel and with llmcompressor (`python tests/interop/make_env.py` makes such ones), and
 FOLDER receives what they write. MODEL is a directory and the other two are text files; without them, the demo's. All of them quantize
 every linear but the head to symmetric int4 in groups of 64, act-order without g_idx, from 32 x 512 tokens, and are compared by qlab on
-the same held-out windows. GPTQModel's AWQ asks for a GPU; llm-compressor's pins memory for one, which is left out here. Seconds are those of quantizing: of GPTQModel without loading and saving, of the other two with what they
-write. Figures go to results/rivals.json, of another model to results/rivals/NAME.json.
+the same held-out windows. GPTQModel's AWQ asks for a GPU; llm-compressor's pins memory for one, which is left out here. Seconds
+are those of quantizing: of GPTQModel without loading and saving, of the other two with what they write. Figures go to
+results/rivals.json, of another model to results/rivals/NAME.json.
 """
 
 import json

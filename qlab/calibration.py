@@ -15,6 +15,7 @@ from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 
 SEPARATOR = "\n\n"  # between documents
+Texts = str | Path | Sequence[str | Path]  # one file, or several
 
 
 class Data(Protocol):
@@ -68,13 +69,14 @@ def generator(seed: int, path: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def tokens(model: Checkpoint, texts: Sequence[str | Path], samples: int = 128, length: int = 2048, seed: int = 0) -> Tokens:
+def tokens(model: Checkpoint, texts: Texts, samples: int = 128, length: int = 2048, seed: int = 0) -> Tokens:
     """`samples` distinct windows of `length` tokens, drawn without replacement from all full windows of the texts.
 
     texts: .jsonl files with a "text" in every line, or plain text; tokenized without special tokens.
     """
     if samples < 1:
         raise QlabError(f"{samples} samples were asked for; give at least 1")
+    texts = _listed(texts)
     stream, digest = _stream(model, texts)
     windows = _full_windows(stream, length, texts)
     if len(windows) < samples:
@@ -84,8 +86,11 @@ def tokens(model: Checkpoint, texts: Sequence[str | Path], samples: int = 128, l
     return Tokens(windows[chosen], _names(texts), digest, seed)
 
 
-def first_windows(model: Checkpoint, texts: Sequence[str | Path], length: int, count: int | None = None) -> Tokens:
+def first_windows(model: Checkpoint, texts: Texts, length: int, count: int | None = None) -> Tokens:
     """The first `count` full windows of `length` tokens (None: all of them), in the order of the text."""
+    if count is not None and count < 1:
+        raise QlabError(f"{count} windows were asked for; give at least 1")
+    texts = _listed(texts)
     stream, digest = _stream(model, texts)
     return Tokens(_full_windows(stream, length, texts)[:count], _names(texts), digest, None)
 
@@ -100,6 +105,10 @@ def from_ids(model: Checkpoint, ids: Tensor) -> Tokens:
         raise QlabError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocabulary} of {model.path}; "
                         "tokenize with the model's own tokenizer")
     return Tokens(ids.long(), (), hashlib.sha256(ids.long().numpy().tobytes()).hexdigest(), None)
+
+
+def _listed(texts: Texts) -> Sequence[str | Path]:
+    return [texts] if isinstance(texts, str | Path) else texts
 
 
 def _names(texts: Sequence[str | Path]) -> tuple[str, ...]:
@@ -164,4 +173,9 @@ def _text_of(line: str, where: str) -> str:
         value = None
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise QlabError(f'{where}: not a JSON object with a "text"; write one per line')
+    try:
+        value["text"].encode()
+    except UnicodeEncodeError as error:
+        half = ascii(value["text"][error.start])
+        raise QlabError(f"{where}: its text has {half} at {error.start}, half of a character; repair or remove it") from error
     return value["text"]

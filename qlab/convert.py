@@ -84,11 +84,12 @@ def convert(
     writer = Writer(Path(out), job, len(leaves_by_file(source)), overwrite, resume)
     if not writer.finished:
         siblings = Siblings(targets, lambda module: dense(source.leaf(f"{module}.weight"), torch.float32))
-        rewrite_files(source, writer, partial(_rewrite, source, CODECS[codec], targets, siblings, requantize, record), "converting")
-        notes = writer.notes()
-        if lost := notes.get("lost"):
-            writer.discard()
-            raise _refusal(codec, lost)
+        rewrite = partial(_rewrite, source, CODECS[codec], targets, siblings, requantize, record)
+        with writer.refusing():
+            rewrite_files(source, writer, rewrite, "converting")
+            notes = writer.notes()
+            if lost := notes.get("lost"):
+                raise _refusal(codec, lost)
         writer.finish(written({**source.raw, "quantization_config": config}, job, {**record, **notes}), source.path)
     return Converted(writer.out, recorded(writer.out)["sites"])
 

@@ -87,6 +87,8 @@ def evaluate(model: Checkpoint | Reading, against: Checkpoint | Reading, data: T
 
     Errors: models whose vocabularies, blocks or hidden sizes differ, windows longer than their positions, readings of other tokens.
     """
+    if data.ids.shape[1] < 2:
+        raise QlabError(f"windows of {data.ids.shape[1]} token predict nothing; give a length of at least 2")
     _check_vocabularies(model, against)
     ours = model if isinstance(model, Reading) else read(model, data)
     theirs = against if isinstance(against, Reading) else read(against, data)

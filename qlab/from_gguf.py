@@ -44,12 +44,8 @@ def from_gguf(path: Path, codec: str, out: Path, overwrite: bool, resume: bool) 
         job = {"source": hashlib.file_digest(file, "sha256").hexdigest(), "codec": codec, "versions": versions()}
     writer = Writer(out, job, 1, overwrite, resume)
     if not writer.finished:
-        try:
-            with TemporaryDirectory() as scratch:
-                _fill(path, CODECS[codec], writer, job, Path(scratch))
-        except QlabError:
-            writer.discard()
-            raise
+        with writer.refusing(), TemporaryDirectory() as scratch:
+            _fill(path, CODECS[codec], writer, job, Path(scratch))
     return writer.out
 
 

@@ -93,14 +93,15 @@ def quantize_files(
     with PeakMemory() as peak:
         writer = Writer(Path(out), job, len(leaves_by_file(source)), overwrite, resume)
         if not writer.finished:
-            rewrite_files(source, writer, partial(_rewrite, source, recipe, CODECS[codec], siblings, turned), "quantizing")
+            with writer.refusing():
+                rewrite_files(source, writer, partial(_rewrite, source, recipe, CODECS[codec], siblings, turned), "quantizing")
             writer.finish(written({**source.raw, "quantization_config": config}, job, writer.notes()), source.path)
     return Rewritten(writer.out, recorded(writer.out)["sites"], time.perf_counter() - started, peak.bytes)
 
 
 def _chosen(source: Checkpoint, recipe: Transform, include: Sequence[str], exclude: Sequence[str]) -> dict[str, Spec]:
     """Module -> the spec that the recipe rounds it to."""
-    if wide := sorted(name for name, spec in source.quantized.items() if not isinstance(spec, Float) or spec.bits < 8):
+    if wide := sorted(name for name, spec in source.quantized.items() if spec and (not isinstance(spec, Float) or spec.bits < 8)):
         raise QlabError(f"{wide[0]} of {source.path} is quantized to {source.quantized[wide[0]]} already; start from the unquantized "
                         "model")
     if online := [extra for extra in source.extras if extra.online]:
@@ -118,8 +119,8 @@ def _chosen(source: Checkpoint, recipe: Transform, include: Sequence[str], exclu
     if wrong := sorted(set(chosen) & other_matrices(source)):
         raise QlabError(f"{', '.join(wrong[:4])} belongs to no nn.Linear of the model, and readers would skip it; --exclude it")
     if fused := sorted(set(chosen) & experts):
-        raise QlabError(f"{fused[0]} of {source.path} holds {source.stored[fused[0]].shape[0]} experts in one tensor, and only a model's "
-                        "definition tells where each of their projections lies; quantize with the model, or --exclude it")
+        raise QlabError(f"{fused[0]} of {source.path} holds {source.stored[fused[0]].shape[0]} experts in one tensor, and only a "
+                        "model's definition tells where each of their projections lies; quantize with the model, or --exclude it")
     if whole := [m for m in chosen if m not in source.quantized and not source.shape_and_dtype(f"{m}.weight")[1].is_floating_point]:
         raise QlabError(f"{whole[0]}.weight of {source.path} is stored as {source.stored[f'{whole[0]}.weight'].dtype}, which are no "
                         "weights but codes that its config.json does not explain; --exclude it, or start from the unquantized model")
@@ -141,7 +142,7 @@ def _chosen(source: Checkpoint, recipe: Transform, include: Sequence[str], exclu
 def _check(source: Checkpoint, specs: Mapping[str, Spec], turned: Collection[str], codec: str, target: str | None) -> None:
     failed: dict[str, list[str]] = {}
     for module, spec in specs.items():
-        stored = source.stored[f"{module}.weight"].shape
+        stored = source.stored[name].shape if (name := f"{module}.weight") in source.stored else source.leaf(name).shape  # of 2:4
         shape = torch.Size(stored[::-1] if module in turned else stored)
         try:
             spec.tile.sizes(shape)

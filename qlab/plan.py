@@ -95,7 +95,7 @@ def plan(
     """
     if codec not in CODECS:
         raise QlabError(f"the codec {codec!r} is unknown; qlab writes {', '.join(CODECS)}")
-    if any(not isinstance(spec, Float) for spec in model.quantized.values()):
+    if any(spec and not isinstance(spec, Float) for spec in model.quantized.values()):
         raise QlabError(f"{model.path} is quantized already; start from the unquantized model")
     if online := [extra for extra in model.extras if extra.online]:
         raise QlabError(f"{model.path} has a {online[0].key} ({online[0].says}) that belongs to its present weights; start from the "

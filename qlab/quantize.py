@@ -4,10 +4,11 @@ import ctypes
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -133,10 +134,14 @@ def compare(
 
     With inputs="quantized" there is one recipe only, since its own errors are what the next block sees.
     """
+    if inputs not in get_args(Inputs):
+        raise QlabError(f"inputs are {inputs!r}; choose {' or '.join(get_args(Inputs))}")
     if inputs == "quantized" and len(recipes) > 1:
         raise QlabError(f"recipes {', '.join(recipes)} cannot share a pass over quantized inputs; use inputs='reference', or "
                         "quantize() once per recipe")
     for name in recipes:
+        if Path(name).name != name:
+            raise QlabError(f"the recipe {name!r} has no name for a folder in {out}; choose one without separators")
         apart(Path(out) / name, model.path)
     started = time.perf_counter()
     with PeakMemory() as peak:
@@ -154,7 +159,10 @@ def compare(
             jobs.append(_Job(recipe, CODECS[codec], writer, job, plans[name].experts_at_once))
         if unfinished := [job for job in jobs if not job.writer.finished]:
             needed = data if any(p.statistics for p in plans.values()) else None
-            _scan(skeleton, unfinished, needed, inputs, calibrate_all_experts)
+            with ExitStack() as stack:
+                for begun in unfinished:
+                    stack.enter_context(begun.writer.refusing())
+                _scan(skeleton, unfinished, needed, inputs, calibrate_all_experts)
     seconds = time.perf_counter() - started
     return {
         name: Result(job.writer.out, _sites(job.writer.out), plans[name], inputs, seconds, peak.bytes)

@@ -74,7 +74,12 @@ Transform = tuple[Stage, ...]
 
 def matches(pattern: str, name: str) -> bool:
     """A glob over full site names ('*.mlp.*'), or an anchored regular expression after 're:'."""
-    return bool(re.fullmatch(pattern[3:], name)) if pattern.startswith("re:") else fnmatchcase(name, pattern)
+    if not pattern.startswith("re:"):
+        return fnmatchcase(name, pattern)
+    try:
+        return bool(re.fullmatch(pattern[3:], name))
+    except re.error as error:
+        raise QlabError(f"the pattern {pattern!r} is no regular expression ({error}); mend it, or write a glob") from error
 
 
 def chain(*transforms: Transform) -> Transform:

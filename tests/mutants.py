@@ -244,7 +244,7 @@ def pytest(tree, laws):
     named = (name if "/" in name else f"laws/{name}" for name in laws.split())
     files = [f"tests/{folder}/test_{name}.py" for folder, name in (path.split("/") for path in named)]
     env = {**os.environ, "PYTHONPATH": f"{tree}:{tree / 'kernels'}", "LAWS_PROFILE": "mutants", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--durations=0", *files]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", "--tb=no", "--durations=0", *files]
     done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
     if done.returncode == 0:
         return None

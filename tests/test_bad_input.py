@@ -85,14 +85,14 @@ def test_nan_or_inf_in_a_weight_names_its_site(folder, tmp_path, value):
     change(folder, model__layers__1__mlp__up_proj__weight=lambda t: t.index_fill(1, torch.tensor([3]), value))
     model = open_checkpoint(folder)
     refused(lambda: qlab.quantize(model, qlab.rtn(INT4), None, tmp_path / "q"), "model.layers.1.mlp.up_proj", "NaN or Inf")
-    assert not (tmp_path / "q").exists()
+    assert not list(tmp_path.glob("q*"))
 
 
 def test_inf_in_activations_names_the_sites_it_reaches(folder, tmp_path):
     change(folder, model__layers__1__post_attention_layernorm__weight=lambda t: t * 1e38)
     model, data = open_checkpoint(folder), random_tokens(folder)
     refused(lambda: qlab.quantize(model, qlab.gptq(INT4), data, tmp_path / "q"), "model.layers.1.mlp.gate_proj", "NaN or Inf")
-    assert not (tmp_path / "q").exists()
+    assert not list(tmp_path.glob("q*"))
 
 
 def test_texts_that_cannot_calibrate(folder, tmp_path):
@@ -225,6 +225,34 @@ def test_no_text_no_windows_and_no_tokenizer(folder, text, tmp_path):
     for file in folder.glob("tokenizer*"):
         file.unlink()
     refused(lambda: qlab.tokens(model, [text], 1, 8), "model has no tokenizer")
+
+
+def test_half_a_character_in_a_text_is_named_by_its_line(folder, tmp_path):
+    (tmp_path / "cut.jsonl").write_text('{"text": "a b"}\n{"text": "a \\ud800 b"}\n')
+    refused(lambda: qlab.tokens(open_checkpoint(folder), tmp_path / "cut.jsonl", 1, 2), "cut.jsonl, line 2", r"'\ud800' at 2", "repair")
+
+
+def test_one_text_may_stand_without_a_list_and_no_windows_are_none(folder, text):
+    model = open_checkpoint(folder)
+    assert torch.equal(qlab.tokens(model, text, 2, 8).ids, qlab.tokens(model, [str(text)], 2, 8).ids)
+    assert torch.equal(qlab.first_windows(model, str(text), 8, 2).ids, qlab.first_windows(model, [text], 8, 2).ids)
+    refused(lambda: qlab.first_windows(model, text, 8, 0), "0 windows were asked for")
+    one = qlab.first_windows(model, text, 1, 4)
+    refused(lambda: qlab.evaluate(model, model, one), "windows of 1 token predict nothing")
+
+
+def test_arguments_that_mean_nothing(folder, tmp_path):
+    model, data = open_checkpoint(folder), random_tokens(folder)
+    refused(lambda: qlab.quantize(model, qlab.gptq(INT4), data, tmp_path / "q", inputs="both"), "inputs are 'both'", "reference")
+    refused(lambda: qlab.compare(model, {"../q": qlab.rtn(INT4)}, None, tmp_path / "q"), "'../q' has no name for a folder")
+    refused(lambda: qlab.plan(model, qlab.at("re:([", qlab.rtn(INT4))), "'re:(['", "no regular expression")
+    for damp in (float("nan"), -1.0, 2.0):
+        refused(lambda damp=damp: qlab.gptq(INT4, damp=damp), f"damp is {damp}", "from 0 to 1")
+        recipe = qlab.aim_at_reference(damp=damp) + qlab.gptq(INT4)
+        refused(lambda recipe=recipe: qlab.quantize(model, recipe, data, tmp_path / "q"), "from 0 to 1")
+    refused(lambda: qlab.gptq(INT4, block=0), "block is 0")
+    refused(lambda: qlab.gptq(INT4, sweeps=-1), "sweeps -1")
+    assert not list(tmp_path.glob("q*"))
 
 
 @pytest.mark.parametrize("ids", [torch.ones(4), torch.ones(1, 0)])

@@ -78,7 +78,7 @@ def test_eval_prints_every_figure_with_its_interval(call, quantized, saved, text
     code, out, _ = call("eval", quantized / "out", "--against", saved(), "--text", text, "--length", 32, "--windows", 4,
                         "--json", tmp_path / "eval.json")  # fmt: skip
     found = json.loads((tmp_path / "eval.json").read_text())
-    assert code == 0 and "95 % interval" in out and "4 windows of 32" in out
+    assert code == 0 and "95 % interval" in out and "4 windows of 32" in " ".join(out.split())
     for name, value in {"perplexity_ci": "perplexity", "ratio_ci": "ratio", "kl_ci": "kl", "top1_ci": "top1_agreement"}.items():
         low, high = found[name]
         assert low <= (found["perplexity"] / found["reference_perplexity"] if value == "ratio" else found[value]) <= high

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from directories import contents, random_tokens
+from directories import change, contents, random_tokens
 
 import qlab.files.writer
 from qlab.errors import QlabError
@@ -171,6 +171,19 @@ def test_only_the_same_job_may_resume(killed, source, saved):
         with pytest.raises(QlabError, match="belongs to another job"):
             quantize(other, transform, tokens, killed, resume=True, **options)
     assert contents(killed.parent) == before
+
+
+def test_another_number_in_the_middle_of_a_file_is_another_job(source, tmp_path):
+    model, out = shutil.copytree(source, tmp_path / "model"), tmp_path / "out"
+    job = lambda **options: quantize(open_checkpoint(model), rtn(SPEC), None, out, **options)
+    assert finish(start(dying(job, 8, "after"))) == KILLED
+    change(model, model__layers__0__mlp__up_proj__weight=lambda t: t + 0.01)
+    with pytest.raises(QlabError, match="belongs to another job"):
+        job(resume=True)
+    job()
+    change(model, model__layers__0__mlp__up_proj__weight=lambda t: t + 0.01)
+    with pytest.raises(QlabError, match="exists and holds something else"):
+        job(resume=True)
 
 
 def test_a_run_without_resume_starts_again(killed, job, whole):

@@ -28,6 +28,8 @@ def import_(path: Path) -> int:
 
     Returns how many entries were taken. CacheError for a file that is none, or when the folder cannot be written.
     """
+    if not path.is_file():
+        raise CacheError(f"{path} is no file; give one that `qlab cache export` wrote")
     try:
         tables = cache.read_exported(path)
     except (ValueError, OSError) as error:

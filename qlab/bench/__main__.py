@@ -45,7 +45,8 @@ def methods(
     """Compare quantization methods with each other and with the unquantized model on held-out text."""
     from qlab.bench.methods import compare_methods, table
 
-    record = compare_methods(model, names.split(","), spec, asymmetric=asymmetric, calib=calib, text=text, samples=samples,
+    chosen = [name.strip() for name in names.split(",")]
+    record = compare_methods(model, chosen, spec, asymmetric=asymmetric, calib=calib, text=text, samples=samples,
                              length=length, seed=seed, windows=windows, inputs=inputs, out=out)  # fmt: skip
     console().print(table(record))
     report(record, json_file)
@@ -103,7 +104,7 @@ def matmul(
     if threads:
         torch.set_num_threads(threads)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    names = contenders.split(",") if contenders else list(CONTENDERS)
+    names = [name.strip() for name in contenders.split(",")] if contenders else list(CONTENDERS)
     wanted = parse_shapes(shapes or (SHAPES_CPU if where == "cpu" else SHAPES))
     with kernel_refusals():
         record = compare_matmuls(wanted, parse_tokens(m or TOKENS), dtype=dtype, group=group, zeros=asymmetric, device=where,

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from qlab.errors import QlabError
 from qlab.lower import CodedLinear, QLinear, inductor_options, resident_bytes
+from qlab.lower.attention import NAME
 from qlab.lower.linear import QuantizedWeight
 from qlab.lower.model import lower, set_module
 from qlab.report import PeakMemory, versions
@@ -121,7 +122,7 @@ def _compiled(forward: Callable[[Tensor], Tensor], ours: bool, **options: Any) -
 
 
 def _undo(model: PreTrainedModel) -> None:
-    """The model as transformers would load it unquantized: dense weights, and torch's attention."""
+    """The model as transformers would load it unquantized: dense weights, and its own attention."""
     for name, module in list(model.named_modules()):
         if not isinstance(module, QuantizedWeight):
             continue
@@ -136,7 +137,8 @@ def _undo(model: PreTrainedModel) -> None:
             owner, key = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
             delattr(owner, key)
             setattr(owner, key, nn.Parameter(weight.mT.contiguous(), requires_grad=False) if owner.is_transposed else weight)
-    model.set_attn_implementation("sdpa")
+    if model.config._attn_implementation == NAME:
+        model.set_attn_implementation("sdpa")
 
 
 def random_tokens(model: PreTrainedModel, length: int, device: str) -> Tensor:

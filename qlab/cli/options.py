@@ -34,7 +34,14 @@ TargetName = Annotated[str, typer.Option("--target", help="an engine to load it:
 Outside = Annotated[list[str] | None, typer.Option("--outside", help="GLOB=SPEC: round linears around the blocks to nearest")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the output directory")]
 Resume = Annotated[bool, typer.Option("--resume", help="continue a killed run of the same job")]
-Json = Annotated[Path | None, typer.Option("--json", help="also write the result to this file")]
+def _writable(path: Path | None) -> Path | None:
+    """Before the work, not after it."""
+    if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+        raise QlabError(f"{path} cannot be written; give --json a file in a folder that is there and may be written to")
+    return path
+
+
+Json = Annotated[Path | None, typer.Option("--json", help="also write the result to this file", callback=_writable)]
 
 
 def console(width: int = WIDTH) -> Console:

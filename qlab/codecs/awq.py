@@ -132,8 +132,8 @@ def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec]:
         raise QlabError(f"quantization_config has modules_to_not_convert {left!r:.80}, no list of names")
     for path in modules:  # whole parts of names: some writers list `gate` beside a quantized gate_proj
         if inside := [name for name in left if f".{name}." in f".{path}."]:
-            raise QlabError(f"{path} has codes in the files, and {inside[0]!r} in modules_to_not_convert says that it is not quantized; "
-                            "the file or its config is wrong")
+            raise QlabError(f"{path} has codes in the files, and {inside[0]!r} in modules_to_not_convert says that it is not "
+                            "quantized; the file or its config is wrong")
     return {path: _spec(path, dynamic.override(config, path)) for path in modules}
 
 

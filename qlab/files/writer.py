@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.errors import QlabError
+from qlab.errors import QlabError, Unwritable
 from qlab.files.directory import INDEX, read_header
 from qlab.files.tensors import write
 
@@ -35,7 +36,7 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise QlabError(f"{path} cannot be written ({error}); free some space or choose another place") from error
+        raise Unwritable(f"{path} cannot be written ({error.strerror}); free some space or choose another place") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -110,6 +111,18 @@ class Writer:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         shutil.rmtree(self.partial)
 
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Around the work: what refused input leaves behind goes, since with other input it is another job; what a full disk does,
+        or whoever kills the process, stays to be resumed."""
+        try:
+            yield
+        except Unwritable:
+            raise
+        except QlabError:
+            self._clear()
+            raise
+
     # -------------------------------------------------------------- shards
     def shard(self, index: int) -> Path:
         """The file of segment `index`: 0 is what surrounds the blocks, i the i-th block (from 1)."""
@@ -138,10 +151,6 @@ class Writer:
         """Whether the shard of a segment and its notes are in place."""
         return self.shard(index).is_file() and self._notes_path(index).is_file()
 
-    def discard(self) -> None:
-        """Remove what was written so far; the work folder, which says what it is, goes last."""
-        self._clear()
-
     # -------------------------------------------------------------- the carry
     def carry_path(self, stream: str, index: int) -> Path:
         """The hidden states of a stream (of the quantized model, of the reference) that enter block `index` (from 0)."""
@@ -159,7 +168,7 @@ class Writer:
         try:
             self._finish(files, copied)
         except OSError as error:
-            raise QlabError(f"{self.out} cannot be put in place ({error}); make way for it and use --resume") from error
+            raise Unwritable(f"{self.out} cannot be put in place ({error}); make way for it and use --resume") from error
 
     def _finish(self, files: Mapping[str, Any], copied: Path) -> None:
         for path in sorted([*copied.iterdir(), *(copied / TEMPLATES).glob("*")]):
@@ -175,7 +184,7 @@ class Writer:
             leftover.unlink()
         if self.out.exists():
             if not self.overwrite:
-                raise QlabError(f"the output directory {self.out} appeared during the run; move it away and use --resume")
+                raise Unwritable(f"the output directory {self.out} appeared during the run; move it away and use --resume")
             os.replace(self.out, self.work / REPLACED)
         os.replace(self.partial, self.out)  # the work folder goes last: a run killed before can still resume
         shutil.rmtree(self.out / WORK)

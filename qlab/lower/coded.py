@@ -109,7 +109,7 @@ class CodedWeight(QuantizedWeight):
             if part is not None and part.is_floating_point() and part.itemsize > dtype.itemsize:
                 part = part.to(dtype)
             self.register_buffer(name, None if part is None else part.to(device))
-        self.register_buffer("dense", self.weight() if dense_cache else None, persistent=False)
+        self.register_buffer("dense", self.columns().contiguous() if dense_cache else None, persistent=False)
 
     def weight(self) -> Tensor:
         return dense(self.words, self.scales, self.zeros, self.outer, self.perm, self.in_features, self.spec, self.dtype)

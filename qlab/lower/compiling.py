@@ -14,9 +14,8 @@ def inductor_options(**more: Any) -> dict[str, Any]:
     from torch._inductor.constant_folding import _dont_constant_fold, add_dont_constant_fold
 
     from qlab.lower.rewrite import Rewrite
-    from qlab_kernels.cache import snapshot_hash
 
     for op in (torch.ops.qlab.dequantize.default, torch.ops.qlab.dense.default):
         if op not in _dont_constant_fold:
             add_dont_constant_fold(op)
-    return {"post_grad_custom_pre_pass": Rewrite(snapshot_hash()), **more}
+    return {"post_grad_custom_pre_pass": Rewrite(), **more}

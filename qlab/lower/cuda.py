@@ -44,11 +44,18 @@ def dequantize(words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, k: i
     """W = (q - z) * s [n, k] in the scales' dtype, contiguous."""
     from qlab_kernels.dequantize import dequantize as unpacked
 
-    W_nk = unpacked(packed(words, scales, zeros, n, k, group, count, name), scales.dtype)
-    if count == 2:
-        width = plane_width(k)
-        W_nk = W_nk[:, :k] + W_nk[:, width : width + k]
-    return W_nk.contiguous()
+    weight = packed(words, scales, zeros, n, k, group, count, name)
+    if count == 1:
+        return unpacked(weight, scales.dtype).contiguous()
+    W_nk, width = unpacked(weight, torch.float32), plane_width(k)  # in which planes and their sum are exact: rounded once
+    return (W_nk[:, :k] + W_nk[:, width : width + k]).to(scales.dtype)
+
+
+def reads_dense(device: torch.device, experts: bool) -> bool:
+    """Whether products ever take a dense copy of the weight: the grouped kernel of experts has no use for one."""
+    from qlab_kernels.capability import target
+
+    return not experts or target(torch.cuda.get_device_capability(device)).path != "fused"
 
 
 def int4_mm(x_mk: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, dense: Tensor | None, n: int, group: int,
@@ -74,11 +81,10 @@ def int4_grouped_mm(x_sk: Tensor, words: Tensor, scales: Tensor, zeros: Tensor |
                     group: int, count: int, name: str) -> Tensor:  # fmt: skip
     """y [s, n] by one grouped kernel, which reads `ends` on the device; expert by expert where the capability has no such kernel."""
     from qlab_kernels import Problem, cache
-    from qlab_kernels.capability import target
     from qlab_kernels.grouped import int4_grouped_mm as launch
 
     cc = torch.cuda.get_device_capability(x_sk.device)
-    if target(cc).path != "fused":
+    if reads_dense(x_sk.device, experts=True):
 
         def product(e: int, x_mk: Tensor) -> Tensor:
             z, W = (None if part is None else part[e] for part in (zeros, dense))

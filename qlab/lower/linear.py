@@ -41,9 +41,18 @@ class QuantizedWeight(nn.Module):
         """W, dequantized now."""
         raise NotImplementedError
 
+    def columns(self) -> Tensor:
+        """W with its columns in the order in which the module multiplies them."""
+        return self.weight()
+
     def held(self) -> tuple[Tensor | None, ...]:
         """The tensors that W is made of."""
         return self.words, self.scales, self.zeros
+
+    def _load_from_state_dict(self, *state: Any) -> None:
+        super()._load_from_state_dict(*state)
+        if self.dense is not None:  # no part of the state, and made of what is
+            self.dense = self.columns().contiguous()
 
     def _rows(self, x: Tensor) -> Tensor:
         """x [..., k] as it is multiplied: [m, k], rounded where inputs are."""
@@ -83,10 +92,11 @@ class PackedWeight(QuantizedWeight):
         for name, parts in zip(("words", "scales", "zeros"), zip(*packed)):
             self.register_buffer(name, parts[0] if parts[0] is None or not self.experts else torch.stack(parts))
         self.register_buffer("perm", None if leaf.perm is None else leaf.perm.to(device))
-        self.register_buffer("dense", self._columns().contiguous() if dense_cache else None, persistent=False)
+        kept = dense_cache and (on_cpu or cuda.reads_dense(device, bool(self.experts)))
+        self.register_buffer("dense", self.columns().contiguous() if kept else None, persistent=False)
 
     def weight(self) -> Tensor:
-        return self._columns() if self.perm is None else self._columns()[..., self.perm.argsort()]
+        return self.columns() if self.perm is None else self.columns()[..., self.perm.argsort()]
 
     def held(self) -> tuple[Tensor | None, ...]:
         return *super().held(), self.perm
@@ -95,8 +105,8 @@ class PackedWeight(QuantizedWeight):
         x = super()._rows(x)
         return x if self.perm is None else x[:, self.perm]
 
-    def _columns(self) -> Tensor:
-        """W with its columns in the order of the codes."""
+    def columns(self) -> Tensor:
+        """In the order of the codes."""
         own = (self.out_features, self.in_features, self.group, self.count, self.layout)
         if not self.experts:
             return dequantize(self.words, self.scales, self.zeros, *own)

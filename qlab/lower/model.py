@@ -67,7 +67,13 @@ def lower(
         skeleton.model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     if where.type == "cpu":
         use_grouped_attention(skeleton.model)
+    skeleton.model.save_pretrained = _refuse_saving  # type: ignore[method-assign]
     return skeleton.model.eval()
+
+
+def _refuse_saving(*_: object, **__: object) -> None:
+    raise QlabError("a lowered model holds weights packed for one device, which no reader takes; copy its directory, or open that with "
+                    "transformers after `import qlab.hf`, whose save_pretrained writes what was read")
 
 
 def slownesses(model: nn.Module, dtype: torch.dtype, device: torch.device) -> list[str]:

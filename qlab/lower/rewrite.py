@@ -3,6 +3,7 @@
 Three rewrites before Inductor's own post-grad passes, on nodes alone, since the operators are opaque to every other pass:
 
     mm(x, dequantize(w).T), addmm(b, x, dequantize(w).T)   ->  int4_mm(x, w) [+ b]
+    bmm(x, dequantize(w).T for every batch)                ->  the same, of all batches' rows
     int4_mm(x, w) of a known number of tokens on a CPU     ->  what cpu.kind chooses for them: aten's int4 product, which
                                                                Inductor has a template for, or mm(x, dequantize(w).T)
     mm(x [1, k], W.T), W dense, on a CPU                   ->  sum_k x * W
@@ -20,15 +21,17 @@ from qlab.lower.nibbles import plane_width
 
 aten, prims = torch.ops.aten, torch.ops.prims
 TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int, aten.numpy_T.default)
-PRODUCTS = (aten.mm.default, aten.addmm.default)
+RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+VIEWS = (*TRANSPOSES, *RESHAPES, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim)
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 SOURCES = ("rewrite.py", "cpu.py", "nibbles.py", "ops.py")  # what the pass depends on, beside the config cache
 
 
 class Rewrite(CustomGraphPass):
     """The pass. fused, chosen, streamed: how many nodes each rewrite replaced in the last graph."""
 
-    def __init__(self, snapshot: str):
-        self.snapshot, self.fused, self.chosen, self.streamed = snapshot, 0, 0, 0
+    def __init__(self) -> None:
+        self.fused, self.chosen, self.streamed = 0, 0, 0
 
     def __call__(self, graph: Any) -> None:
         self.fused = fuse(graph)
@@ -36,9 +39,11 @@ class Rewrite(CustomGraphPass):
         self.streamed = stream(graph)
 
     def uuid(self) -> bytes:
-        """Changes with the pass, with the config cache and with the CPU that it is asked about."""
+        """Changes with the pass, with the config cache, which it looks into while it runs, and with the CPU that it is asked about."""
+        from qlab_kernels.cache import snapshot_hash
+
         machine = cpu.problem(1, torch.bfloat16, False, 64, 64, 64, False)
-        digest = hashlib.sha256(f"{self.snapshot} {machine.cc} {machine.device}".encode())
+        digest = hashlib.sha256(f"{snapshot_hash()} {machine.cc} {machine.device}".encode())
         for name in SOURCES:
             digest.update((Path(__file__).parent / name).read_bytes())
         return digest.digest()
@@ -48,29 +53,54 @@ def fuse(graph: Any) -> int:
     """Replace products with a dequantized weight; the number of them."""
     found = 0
     for node in [n for target in PRODUCTS for n in graph.find_nodes(op="call_function", target=target)]:
-        bias, x, w = (None, *node.args) if node.target is aten.mm.default else node.args
+        bias, x, w = node.args if node.target is aten.addmm.default else (None, *node.args)
         dequantized = _dequantized(w)
         if dequantized is None or node.kwargs:
             continue
-        words, scales, zeros, n, _, group, count, layout = dequantized.args
+        words, scales, zeros, n, k, group, count, layout = dequantized.args
         with graph.inserting_before(node):
-            new = _call(graph, torch.ops.qlab.int4_mm.default, (x, words, scales, zeros, None, n, group, count, layout))
+            rows = x if node.target is not aten.bmm.default else _call(graph, aten.reshape.default, (x, [-1, k]))
+            new = _call(graph, torch.ops.qlab.int4_mm.default, (rows, words, scales, zeros, None, n, group, count, layout))
             if bias is not None:
                 new = _call(graph, aten.add.Tensor, (new, bias))
+            if rows is not x:
+                new = _call(graph, aten.reshape.default, (new, [_size(graph, x, 0), _size(graph, x, 1), n]))
         _replace(graph, node, new)
-        for dead in (w, dequantized):
-            if not dead.users:
-                graph.erase_node(dead)
+        while w is not None and not w.users:
+            w, dead = None if w is dequantized else w.args[0], w
+            graph.erase_node(dead)
         found += 1
     return found
 
 
 def _dequantized(w: Any) -> Any:
-    """The dequantize node that `w` is the transpose of, or None."""
-    if getattr(w, "target", None) not in TRANSPOSES or w.meta["val"].ndim != 2 or _same_axes(w):
+    """The dequantize node whose W `w` is a view of as W.T [k, n], or as [b, k, n] with W.T b times; else None.
+
+    Which view that is, is asked of a tensor without data that has gone the same way.
+    """
+    way: list[Any] = []
+    source = w
+    while getattr(source, "target", None) in VIEWS:
+        way, source = [source, *way], source.args[0]
+    if getattr(source, "target", None) is not torch.ops.qlab.dequantize.default or not way:
         return None
-    source = w.args[0]
-    return source if getattr(source, "target", None) is torch.ops.qlab.dequantize.default else None
+    n, k = source.args[3:5]
+    probe = torch.empty(n, k, device="meta")
+    for view in way:
+        args = torch.utils._pytree.tree_map(lambda a: 2 if hasattr(a, "op") else a, view.args[1:])  # a number known at run time
+        try:
+            probe = probe.view(*args) if view.target in RESHAPES else view.target(probe, *args)
+        except RuntimeError:  # no view of these strides, but a copy
+            return None
+    *batch, last_k, last_n = zip(probe.shape, probe.stride())
+    as_is = all(size == 1 or stride == 0 for size, stride in batch)
+    transposed = all(size == 1 or stride == own for (size, stride), own in ((last_k, 1), (last_n, k)))
+    return source if as_is and transposed and (last_k[0], last_n[0]) == (k, n) else None
+
+
+def _size(graph: Any, x: Any, axis: int) -> Any:
+    size = x.meta["val"].shape[axis]
+    return size if isinstance(size, int) else _call(graph, aten.sym_size.int, (x, axis))
 
 
 def _same_axes(w: Any) -> bool:

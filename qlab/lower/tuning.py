@@ -183,37 +183,40 @@ def _tune(problem: Any, measure: Any, budget: float, floor_us: float, retune: bo
 def weights_of(directory: str | Path, device: torch.device | str) -> dict[tuple[int, bool], list[Shape]]:
     """(group, has zeros) -> the distinct (n, k) of a directory's quantized linears, as the device's kernels hold them.
 
-    A channel's scale may be cut into groups, and 5 to 8 bits are two planes beside each other: see qlab.lower.nibbles. Weights that no
-    kernel takes are left out; a directory of nothing else is refused.
+    A channel's scale may be cut into groups, and 5 to 8 bits are two planes beside each other: see qlab.lower.nibbles. On a CPU every
+    expert is such a weight; a GPU multiplies them in one grouped product, whose configuration is not tuned. Weights that no kernel
+    takes are left out; a directory of nothing else is refused.
     """
     from qlab.report import read_report
 
     found: dict[tuple[int, bool], set[Shape]] = {}
-    rows = [row for row in read_report(Path(directory))["sites"].values() if row["spec"] and len(row["shape"]) == 2]
-    distinct = {(row["spec"], torch.Size(row["shape"])) for row in rows}
+    each = torch.device(device).type == "cpu"
+    rows = [row for row in read_report(Path(directory))["sites"].values() if row["spec"] and (each or len(row["shape"]) == 2)]
+    distinct = {(row["spec"], torch.Size(row["shape"][-2:])) for row in rows}
     refused = {(text, shape): reason for text, shape in distinct if (reason := refusal(parse_spec(text), shape))}
     for text, shape in distinct - refused.keys():
         spec = parse_spec(text)
         scales = torch.zeros(spec.tile.scales_shape(shape))
         blank = QTensor(torch.zeros(shape, dtype=spec.code_dtype), scales, None if spec.symmetric else scales.to(torch.int8), spec)
-        planes = planes_of(f"{directory}, {text}", blank, whole_rows=torch.device(device).type == "cuda")
+        planes = planes_of(f"{directory}, {text}", blank, whole_rows=not each)
         found.setdefault((planes.group, planes.zeros is not None), set()).add((planes.q.shape[0], planes.q.shape[1]))
-    if refused and not found:
-        raise QlabError(f"{directory} has no weight for a kernel to be tuned for: {next(iter(refused.values()))}")
+    if not found:
+        reason = next(iter(refused.values()), "the grouped product of experts is not tuned")
+        raise QlabError(f"{directory} has no weight for a kernel to be tuned for: {reason}")
     return {form: sorted(shapes) for form, shapes in sorted(found.items())}
 
 
 def parse_shapes(text: str) -> list[Shape]:
-    """'8192x8192,4096x14336' -> [(8192, 8192), (4096, 14336)]: rows n (output channels) x columns k (input channels)."""
+    """'8192x8192,4096x14336' -> [(8192, 8192), (4096, 14336)]: rows n (output channels) x columns k (input channels), each once."""
     try:
-        return [(int(n), int(k)) for n, k in (part.lower().split("x") for part in text.split(","))]
+        return list(dict.fromkeys((int(n), int(k)) for n, k in (part.lower().split("x") for part in text.split(","))))
     except ValueError:
         raise QlabError(f"--shapes {text!r} is no list of NxK, for example 8192x8192,4096x14336") from None
 
 
 def parse_tokens(text: str) -> list[int]:
-    """'1,2,16' -> [1, 2, 16]."""
+    """'1,2,16' -> [1, 2, 16], each once."""
     try:
-        return [int(part) for part in text.split(",")]
+        return list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise QlabError(f"--m {text!r} is no list of token counts, for example 1,16,256") from None

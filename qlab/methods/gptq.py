@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlab.errors import QlabError
 from qlab.methods.grid import Grid, fit, weighted
-from qlab.methods.obs import damped, factorize, obs_sweep
+from qlab.methods.obs import check_damp, damped, factorize, obs_sweep
 from qlab.methods.quantease import descend_codes, refit_scales
 from qlab.qtensor import QTensor, steps
 from qlab.spec import Spec
@@ -66,6 +67,9 @@ def gptq(
     block changes speed, not codes (up to rounding). sweeps: rounds of refitting the scales to the codes and descending
     on the codes afterwards (qlab.methods.quantease); they cost nothing at inference. The paper's method has none.
     """
+    check_damp(damp)
+    if block < 1 or sweeps < 0:
+        raise QlabError(f"block is {block} and sweeps {sweeps}; give a block of at least 1 column and no fewer than 0 sweeps")
 
     def fn(W_ok: Tensor, stats: Mapping[str, Any], spec: Spec) -> tuple[QTensor, Mapping[str, Any]]:
         H_kk = stats["second_moment"].mean_kk

@@ -44,11 +44,18 @@ def factorize(H_kk: Tensor, damp: float) -> Factor:
     return Factor(C_kk.div_(C_kk.diagonal().clone()), used, H_kk.diagonal() == 0)
 
 
+def check_damp(damp: float) -> None:
+    """Refuse what is no damping."""
+    if not 0 <= damp <= DAMP_LIMIT:
+        raise QlabError(f"damp is {damp}; give a fraction of mean(diag H) from 0 to {DAMP_LIMIT:g}")
+
+
 def cholesky(H_kk: Tensor, damp: float) -> tuple[Tensor, float]:
     """L with L L^T = the damped H, and the damping.
 
     It grows tenfold up to 1 where the factorization fails, and what was used is returned. Above that: an error.
     """
+    check_damp(damp)
     used = damp
     while True:
         L_kk, failed = torch.linalg.cholesky_ex(damped(H_kk, used))

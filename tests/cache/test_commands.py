@@ -74,7 +74,11 @@ def test_the_shapes_of_a_directory_are_its_linears(tmp_path):
              "experts": {**site, "shape": [4, 64, 64]}, "lm_head": {**site, "spec": None, "shape": [99, 64]}}  # fmt: skip
     sites["float"] = {**site, "spec": "nvfp4", "shape": [128, 256]}  # no kernel takes it
     (tmp_path / "qlab.json").write_text(json.dumps({"sites": sites}))
-    assert weights_of(tmp_path, "cpu") == {(64, False): [(64, 64), (128, 256)]}
+    assert weights_of(tmp_path, "cuda") == {(64, False): [(64, 64), (128, 256)]}
+    sites["experts"]["shape"] = [4, 192, 64]  # a linear each on a CPU, one grouped product on a GPU
+    (tmp_path / "qlab.json").write_text(json.dumps({"sites": sites}))
+    assert weights_of(tmp_path, "cpu") == {(64, False): [(64, 64), (128, 256), (192, 64)]}
+    assert weights_of(tmp_path, "cuda") == {(64, False): [(64, 64), (128, 256)]}
     (tmp_path / "qlab.json").write_text(json.dumps({"sites": {"float": sites["float"]}}))
     with pytest.raises(QlabError, match="has no weight for a kernel to be tuned for: nvfp4 has no kernel"):
         weights_of(tmp_path, "cpu")
@@ -119,7 +123,7 @@ def test_the_cache_commands(call, tmp_path, problem, entry):
         (["tune", *SMALL, "--group", "16"], "groups of 16 have no int4 kernel; quantize with groups of 32"),
         (["tune", *SMALL, "--device", "tpu"], "'tpu' is no device; lower to 'cpu' or 'cuda'"),
         (["tune", *SMALL, "--dtype", "float16"], "always dense, so there is nothing to tune"),
-        (["cache", "import", "/no/such/file"], "is not a file that `qlab cache export` wrote"),
+        (["cache", "import", "/no/such/file"], "is no file; give one that `qlab cache export` wrote"),
         (["cache", "export", "/no/such/folder/file"], "cannot be written"),
     ],
     ids=str,
@@ -154,9 +158,11 @@ def test_the_bench_measures_everybody_and_says_who_is_absent(call, tmp_path):
 
 @pytest.mark.parametrize("option", ["--json", "--plot"])
 def test_a_file_that_cannot_be_written_takes_no_figure_with_it(call, option):
-    arguments = [*SMALL, "--contenders", "qlab,library", "--seconds", "0", option, "/no/such/folder/file"]
+    arguments = [*SMALL, "--contenders", "qlab, library", "--seconds", "0", option, "/no/such/folder/file"]
     code, out, said = call("matmul", *arguments, main=bench_main)
-    assert code == 2 and "cannot be written" in said and "128x256" in out and "library's bfloat16 matmul" in out
+    assert code == 2 and "/no/such/folder/file cannot be written" in said
+    measured = "128x256" in out and "library's bfloat16 matmul" in out
+    assert measured == (option == "--plot") and bool(out) == measured  # of --json it is known beforehand
 
 
 def test_tuning_before_the_bench_decides_what_runs(call, tmp_path):

@@ -1,14 +1,24 @@
 """What older releases of compressed-tensors wrote: words without straddling codes, g_idx, 2:4 bitmasks. Read only."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from directories import tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from leaves import assert_same, random_qtensor
+from safetensors.torch import load_file, save_file
 
 from qlab.codecs import CODECS
+from qlab.codecs.compressed_tensors.config import SPARSE
 from qlab.errors import QlabError
+from qlab.files.checkpoint import open_checkpoint
+from qlab.methods.rtn import rtn
+from qlab.model_free import quantize_files
 from qlab.qtensor import dense
+from qlab.quantize import quantize
 from qlab.spec import parse_spec, with_scale_dtype
 
 CODEC = CODECS["compressed-tensors"]
@@ -125,3 +135,24 @@ def test_damaged_bitmasks_are_refused(name, tensor, message):
 def test_bitmasks_that_the_config_does_not_speak_of_are_refused():
     with pytest.raises(QlabError, match=r"m\.compressed is in the files, and quantization_config names no spec"):
         CODEC.specs(HEADER | {"config_groups": {}}, ["m.compressed"])
+
+
+def test_a_model_of_two_of_four_weights_is_quantized_as_the_dense_one(folder, tmp_path):
+    whole = load_file(folder / "model.safetensors")
+    linears = {name.removesuffix(".weight"): t for name, t in whole.items() if name.endswith("_proj.weight")}
+    stored = {name: t for name, t in whole.items() if name.removesuffix(".weight") not in linears}
+    for path, W in linears.items():
+        whole[f"{path}.weight"] = W = two_of_four(*W.shape)
+        stored |= {name.replace("m.", f"{path}.", 1): t for name, t in sparse(W).items()}
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    pruned = shutil.copytree(folder, tmp_path / "pruned")
+    save_file(stored, pruned / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((pruned / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": {}, "sparsity_config": {"format": SPARSE}}
+    (pruned / "config.json").write_text(json.dumps(config))
+    recipe = rtn(parse_spec("int4-g16"))
+    ways = {"normal": lambda path, out: quantize(open_checkpoint(path), recipe, None, out),
+            "free": lambda path, out: quantize_files(path, recipe, out)}  # fmt: skip
+    for name, way in ways.items():
+        ours, theirs = (tensors(way(path, tmp_path / name / path.name).path) for path in (pruned, folder))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -115,7 +115,8 @@ def test_blocks_that_an_engine_wants_whole():
     spec = parse_spec("fp8-b128x128")
     assert refusal("vllm", CT, spec, k=256) is refusal("transformers", CT, spec, k=96) is None
     assert refusal("vllm", CT, spec, k=96) == (
-        "vllm loads fp8-b128x128 weights where 128 divides their input channels, of which there are 96")  # fmt: skip
+        "vllm loads fp8-b128x128 weights where 128 divides their input channels, of which there are 96; the nearest it loads is "
+        "fp8-channel with the codec compressed-tensors")  # fmt: skip
 
 
 def test_what_is_listed_names_codecs_and_specs_that_exist():

@@ -245,10 +245,13 @@ def test_the_configuration_of_an_architecture_that_nobody_knows_is_compared_as_i
     assert verify(out, model).faults == [f"config.json has {words}"]
 
 
+INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True}
+
+
 @pytest.mark.parametrize("edited", [
-    lambda q: q.update(ignore=[]), lambda q: q.update(kv_cache_scheme={"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True}),
-    lambda q: q["config_groups"]["group_0"].update(input_activations={"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True,
-                                                                      "strategy": "token"}),
+    lambda q: q.update(ignore=[]),
+    lambda q: q.update(kv_cache_scheme=INT8),
+    lambda q: q["config_groups"]["group_0"].update(input_activations=INT8 | {"strategy": "token"}),
     lambda q: q["config_groups"]["group_0"].update(format="int-quantized"),
 ])  # fmt: skip
 def test_a_quantization_config_that_was_edited_is_found(edited, copy, original):

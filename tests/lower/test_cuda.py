@@ -41,7 +41,7 @@ for n, k, spec in cases:
     name = cuda.layout(torch.device("cpu"), torch.float16)
     W = cuda.dequantize(*packed, n, k, planes.group, planes.count, name)
     assert W.shape == (n, k) and W.is_contiguous()
-    torch.testing.assert_close(W, dense(leaf), rtol=2e-3, atol=2e-3 * W.abs().max())
+    torch.testing.assert_close(W, dense(leaf), rtol=1e-3, atol=1e-6)  # rounded once, two planes together
     for m in (0, 1, 5, 600):
         x = activations(m, k, torch.float16)
         check_product(cuda.int4_mm(x, *packed, None, n, planes.group, planes.count, name), x, leaf)

@@ -81,7 +81,7 @@ def test_bad_input_is_one_sentence(bench, directory, arguments, part):
     assert code == 2 and not out and part in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("family, spec", [("mixtral", "nvfp4"), ("qwen2", "fp8-channel")])
+@pytest.mark.parametrize("family, spec", [("mixtral", "nvfp4"), ("qwen2", "fp8-channel"), ("gemma2", "nvfp4")])
 def test_the_model_beside_it_has_dense_weights_of_the_same_numbers(family, spec, saved, tmp_path):
     path = qlab.quantize(open_checkpoint(saved(family)), rtn(parse_spec(spec)), None, tmp_path / "out").path
     with pytest.warns(UserWarning, match="no kernel takes"):

@@ -10,6 +10,7 @@ from qlab.errors import QlabError
 from qlab.evaluate import read
 from qlab.files.checkpoint import open_checkpoint
 from qlab.lower import CodedExperts, CodedLinear, QExperts, QLinear, lower, resident_bytes
+from qlab.lower.linear import QuantizedWeight
 from qlab.methods.rtn import rtn
 from qlab.spec import parse_spec
 
@@ -122,12 +123,27 @@ def test_the_state_round_trips_and_another_layout_is_refused(quantized):
     assert not torch.equal(logits(model, ids), expected)
     model.load_state_dict(state)
     assert torch.equal(logits(model, ids), expected)
+    with pytest.raises(QlabError, match=r"packed for one device.*copy its directory"):
+        model.save_pretrained("nowhere")
     with pytest.raises(RuntimeError, match="size mismatch"):  # other groups have other scales
         other.load_state_dict(state)
     key = next(name for name in state if name.endswith("_extra_state"))
     state[key] = torch.tensor(list(b"wgmma"), dtype=torch.uint8)
     with pytest.raises(QlabError, match="packed as wgmma and the module reads int4pack"):
         model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("spec", ["int4-g32", "fp8-channel"])
+def test_a_state_that_is_loaded_replaces_the_dense_copies(spec, quantized):
+    model, other = (lower(quantized("llama", spec).path, dtype=torch.float32, dense_cache=True) for _ in range(2))
+    ids = torch.randint(3, 128, (1, 8), generator=torch.Generator().manual_seed(4))
+    for module in other.modules():
+        if isinstance(module, QuantizedWeight):
+            module.scales.mul_(2)
+    other.load_state_dict(other.state_dict())
+    before = logits(model, ids)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(logits(model, ids), logits(other, ids)) and not torch.equal(logits(model, ids), before)
 
 
 def test_resident_bytes_count_each_tensor_once(quantized):
