@@ -100,9 +100,9 @@ def refusal(name: str, codec: str, spec: Spec, experts: bool = False, k: int | N
         if not uneven:
             return None
         others = (found for found in _nearest(rows, spec, experts, k) if found[1].tile != spec.tile)
-        _, near, held = min(others, key=lambda found: found[0])
+        _, other, held = min(others, key=lambda found: found[0])
         return (f"{name} loads {spec} weights where {cols} divides their input channels, of which there are {k}; the nearest it loads "
-                f"is {near} with the codec {held}")
+                f"is {other} with the codec {held}")
     elsewhere = list(dict.fromkeys(row.codec for row in rows if _takes(row, spec, experts)))
     what = f"{spec} {'expert ' * experts}weights in {codec} files"
     if elsewhere:
