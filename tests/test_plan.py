@@ -1,5 +1,6 @@
 """A plan says what a recipe will do, and refuses by name what it cannot, before anything runs or is written."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -47,6 +48,14 @@ def test_stages_sites_and_what_stays_unquantized(model):
     assert len(made.sites) == 14 and made.sites[Q] == {"spec": "int4-g16", "shape": [64, 64], "bits_per_weight": 6.0}
     assert set(made.unquantized) == {"lm_head", O, O.replace("0", "1")}
     assert made.json()["sites"][O]["spec"] is None
+
+
+def test_layers_beyond_those_of_the_config_stay_and_are_named(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    left = plan(open_checkpoint(folder), rtn(INT4)).unquantized
+    beyond = {f"model.layers.1.self_attn.{p}_proj" for p in "qkvo"} | {f"model.layers.1.mlp.{p}_proj" for p in ("gate", "up", "down")}
+    assert set(left) == {"lm_head"} | beyond and len(left) == 8
 
 
 def test_bits_per_weight_by_hand(model, saved):
