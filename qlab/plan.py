@@ -1,5 +1,6 @@
 """What a recipe will do to a model, and whether it can, before anything runs."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from qlab.memory import predict_memory
 from qlab.model.skeleton import Skeleton
 from qlab.outside import outside_sites
 from qlab.report import bits_per_weight, describe
-from qlab.spec import Float, Spec, with_scale_dtype
+from qlab.spec import Float, Spec, legal_groups, with_scale_dtype
 from qlab.sweep import Inputs, in_batches, in_order, record, runs_reference
 from qlab.targets import division, refusal, uniformity
 from qlab.transform import Stage, Transform
@@ -230,7 +231,9 @@ def _check_specs(specs: Mapping[str, Spec | None], shapes: Mapping[str, torch.Si
         try:
             spec.tile.sizes(shapes[name])
         except QlabError as error:
-            failed.setdefault(str(error), []).append(name)
+            widths = {shapes[other][-1] for other, its in rounded.items() if its == spec}
+            common = ", ".join(map(str, legal_groups(math.gcd(*widths)))) or "none"
+            failed.setdefault(f"{error}{f'; for all {len(widths)} widths {common}' if len(widths) > 1 else ''}", []).append(name)
             continue
         site = named[name][1]
         if site.route and not skeleton.expert_pieces(name):

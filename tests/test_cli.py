@@ -74,6 +74,21 @@ def test_quantize_writes_a_model_directory_and_its_json(quantized):
     assert not (quantized / "out.partial").exists()
 
 
+def test_a_job_that_may_replace_and_go_on_can_be_started_again_and_again(call, saved, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "former.txt").write_text("replaced")
+    arguments = ["quantize", saved(), "--method", "rtn", "--spec", "int4-g32", "--out", tmp_path / "out", "--resume"]
+    code, _, error = call(*arguments)
+    assert code == 2 and "exists and holds something else" in error
+    for _ in range(2):
+        code, _, error = call(*arguments, "--overwrite")
+        assert code == 0, error
+        written = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
+        assert "qlab.json" in written and "former.txt" not in written
+    assert call(*arguments)[0] == 0
+    assert written == {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
+
+
 def test_eval_prints_every_figure_with_its_interval(call, quantized, saved, text, tmp_path):
     code, out, _ = call("eval", quantized / "out", "--against", saved(), "--text", text, "--length", 32, "--windows", 4,
                         "--json", tmp_path / "eval.json")  # fmt: skip
@@ -139,7 +154,6 @@ def test_an_existing_output_is_kept_unless_told(call, quantized, saved, text, tm
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["--overwrite", "--resume"], "--overwrite starts anew and --resume continues"),
         (["--method", "gtpq"], "method 'gtpq' is unknown; known are rtn, "),
         (["--spec", "int4"], "spec 'int4' is unknown"),
         (["--spec", "int9-g32"], "bits go from 1 to 8"),

@@ -112,7 +112,14 @@ def test_groups_that_do_not_divide_are_refused_with_the_legal_ones(model):
     message = refusal(model, rules({"*.down_proj": rtn(parse_spec("int4-g48")), "*": rtn(INT4)}))
     assert "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj" in message
     assert "groups of 48 do not divide the 128 input channels" in message and "(64, 128)" in message
-    assert "16, 32, 64, 128 or 'channel'" in message
+    assert message.endswith("16, 32, 64, 128 or 'channel'")  # the one width of this spec
+
+
+def test_groups_are_suggested_that_divide_every_width(saved):
+    message = refusal(open_checkpoint(saved("llama", hidden_size=96)), rtn(parse_spec("int4-g64")))
+    assert message.endswith("legal groups here are 16, 32 or 'channel'; for all 2 widths 16, 32")
+    narrow = refusal(open_checkpoint(saved("llama", hidden_size=96, intermediate_size=80)), rtn(parse_spec("int4-g64")))
+    assert narrow.endswith("; for all 2 widths 16")
 
 
 def test_a_pattern_without_a_site_is_refused(model):

@@ -33,7 +33,7 @@ CodecName = Annotated[str, typer.Option("--codec", help="the format to write: a 
 TargetName = Annotated[str, typer.Option("--target", help="an engine to load it: vllm, transformers, lmdeploy or sglang")]
 Outside = Annotated[list[str] | None, typer.Option("--outside", help="GLOB=SPEC: round linears around the blocks to nearest")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the output directory")]
-Resume = Annotated[bool, typer.Option("--resume", help="continue a killed run of the same job")]
+Resume = Annotated[bool, typer.Option("--resume", help="continue a killed run of the same job, or start it")]
 def _writable(path: Path | None) -> Path | None:
     """Before the work, not after it."""
     if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):

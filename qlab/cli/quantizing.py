@@ -126,8 +126,6 @@ def quantize(
 
     if inputs not in ("quantized", "reference"):
         raise QlabError(f"--inputs {inputs!r} is unknown; it is 'quantized' or 'reference'")
-    if overwrite and resume:
-        raise QlabError("--overwrite starts anew and --resume continues; give one of them")
     if memory is not None and not 0 < memory < math.inf:
         raise QlabError(f"--memory {memory} is no budget; give it in GiB, such as 4")
     if model_free and around:
