@@ -26,11 +26,12 @@ from qlab.model.linears import experts_apart, holds_experts, linear_names, other
 from qlab.plan import CODEC
 from qlab.qtensor import QTensor, dense
 from qlab.report import PeakMemory, bits_per_weight, describe, recorded, site_rows, versions, written
+from qlab.scope import matches
 from qlab.siblings import Siblings
 from qlab.spec import Float, Spec, with_scale_dtype
 from qlab.sweep import solve
 from qlab.targets import refusal, uniformity
-from qlab.transform import Transform, matches
+from qlab.transform import Transform
 
 KEPT = ("*embed*", "*wte", "*wpe", "*lm_head", "*norm*", "*.gate", "*router*", "*shared_expert_gate")
 

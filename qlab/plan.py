@@ -19,7 +19,7 @@ from qlab.model.skeleton import Skeleton
 from qlab.outside import outside_sites
 from qlab.report import bits_per_weight, describe
 from qlab.spec import Float, Spec, legal_groups, with_scale_dtype
-from qlab.sweep import Inputs, in_batches, in_order, record, runs_reference
+from qlab.sweep import Inputs, in_batches, in_order, inputs_named, record, runs_reference
 from qlab.targets import division, refusal, uniformity
 from qlab.transform import Stage, Transform
 
@@ -94,6 +94,7 @@ def plan(
     what the engine `target` (a name in qlab.targets) does not load, with the nearest that it does. memory: bytes into which the
     statistics of experts are to fit, a part of the experts at a time; `Plan.check` says whether they do.
     """
+    inputs_named(inputs)
     if codec not in CODECS:
         raise QlabError(f"the codec {codec!r} is unknown; qlab writes {', '.join(CODECS)}")
     if any(spec and not isinstance(spec, Float) for spec in model.quantized.values()):

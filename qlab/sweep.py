@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -25,6 +25,13 @@ HELD = 2 << 30  # bytes of values that may wait inside a segment while its sourc
 Batch = tuple[Call, Tensor]  # what a block is called with, and its hidden states [b, l, d]
 Inputs = Literal["quantized", "reference"]  # what a block sees while it is calibrated
 Batches = Callable[[], Iterator[Batch]]
+
+
+def inputs_named(text: str) -> Inputs:
+    """One of the two; anything else is refused."""
+    if text not in get_args(Inputs):
+        raise QlabError(f"inputs {text!r} are unknown; choose {' or '.join(map(repr, get_args(Inputs)))}")
+    return cast(Inputs, text)
 
 
 def in_batches(data: Data | None, batch_tokens: int = BATCH_TOKENS) -> list[Mapping[str, Tensor]]:

@@ -1,10 +1,8 @@
 """Quantizers are tuples of pure stages (graph, stats) -> (graph, stats); chaining them is tuple concatenation."""
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -16,29 +14,11 @@ from qlab.errors import QlabError
 from qlab.experts import per_row
 from qlab.graph import ModuleGraph, Site, by_origin, by_source
 from qlab.qtensor import Leaf, QTensor, dense, shared_outer
+from qlab.scope import Scope
 from qlab.spec import Spec, with_scale_dtype
 from qlab.stats import Moment, Stats, transport
 
 Apply = Callable[[ModuleGraph, Stats], tuple[ModuleGraph, Stats]]
-
-
-@dataclass(frozen=True)
-class Scope:
-    """Which sites a stage may touch: those that match every `include` and no `exclude` (globs over full names).
-
-    outside: they are linears around the blocks, else sites of blocks.
-    """
-
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    outside: bool = False
-
-    def __contains__(self, name: str) -> bool:
-        return all(matches(p, name) for p in self.include) and not any(matches(p, name) for p in self.exclude)
-
-    def __str__(self) -> str:
-        named = " and ".join([*self.include, *(f"not {p}" for p in self.exclude)]) or "every site"
-        return f"{named} around the blocks" if self.outside else named
 
 
 @dataclass(frozen=True)
@@ -70,16 +50,6 @@ class Stage:
 
 
 Transform = tuple[Stage, ...]
-
-
-def matches(pattern: str, name: str) -> bool:
-    """A glob over full site names ('*.mlp.*'), or an anchored regular expression after 're:'."""
-    if not pattern.startswith("re:"):
-        return fnmatchcase(name, pattern)
-    try:
-        return bool(re.fullmatch(pattern[3:], name))
-    except re.error as error:
-        raise QlabError(f"the pattern {pattern!r} is no regular expression ({error}); mend it, or write a glob") from error
 
 
 def chain(*transforms: Transform) -> Transform:

@@ -1,5 +1,6 @@
 """What tests ask of model directories: their bytes, their tensors, and tokens to calibrate on."""
 
+import json
 import random
 from pathlib import Path
 
@@ -60,6 +61,13 @@ def change(path: Path, **edits) -> None:
         if edit is not None:
             whole[name.replace("__", ".")] = edit(old)
     save_file(whole, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def rewrite(file, function):
+    """Change a JSON file in place."""
+    value = json.loads(file.read_text())
+    function(value)
+    file.write_text(json.dumps(value))
 
 
 def refused(act, *words):

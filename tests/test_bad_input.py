@@ -243,13 +243,13 @@ def test_one_text_may_stand_without_a_list_and_no_windows_are_none(folder, text)
 
 def test_arguments_that_mean_nothing(folder, tmp_path):
     model, data = open_checkpoint(folder), random_tokens(folder)
-    refused(lambda: qlab.quantize(model, qlab.gptq(INT4), data, tmp_path / "q", inputs="both"), "inputs are 'both'", "reference")
+    refused(lambda: qlab.quantize(model, qlab.gptq(INT4), data, tmp_path / "q", inputs="both"), "inputs 'both'", "'reference'")
+    refused(lambda: qlab.plan(model, qlab.rtn(INT4), inputs="both"), "inputs 'both' are unknown")
     refused(lambda: qlab.compare(model, {"../q": qlab.rtn(INT4)}, None, tmp_path / "q"), "'../q' has no name for a folder")
     refused(lambda: qlab.plan(model, qlab.at("re:([", qlab.rtn(INT4))), "'re:(['", "no regular expression")
     for damp in (float("nan"), -1.0, 2.0):
         refused(lambda damp=damp: qlab.gptq(INT4, damp=damp), f"damp is {damp}", "from 0 to 1")
-        recipe = qlab.aim_at_reference(damp=damp) + qlab.gptq(INT4)
-        refused(lambda recipe=recipe: qlab.quantize(model, recipe, data, tmp_path / "q"), "from 0 to 1")
+        refused(lambda damp=damp: qlab.aim_at_reference(damp=damp), f"damp is {damp}", "from 0 to 1")
     refused(lambda: qlab.gptq(INT4, block=0), "block is 0")
     refused(lambda: qlab.gptq(INT4, sweeps=-1), "sweeps -1")
     assert not list(tmp_path.glob("q*"))

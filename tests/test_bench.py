@@ -105,7 +105,7 @@ def test_without_out_it_goes_to_the_home_of_qlab(bench, job, monkeypatch, tmp_pa
         (["--methods", "rtn,rtn"], "method 'rtn' is given 2 times"),
         (["--spec", "int4"], "spec 'int4' is unknown"),
         (["--spec", "int4-g48"], "groups of 48 do not divide the 64 input channels"),
-        (["--inputs", "both"], "--inputs 'both' is unknown"),
+        (["--inputs", "both"], "inputs 'both' are unknown; choose 'quantized' or 'reference'"),
         (["--windows", "9999"], "9999 were asked for"),
     ],
 )

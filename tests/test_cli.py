@@ -158,7 +158,7 @@ def test_an_existing_output_is_kept_unless_told(call, quantized, saved, text, tm
         (["--spec", "int4"], "spec 'int4' is unknown"),
         (["--spec", "int9-g32"], "bits go from 1 to 8"),
         (["--spec", "int4-g48"], "groups of 48 do not divide the 64 input channels"),
-        (["--inputs", "both"], "--inputs 'both' is unknown"),
+        (["--inputs", "both"], "inputs 'both' are unknown; choose 'quantized' or 'reference'"),
         (["--calib", "nowhere.txt"], "nowhere.txt cannot be read"),
         (["--samples", "9999"], "9999 were asked for"),
         (["--memory", "0.001"], "the budget is 1 MiB"),

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from qlab.cli.kernels import kernel_refusals, tune
-from qlab.cli.options import Asymmetric, Calib, InputsName, Json, Length, Seed, SpecName, console, report, run
+from qlab.cli.options import Asymmetric, Calib, InputsName, Json, Length, Seed, SpecName, console, listed, report, run
 
 DEFAULT = "methods"
 
@@ -45,8 +45,7 @@ def methods(
     """Compare quantization methods with each other and with the unquantized model on held-out text."""
     from qlab.bench.methods import compare_methods, table
 
-    chosen = [name.strip() for name in names.split(",")]
-    record = compare_methods(model, chosen, spec, asymmetric=asymmetric, calib=calib, text=text, samples=samples,
+    record = compare_methods(model, listed(names), spec, asymmetric=asymmetric, calib=calib, text=text, samples=samples,
                              length=length, seed=seed, windows=windows, inputs=inputs, out=out)  # fmt: skip
     console().print(table(record))
     report(record, json_file)
@@ -70,7 +69,7 @@ def generate(
 
     if threads:
         torch.set_num_threads(threads)
-    names = [name.strip() for name in engines.split(";")] if engines else ENGINES
+    names = listed(engines, ";") if engines else ENGINES
     records = []
     for directory in directories:
         with kernel_refusals():
@@ -104,7 +103,7 @@ def matmul(
     if threads:
         torch.set_num_threads(threads)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    names = [name.strip() for name in contenders.split(",")] if contenders else list(CONTENDERS)
+    names = listed(contenders) if contenders else list(CONTENDERS)
     wanted = parse_shapes(shapes or (SHAPES_CPU if where == "cpu" else SHAPES))
     with kernel_refusals():
         record = compare_matmuls(wanted, parse_tokens(m or TOKENS), dtype=dtype, group=group, zeros=asymmetric, device=where,

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from rich import box
@@ -22,9 +22,10 @@ from qlab.evaluate import Evaluation, read
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.writer import write_json
 from qlab.hub import calibration_texts, evaluation_texts
-from qlab.quantize import Inputs, Result
+from qlab.quantize import Result
 from qlab.report import PeakMemory, versions
 from qlab.spec import parse_spec
+from qlab.sweep import inputs_named
 from qlab.transform import Transform
 
 Paths = Sequence[str | Path] | None
@@ -43,8 +44,7 @@ def compare_methods(
     all methods share one pass, so their seconds and peak memory are those of the pass.
     """
     recipes = _recipes(methods, spec, asymmetric)
-    if inputs not in get_args(Inputs):
-        raise QlabError(f"--inputs {inputs!r} is unknown; it is 'quantized' or 'reference'")
+    inputs_named(inputs)
     model, spec = qlab.open(name), str(parse_spec(spec, symmetric=not asymmetric))
     out = (out or home() / "bench" / f"{_slug(name)}-{spec}").expanduser()
     _refuse_foreign(out, recipes)

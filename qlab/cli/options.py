@@ -62,6 +62,11 @@ def loading() -> Iterator[None]:
         gc.enable()
 
 
+def listed(text: str, separator: str = ",") -> list[str]:
+    """The names in an option, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(separator)))
+
+
 def resolved(model: str) -> Path:
     """The directory that a name stands for."""
     from qlab.hub import DEMO, demo_model

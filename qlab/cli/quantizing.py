@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -122,10 +122,9 @@ def quantize(
 ) -> None:  # fmt: skip
     """Quantize a model directory into one that other engines load."""
     import qlab
-    from qlab.quantize import Inputs
+    from qlab.sweep import inputs_named
 
-    if inputs not in ("quantized", "reference"):
-        raise QlabError(f"--inputs {inputs!r} is unknown; it is 'quantized' or 'reference'")
+    mode = inputs_named(inputs)
     if memory is not None and not 0 < memory < math.inf:
         raise QlabError(f"--memory {memory} is no budget; give it in GiB, such as 4")
     if model_free and around:
@@ -139,7 +138,7 @@ def quantize(
     recipe, named = chosen(opened, method or "gptq", spec, asymmetric, codec, target, around)
     data = _data(opened, recipe, calib, images, samples, length, seed)
     budget = None if memory is None else int(memory * 2**30)
-    result = qlab.quantize(opened, recipe, data, out, inputs=cast(Inputs, inputs), device=device, memory=budget, overwrite=overwrite,
+    result = qlab.quantize(opened, recipe, data, out, inputs=mode, device=device, memory=budget, overwrite=overwrite,
                            resume=resume, calibrate_all_experts=all_experts, codec=named, target=target or None)  # fmt: skip
     console().print(result.plan)
     cost = f"{result.bytes / 1e6:.1f} MB, {result.seconds:.1f} s, peak {result.peak_rss_bytes / 2**20:.0f} MiB"

@@ -12,7 +12,7 @@ import torch
 from qlab.errors import QlabError
 from qlab.graph import ModuleGraph, by_source
 from qlab.methods.gptq import gptq
-from qlab.methods.obs import cholesky
+from qlab.methods.obs import check_damp, cholesky
 from qlab.qtensor import Leaf
 from qlab.spec import Spec
 from qlab.stats import Stats
@@ -27,6 +27,7 @@ def aim_at_reference(strength: float = 0.5, damp: float = 0.01) -> Transform:
     on the reference's own activations, W stays as it is, bit for bit. Routers stay too, as every engine reads them, and weights of
     routed experts: which tokens reach an expert differs between the two models, so that their rows have no pairs.
     """
+    check_damp(damp)
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
         leaves: dict[str, Leaf] = {}

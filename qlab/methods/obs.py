@@ -55,13 +55,12 @@ def cholesky(H_kk: Tensor, damp: float) -> tuple[Tensor, float]:
 
     It grows tenfold up to 1 where the factorization fails, and what was used is returned. Above that: an error.
     """
-    check_damp(damp)
     used = damp
     while True:
         L_kk, failed = torch.linalg.cholesky_ex(damped(H_kk, used))
         if not failed and torch.isfinite(L_kk).all():
             return L_kk, used
-        if used >= DAMP_LIMIT:
+        if not used < DAMP_LIMIT:
             raise QlabError(f"the second moment is not positive definite even with damping {used:g} (limit {DAMP_LIMIT:g}); "
                             "calibrate with more or other text")
         used = min(max(used, 1e-3) * 10, DAMP_LIMIT)

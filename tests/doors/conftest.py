@@ -1,11 +1,18 @@
 import importlib
+import shutil
 
 import pytest
+import torch
+from directories import random_tokens
 from formats import FOUR_BITS, NAME
 from transformers import PretrainedConfig
 from transformers.quantizers import auto
 
 import qlab.codecs
+from qlab.files.checkpoint import open_checkpoint
+from qlab.methods import METHODS
+from qlab.quantize import quantize
+from qlab.spec import parse_spec
 
 
 @pytest.fixture
@@ -27,3 +34,29 @@ def door():
     for mapping, was in zip(mappings, before):
         mapping.clear()
         mapping.update(was)
+
+
+@pytest.fixture(scope="module")
+def original(saved):
+    return saved("llama", torch.float16)
+
+
+@pytest.fixture(scope="module")
+def made(original, tmp_path_factory):
+    """made(method) -> a directory that the method wrote of the model."""
+    written = {}
+
+    def make(method: str):
+        if method not in written:
+            out = tmp_path_factory.mktemp("made") / method
+            data = None if method == "rtn" else random_tokens(original)
+            written[method] = quantize(open_checkpoint(original), METHODS[method](parse_spec("int4-g32")), data, out).path
+        return written[method]
+
+    return make
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    """A copy of RTN's directory to break."""
+    return shutil.copytree(made("rtn"), tmp_path / "copy")

@@ -15,9 +15,10 @@ from qlab.graph import by_source
 from qlab.interpret import interpret
 from qlab.methods.rtn import rtn
 from qlab.qtensor import QTensor
+from qlab.scope import matches
 from qlab.spec import parse_spec
 from qlab.stats import STATS
-from qlab.transform import Stage, apply, at, chain, keep, matches, reparametrize, rules, select
+from qlab.transform import Stage, apply, at, chain, keep, reparametrize, rules, select
 
 SPEC, COARSE = parse_spec("int4-g16"), parse_spec("int2-channel")
 ATTENTION = {f"self_attn.{p}_proj" for p in "qkvo"}
