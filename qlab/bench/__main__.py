@@ -103,7 +103,7 @@ def matmul(
     if threads:
         torch.set_num_threads(threads)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    names = listed(contenders) if contenders else list(CONTENDERS)
+    names = list(dict.fromkeys(listed(contenders))) if contenders else list(CONTENDERS)
     wanted = parse_shapes(shapes or (SHAPES_CPU if where == "cpu" else SHAPES))
     with kernel_refusals():
         record = compare_matmuls(wanted, parse_tokens(m or TOKENS), dtype=dtype, group=group, zeros=asymmetric, device=where,

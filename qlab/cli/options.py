@@ -63,8 +63,8 @@ def loading() -> Iterator[None]:
 
 
 def listed(text: str, separator: str = ",") -> list[str]:
-    """The names in an option, each once."""
-    return list(dict.fromkeys(name.strip() for name in text.split(separator)))
+    """The names in an option."""
+    return [name.strip() for name in text.split(separator)]
 
 
 def resolved(model: str) -> Path:
