@@ -5,7 +5,7 @@ The first of these that has a legal one decides:
     user                the user's own entry for this problem and device
     shipped-device      an entry of this package for this device
     shipped-capability  the same for another device of the capability
-    nearest             the closest entry of the same capability, dtype, group and zeros, by log distance in n, k and m
+    nearest             the closest entry of its capability, dtype, group and zeros, by log distance in n, k, experts and rows of each
     heuristic           `config.heuristic`
 
 The user's files lie in $QLAB_CACHE_DIR, else $QLAB_HOME/configs, else $XDG_CACHE_HOME/qlab/configs or ~/.cache/qlab/configs. All files
@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Literal
 
 from qlab_kernels import entries
-from qlab_kernels.config import OPERATORS, Config, Problem, heuristic, kernel_revision, legal
+from qlab_kernels.config import OPERATORS, Config, Problem, heuristic, kernel_revision, legal, rows_each
 from qlab_kernels.entries import MODEL, CacheError, Entry, Key, Table, file_name, key_of
 
 Source = Literal["override", "user", "shipped-device", "shipped-capability", "nearest", "heuristic"]
 OVERRIDE = "QLAB_KERNEL_CONFIG"
 SHIPPED = Path(__file__).parent / "tuned"
-M_REACH = 1.0  # in log2: an entry for more than twice or less than half the tokens may belong to another regime
-REACH = 6.0  # in log2 over n, k and m together
+M_REACH = 1.0  # in log2: an entry for more than twice or less than half the rows per weight may belong to another regime
+REACH = 6.0  # in log2 over n, k, experts and rows of each together
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def stale(entry: Entry, key: Key, kernel: str) -> bool:
 def _exact(table: Table, wanted: Key, same_device: bool) -> list[tuple[Key, Entry]]:
     """Entries for the very problem: this device and kernel first, then the newest."""
     same = [(key, entry) for key, entry in table.entries.items()
-            if (*_kind(key), key.n, key.k, key.m) == (*_kind(wanted), wanted.n, wanted.k, wanted.m)
+            if (*_kind(key), key.experts, key.n, key.k, key.m) == (*_kind(wanted), wanted.experts, wanted.n, wanted.k, wanted.m)
             and (key.device == wanted.device or not same_device)]  # fmt: skip
     same.sort(key=lambda row: (row[1].date, str(row[0])), reverse=True)
     return sorted(same, key=lambda row: (row[0].device != wanted.device, row[0].kernel != wanted.kernel, row[1].source != "measured"))
@@ -119,9 +119,15 @@ def _kind(key: Key) -> tuple[str, str, bool]:
 
 
 def _distance(wanted: Key, key: Key) -> tuple[float, bool, bool]:
-    """Log distance, then whether it is another device's and whether nobody timed it. Infinite where m is in another regime."""
-    n, k, m = (abs(math.log2(max(a, 1) / max(b, 1))) for a, b in ((wanted.n, key.n), (wanted.k, key.k), (wanted.m, key.m)))
-    return math.inf if m > M_REACH else n + k + m, key.device != wanted.device, key.kernel == MODEL
+    """Log distance, then whether it is another device's and whether nobody timed it. Infinite where the rows that a weight multiplies
+    are of another regime."""
+    rows = _apart(rows_each(wanted.m, wanted.experts), rows_each(key.m, key.experts))
+    sizes = _apart(wanted.n, key.n) + _apart(wanted.k, key.k) + _apart(wanted.experts, key.experts)
+    return math.inf if rows > M_REACH else sizes + rows, key.device != wanted.device, key.kernel == MODEL
+
+
+def _apart(a: float, b: float) -> float:
+    return abs(math.log2(max(a, 1) / max(b, 1)))
 
 
 # ---------------------------------------------------------------- the snapshot of this process

@@ -6,6 +6,7 @@ Names: y[m, n] = x[m, k] @ W[n, k].T; a program computes a tile of bm tokens x b
 import hashlib
 from dataclasses import dataclass, replace
 from functools import cache
+from math import ceil
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +16,8 @@ from qlab_kernels.capability import KIB, Capability, KernelError, admit
 from qlab_kernels.layout import ATOM, REVISION, padded_group, round_up
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+GROUPED_BUCKETS = (*BUCKETS, 8192, 16384, 32768, 65536)  # of the rows of all experts
 FMA_TOKENS = 8  # above, 7.5 dequantizes and calls the library
-EXPERTS = 32  # that the heuristic supposes a grouped product's tokens to be spread over
 DENSE_TOKENS = 256  # above, the heuristic dequantizes and calls the library: the crossover expected on the published tables
 _SMS = {(8, 0): 108, (8, 6): 84, (8, 7): 16, (8, 9): 128, (9, 0): 132, (10, 0): 148, (12, 0): 170}
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,7 +30,8 @@ Kind = Literal["split_k", "gemm", "dequant", "fma", "int4pack", "dense"]
 class Problem:
     """One product to configure. n, k are the true sizes; group >= k means one scale per row. device is a name, for the cache.
 
-    op: one of OPERATORS. m of "int4_grouped_mm" counts tokens of all experts; cc of the last two is "cpu-<isa>".
+    op: one of OPERATORS; cc of the last two is "cpu-<isa>". "int4_grouped_mm" multiplies by one of `experts` weights [n, k] each, and
+    its m counts the rows of all of them: a token is one row for each of its experts.
     """
 
     op: str
@@ -41,11 +43,33 @@ class Problem:
     n: int
     k: int
     m: int
+    experts: int = 1
 
     @property
     def bucket(self) -> int:
         """m rounded up to the sizes that are tuned; larger m counts as the largest."""
-        return next((b for b in BUCKETS if b >= self.m), BUCKETS[-1])
+        sizes = GROUPED_BUCKETS if self.op == "int4_grouped_mm" else BUCKETS
+        return next((b for b in sizes if b >= self.m), sizes[-1])
+
+    @property
+    def reached(self) -> float:
+        """How many weights are read."""
+        return reached(self.m, self.experts)
+
+    @property
+    def rows(self) -> float:
+        """How many rows of x a weight that is read multiplies, on average."""
+        return rows_each(self.m, self.experts)
+
+
+def reached(m: int, experts: int) -> float:
+    """How many of e experts m rows reach where each is as likely: e (1 - (1 - 1/e)^m)."""
+    return experts * (1 - (1 - 1 / experts) ** max(m, 1))
+
+
+def rows_each(m: int, experts: int) -> float:
+    """Rows of an expert that has any."""
+    return m / reached(m, experts)
 
 
 @dataclass(frozen=True)
@@ -165,7 +189,7 @@ def _fma_menu(p: Problem) -> list[Config]:
 
 def _tile_menu(p: Problem) -> list[Config]:
     """Small tiles with several splits for few tokens, larger ones for more: a small tile would read the weights too often."""
-    if p.op == "int4_grouped_mm":  # how many tokens an expert gets is not known here
+    if p.op == "int4_grouped_mm":  # how many rows each expert gets is the router's to say
         return _tiles(p)
     menu = []
     k_pad = padded_group(p.k, p.group)[0]
@@ -213,8 +237,8 @@ def heuristic(p: Problem) -> Config:
 def _waste(p: Problem, c: Config) -> tuple[float, ...]:
     """How far a tile is from the expected best: no padded tokens, about four programs per multiprocessor, wide rows of W."""
     assert not isinstance(p.cc, str)
-    tokens = round_up(max(p.m // EXPERTS if p.op == "int4_grouped_mm" else p.m, 1), c.bm)
-    programs = tokens // c.bm * (round_up(p.n, ATOM) // c.bn) * c.split
+    tokens = round_up(max(ceil(p.rows), 1), c.bm)
+    programs = p.reached * (tokens // c.bm) * (round_up(p.n, ATOM) // c.bn) * c.split
     wanted = _SMS[p.cc] * (4 if c.bm <= 32 else 1)
     return (tokens // c.bm, tokens, abs(programs / wanted - 1) if programs < wanted else (programs / wanted - 1) / 4, -c.bn, c.stages)
 

@@ -78,9 +78,9 @@ def device(p: Problem) -> Device:
 
 
 def weight_bytes(p: Problem) -> float:
-    """Bytes of packed codes, scales and zeros."""
+    """Bytes of packed codes, scales and zeros, of the experts that are reached."""
     k, group = padded_group(p.k, p.group)
-    return p.n * k * (0.5 + (4 if p.zeros else 2) / group)
+    return p.reached * p.n * k * (0.5 + (4 if p.zeros else 2) / group)
 
 
 def true_bytes(p: Problem) -> float:
@@ -90,7 +90,7 @@ def true_bytes(p: Problem) -> float:
 
 def dense_bytes(p: Problem) -> float:
     """Bytes that a 16-bit matmul of the same shape must move."""
-    return 2.0 * (p.n * p.k + p.m * (p.k + p.n))
+    return 2.0 * (p.reached * p.n * p.k + p.m * (p.k + p.n))
 
 
 def floor(p: Problem, moved: float, bandwidth: float, tflops: float) -> float:
@@ -120,7 +120,7 @@ def microseconds(p: Problem, c: Config) -> float:
 def _fused(p: Problem, c: Config, d: Device) -> float:
     """Seconds of the tensor-core kernel, the sum of its partials included."""
     layout = target(p.cc).layout  # type: ignore[arg-type]
-    token_tiles = -(-max(p.m, 1) // c.bm)
+    token_tiles = p.reached * max(math.ceil(p.rows / c.bm), 1)  # of each expert alike
     programs = token_tiles * (round_up(p.n, 64) // c.bn) * c.split
     weights = p.n * p.k * token_tiles
     busiest = -(-programs // d.sms) * d.sms / programs  # the multiprocessor with most programs, over the mean
@@ -153,7 +153,7 @@ def _resident(p: Problem, c: Config) -> int:
     return max(1, min(by_memory, by_registers, 16))
 
 
-def _bandwidth(d: Device, programs: int, resident: int, in_flight: float) -> float:
+def _bandwidth(d: Device, programs: float, resident: int, in_flight: float) -> float:
     """Bytes per second that `programs` reach which keep `in_flight` bytes of weights requested, `resident` per multiprocessor."""
     most = d.bandwidth * 1e9 * SUSTAINED
     return most * min(1.0, min(programs, resident * d.sms) * in_flight / (most * LATENCY))

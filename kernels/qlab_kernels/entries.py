@@ -3,9 +3,9 @@
     {op}.sm90.json = {"schema": 1, "meta": {op, capability, ...}, "entries": {key: {config, us, gbps, trials, device, triton, torch,
     date, source}}}
 
-A key is `dtype/group/zeros/NxK/mBUCKET/device/kernel revision`, where a group of whole rows is `row`. Fields that all entries of a
-shipped file share stand in its `meta`. Writers load, merge and replace the file under a lock on a sidecar, so that no entry is lost;
-a reader never locks, because the file is only ever replaced whole.
+A key is `dtype/group/zeros/NxK/mBUCKET/device/kernel revision`, where a group of whole rows is `row`; the number of experts stands
+before their shape (`8x4096x14336`). Fields that all entries of a shipped file share stand in its `meta`. Writers load, merge and
+replace the file under a lock on a sidecar, so that no entry is lost; a reader never locks: the file is only ever replaced whole.
 """
 
 import fcntl
@@ -118,27 +118,29 @@ class Key:
     m: int
     device: str
     kernel: str
+    experts: int = 1
 
     def __str__(self) -> str:
         zeros = "zeros" if self.zeros else "symmetric"
-        return f"{self.dtype}/{self.group}/{zeros}/{self.n}x{self.k}/m{self.m}/{self.device}/{self.kernel}"
+        experts = "" if self.experts == 1 else f"{self.experts}x"
+        return f"{self.dtype}/{self.group}/{zeros}/{experts}{self.n}x{self.k}/m{self.m}/{self.device}/{self.kernel}"
 
 
-_KEY = re.compile(r"(\w+)/(g\d+|row)/(zeros|symmetric)/(\d+)x(\d+)/m(\d+)/([^/]+)/([^/]+)")
+_KEY = re.compile(r"(\w+)/(g\d+|row)/(zeros|symmetric)/(?:([1-9]\d*)x)?(\d+)x(\d+)/m(\d+)/([^/]+)/([^/]+)")
 
 
 def key_of(p: Problem, kernel: str) -> Key:
     """The key of a problem; its m counts as the bucket."""
     group = "row" if p.group >= p.k else f"g{p.group}"
-    return Key(p.dtype, group, p.zeros, p.n, p.k, p.bucket, device_name(p.device), kernel)
+    return Key(p.dtype, group, p.zeros, p.n, p.k, p.bucket, device_name(p.device), kernel, p.experts)
 
 
 def key_from(text: str) -> Key:
     """The inverse of `str(key)`. ValueError for anything else."""
     if not (found := _KEY.fullmatch(text)):
         raise ValueError(f"not a key: {text!r}")
-    dtype, group, zeros, n, k, m, device, kernel = found.groups()
-    return Key(dtype, group, zeros == "zeros", int(n), int(k), int(m), device, kernel)
+    dtype, group, zeros, experts, n, k, m, device, kernel = found.groups()
+    return Key(dtype, group, zeros == "zeros", int(n), int(k), int(m), device, kernel, int(experts or 1))
 
 
 def device_name(name: str) -> str:

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from qlab_kernels.cache import shipped_tables
-from qlab_kernels.capability import TARGETS, Capability
-from qlab_kernels.config import BUCKETS, Config, Problem
+from qlab_kernels.capability import TARGETS, Capability, Target
+from qlab_kernels.config import BUCKETS, GROUPED_BUCKETS, Config, Problem
 from qlab_kernels.cost import DEVICES, rank, true_bytes
 from qlab_kernels.entries import MODEL, Entry, Key, Table, capability_name, file_name, key_of, replace_file
 from qlab_kernels.static import Variant, compile_variant, faults, variant
@@ -26,19 +26,29 @@ KINDS = (("bfloat16", 128, False), ("bfloat16", 128, True), ("bfloat16", 64, Fal
          ("float16", 128, False), ("float16", 128, True), ("float16", 64, False), ("float16", 32, False))  # fmt: skip
 MAIN = (128, False)  # group and zeros of which everything is listed
 FEW = ((SHAPES[0], SHAPES[3]), (1, 4, 16, 32, 64, 128, 256, 1024, 4096))  # of the others: `nearest` reaches the rest from these
+# experts, n, k: the two products of Mixtral-8x7B, Qwen3-30B-A3B and DeepSeek-V3
+EXPERT_SHAPES = ((8, 28672, 4096), (8, 4096, 14336), (128, 1536, 2048), (128, 2048, 768), (256, 4096, 7168), (256, 7168, 2048))
 VARIANTS = 5  # of a kind: 8 kinds x 7 capabilities stay below 250
 GAIN = 0.005  # a variant that lowers the mean modelled time by less is not worth its compilation
 
 
-def problems(cc: Capability) -> list[list[Problem]]:
-    """What is shipped for a capability, one list for each kind of weights."""
+def operators(row: Target) -> tuple[str, ...]:
+    """What there is a table for: without the fused kernel, experts are multiplied one by one."""
+    return ("int4_mm", "int4_grouped_mm") if row.path == "fused" else ("int4_mm",)
+
+
+def problems(op: str, cc: Capability) -> list[list[Problem]]:
+    """What is shipped of an operator for a capability, one list for each kind of weights."""
     dtypes, name = [str(dtype).removeprefix("torch.") for dtype in TARGETS[cc].dtypes], DEVICES[cc][0].name
 
     def listed(dtype: str, group: int, zeros: bool) -> list[Problem]:
+        if op == "int4_grouped_mm":
+            return [Problem(op, cc, name, dtype, group, zeros, n, k, m, e) for e, n, k in EXPERT_SHAPES for m in GROUPED_BUCKETS]
         shapes, tokens = (SHAPES, BUCKETS) if (group, zeros) == MAIN else FEW
-        return [Problem("int4_mm", cc, name, dtype, group, zeros, n, k, m) for n, k in shapes for m in tokens]
+        return [Problem(op, cc, name, dtype, group, zeros, n, k, m) for n, k in shapes for m in tokens]
 
-    return [listed(*kind) for kind in KINDS if kind[0] in dtypes]
+    kinds = [kind for kind in KINDS if op == "int4_mm" or kind[1:] == MAIN]
+    return [listed(*kind) for kind in kinds if kind[0] in dtypes]
 
 
 Ranked = Sequence[tuple[float, Config, Variant | None]]  # of one problem: (microseconds, config, what it compiles), fastest first
@@ -63,23 +73,23 @@ def choose(rows: Sequence[Ranked], most: int) -> list[tuple[float, Config]]:
     return [best(row, allowed) for row in rows]
 
 
-def chosen(cc: Capability, refused: Container[Variant] = ()) -> list[tuple[Problem, float, Config]]:
-    """(problem, modelled microseconds, config) for all that is shipped for a capability, without the `refused` variants."""
+def chosen(op: str, cc: Capability, refused: Container[Variant] = ()) -> list[tuple[Problem, float, Config]]:
+    """(problem, modelled microseconds, config) for all that is shipped of an operator, without the `refused` variants."""
     found = []
-    for kind, ranked in _ranked(cc):
+    for kind, ranked in _ranked(op, cc):
         rows = [[pair for pair in row if pair[2] not in refused] for row in ranked]
         found += [(p, *pair) for p, pair in zip(kind, choose(rows, VARIANTS))]
     return found
 
 
 @cache
-def _ranked(cc: Capability) -> list[tuple[list[Problem], list[Ranked]]]:
-    return [(kind, [[(us, c, variant(p, c)) for us, c in rank(p)] for p in kind]) for kind in problems(cc)]
+def _ranked(op: str, cc: Capability) -> list[tuple[list[Problem], list[Ranked]]]:
+    return [(kind, [[(us, c, variant(p, c)) for us, c in rank(p)] for p in kind]) for kind in problems(op, cc)]
 
 
-def variants(cc: Capability, refused: Container[Variant] = ()) -> set[Variant]:
+def variants(op: str, cc: Capability, refused: Container[Variant] = ()) -> set[Variant]:
     """The distinct compilations among `chosen`."""
-    return {v for p, _, c in chosen(cc, refused) if (v := variant(p, c))}
+    return {v for p, _, c in chosen(op, cc, refused) if (v := variant(p, c))}
 
 
 def refusals(v: Variant) -> list[str]:
@@ -90,26 +100,26 @@ def refusals(v: Variant) -> list[str]:
         return [f"{type(error).__name__}: {error}"]
 
 
-def table(cc: Capability, gate: Callable[[Iterable[Variant]], Iterable[list[str]]]) -> Table:
-    """The shipped table of a capability: only variants that pass `gate`, a map of `refusals` over variants."""
+def table(op: str, cc: Capability, gate: Callable[[Iterable[Variant]], Iterable[list[str]]]) -> Table:
+    """The shipped table of an operator for a capability: only variants that pass `gate`, a map of `refusals` over variants."""
     seen: set[Variant] = set()
     refused: set[Variant] = set()
-    while new := sorted(variants(cc, refused) - seen, key=repr):
+    while new := sorted(variants(op, cc, refused) - seen, key=repr):
         seen |= set(new)
         refused |= {v for v, wrong in zip(new, gate(new)) if wrong}
     today, name, version = date.today().isoformat(), DEVICES[cc][0].name, torch.__version__.split("+")[0]
     entries: dict[Key, Entry] = {}
-    for p, us, config in chosen(cc, refused):
+    for p, us, config in chosen(op, cc, refused):
         gbps = round(true_bytes(p) / us * 1e-3)
         entries[key_of(p, MODEL)] = Entry(config, round(us, 1), gbps, 0, name, None, version, "modelled", today)
     shared = {"device": name, "triton": None, "torch": version, "source": "modelled", "date": today, "trials": 0}
-    return Table({"op": "int4_mm", "capability": capability_name(cc), **shared}, entries)
+    return Table({"op": op, "capability": capability_name(cc), **shared}, entries)
 
 
 def problem_of(op: str, cc: Capability, key: Key) -> Problem:
     """A problem that has this key."""
     group = key.k if key.group == "row" else int(key.group[1:])
-    return Problem(op, cc, key.device, key.dtype, group, key.zeros, key.n, key.k, key.m)
+    return Problem(op, cc, key.device, key.dtype, group, key.zeros, key.n, key.k, key.m, key.experts)
 
 
 def shipped() -> list[tuple[Problem, Entry]]:
@@ -125,12 +135,12 @@ def shipped_variants() -> set[Variant]:
 
 
 def write(folder: Path, workers: int = 1) -> list[Path]:
-    """Write the tables of all capabilities into `folder`, every variant in them compiled and checked; returns their paths."""
+    """Write all tables into `folder`, every variant in them compiled and checked; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for cc in TARGETS:
-            path = folder / file_name("int4_mm", cc)
-            replace_file(path, table(cc, partial(pool.map, refusals)).json())
+        for op, cc in ((op, cc) for cc, row in TARGETS.items() for op in operators(row)):
+            path = folder / file_name(op, cc)
+            replace_file(path, table(op, cc, partial(pool.map, refusals)).json())
             paths.append(path)
     return paths

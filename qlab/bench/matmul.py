@@ -22,7 +22,7 @@ from qlab.errors import QlabError
 from qlab.lower import cpu
 from qlab.lower.model import device_named
 from qlab.lower.timing import copy_rate, device_label, graph_microseconds, last_cache, matmul_rate, microseconds
-from qlab.lower.tuning import Shape, check, random_weight, tune_shapes
+from qlab.lower.tuning import Form, Shape, check, random_weight, tune_shapes
 from qlab.report import versions
 
 SHAPES = "4096x4096,4096x14336,14336x4096,8192x8192,8192x28672,16384x16384"
@@ -45,7 +45,7 @@ def compare_matmuls(
         raise QlabError(f"contender {unknown[0]!r} is unknown; known are {', '.join(CONTENDERS)}")
     where = device_named(device)
     if tune:
-        tune_shapes(shapes, tokens, dtype=dtype, group=group, zeros=zeros, device=where, budget=budget, said=said)
+        tune_shapes(shapes, tokens, Form(group, zeros), dtype=dtype, device=where, budget=budget, said=said)
     cases = [Case(n, k, dtype, group, zeros, where) for n, k in shapes]
     rates = {"copy_gbps": copy_rate(where), "matmul_tflops": matmul_rate(where, cases[0].torch_dtype)}
     said(f"{device_label(where)}: copies {rates['copy_gbps']:.0f} GB/s, multiplies {rates['matmul_tflops']:.2f} TFLOP/s")

@@ -27,10 +27,11 @@ def kernel_refusals() -> Iterator[None]:
 def tune(
     model: Annotated[str | None, typer.Argument(help="a directory that qlab quantized: its shapes (or give --shapes)")] = None,
     shapes: Annotated[str | None, typer.Option("--shapes", help="NxK with commas between them: rows x columns of weights")] = None,
-    m: Annotated[str, typer.Option("--m", help="numbers of tokens with commas between them")] = "1,2,4,8,16,32,64,128,256,512,1024",
+    m: Annotated[str, typer.Option("--m", help="numbers of tokens (of experts: rows of all)")] = "1,2,4,8,16,32,64,128,256,512,1024",
     dtype: Annotated[str, typer.Option("--dtype", help="of the activations: bfloat16 or float16")] = "bfloat16",
     group: Annotated[int | None, typer.Option("--group", min=1, help="weights per scale of --shapes (default: 128)")] = None,
     asymmetric: Asymmetric = False,
+    experts: Annotated[int, typer.Option("--experts", min=0, help="of each of --shapes, multiplied in one grouped product")] = 0,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda (default: cuda where there is one)")] = "",
     budget: Annotated[float, typer.Option("--budget", min=0, help="seconds for each shape and number of tokens")] = 30.0,
     retune: Annotated[bool, typer.Option("--retune", help="also what was measured before")] = False, json_file: Json = None,
@@ -38,16 +39,17 @@ def tune(
     """Time the configurations of int4 products on this machine and keep the fastest in the config cache."""
     import torch
 
-    from qlab.lower.tuning import parse_shapes, parse_tokens, tune_shapes, weights_of
+    from qlab.lower.tuning import Form, parse_shapes, parse_tokens, tune_shapes, weights_of
 
     if (model is None) == (shapes is None):
         raise QlabError("give either a directory that qlab quantized or --shapes")
-    if model is not None and (group or asymmetric):
-        raise QlabError(f"{model} has its own groups and zero points; --group and --asymmetric go with --shapes")
+    if model is not None and (group or asymmetric or experts):
+        raise QlabError(f"{model} has its own groups, zero points and experts; --group, --asymmetric and --experts go with --shapes")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    wanted = {(group or 128, asymmetric): parse_shapes(shapes)} if shapes else weights_of(str(model), where)
-    rows = [row for (per_scale, zeros), sizes in wanted.items() for row in tune_shapes(
-        sizes, parse_tokens(m), dtype=dtype, group=per_scale, zeros=zeros, device=where, budget=budget, retune=retune,
+    with kernel_refusals():
+        wanted = {Form(group or 128, asymmetric, experts): parse_shapes(shapes)} if shapes else weights_of(str(model), where)
+    rows = [row for form, sizes in wanted.items() for row in tune_shapes(
+        sizes, parse_tokens(m), form, dtype=dtype, device=where, budget=budget, retune=retune,
         said=lambda line: print(line, file=sys.stderr, flush=True))]  # fmt: skip
     from qlab_kernels import cache
 

@@ -93,6 +93,7 @@ def int4_grouped_mm(x_sk: Tensor, words: Tensor, scales: Tensor, zeros: Tensor |
         return each_expert(x_sk, ends, product)
     weight = packed(words, scales, zeros, n, x_sk.shape[1], group, count, name)
     device, dtype = torch.cuda.get_device_name(x_sk.device), str(x_sk.dtype).removeprefix("torch.")
-    problem = Problem("int4_grouped_mm", cc, device, dtype, weight.group, zeros is not None, n, weight.k, len(x_sk))
+    problem = Problem("int4_grouped_mm", cc, device, dtype, weight.group, zeros is not None, n, weight.k, len(x_sk),
+                      len(words))  # fmt: skip
     rows = spread(x_sk, 2) if count == 2 else x_sk
     return launch(rows, weight, ends.to(torch.int32), cache.lookup(problem).config)

@@ -4,7 +4,7 @@ The measuring half of `qlab_kernels.tune`: random weights of the shape, rotated 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qlab.errors import QlabError
+from qlab.lower import cuda
 from qlab.lower.model import device_named
 from qlab.lower.nibbles import Planes, planes_of, refusal, spread
 from qlab.lower.timing import copies, copy_rate, device_label, matmul_rate, microseconds
@@ -21,6 +22,16 @@ from qlab.spec import Int, Tile, parse_spec
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 Shape = tuple[int, int]  # n, k
+
+
+@dataclass(frozen=True, order=True)
+class Form:
+    """What weights of several shapes share. group: codes per scale; experts: how many of the shape one grouped product multiplies by,
+    or 0 for a linear."""
+
+    group: int = 128
+    zeros: bool = False
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,60 +79,88 @@ def check(shapes: Sequence[Shape], tokens: Sequence[int], dtype: str, group: int
 
 
 def tune_shapes(
-    shapes: Sequence[Shape], tokens: Sequence[int], *, dtype: str = "bfloat16", group: int = 128, zeros: bool = False,
+    shapes: Sequence[Shape], tokens: Sequence[int], form: Form = Form(), *, dtype: str = "bfloat16",
     device: torch.device | str = "cpu", budget: float = 10.0, retune: bool = False, said: Callable[[str], object] = lambda _: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Time the configurations for every shape and number of tokens and keep the fastest in the user's config cache.
 
+    tokens: where there are experts, the rows of all of them: a token is one for each expert that it is sent to.
     budget: seconds for each. What was measured before with the same kernels is not measured again unless `retune`.
-    Returns one row each: n, k, m, config, us, gbps, trials, source and how many timings were taken now.
+    Returns one row each: op, experts, n, k, m, config, us, gbps, trials, source and how many timings were taken now.
     """
     from qlab_kernels.cache import require_writable
     from qlab_kernels.capability import KernelError
 
-    check(shapes, tokens, dtype, group)
+    check(shapes, tokens, dtype, form.group)
     where = device_named(device)
     try:
+        if form.experts and one_by_one(where):
+            raise QlabError(f"{where} multiplies experts one by one, as linears: tune their shapes without a number of experts")
         require_writable()
         tuner = _tune_cuda if where.type == "cuda" else _tune_cpu
-        return tuner(shapes, tokens, dtype, group, zeros, where, budget, retune, said)
+        return tuner(shapes, tokens, form, dtype, where, budget, retune, said)
     except KernelError as error:
         raise QlabError(str(error)) from error
 
 
 def _tune_cuda(
-    shapes: Sequence[Shape], tokens: Sequence[int], dtype: str, group: int, zeros: bool, device: torch.device, budget: float,
-    retune: bool, said: Callable[[str], object],
+    shapes: Sequence[Shape], tokens: Sequence[int], form: Form, dtype: str, device: torch.device, budget: float, retune: bool,
+    said: Callable[[str], object],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    from qlab_kernels.capability import admit
     from qlab_kernels.config import Config, Problem
     from qlab_kernels.cost import floor, true_bytes
-    from qlab_kernels.int4_mm import int4_mm
-    from qlab_kernels.layout import pack
 
     cc = torch.cuda.get_device_capability(device)
-    layout = admit(cc, DTYPES[dtype]).layout
     rates = copy_rate(device), matmul_rate(device, DTYPES[dtype])
+    op = "int4_grouped_mm" if form.experts else "int4_mm"
     rows = []
     for n, k in shapes:
-        weights = [random_weight(n, k, group, zeros, device, seed) for seed in range(copies(n * k / 2, device))]
-        planes = [w.planes(device) for w in weights]
-        packed = [pack(p.q, p.scales, p.zeros, p.group, layout, DTYPES[dtype]) for p in planes]
-        held = planes[0].group, zeros, n, k
-        del weights, planes
-        for problem in _once(Problem("int4_mm", cc, device_label(device), dtype, *held, m) for m in tokens):
+        packed = _packed(n, k, form, DTYPES[dtype], device)
+        held = packed[0].group, form.zeros, n, k
+        for problem in _once(Problem(op, cc, device_label(device), dtype, *held, m, form.experts or 1) for m in tokens):
             x = torch.randn(problem.bucket, k, device=device, dtype=DTYPES[dtype])
 
             def measure(config: Config, reps: int, x: Tensor = x, packed: list = packed) -> float:
-                return microseconds([partial(int4_mm, x, p, config) for p in packed], reps, device)
+                return microseconds([_gpu_call(x, p, config, form.experts) for p in packed], reps, device)
 
             rows.append(_tune(problem, measure, budget, floor(problem, true_bytes(problem), *rates), retune, said))
     return rows
 
 
+def _packed(n: int, k: int, form: Form, dtype: torch.dtype, device: torch.device) -> list[Any]:
+    """As many weights as make every call read its own from memory; one of experts, all of the same numbers: a buffer larger than the
+    cache is cleared before each call, and they do not fit beside each other."""
+    from qlab_kernels.capability import admit
+    from qlab_kernels.layout import pack
+
+    layout = admit(torch.cuda.get_device_capability(device), dtype).layout
+    made = []
+    for seed in range(1 if form.experts else copies(n * k / 2, device)):
+        planes = random_weight(n, k, form.group, form.zeros, device, seed).planes(device)
+        packed = pack(planes.q, planes.scales, planes.zeros, planes.group, layout, dtype)
+        if form.experts:
+            words, scales = (torch.stack([part] * form.experts) for part in (packed.words, packed.scales))
+            zeros = None if packed.zeros is None else torch.stack([packed.zeros] * form.experts)
+            packed = replace(packed, words=words, scales=scales, zeros=zeros)
+        made.append(packed)
+    return made
+
+
+def _gpu_call(x: Tensor, packed: Any, config: Any, experts: int) -> Callable[[], Tensor]:
+    """One product; rows are sent to experts at random, each as likely, as the cost model supposes."""
+    from qlab_kernels.grouped import int4_grouped_mm
+    from qlab_kernels.int4_mm import int4_mm
+
+    if not experts:
+        return partial(int4_mm, x, packed, config)
+    sent = torch.randint(experts, (len(x),), generator=torch.Generator().manual_seed(0))
+    ends = sent.bincount(minlength=experts).cumsum(0).to(x.device, torch.int32)
+    return partial(int4_grouped_mm, x, packed, ends, config)
+
+
 def _tune_cpu(
-    shapes: Sequence[Shape], tokens: Sequence[int], dtype: str, group: int, zeros: bool, device: torch.device, budget: float,
-    retune: bool, said: Callable[[str], object],
+    shapes: Sequence[Shape], tokens: Sequence[int], form: Form, dtype: str, device: torch.device, budget: float, retune: bool,
+    said: Callable[[str], object],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Both questions of a CPU: int4 against dequantizing for the call, and int4 beside a dense copy."""
     from qlab.lower import cpu
@@ -131,12 +170,12 @@ def _tune_cpu(
         raise QlabError(f"on a CPU int4 products of {dtype} activations are always dense, so there is nothing to tune; use bfloat16")
     rows = []
     for n, k in shapes:
-        made = [random_weight(n, k, group, zeros, device, seed) for seed in range(copies(n * k / 2, device))]
+        made = [random_weight(n, k, form.group, form.zeros, device, seed) for seed in range(copies(n * k / 2, device))]
         packed, cut = [cpu.pack(w.planes(device), torch.bfloat16) for w in made], made[0].planes(device).group
         rows_padded, bytes_k = packed[0][0].shape  # the key holds the sizes that the kernel sees
         for copy in (False, True):
             dense = [w.dense(torch.bfloat16) for w in made[: copies(2 * n * k, device)]] if copy else []
-            for problem in _once(cpu.problem(m, torch.bfloat16, copy, rows_padded, 2 * bytes_k, cut, zeros) for m in tokens):
+            for problem in _once(cpu.problem(m, torch.bfloat16, copy, rows_padded, 2 * bytes_k, cut, form.zeros) for m in tokens):
                 x = torch.randn(problem.bucket, k, dtype=torch.bfloat16)
 
                 def measure(config: Config, reps: int, x: Tensor = x, packed: list = packed, dense: list = dense, cut: int = cut
@@ -175,35 +214,42 @@ def _tune(problem: Any, measure: Any, budget: float, floor_us: float, retune: bo
     timed: list[Timing] = []
     entry = tune(problem, measure, budget, floor_us=floor_us, retune=retune, said=timed.append)
     failed = f", {sum(bool(t.failure) for t in timed)} failed" if any(t.failure for t in timed) else ""
-    said(f"{problem.n}x{problem.k}, {problem.bucket} tokens: {entry.config.kind} in {entry.us:.1f} us "
+    shape = f"{problem.experts}x" * (problem.op == "int4_grouped_mm") + f"{problem.n}x{problem.k}"
+    said(f"{shape}, {problem.bucket} tokens: {entry.config.kind} in {entry.us:.1f} us "
          f"({f'{len(timed)} timings{failed}' if timed else 'measured before'})")  # fmt: skip
-    return {"n": problem.n, "k": problem.k, "m": problem.bucket, "op": problem.op, **entry.json(), "timings": len(timed)}
+    return {"op": problem.op, "experts": problem.experts, "n": problem.n, "k": problem.k, "m": problem.bucket, **entry.json(),
+            "timings": len(timed)}  # fmt: skip
 
 
-def weights_of(directory: str | Path, device: torch.device | str) -> dict[tuple[int, bool], list[Shape]]:
-    """(group, has zeros) -> the distinct (n, k) of a directory's quantized linears, as the device's kernels hold them.
+def weights_of(directory: str | Path, device: torch.device | str) -> dict[Form, list[Shape]]:
+    """The distinct (n, k) of a directory's quantized weights, by their form, as the device's kernels hold them.
 
-    A channel's scale may be cut into groups, and 5 to 8 bits are two planes beside each other: see qlab.lower.nibbles. On a CPU every
-    expert is such a weight; a GPU multiplies them in one grouped product, whose configuration is not tuned. Weights that no kernel
-    takes are left out; a directory of nothing else is refused.
+    A channel's scale may be cut into groups, and 5 to 8 bits are two planes beside each other: see qlab.lower.nibbles. Weights that no
+    kernel takes are left out; a directory of nothing else is refused.
     """
     from qlab.report import read_report
 
-    found: dict[tuple[int, bool], set[Shape]] = {}
-    each = torch.device(device).type == "cpu"
-    rows = [row for row in read_report(Path(directory))["sites"].values() if row["spec"] and (each or len(row["shape"]) == 2)]
-    distinct = {(row["spec"], torch.Size(row["shape"][-2:])) for row in rows}
+    found: dict[Form, set[Shape]] = {}
+    where = device_named(device)
+    sites = read_report(Path(directory))["sites"].values()
+    distinct = {(row["spec"], torch.Size(row["shape"])) for row in sites if row["spec"]}
     refused = {(text, shape): reason for text, shape in distinct if (reason := refusal(parse_spec(text), shape))}
-    for text, shape in distinct - refused.keys():
-        spec = parse_spec(text)
+    for text, (*experts, n, k) in distinct - refused.keys():
+        spec, shape = parse_spec(text), torch.Size((n, k))
         scales = torch.zeros(spec.tile.scales_shape(shape))
         blank = QTensor(torch.zeros(shape, dtype=spec.code_dtype), scales, None if spec.symmetric else scales.to(torch.int8), spec)
-        planes = planes_of(f"{directory}, {text}", blank, whole_rows=not each)
-        found.setdefault((planes.group, planes.zeros is not None), set()).add((planes.q.shape[0], planes.q.shape[1]))
+        planes = planes_of(f"{directory}, {text}", blank, whole_rows=where.type == "cuda")
+        form = Form(planes.group, planes.zeros is not None, experts[0] if experts and not one_by_one(where) else 0)
+        found.setdefault(form, set()).add((planes.q.shape[0], planes.q.shape[1]))
     if not found:
-        reason = next(iter(refused.values()), "the grouped product of experts is not tuned")
+        reason = next(iter(refused.values()), "nothing in it is quantized")
         raise QlabError(f"{directory} has no weight for a kernel to be tuned for: {reason}")
     return {form: sorted(shapes) for form, shapes in sorted(found.items())}
+
+
+def one_by_one(device: torch.device) -> bool:
+    """Whether experts are multiplied as linears, one after the other: on a CPU, and on GPUs without the fused kernel."""
+    return device.type == "cpu" or cuda.reads_dense(device, experts=True)
 
 
 def parse_shapes(text: str) -> list[Shape]:

@@ -31,8 +31,9 @@ def unshipped(tmp_path, monkeypatch):
 
 @pytest.fixture
 def problem():
-    def make(m=16, n=8192, k=8192, cc=(9, 0), device="NVIDIA H200", dtype="bfloat16", group=128, zeros=False, op="int4_mm"):
-        return Problem(op, cc, device, dtype, group, zeros, n, k, m)
+    def make(m=16, n=8192, k=8192, cc=(9, 0), device="NVIDIA H200", dtype="bfloat16", group=128, zeros=False, op="int4_mm",
+             experts=1):  # fmt: skip
+        return Problem(op, cc, device, dtype, group, zeros, n, k, m, experts)
 
     return make
 

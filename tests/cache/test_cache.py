@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,15 @@ def test_among_equally_near_ones_the_device_and_the_clock_decide(unshipped, prob
     assert cache.lookup(problem()).config == A
 
 
+def test_experts_are_part_of_the_shape_and_their_rows_of_the_regime(unshipped, problem, entry):
+    """128 rows are one for most of 128 experts, and 16 for each of 8."""
+    few, many = (partial(problem, op="int4_grouped_mm", experts=e) for e in (8, 128))
+    ship(unshipped, few(m=128), entry(replace(A, kind="gemm", split=1)))
+    assert cache.lookup(few(m=128)).source == "shipped-device"
+    assert cache.lookup(many(m=128)).source == "heuristic" and cache.lookup(many(m=2048)).source == "nearest"
+    assert heuristic(few(m=1024)).bm > heuristic(many(m=1024)).bm == heuristic(many(m=1)).bm == 16
+
+
 def test_whole_rows_are_one_kind_whatever_their_length(unshipped, problem, entry):
     assert key_of(problem(group=8192), "r").group == key_of(problem(k=4096, group=4096), "r").group == "row"
     ship(unshipped, problem(k=4096, group=4096), entry(A))
@@ -186,7 +196,7 @@ def test_whatever_is_found_is_legal(n, k, m, group, zeros, cc):
 @given(
     st.builds(
         Key, st.sampled_from(["float16", "bfloat16"]), st.sampled_from(["row", "g32", "g128"]), st.booleans(), st.integers(1, 10**6),
-        st.integers(1, 10**6), st.sampled_from(BUCKETS), st.sampled_from(["nvidia-h200", "any"]), st.just("0a1b"),
+        st.integers(1, 10**6), st.sampled_from(BUCKETS), st.sampled_from(["nvidia-h200", "any"]), st.just("0a1b"), st.integers(1, 512),
     )
 )  # fmt: skip
 def test_keys_round_trip(key):

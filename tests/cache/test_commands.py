@@ -15,7 +15,7 @@ from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
 from qlab.lower import QLinear, cpu, timing, tuning
 from qlab.lower.timing import copies, microseconds
-from qlab.lower.tuning import parse_shapes, random_weight, weights_of
+from qlab.lower.tuning import Form, parse_shapes, random_weight, weights_of
 from qlab.methods.rtn import rtn
 from qlab.spec import parse_spec
 from qlab_kernels import cache
@@ -68,17 +68,20 @@ def test_what_was_tuned_is_what_runs(call, monkeypatch, fastest):
             assert cpu.kind(m, torch.bfloat16, dense_copy, 128, 256, 64, False) == fastest
 
 
-def test_the_shapes_of_a_directory_are_its_linears(tmp_path):
+def test_the_shapes_of_a_directory_are_its_weights(tmp_path, monkeypatch):
+    """Experts are a linear each on a CPU and on old GPUs, and one grouped product on others."""
     site = {"spec": "int4-g64", "bits_per_weight": 4.25}
     sites = {"a": {**site, "shape": [128, 256]}, "b": {**site, "shape": [128, 256]}, "c": {**site, "shape": [64, 64]},
-             "experts": {**site, "shape": [4, 64, 64]}, "lm_head": {**site, "spec": None, "shape": [99, 64]}}  # fmt: skip
+             "experts": {**site, "shape": [4, 192, 64]}, "lm_head": {**site, "spec": None, "shape": [99, 64]}}  # fmt: skip
     sites["float"] = {**site, "spec": "nvfp4", "shape": [128, 256]}  # no kernel takes it
     (tmp_path / "qlab.json").write_text(json.dumps({"sites": sites}))
-    assert weights_of(tmp_path, "cuda") == {(64, False): [(64, 64), (128, 256)]}
-    sites["experts"]["shape"] = [4, 192, 64]  # a linear each on a CPU, one grouped product on a GPU
-    (tmp_path / "qlab.json").write_text(json.dumps({"sites": sites}))
-    assert weights_of(tmp_path, "cpu") == {(64, False): [(64, 64), (128, 256), (192, 64)]}
-    assert weights_of(tmp_path, "cuda") == {(64, False): [(64, 64), (128, 256)]}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert weights_of(tmp_path, "cuda") == {Form(64): [(64, 64), (128, 256)], Form(64, experts=4): [(192, 64)]}
+    one_by_one = {Form(64): [(64, 64), (128, 256), (192, 64)]}
+    assert weights_of(tmp_path, "cpu") == one_by_one
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert weights_of(tmp_path, "cuda") == one_by_one
     (tmp_path / "qlab.json").write_text(json.dumps({"sites": {"float": sites["float"]}}))
     with pytest.raises(QlabError, match="has no weight for a kernel to be tuned for: nvfp4 has no kernel"):
         weights_of(tmp_path, "cpu")
@@ -118,6 +121,8 @@ def test_the_cache_commands(call, tmp_path, problem, entry):
         (["tune", "--shapes", "128"], "--shapes '128' is no list of NxK"),
         (["tune", "--shapes", "128x100", "--device", "cpu"], "groups of 128 do not divide a weight of 128x100"),
         (["tune", *SMALL, "--m", "0"], "--m 0 is no number of tokens"),
+        (["tune", *SMALL, "--experts", "4"], "cpu multiplies experts one by one, as linears"),
+        (["tune", "model", "--experts", "4"], "model has its own groups, zero points and experts"),
         (["tune", *SMALL, "--m", "a"], "--m 'a' is no list of token counts"),
         (["tune", *SMALL, "--dtype", "float32"], "--dtype 'float32' is unknown"),
         (["tune", *SMALL, "--group", "16"], "groups of 16 have no int4 kernel; quantize with groups of 32"),
@@ -213,7 +218,7 @@ def test_it_says_plainly_where_int4_loses():
 def test_whole_rows_and_wide_groups_are_held_as_a_lowered_model_holds_them(k, group, zeros):
     for name in ("qlab", "dense copy"):
         prepare(name, Case(70, k, "bfloat16", group, zeros, CPU))  # checks itself against fp32
-    rows = tuning.tune_shapes([(70, k)], [1], group=group, zeros=zeros, budget=5.0)
+    rows = tuning.tune_shapes([(70, k)], [1], Form(group, zeros), budget=5.0)
     held = cpu.problem(1, torch.bfloat16, False, 128, k + -k % 64, 32 if group == 96 else 128 if k == 100 else 256, zeros)
     assert cache.lookup(held).source == "user" and all(row["timings"] >= 2 for row in rows)
 
@@ -287,3 +292,12 @@ def test_tuning_on_a_gpu_measures_once():
     rows = tuning.tune_shapes([(1024, 1024)], [1, 64], device="cuda", budget=30)
     assert all(row["timings"] and row["source"] == "measured" for row in rows)
     assert not any(row["timings"] for row in tuning.tune_shapes([(1024, 1024)], [1, 64], device="cuda"))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_tuning_experts_on_a_gpu():
+    if tuning.one_by_one(torch.device("cuda")):
+        pytest.skip("this GPU multiplies experts one by one")
+    [row] = tuning.tune_shapes([(512, 1024)], [100], Form(experts=8), device="cuda", budget=30)
+    assert row["source"] == "measured" and row["timings"] > 1 and (row["op"], row["experts"], row["m"]) == ("int4_grouped_mm", 8, 128)

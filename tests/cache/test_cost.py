@@ -1,5 +1,7 @@
 """The cost model against published tables: floors, issue budgets, the library's times, crossovers, and the regime at every M."""
 
+from dataclasses import replace
+
 import pytest
 
 from qlab_kernels.capability import TARGETS, KernelError
@@ -102,6 +104,16 @@ def test_a_split_pays_for_its_partial_sums():
     """16 partial products of 64 x 8192 in fp32, written and read, are twice the weights' own bytes."""
     few, many = (microseconds(problem(64), Config("split_k", 64, 128, 64, split, 4, 3, "weight")) for split in (8, 16))
     assert many > 1.15 * few
+
+
+def test_experts_cost_what_they_are_reached():
+    """One expert is a plain product; m rows read at most m of them, and many read them all; their tiles are of their own rows."""
+    plain, tile = problem(64), Config("gemm", 16, 128, 128, stages=4)
+    grouped = [replace(plain, op="int4_grouped_mm", n=1024, k=1024, m=m, experts=64) for m in (1, 2, 64, 4096)]
+    assert microseconds(replace(plain, op="int4_grouped_mm"), tile) == microseconds(plain, tile)
+    read = [weight_bytes(p) / weight_bytes(replace(plain, n=1024, k=1024)) for p in grouped]
+    assert read == pytest.approx([1, 2, 64 * (1 - (63 / 64) ** 64), 64], rel=0.01) and 40 < read[2] < 41
+    assert [rank(p)[0][1].bm for p in grouped] == [16, 16, 16, 64]
 
 
 def test_one_stage_starves_the_memory():

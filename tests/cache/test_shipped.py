@@ -1,16 +1,18 @@
 """The shipped tables: one for every capability, legal, said to be modelled, small, and of few distinct kernels."""
 
 from collections import Counter
+from functools import partial
 
 import pytest
 
 from qlab_kernels import cache, modelled
 from qlab_kernels.capability import TARGETS, target
-from qlab_kernels.config import BUCKETS, Config, Problem, legal
+from qlab_kernels.config import BUCKETS, GROUPED_BUCKETS, Config, Problem, legal
 from qlab_kernels.cost import microseconds, rank
 from qlab_kernels.entries import key_of, parse
 from qlab_kernels.static import Variant
 
+FUSED = [cc for cc, row in TARGETS.items() if row.path == "fused"]
 capabilities = pytest.mark.parametrize("cc", TARGETS, ids=str)
 
 
@@ -20,8 +22,8 @@ def shipped():
 
 
 def test_every_capability_has_a_file_and_no_other(shipped):
-    assert {p.cc for p, _ in shipped} == set(TARGETS)
-    assert len(list(cache.SHIPPED.iterdir())) == len(TARGETS)
+    wanted = {("int4_mm", cc) for cc in TARGETS} | {("int4_grouped_mm", cc) for cc in FUSED}
+    assert {(p.op, p.cc) for p, _ in shipped} == wanted and len(list(cache.SHIPPED.iterdir())) == len(wanted)
 
 
 def test_every_entry_is_legal_modelled_and_of_no_device_that_was_timed(shipped):
@@ -32,7 +34,7 @@ def test_every_entry_is_legal_modelled_and_of_no_device_that_was_timed(shipped):
 
 def test_few_distinct_kernels_and_small_files():
     per_capability = Counter(v.cc for v in modelled.shipped_variants())
-    assert sum(per_capability.values()) <= 250 and max(per_capability.values()) <= 40
+    assert sum(per_capability.values()) <= 280 and max(per_capability.values()) <= 46
     assert all(path.stat().st_size < 50_000 for path in cache.SHIPPED.iterdir())
 
 
@@ -43,6 +45,14 @@ def test_common_shapes_and_every_bucket_are_there(cc):
             for m in BUCKETS:
                 p = Problem("int4_mm", cc, "a device nobody knows", str(dtype).removeprefix("torch."), 128, False, n, k, m)
                 assert cache.lookup(p).source == "shipped-capability"
+
+
+@pytest.mark.parametrize("cc", FUSED, ids=str)
+def test_common_mixtures_are_there_and_others_find_a_near_one(cc):
+    p = partial(Problem, "int4_grouped_mm", cc, "a device nobody knows", "bfloat16", 128, False)
+    for m in GROUPED_BUCKETS:
+        assert {cache.lookup(p(n, k, m, e)).source for e, n, k in modelled.EXPERT_SHAPES} == {"shipped-capability"}
+        assert cache.lookup(p(2816, 2048, m, 64)).source == "nearest"
 
 
 @capabilities
@@ -62,7 +72,7 @@ def test_they_are_near_the_models_best(cc, shipped):
 
 
 def test_the_three_regimes_are_shipped(shipped):
-    kinds = {m: {e.config.kind for p, e in shipped if p.m == m and target(p.cc).path == "fused"} for m in BUCKETS}
+    kinds = {m: {e.config.kind for p, e in shipped if p.m == m and p.cc in FUSED and p.op == "int4_mm"} for m in BUCKETS}
     assert "split_k" in kinds[1] and "gemm" in kinds[128] and kinds[4096] == {"dequant"}
     assert {e.config.kind for p, e in shipped if p.cc == (7, 5)} == {"fma", "dequant"}
     assert {e.config.kind for p, e in shipped if p.cc == (7, 0)} == {"dequant"}
@@ -76,7 +86,7 @@ def test_what_fails_the_gate_is_not_written():
         gated.extend(new := list(variants))
         return [["no"] if v.config.bn > 64 else [] for v in new]
 
-    table = modelled.table((9, 0), gate)
+    table = modelled.table("int4_mm", (9, 0), gate)
     left = {entry.config for entry in table.entries.values()}
     assert Config("dequant") in left and {c.bn for c in left if c.kind != "dequant"} == {64}
     assert len(gated) == len(set(gated)) and any(v.config.bn > 64 for v in gated)

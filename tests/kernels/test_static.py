@@ -21,8 +21,8 @@ KINDS = [(dtype, group, zeros) for dtype in ("bfloat16", "float16") for group in
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-def problem(cc, dtype="bfloat16", group=128, zeros=False, m=1, op="int4_mm", n=8192, k=8192):
-    return Problem(op, cc, "", dtype, group, zeros, n, k, m)
+def problem(cc, dtype="bfloat16", group=128, zeros=False, m=1, op="int4_mm", n=8192, k=8192, experts=1):
+    return Problem(op, cc, "", dtype, group, zeros, n, k, m, experts)
 
 
 def dtypes(cc):
@@ -32,7 +32,7 @@ def dtypes(cc):
 def chosen() -> Iterable[Variant | None]:
     for cc in COMPILED:
         for dtype in dtypes(cc):
-            for p in [problem(cc, dtype, m=m) for m in TOKENS] + [problem(cc, dtype, op="int4_grouped_mm", m=64)]:
+            for p in [problem(cc, dtype, m=m) for m in TOKENS] + [problem(cc, dtype, op="int4_grouped_mm", m=64, experts=32)]:
                 if TARGETS[cc].path == "fused" or p.op == "int4_mm":
                     yield variant(p, heuristic(p))
 
@@ -42,6 +42,9 @@ def everything() -> Iterable[Variant | None]:
         for dtype, group, zeros in KINDS:
             for m in TOKENS if dtype in dtypes(cc) else ():
                 p = problem(cc, dtype, group, zeros, m)
+                yield from (variant(p, c) for c in candidates(p))
+            if dtype in dtypes(cc) and TARGETS[cc].path == "fused":
+                p = problem(cc, dtype, group, zeros, 64, "int4_grouped_mm", experts=32)
                 yield from (variant(p, c) for c in candidates(p))
 
 

@@ -71,6 +71,57 @@ def test_the_cache_chooses_and_the_kernels_multiply():
     subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, check=True)
 
 
+TUNED = """
+import torch
+from lowering_cases import activations, check_product, random_leaf
+from qlab.experts import rows_of
+from qlab.lower import cuda, tuning
+from qlab.lower.nibbles import planes_of
+from qlab.spec import Int, Tile
+from qlab_kernels import cache
+HERE = torch.device("cpu")
+torch.cuda.get_device_capability = lambda device=None: (9, 0)
+torch.cuda.get_device_name = tuning.device_label = lambda device=None: "NVIDIA H200"
+tuning.copies = lambda *_: 2
+tuning.copy_rate = tuning.matmul_rate = lambda *_: 1e9
+products = []
+
+def invented(calls, *_):
+    '''The widest tile wins; every candidate multiplies the same.'''
+    products.append(calls[0]())
+    torch.testing.assert_close(products[-1], products[0], rtol=1e-2, atol=1e-2)
+    config = calls[0].args[-1]
+    return 1000.0 - config.bm if config.kind == "gemm" else 2000.0
+
+tuning.microseconds = invented
+leaves = [random_leaf(64, 128, Int(4, Tile(1, 64), False), seed=e, scale_dtype=torch.float16) for e in range(3)]
+planes = [planes_of("site", leaf, whole_rows=True) for leaf in leaves]
+each = [cuda.pack(p, torch.float16, HERE) for p in planes]
+x, name, lookup = activations(20, 128, torch.float16), cuda.layout(HERE, torch.float16), cache.lookup
+for experts in (0, 3):
+    products.clear()
+    [row] = tuning._tune_cuda([(64, 128)], [20], tuning.Form(64, True, experts), "float16", HERE, 600.0, False, lambda _: None)
+    assert row["timings"] > 4 and (row["m"], row["experts"]) == (32, max(experts, 1)), row
+    found = []
+    cache.lookup = lambda problem: (found.append(lookup(problem)), found[-1])[1]
+    if experts:
+        ends = torch.tensor([2, 2, 20])
+        y = cuda.int4_grouped_mm(x, *(torch.stack(part) for part in zip(*each)), None, ends, 64, 64, 1, name)
+    else:
+        ends = torch.tensor([20])
+        y = cuda.int4_mm(x, *each[0], None, 64, 64, 1, name)
+    for leaf, rows in zip(leaves, rows_of(ends)):
+        check_product(y[rows], x[rows], leaf)
+    assert [(f.source, f.config.kind, f.config.bm, f.stale) for f in found] == [("user", "gemm", row["config"]["bm"], False)]
+"""
+
+
+def test_what_is_tuned_for_a_gpu_is_what_its_products_look_up(tmp_path):
+    """The key of the tuner is the key of the operators, for linears and for experts; every candidate gives the same product."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path), "QLAB_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", TUNED], env=environment, check=True)
+
+
 def test_capabilities_and_dtypes_without_kernels_are_refused_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (6, 1))
     with pytest.raises(QlabError, match=r"no kernels for compute capability 6\.1"):
