@@ -124,8 +124,7 @@ def folds(code: Code) -> Mapping[str, Fold]:
     """source -> where a scale on its channels can go, for every source that has such a place (the nearest one)."""
     found: dict[str, Fold] = {}
     for producer in _producers(code):  # later ones are nearer to the sources and take precedence
-        walk = Labels(code, producer.node)
-        walk.run(*_small_inputs(code))
+        walk = _labelled(code, producer.node)
         for source, index in walk.reached.items():
             others = {int(c) for s, i in walk.reached.items() if s != source for c in i.unique()}
             mine = set(index.unique().tolist())
@@ -134,16 +133,28 @@ def folds(code: Code) -> Mapping[str, Fold]:
     return found
 
 
-def _small_inputs(code: Code) -> list[Tensor]:
-    """Tensors on meta for everything that enters a program, with 3 for every size that its trace left open, so that labels stay
-    small: sizes that were equal there stay equal. A size that is always the last one counts channels, and is kept."""
+def _labelled(code: Code, producer: str) -> Labels:
+    """Labels at a small size; at the traced one for programs that hold for some lengths only, as loops over blocks of tokens do."""
+    try:
+        (walk := Labels(code, producer)).run(*_inputs(code, small=True))
+    except RuntimeError:
+        (walk := Labels(code, producer)).run(*_inputs(code, small=False))
+    return walk
+
+
+def _inputs(code: Code, small: bool) -> list[Tensor]:
+    """Tensors on meta for everything that enters a program, as it was traced, or small, so that labels are: with 3 for every size that
+    its trace left open, where sizes that were equal there stay equal. A size that is always the last one counts channels, and is
+    kept."""
     entering = [n.meta["val"] for n in code.graph.nodes if n.op == "placeholder"]
     last = {symbol: d.node.hint for t in entering for d in t.shape[-1:] for symbol in open_symbols(d)}
     for symbol in {symbol for t in entering for d in t.shape[:-1] for symbol in open_symbols(d)}:
         last.pop(symbol, None)
 
     def size(d: Any) -> int:
-        return int(d.node.expr.subs({symbol: last.get(symbol, 3) for symbol in open_symbols(d)})) if open_symbols(d) else int(d)
+        if not small or not open_symbols(d):
+            return int(d.node.hint) if open_symbols(d) else int(d)
+        return int(d.node.expr.subs({symbol: last.get(symbol, 3) for symbol in open_symbols(d)}))
 
     return [torch.empty([size(d) for d in t.shape], device="meta", dtype=t.dtype) for t in entering]
 

@@ -147,6 +147,8 @@ def _stream(model: Checkpoint, texts: Sequence[str | Path]) -> tuple[Tensor, str
         for document in _documents(path, digest):
             documents.append(document + SEPARATOR)
     ids = [i for piece in tokenizer(documents, add_special_tokens=False, verbose=False).input_ids for i in piece]
+    if not ids:
+        raise QlabError(f"the tokenizer of {model.path} makes no token of {_and(texts)}; check that it belongs to the model")
     return from_ids(model, torch.tensor([ids])).ids[0], digest.hexdigest()
 
 

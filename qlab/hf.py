@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlab.codecs import LEGACY_CONFIGS, READERS
 from qlab.errors import QlabError
-from qlab.files.checkpoint import open_checkpoint
+from qlab.files.checkpoint import KEY, OLD_KEY, open_checkpoint
 from qlab.files.directory import read_json
 from qlab.lower.attention import use_grouped_attention
 from qlab.lower.model import DTYPES, device_named, pack, quantized_weights, set_module, slownesses
@@ -66,6 +66,14 @@ class QlabQuantizer(HfQuantizer):
     is_trainable = False
     is_compileable = True
 
+    def __new__(cls, config: QuantizationConfigMixin, **kwargs: Any) -> Any:
+        """transformers' own quantizer where it is asked to quantize a model while it loads, which is none of qlab's business."""
+        if kwargs.get("pre_quantized", True):
+            return super().__new__(cls)
+        method = config.quant_method
+        own = OWN[method][0].from_dict(config.to_dict()) if isinstance(config, QlabConfig) else config
+        return OWN[method][1](own, **kwargs)
+
     def is_serializable(self) -> bool:
         return True
 
@@ -95,6 +103,7 @@ class QlabQuantizer(HfQuantizer):
             raise QlabError(f"{checkpoint.path} holds a {type(self.skeleton.model).__name__} and not a {type(model).__name__}; load it "
                             "with the auto class of its own architecture")
         checkpoint.warn_unapplied()
+        _refuse_another(checkpoint.path, self.skeleton.model, model)
         self.packed = quantized_weights(self.skeleton)
         self._refuse_missing(model)
         ours: set[str] = set()
@@ -154,6 +163,15 @@ class QlabQuantizer(HfQuantizer):
         return state | {name: checkpoint.tensor(name) for extra in checkpoint.extras for name in extra.tensors}, {}
 
 
+def _refuse_another(path: Path, ours: nn.Module, theirs: nn.Module) -> None:
+    """Refuse a model that options of from_pretrained have made another one than the directory's."""
+    held, wanted = ({name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)} for model in (ours, theirs))
+    if other := sorted(name for name in held.keys() | wanted.keys() if held.get(name) != wanted.get(name)):
+        found = f"of shape {held[other[0]]}" if other[0] in held else "not"
+        raise QlabError(f"{path} is of another model than from_pretrained was asked for: {other[0]} is {found} in it; leave out what "
+                        "changes the config, or change the directory's config.json")
+
+
 def _at(model: nn.Module, name: str) -> Any:
     """The submodule or the parameter of this name."""
     owner, _, key = name.rpartition(".")
@@ -171,10 +189,19 @@ def get_config_dict(cls: type[PretrainedConfig], path: Any, **kwargs: Any) -> tu
     options = {key: kwargs[key] for key in FINDING & kwargs.keys()}
     found, unused = _get_config_dict(cls, path, **kwargs)
     if found and not found.get("quantization_config") and not kwargs.get("gguf_file") and not Path(path).is_file():
+        if OLD_KEY in found:
+            return found | {KEY: found[OLD_KEY]}, unused
         for name, read in LEGACY_CONFIGS.items():
             if file := cached_file(path, name, _raise_exceptions_for_missing_entries=False, **options):
                 return found | {"quantization_config": read(read_json(Path(file)))}, unused
     return found, unused
+
+
+# quant_method -> transformers' own config and quantizer
+OWN: dict[str, tuple[Any, Any]] = {
+    method: (auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method], auto.AUTO_QUANTIZER_MAPPING[method])
+    for method in READERS if method in auto.AUTO_QUANTIZER_MAPPING
+}  # fmt: skip
 
 
 def register() -> None:

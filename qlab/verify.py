@@ -134,8 +134,8 @@ def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path)
                *(name for extra in model.extras for name in extra.missing)]  # fmt: skip
     made = {f"{module}.weight" for module, row in certificates.items() if row.get("made_of") in theirs}
     config = _config_differences(model, reference, untied=bool(made - theirs))
-    retold = "quantization_config" in record and record["quantization_config"] != hash_of_json(model.raw.get("quantization_config"))
-    lost = not certificates and _certifies(record.get("job", {}))
+    retold = bool(certificates) and record.get("quantization_config") != hash_of_json(model.raw.get("quantization_config"))
+    lost = bool(record) and not certificates and _certifies(record.get("job", {}))
     return Verdict(model.path, sites, missing, sorted(names - theirs - extras.keys() - made), changed, bool(certificates), extras,
                    config, retold, lost)  # fmt: skip
 
@@ -145,7 +145,7 @@ def _certifies(job: Mapping[str, Any]) -> bool:
     a conversion carries the certificates on that it finds."""
     while isinstance(job.get("converted_from"), dict):
         job = job["converted_from"]
-    return bool(job) and "converted_from" not in job
+    return "converted_from" not in job
 
 
 # ------------------------------------------------------------------ config.json
@@ -224,6 +224,7 @@ def _site(model: Checkpoint, reference: Checkpoint, module: str, certificate: Ma
 
 
 def _differs(model: Checkpoint, reference: Checkpoint, name: str) -> bool:
-    """Whether an unquantized tensor is another than the reference's, cast to the same dtype."""
-    ours, leaf = dense(model.leaf(name)), reference.leaf(name)
-    return ours.shape != leaf.shape or not torch.equal(ours, dense(leaf).to(ours.dtype))
+    """Whether an unquantized tensor is another than the reference's, cast from one float of 16 bits or more to another."""
+    ours, W = dense(model.leaf(name)), dense(reference.leaf(name))
+    cast = ours.dtype != W.dtype and not (ours.is_floating_point() and W.is_floating_point() and ours.itemsize > 1)
+    return cast or ours.shape != W.shape or not torch.equal(ours, W.to(ours.dtype))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from directories import bits_equal, change, random_tokens, tensors
+from directories import bits_equal, change, random_tokens, rewrite, tensors
 from families import FAMILIES, tiny
 from transformers import AutoModelForCausalLM
 
@@ -102,3 +102,11 @@ def test_generation_runs_on_the_quantized_directory(saved, tmp_path):
     prompt = torch.tensor([[5, 6, 7]])
     new = [AutoModelForCausalLM.from_pretrained(path).generate(prompt, max_new_tokens=8, do_sample=False) for path in (saved(), out)]
     assert new[0].shape == new[1].shape == (1, 11)
+
+
+def test_narrow_floats_without_a_word_on_their_scales_are_refused(saved, tmp_path):
+    """As they are they would be another model; their scales lie beside them and only a quantization_config says how."""
+    made = quantize(open_checkpoint(saved()), rtn(parse_spec("fp8-channel")), None, tmp_path / "made").path
+    rewrite(made / "config.json", lambda c: c.pop("quantization_config"))
+    with pytest.raises(QlabError, match=r"model\.layers\.0\.mlp\.down_proj\.weight and 13 more tensors in F8_E4M3, and its config"):
+        open_checkpoint(made)

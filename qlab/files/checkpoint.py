@@ -15,7 +15,7 @@ from torch import Tensor
 from qlab.codecs import LEGACY_CONFIGS, Codec, reader
 from qlab.codecs.extra import Extra
 from qlab.errors import QlabError
-from qlab.files.directory import CONFIG, INDEX, Stored, locate, read_json
+from qlab.files.directory import CONFIG, INDEX, WIDTHS, Stored, locate, read_json
 from qlab.files.tensors import dtype_of, read
 from qlab.graph import Op
 from qlab.qtensor import Leaf
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["GGUF", "INDEX", "Checkpoint", "open_checkpoint"]
 
 GGUF = ".gguf"
+KEY, OLD_KEY = "quantization_config", "compression_config"  # as compressed-tensors called it at first
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not (folder / CONFIG).is_file():
         raise QlabError(f"{folder} has no config.json; a model directory holds one beside its safetensors files")
     raw, stored = read_json(folder / CONFIG), locate(folder)
-    quantization = raw.get("quantization_config") or _legacy_config(folder)
+    if OLD_KEY in raw and not raw.get(KEY):
+        raw[KEY] = raw.pop(OLD_KEY)
+    quantization = raw.get(KEY) or _legacy_config(folder)
     if not quantization:
+        _refuse_codes(folder, stored)
         return Checkpoint(folder, raw, stored, None, {})
     if not isinstance(quantization, dict):
         raise QlabError(f"{folder / CONFIG} has a quantization_config that is no object but {quantization!r:.40}; download it again")
@@ -182,6 +186,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return Checkpoint(folder, raw, stored, codec, specs, inputs, codec.extras(quantization, stored))
     except QlabError as error:
         raise QlabError(f"{folder}: {error}") from error
+
+
+def _refuse_codes(folder: Path, stored: Mapping[str, Stored]) -> None:
+    """Floats of 8 bits and less mean nothing without their scales: taken as they are, they would be another model. Integers are
+    refused where a model wants floats."""
+    if codes := [name for name, tensor in stored.items() if tensor.dtype.startswith("F") and WIDTHS[tensor.dtype] <= 8]:
+        raise QlabError(f"{folder} holds {codes[0]} and {len(codes) - 1} more tensors in {stored[codes[0]].dtype}, and its {CONFIG} "
+                        f"has no {KEY} that says what they mean; download it again, or restore that key")
 
 
 def _legacy_config(folder: Path) -> dict[str, Any] | None:

@@ -5,14 +5,18 @@ import shutil
 
 import pytest
 import torch
-from directories import bits_equal, contents, tensors
+from directories import bits_equal, contents, rewrite, tensors
 from families import MIXTURES, VISION, tiny
 from foreign import DENSE, FORMATS, directory
 from library import write_with_the_library
 from lower.tolerances import MODEL
 from rotations import CASES
 from test_verify import edit
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from torchao.quantization import Int8WeightOnlyConfig
+from torchao.utils import TorchAOBaseTensor
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, FineGrainedFP8Config, TorchAoConfig
+from transformers.quantizers import auto
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 import qlab
 from qlab.convert import convert
@@ -210,3 +214,33 @@ def test_the_directory_is_left_alone(made):
     before = contents(made())
     AutoModelForCausalLM.from_pretrained(made())
     assert contents(made()) == before
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"num_hidden_layers": 3}, r"model\.layers\.2\.input_layernorm\.weight is not in it"),
+    ({"num_hidden_layers": 1}, r"model\.layers\.1\.input_layernorm\.weight is of shape \(64,\) in it"),
+    ({"mlp_bias": True}, r"model\.layers\.0\.mlp\.down_proj\.bias is not in it"),
+    ({"vocab_size": 256}, r"lm_head\.weight is of shape \(128, 64\) in it"),
+])  # fmt: skip
+def test_options_that_ask_for_another_model_than_the_directorys_are_refused(options, words, made):
+    with pytest.raises(QlabError, match=f"of another model than from_pretrained was asked for: {words}"):
+        AutoModelForCausalLM.from_pretrained(made(), **options)
+
+
+@pytest.mark.parametrize("said", [lambda config: config, lambda config: config.to_dict()], ids=["object", "dict"])
+def test_quantizing_while_loading_is_left_to_transformers(said, saved):
+    config = FineGrainedFP8Config(dequantize=True)
+    assert type(auto.AutoHfQuantizer.from_config(said(config), pre_quantized=False)) is FineGrainedFP8HfQuantizer
+    assert type(auto.AutoHfQuantizer.from_config(config.to_dict(), pre_quantized=True)).__module__ == "qlab.hf"
+    own = TorchAoConfig(Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(saved(), quantization_config=own)
+    assert isinstance(model.model.layers[0].mlp.up_proj.weight, TorchAOBaseTensor)
+
+
+def test_the_key_of_older_compressed_tensors_is_read(made, tmp_path):
+    older = shutil.copytree(made(), tmp_path / "older")
+    rewrite(older / "config.json", lambda c: c.update(compression_config=c.pop("quantization_config")))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(older)), logits(qlab.lower(made())))
+    assert open_checkpoint(older).quantized == open_checkpoint(made()).quantized
+    there = convert(older, "awq", tmp_path / "awq").path
+    assert "compression_config" not in json.loads((there / "config.json").read_text())

@@ -72,6 +72,15 @@ def test_damage_is_named(name, function, words, copy, original):
     assert len(faults) == 1 and words in faults[0]
 
 
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_cast_that_loses_what_a_tensor_means_is_a_fault_and_a_wider_float_is_none(name, dtype, copy, original):
+    edit(copy, name, lambda t: t.float())
+    assert verify(copy, original).faults == []
+    edit(copy, name, lambda t: t.to(dtype))
+    assert verify(copy, original).faults == [f"{name} differs from the reference and no certificate says why"]
+
+
 def test_a_tensor_too_many_and_a_certificate_without_its_weight(copy, original):
     file = sorted(copy.glob("*.safetensors"))[0]
     save_file(load_file(file) | {"stray": torch.ones(1)}, file)
@@ -167,6 +176,10 @@ def test_certificates_that_are_gone_from_the_record_of_a_job_are_missed(made, or
         assert verify(broken, original).faults == missed and verify(broken, original).json()["lost"]
         rewrite(broken / "qlab.json", lambda record: record.pop("certificates"))
         assert verify(broken, original).faults == missed
+        rewrite(broken / "qlab.json", lambda record: record.update(job={}))
+        assert verify(broken, original).faults == missed
+        broken = shutil.copytree(path, tmp_path / "broken" / f"{name} again")
+        rewrite(broken / "qlab.json", lambda record: record.pop("certificates"))
         carried = convert(broken, "compressed-tensors", tmp_path / "carried" / name).path
         assert verify(carried, original).faults == missed
 

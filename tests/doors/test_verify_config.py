@@ -88,6 +88,11 @@ def test_a_quantization_config_that_was_edited_is_found(edited, copy, original):
     assert verify(copy, original).faults == []  # who could say
 
 
+def test_a_hash_of_the_configuration_that_is_gone_is_missed(copy, original):
+    rewrite(copy / "qlab.json", lambda record: record.pop("quantization_config"))
+    assert len(verify(copy, original).faults) == 1 and verify(copy, original).retold
+
+
 @pytest.mark.parametrize("codec", ["compressed-tensors", "awq"])
 def test_a_head_that_the_recipe_untied_is_no_fault_of_the_configuration(codec, saved, tmp_path):
     source = saved("llama", torch.float16, tie_word_embeddings=True)

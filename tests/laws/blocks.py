@@ -193,6 +193,19 @@ class Interleaved(nn.Module):
         return self.two(self.one(self.norm(x)) * angles[..., : angles.shape[-1] // 2].repeat_interleave(2, -1))
 
 
+class Blockwise(nn.Module):
+    """norm -> one -> decayed over every four tokens, a block at a time -> two."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.one, self.two = nn.LayerNorm(12), nn.Linear(12, 12), nn.Linear(12, 12)
+        self.decay = nn.Parameter(torch.rand(4, 1))
+
+    def forward(self, x):
+        y = self.one(self.norm(x))
+        return self.two(torch.cat([y[:, start : start + 4] * self.decay for start in range(0, y.shape[1], 4)], 1))
+
+
 class StateSpace(nn.Module):
     """norm -> a filter of each channel over time -> decayed by a matrix of rates, number by number -> out."""
 

@@ -8,6 +8,7 @@ import torch
 from blocks import (
     WAYS,
     BilinearGate,
+    Blockwise,
     Factor,
     Halves,
     Interleaved,
@@ -189,6 +190,15 @@ def test_a_scale_that_would_leak_does_not_fold(block, expected):
     graph = scaled(seg.graph, 3)
     assert relative(out(fold_scales(graph), seg), out(seg.graph, seg)) < 1e-5
     assert set(fold_scales(graph).online) == {s.path for s in seg.graph.sites} - set(expected)
+
+
+def test_a_program_that_holds_for_some_lengths_only_is_labelled_at_the_one_it_was_traced_with():
+    """Unrolled over blocks of tokens, as lightning attention is: at a smaller length its second block is empty."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 12)
+    seg = of(Blockwise(), x)
+    assert table(seg.graph) == {"one": "norm", "two": "one"}
+    assert relative(out(fold_scales(scaled(seg.graph, 1)), seg), seg.block(x)) < 1e-5
 
 
 def test_negative_scales_and_rotations_stay_online():
