@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from qlab.plan import plan
     from qlab.quantize import compare, quantize
     from qlab.spec import Int, Tile, parse_spec
-    from qlab.transform import at, chain, keep, outside, rules
+    from qlab.transform import at, chain, each_weight, keep, outside, reparametrize, rules
     from qlab.verify import verify
 
 __all__ = [
     "GRIDS", "METHODS", "Int", "QlabError", "Samples", "Tile", "Tokens", "absorb", "aim_at_reference", "at", "awq", "awq_scale",
-    "chain", "compare", "convert", "evaluate", "first_windows", "from_ids", "gptaq", "gptq", "image_samples", "inductor_options",
-    "inspect", "keep", "lower", "open", "outside", "parse_spec", "plan", "quantize", "quantize_files", "rtn", "rules",
-    "to_torchao", "tokens", "verify",
+    "chain", "compare", "convert", "each_weight", "evaluate", "first_windows", "from_ids", "gptaq", "gptq", "image_samples",
+    "inductor_options", "inspect", "keep", "lower", "open", "outside", "parse_spec", "plan", "quantize", "quantize_files",
+    "reparametrize", "rtn", "rules", "to_torchao", "tokens", "verify",
 ]  # fmt: skip
 
 

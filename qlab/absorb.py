@@ -46,10 +46,10 @@ class Fold:
 
     def tie(self, m_k: Tensor) -> Tensor:
         """The mean of m over the channels of the source that one producer channel feeds, back on the source [k]."""
-        size = int(self.index_k.max()) + 1
-        total = m_k.new_zeros(size).index_add_(0, self.index_k, m_k)
-        count = m_k.new_zeros(size).index_add_(0, self.index_k, torch.ones_like(m_k))
-        return (total / count.clamp_min(1))[self.index_k]
+        size, here = int(self.index_k.max()) + 1, m_k.cpu()  # a GPU adds in any order
+        total = here.new_zeros(size).index_add_(0, self.index_k, here)
+        count = here.new_zeros(size).index_add_(0, self.index_k, torch.ones_like(here))
+        return (total / count.clamp_min(1))[self.index_k].to(m_k.device)
 
     def stored(self, graph: ModuleGraph, m_k: Tensor) -> Tensor:
         """The scale that is really applied once the producer is rounded to its stored dtype.
@@ -89,7 +89,7 @@ class Fold:
     def _held(self, q: QTensor, m_k: Tensor) -> Tensor:
         """[k]: whether the rounded row that makes this channel can be scaled by m, which rounds its scales once more."""
         if not rows_move(q.spec):
-            return torch.zeros_like(self.index_k, dtype=torch.bool)
+            return torch.zeros_like(m_k, dtype=torch.bool)
         exact = q.scales.float() * self._spread(m_k, q.shape[-2])[..., None]
         close = (exact.to(q.scales.dtype).float() - exact).abs() <= ROUNDED * exact.abs()
         return close.all(-1)[..., self.index_k]

@@ -99,7 +99,7 @@ def from_ids(model: Checkpoint, ids: Tensor) -> Tokens:
     """Token ids [samples, length] of one's own."""
     if ids.ndim != 2 or 0 in ids.shape:
         raise QlabError(f"token ids have shape {tuple(ids.shape)}; give [samples, length]")
-    vocabulary = model.config.get_text_config().vocab_size
+    ids, vocabulary = ids.cpu(), model.config.get_text_config().vocab_size
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocabulary:
         raise QlabError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocabulary} of {model.path}; "
@@ -160,7 +160,9 @@ def _documents(path: Path, digest: "hashlib._Hash") -> Iterator[str]:
         raise QlabError(f"the text {path} cannot be read ({error.strerror}); check the path") from error
     except UnicodeDecodeError as error:
         raise QlabError(f"the text {path} is not UTF-8 (byte {error.start}); convert it first") from error
-    lines = text.split("\n") if path.suffix == ".jsonl" else []  # not splitlines: JSON strings may hold other line separators
+    if (kind := path.suffix.lower()) == ".json":
+        raise QlabError(f'the text {path} is one JSON value; write a JSON object with a "text" on every line of a .jsonl file')
+    lines = text.split("\n") if kind in (".jsonl", ".ndjson") else []  # not splitlines: JSON strings may hold other line separators
     texts = [_text_of(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()] or [text]
     if not any(text.strip() for text in texts):
         raise QlabError(f"the text {path} is empty; give one with words in it")

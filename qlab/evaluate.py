@@ -82,16 +82,16 @@ def read(model: Checkpoint, data: Tokens, dtype: torch.dtype = torch.float32, de
 
 
 @torch.no_grad()
-def evaluate(model: Checkpoint | Reading, against: Checkpoint | Reading, data: Tokens) -> Evaluation:
-    """How far `model` is from the reference `against` on windows of tokens (see Evaluation), in fp32.
+def evaluate(model: Checkpoint | Reading, against: Checkpoint | Reading, data: Tokens, device: str = "cpu") -> Evaluation:
+    """How far `model` is from the reference `against` on windows of tokens (see Evaluation), in fp32, a block at a time on `device`.
 
     Errors: models whose vocabularies, blocks or hidden sizes differ, windows longer than their positions, readings of other tokens.
     """
     if data.ids.shape[1] < 2:
         raise QlabError(f"windows of {data.ids.shape[1]} token predict nothing; give a length of at least 2")
     _check_vocabularies(model, against)
-    ours = model if isinstance(model, Reading) else read(model, data)
-    theirs = against if isinstance(against, Reading) else read(against, data)
+    ours = model if isinstance(model, Reading) else read(model, data, device=device)
+    theirs = against if isinstance(against, Reading) else read(against, data, device=device)
     if ours.hidden.shape[:2] != data.ids.shape or theirs.hidden.shape[:2] != data.ids.shape:
         raise QlabError(f"the readings were made on windows {tuple(ours.hidden.shape[:2])} and {tuple(theirs.hidden.shape[:2])}, "
                         f"not on these {tuple(data.ids.shape)}; read both on the same tokens")

@@ -72,7 +72,7 @@ def _(chosen_nt: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return pairs, torch.empty_like(pairs), chosen_nt.new_empty(experts, dtype=torch.long)
 
 
-@torch.library.custom_op("qlab::experts_linear", mutates_args=())
+@torch.library.custom_op("qlab::experts_linear", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def experts_linear(x_sk: Tensor, W_eok: Tensor, bias_eo: Tensor | None, ends: Tensor) -> Tensor:
     """x W_e^T + b_e for the rows of each expert e: [s, o]."""
     return each_expert(x_sk, ends, lambda e, x: F.linear(x, W_eok[e], None if bias_eo is None else bias_eo[e]))
@@ -83,7 +83,7 @@ def _(x_sk: Tensor, W_eok: Tensor, bias_eo: Tensor | None, ends: Tensor) -> Tens
     return x_sk.new_empty(x_sk.shape[0], W_eok.shape[1])
 
 
-@torch.library.custom_op("qlab::experts_matmul", mutates_args=())
+@torch.library.custom_op("qlab::experts_matmul", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def experts_matmul(x_sk: Tensor, W_eko: Tensor, bias_eo: Tensor | None, ends: Tensor) -> Tensor:
     """x W_e + b_e for the rows of each expert e, of weights that are stored transposed: [s, o]."""
     return each_expert(x_sk, ends, lambda e, x: F.linear(x, W_eko[e].mT, None if bias_eo is None else bias_eo[e]))

@@ -1,12 +1,14 @@
 """How much memory a run will take, predicted from shapes alone."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import psutil
 import torch
 
 from qlab.calibration import Data
-from qlab.graph import Code, by_source
+from qlab.graph import Code, aten, by_source, open_symbols
 from qlab.model.skeleton import Skeleton
 from qlab.sweep import BATCH_TOKENS, HELD, Inputs, in_order, runs_reference
 from qlab.transform import Transform
@@ -38,6 +40,49 @@ def predict_memory(skeleton: Skeleton, codes: Mapping[str, Code], shapes: Mappin
     return max(moments, key=lambda held: sum(held.values()))
 
 
+def score_bytes(code: Code, length: int, rows: int) -> int:
+    """The most bytes of values that hold a number for every pair of tokens (attention written out, as with softcapping or alibi) at
+    once, for `rows` windows of `length`: a walk through the program, where each lives until its last use."""
+    inputs = [n.meta["val"] for n in code.graph.nodes if n.op == "placeholder" and n.name not in code.params]
+    hidden = next(t for t in inputs if t.ndim == 3 and t.is_floating_point())
+    sizes = {symbol: size for open_, size in zip(map(open_symbols, hidden.shape), (rows, length)) for symbol in open_}
+    along = open_symbols(hidden.shape[1])
+
+    def number(d: Any) -> int:
+        known = open_symbols(d) and open_symbols(d) <= sizes.keys()
+        return int(d.node.expr.subs(sizes)) if known else int(d.node.hint) if open_symbols(d) else int(d)
+
+    def pairs(t: Any) -> int:
+        """Bytes of such a value, else 0."""
+        both = isinstance(t, torch.Tensor) and sum(bool(along & open_symbols(d)) for d in t.shape) > 1
+        return math.prod(map(number, t.shape)) * t.dtype.itemsize if both else 0
+
+    owner: dict[Any, Any] = {}  # node -> the node whose memory its value is a view of
+    last: dict[Any, int] = {}
+    nodes = [n for n in code.graph.nodes if n.op == "call_function"]
+    for i, n in enumerate(nodes):
+        owner[n] = owner.get(n.args[0], n.args[0]) if _is_view(n) else n
+        last |= {owner.get(a, a): i for a in n.all_input_nodes}
+    held, most, alive = 0, 0, dict[Any, int]()
+    for i, n in enumerate(nodes):
+        if owner[n] is n and (size := pairs(n.meta.get("val"))):
+            alive[n] = size
+            held += size
+            widened = n.target is aten.softmax.int and n.args[0].meta["val"].dtype != n.meta["val"].dtype
+            most = max(most, held + (size if widened else 0))  # the kernel makes a copy in the wider dtype first
+        held -= sum(alive.pop(done) for done in [a for a in alive if last.get(a, i) <= i and a is not n])
+    return most
+
+
+def _is_view(n: Any) -> bool:
+    """Of its first argument; nothing is dropped out of a model that is quantized."""
+    schema = getattr(n.target, "_schema", None)
+    values = [a.meta["val"] if hasattr(a, "meta") else a for a in n.args[:1]] + [n.meta.get("val")]
+    aliases = schema is not None and any(r.alias_info is not None for r in schema.returns[:1])
+    same = aliases and all(isinstance(t, torch.Tensor) for t in values) and values[0].dtype == values[1].dtype
+    return bool(same) or n.target is aten.dropout.default
+
+
 def _block_moments(code: Code, weights: Sequence[torch.Size], size: int, data: Data | None,
                    recipe: Transform, inputs: Inputs, everywhere: bool, experts_at_once: int | None
                    ) -> Iterator[dict[str, int]]:  # fmt: skip
@@ -54,6 +99,7 @@ def _block_moments(code: Code, weights: Sequence[torch.Size], size: int, data: D
         tokens = min(max(BATCH_TOKENS, data.longest), data.count)  # one window at least
         # an attention holds some seven tensors of the hidden size, a feed-forward layer three of the widest
         activations = tokens * (size * (2 * hidden + max(5 * hidden, 3 * widest)) + (4 * max(ks) if size < 4 else 0))
+        activations += score_bytes(code, data.longest, max(1, tokens // data.longest))
         if any("second_moment" in stage.needs for stage in recipe):
             square = 4 * max(ks) ** 2
             statistics = (max(states) if ordered else sum(states)) + 2 * (max(states) - square)  # one lifted, one combined

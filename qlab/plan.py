@@ -19,7 +19,8 @@ from qlab.model.skeleton import Skeleton
 from qlab.outside import outside_sites
 from qlab.report import bits_per_weight, describe
 from qlab.spec import Float, Spec, legal_groups, with_scale_dtype
-from qlab.sweep import Inputs, in_batches, in_order, inputs_named, record, runs_reference
+from qlab.stats import STATS
+from qlab.sweep import DRIFT, Inputs, in_batches, in_order, inputs_named, record, runs_reference
 from qlab.targets import division, refusal, uniformity
 from qlab.transform import Stage, Transform
 
@@ -105,6 +106,8 @@ def plan(
     if all(stage.spec is None for stage in recipe):
         raise QlabError("the recipe rounds no weight, so there is nothing to write; add a method such as rtn(spec)")
     needs = sorted({need for stage in recipe for need in stage.needs})
+    if unknown := [need for need in needs if need not in STATS.keys() | DRIFT]:
+        raise QlabError(f"the recipe asks for a statistic {unknown[0]!r}; there are {', '.join(sorted(STATS.keys() | DRIFT))}")
     if needs and data is None:
         raise QlabError(f"the recipe observes {', '.join(needs)} and no calibration text was given")
     skeleton = skeleton or Skeleton(model, model.dtype)

@@ -21,6 +21,7 @@ from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.writer import Carry, Writer, apart
 from qlab.graph import ModuleGraph
+from qlab.model.device import name_of
 from qlab.model.recording import Call
 from qlab.model.skeleton import Skeleton
 from qlab.outside import outside_leaves, outside_sites, untied, weight_of
@@ -104,7 +105,7 @@ def quantize(
     dtype: of the activations while calibrating (default: the checkpoint's own); statistics and solvers use fp32.
     memory: observe as many experts at a time as fit these bytes, and refuse to start when the predicted peak is above them.
     target: an engine of qlab.targets, whose limits are checked before anything runs. The same call gives the same bytes, also
-    when a killed run is continued with resume=True.
+    when a killed run is continued with resume=True (which knows a stage of one's own by its name, spec and `detail` alone).
     calibrate_all_experts: statistics of experts are of all tokens, not of those that are routed to each; nothing else changes.
     """
     results = compare(model, {"": recipe}, data, out, inputs=inputs, dtype=dtype, device=device, memory=memory,
@@ -151,7 +152,7 @@ def compare(
             plans[name].check(memory)
             used = data if plans[name].statistics else None
             job = {"source": model.fingerprint(), "recipe": describe(recipe), "data": used and used.describe(), "inputs": inputs,
-                   "calibrate_all_experts": calibrate_all_experts, "dtype": str(skeleton.dtype), "device": skeleton.device.type,
+                   "calibrate_all_experts": calibrate_all_experts, "dtype": str(skeleton.dtype), "device": name_of(skeleton.device),
                    "codec": codec, "versions": versions()}  # fmt: skip
             writer = Writer(Path(out) / name, job, len(skeleton.blocks) + 1, overwrite, resume)
             jobs.append(_Job(recipe, CODECS[codec], writer, job, plans[name].experts_at_once))

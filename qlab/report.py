@@ -17,6 +17,7 @@ from qlab.files.directory import read_json
 from qlab.graph import ModuleGraph, Site
 from qlab.methods.inputs import QuantizeInput
 from qlab.qtensor import Leaf, QTensor
+from qlab.spec import described
 from qlab.transform import Transform
 
 RECORD = "qlab.json"
@@ -36,9 +37,8 @@ def versions() -> dict[str, str]:
 
 def describe(recipe: Transform) -> list[dict[str, str]]:
     """The stages of a recipe in words."""
-    return [
-        {"stage": s.name, "spec": str(s.spec or ""), "detail": s.detail, "scope": str(s.scope)} for s in recipe if not s.uncovered
-    ]
+    return [{"stage": s.name, "spec": described(s.spec) if s.spec else "", "detail": s.detail, "scope": str(s.scope)}
+            for s in recipe if not s.uncovered]  # fmt: skip
 
 
 def stored_bits(leaf: Leaf, dtype: torch.dtype) -> float:

@@ -226,6 +226,11 @@ def with_scale_dtype(spec: Spec, dtype: torch.dtype) -> Spec:
     return spec if spec.scale_dtype else replace(spec, scale_dtype=dtype)
 
 
+def described(spec: Spec) -> str:
+    """Its name, or all of it where the name stands for another one: scales or zero points in a dtype of their own."""
+    return str(spec) if parse_spec(str(spec)) == spec else repr(spec)
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """How the input of a site is rounded at run time: the spec's tiles lie over x [tokens, channels].

@@ -130,6 +130,8 @@ def each_weight(name: str, fn: WeightFn, spec: Spec, needs: frozenset[str] = fro
             leaf, note = fn(W_ok, seen, with_scale_dtype(spec, graph.dtype))
         except QlabError as error:
             raise QlabError(f"{graph.where(site)}{'' if expert is None else f', expert {expert}'}: {error}") from error
+        if leaf.shape != W_ok.shape:
+            raise QlabError(f"{graph.where(site)}: {name} made a weight {tuple(leaf.shape)} of one {tuple(W_ok.shape)}")
         return _Solved(leaf, note, _errors(W_ok, leaf, seen.get("second_moment")))
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:

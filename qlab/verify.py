@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from qlab.certificate import distances, fingerprint, hash_of, hash_of_json, off_grid
@@ -83,7 +84,7 @@ class Verdict:
         yield table
         for name, why in self.changed.items():
             yield f"{name} differs from the reference: {why or 'nothing says why'}"
-        yield from (f"[bold]fault[/bold] {fault}" for fault in self.faults)
+        yield from (Text.assemble(("fault", "bold"), f" {fault}") for fault in self.faults)
         against = "its certificates" if self.certified else "no certificates: only grids and the reference were checked"
         beside = f"{len(self.extras)} tensors of what happens at run time, " if self.extras else ""
         yield f"{len(self.sites)} quantized weights, {beside}{len(self.faults)} faults, {against}"

@@ -1,12 +1,14 @@
 """Calibration windows: distinct, drawn without replacement, by the seed and by nothing else."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from directories import prose
 
 from qlab.calibration import first_windows, generator, tokens
+from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
 
 
@@ -54,6 +56,18 @@ def test_jsonl_and_text_hold_the_same_documents(model, tmp_path):
     as_lines, as_text = (first_windows(model, [tmp_path / f"a.{kind}"], 200) for kind in ("jsonl", "txt"))
     assert torch.equal(as_lines.ids, as_text.ids)
     assert as_lines.sha256 != as_text.sha256
+    for kind in ("JSONL", "ndjson"):
+        (tmp_path / f"b.{kind}").write_text(lines)
+        assert torch.equal(first_windows(model, tmp_path / f"b.{kind}", 200).ids, as_text.ids)
+    (tmp_path / "c.json").write_text(json.dumps([{"text": d} for d in documents]))
+    with pytest.raises(QlabError, match=r'c\.json is one JSON value; write a JSON object with a "text" on every line'):
+        first_windows(model, [tmp_path / "c.json"], 200)
+
+
+def test_a_tokenizer_that_makes_nothing_of_a_text_is_named(model, text, monkeypatch):
+    monkeypatch.setattr("qlab.calibration._tokenizer", lambda model: lambda documents, **_: SimpleNamespace(input_ids=[[]]))
+    with pytest.raises(QlabError, match="makes no token of"):
+        first_windows(model, [text], 32)
 
 
 def test_a_byte_order_mark_is_no_text(model, tmp_path):

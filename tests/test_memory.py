@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 MiB = 1 << 20
 JOB = """
-import json, sys, torch
+import json, os, sys, torch
 from qlab.calibration import from_ids
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods import METHODS
@@ -23,7 +23,7 @@ from qlab.transform import rules
 torch.set_num_threads(1)
 path, out, method, samples, memory = sys.argv[1:]
 model = open_checkpoint(path)
-ids = torch.randint(0, 512, (int(samples), 128), generator=torch.Generator().manual_seed(0))
+ids = torch.randint(0, 512, (int(samples), int(os.environ.get("LENGTH", "128"))), generator=torch.Generator().manual_seed(0))
 gptq, rtn = METHODS["gptq"], METHODS["rtn"]
 METHODS = METHODS | {"gptq in attention": lambda spec: rules({"*.self_attn.*": gptq(spec), "*": rtn(spec)})}
 result = quantize(model, METHODS[method](parse_spec("int4-g64")), None if method == "rtn" else from_ids(model, ids), out,
@@ -70,6 +70,16 @@ def test_the_plan_predicts_the_peak_of_a_small_model_with_a_large_vocabulary(tmp
     seen = measure(llama(tmp_path / "model", 192, 512, 2, torch.bfloat16, 49152), "gptq")
     assert abs(seen["predicted"] / seen["peak"] - 1) < 0.25, seen
     assert any("embeddings" in what for what in seen["held"])
+
+
+def test_the_plan_counts_the_scores_of_an_attention_that_is_written_out(tmp_path):
+    """Softcapped scores are a number for every head and pair of tokens, first in the model's dtype and then in fp32, twice."""
+    config = AutoConfig.for_model("gemma2", hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=16,
+                                  num_key_value_heads=16, head_dim=16, vocab_size=512)  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    seen = measure(tmp_path / "model", "gptq", samples=1, LENGTH="2048")
+    assert abs(seen["predicted"] / seen["peak"] - 1) < 0.25, seen
+    assert seen["held"]["activations"] > 16 * 2048**2 * (2 + 4 + 4)
 
 
 def test_experts_whose_statistics_do_not_fit_are_observed_in_parts_that_do(tmp_path):

@@ -18,7 +18,7 @@ from qlab.methods.rtn import rtn
 from qlab.plan import plan
 from qlab.quantize import quantize
 from qlab.spec import parse_spec
-from qlab.transform import at, chain, keep, rules
+from qlab.transform import at, chain, each_weight, keep, rules
 from qlab.verify import verify
 
 INT4 = parse_spec("int4-g16")
@@ -149,6 +149,12 @@ def test_a_rule_that_splits_the_sites_of_one_input_is_refused(model, source):
 
 def test_a_data_dependent_recipe_without_data_is_refused(model):
     assert "observes second_moment and no calibration text" in refusal(model, gptq(INT4))
+
+
+def test_a_statistic_that_nobody_knows_is_refused_with_those_there_are(model, source):
+    mine = each_weight("mine", lambda W, seen, spec: (W, {}), INT4, frozenset({"hessian"}))
+    said = refusal(model, mine, random_tokens(source))
+    assert "asks for a statistic 'hessian'; there are absmax, absmean, drift" in said and "second_moment" in said
 
 
 def test_a_recipe_that_rounds_nothing_is_refused(model, source):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from qlab.calibration import tokens
 from qlab.errors import QlabError
+from qlab.evaluate import evaluate
 from qlab.files.checkpoint import INDEX, open_checkpoint
 from qlab.methods import METHODS
 from qlab.methods.awq import awq
@@ -224,3 +225,23 @@ def test_the_same_call_gives_the_same_bytes_and_another_seed_does_not(saved, tex
 def test_recipes_cannot_share_quantized_inputs(saved, tmp_path):
     with pytest.raises(QlabError, match="a, b cannot share a pass over quantized inputs"):
         compare(open_checkpoint(saved()), {"a": rtn(INT4), "b": rtn(INT4)}, None, tmp_path, inputs="quantized")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+@pytest.mark.parametrize("method, spec", [("rtn", "int4-g32"), ("rtn", "nvfp4"), ("awq", "int8-tensor"), ("awq-gptq", "int4-g32-asym"),
+                                          ("gptaq", "int3-channel"), ("gptq", "mxfp4")])  # fmt: skip
+def test_a_model_is_quantized_and_evaluated_on_a_gpu(family, method, spec, saved, tmp_path):
+    """To the same bytes twice, and without data to those of the CPU."""
+    if family == "mixtral" and spec.endswith("tensor"):
+        pytest.skip("fused experts have no scale per tensor")
+    model, recipe = open_checkpoint(saved(family)), METHODS[method](parse_spec(spec))
+    data = random_tokens(saved(family))
+    first, again = (quantize(model, recipe, data, tmp_path / name, device="cuda").path for name in ("first", "again"))
+    made = tensors(first)
+    assert all(bits_equal(tensor, made[name]) for name, tensor in tensors(again).items())
+    if method == "rtn":
+        here = tensors(quantize(model, recipe, None, tmp_path / "here").path)
+        assert all(bits_equal(tensor, made[name]) for name, tensor in here.items())
+    assert 0 <= evaluate(open_checkpoint(first), model, data, device="cuda").kl < 1

@@ -5,6 +5,8 @@ import random
 import shutil
 import signal
 import time
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from directories import change, contents, random_tokens
 import qlab.files.writer
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
+from qlab.methods.awq import awq_scale
 from qlab.methods.gptaq import aim_at_reference
-from qlab.methods.gptq import gptq
+from qlab.methods.gptq import act_order, gptq
 from qlab.methods.rtn import rtn
 from qlab.quantize import compare, quantize
 from qlab.spec import parse_spec
@@ -171,6 +174,19 @@ def test_only_the_same_job_may_resume(killed, source, saved):
         with pytest.raises(QlabError, match="belongs to another job"):
             quantize(other, transform, tokens, killed, resume=True, **options)
     assert contents(killed.parent) == before
+
+
+def test_what_a_stage_searched_for_and_how_scales_are_stored_belong_to_the_job(source, tmp_path):
+    model, data, int4 = open_checkpoint(source), random_tokens(source), parse_spec("int4-g32")
+    for name, first, second in (
+        ("search", chain(awq_scale(parse_spec("int3-g32")), rtn(int4)), chain(awq_scale(parse_spec("int8-g32")), rtn(int4))),
+        ("scales", rtn(int4), rtn(replace(int4, scale_dtype=torch.float16))),
+        ("order", gptq(int4), gptq(int4, order=partial(act_order))),
+    ):
+        quantize(model, first, data, tmp_path / name)
+        quantize(model, first, data, tmp_path / name, resume=True)
+        with pytest.raises(QlabError, match="exists and holds something else"):
+            quantize(model, second, data, tmp_path / name, resume=True)
 
 
 def test_another_number_in_the_middle_of_a_file_is_another_job(source, tmp_path):

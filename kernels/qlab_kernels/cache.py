@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -163,10 +164,20 @@ def snapshot_hash() -> str:
 def folder() -> Path:
     """Where the user's own entries lie."""
     if own := os.environ.get("QLAB_CACHE_DIR"):
-        return Path(own).expanduser()
+        return _expanded(own)
     if home := os.environ.get("QLAB_HOME"):
-        return Path(home).expanduser() / "configs"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qlab" / "configs"
+        return _expanded(home) / "configs"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qlab" / "configs"
+    except RuntimeError:  # a process without a home, as in some containers: there is nothing of its own, and no place for it
+        return Path(os.devnull) / "qlab" / "configs"
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise CacheError(f"{path} names nobody's home; set the variable that holds it to a folder") from error
 
 
 def _load() -> Snapshot:
@@ -199,7 +210,7 @@ def _override() -> tuple[dict[str, Table], tuple[str | None, Config] | None]:
         return {}, None
     try:
         if not text.lstrip().startswith("{"):
-            return read_exported(Path(text).expanduser()), None
+            return read_exported(_expanded(text)), None
         value = entries.load(text)
         op = value.pop("op", None)
         if op not in (None, *OPERATORS):
@@ -235,11 +246,11 @@ def forget() -> None:
 def require_writable() -> None:
     """CacheError when the user's folder cannot take entries: asked before time is spent on measuring them."""
     where = folder()
-    probe = where / f".{os.getpid()}.tmp"
+    probe = where / f".{os.getpid()}.{threading.get_ident()}.tmp"
     try:
         where.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise CacheError(f"{where} cannot be written ({error.strerror}), so nothing that is tuned could be kept: set QLAB_CACHE_DIR "
                          "to a folder that can be") from error  # fmt: skip

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -126,7 +127,7 @@ class Key:
         return f"{self.dtype}/{self.group}/{zeros}/{experts}{self.n}x{self.k}/m{self.m}/{self.device}/{self.kernel}"
 
 
-_KEY = re.compile(r"(\w+)/(g\d+|row)/(zeros|symmetric)/(?:([1-9]\d*)x)?(\d+)x(\d+)/m(\d+)/([^/]+)/([^/]+)")
+_KEY = re.compile(r"(\w+)/(g\d+|row)/(zeros|symmetric)/(?:([1-9]\d{0,8})x)?(\d{1,9})x(\d{1,9})/m(\d{1,9})/([^/]+)/([^/]+)")
 
 
 def key_of(p: Problem, kernel: str) -> Key:
@@ -231,7 +232,7 @@ def update(path: Path, change: Callable[[dict[Key, Entry]], object]) -> None:
 
 def replace_file(path: Path, text: str) -> None:
     """Write `text` to `path` so that a reader sees the old or the new contents, whole, even after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)

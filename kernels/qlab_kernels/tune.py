@@ -45,7 +45,7 @@ def tune(
 ) -> Entry:  # fmt: skip
     """The fastest configuration for `p`, from the user's cache if it was measured before, else timed now and stored.
 
-    budget_s: seconds for this problem; what is best by then wins, and one candidate is always timed. floor_us: a time that nothing
+    budget_s: seconds for this problem; what is best by then wins, and two candidates are always timed. floor_us: a time that nothing
     beats. retune: time again what was measured. keep: candidates that the cost model leaves. said: is told of every timing.
     m counts as its bucket, so `measure` must time p.bucket tokens. Only one process of a machine tunes an operator at a time;
     others wait up to wait_s and use what it found.
@@ -81,7 +81,7 @@ def halve(
     for reps, survivors in ROUNDS:
         leader = field[0]
         for config in field:
-            if last and clock() >= until:
+            if len(last) > 1 and clock() >= until:  # one alone would win whatever it takes
                 return list(last.values())
             timing = last[config] = _time(config, reps, measure)
             said(timing)

@@ -47,7 +47,8 @@ def tune(
         raise QlabError(f"{model} has its own groups, zero points and experts; --group, --asymmetric and --experts go with --shapes")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with kernel_refusals():
-        wanted = {Form(group or 128, asymmetric, experts): parse_shapes(shapes)} if shapes else weights_of(str(model), where)
+        form = Form(group or 128, asymmetric, experts)
+        wanted = weights_of(str(model), where) if shapes is None else {form: parse_shapes(shapes)}
     rows = [row for form, sizes in wanted.items() for row in tune_shapes(
         sizes, parse_tokens(m), form, dtype=dtype, device=where, budget=budget, retune=retune,
         said=lambda line: print(line, file=sys.stderr, flush=True))]  # fmt: skip

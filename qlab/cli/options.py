@@ -46,8 +46,9 @@ Json = Annotated[Path | None, typer.Option("--json", help="also write the result
 
 def console(width: int = WIDTH) -> Console:
     """Of the width of the terminal or $COLUMNS, or wide enough for every table where there is neither."""
-    shown = Console()
-    return shown if shown.is_terminal or "COLUMNS" in os.environ else Console(width=width)
+    plain: dict[str, Any] = {"markup": False, "emoji": False}  # paths and names are what they are
+    shown = Console(**plain)
+    return shown if shown.is_terminal or "COLUMNS" in os.environ else Console(width=width, **plain)
 
 
 @contextmanager

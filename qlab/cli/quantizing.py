@@ -169,7 +169,7 @@ def evaluate(
     model: Model, against: Annotated[str, typer.Option("--against", help="the reference model")],
     text: Annotated[list[Path] | None, typer.Option("--text", help="text or jsonl files (default: held-out demo)")] = None,
     length: Length = 512, windows: Annotated[int | None, typer.Option(min=2, help="default: all full windows")] = None,
-    json_file: Json = None,
+    device: Device = "cpu", json_file: Json = None,
 ) -> None:  # fmt: skip
     """Perplexity, KL divergence and top-1 agreement against a reference, over full windows of --length tokens."""
     import qlab
@@ -177,7 +177,7 @@ def evaluate(
 
     reference = qlab.open(against)
     data = qlab.first_windows(reference, evaluation_texts(text), length, windows)
-    result = qlab.evaluate(qlab.open(model), reference, data)
+    result = qlab.evaluate(qlab.open(model), reference, data, device)
     table = Table("", "value", "95 % interval", title=f"{model} against {against}: {result.windows} windows of {length}")
     table.add_row("perplexity", f"{result.perplexity:.4f}", _range(result.perplexity_ci))
     table.add_row("reference perplexity", f"{result.reference_perplexity:.4f}", "")

@@ -36,7 +36,7 @@ def dtype_of(name: str, stored: Stored) -> torch.dtype:
 def read(name: str, stored: Stored) -> Tensor:
     """The tensor itself, in memory of its own."""
     dtype = dtype_of(name, stored)
-    data = torch.empty(stored.nbytes, dtype=torch.uint8)
+    data = torch.empty(stored.nbytes, dtype=torch.uint8, device="cpu")
     try:
         with stored.file.open("rb") as file:
             file.seek(stored.start)

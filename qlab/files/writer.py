@@ -226,7 +226,7 @@ class Carry:
         """The batches; one at a time is in memory."""
         with self.path.open("rb") as file:
             for shape in self.shapes:
-                batch = torch.empty(shape, dtype=self.dtype)
+                batch = torch.empty(shape, dtype=self.dtype, device="cpu")
                 if file.readinto(_bytes_of(batch)) < batch.numel() * batch.itemsize:
                     raise QlabError(f"{self.path} is shorter than the calibration data; remove its directory and start again")
                 yield batch

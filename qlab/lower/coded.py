@@ -38,7 +38,7 @@ def _(words, scales, zeros, outer, perm, k, spec, dtype):
     return words.new_empty((*words.shape[:-1], k), dtype=dtype)
 
 
-@torch.library.custom_op("qlab::experts_mm", mutates_args=())
+@torch.library.custom_op("qlab::experts_mm", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))  # waits for `ends`
 def experts_mm(x: Tensor, words: Tensor, scales: Tensor, zeros: Part, outer: Part, perm: Part, copy: Part, ends: Tensor, k: int,
                spec: str) -> Tensor:  # fmt: skip
     """y [s, n] in x's dtype; one expert that has rows is dense at a time. copy: W [e, n, k], or None."""
@@ -62,7 +62,7 @@ def _(x, words, scales, zeros, outer, perm, copy, ends, k, spec):
 def _codes(words: Tensor, spec: Spec, k: int) -> Tensor:
     if isinstance(spec, Int):
         return words if spec.bits == 8 else unpack_signed(words, spec.bits, k)
-    octets = words if spec.bits == 8 else _numbers(spec).to(words.device)[unpack(words, spec.bits, k).int()]
+    octets = words if spec.bits == 8 else _numbers(spec, words.device)[unpack(words, spec.bits, k).int()]
     return octets.view(spec.code_dtype)
 
 
@@ -79,18 +79,22 @@ def _words(path: str, codes: Tensor, spec: Spec) -> Tensor:
 
 def _places(octets: Tensor, spec: Float) -> Tensor:
     """The place of every number among those of the grid: uint8."""
-    numbers = _numbers(spec)
+    numbers = _numbers(spec, CPU)
     table = torch.zeros(256, dtype=torch.uint8)
     table[numbers.int()] = torch.arange(len(numbers), dtype=torch.uint8)
     return table[octets.int()]
 
 
+CPU = torch.device("cpu")
+
+
 @cache
-def _numbers(spec: Float) -> Tensor:
-    """The e4m3 bytes that are numbers of the grid, zeros of both signs among them: uint8 [2^bits]."""
+def _numbers(spec: Float, device: torch.device) -> Tensor:
+    """The e4m3 bytes that are numbers of the grid, zeros of both signs among them: uint8 [2^bits]. One for each device: no CUDA graph
+    could record a copy to it."""
     octets = torch.arange(256, dtype=torch.uint8)
     values = octets.view(spec.code_dtype).float()
-    return octets[spec.nearest_(values.clone()) == values]
+    return octets[spec.nearest_(values.clone()) == values].to(device)
 
 
 class CodedWeight(QuantizedWeight):

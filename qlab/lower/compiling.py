@@ -12,10 +12,13 @@ def inductor_options(**more: Any) -> dict[str, Any]:
     dense ones by it.
     """
     from torch._inductor.constant_folding import _dont_constant_fold, add_dont_constant_fold
+    from torch._inductor.lowering import add_layout_constraint, constrain_to_fx_strides
 
     from qlab.lower.rewrite import Rewrite
 
     for op in (torch.ops.qlab.dequantize.default, torch.ops.qlab.dense.default):
         if op not in _dont_constant_fold:
             add_dont_constant_fold(op)
+    # Inductor may write a contiguous copy in the order of what it copies, and aten's kernel takes none but rows
+    add_layout_constraint(torch.ops.aten._weight_int4pack_mm_for_cpu.default, constrain_to_fx_strides)
     return {"post_grad_custom_pre_pass": Rewrite(), **more}

@@ -88,6 +88,8 @@ class PackedWeight(QuantizedWeight):
         leaves = [expert(leaf, e) for e in range(self.experts[0])] if self.experts else [leaf]
         planes = [planes_of(path, one, whole_rows=not on_cpu) for one in leaves]
         self.group, self.count = planes[0].group, planes[0].count
+        if (largest := max(float(p.scales.abs().max()) for p in planes)) > torch.finfo(dtype).max:
+            raise QlabError(f"{path} has scales up to {largest:.3g}, which {dtype} does not hold; lower to torch.bfloat16")
         packed = [cpu.pack(p, dtype) if on_cpu else cuda.pack(p, dtype, device) for p in planes]
         for name, parts in zip(("words", "scales", "zeros"), zip(*packed)):
             self.register_buffer(name, parts[0] if parts[0] is None or not self.experts else torch.stack(parts))

@@ -98,6 +98,8 @@ def device_named(device: torch.device | str) -> torch.device:
         raise QlabError(f"{device!r} is no device; lower to 'cpu' or 'cuda'") from error
     if where.type not in ("cpu", "cuda"):
         raise QlabError(f"there are no int4 kernels for {where.type}; lower to 'cpu' or 'cuda'")
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count() > 0:
+        raise QlabError(f"there is no {where} here; torch finds {torch.cuda.device_count()} of them, counted from 0")
     if where.type == "cuda" and not torch.cuda.is_available():
         raise QlabError("torch finds no CUDA device here; lower to 'cpu', or install a CUDA build of torch on a machine with a GPU")
     return where

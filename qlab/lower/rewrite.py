@@ -115,8 +115,8 @@ def choose(graph: Any) -> int:
     for node in graph.find_nodes(op="call_function", target=torch.ops.qlab.int4_mm.default):
         x, words, scales, zeros, dense, n, group, count, layout = node.args
         (m, k), (rows, half) = x.meta["val"].shape, words.meta["val"].shape[:2]
-        if words.meta["val"].device.type != "cpu" or not isinstance(m, int) or m == 0:
-            continue
+        if words.meta["val"].device.type != "cpu" or not isinstance(m, int) or m == 0 or x.meta["val"].stride(1) > 1:
+            continue  # what stands in columns is left to the operator
         cpu.check(layout)
         with graph.inserting_before(node):
             if cpu.kind(m, x.meta["val"].dtype, dense is not None, rows, 2 * half, group, zeros is not None) == "int4pack":

@@ -19,7 +19,7 @@ Call = Callable[[], Any]
 COPIES = 4  # of a weight, at least
 MOST_COPIES = 64
 LEAST_CACHE = 32 * 2**20  # bytes; where the machine does not say how large its last cache is
-FLUSH = 256 * 2**20  # bytes cleared before each call on a GPU
+FLUSH = 512 * 2**20  # bytes cleared before each call on a GPU
 
 
 def device_label(device: torch.device) -> str:

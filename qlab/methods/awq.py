@@ -15,7 +15,7 @@ from qlab.graph import ModuleGraph, Site, by_origin, by_source
 from qlab.methods.grid import Grid, encode_rows, weighted
 from qlab.methods.rtn import rtn
 from qlab.qtensor import shared_outer
-from qlab.spec import Spec, with_scale_dtype
+from qlab.spec import Spec, described, with_scale_dtype
 from qlab.stats import Moment, Stats
 from qlab.transform import Stage, Transform, chain, reparametrize
 
@@ -139,7 +139,7 @@ def awq_scale(spec: Spec, grid: Grid = weighted) -> Transform:
         return graph, stats
 
     search_stage = Stage("awq_scale", frozenset({"second_moment", "absmean"}), run,
-                         detail=f"grid {grid.name}", reparametrizes=True, sitewise=rows_move(spec))
+                         detail=f"for {described(spec)}, grid {grid.name}", reparametrizes=True, sitewise=rows_move(spec))
     return chain((search_stage,), absorb())
 
 

@@ -85,5 +85,5 @@ def gptq(
             q = descend_codes(W_ok, damped(H_kk, used), q, order(H_kk), block)
         return q, {"grid": grid.name, "damp": used, "dead": dead}
 
-    detail = f"grid {grid.name}, {order.__name__}, damp {damp:g}, {sweeps} sweeps"
+    detail = f"grid {grid.name}, {getattr(order, '__name__', order)}, damp {damp:g}, {sweeps} sweeps"
     return each_weight("gptq", fn, spec, frozenset({"second_moment"}), detail)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qlab.errors import QlabError
@@ -131,7 +132,7 @@ def stored(s_ag: Tensor, spec: Spec, outer: Tensor | None) -> Tensor:
         wide = wide.float().clamp(-limits.max if limits.min < 0 else limits.tiny, limits.max)
     s = wide.to(spec.scale_dtype)
     unusable = (s.float() == 0) | s.isnan()  # torch takes the smallest e8m0 for a zero
-    return torch.where(unusable, torch.tensor(limits.eps, dtype=s.dtype, device=s.device), s)
+    return torch.where(unusable, s.new_full((), limits.eps), s)
 
 
 def encode(grid: Grid, W_ok: Tensor, spec: Spec, h_k: Tensor | None = None, outer: Tensor | None = None) -> QTensor:
@@ -155,8 +156,9 @@ def encode_rows(grid: Grid, W_ok: Tensor, spec: Spec, h_k: Tensor, errors: Calla
         return q, e_o
     plain = encode(minmax, W_ok, spec, outer=q.outer)
     plain_o = errors(dense(plain, torch.float32).sub_(W_ok))
-    tile_o = torch.arange(len(W_ok), device=e_o.device) // spec.tile.sizes(W_ok.shape)[0]
-    gain_a = e_o.new_zeros(len(q.scales)).index_add_(0, tile_o, e_o - plain_o)
+    rows = spec.tile.sizes(W_ok.shape)[0]
+    tile_o = torch.arange(len(W_ok), device=e_o.device) // rows
+    gain_a = F.pad(e_o - plain_o, (0, len(q.scales) * rows - len(W_ok))).view(-1, rows).sum(1)
     better_o = (gain_a > 0)[tile_o]
     zeros = None if q.zeros is None or plain.zeros is None else _rows(gain_a > 0, plain.zeros, q.zeros)
     codes, scales = _rows(better_o, plain.codes, q.codes), _rows(gain_a > 0, plain.scales, q.scales)

@@ -5,12 +5,17 @@ import torch
 from qlab.errors import QlabError
 
 
+def name_of(device: torch.device) -> str:
+    """What decides how sums are rounded there: 'cpu', or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def usable(device: torch.device | str) -> torch.device:
     """The device of this name; refuses what torch cannot compute on here."""
     try:
         where = torch.device(device)
         torch.ones(1, device=where).item()
-    except (RuntimeError, AssertionError) as error:  # unknown to torch, left out of its build, or not in this machine
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:  # unknown to torch, left out of its build, or not in this machine
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         raise QlabError(f"the device {str(device)!r} cannot be used here ({reason}); choose 'cpu', or one that torch finds") from error
     return where

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -230,6 +231,26 @@ def test_a_folder_without_permission_reads_as_empty(folder, problem):
         assert cache.refresh().lookup(problem()).config
     finally:
         folder.chmod(0o700)
+
+
+def test_a_process_without_a_home_still_looks_up(folder, problem, entry, monkeypatch):
+    def nobody(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    with pytest.raises(CacheError, match="names nobody's home; set the variable"):
+        cache.refresh()
+    for name in ("QLAB_CACHE_DIR", "QLAB_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert cache.refresh().lookup(problem()).source == "shipped-capability"
+    with pytest.warns(UserWarning, match="cannot be written .* set QLAB_CACHE_DIR"):
+        cache.store(problem(), entry(A))
+
+
+def test_threads_do_not_take_each_others_probes_for_a_folder_that_cannot_be_written(folder):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: [cache.require_writable() for _ in range(100)], range(8)))
+    assert list(folder.iterdir()) == []
 
 
 def test_the_folder_follows_the_environment(monkeypatch):

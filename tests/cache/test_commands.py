@@ -100,6 +100,16 @@ def test_tuning_a_directory_measures_what_its_lowered_model_looks_up(call, saved
                 assert cache.lookup(problem).source == "user", (text, module)
 
 
+def test_paths_and_names_are_printed_as_they_are(call, tmp_path, monkeypatch, problem, entry):
+    monkeypatch.setenv("QLAB_CACHE_DIR", str(tmp_path / "a[/b]"))
+    cache.refresh()
+    cache.store(problem(), entry(device="[/red]:smile:"))
+    code, out, _ = call("cache", "list")
+    assert code == 0 and "a[/b]" in out and "[/red]:smile:" in out
+    code, out, _ = call("cache", "export", tmp_path / "[bold].json")
+    assert code == 0 and "[bold].json" in out.replace("\n", "")
+
+
 def test_the_cache_commands(call, tmp_path, problem, entry):
     cache.store(problem(), entry())
     cache.store(problem(cc=(8, 0), device="a100"), entry(Config("dequant")))

@@ -102,6 +102,7 @@ CORRUPT = {
     "other operator": GOLDEN.replace("int4_mm", "int4_grouped_mm"), "no config": GOLDEN.replace('"config"', '"konfig"'),
     "wrong type": GOLDEN.replace('"bm": 16', '"bm": "16"'), "wrong key": GOLDEN.replace("/m16/", "/"),
     "unknown field": GOLDEN.replace('"us"', '"ms": 1, "us"'), "too deep": "[" * 10**5,
+    "a size of no weight": GOLDEN.replace("/m16/", f"/m{'1' * 400}/"),
     "no time": GOLDEN.replace('"us": 20.0', '"us": NaN'), "a time that cannot be": GOLDEN.replace('"us": 20.0', '"us": -1'),
     "a version that is no text": GOLDEN.replace('"triton": "3.7.1"', '"triton": 3'),
 }  # fmt: skip

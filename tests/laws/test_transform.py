@@ -18,7 +18,7 @@ from qlab.qtensor import QTensor
 from qlab.scope import matches
 from qlab.spec import parse_spec
 from qlab.stats import STATS
-from qlab.transform import Stage, apply, at, chain, keep, reparametrize, rules, select
+from qlab.transform import Stage, apply, at, chain, each_weight, keep, reparametrize, rules, select
 
 SPEC, COARSE = parse_spec("int4-g16"), parse_spec("int2-channel")
 ATTENTION = {f"self_attn.{p}_proj" for p in "qkvo"}
@@ -127,6 +127,12 @@ def test_weights_that_are_not_finite_are_refused_by_site(value, method):
     lossless_first = [t for t in LAW_METHODS[method](SPEC) if t.spec] or rtn(SPEC)
     with pytest.raises(QlabError, match=r"model\.decoder\.layers\.0\.fc1\.weight holds NaN or Inf"):
         run(seg.graph.update({"fc1.weight": weight}), lossless_first, stats)
+
+
+def test_a_weight_of_another_shape_is_refused_by_site():
+    seg = segment("llama")
+    with pytest.raises(QlabError, match=r"mine made a weight \(64, 32\) of one \(64, 64\)"):
+        run(seg.graph, each_weight("mine", lambda W, seen, spec: (W[:, :32], {}), SPEC), seg.stats)
 
 
 def test_groups_that_do_not_divide_are_refused_by_site():

@@ -143,6 +143,18 @@ def test_static_products_are_written_out_as_the_operator_computes_them(m, k, spe
     assert (seen.count("aten._weight_int4pack_mm_for_cpu"), seen.count("qlab.dequantize")) == (int4, not int4)
 
 
+@pytest.mark.parametrize("spec", [Int(4, Tile(1, 32)), Int(8, Tile(1, None))], ids=str)
+@pytest.mark.parametrize("enters", [lambda x: x.T, lambda x: torch.relu(x).T, lambda x: x.T.contiguous()], ids=["T", "relu", "copy"])
+def test_inputs_that_stand_in_columns_are_multiplied_as_the_operator_does(enters, spec):
+    """Inductor may write even a contiguous copy in the order of what it copies, which aten's kernel refuses, or reads wrongly."""
+    layer = QLinear("site", random_leaf(48, 64, spec), None, torch.bfloat16, torch.device("cpu"), False)
+    for m in (5, 64):
+        x = activations(64, m, torch.bfloat16)
+        compiled = torch.compile(lambda x: layer(enters(x)), options=inductor_options(), dynamic=False)
+        with torch.no_grad():
+            assert torch.equal(compiled(x), layer(enters(x)))
+
+
 def test_a_dense_copy_is_multiplied_when_there_are_many_tokens():
     leaf, x, seen = random_leaf(64, 128, INT4), activations(100, 128, torch.bfloat16), Seen()
     check_product(torch.compile(lowered(leaf, dense_cache=True), dynamic=False, options=seen.options)(x), x, leaf)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from lowering_cases import GROUPS, activations, calm, check_product, lowered, problems, random_leaf
 
 from qlab.errors import QlabError
-from qlab.lower import cpu
+from qlab.lower import QLinear, cpu
 from qlab.lower.nibbles import planes_of
 from qlab.lower.ops import dequantize, int4_mm
 from qlab.qtensor import QTensor, dense
@@ -148,6 +149,15 @@ def test_an_entry_of_the_cache_decides_the_kind():
     cache.refresh()
     assert cpu.kind(2, *arguments) == "dense"
     assert cpu.kind(2, torch.float16, *arguments[1:]) == "dense"  # no int4 kernel takes it, whatever the cache says
+
+
+@pytest.mark.parametrize("bits, largest", [(4, 7e4), (8, 5e3)])  # of two planes the upper has 16 times the scale
+def test_scales_that_float16_does_not_hold_are_refused(bits, largest):
+    leaf = random_leaf(16, 64, Int(bits, Tile(1, 32)))
+    leaf = replace(leaf, scales=torch.full_like(leaf.scales, largest))
+    with pytest.raises(QlabError, match=r"a\.site has scales up to .*, which torch\.float16 does not hold; lower to torch\.bfloat16"):
+        QLinear("a.site", leaf, None, torch.float16, torch.device("cpu"), False)
+    assert QLinear("a.site", leaf, None, torch.bfloat16, torch.device("cpu"), False).weight().isfinite().all()
 
 
 def test_planted_faults_are_seen():

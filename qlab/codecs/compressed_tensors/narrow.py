@@ -60,7 +60,7 @@ def _numbers(spec: Float) -> Tensor:
 
 def _indices(codes: Tensor, spec: Float) -> tuple[Tensor, bool]:
     """The codes' bits, uint8, and whether every value is one of the spec's."""
-    numbers, x = _numbers(spec), codes.float()
+    numbers, x = _numbers(spec).to(codes.device), codes.float()
     magnitudes = numbers[: len(numbers) // 2]
     index = torch.searchsorted(magnitudes, x.abs()).clamp_max(len(magnitudes) - 1)
     bits = index | (x.signbit().long() << (spec.bits - 1))
