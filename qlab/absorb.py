@@ -212,8 +212,9 @@ def fold_scales(graph: ModuleGraph) -> ModuleGraph:
         scales = [o[0].m_k for o in ops if isinstance(o[0], Multiply)]
         if not all(torch.equal(m, scales[0]) for m in scales[1:]) or not (scales[0] > 0).all():
             continue  # relu and its like let only positive scales through
+        one = bool((scales[0] == 1).all())  # rounded rows that cannot move have no other
         online = {path: rest for path, rest in {**graph.online, **{s.path: graph.online[s.path][1:] for s in sites}}.items() if rest}
-        graph = replace(graph.update(places[source].apply(graph, scales[0])), online=online)
+        graph = replace(graph if one else graph.update(places[source].apply(graph, scales[0])), online=online)
     return graph
 
 

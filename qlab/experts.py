@@ -43,9 +43,9 @@ def each_expert(x_sk: Tensor, ends: Tensor, product: Callable[[int, Tensor], Ten
     return torch.cat([product(e, x_sk[rows]) for e, rows in enumerate(rows_of(ends))])
 
 
-def per_row(m_ek: Tensor, ends: Tensor) -> Tensor:
-    """[e, k] -> [s, k]: each row gets its expert's."""
-    return m_ek.repeat_interleave(torch.diff(ends, prepend=ends.new_zeros(1)), 0)
+def per_row(m_ek: Tensor, ends: Tensor, rows: int) -> Tensor:
+    """[e, k] -> [s, k]: each of s rows gets its expert's. Told how many there are, a GPU's host need not wait for `ends`."""
+    return m_ek.repeat_interleave(torch.diff(ends, prepend=ends.new_zeros(1)), 0, output_size=rows)
 
 
 @torch.library.custom_op("qlab::route", mutates_args=())

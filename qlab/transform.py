@@ -1,5 +1,6 @@
 """Quantizers are tuples of pure stages (graph, stats) -> (graph, stats); chaining them is tuple concatenation."""
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -130,6 +131,10 @@ def each_weight(name: str, fn: WeightFn, spec: Spec, needs: frozenset[str] = fro
             leaf, note = fn(W_ok, seen, with_scale_dtype(spec, graph.dtype))
         except QlabError as error:
             raise QlabError(f"{graph.where(site)}{'' if expert is None else f', expert {expert}'}: {error}") from error
+        try:
+            json.dumps(note)
+        except (TypeError, ValueError) as error:
+            raise QlabError(f"{graph.where(site)}: {name} notes what no report holds ({error}); note numbers and texts") from error
         if leaf.shape != W_ok.shape:
             raise QlabError(f"{graph.where(site)}: {name} made a weight {tuple(leaf.shape)} of one {tuple(W_ok.shape)}")
         return _Solved(leaf, note, _errors(W_ok, leaf, seen.get("second_moment")))
@@ -236,7 +241,7 @@ class Multiply:
 
     def __call__(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
         m = self.m_k.to(x.dtype)
-        return x * (m if ends is None else per_row(m[:, 0], ends))
+        return x * (m if ends is None else per_row(m[:, 0], ends, len(x)))
 
 
 @dataclass(frozen=True)

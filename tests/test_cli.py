@@ -98,6 +98,9 @@ def test_eval_prints_every_figure_with_its_interval(call, quantized, saved, text
         low, high = found[name]
         assert low <= (found["perplexity"] / found["reference_perplexity"] if value == "ratio" else found[value]) <= high
         assert f"{low:.4f} to {high:.4f}" in out
+    (short := tmp_path / "short.txt").write_text(" ".join(text.read_text().split()[:48]))
+    said = sentence(call("eval", quantized / "out", "--against", saved(), "--text", short, "--length", 32))
+    assert "gives one window of 32 tokens, and an interval needs two" in said
     assert found["data"]["length"] == 32 and found["predictions"] == 4 * 31 and len(found["layer_error"]) == 2
 
 

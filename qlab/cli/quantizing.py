@@ -177,6 +177,8 @@ def evaluate(
 
     reference = qlab.open(against)
     data = qlab.first_windows(reference, evaluation_texts(text), length, windows)
+    if len(data.ids) < 2:
+        raise QlabError(f"the text gives one window of {length} tokens, and an interval needs two; give more text or less --length")
     result = qlab.evaluate(qlab.open(model), reference, data, device)
     table = Table("", "value", "95 % interval", title=f"{model} against {against}: {result.windows} windows of {length}")
     table.add_row("perplexity", f"{result.perplexity:.4f}", _range(result.perplexity_ci))

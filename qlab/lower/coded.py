@@ -153,4 +153,4 @@ class CodedExperts(CodedWeight):
         """Rows ends[e-1]:ends[e] of x [s, k] times W_e.T, plus bias [e, n] if there is one -> [s, n]"""
         y = experts_mm(self._rows(x), self.words, self.scales, self.zeros, self.outer, self.perm, self.dense, ends,
                        self.in_features, self.spec)  # fmt: skip
-        return y if bias is None else y + per_row(bias, ends)
+        return y if bias is None else y + per_row(bias, ends, len(y))

@@ -144,7 +144,7 @@ class QExperts(PackedWeight):
         """Rows ends[e-1]:ends[e] of x [s, k] times W_e.T, plus bias [e, n] if there is one -> [s, n]"""
         y = int4_grouped_mm(self._rows(x), self.words, self.scales, self.zeros, self.dense, ends, self.out_features, self.group,
                             self.count, self.layout)  # fmt: skip
-        return y if bias is None else y + per_row(bias, ends)
+        return y if bias is None else y + per_row(bias, ends, len(y))
 
 
 def expert(leaf: QTensor, e: int) -> QTensor:

@@ -255,6 +255,14 @@ def test_rounded_rows_whose_scales_cannot_take_another_stay_and_are_refused_by_n
         fold_scales(graph)
 
 
+def test_a_scale_of_ones_leaves_rounded_rows_that_cannot_take_another():
+    """What a search of rows that cannot move comes to: `stored` says 1."""
+    _, graph, source, m_k = with_rounded_values("int8-tensor")
+    moved, _ = reparametrize(graph, {}, source, torch.ones_like(m_k), torch.ones_like(m_k))
+    assert moved.online and not fold_scales(moved).online
+    assert_same(fold_scales(moved), graph)
+
+
 def test_of_rounded_rows_those_stay_whose_scales_would_be_lost():
     _, graph, source, _ = with_rounded_values("int4-g16", torch.float16)
     q, fold = graph.params["self_attn.v_proj.weight"], folds(graph.code)[source]

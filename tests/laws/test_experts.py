@@ -88,7 +88,7 @@ def test_rows_are_cut_where_experts_end(counts):
     ends, x = torch.tensor(counts).cumsum(0), torch.arange(sum(counts))
     assert [len(x[rows]) for rows in rows_of(ends)] == counts
     m = torch.arange(float(len(counts)))[:, None]
-    assert per_row(m, ends).flatten().tolist() == [float(e) for e, count in enumerate(counts) for _ in range(count)]
+    assert per_row(m, ends, sum(counts)).flatten().tolist() == [float(e) for e, count in enumerate(counts) for _ in range(count)]
 
 
 @every_mixture

@@ -135,6 +135,12 @@ def test_a_weight_of_another_shape_is_refused_by_site():
         run(seg.graph, each_weight("mine", lambda W, seen, spec: (W[:, :32], {}), SPEC), seg.stats)
 
 
+def test_a_note_that_the_report_cannot_hold_is_refused_by_site():
+    seg = segment("llama")
+    with pytest.raises(QlabError, match=r"proj: mine notes what no report holds \(Object of type Tensor"):
+        run(seg.graph, each_weight("mine", lambda W, seen, spec: (W, {"mean": W.mean()}), SPEC), seg.stats)
+
+
 def test_groups_that_do_not_divide_are_refused_by_site():
     with pytest.raises(QlabError, match=r"layers\.0\.self_attn\.q_proj: groups of 48 do not divide the 64 input channels"):
         segment("llama").solve(rtn(parse_spec("int4-g48")))
