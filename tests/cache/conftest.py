@@ -1,5 +1,7 @@
 """A cache folder of its own for every test, and problems and entries to put into it."""
 
+import importlib
+
 import pytest
 
 from qlab_kernels import cache
@@ -47,3 +49,17 @@ def entry():
         return Entry(config, us, 1000.0, 12, device, triton, torch, source, date)
 
     return make
+
+
+@pytest.fixture
+def small_cache(monkeypatch):
+    """A machine with a small cache: few copies of every weight."""
+    monkeypatch.setattr(importlib.import_module("qlab.lower.timing"), "last_cache", lambda device: 2**16)
+    monkeypatch.setattr("qlab.bench.matmul.copy_rate", lambda device: 10.0)
+    monkeypatch.setattr("qlab.bench.matmul.matmul_rate", lambda device, dtype: 0.1)
+
+
+@pytest.fixture
+def call(command):
+    """call(*arguments, main=...) -> exit code, what was printed, what was said beside it."""
+    return lambda *arguments, main=None: command(main or importlib.import_module("qlab.cli").main, *arguments)

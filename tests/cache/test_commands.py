@@ -1,4 +1,4 @@
-"""`qlab tune`, `qlab cache`, `python -m qlab.bench matmul|tune` on a CPU: what they print, write and refuse."""
+"""`qlab tune` and `qlab cache` on a CPU: what they print, write and refuse."""
 
 import json
 
@@ -7,36 +7,20 @@ import torch
 
 import qlab
 import qlab.cli
-from qlab.bench import contenders
 from qlab.bench.__main__ import main as bench_main
-from qlab.bench.contenders import CONTENDERS, Case, Unavailable, prepare
-from qlab.bench.matmul import compare_matmuls, losses, table, verdict
+from qlab.bench.contenders import Case, prepare
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
-from qlab.lower import QLinear, cpu, timing, tuning
-from qlab.lower.timing import copies, microseconds
-from qlab.lower.tuning import Form, parse_shapes, random_weight, weights_of
+from qlab.lower import QLinear, cpu, tuning
+from qlab.lower.tuning import Form, parse_shapes, weights_of
 from qlab.methods.rtn import rtn
 from qlab.spec import parse_spec
 from qlab_kernels import cache
 from qlab_kernels.config import Config
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("small_cache")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SMALL = ["--shapes", "128x256", "--m", "1,8", "--group", "64", "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def small_cache(monkeypatch):
-    """A machine with a small cache: few copies of every weight."""
-    monkeypatch.setattr(timing, "last_cache", lambda device: 2**16)
-    monkeypatch.setattr("qlab.bench.matmul.copy_rate", lambda device: 10.0)
-    monkeypatch.setattr("qlab.bench.matmul.matmul_rate", lambda device, dtype: 0.1)
-
-
-@pytest.fixture
-def call(command):
-    return lambda *arguments, main=qlab.cli.main: command(main, *arguments)
 
 
 def test_tuning_fills_the_cache_and_a_second_time_measures_nothing(call, tmp_path, folder):
@@ -155,79 +139,11 @@ def test_a_read_only_home_refuses_to_tune_in_one_sentence(call, folder):
 
 
 # ---------------------------------------------------------------- the bench
-def test_the_bench_measures_everybody_and_says_who_is_absent(call, tmp_path):
-    names = "qlab,dense copy,library,torch int4,gemlite"
-    files = ["--json", tmp_path / "m.json", "--plot", tmp_path / "m.png", "--seconds", "0.01"]
-    code, out, said = call("matmul", *SMALL, "--contenders", names, *files, main=bench_main)
-    assert code == 0 and "128x256 library:" in said
-    record = json.loads((tmp_path / "m.json").read_text())
-    assert {(row["contender"], row["m"]) for row in record["rows"]} == {
-        (name, m) for name in ("qlab", "dense copy", "library", "torch int4") for m in (1, 8)}  # fmt: skip
-    ours = [row for row in record["rows"] if row["contender"] == "qlab"]
-    assert all(row["ratio"].keys() == {"dense copy", "library", "torch int4"} and row["graph_us"] is None for row in ours)
-    assert record["absent"] == {"gemlite": "runs on GPUs"} and "gemlite runs on GPUs" in out
-    assert record["device"]["type"] == "cpu" and record["versions"]["torch"] and record["rates"]["copy_gbps"] == 10
-    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
-    assert "128x256" in out and ("int4 loses to the library's" in out or "int4 is nowhere slower" in out)
-
-
-@pytest.mark.parametrize("option", ["--json", "--plot"])
-def test_a_file_that_cannot_be_written_takes_no_figure_with_it(call, option):
-    arguments = [*SMALL, "--contenders", "qlab, library", "--seconds", "0", option, "/no/such/folder/file"]
-    code, out, said = call("matmul", *arguments, main=bench_main)
-    assert code == 2 and "/no/such/folder/file cannot be written" in said
-    measured = "128x256" in out and "library's bfloat16 matmul" in out
-    assert measured == (option == "--plot") and bool(out) == measured  # of --json it is known beforehand
-
-
-def test_tuning_before_the_bench_decides_what_runs(call, tmp_path):
-    options = ["--contenders", "qlab", "--tune", "--seconds", "0.01", "--json", tmp_path / "m.json"]
-    assert call("matmul", *SMALL, *options, main=bench_main)[0] == 0
-    assert {row["source"] for row in json.loads((tmp_path / "m.json").read_text())["rows"]} == {"user"}
-
-
-@pytest.mark.parametrize(("option", "value"), [
-    ("--contenders", "marlin"), ("--group", "100"), ("--group", "16"), ("--m", "-1"), ("--device", "tpu"), ("--device", "meta"),
-])  # fmt: skip
-def test_the_bench_refuses_before_it_measures(call, option, value):
-    code, out, said = call("matmul", *SMALL, option, value, main=bench_main)
-    assert code == 2 and not out and said.count("\n") == 1
-
-
-def row(name, m, us, **more):
-    figures = {"graph_us": None, "gbps": 1.0, "tflops": 1.0, "percent_of_floor": 50.0, "floor_us": us / 2}
-    return {"contender": name, "n": 64, "k": 64, "m": m, "us": us, **figures, **more}
-
-
-def record(*rows):
-    return {
-        "shapes": [[64, 64]], "tokens": [1, 256], "dtype": "bfloat16", "group": 64, "zeros": False, "rows": list(rows),
-        "absent": {"gemlite": "is not installed"}, "rates": {"copy_gbps": 1.0, "matmul_tflops": 1.0}, "device": {"name": "x"},
-    }  # fmt: skip
-
-
-def test_it_says_plainly_where_int4_loses():
-    how = {"config": {"kind": "gemm", "bm": 16, "bn": 64, "bk": 128, "split": 1}, "source": "nearest", "stale": True}
-    rows = [row("qlab", 1, 10.0, ratio={"library": 3.0, "torch int4": 1.2}, **how), row("library", 1, 30.0), row("torch int4", 1, 12.0),
-            row("qlab", 256, 60.0, ratio={"library": 0.8, "torch int4": 0.5}, **how), row("library", 256, 48.0),
-            row("torch int4", 256, 30.0)]  # fmt: skip
-    assert losses(rows) == [{"n": 64, "k": 64, "m": 256, "times": 1.25}]
-    assert verdict(record(*rows)) == [
-        "64x64: int4 loses to the library's bfloat16 matmul at 1 of 2 numbers of tokens: 1.25 times its time at 256",
-        "64x64 at 256: torch int4 is faster, qlab takes 2.00 times its time",
-        "gemlite is not installed",
-    ]
-    drawn = table(record(*rows))
-    cells = [list(column.cells) for column in drawn.columns]
-    assert cells[2][0] == "gemm 16x64x128 (nearest, stale)" and cells[8] == ["30.0 (3.00x)", "48.0 (0.80x)"]
-    assert verdict(record(*rows[:3]))[0] == "64x64: int4 is nowhere slower than the library's bfloat16 matmul"
-
-
 @pytest.mark.parametrize(("k", "group"), [(100, 100), (1024, 1024), (192, 96)])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_whole_rows_and_wide_groups_are_held_as_a_lowered_model_holds_them(k, group, zeros):
     for name in ("qlab", "dense copy"):
-        prepare(name, Case(70, k, "bfloat16", group, zeros, CPU))  # checks itself against fp32
+        prepare(name, Case(70, k, "bfloat16", group, zeros, torch.device("cpu")))  # checks itself against fp32
     rows = tuning.tune_shapes([(70, k)], [1], Form(group, zeros), budget=5.0)
     held = cpu.problem(1, torch.bfloat16, False, 128, k + -k % 64, 32 if group == 96 else 128 if k == 100 else 256, zeros)
     assert cache.lookup(held).source == "user" and all(row["timings"] >= 2 for row in rows)
@@ -240,60 +156,8 @@ def test_a_gpu_that_is_not_there_is_refused(call, bench):
     assert code == 2 and not out and "torch finds no CUDA device here" in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("zeros", [False, True])
-@pytest.mark.parametrize("name", [name for name in CONTENDERS if name not in ("compiled", "gemlite")])
-def test_contenders_multiply_the_same_weight(name, zeros):
-    case = Case(64, 128, "bfloat16", 32, zeros, CPU)
-    try:
-        products = prepare(name, case)  # checks itself against fp32
-    except Unavailable as why:
-        assert name == "torchao", why
-        pytest.skip(str(why))
-    assert len(products) >= 4 and products[0](torch.ones(3, 128).bfloat16()).shape == (3, 64)
-
-
-def test_the_compiled_baseline_multiplies_the_same_weight(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # its arithmetic, without half a minute of compiler
-    assert prepare("compiled", Case(64, 128, "bfloat16", 32, True, CPU))
-
-
-def test_a_contender_that_computes_something_else_is_shown_the_door(monkeypatch):
-    wrong = {"library": lambda case: [lambda x: x @ torch.zeros(case.n, case.k).bfloat16().mT]}
-    monkeypatch.setattr(contenders, "CONTENDERS", wrong)
-    with pytest.raises(Unavailable, match="computes something else: relative error 1"):
-        prepare("library", Case(64, 128, "bfloat16", 32, False, CPU))
-
-
-def test_the_weight_of_a_seed_is_the_same_everywhere_and_other_seeds_differ():
-    a, b, c = (random_weight(8, 64, 32, True, CPU, seed) for seed in (0, 0, 1))
-    assert torch.equal(a.codes, b.codes) and torch.equal(a.zeros, b.zeros) and not torch.equal(a.codes, c.codes)
-    W = a.dense(torch.float64)
-    assert W[3, 40] == (a.codes[3, 40].double() - a.zeros[3, 1].double()) * a.scales[3, 1]
-
-
-def test_calls_take_turns_so_that_no_weight_stays_in_the_cache():
-    seen = []
-    microseconds([lambda i=i: seen.append(i) for i in range(3)], 7, CPU)
-    assert seen == [0, 1, 0, 1, 2, 0, 1, 2, 0]  # two to warm up
-    assert copies(2**30, CPU) == 4 and copies(2**15, CPU) == 4 and copies(2**13, CPU) == 16 and copies(1, CPU) == 64
-
-
-def test_a_time_limit_still_leaves_three_repetitions():
-    seen = []
-    microseconds([lambda: seen.append(0)], 50, CPU, seconds=0.0)
-    assert len(seen) == 1 + 3
-
-
 def test_shapes_are_rows_by_columns():
     assert parse_shapes("8192x8192,4096X14336") == [(8192, 8192), (4096, 14336)]
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_the_bench_on_a_gpu():
-    found = compare_matmuls([(4096, 4096)], [1, 16, 1024], device="cuda", seconds=0.2)
-    assert {row["contender"] for row in found["rows"]} >= {"qlab", "library", "compiled", "torch int4"}, found["absent"]
-    assert all(row["graph_us"] for row in found["rows"] if row["contender"] in ("qlab", "library"))
 
 
 @pytest.mark.gpu
