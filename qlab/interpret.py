@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from qlab.errors import QlabError
 from qlab.experts import EXPERT_OPS, Rows, each_expert
 from qlab.graph import SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, Op, Site, by_source, placed, tensors_of
+from qlab.products import product_dtype
 from qlab.qtensor import QTensor, dense
 
 
@@ -45,13 +46,13 @@ class _Interpreter(fx.Interpreter):
             for op in self.mg.online.get(site.path, ()):
                 x = op(x)
             leaf = self.mg.params[args[w_at].path]
-            W = dense(leaf, x.dtype)
+            W, wide = dense(leaf, x.dtype), product_dtype(x)
             new = list(args)
             # codes are always [o, k]; an unquantized weight still has its own layout
-            new[x_at], new[w_at] = x, W.mT if isinstance(leaf, QTensor) and layout == "k o" else W
+            new[x_at], new[w_at] = x.to(wide), (W.mT if isinstance(leaf, QTensor) and layout == "k o" else W).to(wide)
             if b_at is not None and len(args) > b_at and args[b_at] is not None:
-                new[b_at] = args[b_at].to(x.dtype)
-            y = super().call_function(target, *placed(tuple(new), kwargs, self.device))
+                new[b_at] = args[b_at].to(x.dtype).to(wide)
+            y = super().call_function(target, *placed(tuple(new), kwargs, self.device)).to(x.dtype)
             for op in self.mg.online_outputs.get(site.path, ()):
                 y = op(y)
             return y
@@ -64,9 +65,10 @@ class _Interpreter(fx.Interpreter):
 
         def product(e: int, x_nk: Tensor) -> Tensor:  # one expert is dense at a time
             leaf = pytree.tree_map_only(Tensor, lambda t: t[e], stacked)
-            W = dense(leaf, x_nk.dtype)
-            W_ok = W.mT if layout == "e k o" and isinstance(leaf, Tensor) else W
-            return F.linear(x_nk, W_ok, None if bias_eo is None else bias_eo[e].to(x_nk.dtype))
+            W, wide = dense(leaf, x_nk.dtype), product_dtype(x_nk)
+            W_ok = (W.mT if layout == "e k o" and isinstance(leaf, Tensor) else W).to(wide)
+            bias_o = None if bias_eo is None else bias_eo[e].to(x_nk.dtype).to(wide)
+            return F.linear(x_nk.to(wide), W_ok, bias_o).to(x_nk.dtype)
 
         return each_expert(x_sk, ends, product)
 

@@ -3,8 +3,7 @@
 Shapes: x_nk is n tokens by k channels, H_kk = sum_n x_n^T x_n. Accumulation is in fp32 whatever the model's dtype.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qlab.experts import rows_of
+from qlab.products import exact_bf16_products
 
 TILE = 192  # columns per block of a symmetric matrix, of which one triangle is multiplied
 
@@ -83,7 +83,7 @@ def gram(x_nk: Tensor) -> Tensor:
     """x^T x in fp32 [k, k]. Only the blocks of the upper triangle are multiplied, so that it is exactly symmetric."""
     x, k = x_nk.float(), x_nk.shape[1]
     H_kk = x.new_empty(k, k)
-    with _bf16_products(x_nk.dtype):
+    with exact_bf16_products(x_nk.dtype):
         for i in range(0, k, TILE):
             torch.mm(x[:, i : i + TILE].T, x[:, i:], out=H_kk[i : i + TILE, i:])
     for i in range(0, k, TILE):  # the mirror image tile by tile, which stays in cache
@@ -91,18 +91,6 @@ def gram(x_nk: Tensor) -> Tensor:
         tile.copy_(tile.triu() + tile.triu(1).T)
         H_kk[beyond:, i:beyond] = H_kk[i:beyond, beyond:].T
     return H_kk
-
-
-@contextmanager
-def _bf16_products(dtype: torch.dtype) -> Iterator[None]:
-    """Lets a processor with matrix units for bf16 (AMX) multiply fp32 copies of bf16 numbers there: exact, summed in fp32."""
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    try:
-        matmul.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def _add_moments(a: Moment, b: Moment) -> Moment:

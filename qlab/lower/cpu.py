@@ -18,6 +18,7 @@ from qlab.errors import QlabError
 from qlab.experts import each_expert
 from qlab.lower.nibbles import Planes, spread
 from qlab.lower.timing import device_label
+from qlab.products import bf16_units, product_dtype
 
 aten = torch.ops.aten
 PREFIX = "int4pack"
@@ -110,8 +111,7 @@ def problem(m: int, dtype: torch.dtype, dense_copy: bool, n: int, k: int, group:
 
 @cache
 def _isa() -> str:
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return "amx" if amx else torch.backends.cpu.get_cpu_capability().lower()
+    return "amx" if bf16_units() else torch.backends.cpu.get_cpu_capability().lower()
 
 
 @cache
@@ -130,7 +130,8 @@ def int4_mm(x_mk: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, d
         y = aten._weight_int4pack_mm_for_cpu(spread(x_mk, count), words, group, scales)
         return y if y.shape[1] == n else y[:, :n].contiguous()
     W_nk = dequantize(words, scales, zeros, n, k, group, count, name) if dense is None else dense
-    return x_mk @ W_nk.mT
+    wide = product_dtype(x_mk)
+    return (x_mk.to(wide) @ W_nk.to(wide).mT).to(x_mk.dtype)
 
 
 def int4_grouped_mm(x_sk: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, dense: Tensor | None, ends: Tensor, n: int,

@@ -1,0 +1,61 @@
+"""16-bit products run in the arithmetic that the processor is fast at, and round once whichever that is."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qlab import products
+from qlab.interpret import interpret
+from qlab.products import product_dtype
+from qlab.trace import trace
+
+HALVES = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+
+
+class Multiplied(TorchDispatchMode):
+    """The dtypes of the matrices that were multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten.mm, torch.ops.aten.linear):
+            self.dtypes.add(args[-1].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@HALVES
+@pytest.mark.parametrize("units", (False, True))
+@pytest.mark.parametrize("least", (8, 256))
+def test_many_rows_are_multiplied_in_fp32_where_there_are_no_units_for_them(dtype, units, least, monkeypatch):
+    monkeypatch.setattr(products, "bf16_units", lambda: units)
+    monkeypatch.setattr(products, "_rows_worth_copies", lambda: least)
+    own = units and dtype == torch.bfloat16
+    for x in (torch.zeros(least, 3, dtype=dtype), torch.zeros(2, least // 2, 3, dtype=dtype)):
+        assert product_dtype(x) == (dtype if own else torch.float32)
+    assert product_dtype(torch.zeros(least - 1, 3, dtype=dtype)) == dtype
+    assert product_dtype(torch.zeros(least, 0, dtype=dtype)) == dtype
+    assert product_dtype(torch.zeros(least, 3, dtype=dtype, device="meta")) == dtype
+
+
+def test_wider_floats_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(products, "bf16_units", lambda: False)
+    assert {product_dtype(torch.zeros(999, 3, dtype=t)) for t in (torch.float32, torch.float64)} == {torch.float32, torch.float64}
+
+
+@HALVES
+@pytest.mark.parametrize("bias", (False, True))
+def test_an_interpreted_product_is_the_exact_one_rounded_once(dtype, bias, monkeypatch):
+    monkeypatch.setattr(products, "bf16_units", lambda: False)
+    torch.manual_seed(0)
+    block, x = nn.Sequential(nn.Linear(48, 24, bias=bias)).to(dtype), torch.randn(3, 100, 48).to(dtype)
+    exact = nn.functional.linear(x.double(), block[0].weight.double(), block[0].bias.double() if bias else None)
+    graph = trace(block, (x,), {})
+    with Multiplied() as seen, torch.no_grad():
+        y = interpret(graph, (x,), {})
+    assert seen.dtypes == {torch.float32} and y.dtype == dtype
+    half_an_ulp = exact.abs() * torch.finfo(dtype).eps / 2 + 1e-6
+    assert ((y.double() - exact).abs() <= half_an_ulp * 1.001).all()
+    assert y.double().sub(exact).abs().max() > 0
