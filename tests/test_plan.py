@@ -7,7 +7,7 @@ import pytest
 import torch
 from directories import change, contents, random_tokens, refused
 from families import tiny
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM
 
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
@@ -163,14 +163,17 @@ def test_a_recipe_that_rounds_nothing_is_refused(model, source):
     assert "rounds no weight" in refusal(model, awq_scale(INT4), random_tokens(source))
 
 
-def test_windows_longer_than_learned_positions_are_refused_and_rotated_ones_have_no_end(tmp_path):
+def test_windows_longer_than_a_table_of_positions_are_refused_and_rotated_ones_have_no_end(tmp_path):
     for family in ("opt", "llama"):
         tiny(family).save_pretrained(tmp_path / family)
-    opt, llama = open_checkpoint(tmp_path / "opt"), open_checkpoint(tmp_path / "llama")
-    longest = opt.config.max_position_embeddings
-    plan(opt, gptq(INT4), random_tokens(opt.path, 1, longest))
-    message = refusal(opt, gptq(INT4), random_tokens(opt.path, 1, longest + 1))
-    assert f"windows of {longest + 1} tokens are longer than the {longest} positions" in message
+    sizes = {"vocab_size": 128, "n_embd": 32, "n_layer": 1, "n_head": 4}
+    GPTJForCausalLM(GPTJConfig(**sizes, n_positions=64, rotary_dim=8)).save_pretrained(tmp_path / "gptj")  # its table is a buffer
+    for limited in (open_checkpoint(tmp_path / family) for family in ("opt", "gptj")):
+        longest = limited.config.max_position_embeddings
+        plan(limited, gptq(INT4), random_tokens(limited.path, 1, longest))
+        message = refusal(limited, gptq(INT4), random_tokens(limited.path, 1, longest + 1))
+        assert f"windows of {longest + 1} tokens are longer than the {longest} positions" in message
+    llama = open_checkpoint(tmp_path / "llama")
     plan(llama, gptq(INT4), random_tokens(llama.path, 1, llama.config.max_position_embeddings + 1))
 
 

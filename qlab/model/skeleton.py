@@ -66,12 +66,14 @@ class Skeleton:
                     self.checkpoint.shape_and_dtype(self.file_name(self.tied.get(name, name)))
 
     def check_length(self, tokens: int) -> None:
-        """Refuse samples of more tokens than a model with learned positions has; the table lies beside that of the vocabulary."""
+        """Refuse samples of more tokens than a model with tables of positions has: learned ones, which lie beside that of the
+        vocabulary, or buffers of as many rows."""
         vocabulary = path_of(self.model, self.model.get_input_embeddings())
         beside = self.model.get_submodule(vocabulary.rpartition(".")[0]).named_children()
         learned = [n for n, m in beside if isinstance(m, nn.Embedding) and n != vocabulary.rpartition(".")[2]]
         positions = getattr(self.checkpoint.config.get_text_config(), "max_position_embeddings", tokens)
-        if learned and tokens > positions:
+        tables = learned or [name for name, buffer in self.model.named_buffers() if positions in buffer.shape]
+        if tables and tokens > positions:
             raise QlabError(f"windows of {tokens} tokens are longer than the {positions} positions of {self.checkpoint.path}; "
                             "choose a shorter length")
 
