@@ -4,8 +4,10 @@ Three rewrites before Inductor's own post-grad passes, on nodes alone, since the
 
     mm(x, dequantize(w).T), addmm(b, x, dequantize(w).T)   ->  int4_mm(x, w) [+ b]
     bmm(x, dequantize(w).T for every batch)                ->  the same, of all batches' rows
+    mm, bmm(dequantize(w), x)                              ->  the same, of x's columns
     int4_mm(x, w) of a known number of tokens on a CPU     ->  what cpu.kind chooses for them: aten's int4 product, which
                                                                Inductor has a template for, or mm(x, dequantize(w).T)
+                                                               where it is multiplied in x's dtype
     mm(x [1, k], W.T), W dense, on a CPU                   ->  sum_k x * W
 """
 
@@ -18,13 +20,14 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from qlab.lower import cpu
 from qlab.lower.nibbles import plane_width
+from qlab.products import product_dtype
 
 aten, prims = torch.ops.aten, torch.ops.prims
 TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int, aten.numpy_T.default)
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 VIEWS = (*TRANSPOSES, *RESHAPES, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim)
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
-SOURCES = ("rewrite.py", "cpu.py", "nibbles.py", "ops.py")  # what the pass depends on, beside the config cache
+SOURCES = ("rewrite.py", "cpu.py", "nibbles.py", "ops.py", "../products.py")  # what the pass depends on, beside the config cache
 
 
 class Rewrite(CustomGraphPass):
@@ -54,17 +57,24 @@ def fuse(graph: Any) -> int:
     found = 0
     for node in [n for target in PRODUCTS for n in graph.find_nodes(op="call_function", target=target)]:
         bias, x, w = node.args if node.target is aten.addmm.default else (None, *node.args)
-        dequantized = _dequantized(w)
-        if dequantized is None or node.kwargs:
+        dequantized, columns = _dequantized(w, transposed=True), False
+        if dequantized is None and bias is None:  # W @ x: what is multiplied stands in columns
+            dequantized, columns, x, w = _dequantized(x, transposed=False), True, w, x
+        if dequantized is None:
             continue
         words, scales, zeros, n, k, group, count, layout = dequantized.args
         with graph.inserting_before(node):
-            rows = x if node.target is not aten.bmm.default else _call(graph, aten.reshape.default, (x, [-1, k]))
+            batch = [_size(graph, x, 0)] if node.target is aten.bmm.default else []
+            x = _turned(graph, x) if columns else x
+            m = _size(graph, x, -2) if batch else None
+            rows = _call(graph, aten.reshape.default, (x, [-1, k])) if batch else x
             new = _call(graph, torch.ops.qlab.int4_mm.default, (rows, words, scales, zeros, None, n, group, count, layout))
             if bias is not None:
-                new = _call(graph, aten.add.Tensor, (new, bias))
-            if rows is not x:
-                new = _call(graph, aten.reshape.default, (new, [_size(graph, x, 0), _size(graph, x, 1), n]))
+                new = _plus(graph, new, bias, **node.kwargs)
+            if batch:
+                new = _call(graph, aten.reshape.default, (new, [*batch, m, n]))
+            if columns:
+                new = _contiguous(graph, _turned(graph, new))
         _replace(graph, node, new)
         while w is not None and not w.users:
             w, dead = None if w is dequantized else w.args[0], w
@@ -73,8 +83,15 @@ def fuse(graph: Any) -> int:
     return found
 
 
-def _dequantized(w: Any) -> Any:
-    """The dequantize node whose W `w` is a view of as W.T [k, n], or as [b, k, n] with W.T b times; else None.
+def _plus(graph: Any, product: Any, bias: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    """alpha * product + beta * bias, where beta = 0 leaves out what is no number in the bias, as addmm does."""
+    if alpha != 1:
+        product = _call(graph, aten.mul.Tensor, (product, alpha))
+    return _call(graph, aten.add.Tensor, (product, bias), alpha=beta) if beta else product
+
+
+def _dequantized(w: Any, transposed: bool) -> Any:
+    """The dequantize node whose W [n, k] `w` is a view of, itself or as W.T [k, n], or one of them b times; else None.
 
     Which view that is, is asked of a tensor without data that has gone the same way.
     """
@@ -82,7 +99,7 @@ def _dequantized(w: Any) -> Any:
     source = w
     while getattr(source, "target", None) in VIEWS:
         way, source = [source, *way], source.args[0]
-    if getattr(source, "target", None) is not torch.ops.qlab.dequantize.default or not way:
+    if getattr(source, "target", None) is not torch.ops.qlab.dequantize.default:
         return None
     n, k = source.args[3:5]
     probe = torch.empty(n, k, device="meta")
@@ -92,10 +109,15 @@ def _dequantized(w: Any) -> Any:
             probe = probe.view(*args) if view.target in RESHAPES else view.target(probe, *args)
         except RuntimeError:  # no view of these strides, but a copy
             return None
-    *batch, last_k, last_n = zip(probe.shape, probe.stride())
+    *batch, first, second = zip(probe.shape, probe.stride())
     as_is = all(size == 1 or stride == 0 for size, stride in batch)
-    transposed = all(size == 1 or stride == own for (size, stride), own in ((last_k, 1), (last_n, k)))
-    return source if as_is and transposed and (last_k[0], last_n[0]) == (k, n) else None
+    wanted = [(k, 1), (n, k)] if transposed else [(n, k), (k, 1)]
+    same = all(size == known and (size == 1 or stride == own) for (size, stride), (known, own) in zip((first, second), wanted))
+    return source if as_is and same else None
+
+
+def _turned(graph: Any, x: Any) -> Any:
+    return _call(graph, aten.permute.default, (x, [1, 0] if x.meta["val"].ndim == 2 else [0, 2, 1]))
 
 
 def _size(graph: Any, x: Any, axis: int) -> Any:
@@ -118,8 +140,11 @@ def choose(graph: Any) -> int:
         if words.meta["val"].device.type != "cpu" or not isinstance(m, int) or m == 0 or x.meta["val"].stride(1) > 1:
             continue  # what stands in columns is left to the operator
         cpu.check(layout)
+        kind = cpu.kind(m, x.meta["val"].dtype, dense is not None, rows, 2 * half, group, zeros is not None)
+        if kind == "dense" and product_dtype(x.meta["val"]) != x.meta["val"].dtype:
+            continue  # and so are copies in another dtype, which freezing would keep
         with graph.inserting_before(node):
-            if cpu.kind(m, x.meta["val"].dtype, dense is not None, rows, 2 * half, group, zeros is not None) == "int4pack":
+            if kind == "int4pack":
                 new = _call(graph, aten._weight_int4pack_mm_for_cpu.default, (_spread(graph, x, k, count), words, group, scales))
                 if rows != n:
                     new = _contiguous(graph, _call(graph, aten.slice.Tensor, (new, 1, 0, n)))

@@ -91,6 +91,32 @@ def test_products_of_batches_are_rewritten(form, dynamic):
     check_product(y.flatten(0, 1), turned.flatten(0, 1), leaf, bias if turned is not x else None)
 
 
+COLUMNS = {"W @ x.T": lambda x, W: (W @ x.flatten(0, 1).T).T, "bmm": lambda x, W: torch.bmm(W.expand(len(x), -1, -1), x.mT).mT,
+           "one column": lambda x, W: (W @ x[:1, 0].T).T, "einsum": lambda x, W: torch.einsum("nk,k->n", W, x[0, 0])[None]}  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("form", COLUMNS)
+def test_products_of_columns_are_rewritten(form, dynamic):
+    layer, seen = lowered(leaf := random_leaf(100, 128, INT4)), Seen()
+    x = activations(10, 128, torch.bfloat16).view(2, 5, 128)
+    y = torch.compile(lambda x: COLUMNS[form](x, layer.weight()), fullgraph=True, dynamic=dynamic, options=seen.options)(x)
+    assert seen.inner.fused == 1 and seen.count("qlab.dequantize") == 0
+    assert y.shape == COLUMNS[form](x, layer.weight()).shape
+    check_product(y.reshape(-1, 100), x.flatten(0, 1)[: y.numel() // 100], leaf)
+
+
+@pytest.mark.parametrize("beta, alpha", [(2.0, 0.5), (1.0, -1.0), (0.0, 1.0)])
+def test_addmm_keeps_its_factors(beta, alpha):
+    layer, seen = lowered(leaf := random_leaf(100, 128, INT4)), Seen()
+    x, bias = activations(5, 128, torch.bfloat16), activations(1, 100, torch.bfloat16, seed=5)[0]
+    given = bias if beta else torch.full_like(bias, torch.nan)  # a factor of 0 takes NaN with it
+    product = lambda x: torch.addmm(given, x, layer.weight().T, beta=beta, alpha=alpha)
+    y = torch.compile(product, fullgraph=True, options=seen.options)(x)
+    assert seen.inner.fused == 1 and seen.count("qlab.dequantize") == 0
+    check_product((y - beta * bias if beta else y) / alpha, x, leaf)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_strides_are_those_of_the_eager_operator(dynamic):
     """aten's kernel takes contiguous activations only, and its rows are padded; neither shows."""
