@@ -9,6 +9,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import qlab
+from qlab import products
 from qlab.files.checkpoint import open_checkpoint
 from qlab.lower import QLinear, cpu, inductor_options, lower
 from qlab.lower.attention import attention
@@ -102,8 +103,17 @@ def test_products_of_columns_are_rewritten(form, dynamic):
     x = activations(10, 128, torch.bfloat16).view(2, 5, 128)
     y = torch.compile(lambda x: COLUMNS[form](x, layer.weight()), fullgraph=True, dynamic=dynamic, options=seen.options)(x)
     assert seen.inner.fused == 1 and seen.count("qlab.dequantize") == 0
-    assert y.shape == COLUMNS[form](x, layer.weight()).shape
+    eager = COLUMNS[form](x, layer.weight())
+    assert y.shape == eager.shape and (form != "W @ x.T" or y.stride() == eager.stride())
     check_product(y.reshape(-1, 100), x.flatten(0, 1)[: y.numel() // 100], leaf)
+
+
+@pytest.mark.parametrize("units", [False, True])
+def test_many_rows_are_left_to_the_operator_where_they_are_multiplied_in_fp32(units, monkeypatch):
+    monkeypatch.setattr(products, "bf16_units", lambda: units)
+    layer, seen, x = lowered(leaf := random_leaf(100, 128, INT4)), Seen(), activations(300, 128, torch.bfloat16)
+    check_product(torch.compile(layer, fullgraph=True, dynamic=False, options=seen.options)(x), x, leaf)
+    assert (seen.count("qlab.int4_mm"), seen.count("aten.mm")) == ((0, 1) if units else (1, 0))
 
 
 @pytest.mark.parametrize("beta, alpha", [(2.0, 0.5), (1.0, -1.0), (0.0, 1.0)])

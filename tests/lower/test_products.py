@@ -2,15 +2,30 @@
 
 import pytest
 import torch
+from lowering_cases import activations, check_product, lowered, random_leaf
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlab import products
 from qlab.interpret import interpret
+from qlab.lower import cpu
 from qlab.products import product_dtype
+from qlab.spec import parse_spec
 from qlab.trace import trace
 
 HALVES = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+
+
+class Experts(nn.Module):
+    """Two experts, each token to one of them."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.W, self.b = nn.Parameter(torch.randn(2, 24, 48, dtype=dtype)), nn.Parameter(torch.randn(2, 24, dtype=dtype))
+
+    def forward(self, x, chosen):
+        _, tokens, ends = torch.ops.qlab.route(chosen, 2)
+        return torch.ops.qlab.experts_linear(x[tokens], self.W, self.b, ends)
 
 
 class Multiplied(TorchDispatchMode):
@@ -56,6 +71,37 @@ def test_an_interpreted_product_is_the_exact_one_rounded_once(dtype, bias, monke
     with Multiplied() as seen, torch.no_grad():
         y = interpret(graph, (x,), {})
     assert seen.dtypes == {torch.float32} and y.dtype == dtype
-    half_an_ulp = exact.abs() * torch.finfo(dtype).eps / 2 + 1e-6
+    assert_rounded_once(y, exact)
+
+
+def assert_rounded_once(y, exact):
+    """y is the number of its dtype next to the exact one, but for the last bits of fp32 sums."""
+    half_an_ulp = exact.abs() * torch.finfo(y.dtype).eps / 2 + 1e-5
     assert ((y.double() - exact).abs() <= half_an_ulp * 1.001).all()
-    assert y.double().sub(exact).abs().max() > 0
+
+
+@HALVES
+def test_products_of_experts_are_rounded_once(dtype, monkeypatch):
+    monkeypatch.setattr(products, "bf16_units", lambda: False)
+    monkeypatch.setattr(products, "_rows_worth_copies", lambda: 8)
+    torch.manual_seed(0)
+    block, x = Experts(dtype), torch.randn(40, 48).to(dtype)
+    chosen = torch.tensor([0] * 10 + [1] * 30)[:, None]
+    graph = trace(block, (x, chosen), {})
+    with Multiplied() as seen, torch.no_grad():
+        y = interpret(graph, (x, chosen), {})
+    own = chosen[:, 0]
+    assert seen.dtypes == {torch.float32} and y.dtype == dtype
+    assert_rounded_once(y, torch.einsum("nk,nok->no", x.double(), block.W.double()[own]) + block.b.double()[own])
+
+
+@HALVES
+@pytest.mark.parametrize("dense_cache", (False, True))
+def test_many_rows_of_a_lowered_product_are_multiplied_in_fp32(dtype, dense_cache, monkeypatch):
+    monkeypatch.setattr(products, "bf16_units", lambda: False)
+    leaf = random_leaf(100, 128, parse_spec("int4-g64"))
+    layer, x = lowered(leaf, dtype, dense_cache=dense_cache), activations(300, 128, dtype)
+    with Multiplied() as seen:
+        y = cpu.int4_mm(x, layer.words, layer.scales, layer.zeros, layer.dense, 100, layer.group, layer.count, layer.layout)
+    assert seen.dtypes == {torch.float32}
+    check_product(y, x, leaf)
