@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Literal
 from xml.etree import ElementTree
 
-import platformdirs
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -61,6 +60,8 @@ TEXT = Wheel(
 
 def home() -> Path:
     """The folder for what qlab keeps between runs: `$QLAB_HOME`, or else the user's cache folder."""
+    import platformdirs  # which a machine that only runs what others made may lack
+
     return Path(os.environ.get("QLAB_HOME") or platformdirs.user_cache_dir("qlab")).expanduser()
 
 

@@ -132,11 +132,12 @@ def each_weight(name: str, fn: WeightFn, spec: Spec, needs: frozenset[str] = fro
         except QlabError as error:
             raise QlabError(f"{graph.where(site)}{'' if expert is None else f', expert {expert}'}: {error}") from error
         try:
-            json.dumps(note)
+            json.dumps(note, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise QlabError(f"{graph.where(site)}: {name} notes what no report holds ({error}); note numbers and texts") from error
         if leaf.shape != W_ok.shape:
             raise QlabError(f"{graph.where(site)}: {name} made a weight {tuple(leaf.shape)} of one {tuple(W_ok.shape)}")
+        _refuse_nonfinite(leaf, f"{graph.where(site)}: {name} made")
         return _Solved(leaf, note, _errors(W_ok, leaf, seen.get("second_moment")))
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
@@ -160,6 +161,14 @@ def each_weight(name: str, fn: WeightFn, spec: Spec, needs: frozenset[str] = fro
         return replace(graph.update(leaves), notes=notes), stats
 
     return (Stage(name, needs, run, spec, detail, sitewise=True),)
+
+
+def _refuse_nonfinite(leaf: Leaf, said: str) -> None:
+    if isinstance(leaf, Tensor):
+        if not torch.isfinite(leaf).all():
+            raise QlabError(f"{said} a weight that holds NaN or Inf")
+    elif not torch.isfinite(leaf.scales.float()).all():
+        raise QlabError(f"{said} scales that {leaf.scales.dtype} does not hold (NaN or Inf); choose another scale dtype")
 
 
 def _outers(graph: ModuleGraph, spec: Spec) -> dict[str, Tensor]:

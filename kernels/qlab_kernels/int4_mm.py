@@ -13,6 +13,8 @@ from qlab_kernels.device import operands, options, setting, stored
 from qlab_kernels.layout import Packed
 from qlab_kernels.tile import product
 
+SUMMED = 256  # results per program of the kernel that adds the parts of a split
+
 
 @triton.jit(do_not_specialize=["M", "SPLIT"])
 def int4_mm_kernel(
@@ -40,10 +42,21 @@ def int4_mm_kernel(
     tl.store(y_tile + rm[None, :] * N + rn[:, None], acc.to(y_ptr.dtype.element_ty), mask=live[None, :] & (rn < N)[:, None])
 
 
+@triton.jit(do_not_specialize=["SPLIT"])
+def sum_parts_kernel(parts_ptr, y_ptr, SIZE, SPLIT, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """y[i] = sum over p < SPLIT of parts[p, i] in fp32, rounded once. PARTS: the power of two from SPLIT on."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    p = tl.arange(0, PARTS)
+    inside = (p < SPLIT)[:, None] & (i < SIZE)[None, :]
+    total = tl.sum(tl.load(parts_ptr + p.to(tl.int64)[:, None] * SIZE + i[None, :], mask=inside, other=0.0), axis=0)
+    tl.store(y_ptr + i, total.to(y_ptr.dtype.element_ty), mask=i < SIZE)
+
+
 def int4_mm(x: Tensor, packed: Packed, config: Config) -> Tensor:
     """y[m, n] in x's dtype, for x [m, k] and any `config` that `legal` allows; the caller adds the bias.
 
-    Products are summed in fp32, and the partial sums of a split by torch: the result does not depend on the order of programs.
+    Products are summed in fp32, and so are the partial sums of a split, by a second kernel: the result does not depend on the order
+    of programs.
 
     Raises:
         KernelError: for an x that does not fit the weights, and a kind that multiplies no matrices on a GPU.
@@ -58,12 +71,17 @@ def int4_mm(x: Tensor, packed: Packed, config: Config) -> Tensor:
         raise KernelError(f"a GPU multiplies by split_k, gemm, fma or dequant, not by {config.kind}")
     x, scales, zeros = operands(x, packed)
     m, split = x.shape[0], config.split
-    y = torch.empty((split, m, packed.n), dtype=stored(x.dtype) if split == 1 else torch.float32, device=x.device)
+    y = x.new_empty(m, packed.n, dtype=stored(x.dtype))
+    parts = y if split == 1 else x.new_empty(split, m, packed.n, dtype=torch.float32)
     grid = (triton.cdiv(m, config.bm) * (packed.padded_n // config.bn), split)
     with torch.cuda.device_of(x):
         int4_mm_kernel[grid](
-            x, packed.words, scales, zeros, y, m, packed.n, packed.padded_k, packed.padded_n, split,
+            x, packed.words, scales, zeros, parts, m, packed.n, packed.padded_k, packed.padded_n, split,
             ZEROS=packed.zeros is not None, BM=config.bm, BN=config.bn, BK=config.bk, SCALE_ON=config.scale_on, STAGES=config.stages,
             **setting(x, packed), **options(config, packed.layout),
         )  # fmt: skip
-    return (y[0] if split == 1 else y.sum(0)).to(x.dtype)
+        if split > 1:
+            sum_parts_kernel[(triton.cdiv(y.numel(), SUMMED),)](
+                parts, y, y.numel(), split, PARTS=triton.next_power_of_2(split), BLOCK=SUMMED
+            )
+    return y.to(x.dtype)

@@ -82,7 +82,7 @@ def generate(
 def matmul(
     shapes: Annotated[str | None, typer.Option("--shapes", help="NxK with commas between them (default: the common ones)")] = None,
     m: Annotated[str | None, typer.Option("--m", help="numbers of tokens (default: 1,2,4 to 4096)")] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="of the activations: bfloat16 or float16")] = "bfloat16",
+    dtype: Annotated[str, typer.Option("--dtype", help="of the activations: bfloat16 or float16, also bf16, fp16")] = "bfloat16",
     group: Annotated[int, typer.Option("--group", min=1, help="weights per scale")] = 128, asymmetric: Asymmetric = False,
     contenders: Annotated[str | None, typer.Option("--contenders", help="names with commas between them (default: all)")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda (default: cuda where there is one)")] = "",
@@ -98,7 +98,7 @@ def matmul(
     from qlab.bench.contenders import CONTENDERS
     from qlab.bench.matmul import SHAPES, SHAPES_CPU, TOKENS, compare_matmuls, table, verdict
     from qlab.bench.plots import draw_matmuls
-    from qlab.lower.tuning import parse_shapes, parse_tokens
+    from qlab.lower.tuning import SHORT, parse_shapes, parse_tokens
 
     if threads:
         torch.set_num_threads(threads)
@@ -106,8 +106,8 @@ def matmul(
     names = list(dict.fromkeys(listed(contenders))) if contenders else list(CONTENDERS)
     wanted = parse_shapes(shapes or (SHAPES_CPU if where == "cpu" else SHAPES))
     with kernel_refusals():
-        record = compare_matmuls(wanted, parse_tokens(m or TOKENS), dtype=dtype, group=group, zeros=asymmetric, device=where,
-                                 names=names, tune=tuned, budget=budget, seconds=seconds, said=say)  # fmt: skip
+        record = compare_matmuls(wanted, parse_tokens(m or TOKENS), dtype=SHORT.get(dtype, dtype), group=group, zeros=asymmetric,
+                                 device=where, names=names, tune=tuned, budget=budget, seconds=seconds, said=say)  # fmt: skip
     console().print(table(record))
     for line in verdict(record):
         console().print(line, soft_wrap=True, highlight=False)

@@ -8,7 +8,7 @@ Times are medians on a cold cache; on a GPU also inside a CUDA graph.
 """
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -17,12 +17,13 @@ import torch
 from rich import box
 from rich.table import Table
 
-from qlab.bench.contenders import CONTENDERS, DENSE, LIBRARY, OURS, Case, Unavailable, prepare
+from qlab.bench.contenders import BESIDE_DENSE, CONTENDERS, DENSE, LIBRARY, OURS, Case, Unavailable, prepare
 from qlab.errors import QlabError
 from qlab.lower import cpu
 from qlab.lower.model import device_named
 from qlab.lower.timing import copy_rate, device_label, graph_microseconds, last_cache, matmul_rate, microseconds
 from qlab.lower.tuning import Form, Shape, check, random_weight, tune_shapes
+from qlab.products import product_dtype
 from qlab.report import versions
 
 SHAPES = "4096x4096,4096x14336,14336x4096,8192x8192,8192x28672,16384x16384"
@@ -47,19 +48,22 @@ def compare_matmuls(
     if tune:
         tune_shapes(shapes, tokens, Form(group, zeros), dtype=dtype, device=where, budget=budget, said=said)
     cases = [Case(n, k, dtype, group, zeros, where) for n, k in shapes]
-    rates = {"copy_gbps": copy_rate(where), "matmul_tflops": matmul_rate(where, cases[0].torch_dtype)}
+    rates = {"copy_gbps": copy_rate(where), "matmul_tflops": max(matmul_rate(where, d) for d in _arithmetics(cases[0]))}
     said(f"{device_label(where)}: copies {rates['copy_gbps']:.0f} GB/s, multiplies {rates['matmul_tflops']:.2f} TFLOP/s")
     rows: list[dict[str, Any]] = []
     absent: dict[str, str] = {}
     with torch.no_grad():
         for case in cases:
             for name in names:
+                found: list[dict[str, Any]] = []
                 try:
-                    found = _measure(name, case, tokens, rates, seconds)
-                    said(f"{case.n}x{case.k} {name}: " + ", ".join(f"{row['us']:.1f}" for row in found) + " us")
-                    rows += found
+                    for row in _measure(name, case, tokens, rates, seconds):
+                        found.append(row)
                 except Unavailable as why:
                     absent[name] = str(why)
+                if found:
+                    said(f"{case.n}x{case.k} {name}: " + ", ".join(f"{row['us']:.1f}" for row in found) + " us")
+                rows += found
                 gc.collect()
     _add_ratios(rows)
     return {
@@ -71,6 +75,11 @@ def compare_matmuls(
         "measured": {"statistic": "median", "repetitions": REPS, "seconds": seconds, "cache": "cold: rotated copies of the weight"
                      + (", a cleared buffer" if where.type == "cuda" else "")},
     }  # fmt: skip
+
+
+def _arithmetics(case: Case) -> set[torch.dtype]:
+    """The dtypes that a product of many tokens may be computed in there."""
+    return {case.torch_dtype, product_dtype(torch.empty(4096, 1, dtype=case.torch_dtype, device=case.device))}
 
 
 def _versions() -> dict[str, str]:
@@ -85,34 +94,37 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _measure(name: str, case: Case, tokens: Sequence[int], rates: Mapping[str, float], seconds: float) -> list[dict[str, Any]]:
+def _measure(name: str, case: Case, tokens: Sequence[int], rates: Mapping[str, float], seconds: float) -> Iterator[dict[str, Any]]:
     products = prepare(name, case)
-    rows = []
     for m in tokens:
         x = torch.randn(m, case.k, device=case.device, dtype=case.torch_dtype)
         calls = [partial(product, x) for product in products]
-        us = microseconds(calls, REPS, case.device, seconds)
-        moved = (case.dense_bytes if name in DENSE else case.int4_bytes) + 2.0 * m * (case.n + case.k)
+        how = _how(case, m, name == BESIDE_DENSE) if name in (OURS, BESIDE_DENSE) else {}
+        dense = name == LIBRARY or (name == BESIDE_DENSE and how["config"]["kind"] in ("dense", "dequant"))
+        try:
+            us = microseconds(calls, REPS, case.device, seconds)
+        except Exception as error:  # a contender that stops at some number of tokens takes nobody's figures with it
+            raise Unavailable(f"failed at {m} tokens of {case.n}x{case.k}: {type(error).__name__}: {str(error)[:200]}") from error
+        moved = (case.dense_bytes if dense else case.int4_bytes) + 2.0 * m * (case.n + case.k)
         operations = 2.0 * m * case.n * case.k
         floor = max(moved / rates["copy_gbps"] * 1e-3, operations / rates["matmul_tflops"] * 1e-6)
-        rows.append({
-            "contender": name, "n": case.n, "k": case.k, "m": m, "us": us, "graph_us": _in_graph(name, calls, case.device),
+        yield {
+            "contender": name, "n": case.n, "k": case.k, "m": m, "us": us, "graph_us": _in_graph(calls, case.device, seconds),
             "gbps": moved / us * 1e-3, "tflops": operations / us * 1e-6, "floor_us": floor, "percent_of_floor": 100 * floor / us,
-            **(_how(case, m) if name == OURS else {}),
-        })  # fmt: skip
-    return rows
+            **how,
+        }  # fmt: skip
 
 
-def _in_graph(name: str, calls: Sequence[Callable[[], Any]], device: torch.device) -> float | None:
+def _in_graph(calls: Sequence[Callable[[], Any]], device: torch.device, seconds: float) -> float | None:
     """Not every library can be captured; what cannot has no such figure."""
     try:
-        return graph_microseconds(calls, device)
+        return graph_microseconds(calls, device, seconds)
     except RuntimeError:
         torch.cuda.synchronize(device)
         return None
 
 
-def _how(case: Case, m: int) -> dict[str, Any]:
+def _how(case: Case, m: int, dense_copy: bool) -> dict[str, Any]:
     """The configuration that ran, and where it came from."""
     from qlab_kernels import cache
     from qlab_kernels.config import Config, Problem
@@ -122,7 +134,7 @@ def _how(case: Case, m: int) -> dict[str, Any]:
         cc = torch.cuda.get_device_capability(case.device)
         found = cache.lookup(Problem("int4_mm", cc, device_label(case.device), case.dtype, held.group, case.zeros, case.n, case.k, m))
         return {"config": asdict(found.config), "source": found.source, "stale": found.stale}
-    product = m, case.torch_dtype, False, -(-case.n // cpu.ROWS) * cpu.ROWS, held.q.shape[1], held.group, case.zeros
+    product = m, case.torch_dtype, dense_copy, -(-case.n // cpu.ROWS) * cpu.ROWS, held.q.shape[1], held.group, case.zeros
     found, kind = cache.lookup(cpu.problem(*product)), cpu.kind(*product)
     return {"config": asdict(Config(kind)), "source": found.source, "stale": found.stale}
 

@@ -28,7 +28,7 @@ def tune(
     model: Annotated[str | None, typer.Argument(help="a directory that qlab quantized: its shapes (or give --shapes)")] = None,
     shapes: Annotated[str | None, typer.Option("--shapes", help="NxK with commas between them: rows x columns of weights")] = None,
     m: Annotated[str, typer.Option("--m", help="numbers of tokens (of experts: rows of all)")] = "1,2,4,8,16,32,64,128,256,512,1024",
-    dtype: Annotated[str, typer.Option("--dtype", help="of the activations: bfloat16 or float16")] = "bfloat16",
+    dtype: Annotated[str, typer.Option("--dtype", help="of the activations: bfloat16 or float16, also bf16, fp16")] = "bfloat16",
     group: Annotated[int | None, typer.Option("--group", min=1, help="weights per scale of --shapes (default: 128)")] = None,
     asymmetric: Asymmetric = False,
     experts: Annotated[int, typer.Option("--experts", min=0, help="of each of --shapes, multiplied in one grouped product")] = 0,
@@ -39,7 +39,7 @@ def tune(
     """Time the configurations of int4 products on this machine and keep the fastest in the config cache."""
     import torch
 
-    from qlab.lower.tuning import Form, parse_shapes, parse_tokens, tune_shapes, weights_of
+    from qlab.lower.tuning import SHORT, Form, parse_shapes, parse_tokens, tune_shapes, weights_of
 
     if (model is None) == (shapes is None):
         raise QlabError("give either a directory that qlab quantized or --shapes")
@@ -50,7 +50,7 @@ def tune(
         form = Form(group or 128, asymmetric, experts)
         wanted = weights_of(str(model), where) if shapes is None else {form: parse_shapes(shapes)}
     rows = [row for form, sizes in wanted.items() for row in tune_shapes(
-        sizes, parse_tokens(m), form, dtype=dtype, device=where, budget=budget, retune=retune,
+        sizes, parse_tokens(m), form, dtype=SHORT.get(dtype, dtype), device=where, budget=budget, retune=retune,
         said=lambda line: print(line, file=sys.stderr, flush=True))]  # fmt: skip
     from qlab_kernels import cache
 

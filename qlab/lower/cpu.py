@@ -130,6 +130,11 @@ def int4_mm(x_mk: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, d
         y = aten._weight_int4pack_mm_for_cpu(spread(x_mk, count), words, group, scales)
         return y if y.shape[1] == n else y[:, :n].contiguous()
     W_nk = dequantize(words, scales, zeros, n, k, group, count, name) if dense is None else dense
+    return dense_product(x_mk, W_nk)
+
+
+def dense_product(x_mk: Tensor, W_nk: Tensor) -> Tensor:
+    """x @ W.T in the arithmetic that the processor is fast at."""
     wide = product_dtype(x_mk)
     return (x_mk.to(wide) @ W_nk.to(wide).mT).to(x_mk.dtype)
 

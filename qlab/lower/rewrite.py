@@ -60,7 +60,7 @@ def fuse(graph: Any) -> int:
         dequantized, columns = _dequantized(w, transposed=True), False
         if dequantized is None and bias is None:  # W @ x: what is multiplied stands in columns
             dequantized, columns, x, w = _dequantized(x, transposed=False), True, w, x
-        if dequantized is None:
+        if dequantized is None or node.kwargs:  # factors of addmm, which rounds once after them
             continue
         words, scales, zeros, n, k, group, count, layout = dequantized.args
         with graph.inserting_before(node):
@@ -70,7 +70,7 @@ def fuse(graph: Any) -> int:
             rows = _call(graph, aten.reshape.default, (x, [-1, k])) if batch else x
             new = _call(graph, torch.ops.qlab.int4_mm.default, (rows, words, scales, zeros, None, n, group, count, layout))
             if bias is not None:
-                new = _plus(graph, new, bias, **node.kwargs)
+                new = _call(graph, aten.add.Tensor, (new, bias))
             if batch:
                 new = _call(graph, aten.reshape.default, (new, [*batch, m, n]))
             if columns:
@@ -81,13 +81,6 @@ def fuse(graph: Any) -> int:
             graph.erase_node(dead)
         found += 1
     return found
-
-
-def _plus(graph: Any, product: Any, bias: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    """alpha * product + beta * bias, where beta = 0 leaves out what is no number in the bias, as addmm does."""
-    if alpha != 1:
-        product = _call(graph, aten.mul.Tensor, (product, alpha))
-    return _call(graph, aten.add.Tensor, (product, bias), alpha=beta) if beta else product
 
 
 def _dequantized(w: Any, transposed: bool) -> Any:

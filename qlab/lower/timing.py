@@ -19,7 +19,9 @@ Call = Callable[[], Any]
 COPIES = 4  # of a weight, at least
 MOST_COPIES = 64
 LEAST_CACHE = 32 * 2**20  # bytes; where the machine does not say how large its last cache is
-FLUSH = 512 * 2**20  # bytes cleared before each call on a GPU
+FLUSH = 512 * 2**20  # bytes read before each call on a GPU: what was written would be evicted while the call is timed
+BATCH = 10  # timed calls that are launched before the host waits for them
+AHEAD = 4_000_000  # cycles that a GPU waits at the beginning of a batch, so that launching never falls behind
 
 
 def device_label(device: torch.device) -> str:
@@ -70,14 +72,16 @@ def _cpu(calls: Sequence[Call], reps: int, seconds: float) -> float:
 
 
 def _cuda(calls: Sequence[Call], reps: int, device: torch.device, seconds: float) -> float:
-    """Events around each call; clearing the buffer in front of them keeps the device busy while the host launches."""
-    flush = torch.empty(FLUSH // 4, dtype=torch.int32, device=device)
+    """Events around each call, behind a wait: the host takes longer to launch a small kernel than the device to run it."""
+    flush = torch.zeros(FLUSH // 4, device=device)
     taken: list[float] = []
     until = time.perf_counter() + seconds
     while len(taken) < reps and (len(taken) < 3 or time.perf_counter() < until):
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(min(10, reps))]
+        batch = min(BATCH if taken else 3, reps)
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(batch)]
+        torch.cuda._sleep(AHEAD)
         for i, (start, end) in enumerate(events):
-            flush.zero_()
+            flush.sum()
             start.record()
             calls[(len(taken) + i) % len(calls)]()
             end.record()
@@ -86,7 +90,7 @@ def _cuda(calls: Sequence[Call], reps: int, device: torch.device, seconds: float
     return statistics.median(taken)
 
 
-def graph_microseconds(calls: Sequence[Call], device: torch.device, replays: int = 20) -> float | None:
+def graph_microseconds(calls: Sequence[Call], device: torch.device, seconds: float, replays: int = 20) -> float | None:
     """Microseconds of a call inside a CUDA graph of all of `calls`, one after the other: no launch cost. None on a CPU."""
     if device.type != "cuda":
         return None
@@ -97,7 +101,7 @@ def graph_microseconds(calls: Sequence[Call], device: torch.device, replays: int
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = [call() for call in calls]
-    taken = microseconds([graph.replay], replays, device) / len(calls)
+    taken = microseconds([graph.replay], replays, device, seconds) / len(calls)
     del kept
     return taken
 

@@ -21,6 +21,7 @@ from qlab.qtensor import QTensor
 from qlab.spec import Int, Tile, parse_spec
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT = {"bf16": "bfloat16", "fp16": "float16"}
 Shape = tuple[int, int]  # n, k
 
 
@@ -195,10 +196,10 @@ def _cpu_calls(kind: str, x: Tensor, packed: list, dense: list[Tensor], group: i
         rows = spread(x, 1)
         return [partial(torch.ops.aten._weight_int4pack_mm_for_cpu, rows, words, group, scales) for words, scales, _ in packed]
     if dense:
-        return [partial(torch.nn.functional.linear, x, W) for W in dense]
+        return [partial(cpu.dense_product, x, W) for W in dense]
 
     def dequantized(words: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-        return x @ cpu.dequantize(words, scales, zeros, scales.shape[1], x.shape[1], group, 1, cpu.layout()).mT
+        return cpu.dense_product(x, cpu.dequantize(words, scales, zeros, scales.shape[1], x.shape[1], group, 1, cpu.layout()))
 
     return [partial(dequantized, *p) for p in packed]
 

@@ -28,11 +28,15 @@ class Factor:
 
 
 def damped(H_kk: Tensor, damp: float) -> Tensor:
-    """H + damp * mean(diag H) * I, where dead columns (H_jj = 0) have H_jj = 1 first."""
+    """H + damp * mean(diag H) * I over the columns that are not dead (H_jj = 0); those have that mean, or 1 where all are dead.
+
+    So nothing depends on the units of the activations, dead columns or not.
+    """
     diagonal = H_kk.diagonal()
-    diagonal = torch.where(diagonal == 0, 1, diagonal)
+    mean = diagonal.sum() / (diagonal != 0).sum().clamp_min(1)
+    mean = torch.where(mean > 0, mean, 1)
     H = H_kk.clone()
-    H.diagonal().copy_(diagonal + damp * diagonal.mean())
+    H.diagonal().copy_(torch.where(diagonal == 0, mean, diagonal) + damp * mean)
     return H
 
 
@@ -55,6 +59,8 @@ def cholesky(H_kk: Tensor, damp: float) -> tuple[Tensor, float]:
 
     It grows tenfold up to 1 where the factorization fails, and what was used is returned. Above that: an error.
     """
+    if not torch.isfinite(H_kk).all():
+        raise QlabError("the second moment is beyond float32; the activations are too large, check the model")
     used = damp
     while True:
         L_kk, failed = torch.linalg.cholesky_ex(damped(H_kk, used))

@@ -131,7 +131,8 @@ class Skeleton:
             leaves[name] = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), leaf)
         for name, buffer in self.blocks[path].named_buffers():
             stored = self.file_name(f"{path}.{name}")
-            leaves[name] = (self.checkpoint.tensor(stored) if stored in self.checkpoint.files else buffer).to(self.device)
+            held = self.checkpoint.tensor(stored).to(buffer.dtype) if stored in self.checkpoint.files else buffer
+            leaves[name] = held.to(self.device)
         code = self.code(path, call, hidden)
         sites = () if decoded else code.sites
         online = {site.path: ops for site in sites if (ops := at_input(self, f"{path}.{site.path}"))}

@@ -34,6 +34,26 @@ def test_the_bench_measures_everybody_and_says_who_is_absent(call, tmp_path):
     assert "128x256" in out and ("int4 loses to the library's" in out or "int4 is nowhere slower" in out)
 
 
+def test_a_contender_that_stops_takes_nobodys_figures_with_it(monkeypatch):
+    def few(x):
+        if len(x) > 4:
+            raise RuntimeError("out of memory")
+        return x @ W.mT
+
+    W = random_weight(128, 256, 64, False, CPU).dense(torch.bfloat16)
+    monkeypatch.setitem(contenders.CONTENDERS, "library", lambda case: [few])
+    record = compare_matmuls([(128, 256)], [1, 8], group=64, names=["library", "qlab"], seconds=0.0)
+    assert {(row["contender"], row["m"]) for row in record["rows"]} == {("library", 1), ("qlab", 1), ("qlab", 8)}
+    assert record["absent"] == {"library": "failed at 8 tokens of 128x256: RuntimeError: out of memory"}
+
+
+def test_a_dense_copy_moves_the_bytes_of_what_it_multiplies():
+    record = compare_matmuls([(128, 256)], [1, 300], group=64, names=["qlab", "dense copy", "library"], seconds=0.0)
+    moved = {(row["contender"], row["m"]): row["gbps"] * row["us"] for row in record["rows"]}
+    assert moved["dense copy", 1] == pytest.approx(moved["qlab", 1]) and moved["qlab", 1] < moved["library", 1] / 3
+    assert moved["dense copy", 300] == pytest.approx(moved["library", 300])
+
+
 @pytest.mark.parametrize("option", ["--json", "--plot"])
 def test_a_file_that_cannot_be_written_takes_no_figure_with_it(call, option):
     arguments = [*SMALL, "--contenders", "qlab, library", "--seconds", "0", option, "/no/such/folder/file"]
@@ -44,7 +64,7 @@ def test_a_file_that_cannot_be_written_takes_no_figure_with_it(call, option):
 
 
 def test_tuning_before_the_bench_decides_what_runs(call, tmp_path):
-    options = ["--contenders", "qlab", "--tune", "--seconds", "0.01", "--json", tmp_path / "m.json"]
+    options = ["--contenders", "qlab", "--tune", "--dtype", "bf16", "--seconds", "0.01", "--json", tmp_path / "m.json"]
     assert call("matmul", *SMALL, *options, main=bench_main)[0] == 0
     assert {row["source"] for row in json.loads((tmp_path / "m.json").read_text())["rows"]} == {"user"}
 

@@ -75,10 +75,12 @@ def test_the_block_size_changes_no_codes(problem, seed, block):
     assert torch.equal(solve(W, H, spec, block=block)[0], solve(W, H, spec, block=1 << 20)[0])
 
 
-@given(plain, SEEDS, st.integers(-8, 8))
-def test_the_scale_of_the_inputs_changes_no_codes(problem, seed, j):
+@given(plain, SEEDS, st.integers(-8, 8), st.booleans())
+def test_the_scale_of_the_inputs_changes_no_codes(problem, seed, j, dead):
     W, spec = problem
     H = second_moment(W.shape[1], seed)
+    if dead:
+        H[0], H[:, 0] = 0, 0
     assert torch.equal(solve(W, H * 4.0**j, spec)[0], solve(W, H, spec)[0])
 
 
@@ -108,20 +110,20 @@ def test_gptq_is_worse_on_weights_and_better_on_outputs(seed, bits, symmetric, o
     assert quadratic(gptq_D, H).sum() < 0.9 * quadratic(rtn_D, H).sum()
 
 
-@given(plain, SEEDS)
-def test_dead_columns_become_zero_and_leave_the_others_alone(problem, seed):
+@given(plain, SEEDS, st.sampled_from([0.0, 0.01]))
+def test_dead_columns_become_zero_and_leave_the_others_alone(problem, seed, damp):
     W, spec = problem
     W, spec = torch.cat([W, W[:, :2]], 1), Int(spec.bits, Tile(1, None), spec.symmetric, torch.float32)
     k = W.shape[1]
     dead = torch.arange(k) % 3 == 1
     H = second_moment(k, seed) * ~dead * ~dead[:, None]
-    codes, used, count = solve(W, H, spec, act_order(H), damp=0.0)
-    assert (used, count) == (0.0, int(dead.sum()))
+    codes, used, count = solve(W, H, spec, act_order(H), damp=damp)
+    assert (used, count) == (damp, int(dead.sum()))
     scales, zeros = on_minmax(W, spec)
     assert not dense(QTensor(codes, scales, zeros, spec))[:, dead].any()
     alive = ~dead
     H = H[alive][:, alive]
-    alone = gptq_codes(W.double()[:, alive], H, scales, zeros, spec, act_order(H), 0.0, 32)[0]
+    alone = gptq_codes(W.double()[:, alive], H, scales, zeros, spec, act_order(H), damp, 32)[0]
     assert torch.equal(codes[:, alive], alone)
 
 
@@ -155,6 +157,11 @@ def test_notes_tell_the_damping_the_dead_columns_and_the_tokens():
     assert (note["damp"], note["dead"], note["tokens"]) == (0.01, 3, 50)
     H = torch.ones(64, 64) - 0.05 * torch.eye(64)
     assert with_moment(Moment(H, 1))["damp"] == 0.1
+
+
+def test_a_second_moment_beyond_float32_is_refused_by_site():
+    with pytest.raises(QlabError, match=r"fc1: the second moment is beyond float32; the activations are too large"):
+        with_moment(Moment(torch.full((64, 64), torch.inf), 1))
 
 
 def test_a_second_moment_beyond_repair_is_refused_by_site():

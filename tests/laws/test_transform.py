@@ -139,6 +139,17 @@ def test_a_note_that_the_report_cannot_hold_is_refused_by_site():
     seg = segment("llama")
     with pytest.raises(QlabError, match=r"proj: mine notes what no report holds \(Object of type Tensor"):
         run(seg.graph, each_weight("mine", lambda W, seen, spec: (W, {"mean": W.mean()}), SPEC), seg.stats)
+    with pytest.raises(QlabError, match=r"proj: mine notes what no report holds \(Out of range float values"):
+        run(seg.graph, each_weight("mine", lambda W, seen, spec: (W, {"mean": float("nan")}), SPEC), seg.stats)
+
+
+def test_a_weight_or_scales_that_are_no_numbers_are_refused_by_site():
+    seg = segment("llama")
+    with pytest.raises(QlabError, match=r"proj: mine made a weight that holds NaN or Inf"):
+        run(seg.graph, each_weight("mine", lambda W, seen, spec: (W * torch.nan, {}), SPEC), seg.stats)
+    large = seg.graph.update({n: leaf * 1e7 for n, leaf in seg.graph.params.items() if n.endswith("proj.weight")})
+    with pytest.raises(QlabError, match=r"proj: rtn made scales that torch\.float16 does not hold \(NaN or Inf\); choose another"):
+        run(large, rtn(replace(SPEC, scale_dtype=torch.float16)), seg.stats)
 
 
 def test_groups_that_do_not_divide_are_refused_by_site():

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlab import products
 from qlab.interpret import interpret
-from qlab.lower import cpu
+from qlab.lower import cpu, tuning
 from qlab.products import product_dtype
 from qlab.spec import parse_spec
 from qlab.trace import trace
@@ -101,6 +101,9 @@ def test_many_rows_of_a_lowered_product_are_multiplied_in_fp32(dtype, dense_cach
     monkeypatch.setattr(products, "bf16_units", lambda: False)
     leaf = random_leaf(100, 128, parse_spec("int4-g64"))
     layer, x = lowered(leaf, dtype, dense_cache=dense_cache), activations(300, 128, dtype)
+    with Multiplied() as timed:  # and so they are when they are tuned
+        tuning._cpu_calls("dense", x, [(layer.words, layer.scales, layer.zeros)], [layer.dense] if dense_cache else [], 64)[0]()
+    assert timed.dtypes == {torch.float32}
     with Multiplied() as seen:
         y = cpu.int4_mm(x, layer.words, layer.scales, layer.zeros, layer.dense, 100, layer.group, layer.count, layer.layout)
     assert seen.dtypes == {torch.float32}
