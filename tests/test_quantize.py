@@ -10,7 +10,7 @@ import transformers
 from directories import bits_equal, contents, random_tokens, tensors
 from families import FAMILIES, OTHERS, tiny
 from packaging.version import Version
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, MiniMaxConfig, MiniMaxForCausalLM
 
 from qlab.calibration import tokens
 from qlab.errors import QlabError
@@ -220,6 +220,16 @@ def test_the_same_call_gives_the_same_bytes_and_another_seed_does_not(saved, tex
         written.append(contents(quantize(model, gptq(INT4), tokens(model, [text], 4, 32, seed), tmp_path / str(run)).path))
     assert written[0] == written[1]
     assert written[0]["model-00002-of-00003.safetensors"] != written[2]["model-00002-of-00003.safetensors"]
+
+
+def test_stored_buffers_are_computed_with_in_the_dtype_of_the_model_around_them(tmp_path):
+    """minimax keeps its decays in its files, as float32 here; the statistics are of a bfloat16 model."""
+    layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 4}
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "block_size": 8}
+    MiniMaxForCausalLM(MiniMaxConfig(**sizes, **layers, num_attention_heads=4, num_key_value_heads=2)).save_pretrained(tmp_path / "m")
+    data = random_tokens(tmp_path / "m", 4, 16)
+    result = quantize(open_checkpoint(tmp_path / "m"), gptq(parse_spec("int4-g16")), data, tmp_path / "q", dtype=torch.bfloat16)
+    assert all(row["loss"] < 0.1 for row in result.sites.values() if "loss" in row)
 
 
 def test_recipes_cannot_share_quantized_inputs(saved, tmp_path):

@@ -216,6 +216,9 @@ def _tiles(p: Problem) -> list[Config]:
     if p.cc == (9, 0):  # wgmma spreads the accumulator over all warps; mma.sync tiles of these sizes spill or exchange weights
         small += [(32, 64, bk, 4, 4)]
         large += [(64, 128, 128, 4, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3)]
+        if group % 128 == 0 and bk == 128:  # where the accumulator of a wgmma is not scaled between products, they follow each other
+            small += [(16, 128, 128, 8, 3), (32, 128, 128, 8, 3), (64, 128, 128, 4, 3), (64, 128, 128, 8, 3), (64, 256, 128, 8, 3)]
+            small += [(128, 128, 128, 8, 3)]
     on_accumulator = [Config("gemm", *t[:3], 1, *t[3:], "accumulator" if group % t[2] == 0 else "weight") for t in small]
     return on_accumulator + [Config("gemm", *t[:3], 1, *t[3:], "weight") for t in large]
 

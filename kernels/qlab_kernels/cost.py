@@ -21,7 +21,9 @@ REDUCE = 2e-6  # seconds: launch of the sum of partials or of the matmul behind 
 SUSTAINED = 0.9  # of the data sheet's bandwidth that a copy reaches
 LIBRARY_RATE = 0.86  # of Device.tflops, what the library's matmul reaches at many tokens
 FUSED_RATE = {"wgmma": 0.6, "mma2": 0.7}  # the same for a matmul that dequantizes on the way
+SERIALIZED = 0.6  # of that where every wgmma waits for the one before, since their accumulator's inputs are scaled in between
 ISSUE_RATE = 0.75  # of the issue slots that a kernel fills
+ALONE, STEP = 0.6, 150  # instructions per cycle of a warp by itself; cycles of barriers and first loads of a k tile
 SHARPNESS = 4  # of the maximum over the three bounds: they overlap, but not perfectly where they are close
 
 
@@ -125,11 +127,19 @@ def _fused(p: Problem, c: Config, d: Device) -> float:
     weights = p.n * p.k * token_tiles
     busiest = -(-programs // d.sms) * d.sms / programs  # the multiprocessor with most programs, over the mean
     issue = weights * _instructions(layout, c) * busiest / (d.sms * d.lanes * d.ghz * 1e9 * ISSUE_RATE)
-    tensor = 2.0 * weights * c.bm * busiest / (d.tflops * 1e12 * FUSED_RATE[layout])
+    rate = FUSED_RATE[layout] * (SERIALIZED if layout == "wgmma" and c.scale_on == "weight" else 1.0)
+    tensor = 2.0 * weights * c.bm * busiest / (d.tflops * 1e12 * rate)
     partials = 2 * 4.0 * c.split * p.m * p.n if c.split > 1 else 0.0
     reused = true_bytes(p) + partials + 2.0 * p.m * p.k * (p.n // c.bn - 1) * 0.1  # x comes again, mostly from L2
     memory = reused / _bandwidth(d, programs, _resident(p, c), (c.stages - 1 or 0.5) * c.bn * c.bk / 2)
-    return _soft_max(memory, issue, tensor) + (REDUCE if c.split > 1 else 0.0)
+    return _soft_max(memory, issue, tensor, _chain(p, c, d, layout, programs)) + (REDUCE if c.split > 1 else 0.0)
+
+
+def _chain(p: Problem, c: Config, d: Device, layout: str, programs: float) -> float:
+    """Seconds of the k tiles that one program takes one after the other: what a multiprocessor with few warps cannot hide."""
+    waves = math.ceil(programs / (_resident(p, c) * d.sms))
+    issued = _instructions(layout, c) * c.bn * c.bk / (32 * c.warps) / ALONE
+    return waves * math.ceil(p.k / c.bk / c.split) * (issued + c.bn * c.bk / 64 + STEP) / (d.ghz * 1e9)
 
 
 def _fma(p: Problem, c: Config, d: Device) -> float:
@@ -143,7 +153,9 @@ def _instructions(layout: str, c: Config) -> float:
     """Of the compiled tile nearest in size."""
     near = min((key for key in INSTRUCTIONS if key[0] == layout),
                key=lambda key: abs(math.log2(key[1] / c.bm)) + abs(math.log2(key[2] / c.bn)))  # fmt: skip
-    return INSTRUCTIONS[near] + (ON_WEIGHT if c.scale_on == "weight" and c.bm <= 32 else 0.0)
+    if c.bm > 32:
+        return INSTRUCTIONS[near] - (0.0 if c.scale_on == "weight" else ON_WEIGHT)
+    return INSTRUCTIONS[near] + (ON_WEIGHT if c.scale_on == "weight" else 0.0)
 
 
 def _resident(p: Problem, c: Config) -> int:

@@ -8,6 +8,7 @@ import torch
 def inductor_options(**more: Any) -> dict[str, Any]:
     """Options for torch.compile (`options=`) and AOTInductor (`inductor_configs=`): qlab's pass, and whatever else is given.
 
+    torch takes no `mode` beside options: CUDA graphs, its "reduce-overhead", are `**{"triton.cudagraphs": True}`.
     freezing=True and max_autotune=True on a CPU let Inductor's int4 template compete; packed weights are never folded into
     dense ones by it.
     """

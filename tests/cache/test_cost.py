@@ -100,9 +100,23 @@ def test_few_programs_want_a_split():
         assert rank(problem(m, 4096, 4096))[0][1].split > 1
 
 
+def test_a_lone_program_on_a_multiprocessor_hides_nothing():
+    """A k tile's load, dequantization and products come one after the other: 8192 rows in two parts are 128 programs for 132."""
+    two, eight = (microseconds(problem(1), Config("split_k", 16, 128, 128, split, 4, 3)) for split in (2, 8))
+    assert two > 1.2 * eight
+
+
+def test_scaling_the_weight_makes_every_wgmma_wait_for_the_one_before():
+    """ptxas serializes them (C7515); mma.sync has no such limit."""
+    for cc, name, slower in (((9, 0), "nvidia-h200", 1.15), ((8, 0), "nvidia-a100", 1.0)):
+        tiles = (Config("gemm", 64, 128, 128, 1, 8, 3, scale_on) for scale_on in ("weight", "accumulator"))
+        weight, accumulator = (microseconds(problem(256, cc=cc, name=name), tile) for tile in tiles)
+        assert weight >= slower * accumulator
+
+
 def test_a_split_pays_for_its_partial_sums():
     """16 partial products of 64 x 8192 in fp32, written and read, are twice the weights' own bytes."""
-    few, many = (microseconds(problem(64), Config("split_k", 64, 128, 64, split, 4, 3, "weight")) for split in (8, 16))
+    few, many = (microseconds(problem(64), Config("split_k", 64, 128, 128, split, 8, 3)) for split in (8, 16))
     assert many > 1.15 * few
 
 
