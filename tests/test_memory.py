@@ -76,10 +76,12 @@ def test_the_plan_counts_the_scores_of_an_attention_that_is_written_out(tmp_path
     """Softcapped scores are a number for every head and pair of tokens, first in the model's dtype and then in fp32, twice."""
     config = AutoConfig.for_model("gemma2", hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=16,
                                   num_key_value_heads=16, head_dim=16, vocab_size=512)  # fmt: skip
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
     seen = measure(tmp_path / "model", "gptq", samples=1, LENGTH="2048")
     assert abs(seen["predicted"] / seen["peak"] - 1) < 0.25, seen
-    assert seen["held"]["activations"] > 16 * 2048**2 * (2 + 4 + 4)
+    written_out = model.config._attn_implementation == "eager"  # transformers 5.17 has one operation for it
+    assert (seen["held"]["activations"] > 16 * 2048**2 * (2 + 4 + 4)) == written_out
 
 
 def test_experts_whose_statistics_do_not_fit_are_observed_in_parts_that_do(tmp_path):
