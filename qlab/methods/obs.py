@@ -32,8 +32,8 @@ def damped(H_kk: Tensor, damp: float) -> Tensor:
 
     So nothing depends on the units of the activations, dead columns or not.
     """
-    diagonal = H_kk.diagonal()
-    mean = diagonal.sum() / (diagonal != 0).sum().clamp_min(1)
+    diagonal = H_kk.diagonal().contiguous()
+    mean = diagonal.mean() * (len(diagonal) / (diagonal != 0).sum().clamp_min(1))
     mean = torch.where(mean > 0, mean, 1)
     H = H_kk.clone()
     H.diagonal().copy_(torch.where(diagonal == 0, mean, diagonal) + damp * mean)
