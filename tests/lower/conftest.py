@@ -13,3 +13,11 @@ def alone(tmp_path_factory, monkeypatch):
     with torch.no_grad():
         yield
     cache._current = None
+
+
+@pytest.fixture
+def fresh():
+    """Nothing that was compiled before."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from tolerances import PRODUCT, UNIT
 
-from qlab.lower import QLinear
+from qlab.lower import QLinear, inductor_options
 from qlab.qtensor import QTensor, dense
 from qlab.spec import Int, Tile
 
@@ -56,3 +56,19 @@ def problems(draw):
     tile = Tile(1, group) if draw(st.booleans()) or group else Tile(None, None)
     leaf = random_leaf(draw(st.integers(1, 150)), k, Int(bits, tile, symmetric), draw(st.integers(0, 99)))
     return leaf, draw(st.sampled_from([0, 1, 2, 4, 5, 33, 64]))
+
+
+class Seen:
+    """A post-grad pass that calls another one and remembers the operators it left."""
+
+    def __init__(self):
+        self.options = inductor_options(fx_graph_cache=False)
+        self.inner, self.targets = self.options["post_grad_custom_pre_pass"], []
+        self.options["post_grad_custom_pre_pass"] = self
+
+    def __call__(self, graph):
+        self.inner(graph)
+        self.targets = [node.target for node in graph.nodes if node.op == "call_function"]
+
+    def count(self, name):
+        return sum(str(target).startswith(name) for target in self.targets)
