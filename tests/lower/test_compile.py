@@ -1,6 +1,5 @@
 """torch.compile, export and AOTInductor of whole models: one graph, the operators counted in it, the cache's key."""
 
-
 import pytest
 import torch
 from lowering_cases import Seen, activations, check_product, lowered, random_leaf

@@ -1,6 +1,5 @@
 """The compiler's pass: which products with a dequantized weight become the fused operator, and what of it is written out."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
