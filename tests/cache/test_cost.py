@@ -103,7 +103,7 @@ def test_few_programs_want_a_split():
 def test_a_lone_program_on_a_multiprocessor_hides_nothing():
     """A k tile's load, dequantization and products come one after the other: 8192 rows in two parts are 128 programs for 132."""
     two, eight = (microseconds(problem(1), Config("split_k", 16, 128, 128, split, 4, 3)) for split in (2, 8))
-    assert two > 1.2 * eight
+    assert two > 1.35 * eight
 
 
 def test_scaling_the_weight_makes_every_wgmma_wait_for_the_one_before():
