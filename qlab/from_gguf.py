@@ -6,6 +6,7 @@ Config and tokenizer are those that transformers reads from the file.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
@@ -18,7 +19,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from qlab.certificate import certify
-from qlab.codecs import CODECS, Codec, gguf
+from qlab.codecs import CODECS, Codec, gguf, gguf_keys
+from qlab.codecs.gguf_keys import Said
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.directory import CONFIG, read_json
@@ -28,6 +30,7 @@ from qlab.qtensor import QTensor, dense
 from qlab.report import stored_bits, versions, written
 from qlab.spec import Spec
 
+ROUNDED = 1e-6  # relative: the file has floats of 32 bits
 FLOATS = ("F64", "F32", "F16", "BF16")
 Notes = dict[str, dict[str, Any]]
 
@@ -39,18 +42,19 @@ def from_gguf(path: Path, codec: str, out: Path, overwrite: bool, resume: bool) 
     `dequantized` in its qlab.json says of every tensor that lost its blocks which kind they were.
     Errors: no GGUF file, an architecture that qlab or transformers does not know, codes that the codec cannot hold.
     """
-    gguf.opened(path)  # refused before any work, in fewer words than transformers has
+    reader, arch = gguf.opened(path)  # refused before any work, in fewer words than transformers has
+    said = gguf_keys.said(path, arch, gguf.fields(reader))
     with path.open("rb") as file:
         job = {"source": hashlib.file_digest(file, "sha256").hexdigest(), "codec": codec, "versions": versions()}
     writer = Writer(out, job, 1, overwrite, resume)
     if not writer.finished:
         with writer.refusing(), TemporaryDirectory() as scratch:
+            _save_config_and_tokenizer(path, said, Path(scratch))
             _fill(path, CODECS[codec], writer, job, Path(scratch))
     return writer.out
 
 
 def _fill(path: Path, codec: Codec, writer: Writer, job: dict[str, Any], scratch: Path) -> None:
-    _save_config_and_tokenizer(path, scratch)
     raw = read_json(scratch / CONFIG)
     skeleton = Skeleton(Checkpoint(scratch, raw, {}, None, {}), torch.bfloat16)
     if (generation := skeleton.model.generation_config) is not None:
@@ -86,17 +90,34 @@ def _tensors(path: Path, codec: Codec, skeleton: Skeleton, specs: dict[str, Spec
         yield name, wide if kind in FLOATS and kind != "BF16" else wide.to(torch.bfloat16)  # the package widens BF16
 
 
-def _save_config_and_tokenizer(path: Path, folder: Path) -> None:
-    """What transformers reads of a GGUF file beside its weights, as files of a model directory."""
+def _save_config_and_tokenizer(path: Path, said: Said, folder: Path) -> None:
+    """What transformers reads of a GGUF file beside its weights, as files of a model directory; and what it does not read: the size
+    of heads and the scaling of rotary positions."""
     source: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     with quiet_transformers():
         try:
-            AutoConfig.from_pretrained(**source).save_pretrained(folder)
+            config = AutoConfig.from_pretrained(**source)
             AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
         except Exception as error:  # whatever its readers run into
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise QlabError(f"transformers cannot read the config and the tokenizer of {path} ({reason}); convert a file that holds "
                             "both") from error
+        if hasattr(config, "head_dim"):
+            config.head_dim = said.head_size
+        _refuse_another(path, said, config)
+        config.rope_parameters = {**config.rope_parameters, **said.rotary}
+        config.save_pretrained(folder)
+
+
+def _refuse_another(path: Path, said: Said, config: Any) -> None:
+    """Refuse a config that says other than the file does."""
+    made = {**config.to_dict(), **config.rope_parameters}
+    made["sliding_window"] = made.get("sliding_window") or 0
+    made["head_dim"] = made.get("head_dim") or config.hidden_size // config.num_attention_heads
+    for key, name, value in said.values:
+        if not isinstance(made[name], int | float) or not math.isclose(made[name], value, rel_tol=ROUNDED):
+            raise QlabError(f"{key} of {path} is {value:g}, stated or understood, and the config that transformers makes of it has "
+                            f"{name} {made[name]!r}; quantize the model from its safetensors files")
 
 
 @contextmanager

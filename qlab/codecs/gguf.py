@@ -66,12 +66,21 @@ def _reader(path: Path) -> Any:
         raise QlabError(f"{path} is truncated or not a GGUF file ({str(error) or type(error).__name__}); download it again") from error
 
 
+def fields(reader: Any) -> dict[str, Any]:
+    """Every key of the file with its value; None where that is no text."""
+    return {name: _contents(field) for name, field in reader.fields.items()}
+
+
+def _contents(field: Any) -> Any:
+    try:
+        return field.contents()
+    except UnicodeDecodeError:
+        return None
+
+
 def _field(path: Path, reader: Any, name: str, kind: type) -> Any:
     field = reader.get_field(name)
-    try:
-        value = field.contents() if field else None
-    except UnicodeDecodeError:
-        value = None
+    value = _contents(field) if field else None
     if not isinstance(value, kind):
         raise QlabError(f"{path} does not say its {name}; download it again")
     return value

@@ -41,8 +41,9 @@ def k_blocks(shape, kind):
     return blocks.reshape(shape[0], -1)
 
 
-def write(path, kinds, arch="llama", **config):
-    """A random model, a llama where qlab does not read `arch`; `kinds`: the last part of a matrix's name -> how it is stored."""
+def write(path, kinds, arch="llama", keys=lambda writer: None, **config):
+    """A random model, a llama where qlab does not read `arch`; `kinds`: the last part of a matrix's name -> how it is stored; `keys`
+    adds some of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
     model = tiny(arch if arch in file_format.ARCHITECTURES else "llama", num_key_value_heads=2, num_attention_heads=4, **config)
     writer, config = gguf.GGUFWriter(path, arch), model.config
@@ -55,7 +56,7 @@ def write(path, kinds, arch="llama", **config):
     writer.add_key_length(config.head_dim if arch == "qwen3" else config.hidden_size // 4)
     writer.add_value_length(config.head_dim if arch == "qwen3" else config.hidden_size // 4)
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_dimension_count(config.hidden_size // 4)
+    writer.add_rope_dimension_count(config.head_dim if arch == "qwen3" else config.hidden_size // 4)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(["<pad>", "<s>", "</s>", "w", "o", "wo", "ow", *WORDS[4:]])
@@ -65,6 +66,7 @@ def write(path, kinds, arch="llama", **config):
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
     writer.add_chat_template(TEMPLATE)
+    keys(writer)
     table = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, config.model_type.upper()), config.num_hidden_layers)
     for name, W in model.state_dict().items():
         module, _, suffix = name.rpartition(".")
@@ -121,11 +123,47 @@ def test_models_with_biases_and_norms_of_heads_have_the_logits_of_their_file(arc
     assert (qlab_logits(out) - theirs).norm() <= 1e-5 * theirs.norm() and len(open_checkpoint(out).quantized) == 8
 
 
-def test_a_size_of_heads_that_transformers_does_not_read_is_refused_by_name(tmp_path):
-    file = write(tmp_path / "model.gguf", CODES, "qwen3", head_dim=32)
-    with pytest.raises(QlabError, match=r"q_proj.weight is \(128, 64\) and \(512, 64\) by the config that transformers reads"):
-        convert(file, "compressed-tensors", tmp_path / "out")
-    assert not list(tmp_path.glob("out*"))
+def test_a_size_of_heads_is_read_and_two_sizes_are_refused_by_name(tmp_path):
+    file = write(tmp_path / "model.gguf", {}, "qwen3", head_dim=32)
+    out = convert(file, "compressed-tensors", tmp_path / "out").path
+    model = tiny("qwen3", num_key_value_heads=2, num_attention_heads=4, head_dim=32)
+    assert torch.equal(transformers_logits(out), model(IDS).logits)
+    other = write(tmp_path / "other.gguf", {}, "qwen3", lambda w: w.add_key_length(16), head_dim=32)
+    with pytest.raises(QlabError, match=r"value_length of .*other\.gguf is 32, stated or understood, .* has head_dim 16"):
+        convert(other, "compressed-tensors", tmp_path / "none")
+    assert not list(tmp_path.glob("none*"))
+
+
+def test_keys_that_no_config_made_of_the_file_holds_are_refused_before_anything_is_written(tmp_path):
+    for n, (keys, words) in enumerate({
+        lambda w: w.add_float32("llama.attention.scale", 0.25): r"says llama\.attention\.scale 0\.25, which no config made of",
+        lambda w: w.add_bool("llama.new", True): r"says llama\.new True, a key that qlab does not know",
+        lambda w: w.add_uint32("llama.attention.sliding_window", 8): r"sliding_window of .* is 8, stated or understood, and the config",
+        lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE): r"says llama\.rope\.scaling\.type 'longrope'",
+    }.items()):  # fmt: skip
+        file = write(tmp_path / f"{n}.gguf", {}, keys=keys)
+        with pytest.raises(QlabError, match=words):
+            convert(file, "compressed-tensors", tmp_path / "out")
+        assert not list(tmp_path.glob("out*"))
+
+
+ROTARY = {
+    "linear": lambda w: (w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), w.add_rope_scaling_factor(2.5)),
+    "linear, older key": lambda w: w.add_float32("qwen2.rope.scale_linear", 2.5),
+    "yarn": lambda w: (w.add_rope_scaling_type(gguf.RopeScalingType.YARN), w.add_rope_scaling_factor(4.0),
+                       w.add_rope_scaling_orig_ctx_len(32)),
+    "default": lambda w: (w.add_rope_scaling_type(gguf.RopeScalingType.NONE), w.add_rope_scaling_factor(4.0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scaled", ROTARY)
+def test_rotary_positions_are_scaled_as_the_file_says(scaled, tmp_path):
+    rope = {"rope_type": scaled.partition(",")[0], "rope_theta": 10000.0}
+    rope |= {"linear": {"factor": 2.5}, "yarn": {"factor": 4.0, "original_max_position_embeddings": 32}}.get(rope["rope_type"], {})
+    file = write(tmp_path / "model.gguf", {}, "qwen2", keys=ROTARY[scaled])
+    out = convert(file, "compressed-tensors", tmp_path / "out").path
+    model = tiny("qwen2", num_key_value_heads=2, num_attention_heads=4, rope_parameters=rope)
+    assert torch.equal(transformers_logits(out), model(IDS).logits)
 
 
 def test_k_quants_are_dequantized_beside_codes_and_reported(tmp_path):
