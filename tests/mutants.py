@@ -176,7 +176,7 @@ MUTANTS = [
     M("at ignored", "transform.py", "include=(pattern, *s.scope.include)", "include=s.scope.include", "transform"),
     M("later rules win too", "transform.py", "exclude=stage.scope.exclude + earlier", "exclude=stage.scope.exclude", "transform"),
     M("uncovered sites pass", "transform.py", "if stage.uncovered and chosen.sites:", "if False:", "transform"),
-    M("NaN passes", "transform.py", "if not torch.isfinite(W_ok).all():", "if False:", "transform"),
+    M("NaN passes", "rounding.py", "if not torch.isfinite(W_ok).all():", "if False:", "transform"),
     M("shared inputs may be split", "transform.py", "    if outside:\n", "    if False:\n", "transform"),
     M("weights reparametrized in place", "transform.py", "moved = W_ok * M_inv if", "moved = W_ok.mul_(M_inv) if", "methods"),
     M("rotation transposed", "transform.py", "W_ok.double() @ M_inv.T.double()", "W_ok.double() @ M_inv.double()", "absorb"),
