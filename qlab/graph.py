@@ -106,6 +106,7 @@ class Code:
     """The traced program of a segment, shared by every segment of the same structure and never edited.
 
     params: placeholder -> leaf path. inputs: the shape of each of the segment's own inputs, with None for a size that may be any.
+    unread: path of a matrix that is used, but is no site's weight -> why. It is dense, and no step reaches it.
     """
 
     graph: fx.Graph
@@ -114,6 +115,7 @@ class Code:
     inputs: tuple[tuple[int | None, ...], ...]
     out_spec: pytree.TreeSpec
     sites: tuple[Site, ...]
+    unread: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

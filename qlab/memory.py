@@ -33,6 +33,8 @@ def predict_memory(skeleton: Skeleton, codes: Mapping[str, Code], shapes: Mappin
         moments.append(process | {"embeddings": embedding.numel() * size,
                                   "carry": size * data.count * embedding.shape[-1]})  # fmt: skip
     for path, code in codes.items():
+        if not code.sites:  # nothing is observed or solved, as where all of a block stays as it is
+            continue
         weights = [shapes[f"{path}.{site.path}"] for site in code.sites]
         block = sum(p.numel() for p in skeleton.blocks[path].parameters()) * size * (2 if runs_reference([recipe], inputs) else 1)
         held = _block_moments(code, weights, size, data, recipe, inputs, everywhere, experts_at_once)

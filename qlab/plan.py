@@ -25,6 +25,7 @@ from qlab.targets import division, refusal, uniformity
 from qlab.transform import Stage, Transform
 
 CODEC = "compressed-tensors"  # what is written unless another codec is named
+KEEP_THEM = "leave them as they are (--keep PATTERN, or keep() in rules() in Python)"
 MiB = 1 << 20
 
 
@@ -118,10 +119,12 @@ def plan(
     named = {f"{path}.{site.path}": (path, site) for path, code in codes.items() for site in code.sites}
     around = outside_sites(skeleton)
     named |= {name: ("", site) for name, site in around.items() if any(stage.touches(name, site) for stage in recipe)}
+    unread = {_named(path, leaf): why for path, code in codes.items() for leaf, why in code.unread.items()}
     specs = _specs(recipe, named)
     shapes = {name: _shape(skeleton, *at) for name, at in named.items()}
     for stage in recipe:
-        _check_scope(stage, named, codes, around)
+        _refuse_unread(stage, unread)
+        _check_scope(stage, named, codes, around, unread)
     _check_specs(specs, shapes, named, skeleton, codec, target)
     rows = {n: {"spec": str(s) if s else None, "shape": list(shapes[n]), "bits_per_weight":
                 s.bits_per_weight(shapes[n], model.dtype) if s else 8.0 * model.dtype.itemsize} for n, s in specs.items()}  # fmt: skip
@@ -167,7 +170,7 @@ def _beside_sites(skeleton: Skeleton, codes: Mapping[str, Code]) -> list[str]:
     found = []
     for path, code in codes.items():
         held = {name for site in code.sites for name in (site.weight, site.bias)}
-        found += [f"{path}.{name}".removesuffix(".weight") for name, p in skeleton.blocks[path].named_parameters()
+        found += [_named(path, name) for name, p in skeleton.blocks[path].named_parameters()
                   if name not in held and is_matrix(p.shape)]  # fmt: skip
     return found
 
@@ -199,8 +202,25 @@ def _specs(recipe: Transform, named: Mapping[str, tuple[str, Site]]) -> dict[str
     return specs
 
 
-def _check_scope(stage: Stage, named: Mapping[str, tuple[str, Site]], codes: Mapping[str, Code], around: Mapping[str, Site]) -> None:
+def _named(path: str, leaf: str) -> str:
+    """The full name of a block's weight, as sites and patterns spell it."""
+    return f"{path}.{leaf}".removesuffix(".weight")
+
+
+def _refuse_unread(stage: Stage, unread: Mapping[str, str]) -> None:
+    """Refuse a stage that would change weights in which the program shows no site."""
+    if stage.scope.outside or stage.spec is None:
+        return
+    covered = [name for name in unread if name in stage.scope]
+    if covered:
+        raise QlabError(f"{covered[0]} {unread[covered[0]]}, so qlab cannot quantize {_some(covered)}; {KEEP_THEM}")
+
+
+def _check_scope(stage: Stage, named: Mapping[str, tuple[str, Site]], codes: Mapping[str, Code], around: Mapping[str, Site],
+                 unread: Mapping[str, str]) -> None:  # fmt: skip
     chosen = {name for name, (_, site) in named.items() if stage.touches(name, site)}
+    if not stage.scope.outside:
+        chosen |= {name for name in unread if name in stage.scope}  # a rule may be there to keep them
     if stage.uncovered:
         if chosen:
             raise QlabError(f"no rule covers {_some(sorted(chosen))}; add a pattern, with keep() to leave them as they are")
@@ -213,7 +233,7 @@ def _check_scope(stage: Stage, named: Mapping[str, tuple[str, Site]], codes: Map
                         f"{_some(list(around)) or 'none'}")
     if not chosen:
         beside = [name for name in around if name in stage.scope]
-        hint = f"outside() reaches {_some(beside)}" if beside else f"sites are named like {next(iter(named))}"
+        hint = f"outside() reaches {_some(beside)}" if beside else f"sites are named like {next(iter([*named, *unread]), 'none')}"
         raise QlabError(f"the stage {stage.name!r} matches no site ({stage.scope}); {hint}")
     if stage.reparametrizes:
         for path, code in codes.items():
@@ -242,7 +262,7 @@ def _check_specs(specs: Mapping[str, Spec | None], shapes: Mapping[str, torch.Si
         site = named[name][1]
         if site.route and not skeleton.expert_pieces(name):
             failed.setdefault("quantized experts are written one by one, and transformers knows no names for them in this "
-                              "architecture; keep() them", []).append(name)  # fmt: skip
+                              f"architecture; {KEEP_THEM}", []).append(name)  # fmt: skip
             continue
         if site.route and spec.tile.rows is None:
             failed.setdefault("fused experts have a scale per group, channel or block; one per tensor would join projections that "
@@ -250,7 +270,7 @@ def _check_specs(specs: Mapping[str, Spec | None], shapes: Mapping[str, torch.Si
             continue
         held = CODECS[codec]
         if site.layout not in ("o k", "e o k") and name not in skeleton.transposed:
-            failed.setdefault("readers of every format look for codes in linears, and this is none; keep() it", []).append(name)
+            failed.setdefault(f"readers of every format look for codes in linears, and this is none; {KEEP_THEM}", []).append(name)
             continue
         refused = refusal_of_transposed(codec) if name in skeleton.transposed else None
         refused = refused or held.refusal(with_scale_dtype(spec, skeleton.checkpoint.dtype)) or held.misfit(spec, shapes[name])

@@ -49,7 +49,8 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
     """torch.export (non-strict) of one segment with weights lifted to inputs and every input dimension dynamic.
 
     `args` and `kwargs` are example inputs; tensor dimensions of size 1 are fixed to 1, the others stay symbolic.
-    Refuses by name: a segment that export cannot trace, a weight used by an operation qlab does not know.
+    A weight that an operation uses in a way qlab cannot read is no site, and `Code.unread` says why.
+    Refuses by name a segment that export cannot trace.
     """
     tensors = tensors_of(args, kwargs)
     auto = tuple({d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n > 1} for t in tensors)
@@ -71,8 +72,16 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
     assert out_spec is not None  # an exported program always has one
     entering = [node for node in graph.nodes if node.op == "placeholder" and node.name not in {**params, **constants}]
     sites, explained = _sites(graph, params)
-    _refuse_unknown(graph, {name: params[name] for name in signature.inputs_to_parameters}, explained, entering, where)
-    code = Code(graph, params, constants, tuple(_sizes(node.meta["val"]) for node in entering), out_spec, sites)
+    unread = _unread(graph, {name: params[name] for name in signature.inputs_to_parameters}, explained, entering)
+    code = Code(
+        graph=graph,
+        params=params,
+        constants=constants,
+        inputs=tuple(_sizes(node.meta["val"]) for node in entering),
+        out_spec=out_spec,
+        sites=tuple(site for site in sites if site.weight not in unread),
+        unread=unread,
+    )
     leaves: dict[str, Leaf] = {name: t.detach() for name, t in module.named_parameters(remove_duplicate=False)}
     leaves |= {name: t for name, t in module.named_buffers(remove_duplicate=False) if name in params.values()}
     return ModuleGraph(code, leaves, path, next((t.dtype for t in leaves.values() if isinstance(t, Tensor)), torch.float32))
@@ -181,23 +190,25 @@ def _chooses_experts(node: fx.Node) -> bool:
     return False
 
 
-def _refuse_unknown(graph: fx.Graph, params: Mapping[str, str], explained: set, entering: list[fx.Node], where: str) -> None:
-    """Every matrix among the parameters is the weight of one site, or its numbers are used one by one: as factors (a state-space
-    model's A), or as a filter of each channel. Buffers (masks, tables of positions) are none."""
+def _unread(graph: fx.Graph, params: Mapping[str, str], explained: set, entering: list[fx.Node]) -> dict[str, str]:
+    """The matrices among the parameters that are no site's weight, each with the reason. A matrix whose numbers are used one by one is
+    none of them: as factors (a state-space model's A), or as a filter of each channel. Nor are buffers (masks, tables of positions)."""
     computed = set(entering)  # what depends on the segment's inputs, beyond their sizes
     for node in graph.nodes:
         if isinstance(node.meta.get("val"), Tensor | list | tuple) and not computed.isdisjoint(node.all_input_nodes):
             computed.add(node)
+    unread: dict[str, str] = {}
     for node in graph.nodes:
         if node.op != "placeholder" or node.name not in params or not is_matrix(node.meta["val"].shape):
             continue
-        name, products = f"{where}.{params[node.name]}", [user for user in node.users if (user, node) in explained]
-        for user in node.users:
-            if user not in products and (products or not _number_by_number(user, node, computed)):
-                raise QlabError(f"{name} {tuple(node.meta['val'].shape)} is used by {user.target}, a weight-bearing operation qlab "
-                                "does not know; known are linear, addmm, mm, matmul and the products of fused experts")
-        if len(products) > 1:
-            raise QlabError(f"{name} is used by two operations, {products[0]} and {products[1]}; qlab needs one use per weight")
+        shape = tuple(node.meta["val"].shape)
+        products = [user for user in node.users if (user, node) in explained]
+        others = [user for user in node.users if user not in products and (products or not _number_by_number(user, node, computed))]
+        if others:
+            unread[params[node.name]] = f"{shape} is used by {others[0].target}, in which qlab reads no weight"
+        elif len(products) > 1:
+            unread[params[node.name]] = f"{shape} is used by two operations, {products[0]} and {products[1]}"
+    return unread
 
 
 def _number_by_number(node: fx.Node, weight: fx.Node, computed: set[fx.Node]) -> bool:

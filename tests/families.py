@@ -33,6 +33,10 @@ OTHERS: dict[str, dict] = {  # what the others have not: weights multiplied tran
     "glm": _DENSE | dict(head_dim=16),
     "lfm2": _DENSE | dict(layer_types=["full_attention", "conv"], block_auto_adjust_ff_dim=False),
 }  # fmt: skip
+UNREAD: dict[str, dict] = {  # some of whose weights are used in ways that qlab does not read
+    "llama4_text": _DENSE | dict(head_dim=16, intermediate_size_mlp=128, num_local_experts=4, num_experts_per_tok=1,
+                                 interleave_moe_layer_step=2, attention_chunk_size=16),
+}  # fmt: skip
 _ROPE = dict(rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
              bos_token_id=1, eos_token_id=2)  # fmt: skip
 _TOKENS = dict(image_token_id=127, video_token_id=126, vision_start_token_id=125, vision_end_token_id=124)
@@ -50,7 +54,7 @@ VISION: dict[str, dict] = {  # a decoder of the dense families behind a small vi
 
 def tiny(family: str, seed: int = 0, **overrides) -> PreTrainedModel:
     """A random model of the family in fp32, with every weight (norms and biases too) moved off its initial value."""
-    config = AutoConfig.for_model(family, **((FAMILIES | MIXTURES | OTHERS | VISION)[family] | overrides))
+    config = AutoConfig.for_model(family, **((FAMILIES | MIXTURES | OTHERS | UNREAD | VISION)[family] | overrides))
     torch.manual_seed(seed)
     maker = AutoModelForImageTextToText if family in VISION else AutoModelForCausalLM
     model = maker.from_config(config, dtype=torch.float32).eval()

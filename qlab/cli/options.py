@@ -31,6 +31,7 @@ Memory = Annotated[float | None, typer.Option("--memory", help="budget in GiB, f
 InputsName = Annotated[str, typer.Option("--inputs", help="calibrate on 'quantized' or 'reference' inputs")]
 CodecName = Annotated[str, typer.Option("--codec", help="the format to write: a name of qlab.codecs.CODECS")]
 TargetName = Annotated[str, typer.Option("--target", help="an engine to load it: vllm, transformers, lmdeploy or sglang")]
+Keep = Annotated[list[str] | None, typer.Option("--keep", help="GLOB of sites in blocks that stay as they are")]
 Outside = Annotated[list[str] | None, typer.Option("--outside", help="GLOB=SPEC: round linears around the blocks to nearest")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the output directory")]
 Resume = Annotated[bool, typer.Option("--resume", help="continue a killed run of the same job, or start it")]

@@ -16,6 +16,7 @@ from qlab.cli.options import (
     Images,
     InputsName,
     Json,
+    Keep,
     Length,
     Memory,
     MethodName,
@@ -51,22 +52,25 @@ def method_named(name: str) -> Any:
 
 
 def chosen(
-    model: Any, method: str, spec: str, asymmetric: bool, codec: str, target: str, around: list[str] | None = None
+    model: Any, method: str, spec: str, asymmetric: bool, codec: str, target: str, around: list[str] | None = None,
+    kept: list[str] | None = None,
 ) -> tuple[Any, str]:  # fmt: skip
     """The recipe and the codec: the one named, else the safest for the target; scales in a dtype that the codec stores.
 
-    around: GLOB=SPEC for linears around the blocks.
+    around: GLOB=SPEC for linears around the blocks. kept: GLOBs of sites in blocks that stay as they are.
     """
     from qlab.codecs import storable
     from qlab.methods.rtn import rtn
     from qlab.plan import CODEC
     from qlab.spec import parse_spec
     from qlab.targets import safest_codec
-    from qlab.transform import at, chain, outside
+    from qlab.transform import at, chain, keep, outside, rules
 
     grid = parse_spec(spec, symmetric=not asymmetric)
     named = codec or (safest_codec(target, grid) if target else CODEC)
     recipe = method_named(method)(storable(grid, named, model.dtype))
+    if kept:
+        recipe = rules({**{pattern: keep() for pattern in kept}, "*": recipe})
     for rule in around or ():
         pattern, equals, text = rule.rpartition("=")
         if not equals:
@@ -94,13 +98,14 @@ def _data(
 def plan(
     model: Model, method: MethodName = "gptq", spec: SpecName = "int4-g64", asymmetric: Asymmetric = False,
     calib: Calib = None, images: Images = None, samples: Samples = 128, length: Length = 2048, seed: Seed = 0,
-    all_experts: AllExperts = False, around: Outside = None, codec: CodecName = "", target: TargetName = "", json_file: Json = None,
+    all_experts: AllExperts = False, keep: Keep = None, around: Outside = None, codec: CodecName = "", target: TargetName = "",
+    json_file: Json = None,
 ) -> None:  # fmt: skip
     """What a method would do to a model: stages, passes, peak memory, bits per weight. Runs and writes nothing."""
     import qlab
 
     opened = qlab.open(model)
-    recipe, named = chosen(opened, method, spec, asymmetric, codec, target, around)
+    recipe, named = chosen(opened, method, spec, asymmetric, codec, target, around, keep)
     data = _data(opened, recipe, calib, images, samples, length, seed)
     made = qlab.plan(opened, recipe, data, calibrate_all_experts=all_experts, codec=named, target=target or None)
     console().print(made)
@@ -113,7 +118,7 @@ def quantize(
     method: MethodName = "", spec: SpecName = "int4-g64", asymmetric: Asymmetric = False,
     calib: Calib = None, images: Images = None, samples: Samples = 128, length: Length = 2048, seed: Seed = 0,
     inputs: InputsName = "quantized", all_experts: AllExperts = False, device: Device = "cpu", memory: Memory = None,
-    around: Outside = None, codec: CodecName = "", target: TargetName = "", overwrite: Overwrite = False,
+    keep: Keep = None, around: Outside = None, codec: CodecName = "", target: TargetName = "", overwrite: Overwrite = False,
     resume: Resume = False,
     model_free: Annotated[bool, typer.Option("--model-free", help="from files alone, by data-free methods (default: rtn)")] = False,
     include: Annotated[list[str] | None, typer.Option("--include", help="with --model-free: globs of modules to quantize")] = None,
@@ -127,15 +132,18 @@ def quantize(
     mode = inputs_named(inputs)
     if memory is not None and not 0 < memory < math.inf:
         raise QlabError(f"--memory {memory} is no budget; give it in GiB, such as 4")
+    if model_free and keep:
+        raise QlabError("--keep chooses among the sites of blocks, which need the model; --model-free takes --include and --exclude")
     if model_free and around:
         raise QlabError("--outside asks the model what lies around its blocks; --model-free takes --include and --exclude")
     if model_free:
         _quantize_files(model, out, method, spec, asymmetric, codec, target, include, exclude, overwrite, resume, json_file)
         return
     if include or exclude:
-        raise QlabError("--include and --exclude go with --model-free; in Python, qlab.rules and qlab.at choose sites")
+        raise QlabError("--include and --exclude go with --model-free; leave sites as they are by --keep, or choose them in Python "
+                        "by qlab.rules and qlab.at")
     opened = qlab.open(model)
-    recipe, named = chosen(opened, method or "gptq", spec, asymmetric, codec, target, around)
+    recipe, named = chosen(opened, method or "gptq", spec, asymmetric, codec, target, around, keep)
     data = _data(opened, recipe, calib, images, samples, length, seed)
     budget = None if memory is None else int(memory * 2**30)
     result = qlab.quantize(opened, recipe, data, out, inputs=mode, device=device, memory=budget, overwrite=overwrite,

@@ -125,19 +125,28 @@ class Skeleton:
 
         decoded: as if it had never been quantized, all leaves dense and no input rounded at run time.
         """
+        code = self.code(path, call, hidden)
+        self._refuse_rounded_inputs(path, code)
         leaves: dict[str, Leaf] = {}
         for name, _ in self.blocks[path].named_parameters():
-            leaf = self.leaf(f"{path}.{name}", decoded)
+            leaf = self.leaf(f"{path}.{name}", decoded or name in code.unread)
             leaves[name] = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), leaf)
         for name, buffer in self.blocks[path].named_buffers():
             stored = self.file_name(f"{path}.{name}")
             held = self.checkpoint.tensor(stored).to(buffer.dtype) if stored in self.checkpoint.files else buffer
             leaves[name] = held.to(self.device)
-        code = self.code(path, call, hidden)
         sites = () if decoded else code.sites
         online = {site.path: ops for site in sites if (ops := at_input(self, f"{path}.{site.path}"))}
         outputs = {site.path: ops for site in sites if (ops := at_output(self, f"{path}.{site.path}"))}
         return ModuleGraph(code, leaves, path, dtype=self.checkpoint.dtype, online=online, online_outputs=outputs)
+
+    def _refuse_rounded_inputs(self, path: str, code: Code) -> None:
+        """Refuse inputs and outputs that are rounded at run time where the program does not show them."""
+        for leaf, why in code.unread.items():
+            module = f"{path}.{leaf}".removesuffix(".weight")
+            if at_input(self, module) or at_output(self, module):
+                raise QlabError(f"{module} has inputs or outputs that are rounded or rotated at run time, and {leaf} {why}; qlab "
+                                "cannot run it, only convert and inspect it")
 
     def code(self, path: str, call: Call, hidden: Tensor) -> Code:
         """The traced program of a block; traced once for all blocks of one structure.

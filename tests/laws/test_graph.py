@@ -219,18 +219,24 @@ class Masked(Factored):
         return nn.functional.linear(x, self.lin.weight * self.mask * torch.tensor(2.0))
 
 
-@pytest.mark.parametrize("block, words", [
-    (Masked(), ["h.7.lin.weight", "mul", "(4, 4)"]),
-    (Factored(), ["h.7.lin.weight", "select", "(4, 4)"]),
-    (Convolves(), ["h.7.mix.weight", "conv1d", "(4, 4, 1)"]),
-    (Derived(), ["h.7.lin.weight", "mul", "(4, 4)"]),
-    (Twice(), ["h.7.deep.weight", "two operations"]),
-    (Branches(), ["h.7", "Branches", "cannot be traced"]),
+@pytest.mark.parametrize("block, leaf, words", [
+    (Masked(), "lin.weight", ["(4, 4)", "mul"]),
+    (Factored(), "lin.weight", ["(4, 4)", "select"]),
+    (Convolves(), "mix.weight", ["(4, 4, 1)", "conv1d"]),
+    (Derived(), "lin.weight", ["(4, 4)", "mul"]),
+    (Twice(), "deep.weight", ["two operations", "linear"]),
 ])  # fmt: skip
-def test_what_cannot_be_read_is_refused_by_name(block, words):
-    with pytest.raises(QlabError) as refusal:
-        trace(block, (torch.randn(2, 3, 4),), {}, "h.7")
-    assert all(word in str(refusal.value) for word in words)
+def test_a_weight_that_cannot_be_read_is_no_site_and_runs_as_it_is(block, leaf, words):
+    x = torch.randn(2, 3, 4)
+    seg = of(block, x)
+    assert not seg.graph.sites and seg.graph.code.unread.keys() == {leaf}
+    assert all(word in seg.graph.code.unread[leaf] for word in words)
+    assert torch.equal(interpret(seg.graph, (x,), {}), block(x))
+
+
+def test_what_cannot_be_traced_is_refused_by_name():
+    with pytest.raises(QlabError, match=r"h\.7 \(Branches\) cannot be traced"):
+        trace(Branches(), (torch.randn(2, 3, 4),), {}, "h.7")
 
 
 def test_inputs_of_another_form_are_refused():
