@@ -22,8 +22,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlab.codecs import LEGACY_CONFIGS, READERS
 from qlab.errors import QlabError
-from qlab.files.checkpoint import KEY, OLD_KEY, open_checkpoint
-from qlab.files.directory import read_json
+from qlab.files.checkpoint import open_checkpoint
+from qlab.files.directory import locate, read_json
+from qlab.files.explained import KEY, refuse_unexplained, said_in
 from qlab.lower.attention import use_grouped_attention
 from qlab.lower.model import DTYPES, device_named, pack, quantized_weights, set_module, slownesses
 from qlab.lower.rotated import attach, rotations
@@ -184,16 +185,18 @@ _get_config_dict = PretrainedConfig.get_config_dict.__func__  # type: ignore[att
 
 
 def get_config_dict(cls: type[PretrainedConfig], path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A model's config.json. Where it has no quantization_config, one is made of the file in which older writers put it: to
-    transformers such a model would be an unquantized one whose weights are all missing."""
+    """A model's config.json. Where it has no quantization_config, one is made of what a part of it says, or of the file in which older
+    writers put it: to transformers such a model would be an unquantized one whose weights are all missing."""
     options = {key: kwargs[key] for key in FINDING & kwargs.keys()}
     found, unused = _get_config_dict(cls, path, **kwargs)
-    if found and not found.get("quantization_config") and not kwargs.get("gguf_file") and not Path(path).is_file():
-        if OLD_KEY in found:
-            return found | {KEY: found[OLD_KEY]}, unused
+    if found and not found.get(KEY) and not kwargs.get("gguf_file") and not Path(path).is_file():
+        if said := said_in(found, str(path)):
+            return found | {KEY: said}, unused
         for name, read in LEGACY_CONFIGS.items():
             if file := cached_file(path, name, _raise_exceptions_for_missing_entries=False, **options):
-                return found | {"quantization_config": read(read_json(Path(file)))}, unused
+                return found | {KEY: read(read_json(Path(file)))}, unused
+        if any(Path(path).glob("*.safetensors")):  # where weights are codes, transformers would fill them in at random
+            refuse_unexplained(Path(path), locate(Path(path)), (), ())
     return found, unused
 
 

@@ -4,7 +4,7 @@ import hashlib
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qlab.codecs import LEGACY_CONFIGS, Codec, reader
+from qlab.codecs import Codec, reader
 from qlab.codecs.extra import Extra
 from qlab.errors import QlabError
-from qlab.files.directory import CONFIG, INDEX, WIDTHS, Stored, locate, read_json
+from qlab.files.directory import CONFIG, INDEX, Stored, locate, read_json
+from qlab.files.explained import KEY, explained, refuse_unexplained
 from qlab.files.tensors import dtype_of, read
 from qlab.graph import Op
 from qlab.qtensor import Leaf
@@ -27,14 +28,13 @@ if TYPE_CHECKING:
 __all__ = ["GGUF", "INDEX", "Checkpoint", "open_checkpoint"]
 
 GGUF = ".gguf"
-KEY, OLD_KEY = "quantization_config", "compression_config"  # as compressed-tensors called it at first
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """raw: config.json as it stands. stored: tensor name -> where it lies. quantized: module path -> its spec on disk (None:
-    a dense weight in a layout of the codec's). inputs: module path -> how its input is rounded at run time. extras: what else its
-    readers do.
+    """raw: config.json, with what it says of codes at its top. stored: tensor name -> where it lies. quantized: module path -> its
+    spec on disk (None: a dense weight in a layout of the codec's). inputs: module path -> how its input is rounded at run time.
+    extras: what else its readers do.
 
     Only `config` asks transformers, so that everything else also works for models it does not know.
     """
@@ -65,8 +65,7 @@ class Checkpoint:
             reason = f"{first} {more[0].strip()}" if first.endswith(":") and more else first
             raise QlabError(f"{self.path / CONFIG}: transformers cannot read model_type {self.raw.get('model_type')!r} ({reason}); "
                             "check the file, or whether this version of transformers knows the model") from error
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        _forget_codes(config)
         return config
 
     @property
@@ -158,6 +157,14 @@ class Checkpoint:
         return digest.hexdigest()
 
 
+def _forget_codes(config: "PretrainedConfig") -> None:
+    """Take its quantization out of a configuration and out of those inside it."""
+    vars(config).pop(KEY, None)
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            _forget_codes(part)
+
+
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """A Hugging Face model directory, quantized by a format that qlab reads or not. Nothing is loaded but headers.
 
@@ -171,32 +178,24 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise QlabError(f"{folder} is not a model directory; give the path of one, or 'demo'")
     if not (folder / CONFIG).is_file():
         raise QlabError(f"{folder} has no config.json; a model directory holds one beside its safetensors files")
-    raw, stored = read_json(folder / CONFIG), locate(folder)
-    if OLD_KEY in raw and not raw.get(KEY):
-        raw[KEY] = raw.pop(OLD_KEY)
-    quantization = raw.get(KEY) or _legacy_config(folder)
+    raw, stored = explained(read_json(folder / CONFIG), folder), locate(folder)
+    model = _read_codes(Checkpoint(folder, raw, stored, None, {}))
+    refuse_unexplained(folder, stored, model.quantized, {name for extra in model.extras for name in extra.tensors})
+    return model
+
+
+def _read_codes(model: Checkpoint) -> Checkpoint:
+    """The directory with what its configuration says of codes."""
+    quantization = model.raw.get(KEY)
     if not quantization:
-        _refuse_codes(folder, stored)
-        return Checkpoint(folder, raw, stored, None, {})
+        return model
     if not isinstance(quantization, dict):
-        raise QlabError(f"{folder / CONFIG} has a quantization_config that is no object but {quantization!r:.40}; download it again")
+        raise QlabError(f"{model.path / CONFIG} has a quantization_config that is no object but {quantization!r:.40}; download it "
+                        "again")
     try:
         codec = reader(quantization)
-        specs, inputs = codec.specs(quantization, stored), codec.inputs(quantization, stored)
-        return Checkpoint(folder, raw, stored, codec, specs, inputs, codec.extras(quantization, stored))
+        specs, inputs = codec.specs(quantization, model.stored), codec.inputs(quantization, model.stored)
+        extras = codec.extras(quantization, model.stored)
     except QlabError as error:
-        raise QlabError(f"{folder}: {error}") from error
-
-
-def _refuse_codes(folder: Path, stored: Mapping[str, Stored]) -> None:
-    """Floats of 8 bits and less mean nothing without their scales: taken as they are, they would be another model. Integers are
-    refused where a model wants floats."""
-    if codes := [name for name, tensor in stored.items() if tensor.dtype.startswith("F") and WIDTHS[tensor.dtype] <= 8]:
-        raise QlabError(f"{folder} holds {codes[0]} and {len(codes) - 1} more tensors in {stored[codes[0]].dtype}, and its {CONFIG} "
-                        f"has no {KEY} that says what they mean; download it again, or restore that key")
-
-
-def _legacy_config(folder: Path) -> dict[str, Any] | None:
-    """What older writers put into a file of its own."""
-    found = [read(read_json(folder / name)) for name, read in LEGACY_CONFIGS.items() if (folder / name).is_file()]
-    return found[0] if found else None
+        raise QlabError(f"{model.path}: {error}") from error
+    return replace(model, codec=codec, quantized=specs, inputs=inputs, extras=extras)
