@@ -31,7 +31,7 @@ from qlab.qtensor import Leaf
 TRANSPOSES = (aten.numpy_T.default, aten.t.default, aten.mT.default, aten.transpose.int, aten.permute.default)
 
 
-class _OnTensors(nn.Module):
+class OnTensors(nn.Module):
     """The segment as a function of the tensors among its inputs; everything else is part of its structure."""
 
     def __init__(self, segment: nn.Module, args: tuple, kwargs: dict[str, Any]):
@@ -56,8 +56,8 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
     auto = tuple({d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n > 1} for t in tensors)
     where = path or type(module).__name__
     try:
-        segment, fakes = _without_values(module, tensors)
-        exported = torch.export.export(_OnTensors(segment, args, kwargs), fakes, dynamic_shapes=(auto,), strict=False)
+        segment, fakes = without_values(module, tensors)
+        exported = torch.export.export(OnTensors(segment, args, kwargs), fakes, dynamic_shapes=(auto,), strict=False)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise QlabError(f"{where} ({type(module).__name__}) cannot be traced by torch.export: {reason}") from error
@@ -87,7 +87,7 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
     return ModuleGraph(code, leaves, path, next((t.dtype for t in leaves.values() if isinstance(t, Tensor)), torch.float32))
 
 
-def _without_values(module: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def without_values(module: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """A copy of the module and its inputs as tensors that have a place on the CPU and no memory: what a segment makes of plain
     numbers beside them (an index, a factor) keeps its values, which are lost where it is traced on the meta device."""
     with FakeTensorMode(allow_non_fake_inputs=True):

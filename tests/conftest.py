@@ -1,6 +1,5 @@
 """Tiny models as directories on disk, with a real tokenizer and text in its words."""
 
-import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -12,24 +11,9 @@ from directories import add_tokenizer, prose
 from families import tiny
 from transformers.utils import logging as transformers_logging
 
-from qlab.model.skeleton import Skeleton, _structure
-
-_trace = Skeleton._trace
-_programs: dict = {}
-
-
-def traced_once(self: Skeleton, path: str, call, hidden):
-    """Tracing is most of the work on models this small: equal blocks of different skeletons share their programs."""
-    config = {k: v for k, v in self.checkpoint.config.to_dict().items() if k not in ("_name_or_path", "quantization_config")}
-    key = (json.dumps(config, sort_keys=True, default=str), self.dtype, path, _structure(self.blocks[path], call, hidden, -1))
-    if key not in _programs:
-        _programs[key] = _trace(self, path, call, hidden)
-    return _programs[key]
-
-
-Skeleton._trace = traced_once
 transformers_logging.disable_progress_bar()  # tests read what qlab itself prints
 torch.set_num_threads(1)  # the models are tiny, and children that tests fork must not inherit half a thread pool
+
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):

@@ -12,15 +12,15 @@ PACKAGE = ROOT / "qlab"
 # A module imports from strictly lower layers, or from its own package. A package is one layer of all its files.
 LAYERS = [
     {"errors"}, {"products", "scope", "spec"}, {"qtensor", "targets"}, {"certificate"}, {"experts"}, {"graph"}, {"trace"},
-    {"interpret"}, {"stats"}, {"rounding"}, {"transform"}, {"channels"}, {"absorb"}, {"methods"}, {"codecs"}, {"files"},
-    {"calibration"},
+    {"interpret", "programs"}, {"stats"}, {"rounding"}, {"transform"}, {"channels"}, {"absorb"}, {"methods"}, {"codecs"},
+    {"files"}, {"calibration"},
     {"images", "model"}, {"sweep"}, {"report"}, {"siblings"}, {"outside", "stored", "memory"}, {"plan"}, {"quantize"}, {"from_gguf"},
     {"convert", "verify", "inspection", "model_free"}, {"evaluate", "lower"},
     {"demo"}, {"hub", "hf", "serve"}, {"__init__"}, {"cli"}, {"bench", "__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-MATHEMATICS = {"errors", "scope", "spec", "qtensor", "experts", "graph", "trace", "interpret", "products", "stats", "rounding",
-               "transform", "channels", "absorb", "methods"}
+MATHEMATICS = {"errors", "scope", "spec", "qtensor", "experts", "graph", "trace", "interpret", "products", "programs", "stats",
+               "rounding", "transform", "channels", "absorb", "methods"}
 MODELS = {"transformers", "safetensors", "accelerate", "huggingface_hub", "gguf"}
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 modules = pytest.mark.parametrize("file", FILES)

@@ -23,8 +23,10 @@ from qlab.model.names import Piece, assemble, pieces_of_experts, spellings
 from qlab.model.online import at_input, at_output
 from qlab.model.paper import find_blocks, on_paper, output_on_meta, path_of
 from qlab.model.recording import Call, Output, Recorded, Recorder, Replaced, to_like
+from qlab.programs import program
 from qlab.qtensor import Leaf, dense
-from qlab.trace import trace
+
+ORIGIN = frozenset({"_name_or_path", "quantization_config"})  # what a config says of where it comes from
 
 
 class Skeleton:
@@ -157,19 +159,19 @@ class Skeleton:
         paths = list(self.blocks)
         key = _structure(self.blocks[path], call, hidden, paths.index(path))
         if key not in self._codes:
-            code = self._codes[key] = self._trace(path, call, hidden).code
+            code = self._codes[key] = self._program(path, call, hidden)
             twins = [p for i, p in enumerate(paths) if p != path and _structure(self.blocks[p], call, hidden, i) == key]
-            if twins and str(self._trace(twins[-1], call, hidden).code.graph) != str(code.graph):
+            if twins and self._program(twins[-1], call, hidden) is not code:
                 self._traced_for[key] = path
         if self._traced_for.get(key, path) != path:
             key = (key, path)
             if key not in self._codes:
-                self._codes[key] = self._trace(path, call, hidden).code
+                self._codes[key] = self._program(path, call, hidden)
         return self._codes[key]
 
-    def _trace(self, path: str, call: Call, hidden: Tensor) -> ModuleGraph:
+    def _program(self, path: str, call: Call, hidden: Tensor) -> Code:
         args, kwargs = call.inputs(hidden.to("meta"))
-        return trace(self.blocks[path], args, kwargs, path)
+        return program(self.blocks[path], args, kwargs, path, list(self.blocks).index(path), ORIGIN)
 
     # -------------------------------------------------------------- around the blocks
     def load_outside(self, with_head: bool) -> None:
