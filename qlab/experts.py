@@ -94,6 +94,48 @@ def _(x_sk: Tensor, W_eko: Tensor, bias_eo: Tensor | None, ends: Tensor) -> Tens
     return x_sk.new_empty(x_sk.shape[0], W_eko.shape[2])
 
 
+@torch.library.custom_op("qlab::experts_outer", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def experts_outer(g_so: Tensor, x_sk: Tensor, ends: Tensor) -> Tensor:
+    """The sum of g^T x over the rows of each expert: [e, o, k]."""
+    return torch.stack([g_so[rows].mT @ x_sk[rows] for rows in rows_of(ends)])
+
+
+@experts_outer.register_fake
+def _(g_so: Tensor, x_sk: Tensor, ends: Tensor) -> Tensor:
+    return x_sk.new_empty(len(ends), g_so.shape[1], x_sk.shape[1])
+
+
+def _save_experts(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x_sk, W, bias, ends = inputs
+    ctx.save_for_backward(x_sk, W, ends)
+    ctx.experts = None if bias is None else len(bias)
+
+
+def _bias_gradient(ctx: Any, g_so: Tensor, ends: Tensor) -> Tensor | None:
+    if ctx.experts is None:
+        return None
+    owner = per_row(torch.arange(ctx.experts, device=ends.device), ends, len(g_so))
+    return g_so.new_zeros(ctx.experts, g_so.shape[1]).index_add(0, owner, g_so)
+
+
+def _experts_linear_gradients(ctx: Any, g_so: Tensor) -> tuple:
+    x_sk, W_eok, ends = ctx.saved_tensors
+    g_x = experts_matmul(g_so, W_eok, None, ends)
+    g_W = experts_outer(g_so, x_sk, ends) if ctx.needs_input_grad[1] else None
+    return g_x, g_W, _bias_gradient(ctx, g_so, ends), None
+
+
+def _experts_matmul_gradients(ctx: Any, g_so: Tensor) -> tuple:
+    x_sk, W_eko, ends = ctx.saved_tensors
+    g_x = experts_linear(g_so, W_eko, None, ends)
+    g_W = experts_outer(x_sk, g_so, ends) if ctx.needs_input_grad[1] else None
+    return g_x, g_W, _bias_gradient(ctx, g_so, ends), None
+
+
+experts_linear.register_autograd(_experts_linear_gradients, setup_context=_save_experts)
+experts_matmul.register_autograd(_experts_matmul_gradients, setup_context=_save_experts)
+
+
 # operation -> layout of its weight
 EXPERT_OPS: Mapping[Any, str] = {
     torch.ops.qlab.experts_linear.default: "e o k", torch.ops.qlab.experts_matmul.default: "e k o",

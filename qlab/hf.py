@@ -7,8 +7,10 @@ as always, with its `dtype` and `device_map`.
 """
 
 import copy
+import inspect
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +24,25 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlab.codecs import LEGACY_CONFIGS, READERS
 from qlab.errors import QlabError
-from qlab.files.checkpoint import open_checkpoint
+from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.directory import locate, read_json
 from qlab.files.explained import KEY, refuse_unexplained, said_in
 from qlab.lower.attention import use_grouped_attention
-from qlab.lower.model import DTYPES, device_named, pack, quantized_weights, set_module, slownesses
-from qlab.lower.rotated import attach, rotations
+from qlab.lower.inputs import RoundedInput
+from qlab.lower.model import DTYPES, device_named, make_dense, pack, quantized_weights, set_module, slownesses
+from qlab.lower.rotated import attach, is_rotated, rotations
 from qlab.model.paper import EXPERTS
 from qlab.model.skeleton import Skeleton
 
 
 class QlabConfig(QuantizationConfigMixin):
-    """A directory's quantization_config, kept word for word: what is saved is what was read."""
+    """A directory's quantization_config, kept word for word: what is saved is what was read.
 
-    def __init__(self, raw: dict[str, Any]):
-        self.raw, self.quant_method = raw, raw["quant_method"]
+    dequantize: whether from_pretrained was asked for an ordinary dense model, which holds no codes any more.
+    """
+
+    def __init__(self, raw: dict[str, Any], dequantize: bool = False):
+        self.raw, self.quant_method, self.dequantize = raw, raw["quant_method"], dequantize
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -64,12 +70,15 @@ class Awaiting(nn.Module):
 class QlabQuantizer(HfQuantizer):
     """Takes quantized linears out of a model before its weights are loaded, and puts packed ones in afterwards."""
 
-    is_trainable = False
+    is_trainable = True  # adapters on top: gradients flow through codes, which have none of their own
     is_compileable = True
 
-    def __new__(cls, config: QuantizationConfigMixin, **kwargs: Any) -> Any:
-        """transformers' own quantizer where it is asked to quantize a model while it loads, which is none of qlab's business."""
-        if kwargs.get("pre_quantized", True):
+    def __new__(cls, config: QuantizationConfigMixin | None = None, **kwargs: Any) -> Any:
+        """transformers' own quantizer where it is asked to quantize a model while it loads, which is none of qlab's business.
+
+        config: None only where a copy or a pickle is made whole.
+        """
+        if config is None or kwargs.get("pre_quantized", True):
             return super().__new__(cls)
         method = config.quant_method
         own = OWN[method][0].from_dict(config.to_dict()) if isinstance(config, QlabConfig) else config
@@ -96,15 +105,16 @@ class QlabQuantizer(HfQuantizer):
         return dtype
 
     def _process_model_before_weight_loading(  # type: ignore[override]
-        self, model: PreTrainedModel, device_map: Any, checkpoint_files: list[str], **kwargs: Any
+        self, model: PreTrainedModel, device_map: Any, checkpoint_files: list[str] | None, **kwargs: Any
     ) -> None:
-        checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
+        checkpoint = _checkpoint_of(checkpoint_files)
         self.device, self.skeleton = torch.device(device_map[""]), Skeleton(checkpoint, self.dtype)
         if type(self.skeleton.model) is not type(model):
             raise QlabError(f"{checkpoint.path} holds a {type(self.skeleton.model).__name__} and not a {type(model).__name__}; load it "
                             "with the auto class of its own architecture")
         checkpoint.warn_unapplied()
         _refuse_another(checkpoint.path, self.skeleton.model, model)
+        _refuse_experts_implementation(model)
         self.packed = quantized_weights(self.skeleton)
         self._refuse_missing(model)
         ours: set[str] = set()
@@ -132,13 +142,20 @@ class QlabQuantizer(HfQuantizer):
             lacking = [piece.name for piece in self.skeleton.pieces(name) if piece.name not in checkpoint.stored]
             if lacking and name not in packed | tied:
                 raise QlabError(f"{checkpoint.path} has no tensor {lacking[0]}, which {type(model).__name__} needs; "
-                                "the download may be incomplete")
+                                "the download may be incomplete, or the tensors have names that only a key_mapping explains, which "
+                                "qlab does not apply to codes")
 
     @torch.no_grad()
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name in self.packed:
             set_module(model, name, pack(self.skeleton, name, self.dtype, self.device))
         attach(model, rotations(self.skeleton), self.device)
+        checkpoint = self.skeleton.checkpoint
+        self.source, self.held = checkpoint.path, self._held()
+        self.beside = [name for extra in checkpoint.extras for name in extra.tensors]
+        del self.skeleton, self.packed  # the model is whole, and is copied and pickled with this quantizer
+        if getattr(self.quantization_config, "dequantize", False):
+            return self._dequantize(model)
         for slow in slownesses(model, self.dtype, self.device):
             warnings.warn(slow, stacklevel=2)
         # transformers has rules of its own for moving models of the methods that it knows
@@ -148,20 +165,56 @@ class QlabQuantizer(HfQuantizer):
             use_grouped_attention(model)
         return model
 
+    def _held(self) -> dict[str, dict[str, str]]:
+        """Quantized weight -> the names that its tensors have in what is saved, and those that they have in the files."""
+        held: dict[str, dict[str, str]] = {}
+        for name, pieces in self.packed.items():
+            parts = [part for piece in pieces for part in self.skeleton.checkpoint.parts(piece.module)]
+            fused = pieces[0].expert is not None
+            held[name] = {part if fused else f"{name}.{part.rpartition('.')[2]}": part for part in parts}
+        return held
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """An ordinary model of dense weights; refused where it would not compute what the codes do."""
+        for name, module in model.named_modules():
+            if is_rotated(module) or isinstance(module, RoundedInput):
+                raise QlabError(f"{self.source}: {name} rotates or rounds at run time, which no dense weight does; load the model "
+                                "without dequantize")
+        make_dense(model)
+        return model if dtype is None else model.to(dtype)
+
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The codes as the directory holds them, which must still be there, and everything else as the model holds it."""
-        checkpoint = self.skeleton.checkpoint
+        checkpoint = open_checkpoint(self.source)
         state: dict[str, Tensor] = {}
         for name, module in model.named_modules():
-            if self.packed.keys().isdisjoint((name, name.rpartition(".")[0])):  # a linear, and what rounds its input
+            if self.held.keys().isdisjoint((name, name.rpartition(".")[0])):  # a linear, and what rounds its input
                 own = module.named_parameters(name, recurse=False), module.named_buffers(name, recurse=False)
                 kept = {f"{name}.{key}" if name else key for key in module._non_persistent_buffers_set}
                 state |= {key: tensor for tensors in own for key, tensor in tensors if key not in kept}
-        for name, pieces in self.packed.items():
-            for part in (part for piece in pieces for part in checkpoint.parts(piece.module)):
-                fused = pieces[0].expert is not None
-                state[part if fused else f"{name}.{part.rpartition('.')[2]}"] = checkpoint.tensor(part)
-        return state | {name: checkpoint.tensor(name) for extra in checkpoint.extras for name in extra.tensors}, {}
+        for names in self.held.values():
+            state |= {name: checkpoint.tensor(part) for name, part in names.items()}
+        return state | {name: checkpoint.tensor(name) for name in self.beside}, {}
+
+
+def _checkpoint_of(files: Sequence[str] | None) -> Checkpoint:
+    """The directory that from_pretrained reads; refuses other weights than those that it would hold."""
+    if not files:
+        raise QlabError("from_pretrained was given no files (state_dict, or a config alone), and qlab takes codes from files; give a "
+                        "model directory")
+    checkpoint = open_checkpoint(Path(files[0]).parent)
+    if others := {Path(file).name for file in files} - {file.name for file in checkpoint.files.values()}:
+        raise QlabError(f"from_pretrained chose {sorted(others)[0]} (by variant or use_safetensors) and qlab reads the codes of "
+                        f"{checkpoint.path} from {next(iter(checkpoint.files.values())).name}; leave out the option")
+    return checkpoint
+
+
+def _refuse_experts_implementation(model: PreTrainedModel) -> None:
+    """Refuse the option where it would be without effect: quantized experts have one forward."""
+    asked = getattr(model.config, "_experts_implementation", None)
+    if asked in ("eager", "batched_mm") and asked != model.get_correct_experts_implementation(None):
+        raise QlabError(f"quantized experts have an implementation of their own, and {asked!r} was asked for; leave out "
+                        "experts_implementation")
 
 
 def _refuse_another(path: Path, ours: nn.Module, theirs: nn.Module) -> None:
@@ -200,6 +253,35 @@ def get_config_dict(cls: type[PretrainedConfig], path: Any, **kwargs: Any) -> tu
     return found, unused
 
 
+_merge_configs = auto.AutoHfQuantizer.merge_quantization_configs.__func__
+
+
+def merge_quantization_configs(cls: type[auto.AutoHfQuantizer], ours: Any, asked: Any) -> Any:
+    """A directory's own config, with what an option `quantization_config` of from_pretrained may add to it: dequantize.
+
+    Refuses one of another method. What it says about kernels, and about numbers that the directory fixes, has no effect and is named.
+    """
+    method = ours.get("quant_method") if isinstance(ours, dict) else ours.quant_method
+    if asked is None or auto.AUTO_QUANTIZATION_CONFIG_MAPPING.get(method) is not QlabConfig:
+        return _merge_configs(cls, ours, asked)
+    said = asked if isinstance(asked, dict) else asked.to_dict()
+    theirs = getattr(said.get("quant_method"), "value", said.get("quant_method"))
+    if theirs != getattr(method, "value", method):
+        raise QlabError(f"the directory is quantized by {method} and quantization_config asks for {theirs}; leave the option out, or "
+                        "load an unquantized model")
+    raw = copy.deepcopy(ours if isinstance(ours, dict) else ours.to_dict())
+    loading = {} if isinstance(asked, dict) else getattr(asked, "get_loading_attributes", dict)()
+    dequantize = bool((said | loading).get("dequantize"))
+    defaults = {name: given.default for name, given in inspect.signature(type(asked).__init__).parameters.items()}
+    chosen = {key: value for key, value in said.items() if key not in defaults or value != defaults[key]}
+    if others := sorted(key for key in chosen.keys() & raw.keys() - {"quant_method"} if chosen[key] != raw[key]):
+        written = ", ".join(f"{key} {raw[key]!r}" for key in others)
+        warnings.warn(f"the directory says {written}; quantization_config changes nothing of what is written there", stacklevel=2)
+    if kernels := sorted(key for key, value in loading.items() if key != "dequantize" and value and value != "auto"):
+        warnings.warn(f"{', '.join(kernels)} of quantization_config chooses other kernels than qlab's and has no effect", stacklevel=2)
+    return QlabConfig(raw, dequantize)
+
+
 # quant_method -> transformers' own config and quantizer
 OWN: dict[str, tuple[Any, Any]] = {
     method: (auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method], auto.AUTO_QUANTIZER_MAPPING[method])
@@ -210,6 +292,7 @@ OWN: dict[str, tuple[Any, Any]] = {
 def register() -> None:
     """Make every quant_method that qlab reads qlab's, also where a file beside config.json names it."""
     PretrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[method-assign,assignment]
+    auto.AutoHfQuantizer.merge_quantization_configs = classmethod(merge_quantization_configs)  # type: ignore[method-assign,assignment]
     for method in READERS:
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = QlabConfig
         auto.AUTO_QUANTIZER_MAPPING[method] = QlabQuantizer

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from rich import box
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 from qlab.errors import QlabError
-from qlab.lower import CodedLinear, QLinear, inductor_options, resident_bytes
+from qlab.lower import inductor_options, resident_bytes
 from qlab.lower.attention import NAME
-from qlab.lower.linear import QuantizedWeight
-from qlab.lower.model import lower, set_module
+from qlab.lower.model import lower, make_dense
 from qlab.report import PeakMemory, versions
 
 # A decode step is hundreds of loops of microseconds, so a CPU calls them from C++; built apart, they compile in a third of the time.
@@ -124,20 +123,7 @@ def _compiled(forward: Callable[[Tensor], Tensor], ours: bool, **options: Any) -
 
 def _undo(model: PreTrainedModel) -> None:
     """The model as transformers would load it unquantized: dense weights, and its own attention."""
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, QuantizedWeight):
-            continue
-        weight = nn.Parameter(module.weight().contiguous(), requires_grad=False)
-        if isinstance(module, QLinear | CodedLinear):
-            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-            linear.weight = weight
-            if module.bias is not None:
-                linear.bias = nn.Parameter(module.bias, requires_grad=False)
-            set_module(model, name, linear)
-        else:  # fused experts, which some models hold transposed
-            owner, key = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-            delattr(owner, key)
-            setattr(owner, key, nn.Parameter(weight.mT.contiguous(), requires_grad=False) if owner.is_transposed else weight)
+    make_dense(model)
     if model.config._attn_implementation == NAME:
         model.set_attn_implementation("sdpa")
 

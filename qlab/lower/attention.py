@@ -22,8 +22,6 @@ UNDERSTOOD = {"is_causal", "position_ids", "use_cache", "sliding_window", "outpu
 def use_grouped_attention(model: PreTrainedModel) -> None:
     """Let a model on the CPU that uses torch's attention use this one for single tokens; others keep theirs."""
     if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(NAME, attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
 
 
@@ -50,3 +48,8 @@ def attention(
     p_bhgl = s_bhgl.softmax(-1)
     y_bhgd = (p_bhgl[..., None] * value[:, :, None].float()).sum(-2)
     return y_bhgd.to(query.dtype).reshape(b, 1, heads, value.shape[-1]), None
+
+
+# by this import and not by a call, so that a model that was pickled finds it in another process
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -2,6 +2,7 @@
 
     qlab::dense(words, scales, zeros, outer, perm, k, spec, dtype)     -> W [..., n, k]: qlab.qtensor.dense, bit for bit
     qlab::experts_mm(x, words, scales, ..., dense, ends, n, k, spec)   -> y [s, n]: rows ends[e-1]:ends[e] of x @ W_e.T
+    qlab::experts_back(g, words, scales, ..., dense, ends, k, spec)    -> its gradient by x [s, k]: rows of g @ W_e
 
 words: int32 [..., n, ceil(k bits / 32)], codes one behind the other (qlab.codecs.bits), floats by their place among the numbers
 of their grid; codes of 8 bits are bytes [..., n, k]. scales, zeros, outer, perm: those of the leaf, in the dtype of the
@@ -9,6 +10,7 @@ activations where that is narrower than their own, because they are read in it.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ from torch import Tensor
 from qlab.codecs.bits import pack, pack_signed, unpack, unpack_signed
 from qlab.errors import QlabError
 from qlab.experts import each_expert, per_row
-from qlab.lower.linear import QuantizedWeight
+from qlab.lower.linear import LinearOfCodes, QuantizedWeight
 from qlab.methods.inputs import QuantizeInput
 from qlab.qtensor import QTensor
 from qlab.qtensor import dense as dense_of
@@ -46,10 +48,7 @@ def experts_mm(x: Tensor, words: Tensor, scales: Tensor, zeros: Part, outer: Par
     def product(e: int, x_mk: Tensor) -> Tensor:
         if not len(x_mk):
             return x_mk.new_empty(0, words.shape[1])
-        if copy is not None:
-            return F.linear(x_mk, copy[e])
-        z, o = (None if part is None else part[e] for part in (zeros, outer))
-        return F.linear(x_mk, dense(words[e], scales[e], z, o, perm, k, spec, x.dtype))
+        return F.linear(x_mk, _expert(e, words, scales, zeros, outer, perm, copy, k, spec, x.dtype))
 
     return each_expert(x, ends, product)
 
@@ -57,6 +56,46 @@ def experts_mm(x: Tensor, words: Tensor, scales: Tensor, zeros: Part, outer: Par
 @experts_mm.register_fake
 def _(x, words, scales, zeros, outer, perm, copy, ends, k, spec):
     return x.new_empty(x.shape[0], words.shape[1])
+
+
+@torch.library.custom_op("qlab::experts_back", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))  # waits for `ends`
+def experts_back(g: Tensor, words: Tensor, scales: Tensor, zeros: Part, outer: Part, perm: Part, copy: Part, ends: Tensor, k: int,
+                 spec: str) -> Tensor:  # fmt: skip
+    """The gradient by x [s, k] of experts_mm, from that by its result: g [s, n]."""
+
+    def product(e: int, g_mn: Tensor) -> Tensor:
+        if not len(g_mn):
+            return g_mn.new_empty(0, k)
+        return g_mn @ _expert(e, words, scales, zeros, outer, perm, copy, k, spec, g.dtype)
+
+    return each_expert(g, ends, product)
+
+
+@experts_back.register_fake
+def _(g, words, scales, zeros, outer, perm, copy, ends, k, spec):
+    return g.new_empty(g.shape[0], k)
+
+
+def _expert(e: int, words: Tensor, scales: Tensor, zeros: Part, outer: Part, perm: Part, copy: Part, k: int, spec: str,
+            dtype: torch.dtype) -> Tensor:  # fmt: skip
+    """W_e [n, k]."""
+    if copy is not None:
+        return copy[e]
+    z, o = (None if part is None else part[e] for part in (zeros, outer))
+    return dense(words[e], scales[e], z, o, perm, k, spec, dtype)
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, *parts, k, spec = inputs
+    ctx.save_for_backward(*parts)
+    ctx.form = k, spec
+
+
+def _gradients(ctx: Any, g_sn: Tensor) -> tuple[Tensor | None, ...]:
+    return experts_back(g_sn, *ctx.saved_tensors, *ctx.form), *[None] * 9
+
+
+experts_mm.register_autograd(_gradients, setup_context=_save)
 
 
 def _codes(words: Tensor, spec: Spec, k: int) -> Tensor:
@@ -97,6 +136,10 @@ def _numbers(spec: Float, device: torch.device) -> Tensor:
     return octets[spec.nearest_(values.clone()) == values].to(device)
 
 
+def _is_narrow(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.itemsize == 1
+
+
 class CodedWeight(QuantizedWeight):
     """Held as bit streams: of every grid, granularity and order of channels."""
 
@@ -115,11 +158,24 @@ class CodedWeight(QuantizedWeight):
             self.register_buffer(name, None if part is None else part.to(device))
         self.register_buffer("dense", self.columns().contiguous() if dense_cache else None, persistent=False)
 
-    def weight(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         return dense(self.words, self.scales, self.zeros, self.outer, self.perm, self.in_features, self.spec, self.dtype)
 
     def held(self) -> tuple[Tensor | None, ...]:
         return *super().held(), self.outer, self.perm
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickles, which torch cannot read back from tensors of 8-bit floats: their bytes, and what these are."""
+        held = {name: tensor for name, tensor in self._buffers.items() if tensor is not None and _is_narrow(tensor)}
+        octets = {name: tensor.view(torch.uint8) for name, tensor in held.items()}
+        narrow = {name: tensor.dtype for name, tensor in held.items()}
+        return {**self.__dict__, "_buffers": {**self._buffers, **octets}, "_narrow": narrow}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        narrow = state.pop("_narrow")
+        super().__setstate__(state)
+        for name, dtype in narrow.items():
+            self._buffers[name] = state["_buffers"][name].view(dtype)
 
     def _rows(self, x: Tensor) -> Tensor:
         if x.dtype != self.dtype:
@@ -127,10 +183,8 @@ class CodedWeight(QuantizedWeight):
         return super()._rows(x)
 
 
-class CodedLinear(CodedWeight):
+class CodedLinear(CodedWeight, LinearOfCodes):
     """y = x @ W.T + b, dequantized for the call."""
-
-    bias: Tensor | None
 
     def __init__(self, path: str, leaf: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device, dense_cache: bool,
                  inputs: QuantizeInput | None = None):  # fmt: skip
@@ -139,7 +193,7 @@ class CodedLinear(CodedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., k] -> [..., n]"""
-        y = F.linear(self._rows(x), self.weight() if self.dense is None else self.dense, self.bias)
+        y = F.linear(self._rows(x), self.dequantized() if self.dense is None else self.dense, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
 

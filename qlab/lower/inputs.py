@@ -3,6 +3,8 @@
     qlab::round_input(x [n, k], scales, zeros, outer, spec) -> x on the grid of `spec`, in x's dtype
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,26 @@ def round_input(x: Tensor, scales: Tensor | None, zeros: Tensor | None, outer: T
 @round_input.register_fake
 def _(x: Tensor, scales: Tensor | None, zeros: Tensor | None, outer: Tensor | None, spec: str) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.spec = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    """That of QuantizeInput itself, so that both have one."""
+    x, scales, zeros, outer = ctx.saved_tensors
+    if not len(x):
+        return g, *[None] * 4
+    with torch.enable_grad():
+        entering = x.detach().requires_grad_()
+        rounded = QuantizeInput(parse_spec(ctx.spec), scales, zeros, outer)(entering)
+    (by_x,) = torch.autograd.grad(rounded, entering, g)
+    return by_x, *[None] * 4
+
+
+round_input.register_autograd(_gradients, setup_context=_save)
 
 
 class RoundedInput(nn.Module):

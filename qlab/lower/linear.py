@@ -14,6 +14,7 @@ from qlab.lower import cpu, cuda
 from qlab.lower.inputs import RoundedInput
 from qlab.lower.nibbles import planes_of
 from qlab.lower.ops import dequantize, int4_grouped_mm, int4_mm
+from qlab.lower.readonly import REFUSED, ReadOnly
 from qlab.methods.inputs import QuantizeInput
 from qlab.qtensor import QTensor
 
@@ -32,18 +33,18 @@ class QuantizedWeight(nn.Module):
     dense: Tensor | None
 
     def __init__(self, path: str, leaf: QTensor, layout: str, device: torch.device, inputs: QuantizeInput | None):
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's, which a subclass may be, would make a dense weight
         *self.experts, self.out_features, self.in_features = leaf.shape  # [] or [e]
         self.spec, self.layout = str(leaf.spec), layout
         self.inputs = None if inputs is None else RoundedInput(path, inputs, device)
 
-    def weight(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         """W, dequantized now."""
         raise NotImplementedError
 
     def columns(self) -> Tensor:
         """W with its columns in the order in which the module multiplies them."""
-        return self.weight()
+        return self.dequantized()
 
     def held(self) -> tuple[Tensor | None, ...]:
         """The tensors that W is made of."""
@@ -73,6 +74,24 @@ class QuantizedWeight(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, spec={self.spec}, layout={self.layout}{copy}"
 
 
+class LinearOfCodes(QuantizedWeight, nn.Linear):
+    """In the place of an nn.Linear, and one to whoever asks: adapters wrap those, and models read the dtype of `weight`.
+
+    weight: W, dequantized for the reader. What is written to it would be lost, so that is refused.
+    """
+
+    bias: Tensor | None  # type: ignore[assignment]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.dequantized().contiguous().as_subclass(ReadOnly)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise QlabError(REFUSED)
+        super().__setattr__(name, value)
+
+
 class PackedWeight(QuantizedWeight):
     """Held as packed 4-bit codes in an order that belongs to a device.
 
@@ -97,7 +116,7 @@ class PackedWeight(QuantizedWeight):
         kept = dense_cache and (on_cpu or cuda.reads_dense(device, bool(self.experts)))
         self.register_buffer("dense", self.columns().contiguous() if kept else None, persistent=False)
 
-    def weight(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         return self.columns() if self.perm is None else self.columns()[..., self.perm.argsort()]
 
     def held(self) -> tuple[Tensor | None, ...]:
@@ -116,10 +135,8 @@ class PackedWeight(QuantizedWeight):
         return torch.stack([dequantize(w, s, z, *own) for w, s, z in zip(self.words, self.scales, zeros)])
 
 
-class QLinear(PackedWeight):
+class QLinear(PackedWeight, LinearOfCodes):
     """y = x @ W.T + b."""
-
-    bias: Tensor | None
 
     def __init__(self, path: str, leaf: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device, dense_cache: bool,
                  inputs: QuantizeInput | None = None):  # fmt: skip

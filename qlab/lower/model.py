@@ -12,7 +12,7 @@ from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.lower.attention import use_grouped_attention
 from qlab.lower.coded import CodedExperts, CodedLinear, CodedWeight
 from qlab.lower.inputs import RoundedInput
-from qlab.lower.linear import QExperts, QLinear, QuantizedWeight
+from qlab.lower.linear import LinearOfCodes, QExperts, QLinear, QuantizedWeight
 from qlab.lower.nibbles import refusal
 from qlab.lower.rotated import attach, rotations
 from qlab.methods.inputs import QuantizeInput
@@ -155,6 +155,21 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     owner, key = _owner(model, name), name.rpartition(".")[2]
     owner._parameters.pop(key, None)
     setattr(owner, key, module)
+
+
+def make_dense(model: nn.Module) -> None:
+    """Put a dense weight in the place of every quantized one, in the dtype of the activations, and none of its codes."""
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, QuantizedWeight):
+            continue
+        weight = module.dequantized().contiguous()
+        if isinstance(module, LinearOfCodes):
+            set_module(model, name, _plain(weight, module.bias, weight.dtype, weight.device))
+        else:  # fused experts, which some models hold transposed
+            owner, key = _owner(model, name), name.rpartition(".")[2]
+            delattr(owner, key)
+            weight = weight.mT.contiguous() if owner.is_transposed else weight
+            setattr(owner, key, nn.Parameter(weight, requires_grad=False))
 
 
 def _load_blocks(skeleton: Skeleton) -> None:

@@ -52,7 +52,7 @@ def bits(x):
 def test_the_weight_is_dense_bit_for_bit_and_so_is_its_product(leaf, dtype, biased, dense_cache):
     bias = activations(1, leaf.shape[0], dtype, seed=7)[0] if biased else None
     module, x = CodedLinear("site", leaf, bias, dtype, CPU, dense_cache), activations(5, leaf.shape[1], dtype)
-    assert torch.equal(bits(module.weight()), bits(dense(leaf, dtype)))
+    assert torch.equal(bits(module.dequantized()), bits(dense(leaf, dtype)))
     assert torch.equal(module(x), F.linear(x, dense(leaf, dtype), bias))
     words = leaf.shape[0] * -(-leaf.shape[1] * leaf.spec.bits // 32) * 4  # rows end in whole words
     assert module.words.nbytes == words and (module.dense is not None) == dense_cache
@@ -110,7 +110,7 @@ def test_the_state_round_trips_and_that_of_another_grid_is_refused(text):
     other.inputs.scales.fill_(9.0)
     other.load_state_dict(module.state_dict())
     x = activations(3, 64, torch.bfloat16)
-    assert torch.equal(other(x), module(x)) and torch.equal(other.weight(), dense(leaf, torch.bfloat16))
+    assert torch.equal(other(x), module(x)) and torch.equal(other.dequantized(), dense(leaf, torch.bfloat16))
     state = module.state_dict() | {"_extra_state": torch.tensor(list(b"mxfp4"), dtype=torch.uint8)}
     with pytest.raises(QlabError, match=f"packed as mxfp4 and the module reads {text}"):
         module.load_state_dict(state)

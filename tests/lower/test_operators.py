@@ -35,7 +35,7 @@ def test_a_lowered_linear_agrees_with_interpret(problem, dtype, biased, dense_ca
 def test_a_dequantized_weight_is_the_leaf_rounded_once(problem, dtype):
     leaf, _ = problem
     stored = QTensor(leaf.codes, leaf.scales.to(dtype), leaf.zeros, leaf.spec)  # kernels hold scales in the activations' dtype
-    W = lowered(leaf, dtype).weight()
+    W = lowered(leaf, dtype).dequantized()
     assert torch.equal(W, dense(stored, torch.float64).to(dtype))
 
 
@@ -64,7 +64,7 @@ def test_channels_that_share_groups_in_an_order_of_their_own_are_gathered(m, den
     layer = lowered(leaf, dense_cache=dense_cache)
     check_product(layer(x), x, leaf)
     stored = QTensor(leaf.codes, leaf.scales.bfloat16(), leaf.zeros, leaf.spec, perm=leaf.perm)
-    assert torch.equal(layer.weight(), dense(stored, torch.float64).bfloat16())
+    assert torch.equal(layer.dequantized(), dense(stored, torch.float64).bfloat16())
 
 
 def test_leading_dimensions_are_kept():
@@ -157,7 +157,7 @@ def test_scales_that_float16_does_not_hold_are_refused(bits, largest):
     leaf = replace(leaf, scales=torch.full_like(leaf.scales, largest))
     with pytest.raises(QlabError, match=r"a\.site has scales up to .*, which torch\.float16 does not hold; lower to torch\.bfloat16"):
         QLinear("a.site", leaf, None, torch.float16, torch.device("cpu"), False)
-    assert QLinear("a.site", leaf, None, torch.bfloat16, torch.device("cpu"), False).weight().isfinite().all()
+    assert QLinear("a.site", leaf, None, torch.bfloat16, torch.device("cpu"), False).dequantized().isfinite().all()
 
 
 def test_planted_faults_are_seen():

@@ -26,7 +26,7 @@ class Reference(nn.Module):
         self.layer, self.bias = layer, bias
 
     def forward(self, x):
-        return F.linear(x, self.layer.weight(), self.bias)
+        return F.linear(x, self.layer.dequantized(), self.bias)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -52,7 +52,7 @@ FORMS = {"sequence first": lambda x, W, b: F.linear(x.transpose(0, 1), W, b), "@
 def test_products_of_batches_are_rewritten(form, dynamic):
     layer, bias, seen = lowered(leaf := random_leaf(100, 128, INT4)), activations(1, 100, torch.bfloat16, seed=5)[0], Seen()
     x = activations(10, 128, torch.bfloat16).view(2, 5, 128)
-    compiled = torch.compile(lambda x: FORMS[form](x, layer.weight(), bias), fullgraph=True, dynamic=dynamic, options=seen.options)
+    compiled = torch.compile(lambda x: FORMS[form](x, layer.dequantized(), bias), fullgraph=True, dynamic=dynamic, options=seen.options)
     turned = x.transpose(0, 1) if form in ("sequence first", "@") else x
     y = compiled(x)
     assert y.shape == (*turned.shape[:2], 100) and seen.inner.fused == 1 and seen.count("qlab.dequantize") == 0
@@ -68,15 +68,15 @@ COLUMNS = {"W @ x.T": lambda x, W: (W @ x.flatten(0, 1).T).T, "bmm": lambda x, W
 def test_products_of_columns_are_rewritten(form, dynamic):
     layer, seen = lowered(leaf := random_leaf(100, 128, INT4)), Seen()
     x = activations(10, 128, torch.bfloat16).view(2, 5, 128)
-    y = torch.compile(lambda x: COLUMNS[form](x, layer.weight()), fullgraph=True, dynamic=dynamic, options=seen.options)(x)
+    y = torch.compile(lambda x: COLUMNS[form](x, layer.dequantized()), fullgraph=True, dynamic=dynamic, options=seen.options)(x)
     assert seen.inner.fused == 1 and seen.count("qlab.dequantize") == 0
-    assert y.shape == COLUMNS[form](x, layer.weight()).shape
+    assert y.shape == COLUMNS[form](x, layer.dequantized()).shape
     check_product(y.reshape(-1, 100), x.flatten(0, 1)[: y.numel() // 100], leaf)
 
 
 def test_columns_lie_as_those_of_the_eager_product():
     layer, seen, x = lowered(leaf := random_leaf(100, 128, INT4)), Seen(), activations(10, 128, torch.bfloat16)
-    product = lambda x: (layer.weight() @ x.T).as_strided((50, 20), (20, 1))  # read by where things lie
+    product = lambda x: (layer.dequantized() @ x.T).as_strided((50, 20), (20, 1))  # read by where things lie
     y = torch.compile(product, fullgraph=True, options=seen.options)(x)
     assert seen.inner.fused == 1
     check_product(y.view(100, 10).T, x, leaf)
@@ -92,8 +92,8 @@ def test_many_rows_are_left_to_the_operator_where_they_are_multiplied_in_fp32(un
 
 def test_addmm_with_factors_which_rounds_once_after_them_is_left_alone():
     layer, seen = lowered(random_leaf(100, 128, INT4), torch.float16), Seen()
-    x = layer.weight()[:3].sign() * 60000  # whose products are beyond float16
-    product = lambda x: torch.addmm(x.new_zeros(100), x, layer.weight().T, alpha=2.0**-10)
+    x = layer.dequantized()[:3].sign() * 60000  # whose products are beyond float16
+    product = lambda x: torch.addmm(x.new_zeros(100), x, layer.dequantized().T, alpha=2.0**-10)
     y = torch.compile(product, fullgraph=True, options=seen.options)(x)
     assert seen.inner.fused == 0 and torch.isfinite(y).all()
     torch.testing.assert_close(y, product(x), rtol=0.01, atol=0.1)
@@ -119,8 +119,9 @@ def test_strides_are_those_of_the_eager_operator(dynamic):
 def test_another_product_with_a_dequantized_weight_is_left_alone():
     layer, seen = lowered(random_leaf(64, 64, INT4)), Seen()
     x = activations(3, 64, torch.bfloat16)
-    compiled = torch.compile(lambda x: x @ layer.weight(), fullgraph=True, options=seen.options)  # not transposed: x @ W, not x @ W.T
-    assert torch.allclose(compiled(x), x @ layer.weight(), atol=0.05, rtol=0.02)
+    untransposed = lambda x: x @ layer.dequantized()  # x @ W, not x @ W.T
+    compiled = torch.compile(untransposed, fullgraph=True, options=seen.options)
+    assert torch.allclose(compiled(x), x @ layer.dequantized(), atol=0.05, rtol=0.02)
     assert seen.inner.fused == 0 and seen.count("qlab.dequantize") == 1
 
 
