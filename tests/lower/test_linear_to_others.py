@@ -133,4 +133,5 @@ def test_a_pickled_model_runs_in_another_process(models, tmp_path):
 def test_the_dense_copy_is_of_the_copied_codes():
     module = lowered(random_leaf(50, 64, Int(4, Tile(1, 32))), torch.float32, dense_cache=True)
     second = copy.deepcopy(module)
-    assert torch.equal(second.dense, dense(random_leaf(50, 64, Int(4, Tile(1, 32))), torch.float32)) and second.dense is not module.dense
+    assert second.dense is not module.dense
+    assert torch.equal(second.dense, dense(random_leaf(50, 64, Int(4, Tile(1, 32))), torch.float32))
