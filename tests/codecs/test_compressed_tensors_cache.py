@@ -8,7 +8,7 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 from directories import bits_equal, change, random_tokens, tensors
 from families import tiny
-from library import INT8, write_with_the_library
+from library import CACHE_IS_MISSED, INT8, MISSED, write_with_the_library
 from transformers import AutoModelForCausalLM
 from transformers.quantizers import auto
 
@@ -54,6 +54,8 @@ def test_converting_carries_the_scheme_and_its_scales_word_for_word(directory, t
     assert before.keys() == after.keys() and all(bits_equal(before[name], after[name]) for name in before if name.endswith("_scale"))
     said = [json.loads((at / "config.json").read_text())["quantization_config"] for at in (directory, out)]
     assert said[0]["kv_cache_scheme"] == said[1]["kv_cache_scheme"] and QuantizationConfig.model_validate(said[1]).kv_cache_scheme
+    if CACHE_IS_MISSED:
+        pytest.skip(f"their reading of what was written is not compared: {MISSED}")
     theirs = AutoModelForCausalLM.from_pretrained(out)
     assert torch.equal(theirs.get_submodule("model.layers.1.self_attn").v_scale, before[SCALE])
 
