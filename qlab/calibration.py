@@ -1,11 +1,13 @@
-"""Token windows from local text, and the one source of random numbers."""
+"""Token windows from texts, and the one source of random numbers."""
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from itertools import chain
+from tempfile import SpooledTemporaryFile, gettempdir
+from typing import IO, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,9 +15,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
+from qlab.texts import Text, texts_of
+from qlab.tokenizing import token_ids
 
-SEPARATOR = "\n\n"  # between documents
-Texts = str | Path | Sequence[str | Path]  # one file, or several
+SPOOL = 1 << 25  # bytes of token ids that are kept in memory; more go to a temporary file
 
 
 class Data(Protocol):
@@ -69,64 +72,46 @@ def generator(seed: int, path: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def tokens(model: Checkpoint, texts: Texts, samples: int = 128, length: int = 2048, seed: int = 0) -> Tokens:
+def tokens(model: Checkpoint, texts: Any, samples: int = 128, length: int = 2048, seed: int = 0) -> Tokens:
     """`samples` distinct windows of `length` tokens, drawn without replacement from all full windows of the texts.
 
-    texts: .jsonl files with a "text" in every line, or plain text; tokenized without special tokens.
+    texts: files of prose, of JSON lines with a "text" or "messages" in every line (known by their
+    content) or of parquet with such a column; or documents, rows or columns of them, as `datasets`
+    gives them, from any iterable. A string is a path unless no file can have that name. Chats go
+    through the model's template. No special tokens are added.
     """
     if samples < 1:
         raise QlabError(f"{samples} samples were asked for; give at least 1")
-    texts = _listed(texts)
-    stream, digest = _stream(model, texts)
-    windows = _full_windows(stream, length, texts)
-    if len(windows) < samples:
-        raise QlabError(f"{_and(texts)} gives {len(windows)} windows of {length} tokens and {samples} were asked for; "
-                        "give more text, fewer samples or a shorter length")
-    chosen = torch.randperm(len(windows), generator=generator(seed, "calibration"))[:samples]
-    return Tokens(windows[chosen], _names(texts), digest, seed)
+    with _streamed(model, texts, length) as stream:
+        if stream.windows < samples:
+            raise QlabError(f"{stream.name} gives {stream.windows} windows of {length} tokens and {samples} were asked for; "
+                            "give more text, fewer samples or a shorter length")
+        chosen = torch.randperm(stream.windows, generator=generator(seed, "calibration"))[:samples]
+        return stream.taken(chosen.tolist(), seed)
 
 
-def first_windows(model: Checkpoint, texts: Texts, length: int, count: int | None = None) -> Tokens:
-    """The first `count` full windows of `length` tokens (None: all of them), in the order of the text."""
+def first_windows(model: Checkpoint, texts: Any, length: int, count: int | None = None) -> Tokens:
+    """The first `count` full windows of `length` tokens (None: all of them), in the order of the texts (see `tokens`)."""
     if count is not None and count < 1:
         raise QlabError(f"{count} windows were asked for; give at least 1")
-    texts = _listed(texts)
-    stream, digest = _stream(model, texts)
-    return Tokens(_full_windows(stream, length, texts)[:count], _names(texts), digest, None)
+    with _streamed(model, texts, length, count) as stream:
+        return stream.taken(range(stream.windows)[:count], None)
 
 
 def from_ids(model: Checkpoint, ids: Tensor) -> Tokens:
     """Token ids [samples, length] of one's own."""
     if ids.ndim != 2 or 0 in ids.shape:
         raise QlabError(f"token ids have shape {tuple(ids.shape)}; give [samples, length]")
-    ids, vocabulary = ids.cpu(), model.config.get_text_config().vocab_size
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocabulary:
-        raise QlabError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocabulary} of {model.path}; "
-                        "tokenize with the model's own tokenizer")
+    ids = ids.cpu()
+    _refuse_outside(model, int(ids.min()), int(ids.max()))
     return Tokens(ids.long(), (), hashlib.sha256(ids.long().numpy().tobytes()).hexdigest(), None)
 
 
-def _listed(texts: Texts) -> Sequence[str | Path]:
-    return [texts] if isinstance(texts, str | Path) else texts
-
-
-def _names(texts: Sequence[str | Path]) -> tuple[str, ...]:
-    return tuple(Path(t).name for t in texts)
-
-
-def _and(texts: Sequence[str | Path]) -> str:
-    return " and ".join(_names(texts))
-
-
-def _full_windows(stream: Tensor, length: int, texts: Sequence[str | Path]) -> Tensor:
-    if length < 1:
-        raise QlabError(f"windows of {length} tokens hold nothing; give a length of at least 1")
-    count = len(stream) // length
-    if not count:
-        raise QlabError(f"{_and(texts)} holds {len(stream)} tokens, less than one window of {length}; give more text or "
-                        "a shorter length")
-    return stream[: count * length].view(count, length)
+def _refuse_outside(model: Checkpoint, low: int, high: int) -> None:
+    vocabulary = model.config.get_text_config().vocab_size
+    if low < 0 or high >= vocabulary:
+        raise QlabError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocabulary} of {model.path}; "
+                        "tokenize with the model's own tokenizer")
 
 
 def _tokenizer(model: Checkpoint) -> PreTrainedTokenizerBase:
@@ -137,49 +122,79 @@ def _tokenizer(model: Checkpoint) -> PreTrainedTokenizerBase:
         raise QlabError(f"{model.path} has no tokenizer that transformers can read ({reason}); add its files") from error
 
 
-def _stream(model: Checkpoint, texts: Sequence[str | Path]) -> tuple[Tensor, str]:
-    if not texts:
-        raise QlabError("no text was given; name at least one text or jsonl file")
-    tokenizer = _tokenizer(model)
-    digest = hashlib.sha256()
-    documents = []
-    for path in map(Path, texts):
-        for document in _documents(path, digest):
-            documents.append(document + SEPARATOR)
-    ids = [i for piece in tokenizer(documents, add_special_tokens=False, verbose=False).input_ids for i in piece]
-    if not ids:
-        raise QlabError(f"the tokenizer of {model.path} makes no token of {_and(texts)}; check that it belongs to the model")
-    return from_ids(model, torch.tensor([ids])).ids[0], digest.hexdigest()
+@dataclass(frozen=True)
+class _Stream:
+    """The ids of all documents one after the other, in a file that goes to the disk where it grows long."""
+
+    file: IO[bytes]
+    texts: Sequence[Text]
+    sha256: str
+    length: int
+    windows: int
+
+    @property
+    def name(self) -> str:
+        return _named(self.texts)
+
+    def taken(self, windows: Iterable[int], seed: int | None) -> Tokens:
+        """These windows, by their numbers."""
+        rows = []
+        for window in windows:
+            ids = array("i")
+            self.file.seek(window * self.length * ids.itemsize)
+            ids.frombytes(self.file.read(self.length * ids.itemsize))
+            rows.append(torch.frombuffer(ids, dtype=torch.int32).long())
+        return Tokens(torch.stack(rows), tuple(text.name for text in self.texts), self.sha256, seed)
 
 
-def _documents(path: Path, digest: "hashlib._Hash") -> Iterator[str]:
-    try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")  # without the mark that some editors begin files with
-    except OSError as error:
-        raise QlabError(f"the text {path} cannot be read ({error.strerror}); check the path") from error
-    except UnicodeDecodeError as error:
-        raise QlabError(f"the text {path} is not UTF-8 (byte {error.start}); convert it first") from error
-    if (kind := path.suffix.lower()) == ".json":
-        raise QlabError(f'the text {path} is one JSON value; write a JSON object with a "text" on every line of a .jsonl file')
-    lines = text.split("\n") if kind in (".jsonl", ".ndjson") else []  # not splitlines: JSON strings may hold other line separators
-    texts = [_text_of(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()] or [text]
-    if not any(text.strip() for text in texts):
-        raise QlabError(f"the text {path} is empty; give one with words in it")
-    digest.update(raw)
-    yield from texts
+@contextmanager
+def _streamed(model: Checkpoint, given: Any, length: int, count: int | None = None) -> Iterator[_Stream]:
+    """All full windows of `length` tokens, or the first `count`: text beyond them is hashed and not tokenized."""
+    if length < 1:
+        raise QlabError(f"windows of {length} tokens hold nothing; give a length of at least 1")
+    texts, digest, tokenizer = texts_of(given), hashlib.sha256(), _tokenizer(model)
+    documents = chain.from_iterable(text.read(digest, _renderer(model, tokenizer)) for text in texts)
+    with SpooledTemporaryFile(max_size=SPOOL) as file:
+        held = _spool(model, token_ids(tokenizer, documents), file, None if count is None else count * length)
+        for _ in documents:  # what is left is checked and hashed
+            pass
+        name = _named(texts)
+        if not held:
+            raise QlabError(f"the tokenizer of {model.path} makes no token of {name}; check that it belongs to the model")
+        if held < length:
+            raise QlabError(f"{name} holds {held} tokens, less than one window of {length}; give more text or a shorter length")
+        yield _Stream(file, texts, digest.hexdigest(), length, held // length)
 
 
-def _text_of(line: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise QlabError(f'{where}: not a JSON object with a "text"; write one per line')
-    try:
-        value["text"].encode()
-    except UnicodeEncodeError as error:
-        half = ascii(value["text"][error.start])
-        raise QlabError(f"{where}: its text has {half} at {error.start}, half of a character; repair or remove it") from error
-    return value["text"]
+def _spool(model: Checkpoint, pieces: Iterable[array], file: IO[bytes], enough: int | None) -> int:
+    """Write ids until there are enough, and count them."""
+    held = 0
+    for ids in pieces:
+        if ids:
+            _refuse_outside(model, min(ids), max(ids))
+            held += len(ids)
+            try:
+                file.write(ids.tobytes())
+            except OSError as error:
+                raise QlabError(f"the ids of {held} tokens do not go into {gettempdir()} ({error.strerror}); "
+                                "make room there, or name another folder in TMPDIR") from error  # fmt: skip
+        if enough is not None and held >= enough:
+            break
+    return held
+
+
+def _named(texts: Sequence[Text]) -> str:
+    names = [text.name for text in texts]
+    return " and ".join(names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"])
+
+
+def _renderer(model: Checkpoint, tokenizer: Any) -> Any:
+    def render(messages: Any) -> str:
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # whatever the template says of messages that it does not know
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise QlabError(f"the chat template of {model.path} refuses a row of messages "
+                            f'({reason:.100}); repair the row, or give it as a "text"') from error  # fmt: skip
+
+    return render

@@ -14,6 +14,7 @@ from transformers import AutoProcessor
 from qlab.calibration import generator
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
+from qlab.texts import open_regular
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,17 @@ def image_samples(model: Checkpoint, texts: Sequence[str | Path], samples: int =
     processor's placeholders stand for them in order, or "messages", which go through the processor's chat template; there
     {"type": "image"} stands for the next one. Needs Pillow.
     """
-    processor, lines, digest = _processor(model), [], hashlib.sha256()
-    for path in map(Path, texts):
-        lines += list(_lines(path, digest))
+    processor, digest = _processor(model), hashlib.sha256()
+    paths = [Path(text) for text in ([texts] if isinstance(texts, str | Path) else texts)]
+    lines = [line for path in paths for line in _lines(path, digest)]
     if not 1 <= samples <= len(lines):
-        raise QlabError(f"{' and '.join(str(t) for t in texts)} holds {len(lines)} samples and {samples} were asked for; give more "
+        raise QlabError(f"{' and '.join(map(str, paths))} holds {len(lines)} samples and {samples} were asked for; give more "
                         "lines, or fewer samples")
     chosen = torch.randperm(len(lines), generator=generator(seed, "calibration"))[:samples].tolist()
     inputs, images = [], 0
-    for where, folder, line in (lines[i] for i in chosen):
-        sample, found = _sample(processor, line, folder, where)
+    for at in (lines[i] for i in chosen):
+        where = str(at)
+        sample, found = _sample(processor, at.read(), at.path.parent, where)
         if sample["input_ids"].shape[1] > length:
             raise QlabError(f"{where} has {sample['input_ids'].shape[1]} tokens, more than the {length} of a sample, and cutting it "
                             "would part images from their tokens; shorten it, or give a greater length")
@@ -75,7 +77,7 @@ def image_samples(model: Checkpoint, texts: Sequence[str | Path], samples: int =
         images += found
     token = getattr(model.config, "image_token_id", None)
     seen = sum(int(sample["input_ids"].eq(token).sum()) for sample in inputs) if token is not None else 0
-    return Samples(tuple(inputs), tuple(Path(t).name for t in texts), digest.hexdigest(), seed, images, seen)
+    return Samples(tuple(inputs), tuple(path.name for path in paths), digest.hexdigest(), seed, images, seen)
 
 
 def _processor(model: Checkpoint) -> Any:
@@ -87,22 +89,39 @@ def _processor(model: Checkpoint) -> Any:
                         "and, for models that also take videos, torchvision") from error
 
 
-def _lines(path: Path, digest: "hashlib._Hash") -> Iterator[tuple[str, Path, Mapping[str, Any]]]:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise QlabError(f"the samples {path} cannot be read ({error.strerror}); check the path") from error
-    digest.update(raw)
-    for number, text in enumerate(raw.split(b"\n"), 1):
-        if text.strip():
-            where = f"{path}, line {number}"
-            yield where, path.parent, _parsed(text, where)
+@dataclass(frozen=True)
+class _Line:
+    """Where a sample lies: its words stay in the file until they are asked for."""
+
+    path: Path
+    number: int
+    offset: int
+
+    def read(self) -> Mapping[str, Any]:
+        with open_regular(self.path, "samples") as file:
+            file.seek(self.offset)
+            return _parsed(file.readline(), str(self))
+
+    def __str__(self) -> str:
+        return f"{self.path}, line {self.number}"
+
+
+def _lines(path: Path, digest: "hashlib._Hash") -> Iterator[_Line]:
+    with open_regular(path, "samples") as file:
+        offset = 0
+        for number, text in enumerate(file, 1):
+            digest.update(text)
+            line = _Line(path, number, offset)
+            offset += len(text)
+            if text.strip():
+                _parsed(text, str(line))
+                yield line
 
 
 def _parsed(text: bytes, where: str) -> Mapping[str, Any]:
     try:
         line = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         line = None
     images = line.get("images", []) if isinstance(line, dict) else None
     whole = isinstance(images, list) and all(isinstance(i, str) for i in images)
@@ -125,10 +144,14 @@ def _sample(processor: Any, line: Mapping[str, Any], folder: Path, where: str) -
 
 def _image(path: Path, where: str) -> Any:
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
     except ImportError as error:
         raise QlabError("images are read with Pillow, which is not installed; install qlab[images]") from error
     try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise QlabError(f"{where}: the image {path} cannot be read ({error}); check the path and the file") from error
+        with open_regular(path, "image") as file:
+            return Image.open(file).convert("RGB")
+    except QlabError as error:
+        raise QlabError(f"{where}: {error}") from error
+    except Exception as error:  # whatever the decoder of a format makes of a damaged file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise QlabError(f"{where}: the image {path} cannot be read ({reason}); check the path and the file") from error

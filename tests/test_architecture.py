@@ -13,7 +13,7 @@ PACKAGE = ROOT / "qlab"
 LAYERS = [
     {"errors"}, {"products", "scope", "spec"}, {"qtensor", "targets"}, {"certificate"}, {"experts"}, {"graph"}, {"trace"},
     {"interpret", "programs"}, {"stats"}, {"rounding"}, {"transform"}, {"channels"}, {"absorb"}, {"methods"}, {"codecs"},
-    {"files"}, {"calibration"},
+    {"documents", "tokenizing"}, {"texts"}, {"files"}, {"calibration"},
     {"images", "model"}, {"sweep"}, {"report"}, {"siblings"}, {"outside", "stored", "memory"}, {"plan"}, {"quantize"}, {"from_gguf"},
     {"convert", "verify", "inspection", "model_free"}, {"evaluate", "lower"},
     {"demo"}, {"hub", "hf", "serve"}, {"__init__"}, {"cli"}, {"bench", "__main__"},
