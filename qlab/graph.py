@@ -158,6 +158,11 @@ class ModuleGraph:
         W = leaf.float() if expert is None else leaf[expert].float()
         return W.mT if site.layout.endswith("k o") else W
 
+    def shares_memory(self, site: Site) -> bool:
+        """Whether `weight_ok` is the leaf itself, which is float32 already, and no copy of it."""
+        leaf = self.params[site.weight] if site.weight else None
+        return isinstance(leaf, Tensor) and leaf.dtype == torch.float32
+
 
 def lone_weight(path: str, W_ok: Tensor, outside: bool = False, outer: Tensor | None = None) -> ModuleGraph:
     """A weight [o, k] by itself as a segment of one site, for stages that need no data. outer: the global scale that it shares with

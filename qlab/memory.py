@@ -116,5 +116,5 @@ def _block_moments(code: Code, weights: Sequence[torch.Size], size: int, data: D
     for stage in recipe:
         moved += 4 * (max(together) if ordered else sum(together)) if stage.reparametrizes else 0
         rounded = 0 if stage.spec is None else sum(map(torch.Size.numel, weights))
-        solver = (4 if size == 4 else 5) * 4 * max(matrices) + SQUARES.get(stage.name, 1) * square
+        solver = 5 * 4 * max(matrices) + SQUARES.get(stage.name, 1) * square
         yield {"moved weights": moved, "codes": rounded, "statistics": statistics, "waiting": waiting, "solver": solver}

@@ -275,7 +275,7 @@ def _watcher(graph: ModuleGraph, look: Callable[[ModuleGraph, set], Stats]) -> C
     seen: dict[tuple[str, str], Any] = {}
 
     def watch(now: ModuleGraph, wanted: set[tuple[str, str]]) -> Stats:
-        if now.params is not graph.params:
+        if now.params is not graph.params or now.online != graph.online:
             return look(now, wanted)
         if missing := wanted - seen.keys():
             seen.update(look(graph, missing))

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from qlab.certificate import largest_step
 from qlab.errors import QlabError
 from qlab.graph import ModuleGraph, Site
 from qlab.qtensor import Leaf, QTensor, dense, shared_outer
-from qlab.spec import Spec, with_scale_dtype
+from qlab.spec import Spec, same_grid, with_scale_dtype
 from qlab.stats import Moment
 
 WeightFn = Callable[[Tensor, Mapping[str, Any], Spec], tuple[Leaf, Mapping[str, Any]]]
@@ -40,24 +40,73 @@ class Solved:
     errors: Errors
 
 
+class Copies(Mapping[str, Any]):
+    """Statistics as a step is handed them: of each a copy, made when it is asked for, which the step may write to."""
+
+    def __init__(self, held: Mapping[str, Any]):
+        self.held = held
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.held:
+            known = ", ".join(map(repr, self.held))
+            raise QlabError(f"the step asks for the statistic {name!r} and has {known}; name it in `needs`")
+        return _copy(self.held[name])
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self.held else default
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.held
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held)
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+
+def _copy(value: Any) -> Any:
+    return pytree.tree_map_only(Tensor, torch.clone, value)
+
+
 def solve(name: str, fn: WeightFn, spec: Spec, graph: ModuleGraph, site: Site, seen: Mapping[str, Any],
           expert: int | None = None) -> Solved:  # fmt: skip
-    """What the step `name` makes of one weight, and how far that is from it; refuses what no file and no report holds."""
+    """What the step `name` makes of one weight, and how far that is from it; refuses what no file and no report holds.
+
+    The step gets copies and its leaf is copied, so that whatever it writes to, then or later, is its own.
+    """
+    where = graph.where(site)
     W_ok = graph.weight_ok(site, expert)
     if not torch.isfinite(W_ok).all():
-        raise QlabError(f"{graph.where(site)}.weight holds NaN or Inf; repair the checkpoint or keep() this site")
+        raise QlabError(f"{where}.weight holds NaN or Inf; repair the checkpoint or keep() this site")
+    if graph.shares_memory(site):
+        W_ok = W_ok.clone()
     try:
-        leaf, note = fn(W_ok, seen, with_scale_dtype(spec, graph.dtype))
+        made = fn(W_ok, Copies(seen), with_scale_dtype(spec, graph.dtype))
     except QlabError as error:
-        raise QlabError(f"{graph.where(site)}{'' if expert is None else f', expert {expert}'}: {error}") from error
-    try:
-        json.dumps(note, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise QlabError(f"{graph.where(site)}: {name} notes what no report holds ({error}); note numbers and texts") from error
+        raise QlabError(f"{where}{'' if expert is None else f', expert {expert}'}: {error}") from error
+    del W_ok
+    leaf, note = _leaf_and_note(made, f"{where}: {name}")
+    W_ok = graph.weight_ok(site, expert)
     if leaf.shape != W_ok.shape:
-        raise QlabError(f"{graph.where(site)}: {name} made a weight {tuple(leaf.shape)} of one {tuple(W_ok.shape)}")
-    _refuse_nonfinite(leaf, f"{graph.where(site)}: {name} made")
+        raise QlabError(f"{where}: {name} made a weight {tuple(leaf.shape)} of one {tuple(W_ok.shape)}")
+    _refuse_nonfinite(leaf, f"{where}: {name} made")
+    if not (isinstance(leaf, QTensor) and same_grid(leaf.spec, spec)):
+        found = leaf.spec if isinstance(leaf, QTensor) else "plain numbers"
+        raise QlabError(f"{where}: {name} made {found} and is to round to {spec}, which is what was planned; return a QTensor of that")
     return Solved(leaf, note, _errors(W_ok, leaf, seen.get("second_moment")))
+
+
+def _leaf_and_note(made: Any, said: str) -> tuple[Leaf, Mapping[str, Any]]:
+    """What a step returned, taken apart and copied."""
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Tensor | QTensor) and isinstance(made[1], Mapping)):
+        parts = [type(part).__name__ for part in made] if isinstance(made, tuple) else type(made).__name__
+        raise QlabError(f"{said} returned {parts}; return (tensor or QTensor, notes), notes a mapping that may be empty")
+    try:
+        note = json.loads(json.dumps(dict(made[1]), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise QlabError(f"{said} notes what no report holds ({error}); note numbers and texts") from error
+    return _copy(made[0]), note
 
 
 def _refuse_nonfinite(leaf: Leaf, said: str) -> None:

@@ -226,6 +226,12 @@ def with_scale_dtype(spec: Spec, dtype: torch.dtype) -> Spec:
     return spec if spec.scale_dtype else replace(spec, scale_dtype=dtype)
 
 
+def same_grid(a: Spec, b: Spec) -> bool:
+    """Whether two specs are one, where either leaves the dtype of its scales open."""
+    dtype = a.scale_dtype or b.scale_dtype or torch.float32
+    return with_scale_dtype(a, dtype) == with_scale_dtype(b, dtype)
+
+
 def described(spec: Spec) -> str:
     """Its name, or all of it where the name stands for another one: scales or zero points in a dtype of their own."""
     return str(spec) if parse_spec(str(spec)) == spec else repr(spec)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from qlab.claims import Observed, Seal, reads_elsewhere, refuse_others, restored, shown
 from qlab.errors import QlabError
 from qlab.experts import per_row
 from qlab.graph import ModuleGraph, Site, by_origin, by_source
@@ -94,12 +95,27 @@ def select(stage: Stage, graph: ModuleGraph) -> ModuleGraph:
 
 
 def apply(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
-    """Run one stage on the selected sites of its scope; the result has the same sites selected as the graph had."""
-    chosen = select(stage, graph)
+    """Run one stage on the selected sites of its scope; the result has the same sites selected as the graph had.
+
+    Errors: a stage that writes to what it is given, changes what no file holds, or does not keep to its sites though it is sitewise.
+    """
+    notes = {path: dict(note) for path, note in graph.notes.items()}
+    chosen = select(stage, replace(graph, notes=notes))
     if stage.uncovered and chosen.sites:
         raise QlabError(f"no rule covers {', '.join(map(graph.where, chosen.sites))}; add a pattern, with keep() to leave them")
-    new, stats = stage.apply(chosen, stats)
-    return replace(new, selected=graph.selected), stats
+    seen = shown(chosen, upstream=stage.reparametrizes) if stage.sitewise else chosen
+    given, found = Observed(stats, stage.name, seen), dict(stats)
+    seal = Seal(seen, given)
+    try:
+        new, after = stage.apply(seen, given)
+    except (RuntimeError, NotImplementedError) as error:
+        if seen is not chosen and "meta" in str(error).lower():
+            raise QlabError(reads_elsewhere(stage.name, ", ".join(map(graph.where, chosen.sites)))) from error
+        raise
+    if broken := seal.broken(seen, given):
+        raise QlabError(f"the stage {stage.name!r} writes to {broken}, which others go on with; change a copy, and return that")
+    refuse_others(stage.name, stage.spec, stage.sitewise, seen, new)
+    return replace(restored(new, seen, chosen), selected=graph.selected), found if after is given else after
 
 
 # ------------------------------------------------------------------ authoring

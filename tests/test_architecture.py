@@ -12,7 +12,7 @@ PACKAGE = ROOT / "qlab"
 # A module imports from strictly lower layers, or from its own package. A package is one layer of all its files.
 LAYERS = [
     {"errors"}, {"products", "scope", "spec"}, {"qtensor", "targets"}, {"certificate"}, {"experts"}, {"graph"}, {"trace"},
-    {"interpret", "programs"}, {"stats"}, {"rounding"}, {"transform"}, {"channels"}, {"absorb"}, {"methods"}, {"codecs"},
+    {"interpret", "programs"}, {"stats"}, {"claims", "rounding"}, {"transform"}, {"channels"}, {"absorb"}, {"methods"}, {"codecs"},
     {"documents", "tokenizing"}, {"texts"}, {"files"}, {"calibration"},
     {"images", "model"}, {"sweep"}, {"report"}, {"siblings"}, {"outside", "stored", "memory"}, {"plan"}, {"quantize"}, {"from_gguf"},
     {"convert", "verify", "inspection", "model_free"}, {"evaluate", "lower"},
@@ -20,7 +20,7 @@ LAYERS = [
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MATHEMATICS = {"errors", "scope", "spec", "qtensor", "experts", "graph", "trace", "interpret", "products", "programs", "stats",
-               "rounding", "transform", "channels", "absorb", "methods"}
+               "rounding", "transform", "channels", "absorb", "methods", "claims"}
 MODELS = {"transformers", "safetensors", "accelerate", "huggingface_hub", "gguf"}
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 modules = pytest.mark.parametrize("file", FILES)

@@ -20,13 +20,14 @@ from qlab.methods import METHODS
 from qlab.methods.awq import awq
 from qlab.methods.gptaq import gptaq
 from qlab.methods.gptq import gptq
+from qlab.methods.inputs import quantize_inputs
 from qlab.methods.rtn import rtn
 from qlab.model.skeleton import Skeleton
 from qlab.plan import plan
 from qlab.quantize import compare, quantize
 from qlab.spec import parse_spec
 from qlab.sweep import push
-from qlab.transform import keep, rules
+from qlab.transform import chain, keep, rules
 
 LINEAR = [family for family in FAMILIES if family != "gpt2"]  # gpt2's Conv1D has no place in this format: see doors/test_transposed
 SHORT = {family: dict(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]) for family in ("gemma2", "gemma3_text")}
@@ -210,6 +211,15 @@ def test_compare_gives_the_bytes_of_separate_runs(saved, tmp_path):
     for name, recipe in recipes.items():
         alone = quantize(model, recipe, data, tmp_path / name, inputs="reference")
         assert contents(alone.path) == contents(together[name].path)
+
+
+def test_recipes_that_round_inputs_first_see_statistics_of_their_own(saved, tmp_path):
+    source, rounded = saved(), quantize_inputs(parse_spec("int4-channel"))
+    recipes = {"plain": gptq(INT4), "rounded": chain(rounded, gptq(INT4))}
+    model, data = open_checkpoint(source), random_tokens(source)
+    together = compare(model, recipes, data, tmp_path / "all", inputs="reference")
+    alone = quantize(model, recipes["rounded"], data, tmp_path / "alone", inputs="reference")
+    assert contents(alone.path) == contents(together["rounded"].path)
 
 
 def test_the_same_call_gives_the_same_bytes_and_another_seed_does_not(saved, text, tmp_path):

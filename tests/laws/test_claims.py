@@ -1,0 +1,190 @@
+"""A step cannot change what it is measured against, nor what other steps and recipes go on with, and what no file holds is refused."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from families import MIXTURES
+from hypothesis import given
+from hypothesis import strategies as st
+from segments import assert_same, batches_of, segment, untouched
+from torch import fx
+
+from qlab.claims import _sum_of_bits
+from qlab.errors import QlabError
+from qlab.methods.grid import encode, minmax
+from qlab.methods.inputs import QuantizeInput
+from qlab.methods.rtn import rtn
+from qlab.qtensor import QTensor, dense
+from qlab.spec import parse_spec
+from qlab.stats import Moment
+from qlab.sweep import solve_in_order
+from qlab.transform import Stage, apply, chain, each_weight
+
+SPEC = parse_spec("int4-g16")
+HESSIAN = frozenset({"second_moment"})
+WAYS = {
+    "in place": lambda t: t.mul_(0.5),
+    "data": lambda t: t.data.mul_(0.5),
+    "numpy": lambda t: t.numpy().__imul__(0.5),
+    "index": lambda t: t.__setitem__(0, 0.0),
+    "out": lambda t: torch.mul(t, 0.5, out=t),
+}
+ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+def step(change, name="mine", needs=frozenset(), **fields):
+    """A stage of one's own: change(graph, stats) -> graph."""
+    return (Stage(name, needs, lambda graph, stats: (change(graph, stats), stats), **fields),)
+
+
+def refused(seg, transform, words):
+    with pytest.raises(QlabError, match=words) as error:
+        seg.solve(transform)
+    assert "\n" not in str(error.value)
+
+
+@ways
+@pytest.mark.parametrize("family", ["llama", "gpt2", *MIXTURES])
+def test_a_step_that_writes_to_its_weight_and_statistics_is_measured_against_the_true_ones(family, way):
+    seg = segment(family)
+
+    def in_place(W_ok, stats, spec):
+        way(stats["second_moment"].sum_kk)
+        way(W_ok)
+        return encode(minmax, W_ok, spec), {}
+
+    def on_copies(W_ok, stats, spec):
+        W_ok = W_ok.clone()
+        way(W_ok)
+        return encode(minmax, W_ok, spec), {}
+
+    with untouched(seg.graph, seg.stats):
+        found = [seg.solve(each_weight("mine", fn, SPEC, HESSIAN))[0] for fn in (in_place, on_copies)]
+    assert_same(*found)
+    assert found[0].notes == found[1].notes
+    for site in found[0].sites:
+        W, leaf = seg.graph.weight_ok(site), found[0].params[site.weight]
+        if isinstance(leaf, QTensor):
+            error = (dense(leaf, torch.float32) - W).norm() / W.norm()
+            assert found[0].notes[site.path]["weight_error"] == pytest.approx(float(error), rel=1e-4)
+
+
+def test_a_step_may_keep_one_workspace_for_all_weights():
+    seg, spaces, note = segment("llama"), {}, {}
+
+    def reusing(W_ok, stats, spec):
+        q, note["rows"] = encode(minmax, W_ok, spec), len(W_ok)
+        codes = spaces.setdefault(q.shape, torch.empty_like(q.codes))
+        return replace(q, codes=codes.copy_(q.codes)), note
+
+    found, expected = seg.solve(each_weight("mine", reusing, SPEC))[0], seg.solve(rtn(SPEC))[0]
+    assert_same(found, expected)
+    assert all(found.notes[site.path]["rows"] == len(found.params[site.weight].codes) for site in found.sites)
+
+
+@ways
+@pytest.mark.parametrize("what, words", [
+    (lambda graph, stats: graph.params["mlp.up_proj.weight"], r"'mine' writes to model\.layers\.0\.mlp\.up_proj\.weight"),
+    (lambda graph, stats: graph.params["input_layernorm.weight"], r"'mine' writes to model\.layers\.0\.input_layernorm\.weight"),
+    (lambda graph, stats: graph.weight_ok(graph.sites[0]), r"'mine' writes to model\.layers\.0\.self_attn\.q_proj\.weight"),
+    (lambda graph, stats: stats[graph.sites[0].source, "second_moment"].sum_kk,
+     r"'mine' writes to the statistic 'second_moment' of model\.layers\.0\.self_attn\.q_proj"),
+])  # fmt: skip
+def test_a_stage_that_writes_to_what_it_is_given_is_refused_by_name(what, words, way):
+    seg = segment("llama")
+    copy = seg.graph.update({name: leaf.clone() for name, leaf in seg.graph.params.items()})
+    with pytest.raises(QlabError, match=words):
+        seg.solve(step(lambda graph, stats: (way(what(graph, stats)), graph)[1], needs=HESSIAN), copy)
+
+
+@pytest.mark.parametrize("write, words", [
+    (lambda graph, stats: graph.params["mlp.up_proj.weight"].scales.mul_(2), r"mlp\.up_proj\.weight"),
+    (lambda graph, stats: graph.params.update({"mlp.up_proj.weight": torch.zeros(128, 64)}), r"mlp\.up_proj\.weight"),
+    (lambda graph, stats: graph.online["mlp.up_proj"][0].M.mul_(2), r"M of operation 0 at the input of .*mlp\.up_proj"),
+    (lambda graph, stats: stats.clear(), r"the statistic "),
+])  # fmt: skip
+def test_codes_operations_and_mappings_are_not_written_to_either(write, words):
+    @dataclass(frozen=True)
+    class Turn:
+        M: torch.Tensor
+
+    seg = segment("llama")
+    graph = replace(seg.solve(rtn(SPEC))[0], online={"mlp.up_proj": (Turn(torch.ones(3)),)})
+    stage = step(lambda graph, stats: (write(graph, stats), graph)[1], needs=HESSIAN)[0]
+    with pytest.raises(QlabError, match=f"'mine' writes to .*{words}"):
+        apply(stage, graph, dict(seg.stats))
+
+
+@given(st.sampled_from(["float32", "bfloat16", "float16", "uint8"]), st.integers(1, 40), st.integers(0, 9), st.integers(0, 39))
+def test_any_number_that_is_written_breaks_the_seal(dtype, size, offset, at):
+    t = torch.zeros(64, dtype=getattr(torch, dtype))[offset : offset + size]
+    before = _sum_of_bits(t)
+    t.view(torch.uint8)[at % t.nbytes] += 1
+    assert _sum_of_bits(t) != before
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda g: g.update({"mlp.up_proj.low_rank": torch.ones(2, 2)}), r"'mine' adds the leaf model\.layers\.0\.mlp\.up_proj\.low_rank"),
+    (lambda g: replace(g, params={n: p for n, p in g.params.items() if n != "input_layernorm.weight"}),
+     r"'mine' drops the leaf model\.layers\.0\.input_layernorm\.weight"),
+    (lambda g: replace(g, code=replace(g.code, graph=fx.Graph())), r"'mine' changes the program of model\.layers\.0"),
+    (lambda g: replace(g, online={"mlp.up": (torch.neg,)}), r"'mine' puts an operation on 'mlp\.up', which is no site"),
+    (lambda g: replace(g, online_outputs={"key": (torch.neg,)}), r"'mine' puts an operation on 'key', which is no site"),
+    (lambda g: g.update({"mlp.up_proj.weight": torch.ones(64, 128)}), r"up_proj\.weight \(64, 128\), and its program has \(128, 64\)"),
+    (lambda g: g.update({"mlp.up_proj.weight": (torch.ones(128, 2), torch.ones(2, 64))}), r"up_proj\.weight a tuple, which no file"),
+    (lambda g: g.update({"mlp.up_proj.weight": encode(minmax, g.params["mlp.up_proj.weight"], SPEC)}),
+     r"up_proj\.weight int4-g16 and was to round nothing; give the stage that spec"),
+    (lambda g: None, r"'mine' returned a NoneType; return \(graph, stats\)"),
+])  # fmt: skip
+def test_what_no_file_holds_is_refused_by_stage_and_name(change, words):
+    refused(segment("llama"), step(lambda graph, stats: change(graph)), words)
+
+
+def test_codes_belong_to_the_spec_that_was_planned():
+    seg, other = segment("llama"), parse_spec("int3-g16")
+    refused(seg, each_weight("mine", lambda W, stats, spec: (encode(minmax, W, other), {}), SPEC),
+            r"q_proj: mine made int3-g16 and is to round to int4-g16")
+    refused(seg, each_weight("mine", lambda W, stats, spec: (W, {}), SPEC), r"q_proj: mine made plain numbers and is to round to int4")
+    bare = each_weight("mine", lambda W, stats, spec: W, SPEC)
+    refused(seg, bare, r"q_proj: mine returned Tensor; return \(tensor or QTensor, notes\)")
+    norm = {"input_layernorm.weight": encode(minmax, torch.ones(1, 64), SPEC)}
+    refused(seg, step(lambda g, s: g.update(norm), spec=SPEC), r"input_layernorm\.weight \(1, 64\), and its program has \(64,\)")
+
+
+def test_a_statistic_that_was_not_asked_for_is_named():
+    seg = segment("llama")
+    mine = each_weight("mine", lambda W, stats, spec: (stats["absmax"], {}), SPEC, HESSIAN)
+    refused(seg, mine, r"q_proj: the step asks for the statistic 'absmax' and has 'second_moment', 'outer'; name it in `needs`")
+    late = step(lambda graph, stats: stats[graph.code.sites[-1].source, "absmax"] and graph)
+    refused(seg, late, r"'mine' asks for the statistic 'absmax' of model\.layers\.0\.mlp\.down_proj, which was not observed")
+
+
+DOWN, UP = "mlp.down_proj.weight", "mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda g, s: g.update({"input_layernorm.weight": 2 * g.params["input_layernorm.weight"]}), "changes .*input_layernorm"),
+    (lambda g, s: g.update({x.weight: 2 * g.params[x.weight] for x in g.code.sites}), "changes|depend on weights of other sites"),
+    (lambda g, s: replace(g, online={x.path: (QuantizeInput(SPEC),) for x in g.code.sites}), "changes"),
+    (lambda g, s: g.update({x.weight: g.params[x.weight] * g.params[UP].norm() for x in g.sites}), "depend on weights of other sites"),
+    (lambda g, s: g.update({x.weight: g.params[x.weight] * float(g.params[DOWN].norm()) for x in g.sites}), "depend on weights"),
+    (lambda g, s: [s[x.source, "second_moment"] for x in g.code.sites] and g, "asks for the statistic 'second_moment' of"),
+])  # fmt: skip
+def test_a_sitewise_claim_that_does_not_hold_is_refused(change, words):
+    seg = segment("llama")
+    with pytest.raises(QlabError, match=rf"the stage 'mine' .*{words}"):
+        solve_in_order(seg.graph, chain(step(change, needs=HESSIAN, sitewise=True), rtn(SPEC)), batches_of(seg))
+
+
+def test_statistics_are_copied_when_they_are_asked_for():
+    seg, kept = segment("llama"), []
+
+    def watch(W_ok, stats, spec):
+        assert "absmax" not in stats and set(stats) == {"second_moment", "outer"} and len(stats) == 2
+        assert stats.get("absmax") is None and isinstance(stats.get("second_moment"), Moment)
+        kept.append(stats["second_moment"].sum_kk)
+        return encode(minmax, W_ok, spec), {}
+
+    seg.solve(each_weight("mine", watch, SPEC, HESSIAN))
+    assert len({t.data_ptr() for t in kept}) == len(kept) == len(seg.graph.sites)
