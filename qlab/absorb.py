@@ -62,10 +62,11 @@ class Fold:
             leaf = graph.params[self.producer.weight]
             return torch.where(self._held(leaf, m_k), m_k, 1.0) if isinstance(leaf, QTensor) else m_k
         w = _tensor(graph, self.producer.weight)
-        before = (w.float() + self.producer.offset)[self.index_k]
-        after = _scaled(w, self.producer.offset, self._spread(m_k, len(w)), graph.dtype).float()[self.index_k] + self.producer.offset
+        stored = graph.stored_dtype(self.producer.weight)
+        before = (_wide(w) + self.producer.offset)[self.index_k]
+        after = _wide(_scaled(w, self.producer.offset, self._spread(m_k, len(w)), stored))[self.index_k] + self.producer.offset
         usable = (before != 0) & (after != 0) & (before.sign() == after.sign())
-        return torch.where(usable, after / before.where(usable, torch.ones_like(before)), torch.ones_like(before))
+        return torch.where(usable, after / before.where(usable, torch.ones_like(before)), torch.ones_like(before)).float()
 
     def apply(self, graph: ModuleGraph, m_k: Tensor) -> Mapping[str, Leaf]:
         """The producer's leaves with channel index_k[j] multiplied by m_k[j]."""
@@ -77,13 +78,13 @@ class Fold:
             leaves: dict[str, Leaf] = {p.weight: replace(leaf, scales=(leaf.scales.float() * t[..., None]).to(leaf.scales.dtype))}
         elif p.rows:
             t = self._spread(m_k, leaf.shape[-1 if p.transposed else -2])
-            leaves = {p.weight: leaf.float() * (t[..., None, :] if p.transposed else t[..., None])}
+            leaves = {p.weight: _wide(leaf) * (t[..., None, :] if p.transposed else t[..., None])}
         else:
             t = self._spread(m_k, len(leaf))
-            leaves = {p.weight: _scaled(leaf, p.offset, t, graph.dtype)}
+            leaves = {p.weight: _scaled(leaf, p.offset, t, graph.stored_dtype(p.weight))}
         if p.bias:
             b = _tensor(graph, p.bias)
-            leaves[p.bias] = b.float() * t if p.rows else _scaled(b, 0.0, t, graph.dtype)
+            leaves[p.bias] = _wide(b) * t if p.rows else _scaled(b, 0.0, t, graph.stored_dtype(p.bias))
         return leaves
 
     def _held(self, q: QTensor, m_k: Tensor) -> Tensor:
@@ -101,7 +102,12 @@ class Fold:
 
 
 def _scaled(w: Tensor, offset: float, t: Tensor, stored: torch.dtype) -> Tensor:
-    return ((w.float() + offset) * t - offset).to(stored).to(w.dtype)
+    return ((_wide(w) + offset) * t - offset).to(stored).to(w.dtype)
+
+
+def _wide(t: Tensor) -> Tensor:
+    """In the dtype in which folds are computed: float32, or the tensor's own where that is wider."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _tensor(graph: ModuleGraph, path: str) -> Tensor:

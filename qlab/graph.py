@@ -123,6 +123,8 @@ class ModuleGraph:
     """One segment as an immutable value; transforms return new ones.
 
     path: the segment's path in the model. dtype: what its leaves are stored in. selected: the sites a transform may touch (None: all).
+    stored: leaf -> the dtype that the files hold it in, where that is not `dtype`. held: leaf -> the dtype in which the model computes
+    with it, where that is not the leaf's own.
     online, online_outputs: what still happens at run time to a site's input, and to its output, per site path.
     notes: what stages report of a site. outers: global scales of sites that are settled beforehand.
     """
@@ -136,6 +138,8 @@ class ModuleGraph:
     selected: frozenset[str] | None = None
     notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     outers: Mapping[str, Tensor] = field(default_factory=dict)
+    stored: Mapping[str, torch.dtype] = field(default_factory=dict)
+    held: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -149,6 +153,19 @@ class ModuleGraph:
     def update(self, leaves: Mapping[str, Leaf]) -> "ModuleGraph":
         """The same graph with some leaves replaced."""
         return replace(self, params={**self.params, **leaves})
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """What an unquantized leaf is written in."""
+        return self.stored.get(name, self.dtype)
+
+    def running(self, name: str, expert: int | None = None) -> Leaf:
+        """A leaf, or one expert of it, as the model computes with it: as it lies here, or, where it lies here as the files hold it, in
+        the dtype in which the model holds it."""
+        leaf = self.params[name]
+        if expert is not None:
+            leaf = pytree.tree_map_only(Tensor, lambda t: t[expert], leaf)
+        as_in_files = name in self.held and isinstance(leaf, Tensor) and leaf.dtype == self.stored_dtype(name)
+        return leaf.to(self.held[name]) if as_in_files else leaf
 
     def weight_ok(self, site: Site, expert: int | None = None) -> Tensor:
         """The site's weight as fp32 [..., o, k], whatever its layout, or that of one expert; refuses a rounded one."""

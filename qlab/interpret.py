@@ -33,7 +33,7 @@ class _Interpreter(fx.Interpreter):
         if target not in code.params:
             return super().placeholder(target, args, kwargs)
         path = code.params[target]
-        return _Weight(path) if path in self.by_weight else self.mg.params[path]
+        return _Weight(path) if path in self.by_weight else self.mg.running(path)
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         if target in SAME_VALUES and isinstance(args[0], _Weight):
@@ -45,7 +45,7 @@ class _Interpreter(fx.Interpreter):
             site, x = self.by_weight[args[w_at].path], args[x_at]
             for op in self.mg.online.get(site.path, ()):
                 x = op(x)
-            leaf = self.mg.params[args[w_at].path]
+            leaf = self.mg.running(args[w_at].path)
             W, wide = dense(leaf, x.dtype), product_dtype(x)
             new = list(args)
             # codes are always [o, k]; an unquantized weight still has its own layout
@@ -59,12 +59,11 @@ class _Interpreter(fx.Interpreter):
         return super().call_function(target, *placed(args, kwargs, self.device))
 
     def _each_expert(self, layout: str, x_sk: Tensor, weight: "_Weight", bias_eo: Tensor | None, ends: Tensor) -> Tensor:
-        stacked = self.mg.params[weight.path]
         for op in self.mg.online.get(self.by_weight[weight.path].path, ()):
             x_sk = _run_op(op, x_sk, ends)
 
         def product(e: int, x_nk: Tensor) -> Tensor:  # one expert is dense at a time
-            leaf = pytree.tree_map_only(Tensor, lambda t: t[e], stacked)
+            leaf = self.mg.running(weight.path, e)
             W, wide = dense(leaf, x_nk.dtype), product_dtype(x_nk)
             W_ok = (W.mT if layout == "e k o" and isinstance(leaf, Tensor) else W).to(wide)
             bias_o = None if bias_eo is None else bias_eo[e].to(x_nk.dtype).to(wide)

@@ -36,10 +36,17 @@ def predict_memory(skeleton: Skeleton, codes: Mapping[str, Code], shapes: Mappin
         if not code.sites:  # nothing is observed or solved, as where all of a block stays as it is
             continue
         weights = [shapes[f"{path}.{site.path}"] for site in code.sites]
-        block = sum(p.numel() for p in skeleton.blocks[path].parameters()) * size * (2 if runs_reference([recipe], inputs) else 1)
+        block = _block_bytes(skeleton, path) * (2 if runs_reference([recipe], inputs) else 1)
         held = _block_moments(code, weights, size, data, recipe, inputs, everywhere, experts_at_once)
         moments += [process | {"block": block} | parts for parts in held]
     return max(moments, key=lambda held: sum(held.values()))
+
+
+def _block_bytes(skeleton: Skeleton, path: str) -> int:
+    """Its leaves lie as the files hold them; what is narrower than the activations is widened where it is used."""
+    widths = {name: max(skeleton.dtype.itemsize, *(skeleton.stored_dtype(piece).itemsize for piece in pieces))
+              for name, pieces in skeleton.block_names(path).items()}  # fmt: skip
+    return sum(p.numel() * widths[name] for name, p in skeleton.blocks[path].named_parameters())
 
 
 def score_bytes(code: Code, length: int, rows: int) -> int:

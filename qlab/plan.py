@@ -111,7 +111,7 @@ def plan(
         raise QlabError(f"the recipe asks for a statistic {unknown[0]!r}; there are {', '.join(sorted(STATS.keys() | DRIFT))}")
     if needs and data is None:
         raise QlabError(f"the recipe observes {', '.join(needs)} and no calibration text was given")
-    skeleton = skeleton or Skeleton(model, model.dtype)
+    skeleton = skeleton or Skeleton(model, model.running_dtype)
     skeleton.refuse_missing()
     if data is not None:
         skeleton.check_length(data.longest)

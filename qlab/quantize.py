@@ -26,11 +26,10 @@ from qlab.model.recording import Call
 from qlab.model.skeleton import Skeleton
 from qlab.outside import outside_leaves, outside_sites, untied, weight_of
 from qlab.plan import CODEC, Plan, plan
-from qlab.qtensor import QTensor
 from qlab.report import PeakMemory, bits_per_weight, describe, site_rows, versions, written
 from qlab.spec import InputSpec, Spec, parse_input_spec, parse_spec
 from qlab.stats import Stats
-from qlab.stored import as_stored, certificates, encode, online_at
+from qlab.stored import as_stored, certificates, changed, encode, online_at
 from qlab.sweep import (
     Batch,
     Batches,
@@ -102,7 +101,8 @@ def quantize(
     data: calibration tokens, or samples of images and text; None only for recipes that need no statistics.
     inputs: whether a site is calibrated on what the quantized sites before it produce (errors propagate; on the quantized blocks
     before its own where sites cannot be solved one after the other, `sweep.in_order`) or on the reference model's activations.
-    dtype: of the activations while calibrating (default: the checkpoint's own); statistics and solvers use fp32.
+    dtype: of the activations while calibrating (default: the checkpoint's own, where that holds all of its numbers); statistics and
+    solvers use fp32.
     memory: observe as many experts at a time as fit these bytes, and refuse to start when the predicted peak is above them.
     target: an engine of qlab.targets, whose limits are checked before anything runs. The same call gives the same bytes, also
     when a killed run is continued with resume=True (which knows a stage of one's own by its name, spec and `detail` alone).
@@ -144,7 +144,7 @@ def compare(
         apart(Path(out) / name, model.path)
     started = time.perf_counter()
     with PeakMemory() as peak:
-        skeleton = Skeleton(model, dtype or model.dtype, device)
+        skeleton = Skeleton(model, dtype or model.running_dtype, device)
         plans = {name: plan(model, recipe, data, inputs=inputs, calibrate_all_experts=calibrate_all_experts, skeleton=skeleton,
                             codec=codec, target=target, memory=memory) for name, recipe in recipes.items()}  # fmt: skip
         jobs = []
@@ -222,9 +222,8 @@ def _write_outside(skeleton: Skeleton, job: _Job) -> None:
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, leaf in outside_leaves(skeleton, job.recipe, notes["sites"].update):
-            if isinstance(leaf, QTensor) or name.rpartition(".")[0] in skeleton.checkpoint.quantized:
-                for section, rows in certificates({name: leaf}, skeleton, made_of).items():
-                    notes[section].update(rows)
+            for section, rows in certificates({name: leaf}, skeleton, made_of=made_of).items():
+                notes[section].update(rows)
             yield from encode({name: leaf}, job.codec, {}).items()
 
     job.writer.write_shard(0, tensors())
@@ -257,9 +256,9 @@ def _block(skeleton: Skeleton, jobs: Sequence[_Job], index: int, streams: Sequen
             solved, leaving = solve_in_order(graph, job.recipe, batches, job.experts_at_once, reference)
         else:
             solved, _ = solve(graph, job.recipe, watch)
-        leaves = as_stored(skeleton, solved)
+        leaves, others = as_stored(skeleton, solved), changed(skeleton, graph, solved)
         job.writer.write_shard(index + 1, encode(leaves, job.codec, online_at(skeleton, solved, job.codec)).items())
-        job.writer.write_notes(index + 1, {"sites": site_rows(solved), **certificates(leaves, skeleton)})
+        job.writer.write_notes(index + 1, {"sites": site_rows(solved), **certificates(leaves, skeleton, others)})
     passed = [solved if inputs == "quantized" else graph, graph][: len(streams)]
     del graph, solved, watch  # one version of the block per stream is enough from here on
     for carry, left in zip(after, leaving or [push(g, enter()) for g, enter in zip(passed, streams)]):

@@ -53,7 +53,7 @@ def site_rows(graph: ModuleGraph) -> dict[str, dict[str, Any]]:
         assert site.weight is not None
         leaf = graph.params[site.weight]
         spec = str(leaf.spec) if isinstance(leaf, QTensor) else None
-        bits = stored_bits(leaf, graph.dtype)
+        bits = stored_bits(leaf, graph.stored_dtype(site.weight))
         rounded = [str(op.input_spec) for op in graph.online.get(site.path, ()) if isinstance(op, QuantizeInput)]
         row = {"spec": spec, "shape": list(leaf.shape), "bits_per_weight": bits}
         return row | ({"inputs": rounded[0]} if rounded else {}) | dict(graph.notes.get(site.path, {}))

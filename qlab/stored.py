@@ -1,6 +1,6 @@
 """What the leaves of a solved block become in files, and what is certified of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,23 @@ from qlab.qtensor import Leaf, QTensor
 
 
 def as_stored(skeleton: Skeleton, graph: ModuleGraph) -> dict[str, Leaf]:
-    """A block's leaves by their names in the files, each unquantized one in its own stored dtype; experts one by one."""
+    """A block's leaves by their names in the files, each unquantized one in its own stored dtype; experts one by one.
+
+    One that no step changed still has the bits of the files, as the block was loaded.
+    """
     parts = {piece: piece.of(graph.params[name]) for name in graph.params for piece in _pieces(skeleton, graph, name)}
     return {piece.name: part if isinstance(part, QTensor) else part.to(skeleton.stored_dtype(piece)) for piece, part in parts.items()}
+
+
+def changed(skeleton: Skeleton, loaded: ModuleGraph, solved: ModuleGraph) -> set[str]:
+    """The names in the files of what steps made another, and did not quantize."""
+    others = [name for name, leaf in solved.params.items() if not _same(leaf, loaded.params.get(name))]
+    return {piece.name for name in others for piece in _pieces(skeleton, solved, name)}
+
+
+def _same(leaf: Leaf, other: Leaf | None) -> bool:
+    both = isinstance(leaf, Tensor) and isinstance(other, Tensor)
+    return leaf is other or (both and leaf.dtype == other.dtype and torch.equal(leaf, other))
 
 
 def _pieces(skeleton: Skeleton, graph: ModuleGraph, name: str) -> Sequence[Piece]:
@@ -57,18 +71,18 @@ def _finite(name: str, leaf: Tensor) -> Tensor:
     return leaf
 
 
-def certificates(leaves: Mapping[str, Leaf], skeleton: Skeleton, made_of: Mapping[str, Any] = {}) -> dict[str, dict[str, Any]]:
-    """What `verify` can hold a block to: a certificate per quantized module, and the hash of every other tensor that differs
-    from the model's. made_of: leaf -> the model's tensor, where that has another name."""
+def certificates(leaves: Mapping[str, Leaf], skeleton: Skeleton, changed: Collection[str] = (),
+                 made_of: Mapping[str, Any] = {}) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """What `verify` can hold a block to: a certificate per quantized module, and the hash of every other tensor that the steps
+    changed. made_of: leaf -> the model's tensor, where that has another name."""
     reference = skeleton.checkpoint
     certified: dict[str, Any] = {}
-    changed: dict[str, Any] = {}
     for name, leaf in leaves.items():
+        if not isinstance(leaf, QTensor):
+            continue
         source, module = made_of.get(name) or name, name.rpartition(".")[0]
         original = reference.leaf(source) if source in reference.stored else None
-        if isinstance(leaf, QTensor):
-            W = original.mT if isinstance(original, Tensor) and module in skeleton.transposed else original
-            certified[module] = certify(leaf, W) | ({} if source == name else {"made_of": source})
-        elif not isinstance(original, Tensor) or not torch.equal(leaf.cpu(), original):
-            changed[name] = hash_of(leaf)
-    return {"certificates": certified, "changed": changed}
+        W = original.mT if isinstance(original, Tensor) and module in skeleton.transposed else original
+        certified[module] = certify(leaf, W) | ({} if source == name else {"made_of": source})
+    hashes = {name: hash_of(leaf) for name, leaf in leaves.items() if name in changed and isinstance(leaf, Tensor)}
+    return {"certificates": certified, "changed": hashes}

@@ -111,7 +111,7 @@ MUTANTS = [
       "return (s.max() * s.min()).sqrt() / s", "awq"),
     M("bias of rows not folded", "absorb.py", "if p.bias:", "if p.bias and not p.rows:", "absorb"),
     M("bias of norms not folded", "absorb.py", "if p.bias:", "if p.bias and p.rows:", "absorb"),
-    M("1 + w folded as w", "absorb.py", "((w.float() + offset) * t - offset)", "(w.float() * t)", "absorb"),
+    M("1 + w folded as w", "absorb.py", "((_wide(w) + offset) * t - offset)", "(w.float() * t)", "absorb"),
     M("leaks allowed", "absorb.py", "not mine & (walk.leaked | others)", "not mine & others", "absorb"),
     M("other sources forgotten", "absorb.py", "not mine & (walk.leaked | others)", "not mine & walk.leaked", "absorb"),
     M("folding into a shared norm", "absorb.py", "(node.name in code.params and len(node.users) == 1)",

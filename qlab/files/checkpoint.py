@@ -91,6 +91,16 @@ class Checkpoint:
                 sizes[dtype] = sizes.get(dtype, 0) + shape.numel()
         return max(sizes, key=lambda d: sizes[d]) if sizes else torch.float32
 
+    @cached_property
+    def running_dtype(self) -> torch.dtype:
+        """The dtype in which the model is run where nobody asks for another: its own, or float32 where that does not hold a number of
+        its files, as float16 does not hold all of bfloat16's."""
+        most = torch.finfo(self.dtype).max
+        plain = [name for name in self.stored if name.rpartition(".")[0] not in self.quantized]
+        dtypes = {name: self.shape_and_dtype(name)[1] for name in plain}
+        wider = [name for name, dtype in dtypes.items() if dtype.is_floating_point and torch.finfo(dtype).max > 2 * most]
+        return torch.float32 if any((self.tensor(name).abs() > most).any() for name in wider) else self.dtype
+
     def shape_and_dtype(self, name: str) -> tuple[torch.Size, torch.dtype]:
         """As the file's header says; no tensor is loaded."""
         self._refuse_missing(name)

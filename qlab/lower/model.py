@@ -139,7 +139,7 @@ def pack(skeleton: Skeleton, name: str, dtype: torch.dtype, device: torch.device
     bias = None if linear.bias is None else skeleton.checkpoint.tensor(skeleton.file_name(f"{name}.bias"))
     if isinstance(leaf, QTensor):
         return (CodedLinear if coded else QLinear)(name, leaf, bias, dtype, device, dense_cache, inputs)
-    return _plain(leaf, bias, dtype, device)
+    return _plain(leaf, bias, skeleton.held_dtype(weight), device)
 
 
 def _plain(W_nk: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> nn.Linear:

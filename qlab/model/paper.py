@@ -1,6 +1,7 @@
 """A model directory's Hugging Face model on paper: its modules with parameters on the meta device, and where its blocks are."""
 
 import copy
+import re
 from typing import Any
 
 import torch
@@ -18,15 +19,33 @@ ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)
 
 
 def on_paper(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its parameters on meta."""
+    """The model with its parameters on meta, each in the dtype in which transformers holds it when it loads the model in `dtype`."""
     try:
         with init_empty_weights(include_buffers=False):
-            return _maker(checkpoint.config).from_config(checkpoint.config, dtype=dtype, trust_remote_code=False,
-                                                         experts_implementation=EXPERTS).eval()  # fmt: skip
+            model = _maker(checkpoint.config).from_config(checkpoint.config, dtype=dtype, trust_remote_code=False,
+                                                          experts_implementation=EXPERTS).eval()  # fmt: skip
+            _widen(model, dtype)
+        return model
     except Exception as error:  # whatever the model's own constructor raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise QlabError(f"transformers cannot build a causal language model from {checkpoint.path}/config.json ({reason}); "
                         "qlab quantizes those, and models of images and text around one") from error
+
+
+def _widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Hold in float32 what the model's classes name so: transformers matches the names when it loads what the files hold."""
+    plan = model._get_dtype_plan(dtype)
+    loaded = model.state_dict(keep_vars=True)
+    for pattern, wide in plan.items():
+        for name in [name for name in loaded if re.search(pattern.replace("*", ".*"), name)]:
+            owner, _, key = name.rpartition(".")
+            module, tensor = model.get_submodule(owner), loaded[name]
+            if not tensor.is_floating_point():
+                continue
+            if key in module._buffers:
+                module._buffers[key] = tensor.to(wide)
+            else:
+                module._parameters[key] = nn.Parameter(tensor.to(wide), requires_grad=False)
 
 
 def _maker(config: PretrainedConfig) -> Any:

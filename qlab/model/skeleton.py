@@ -5,9 +5,9 @@ replaced by recorders; the head is run the same way, with the last block replayi
 """
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from qlab.model.online import at_input, at_output
 from qlab.model.paper import find_blocks, on_paper, output_on_meta, path_of
 from qlab.model.recording import Call, Output, Recorded, Recorder, Replaced, to_like
 from qlab.programs import program
-from qlab.qtensor import Leaf, dense
+from qlab.qtensor import Leaf, QTensor, dense
 
 ORIGIN = frozenset({"_name_or_path", "quantization_config"})  # what a config says of where it comes from
 
@@ -80,8 +80,10 @@ class Skeleton:
                             "choose a shorter length")
 
     def block_names(self, path: str) -> dict[str, tuple[Piece, ...]]:
-        """Leaf name inside the block -> the tensors that hold it in the checkpoint's files."""
-        return {name: self.pieces(f"{path}.{name}") for name, _ in self.blocks[path].named_parameters()}
+        """Leaf name inside the block -> the tensors that hold it in the checkpoint's files; of buffers, those that they hold."""
+        names = {name: self.pieces(f"{path}.{name}") for name, _ in self.blocks[path].named_parameters()}
+        buffers = {name: self.file_name(f"{path}.{name}") for name, _ in self.blocks[path].named_buffers()}
+        return names | {name: (Piece(stored),) for name, stored in buffers.items() if stored in self.checkpoint.files}
 
     def file_name(self, name: str) -> str:
         """The model's name of a tensor as the files spell it."""
@@ -116,31 +118,58 @@ class Skeleton:
             return tuple(piece.module for piece in self.expert_pieces(site))
         return site, self.module_name(site)
 
-    def leaf(self, name: str, decoded: bool = False) -> Leaf:
-        """The leaf of a parameter, put together from the files. decoded: dense, as if it had never been quantized."""
+    def held_dtype(self, name: str) -> torch.dtype:
+        """The dtype in which the model computes with a parameter or a buffer: that of the run, or the one that it has in every run."""
+        owner, _, key = name.rpartition(".")
+        return getattr(self.model.get_submodule(owner), key).dtype
+
+    def leaf(self, name: str) -> Leaf:
+        """The leaf of a parameter, put together from the files: codes, or dense in the dtype that the model holds it in."""
         pieces = self.pieces(name)
-        parts = [self.checkpoint.leaf(piece.name, self.dtype) for piece in pieces]
-        return assemble(pieces, [dense(part, self.dtype) for part in parts] if decoded else parts)
+        return assemble(pieces, [self.checkpoint.leaf(piece.name, self.held_dtype(name)) for piece in pieces])
+
+    def original(self, name: str) -> Tensor:
+        """The leaf of a parameter as if it had never been quantized: with the bits of the files where they hold it dense."""
+        pieces = self.pieces(name)
+        leaves = [self.checkpoint.leaf(piece.name) for piece in pieces]
+        parts = [dense(leaf, self.dtype) if isinstance(leaf, QTensor) else leaf for leaf in leaves]
+        wide = functools.reduce(torch.promote_types, [part.dtype for part in parts])
+        whole = assemble(pieces, [part.to(wide) for part in parts])
+        assert isinstance(whole, Tensor)
+        return whole
 
     def graph(self, path: str, call: Call, hidden: Tensor, decoded: bool = False) -> ModuleGraph:
         """The block as a value, with its leaves loaded from the files onto the skeleton's device.
 
-        decoded: as if it had never been quantized, all leaves dense and no input rounded at run time.
+        decoded: as if it had never been quantized, all leaves dense, with the bits of the files, and no input rounded at run time.
         """
         code = self.code(path, call, hidden)
         self._refuse_rounded_inputs(path, code)
         leaves: dict[str, Leaf] = {}
-        for name, _ in self.blocks[path].named_parameters():
-            leaf = self.leaf(f"{path}.{name}", decoded or name in code.unread)
+        dequantized: set[str] = set()  # written in the checkpoint's own dtype
+        for name, pieces in self.block_names(path).items():
+            dense_one = decoded or name in code.unread
+            leaf = self.original(f"{path}.{name}") if dense_one else self.leaf(f"{path}.{name}")
             leaves[name] = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), leaf)
+            dequantized |= {name} if any(piece.module in self.checkpoint.quantized for piece in pieces) else set()
         for name, buffer in self.blocks[path].named_buffers():
-            stored = self.file_name(f"{path}.{name}")
-            held = self.checkpoint.tensor(stored).to(buffer.dtype) if stored in self.checkpoint.files else buffer
-            leaves[name] = held.to(self.device)
+            leaves.setdefault(name, buffer.to(self.device))
+        own = {name: leaf.dtype for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
+        stored = {name: dtype for name, dtype in own.items() if name not in dequantized}
+        held = {name: self.held_dtype(f"{path}.{name}") for name in own}
         sites = () if decoded else code.sites
         online = {site.path: ops for site in sites if (ops := at_input(self, f"{path}.{site.path}"))}
         outputs = {site.path: ops for site in sites if (ops := at_output(self, f"{path}.{site.path}"))}
-        return ModuleGraph(code, leaves, path, dtype=self.checkpoint.dtype, online=online, online_outputs=outputs)
+        return ModuleGraph(
+            code,
+            leaves,
+            path,
+            dtype=self.checkpoint.dtype,
+            online=online,
+            online_outputs=outputs,
+            stored={name: dtype for name, dtype in stored.items() if dtype != self.checkpoint.dtype},
+            held={name: dtype for name, dtype in held.items() if dtype != own[name]},
+        )
 
     def _refuse_rounded_inputs(self, path: str, code: Code) -> None:
         """Refuse inputs and outputs that are rounded at run time where the program does not show them."""
@@ -188,12 +217,19 @@ class Skeleton:
             if at_input(self, module := name.rpartition(".")[0]) or at_output(self, module):
                 raise QlabError(f"{name} has inputs or outputs that are rounded or rotated at run time, which qlab does inside blocks "
                                 "only")
-            value = self.checkpoint.leaf(file_name, self.dtype)
-            _set(self.model, name, dense(value, self.dtype).to(self.device))
-        for buffer_owner in self.model.modules():
-            for key, buffer in list(buffer_owner._buffers.items()):
-                if buffer is not None and not buffer.is_meta:
-                    buffer_owner._buffers[key] = buffer.to(self.device)
+            value = self.checkpoint.leaf(file_name, parameter.dtype)
+            _set(self.model, name, dense(value, parameter.dtype).to(self.device))
+        self._load_buffers(inside)
+
+    def _load_buffers(self, inside: tuple[str, ...]) -> None:
+        """What the files hold of the buffers around the blocks, and every buffer on the skeleton's device."""
+        for name, buffer in list(self.model.named_buffers(remove_duplicate=False)):
+            owner, _, key = name.rpartition(".")
+            stored = self.file_name(name)
+            read = stored in self.checkpoint.files and not name.startswith(inside)
+            value = self.checkpoint.tensor(stored).to(buffer.dtype) if read else buffer
+            if read or not buffer.is_meta:
+                self.model.get_submodule(owner)._buffers[key] = value.to(self.device)
 
     @property
     def tied(self) -> Mapping[str, str]:
@@ -216,7 +252,7 @@ class Skeleton:
         """Names of all linear modules, in the model's spelling."""
         return [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
 
-    @cached_property
+    @functools.cached_property
     def transposed(self) -> frozenset[str]:
         """The linears that hold their weight as [k, o] (gpt2's), in the model's spelling and in the files'; codes are [o, k] in all."""
         names = [name for name, m in self.model.named_modules() if isinstance(m, Conv1D)]
@@ -296,7 +332,7 @@ def _structure(block: nn.Module, call: Call, hidden: Tensor, index: int) -> Any:
     tensors = tuple((t.dtype, tuple(n == 1 for n in t.shape)) for t in tensors_of(*call.inputs(hidden.to("meta"))))
     others = tuple(repr(leaf) for leaf in call.leaves if not isinstance(leaf, Tensor))
     modules = tuple(
-        (name, type(m), tuple((k, tuple(p.shape)) for k, p in m.named_parameters(recurse=False)), plain(m))
+        (name, type(m), tuple((k, tuple(p.shape), p.dtype) for k, p in m.named_parameters(recurse=False)), plain(m))
         for name, m in block.named_modules()
     )
     return tensors, others, call.spec, modules
