@@ -7,16 +7,19 @@ for neither torch nor transformers.
 import ast
 import sys
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+import qlab.quiet  # noqa: F401  before anything that it quietens is imported
 
 if TYPE_CHECKING:
     from qlab.absorb import absorb
     from qlab.calibration import Tokens, first_windows, from_ids, tokens
     from qlab.convert import convert
     from qlab.errors import QlabError
-    from qlab.evaluate import evaluate
+    from qlab.evaluate import evaluate, perplexity
     from qlab.hub import open_model as open
     from qlab.images import Samples, image_samples
     from qlab.inspection import inspect
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GRIDS", "METHODS", "Int", "QlabError", "Samples", "Tile", "Tokens", "absorb", "aim_at_reference", "at", "awq", "awq_scale",
     "chain", "compare", "convert", "each_weight", "evaluate", "first_windows", "from_ids", "gptaq", "gptq", "image_samples",
-    "inductor_options", "inspect", "keep", "lower", "open", "outside", "parse_spec", "plan", "quantize", "quantize_files",
+    "inductor_options", "inspect", "keep", "lower", "open", "outside", "parse_spec", "perplexity", "plan", "quantize", "quantize_files",
     "reparametrize", "rtn", "rules", "to_torchao", "tokens", "verify",
 ]  # fmt: skip
 
@@ -49,6 +52,14 @@ def _homes() -> dict[str, tuple[str, str]]:
     return {alias.asname or alias.name: (module, alias.name) for module, alias in found if module.startswith("qlab.")}
 
 
+def installed_version() -> str:
+    """The version of qlab, or what is to be said where its source is used without an installation."""
+    try:
+        return version("qlab")
+    except PackageNotFoundError:
+        return "of a source tree that is not installed"
+
+
 class _Package(ModuleType):
     """A public name goes before the submodule of the same name (`plan`, `quantize`), whichever is imported first."""
 
@@ -57,6 +68,8 @@ class _Package(ModuleType):
             super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "__version__":
+            return installed_version()
         if name not in __all__:
             raise AttributeError(f"module 'qlab' has no attribute {name!r}")
         module, theirs = _homes()[name]

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
+from qlab.shown import Shown, some
 from qlab.texts import Text, texts_of
 from qlab.tokenizing import token_ids
 
@@ -36,8 +37,8 @@ class Data(Protocol):
     def describe(self) -> dict[str, object]: ...
 
 
-@dataclass(frozen=True)
-class Tokens:
+@dataclass(frozen=True, repr=False)
+class Tokens(Shown):
     """ids [samples, length] and where they came from: names and sha256 of the texts, and the seed that chose them."""
 
     ids: Tensor
@@ -58,6 +59,16 @@ class Tokens:
     def batches(self, tokens: int) -> list[Mapping[str, Tensor]]:
         """Windows of about `tokens` tokens together."""
         return [{"input_ids": ids} for ids in self.ids.split(max(1, tokens // self.longest))]
+
+    def summary(self) -> dict[str, str]:
+        """In a few words."""
+        samples, length = self.ids.shape
+        chosen = "all in their order" if self.seed is None else f"chosen by seed {self.seed}"
+        return {
+            "tokens": f"{self.count:,}: {samples} windows of {length}, {chosen}",
+            "texts": some(self.texts) or "token ids of one's own",
+            "sha256": self.sha256[:16],
+        }
 
     def describe(self) -> dict[str, object]:
         """For reports: everything but the ids themselves, and their hash."""

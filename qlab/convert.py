@@ -20,14 +20,15 @@ from qlab.methods.grid import minmax
 from qlab.model.linears import linear_names, transposed
 from qlab.qtensor import QTensor, dense
 from qlab.report import recorded, stored_bits, versions, written
+from qlab.shown import Shown
 from qlab.siblings import Siblings
 from qlab.spec import Int, Spec
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@dataclass(frozen=True)
-class Converted:
+@dataclass(frozen=True, repr=False)
+class Converted(Shown):
     """The directory written, and per module what became of it: its spec, and the error of rounding it anew where it was.
 
     dequantized: tensor of a GGUF file -> the kind of blocks (Q6_K) that it was dequantized from.
@@ -41,6 +42,14 @@ class Converted:
     def requantized(self) -> dict[str, float]:
         """Module -> relative error |W - W'| / |W| against the weights it was rounded anew from."""
         return {name: row["requantization_error"] for name, row in self.sites.items() if "requantization_error" in row}
+
+    def summary(self) -> dict[str, str]:
+        """Without the sites."""
+        anew, dense = len(self.requantized), len(self.dequantized)
+        return {
+            "directory": str(self.path),
+            "weights": f"{len(self.sites) - anew} with the same codes, {anew} rounded anew, {dense} dequantized",
+        }
 
     def json(self) -> dict[str, Any]:
         """The result as plain data."""

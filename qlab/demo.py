@@ -79,9 +79,14 @@ def demo_text(split: Literal["calibration", "heldout"]) -> Path:
 Make = Callable[[Path, Progress], None]  # fills an empty folder and shows its steps
 
 
-def _part(name: str, file: str, make: Make) -> Path:
+def demo_folder(name: Literal["model", "text"]) -> Path:
+    """Where a part of the demo is, or will be."""
     own = os.environ.get("QLAB_DEMO")
-    folder = (Path(own).expanduser() if own else home() / "demo") / name
+    return (Path(own).expanduser() if own else home() / "demo") / name
+
+
+def _part(name: Literal["model", "text"], file: str, make: Make) -> Path:
+    own, folder = os.environ.get("QLAB_DEMO"), demo_folder(name)
     if not own and not folder.is_dir():
         _write_whole(folder, make)
     if not (folder / file).is_file():

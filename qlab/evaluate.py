@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from qlab.calibration import Tokens, generator
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.model.skeleton import Skeleton
+from qlab.progress import progress
+from qlab.shown import Shown, interval
 from qlab.sweep import in_batches, push, record
 
 RESAMPLES = 2000
@@ -32,8 +32,8 @@ class Reading:
     trail: Tensor
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
     """Means over all predicted tokens, in nats; `_ci` are 95 % bootstrap intervals over windows.
 
     perplexity = exp(mean NLL). kl = mean KL(reference || model). top1_agreement: the share of tokens on which both
@@ -54,8 +54,42 @@ class Evaluation:
     predictions: int
     layer_error: tuple[float, ...]
 
+    def summary(self) -> dict[str, str]:
+        """Every figure with its interval."""
+        ratio = self.perplexity / self.reference_perplexity
+        return {
+            "perplexity": interval(self.perplexity, self.perplexity_ci),
+            "reference perplexity": f"{self.reference_perplexity:.4f}",
+            "perplexity / reference": interval(ratio, self.ratio_ci),
+            "KL divergence (nats)": interval(self.kl, self.kl_ci),
+            "top-1 agreement": interval(self.top1_agreement, self.top1_ci),
+            "over": f"{self.windows} windows of {self.length} tokens, {self.predictions:,} predictions",
+        }
+
     def json(self) -> dict[str, Any]:
         """The evaluation as plain data."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
+
+
+@dataclass(frozen=True, repr=False)
+class Perplexity(Shown):
+    """exp(mean NLL) over all predicted tokens of windows, in nats, with its 95 % bootstrap interval over windows."""
+
+    perplexity: float
+    perplexity_ci: tuple[float, float]
+    windows: int
+    length: int
+    predictions: int
+
+    def summary(self) -> dict[str, str]:
+        """The figure with its interval."""
+        return {
+            "perplexity": interval(self.perplexity, self.perplexity_ci),
+            "over": f"{self.windows} windows of {self.length} tokens, {self.predictions:,} predictions",
+        }
+
+    def json(self) -> dict[str, Any]:
+        """The perplexity as plain data."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
 
 
@@ -73,8 +107,7 @@ def read(model: Checkpoint, data: Tokens, dtype: torch.dtype = torch.float32, de
     windows = in_batches(data)
     states, calls = record(skeleton, windows)
     trail = []
-    console = Console(stderr=True)
-    for path in track(list(skeleton.blocks), f"reading {model.path.name}", console=console, disable=not console.is_terminal):
+    for path in progress(list(skeleton.blocks), f"reading {model.path.name}"):
         graph = skeleton.graph(path, calls[0][path], states[0])
         states = list(push(graph, ((call[path], h) for call, h in zip(calls, states))))
         trail.append(states[0][0].cpu())
@@ -116,6 +149,23 @@ def evaluate(model: Checkpoint | Reading, against: Checkpoint | Reading, data: T
         length=data.ids.shape[1],
         predictions=predictions * len(data.ids),
         layer_error=tuple(float(e) for e in error),
+    )
+
+
+@torch.no_grad()
+def perplexity(model: Checkpoint | Reading, data: Tokens, device: str = "cpu") -> Perplexity:
+    """How well `model` predicts windows of tokens, beside no reference, in fp32, a block at a time on `device`.
+
+    Errors: windows longer than the model's positions, a reading of other tokens.
+    """
+    ours = model if isinstance(model, Reading) else read(model, data, device=device)
+    found = evaluate(ours, ours, data)
+    return Perplexity(
+        perplexity=found.perplexity,
+        perplexity_ci=found.perplexity_ci,
+        windows=found.windows,
+        length=found.length,
+        predictions=found.predictions,
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlab.demo import demo_model, demo_text
+from qlab.demo import demo_folder, demo_model, demo_text
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 
 DEMO = "demo"
@@ -15,6 +15,11 @@ def open_model(name: str | Path) -> Checkpoint:
     model = open_checkpoint(demo_model() if str(name) == DEMO else name)
     assert model.config is not None  # read once here, so that a config it cannot read is refused before any work
     return model
+
+
+def is_demo(model: Checkpoint) -> bool:
+    """Whether a model is the demo's, which its text is the default for."""
+    return model.path.resolve() == demo_folder("model").resolve()
 
 
 def calibration_texts(paths: Sequence[str | Path] | None) -> list[Path]:

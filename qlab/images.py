@@ -14,11 +14,12 @@ from transformers import AutoProcessor
 from qlab.calibration import generator
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
+from qlab.shown import Shown, some
 from qlab.texts import open_regular
 
 
-@dataclass(frozen=True)
-class Samples:
+@dataclass(frozen=True, repr=False)
+class Samples(Shown):
     """What the model is called with, sample by sample, and where it came from; images and image_tokens are counted over all."""
 
     inputs: tuple[Mapping[str, Tensor], ...]
@@ -41,6 +42,15 @@ class Samples:
     def batches(self, tokens: int) -> list[Mapping[str, Tensor]]:
         """One sample is one batch: samples differ in length, and padding would be calibrated on."""
         return list(self.inputs)
+
+    def summary(self) -> dict[str, str]:
+        """In a few words."""
+        return {
+            "tokens": f"{self.count:,} in {len(self.inputs)} samples, chosen by seed {self.seed}",
+            "images": f"{self.images}, which are {self.image_tokens:,} of the tokens",
+            "texts": some(self.texts),
+            "sha256": self.sha256[:16],
+        }
 
     def describe(self) -> dict[str, object]:
         """For reports: everything but the tensors, and their hash."""

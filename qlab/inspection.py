@@ -12,12 +12,13 @@ from rich.table import Table
 
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.report import recorded
+from qlab.shown import Shown, size
 
 SHOWN = ("spec", "shape", "bits_per_weight", "weight_error", "loss", "tokens", "stored", "bytes")
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Shown):
     """sites: quantized module -> its spec, tensors and bytes, with what qlab recorded of it. unquantized: name -> dtype and
     shape. extras: key of its quantization_config -> what its readers do beside, and with how many tensors. dtypes: bytes by dtype.
     record: qlab.json, or {} where another tool wrote the directory."""
@@ -31,6 +32,21 @@ class Inspection:
     unquantized: Mapping[str, str]
     extras: Mapping[str, str]
     record: Mapping[str, Any]
+
+    def summary(self) -> dict[str, str]:
+        """Without the sites."""
+        specs = Counter(row["spec"] for row in self.sites.values() if "stored" in row)
+        kept = sum(row.get("spec") is None for row in self.sites.values())
+        facts = {
+            "directory": str(self.path),
+            "model": f"{self.model_type}, {self.format}",
+            "size": f"{size(sum(self.dtypes.values()))} in {self.files} files ({', '.join(self.dtypes)})",
+            "quantized": ", ".join(f"{count} weights in {spec}" for spec, count in specs.items()) or "no weight",
+            "not quantized": f"{len(self.unquantized)} tensors" + (f", {kept} of them weights that a recipe kept" if kept else ""),
+        }
+        if "bits_per_weight" in self.record:
+            facts["bits per weight"] = f"{self.record['bits_per_weight']:.3f}"
+        return facts | dict(self.extras)
 
     def json(self) -> dict[str, Any]:
         """The record with what the headers say added to it."""

@@ -27,6 +27,7 @@ from qlab.plan import CODEC
 from qlab.qtensor import QTensor, dense
 from qlab.report import PeakMemory, bits_per_weight, describe, recorded, site_rows, versions, written
 from qlab.scope import matches
+from qlab.shown import Shown, size
 from qlab.siblings import Siblings
 from qlab.spec import Float, Spec, with_scale_dtype
 from qlab.sweep import solve
@@ -36,8 +37,8 @@ from qlab.transform import Transform
 KEPT = ("*embed*", "*wte", "*wpe", "*lm_head", "*norm*", "*.gate", "*router*", "*shared_expert_gate")
 
 
-@dataclass(frozen=True)
-class Rewritten:
+@dataclass(frozen=True, repr=False)
+class Rewritten(Shown):
     """A directory quantized without its model: the rows of its report, and what the run cost."""
 
     path: Path
@@ -49,6 +50,14 @@ class Rewritten:
     def bits_per_weight(self) -> float:
         """Over the weights that were chosen."""
         return bits_per_weight(self.sites)
+
+    def summary(self) -> dict[str, str]:
+        """Without the sites."""
+        return {
+            "directory": str(self.path),
+            "weights": f"{len(self.sites)} quantized, {self.bits_per_weight:.3f} bits per weight",
+            "cost": f"{self.seconds:.1f} s, peak {size(self.peak_rss_bytes)}",
+        }
 
     def json(self) -> dict[str, Any]:
         """The result as plain data."""

@@ -18,6 +18,7 @@ from qlab.memory import predict_memory
 from qlab.model.skeleton import Skeleton
 from qlab.outside import outside_sites
 from qlab.report import bits_per_weight, describe
+from qlab.shown import Shown, size, some
 from qlab.spec import Float, Spec, legal_groups, with_scale_dtype
 from qlab.stats import STATS
 from qlab.sweep import DRIFT, Inputs, in_batches, in_order, inputs_named, record, runs_reference
@@ -29,8 +30,8 @@ KEEP_THEM = "leave them as they are (--keep PATTERN, or keep() in rules() in Pyt
 MiB = 1 << 20
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
     """stages: the recipe in words. sites: name -> spec, shape, bits per weight and number of experts. passes: forward passes over the
     calibration data, the reference's among them. statistics: what is observed. memory: predicted bytes by what holds them.
     experts_at_once: of how many experts statistics are held at a time (None: of all)."""
@@ -60,6 +61,18 @@ class Plan:
             largest = max(self.memory, key=lambda k: self.memory[k])
             raise QlabError(f"the plan needs {self.peak_bytes / MiB:.0f} MiB and the budget is {memory / MiB:.0f} MiB (most of it: "
                             f"{largest}); give more memory, or fewer or shorter samples")
+
+    def summary(self) -> dict[str, str]:
+        """Without the sites."""
+        stages = [" ".join(filter(None, (s["stage"], s["spec"], f"({s['scope']})"))) for s in self.stages]
+        quantized = sum(row["spec"] is not None for row in self.sites.values())
+        return {
+            "stages": "; ".join(stages),
+            "weights": f"{quantized} quantized, {self.bits_per_weight:.3f} bits per weight",
+            "stays unquantized": some(self.unquantized) or "nothing",
+            "passes": f"{self.passes} over {self.tokens:,} tokens; statistics: {', '.join(self.statistics) or 'none'}",
+            "predicted peak memory": size(self.peak_bytes),
+        }
 
     def json(self) -> dict[str, Any]:
         """The plan as plain data."""

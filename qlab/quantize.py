@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from qlab.calibration import Data
@@ -26,7 +24,9 @@ from qlab.model.recording import Call
 from qlab.model.skeleton import Skeleton
 from qlab.outside import outside_leaves, outside_sites, untied, weight_of
 from qlab.plan import CODEC, Plan, plan
+from qlab.progress import progress
 from qlab.report import PeakMemory, bits_per_weight, describe, site_rows, versions, written
+from qlab.shown import Shown, size, some
 from qlab.spec import InputSpec, Spec, parse_input_spec, parse_spec
 from qlab.stats import Stats
 from qlab.stored import as_stored, certificates, changed, encode, online_at
@@ -47,8 +47,8 @@ from qlab.sweep import (
 from qlab.transform import Transform
 
 
-@dataclass(frozen=True)
-class Result:
+@dataclass(frozen=True, repr=False)
+class Result(Shown):
     """A finished job: its directory, the rows of its report, and what the run cost."""
 
     path: Path
@@ -73,6 +73,23 @@ class Result:
     def bytes(self) -> int:
         """Of all safetensors files."""
         return sum(f.stat().st_size for f in self.path.glob("*.safetensors"))
+
+    def summary(self) -> dict[str, str]:
+        """Without the sites and the plan."""
+        errors = {name: row["weight_error"] for name, row in self.sites.items() if row.get("weight_error") is not None}
+        worst = max(errors, key=lambda name: errors[name], default=None)
+        quantized = sum(row["spec"] is not None for row in self.sites.values())
+        facts = {
+            "directory": str(self.path),
+            "weights": f"{quantized} of {len(self.sites)} quantized, {self.bits_per_weight:.3f} bits per weight",
+            "size": size(self.bytes),
+            "cost": f"{self.seconds:.1f} s, peak {size(self.peak_rss_bytes)}, {self.inputs} inputs",
+        }
+        if worst is not None:
+            facts["largest weight error"] = f"{errors[worst]:.3e} of the norm, {worst}"
+        if few := self.experts_with_few_tokens:
+            facts["experts with few tokens"] = some(list(few))
+        return facts
 
     def json(self) -> dict[str, Any]:
         """The result as plain data."""
@@ -204,8 +221,7 @@ def _scan(skeleton: Skeleton, jobs: list[_Job], data: Data | None, inputs: Input
         if not job.writer.has(0):
             _write_outside(skeleton, job)
     _return_freed_memory()
-    console = Console(stderr=True)
-    for i, path in track(list(enumerate(paths))[done:], "quantizing blocks", console=console, disable=not console.is_terminal):
+    for i, path in progress(list(enumerate(paths))[done:], "quantizing blocks"):
         before, after = carries[i if data is not None else 0], carries[i + 1] if data is not None and i + 1 < len(paths) else []
         entering_it = [partial(_batches, calls, path, carry, skeleton.device) for carry in before]
         _block(skeleton, jobs, i, entering_it, inputs, everywhere, after)

@@ -20,6 +20,7 @@ from qlab.files.shardwise import leaves_by_file
 from qlab.model.linears import experts_apart, transposed
 from qlab.qtensor import QTensor, dense
 from qlab.report import recorded
+from qlab.shown import Shown, some
 
 SLACK = 1e-4  # relative: how far a sum of squares in fp32 may differ between machines
 DISTANCES = {"weight_error": "weight error", "largest_step": "largest error in steps"}
@@ -30,8 +31,8 @@ PROVENANCE = ("quantization_config", "dtype", "torch_dtype", "transformers_versi
               "bos_token_id", "eos_token_id", "pad_token_id", "use_cache")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Verdict:
+@dataclass(frozen=True, repr=False)
+class Verdict(Shown):
     """sites: module -> spec, weight error against the reference, what was certified of it, and its fault or None.
 
     missing, extra: tensors of the reference that the directory lacks, and the other way round. changed: unquantized tensors
@@ -69,6 +70,15 @@ class Verdict:
         found += [f"{name} is not in the reference" for name in self.extra]
         return found + [f"{name} differs from the reference and no certificate says why"
                         for name, why in self.changed.items() if self.certified and why is None]  # fmt: skip
+
+    def summary(self) -> dict[str, str]:
+        """The faults, and what was checked."""
+        against = "grids, the reference's tensors" + (", certificates" if self.certified else "; there are no certificates")
+        return {
+            "directory": str(self.path),
+            "faults": f"{len(self.faults)}: {some(self.faults)}" if self.faults else "none",
+            "checked": f"{len(self.sites)} quantized weights; {against}",
+        }
 
     def json(self) -> dict[str, Any]:
         """The verdict as plain data."""

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qlab"
 # A module imports from strictly lower layers, or from its own package. A package is one layer of all its files.
 LAYERS = [
-    {"errors"}, {"products", "scope", "spec"}, {"qtensor", "targets"}, {"certificate"}, {"experts"}, {"graph"}, {"trace"},
+    {"errors", "progress", "quiet", "shown"}, {"products", "scope", "spec"}, {"qtensor", "targets"}, {"certificate"}, {"experts"},
+    {"graph"}, {"trace"},
     {"interpret", "programs"}, {"stats"}, {"claims", "rounding"}, {"transform"}, {"channels"}, {"absorb"}, {"methods"}, {"codecs"},
     {"documents", "tokenizing"}, {"texts"}, {"files"}, {"calibration"},
     {"images", "model"}, {"sweep"}, {"report"}, {"siblings"}, {"outside", "stored", "memory"}, {"plan"}, {"quantize"}, {"from_gguf"},

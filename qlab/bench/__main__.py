@@ -1,6 +1,5 @@
 """`python -m qlab.bench`: without a subcommand, the methods compared on the demo model."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +7,22 @@ import typer
 from typer.core import TyperGroup
 
 from qlab.cli.kernels import kernel_refusals, tune
-from qlab.cli.options import Asymmetric, Calib, InputsName, Json, Length, Seed, SpecName, console, listed, report, run
+from qlab.cli.options import (
+    HELP_BY,
+    METHODS,
+    Asymmetric,
+    Calib,
+    InputsName,
+    Json,
+    Length,
+    Seed,
+    SpecName,
+    console,
+    listed,
+    report,
+    run,
+    say,
+)
 
 DEFAULT = "methods"
 
@@ -22,7 +36,7 @@ class WithDefault(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(cls=WithDefault, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=WithDefault, add_completion=False, pretty_exceptions_enable=False, context_settings=HELP_BY)
 
 
 @app.callback(epilog=f"Without a command it is `{DEFAULT}`, which then takes the options: `{DEFAULT} --help` lists them.")
@@ -33,7 +47,7 @@ def group() -> None:
 @app.command()
 def methods(
     model: Annotated[str, typer.Option("--model", help="a model directory, or 'demo'")] = "demo",
-    names: Annotated[str, typer.Option("--methods", help="names of qlab.METHODS with commas between them")] = "rtn,awq,gptq",
+    names: Annotated[str, typer.Option("--methods", help=f"with commas between them: {', '.join(METHODS)}")] = "rtn,awq,gptq",
     spec: SpecName = "int4-g64", asymmetric: Asymmetric = False, calib: Calib = None,
     text: Annotated[list[Path] | None, typer.Option("--text", help="text or jsonl files (default: held-out demo)")] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="calibration windows")] = 32, length: Length = 512,
@@ -45,7 +59,7 @@ def methods(
     """Compare quantization methods with each other and with the unquantized model on held-out text."""
     from qlab.bench.methods import compare_methods, table
 
-    record = compare_methods(model, listed(names), spec, asymmetric=asymmetric, calib=calib, text=text, samples=samples,
+    record = compare_methods(model, listed(names.lower()), spec, asymmetric=asymmetric, calib=calib, text=text, samples=samples,
                              length=length, seed=seed, windows=windows, inputs=inputs, out=out)  # fmt: skip
     console().print(table(record))
     report(record, json_file)
@@ -69,7 +83,7 @@ def generate(
 
     if threads:
         torch.set_num_threads(threads)
-    names = listed(engines, ";") if engines else ENGINES
+    names = listed(engines.lower(), ";") if engines else ENGINES
     records = []
     for directory in directories:
         with kernel_refusals():
@@ -144,11 +158,6 @@ def modelled(
 
         for path in write(out, workers):
             say(f"{path}: {path.stat().st_size} bytes")
-
-
-def say(line: str) -> None:
-    """Progress, apart from the result."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -3,15 +3,32 @@
 Modules import what they need when a command runs, so that `qlab --help` waits for neither torch nor transformers.
 """
 
+from typing import Annotated
+
 import typer
 
+from qlab import installed_version
 from qlab.cli import kernels
 from qlab.cli.directories import convert, inspect, verify
-from qlab.cli.options import run
+from qlab.cli.options import HELP_BY, run
 from qlab.cli.quantizing import evaluate, plan, quantize
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Quantize language models: plan, quantize, evaluate, convert, verify and inspect.")  # fmt: skip
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings=HELP_BY)
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"qlab {installed_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options_of_qlab(
+    version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="say which qlab this is")] = False,
+) -> None:
+    """Quantize language models: plan, quantize, evaluate, convert, verify and inspect."""
+
+
 for command in (plan, quantize, convert, verify, inspect, kernels.tune):
     app.command()(command)
 app.command("eval")(evaluate)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qlab.cli.options import Asymmetric, CodecName, Json, Model, Overwrite, Resume, console, loading, report, resolved
+from qlab.cli.options import Asymmetric, CodecName, Json, Model, Overwrite, Resume, console, loading, lower, report, resolved
 
 
 def inspect(directory: Model, json_file: Json = None) -> None:
@@ -22,7 +22,9 @@ def convert(
     directory: Annotated[str, typer.Argument(help="a quantized model directory, or a GGUF file")],
     codec: CodecName,
     out: Annotated[Path, typer.Option("--out", help="the directory to write")],
-    requantize: Annotated[str | None, typer.Option("--requantize", help="a spec: round what the format cannot hold to it")] = None,
+    requantize: Annotated[
+        str | None, typer.Option("--requantize", callback=lower, help="a spec: round what the format cannot hold to it")
+    ] = None,
     asymmetric: Asymmetric = False, overwrite: Overwrite = False, resume: Resume = False, json_file: Json = None,
 ) -> None:  # fmt: skip
     """The same codes in another format; refuses, with the sites, whatever would be lost. --requantize rounds anew instead."""

@@ -16,9 +16,22 @@ from qlab.errors import QlabError
 SEVERAL = ("--calib", "--images", "--text")  # options that take several files
 WIDTH = 132  # of a table that no terminal shows
 
+HELP_BY = {"help_option_names": ["-h", "--help"]}
+# What the names below stand for is imported when a command runs; help lists them without waiting for torch.
+METHODS = ("rtn", "rtn-weighted", "hqq", "awq", "gptq", "awq-gptq", "gptaq")
+CODECS = ("compressed-tensors", "gptq", "gptq_desc_act", "gptq_v2", "gptq_v2_desc_act", "awq")
+TARGETS = ("vllm", "lmdeploy", "transformers", "sglang")
+
+
+def lower(name: str | None) -> str | None:
+    """Names are meant without regard to case."""
+    return name.lower() if name else name
+
+
 Model = Annotated[str, typer.Argument(help="a model directory, or 'demo'")]
-MethodName = Annotated[str, typer.Option("--method", help="rtn, awq, gptq or another name of qlab.METHODS")]
-SpecName = Annotated[str, typer.Option("--spec", help="int<bits>-g<group>, -channel or -tensor; fp8-channel, mxfp4, nvfp4")]
+MethodName = Annotated[str, typer.Option("--method", callback=lower, help=", ".join(METHODS))]
+SpecName = Annotated[str, typer.Option("--spec", callback=lower, help=(
+    "int<bits>-g<group>, -channel or -tensor; fp8-tensor, fp8-channel, fp8-b128x128, mxfp4, mxfp6, mxfp8, nvfp4"))]  # fmt: skip
 Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="with a zero point per scale")]
 Calib = Annotated[list[Path] | None, typer.Option("--calib", help="text or jsonl files (default: the demo text)")]
 Images = Annotated[list[Path] | None, typer.Option("--images", help="instead of --calib: jsonl samples of text and images")]
@@ -26,11 +39,11 @@ AllExperts = Annotated[bool, typer.Option("--calibrate-all-experts", help="stati
 Samples = Annotated[int, typer.Option("--samples", min=1, help="calibration windows")]
 Length = Annotated[int, typer.Option("--length", min=2, help="tokens per window")]
 Seed = Annotated[int, typer.Option("--seed", help="chooses the calibration windows")]
-Device = Annotated[str, typer.Option("--device", help="where one block at a time is worked on")]
+Device = Annotated[str, typer.Option("--device", callback=lower, help="where one block at a time is worked on")]
 Memory = Annotated[float | None, typer.Option("--memory", help="budget in GiB, for experts in parts; a plan above it is refused")]
-InputsName = Annotated[str, typer.Option("--inputs", help="calibrate on 'quantized' or 'reference' inputs")]
-CodecName = Annotated[str, typer.Option("--codec", help="the format to write: a name of qlab.codecs.CODECS")]
-TargetName = Annotated[str, typer.Option("--target", help="an engine to load it: vllm, transformers, lmdeploy or sglang")]
+InputsName = Annotated[str, typer.Option("--inputs", callback=lower, help="calibrate on 'quantized' or 'reference' inputs")]
+CodecName = Annotated[str, typer.Option("--codec", callback=lower, help=f"the format to write: {', '.join(CODECS)}")]
+TargetName = Annotated[str, typer.Option("--target", callback=lower, help=f"an engine to load it: {', '.join(TARGETS)}")]
 Keep = Annotated[list[str] | None, typer.Option("--keep", help="GLOB of sites in blocks that stay as they are")]
 Outside = Annotated[list[str] | None, typer.Option("--outside", help="GLOB=SPEC: round linears around the blocks to nearest")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the output directory")]
@@ -74,6 +87,11 @@ def resolved(model: str) -> Path:
     from qlab.hub import DEMO, demo_model
 
     return demo_model() if model == DEMO else Path(model)
+
+
+def say(line: str) -> None:
+    """Progress, and what else is no result."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def report(value: Any, path: Path | None) -> None:

@@ -31,6 +31,7 @@ from qlab.cli.options import (
     console,
     report,
     resolved,
+    say,
 )  # fmt: skip
 from qlab.errors import QlabError
 
@@ -83,16 +84,26 @@ def _data(
     model: Any, recipe: Any, calib: list[Path] | None, images: list[Path] | None, samples: int, length: int, seed: int
 ) -> Any:  # fmt: skip
     from qlab.calibration import tokens
-    from qlab.hub import calibration_texts
+    from qlab.hub import calibration_texts, is_demo
     from qlab.images import image_samples
 
     if calib and images:
         raise QlabError("--calib takes text and --images samples that may have both; give one of them")
     if not any(stage.needs for stage in recipe):
+        _refuse_unused(calib, images, "this method observes nothing")
         return None
     if images:
         return image_samples(model, images, samples, length, seed)
+    if not calib and not is_demo(model):
+        say(f"calibrating {model.path} on the demo's text, articles of English Wikipedia; --calib takes text like that which the model "
+            "will see")  # fmt: skip
     return tokens(model, calibration_texts(calib), samples, length, seed)
+
+
+def _refuse_unused(calib: list[Path] | None, images: list[Path] | None, why: str) -> None:
+    if calib or images:
+        option = "--calib" if calib else "--images"
+        raise QlabError(f"{option} would not be used, since {why}; leave it out, or choose a method that is calibrated, such as gptq")
 
 
 def plan(
@@ -137,6 +148,7 @@ def quantize(
     if model_free and around:
         raise QlabError("--outside asks the model what lies around its blocks; --model-free takes --include and --exclude")
     if model_free:
+        _refuse_unused(calib, images, "--model-free runs no model")
         _quantize_files(model, out, method, spec, asymmetric, codec, target, include, exclude, overwrite, resume, json_file)
         return
     if include or exclude:
@@ -174,20 +186,33 @@ def _quantize_files(
 
 
 def evaluate(
-    model: Model, against: Annotated[str, typer.Option("--against", help="the reference model")],
+    model: Model,
+    against: Annotated[str | None, typer.Option("--against", help="the reference model; without it, perplexity alone")] = None,
     text: Annotated[list[Path] | None, typer.Option("--text", help="text or jsonl files (default: held-out demo)")] = None,
     length: Length = 512, windows: Annotated[int | None, typer.Option(min=2, help="default: all full windows")] = None,
     device: Device = "cpu", json_file: Json = None,
 ) -> None:  # fmt: skip
-    """Perplexity, KL divergence and top-1 agreement against a reference, over full windows of --length tokens."""
+    """Perplexity over full windows of --length tokens; with a reference also KL divergence and top-1 agreement."""
     import qlab
-    from qlab.hub import evaluation_texts
+    from qlab.hub import evaluation_texts, is_demo
 
-    reference = qlab.open(against)
-    data = qlab.first_windows(reference, evaluation_texts(text), length, windows)
+    opened = qlab.open(model)
+    reference = None if against is None else qlab.open(against)
+    tokenized = reference or opened
+    if not text and not is_demo(tokenized):
+        say("evaluating on the demo's held-out text, articles of English Wikipedia; --text takes your own")
+    data = qlab.first_windows(tokenized, evaluation_texts(text), length, windows)
     if len(data.ids) < 2:
         raise QlabError(f"the text gives one window of {length} tokens, and an interval needs two; give more text or less --length")
-    result = qlab.evaluate(qlab.open(model), reference, data, device)
+    if reference is None:
+        alone = qlab.perplexity(opened, data, device)
+        table = Table("", "value", "95 % interval", title=f"{model}: {alone.windows} windows of {length}")
+        table.add_row("perplexity", f"{alone.perplexity:.4f}", _range(alone.perplexity_ci))
+        console().print(table)
+        console().print("no reference was given; --against MODEL adds the KL divergence and the agreement with it", soft_wrap=True)
+        report({"model": model, "against": None, "data": data.describe(), **alone.json()}, json_file)
+        return
+    result = qlab.evaluate(opened, reference, data, device)
     table = Table("", "value", "95 % interval", title=f"{model} against {against}: {result.windows} windows of {length}")
     table.add_row("perplexity", f"{result.perplexity:.4f}", _range(result.perplexity_ci))
     table.add_row("reference perplexity", f"{result.reference_perplexity:.4f}", "")

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.writer import Writer
+from qlab.progress import progress
 
 Notes = dict[str, dict[str, Any]]  # section of the report -> rows
 Rewrite = Callable[[str, Notes], Mapping[str, Tensor]]  # a leaf's name -> its new tensors; what is to be reported goes into the notes
@@ -30,8 +29,7 @@ def leaves_by_file(model: Checkpoint) -> list[list[str]]:
 
 def rewrite_files(model: Checkpoint, writer: Writer, rewrite: Rewrite, doing: str) -> None:
     """Write every file that the writer lacks, with its notes."""
-    files, console = leaves_by_file(model), Console(stderr=True)
-    for index, leaves in track(list(enumerate(files)), doing, console=console, disable=not console.is_terminal):
+    for index, leaves in progress(list(enumerate(leaves_by_file(model))), doing):
         if not writer.has(index):
             notes: Notes = {}
             writer.write_shard(index, _rewritten(leaves, rewrite, notes))
