@@ -17,7 +17,7 @@ from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
 from qlab.files.writer import Writer, apart
 from qlab.methods.grid import encode as round_to_grid
 from qlab.methods.grid import minmax
-from qlab.model.linears import linear_names, transposed
+from qlab.model.linears import embeddings, linear_names, transposed
 from qlab.qtensor import QTensor, dense
 from qlab.report import recorded, stored_bits, versions, written
 from qlab.shown import Shown
@@ -85,6 +85,7 @@ def convert(
     carried = _carried(source, codec)
     _refuse_rounded_inputs(source, codec)
     _refuse_transposed(source, codec)
+    _refuse_embeddings(source, codec)
     targets = _targets(source, codec, requantize)
     config = _config(source, CODECS[codec], targets) | carried
     record = recorded(source.path)
@@ -125,7 +126,9 @@ def _from_gguf(path: Path, codec: str, out: Path, requantize: Spec | None, overw
 def _config(source: Checkpoint, codec: Codec, targets: Mapping[str, Spec]) -> dict[str, Any]:
     names = {**linear_names(source), **{module: module for module in source.quantized}}  # experts are no linears of the model
     inputs = [{name: source.inputs.get(module) for name, module in names.items()}] if source.inputs else []
-    return codec.config({name: targets.get(module) for name, module in names.items()}, *inputs)
+    coded = embeddings(source) & source.quantized.keys()
+    more = {"embeddings": coded} if coded else {}
+    return codec.config({name: targets.get(module) for name, module in names.items()}, *inputs, **more)
 
 
 def _carried(source: Checkpoint, codec: str) -> dict[str, Any]:
@@ -153,6 +156,13 @@ def _refuse_transposed(source: Checkpoint, codec: str) -> None:
     reason = refusal_of_transposed(codec)
     if reason and source.codec and source.codec.transposed and (turned := sorted(transposed(source) & source.quantized.keys())):
         raise QlabError(f"{turned[0]} and {len(turned) - 1} more of {source.path}: {reason}")
+
+
+def _refuse_embeddings(source: Checkpoint, codec: str) -> None:
+    """Codes of embeddings, which readers of most formats never look for."""
+    if not CODECS[codec].embeddings and (coded := sorted(embeddings(source) & source.quantized.keys())):
+        raise QlabError(f"{codec} holds codes of linears, and {coded[0]} of {source.path} is an embedding with codes, which its "
+                        "readers would skip; choose compressed-tensors")
 
 
 def _targets(source: Checkpoint, codec: str, requantize: Spec | None) -> dict[str, Spec]:

@@ -29,10 +29,11 @@ from qlab.files.directory import locate, read_json
 from qlab.files.explained import KEY, refuse_unexplained, said_in
 from qlab.lower.attention import use_grouped_attention
 from qlab.lower.inputs import RoundedInput
-from qlab.lower.model import DTYPES, device_named, make_dense, pack, quantized_weights, set_module, slownesses
+from qlab.lower.model import DTYPES, decoded_weights, device_named, make_dense, pack, quantized_weights, set_module, slownesses
 from qlab.lower.rotated import attach, is_rotated, rotations
 from qlab.model.paper import EXPERTS
 from qlab.model.skeleton import Skeleton
+from qlab.qtensor import dense
 
 
 class QlabConfig(QuantizationConfigMixin):
@@ -116,6 +117,7 @@ class QlabQuantizer(HfQuantizer):
         _refuse_another(checkpoint.path, self.skeleton.model, model)
         _refuse_experts_implementation(model)
         self.packed = quantized_weights(self.skeleton)
+        self.decoded = decoded_weights(self.skeleton)
         self._refuse_missing(model)
         ours: set[str] = set()
         for name, pieces in self.packed.items():
@@ -130,13 +132,15 @@ class QlabQuantizer(HfQuantizer):
                 ours |= {re.escape(name.rpartition(".")[0]) + r"\.0\..+", re.escape(name) + "(_.+)?"}
                 set_module(model, name, Awaiting(*place.shape[:0:-1]))
         ours |= {re.escape(name) for extra in checkpoint.extras for name in extra.tensors}
+        ours |= {re.escape(part) for module in checkpoint.quantized for part in checkpoint.parts(module)}  # also of layers not built
         families = {re.sub(r"\d+", r"\\d+", pattern) for pattern in ours}
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {f"^{family}$" for family in families}
+        model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *map(re.escape, self.decoded)}
 
     def _refuse_missing(self, model: PreTrainedModel) -> None:
         """transformers fills what a directory lacks at random and says so in a table; here it is an error."""
-        checkpoint, packed = self.skeleton.checkpoint, {*self.packed, *(f"{name}.weight" for name in self.packed)}
+        checkpoint, packed = self.skeleton.checkpoint, {*self.packed, *(f"{name}.weight" for name in self.packed), *self.decoded}
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         for name, _ in self.skeleton.model.named_parameters():
             lacking = [piece.name for piece in self.skeleton.pieces(name) if piece.name not in checkpoint.stored]
@@ -149,6 +153,8 @@ class QlabQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name in self.packed:
             set_module(model, name, pack(self.skeleton, name, self.dtype, self.device))
+        for name in self.decoded:  # in place, since a tied head has the same
+            model.get_parameter(name).copy_(dense(self.skeleton.leaf(name), self.dtype))
         attach(model, rotations(self.skeleton), self.device)
         checkpoint = self.skeleton.checkpoint
         self.source, self.held = checkpoint.path, self._held()
@@ -172,6 +178,9 @@ class QlabQuantizer(HfQuantizer):
             parts = [part for piece in pieces for part in self.skeleton.checkpoint.parts(piece.module)]
             fused = pieces[0].expert is not None
             held[name] = {part if fused else f"{name}.{part.rpartition('.')[2]}": part for part in parts}
+        for name, module in self.decoded.items():
+            owner = name.rpartition(".")[0]
+            held[owner] = {f"{owner}.{part.rpartition('.')[2]}": part for part in self.skeleton.checkpoint.parts(module)}
         return held
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -192,6 +201,8 @@ class QlabQuantizer(HfQuantizer):
                 own = module.named_parameters(name, recurse=False), module.named_buffers(name, recurse=False)
                 kept = {f"{name}.{key}" if name else key for key in module._non_persistent_buffers_set}
                 state |= {key: tensor for tensors in own for key, tensor in tensors if key not in kept}
+        decoded = [model.get_parameter(name) for name in self.decoded]
+        state = {name: tensor for name, tensor in state.items() if not any(tensor is own for own in decoded)}  # a tied head's as well
         for names in self.held.values():
             state |= {name: checkpoint.tensor(part) for name, part in names.items()}
         return state | {name: checkpoint.tensor(name) for name in self.beside}, {}

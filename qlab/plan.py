@@ -15,6 +15,7 @@ from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.graph import Code, Site, by_origin, is_matrix
 from qlab.memory import predict_memory
+from qlab.model.linears import unbuilt
 from qlab.model.skeleton import Skeleton
 from qlab.outside import outside_sites
 from qlab.report import bits_per_weight, describe
@@ -143,7 +144,7 @@ def plan(
                 s.bits_per_weight(shapes[n], model.dtype) if s else 8.0 * model.dtype.itemsize} for n, s in specs.items()}  # fmt: skip
     for name, (_, site) in named.items():
         rows[name] |= {"experts": shapes[name][0]} if site.route else {}
-    left = [n for n in skeleton.linears() if n not in named] + _beside_sites(skeleton, codes) + _beside_the_model(skeleton)
+    left = [n for n in skeleton.linears() if n not in named] + _beside_sites(skeleton, codes) + unbuilt(skeleton)
     tokens = data.count if data is not None and needs else 0
     in_parts = all(in_order(code, recipe, inputs, calibrate_all_experts) for code in codes.values())
     experts = max(shapes[n][0] if in_parts and site.route else 0 for n, (_, site) in named.items())
@@ -186,14 +187,6 @@ def _beside_sites(skeleton: Skeleton, codes: Mapping[str, Code]) -> list[str]:
         found += [_named(path, name) for name, p in skeleton.blocks[path].named_parameters()
                   if name not in held and is_matrix(p.shape)]  # fmt: skip
     return found
-
-
-def _beside_the_model(skeleton: Skeleton) -> list[str]:
-    """The matrices of the files that the model has no place for, such as layers beyond its configuration's: they are copied."""
-    parameters = [name for name, _ in skeleton.model.named_parameters(remove_duplicate=False)]
-    taken = {piece.module for name in parameters for piece in skeleton.pieces(name)}
-    matrices = [name for name, stored in skeleton.checkpoint.stored.items() if name.endswith(".weight") and is_matrix(stored.shape)]
-    return sorted({name.removesuffix(".weight") for name in matrices} - taken)
 
 
 def _shape(skeleton: Skeleton, path: str, site: Site) -> torch.Size:

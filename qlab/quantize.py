@@ -20,6 +20,7 @@ from qlab.files.checkpoint import Checkpoint
 from qlab.files.writer import Carry, Writer, apart
 from qlab.graph import ModuleGraph
 from qlab.model.device import name_of
+from qlab.model.linears import linears_of
 from qlab.model.recording import Call
 from qlab.model.skeleton import Skeleton
 from qlab.outside import outside_leaves, outside_sites, untied, weight_of
@@ -309,6 +310,7 @@ def _finish(skeleton: Skeleton, job: _Job) -> None:
         rounded = parse_input_spec(row["inputs"]) if row and row.get("inputs") else None
         for module in skeleton.modules(name):  # readers match the one or the other
             specs[module], inputs[module] = spec, rounded
+    specs = dict.fromkeys([*specs, *linears_of(skeleton)]) | specs  # those that the job leaves as they are
     rounding = [inputs] if any(inputs.values()) else []
     raw = untied(model.raw) if any(f"{name}.weight" in skeleton.tied for name in notes["sites"]) else model.raw
     config = {**raw, "quantization_config": job.codec.config(specs, *rounding)}

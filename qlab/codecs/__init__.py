@@ -36,6 +36,7 @@ class Codec:
     round as one of `config` (inputs: path -> InputSpec), and read both: inputs(config, names) like specs,
     decode_input(path, tensors, spec) the operation. extras(config, names): what else a directory's config says; a format holds
     its own extras word for word, and no others. transposed: whether readers look for codes in linears that hold W as [k, o], too.
+    embeddings: whether they look for codes in embeddings, whose names are a further argument of `config`.
     """
 
     refusal: Callable[..., str | None]
@@ -49,6 +50,7 @@ class Codec:
     extras: Callable[[Mapping[str, Any], Collection[str]], tuple[Extra, ...]] = lambda config, names: ()
     risk: Callable[[Spec], str | None] = lambda spec: None
     transposed: bool = False
+    embeddings: bool = False
 
 
 def _gptq(version: gptq.Version) -> Codec:
@@ -76,6 +78,7 @@ CODECS: Mapping[str, Codec] = {  # what qlab writes, by the name that `--codec` 
         compressed_tensors.inputs,
         compressed_tensors.decode_input,
         extras=compressed_tensors.extras,
+        embeddings=True,
     ),
     **{str(version): _gptq(version) for version in GPTQ_VERSIONS},  # gptq, gptq_v2, and either with _desc_act
     "awq": Codec(awq.refusal, awq.encode, awq.decode, awq.config, awq.specs, misfit=awq.misfit),

@@ -19,7 +19,7 @@ from qlab.methods.inputs import QuantizeInput
 from qlab.model.names import Piece
 from qlab.model.online import at_input
 from qlab.model.skeleton import Skeleton
-from qlab.qtensor import QTensor
+from qlab.qtensor import QTensor, dense
 from qlab.quantize import Result
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,12 +36,12 @@ def lower(
     or CodedExperts, which hold them as bit streams and dequantize for every call; `repr` shows which.
 
     Codes are packed for `device` while they are loaded, one tensor at a time; the directory stays as it is. Everything else
-    (embeddings, norms, an unquantized head) is in `dtype`, which is also that of the activations. What the directory rotates
+    (embeddings, even with codes, norms, an unquantized head) is in `dtype`, that of the activations too. What the directory rotates
     or rounds at run time is rotated or rounded. `generate()` works, and so does `torch.compile`, with `options=inductor_options()`
     for the fused kernels; the model can be exported.
     dense_cache: keep a dense copy of each weight for products of many tokens; `resident_bytes` says what that costs.
 
-    Errors: a directory that is not quantized, a device or dtype without kernels, a quantized tensor that no linear holds.
+    Errors: a directory that is not quantized, a device or dtype without kernels, a tensor that the model needs and the files lack.
     Warns of what is slower than it could be: weights without a kernel, or a dtype of activations without one.
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model.path if isinstance(model, Result) else model)
@@ -107,16 +107,19 @@ def device_named(device: torch.device | str) -> torch.device:
 
 def quantized_weights(skeleton: Skeleton) -> dict[str, tuple[Piece, ...]]:
     """Every linear, and every fused weight of experts by its parameter's name, whose codes the directory holds, with the tensors of
-    the files; refuses codes that nothing in the model takes."""
-    quantized, model = skeleton.checkpoint.quantized, skeleton.model
+    the files. Codes of layers that transformers does not build are left out, as it leaves their weights out."""
     weights = {name: f"{name}.weight" for name in skeleton.linears()}
-    weights |= {name: name for name, p in model.named_parameters() if p.ndim == 3}
+    weights |= {name: name for name, p in skeleton.model.named_parameters() if p.ndim == 3}
     pieces = {name: skeleton.pieces(weight) for name, weight in weights.items()}
-    found = {name: parts for name, parts in pieces.items() if any(part.module in quantized for part in parts)}
-    if left := sorted(quantized.keys() - {part.module for parts in found.values() for part in parts}):
-        raise QlabError(f"{skeleton.checkpoint.path} holds codes for {left[0]} and {len(left) - 1} more modules that are no linear of "
-                        f"{type(model).__name__}; qlab lowers linears and fused experts only")
-    return found
+    return {name: parts for name, parts in pieces.items() if any(part.module in skeleton.checkpoint.quantized for part in parts)}
+
+
+def decoded_weights(skeleton: Skeleton) -> dict[str, str]:
+    """Every other parameter whose codes the directory holds, such as an embedding's, and the module that has them: it is dense in the
+    lowered model."""
+    packed = {f"{name}.weight" for name in skeleton.linears()}
+    held = {name: skeleton.pieces(name)[0].module for name, p in skeleton.model.named_parameters() if p.ndim < 3 and name not in packed}
+    return {name: module for name, module in held.items() if module in skeleton.checkpoint.quantized}
 
 
 def pack(skeleton: Skeleton, name: str, dtype: torch.dtype, device: torch.device, dense_cache: bool = False) -> nn.Module:
@@ -176,8 +179,7 @@ def _load_blocks(skeleton: Skeleton) -> None:
     """The parameters of the blocks that stayed on meta, and the buffers that the files hold."""
     for name, parameter in list(skeleton.model.named_parameters(remove_duplicate=False)):
         if parameter.is_meta:
-            leaf = skeleton.leaf(name)
-            assert not isinstance(leaf, QTensor)
+            leaf = dense(skeleton.leaf(name), skeleton.dtype)
             value = nn.Parameter(leaf.to(skeleton.device), requires_grad=False)
             _owner(skeleton.model, name)._parameters[name.rpartition(".")[2]] = value
     for name, buffer in list(skeleton.model.named_buffers()):

@@ -13,20 +13,38 @@ HEAD = "lm_head"  # in no file where it shares the embedding's weight; readers t
 
 
 def linear_names(model: Checkpoint) -> dict[str, str]:
+    """Name of a linear -> the module in the files that holds its weight. Of a model that transformers does not know: every module of
+    the files with a weight [o, k] or with experts, embeddings among them, and the head."""
+    if model.known:
+        return linears_of(Skeleton(model, model.dtype))
+    return {name: name for name in sorted(_matrices(model) | {HEAD})}
+
+
+def linears_of(skeleton: Skeleton) -> dict[str, str]:
     """Name of a linear -> the module in the files that holds its weight.
 
-    Where transformers knows the architecture: its own names and those of the files, which differ where it renames tensors,
-    one for every projection of fused experts, and the routers, which to engines are linears like any other.
-    Of other models: every module of the files with a weight [o, k], embeddings among them, and the head.
+    transformers' own names and those of the files, which differ where it renames tensors, one for every projection of fused experts,
+    the routers, which to engines are linears like any other, and whatever the files hold of layers that only engines build.
     """
-    if model.known:
-        skeleton = Skeleton(model, model.dtype)
-        routers = [name for name, module in _other_matrices(skeleton).items() if not isinstance(module, nn.Embedding)]
-        own = {name: m for own in [*skeleton.linears(), *routers] for m in [skeleton.module_name(own)] for name in (own, m)}
-        return own | {module: module for module in skeleton.expert_modules()}
-    matrices = [name for name, stored in model.stored.items() if name.endswith(".weight") and len(stored.shape) == 2]
-    modules = {name.removesuffix(".weight") for name in matrices} | set(model.quantized) | {HEAD}
-    return {name: name for name in sorted(modules)}
+    routers = [name for name, module in _other_matrices(skeleton).items() if not isinstance(module, nn.Embedding)]
+    own = {name: m for own in [*skeleton.linears(), *routers] for m in [skeleton.module_name(own)] for name in (own, m)}
+    return own | {module: module for module in [*skeleton.expert_modules(), *unbuilt(skeleton)]}
+
+
+def unbuilt(skeleton: Skeleton) -> list[str]:
+    """Modules of the files with codes, a weight [o, k] or experts that the model has no place for, such as layers that predict
+    further tokens."""
+    parameters = [name for name, _ in skeleton.model.named_parameters(remove_duplicate=False)]
+    pieces = [piece for name in parameters for piece in skeleton.pieces(name)]
+    return sorted(_matrices(skeleton.checkpoint) - {piece.module for piece in pieces} - {piece.name for piece in pieces})
+
+
+def _matrices(model: Checkpoint) -> set[str]:
+    """Modules of the files with codes or a weight [o, k], and fused experts under the name of their tensor and of its owner."""
+    weights = {name.removesuffix(".weight") for name, stored in model.stored.items()
+               if name.endswith(".weight") and len(stored.shape) == 2}  # fmt: skip
+    experts = {name for name, stored in model.stored.items() if holds_experts(name, stored)}
+    return weights | set(model.quantized) | experts | {name.rpartition(".")[0] for name in experts}
 
 
 def other_matrices(model: Checkpoint) -> set[str]:
@@ -36,6 +54,14 @@ def other_matrices(model: Checkpoint) -> set[str]:
         return set()
     skeleton = Skeleton(model, model.dtype)
     return {skeleton.module_name(name) for name in _other_matrices(skeleton)}
+
+
+def embeddings(model: Checkpoint) -> set[str]:
+    """Modules of the files that are embeddings, as far as transformers knows the architecture."""
+    if not model.known:
+        return set()
+    skeleton = Skeleton(model, model.dtype)
+    return {skeleton.module_name(name) for name, module in _other_matrices(skeleton).items() if isinstance(module, nn.Embedding)}
 
 
 def transposed(model: Checkpoint) -> frozenset[str]:

@@ -63,9 +63,12 @@ class Skeleton:
     def refuse_missing(self) -> None:
         """Refuse files that lack a tensor of the model."""
         for name, _ in self.model.named_parameters(remove_duplicate=False):
-            for piece in self.pieces(name):
-                if piece.module not in self.checkpoint.quantized and piece.name not in self.checkpoint.stored:
-                    self.checkpoint.shape_and_dtype(self.file_name(self.tied.get(name, name)))
+            if self._lacking(name) and (lacking := self._lacking(self.tied.get(name, name))):
+                self.checkpoint.shape_and_dtype(lacking[0])
+
+    def _lacking(self, name: str) -> list[str]:
+        """The tensors of a parameter that the files hold neither as they are nor as codes."""
+        return [piece.name for piece in self.pieces(name) if piece.name not in self._stored]
 
     def check_length(self, tokens: int) -> None:
         """Refuse samples of more tokens than a model with tables of positions has: learned ones, which lie beside that of the

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qlab.codecs.compressed_tensors.classes import CLASSES, LINEAR, written_with
 from qlab.codecs.compressed_tensors.scheme import (
     PRESETS,
     args_of,
@@ -18,7 +19,7 @@ from qlab.codecs.compressed_tensors.scheme import (
 from qlab.errors import QlabError
 from qlab.spec import InputSpec, Spec, parse_input_spec, parse_spec
 
-METHOD, LINEAR, MIXED = "compressed-tensors", "Linear", "mixed-precision"
+METHOD, MIXED = "compressed-tensors", "mixed-precision"
 VERSION = "0.20.0"  # the release whose layout and keys these files follow
 GROUP_KEYS = {"targets", "weights", "input_activations", "output_activations", "format"}
 SPARSE = "sparse-24-bitmask"
@@ -34,11 +35,15 @@ class Scheme:
 
 
 # ------------------------------------------------------------------ writing
-def config(specs: Mapping[str, Spec | None], inputs: Mapping[str, InputSpec | None] | None = None) -> dict[str, Any]:
+def config(
+    specs: Mapping[str, Spec | None], inputs: Mapping[str, InputSpec | None] | None = None, embeddings: Collection[str] = ()
+) -> dict[str, Any]:
     """config.json's quantization_config for a model whose every nn.Linear is in `specs`; None is unquantized.
 
-    inputs: how inputs are rounded at run time, for the modules where they are. Unquantized modules go to `ignore` by full
-    name, a tied lm_head too. One scheme targets the class Linear. Several target full names, or one anchored pattern
+    inputs: how inputs are rounded at run time, for the modules where they are. embeddings: those among the modules, which the class
+    Linear does not target. Unquantized modules go to `ignore` by full name, a tied lm_head too.
+
+    One scheme targets the class Linear. Several target full names, or one anchored pattern
     where all layers of a family share a scheme; no module matches two groups, so every reader's order of matching gives
     the same answer. Scale dtypes are not written unless they belong to the grid: the tensors say them.
     transformers quantizes nn.Linear only and loads a Conv1D named here at random: a plan refuses such modules.
@@ -53,7 +58,7 @@ def config(specs: Mapping[str, Spec | None], inputs: Mapping[str, InputSpec | No
         raise QlabError(f"{bare[0]} has rounded inputs and an unquantized weight; qlab writes both or neither")
     if not schemes:
         raise QlabError(f"none of the {len(specs)} modules is quantized; write the model without a quantization_config")
-    targets = _targets(schemes)
+    targets = _targets(schemes, embeddings)
     groups = {f"group_{i}": _group(scheme, targets[scheme]) for i, scheme in enumerate(targets)}
     formats = {group["format"] for group in groups.values()}
     return {
@@ -82,10 +87,10 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
             "targets": targets, "weights": args_of(scheme.spec)}  # fmt: skip
 
 
-def _targets(schemes: Mapping[str, Scheme]) -> dict[Scheme, list[str]]:
+def _targets(schemes: Mapping[str, Scheme], embeddings: Collection[str]) -> dict[Scheme, list[str]]:
     """Disjoint targets per scheme: a pattern for a family (paths that differ in numbers only) of one scheme, else names."""
     if len(set(schemes.values())) == 1:
-        return {scheme: [LINEAR] for scheme in schemes.values()}
+        return {scheme: [LINEAR, *sorted(schemes.keys() & embeddings)] for scheme in schemes.values()}
     families: dict[str, list[Scheme]] = defaultdict(list)
     for path, scheme in schemes.items():
         families[_pattern(path)].append(scheme)
@@ -122,9 +127,14 @@ def _schemes(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Sch
     for name, group in _mapping(config, "config_groups").items():
         scheme, group_targets = _read_group(f"config group {name}", name, group, config.get("format"))
         targets |= dict.fromkeys(group_targets, scheme)
-    if unknown := {t for t in targets if not t.startswith("re:") and "." not in t} - {LINEAR, *modules}:
-        raise QlabError(f"targets {sorted(unknown)} are not linears of this model; qlab knows the class {LINEAR} only")
-    ignored, target = _matcher("ignore", _strings("ignore", config.get("ignore"))), _matcher("targets", targets)
+    if unknown := {t for t in targets if not t.startswith("re:") and "." not in t} - {*CLASSES, *modules}:
+        raise QlabError(f"targets {sorted(unknown)} are no modules of this model; qlab knows the classes {' and '.join(CLASSES)} only")
+    classes = {name: targets[name] for name in CLASSES if name in targets}
+    ignored, named = _matcher("ignore", _strings("ignore", config.get("ignore"))), _matcher("targets", targets.keys() - CLASSES)
+
+    def target(path: str) -> str | None:
+        return named(path) or (written_with(path, classes, names) if classes else None)
+
     found: dict[str, Scheme] = {}
     for path, mark in sorted({(p, mark) for p, _, mark in (name.rpartition(".") for name in names) if mark in MARKS}):
         match = None if ignored(path) else target(path)
@@ -180,7 +190,7 @@ def _read_group(where: str, name: str, group: Any, default_format: Any) -> tuple
         weights, rounded = PRESETS[name.upper()]
         scheme = Scheme(parse_spec(weights) if weights else None, parse_input_spec(rounded) if rounded else None)
         return scheme, _strings(f"{where} targets", group)
-    if not isinstance(group, Mapping) or not group.get("targets"):
+    if not isinstance(group, Mapping):
         raise QlabError(f"{where} is neither a scheme with `targets` nor a preset; qlab knows the presets {', '.join(PRESETS)}")
     if unknown := sorted(map(str, group.keys() - GROUP_KEYS)):
         raise QlabError(f"{where} has unknown key {unknown[0]!r}; qlab knows {', '.join(sorted(GROUP_KEYS))}")
@@ -195,4 +205,4 @@ def _read_group(where: str, name: str, group: Any, default_format: Any) -> tuple
     form = group.get("format") or (None if default_format == MIXED else default_format)
     if form is not None:
         check_format(where, form, spec)
-    return Scheme(spec, rounded_inputs), _strings(f"{where} targets", group["targets"])
+    return Scheme(spec, rounded_inputs), _strings(f"{where} targets", group.get("targets"))
