@@ -17,7 +17,7 @@ from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
 from qlab.files.writer import Writer, apart
 from qlab.methods.grid import encode as round_to_grid
 from qlab.methods.grid import minmax
-from qlab.model.linears import embeddings, linear_names, transposed
+from qlab.model.linears import embeddings, linear_names, refuse_unheld, transposed
 from qlab.qtensor import QTensor, dense
 from qlab.report import recorded, stored_bits, versions, written
 from qlab.shown import Shown
@@ -81,6 +81,7 @@ def convert(
     if not source.quantized:
         raise QlabError(f"{source.path} is not quantized, so there is nothing to convert; quantize it first")
     _check_codec(codec)
+    refuse_unheld(source)
     apart(out, source.path)
     carried = _carried(source, codec)
     _refuse_rounded_inputs(source, codec)

@@ -22,7 +22,7 @@ from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
 from qlab.files.writer import Writer, apart
 from qlab.graph import lone_weight
-from qlab.model.linears import experts_apart, holds_experts, linear_names, other_matrices, transposed
+from qlab.model.linears import experts_apart, holds_experts, linear_names, other_matrices, refuse_unheld, transposed
 from qlab.plan import CODEC
 from qlab.qtensor import QTensor, dense
 from qlab.report import PeakMemory, bits_per_weight, describe, recorded, site_rows, versions, written
@@ -86,7 +86,9 @@ def quantize_files(
     Errors: methods that observe activations, a pattern without a weight, weights that are no nn.Linear's where transformers
     knows the architecture, what the codec's format cannot hold or the engine `target` does not load.
     """
-    source = experts_apart(model if isinstance(model, Checkpoint) else open_checkpoint(model))
+    opened = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    refuse_unheld(opened)
+    source = experts_apart(opened)
     started = time.perf_counter()
     if codec not in CODECS:
         raise QlabError(f"the codec {codec!r} is unknown; qlab writes {', '.join(CODECS)}")

@@ -17,7 +17,7 @@ from qlab.certificate import distances, fingerprint, hash_of, hash_of_json, off_
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.shardwise import leaves_by_file
-from qlab.model.linears import experts_apart, transposed
+from qlab.model.linears import experts_apart, refuse_unheld, transposed
 from qlab.qtensor import QTensor, dense
 from qlab.report import recorded
 from qlab.shown import Shown, some
@@ -123,6 +123,8 @@ def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path)
     model, reference = (m if isinstance(m, Checkpoint) else open_checkpoint(m) for m in (directory, against))
     if not model.quantized:
         raise QlabError(f"{model.path} is not quantized, so there is nothing to verify; give a quantized directory")
+    for opened in (model, reference):
+        refuse_unheld(opened)
     record = recorded(model.path)
     certificates, noted = record.get("certificates", {}), record.get("changed", {})
     reference = experts_apart(reference, whole=model.stored)

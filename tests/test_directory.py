@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
 from qlab.errors import QlabError
-from qlab.files.directory import INDEX, LARGEST_JSON, SINGLE, locate, read_header, read_json
+from qlab.files.directory import INDEX, LARGEST_JSON, SINGLE, locate, read_header, read_json, unheld
 from qlab.files.tensors import DTYPES, read, write
 
 
@@ -137,16 +137,18 @@ def test_no_index_leads_out_of_its_directory(name, tmp_path):
     refused(lambda: locate(tmp_path), INDEX, "no plain name of a file")
 
 
-def test_the_index_decides_and_must_be_right(tmp_path):
+def test_the_index_decides_between_files_and_may_be_wrong_of_what_one_of_them_holds(tmp_path):
     one = torch.ones(1)
-    write(tmp_path / "x.safetensors", [("a", one), ("b", one)])
+    write(tmp_path / "x.safetensors", [("a", one), ("b", one), ("c", one)])
     write(tmp_path / "y.safetensors", [("a", 2 * one)])
     refused(lambda: locate(tmp_path), "a is in", "x.safetensors", "y.safetensors")
-    index = {"a": "y.safetensors", "b": "x.safetensors"}
+    index = {"a": "y.safetensors", "b": "y.safetensors", "d": "x.safetensors"}  # b lies in the other file, c is left out, d is nowhere
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": index}))
-    assert read("a", locate(tmp_path)["a"]) == 2
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": index | {"c": "y.safetensors"}}))
-    refused(lambda: locate(tmp_path), "lists c in y.safetensors, which does not hold it")
+    found = locate(tmp_path)
+    assert read("a", found["a"]) == 2 and found["b"].file.name == found["c"].file.name == "x.safetensors"
+    assert found.keys() == {"a", "b", "c"} and unheld(tmp_path, found) == {"d": "x.safetensors"}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"b": "x.safetensors", "c": "y.safetensors"}}))
+    refused(lambda: locate(tmp_path), "a is in", "x.safetensors", "y.safetensors")
 
 
 def test_a_pickle_is_named_and_never_read(tmp_path):

@@ -120,21 +120,31 @@ def _counts(value: Any) -> bool:
 def locate(folder: Path) -> dict[str, Stored]:
     """Every tensor of a directory, by name.
 
-    The files are what transformers would load: the single file, else those of the index; without either, all there are.
-    A tensor in two files is taken from where the index says, and refused without an index.
+    The files are what transformers would load: the single file, else those of the index; without either, all there are. What a file
+    holds is read wherever the index says that it lies, or if it says nothing. A tensor in two files is taken from where the index says,
+    and refused otherwise.
     """
     listed = {} if (folder / SINGLE).is_file() else _listed(folder)
-    tensors: dict[str, Stored] = {}
+    held: dict[str, list[Stored]] = {}
     for shard in [folder / SINGLE] if (folder / SINGLE).is_file() else _shards(folder, listed):
         for name, tensor in read_header(shard).items():
-            if name in tensors and name not in listed:
-                raise QlabError(f"{name} is in {tensors[name].file} and in {shard}; remove the file that does not belong")
-            if name not in tensors or listed[name] == shard.name:
-                tensors[name] = tensor
-    if lacking := [name for name, file in listed.items() if name not in tensors or tensors[name].file.name != file]:
-        raise QlabError(f"{folder / INDEX} lists {lacking[0]} in {listed[lacking[0]]}, which does not hold it; download the model "
-                        "again")
-    return tensors
+            held.setdefault(name, []).append(tensor)
+    return {name: _chosen(name, tensors, listed.get(name)) for name, tensors in held.items()}
+
+
+def _chosen(name: str, tensors: list[Stored], listed: str | None) -> Stored:
+    """The one of several tensors of a name that the model has."""
+    there = tensors if len(tensors) == 1 else [tensor for tensor in tensors if tensor.file.name == listed]
+    if not there:
+        raise QlabError(f"{name} is in {tensors[0].file} and in {tensors[1].file}; remove the file that does not belong")
+    return there[0]
+
+
+def unheld(folder: Path, stored: Mapping[str, Stored]) -> dict[str, str]:
+    """What the index lists and no file holds: tensor -> the file that should. Often nobody needs it: a head that is the embedding's, a
+    buffer that is computed."""
+    listed = {} if (folder / SINGLE).is_file() else _listed(folder)
+    return {name: file for name, file in listed.items() if name not in stored}
 
 
 def _listed(folder: Path) -> dict[str, str]:

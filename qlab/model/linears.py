@@ -5,8 +5,9 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
-from qlab.files.directory import WIDTHS, Stored
+from qlab.files.directory import INDEX, WIDTHS, Stored, unheld
 from qlab.model.skeleton import Skeleton
 
 HEAD = "lm_head"  # in no file where it shares the embedding's weight; readers that match by class still meet it
@@ -62,6 +63,17 @@ def embeddings(model: Checkpoint) -> set[str]:
         return set()
     skeleton = Skeleton(model, model.dtype)
     return {skeleton.module_name(name) for name, module in _other_matrices(skeleton).items() if isinstance(module, nn.Embedding)}
+
+
+def refuse_unheld(model: Checkpoint) -> None:
+    """Refuse files that lack a tensor of their index. Where transformers knows the architecture, those that it needs."""
+    lacking = unheld(model.path, model.stored)
+    if lacking and model.known:
+        Skeleton(model, model.dtype).refuse_missing()
+    elif lacking:
+        name, file = next(iter(lacking.items()))
+        raise QlabError(f"{model.path / INDEX} lists {name} in {file}, which does not hold it; download the model again, or take "
+                        "out what nobody needs")
 
 
 def transposed(model: Checkpoint) -> frozenset[str]:
