@@ -13,8 +13,9 @@ from qlab.certificate import certify, distances
 from qlab.codecs import CODECS, Codec, refusal_of_transposed
 from qlab.errors import QlabError
 from qlab.files.checkpoint import GGUF, Checkpoint, open_checkpoint
+from qlab.files.place import place, refuse_early
 from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
-from qlab.files.writer import Writer, apart
+from qlab.files.writer import Writer
 from qlab.methods.grid import encode as round_to_grid
 from qlab.methods.grid import minmax
 from qlab.model.linears import embeddings, linear_names, refuse_unheld, transposed
@@ -82,7 +83,8 @@ def convert(
         raise QlabError(f"{source.path} is not quantized, so there is nothing to convert; quantize it first")
     _check_codec(codec)
     refuse_unheld(source)
-    apart(out, source.path)
+    folder = place(out, source.path, set(source.files.values()))
+    refuse_early(folder, overwrite, resume)
     carried = _carried(source, codec)
     _refuse_rounded_inputs(source, codec)
     _refuse_transposed(source, codec)
@@ -92,16 +94,17 @@ def convert(
     record = recorded(source.path)
     job = {"source": source.fingerprint(), "codec": codec, "requantize": requantize and str(requantize),
            "versions": versions(), "converted_from": record.get("job")}  # fmt: skip
-    writer = Writer(Path(out), job, len(leaves_by_file(source)), overwrite, resume)
-    if not writer.finished:
-        siblings = Siblings(targets, lambda module: dense(source.leaf(f"{module}.weight"), torch.float32))
-        rewrite = partial(_rewrite, source, CODECS[codec], targets, siblings, requantize, record)
-        with writer.refusing():
-            rewrite_files(source, writer, rewrite, "converting")
-            notes = writer.notes()
-            if lost := notes.get("lost"):
-                raise _refusal(codec, lost)
-        writer.finish(written({**source.raw, "quantization_config": config}, job, {**record, **notes}), source.path)
+    with Writer(folder, overwrite, resume) as writer:
+        writer.begin(job, len(leaves_by_file(source)))
+        if not writer.finished:
+            siblings = Siblings(targets, lambda module: dense(source.leaf(f"{module}.weight"), torch.float32))
+            rewrite = partial(_rewrite, source, CODECS[codec], targets, siblings, requantize, record)
+            with writer.refusing():
+                rewrite_files(source, writer, rewrite, "converting")
+                notes = writer.notes()
+                if lost := notes.get("lost"):
+                    raise _refusal(codec, lost)
+            writer.finish(written({**source.raw, "quantization_config": config}, job, {**record, **notes}), source.path)
     return Converted(writer.out, recorded(writer.out)["sites"])
 
 
@@ -114,11 +117,12 @@ def _from_gguf(path: Path, codec: str, out: Path, requantize: Spec | None, overw
     from qlab.from_gguf import from_gguf  # needs the gguf package and transformers' readers, which directories do without
 
     _check_codec(codec)
-    apart(out, path)
+    folder = place(out, path)
+    refuse_early(folder, overwrite, resume)
     if requantize is not None:
         raise QlabError(f"{path} is a GGUF file, whose codes are not rounded anew on the way; convert it without a grid, and then "
                         "the directory with one (--requantize)")
-    written = from_gguf(path, codec, out, overwrite, resume)
+    written = from_gguf(path, codec, folder, overwrite, resume)
     record = recorded(written)
     return Converted(written, record["sites"], {name: row["kind"] for name, row in record["dequantized"].items()})
 

@@ -37,7 +37,7 @@ Notes = dict[str, dict[str, Any]]
 
 @torch.no_grad()
 def from_gguf(path: Path, codec: str, out: Path, overwrite: bool, resume: bool) -> Path:
-    """Write the file's model as a directory, which holds no quantization_config where nothing stays codes.
+    """Write the file's model as a directory `out` (of `files.place`), which holds no quantization_config where nothing stays codes.
 
     `dequantized` in its qlab.json says of every tensor that lost its blocks which kind they were.
     Errors: no GGUF file, an architecture that qlab or transformers does not know, codes that the codec cannot hold.
@@ -46,11 +46,12 @@ def from_gguf(path: Path, codec: str, out: Path, overwrite: bool, resume: bool) 
     said = gguf_keys.said(path, arch, gguf.fields(reader))
     with path.open("rb") as file:
         job = {"source": hashlib.file_digest(file, "sha256").hexdigest(), "codec": codec, "versions": versions()}
-    writer = Writer(out, job, 1, overwrite, resume)
-    if not writer.finished:
-        with writer.refusing(), TemporaryDirectory() as scratch:
-            _save_config_and_tokenizer(path, said, Path(scratch))
-            _fill(path, CODECS[codec], writer, job, Path(scratch))
+    with Writer(out, overwrite, resume) as writer:
+        writer.begin(job)
+        if not writer.finished:
+            with writer.refusing(), TemporaryDirectory() as scratch:
+                _save_config_and_tokenizer(path, said, Path(scratch))
+                _fill(path, CODECS[codec], writer, job, Path(scratch))
     return writer.out
 
 
@@ -62,6 +63,7 @@ def _fill(path: Path, codec: Codec, writer: Writer, job: dict[str, Any], scratch
     specs: dict[str, Spec | None] = dict.fromkeys(skeleton.linears())
     notes: Notes = {"sites": {}, "certificates": {}, "dequantized": {}}
     writer.write_shard(0, _tensors(path, codec, skeleton, specs, notes))
+    writer.write_notes(0, notes)
     raw |= {"architectures": [type(skeleton.model).__name__], "dtype": "bfloat16"}
     if any(specs.values()):
         raw["dtype"] = "float16"  # that of the blocks' scales, which bfloat16 would round

@@ -19,8 +19,9 @@ from qlab.certificate import certify
 from qlab.codecs import CODECS, Codec, refusal_of_transposed
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
+from qlab.files.place import place, refuse_early
 from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
-from qlab.files.writer import Writer, apart
+from qlab.files.writer import Writer
 from qlab.graph import lone_weight
 from qlab.model.linears import experts_apart, holds_experts, linear_names, other_matrices, refuse_unheld, transposed
 from qlab.plan import CODEC
@@ -94,7 +95,8 @@ def quantize_files(
         raise QlabError(f"the codec {codec!r} is unknown; qlab writes {', '.join(CODECS)}")
     if needs := sorted({need for stage in recipe for need in stage.needs}):
         raise QlabError(f"the recipe observes {', '.join(needs)}, for which the model has to run; use a data-free method such as rtn")
-    apart(out, source.path)
+    folder = place(out, source.path, set(source.files.values()))
+    refuse_early(folder, overwrite, resume)
     specs = _chosen(source, recipe, include, exclude)
     turned = transposed(source) & specs.keys()
     _check(source, specs, turned, codec, target)
@@ -102,8 +104,8 @@ def quantize_files(
     names = {**linear_names(source), **{module: module for module in specs}}
     config = CODECS[codec].config({name: specs.get(module) for name, module in names.items()})
     job = {"source": source.fingerprint(), "recipe": describe(recipe), "sites": sorted(specs), "codec": codec, "versions": versions()}
-    with PeakMemory() as peak:
-        writer = Writer(Path(out), job, len(leaves_by_file(source)), overwrite, resume)
+    with PeakMemory() as peak, Writer(folder, overwrite, resume) as writer:
+        writer.begin(job, len(leaves_by_file(source)))
         if not writer.finished:
             with writer.refusing():
                 rewrite_files(source, writer, partial(_rewrite, source, recipe, CODECS[codec], siblings, turned), "quantizing")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from torch import Tensor
 from qlab.calibration import Data
 from qlab.codecs import CODECS, Codec
 from qlab.errors import QlabError
+from qlab.files.carry import Carry
 from qlab.files.checkpoint import Checkpoint
-from qlab.files.writer import Carry, Writer, apart
+from qlab.files.place import places
+from qlab.files.workplace import say
+from qlab.files.writer import Writer
 from qlab.graph import ModuleGraph
 from qlab.model.device import name_of
 from qlab.model.linears import linears_of
@@ -156,30 +160,28 @@ def compare(
     if inputs == "quantized" and len(recipes) > 1:
         raise QlabError(f"recipes {', '.join(recipes)} cannot share a pass over quantized inputs; use inputs='reference', or "
                         "quantize() once per recipe")
-    for name in recipes:
-        if Path(name).name != name:
-            raise QlabError(f"the recipe {name!r} has no name for a folder in {out}; choose one without separators")
-        apart(Path(out) / name, model.path)
+    outs = places(out, list(recipes), model.path, [*set(model.files.values()), *getattr(data, "files", ())])
     started = time.perf_counter()
-    with PeakMemory() as peak:
+    with PeakMemory() as peak, ExitStack() as stack:
+        writers = {name: stack.enter_context(Writer(place, overwrite, resume)) for name, place in outs.items()}
         skeleton = Skeleton(model, dtype or model.running_dtype, device)
         plans = {name: plan(model, recipe, data, inputs=inputs, calibrate_all_experts=calibrate_all_experts, skeleton=skeleton,
                             codec=codec, target=target, memory=memory) for name, recipe in recipes.items()}  # fmt: skip
+        for made in plans.values():
+            made.check(memory)
         jobs = []
         for name, recipe in recipes.items():
-            plans[name].check(memory)
             used = data if plans[name].statistics else None
             job = {"source": model.fingerprint(), "recipe": describe(recipe), "data": used and used.describe(), "inputs": inputs,
                    "calibrate_all_experts": calibrate_all_experts, "dtype": str(skeleton.dtype), "device": name_of(skeleton.device),
                    "codec": codec, "versions": versions()}  # fmt: skip
-            writer = Writer(Path(out) / name, job, len(skeleton.blocks) + 1, overwrite, resume)
-            jobs.append(_Job(recipe, CODECS[codec], writer, job, plans[name].experts_at_once))
+            writers[name].begin(job, len(skeleton.blocks) + 1)
+            jobs.append(_Job(recipe, CODECS[codec], writers[name], job, plans[name].experts_at_once))
         if unfinished := [job for job in jobs if not job.writer.finished]:
             needed = data if any(p.statistics for p in plans.values()) else None
-            with ExitStack() as stack:
-                for begun in unfinished:
-                    stack.enter_context(begun.writer.refusing())
-                _scan(skeleton, unfinished, needed, inputs, calibrate_all_experts)
+            for begun in unfinished:
+                stack.enter_context(begun.writer.refusing())
+            _scan(skeleton, unfinished, needed, inputs, calibrate_all_experts)
     seconds = time.perf_counter() - started
     return {
         name: Result(job.writer.out, _sites(job.writer.out), plans[name], inputs, seconds, peak.bytes)
@@ -206,23 +208,21 @@ def _scan(skeleton: Skeleton, jobs: list[_Job], data: Data | None, inputs: Input
     windows = in_batches(data)
     streams = [inputs, "reference"] if runs_reference((job.recipe for job in jobs), inputs) else [inputs]
 
-    def carried(i: int) -> bool:
-        return data is None or all(keeper.carry_path(stream, i).is_file() for stream in streams)
-
-    done = min(job.writer.blocks_done(len(paths), carried) for job in jobs)
     skeleton.load_outside(with_head=False)
     entering, calls = record(skeleton, windows)
     skeleton.drop_outside()
     shapes = [tuple(h.shape) for h in entering]
-    carries = [[Carry(keeper.carry_path(s, i), shapes, skeleton.dtype) for s in streams] for i in range(len(paths))]
-    for carry in carries[0] if done == 0 or data is None else ():
+    carries = [[keeper.carry(s, i, shapes, skeleton.dtype) for s in streams] for i in range(len(paths))]
+    todo = _blocks_to_do(jobs, len(paths), carries) if data is not None else _unwritten_blocks(jobs, len(paths))
+    for carry in carries[0] if data is None or todo[:1] == [0] else ():
         carry.write(entering)
     del entering
     for job in jobs:
         if not job.writer.has(0):
             _write_outside(skeleton, job)
     _return_freed_memory()
-    for i, path in progress(list(enumerate(paths))[done:], "quantizing blocks"):
+    for i in progress(todo, "quantizing blocks"):
+        path = paths[i]
         before, after = carries[i if data is not None else 0], carries[i + 1] if data is not None and i + 1 < len(paths) else []
         entering_it = [partial(_batches, calls, path, carry, skeleton.device) for carry in before]
         _block(skeleton, jobs, i, entering_it, inputs, everywhere, after)
@@ -230,6 +230,25 @@ def _scan(skeleton: Skeleton, jobs: list[_Job], data: Data | None, inputs: Input
             carry.path.unlink(missing_ok=True)
     for job in jobs:
         _finish(skeleton, job)
+
+
+def _unwritten_blocks(jobs: Sequence[_Job], blocks: int) -> list[int]:
+    """The blocks that some job lacks: without data each one is solved by itself."""
+    written = [[job.writer.has(i + 1) for job in jobs] for i in range(blocks)]
+    return [i for i in range(blocks) if not all(written[i])]
+
+
+def _blocks_to_do(jobs: Sequence[_Job], blocks: int, carries: Sequence[Sequence[Carry]]) -> list[int]:
+    """The blocks from the first one on that some job lacks, or from an earlier one, whose hidden states are still there as they were
+    written: they are let go of as the scan goes on. What is behind them is of no more use."""
+    damaged = [carry.path for carry in chain.from_iterable(carries) if carry.path.exists() and not carry.is_sound()]
+    for path in damaged:
+        say(f"{path} is not what was written; the blocks before it are run again")
+    sound = [all(carry.path.exists() and carry.path not in damaged for carry in streams) for streams in carries]
+    done = min(job.writer.blocks_done(blocks, sound.__getitem__) for job in jobs)
+    for carry in chain(*carries[:done], *carries[done + 1 :]):
+        carry.path.unlink(missing_ok=True)
+    return list(range(done, blocks))
 
 
 def _write_outside(skeleton: Skeleton, job: _Job) -> None:

@@ -75,16 +75,16 @@ def test_quantize_writes_a_model_directory_and_its_json(quantized):
 
 
 def test_a_job_that_may_replace_and_go_on_can_be_started_again_and_again(call, saved, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "former.txt").write_text("replaced")
     arguments = ["quantize", saved(), "--method", "rtn", "--spec", "int4-g32", "--out", tmp_path / "out", "--resume"]
+    assert call(*arguments[:4], "--spec", "int8-g32", *arguments[6:])[0] == 0
+    former = (tmp_path / "out" / "qlab.json").read_bytes()
     code, _, error = call(*arguments)
     assert code == 2 and "exists and holds something else" in error
     for _ in range(2):
         code, _, error = call(*arguments, "--overwrite")
         assert code == 0, error
         written = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
-        assert "qlab.json" in written and "former.txt" not in written
+        assert "qlab.json" in written and (tmp_path / "out" / "qlab.json").read_bytes() != former
     assert call(*arguments)[0] == 0
     assert written == {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
 
@@ -143,15 +143,15 @@ def test_quantizing_without_a_model(call, saved, tmp_path):
     assert "go with --model-free" in sentence(call("quantize", saved(), "--include", "*", "--out", tmp_path / "no"))
 
 
-def test_an_existing_output_is_kept_unless_told(call, quantized, saved, text, tmp_path):
+def test_a_folder_of_others_is_kept_whatever_is_told(call, saved, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     job = ["quantize", saved(), "--method", "rtn", *SMALL, "--out", out]
     assert "exists" in sentence(call(*job))
     assert [f.name for f in out.iterdir()] == ["mine.txt"]
-    assert call(*job, "--overwrite")[0] == 0
-    assert (out / "qlab.json").is_file() and not (out / "mine.txt").exists()
+    assert "mine.txt, which qlab did not write" in sentence(call(*job, "--overwrite"))
+    assert [f.name for f in out.iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,13 @@ def whole(job, tmp_path_factory):
     return contents(job(tmp_path_factory.mktemp("whole") / "out").path)
 
 
+@pytest.fixture(scope="module")
+def former(source, tmp_path_factory):
+    """former(out) makes `out` an earlier output of qlab, which --overwrite may replace -> its contents."""
+    made = quantize(open_checkpoint(source), rtn(SPEC), None, tmp_path_factory.mktemp("former") / "out").path
+    return lambda out: contents(shutil.copytree(made, out, dirs_exist_ok=True))
+
+
 def start(run) -> int:
     """The process id of a forked child that runs `run`."""
     pid = os.fork()
@@ -94,20 +101,17 @@ def assert_whole(out, whole) -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_killed_at_any_rename_and_resumed(when, overwrite, job, whole, tmp_path):
+def test_killed_at_any_rename_and_resumed(when, overwrite, job, whole, former, tmp_path):
     points = first = 12 if overwrite else 0  # an existing output matters at the end only
     while True:
         out = tmp_path / f"{points + 1}" / "out"
-        out.mkdir(parents=True)
-        (out / "old.txt").write_text("old")
-        if not overwrite:
-            shutil.rmtree(out)
+        out.parent.mkdir()
+        seen = former(out) if overwrite else None
         status = finish(start(dying(lambda out=out: job(out, overwrite=overwrite), points + 1, when)))
         if status == 0:
             break  # every rename of the run has had its turn
         assert status == KILLED
         points += 1
-        seen = {"old.txt": b"old"} if overwrite else None
         assert not out.exists() or contents(out) == seen or whole.items() <= contents(out).items()  # never something between
         assert finish(start(lambda out=out: job(out, resume=True))) == 0
         assert_whole(out, whole)
@@ -242,25 +246,23 @@ def test_an_existing_output_is_refused_and_untouched(resume, job, tmp_path):
     assert contents(tmp_path) == {"out/thesis.txt": b"all of it"}
 
 
-def test_overwrite_replaces_the_whole_output(job, whole, tmp_path):
+def test_overwrite_replaces_the_whole_output(job, whole, former, tmp_path):
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "old.txt").write_text("old")
+    former(out)
     job(out, overwrite=True)
     assert_whole(out, whole)
 
 
-def test_an_output_that_was_being_replaced_is_put_back_by_the_next_run(job, tmp_path):
+def test_an_output_that_was_being_replaced_is_put_back_by_the_next_run(job, former, tmp_path):
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "old.txt").write_text("old")
-    n = 15
+    before = former(out)
+    n = 18
     while out.exists():  # until the kill falls between the two renames of the swap
         assert finish(start(dying(lambda n=n: job(out, overwrite=True), n, "after"))) == KILLED
         n += 1
     with pytest.raises(QlabError, match="exists"):
         job(out)
-    assert contents(out) == {"old.txt": b"old"}
+    assert contents(out) == before
 
 
 def test_a_folder_in_the_way_that_is_not_ours_is_left_alone(job, tmp_path):

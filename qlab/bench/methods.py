@@ -19,8 +19,8 @@ from qlab.cli.quantizing import recipe_of
 from qlab.demo import home
 from qlab.errors import QlabError
 from qlab.evaluate import Evaluation, read
+from qlab.files.atomic import write_json
 from qlab.files.checkpoint import Checkpoint
-from qlab.files.writer import write_json
 from qlab.hub import calibration_texts, evaluation_texts
 from qlab.quantize import Result
 from qlab.report import PeakMemory, versions

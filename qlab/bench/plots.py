@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlab.files.writer import atomically
+from qlab.files.atomic import atomically
 
 
 def draw(record: Mapping[str, Any], out: Path) -> None:

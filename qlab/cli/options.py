@@ -97,7 +97,7 @@ def say(line: str) -> None:
 def report(value: Any, path: Path | None) -> None:
     """Write a result as JSON where the user asked for it."""
     if path is not None:
-        from qlab.files.writer import write_json
+        from qlab.files.atomic import write_json
 
         write_json(path, value)
 

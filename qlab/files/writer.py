@@ -1,15 +1,13 @@
 """A model directory written shard by shard, so that it appears whole or not at all and a killed run can go on.
 
-Everything is built in `OUT.partial` and renamed to `OUT` at the end. Each file in it is written under a temporary name
-and renamed, and the work folder beside the shards says how far the run came: block i is done when its shard and the
-hidden states that enter block i + 1 are both in place.
+Each file is written under a temporary name, synced and renamed. The work folder beside the shards says how far the run came: a
+segment is done when its notes are what was written and its shard has the hash that they name.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,111 +15,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.errors import QlabError, Unwritable
+from qlab.errors import Unwritable
+from qlab.files.atomic import digest_of
+from qlab.files.carry import Carry
 from qlab.files.directory import INDEX, read_header
+from qlab.files.ownership import RECORD, read_sealed, sealed, with_files
 from qlab.files.tensors import write
+from qlab.files.workplace import NAMES, Workplace, say
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 FORMER = ("quantize_config.json", "quant_config.json")  # they say how the weights were quantized before, in GPTQ's and AWQ's way
 TEMPLATES = "additional_chat_templates"  # the one folder of a model directory that transformers looks into
-WORK, JOB = ".work", "job.json"
-OVERWRITE = "overwrite"  # in the work folder: the run may replace an existing output
-REPLACED = "replaced"  # in the work folder: the output that is being replaced
 
 
-def atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path) and rename the result to `path`; on failure nothing is left and `path` is as before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise Unwritable(f"{path} cannot be written ({error.strerror}); free some space or choose another place") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+class Writer(Workplace):
+    """The shards of a job, with what is said of them, and the files beside them."""
 
+    def __init__(self, out: Path, overwrite: bool, resume: bool):
+        self.shards = 0
+        self.digests: dict[int, str] = {}  # of shards that await their notes
+        super().__init__(out, overwrite, resume)
 
-def write_json(path: Path, value: Any) -> None:
-    """Sorted, indented JSON, atomically."""
-    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-    atomically(path, lambda p: p.write_text(text))
-
-
-def apart(out: str | Path, source: Path) -> None:
-    """Refuse an output that is what it would be made from, or a folder around it, which goes when it is replaced."""
-    place, model = Path(out).expanduser().resolve(), source.resolve()
-    if place == model:
-        raise QlabError(f"{source} is the model itself; choose another output directory")
-    if place in model.parents:
-        raise QlabError(f"the output directory {place} holds the model {source}; choose another one")
-
-
-class Writer:
-    """The output directory of one job. `job` is what identifies it: only the same job may resume."""
-
-    def __init__(self, out: Path, job: Mapping[str, Any], shards: int, overwrite: bool, resume: bool):
-        self.out = Path(os.path.abspath(out.expanduser()))
-        self.partial, self.shards = self.out.with_name(self.out.name + ".partial"), shards
-        self.work = self.partial / WORK
-        self.overwrite = overwrite
-        self.finished = self._start(json.loads(json.dumps(job)), resume)
-
-    def _start(self, job: dict[str, Any], resume: bool) -> bool:
-        """Make or take over the partial directory; True if the whole job was finished already."""
-        if resume and not self.partial.exists() and _read_job(self.out / "qlab.json", "job") == job:
-            shutil.rmtree(self.out / WORK, ignore_errors=True)  # killed just before its end
-            return True
-        self._undo_swap()
-        begun = _read_job(self.work / JOB)
-        if resume and begun == job:
-            self.overwrite |= (self.work / OVERWRITE).exists()
-            self._refuse_existing()
-            return False
-        if resume and begun is not None:
-            raise QlabError(f"{self.partial} belongs to another job (model, recipe, data, seed or versions differ); "
-                            "remove it or choose another directory")
-        self._refuse_existing()
-        try:
-            self._clear()
-            self.work.mkdir(parents=True)
-            if self.overwrite:
-                (self.work / OVERWRITE).touch()
-        except OSError as error:
-            raise QlabError(f"{self.partial} cannot be created ({error.strerror}); choose another output directory") from error
-        write_json(self.work / JOB, job)  # from here on the run can be resumed
-        return False
-
-    def _refuse_existing(self) -> None:
-        if self.out.exists() and not self.overwrite:
-            raise QlabError(f"the output directory {self.out} exists and holds something else; choose another, or --overwrite it")
-
-    def _undo_swap(self) -> None:
-        """Put back what an earlier run, killed between the two renames of its end, had moved out of the way."""
-        if (self.work / REPLACED).exists() and not self.out.exists():
-            os.replace(self.work / REPLACED, self.out)
-
-    def _clear(self) -> None:
-        """Remove an earlier partial directory; the work folder, which says that it is one, goes last."""
-        if not self.partial.exists():
-            return
-        found = [path for path in self.partial.iterdir() if path != self.work]
-        if found and not self.work.exists():
-            raise QlabError(f"{self.partial} was not made by qlab, which needs this name for a while; move it away")
-        for path in found:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        shutil.rmtree(self.partial)
-
-    @contextmanager
-    def refusing(self) -> Iterator[None]:
-        """Around the work: what refused input leaves behind goes, since with other input it is another job; what a full disk does,
-        or whoever kills the process, stays to be resumed."""
-        try:
-            yield
-        except Unwritable:
-            raise
-        except QlabError:
-            self._clear()
-            raise
+    def begin(self, job: Mapping[str, Any], shards: int = 1) -> None:
+        """Begin a job of so many shards, or go on with it."""
+        self.shards = shards
+        super().begin(job)
 
     # -------------------------------------------------------------- shards
     def shard(self, index: int) -> Path:
@@ -130,64 +48,98 @@ class Writer:
 
     def write_shard(self, index: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """One shard, atomically, one tensor at a time."""
-        atomically(self.shard(index), lambda path: write(path, tensors))
+        self.atomically(self.shard(index), lambda path: write(path, tensors))
+        self.digests[index] = digest_of(self.shard(index))
 
     def write_notes(self, index: int, notes: Mapping[str, Mapping[str, Any]]) -> None:
-        """What the report says of a segment, by section, kept until the end of the job."""
-        write_json(self._notes_path(index), notes)
+        """What the report says of a segment, by section, kept until the end of the job; with the hash of its shard, written before."""
+        record = {"segment": index, "shard": self.digests[index], "notes": notes}
+        self.write_json(self._notes_path(index), sealed(record))
 
     def _notes_path(self, index: int) -> Path:
         return self.work / f"notes-{index:05d}.json"
 
+    def _record(self, index: int) -> dict[str, Any] | None:
+        """What was written of a segment; None where that is damaged."""
+        record = read_sealed(self._notes_path(index))
+        return record if isinstance(record, dict) and record.get("segment") == index else None
+
+    def _records(self) -> list[dict[str, Any]]:
+        """What was written of every segment."""
+        found = []
+        for index in range(self.shards):
+            record = self._record(index)
+            if record is None:
+                raise Unwritable(f"{self._notes_path(index)} was damaged or removed during the run; make it again with --resume")
+            found.append(record)
+        return found
+
     def notes(self) -> dict[str, dict[str, Any]]:
         """The notes of all segments: section -> its rows."""
         merged: dict[str, dict[str, Any]] = {}
-        for path in sorted(self.work.glob("notes-*.json")):
-            for section, rows in json.loads(path.read_text()).items():
+        for record in self._records():
+            for section, rows in record["notes"].items():
                 merged.setdefault(section, {}).update(rows)
         return merged
 
     def has(self, index: int) -> bool:
-        """Whether the shard of a segment and its notes are in place."""
-        return self.shard(index).is_file() and self._notes_path(index).is_file()
+        """Whether a segment is written, as its notes prove; damage is said, since that part is then made again."""
+        if not os.path.lexists(self.shard(index)) and not os.path.lexists(self._notes_path(index)):
+            return False
+        damage = self._damage(index)
+        if damage:
+            say(f"{damage}; that part is made again")
+        return damage is None
+
+    def _damage(self, index: int) -> str | None:
+        record, shard = self._record(index), self.shard(index)
+        if not os.path.lexists(self._notes_path(index)):
+            return f"{shard} lacks its notes ({self._notes_path(index)} is missing)"
+        if record is None:
+            return f"{self._notes_path(index)} is not what was written"
+        if not shard.is_file():
+            return f"{shard} is missing"
+        return None if digest_of(shard) == record["shard"] else f"{shard} is not what was written"
 
     # -------------------------------------------------------------- the carry
-    def carry_path(self, stream: str, index: int) -> Path:
+    def carry(self, stream: str, index: int, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Carry:
         """The hidden states of a stream (of the quantized model, of the reference) that enter block `index` (from 0)."""
-        return self.work / f"carry-{stream}-{index:05d}.bin"
+        path = self.work / f"carry-{stream}-{index:05d}.bin"
+        return Carry(path, shapes, dtype, json.dumps([stream, index, self.job], sort_keys=True), self.atomically)
 
     def blocks_done(self, blocks: int, carried: Callable[[int], bool]) -> int:
-        """How many blocks are finished: the largest i whose shard and notes are in place, and what enters the next block."""
-        for i in range(blocks, 0, -1):
-            if (i == blocks or carried(i)) and self.has(i):
-                return i
-        return 0
+        """How many blocks are finished: the largest i of which all before are written, as is what enters the next block."""
+        written = [self.has(i + 1) for i in range(blocks)]
+        first = written.index(False) if False in written else blocks
+        return next((i for i in range(first, 0, -1) if i == blocks or carried(i)), 0)
 
+    # -------------------------------------------------------------- the end
     def finish(self, files: Mapping[str, Any], copied: Path) -> None:
         """Write index and JSON files, copy what else the model directory holds, and rename the whole into place."""
         try:
-            self._finish(files, copied)
+            self._complete(files, copied)
+            self.put_in_place()
         except OSError as error:
             raise Unwritable(f"{self.out} cannot be put in place ({error}); make way for it and use --resume") from error
 
-    def _finish(self, files: Mapping[str, Any], copied: Path) -> None:
+    def _complete(self, files: Mapping[str, Any], copied: Path) -> None:
+        """All files beside the shards; qlab.json, which names them all, comes last."""
+        others = {}
         for path in sorted([*copied.iterdir(), *(copied / TEMPLATES).glob("*")]):
             weights = path.suffix in WEIGHTS or path.name.endswith(".index.json") or path.name in FORMER
             if path.is_file() and not weights and path.name not in files:
-                place = self.partial / path.relative_to(copied)
-                place.parent.mkdir(exist_ok=True)
-                atomically(place, partial(shutil.copyfile, path))
-        write_json(self.partial / INDEX, self._index())
-        for name, value in files.items():
-            write_json(self.partial / name, value)
-        for leftover in self.partial.rglob(".*.tmp"):  # of a killed run
-            leftover.unlink()
-        if self.out.exists():
-            if not self.overwrite:
-                raise Unwritable(f"the output directory {self.out} appeared during the run; move it away and use --resume")
-            os.replace(self.out, self.work / REPLACED)
-        os.replace(self.partial, self.out)  # the work folder goes last: a run killed before can still resume
-        shutil.rmtree(self.out / WORK)
+                others[str(path.relative_to(copied))] = path
+        self.write_json(self.work / NAMES, sorted(others))
+        for name, path in others.items():
+            (self.partial / name).parent.mkdir(exist_ok=True)
+            self.atomically(self.partial / name, partial(shutil.copyfile, path))
+        self.write_json(self.partial / INDEX, self._index())
+        plain = {name: value for name, value in files.items() if name != RECORD}
+        for name, value in plain.items():
+            self.write_json(self.partial / name, value)
+        digests = {self.shard(i).name: record["shard"] for i, record in enumerate(self._records())}
+        digests |= {name: digest_of(self.partial / name) for name in (*others, INDEX, *plain)}
+        self.write_json(self.partial / RECORD, with_files(files[RECORD], digests))
 
     def _index(self) -> dict[str, Any]:
         weight_map: dict[str, str] = {}
@@ -196,41 +148,3 @@ class Writer:
             weight_map |= dict.fromkeys(read_header(self.shard(i)), self.shard(i).name)
             size += self.shard(i).stat().st_size
         return {"metadata": {"total_size": size}, "weight_map": weight_map}
-
-
-def _read_job(path: Path, key: str | None = None) -> Any:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return value.get(key) if key else value
-
-
-class Carry:
-    """Hidden states of all samples in a file: batches of the given shapes, written whole, renamed, and read one by one."""
-
-    def __init__(self, path: Path, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype):
-        self.path, self.shapes, self.dtype = path, shapes, dtype
-
-    def write(self, batches: Iterable[Tensor]) -> None:
-        """Fill the file with batches, in order."""
-
-        def fill(temporary: Path) -> None:
-            with temporary.open("wb") as file:
-                for batch in batches:
-                    file.write(_bytes_of(batch.detach().cpu().contiguous()))
-
-        atomically(self.path, fill)
-
-    def read(self) -> Iterator[Tensor]:
-        """The batches; one at a time is in memory."""
-        with self.path.open("rb") as file:
-            for shape in self.shapes:
-                batch = torch.empty(shape, dtype=self.dtype, device="cpu")
-                if file.readinto(_bytes_of(batch)) < batch.numel() * batch.itemsize:
-                    raise QlabError(f"{self.path} is shorter than the calibration data; remove its directory and start again")
-                yield batch
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.view(torch.uint8).numpy().data

@@ -1,0 +1,68 @@
+"""Hidden states of all samples in a file that vouches for itself: what a resumed run goes on from."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from qlab.errors import QlabError
+
+BLOCK = 1 << 20
+DIGEST = hashlib.sha256().digest_size
+
+
+class Carry:
+    """Batches of the given shapes in a file, written whole and read one by one; the file ends with a hash of what it holds and is.
+
+    identity: what tells it from the file of another block, stream or job. atomically: how files are written there.
+    """
+
+    def __init__(self, path: Path, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, identity: str,
+                 atomically: Callable[[Path, Callable[[Path], object]], None]):  # fmt: skip
+        self.path, self.shapes, self.dtype = path, shapes, dtype
+        self.identity, self.atomically = f"{identity} {[list(shape) for shape in shapes]} {dtype}", atomically
+
+    def write(self, batches: Iterable[Tensor]) -> None:
+        """Fill the file with batches, in order."""
+
+        def fill(temporary: Path) -> None:
+            digest = hashlib.sha256(self.identity.encode())
+            with temporary.open("wb") as file:
+                for batch in batches:
+                    data = _bytes_of(batch.detach().cpu().contiguous())
+                    file.write(data)
+                    digest.update(data)
+                file.write(digest.digest())
+
+        self.atomically(self.path, fill)
+
+    def read(self) -> Iterator[Tensor]:
+        """The batches; one at a time is in memory."""
+        with self.path.open("rb") as file:
+            for shape in self.shapes:
+                batch = torch.empty(shape, dtype=self.dtype, device="cpu")
+                if file.readinto(_bytes_of(batch)) < batch.numel() * batch.itemsize:
+                    raise QlabError(f"{self.path} is shorter than the calibration data; remove its directory and start again")
+                yield batch
+
+    def is_sound(self) -> bool:
+        """Whether the file holds what was written to it for this very use."""
+        try:
+            with self.path.open("rb") as file:
+                return self._matches(file, self.path.stat().st_size - DIGEST)
+        except OSError:
+            return False
+
+    def _matches(self, file: BinaryIO, size: int) -> bool:
+        digest = hashlib.sha256(self.identity.encode())
+        while size > 0 and (data := file.read(min(BLOCK, size))):
+            digest.update(data)
+            size -= len(data)
+        return size == 0 and file.read() == digest.digest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.view(torch.uint8).numpy().data

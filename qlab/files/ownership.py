@@ -1,0 +1,130 @@
+"""What qlab wrote and nobody changed since: the only thing that qlab replaces.
+
+A finished directory names every file in it with its sha256 in qlab.json, under `written`; there qlab.json itself stands with the
+hash of what else it says. A report (`--json`) carries the hash of what it says under `qlab_sha256`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qlab.errors import QlabError
+from qlab.files.atomic import digest_of
+from qlab.files.directory import read_json
+
+RECORD = "qlab.json"
+WRITTEN = "written"  # in qlab.json: name of a file -> sha256
+SEAL = "qlab_sha256"  # in a report: sha256 of the rest
+
+
+# ------------------------------------------------------------------ directories
+def with_files(record: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
+    """A qlab.json that names the files beside it and vouches for itself. digests: name -> sha256."""
+    said = {key: value for key, value in record.items() if key != WRITTEN}
+    return {**said, WRITTEN: {**digests, RECORD: _hash_of(said)}}
+
+
+def written_files(folder: Path) -> dict[str, str] | None:
+    """What the qlab.json of a folder says that qlab wrote: name -> sha256; None where there is no such record."""
+    try:
+        files = read_json(folder / RECORD).get(WRITTEN)
+    except QlabError:
+        return None
+    return files if isinstance(files, dict) and RECORD in files else None
+
+
+def damaged(folder: Path) -> dict[str, str]:
+    """The files that the record of a folder names and that are missing or others now: name -> what is wrong with it."""
+    found = {}
+    for name, digest in sorted((written_files(folder) or {}).items()):
+        if not (folder / name).is_file():
+            found[name] = "is missing"
+        elif _digest_in(folder, name) != digest:
+            found[name] = "is not what was written"
+    return found
+
+
+def foreign(folder: Path, contents: bool = True) -> str | None:
+    """Why a folder is not qlab's to replace, in words; None where qlab wrote all that is in it. contents: whether files are read,
+    too; without that, names decide."""
+    if not folder.is_dir():
+        return f"{folder} is no folder"
+    names, folders = _listing(folder)
+    files = written_files(folder)
+    if not names and not folders:
+        return None
+    if files is None and RECORD in names:
+        return f"{folder} has a {RECORD} without a record of its files, which older versions and other hands leave out"
+    if added := sorted(name for name in names if name not in (files or ())):
+        return f"{folder} holds {added[0]}{_more(added)}, which qlab did not write"
+    parents = {str(parent) for name in names for parent in Path(name).parents}
+    if empty := sorted(folders - parents):
+        return f"{folder} holds the folder {empty[0]}, which qlab did not make"
+    for name in sorted(names) if contents else ():
+        if (folder / name).is_symlink() or (files and _digest_in(folder, name) != files[name]):
+            return f"{folder} holds {name}, which was changed after qlab wrote it"
+    return None
+
+
+def _listing(folder: Path) -> tuple[set[str], set[str]]:
+    """Every file (and link) and every folder below a folder, by its name from there."""
+    names: set[str] = set()
+    folders: set[str] = set()
+    for root, inside, files in os.walk(folder):
+        here = Path(root).relative_to(folder)
+        links = [name for name in inside if (Path(root) / name).is_symlink()]
+        names |= {str(here / name) for name in [*files, *links]}
+        folders |= {str(here / name) for name in inside if name not in links}
+    return names, folders
+
+
+def _digest_in(folder: Path, name: str) -> str:
+    try:
+        if name == RECORD:
+            said = read_json(folder / RECORD)
+            return _hash_of({key: value for key, value in said.items() if key != WRITTEN})
+        return digest_of(folder / name)
+    except (OSError, QlabError):
+        return ""
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+# ------------------------------------------------------------------ JSON that vouches for itself
+def sealed(value: Any) -> Any:
+    """An object, or every object of a list, with the hash of what it says."""
+    if isinstance(value, list):
+        return [sealed(row) for row in value]
+    if not isinstance(value, Mapping):
+        return value
+    said = {key: row for key, row in value.items() if key != SEAL}
+    return {**said, SEAL: _hash_of(said)}
+
+
+def is_sealed(value: Any) -> bool:
+    """Whether qlab wrote this and nobody changed it."""
+    if isinstance(value, list):
+        return all(map(is_sealed, value))
+    if not isinstance(value, dict) or SEAL not in value:
+        return False
+    return value[SEAL] == _hash_of({key: row for key, row in value.items() if key != SEAL})
+
+
+def read_sealed(path: Path) -> Any:
+    """The value in a JSON file that qlab wrote and nobody changed; None where there is no such file."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if is_sealed(value) else None
+
+
+def _hash_of(value: Any) -> str:
+    """sha256 of what a JSON file says, as it is read back."""
+    plain = json.loads(json.dumps(value))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

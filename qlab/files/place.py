@@ -1,0 +1,159 @@
+"""Where an output may go: a new or empty folder, or one that qlab wrote, apart from all that the run reads."""
+
+import os
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from qlab.errors import QlabError
+from qlab.files.ownership import foreign, read_sealed
+
+PARTIAL = ".partial"  # ends the name of the folder in which an output is built
+WORK = ".work"  # in that folder: how far the run came
+MOUNTS = Path("/proc/self/mountinfo")
+
+
+def place(out: str | Path, model: Path, files: Iterable[Path] = ()) -> Path:
+    """The folder that `out` names, with all links before its name followed.
+
+    model: what the output is made from, a folder or a file; files: what else the run reads. Refuses what is no folder of its own
+    (the current one and those around it, a link, a mount point, a file), and a folder that holds what the run reads.
+    """
+    folder = _named(out)
+    if os.path.islink(folder):
+        raise QlabError(f"{folder} is a link to {os.readlink(folder)}; name the output directory itself")
+    for reads, what in [(model, "the model"), *((file, "what the run reads,") for file in files)]:
+        _refuse_around(folder, reads, what)
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise QlabError(f"{folder} is a file; choose another output directory")
+    if _is_within(_current(), folder):
+        raise QlabError(f"the output directory {folder} is the current folder or holds it; choose another one")
+    if mounted := _mount_in(folder):
+        raise QlabError(f"{mounted} is a mount point, which cannot be replaced; choose a folder inside it as the output directory")
+    return folder
+
+
+def places(out: str | Path, names: Sequence[str], model: Path, files: Iterable[Path] = ()) -> dict[str, Path]:
+    """Name -> the folder of that name in `out`; a single '' stands for `out` itself. Refuses names that lead elsewhere, or two of
+    which are one folder where upper and lower case are one."""
+    taken: dict[str, str] = {}
+    for name in names:
+        alone = name == "" and len(names) == 1
+        if not isinstance(name, str) or name in (".", "..") or not (name or alone) or any(c in name for c in "/\\\0"):
+            raise QlabError(f"the recipe {name!r} has no name for a folder in {out}; choose one without separators or only dots")
+        folded = unicodedata.normalize("NFKC", name).casefold()
+        if folded.endswith(PARTIAL):
+            raise QlabError(f"the recipe {name!r} ends in {PARTIAL}, as folders do that are still written; choose another name")
+        if folded in taken:
+            raise QlabError(f"the recipes {taken[folded]!r} and {name!r} are one folder on some file systems; choose other names")
+        taken[folded] = name
+    return {name: place(Path(out) / name if name else out, model, files) for name in names}
+
+
+def refuse_early(folder: Path, overwrite: bool, resume: bool) -> None:
+    """What names alone tell of a place, before any work; `refuse_existing` follows when nobody else can write there."""
+    if not resume and not os.path.lexists(folder / WORK):
+        refuse_existing(folder, overwrite, contents=False)
+
+
+def refuse_existing(folder: Path, overwrite: bool, contents: bool = True) -> None:
+    """Refuse a place where something is, unless it may be replaced and is qlab's. contents: see `foreign`."""
+    if not is_taken(folder):
+        return
+    if not overwrite:
+        raise QlabError(f"the output directory {folder} exists and holds something else; choose another, or --overwrite it if qlab "
+                        "wrote it")
+    if reason := foreign(folder, contents):
+        raise QlabError(f"{reason}, so it is not replaced; move it away, or choose another output directory")
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether there is anything that a new folder of this name would displace."""
+    return os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder))
+
+
+def report_place(path: Path, apart: Iterable[str | Path] = ()) -> Path:
+    """Where a report goes: a new file, an empty one, or a report that qlab wrote; not in the folders of outputs `apart`."""
+    file = Path(os.path.realpath(path))
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise QlabError(f"{path} cannot be written; give --json a file in a folder that is there and may be written to")
+    if file.exists() and not file.is_file():
+        raise QlabError(f"{path} is no regular file; give --json the name of one")
+    if file.exists() and file.stat().st_size and read_sealed(file) is None:
+        raise QlabError(f"{path} exists and is no report that qlab wrote and nobody changed; give --json another name, or remove it")
+    for folder in apart:
+        for box in (_named(folder), working(_named(folder))):
+            if _is_within(file, box):
+                raise QlabError(f"{path} lies in the output directory {box}, which is written whole; give --json another place")
+    return file
+
+
+def working(folder: Path) -> Path:
+    """The folder in which the output `folder` is built."""
+    return folder.with_name(folder.name + PARTIAL)
+
+
+# ------------------------------------------------------------------ parts
+def _named(out: str | Path) -> Path:
+    text = os.fspath(out)
+    if not text or "\0" in text:
+        raise QlabError(f"the output directory {text!r} is no name; give the path of a folder")
+    try:
+        given = Path(text).expanduser()
+    except RuntimeError as error:
+        raise QlabError(f"the output directory {text} is in nobody's home; give another path") from error
+    if given.name in ("", ".."):
+        raise QlabError(f"the output directory {text!r} is the current folder or one around it; give the path of a folder of its own")
+    if given.name.casefold().endswith(PARTIAL):
+        raise QlabError(f"the output directory {given} ends in {PARTIAL}, as folders do that are still written; choose another name")
+    return Path(os.path.realpath(given.parent)) / given.name
+
+
+def _refuse_around(folder: Path, reads: Path, what: str) -> None:
+    """Refuse an output, or the folder in which it is built, that is what the run reads or holds it."""
+    real = Path(os.path.realpath(reads))
+    if _same(real, folder):
+        raise QlabError(f"{reads} is {what.removesuffix(',')} itself; choose another output directory")
+    for box in (folder, working(folder)):
+        if _is_within(real, box):
+            raise QlabError(f"the output directory {box} holds {what} {reads}; choose another one")
+
+
+def _is_within(path: Path | None, folder: Path) -> bool:
+    return path is not None and any(_same(box, folder) for box in (path, *path.parents))
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths are one place, also where upper and lower case are."""
+    if one == other:
+        return True
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return False
+
+
+def _current() -> Path | None:
+    try:
+        return Path.cwd()
+    except OSError:  # somebody removed it
+        return None
+
+
+def _mount_in(folder: Path) -> Path | None:
+    """A place at or below a folder where a file system is mounted."""
+    if os.path.ismount(folder):
+        return folder
+    try:
+        lines = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:  # another system than Linux
+        return None
+    points = [Path(_unescaped(line.split(" ")[4])) for line in lines]
+    return next((point for point in points if point == folder or folder in point.parents), None)
+
+
+def _unescaped(text: str) -> str:
+    """A path of the kernel's table: blanks, tabs, ends of lines and backslashes stand there as octal numbers."""
+    for code, character in {"\\040": " ", "\\011": "\t", "\\012": "\n", "\\134": "\\"}.items():
+        text = text.replace(code, character)
+    return text

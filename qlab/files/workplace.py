@@ -1,0 +1,318 @@
+"""The folder in which an output is built: whose it is, what an earlier run left in it, and how it becomes the output.
+
+Everything is built in `OUT.partial`, whose work folder says how far the run came, and renamed to `OUT` at the end. A lock in the work
+folder, which goes with it when it is renamed, keeps every other run away until the work folder is gone.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Self
+
+from qlab.errors import QlabError, Unwritable
+from qlab.files.atomic import atomically, sync
+from qlab.files.directory import INDEX
+from qlab.files.lock import LOCK, Lock
+from qlab.files.ownership import RECORD, damaged, foreign
+from qlab.files.place import WORK, is_taken, refuse_existing, working
+
+JOB = "job.json"  # in the work folder: what identifies the run that began there
+OVERWRITE = "overwrite"  # in the work folder: the run may replace an existing output
+REPLACED = "replaced"  # in the work folder: the output that is being replaced
+NAMES = "names.json"  # in the work folder: the files beside the shards, before the first of them is written
+
+
+class Workplace:
+    """The place of one output, which a run owns until the context ends: first the right to write there, then `begin`.
+
+    out: of `place`. finished: whether the job was done before and there is nothing to write.
+    """
+
+    def __init__(self, out: Path, overwrite: bool, resume: bool):
+        self.out, self.overwrite, self.resume = out, overwrite, resume
+        self.partial = working(out)
+        self.work = self.partial / WORK
+        self.job: Any = None
+        self.lock: Lock | None = None
+        self.begun = self.finished = False  # begun: by this very run, rather than by another one that it goes on with
+        self.made: list[Path] = []  # folders around the output that were not there before
+        if not (resume and self._seems_finished()):  # which is read where nothing can be written, too
+            self._enter()
+
+    def begin(self, job: Mapping[str, Any]) -> None:
+        """Begin a job, or go on with it. job: what identifies it; only the same one may resume."""
+        self.job = json.loads(json.dumps(job))
+        if self.lock is None and self._was_finished():
+            self.finished = True
+            return
+        if self.lock is None:
+            self._enter()
+        with self._refused():
+            self.finished = self._start()
+        if self.finished:
+            self._let_go()
+
+    def _seems_finished(self) -> bool:
+        return not os.path.lexists(self.partial) and not os.path.lexists(self.out / WORK) and (self.out / RECORD).is_file()
+
+    def _enter(self) -> None:
+        with self._refused():
+            self._own()
+            self._undo_swap()
+            if not self.resume:
+                refuse_existing(self.out, self.overwrite, contents=False)
+
+    @contextmanager
+    def _refused(self) -> Iterator[None]:
+        """Around what may refuse the place: it is let go of then."""
+        try:
+            yield
+        except OSError as error:
+            self._let_go()
+            raise QlabError(f"{self.partial} cannot be created ({error.strerror}); choose another output directory") from error
+        except BaseException:
+            self._let_go()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self.begun and isinstance(error, QlabError) and not isinstance(error, Unwritable):
+            self._clear()
+        self._let_go()
+
+    # -------------------------------------------------------------- ownership
+    def _own(self) -> None:
+        """Lock the partial directory, made if need be; whoever finishes there at this moment keeps it."""
+        if os.path.islink(self.partial) or (is_taken(self.partial) and not self.work.is_dir()):
+            raise QlabError(f"{self.partial} was not made by qlab, which needs this name for a while; move it away")
+        self.made = [folder for folder in self.partial.parents if not folder.exists()]
+        while self.lock is None:
+            self._settle()
+            if self.lock is None:
+                self.lock = Lock(self.work)
+                if _ended(self.out):  # it did so before this lock was taken
+                    self._let_go()
+
+    def _settle(self) -> None:
+        """Do what a run left undone that was killed after its last rename; an output that does not hold what it wrote goes back to
+        where it is built."""
+        if not _ended(self.out):
+            return
+        lock = Lock(self.out / WORK)
+        try:
+            if not _ended(self.out):
+                lock.release()
+            elif broken := _broken_shards(self.out):
+                say(f"{broken}; that part is made again")
+                os.replace(self.out, self.partial)
+                lock.path = self.work / LOCK
+                self.lock = lock
+            else:
+                _remove(self.out / WORK)
+                lock.release()
+        except BaseException:
+            lock.release()
+            raise
+
+    def _let_go(self) -> None:
+        """Release the lock; where nothing was begun, no folder stays."""
+        if self.lock is None:
+            return
+        if self.lock.holds() and not os.path.lexists(self.work / JOB) and _only(self.partial, WORK) and _only(self.work, LOCK):
+            _remove(self.work)
+            with suppress(OSError):  # where another run is in it by now
+                for folder in (self.partial, *self.made):
+                    folder.rmdir()
+        self.lock.release()
+        self.lock = None
+
+    def atomically(self, path: Path, write: Callable[[Path], object]) -> None:
+        """A file of this run, unless somebody removed the folder, which may be another run's by now."""
+        if self.lock is None or not self.lock.holds():
+            raise Unwritable(f"{self.partial} was taken away while it was written; start again")
+        atomically(path, write)
+
+    def write_json(self, path: Path, value: Any) -> None:
+        """The same, of JSON."""
+        text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+        self.atomically(path, lambda temporary: temporary.write_text(text))
+
+    # -------------------------------------------------------------- the beginning
+    def _start(self) -> bool:
+        """Take over what an earlier run of the job left, or begin; True if the whole job was finished already."""
+        begun = _read_job(self.work / JOB)
+        if self.resume and begun == self.job:
+            self.overwrite |= (self.work / OVERWRITE).exists()
+            refuse_existing(self.out, self.overwrite)
+            self._set_aside()
+            return False
+        if self.resume and begun is not None:
+            raise QlabError(f"{self.partial} belongs to another job (model, recipe, data, seed or versions differ); "
+                            "remove it or choose another directory")
+        if self.resume and self._was_finished():
+            return True
+        refuse_existing(self.out, self.overwrite)
+        if self.resume and not _only(self.work, LOCK):
+            say(f"{self.work / JOB} is missing or not what was written; the run begins anew")
+        self._clear()
+        if self.overwrite:
+            (self.work / OVERWRITE).touch()
+        self.write_json(self.work / JOB, self.job)  # from here on the run can be resumed
+        self.begun = True
+        sync(self.partial.parent)
+        return False
+
+    def _was_finished(self) -> bool:
+        """Whether the output is this job's; refuses one that is no longer what the job wrote."""
+        if _read_job(self.out / RECORD, "job") != self.job:
+            return False
+        for name, damage in damaged(self.out).items():
+            raise QlabError(f"the output directory {self.out} of this job is finished, and {name} {damage}; move it away to make it "
+                            "again")
+        return True
+
+    def _undo_swap(self) -> None:
+        """Put back what an earlier run, killed between the two renames of its end, had moved out of the way."""
+        if (self.work / REPLACED).exists() and not self.out.exists():
+            os.replace(self.work / REPLACED, self.out)
+
+    def _clear(self) -> None:
+        """Remove what an earlier run wrote; the lock stays."""
+        self._set_aside()
+        for path in self.partial.iterdir():
+            if path != self.work:
+                _delete(path)
+        (self.work / JOB).unlink(missing_ok=True)
+        for path in self.work.iterdir():
+            if path.name != LOCK:
+                _delete(path)
+
+    def _set_aside(self) -> None:
+        """Move what no run of qlab wrote here to a folder beside it: it is neither part of the output nor ours to delete."""
+        for path in self._strangers():
+            home = self.out.with_name(self.out.name + ".aside")
+            target = home / path.relative_to(self.partial)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            while os.path.lexists(target):
+                target = target.with_name(f"{target.name}~")
+            os.replace(path, target)
+            say(f"{path} is no file of this run; it was moved to {target}")
+
+    def _strangers(self) -> list[Path]:
+        """The files and folders in the partial directory that bear no name of a run's."""
+        names = _read_job(self.work / NAMES)
+        known = {"config.json", RECORD, INDEX, *(names if isinstance(names, list) else ())}
+        folders = {parent for name in known for parent in map(str, Path(name).parents)}
+        inside = [path for name in folders - {"."} if (self.partial / name).is_dir() for path in (self.partial / name).iterdir()]
+        strangers = [path for path in [*self.partial.iterdir(), *inside] if path != self.work and not _is_ours(
+                     str(path.relative_to(self.partial)), known | folders)]  # fmt: skip
+        return sorted([*strangers, *(path for path in self.work.iterdir() if not _is_work(path.name))])
+
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Around the work: what refused input leaves behind goes, since with other input it is another job; what a full disk does,
+        or whoever kills the process, stays to be resumed."""
+        try:
+            yield
+        except Unwritable:
+            raise
+        except QlabError:
+            if self.lock and self.lock.holds():
+                self._clear()
+            raise
+
+    # -------------------------------------------------------------- the end
+    def put_in_place(self) -> None:
+        """Rename the partial directory to the output, whose former contents go."""
+        self._set_aside()
+        for leftover in self.partial.rglob(".*.tmp"):  # of a killed run
+            leftover.unlink()
+        if is_taken(self.out):
+            if not self.overwrite:
+                raise Unwritable(f"the output directory {self.out} appeared during the run; move it away and use --resume")
+            if reason := foreign(self.out):
+                raise Unwritable(f"{reason}; move it away and use --resume")
+            self._move_away()
+        os.replace(self.partial, self.out)  # the work folder goes last: a run killed before can still resume
+        sync(self.out.parent)
+        _remove(self.out / WORK)
+
+
+    def _move_away(self) -> None:
+        """Take an earlier output out of the way, unless somebody put a file into it by now."""
+        os.replace(self.out, self.work / REPLACED)
+        if reason := foreign(self.work / REPLACED, contents=False):
+            os.replace(self.work / REPLACED, self.out)
+            raise Unwritable(f"{reason}; move it away and use --resume")
+
+
+# ------------------------------------------------------------------ parts
+def say(line: str) -> None:
+    """A line of a run's progress."""
+    print(f"qlab: {line}", file=sys.stderr, flush=True)
+
+
+def _read_job(path: Path, key: str | None = None) -> Any:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return value.get(key) if key and isinstance(value, dict) else value
+
+
+def _broken_shards(out: Path) -> str | None:
+    """A shard that is not what was written, as after a power loss, in words; None where something else is not, too."""
+    broken = damaged(out)
+    if not all(name.endswith(".safetensors") for name in broken):
+        return None
+    return next((f"{out / name} {damage}" for name, damage in broken.items()), None)
+
+
+def _ended(out: Path) -> bool:
+    """Whether a run has put an output in place, and its work folder is still there."""
+    work = out / WORK
+    if not (work / LOCK).is_file():
+        return False
+    job = _read_job(work / JOB)
+    return _only(work, LOCK) if job is None else job == _read_job(out / RECORD, "job")
+
+
+def _only(folder: Path, name: str) -> bool:
+    """Whether a folder holds this one name and no other."""
+    try:
+        return os.listdir(folder) == [name]
+    except OSError:  # another run removes it at this moment
+        return False
+
+
+def _is_ours(name: str, known: set[str]) -> bool:
+    """Whether a run writes a file of this name into the partial directory."""
+    path = Path(name)
+    whole = str(path.with_name(path.name[1:].rsplit(".", 3)[0])) if path.name.startswith(".") and path.suffix == ".tmp" else name
+    return whole in known or Path(whole).match("model-[0-9]*-of-[0-9]*.safetensors")
+
+
+def _is_work(name: str) -> bool:
+    """Whether a run writes a file of this name into its work folder."""
+    path = Path(name)
+    temporary = path.match(".*.tmp")
+    kinds = ("notes-[0-9]*.json", "carry-*-[0-9]*.bin")
+    return temporary or name in (LOCK, JOB, OVERWRITE, REPLACED, NAMES) or any(path.match(kind) for kind in kinds)
+
+
+def _delete(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _remove(work: Path) -> None:
+    """A work folder of one's own; the lock goes last, so that nobody comes in between."""
+    for path in sorted(work.iterdir(), key=lambda path: (path.name == LOCK, path.name == JOB)):
+        _delete(path)
+    with suppress(OSError):  # where another run is in it by now
+        work.rmdir()
