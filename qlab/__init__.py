@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qlab.model_free import quantize_files
     from qlab.plan import plan
     from qlab.quantize import compare, quantize
+    from qlab.results import results
     from qlab.spec import Int, Tile, parse_spec
     from qlab.transform import at, chain, each_weight, keep, outside, reparametrize, rules
     from qlab.verify import verify
@@ -41,7 +42,7 @@ __all__ = [
     "GRIDS", "METHODS", "Int", "QlabError", "Samples", "Tile", "Tokens", "absorb", "aim_at_reference", "at", "awq", "awq_scale",
     "chain", "compare", "convert", "each_weight", "evaluate", "first_windows", "from_ids", "gptaq", "gptq", "image_samples",
     "inductor_options", "inspect", "keep", "lower", "open", "outside", "parse_spec", "perplexity", "plan", "quantize", "quantize_files",
-    "reparametrize", "rtn", "rules", "to_torchao", "tokens", "verify",
+    "reparametrize", "results", "rtn", "rules", "to_torchao", "tokens", "verify",
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 from directories import prose
@@ -81,6 +82,13 @@ def test_calibrating_ones_own_model_on_the_demos_text_is_said(call, saved, text,
     assert "demo's text" not in call("plan", saved(), *SMALL, "--calib", text)[2]
     (demo / "model").symlink_to(saved())
     assert "demo's text" not in call("plan", "demo", *SMALL)[2]
+
+
+def test_the_size_of_a_calibration_is_said_and_the_readmes_is_the_benchs(call, saved, text):
+    assert "calibrating on 256 tokens: 8 windows of 32" in call("plan", saved(), *SMALL, "--calib", text)[2]
+    readme = (Path(qlab.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    line = next(line for line in readme.splitlines() if line.startswith("qlab quantize demo"))
+    assert "--samples 32 --length 512" in line and f"{32 * 512:,} tokens" in line
 
 
 def test_a_directory_is_evaluated_without_a_reference(call, saved, text, tmp_path):

@@ -87,7 +87,7 @@ def generate(
     records = []
     for directory in directories:
         with kernel_refusals():
-            records.append(measure(directory, names, prompt=prompt, new=new, repeat=repeat, device=device))
+            records.append(measure(directory, names, prompt=prompt, new=new, repeat=repeat, device=device, said=say))
         console().print(table(records[-1]))
     report(records, json_file)
 

@@ -50,8 +50,11 @@ class Engine:
 @torch.no_grad()
 def measure(
     path: str | Path, engines: Sequence[str] = ENGINES, *, prompt: int = 512, new: int = 128, repeat: int = 3, device: str = "cpu",
+    said: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Prefill of `prompt` random tokens and `new` decoded ones by every engine, as a record with one row each.
+
+    said: is told of each thing that takes its time.
 
     Errors: an unknown engine, fewer than one prompt token or two new ones, whatever `lower` refuses.
     """
@@ -60,13 +63,17 @@ def measure(
     if prompt < 2 or new < 2 or repeat < 1:
         raise QlabError(f"{prompt} prompt tokens, {new} new tokens and {repeat} repetitions; measure at least 2, 2 and 1")
     ready: list[Engine] = []
-    for name in engines:
+    for number, name in enumerate(engines, 1):
+        said(f"{path}: {_doing(name, prompt)} ({number} of {len(engines)})")
         ready.append(prepare(name, path, prompt, new, device))
+        said(f"{path}: {name} is ready after {ready[-1].warm_up_seconds:.0f} s")
     ids = random_tokens(ready[0].model, prompt, device)
     for engine in ready:
+        said(f"{path}: warming up {engine.name}{', from what was compiled' if 'compiled' in engine.name else ''}")
         warm_up(engine, ids)  # preparing the next one let go of what was compiled for it
-    for _ in range(repeat):
+    for turn in range(1, repeat + 1):
         for engine in ready:
+            said(f"{path}: turn {turn} of {repeat}, {engine.name}: {prompt} tokens of prompt, {new} new ones")
             run(engine, ids, new)
     rows = [_row(engine, prompt, new) for engine in ready]
     for row in rows:
@@ -74,6 +81,13 @@ def measure(
                         for base in rows if base["engine"] in (BASE, COMPILED)}  # fmt: skip
     return {"model": str(path), "prompt": prompt, "new": new, "repeat": repeat, "rows": rows, "versions": versions(),
             "device": {"type": device, "threads": torch.get_num_threads()}}  # fmt: skip
+
+
+def _doing(name: str, prompt: int) -> str:
+    """What preparing an engine is, and how long it may take."""
+    if "compiled" not in name:
+        return f"loading {name}"
+    return f"loading and compiling {name}, a prefill of {prompt} tokens and one step: minutes on a slow processor"
 
 
 def prepare(name: str, path: str | Path, prompt: int, new: int, device: str) -> Engine:

@@ -36,7 +36,7 @@ Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="with a zero poin
 Calib = Annotated[list[Path] | None, typer.Option("--calib", help="text or jsonl files (default: the demo text)")]
 Images = Annotated[list[Path] | None, typer.Option("--images", help="instead of --calib: jsonl samples of text and images")]
 AllExperts = Annotated[bool, typer.Option("--calibrate-all-experts", help="statistics of experts from every token")]
-Samples = Annotated[int, typer.Option("--samples", min=1, help="calibration windows")]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="calibration windows; time grows with --samples x --length")]
 Length = Annotated[int, typer.Option("--length", min=2, help="tokens per window")]
 Seed = Annotated[int, typer.Option("--seed", help="chooses the calibration windows")]
 Device = Annotated[str, typer.Option("--device", callback=lower, help="where one block at a time is worked on")]

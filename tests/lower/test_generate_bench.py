@@ -32,8 +32,9 @@ def bench(command):
 def test_engines_side_by_side(bench, directory, tmp_path):
     engines = ["bf16 eager", "qlab eager", "qlab compiled, dense cache"]
     out = tmp_path / "out.json"
-    code, printed, _ = bench(directory, "--engines", ";".join(engines), "--prompt", 8, "--new", 4, "--repeat", 2, "--json", out)
+    code, printed, said = bench(directory, "--engines", ";".join(engines), "--prompt", 8, "--new", 4, "--repeat", 2, "--json", out)
     assert code == 0 and all(name in printed for name in engines)
+    assert "loading and compiling qlab compiled, dense cache, a prefill of 8 tokens" in said and "turn 2 of 2, bf16 eager" in said
     [record] = json.loads(out.read_text())
     assert (record["prompt"], record["new"], record["device"]["type"]) == (8, 4, "cpu")
     rows = {row["engine"]: row for row in record["rows"]}
