@@ -147,6 +147,10 @@ def refuse_others(
         reason = _misfit(new.params[name], graph.params[name], sites.get(name), spec)
         if reason:
             raise QlabError(f"the stage {step!r} made {graph.path}.{name} {reason}")
+    left = [s for s in graph.sites if spec and not isinstance(new.params[s.weight or ""], QTensor)]
+    if left:
+        raise QlabError(f"the stage {step!r} left {graph.where(left[0])} as it was and is to round it "
+                        f"to {spec}, which is what was planned; round it, or narrow the stage by at()")
     if sitewise:
         _refuse_elsewhere(step, changed, graph, new)
 

@@ -31,7 +31,7 @@ from qlab.scope import matches
 from qlab.shown import Shown, size
 from qlab.siblings import Siblings
 from qlab.spec import Float, Spec, with_scale_dtype
-from qlab.sweep import solve
+from qlab.sweep import solve_alone
 from qlab.targets import refusal, uniformity
 from qlab.transform import Transform
 
@@ -95,6 +95,9 @@ def quantize_files(
         raise QlabError(f"the codec {codec!r} is unknown; qlab writes {', '.join(CODECS)}")
     if needs := sorted({need for stage in recipe for need in stage.needs}):
         raise QlabError(f"the recipe observes {', '.join(needs)}, for which the model has to run; use a data-free method such as rtn")
+    if online := [stage.name for stage in recipe if stage.online]:
+        raise QlabError(f"the stage {online[0]!r} puts operations on inputs, of which nobody knows anything without a model; quantize "
+                        "with the model, or leave it away")
     folder = place(out, source.path, set(source.files.values()))
     refuse_early(folder, overwrite, resume)
     specs = _chosen(source, recipe, include, exclude)
@@ -183,7 +186,7 @@ def _rewrite(source: Checkpoint, recipe: Transform, codec: Codec, siblings: Sibl
     if module not in siblings or name != f"{module}.weight":
         return {name: weight}
     W_ok = weight.mT if module in turned else weight
-    solved, _ = solve(lone_weight(module, W_ok, outer=siblings.outer(module)), recipe, lambda graph, wanted: {})
+    solved = solve_alone(lone_weight(module, W_ok, outer=siblings.outer(module)), recipe)
     new = solved.params["weight"]
     assert isinstance(new, QTensor)  # _chosen found the stage that rounds it
     notes.setdefault("sites", {}).update(site_rows(solved))

@@ -11,7 +11,7 @@ from qlab.model.skeleton import Skeleton
 from qlab.qtensor import Leaf, QTensor, dense
 from qlab.report import site_rows
 from qlab.siblings import Siblings
-from qlab.sweep import solve
+from qlab.sweep import solve_alone
 from qlab.transform import Transform
 
 
@@ -50,7 +50,7 @@ def outside_leaves(skeleton: Skeleton, recipe: Transform, rows: Callable[[Mappin
             yield name, leaf
             continue
         alone = lone_weight(site.path, leaf.to(skeleton.device), True, siblings.outer(name.removesuffix(".weight")))
-        solved, _ = solve(alone, recipe, lambda graph, wanted: {})
+        solved = solve_alone(alone, recipe)
         rows(site_rows(solved))
         yield name, solved.params["weight"]
 

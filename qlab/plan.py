@@ -11,6 +11,7 @@ from rich.table import Table
 
 from qlab.calibration import Data
 from qlab.codecs import CODECS, refusal_of_transposed
+from qlab.effects import input_specs, online_of, refuse_unheld, refuse_without_effect
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.graph import Code, Site, by_origin, is_matrix
@@ -140,10 +141,16 @@ def plan(
         _refuse_unread(stage, unread)
         _check_scope(stage, named, codes, around, unread)
     _check_specs(specs, shapes, named, skeleton, codec, target)
+    sites = {name: site for name, (_, site) in named.items()}
+    refuse_without_effect(recipe, sites, inputs)
+    at_inputs = online_of(recipe, sites)
+    refuse_unheld(at_inputs, specs, sites, codec)
     rows = {n: {"spec": str(s) if s else None, "shape": list(shapes[n]), "bits_per_weight":
                 s.bits_per_weight(shapes[n], model.dtype) if s else 8.0 * model.dtype.itemsize} for n, s in specs.items()}  # fmt: skip
     for name, (_, site) in named.items():
         rows[name] |= {"experts": shapes[name][0]} if site.route else {}
+    for name, rounding in input_specs(at_inputs).items():
+        rows[name]["inputs"] = rounding
     left = [n for n in skeleton.linears() if n not in named] + _beside_sites(skeleton, codes) + unbuilt(skeleton)
     tokens = data.count if data is not None and needs else 0
     in_parts = all(in_order(code, recipe, inputs, calibrate_all_experts) for code in codes.values())

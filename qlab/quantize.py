@@ -34,7 +34,7 @@ from qlab.report import PeakMemory, bits_per_weight, describe, site_rows, versio
 from qlab.shown import Shown, size, some
 from qlab.spec import InputSpec, Spec, parse_input_spec, parse_spec
 from qlab.stats import Stats
-from qlab.stored import as_stored, certificates, changed, encode, online_at
+from qlab.stored import as_stored, certificates, changed, encode, online_at, refuse_unwritten
 from qlab.sweep import (
     Batch,
     Batches,
@@ -292,6 +292,7 @@ def _block(skeleton: Skeleton, jobs: Sequence[_Job], index: int, streams: Sequen
             solved, leaving = solve_in_order(graph, job.recipe, batches, job.experts_at_once, reference)
         else:
             solved, _ = solve(graph, job.recipe, watch)
+        refuse_unwritten(skeleton, graph, solved)
         leaves, others = as_stored(skeleton, solved), changed(skeleton, graph, solved)
         job.writer.write_shard(index + 1, encode(leaves, job.codec, online_at(skeleton, solved, job.codec)).items())
         job.writer.write_notes(index + 1, {"sites": site_rows(solved), **certificates(leaves, skeleton, others)})

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.certificate import certify, hash_of
+from qlab.certificate import certify, hash_of, off_grid
 from qlab.codecs import Codec
 from qlab.errors import QlabError
 from qlab.graph import ModuleGraph, Op
@@ -43,6 +43,16 @@ def _pieces(skeleton: Skeleton, graph: ModuleGraph, name: str) -> Sequence[Piece
     return skeleton.block_names(graph.path).get(name, ())  # a buffer has none
 
 
+def refuse_unwritten(skeleton: Skeleton, before: ModuleGraph, graph: ModuleGraph) -> None:
+    """Refuse what a recipe did to a block that no tensor of the files holds, by name."""
+    if outputs := [path for path, ops in graph.online_outputs.items() if ops]:
+        raise QlabError(f"{graph.path}.{outputs[0]} still needs an operation on its output at run time, for which no format has a "
+                        "place; fold it into the weights, or leave the method out")
+    for name, leaf in graph.params.items():
+        if leaf is not before.params[name] and not _pieces(skeleton, graph, name):
+            raise QlabError(f"the recipe changed {graph.path}.{name}, a buffer that the files do not hold; leave it as it is")
+
+
 def online_at(skeleton: Skeleton, graph: ModuleGraph, codec: Codec) -> dict[str, tuple[Op, ...]]:
     """What still happens to inputs at run time, by the leaves' names in the files; refused where the format has no place for it."""
     online: dict[str, tuple[Op, ...]] = {}
@@ -60,6 +70,8 @@ def encode(leaves: Mapping[str, Leaf], codec: Codec, online: Mapping[str, tuple[
     tensors: dict[str, Tensor] = {}
     for name, leaf in leaves.items():
         ops = [online[name]] if name in online else []
+        if isinstance(leaf, QTensor) and (fault := off_grid(leaf)):
+            raise QlabError(f"{name}: {fault}; round to the grid of its spec")
         tensors |= codec.encode(name.rpartition(".")[0], leaf, *ops) if isinstance(leaf, QTensor) else {name: _finite(name, leaf)}
     return tensors
 

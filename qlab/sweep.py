@@ -55,6 +55,18 @@ def solve(graph: ModuleGraph, transform: Transform, observe: Callable[[ModuleGra
     return graph, stats
 
 
+def solve_alone(weight: ModuleGraph, transform: Transform) -> ModuleGraph:
+    """All stages on a weight by itself (`lone_weight`), without data.
+
+    Refused if anything is left to happen at run time: of weights outside a block's program only codes are written.
+    """
+    solved, _ = solve(weight, transform, lambda graph, wanted: {})
+    if {**solved.online, **solved.online_outputs}:
+        raise QlabError(f"{weight.code.sites[0].path} still needs an operation at run time, and of a weight that is rounded by itself "
+                        "only codes are written; leave quantize_inputs and the like away there")
+    return solved
+
+
 @dataclass(frozen=True)
 class Reference:
     """The unquantized segment, and what it is called with in the unquantized model, batch by batch beside the quantized one's."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from qlab.claims import Observed, Seal, reads_elsewhere, refuse_others, restored, shown
 from qlab.errors import QlabError
 from qlab.experts import per_row
-from qlab.graph import ModuleGraph, Site, by_origin, by_source
+from qlab.graph import ModuleGraph, Op, Site, by_origin, by_source
 from qlab.qtensor import QTensor
 from qlab.rounding import WeightFn, errors_in_notes, merged, outer_scales, solve, stacked
 from qlab.scope import Scope
@@ -34,6 +34,7 @@ class Stage:
     reparametrizes: bool = False  # it moves inputs, so the sites of one input belong together
     sitewise: bool = False  # what it does to a site depends on the weights and statistics of that site's input only
     lossless: bool = False  # it keeps the function whatever it finds, so it may wait until every site is solved
+    online: tuple[Op, ...] = ()  # what it puts on its sites' inputs at run time, in the form that a codec is asked about
     uncovered: bool = False  # the last stage of `rules`: any site in its scope is an error
 
     def wants(self, site: Site) -> frozenset[str]:
@@ -65,7 +66,7 @@ def outside(transform: Transform) -> Transform:
     Every stage works on one weight at a time and without data, since nothing runs there; others are refused by name.
     """
     for stage in transform:
-        if stage.needs or not stage.sitewise:
+        if stage.needs or stage.online or not stage.sitewise:
             reason = f"observes {', '.join(sorted(stage.needs))}" if stage.needs else "changes more than weights"
             raise QlabError(f"the stage {stage.name!r} {reason}, and weights around the blocks are rounded one by one without data; "
                             "use rtn or hqq for them")

@@ -7,6 +7,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from directories import random_tokens
 from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,9 +21,12 @@ from qlab.codecs.compressed_tensors.scheme import PRESETS, args_of
 from qlab.errors import QlabError
 from qlab.evaluate import read
 from qlab.files.checkpoint import open_checkpoint
+from qlab.graph import by_source
+from qlab.interpret import inputs_of
 from qlab.methods.grid import encode, minmax
 from qlab.methods.inputs import QuantizeInput, quantize_inputs
 from qlab.methods.rtn import rtn
+from qlab.model.skeleton import Skeleton
 from qlab.qtensor import dense
 from qlab.spec import InputSpec, parse_input_spec, parse_spec, with_scale_dtype
 from qlab.transform import chain, keep, rules
@@ -138,6 +142,65 @@ def test_qlab_writes_what_it_rounds_at_run_time(weights, rounded, tmp_path):
         assert (logits(tmp_path / "out", ids) - expected).norm() < 1e-4 * expected.norm()
     qlab.quantize(model, rules({"*.q_proj": keep(), "*": rtn(parse_spec(weights))}), None, tmp_path / "weights only")
     assert not torch.equal(logits(tmp_path / "out", ids), logits(tmp_path / "weights only", ids))
+
+
+def test_a_global_scale_of_inputs_is_measured_on_the_calibration_data_and_read_again(saved, tmp_path):
+    source, spec = saved(), parse_spec("nvfp4")
+    model, data = open_checkpoint(source), random_tokens(source)
+    recipe = chain(rtn(spec), quantize_inputs(spec))
+    result = qlab.quantize(model, recipe, data, tmp_path / "out", inputs="reference")
+    assert {row["inputs"] for row in result.plan.sites.values()} == {"nvfp4 static"}
+    opened = open_checkpoint(tmp_path / "out")
+    assert set(opened.inputs.values()) == {parse_input_spec("nvfp4 static")} and qlab.verify(opened, model).faults == []
+    skeleton = Skeleton(model, torch.float32)
+    with torch.no_grad():
+        skeleton.load_outside(with_head=False)
+        hidden, calls = skeleton.record(data.ids)
+    path, call = next(iter(calls.items()))
+    graph = skeleton.graph(path, call, hidden)
+    first, *others = by_source(graph.sites).values()  # the others see what is rounded before them
+    largest = inputs_of(graph, [first[0].source], *call.inputs(hidden))[first[0].source].x.abs().max()
+    (scale,) = {opened.rounding(graph.where(site))[0].outer.item() for site in first}
+    assert scale == pytest.approx(448 * 6 / float(largest))
+    for sites in others:
+        assert len({opened.rounding(graph.where(site))[0].outer.item() for site in sites}) == 1  # engines fuse them
+    assert torch.isfinite(logits(tmp_path / "out", data.ids)).all()
+
+
+@pytest.mark.parametrize("family, inputs, kept, message", [
+    ("llama", "nvfp4", (), "the recipe observes absmax and no calibration text was given"),
+    ("llama", "int8-b16x16", (), "q_proj, .* compressed-tensors has no inputs int8-b16x16: input_activations has strategy 'block'"),
+    ("llama", "int8-channel", ("*.o_proj",), "o_proj, .*o_proj: its input is rounded at run time and its weight is not"),
+    ("mixtral", "nvfp4", (), "experts.* inputs of fused experts have no stored scale"),
+])  # fmt: skip
+def test_inputs_without_a_place_in_the_files_are_refused_before_work(family, inputs, kept, message, saved, tmp_path):
+    rounded = rules({**dict.fromkeys(kept, keep()), "*": rtn(parse_spec("nvfp4" if inputs == "nvfp4" else "int8-channel"))})
+    data = random_tokens(saved(family)) if family == "mixtral" else None
+    with pytest.raises(QlabError, match=message):
+        qlab.quantize(open_checkpoint(saved(family)), chain(rounded, quantize_inputs(parse_spec(inputs))), data, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_without_their_model_hold_no_rounded_inputs(saved, tmp_path):
+    int8 = parse_spec("int8-channel")
+    with pytest.raises(QlabError, match="the stage 'quantize_inputs' puts operations on inputs, of which nobody knows"):
+        qlab.quantize_files(saved(), chain(rtn(int8), quantize_inputs(int8)), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@given(st.sampled_from(["int8-channel", "int4-channel-asym", "int8-tensor", "fp8-channel", "mxfp4", "int4-g16"]), st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_the_gradient_of_rounded_inputs_is_the_straight_through_one(text, seed):
+    x, along = (torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(seed + i)) for i in (0, 1000))
+    op = QuantizeInput(parse_spec(text))
+    with torch.no_grad():
+        expected = op(x)
+    loss = lambda x: (op(x).square() * along).sum()
+    x.requires_grad_()
+    assert torch.equal(op(x), expected)
+    loss(x).backward()
+    assert torch.equal(x.grad, 2 * expected * along)
+    assert torch.equal(torch.func.grad(loss)(x.detach()), x.grad)
 
 
 def test_inputs_that_qlab_does_not_write_are_refused_by_name():

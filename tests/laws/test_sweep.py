@@ -137,6 +137,19 @@ def test_experts_observed_in_parts_give_the_bits_of_all_at_once(family, at_once,
     assert max(counts) == at_once and len(counts) > 2  # never more than were asked for
 
 
+@pytest.mark.parametrize("family", ["llama", *MIXTURES])
+def test_rounded_inputs_are_what_the_sites_behind_them_are_calibrated_on(family):
+    seg, recipe = segment(family), chain(gptq(SPEC), quantize_inputs(parse_spec("int3-channel")))
+    graph, (leaving,) = solve_in_order(seg.graph, recipe, batches_of(seg))
+    by_hand = seg.graph
+    for sites in by_source(seg.graph.code.sites).values():
+        by_hand = replace(seg.solve(recipe, replace(by_hand, selected=frozenset(s.path for s in sites)))[0], selected=None)
+    assert_same(graph, by_hand)
+    assert set(graph.online) == {site.path for site in graph.sites if not site.router}
+    for out, batch in zip(leaving, seg.batches, strict=True):
+        assert torch.equal(out, hidden(interpret(graph, *batch)))
+
+
 def test_rules_hold_source_by_source():
     seg = segment("llama")
     recipe = rules({"*.o_proj": keep(), "*.mlp.*": rtn(SPEC), "*": gptq(SPEC)})
@@ -153,7 +166,7 @@ def test_rules_hold_source_by_source():
     (chain(awq_scale(SPEC), gptq(SPEC)), "mixtral", "quantized", False),  # a router and experts share channels
     (gptq(SPEC), "mixtral", "quantized", True),
     (awq(parse_spec("nvfp4")), "llama", "quantized", False),  # its scales take no others once they are rounded
-    (chain(gptq(SPEC), quantize_inputs(parse_spec("int8-channel"))), "llama", "quantized", False),
+    (chain(gptq(SPEC), quantize_inputs(parse_spec("int8-channel"))), "llama", "quantized", True),
 ])  # fmt: skip
 def test_which_recipes_are_solved_in_order(recipe, family, inputs, expected):
     assert sweep.in_order(segment(family).graph.code, recipe, inputs) is expected

@@ -8,7 +8,7 @@ import torch
 from qlab.codecs.compressed_tensors.tensors import WIDE, strategy
 from qlab.errors import QlabError
 from qlab.methods.inputs import QuantizeInput
-from qlab.spec import FLOATS, NAMED, Float, InputSpec, Int, Spec, Tile
+from qlab.spec import FLOATS, NAMED, Float, InputSpec, Int, Spec, Tile, same_grid
 
 ARGS = {
     "num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic", "actorder",
@@ -25,6 +25,8 @@ def refusal(spec: Spec, online: Collection = ()) -> str | None:
                 "or leave the method out")
     if len(online) > 1:
         return "compressed-tensors rounds an input once; give each site one quantize_inputs"
+    if unreadable := next(filter(None, map(_unreadable, online)), None):
+        return unreadable
     if isinstance(spec, Int):
         if strategy(spec.tile) == "block":
             return f"compressed-tensors has no scale per {spec.tile} block of integers; use a group, channel or tensor scale"
@@ -34,6 +36,20 @@ def refusal(spec: Spec, online: Collection = ()) -> str | None:
         return f"compressed-tensors has no {spec}; its floats below 8 bits are mxfp4, mxfp6 and nvfp4"
     if spec.scale_dtype not in (None, *WIDE) and spec not in NAMED.values():
         return f"compressed-tensors has no {spec.scale_dtype} scales for {spec}; store them as float32, bfloat16 or float16"
+    return None
+
+
+def _unreadable(rounding: QuantizeInput) -> str | None:
+    """Why inputs that are rounded so cannot be written such that they are read again, or None."""
+    written = rounding.input_spec
+    if written.spec.outer and rounding.outer is None:
+        return f"compressed-tensors stores a global scale of inputs {written}, and this has none; measure it (quantize_inputs does)"
+    try:
+        read = input_spec_of("input_activations", args_of(written.spec, written.static, of_inputs=True))
+    except QlabError as error:
+        return f"compressed-tensors has no inputs {written}: {error}"
+    if read.static != written.static or not same_grid(read.spec, written.spec):
+        return f"compressed-tensors has no inputs {written}, which would be read as {read}; choose another input spec"
     return None
 
 
