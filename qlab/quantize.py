@@ -143,7 +143,7 @@ def compare(
     data: Data | None,
     out: str | Path,
     *,
-    inputs: Inputs = "reference",
+    inputs: Inputs = "quantized",
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     memory: int | None = None,
@@ -153,40 +153,46 @@ def compare(
     codec: str = CODEC,
     target: str | None = None,
 ) -> dict[str, Result]:
-    """Several recipes in one pass over the reference model, each into out/<name>: they share every statistic.
+    """Several recipes, each into out/<name>: what `quantize` makes of each, bit for bit, and all of them refused before any runs.
 
-    With inputs="quantized" there is one recipe only, since its own errors are what the next block sees.
+    inputs: see `quantize`. With "quantized" every recipe has a pass of its own, since its own errors are what the next block sees;
+    with "reference" all of them share one pass and every statistic, and have its seconds and its peak memory. No recipe sees there
+    what it did to earlier sites, so that a stage that corrects for it (gptaq's) is refused.
     """
-    if inputs == "quantized" and len(recipes) > 1:
-        raise QlabError(f"recipes {', '.join(recipes)} cannot share a pass over quantized inputs; use inputs='reference', or "
-                        "quantize() once per recipe")
     outs = places(out, list(recipes), model.path, [*set(model.files.values()), *getattr(data, "files", ())])
     started = time.perf_counter()
-    with PeakMemory() as peak, ExitStack() as stack:
+    with ExitStack() as stack:
         writers = {name: stack.enter_context(Writer(place, overwrite, resume)) for name, place in outs.items()}
-        skeleton = Skeleton(model, dtype or model.running_dtype, device)
-        plans = {name: plan(model, recipe, data, inputs=inputs, calibrate_all_experts=calibrate_all_experts, skeleton=skeleton,
-                            codec=codec, target=target, memory=memory) for name, recipe in recipes.items()}  # fmt: skip
+        with PeakMemory() as planning:
+            skeleton = Skeleton(model, dtype or model.running_dtype, device)
+            plans = {name: plan(model, recipe, data, inputs=inputs, calibrate_all_experts=calibrate_all_experts, skeleton=skeleton,
+                                codec=codec, target=target, memory=memory) for name, recipe in recipes.items()}  # fmt: skip
         for made in plans.values():
             made.check(memory)
-        jobs = []
+        planned = time.perf_counter() - started
+        jobs: dict[str, _Job] = {}
         for name, recipe in recipes.items():
             used = data if plans[name].statistics else None
             job = {"source": model.fingerprint(), "recipe": describe(recipe), "data": used and used.describe(), "inputs": inputs,
                    "calibrate_all_experts": calibrate_all_experts, "dtype": str(skeleton.dtype), "device": name_of(skeleton.device),
                    "codec": codec, "versions": versions()}  # fmt: skip
             writers[name].begin(job, len(skeleton.blocks) + 1)
-            jobs.append(_Job(recipe, CODECS[codec], writers[name], job, plans[name].experts_at_once))
-        if unfinished := [job for job in jobs if not job.writer.finished]:
-            needed = data if any(p.statistics for p in plans.values()) else None
-            for begun in unfinished:
-                stack.enter_context(begun.writer.refusing())
-            _scan(skeleton, unfinished, needed, inputs, calibrate_all_experts)
-    seconds = time.perf_counter() - started
-    return {
-        name: Result(job.writer.out, _sites(job.writer.out), plans[name], inputs, seconds, peak.bytes)
-        for name, job in zip(recipes, jobs)
-    }
+            jobs[name] = _Job(recipe, CODECS[codec], writers[name], job, plans[name].experts_at_once, used)
+            if not writers[name].finished:
+                stack.enter_context(writers[name].refusing())
+        results: dict[str, Result] = {}
+        for names in [list(jobs)] if inputs == "reference" else [[name] for name in jobs]:
+            seconds, peak_bytes = _pass(skeleton, [jobs[name] for name in names], inputs, calibrate_all_experts)
+            for name in names:
+                results[name] = Result(
+                    path=writers[name].out,
+                    sites=_sites(writers[name].out),
+                    plan=plans[name],
+                    inputs=inputs,
+                    seconds=planned + seconds,
+                    peak_rss_bytes=max(planning.bytes, peak_bytes),
+                )
+    return results
 
 
 @dataclass(frozen=True)
@@ -196,6 +202,18 @@ class _Job:
     writer: Writer
     identity: Mapping[str, Any]
     experts_at_once: int | None
+    data: Data | None
+
+
+def _pass(skeleton: Skeleton, jobs: Sequence[_Job], inputs: Inputs, everywhere: bool) -> tuple[float, int]:
+    """One pass over the model for all jobs that are not finished: seconds and peak memory."""
+    started = time.perf_counter()
+    unfinished = [job for job in jobs if not job.writer.finished]
+    with PeakMemory() as peak:
+        if unfinished:
+            data = next((job.data for job in jobs if job.data is not None), None)
+            _scan(skeleton, unfinished, data, inputs, everywhere)
+    return time.perf_counter() - started, peak.bytes
 
 
 def _sites(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from qlab.evaluate import evaluate
 from qlab.files.checkpoint import INDEX, open_checkpoint
 from qlab.methods import METHODS
 from qlab.methods.awq import awq
-from qlab.methods.gptaq import gptaq
+from qlab.methods.gptaq import aim_at_reference, gptaq
 from qlab.methods.gptq import gptq
 from qlab.methods.inputs import quantize_inputs
 from qlab.methods.rtn import rtn
@@ -27,7 +27,7 @@ from qlab.plan import plan
 from qlab.quantize import compare, quantize
 from qlab.spec import parse_spec
 from qlab.sweep import push
-from qlab.transform import chain, keep, rules
+from qlab.transform import at, chain, keep, rules
 
 LINEAR = [family for family in FAMILIES if family != "gpt2"]  # gpt2's Conv1D has no place in this format: see doors/test_transposed
 SHORT = {family: dict(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]) for family in ("gemma2", "gemma3_text")}
@@ -199,18 +199,33 @@ def test_aiming_at_the_reference_brings_the_model_nearer_to_it(family, tmp_path)
         found = qlab_logits(quantize(model, method(int3), data, tmp_path / method.__name__).path)
         errors.append((found - qlab_logits(model.path)).norm())
     assert errors[1] < errors[0]
-    same = [tensors(quantize(model, m(int3), data, tmp_path / f"r-{m.__name__}", inputs="reference").path) for m in (gptq, gptaq)]
-    assert all(bits_equal(tensor, same[1][name]) for name, tensor in same[0].items())  # on its own activations nothing drifts
 
 
-def test_compare_gives_the_bytes_of_separate_runs(saved, tmp_path):
+@pytest.mark.parametrize("inputs", [{}, {"inputs": "reference"}])
+def test_compare_gives_the_bytes_of_separate_runs_by_default_and_in_one_pass(inputs, saved, tmp_path):
     source = saved()
     model, data = open_checkpoint(source), random_tokens(source)
-    recipes = {name: method(INT4) for name, method in METHODS.items()}
-    together = compare(model, recipes, data, tmp_path / "all")
+    recipes = {name: method(INT4) for name, method in METHODS.items() if name != "gptaq" or not inputs}
+    together = compare(model, recipes, data, tmp_path / "all", **inputs)
     for name, recipe in recipes.items():
-        alone = quantize(model, recipe, data, tmp_path / name, inputs="reference")
+        alone = quantize(model, recipe, data, tmp_path / name, **inputs)
         assert contents(alone.path) == contents(together[name].path)
+        assert alone.inputs == together[name].inputs == inputs.get("inputs", "quantized")
+
+
+def quantize_beside_rtn(model, recipe, *args, **kwargs):
+    return compare(model, {"rtn": rtn(INT4), "mine": recipe}, *args, **kwargs)
+
+
+@pytest.mark.parametrize("door", [quantize, quantize_beside_rtn])
+@pytest.mark.parametrize("family, recipe, inputs, message", [
+    ("llama", gptaq(INT4), "reference", r"'aim_at_reference' corrects how far inputs are .* use inputs='quantized', or"),
+    ("mixtral", chain(at("*experts*", aim_at_reference()), gptq(INT4)), "quantized", r"would change nothing of .*experts"),
+])  # fmt: skip
+def test_a_stage_without_an_effect_is_refused_before_anything_is_written(door, family, recipe, inputs, message, saved, tmp_path):
+    with pytest.raises(QlabError, match=message):
+        door(open_checkpoint(saved(family)), recipe, random_tokens(saved(family)), tmp_path / "out", inputs=inputs)
+    assert not (tmp_path / "out").exists()
 
 
 def test_recipes_that_round_inputs_first_see_statistics_of_their_own(saved, tmp_path):
@@ -240,11 +255,6 @@ def test_stored_buffers_are_computed_with_in_the_dtype_of_the_model_around_them(
     data = random_tokens(tmp_path / "m", 4, 16)
     result = quantize(open_checkpoint(tmp_path / "m"), gptq(parse_spec("int4-g16")), data, tmp_path / "q", dtype=torch.bfloat16)
     assert all(row["loss"] < 0.1 for row in result.sites.values() if "loss" in row)
-
-
-def test_recipes_cannot_share_quantized_inputs(saved, tmp_path):
-    with pytest.raises(QlabError, match="a, b cannot share a pass over quantized inputs"):
-        compare(open_checkpoint(saved()), {"a": rtn(INT4), "b": rtn(INT4)}, None, tmp_path, inputs="quantized")
 
 
 @pytest.mark.gpu

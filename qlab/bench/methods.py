@@ -88,7 +88,7 @@ def _refuse_foreign(out: Path, methods: Mapping[str, Any]) -> None:
 def _quantize(model: Checkpoint, recipes: Mapping[str, Transform], data: Tokens, out: Path, inputs: str) -> dict[str, Result]:
     results = {}
     if inputs == "reference":
-        results = qlab.compare(model, recipes, data, out, overwrite=True)
+        results = qlab.compare(model, recipes, data, out, inputs="reference", overwrite=True)
     for method in recipes:
         if method not in results:
             gc.collect()
