@@ -16,7 +16,6 @@ from torch import Tensor
 
 from qlab.calibration import Data
 from qlab.codecs import CODECS, Codec
-from qlab.errors import QlabError
 from qlab.files.carry import Carry
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.place import places

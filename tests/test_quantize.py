@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from qlab.methods import METHODS
 from qlab.methods.awq import awq
 from qlab.methods.gptaq import aim_at_reference, gptaq
 from qlab.methods.gptq import gptq
+from qlab.methods.grid import encode, minmax
 from qlab.methods.inputs import quantize_inputs
 from qlab.methods.rtn import rtn
 from qlab.model.skeleton import Skeleton
@@ -27,7 +29,8 @@ from qlab.plan import plan
 from qlab.quantize import compare, quantize
 from qlab.spec import parse_spec
 from qlab.sweep import push
-from qlab.transform import at, chain, keep, rules
+from qlab.transform import at, chain, each_weight, keep, rules
+from qlab.verify import verify
 
 LINEAR = [family for family in FAMILIES if family != "gpt2"]  # gpt2's Conv1D has no place in this format: see doors/test_transposed
 SHORT = {family: dict(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]) for family in ("gemma2", "gemma3_text")}
@@ -226,6 +229,15 @@ def test_a_stage_without_an_effect_is_refused_before_anything_is_written(door, f
     with pytest.raises(QlabError, match=message):
         door(open_checkpoint(saved(family)), recipe, random_tokens(saved(family)), tmp_path / "out", inputs=inputs)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_that_is_refused_halfway_leaves_nothing_and_the_one_before_it_whole(saved, tmp_path):
+    off_the_grid = lambda W, stats, spec: (replace(q := encode(minmax, W, spec), codes=q.codes + 9), {})
+    recipes = {"rtn": rtn(INT4), "mine": each_weight("mine", off_the_grid, INT4)}
+    with pytest.raises(QlabError, match=r"layers\.0\..*weight: codes span \[.*\] and int4-g16 has \[-8, 7\]; round to the grid"):
+        compare(open_checkpoint(saved()), recipes, None, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["rtn"]
+    assert verify(tmp_path / "out" / "rtn", saved()).faults == []
 
 
 def test_recipes_that_round_inputs_first_see_statistics_of_their_own(saved, tmp_path):

@@ -242,7 +242,7 @@ class Workplace:
         os.replace(self.partial, self.out)  # the work folder goes last: a run killed before can still resume
         sync(self.out.parent)
         _remove(self.out / WORK)
-
+        self.begun = False  # a refusal of what comes after it does not concern what is in place
 
     def _move_away(self) -> None:
         """Take an earlier output out of the way, unless somebody put a file into it by now."""
