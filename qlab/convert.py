@@ -18,7 +18,7 @@ from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
 from qlab.files.writer import Writer
 from qlab.methods.grid import encode as round_to_grid
 from qlab.methods.grid import minmax
-from qlab.model.linears import embeddings, linear_names, refuse_unheld, transposed
+from qlab.model.linears import embeddings, linear_names, refuse_unheld, transposed, untied_where_apart
 from qlab.qtensor import QTensor, dense
 from qlab.report import recorded, stored_bits, versions, written
 from qlab.shown import Shown
@@ -91,6 +91,7 @@ def convert(
     _refuse_embeddings(source, codec)
     targets = _targets(source, codec, requantize)
     config = _config(source, CODECS[codec], targets) | carried
+    raw = untied_where_apart(source, targets)
     record = recorded(source.path)
     job = {"source": source.fingerprint(), "codec": codec, "requantize": requantize and str(requantize),
            "versions": versions(), "converted_from": record.get("job")}  # fmt: skip
@@ -104,7 +105,7 @@ def convert(
                 notes = writer.notes()
                 if lost := notes.get("lost"):
                     raise _refusal(codec, lost)
-            writer.finish(written({**source.raw, "quantization_config": config}, job, {**record, **notes}), source.path)
+            writer.finish(written({**raw, "quantization_config": config}, job, {**record, **notes}), source.path)
     return Converted(writer.out, recorded(writer.out)["sites"])
 
 

@@ -133,6 +133,8 @@ class QlabQuantizer(HfQuantizer):
                 set_module(model, name, Awaiting(*place.shape[:0:-1]))
         ours |= {re.escape(name) for extra in checkpoint.extras for name in extra.tensors}
         ours |= {re.escape(part) for module in checkpoint.quantized for part in checkpoint.parts(module)}  # also of layers not built
+        for coded in self.packed:  # codes are no other parameter's too
+            model.all_tied_weights_keys.pop(f"{coded}.weight", None)
         families = {re.sub(r"\d+", r"\\d+", pattern) for pattern in ours}
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {f"^{family}$" for family in families}
@@ -141,7 +143,7 @@ class QlabQuantizer(HfQuantizer):
     def _refuse_missing(self, model: PreTrainedModel) -> None:
         """transformers fills what a directory lacks at random and says so in a table; here it is an error."""
         checkpoint, packed = self.skeleton.checkpoint, {*self.packed, *(f"{name}.weight" for name in self.packed), *self.decoded}
-        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        tied = {name for name, other in self.skeleton.tied.items() if other not in packed}
         for name, _ in self.skeleton.model.named_parameters():
             lacking = [piece.name for piece in self.skeleton.pieces(name) if piece.name not in checkpoint.stored]
             if lacking and name not in packed | tied:

@@ -23,7 +23,15 @@ from qlab.files.place import place, refuse_early
 from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
 from qlab.files.writer import Writer
 from qlab.graph import lone_weight
-from qlab.model.linears import experts_apart, holds_experts, linear_names, other_matrices, refuse_unheld, transposed
+from qlab.model.linears import (
+    experts_apart,
+    holds_experts,
+    linear_names,
+    other_matrices,
+    refuse_unheld,
+    transposed,
+    untied_where_apart,
+)  # fmt: skip
 from qlab.plan import CODEC
 from qlab.qtensor import QTensor, dense
 from qlab.report import PeakMemory, bits_per_weight, describe, recorded, site_rows, versions, written
@@ -106,13 +114,14 @@ def quantize_files(
     siblings = Siblings(specs, lambda module: dense(source.leaf(f"{module}.weight"), torch.float32))
     names = {**linear_names(source), **{module: module for module in specs}}
     config = CODECS[codec].config({name: specs.get(module) for name, module in names.items()})
+    raw = untied_where_apart(source, specs)
     job = {"source": source.fingerprint(), "recipe": describe(recipe), "sites": sorted(specs), "codec": codec, "versions": versions()}
     with PeakMemory() as peak, Writer(folder, overwrite, resume) as writer:
         writer.begin(job, len(leaves_by_file(source)))
         if not writer.finished:
             with writer.refusing():
                 rewrite_files(source, writer, partial(_rewrite, source, recipe, CODECS[codec], siblings, turned), "quantizing")
-            writer.finish(written({**source.raw, "quantization_config": config}, job, writer.notes()), source.path)
+            writer.finish(written({**raw, "quantization_config": config}, job, writer.notes()), source.path)
     return Rewritten(writer.out, recorded(writer.out)["sites"], time.perf_counter() - started, peak.bytes)
 
 

@@ -53,9 +53,6 @@ def outside_leaves(skeleton: Skeleton, recipe: Transform, rows: Callable[[Mappin
         solved = solve_alone(alone, recipe)
         rows(site_rows(solved))
         yield name, solved.params["weight"]
-
-
-def untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json whose head has a weight of its own."""
-    text = {"text_config": {**config["text_config"], "tie_word_embeddings": False}} if "text_config" in config else {}
-    return {**config, **text, "tie_word_embeddings": False}
+    for name, keeper in skeleton.tied.items():  # the files hold it by the name of a head that is rounded
+        if skeleton.file_name(keeper) in chosen and skeleton.file_name(name) not in {*checkpoint.stored, *chosen}:
+            yield skeleton.file_name(name), read(skeleton.file_name(keeper))

@@ -26,7 +26,8 @@ from qlab.model.device import name_of
 from qlab.model.linears import linears_of
 from qlab.model.recording import Call
 from qlab.model.skeleton import Skeleton
-from qlab.outside import outside_leaves, outside_sites, untied, weight_of
+from qlab.model.ties import untied
+from qlab.outside import outside_leaves, outside_sites, weight_of
 from qlab.plan import CODEC, Plan, plan
 from qlab.progress import progress
 from qlab.report import PeakMemory, bits_per_weight, describe, site_rows, versions, written
@@ -349,6 +350,8 @@ def _finish(skeleton: Skeleton, job: _Job) -> None:
             specs[module], inputs[module] = spec, rounded
     specs = dict.fromkeys([*specs, *linears_of(skeleton)]) | specs  # those that the job leaves as they are
     rounding = [inputs] if any(inputs.values()) else []
-    raw = untied(model.raw) if any(f"{name}.weight" in skeleton.tied for name in notes["sites"]) else model.raw
+    together = {*skeleton.tied, *skeleton.tied.values()}
+    rounded = any(f"{name}.weight" in together for name in notes["sites"])
+    raw = untied(model.raw) if rounded or skeleton.apart else model.raw
     config = {**raw, "quantization_config": job.codec.config(specs, *rounding)}
     job.writer.finish(written(config, job.identity, notes), model.path)

@@ -17,7 +17,9 @@ from qlab.certificate import distances, fingerprint, hash_of, hash_of_json, off_
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.shardwise import leaves_by_file
-from qlab.model.linears import experts_apart, refuse_unheld, transposed
+from qlab.model.alike import Alike, alike
+from qlab.model.linears import refuse_unheld, transposed
+from qlab.model.ties import FLAG
 from qlab.qtensor import QTensor, dense
 from qlab.report import recorded
 from qlab.shown import Shown, some
@@ -127,7 +129,8 @@ def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path)
         refuse_unheld(opened)
     record = recorded(model.path)
     certificates, noted = record.get("certificates", {}), record.get("changed", {})
-    reference = experts_apart(reference, whole=model.stored)
+    both = alike(model, reference)
+    model, reference = both.model, both.reference
     names, theirs = ({name for file in leaves_by_file(m) for name in file} for m in (model, reference))
     turned = transposed(reference) if model.codec and model.codec.transposed else frozenset()
     sites: dict[str, dict[str, Any]] = {}
@@ -135,7 +138,7 @@ def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path)
     for name in sorted(names):
         module = name.rpartition(".")[0]
         if model.quantized.get(module) and name == f"{module}.weight":
-            sites[module] = _site(model, reference, module, certificates.get(module, {}), module in turned)
+            sites[module] = _site(model, both, module, certificates.get(module, {}), module in turned)
             if certificates and module not in certificates:
                 sites[module]["fault"] = sites[module]["fault"] or "it has no certificate, as all weights of a directory have or none"
         elif name in theirs and _differs(model, reference, name):
@@ -143,14 +146,15 @@ def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path)
             changed[name] = "written by the recipe, as recorded" if written else None
     unheard = sorted(set(certificates) - set(sites))
     extras = {name: extra.fault(model.tensor(name)) for extra in model.extras for name in extra.tensors}
-    missing = [*sorted(theirs - names), *(f"the certified {module}" for module in unheard),
+    missing = [*sorted(theirs - names - both.doubled), *(f"the certified {module}" for module in unheard),
                *(name for extra in model.extras for name in extra.missing)]  # fmt: skip
-    made = {f"{module}.weight" for module, row in certificates.items() if row.get("made_of") in theirs}
-    config = _config_differences(model, reference, untied=bool(made - theirs))
+    sources = {f"{module}.weight": row.get("made_of") or f"{module}.weight" for module, row in certificates.items()}
+    made = {name for name, source in sources.items() if both.names.get(source, source) in theirs}
+    config = _config_differences(model, reference, both.mistied)
     retold = bool(certificates) and record.get("quantization_config") != hash_of_json(model.raw.get("quantization_config"))
     lost = bool(record) and not certificates and _certifies(record.get("job", {}))
-    return Verdict(model.path, sites, missing, sorted(names - theirs - extras.keys() - made), changed, bool(certificates), extras,
-                   config, retold, lost)  # fmt: skip
+    extra = sorted(names - theirs - extras.keys() - made - both.doubled)
+    return Verdict(model.path, sites, missing, extra, changed, bool(certificates), extras, config, retold, lost)
 
 
 def _certifies(job: Mapping[str, Any]) -> bool:
@@ -162,8 +166,9 @@ def _certifies(job: Mapping[str, Any]) -> bool:
 
 
 # ------------------------------------------------------------------ config.json
-def _config_differences(model: Checkpoint, reference: Checkpoint, untied: bool) -> dict[str, tuple[Any, Any]]:
-    """Key -> the directory's value and the reference's, where they differ. untied: the recipe gave a tied head a weight of its own.
+def _config_differences(model: Checkpoint, reference: Checkpoint, mistied: bool) -> dict[str, tuple[Any, Any]]:
+    """Key -> the directory's value and the reference's, where they differ. Whether a head is tied is all one where the directory's
+    files agree with its config (not `mistied`): its tensors are compared.
 
     A key that one of the two files lacks may be a default, or what the other one says in newer words: there transformers' reading
     of both decides, where it knows the architecture.
@@ -175,8 +180,8 @@ def _config_differences(model: Checkpoint, reference: Checkpoint, untied: bool) 
         if read is None or expected is None:
             read, expected = ours, theirs
         found = {key: (read.get(key), expected.get(key)) for key in read.keys() | expected.keys()} | found
-    return {key: pair for key, pair in sorted(found.items()) if not _same(*pair) and not
-            (untied and key.rpartition(".")[2] == "tie_word_embeddings" and pair[0] is False)}  # fmt: skip
+    says_nothing = set() if mistied else {key for key in found if key.rpartition(".")[2] == FLAG}
+    return {key: pair for key, pair in sorted(found.items()) if key not in says_nothing and not _same(*pair)}
 
 
 def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -208,7 +213,7 @@ def _same(ours: Any, theirs: Any) -> bool:
 
 
 # ------------------------------------------------------------------ tensors
-def _site(model: Checkpoint, reference: Checkpoint, module: str, certificate: Mapping[str, Any], transposed: bool) -> dict[str, Any]:
+def _site(model: Checkpoint, both: Alike, module: str, certificate: Mapping[str, Any], transposed: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"spec": str(model.quantized[module]), "weight_error": None,
                            "certified_error": certificate.get("weight_error"), "fault": None}  # fmt: skip
     try:
@@ -217,8 +222,9 @@ def _site(model: Checkpoint, reference: Checkpoint, module: str, certificate: Ma
         row["fault"] = off_grid(leaf)
         if certificate and fingerprint(leaf) != certificate["sha256"]:
             row["fault"] = row["fault"] or "its codes, scales or zero points are not the certified ones"
-        source = certificate.get("made_of", f"{module}.weight")
-        if "made_of" in certificate or source in reference.stored or module in reference.quantized:
+        reference, source = both.reference, certificate.get("made_of", f"{module}.weight")
+        source = both.names.get(source, source)
+        if "made_of" in certificate or source in reference.stored or source.rpartition(".")[0] in reference.quantized:
             W = reference.leaf(source)
             W = W.mT if transposed and isinstance(W, Tensor) else W
             if W.shape != leaf.shape:
@@ -237,7 +243,12 @@ def _site(model: Checkpoint, reference: Checkpoint, module: str, certificate: Ma
 
 
 def _differs(model: Checkpoint, reference: Checkpoint, name: str) -> bool:
-    """Whether an unquantized tensor is another than the reference's, cast from one float of 16 bits or more to another."""
-    ours, W = dense(model.leaf(name)), dense(reference.leaf(name))
+    """Whether an unquantized tensor is another than the reference's; a float that holds all of the other's numbers may be wider, and
+    one that was dequantized is rounded to the dtype that it is stored in."""
+    leaf = reference.leaf(name)
+    ours, W = dense(model.leaf(name)), dense(leaf)
     cast = ours.dtype != W.dtype and not (ours.is_floating_point() and W.is_floating_point() and ours.itemsize > 1)
-    return cast or ours.shape != W.shape or not torch.equal(ours, W.to(ours.dtype))
+    if cast or ours.shape != W.shape:
+        return True
+    wide = ours.dtype if isinstance(leaf, QTensor) else torch.promote_types(ours.dtype, W.dtype)
+    return not torch.equal(ours.to(wide), W.to(wide))

@@ -17,7 +17,7 @@ from qlab.codecs.extra import Extra
 from qlab.errors import QlabError
 from qlab.files.directory import CONFIG, INDEX, Stored, locate, read_json
 from qlab.files.explained import KEY, explained, refuse_unexplained
-from qlab.files.tensors import dtype_of, read
+from qlab.files.tensors import dtype_of, read, same_bytes
 from qlab.graph import Op
 from qlab.qtensor import Leaf
 from qlab.spec import InputSpec, Spec
@@ -109,6 +109,11 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """One tensor, by its name in the files."""
         return read(name, self.stored[name])
+
+    def equal(self, a: str, b: str) -> bool:
+        """Whether two tensors of the files are one, bit for bit; the codes of a quantized module are no tensor of this kind."""
+        stored = [self.stored.get(name) for name in (a, b)]
+        return stored[0] is not None and stored[1] is not None and same_bytes(stored[0], stored[1])
 
     def parts(self, module: str) -> Sequence[str]:
         """Names of the tensors directly under a module."""

@@ -48,6 +48,17 @@ def read(name: str, stored: Stored) -> Tensor:
     return data.view(dtype).reshape(stored.shape)
 
 
+def same_bytes(a: Stored, b: Stored) -> bool:
+    """Whether two stored tensors have one dtype, one shape and the same bytes; a part of them is in memory at a time."""
+    if (a.dtype, a.shape, a.nbytes) != (b.dtype, b.shape, b.nbytes):
+        return False
+    with a.file.open("rb") as one, b.file.open("rb") as other:
+        one.seek(a.start)
+        other.seek(b.start)
+        sizes = [min(BLOCK, a.nbytes - done) for done in range(0, a.nbytes, BLOCK)]
+        return all(one.read(size) == other.read(size) for size in sizes)
+
+
 def write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """A safetensors file of these tensors, each let go of before the next one is asked for.
 

@@ -61,8 +61,7 @@ def lower(
         skeleton.load_outside(with_head=True)
         _load_blocks(skeleton)
     attach(skeleton.model, turned, where)
-    if skeleton.tied:
-        skeleton.model.tie_weights()
+    _tie(skeleton)
     if (checkpoint.path / "generation_config.json").is_file():
         skeleton.model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     if where.type == "cpu":
@@ -187,6 +186,18 @@ def _load_blocks(skeleton: Skeleton) -> None:
             continue  # a file may have a tensor of the same name, such as `scales`, and it is not this one
         if (stored := skeleton.file_name(name)) in skeleton.checkpoint.files:
             _owner(skeleton.model, name)._buffers[name.rpartition(".")[2]] = skeleton.checkpoint.tensor(stored).to(buffer)
+
+
+def _tie(skeleton: Skeleton) -> None:
+    """One parameter for all names that it has; what config.json ties and the files hold apart stays so, whoever ties again."""
+    model, held = skeleton.model, dict(skeleton.model.named_parameters())
+    for name, other in skeleton.tied.items():
+        if name in held and other in held:
+            _owner(model, name)._parameters[name.rpartition(".")[2]] = held[other]
+    if skeleton.apart:
+        model.all_tied_weights_keys = dict(skeleton.tied)
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:

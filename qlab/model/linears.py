@@ -1,7 +1,8 @@
 """Which modules of a model readers may take for linears, by every name under which they may look for them in the files."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -9,6 +10,7 @@ from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.directory import INDEX, WIDTHS, Stored, unheld
 from qlab.model.skeleton import Skeleton
+from qlab.model.ties import FLAG, untied
 
 HEAD = "lm_head"  # in no file where it shares the embedding's weight; readers that match by class still meet it
 
@@ -74,6 +76,20 @@ def refuse_unheld(model: Checkpoint) -> None:
         name, file = next(iter(lacking.items()))
         raise QlabError(f"{model.path / INDEX} lists {name} in {file}, which does not hold it; download the model again, or take "
                         "out what nobody needs")
+
+
+def untied_where_apart(model: Checkpoint, quantized: Collection[str]) -> Mapping[str, Any]:
+    """The directory's config.json, which ties nothing that its files hold apart, or that they hold twice and of which one is quantized.
+
+    quantized: modules of the files. Refuses files that lack a tensor of a model that transformers knows.
+    """
+    if not model.known:
+        return untied(model.raw) if model.raw.get(FLAG) and HEAD in quantized else model.raw
+    skeleton = Skeleton(model, model.dtype)
+    skeleton.refuse_missing()
+    twice = [(name, other) for name, other in skeleton.tied.items() if skeleton.file_name(name) in model.stored]
+    modules = {skeleton.file_name(name).rpartition(".")[0] for pair in twice for name in pair}
+    return untied(model.raw) if skeleton.apart or modules & set(quantized) else model.raw
 
 
 def transposed(model: Checkpoint) -> frozenset[str]:

@@ -4,14 +4,14 @@ transformers itself says so: its loading rules give every stored name its place 
 on the numbers of a fused weight's rows, say which rows of which expert every file tensor holds.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
 
 from qlab.errors import QlabError
 from qlab.qtensor import Leaf, QTensor
@@ -115,3 +115,19 @@ def pieces_of_experts(model: PreTrainedModel, name: str, stored: Collection[str]
 def _spelled(name: str, prefix: str, stored: Collection[str]) -> str:
     bare = name.removeprefix(f"{prefix}.")
     return bare if name not in stored and bare in stored else name
+
+
+def identities(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Hashable]:
+    """Stored name -> what transformers loads it into: a parameter's name, or a part of a parameter that it joins from several."""
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    known, prefix = model.state_dict(), model.base_model_prefix
+    found: dict[str, Hashable] = {}
+    for name in sorted(stored):
+        place, pattern = rename_source_key(name, renamings, converters, prefix, known)
+        if place not in known and name in known:  # a rule for names of other files
+            place, pattern = rename_source_key(name, [], [], prefix, known)
+        numbers = tuple(part for part in name.split(".") if part.isdigit())
+        found[name] = place if pattern is None or place == name else (place, pattern, numbers)
+    return found

@@ -23,6 +23,7 @@ from qlab.model.names import Piece, assemble, pieces_of_experts, spellings
 from qlab.model.online import at_input, at_output
 from qlab.model.paper import find_blocks, on_paper, output_on_meta, path_of
 from qlab.model.recording import Call, Output, Recorded, Recorder, Replaced, to_like
+from qlab.model.ties import FLAG, apart, ties
 from qlab.programs import program
 from qlab.qtensor import Leaf, QTensor, dense
 
@@ -64,11 +65,19 @@ class Skeleton:
         """Refuse files that lack a tensor of the model."""
         for name, _ in self.model.named_parameters(remove_duplicate=False):
             if self._lacking(name) and (lacking := self._lacking(self.tied.get(name, name))):
+                self._refuse_untied(name)
                 self.checkpoint.shape_and_dtype(lacking[0])
 
     def _lacking(self, name: str) -> list[str]:
         """The tensors of a parameter that the files hold neither as they are nor as codes."""
         return [piece.name for piece in self.pieces(name) if piece.name not in self._stored]
+
+    def _refuse_untied(self, name: str) -> None:
+        """Refuse files that lack a tensor which the model's class could tie to another and config.json does not."""
+        tying = self.model._tied_weights_keys or {}
+        if name in tying and name not in self.model.all_tied_weights_keys:
+            raise QlabError(f"{self.checkpoint.path} has no tensor {self.file_name(name)}, and its config.json ties it to no other "
+                            f"({FLAG} is false); download it again, or restore that key")
 
     def check_length(self, tokens: int) -> None:
         """Refuse samples of more tokens than a model with tables of positions has: learned ones, which lie beside that of the
@@ -234,10 +243,19 @@ class Skeleton:
             if read or not buffer.is_meta:
                 self.model.get_submodule(owner)._buffers[key] = value.to(self.device)
 
-    @property
+    @functools.cached_property
     def tied(self) -> Mapping[str, str]:
-        """Parameter that is another one's too -> that one: a head and the embedding."""
-        return self.model.all_tied_weights_keys
+        """Parameter that is another one's too -> that one, which the files hold: a head and the embedding."""
+
+        def equal(name: str, other: str) -> bool:
+            return self.checkpoint.equal(self.file_name(name), self.file_name(other))
+
+        return ties(self.model, self._spelled.__contains__, equal)
+
+    @property
+    def apart(self) -> set[str]:
+        """The parameters that config.json ties to others, and the files do not."""
+        return apart(self.model, self.tied)
 
     def outside_leaves(self) -> list[str]:
         """The names of the leaves of the files that belong to no block: the tensors of a quantized module are one leaf."""
