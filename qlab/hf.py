@@ -143,7 +143,8 @@ class QlabQuantizer(HfQuantizer):
     def _refuse_missing(self, model: PreTrainedModel) -> None:
         """transformers fills what a directory lacks at random and says so in a table; here it is an error."""
         checkpoint, packed = self.skeleton.checkpoint, {*self.packed, *(f"{name}.weight" for name in self.packed), *self.decoded}
-        tied = {name for name, other in self.skeleton.tied.items() if other not in packed}
+        codes = {f"{name}.weight" for name in self.packed}
+        tied = {name for name, other in self.skeleton.tied.items() if other not in codes}
         for name, _ in self.skeleton.model.named_parameters():
             lacking = [piece.name for piece in self.skeleton.pieces(name) if piece.name not in checkpoint.stored]
             if lacking and name not in packed | tied:
