@@ -245,6 +245,8 @@ def in_order(leaf: QTensor) -> QTensor:
         return leaf
     k = leaf.shape[-1]
     cols = leaf.spec.tile.cols or k
+    if k % cols:
+        return leaf
     place = leaf.perm.argsort()  # input channel -> column of codes
     group = (place // cols).reshape(-1, cols)
     if (group != group[:, :1]).any():

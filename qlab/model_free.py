@@ -171,7 +171,7 @@ def _check(source: Checkpoint, specs: Mapping[str, Spec], turned: Collection[str
         stored = source.stored[name].shape if (name := f"{module}.weight") in source.stored else source.leaf(name).shape  # of 2:4
         shape = torch.Size(stored[::-1] if module in turned else stored)
         try:
-            spec.tile.sizes(shape)
+            spec.tile.check(shape)
         except QlabError as error:
             failed.setdefault(str(error), []).append(module)
             continue

@@ -266,7 +266,7 @@ def _check_specs(specs: Mapping[str, Spec | None], shapes: Mapping[str, torch.Si
     for name, spec in rounded.items():
         k = shapes[name][-1]
         try:
-            spec.tile.sizes(shapes[name])
+            spec.tile.check(shapes[name])
         except QlabError as error:
             widths = {shapes[other][-1] for other, its in rounded.items() if its == spec}
             common = ", ".join(map(str, legal_groups(math.gcd(*widths)))) or "none"

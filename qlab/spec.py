@@ -18,8 +18,8 @@ class Tile:
     """The rows and columns of a weight that one scale covers; None is the whole axis.
 
     tensor = Tile(None, None), channel = Tile(1, None), group of g = Tile(1, g), 2-D block = Tile(128, 128).
-    Leading axes (experts) always have scales of their own. Groups divide a row. Blocks of several rows and columns need
-    not: those at the lower and right edge are filled up with zeros, so that scale counts are rounded up.
+    Leading axes (experts) always have scales of their own. Tiles at the lower and right edge may reach over it and are filled up with
+    zeros, so that scale counts are rounded up. Weights are rounded to groups that divide a row; other writers' need not.
     """
 
     rows: int | None
@@ -42,15 +42,19 @@ class Tile:
         return whole if whole.shape == shape else whole[..., : shape[-2], : shape[-1]].contiguous()
 
     def sizes(self, shape: torch.Size) -> tuple[int, int]:
-        """Rows and columns under one scale of a weight [..., o, k]; refuses groups that do not divide it."""
+        """Rows and columns under one scale of a weight [..., o, k]."""
         o, k = shape[-2:]
-        rows, cols = self.rows or o, self.cols or k
+        return self.rows or o, self.cols or k
+
+    def check(self, shape: torch.Size) -> None:
+        """Refuse groups that do not divide a weight [..., o, k], before it is rounded to them."""
+        k = shape[-1]
+        cols = self.cols or k
         if self.rows in (None, 1) and k % cols:
             raise QlabError(
                 f"groups of {cols} do not divide the {k} input channels of a weight {tuple(shape)}; "
                 f"legal groups here are {', '.join(map(str, legal_groups(k)))} or 'channel'"
             )
-        return rows, cols
 
     def scales_shape(self, shape: torch.Size) -> tuple[int, ...]:
         """Shape of the scales of a weight [..., o, k]: [..., a, g]."""

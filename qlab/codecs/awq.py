@@ -35,6 +35,8 @@ def misfit(spec: Spec, shape: torch.Size) -> str | None:
     """Why weights [..., o, k] of this shape do not fit, or None."""
     if shape[-2] % 8:
         return f"{shape[-2]} rows do not fill int32 words, as AWQ needs; write compressed-tensors"
+    if shape[-1] % (spec.tile.cols or 1):
+        return f"groups of {spec.tile.cols} do not divide {shape[-1]} channels, as AWQ needs; write gptq"
     return None
 
 
@@ -63,8 +65,8 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
     if spec.tile.cols and k % spec.tile.cols:
         raise QlabError(f"{path}.qweight {tuple(words.shape)} does not hold a weight of {spec}; the file or its config is wrong")
     groups = k // (spec.tile.cols or k)
-    scales = stored.take(path, tensors, "scales", (groups, o), *stored.scale_dtypes(spec)).mT.contiguous()
-    zeros = _unpack(stored.take(path, tensors, "qzeros", (groups, o // 8), torch.int32))
+    scales = stored.take_spread(path, tensors, "scales", (groups, o), *stored.scale_dtypes(spec)).mT.contiguous()
+    zeros = _unpack(stored.take_spread(path, tensors, "qzeros", (groups, o // 8), torch.int32))
     if spec.symmetric and not bool((zeros == 0).all()):
         raise QlabError(f"{path}.qzeros is not 8 everywhere, as a symmetric file has it; its config must say zero_point true")
     return QTensor(_unpack(words), scales, None if spec.symmetric else zeros, spec)

@@ -1,7 +1,7 @@
 """`quant_method: fp8`, read only: DeepSeek-V3's blocks of 128x128 and scales per tensor, as transformers and vLLM take them.
 
 weight e4m3 [o, k] beside weight_scale_inv [ceil(o/r), ceil(k/c)] for blocks of r x c, W = weight * weight_scale_inv in
-spite of its name; or beside weight_scale_inv or weight_scale [] or [1] per tensor. Scales are fp32, bfloat16 or powers of
+spite of its name; or beside weight_scale_inv or weight_scale, [] or [1] per tensor, [o] or [o, 1] per row. Scales are fp32, bfloat16 or powers of
 two (e8m0, or its bytes). The product rounds its inputs to e4m3 as well: with "activation_scheme" dynamic for groups of c
 channels (tokens, where scales are per tensor), with "static" by one activation_scale or input_scale per tensor.
 Sources: DeepSeek-V3's inference code, transformers 5.23 (FineGrainedFP8).
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlab.codecs.stored import bare
 from qlab.errors import QlabError
 from qlab.methods.inputs import QuantizeInput
 from qlab.qtensor import QTensor
@@ -26,7 +27,7 @@ KEYS = {
     "quant_method", "activation_scheme", "weight_block_size", "modules_to_not_convert", "ignored_layers", "modules_to_convert",
     "fmt", "scale_fmt", "dequantize", "expert_dtype",
 }  # fmt: skip
-BLOCK = [128, 128]
+BLOCK, WHOLE = [128, 128], Tile(None, None)
 
 
 def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec]:
@@ -34,7 +35,14 @@ def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec]:
     spec = _spec(config, names)
     if other := sorted(name for name in names if name.endswith("_scale_inv") and not name.endswith(f".{INVERSE}")):
         raise QlabError(f"{other[0]} scales fused experts, which qlab reads one by one (experts.0.gate_proj); split them")
-    return {path: spec for path, _, kind in (name.rpartition(".") for name in names) if kind in (INVERSE, PLAIN)}
+    scales = {name.rpartition(".")[0]: name for name in names if name.rpartition(".")[2] in (INVERSE, PLAIN)}
+    return {path: Float(*FLOATS["fp8"], Tile(1, None)) if spec.tile == WHOLE and _per_row(name, names) else spec
+            for path, name in scales.items()}  # fmt: skip
+
+
+def _per_row(name: str, names: Any) -> bool:
+    """Whether a tensor of scales holds several, as far as the files' headers are at hand."""
+    return isinstance(names, Mapping) and torch.Size(names[name].shape).numel() > 1
 
 
 def inputs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, InputSpec]:
@@ -73,8 +81,8 @@ def decode_input(path: str, tensors: Mapping[str, Tensor], spec: InputSpec) -> Q
 
 
 def _scales(name: str, stored: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """Scales [a, g] as they are meant: bytes are exponents of two; one number may have any shape."""
-    if stored.dtype not in DTYPES or (tuple(stored.shape) != grid and not stored.numel() == 1 == torch.Size(grid).numel()):
+    """Scales [a, g] as they are meant: bytes are exponents of two; axes of one may be there or not."""
+    if stored.dtype not in DTYPES or bare(stored.shape) != bare(grid):
         raise QlabError(f"{name} is {_described(stored)}, expected torch.float32 {grid}; the file is damaged or its "
                         "quantization_config is wrong")
     scales = stored.view(torch.float8_e8m0fnu).float() if stored.dtype in POWERS else stored
@@ -106,7 +114,7 @@ def _spec(config: Mapping[str, Any], names: Collection[str]) -> Float:
     default = BLOCK if any(name.endswith(f".{INVERSE}") for name in names) else None
     block = config.get("weight_block_size", default)
     if block is None:
-        return Float(*FLOATS["fp8"], Tile(None, None))
+        return Float(*FLOATS["fp8"], WHOLE)
     if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and 1 < n <= 1 << 20 for n in block):
         raise QlabError(f"quantization_config has weight_block_size {block!r}; it is [rows, columns] or null")
     return Float(*FLOATS["fp8"], Tile(*block))

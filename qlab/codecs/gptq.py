@@ -91,7 +91,7 @@ def encode(version: Version, path: str, leaf: QTensor) -> dict[str, Tensor]:
         raise QlabError(f"{path}: {reason}")
     k, bits = leaf.shape[1], leaf.spec.bits
     inverse = slice(None) if leaf.perm is None else leaf.perm.argsort()
-    in_order = _in_order(k, leaf.scales.shape[1])
+    in_order = _in_order(k, leaf.spec.tile.cols or k)
     g_idx = in_order[inverse]
     if not version.reordered and not torch.equal(g_idx, in_order):
         raise QlabError(f"{path}: its channels share groups in an order of their own (perm), which readers of {version} drop; "
@@ -112,9 +112,9 @@ def encode(version: Version, path: str, leaf: QTensor) -> dict[str, Tensor]:
     return {f"{path}.{name}": tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def _in_order(k: int, groups: int) -> Tensor:
+def _in_order(k: int, cols: int) -> Tensor:
     """g_idx of channels in their own order: k // group_size."""
-    return torch.arange(groups, dtype=torch.int32).repeat_interleave(k // groups)
+    return torch.arange(k, dtype=torch.int32) // cols
 
 
 def decode(version: Version, path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
@@ -130,16 +130,17 @@ def decode(version: Version, path: str, tensors: Mapping[str, Tensor], spec: Spe
     stored.check_names(path, "GPTQ", tensors, TENSORS)
     words = stored.take(path, tensors, "qweight", (None, None), torch.int32)
     k, o = words.shape[0] * 32 // bits, words.shape[1]
-    if words.shape[0] * 32 % bits or o * bits % 32 or (spec.tile.cols and k % spec.tile.cols):
+    if words.shape[0] * 32 % bits or o * bits % 32:
         raise QlabError(f"{path}.qweight {tuple(words.shape)} does not hold a weight of {spec}; the file or its config is wrong")
-    groups = k // (spec.tile.cols or k)
-    scales = stored.take(path, tensors, "scales", (groups, o), *stored.scale_dtypes(spec)).mT.contiguous()
-    packed = stored.take(path, tensors, "qzeros", (groups, o * bits // 32), torch.int32)
+    cols = spec.tile.cols or k
+    groups = -(-k // cols)  # the last one may not be full
+    scales = stored.take_spread(path, tensors, "scales", (groups, o), *stored.scale_dtypes(spec)).mT.contiguous()
+    packed = stored.take_spread(path, tensors, "qzeros", (groups, o * bits // 32), torch.int32)
     zeros = _zeros(version, packed, bits, o)
     if spec.symmetric and not bool((zeros == 0).all()):
         raise QlabError(f"{path}.qzeros is not {2 ** (bits - 1)} everywhere, as a symmetric {version.name} file has it; its config "
                         "names the wrong version, or sym must be false")
-    perm = _perm(version, path, tensors, k, groups)
+    perm = _perm(version, path, tensors, k, cols)
     codes = unpack_signed(words.mT, bits, k)
     return QTensor(codes if perm is None else codes[:, perm], scales, None if spec.symmetric else zeros, spec, perm=perm)
 
@@ -153,15 +154,15 @@ def _zeros(version: Version, packed: Tensor, bits: int, o: int) -> Tensor:
     return signed(fields, bits).mT.contiguous()
 
 
-def _perm(version: Version, path: str, tensors: Mapping[str, Tensor], k: int, groups: int) -> Tensor | None:
+def _perm(version: Version, path: str, tensors: Mapping[str, Tensor], k: int, cols: int) -> Tensor | None:
     """The order that puts channels of one group side by side; None where they lie so already."""
     if f"{path}.g_idx" not in tensors and not version.reordered:
         return None
-    g_idx, in_order = stored.take(path, tensors, "g_idx", (k,), torch.int32), _in_order(k, groups)
+    g_idx, in_order = stored.take(path, tensors, "g_idx", (k,), torch.int32), _in_order(k, cols)
     perm = g_idx.argsort(stable=True)
     if not torch.equal(g_idx[perm], in_order):
-        raise QlabError(f"{path}.g_idx does not give each of {groups} groups {k // groups} of {k} channels; qlab reads groups of "
-                        "one size")
+        raise QlabError(f"{path}.g_idx does not give each of {-(-k // cols)} groups {cols} of {k} channels, but for what is left to the "
+                        "last one; qlab reads groups of one size")
     return None if torch.equal(g_idx, in_order) else perm
 
 

@@ -73,11 +73,12 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Int | None) -> Leaf:
                         "them is wrong")
     o, k = stored.take(path, tensors, "shape", (2,), torch.int64, torch.int32).tolist()
     if min(o, k) < 1 or (group and (o * k % group or (axis and k % group))):
-        raise QlabError(f"{path}.shape is ({o}, {k}), which groups of {group} do not divide; the file is damaged")
+        raise QlabError(f"{path}.shape is ({o}, {k}), which groups of {group} do not divide; qlab reads groups "
+                        "of neighbours in one row or column")
     size = group or (k if axis else o)
     rows, columns = (o * k // size, size) if axis else (size, o * k // size)
     words = stored.take(path, tensors, "W_q", (-(-rows // PARTS[bits]), columns), torch.int32 if bits == 3 else torch.uint8)
-    scales, zeros = (stored.take(path, tensors, name, (rows, 1) if axis else (1, columns), *FLOATS) for name in ("scale", "zero"))
+    scales, zeros = (stored.take_spread(path, tensors, name, (rows, 1) if axis else (1, columns), *FLOATS) for name in ("scale", "zero"))
     codes = _unpack(words, bits)[:rows]
     if spec is None:
         return ((codes.float() - zeros.float()) * scales.float()).reshape(o, k).to(scales.dtype)

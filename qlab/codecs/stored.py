@@ -1,6 +1,6 @@
 """What every codec of packed integers asks: of a leaf before it is written, of a module's tensors before they are read."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -71,6 +71,19 @@ def take(path: str, tensors: Mapping[str, Tensor], name: str, shape: tuple[int |
     if tensor.is_floating_point() and not tensor.isfinite().all():
         raise QlabError(f"{path}.{name} holds NaN or Inf; the file is damaged")
     return tensor
+
+
+def take_spread(path: str, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
+    """The same for scales and zero points, which writers store with axes of one or without them: [] and [1], [o] and [o, 1]."""
+    found = tensors.get(f"{path}.{name}")
+    if found is not None and bare(found.shape) == bare(shape):
+        tensors = {f"{path}.{name}": found.reshape(shape)}
+    return take(path, tensors, name, shape, *dtypes)
+
+
+def bare(shape: Iterable[int]) -> tuple[int, ...]:
+    """A shape without its axes of one, which say nothing of what lies where."""
+    return tuple(n for n in shape if n != 1)
 
 
 def modules_with(suffix: str, names: Collection[str]) -> list[str]:

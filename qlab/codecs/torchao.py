@@ -109,10 +109,10 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Int | None) -> Leaf:
         raise QlabError(f"{path}._weight_qdata spans [{low}, {high}] and int{spec.bits} holds [{spec.qmin}, {spec.qmax}]; the file "
                         "or its config is wrong")
     grid = (o, k // (spec.tile.cols or k))
-    scales = stored.take(path, tensors, "_weight_scale", grid, *FLOATS)
+    scales = stored.take_spread(path, tensors, "_weight_scale", grid, *FLOATS)
     if spec.symmetric and f"{path}._weight_zero_point" not in tensors:
         return QTensor(codes, scales, None, spec)
-    zeros = stored.take(path, tensors, "_weight_zero_point", grid, torch.int8)
+    zeros = stored.take_spread(path, tensors, "_weight_zero_point", grid, torch.int8)
     if spec.symmetric and bool(zeros.any()):
         raise QlabError(f"{path}._weight_zero_point is not 0 everywhere and the config says symmetric; one of them is wrong")
     return QTensor(codes, scales, None if spec.symmetric else zeros, spec)

@@ -48,6 +48,7 @@ def fit(grid: Grid, W_ok: Tensor, spec: Spec, h_k: Tensor | None = None,
     spec = with_scale_dtype(spec, torch.float32)
     if grid.weighted and h_k is None:
         raise QlabError(f"the grid {grid.name!r} weighs errors by the second moment, which was not observed")
+    spec.tile.check(W_ok.shape)
     x_agn = spec.tile.split(W_ok)
     h_agn = None
     if grid.weighted and h_k is not None:

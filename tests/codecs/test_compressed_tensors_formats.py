@@ -201,7 +201,7 @@ NAN8 = torch.full((4, 64), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
     ("fp8-channel", {"weight": torch.zeros(4, 64)}, "weight is torch.float32 .*expected torch.float8_e4m3fn"),
     ("fp8-channel", {"weight": torch.zeros(0, 64).to(torch.float8_e4m3fn)}, "weight is .*expected"),
     ("fp8-channel", {"weight": NAN8}, "weight holds NaN"),
-    ("fp8-channel", {"weight_scale": torch.ones(4)}, r"weight_scale is torch.float32 \(4,\), expected torch.float32 \(4, 1\)"),
+    ("fp8-channel", {"weight_scale": torch.ones(3)}, r"weight_scale is torch.float32 \(3,\), expected torch.float32 \(4, 1\)"),
     ("fp8-channel", {"weight_scale": torch.full((4, 1), torch.inf)}, "weight_scale holds NaN or Inf"),
     ("fp8-channel", {"weight_zero_point": torch.zeros(4, 1)}, "weight_zero_point has no place"),
     ("fp8-g32", {"weight": torch.zeros(4, 60).to(torch.float8_e4m3fn)}, "weight does not fit its config: groups of 32"),

@@ -30,7 +30,7 @@ def no_lowest(q):
 
 @st.composite
 def leaves(draw):
-    bits, group = draw(st.sampled_from([2, 3, 4, 8])), draw(st.sampled_from([None, 8, 32]))
+    bits, group = draw(st.sampled_from([2, 3, 4, 8])), draw(st.sampled_from([None, 8, 32, 48]))  # whose last one may not be full
     spec = Int(bits, Tile(1, group), draw(st.booleans()), draw(st.sampled_from([F16, torch.bfloat16])))
     q = random_qtensor(spec, 32 * draw(st.integers(1, 3)), 32 * draw(st.integers(1, 4)), draw(st.integers(0, 99)))
     return q
@@ -39,7 +39,7 @@ def leaves(draw):
 def canonical_perm(k, group, seed):
     """A random assignment of channels to groups; within a group they ascend."""
     order = torch.randperm(k, generator=torch.Generator().manual_seed(seed))
-    return order.view(-1, group).sort(-1).values.flatten()
+    return torch.cat([part.sort().values for part in order.split(group)])
 
 
 @settings(max_examples=100, deadline=None)
@@ -60,6 +60,8 @@ def test_channels_in_another_order_come_back(q, seed):
     assert torch.equal(dense(back), dense(q))
     if q.spec.tile.cols and not torch.equal(q.perm, torch.arange(k)):
         assert_same(back, q)
+    if k % (q.spec.tile.cols or k):
+        return  # no other group has the size of the last one
     shuffled = replace(q, codes=q.codes.flip(-1), scales=q.scales.flip(-1), zeros=q.zeros if q.zeros is None else q.zeros.flip(-1),
                        perm=q.perm.flip(-1))  # the same weight, its groups and channels named in reverse
     assert torch.equal(dense(V2_ORDER.decode("m", V2_ORDER.encode("m", shuffled), q.spec)), dense(q))

@@ -15,6 +15,7 @@ from qlab.codecs.compressed_tensors.activations import decode_input, encode_inpu
 from qlab.codecs.compressed_tensors.cache import cache
 from qlab.codecs.compressed_tensors.config import config, inputs, specs
 from qlab.codecs.compressed_tensors.scheme import format_of, refusal
+from qlab.codecs.compressed_tensors.tensors import whole_groups
 from qlab.codecs.compressed_tensors.transforms import transforms
 from qlab.codecs.extra import Extra
 from qlab.errors import QlabError
@@ -42,6 +43,9 @@ def encode(path: str, leaf: QTensor, online: Collection = ()) -> dict[str, Tenso
         raise QlabError(f"{path}: compressed-tensors holds one [o, k] weight per module, not {tuple(leaf.shape)}; split it")
     if leaf.perm is not None:
         raise QlabError(f"{path}: compressed-tensors cannot express the leaf's `perm`; use a codec with g_idx")
+    if not whole_groups(leaf.spec, leaf.shape):
+        raise QlabError(f"{path}: groups of {leaf.spec.tile.cols} do not divide its {leaf.shape[-1]} channels, as compressed-tensors "
+                        "needs; write gptq")
     rounding = next((op for op in online if isinstance(op, QuantizeInput)), None)
     tensors = LAYOUTS[format_of(leaf.spec, rounding.input_spec if rounding else None)].encode(path, leaf)
     return tensors | (encode_input(path, rounding) if rounding else {})

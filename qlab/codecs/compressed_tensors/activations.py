@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qlab.codecs.compressed_tensors.tensors import INPUTS, WIDE, take
+from qlab.codecs.compressed_tensors.tensors import INPUTS, WIDE, take_spread
 from qlab.errors import QlabError
 from qlab.methods.inputs import QuantizeInput
 from qlab.spec import InputSpec
@@ -28,9 +28,9 @@ def decode_input(path: str, tensors: Mapping[str, Tensor], spec: InputSpec) -> Q
         # a symmetric zero point is 0, and some releases write it down
         if f"{path}.{name}" in tensors and name not in wanted and (name != "input_zero_point" or tensors[f"{path}.{name}"].any()):
             raise QlabError(f"{path}.{name} has no place where inputs are {spec}; check the file's quantization_config")
-    scales = take(path, tensors, "input_scale", (1,), *WIDE).reshape(1, 1) if "input_scale" in wanted else None
-    zeros = take(path, tensors, "input_zero_point", (1,), torch.int8).reshape(1, 1) if "input_zero_point" in wanted else None
-    outer = take(path, tensors, "input_global_scale", (1,), torch.float32) if "input_global_scale" in wanted else None
+    scales = take_spread(path, tensors, "input_scale", (1,), *WIDE).reshape(1, 1) if "input_scale" in wanted else None
+    zeros = take_spread(path, tensors, "input_zero_point", (1,), torch.int8).reshape(1, 1) if "input_zero_point" in wanted else None
+    outer = take_spread(path, tensors, "input_global_scale", (1,), torch.float32) if "input_global_scale" in wanted else None
     for scale in (scales, outer):
         if scale is not None and not (scale > 0).all():
             raise QlabError(f"{path} has an input scale of {scale.item():g}; the file is damaged")

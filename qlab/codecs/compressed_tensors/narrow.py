@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlab.codecs.bits import pack, unpack
 from qlab.codecs.compressed_tensors.plain import as_stored, take_scales
-from qlab.codecs.compressed_tensors.tensors import check_scales, refuse_others, take, take_matrix
+from qlab.codecs.compressed_tensors.tensors import check_scales, refuse_others, take_matrix, take_spread
 from qlab.errors import QlabError
 from qlab.qtensor import QTensor
 from qlab.spec import Float, Spec
@@ -42,7 +42,7 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
     if width * 8 % spec.bits or k % (spec.tile.cols or k):
         raise QlabError(f"{path}.weight_packed ({o}, {width}) holds no whole groups of {spec}; the file or its config is wrong")
     scales = take_scales(path, tensors, spec, spec.tile.scales_shape(torch.Size((o, k))))
-    outer = take(path, tensors, "weight_global_scale", (1,), torch.float32) if spec.outer else None
+    outer = take_spread(path, tensors, "weight_global_scale", (1,), torch.float32) if spec.outer else None
     if outer is not None and not ((outer > 0) & (scales.float() / outer).isfinite()).all():
         raise QlabError(f"{path}.weight_global_scale is {outer.item():g}, which scales cannot be divided by; the file is damaged")
     words = torch.nn.functional.pad(tensors[f"{path}.weight_packed"], (0, -width % 4)).view(torch.int32)

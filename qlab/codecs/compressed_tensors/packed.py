@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qlab.codecs.bits import pack_signed, unpack_signed, words_of
-from qlab.codecs.compressed_tensors.tensors import check_scales, refuse_others, scale_dtypes, stored_shape, strategy, take
+from qlab.codecs.compressed_tensors.tensors import check_scales, refuse_others, scale_dtypes, stored_shape, strategy, take, take_spread, whole_groups
 from qlab.errors import QlabError
 from qlab.qtensor import QTensor
 from qlab.spec import Int, Spec
@@ -52,18 +52,18 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
     known = {"weight_packed", "weight_scale", "weight_shape", "weight_g_idx", *(() if spec.symmetric else ("weight_zero_point",))}
     refuse_others(path, tensors, spec, known)
     o, k = shape = torch.Size(take(path, tensors, "weight_shape", (2,), torch.int64, torch.int32).tolist())
-    if o < 1 or k < 1 or (spec.tile.cols and k % spec.tile.cols):
+    if o < 1 or k < 1 or not whole_groups(spec, shape):
         raise QlabError(f"{path}.weight_shape {tuple(shape)} does not fit {spec}; the file or its config is wrong")
     grid, stored, bits = spec.tile.scales_shape(shape), stored_shape(spec, shape), spec.bits
     found = tensors.get(f"{path}.weight_packed")
     legacy = found is not None and found.ndim == 2 and words_of(k, bits) != _legacy_words(k, bits) == found.shape[-1]
     words, unpacked = (_legacy_words, _unpack_legacy) if legacy else (words_of, unpack_signed)
     packed = take(path, tensors, "weight_packed", (o, words(k, bits)), torch.int32)
-    scales = take(path, tensors, "weight_scale", stored, *scale_dtypes(spec))
+    scales = take_spread(path, tensors, "weight_scale", stored, *scale_dtypes(spec))
     if spec.symmetric:
         zeros = None
     elif strategy(spec.tile) == "tensor":
-        zeros = take(path, tensors, "weight_zero_point", stored, torch.int8).reshape(grid)
+        zeros = take_spread(path, tensors, "weight_zero_point", stored, torch.int8).reshape(grid)
     else:
         columns = take(path, tensors, "weight_zero_point", (words(o, bits), grid[1]), torch.int32)
         zeros = unpacked(columns.mT, bits, o).mT.contiguous()
@@ -80,7 +80,8 @@ def _order(path: str, tensors: Mapping[str, Tensor], spec: Spec, k: int) -> Tens
     if (g_idx == -1).all() or torch.equal(g_idx, torch.arange(k, dtype=g_idx.dtype) // cols):
         return None
     if not torch.equal(g_idx.sort().values, torch.arange(k, dtype=g_idx.dtype) // cols):
-        raise QlabError(f"{path}.weight_g_idx does not put {cols} channels into each of {k // cols} groups; the file is damaged")
+        raise QlabError(f"{path}.weight_g_idx does not put {cols} channels into each of {-(-k // cols)} groups; qlab reads groups "
+                        "of one size")
     return g_idx.argsort(stable=True)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qlab.codecs.compressed_tensors.packed import check_codes
-from qlab.codecs.compressed_tensors.tensors import check_scales, refuse_others, scale_dtypes, stored_shape, take, take_matrix
+from qlab.codecs.compressed_tensors.tensors import check_scales, refuse_others, scale_dtypes, stored_shape, take_matrix, take_spread, whole_groups
 from qlab.errors import QlabError
 from qlab.qtensor import QTensor
 from qlab.spec import Int, Spec
@@ -39,8 +39,8 @@ def as_stored(scales: Tensor) -> Tensor:
 def take_scales(path: str, tensors: Mapping[str, Tensor], spec: Spec, stored: tuple[int, ...]) -> Tensor:
     """The module's weight_scale, uint8 exponents as the powers of two that they are."""
     if spec.scale_dtype != E8M0:
-        return take(path, tensors, "weight_scale", stored, *scale_dtypes(spec))
-    scales = take(path, tensors, "weight_scale", stored, torch.uint8).view(E8M0)
+        return take_spread(path, tensors, "weight_scale", stored, *scale_dtypes(spec))
+    scales = take_spread(path, tensors, "weight_scale", stored, torch.uint8).view(E8M0)
     if scales.isnan().any():
         raise QlabError(f"{path}.weight_scale holds 255, which is no exponent; the file is damaged")
     return scales
@@ -50,12 +50,11 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
     """The inverse of encode; refuses missing, misshaped and unexpected tensors of the module."""
     refuse_others(path, tensors, spec, {"weight", "weight_scale", *(() if spec.symmetric else ("weight_zero_point",))})
     shape = torch.Size(take_matrix(path, tensors, "weight", spec.code_dtype))
-    try:
-        grid, stored = spec.tile.scales_shape(shape), stored_shape(spec, shape)
-    except QlabError as error:
-        raise QlabError(f"{path}.weight does not fit its config: {error}") from error
+    grid, stored = spec.tile.scales_shape(shape), stored_shape(spec, shape)
+    if not whole_groups(spec, shape):
+        raise QlabError(f"{path}.weight does not fit its config: groups of {spec.tile.cols} do not divide {shape[-1]} channels")
     scales = take_scales(path, tensors, spec, stored)
-    zeros = None if spec.symmetric else take(path, tensors, "weight_zero_point", stored, torch.int8).reshape(grid)
+    zeros = None if spec.symmetric else take_spread(path, tensors, "weight_zero_point", stored, torch.int8).reshape(grid)
     leaf = QTensor(tensors[f"{path}.weight"], scales.reshape(grid), zeros, spec)
     if isinstance(spec, Int):
         check_codes(path, leaf)

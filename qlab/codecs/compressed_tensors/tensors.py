@@ -1,10 +1,11 @@
 """Taking a module's tensors out of a file: each is there, of the right shape and type, and nothing else is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from qlab.codecs.stored import bare
 from qlab.errors import QlabError
 from qlab.qtensor import QTensor
 from qlab.spec import Spec, Tile
@@ -31,6 +32,12 @@ def stored_shape(spec: Spec, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (1,) if strategy(spec.tile) == "tensor" else spec.tile.scales_shape(torch.Size(shape))
 
 
+def whole_groups(spec: Spec, shape: Sequence[int]) -> bool:
+    """Whether groups divide the rows of a weight [o, k]; a row that is shorter than one is one."""
+    k, cols = shape[-1], spec.tile.cols
+    return spec.tile.rows != 1 or cols is None or k <= cols or k % cols == 0
+
+
 def check_scales(path: str, leaf: QTensor) -> None:
     """Refuse scales and zero points in another dtype than the file's."""
     if leaf.scales.dtype not in scale_dtypes(leaf.spec):
@@ -51,6 +58,14 @@ def take(path: str, tensors: Mapping[str, Tensor], name: str, shape: tuple, *dty
     if tensor.is_floating_point() and not tensor.float().isfinite().all():
         raise QlabError(f"{path}.{name} holds NaN or Inf; the file is damaged")
     return tensor
+
+
+def take_spread(path: str, tensors: Mapping[str, Tensor], name: str, shape: tuple, *dtypes: torch.dtype) -> Tensor:
+    """The same for scales and zero points, which writers store with axes of one or without them: [] and [1], [o] and [o, 1]."""
+    found = tensors.get(f"{path}.{name}")
+    if found is not None and bare(found.shape) == bare(shape):
+        tensors = {f"{path}.{name}": found.reshape(shape)}
+    return take(path, tensors, name, shape, *dtypes)
 
 
 def take_matrix(path: str, tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> tuple[int, int]:
