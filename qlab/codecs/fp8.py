@@ -1,8 +1,10 @@
 """`quant_method: fp8`, read only: DeepSeek-V3's blocks of 128x128 and scales per tensor, as transformers and vLLM take them.
 
 weight e4m3 [o, k] beside weight_scale_inv [ceil(o/r), ceil(k/c)] for blocks of r x c, W = weight * weight_scale_inv in
-spite of its name; or beside weight_scale_inv or weight_scale, [] or [1] per tensor, [o] or [o, 1] per row. Scales are fp32, bfloat16 or powers of
-two (e8m0, or its bytes). The product rounds its inputs to e4m3 as well: with "activation_scheme" dynamic for groups of c
+spite of its name; or beside weight_scale_inv or weight_scale, [] or [1] per tensor, [o] or [o, 1] per row. Scales are
+fp32, bfloat16 or powers of two (e8m0, or its bytes).
+
+The product rounds its inputs to e4m3 as well: with "activation_scheme" dynamic for groups of c
 channels (tokens, where scales are per tensor), with "static" by one activation_scale or input_scale per tensor.
 Sources: DeepSeek-V3's inference code, transformers 5.23 (FineGrainedFP8).
 """

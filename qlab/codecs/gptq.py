@@ -161,8 +161,8 @@ def _perm(version: Version, path: str, tensors: Mapping[str, Tensor], k: int, co
     g_idx, in_order = stored.take(path, tensors, "g_idx", (k,), torch.int32), _in_order(k, cols)
     perm = g_idx.argsort(stable=True)
     if not torch.equal(g_idx[perm], in_order):
-        raise QlabError(f"{path}.g_idx does not give each of {-(-k // cols)} groups {cols} of {k} channels, but for what is left to the "
-                        "last one; qlab reads groups of one size")
+        raise QlabError(f"{path}.g_idx does not give each of {-(-k // cols)} groups {cols} of {k} channels, but for what is left to "
+                        "the last one; qlab reads groups of one size")
     return None if torch.equal(g_idx, in_order) else perm
 
 

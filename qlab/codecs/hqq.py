@@ -78,7 +78,8 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Int | None) -> Leaf:
     size = group or (k if axis else o)
     rows, columns = (o * k // size, size) if axis else (size, o * k // size)
     words = stored.take(path, tensors, "W_q", (-(-rows // PARTS[bits]), columns), torch.int32 if bits == 3 else torch.uint8)
-    scales, zeros = (stored.take_spread(path, tensors, name, (rows, 1) if axis else (1, columns), *FLOATS) for name in ("scale", "zero"))
+    grid = (rows, 1) if axis else (1, columns)
+    scales, zeros = (stored.take_spread(path, tensors, name, grid, *FLOATS) for name in ("scale", "zero"))
     codes = _unpack(words, bits)[:rows]
     if spec is None:
         return ((codes.float() - zeros.float()) * scales.float()).reshape(o, k).to(scales.dtype)

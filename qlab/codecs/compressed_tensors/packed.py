@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from qlab.codecs.bits import pack_signed, unpack_signed, words_of
-from qlab.codecs.compressed_tensors.tensors import check_scales, refuse_others, scale_dtypes, stored_shape, strategy, take, take_spread, whole_groups
+from qlab.codecs.compressed_tensors.tensors import (
+    check_scales,
+    refuse_others,
+    scale_dtypes,
+    stored_shape,
+    strategy,
+    take,
+    take_spread,
+    whole_groups,
+)
 from qlab.errors import QlabError
 from qlab.qtensor import QTensor
 from qlab.spec import Int, Spec

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from qlab.codecs.compressed_tensors.packed import check_codes
-from qlab.codecs.compressed_tensors.tensors import check_scales, refuse_others, scale_dtypes, stored_shape, take_matrix, take_spread, whole_groups
+from qlab.codecs.compressed_tensors.tensors import (
+    check_scales,
+    refuse_others,
+    scale_dtypes,
+    stored_shape,
+    take_matrix,
+    take_spread,
+    whole_groups,
+)
 from qlab.errors import QlabError
 from qlab.qtensor import QTensor
 from qlab.spec import Int, Spec
