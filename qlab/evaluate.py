@@ -21,11 +21,12 @@ from qlab.shown import Shown, interval
 from qlab.sweep import in_batches, push, record
 
 RESAMPLES = 2000
+WINDOWS = -3  # the axis of windows: models of several streams of hidden states have theirs before it
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A model's final hidden states [n, l, d] on all windows, and those after every block on the first one [b, l, d]."""
+    """A model's final hidden states [..., n, l, d] on all windows, and those after every block on the first one [b, ..., l, d]."""
 
     skeleton: Skeleton
     hidden: Tensor
@@ -108,10 +109,10 @@ def read(model: Checkpoint, data: Tokens, dtype: torch.dtype = torch.float32, de
     states, calls = record(skeleton, windows)
     trail = []
     for path in progress(list(skeleton.blocks), f"reading {model.path.name}"):
-        graph = skeleton.graph(path, calls[0][path], states[0])
+        graph = skeleton.graph(path, calls[0][path])
         states = list(push(graph, ((call[path], h) for call, h in zip(calls, states))))
-        trail.append(states[0][0].cpu())
-    return Reading(skeleton, torch.cat(states), torch.stack(trail))
+        trail.append(states[0][0].select(WINDOWS, 0).cpu())
+    return Reading(skeleton, torch.cat([hidden for hidden, in states], WINDOWS), torch.stack(trail))
 
 
 @torch.no_grad()
@@ -125,8 +126,9 @@ def evaluate(model: Checkpoint | Reading, against: Checkpoint | Reading, data: T
     _check_vocabularies(model, against)
     ours = model if isinstance(model, Reading) else read(model, data, device=device)
     theirs = against if isinstance(against, Reading) else read(against, data, device=device)
-    if ours.hidden.shape[:2] != data.ids.shape or theirs.hidden.shape[:2] != data.ids.shape:
-        raise QlabError(f"the readings were made on windows {tuple(ours.hidden.shape[:2])} and {tuple(theirs.hidden.shape[:2])}, "
+    if ours.hidden.shape[WINDOWS:-1] != data.ids.shape or theirs.hidden.shape[WINDOWS:-1] != data.ids.shape:
+        made = " and ".join(str(tuple(reading.hidden.shape[WINDOWS:-1])) for reading in (ours, theirs))
+        raise QlabError(f"the readings were made on windows {made}, "
                         f"not on these {tuple(data.ids.shape)}; read both on the same tokens")
     if ours.trail.shape != theirs.trail.shape:
         (a, *_, d), (b, *_, e) = ours.trail.shape, theirs.trail.shape
@@ -194,7 +196,7 @@ def _window(ours: Reading, theirs: Reading, ids: Tensor, i: int) -> Mapping[str,
 
 def _log_probabilities(reading: Reading, tokens: Tensor, i: int) -> Tensor:
     """log softmax of the logits that predict tokens 1 .. l-1: [l - 1, vocabulary]."""
-    logits = reading.skeleton.head(tokens, reading.hidden[i : i + 1])[0, :-1]
+    logits = reading.skeleton.head(tokens, reading.hidden.narrow(WINDOWS, i, 1))[0, :-1]
     if not torch.isfinite(logits).all():
         raise QlabError(f"{reading.skeleton.checkpoint.path} predicts NaN or Inf in window {i}; its weights are damaged")
     return logits.float().log_softmax(-1).cpu()

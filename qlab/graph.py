@@ -1,6 +1,6 @@
 """One segment of a model as a value: an exported graph, its weight-bearing sites and a mapping of leaves."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from qlab.errors import QlabError
 from qlab.experts import EXPERT_OPS
 from qlab.qtensor import Leaf, Params
+from qlab.taken_apart import Form, take_apart
 
 aten = torch.ops.aten
 Op = Callable[..., Tensor]  # x -> x; one that is `per_expert` is called with the ends of experts' rows too
@@ -101,11 +102,35 @@ class Site:
         return self.gathered_from or self.source
 
 
+@dataclass(frozen=True)
+class Given:
+    """One of the tensors that a segment is called with."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """One of the tensors that a segment leaves in what it is called with."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a segment makes of the lists, dictionaries and objects that it is called with: their form and leaves afterwards."""
+
+    form: Form
+    leaves: tuple[Any, ...]
+
+
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity
 class Code:
     """The traced program of a segment, shared by every segment of the same structure and never edited.
 
     params: placeholder -> leaf path. inputs: the shape of each of the segment's own inputs, with None for a size that may be any.
+    outputs: what the program gives, as it was traced: the leaves of what the segment returns (`out_spec`), and behind them the tensors
+    that it leaves in its inputs (`left`: where they lie there).
     unread: path of a matrix that is used, but is no site's weight -> why. It is dense, and no step reaches it.
     """
 
@@ -115,6 +140,8 @@ class Code:
     inputs: tuple[tuple[int | None, ...], ...]
     out_spec: pytree.TreeSpec
     sites: tuple[Site, ...]
+    outputs: tuple[Any, ...] = ()
+    left: Left | None = None
     unread: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -208,4 +235,14 @@ def _grouped(sites: Iterable[Site], key: Callable[[Site], str]) -> dict[str, tup
 
 def tensors_of(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
     """The tensors among a segment's inputs, in the order in which its graph takes them."""
-    return tuple(x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+    return tuple(x for x in take_apart((args, kwargs))[0] if isinstance(x, Tensor))
+
+
+def runs_on(code: Code, tensors: Sequence[Tensor]) -> bool:
+    """Whether a program is for inputs of these shapes."""
+    return len(tensors) == len(code.inputs) and all(fits(t, sizes) for t, sizes in zip(tensors, code.inputs))
+
+
+def fits(t: Tensor, sizes: Sequence[int | None]) -> bool:
+    """Whether a tensor is of a traced shape, in which None is any size."""
+    return t.ndim == len(sizes) and all(n in (None, m) for n, m in zip(sizes, t.shape))

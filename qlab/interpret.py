@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from qlab.errors import QlabError
 from qlab.experts import EXPERT_OPS, Rows, each_expert
-from qlab.graph import SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, Op, Site, by_source, placed, tensors_of
+from qlab.graph import SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, Op, Site, by_source, fits, placed, tensors_of
 from qlab.products import product_dtype
 from qlab.qtensor import QTensor, dense
 
@@ -81,8 +81,13 @@ class _Weight:
 
 def interpret(graph: ModuleGraph, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What the segment computes on these inputs, with every leaf as it is now. Differentiable; the reference reading."""
-    out = _run(graph, graph.code.graph, args, kwargs)
-    return pytree.tree_unflatten(list(out), graph.code.out_spec)
+    returned = outputs_of(graph, args, kwargs)[: graph.code.out_spec.num_leaves]
+    return pytree.tree_unflatten(list(returned), graph.code.out_spec)
+
+
+def outputs_of(graph: ModuleGraph, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """All that the segment's program gives on these inputs (see Code.outputs)."""
+    return tuple(_run(graph, graph.code.graph, args, kwargs))
 
 
 def _run(graph: ModuleGraph, code: fx.Graph, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -96,7 +101,7 @@ def _tensors(graph: ModuleGraph, args: tuple, kwargs: dict[str, Any]) -> tuple[T
         raise QlabError(f"{where} was traced with {len(traced)} input tensors and is called with {len(tensors)}; trace it again for "
                         "inputs of this form")
     for t, sizes in zip(tensors, traced):
-        if t.ndim != len(sizes) or any(n not in (None, m) for n, m in zip(sizes, t.shape)):
+        if not fits(t, sizes):
             known = ", ".join("any" if n is None else str(n) for n in sizes)
             raise QlabError(f"{where} was traced with an input of ({known}) and is called with {tuple(t.shape)}, for which its program "
                             "may differ; use windows of one length, or trace it again")
@@ -173,11 +178,11 @@ class Walk:
         self._advance(graph, max(self.done, self.nodes.index(node) + 1), args, kwargs)
         return _arriving(graph, source, {n.name: value for n, value in self.env.items()})
 
-    def end(self, graph: ModuleGraph, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What the segment returns."""
+    def end(self, graph: ModuleGraph, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """All that the segment's program gives."""
         out = self._advance(graph, len(self.nodes), args, kwargs)
         self.forget()
-        return pytree.tree_unflatten(list(out), self.code.out_spec)
+        return tuple(out)
 
     def _advance(self, graph: ModuleGraph, stop: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         interpreter = _Interpreter(graph, self.code.graph)

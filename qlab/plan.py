@@ -181,9 +181,9 @@ def _fitting(memory: int | None, experts: int, predict: Callable[[int | None], d
 def trace_all(skeleton: Skeleton, data: Data | None) -> dict[str, Code]:
     """Every block's program, traced on inputs of the form that calibration will have."""
     skeleton.load_outside(with_head=False)
-    (hidden,), (calls,) = record(skeleton, in_batches(data)[:1])
+    _, (calls,) = record(skeleton, in_batches(data)[:1])
     skeleton.drop_outside()
-    return {path: skeleton.code(path, call, hidden) for path, call in calls.items()}
+    return {path: skeleton.code(path, call) for path, call in calls.items()}
 
 
 def _beside_sites(skeleton: Skeleton, codes: Mapping[str, Code]) -> list[str]:

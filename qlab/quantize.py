@@ -24,7 +24,7 @@ from qlab.files.writer import Writer
 from qlab.graph import ModuleGraph
 from qlab.model.device import name_of
 from qlab.model.linears import linears_of
-from qlab.model.recording import Call
+from qlab.model.recording import Call, State
 from qlab.model.skeleton import Skeleton
 from qlab.model.ties import untied
 from qlab.outside import outside_leaves, outside_sites, weight_of
@@ -33,6 +33,7 @@ from qlab.progress import progress
 from qlab.report import PeakMemory, bits_per_weight, describe, site_rows, versions, written
 from qlab.shown import Shown, size, some
 from qlab.spec import InputSpec, Spec, parse_input_spec, parse_spec
+from qlab.states import flat, states_of, stored_shapes
 from qlab.stats import Stats
 from qlab.stored import as_stored, certificates, changed, encode, online_at, refuse_unwritten
 from qlab.sweep import (
@@ -229,11 +230,13 @@ def _scan(skeleton: Skeleton, jobs: list[_Job], data: Data | None, inputs: Input
     skeleton.load_outside(with_head=False)
     entering, calls = record(skeleton, windows)
     skeleton.drop_outside()
-    shapes = [tuple(h.shape) for h in entering]
-    carries = [[keeper.carry(s, i, shapes, skeleton.dtype) for s in streams] for i in range(len(paths))]
+    carries = []
+    for i, path in enumerate(paths if data is not None else ()):
+        shapes = stored_shapes(calls, path, skeleton.dtype)
+        carries.append([keeper.carry(s, i, shapes, skeleton.dtype) for s in streams])
     todo = _blocks_to_do(jobs, len(paths), carries) if data is not None else _unwritten_blocks(jobs, len(paths))
-    for carry in carries[0] if data is None or todo[:1] == [0] else ():
-        carry.write(entering)
+    for carry in carries[0] if data is not None and todo[:1] == [0] else ():
+        carry.write(flat(entering, skeleton.dtype))
     del entering
     for job in jobs:
         if not job.writer.has(0):
@@ -241,9 +244,9 @@ def _scan(skeleton: Skeleton, jobs: list[_Job], data: Data | None, inputs: Input
     _return_freed_memory()
     for i in progress(todo, "quantizing blocks"):
         path = paths[i]
-        before, after = carries[i if data is not None else 0], carries[i + 1] if data is not None and i + 1 < len(paths) else []
+        before, after = ([], []) if data is None else (carries[i], carries[i + 1] if i + 1 < len(paths) else [])
         entering_it = [partial(_batches, calls, path, carry, skeleton.device) for carry in before]
-        _block(skeleton, jobs, i, entering_it, inputs, everywhere, after)
+        _block(skeleton, jobs, calls[0][path], i, entering_it or [_no_batches], inputs, everywhere, after)
         for carry in before if after else ():
             carry.path.unlink(missing_ok=True)
     for job in jobs:
@@ -291,19 +294,19 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def _block(skeleton: Skeleton, jobs: Sequence[_Job], index: int, streams: Sequence[Batches], inputs: Inputs, everywhere: bool,
-           after: Sequence[Carry]) -> None:  # fmt: skip
+def _block(skeleton: Skeleton, jobs: Sequence[_Job], call: Call, index: int, streams: Sequence[Batches], inputs: Inputs,
+           everywhere: bool, after: Sequence[Carry]) -> None:  # fmt: skip
     """One block, solved and written for every job, and what leaves it written to `after`, stream by stream. Nothing of it outlives
-    the call."""
+    the call. call: one that shows the form of all."""
     batches = streams[0]
-    graph = solved = skeleton.graph(list(skeleton.blocks)[index], *next(batches()), decoded=True)
+    graph = solved = skeleton.graph(list(skeleton.blocks)[index], call, decoded=True)
     reference = Reference(graph, streams[1]) if streams[1:] else None
 
     def look(now: ModuleGraph, wanted: set[tuple[str, str]]) -> Stats:
         return observe(now, wanted, batches(), everywhere, reference)
 
     watch = _watcher(graph, look) if len(jobs) > 1 else look
-    leaving: list[Iterator[Tensor]] = []
+    leaving: list[Iterator[State]] = []
     for job in jobs:
         solved = graph  # lets go of the job before
         if in_order(graph.code, job.recipe, inputs, everywhere):
@@ -317,11 +320,15 @@ def _block(skeleton: Skeleton, jobs: Sequence[_Job], index: int, streams: Sequen
     passed = [solved if inputs == "quantized" else graph, graph][: len(streams)]
     del graph, solved, watch  # one version of the block per stream is enough from here on
     for carry, left in zip(after, leaving or [push(g, enter()) for g, enter in zip(passed, streams)]):
-        carry.write(left)
+        carry.write(flat(left, skeleton.dtype))
 
 
 def _batches(calls: Sequence[Mapping[str, Call]], path: str, states: Carry, device: torch.device) -> Iterator[Batch]:
-    return ((call[path], hidden.to(device)) for call, hidden in zip(calls, states.read()))
+    return zip((call[path] for call in calls), states_of(states.read(), calls, path, device))
+
+
+def _no_batches() -> Iterator[Batch]:
+    return iter(())
 
 
 def _watcher(graph: ModuleGraph, look: Callable[[ModuleGraph, set], Stats]) -> Callable[[ModuleGraph, set], Stats]:

@@ -13,8 +13,8 @@ from qlab.calibration import Data
 from qlab.errors import QlabError
 from qlab.experts import Rows, reaching
 from qlab.graph import Code, ModuleGraph, Site, by_source
-from qlab.interpret import Walk, inputs_of, interpret
-from qlab.model.recording import Call
+from qlab.interpret import Walk, inputs_of, outputs_of
+from qlab.model.recording import Call, State
 from qlab.model.skeleton import Skeleton
 from qlab.stats import STATS, Observation, PerExpert, Stats, stat_of
 from qlab.transform import Stage, Transform, apply, select
@@ -22,7 +22,7 @@ from qlab.transform import Stage, Transform, apply, select
 BATCH_TOKENS = 2048
 DRIFT = {"drift"}  # statistics that compare with the reference
 HELD = 2 << 30  # bytes of values that may wait inside a segment while its sources are solved one by one
-Batch = tuple[Call, Tensor]  # what a block is called with, and its hidden states [b, l, d]
+Batch = tuple[Call, State]  # what a block is called with, and what other blocks made of it: its hidden states first
 Inputs = Literal["quantized", "reference"]  # what a block sees while it is calibrated
 Batches = Callable[[], Iterator[Batch]]
 
@@ -85,9 +85,9 @@ def observe(graph: ModuleGraph, wanted: set[tuple[str, str]], batches: Iterator[
     sources, drifting = (sorted({source for source, need in wanted if need in names}) for names in (STATS, DRIFT))
     seen = _Seen(graph, wanted)
     others = reference.batches() if reference and drifting else repeat(None)
-    for (call, hidden), other in zip(batches, others):
+    for (call, state), other in zip(batches, others):
         pairs = inputs_of(reference.graph, drifting, *other[0].inputs(other[1])) if reference and other else {}
-        seen.add(inputs_of(graph, sources, *call.inputs(hidden), everywhere), pairs)
+        seen.add(inputs_of(graph, sources, *call.inputs(state), everywhere), pairs)
     return seen.stats
 
 
@@ -125,14 +125,10 @@ def _refuse_nonfinite(graph: ModuleGraph, source: str, dtype: torch.dtype) -> No
     raise QlabError(f"the activations that reach {at} hold NaN or Inf; check the model in this dtype ({dtype})")
 
 
-def push(graph: ModuleGraph, batches: Iterator[Batch]) -> Iterator[Tensor]:
-    """The hidden states that leave the segment, batch by batch."""
-    for call, hidden in batches:
-        yield _hidden(interpret(graph, *call.inputs(hidden)), hidden)
-
-
-def _hidden(out: Any, hidden: Tensor) -> Tensor:
-    return out if isinstance(out, Tensor) else next(t for t in out if isinstance(t, Tensor) and t.shape == hidden.shape)
+def push(graph: ModuleGraph, batches: Iterator[Batch]) -> Iterator[State]:
+    """The states that leave the segment, batch by batch."""
+    for call, state in batches:
+        yield call.leaving(state, outputs_of(graph, *call.inputs(state)))
 
 
 def runs_reference(recipes: Iterable[Transform], inputs: Inputs) -> bool:
@@ -152,7 +148,7 @@ def in_order(code: Code, transform: Transform, inputs: Inputs, everywhere: bool 
 
 
 def solve_in_order(graph: ModuleGraph, transform: Transform, batches: Batches, experts_at_once: int | None = None,
-                   reference: Reference | None = None) -> tuple[ModuleGraph, list[Iterator[Tensor]]]:  # fmt: skip
+                   reference: Reference | None = None) -> tuple[ModuleGraph, list[Iterator[State]]]:  # fmt: skip
     """All stages, source after source in running order, each on inputs that the quantized sources before it produced;
     with the hidden states that leave the solved segment, batch by batch, and after them those that leave the reference.
 
@@ -192,13 +188,13 @@ class _Stream:
 
     def to(self, graph: ModuleGraph, source: str) -> Iterator[tuple[Walk, Rows]]:
         """Every batch's walk, waiting at a source, and what reaches that."""
-        for walk, (call, hidden) in zip(self.walks, self.batches()):
-            yield walk, walk.to(graph, source, *call.inputs(hidden))
+        for walk, (call, state) in zip(self.walks, self.batches()):
+            yield walk, walk.to(graph, source, *call.inputs(state))
 
-    def end(self, graph: ModuleGraph) -> Iterator[Tensor]:
-        """The hidden states that leave the segment."""
-        for walk, (call, hidden) in zip(self.walks, self.batches()):
-            yield _hidden(walk.end(graph, *call.inputs(hidden)), hidden)
+    def end(self, graph: ModuleGraph) -> Iterator[State]:
+        """The states that leave the segment."""
+        for walk, (call, state) in zip(self.walks, self.batches()):
+            yield call.leaving(state, walk.end(graph, *call.inputs(state)))
 
 
 def _experts(graph: ModuleGraph, site: Site) -> int:
@@ -239,18 +235,18 @@ def _at(source: str, graphs: Sequence[ModuleGraph], wanted: set, streams: Sequen
     return seen.stats
 
 
-def record(skeleton: Skeleton, batches: Sequence[Mapping[str, Tensor]]) -> tuple[list[Tensor], list[dict[str, Call]]]:
-    """The hidden states that enter the first block, and every block's calls, for each batch.
+def record(skeleton: Skeleton, batches: Sequence[Mapping[str, Tensor]]) -> tuple[list[State], list[dict[str, Call]]]:
+    """The state that enters the first block, which is hidden states alone, and every block's calls, for each batch.
 
     Calls of later batches share the tensors that equal those of the first one (rotary tables, masks).
     """
-    hidden: list[Tensor] = []
+    states: list[State] = []
     calls: list[dict[str, Call]] = []
     for batch in batches:
         h, call = skeleton.record(batch["input_ids"], {name: t for name, t in batch.items() if name != "input_ids"})
-        hidden.append(h)
+        states.append((h,))
         calls.append({path: _shared(c, calls[0][path] if calls else None) for path, c in call.items()})
-    return hidden, calls
+    return states, calls
 
 
 def _shared(call: Call, earlier: Call | None) -> Call:
@@ -260,4 +256,4 @@ def _shared(call: Call, earlier: Call | None) -> Call:
         old if isinstance(new, Tensor) and isinstance(old, Tensor) and new.shape == old.shape and torch.equal(new, old) else new
         for new, old in zip(call.leaves, earlier.leaves)
     )
-    return Call(leaves, call.spec, call.hidden)
+    return replace(call, leaves=leaves)

@@ -2,12 +2,12 @@
 
 import copy
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from qlab.errors import QlabError
 from qlab.experts import EXPERT_OPS
@@ -17,6 +17,9 @@ from qlab.graph import (
     SAME_VALUES,
     WEIGHT_OPS,
     Code,
+    Given,
+    Left,
+    Made,
     ModuleGraph,
     Part,
     Site,
@@ -27,22 +30,35 @@ from qlab.graph import (
     tensors_of,
 )
 from qlab.qtensor import Leaf
+from qlab.taken_apart import put_together, take_apart
 
 TRANSPOSES = (aten.numpy_T.default, aten.t.default, aten.mT.default, aten.transpose.int, aten.permute.default)
 
 
 class OnTensors(nn.Module):
-    """The segment as a function of the tensors among its inputs; everything else is part of its structure."""
+    """The segment as a function of the tensors among its inputs; everything else is part of its structure.
+
+    It gives what the segment returns, and the tensors that the segment leaves in what it is called with; `after.left` says where.
+    """
 
     def __init__(self, segment: nn.Module, args: tuple, kwargs: dict[str, Any]):
         super().__init__()
         self.segment = segment
-        self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
+        self.leaves, self.form = take_apart((args, kwargs))
+        self.after = SimpleNamespace(left=None)  # export takes back what is assigned to a module itself
 
     def forward(self, *tensors: Tensor) -> Any:
         feed = iter(tensors)
-        args, kwargs = pytree.tree_unflatten([next(feed) if isinstance(x, Tensor) else x for x in self.leaves], self.spec)
-        return self.segment(*args, **kwargs)
+        inputs = put_together([next(feed) if isinstance(x, Tensor) else x for x in self.leaves], self.form)
+        out = self.segment(*inputs[0], **inputs[1])
+        leaves, form = take_apart(inputs)
+        given = {id(t): Given(i) for i, t in reversed(list(enumerate(tensors)))}
+        made = [x for x in leaves if isinstance(x, Tensor) and id(x) not in given]
+        places = {id(t): Made(i) for i, t in enumerate(made)} | given
+        if not made:
+            return out, {}
+        self.after.left = Left(form, tuple(places[id(x)] if isinstance(x, Tensor) else x for x in leaves))
+        return out, {repr(self.after.left): made}
 
 
 def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = "") -> ModuleGraph:
@@ -57,7 +73,8 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
     where = path or type(module).__name__
     try:
         segment, fakes = without_values(module, tensors)
-        exported = torch.export.export(OnTensors(segment, args, kwargs), fakes, dynamic_shapes=(auto,), strict=False)
+        on_tensors = OnTensors(segment, args, kwargs)
+        exported = torch.export.export(on_tensors, fakes, dynamic_shapes=(auto,), strict=False)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise QlabError(f"{where} ({type(module).__name__}) cannot be traced by torch.export: {reason}") from error
@@ -78,7 +95,9 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
         params=params,
         constants=constants,
         inputs=tuple(_sizes(node.meta["val"]) for node in entering),
-        out_spec=out_spec,
+        outputs=tuple(x.meta["val"] if isinstance(x, fx.Node) else x for x in graph.output_node().args[0]),
+        out_spec=out_spec.child(0),
+        left=on_tensors.after.left,
         sites=tuple(site for site in sites if site.weight not in unread),
         unread=unread,
     )

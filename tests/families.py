@@ -33,7 +33,10 @@ OTHERS: dict[str, dict] = {  # what the others have not: weights multiplied tran
     "glm": _DENSE | dict(head_dim=16),
     "lfm2": _DENSE | dict(layer_types=["full_attention", "conv"], block_auto_adjust_ff_dim=False),
 }  # fmt: skip
-UNREAD: dict[str, dict] = {  # some of whose weights are used in ways that qlab does not read
+UNLIKE: dict[str, dict] = {  # whose blocks hand on keys and values; some of whose weights are used in ways that qlab does not read
+    "gemma4_text": _DENSE | dict(head_dim=16, num_hidden_layers=4, num_kv_shared_layers=2, hidden_size_per_layer_input=16,
+                                 vocab_size_per_layer_input=128, layer_types=["sliding_attention", "full_attention"] * 2,
+                                 sliding_window=8),
     "llama4_text": _DENSE | dict(head_dim=16, intermediate_size_mlp=128, num_local_experts=4, num_experts_per_tok=1,
                                  interleave_moe_layer_step=2, attention_chunk_size=16),
 }  # fmt: skip
@@ -54,7 +57,7 @@ VISION: dict[str, dict] = {  # a decoder of the dense families behind a small vi
 
 def tiny(family: str, seed: int = 0, **overrides) -> PreTrainedModel:
     """A random model of the family in fp32, with every weight (norms and biases too) moved off its initial value."""
-    config = AutoConfig.for_model(family, **((FAMILIES | MIXTURES | OTHERS | UNREAD | VISION)[family] | overrides))
+    config = AutoConfig.for_model(family, **((FAMILIES | MIXTURES | OTHERS | UNLIKE | VISION)[family] | overrides))
     torch.manual_seed(seed)
     maker = AutoModelForImageTextToText if family in VISION else AutoModelForCausalLM
     model = maker.from_config(config, dtype=torch.float32).eval()

@@ -11,18 +11,18 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qlab"
 # A module imports from strictly lower layers, or from its own package. A package is one layer of all its files.
 LAYERS = [
-    {"errors", "progress", "quiet", "shown"}, {"products", "scope", "spec"}, {"qtensor", "targets"}, {"certificate"}, {"experts"},
-    {"graph"}, {"trace"},
+    {"errors", "progress", "quiet", "shown"}, {"products", "scope", "spec", "taken_apart"}, {"qtensor", "targets"}, {"certificate"},
+    {"experts"}, {"graph"}, {"trace"},
     {"interpret", "programs"}, {"stats"}, {"claims", "rounding"}, {"transform"}, {"channels"}, {"absorb"}, {"methods"}, {"codecs"},
     {"documents", "tokenizing"}, {"texts"}, {"files"}, {"calibration"},
-    {"images", "model"}, {"sweep"}, {"report"}, {"siblings"},
+    {"images", "model"}, {"states", "sweep"}, {"report"}, {"siblings"},
     {"effects", "outside", "stored", "memory"}, {"plan"}, {"quantize"}, {"from_gguf"},
     {"convert", "verify", "inspection", "model_free"}, {"evaluate", "lower"}, {"results"},
     {"demo"}, {"hub", "hf", "serve"}, {"__init__"}, {"cli"}, {"bench", "__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-MATHEMATICS = {"errors", "scope", "spec", "qtensor", "experts", "graph", "trace", "interpret", "products", "programs", "stats",
-               "rounding", "transform", "channels", "absorb", "methods", "claims"}
+MATHEMATICS = {"errors", "scope", "spec", "taken_apart", "qtensor", "experts", "graph", "trace", "interpret", "products", "programs",
+               "stats", "rounding", "transform", "channels", "absorb", "methods", "claims"}
 MODELS = {"transformers", "safetensors", "accelerate", "huggingface_hub", "gguf"}
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 modules = pytest.mark.parametrize("file", FILES)

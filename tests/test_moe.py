@@ -96,9 +96,9 @@ def fused_leaf(path, name):
     """The stacked leaf of a site in a directory."""
     skeleton = Skeleton(open_checkpoint(path), torch.float32)
     skeleton.load_outside(with_head=False)
-    hidden, calls = skeleton.record(IDS)
+    _, calls = skeleton.record(IDS)
     block = next(b for b in skeleton.blocks if name.startswith(f"{b}."))
-    return skeleton.graph(block, calls[block], hidden).params[name.removeprefix(f"{block}.")]
+    return skeleton.graph(block, calls[block]).params[name.removeprefix(f"{block}.")]
 
 
 def test_experts_that_no_token_or_two_tokens_reach_are_quantized_and_named(tmp_path):

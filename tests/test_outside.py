@@ -57,10 +57,10 @@ def with_image(path, batch):
     """qlab's own reading of a directory: logits of a sample that holds an image."""
     skeleton = Skeleton(open_checkpoint(path), torch.float32)
     skeleton.load_outside(with_head=True)
-    (hidden,), (call,) = record(skeleton, [batch])
+    (state,), (call,) = record(skeleton, [batch])
     for name in skeleton.blocks:
-        (hidden,) = push(skeleton.graph(name, call[name], hidden), iter([(call[name], hidden)]))
-    return skeleton.head(batch["input_ids"], hidden)
+        (state,) = push(skeleton.graph(name, call[name]), iter([(call[name], state)]))
+    return skeleton.head(batch["input_ids"], *state)
 
 
 @torch.no_grad()

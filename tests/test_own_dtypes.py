@@ -59,9 +59,9 @@ def test_what_no_step_changed_has_the_bits_of_the_files(family, most, others, me
 
 def block_of(skeleton, index, decoded=False):
     skeleton.load_outside(with_head=False)
-    hidden, calls = skeleton.record(IDS)
+    _, calls = skeleton.record(IDS)
     path = list(skeleton.blocks)[index]
-    return skeleton.graph(path, calls[path], hidden, decoded)
+    return skeleton.graph(path, calls[path], decoded)
 
 
 @pytest.mark.parametrize("others", [torch.float32, torch.float16, torch.float64])

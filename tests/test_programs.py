@@ -86,8 +86,8 @@ def code(saved):
         one_block = saved("gemma2", num_hidden_layers=1, layer_types=None, **config)
         skeleton = Skeleton(open_checkpoint(one_block), torch.float32)
         skeleton.load_outside(with_head=False)
-        hidden, calls = skeleton.record(torch.arange(3, 15)[None])
-        return next(skeleton.code(path, call, hidden) for path, call in calls.items())
+        _, calls = skeleton.record(torch.arange(3, 15)[None])
+        return next(skeleton.code(path, call) for path, call in calls.items())
 
     return opened
 

@@ -43,9 +43,10 @@ def qlab_logits(path: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
     skeleton = Skeleton(open_checkpoint(path), torch.float32)
     skeleton.load_outside(with_head=True)
     hidden, calls = skeleton.record(ids)
+    state = (hidden,)
     for block, call in calls.items():
-        (hidden,) = push(skeleton.graph(block, call, hidden), iter([(call, hidden)]))
-    return skeleton.head(ids, hidden)
+        (state,) = push(skeleton.graph(block, call), iter([(call, state)]))
+    return skeleton.head(ids, *state)
 
 
 @torch.no_grad()
@@ -168,16 +169,16 @@ def test_blocks_that_differ_by_their_index_have_programs_of_their_own(tmp_path):
     model.save_pretrained(tmp_path)
     skeleton = Skeleton(open_checkpoint(tmp_path), torch.float32)
     skeleton.load_outside(with_head=False)
-    hidden, calls = skeleton.record(IDS)
-    assert len({id(skeleton.code(path, call, hidden)) for path, call in calls.items()}) == 3
+    _, calls = skeleton.record(IDS)
+    assert len({id(skeleton.code(path, call)) for path, call in calls.items()}) == 3
     assert torch.allclose(qlab_logits(tmp_path), model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_blocks_of_one_structure_share_one_program(saved):
     skeleton = Skeleton(open_checkpoint(saved("gemma2")), torch.float32)
     skeleton.load_outside(with_head=False)
-    hidden, calls = skeleton.record(IDS)
-    assert len({id(skeleton.code(path, call, hidden)) for path, call in calls.items()}) == 2  # sliding and full attention
+    _, calls = skeleton.record(IDS)
+    assert len({id(skeleton.code(path, call)) for path, call in calls.items()}) == 2  # sliding and full attention
 
 
 def test_errors_propagate_on_quantized_inputs_only(saved, tmp_path):

@@ -86,10 +86,10 @@ def test_blocks_see_what_images_become_and_compute_what_the_model_does(family, s
     skeleton.load_outside(with_head=True)
     batches = [pictured(family, seed) for seed in range(2)]
     entering, calls = record(skeleton, batches)
-    for batch, hidden, call in zip(batches, entering, calls):
+    for batch, state, call in zip(batches, entering, calls):
         for path in skeleton.blocks:
-            (hidden,) = push(skeleton.graph(path, call[path], hidden), iter([(call[path], hidden)]))
-        ours, theirs = skeleton.head(batch["input_ids"], hidden), model(**batch).logits
+            (state,) = push(skeleton.graph(path, call[path]), iter([(call[path], state)]))
+        ours, theirs = skeleton.head(batch["input_ids"], *state), model(**batch).logits
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
         without = model(input_ids=batch["input_ids"]).logits
         assert (theirs - without).norm() > 1e-3 * theirs.norm()  # the image matters

@@ -1,6 +1,5 @@
 """A model directory's Hugging Face model on paper: its modules with parameters on the meta device, and where its blocks are."""
 
-import copy
 import re
 from typing import Any
 
@@ -70,20 +69,3 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, dict[str, nn.Module]]:
 
 def path_of(model: nn.Module, module: nn.Module | None) -> str:
     return next((name for name, m in model.named_modules() if m is module), "")
-
-
-def on_meta(block: nn.Module) -> nn.Module:
-    """A copy of the block with its buffers on meta too; its parameters are there already and are shared."""
-    memo: dict[int, Any] = {id(p): p for p in block.parameters()}
-    memo |= {id(b): b.to("meta") for b in block.buffers()}
-    return copy.deepcopy(block, memo)
-
-
-def output_on_meta(path: str, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What the block returns, in shapes alone; refuses one whose operations ask for values, as a loop over the experts hit does."""
-    try:
-        return on_meta(block)(*args, **kwargs)
-    except Exception as error:  # whatever the block's own forward raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
-        raise QlabError(f"{path} ({type(block).__name__}) cannot be run on shapes alone, which tracing needs ({reason}); check "
-                        "config.json, or choose a model whose operations do not depend on values") from error

@@ -7,7 +7,7 @@ replaced by recorders; the head is run the same way, with the last block replayi
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +17,12 @@ from transformers.pytorch_utils import Conv1D
 
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
-from qlab.graph import Code, ModuleGraph, tensors_of
+from qlab.graph import Code, ModuleGraph, runs_on, tensors_of
 from qlab.model.device import usable
 from qlab.model.names import Piece, assemble, pieces_of_experts, spellings
 from qlab.model.online import at_input, at_output
-from qlab.model.paper import find_blocks, on_paper, output_on_meta, path_of
-from qlab.model.recording import Call, Output, Recorded, Recorder, Replaced, to_like
+from qlab.model.paper import find_blocks, on_paper, path_of
+from qlab.model.recording import Call, Makers, Recorded, Recorder, Replaced, calls_of, to_like
 from qlab.model.ties import FLAG, apart, ties
 from qlab.programs import program
 from qlab.qtensor import Leaf, QTensor, dense
@@ -44,7 +44,8 @@ class Skeleton:
         self._pieces: dict[str, tuple[Piece, ...]] = {}
         self._codes: dict[Any, Code] = {}
         self._traced_for: dict[Any, str] = {}
-        self._outputs: dict[str, Output] = {}
+        self._known: dict[Any, Code] = {}
+        self._first: dict[str, Code] = {}
         self._check_headers()
 
     def _check_headers(self) -> None:
@@ -150,12 +151,12 @@ class Skeleton:
         assert isinstance(whole, Tensor)
         return whole
 
-    def graph(self, path: str, call: Call, hidden: Tensor, decoded: bool = False) -> ModuleGraph:
+    def graph(self, path: str, call: Call, decoded: bool = False) -> ModuleGraph:
         """The block as a value, with its leaves loaded from the files onto the skeleton's device.
 
         decoded: as if it had never been quantized, all leaves dense, with the bits of the files, and no input rounded at run time.
         """
-        code = self.code(path, call, hidden)
+        code = self.code(path, call)
         self._refuse_rounded_inputs(path, code)
         leaves: dict[str, Leaf] = {}
         dequantized: set[str] = set()  # written in the checkpoint's own dtype
@@ -191,27 +192,41 @@ class Skeleton:
                 raise QlabError(f"{module} has inputs or outputs that are rounded or rotated at run time, and {leaf} {why}; qlab "
                                 "cannot run it, only convert and inspect it")
 
-    def code(self, path: str, call: Call, hidden: Tensor) -> Code:
-        """The traced program of a block; traced once for all blocks of one structure.
+    def code(self, path: str, call: Call) -> Code:
+        """The traced program of a block for inputs of this form; traced once for all blocks of one structure, and again for sizes that
+        a program is not for."""
+        tensors = tensors_of(*call.inputs(call.entering))
+        form = _form(call, tensors)
+        if (path, form) not in self._known:
+            self._known[path, form] = self._of_structure(path, call, form)
+        code = self._known[path, form]
+        if not runs_on(code, tensors):
+            sized = path, form, tuple(t.shape for t in tensors)
+            if sized not in self._known:
+                self._known[sized] = self._trace(path, call).code
+            code = self._known[sized]
+        self._first.setdefault(path, code)
+        return code
+
+    def _of_structure(self, path: str, call: Call, form: Any) -> Code:
+        """The program that all blocks of one structure share.
 
         Blocks carry their own index. Whether it matters is not assumed: the first and the last block of a structure
         are both traced, and where their programs differ every block is.
         """
         paths = list(self.blocks)
-        key = _structure(self.blocks[path], call, hidden, paths.index(path))
+        key = form, _structure(self.blocks[path], paths.index(path))
         if key not in self._codes:
-            code = self._codes[key] = self._program(path, call, hidden)
-            twins = [p for i, p in enumerate(paths) if p != path and _structure(self.blocks[p], call, hidden, i) == key]
-            if twins and self._program(twins[-1], call, hidden) is not code:
+            code = self._codes[key] = self._program(path, call)
+            twins = [p for i, p in enumerate(paths) if p != path and _structure(self.blocks[p], i) == key[1]]
+            if twins and self._program(twins[-1], call) is not code:
                 self._traced_for[key] = path
         if self._traced_for.get(key, path) != path:
-            key = (key, path)
-            if key not in self._codes:
-                self._codes[key] = self._program(path, call, hidden)
+            return self._program(path, call)
         return self._codes[key]
 
-    def _program(self, path: str, call: Call, hidden: Tensor) -> Code:
-        args, kwargs = call.inputs(hidden.to("meta"))
+    def _program(self, path: str, call: Call) -> Code:
+        args, kwargs = call.inputs(call.entering)
         return program(self.blocks[path], args, kwargs, path, list(self.blocks).index(path), ORIGIN)
 
     # -------------------------------------------------------------- around the blocks
@@ -299,48 +314,70 @@ class Skeleton:
 
         beside: what else the model is called with (a mask, images). Refuses models that change hidden states between blocks.
         """
-        recorders = [Recorder(block, self._output_of(path)) for path, block in self.blocks.items()]
+        makers = Makers()
+        recorders = self._recorders(makers, self.code)
         recorders[-1].last = True
         embedding = self.model.get_input_embeddings().get_parameter("weight")
-        with Replaced(self.model, self.prefix, recorders), contextlib.suppress(Recorded):
-            others = {name: to_like(t, embedding) for name, t in (beside or {}).items()}
+        others = {name: to_like(t, embedding) for name, t in (beside or {}).items()}
+        with Replaced(self.model, self.prefix, recorders), contextlib.suppress(Recorded), self._explained(), makers:
             self.model(input_ids=tokens.to(self.device), use_cache=False, **others)
-        calls = {path: r.seen[0] for path, r in zip(self.blocks, recorders) if r.seen is not None}
-        first = recorders[0].seen
-        if first is None or len(calls) < len(self.blocks):
-            raise QlabError(f"{type(self.model).__name__} did not run blocks {sorted(set(self.blocks) - set(calls))}; "
-                            "qlab streams models that run each block once, in order")
-        for path, recorder in zip(self.blocks, recorders):
-            if recorder.seen is not None and not _same(recorder.seen[1], first[1]):
-                raise QlabError(f"{type(self.model).__name__} changes hidden states before {path} (as where images join at several "
-                                "depths); qlab streams models whose blocks hand them on as they are")
-        return first[1], calls
+        seen = [r.seen for r in recorders if r.seen is not None]
+        if len(seen) < len(self.blocks):
+            idle = sorted(r.path for r in recorders if r.seen is None)
+            raise QlabError(f"{type(self.model).__name__} did not run blocks {idle}; qlab streams models that run each block once, in "
+                            "order")
+        for recorder, one in zip(recorders, seen):
+            if not _same(one.hidden, seen[0].hidden):
+                raise QlabError(f"{type(self.model).__name__} changes hidden states before {recorder.path} (as where images join at "
+                                "several depths); qlab streams models whose blocks hand them on as they are")
+        return seen[0].hidden, dict(zip(self.blocks, calls_of(seen)))
+
+    def _recorders(self, makers: Makers, program: Callable[[str, Call], Code]) -> list[Recorder]:
+        """A stand-in for every block, each of which knows the one before."""
+        recorders: list[Recorder] = []
+        for index, (path, block) in enumerate(self.blocks.items()):
+            recorders.append(Recorder(path, index, block, makers, functools.partial(program, path)))
+            object.__setattr__(recorders[-1], "before", recorders[-2] if index else None)
+        return recorders
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say of an error that a model raises around its blocks that they were stand-ins."""
+        try:
+            yield
+        except (QlabError, Recorded):
+            raise
+        except Exception as error:  # whatever the model's own forward raises
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise QlabError(f"{type(self.model).__name__} cannot be run around its blocks, which are streamed one by one ({reason}); "
+                            "it computes something of what they return before the last has run") from error
 
     def head(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """The model's logits [b, l, vocabulary] when the last block returns these hidden states."""
-        recorders = [Recorder(block, self._output_of(path)) for path, block in self.blocks.items()]
+        makers = Makers()
+        recorders = self._recorders(makers, self._first_code)
         recorders[-1].replay = hidden
-        with Replaced(self.model, self.prefix, recorders):
+        with Replaced(self.model, self.prefix, recorders), makers:
             return self.model(input_ids=tokens.to(self.device), use_cache=False).logits
 
-    def _output_of(self, path: str) -> "Callable[[Call, Tensor], Output]":
-        def output(call: Call, hidden: Tensor) -> Output:
-            if path not in self._outputs:
-                args, kwargs = call.inputs(hidden.to("meta"))
-                parts, spec = pytree.tree_flatten(output_on_meta(path, self.blocks[path], args, kwargs))
-                at = next(i for i, p in enumerate(parts) if isinstance(p, Tensor) and p.shape == hidden.shape)
-                self._outputs[path] = Output(tuple(parts), spec, at)
-            return self._outputs[path]
-
-        return output
+    def _first_code(self, path: str, call: Call) -> Code:
+        """A program of a block for inputs of any form, to say what it returns."""
+        return self._first[path] if path in self._first else self.code(path, call)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and torch.equal(a, b))
 
 
-def _structure(block: nn.Module, call: Call, hidden: Tensor, index: int) -> Any:
-    """What the traced program depends on: classes, shapes, plain attributes and the form of the inputs.
+def _form(call: Call, tensors: Sequence[Tensor]) -> Any:
+    """What the traced program depends on beside its block: the form of the inputs."""
+    shapes = tuple((t.dtype, tuple(n == 1 for n in t.shape)) for t in tensors)
+    others = tuple(repr(leaf) for leaf in call.leaves if not isinstance(leaf, Tensor))
+    return shapes, others, call.form
+
+
+def _structure(block: nn.Module, index: int) -> Any:
+    """What the traced program depends on in a block: classes, shapes and plain attributes.
 
     An attribute that holds the block's own index is left out (see Skeleton.code).
     """
@@ -350,13 +387,10 @@ def _structure(block: nn.Module, call: Call, hidden: Tensor, index: int) -> Any:
         kept = {k: v for k, v in values.items() if isinstance(v, bool | int | float | str)}
         return tuple(sorted((k, v) for k, v in kept.items() if not (v == index and re.search("idx|index|layer", k))))
 
-    tensors = tuple((t.dtype, tuple(n == 1 for n in t.shape)) for t in tensors_of(*call.inputs(hidden.to("meta"))))
-    others = tuple(repr(leaf) for leaf in call.leaves if not isinstance(leaf, Tensor))
-    modules = tuple(
+    return tuple(
         (name, type(m), tuple((k, tuple(p.shape), p.dtype) for k, p in m.named_parameters(recurse=False)), plain(m))
         for name, m in block.named_modules()
     )
-    return tensors, others, call.spec, modules
 
 
 def _set(model: nn.Module, name: str, value: Tensor) -> None:

@@ -89,9 +89,10 @@ def qlab_logits(path):
     skeleton = Skeleton(qlab.open(path), torch.float32)
     skeleton.load_outside(with_head=True)
     hidden, calls = skeleton.record(IDS)
+    state = (hidden,)
     for block, call in calls.items():
-        (hidden,) = push(skeleton.graph(block, call, hidden), iter([(call, hidden)]))
-    return skeleton.head(IDS, hidden)
+        (state,) = push(skeleton.graph(block, call), iter([(call, state)]))
+    return skeleton.head(IDS, *state)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from qlab.model.recording import Call
 from qlab.qtensor import QTensor, dense
 from qlab.stats import STATS, Moment, Observation, stat_of
 from qlab.sweep import solve
+from qlab.taken_apart import take_apart
 from qlab.trace import trace
 
 
@@ -93,9 +94,10 @@ def segment(family, index=None):
 def batches_of(seg):
     """The segment's calls as the driver makes them."""
     def one(args, kwargs):
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, form = take_apart((args, kwargs))
         where = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
-        return Call((*leaves[:where], None, *leaves[where + 1 :]), spec, where), leaves[where]
+        state = (leaves[where],)
+        return Call((*leaves[:where], None, *leaves[where + 1 :]), form, {where: 0}, state), state
 
     return lambda: iter([one(*batch) for batch in seg.batches])
 

@@ -1,0 +1,107 @@
+"""What a segment is called with, taken apart into leaves and put together again.
+
+Lists, tuples and dictionaries come apart as in PyTorch's pytrees. So does any other object by its attributes: a cache, or a dictionary
+of a kind of its own, in which blocks leave tensors for later ones.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from itertools import zip_longest
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+WHOLE = (Tensor, nn.Module, type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, Enum)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How leaves are put together. objects: per leaf of `spec`, the object that it stands for, or None."""
+
+    spec: pytree.TreeSpec
+    objects: tuple["_Object | None", ...]
+
+
+@dataclass(frozen=True)
+class _Object:
+    kind: type
+    content: Form
+    leaves: int
+
+
+def take_apart(tree: Any) -> tuple[list[Any], Form]:
+    """The leaves of arguments, in order, and their form."""
+    return _take_apart(tree, ())
+
+
+def _take_apart(tree: Any, above: tuple[int, ...]) -> tuple[list[Any], Form]:
+    outer, spec = pytree.tree_flatten(tree)
+    leaves: list[Any] = []
+    objects: list[_Object | None] = []
+    for leaf in outer:
+        if not _opens(leaf) or id(leaf) in above:
+            leaves.append(leaf)
+            objects.append(None)
+            continue
+        inner, form = _take_apart(_content(leaf), (*above, id(leaf)))
+        leaves += inner
+        objects.append(_Object(type(leaf), form, len(inner)))
+    return leaves, Form(spec, tuple(objects))
+
+
+def put_together(leaves: list[Any], form: Form) -> Any:
+    """Arguments of this form: the inverse of `take_apart`, with lists, dictionaries and objects of their own."""
+    outer, at = [], 0
+    for held in form.objects:
+        if held is None:
+            outer.append(leaves[at])
+            at += 1
+            continue
+        outer.append(_made(held, put_together(leaves[at : at + held.leaves], held.content)))
+        at += held.leaves
+    return pytree.tree_unflatten(outer, form.spec)
+
+
+def take_over(held: Any, changed: Any) -> Any:
+    """What is held, with the content of what it was changed into; lists, dictionaries and objects stay themselves."""
+    if type(held) is not type(changed):
+        return changed
+    if isinstance(held, tuple) and len(held) == len(changed):
+        parts = [take_over(a, b) for a, b in zip(held, changed)]
+        return type(held)._make(parts) if hasattr(held, "_make") else type(held)(parts)
+    if isinstance(held, dict):
+        entries = {key: take_over(held.get(key), value) for key, value in changed.items()}
+        held.clear()
+        held.update(entries)
+    elif isinstance(held, list):
+        held[:] = [take_over(a, b) for a, b in zip_longest(held, changed)][: len(changed)]
+    elif not _opens(held):
+        return changed
+    if _opens(held):
+        attributes = {key: take_over(vars(held).get(key), value) for key, value in vars(changed).items()}
+        vars(held).clear()
+        vars(held).update(attributes)
+    return held
+
+
+def _opens(thing: Any) -> bool:
+    return hasattr(thing, "__dict__") and not isinstance(thing, WHOLE)
+
+
+def _content(thing: Any) -> tuple[dict[str, Any], Any]:
+    """An object's attributes, and its entries where it is a dictionary or a list as well."""
+    entries = dict(thing) if isinstance(thing, dict) else list(thing) if isinstance(thing, list) else None
+    return dict(vars(thing)), entries
+
+
+def _made(held: _Object, content: tuple[dict[str, Any], Any]) -> Any:
+    attributes, entries = content
+    thing = held.kind.__new__(held.kind)
+    vars(thing).update(attributes)
+    if isinstance(thing, dict):
+        dict.update(thing, entries)
+    elif isinstance(thing, list):
+        thing[:] = entries
+    return thing
