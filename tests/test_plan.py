@@ -224,8 +224,8 @@ def test_zero_points_that_version_1_of_gptq_may_not_hold_are_refused_before_any_
     assert leaf.zeros.eq(-8).all() and verify(written, positive).faults == []
 
 
-@pytest.mark.parametrize("clip, operation", [(8.0, "torch.nonzero()"), (None, "clamp called but both")])
-def test_a_block_whose_operations_ask_for_values_is_refused_by_name(clip, operation, tmp_path):
+@pytest.mark.parametrize("clip", [8.0, None])
+def test_a_block_whose_operations_ask_for_values_is_refused_by_name(clip, tmp_path):
     config = AutoConfig.for_model(
         "dbrx", d_model=64, n_heads=4, n_layers=2, max_seq_len=128, vocab_size=128,
         attn_config=dict(kv_n_heads=2, clip_qkv=clip, rope_theta=1e4),
@@ -234,5 +234,5 @@ def test_a_block_whose_operations_ask_for_values_is_refused_by_name(clip, operat
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dbrx")
     dbrx = open_checkpoint(tmp_path / "dbrx")
     for act in (lambda: plan(dbrx, rtn(INT4), None), lambda: quantize(dbrx, rtn(INT4), None, tmp_path / "out")):
-        refused(act, "transformer.blocks.0 (DbrxBlock)", operation, "check config.json, or choose a model")
+        refused(act, "transformer.blocks.0 (DbrxBlock) cannot be traced by torch.export")
     assert not list(tmp_path.glob("out*"))
