@@ -11,6 +11,7 @@ from rich.table import Table
 
 from qlab.calibration import Data
 from qlab.codecs import CODECS, refusal_of_transposed
+from qlab.duration import SPREAD, Work, said, work_of
 from qlab.effects import input_specs, online_of, refuse_unheld, refuse_without_effect
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
@@ -36,7 +37,8 @@ MiB = 1 << 20
 class Plan(Shown):
     """stages: the recipe in words. sites: name -> spec, shape, bits per weight and number of experts. passes: forward passes over the
     calibration data, the reference's among them. statistics: what is observed. memory: predicted bytes by what holds them.
-    experts_at_once: of how many experts statistics are held at a time (None: of all)."""
+    experts_at_once: of how many experts statistics are held at a time (None: of all). work: what the run will compute, of which
+    `seconds` estimates a time (None: not on a processor)."""
 
     stages: Sequence[Mapping[str, str]]
     sites: Mapping[str, Mapping[str, Any]]
@@ -46,6 +48,22 @@ class Plan(Shown):
     statistics: Sequence[str]
     memory: Mapping[str, int]
     experts_at_once: int | None = None
+    work: Work | None = None
+
+    @property
+    def seconds(self) -> tuple[float, float] | None:
+        """Between which times the run is expected to end, on this machine as busy as it is; probes of some milliseconds measure its
+        rates when this is first asked for (see qlab.duration). Without the start of the process and the reading of texts."""
+        if self.work is None:
+            return None
+        estimate = self.work.seconds()
+        return estimate * SPREAD[0], estimate * SPREAD[1]
+
+    @property
+    def _time(self) -> str:
+        if self.seconds is None:
+            return "none is estimated for a GPU"
+        return f"{said(self.seconds[0])} to {said(self.seconds[1])} on {torch.get_num_threads()} threads of this processor"
 
     @property
     def bits_per_weight(self) -> float:
@@ -74,13 +92,14 @@ class Plan(Shown):
             "stays unquantized": some(self.unquantized) or "nothing",
             "passes": f"{self.passes} over {self.tokens:,} tokens; statistics: {', '.join(self.statistics) or 'none'}",
             "predicted peak memory": size(self.peak_bytes),
+            "estimated time": self._time,
         }
 
     def json(self) -> dict[str, Any]:
         """The plan as plain data."""
         return {"stages": list(self.stages), "sites": dict(self.sites), "unquantized": list(self.unquantized),
                 "passes": self.passes, "tokens": self.tokens, "statistics": list(self.statistics), "memory": dict(self.memory),
-                "experts_at_once": self.experts_at_once, "peak_bytes": self.peak_bytes,
+                "experts_at_once": self.experts_at_once, "peak_bytes": self.peak_bytes, "seconds": self.seconds and list(self.seconds),
                 "bits_per_weight": self.bits_per_weight}  # fmt: skip
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -96,6 +115,7 @@ class Plan(Shown):
             yield f"statistics of {self.experts_at_once} experts at a time"
         parts = ", ".join(f"{name} {size / MiB:.0f}" for name, size in self.memory.items())
         yield f"predicted peak memory: {self.peak_bytes / MiB:.0f} MiB ({parts})"
+        yield f"estimated time: {self._time}"
 
 
 @torch.no_grad()
@@ -157,15 +177,19 @@ def plan(
     experts = max(shapes[n][0] if in_parts and site.route else 0 for n, (_, site) in named.items())
     at_once, held = _fitting(memory, experts, lambda n: predict_memory(
         skeleton, codes, shapes, data if needs else None, recipe, inputs, calibrate_all_experts, n))  # fmt: skip
+    passes = (1 if in_parts else 2) + runs_reference([recipe], inputs) if needs else 0
+    stored = sum(tensor.nbytes for tensor in model.stored.values())
+    work = work_of(codes, shapes, data if needs else None, recipe, passes, calibrate_all_experts, skeleton.dtype, stored)
     return Plan(
-        describe(recipe),
-        rows,
-        [*left, *(n for n, s in specs.items() if s is None)],
-        (1 if in_parts else 2) + runs_reference([recipe], inputs) if needs else 0,
-        tokens,
-        needs,
-        held,
-        at_once,
+        stages=describe(recipe),
+        sites=rows,
+        unquantized=[*left, *(n for n, s in specs.items() if s is None)],
+        passes=passes,
+        tokens=tokens,
+        statistics=needs,
+        memory=held,
+        experts_at_once=at_once,
+        work=work if skeleton.device.type == "cpu" else None,
     )
 
 
