@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qlab"
 # A module imports from strictly lower layers, or from its own package. A package is one layer of all its files.
 LAYERS = [
-    {"errors", "progress", "quiet", "shown"}, {"products", "scope", "spec", "taken_apart"}, {"qtensor", "targets"}, {"certificate"},
+    {"errors", "processor", "progress", "quiet", "shown"},
+    {"products", "scope", "spec", "taken_apart"}, {"qtensor", "targets"}, {"certificate"},
     {"experts"}, {"graph"}, {"trace"},
     {"interpret", "programs"}, {"stats"}, {"claims", "rounding"}, {"transform"}, {"channels"}, {"absorb"}, {"methods"}, {"codecs"},
     {"documents", "tokenizing"}, {"texts"}, {"files"}, {"calibration"},
@@ -22,7 +23,7 @@ LAYERS = [
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MATHEMATICS = {"errors", "scope", "spec", "taken_apart", "qtensor", "experts", "graph", "trace", "interpret", "products", "programs",
-               "stats", "rounding", "transform", "channels", "absorb", "methods", "claims"}
+               "processor", "stats", "rounding", "transform", "channels", "absorb", "methods", "claims"}
 MODELS = {"transformers", "safetensors", "accelerate", "huggingface_hub", "gguf"}
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 modules = pytest.mark.parametrize("file", FILES)

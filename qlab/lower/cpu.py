@@ -14,11 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from qlab import processor
 from qlab.errors import QlabError
 from qlab.experts import each_expert
 from qlab.lower.nibbles import Planes, spread
 from qlab.lower.timing import device_label
-from qlab.products import bf16_units, product_dtype
+from qlab.products import product_dtype
 
 aten = torch.ops.aten
 PREFIX = "int4pack"
@@ -106,12 +107,8 @@ def problem(m: int, dtype: torch.dtype, dense_copy: bool, n: int, k: int, group:
     from qlab_kernels import Problem
 
     op = "int4_linear_cpu_beside_dense" if dense_copy else "int4_linear_cpu"
-    return Problem(op, f"cpu-{_isa()}", _processor(torch.get_num_threads()), str(dtype).removeprefix("torch."), group, zeros, n, k, m)
-
-
-@cache
-def _isa() -> str:
-    return "amx" if bf16_units() else torch.backends.cpu.get_cpu_capability().lower()
+    isa, device = processor.here().isa, _processor(torch.get_num_threads())
+    return Problem(op, f"cpu-{isa}", device, str(dtype).removeprefix("torch."), group, zeros, n, k, m)
 
 
 @cache

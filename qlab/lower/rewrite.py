@@ -27,7 +27,8 @@ TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int, aten.num
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 VIEWS = (*TRANSPOSES, *RESHAPES, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim)
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
-SOURCES = ("rewrite.py", "cpu.py", "nibbles.py", "ops.py", "../products.py")  # what the pass depends on, beside the config cache
+# what the pass depends on, beside the config cache
+SOURCES = ("rewrite.py", "cpu.py", "nibbles.py", "ops.py", "../products.py", "../processor.py")
 
 
 class Rewrite(CustomGraphPass):

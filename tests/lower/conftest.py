@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qlab import processor
 from qlab_kernels import cache
 
 
@@ -21,3 +22,9 @@ def fresh():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """on(isa): products from here on as they are on a processor with this instruction set."""
+    return lambda isa: monkeypatch.setattr(processor, "here", lambda: processor.Processor(isa))

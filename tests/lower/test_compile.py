@@ -73,11 +73,15 @@ def test_the_compiled_model_decodes_like_the_eager_one(directory):
     assert seen.count("aten._scaled_dot_product") == 0
 
 
-def test_freezing_with_max_autotune_keeps_the_weight_packed():
-    """Inductor's int4 template competes; the dequantized weight of the many-token product is not folded into a constant."""
+def test_freezing_with_max_autotune_keeps_the_weight_packed(on):
+    """Inductor's int4 template competes; the dequantized weight of the many-token product is not folded into a constant, where it
+    is written out (with units for bf16) and where it is left to the operator (without)."""
     leaf = random_leaf(64, 128, INT4)
     options = {"freezing": True, "max_autotune": True, "fx_graph_cache": False}
-    for m, kept in ((1, "aten._weight_int4pack_mm_for_cpu"), (100, "qlab.dequantize")):
+    for m, isa, kept in ((1, "avx2", "aten._weight_int4pack_mm_for_cpu"), (100, "amx", "qlab.dequantize"),
+                         (100, "avx2", "qlab.int4_mm")):  # fmt: skip
+        on(isa)
+        torch._dynamo.reset()
         seen, x = Seen(), activations(m, 128, torch.bfloat16)
         compiled = torch.compile(lowered(leaf).eval(), dynamic=False, options=seen.options | options)
         check_product(compiled(x), x, leaf)

@@ -1,12 +1,16 @@
 """16-bit products run in the arithmetic that the processor is fast at, and round once whichever that is."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from lowering_cases import activations, check_product, lowered, random_leaf
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlab import products
+from qlab import processor
 from qlab.interpret import interpret
 from qlab.lower import cpu, tuning
 from qlab.products import product_dtype
@@ -41,13 +45,32 @@ class Multiplied(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+
+
+@pytest.mark.parametrize("environment, capability, has, isa", [
+    ({}, "AVX512", ("amx", "bf16"), "amx"), ({}, "AVX512", ("bf16",), "avx512_bf16"), ({}, "AVX512", (), "avx512"),
+    ({}, "AVX2", (), "avx2"), ({}, "DEFAULT", (), "default"), (AVX2, "AVX2", ("amx", "bf16"), "avx2"),
+    ({"ONEDNN_MAX_CPU_ISA": "avx512_core_bf16"}, "AVX512", ("amx", "bf16"), "avx512_bf16"),
+    ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, "AVX512", ("bf16",), "avx512_bf16"),
+    ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, "AVX512", ("amx", "bf16"), "avx512"),
+    ({"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"}, "AVX512", ("amx", "bf16"), "avx2"),
+])  # fmt: skip
+def test_the_processor_is_what_the_environment_leaves_of_it(environment, capability, has, isa):
+    assert processor.detect(environment, capability, "amx" in has, "bf16" in has) == processor.Processor(isa)
+
+
+def test_a_process_under_those_variables_finds_the_smaller_processor():
+    code = "from qlab import processor; print(processor.here().isa, processor.here().bf16_units)"
+    found = subprocess.run([sys.executable, "-c", code], env={**os.environ, **AVX2}, capture_output=True, text=True, check=True)
+    assert found.stdout.split() in (["avx2", "False"], ["default", "False"])  # on what has no AVX2 itself
+
+
 @HALVES
-@pytest.mark.parametrize("units", (False, True))
-@pytest.mark.parametrize("least", (8, 256))
-def test_many_rows_are_multiplied_in_fp32_where_there_are_no_units_for_them(dtype, units, least, monkeypatch):
-    monkeypatch.setattr(products, "bf16_units", lambda: units)
-    monkeypatch.setattr(products, "_rows_worth_copies", lambda: least)
-    own = units and dtype == torch.bfloat16
+@pytest.mark.parametrize("isa, least", [("default", 8), ("avx2", 8), ("avx512", 256), ("avx512_bf16", 256), ("amx", 256)])
+def test_many_rows_are_multiplied_in_fp32_where_there_are_no_units_for_them(dtype, isa, least, on):
+    on(isa)
+    own = isa in ("avx512_bf16", "amx") and dtype == torch.bfloat16
     for x in (torch.zeros(least, 3, dtype=dtype), torch.zeros(2, least // 2, 3, dtype=dtype)):
         assert product_dtype(x) == (dtype if own else torch.float32)
     assert product_dtype(torch.zeros(least - 1, 3, dtype=dtype)) == dtype
@@ -55,15 +78,15 @@ def test_many_rows_are_multiplied_in_fp32_where_there_are_no_units_for_them(dtyp
     assert product_dtype(torch.zeros(least, 3, dtype=dtype, device="meta")) == dtype
 
 
-def test_wider_floats_stay_as_they_are(monkeypatch):
-    monkeypatch.setattr(products, "bf16_units", lambda: False)
+def test_wider_floats_stay_as_they_are(on):
+    on("avx2")
     assert {product_dtype(torch.zeros(999, 3, dtype=t)) for t in (torch.float32, torch.float64)} == {torch.float32, torch.float64}
 
 
 @HALVES
 @pytest.mark.parametrize("bias", (False, True))
-def test_an_interpreted_product_is_the_exact_one_rounded_once(dtype, bias, monkeypatch):
-    monkeypatch.setattr(products, "bf16_units", lambda: False)
+def test_an_interpreted_product_is_the_exact_one_rounded_once(dtype, bias, on):
+    on("avx2")
     torch.manual_seed(0)
     block, x = nn.Sequential(nn.Linear(48, 24, bias=bias)).to(dtype), torch.randn(3, 100, 48).to(dtype)
     exact = nn.functional.linear(x.double(), block[0].weight.double(), block[0].bias.double() if bias else None)
@@ -81,9 +104,8 @@ def assert_rounded_once(y, exact):
 
 
 @HALVES
-def test_products_of_experts_are_rounded_once(dtype, monkeypatch):
-    monkeypatch.setattr(products, "bf16_units", lambda: False)
-    monkeypatch.setattr(products, "_rows_worth_copies", lambda: 8)
+def test_products_of_experts_are_rounded_once(dtype, on):
+    on("avx2")
     torch.manual_seed(0)
     block, x = Experts(dtype), torch.randn(40, 48).to(dtype)
     chosen = torch.tensor([0] * 10 + [1] * 30)[:, None]
@@ -97,8 +119,8 @@ def test_products_of_experts_are_rounded_once(dtype, monkeypatch):
 
 @HALVES
 @pytest.mark.parametrize("dense_cache", (False, True))
-def test_many_rows_of_a_lowered_product_are_multiplied_in_fp32(dtype, dense_cache, monkeypatch):
-    monkeypatch.setattr(products, "bf16_units", lambda: False)
+def test_many_rows_of_a_lowered_product_are_multiplied_in_fp32(dtype, dense_cache, on):
+    on("avx512")
     leaf = random_leaf(100, 128, parse_spec("int4-g64"))
     layer, x = lowered(leaf, dtype, dense_cache=dense_cache), activations(300, 128, dtype)
     with Multiplied() as timed:  # and so they are when they are tuned

@@ -8,8 +8,7 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qlab import products
-from qlab.lower import QLinear, cpu, inductor_options
+from qlab.lower import QLinear, inductor_options
 from qlab.lower.attention import attention
 from qlab.lower.rewrite import fuse
 from qlab.spec import Int, Tile
@@ -82,9 +81,9 @@ def test_columns_lie_as_those_of_the_eager_product():
     check_product(y.view(100, 10).T, x, leaf)
 
 
-@pytest.mark.parametrize("units", [False, True])
-def test_many_rows_are_left_to_the_operator_where_they_are_multiplied_in_fp32(units, monkeypatch):
-    monkeypatch.setattr(products, "bf16_units", lambda: units)
+@pytest.mark.parametrize("isa, units", [("avx2", False), ("avx512", False), ("avx512_bf16", True), ("amx", True)])
+def test_many_rows_are_left_to_the_operator_where_they_are_multiplied_in_fp32(isa, units, on):
+    on(isa)
     layer, seen, x = lowered(leaf := random_leaf(100, 128, INT4)), Seen(), activations(300, 128, torch.bfloat16)
     check_product(torch.compile(layer, fullgraph=True, dynamic=False, options=seen.options)(x), x, leaf)
     assert (seen.count("qlab.int4_mm"), seen.count("aten.mm")) == ((0, 1) if units else (1, 0))
@@ -142,14 +141,17 @@ def test_only_a_transposed_weight_is_fused(target, axes, fused):
 
 
 @pytest.mark.parametrize("k, spec", [(100, Int(4, Tile(1, None))), (128, Int(8, Tile(1, 64), False))], ids=["ragged", "two planes"])
-@pytest.mark.parametrize("m", [2, 100])
-def test_static_products_are_written_out_as_the_operator_computes_them(m, k, spec):
+@pytest.mark.parametrize("m, isa, written", [
+    (2, "avx2", "aten._weight_int4pack_mm_for_cpu"), (100, "amx", "qlab.dequantize"), (100, "avx2", None),
+])  # fmt: skip
+def test_static_products_are_written_out_as_the_operator_computes_them(m, isa, written, k, spec, on):
+    """But those that it multiplies in another dtype, as it does without units for bf16: they are left to it."""
+    on(isa)
     leaf, x = random_leaf(70, k, spec), activations(m, k, torch.bfloat16)
     seen, layer = Seen(), lowered(leaf)
     check_product(torch.compile(layer, fullgraph=True, dynamic=False, options=seen.options)(x), x, leaf)
-    int4 = cpu.kind(m, x.dtype, False, *layer.words.shape, layer.group, False) == "int4pack"
-    assert int4 == (m == 2) and seen.inner.chosen == 1 and seen.count("qlab.int4_mm") == 0
-    assert (seen.count("aten._weight_int4pack_mm_for_cpu"), seen.count("qlab.dequantize")) == (int4, not int4)
+    assert seen.inner.chosen == (written is not None) and seen.count("qlab") == (written != "aten._weight_int4pack_mm_for_cpu")
+    assert seen.count(written or "qlab.int4_mm") == 1
 
 
 @pytest.mark.parametrize("spec", [Int(4, Tile(1, 32)), Int(8, Tile(1, None))], ids=str)
@@ -164,10 +166,13 @@ def test_inputs_that_stand_in_columns_are_multiplied_as_the_operator_does(enters
             assert torch.equal(compiled(x), layer(enters(x)))
 
 
-def test_a_dense_copy_is_multiplied_when_there_are_many_tokens():
+@pytest.mark.parametrize("isa, operators", [("amx", 0), ("avx2", 1)])
+def test_a_dense_copy_is_multiplied_when_there_are_many_tokens(isa, operators, on):
+    on(isa)
     leaf, x, seen = random_leaf(64, 128, INT4), activations(100, 128, torch.bfloat16), Seen()
     check_product(torch.compile(lowered(leaf, dense_cache=True), dynamic=False, options=seen.options)(x), x, leaf)
-    assert seen.count("aten.mm") == 1 and seen.count("qlab") == 0
+    assert (seen.count("aten.mm"), seen.count("qlab")) == (1 - operators, operators)
+    assert seen.count("qlab.dequantize") == 0
 
 
 def test_a_dense_product_of_one_token_becomes_a_sum():
