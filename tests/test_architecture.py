@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,16 @@ def unit(file):
 
 def imports(file, everywhere=True):
     """Dotted names that a file imports; without `everywhere`, only those that run at import."""
-    tree = ast.parse(FILES[file].read_text(encoding="utf-8"))
+    return imported_by(FILES[file], everywhere)
+
+
+@cache
+def imported_by(path, everywhere):
+    return list(names_imported(path, everywhere))
+
+
+def names_imported(path, everywhere):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     nodes = list(ast.walk(tree))
     if not everywhere:
         inside = {n for f in nodes if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) for n in ast.walk(f)}
@@ -46,7 +56,7 @@ def imports(file, everywhere=True):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file} imports relatively; write the full name"
+            assert node.level == 0, f"{path} imports relatively; write the full name"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
