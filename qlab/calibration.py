@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from tempfile import SpooledTemporaryFile, gettempdir
 from typing import IO, Any, Protocol
 
@@ -45,6 +46,7 @@ class Tokens(Shown):
     texts: tuple[str, ...]
     sha256: str
     seed: int | None
+    files: tuple[Path, ...] = ()  # that they were read from
 
     @property
     def count(self) -> int:
@@ -155,7 +157,8 @@ class _Stream:
             self.file.seek(window * self.length * ids.itemsize)
             ids.frombytes(self.file.read(self.length * ids.itemsize))
             rows.append(torch.frombuffer(ids, dtype=torch.int32).long())
-        return Tokens(torch.stack(rows), tuple(text.name for text in self.texts), self.sha256, seed)
+        files = tuple(text.path for text in self.texts if text.path)
+        return Tokens(torch.stack(rows), tuple(text.name for text in self.texts), self.sha256, seed, files)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ class Samples(Shown):
     seed: int
     images: int
     image_tokens: int
+    files: tuple[Path, ...] = ()  # that they were read from
 
     @property
     def count(self) -> int:
@@ -77,17 +78,20 @@ def image_samples(model: Checkpoint, texts: Sequence[str | Path], samples: int =
                         "lines, or fewer samples")
     chosen = torch.randperm(len(lines), generator=generator(seed, "calibration"))[:samples].tolist()
     inputs, images = [], 0
+    files: list[Path] = []
     for at in (lines[i] for i in chosen):
-        where = str(at)
-        sample, found = _sample(processor, at.read(), at.path.parent, where)
+        where, line = str(at), at.read()
+        sample, found = _sample(processor, line, at.path.parent, where)
         if sample["input_ids"].shape[1] > length:
             raise QlabError(f"{where} has {sample['input_ids'].shape[1]} tokens, more than the {length} of a sample, and cutting it "
                             "would part images from their tokens; shorten it, or give a greater length")
         inputs.append(sample)
         images += found
+        files += [at.path, *(at.path.parent / name for name in line.get("images", []))]
     token = getattr(model.config, "image_token_id", None)
     seen = sum(int(sample["input_ids"].eq(token).sum()) for sample in inputs) if token is not None else 0
-    return Samples(tuple(inputs), tuple(path.name for path in paths), digest.hexdigest(), seed, images, seen)
+    return Samples(tuple(inputs), tuple(path.name for path in paths), digest.hexdigest(), seed, images, seen,
+                   tuple(dict.fromkeys(files)))
 
 
 def _processor(model: Checkpoint) -> Any:

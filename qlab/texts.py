@@ -46,6 +46,7 @@ class Text:
 
     name: str
     read: Callable[[Digest, Render], Iterator[Iterable[str]]]
+    path: Path | None = None  # of its file
 
 
 def texts_of(given: Any) -> list[Text]:
@@ -96,7 +97,7 @@ def _of_values(values: Iterable[Any], digest: Digest, render: Render) -> Iterato
 def _file(path: str | os.PathLike[str]) -> Text:
     if not isinstance(path, str | os.PathLike):
         raise QlabError(f"a {type(path).__name__} stands among the paths of texts; {WAYS}")
-    return Text(Path(path).name, partial(_of_file, Path(path)))
+    return Text(Path(path).name, partial(_of_file, Path(path)), Path(path))
 
 
 def open_regular(path: Path, what: str) -> IO[bytes]:

@@ -1,5 +1,6 @@
 """All of the user's entries at once: listed, exported into one file, imported from it, cleared."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -13,14 +14,28 @@ Layer = Literal["user", "shipped"]
 def export(path: Path) -> int:
     """Write all of the user's entries into one file; returns how many. They can be imported elsewhere, or named in the override.
 
-    CacheError when the file cannot be written.
+    CacheError when the file cannot be written, or is there and was not exported.
     """
+    path = Path(os.path.realpath(path))
+    _refuse_foreign(path)
     tables = cache.user_tables()
     try:
         replace_file(path, "[\n" + ",\n".join(table.json() for _, table in sorted(tables.items())) + "]\n")
     except OSError as error:
         raise CacheError(f"{path} cannot be written ({error.strerror}): choose another place") from error
     return sum(len(table.entries) for table in tables.values())
+
+
+def _refuse_foreign(path: Path) -> None:
+    if path.parent == Path(os.path.realpath(cache.folder())):
+        raise CacheError(f"{path} is among the entries themselves: choose another place")
+    if not path.exists():
+        return
+    try:
+        if path.stat().st_size:
+            cache.read_exported(path)
+    except (ValueError, OSError) as error:
+        raise CacheError(f"{path} exists and is no file that `qlab cache export` wrote: choose another place") from error
 
 
 def import_(path: Path) -> int:

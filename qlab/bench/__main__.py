@@ -58,7 +58,10 @@ def methods(
 ) -> None:  # fmt: skip
     """Compare quantization methods with each other and with the unquantized model on held-out text."""
     from qlab.bench.methods import compare_methods, table
+    from qlab.files.place import refuse_inside
 
+    if json_file and out:
+        refuse_inside(json_file, [Path(out).expanduser().resolve()])
     record = compare_methods(model, listed(names.lower()), spec, asymmetric=asymmetric, calib=calib, text=text, samples=samples,
                              length=length, seed=seed, windows=windows, inputs=inputs, out=out)  # fmt: skip
     console().print(table(record))
@@ -111,9 +114,11 @@ def matmul(
 
     from qlab.bench.contenders import CONTENDERS
     from qlab.bench.matmul import SHAPES, SHAPES_CPU, TOKENS, compare_matmuls, table, verdict
-    from qlab.bench.plots import draw_matmuls
+    from qlab.bench.plots import draw_matmuls, refuse_foreign_figure
     from qlab.lower.tuning import SHORT, parse_shapes, parse_tokens
 
+    if plot:
+        refuse_foreign_figure(plot)
     if threads:
         torch.set_num_threads(threads)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -127,7 +132,7 @@ def matmul(
         console().print(line, soft_wrap=True, highlight=False)
     report(record, json_file)  # a file that cannot be written takes no measured figure with it
     if plot:
-        draw_matmuls(record, plot)
+        draw_matmuls(record, plot.resolve())
 
 
 @app.command()

@@ -1,6 +1,9 @@
 """Methods side by side: one model, spec, calibration sample and held-out text, the unquantized model beside them."""
 
 import gc
+import hashlib
+import json
+import os
 import re
 import sys
 import time
@@ -13,6 +16,7 @@ from rich import box
 from rich.table import Table
 
 import qlab
+from qlab.bench.folder import RECORD, owned, refuse_foreign
 from qlab.bench.plots import draw
 from qlab.calibration import Tokens
 from qlab.cli.quantizing import recipe_of
@@ -21,6 +25,7 @@ from qlab.errors import QlabError
 from qlab.evaluate import Evaluation, read
 from qlab.files.atomic import write_json
 from qlab.files.checkpoint import Checkpoint
+from qlab.files.ownership import sealed
 from qlab.hub import calibration_texts, evaluation_texts
 from qlab.quantize import Result
 from qlab.report import PeakMemory, versions
@@ -46,23 +51,33 @@ def compare_methods(
     recipes = _recipes(methods, spec, asymmetric)
     inputs_named(inputs)
     model, spec = qlab.open(name), str(parse_spec(spec, symmetric=not asymmetric))
-    out = (out or home() / "bench" / f"{_slug(name)}-{spec}").expanduser()
-    _refuse_foreign(out, recipes)
+    job = {"model": str(model.path.resolve()), "methods": list(methods), "spec": spec, "calibration": _resolved(calib),
+           "evaluation": _resolved(text), "samples": samples, "length": length, "seed": seed, "windows": windows,
+           "inputs": inputs}  # fmt: skip
+    out = Path(os.path.realpath(Path(out or home() / "bench" / _folder_name(name, job)).expanduser()))
+    refuse_foreign(out, recipes, job, model.path, [Path(path) for path in (*(calib or ()), *(text or ()))])
     data = qlab.tokens(model, calibration_texts(calib), samples, length, seed)
     held_out = qlab.first_windows(model, evaluation_texts(text), length, windows)
     if len(held_out.ids) < windows:
         raise QlabError(f"{' and '.join(held_out.texts)} gives {len(held_out.ids)} windows of {length} tokens and {windows} "
                         "were asked for; give more text, fewer windows or a shorter length")
-    results = _quantize(model, recipes, data, out, inputs)  # before the reference is read, which would add to their memory
-    reference, rows = _evaluate(model, results, held_out, spec)
-    record = {
-        "model": name, "reference": reference, "rows": rows, "seed": seed, "inputs": inputs,
+    with owned(out, job):
+        results = _quantize(model, recipes, data, out, inputs)  # before the reference is read, which would add to their memory
+        reference, rows = _evaluate(model, results, held_out, spec)
+        record = _record(name, job, reference, rows, data, held_out, out)
+        write_json(out / RECORD, record)
+        draw(record, out)
+    return record
+
+
+def _record(name: str, job: Mapping[str, Any], reference: dict, rows: list[dict], data: Tokens, held_out: Tokens,
+            out: Path) -> dict[str, Any]:  # fmt: skip
+    """What bench.json says."""
+    return sealed({
+        "model": name, "job": job, "reference": reference, "rows": rows, "seed": job["seed"], "inputs": job["inputs"],
         "data": {"calibration": data.describe(), "evaluation": held_out.describe()}, "versions": versions(),
         "device": {"type": "cpu", "threads": torch.get_num_threads()}, "out": str(out),
-    }  # fmt: skip
-    write_json(out / "bench.json", record)
-    draw(record, out)
-    return record
+    })  # fmt: skip
 
 
 def _recipes(methods: Sequence[str], spec: str, asymmetric: bool) -> dict[str, Transform]:
@@ -72,17 +87,15 @@ def _recipes(methods: Sequence[str], spec: str, asymmetric: bool) -> dict[str, T
     return {method: recipe_of(method, spec, asymmetric) for method in methods}
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w.-]", "_", Path(name).expanduser().resolve().name)
+def _folder_name(name: str, job: Mapping[str, Any]) -> str:
+    """A name that no other bench has: models are often called alike."""
+    slug = re.sub(r"[^\w.-]", "_", Path(name).expanduser().resolve().name)
+    key = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{slug}-{key}-{job['spec']}"
 
 
-def _refuse_foreign(out: Path, methods: Mapping[str, Any]) -> None:
-    """An earlier result in out/<method> is replaced; anything else there is not ours to touch."""
-    if out.exists() and not out.is_dir():
-        raise QlabError(f"{out} is a file; choose another --out")
-    for path in (out / method for method in methods):
-        if path.exists() and not (path / "qlab.json").is_file():
-            raise QlabError(f"{path} exists and is no result of qlab; move it away or choose another --out")
+def _resolved(paths: Paths) -> list[str] | None:
+    return [str(Path(path).resolve()) for path in paths] if paths else None
 
 
 def _quantize(model: Checkpoint, recipes: Mapping[str, Transform], data: Tokens, out: Path, inputs: str) -> dict[str, Result]:

@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qlab.errors import QlabError
 from qlab.files.atomic import atomically
+
+DRAWN = b"Software\0qlab"  # in the first chunk of text of a PNG
 
 
 def draw(record: Mapping[str, Any], out: Path) -> None:
@@ -35,8 +38,21 @@ def draw_matmuls(record: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def refuse_foreign_figure(path: Path) -> None:
+    """Refuse to draw over anything but a figure that qlab drew, which says so in its first bytes."""
+    if not path.exists():
+        return
+    if not path.is_file() or (path.stat().st_size and DRAWN not in _beginning(path)):
+        raise QlabError(f"{path} exists and is no figure that qlab drew; move it away or choose another place")
+
+
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(1000)
+
+
 def _save(figure: Any, path: Path) -> None:
-    atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120, metadata={"Software": "qlab"}))
 
 
 def _figure(title: str) -> tuple[Any, Any, Any]:

@@ -5,7 +5,20 @@ from typing import Annotated
 
 import typer
 
-from qlab.cli.options import Asymmetric, CodecName, Json, Model, Overwrite, Resume, console, loading, lower, report, resolved
+from qlab.cli.options import (
+    Asymmetric,
+    CodecName,
+    Json,
+    Model,
+    Overwrite,
+    Resume,
+    console,
+    loading,
+    lower,
+    output_place,
+    report,
+    resolved,
+)
 
 
 def inspect(directory: Model, json_file: Json = None) -> None:
@@ -32,6 +45,7 @@ def convert(
         from qlab.convert import convert
         from qlab.spec import parse_spec
 
+    output_place(out, directory, [], overwrite, resume, json_file)
     grid = parse_spec(requantize, symmetric=not asymmetric) if requantize else None
     result = convert(resolved(directory), codec, out, requantize=grid, overwrite=overwrite, resume=resume)
     kept = len(result.sites) - len(result.requantized)

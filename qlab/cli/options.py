@@ -50,9 +50,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the output
 Resume = Annotated[bool, typer.Option("--resume", help="continue a killed run of the same job, or start it")]
 def _writable(path: Path | None) -> Path | None:
     """Before the work, not after it."""
-    if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-        raise QlabError(f"{path} cannot be written; give --json a file in a folder that is there and may be written to")
-    return path
+    from qlab.files.place import report_place
+
+    return None if path is None else report_place(path)
 
 
 Json = Annotated[Path | None, typer.Option("--json", help="also write the result to this file", callback=_writable)]
@@ -98,8 +98,19 @@ def report(value: Any, path: Path | None) -> None:
     """Write a result as JSON where the user asked for it."""
     if path is not None:
         from qlab.files.atomic import write_json
+        from qlab.files.ownership import sealed
 
-        write_json(path, value)
+        write_json(path, sealed(value))
+
+
+def output_place(out: Path, model: str, files: Sequence[Path], overwrite: bool, resume: bool, json_file: Path | None) -> None:
+    """Refuse an output, and a report inside it, before anything is read; files: what is read beside the model."""
+    from qlab.files.place import place, refuse_early, refuse_inside, working
+
+    folder = place(out, resolved(model), files)
+    refuse_early(folder, overwrite, resume)
+    if json_file is not None:
+        refuse_inside(json_file, [folder, working(folder)])
 
 
 def run(typed: typer.Typer) -> None:

@@ -29,6 +29,7 @@ from qlab.cli.options import (
     SpecName,
     TargetName,
     console,
+    output_place,
     report,
     resolved,
     say,
@@ -149,6 +150,7 @@ def quantize(
         raise QlabError("--keep chooses among the sites of blocks, which need the model; --model-free takes --include and --exclude")
     if model_free and around:
         raise QlabError("--outside asks the model what lies around its blocks; --model-free takes --include and --exclude")
+    output_place(out, model, [*(calib or ()), *(images or ())], overwrite, resume, json_file)
     if model_free:
         _refuse_unused(calib, images, "--model-free runs no model")
         _quantize_files(model, out, method, spec, asymmetric, codec, target, include, exclude, overwrite, resume, json_file)

@@ -72,8 +72,8 @@ def is_taken(folder: Path) -> bool:
     return os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder))
 
 
-def report_place(path: Path, apart: Iterable[str | Path] = ()) -> Path:
-    """Where a report goes: a new file, an empty one, or a report that qlab wrote; not in the folders of outputs `apart`."""
+def report_place(path: Path) -> Path:
+    """Where a report goes, with all links followed: a new file, an empty one, or a report that qlab wrote and nobody changed."""
     file = Path(os.path.realpath(path))
     if file.is_dir() or not os.access(file.parent, os.W_OK):
         raise QlabError(f"{path} cannot be written; give --json a file in a folder that is there and may be written to")
@@ -81,11 +81,14 @@ def report_place(path: Path, apart: Iterable[str | Path] = ()) -> Path:
         raise QlabError(f"{path} is no regular file; give --json the name of one")
     if file.exists() and file.stat().st_size and read_sealed(file) is None:
         raise QlabError(f"{path} exists and is no report that qlab wrote and nobody changed; give --json another name, or remove it")
-    for folder in apart:
-        for box in (_named(folder), working(_named(folder))):
-            if _is_within(file, box):
-                raise QlabError(f"{path} lies in the output directory {box}, which is written whole; give --json another place")
     return file
+
+
+def refuse_inside(report: Path, folders: Iterable[Path]) -> None:
+    """Refuse a report in the folder of an output, which holds what qlab names in it and nothing else."""
+    for folder in folders:
+        if _is_within(report, folder):
+            raise QlabError(f"{report} lies in the output directory {folder}; give --json a place outside it")
 
 
 def working(folder: Path) -> Path:
