@@ -16,6 +16,7 @@ from qlab.calibration import Tokens, generator
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.model.skeleton import Skeleton
+from qlab.model.uncounted import refuse_uncounted
 from qlab.progress import progress
 from qlab.shown import Shown, interval
 from qlab.sweep import in_batches, push, record
@@ -103,6 +104,7 @@ def read(model: Checkpoint, data: Tokens, dtype: torch.dtype = torch.float32, de
     model.warn_unapplied()
     skeleton = Skeleton(model, dtype, device)
     skeleton.refuse_missing()
+    refuse_uncounted(skeleton)
     skeleton.check_length(data.longest)
     skeleton.load_outside(with_head=True)
     windows = in_batches(data)

@@ -19,6 +19,7 @@ from qlab.graph import Code, Site, by_origin, is_matrix
 from qlab.memory import predict_memory
 from qlab.model.linears import unbuilt
 from qlab.model.skeleton import Skeleton
+from qlab.model.uncounted import refuse_uncounted
 from qlab.outside import outside_sites
 from qlab.report import bits_per_weight, describe
 from qlab.shown import Shown, size, some
@@ -148,6 +149,7 @@ def plan(
         raise QlabError(f"the recipe observes {', '.join(needs)} and no calibration text was given")
     skeleton = skeleton or Skeleton(model, model.running_dtype)
     skeleton.refuse_missing()
+    refuse_uncounted(skeleton)
     if data is not None:
         skeleton.check_length(data.longest)
     codes = trace_all(skeleton, data)

@@ -26,6 +26,15 @@ class Scope:
         return f"{named} around the blocks" if self.outside else named
 
 
+def scope_named(text: str) -> Scope:
+    """The scope that has this name: the inverse of str."""
+    named = text.removesuffix(" around the blocks")
+    parts = [] if named == "every site" else named.split(" and ")
+    include = tuple(part for part in parts if not part.startswith("not "))
+    exclude = tuple(part.removeprefix("not ") for part in parts if part.startswith("not "))
+    return Scope(include, exclude, outside=named != text)
+
+
 def matches(pattern: str, name: str) -> bool:
     """A glob over full site names ('*.mlp.*'), or an anchored regular expression after 're:'."""
     if not pattern.startswith("re:"):

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.text import Text
 from torch import Tensor
 
 from qlab.certificate import distances, fingerprint, hash_of, hash_of_json, off_grid
+from qlab.covered import unlike_recipe
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.shardwise import leaves_by_file
@@ -42,7 +43,8 @@ class Verdict(Shown):
     without them nothing explains a change, and none is a fault. extras: tensor that its configuration calls for beside weights
     -> what is wrong with it, or None. config: key of config.json, nested ones with dots -> the directory's value and the reference's,
     None where there is none, if what they compute differs. retold: whether its quantization_config is another than the certified
-    one. lost: whether its qlab.json is of a job that certifies, and holds no certificates.
+    one. lost: whether its qlab.json is of a job that certifies, and holds no certificates. unlike: weight -> what it is and the recipe
+    of its qlab.json makes another of.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class Verdict(Shown):
     config: Mapping[str, tuple[Any, Any]]
     retold: bool
     lost: bool
+    unlike: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def faults(self) -> list[str]:
@@ -67,6 +70,7 @@ class Verdict(Shown):
         if self.lost:
             found.append("its qlab.json has lost its certificates; quantize or convert again, or remove that file")
         found += [f"{name}: {row['fault']}" for name, row in self.sites.items() if row["fault"]]
+        found += [f"{name}: {fault}" for name, fault in self.unlike.items() if not self.sites.get(name, {}).get("fault")]
         found += [f"{name} {fault}" for name, fault in self.extras.items() if fault]
         found += [f"{name} is missing" for name in self.missing]
         found += [f"{name} is not in the reference" for name in self.extra]
@@ -86,7 +90,8 @@ class Verdict(Shown):
         """The verdict as plain data."""
         return {"path": str(self.path), "certified": self.certified, "faults": self.faults, "sites": dict(self.sites),
                 "missing": list(self.missing), "extra": list(self.extra), "changed": dict(self.changed),
-                "extras": dict(self.extras), "config": dict(self.config), "retold": self.retold, "lost": self.lost}  # fmt: skip
+                "extras": dict(self.extras), "config": dict(self.config), "retold": self.retold, "lost": self.lost,
+                "unlike": dict(self.unlike)}  # fmt: skip
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table("site", "spec", "weight error", "certified", "verdict", title=str(self.path))
@@ -154,7 +159,8 @@ def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path)
     retold = bool(certificates) and record.get("quantization_config") != hash_of_json(model.raw.get("quantization_config"))
     lost = bool(record) and not certificates and _certifies(record.get("job", {}))
     extra = sorted(names - theirs - extras.keys() - made - both.doubled)
-    return Verdict(model.path, sites, missing, extra, changed, bool(certificates), extras, config, retold, lost)
+    unlike = unlike_recipe(model, record)
+    return Verdict(model.path, sites, missing, extra, changed, bool(certificates), extras, config, retold, lost, unlike)
 
 
 def _certifies(job: Mapping[str, Any]) -> bool:

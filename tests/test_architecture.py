@@ -19,7 +19,7 @@ LAYERS = [
     {"documents", "tokenizing"}, {"texts"}, {"files"}, {"calibration"},
     {"images", "model"}, {"states", "sweep"}, {"report"}, {"siblings"},
     {"duration", "effects", "outside", "stored", "memory"}, {"plan"}, {"quantize"}, {"from_gguf"},
-    {"convert", "verify", "inspection", "model_free"}, {"evaluate", "lower"}, {"results"},
+    {"covered"}, {"convert", "verify", "inspection", "model_free"}, {"evaluate", "lower"}, {"results"},
     {"demo"}, {"hub", "hf", "serve"}, {"__init__"}, {"cli"}, {"bench", "__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

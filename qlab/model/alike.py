@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
+from qlab.files.shardwise import leaves_by_file
 from qlab.model.linears import HEAD, experts_apart
 from qlab.model.names import identities
 from qlab.model.paper import on_paper
@@ -62,8 +63,7 @@ def _on_paper(model: Checkpoint) -> PreTrainedModel | None:
 
 def _leaves(model: Checkpoint) -> set[str]:
     """The names of everything that is loaded into one parameter: of a quantized module, that of its weight."""
-    plain = {name for name in model.stored if name.rpartition(".")[0] not in model.quantized or name.endswith(".bias")}
-    return plain | {f"{module}.weight" for module in model.quantized}
+    return {name for file in leaves_by_file(model) for name in file}
 
 
 def _tied(model: Checkpoint, paper: PreTrainedModel) -> dict[str, str]:

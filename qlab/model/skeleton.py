@@ -19,7 +19,7 @@ from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.graph import Code, ModuleGraph, runs_on, tensors_of
 from qlab.model.device import usable
-from qlab.model.names import Piece, assemble, pieces_of_experts, spellings
+from qlab.model.names import Piece, assemble, is_converted, pieces_of_experts, spellings
 from qlab.model.online import at_input, at_output
 from qlab.model.paper import find_blocks, on_paper, path_of
 from qlab.model.recording import Call, Makers, Recorded, Recorder, Replaced, calls_of, to_like
@@ -57,8 +57,8 @@ class Skeleton:
                     continue
                 shape, dtype = self.checkpoint.shape_and_dtype(piece.name)
                 wanted = parameter.shape if piece.expert is None else torch.Size((piece.stop - piece.start, parameter.shape[-1]))
-                known = len(shape) == len(wanted) == 2 and piece.expert is None
-                if (shape != wanted if known else shape.numel() != wanted.numel()) or not dtype.is_floating_point:
+                turned = shape.numel() == wanted.numel() and piece.expert is None and is_converted(self.model, piece.name)
+                if (shape != wanted and not turned) or not dtype.is_floating_point:
                     raise QlabError(f"{self.checkpoint.files[piece.name]}: {piece.name} is {dtype} {tuple(shape)}, and config.json "
                                     f"describes a model with floats {tuple(wanted)} there; the one or the other is of another model")
 
@@ -298,6 +298,11 @@ class Skeleton:
         """What engines call the modules of all fused experts."""
         fused = [name for name, p in self.model.named_parameters() if p.ndim == 3 and name.startswith(f"{self.prefix}.")]
         return [piece.module for name in fused for piece in self.expert_pieces(name)]
+
+    def sites_of_modules(self) -> dict[str, str]:
+        """Module of the files -> what the site of its weight is called: as the model spells it, or the experts that it is one of."""
+        held = {name: self.pieces(name) for name in self._parameters}
+        return {piece.module: name.removesuffix(".weight") for name, pieces in held.items() for piece in pieces}
 
     def module_name(self, name: str) -> str:
         """The model's name of a module as the files spell it."""

@@ -73,12 +73,19 @@ def test_damage_is_named(name, function, words, copy, original):
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight"])
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool, torch.bfloat16])
 def test_a_cast_that_loses_what_a_tensor_means_is_a_fault_and_a_wider_float_is_none(name, dtype, copy, original):
     edit(copy, name, lambda t: t.float())
     assert verify(copy, original).faults == []
     edit(copy, name, lambda t: t.to(dtype))
     assert verify(copy, original).faults == [f"{name} differs from the reference and no certificate says why"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_tensor_of_eight_bits_that_nothing_explains_is_refused(dtype, copy, original):
+    edit(copy, "model.norm.weight", lambda t: t.to(dtype))
+    with pytest.raises(QlabError, match=r"holds model\.norm\.weight"):
+        verify(copy, original)
 
 
 def test_a_tensor_too_many_and_a_certificate_without_its_weight(copy, original):
