@@ -16,6 +16,8 @@ from qlab.graph import SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, Op, Site, by_
 from qlab.products import product_dtype
 from qlab.qtensor import QTensor, dense
 
+NARROW = (torch.bfloat16, torch.float16)
+
 
 class _Interpreter(fx.Interpreter):
     """Runs a graph with its leaves dequantized where they are used, in the dtype of the input they meet."""
@@ -72,6 +74,22 @@ class _Interpreter(fx.Interpreter):
         return each_expert(x_sk, ends, product)
 
 
+class _Wide(_Interpreter):
+    """The same in float32 where the program was traced in a narrower dtype: it casts to that at fixed places."""
+
+    def placeholder(self, target: str, args: tuple, kwargs: dict) -> Any:
+        value = super().placeholder(target, args, kwargs)
+        return value.float() if isinstance(value, Tensor) and value.dtype in NARROW else value
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        wide_args = tuple(_wide(a) for a in args)
+        return super().call_function(target, wide_args, {name: _wide(a) for name, a in kwargs.items()})
+
+
+def _wide(argument: Any) -> Any:
+    return torch.float32 if isinstance(argument, torch.dtype) and argument in NARROW else argument
+
+
 @dataclass(frozen=True)
 class _Weight:
     """Stands for a site's weight until the site runs."""
@@ -85,9 +103,13 @@ def interpret(graph: ModuleGraph, args: tuple, kwargs: dict[str, Any]) -> Any:
     return pytree.tree_unflatten(list(returned), graph.code.out_spec)
 
 
-def outputs_of(graph: ModuleGraph, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """All that the segment's program gives on these inputs (see Code.outputs)."""
-    return tuple(_run(graph, graph.code.graph, args, kwargs))
+def outputs_of(graph: ModuleGraph, args: tuple, kwargs: dict[str, Any], wide: bool = False) -> tuple[Any, ...]:
+    """All that the segment's program gives on these inputs (see Code.outputs).
+
+    wide: in float32 throughout, also where the model computes in bfloat16 or float16.
+    """
+    reading = _Wide if wide else _Interpreter
+    return tuple(reading(graph, graph.code.graph).run(*_tensors(graph, args, kwargs)))
 
 
 def _run(graph: ModuleGraph, code: fx.Graph, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -9,6 +9,7 @@ import torch
 
 from qlab.calibration import Data
 from qlab.graph import Code, aten, by_source, open_symbols
+from qlab.lossless import claims
 from qlab.model.skeleton import Skeleton
 from qlab.sweep import BATCH_TOKENS, HELD, Inputs, in_order, runs_reference
 from qlab.transform import Transform
@@ -108,7 +109,8 @@ def _block_moments(code: Code, weights: Sequence[torch.Size], size: int, data: D
         tokens = min(max(BATCH_TOKENS, data.longest), data.count)  # one window at least
         # an attention holds some seven tensors of the hidden size, a feed-forward layer three of the widest
         activations = tokens * (size * (2 * hidden + max(5 * hidden, 3 * widest)) + (4 * max(ks) if size < 4 else 0))
-        activations += score_bytes(code, data.longest, max(1, tokens // data.longest))
+        scores = score_bytes(code, data.longest, max(1, tokens // data.longest))
+        activations += scores
         if any("second_moment" in stage.needs for stage in recipe):
             square = 4 * max(ks) ** 2
             statistics = (max(states) if ordered else sum(states)) + 2 * (max(states) - square)  # one lifted, one combined
@@ -118,6 +120,9 @@ def _block_moments(code: Code, weights: Sequence[torch.Size], size: int, data: D
             waiting = min(HELD, streams * data.count * size * (hidden + max(weights[i][-1] * copies[i] for i in firsts)))
         yield {"statistics": statistics + 2 * square, "activations": activations, "waiting": waiting}
         yield {"codes": sum(map(torch.Size.numel, weights)), "waiting": waiting, "activations": activations + 2 * 4 * max(matrices)}
+        if size < 4 and any(map(claims, recipe)):  # a batch in float32 checks them
+            wide = tokens * 4 * (2 * hidden + max(5 * hidden, 3 * widest)) + scores * 4 // size
+            yield {"statistics": statistics, "activations": wide, "waiting": waiting}
     moved, sizes = 0, {site.path: shape.numel() for site, shape in zip(code.sites, weights)}
     together = [sum(sizes[site.path] for site in sites) for sites in by_source(code.sites).values()]  # moved in fp32, then rounded
     for stage in recipe:

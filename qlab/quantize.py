@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -21,7 +21,8 @@ from qlab.files.checkpoint import Checkpoint
 from qlab.files.place import places
 from qlab.files.workplace import say
 from qlab.files.writer import Writer
-from qlab.graph import ModuleGraph
+from qlab.graph import Code, ModuleGraph
+from qlab.lossless import refuse_changed
 from qlab.model.device import name_of
 from qlab.model.linears import linears_of
 from qlab.model.recording import Call, State
@@ -39,6 +40,7 @@ from qlab.stored import as_stored, certificates, changed, encode, online_at, ref
 from qlab.sweep import (
     Batch,
     Batches,
+    Check,
     Inputs,
     Reference,
     in_batches,
@@ -49,6 +51,7 @@ from qlab.sweep import (
     runs_reference,
     solve,
     solve_in_order,
+    unchecked,
 )  # fmt: skip
 from qlab.transform import Transform
 
@@ -204,6 +207,14 @@ class _Job:
     identity: Mapping[str, Any]
     experts_at_once: int | None
     data: Data | None
+    checked: set[Code] = field(default_factory=set)  # programs on a block of which the claims of its stages were checked
+
+    def check(self, code: Code, batch: Batches) -> Check:
+        """What checks its stages on a block of this program: the first batch, on the first such block."""
+        if code in self.checked:
+            return unchecked
+        self.checked.add(code)
+        return lambda stage, before, after: refuse_changed(stage, before, after, batch)
 
 
 def _pass(skeleton: Skeleton, jobs: Sequence[_Job], inputs: Inputs, everywhere: bool) -> tuple[float, int]:
@@ -309,10 +320,11 @@ def _block(skeleton: Skeleton, jobs: Sequence[_Job], call: Call, index: int, str
     leaving: list[Iterator[State]] = []
     for job in jobs:
         solved = graph  # lets go of the job before
+        check = job.check(graph.code, batches)
         if in_order(graph.code, job.recipe, inputs, everywhere):
-            solved, leaving = solve_in_order(graph, job.recipe, batches, job.experts_at_once, reference)
+            solved, leaving = solve_in_order(graph, job.recipe, batches, job.experts_at_once, reference, check)
         else:
-            solved, _ = solve(graph, job.recipe, watch)
+            solved, _ = solve(graph, job.recipe, watch, check)
         refuse_unwritten(skeleton, graph, solved)
         leaves, others = as_stored(skeleton, solved), changed(skeleton, graph, solved)
         job.writer.write_shard(index + 1, encode(leaves, job.codec, online_at(skeleton, solved, job.codec)).items())

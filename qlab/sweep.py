@@ -25,6 +25,7 @@ HELD = 2 << 30  # bytes of values that may wait inside a segment while its sourc
 Batch = tuple[Call, State]  # what a block is called with, and what other blocks made of it: its hidden states first
 Inputs = Literal["quantized", "reference"]  # what a block sees while it is calibrated
 Batches = Callable[[], Iterator[Batch]]
+Check = Callable[[Stage, ModuleGraph, ModuleGraph], None]  # a stage, and the segment before and after it
 
 
 def inputs_named(text: str) -> Inputs:
@@ -39,9 +40,14 @@ def in_batches(data: Data | None, batch_tokens: int = BATCH_TOKENS) -> list[Mapp
     return data.batches(batch_tokens) if data is not None else [{"input_ids": torch.zeros(2, 8, dtype=torch.long)}]
 
 
-def solve(graph: ModuleGraph, transform: Transform, observe: Callable[[ModuleGraph, set], Stats]) -> tuple[ModuleGraph, Stats]:
+def unchecked(stage: Stage, before: ModuleGraph, after: ModuleGraph) -> None:
+    """What is said of a stage's work where its claims were checked on another block of the same program."""
+
+
+def solve(graph: ModuleGraph, transform: Transform, observe: Callable[[ModuleGraph, set], Stats],
+          check: Check = unchecked) -> tuple[ModuleGraph, Stats]:  # fmt: skip
     """All stages on one segment; statistics that a stage needs and nobody has yet are observed just before it, but the drift from
-    the reference before all of them, while channels are still the reference's."""
+    the reference before all of them, while channels are still the reference's. check: sees every stage's work, and may refuse it."""
 
     def wants(stage: Stage) -> set[tuple[str, str]]:
         return {(s.source, need) for s in select(stage, graph).sites for need in stage.wants(s)}
@@ -51,7 +57,9 @@ def solve(graph: ModuleGraph, transform: Transform, observe: Callable[[ModuleGra
     for stage in transform:
         if missing := wants(stage) - stats.keys():
             stats = {**stats, **observe(graph, missing)}
+        before = graph
         graph, stats = apply(stage, graph, stats)
+        check(stage, before, graph)
     return graph, stats
 
 
@@ -143,12 +151,13 @@ def in_order(code: Code, transform: Transform, inputs: Inputs, everywhere: bool 
     expert (`everywhere`) is no part of the model's own forward pass.
     """
     lone = all(site.source == site.origin for site in code.sites)
-    fit = all(stage.lossless or (stage.sitewise and (lone or not stage.reparametrizes)) for stage in transform)
+    fit = all((stage.lossless and not stage.needs) or (stage.sitewise and (lone or not stage.reparametrizes)) for stage in transform)
     return inputs == "quantized" and not everywhere and fit
 
 
 def solve_in_order(graph: ModuleGraph, transform: Transform, batches: Batches, experts_at_once: int | None = None,
-                   reference: Reference | None = None) -> tuple[ModuleGraph, list[Iterator[State]]]:  # fmt: skip
+                   reference: Reference | None = None, check: Check = unchecked
+                   ) -> tuple[ModuleGraph, list[Iterator[State]]]:  # fmt: skip
     """All stages, source after source in running order, each on inputs that the quantized sources before it produced;
     with the hidden states that leave the solved segment, batch by batch, and after them those that leave the reference.
 
@@ -170,11 +179,15 @@ def solve_in_order(graph: ModuleGraph, transform: Transform, batches: Batches, e
             stats = _at(source, graphs, wanted, streams)
         for stage in transform:
             if stage.sitewise:
+                before = graph
                 graph, stats = apply(stage, graph, stats)
+                check(stage, before, graph)
     graph = walked = replace(graph, selected=None)
     for stage in transform:
         if not stage.sitewise:
+            before = graph
             graph, _ = apply(stage, graph, {})
+            check(stage, before, graph)
     graphs = [walked, reference.graph] if reference else [walked]
     return graph, [stream.end(g) for stream, g in zip(streams, graphs)]
 

@@ -17,7 +17,7 @@ LAYERS = [
     {"experts"}, {"graph"}, {"trace"},
     {"interpret", "programs"}, {"stats"}, {"claims", "rounding"}, {"transform"}, {"channels"}, {"absorb"}, {"methods"}, {"codecs"},
     {"documents", "tokenizing"}, {"texts"}, {"files"}, {"calibration"},
-    {"images", "model"}, {"states", "sweep"}, {"report"}, {"siblings"},
+    {"images", "model"}, {"lossless"}, {"states", "sweep"}, {"report"}, {"siblings"},
     {"duration", "effects", "outside", "stored", "memory"}, {"plan"}, {"quantize"}, {"from_gguf"},
     {"covered"}, {"convert", "verify", "inspection", "model_free"}, {"evaluate", "lower"}, {"results"},
     {"demo"}, {"hub", "hf", "serve"}, {"__init__"}, {"cli"}, {"bench", "__main__"},
