@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from qlab.errors import QlabError
 from qlab.graph import ModuleGraph
@@ -31,12 +32,16 @@ def refuse_changed(
     stage: Stage,
     before: ModuleGraph,
     after: ModuleGraph,
+    call: Call,
     batches: Callable[[], Iterator[tuple[Call, State]]],
 ) -> None:
-    """Refuse a stage that changed what the block computes of the first batch, and claims not to."""
+    """Refuse a stage that changed what the block computes of the first batch, and claims not to.
+
+    call: what the block is called with where there are no batches, with random numbers then.
+    """
     if not claims(stage):
         return
-    call, state = next(batches())
+    call, state = next(batches(), None) or (call, _random_like(call.entering, before))
     state = tuple(t.float() if t.dtype in NARROW else t for t in state)
     old, new = (
         call.leaving(state, outputs_of(graph, *call.inputs(state), wide=True))
@@ -48,6 +53,16 @@ def refuse_changed(
         raise QlabError(f"the stage {stage.name!r} changes what {before.path} computes by "
                         f"{change:.1e} (up to {limit:.1e} is rounding), and claims to keep it; "
                         "move inputs and weights by inverses of each other, or drop the claim")
+
+
+def _random_like(entering: State, graph: ModuleGraph) -> State:
+    leaves = pytree.tree_leaves(dict(graph.params))
+    device = next((t.device for t in leaves if isinstance(t, Tensor)), torch.device("cpu"))
+    made = []
+    for t in entering:
+        drawn = torch.randn(t.shape, generator=torch.Generator().manual_seed(0))
+        made.append(drawn.to(device) if t.is_floating_point() else torch.zeros_like(t, device=device))
+    return tuple(made)
 
 
 def _change(old: Tensor, new: Tensor, entering: Tensor | None = None) -> float:

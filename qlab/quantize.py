@@ -209,12 +209,12 @@ class _Job:
     data: Data | None
     checked: set[Code] = field(default_factory=set)  # programs on a block of which the claims of its stages were checked
 
-    def check(self, code: Code, batch: Batches) -> Check:
+    def check(self, code: Code, call: Call, batches: Batches) -> Check:
         """What checks its stages on a block of this program: the first batch, on the first such block."""
         if code in self.checked:
             return unchecked
         self.checked.add(code)
-        return lambda stage, before, after: refuse_changed(stage, before, after, batch)
+        return lambda stage, before, after: refuse_changed(stage, before, after, call, batches)
 
 
 def _pass(skeleton: Skeleton, jobs: Sequence[_Job], inputs: Inputs, everywhere: bool) -> tuple[float, int]:
@@ -320,7 +320,7 @@ def _block(skeleton: Skeleton, jobs: Sequence[_Job], call: Call, index: int, str
     leaving: list[Iterator[State]] = []
     for job in jobs:
         solved = graph  # lets go of the job before
-        check = job.check(graph.code, batches)
+        check = job.check(graph.code, call, batches)
         if in_order(graph.code, job.recipe, inputs, everywhere):
             solved, leaving = solve_in_order(graph, job.recipe, batches, job.experts_at_once, reference, check)
         else:

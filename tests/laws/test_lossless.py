@@ -30,7 +30,7 @@ SPEC = parse_spec("int4-g16")
 
 def checked(seg, transform):
     """solve, with every claim checked on the segment's first batch."""
-    check = lambda stage, before, after: refuse_changed(stage, before, after, batches_of(seg))
+    check = lambda stage, before, after: refuse_changed(stage, before, after, None, batches_of(seg))
     return solve(seg.graph, transform, seg.observe, check)
 
 
@@ -68,7 +68,7 @@ def test_a_claim_that_does_not_hold_is_refused_by_name(factor, fields):
 
 def test_a_claim_is_checked_where_sites_are_solved_in_order_too():
     seg, seen = segment("llama"), []
-    check = lambda stage, before, after: (seen.append(stage.name), refuse_changed(stage, before, after, batches_of(seg)))
+    check = lambda stage, before, after: (seen.append(stage.name), refuse_changed(stage, before, after, None, batches_of(seg)))
     recipe = chain(awq_scale(SPEC), rtn(SPEC))
     solve_in_order(seg.graph, recipe, batches_of(seg), check=check)
     assert {"awq_scale", "absorb", "rtn"} == set(seen)
@@ -145,7 +145,7 @@ def test_what_folding_loses_to_the_dtype_of_the_files_is_no_change(family):
         return fold_scales(graph), stats
 
     halves = replace(seg.graph, dtype=torch.bfloat16)
-    refuse_changed(Stage("smooth", frozenset(), smooth, lossless=True), halves, smooth(halves, {})[0], batches_of(seg))
+    refuse_changed(Stage("smooth", frozenset(), smooth, lossless=True), halves, smooth(halves, {})[0], None, batches_of(seg))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
