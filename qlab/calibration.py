@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.shown import Shown, some
+from qlab.surroundings import undisturbed
 from qlab.texts import Text, texts_of
 from qlab.tokenizing import token_ids
 
@@ -85,6 +86,7 @@ def generator(seed: int, path: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+@undisturbed
 def tokens(model: Checkpoint, texts: Any, samples: int = 128, length: int = 2048, seed: int = 0) -> Tokens:
     """`samples` distinct windows of `length` tokens, drawn without replacement from all full windows of the texts.
 
@@ -103,6 +105,7 @@ def tokens(model: Checkpoint, texts: Any, samples: int = 128, length: int = 2048
         return stream.taken(chosen.tolist(), seed)
 
 
+@undisturbed
 def first_windows(model: Checkpoint, texts: Any, length: int, count: int | None = None) -> Tokens:
     """The first `count` full windows of `length` tokens (None: all of them), in the order of the texts (see `tokens`)."""
     if count is not None and count < 1:
@@ -111,6 +114,7 @@ def first_windows(model: Checkpoint, texts: Any, length: int, count: int | None 
         return stream.taken(range(stream.windows)[:count], None)
 
 
+@undisturbed
 def from_ids(model: Checkpoint, ids: Tensor) -> Tokens:
     """Token ids [samples, length] of one's own."""
     if ids.ndim != 2 or 0 in ids.shape:

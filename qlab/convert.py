@@ -24,6 +24,7 @@ from qlab.report import recorded, stored_bits, versions, written
 from qlab.shown import Shown
 from qlab.siblings import Siblings
 from qlab.spec import Int, Spec
+from qlab.surroundings import undisturbed
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -58,6 +59,7 @@ class Converted(Shown):
                 "dequantized": dict(self.dequantized)}  # fmt: skip
 
 
+@undisturbed
 @torch.no_grad()
 def convert(
     model: Checkpoint | str | Path,

@@ -19,6 +19,7 @@ from qlab.model.skeleton import Skeleton
 from qlab.model.uncounted import refuse_uncounted
 from qlab.progress import progress
 from qlab.shown import Shown, interval
+from qlab.surroundings import undisturbed
 from qlab.sweep import in_batches, push, record
 
 RESAMPLES = 2000
@@ -95,6 +96,7 @@ class Perplexity(Shown):
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
 
 
+@undisturbed
 @torch.no_grad()
 def read(model: Checkpoint, data: Tokens, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Reading:
     """Run the model on all windows, one block in memory at a time; the head stays loaded for what follows.
@@ -117,6 +119,7 @@ def read(model: Checkpoint, data: Tokens, dtype: torch.dtype = torch.float32, de
     return Reading(skeleton, torch.cat([hidden for hidden, in states], WINDOWS), torch.stack(trail))
 
 
+@undisturbed
 @torch.no_grad()
 def evaluate(model: Checkpoint | Reading, against: Checkpoint | Reading, data: Tokens, device: str = "cpu") -> Evaluation:
     """How far `model` is from the reference `against` on windows of tokens (see Evaluation), in fp32, a block at a time on `device`.

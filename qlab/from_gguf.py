@@ -29,12 +29,14 @@ from qlab.model.skeleton import Skeleton
 from qlab.qtensor import QTensor, dense
 from qlab.report import stored_bits, versions, written
 from qlab.spec import Spec
+from qlab.surroundings import foreign, undisturbed
 
 ROUNDED = 1e-6  # relative: the file has floats of 32 bits
 FLOATS = ("F64", "F32", "F16", "BF16")
 Notes = dict[str, dict[str, Any]]
 
 
+@undisturbed
 @torch.no_grad()
 def from_gguf(path: Path, codec: str, out: Path, overwrite: bool, resume: bool) -> Path:
     """Write the file's model as a directory `out` (of `files.place`), which holds no quantization_config where nothing stays codes.
@@ -127,10 +129,11 @@ def quiet_transformers() -> Iterator[None]:
     """Keep back its warnings, which speak of a quantized model, and its bars, which would cut through ours."""
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with redirect_stderr(StringIO()):  # its GGUF reader heeds no switch for progress bars
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
+    with foreign:
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            with redirect_stderr(StringIO()):  # its GGUF reader heeds no switch for progress bars
+                yield
+        finally:
+            logging.set_verbosity(verbosity)

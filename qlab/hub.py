@@ -5,10 +5,12 @@ from pathlib import Path
 
 from qlab.demo import demo_folder, demo_model, demo_text
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
+from qlab.surroundings import undisturbed
 
 DEMO = "demo"
 
 
+@undisturbed
 def open_model(name: str | Path) -> Checkpoint:
     """A model directory, or the demo model (obtained on first use). Refuses one whose architecture transformers does not
     know; `open_checkpoint` takes that too."""

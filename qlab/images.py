@@ -15,6 +15,7 @@ from qlab.calibration import generator
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.shown import Shown, some
+from qlab.surroundings import undisturbed
 from qlab.texts import open_regular
 
 
@@ -63,6 +64,7 @@ class Samples(Shown):
                 "images": self.images, "image_tokens": self.image_tokens, "inputs_sha256": digest.hexdigest()}  # fmt: skip
 
 
+@undisturbed
 def image_samples(model: Checkpoint, texts: Sequence[str | Path], samples: int = 128, length: int = 2048, seed: int = 0) -> Samples:
     """`samples` distinct lines, drawn without replacement, each one sample of at most `length` tokens.
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.report import recorded
 from qlab.shown import Shown, size
+from qlab.surroundings import undisturbed
 
 SHOWN = ("spec", "shape", "bits_per_weight", "weight_error", "loss", "tokens", "stored", "bytes")
 
@@ -90,6 +91,7 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3e}"
 
 
+@undisturbed
 def inspect(path: str | Path) -> Inspection:
     """A directory in any format that qlab reads, quantized or not, of any size."""
     model = open_checkpoint(path)

@@ -39,6 +39,7 @@ from qlab.scope import matches
 from qlab.shown import Shown, size
 from qlab.siblings import Siblings
 from qlab.spec import Float, Spec, with_scale_dtype
+from qlab.surroundings import undisturbed
 from qlab.sweep import solve_alone
 from qlab.targets import refusal, uniformity
 from qlab.transform import Transform
@@ -74,6 +75,7 @@ class Rewritten(Shown):
                 "peak_rss_bytes": self.peak_rss_bytes}  # fmt: skip
 
 
+@undisturbed
 @torch.no_grad()
 def quantize_files(
     model: Checkpoint | str | Path,

@@ -25,6 +25,7 @@ from qlab.report import bits_per_weight, describe
 from qlab.shown import Shown, size, some
 from qlab.spec import Float, Spec, legal_groups, with_scale_dtype
 from qlab.stats import STATS
+from qlab.surroundings import undisturbed
 from qlab.sweep import DRIFT, Inputs, in_batches, in_order, inputs_named, record, runs_reference
 from qlab.targets import division, refusal, uniformity
 from qlab.transform import Stage, Transform
@@ -119,6 +120,7 @@ class Plan(Shown):
         yield f"estimated time: {self._time}"
 
 
+@undisturbed
 @torch.no_grad()
 def plan(
     model: Checkpoint, recipe: Transform, data: Data | None = None, *, inputs: Inputs = "quantized",

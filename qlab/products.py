@@ -1,8 +1,5 @@
 """Which arithmetic multiplies 16-bit matrices on this processor: the same sums in fp32, at the rate that it has for them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -22,15 +19,3 @@ def product_dtype(x: Tensor) -> torch.dtype:
         return x.dtype
     rows = x.numel() // max(x.shape[-1], 1)
     return torch.float32 if rows >= here.rows_worth_copies else x.dtype
-
-
-@contextmanager
-def exact_bf16_products(dtype: torch.dtype) -> Iterator[None]:
-    """Lets a processor with matrix units for bf16 multiply fp32 copies of bf16 numbers there: exact, summed in fp32."""
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    try:
-        matmul.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
-        yield
-    finally:
-        matmul.fp32_precision = before

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlab.graph import Code, tensors_of
+from qlab.surroundings import foreign
 from qlab.trace import OnTensors, trace, without_values
 
 KEPT = 64  # programs; one of a common block takes about a megabyte
@@ -46,7 +47,8 @@ def program(
     it, the operations alone say whether it matters. ignored: attributes that say where a model comes
     from, and not what it computes. Errors: those of `trace`.
     """
-    done = operations(segment, args, kwargs)
+    with foreign:
+        done = operations(segment, args, kwargs)
     if done is None:  # what such a segment does is known to its own trace only
         return trace(segment, args, kwargs, path).code
     leaves, spec = pytree.tree_flatten((args, kwargs))

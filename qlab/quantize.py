@@ -37,6 +37,7 @@ from qlab.spec import InputSpec, Spec, parse_input_spec, parse_spec
 from qlab.states import flat, states_of, stored_shapes
 from qlab.stats import Stats
 from qlab.stored import as_stored, certificates, changed, encode, online_at, refuse_unwritten
+from qlab.surroundings import undisturbed
 from qlab.sweep import (
     Batch,
     Batches,
@@ -140,6 +141,7 @@ def quantize(
     return results[""]
 
 
+@undisturbed
 @torch.no_grad()
 def compare(
     model: Checkpoint,

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qlab.experts import rows_of
-from qlab.products import exact_bf16_products
 
 TILE = 192  # columns per block of a symmetric matrix, of which one triangle is multiplied
 
@@ -83,9 +82,8 @@ def gram(x_nk: Tensor) -> Tensor:
     """x^T x in fp32 [k, k]. Only the blocks of the upper triangle are multiplied, so that it is exactly symmetric."""
     x, k = x_nk.float(), x_nk.shape[1]
     H_kk = x.new_empty(k, k)
-    with exact_bf16_products(x_nk.dtype):
-        for i in range(0, k, TILE):
-            torch.mm(x[:, i : i + TILE].T, x[:, i:], out=H_kk[i : i + TILE, i:])
+    for i in range(0, k, TILE):
+        torch.mm(x[:, i : i + TILE].T, x[:, i:], out=H_kk[i : i + TILE, i:])
     for i in range(0, k, TILE):  # the mirror image tile by tile, which stays in cache
         tile, beyond = H_kk[i : i + TILE, i : i + TILE], i + TILE
         tile.copy_(tile.triu() + tile.triu(1).T)

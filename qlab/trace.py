@@ -30,6 +30,7 @@ from qlab.graph import (
     tensors_of,
 )
 from qlab.qtensor import Leaf
+from qlab.surroundings import foreign
 from qlab.taken_apart import put_together, take_apart
 
 TRANSPOSES = (aten.numpy_T.default, aten.t.default, aten.mT.default, aten.transpose.int, aten.permute.default)
@@ -72,9 +73,10 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
     auto = tuple({d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n > 1} for t in tensors)
     where = path or type(module).__name__
     try:
-        segment, fakes = without_values(module, tensors)
-        on_tensors = OnTensors(segment, args, kwargs)
-        exported = torch.export.export(on_tensors, fakes, dynamic_shapes=(auto,), strict=False)
+        with foreign:
+            segment, fakes = without_values(module, tensors)
+            on_tensors = OnTensors(segment, args, kwargs)
+            exported = torch.export.export(on_tensors, fakes, dynamic_shapes=(auto,), strict=False)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise QlabError(f"{where} ({type(module).__name__}) cannot be traced by torch.export: {reason}") from error

@@ -24,6 +24,7 @@ from qlab.model.ties import FLAG
 from qlab.qtensor import QTensor, dense
 from qlab.report import recorded
 from qlab.shown import Shown, some
+from qlab.surroundings import undisturbed
 
 SLACK = 1e-4  # relative: how far a sum of squares in fp32 may differ between machines
 DISTANCES = {"weight_error": "weight error", "largest_step": "largest error in steps"}
@@ -118,6 +119,7 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3e}"
 
 
+@undisturbed
 @torch.no_grad()
 def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path) -> Verdict:
     """Check a quantized directory against the model it was made from, one tensor at a time.

@@ -161,7 +161,7 @@ class Checkpoint:
         for extra in self.extras:
             if not extra.applied:
                 warnings.warn(f"{self.path}: {extra.says}, which qlab does not do: it computes with keys and values as they are",
-                              stacklevel=3)  # fmt: skip
+                              stacklevel=4)  # fmt: skip
 
     def fingerprint(self) -> str:
         """sha256 over the config and all files: a job that goes on with other weights would mix two models."""

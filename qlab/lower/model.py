@@ -21,10 +21,12 @@ from qlab.model.online import at_input
 from qlab.model.skeleton import Skeleton
 from qlab.qtensor import QTensor, dense
 from qlab.quantize import Result
+from qlab.surroundings import undisturbed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+@undisturbed
 def lower(
     model: Result | Checkpoint | str | Path,
     device: torch.device | str = "cpu",
@@ -56,7 +58,7 @@ def lower(
     for name in quantized_weights(skeleton):
         set_module(skeleton.model, name, pack(skeleton, name, dtype, where, dense_cache))
     for slow in () if dense_cache else slownesses(skeleton.model, dtype, where):
-        warnings.warn(f"{slow}; dense_cache=True dequantizes once", stacklevel=2)
+        warnings.warn(f"{slow}; dense_cache=True dequantizes once", stacklevel=3)
     with torch.no_grad():
         skeleton.load_outside(with_head=True)
         _load_blocks(skeleton)

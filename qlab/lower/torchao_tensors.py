@@ -20,10 +20,12 @@ from qlab.lower.model import lower
 from qlab.lower.nibbles import GROUPS, plane_width
 from qlab.lower.rotated import is_rotated
 from qlab.quantize import Result
+from qlab.surroundings import undisturbed
 
 TILE_K, TILE_N = 1024, 8  # what torchao pads a tiled weight to
 
 
+@undisturbed
 def to_torchao(model: Result | Checkpoint | str | Path, device: torch.device | str = "cpu") -> PreTrainedModel:
     """The Hugging Face model in bfloat16 with torchao int4 weights in ordinary linears; the codes are those of the directory.
 

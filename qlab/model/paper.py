@@ -4,7 +4,6 @@ import re
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -12,6 +11,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from qlab.errors import QlabError
 from qlab.experts import experts_forward
 from qlab.files.checkpoint import Checkpoint
+from qlab.surroundings import Floats, foreign, parameters_on_meta
 
 EXPERTS = "qlab"  # the name under which transformers finds the forward of fused experts that traces on every device
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)
@@ -20,10 +20,15 @@ ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)
 def on_paper(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """The model with its parameters on meta, each in the dtype in which transformers holds it when it loads the model in `dtype`."""
     try:
-        with init_empty_weights(include_buffers=False):
-            model = _maker(checkpoint.config).from_config(checkpoint.config, dtype=dtype, trust_remote_code=False,
-                                                          experts_implementation=EXPERTS).eval()  # fmt: skip
-            _widen(model, dtype)
+        config = copy.deepcopy(checkpoint.config)  # transformers writes into it
+        with foreign, parameters_on_meta(), Floats(dtype):
+            # a dtype of its own would be the whole process's while it builds
+            model = _maker(config).from_config(config, dtype=None, trust_remote_code=False,
+                                               experts_implementation=EXPERTS).eval()  # fmt: skip
+        for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+            if part is not None:
+                part.dtype = dtype
+        _widen(model, dtype)
         return model
     except Exception as error:  # whatever the model's own constructor raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -26,6 +26,7 @@ from qlab.model.recording import Call, Makers, Recorded, Recorder, Replaced, cal
 from qlab.model.ties import FLAG, apart, ties
 from qlab.programs import program
 from qlab.qtensor import Leaf, QTensor, dense
+from qlab.surroundings import foreign
 
 ORIGIN = frozenset({"_name_or_path", "quantization_config"})  # what a config says of where it comes from
 
@@ -324,7 +325,7 @@ class Skeleton:
         recorders[-1].last = True
         embedding = self.model.get_input_embeddings().get_parameter("weight")
         others = {name: to_like(t, embedding) for name, t in (beside or {}).items()}
-        with Replaced(self.model, self.prefix, recorders), contextlib.suppress(Recorded), self._explained(), makers:
+        with foreign, Replaced(self.model, self.prefix, recorders), contextlib.suppress(Recorded), self._explained(), makers:
             self.model(input_ids=tokens.to(self.device), use_cache=False, **others)
         seen = [r.seen for r in recorders if r.seen is not None]
         if len(seen) < len(self.blocks):
@@ -362,7 +363,7 @@ class Skeleton:
         makers = Makers()
         recorders = self._recorders(makers, self._first_code)
         recorders[-1].replay = hidden
-        with Replaced(self.model, self.prefix, recorders), makers:
+        with foreign, Replaced(self.model, self.prefix, recorders), makers:
             return self.model(input_ids=tokens.to(self.device), use_cache=False).logits
 
     def _first_code(self, path: str, call: Call) -> Code:
