@@ -159,6 +159,7 @@ def evaluate(model: Checkpoint | Reading, against: Checkpoint | Reading, data: T
     )
 
 
+@undisturbed
 @torch.no_grad()
 def perplexity(model: Checkpoint | Reading, data: Tokens, device: str = "cpu") -> Perplexity:
     """How well `model` predicts windows of tokens, beside no reference, in fp32, a block at a time on `device`.
