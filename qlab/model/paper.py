@@ -1,5 +1,6 @@
 """A model directory's Hugging Face model on paper: its modules with parameters on the meta device, and where its blocks are."""
 
+import copy
 import re
 from typing import Any
 
