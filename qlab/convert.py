@@ -147,7 +147,8 @@ def _carried(source: Checkpoint, codec: str) -> dict[str, Any]:
     if lost := [extra for extra in source.extras if extra.online and not same]:
         raise QlabError(f"{codec} cannot hold the {lost[0].key} of {source.path}, which would be lost ({lost[0].says}); choose the "
                         "codec that the directory is in")
-    return {extra.key: source.raw["quantization_config"][extra.key] for extra in source.extras if same}
+    said = source.raw["quantization_config"]
+    return {extra.key: said[extra.key] for extra in source.extras if same and extra.key in said}
 
 
 def _refuse_rounded_inputs(source: Checkpoint, codec: str) -> None:

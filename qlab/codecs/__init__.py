@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qlab.codecs import auto_round, awq, awq_gemv, compressed_tensors, fp8, gptq, hqq, torchao
+from qlab.codecs.cache_scales import unsaid
 from qlab.codecs.extra import Extra
 from qlab.errors import QlabError
 from qlab.graph import Op
@@ -47,7 +48,7 @@ class Codec:
     inputs: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, InputSpec]] = lambda config, names: {}
     decode_input: Callable[[str, Mapping[str, Tensor], InputSpec], Op] | None = None
     misfit: Callable[[Spec, torch.Size], str | None] = lambda spec, shape: None
-    extras: Callable[[Mapping[str, Any], Collection[str]], tuple[Extra, ...]] = lambda config, names: ()
+    extras: Callable[[Mapping[str, Any], Collection[str]], tuple[Extra, ...]] = unsaid
     risk: Callable[[Spec], str | None] = lambda spec: None
     transposed: bool = False
     embeddings: bool = False

@@ -116,14 +116,20 @@ class Checkpoint:
         return stored[0] is not None and stored[1] is not None and same_bytes(stored[0], stored[1])
 
     def parts(self, module: str) -> Sequence[str]:
-        """Names of the tensors directly under a module."""
+        """Names of the tensors directly under a module, but for those of `extras`."""
         return self._modules.get(module, ())
+
+    @cached_property
+    def beside(self) -> frozenset[str]:
+        """Names of the tensors that are of `extras`, wherever they lie."""
+        return frozenset(name for extra in self.extras for name in extra.tensors)
 
     @cached_property
     def _modules(self) -> dict[str, list[str]]:
         modules: dict[str, list[str]] = defaultdict(list)
         for name in self.stored:
-            modules[name.rpartition(".")[0]].append(name)
+            if name not in self.beside:
+                modules[name.rpartition(".")[0]].append(name)
         return dict(modules)
 
     def leaf(self, name: str, dtype: torch.dtype | None = None) -> Leaf:
@@ -195,7 +201,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise QlabError(f"{folder} has no config.json; a model directory holds one beside its safetensors files")
     raw, stored = explained(read_json(folder / CONFIG), folder), locate(folder)
     model = _read_codes(Checkpoint(folder, raw, stored, None, {}))
-    refuse_unexplained(folder, stored, model.quantized, {name for extra in model.extras for name in extra.tensors})
+    refuse_unexplained(folder, stored, model.quantized, model.beside)
     return model
 
 

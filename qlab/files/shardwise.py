@@ -15,12 +15,13 @@ Rewrite = Callable[[str, Notes], Mapping[str, Tensor]]  # a leaf's name -> its n
 
 def leaves_by_file(model: Checkpoint) -> list[list[str]]:
     """The leaves of each file: the name of every plain tensor, and `module.weight` for a quantized module, whose tensors
-    count where the first of them lies. A quantized module's bias is a plain tensor."""
+    count where the first of them lies. A quantized module's bias is a plain tensor, and so are those of the model's extras."""
     files: dict[Any, list[str]] = {}
     seen: set[str] = set()
     for name, stored in model.stored.items():
         module, _, kind = name.rpartition(".")
-        leaf = f"{module}.weight" if module in model.quantized and kind != "bias" else name
+        plain = kind == "bias" or name in model.beside
+        leaf = f"{module}.weight" if module in model.quantized and not plain else name
         if leaf not in seen:
             files.setdefault(stored.file, []).append(leaf)
             seen.add(leaf)

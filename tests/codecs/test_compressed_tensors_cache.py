@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
-from directories import bits_equal, change, random_tokens, tensors
+from directories import bits_equal, change, random_tokens, rewrite, tensors
 from families import tiny
 from library import CACHE_IS_MISSED, INT8, MISSED, write_with_the_library
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.quantizers import auto
 
@@ -121,6 +122,44 @@ def test_schemes_in_words(change, says):
 def test_schemes_that_no_cache_has_are_refused_by_name(scheme, message):
     with pytest.raises(QlabError, match=f"^kv_cache_scheme .*{message}"):
         extras(scheme)
+
+
+SPELLINGS = ["self_attn.{0}_scale", "self_attn.attn.{0}_scale", "self_attn.{0}_proj.output_scale", "self_attn.{0}_proj.{0}_scale",
+             "self_attn.qkv_proj.{0}_scale"]  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_scales_are_known_by_every_writers_name(spelling):
+    names = [f"layers.{i}.{spelling.format(s)}" for i in range(2) for s in "kv"]
+    weights = [f"layers.{i}.self_attn.{name}_proj.weight" for i in range(2) for name in ("k", "v", "qkv")]
+    [whole], [half] = extras(FP8, [*names, *weights]), extras(FP8, [*names[:3], *weights])
+    assert whole.tensors == tuple(sorted(names)) and not whole.missing
+    assert half.missing == (names[3],)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_directories_with_such_names_are_read_and_carried_on(spelling, directory, tmp_path):
+    state = tensors(directory)
+    for name in [name for name in state if name.endswith(("k_scale", "v_scale"))]:
+        owner, kind = name.removesuffix("_scale")[:-1].removesuffix("self_attn."), name.removesuffix("_scale")[-1]
+        state[f"{owner}{spelling.format(kind)}"] = state.pop(name)
+    save_file(state, directory / "model.safetensors")
+    out = qlab.convert(directory, "compressed-tensors", tmp_path / "out").path
+    held = tensors(out)
+    assert len(open_checkpoint(out).extras[0].tensors) == 4 and verify(out, directory).faults == []
+    assert all(bits_equal(held[name], state[name]) for name in open_checkpoint(out).extras[0].tensors)
+
+
+@pytest.mark.parametrize("groups", [{}, None, {"group_0": {"targets": [], "weights": None, "input_activations": None}},
+                                    {"group_0": {"weights": None}}])  # fmt: skip
+def test_a_scheme_without_quantized_weights_is_read(groups, folder):
+    scales = {f"model.layers.{i}.self_attn.{s}_scale": torch.ones(1) for i in range(2) for s in "kv"}
+    save_file(tensors(folder) | scales, folder / "model.safetensors")
+    said = {"quant_method": "compressed-tensors", "format": "dense", "quantization_status": "frozen", "kv_cache_scheme": FP8}
+    rewrite(folder / "config.json", lambda c: c.update(quantization_config=said | {"config_groups": groups}))
+    model = open_checkpoint(folder)
+    assert not model.quantized and model.extras[0].tensors == tuple(sorted(scales))
+    assert inspect(folder).format == "compressed-tensors dense"
 
 
 def test_layers_of_the_same_names_must_have_scales_too():

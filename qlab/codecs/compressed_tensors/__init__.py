@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qlab.codecs.cache_scales import unsaid
 from qlab.codecs.compressed_tensors import narrow, packed, plain, sparse
 from qlab.codecs.compressed_tensors.activations import decode_input, encode_input
 from qlab.codecs.compressed_tensors.cache import cache
@@ -68,4 +69,5 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec | None) -> Leaf:
 
 def extras(config: Mapping[str, Any], names: Collection[str]) -> tuple[Extra, ...]:
     """What the config says beside weights and inputs."""
-    return tuple(extra for extra in (cache(config, names), transforms(config, names)) if extra)
+    said = cache(config, names)
+    return tuple(extra for extra in (said, transforms(config, names)) if extra) + (() if said else unsaid(config, names))

@@ -33,5 +33,6 @@ def decode_input(path: str, tensors: Mapping[str, Tensor], spec: InputSpec) -> Q
     outer = take_spread(path, tensors, "input_global_scale", (1,), torch.float32) if "input_global_scale" in wanted else None
     for scale in (scales, outer):
         if scale is not None and not (scale > 0).all():
-            raise QlabError(f"{path} has an input scale of {scale.item():g}; the file is damaged")
+            raise QlabError(f"{path} has an input scale of {scale.item():g}, as of an input that no calibration saw; calibrate with "
+                            "more text")
     return QuantizeInput(grid, scales, zeros, outer)

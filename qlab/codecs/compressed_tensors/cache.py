@@ -1,19 +1,23 @@
 """`kv_cache_scheme`: keys and values are rounded before they are cached. Read and carried on; qlab does not do it.
 
 One QuantizationArgs for every attention with a cache. Static schemes have k_scale and v_scale of each in the dtype of the
-activations: [1], or [heads, 1, 1] of its key-value heads ("attn_head"). Source: compressed-tensors 0.20.
+activations: [1], or [heads, 1, 1] of its key-value heads ("attn_head"). Source: compressed-tensors 0.20. Other writers put them
+elsewhere (cache_scales.py).
 """
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from qlab.codecs.cache_scales import scales_of
 from qlab.codecs.compressed_tensors.scheme import check_args
 from qlab.codecs.extra import Extra
 from qlab.errors import QlabError
 
-KEY, SCALES = "kv_cache_scheme", ("k_scale", "v_scale")
+KEY = "kv_cache_scheme"
+KEYS_TO_VALUES = str.maketrans("kv", "vk")
 STRATEGIES = {(False, "tensor"): "a stored scale per tensor", (False, "attn_head"): "a stored scale per head",
               (True, "tensor"): "a scale per tensor", (True, "token"): "a scale per token"}  # fmt: skip
 
@@ -36,11 +40,17 @@ def cache(config: Mapping[str, Any], names: Collection[str]) -> Extra | None:
 
 def _scales(names: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The scales that are there, and those that modules of the same names but for numbers lack."""
-    found = tuple(sorted(name for name in names if name.rpartition(".")[2] in SCALES))
-    families = {_family(name.rpartition(".")[0]) for name in found}
-    owners = {name.rpartition(".")[0].rpartition(".")[0] for name in names} | {name.rpartition(".")[0] for name in found}
-    wanted = {f"{owner}.{scale}" for owner in owners if _family(owner) in families for scale in SCALES}
+    found = scales_of(names)
+    families = {(_family(owner), kind) for owner, _, kind in (n.rpartition(".") for name in found for n in (name, _others(name)))}
+    modules = {name.rpartition(".")[0] for name in names}
+    owners = modules | {module.rpartition(".")[0] for module in modules}
+    wanted = {f"{owner}.{kind}" for owner in owners for family, kind in families if _family(owner) == family}
     return found, tuple(sorted(wanted - set(found))) if found else ("k_scale of every attention",)
+
+
+def _others(scale: str) -> str:
+    """The scale of values that belongs to one of keys, and the other way round."""
+    return re.sub(r"(^|\.)[kv](?=_proj\.|_scale$)", lambda found: found[0].translate(KEYS_TO_VALUES), scale)
 
 
 def _family(path: str) -> tuple[str, ...]:

@@ -173,9 +173,10 @@ def _matcher(key: str, targets: Collection[str]) -> Callable[[str], str | None]:
 
 def _check_config(config: Mapping[str, Any]) -> bool:
     """Refuse what qlab does not read; whether weights may be stored as 2:4."""
-    groups, sparsity = config.get("config_groups"), _mapping(config, "sparsity_config")
+    groups, sparsity = _mapping(config, "config_groups"), _mapping(config, "sparsity_config")
+    weights = any(not isinstance(group, Mapping) or group.get("weights") for group in groups.values())
     for key, expected in (("quant_method", METHOD), ("quantization_status", "compressed")):
-        if config.get(key) != expected and (groups or key == "quant_method"):
+        if config.get(key) != expected and (weights or key == "quant_method"):
             raise QlabError(f"quantization_config has {key} {config.get(key)!r}; qlab reads {expected!r}")
     if sparsity.get("format", "dense") not in ("dense", SPARSE):  # old releases write {"format": "dense", ...}
         raise QlabError(f"quantization_config has sparsity_config {dict(sparsity)}; qlab reads dense and {SPARSE} weights only")
