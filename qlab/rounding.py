@@ -17,7 +17,7 @@ from qlab.qtensor import Leaf, QTensor, dense, shared_outer
 from qlab.spec import Spec, same_grid, with_scale_dtype
 from qlab.stats import Moment
 
-WeightFn = Callable[[Tensor, Mapping[str, Any], Spec], tuple[Leaf, Mapping[str, Any]]]
+WeightFn = Callable[[Tensor, Mapping[str, Any], Any], tuple[Leaf, Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Solved:
     leaf: Leaf
     note: Mapping[str, Any]
     errors: Errors
+    zeros: float = 0.0  # the share that a step set to 0 which rounds nothing
 
 
 class Copies(Mapping[str, Any]):
@@ -69,7 +70,7 @@ def _copy(value: Any) -> Any:
     return pytree.tree_map_only(Tensor, torch.clone, value)
 
 
-def solve(name: str, fn: WeightFn, spec: Spec, graph: ModuleGraph, site: Site, seen: Mapping[str, Any],
+def solve(name: str, fn: WeightFn, spec: Spec | None, graph: ModuleGraph, site: Site, seen: Mapping[str, Any],
           expert: int | None = None) -> Solved:  # fmt: skip
     """What the step `name` makes of one weight, and how far that is from it; refuses what no file and no report holds.
 
@@ -82,7 +83,7 @@ def solve(name: str, fn: WeightFn, spec: Spec, graph: ModuleGraph, site: Site, s
     if graph.shares_memory(site):
         W_ok = W_ok.clone()
     try:
-        made = fn(W_ok, Copies(seen), with_scale_dtype(spec, graph.dtype))
+        made = fn(W_ok, Copies(seen), with_scale_dtype(spec, graph.dtype) if spec else None)
     except QlabError as error:
         raise QlabError(f"{where}{'' if expert is None else f', expert {expert}'}: {error}") from error
     del W_ok
@@ -91,10 +92,28 @@ def solve(name: str, fn: WeightFn, spec: Spec, graph: ModuleGraph, site: Site, s
     if leaf.shape != W_ok.shape:
         raise QlabError(f"{where}: {name} made a weight {tuple(leaf.shape)} of one {tuple(W_ok.shape)}")
     _refuse_nonfinite(leaf, f"{where}: {name} made")
-    if not (isinstance(leaf, QTensor) and same_grid(leaf.spec, spec)):
-        found = leaf.spec if isinstance(leaf, QTensor) else "plain numbers"
-        raise QlabError(f"{where}: {name} made {found} and is to round to {spec}, which is what was planned; return a QTensor of that")
-    return Solved(leaf, note, _errors(W_ok, leaf, seen.get("second_moment")))
+    _refuse_unplanned(leaf, spec, f"{where}: {name}")
+    if graph.notes.get(site.path, {}).get("zeros"):
+        _refuse_lost_zeros(leaf, W_ok, f"{where}: {name}")
+    zeros = 0.0 if isinstance(leaf, QTensor) else float(((leaf == 0) & (W_ok != 0)).float().mean())
+    return Solved(leaf, note, _errors(W_ok, leaf, seen.get("second_moment")), zeros)
+
+
+def _refuse_unplanned(leaf: Leaf, spec: Spec | None, said: str) -> None:
+    found = leaf.spec if isinstance(leaf, QTensor) else None
+    if (found is None) != (spec is None) or (found and spec and not same_grid(found, spec)):
+        planned = f"is to round to {spec}" if spec else "is to round nothing"
+        raise QlabError(f"{said} made {found or 'plain numbers'} and {planned}, which is what was planned; "
+                        "return a QTensor of the spec, or a tensor where each_weight has none")
+
+
+def _refuse_lost_zeros(leaf: Leaf, W_ok: Tensor, said: str) -> None:
+    """Refuse a step behind one that pruned, if what was 0 is so no more."""
+    pruned = W_ok == 0
+    lost = int((dense(leaf, torch.float32)[pruned] != 0).sum()) if pruned.any() else W_ok.numel()
+    if lost:
+        raise QlabError(f"{said} moves {lost} weights that a step before it set to 0; round to nearest there (rtn keeps zeros), "
+                        "or let one step choose zeros and codes together")
 
 
 def _leaf_and_note(made: Any, said: str) -> tuple[Leaf, Mapping[str, Any]]:
@@ -117,9 +136,9 @@ def _refuse_nonfinite(leaf: Leaf, said: str) -> None:
         raise QlabError(f"{said} scales that {leaf.scales.dtype} does not hold (NaN or Inf); choose another scale dtype")
 
 
-def outer_scales(graph: ModuleGraph, spec: Spec) -> dict[str, Tensor]:
+def outer_scales(graph: ModuleGraph, spec: Spec | None) -> dict[str, Tensor]:
     """Site path -> the outer scale that it shares with the sites of its source; empty where the spec has none."""
-    if not spec.outer:
+    if spec is None or not spec.outer:
         return {}
     groups: dict[Any, list[Site]] = {}
     for site in (s for s in graph.sites if s.path not in graph.outers):

@@ -122,10 +122,14 @@ def apply(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, 
 
 
 # ------------------------------------------------------------------ authoring
-def each_weight(name: str, fn: WeightFn, spec: Spec, needs: frozenset[str] = frozenset(), detail: str = "") -> Transform:
+def each_weight(name: str, fn: WeightFn, spec: Spec | None, needs: frozenset[str] = frozenset(), detail: str = "") -> Transform:
     """A lossy stage: every selected weight W_ok (fp32) becomes fn(W_ok, its statistics, spec) -> (leaf, notes).
 
-    The spec that fn gets has its scale dtype settled. detail: the stage's own settings, for plans and provenance.
+    The leaf is a QTensor of that spec, or, where the spec is None, a tensor: a stage that rounds nothing, such as one that prunes. The
+    zeros that it makes are kept by the stages behind it, or those are refused. Routers are left alone.
+
+    fn gets copies, which it may write to. The spec that fn gets has its scale dtype settled. detail: the stage's own settings, for
+    plans and provenance.
 
     Beside the statistics, fn finds "outer": the global scale where the spec has one (NVFP4), else None. It is one for all
     selected weights of a source, since engines fuse those (q, k and v; gate and up).
@@ -138,6 +142,8 @@ def each_weight(name: str, fn: WeightFn, spec: Spec, needs: frozenset[str] = fro
         leaves, notes = {}, dict(graph.notes)
         outers = outer_scales(graph, spec)
         for site in graph.sites:
+            if site.router:
+                continue
             assert site.weight is not None  # weight_ok refuses it otherwise
             seen = {need: stats[site.source, need] for need in needs}
             outer = outers.get(site.path)
@@ -153,7 +159,8 @@ def each_weight(name: str, fn: WeightFn, spec: Spec, needs: frozenset[str] = fro
                 leaf = stacked([s.leaf for s in solved])
             leaves[site.weight] = leaf if isinstance(leaf, QTensor) or site.layout.endswith("o k") else leaf.mT.contiguous()
             noted = {**errors_in_notes([s.errors for s in solved]), **merged([s.note for s in solved])}
-            notes[site.path] = {**notes.get(site.path, {}), **noted}
+            pruned = sum(s.zeros for s in solved) / len(solved)
+            notes[site.path] = {**notes.get(site.path, {}), **noted, **({"zeros": pruned} if pruned else {})}
         return replace(graph.update(leaves), notes=notes), stats
 
     return (Stage(name, needs, run, spec, detail, sitewise=True),)

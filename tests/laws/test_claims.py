@@ -7,19 +7,23 @@ import torch
 from families import MIXTURES
 from hypothesis import given
 from hypothesis import strategies as st
-from segments import assert_same, batches_of, segment, untouched
-from torch import fx
+from segments import assert_same, batches_of, of, segment, untouched
+from torch import fx, nn
 
 from qlab.claims import _sum_of_bits
 from qlab.errors import QlabError
+from qlab.files.checkpoint import open_checkpoint
+from qlab.methods.gptq import gptq
 from qlab.methods.grid import encode, minmax
 from qlab.methods.inputs import QuantizeInput
 from qlab.methods.rtn import rtn
 from qlab.qtensor import QTensor, dense
+from qlab.quantize import quantize
 from qlab.spec import parse_spec
 from qlab.stats import Moment
+from qlab.stored import refuse_unwritten
 from qlab.sweep import solve_in_order
-from qlab.transform import Stage, apply, chain, each_weight
+from qlab.transform import Stage, apply, chain, each_weight, reparametrize
 
 SPEC = parse_spec("int4-g16")
 HESSIAN = frozenset({"second_moment"})
@@ -177,6 +181,33 @@ def test_a_sitewise_claim_that_does_not_hold_is_refused(change, words):
         solve_in_order(seg.graph, chain(step(change, needs=HESSIAN, sitewise=True), rtn(SPEC)), batches_of(seg))
 
 
+def smallest_of_four(W_ok, stats, spec):
+    """Magnitude pruning to 2:4."""
+    assert spec is None
+    rank = W_ok.abs().unflatten(-1, (-1, 4)).argsort(-1).argsort(-1)
+    return W_ok * (rank >= 2).flatten(-2), {}
+
+
+PRUNED = each_weight("prune", smallest_of_four, None)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+def test_zeros_that_a_step_made_are_kept_by_those_behind_it(family):
+    seg = segment(family)
+    pruned, rounded = seg.solve(PRUNED)[0], seg.solve(chain(PRUNED, rtn(SPEC)))[0]
+    for site in (s for s in seg.graph.sites if not s.router):
+        leaf, codes = pruned.weight_ok(site), rounded.params[site.weight].codes
+        assert ((leaf == 0).unflatten(-1, (-1, 4)).sum(-1) == 2).all() and (codes[leaf == 0] == 0).all()
+        assert rounded.notes[site.path]["zeros"] == pytest.approx(0.5)
+    assert all(torch.equal(pruned.params[s.weight], seg.graph.params[s.weight]) for s in seg.graph.sites if s.router)
+
+
+def test_a_step_that_loses_the_zeros_of_another_is_refused():
+    refused(segment("llama"), chain(PRUNED, gptq(SPEC)), r"q_proj: gptq moves \d+ weights that a step before it set to 0; round")
+    refused(segment("llama"), each_weight("mine", lambda W, stats, spec: (encode(minmax, W, SPEC), {}), None),
+            r"q_proj: mine made int4-g16 and is to round nothing")  # fmt: skip
+
+
 def test_statistics_are_copied_when_they_are_asked_for():
     seg, kept = segment("llama"), []
 
@@ -188,3 +219,47 @@ def test_statistics_are_copied_when_they_are_asked_for():
 
     seg.solve(each_weight("mine", watch, SPEC, HESSIAN))
     assert len({t.data_ptr() for t in kept}) == len(kept) == len(seg.graph.sites)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda g: g.update({"rotary.inv_freq": 2 * g.params["rotary.inv_freq"]}), r"the recipe changed block\.rotary\.inv_freq, a buffer"),
+    (lambda g: replace(g, online_outputs={"linear": (torch.neg,)}), r"block\.linear still needs an operation on its output"),
+])  # fmt: skip
+def test_what_has_no_tensor_in_the_files_is_refused_when_a_block_is_written(change, words):
+    class Rotary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("inv_freq", torch.ones(16))
+
+        def forward(self, x):
+            return x * self.inv_freq
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rotary, self.linear = Rotary(), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.linear(self.rotary(x))
+
+    class Files:
+        def block_names(self, path):
+            return {"linear.weight": ("linear.weight",), "linear.bias": ("linear.bias",)}
+
+    seg = of(Block(), torch.ones(2, 3, 16))
+    refuse_unwritten(Files(), seg.graph, seg.solve(rtn(SPEC))[0])
+    with pytest.raises(QlabError, match=words):
+        refuse_unwritten(Files(), seg.graph, seg.solve(step(lambda graph, stats: change(graph)))[0])
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda g, s: reparametrize(g, {}, g.sites[0].source, torch.full((64,), 2.0), torch.full((64,), 0.5))[0],
+     r"q_proj still needs an operation at run time: compressed-tensors holds no run-time Multiply"),
+    (lambda g, s: replace(g, online={"mlp.up_proj": (torch.neg,)}), r"up_proj still needs an operation at run time: compr"),
+    (lambda g, s: g.update({"mlp.up_proj.bias": torch.ones(128)}), r"'mine' adds the leaf model\.layers\.0\.mlp\.up_proj\.bias"),
+    (lambda g, s: g.params["mlp.up_proj.weight"].data.mul_(2) is None or g, r"'mine' writes to model\.layers\.0\.mlp\.up_proj\.weight"),
+])  # fmt: skip
+def test_refused_steps_leave_no_directory(change, words, saved, tmp_path):
+    with pytest.raises(QlabError, match=words):
+        quantize(open_checkpoint(saved()), chain(step(change), rtn(SPEC)), None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
