@@ -184,8 +184,9 @@ def compare(
                    "codec": codec, "versions": versions()}  # fmt: skip
             writers[name].begin(job, len(skeleton.blocks) + 1)
             jobs[name] = _Job(recipe, CODECS[codec], writers[name], job, plans[name].experts_at_once, used)
-            if not writers[name].finished:
-                stack.enter_context(writers[name].refusing())
+        for begun in jobs.values():
+            if not begun.writer.finished:
+                stack.enter_context(begun.writer.refusing())
         results: dict[str, Result] = {}
         for names in [list(jobs)] if inputs == "reference" else [[name] for name in jobs]:
             seconds, peak_bytes = _pass(skeleton, [jobs[name] for name in names], inputs, calibrate_all_experts)

@@ -12,7 +12,7 @@ from qlab.files.writer import Writer
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
 from qlab.model_free import quantize_files
-from qlab.quantize import quantize
+from qlab.quantize import compare, quantize
 from qlab.spec import parse_spec
 from qlab.transform import rules
 
@@ -155,10 +155,12 @@ def test_what_no_run_wrote_is_moved_beside_the_output(resumed, tmp_path):
     def add(partial):
         (partial / "thesis.tex").write_text("years of work")
         (partial / ".work" / "ideas.txt").write_text("more")
+        (partial / "model-00007-of-00007.safetensors").write_text("of another model")
 
     said = resumed("without data", add)
     assert "thesis.tex is no file of this run; it was moved to" in said
-    assert contents(tmp_path / "out.aside") == {"thesis.tex": b"years of work", ".work/ideas.txt": b"more"}
+    aside = {"thesis.tex": b"years of work", ".work/ideas.txt": b"more", "model-00007-of-00007.safetensors": b"of another model"}
+    assert contents(tmp_path / "out.aside") == aside
 
 
 def test_a_run_that_begins_anew_deletes_only_what_qlab_wrote(jobs, tmp_path):
@@ -182,3 +184,12 @@ def test_a_finished_job_is_not_believed_either(jobs, tmp_path):
 def test_the_record_names_every_file(jobs):
     _, whole, _ = jobs["without data"]
     assert json.loads(whole["qlab.json"])["written"].keys() == whole.keys()
+
+
+def test_a_comparison_that_one_folder_refuses_leaves_what_another_has(jobs, saved, tmp_path):
+    source, rounded = open_checkpoint(saved("llama", num_hidden_layers=3)), rtn(SPEC)
+    for name in ("a", "b"):
+        shutil.copytree(jobs["without data"][2], tmp_path / f"{name}.partial")
+    before = contents(tmp_path)
+    refused(lambda: compare(source, {"a": rounded, "b": rtn(parse_spec("int8-g16"))}, None, tmp_path, resume=True), "b.partial belongs")
+    assert contents(tmp_path) == before

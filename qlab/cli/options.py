@@ -46,7 +46,7 @@ CodecName = Annotated[str, typer.Option("--codec", callback=lower, help=f"the fo
 TargetName = Annotated[str, typer.Option("--target", callback=lower, help=f"an engine to load it: {', '.join(TARGETS)}")]
 Keep = Annotated[list[str] | None, typer.Option("--keep", help="GLOB of sites in blocks that stay as they are")]
 Outside = Annotated[list[str] | None, typer.Option("--outside", help="GLOB=SPEC: round linears around the blocks to nearest")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the output directory")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an output directory that qlab wrote and nobody changed")]
 Resume = Annotated[bool, typer.Option("--resume", help="continue a killed run of the same job, or start it")]
 def _writable(path: Path | None) -> Path | None:
     """Before the work, not after it."""

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -56,7 +56,12 @@ class Workplace:
         if self.finished:
             self._let_go()
 
+    def shard_names(self) -> list[str]:
+        """The files that hold the tensors of the output."""
+        raise NotImplementedError
+
     def _seems_finished(self) -> bool:
+        """Whether there may be nothing to write."""
         return not os.path.lexists(self.partial) and not os.path.lexists(self.out / WORK) and (self.out / RECORD).is_file()
 
     def _enter(self) -> None:
@@ -150,7 +155,7 @@ class Workplace:
         if self.resume and begun == self.job:
             self.overwrite |= (self.work / OVERWRITE).exists()
             refuse_existing(self.out, self.overwrite)
-            self._set_aside()
+            self._set_aside(self.shard_names())
             return False
         if self.resume and begun is not None:
             raise QlabError(f"{self.partial} belongs to another job (model, recipe, data, seed or versions differ); "
@@ -193,9 +198,10 @@ class Workplace:
             if path.name != LOCK:
                 _delete(path)
 
-    def _set_aside(self) -> None:
-        """Move what no run of qlab wrote here to a folder beside it: it is neither part of the output nor ours to delete."""
-        for path in self._strangers():
+    def _set_aside(self, shards: Iterable[str] | None = None) -> None:
+        """Move what no run of qlab wrote here to a folder beside it: it is neither part of the output nor ours to delete.
+        shards: the names of this job's (None: those of any)."""
+        for path in self._strangers(shards):
             home = self.out.with_name(self.out.name + ".aside")
             target = home / path.relative_to(self.partial)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -204,14 +210,14 @@ class Workplace:
             os.replace(path, target)
             say(f"{path} is no file of this run; it was moved to {target}")
 
-    def _strangers(self) -> list[Path]:
+    def _strangers(self, shards: Iterable[str] | None) -> list[Path]:
         """The files and folders in the partial directory that bear no name of a run's."""
         names = _read_job(self.work / NAMES)
-        known = {"config.json", RECORD, INDEX, *(names if isinstance(names, list) else ())}
+        known = {"config.json", RECORD, INDEX, *(names if isinstance(names, list) else ()), *(shards or ())}
         folders = {parent for name in known for parent in map(str, Path(name).parents)}
         inside = [path for name in folders - {"."} if (self.partial / name).is_dir() for path in (self.partial / name).iterdir()]
         strangers = [path for path in [*self.partial.iterdir(), *inside] if path != self.work and not _is_ours(
-                     str(path.relative_to(self.partial)), known | folders)]  # fmt: skip
+                     str(path.relative_to(self.partial)), known | folders, shards is None)]  # fmt: skip
         return sorted([*strangers, *(path for path in self.work.iterdir() if not _is_work(path.name))])
 
     @contextmanager
@@ -230,7 +236,7 @@ class Workplace:
     # -------------------------------------------------------------- the end
     def put_in_place(self) -> None:
         """Rename the partial directory to the output, whose former contents go."""
-        self._set_aside()
+        self._set_aside(self.shard_names())
         for leftover in self.partial.rglob(".*.tmp"):  # of a killed run
             leftover.unlink()
         if is_taken(self.out):
@@ -291,11 +297,11 @@ def _only(folder: Path, name: str) -> bool:
         return False
 
 
-def _is_ours(name: str, known: set[str]) -> bool:
-    """Whether a run writes a file of this name into the partial directory."""
+def _is_ours(name: str, known: set[str], any_shard: bool) -> bool:
+    """Whether a run writes a file of this name into the partial directory. any_shard: also one of another job's."""
     path = Path(name)
     whole = str(path.with_name(path.name[1:].rsplit(".", 3)[0])) if path.name.startswith(".") and path.suffix == ".tmp" else name
-    return whole in known or Path(whole).match("model-[0-9]*-of-[0-9]*.safetensors")
+    return whole in known or (any_shard and Path(whole).match("model-[0-9]*-of-[0-9]*.safetensors"))
 
 
 def _is_work(name: str) -> bool:

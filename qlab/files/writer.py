@@ -46,6 +46,10 @@ class Writer(Workplace):
         """The file of segment `index`: 0 is what surrounds the blocks, i the i-th block (from 1)."""
         return self.partial / f"model-{index + 1:05d}-of-{self.shards:05d}.safetensors"
 
+    def shard_names(self) -> list[str]:
+        """The files of all segments."""
+        return [self.shard(index).name for index in range(self.shards)]
+
     def write_shard(self, index: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """One shard, atomically, one tensor at a time."""
         self.atomically(self.shard(index), lambda path: write(path, tensors))
