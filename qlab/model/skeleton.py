@@ -276,14 +276,15 @@ class Skeleton:
     def outside_leaves(self) -> list[str]:
         """The names of the leaves of the files that belong to no block: the tensors of a quantized module are one leaf."""
         leaves = [(n, n.rpartition(".")[0]) for n in self.outside_names()]
-        quantized = self.checkpoint.quantized
-        return list(dict.fromkeys(f"{m}.weight" if m in quantized and n != f"{m}.bias" else n for n, m in leaves))
+        coded = {n for n, m in leaves if m in self.checkpoint.quantized and n != f"{m}.bias"} - self.checkpoint.beside
+        return list(dict.fromkeys(f"{m}.weight" if n in coded else n for n, m in leaves))
 
     def outside_names(self) -> list[str]:
         """The names of the files' tensors that belong to no block."""
         pieces = {p for path in self.blocks for held in self.block_names(path).values() for p in held}
         inside, quantized = {p.name for p in pieces}, {p.module for p in pieces} & self.checkpoint.quantized.keys()
-        return [n for n in self.checkpoint.files if n not in inside and n.rpartition(".")[0] not in quantized]
+        coded = {n for n in self.checkpoint.files if n.rpartition(".")[0] in quantized} - self.checkpoint.beside
+        return [n for n in self.checkpoint.files if n not in inside | coded]
 
     def linears(self) -> list[str]:
         """Names of all linear modules, in the model's spelling."""
