@@ -37,6 +37,9 @@ UNLIKE: dict[str, dict] = {  # whose blocks hand on keys and values; some of who
     "gemma4_text": _DENSE | dict(head_dim=16, num_hidden_layers=4, num_kv_shared_layers=2, hidden_size_per_layer_input=16,
                                  vocab_size_per_layer_input=128, layer_types=["sliding_attention", "full_attention"] * 2,
                                  sliding_window=8),
+    "granitemoe": _DENSE | dict(num_local_experts=4, num_experts_per_tok=2),  # experts of other names in the files, as they lie
+    "olmo_hybrid": _HEADS | dict(num_key_value_heads=4, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16,
+                                 linear_value_head_dim=16, layer_types=["linear_attention", "full_attention"]),  # filters in parts
     "llama4_text": _DENSE | dict(head_dim=16, intermediate_size_mlp=128, num_local_experts=4, num_experts_per_tok=1,
                                  interleave_moe_layer_step=2, attention_chunk_size=16),
 }  # fmt: skip

@@ -10,10 +10,22 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 from qlab.errors import QlabError
+from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.grid import encode, minmax
 from qlab.model.names import Piece, assemble, pieces_of_experts
+from qlab.model.skeleton import Skeleton
 from qlab.qtensor import QTensor
 from qlab.spec import parse_spec
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "olmo_hybrid"])
+def test_weights_of_other_names_and_filters_in_parts_are_read_as_transformers_does(family, saved):
+    skeleton = Skeleton(open_checkpoint(saved(family)), torch.float32)
+    skeleton.refuse_missing()
+    own = dict(tiny(family).named_parameters())
+    assert all(torch.equal(skeleton.original(name), own[name]) for name in own)
+    assert not {module for module in skeleton.expert_modules() if "conv" in module}
+
 
 SPECS = ("int4-g16", "int3-g32-asym", "int8-channel", "fp8-b16x32", "mxfp4", "nvfp4")
 

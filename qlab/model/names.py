@@ -19,7 +19,8 @@ from qlab.qtensor import Leaf, QTensor
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of the files: a whole leaf, or rows [start, stop) of one expert of a fused leaf [e, o, k]."""
+    """A tensor of the files: a whole leaf, rows [start, stop) of one expert of a fused leaf [e, o, k], or, where it is of no expert and
+    has rows, those of a leaf that transformers joins from several."""
 
     name: str
     expert: int | None = None
@@ -33,7 +34,7 @@ class Piece:
     def of(self, leaf: Leaf) -> Leaf:
         """The piece's part of the leaf."""
         if self.expert is None:
-            return leaf
+            return leaf[self.start : self.stop] if self.stop and isinstance(leaf, Tensor) else leaf
         if isinstance(leaf, Tensor):
             return leaf[self.expert, self.start : self.stop]
         rows = leaf.spec.tile.rows or leaf.shape[-2]
@@ -49,7 +50,7 @@ class Piece:
 def assemble(pieces: Sequence[Piece], parts: Sequence[Leaf]) -> Leaf:
     """The leaf whose pieces these are: the inverse of Piece.of for groups and channels."""
     if pieces[0].expert is None:
-        return parts[0]
+        return parts[0] if len(parts) == 1 else torch.cat([part for part in parts if isinstance(part, Tensor)])
     specs = {part.spec if isinstance(part, QTensor) else None for part in parts}
     if len(specs) > 1:
         raise QlabError(f"{pieces[0].module} and the others of its fused weight are stored as "
@@ -96,19 +97,21 @@ def spellings(model: PreTrainedModel, stored: Iterable[str]) -> Mapping[str, str
 
 def pieces_of_experts(model: PreTrainedModel, name: str, stored: Collection[str]) -> tuple[Piece, ...]:
     """The tensors that engines expect for a fused weight [e, o, k], in the order of experts and rows; () if transformers
-    knows no names per expert. Names are spelled with or without the base prefix, as the stored ones are."""
+    knows no names for parts of it. Names are spelled with or without the base prefix, as the stored ones are."""
     experts, rows = model.get_parameter(name).shape[:2]
     numbers = torch.arange(experts * rows, device="cpu")  # also where models are being built on meta
     two = numbers.view(experts, rows, 1).repeat(1, 1, 2)  # transformers 5.17 drops an axis of one
     cut = revert_weight_conversion(model, {name: two})
-    if set(cut) == {name}:
+    if len(cut) == 1 and torch.equal(*cut.values(), two):  # one tensor, of this name or another
         return ()
     pieces = []
     for piece, held in cut.items():
         first, last = int(held.flatten()[0]), int(held.flatten()[-1])
-        if first // rows != last // rows or not torch.equal(held, numbers[first : last + 1, None].repeat(1, 2)):
-            raise QlabError(f"{name} is saved as {piece} in a way that is no range of rows of one expert; qlab cannot cut it")
-        pieces.append(Piece(_spelled(piece, model.base_model_prefix, stored), first // rows, first % rows, last % rows + 1))
+        if not torch.equal(held.reshape(-1, 2), numbers[first : last + 1, None].repeat(1, 2)):
+            raise QlabError(f"{name} is saved as {piece} in a way that is no range of its rows; qlab cannot cut it")
+        spelled, inside = _spelled(piece, model.base_model_prefix, stored), rows > 1 and first // rows == last // rows
+        pieces.append(Piece(spelled, first // rows, first % rows, last % rows + 1) if inside else
+                      Piece(spelled, None, first // rows, last // rows + 1))  # fmt: skip
     return tuple(sorted(pieces, key=lambda p: (p.expert or 0, p.start)))
 
 

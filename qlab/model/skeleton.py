@@ -57,7 +57,7 @@ class Skeleton:
                 if piece.name not in self.checkpoint.stored or piece.module in self.checkpoint.quantized:
                     continue
                 shape, dtype = self.checkpoint.shape_and_dtype(piece.name)
-                wanted = parameter.shape if piece.expert is None else torch.Size((piece.stop - piece.start, parameter.shape[-1]))
+                wanted = _shape_of(piece, parameter)
                 turned = shape.numel() == wanted.numel() and piece.expert is None and is_converted(self.model, piece.name)
                 if (shape != wanted and not turned) or not dtype.is_floating_point:
                     raise QlabError(f"{self.checkpoint.files[piece.name]}: {piece.name} is {dtype} {tuple(shape)}, and config.json "
@@ -108,10 +108,14 @@ class Skeleton:
         whole = (Piece(self.file_name(name)),)
         if whole[0].name in self._stored or self.model.get_parameter(name).ndim < 3:
             return whole
-        return self.expert_pieces(name) or whole
+        return self._parts(name) or whole
 
     def expert_pieces(self, name: str) -> tuple[Piece, ...]:
         """The tensors that engines expect for fused experts, as which they are written once they are quantized."""
+        return tuple(piece for piece in self._parts(name) if piece.expert is not None)
+
+    def _parts(self, name: str) -> tuple[Piece, ...]:
+        """The tensors into which transformers cuts a parameter of three axes when it saves it; () if it saves it whole."""
         if name not in self._pieces:
             self._pieces[name] = pieces_of_experts(self.model, name, self._stored)
         return self._pieces[name]
@@ -374,6 +378,13 @@ class Skeleton:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and torch.equal(a, b))
+
+
+def _shape_of(piece: Piece, parameter: Tensor) -> torch.Size:
+    """The shape of a tensor of the files that holds a parameter, or a part of it."""
+    if not piece.stop:
+        return parameter.shape
+    return torch.Size((piece.stop - piece.start, *parameter.shape[1 if piece.expert is None else 2 :]))
 
 
 def _form(call: Call, tensors: Sequence[Tensor]) -> Any:

@@ -157,9 +157,9 @@ def test_a_global_scale_of_inputs_is_measured_on_the_calibration_data_and_read_a
         skeleton.load_outside(with_head=False)
         hidden, calls = skeleton.record(data.ids)
     path, call = next(iter(calls.items()))
-    graph = skeleton.graph(path, call, hidden)
+    graph = skeleton.graph(path, call)
     first, *others = by_source(graph.sites).values()  # the others see what is rounded before them
-    largest = inputs_of(graph, [first[0].source], *call.inputs(hidden))[first[0].source].x.abs().max()
+    largest = inputs_of(graph, [first[0].source], *call.inputs((hidden,)))[first[0].source].x.abs().max()
     (scale,) = {opened.rounding(graph.where(site))[0].outer.item() for site in first}
     assert scale == pytest.approx(448 * 6 / float(largest))
     for sites in others:
