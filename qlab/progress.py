@@ -6,7 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
+
+from qlab.errors import printable
 
 EVERY = 10.0  # seconds from one line to the next, beside the first and the last
 Item = TypeVar("Item")
@@ -14,9 +17,9 @@ Item = TypeVar("Item")
 
 def progress(items: Sequence[Item], doing: str) -> Iterator[Item]:
     """The items one by one; `doing` is what is said to be done with them."""
-    console = Console(stderr=True)
+    doing, console = printable(doing), Console(stderr=True)
     if console.is_terminal or console.is_jupyter:
-        yield from track(items, doing, console=console)
+        yield from track(items, escape(doing), console=console)
         return
     started = said = time.monotonic()
     for done, item in enumerate(items, 1):

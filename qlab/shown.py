@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from qlab.errors import printable
+
 LONGEST = 300  # characters of a representation: one line in a console
 
 
@@ -16,14 +18,14 @@ class Shown:
     def __str__(self) -> str:
         facts = self.summary()
         width = max(map(len, facts))
-        return "\n".join([type(self).__name__, *(f"  {name:<{width}}  {fact}" for name, fact in facts.items())])
+        return "\n".join([type(self).__name__, *(f"  {name:<{width}}  {printable(fact)}" for name, fact in facts.items())])
 
     def __repr__(self) -> str:
-        text = f"{type(self).__name__}({'; '.join(f'{name}: {fact}' for name, fact in self.summary().items())})"
+        text = f"{type(self).__name__}({'; '.join(f'{name}: {printable(fact)}' for name, fact in self.summary().items())})"
         return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]}...)"
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(fact)}</td></tr>" for name, fact in self.summary().items())
+        rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(printable(fact))}</td></tr>" for name, fact in self.summary().items())
         return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
 
 

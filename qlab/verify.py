@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qlab.certificate import distances, fingerprint, hash_of, hash_of_json, off_grid
 from qlab.covered import unlike_recipe
-from qlab.errors import QlabError
+from qlab.errors import QlabError, printable
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.shardwise import leaves_by_file
 from qlab.model.alike import Alike, alike
@@ -102,7 +102,7 @@ class Verdict(Shown):
         yield table
         for name, why in self.changed.items():
             yield f"{name} differs from the reference: {why or 'nothing says why'}"
-        yield from (Text.assemble(("fault", "bold"), f" {fault}") for fault in self.faults)
+        yield from (Text.assemble(("fault", "bold"), f" {printable(fault)}") for fault in self.faults)
         against = "its certificates" if self.certified else "no certificates: only grids and the reference were checked"
         beside = f"{len(self.extras)} tensors of what happens at run time, " if self.extras else ""
         yield f"{len(self.sites)} quantized weights, {beside}{len(self.faults)} faults, {against}"

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qlab"
 # A module imports from strictly lower layers, or from its own package. A package is one layer of all its files.
 LAYERS = [
-    {"errors", "processor", "progress", "quiet", "shown", "surroundings"},
-    {"products", "scope", "spec", "taken_apart"}, {"qtensor", "targets"}, {"certificate"},
+    {"errors", "processor", "quiet", "surroundings"},
+    {"products", "progress", "scope", "shown", "spec", "taken_apart"}, {"qtensor", "targets"}, {"certificate"},
     {"experts"}, {"graph"}, {"trace"},
     {"interpret", "programs"}, {"stats"}, {"claims", "rounding"}, {"transform"}, {"channels"}, {"absorb"}, {"methods"}, {"codecs"},
     {"documents", "tokenizing"}, {"texts"}, {"files"}, {"calibration"},

@@ -21,7 +21,7 @@ from qlab.bench.plots import draw
 from qlab.calibration import Tokens
 from qlab.cli.quantizing import recipe_of
 from qlab.demo import home
-from qlab.errors import QlabError
+from qlab.errors import QlabError, printable
 from qlab.evaluate import Evaluation, read
 from qlab.files.atomic import write_json
 from qlab.files.checkpoint import Checkpoint
@@ -170,4 +170,4 @@ def _change(ratio: float) -> str:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlab.errors import QlabError
+from qlab.errors import QlabError, printable
 from qlab.files.atomic import atomically
 
 DRAWN = b"Software\0qlab"  # in the first chunk of text of a PNG
@@ -23,13 +23,14 @@ def draw_matmuls(record: Mapping[str, Any], path: Path) -> None:
 
     shapes, rows = record["shapes"], record["rows"]
     figure = Figure(figsize=(5 * len(shapes), 4.5), layout="constrained")
-    figure.suptitle(f"{record['device']['name']}: {record['dtype']} x int4, groups of {record['group']}, cold cache", fontsize="medium")
+    title = f"{record['device']['name']}: {record['dtype']} x int4, groups of {record['group']}, cold cache"
+    figure.suptitle(_literal(title), fontsize="medium")
     names = list(dict.fromkeys(row["contender"] for row in rows))
     for axes, (n, k) in zip(figure.subplots(1, len(shapes), squeeze=False)[0], shapes):
         here = [row for row in rows if (row["n"], row["k"]) == (n, k)]
         for i, name in enumerate(names):
             line = [(row["m"], row["us"]) for row in here if row["contender"] == name]
-            axes.plot(*zip(*line), marker=".", color=f"C{i}", label=name) if line else None
+            axes.plot(*zip(*line), marker=".", color=f"C{i}", label=_literal(name)) if line else None
         floor = [(row["m"], row["floor_us"]) for row in here if row["contender"] == names[0]]
         axes.plot(*zip(*floor), color="black", linestyle=":", label=f"floor of {names[0]}") if floor else None
         axes.set(title=f"{n}x{k}", xlabel="tokens", ylabel="microseconds", yscale="log")
@@ -51,6 +52,11 @@ def _beginning(path: Path) -> bytes:
         return file.read(1000)
 
 
+def _literal(text: str) -> str:
+    """A name out of a file or a path, in which a `$` begins no formula."""
+    return printable(text).replace("$", r"\$")
+
+
 def _save(figure: Any, path: Path) -> None:
     atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120, metadata={"Software": "qlab"}))
 
@@ -60,7 +66,7 @@ def _figure(title: str) -> tuple[Any, Any, Any]:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(_literal(title), fontsize="medium")
     return figure, left, right
 
 
@@ -84,7 +90,7 @@ def _methods(record: Mapping[str, Any]) -> Any:
 def _bars(axes: Any, rows: Any, values: list[float], intervals: list, title: str, form: str) -> None:
     below = [max(value - low, 0.0) for value, (low, _) in zip(values, intervals)]
     above = [max(high - value, 0.0) for value, (_, high) in zip(values, intervals)]
-    drawn = axes.barh([row["method"] for row in rows], values, xerr=[below, above], capsize=4, color="tab:blue", alpha=0.7)
+    drawn = axes.barh([_literal(row["method"]) for row in rows], values, xerr=[below, above], capsize=4, color="tab:blue", alpha=0.7)
     axes.bar_label(drawn, [form.format(value) for value in values], padding=4)
     axes.invert_yaxis()  # in the order of the table
     axes.margins(x=0.25)  # room for the labels
@@ -101,7 +107,7 @@ def _layers(record: Mapping[str, Any]) -> Any:
     """Error of the hidden states after every block, and the calibration loss of every site where a method has one."""
     figure, left, right = _figure(_title(record))
     for i, row in enumerate(record["rows"]):
-        same: dict[str, Any] = {"label": row["method"], "color": f"C{i}"}  # on both sides
+        same: dict[str, Any] = {"label": _literal(row["method"]), "color": f"C{i}"}  # on both sides
         left.plot(range(len(row["layer_error"])), row["layer_error"], marker=".", **same)
         if losses := row["losses"]:
             blocks = len(row["layer_error"])

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
-from qlab.errors import QlabError
+from qlab.errors import QlabError, printable
 
 SEVERAL = ("--calib", "--images", "--text")  # options that take several files
 WIDTH = 132  # of a table that no terminal shows
@@ -61,8 +62,16 @@ Json = Annotated[Path | None, typer.Option("--json", help="also write the result
 def console(width: int = WIDTH) -> Console:
     """Of the width of the terminal or $COLUMNS, or wide enough for every table where there is neither."""
     plain: dict[str, Any] = {"markup": False, "emoji": False}  # paths and names are what they are
-    shown = Console(**plain)
-    return shown if shown.is_terminal or "COLUMNS" in os.environ else Console(width=width, **plain)
+    shown = _Printable(**plain)
+    known = shown.is_terminal or "COLUMNS" in os.environ
+    return shown if known else _Printable(width=width, **plain)
+
+
+class _Printable(Console):
+    """Every string, in a cell of a table too, is shown as it reads, whatever file it comes from."""
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        return super().render_str(printable(text), **options)
 
 
 @contextmanager
@@ -91,7 +100,7 @@ def resolved(model: str) -> Path:
 
 def say(line: str) -> None:
     """Progress, and what else is no result."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def report(value: Any, path: Path | None) -> None:

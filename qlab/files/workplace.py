@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
-from qlab.errors import QlabError, Unwritable
+from qlab.errors import QlabError, Unwritable, printable
 from qlab.files.atomic import atomically, sync
 from qlab.files.directory import INDEX
 from qlab.files.lock import LOCK, Lock
@@ -261,7 +261,7 @@ class Workplace:
 # ------------------------------------------------------------------ parts
 def say(line: str) -> None:
     """A line of a run's progress."""
-    print(f"qlab: {line}", file=sys.stderr, flush=True)
+    print(printable(f"qlab: {line}"), file=sys.stderr, flush=True)
 
 
 def _read_job(path: Path, key: str | None = None) -> Any:
