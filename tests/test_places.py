@@ -105,6 +105,7 @@ def test_places_that_are_no_folder_of_their_own(model, former, tmp_path, monkeyp
     before = contents(tmp_path)
     for out, words in {
         "": "is no name", ".": "is the current folder", "..": "the current folder or one around it", "/": "or one around it",
+        b"q": "is no name", 7: "is no name",
         "../inner": "is the current folder or holds it", "../../current": "is the current folder or holds it",
         str(tmp_path / "link"): "is a link to", str(tmp_path / "lost/"): "is a link to", str(tmp_path / "file"): "is a file",
         str(tmp_path / "a.partial"): "ends in .partial", str(tmp_path / "A.Partial"): "ends in .partial", "a\0b": "is no name",
@@ -132,7 +133,7 @@ def test_an_output_never_holds_what_the_run_reads(model, former, tmp_path, no_wo
     data, gptq = qlab.tokens(model, [text], samples=2, length=32), qlab.gptq(qlab.parse_spec("int4-g16"))
     for out in (former, tmp_path / "link" / ".." / "former"):
         (tmp_path / "link").exists() or (tmp_path / "link").symlink_to(former)
-        refused(lambda out=out: qlab.quantize(model, gptq, data, former, overwrite=True), "holds what the run reads", "README.md")
+        refused(lambda out=out: qlab.quantize(model, gptq, data, out, overwrite=True), "holds what the run reads", "README.md")
     (tmp_path / "texts.partial").mkdir()
     (tmp_path / "texts.partial" / "t.txt").write_text(prose(4096))
     data = qlab.tokens(model, tmp_path / "texts.partial" / "t.txt", samples=2, length=32)

@@ -52,19 +52,22 @@ def foreign(folder: Path, contents: bool = True) -> str | None:
     too; without that, names decide."""
     if not folder.is_dir():
         return f"{folder} is no folder"
-    names, folders = _listing(folder)
+    here = sorted(os.listdir(folder))
     files = written_files(folder)
-    if not names and not folders:
+    if not here:
         return None
-    if files is None and RECORD in names:
+    if files is None and RECORD in here:
         return f"{folder} has a {RECORD} without a record of its files, which older versions and other hands leave out"
-    if added := sorted(name for name in names if name not in (files or ())):
+    if files is None:
+        return f"{folder} holds {here[0]}{_more(here)}, which qlab did not write"
+    names, folders = _listing(folder)
+    if added := sorted(names - files.keys()):
         return f"{folder} holds {added[0]}{_more(added)}, which qlab did not write"
     parents = {str(parent) for name in names for parent in Path(name).parents}
     if empty := sorted(folders - parents):
         return f"{folder} holds the folder {empty[0]}, which qlab did not make"
     for name in sorted(names) if contents else ():
-        if (folder / name).is_symlink() or (files and _digest_in(folder, name) != files[name]):
+        if (folder / name).is_symlink() or _digest_in(folder, name) != files[name]:
             return f"{folder} holds {name}, which was changed after qlab wrote it"
     return None
 

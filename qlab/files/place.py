@@ -36,6 +36,7 @@ def place(out: str | Path, model: Path, files: Iterable[Path] = ()) -> Path:
 def places(out: str | Path, names: Sequence[str], model: Path, files: Iterable[Path] = ()) -> dict[str, Path]:
     """Name -> the folder of that name in `out`; a single '' stands for `out` itself. Refuses names that lead elsewhere, or two of
     which are one folder where upper and lower case are one."""
+    base = Path(_text(out))
     taken: dict[str, str] = {}
     for name in names:
         alone = name == "" and len(names) == 1
@@ -47,7 +48,7 @@ def places(out: str | Path, names: Sequence[str], model: Path, files: Iterable[P
         if folded in taken:
             raise QlabError(f"the recipes {taken[folded]!r} and {name!r} are one folder on some file systems; choose other names")
         taken[folded] = name
-    return {name: place(Path(out) / name if name else out, model, files) for name in names}
+    return {name: place(base / name if name else out, model, files) for name in names}
 
 
 def refuse_early(folder: Path, overwrite: bool, resume: bool) -> None:
@@ -58,12 +59,15 @@ def refuse_early(folder: Path, overwrite: bool, resume: bool) -> None:
 
 def refuse_existing(folder: Path, overwrite: bool, contents: bool = True) -> None:
     """Refuse a place where something is, unless it may be replaced and is qlab's. contents: see `foreign`."""
-    if not is_taken(folder):
-        return
-    if not overwrite:
+    try:
+        taken = is_taken(folder)
+        reason = foreign(folder, contents) if taken and overwrite else None
+    except OSError as error:
+        raise QlabError(f"{folder} cannot be read ({error.strerror}); choose another output directory") from error
+    if taken and not overwrite:
         raise QlabError(f"the output directory {folder} exists and holds something else; choose another, or --overwrite it if qlab "
                         "wrote it")
-    if reason := foreign(folder, contents):
+    if reason:
         raise QlabError(f"{reason}, so it is not replaced; move it away, or choose another output directory")
 
 
@@ -98,9 +102,7 @@ def working(folder: Path) -> Path:
 
 # ------------------------------------------------------------------ parts
 def _named(out: str | Path) -> Path:
-    text = os.fspath(out)
-    if not text or "\0" in text:
-        raise QlabError(f"the output directory {text!r} is no name; give the path of a folder")
+    text = _text(out)
     try:
         given = Path(text).expanduser()
     except RuntimeError as error:
@@ -110,6 +112,13 @@ def _named(out: str | Path) -> Path:
     if given.name.casefold().endswith(PARTIAL):
         raise QlabError(f"the output directory {given} ends in {PARTIAL}, as folders do that are still written; choose another name")
     return Path(os.path.realpath(given.parent)) / given.name
+
+
+def _text(out: str | Path) -> str:
+    text = os.fspath(out) if isinstance(out, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise QlabError(f"the output directory {out!r} is no name; give the path of a folder")
+    return text
 
 
 def _refuse_around(folder: Path, reads: Path, what: str) -> None:
