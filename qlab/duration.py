@@ -71,7 +71,7 @@ class Work:
     dtype: torch.dtype
 
     def seconds(self) -> float:
-        """On the processor of this machine, as busy as it was when it was first asked."""
+        """On the processor of this machine, where nothing else runs on it."""
         return (
             TRACING * self.programs
             + self.products / product_rate(self.dtype)

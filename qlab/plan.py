@@ -54,8 +54,8 @@ class Plan(Shown):
 
     @property
     def seconds(self) -> tuple[float, float] | None:
-        """Between which times the run is expected to end, on this machine as busy as it is; probes of some milliseconds measure its
-        rates when this is first asked for (see qlab.duration). Without the start of the process and the reading of texts."""
+        """Between which times the run is expected to end, on this machine when nothing else runs on it, without the start of the
+        process and the reading of texts. Probes of some milliseconds measure its rates when this is first asked for: qlab.duration."""
         if self.work is None:
             return None
         estimate = self.work.seconds()
@@ -65,7 +65,9 @@ class Plan(Shown):
     def _time(self) -> str:
         if self.seconds is None:
             return "none is estimated for a GPU"
-        return f"{said(self.seconds[0])} to {said(self.seconds[1])} on {torch.get_num_threads()} threads of this processor"
+        threads = torch.get_num_threads()
+        with_them = f"{threads} threads of this processor" if threads > 1 else "one thread of this processor"
+        return f"{said(self.seconds[0])} to {said(self.seconds[1])} with {with_them}, if nothing else runs on it"
 
     @property
     def bits_per_weight(self) -> float:
