@@ -14,8 +14,8 @@ from rich.table import Table
 from qlab.convert import Converted
 from qlab.errors import QlabError
 from qlab.evaluate import Evaluation, Perplexity
+from qlab.files.atomic import atomically
 from qlab.files.directory import read_json
-from qlab.files.writer import atomically
 from qlab.inspection import Inspection, inspect
 from qlab.model_free import Rewritten
 from qlab.quantize import Result
@@ -45,13 +45,18 @@ class Results:
         return [dict(row) for row in self.rows]
 
     def to_csv(self, path: str | Path | None = None) -> str:
-        """The rows as CSV with a header, all columns and full figures, also written to `path` where one is given."""
+        """The rows as CSV with a header, all columns and full figures, also written to `path` where one is given.
+
+        Errors: a file that is there already and is no such table.
+        """
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         if path is not None:
-            atomically(Path(path).expanduser(), lambda file: file.write_text(text.getvalue()))
+            file = Path(path).expanduser()
+            _refuse_other(file)
+            atomically(file, lambda scratch: scratch.write_text(text.getvalue(), encoding="utf-8"))
         return text.getvalue()
 
     def to_dataframe(self) -> Any:
@@ -97,6 +102,15 @@ def results(runs: Sequence[Run | tuple[Run, Evaluation | Perplexity]] | Run) -> 
     if not given:
         raise QlabError("no run was given; name the directories that were written, or pass what quantize() returned")
     return Results([row for run in given for row in _rows(run)])
+
+
+def _refuse_other(file: Path) -> None:
+    """Refuse to replace what is no table of results."""
+    header = ",".join(COLUMNS).encode()
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise QlabError(f"{file} cannot be written; give a file in a folder that is there")
+    if file.exists() and not (file.is_file() and file.read_bytes().startswith(header)):
+        raise QlabError(f"{file} exists and is no table of results; give another name, or remove it")
 
 
 def _rows(run: Any) -> Iterator[dict[str, Any]]:

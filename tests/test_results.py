@@ -66,6 +66,12 @@ def test_as_text_as_html_as_csv(runs, tmp_path):
     assert table._repr_html_().count("<tr>") == 3 and len(repr(table)) < 300
     read = list(csv.DictReader(io.StringIO(table.to_csv(tmp_path / "runs.csv"))))
     assert (tmp_path / "runs.csv").read_text() == table.to_csv() and list(read[0]) == list(COLUMNS)
+    table.to_csv(tmp_path / "runs.csv")  # its like is replaced
+    (tmp_path / "mine.csv").write_text("mine")
+    for wrong in (tmp_path / "mine.csv", tmp_path, tmp_path / "no" / "runs.csv"):
+        with pytest.raises(QlabError, match=r"is no table of results|cannot be written"):
+            table.to_csv(wrong)
+    assert (tmp_path / "mine.csv").read_text() == "mine"
     assert float(read[0]["bits_per_weight"]) == runs[0].bits_per_weight and read[1]["loss"] == ""
     assert json.loads(json.dumps(table.json())) == table.json()
 
