@@ -180,13 +180,13 @@ def _load_blocks(skeleton: Skeleton) -> None:
     """The parameters of the blocks that stayed on meta, and the buffers that the files hold."""
     for name, parameter in list(skeleton.model.named_parameters(remove_duplicate=False)):
         if parameter.is_meta:
-            leaf = dense(skeleton.leaf(name), skeleton.dtype)
+            leaf = dense(skeleton.leaf(name), parameter.dtype)
             value = nn.Parameter(leaf.to(skeleton.device), requires_grad=False)
             _owner(skeleton.model, name)._parameters[name.rpartition(".")[2]] = value
     for name, buffer in list(skeleton.model.named_buffers()):
         if isinstance(_owner(skeleton.model, name), QuantizedWeight | RoundedInput):
             continue  # a file may have a tensor of the same name, such as `scales`, and it is not this one
-        if (stored := skeleton.file_name(name)) in skeleton.checkpoint.files:
+        if stored := skeleton.stored_buffer(name):
             _owner(skeleton.model, name)._buffers[name.rpartition(".")[2]] = skeleton.checkpoint.tensor(stored).to(buffer)
 
 

@@ -19,11 +19,12 @@ from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.graph import Code, ModuleGraph, runs_on, tensors_of
 from qlab.model.device import usable
-from qlab.model.names import Piece, assemble, is_converted, pieces_of_experts, spellings
+from qlab.model.headers import refuse_another_model, refuse_untied
+from qlab.model.names import Piece, assemble, pieces_of_experts, spellings
 from qlab.model.online import at_input, at_output
 from qlab.model.paper import find_blocks, on_paper, path_of
 from qlab.model.recording import Call, Makers, Recorded, Recorder, Replaced, calls_of, to_like
-from qlab.model.ties import FLAG, apart, ties
+from qlab.model.ties import apart, ties
 from qlab.programs import program
 from qlab.qtensor import Leaf, QTensor, dense
 from qlab.surroundings import foreign
@@ -41,45 +42,25 @@ class Skeleton:
         # a quantized weight also goes by the name it would have unquantized
         self._stored = {*checkpoint.files, *(f"{module}.weight" for module in checkpoint.quantized)}
         self._spelled = spellings(self.model, self._stored)
+        self._loaded = frozenset(self.model.state_dict())
         self._parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         self._pieces: dict[str, tuple[Piece, ...]] = {}
         self._codes: dict[Any, Code] = {}
         self._traced_for: dict[Any, str] = {}
         self._known: dict[Any, Code] = {}
         self._first: dict[str, Code] = {}
-        self._check_headers()
-
-    def _check_headers(self) -> None:
-        """Refuse tensors of another model than the config describes: of another shape, or no floats. Where transformers flattens,
-        joins or transposes what it loads, only their size is known."""
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            for piece in self.pieces(name):
-                if piece.name not in self.checkpoint.stored or piece.module in self.checkpoint.quantized:
-                    continue
-                shape, dtype = self.checkpoint.shape_and_dtype(piece.name)
-                wanted = _shape_of(piece, parameter)
-                turned = shape.numel() == wanted.numel() and piece.expert is None and is_converted(self.model, piece.name)
-                if (shape != wanted and not turned) or not dtype.is_floating_point:
-                    raise QlabError(f"{self.checkpoint.files[piece.name]}: {piece.name} is {dtype} {tuple(shape)}, and config.json "
-                                    f"describes a model with floats {tuple(wanted)} there; the one or the other is of another model")
+        refuse_another_model(self)
 
     def refuse_missing(self) -> None:
         """Refuse files that lack a tensor of the model."""
         for name, _ in self.model.named_parameters(remove_duplicate=False):
             if self._lacking(name) and (lacking := self._lacking(self.tied.get(name, name))):
-                self._refuse_untied(name)
+                refuse_untied(self, name)
                 self.checkpoint.shape_and_dtype(lacking[0])
 
     def _lacking(self, name: str) -> list[str]:
         """The tensors of a parameter that the files hold neither as they are nor as codes."""
         return [piece.name for piece in self.pieces(name) if piece.name not in self._stored]
-
-    def _refuse_untied(self, name: str) -> None:
-        """Refuse files that lack a tensor which the model's class could tie to another and config.json does not."""
-        tying = self.model._tied_weights_keys or {}
-        if name in tying and name not in self.model.all_tied_weights_keys:
-            raise QlabError(f"{self.checkpoint.path} has no tensor {self.file_name(name)}, and its config.json ties it to no other "
-                            f"({FLAG} is false); download it again, or restore that key")
 
     def check_length(self, tokens: int) -> None:
         """Refuse samples of more tokens than a model with tables of positions has: learned ones, which lie beside that of the
@@ -96,8 +77,13 @@ class Skeleton:
     def block_names(self, path: str) -> dict[str, tuple[Piece, ...]]:
         """Leaf name inside the block -> the tensors that hold it in the checkpoint's files; of buffers, those that they hold."""
         names = {name: self.pieces(f"{path}.{name}") for name, _ in self.blocks[path].named_parameters()}
-        buffers = {name: self.file_name(f"{path}.{name}") for name, _ in self.blocks[path].named_buffers()}
-        return names | {name: (Piece(stored),) for name, stored in buffers.items() if stored in self.checkpoint.files}
+        buffers = {name: self.stored_buffer(f"{path}.{name}") for name, _ in self.blocks[path].named_buffers()}
+        return names | {name: (Piece(stored),) for name, stored in buffers.items() if stored}
+
+    def stored_buffer(self, name: str) -> str | None:
+        """The tensor of the files that holds a buffer, where the model takes it from there and does not compute it."""
+        stored = self.file_name(name)
+        return stored if name in self._loaded and stored in self.checkpoint.files else None
 
     def file_name(self, name: str) -> str:
         """The model's name of a tensor as the files spell it."""
@@ -257,10 +243,9 @@ class Skeleton:
         """What the files hold of the buffers around the blocks, and every buffer on the skeleton's device."""
         for name, buffer in list(self.model.named_buffers(remove_duplicate=False)):
             owner, _, key = name.rpartition(".")
-            stored = self.file_name(name)
-            read = stored in self.checkpoint.files and not name.startswith(inside)
-            value = self.checkpoint.tensor(stored).to(buffer.dtype) if read else buffer
-            if read or not buffer.is_meta:
+            stored = None if name.startswith(inside) else self.stored_buffer(name)
+            value = self.checkpoint.tensor(stored).to(buffer.dtype) if stored else buffer
+            if stored or not buffer.is_meta:
                 self.model.get_submodule(owner)._buffers[key] = value.to(self.device)
 
     @functools.cached_property
@@ -378,13 +363,6 @@ class Skeleton:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and torch.equal(a, b))
-
-
-def _shape_of(piece: Piece, parameter: Tensor) -> torch.Size:
-    """The shape of a tensor of the files that holds a parameter, or a part of it."""
-    if not piece.stop:
-        return parameter.shape
-    return torch.Size((piece.stop - piece.start, *parameter.shape[1 if piece.expert is None else 2 :]))
 
 
 def _form(call: Call, tensors: Sequence[Tensor]) -> Any:
