@@ -87,9 +87,11 @@ def test_blocks_of_other_makes_are_quantized_whole(family, saved, tmp_path):
 
 @pytest.mark.parametrize("family", LINEAR)
 def test_transformers_reads_every_family_and_method_as_qlab_does(family, saved, tmp_path):
+    """Every family after a method of each kind; every method on one of them."""
+    methods = {name: method for name, method in METHODS.items() if family == "llama" or name in ("rtn", "gptq", "awq")}
     source = saved(family, **SHORT.get(family, {}))
     model = open_checkpoint(source)
-    results = compare(model, {name: method(INT4) for name, method in METHODS.items()}, random_tokens(source), tmp_path)
+    results = compare(model, {name: method(INT4) for name, method in methods.items()}, random_tokens(source), tmp_path)
     prefix = Skeleton(model, torch.float32).prefix
     sites = {name.removesuffix(".weight") for name, t in tensors(source).items()
              if name.startswith(prefix) and name.endswith(".weight") and t.ndim == 2}  # fmt: skip

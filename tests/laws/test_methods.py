@@ -6,7 +6,7 @@ from itertools import permutations
 import pytest
 import torch
 from families import FAMILIES, MIXTURES
-from methods import LAW_METHODS, LAW_SPECS
+from methods import LAW_METHODS, LAW_SPECS, pairs
 from segments import assert_same, hidden, relative, reversed_sites, segment, tensors, untouched
 
 from qlab.interpret import interpret
@@ -17,7 +17,8 @@ from qlab.stats import STATS
 from qlab.transform import apply
 
 every_method = pytest.mark.parametrize("method", LAW_METHODS)
-every_family = pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
+all_families = [*FAMILIES, *MIXTURES]
+every_family = pytest.mark.parametrize("family", all_families)
 specs = pytest.mark.parametrize("text", LAW_SPECS)
 ROUNDING = [m for m in LAW_METHODS if m != "awq_scale"]
 
@@ -33,8 +34,7 @@ def test_every_public_method_is_under_the_laws():
     assert all(LAW_METHODS.get(name) is method for name, method in METHODS.items())
 
 
-@every_family
-@every_method
+@pytest.mark.parametrize("method, family", pairs(LAW_METHODS, all_families))
 def test_a_transform_writes_to_none_of_its_inputs(method, family):
     seg = segment(family)
     stats = seg.stats
@@ -83,8 +83,7 @@ def test_the_order_of_batches_does_not_matter(family):
         assert_same(first[source, "sample"], other[source, "sample"])
 
 
-@every_family
-@pytest.mark.parametrize("method", ROUNDING)
+@pytest.mark.parametrize("method, family", pairs(ROUNDING, all_families))
 def test_every_site_becomes_codes_of_its_own_shape_near_the_weight(method, family):
     seg = segment(family)
     spec = parse_spec("int8-g16")
