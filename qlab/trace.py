@@ -1,7 +1,7 @@
 """From a module to a value: torch.export of one segment, and the sites that its program shows."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
+from qlab.as_it_is import as_it_is
 from qlab.errors import QlabError
 from qlab.experts import EXPERT_OPS
 from qlab.graph import (
@@ -66,8 +67,8 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
     """torch.export (non-strict) of one segment with weights lifted to inputs and every input dimension dynamic.
 
     `args` and `kwargs` are example inputs; tensor dimensions of size 1 are fixed to 1, the others stay symbolic.
-    A weight that an operation uses in a way qlab cannot read is no site, and `Code.unread` says why.
-    Refuses by name a segment that export cannot trace.
+    A weight that an operation uses in a way qlab cannot read is no site, and `Code.unread` says why; of a segment that export cannot
+    trace, which runs as it is, none is. Refuses by name a segment that does not run.
     """
     tensors = tensors_of(args, kwargs)
     auto = tuple({d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n > 1} for t in tensors)
@@ -78,8 +79,8 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
             on_tensors = OnTensors(segment, args, kwargs)
             exported = torch.export.export(on_tensors, fakes, dynamic_shapes=(auto,), strict=False)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise QlabError(f"{where} ({type(module).__name__}) cannot be traced by torch.export: {reason}") from error
+        code = _untraced(module, args, kwargs, where, error)
+        return ModuleGraph(code, _leaves(module, code.params.values()), path, _dtype(module))
     graph = exported.graph
     _unpin(graph)
     _name_linears(graph)
@@ -103,9 +104,28 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
         sites=tuple(site for site in sites if site.weight not in unread),
         unread=unread,
     )
+    return ModuleGraph(code, _leaves(module, params.values()), path, _dtype(module))
+
+
+def _leaves(module: nn.Module, used: Collection[str]) -> dict[str, Leaf]:
+    """The module's parameters, and the buffers that its program uses."""
     leaves: dict[str, Leaf] = {name: t.detach() for name, t in module.named_parameters(remove_duplicate=False)}
-    leaves |= {name: t for name, t in module.named_buffers(remove_duplicate=False) if name in params.values()}
-    return ModuleGraph(code, leaves, path, next((t.dtype for t in leaves.values() if isinstance(t, Tensor)), torch.float32))
+    return leaves | {name: t for name, t in module.named_buffers(remove_duplicate=False) if name in used}
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    """Of the first parameter or buffer."""
+    return next((t.dtype for t in (*module.parameters(), *module.buffers())), torch.float32)
+
+
+def _untraced(module: nn.Module, args: tuple, kwargs: dict[str, Any], where: str, error: Exception) -> Code:
+    """The module itself as a program, where export does not follow it; refuses one that does not run either."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    try:
+        return as_it_is(module, OnTensors(module, args, kwargs), tensors_of(args, kwargs),
+                        f"is used in {type(module).__name__}, which torch.export cannot trace ({reason.partition('. ')[0]})")
+    except Exception as failed:
+        raise QlabError(f"{where} ({type(module).__name__}) cannot be traced by torch.export: {reason}") from failed
 
 
 def without_values(module: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[nn.Module, tuple[Tensor, ...]]:

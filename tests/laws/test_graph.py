@@ -16,6 +16,7 @@ from qlab.graph import by_source, tensors_of
 from qlab.interpret import inputs_of, interpret
 from qlab.methods.rtn import rtn
 from qlab.model.paper import find_blocks
+from qlab.model.recording import shapes_of
 from qlab.qtensor import QTensor
 from qlab.spec import parse_spec
 from qlab.trace import trace
@@ -192,6 +193,11 @@ class Branches(nn.Module):
         return self.lin(x) if x.sum() > 0 else x
 
 
+class Fails(nn.Module):
+    def forward(self, x):
+        raise ValueError("no")
+
+
 class Derived(nn.Module):
     def __init__(self):
         super().__init__()
@@ -234,9 +240,16 @@ def test_a_weight_that_cannot_be_read_is_no_site_and_runs_as_it_is(block, leaf, 
     assert torch.equal(interpret(seg.graph, (x,), {}), block(x))
 
 
-def test_what_cannot_be_traced_is_refused_by_name():
-    with pytest.raises(QlabError, match=r"h\.7 \(Branches\) cannot be traced"):
-        trace(Branches(), (torch.randn(2, 3, 4),), {}, "h.7")
+@torch.no_grad()
+def test_what_cannot_be_traced_runs_as_it_is_and_what_does_not_run_is_refused_by_name():
+    block = Branches()
+    on_paper = trace(deepcopy(block).to("meta"), (torch.zeros(2, 3, 4, device="meta"),), {}, "h.7")
+    assert not on_paper.sites and "Branches, which torch.export cannot trace" in on_paper.code.unread["lin.weight"]
+    for x in (torch.ones(5, 3, 4), -torch.ones(2, 7, 4)):
+        assert torch.equal(interpret(replace(on_paper, params=dict(block.named_parameters())), (x,), {}), block(x))
+        assert shapes_of(on_paper.code, [x]) == [tuple(x.shape)]
+    with pytest.raises(QlabError, match=r"h\.7 \(Fails\) cannot be traced by torch\.export: no"):
+        trace(Fails(), (torch.zeros(2, 3, 4),), {}, "h.7")
 
 
 def test_inputs_of_another_form_are_refused():
