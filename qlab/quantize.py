@@ -373,7 +373,7 @@ def _finish(skeleton: Skeleton, job: _Job) -> None:
     specs = dict.fromkeys([*specs, *linears_of(skeleton)]) | specs  # those that the job leaves as they are
     rounding = [inputs] if any(inputs.values()) else []
     together = {*skeleton.tied, *skeleton.tied.values()}
-    rounded = any(f"{name}.weight" in together for name in notes["sites"])
-    raw = untied(model.raw) if rounded or skeleton.apart else model.raw
+    separated = any(f"{name}.weight" in together for name in notes["sites"])
+    raw = untied(model.raw) if separated or skeleton.apart else model.raw
     config = {**raw, "quantization_config": job.codec.config(specs, *rounding)}
     job.writer.finish(written(config, job.identity, notes), model.path)

@@ -31,8 +31,9 @@ def changed(skeleton: Skeleton, loaded: ModuleGraph, solved: ModuleGraph) -> set
 
 
 def _same(leaf: Leaf, other: Leaf | None) -> bool:
-    both = isinstance(leaf, Tensor) and isinstance(other, Tensor)
-    return leaf is other or (both and leaf.dtype == other.dtype and torch.equal(leaf, other))
+    if leaf is other or not isinstance(leaf, Tensor) or not isinstance(other, Tensor):
+        return leaf is other
+    return leaf.dtype == other.dtype and torch.equal(leaf, other)
 
 
 def _pieces(skeleton: Skeleton, graph: ModuleGraph, name: str) -> Sequence[Piece]:

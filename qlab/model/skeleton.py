@@ -194,7 +194,7 @@ class Skeleton:
         if not runs_on(code, tensors):
             sized = path, form, tuple(t.shape for t in tensors)
             if sized not in self._known:
-                self._known[sized] = self._trace(path, call).code
+                self._known[sized] = self._program(path, call)
             code = self._known[sized]
         self._first.setdefault(path, code)
         return code
