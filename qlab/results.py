@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from qlab.convert import Converted
-from qlab.errors import QlabError
+from qlab.errors import QlabError, printable
 from qlab.evaluate import Evaluation, Perplexity
 from qlab.files.atomic import atomically
 from qlab.files.directory import read_json
@@ -178,4 +178,4 @@ def _said(name: str, value: Any) -> str:
         return f"{value / 1e6:.1f}"
     if name == "peak_rss_bytes":
         return f"{value / 2**20:.0f}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
