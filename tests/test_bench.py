@@ -58,6 +58,7 @@ def test_rows_come_in_order_with_both_plots(bench, job, tmp_path):
     first = [line.split()[0] for line in out.splitlines() if line.strip()]
     assert [word for word in first if word in ("reference", "gptq", "rtn")] == ["reference", "gptq", "rtn"]
     assert "gptq: quantized in" in said and "rtn: perplexity" in said
+    assert "calibrating on 256 tokens (8 windows of 32), evaluating on 128" in said and "the demo's text" not in said
     assert record["rows"][0]["losses"] and not record["rows"][1]["losses"]  # plain RTN observes nothing
     assert record["reference"]["bits_per_weight"] == 32 and record["rows"][0]["bits_per_weight"] == 5
     assert record["data"]["calibration"]["samples"] == 8 and record["data"]["evaluation"]["samples"] == 4

@@ -126,7 +126,8 @@ def results(saved, text, tmp_path_factory):
     result = qlab.quantize(model, recipe, data, tmp_path_factory.mktemp("results") / "out")
     windows = qlab.first_windows(model, [text], length=32, count=4)
     made = open_checkpoint(result.path)
-    return {"tokens": data, "plan": qlab.plan(model, recipe, data), "result": result, "inspection": qlab.inspect(result.path),
+    return {"model": made, "tokens": data, "plan": qlab.plan(model, recipe, data), "result": result,
+            "inspection": qlab.inspect(result.path),
             "evaluation": qlab.evaluate(made, model, windows), "perplexity": qlab.perplexity(made, windows),
             "verdict": qlab.verify(result.path, model.path),
             "converted": qlab.convert(result.path, "compressed-tensors", result.path.parent / "again"),
@@ -134,7 +135,7 @@ def results(saved, text, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [
-    "tokens", "plan", "result", "inspection", "evaluation", "perplexity", "verdict", "converted", "rewritten",
+    "model", "tokens", "plan", "result", "inspection", "evaluation", "perplexity", "verdict", "converted", "rewritten",
 ])  # fmt: skip
 def test_results_are_a_few_lines_and_a_table_in_a_notebook(results, name):
     shown = results[name]

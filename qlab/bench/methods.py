@@ -26,7 +26,7 @@ from qlab.evaluate import Evaluation, read
 from qlab.files.atomic import write_json
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.ownership import sealed
-from qlab.hub import calibration_texts, evaluation_texts
+from qlab.hub import calibration_texts, evaluation_texts, is_demo
 from qlab.quantize import Result
 from qlab.report import PeakMemory, versions
 from qlab.spec import parse_spec
@@ -56,11 +56,14 @@ def compare_methods(
            "inputs": inputs}  # fmt: skip
     out = Path(os.path.realpath(Path(out or home() / "bench" / _folder_name(name, job)).expanduser()))
     refuse_foreign(out, recipes, job, model.path, [Path(path) for path in (*(calib or ()), *(text or ()))])
+    if not is_demo(model) and not (calib and text):
+        _say(f"{model.path} is measured on the demo's text, articles of English Wikipedia; --calib and --text take texts of its own")
     data = qlab.tokens(model, calibration_texts(calib), samples, length, seed)
     held_out = qlab.first_windows(model, evaluation_texts(text), length, windows)
     if len(held_out.ids) < windows:
         raise QlabError(f"{' and '.join(held_out.texts)} gives {len(held_out.ids)} windows of {length} tokens and {windows} "
                         "were asked for; give more text, fewer windows or a shorter length")
+    _say(f"calibrating on {data.count:,} tokens ({samples} windows of {length}), evaluating on {held_out.count:,}")
     with owned(out, job):
         results = _quantize(model, recipes, data, out, inputs)  # before the reference is read, which would add to their memory
         reference, rows = _evaluate(model, results, held_out, spec)

@@ -20,6 +20,7 @@ from qlab.files.explained import KEY, explained, refuse_unexplained
 from qlab.files.tensors import dtype_of, read, same_bytes
 from qlab.graph import Op
 from qlab.qtensor import Leaf
+from qlab.shown import Shown, size
 from qlab.spec import InputSpec, Spec
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ __all__ = ["GGUF", "INDEX", "Checkpoint", "open_checkpoint"]
 GGUF = ".gguf"
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+@dataclass(frozen=True, repr=False)
+class Checkpoint(Shown):
     """raw: config.json, with what it says of codes at its top. stored: tensor name -> where it lies. quantized: module path -> its
     spec on disk (None: a dense weight in a layout of the codec's). inputs: module path -> how its input is rounded at run time.
     extras: what else its readers do.
@@ -46,6 +47,17 @@ class Checkpoint:
     quantized: Mapping[str, Spec | None]
     inputs: Mapping[str, InputSpec] = field(default_factory=dict)
     extras: tuple[Extra, ...] = ()
+
+    def summary(self) -> dict[str, str]:
+        """In a few words; `qlab.inspect` says more."""
+        stored = sum(tensor.nbytes for tensor in self.stored.values())
+        specs = sorted({str(spec or "dense") for spec in self.quantized.values()})
+        return {
+            "directory": str(self.path),
+            "model": str(self.raw.get("model_type")),
+            "tensors": f"{len(self.stored)}, {size(stored)}",
+            "quantized": f"{len(self.quantized)} weights ({', '.join(specs)})" if specs else "no weight",
+        }
 
     @cached_property
     def config(self) -> "PretrainedConfig":
