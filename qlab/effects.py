@@ -17,8 +17,13 @@ Online = Mapping[str, tuple[Op, ...]]  # site -> what happens to its input at ru
 
 
 def refuse_without_effect(recipe: Transform, named: Mapping[str, Site], inputs: Inputs) -> None:
-    """Refuse a stage that compares with the reference where nothing can differ from that."""
+    """Refuse a stage that compares with the reference where nothing can differ from that, and one that rounds inputs of routers alone,
+    which stay as they are."""
     for stage in recipe:
+        sites = [site for name, site in named.items() if stage.touches(name, site)]
+        if stage.online and sites and all(site.router for site in sites):
+            raise QlabError(f"the stage {stage.name!r} would change nothing: {stage.scope} names routers, which stay as they are; "
+                            "leave it away there")
         if not DRIFT & stage.needs:
             continue
         if inputs == "reference":

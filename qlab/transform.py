@@ -110,11 +110,14 @@ def apply(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, 
     given, found = Observed(stats, stage.name, seen), dict(stats)
     seal = Seal(seen, given)
     try:
-        new, after = stage.apply(seen, given)
+        made = stage.apply(seen, given)
     except (RuntimeError, NotImplementedError) as error:
         if seen is not chosen and "meta" in str(error).lower():
             raise QlabError(reads_elsewhere(stage.name, ", ".join(map(graph.where, chosen.sites)))) from error
         raise
+    if not (isinstance(made, tuple) and len(made) == 2):
+        raise QlabError(f"the stage {stage.name!r} returned a {type(made).__name__}; return (graph, stats)")
+    new, after = made
     if broken := seal.broken(seen, given):
         raise QlabError(f"the stage {stage.name!r} writes to {broken}, which others go on with; change a copy, and return that")
     refuse_others(stage.name, stage.spec, stage.sitewise, seen, new)

@@ -227,6 +227,7 @@ def quantize_beside_rtn(model, recipe, *args, **kwargs):
 @pytest.mark.parametrize("family, recipe, inputs, message", [
     ("llama", gptaq(INT4), "reference", r"'aim_at_reference' corrects how far inputs are .* use inputs='quantized', or"),
     ("mixtral", chain(at("*experts*", aim_at_reference()), gptq(INT4)), "quantized", r"would change nothing of .*experts"),
+    ("mixtral", chain(gptq(INT4), at("*.gate", quantize_inputs(INT4))), "quantized", r"would change nothing: \*\.gate names routers"),
 ])  # fmt: skip
 def test_a_stage_without_an_effect_is_refused_before_anything_is_written(door, family, recipe, inputs, message, saved, tmp_path):
     with pytest.raises(QlabError, match=message):

@@ -5,6 +5,7 @@ Source: Li et al. 2025 (GPTAQ, asymmetric calibration), in closed form and befor
 Legend: x input as the quantized sites before it make it, x' the reference model's, H = E x^T x, D = E (x' - x)^T x.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -28,6 +29,8 @@ def aim_at_reference(strength: float = 0.5, damp: float = 0.01) -> Transform:
     routed experts: which tokens reach an expert differs between the two models, so that their rows have no pairs.
     """
     check_damp(damp)
+    if not 0 < abs(strength) < math.inf:
+        raise QlabError(f"strength is {strength}, with which no weight would move as it should; give a share such as 0.5")
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
         leaves: dict[str, Leaf] = {}

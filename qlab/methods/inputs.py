@@ -37,7 +37,7 @@ class QuantizeInput:
         return InputSpec(self.spec, self.scales is not None or self.outer is not None)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and x.requires_grad):
             return self._rounded(x)
         with torch.no_grad():
             rounded = self._rounded(x)

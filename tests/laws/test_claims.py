@@ -139,9 +139,15 @@ def test_any_number_that_is_written_breaks_the_seal(dtype, size, offset, at):
     (lambda g: g.update({"mlp.up_proj.weight": encode(minmax, g.params["mlp.up_proj.weight"], SPEC)}),
      r"up_proj\.weight int4-g16 and was to round nothing; give the stage that spec"),
     (lambda g: None, r"'mine' returned a NoneType; return \(graph, stats\)"),
+    (lambda g: (g, {}), r"'mine' returned a tuple; return \(graph, stats\)"),
 ])  # fmt: skip
 def test_what_no_file_holds_is_refused_by_stage_and_name(change, words):
     refused(segment("llama"), step(lambda graph, stats: change(graph)), words)
+
+
+def test_a_stage_returns_a_graph_and_statistics():
+    seg = segment("llama")
+    refused(seg, (Stage("mine", frozenset(), lambda graph, stats: graph),), r"'mine' returned a ModuleGraph; return \(graph, stats\)")
 
 
 def test_codes_belong_to_the_spec_that_was_planned():
