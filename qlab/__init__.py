@@ -74,7 +74,8 @@ class _Package(ModuleType):
         if name not in __all__:
             raise AttributeError(f"module 'qlab' has no attribute {name!r}")
         module, theirs = _homes()[name]
-        setattr(self, name, getattr(import_module(module), theirs))
+        held = getattr(import_module(module), theirs)
+        setattr(self, name, import_module("qlab.doors").door(name, held))
         return vars(self)[name]
 
 

@@ -25,6 +25,11 @@ class Tile:
     rows: int | None
     cols: int | None
 
+    def __post_init__(self) -> None:
+        for size in (self.rows, self.cols):
+            if size is not None and (not _is_size(size) or size < 1):
+                raise QlabError(f"a tile of {self.rows!r:.40} x {self.cols!r:.40}; give whole numbers of at least 1, or None for all")
+
     pattern = "... (a r) (g k) -> ... a g (r k)"
 
     def split(self, W_ok: Tensor) -> Tensor:
@@ -68,6 +73,10 @@ class Tile:
         return f"g{self.cols}" if self.rows == 1 else f"b{self.rows}x{self.cols}"
 
 
+def _is_size(size: object) -> bool:
+    return isinstance(size, int) and not isinstance(size, bool)
+
+
 def legal_groups(k: int) -> list[int]:
     """The group sizes that kernels know and that divide k."""
     return [g for g in (16, 32, 64, 128, 256) if k % g == 0]
@@ -91,8 +100,10 @@ class Int:
     outer: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise QlabError(f"int{self.bits} is not a grid qlab knows; bits go from 1 to 8")
+        if not isinstance(self.tile, Tile):
+            raise QlabError(f"the tile of an Int is a {type(self.tile).__name__}; give a Tile, such as Tile(1, 64)")
+        if not _is_size(self.bits) or not 1 <= self.bits <= 8:
+            raise QlabError(f"int{self.bits!r:.40} is not a grid qlab knows; bits go from 1 to 8")
 
     @property
     def qmin(self) -> int:
@@ -200,14 +211,15 @@ def parse_spec(text: str, symmetric: bool = True) -> Spec:
     Floats: 'fp8-tensor', 'fp8-channel', 'fp8-b128x128', 'mxfp4', 'mxfp6', 'mxfp8' (groups of 32, power-of-two scales:
     OCP MX) and 'nvfp4' (groups of 16, e4m3 scales under one global scale).
     """
+    text = ALIASES.get(text.lower(), text)
     if not symmetric and (text in NAMED or text.startswith("fp")):
         raise QlabError(f"spec {text!r} has no zero point; only integers are asymmetric")
     if text in NAMED:
         return NAMED[text]
-    match = re.fullmatch(r"(int|fp)(\d+)-(?:g(\d+)|b(\d+)x(\d+)|(channel)|(tensor))(-asym)?", text)
+    match = re.fullmatch(r"(int|fp)([0-9]+)-(?:g([0-9]{1,9})|b([0-9]{1,9})x([0-9]{1,9})|(channel)|(tensor))(-asym)?", text)
     if not match or (match[1] == "fp" and (f"fp{match[2]}" not in FLOATS or match[8])):
         raise QlabError(
-            f"spec {text!r} is unknown; write int<bits>-g<group>, int<bits>-channel or int<bits>-tensor, such as int4-g64, "
+            f"spec {text[:40]!r} is unknown; write int<bits>-g<group>, int<bits>-channel or int<bits>-tensor, such as int4-g64, "
             f"or fp8-channel, fp8-b128x128, {', '.join(NAMED)}"
         )
     kind, bits, group, rows, cols, channel, _, asym = match.groups()
@@ -217,6 +229,14 @@ def parse_spec(text: str, symmetric: bool = True) -> Spec:
     return Int(int(bits), tile, symmetric and not asym) if kind == "int" else Float(*FLOATS[f"fp{bits}"], tile)
 
 
+# what engines call weights in these formats, whose inputs stay as they are
+ALIASES = {
+    "w4a16": "int4-g128",
+    "w4a16_asym": "int4-g128-asym",
+    "w8a16": "int8-channel",
+    "nvfp4a16": "nvfp4",
+    "mxfp4a16": "mxfp4",
+}
 NAMED: dict[str, Spec] = {
     "mxfp4": Float(2, 1, Tile(1, 32), torch.float8_e8m0fnu),
     "mxfp6": Float(2, 3, Tile(1, 32), torch.float8_e8m0fnu),

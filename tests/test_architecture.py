@@ -20,7 +20,7 @@ LAYERS = [
     {"images", "model"}, {"lossless"}, {"states", "sweep"}, {"report"}, {"siblings"},
     {"duration", "effects", "outside", "stored", "memory"}, {"plan"}, {"quantize"}, {"from_gguf"},
     {"covered"}, {"convert", "verify", "inspection", "model_free"}, {"evaluate", "lower"}, {"results"},
-    {"demo"}, {"hub", "hf", "serve"}, {"__init__"}, {"cli"}, {"bench", "__main__"},
+    {"demo"}, {"hub", "hf", "serve"}, {"kinds"}, {"doors"}, {"__init__"}, {"cli"}, {"bench", "__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MATHEMATICS = {"errors", "scope", "spec", "taken_apart", "as_it_is", "qtensor", "experts", "graph", "trace", "interpret", "products",

@@ -17,6 +17,7 @@ from qlab.errors import QlabError
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 LARGEST_JSON = 100_000_000  # bytes; also what the safetensors library accepts as a header
+LONGEST_NAME = 255  # bytes of a file's name
 MOST_AXES = 64  # of a tensor, as in torch
 METADATA = "__metadata__"
 # bits of one element, by the format's names
@@ -155,8 +156,10 @@ def _listed(folder: Path) -> dict[str, str]:
     if not isinstance(listed, dict) or not listed:
         raise QlabError(f"{folder / INDEX} has no weight_map; download it again")
     for file in listed.values():
-        if not isinstance(file, str) or "/" in file or "\\" in file or file in ("", ".", ".."):
-            raise QlabError(f"{folder / INDEX} lists the file {file!r}, which is no plain name of a file beside it; download it again")
+        plain = isinstance(file, str) and not set(file) & set("/\\\0") and len(file.encode(errors="replace")) <= LONGEST_NAME
+        if not plain or file in ("", ".", ".."):
+            raise QlabError(f"{folder / INDEX} lists the file {file!r:.100}, which is no plain name of a file beside it; "
+                            "download it again")
     return listed
 
 
