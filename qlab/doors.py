@@ -14,7 +14,7 @@ RUN: Mapping[str, kinds.Kind] = {
     "inputs": kinds.text,
     "dtype": kinds.dtype,
     "device": kinds.device,
-    "memory": kinds.whole(1, optional=True),
+    "memory": kinds.optional_whole,
     "overwrite": kinds.flag,
     "resume": kinds.flag,
     "calibrate_all_experts": kinds.flag,
@@ -24,16 +24,16 @@ RUN: Mapping[str, kinds.Kind] = {
 METHOD: Mapping[str, kinds.Kind] = {"spec": kinds.spec, "grid": kinds.grid}
 WINDOWS: Mapping[str, kinds.Kind] = {
     "model": kinds.model,
-    "samples": kinds.whole(1),
-    "length": kinds.whole(1),
-    "seed": kinds.whole(-(2**63)),
+    "samples": kinds.whole,
+    "length": kinds.whole,
+    "seed": kinds.whole,
 }
 # public function -> what its arguments are
 TAKES: Mapping[str, Mapping[str, kinds.Kind]] = {
     "open": {"name": kinds.folder},
     "tokens": WINDOWS,
     "image_samples": WINDOWS,
-    "first_windows": {**WINDOWS, "count": kinds.whole(1, optional=True)},
+    "first_windows": {**WINDOWS, "count": kinds.optional_whole},
     "from_ids": {"model": kinds.model, "ids": kinds.ids},
     "quantize": {
         **RUN,
@@ -87,8 +87,8 @@ TAKES: Mapping[str, Mapping[str, kinds.Kind]] = {
         **METHOD,
         "order": kinds.function,
         "damp": kinds.fraction,
-        "block": kinds.whole(1),
-        "sweeps": kinds.whole(0),
+        "block": kinds.whole,
+        "sweeps": kinds.whole,
     },
     "gptaq": METHOD,
     "aim_at_reference": {"strength": kinds.fraction, "damp": kinds.fraction},

@@ -29,21 +29,20 @@ def said(value: Any) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}... of {len(text)} characters"
 
 
-def whole(low: int, optional: bool = False) -> Kind:
-    """A whole number from `low`."""
+def whole(value: Any, name: str) -> Any:
+    """A whole number of 64 bits; the function itself says from where to where."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or not -LARGEST <= number <= LARGEST:
+        raise QlabError(f"{name} is {said(value)}; give a whole number")
+    return number
 
-    def take(value: Any, name: str) -> Any:
-        if value is None and optional:
-            return None
-        try:
-            number = operator.index(value)
-        except TypeError:
-            number = None
-        if number is None or isinstance(value, bool) or not low <= number <= LARGEST:
-            raise QlabError(f"{name} is {said(value)}; give a whole number of at least {low}")
-        return number
 
-    return take
+def optional_whole(value: Any, name: str) -> Any:
+    """A whole number, or None."""
+    return value if value is None else whole(value, name)
 
 
 def fraction(value: Any, name: str) -> Any:
