@@ -17,7 +17,7 @@ from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.graph import Code, Site, by_origin, is_matrix
 from qlab.memory import predict_memory
-from qlab.model.linears import unbuilt
+from qlab.model.linears import by_module, unbuilt
 from qlab.model.skeleton import Skeleton
 from qlab.model.uncounted import refuse_uncounted
 from qlab.outside import outside_sites
@@ -167,6 +167,7 @@ def plan(
         _refuse_unread(stage, unread)
         _check_scope(stage, named, codes, around, unread)
     _check_specs(specs, shapes, named, skeleton, codec, target)
+    CODECS[codec].config(by_module(skeleton, specs))  # refused now rather than when all is written
     sites = {name: site for name, (_, site) in named.items()}
     refuse_without_effect(recipe, sites, inputs)
     at_inputs = online_of(recipe, sites)

@@ -24,7 +24,7 @@ from qlab.files.writer import Writer
 from qlab.graph import Code, ModuleGraph
 from qlab.lossless import refuse_changed
 from qlab.model.device import name_of
-from qlab.model.linears import linears_of
+from qlab.model.linears import by_module
 from qlab.model.recording import Call, State
 from qlab.model.skeleton import Skeleton
 from qlab.model.ties import untied
@@ -364,16 +364,13 @@ def _finish(skeleton: Skeleton, job: _Job) -> None:
     model, notes = skeleton.checkpoint, job.writer.notes()
     specs: dict[str, Spec | None] = {}
     inputs: dict[str, InputSpec | None] = {}
-    for name in [*skeleton.linears(), *notes["sites"]]:
-        row = notes["sites"].get(name)
-        spec = parse_spec(row["spec"]) if row and row["spec"] else None
-        rounded = parse_input_spec(row["inputs"]) if row and row.get("inputs") else None
-        for module in skeleton.modules(name):  # readers match the one or the other
-            specs[module], inputs[module] = spec, rounded
-    specs = dict.fromkeys([*specs, *linears_of(skeleton)]) | specs  # those that the job leaves as they are
+    for name, row in notes["sites"].items():
+        specs[name] = parse_spec(row["spec"]) if row["spec"] else None
+        rounded_inputs = parse_input_spec(row["inputs"]) if row.get("inputs") else None
+        inputs |= dict.fromkeys(skeleton.modules(name), rounded_inputs)
     rounding = [inputs] if any(inputs.values()) else []
     together = {*skeleton.tied, *skeleton.tied.values()}
     separated = any(f"{name}.weight" in together for name in notes["sites"])
     raw = untied(model.raw) if separated or skeleton.apart else model.raw
-    config = {**raw, "quantization_config": job.codec.config(specs, *rounding)}
+    config = {**raw, "quantization_config": job.codec.config(by_module(skeleton, specs), *rounding)}
     job.writer.finish(written(config, job.identity, notes), model.path)

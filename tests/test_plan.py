@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from directories import change, contents, random_tokens, refused
+from directories import change, contents, random_tokens, refused, tensors
 from families import tiny
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM
 
 from qlab.calibration import from_ids
@@ -55,9 +56,11 @@ def test_stages_sites_and_what_stays_unquantized(model):
 def test_layers_beyond_those_of_the_config_stay_and_are_named(folder):
     config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 1}
     (folder / "config.json").write_text(json.dumps(config))
+    more = {"model.layers.1.join.weight": torch.ones(64, 128)}  # as a layer has that predicts further tokens
+    save_file(tensors(folder) | more, folder / "model.safetensors", metadata={"format": "pt"})
     left = plan(open_checkpoint(folder), rtn(INT4)).unquantized
     beyond = {f"model.layers.1.self_attn.{p}_proj" for p in "qkvo"} | {f"model.layers.1.mlp.{p}_proj" for p in ("gate", "up", "down")}
-    assert set(left) == {"lm_head"} | beyond and len(left) == 8
+    assert set(left) == {"lm_head", "model.layers.1.join"} | beyond and len(left) == 9
 
 
 def test_bits_per_weight_by_hand(model, saved):

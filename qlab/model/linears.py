@@ -11,6 +11,7 @@ from qlab.files.checkpoint import Checkpoint
 from qlab.files.directory import INDEX, WIDTHS, Stored, unheld
 from qlab.model.skeleton import Skeleton
 from qlab.model.ties import FLAG, untied
+from qlab.spec import Spec
 
 HEAD = "lm_head"  # in no file where it shares the embedding's weight; readers that match by class still meet it
 
@@ -31,7 +32,17 @@ def linears_of(skeleton: Skeleton) -> dict[str, str]:
     """
     routers = [name for name, module in _other_matrices(skeleton).items() if not isinstance(module, nn.Embedding)]
     own = {name: m for own in [*skeleton.linears(), *routers] for m in [skeleton.module_name(own)] for name in (own, m)}
-    return own | {module: module for module in [*skeleton.expert_modules(), *unbuilt(skeleton)]}
+    beyond = {name: module for module in unbuilt(skeleton) for name in (module, skeleton.model_name(module))}
+    return own | {module: module for module in skeleton.expert_modules()} | beyond
+
+
+def by_module(skeleton: Skeleton, sites: Mapping[str, Spec | None]) -> dict[str, Spec | None]:
+    """What a format's configuration speaks of: every linear by every name that readers may match, with the spec of its site; None for
+    one that stays as it is."""
+    specs: dict[str, Spec | None] = {}
+    for name in [*skeleton.linears(), *sites]:
+        specs |= dict.fromkeys(skeleton.modules(name), sites.get(name))
+    return dict.fromkeys([*specs, *linears_of(skeleton)]) | specs
 
 
 def unbuilt(skeleton: Skeleton) -> list[str]:

@@ -43,6 +43,7 @@ class Skeleton:
         self._stored = {*checkpoint.files, *(f"{module}.weight" for module in checkpoint.quantized)}
         self._spelled = spellings(self.model, self._stored)
         self._loaded = frozenset(self.model.state_dict())
+        self._model_names = {stored: name for name, stored in self._spelled.items()}
         self._parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         self._pieces: dict[str, tuple[Piece, ...]] = {}
         self._codes: dict[Any, Code] = {}
@@ -298,6 +299,10 @@ class Skeleton:
     def module_name(self, name: str) -> str:
         """The model's name of a module as the files spell it."""
         return self.file_name(f"{name}.weight").rpartition(".")[0]
+
+    def model_name(self, module: str) -> str:
+        """The files' name of a module, which may be one that the model has not, as transformers would spell it."""
+        return self._model_names.get(f"{module}.weight", f"{module}.weight").removesuffix(".weight")
 
     def drop_outside(self) -> None:
         """Let go of what load_outside filled in."""

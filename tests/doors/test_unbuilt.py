@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import qlab
+from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
 
 INT4, INT8 = (qlab.rtn(qlab.parse_spec(f"int{bits}-g32")) for bits in (4, 8))
@@ -77,3 +78,23 @@ def test_dequantized_codes_of_such_layers_are_dense_linears_too(deeper, tmp_path
     made = qlab.quantize(qlab.open(narrow.path), INT4, None, tmp_path / "made").path
     assert tensors(made)[f"{place}join.weight"].dtype == torch.bfloat16 and dense_and_unnamed(made) == []
     assert bits_equal(tensors(made)["lm_head.weight"], tensors(folder)["lm_head.weight"])
+
+
+def test_layers_under_a_name_that_transformers_changes_are_named_in_both_spellings(saved, tmp_path):
+    folder = shutil.copytree(saved("llava", torch.bfloat16), tmp_path / "model")
+    state = tensors(folder)
+    prefix = next(name.partition("layers.")[0] for name in state if ".layers.1.self_attn.q_proj" in name and "vision" not in name)
+    state |= {name.replace(".layers.1.", ".layers.2."): t.clone() for name, t in state.items() if name.startswith(f"{prefix}layers.1.")}
+    state[f"{prefix}layers.2.join.weight"] = torch.ones(64, 128).bfloat16()
+    save_file(state, folder / "model.safetensors")
+    made = qlab.quantize(qlab.open(folder), INT8, None, tmp_path / "made").path
+    ignored = json.loads((made / "config.json").read_text())["quantization_config"]["ignore"]
+    assert {f"{prefix}layers.2.mlp.up_proj", "model.language_model.layers.2.mlp.up_proj"} <= set(ignored)
+
+
+def test_what_a_format_cannot_leave_out_is_refused_before_work(saved, tmp_path):
+    folder = shutil.copytree(saved("llama", torch.float16), tmp_path / "model")
+    state = tensors(folder)
+    save_file(state | {"layers.0.mlp.up_proj.weight": torch.ones(64, 64).half()}, folder / "model.safetensors")
+    with pytest.raises(QlabError, match=r"AWQ cannot leave layers\.0\.mlp\.up_proj unquantized"):
+        qlab.plan(qlab.open(folder), INT4, codec="awq")
