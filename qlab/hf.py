@@ -193,7 +193,7 @@ class QlabQuantizer(HfQuantizer):
                 raise QlabError(f"{self.source}: {name} rotates or rounds at run time, which no dense weight does; load the model "
                                 "without dequantize")
         make_dense(model)
-        return model if dtype is None else model.to(dtype)
+        return model if dtype is None else model.to(dtype=dtype)  # type: ignore[call-arg]
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The codes as the directory holds them, which must still be there, and everything else as the model holds it."""
@@ -267,7 +267,7 @@ def get_config_dict(cls: type[PretrainedConfig], path: Any, **kwargs: Any) -> tu
     return found, unused
 
 
-_merge_configs = auto.AutoHfQuantizer.merge_quantization_configs.__func__
+_merge_configs = auto.AutoHfQuantizer.merge_quantization_configs.__func__  # type: ignore[attr-defined]
 
 
 def merge_quantization_configs(cls: type[auto.AutoHfQuantizer], ours: Any, asked: Any) -> Any:
@@ -276,7 +276,7 @@ def merge_quantization_configs(cls: type[auto.AutoHfQuantizer], ours: Any, asked
     Refuses one of another method. What it says about kernels, and about numbers that the directory fixes, has no effect and is named.
     """
     method = ours.get("quant_method") if isinstance(ours, dict) else ours.quant_method
-    if asked is None or auto.AUTO_QUANTIZATION_CONFIG_MAPPING.get(method) is not QlabConfig:
+    if asked is None or auto.AUTO_QUANTIZATION_CONFIG_MAPPING.get(method or "") is not QlabConfig:
         return _merge_configs(cls, ours, asked)
     said = asked if isinstance(asked, dict) else asked.to_dict()
     theirs = getattr(said.get("quant_method"), "value", said.get("quant_method"))
@@ -284,7 +284,7 @@ def merge_quantization_configs(cls: type[auto.AutoHfQuantizer], ours: Any, asked
         raise QlabError(f"the directory is quantized by {method} and quantization_config asks for {theirs}; leave the option out, or "
                         "load an unquantized model")
     raw = copy.deepcopy(ours if isinstance(ours, dict) else ours.to_dict())
-    loading = {} if isinstance(asked, dict) else getattr(asked, "get_loading_attributes", dict)()
+    loading: dict[str, Any] = {} if isinstance(asked, dict) else getattr(asked, "get_loading_attributes", dict)()
     dequantize = bool((said | loading).get("dequantize"))
     defaults = {name: given.default for name, given in inspect.signature(type(asked).__init__).parameters.items()}
     chosen = {key: value for key, value in said.items() if key not in defaults or value != defaults[key]}

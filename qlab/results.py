@@ -120,7 +120,7 @@ def _rows(run: Any) -> Iterator[dict[str, Any]]:
         if (folder / BENCH).is_file():
             yield from _benched(folder)
             return
-    elif isinstance(run, Run):
+    elif isinstance(run, Result | Rewritten | Converted):
         folder = run.path
     else:
         raise QlabError(f"a run is a directory or what quantize() returned, and not a {type(run).__name__}")
