@@ -28,9 +28,10 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "embedding_scale": (0, 1), "expert_count": (0,), "expert_used_count": (0,), "final_logit_softcapping": (0,),
     "leading_dense_block_count": (0,), "logit_scale": (0, 1), "nextn_predict_layers": (0,), "residual_scale": (0, 1),
     "rope.scaling.attn_factor": (1,), "rope.scaling.yarn_attn_factor": (1,), "rope.scaling.yarn_ext_factor": (-1, 1),
-    "rope.scaling.yarn_log_multiplier": (0,), "use_parallel_residual": (False,),
+    "rope.scaling.yarn_log_multiplier": (0,),
 }  # fmt: skip
-NO_LOGIT = {"pooling_type", "rope.scaling.finetuned", "tensor_data_layout"}
+# use_parallel_residual: true in Qwen1.5's own files, whose residuals are not, and read of other architectures only
+NO_LOGIT = {"pooling_type", "rope.scaling.finetuned", "tensor_data_layout", "use_parallel_residual"}
 TYPE, FACTOR, OLD_FACTOR = "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"
 LENGTH, FAST, SLOW = (f"rope.scaling.{key}" for key in ("original_context_length", "yarn_beta_fast", "yarn_beta_slow"))
 ROTARY = {TYPE, FACTOR, OLD_FACTOR, LENGTH, FAST, SLOW}
