@@ -256,7 +256,8 @@ def _scan(skeleton: Skeleton, jobs: list[_Job], data: Data | None, inputs: Input
         if not job.writer.has(0):
             _write_outside(skeleton, job)
     _return_freed_memory()
-    for i in progress(todo, "quantizing blocks"):
+    doing = "quantizing blocks" if data is None else f"quantizing blocks on {data.count:,} tokens"
+    for i in progress(todo, doing):
         path = paths[i]
         before, after = ([], []) if data is None else (carries[i], carries[i + 1] if i + 1 < len(paths) else [])
         entering_it = [partial(_batches, calls, path, carry, skeleton.device) for carry in before]

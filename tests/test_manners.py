@@ -84,8 +84,10 @@ def test_calibrating_ones_own_model_on_the_demos_text_is_said(call, saved, text,
     assert "demo's text" not in call("plan", "demo", *SMALL)[2]
 
 
-def test_the_size_of_a_calibration_is_said_and_the_readmes_is_the_benchs(call, saved, text):
-    assert "calibrating on 256 tokens: 8 windows of 32" in call("plan", saved(), *SMALL, "--calib", text)[2]
+def test_the_size_of_a_calibration_is_said_and_the_readmes_is_the_benchs(call, saved, text, tmp_path):
+    job = [saved(), *SMALL, "--calib", text]
+    assert "over 256 tokens" in call("plan", *job)[1]
+    assert "quantizing blocks on 256 tokens: 1 of 2" in call("quantize", *job, "--out", tmp_path / "out")[2]
     readme = (Path(qlab.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     line = next(line for line in readme.splitlines() if line.startswith("qlab quantize demo"))
     assert "--samples 32 --length 512" in line and f"{32 * 512:,} tokens" in line

@@ -98,9 +98,7 @@ def _data(
     if not calib and not is_demo(model):
         say(f"calibrating {model.path} on the demo's text, articles of English Wikipedia; --calib takes text like that which the model "
             "will see")  # fmt: skip
-    drawn = tokens(model, calibration_texts(calib), samples, length, seed)
-    say(f"calibrating on {drawn.count:,} tokens: {samples} windows of {length} (--samples, --length)")
-    return drawn
+    return tokens(model, calibration_texts(calib), samples, length, seed)
 
 
 def _refuse_unused(calib: list[Path] | None, images: list[Path] | None, why: str) -> None:
