@@ -119,8 +119,9 @@ def decoded_weights(skeleton: Skeleton) -> dict[str, str]:
     """Every other parameter whose codes the directory holds, such as an embedding's, and the module that has them: it is dense in the
     lowered model."""
     packed = {f"{name}.weight" for name in skeleton.linears()}
-    held = {name: skeleton.pieces(name)[0].module for name, p in skeleton.model.named_parameters() if p.ndim < 3 and name not in packed}
-    return {name: module for name, module in held.items() if module in skeleton.checkpoint.quantized}
+    held = {name: skeleton.pieces(name)[0] for name, p in skeleton.model.named_parameters() if p.ndim < 3 and name not in packed}
+    return {name: piece.module for name, piece in held.items()
+            if piece.module in skeleton.checkpoint.quantized and piece.name == f"{piece.module}.weight"}  # fmt: skip
 
 
 def pack(skeleton: Skeleton, name: str, dtype: torch.dtype, device: torch.device, dense_cache: bool = False) -> nn.Module:
