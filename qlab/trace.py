@@ -151,12 +151,34 @@ def _unpin(graph: fx.Graph) -> None:
 
 
 def _name_linears(graph: fx.Graph) -> None:
-    """x @ W.T is linear(x, W): one name for one product, as which sites, absorb and lower know it."""
+    """x @ W.T is linear(x, W), and W @ x the same with both sides turned: one name for one product, as which sites, absorb and lower
+    know it."""
     for node in list(graph.nodes):
-        if node.target in (aten.matmul.default, aten.mm.default) and _turns_matrix(turned := node.args[1]):
+        if node.target is aten.matmul.default and _stores_matrix(node.args[0]):
+            _turn_product(graph, node)
+        elif node.target in (aten.matmul.default, aten.mm.default) and _turns_matrix(turned := node.args[1]):
             node.target, node.args = aten.linear.default, (node.args[0], turned.args[0])
             if not turned.users:
                 graph.erase_node(turned)
+
+
+def _stores_matrix(node: fx.Node) -> bool:
+    """Whether this is a stored matrix, behind casts or not."""
+    return behind_casts(node).op == "placeholder" and node.meta["val"].ndim == 2
+
+
+def _turn_product(graph: fx.Graph, node: fx.Node) -> None:
+    """W @ x becomes linear(x.mT, W).mT."""
+    weight, x = node.args
+    if x.meta["val"].ndim < 2 or _stores_matrix(x):
+        return
+    with graph.inserting_before(node):
+        turned = graph.call_function(aten.transpose.int, (x, -2, -1))
+        product = graph.call_function(aten.linear.default, (turned, weight))
+        back = graph.call_function(aten.transpose.int, (product, -2, -1))
+    turned.meta["val"], product.meta["val"], back.meta["val"] = x.meta["val"].mT, node.meta["val"].mT, node.meta["val"]
+    node.replace_all_uses_with(back)
+    graph.erase_node(node)
 
 
 def _turns_matrix(node: fx.Node) -> bool:

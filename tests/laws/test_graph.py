@@ -166,6 +166,24 @@ def test_operations_in_place_reach_the_recorded_inputs(k, n):
     assert torch.equal(inputs_of(seg.graph, [source], (x,), {})[source].x, y)
 
 
+class FromTheLeft(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 6)
+
+    def forward(self, x):
+        return (self.lin.weight @ torch.tanh(x).mT).mT
+
+
+def test_a_weight_that_stands_on_the_left_is_a_site_as_any_other():
+    block, x = FromTheLeft(), torch.randn(2, 3, 4)
+    seg = of(block, x)
+    (site,) = seg.graph.sites
+    assert (site.path, site.layout) == ("lin", "o k") and not seg.graph.code.unread
+    assert torch.allclose(interpret(seg.graph, (x,), {}), block(x), atol=1e-6)
+    assert torch.equal(inputs_of(seg.graph, [site.source], (x,), {})[site.source].x, torch.tanh(x))
+
+
 class Convolves(nn.Module):
     def __init__(self):
         super().__init__()
