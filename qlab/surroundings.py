@@ -150,4 +150,4 @@ def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn
     return empty
 
 
-modules.register_module_parameter_registration_hook(_to_meta)
+modules.register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type]
