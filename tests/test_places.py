@@ -262,3 +262,10 @@ def test_a_bench_keeps_others_out_while_it_runs_and_after_it_was_stopped(call, f
     assert code == 2 and "holds another bench" in said
     assert run("--samples", "2")[0] == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"rtn", "bench.json", "methods.png", "layers.png"}
+
+
+def test_shipped_tables_are_written_over_tables_alone(call, tmp_path):
+    (tmp_path / "int4_mm.sm90.json").write_text("mine")
+    code, _, said = call("modelled", "--out", tmp_path, main=bench_main)
+    assert code == 2 and "int4_mm.sm90.json exists and is no table of configurations" in said
+    assert contents(tmp_path) == {"int4_mm.sm90.json": b"mine"}

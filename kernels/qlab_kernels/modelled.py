@@ -18,7 +18,7 @@ from qlab_kernels.cache import shipped_tables
 from qlab_kernels.capability import TARGETS, Capability, Target
 from qlab_kernels.config import BUCKETS, GROUPED_BUCKETS, Config, Problem
 from qlab_kernels.cost import DEVICES, rank, true_bytes
-from qlab_kernels.entries import MODEL, Entry, Key, Table, capability_name, file_name, key_of, replace_file
+from qlab_kernels.entries import MODEL, CacheError, Entry, Key, Table, capability_name, file_name, key_of, read, replace_file
 from qlab_kernels.static import Variant, compile_variant, faults, variant
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 28672), (16384, 16384))  # n, k
@@ -134,8 +134,17 @@ def shipped_variants() -> set[Variant]:
     return {v for p, entry in shipped() if (v := variant(p, entry.config))}
 
 
+def _refuse_foreign(path: Path) -> None:
+    try:
+        read(path)
+    except (ValueError, OSError) as error:
+        raise CacheError(f"{path} exists and is no table of configurations ({error}): choose another folder") from error
+
+
 def write(folder: Path, workers: int = 1) -> list[Path]:
-    """Write all tables into `folder`, every variant in them compiled and checked; returns their paths."""
+    """Write all tables into `folder`, every variant in them compiled and checked; returns their paths. Replaces tables alone."""
+    for op, cc in ((op, cc) for cc, row in TARGETS.items() for op in operators(row)):
+        _refuse_foreign(folder / file_name(op, cc))
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
