@@ -66,7 +66,7 @@ class Seen:
     """
 
     def __init__(self, loops=True):
-        as_is = {} if loops or not hasattr(config, "fallback_by_default") else {"fallback_by_default": True}  # torch 2.11 has it not
+        as_is = {} if loops or not hasattr(config, "fallback_by_default") else {"fallback_by_default": True}  # where torch knows it
         self.options = inductor_options(fx_graph_cache=False) | as_is
         self.inner, self.targets = self.options["post_grad_custom_pre_pass"], []
         self.options["post_grad_custom_pre_pass"] = self
