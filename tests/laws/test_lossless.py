@@ -66,6 +66,11 @@ def test_a_claim_that_does_not_hold_is_refused_by_name(factor, fields):
     checked(seg, scaling_norms(factor, sitewise=False, lossless=False))  # which claims nothing
 
 
+def test_what_a_stage_left_alone_is_not_run():
+    seg = segment("llama")
+    refuse_changed(absorb()[0], seg.graph, replace(seg.graph, params=dict(seg.graph.params)), None, None)
+
+
 def test_a_claim_is_checked_where_sites_are_solved_in_order_too():
     seg, seen = segment("llama"), []
     check = lambda stage, before, after: (seen.append(stage.name), refuse_changed(stage, before, after, None, batches_of(seg)))
