@@ -62,7 +62,8 @@ def _random_like(entering: State, graph: ModuleGraph) -> State:
     made = []
     for t in entering:
         drawn = torch.randn(t.shape, generator=torch.Generator().manual_seed(0))
-        made.append(drawn.to(device) if t.is_floating_point() else torch.zeros_like(t, device=device))
+        number = drawn if t.is_floating_point() else torch.zeros(t.shape, dtype=t.dtype)
+        made.append(number.to(device))
     return tuple(made)
 
 
