@@ -73,7 +73,7 @@ def _placeholder(graph: fx.Graph, name: str, value: Any) -> fx.Node:
 def _with_open_sizes(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The inputs in shapes alone, with a symbol for every size but the channels': the same one for equal sizes."""
     mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=True), allow_non_fake_inputs=True)
-    fakes = []
+    fakes: list[Tensor] = []
     for t in tensors:
         sizes = [DimDynamic.STATIC if d == t.ndim - 1 and t.is_floating_point() else DimDynamic.DUCK for d in range(t.ndim)]
         fakes.append(mode.from_tensor(t.to("meta"), symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
@@ -81,5 +81,6 @@ def _with_open_sizes(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _like(out: Tensor, fakes: Sequence[Tensor]) -> Tensor:
-    known = {int(d.node.hint): d for t in fakes for d in t.shape if isinstance(d, torch.SymInt)}
+    sizes: list[Any] = [d for t in fakes for d in t.shape]
+    known = {int(d.node.hint): d for d in sizes if isinstance(d, torch.SymInt)}
     return fakes[0].new_empty([*(known.get(n, n) for n in out.shape[:-1]), *out.shape[-1:]], dtype=out.dtype)

@@ -26,7 +26,7 @@ class Form:
 
 @dataclass(frozen=True)
 class _Object:
-    kind: type
+    kind: Any  # its class
     content: Form
     leaves: int
 

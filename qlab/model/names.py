@@ -102,7 +102,7 @@ def pieces_of_experts(model: PreTrainedModel, name: str, stored: Collection[str]
     numbers = torch.arange(experts * rows, device="cpu")  # also where models are being built on meta
     two = numbers.view(experts, rows, 1).repeat(1, 1, 2)  # transformers 5.17 drops an axis of one
     cut = revert_weight_conversion(model, {name: two})
-    if len(cut) == 1 and torch.equal(*cut.values(), two):  # one tensor, of this name or another
+    if len(cut) == 1 and all(torch.equal(held, two) for held in cut.values()):  # one tensor, of this name or another
         return ()
     pieces = []
     for piece, held in cut.items():
