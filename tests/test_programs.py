@@ -109,7 +109,7 @@ def test_a_function_of_the_model_library_that_was_replaced_keeps_programs_apart(
     {"act": torch.tanh}, {"act": lambda x: x}, {"act": partial(scaled, by=2.0)}, {"act": nn.LeakyReLU(0.1)},
     {"factors": {"last": [1.0, 3.0]}}, {"factors": {"last": [2, 1]}},
     {"factors": {"last": torch.tensor([1.0, 4.0]).tolist()}},
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_an_attribute_of_any_kind_keeps_programs_apart(traced, changed):
     assert agrees(block()) and agrees(block(**changed)) and agrees(block())
     assert len(traced) == 2
@@ -118,7 +118,7 @@ def test_an_attribute_of_any_kind_keeps_programs_apart(traced, changed):
 @pytest.mark.parametrize("one, other", [
     (partial(scaled, by=2.0), partial(scaled, by=3.0)), (nn.LeakyReLU(0.1), nn.LeakyReLU(0.2)),
     (nn.Softmax(-1), nn.Softmax(-2)),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_objects_of_one_class_are_told_apart_by_what_they_hold(traced, one, other):
     assert agrees(block(act=one)) and agrees(block(act=other)) and len(traced) == 2
     assert agrees(block(act=one)) and len(traced) == 2
