@@ -24,8 +24,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlab.graph import Code, tensors_of
+from qlab.on_tensors import OnTensors, without_values
 from qlab.surroundings import foreign
-from qlab.trace import OnTensors, trace, without_values
+from qlab.trace import trace
 
 KEPT = 64  # programs; one of a common block takes about a megabyte
 BY_IDENTITY = (type, FunctionType, BuiltinFunctionType, torch.dtype, torch.device, Enum)

@@ -1,13 +1,10 @@
 """From a module to a value: torch.export of one segment, and the sites that its program shows."""
 
-import copy
 from collections.abc import Collection, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensorMode
 
 from qlab.as_it_is import as_it_is
 from qlab.errors import QlabError
@@ -18,9 +15,6 @@ from qlab.graph import (
     SAME_VALUES,
     WEIGHT_OPS,
     Code,
-    Given,
-    Left,
-    Made,
     ModuleGraph,
     Part,
     Site,
@@ -30,51 +24,28 @@ from qlab.graph import (
     open_symbols,
     tensors_of,
 )
+from qlab.on_tensors import OnTensors, without_values
 from qlab.qtensor import Leaf
 from qlab.surroundings import foreign
-from qlab.taken_apart import put_together, take_apart
+from qlab.unrolled import deciding_sizes
 
 TRANSPOSES = (aten.numpy_T.default, aten.t.default, aten.mT.default, aten.transpose.int, aten.permute.default)
 
 
-class OnTensors(nn.Module):
-    """The segment as a function of the tensors among its inputs; everything else is part of its structure.
-
-    It gives what the segment returns, and the tensors that the segment leaves in what it is called with; `after.left` says where.
-    """
-
-    def __init__(self, segment: nn.Module, args: tuple, kwargs: dict[str, Any]):
-        super().__init__()
-        self.segment = segment
-        self.leaves, self.form = take_apart((args, kwargs))
-        self.after = SimpleNamespace(left=None)  # export takes back what is assigned to a module itself
-
-    def forward(self, *tensors: Tensor) -> Any:
-        feed = iter(tensors)
-        inputs = put_together([next(feed) if isinstance(x, Tensor) else x for x in self.leaves], self.form)
-        out = self.segment(*inputs[0], **inputs[1])
-        leaves, form = take_apart(inputs)
-        given = {id(t): Given(i) for i, t in reversed(list(enumerate(tensors)))}
-        made = [x for x in leaves if isinstance(x, Tensor) and id(x) not in given]
-        places = {id(t): Made(i) for i, t in enumerate(made)} | given
-        if not made:
-            return out, {}
-        self.after.left = Left(form, tuple(places[id(x)] if isinstance(x, Tensor) else x for x in leaves))
-        return out, {repr(self.after.left): made}
-
-
 def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = "") -> ModuleGraph:
-    """torch.export (non-strict) of one segment with weights lifted to inputs and every input dimension dynamic.
+    """torch.export (non-strict) of one segment with weights lifted to inputs and input dimensions dynamic.
 
-    `args` and `kwargs` are example inputs; tensor dimensions of size 1 are fixed to 1, the others stay symbolic.
+    `args` and `kwargs` are example inputs; tensor dimensions of size 1 are fixed to 1, and those that decide which operations run to
+    their size; the others stay symbolic.
     A weight that an operation uses in a way qlab cannot read is no site, and `Code.unread` says why; of a segment that export cannot
     trace, which runs as it is, none is. Refuses by name a segment that does not run.
     """
     tensors = tensors_of(args, kwargs)
-    auto = tuple({d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n > 1} for t in tensors)
     where = path or type(module).__name__
     try:
         with foreign:
+            fixed = {1, *deciding_sizes(module, args, kwargs)}
+            auto = tuple({d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n not in fixed} for t in tensors)
             segment, fakes = without_values(module, tensors)
             on_tensors = OnTensors(segment, args, kwargs)
             exported = torch.export.export(on_tensors, fakes, dynamic_shapes=(auto,), strict=False)
@@ -126,18 +97,6 @@ def _untraced(module: nn.Module, args: tuple, kwargs: dict[str, Any], where: str
                         f"is used in {type(module).__name__}, which torch.export cannot trace ({reason.partition('. ')[0]})")
     except Exception as failed:
         raise QlabError(f"{where} ({type(module).__name__}) cannot be traced by torch.export: {reason}") from failed
-
-
-def without_values(module: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """A copy of the module and its inputs as tensors that have a place on the CPU and no memory: what a segment makes of plain
-    numbers beside them (an index, a factor) keeps its values, which are lost where it is traced on the meta device."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        def fake(t: Tensor) -> Tensor:
-            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
-
-        memo: dict[int, Any] = {id(p): nn.Parameter(fake(p), requires_grad=False) for p in module.parameters()}
-        memo |= {id(b): fake(b) for b in module.buffers()}
-        return copy.deepcopy(module, memo), tuple(fake(t) for t in tensors)
 
 
 def _unpin(graph: fx.Graph) -> None:

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "qlab"
 LAYERS = [
     {"errors", "processor", "quiet", "surroundings"},
     {"products", "progress", "scope", "shown", "spec", "taken_apart"}, {"qtensor", "targets"}, {"certificate"},
-    {"experts"}, {"graph"}, {"as_it_is"}, {"trace"},
+    {"experts"}, {"graph"}, {"as_it_is", "on_tensors"}, {"unrolled"}, {"trace"},
     {"interpret", "programs"}, {"stats"}, {"claims", "rounding"}, {"transform"}, {"channels"}, {"absorb"}, {"methods"}, {"codecs"},
     {"documents", "tokenizing"}, {"texts"}, {"files"}, {"calibration"},
     {"images", "model"}, {"lossless"}, {"states", "sweep"}, {"report"}, {"siblings"},
@@ -23,8 +23,9 @@ LAYERS = [
     {"demo"}, {"hub", "hf", "serve"}, {"kinds"}, {"doors"}, {"__init__"}, {"cli"}, {"bench", "__main__"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-MATHEMATICS = {"errors", "scope", "spec", "taken_apart", "as_it_is", "qtensor", "experts", "graph", "trace", "interpret", "products",
-               "programs", "processor", "stats", "rounding", "transform", "channels", "absorb", "methods", "claims"}
+MATHEMATICS = {"errors", "scope", "spec", "taken_apart", "on_tensors", "as_it_is", "unrolled", "qtensor", "experts", "graph", "trace",
+               "interpret", "products", "programs", "processor", "stats", "rounding", "transform", "channels", "absorb", "methods",
+               "claims"}
 MODELS = {"transformers", "safetensors", "accelerate", "huggingface_hub", "gguf"}
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 modules = pytest.mark.parametrize("file", FILES)

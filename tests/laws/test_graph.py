@@ -20,6 +20,7 @@ from qlab.model.recording import shapes_of
 from qlab.qtensor import QTensor
 from qlab.spec import parse_spec
 from qlab.trace import trace
+from qlab.unrolled import deciding_sizes
 
 every_family = pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 LENGTHS = (5, 12, 29)
@@ -164,6 +165,45 @@ def test_operations_in_place_reach_the_recorded_inputs(k, n):
     y[..., 2:] *= 3
     source = seg.graph.sites[1].source
     assert torch.equal(inputs_of(seg.graph, [source], (x,), {})[source].x, y)
+
+
+class InChunks(nn.Module):
+    """Sums within chunks of four tokens, in a loop."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(6, 6)
+
+    def forward(self, x):
+        y = self.lin(x)
+        return torch.cat([y[:, 4 * i : 4 * i + 4].cumsum(1) for i in range(-(-y.shape[1] // 4))], dim=1)
+
+
+@pytest.mark.parametrize("length", [3, 9])
+def test_a_length_that_decides_what_runs_is_part_of_the_program(length):
+    block, x = InChunks(), torch.randn(2, length, 6)
+    graph = of(block, x).graph
+    assert graph.code.inputs == ((None, length, 6),)  # while any number of samples will do
+    more = torch.randn(5, length, 6)
+    assert torch.allclose(interpret(graph, (more,), {}), block(more), atol=1e-6)
+    with pytest.raises(QlabError, match="windows of one length"):
+        interpret(graph, (torch.randn(2, 2 * length, 6),), {})
+
+
+def test_sizes_that_decide_are_found_in_the_first_steps_of_a_loop():
+    assert deciding_sizes(InChunks(), (torch.randn(2, 9, 6),), {}) == {9}
+    assert deciding_sizes(FromTheLeft(), (torch.randn(2, 9, 4),), {}) == set()
+    steps = []
+
+    class ByToken(nn.Module):
+        def forward(self, x):
+            state = x[:, 0]
+            for i in range(x.shape[1]):
+                steps.append(i)
+                state = torch.tanh(state) + x[:, i]
+            return state
+
+    assert deciding_sizes(ByToken(), (torch.randn(2, 9, 6),), {}) == {9} and len(steps) < 100
 
 
 class FromTheLeft(nn.Module):
