@@ -170,7 +170,6 @@ def test_only_the_same_job_may_resume(killed, source, saved):
         (model, recipe(damp=0.02), data, {}),
         (model, recipe(), random_tokens(source, seed=1), {}),
         (model, recipe(), random_tokens(source, samples=3), {}),
-        (model, recipe(), data, {"inputs": "reference"}),
         (model, recipe(), data, {"dtype": torch.bfloat16}),
         (open_checkpoint(saved("llama", num_hidden_layers=3, seed=1)), recipe(), data, {}),
     ]
@@ -191,6 +190,8 @@ def test_what_a_stage_searched_for_and_how_scales_are_stored_belong_to_the_job(s
         quantize(model, first, data, tmp_path / name, resume=True)
         with pytest.raises(QlabError, match="exists and holds something else"):
             quantize(model, second, data, tmp_path / name, resume=True)
+    with pytest.raises(QlabError, match="exists and holds something else"):
+        quantize(model, gptq(int4), data, tmp_path / "order", inputs="reference", resume=True)
 
 
 def test_another_number_in_the_middle_of_a_file_is_another_job(source, tmp_path):

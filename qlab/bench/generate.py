@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, StaticCache
 from qlab.errors import QlabError
 from qlab.lower import inductor_options, resident_bytes
 from qlab.lower.attention import NAME
-from qlab.lower.model import lower, make_dense
+from qlab.lower.model import device_named, lower, make_dense
 from qlab.report import PeakMemory, versions
 
 # A decode step is hundreds of loops of microseconds, so a CPU calls them from C++; built apart, they compile in a third of the time.
@@ -62,6 +62,7 @@ def measure(
         raise QlabError(f"engine {unknown[0]!r} is unknown; known are {'; '.join(ENGINES)}")
     if prompt < 2 or new < 2 or repeat < 1:
         raise QlabError(f"{prompt} prompt tokens, {new} new tokens and {repeat} repetitions; measure at least 2, 2 and 1")
+    device_named(device)
     ready: list[Engine] = []
     for number, name in enumerate(engines, 1):
         said(f"{path}: {_doing(name, prompt)} ({number} of {len(engines)})")
