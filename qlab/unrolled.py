@@ -27,18 +27,22 @@ def deciding_sizes(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> fr
     """
     floats = [t for t in tensors_of(args, kwargs) if t.is_floating_point()]
     sizes = sorted({n for t in floats for n in t.shape[:-1] if n > 1})
-    if _decide(sizes, module, args, kwargs) is False:
+    together = _decide(sizes, sizes, module, args, kwargs)
+    if together is False:
         return frozenset()
-    return frozenset(n for n in sizes if _decide([n], module, args, kwargs))
+    return frozenset(n for n in sizes if _decide([n], sizes if together else [n], module, args, kwargs))
 
 
-def _decide(sizes: Sequence[int], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool | None:
-    """Whether other functions run with few instead of these sizes than with many; None where the segment runs with neither."""
-    few = _Noted()
-    if not _runs({n: FEW + i for i, n in enumerate(sizes)}, few, module, args, kwargs):
+def _decide(sizes: Sequence[int], small: Sequence[int], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool | None:
+    """Whether other functions run with few instead of these sizes than with many; None where the segment runs with neither.
+
+    small: the sizes that are few meanwhile, so that other loops are short.
+    """
+    few, fewer = _Noted(), {n: FEW + i for i, n in enumerate(small)}
+    if not _runs(fewer, few, module, args, kwargs):
         return None
     many = _Compared(few.called)
-    ran = _runs({n: MANY + i for i, n in enumerate(sizes)}, many, module, args, kwargs)
+    ran = _runs(fewer | {n: MANY + i for i, n in enumerate(sizes)}, many, module, args, kwargs)
     if many.differ:
         return True
     return many.compared < len(few.called) if ran else None

@@ -203,7 +203,7 @@ def test_sizes_that_decide_are_found_in_the_first_steps_of_a_loop():
                 state = torch.tanh(state) + x[:, i]
             return state
 
-    assert deciding_sizes(ByToken(), (torch.randn(2, 9, 6),), {}) == {9} and len(steps) < 100
+    assert deciding_sizes(ByToken(), (torch.randn(2, 512, 6),), {}) == {512} and len(steps) < 100
 
 
 class FromTheLeft(nn.Module):
