@@ -208,12 +208,19 @@ class ModuleGraph:
         return isinstance(leaf, Tensor) and leaf.dtype == torch.float32
 
 
-def lone_weight(path: str, W_ok: Tensor, outside: bool = False, outer: Tensor | None = None) -> ModuleGraph:
-    """A weight [o, k] by itself as a segment of one site, for stages that need no data. outer: the global scale that it shares with
-    weights elsewhere."""
+def lone_weight(
+    path: str,
+    W_ok: Tensor,
+    dtype: torch.dtype | None = None,
+    outside: bool = False,
+    outer: Tensor | None = None,
+) -> ModuleGraph:
+    """A weight [o, k] by itself as a segment of one site, for stages that need no data. dtype: that of most of its model, which
+    scales take (default: its own). outer: the global scale that it shares with weights elsewhere."""
     site = Site(path, "weight", None, path, "", "o k", outside=outside)
     code = Code(fx.Graph(), {}, {}, (), pytree.tree_structure(None), (site,))
-    return ModuleGraph(code, {"weight": W_ok}, dtype=W_ok.dtype, outers={} if outer is None else {path: outer})
+    outers = {} if outer is None else {path: outer}
+    return ModuleGraph(code, {"weight": W_ok}, dtype=dtype or W_ok.dtype, outers=outers)
 
 
 def by_source(sites: Iterable[Site]) -> dict[str, tuple[Site, ...]]:

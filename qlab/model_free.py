@@ -197,7 +197,8 @@ def _rewrite(source: Checkpoint, recipe: Transform, codec: Codec, siblings: Sibl
     if module not in siblings or name != f"{module}.weight":
         return {name: weight}
     W_ok = weight.mT if module in turned else weight
-    solved = solve_alone(lone_weight(module, W_ok, outer=siblings.outer(module)), recipe)
+    alone = lone_weight(module, W_ok, source.dtype, outer=siblings.outer(module))
+    solved = solve_alone(alone, recipe)
     new = solved.params["weight"]
     assert isinstance(new, QTensor)  # _chosen found the stage that rounds it
     notes.setdefault("sites", {}).update(site_rows(solved))

@@ -49,7 +49,13 @@ def outside_leaves(skeleton: Skeleton, recipe: Transform, rows: Callable[[Mappin
         if site is None:
             yield name, leaf
             continue
-        alone = lone_weight(site.path, leaf.to(skeleton.device), True, siblings.outer(name.removesuffix(".weight")))
+        alone = lone_weight(
+            site.path,
+            leaf.to(skeleton.device),
+            checkpoint.dtype,
+            outside=True,
+            outer=siblings.outer(name.removesuffix(".weight")),
+        )
         solved = solve_alone(alone, recipe)
         rows(site_rows(solved))
         yield name, solved.params["weight"]

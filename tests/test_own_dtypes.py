@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from directories import bits_equal, random_tokens, tensors
+from directories import bits_equal, change, random_tokens, tensors
 from safetensors.torch import save_file
 from test_quantize import IDS
 from transformers import AutoModelForCausalLM
@@ -21,6 +21,7 @@ from qlab.model.skeleton import Skeleton
 from qlab.model_free import quantize_files
 from qlab.quantize import quantize
 from qlab.spec import parse_spec
+from qlab.transform import chain, outside
 from qlab.verify import verify
 
 INT8 = parse_spec("int8-g16")
@@ -134,3 +135,16 @@ def test_a_lowered_model_and_the_blocks_of_a_reading_hold_it_so(saved, tmp_path)
     dense = {name: leaf.dtype for name, leaf in graph.params.items() if isinstance(leaf, torch.Tensor)}
     assert torch.float32 in dense.values()
     assert all(dtype == expected[f"{graph.path}.{name}"] for name, dtype in dense.items() if f"{graph.path}.{name}" in expected)
+
+
+@pytest.mark.parametrize("others", [torch.float32, torch.float64, torch.float16])
+def test_every_door_stores_the_scales_of_one_model_in_one_dtype(others, saved, tmp_path):
+    path = shutil.copytree(saved("llama", torch.bfloat16), tmp_path / "model")
+    names = ["lm_head.weight", "model.layers.0.self_attn.k_proj.weight"]
+    change(path, **{name.replace(".", "__"): lambda t: t.to(others) for name in names})
+    recipe, opened = chain(rtn(INT8), outside(rtn(INT8))), open_checkpoint(path)
+    one = quantize(opened, recipe, None, tmp_path / "one", codec="gptq_v2")
+    two = quantize_files(opened, rtn(INT8), tmp_path / "two", codec="gptq_v2", exclude=("*embed*", "*norm*"))
+    held, free = tensors(one.path), tensors(two.path)
+    assert {t.dtype for name, t in held.items() if name.endswith(".scales")} == {torch.bfloat16}
+    assert held.keys() == free.keys() and all(bits_equal(t, free[name]) for name, t in held.items())
