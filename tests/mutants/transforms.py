@@ -1,0 +1,322 @@
+"""Graphs, transforms, claims and mixtures of experts."""
+
+from mutants.planting import Mutant
+
+MUTANTS = [
+    Mutant(
+        "online operations not applied",
+        "interpret.py",
+        "_Interpreter.call_function",
+        "x = op(x)",
+        "pass",
+        "absorb",
+    ),
+    Mutant(
+        "online operations not observed",
+        "interpret.py",
+        "_arriving",
+        """\
+for op in graph.online.get(site.path, ()):
+    x = _run_op(op, x, ends)
+return Rows(x, tokens, ends)
+""",
+        """\
+for op in graph.online.get(site.path, ()):
+    pass
+return Rows(x, tokens, ends)
+""",
+        "transform",
+    ),
+    Mutant(
+        "a source's input dropped before its last site",
+        "interpret.py",
+        "_last_uses",
+        "last[by_name[held]] = max(last[by_name[held]], used)",
+        "max(last[by_name[held]], used)",
+        "sweep",
+    ),
+    Mutant(
+        "a walk keeps the leaves it began with",
+        "interpret.py",
+        "Walk._advance",
+        "interpreter = _Interpreter(graph, self.code.graph)",
+        'interpreter = self.__dict__.setdefault("first", _Interpreter(graph, self.code.graph))',
+        "sweep",
+    ),
+    Mutant(
+        "scales folded behind a walk",
+        "sweep.py",
+        "solve_in_order",
+        "if stage.sitewise: ...",
+        "if True: ...",
+        "sweep",
+    ),
+    Mutant(
+        "mixtures scaled source by source",
+        "sweep.py",
+        "in_order",
+        "lone or not stage.reparametrizes",
+        "True",
+        "sweep",
+    ),
+    Mutant(
+        "a source solved on unquantized inputs",
+        "sweep.py",
+        "solve_in_order",
+        "graph, stats = apply(stage, graph, stats)",
+        "_, stats = apply(stage, graph, stats)",
+        "sweep",
+    ),
+    Mutant(
+        "in-place operations not observed",
+        "interpret.py",
+        "_ending_at",
+        "n.op in ('placeholder', 'output') or _writes(n)",
+        "n.op in ('placeholder', 'output')",
+        "graph",
+    ),
+    Mutant(
+        "transposed layout forgotten",
+        "graph.py",
+        "ModuleGraph.weight_ok",
+        "return W.mT if site.layout.endswith('k o') else W",
+        "return W",
+        "graph",
+    ),
+    Mutant(
+        "mixture: one statistic for all experts",
+        "stats.py",
+        "per_expert.lift",
+        "[Observation(o.x_nk[rows], o.keys[rows], None, other[rows]) for rows in rows_of(o.ends)]",
+        "[Observation(o.x_nk, o.keys, None, other) for rows in rows_of(o.ends)]",
+        "experts stats",
+    ),
+    Mutant(
+        "mixture: no data means no weight",
+        "stats.py",
+        "Moment.mean_kk",
+        "return torch.eye(len(self.sum_kk), dtype=self.sum_kk.dtype, device=self.sum_kk.device)",
+        "return 0 * torch.eye(len(self.sum_kk), dtype=self.sum_kk.dtype, device=self.sum_kk.device)",
+        "stats experts",
+    ),
+    Mutant(
+        "mixture: routers are rounded",
+        "transform.py",
+        "Stage.touches",
+        "site.outside == self.scope.outside and name in self.scope and (not unrounded)",
+        "site.outside == self.scope.outside and name in self.scope",
+        "graph",
+    ),
+    Mutant(
+        "mixture: everywhere is nowhere",
+        "interpret.py",
+        "_ending_at",
+        "if everywhere and node.target is torch.ops.qlab.route.default: ...",
+        "if False and node.target is torch.ops.qlab.route.default: ...",
+        "experts",
+    ),
+    Mutant(
+        "mixture: pairs are not tokens",
+        "experts.py",
+        "route",
+        "pairs // chosen_nt.shape[1]",
+        "pairs % chosen_nt.shape[0]",
+        "experts",
+    ),
+    Mutant(
+        "mixture: every expert reads the first",
+        "graph.py",
+        "ModuleGraph.running",
+        "pytree.tree_map_only(Tensor, lambda t: t[expert], leaf)",
+        "pytree.tree_map_only(Tensor, lambda t: t[0], leaf)",
+        "graph",
+    ),
+    Mutant(
+        "mixture: a gather leaks",
+        "channels.py",
+        "Labels._follow",
+        """\
+if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1):
+    ...
+""",
+        "if False and first is not None and (len(n.args[1]) == 1): ...",
+        "absorb",
+    ),
+    Mutant(
+        "mixture: an origin moves without its statistics",
+        "transform.py",
+        "reparametrize",
+        "for source in by_source(sharing): ...",
+        "for source in list(by_source(sharing))[:1]: ...",
+        "transform",
+    ),
+    Mutant(
+        "mixture: parts in another order",
+        "model/names.py",
+        "pieces_of_experts",
+        "sorted(pieces, key=lambda p: (p.expert or 0, p.start))",
+        "reversed(pieces)",
+        "./names",
+    ),
+    Mutant(
+        "chain reversed",
+        "transform.py",
+        "chain",
+        "return sum(transforms, ())",
+        "return sum(reversed(transforms), ())",
+        "transform",
+    ),
+    Mutant(
+        "at ignored",
+        "transform.py",
+        "at",
+        "replace(s.scope, include=(pattern, *s.scope.include))",
+        "replace(s.scope, include=s.scope.include)",
+        "transform",
+    ),
+    Mutant(
+        "later rules win too",
+        "transform.py",
+        "rules",
+        "replace(stage.scope, exclude=stage.scope.exclude + earlier)",
+        "replace(stage.scope, exclude=stage.scope.exclude)",
+        "transform",
+    ),
+    Mutant(
+        "uncovered sites pass",
+        "transform.py",
+        "apply",
+        "if stage.uncovered and chosen.sites: ...",
+        "if False: ...",
+        "transform",
+    ),
+    Mutant(
+        "a step writes to the model's own weight",
+        "rounding.py",
+        "solve",
+        "W_ok = W_ok.clone()",
+        "pass",
+        "claims",
+    ),
+    Mutant(
+        "a step writes to the statistics of all",
+        "rounding.py",
+        "Copies.__getitem__",
+        "return _copy(self.held[name])",
+        "return self.held[name]",
+        "claims",
+    ),
+    Mutant(
+        "a step goes on writing to its leaf",
+        "rounding.py",
+        "_leaf_and_note",
+        "return (_copy(made[0]), note)",
+        "return (made[0], note)",
+        "claims",
+    ),
+    Mutant(
+        "zeros of a mask are lost",
+        "rounding.py",
+        "_refuse_lost_zeros",
+        "if lost: ...",
+        "if False: ...",
+        "claims",
+    ),
+    Mutant(
+        "what is written behind autograd's back passes",
+        "claims.py",
+        "Seal._marks",
+        "return [(_version(t), 0 if name in self.counted_only else _sum_of_bits(t)) for t in parts]",
+        """\
+return [
+    (_version(t), 0 if True or name in self.counted_only else _sum_of_bits(t))
+    for t in parts
+]
+""",
+        "claims",
+    ),
+    Mutant(
+        "a program may change",
+        "claims.py",
+        "refuse_others",
+        "if new.code is not graph.code: ...",
+        "if False: ...",
+        "claims",
+    ),
+    Mutant(
+        "a site-wise step sees all weights",
+        "claims.py",
+        "shown",
+        "if not hidden: ...",
+        "if True: ...",
+        "claims",
+    ),
+    Mutant(
+        "a wrong inverse passes",
+        "transform.py",
+        "_refuse_no_inverse",
+        "if not (error <= INVERSE).all(): ...",
+        "if False: ...",
+        "lossless",
+    ),
+    Mutant(
+        "a false claim passes",
+        "lossless.py",
+        "refuse_changed",
+        "if change > limit: ...",
+        "if False: ...",
+        "lossless",
+    ),
+    Mutant(
+        "casts hide a change",
+        "interpret.py",
+        "_Wide.call_function",
+        "wide_args = tuple((_wide(a) for a in args))",
+        "wide_args = args",
+        "lossless",
+    ),
+    Mutant(
+        "no gradient for rounded inputs",
+        "methods/inputs.py",
+        "QuantizeInput.__call__",
+        "return rounded + (x - x.detach())",
+        "return rounded + 0 * x",
+        "codecs/compressed_tensors_inputs",
+    ),
+    Mutant(
+        "NaN passes",
+        "rounding.py",
+        "solve",
+        "if not torch.isfinite(W_ok).all(): ...",
+        "if False: ...",
+        "transform",
+    ),
+    Mutant(
+        "shared inputs may be split",
+        "transform.py",
+        "reparametrize",
+        "if outside: ...",
+        "if False: ...",
+        "transform",
+    ),
+    Mutant(
+        "weights reparametrized in place",
+        "transform.py",
+        "reparametrize",
+        "moved = W_ok * M_inv if M_inv.ndim != 2 else (W_ok.double() @ M_inv.T.double()).float()",
+        """\
+moved = (
+    W_ok.mul_(M_inv) if M_inv.ndim != 2 else (W_ok.double() @ M_inv.T.double()).float()
+)
+""",
+        "methods",
+    ),
+    Mutant(
+        "rotation transposed",
+        "transform.py",
+        "reparametrize",
+        "W_ok.double() @ M_inv.T.double()",
+        "W_ok.double() @ M_inv.double()",
+        "absorb",
+    ),
+]
