@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from directories import prose
+from directories import prose, random_tokens
 
 import qlab
 import qlab.cli
 from qlab import progress as progress_module
 from qlab.cli import options
 from qlab.codecs import CODECS
+from qlab.evaluate import read
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods import METHODS
 from qlab.progress import progress
@@ -108,7 +109,14 @@ def test_what_nobody_can_act_on_is_not_said_and_the_rest_is(caplog):
     for name, message in UNHELPFUL.items():
         logging.getLogger(name).warning(message + "x", *(["y"] if "%s" in message else []))
         logging.getLogger(name).warning("something else")
-    assert [record.message for record in caplog.records] == ["something else"] * 2
+    assert [record.message for record in caplog.records] == ["something else"] * len(UNHELPFUL)
+
+
+def test_a_program_that_is_asked_for_other_sizes_logs_no_failure(saved, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("torch._subclasses.fake_tensor"), "handlers", [caplog.handler])
+    for length in (8, 16):
+        read(open_checkpoint(saved("llama", head_dim=8)), random_tokens(saved("llama"), 2, length))
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 def test_progress_is_lines_where_there_is_no_terminal(capsys, monkeypatch):
