@@ -157,7 +157,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
     pairs, tokens, ends = torch.ops.qlab.route(top_k_index, len(self.down_proj))
     x_sk = hidden_states[tokens]
-    x_sk = self._apply_gate(product("gate_up_proj", x_sk)) if self.has_gate else self.act_fn(product("up_proj", x_sk))
+    has_gate = getattr(self, "has_gate", True)  # which all have in transformers before 5.3
+    x_sk = self._apply_gate(product("gate_up_proj", x_sk)) if has_gate else self.act_fn(product("up_proj", x_sk))
     y_sk = product("down_proj", x_sk)
     if getattr(self, "has_post_expert_norm", False):  # which transformers 5.17 does not know
         y_sk = self.post_expert_norm(y_sk)

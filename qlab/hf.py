@@ -10,7 +10,7 @@ import copy
 import inspect
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from qlab.lower.attention import use_grouped_attention
 from qlab.lower.inputs import RoundedInput
 from qlab.lower.model import DTYPES, decoded_weights, device_named, make_dense, pack, quantized_weights, set_module, slownesses
 from qlab.lower.rotated import attach, is_rotated, rotations
-from qlab.model.paper import EXPERTS
+from qlab.model.paper import run_experts_here
 from qlab.model.skeleton import Skeleton
 from qlab.qtensor import dense
 
@@ -136,9 +136,9 @@ class QlabQuantizer(HfQuantizer):
         for coded in self.packed:  # codes are no other parameter's too
             model.all_tied_weights_keys.pop(f"{coded}.weight", None)
         families = {re.sub(r"\d+", r"\\d+", pattern) for pattern in ours}
-        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-        model._keys_to_ignore_on_load_unexpected = ignored | {f"^{family}$" for family in families}
-        model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *map(re.escape, self.decoded)}
+        unexpected = {f"^{family}$" for family in families}
+        model._keys_to_ignore_on_load_unexpected = _joined(model._keys_to_ignore_on_load_unexpected, unexpected)
+        model._keys_to_ignore_on_load_missing = _joined(model._keys_to_ignore_on_load_missing, map(re.escape, self.decoded))
 
     def _refuse_missing(self, model: PreTrainedModel) -> None:
         """transformers fills what a directory lacks at random and says so in a table; here it is an error."""
@@ -158,6 +158,7 @@ class QlabQuantizer(HfQuantizer):
             set_module(model, name, pack(self.skeleton, name, self.dtype, self.device))
         for name in self.decoded:  # in place, since a tied head has the same
             model.get_parameter(name).copy_(dense(self.skeleton.leaf(name), self.dtype))
+        self._cast_renamed(model)
         attach(model, rotations(self.skeleton), self.device)
         checkpoint = self.skeleton.checkpoint
         self.source, self.held = checkpoint.path, self._held()
@@ -169,10 +170,15 @@ class QlabQuantizer(HfQuantizer):
             warnings.warn(slow, stacklevel=2)
         # transformers has rules of its own for moving models of the methods that it knows
         model.quantization_method = "qlab"  # type: ignore[assignment]
-        model.set_experts_implementation(EXPERTS)
+        run_experts_here(model)
         if self.device.type == "cpu":
             use_grouped_attention(model)
         return model
+
+    def _cast_renamed(self, model: PreTrainedModel) -> None:
+        """What transformers loaded under another name than the files', and therefore in the files' dtype, in the one asked for."""
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(self.skeleton.held_dtype(name))
 
     def _held(self) -> dict[str, dict[str, str]]:
         """Quantized weight -> the names that its tensors have in what is saved, and those that they have in the files."""
@@ -209,6 +215,12 @@ class QlabQuantizer(HfQuantizer):
         for names in self.held.values():
             state |= {name: checkpoint.tensor(part) for name, part in names.items()}
         return state | {name: checkpoint.tensor(name) for name in self.beside}, {}
+
+
+def _joined(known: set[str] | list[str] | None, more: Iterable[str]) -> set[str] | list[str]:
+    """What a model ignores and more, as what transformers adds its own patterns to: a set, or in older releases a list."""
+    together = {*(known or ()), *more}
+    return together if isinstance(known, set) else sorted(together)
 
 
 def _checkpoint_of(files: Sequence[str] | None) -> Checkpoint:

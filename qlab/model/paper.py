@@ -24,8 +24,8 @@ def on_paper(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         config = copy.deepcopy(checkpoint.config)  # transformers writes into it
         with foreign, parameters_on_meta(), Floats(dtype):
             # a dtype of its own would be the whole process's while it builds
-            model = _maker(config).from_config(config, dtype=None, trust_remote_code=False,
-                                               experts_implementation=EXPERTS).eval()  # fmt: skip
+            model = _maker(config).from_config(config, dtype=None, trust_remote_code=False).eval()
+            run_experts_here(model)
         for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
             if part is not None:
                 part.dtype = dtype
@@ -37,9 +37,19 @@ def on_paper(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
                         "qlab quantizes those, and models of images and text around one") from error
 
 
+def run_experts_here(model: PreTrainedModel) -> None:
+    """Give a model's fused experts the forward that traces on every device.
+
+    transformers before 5.8 takes no registered name as an option, but all read it from the config of the experts' module.
+    """
+    for module in model.modules():
+        if isinstance(config := getattr(module, "config", None), PretrainedConfig):
+            config._experts_implementation = EXPERTS
+
+
 def _widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Hold in float32 what the model's classes name so: transformers matches the names when it loads what the files hold."""
-    plan = model._get_dtype_plan(dtype)
+    plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else model.dtype_plan  # transformers 5.0.0
     loaded = model.state_dict(keep_vars=True)
     for pattern, wide in plan.items():
         for name in [name for name in loaded if re.search(pattern.replace("*", ".*"), name)]:

@@ -195,6 +195,13 @@ def test_dtype_and_device_map(made):
             AutoModelForCausalLM.from_pretrained(made(), device_map="cuda")
 
 
+@pytest.mark.filterwarnings("ignore:no .*kernel")
+def test_tensors_of_other_names_in_the_files_have_the_dtype_that_was_asked_for(made):
+    model = AutoModelForCausalLM.from_pretrained(made(family="mixtral"), dtype=torch.float32)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.equal(logits(model), logits(qlab.lower(made(family="mixtral"), dtype=torch.float32)))
+
+
 UP = "mlp.up_proj.weight"
 
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from qlab.graph import ModuleGraph
 from qlab.interpret import inputs_of
-from qlab.model.paper import EXPERTS, find_blocks
+from qlab.model.paper import find_blocks, run_experts_here
 from qlab.model.recording import Call
 from qlab.qtensor import QTensor, dense
 from qlab.stats import STATS, Moment, Observation, stat_of
@@ -76,7 +76,7 @@ def calls(model, ids, mask=None):
 @lru_cache
 def model_of(family):
     model = tiny(family)
-    model.set_experts_implementation(EXPERTS)
+    run_experts_here(model)
     return model
 
 

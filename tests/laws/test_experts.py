@@ -18,7 +18,7 @@ from qlab.methods.awq import awq_scale
 from qlab.methods.gptq import gptq
 from qlab.methods.grid import encode, weighted
 from qlab.methods.rtn import rtn
-from qlab.model.paper import EXPERTS
+from qlab.model.paper import run_experts_here
 from qlab.qtensor import dense
 from qlab.spec import parse_spec, with_scale_dtype
 from qlab.stats import Moment, gram, quadratic
@@ -42,7 +42,7 @@ def test_one_function_stands_for_transformers_own(implementation, family):
         model.set_experts_implementation(implementation)
         assert relative(ours, model(ids).logits) < 1e-6
     finally:
-        model.set_experts_implementation(EXPERTS)
+        run_experts_here(model)
 
 
 class Experts(nn.Module):
