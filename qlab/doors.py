@@ -99,7 +99,7 @@ TAKES: Mapping[str, Mapping[str, kinds.Kind]] = {
     "each_weight": {
         "name": kinds.text,
         "fn": kinds.function,
-        "spec": kinds.spec,
+        "spec": kinds.optional_spec,
         "needs": kinds.needed,
         "detail": kinds.text,
     },

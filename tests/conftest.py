@@ -1,5 +1,6 @@
 """Tiny models as directories on disk, with a real tokenizer and text in its words."""
 
+import importlib
 import shutil
 import sys
 from collections.abc import Callable
@@ -9,6 +10,8 @@ import pytest
 import torch
 from directories import add_tokenizer, prose
 from families import tiny
+from transformers import PretrainedConfig
+from transformers.quantizers import auto
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()  # tests read what qlab itself prints
@@ -43,6 +46,21 @@ def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
     path.write_text(prose(4096))
     return path
+
+
+@pytest.fixture
+def door():
+    """qlab.hf is imported, and transformers has its own readers back when the test ends."""
+    mappings = auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
+    before, reads = [dict(mapping) for mapping in mappings], PretrainedConfig.__dict__["get_config_dict"]
+    merges = auto.AutoHfQuantizer.__dict__["merge_quantization_configs"]
+    importlib.import_module("qlab.hf").register()
+    yield
+    PretrainedConfig.get_config_dict = reads
+    auto.AutoHfQuantizer.merge_quantization_configs = merges
+    for mapping, was in zip(mappings, before):
+        mapping.clear()
+        mapping.update(was)
 
 
 @pytest.fixture

@@ -13,9 +13,10 @@ INSTALL = '-c constraints.txt -e ".[test]"'
 
 
 def asked():
-    """The requirements of the project and of its tests on this platform."""
+    """The requirements of the project, of its tests and of its pages on this platform."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    requirements = map(Requirement, project["dependencies"] + project["optional-dependencies"]["test"])
+    extras = project["optional-dependencies"]
+    requirements = map(Requirement, project["dependencies"] + extras["test"] + extras["docs"])
     return [r for r in requirements if r.marker is None or r.marker.evaluate(default_environment())]
 
 

@@ -1,12 +1,9 @@
-import importlib
 import shutil
 
 import pytest
 import torch
 from directories import random_tokens
 from formats import FOUR_BITS, NAME
-from transformers import PretrainedConfig
-from transformers.quantizers import auto
 
 import qlab.codecs
 from qlab.files.checkpoint import open_checkpoint
@@ -21,21 +18,6 @@ def four_bits(monkeypatch):
     monkeypatch.setitem(qlab.codecs.CODECS, NAME, FOUR_BITS)
     monkeypatch.setitem(qlab.codecs.READERS, NAME, lambda config: FOUR_BITS)
     return NAME
-
-
-@pytest.fixture
-def door():
-    """qlab.hf is imported, and transformers has its own readers back when the test ends."""
-    mappings = auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
-    before, reads = [dict(mapping) for mapping in mappings], PretrainedConfig.__dict__["get_config_dict"]
-    merges = auto.AutoHfQuantizer.__dict__["merge_quantization_configs"]
-    importlib.import_module("qlab.hf").register()
-    yield
-    PretrainedConfig.get_config_dict = reads
-    auto.AutoHfQuantizer.merge_quantization_configs = merges
-    for mapping, was in zip(mappings, before):
-        mapping.clear()
-        mapping.update(was)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,9 @@
+"""The pages as a site: sphinx-build -W docs build/docs."""
+
+project = "qlab"
+extensions = ["myst_parser"]
+exclude_patterns = ["README.md"]  # index.rst includes it
+myst_heading_anchors = 3
+suppress_warnings = ["myst.xref_missing"]  # links to files outside docs/; tests check every link
+html_title = "qlab"
+html_theme_options = {"page_width": "1100px"}

@@ -1,0 +1,224 @@
+"""README and docs: what they say is run. Every command and every snippet, as it stands, on tiny models under the pages' names.
+
+A page is read from the top, in a folder of its own that holds what README's `qlab quantize` writes. The word behind a block's
+language says what cannot be run here, of which the options are parsed; `refused` blocks end in the errors of the `text` block
+that follows, where `...` stands for anything.
+"""
+
+import json
+import re
+import shlex
+import shutil
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from directories import prose
+from doors.test_from_gguf import KINDS, write
+from families import FAMILIES, MIXTURES, OTHERS, UNLIKE, VISION
+from test_vision import llava  # noqa: F401  a fixture
+from typer.core import TyperCommand
+
+import qlab.cli
+from qlab.bench.__main__ import main as bench
+from qlab.errors import QlabError
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w+) ?(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#]*)(?:#([^)]*))?\)")
+UNRUN = ("gpu", "minutes", "network", "others")  # needs a GPU, minutes, a network, other libraries
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page; line: that of its fence."""
+
+    page: Path
+    line: int
+    language: str
+    mark: str
+    text: str
+
+
+def blocks(page):
+    text = page.read_text(encoding="utf-8")
+    return [Block(page, text[: m.start()].count("\n") + 1, *m.groups()) for m in FENCE.finditer(text)]
+
+
+def commands(block):
+    """The words of every command."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words:
+            end = words.index("&&") if "&&" in words else len(words)
+            yield words[:end]
+            words = words[end + 1 :]
+
+
+def program(words):
+    """The program of qlab that a command line calls, and its arguments; others have none."""
+    if words[0] == "qlab":
+        return qlab.cli.main, words[1:]
+    if words[:3] == ["python", "-m", "qlab.bench"]:
+        return bench, words[3:]
+    return None, words
+
+
+def check_names(words):
+    """A command of another program names files and extras that the project has."""
+    assert words[0] in ("git", "cd", "pip", "python", "pytest", "ruff", "mypy", "sphinx-build", ".ci/run") or "=" in words[0], words
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for word in words:
+        if extra := re.search(r"\[(\w+)\]$", word):
+            assert extra[1] in extras, word
+        elif re.search(r"\.(py|txt)$|^(tests|experiments|\.ci)/", word):
+            assert (ROOT / word).exists(), word
+
+
+def commands_of(page):
+    return [words for block in blocks(page) if block.language == "bash" for words in commands(block)]
+
+
+[QUANTIZE] = [words for words in commands_of(ROOT / "README.md") if words[:2] == ["qlab", "quantize"]]
+MADE = QUANTIZE[-1]
+
+
+@pytest.fixture(scope="module")
+def shelf(saved, tmp_path_factory):
+    """What the pages call by name: the demo, texts, models, and what README's `qlab quantize` makes."""
+    folder = tmp_path_factory.mktemp("shelf")
+    (folder / "text").mkdir()
+    for name, family in {"model": "llama", "mixtral": "mixtral"}.items():
+        (folder / name).symlink_to(saved(family, torch.bfloat16, max_position_embeddings=2048))
+    write(folder / "model.gguf", {"attn_q": KINDS.Q4_0})
+    windows = {"text/calibration.jsonl": 33, "text/heldout.jsonl": 17, "my.jsonl": 33, "held-out.jsonl": 3}
+    for seed, (name, count) in enumerate(windows.items()):
+        (folder / name).write_text(json.dumps({"title": "", "text": prose(512 * count, seed)}) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("QLAB_DEMO", str(folder))
+        qlab.cli.app(QUANTIZE[1:], standalone_mode=False)
+    return folder
+
+
+@pytest.fixture
+def here(shelf, tmp_path, monkeypatch, request, page):
+    """The folder that a page is read in."""
+    monkeypatch.setenv("QLAB_DEMO", str(shelf))
+    monkeypatch.setenv("QLAB_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("QLAB_CACHE_DIR", str(tmp_path / "configs"))
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for name in ("mixtral", "model.gguf", "my.jsonl", "held-out.jsonl"):
+        (folder / name).symlink_to(shelf / name)
+    if page.stem == "models":
+        (folder / "llava").symlink_to(request.getfixturevalue("llava"))
+    if "import qlab.hf" in page.read_text(encoding="utf-8"):
+        request.getfixturevalue("door")
+    if QUANTIZE not in commands_of(page):
+        shutil.copytree(shelf / MADE, folder / MADE)
+    return folder
+
+
+def alike(said, quoted):
+    """Whether it was said word for word, but for what `...` leaves out."""
+    return re.fullmatch(re.escape(quoted).replace(re.escape("..."), ".*"), said)
+
+
+def run(words, command, monkeypatch, unrun):
+    """Run a command, or only parse it; returns the exit code and the last line on stderr."""
+    main, arguments = program(words)
+    if main is None:
+        check_names(words)
+        return 0, ""
+    with monkeypatch.context() as patch:
+        if unrun:
+            patch.setattr(TyperCommand, "invoke", lambda self, context: None)
+        code, _, said = command(main, *arguments)
+    return code, said.splitlines()[-1] if said else ""
+
+
+@each_page
+def test_commands_and_snippets_do_what_the_page_says(page, here, command, monkeypatch):
+    names = {"__name__": page.stem}
+    read = blocks(page)
+    for block, following in zip(read, [*read[1:], None]):
+        where = f"{page.name}:{block.line}"
+        expected = following.text.splitlines() if block.mark == "refused" else []
+        if block.language == "bash":
+            done = [run(words, command, monkeypatch, block.mark in UNRUN) for words in commands(block)]
+            assert [code for code, _ in done] == [2 if expected else 0] * len(done), f"{where}: {done}"
+            refusals = [said for _, said in done if expected]
+        elif block.language == "python":
+            refusals = []
+            code = compile("\n" * block.line + block.text, str(page), "exec")
+            try:
+                exec(code if block.mark not in UNRUN else "", names)
+            except QlabError as error:
+                refusals = [str(error)]
+        else:
+            continue
+        assert len(refusals) == len(expected), f"{where}: {refusals}"
+        for said, quoted in zip(refusals, expected):
+            assert alike(said, quoted), f"{where}: {said!r} is not {quoted!r}"
+
+
+@each_page
+def test_every_block_is_read(page):
+    text, read = page.read_text(encoding="utf-8"), blocks(page)
+    assert text.count("```") == 2 * len(read)
+    for block, following in zip(read, [*read[1:], None]):
+        assert block.language in ("bash", "python", "text") and block.mark in ("", "refused", *UNRUN), block
+        assert (block.mark == "refused") <= (following is not None and following.language == "text"), block
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    for path, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        if "://" not in path:
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), path
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+            assert not anchor or anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], anchor
+
+
+def test_the_readme_is_short_and_the_index_names_every_page():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 700
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    site = (ROOT / "docs" / "index.rst").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.stem == "README" or (f"]({page.name})" in index and f"   {page.stem}\n" in site), page
+
+
+def test_the_readmes_figures_are_those_of_the_stored_run():
+    table = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")][2:]
+    stored = {row["name"].lower(): row for row in json.loads((ROOT / "experiments/results/rivals.json").read_text())["rows"]}
+    for line in table:
+        who, change, kl, seconds, peak = (cell.strip(" |") for cell in line.strip("|").split("|"))
+        program, *_, method = re.sub(r"[`,]", "", who).lower().split()
+        row = stored[f"{program} {method}"]
+        low, high = (100 * (ratio - 1) for ratio in row["ratio_ci"])
+        assert change == f"{100 * (row['ratio'] - 1):+.1f} % ({low:.1f} to {high:.1f})"
+        assert (kl, seconds) == (f"{row['kl']:.3f}", f"{row['seconds'][0]:.0f}") and peak == f"{row['peak_rss_bytes'][0] / 2**20:.0f}"
+        assert row["version"] in who or row["version"] == "here"
+
+
+def test_models_that_are_named_are_tested():
+    families = {**FAMILIES, **MIXTURES, **OTHERS, **UNLIKE, **VISION}
+    lists = re.findall(r"^- .* such as (.*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    lists += re.findall(r"^\| .* \| (.*, .*) \|$", (ROOT / "docs" / "models.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(lists) == 7 and {name for line in lists for name in line.split(", ")} <= set(families)
+
+
+def test_every_module_is_in_the_table_of_files():
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## What is where")[1].split("\n## ")[0]
+    named = re.findall(r"`([\w/.]+)`", "\n".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
+    assert not [name for name in named if not (ROOT / name).exists()]
+    modules = [p for p in (ROOT / "qlab").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()]
+    missing = {str(p.relative_to(ROOT)) + "/" * p.is_dir() for p in modules} - set(named) - {"qlab/__main__.py"}
+    assert not missing, f"give {sorted(missing)} a row in CONTRIBUTING's table"
