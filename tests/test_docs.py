@@ -95,7 +95,7 @@ def shelf(saved, tmp_path_factory):
     for name, family in {"model": "llama", "mixtral": "mixtral"}.items():
         (folder / name).symlink_to(saved(family, torch.bfloat16, max_position_embeddings=2048))
     write(folder / "model.gguf", {"attn_q": KINDS.Q4_0})
-    windows = {"text/calibration.jsonl": 33, "text/heldout.jsonl": 17, "my.jsonl": 33, "held-out.jsonl": 3}
+    windows = {"text/calibration.jsonl": 33, "text/heldout.jsonl": 3, "my.jsonl": 33, "held-out.jsonl": 3}
     for seed, (name, count) in enumerate(windows.items()):
         (folder / name).write_text(json.dumps({"title": "", "text": prose(512 * count, seed)}) + "\n")
     with pytest.MonkeyPatch.context() as patch:
@@ -106,7 +106,7 @@ def shelf(saved, tmp_path_factory):
 
 
 @pytest.fixture
-def here(shelf, tmp_path, monkeypatch, request, page):
+def here(page, shelf, tmp_path, monkeypatch, request):
     """The folder that a page is read in."""
     monkeypatch.setenv("QLAB_DEMO", str(shelf))
     monkeypatch.setenv("QLAB_HOME", str(tmp_path / "home"))
@@ -130,42 +130,72 @@ def alike(said, quoted):
     return re.fullmatch(re.escape(quoted).replace(re.escape("..."), ".*"), said)
 
 
-def run(words, command, monkeypatch, unrun):
-    """Run a command, or only parse it; returns the exit code and the last line on stderr."""
-    main, arguments = program(words)
-    if main is None:
-        check_names(words)
-        return 0, ""
-    with monkeypatch.context() as patch:
-        if unrun:
-            patch.setattr(TyperCommand, "invoke", lambda self, context: None)
-        code, _, said = command(main, *arguments)
-    return code, said.splitlines()[-1] if said else ""
+@pytest.fixture
+def run(command, monkeypatch):
+    """run(words, mark): a command, or with a mark of UNRUN only its options -> exit code, the last line on stderr."""
+
+    def call(words, mark):
+        main, arguments = program(words)
+        if main is None:
+            check_names(words)
+            return 0, ""
+        with monkeypatch.context() as patch:
+            if mark in UNRUN:
+                patch.setattr(TyperCommand, "invoke", lambda self, context: None)
+            code, _, said = command(main, *arguments)
+        return code, said.splitlines()[-1] if said else ""
+
+    return call
 
 
-@each_page
-def test_commands_and_snippets_do_what_the_page_says(page, here, command, monkeypatch):
+def follow(page, run):
+    """Do what a page says, from the top."""
     names = {"__name__": page.stem}
     read = blocks(page)
     for block, following in zip(read, [*read[1:], None]):
         where = f"{page.name}:{block.line}"
         expected = following.text.splitlines() if block.mark == "refused" else []
+        refusals = []
         if block.language == "bash":
-            done = [run(words, command, monkeypatch, block.mark in UNRUN) for words in commands(block)]
-            assert [code for code, _ in done] == [2 if expected else 0] * len(done), f"{where}: {done}"
+            done = [run(words, block.mark) for words in commands(block)]
+            assert {code for code, _ in done} == {2 if expected else 0}, f"{where}: {done}"
             refusals = [said for _, said in done if expected]
-        elif block.language == "python":
-            refusals = []
+        if block.language == "python":
             code = compile("\n" * block.line + block.text, str(page), "exec")
             try:
                 exec(code if block.mark not in UNRUN else "", names)
             except QlabError as error:
                 refusals = [str(error)]
-        else:
-            continue
         assert len(refusals) == len(expected), f"{where}: {refusals}"
         for said, quoted in zip(refusals, expected):
             assert alike(said, quoted), f"{where}: {said!r} is not {quoted!r}"
+
+
+@each_page
+def test_commands_and_snippets_do_what_the_page_says(page, here, run):
+    follow(page, run)
+
+
+LIES = {
+    "an option that does not exist": "```bash gpu\nqlab plan demo --device cuda\n```\n",
+    "a command that does not exist": "```bash minutes\npython -m qlab.bench everything --out x\n```\n",
+    "a command that is refused": "```bash\nqlab plan nowhere\n```\n",
+    "an extra that does not exist": "```bash network\npip install -e \".[cuda]\"\n```\n",
+    "a script that does not exist": "```bash others\ngit pull && python experiments/nothing.py\n```\n",
+    "a name that does not exist": "```python\nimport qlab\n\nqlab.quantise\n```\n",
+    "no Python": "```python gpu\nqlab.lower(demo\n```\n",
+    "a refusal in other words": "```bash refused\nqlab plan nowhere\n```\n```text\nqlab: nowhere to be found\n```\n",
+    "a refusal that does not come": "```bash refused\nqlab --version\n```\n```text\nqlab: ...\n```\n",
+    "an error that does not come": "```python refused\nimport qlab\n```\n```text\n...\n```\n",
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_page_that_lies_fails(lie, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "page.md").write_text(LIES[lie])
+    with pytest.raises((AssertionError, AttributeError, SyntaxError)):
+        follow(tmp_path / "page.md", run)
 
 
 @each_page
