@@ -98,7 +98,7 @@ def convert(
     job = {"source": source.fingerprint(), "codec": codec, "requantize": requantize and str(requantize),
            "versions": versions(), "converted_from": record.get("job")}  # fmt: skip
     with Writer(folder, overwrite, resume) as writer:
-        writer.begin(job, len(leaves_by_file(source)))
+        writer.begin(job, len(leaves_by_file(source)), source.path)
         if not writer.finished:
             siblings = Siblings(targets, lambda module: dense(source.leaf(f"{module}.weight"), torch.float32))
             rewrite = partial(_rewrite, source, CODECS[codec], targets, siblings, requantize, record)

@@ -9,17 +9,18 @@ from functools import wraps
 from typing import Any
 
 from qlab import kinds
+from qlab.errors import refusal_of
 
 RUN: Mapping[str, kinds.Kind] = {
-    "inputs": kinds.text,
+    "inputs": kinds.word,
     "dtype": kinds.dtype,
     "device": kinds.device,
     "memory": kinds.optional_whole,
     "overwrite": kinds.flag,
     "resume": kinds.flag,
     "calibrate_all_experts": kinds.flag,
-    "codec": kinds.text,
-    "target": kinds.optional_text,
+    "codec": kinds.word,
+    "target": kinds.optional_word,
 }
 METHOD: Mapping[str, kinds.Kind] = {"spec": kinds.spec, "grid": kinds.grid}
 WINDOWS: Mapping[str, kinds.Kind] = {
@@ -128,7 +129,12 @@ def _checked(function: Callable[..., Any], taken: Mapping[str, kinds.Kind]) -> C
                 given.arguments[argument] = tuple(taken[argument](each, argument) for each in value)
             elif argument in taken and not _is_default(signature, argument, value):
                 given.arguments[argument] = taken[argument](value, argument)
-        return function(*given.args, **given.kwargs)
+        try:
+            return function(*given.args, **given.kwargs)
+        except BrokenPipeError:
+            raise
+        except (OSError, RecursionError) as error:
+            raise refusal_of(error) from error
 
     return checked
 

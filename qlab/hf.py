@@ -9,7 +9,6 @@ as always, with its `dtype` and `device_map`.
 import copy
 import inspect
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlab.codecs import LEGACY_CONFIGS, READERS
-from qlab.errors import QlabError
+from qlab.errors import QlabError, warn
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.directory import locate, read_json
 from qlab.files.explained import KEY, refuse_unexplained, said_in
@@ -167,7 +166,7 @@ class QlabQuantizer(HfQuantizer):
         if getattr(self.quantization_config, "dequantize", False):
             return self._dequantize(model)
         for slow in slownesses(model, self.dtype, self.device):
-            warnings.warn(slow, stacklevel=2)
+            warn(slow)
         # transformers has rules of its own for moving models of the methods that it knows
         model.quantization_method = "qlab"  # type: ignore[assignment]
         run_experts_here(model)
@@ -302,9 +301,9 @@ def merge_quantization_configs(cls: type[auto.AutoHfQuantizer], ours: Any, asked
     chosen = {key: value for key, value in said.items() if key not in defaults or value != defaults[key]}
     if others := sorted(key for key in chosen.keys() & raw.keys() - {"quant_method"} if chosen[key] != raw[key]):
         written = ", ".join(f"{key} {raw[key]!r}" for key in others)
-        warnings.warn(f"the directory says {written}; quantization_config changes nothing of what is written there", stacklevel=2)
+        warn(f"the directory says {written}; quantization_config changes nothing of what is written there")
     if kernels := sorted(key for key, value in loading.items() if key != "dequantize" and value and value != "auto"):
-        warnings.warn(f"{', '.join(kernels)} of quantization_config chooses other kernels than qlab's and has no effect", stacklevel=2)
+        warn(f"{', '.join(kernels)} of quantization_config chooses other kernels than qlab's and has no effect")
     return QlabConfig(raw, dequantize)
 
 

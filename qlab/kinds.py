@@ -67,8 +67,13 @@ def text(value: Any, name: str) -> Any:
     return value
 
 
-def optional_text(value: Any, name: str) -> Any:
-    return value if value is None else text(value, name)
+def word(value: Any, name: str) -> Any:
+    """A name that means the same in upper and lower case."""
+    return text(value, name).lower()
+
+
+def optional_word(value: Any, name: str) -> Any:
+    return value if value is None else word(value, name)
 
 
 def names(value: Any, name: str) -> Any:
@@ -114,7 +119,7 @@ def device(value: Any, name: str) -> Any:
 
     if not isinstance(value, str | torch.device):
         raise QlabError(f"{name} is {said(value)}; give 'cpu' or 'cuda'")
-    return text(value, name) if isinstance(value, str) else value
+    return word(value, name) if isinstance(value, str) else value
 
 
 def model(value: Any, name: str) -> Any:
@@ -142,7 +147,7 @@ def directory(value: Any, name: str) -> Any:
     if isinstance(value, Checkpoint):
         return value
     where = folder(value, name)
-    return hub.demo_model() if str(where) == hub.DEMO else where
+    return hub.demo_model() if hub.is_demo_name(where) else where
 
 
 def its_directory(value: Any, name: str) -> Any:

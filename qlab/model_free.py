@@ -119,7 +119,7 @@ def quantize_files(
     raw = untied_where_apart(source, specs)
     job = {"source": source.fingerprint(), "recipe": describe(recipe), "sites": sorted(specs), "codec": codec, "versions": versions()}
     with PeakMemory() as peak, Writer(folder, overwrite, resume) as writer:
-        writer.begin(job, len(leaves_by_file(source)))
+        writer.begin(job, len(leaves_by_file(source)), source.path)
         if not writer.finished:
             with writer.refusing():
                 rewrite_files(source, writer, partial(_rewrite, source, recipe, CODECS[codec], siblings, turned), "quantizing")

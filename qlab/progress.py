@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from rich.console import Console
@@ -13,6 +14,12 @@ from qlab.errors import printable
 
 EVERY = 10.0  # seconds from one line to the next, beside the first and the last
 Item = TypeVar("Item")
+
+
+def say(line: str) -> None:
+    """Progress, and what else is no result. Work goes on where nobody listens any more, as after `2>&1 | head`."""
+    with suppress(OSError):
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def progress(items: Sequence[Item], doing: str) -> Iterator[Item]:
@@ -27,7 +34,7 @@ def progress(items: Sequence[Item], doing: str) -> Iterator[Item]:
         now = time.monotonic()
         if done in (1, len(items)) or now - said >= EVERY:
             said = now
-            print(f"{doing}: {_where(done, len(items), now - started)}", file=sys.stderr, flush=True)
+            say(f"{doing}: {_where(done, len(items), now - started)}")
 
 
 def _where(done: int, count: int, seconds: float) -> str:

@@ -19,7 +19,6 @@ from qlab.codecs import CODECS, Codec
 from qlab.files.carry import Carry
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.place import places
-from qlab.files.workplace import say
 from qlab.files.writer import Writer
 from qlab.graph import Code, ModuleGraph
 from qlab.lossless import refuse_changed
@@ -30,7 +29,7 @@ from qlab.model.skeleton import Skeleton
 from qlab.model.ties import untied
 from qlab.outside import outside_leaves, outside_sites, weight_of
 from qlab.plan import CODEC, Plan, plan
-from qlab.progress import progress
+from qlab.progress import progress, say
 from qlab.report import PeakMemory, bits_per_weight, describe, site_rows, versions, written
 from qlab.shown import Shown, size, some
 from qlab.spec import InputSpec, Spec, parse_input_spec, parse_spec
@@ -182,7 +181,7 @@ def compare(
             job = {"source": model.fingerprint(), "recipe": describe(recipe), "data": used and used.describe(), "inputs": inputs,
                    "calibrate_all_experts": calibrate_all_experts, "dtype": str(skeleton.dtype), "device": name_of(skeleton.device),
                    "codec": codec, "versions": versions()}  # fmt: skip
-            writers[name].begin(job, len(skeleton.blocks) + 1)
+            writers[name].begin(job, len(skeleton.blocks) + 1, model.path)
             jobs[name] = _Job(recipe, CODECS[codec], writers[name], job, plans[name].experts_at_once, used)
         for begun in jobs.values():
             if not begun.writer.finished:

@@ -206,12 +206,14 @@ Spec = Int | Float
 
 
 def parse_spec(text: str, symmetric: bool = True) -> Spec:
-    """The spec that a name means. Integers: 'int4-g64', 'int8-channel', 'int8-tensor', with '-asym' for a zero point.
+    """The spec that a name means, in upper or lower case. Integers: 'int4-g64', 'int8-channel', 'int8-tensor', with '-asym' for a
+    zero point.
 
     Floats: 'fp8-tensor', 'fp8-channel', 'fp8-b128x128', 'mxfp4', 'mxfp6', 'mxfp8' (groups of 32, power-of-two scales:
     OCP MX) and 'nvfp4' (groups of 16, e4m3 scales under one global scale).
     """
-    text = ALIASES.get(text.lower(), text)
+    text = text.lower() if text.isascii() else text
+    text = ALIASES.get(text, text)
     if not symmetric and (text in NAMED or text.startswith("fp")):
         raise QlabError(f"spec {text!r} has no zero point; only integers are asymmetric")
     if text in NAMED:

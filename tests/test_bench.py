@@ -27,6 +27,12 @@ def job(saved, text):
     return ["--model", saved(), "--calib", text, "--text", text, *SMALL]
 
 
+@pytest.fixture
+def alone(saved, text):
+    """The job of methods that observe nothing."""
+    return ["--model", saved(), "--text", text, *SMALL]
+
+
 def check(record, methods, spec, inputs):
     assert [row["method"] for row in record["rows"]] == methods
     for row in record["rows"]:
@@ -64,8 +70,8 @@ def test_rows_come_in_order_with_both_plots(bench, job, tmp_path):
     assert record["data"]["calibration"]["samples"] == 8 and record["data"]["evaluation"]["samples"] == 4
 
 
-def test_the_subcommand_may_be_named(bench, job, tmp_path):
-    code, _, _ = bench("methods", *job, "--methods", "rtn", "--out", tmp_path)
+def test_the_subcommand_may_be_named(bench, alone, tmp_path):
+    code, _, _ = bench("methods", *alone, "--methods", "rtn", "--out", tmp_path)
     assert code == 0
     check(json.loads((tmp_path / "bench.json").read_text()), ["rtn"], "int4-g32", "quantized")
 
@@ -78,8 +84,8 @@ def test_reference_inputs_share_one_pass_and_its_cost(bench, job, tmp_path):
     assert len({row["seconds"] for row in record["rows"]}) == 1
 
 
-def test_results_of_qlab_are_replaced_and_nothing_else(bench, job, tmp_path):
-    run = [*job, "--methods", "rtn", "--out", tmp_path]
+def test_results_of_qlab_are_replaced_and_nothing_else(bench, job, alone, tmp_path):
+    run = [*alone, "--methods", "rtn", "--out", tmp_path]
     assert bench(*run)[0] == 0
     first = (tmp_path / "rtn" / "qlab.json").read_bytes()
     assert bench(*run)[0] == 0
@@ -91,9 +97,9 @@ def test_results_of_qlab_are_replaced_and_nothing_else(bench, job, tmp_path):
     assert (tmp_path / "gptq" / "thesis.txt").read_text() == "irreplaceable"
 
 
-def test_without_out_it_goes_to_the_home_of_qlab(bench, job, monkeypatch, tmp_path):
+def test_without_out_it_goes_to_the_home_of_qlab(bench, alone, monkeypatch, tmp_path):
     monkeypatch.setenv("QLAB_HOME", str(tmp_path))
-    code, out, _ = bench(*job, "--methods", "rtn")
+    code, out, _ = bench(*alone, "--methods", "rtn")
     [folder] = (tmp_path / "bench").iterdir()
     assert code == 0 and folder.name.endswith("-int4-g32") and f"are in {folder}" in out.replace("\n", "")
     assert {"bench.json", "layers.png", "methods.png", "rtn"} == {path.name for path in folder.iterdir()}
@@ -103,7 +109,8 @@ def test_without_out_it_goes_to_the_home_of_qlab(bench, job, monkeypatch, tmp_pa
     ("arguments", "part"),
     [
         (["--methods", "rtn,gtpq"], "method 'gtpq' is unknown; known are rtn, "),
-        (["--methods", "rtn,rtn"], "method 'rtn' is given 2 times"),
+        (["--methods", "awq,awq"], "method 'awq' is given 2 times"),
+        (["--methods", "rtn,hqq"], "--calib would not be used, since none of these methods observes anything"),
         (["--spec", "int4"], "spec 'int4' is unknown"),
         (["--spec", "int4-g48"], "groups of 48 do not divide the 64 input channels"),
         (["--inputs", "both"], "inputs 'both' are unknown; choose 'quantized' or 'reference'"),

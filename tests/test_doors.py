@@ -64,7 +64,8 @@ WORKS = {"quantize", "compare", "plan", "quantize_files", "convert", "evaluate",
 
 
 @pytest.mark.parametrize("name, argument", sorted(LOOKS))
-def test_what_an_argument_cannot_be_is_a_sentence(given, monkeypatch, name, argument):
+def test_what_an_argument_cannot_be_is_a_sentence(given, monkeypatch, tmp_path, name, argument):
+    monkeypatch.chdir(tmp_path)  # some of these values are names of folders
     function = getattr(qlab, name)
     signature = inspect.signature(function)
     if argument not in signature.parameters:

@@ -157,3 +157,23 @@ def test_results_are_a_few_lines_and_a_table_in_a_notebook(results, name):
 def test_names_of_files_are_no_markup_in_a_notebook(results):
     odd = qlab.Tokens(results["tokens"].ids, ("<b>.txt",), "0" * 64, 0)
     assert "&lt;b&gt;.txt" in odd._repr_html_() and "<b>" not in odd._repr_html_()
+
+
+@pytest.mark.parametrize("option", [["--memory", "4"], ["--inputs", "reference"], ["--calibrate-all-experts"]])
+def test_options_of_a_model_that_is_not_run_are_refused(call, saved, tmp_path, option):
+    code, _, error = call("quantize", saved(), "--model-free", "--spec", "int4-g32", *option, "--out", tmp_path / "out")
+    assert code == 2 and f"{option[0]}" in error and "would change nothing" in error and not (tmp_path / "out").exists()
+
+
+def test_zero_points_of_no_rounding_are_refused(call, saved, tmp_path):
+    code, _, error = call("convert", saved(), "--codec", "gptq", "--asymmetric", "--out", tmp_path / "out")
+    assert code == 2 and "--asymmetric says how --requantize rounds" in error
+
+
+def test_names_in_python_are_meant_without_regard_to_case(saved, tmp_path, monkeypatch, demo):
+    assert qlab.parse_spec("INT4-G32") == qlab.parse_spec("int4-g32") and qlab.parse_spec("NVFP4") == qlab.parse_spec("nvfp4")
+    options = {"codec": "Compressed-Tensors", "target": "vLLM", "inputs": "Reference", "device": "CPU"}
+    assert qlab.quantize(saved(), qlab.rtn("W8A16"), None, tmp_path / "q", **options).inputs == "reference"
+    (demo / "model").symlink_to(saved())
+    monkeypatch.chdir(tmp_path)
+    assert qlab.open("Demo").path == qlab.open("demo").path

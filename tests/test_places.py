@@ -225,7 +225,7 @@ def test_figures_and_exports_replace_only_their_like(call, tmp_path, monkeypatch
 def test_two_benches_never_share_a_folder(call, folder, text, tmp_path, monkeypatch):
     monkeypatch.setenv("QLAB_HOME", str(tmp_path / "home"))
     other = shutil.copytree(folder, tmp_path / "other" / folder.name)
-    job = ["--calib", text, "--text", text, "--spec", "int4-g32", "--length", "32", "--windows", "2", "--methods", "rtn"]
+    job = ["--text", text, "--spec", "int4-g32", "--length", "32", "--windows", "2", "--methods", "rtn"]
     run = lambda model, *more: call("--model", model, "--samples", "2", *job, *more, main=bench_main)
     assert run(folder)[0] == run(other)[0] == 0
     kept = [json.loads(path.read_text()) for path in (tmp_path / "home" / "bench").glob("*/bench.json")]
@@ -243,7 +243,7 @@ def test_two_benches_never_share_a_folder(call, folder, text, tmp_path, monkeypa
 def test_a_bench_keeps_others_out_while_it_runs_and_after_it_was_stopped(call, folder, text, tmp_path, monkeypatch):
     import qlab.bench.methods as methods
 
-    job = ["--model", folder, "--calib", text, "--text", text, "--length", "32", "--windows", "2", "--methods", "rtn"]
+    job = ["--model", folder, "--text", text, "--length", "32", "--windows", "2", "--methods", "rtn"]
     run = lambda *more: call(*job, "--spec", "int4-g32", "--out", tmp_path / "out", *more, main=bench_main)
     real = methods._evaluate
 
@@ -255,8 +255,7 @@ def test_a_bench_keeps_others_out_while_it_runs_and_after_it_was_stopped(call, f
 
     monkeypatch.setattr(methods, "_evaluate", during)
     with pytest.raises(KeyboardInterrupt):
-        methods.compare_methods(str(folder), ["rtn"], "int4-g32", calib=[text], text=[text], samples=2, length=32, windows=2,
-                                out=tmp_path / "out")  # fmt: skip
+        methods.compare_methods(str(folder), ["rtn"], "int4-g32", text=[text], samples=2, length=32, windows=2, out=tmp_path / "out")
     code, _, said = run("--samples", "3")
     assert code == 2 and "holds another bench" in said
     assert run("--samples", "2")[0] == 0

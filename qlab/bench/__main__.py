@@ -21,8 +21,8 @@ from qlab.cli.options import (
     listed,
     report,
     run,
-    say,
 )
+from qlab.progress import say
 
 DEFAULT = "methods"
 
@@ -58,11 +58,15 @@ def methods(
 ) -> None:  # fmt: skip
     """Compare quantization methods with each other and with the unquantized model on held-out text."""
     from qlab.bench.methods import compare_methods, table
+    from qlab.cli.quantizing import recipe_of, refuse_unused
     from qlab.files.place import refuse_inside
 
+    chosen = listed(names.lower())
+    if not any(stage.needs for name in chosen for stage in recipe_of(name, spec, asymmetric)):
+        refuse_unused(calib, None, "none of these methods observes anything")
     if json_file and out:
         refuse_inside(json_file, [Path(out).expanduser().resolve()])
-    record = compare_methods(model, listed(names.lower()), spec, asymmetric=asymmetric, calib=calib, text=text, samples=samples,
+    record = compare_methods(model, chosen, spec, asymmetric=asymmetric, calib=calib, text=text, samples=samples,
                              length=length, seed=seed, windows=windows, inputs=inputs, out=out)  # fmt: skip
     console().print(table(record))
     report(record, json_file)

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,12 +20,13 @@ from qlab.bench.plots import draw
 from qlab.calibration import Tokens
 from qlab.cli.quantizing import recipe_of
 from qlab.demo import home
-from qlab.errors import QlabError, printable
+from qlab.errors import QlabError
 from qlab.evaluate import Evaluation, read
 from qlab.files.atomic import write_json
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.ownership import sealed
 from qlab.hub import calibration_texts, evaluation_texts, is_demo
+from qlab.progress import say
 from qlab.quantize import Result
 from qlab.report import PeakMemory, versions
 from qlab.spec import parse_spec
@@ -56,14 +56,16 @@ def compare_methods(
            "inputs": inputs}  # fmt: skip
     out = Path(os.path.realpath(Path(out or home() / "bench" / _folder_name(name, job)).expanduser()))
     refuse_foreign(out, recipes, job, model.path, [Path(path) for path in (*(calib or ()), *(text or ()))])
-    if not is_demo(model) and not (calib and text):
-        _say(f"{model.path} is measured on the demo's text, articles of English Wikipedia; --calib and --text take texts of its own")
-    data = qlab.tokens(model, calibration_texts(calib), samples, length, seed)
+    observes = bool(calib) or any(stage.needs for recipe in recipes.values() for stage in recipe)
+    if not is_demo(model) and not (text and (calib or not observes)):
+        say(f"{model.path} is measured on the demo's text, articles of English Wikipedia; --calib and --text take texts of its own")
+    data = qlab.tokens(model, calibration_texts(calib), samples, length, seed) if observes else None
     held_out = qlab.first_windows(model, evaluation_texts(text), length, windows)
     if len(held_out.ids) < windows:
         raise QlabError(f"{' and '.join(held_out.texts)} gives {len(held_out.ids)} windows of {length} tokens and {windows} "
                         "were asked for; give more text, fewer windows or a shorter length")
-    _say(f"calibrating on {data.count:,} tokens ({samples} windows of {length}), evaluating on {held_out.count:,}")
+    calibrating = f"calibrating on {data.count:,} tokens ({samples} windows of {length}), " if data else ""
+    say(f"{calibrating}evaluating on {held_out.count:,} tokens")
     with owned(out, job):
         results = _quantize(model, recipes, data, out, inputs)  # before the reference is read, which would add to their memory
         reference, rows = _evaluate(model, results, held_out, spec)
@@ -73,12 +75,12 @@ def compare_methods(
     return record
 
 
-def _record(name: str, job: Mapping[str, Any], reference: dict, rows: list[dict], data: Tokens, held_out: Tokens,
+def _record(name: str, job: Mapping[str, Any], reference: dict, rows: list[dict], data: Tokens | None, held_out: Tokens,
             out: Path) -> dict[str, Any]:  # fmt: skip
     """What bench.json says."""
     return sealed({
         "model": name, "job": job, "reference": reference, "rows": rows, "seed": job["seed"], "inputs": job["inputs"],
-        "data": {"calibration": data.describe(), "evaluation": held_out.describe()}, "versions": versions(),
+        "data": {"calibration": data and data.describe(), "evaluation": held_out.describe()}, "versions": versions(),
         "device": {"type": "cpu", "threads": torch.get_num_threads()}, "out": str(out),
     })  # fmt: skip
 
@@ -101,7 +103,7 @@ def _resolved(paths: Paths) -> list[str] | None:
     return [str(Path(path).resolve()) for path in paths] if paths else None
 
 
-def _quantize(model: Checkpoint, recipes: Mapping[str, Transform], data: Tokens, out: Path, inputs: str) -> dict[str, Result]:
+def _quantize(model: Checkpoint, recipes: Mapping[str, Transform], data: Tokens | None, out: Path, inputs: str) -> dict[str, Result]:
     results = {}
     if inputs == "reference":
         results = qlab.compare(model, recipes, data, out, inputs="reference", overwrite=True)
@@ -110,7 +112,7 @@ def _quantize(model: Checkpoint, recipes: Mapping[str, Transform], data: Tokens,
             gc.collect()
             results[method] = qlab.quantize(model, recipes[method], data, out / method, overwrite=True)
         cost = results[method]
-        _say(f"{method}: quantized in {cost.seconds:.1f} s, peak {cost.peak_rss_bytes / 2**20:.0f} MiB")
+        say(f"{method}: quantized in {cost.seconds:.1f} s, peak {cost.peak_rss_bytes / 2**20:.0f} MiB")
     return results
 
 
@@ -119,7 +121,7 @@ def _evaluate(model: Checkpoint, results: Mapping[str, Result], held_out: Tokens
     with PeakMemory() as peak:
         reference = read(model, held_out)
         found = qlab.evaluate(reference, reference, held_out)
-    _say(f"reference: perplexity {found.perplexity:.3f}")
+    say(f"reference: perplexity {found.perplexity:.3f}")
     size = sum(file.stat().st_size for file in set(model.files.values()))
     unquantized = _row("reference", None, found, started, bits_per_weight=8.0 * model.dtype.itemsize, bytes=size, seconds=0.0,
                        peak_rss_bytes=peak.bytes, inputs=None, losses={})  # fmt: skip
@@ -130,7 +132,7 @@ def _evaluate(model: Checkpoint, results: Mapping[str, Result], held_out: Tokens
         losses = {site: row["loss"] for site, row in result.sites.items() if "loss" in row}
         rows.append(_row(method, spec, found, started, bits_per_weight=result.bits_per_weight, bytes=result.bytes,
                          seconds=result.seconds, peak_rss_bytes=result.peak_rss_bytes, inputs=result.inputs, losses=losses))
-        _say(f"{method}: perplexity {found.perplexity:.3f} ({_change(rows[-1]['ratio'])} %)")
+        say(f"{method}: perplexity {found.perplexity:.3f} ({_change(rows[-1]['ratio'])} %)")
     return unquantized, rows
 
 
@@ -170,7 +172,3 @@ def _range(interval: Sequence[float]) -> str:
 
 def _change(ratio: float) -> str:
     return f"{100 * (ratio - 1):+.1f}"
-
-
-def _say(line: str) -> None:
-    print(printable(line), file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ from qlab.cli.options import (
     report,
     resolved,
 )
+from qlab.errors import QlabError
 
 
 def inspect(directory: Model, json_file: Json = None) -> None:
@@ -45,6 +46,8 @@ def convert(
         from qlab.convert import convert
         from qlab.spec import parse_spec
 
+    if asymmetric and not requantize:
+        raise QlabError("--asymmetric says how --requantize rounds, which was not given; leave it out, or give both")
     output_place(out, directory, [], overwrite, resume, json_file)
     grid = parse_spec(requantize, symmetric=not asymmetric) if requantize else None
     result = convert(resolved(directory), codec, out, requantize=grid, overwrite=overwrite, resume=resume)

@@ -4,17 +4,18 @@ import gc
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from qlab.errors import QlabError, printable
+from qlab.errors import QlabError, printable, refusal_of
 
 SEVERAL = ("--calib", "--images", "--text")  # options that take several files
+STOPPED = 130  # the exit code of a command that Ctrl-C ended
 WIDTH = 132  # of a table that no terminal shows
 
 HELP_BY = {"help_option_names": ["-h", "--help"]}
@@ -93,14 +94,9 @@ def listed(text: str, separator: str = ",") -> list[str]:
 
 def resolved(model: str) -> Path:
     """The directory that a name stands for."""
-    from qlab.hub import DEMO, demo_model
+    from qlab.hub import demo_model, is_demo_name
 
-    return demo_model() if model == DEMO else Path(model)
-
-
-def say(line: str) -> None:
-    """Progress, and what else is no result."""
-    print(printable(line), file=sys.stderr, flush=True)
+    return demo_model() if is_demo_name(model) else Path(model)
 
 
 def report(value: Any, path: Path | None) -> None:
@@ -123,12 +119,45 @@ def output_place(out: Path, model: str, files: Sequence[Path], overwrite: bool, 
 
 
 def run(typed: typer.Typer) -> None:
-    """Run a command line; what qlab refuses becomes one line on stderr and exit code 2."""
+    """Run a command line; what qlab or the system refuses becomes one line on stderr and exit code 2."""
+    try:
+        _run(typed)
+    except BrokenPipeError:  # whoever read the output has enough of it
+        _drop_output()
+        sys.exit(1)
+    except OSError as error:
+        _drop_output()
+        _end(refusal_of(error), 2)
+    except (QlabError, RecursionError) as error:
+        _end(error if isinstance(error, QlabError) else refusal_of(error), 2)
+    except MemoryError:
+        _end("this machine has too little memory for it; free some, or give less at a time", 2)
+    except KeyboardInterrupt:
+        _end("stopped before its end; quantize and convert go on from there with --resume", STOPPED)
+
+
+def _run(typed: typer.Typer) -> None:
     try:
         typed(args=_spread(sys.argv[1:]))
-    except QlabError as error:
-        print(f"qlab: {error}", file=sys.stderr)
-        sys.exit(2)
+    except SystemExit as end:
+        if end.code == STOPPED:
+            raise KeyboardInterrupt from end
+        raise
+    finally:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+
+
+def _drop_output() -> None:
+    """What could not be written is not tried again when the process ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _end(why: object, code: int) -> NoReturn:
+    with suppress(OSError):
+        print(f"qlab: {why}", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def _spread(arguments: Sequence[str]) -> list[str]:

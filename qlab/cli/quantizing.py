@@ -1,6 +1,7 @@
 """plan, quantize and eval."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,9 +33,9 @@ from qlab.cli.options import (
     output_place,
     report,
     resolved,
-    say,
 )  # fmt: skip
 from qlab.errors import QlabError
+from qlab.progress import say
 
 
 def recipe_of(method: str, spec: str, asymmetric: bool) -> Any:
@@ -91,7 +92,7 @@ def _data(
     if calib and images:
         raise QlabError("--calib takes text and --images samples that may have both; give one of them")
     if not any(stage.needs for stage in recipe):
-        _refuse_unused(calib, images, "this method observes nothing")
+        refuse_unused(calib, images, "this method observes nothing")
         return None
     if images:
         return image_samples(model, images, samples, length, seed)
@@ -101,10 +102,16 @@ def _data(
     return tokens(model, calibration_texts(calib), samples, length, seed)
 
 
-def _refuse_unused(calib: list[Path] | None, images: list[Path] | None, why: str) -> None:
+def refuse_unused(calib: list[Path] | None, images: list[Path] | None, why: str) -> None:
+    """A text that changes nothing is taken for one that does."""
     if calib or images:
         option = "--calib" if calib else "--images"
         raise QlabError(f"{option} would not be used, since {why}; leave it out, or choose a method that is calibrated, such as gptq")
+
+
+def _refuse_of_models(given: Mapping[str, Any]) -> None:
+    if said := [option for option, value in given.items() if value]:
+        raise QlabError(f"{said[0]} would change nothing, since --model-free runs no model; leave it out, or leave out --model-free")
 
 
 def plan(
@@ -150,7 +157,9 @@ def quantize(
         raise QlabError("--outside asks the model what lies around its blocks; --model-free takes --include and --exclude")
     output_place(out, model, [*(calib or ()), *(images or ())], overwrite, resume, json_file)
     if model_free:
-        _refuse_unused(calib, images, "--model-free runs no model")
+        refuse_unused(calib, images, "--model-free runs no model")
+        _refuse_of_models({"--memory": memory, "--calibrate-all-experts": all_experts, "--inputs reference": mode == "reference",
+                           f"--device {device}": device != "cpu"})  # fmt: skip
         _quantize_files(model, out, method, spec, asymmetric, codec, target, include, exclude, overwrite, resume, json_file)
         return
     if include or exclude:

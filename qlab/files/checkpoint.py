@@ -1,7 +1,6 @@
 """A model directory as lazily loaded tensors: the one door to a model's files and to its configuration."""
 
 import hashlib
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from qlab.codecs import Codec, reader
 from qlab.codecs.extra import Extra
-from qlab.errors import QlabError
+from qlab.errors import QlabError, warn
 from qlab.files.directory import CONFIG, INDEX, Stored, locate, read_json
 from qlab.files.explained import KEY, explained, refuse_unexplained
 from qlab.files.tensors import dtype_of, read, same_bytes
@@ -178,8 +177,7 @@ class Checkpoint(Shown):
         """Warn of what the directory's readers do at run time and qlab does not."""
         for extra in self.extras:
             if not extra.applied:
-                warnings.warn(f"{self.path}: {extra.says}, which qlab does not do: it computes with keys and values as they are",
-                              stacklevel=4)  # fmt: skip
+                warn(f"{self.path}: {extra.says}, which qlab does not do: it computes with keys and values as they are")
 
     def fingerprint(self) -> str:
         """sha256 over the config and all files: a job that goes on with other weights would mix two models."""

@@ -75,7 +75,9 @@ def read_header(file: Path) -> dict[str, Stored]:
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             found = json.loads(f.read(length), object_pairs_hook=_without_duplicates)
         return _checked(file, found, 8 + length, size)
-    except (OSError, ValueError, RecursionError, struct.error) as error:
+    except OSError as error:
+        raise QlabError(f"{file} cannot be read ({error.strerror}); check the path and its permissions") from error
+    except (ValueError, RecursionError, struct.error) as error:
         raise QlabError(f"{file} is truncated or not a safetensors file ({_first_line(error)}); download it again") from error
 
 

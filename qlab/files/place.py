@@ -1,6 +1,7 @@
 """Where an output may go: a new or empty folder, or one that qlab wrote, apart from all that the run reads."""
 
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from qlab.files.ownership import foreign, read_sealed
 PARTIAL = ".partial"  # ends the name of the folder in which an output is built
 WORK = ".work"  # in that folder: how far the run came
 MOUNTS = Path("/proc/self/mountinfo")
+STREAMS = re.compile(r"-|/dev/(std(in|out|err)|fd/.*)|/proc/.*")  # names of what is no file, or another one each time
 
 
 def place(out: str | Path, model: Path, files: Iterable[Path] = ()) -> Path:
@@ -62,6 +64,8 @@ def refuse_existing(folder: Path, overwrite: bool, contents: bool = True) -> Non
     try:
         taken = is_taken(folder)
         reason = foreign(folder, contents) if taken and overwrite else None
+        if os.path.isdir(folder) and not os.access(folder, os.W_OK | os.X_OK):
+            reason = f"{folder} may not be written to"
     except OSError as error:
         raise QlabError(f"{folder} cannot be read ({error.strerror}); choose another output directory") from error
     if taken and not overwrite:
@@ -79,6 +83,8 @@ def is_taken(folder: Path) -> bool:
 def report_place(path: Path) -> Path:
     """Where a report goes, with all links followed: a new file, an empty one, or a report that qlab wrote and nobody changed."""
     file = Path(os.path.realpath(path))
+    if STREAMS.fullmatch(os.fspath(path)):
+        raise QlabError(f"--json {path} is no file; a report stands in one by itself, so give --json a name such as report.json")
     if file.is_dir() or not os.access(file.parent, os.W_OK):
         raise QlabError(f"{path} cannot be written; give --json a file in a folder that is there and may be written to")
     if file.exists() and not file.is_file():

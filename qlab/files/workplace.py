@@ -7,18 +7,18 @@ folder, which goes with it when it is renamed, keeps every other run away until 
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
-from qlab.errors import QlabError, Unwritable, printable
+from qlab.errors import QlabError, Unwritable
 from qlab.files.atomic import atomically, sync
 from qlab.files.directory import INDEX
 from qlab.files.lock import LOCK, Lock
 from qlab.files.ownership import RECORD, damaged, foreign
 from qlab.files.place import WORK, is_taken, refuse_existing, working
+from qlab.progress import say
 
 JOB = "job.json"  # in the work folder: what identifies the run that began there
 OVERWRITE = "overwrite"  # in the work folder: the run may replace an existing output
@@ -259,11 +259,6 @@ class Workplace:
 
 
 # ------------------------------------------------------------------ parts
-def say(line: str) -> None:
-    """A line of a run's progress."""
-    print(printable(f"qlab: {line}"), file=sys.stderr, flush=True)
-
-
 def _read_job(path: Path, key: str | None = None) -> Any:
     try:
         value = json.loads(path.read_text())

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.errors import Unwritable
+from qlab.errors import QlabError, Unwritable
 from qlab.files.atomic import digest_of
 from qlab.files.carry import Carry
 from qlab.files.directory import INDEX, read_header
 from qlab.files.ownership import RECORD, read_sealed, sealed, with_files
 from qlab.files.tensors import write
-from qlab.files.workplace import NAMES, Workplace, say
+from qlab.files.workplace import NAMES, Workplace
+from qlab.progress import say
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 FORMER = ("quantize_config.json", "quant_config.json")  # they say how the weights were quantized before, in GPTQ's and AWQ's way
@@ -36,8 +37,11 @@ class Writer(Workplace):
         self.digests: dict[int, str] = {}  # of shards that await their notes
         super().__init__(out, overwrite, resume)
 
-    def begin(self, job: Mapping[str, Any], shards: int = 1) -> None:
-        """Begin a job of so many shards, or go on with it."""
+    def begin(self, job: Mapping[str, Any], shards: int = 1, copied: Path | None = None) -> None:
+        """Begin a job of so many shards, or go on with it. copied: the model directory whose other files `finish` copies."""
+        for path in _beside(copied).values() if copied else ():
+            if not os.access(path, os.R_OK):
+                raise QlabError(f"{path} may not be read, and goes into the output; give it to whoever runs this, or move it away")
         self.shards = shards
         super().begin(job)
 
@@ -128,11 +132,7 @@ class Writer(Workplace):
 
     def _complete(self, files: Mapping[str, Any], copied: Path) -> None:
         """All files beside the shards; qlab.json, which names them all, comes last."""
-        others = {}
-        for path in sorted([*copied.iterdir(), *(copied / TEMPLATES).glob("*")]):
-            weights = path.suffix in WEIGHTS or path.name.endswith(".index.json") or path.name in FORMER
-            if path.is_file() and not weights and path.name not in files:
-                others[str(path.relative_to(copied))] = path
+        others = {name: path for name, path in _beside(copied).items() if path.name not in files}
         self.write_json(self.work / NAMES, sorted(others))
         for name, path in others.items():
             (self.partial / name).parent.mkdir(exist_ok=True)
@@ -152,3 +152,13 @@ class Writer(Workplace):
             weight_map |= dict.fromkeys(read_header(self.shard(i)), self.shard(i).name)
             size += self.shard(i).stat().st_size
         return {"metadata": {"total_size": size}, "weight_map": weight_map}
+
+
+def _beside(folder: Path) -> dict[str, Path]:
+    """The files of a model directory that hold no weights and do not say how they are stored: name -> file."""
+    found = {}
+    for path in sorted([*folder.iterdir(), *(folder / TEMPLATES).glob("*")]):
+        weights = path.suffix in WEIGHTS or path.name.endswith(".index.json") or path.name in FORMER
+        if path.is_file() and not weights:
+            found[str(path.relative_to(folder))] = path
+    return found

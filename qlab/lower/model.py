@@ -1,13 +1,12 @@
 """A quantized model directory as an ordinary Hugging Face model that runs fast."""
 
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from qlab.errors import QlabError
+from qlab.errors import QlabError, warn
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.lower.attention import use_grouped_attention
 from qlab.lower.coded import CodedExperts, CodedLinear, CodedWeight
@@ -58,7 +57,7 @@ def lower(
     for name in quantized_weights(skeleton):
         set_module(skeleton.model, name, pack(skeleton, name, dtype, where, dense_cache))
     for slow in () if dense_cache else slownesses(skeleton.model, dtype, where):
-        warnings.warn(f"{slow}; dense_cache=True dequantizes once", stacklevel=3)
+        warn(f"{slow}; dense_cache=True dequantizes once")
     with torch.no_grad():
         skeleton.load_outside(with_head=True)
         _load_blocks(skeleton)
