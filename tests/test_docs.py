@@ -11,6 +11,7 @@ import shlex
 import shutil
 import tomllib
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,10 @@ from doors.test_from_gguf import KINDS, write
 from families import FAMILIES, MIXTURES, OTHERS, UNLIKE, VISION
 from test_vision import llava  # noqa: F401  a fixture
 from typer.core import TyperCommand
+from typer.main import get_command
 
 import qlab.cli
+from qlab.bench.__main__ import app as bench_app
 from qlab.bench.__main__ import main as bench
 from qlab.errors import QlabError
 
@@ -205,6 +208,23 @@ def test_every_block_is_read(page):
     for block, following in zip(read, [*read[1:], None]):
         assert block.language in ("bash", "python", "text") and block.mark in ("", "refused", *UNRUN), block
         assert (block.mark == "refused") <= (following is not None and following.language == "text"), block
+
+
+def options(command):
+    """The options of a command and of those below it."""
+    own = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    return own.union(*map(options, getattr(command, "commands", {}).values()))
+
+
+@each_page
+def test_options_paths_and_names_in_the_text_exist(page):
+    text = page.read_text(encoding="utf-8")
+    known = options(get_command(qlab.cli.app)) | options(get_command(bench_app)) | {"--help"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) <= known
+    paths = re.findall(r"`((?:qlab|tests|experiments|docs|kernels)/[\w/.-]*)", text)
+    assert not [path for path in paths if not (ROOT / path).exists()]
+    public = set(re.findall(r"\bqlab\.(\w+)", text)) - {"json"}  # qlab.json is a file
+    assert not [name for name in public if name not in qlab.__all__ and not find_spec(f"qlab.{name}")]
 
 
 @each_page
