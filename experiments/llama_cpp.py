@@ -18,7 +18,7 @@ from rich import print
 from rich.table import Table
 
 from qlab.bench import generate
-from qlab.report import versions
+from qlab.files.record import versions
 
 PROMPT, NEW, ROUNDS = 512, 128, 7
 RESULT = Path(__file__).parent / "results" / "generate-llama-cpp.json"

@@ -24,7 +24,7 @@ from rich.table import Table
 import qlab
 from qlab.demo import demo_text
 from qlab.evaluate import read
-from qlab.report import versions
+from qlab.files.record import versions
 
 METHODS = ("gptq", "awq", "awq-gptq", "gptaq")
 ROUNDS = 1

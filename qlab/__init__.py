@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qlab.convert import convert
     from qlab.errors import QlabError
     from qlab.evaluate import evaluate, perplexity
+    from qlab.grid import GRIDS
     from qlab.hub import open_model as open
     from qlab.images import Samples, image_samples
     from qlab.inspection import inspect
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from qlab.methods.awq import awq, awq_scale
     from qlab.methods.gptaq import aim_at_reference, gptaq
     from qlab.methods.gptq import gptq
-    from qlab.methods.grid import GRIDS
     from qlab.methods.rtn import rtn
     from qlab.model_free import quantize_files
     from qlab.plan import plan

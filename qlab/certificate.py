@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.qtensor import Leaf, QTensor, dense, steps
+from qlab.qtensor import Leaf, QTensor, dense, largest_step
 from qlab.spec import Int
 
 
@@ -58,13 +58,6 @@ def hash_of_json(value: Any) -> str:
 
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def largest_step(leaf: QTensor, D_ok: Tensor) -> float:
-    """max |D| / |scale| of an error D = W' - W: at most 0.5 for a weight that was rounded to the nearest integer unclipped. No error
-    at a scale of 0 is none."""
-    low, high = leaf.spec.tile.split(D_ok).aminmax(dim=-1)
-    return float((torch.maximum(-low, high) / steps(leaf.scales, leaf.outer, torch.float32).abs()).nan_to_num(0.0).max())
 
 
 def off_grid(leaf: QTensor) -> str | None:

@@ -14,13 +14,14 @@ from qlab.codecs import CODECS, Codec, refusal_of_transposed
 from qlab.errors import QlabError
 from qlab.files.checkpoint import GGUF, Checkpoint, open_checkpoint
 from qlab.files.place import place, refuse_early
+from qlab.files.record import recorded, versions, written
 from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
 from qlab.files.writer import Writer
-from qlab.methods.grid import encode as round_to_grid
-from qlab.methods.grid import minmax
+from qlab.grid import encode as round_to_grid
+from qlab.grid import minmax
 from qlab.model.linears import embeddings, linear_names, refuse_unheld, transposed, untied_where_apart
 from qlab.qtensor import QTensor, dense
-from qlab.report import recorded, stored_bits, versions, written
+from qlab.report import stored_bits
 from qlab.shown import Shown
 from qlab.siblings import Siblings
 from qlab.spec import Int, Spec
@@ -39,6 +40,10 @@ class Converted(Shown):
     path: Path
     sites: Mapping[str, Mapping[str, Any]]
     dequantized: Mapping[str, str] = field(default_factory=dict)
+
+    def __fspath__(self) -> str:
+        """The directory: a result stands wherever a path does."""
+        return str(self.path)
 
     @property
     def requantized(self) -> dict[str, float]:

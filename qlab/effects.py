@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from qlab.codecs import CODECS
 from qlab.errors import QlabError
 from qlab.graph import Op, Site
-from qlab.methods.inputs import DYNAMIC, QuantizeInput
+from qlab.methods.inputs import DYNAMIC
+from qlab.online import QuantizeInput
 from qlab.spec import Spec
 from qlab.sweep import DRIFT, Inputs
 from qlab.transform import Stage, Transform

@@ -24,10 +24,11 @@ from qlab.codecs.gguf_keys import Said
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.directory import CONFIG, read_json
+from qlab.files.record import versions, written
 from qlab.files.writer import Writer
 from qlab.model.skeleton import Skeleton
 from qlab.qtensor import QTensor, dense
-from qlab.report import stored_bits, versions, written
+from qlab.report import stored_bits
 from qlab.spec import Spec
 from qlab.surroundings import foreign, undisturbed
 

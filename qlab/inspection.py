@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
-from qlab.report import recorded
+from qlab.files.record import recorded
 from qlab.shown import Shown, size
 from qlab.surroundings import undisturbed
 

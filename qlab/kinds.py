@@ -195,7 +195,7 @@ def optional_spec(value: Any, name: str) -> Any:
 
 def grid(value: Any, name: str) -> Any:
     """A grid, or its name."""
-    from qlab.methods.grid import GRIDS, Grid
+    from qlab.grid import GRIDS, Grid
 
     found = GRIDS.get(value.lower()) if isinstance(value, str) else value
     if not isinstance(found, Grid):

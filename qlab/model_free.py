@@ -20,6 +20,7 @@ from qlab.codecs import CODECS, Codec, refusal_of_transposed
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.place import place, refuse_early
+from qlab.files.record import bits_per_weight, recorded, versions, written
 from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
 from qlab.files.writer import Writer
 from qlab.graph import lone_weight
@@ -34,7 +35,7 @@ from qlab.model.linears import (
 )  # fmt: skip
 from qlab.plan import CODEC
 from qlab.qtensor import QTensor, dense
-from qlab.report import PeakMemory, bits_per_weight, describe, recorded, site_rows, versions, written
+from qlab.report import PeakMemory, describe, site_rows
 from qlab.scope import matches
 from qlab.shown import Shown, size
 from qlab.siblings import Siblings
@@ -55,6 +56,10 @@ class Rewritten(Shown):
     sites: Mapping[str, Mapping[str, Any]]
     seconds: float
     peak_rss_bytes: int
+
+    def __fspath__(self) -> str:
+        """The directory: a result stands wherever a path does."""
+        return str(self.path)
 
     @property
     def bits_per_weight(self) -> float:

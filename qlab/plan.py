@@ -15,13 +15,14 @@ from qlab.duration import SPREAD, Work, said, work_of
 from qlab.effects import input_specs, online_of, refuse_unheld, refuse_without_effect
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
+from qlab.files.record import bits_per_weight
 from qlab.graph import Code, Site, by_origin, is_matrix
 from qlab.memory import predict_memory
 from qlab.model.linears import by_module, unbuilt
 from qlab.model.skeleton import Skeleton
 from qlab.model.uncounted import refuse_uncounted
 from qlab.outside import outside_sites
-from qlab.report import bits_per_weight, describe
+from qlab.report import describe
 from qlab.shown import Shown, size, some
 from qlab.spec import Float, Spec, legal_groups, with_scale_dtype
 from qlab.stats import STATS

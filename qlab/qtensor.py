@@ -99,3 +99,10 @@ pytree.register_pytree_node(
     lambda q: ([q.codes, q.scales, q.zeros, q.outer, q.perm], q.spec),
     lambda parts, spec: QTensor(parts[0], parts[1], parts[2], spec, parts[3], parts[4]),  # type: ignore[index]
 )
+
+
+def largest_step(leaf: QTensor, D_ok: Tensor) -> float:
+    """max |D| / |scale| of an error D = W' - W: at most 0.5 for a weight that was rounded to the nearest integer unclipped. No error
+    at a scale of 0 is none."""
+    low, high = leaf.spec.tile.split(D_ok).aminmax(dim=-1)
+    return float((torch.maximum(-low, high) / steps(leaf.scales, leaf.outer, torch.float32).abs()).nan_to_num(0.0).max())

@@ -19,6 +19,7 @@ from qlab.codecs import CODECS, Codec
 from qlab.files.carry import Carry
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.place import places
+from qlab.files.record import bits_per_weight, versions, written
 from qlab.files.writer import Writer
 from qlab.graph import Code, ModuleGraph
 from qlab.lossless import refuse_changed
@@ -30,7 +31,7 @@ from qlab.model.ties import untied
 from qlab.outside import outside_leaves, outside_sites, weight_of
 from qlab.plan import CODEC, Plan, plan
 from qlab.progress import progress, say
-from qlab.report import PeakMemory, bits_per_weight, describe, site_rows, versions, written
+from qlab.report import PeakMemory, describe, site_rows
 from qlab.shown import Shown, size, some
 from qlab.spec import InputSpec, Spec, parse_input_spec, parse_spec
 from qlab.states import flat, states_of, stored_shapes
@@ -66,6 +67,10 @@ class Result(Shown):
     inputs: Inputs
     seconds: float
     peak_rss_bytes: int
+
+    def __fspath__(self) -> str:
+        """The directory: a result stands wherever a path does."""
+        return str(self.path)
 
     @property
     def bits_per_weight(self) -> float:

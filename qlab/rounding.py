@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from qlab.certificate import largest_step
 from qlab.errors import QlabError
 from qlab.graph import ModuleGraph, Site
-from qlab.qtensor import Leaf, QTensor, dense, shared_outer
+from qlab.qtensor import Leaf, QTensor, dense, largest_step, shared_outer
 from qlab.spec import Spec, same_grid, with_scale_dtype
 from qlab.stats import Moment
 

@@ -17,12 +17,12 @@ from qlab.certificate import distances, fingerprint, hash_of, hash_of_json, off_
 from qlab.covered import unlike_recipe
 from qlab.errors import QlabError, printable
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
+from qlab.files.record import recorded
 from qlab.files.shardwise import leaves_by_file
 from qlab.model.alike import Alike, alike
 from qlab.model.linears import refuse_unheld, transposed
 from qlab.model.ties import FLAG
 from qlab.qtensor import QTensor, dense
-from qlab.report import recorded
 from qlab.shown import Shown, some
 from qlab.surroundings import undisturbed
 

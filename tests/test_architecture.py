@@ -13,7 +13,8 @@ PACKAGE = ROOT / "qlab"
 # A module imports from strictly lower layers, or from its own package. A package is one layer of all its files.
 LAYERS = [
     {"errors", "processor", "quiet", "surroundings"},
-    {"products", "progress", "scope", "shown", "spec", "taken_apart"}, {"qtensor", "targets"}, {"certificate"},
+    {"bits", "products", "progress", "scope", "shown", "spec", "taken_apart"}, {"qtensor", "targets"}, {"certificate", "grid"},
+    {"online"},
     {"experts"}, {"graph"}, {"as_it_is", "on_tensors"}, {"unrolled"}, {"trace"},
     {"interpret", "programs"}, {"stats"}, {"claims", "rounding"}, {"transform"}, {"channels"}, {"absorb"}, {"methods"}, {"codecs"},
     {"documents", "tokenizing"}, {"texts"}, {"files"}, {"calibration"},
@@ -24,7 +25,8 @@ LAYERS = [
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MATHEMATICS = {"errors", "scope", "spec", "taken_apart", "on_tensors", "as_it_is", "unrolled", "qtensor", "experts", "graph", "trace",
-               "interpret", "products", "programs", "processor", "stats", "rounding", "transform", "channels", "absorb", "methods",
+               "interpret", "products", "programs", "processor", "stats", "rounding", "grid", "bits", "online",
+               "transform", "channels", "absorb", "methods",
                "claims"}
 MODELS = {"transformers", "safetensors", "accelerate", "huggingface_hub", "gguf"}
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
@@ -103,6 +105,18 @@ def test_methods_know_neither_devices_nor_files_nor_paths(file):
     if unit(file) == "methods":
         assert not top_level(file) - {"torch", "qlab", "collections", "dataclasses", "typing", "math", "functools", "einops"}
         assert ".cuda(" not in FILES[file].read_text(encoding="utf-8")
+
+
+@modules
+def test_rooms_that_do_not_know_each_other(file):
+    """A format knows no method, running a model knows no quantizing, and lowering knows no format."""
+    apart = {
+        "codecs": {"methods"},
+        "methods": {"codecs"},
+        "lower": {"methods", "codecs", "sweep", "plan", "quantize", "report", "memory"},
+    }
+    wrong = apart.get(unit(file), set()) & set(own_imports(file))
+    assert not wrong, f"{file} imports {sorted(wrong)}"
 
 
 @modules

@@ -14,10 +14,10 @@ from qlab.cli import main
 from qlab.errors import QlabError
 from qlab.evaluate import evaluate
 from qlab.files.checkpoint import open_checkpoint
+from qlab.grid import encode as on_grid
+from qlab.grid import minmax
 from qlab.methods import METHODS
 from qlab.methods.gptq import gptq
-from qlab.methods.grid import encode as on_grid
-from qlab.methods.grid import minmax
 from qlab.methods.rtn import rtn
 from qlab.model.skeleton import Skeleton
 from qlab.plan import plan

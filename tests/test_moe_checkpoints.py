@@ -14,10 +14,10 @@ from qlab.codecs import CODECS
 from qlab.convert import convert
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
+from qlab.grid import encode as on_grid
+from qlab.grid import minmax
 from qlab.methods import METHODS
 from qlab.methods.gptq import gptq
-from qlab.methods.grid import encode as on_grid
-from qlab.methods.grid import minmax
 from qlab.methods.rtn import rtn
 from qlab.model_free import quantize_files
 from qlab.plan import plan

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
-from qlab.methods.grid import encode, minmax
+from qlab.grid import encode, minmax
 from qlab.model.names import Piece, assemble, pieces_of_experts
 from qlab.model.skeleton import Skeleton
 from qlab.qtensor import QTensor

@@ -17,11 +17,11 @@ from qlab.calibration import tokens
 from qlab.errors import QlabError
 from qlab.evaluate import evaluate
 from qlab.files.checkpoint import INDEX, open_checkpoint
+from qlab.grid import encode, minmax
 from qlab.methods import METHODS
 from qlab.methods.awq import awq
 from qlab.methods.gptaq import aim_at_reference, gptaq
 from qlab.methods.gptq import gptq
-from qlab.methods.grid import encode, minmax
 from qlab.methods.inputs import quantize_inputs
 from qlab.methods.rtn import rtn
 from qlab.model.skeleton import Skeleton

@@ -25,10 +25,11 @@ from qlab.evaluate import Evaluation, read
 from qlab.files.atomic import write_json
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.ownership import sealed
+from qlab.files.record import versions
 from qlab.hub import calibration_texts, evaluation_texts, is_demo
 from qlab.progress import say
 from qlab.quantize import Result
-from qlab.report import PeakMemory, versions
+from qlab.report import PeakMemory
 from qlab.spec import parse_spec
 from qlab.sweep import inputs_named
 from qlab.transform import Transform

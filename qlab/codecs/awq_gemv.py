@@ -19,8 +19,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from qlab.bits import signed, unpack
 from qlab.codecs import stored
-from qlab.codecs.bits import signed, unpack
 from qlab.errors import QlabError
 from qlab.qtensor import QTensor
 from qlab.spec import Int

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qlab.codecs.stored import bare
 from qlab.errors import QlabError
-from qlab.methods.inputs import QuantizeInput
+from qlab.online import QuantizeInput
 from qlab.qtensor import QTensor
 from qlab.spec import FLOATS, Float, InputSpec, Spec, Tile
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlab.bits import pack, pack_signed, signed, unpack, unpack_signed, unsigned
 from qlab.codecs import dynamic, stored
-from qlab.codecs.bits import pack, pack_signed, signed, unpack, unpack_signed, unsigned
 from qlab.errors import QlabError
 from qlab.qtensor import QTensor
 from qlab.spec import Int, Spec

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlab.bits import signed
 from qlab.codecs import stored
-from qlab.codecs.bits import signed
 from qlab.errors import QlabError
 from qlab.qtensor import Leaf, QTensor
 from qlab.spec import Int, Spec, Tile

@@ -1,6 +1,7 @@
 """A model directory as lazily loaded tensors: the one door to a model's files and to its configuration."""
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -196,7 +197,7 @@ def _forget_codes(config: "PretrainedConfig") -> None:
             _forget_codes(part)
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """A Hugging Face model directory, quantized by a format that qlab reads or not. Nothing is loaded but headers.
 
     Errors: a missing or empty directory, no safetensors in it, a truncated or foreign shard, an unknown quantization.

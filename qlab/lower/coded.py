@@ -4,7 +4,7 @@
     qlab::experts_mm(x, words, scales, ..., dense, ends, n, k, spec)   -> y [s, n]: rows ends[e-1]:ends[e] of x @ W_e.T
     qlab::experts_back(g, words, scales, ..., dense, ends, k, spec)    -> its gradient by x [s, k]: rows of g @ W_e
 
-words: int32 [..., n, ceil(k bits / 32)], codes one behind the other (qlab.codecs.bits), floats by their place among the numbers
+words: int32 [..., n, ceil(k bits / 32)], codes one behind the other (qlab.bits), floats by their place among the numbers
 of their grid; codes of 8 bits are bytes [..., n, k]. scales, zeros, outer, perm: those of the leaf, in the dtype of the
 activations where that is narrower than their own, because they are read in it.
 """
@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlab.codecs.bits import pack, pack_signed, unpack, unpack_signed
+from qlab.bits import pack, pack_signed, unpack, unpack_signed
 from qlab.errors import QlabError
 from qlab.experts import each_expert, per_row
 from qlab.lower.linear import LinearOfCodes, QuantizedWeight
-from qlab.methods.inputs import QuantizeInput
+from qlab.online import QuantizeInput
 from qlab.qtensor import QTensor
 from qlab.qtensor import dense as dense_of
 from qlab.spec import Float, Int, Spec, parse_spec

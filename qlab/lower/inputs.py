@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qlab.errors import QlabError
-from qlab.methods.inputs import QuantizeInput
+from qlab.online import QuantizeInput
 from qlab.spec import parse_spec
 
 

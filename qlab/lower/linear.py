@@ -15,7 +15,7 @@ from qlab.lower.inputs import RoundedInput
 from qlab.lower.nibbles import planes_of
 from qlab.lower.ops import dequantize, int4_grouped_mm, int4_mm
 from qlab.lower.readonly import REFUSED, ReadOnly
-from qlab.methods.inputs import QuantizeInput
+from qlab.online import QuantizeInput
 from qlab.qtensor import QTensor
 
 

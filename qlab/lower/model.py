@@ -1,6 +1,6 @@
 """A quantized model directory as an ordinary Hugging Face model that runs fast."""
 
-from pathlib import Path
+import os
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,11 @@ from qlab.lower.inputs import RoundedInput
 from qlab.lower.linear import LinearOfCodes, QExperts, QLinear, QuantizedWeight
 from qlab.lower.nibbles import refusal
 from qlab.lower.rotated import attach, rotations
-from qlab.methods.inputs import QuantizeInput
 from qlab.model.names import Piece
 from qlab.model.online import at_input
 from qlab.model.skeleton import Skeleton
+from qlab.online import QuantizeInput
 from qlab.qtensor import QTensor, dense
-from qlab.quantize import Result
 from qlab.surroundings import undisturbed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -27,7 +26,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @undisturbed
 def lower(
-    model: Result | Checkpoint | str | Path,
+    model: Checkpoint | str | os.PathLike[str],
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     dense_cache: bool = False,
@@ -45,7 +44,7 @@ def lower(
     Errors: a directory that is not quantized, a device or dtype without kernels, a tensor that the model needs and the files lack.
     Warns of what is slower than it could be: weights without a kernel, or a dtype of activations without one.
     """
-    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model.path if isinstance(model, Result) else model)
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     checkpoint.warn_unapplied()
     where = device_named(device)
     if dtype not in DTYPES:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlab.codecs.compressed_tensors.transforms import MatMul, rotate
 from qlab.graph import Op
 from qlab.model.online import at_input, at_output
 from qlab.model.skeleton import Skeleton
+from qlab.online import MatMul, rotate
 
 Rotations = Mapping[str, tuple[Tensor | None, Tensor | None]]  # linear -> the matrices at its input and at its output
 

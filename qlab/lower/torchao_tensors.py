@@ -3,7 +3,7 @@
 torchao is imported on use: it is no dependency of qlab. Both of its layouts mean (u - 8) * s + z' with u in 0..15, in bfloat16.
 """
 
-from pathlib import Path
+import os
 from typing import Any
 
 import torch
@@ -19,14 +19,13 @@ from qlab.lower.linear import QExperts, QLinear
 from qlab.lower.model import lower
 from qlab.lower.nibbles import GROUPS, plane_width
 from qlab.lower.rotated import is_rotated
-from qlab.quantize import Result
 from qlab.surroundings import undisturbed
 
 TILE_K, TILE_N = 1024, 8  # what torchao pads a tiled weight to
 
 
 @undisturbed
-def to_torchao(model: Result | Checkpoint | str | Path, device: torch.device | str = "cpu") -> PreTrainedModel:
+def to_torchao(model: Checkpoint | str | os.PathLike[str], device: torch.device | str = "cpu") -> PreTrainedModel:
     """The Hugging Face model in bfloat16 with torchao int4 weights in ordinary linears; the codes are those of the directory.
 
     On a CPU Int4OpaqueTensor (aten's int4 product for any number of tokens), on a GPU Int4TilePackedTo4dTensor (tinygemm).

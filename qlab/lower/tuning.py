@@ -228,7 +228,7 @@ def weights_of(directory: str | Path, device: torch.device | str) -> dict[Form, 
     A channel's scale may be cut into groups, and 5 to 8 bits are two planes beside each other: see qlab.lower.nibbles. Weights that no
     kernel takes are left out; a directory of nothing else is refused.
     """
-    from qlab.report import read_report
+    from qlab.files.record import read_report
 
     found: dict[Form, set[Shape]] = {}
     where = device_named(device)

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Mapping
 
+from qlab.grid import weighted
 from qlab.methods.awq import awq, awq_scale
 from qlab.methods.gptaq import gptaq
 from qlab.methods.gptq import gptq
-from qlab.methods.grid import weighted
 from qlab.methods.hqq import hqq
 from qlab.methods.rtn import rtn
 from qlab.spec import Spec

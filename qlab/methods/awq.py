@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlab.absorb import Fold, absorb, folds, rows_move
 from qlab.graph import ModuleGraph, Site, by_origin, by_source
-from qlab.methods.grid import Grid, encode_rows, weighted
+from qlab.grid import Grid, encode_rows, weighted
 from qlab.methods.rtn import rtn
 from qlab.qtensor import shared_outer
 from qlab.spec import Spec, described, with_scale_dtype

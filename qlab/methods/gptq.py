@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qlab.errors import QlabError
-from qlab.methods.grid import Grid, fit, weighted
+from qlab.grid import Grid, fit, weighted
 from qlab.methods.obs import check_damp, damped, factorize, obs_sweep
 from qlab.methods.quantease import descend_codes, refit_scales
 from qlab.qtensor import QTensor, steps
@@ -63,7 +63,7 @@ def gptq(
 ) -> Transform:
     """min tr((W - W') H (W - W')^T) over codes on a grid that is fixed beforehand (static groups).
 
-    damp: fraction of mean(diag H) added to its diagonal. grid, order: see qlab.methods.grid, act_order, paper_order.
+    damp: fraction of mean(diag H) added to its diagonal. grid, order: see qlab.grid, act_order, paper_order.
     block changes speed, not codes (up to rounding). sweeps: rounds of refitting the scales to the codes and descending
     on the codes afterwards (qlab.methods.quantease); they cost nothing at inference. The paper's method has none.
     """

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.methods.grid import CHUNK, fit, minmax, stored
+from qlab.grid import CHUNK, fit, minmax, stored
 from qlab.qtensor import QTensor, round_codes, steps
 from qlab.spec import Spec
 from qlab.transform import Transform, each_weight

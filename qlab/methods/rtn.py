@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qlab.methods.grid import Grid, encode, encode_rows, minmax
+from qlab.grid import Grid, encode, encode_rows, minmax
 from qlab.qtensor import QTensor
 from qlab.spec import Spec
 from qlab.transform import Transform, each_weight

@@ -2,7 +2,7 @@
 
 import torch
 
-from qlab.methods.grid import encode, minmax
+from qlab.grid import encode, minmax
 from qlab.qtensor import QTensor
 from qlab.spec import Float
 

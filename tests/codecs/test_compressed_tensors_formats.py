@@ -15,8 +15,8 @@ from qlab.codecs import CODECS
 from qlab.codecs.compressed_tensors.config import Scheme
 from qlab.codecs.compressed_tensors.scheme import PRESETS, args_of, format_of
 from qlab.errors import QlabError
-from qlab.methods.grid import encode, minmax
-from qlab.methods.inputs import QuantizeInput
+from qlab.grid import encode, minmax
+from qlab.online import QuantizeInput
 from qlab.qtensor import QTensor, dense
 from qlab.spec import NAMED, Float, InputSpec, Tile, parse_input_spec, parse_spec, with_scale_dtype
 

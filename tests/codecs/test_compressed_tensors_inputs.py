@@ -22,11 +22,12 @@ from qlab.errors import QlabError
 from qlab.evaluate import read
 from qlab.files.checkpoint import open_checkpoint
 from qlab.graph import by_source
+from qlab.grid import encode, minmax
 from qlab.interpret import inputs_of
-from qlab.methods.grid import encode, minmax
-from qlab.methods.inputs import QuantizeInput, quantize_inputs
+from qlab.methods.inputs import quantize_inputs
 from qlab.methods.rtn import rtn
 from qlab.model.skeleton import Skeleton
+from qlab.online import QuantizeInput
 from qlab.qtensor import dense
 from qlab.spec import InputSpec, parse_input_spec, parse_spec, with_scale_dtype
 from qlab.transform import chain, keep, rules

@@ -14,13 +14,13 @@ from rotations import CASES, assert_close, group, logits, rotated
 
 import qlab
 from qlab.codecs import CODECS
-from qlab.codecs.compressed_tensors.transforms import MatMul
 from qlab.errors import QlabError
 from qlab.evaluate import read
 from qlab.files.checkpoint import open_checkpoint
 from qlab.inspection import inspect
 from qlab.model.online import at_input
 from qlab.model.skeleton import Skeleton
+from qlab.online import MatMul
 from qlab.qtensor import dense
 from qlab.spec import parse_spec
 from qlab.verify import verify

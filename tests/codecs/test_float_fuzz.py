@@ -11,7 +11,7 @@ from leaves import random_qtensor
 from qlab.codecs import CODECS, reader
 from qlab.codecs.compressed_tensors.scheme import PRESETS
 from qlab.errors import QlabError
-from qlab.methods.inputs import QuantizeInput
+from qlab.online import QuantizeInput
 from qlab.qtensor import QTensor, dense
 from qlab.spec import parse_input_spec, parse_spec, with_scale_dtype
 

@@ -17,8 +17,8 @@ from qlab.codecs import reader
 from qlab.errors import QlabError
 from qlab.evaluate import read
 from qlab.files.checkpoint import open_checkpoint
-from qlab.methods.grid import encode, minmax
-from qlab.methods.inputs import QuantizeInput
+from qlab.grid import encode, minmax
+from qlab.online import QuantizeInput
 from qlab.qtensor import QTensor, dense
 from qlab.spec import InputSpec, parse_spec
 

@@ -7,7 +7,7 @@ from leaves import assert_same, random_qtensor
 from qlab.codecs import CODECS, reader
 from qlab.codecs.stored import bare
 from qlab.errors import QlabError
-from qlab.methods.inputs import QuantizeInput
+from qlab.online import QuantizeInput
 from qlab.spec import Int, Tile, parse_input_spec, parse_spec, with_scale_dtype
 
 CT = CODECS["compressed-tensors"]

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from qlab.codecs import CODECS
-from qlab.methods.grid import encode, minmax
-from qlab.methods.inputs import QuantizeInput
+from qlab.grid import encode, minmax
+from qlab.online import QuantizeInput
 from qlab.spec import Int, Tile, parse_input_spec, parse_spec, with_scale_dtype
 
 COMPRESSED = {  # name -> weights, inputs

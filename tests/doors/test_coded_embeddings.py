@@ -13,7 +13,7 @@ import qlab
 from qlab.codecs import CODECS
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
-from qlab.methods.grid import encode, minmax
+from qlab.grid import encode, minmax
 from qlab.qtensor import dense
 
 IDS = torch.arange(3, 19)[None]

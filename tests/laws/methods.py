@@ -1,9 +1,9 @@
 """What the laws run over. A new method adds one line to LAW_METHODS."""
 
+from qlab.grid import mse, signed, weighted_mse
 from qlab.methods import METHODS
 from qlab.methods.awq import awq_scale
 from qlab.methods.gptq import gptq, paper_order
-from qlab.methods.grid import mse, signed, weighted_mse
 from qlab.methods.rtn import rtn
 
 LAW_METHODS = {  # name -> (spec -> transform)

@@ -11,9 +11,9 @@ from segments import assert_same, hidden, relative, segment
 
 from qlab.absorb import folds
 from qlab.graph import by_source
+from qlab.grid import encode, encode_rows, minmax, mse, weighted
 from qlab.interpret import interpret
 from qlab.methods.awq import awq, awq_scale, least_ratio
-from qlab.methods.grid import encode, encode_rows, minmax, mse, weighted
 from qlab.methods.rtn import rtn
 from qlab.qtensor import dense
 from qlab.spec import parse_spec, with_scale_dtype

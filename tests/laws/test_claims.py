@@ -13,10 +13,10 @@ from torch import fx, nn
 from qlab.claims import _sum_of_bits
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
+from qlab.grid import encode, minmax
 from qlab.methods.gptq import gptq
-from qlab.methods.grid import encode, minmax
-from qlab.methods.inputs import QuantizeInput
 from qlab.methods.rtn import rtn
+from qlab.online import QuantizeInput
 from qlab.qtensor import QTensor, dense
 from qlab.quantize import quantize
 from qlab.spec import parse_spec

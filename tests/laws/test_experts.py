@@ -13,10 +13,10 @@ from torch import nn
 from qlab.absorb import folds
 from qlab.experts import experts_forward, per_row, rows_of
 from qlab.graph import by_origin
+from qlab.grid import encode, weighted
 from qlab.interpret import inputs_of
 from qlab.methods.awq import awq_scale
 from qlab.methods.gptq import gptq
-from qlab.methods.grid import encode, weighted
 from qlab.methods.rtn import rtn
 from qlab.model.paper import run_experts_here
 from qlab.qtensor import dense

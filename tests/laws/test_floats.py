@@ -13,9 +13,9 @@ from segments import correlated, segment
 from weights import KINDS, weight
 
 from qlab.errors import QlabError
+from qlab.grid import GRIDS, encode, minmax
 from qlab.methods.awq import awq
 from qlab.methods.gptq import gptq
-from qlab.methods.grid import GRIDS, encode, minmax
 from qlab.methods.rtn import rtn
 from qlab.qtensor import dense, round_codes, steps
 from qlab.spec import NAMED, Float, Tile, parse_spec

@@ -8,8 +8,8 @@ from segments import correlated, moment, normal, segment
 from weights import problems, weight
 
 from qlab.errors import QlabError
+from qlab.grid import fit, minmax
 from qlab.methods.gptq import act_order, gptq, gptq_codes, paper_order
-from qlab.methods.grid import fit, minmax
 from qlab.methods.obs import factorize, obs_sweep
 from qlab.qtensor import QTensor, dense, round_codes
 from qlab.spec import Int, Tile, parse_spec

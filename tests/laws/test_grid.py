@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from segments import correlated, normal
 from weights import problems, weight
 
-import qlab.methods.grid as grids
+import qlab.grid as grids
 from qlab.errors import QlabError
-from qlab.methods.grid import GRIDS, encode, encode_rows, fit, minmax, objective
+from qlab.grid import GRIDS, encode, encode_rows, fit, minmax, objective
 from qlab.qtensor import QTensor, dense, round_codes
 from qlab.spec import Int, Tile
 from qlab.stats import quadratic

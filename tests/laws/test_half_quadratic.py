@@ -6,7 +6,7 @@ from hypothesis import given
 from segments import segment
 from weights import problems, weight
 
-from qlab.methods.grid import encode, minmax
+from qlab.grid import encode, minmax
 from qlab.methods.hqq import P, half_quadratic, hqq, sparse_error
 from qlab.methods.rtn import rtn
 from qlab.qtensor import dense, steps

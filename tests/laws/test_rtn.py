@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from weights import KINDS, problems, weight
 
-from qlab.methods.grid import GRIDS, encode, minmax
+from qlab.grid import GRIDS, encode, minmax
 from qlab.qtensor import QTensor, dense, round_codes
 from qlab.spec import Int, Tile, parse_spec, with_scale_dtype
 

@@ -10,11 +10,11 @@ from torch.utils import _pytree as pytree
 
 from qlab.errors import QlabError
 from qlab.experts import rows_of
+from qlab.grid import encode, minmax
 from qlab.lower import CodedExperts, CodedLinear, inductor_options
 from qlab.lower.linear import expert
 from qlab.lower.nibbles import refusal
-from qlab.methods.grid import encode, minmax
-from qlab.methods.inputs import QuantizeInput
+from qlab.online import QuantizeInput
 from qlab.qtensor import QTensor, dense
 from qlab.spec import Float, Int, Tile, parse_spec
 

@@ -15,8 +15,8 @@ from qlab.experts import experts_linear, experts_matmul, rows_of
 from qlab.files.checkpoint import open_checkpoint
 from qlab.lower import CodedExperts, CodedLinear, QExperts
 from qlab.lower.inputs import RoundedInput
-from qlab.methods.inputs import QuantizeInput
 from qlab.methods.rtn import rtn
+from qlab.online import QuantizeInput
 from qlab.qtensor import QTensor
 from qlab.spec import Int, Tile, parse_spec
 

@@ -29,7 +29,7 @@ MUTANTS = [
     ),
     Mutant(
         "range need not hold zero",
-        "methods/grid.py",
+        "grid.py",
         "_fit_rows",
         "x_agn.amin(-1).clamp_max(0)",
         "x_agn.amin(-1)",
@@ -37,7 +37,7 @@ MUTANTS = [
     ),
     Mutant(
         "zero point of the unrounded scale",
-        "methods/grid.py",
+        "grid.py",
         "_ranged",
         "stored = s.to(spec.scale_dtype).float()",
         "stored = s",
@@ -45,7 +45,7 @@ MUTANTS = [
     ),
     Mutant(
         "codes of the unrounded scale",
-        "methods/grid.py",
+        "grid.py",
         "encode",
         "return QTensor(round_codes(W_ok, scales, zeros, spec, outer), scales, zeros, spec, outer)",
         """\
@@ -66,7 +66,7 @@ return QTensor(round_codes(W_ok, exact, zeros, spec, outer), scales, zeros, spec
     ),
     Mutant(
         "refit upside down",
-        "methods/grid.py",
+        "grid.py",
         "_best",
         "stored(B / A, spec, outer)",
         "stored(A / B, spec, outer)",
@@ -74,7 +74,7 @@ return QTensor(round_codes(W_ok, exact, zeros, spec, outer), scales, zeros, spec
     ),
     Mutant(
         "signed range has no sign",
-        "methods/grid.py",
+        "grid.py",
         "_signed_range.candidates",
         "torch.where(hi > -lo, -absmax, absmax)",
         "absmax",
@@ -82,7 +82,7 @@ return QTensor(round_codes(W_ok, exact, zeros, spec, outer), scales, zeros, spec
     ),
     Mutant(
         "the best is not refitted again",
-        "methods/grid.py",
+        "grid.py",
         "_fit_rows",
         "if grid.refit: ...",
         "if False: ...",
@@ -90,7 +90,7 @@ return QTensor(round_codes(W_ok, exact, zeros, spec, outer), scales, zeros, spec
     ),
     Mutant(
         "grid weights ignored",
-        "methods/grid.py",
+        "grid.py",
         "fit",
         "h_agn = spec.tile.split(h_k.expand(spec.tile.sizes(W_ok.shape)[0], -1))",
         "_ = spec.tile.split(h_k.expand(spec.tile.sizes(W_ok.shape)[0], -1))",
@@ -122,7 +122,7 @@ return QTensor(round_codes(W_ok, exact, zeros, spec, outer), scales, zeros, spec
     ),
     Mutant(
         "float: powers of two rounded down",
-        "methods/grid.py",
+        "grid.py",
         "_power_of_two",
         "absmax.float().view(torch.int32) + (1 << 22 - rounded_to)",
         "absmax.float().view(torch.int32)",

@@ -5,7 +5,7 @@ from mutants.planting import Mutant
 MUTANTS = [
     Mutant(
         "a refitted grid may be worse than the first",
-        "methods/grid.py",
+        "grid.py",
         "_fit_rows",
         "torch.where(worse, first[0], best[0])",
         "best[0]",

@@ -277,7 +277,7 @@ return [
     ),
     Mutant(
         "no gradient for rounded inputs",
-        "methods/inputs.py",
+        "online.py",
         "QuantizeInput.__call__",
         "return rounded + (x - x.detach())",
         "return rounded + 0 * x",

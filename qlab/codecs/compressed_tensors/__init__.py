@@ -20,7 +20,7 @@ from qlab.codecs.compressed_tensors.tensors import whole_groups
 from qlab.codecs.compressed_tensors.transforms import transforms
 from qlab.codecs.extra import Extra
 from qlab.errors import QlabError
-from qlab.methods.inputs import QuantizeInput
+from qlab.online import QuantizeInput
 from qlab.qtensor import Leaf, QTensor
 from qlab.spec import Spec
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qlab.codecs.compressed_tensors.tensors import INPUTS, WIDE, take_spread
 from qlab.errors import QlabError
-from qlab.methods.inputs import QuantizeInput
+from qlab.online import QuantizeInput
 from qlab.spec import InputSpec
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qlab.codecs.bits import pack, unpack
+from qlab.bits import pack, unpack
 from qlab.codecs.compressed_tensors.plain import as_stored, take_scales
 from qlab.codecs.compressed_tensors.tensors import check_scales, refuse_others, take_matrix, take_spread
 from qlab.errors import QlabError

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qlab.codecs.bits import pack_signed, unpack_signed, words_of
+from qlab.bits import pack_signed, unpack_signed, words_of
 from qlab.codecs.compressed_tensors.tensors import (
     check_scales,
     refuse_others,

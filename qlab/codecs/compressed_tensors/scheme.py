@@ -7,7 +7,7 @@ import torch
 
 from qlab.codecs.compressed_tensors.tensors import WIDE, strategy
 from qlab.errors import QlabError
-from qlab.methods.inputs import QuantizeInput
+from qlab.online import QuantizeInput
 from qlab.spec import FLOATS, NAMED, Float, InputSpec, Int, Spec, Tile, same_grid
 
 ARGS = {

@@ -22,6 +22,7 @@ from torch import Tensor
 from qlab.codecs.extra import Extra
 from qlab.errors import QlabError
 from qlab.graph import Op
+from qlab.online import MatMul
 
 KEY, LINEAR = "transform_config", "Linear"
 HADAMARD, TYPES = ("hadamard", "random-hadamard"), ("hadamard", "random-hadamard", "random-matrix")
@@ -30,21 +31,6 @@ ONLINE = (*AROUND, "q_attn", "k_cache")
 GROUP_KEYS = {"type", "apply", "randomize", "requires_grad", "head_dim", "precision"}
 PLACE_KEYS = {"targets", "location", "inverse", "ignore"}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
-
-
-@dataclass(frozen=True)
-class MatMul:
-    """The online operation x -> x @ M for every n neighbouring channels, M [n, n], computed in the dtype of M."""
-
-    M_nn: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return rotate(x, self.M_nn.to(x.device))
-
-
-def rotate(x: Tensor, M_nn: Tensor) -> Tensor:
-    """See MatMul."""
-    return (x.to(M_nn.dtype).unflatten(-1, (-1, len(M_nn))) @ M_nn).flatten(-2).to(x.dtype)
 
 
 @dataclass(frozen=True)
