@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qlab.codecs import LEGACY_CONFIGS, READERS
+from qlab.codecs import LEGACY_CONFIGS, READERS, reader
 from qlab.errors import QlabError, warn
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.directory import locate, read_json
@@ -267,6 +267,9 @@ def get_config_dict(cls: type[PretrainedConfig], path: Any, **kwargs: Any) -> tu
     writers put it: to transformers such a model would be an unquantized one whose weights are all missing."""
     options = {key: kwargs[key] for key in FINDING & kwargs.keys()}
     found, unused = _get_config_dict(cls, path, **kwargs)
+    said = found.get(KEY)
+    if said and not isinstance(said, dict):
+        raise QlabError(f"{path} has a {KEY} that is no object but {said!r:.40}; download it again")
     if found and not found.get(KEY) and not kwargs.get("gguf_file") and not Path(path).is_file():
         if said := said_in(found, str(path)):
             return found | {KEY: said}, unused
@@ -276,6 +279,19 @@ def get_config_dict(cls: type[PretrainedConfig], path: Any, **kwargs: Any) -> tu
         if any(Path(path).glob("*.safetensors")):  # where weights are codes, transformers would fill them in at random
             refuse_unexplained(Path(path), locate(Path(path)), (), ())
     return found, unused
+
+
+_supports = auto.AutoHfQuantizer.supports_quant_method
+
+
+def supports_quant_method(said: dict[str, Any]) -> bool:
+    """Whether transformers has a quantizer for a directory. Refuses a method that neither qlab nor transformers reads, of which
+    transformers would warn, and fill in at random what is stored as codes."""
+    method = said.get("quant_method")
+    flagged = said.get("load_in_4bit") or said.get("load_in_8bit")  # bitsandbytes, in an older spelling
+    if method not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING and not flagged:
+        reader(said)
+    return _supports(said)
 
 
 _merge_configs = auto.AutoHfQuantizer.merge_quantization_configs.__func__  # type: ignore[attr-defined]
@@ -318,6 +334,7 @@ def register() -> None:
     """Make every quant_method that qlab reads qlab's, also where a file beside config.json names it."""
     PretrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[method-assign,assignment]
     auto.AutoHfQuantizer.merge_quantization_configs = classmethod(merge_quantization_configs)  # type: ignore[method-assign,assignment]
+    auto.AutoHfQuantizer.supports_quant_method = staticmethod(supports_quant_method)  # type: ignore[method-assign]
     for method in READERS:
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = QlabConfig
         auto.AUTO_QUANTIZER_MAPPING[method] = QlabQuantizer

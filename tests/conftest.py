@@ -53,11 +53,13 @@ def door():
     """qlab.hf is imported, and transformers has its own readers back when the test ends."""
     mappings = auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
     before, reads = [dict(mapping) for mapping in mappings], PretrainedConfig.__dict__["get_config_dict"]
-    merges = auto.AutoHfQuantizer.__dict__["merge_quantization_configs"]
+    names = "merge_quantization_configs", "supports_quant_method"
+    own = {name: auto.AutoHfQuantizer.__dict__[name] for name in names}
     importlib.import_module("qlab.hf").register()
     yield
     PretrainedConfig.get_config_dict = reads
-    auto.AutoHfQuantizer.merge_quantization_configs = merges
+    for name, function in own.items():
+        setattr(auto.AutoHfQuantizer, name, function)
     for mapping, was in zip(mappings, before):
         mapping.clear()
         mapping.update(was)

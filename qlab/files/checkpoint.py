@@ -77,6 +77,7 @@ class Checkpoint(Shown):
             reason = f"{first} {more[0].strip()}" if first.endswith(":") and more else first
             raise QlabError(f"{self.path / CONFIG}: transformers cannot read model_type {self.raw.get('model_type')!r} ({reason}); "
                             "check the file, or whether this version of transformers knows the model") from error
+        _refuse_foreign_part(config, self.path / CONFIG)
         _forget_codes(config)
         return config
 
@@ -187,6 +188,14 @@ class Checkpoint(Shown):
             with file.open("rb") as f:
                 digest.update(hashlib.file_digest(f, "sha256").digest())
         return digest.hexdigest()
+
+
+def _refuse_foreign_part(config: "PretrainedConfig", where: Path) -> None:
+    """Refuse a part of a configuration that the architecture has not: transformers would take it for the model's own."""
+    for name in ("text_config", "decoder"):
+        if isinstance(vars(config).get(name), dict):
+            raise QlabError(f"{where} has {name}, which the architecture {config.model_type} has not; move what it says to the top, or "
+                            "remove it")
 
 
 def _forget_codes(config: "PretrainedConfig") -> None:

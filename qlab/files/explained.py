@@ -35,7 +35,12 @@ def said_in(raw: Mapping[str, Any], where: str) -> Any:
 
 
 def _said(config: Mapping[str, Any]) -> Any:
-    return config.get(KEY) or config.get(OLD_KEY)
+    """What a configuration says of codes itself. Older writers put it once more under its own name, beside the method's."""
+    said = config.get(KEY) or config.get(OLD_KEY)
+    inner = said.get(KEY) if isinstance(said, Mapping) else None
+    if not isinstance(inner, Mapping):
+        return said
+    return {**{key: value for key, value in said.items() if key != KEY}, **inner}
 
 
 def _inside(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

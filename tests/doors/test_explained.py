@@ -98,3 +98,30 @@ def test_integers_that_are_no_codes_stay(tmp_path):
             "c.table": torch.ones(8, 2).int(), "c.weight": torch.ones(4, 4), "d.places": torch.ones(8, 2).int()}  # fmt: skip
     save_file(load_file(folder / "model.safetensors") | more, folder / "model.safetensors")
     assert len(open_checkpoint(folder).quantized) == 14
+
+
+@pytest.mark.filterwarnings("ignore:no kernel takes")
+@pytest.mark.parametrize("status", ["compressed", None])
+def test_older_spellings_are_read(status, door, tmp_path):
+    there = open_checkpoint(folder := directory("zero points", tmp_path / "model"))
+    said = {**there.raw[KEY], "quantization_status": status}
+    rewrite(folder / "config.json", lambda c: c.update({KEY: {"quant_method": "compressed-tensors", KEY: said}}))
+    assert open_checkpoint(folder).quantized == there.quantized
+    ids = torch.arange(8)[None]
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, qlab.lower(there, dtype=torch.float32)(ids).logits)
+
+
+@pytest.mark.parametrize("said, words", [
+    ({"quant_method": "nobodys"}, "quantized with 'nobodys', which qlab does not read"), ([1], r"no object but \[1\]"),
+])  # fmt: skip
+def test_a_method_that_nobody_reads_is_refused_by_the_door_of_transformers(said, words, door, tmp_path):
+    folder = directory("groups of 16", tmp_path / "model")
+    rewrite(folder / "config.json", lambda c: c.update({KEY: said}))
+    with pytest.raises(QlabError, match=words):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_part_that_the_architecture_has_not_is_refused(tmp_path):
+    folder = moved(directory("groups of 16", tmp_path / "model"), "text_config")
+    with pytest.raises(QlabError, match=r"config\.json has text_config, which the architecture llama has not; move what it says"):
+        _ = open_checkpoint(folder).config

@@ -175,9 +175,11 @@ def _check_config(config: Mapping[str, Any]) -> bool:
     """Refuse what qlab does not read; whether weights may be stored as 2:4."""
     groups, sparsity = _mapping(config, "config_groups"), _mapping(config, "sparsity_config")
     weights = any(not isinstance(group, Mapping) or group.get("weights") for group in groups.values())
-    for key, expected in (("quant_method", METHOD), ("quantization_status", "compressed")):
-        if config.get(key) != expected and (weights or key == "quant_method"):
-            raise QlabError(f"quantization_config has {key} {config.get(key)!r}; qlab reads {expected!r}")
+    if config.get("quant_method") != METHOD:
+        raise QlabError(f"quantization_config has quant_method {config.get('quant_method')!r}; qlab reads {METHOD!r}")
+    status = config.get("quantization_status")  # engines never look at it, and some writers leave it out
+    if weights and status not in (None, "compressed"):
+        raise QlabError(f"quantization_config has quantization_status {status!r}; qlab reads 'compressed'")
     if sparsity.get("format", "dense") not in ("dense", SPARSE):  # old releases write {"format": "dense", ...}
         raise QlabError(f"quantization_config has sparsity_config {dict(sparsity)}; qlab reads dense and {SPARSE} weights only")
     if config.get("moe_sparsity_config"):
