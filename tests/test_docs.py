@@ -245,9 +245,13 @@ def test_the_readme_is_short_and_the_index_names_every_page():
         assert page.stem == "README" or (f"]({page.name})" in index and f"   {page.stem}\n" in site), page
 
 
-def test_the_readmes_figures_are_those_of_the_stored_run():
+def results(name):
+    return json.loads((ROOT / "experiments" / "results" / name).read_text(encoding="utf-8"))
+
+
+def test_the_readmes_table_is_of_the_stored_run():
     table = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")][2:]
-    stored = {row["name"].lower(): row for row in json.loads((ROOT / "experiments/results/rivals.json").read_text())["rows"]}
+    stored = {row["name"].lower(): row for row in results("rivals.json")["rows"]}
     for line in table:
         who, change, kl, seconds, peak = (cell.strip(" |") for cell in line.strip("|").split("|"))
         program, *_, method = re.sub(r"[`,]", "", who).lower().split()
@@ -256,6 +260,15 @@ def test_the_readmes_figures_are_those_of_the_stored_run():
         assert change == f"{100 * (row['ratio'] - 1):+.1f} % ({low:.1f} to {high:.1f})"
         assert (kl, seconds) == (f"{row['kl']:.3f}", f"{row['seconds'][0]:.0f}") and peak == f"{row['peak_rss_bytes'][0] / 2**20:.0f}"
         assert row["version"] in who or row["version"] == "here"
+
+
+def test_the_readmes_rates_are_of_the_stored_runs():
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    rates = {row["engine"]: row["decode_tokens_per_s"] for row in results("generate-llama-cpp.json")["rows"]}
+    assert f"generates {rates['qlab compiled, gptq']:.0f} tokens a second" in text
+    assert f"llama.cpp generates {rates['llama.cpp']:.0f} " in text and f"transformers {rates['bf16 eager, gptq']:.1f} in" in text
+    sizes = {row["engine"]: row["weight_bytes"] for row in results("generate-int4-g64.json")[0]["rows"]}
+    assert f"take {sizes['qlab eager'] / sizes['bf16 eager']:.2f} of the memory" in text
 
 
 def test_models_that_are_named_are_tested():
