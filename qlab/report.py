@@ -34,7 +34,7 @@ def site_rows(graph: ModuleGraph) -> dict[str, dict[str, Any]]:
         bits = stored_bits(leaf, graph.stored_dtype(site.weight))
         rounded = [str(op.input_spec) for op in graph.online.get(site.path, ()) if isinstance(op, QuantizeInput)]
         row = {"spec": spec, "shape": list(leaf.shape), "bits_per_weight": bits}
-        return row | ({"inputs": rounded[0]} if rounded else {}) | dict(graph.notes.get(site.path, {}))
+        return {**graph.notes.get(site.path, {}), **row, **({"inputs": rounded[0]} if rounded else {})}
 
     return {graph.where(site): row(site) for site in graph.code.sites}
 

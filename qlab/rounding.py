@@ -16,6 +16,11 @@ from qlab.qtensor import Leaf, QTensor, dense, largest_step, shared_outer
 from qlab.spec import Spec, same_grid, with_scale_dtype
 from qlab.stats import Moment
 
+# what a report says of a weight, whatever a step notes
+MEASURED = {
+    "spec", "shape", "bits_per_weight", "inputs", "weight_error", "largest_step", "zeros", "tokens", "loss", "expert_tokens",
+    "experts_with_few_tokens",
+}  # fmt: skip
 WeightFn = Callable[[Tensor, Mapping[str, Any], Any], tuple[Leaf, Mapping[str, Any]]]
 
 
@@ -124,6 +129,8 @@ def _leaf_and_note(made: Any, said: str) -> tuple[Leaf, Mapping[str, Any]]:
         note = json.loads(json.dumps(dict(made[1]), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise QlabError(f"{said} notes what no report holds ({error}); note numbers and texts") from error
+    if taken := sorted(MEASURED & note.keys()):
+        raise QlabError(f"{said} notes {taken[0]!r}, which is measured and not said by a step; choose another name")
     return _copy(made[0]), note
 
 

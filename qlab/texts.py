@@ -86,6 +86,8 @@ def _is_document(text: str) -> bool:
 def _of_values(values: Iterable[Any], digest: Digest, render: Render) -> Iterator[Iterable[str]]:
     blank = True
     for number, value in enumerate(values, 1):
+        if isinstance(value, str) and not _is_document(value) and _is_file(value):
+            raise QlabError(f"document {number} is the path of a file, {_shown(Path(value))}; give files alone, or documents alone")
         for document in documents_of(value, f"document {number}", render):
             digest.update(document.encode() + b"\0")
             blank = blank and not document.strip()
@@ -94,9 +96,18 @@ def _of_values(values: Iterable[Any], digest: Digest, render: Render) -> Iterato
         raise QlabError("the documents are empty; give some with words in them")
 
 
+def _is_file(text: str) -> bool:
+    try:
+        return os.path.isfile(text)
+    except ValueError:  # a NUL
+        return False
+
+
 def _file(path: str | os.PathLike[str]) -> Text:
     if not isinstance(path, str | os.PathLike):
         raise QlabError(f"a {type(path).__name__} stands among the paths of texts; {WAYS}")
+    if path == "":
+        raise QlabError(f"'' holds no words and is the path of no file; {WAYS}")
     return Text(Path(path).name, partial(_of_file, Path(path)), Path(path))
 
 
@@ -201,6 +212,8 @@ def _holds_lines(path: Path, head: str, whole: bool) -> bool:
     )  # the first line is longer than what was read of it
     if kind in LINES or begun or isinstance(_parsed(line), Mapping):
         return True
+    if JSON_VALUE.match(line) and are_ids(_parsed(line)):
+        raise QlabError(f"the text {path} holds token ids; give them to qlab.from_ids")
     if kind == ".json" or JSON_VALUE.match(line):
         raise QlabError(
             f'the text {path} is one JSON value; write a JSON object with a "text" on every line of a .jsonl file'
@@ -210,7 +223,15 @@ def _holds_lines(path: Path, head: str, whole: bool) -> bool:
         raise QlabError(
             f"the text {path} is {form}, whose marks would be calibrated on; give its words alone"
         )
+    lines = [line for line in head.split("\n") if line.strip()]
+    if 2 * sum(_is_row(_parsed(line)) for line in lines) > len(lines):
+        raise QlabError(f'the text {path} begins as prose, and most of its lines are JSON objects with a "text"; remove what is before '
+                        "them")  # fmt: skip
     return False
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, Mapping) and ("text" in value or "messages" in value)
 
 
 def _parsed(line: str) -> Any:

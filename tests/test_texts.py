@@ -73,6 +73,8 @@ FILES = {
     "j.txt": ("\ufeff \n\t", "is empty"),
     "k.jsonl": ("[" * 100_000, "line 1: not a JSON object"),
     "l.jsonl": ('{"input_ids": [1, 2]}', "qlab.from_ids"),
+    "n.txt": ("[1, 2, 3]\n[4, 5]", "qlab.from_ids"),
+    "o.txt": ('texts of mine\n{"text": "word1"}\n{"text": "word2"}\n', 'most of its lines are JSON objects with a "text"'),
     "m.jsonl": ('{"text": "word1"}\n{"text": "\\u0000"}', "m.jsonl, line 2: its text has a NUL"),
 }
 
@@ -110,6 +112,9 @@ GIVEN = {
     "a table": (SimpleNamespace(columns=["text"]), "give the column"),
     "too little": (["secret secret\n"], "documents holds", "less than one window"),
     "a path among documents": (["secret word1\n", open], "document 2", "no text"),
+    "a file among documents": ([__file__, "secret word1\n"], "document 1 is the path of a file", "documents alone"),
+    "a document and a file": (["secret word1\n", __file__], "document 2 is the path of a file"),
+    "an empty string": ("", "'' holds no words"),
 }
 
 

@@ -143,6 +143,13 @@ def test_a_note_that_the_report_cannot_hold_is_refused_by_site():
         run(seg.graph, each_weight("mine", lambda W, seen, spec: (W, {"mean": float("nan")}), SPEC), seg.stats)
 
 
+@pytest.mark.parametrize("name", ["weight_error", "loss", "tokens", "spec", "bits_per_weight"])
+def test_a_step_does_not_say_what_is_measured_of_it(name):
+    seg = segment("llama")
+    with pytest.raises(QlabError, match=f"proj: mine notes '{name}', which is measured and not said by a step"):
+        run(seg.graph, each_weight("mine", lambda W, seen, spec: (W, {name: 0.0}), None), seg.stats)
+
+
 def test_a_weight_or_scales_that_are_no_numbers_are_refused_by_site():
     seg = segment("llama")
     with pytest.raises(QlabError, match=r"proj: mine made a weight that holds NaN or Inf"):
