@@ -43,24 +43,17 @@ class Seal:
     """The leaves, statistics and online operations that a step is given, as they were."""
 
     def __init__(self, graph: ModuleGraph, stats: Stats):
-        # the bits of other sites' weights would take longer than a step on one site
-        others = {s.weight for s in graph.code.sites} - {s.weight for s in graph.sites}
-        self.counted_only = {f"{graph.path}.{weight}" for weight in others}
         self.values = dict(_values(graph, stats))
-        self.marks = {name: self._marks(name, value) for name, value in self.values.items()}
+        self.marks = {name: _marks(value) for name, value in self.values.items()}
 
     def broken(self, graph: ModuleGraph, stats: Stats) -> str | None:
         """The first of them that is another by now, or None."""
         now = dict(_values(graph, stats))
         for name in {**self.values, **now}:
             kept = name in self.values and now.get(name) is self.values[name]
-            if not kept or self._marks(name, now[name]) != self.marks[name]:
+            if not kept or _marks(now[name]) != self.marks[name]:
                 return name
         return None
-
-    def _marks(self, name: str, value: Any) -> list[tuple[int, int]]:
-        parts = [t for t in _tensors(value) if not t.is_meta]
-        return [(_version(t), 0 if name in self.counted_only else _sum_of_bits(t)) for t in parts]
 
 
 def _values(graph: ModuleGraph, stats: Stats) -> Iterator[tuple[str, Any]]:
@@ -73,6 +66,11 @@ def _values(graph: ModuleGraph, stats: Stats) -> Iterator[tuple[str, Any]]:
     sites = {site.source: graph.where(site) for site in reversed(graph.code.sites)}
     for (source, need), state in stats.items():
         yield f"the statistic {need!r} of {sites.get(source, source)}", state
+
+
+def _marks(value: Any) -> list[tuple[int, int]]:
+    """What shows that tensors were written to. Those that a step was not shown have no numbers."""
+    return [(_version(t), _sum_of_bits(t)) for t in _tensors(value) if not t.is_meta]
 
 
 def _tensors(value: Any) -> list[Tensor]:

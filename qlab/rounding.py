@@ -42,7 +42,6 @@ class Solved:
     leaf: Leaf
     note: Mapping[str, Any]
     errors: Errors
-    zeros: float = 0.0  # the share that a step set to 0 which rounds nothing
 
 
 class Copies(Mapping[str, Any]):
@@ -97,10 +96,7 @@ def solve(name: str, fn: WeightFn, spec: Spec | None, graph: ModuleGraph, site: 
         raise QlabError(f"{where}: {name} made a weight {tuple(leaf.shape)} of one {tuple(W_ok.shape)}")
     _refuse_nonfinite(leaf, f"{where}: {name} made")
     _refuse_unplanned(leaf, spec, f"{where}: {name}")
-    if graph.notes.get(site.path, {}).get("zeros"):
-        _refuse_lost_zeros(leaf, W_ok, f"{where}: {name}")
-    zeros = 0.0 if isinstance(leaf, QTensor) else float(((leaf == 0) & (W_ok != 0)).float().mean())
-    return Solved(leaf, note, _errors(W_ok, leaf, seen.get("second_moment")), zeros)
+    return Solved(leaf, note, _errors(W_ok, leaf, seen.get("second_moment")))
 
 
 def _refuse_unplanned(leaf: Leaf, spec: Spec | None, said: str) -> None:
@@ -109,15 +105,6 @@ def _refuse_unplanned(leaf: Leaf, spec: Spec | None, said: str) -> None:
         planned = f"is to round to {spec}" if spec else "is to round nothing"
         raise QlabError(f"{said} made {found or 'plain numbers'} and {planned}, which is what was planned; "
                         "return a QTensor of the spec, or a tensor where each_weight has none")
-
-
-def _refuse_lost_zeros(leaf: Leaf, W_ok: Tensor, said: str) -> None:
-    """Refuse a step behind one that pruned, if what was 0 is so no more."""
-    pruned = W_ok == 0
-    lost = int((dense(leaf, torch.float32)[pruned] != 0).sum()) if pruned.any() else W_ok.numel()
-    if lost:
-        raise QlabError(f"{said} moves {lost} weights that a step before it set to 0; round to nearest there (rtn keeps zeros), "
-                        "or let one step choose zeros and codes together")
 
 
 def _leaf_and_note(made: Any, said: str) -> tuple[Leaf, Mapping[str, Any]]:

@@ -15,6 +15,7 @@ from qlab.rounding import WeightFn, errors_in_notes, merged, outer_scales, solve
 from qlab.scope import Scope
 from qlab.spec import Spec
 from qlab.stats import Stats, transport
+from qlab.zeros import noted, refuse_lost
 
 PROBES, INVERSE = 16, 1e-4  # rows, and how far they may come back off
 Apply = Callable[[ModuleGraph, Stats], tuple[ModuleGraph, Stats]]
@@ -121,7 +122,11 @@ def apply(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, 
     if broken := seal.broken(seen, given):
         raise QlabError(f"the stage {stage.name!r} writes to {broken}, which others go on with; change a copy, and return that")
     refuse_others(stage.name, stage.spec, stage.sitewise, seen, new)
-    return replace(restored(new, seen, chosen), selected=graph.selected), found if after is given else after
+    done = restored(new, seen, chosen)
+    refuse_lost(stage.name, chosen, done)
+    masks = stage.spec is None and not (stage.lossless or stage.reparametrizes)
+    done = noted(chosen, done) if masks else done
+    return replace(done, selected=graph.selected), found if after is given else after
 
 
 # ------------------------------------------------------------------ authoring
@@ -161,9 +166,8 @@ def each_weight(name: str, fn: WeightFn, spec: Spec | None, needs: frozenset[str
                           for e in experts]  # fmt: skip
                 leaf = stacked([s.leaf for s in solved])
             leaves[site.weight] = leaf if isinstance(leaf, QTensor) or site.layout.endswith("o k") else leaf.mT.contiguous()
-            noted = {**errors_in_notes([s.errors for s in solved]), **merged([s.note for s in solved])}
-            pruned = sum(s.zeros for s in solved) / len(solved)
-            notes[site.path] = {**notes.get(site.path, {}), **noted, **({"zeros": pruned} if pruned else {})}
+            said = {**errors_in_notes([s.errors for s in solved]), **merged([s.note for s in solved])}
+            notes[site.path] = {**notes.get(site.path, {}), **said}
         return replace(graph.update(leaves), notes=notes), stats
 
     return (Stage(name, needs, run, spec, detail, sitewise=True),)

@@ -16,7 +16,8 @@ LAYERS = [
     {"bits", "products", "progress", "scope", "shown", "spec", "taken_apart"}, {"qtensor", "targets"}, {"certificate", "grid"},
     {"online"},
     {"experts"}, {"graph"}, {"as_it_is", "on_tensors"}, {"unrolled"}, {"trace"},
-    {"interpret", "programs"}, {"stats"}, {"claims", "rounding"}, {"transform"}, {"channels"}, {"absorb"}, {"methods"}, {"codecs"},
+    {"interpret", "programs"}, {"stats"}, {"claims", "rounding", "zeros"}, {"transform"}, {"channels"}, {"absorb"}, {"methods"},
+    {"codecs"},
     {"documents", "tokenizing"}, {"texts"}, {"files"}, {"calibration"},
     {"images", "model"}, {"lossless"}, {"states", "sweep"}, {"report"}, {"siblings"},
     {"duration", "effects", "outside", "stored", "memory"}, {"plan"}, {"quantize"}, {"from_gguf"},
@@ -25,7 +26,7 @@ LAYERS = [
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MATHEMATICS = {"errors", "scope", "spec", "taken_apart", "on_tensors", "as_it_is", "unrolled", "qtensor", "experts", "graph", "trace",
-               "interpret", "products", "programs", "processor", "stats", "rounding", "grid", "bits", "online",
+               "interpret", "products", "programs", "processor", "stats", "rounding", "zeros", "grid", "bits", "online",
                "transform", "channels", "absorb", "methods",
                "claims"}
 MODELS = {"transformers", "safetensors", "accelerate", "huggingface_hub", "gguf"}

@@ -23,7 +23,7 @@ from qlab.spec import parse_spec
 from qlab.stats import Moment
 from qlab.stored import refuse_unwritten
 from qlab.sweep import solve_in_order
-from qlab.transform import Stage, apply, chain, each_weight, reparametrize
+from qlab.transform import Stage, apply, at, chain, each_weight, reparametrize
 
 SPEC = parse_spec("int4-g16")
 HESSIAN = frozenset({"second_moment"})
@@ -99,6 +99,14 @@ def test_a_stage_that_writes_to_what_it_is_given_is_refused_by_name(what, words,
     copy = seg.graph.update({name: leaf.clone() for name, leaf in seg.graph.params.items()})
     with pytest.raises(QlabError, match=words):
         seg.solve(step(lambda graph, stats: (way(what(graph, stats)), graph)[1], needs=HESSIAN), copy)
+
+
+def test_a_stage_that_writes_to_weights_of_other_sites_is_refused():
+    seg = segment("llama")
+    copy = seg.graph.update({name: leaf.clone() for name, leaf in seg.graph.params.items()})
+    stage = step(lambda graph, stats: (graph.params["mlp.up_proj.weight"].data[0].mul_(2), graph)[1])
+    with pytest.raises(QlabError, match=r"'mine' writes to model\.layers\.0\.mlp\.up_proj\.weight, which others go on with"):
+        seg.solve(at("*q_proj", stage), copy)
 
 
 @pytest.mark.parametrize("write, words", [
@@ -209,6 +217,11 @@ def test_zeros_that_a_step_made_are_kept_by_those_behind_it(family):
 
 def test_a_step_that_loses_the_zeros_of_another_is_refused():
     refused(segment("llama"), chain(PRUNED, gptq(SPEC)), r"q_proj: gptq moves \d+ weights that a step before it set to 0; round")
+    lossy = step(lambda graph, stats: seg.solve(gptq(SPEC), replace(graph, notes={}))[0], spec=SPEC)
+    masks = step(lambda graph, stats: replace(seg.solve(PRUNED, graph)[0], notes={}))
+    for family, before in (("llama", PRUNED), ("llama", masks), ("mixtral", PRUNED)):
+        seg = segment(family)
+        refused(seg, chain(before, lossy), r"q_proj: mine moves \d+ weights that a step before it set to 0; round")
     refused(segment("llama"), each_weight("mine", lambda W, stats, spec: (encode(minmax, W, SPEC), {}), None),
             r"q_proj: mine made int4-g16 and is to round nothing")  # fmt: skip
 

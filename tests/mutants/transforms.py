@@ -216,8 +216,8 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "zeros of a mask are lost",
-        "rounding.py",
-        "_refuse_lost_zeros",
+        "zeros.py",
+        "refuse_lost",
         "if lost: ...",
         "if False: ...",
         "claims",
@@ -225,14 +225,9 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     Mutant(
         "what is written behind autograd's back passes",
         "claims.py",
-        "Seal._marks",
-        "return [(_version(t), 0 if name in self.counted_only else _sum_of_bits(t)) for t in parts]",
-        """\
-return [
-    (_version(t), 0 if True or name in self.counted_only else _sum_of_bits(t))
-    for t in parts
-]
-""",
+        "_marks",
+        "return [(_version(t), _sum_of_bits(t)) for t in _tensors(value) if not t.is_meta]",
+        "return [(_version(t), 0) for t in _tensors(value) if not t.is_meta]",
         "claims",
     ),
     Mutant(
