@@ -162,6 +162,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     y_sk = product("down_proj", x_sk)
     if getattr(self, "has_post_expert_norm", False):  # which transformers 5.17 does not know
         y_sk = self.post_expert_norm(y_sk)
-    y_sk = y_sk * top_k_weights.reshape(-1)[pairs].unsqueeze(-1)
+    every = top_k_weights.shape != top_k_index.shape  # [n, e]: routers of transformers 5.0.0 weigh all experts
+    weights_nt = top_k_weights.gather(1, top_k_index) if every else top_k_weights
+    y_sk = y_sk * weights_nt.reshape(-1)[pairs].unsqueeze(-1)
     y_ntk = y_sk[pairs.argsort()].unflatten(0, tuple(top_k_index.shape))
     return y_ntk.sum(1).to(hidden_states.dtype)

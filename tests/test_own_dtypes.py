@@ -117,8 +117,8 @@ def test_what_transformers_holds_in_float32_is_held_so(family, always, in_float1
     source = saved(family, torch.bfloat16)
     kind = type(AutoModelForCausalLM.from_pretrained(source))
     if always:
-        monkeypatch.setattr(kind, "_keep_in_fp32_modules_strict", always)
-        monkeypatch.setattr(kind, "_keep_in_fp32_modules", in_float16)
+        monkeypatch.setattr(kind, "_keep_in_fp32_modules_strict", list(always))
+        monkeypatch.setattr(kind, "_keep_in_fp32_modules", list(in_float16))
     expected = held_by(AutoModelForCausalLM.from_pretrained(source, dtype=dtype))
     skeleton = Skeleton(open_checkpoint(source), dtype)
     assert held_by(skeleton.model) == expected

@@ -36,6 +36,7 @@ LINEAR = [family for family in FAMILIES if family != "gpt2"]  # gpt2's Conv1D ha
 SHORT = {family: dict(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]) for family in ("gemma2", "gemma3_text")}
 INT4 = parse_spec("int4-g16")
 IDS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(1))
+release = Version(transformers.__version__)
 
 
 @torch.no_grad()
@@ -76,12 +77,14 @@ def assert_complete(path: Path, source: Path, sites: set[str]) -> None:
 
 @pytest.mark.parametrize("family", OTHERS)
 def test_blocks_of_other_makes_are_quantized_whole(family, saved, tmp_path):
+    if family == "falcon" and release < Version("5.15"):
+        pytest.skip("falcon of transformers before 5.15 hands attention a symbolic is_causal, which torch.export does not take")
     source = saved(family)
     result = quantize(open_checkpoint(source), METHODS["awq-gptq"](INT4), random_tokens(source, 8, 16), tmp_path / "out")
     assert_complete(result.path, source, set(result.sites))
     assert set(plan(open_checkpoint(source), rtn(INT4)).unquantized) == {"lm_head"} | (
         {"model.layers.1.conv.conv"} if family == "lfm2" else set())  # fmt: skip
-    if family != "falcon" or Version(transformers.__version__) >= Version("5.23"):  # 5.17 reads no quantized falcon
+    if family != "falcon" or release >= Version("5.23"):  # 5.17 reads no quantized falcon
         assert_read_alike(result.path, dequantize=family == "falcon")  # whose own linears look for a dense weight
 
 
@@ -127,11 +130,17 @@ def test_tied_and_untied_heads_in_several_shards_and_both_dtypes(family, dtype, 
     assert_read_alike(result.path)
 
 
-def test_bits_channels_and_zero_points_read_alike(saved, tmp_path):
-    source = saved("qwen2")
-    recipes = {spec: rtn(parse_spec(spec)) for spec in ("int3-g16", "int8-g16", "int8-channel", "int4-g16-asym", "int3-g32-asym")}
-    for name, result in compare(open_checkpoint(source), recipes, None, tmp_path).items():
-        assert_read_alike(result.path, dequantize="asym" in name)
+def test_bits_and_channels_read_alike(saved, tmp_path):
+    recipes = {spec: rtn(parse_spec(spec)) for spec in ("int3-g16", "int8-g16", "int8-channel")}
+    for result in compare(open_checkpoint(saved("qwen2")), recipes, None, tmp_path).values():
+        assert_read_alike(result.path)
+
+
+@pytest.mark.skipif(release < Version("5.15"), reason="transformers before 5.15 does not dequantize while it loads")
+def test_zero_points_read_alike(saved, tmp_path):
+    recipes = {spec: rtn(parse_spec(spec)) for spec in ("int4-g16-asym", "int3-g32-asym")}
+    for result in compare(open_checkpoint(saved("qwen2")), recipes, None, tmp_path).values():
+        assert_read_alike(result.path, dequantize=True)
 
 
 def test_a_mixture_of_bits_groups_and_methods_reads_alike(saved, tmp_path):
@@ -166,6 +175,7 @@ def test_a_quantized_checkpoint_without_the_base_prefix_reads_alike(tmp_path):
     assert_read_alike(result.path)
 
 
+@pytest.mark.skipif(release < Version("5.4"), reason="gpt2 of transformers before 5.4 passes over the layer's index unless eager")
 def test_blocks_that_differ_by_their_index_have_programs_of_their_own(tmp_path):
     model = tiny("gpt2", scale_attn_by_inverse_layer_idx=True, n_layer=3)
     model.save_pretrained(tmp_path)
