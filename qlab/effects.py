@@ -5,9 +5,9 @@ Asked before any work: a stage without an effect and an operation without a plac
 
 from collections.abc import Mapping, Sequence
 
-from qlab.codecs import CODECS
+from qlab.codecs import CODECS, Codec
 from qlab.errors import QlabError
-from qlab.graph import Op, Site
+from qlab.graph import ModuleGraph, Op, Site
 from qlab.methods.inputs import DYNAMIC
 from qlab.online import QuantizeInput
 from qlab.spec import Spec
@@ -54,6 +54,20 @@ def input_specs(online: Online) -> dict[str, str]:
     """Site -> how its input is rounded, in words."""
     roundings = [(name, op) for name, ops in online.items() for op in ops]
     return {name: str(op.input_spec) for name, op in roundings if isinstance(op, QuantizeInput)}
+
+
+def refuse_left(recipe: Transform, stage: Stage, graph: ModuleGraph, codec: Codec) -> None:
+    """Refuse what the last stage before those that round left on an input, if the format has no place for it: nothing behind it could
+    still fold that into weights."""
+    behind = recipe[recipe.index(stage) + 1 :]
+    if stage.spec is not None or any(later.spec is None and not later.uncovered for later in behind):
+        return
+    for site in graph.sites:
+        ops, name = graph.online.get(site.path, ()), graph.where(site)
+        spec = next((later.spec for later in behind if later.spec and later.touches(name, site)), None)
+        reason = codec.refusal(spec, ops) if spec and ops else None
+        if reason:
+            raise QlabError(f"{name} still needs an operation at run time: {reason}")
 
 
 def refuse_unheld(online: Online, specs: Mapping[str, Spec | None], named: Mapping[str, Site], codec: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qlab.calibration import Data
 from qlab.codecs import CODECS, Codec
+from qlab.effects import refuse_left
 from qlab.files.carry import Carry
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.place import places
@@ -54,7 +55,7 @@ from qlab.sweep import (
     solve_in_order,
     unchecked,
 )  # fmt: skip
-from qlab.transform import Transform
+from qlab.transform import Stage, Transform
 
 
 @dataclass(frozen=True, repr=False)
@@ -221,7 +222,12 @@ class _Job:
         if code in self.checked:
             return unchecked
         self.checked.add(code)
-        return lambda stage, before, after: refuse_changed(stage, before, after, call, batches)
+
+        def check(stage: Stage, before: ModuleGraph, after: ModuleGraph) -> None:
+            refuse_changed(stage, before, after, call, batches)
+            refuse_left(self.recipe, stage, after, self.codec)
+
+        return check
 
 
 def _pass(skeleton: Skeleton, jobs: Sequence[_Job], inputs: Inputs, everywhere: bool) -> tuple[float, int]:

@@ -281,3 +281,18 @@ def test_refused_steps_leave_no_directory(change, words, saved, tmp_path):
     with pytest.raises(QlabError, match=words):
         quantize(open_checkpoint(saved()), chain(step(change), rtn(SPEC)), None, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sitewise", [False, True])
+def test_what_is_left_at_run_time_is_refused_before_a_weight_is_rounded(sitewise, saved, tmp_path):
+    rounded = []
+
+    def turned(graph, stats):
+        m = torch.full((graph.weight_ok(graph.sites[0]).shape[-1],), 2.0)
+        return reparametrize(graph, stats, graph.sites[0].source, m, 1 / m)[0]
+
+    turns = (Stage("mine", frozenset(), lambda graph, stats: (turned(graph, stats), stats), sitewise=sitewise, reparametrizes=True),)
+    rounds = each_weight("round", lambda W, stats, spec: rounded.append(W) or (encode(minmax, W, spec), {}), SPEC)
+    with pytest.raises(QlabError, match=r"q_proj still needs an operation at run time: compressed-tensors holds no run-time Mult"):
+        quantize(open_checkpoint(saved()), chain(turns, rounds), None, tmp_path / "out")
+    assert rounded == [] and not list(tmp_path.iterdir())
