@@ -10,6 +10,7 @@ import pytest
 import torch
 from directories import add_tokenizer, prose
 from families import tiny
+from pictures import save_with_processor
 from transformers import PretrainedConfig
 from transformers.quantizers import auto
 from transformers.utils import logging as transformers_logging
@@ -46,6 +47,15 @@ def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
     path.write_text(prose(4096))
     return path
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory) -> Path:
+    """A llava with a real processor, and a file of samples with real images beside it."""
+    pytest.importorskip("PIL")
+    directory = tmp_path_factory.mktemp("llava")
+    save_with_processor(directory)
+    return directory
 
 
 @pytest.fixture

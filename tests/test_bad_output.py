@@ -6,7 +6,7 @@ import resource
 
 import pytest
 from directories import contents, random_tokens, refused
-from test_resume import finish, start
+from killing import finish, start
 
 import qlab
 from qlab.files.checkpoint import open_checkpoint

@@ -17,9 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 from directories import prose
-from doors.test_from_gguf import KINDS, write
 from families import FAMILIES, MIXTURES, OTHERS, UNLIKE, VISION
-from test_vision import llava  # noqa: F401  a fixture
+from gguf_files import KINDS, write
 from typer.core import TyperCommand
 from typer.main import get_command
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from directories import add_tokenizer, bits_equal, random_tokens, tensors
 from families import FAMILIES, MIXTURES, tiny
-from test_quantize import IDS, assert_read_alike, qlab_logits
+from logits import IDS, assert_read_alike, qlab_logits
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlab.calibration import from_ids

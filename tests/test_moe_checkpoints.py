@@ -6,9 +6,9 @@ import pytest
 import torch
 from directories import add_tokenizer, bits_equal, random_tokens, tensors
 from families import MIXTURES, tiny
+from logits import IDS, assert_read_alike, qlab_logits, transformers_logits
 from safetensors.torch import save_file
 from test_moe import INT4, every_mixture
-from test_quantize import IDS, assert_read_alike, qlab_logits, transformers_logits
 
 from qlab.codecs import CODECS
 from qlab.convert import convert

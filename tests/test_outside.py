@@ -6,8 +6,8 @@ import pytest
 import torch
 from directories import bits_equal, random_tokens, tensors
 from families import tiny
-from test_quantize import IDS, qlab_logits
-from test_vision import every_model, from_transformers, pictured
+from logits import IDS, qlab_logits
+from pictures import every_model, from_transformers, pictured, with_image
 from transformers import AutoModelForCausalLM
 
 from qlab.cli import main
@@ -26,7 +26,6 @@ from qlab.outside import outside_sites
 from qlab.plan import plan
 from qlab.quantize import compare, quantize
 from qlab.spec import parse_spec
-from qlab.sweep import push, record
 from qlab.transform import at, chain, keep, outside, rules
 from qlab.verify import verify
 
@@ -50,17 +49,6 @@ def written(saved, tmp_path_factory):
 
 def causal(path):
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-
-
-@torch.no_grad()
-def with_image(path, batch):
-    """qlab's own reading of a directory: logits of a sample that holds an image."""
-    skeleton = Skeleton(open_checkpoint(path), torch.float32)
-    skeleton.load_outside(with_head=True)
-    (state,), (call,) = record(skeleton, [batch])
-    for name in skeleton.blocks:
-        (state,) = push(skeleton.graph(name, call[name]), iter([(call[name], state)]))
-    return skeleton.head(batch["input_ids"], *state)
 
 
 @torch.no_grad()

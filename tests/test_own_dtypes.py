@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 from directories import bits_equal, change, random_tokens, tensors
+from logits import IDS
 from safetensors.torch import save_file
-from test_quantize import IDS
 from transformers import AutoModelForCausalLM
 
 from qlab.absorb import folds

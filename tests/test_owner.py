@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 from directories import contents, refused
-from test_resume import finish, start
+from killing import finish, start
 
 from qlab.convert import convert
 from qlab.files import workplace

@@ -10,8 +10,9 @@ import torch
 import transformers
 from directories import bits_equal, contents, random_tokens, tensors
 from families import FAMILIES, OTHERS, tiny
+from logits import IDS, assert_read_alike, qlab_logits
 from packaging.version import Version
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, MiniMaxConfig, MiniMaxForCausalLM
+from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
 from qlab.calibration import tokens
 from qlab.errors import QlabError
@@ -28,39 +29,13 @@ from qlab.model.skeleton import Skeleton
 from qlab.plan import plan
 from qlab.quantize import compare, quantize
 from qlab.spec import parse_spec
-from qlab.sweep import push
 from qlab.transform import at, chain, each_weight, keep, rules
 from qlab.verify import verify
 
 LINEAR = [family for family in FAMILIES if family != "gpt2"]  # gpt2's Conv1D has no place in this format: see doors/test_transposed
 SHORT = {family: dict(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]) for family in ("gemma2", "gemma3_text")}
 INT4 = parse_spec("int4-g16")
-IDS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(1))
 release = Version(transformers.__version__)
-
-
-@torch.no_grad()
-def qlab_logits(path: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
-    skeleton = Skeleton(open_checkpoint(path), torch.float32)
-    skeleton.load_outside(with_head=True)
-    hidden, calls = skeleton.record(ids)
-    state = (hidden,)
-    for block, call in calls.items():
-        (state,) = push(skeleton.graph(block, call), iter([(call, state)]))
-    return skeleton.head(ids, *state)
-
-
-@torch.no_grad()
-def transformers_logits(path: Path, ids: torch.Tensor = IDS, dequantize: bool = False) -> torch.Tensor:
-    how = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
-    model, report = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **how)
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-    return model.eval()(ids).logits
-
-
-def assert_read_alike(path: Path, dequantize: bool = False) -> None:
-    ours, theirs = qlab_logits(path), transformers_logits(path, dequantize=dequantize)
-    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
 def assert_complete(path: Path, source: Path, sites: set[str]) -> None:

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from families import tiny
-from test_outside import with_image
-from test_vision import IMAGE, from_transformers
+from pictures import IMAGE, from_transformers, with_image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit

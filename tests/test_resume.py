@@ -11,8 +11,8 @@ from functools import partial
 import pytest
 import torch
 from directories import change, contents, random_tokens
+from killing import KILLED, dying, finish, start
 
-import qlab.files.writer
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.awq import awq_scale
@@ -24,7 +24,6 @@ from qlab.spec import parse_spec
 from qlab.transform import chain, rules
 
 SPEC = parse_spec("int4-g16")
-KILLED = -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
@@ -55,43 +54,6 @@ def former(source, tmp_path_factory):
     """former(out) makes `out` an earlier output of qlab, which --overwrite may replace -> its contents."""
     made = quantize(open_checkpoint(source), rtn(SPEC), None, tmp_path_factory.mktemp("former") / "out").path
     return lambda out: contents(shutil.copytree(made, out, dirs_exist_ok=True))
-
-
-def start(run) -> int:
-    """The process id of a forked child that runs `run`."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            run()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return pid
-
-
-def finish(pid: int) -> int:
-    """The child's exit code, negative where a signal ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def dying(run, n: int, when: str):
-    """`run` in a process that kills itself right before or after its n-th rename."""
-    real, count = os.replace, 0
-
-    def replace(*paths):
-        nonlocal count
-        count += 1
-        if count == n and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        real(*paths)
-        if count == n:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def die():
-        qlab.files.writer.os.replace = replace
-        run()
-
-    return die
 
 
 def assert_whole(out, whole) -> None:

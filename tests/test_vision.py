@@ -3,16 +3,12 @@
 import importlib.util
 import json
 
-import numpy as np
 import pytest
 import torch
 from directories import bits_equal, random_tokens, tensors
-from families import VISION, tiny
-from test_quantize import IDS, qlab_logits
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoModelForImageTextToText, LlavaProcessor, PreTrainedTokenizerFast
+from families import tiny
+from logits import IDS, qlab_logits
+from pictures import every_model, from_transformers, pictured
 
 from qlab.cli import main
 from qlab.errors import QlabError
@@ -29,14 +25,6 @@ from qlab.spec import parse_spec
 from qlab.sweep import push, record
 
 INT4 = parse_spec("int4-g16")
-IMAGE = 127  # the token that stands for a patch
-every_model = pytest.mark.parametrize("family", VISION)
-
-
-def from_transformers(path):
-    model, report = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-    return model.eval()
 
 
 @torch.no_grad()
@@ -64,19 +52,6 @@ def test_perplexity_and_divergence_are_measured_on_text(family, saved, tmp_path)
     result = quantize(open_checkpoint(source), rtn(INT4), None, tmp_path / "out")
     reading = evaluate(open_checkpoint(result.path), open_checkpoint(source), random_tokens(source))
     assert reading.kl > 0 and reading.perplexity > 1
-
-
-def pictured(family, seed, patches=4):
-    """Token ids with an image's patches in them, and the rest of what the model takes, made without a processor."""
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 120, (1, 12 + seed), generator=g)
-    ids[0, 3 : 3 + patches] = IMAGE
-    if family == "llava":
-        return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 28, 28, generator=g)}
-    ids[0, 2] = 125
-    pixels = torch.randn(4 * patches, 3 * 2 * 14 * 14, generator=g)  # two by two patches become one token
-    kinds = ids.eq(IMAGE).int()
-    return {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]]), "mm_token_type_ids": kinds}
 
 
 @torch.no_grad()
@@ -107,37 +82,6 @@ def test_calibration_on_images_differs_from_calibration_without(family, saved, t
         written[name] = tensors(result.path)
     site = next(n for n in written["with"] if n.endswith("layers.0.mlp.up_proj.weight_packed"))
     assert not bits_equal(written["with"][site], written["without"][site])
-
-
-@pytest.fixture(scope="module")
-def llava(saved, tmp_path_factory):
-    """A llava with a real processor, and a file of samples with real images beside it."""
-    pytest.importorskip("PIL")
-    from PIL import Image
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    directory = tmp_path_factory.mktemp("llava")
-    tiny("llava").save_pretrained(directory)
-    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *(f"word{i}" for i in range(120))])} | {"<image>": IMAGE}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-                                   additional_special_tokens=["<image>"])  # fmt: skip
-    pixels = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    template = "{% for m in messages %}{% for c in m['content'] %}{{ '<image> ' if c['type'] == 'image' else c['text'] + ' ' }}" \
-               "{% endfor %}{% endfor %}"
-    LlavaProcessor(image_processor=pixels, tokenizer=fast, patch_size=14, vision_feature_select_strategy="default",
-                   num_additional_image_tokens=1, chat_template=template).save_pretrained(directory)
-    draw = np.random.default_rng(0)
-    for i in range(2):
-        Image.fromarray(draw.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(directory / f"{i}.png")
-    lines = [
-        {"text": "word1 word2 <image> word3 word4", "images": ["0.png"]},
-        {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "word5 word6"}]}], "images": ["1.png"]},
-        {"text": "word7 word8 word9"},
-    ]
-    (directory / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    return directory
 
 
 def test_real_images_go_through_the_processor_and_are_counted(llava, tmp_path):
@@ -184,8 +128,6 @@ def test_samples_that_cannot_be_used_are_refused_by_line(line, words, llava):
 def test_more_samples_than_lines_are_refused(llava):
     with pytest.raises(QlabError, match="holds 3 samples and 9 were asked for"):
         image_samples(open_checkpoint(llava), [llava / "samples.jsonl"], 9)
-
-
 
 
 def test_a_command_calibrates_on_images(llava, tmp_path, command):

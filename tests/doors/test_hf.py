@@ -9,9 +9,9 @@ from directories import bits_equal, contents, rewrite, tensors
 from families import MIXTURES, VISION, tiny
 from foreign import DENSE, FORMATS, directory
 from library import write_with_the_library
-from lower.tolerances import MODEL
 from rotations import CASES
 from test_verify import edit
+from tolerances import MODEL
 from torchao.quantization import Int8WeightOnlyConfig
 from torchao.utils import TorchAOBaseTensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, FineGrainedFP8Config, TorchAoConfig

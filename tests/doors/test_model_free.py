@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from directories import bits_equal, contents, tensors
-from test_resume import KILLED, dying, finish, start
+from killing import KILLED, dying, finish, start
 
 from qlab.certificate import fingerprint
 from qlab.errors import QlabError

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 from directories import change, random_tokens, refused, rewrite, tensors
+from logits import IDS
 from safetensors.torch import save_file
-from test_quantize import IDS
 from transformers import AutoModelForCausalLM
 
 from qlab.convert import convert

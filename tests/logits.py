@@ -1,0 +1,36 @@
+"""The logits of a directory, as qlab reads it and as transformers does."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from qlab.files.checkpoint import open_checkpoint
+from qlab.model.skeleton import Skeleton
+from qlab.sweep import push
+
+IDS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def qlab_logits(path: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
+    skeleton = Skeleton(open_checkpoint(path), torch.float32)
+    skeleton.load_outside(with_head=True)
+    hidden, calls = skeleton.record(ids)
+    state = (hidden,)
+    for block, call in calls.items():
+        (state,) = push(skeleton.graph(block, call), iter([(call, state)]))
+    return skeleton.head(ids, *state)
+
+
+@torch.no_grad()
+def transformers_logits(path: Path, ids: torch.Tensor = IDS, dequantize: bool = False) -> torch.Tensor:
+    how = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+    model, report = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **how)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    return model.eval()(ids).logits
+
+
+def assert_read_alike(path: Path, dequantize: bool = False) -> None:
+    ours, theirs = qlab_logits(path), transformers_logits(path, dequantize=dequantize)
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
