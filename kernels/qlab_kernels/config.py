@@ -3,6 +3,7 @@
 Names: y[m, n] = x[m, k] @ W[n, k].T; a program computes a tile of bm tokens x bn rows of W in steps of bk along k.
 """
 
+import ast
 import hashlib
 from dataclasses import dataclass, replace
 from functools import cache
@@ -248,8 +249,12 @@ def _waste(p: Problem, c: Config) -> tuple[float, ...]:
 
 @cache
 def kernel_revision() -> str:
-    """12 hex digits over the kernels' sources and the layouts' names: a cached time belongs to one of them."""
+    """12 hex digits over the kernels' syntax and the layouts' names: a cached time belongs to one of them.
+
+    Line breaks and comments play no part: what is reformatted keeps its times.
+    """
     digest = hashlib.sha256(REVISION.encode())
     for name in ("tile", "device", "int4_mm", "grouped", "fma", "dequantize"):
-        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+        source = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+        digest.update(ast.unparse(ast.parse(source)).encode())
     return digest.hexdigest()[:12]

@@ -116,12 +116,16 @@ def test_importing_needs_no_triton_and_shadows_no_package():
     assert not (Path(__file__).parents[2] / "kernels" / "__init__.py").exists()
 
 
-def test_revision_follows_the_sources(monkeypatch):
+@pytest.mark.parametrize("addition, differs", [("\nNEW = 1\n", True), ("\n\n# a comment\n", False)])
+def test_revision_follows_the_syntax_of_the_sources(addition, differs, monkeypatch):
     kernel_revision.cache_clear()
-    before = kernel_revision()
+    before, real = kernel_revision(), Path.read_text
     kernel_revision.cache_clear()
-    real = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: real(path) + (b"#" if path.name == "tile.py" else b""))
+
+    def added(path, **how):
+        return real(path, **how) + (addition if path.name == "tile.py" else "")
+
+    monkeypatch.setattr(Path, "read_text", added)
     after = kernel_revision()
     kernel_revision.cache_clear()
-    assert before != after and len(before) == 12
+    assert (before != after) is differs and len(before) == 12
