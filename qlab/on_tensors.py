@@ -1,6 +1,8 @@
 """A segment as a function of tensors alone, with values or without."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +29,8 @@ class OnTensors(nn.Module):
     def forward(self, *tensors: Tensor) -> Any:
         feed = iter(tensors)
         inputs = put_together([next(feed) if isinstance(x, Tensor) else x for x in self.leaves], self.form)
-        out = self.segment(*inputs[0], **inputs[1])
+        with as_it_runs():
+            out = self.segment(*inputs[0], **inputs[1])
         leaves, form = take_apart(inputs)
         given = {id(t): Given(i) for i, t in reversed(list(enumerate(tensors)))}
         made = [x for x in leaves if isinstance(x, Tensor) and id(x) not in given]
@@ -36,6 +39,18 @@ class OnTensors(nn.Module):
             return out, {}
         self.after.left = Left(form, tuple(places[id(x)] if isinstance(x, Tensor) else x for x in leaves))
         return out, {repr(self.after.left): made}
+
+
+@contextmanager
+def as_it_runs() -> Iterator[None]:
+    """Code that asks whether it is compiled or exported hears that it is not: models have other ways for that, with other numbers."""
+    compiler: Any = torch.compiler
+    before = compiler._is_compiling_flag, compiler._is_exporting_flag
+    compiler._is_compiling_flag = compiler._is_exporting_flag = False
+    try:
+        yield
+    finally:
+        compiler._is_compiling_flag, compiler._is_exporting_flag = before
 
 
 def without_values(module: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[nn.Module, tuple[Tensor, ...]]:

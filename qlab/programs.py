@@ -10,7 +10,7 @@ function that was replaced.
 import hashlib
 import re
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from enum import Enum
 from threading import Lock
 from types import BuiltinFunctionType, FunctionType
@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlab.graph import Code, tensors_of
+from qlab.on_meta import OnMeta, on_meta
 from qlab.on_tensors import OnTensors, without_values
 from qlab.surroundings import foreign
 from qlab.trace import trace
@@ -156,17 +157,36 @@ def _values(t: Tensor) -> str:
 
 def operations(segment: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str | None:
     """A hash of every operation that a segment runs on inputs of these shapes, and of what each takes
-    from which; None where it does not run on shapes alone."""
+    from which; None where it does not run on shapes alone.
+
+    That is asked on the meta device, where operations cost least, and with tensors that have a place
+    on the CPU only of a segment that does not run there.
+    """
+    tensors = tensors_of(args, kwargs)
     try:
-        copied, fakes = without_values(segment, tensors_of(args, kwargs))
-        inputs = [(str(i), fake) for i, fake in enumerate(fakes)]
-        told = _Told([*copied.named_parameters(), *copied.named_buffers(), *inputs])
+        return _told(OnMeta, *on_meta(segment, tensors), args, kwargs)
+    except Exception:  # whatever the segment's own forward raises
+        pass
+    try:
+        copied, fakes = without_values(segment, tensors)
         shapes_alone = detect_fake_mode(fakes)
-        assert shapes_alone is not None  # every segment is called with hidden states
-        with torch.no_grad(), shapes_alone, told:
-            told.note("returns", OnTensors(copied, args, kwargs)(*fakes))
-    except Exception:  # whatever the segment's own forward raises; `trace` names it
+        return _told(lambda told: shapes_alone, copied, fakes, args, kwargs)
+    except Exception:  # `trace` names it
         return None
+
+
+def _told(
+    within: Callable[[Any], Any],
+    copied: nn.Module,
+    tensors: tuple[Tensor, ...],
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> str:
+    inputs = [(str(i), tensor) for i, tensor in enumerate(tensors)]
+    told = _Told([*copied.named_parameters(), *copied.named_buffers(), *inputs])
+    told.note("under", (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+    with torch.no_grad(), within(told.note), told:
+        told.note("returns", OnTensors(copied, args, kwargs)(*tensors))
     return told.hash.hexdigest()
 
 

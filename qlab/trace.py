@@ -26,7 +26,9 @@ from qlab.graph import (
 )
 from qlab.on_tensors import OnTensors, without_values
 from qlab.qtensor import Leaf
+from qlab.stretches import Stretch, Stretched, gather
 from qlab.surroundings import foreign
+from qlab.survey import Survey, survey
 from qlab.unrolled import deciding_sizes
 
 TRANSPOSES = (aten.numpy_T.default, aten.t.default, aten.mT.default, aten.transpose.int, aten.permute.default)
@@ -46,13 +48,13 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
         with foreign:
             fixed = {1, *deciding_sizes(module, args, kwargs)}
             auto = tuple({d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n not in fixed} for t in tensors)
-            segment, fakes = without_values(module, tensors)
-            on_tensors = OnTensors(segment, args, kwargs)
-            exported = torch.export.export(on_tensors, fakes, dynamic_shapes=(auto,), strict=False)
+            exported, on_tensors, surveyed = _exported(module, args, kwargs, auto)
     except Exception as error:
         code = _untraced(module, args, kwargs, where, error)
         return ModuleGraph(code, _leaves(module, code.params.values()), path, _dtype(module))
     graph = exported.graph
+    if surveyed is not None:
+        gather(graph, OnTensors(module, args, kwargs), surveyed, len(tensors))
     _unpin(graph)
     _name_linears(graph)
     signature = exported.graph_signature
@@ -76,6 +78,21 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
         unread=unread,
     )
     return ModuleGraph(code, _leaves(module, params.values()), path, _dtype(module))
+
+
+def _exported(module: nn.Module, args: tuple, kwargs: dict[str, Any], auto: tuple) -> tuple[Any, OnTensors, Survey | None]:
+    """The exported program, in which long stretches are one operation each where they can be."""
+    tensors = tensors_of(args, kwargs)
+    surveyed = survey(module, args, kwargs)
+    segment, fakes = without_values(module, tensors)
+    if surveyed is not None:
+        stretched = Stretched(segment, args, kwargs, surveyed)
+        try:
+            return torch.export.export(stretched, fakes, dynamic_shapes=(auto,), strict=False), stretched, surveyed
+        except Exception:  # whatever cannot be cut out; the whole may still be traced
+            segment, fakes = without_values(module, tensors)
+    whole = OnTensors(segment, args, kwargs)
+    return torch.export.export(whole, fakes, dynamic_shapes=(auto,), strict=False), whole, None
 
 
 def _leaves(module: nn.Module, used: Collection[str]) -> dict[str, Leaf]:
@@ -227,14 +244,21 @@ def _unread(graph: fx.Graph, params: Mapping[str, str], explained: set, entering
         products = [user for user in node.users if (user, node) in explained]
         others = [user for user in node.users if user not in products and (products or not _number_by_number(user, node, computed))]
         if others:
-            unread[params[node.name]] = f"{shape} is used by {others[0].target}, in which qlab reads no weight"
+            unread[params[node.name]] = f"{shape} is used by {_operation(others[0], node)}, in which qlab reads no weight"
         elif len(products) > 1:
             unread[params[node.name]] = f"{shape} is used by two operations, {products[0]} and {products[1]}"
     return unread
 
 
+def _operation(node: fx.Node, weight: fx.Node) -> Any:
+    """What takes a weight: of a stretch, the operation inside it."""
+    return node.meta["unread"].get(weight, "a loop") if isinstance(node.target, Stretch) else node.target
+
+
 def _number_by_number(node: fx.Node, weight: fx.Node, computed: set[fx.Node]) -> bool:
     """Whether an operation, and those on what it makes without the input, sum over no channels of the weight and the input."""
+    if isinstance(node.target, Stretch):
+        return weight not in node.meta["unread"]
     if node.target is aten.conv1d.default:  # weight [o, k, w]; where k is 1, a filter of each channel by itself
         return node.args[1] is weight and weight.meta["val"].shape[1] == 1
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())

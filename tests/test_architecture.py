@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "processor", "quiet", "surroundings"},
     {"bits", "products", "progress", "scope", "shown", "spec", "taken_apart"}, {"qtensor", "targets"}, {"certificate", "grid"},
     {"online"},
-    {"experts"}, {"graph"}, {"as_it_is", "on_tensors"}, {"unrolled"}, {"trace"},
+    {"experts"}, {"graph"}, {"as_it_is", "on_meta", "on_tensors"}, {"survey", "unrolled"}, {"stretches"}, {"trace"},
     {"interpret", "programs"}, {"stats"}, {"claims", "rounding", "zeros"}, {"transform"}, {"channels"}, {"absorb"}, {"methods"},
     {"codecs"},
     {"documents", "tokenizing"}, {"texts"}, {"files"}, {"calibration"},
@@ -27,7 +27,7 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MATHEMATICS = {"errors", "scope", "spec", "taken_apart", "on_tensors", "as_it_is", "unrolled", "qtensor", "experts", "graph", "trace",
                "interpret", "products", "programs", "processor", "stats", "rounding", "zeros", "grid", "bits", "online",
-               "transform", "channels", "absorb", "methods",
+               "transform", "channels", "absorb", "methods", "on_meta", "survey", "stretches",
                "claims"}
 MODELS = {"transformers", "safetensors", "accelerate", "huggingface_hub", "gguf"}
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
@@ -98,7 +98,7 @@ def test_mathematics_knows_no_model_library(file):
 def test_only_what_walks_programs_uses_fx_and_export(file):
     text = ast.unparse(ast.parse(FILES[file].read_text(encoding="utf-8")))
     uses = "torch.fx" in text or "torch.export" in text or "import fx" in text or ", fx" in text
-    assert not uses or file in ("as_it_is.py", "graph.py", "trace.py", "interpret.py", "channels.py", "absorb.py")
+    assert not uses or file in ("as_it_is.py", "stretches.py", "graph.py", "trace.py", "interpret.py", "channels.py", "absorb.py")
 
 
 @modules
