@@ -98,7 +98,8 @@ class Fold:
     def _spread(self, m_k: Tensor, size: int) -> Tensor:
         """[k] -> [size], or experts' own [e, 1, k] -> [e, size]."""
         m = m_k if m_k.ndim == 1 else m_k[:, 0]
-        return torch.ones(*m.shape[:-1], size, device=m.device).index_copy_(-1, self.index_k.to(m.device), m.float())
+        return torch.ones(*m.shape[:-1], size, dtype=torch.float32, device=m.device).index_copy_(
+            -1, self.index_k.to(m.device), m.float())
 
 
 def _scaled(w: Tensor, offset: float, t: Tensor, stored: torch.dtype) -> Tensor:

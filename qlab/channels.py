@@ -102,7 +102,8 @@ class Labels(fx.Interpreter):
         (parts, *rest), kwargs = self.fetch_args_kwargs_from_env(n)
         inputs = n.args[0]
         assert isinstance(inputs, list | tuple)
-        return n.target([self.labels.get(node, torch.full(v.shape, NONE)) for node, v in zip(inputs, parts)], *rest, **kwargs)
+        labels = [self.labels.get(node, torch.full(v.shape, NONE, dtype=torch.long)) for node, v in zip(inputs, parts)]
+        return n.target(labels, *rest, **kwargs)
 
     def _contract(self, n: fx.Node) -> Tensor | None:
         """Labels of a sum of products with one labelled operand, where all terms of a sum carry the same one."""

@@ -142,14 +142,14 @@ def product_rate(dtype: torch.dtype) -> float:
 @cache
 def element_rate() -> float:
     """Elements a second that are scaled, rounded and clamped in fp32."""
-    x = torch.ones(512, 512)
+    x = torch.ones(512, 512, dtype=torch.float32)
     return x.numel() / _fastest(lambda: (x * 1.5).round_().clamp_(-8, 7))
 
 
 @cache
 def call_seconds() -> float:
     """Of one small operation."""
-    x = torch.ones(64)
+    x = torch.ones(64, dtype=torch.float32)
     return _fastest(lambda: [x.add(1.0) for _ in range(200)]) / 200
 
 

@@ -63,7 +63,7 @@ class Awaiting(nn.Module):
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.weight = self.bias = torch.empty(0)
+        self.weight = self.bias = torch.empty(0, dtype=torch.float32)
         self.weight._is_hf_initialized = True  # type: ignore[attr-defined]
 
 

@@ -61,7 +61,7 @@ def _random_like(entering: State, graph: ModuleGraph) -> State:
     device = next((t.device for t in leaves if isinstance(t, Tensor)), torch.device("cpu"))
     made = []
     for t in entering:
-        drawn = torch.randn(t.shape, generator=torch.Generator().manual_seed(0))
+        drawn = torch.randn(t.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
         number = drawn if t.is_floating_point() else torch.zeros(t.shape, dtype=t.dtype)
         made.append(number.to(device))
     return tuple(made)

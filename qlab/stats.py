@@ -135,7 +135,7 @@ def sample(n: int) -> Stat:
         lambda o: smallest(_hashed(o.keys), o.x_nk.float()),
         lambda a, b: smallest(torch.cat([a.order, b.order]), torch.cat([a.x_nk, b.x_nk])),
         lambda s, M: Sample(s.order, s.x_nk * M if M.ndim == 1 else s.x_nk @ M),
-        lambda k: Sample(torch.empty(0, dtype=torch.long), torch.empty(0, k)),
+        lambda k: Sample(torch.empty(0, dtype=torch.long), torch.empty(0, k, dtype=torch.float32)),
     )
 
 
@@ -171,14 +171,14 @@ STATS: dict[str, Stat] = {
         lambda o: Moment(gram(o.x_nk), o.x_nk.shape[0]),
         _add_moments,
         _move_moment,
-        lambda k: Moment(torch.zeros(k, k), 0),
+        lambda k: Moment(torch.zeros(k, k, dtype=torch.float32), 0),
     ),
     # sum over tokens of (x' - x)^T x, x' the reference's input; of sources without experts, see Stage.wants
     "drift": Stat(
         _drift,
         _add_moments,
         _move_moment,
-        lambda k: Moment(torch.zeros(k, k), 0),
+        lambda k: Moment(torch.zeros(k, k, dtype=torch.float32), 0),
     ),
     "absmax": Stat(
         lambda o: o.x_nk.abs().amax(0).float(),
@@ -190,13 +190,13 @@ STATS: dict[str, Stat] = {
         lambda o: (o.x_nk.abs().float().sum(0), o.x_nk.shape[0]),
         lambda a, b: (a[0] + b[0], a[1] + b[1]),
         lambda s, M: (s[0] * M.abs(), s[1]) if M.ndim == 1 else None,
-        lambda k: (torch.zeros(k), 0),
+        lambda k: (torch.zeros(k, dtype=torch.float32), 0),
     ),
     "minmax": Stat(
         lambda o: (o.x_nk.float().amin(0), o.x_nk.float().amax(0)),
         lambda a, b: (torch.minimum(a[0], b[0]), torch.maximum(a[1], b[1])),
         _move_minmax,
-        lambda k: (torch.full((k,), torch.inf), torch.full((k,), -torch.inf)),
+        lambda k: (torch.full((k,), torch.inf, dtype=torch.float32), torch.full((k,), -torch.inf, dtype=torch.float32)),
     ),
     "sample": sample(512),
 }

@@ -77,7 +77,8 @@ class Floats(TorchFunctionMode):
         if func in EMPTY:
             return func(*args, **{**kwargs, "dtype": self.dtype})
         made = func(*args, **kwargs)
-        if func in CONVERSIONS or not isinstance(made, Tensor) or made.dtype != self.before:
+        # the process's own may be another by now, as while another thread loads a model
+        if func in CONVERSIONS or not isinstance(made, Tensor) or made.dtype not in (self.before, torch.get_default_dtype()):
             return made
         taken = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(leaf.is_floating_point() or leaf is made for leaf in taken):

@@ -1,5 +1,6 @@
 """Nothing that is set around a call reaches into it, and no call changes what is set: same bytes, in threads side by side too."""
 
+import ast
 import contextlib
 import re
 import threading
@@ -170,3 +171,38 @@ def test_no_module_sets_what_the_whole_process_shares():
     files = [p for p in Path(qlab.__file__).parent.rglob("*.py") if p.name != "surroundings.py"]
     files = [p for p in files if p.parent.name != "bench"]  # which has its process to itself
     assert not [p.name for p in files if re.search(setters, p.read_text())]
+
+
+def test_code_of_others_that_changes_the_default_dtype_meanwhile_reaches_into_no_call(
+    source, data, plain, tmp_path
+):
+    done = threading.Event()
+
+    def load():  # as transformers does while it loads a model
+        while not done.wait(0.002):
+            with default_dtype(torch.bfloat16):
+                done.wait(0.004)
+
+    loader = threading.Thread(target=load)
+    loader.start()
+    try:
+        codes, reading, lowered = made(source, data, tmp_path / "q")
+    finally:
+        done.set()
+        loader.join()
+    assert all(torch.equal(codes[name], plain[0][name]) for name in codes) and reading == plain[1]
+    held = zip(lowered.state_dict().values(), plain[2].state_dict().values())
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in held)
+
+
+FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "eye", "linspace", "tensor")
+
+
+def test_every_tensor_that_qlab_makes_is_told_its_dtype():
+    untold = []
+    for file in Path(qlab.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in [f"torch.{name}" for name in FACTORIES]:
+                told = {keyword.arg for keyword in node.keywords} & {"dtype", None}
+                untold += [] if told else [f"{file.name}:{node.lineno}"]
+    assert not untold

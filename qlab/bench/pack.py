@@ -54,7 +54,7 @@ def gptqmodel(bits: int, shape: torch.Size) -> Calls:
 
     (o, k), middle = shape, 2 ** (bits - 1)
     linear = TorchLinear(bits=bits, group_size=GROUP, sym=True, desc_act=False, in_features=k, out_features=o)
-    scales, zeros = torch.ones(o, k // GROUP), torch.full((o, k // GROUP), middle)
+    scales, zeros = torch.ones(o, k // GROUP, dtype=torch.float32), torch.full((o, k // GROUP), middle, dtype=torch.long)
     g_idx = torch.arange(k, dtype=torch.int32) // GROUP
 
     def prepare(codes: Tensor) -> torch.nn.Linear:

@@ -51,7 +51,7 @@ def pack(planes: Planes, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | N
     n_padded = -(-n // ROWS) * ROWS
     u = torch.full((n_padded, planes.q.shape[1]), 8, dtype=torch.int32)
     u[:n] = planes.q.int() + 8
-    scales, zeros = torch.zeros(planes.scales.shape[1], n_padded, 2), None
+    scales, zeros = torch.zeros(planes.scales.shape[1], n_padded, 2, dtype=torch.float32), None
     scales[:, :n, 0] = planes.scales.mT
     if planes.zeros is not None:
         zeros = torch.zeros(scales.shape[:2], dtype=dtype)

@@ -96,7 +96,7 @@ def _dequantized(w: Any, transposed: bool) -> Any:
     if getattr(source, "target", None) is not torch.ops.qlab.dequantize.default:
         return None
     n, k = source.args[3:5]
-    probe = torch.empty(n, k, device="meta")
+    probe = torch.empty(n, k, dtype=torch.float32, device="meta")
     for view in way:
         args = torch.utils._pytree.tree_map(lambda a: 2 if hasattr(a, "op") else a, view.args[1:])  # a number known at run time
         try:

@@ -73,7 +73,7 @@ def _cpu(calls: Sequence[Call], reps: int, seconds: float) -> float:
 
 def _cuda(calls: Sequence[Call], reps: int, device: torch.device, seconds: float) -> float:
     """Events around each call, behind a wait: the host takes longer to launch a small kernel than the device to run it."""
-    flush = torch.zeros(FLUSH // 4, device=device)
+    flush = torch.zeros(FLUSH // 4, dtype=torch.float32, device=device)
     taken: list[float] = []
     until = time.perf_counter() + seconds
     while len(taken) < reps and (len(taken) < 3 or time.perf_counter() < until):
@@ -109,7 +109,7 @@ def graph_microseconds(calls: Sequence[Call], device: torch.device, seconds: flo
 def copy_rate(device: torch.device) -> float:
     """GB/s of a large copy, bytes read and bytes written together: what stands in for the memory's bandwidth."""
     size = 2**30 if device.type == "cuda" else 2**28
-    source = torch.ones(size // 4, device=device)
+    source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return 2e-3 * size / microseconds([lambda: target.copy_(source)], 20, device, 2.0)
 

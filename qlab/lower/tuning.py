@@ -61,7 +61,7 @@ def random_weight(n: int, k: int, group: int, zeros: bool, device: torch.device,
     """The weight that belongs to a seed; its entries are of the size that a trained layer's are."""
     g = torch.Generator(device).manual_seed(seed)
     codes = torch.randint(-8, 8, (n, k), generator=g, dtype=torch.int8, device=device)
-    scales = torch.rand(n, k // group, generator=g, device=device) * 0.02 / k**0.5 + 0.01 / k**0.5
+    scales = torch.rand(n, k // group, generator=g, dtype=torch.float32, device=device) * 0.02 / k**0.5 + 0.01 / k**0.5
     offsets = torch.randint(-8, 8, scales.shape, generator=g, device=device).float() if zeros else None
     return Random(codes, scales, offsets, group)
 
@@ -237,7 +237,7 @@ def weights_of(directory: str | Path, device: torch.device | str) -> dict[Form, 
     refused = {(text, shape): reason for text, shape in distinct if (reason := refusal(parse_spec(text), shape))}
     for text, (*experts, n, k) in distinct - refused.keys():
         spec, shape = parse_spec(text), torch.Size((n, k))
-        scales = torch.zeros(spec.tile.scales_shape(shape))
+        scales = torch.zeros(spec.tile.scales_shape(shape), dtype=torch.float32)
         blank = QTensor(torch.zeros(shape, dtype=spec.code_dtype), scales, None if spec.symmetric else scales.to(torch.int8), spec)
         planes = planes_of(f"{directory}, {text}", blank, whole_rows=where.type == "cuda")
         form = Form(planes.group, planes.zeros is not None, experts[0] if experts and not one_by_one(where) else 0)

@@ -34,5 +34,5 @@ def quantize_inputs(spec: Spec) -> Transform:
             online[site.path] = (*online.get(site.path, ()), QuantizeInput(spec, outer=outer))
         return replace(graph, online=online), stats
 
-    form = QuantizeInput(spec, outer=torch.ones(1) if spec.outer else None)
+    form = QuantizeInput(spec, outer=torch.ones(1, dtype=torch.float32) if spec.outer else None)
     return (Stage("quantize_inputs", needs, run, detail=str(form.input_spec), sitewise=True, online=(form,)),)

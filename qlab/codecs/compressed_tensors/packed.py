@@ -37,7 +37,7 @@ def encode(path: str, leaf: QTensor) -> dict[str, Tensor]:
     tensors = {
         "weight_packed": pack_signed(leaf.codes, bits),
         "weight_scale": leaf.scales.reshape(1) if per_tensor else leaf.scales.contiguous(),
-        "weight_shape": torch.tensor(leaf.shape),
+        "weight_shape": torch.tensor(leaf.shape, dtype=torch.long),
     }
     if leaf.zeros is not None:
         zeros = leaf.zeros.reshape(1) if per_tensor else pack_signed(leaf.zeros.mT, bits).mT
