@@ -208,6 +208,17 @@ class ModuleGraph:
         return isinstance(leaf, Tensor) and leaf.dtype == torch.float32
 
 
+def refuse_overflow(where: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Refuse numbers of a tensor that would be Inf in a dtype of a smaller range."""
+    most = torch.finfo(dtype).max
+    if not tensor.is_floating_point() or not tensor.numel() or torch.finfo(tensor.dtype).max <= most:
+        return
+    finite = tensor.abs().nan_to_num(nan=0.0, posinf=0.0)
+    largest = float(finite.max())
+    if largest > most:
+        raise QlabError(f"{where} holds {largest:.3g}, and {dtype} numbers end at {most:.3g}; run the model in bfloat16 or float32")
+
+
 def lone_weight(
     path: str,
     W_ok: Tensor,

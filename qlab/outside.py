@@ -30,6 +30,13 @@ def weight_of(skeleton: Skeleton, name: str) -> str | None:
     return next((w for w in found if w in checkpoint.stored or w.rpartition(".")[0] in checkpoint.quantized), None)
 
 
+def carried(skeleton: Skeleton) -> set[str]:
+    """The tensors of the files that no module of the model takes: masks and tables that it computes itself, other ends."""
+    taken = skeleton.model.state_dict().keys()
+    names = {stored: stored.rpartition(".") for stored in skeleton.checkpoint.stored}
+    return {stored for stored, (module, _, kind) in names.items() if f"{skeleton.model_name(module)}.{kind}" not in taken}
+
+
 def outside_leaves(skeleton: Skeleton, recipe: Transform, rows: Callable[[Mapping[str, Any]], None]) -> Iterator[tuple[str, Leaf]]:
     """Every leaf of the files that belongs to no block, one at a time: rounded where a stage of the recipe is for it, else dense
     as it was stored; with the heads that are rounded and were tied. rows: takes the report's row of each rounded one."""

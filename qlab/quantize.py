@@ -22,16 +22,17 @@ from qlab.files.checkpoint import Checkpoint
 from qlab.files.place import places
 from qlab.files.record import bits_per_weight, versions, written
 from qlab.files.writer import Writer
-from qlab.graph import Code, ModuleGraph
+from qlab.graph import Code, ModuleGraph, refuse_overflow
 from qlab.lossless import refuse_changed
 from qlab.model.device import name_of
 from qlab.model.linears import by_module
 from qlab.model.recording import Call, State
 from qlab.model.skeleton import Skeleton
 from qlab.model.ties import untied
-from qlab.outside import outside_leaves, outside_sites, weight_of
+from qlab.outside import carried, outside_leaves, outside_sites, weight_of
 from qlab.plan import CODEC, Plan, plan
 from qlab.progress import progress, say
+from qlab.qtensor import dense
 from qlab.report import PeakMemory, describe, site_rows
 from qlab.shown import Shown, size, some
 from qlab.spec import InputSpec, Spec, parse_input_spec, parse_spec
@@ -300,13 +301,17 @@ def _blocks_to_do(jobs: Sequence[_Job], blocks: int, carries: Sequence[Sequence[
 def _write_outside(skeleton: Skeleton, job: _Job) -> None:
     """What surrounds the blocks, one leaf at a time."""
     notes: dict[str, dict[str, Any]] = {"sites": {}, "certificates": {}, "changed": {}}
+    beside = carried(skeleton)
     made_of = {f"{skeleton.module_name(name)}.weight": weight_of(skeleton, name) for name in outside_sites(skeleton)}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, leaf in outside_leaves(skeleton, job.recipe, notes["sites"].update):
             for section, rows in certificates({name: leaf}, skeleton, made_of=made_of).items():
                 notes[section].update(rows)
-            yield from encode({name: leaf}, job.codec, {}).items()
+            if name in beside and isinstance(leaf, Tensor):  # whatever numbers it holds
+                yield name, leaf
+            else:
+                yield from encode({name: leaf}, job.codec, {}).items()
 
     job.writer.write_shard(0, tensors())
     job.writer.write_notes(0, notes)
@@ -325,6 +330,9 @@ def _block(skeleton: Skeleton, jobs: Sequence[_Job], call: Call, index: int, str
     the call. call: one that shows the form of all."""
     batches = streams[0]
     graph = solved = skeleton.graph(list(skeleton.blocks)[index], call, decoded=True)
+    if any(job.data is not None for job in jobs):
+        for name, dtype in graph.held.items():
+            refuse_overflow(f"{skeleton.checkpoint.path}: {graph.path}.{name}", dense(graph.params[name]), dtype)
     reference = Reference(graph, streams[1]) if streams[1:] else None
 
     def look(now: ModuleGraph, wanted: set[tuple[str, str]]) -> Stats:

@@ -49,9 +49,9 @@ def _weights(before: ModuleGraph, after: ModuleGraph, site: Site) -> Iterator[tu
     """A weight [o, k] before and after, expert by expert where there are several."""
     leaf = after.params[site.weight or ""]
     for expert in range(leaf.shape[0]) if len(leaf.shape) == 3 else [None]:
-        if isinstance(leaf, QTensor):
-            part = leaf if expert is None else pytree.tree_map_only(Tensor, lambda t, e=expert: t[e], leaf)
-            made = dense(part, torch.float32)
-        else:
-            made = after.weight_ok(site, expert)
+        made = dense(_part(leaf, expert), torch.float32) if isinstance(leaf, QTensor) else after.weight_ok(site, expert)
         yield before.weight_ok(site, expert), made
+
+
+def _part(leaf: QTensor, expert: int | None) -> QTensor:
+    return leaf if expert is None else pytree.tree_map_only(Tensor, lambda t: t[expert], leaf)

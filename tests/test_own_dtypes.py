@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 import torch
-from directories import bits_equal, change, random_tokens, tensors
+from directories import bits_equal, change, random_tokens, refused, tensors
 from logits import IDS
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from qlab.absorb import folds
+from qlab.evaluate import read
 from qlab.files.checkpoint import open_checkpoint
 from qlab.graph import by_origin
 from qlab.lower import lower
@@ -148,3 +149,22 @@ def test_every_door_stores_the_scales_of_one_model_in_one_dtype(others, saved, t
     held, free = tensors(one.path), tensors(two.path)
     assert {t.dtype for name, t in held.items() if name.endswith(".scales")} == {torch.bfloat16}
     assert held.keys() == free.keys() and all(bits_equal(t, free[name]) for name, t in held.items())
+
+
+@pytest.mark.parametrize("family, name", [
+    ("llama", "model.layers.1.mlp.up_proj.weight"), ("qwen2", "model.layers.0.self_attn.k_proj.bias"), ("llama", "model.norm.weight"),
+])  # fmt: skip
+def test_a_number_that_the_dtype_of_the_run_does_not_hold_is_refused_by_name(family, name, saved, tmp_path):
+    path = shutil.copytree(saved(family, torch.bfloat16), tmp_path / "model")
+    change(path, **{name.replace(".", "__"): lambda t: t.index_fill(0, torch.tensor([1]), 1e5)})
+    opened, data = open_checkpoint(path), random_tokens(path)
+    words = rf"{name} holds 9\.98e\+04, and torch\.float16 numbers end at 6\.55e\+04; run the model in bfloat16 or float32"
+    made = quantize(opened, gptq(INT8), data, tmp_path / "out")  # in float32, as nothing else was asked for
+    acts = [lambda: read(opened, data, torch.float16)]
+    if name.endswith(("bias", "norm.weight")):
+        acts.append(lambda: lower(made.path, dtype=torch.float16))
+    if "layers" in name:
+        acts.append(lambda: quantize(opened, gptq(INT8), data, tmp_path / "again", dtype=torch.float16))
+    for act in acts:
+        refused(act, *words.replace("\\", "").split("; "))
+    assert not (tmp_path / "again").exists()

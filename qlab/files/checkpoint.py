@@ -18,7 +18,7 @@ from qlab.errors import QlabError, warn
 from qlab.files.directory import CONFIG, INDEX, Stored, locate, read_json
 from qlab.files.explained import KEY, explained, refuse_unexplained
 from qlab.files.tensors import dtype_of, read, same_bytes
-from qlab.graph import Op
+from qlab.graph import Op, refuse_overflow
 from qlab.qtensor import Leaf
 from qlab.shown import Shown, size
 from qlab.spec import InputSpec, Spec
@@ -152,7 +152,10 @@ class Checkpoint(Shown):
             return self.codec.decode(module, {key: self.tensor(key) for key in self.parts(module)}, self.quantized[module])
         self._refuse_missing(name)
         tensor = self.tensor(name)
-        return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+        if dtype is None or not tensor.is_floating_point():
+            return tensor
+        refuse_overflow(f"{self.path}: {name}", tensor, dtype)
+        return tensor.to(dtype)
 
     def _refuse_missing(self, name: str) -> None:
         if name not in self.stored:

@@ -37,10 +37,9 @@ def said_in(raw: Mapping[str, Any], where: str) -> Any:
 def _said(config: Mapping[str, Any]) -> Any:
     """What a configuration says of codes itself. Older writers put it once more under its own name, beside the method's."""
     said = config.get(KEY) or config.get(OLD_KEY)
-    inner = said.get(KEY) if isinstance(said, Mapping) else None
-    if not isinstance(inner, Mapping):
+    if not isinstance(said, Mapping) or not isinstance(said.get(KEY), Mapping):
         return said
-    return {**{key: value for key, value in said.items() if key != KEY}, **inner}
+    return {**{key: value for key, value in said.items() if key != KEY}, **said[KEY]}
 
 
 def _inside(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -139,7 +139,7 @@ def pack(skeleton: Skeleton, name: str, dtype: torch.dtype, device: torch.device
                             "qlab")
         return (CodedExperts if coded else QExperts)(name, leaf, dtype, device, dense_cache, inputs)
     linear = skeleton.model.get_submodule(name)
-    bias = None if linear.bias is None else skeleton.checkpoint.tensor(skeleton.file_name(f"{name}.bias"))
+    bias = None if linear.bias is None else dense(skeleton.leaf(f"{name}.bias"))
     if isinstance(leaf, QTensor):
         return (CodedLinear if coded else QLinear)(name, leaf, bias, dtype, device, dense_cache, inputs)
     return _plain(leaf, bias, skeleton.held_dtype(weight), device)

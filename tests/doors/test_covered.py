@@ -10,6 +10,7 @@ import torch
 from directories import bits_equal, change, refused, rewrite, tensors
 from safetensors.torch import save_file
 
+from qlab.errors import QlabError
 from qlab.evaluate import read
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.rtn import rtn
@@ -128,3 +129,19 @@ def test_a_weight_that_was_chosen_without_a_model_and_is_dense_is_a_fault(origin
                                    Scope(("*lm_head",), outside=True), Scope(outside=True)])  # fmt: skip
 def test_a_scope_is_read_back_from_its_name(scope):
     assert scope_named(str(scope)) == scope
+
+
+def test_what_the_model_does_not_take_is_carried_on_whatever_it_holds(folder, tmp_path):
+    held = tensors(folder)
+    held["model.layers.0.self_attn.mask"] = torch.full((1, 4, 4), -torch.inf).triu(1)
+    held["freqs_cis"] = torch.tensor([1, torch.nan], dtype=torch.complex64)
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    opened = open_checkpoint(folder)
+    for made in (quantize(opened, rtn(INT8), None, tmp_path / "one"), quantize_files(opened, rtn(INT8), tmp_path / "two")):
+        out, after = made.path, tensors(made.path)
+        assert bits_equal(after["model.layers.0.self_attn.mask"], held["model.layers.0.self_attn.mask"])
+        assert after["freqs_cis"].dtype == torch.complex64 and verify(out, folder).faults == []
+    held["model.norm.weight"][1] = torch.nan
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(QlabError, match=r"model\.norm\.weight holds NaN or Inf; repair the checkpoint"):
+        quantize(open_checkpoint(folder), rtn(INT8), None, tmp_path / "damaged")
