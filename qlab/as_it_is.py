@@ -26,6 +26,11 @@ class AsItIs:
         return tuple(pytree.tree_leaves(functional_call(self.on_tensors, held, tuple(inputs))))
 
 
+def runs_as_it_is(code: Code) -> bool:
+    """Whether a program is the module itself: it does what that does, also where nothing tells beforehand what it is."""
+    return any(isinstance(node.target, AsItIs) for node in code.graph.nodes)
+
+
 def as_it_is(module: nn.Module, on_tensors: Any, tensors: Sequence[Tensor], why: str) -> Code:
     """The program of one operation, whose weights are no sites, because of `why`.
 

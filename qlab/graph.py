@@ -132,6 +132,7 @@ class Code:
     outputs: what the program gives, as it was traced: the leaves of what the segment returns (`out_spec`), and behind them the tensors
     that it leaves in its inputs (`left`: where they lie there).
     unread: path of a matrix that is used, but is no site's weight -> why. It is dense, and no step reaches it.
+    kept: where in its attributes the segment leaves tensors, which no program does.
     """
 
     graph: fx.Graph
@@ -143,6 +144,7 @@ class Code:
     outputs: tuple[Any, ...] = ()
     left: Left | None = None
     unread: Mapping[str, str] = field(default_factory=dict)
+    kept: tuple[tuple[Any, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlab.as_it_is import runs_as_it_is
 from qlab.graph import Code, tensors_of
+from qlab.kept import kept, tensors_held
 from qlab.on_meta import OnMeta, on_meta
 from qlab.on_tensors import OnTensors, without_values
 from qlab.surroundings import foreign
@@ -51,8 +53,6 @@ def program(
     """
     with foreign:
         done = operations(segment, args, kwargs)
-    if done is None:  # what such a segment does is known to its own trace only
-        return trace(segment, args, kwargs, path).code
     leaves, spec = pytree.tree_flatten((args, kwargs))
     look = _Look(segment, index, ignored)
     key = look(segment), spec, tuple(_input(leaf, look) for leaf in leaves), done
@@ -62,6 +62,8 @@ def program(
             _kept.move_to_end(key)
             return code
     code = trace(segment, args, kwargs, path).code
+    if done is None and not runs_as_it_is(code):  # what such a segment does is known to its own trace only
+        return code
     with _lock:
         code = _kept.setdefault(key, code)
         while len(_kept) > KEPT:
@@ -185,8 +187,10 @@ def _told(
     inputs = [(str(i), tensor) for i, tensor in enumerate(tensors)]
     told = _Told([*copied.named_parameters(), *copied.named_buffers(), *inputs])
     told.note("under", (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+    before = tensors_held(copied)
     with torch.no_grad(), within(told.note), told:
         told.note("returns", OnTensors(copied, args, kwargs)(*tensors))
+    told.note("keeps", [str(path) for path in kept(before, copied)])
     return told.hash.hexdigest()
 
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlab.experts import EXPERT_OPS
 from qlab.graph import SAME_VALUES, aten, is_matrix, tensors_of
+from qlab.kept import Path, kept, tensors_held
 from qlab.on_meta import called_on_meta, on_meta
 from qlab.on_tensors import OnTensors
 
@@ -29,13 +30,15 @@ class Survey:
     """What a segment calls of torch that gives tensors, by number: what is asked of a tensor is not always a call.
 
     products: those with weights. stretches: the long ones in between. taken: a parameter or buffer -> the first call that takes it in
-    another way. unread: a matrix -> the operation inside a stretch that takes it other than number by number.
+    another way. unread: a matrix -> the operation inside a stretch that takes it other than number by number. kept: where in its
+    attributes the segment leaves tensors.
     """
 
     products: Mapping[int, Any]
     stretches: tuple[range, ...]
     taken: Mapping[str, int]
     unread: Mapping[str, Any]
+    kept: tuple[Path, ...]
 
     def within(self, call: int) -> int | None:
         """Of which stretch a call is a part."""
@@ -47,9 +50,9 @@ class Survey:
 
 
 def survey(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Survey | None:
-    """The long stretches of a segment on inputs of these shapes; None where it has none, or does not run on shapes alone."""
+    """What a segment calls on inputs of these shapes; None where it does not run on shapes alone."""
     copied, tensors = on_meta(module, tensors_of(args, kwargs))
-    noted = _Noted(copied, tensors)
+    noted, before = _Noted(copied, tensors), tensors_held(copied)
     try:
         with torch.no_grad(), noted.judge, noted:
             OnTensors(copied, args, kwargs)(*tensors)
@@ -58,7 +61,7 @@ def survey(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Survey | N
     between = [range(start + 1, stop) for start, stop in pairwise([-1, *noted.products, noted.number])]
     stretches = tuple(long for calls in between if (long := _long(calls, noted.writes, noted.last_use)))
     unread = {name: func for call, name, func in noted.judge.mixed if any(call in stretch for stretch in stretches)}
-    return Survey(noted.products, stretches, noted.taken, unread) if stretches else None
+    return Survey(noted.products, stretches, noted.taken, unread, kept(before, copied))
 
 
 def _long(between: range, writes: Sequence[tuple[int, int]], last_use: Mapping[int, int]) -> range | None:

@@ -1,6 +1,7 @@
 """From a module to a value: torch.export of one segment, and the sites that its program shows."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,17 +45,19 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
     """
     tensors = tensors_of(args, kwargs)
     where = path or type(module).__name__
+    surveyed = survey(module, args, kwargs)
+    kept = surveyed.kept if surveyed is not None else ()
     try:
         with foreign:
             fixed = {1, *deciding_sizes(module, args, kwargs)}
             auto = tuple({d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n not in fixed} for t in tensors)
-            exported, on_tensors, surveyed = _exported(module, args, kwargs, auto)
+            exported, on_tensors, followed = _exported(module, args, kwargs, auto, surveyed)
     except Exception as error:
-        code = _untraced(module, args, kwargs, where, error)
+        code = replace(_untraced(module, args, kwargs, where, error), kept=kept)
         return ModuleGraph(code, _leaves(module, code.params.values()), path, _dtype(module))
     graph = exported.graph
-    if surveyed is not None:
-        gather(graph, OnTensors(module, args, kwargs), surveyed, len(tensors))
+    if followed is not None:
+        gather(graph, OnTensors(module, args, kwargs), followed, len(tensors))
     _unpin(graph)
     _name_linears(graph)
     signature = exported.graph_signature
@@ -76,16 +79,17 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
         left=on_tensors.after.left,
         sites=tuple(site for site in sites if site.weight not in unread),
         unread=unread,
+        kept=kept,
     )
     return ModuleGraph(code, _leaves(module, params.values()), path, _dtype(module))
 
 
-def _exported(module: nn.Module, args: tuple, kwargs: dict[str, Any], auto: tuple) -> tuple[Any, OnTensors, Survey | None]:
-    """The exported program, in which long stretches are one operation each where they can be."""
+def _exported(module: nn.Module, args: tuple, kwargs: dict[str, Any], auto: tuple, surveyed: Survey | None
+              ) -> tuple[Any, OnTensors, Survey | None]:  # fmt: skip
+    """The exported program, with the survey that it follows, in which long stretches are one operation each where they can be."""
     tensors = tensors_of(args, kwargs)
-    surveyed = survey(module, args, kwargs)
     segment, fakes = without_values(module, tensors)
-    if surveyed is not None:
+    if surveyed is not None and surveyed.stretches:
         stretched = Stretched(segment, args, kwargs, surveyed)
         try:
             return torch.export.export(stretched, fakes, dynamic_shapes=(auto,), strict=False), stretched, surveyed

@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "processor", "quiet", "surroundings"},
     {"bits", "products", "progress", "scope", "shown", "spec", "taken_apart"}, {"qtensor", "targets"}, {"certificate", "grid"},
     {"online"},
-    {"experts"}, {"graph"}, {"as_it_is", "on_meta", "on_tensors"}, {"survey", "unrolled"}, {"stretches"}, {"trace"},
+    {"experts"}, {"graph"}, {"as_it_is", "kept", "on_meta", "on_tensors"}, {"survey", "unrolled"}, {"stretches"}, {"trace"},
     {"interpret", "programs"}, {"stats"}, {"claims", "rounding", "zeros"}, {"transform"}, {"channels"}, {"absorb"}, {"methods"},
     {"codecs"},
     {"documents", "tokenizing"}, {"texts"}, {"files"}, {"calibration"},
@@ -27,7 +27,7 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MATHEMATICS = {"errors", "scope", "spec", "taken_apart", "on_tensors", "as_it_is", "unrolled", "qtensor", "experts", "graph", "trace",
                "interpret", "products", "programs", "processor", "stats", "rounding", "zeros", "grid", "bits", "online",
-               "transform", "channels", "absorb", "methods", "on_meta", "survey", "stretches",
+               "transform", "channels", "absorb", "methods", "kept", "on_meta", "survey", "stretches",
                "claims"}
 MODELS = {"transformers", "safetensors", "accelerate", "huggingface_hub", "gguf"}
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}

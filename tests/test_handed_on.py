@@ -136,6 +136,47 @@ def test_what_a_model_computes_between_its_blocks_is_refused_before_any_work(bet
     assert not list(tmp_path.iterdir())
 
 
+class Memory(torch.nn.Module):
+    """A module that all blocks hold."""
+
+
+@pytest.mark.parametrize("keep, name", [
+    (lambda layer, t: setattr(layer.memory, "left", t), "Memory.left"),
+    (lambda layer, t: layer.notes.append(t), "list.0"),
+    (lambda layer, t: setattr(layer.self_attn.config, "left", t), "LlamaConfig.left"),
+    (lambda layer, t: setattr(Memory, "left", t), "Memory.left"),
+])
+def test_what_a_block_leaves_in_attributes_for_another_is_refused_before_any_work(keep, name, monkeypatch, saved, tmp_path):
+    made, (memory, notes) = LlamaModel.__init__, (Memory(), [])
+    Memory.left = None
+
+    def init(self, config):
+        made(self, config)
+        for layer in self.layers:
+            layer.memory, layer.notes = memory, notes
+
+    def forward(self, hidden_states, **kwargs):
+        keep(self, hidden_states * 2)
+        return block(self, hidden_states, **kwargs)
+
+    source = saved("llama", num_hidden_layers=3)
+    monkeypatch.setattr(LlamaModel, "__init__", init)
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    model, data = open_checkpoint(source), random_tokens(source)
+    for act in (lambda: evaluate(model, model, data), lambda: quantize(model, gptq(INT8), data, tmp_path / "out")):
+        refused(act, f"model.layers.0 leaves a tensor in {name}, which model.layers.1 holds too")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_block_leaves_for_itself_is_its_own(monkeypatch, saved):
+    def forward(self, hidden_states, **kwargs):
+        self.left = block(self, hidden_states, **kwargs)
+        return self.left
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    assert_read(saved("llama", num_hidden_layers=3))
+
+
 def test_what_is_taken_apart_is_put_together_again():
     x, y, inner = torch.ones(1), torch.zeros(2), SimpleNamespace(deep=Keyed(a=1))
     whole = {"one": [x, (y, None)], "two": Keyed(t=x, n=3), "three": inner}

@@ -216,3 +216,18 @@ def test_a_config_that_differs_in_its_origin_alone_shares_programs():
     configs[0]._name_or_path = "elsewhere"
     looks = [programs._Look(nn.Identity(), -1, frozenset({"_name_or_path"}))(config) for config in configs]
     assert looks[0] == looks[1] and hash(looks[0]) == hash(looks[1])
+
+
+def test_what_cannot_be_traced_is_tried_once(traced):
+    class ByValue(Block):
+        def forward(self, x):
+            return super().forward(x if x.sum() > 0 else -x)
+
+    codes = {program(ByValue(act=torch.relu, factors={"last": [2.0]}).eval(), (X,), {}, "block") for _ in range(3)}
+    assert len(codes) == len(traced) == 1
+    graph = trace(block(), (X,), {})
+    module = ByValue(act=torch.relu, factors={"last": [3.0]}).eval()
+    other = type(graph)(program(module, (X,), {}, "block"), dict(module.named_parameters()))
+    for x in (X, -X):
+        assert torch.equal(interpret(other, (x,), {}), module(x))
+    assert len(traced) == 2

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.graph import Code, ModuleGraph, runs_on, tensors_of
+from qlab.kept import refuse_shared
 from qlab.model.device import usable
 from qlab.model.headers import refuse_another_model, refuse_untied
 from qlab.model.names import Piece, assemble, pieces_of_experts, spellings
@@ -198,6 +199,7 @@ class Skeleton:
                 self._known[sized] = self._program(path, call)
             code = self._known[sized]
         self._first.setdefault(path, code)
+        refuse_shared(self.blocks, path, code.kept)
         return code
 
     def _of_structure(self, path: str, call: Call, form: Any) -> Code:
