@@ -1,7 +1,7 @@
 """The quantized value: W ~ (codes - zeros) * scales, a plain immutable dataclass and pytree."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,6 +64,21 @@ def shared_outer(weights: Iterable[Tensor], spec: Spec) -> Tensor | None:
     if not (isinstance(spec, Float) and spec.outer):
         return None
     return spec.global_scale(torch.stack([W.abs().amax((-2, -1)) for W in weights]).amax(0))
+
+
+def by_rows(leaf: QTensor) -> QTensor:
+    """The same numbers, with scales for every row by itself where one covers several."""
+    rows, tile = leaf.shape[-2], leaf.spec.tile
+
+    def spread(t: Tensor) -> Tensor:
+        return t.repeat_interleave(tile.rows or rows, -2)[..., :rows, :]
+
+    return replace(
+        leaf,
+        scales=spread(leaf.scales),
+        zeros=None if leaf.zeros is None else spread(leaf.zeros),
+        spec=replace(leaf.spec, tile=replace(tile, rows=1)),
+    )
 
 
 def round_codes(W_ok: Tensor, scales: Tensor, zeros: Tensor | None, spec: Spec, outer: Tensor | None = None) -> Tensor:

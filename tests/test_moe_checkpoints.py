@@ -19,6 +19,7 @@ from qlab.grid import minmax
 from qlab.methods import METHODS
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
+from qlab.model.skeleton import Skeleton
 from qlab.model_free import quantize_files
 from qlab.plan import plan
 from qlab.qtensor import QTensor, dense
@@ -151,3 +152,21 @@ def test_model_free_rounding_gives_the_tensors_of_the_normal_path(saved, tmp_pat
     for stored in source, fused(tmp_path / "fused", "deepseek_v3"):
         ours = tensors(quantize_files(open_checkpoint(stored), rtn(INT4), tmp_path / f"free-{stored.name}").path)
         assert ours.keys() == theirs.keys() and all(bits_equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("spec, size", [("fp8-tensor", None), ("fp8-b24x16", [24, 16])])
+def test_experts_whose_scales_are_for_more_than_a_row_of_one_projection_are_read(spec, size, saved, tmp_path):
+    whole = tensors(saved("mixtral"))
+    linears = {name for name in whole if "experts" in name}
+    codes = {name: on_grid(minmax, whole[name], parse_spec(spec)) for name in linears}
+    held = {name: t for name, t in whole.items() if name not in linears} | {name: q.codes for name, q in codes.items()}
+    held |= {f"{name}_scale_inv": q.scales if size else q.scales.reshape(1) for name, q in codes.items()}
+    config = json.loads((saved("mixtral") / "config.json").read_text())
+    said = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": size}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    skeleton = Skeleton(open_checkpoint(tmp_path), torch.float32)
+    for name in ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"):
+        pieces, leaf = skeleton.pieces(name), dense(skeleton.leaf(name), torch.float32)
+        assert len(pieces) > 3
+        assert all(torch.equal(piece.of(leaf), dense(codes[piece.name], torch.float32)) for piece in pieces)

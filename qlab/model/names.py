@@ -14,7 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
 
 from qlab.errors import QlabError
-from qlab.qtensor import Leaf, QTensor
+from qlab.qtensor import Leaf, QTensor, by_rows
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,12 @@ def assemble(pieces: Sequence[Piece], parts: Sequence[Leaf]) -> Leaf:
     if isinstance(parts[0], Tensor):
         return _stack(experts, pieces, [p for p in parts if isinstance(p, Tensor)])
     quantized = [p for p in parts if isinstance(p, QTensor)]
-    spec = parts[0].spec
-    if spec.tile.rows is None or any(p.perm is not None for p in quantized):
-        raise QlabError(f"{pieces[0].module} is stored as {spec}, whose scales or order of channels do not join with those of the "
-                        "other experts; qlab reads experts with a scale per group or channel")
+    if not _joinable([part for piece, part in zip(pieces, quantized) if piece.expert == 0]):
+        quantized = [by_rows(part) for part in quantized]
+    spec = quantized[0].spec
+    if any(p.perm is not None for p in quantized):
+        raise QlabError(f"{pieces[0].module} is stored as {spec} with an order of channels that is its own; qlab reads experts whose "
+                        "channels are in the model's order")
     outers: dict[int, Tensor] = {}
     for piece, part in zip(pieces, quantized):
         if part.outer is not None and not torch.equal(outers.setdefault(piece.expert or 0, part.outer), part.outer):
@@ -74,6 +76,12 @@ def assemble(pieces: Sequence[Piece], parts: Sequence[Leaf]) -> Leaf:
         spec,
         torch.stack([outers[e] for e in range(experts)]) if outers else None,
     )
+
+
+def _joinable(parts: Sequence[QTensor]) -> bool:
+    """Whether no scale would be for rows of two projections that lie above each other in one expert."""
+    rows = parts[0].spec.tile.rows
+    return rows is not None and (len(parts) == 1 or all(part.shape[-2] % rows == 0 for part in parts))
 
 
 def _stack(experts: int, pieces: Sequence[Piece], parts: Sequence[Tensor]) -> Tensor:
