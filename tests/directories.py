@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -78,3 +79,9 @@ def refused(act, *words):
     assert "\n" not in message and len(message) < 1000
     for word in words:
         assert word in message, message
+
+
+def unpacked():
+    """Options with which transformers makes dense weights of a GGUF file, as it always does before 5.17."""
+    packing = getattr(transformers, "GgufConfig", None)
+    return {} if packing is None else {"quantization_config": packing(dequantize=True)}

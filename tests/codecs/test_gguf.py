@@ -4,10 +4,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from directories import unpacked
 from families import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, GgufConfig
+from transformers import AutoModelForCausalLM
 
 from qlab.codecs.gguf import tensors
 from qlab.errors import QlabError
@@ -70,7 +71,7 @@ def file(model, tmp_path_factory):
 
 def test_weights_are_those_that_transformers_reads(model, file):
     loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32,
-                                                  quantization_config=GgufConfig(dequantize=True)).state_dict()  # fmt: skip
+                                                  **unpacked()).state_dict()  # fmt: skip
     found = leaves(file, list(model.state_dict()))
     assert found.keys() == model.state_dict().keys()
     for name, leaf in found.items():

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import gguf
 import pytest
 import torch
-from directories import contents, tensors
+from directories import contents, tensors, unpacked
 from families import tiny
 from gguf_files import KINDS, TEMPLATE, write
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlab
 from qlab.__main__ import main
@@ -44,7 +44,7 @@ def transformers_logits(path, **how):
 
 
 def of_the_file(file):
-    return transformers_logits(file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True))
+    return transformers_logits(file.parent, gguf_file=file.name, **unpacked())
 
 
 @pytest.fixture(scope="module")
