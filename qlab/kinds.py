@@ -108,7 +108,7 @@ def dtype(value: Any, name: str) -> Any:
     import torch
 
     found = getattr(torch, value, None) if isinstance(value, str) else value
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
         shown = found if isinstance(found, torch.dtype) else said(value)
         raise QlabError(f"{name} is {shown}; give a floating-point dtype such as torch.bfloat16")
     return found
@@ -252,6 +252,8 @@ def windows(value: Any, name: str) -> Any:
         raise QlabError(
             f"{name} is {said(value)}; give what qlab.first_windows or qlab.tokens returns"
         )
+    if getattr(value.ids, "ndim", None) != 2:
+        raise QlabError(f"the ids of {name} are no tensor [samples, length]; give them to qlab.from_ids")
     return value
 
 
@@ -291,7 +293,9 @@ def ids(value: Any, name: str) -> Any:
     ):
         kind = "without values, on the meta device" if value.is_meta else f"of {value.dtype}"
         raise QlabError(f"{name} is a tensor {kind}; token ids are whole numbers")
-    return value
+    if value.layout != torch.strided:
+        raise QlabError(f"{name} is a tensor of the layout {value.layout}; give one with all of its numbers")
+    return value.long()  # of unsigned numbers torch computes too little
 
 
 def function(value: Any, name: str) -> Any:

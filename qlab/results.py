@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -54,6 +54,8 @@ class Results:
         writer.writeheader()
         writer.writerows(self.rows)
         if path is not None:
+            if not isinstance(path, str | Path):
+                raise QlabError(f"a table goes into a file, and not into a {type(path).__name__}; give its path")
             file = Path(path).expanduser()
             _refuse_other(file)
             atomically(file, lambda scratch: scratch.write_text(text.getvalue(), encoding="utf-8"))
@@ -98,6 +100,8 @@ def results(runs: Sequence[Run | tuple[Run, Evaluation | Perplexity]] | Run) -> 
 
     Errors: no run, a directory that is none.
     """
+    if not isinstance(runs, Run | Iterable) or isinstance(runs, bytes):
+        raise QlabError(f"runs is a {type(runs).__name__}; give directories, or what quantize() returned, in a list")
     given = [runs] if isinstance(runs, Run) else list(runs)
     if not given:
         raise QlabError("no run was given; name the directories that were written, or pass what quantize() returned")
@@ -114,7 +118,9 @@ def _refuse_other(file: Path) -> None:
 
 
 def _rows(run: Any) -> Iterator[dict[str, Any]]:
-    run, measured = run if isinstance(run, tuple) else (run, None)
+    run, measured = run if isinstance(run, tuple) and len(run) == 2 else (run, None)
+    if measured is not None and not isinstance(measured, Evaluation | Perplexity):
+        raise QlabError(f"a run is paired with a {type(measured).__name__}; pair it with what evaluate() or perplexity() returned")
     if isinstance(run, str | Path):
         folder = Path(run).expanduser()
         if (folder / BENCH).is_file():

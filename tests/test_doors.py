@@ -128,3 +128,25 @@ def test_links_in_a_circle_and_names_that_are_too_long(tmp_path):
     for path in (tmp_path / "loop", tmp_path / ("a" * 5000), tmp_path / "none"):
         for act in (qlab.open, qlab.inspect, qlab.lower):
             refused(lambda act=act, path=path: act(path))
+
+
+@pytest.mark.parametrize("runs", [None, 3, object(), b"x", [None], [(1, 2)], [("x", "y")], [("x", object())], [[1]]], ids=repr)
+def test_results_of_what_is_no_run_are_a_sentence(runs):
+    refused(lambda: qlab.results(runs))
+
+
+def test_a_table_goes_into_a_file(saved):
+    refused(lambda: qlab.results(saved()).to_csv(7), "a table goes into a file")
+
+
+@pytest.mark.parametrize("kind", [torch.uint16, torch.uint32, torch.int16, torch.uint8])
+def test_token_ids_of_every_whole_kind_are_taken(saved, kind):
+    assert qlab.from_ids(saved(), torch.ones(2, 3).to(kind)).ids.tolist() == [[1, 1, 1]] * 2
+
+
+def test_token_ids_and_dtypes_that_torch_computes_nothing_with_are_refused(saved, tmp_path):
+    refused(lambda: qlab.from_ids(saved(), torch.ones(2, 2, dtype=torch.long).to_sparse()), "layout torch.sparse_coo")
+    refused(lambda: qlab.from_ids(saved(), torch.full((2, 2), 2**63, dtype=torch.uint64)), "outside the vocabulary")
+    refused(lambda: qlab.quantize(saved(), qlab.rtn(INT4), None, tmp_path / "q", dtype="float8_e4m3fn"), "give a floating-point dtype")
+    refused(lambda: qlab.perplexity(saved(), qlab.Tokens(None, (), "", 0)), "the ids of data are no tensor")
+    refused(lambda: qlab.compare(saved(), {"\ud800": qlab.rtn(INT4)}, None, tmp_path), "half of a character")

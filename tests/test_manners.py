@@ -165,6 +165,17 @@ def test_options_of_a_model_that_is_not_run_are_refused(call, saved, tmp_path, o
     assert code == 2 and f"{option[0]}" in error and "would change nothing" in error and not (tmp_path / "out").exists()
 
 
+def test_a_budget_beyond_all_numbers_and_a_figure_without_a_folder_are_refused(call, command, saved, tmp_path, monkeypatch):
+    from qlab.bench import matmul
+    from qlab.bench.__main__ import main
+
+    code, _, error = call("quantize", saved(), "--method", "rtn", "--spec", "int4-g32", "--memory", "1e300", "--out", tmp_path / "out")
+    assert code == 2 and "--memory 1e+300 is no budget" in error
+    monkeypatch.setattr(matmul, "compare_matmuls", None)  # fails where it is called
+    code, _, error = command(main, "matmul", "--device", "cpu", "--plot", tmp_path / "none" / "x.png")
+    assert code == 2 and "give --plot a file in a folder that is there" in error
+
+
 def test_zero_points_of_no_rounding_are_refused(call, saved, tmp_path):
     code, _, error = call("convert", saved(), "--codec", "gptq", "--asymmetric", "--out", tmp_path / "out")
     assert code == 2 and "--asymmetric says how --requantize rounds" in error

@@ -22,6 +22,7 @@ from qlab.cli.options import (
     report,
     run,
 )
+from qlab.errors import QlabError
 from qlab.progress import say
 
 DEFAULT = "methods"
@@ -123,6 +124,8 @@ def matmul(
 
     if plot:
         refuse_foreign_figure(plot)
+        if not plot.absolute().parent.is_dir():
+            raise QlabError(f"{plot} cannot be written; give --plot a file in a folder that is there")
     if threads:
         torch.set_num_threads(threads)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")

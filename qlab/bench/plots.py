@@ -1,5 +1,6 @@
 """The figures of a comparison: what each method costs in quality, and where in the model the error arises."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,6 +42,8 @@ def draw_matmuls(record: Mapping[str, Any], path: Path) -> None:
 
 def refuse_foreign_figure(path: Path) -> None:
     """Refuse to draw over anything but a figure that qlab drew, which says so in its first bytes."""
+    if path.parent.exists() and not os.access(path.parent, os.W_OK):
+        raise QlabError(f"{path} cannot be written; give a figure in a folder that may be written to")
     if not path.exists():
         return
     if not path.is_file() or (path.stat().st_size and DRAWN not in _beginning(path)):

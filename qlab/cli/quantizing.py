@@ -149,7 +149,7 @@ def quantize(
     from qlab.sweep import inputs_named
 
     mode = inputs_named(inputs)
-    if memory is not None and not 0 < memory < math.inf:
+    if memory is not None and not 0 < memory * 2**30 < math.inf:
         raise QlabError(f"--memory {memory} is no budget; give it in GiB, such as 4")
     if model_free and keep:
         raise QlabError("--keep chooses among the sites of blocks, which need the model; --model-free takes --include and --exclude")
@@ -215,6 +215,8 @@ def evaluate(
     data = qlab.first_windows(tokenized, evaluation_texts(text), length, windows)
     if len(data.ids) < 2:
         raise QlabError(f"the text gives one window of {length} tokens, and an interval needs two; give more text or less --length")
+    if windows and len(data.ids) < windows:
+        say(f"the text gives {len(data.ids)} windows of {length} tokens, and {windows} were asked for")
     if reference is None:
         alone = qlab.perplexity(opened, data, device)
         table = Table("", "value", "95 % interval", title=f"{model}: {alone.windows} windows of {length}")

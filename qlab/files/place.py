@@ -44,6 +44,8 @@ def places(out: str | Path, names: Sequence[str], model: Path, files: Iterable[P
         alone = name == "" and len(names) == 1
         if not isinstance(name, str) or name in (".", "..") or not (name or alone) or any(c in name for c in "/\\\0"):
             raise QlabError(f"the recipe {name!r} has no name for a folder in {out}; choose one without separators or only dots")
+        if any("\ud800" <= c <= "\udfff" for c in name):
+            raise QlabError(f"the recipe {name!r} has half of a character in its name; choose another")
         folded = unicodedata.normalize("NFKC", name).casefold()
         if folded.endswith(PARTIAL):
             raise QlabError(f"the recipe {name!r} ends in {PARTIAL}, as folders do that are still written; choose another name")
@@ -117,7 +119,10 @@ def _named(out: str | Path) -> Path:
         raise QlabError(f"the output directory {text!r} is the current folder or one around it; give the path of a folder of its own")
     if given.name.casefold().endswith(PARTIAL):
         raise QlabError(f"the output directory {given} ends in {PARTIAL}, as folders do that are still written; choose another name")
-    return Path(os.path.realpath(given.parent)) / given.name
+    try:
+        return Path(os.path.realpath(given.parent)) / given.name
+    except FileNotFoundError as error:
+        raise QlabError(f"the output directory {given} lies in the current folder, which is gone; give the whole path") from error
 
 
 def _text(out: str | Path) -> str:
