@@ -49,7 +49,7 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
     kept = surveyed.kept if surveyed is not None else ()
     try:
         with foreign:
-            fixed = {1, *deciding_sizes(module, args, kwargs)}
+            fixed = {1, *deciding_sizes(module, args, kwargs, surveyed is not None)}
             auto = tuple({d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n not in fixed} for t in tensors)
             exported, on_tensors, followed = _exported(module, args, kwargs, auto, surveyed)
     except Exception as error:

@@ -191,6 +191,21 @@ def test_a_length_that_decides_what_runs_is_part_of_the_program(length):
         interpret(graph, (torch.randn(2, 2 * length, 6),), {})
 
 
+def test_a_length_that_is_filled_up_to_chunks_is_part_of_the_program():
+    class Filled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(6, 6)
+
+        def forward(self, x):
+            y = nn.functional.pad(self.lin(x), (0, 0, 0, -x.shape[1] % 4))
+            return y.unflatten(1, (-1, 4)).cumsum(2).flatten(1, 2)[:, : x.shape[1]]
+
+    block, x = Filled(), torch.randn(2, 9, 6)
+    assert deciding_sizes(block, (x,), {}) == deciding_sizes(block, (x,), {}, meta=False) == {9}
+    assert torch.equal(interpret(of(block, x).graph, (torch.cat([x, x]),), {}), block(torch.cat([x, x])))
+
+
 def test_sizes_that_decide_are_found_in_the_first_steps_of_a_loop():
     assert deciding_sizes(InChunks(), (torch.randn(2, 9, 6),), {}) == {9}
     assert deciding_sizes(FromTheLeft(), (torch.randn(2, 9, 4),), {}) == set()
