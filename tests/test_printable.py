@@ -69,3 +69,26 @@ def test_a_figure_takes_no_name_for_mathematics(tmp_path):
 def test_json_of_a_command_keeps_the_name_itself(evil, tmp_path, command):
     command(qlab.cli.main, "inspect", evil, "--json", tmp_path / "i.json")
     assert json.loads((tmp_path / "i.json").read_text())
+
+
+def test_what_others_log_of_a_file_is_shown_as_it_reads(folder, command, monkeypatch, capsys):
+    import logging
+
+    from qlab import inspection
+
+    real, before = inspection.inspect, logging.getLogRecordFactory()
+
+    def logs(directory):
+        logging.getLogger("others").warning("unknown " + EVIL)
+        logging.getLogger("others").warning("unknown %s", EVIL)
+        return real(directory)
+
+    monkeypatch.setattr(inspection, "inspect", logs)
+    handler = logging.StreamHandler()
+    logging.getLogger("others").addHandler(handler)
+    try:
+        code, _, said = command(qlab.cli.main, "inspect", folder)
+    finally:
+        logging.getLogger("others").removeHandler(handler)
+    assert code == 0 and said.count("unknown ") == 2 and not UNSEEN & set(said.replace("\n", ""))
+    assert len(said.splitlines()) == 2 and logging.getLogRecordFactory() is before

@@ -1,6 +1,7 @@
 """What the commands share: their options, a console, JSON results, and one sentence for whatever qlab refuses."""
 
 import gc
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -138,7 +139,8 @@ def run(typed: typer.Typer) -> None:
 
 def _run(typed: typer.Typer) -> None:
     try:
-        typed(args=_spread(sys.argv[1:]))
+        with _printable_logs():
+            typed(args=_spread(sys.argv[1:]))
     except SystemExit as end:
         if end.code == STOPPED:
             raise KeyboardInterrupt from end
@@ -146,6 +148,25 @@ def _run(typed: typer.Typer) -> None:
     finally:
         if sys.stdout is not None:
             sys.stdout.flush()
+
+
+@contextmanager
+def _printable_logs() -> Iterator[None]:
+    """What other libraries log of a file's values reaches the terminal as it reads."""
+    make = logging.getLogRecordFactory()
+
+    def printable_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        record.msg = printable(record.msg) if isinstance(record.msg, str) else record.msg
+        if isinstance(record.args, tuple):
+            record.args = tuple(printable(arg) if isinstance(arg, str) else arg for arg in record.args)
+        return record
+
+    logging.setLogRecordFactory(printable_record)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(make)
 
 
 def _drop_output() -> None:
