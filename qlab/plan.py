@@ -16,9 +16,10 @@ from qlab.effects import input_specs, online_of, refuse_unheld, refuse_without_e
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.record import bits_per_weight
-from qlab.graph import Code, Site, by_origin, is_matrix
+from qlab.graph import Code, Site, by_origin, is_matrix, tensors_of
 from qlab.memory import predict_memory
 from qlab.model.linears import by_module, unbuilt
+from qlab.model.recording import Call
 from qlab.model.skeleton import Skeleton
 from qlab.model.uncounted import refuse_uncounted
 from qlab.outside import outside_sites
@@ -211,11 +212,25 @@ def _fitting(memory: int | None, experts: int, predict: Callable[[int | None], d
 
 
 def trace_all(skeleton: Skeleton, data: Data | None) -> dict[str, Code]:
-    """Every block's program, traced on inputs of the form that calibration will have."""
+    """Every block's program, traced on inputs of the form that calibration will have; refuses windows of lengths that it is not for."""
     skeleton.load_outside(with_head=False)
-    _, (calls,) = record(skeleton, in_batches(data)[:1])
+    batches = in_batches(data)
+    _, (calls,) = record(skeleton, batches[:1])
     skeleton.drop_outside()
-    return {path: skeleton.code(path, call) for path, call in calls.items()}
+    codes = {path: skeleton.code(path, call) for path, call in calls.items()}
+    first, *others = dict.fromkeys(batch["input_ids"].shape[1] for batch in batches)
+    for path, code in codes.items():
+        if others and not _any_length(code, calls[path]):
+            raise QlabError(f"{path} runs other operations on windows of another length, and there are windows of {first} and of "
+                            f"{others[0]} tokens; give windows of one length")
+    return codes
+
+
+def _any_length(code: Code, call: Call) -> bool:
+    """Whether a program is for hidden states of as many tokens as there may be."""
+    hidden = call.entering[0]
+    tensors = tensors_of(*call.inputs(call.entering))
+    return next(sizes[-2] is None for t, sizes in zip(tensors, code.inputs) if t is hidden)
 
 
 def _beside_sites(skeleton: Skeleton, codes: Mapping[str, Code]) -> list[str]:

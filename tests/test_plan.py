@@ -14,6 +14,7 @@ from qlab.calibration import from_ids
 from qlab.errors import QlabError
 from qlab.evaluate import evaluate
 from qlab.files.checkpoint import open_checkpoint
+from qlab.images import Samples
 from qlab.methods.awq import awq, awq_scale
 from qlab.methods.gptaq import gptaq
 from qlab.methods.gptq import gptq
@@ -246,3 +247,11 @@ def test_a_block_whose_operations_ask_for_values_runs_as_it_is_and_is_refused_by
     if clip:
         data = from_ids(dbrx, torch.arange(3, 67).view(2, 32))
         assert evaluate(dbrx, dbrx, data).kl == 0
+
+
+def test_windows_of_lengths_that_a_program_is_not_for_are_refused_before_anything_runs(saved):
+    windows = tuple({"input_ids": torch.arange(3, 3 + n)[None]} for n in (20, 20, 24))
+    samples = Samples(windows, (), "", 0, 0, 0)
+    words = "model.layers.0 runs other operations on windows of another length", "windows of 20 and of 24 tokens"
+    refused(lambda: plan(open_checkpoint(saved("olmo_hybrid")), gptq(parse_spec("int8-g16")), samples), *words)
+    assert plan(open_checkpoint(saved()), gptq(parse_spec("int8-g16")), samples).tokens == 64
