@@ -14,7 +14,7 @@ from qlab.files.checkpoint import open_checkpoint
 from qlab.grid import encode, minmax
 from qlab.model.names import Piece, assemble, pieces_of_experts
 from qlab.model.skeleton import Skeleton
-from qlab.qtensor import QTensor
+from qlab.qtensor import QTensor, dense
 from qlab.spec import parse_spec
 
 
@@ -74,10 +74,11 @@ def test_projections_with_global_scales_of_their_own_are_refused_by_name():
         assemble(pieces(1, [0, 16, 32]), parts)
 
 
-def test_scales_per_tensor_do_not_join():
+def test_scales_per_tensor_join_as_scales_of_rows():
     parts = [encode(minmax, torch.randn(16, 64), parse_spec("int8-tensor")) for _ in range(2)]
-    with pytest.raises(QlabError, match=r"experts\.0\.p0 is stored as int8-tensor, whose scales"):
-        assemble(pieces(1, [0, 16, 32]), parts)
+    joined = assemble(pieces(1, [0, 16, 32]), parts)
+    assert joined.spec == parse_spec("int8-channel")
+    assert torch.equal(dense(joined, torch.float32)[0], torch.cat([dense(part, torch.float32) for part in parts]))
 
 
 def test_transformers_own_saving_rules_say_what_engines_call_experts():
