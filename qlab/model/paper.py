@@ -49,7 +49,7 @@ def run_experts_here(model: PreTrainedModel) -> None:
 
 def _widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Hold in float32 what the model's classes name so: transformers matches the names when it loads what the files hold."""
-    plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else model.dtype_plan  # transformers 5.0.0
+    plan: Any = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else model.dtype_plan  # transformers 5.0.0
     loaded = model.state_dict(keep_vars=True)
     for pattern, wide in plan.items():
         for name in [name for name in loaded if re.search(pattern.replace("*", ".*"), name)]:
