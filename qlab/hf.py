@@ -26,6 +26,7 @@ from qlab.errors import QlabError, warn
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.directory import locate, read_json
 from qlab.files.explained import KEY, refuse_unexplained, said_in
+from qlab.graph import refuse_overflow
 from qlab.lower.attention import use_grouped_attention
 from qlab.lower.inputs import RoundedInput
 from qlab.lower.model import DTYPES, decoded_weights, device_named, make_dense, pack, quantized_weights, set_module, slownesses
@@ -151,8 +152,17 @@ class QlabQuantizer(HfQuantizer):
                                 "the download may be incomplete, or the tensors have names that only a key_mapping explains, which "
                                 "qlab does not apply to codes")
 
+    def _refuse_overflow(self, model: PreTrainedModel) -> None:
+        """transformers lets a number that the dtype asked for does not hold become Inf; here it is an error."""
+        checkpoint = self.skeleton.checkpoint
+        for name, parameter in model.named_parameters():
+            stored = self.skeleton.file_name(name)
+            if stored in checkpoint.stored and parameter.isinf().any():
+                refuse_overflow(f"{checkpoint.path}: {name}", checkpoint.tensor(stored), parameter.dtype)
+
     @torch.no_grad()
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self._refuse_overflow(model)
         for name in self.packed:
             set_module(model, name, pack(self.skeleton, name, self.dtype, self.device))
         for name in self.decoded:  # in place, since a tied head has the same

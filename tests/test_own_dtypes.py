@@ -154,7 +154,7 @@ def test_every_door_stores_the_scales_of_one_model_in_one_dtype(others, saved, t
 @pytest.mark.parametrize("family, name", [
     ("llama", "model.layers.1.mlp.up_proj.weight"), ("qwen2", "model.layers.0.self_attn.k_proj.bias"), ("llama", "model.norm.weight"),
 ])  # fmt: skip
-def test_a_number_that_the_dtype_of_the_run_does_not_hold_is_refused_by_name(family, name, saved, tmp_path):
+def test_a_number_that_the_dtype_of_the_run_does_not_hold_is_refused_by_name(family, name, door, saved, tmp_path):
     path = shutil.copytree(saved(family, torch.bfloat16), tmp_path / "model")
     change(path, **{name.replace(".", "__"): lambda t: t.index_fill(0, torch.tensor([1]), 1e5)})
     opened, data = open_checkpoint(path), random_tokens(path)
@@ -163,6 +163,8 @@ def test_a_number_that_the_dtype_of_the_run_does_not_hold_is_refused_by_name(fam
     acts = [lambda: read(opened, data, torch.float16)]
     if name.endswith(("bias", "norm.weight")):
         acts.append(lambda: lower(made.path, dtype=torch.float16))
+    if name.endswith("norm.weight"):
+        acts.append(lambda: AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float16))
     if "layers" in name:
         acts.append(lambda: quantize(opened, gptq(INT8), data, tmp_path / "again", dtype=torch.float16))
     for act in acts:
