@@ -99,6 +99,8 @@ def test_what_is_put_into_the_former_output_during_the_run_stays(model, former, 
 def test_places_that_are_no_folder_of_their_own(model, former, tmp_path, monkeypatch, no_work):
     (tmp_path / "link").symlink_to(former)
     (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "users" / "me").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "users" / "me"))
     (tmp_path / "file").write_text("mine")
     (tmp_path / "current" / "inner").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "current" / "inner")
@@ -108,6 +110,7 @@ def test_places_that_are_no_folder_of_their_own(model, former, tmp_path, monkeyp
         "../inner": "is the current folder or holds it", "../../current": "is the current folder or holds it",
         str(tmp_path / "link"): "is a link to", str(tmp_path / "lost/"): "is a link to", str(tmp_path / "file"): "is a file",
         str(tmp_path / "a.partial"): "ends in .partial", str(tmp_path / "A.Partial"): "ends in .partial", "a\0b": "is no name",
+        "~": "is your home or holds it", str(tmp_path / "users"): "is your home or holds it",
         "~nobody-of-this-name/q": "is in nobody's home", str(tmp_path / "file" / "q"): "cannot be created",
     }.items():  # fmt: skip
         for overwrite in (False, True):

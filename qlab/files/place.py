@@ -30,6 +30,8 @@ def place(out: str | Path, model: Path, files: Iterable[Path] = ()) -> Path:
         raise QlabError(f"{folder} is a file; choose another output directory")
     if _is_within(_current(), folder):
         raise QlabError(f"the output directory {folder} is the current folder or holds it; choose another one")
+    if _is_within(Path(os.path.expanduser("~")), folder):
+        raise QlabError(f"the output directory {folder} is your home or holds it; give the path of a folder of its own")
     if mounted := _mount_in(folder):
         raise QlabError(f"{mounted} is a mount point, which cannot be replaced; choose a folder inside it as the output directory")
     return folder
