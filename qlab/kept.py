@@ -48,7 +48,8 @@ def refuse_shared(blocks: Mapping[str, nn.Module], path: str, kept: Iterable[Pat
 
 
 def _reached(root: Any) -> Iterator[tuple[Path, Any]]:
-    seen, ahead = {id(root)}, [((), root)]
+    seen = {id(root)}
+    ahead: list[tuple[Path, Any]] = [((), root)]
     while ahead:
         path, thing = ahead.pop()
         yield path, thing

@@ -22,10 +22,10 @@ def on_meta(module: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[nn.Module, 
 
 def called_on_meta(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     """What a function of torch gives on the meta device, whatever device it is told."""
-    args, kwargs = pytree.tree_map_only(torch.device, lambda _: META, (args, dict(kwargs)))
-    if func in _device_constructors() and kwargs.get("device") is None:
-        kwargs["device"] = META
-    out = func(*args, **kwargs)
+    args, named = pytree.tree_map_only(torch.device, lambda _: META, (args, dict(kwargs)))
+    if func in _device_constructors() and named.get("device") is None:
+        named["device"] = META
+    out = func(*args, **named)
     if isinstance(out, torch.device):
         return torch.device("cpu")  # for code that chooses by it
     return list(out) if isinstance(out, Iterator) else out

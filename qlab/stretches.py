@@ -57,7 +57,8 @@ class _Tracing(TorchFunctionMode):
     def __init__(self, surveyed: Survey, inputs: Sequence[Tensor], weights: Mapping[str, Tensor]):
         super().__init__()
         self.surveyed, self.inputs, self.weights = surveyed, inputs, weights
-        symbols = {d.node.expr: d for t in inputs for d in t.shape if open_symbols(d)}
+        sizes: list[Any] = [d for t in inputs for d in t.shape]
+        symbols = {d.node.expr: d for d in sizes if open_symbols(d)}
         self.numbers = dict(zip(symbols, PRIMES, strict=False))
         self.symbols = {self.numbers[expr]: d for expr, d in symbols.items() if expr in self.numbers}
         self.products: list[Tensor] = []
