@@ -19,7 +19,7 @@ from torch import Tensor
 from qlab.bits import pack, pack_signed, unpack, unpack_signed
 from qlab.errors import QlabError
 from qlab.experts import each_expert, per_row
-from qlab.lower.linear import LinearOfCodes, QuantizedWeight
+from qlab.lower.linear import LinearOfCodes, QuantizedWeight, refuse_lost
 from qlab.online import QuantizeInput
 from qlab.qtensor import QTensor
 from qlab.qtensor import dense as dense_of
@@ -149,6 +149,7 @@ class CodedWeight(QuantizedWeight):
     def __init__(self, path: str, leaf: QTensor, dtype: torch.dtype, device: torch.device, dense_cache: bool,
                  inputs: QuantizeInput | None = None):  # fmt: skip
         super().__init__(path, leaf, str(leaf.spec), device, inputs)
+        refuse_lost(path, [leaf.scales], dtype)
         self.dtype = dtype
         self.register_buffer("words", _words(path, leaf.codes, leaf.spec).to(device))
         for name in ("scales", "zeros", "outer", "perm"):

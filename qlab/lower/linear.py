@@ -3,6 +3,7 @@
 QLinear and QExperts multiply packed 4-bit codes with a kernel; `coded.py` has those for weights that no kernel takes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -92,6 +93,18 @@ class LinearOfCodes(QuantizedWeight, nn.Linear):
         super().__setattr__(name, value)
 
 
+def refuse_lost(path: str, scales: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """Refuse scales that a dtype of activations does not hold: too large, or so small that rounding them changes the weight.
+
+    Groups whose scales are far below the weight's largest add nothing to it, and may be lost.
+    """
+    wide = torch.cat([s.float().abs().flatten() for s in scales])
+    largest = wide.max()
+    lost = (wide - wide.to(dtype).float()).abs().max()
+    if not lost <= largest / 128:  # 16 bits round a number that they hold by 1/256 at most
+        raise QlabError(f"{path} has scales up to {float(largest):.3g}, which {dtype} does not hold; lower to torch.bfloat16")
+
+
 class PackedWeight(QuantizedWeight):
     """Held as packed 4-bit codes in an order that belongs to a device.
 
@@ -107,8 +120,7 @@ class PackedWeight(QuantizedWeight):
         leaves = [expert(leaf, e) for e in range(self.experts[0])] if self.experts else [leaf]
         planes = [planes_of(path, one, whole_rows=not on_cpu) for one in leaves]
         self.group, self.count = planes[0].group, planes[0].count
-        if (largest := max(float(p.scales.abs().max()) for p in planes)) > torch.finfo(dtype).max:
-            raise QlabError(f"{path} has scales up to {largest:.3g}, which {dtype} does not hold; lower to torch.bfloat16")
+        refuse_lost(path, [p.scales for p in planes], dtype)
         packed = [cpu.pack(p, dtype) if on_cpu else cuda.pack(p, dtype, device) for p in planes]
         for name, parts in zip(("words", "scales", "zeros"), zip(*packed)):
             self.register_buffer(name, parts[0] if parts[0] is None or not self.experts else torch.stack(parts))

@@ -1,5 +1,7 @@
 """Weights that no kernel takes: held as bit streams, they are qtensor.dense's numbers bit for bit, in every graph and state."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,6 +116,15 @@ def test_the_state_round_trips_and_that_of_another_grid_is_refused(text):
     state = module.state_dict() | {"_extra_state": torch.tensor(list(b"mxfp4"), dtype=torch.uint8)}
     with pytest.raises(QlabError, match=f"packed as mxfp4 and the module reads {text}"):
         module.load_state_dict(state)
+
+
+def test_scales_too_small_for_float16_are_refused():
+    leaf = leaf_of(parse_spec("int4-g16"), 24, 64)
+    leaf = replace(leaf, scales=1e-9 * leaf.scales.float())
+    with pytest.raises(QlabError, match=r"site has scales up to .*, which torch\.float16 does not hold"):
+        CodedLinear("site", leaf, None, torch.float16, CPU, False)
+    W = CodedLinear("site", leaf, None, torch.bfloat16, CPU, False).dequantized()
+    assert (W - dense(leaf, torch.float32)).norm() <= 0.01 * dense(leaf, torch.float32).norm()
 
 
 def test_what_is_wrong_is_refused_by_name():

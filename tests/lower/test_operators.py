@@ -151,7 +151,7 @@ def test_an_entry_of_the_cache_decides_the_kind():
     assert cpu.kind(2, torch.float16, *arguments[1:]) == "dense"  # no int4 kernel takes it, whatever the cache says
 
 
-@pytest.mark.parametrize("bits, largest", [(4, 7e4), (8, 5e3)])  # of two planes the upper has 16 times the scale
+@pytest.mark.parametrize("bits, largest", [(4, 7e4), (8, 5e3), (4, 1e-8)])  # of two planes the upper has 16 times the scale
 def test_scales_that_float16_does_not_hold_are_refused(bits, largest):
     leaf = random_leaf(16, 64, Int(bits, Tile(1, 32)))
     leaf = replace(leaf, scales=torch.full_like(leaf.scales, largest))
