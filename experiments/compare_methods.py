@@ -7,8 +7,8 @@ import sys
 from tempfile import TemporaryDirectory
 
 import qlab
-from qlab.demo import demo_text
-from qlab.evaluate import read
+from qlab.demo.build import demo_text
+from qlab.evaluation.perplexity import read
 
 model, spec = qlab.open(sys.argv[1] if len(sys.argv) > 1 else "demo"), qlab.parse_spec("int4-g64")
 recipes = {

@@ -20,8 +20,8 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import qlab
-from qlab.demo import demo_text
-from qlab.evaluate import read
+from qlab.demo.build import demo_text
+from qlab.evaluation.perplexity import read
 
 RESULTS = Path(__file__).parent / "results" / "other-families"
 METHODS = ("rtn", "rtn-weighted", "hqq", "awq", "gptq", "awq-gptq", "gptaq")

@@ -22,8 +22,8 @@ from rich import print
 from rich.table import Table
 
 import qlab
-from qlab.demo import demo_text
-from qlab.evaluate import read
+from qlab.demo.build import demo_text
+from qlab.evaluation.perplexity import read
 from qlab.files.record import versions
 
 METHODS = ("gptq", "awq", "awq-gptq", "gptaq")

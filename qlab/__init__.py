@@ -1,56 +1,59 @@
 """qlab: quantization of language models as pure functional transforms over module graphs.
 
-The imports below are the public names. Each runs when its name is first asked for, so that `qlab --help` and headers wait
-for neither torch nor transformers.
+`HOMES` holds the public names. Each is loaded when it is first asked for, so that `qlab --help` and
+headers wait for neither torch nor transformers. Editors and type checkers read `__init__.pyi`.
 """
 
-import ast
-import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import qlab.quiet  # noqa: F401  before anything that it quietens is imported
+import qlab.process.quiet  # noqa: F401  before anything that it quietens is imported
 
-if TYPE_CHECKING:
-    from qlab.absorb import absorb
-    from qlab.calibration import Tokens, first_windows, from_ids, tokens
-    from qlab.convert import convert
-    from qlab.errors import QlabError
-    from qlab.evaluate import evaluate, perplexity
-    from qlab.grid import GRIDS
-    from qlab.hub import open_model as open
-    from qlab.images import Samples, image_samples
-    from qlab.inspection import inspect
-    from qlab.lower import inductor_options, lower, to_torchao
-    from qlab.methods import METHODS
-    from qlab.methods.awq import awq, awq_scale
-    from qlab.methods.gptaq import aim_at_reference, gptaq
-    from qlab.methods.gptq import gptq
-    from qlab.methods.rtn import rtn
-    from qlab.model_free import quantize_files
-    from qlab.plan import plan
-    from qlab.quantize import compare, quantize
-    from qlab.results import results
-    from qlab.spec import Int, Tile, parse_spec
-    from qlab.transform import at, chain, each_weight, keep, outside, reparametrize, rules
-    from qlab.verify import verify
-
-__all__ = [
-    "GRIDS", "METHODS", "Int", "QlabError", "Samples", "Tile", "Tokens", "absorb", "aim_at_reference", "at", "awq", "awq_scale",
-    "chain", "compare", "convert", "each_weight", "evaluate", "first_windows", "from_ids", "gptaq", "gptq", "image_samples",
-    "inductor_options", "inspect", "keep", "lower", "open", "outside", "parse_spec", "perplexity", "plan", "quantize", "quantize_files",
-    "reparametrize", "results", "rtn", "rules", "to_torchao", "tokens", "verify",
-]  # fmt: skip
-
-
-def _homes() -> dict[str, tuple[str, str]]:
-    """Public name -> the module that holds it and its name there, read off the imports above."""
-    statements = ast.walk(ast.parse(Path(__file__).read_text(encoding="utf-8")))
-    found = [(node.module or "", alias) for node in statements if isinstance(node, ast.ImportFrom) for alias in node.names]
-    return {alias.asname or alias.name: (module, alias.name) for module, alias in found if module.startswith("qlab.")}
+# public name -> the module that holds it
+HOMES = {
+    "GRIDS": "qlab.algebra.grid",
+    "METHODS": "qlab.methods",
+    "Int": "qlab.algebra.spec",
+    "QlabError": "qlab.errors",
+    "Samples": "qlab.data.images",
+    "Tile": "qlab.algebra.spec",
+    "Tokens": "qlab.data.calibration",
+    "absorb": "qlab.algebra.absorb",
+    "aim_at_reference": "qlab.methods.gptaq",
+    "at": "qlab.algebra.transform",
+    "awq": "qlab.methods.awq",
+    "awq_scale": "qlab.methods.awq",
+    "chain": "qlab.algebra.transform",
+    "compare": "qlab.driver.quantize",
+    "convert": "qlab.directories.convert",
+    "each_weight": "qlab.algebra.transform",
+    "evaluate": "qlab.evaluation.perplexity",
+    "first_windows": "qlab.data.calibration",
+    "from_ids": "qlab.data.calibration",
+    "gptaq": "qlab.methods.gptaq",
+    "gptq": "qlab.methods.gptq",
+    "image_samples": "qlab.data.images",
+    "inductor_options": "qlab.lowering",
+    "inspect": "qlab.directories.inspect",
+    "keep": "qlab.algebra.transform",
+    "lower": "qlab.lowering",
+    "open": "qlab.demo.hub",
+    "outside": "qlab.algebra.transform",
+    "parse_spec": "qlab.algebra.spec",
+    "perplexity": "qlab.evaluation.perplexity",
+    "plan": "qlab.driver.plan",
+    "quantize": "qlab.driver.quantize",
+    "quantize_files": "qlab.directories.model_free",
+    "reparametrize": "qlab.algebra.transform",
+    "results": "qlab.directories.results",
+    "rtn": "qlab.methods.rtn",
+    "rules": "qlab.algebra.transform",
+    "to_torchao": "qlab.lowering",
+    "tokens": "qlab.data.calibration",
+    "verify": "qlab.directories.verify",
+}
+__all__ = sorted(HOMES)
 
 
 def installed_version() -> str:
@@ -61,22 +64,17 @@ def installed_version() -> str:
         return "of a source tree that is not installed"
 
 
-class _Package(ModuleType):
-    """A public name goes before the submodule of the same name (`plan`, `quantize`), whichever is imported first."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in __all__ or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "__version__":
-            return installed_version()
-        if name not in __all__:
-            raise AttributeError(f"module 'qlab' has no attribute {name!r}")
-        module, theirs = _homes()[name]
-        held = getattr(import_module(module), theirs)
-        setattr(self, name, import_module("qlab.doors").door(name, held))
-        return vars(self)[name]
+def __getattr__(name: str) -> Any:
+    """A public name, loaded on first use, with its arguments checked (qlab.arguments)."""
+    if name == "__version__":
+        return installed_version()
+    if name not in HOMES:
+        raise AttributeError(f"module 'qlab' has no attribute {name!r}")
+    held = getattr(import_module(HOMES[name]), name)
+    public = import_module("qlab.arguments.doors").door(name, held)
+    globals()[name] = public
+    return public
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return [*globals(), *HOMES]

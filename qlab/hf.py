@@ -21,19 +21,19 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qlab.algebra.graph import refuse_overflow
+from qlab.algebra.qtensor import dense
 from qlab.codecs import LEGACY_CONFIGS, READERS, reader
 from qlab.errors import QlabError, warn
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.directory import locate, read_json
 from qlab.files.explained import KEY, refuse_unexplained, said_in
-from qlab.graph import refuse_overflow
-from qlab.lower.attention import use_grouped_attention
-from qlab.lower.inputs import RoundedInput
-from qlab.lower.model import DTYPES, decoded_weights, device_named, make_dense, pack, quantized_weights, set_module, slownesses
-from qlab.lower.rotated import attach, is_rotated, rotations
+from qlab.lowering.around.attention import use_grouped_attention
+from qlab.lowering.around.inputs import RoundedInput
+from qlab.lowering.around.rotated import attach, is_rotated, rotations
+from qlab.lowering.model import DTYPES, decoded_weights, device_named, make_dense, pack, quantized_weights, set_module, slownesses
 from qlab.model.paper import run_experts_here
 from qlab.model.skeleton import Skeleton
-from qlab.qtensor import dense
 
 
 class QlabConfig(QuantizationConfigMixin):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from directories import add_tokenizer, prose
 from families import tiny
+from model_folders import add_tokenizer, prose
 from pictures import save_with_processor
 from transformers import PretrainedConfig
 from transformers.quantizers import auto

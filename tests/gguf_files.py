@@ -2,8 +2,8 @@
 
 import gguf
 import numpy as np
-from directories import WORDS
 from families import tiny
+from model_folders import WORDS
 
 from qlab.codecs import gguf as file_format
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from qlab.driver.sweep import push
 from qlab.files.checkpoint import open_checkpoint
 from qlab.model.skeleton import Skeleton
-from qlab.sweep import push
 
 IDS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(1))
 

@@ -11,9 +11,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForImageTextToText, LlavaProcessor, PreTrainedTokenizerFast
 
+from qlab.driver.sweep import push, record
 from qlab.files.checkpoint import open_checkpoint
 from qlab.model.skeleton import Skeleton
-from qlab.sweep import push, record
 
 IMAGE = 127  # the token that stands for a patch
 every_model = pytest.mark.parametrize("family", VISION)

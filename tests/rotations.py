@@ -3,7 +3,7 @@
 import torch
 
 import qlab
-from qlab.evaluate import read
+from qlab.evaluation.perplexity import read
 from qlab.files.checkpoint import open_checkpoint
 
 

@@ -4,31 +4,43 @@ import ast
 import subprocess
 import sys
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+import qlab
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qlab"
-# A module imports from strictly lower layers, or from its own package. A package is one layer of all its files.
+# A module imports from strictly lower layers, or from its own room.
 LAYERS = [
-    {"errors", "processor", "quiet", "surroundings"},
-    {"bits", "products", "progress", "scope", "shown", "spec", "taken_apart"}, {"qtensor", "targets"}, {"certificate", "grid"},
-    {"online"},
-    {"experts"}, {"graph"}, {"as_it_is", "kept", "on_meta", "on_tensors"}, {"survey", "unrolled"}, {"stretches"}, {"trace"},
-    {"interpret", "programs"}, {"stats"}, {"claims", "rounding", "zeros"}, {"transform"}, {"channels"}, {"absorb"}, {"methods"},
-    {"codecs"},
-    {"documents", "tokenizing"}, {"texts"}, {"files"}, {"calibration"},
-    {"images", "model"}, {"lossless"}, {"states", "sweep"}, {"report"}, {"siblings"},
-    {"duration", "effects", "outside", "stored", "memory"}, {"plan"}, {"quantize"}, {"from_gguf"},
-    {"covered"}, {"convert", "verify", "inspection", "model_free"}, {"evaluate", "lower"}, {"results"},
-    {"demo"}, {"hub", "hf", "serve"}, {"kinds"}, {"doors"}, {"__init__"}, {"cli"}, {"bench", "__main__"},
-]  # fmt: skip
+    {"errors"},
+    {"process"},
+    {"algebra"},
+    {"methods", "codecs"},
+    {"files"},
+    {"data", "model"},
+    {"driver", "lowering"},
+    {"evaluation"},
+    {"directories"},
+    {"demo", "hf"},
+    {"arguments"},
+    {"__init__"},
+    {"cli"},
+    {"bench", "__main__"},
+]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-MATHEMATICS = {"errors", "scope", "spec", "taken_apart", "on_tensors", "as_it_is", "unrolled", "qtensor", "experts", "graph", "trace",
-               "interpret", "products", "programs", "processor", "stats", "rounding", "zeros", "grid", "bits", "online",
-               "transform", "channels", "absorb", "methods", "kept", "on_meta", "survey", "stretches",
-               "claims"}
+MATHEMATICS = {"errors", "algebra", "methods"}
+WALKERS = {
+    "algebra/absorb.py",
+    "algebra/tracing/as_it_is.py",
+    "algebra/channels.py",
+    "algebra/graph.py",
+    "algebra/interpret.py",
+    "algebra/tracing/stretches.py",
+    "algebra/tracing/trace.py",
+}
 MODELS = {"transformers", "safetensors", "accelerate", "huggingface_hub", "gguf"}
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 modules = pytest.mark.parametrize("file", FILES)
@@ -39,24 +51,26 @@ def unit(file):
     return file.split("/")[0].removesuffix(".py")
 
 
-def imports(file, everywhere=True):
-    """Dotted names that a file imports; without `everywhere`, only those that run at import."""
-    return imported_by(FILES[file], everywhere)
+def imports(file, functions=True, types=True):
+    """Dotted names that a file imports; without `functions`, only those that run at import, and without `types`, those that run."""
+    return imported_by(FILES[file], functions, types)
 
 
 @cache
-def imported_by(path, everywhere):
-    return list(names_imported(path, everywhere))
+def imported_by(path, functions, types):
+    return list(names_imported(path, functions, types))
 
 
-def names_imported(path, everywhere):
+def names_imported(path, functions, types):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     nodes = list(ast.walk(tree))
-    if not everywhere:
-        inside = {n for f in nodes if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) for n in ast.walk(f)}
-        guarded = {n for i in nodes if isinstance(i, ast.If) and "TYPE_CHECKING" in ast.dump(i.test) for n in ast.walk(i)}
-        nodes = [n for n in nodes if n not in inside | guarded]
+    left_out = set()
     for node in nodes:
+        in_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not functions
+        for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) and not (functions and types)
+        if in_function or for_types:
+            left_out |= set(ast.walk(node))
+    for node in (n for n in nodes if n not in left_out):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -85,7 +99,27 @@ def test_imports_point_downwards(file):
 
 
 def test_the_layers_name_what_exists():
-    assert {unit(file) for file in FILES} >= MATHEMATICS | {"codecs", "files", "model", "sweep", "plan", "quantize"}
+    assert {unit(file) for file in FILES} == set(LEVEL)
+
+
+def test_no_public_name_is_that_of_a_room():
+    assert not set(qlab.__all__) & set(LEVEL)
+
+
+def test_the_stub_says_where_public_names_are():
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
+    imported = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    assert {alias.name: node.module for node in imported for alias in node.names} == qlab.HOMES
+
+
+def test_no_circle():
+    """Modules import each other in one direction, whether at import or inside a function."""
+    names = {f"qlab.{file.removesuffix('.py').replace('/', '.')}".removesuffix(".__init__"): file for file in FILES}
+    wanted = {}
+    for name, file in names.items():
+        found = {full if full in names else full.rpartition(".")[0] for full in imports(file, types=False)}
+        wanted[name] = found & set(names) - {name, "qlab"}
+    assert list(TopologicalSorter(wanted).static_order())
 
 
 @modules
@@ -98,7 +132,7 @@ def test_mathematics_knows_no_model_library(file):
 def test_only_what_walks_programs_uses_fx_and_export(file):
     text = ast.unparse(ast.parse(FILES[file].read_text(encoding="utf-8")))
     uses = "torch.fx" in text or "torch.export" in text or "import fx" in text or ", fx" in text
-    assert not uses or file in ("as_it_is.py", "stretches.py", "graph.py", "trace.py", "interpret.py", "channels.py", "absorb.py")
+    assert not uses or file in WALKERS
 
 
 @modules
@@ -114,7 +148,7 @@ def test_rooms_that_do_not_know_each_other(file):
     apart = {
         "codecs": {"methods"},
         "methods": {"codecs"},
-        "lower": {"methods", "codecs", "sweep", "plan", "quantize", "report", "memory"},
+        "lowering": {"methods", "codecs", "driver"},
     }
     wrong = apart.get(unit(file), set()) & set(own_imports(file))
     assert not wrong, f"{file} imports {sorted(wrong)}"
@@ -124,14 +158,13 @@ def test_rooms_that_do_not_know_each_other(file):
 def test_foreign_libraries_come_in_by_their_doors(file):
     doors = {
         "safetensors": set(),  # files/ reads and writes the format itself, one tensor at a time
-        "transformers": {"files", "calibration", "images", "model", "demo", "from_gguf", "hf", "hub", "lower", "serve", "evaluate",
-                         "bench"},
-        "accelerate": {"model", "hf", "hub"},
+        "transformers": {"files", "data", "model", "demo", "directories", "hf", "lowering", "evaluation", "bench"},
+        "accelerate": {"model", "hf", "demo"},
         "compressed_tensors": {"bench"},  # tests read with it; qlab does not need it
         "gptqmodel": {"bench"},
-        "matplotlib": {"bench", "report"},
+        "matplotlib": {"bench"},
         "typer": {"cli", "bench"},
-        "torchao": {"lower", "bench"},
+        "torchao": {"lowering", "bench"},
     }
     wrong = {library for library, units in doors.items() if library in top_level(file) and unit(file) not in units}
     assert not wrong, f"{file} imports {sorted(wrong)}; their doors are {[doors[w] for w in wrong]}"
@@ -139,7 +172,7 @@ def test_foreign_libraries_come_in_by_their_doors(file):
 
 @modules
 def test_nothing_imports_kernels_or_plots_at_import(file):
-    assert not top_level(file, everywhere=False) & {"triton", "torchao", "matplotlib", "qlab_kernels", "vllm"}
+    assert not top_level(file, functions=False) & {"triton", "torchao", "matplotlib", "qlab_kernels", "vllm"}
 
 
 def test_no_module_is_called_utils_and_kernels_shadows_nothing():
@@ -159,10 +192,13 @@ def test_importing_qlab_loads_neither_plots_nor_kernels():
     assert out.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("wrong", ["from qlab.sweep import solve", "import qlab.plan", "from qlab import quantize"])
+@pytest.mark.parametrize(
+    "wrong",
+    ["from qlab.driver.sweep import solve", "import qlab.driver.plan", "from qlab import quantize"],
+)
 def test_this_test_sees_a_wrong_import(wrong, tmp_path, monkeypatch):
     path = tmp_path / "transform.py"
     path.write_text(wrong)
-    monkeypatch.setitem(FILES, "transform.py", path)
+    monkeypatch.setitem(FILES, "algebra/transform.py", path)
     with pytest.raises(AssertionError, match="not below it"):
-        test_imports_point_downwards("transform.py")
+        test_imports_point_downwards("algebra/transform.py")

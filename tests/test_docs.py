@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from directories import prose
 from families import FAMILIES, MIXTURES, OTHERS, UNLIKE, VISION
 from gguf_files import KINDS, write
+from model_folders import prose
 from typer.core import TyperCommand
 from typer.main import get_command
 

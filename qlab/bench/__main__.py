@@ -23,7 +23,7 @@ from qlab.cli.options import (
     run,
 )
 from qlab.errors import QlabError
-from qlab.progress import say
+from qlab.process.progress import say
 
 DEFAULT = "methods"
 
@@ -120,7 +120,7 @@ def matmul(
     from qlab.bench.contenders import CONTENDERS
     from qlab.bench.matmul import SHAPES, SHAPES_CPU, TOKENS, compare_matmuls, table, verdict
     from qlab.bench.plots import draw_matmuls, refuse_foreign_figure
-    from qlab.lower.tuning import SHORT, parse_shapes, parse_tokens
+    from qlab.lowering.tuning.tune import SHORT, parse_shapes, parse_tokens
 
     if plot:
         refuse_foreign_figure(plot)

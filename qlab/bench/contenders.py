@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlab.lower import cpu, cuda
-from qlab.lower.ops import int4_mm
-from qlab.lower.timing import copies
-from qlab.lower.tuning import DTYPES, Random, random_weight
+from qlab.lowering.tuning.timing import copies
+from qlab.lowering.tuning.tune import DTYPES, Random, random_weight
+from qlab.lowering.weights import cpu, cuda
+from qlab.lowering.weights.ops import int4_mm
 
 Product = Callable[[Tensor], Tensor]
 

@@ -19,12 +19,12 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
+from qlab.driver.report import PeakMemory
 from qlab.errors import QlabError
 from qlab.files.record import versions
-from qlab.lower import inductor_options, resident_bytes
-from qlab.lower.attention import NAME
-from qlab.lower.model import device_named, lower, make_dense
-from qlab.report import PeakMemory
+from qlab.lowering import inductor_options, resident_bytes
+from qlab.lowering.around.attention import NAME
+from qlab.lowering.model import device_named, lower, make_dense
 
 # A decode step is hundreds of loops of microseconds, so a CPU calls them from C++; built apart, they compile in a third of the time.
 FROM_CPP = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}

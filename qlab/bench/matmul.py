@@ -17,14 +17,14 @@ import torch
 from rich import box
 from rich.table import Table
 
+from qlab.algebra.products import product_dtype
 from qlab.bench.contenders import BESIDE_DENSE, CONTENDERS, DENSE, LIBRARY, OURS, Case, Unavailable, prepare
 from qlab.errors import QlabError
 from qlab.files.record import versions
-from qlab.lower import cpu
-from qlab.lower.model import device_named
-from qlab.lower.timing import copy_rate, device_label, graph_microseconds, last_cache, matmul_rate, microseconds
-from qlab.lower.tuning import Form, Shape, check, random_weight, tune_shapes
-from qlab.products import product_dtype
+from qlab.lowering.model import device_named
+from qlab.lowering.tuning.timing import copy_rate, device_label, graph_microseconds, last_cache, matmul_rate, microseconds
+from qlab.lowering.tuning.tune import Form, Shape, check, random_weight, tune_shapes
+from qlab.lowering.weights import cpu
 
 SHAPES = "4096x4096,4096x14336,14336x4096,8192x8192,8192x28672,16384x16384"
 SHAPES_CPU = "4096x4096"

@@ -15,24 +15,24 @@ from rich import box
 from rich.table import Table
 
 import qlab
+from qlab.algebra.spec import parse_spec
+from qlab.algebra.transform import Transform
 from qlab.bench.folder import RECORD, owned, refuse_foreign
 from qlab.bench.plots import draw
-from qlab.calibration import Tokens
 from qlab.cli.quantizing import recipe_of
-from qlab.demo import home
+from qlab.data.calibration import Tokens
+from qlab.demo.build import home
+from qlab.demo.hub import calibration_texts, evaluation_texts, is_demo
+from qlab.driver.quantize import Result
+from qlab.driver.report import PeakMemory
+from qlab.driver.sweep import inputs_named
 from qlab.errors import QlabError
-from qlab.evaluate import Evaluation, read
+from qlab.evaluation.perplexity import Evaluation, read
 from qlab.files.atomic import write_json
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.ownership import sealed
 from qlab.files.record import versions
-from qlab.hub import calibration_texts, evaluation_texts, is_demo
-from qlab.progress import say
-from qlab.quantize import Result
-from qlab.report import PeakMemory
-from qlab.spec import parse_spec
-from qlab.sweep import inputs_named
-from qlab.transform import Transform
+from qlab.process.progress import say
 
 Paths = Sequence[str | Path] | None
 

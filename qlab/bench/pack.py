@@ -18,10 +18,10 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from qlab.bits import pack_signed, unpack_signed
+from qlab.algebra.bits import pack_signed, unpack_signed
 from qlab.errors import QlabError
 from qlab.files.record import versions
-from qlab.lower.timing import COPIES, device_label, microseconds
+from qlab.lowering.tuning.timing import COPIES, device_label, microseconds
 
 BITS = (2, 3, 4, 8)
 GROUP = 128

@@ -25,7 +25,7 @@ from qlab.errors import QlabError
 def inspect(directory: Model, json_file: Json = None) -> None:
     """What a directory holds, in any format that qlab reads: specs, tensors, bytes, and what qlab measured if it wrote it."""
     with loading():
-        from qlab.inspection import inspect
+        from qlab.directories.inspect import inspect
 
     found = inspect(resolved(directory))
     console().print(found)
@@ -43,8 +43,8 @@ def convert(
 ) -> None:  # fmt: skip
     """The same codes in another format; refuses, with the sites, whatever would be lost. --requantize rounds anew instead."""
     with loading():
-        from qlab.convert import convert
-        from qlab.spec import parse_spec
+        from qlab.algebra.spec import parse_spec
+        from qlab.directories.convert import convert
 
     if asymmetric and not requantize:
         raise QlabError("--asymmetric says how --requantize rounds, which was not given; leave it out, or give both")
@@ -68,7 +68,7 @@ def verify(
 ) -> None:  # fmt: skip
     """Is a directory what it claims to be? Grids, certificates and the reference's tensors; exit code 1 if something is not."""
     with loading():
-        from qlab.verify import verify
+        from qlab.directories.verify import verify
 
     verdict = verify(resolved(directory), resolved(against))
     console().print(verdict)

@@ -39,7 +39,7 @@ def tune(
     """Time the configurations of int4 products on this machine and keep the fastest in the config cache."""
     import torch
 
-    from qlab.lower.tuning import SHORT, Form, parse_shapes, parse_tokens, tune_shapes, weights_of
+    from qlab.lowering.tuning.tune import SHORT, Form, parse_shapes, parse_tokens, tune_shapes, weights_of
 
     if (model is None) == (shapes is None):
         raise QlabError("give either a directory that qlab quantized or --shapes")

@@ -95,7 +95,7 @@ def listed(text: str, separator: str = ",") -> list[str]:
 
 def resolved(model: str) -> Path:
     """The directory that a name stands for."""
-    from qlab.hub import demo_model, is_demo_name
+    from qlab.demo.hub import demo_model, is_demo_name
 
     return demo_model() if is_demo_name(model) else Path(model)
 

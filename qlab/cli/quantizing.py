@@ -35,12 +35,12 @@ from qlab.cli.options import (
     resolved,
 )  # fmt: skip
 from qlab.errors import QlabError
-from qlab.progress import say
+from qlab.process.progress import say
 
 
 def recipe_of(method: str, spec: str, asymmetric: bool) -> Any:
     """The transform that a method's name and a spec's name stand for."""
-    from qlab.spec import parse_spec
+    from qlab.algebra.spec import parse_spec
 
     return method_named(method)(parse_spec(spec, symmetric=not asymmetric))
 
@@ -62,12 +62,12 @@ def chosen(
 
     around: GLOB=SPEC for linears around the blocks. kept: GLOBs of sites in blocks that stay as they are.
     """
+    from qlab.algebra.spec import parse_spec
+    from qlab.algebra.transform import at, chain, keep, outside, rules
     from qlab.codecs import storable
+    from qlab.codecs.engines import safest_codec
+    from qlab.driver.plan import CODEC
     from qlab.methods.rtn import rtn
-    from qlab.plan import CODEC
-    from qlab.spec import parse_spec
-    from qlab.targets import safest_codec
-    from qlab.transform import at, chain, keep, outside, rules
 
     grid = parse_spec(spec, symmetric=not asymmetric)
     named = codec or (safest_codec(target, grid) if target else CODEC)
@@ -85,9 +85,9 @@ def chosen(
 def _data(
     model: Any, recipe: Any, calib: list[Path] | None, images: list[Path] | None, samples: int, length: int, seed: int
 ) -> Any:  # fmt: skip
-    from qlab.calibration import tokens
-    from qlab.hub import calibration_texts, is_demo
-    from qlab.images import image_samples
+    from qlab.data.calibration import tokens
+    from qlab.data.images import image_samples
+    from qlab.demo.hub import calibration_texts, is_demo
 
     if calib and images:
         raise QlabError("--calib takes text and --images samples that may have both; give one of them")
@@ -146,7 +146,7 @@ def quantize(
 ) -> None:  # fmt: skip
     """Quantize a model directory into one that other engines load."""
     import qlab
-    from qlab.sweep import inputs_named
+    from qlab.driver.sweep import inputs_named
 
     mode = inputs_named(inputs)
     if memory is not None and not 0 < memory * 2**30 < math.inf:
@@ -183,8 +183,8 @@ def _quantize_files(
     model: str, out: Path, method: str, spec: str, asymmetric: bool, codec: str, target: str, include: list[str] | None,
     exclude: list[str] | None, overwrite: bool, resume: bool, json_file: Path | None,
 ) -> None:  # fmt: skip
+    from qlab.directories.model_free import KEPT, quantize_files
     from qlab.files.checkpoint import open_checkpoint
-    from qlab.model_free import KEPT, quantize_files
 
     opened = open_checkpoint(resolved(model))
     recipe, named = chosen(opened, method or "rtn", spec, asymmetric, codec, target)
@@ -205,7 +205,7 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Perplexity over full windows of --length tokens; with a reference also KL divergence and top-1 agreement."""
     import qlab
-    from qlab.hub import evaluation_texts, is_demo
+    from qlab.demo.hub import evaluation_texts, is_demo
 
     opened = qlab.open(model)
     reference = None if against is None else qlab.open(against)

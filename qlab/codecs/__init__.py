@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlab.algebra.graph import Op
+from qlab.algebra.qtensor import Leaf
+from qlab.algebra.spec import InputSpec, Spec
 from qlab.codecs import auto_round, awq, awq_gemv, compressed_tensors, fp8, gptq, hqq, torchao
 from qlab.codecs.cache_scales import unsaid
 from qlab.codecs.extra import Extra
 from qlab.errors import QlabError
-from qlab.graph import Op
-from qlab.qtensor import Leaf
-from qlab.spec import InputSpec, Spec
 
 Specs = Mapping[str, Spec | None]  # every linear module of a model -> how its weight is stored; None is unquantized
 

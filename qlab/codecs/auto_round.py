@@ -8,9 +8,9 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from qlab.codecs import awq, gptq, stored
+from qlab.algebra.spec import Spec
+from qlab.codecs import awq, checks, gptq
 from qlab.errors import QlabError
-from qlab.spec import Spec
 
 LAYOUTS = {  # packing_format -> the codec that knows the tensors
     "auto_round:auto_gptq": "gptq", "auto_round:gptq": "gptq", "auto_round:gptqmodel": "gptq_v2", "auto_round": "gptq_v2",
@@ -37,13 +37,13 @@ def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec]:
     modules = {name.rpartition(".")[0] for name in names}
     patterns = {key: _compiled(key) for key in extra if key not in modules}
     found: dict[str, Spec] = {}
-    for path in stored.modules_with("qweight", names):
+    for path in checks.modules_with("qweight", names):
         key = path if path in extra else next((k for k, pattern in patterns.items() if pattern.search(path)), None)
         module = {**config, **extra.get(key, {})}
         for name, values in ALLOWED.items():
             if module.get(name, values[0]) not in values:
                 raise QlabError(f"{path} has {name} {module[name]!r} in quantization_config; qlab reads plain int weights only")
-        found[path] = stored.read_spec(path, module, bits)
+        found[path] = checks.read_spec(path, module, bits)
     return found
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.bits import signed, unsigned
-from qlab.codecs import dynamic, stored
+from qlab.algebra.bits import signed, unsigned
+from qlab.algebra.qtensor import QTensor
+from qlab.algebra.spec import Int, Spec
+from qlab.codecs import checks, dynamic
 from qlab.errors import QlabError
-from qlab.qtensor import QTensor
-from qlab.spec import Int, Spec
 
 BITS, VERSION = (4,), "gemm"
 PACKED = {VERSION: "int32", "gemv": "int32", "gemv_fast": "int16", "llm-awq": "int16"}  # version that qlab reads -> its words
@@ -28,7 +28,7 @@ CHUNK = 1 << 17  # words at a time: they stay in a core's own cache
 
 def refusal(spec: Spec, online: Collection = ()) -> str | None:
     """Why AWQ cannot hold such a weight, or None when it can."""
-    return stored.refusal("AWQ", BITS, spec, online)
+    return checks.refusal("AWQ", BITS, spec, online)
 
 
 def misfit(spec: Spec, shape: torch.Size) -> str | None:
@@ -42,7 +42,7 @@ def misfit(spec: Spec, shape: torch.Size) -> str | None:
 
 def encode(path: str, leaf: QTensor) -> dict[str, Tensor]:
     """QTensor [o, k] -> {path.qweight, path.qzeros, path.scales}; zero points of a symmetric leaf are 8."""
-    stored.check_leaf(path, "AWQ", leaf, refusal(leaf.spec))
+    checks.check_leaf(path, "AWQ", leaf, refusal(leaf.spec))
     if leaf.perm is not None:
         raise QlabError(f"{path}: its channels share groups in an order of their own (perm), which AWQ has no place for; write "
                         "gptq_desc_act")
@@ -59,14 +59,14 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
     if reason := refusal(spec):
         raise QlabError(f"{path}: {reason}")
     assert isinstance(spec, Int)  # refused otherwise
-    stored.check_names(path, "AWQ", tensors, TENSORS)
-    words = stored.take(path, tensors, "qweight", (None, None), torch.int32)
+    checks.check_names(path, "AWQ", tensors, TENSORS)
+    words = checks.take(path, tensors, "qweight", (None, None), torch.int32)
     k, o = words.shape[0], 8 * words.shape[1]
     if spec.tile.cols and k % spec.tile.cols:
         raise QlabError(f"{path}.qweight {tuple(words.shape)} does not hold a weight of {spec}; the file or its config is wrong")
     groups = k // (spec.tile.cols or k)
-    scales = stored.take_spread(path, tensors, "scales", (groups, o), *stored.scale_dtypes(spec)).mT.contiguous()
-    zeros = _unpack(stored.take_spread(path, tensors, "qzeros", (groups, o // 8), torch.int32))
+    scales = checks.take_spread(path, tensors, "scales", (groups, o), *checks.scale_dtypes(spec)).mT.contiguous()
+    zeros = _unpack(checks.take_spread(path, tensors, "qzeros", (groups, o // 8), torch.int32))
     if spec.symmetric and not bool((zeros == 0).all()):
         raise QlabError(f"{path}.qzeros is not 8 everywhere, as a symmetric file has it; its config must say zero_point true")
     return QTensor(_unpack(words), scales, None if spec.symmetric else zeros, spec)
@@ -129,7 +129,7 @@ def config(specs: Mapping[str, Spec | None]) -> dict[str, Any]:
 def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec]:
     """The spec of every module with a qweight among `names`; refuses by name what it cannot read."""
     version(config)
-    modules, left = stored.modules_with("qweight", names), config.get("modules_to_not_convert") or []
+    modules, left = checks.modules_with("qweight", names), config.get("modules_to_not_convert") or []
     if not isinstance(left, list) or not all(isinstance(name, str) for name in left):
         raise QlabError(f"quantization_config has modules_to_not_convert {left!r:.80}, no list of names")
     for path in modules:  # whole parts of names: some writers list `gate` beside a quantized gate_proj
@@ -143,7 +143,7 @@ def _spec(path: str, found: Mapping[str, Any]) -> Spec:
     zero_point = found.get("zero_point", True)
     if type(zero_point) is not bool:
         raise QlabError(f"{path} has zero_point {zero_point!r}; it is true or false")
-    return stored.read_spec(path, {**found, "sym": found.get("symmetric", not zero_point)}, BITS)
+    return checks.read_spec(path, {**found, "sym": found.get("symmetric", not zero_point)}, BITS)
 
 
 def version(config: Mapping[str, Any]) -> str:

@@ -19,11 +19,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from qlab.bits import signed, unpack
-from qlab.codecs import stored
+from qlab.algebra.bits import signed, unpack
+from qlab.algebra.qtensor import QTensor
+from qlab.algebra.spec import Int
+from qlab.codecs import checks
 from qlab.errors import QlabError
-from qlab.qtensor import QTensor
-from qlab.spec import Int
 
 ZEROS = {"gemv": "qzeros", "gemv_fast": "qzeros", "llm-awq": "scaled_zeros"}  # version -> what it calls its zero points
 MULTIPLES = {32: 4, 64: 2}  # group -> what Z is a multiple of; 1 for groups of 128 and more
@@ -32,7 +32,7 @@ MULTIPLES = {32: 4, 64: 2}  # group -> what Z is a multiple of; 1 for groups of 
 def decode(version: str, path: str, tensors: Mapping[str, Tensor], spec: Int) -> QTensor:
     """The leaf [o, k] of a module; refuses missing, misshaped and unexpected tensors, scaled zero points that are none of 0 to
     15, and zero points other than 8 where the config says symmetric."""
-    stored.check_names(path, f"AWQ {version}", tensors, ("qweight", "scales", ZEROS[version]))
+    checks.check_names(path, f"AWQ {version}", tensors, ("qweight", "scales", ZEROS[version]))
     codes = _codes(path, tensors) if version == "gemv" else _interleaved_codes(path, tensors)
     o, k = codes.shape
     group = spec.tile.cols or k
@@ -42,12 +42,12 @@ def decode(version: str, path: str, tensors: Mapping[str, Tensor], spec: Int) ->
     groups, multiple = k // group, MULTIPLES.get(group, 1)
     width = -(-groups // (8 * multiple)) * multiple
     if version == "gemv":
-        scales = stored.take(path, tensors, "scales", (o, 8 * width), *stored.scale_dtypes(spec))[:, :groups].contiguous()
-        words = stored.take(path, tensors, "qzeros", (o, width), torch.int32)
+        scales = checks.take(path, tensors, "scales", (o, 8 * width), *checks.scale_dtypes(spec))[:, :groups].contiguous()
+        words = checks.take(path, tensors, "qzeros", (o, width), torch.int32)
         zeros = signed(unpack(words, 4, 8 * width), 4)[:, :groups].contiguous()
     else:
-        name, halves = ZEROS[version], stored.scale_dtypes(spec)
-        scales, scaled = (stored.take(path, tensors, n, (8 * width, o), *halves)[:groups].mT.contiguous() for n in ("scales", name))
+        name, halves = ZEROS[version], checks.scale_dtypes(spec)
+        scales, scaled = (checks.take(path, tensors, n, (8 * width, o), *halves)[:groups].mT.contiguous() for n in ("scales", name))
         zeros = _unscaled(f"{path}.{name}", scaled, scales)
     if not bool(scales[:, -1].any()):  # padding, by the looks of it: writers keep scales above 0
         raise QlabError(f"{path} has no scales for the last of its {groups} groups; they are cut off, or its group_size is another")
@@ -57,12 +57,12 @@ def decode(version: str, path: str, tensors: Mapping[str, Tensor], spec: Int) ->
 
 
 def _codes(path: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    words = stored.take(path, tensors, "qweight", (None, None), torch.int32)
+    words = checks.take(path, tensors, "qweight", (None, None), torch.int32)
     return signed(unpack(words, 4, 8 * words.shape[1]), 4)
 
 
 def _interleaved_codes(path: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    words = stored.take(path, tensors, "qweight", (None, None), torch.int16)
+    words = checks.take(path, tensors, "qweight", (None, None), torch.int16)
     if words.shape[1] % 64:
         raise QlabError(f"{path}.qweight {tuple(words.shape)} is not made of 64 columns at a time; the file or its config is wrong")
     nibbles = torch.stack([(words >> 4 * b & 15).to(torch.uint8) for b in range(4)], -1)

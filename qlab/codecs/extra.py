@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from qlab.graph import Op
+from qlab.algebra.graph import Op
 
 
 @dataclass(frozen=True)

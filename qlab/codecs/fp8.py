@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.codecs.stored import bare
+from qlab.algebra.online import QuantizeInput
+from qlab.algebra.qtensor import QTensor
+from qlab.algebra.spec import FLOATS, Float, InputSpec, Spec, Tile
+from qlab.codecs.checks import bare
 from qlab.errors import QlabError
-from qlab.online import QuantizeInput
-from qlab.qtensor import QTensor
-from qlab.spec import FLOATS, Float, InputSpec, Spec, Tile
 
 INVERSE, PLAIN = "weight_scale_inv", "weight_scale"
 INPUTS = ("activation_scale", "input_scale")

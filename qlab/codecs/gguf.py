@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qlab.algebra.qtensor import Leaf, QTensor
+from qlab.algebra.spec import Int, Tile
 from qlab.errors import QlabError
-from qlab.qtensor import Leaf, QTensor
-from qlab.spec import Int, Tile
 
 BLOCK = 32
 # general.architecture -> whether rows of q and k are interleaved; the weights of others are changed in further ways

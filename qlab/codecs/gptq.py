@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.bits import pack, pack_signed, signed, unpack, unpack_signed, unsigned
-from qlab.codecs import dynamic, stored
+from qlab.algebra.bits import pack, pack_signed, signed, unpack, unpack_signed, unsigned
+from qlab.algebra.qtensor import QTensor
+from qlab.algebra.spec import Int, Spec
+from qlab.codecs import checks, dynamic
 from qlab.errors import QlabError
-from qlab.qtensor import QTensor
-from qlab.spec import Int, Spec
 
 BITS = (2, 3, 4, 8)
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
@@ -60,7 +60,7 @@ def version(config: Mapping[str, Any]) -> Version:
 
 def refusal(spec: Spec, online: Collection = ()) -> str | None:
     """Why GPTQ cannot hold such a weight, or None when it can."""
-    return stored.refusal("GPTQ", BITS, spec, online)
+    return checks.refusal("GPTQ", BITS, spec, online)
 
 
 def misfit(spec: Spec, shape: torch.Size) -> str | None:
@@ -86,7 +86,7 @@ def encode(version: Version, path: str, leaf: QTensor) -> dict[str, Tensor]:
     Refuses what does not fill whole words, a perm where the config does not say desc_act, and for version 1 a zero point
     at the lowest code: its word would borrow from the neighbours.
     """
-    stored.check_leaf(path, "GPTQ", leaf, refusal(leaf.spec))
+    checks.check_leaf(path, "GPTQ", leaf, refusal(leaf.spec))
     if reason := misfit(leaf.spec, leaf.shape):
         raise QlabError(f"{path}: {reason}")
     k, bits = leaf.shape[1], leaf.spec.bits
@@ -127,15 +127,15 @@ def decode(version: Version, path: str, tensors: Mapping[str, Tensor], spec: Spe
         raise QlabError(f"{path}: {reason}")
     assert isinstance(spec, Int)  # refused otherwise
     bits = spec.bits
-    stored.check_names(path, "GPTQ", tensors, TENSORS)
-    words = stored.take(path, tensors, "qweight", (None, None), torch.int32)
+    checks.check_names(path, "GPTQ", tensors, TENSORS)
+    words = checks.take(path, tensors, "qweight", (None, None), torch.int32)
     k, o = words.shape[0] * 32 // bits, words.shape[1]
     if words.shape[0] * 32 % bits or o * bits % 32:
         raise QlabError(f"{path}.qweight {tuple(words.shape)} does not hold a weight of {spec}; the file or its config is wrong")
     cols = spec.tile.cols or k
     groups = -(-k // cols)  # the last one may not be full
-    scales = stored.take_spread(path, tensors, "scales", (groups, o), *stored.scale_dtypes(spec)).mT.contiguous()
-    packed = stored.take_spread(path, tensors, "qzeros", (groups, o * bits // 32), torch.int32)
+    scales = checks.take_spread(path, tensors, "scales", (groups, o), *checks.scale_dtypes(spec)).mT.contiguous()
+    packed = checks.take_spread(path, tensors, "qzeros", (groups, o * bits // 32), torch.int32)
     zeros = _zeros(version, packed, bits, o)
     if spec.symmetric and not bool((zeros == 0).all()):
         raise QlabError(f"{path}.qzeros is not {2 ** (bits - 1)} everywhere, as a symmetric {version.name} file has it; its config "
@@ -158,7 +158,7 @@ def _perm(version: Version, path: str, tensors: Mapping[str, Tensor], k: int, co
     """The order that puts channels of one group side by side; None where they lie so already."""
     if f"{path}.g_idx" not in tensors and not version.reordered:
         return None
-    g_idx, in_order = stored.take(path, tensors, "g_idx", (k,), torch.int32), _in_order(k, cols)
+    g_idx, in_order = checks.take(path, tensors, "g_idx", (k,), torch.int32), _in_order(k, cols)
     perm = g_idx.argsort(stable=True)
     if not torch.equal(g_idx[perm], in_order):
         raise QlabError(f"{path}.g_idx does not give each of {-(-k // cols)} groups {cols} of {k} channels, but for what is left to "
@@ -201,7 +201,7 @@ def _keys(spec: Int) -> dynamic.Keys:
 
 def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec]:
     """The spec of every module with a qweight among `names`; refuses by name what it cannot read."""
-    return {path: _spec(path, dynamic.override(config, path)) for path in stored.modules_with("qweight", names)}
+    return {path: _spec(path, dynamic.override(config, path)) for path in checks.modules_with("qweight", names)}
 
 
 def _spec(path: str, found: Mapping[str, Any]) -> Spec:
@@ -210,4 +210,4 @@ def _spec(path: str, found: Mapping[str, Any]) -> Spec:
             raise QlabError(f"{path} has {key} {found[key]!r} in quantization_config; qlab reads plain packed weights only")
     if found.get("pack_dtype") not in (None, "int32"):
         raise QlabError(f"{path} has pack_dtype {found['pack_dtype']!r} in quantization_config; qlab reads int32 words")
-    return stored.read_spec(path, found, BITS)
+    return checks.read_spec(path, found, BITS)

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.bits import signed
-from qlab.codecs import stored
+from qlab.algebra.bits import signed
+from qlab.algebra.qtensor import Leaf, QTensor
+from qlab.algebra.spec import Int, Spec, Tile
+from qlab.codecs import checks
 from qlab.errors import QlabError
-from qlab.qtensor import Leaf, QTensor
-from qlab.spec import Int, Spec, Tile
 
 PARTS = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # bits -> codes in a word
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -32,7 +32,7 @@ UNUSED = ("packing", "unpack_view_dtype", "compute_dtype", "offload_meta", "enco
 def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec | None]:
     """The spec of every module with a W_q among `names`; None where groups run along axis 0."""
     found: dict[str, Spec | None] = {}
-    for path in stored.modules_with("W_q", names):
+    for path in checks.modules_with("W_q", names):
         bits, group, axis = (_params(config, path).get(key) for key in ("nbits", "group_size", "axis"))
         if type(bits) is not int or bits not in PARTS:
             raise QlabError(f"{path} has nbits {bits!r}; qlab reads {', '.join(map(str, PARTS))}")
@@ -64,22 +64,22 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Int | None) -> Leaf:
 
     Refuses missing, misshaped and unexpected tensors, and numbers in the file that are not those of its config.
     """
-    stored.check_names(path, "HQQ", tensors, ("W_q", "scale", "zero", "shape", *NUMBERS, *UNUSED))
+    checks.check_names(path, "HQQ", tensors, ("W_q", "scale", "zero", "shape", *NUMBERS, *UNUSED))
     bits, group, axis, *others = (_number(path, tensors, name) for name in NUMBERS)
     if any(others):
         raise QlabError(f"{path} holds words viewed as floats, or scales or zero points quantized themselves; qlab reads neither")
     if bits not in PARTS or (spec is None) != (axis == 0) or (spec and (bits, group or None) != (spec.bits, spec.tile.cols)):
         raise QlabError(f"{path} has nbits {bits}, group_size {group} and axis {axis}, and its config says {spec or 'axis 0'}; one of "
                         "them is wrong")
-    o, k = stored.take(path, tensors, "shape", (2,), torch.int64, torch.int32).tolist()
+    o, k = checks.take(path, tensors, "shape", (2,), torch.int64, torch.int32).tolist()
     if min(o, k) < 1 or (group and (o * k % group or (axis and k % group))):
         raise QlabError(f"{path}.shape is ({o}, {k}), which groups of {group} do not divide; qlab reads groups "
                         "of neighbours in one row or column")
     size = group or (k if axis else o)
     rows, columns = (o * k // size, size) if axis else (size, o * k // size)
-    words = stored.take(path, tensors, "W_q", (-(-rows // PARTS[bits]), columns), torch.int32 if bits == 3 else torch.uint8)
+    words = checks.take(path, tensors, "W_q", (-(-rows // PARTS[bits]), columns), torch.int32 if bits == 3 else torch.uint8)
     grid = (rows, 1) if axis else (1, columns)
-    scales, zeros = (stored.take_spread(path, tensors, name, grid, *FLOATS) for name in ("scale", "zero"))
+    scales, zeros = (checks.take_spread(path, tensors, name, grid, *FLOATS) for name in ("scale", "zero"))
     codes = _unpack(words, bits)[:rows]
     if spec is None:
         return ((codes.float() - zeros.float()) * scales.float()).reshape(o, k).to(scales.dtype)
@@ -94,7 +94,7 @@ def _number(path: str, tensors: Mapping[str, Tensor], name: str) -> int:
     """A number that safetensors hold as a tensor of one; 0 where it is missing and may be."""
     if f"{path}.{name}" not in tensors and name not in ("nbits", "axis"):
         return 0
-    return int(stored.take(path, tensors, name, (), torch.int32, torch.uint8, torch.int64))
+    return int(checks.take(path, tensors, name, (), torch.int32, torch.uint8, torch.int64))
 
 
 def _unpack(words: Tensor, bits: int) -> Tensor:

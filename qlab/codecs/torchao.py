@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.codecs import stored
+from qlab.algebra.qtensor import Leaf, QTensor
+from qlab.algebra.spec import Int, Spec, Tile
+from qlab.codecs import checks
 from qlab.errors import QlabError
-from qlab.qtensor import Leaf, QTensor
-from qlab.spec import Int, Spec, Tile
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TENSORS = ("_weight_qdata", "_weight_scale", "_weight_zero_point")
@@ -32,7 +32,7 @@ def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec |
     kind, data = _typed(quant_type["default"])
     if kind not in READ:
         raise QlabError(f"quantization_config has torchao's {kind}; qlab reads {', '.join(READ)}")
-    return dict.fromkeys(stored.modules_with("_weight_qdata", names), READ[kind](data))
+    return dict.fromkeys(checks.modules_with("_weight_qdata", names), READ[kind](data))
 
 
 def _typed(value: Any) -> tuple[str, Any]:
@@ -97,10 +97,10 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Int | None) -> Leaf:
     Refuses missing, misshaped and unexpected tensors (an act_pre_scale among them), codes outside the grid, and zero points
     other than 0 where the config says symmetric.
     """
-    stored.check_names(path, "torchao's format", tensors, TENSORS)
+    checks.check_names(path, "torchao's format", tensors, TENSORS)
     if spec is None:
         return _dense(path, tensors)
-    codes = stored.take(path, tensors, "_weight_qdata", (None, None), torch.int8)
+    codes = checks.take(path, tensors, "_weight_qdata", (None, None), torch.int8)
     o, k = codes.shape
     if spec.tile.cols and k % spec.tile.cols:
         raise QlabError(f"{path}._weight_qdata {(o, k)} does not hold a weight of {spec}; the file or its config is wrong")
@@ -109,19 +109,19 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Int | None) -> Leaf:
         raise QlabError(f"{path}._weight_qdata spans [{low}, {high}] and int{spec.bits} holds [{spec.qmin}, {spec.qmax}]; the file "
                         "or its config is wrong")
     grid = (o, k // (spec.tile.cols or k))
-    scales = stored.take_spread(path, tensors, "_weight_scale", grid, *FLOATS)
+    scales = checks.take_spread(path, tensors, "_weight_scale", grid, *FLOATS)
     if spec.symmetric and f"{path}._weight_zero_point" not in tensors:
         return QTensor(codes, scales, None, spec)
-    zeros = stored.take_spread(path, tensors, "_weight_zero_point", grid, torch.int8)
+    zeros = checks.take_spread(path, tensors, "_weight_zero_point", grid, torch.int8)
     if spec.symmetric and bool(zeros.any()):
         raise QlabError(f"{path}._weight_zero_point is not 0 everywhere and the config says symmetric; one of them is wrong")
     return QTensor(codes, scales, None if spec.symmetric else zeros, spec)
 
 
 def _dense(path: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    words = stored.take(path, tensors, "_weight_qdata", (None, None), torch.int8, torch.uint8).view(torch.uint8)
-    (o, half), scale = words.shape, stored.take(path, tensors, "_weight_scale", (None, words.shape[0]), *FLOATS)
-    zeros = stored.take(path, tensors, "_weight_zero_point", tuple(scale.shape), scale.dtype)
+    words = checks.take(path, tensors, "_weight_qdata", (None, None), torch.int8, torch.uint8).view(torch.uint8)
+    (o, half), scale = words.shape, checks.take(path, tensors, "_weight_scale", (None, words.shape[0]), *FLOATS)
+    zeros = checks.take(path, tensors, "_weight_zero_point", tuple(scale.shape), scale.dtype)
     if 2 * half % scale.shape[0]:
         raise QlabError(f"{path} has {scale.shape[0]} scales for rows of {2 * half} codes; the file is damaged")
     signed = torch.stack((words << 4, words & 0xF0), -1).view(torch.int8) >> 4  # arithmetic: the top bit of a nibble is its sign

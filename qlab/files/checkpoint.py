@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qlab.algebra.graph import Op, refuse_overflow
+from qlab.algebra.qtensor import Leaf
+from qlab.algebra.spec import InputSpec, Spec
 from qlab.codecs import Codec, reader
 from qlab.codecs.extra import Extra
 from qlab.errors import QlabError, warn
 from qlab.files.directory import CONFIG, INDEX, Stored, locate, read_json
 from qlab.files.explained import KEY, explained, refuse_unexplained
 from qlab.files.tensors import dtype_of, read, same_bytes
-from qlab.graph import Op, refuse_overflow
-from qlab.qtensor import Leaf
-from qlab.shown import Shown, size
-from qlab.spec import InputSpec, Spec
+from qlab.process.shown import Shown, size
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

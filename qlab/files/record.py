@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from qlab.certificate import hash_of_json
 from qlab.errors import QlabError
+from qlab.files.certificate import hash_of_json
 from qlab.files.directory import read_json
 from qlab.files.ownership import RECORD
 

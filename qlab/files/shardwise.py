@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.writer import Writer
-from qlab.progress import progress
+from qlab.process.progress import progress
 
 Notes = dict[str, dict[str, Any]]  # section of the report -> rows
 Rewrite = Callable[[str, Notes], Mapping[str, Tensor]]  # a leaf's name -> its new tensors; what is to be reported goes into the notes

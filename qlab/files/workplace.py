@@ -18,7 +18,7 @@ from qlab.files.directory import INDEX
 from qlab.files.lock import LOCK, Lock
 from qlab.files.ownership import RECORD, damaged, foreign
 from qlab.files.place import WORK, is_taken, refuse_existing, working
-from qlab.progress import say
+from qlab.process.progress import say
 
 JOB = "job.json"  # in the work folder: what identifies the run that began there
 OVERWRITE = "overwrite"  # in the work folder: the run may replace an existing output

@@ -22,7 +22,7 @@ from qlab.files.directory import INDEX, read_header
 from qlab.files.ownership import RECORD, read_sealed, sealed, with_files
 from qlab.files.tensors import write
 from qlab.files.workplace import NAMES, Workplace
-from qlab.progress import say
+from qlab.process.progress import say
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 FORMER = ("quantize_config.json", "quant_config.json")  # they say how the weights were quantized before, in GPTQ's and AWQ's way

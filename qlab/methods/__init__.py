@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping
 
-from qlab.grid import weighted
+from qlab.algebra.grid import weighted
+from qlab.algebra.spec import Spec
+from qlab.algebra.transform import Transform, chain
 from qlab.methods.awq import awq, awq_scale
 from qlab.methods.gptaq import gptaq
 from qlab.methods.gptq import gptq
 from qlab.methods.hqq import hqq
 from qlab.methods.rtn import rtn
-from qlab.spec import Spec
-from qlab.transform import Transform, chain
 
 
 def rtn_weighted(spec: Spec) -> Transform:

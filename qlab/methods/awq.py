@@ -10,14 +10,14 @@ from math import fsum  # whose result does not depend on the order in which site
 import torch
 from torch import Tensor
 
-from qlab.absorb import Fold, absorb, folds, rows_move
-from qlab.graph import ModuleGraph, Site, by_origin, by_source
-from qlab.grid import Grid, encode_rows, weighted
+from qlab.algebra.absorb import Fold, absorb, folds, rows_move
+from qlab.algebra.graph import ModuleGraph, Site, by_origin, by_source
+from qlab.algebra.grid import Grid, encode_rows, weighted
+from qlab.algebra.qtensor import shared_outer
+from qlab.algebra.spec import Spec, described, with_scale_dtype
+from qlab.algebra.stats import Moment, Stats
+from qlab.algebra.transform import Stage, Transform, chain, reparametrize
 from qlab.methods.rtn import rtn
-from qlab.qtensor import shared_outer
-from qlab.spec import Spec, described, with_scale_dtype
-from qlab.stats import Moment, Stats
-from qlab.transform import Stage, Transform, chain, reparametrize
 
 STEPS = 10  # ratios are tried in steps of 1 / STEPS
 ROWS = 128  # of each weight, evenly spread, choose the ratio

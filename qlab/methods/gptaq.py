@@ -10,14 +10,14 @@ from dataclasses import replace
 
 import torch
 
+from qlab.algebra.graph import ModuleGraph, by_source
+from qlab.algebra.qtensor import Leaf
+from qlab.algebra.spec import Spec
+from qlab.algebra.stats import Stats
+from qlab.algebra.transform import Stage, Transform, chain
 from qlab.errors import QlabError
-from qlab.graph import ModuleGraph, by_source
 from qlab.methods.gptq import gptq
 from qlab.methods.obs import check_damp, cholesky
-from qlab.qtensor import Leaf
-from qlab.spec import Spec
-from qlab.stats import Stats
-from qlab.transform import Stage, Transform, chain
 
 
 def aim_at_reference(strength: float = 0.5, damp: float = 0.01) -> Transform:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlab.algebra.grid import Grid, fit, weighted
+from qlab.algebra.qtensor import QTensor, steps
+from qlab.algebra.spec import Spec
+from qlab.algebra.transform import Transform, each_weight
 from qlab.errors import QlabError
-from qlab.grid import Grid, fit, weighted
 from qlab.methods.obs import check_damp, damped, factorize, obs_sweep
 from qlab.methods.quantease import descend_codes, refit_scales
-from qlab.qtensor import QTensor, steps
-from qlab.spec import Spec
-from qlab.transform import Transform, each_weight
 
 Order = Callable[[Tensor], Tensor]  # H_kk -> the order [k] in which columns are solved
 
@@ -63,7 +63,7 @@ def gptq(
 ) -> Transform:
     """min tr((W - W') H (W - W')^T) over codes on a grid that is fixed beforehand (static groups).
 
-    damp: fraction of mean(diag H) added to its diagonal. grid, order: see qlab.grid, act_order, paper_order.
+    damp: fraction of mean(diag H) added to its diagonal. grid, order: see qlab.algebra.grid, act_order, paper_order.
     block changes speed, not codes (up to rounding). sweeps: rounds of refitting the scales to the codes and descending
     on the codes afterwards (qlab.methods.quantease); they cost nothing at inference. The paper's method has none.
     """

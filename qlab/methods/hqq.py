@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.grid import CHUNK, fit, minmax, stored
-from qlab.qtensor import QTensor, round_codes, steps
-from qlab.spec import Spec
-from qlab.transform import Transform, each_weight
+from qlab.algebra.grid import CHUNK, fit, minmax, stored
+from qlab.algebra.qtensor import QTensor, round_codes, steps
+from qlab.algebra.spec import Spec
+from qlab.algebra.transform import Transform, each_weight
 
 P, BETA, KAPPA, STEPS = 0.7, 10.0, 1.01, 20  # the paper's
 

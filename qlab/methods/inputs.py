@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import torch
 
+from qlab.algebra.graph import ModuleGraph
+from qlab.algebra.online import QuantizeInput
+from qlab.algebra.spec import Float, Spec
+from qlab.algebra.stats import Stats
+from qlab.algebra.transform import Stage, Transform
 from qlab.errors import QlabError
-from qlab.graph import ModuleGraph
-from qlab.online import QuantizeInput
-from qlab.spec import Float, Spec
-from qlab.stats import Stats
-from qlab.transform import Stage, Transform
 
 DYNAMIC = "use an input spec whose scales are found at run time (mxfp4, fp8-channel), or leave them out of quantize_inputs"
 

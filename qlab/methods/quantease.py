@@ -12,8 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from qlab.algebra.qtensor import QTensor, dense, steps
 from qlab.methods.obs import Substitution
-from qlab.qtensor import QTensor, dense, steps
 
 RIDGE = 1e-3  # pull of a scale towards its old value, as a fraction of its own curvature
 

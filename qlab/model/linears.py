@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qlab.algebra.spec import Spec
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.directory import INDEX, WIDTHS, Stored, unheld
 from qlab.model.skeleton import Skeleton
 from qlab.model.ties import FLAG, untied
-from qlab.spec import Spec
 
 HEAD = "lm_head"  # in no file where it shares the embedding's weight; readers that match by class still meet it
 

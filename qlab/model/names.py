@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
 
+from qlab.algebra.qtensor import Leaf, QTensor, by_rows
 from qlab.errors import QlabError
-from qlab.qtensor import Leaf, QTensor, by_rows
 
 
 @dataclass(frozen=True)

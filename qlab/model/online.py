@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from qlab.algebra.graph import Op
 from qlab.errors import QlabError
-from qlab.graph import Op
 
 if TYPE_CHECKING:
     from qlab.model.skeleton import Skeleton

@@ -9,10 +9,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from qlab.algebra.experts import experts_forward
 from qlab.errors import QlabError
-from qlab.experts import experts_forward
 from qlab.files.checkpoint import Checkpoint
-from qlab.surroundings import Floats, foreign, parameters_on_meta
+from qlab.process.surroundings import Floats, foreign, parameters_on_meta
 
 EXPERTS = "qlab"  # the name under which transformers finds the forward of fused experts that traces on every device
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)

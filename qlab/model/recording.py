@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlab.algebra.graph import Code, Given, Made, open_symbols
+from qlab.algebra.tracing.taken_apart import Form, put_together, take_apart, take_over
 from qlab.errors import QlabError
-from qlab.graph import Code, Given, Made, open_symbols
-from qlab.taken_apart import Form, put_together, take_apart, take_over
 
 State = tuple[Tensor, ...]  # what enters a block and other blocks made: its hidden states [..., b, l, d] first
 Maker = tuple[int, int]  # (block, which of its program's outputs); what enters the first block is nobody's

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers.pytorch_utils import Conv1D
 
+from qlab.algebra.graph import Code, ModuleGraph, runs_on, tensors_of
+from qlab.algebra.qtensor import Leaf, QTensor, dense
+from qlab.algebra.tracing.kept import refuse_shared
+from qlab.algebra.tracing.programs import program
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
-from qlab.graph import Code, ModuleGraph, runs_on, tensors_of
-from qlab.kept import refuse_shared
 from qlab.model.device import usable
 from qlab.model.headers import refuse_another_model, refuse_untied
 from qlab.model.names import Piece, assemble, pieces_of_experts, spellings
@@ -26,9 +28,7 @@ from qlab.model.online import at_input, at_output
 from qlab.model.paper import find_blocks, on_paper, path_of
 from qlab.model.recording import Call, Makers, Recorded, Recorder, Replaced, calls_of, to_like
 from qlab.model.ties import apart, ties
-from qlab.programs import program
-from qlab.qtensor import Leaf, QTensor, dense
-from qlab.surroundings import foreign
+from qlab.process.surroundings import foreign
 
 ORIGIN = frozenset({"_name_or_path", "quantization_config"})  # what a config says of where it comes from
 

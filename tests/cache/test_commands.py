@@ -7,14 +7,16 @@ import torch
 
 import qlab
 import qlab.cli
+from qlab.algebra.spec import parse_spec
 from qlab.bench.__main__ import main as bench_main
 from qlab.bench.contenders import Case, prepare
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
-from qlab.lower import QLinear, cpu, tuning
-from qlab.lower.tuning import Form, parse_shapes, weights_of
+from qlab.lowering import QLinear
+from qlab.lowering.tuning import tune as tuning
+from qlab.lowering.tuning.tune import Form, parse_shapes, weights_of
+from qlab.lowering.weights import cpu
 from qlab.methods.rtn import rtn
-from qlab.spec import parse_spec
 from qlab_kernels import cache
 from qlab_kernels.config import Config
 
@@ -39,7 +41,7 @@ def test_tuning_fills_the_cache_and_a_second_time_measures_nothing(call, tmp_pat
 @pytest.mark.parametrize("fastest", ["int4pack", "dense"])
 def test_what_was_tuned_is_what_runs(call, monkeypatch, fastest):
     """The key of the tuner is the key of the lowered product."""
-    from qlab.lower import cpu
+    from qlab.lowering.weights import cpu
 
     def invented(calls, *_):
         is_int4 = calls[0].func is torch.ops.aten._weight_int4pack_mm_for_cpu

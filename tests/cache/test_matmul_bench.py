@@ -9,8 +9,8 @@ from qlab.bench import contenders
 from qlab.bench.__main__ import main as bench_main
 from qlab.bench.contenders import CONTENDERS, Case, Unavailable, prepare
 from qlab.bench.matmul import compare_matmuls, losses, table, verdict
-from qlab.lower.timing import copies, microseconds
-from qlab.lower.tuning import random_weight
+from qlab.lowering.tuning.timing import copies, microseconds
+from qlab.lowering.tuning.tune import random_weight
 
 pytestmark = pytest.mark.usefixtures("small_cache")
 CPU = torch.device("cpu")

@@ -2,9 +2,9 @@
 
 import torch
 
-from qlab.grid import encode, minmax
-from qlab.qtensor import QTensor
-from qlab.spec import Float
+from qlab.algebra.grid import encode, minmax
+from qlab.algebra.qtensor import QTensor
+from qlab.algebra.spec import Float
 
 
 def hexes(words):

@@ -8,9 +8,9 @@ from corruption import odd_configs
 from hypothesis import given, settings
 from leaves import assert_same, random_qtensor
 
+from qlab.algebra.spec import Int, Tile
 from qlab.codecs import CODECS, reader
 from qlab.errors import QlabError
-from qlab.spec import Int, Tile
 
 CONFIG = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 32, "sym": True,
           "data_type": "int", "iters": 200, "autoround_version": "0.16.1", "block_name_to_quantize": "model.layers"}  # fmt: skip

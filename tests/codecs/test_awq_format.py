@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from leaves import assert_same, hexes, random_qtensor
 
+from qlab.algebra.qtensor import QTensor, dense
+from qlab.algebra.spec import Int, Tile
 from qlab.codecs import CODECS, LEGACY_CONFIGS, reader
 from qlab.errors import QlabError
-from qlab.qtensor import QTensor, dense
-from qlab.spec import Int, Tile
 
 F16, AWQ = torch.float16, CODECS["awq"]
 SYM, ASYM = Int(4, Tile(1, 32), True, F16), Int(4, Tile(1, 32), False, F16)

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from leaves import assert_same, random_qtensor
 
+from qlab.algebra.spec import Int, Tile
 from qlab.codecs import CODECS, LEGACY_CONFIGS, reader
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
 from qlab.files.tensors import write
-from qlab.spec import Int, Tile
 
 F16 = torch.float16
 BY_VERSION = pytest.mark.parametrize("version", ["gemv", "gemv_fast", "llm-awq"])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from leaves import hexes
 
-from qlab.bits import CHUNK, pack, pack_signed, signed, unpack, unpack_signed, unsigned, words_of
+from qlab.algebra.bits import CHUNK, pack, pack_signed, signed, unpack, unpack_signed, unsigned, words_of
 
 
 @pytest.mark.parametrize("bits, words", [

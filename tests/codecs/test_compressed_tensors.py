@@ -14,11 +14,11 @@ from leaves import assert_same, hexes, random_qtensor
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from qlab.algebra.qtensor import QTensor, dense, round_codes
+from qlab.algebra.spec import Int, Tile, parse_spec, with_scale_dtype
+from qlab.algebra.transform import Multiply
 from qlab.codecs import CODECS
 from qlab.errors import QlabError
-from qlab.qtensor import QTensor, dense, round_codes
-from qlab.spec import Int, Tile, parse_spec, with_scale_dtype
-from qlab.transform import Multiply
 
 CODEC = CODECS["compressed-tensors"]
 INT4, INT4_ASYM = parse_spec("int4-g16"), parse_spec("int4-g16-asym")

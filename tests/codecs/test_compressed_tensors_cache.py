@@ -6,24 +6,24 @@ import json
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
-from directories import bits_equal, change, random_tokens, rewrite, tensors
 from families import tiny
 from library import CACHE_IS_MISSED, INT8, MISSED, write_with_the_library
+from model_folders import bits_equal, change, random_tokens, rewrite, tensors
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.quantizers import auto
 
 import qlab
+from qlab.algebra.qtensor import dense
+from qlab.algebra.spec import parse_spec
 from qlab.codecs import CODECS
+from qlab.directories.inspect import inspect
+from qlab.directories.model_free import quantize_files
+from qlab.directories.verify import verify
 from qlab.errors import QlabError
-from qlab.evaluate import read
+from qlab.evaluation.perplexity import read
 from qlab.files.checkpoint import open_checkpoint
-from qlab.inspection import inspect
 from qlab.methods.rtn import rtn
-from qlab.model_free import quantize_files
-from qlab.qtensor import dense
-from qlab.spec import parse_spec
-from qlab.verify import verify
 
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"}
 SCALE = "model.layers.1.self_attn.v_scale"

@@ -10,9 +10,9 @@ from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlab.algebra.spec import parse_spec
 from qlab.codecs import CODECS
 from qlab.errors import QlabError
-from qlab.spec import parse_spec
 
 CODEC = CODECS["compressed-tensors"]
 INT4, INT8, ASYM = parse_spec("int4-g16"), parse_spec("int8-channel"), parse_spec("int3-g32-asym")

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from leaves import assert_same, bits, hexes, random_qtensor
 
+from qlab.algebra.grid import encode, minmax
+from qlab.algebra.online import QuantizeInput
+from qlab.algebra.qtensor import QTensor, dense
+from qlab.algebra.spec import NAMED, Float, InputSpec, Tile, parse_input_spec, parse_spec, with_scale_dtype
 from qlab.codecs import CODECS
 from qlab.codecs.compressed_tensors.config import Scheme
 from qlab.codecs.compressed_tensors.scheme import PRESETS, args_of, format_of
 from qlab.errors import QlabError
-from qlab.grid import encode, minmax
-from qlab.online import QuantizeInput
-from qlab.qtensor import QTensor, dense
-from qlab.spec import NAMED, Float, InputSpec, Tile, parse_input_spec, parse_spec, with_scale_dtype
 
 CODEC = CODECS["compressed-tensors"]
 FLOATS = ("fp8-tensor", "fp8-channel", "fp8-g32", "fp8-b16x24", "mxfp4", "mxfp6", "mxfp8", "nvfp4")

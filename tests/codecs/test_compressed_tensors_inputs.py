@@ -7,30 +7,30 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
-from directories import random_tokens
 from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from leaves import random_qtensor
+from model_folders import random_tokens
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import qlab
+from qlab.algebra.graph import by_source
+from qlab.algebra.grid import encode, minmax
+from qlab.algebra.interpret import inputs_of
+from qlab.algebra.online import QuantizeInput
+from qlab.algebra.qtensor import dense
+from qlab.algebra.spec import InputSpec, parse_input_spec, parse_spec, with_scale_dtype
+from qlab.algebra.transform import chain, keep, rules
 from qlab.codecs import CODECS
 from qlab.codecs.compressed_tensors.scheme import PRESETS, args_of
 from qlab.errors import QlabError
-from qlab.evaluate import read
+from qlab.evaluation.perplexity import read
 from qlab.files.checkpoint import open_checkpoint
-from qlab.graph import by_source
-from qlab.grid import encode, minmax
-from qlab.interpret import inputs_of
 from qlab.methods.inputs import quantize_inputs
 from qlab.methods.rtn import rtn
 from qlab.model.skeleton import Skeleton
-from qlab.online import QuantizeInput
-from qlab.qtensor import dense
-from qlab.spec import InputSpec, parse_input_spec, parse_spec, with_scale_dtype
-from qlab.transform import chain, keep, rules
 
 CODEC = CODECS["compressed-tensors"]
 DYNAMIC = ("int8-token", "int4-token", "int8-token-asym", "fp8-token", "fp8-tensor", "fp8-g32", "mxfp4", "mxfp8")

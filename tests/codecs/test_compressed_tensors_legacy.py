@@ -5,21 +5,21 @@ import shutil
 
 import pytest
 import torch
-from directories import tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from leaves import assert_same, random_qtensor
+from model_folders import tensors
 from safetensors.torch import load_file, save_file
 
+from qlab.algebra.qtensor import dense
+from qlab.algebra.spec import parse_spec, with_scale_dtype
 from qlab.codecs import CODECS
 from qlab.codecs.compressed_tensors.config import SPARSE
+from qlab.directories.model_free import quantize_files
+from qlab.driver.quantize import quantize
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.rtn import rtn
-from qlab.model_free import quantize_files
-from qlab.qtensor import dense
-from qlab.quantize import quantize
-from qlab.spec import parse_spec, with_scale_dtype
 
 CODEC = CODECS["compressed-tensors"]
 HEADER = {"quant_method": "compressed-tensors", "quantization_status": "compressed"}

@@ -5,25 +5,25 @@ from functools import reduce
 import pytest
 import torch
 from compressed_tensors.transform import TransformConfig
-from directories import bits_equal, change, random_tokens, tensors
 from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from library import INT8, TOKENS, prepare_with_the_library, write_with_the_library
+from model_folders import bits_equal, change, random_tokens, tensors
 from rotations import CASES, assert_close, group, logits, rotated
 
 import qlab
+from qlab.algebra.online import MatMul
+from qlab.algebra.qtensor import dense
+from qlab.algebra.spec import parse_spec
 from qlab.codecs import CODECS
+from qlab.directories.inspect import inspect
+from qlab.directories.verify import verify
 from qlab.errors import QlabError
-from qlab.evaluate import read
+from qlab.evaluation.perplexity import read
 from qlab.files.checkpoint import open_checkpoint
-from qlab.inspection import inspect
 from qlab.model.online import at_input
 from qlab.model.skeleton import Skeleton
-from qlab.online import MatMul
-from qlab.qtensor import dense
-from qlab.spec import parse_spec
-from qlab.verify import verify
 
 CODEC = CODECS["compressed-tensors"]
 

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from leaves import random_qtensor
 
+from qlab.algebra.online import QuantizeInput
+from qlab.algebra.qtensor import QTensor, dense
+from qlab.algebra.spec import parse_input_spec, parse_spec, with_scale_dtype
 from qlab.codecs import CODECS, reader
 from qlab.codecs.compressed_tensors.scheme import PRESETS
 from qlab.errors import QlabError
-from qlab.online import QuantizeInput
-from qlab.qtensor import QTensor, dense
-from qlab.spec import parse_input_spec, parse_spec, with_scale_dtype
 
 CT = CODECS["compressed-tensors"]
 FP8 = reader({"quant_method": "fp8"})

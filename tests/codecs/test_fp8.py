@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 
 import qlab
+from qlab.algebra.grid import encode, minmax
+from qlab.algebra.online import QuantizeInput
+from qlab.algebra.qtensor import QTensor, dense
+from qlab.algebra.spec import InputSpec, parse_spec
 from qlab.codecs import reader
 from qlab.errors import QlabError
-from qlab.evaluate import read
+from qlab.evaluation.perplexity import read
 from qlab.files.checkpoint import open_checkpoint
-from qlab.grid import encode, minmax
-from qlab.online import QuantizeInput
-from qlab.qtensor import QTensor, dense
-from qlab.spec import InputSpec, parse_spec
 
 CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [2, 4]}
 CODEC = reader(CONFIG)

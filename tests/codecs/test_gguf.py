@@ -4,16 +4,16 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from directories import unpacked
 from families import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from model_folders import unpacked
 from transformers import AutoModelForCausalLM
 
+from qlab.algebra.qtensor import QTensor, dense
+from qlab.algebra.spec import Int, Tile
 from qlab.codecs.gguf import tensors
 from qlab.errors import QlabError
-from qlab.qtensor import QTensor, dense
-from qlab.spec import Int, Tile
 
 KINDS = gguf.GGMLQuantizationType
 OURS = {"self_attn.q_proj": KINDS.Q4_0, "self_attn.k_proj": KINDS.Q8_0, "self_attn.v_proj": KINDS.Q4_1, "mlp.up_proj": KINDS.Q4_0,

@@ -9,9 +9,9 @@ from corruption import odd_configs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlab.algebra.spec import Int, Tile
 from qlab.codecs import CODECS, LEGACY_CONFIGS, reader
 from qlab.errors import QlabError
-from qlab.spec import Int, Tile
 
 F16 = torch.float16
 V1 = CODECS["gptq"]

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from leaves import assert_same, hexes, random_qtensor
 
+from qlab.algebra.qtensor import QTensor, dense
+from qlab.algebra.spec import Int, Tile, parse_spec
 from qlab.codecs import CODECS
 from qlab.errors import QlabError
-from qlab.qtensor import QTensor, dense
-from qlab.spec import Int, Tile, parse_spec
 
 F16 = torch.float16
 V1, V2, V2_ORDER = CODECS["gptq"], CODECS["gptq_v2"], CODECS["gptq_v2_desc_act"]

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from leaves import hexes
 
+from qlab.algebra.qtensor import QTensor, dense
+from qlab.algebra.spec import Int, Tile
 from qlab.codecs import reader
 from qlab.errors import QlabError
-from qlab.qtensor import QTensor, dense
-from qlab.spec import Int, Tile
 
 PARTS = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from leaves import assert_same, random_qtensor
 
+from qlab.algebra.online import QuantizeInput
+from qlab.algebra.spec import Int, Tile, parse_input_spec, parse_spec, with_scale_dtype
 from qlab.codecs import CODECS, reader
-from qlab.codecs.stored import bare
+from qlab.codecs.checks import bare
 from qlab.errors import QlabError
-from qlab.online import QuantizeInput
-from qlab.spec import Int, Tile, parse_input_spec, parse_spec, with_scale_dtype
 
 CT = CODECS["compressed-tensors"]
 SPREAD = ("weight_scale", "weight_zero_point", "weight_global_scale", "scales", "qzeros")

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from qlab.algebra.qtensor import dense
+from qlab.algebra.spec import Int, Tile
 from qlab.codecs import reader
 from qlab.errors import QlabError
-from qlab.qtensor import dense
-from qlab.spec import Int, Tile
 
 quantization = pytest.importorskip("torchao.quantization")
 

@@ -6,13 +6,13 @@ It runs in an environment of its own, named by QLAB_INTEROP_VENV_AUTO_ROUND; see
 import os
 
 import pytest
-from directories import add_tokenizer
 from driving import SHAPES, assert_equal, drive
 from families import tiny
+from model_folders import add_tokenizer
 from safetensors.torch import load_file
 
+from qlab.algebra.qtensor import dense
 from qlab.files.checkpoint import open_checkpoint
-from qlab.qtensor import dense
 
 VENV, NAME = os.environ.get("QLAB_INTEROP_VENV_AUTO_ROUND"), "QLAB_INTEROP_VENV_AUTO_ROUND"
 pytestmark = pytest.mark.skipif(not VENV, reason=f"auto-round needs an environment of its own: set {NAME} (tests/interop/make_env.py)")

@@ -9,18 +9,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from directories import add_tokenizer
 from driving import SHAPES, assert_equal, drive
 from families import tiny
+from model_folders import add_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from qlab.algebra.qtensor import QTensor, dense
+from qlab.algebra.spec import Int, Tile
 from qlab.codecs import CODECS
+from qlab.driver.quantize import quantize
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.rtn import rtn
-from qlab.qtensor import QTensor, dense
-from qlab.quantize import quantize
-from qlab.spec import Int, Tile
 
 VENV, NAME = os.environ.get("QLAB_INTEROP_VENV_GPTQMODEL"), "QLAB_INTEROP_VENV_GPTQMODEL"
 pytestmark = pytest.mark.skipif(not VENV, reason=f"GPTQModel needs an environment of its own: set {NAME} (tests/interop/make_env.py)")

@@ -9,19 +9,19 @@ import os
 
 import pytest
 import torch
-from directories import add_tokenizer
 from driving import SHAPES, assert_equal, drive
 from families import tiny
+from model_folders import add_tokenizer
 from safetensors.torch import load_file
 
 import qlab
-from qlab.evaluate import read
+from qlab.algebra.qtensor import dense
+from qlab.algebra.spec import parse_spec
+from qlab.algebra.transform import chain, keep, rules
+from qlab.evaluation.perplexity import read
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.inputs import quantize_inputs
 from qlab.methods.rtn import rtn
-from qlab.qtensor import dense
-from qlab.spec import parse_spec
-from qlab.transform import chain, keep, rules
 
 VENV, NAME = os.environ.get("QLAB_INTEROP_VENV_LLMCOMPRESSOR"), "QLAB_INTEROP_VENV_LLMCOMPRESSOR"
 pytestmark = pytest.mark.skipif(not VENV, reason=f"llm-compressor needs an environment of its own: set {NAME} (see make_env.py)")

@@ -1,6 +1,6 @@
 """What the laws run over. A new method adds one line to LAW_METHODS."""
 
-from qlab.grid import mse, signed, weighted_mse
+from qlab.algebra.grid import mse, signed, weighted_mse
 from qlab.methods import METHODS
 from qlab.methods.awq import awq_scale
 from qlab.methods.gptq import gptq, paper_order

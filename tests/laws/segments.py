@@ -10,15 +10,15 @@ from families import MIXTURES, tiny
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from qlab.graph import ModuleGraph
-from qlab.interpret import inputs_of
+from qlab.algebra.graph import ModuleGraph
+from qlab.algebra.interpret import inputs_of
+from qlab.algebra.qtensor import QTensor, dense
+from qlab.algebra.stats import STATS, Moment, Observation, stat_of
+from qlab.algebra.tracing.taken_apart import take_apart
+from qlab.algebra.tracing.trace import trace
+from qlab.driver.sweep import solve
 from qlab.model.paper import find_blocks, run_experts_here
 from qlab.model.recording import Call
-from qlab.qtensor import QTensor, dense
-from qlab.stats import STATS, Moment, Observation, stat_of
-from qlab.sweep import solve
-from qlab.taken_apart import take_apart
-from qlab.trace import trace
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,13 +24,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from segments import assert_same, hidden, normal, of, relative, segment
 
-from qlab.absorb import fold_scales, folds
+from qlab.algebra.absorb import fold_scales, folds
+from qlab.algebra.graph import by_origin
+from qlab.algebra.interpret import interpret
+from qlab.algebra.spec import parse_spec
+from qlab.algebra.transform import Multiply, Rotate, at, reparametrize
 from qlab.errors import QlabError
-from qlab.graph import by_origin
-from qlab.interpret import interpret
 from qlab.methods.rtn import rtn
-from qlab.spec import parse_spec
-from qlab.transform import Multiply, Rotate, at, reparametrize
 
 every_family = pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 

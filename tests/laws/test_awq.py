@@ -9,16 +9,16 @@ import torch
 from families import FAMILIES, MIXTURES
 from segments import assert_same, hidden, relative, segment
 
-from qlab.absorb import folds
-from qlab.graph import by_source
-from qlab.grid import encode, encode_rows, minmax, mse, weighted
-from qlab.interpret import interpret
+from qlab.algebra.absorb import folds
+from qlab.algebra.graph import by_source
+from qlab.algebra.grid import encode, encode_rows, minmax, mse, weighted
+from qlab.algebra.interpret import interpret
+from qlab.algebra.qtensor import dense
+from qlab.algebra.spec import parse_spec, with_scale_dtype
+from qlab.algebra.stats import quadratic
+from qlab.algebra.transform import apply
 from qlab.methods.awq import awq, awq_scale, least_ratio
 from qlab.methods.rtn import rtn
-from qlab.qtensor import dense
-from qlab.spec import parse_spec, with_scale_dtype
-from qlab.stats import quadratic
-from qlab.transform import apply
 
 dense_family = pytest.mark.parametrize("family", FAMILIES)
 every_family = pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])

@@ -10,20 +10,20 @@ from hypothesis import strategies as st
 from segments import assert_same, batches_of, of, segment, untouched
 from torch import fx, nn
 
-from qlab.claims import _sum_of_bits
+from qlab.algebra.claims import _sum_of_bits
+from qlab.algebra.grid import encode, minmax
+from qlab.algebra.online import QuantizeInput
+from qlab.algebra.qtensor import QTensor, dense
+from qlab.algebra.spec import parse_spec
+from qlab.algebra.stats import Moment
+from qlab.algebra.transform import Stage, apply, at, chain, each_weight, reparametrize
+from qlab.driver.quantize import quantize
+from qlab.driver.sweep import solve_in_order
+from qlab.driver.writing import refuse_unwritten
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
-from qlab.grid import encode, minmax
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
-from qlab.online import QuantizeInput
-from qlab.qtensor import QTensor, dense
-from qlab.quantize import quantize
-from qlab.spec import parse_spec
-from qlab.stats import Moment
-from qlab.stored import refuse_unwritten
-from qlab.sweep import solve_in_order
-from qlab.transform import Stage, apply, at, chain, each_weight, reparametrize
 
 SPEC = parse_spec("int4-g16")
 HESSIAN = frozenset({"second_moment"})

@@ -10,20 +10,20 @@ from methods import LAW_METHODS
 from segments import calls, model_of, normal, relative, segment, tokens
 from torch import nn
 
-from qlab.absorb import folds
-from qlab.experts import experts_forward, per_row, rows_of
-from qlab.graph import by_origin
-from qlab.grid import encode, weighted
-from qlab.interpret import inputs_of
+from qlab.algebra.absorb import folds
+from qlab.algebra.experts import experts_forward, per_row, rows_of
+from qlab.algebra.graph import by_origin
+from qlab.algebra.grid import encode, weighted
+from qlab.algebra.interpret import inputs_of
+from qlab.algebra.qtensor import dense
+from qlab.algebra.spec import parse_spec, with_scale_dtype
+from qlab.algebra.stats import Moment, gram, quadratic
+from qlab.algebra.transform import apply
+from qlab.driver.sweep import observe
 from qlab.methods.awq import awq_scale
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
 from qlab.model.paper import run_experts_here
-from qlab.qtensor import dense
-from qlab.spec import parse_spec, with_scale_dtype
-from qlab.stats import Moment, gram, quadratic
-from qlab.sweep import observe
-from qlab.transform import apply
 
 SPEC = with_scale_dtype(parse_spec("int4-g16"), torch.float32)
 every_mixture = pytest.mark.parametrize("family", MIXTURES)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from segments import correlated, normal
 
-from qlab.graph import by_source
+from qlab.algebra.graph import by_source
+from qlab.algebra.spec import parse_spec
+from qlab.algebra.stats import STATS, Observation
+from qlab.algebra.tracing.trace import trace
+from qlab.algebra.transform import apply
 from qlab.methods import METHODS
-from qlab.spec import parse_spec
-from qlab.stats import STATS, Observation
-from qlab.trace import trace
-from qlab.transform import apply
 
 GOLDEN = {  # method/spec -> the sum of relative losses, and how far it may be from there
     "gptq/int4-g32": (0.00054577, 0.01),

@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from segments import assert_same, batches_of, hidden, normal, relative, segment
 
+from qlab.algebra.graph import lone_weight
+from qlab.algebra.interpret import interpret
+from qlab.algebra.spec import parse_spec
+from qlab.algebra.stats import STATS, Moment, Observation
+from qlab.algebra.transform import Stage, at, chain, reparametrize
+from qlab.driver.sweep import Reference, observe, solve, solve_in_order
 from qlab.errors import QlabError
-from qlab.graph import lone_weight
-from qlab.interpret import interpret
 from qlab.methods.gptaq import aim_at_reference, gptaq
 from qlab.methods.gptq import gptq
-from qlab.spec import parse_spec
-from qlab.stats import STATS, Moment, Observation
-from qlab.sweep import Reference, observe, solve, solve_in_order
-from qlab.transform import Stage, at, chain, reparametrize
 
 SPEC = parse_spec("int4-g16")
 SHAPES = st.tuples(st.integers(1, 8), st.integers(2, 12), st.integers(0, 99))

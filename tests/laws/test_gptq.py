@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 from segments import correlated, moment, normal, segment
 from weights import problems, weight
 
+from qlab.algebra.grid import fit, minmax
+from qlab.algebra.qtensor import QTensor, dense, round_codes
+from qlab.algebra.spec import Int, Tile, parse_spec
+from qlab.algebra.stats import Moment, quadratic
+from qlab.algebra.transform import apply, at
 from qlab.errors import QlabError
-from qlab.grid import fit, minmax
 from qlab.methods.gptq import act_order, gptq, gptq_codes, paper_order
 from qlab.methods.obs import factorize, obs_sweep
-from qlab.qtensor import QTensor, dense, round_codes
-from qlab.spec import Int, Tile, parse_spec
-from qlab.stats import Moment, quadratic
-from qlab.transform import apply, at
 
 SEEDS, DAMP = st.integers(0, 999), 0.01
 plain = problems(kinds=("normal", "offset", "outlier"))

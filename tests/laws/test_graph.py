@@ -11,17 +11,17 @@ from segments import assert_same, calls, densified, hidden, model_of, of, relati
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from qlab.algebra.graph import by_source, tensors_of
+from qlab.algebra.interpret import inputs_of, interpret
+from qlab.algebra.qtensor import QTensor
+from qlab.algebra.spec import parse_spec
+from qlab.algebra.tracing.stretches import Stretch
+from qlab.algebra.tracing.trace import trace
+from qlab.algebra.tracing.unrolled import deciding_sizes
 from qlab.errors import QlabError
-from qlab.graph import by_source, tensors_of
-from qlab.interpret import inputs_of, interpret
 from qlab.methods.rtn import rtn
 from qlab.model.paper import find_blocks
 from qlab.model.recording import shapes_of
-from qlab.qtensor import QTensor
-from qlab.spec import parse_spec
-from qlab.stretches import Stretch
-from qlab.trace import trace
-from qlab.unrolled import deciding_sizes
 
 every_family = pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 LENGTHS = (5, 12, 29)

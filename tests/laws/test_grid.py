@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from segments import correlated, normal
 from weights import problems, weight
 
-import qlab.grid as grids
+import qlab.algebra.grid as grids
+from qlab.algebra.grid import GRIDS, encode, encode_rows, fit, minmax, objective
+from qlab.algebra.qtensor import QTensor, dense, round_codes
+from qlab.algebra.spec import Int, Tile
+from qlab.algebra.stats import quadratic
 from qlab.errors import QlabError
-from qlab.grid import GRIDS, encode, encode_rows, fit, minmax, objective
-from qlab.qtensor import QTensor, dense, round_codes
-from qlab.spec import Int, Tile
-from qlab.stats import quadratic
 
 WITH_RTN = [g for g in GRIDS.values() if g.name not in ("minmax", "signed")]
 ids = lambda g: g.name

@@ -6,11 +6,11 @@ from hypothesis import given
 from segments import segment
 from weights import problems, weight
 
-from qlab.grid import encode, minmax
+from qlab.algebra.grid import encode, minmax
+from qlab.algebra.qtensor import dense, steps
+from qlab.algebra.spec import NAMED, Int, Tile, parse_spec, with_scale_dtype
 from qlab.methods.hqq import P, half_quadratic, hqq, sparse_error
 from qlab.methods.rtn import rtn
-from qlab.qtensor import dense, steps
-from qlab.spec import NAMED, Int, Tile, parse_spec, with_scale_dtype
 
 
 def solve(W, spec):

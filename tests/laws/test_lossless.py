@@ -5,25 +5,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from directories import random_tokens
 from families import MIXTURES
+from model_folders import random_tokens
 from segments import batches_of, hidden, model_of, normal, relative, segment
 from torch.utils import _pytree as pytree
 
-from qlab.absorb import absorb, fold_scales, folds
+from qlab.algebra.absorb import absorb, fold_scales, folds
+from qlab.algebra.graph import by_origin, by_source
+from qlab.algebra.interpret import interpret, outputs_of
+from qlab.algebra.spec import parse_spec
+from qlab.algebra.tracing.trace import trace
+from qlab.algebra.transform import Stage, chain, reparametrize
+from qlab.driver.lossless import refuse_changed
+from qlab.driver.quantize import quantize
+from qlab.driver.sweep import in_order, solve, solve_in_order
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
-from qlab.graph import by_origin, by_source
-from qlab.interpret import interpret, outputs_of
-from qlab.lossless import refuse_changed
 from qlab.methods.awq import awq_scale
 from qlab.methods.rtn import rtn
 from qlab.model.paper import find_blocks
-from qlab.quantize import quantize
-from qlab.spec import parse_spec
-from qlab.sweep import in_order, solve, solve_in_order
-from qlab.trace import trace
-from qlab.transform import Stage, chain, reparametrize
 
 SPEC = parse_spec("int4-g16")
 

@@ -9,12 +9,12 @@ from families import FAMILIES, MIXTURES
 from methods import LAW_METHODS, LAW_SPECS, pairs
 from segments import assert_same, hidden, relative, reversed_sites, segment, tensors, untouched
 
-from qlab.interpret import interpret
+from qlab.algebra.interpret import interpret
+from qlab.algebra.qtensor import QTensor, dense
+from qlab.algebra.spec import Int, Tile, parse_spec, with_scale_dtype
+from qlab.algebra.stats import STATS
+from qlab.algebra.transform import apply
 from qlab.methods import METHODS
-from qlab.qtensor import QTensor, dense
-from qlab.spec import Int, Tile, parse_spec, with_scale_dtype
-from qlab.stats import STATS
-from qlab.transform import apply
 
 every_method = pytest.mark.parametrize("method", LAW_METHODS)
 all_families = [*FAMILIES, *MIXTURES]

@@ -5,11 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_gptq import SEEDS, on_minmax, plain, second_moment
 
+from qlab.algebra.qtensor import QTensor, dense, round_codes
+from qlab.algebra.spec import parse_spec
+from qlab.algebra.stats import quadratic
 from qlab.methods.gptq import act_order, paper_order
 from qlab.methods.quantease import descend_codes, refit_scales
-from qlab.qtensor import QTensor, dense, round_codes
-from qlab.spec import parse_spec
-from qlab.stats import quadratic
 
 orders = st.sampled_from([act_order, paper_order])
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from weights import KINDS, problems, weight
 
-from qlab.grid import GRIDS, encode, minmax
-from qlab.qtensor import QTensor, dense, round_codes
-from qlab.spec import Int, Tile, parse_spec, with_scale_dtype
+from qlab.algebra.grid import GRIDS, encode, minmax
+from qlab.algebra.qtensor import QTensor, dense, round_codes
+from qlab.algebra.spec import Int, Tile, parse_spec, with_scale_dtype
 
 HALVES = [torch.bfloat16, torch.float16]
 

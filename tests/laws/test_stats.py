@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from segments import normal, untouched
 from torch.utils import _pytree as pytree
 
-from qlab.stats import STATS, Moment, Observation, gram, per_expert, quadratic, sample, transport
+from qlab.algebra.stats import STATS, Moment, Observation, gram, per_expert, quadratic, sample, transport
 
 EVERY = {**STATS, "sample of 7": sample(7)}
 SOURCES = st.tuples(st.integers(2, 24), st.integers(2, 12), st.integers(0, 999))

@@ -8,18 +8,18 @@ from families import FAMILIES, MIXTURES
 from segments import assert_same, batches_of, hidden, normal, of, relative, segment
 from torch import nn
 
-from qlab import sweep
-from qlab.absorb import fold_scales
-from qlab.graph import by_source
-from qlab.interpret import Walk, inputs_of, interpret, outputs_of
+from qlab.algebra.absorb import fold_scales
+from qlab.algebra.graph import by_source
+from qlab.algebra.interpret import Walk, inputs_of, interpret, outputs_of
+from qlab.algebra.spec import parse_spec
+from qlab.algebra.stats import PerExpert
+from qlab.algebra.transform import at, chain, keep, rules
+from qlab.driver import sweep
+from qlab.driver.sweep import solve_in_order
 from qlab.methods.awq import awq, awq_scale
 from qlab.methods.gptq import gptq
 from qlab.methods.inputs import quantize_inputs
 from qlab.methods.rtn import rtn
-from qlab.spec import parse_spec
-from qlab.stats import PerExpert
-from qlab.sweep import solve_in_order
-from qlab.transform import at, chain, keep, rules
 
 SPEC = parse_spec("int4-g16")
 every_family = pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from methods import LAW_METHODS
 from segments import assert_same, normal, segment
 
+from qlab.algebra.graph import by_source
+from qlab.algebra.interpret import interpret
+from qlab.algebra.qtensor import QTensor
+from qlab.algebra.scope import matches
+from qlab.algebra.spec import parse_spec
+from qlab.algebra.stats import STATS
+from qlab.algebra.transform import Stage, apply, at, chain, each_weight, keep, reparametrize, rules, select
 from qlab.errors import QlabError
-from qlab.graph import by_source
-from qlab.interpret import interpret
 from qlab.methods.rtn import rtn
-from qlab.qtensor import QTensor
-from qlab.scope import matches
-from qlab.spec import parse_spec
-from qlab.stats import STATS
-from qlab.transform import Stage, apply, at, chain, each_weight, keep, reparametrize, rules, select
 
 SPEC, COARSE = parse_spec("int4-g16"), parse_spec("int2-channel")
 ATTENTION = {f"self_attn.{p}_proj" for p in "qkvo"}

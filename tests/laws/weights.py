@@ -4,7 +4,7 @@ import torch
 from hypothesis import strategies as st
 from segments import normal
 
-from qlab.spec import Int, Tile
+from qlab.algebra.spec import Int, Tile
 
 KINDS = ("normal", "positive", "negative", "outlier", "constant", "zeros", "some zero groups", "offset")
 

@@ -5,7 +5,7 @@ from mutants.planting import Mutant
 MUTANTS = [
     Mutant(
         "transport dropped",
-        "transform.py",
+        "algebra/transform.py",
         "reparametrize",
         "stats = transport(stats, source, M)",
         "pass",
@@ -13,7 +13,7 @@ MUTANTS = [
     ),
     Mutant(
         "tokens counted along channels",
-        "stats.py",
+        "algebra/stats.py",
         "",
         "Moment(gram(o.x_nk), o.x_nk.shape[0])",
         "Moment(gram(o.x_nk), o.x_nk.shape[1])",
@@ -21,7 +21,7 @@ MUTANTS = [
     ),
     Mutant(
         "tokens of one part only",
-        "stats.py",
+        "algebra/stats.py",
         "_add_moments",
         "a.tokens + b.tokens",
         "max(a.tokens, b.tokens)",
@@ -29,7 +29,7 @@ MUTANTS = [
     ),
     Mutant(
         "lower triangle not mirrored",
-        "stats.py",
+        "algebra/stats.py",
         "gram",
         "H_kk[beyond:, i:beyond] = H_kk[i:beyond, beyond:].T",
         "H_kk[beyond:, i:beyond] = 0",
@@ -37,7 +37,7 @@ MUTANTS = [
     ),
     Mutant(
         "tiles beside the diagonal counted once",
-        "stats.py",
+        "algebra/stats.py",
         "quadratic",
         """\
 torch.addmm(
@@ -56,7 +56,7 @@ torch.addmm(
     ),
     Mutant(
         "absmax moves with a sign",
-        "stats.py",
+        "algebra/stats.py",
         "",
         "lambda s, M: s * M.abs() if M.ndim == 1 else None",
         "lambda s, M: s * M if M.ndim == 1 else None",
@@ -64,7 +64,7 @@ torch.addmm(
     ),
     Mutant(
         "ranges do not turn over",
-        "stats.py",
+        "algebra/stats.py",
         "_move_minmax",
         "return (torch.minimum(lo, hi), torch.maximum(lo, hi))",
         "return (lo, hi)",
@@ -72,7 +72,7 @@ torch.addmm(
     ),
     Mutant(
         "sample takes the first rows",
-        "stats.py",
+        "algebra/stats.py",
         "sample",
         "smallest(_hashed(o.keys), o.x_nk.float())",
         "smallest(o.keys, o.x_nk.float())",
@@ -80,7 +80,7 @@ torch.addmm(
     ),
     Mutant(
         "combining writes to its input",
-        "stats.py",
+        "algebra/stats.py",
         "_add_moments",
         "Moment(a.sum_kk + b.sum_kk, a.tokens + b.tokens)",
         "Moment(a.sum_kk.add_(b.sum_kk), a.tokens + b.tokens)",
@@ -88,7 +88,7 @@ torch.addmm(
     ),
     Mutant(
         "drift away from the reference",
-        "stats.py",
+        "algebra/stats.py",
         "_drift",
         "o.reference_nk.float() - o.x_nk.float()",
         "o.x_nk.float() - o.reference_nk.float()",
@@ -96,7 +96,7 @@ torch.addmm(
     ),
     Mutant(
         "drift along the reference",
-        "stats.py",
+        "algebra/stats.py",
         "_drift",
         "(o.reference_nk.float() - o.x_nk.float()).T @ o.x_nk.float()",
         "(o.reference_nk.float() - o.x_nk.float()).T @ o.reference_nk.float()",
@@ -120,7 +120,7 @@ torch.addmm(
     ),
     Mutant(
         "the reference goes on quantized",
-        "sweep.py",
+        "driver/sweep.py",
         "solve_in_order",
         "[walked, reference.graph]",
         "[walked, walked]",
@@ -128,7 +128,7 @@ torch.addmm(
     ),
     Mutant(
         "the reference sees what the quantized one sees",
-        "sweep.py",
+        "driver/sweep.py",
         "solve_in_order",
         "[_Stream(graph.code, reference.batches)]",
         "[_Stream(graph.code, batches)]",

@@ -5,7 +5,7 @@ from mutants.planting import Mutant
 MUTANTS = [
     Mutant(
         "round down instead of to nearest",
-        "spec.py",
+        "algebra/spec.py",
         "Int.nearest_",
         "x.round_().clamp_",
         "x.floor_().clamp_",
@@ -13,7 +13,7 @@ MUTANTS = [
     ),
     Mutant(
         "codes are not clamped",
-        "spec.py",
+        "algebra/spec.py",
         "Int.nearest_",
         "x.round_().clamp_(self.qmin, self.qmax)",
         "x.round_()",
@@ -21,7 +21,7 @@ MUTANTS = [
     ),
     Mutant(
         "zero point ignored in dense",
-        "qtensor.py",
+        "algebra/qtensor.py",
         "dense",
         "x - leaf.zeros.to(dtype)[..., None]",
         "x",
@@ -29,7 +29,7 @@ MUTANTS = [
     ),
     Mutant(
         "range need not hold zero",
-        "grid.py",
+        "algebra/grid.py",
         "_fit_rows",
         "x_agn.amin(-1).clamp_max(0)",
         "x_agn.amin(-1)",
@@ -37,7 +37,7 @@ MUTANTS = [
     ),
     Mutant(
         "zero point of the unrounded scale",
-        "grid.py",
+        "algebra/grid.py",
         "_ranged",
         "stored = s.to(spec.scale_dtype).float()",
         "stored = s",
@@ -45,7 +45,7 @@ MUTANTS = [
     ),
     Mutant(
         "codes of the unrounded scale",
-        "grid.py",
+        "algebra/grid.py",
         "encode",
         "return QTensor(round_codes(W_ok, scales, zeros, spec, outer), scales, zeros, spec, outer)",
         """\
@@ -58,7 +58,7 @@ return QTensor(round_codes(W_ok, exact, zeros, spec, outer), scales, zeros, spec
     ),
     Mutant(
         "symmetric range over qmax",
-        "spec.py",
+        "algebra/spec.py",
         "Int.reach",
         "(self.qmax - self.qmin) / 2",
         "self.qmax",
@@ -66,7 +66,7 @@ return QTensor(round_codes(W_ok, exact, zeros, spec, outer), scales, zeros, spec
     ),
     Mutant(
         "refit upside down",
-        "grid.py",
+        "algebra/grid.py",
         "_best",
         "stored(B / A, spec, outer)",
         "stored(A / B, spec, outer)",
@@ -74,7 +74,7 @@ return QTensor(round_codes(W_ok, exact, zeros, spec, outer), scales, zeros, spec
     ),
     Mutant(
         "signed range has no sign",
-        "grid.py",
+        "algebra/grid.py",
         "_signed_range.candidates",
         "torch.where(hi > -lo, -absmax, absmax)",
         "absmax",
@@ -82,7 +82,7 @@ return QTensor(round_codes(W_ok, exact, zeros, spec, outer), scales, zeros, spec
     ),
     Mutant(
         "the best is not refitted again",
-        "grid.py",
+        "algebra/grid.py",
         "_fit_rows",
         "if grid.refit: ...",
         "if False: ...",
@@ -90,7 +90,7 @@ return QTensor(round_codes(W_ok, exact, zeros, spec, outer), scales, zeros, spec
     ),
     Mutant(
         "grid weights ignored",
-        "grid.py",
+        "algebra/grid.py",
         "fit",
         "h_agn = spec.tile.split(h_k.expand(spec.tile.sizes(W_ok.shape)[0], -1))",
         "_ = spec.tile.split(h_k.expand(spec.tile.sizes(W_ok.shape)[0], -1))",
@@ -98,7 +98,7 @@ return QTensor(round_codes(W_ok, exact, zeros, spec, outer), scales, zeros, spec
     ),
     Mutant(
         "float: large codes do not saturate",
-        "spec.py",
+        "algebra/spec.py",
         "Float.nearest_",
         "x.add_(0.0).clamp_(-self.max, self.max)",
         "x.add_(0.0)",
@@ -106,7 +106,7 @@ return QTensor(round_codes(W_ok, exact, zeros, spec, outer), scales, zeros, spec
     ),
     Mutant(
         "float: halves away from the even code",
-        "spec.py",
+        "algebra/spec.py",
         "Float.nearest_",
         "x.div_(step).round_()",
         "x.div_(step).add_(0.5).floor_()",
@@ -114,7 +114,7 @@ return QTensor(round_codes(W_ok, exact, zeros, spec, outer), scales, zeros, spec
     ),
     Mutant(
         "float: subnormals as if they were normal",
-        "spec.py",
+        "algebra/spec.py",
         "Float.nearest_",
         "(x.frexp().exponent - 1).clamp_(min=0) - self.mantissa",
         "x.frexp().exponent - 1 - self.mantissa",
@@ -122,7 +122,7 @@ return QTensor(round_codes(W_ok, exact, zeros, spec, outer), scales, zeros, spec
     ),
     Mutant(
         "float: powers of two rounded down",
-        "grid.py",
+        "algebra/grid.py",
         "_power_of_two",
         "absmax.float().view(torch.int32) + (1 << 22 - rounded_to)",
         "absmax.float().view(torch.int32)",
@@ -130,15 +130,15 @@ return QTensor(round_codes(W_ok, exact, zeros, spec, outer), scales, zeros, spec
     ),
     Mutant(
         "float: global scale of a module's first weight",
-        "siblings.py",
+        "driver/siblings.py",
         "Siblings.outer",
         "map(self._read, self._families[family])",
         "map(self._read, self._families[family][:1])",
-        "doors/siblings",
+        "directories/siblings",
     ),
     Mutant(
         "a transposed weight is certified as is",
-        "stored.py",
+        "driver/writing.py",
         "certificates",
         """\
 original.mT if isinstance(
@@ -146,11 +146,11 @@ original.mT if isinstance(
 ) and module in skeleton.transposed else original
 """,
         "original.mT if isinstance(original, Tensor) and False else original",
-        "doors/transposed",
+        "directories/transposed",
     ),
     Mutant(
         "float: global scale of each weight",
-        "transform.py",
+        "algebra/transform.py",
         "each_weight.run",
         "outer = outers.get(site.path)",
         "outer = shared_outer([graph.weight_ok(site)], spec)",

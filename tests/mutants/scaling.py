@@ -5,7 +5,7 @@ from mutants.planting import Mutant
 MUTANTS = [
     Mutant(
         "a refitted grid may be worse than the first",
-        "grid.py",
+        "algebra/grid.py",
         "_fit_rows",
         "torch.where(worse, first[0], best[0])",
         "best[0]",
@@ -61,7 +61,7 @@ MUTANTS = [
     ),
     Mutant(
         "bias of rows not folded",
-        "absorb.py",
+        "algebra/absorb.py",
         "Fold.apply",
         "if p.bias: ...",
         "if p.bias and (not p.rows): ...",
@@ -69,7 +69,7 @@ MUTANTS = [
     ),
     Mutant(
         "bias of norms not folded",
-        "absorb.py",
+        "algebra/absorb.py",
         "Fold.apply",
         "if p.bias: ...",
         "if p.bias and p.rows: ...",
@@ -77,7 +77,7 @@ MUTANTS = [
     ),
     Mutant(
         "1 + w folded as w",
-        "absorb.py",
+        "algebra/absorb.py",
         "_scaled",
         "((_wide(w) + offset) * t - offset).to",
         "(w.float() * t).to",
@@ -85,7 +85,7 @@ MUTANTS = [
     ),
     Mutant(
         "leaks allowed",
-        "absorb.py",
+        "algebra/absorb.py",
         "folds",
         "not mine & (walk.leaked | others)",
         "not mine & others",
@@ -93,7 +93,7 @@ MUTANTS = [
     ),
     Mutant(
         "other sources forgotten",
-        "absorb.py",
+        "algebra/absorb.py",
         "folds",
         "not mine & (walk.leaked | others)",
         "not mine & walk.leaked",
@@ -101,7 +101,7 @@ MUTANTS = [
     ),
     Mutant(
         "folding into a shared norm",
-        "absorb.py",
+        "algebra/absorb.py",
         "_own",
         "node is None or (node.name in code.params and len(node.users) == 1)",
         "node is None or node.name in code.params",
@@ -109,7 +109,7 @@ MUTANTS = [
     ),
     Mutant(
         "keys and values may be one",
-        "channels.py",
+        "algebra/channels.py",
         "Labels._follow",
         "self._leak(scored)",
         "pass",
@@ -117,7 +117,7 @@ MUTANTS = [
     ),
     Mutant(
         "negative scales fold",
-        "absorb.py",
+        "algebra/absorb.py",
         "fold_scales",
         "not all((torch.equal(m, scales[0]) for m in scales[1:])) or not (scales[0] > 0).all()",
         "not all((torch.equal(m, scales[0]) for m in scales[1:]))",
@@ -125,7 +125,7 @@ MUTANTS = [
     ),
     Mutant(
         "rounded leaves fold in silence",
-        "absorb.py",
+        "algebra/absorb.py",
         "Fold.apply",
         "if not self._held(leaf, m_k).all(): ...",
         "if False: ...",
@@ -133,7 +133,7 @@ MUTANTS = [
     ),
     Mutant(
         "rounded rows do not move",
-        "absorb.py",
+        "algebra/absorb.py",
         "Fold.apply",
         "leaf.scales.float() * t[..., None]",
         "leaf.scales.float() * 1",
@@ -141,7 +141,7 @@ MUTANTS = [
     ),
     Mutant(
         "scales of 8 bits take others",
-        "absorb.py",
+        "algebra/absorb.py",
         "rows_move",
         "spec.tile.rows == 1 and (spec.scale_dtype is None or spec.scale_dtype.itemsize > 1)",
         "spec.tile.rows == 1",
@@ -149,7 +149,7 @@ MUTANTS = [
     ),
     Mutant(
         "what a scale loses does not count",
-        "absorb.py",
+        "algebra/absorb.py",
         "Fold._held",
         "(exact.to(q.scales.dtype).float() - exact).abs() <= ROUNDED * exact.abs()",
         "(exact.to(q.scales.dtype).float() - exact).abs() <= exact.abs()",
@@ -157,7 +157,7 @@ MUTANTS = [
     ),
     Mutant(
         "a scale the rows cannot hold counts as stored",
-        "absorb.py",
+        "algebra/absorb.py",
         "Fold.stored",
         "torch.where(self._held(leaf, m_k), m_k, 1.0) if isinstance(leaf, QTensor) else m_k",
         "m_k",

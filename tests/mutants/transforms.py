@@ -5,7 +5,7 @@ from mutants.planting import Mutant
 MUTANTS = [
     Mutant(
         "online operations not applied",
-        "interpret.py",
+        "algebra/interpret.py",
         "_Interpreter.call_function",
         "x = op(x)",
         "pass",
@@ -13,7 +13,7 @@ MUTANTS = [
     ),
     Mutant(
         "online operations not observed",
-        "interpret.py",
+        "algebra/interpret.py",
         "_arriving",
         """\
 for op in graph.online.get(site.path, ()):
@@ -29,7 +29,7 @@ return Rows(x, tokens, ends)
     ),
     Mutant(
         "a source's input dropped before its last site",
-        "interpret.py",
+        "algebra/interpret.py",
         "_last_uses",
         "last[by_name[held]] = max(last[by_name[held]], used)",
         "max(last[by_name[held]], used)",
@@ -37,7 +37,7 @@ return Rows(x, tokens, ends)
     ),
     Mutant(
         "a walk keeps the leaves it began with",
-        "interpret.py",
+        "algebra/interpret.py",
         "Walk._advance",
         "interpreter = _Interpreter(graph, self.code.graph)",
         'interpreter = self.__dict__.setdefault("first", _Interpreter(graph, self.code.graph))',
@@ -45,7 +45,7 @@ return Rows(x, tokens, ends)
     ),
     Mutant(
         "scales folded behind a walk",
-        "sweep.py",
+        "driver/sweep.py",
         "solve_in_order",
         "if stage.sitewise: ...",
         "if True: ...",
@@ -53,7 +53,7 @@ return Rows(x, tokens, ends)
     ),
     Mutant(
         "mixtures scaled source by source",
-        "sweep.py",
+        "driver/sweep.py",
         "in_order",
         "lone or not stage.reparametrizes",
         "True",
@@ -61,7 +61,7 @@ return Rows(x, tokens, ends)
     ),
     Mutant(
         "a source solved on unquantized inputs",
-        "sweep.py",
+        "driver/sweep.py",
         "solve_in_order",
         "graph, stats = apply(stage, graph, stats)",
         "_, stats = apply(stage, graph, stats)",
@@ -69,7 +69,7 @@ return Rows(x, tokens, ends)
     ),
     Mutant(
         "in-place operations not observed",
-        "interpret.py",
+        "algebra/interpret.py",
         "_ending_at",
         "n.op in ('placeholder', 'output') or _writes(n)",
         "n.op in ('placeholder', 'output')",
@@ -77,7 +77,7 @@ return Rows(x, tokens, ends)
     ),
     Mutant(
         "transposed layout forgotten",
-        "graph.py",
+        "algebra/graph.py",
         "ModuleGraph.weight_ok",
         "return W.mT if site.layout.endswith('k o') else W",
         "return W",
@@ -85,7 +85,7 @@ return Rows(x, tokens, ends)
     ),
     Mutant(
         "mixture: one statistic for all experts",
-        "stats.py",
+        "algebra/stats.py",
         "per_expert.lift",
         "[Observation(o.x_nk[rows], o.keys[rows], None, other[rows]) for rows in rows_of(o.ends)]",
         "[Observation(o.x_nk, o.keys, None, other) for rows in rows_of(o.ends)]",
@@ -93,7 +93,7 @@ return Rows(x, tokens, ends)
     ),
     Mutant(
         "mixture: no data means no weight",
-        "stats.py",
+        "algebra/stats.py",
         "Moment.mean_kk",
         "return torch.eye(len(self.sum_kk), dtype=self.sum_kk.dtype, device=self.sum_kk.device)",
         "return 0 * torch.eye(len(self.sum_kk), dtype=self.sum_kk.dtype, device=self.sum_kk.device)",
@@ -101,7 +101,7 @@ return Rows(x, tokens, ends)
     ),
     Mutant(
         "mixture: routers are rounded",
-        "transform.py",
+        "algebra/transform.py",
         "Stage.touches",
         "site.outside == self.scope.outside and name in self.scope and (not unrounded)",
         "site.outside == self.scope.outside and name in self.scope",
@@ -109,7 +109,7 @@ return Rows(x, tokens, ends)
     ),
     Mutant(
         "mixture: everywhere is nowhere",
-        "interpret.py",
+        "algebra/interpret.py",
         "_ending_at",
         "if everywhere and node.target is torch.ops.qlab.route.default: ...",
         "if False and node.target is torch.ops.qlab.route.default: ...",
@@ -117,7 +117,7 @@ return Rows(x, tokens, ends)
     ),
     Mutant(
         "mixture: pairs are not tokens",
-        "experts.py",
+        "algebra/experts.py",
         "route",
         "pairs // chosen_nt.shape[1]",
         "pairs % chosen_nt.shape[0]",
@@ -125,7 +125,7 @@ return Rows(x, tokens, ends)
     ),
     Mutant(
         "mixture: every expert reads the first",
-        "graph.py",
+        "algebra/graph.py",
         "ModuleGraph.running",
         "pytree.tree_map_only(Tensor, lambda t: t[expert], leaf)",
         "pytree.tree_map_only(Tensor, lambda t: t[0], leaf)",
@@ -133,7 +133,7 @@ return Rows(x, tokens, ends)
     ),
     Mutant(
         "mixture: a gather leaks",
-        "channels.py",
+        "algebra/channels.py",
         "Labels._follow",
         """\
 if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1):
@@ -144,7 +144,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "mixture: an origin moves without its statistics",
-        "transform.py",
+        "algebra/transform.py",
         "reparametrize",
         "for source in by_source(sharing): ...",
         "for source in list(by_source(sharing))[:1]: ...",
@@ -156,11 +156,11 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
         "pieces_of_experts",
         "sorted(pieces, key=lambda p: (p.expert or 0, p.start))",
         "reversed(pieces)",
-        "./names",
+        "model/names",
     ),
     Mutant(
         "chain reversed",
-        "transform.py",
+        "algebra/transform.py",
         "chain",
         "return sum(transforms, ())",
         "return sum(reversed(transforms), ())",
@@ -168,7 +168,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "at ignored",
-        "transform.py",
+        "algebra/transform.py",
         "at",
         "replace(s.scope, include=(pattern, *s.scope.include))",
         "replace(s.scope, include=s.scope.include)",
@@ -176,7 +176,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "later rules win too",
-        "transform.py",
+        "algebra/transform.py",
         "rules",
         "replace(stage.scope, exclude=stage.scope.exclude + earlier)",
         "replace(stage.scope, exclude=stage.scope.exclude)",
@@ -184,7 +184,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "uncovered sites pass",
-        "transform.py",
+        "algebra/transform.py",
         "apply",
         "if stage.uncovered and chosen.sites: ...",
         "if False: ...",
@@ -192,7 +192,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "a step writes to the model's own weight",
-        "rounding.py",
+        "algebra/rounding.py",
         "solve",
         "W_ok = W_ok.clone()",
         "pass",
@@ -200,7 +200,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "a step writes to the statistics of all",
-        "rounding.py",
+        "algebra/rounding.py",
         "Copies.__getitem__",
         "return _copy(self.held[name])",
         "return self.held[name]",
@@ -208,7 +208,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "a step goes on writing to its leaf",
-        "rounding.py",
+        "algebra/rounding.py",
         "_leaf_and_note",
         "return (_copy(made[0]), note)",
         "return (made[0], note)",
@@ -216,7 +216,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "zeros of a mask are lost",
-        "zeros.py",
+        "algebra/zeros.py",
         "refuse_lost",
         "if lost: ...",
         "if False: ...",
@@ -224,7 +224,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "what is written behind autograd's back passes",
-        "claims.py",
+        "algebra/claims.py",
         "_marks",
         "return [(_version(t), _sum_of_bits(t)) for t in _tensors(value) if not t.is_meta]",
         "return [(_version(t), 0) for t in _tensors(value) if not t.is_meta]",
@@ -232,7 +232,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "a program may change",
-        "claims.py",
+        "algebra/claims.py",
         "refuse_others",
         "if new.code is not graph.code: ...",
         "if False: ...",
@@ -240,7 +240,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "a site-wise step sees all weights",
-        "claims.py",
+        "algebra/claims.py",
         "shown",
         "if not hidden: ...",
         "if True: ...",
@@ -248,7 +248,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "a wrong inverse passes",
-        "transform.py",
+        "algebra/transform.py",
         "_refuse_no_inverse",
         "if not (error <= INVERSE).all(): ...",
         "if False: ...",
@@ -256,7 +256,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "a false claim passes",
-        "lossless.py",
+        "driver/lossless.py",
         "refuse_changed",
         "if change > limit: ...",
         "if False: ...",
@@ -264,7 +264,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "casts hide a change",
-        "interpret.py",
+        "algebra/interpret.py",
         "_Wide.call_function",
         "wide_args = tuple((_wide(a) for a in args))",
         "wide_args = args",
@@ -272,7 +272,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "no gradient for rounded inputs",
-        "online.py",
+        "algebra/online.py",
         "QuantizeInput.__call__",
         "return rounded + (x - x.detach())",
         "return rounded + 0 * x",
@@ -280,7 +280,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "NaN passes",
-        "rounding.py",
+        "algebra/rounding.py",
         "solve",
         "if not torch.isfinite(W_ok).all(): ...",
         "if False: ...",
@@ -288,7 +288,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "shared inputs may be split",
-        "transform.py",
+        "algebra/transform.py",
         "reparametrize",
         "if outside: ...",
         "if False: ...",
@@ -296,7 +296,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "weights reparametrized in place",
-        "transform.py",
+        "algebra/transform.py",
         "reparametrize",
         "moved = W_ok * M_inv if M_inv.ndim != 2 else (W_ok.double() @ M_inv.T.double()).float()",
         """\
@@ -308,7 +308,7 @@ moved = (
     ),
     Mutant(
         "rotation transposed",
-        "transform.py",
+        "algebra/transform.py",
         "reparametrize",
         "W_ok.double() @ M_inv.T.double()",
         "W_ok.double() @ M_inv.double()",

@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from qlab.algebra.online import QuantizeInput
+from qlab.algebra.qtensor import Leaf, QTensor
+from qlab.algebra.spec import Spec
 from qlab.codecs.cache_scales import unsaid
 from qlab.codecs.compressed_tensors import narrow, packed, plain, sparse
 from qlab.codecs.compressed_tensors.activations import decode_input, encode_input
@@ -20,9 +23,6 @@ from qlab.codecs.compressed_tensors.tensors import whole_groups
 from qlab.codecs.compressed_tensors.transforms import transforms
 from qlab.codecs.extra import Extra
 from qlab.errors import QlabError
-from qlab.online import QuantizeInput
-from qlab.qtensor import Leaf, QTensor
-from qlab.spec import Spec
 
 __all__ = ["config", "decode", "decode_input", "encode", "extras", "inputs", "refusal", "specs"]
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from qlab.algebra.online import QuantizeInput
+from qlab.algebra.spec import InputSpec
 from qlab.codecs.compressed_tensors.tensors import INPUTS, WIDE, take_spread
 from qlab.errors import QlabError
-from qlab.online import QuantizeInput
-from qlab.spec import InputSpec
 
 
 def encode_input(path: str, rounding: QuantizeInput) -> dict[str, Tensor]:

@@ -4,8 +4,8 @@ of its tensors show which one it was written with."""
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
+from qlab.algebra.spec import Int, Spec
 from qlab.errors import QlabError
-from qlab.spec import Int, Spec
 
 LINEAR, EMBEDDING = "Linear", "Embedding"
 CLASSES = (LINEAR, EMBEDDING)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qlab.algebra.spec import InputSpec, Spec, parse_input_spec, parse_spec
 from qlab.codecs.compressed_tensors.classes import CLASSES, LINEAR, written_with
 from qlab.codecs.compressed_tensors.scheme import (
     PRESETS,
@@ -17,7 +18,6 @@ from qlab.codecs.compressed_tensors.scheme import (
     spec_of,
 )
 from qlab.errors import QlabError
-from qlab.spec import InputSpec, Spec, parse_input_spec, parse_spec
 
 METHOD, MIXED = "compressed-tensors", "mixed-precision"
 VERSION = "0.20.0"  # the release whose layout and keys these files follow

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qlab.bits import pack, unpack
+from qlab.algebra.bits import pack, unpack
+from qlab.algebra.qtensor import QTensor
+from qlab.algebra.spec import Float, Spec
 from qlab.codecs.compressed_tensors.plain import as_stored, take_scales
 from qlab.codecs.compressed_tensors.tensors import check_scales, refuse_others, take_matrix, take_spread
 from qlab.errors import QlabError
-from qlab.qtensor import QTensor
-from qlab.spec import Float, Spec
 
 
 def encode(path: str, leaf: QTensor) -> dict[str, Tensor]:

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qlab.bits import pack_signed, unpack_signed, words_of
+from qlab.algebra.bits import pack_signed, unpack_signed, words_of
+from qlab.algebra.qtensor import QTensor
+from qlab.algebra.spec import Int, Spec
 from qlab.codecs.compressed_tensors.tensors import (
     check_scales,
     refuse_others,
@@ -25,8 +27,6 @@ from qlab.codecs.compressed_tensors.tensors import (
     whole_groups,
 )
 from qlab.errors import QlabError
-from qlab.qtensor import QTensor
-from qlab.spec import Int, Spec
 
 
 def encode(path: str, leaf: QTensor) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from qlab.algebra.qtensor import QTensor
+from qlab.algebra.spec import Int, Spec
 from qlab.codecs.compressed_tensors.packed import check_codes
 from qlab.codecs.compressed_tensors.tensors import (
     check_scales,
@@ -21,8 +23,6 @@ from qlab.codecs.compressed_tensors.tensors import (
     whole_groups,
 )
 from qlab.errors import QlabError
-from qlab.qtensor import QTensor
-from qlab.spec import Int, Spec
 
 E8M0 = torch.float8_e8m0fnu
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
+from qlab.algebra.online import QuantizeInput
+from qlab.algebra.spec import FLOATS, NAMED, Float, InputSpec, Int, Spec, Tile, same_grid
 from qlab.codecs.compressed_tensors.tensors import WIDE, strategy
 from qlab.errors import QlabError
-from qlab.online import QuantizeInput
-from qlab.spec import FLOATS, NAMED, Float, InputSpec, Int, Spec, Tile, same_grid
 
 ARGS = {
     "num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic", "actorder",

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from qlab.algebra.spec import Spec
 from qlab.codecs.compressed_tensors.tensors import WIDE, take
 from qlab.errors import QlabError
-from qlab.spec import Spec
 
 
 def others(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from qlab.codecs.stored import bare
+from qlab.algebra.qtensor import QTensor
+from qlab.algebra.spec import Spec, Tile
+from qlab.codecs.checks import bare
 from qlab.errors import QlabError
-from qlab.qtensor import QTensor
-from qlab.spec import Spec, Tile
 
 INPUTS = ("input_scale", "input_zero_point", "input_global_scale")  # what is fixed beforehand of a module's inputs
 BESIDE = {"bias", *INPUTS}

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlab.algebra.graph import Op
+from qlab.algebra.online import MatMul
 from qlab.codecs.extra import Extra
 from qlab.errors import QlabError
-from qlab.graph import Op
-from qlab.online import MatMul
 
 KEY, LINEAR = "transform_config", "Linear"
 HADAMARD, TYPES = ("hadamard", "random-hadamard"), ("hadamard", "random-hadamard", "random-matrix")

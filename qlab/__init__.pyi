@@ -1,0 +1,47 @@
+"""The public names, as editors and type checkers see them."""
+
+from qlab.algebra.absorb import absorb as absorb
+from qlab.algebra.grid import GRIDS as GRIDS
+from qlab.algebra.spec import Int as Int
+from qlab.algebra.spec import Tile as Tile
+from qlab.algebra.spec import parse_spec as parse_spec
+from qlab.algebra.transform import at as at
+from qlab.algebra.transform import chain as chain
+from qlab.algebra.transform import each_weight as each_weight
+from qlab.algebra.transform import keep as keep
+from qlab.algebra.transform import outside as outside
+from qlab.algebra.transform import reparametrize as reparametrize
+from qlab.algebra.transform import rules as rules
+from qlab.data.calibration import Tokens as Tokens
+from qlab.data.calibration import first_windows as first_windows
+from qlab.data.calibration import from_ids as from_ids
+from qlab.data.calibration import tokens as tokens
+from qlab.data.images import Samples as Samples
+from qlab.data.images import image_samples as image_samples
+from qlab.demo.hub import open as open
+from qlab.directories.convert import convert as convert
+from qlab.directories.inspect import inspect as inspect
+from qlab.directories.model_free import quantize_files as quantize_files
+from qlab.directories.results import results as results
+from qlab.directories.verify import verify as verify
+from qlab.driver.plan import plan as plan
+from qlab.driver.quantize import compare as compare
+from qlab.driver.quantize import quantize as quantize
+from qlab.errors import QlabError as QlabError
+from qlab.evaluation.perplexity import evaluate as evaluate
+from qlab.evaluation.perplexity import perplexity as perplexity
+from qlab.lowering import inductor_options as inductor_options
+from qlab.lowering import lower as lower
+from qlab.lowering import to_torchao as to_torchao
+from qlab.methods import METHODS as METHODS
+from qlab.methods.awq import awq as awq
+from qlab.methods.awq import awq_scale as awq_scale
+from qlab.methods.gptaq import aim_at_reference as aim_at_reference
+from qlab.methods.gptaq import gptaq as gptaq
+from qlab.methods.gptq import gptq as gptq
+from qlab.methods.rtn import rtn as rtn
+
+__version__: str
+HOMES: dict[str, str]
+
+def installed_version() -> str: ...

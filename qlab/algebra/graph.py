@@ -1,0 +1,268 @@
+"""One segment of a model as a value: an exported graph, its weight-bearing sites and a mapping of leaves."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from qlab.algebra.experts import EXPERT_OPS
+from qlab.algebra.qtensor import Leaf, Params
+from qlab.algebra.tracing.taken_apart import Form, take_apart
+from qlab.errors import QlabError
+
+aten = torch.ops.aten
+Op = Callable[..., Tensor]  # x -> x; one that is `per_expert` is called with the ends of experts' rows too
+
+# Operations that hand on the same numbers, channel for channel: a site's input is looked up behind them.
+SAME_VALUES = frozenset({
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.type_as.default, aten.alias.default,
+    aten.clone.default, aten.contiguous.default, aten.detach.default, aten.detach_.default, aten.dropout.default,
+    aten.lift_fresh_copy.default,
+})  # fmt: skip
+RESHAPES = frozenset({aten.reshape.default, aten._unsafe_view.default})
+LAYOUT = frozenset({  # numbers stay, and go elsewhere
+    aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.permute.default,
+    aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor, aten.select.int, aten.t.default,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.flatten.using_ints,
+    aten.unflatten.int, aten.narrow.default, aten.repeat_interleave.self_int, aten.repeat.default,
+})  # fmt: skip
+# operation -> positions of (input, weight, bias), and the weight's layout
+WEIGHT_OPS: Mapping[Any, tuple[int, int, int | None, str]] = {
+    **{op: (0, 1, 2, layout) for op, layout in EXPERT_OPS.items()},
+    aten.linear.default: (0, 1, 2, "o k"),
+    aten.addmm.default: (1, 2, 0, "k o"),
+    aten.mm.default: (0, 1, None, "k o"),
+    aten.matmul.default: (0, 1, None, "k o"),
+}
+
+
+def behind_casts(node: fx.Node) -> fx.Node:
+    """The node whose numbers this one hands on."""
+    while node.op == "call_function" and node.target in SAME_VALUES:
+        node = node.args[0]
+    return node
+
+
+def is_matrix(shape: Iterable[Any]) -> bool:
+    """Whether a parameter of this shape could be multiplied by: more than one axis is longer than 1."""
+    return sum(n > 1 for n in shape) > 1
+
+
+def open_symbols(size: Any) -> set:
+    """The symbols in a size of a traced tensor; none where the program is for that number alone."""
+    return size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set()
+
+
+def placed(args: tuple, kwargs: Mapping[str, Any], device: torch.device) -> tuple[tuple, dict[str, Any]]:
+    """An operation's arguments with `device` for every device that they name: what a segment makes by itself (a mask, positions)
+    lies where its inputs do, not where it was traced."""
+    there = (device if isinstance(a, torch.device) else a for a in (*args, *kwargs.values()))
+    return tuple(next(there) for _ in args), dict(zip(kwargs, there))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows [start, stop) of a fused weight (qkv, gate_up) that the graph uses apart from the others."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight-bearing operation of a segment, or a value (`weight` None) that can be quantized without one.
+
+    path: the module's path inside the segment. source: the graph node that feeds it; sites with one source share
+    their statistics. layout: axes of the stored weight, "o k" (linear), "k o" (addmm), "e o k" and "e k o" (fused experts).
+    rows: the parts of a fused weight. Of fused experts, gathered_from: the node whose rows its input holds in the order
+    of experts, if it is not made by experts itself; route: the node that says which rows belong to whom,
+    choices: to how many experts a token goes. router: it decides that, or is a gate of one number per token (of a shared expert),
+    and is never rounded itself (it is small, and every engine reads it as it is). outside: it lies around the blocks.
+    """
+
+    path: str
+    weight: str | None
+    bias: str | None
+    source: str
+    op: str
+    layout: str = "o k"
+    rows: tuple[Part, ...] = ()
+    gathered_from: str | None = None
+    route: str | None = None
+    choices: int = 1
+    router: bool = False
+    outside: bool = False
+
+    @property
+    def origin(self) -> str:
+        """The node whose channels reach the site, whichever of its rows do: a reparametrization moves all of its sites."""
+        return self.gathered_from or self.source
+
+
+@dataclass(frozen=True)
+class Given:
+    """One of the tensors that a segment is called with."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """One of the tensors that a segment leaves in what it is called with."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a segment makes of the lists, dictionaries and objects that it is called with: their form and leaves afterwards."""
+
+    form: Form
+    leaves: tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity
+class Code:
+    """The traced program of a segment, shared by every segment of the same structure and never edited.
+
+    params: placeholder -> leaf path. inputs: the shape of each of the segment's own inputs, with None for a size that may be any.
+    outputs: what the program gives, as it was traced: the leaves of what the segment returns (`out_spec`), and behind them the tensors
+    that it leaves in its inputs (`left`: where they lie there).
+    unread: path of a matrix that is used, but is no site's weight -> why. It is dense, and no step reaches it.
+    kept: where in its attributes the segment leaves tensors, which no program does.
+    """
+
+    graph: fx.Graph
+    params: Mapping[str, str]
+    constants: Mapping[str, Tensor]
+    inputs: tuple[tuple[int | None, ...], ...]
+    out_spec: pytree.TreeSpec
+    sites: tuple[Site, ...]
+    outputs: tuple[Any, ...] = ()
+    left: Left | None = None
+    unread: Mapping[str, str] = field(default_factory=dict)
+    kept: tuple[tuple[Any, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class ModuleGraph:
+    """One segment as an immutable value; transforms return new ones.
+
+    path: the segment's path in the model. dtype: what its leaves are stored in. selected: the sites a transform may touch (None: all).
+    stored: leaf -> the dtype that the files hold it in, where that is not `dtype`. held: leaf -> the dtype in which the model computes
+    with it, where that is not the leaf's own.
+    online, online_outputs: what still happens at run time to a site's input, and to its output, per site path.
+    notes: what stages report of a site. outers: global scales of sites that are settled beforehand.
+    """
+
+    code: Code
+    params: Params
+    path: str = ""
+    dtype: torch.dtype = torch.float32
+    online: Mapping[str, tuple[Op, ...]] = field(default_factory=dict)
+    online_outputs: Mapping[str, tuple[Op, ...]] = field(default_factory=dict)
+    selected: frozenset[str] | None = None
+    notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    outers: Mapping[str, Tensor] = field(default_factory=dict)
+    stored: Mapping[str, torch.dtype] = field(default_factory=dict)
+    held: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The selected sites, in the order in which the segment runs them."""
+        return tuple(s for s in self.code.sites if self.selected is None or s.path in self.selected)
+
+    def where(self, site: Site) -> str:
+        """The site's full name in the model."""
+        return f"{self.path}.{site.path}" if self.path else site.path
+
+    def update(self, leaves: Mapping[str, Leaf]) -> "ModuleGraph":
+        """The same graph with some leaves replaced."""
+        return replace(self, params={**self.params, **leaves})
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """What an unquantized leaf is written in."""
+        return self.stored.get(name, self.dtype)
+
+    def running(self, name: str, expert: int | None = None) -> Leaf:
+        """A leaf, or one expert of it, as the model computes with it: as it lies here, or, where it lies here as the files hold it, in
+        the dtype in which the model holds it."""
+        leaf = self.params[name]
+        if expert is not None:
+            leaf = pytree.tree_map_only(Tensor, lambda t: t[expert], leaf)
+        as_in_files = name in self.held and isinstance(leaf, Tensor) and leaf.dtype == self.stored_dtype(name)
+        return leaf.to(self.held[name]) if as_in_files else leaf
+
+    def weight_ok(self, site: Site, expert: int | None = None) -> Tensor:
+        """The site's weight as fp32 [..., o, k], whatever its layout, or that of one expert; refuses a rounded one."""
+        leaf = self.params[site.weight] if site.weight else None
+        if not isinstance(leaf, Tensor):
+            raise QlabError(f"{self.where(site)} is quantized already; give each site one rounding method")
+        W = leaf.float() if expert is None else leaf[expert].float()
+        return W.mT if site.layout.endswith("k o") else W
+
+    def shares_memory(self, site: Site) -> bool:
+        """Whether `weight_ok` is the leaf itself, which is float32 already, and no copy of it."""
+        leaf = self.params[site.weight] if site.weight else None
+        return isinstance(leaf, Tensor) and leaf.dtype == torch.float32
+
+
+def refuse_overflow(where: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Refuse numbers of a tensor that would be Inf in a dtype of a smaller range."""
+    most = torch.finfo(dtype).max
+    if not tensor.is_floating_point() or not tensor.numel() or torch.finfo(tensor.dtype).max <= most:
+        return
+    finite = tensor.abs().nan_to_num(nan=0.0, posinf=0.0)
+    largest = float(finite.max())
+    if largest > most:
+        raise QlabError(f"{where} holds {largest:.3g}, and {dtype} numbers end at {most:.3g}; run the model in bfloat16 or float32")
+
+
+def lone_weight(
+    path: str,
+    W_ok: Tensor,
+    dtype: torch.dtype | None = None,
+    outside: bool = False,
+    outer: Tensor | None = None,
+) -> ModuleGraph:
+    """A weight [o, k] by itself as a segment of one site, for stages that need no data. dtype: that of most of its model, which
+    scales take (default: its own). outer: the global scale that it shares with weights elsewhere."""
+    site = Site(path, "weight", None, path, "", "o k", outside=outside)
+    code = Code(fx.Graph(), {}, {}, (), pytree.tree_structure(None), (site,))
+    outers = {} if outer is None else {path: outer}
+    return ModuleGraph(code, {"weight": W_ok}, dtype=dtype or W_ok.dtype, outers=outers)
+
+
+def by_source(sites: Iterable[Site]) -> dict[str, tuple[Site, ...]]:
+    """Sites grouped by the node that feeds them, in running order: they see the same rows."""
+    return _grouped(sites, lambda site: site.source)
+
+
+def by_origin(sites: Iterable[Site]) -> dict[str, tuple[Site, ...]]:
+    """Sites grouped by the node whose channels they share, in running order."""
+    return _grouped(sites, lambda site: site.origin)
+
+
+def _grouped(sites: Iterable[Site], key: Callable[[Site], str]) -> dict[str, tuple[Site, ...]]:
+    groups: dict[str, tuple[Site, ...]] = {}
+    for site in sites:
+        groups[key(site)] = (*groups.get(key(site), ()), site)
+    return groups
+
+
+def tensors_of(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The tensors among a segment's inputs, in the order in which its graph takes them."""
+    return tuple(x for x in take_apart((args, kwargs))[0] if isinstance(x, Tensor))
+
+
+def runs_on(code: Code, tensors: Sequence[Tensor]) -> bool:
+    """Whether a program is for inputs of these shapes."""
+    return len(tensors) == len(code.inputs) and all(fits(t, sizes) for t, sizes in zip(tensors, code.inputs))
+
+
+def fits(t: Tensor, sizes: Sequence[int | None]) -> bool:
+    """Whether a tensor is of a traced shape, in which None is any size."""
+    return t.ndim == len(sizes) and all(n in (None, m) for n, m in zip(sizes, t.shape))

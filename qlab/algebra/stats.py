@@ -1,0 +1,230 @@
+"""Statistics of a site's input as monoids that are transported when the graph is re-parametrised.
+
+Shapes: x_nk is n tokens by k channels, H_kk = sum_n x_n^T x_n. Accumulation is in fp32 whatever the model's dtype.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from qlab.algebra.experts import rows_of
+
+TILE = 192  # columns per block of a symmetric matrix, of which one triangle is multiplied
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one batch shows of one source: x_nk, and the keys [n] of its tokens (sample * length + position).
+
+    ends [e]: where the rows of each expert end, if they are sorted by expert. reference_nk: what the reference model has in the
+    place of x, None where that is x itself.
+    """
+
+    x_nk: Tensor
+    keys: Tensor
+    ends: Tensor | None = None
+    reference_nk: Tensor | None = None
+
+
+class Stat(NamedTuple):
+    """lift: one observation -> state. combine: associative and commutative (up to fp32 rounding).
+
+    transport: x -> x * m (m a vector [k]) or x @ M (a matrix [k, k]) sends the state to its new value;
+    None says that it must be observed again. nothing: the state of k channels that no token reached, combine's identity.
+    """
+
+    lift: Callable[[Observation], Any]
+    combine: Callable[[Any, Any], Any]
+    transport: Callable[[Any, Tensor], Any]
+    nothing: Callable[[int], Any]
+
+
+class Moment(NamedTuple):
+    """sum over tokens of x^T x, fp32 [k, k], and the number of tokens."""
+
+    sum_kk: Tensor
+    tokens: int
+
+    @property
+    def mean_kk(self) -> Tensor:
+        """The mean over tokens, and I where there were none: then every direction counts the same, as without data."""
+        if not self.tokens:
+            return torch.eye(len(self.sum_kk), dtype=self.sum_kk.dtype, device=self.sum_kk.device)
+        return self.sum_kk / self.tokens
+
+    @property
+    def mean_square_k(self) -> Tensor:
+        """The diagonal of mean_kk."""
+        squares_k = self.sum_kk.diagonal()
+        return squares_k / self.tokens if self.tokens else torch.ones_like(squares_k)
+
+    def output_errors(self, D_ok: Tensor) -> Tensor:
+        """d H d^T of every row [o] with H = mean_kk: the squared output error of a weight error D, per token."""
+        return quadratic(D_ok, self.sum_kk) / self.tokens if self.tokens else D_ok.square().sum(-1)
+
+    def output_error(self, D_ok: Tensor) -> float:
+        """tr(D H D^T), the sum of output_errors."""
+        return float(self.output_errors(D_ok).sum())
+
+
+class Sample(NamedTuple):
+    """Rows [n, k] with the smallest hashed keys [n]: the same rows whatever order the batches came in."""
+
+    order: Tensor
+    x_nk: Tensor
+
+
+def gram(x_nk: Tensor) -> Tensor:
+    """x^T x in fp32 [k, k]. Only the blocks of the upper triangle are multiplied, so that it is exactly symmetric."""
+    x, k = x_nk.float(), x_nk.shape[1]
+    H_kk = x.new_empty(k, k)
+    for i in range(0, k, TILE):
+        torch.mm(x[:, i : i + TILE].T, x[:, i:], out=H_kk[i : i + TILE, i:])
+    for i in range(0, k, TILE):  # the mirror image tile by tile, which stays in cache
+        tile, beyond = H_kk[i : i + TILE, i : i + TILE], i + TILE
+        tile.copy_(tile.triu() + tile.triu(1).T)
+        H_kk[beyond:, i:beyond] = H_kk[i:beyond, beyond:].T
+    return H_kk
+
+
+def _add_moments(a: Moment, b: Moment) -> Moment:
+    return Moment(a.sum_kk + b.sum_kk, a.tokens + b.tokens)
+
+
+def _drift(o: Observation) -> Moment:
+    if o.reference_nk is None:
+        return Moment(o.x_nk.new_zeros(o.x_nk.shape[1], o.x_nk.shape[1], dtype=torch.float32), o.x_nk.shape[0])
+    return Moment((o.reference_nk.float() - o.x_nk.float()).T @ o.x_nk.float(), o.x_nk.shape[0])
+
+
+def _move_moment(state: Moment, M: Tensor) -> Moment:
+    H = state.sum_kk
+    moved = H * M[:, None] * M[None, :] if M.ndim == 1 else (M.T.double() @ H.double() @ M.double()).float()
+    return Moment(moved, state.tokens)
+
+
+def _move_minmax(state: tuple[Tensor, Tensor], M: Tensor) -> tuple[Tensor, Tensor] | None:
+    if M.ndim != 1:
+        return None
+    if (state[0] > state[1]).all():  # nothing was seen
+        return state
+    lo, hi = state[0] * M, state[1] * M
+    return torch.minimum(lo, hi), torch.maximum(lo, hi)
+
+
+def _hashed(keys: Tensor) -> Tensor:
+    """splitmix64's finaliser: a fixed pseudo-random order of token keys."""
+    h = (keys + 1) * -7046029254386353131
+    h = (h ^ (h >> 30)) * -4658895280553007687
+    h = (h ^ (h >> 27)) * -7723592293110705685
+    return h ^ (h >> 31)
+
+
+def sample(n: int) -> Stat:
+    """A random sample of n rows of x_nk, independent of the order of batches."""
+
+    def smallest(order: Tensor, x_nk: Tensor) -> Sample:
+        kept = order.argsort(stable=True)[:n]
+        return Sample(order[kept], x_nk[kept])
+
+    return Stat(
+        lambda o: smallest(_hashed(o.keys), o.x_nk.float()),
+        lambda a, b: smallest(torch.cat([a.order, b.order]), torch.cat([a.x_nk, b.x_nk])),
+        lambda s, M: Sample(s.order, s.x_nk * M if M.ndim == 1 else s.x_nk @ M),
+        lambda k: Sample(torch.empty(0, dtype=torch.long), torch.empty(0, k, dtype=torch.float32)),
+    )
+
+
+class PerExpert(NamedTuple):
+    """One state per expert, of the tokens that were routed to it. They may be observed as they are asked for."""
+
+    states: Sequence[Any]
+
+
+def per_expert(stat: Stat) -> Stat:
+    """The statistic of every expert's own tokens. A state moves by a matrix [k, k] or diagonal [k] that all experts share,
+    or by diagonals of their own [e, 1, k]."""
+
+    def lift(o: Observation) -> PerExpert:
+        assert o.ends is not None
+        other = o.x_nk if o.reference_nk is None else o.reference_nk
+        parts = [Observation(o.x_nk[rows], o.keys[rows], None, other[rows]) for rows in rows_of(o.ends)]
+        return PerExpert(tuple(stat.lift(p) if len(p.keys) else _on(o.x_nk, stat.nothing(o.x_nk.shape[1])) for p in parts))
+
+    def move(state: PerExpert, M: Tensor) -> PerExpert | None:
+        moved = [stat.transport(s, M[e, 0] if M.ndim == 3 else M) for e, s in enumerate(state.states)]
+        return None if any(s is None for s in moved) else PerExpert(tuple(moved))
+
+    return Stat(lift, lambda a, b: PerExpert(tuple(map(stat.combine, a.states, b.states))), move, stat.nothing)
+
+
+def _on(like: Tensor, state: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.to(like.device), state)
+
+
+STATS: dict[str, Stat] = {
+    "second_moment": Stat(
+        lambda o: Moment(gram(o.x_nk), o.x_nk.shape[0]),
+        _add_moments,
+        _move_moment,
+        lambda k: Moment(torch.zeros(k, k, dtype=torch.float32), 0),
+    ),
+    # sum over tokens of (x' - x)^T x, x' the reference's input; of sources without experts, see Stage.wants
+    "drift": Stat(
+        _drift,
+        _add_moments,
+        _move_moment,
+        lambda k: Moment(torch.zeros(k, k, dtype=torch.float32), 0),
+    ),
+    "absmax": Stat(
+        lambda o: o.x_nk.abs().amax(0).float(),
+        torch.maximum,
+        lambda s, M: s * M.abs() if M.ndim == 1 else None,
+        torch.zeros,
+    ),
+    "absmean": Stat(
+        lambda o: (o.x_nk.abs().float().sum(0), o.x_nk.shape[0]),
+        lambda a, b: (a[0] + b[0], a[1] + b[1]),
+        lambda s, M: (s[0] * M.abs(), s[1]) if M.ndim == 1 else None,
+        lambda k: (torch.zeros(k, dtype=torch.float32), 0),
+    ),
+    "minmax": Stat(
+        lambda o: (o.x_nk.float().amin(0), o.x_nk.float().amax(0)),
+        lambda a, b: (torch.minimum(a[0], b[0]), torch.maximum(a[1], b[1])),
+        _move_minmax,
+        lambda k: (torch.full((k,), torch.inf, dtype=torch.float32), torch.full((k,), -torch.inf, dtype=torch.float32)),
+    ),
+    "sample": sample(512),
+}
+
+Stats = Mapping[tuple[str, str], Any]  # (source node, statistic) -> state
+
+
+def stat_of(name: str, experts: bool) -> Stat:
+    """The statistic of that name, of every expert's own tokens where the rows belong to experts."""
+    return per_expert(STATS[name]) if experts else STATS[name]
+
+
+def transport(stats: Stats, source: str, M: Tensor) -> Stats:
+    """The statistics after the inputs of `source` became x * m or x @ M; what cannot be moved is dropped."""
+
+    def move(name: str, state: Any) -> Any:
+        return stat_of(name, isinstance(state, PerExpert)).transport(state, M)
+
+    moved = {key: move(key[1], state) if key[0] == source else state for key, state in stats.items()}
+    return {key: state for key, state in moved.items() if state is not None}
+
+
+def quadratic(D_ok: Tensor, H_kk: Tensor) -> Tensor:
+    """d H d^T of every row [o]: the squared output error of a weight error D on inputs with second moment H, of which one triangle is
+    read."""
+    total_o = D_ok.new_zeros(len(D_ok))
+    for i in range(0, len(H_kk), TILE):
+        D_ot, below = D_ok[:, i : i + TILE], slice(i + TILE, None)
+        product = torch.addmm(D_ot @ H_kk[i : i + TILE, i : i + TILE], D_ok[:, below], H_kk[below, i : i + TILE], alpha=2)
+        total_o += torch.linalg.vecdot(product, D_ot)
+    return total_o

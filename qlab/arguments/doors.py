@@ -1,0 +1,143 @@
+"""The doors of the public functions: one table says which argument of which function is what.
+
+Every argument is checked, and named things are looked up, before any work (qlab.arguments.kinds).
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any
+
+from qlab.arguments import kinds
+from qlab.errors import refusal_of
+
+RUN: Mapping[str, kinds.Kind] = {
+    "inputs": kinds.word,
+    "dtype": kinds.dtype,
+    "device": kinds.device,
+    "memory": kinds.optional_whole,
+    "overwrite": kinds.flag,
+    "resume": kinds.flag,
+    "calibrate_all_experts": kinds.flag,
+    "codec": kinds.word,
+    "target": kinds.optional_word,
+}
+METHOD: Mapping[str, kinds.Kind] = {"spec": kinds.spec, "grid": kinds.grid}
+WINDOWS: Mapping[str, kinds.Kind] = {
+    "model": kinds.model,
+    "samples": kinds.whole,
+    "length": kinds.whole,
+    "seed": kinds.whole,
+}
+# public function -> what its arguments are
+TAKES: Mapping[str, Mapping[str, kinds.Kind]] = {
+    "open": {"name": kinds.folder},
+    "tokens": WINDOWS,
+    "image_samples": WINDOWS,
+    "first_windows": {**WINDOWS, "count": kinds.optional_whole},
+    "from_ids": {"model": kinds.model, "ids": kinds.ids},
+    "quantize": {
+        **RUN,
+        "model": kinds.model,
+        "recipe": kinds.recipe,
+        "data": kinds.data,
+        "out": kinds.path,
+    },
+    "compare": {
+        **RUN,
+        "model": kinds.model,
+        "recipes": kinds.recipes,
+        "data": kinds.data,
+        "out": kinds.path,
+    },
+    "plan": {**RUN, "model": kinds.model, "recipe": kinds.recipe, "data": kinds.data},
+    "quantize_files": {
+        **RUN,
+        "model": kinds.directory,
+        "recipe": kinds.recipe,
+        "out": kinds.path,
+        "include": kinds.names,
+        "exclude": kinds.names,
+    },
+    "convert": {
+        **RUN,
+        "model": kinds.directory,
+        "out": kinds.path,
+        "requantize": kinds.optional_spec,
+    },
+    "evaluate": {
+        "model": kinds.read_model,
+        "against": kinds.read_model,
+        "data": kinds.windows,
+        "device": kinds.device,
+    },
+    "perplexity": {"model": kinds.read_model, "data": kinds.windows, "device": kinds.device},
+    "inspect": {"path": kinds.its_directory},
+    "verify": {"directory": kinds.directory, "against": kinds.directory},
+    "lower": {
+        "model": kinds.directory,
+        "device": kinds.device,
+        "dtype": kinds.dtype,
+        "dense_cache": kinds.flag,
+    },
+    "to_torchao": {"model": kinds.directory, "device": kinds.device},
+    "rtn": METHOD,
+    "awq": METHOD,
+    "awq_scale": METHOD,
+    "gptq": {
+        **METHOD,
+        "order": kinds.function,
+        "damp": kinds.fraction,
+        "block": kinds.whole,
+        "sweeps": kinds.whole,
+    },
+    "gptaq": METHOD,
+    "aim_at_reference": {"strength": kinds.fraction, "damp": kinds.fraction},
+    "at": {"pattern": kinds.text, "transform": kinds.recipe},
+    "outside": {"transform": kinds.recipe},
+    "chain": {"transforms": kinds.recipe},
+    "rules": {"table": kinds.table},
+    "each_weight": {
+        "name": kinds.text,
+        "fn": kinds.function,
+        "spec": kinds.optional_spec,
+        "needs": kinds.needed,
+        "detail": kinds.text,
+    },
+    "parse_spec": {"text": kinds.text, "symmetric": kinds.flag},
+    "reparametrize": {"graph": kinds.block},
+}
+
+
+def door(name: str, function: Any) -> Any:
+    """A public function with its arguments checked, or as it is where the table has nothing of it."""
+    taken = TAKES.get(name)
+    if name == "METHODS":
+        return {key: _checked(method, METHOD) for key, method in function.items()}
+    return _checked(function, taken) if taken else function
+
+
+def _checked(function: Callable[..., Any], taken: Mapping[str, kinds.Kind]) -> Callable[..., Any]:
+    signature = inspect.signature(function)
+    several = {p.name for p in signature.parameters.values() if p.kind is p.VAR_POSITIONAL}
+
+    @wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        for argument, value in given.arguments.items():
+            if argument in taken and argument in several:
+                given.arguments[argument] = tuple(taken[argument](each, argument) for each in value)
+            elif argument in taken and not _is_default(signature, argument, value):
+                given.arguments[argument] = taken[argument](value, argument)
+        try:
+            return function(*given.args, **given.kwargs)
+        except BrokenPipeError:
+            raise
+        except (OSError, RecursionError) as error:
+            raise refusal_of(error) from error
+
+    return checked
+
+
+def _is_default(signature: inspect.Signature, argument: str, value: Any) -> bool:
+    return value is signature.parameters[argument].default

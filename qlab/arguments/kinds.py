@@ -1,0 +1,313 @@
+"""What arguments of public functions are, each kind a function (value, name) -> value.
+
+It refuses in one sentence what it cannot take, and takes a name or a path where that can mean one
+thing only: a spec, a grid, a model.
+"""
+
+import operator
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlab.errors import QlabError
+
+Kind = Callable[[Any, str], Any]
+LONGEST = 80  # characters of a value that an error shows
+LONGEST_TEXT = 500  # characters of a name, a pattern or a description
+LARGEST = 2**63 - 1
+
+
+def said(value: Any) -> str:
+    """A value in an error: its type, and what it is where that is short."""
+    plain = value is None or isinstance(value, bool | int | float | str | os.PathLike)
+    if not plain:
+        return f"a {type(value).__name__}"
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return "a number of more than 64 bits"
+    text = repr(value if not isinstance(value, os.PathLike) else os.fspath(value))
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}... of {len(text)} characters"
+
+
+def whole(value: Any, name: str) -> Any:
+    """A whole number of 64 bits; the function itself says from where to where."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or not -LARGEST <= number <= LARGEST:
+        raise QlabError(f"{name} is {said(value)}; give a whole number")
+    return number
+
+
+def optional_whole(value: Any, name: str) -> Any:
+    """A whole number, or None."""
+    return value if value is None else whole(value, name)
+
+
+def fraction(value: Any, name: str) -> Any:
+    """A finite number; the function itself says from where to where."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not -LARGEST <= value <= LARGEST:
+        raise QlabError(f"{name} is {said(value)}; give a number from 0 to 1")
+    return value
+
+
+def flag(value: Any, name: str) -> Any:
+    if not isinstance(value, bool):
+        raise QlabError(f"{name} is {said(value)}; give True or False")
+    return value
+
+
+def text(value: Any, name: str) -> Any:
+    if not isinstance(value, str):
+        raise QlabError(f"{name} is {said(value)}; give a string")
+    if len(value) > LONGEST_TEXT:
+        raise QlabError(f"{name} is {said(value)}; give a shorter string")
+    return value
+
+
+def word(value: Any, name: str) -> Any:
+    """A name that means the same in upper and lower case."""
+    return text(value, name).lower()
+
+
+def optional_word(value: Any, name: str) -> Any:
+    return value if value is None else word(value, name)
+
+
+def names(value: Any, name: str) -> Any:
+    """Several strings, or one."""
+    if isinstance(value, str):
+        value = (value,)
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise QlabError(f"{name} is {said(value)}; give a list of strings")
+    return tuple(text(each, name) for each in value)
+
+
+def needed(value: Any, name: str) -> Any:
+    """Names of statistics."""
+    return frozenset(names(value, name))
+
+
+def path(value: Any, name: str) -> Any:
+    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
+        raise QlabError(f"{name} is {said(value)}; give the path of a directory")
+    for part in Path(value).parts:
+        if (
+            len(os.fsencode(part)) > 200
+        ):  # beside it lies, while it is written, a folder of a longer name
+            raise QlabError(
+                f"{name} names a folder by {len(part)} characters; choose a shorter name"
+            )
+    return value
+
+
+def dtype(value: Any, name: str) -> Any:
+    """A floating-point dtype, or its name."""
+    import torch
+
+    found = getattr(torch, value, None) if isinstance(value, str) else value
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+        shown = found if isinstance(found, torch.dtype) else said(value)
+        raise QlabError(f"{name} is {shown}; give a floating-point dtype such as torch.bfloat16")
+    return found
+
+
+def device(value: Any, name: str) -> Any:
+    import torch
+
+    if not isinstance(value, str | torch.device):
+        raise QlabError(f"{name} is {said(value)}; give 'cpu' or 'cuda'")
+    return word(value, name) if isinstance(value, str) else value
+
+
+def model(value: Any, name: str) -> Any:
+    """A model, opened where its directory or a result of qlab's is given."""
+    from qlab.demo import hub
+    from qlab.files.checkpoint import Checkpoint
+
+    if isinstance(value, Checkpoint):
+        return value
+    return hub.open(folder(value, name))
+
+
+def read_model(value: Any, name: str) -> Any:
+    """A model, or its reading."""
+    from qlab.evaluation.perplexity import Reading
+
+    return value if isinstance(value, Reading) else model(value, name)
+
+
+def directory(value: Any, name: str) -> Any:
+    """A model or its directory, of architectures that transformers does not know too."""
+    from qlab.demo import hub
+    from qlab.files.checkpoint import Checkpoint
+
+    if isinstance(value, Checkpoint):
+        return value
+    where = folder(value, name)
+    return hub.demo_model() if hub.is_demo_name(where) else where
+
+
+def its_directory(value: Any, name: str) -> Any:
+    return getattr(directory(value, name), "path", None) or directory(value, name)
+
+
+def folder(value: Any, name: str) -> Any:
+    """The directory of a model, or 'demo'."""
+    if not isinstance(value, str | os.PathLike):
+        value = getattr(value, "path", value)  # of what quantize() and the like return
+    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
+        raise QlabError(
+            f"{name} is {said(value)}; give what qlab.open returns, a model's directory, or 'demo'"
+        )
+    where = os.fspath(value)
+    if "\0" in where or not where.strip():
+        raise QlabError(f"{name} is {said(where)}; give a model's directory, or 'demo'")
+    if where.startswith("~") and os.path.expanduser(where) == where:
+        raise QlabError(f"{name} {said(where)} is in the home of nobody known here; give the whole path")
+    try:
+        os.stat(os.path.expanduser(where))
+    except FileNotFoundError:
+        pass  # 'demo', or what the model's own door refuses
+    except OSError as error:
+        raise QlabError(
+            f"{name} {said(where)} cannot be read ({error.strerror}); check the path"
+        ) from error
+    return value
+
+
+def spec(value: Any, name: str) -> Any:
+    """A spec, or its name."""
+    from qlab.algebra.spec import Float, Int, parse_spec
+
+    if isinstance(value, str):
+        return parse_spec(value)
+    if not isinstance(value, Int | Float):
+        raise QlabError(f"{name} is {said(value)}; give a spec, or its name such as 'int4-g64'")
+    return value
+
+
+def optional_spec(value: Any, name: str) -> Any:
+    return value if value is None else spec(value, name)
+
+
+def grid(value: Any, name: str) -> Any:
+    """A grid, or its name."""
+    from qlab.algebra.grid import GRIDS, Grid
+
+    found = GRIDS.get(value.lower()) if isinstance(value, str) else value
+    if not isinstance(found, Grid):
+        raise QlabError(f"{name} is {said(value)}; give a grid of qlab.GRIDS: {', '.join(GRIDS)}")
+    return found
+
+
+def recipe(value: Any, name: str) -> Any:
+    """A transform; a single stage is one too."""
+    from qlab.algebra.transform import Stage
+
+    if isinstance(value, Stage):
+        return (value,)
+    if isinstance(value, tuple) and all(isinstance(stage, Stage) for stage in value):
+        return value
+    if callable(value):
+        called = getattr(value, "__name__", "a method")
+        raise QlabError(f"{name} is {called} and was not called; write {called}(spec)")
+    raise QlabError(f"{name} is {said(value)}; give a recipe such as qlab.rtn('int4-g64')")
+
+
+def recipes(value: Any, name: str) -> Any:
+    """Names -> recipes."""
+    if not isinstance(value, Mapping) or not value:
+        raise QlabError(f"{name} is {said(value)}; give a mapping of names to recipes")
+    return {key: recipe(each, f"{name}[{said(key)}]") for key, each in value.items()}
+
+
+def table(value: Any, name: str) -> Any:
+    """Patterns -> recipes, or None where sites are kept."""
+    if not isinstance(value, Mapping):
+        raise QlabError(
+            f"{name} is {said(value)}; give a mapping such as {{'*.down_proj': recipe, '*': recipe}}"
+        )
+    kept = {text(key, "a pattern"): each for key, each in value.items()}
+    return {
+        key: each if each is None else recipe(each, f"the rule {key!r}")
+        for key, each in kept.items()
+    }
+
+
+def data(value: Any, name: str) -> Any:
+    """Calibration data, or None."""
+    if value is None or (hasattr(value, "batches") and hasattr(value, "describe")):
+        return value
+    raise QlabError(f"{name} is {said(value)}; give what qlab.tokens(model, texts) returns")
+
+
+def windows(value: Any, name: str) -> Any:
+    """Windows of tokens."""
+    from qlab.data.calibration import Tokens
+
+    if not isinstance(value, Tokens):
+        raise QlabError(
+            f"{name} is {said(value)}; give what qlab.first_windows or qlab.tokens returns"
+        )
+    if getattr(value.ids, "ndim", None) != 2:
+        raise QlabError(f"the ids of {name} are no tensor [samples, length]; give them to qlab.from_ids")
+    return value
+
+
+def ids(value: Any, name: str) -> Any:
+    """Token ids, from lists of them too."""
+    import torch
+
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        rows = [
+            list(row) if isinstance(row, Sequence) and not isinstance(row, str | bytes) else None
+            for row in value
+        ]
+        flat = [i for row in rows for i in (row or [None])]
+        if (
+            not rows
+            or len({len(row or ()) for row in rows}) > 1
+            or any(type(i) is not int or abs(i) > LARGEST for i in flat)
+        ):
+            raise QlabError(f"{name} is a {type(value).__name__} and no list of equally long lists of whole numbers; give token ids "
+                            "[samples, length]")  # fmt: skip
+        return torch.tensor(rows, dtype=torch.long, device="cpu")
+    if not isinstance(value, torch.Tensor):
+        value = (
+            torch.from_numpy(value)
+            if type(value).__name__ == "ndarray" and value.dtype.kind in "iu"
+            else value
+        )
+    if not isinstance(value, torch.Tensor):
+        raise QlabError(
+            f"{name} is {said(value)}; give token ids [samples, length] as a tensor or as lists"
+        )
+    if (
+        value.is_meta
+        or value.is_floating_point()
+        or value.is_complex()
+        or value.dtype == torch.bool
+    ):
+        kind = "without values, on the meta device" if value.is_meta else f"of {value.dtype}"
+        raise QlabError(f"{name} is a tensor {kind}; token ids are whole numbers")
+    if value.layout != torch.strided:
+        raise QlabError(f"{name} is a tensor of the layout {value.layout}; give one with all of its numbers")
+    return value.long()  # of unsigned numbers torch computes too little
+
+
+def function(value: Any, name: str) -> Any:
+    if not callable(value):
+        raise QlabError(f"{name} is {said(value)}; give a function")
+    return value
+
+
+def block(value: Any, name: str) -> Any:
+    """A block as a value."""
+    from qlab.algebra.graph import ModuleGraph
+
+    if not isinstance(value, ModuleGraph):
+        raise QlabError(f"{name} is {said(value)}; give the graph that a stage is called with")
+    return value

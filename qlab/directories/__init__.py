@@ -1,0 +1,1 @@
+"""What is done to directories without running a model."""

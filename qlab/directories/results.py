@@ -1,0 +1,187 @@
+"""Several runs in one table: what was done, what it cost and what it lost, read back from the directories that they wrote."""
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+from qlab.directories.convert import Converted
+from qlab.directories.inspect import Inspection, inspect
+from qlab.directories.model_free import Rewritten
+from qlab.driver.quantize import Result
+from qlab.errors import QlabError, printable
+from qlab.evaluation.perplexity import Evaluation, Perplexity
+from qlab.files.atomic import atomically
+from qlab.files.directory import read_json
+
+BENCH = "bench.json"
+MEASURED = ("perplexity", "reference_perplexity", "kl", "top1_agreement", "windows", "length")  # of an evaluation
+COLUMNS = ("run", "method", "spec", "format", "inputs", "calibration", "bits_per_weight", "bytes", "weights", "largest_weight_error",
+           "loss", "seconds", "peak_rss_bytes", *MEASURED)  # fmt: skip
+WORDS = {"bits_per_weight": "bits", "bytes": "MB", "largest_weight_error": "weight error", "peak_rss_bytes": "peak MiB",
+         "reference_perplexity": "reference", "top1_agreement": "top-1"}  # fmt: skip
+Run = str | Path | Result | Rewritten | Converted
+
+
+@dataclass(frozen=True, repr=False)
+class Results:
+    """rows: one mapping per run, with the keys COLUMNS; None stands for what a run does not say or nobody measured."""
+
+    rows: Sequence[Mapping[str, Any]]
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of COLUMNS for which any run has a value."""
+        return [name for name in COLUMNS if any(row[name] is not None for row in self.rows)]
+
+    def json(self) -> list[dict[str, Any]]:
+        """The rows as plain data."""
+        return [dict(row) for row in self.rows]
+
+    def to_csv(self, path: str | Path | None = None) -> str:
+        """The rows as CSV with a header, all columns and full figures, also written to `path` where one is given.
+
+        Errors: a file that is there already and is no such table.
+        """
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        if path is not None:
+            if not isinstance(path, str | Path):
+                raise QlabError(f"a table goes into a file, and not into a {type(path).__name__}; give its path")
+            file = Path(path).expanduser()
+            _refuse_other(file)
+            atomically(file, lambda scratch: scratch.write_text(text.getvalue(), encoding="utf-8"))
+        return text.getvalue()
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame of the rows. Errors: pandas is not installed."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise QlabError("pandas is not installed, which a DataFrame needs; `pip install pandas`, or use to_csv()") from error
+        return pandas.DataFrame(self.json(), columns=list(COLUMNS))
+
+    def _cells(self) -> list[list[str]]:
+        return [[_said(name, row[name]) for name in self.columns] for row in self.rows]
+
+    def __str__(self) -> str:
+        lines = [[WORDS.get(name, name) for name in self.columns], *self._cells()]
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+    def __repr__(self) -> str:
+        return f"Results({len(self.rows)} runs; columns: {', '.join(self.columns)})"
+
+    def _repr_html_(self) -> str:
+        header = "".join(f"<th>{escape(WORDS.get(name, name))}</th>" for name in self.columns)
+        rows = ("".join(f"<td>{escape(cell)}</td>" for cell in line) for line in self._cells())
+        return f"<table><tr>{header}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(*(WORDS.get(name, name) for name in self.columns))
+        for line in self._cells():
+            table.add_row(*line)
+        yield table
+
+
+def results(runs: Sequence[Run | tuple[Run, Evaluation | Perplexity]] | Run) -> Results:
+    """One row per run, in the order given.
+
+    runs: directories, whoever wrote them; what quantize(), quantize_files() or convert() returned, which knows the time and memory that
+    it took; pairs of one of these and its evaluation; directories of `python -m qlab.bench`, one row per method with its evaluation.
+
+    Errors: no run, a directory that is none.
+    """
+    if not isinstance(runs, Run | Iterable) or isinstance(runs, bytes):
+        raise QlabError(f"runs is a {type(runs).__name__}; give directories, or what quantize() returned, in a list")
+    given = [runs] if isinstance(runs, Run) else list(runs)
+    if not given:
+        raise QlabError("no run was given; name the directories that were written, or pass what quantize() returned")
+    return Results([row for run in given for row in _rows(run)])
+
+
+def _refuse_other(file: Path) -> None:
+    """Refuse to replace what is no table of results."""
+    header = ",".join(COLUMNS).encode()
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise QlabError(f"{file} cannot be written; give a file in a folder that is there")
+    if file.exists() and not (file.is_file() and file.read_bytes().startswith(header)):
+        raise QlabError(f"{file} exists and is no table of results; give another name, or remove it")
+
+
+def _rows(run: Any) -> Iterator[dict[str, Any]]:
+    run, measured = run if isinstance(run, tuple) and len(run) == 2 else (run, None)
+    if measured is not None and not isinstance(measured, Evaluation | Perplexity):
+        raise QlabError(f"a run is paired with a {type(measured).__name__}; pair it with what evaluate() or perplexity() returned")
+    if isinstance(run, str | Path):
+        folder = Path(run).expanduser()
+        if (folder / BENCH).is_file():
+            yield from _benched(folder)
+            return
+    elif isinstance(run, Result | Rewritten | Converted):
+        folder = run.path
+    else:
+        raise QlabError(f"a run is a directory or what quantize() returned, and not a {type(run).__name__}")
+    cost = {name: getattr(run, name, None) for name in ("seconds", "peak_rss_bytes")}
+    evaluation = {} if measured is None else measured.json()
+    yield _row(inspect(folder), cost | evaluation)
+
+
+def _benched(folder: Path) -> Iterator[dict[str, Any]]:
+    for row in read_json(folder / BENCH)["rows"]:
+        written = folder / row["method"]
+        found = _row(inspect(written), row) if written.is_dir() else _only(row)
+        yield found | {"run": f"{folder.name}/{row['method']}", "method": row["method"]}
+
+
+def _row(found: Inspection, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What a directory says of itself, and what was measured of it."""
+    job = found.record.get("job", {})
+    sites = list(found.record.get("sites", {}).values())
+    errors = [site["weight_error"] for site in sites if site.get("weight_error") is not None]
+    losses = [site["loss"] for site in sites if site.get("loss") is not None]
+    stages = [stage for stage in job.get("recipe") or () if stage["stage"] != "keep"]
+    specs = sorted({row["spec"] for row in found.sites.values() if row.get("spec")})
+    said = {
+        "run": found.path.name,
+        "method": "+".join(stage["stage"] for stage in stages) or None,
+        "spec": ", ".join(specs) or None,
+        "format": found.format,
+        "inputs": job.get("inputs"),
+        "calibration": _data(job.get("data")),
+        "bits_per_weight": found.record.get("bits_per_weight"),
+        "bytes": sum(found.dtypes.values()),
+        "weights": sum("stored" in row for row in found.sites.values()),
+        "largest_weight_error": max(errors, default=None),
+        "loss": sum(losses) if losses else None,
+    }
+    return _only(said | {name: measured.get(name) for name in ("seconds", "peak_rss_bytes", *MEASURED)})
+
+
+def _only(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: row.get(name) for name in COLUMNS}
+
+
+def _data(described: Mapping[str, Any] | None) -> str | None:
+    if not described:
+        return None
+    length = f" x {described['length']}" if "length" in described else ""
+    return f"{described.get('samples')}{length} of {', '.join(described.get('texts') or ('token ids',))}"
+
+
+def _said(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if name == "bytes":
+        return f"{value / 1e6:.1f}"
+    if name == "peak_rss_bytes":
+        return f"{value / 2**20:.0f}"
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))

@@ -1,0 +1,1 @@
+"""Quantizing a model: plan, observe, solve, write."""

@@ -1,0 +1,93 @@
+"""What a recipe does beside rounding weights: whether it has an effect in the run at hand, and whether the format has a place for it.
+
+Asked before any work: a stage without an effect and an operation without a place would else be left out in silence.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from qlab.algebra.graph import ModuleGraph, Op, Site
+from qlab.algebra.online import QuantizeInput
+from qlab.algebra.spec import Spec
+from qlab.algebra.transform import Stage, Transform
+from qlab.codecs import CODECS, Codec
+from qlab.driver.sweep import DRIFT, Inputs
+from qlab.errors import QlabError
+from qlab.methods.inputs import DYNAMIC
+
+Online = Mapping[str, tuple[Op, ...]]  # site -> what happens to its input at run time
+
+
+def refuse_without_effect(recipe: Transform, named: Mapping[str, Site], inputs: Inputs) -> None:
+    """Refuse a stage that compares with the reference where nothing can differ from that, and one that rounds inputs of routers alone,
+    which stay as they are."""
+    for stage in recipe:
+        sites = [site for name, site in named.items() if stage.touches(name, site)]
+        if stage.online and sites and all(site.router for site in sites):
+            raise QlabError(f"the stage {stage.name!r} would change nothing: {stage.scope} names routers, which stay as they are; "
+                            "leave it away there")
+        if not DRIFT & stage.needs:
+            continue
+        if inputs == "reference":
+            raise QlabError(f"the stage {stage.name!r} corrects how far inputs are from the unquantized model's, which with "
+                            "inputs='reference' they never are; use inputs='quantized', or a recipe without it (gptaq is gptq then)")
+        touched = [name for name, site in named.items() if stage.touches(name, site)]
+        if touched and not any(_drifts(stage, named[name]) for name in touched):
+            raise QlabError(f"the stage {stage.name!r} would change nothing of {touched[0]}: rows of routed experts have no pairs "
+                            "in the unquantized model, and routers stay as they are; leave it away there")
+
+
+def _drifts(stage: Stage, site: Site) -> bool:
+    return bool(DRIFT & stage.wants(site)) and not site.router
+
+
+def online_of(recipe: Transform, named: Mapping[str, Site]) -> Online:
+    """Site -> what stages say beforehand that they put on its input."""
+    found: dict[str, tuple[Op, ...]] = {}
+    for stage in recipe:
+        for name, site in named.items():
+            if stage.online and stage.touches(name, site) and not site.router:
+                found[name] = (*found.get(name, ()), *stage.online)
+    return found
+
+
+def input_specs(online: Online) -> dict[str, str]:
+    """Site -> how its input is rounded, in words."""
+    roundings = [(name, op) for name, ops in online.items() for op in ops]
+    return {name: str(op.input_spec) for name, op in roundings if isinstance(op, QuantizeInput)}
+
+
+def refuse_left(recipe: Transform, stage: Stage, graph: ModuleGraph, codec: Codec) -> None:
+    """Refuse what the last stage before those that round left on an input, if the format has no place for it: nothing behind it could
+    still fold that into weights."""
+    behind = recipe[recipe.index(stage) + 1 :]
+    if stage.spec is not None or any(later.spec is None and not later.uncovered for later in behind):
+        return
+    for site in graph.sites:
+        ops, name = graph.online.get(site.path, ()), graph.where(site)
+        spec = next((later.spec for later in behind if later.spec and later.touches(name, site)), None)
+        reason = codec.refusal(spec, ops) if spec and ops else None
+        if reason:
+            raise QlabError(f"{name} still needs an operation at run time: {reason}")
+
+
+def refuse_unheld(online: Online, specs: Mapping[str, Spec | None], named: Mapping[str, Site], codec: str) -> None:
+    """Refuse operations on inputs for which the format has no place, by the names of their sites."""
+    failed: dict[str, list[str]] = {}
+    for name, ops in online.items():
+        reason = _unheld(ops, specs[name], named[name], codec)
+        if reason:
+            failed.setdefault(reason, []).append(name)
+    for reason, names in failed.items():
+        raise QlabError(f"{_some(names)}: {reason}")
+
+
+def _unheld(ops: Sequence[Op], spec: Spec | None, site: Site, codec: str) -> str | None:
+    if spec is None:
+        return "its input is rounded at run time and its weight is not, which no format holds; round the weight too, or leave it out"
+    if site.route and any(isinstance(op, QuantizeInput) and op.input_spec.static for op in ops):
+        return f"inputs of fused experts have no stored scale; {DYNAMIC}"
+    return CODECS[codec].refusal(spec, ops)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

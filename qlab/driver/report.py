@@ -1,0 +1,59 @@
+"""What a run measured: the rows of its sites, and the peak of its memory."""
+
+import threading
+from typing import Any
+
+import psutil
+import torch
+
+from qlab.algebra.graph import ModuleGraph, Site
+from qlab.algebra.online import QuantizeInput
+from qlab.algebra.qtensor import Leaf, QTensor
+from qlab.algebra.spec import described
+from qlab.algebra.transform import Transform
+
+
+def describe(recipe: Transform) -> list[dict[str, str]]:
+    """The stages of a recipe in words."""
+    return [{"stage": s.name, "spec": described(s.spec) if s.spec else "", "detail": s.detail, "scope": str(s.scope)}
+            for s in recipe if not s.uncovered]  # fmt: skip
+
+
+def stored_bits(leaf: Leaf, dtype: torch.dtype) -> float:
+    """Bits per weight of a leaf on disk."""
+    return leaf.spec.bits_per_weight(leaf.shape, dtype) if isinstance(leaf, QTensor) else 8 * dtype.itemsize
+
+
+def site_rows(graph: ModuleGraph) -> dict[str, dict[str, Any]]:
+    """Per site: spec, shape [o, k], bits per weight and what the stages noted (errors, losses, damping, tokens)."""
+
+    def row(site: Site) -> dict[str, Any]:
+        assert site.weight is not None
+        leaf = graph.params[site.weight]
+        spec = str(leaf.spec) if isinstance(leaf, QTensor) else None
+        bits = stored_bits(leaf, graph.stored_dtype(site.weight))
+        rounded = [str(op.input_spec) for op in graph.online.get(site.path, ()) if isinstance(op, QuantizeInput)]
+        row = {"spec": spec, "shape": list(leaf.shape), "bits_per_weight": bits}
+        return {**graph.notes.get(site.path, {}), **row, **({"inputs": rounded[0]} if rounded else {})}
+
+    return {graph.where(site): row(site) for site in graph.code.sites}
+
+
+class PeakMemory:
+    """The largest resident set of this process while the context lasts, sampled every 10 ms, in bytes."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.process, self.done = psutil.Process(), threading.Event()
+        self.bytes = self.process.memory_info().rss
+        self.thread = threading.Thread(target=self._sample, daemon=True)
+        self.thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self.done.wait(0.01):
+            self.bytes = max(self.bytes, self.process.memory_info().rss)
+
+    def __exit__(self, *error: object) -> None:
+        self.done.set()
+        self.thread.join()
+        self.bytes = max(self.bytes, self.process.memory_info().rss)

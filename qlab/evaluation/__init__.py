@@ -1,0 +1,1 @@
+"""How much worse a quantized model is."""

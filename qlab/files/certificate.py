@@ -1,0 +1,79 @@
+"""What is promised of a quantized weight when it is made, and what can be checked of it in a file.
+
+A certificate holds `sha256`, the hash of the numbers that the codes mean, whatever the format that stores them, and against the
+weight of the model that was quantized `weight_error`, |W - W'| / |W|, and `largest_step`, max |W - W'| in units of the scales. Where
+a method rescaled an input, both are large and still the ones to be found again; how well the weight was rounded is in the site's row.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlab.algebra.qtensor import Leaf, QTensor, dense, largest_step
+from qlab.algebra.spec import Int
+
+
+def certify(leaf: QTensor, reference: Leaf | None) -> dict[str, Any]:
+    """The certificate of a quantized weight [o, k]; without the weight it was made from, the hash alone."""
+    return {"sha256": fingerprint(leaf)} | ({} if reference is None else distances(leaf, reference))
+
+
+def distances(leaf: QTensor, reference: Leaf) -> dict[str, float]:
+    """How far the weight is from the reference's, as a certificate says it; no steps where channels of a group lie apart."""
+    W_ok = dense(reference, torch.float32).to(leaf.codes.device)  # the reference comes from the files
+    D_ok = dense(leaf, torch.float32).sub_(W_ok)
+    found = {"weight_error": float(D_ok.norm() / W_ok.norm().clamp_min(1e-30))}
+    return found | ({"largest_step": largest_step(leaf, D_ok)} if leaf.perm is None else {})
+
+
+def fingerprint(leaf: QTensor) -> str:
+    """sha256 over shape, codes, scales, zeros, outer scale and order of channels.
+
+    Scales and zeros enter as float64, missing zeros as 0 and missing outer scales as 1, so that a format's choice of dtype
+    does not show and a changed number does.
+    """
+    zeros = torch.zeros_like(leaf.scales, dtype=torch.float64) if leaf.zeros is None else leaf.zeros
+    outer = torch.ones(1, dtype=torch.float64) if leaf.outer is None else leaf.outer
+    perm = torch.arange(leaf.shape[-1]) if leaf.perm is None else leaf.perm
+    digest = hashlib.sha256(f"{leaf.spec.tile} {tuple(leaf.shape)}".encode())
+    for part in (leaf.codes, leaf.scales.double(), zeros.double(), outer.double(), perm):
+        digest.update(_bytes(part))
+    return digest.hexdigest()
+
+
+def hash_of(tensor: Tensor) -> str:
+    """sha256 of an unquantized tensor: dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def hash_of_json(value: Any) -> str:
+    """sha256 of what a JSON file says; the order of keys says nothing."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def off_grid(leaf: QTensor) -> str | None:
+    """Why the leaf is not on the grid that its spec names, or None. Shapes are the leaf's own invariants."""
+    if not torch.isfinite(leaf.scales.float()).all():
+        return "a scale is NaN or Inf"
+    if leaf.outer is not None and not (torch.isfinite(leaf.outer) & (leaf.outer != 0)).all():
+        return "its global scale is 0, NaN or Inf"
+    if isinstance(leaf.spec, Int):
+        named = {"codes": leaf.codes, "zeros": leaf.zeros if leaf.spec.zero_dtype == torch.int8 else None}
+        for name, tensor in named.items():
+            low, high = (0, 0) if tensor is None else (int(x) for x in tensor.aminmax())
+            if low < leaf.spec.qmin or high > leaf.spec.qmax:
+                return f"{name} span [{low}, {high}] and {leaf.spec} has [{leaf.spec.qmin}, {leaf.spec.qmax}]"
+    elif not torch.isfinite(leaf.codes.float()).all() or float(leaf.codes.float().abs().max()) > leaf.spec.max:
+        return f"a code is NaN or above {leaf.spec.max}"
+    if leaf.zeros is not None and not torch.isfinite(leaf.zeros.float()).all():
+        return "a zero point is NaN or Inf"
+    return None

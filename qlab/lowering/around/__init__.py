@@ -1,0 +1,1 @@
+"""What happens around the products of a lowered model."""

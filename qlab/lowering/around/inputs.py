@@ -1,0 +1,66 @@
+"""Inputs that are rounded at run time: what qlab.methods.inputs computes, as one operator.
+
+    qlab::round_input(x [n, k], scales, zeros, outer, spec) -> x on the grid of `spec`, in x's dtype
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlab.algebra.online import QuantizeInput
+from qlab.algebra.spec import parse_spec
+from qlab.errors import QlabError
+
+
+@torch.library.custom_op("qlab::round_input", mutates_args=())
+def round_input(x: Tensor, scales: Tensor | None, zeros: Tensor | None, outer: Tensor | None, spec: str) -> Tensor:
+    """QuantizeInput(spec, scales, zeros, outer)(x)."""
+    return QuantizeInput(parse_spec(spec), scales, zeros, outer)(x) if len(x) else x.clone()
+
+
+@round_input.register_fake
+def _(x: Tensor, scales: Tensor | None, zeros: Tensor | None, outer: Tensor | None, spec: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.spec = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    """That of QuantizeInput itself, so that both have one."""
+    x, scales, zeros, outer = ctx.saved_tensors
+    if not len(x):
+        return g, *[None] * 4
+    with torch.enable_grad():
+        entering = x.detach().requires_grad_()
+        rounded = QuantizeInput(parse_spec(ctx.spec), scales, zeros, outer)(entering)
+    (by_x,) = torch.autograd.grad(rounded, entering, g)
+    return by_x, *[None] * 4
+
+
+round_input.register_autograd(_gradients, setup_context=_save)
+
+
+class RoundedInput(nn.Module):
+    """x [n, k] -> x rounded to the nearest numbers of a grid. Scales that were fixed beforehand are buffers."""
+
+    scales: Tensor | None
+    zeros: Tensor | None
+    outer: Tensor | None
+
+    def __init__(self, path: str, rounding: QuantizeInput, device: torch.device):
+        super().__init__()
+        self.spec, self.said = str(rounding.spec), str(rounding.input_spec)
+        if parse_spec(self.spec) != rounding.spec:
+            raise QlabError(f"{path} rounds its inputs to {rounding.spec!r}, which has no name; evaluate the directory with qlab")
+        for name, part in (("scales", rounding.scales), ("zeros", rounding.zeros), ("outer", rounding.outer)):
+            self.register_buffer(name, None if part is None else part.to(device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return round_input(x, self.scales, self.zeros, self.outer, self.spec)
+
+    def extra_repr(self) -> str:
+        return self.said

@@ -1,0 +1,62 @@
+"""Linears of a lowered model whose inputs or outputs are multiplied with a matrix at run time.
+
+    x -> x @ M before the module runs (and rounds x), y -> y @ M behind it
+
+M is the module's buffer `input_rotation` or `output_rotation`. The directory holds it, and a state of the model does not.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlab.algebra.graph import Op
+from qlab.algebra.online import MatMul, rotate
+from qlab.model.online import at_input, at_output
+from qlab.model.skeleton import Skeleton
+
+Rotations = Mapping[str, tuple[Tensor | None, Tensor | None]]  # linear -> the matrices at its input and at its output
+
+
+def rotations(skeleton: Skeleton) -> Rotations:
+    """Those of the linears that have any; what many of them share is in memory once."""
+    shared: list[Tensor] = []
+
+    def matrix(ops: Iterable[Op]) -> Tensor | None:
+        M = next((op.M_nn for op in ops if isinstance(op, MatMul)), None)
+        if M is None:
+            return None
+        if not any(torch.equal(M, other) for other in shared):
+            shared.append(M)
+        return next(other for other in shared if torch.equal(M, other))
+
+    found = {name: (matrix(at_input(skeleton, name)), matrix(at_output(skeleton, name))) for name in skeleton.linears()}
+    return {name: pair for name, pair in found.items() if pair != (None, None)}
+
+
+def attach(model: nn.Module, rotations: Rotations, device: torch.device) -> None:
+    """Let the linears of a model do it."""
+    there: dict[int, Tensor] = {}
+    for name, (before, behind) in rotations.items():
+        module = model.get_submodule(name)
+        for key, M in (("input_rotation", before), ("output_rotation", behind)):
+            if M is not None:
+                module.register_buffer(key, there.setdefault(id(M), M.to(device)), persistent=False)
+        if before is not None:
+            module.register_forward_pre_hook(_rotate_input)
+        if behind is not None:
+            module.register_forward_hook(_rotate_output)
+
+
+def is_rotated(module: nn.Module) -> bool:
+    """Whether `attach` gave the module a matrix."""
+    return hasattr(module, "input_rotation") or hasattr(module, "output_rotation")
+
+
+def _rotate_input(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return rotate(args[0], module.input_rotation), *args[1:]
+
+
+def _rotate_output(module: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    return rotate(y, module.output_rotation)

@@ -1,0 +1,1 @@
+"""torch.compile's options, and the pass that fuses."""

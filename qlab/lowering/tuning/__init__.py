@@ -1,0 +1,1 @@
+"""Timing kernels, and choosing among them."""

@@ -1,0 +1,1 @@
+"""Quantized weights as modules, and their products."""
