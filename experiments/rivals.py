@@ -1,12 +1,16 @@
-"""GPTQModel's GPTQ and llm-compressor's GPTQ and AWQ beside qlab's methods: the same model and windows, in turns, a process each.
+"""GPTQModel's GPTQ and llm-compressor's GPTQ and AWQ beside qlab's methods: the same model and
+windows, in turns, a process each.
 
-Usage: python experiments/rivals.py GPTQMODEL_PYTHON LLMCOMPRESSOR_PYTHON FOLDER [MODEL CALIBRATION HELDOUT]
+Usage: python experiments/rivals.py GPTQMODEL_PYTHON LLMCOMPRESSOR_PYTHON FOLDER [MODEL CALIBRATION
+HELDOUT]
 
-The interpreters are of environments with gptqmodel and with llmcompressor (`python tests/interop/make_env.py` makes such ones), and
-FOLDER receives what they write. MODEL is a directory and the other two are text files; without them, the demo's. All of them quantize
-every linear but the head to symmetric int4 in groups of 64, act-order without g_idx, from 32 x 512 tokens, and are compared by qlab on
-the same held-out windows. GPTQModel's AWQ asks for a GPU; llm-compressor's pins memory for one, which is left out here. Seconds
-are those of quantizing: of GPTQModel without loading and saving, of the other two with what they write. Figures go to
+The interpreters are of environments with gptqmodel and with llmcompressor (`python
+tests/interop/make_env.py` makes such ones), and FOLDER receives what they write. MODEL is a
+directory and the other two are text files; without them, the demo's. All of them quantize every
+linear but the head to symmetric int4 in groups of 64, act-order without g_idx, from 32 x 512
+tokens, and are compared by qlab on the same held-out windows. GPTQModel's AWQ asks for a GPU;
+llm-compressor's pins memory for one, which is left out here. Seconds are those of quantizing: of
+GPTQModel without loading and saving, of the other two with what they write. Figures go to
 results/rivals.json, of another model to results/rivals/NAME.json.
 """
 
@@ -30,10 +34,19 @@ METHODS = ("gptq", "awq", "awq-gptq", "gptaq")
 ROUNDS = 1
 RESULTS = Path(__file__).parent / "results"
 
-# each reads: the model, a file of token ids [samples, length], where to write; and prints seconds, peak bytes and its version
-START = "import json, resource, sys, time, torch\nmodel, ids, out = sys.argv[1:]\nids = torch.load(ids)\n"
-END = "\nprint(json.dumps([seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, version]))"
-GPTQMODEL = START + """
+# each reads: the model, a file of token ids [samples, length], where to write; and prints seconds,
+# peak bytes and its version
+START = (
+    "import json, resource, sys, time, torch\nmodel, ids, out = sys.argv[1:]\nids = "
+    "torch.load(ids)\n"
+)
+END = (
+    "\nprint(json.dumps([seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "
+    "version]))"
+)
+GPTQMODEL = (
+    START
+    + """
 from gptqmodel import GPTQModel, QuantizeConfig, __version__ as version
 samples = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
 loaded = GPTQModel.load(model, QuantizeConfig(bits=4, group_size=64, sym=True), device="cpu")
@@ -41,8 +54,12 @@ started = time.perf_counter()
 loaded.quantize(samples, batch_size=4)
 seconds = time.perf_counter() - started
 loaded.save(out)
-""" + END  # fmt: skip
-LLM_COMPRESSOR = START + """
+"""
+    + END
+)
+LLM_COMPRESSOR = (
+    START
+    + """
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -58,56 +75,111 @@ loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
 started = time.perf_counter()
 oneshot(model=loaded, dataset=data, recipe={recipe}, max_seq_length=ids.shape[1], num_calibration_samples=len(ids), output_dir=out)
 seconds = time.perf_counter() - started
-""" + END  # fmt: skip
-LLM_COMPRESSOR_GPTQ = LLM_COMPRESSOR.replace("{order}", ', actorder="static"').replace("{recipe}", "GPTQModifier(**scheme)")
-LLM_COMPRESSOR_AWQ = LLM_COMPRESSOR.replace("{order}", "").replace("{recipe}", "[AWQModifier(), QuantizationModifier(**scheme)]")
-QLAB = START + """
+"""  # noqa: E501
+    + END
+)
+LLM_COMPRESSOR_GPTQ = LLM_COMPRESSOR.replace("{order}", ', actorder="static"').replace(
+    "{recipe}", "GPTQModifier(**scheme)"
+)
+LLM_COMPRESSOR_AWQ = LLM_COMPRESSOR.replace("{order}", "").replace(
+    "{recipe}", "[AWQModifier(), QuantizationModifier(**scheme)]"
+)
+QLAB = (
+    START
+    + """
 import qlab
 version = "here"
 opened = qlab.open(model)
 recipe = qlab.METHODS["{method}"](qlab.parse_spec("int4-g64"))
 seconds = qlab.quantize(opened, recipe, qlab.from_ids(opened, ids), out, overwrite=True).seconds
-""" + END  # fmt: skip
+"""
+    + END
+)
 
 
 def timed(python, program, model, ids, out):
     """(seconds, peak bytes, version) of one program in a process of its own."""
     out.mkdir(parents=True, exist_ok=True)  # where it writes its logs, too
-    own = {key: value for key, value in os.environ.items() if python == sys.executable or key != "PYTHONPATH"}
+    own = {
+        key: value
+        for key, value in os.environ.items()
+        if python == sys.executable or key != "PYTHONPATH"
+    }
     command = [python, "-c", program, str(model), str(ids), str(out / "model")]
-    done = subprocess.run(command, cwd=out, env=own | {"GPTQMODEL_CPU_WORKERS": "2"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=out, env=own | {"GPTQMODEL_CPU_WORKERS": "2"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(gptqmodel, llm_compressor, folder, name="demo", calibration=None, heldout=None):
     model, folder = qlab.open(name), Path(folder).resolve()
-    programs = {"GPTQModel gptq": (gptqmodel, GPTQMODEL), "llm-compressor gptq": (llm_compressor, LLM_COMPRESSOR_GPTQ),
-                "llm-compressor awq": (llm_compressor, LLM_COMPRESSOR_AWQ),
-                **{f"qlab {m}": (sys.executable, QLAB.replace("{method}", m)) for m in METHODS}}  # fmt: skip
+    programs = {
+        "GPTQModel gptq": (gptqmodel, GPTQMODEL),
+        "llm-compressor gptq": (llm_compressor, LLM_COMPRESSOR_GPTQ),
+        "llm-compressor awq": (llm_compressor, LLM_COMPRESSOR_AWQ),
+        **{f"qlab {m}": (sys.executable, QLAB.replace("{method}", m)) for m in METHODS},
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(qlab.tokens(model, [calibration or demo_text("calibration")], samples=32, length=512).ids, folder / "ids.pt")
+    torch.save(
+        qlab.tokens(model, [calibration or demo_text("calibration")], samples=32, length=512).ids,
+        folder / "ids.pt",
+    )
     runs = {rival: [] for rival in programs}
     for _ in range(ROUNDS):
         for rival, (python, program) in programs.items():
-            runs[rival].append(timed(python, program, model.path, folder / "ids.pt", folder / rival))
+            runs[rival].append(
+                timed(python, program, model.path, folder / "ids.pt", folder / rival)
+            )
     held_out = qlab.first_windows(model, [heldout or demo_text("heldout")], length=512, count=16)
     reference, rows = read(model, held_out), []
     table = Table("", "version", "seconds", "peak MiB", "perplexity (95 %, paired)", "KL", "top-1")
     for rival, found in runs.items():
         e = qlab.evaluate(qlab.open(folder / rival / "model"), reference, held_out)
         seconds, peaks, version = [run[0] for run in found], [run[1] for run in found], found[0][2]
-        rows.append({"name": rival, "version": version, "seconds": seconds, "peak_rss_bytes": peaks, "perplexity": e.perplexity,
-                     "ratio": e.perplexity / e.reference_perplexity, "ratio_ci": e.ratio_ci, "kl": e.kl,
-                     "top1_agreement": e.top1_agreement})  # fmt: skip
+        rows.append(
+            {
+                "name": rival,
+                "version": version,
+                "seconds": seconds,
+                "peak_rss_bytes": peaks,
+                "perplexity": e.perplexity,
+                "ratio": e.perplexity / e.reference_perplexity,
+                "ratio_ci": e.ratio_ci,
+                "kl": e.kl,
+                "top1_agreement": e.top1_agreement,
+            }
+        )
         change, (low, high) = rows[-1]["ratio"], e.ratio_ci
-        table.add_row(rival, version, " ".join(f"{s:.0f}" for s in seconds), f"{median(peaks) / (1 << 20):.0f}",
-                      f"{change - 1:+.2%} ({low - 1:.2%} to {high - 1:.2%})", f"{e.kl:.3g}", f"{e.top1_agreement:.3f}")  # fmt: skip
+        table.add_row(
+            rival,
+            version,
+            " ".join(f"{s:.0f}" for s in seconds),
+            f"{median(peaks) / (1 << 20):.0f}",
+            f"{change - 1:+.2%} ({low - 1:.2%} to {high - 1:.2%})",
+            f"{e.kl:.3g}",
+            f"{e.top1_agreement:.3f}",
+        )
     print(table)
-    result = RESULTS / "rivals.json" if name == "demo" else RESULTS / "rivals" / f"{model.path.name}.json"
+    result = (
+        RESULTS / "rivals.json"
+        if name == "demo"
+        else RESULTS / "rivals" / f"{model.path.name}.json"
+    )
     result.parent.mkdir(exist_ok=True)
-    result.write_text(json.dumps({"reference_perplexity": e.reference_perplexity, "threads": torch.get_num_threads(), "rows": rows,
-                                  "versions": versions()}, indent=1) + "\n")  # fmt: skip
+    result.write_text(
+        json.dumps(
+            {
+                "reference_perplexity": e.reference_perplexity,
+                "threads": torch.get_num_threads(),
+                "rows": rows,
+                "versions": versions(),
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

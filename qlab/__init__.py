@@ -57,7 +57,8 @@ __all__ = sorted(HOMES)
 
 
 def installed_version() -> str:
-    """The version of qlab, or what is to be said where its source is used without an installation."""
+    """The version of qlab, or what is to be said where its source is used without an
+    installation."""
     try:
         return version("qlab")
     except PackageNotFoundError:

@@ -16,7 +16,9 @@ from transformers.quantizers import auto
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()  # tests read what qlab itself prints
-torch.set_num_threads(1)  # the models are tiny, and children that tests fork must not inherit half a thread pool
+torch.set_num_threads(
+    1
+)  # the models are tiny, and children that tests fork must not inherit half a thread pool
 
 
 @pytest.fixture(scope="session")
@@ -24,11 +26,18 @@ def saved(tmp_path_factory):
     """saved(family, dtype, shard_size, **config) -> the directory of such a model, made once."""
     made: dict[str, Path] = {}
 
-    def save(family: str = "llama", dtype: torch.dtype = torch.float32, shard_size: str = "1GB", **overrides) -> Path:
+    def save(
+        family: str = "llama",
+        dtype: torch.dtype = torch.float32,
+        shard_size: str = "1GB",
+        **overrides,
+    ) -> Path:
         key = repr((family, dtype, shard_size, sorted(overrides.items())))
         if key not in made:
             made[key] = tmp_path_factory.mktemp(family)
-            tiny(family, **overrides).to(dtype).save_pretrained(made[key], max_shard_size=shard_size)
+            tiny(family, **overrides).to(dtype).save_pretrained(
+                made[key], max_shard_size=shard_size
+            )
             add_tokenizer(made[key])
         return made[key]
 
@@ -62,7 +71,10 @@ def llava(tmp_path_factory) -> Path:
 def door():
     """qlab.hf is imported, and transformers has its own readers back when the test ends."""
     mappings = auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
-    before, reads = [dict(mapping) for mapping in mappings], PretrainedConfig.__dict__["get_config_dict"]
+    before, reads = (
+        [dict(mapping) for mapping in mappings],
+        PretrainedConfig.__dict__["get_config_dict"],
+    )
     names = "merge_quantization_configs", "supports_quant_method"
     own = {name: auto.AutoHfQuantizer.__dict__[name] for name in names}
     importlib.import_module("qlab.hf").register()
@@ -77,7 +89,8 @@ def door():
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """command(main, *arguments): a command line run in this process -> exit code, what it printed, what it complained of."""
+    """command(main, *arguments): a command line run in this process -> exit code, what it printed,
+    what it complained of."""
     monkeypatch.setenv("COLUMNS", "250")
 
     def run(main: Callable[[], None], *arguments: object) -> tuple[int, str, str]:

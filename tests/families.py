@@ -1,16 +1,41 @@
-"""Tiny random models of every family, built from configs: hidden 64, two to four blocks, vocabulary 128."""
+"""Tiny random models of every family, built from configs: hidden 64, two to four blocks, vocabulary
+128."""
 
 import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
-_DENSE = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-              num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+_DENSE = dict(
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 _HEADS = {k: v for k, v in _DENSE.items() if k != "num_key_value_heads"}
-_MLA = _HEADS | dict(num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16)
-_SLIDING = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2, num_hidden_layers=4)
+_MLA = _HEADS | dict(
+    num_key_value_heads=4,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    v_head_dim=16,
+)
+_SLIDING = dict(
+    sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2, num_hidden_layers=4
+)
 
 FAMILIES: dict[str, dict] = {
     "llama": _DENSE,
@@ -23,54 +48,162 @@ FAMILIES: dict[str, dict] = {
     "olmo2": _DENSE,
     "opt": _HEADS | dict(ffn_dim=128, word_embed_proj_dim=64),
     "gpt_neox": _HEADS,
-    "gpt2": dict(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2),
-}  # fmt: skip
+    "gpt2": dict(
+        vocab_size=128,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+}
 MIXTURES: dict[str, dict] = {
     "mixtral": _DENSE | dict(num_local_experts=4, num_experts_per_tok=2),
-    "qwen3_moe": _DENSE | dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
-    "deepseek_v3": _MLA | dict(num_hidden_layers=3, first_k_dense_replace=1, n_routed_experts=8, num_experts_per_tok=3, n_group=2,
-                               topk_group=1, n_shared_experts=1, moe_intermediate_size=32),
-}  # fmt: skip
-OTHERS: dict[str, dict] = {  # what the others have not: weights multiplied transposed, rotary pairs of neighbours, filters over time
-    "falcon": dict(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1, eos_token_id=2),
+    "qwen3_moe": _DENSE
+    | dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+    "deepseek_v3": _MLA
+    | dict(
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_group=2,
+        topk_group=1,
+        n_shared_experts=1,
+        moe_intermediate_size=32,
+    ),
+}
+OTHERS: dict[
+    str, dict
+    # what the others have not: weights multiplied transposed, rotary pairs of neighbours, filters
+    # over time
+] = {
+    "falcon": dict(
+        vocab_size=128,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
     "glm": _DENSE | dict(head_dim=16),
     "lfm2": _DENSE | dict(layer_types=["full_attention", "conv"], block_auto_adjust_ff_dim=False),
-}  # fmt: skip
-UNLIKE: dict[str, dict] = {  # whose blocks hand on keys and values; some of whose weights are used in ways that qlab does not read
-    "gemma4_text": _DENSE | dict(head_dim=16, num_hidden_layers=4, num_kv_shared_layers=2, hidden_size_per_layer_input=16,
-                                 vocab_size_per_layer_input=128, layer_types=["sliding_attention", "full_attention"] * 2,
-                                 sliding_window=8),
-    "granitemoe": _DENSE | dict(num_local_experts=4, num_experts_per_tok=2),  # experts of other names in the files, as they lie
-    "olmo_hybrid": _HEADS | dict(num_key_value_heads=4, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16,
-                                 linear_value_head_dim=16, layer_types=["linear_attention", "full_attention"]),  # filters in parts
-    "llama4_text": _DENSE | dict(head_dim=16, intermediate_size_mlp=128, num_local_experts=4, num_experts_per_tok=1,
-                                 interleave_moe_layer_step=2, attention_chunk_size=16),
-}  # fmt: skip
-_ROPE = dict(rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
-             bos_token_id=1, eos_token_id=2)  # fmt: skip
-_TOKENS = dict(image_token_id=127, video_token_id=126, vision_start_token_id=125, vision_end_token_id=124)
-VISION: dict[str, dict] = {  # a decoder of the dense families behind a small vision tower; token 127 stands for an image's patch
-    "llava": dict(text_config=dict(model_type="llama", **_DENSE), image_token_index=127, vision_config=dict(
-        model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
-        image_size=28, patch_size=14, projection_dim=32)),
-    "qwen2_vl": _TOKENS | dict(text_config=_DENSE | _ROPE, vision_config=dict(
-        depth=2, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2, patch_size=14, in_channels=3)),
-    "qwen2_5_vl": _TOKENS | dict(text_config=_DENSE | _ROPE, vision_config=dict(
-        depth=2, hidden_size=32, out_hidden_size=64, intermediate_size=64, num_heads=2, patch_size=14, fullatt_block_indexes=[1],
-        window_size=56)),
-}  # fmt: skip
+}
+UNLIKE: dict[
+    str, dict
+    # whose blocks hand on keys and values; some of whose weights are used in ways that qlab does
+    # not read
+] = {
+    "gemma4_text": _DENSE
+    | dict(
+        head_dim=16,
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=128,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=8,
+    ),
+    "granitemoe": _DENSE
+    | dict(
+        num_local_experts=4, num_experts_per_tok=2
+    ),  # experts of other names in the files, as they lie
+    "olmo_hybrid": _HEADS
+    | dict(
+        num_key_value_heads=4,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
+    ),  # filters in parts
+    "llama4_text": _DENSE
+    | dict(
+        head_dim=16,
+        intermediate_size_mlp=128,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=2,
+        attention_chunk_size=16,
+    ),
+}
+_ROPE = dict(
+    rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+    bos_token_id=1,
+    eos_token_id=2,
+)
+_TOKENS = dict(
+    image_token_id=127, video_token_id=126, vision_start_token_id=125, vision_end_token_id=124
+)
+VISION: dict[
+    str, dict
+    # a decoder of the dense families behind a small vision tower; token 127 stands for an image's
+    # patch
+] = {
+    "llava": dict(
+        text_config=dict(model_type="llama", **_DENSE),
+        image_token_index=127,
+        vision_config=dict(
+            model_type="clip_vision_model",
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+            projection_dim=32,
+        ),
+    ),
+    "qwen2_vl": _TOKENS
+    | dict(
+        text_config=_DENSE | _ROPE,
+        vision_config=dict(
+            depth=2,
+            embed_dim=32,
+            hidden_size=64,
+            num_heads=2,
+            mlp_ratio=2,
+            patch_size=14,
+            in_channels=3,
+        ),
+    ),
+    "qwen2_5_vl": _TOKENS
+    | dict(
+        text_config=_DENSE | _ROPE,
+        vision_config=dict(
+            depth=2,
+            hidden_size=32,
+            out_hidden_size=64,
+            intermediate_size=64,
+            num_heads=2,
+            patch_size=14,
+            fullatt_block_indexes=[1],
+            window_size=56,
+        ),
+    ),
+}
 
-SINCE = {"olmo_hybrid": "5.3", "gemma4_text": "5.5"}  # the release of transformers that brought a family, where it was not 5.0
+SINCE = {
+    "olmo_hybrid": "5.3",
+    "gemma4_text": "5.5",
+}  # the release of transformers that brought a family, where it was not 5.0
 
 
 def tiny(family: str, seed: int = 0, **overrides) -> PreTrainedModel:
-    """A random model of the family in fp32, with every weight (norms and biases too) moved off its initial value.
+    """A random model of the family in fp32, with every weight (norms and biases too) moved off its
+    initial value.
 
     A test of a family that the installed transformers is too old for is skipped.
     """
     if Version(transformers.__version__) < Version(SINCE.get(family, "5.0")):
-        pytest.skip(f"{family} came with transformers {SINCE[family]}, and {transformers.__version__} is installed")
-    config = AutoConfig.for_model(family, **((FAMILIES | MIXTURES | OTHERS | UNLIKE | VISION)[family] | overrides))
+        pytest.skip(
+            f"{family} came with transformers {SINCE[family]}, and {transformers.__version__} is "
+            "installed"
+        )
+    config = AutoConfig.for_model(
+        family, **((FAMILIES | MIXTURES | OTHERS | UNLIKE | VISION)[family] | overrides)
+    )
     torch.manual_seed(seed)
     maker = AutoModelForImageTextToText if family in VISION else AutoModelForCausalLM
     model = maker.from_config(config, dtype=torch.float32).eval()

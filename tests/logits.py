@@ -24,10 +24,18 @@ def qlab_logits(path: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
 
 
 @torch.no_grad()
-def transformers_logits(path: Path, ids: torch.Tensor = IDS, dequantize: bool = False) -> torch.Tensor:
+def transformers_logits(
+    path: Path, ids: torch.Tensor = IDS, dequantize: bool = False
+) -> torch.Tensor:
     how = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
-    model, report = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **how)
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    model, report = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, output_loading_info=True, **how
+    )
+    assert (
+        not report["missing_keys"]
+        and not report["unexpected_keys"]
+        and not report["mismatched_keys"]
+    )
     return model.eval()(ids).logits
 
 

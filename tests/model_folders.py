@@ -24,7 +24,9 @@ def add_tokenizer(directory: Path) -> None:
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *WORDS])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
     fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     fast.save_pretrained(directory)
 
@@ -55,7 +57,8 @@ def random_tokens(path: Path, samples: int = 4, length: int = 32, seed: int = 0)
 
 
 def change(path: Path, **edits) -> None:
-    """Edit tensors of the single-file model at `path`: name (dots as __) -> function of the tensor; None drops it."""
+    """Edit tensors of the single-file model at `path`: name (dots as __) -> function of the tensor;
+    None drops it."""
     whole = load_file(path / "model.safetensors")
     for name, edit in edits.items():
         old = whole.pop(name.replace("__", "."))
@@ -82,6 +85,7 @@ def refused(act, *words):
 
 
 def unpacked():
-    """Options with which transformers makes dense weights of a GGUF file, as it always does before 5.17."""
+    """Options with which transformers makes dense weights of a GGUF file, as it always does before
+    5.17."""
     packing = getattr(transformers, "GgufConfig", None)
     return {} if packing is None else {"quantization_config": packing(dequantize=True)}

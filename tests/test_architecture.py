@@ -1,4 +1,5 @@
-"""Who may import whom, read off the source: layers, doors of foreign libraries, and what `import qlab` costs."""
+"""Who may import whom, read off the source: layers, doors of foreign libraries, and what `import
+qlab` costs."""
 
 import ast
 import subprocess
@@ -52,7 +53,8 @@ def unit(file):
 
 
 def imports(file, functions=True, types=True):
-    """Dotted names that a file imports; without `functions`, only those that run at import, and without `types`, those that run."""
+    """Dotted names that a file imports; without `functions`, only those that run at import, and
+    without `types`, those that run."""
     return imported_by(FILES[file], functions, types)
 
 
@@ -66,8 +68,14 @@ def names_imported(path, functions, types):
     nodes = list(ast.walk(tree))
     left_out = set()
     for node in nodes:
-        in_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not functions
-        for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) and not (functions and types)
+        in_function = (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not functions
+        )
+        for_types = (
+            isinstance(node, ast.If)
+            and "TYPE_CHECKING" in ast.dump(node.test)
+            and not (functions and types)
+        )
         if in_function or for_types:
             left_out |= set(ast.walk(node))
     for node in (n for n in nodes if n not in left_out):
@@ -114,10 +122,16 @@ def test_the_stub_says_where_public_names_are():
 
 def test_no_circle():
     """Modules import each other in one direction, whether at import or inside a function."""
-    names = {f"qlab.{file.removesuffix('.py').replace('/', '.')}".removesuffix(".__init__"): file for file in FILES}
+    names = {
+        f"qlab.{file.removesuffix('.py').replace('/', '.')}".removesuffix(".__init__"): file
+        for file in FILES
+    }
     wanted = {}
     for name, file in names.items():
-        found = {full if full in names else full.rpartition(".")[0] for full in imports(file, types=False)}
+        found = {
+            full if full in names else full.rpartition(".")[0]
+            for full in imports(file, types=False)
+        }
         wanted[name] = found & set(names) - {name, "qlab"}
     assert list(TopologicalSorter(wanted).static_order())
 
@@ -138,13 +152,23 @@ def test_only_what_walks_programs_uses_fx_and_export(file):
 @modules
 def test_methods_know_neither_devices_nor_files_nor_paths(file):
     if unit(file) == "methods":
-        assert not top_level(file) - {"torch", "qlab", "collections", "dataclasses", "typing", "math", "functools", "einops"}
+        assert not top_level(file) - {
+            "torch",
+            "qlab",
+            "collections",
+            "dataclasses",
+            "typing",
+            "math",
+            "functools",
+            "einops",
+        }
         assert ".cuda(" not in FILES[file].read_text(encoding="utf-8")
 
 
 @modules
 def test_rooms_that_do_not_know_each_other(file):
-    """A format knows no method, running a model knows no quantizing, and lowering knows no format."""
+    """A format knows no method, running a model knows no quantizing, and lowering knows no
+    format."""
     apart = {
         "codecs": {"methods"},
         "methods": {"codecs"},
@@ -158,7 +182,17 @@ def test_rooms_that_do_not_know_each_other(file):
 def test_foreign_libraries_come_in_by_their_doors(file):
     doors = {
         "safetensors": set(),  # files/ reads and writes the format itself, one tensor at a time
-        "transformers": {"files", "data", "model", "demo", "directories", "hf", "lowering", "evaluation", "bench"},
+        "transformers": {
+            "files",
+            "data",
+            "model",
+            "demo",
+            "directories",
+            "hf",
+            "lowering",
+            "evaluation",
+            "bench",
+        },
         "accelerate": {"model", "hf", "demo"},
         "compressed_tensors": {"bench"},  # tests read with it; qlab does not need it
         "gptqmodel": {"bench"},
@@ -166,13 +200,23 @@ def test_foreign_libraries_come_in_by_their_doors(file):
         "typer": {"cli", "bench"},
         "torchao": {"lowering", "bench"},
     }
-    wrong = {library for library, units in doors.items() if library in top_level(file) and unit(file) not in units}
+    wrong = {
+        library
+        for library, units in doors.items()
+        if library in top_level(file) and unit(file) not in units
+    }
     assert not wrong, f"{file} imports {sorted(wrong)}; their doors are {[doors[w] for w in wrong]}"
 
 
 @modules
 def test_nothing_imports_kernels_or_plots_at_import(file):
-    assert not top_level(file, functions=False) & {"triton", "torchao", "matplotlib", "qlab_kernels", "vllm"}
+    assert not top_level(file, functions=False) & {
+        "triton",
+        "torchao",
+        "matplotlib",
+        "qlab_kernels",
+        "vllm",
+    }
 
 
 def test_no_module_is_called_utils_and_kernels_shadows_nothing():
@@ -185,10 +229,15 @@ def test_experiments_are_imported_by_nobody():
 
 
 def test_importing_qlab_loads_neither_plots_nor_kernels():
-    # transformers imports torchao and triton wherever they are installed, but works without; so does qlab
-    code = ("import sys; sys.modules.update(torchao=None, triton=None); import qlab; "
-            "print([m for m in ('matplotlib', 'qlab_kernels') if m in sys.modules])")  # fmt: skip
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    # transformers imports torchao and triton wherever they are installed, but works without; so
+    # does qlab
+    code = (
+        "import sys; sys.modules.update(torchao=None, triton=None); import qlab; "
+        "print([m for m in ('matplotlib', 'qlab_kernels') if m in sys.modules])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert out.stdout.strip() == "[]"
 
 

@@ -1,8 +1,10 @@
-"""README and docs: what they say is run. Every command and every snippet, as it stands, on tiny models under the pages' names.
+"""README and docs: what they say is run. Every command and every snippet, as it stands, on tiny
+models under the pages' names.
 
-A page is read from the top, in a folder of its own that holds what README's `qlab quantize` writes. The word behind a block's
-language says what cannot be run here, of which the options are parsed; `refused` blocks end in the errors of the `text` block
-that follows, where `...` stands for anything.
+A page is read from the top, in a folder of its own that holds what README's `qlab quantize` writes.
+The word behind a block's language says what cannot be run here, of which the options are parsed;
+`refused` blocks end in the errors of the `text` block that follows, where `...` stands for
+anything.
 """
 
 import json
@@ -48,7 +50,9 @@ class Block:
 
 def blocks(page):
     text = page.read_text(encoding="utf-8")
-    return [Block(page, text[: m.start()].count("\n") + 1, *m.groups()) for m in FENCE.finditer(text)]
+    return [
+        Block(page, text[: m.start()].count("\n") + 1, *m.groups()) for m in FENCE.finditer(text)
+    ]
 
 
 def commands(block):
@@ -72,8 +76,14 @@ def program(words):
 
 def check_names(words):
     """A command of another program names files and extras that the project has."""
-    assert words[0] in ("git", "cd", "pip", "python", "pytest", "ruff", "mypy", "sphinx-build", ".ci/run") or "=" in words[0], words
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert (
+        words[0]
+        in ("git", "cd", "pip", "python", "pytest", "ruff", "mypy", "sphinx-build", ".ci/run")
+        or "=" in words[0]
+    ), words
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     for word in words:
         if extra := re.search(r"\[(\w+)\]$", word):
             assert extra[1] in extras, word
@@ -82,24 +92,36 @@ def check_names(words):
 
 
 def commands_of(page):
-    return [words for block in blocks(page) if block.language == "bash" for words in commands(block)]
+    return [
+        words for block in blocks(page) if block.language == "bash" for words in commands(block)
+    ]
 
 
-[QUANTIZE] = [words for words in commands_of(ROOT / "README.md") if words[:2] == ["qlab", "quantize"]]
+[QUANTIZE] = [
+    words for words in commands_of(ROOT / "README.md") if words[:2] == ["qlab", "quantize"]
+]
 MADE = QUANTIZE[-1]
 
 
 @pytest.fixture(scope="module")
 def shelf(saved, tmp_path_factory):
-    """What the pages call by name: the demo, texts, models, and what README's `qlab quantize` makes."""
+    """What the pages call by name: the demo, texts, models, and what README's `qlab quantize`
+    makes."""
     folder = tmp_path_factory.mktemp("shelf")
     (folder / "text").mkdir()
     for name, family in {"model": "llama", "mixtral": "mixtral"}.items():
         (folder / name).symlink_to(saved(family, torch.bfloat16, max_position_embeddings=2048))
     write(folder / "model.gguf", {"attn_q": KINDS.Q4_0})
-    windows = {"text/calibration.jsonl": 33, "text/heldout.jsonl": 3, "my.jsonl": 33, "held-out.jsonl": 3}
+    windows = {
+        "text/calibration.jsonl": 33,
+        "text/heldout.jsonl": 3,
+        "my.jsonl": 33,
+        "held-out.jsonl": 3,
+    }
     for seed, (name, count) in enumerate(windows.items()):
-        (folder / name).write_text(json.dumps({"title": "", "text": prose(512 * count, seed)}) + "\n")
+        (folder / name).write_text(
+            json.dumps({"title": "", "text": prose(512 * count, seed)}) + "\n"
+        )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("QLAB_DEMO", str(folder))
@@ -134,7 +156,8 @@ def alike(said, quoted):
 
 @pytest.fixture
 def run(command, monkeypatch):
-    """run(words, mark): a command, or with a mark of UNRUN only its options -> exit code, the last line on stderr."""
+    """run(words, mark): a command, or with a mark of UNRUN only its options -> exit code, the last
+    line on stderr."""
 
     def call(words, mark):
         main, arguments = program(words)
@@ -180,14 +203,14 @@ def test_commands_and_snippets_do_what_the_page_says(page, here, run):
 
 LIES = {
     "an option that does not exist": "```bash gpu\nqlab plan demo --device cuda\n```\n",
-    "a command that does not exist": "```bash minutes\npython -m qlab.bench everything --out x\n```\n",
+    "a command that does not exist": "```bash minutes\npython -m qlab.bench everything --out x\n```\n",  # noqa: E501
     "a command that is refused": "```bash\nqlab plan nowhere\n```\n",
-    "an extra that does not exist": "```bash network\npip install -e \".[cuda]\"\n```\n",
-    "a script that does not exist": "```bash others\ngit pull && python experiments/nothing.py\n```\n",
+    "an extra that does not exist": '```bash network\npip install -e ".[cuda]"\n```\n',
+    "a script that does not exist": "```bash others\ngit pull && python experiments/nothing.py\n```\n",  # noqa: E501
     "a name that does not exist": "```python\nimport qlab\n\nqlab.quantise\n```\n",
     "no Python": "```python gpu\nqlab.lower(demo\n```\n",
-    "a refusal in other words": "```bash refused\nqlab plan nowhere\n```\n```text\nqlab: nowhere to be found\n```\n",
-    "a refusal that does not come": "```bash refused\nqlab --version\n```\n```text\nqlab: ...\n```\n",
+    "a refusal in other words": "```bash refused\nqlab plan nowhere\n```\n```text\nqlab: nowhere to be found\n```\n",  # noqa: E501
+    "a refusal that does not come": "```bash refused\nqlab --version\n```\n```text\nqlab: ...\n```\n",  # noqa: E501
     "an error that does not come": "```python refused\nimport qlab\n```\n```text\n...\n```\n",
 }
 
@@ -205,13 +228,23 @@ def test_every_block_is_read(page):
     text, read = page.read_text(encoding="utf-8"), blocks(page)
     assert text.count("```") == 2 * len(read)
     for block, following in zip(read, [*read[1:], None]):
-        assert block.language in ("bash", "python", "text") and block.mark in ("", "refused", *UNRUN), block
-        assert (block.mark == "refused") <= (following is not None and following.language == "text"), block
+        assert block.language in ("bash", "python", "text") and block.mark in (
+            "",
+            "refused",
+            *UNRUN,
+        ), block
+        assert (block.mark == "refused") <= (
+            following is not None and following.language == "text"
+        ), block
 
 
 def options(command):
     """The options of a command and of those below it."""
-    own = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    own = {
+        name
+        for parameter in command.params
+        for name in (*parameter.opts, *parameter.secondary_opts)
+    }
     return own.union(*map(options, getattr(command, "commands", {}).values()))
 
 
@@ -223,7 +256,9 @@ def test_options_paths_and_names_in_the_text_exist(page):
     paths = re.findall(r"`((?:qlab|tests|experiments|docs|kernels)/[\w/.-]*)", text)
     assert not [path for path in paths if not (ROOT / path).exists()]
     public = set(re.findall(r"\bqlab\.(\w+)", text)) - {"json"}  # qlab.json is a file
-    assert not [name for name in public if name not in qlab.__all__ and not find_spec(f"qlab.{name}")]
+    assert not [
+        name for name in public if name not in qlab.__all__ and not find_spec(f"qlab.{name}")
+    ]
 
 
 @each_page
@@ -232,8 +267,14 @@ def test_links_lead_somewhere(page):
         if "://" not in path:
             target = (page.parent / path).resolve() if path else page
             assert target.exists(), path
-            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
-            assert not anchor or anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], anchor
+            headings = (
+                re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+                if anchor
+                else []
+            )
+            assert not anchor or anchor in [
+                re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings
+            ], anchor
 
 
 def test_the_readme_is_short_and_the_index_names_every_page():
@@ -241,7 +282,9 @@ def test_the_readme_is_short_and_the_index_names_every_page():
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     site = (ROOT / "docs" / "index.rst").read_text(encoding="utf-8")
     for page in (ROOT / "docs").glob("*.md"):
-        assert page.stem == "README" or (f"]({page.name})" in index and f"   {page.stem}\n" in site), page
+        assert page.stem == "README" or (
+            f"]({page.name})" in index and f"   {page.stem}\n" in site
+        ), page
 
 
 def results(name):
@@ -249,7 +292,11 @@ def results(name):
 
 
 def test_the_readmes_table_is_of_the_stored_run():
-    table = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")][2:]
+    table = [
+        line
+        for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("|")
+    ][2:]
     stored = {row["name"].lower(): row for row in results("rivals.json")["rows"]}
     for line in table:
         who, change, kl, seconds, peak = (cell.strip(" |") for cell in line.strip("|").split("|"))
@@ -257,30 +304,63 @@ def test_the_readmes_table_is_of_the_stored_run():
         row = stored[f"{program} {method}"]
         low, high = (100 * (ratio - 1) for ratio in row["ratio_ci"])
         assert change == f"{100 * (row['ratio'] - 1):+.1f} % ({low:.1f} to {high:.1f})"
-        assert (kl, seconds) == (f"{row['kl']:.3f}", f"{row['seconds'][0]:.0f}") and peak == f"{row['peak_rss_bytes'][0] / 2**20:.0f}"
+        assert (kl, seconds) == (
+            f"{row['kl']:.3f}",
+            f"{row['seconds'][0]:.0f}",
+        ) and peak == f"{row['peak_rss_bytes'][0] / 2**20:.0f}"
         assert row["version"] in who or row["version"] == "here"
 
 
 def test_the_readmes_rates_are_of_the_stored_runs():
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    rates = {row["engine"]: row["decode_tokens_per_s"] for row in results("generate-llama-cpp.json")["rows"]}
+    rates = {
+        row["engine"]: row["decode_tokens_per_s"]
+        for row in results("generate-llama-cpp.json")["rows"]
+    }
     assert f"generates {rates['qlab compiled, gptq']:.0f} tokens a second" in text
-    assert f"llama.cpp generates {rates['llama.cpp']:.0f} " in text and f"transformers {rates['bf16 eager, gptq']:.1f} in" in text
-    sizes = {row["engine"]: row["weight_bytes"] for row in results("generate-int4-g64.json")[0]["rows"]}
+    assert (
+        f"llama.cpp generates {rates['llama.cpp']:.0f} " in text
+        and f"transformers {rates['bf16 eager, gptq']:.1f} in" in text
+    )
+    sizes = {
+        row["engine"]: row["weight_bytes"] for row in results("generate-int4-g64.json")[0]["rows"]
+    }
     assert f"take {sizes['qlab eager'] / sizes['bf16 eager']:.2f} of the memory" in text
 
 
 def test_models_that_are_named_are_tested():
     families = {**FAMILIES, **MIXTURES, **OTHERS, **UNLIKE, **VISION}
-    lists = re.findall(r"^- .* such as (.*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    lists += re.findall(r"^\| .* \| (.*, .*) \|$", (ROOT / "docs" / "models.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(lists) == 7 and {name for line in lists for name in line.split(", ")} <= set(families)
+    lists = re.findall(
+        r"^- .* such as (.*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    lists += re.findall(
+        r"^\| .* \| (.*, .*) \|$",
+        (ROOT / "docs" / "models.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    assert len(lists) == 7 and {name for line in lists for name in line.split(", ")} <= set(
+        families
+    )
 
 
 def test_every_module_is_in_the_table_of_files():
-    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## What is where")[1].split("\n## ")[0]
-    named = re.findall(r"`([\w/.]+)`", "\n".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
+    table = (
+        (ROOT / "CONTRIBUTING.md")
+        .read_text(encoding="utf-8")
+        .split("## What is where")[1]
+        .split("\n## ")[0]
+    )
+    named = re.findall(
+        r"`([\w/.]+)`",
+        "\n".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")),
+    )
     assert not [name for name in named if not (ROOT / name).exists()]
-    modules = [p for p in (ROOT / "qlab").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()]
-    missing = {str(p.relative_to(ROOT)) + "/" * p.is_dir() for p in modules} - set(named) - {"qlab/__main__.py"}
+    modules = [
+        p for p in (ROOT / "qlab").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()
+    ]
+    missing = (
+        {str(p.relative_to(ROOT)) + "/" * p.is_dir() for p in modules}
+        - set(named)
+        - {"qlab/__main__.py"}
+    )
     assert not missing, f"give {sorted(missing)} a row in CONTRIBUTING's table"

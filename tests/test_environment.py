@@ -1,4 +1,5 @@
-"""What is installed: the versions that were tested together lie within the ranges that qlab asks for."""
+"""What is installed: the versions that were tested together lie within the ranges that qlab asks
+for."""
 
 import re
 import tomllib
@@ -25,16 +26,23 @@ def pinned_versions():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [Requirement(line) for line in lines if not line.startswith("#")]
     assert all(str(r.specifier).startswith("==") for r in pins)
-    return {r.name.lower().replace("_", "-"): Version(str(r.specifier).removeprefix("==")) for r in pins}
+    return {
+        r.name.lower().replace("_", "-"): Version(str(r.specifier).removeprefix("==")) for r in pins
+    }
 
 
 def test_every_requirement_has_a_tested_version_within_its_range():
     versions = pinned_versions()
-    assert not [str(r) for r in asked() if r.name not in versions or versions[r.name] not in r.specifier]
+    assert not [
+        str(r) for r in asked() if r.name not in versions or versions[r.name] not in r.specifier
+    ]
 
 
 def test_a_cpu_build_of_the_tested_torch_is_one_of_its_versions():
-    assert Version(f"{pinned_versions()['torch']}+cpu") in Requirement(f"torch=={pinned_versions()['torch']}").specifier
+    assert (
+        Version(f"{pinned_versions()['torch']}+cpu")
+        in Requirement(f"torch=={pinned_versions()['torch']}").specifier
+    )
 
 
 def test_the_documents_and_the_check_install_the_same():

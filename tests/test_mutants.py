@@ -8,7 +8,10 @@ from mutants.planting import Mutant, plant
 
 ROOT = Path(__file__).parents[1]
 TWICE = "def f(x):\n    return g(x) + g(x)\n"
-TIGHT = "class A:\n    def f(self, x):\n        return self.g(x, 1) if x else 0  # why\n\ndef f(x): return self.g(x, 1)\n"
+TIGHT = (
+    "class A:\n    def f(self, x):\n        return self.g(x, 1) if x else 0  # why\n\ndef f(x): "
+    "return self.g(x, 1)\n"
+)
 WIDE = """
 def f(x):
     return self.g(x, 1)

@@ -1,16 +1,19 @@
 """The config cache: which configuration runs for a problem, looked up without ever timing anything.
 
 The first of these that has a legal one decides:
-    override            $QLAB_KERNEL_CONFIG: a config as JSON, '{"op": "int4_mm", "kind": "dequant"}', or a file that `export` wrote
+    override            $QLAB_KERNEL_CONFIG: a config as JSON, '{"op": "int4_mm", "kind":
+                        "dequant"}', or a file that `export` wrote
     user                the user's own entry for this problem and device
     shipped-device      an entry of this package for this device
     shipped-capability  the same for another device of the capability
-    nearest             the closest entry of its capability, dtype, group and zeros, by log distance in n, k, experts and rows of each
+    nearest             the closest entry of its capability, dtype, group and zeros, by log distance
+                        in n, k, experts and rows of each
     heuristic           `config.heuristic`
 
-The user's files lie in $QLAB_CACHE_DIR, else $QLAB_HOME/configs, else $XDG_CACHE_HOME/qlab/configs or ~/.cache/qlab/configs. All files
-and the environment are read once, into a snapshot: lookups are pure until `refresh`, and `snapshot_hash` names what they depend on.
-An entry of an older kernel, Triton or torch is used where there is no newer (`Found.stale`); it is tuned anew only on request.
+The user's files lie in $QLAB_CACHE_DIR, else $QLAB_HOME/configs, else $XDG_CACHE_HOME/qlab/configs
+or ~/.cache/qlab/configs. All files and the environment are read once, into a snapshot: lookups are
+pure until `refresh`, and `snapshot_hash` names what they depend on. An entry of an older kernel,
+Triton or torch is used where there is no newer (`Found.stale`); it is tuned anew only on request.
 """
 
 import hashlib
@@ -26,20 +29,30 @@ from pathlib import Path
 from typing import Literal
 
 from qlab_kernels import entries
-from qlab_kernels.config import OPERATORS, Config, Problem, heuristic, kernel_revision, legal, rows_each
+from qlab_kernels.config import (
+    OPERATORS,
+    Config,
+    Problem,
+    heuristic,
+    kernel_revision,
+    legal,
+    rows_each,
+)
 from qlab_kernels.entries import MODEL, CacheError, Entry, Key, Table, file_name, key_of
 
 Source = Literal["override", "user", "shipped-device", "shipped-capability", "nearest", "heuristic"]
 OVERRIDE = "QLAB_KERNEL_CONFIG"
 SHIPPED = Path(__file__).parent / "tuned"
-M_REACH = 1.0  # in log2: an entry for more than twice or less than half the rows per weight may belong to another regime
+# in log2: an entry for more than twice or less than half the rows per weight may belong to another
+# regime
+M_REACH = 1.0
 REACH = 6.0  # in log2 over n, k, experts and rows of each together
 
 
 @dataclass(frozen=True)
 class Found:
-    """A configuration, where it came from, the entry behind it (None for heuristic and inline override), and whether that was
-    timed with other versions of the kernels, Triton or torch."""
+    """A configuration, where it came from, the entry behind it (None for heuristic and inline
+    override), and whether that was timed with other versions of the kernels, Triton or torch."""
 
     config: Config
     source: Source
@@ -64,12 +77,14 @@ class Snapshot:
         digest = hashlib.sha256(f"{self.inline} {self.kernel}".encode())
         for layer in (self.override, self.user, self.shipped):
             for name, table in sorted(layer.items()):
-                digest.update(f"{name} {sorted(f'{key} {entry}' for key, entry in table.entries.items())}".encode())
+                entries = sorted(f"{key} {entry}" for key, entry in table.entries.items())
+                digest.update(f"{name} {entries}".encode())
             digest.update(b"layer")
         return digest.hexdigest()[:16]
 
     def lookup(self, p: Problem) -> Found:
-        """The configuration for `p`. KernelError when an override does not suit it, or when nothing computes it."""
+        """The configuration for `p`. KernelError when an override does not suit it, or when nothing
+        computes it."""
         if (found := self._found.get(p)) is None:
             found = self._found[p] = self._search(p)
         return found
@@ -77,13 +92,18 @@ class Snapshot:
     def _search(self, p: Problem) -> Found:
         if self.inline and self.inline[0] in (None, p.op):
             if why := legal(p, self.inline[1]):
-                raise CacheError(f"${OVERRIDE} asks for {self.inline[1]}, which does not suit n={p.n}, k={p.k}, m={p.m}: {why}")
+                raise CacheError(
+                    f"${OVERRIDE} asks for {self.inline[1]}, which does not suit n={p.n}, "
+                    f"k={p.k}, m={p.m}: {why}"
+                )
             return Found(self.inline[1], "override")
         name, wanted = file_name(p.op, p.cc), key_of(p, self.kernel)
         layers: tuple[tuple[Source, Mapping[str, Table], bool], ...] = (
-            ("override", self.override, False), ("user", self.user, True),
-            ("shipped-device", self.shipped, True), ("shipped-capability", self.shipped, False),
-        )  # fmt: skip
+            ("override", self.override, False),
+            ("user", self.user, True),
+            ("shipped-device", self.shipped, True),
+            ("shipped-capability", self.shipped, False),
+        )
         for source, layer, same_device in layers:
             table = layer.get(name)
             for key, entry in _exact(table, wanted, same_device) if table else ():
@@ -93,26 +113,50 @@ class Snapshot:
 
     def _nearest(self, p: Problem, name: str, wanted: Key) -> Found | None:
         tables = [layer[name] for layer in (self.user, self.shipped) if name in layer]
-        near = [(*_distance(wanted, key), str(key), entry) for table in tables for key, entry in table.entries.items()
-                if _kind(key) == _kind(wanted) and _distance(wanted, key)[0] <= REACH]  # fmt: skip
+        near = [
+            (*_distance(wanted, key), str(key), entry)
+            for table in tables
+            for key, entry in table.entries.items()
+            if _kind(key) == _kind(wanted) and _distance(wanted, key)[0] <= REACH
+        ]
         for *_, text, entry in sorted(near, key=lambda row: row[:-1]):
             if legal(p, entry.config) is None:
-                return Found(entry.config, "nearest", entry, stale(entry, entries.key_from(text), self.kernel))
+                return Found(
+                    entry.config,
+                    "nearest",
+                    entry,
+                    stale(entry, entries.key_from(text), self.kernel),
+                )
         return None
 
 
 def stale(entry: Entry, key: Key, kernel: str) -> bool:
-    """Whether an entry was measured with other kernels or versions than these. What was only modelled does not age."""
-    return entry.source == "measured" and (key.kernel, entry.triton, entry.torch) != (kernel, *entries.versions())
+    """Whether an entry was measured with other kernels or versions than these. What was only
+    modelled does not age."""
+    return entry.source == "measured" and (key.kernel, entry.triton, entry.torch) != (
+        kernel,
+        *entries.versions(),
+    )
 
 
 def _exact(table: Table, wanted: Key, same_device: bool) -> list[tuple[Key, Entry]]:
     """Entries for the very problem: this device and kernel first, then the newest."""
-    same = [(key, entry) for key, entry in table.entries.items()
-            if (*_kind(key), key.experts, key.n, key.k, key.m) == (*_kind(wanted), wanted.experts, wanted.n, wanted.k, wanted.m)
-            and (key.device == wanted.device or not same_device)]  # fmt: skip
+    same = [
+        (key, entry)
+        for key, entry in table.entries.items()
+        if (*_kind(key), key.experts, key.n, key.k, key.m)
+        == (*_kind(wanted), wanted.experts, wanted.n, wanted.k, wanted.m)
+        and (key.device == wanted.device or not same_device)
+    ]
     same.sort(key=lambda row: (row[1].date, str(row[0])), reverse=True)
-    return sorted(same, key=lambda row: (row[0].device != wanted.device, row[0].kernel != wanted.kernel, row[1].source != "measured"))
+    return sorted(
+        same,
+        key=lambda row: (
+            row[0].device != wanted.device,
+            row[0].kernel != wanted.kernel,
+            row[1].source != "measured",
+        ),
+    )
 
 
 def _kind(key: Key) -> tuple[str, str, bool]:
@@ -120,11 +164,15 @@ def _kind(key: Key) -> tuple[str, str, bool]:
 
 
 def _distance(wanted: Key, key: Key) -> tuple[float, bool, bool]:
-    """Log distance, then whether it is another device's and whether nobody timed it. Infinite where the rows that a weight multiplies
-    are of another regime."""
+    """Log distance, then whether it is another device's and whether nobody timed it. Infinite where
+    the rows that a weight multiplies are of another regime."""
     rows = _apart(rows_each(wanted.m, wanted.experts), rows_each(key.m, key.experts))
     sizes = _apart(wanted.n, key.n) + _apart(wanted.k, key.k) + _apart(wanted.experts, key.experts)
-    return math.inf if rows > M_REACH else sizes + rows, key.device != wanted.device, key.kernel == MODEL
+    return (
+        math.inf if rows > M_REACH else sizes + rows,
+        key.device != wanted.device,
+        key.kernel == MODEL,
+    )
 
 
 def _apart(a: float, b: float) -> float:
@@ -157,7 +205,8 @@ def lookup(p: Problem) -> Found:
 
 
 def snapshot_hash() -> str:
-    """Names what lookups depend on: part of the key of anything that keeps a looked-up configuration."""
+    """Names what lookups depend on: part of the key of anything that keeps a looked-up
+    configuration."""
     return snapshot().hash
 
 
@@ -168,8 +217,12 @@ def folder() -> Path:
     if home := os.environ.get("QLAB_HOME"):
         return _expanded(home) / "configs"
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qlab" / "configs"
-    except RuntimeError:  # a process without a home, as in some containers: there is nothing of its own, and no place for it
+        return (
+            Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qlab" / "configs"
+        )
+    except RuntimeError:
+        # a process without a home, as in some containers: there is nothing of its own, and no place
+        # for it
         return Path(os.devnull) / "qlab" / "configs"
 
 
@@ -177,7 +230,9 @@ def _expanded(path: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise CacheError(f"{path} names nobody's home; set the variable that holds it to a folder") from error
+        raise CacheError(
+            f"{path} names nobody's home; set the variable that holds it to a folder"
+        ) from error
 
 
 def _load() -> Snapshot:
@@ -190,7 +245,8 @@ def _load() -> Snapshot:
 
 
 def user_tables() -> dict[str, Table]:
-    """The readable tables of the user's folder by file name; a corrupt file is set aside with a warning."""
+    """The readable tables of the user's folder by file name; a corrupt file is set aside with a
+    warning."""
     found = {path.name: entries.read_or_set_aside(path) for path in _files(folder())}
     return {name: table for name, table in found.items() if table}
 
@@ -217,24 +273,34 @@ def _override() -> tuple[dict[str, Table], tuple[str | None, Config] | None]:
             raise ValueError(f"no operator {op!r}: there are {', '.join(OPERATORS)}")
         return {}, (op, entries.config_from(value))
     except (ValueError, OSError) as error:
-        raise CacheError(f"${OVERRIDE} is neither a config as JSON nor a file that `qlab cache export` wrote: {error}") from error
+        raise CacheError(
+            f"${OVERRIDE} is neither a config as JSON nor a file that `qlab cache export` wrote: "
+            f"{error}"
+        ) from error
 
 
 # ---------------------------------------------------------------- writes
 def store(p: Problem, entry: Entry) -> None:
     """Keep the entry of a problem, in the user's file and for this process.
 
-    Where the file cannot be written it lasts as long as the process, with a warning. KernelError for an illegal config.
+    Where the file cannot be written it lasts as long as the process, with a warning. KernelError
+    for an illegal config.
     """
     if why := legal(p, entry.config):
         raise CacheError(f"{entry.config} is no entry for n={p.n}, k={p.k}, m={p.m}: {why}")
-    name, key = file_name(p.op, p.cc), key_of(p, MODEL if entry.source == "modelled" else kernel_revision())
+    name, key = (
+        file_name(p.op, p.cc),
+        key_of(p, MODEL if entry.source == "modelled" else kernel_revision()),
+    )
     try:
         entries.update(folder() / name, lambda held: held.update({key: entry}))
     except OSError as error:
         _unwritten.setdefault(name, {})[key] = entry
-        warnings.warn(f"{folder() / name} cannot be written ({error.strerror}): the entry lasts as long as this process; set "
-                      "QLAB_CACHE_DIR to a folder that can be", stacklevel=2)  # fmt: skip
+        warnings.warn(
+            f"{folder() / name} cannot be written ({error.strerror}): the entry lasts as long as "
+            "this process; set QLAB_CACHE_DIR to a folder that can be",
+            stacklevel=2,
+        )
     refresh()
 
 
@@ -244,7 +310,8 @@ def forget() -> None:
 
 
 def require_writable() -> None:
-    """CacheError when the user's folder cannot take entries: asked before time is spent on measuring them."""
+    """CacheError when the user's folder cannot take entries: asked before time is spent on
+    measuring them."""
     where = folder()
     probe = where / f".{os.getpid()}.{threading.get_ident()}.tmp"
     try:
@@ -252,24 +319,35 @@ def require_writable() -> None:
         probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:
-        raise CacheError(f"{where} cannot be written ({error.strerror}), so nothing that is tuned could be kept: set QLAB_CACHE_DIR "
-                         "to a folder that can be") from error  # fmt: skip
+        raise CacheError(
+            f"{where} cannot be written ({error.strerror}), so nothing that is tuned could be "
+            "kept: set QLAB_CACHE_DIR to a folder that can be"
+        ) from error
 
 
 def fresh(p: Problem) -> Entry | None:
-    """The user's own measured entry for this very problem, device and versions, read from the disk; None when there is none."""
+    """The user's own measured entry for this very problem, device and versions, read from the disk;
+    None when there is none."""
     try:
         table = entries.read(folder() / file_name(p.op, p.cc))
     except (ValueError, OSError):
         return None
     key = key_of(p, kernel_revision())
     entry = table.entries.get(key) if table else None
-    usable = entry and entry.source == "measured" and not stale(entry, key, key.kernel) and legal(p, entry.config) is None
+    usable = (
+        entry
+        and entry.source == "measured"
+        and not stale(entry, key, key.kernel)
+        and legal(p, entry.config) is None
+    )
     return entry if usable else None
 
 
 def read_exported(path: Path) -> dict[str, Table]:
-    """The tables, by file name, of a file that `transfer.export` wrote, or of a single table. ValueError when it is neither."""
+    """The tables, by file name, of a file that `transfer.export` wrote, or of a single table.
+    ValueError when it is neither."""
     value = entries.load(path.read_bytes())
-    tables = [entries.parse(json.dumps(part)) for part in (value if isinstance(value, list) else [value])]
+    tables = [
+        entries.parse(json.dumps(part)) for part in (value if isinstance(value, list) else [value])
+    ]
     return {f"{table.meta['op']}.{table.meta['capability']}.json": table for table in tables}

@@ -1,6 +1,8 @@
-"""What each NVIDIA compute capability runs: kernel path, weight layout, dequantization sequence, shared memory, dtypes.
+"""What each NVIDIA compute capability runs: kernel path, weight layout, dequantization sequence,
+shared memory, dtypes.
 
-Shared memory per thread block: CUDA C++ programming guide, table of technical specifications per compute capability.
+Shared memory per thread block: CUDA C++ programming guide, table of technical specifications per
+compute capability.
 """
 
 from dataclasses import dataclass
@@ -21,10 +23,12 @@ class KernelError(ValueError):
 class Target:
     """One row of the table.
 
-    path: "fused" = dequantization inside a tensor-core matmul; "fma" = fused on the CUDA cores for few tokens (Triton emits no
-    tensor-core code for 7.5); "dequantize" = plain torch, then the library's matmul (Triton does not compile for it).
-    layout: how `layout.pack` orders the codes. smem: bytes of shared memory that one thread block may take.
-    dtypes: of the activations. sequence: how bf16 codes are made, "sub" where `sub.bf16x2` exists, else "fma", else "none".
+    path: "fused" = dequantization inside a tensor-core matmul; "fma" = fused on the CUDA cores for
+    few tokens (Triton emits no tensor-core code for 7.5); "dequantize" = plain torch, then the
+    library's matmul (Triton does not compile for it). layout: how `layout.pack` orders the codes.
+    smem: bytes of shared memory that one thread block may take.
+    dtypes: of the activations. sequence: how bf16 codes are made, "sub" where `sub.bf16x2` exists,
+    else "fma", else "none".
     """
 
     path: Path
@@ -57,8 +61,10 @@ def target(cc: Capability) -> Target:
     except KeyError:
         known = ", ".join(f"{major}.{minor}" for major, minor in TARGETS)
         name = f"{cc[0]}.{cc[1]}" if isinstance(cc, tuple) and len(cc) == 2 else repr(cc)
-        raise KernelError(f"no kernels for compute capability {name}: there are some for {known}; elsewhere dequantize the "
-                          f"weights once and run the dense model") from None
+        raise KernelError(
+            f"no kernels for compute capability {name}: there are some for {known}; elsewhere "
+            "dequantize the weights once and run the dense model"
+        ) from None
 
 
 def admit(cc: Capability, dtype: torch.dtype) -> Target:
@@ -66,6 +72,8 @@ def admit(cc: Capability, dtype: torch.dtype) -> Target:
     row = target(cc)
     if dtype not in row.dtypes:
         able = " or ".join(str(d).removeprefix("torch.") for d in row.dtypes)
-        raise KernelError(f"compute capability {cc[0]}.{cc[1]} multiplies {able} activations with int4 weights, not "
-                          f"{str(dtype).removeprefix('torch.')}: cast the model to {able.split(' or ')[0]}")
+        raise KernelError(
+            f"compute capability {cc[0]}.{cc[1]} multiplies {able} activations with int4 weights, "
+            f"not {str(dtype).removeprefix('torch.')}: cast the model to {able.split(' or ')[0]}"
+        )
     return row

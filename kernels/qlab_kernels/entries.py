@@ -1,11 +1,13 @@
-"""One file of tuned configurations per operator and capability: its entries, and writes that many processes may do at once.
+"""One file of tuned configurations per operator and capability: its entries, and writes that many
+processes may do at once.
 
-    {op}.sm90.json = {"schema": 1, "meta": {op, capability, ...}, "entries": {key: {config, us, gbps, trials, device, triton, torch,
-    date, source}}}
+    {op}.sm90.json = {"schema": 1, "meta": {op, capability, ...}, "entries": {key: {config, us,
+    gbps, trials, device, triton, torch, date, source}}}
 
-A key is `dtype/group/zeros/NxK/mBUCKET/device/kernel revision`, where a group of whole rows is `row`; the number of experts stands
-before their shape (`8x4096x14336`). Fields that all entries of a shipped file share stand in its `meta`. Writers load, merge and
-replace the file under a lock on a sidecar, so that no entry is lost; a reader never locks: the file is only ever replaced whole.
+A key is `dtype/group/zeros/NxK/mBUCKET/device/kernel revision`, where a group of whole rows is
+`row`; the number of experts stands before their shape (`8x4096x14336`). Fields that all entries of
+a shipped file share stand in its `meta`. Writers load, merge and replace the file under a lock on a
+sidecar, so that no entry is lost; a reader never locks: the file is only ever replaced whole.
 """
 
 import fcntl
@@ -29,7 +31,8 @@ from qlab_kernels.capability import KernelError
 from qlab_kernels.config import Config, Kind, Problem
 
 SCHEMA = 1
-MODEL = "model"  # stands for the kernel revision in keys of modelled entries, which no kernel's source decides
+# stands for the kernel revision in keys of modelled entries, which no kernel's source decides
+MODEL = "model"
 
 
 class CacheError(KernelError):
@@ -38,8 +41,9 @@ class CacheError(KernelError):
 
 @dataclass(frozen=True)
 class Entry:
-    """A configuration and what is known of it. us: microseconds per call; gbps: true bytes over that time; trials: how many
-    configurations were timed (0 when modelled); triton, torch: the versions it was timed with; date: YYYY-MM-DD."""
+    """A configuration and what is known of it. us: microseconds per call; gbps: true bytes over
+    that time; trials: how many configurations were timed (0 when modelled); triton, torch: the
+    versions it was timed with; date: YYYY-MM-DD."""
 
     config: Config
     us: float
@@ -59,11 +63,14 @@ class Entry:
 
 
 def entry_from(row: Mapping[str, Any], meta: Mapping[str, Any] | None = None) -> Entry:
-    """The inverse of `Entry.json`; what `row` lacks comes from `meta`. ValueError when it is no entry."""
+    """The inverse of `Entry.json`; what `row` lacks comes from `meta`. ValueError when it is no
+    entry."""
     merged = {**{k: v for k, v in (meta or {}).items() if k in _FIELDS}, **row}
     try:
         config = config_from(merged["config"])
-        entry = Entry(**{**merged, "config": config, "us": float(merged["us"]), "gbps": float(merged["gbps"])})
+        entry = Entry(
+            **{**merged, "config": config, "us": float(merged["us"]), "gbps": float(merged["gbps"])}
+        )
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"not an entry: {error}") from error
     texts = {type(text) for text in (entry.device, entry.date, entry.torch, entry.triton or "")}
@@ -74,7 +81,8 @@ def entry_from(row: Mapping[str, Any], meta: Mapping[str, Any] | None = None) ->
 
 
 def config_from(row: Mapping[str, Any]) -> Config:
-    """A configuration from its fields; those that are missing have their default. ValueError when it is none."""
+    """A configuration from its fields; those that are missing have their default. ValueError when
+    it is none."""
     try:
         config = Config(**row)
     except TypeError as error:
@@ -100,7 +108,8 @@ _FIELDS = {f.name for f in fields(Entry)}
 # ---------------------------------------------------------------- keys
 @cache
 def versions() -> tuple[str | None, str]:
-    """Of Triton (None where it is not installed), which is not imported for it, and of torch: (triton, torch)."""
+    """Of Triton (None where it is not installed), which is not imported for it, and of torch:
+    (triton, torch)."""
     try:
         return version("triton"), torch.__version__
     except PackageNotFoundError:
@@ -124,16 +133,22 @@ class Key:
     def __str__(self) -> str:
         zeros = "zeros" if self.zeros else "symmetric"
         experts = "" if self.experts == 1 else f"{self.experts}x"
-        return f"{self.dtype}/{self.group}/{zeros}/{experts}{self.n}x{self.k}/m{self.m}/{self.device}/{self.kernel}"
+        product = f"{experts}{self.n}x{self.k}/m{self.m}"
+        return f"{self.dtype}/{self.group}/{zeros}/{product}/{self.device}/{self.kernel}"
 
 
-_KEY = re.compile(r"(\w+)/(g\d+|row)/(zeros|symmetric)/(?:([1-9]\d{0,8})x)?(\d{1,9})x(\d{1,9})/m(\d{1,9})/([^/]+)/([^/]+)")
+_KEY = re.compile(
+    r"(\w+)/(g\d+|row)/(zeros|symmetric)/(?:([1-9]\d{0,8})x)?"
+    r"(\d{1,9})x(\d{1,9})/m(\d{1,9})/([^/]+)/([^/]+)"
+)
 
 
 def key_of(p: Problem, kernel: str) -> Key:
     """The key of a problem; its m counts as the bucket."""
     group = "row" if p.group >= p.k else f"g{p.group}"
-    return Key(p.dtype, group, p.zeros, p.n, p.k, p.bucket, device_name(p.device), kernel, p.experts)
+    return Key(
+        p.dtype, group, p.zeros, p.n, p.k, p.bucket, device_name(p.device), kernel, p.experts
+    )
 
 
 def key_from(text: str) -> Key:
@@ -141,7 +156,9 @@ def key_from(text: str) -> Key:
     if not (found := _KEY.fullmatch(text)):
         raise ValueError(f"not a key: {text!r}")
     dtype, group, zeros, experts, n, k, m, device, kernel = found.groups()
-    return Key(dtype, group, zeros == "zeros", int(n), int(k), int(m), device, kernel, int(experts or 1))
+    return Key(
+        dtype, group, zeros == "zeros", int(n), int(k), int(m), device, kernel, int(experts or 1)
+    )
 
 
 def device_name(name: str) -> str:
@@ -162,7 +179,8 @@ def capability_name(cc: tuple[int, int] | str) -> str:
 # ---------------------------------------------------------------- contents
 @dataclass(frozen=True)
 class Table:
-    """The contents of one file. Entries with fields that are missing or unknown make the whole file unreadable."""
+    """The contents of one file. Entries with fields that are missing or unknown make the whole file
+    unreadable."""
 
     meta: Mapping[str, Any]
     entries: Mapping[Key, Entry]
@@ -170,8 +188,14 @@ class Table:
     def json(self) -> str:
         """One entry a line, sorted: small, and a change of one entry is one line of a diff."""
         rows = {str(key): entry.json() for key, entry in self.entries.items()}
-        rows = {key: {k: v for k, v in row.items() if k not in self.meta or self.meta[k] != v} for key, row in rows.items()}
-        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(rows[key], sort_keys=True)}" for key in sorted(rows, key=_order))
+        rows = {
+            key: {k: v for k, v in row.items() if k not in self.meta or self.meta[k] != v}
+            for key, row in rows.items()
+        }
+        lines = ",\n".join(
+            f"{json.dumps(key)}: {json.dumps(rows[key], sort_keys=True)}"
+            for key in sorted(rows, key=_order)
+        )
         meta = json.dumps(self.meta, sort_keys=True)
         return f'{{"schema": {SCHEMA}, "meta": {meta},\n"entries": {{\n{lines}\n}}}}\n'
 
@@ -181,7 +205,8 @@ def _order(key: str) -> list[str | int]:
 
 
 def parse(text: str | bytes, op: str | None = None, capability: str | None = None) -> Table:
-    """A file's contents. ValueError when they are not one table of this schema, or of another operator or capability."""
+    """A file's contents. ValueError when they are not one table of this schema, or of another
+    operator or capability."""
     value = load(text)
     try:
         schema, meta = value["schema"], value["meta"]
@@ -189,9 +214,15 @@ def parse(text: str | bytes, op: str | None = None, capability: str | None = Non
             raise ValueError(f"schema {schema!r}, and this version reads {SCHEMA}")
         if (op or meta["op"], capability or meta["capability"]) != (meta["op"], meta["capability"]):
             raise ValueError(f"it is for {meta['op']} on {meta['capability']}")
-        if not re.fullmatch(r"\w+", meta["op"]) or not re.fullmatch(r"[\w-]+", meta["capability"]):  # they become a file's name
-            raise ValueError(f"an operator {meta['op']!r} or a capability {meta['capability']!r} that is no name")
-        return Table(meta, {key_from(key): entry_from(row, meta) for key, row in value["entries"].items()})
+        if not re.fullmatch(r"\w+", meta["op"]) or not re.fullmatch(
+            r"[\w-]+", meta["capability"]
+        ):  # they become a file's name
+            raise ValueError(
+                f"an operator {meta['op']!r} or a capability {meta['capability']!r} that is no name"
+            )
+        return Table(
+            meta, {key_from(key): entry_from(row, meta) for key, row in value["entries"].items()}
+        )
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{type(error).__name__} {error}: not a file of configurations") from error
 
@@ -215,23 +246,33 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def update(path: Path, change: Callable[[dict[Key, Entry]], object]) -> None:
-    """Load the entries of `path`, let `change` edit them, and replace the file: atomically, under its lock, durably.
+    """Load the entries of `path`, let `change` edit them, and replace the file: atomically, under
+    its lock, durably.
 
-    A corrupt file is renamed to `.bad` first, with a warning. Raises OSError where the folder cannot be written.
+    A corrupt file is renamed to `.bad` first, with a warning. Raises OSError where the folder
+    cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path):
-        for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a writer that was killed: under the lock there is no other
+        for left in path.parent.glob(
+            f".{path.name}.*.tmp"
+        ):  # of a writer that was killed: under the lock there is no other
             left.unlink(missing_ok=True)
         table = _read_locked(path)
         op, capability = path.name.removesuffix(".json").split(".", 1)
         entries = dict(table.entries) if table else {}
         change(entries)
-        replace_file(path, Table({**(table.meta if table else {}), "op": op, "capability": capability}, entries).json())
+        replace_file(
+            path,
+            Table(
+                {**(table.meta if table else {}), "op": op, "capability": capability}, entries
+            ).json(),
+        )
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old or the new contents, whole, even after a crash."""
+    """Write `text` to `path` so that a reader sees the old or the new contents, whole, even after a
+    crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
@@ -244,18 +285,24 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def read_or_set_aside(path: Path) -> Table | None:
-    """The table in `path`; a corrupt file is renamed to `.bad` with a warning and counts as none."""
+    """The table in `path`; a corrupt file is renamed to `.bad` with a warning and counts as
+    none."""
     try:
         return read(path)
     except OSError as error:
-        warnings.warn(f"{path} cannot be read ({error.strerror}); its entries are not used", stacklevel=2)
+        warnings.warn(
+            f"{path} cannot be read ({error.strerror}); its entries are not used", stacklevel=2
+        )
         return None
     except ValueError as error:
         try:
             with locked(path):  # by now another process may have set it aside and written a new one
                 return _read_locked(path)
         except OSError:
-            warnings.warn(f"{path} cannot be read ({error}) nor renamed; its entries are not used", stacklevel=2)
+            warnings.warn(
+                f"{path} cannot be read ({error}) nor renamed; its entries are not used",
+                stacklevel=2,
+            )
             return None
 
 
@@ -263,7 +310,14 @@ def _read_locked(path: Path) -> Table | None:
     try:
         return read(path)
     except ValueError as error:
-        aside = next(p for i in range(10**6) if not (p := path.with_name(f"{path.name}.bad{i or ''}")).exists())
+        aside = next(
+            p
+            for i in range(10**6)
+            if not (p := path.with_name(f"{path.name}.bad{i or ''}")).exists()
+        )
         os.replace(path, aside)
-        warnings.warn(f"{path} cannot be read ({error}); it is kept as {aside.name} and a new one begun", stacklevel=3)
+        warnings.warn(
+            f"{path} cannot be read ({error}); it is kept as {aside.name} and a new one begun",
+            stacklevel=3,
+        )
         return None

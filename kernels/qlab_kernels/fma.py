@@ -1,4 +1,5 @@
-"""int4 matmul of up to 8 tokens on the CUDA cores, for 7.5: Triton emits no tensor-core code there, and no bf16."""
+"""int4 matmul of up to 8 tokens on the CUDA cores, for 7.5: Triton emits no tensor-core code there,
+and no bf16."""
 
 import torch
 import triton
@@ -13,18 +14,33 @@ from qlab_kernels.layout import Packed
 @triton.jit
 def scaled_codes(words, POWER: tl.constexpr):
     """The nibbles at bit log2(POWER) as fp32 (q - 8) * POWER."""
-    return ((words & (15 * POWER)) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + 8.0 * POWER)
+    return ((words & (15 * POWER)) | 0x4B000000).to(tl.float32, bitcast=True) - (
+        8388608.0 + 8.0 * POWER
+    )
 
 
 @triton.jit(do_not_specialize=["M"])
 def int4_mm_fma_kernel(
-    x_ptr, words_ptr, scales_ptr, zeros_ptr, y_ptr, M, N, K, N_PAD,
-    GROUP: tl.constexpr, ZEROS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """Grid (tiles of n). x: fp32 planes [M, 9, K/8] of `planes`; words: int32 of the layout "rows", 8 codes along k each.
+    x_ptr,
+    words_ptr,
+    scales_ptr,
+    zeros_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    N_PAD,
+    GROUP: tl.constexpr,
+    ZEROS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Grid (tiles of n). x: fp32 planes [M, 9, K/8] of `planes`; words: int32 of the layout "rows",
+    8 codes along k each.
 
-    No integer is converted: nibble q at bit 4i under the exponent of 2**23 reads 2**23 + q * 16**i, and x carries the 16**-i.
-    Groups are multiples of 8, so one word has one scale.
+    No integer is converted: nibble q at bit 4i under the exponent of 2**23 reads 2**23 + q * 16**i,
+    and x carries the 16**-i. Groups are multiples of 8, so one word has one scale.
     """
     WORDS: tl.constexpr = BK // 8
     block_n = tl.program_id(0)
@@ -33,7 +49,9 @@ def int4_mm_fma_kernel(
     k8 = tl.arange(0, WORDS)
     K8 = K // 8
     words_ptr += (block_n * BN // 64).to(tl.int64) * (K // 64 * 512) + block_n * BN % 64 * 8
-    words_ptrs = words_ptr + tl.arange(0, BN)[None, :, None] * 8 + (k8 // 8 * 512 + k8 % 8)[None, None, :]
+    words_ptrs = (
+        words_ptr + tl.arange(0, BN)[None, :, None] * 8 + (k8 // 8 * 512 + k8 % 8)[None, None, :]
+    )
     x_ptrs = x_ptr + rm[:, None, None] * (9 * K8) + k8[None, None, :]
     live = (rm < M)[:, None, None]
     acc = tl.zeros((BM, BN, WORDS), tl.float32)
@@ -54,14 +72,25 @@ def int4_mm_fma_kernel(
         words_ptrs += BK * 8
         x_ptrs += WORDS
     y = tl.sum(acc, axis=2)
-    tl.store(y_ptr + rm[:, None] * N + rn[None, :], y.to(y_ptr.dtype.element_ty), mask=(rm < M)[:, None] & (rn < N)[None, :])
+    tl.store(
+        y_ptr + rm[:, None] * N + rn[None, :],
+        y.to(y_ptr.dtype.element_ty),
+        mask=(rm < M)[:, None] & (rn < N)[None, :],
+    )
 
 
 def planes(x: Tensor) -> Tensor:
-    """x [m, k] -> fp32 [m, 9, k/8]: plane i < 8 is x[:, 8j + i] * 16**-(i % 4), exactly; plane 8 is the sum over i."""
+    """x [m, k] -> fp32 [m, 9, k/8]: plane i < 8 is x[:, 8j + i] * 16**-(i % 4), exactly; plane 8 is
+    the sum over i."""
     by_word = x.float().unflatten(1, (-1, 8))
-    powers = 1 << (torch.arange(8, device=x.device) % 4 * 4)  # made on the device: a CUDA graph captures no copy from the host
-    return torch.cat((by_word / powers, by_word.sum(-1, keepdim=True)), -1).transpose(1, 2).contiguous()
+    powers = 1 << (
+        torch.arange(8, device=x.device) % 4 * 4
+    )  # made on the device: a CUDA graph captures no copy from the host
+    return (
+        torch.cat((by_word / powers, by_word.sum(-1, keepdim=True)), -1)
+        .transpose(1, 2)
+        .contiguous()
+    )
 
 
 def int4_mm_fma(x: Tensor, packed: Packed, config: Config) -> Tensor:
@@ -71,8 +100,20 @@ def int4_mm_fma(x: Tensor, packed: Packed, config: Config) -> Tensor:
     zeros = packed.scales if packed.zeros is None else packed.zeros
     with torch.cuda.device_of(x):
         int4_mm_fma_kernel[(packed.padded_n // config.bn,)](
-            planes(x), packed.words.view(torch.int32), packed.scales, zeros, y, x.shape[0], packed.n, packed.padded_k, packed.padded_n,
-            GROUP=setting(x, packed)["GROUP"], ZEROS=packed.zeros is not None, BM=config.bm, BN=config.bn, BK=config.bk,
+            planes(x),
+            packed.words.view(torch.int32),
+            packed.scales,
+            zeros,
+            y,
+            x.shape[0],
+            packed.n,
+            packed.padded_k,
+            packed.padded_n,
+            GROUP=setting(x, packed)["GROUP"],
+            ZEROS=packed.zeros is not None,
+            BM=config.bm,
+            BN=config.bn,
+            BK=config.bk,
             num_warps=config.warps,
-        )  # fmt: skip
+        )
     return y

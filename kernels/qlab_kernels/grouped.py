@@ -1,4 +1,5 @@
-"""int4 matmul of mixture-of-experts layers: tokens sorted by expert, each multiplied with its own expert's weights."""
+"""int4 matmul of mixture-of-experts layers: tokens sorted by expert, each multiplied with its own
+expert's weights."""
 
 import torch
 import triton
@@ -14,22 +15,47 @@ from qlab_kernels.tile import product
 
 @triton.jit(do_not_specialize=["T", "E"])
 def int4_grouped_mm_kernel(
-    x_ptr, words_ptr, scales_ptr, zeros_ptr, offsets_ptr, y_ptr, T, E, N, K, N_PAD, EXPERTS: tl.constexpr,
-    GROUP: tl.constexpr, ZEROS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SCALE_ON: tl.constexpr, LAYOUT: tl.constexpr, SEQUENCE: tl.constexpr, COMPUTE: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Grid (an upper bound of the tiles of m, tiles of n). Each program finds its expert from `offsets` on the device, so that the
-    host waits for nothing; EXPERTS is E rounded up to a power of two."""
+    x_ptr,
+    words_ptr,
+    scales_ptr,
+    zeros_ptr,
+    offsets_ptr,
+    y_ptr,
+    T,
+    E,
+    N,
+    K,
+    N_PAD,
+    EXPERTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZEROS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SCALE_ON: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    SEQUENCE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid (an upper bound of the tiles of m, tiles of n). Each program finds its expert from
+    `offsets` on the device, so that the host waits for nothing; EXPERTS is E rounded up to a power
+    of two."""
     tile = tl.program_id(0)
     block_n = tl.program_id(1)
     e = tl.arange(0, EXPERTS)
     ends = tl.load(offsets_ptr + e, mask=e < E, other=0)
     starts = tl.load(offsets_ptr + e - 1, mask=(e > 0) & (e < E), other=0)
     tiles = (ends - starts + BM - 1) // BM
-    expert = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)  # those that end before this tile; the padding never does
+    expert = tl.sum(
+        (tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0
+    )  # those that end before this tile; the padding never does
     if expert >= E:
         return
-    row = tl.sum(tl.where(e == expert, starts, 0), 0) + (tile - tl.sum(tl.where(e < expert, tiles, 0), 0)) * BM
+    row = (
+        tl.sum(tl.where(e == expert, starts, 0), 0)
+        + (tile - tl.sum(tl.where(e < expert, tiles, 0), 0)) * BM
+    )
     rm = tl.arange(0, BM)
     live = rm < tl.sum(tl.where(e == expert, ends, 0), 0) - row
     rn = tl.arange(0, BN) + block_n * BN
@@ -37,25 +63,51 @@ def int4_grouped_mm_kernel(
     words_ptr += expert.to(tl.int64) * N_PAD * (K // 2) + block_n.to(tl.int64) * BN * (K // 2)
     scale_rows = expert.to(tl.int64) * (K // GROUP if GROUP > 0 else 1) * (N_PAD // 2)
     acc = product(
-        x_tile + rm * K, live, words_ptr, scales_ptr + scale_rows, zeros_ptr + scale_rows, rn, K, N_PAD, 0, 1,
-        GROUP, ZEROS, BM, BN, BK, SCALE_ON, LAYOUT, SEQUENCE, COMPUTE, STAGES,
-    )  # fmt: skip
+        x_tile + rm * K,
+        live,
+        words_ptr,
+        scales_ptr + scale_rows,
+        zeros_ptr + scale_rows,
+        rn,
+        K,
+        N_PAD,
+        0,
+        1,
+        GROUP,
+        ZEROS,
+        BM,
+        BN,
+        BK,
+        SCALE_ON,
+        LAYOUT,
+        SEQUENCE,
+        COMPUTE,
+        STAGES,
+    )
     y_tile = y_ptr + row.to(tl.int64) * N
-    tl.store(y_tile + rm[None, :] * N + rn[:, None], acc.to(y_ptr.dtype.element_ty), mask=live[None, :] & (rn < N)[:, None])
+    tl.store(
+        y_tile + rm[None, :] * N + rn[:, None],
+        acc.to(y_ptr.dtype.element_ty),
+        mask=live[None, :] & (rn < N)[:, None],
+    )
 
 
 def int4_grouped_mm(x: Tensor, packed: Packed, offsets: Tensor, config: Config) -> Tensor:
-    """Rows offsets[e-1]:offsets[e] of x [t, k] times expert e of W [e, n, k] -> [t, n] in x's dtype.
+    """Rows offsets[e-1]:offsets[e] of x [t, k] times expert e of W [e, n, k] -> [t, n] in x's
+    dtype.
 
-    offsets: int32 [e] on x's device, ascending ends; the last is t. Rows past it, if any, are left undefined.
+    offsets: int32 [e] on x's device, ascending ends; the last is t. Rows past it, if any, are left
+    undefined.
 
     Raises:
         KernelError: for operands that do not fit each other, and any kind but gemm.
     """
     experts = packed.words.shape[0]
     if packed.words.dim() != 4 or tuple(offsets.shape) != (experts,):
-        raise KernelError(f"grouped weights are packed [experts, ...] with one end per expert, not {tuple(packed.words.shape)} and "
-                          f"{tuple(offsets.shape)}")
+        raise KernelError(
+            "grouped weights are packed [experts, ...] with one end per expert, not "
+            f"{tuple(packed.words.shape)} and {tuple(offsets.shape)}"
+        )
     if config.kind != "gemm":
         raise KernelError(f"int4_grouped_mm has the one kind gemm, not {config.kind}")
     t = x.shape[0]
@@ -66,8 +118,25 @@ def int4_grouped_mm(x: Tensor, packed: Packed, offsets: Tensor, config: Config) 
     grid = (t // config.bm + min(experts, t), packed.padded_n // config.bn)
     with torch.cuda.device_of(x):
         int4_grouped_mm_kernel[grid](
-            x, packed.words, scales, zeros, offsets, y, t, experts, packed.n, packed.padded_k, packed.padded_n,
-            EXPERTS=triton.next_power_of_2(experts), ZEROS=packed.zeros is not None, BM=config.bm, BN=config.bn, BK=config.bk,
-            SCALE_ON=config.scale_on, STAGES=config.stages, **setting(x, packed), **options(config, packed.layout),
-        )  # fmt: skip
+            x,
+            packed.words,
+            scales,
+            zeros,
+            offsets,
+            y,
+            t,
+            experts,
+            packed.n,
+            packed.padded_k,
+            packed.padded_n,
+            EXPERTS=triton.next_power_of_2(experts),
+            ZEROS=packed.zeros is not None,
+            BM=config.bm,
+            BN=config.bn,
+            BK=config.bk,
+            SCALE_ON=config.scale_on,
+            STAGES=config.stages,
+            **setting(x, packed),
+            **options(config, packed.layout),
+        )
     return y.to(x.dtype)

@@ -1,15 +1,19 @@
-"""Weight layouts: int4 codes in the order in which a kernel's threads want them (offline repack, plain torch, any device).
+"""Weight layouts: int4 codes in the order in which a kernel's threads want them (offline repack,
+plain torch, any device).
 
-Codes are padded to multiples of 64 in both dimensions and cut into atoms of 64 (n) x 64 (k). One atom is 2048 bytes, and
-`words` is uint8 [..., n/64, k/64, 2048]. A nibble holds code + 8, so padding with 8 is padding with zero weights.
+Codes are padded to multiples of 64 in both dimensions and cut into atoms of 64 (n) x 64 (k). One
+atom is 2048 bytes, and `words` is uint8 [..., n/64, k/64, 2048]. A nibble holds code + 8, so
+padding with 8 is padding with zero weights.
 
     rows    [64 n][32 bytes]: two neighbouring k in one byte, the even one low.
-    wgmma   [4 warps][8 g][4 t][16 bytes]: the 32 nibbles of one thread are contiguous and in the order (j4, h2, r2, p2), for
-            n = warp*16 + r*8 + g and k = j*16 + h*8 + t*2 + p: the register fragment of wgmma's left operand.
-    mma2    the same, in the order (r2, j2, e8), for k = j*32 + t*8 + e: mma.sync's, with k renamed inside an atom.
+    wgmma   [4 warps][8 g][4 t][16 bytes]: the 32 nibbles of one thread are contiguous and in the
+            order (j4, h2, r2, p2), for n = warp*16 + r*8 + g and k = j*16 + h*8 + t*2 + p: the
+            register fragment of wgmma's left operand.
+    mma2    the same, in the order (r2, j2, e8), for k = j*32 + t*8 + e: mma.sync's, with k renamed
+            inside an atom.
 
-In the last two, each 8 nibbles form a little-endian 32-bit word with nibble e at bit 4*(e//2) + 16*(e%2), so that
-`(word >> 4*i) & 0x000F000F` is a ready pair (2i, 2i+1) of 16-bit lanes.
+In the last two, each 8 nibbles form a little-endian 32-bit word with nibble e at bit 4*(e//2) +
+16*(e%2), so that `(word >> 4*i) & 0x000F000F` is a ready pair (2i, 2i+1) of 16-bit lanes.
 """
 
 from dataclasses import dataclass
@@ -28,10 +32,12 @@ _SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)  # of nibble e in its word
 
 @dataclass(frozen=True)
 class Packed:
-    """W[..., n, k] = (code - z) * s as a kernel reads it; code = nibble - 8, so w = (q - 8 - z) * s.
+    """W[..., n, k] = (code - z) * s as a kernel reads it; code = nibble - 8, so w = (q - 8 - z) *
+    s.
 
-    words: uint8 [..., n/64, k/64, 2048], n and k padded. scales, zeros: [..., k/group, n] padded, in the activations' dtype;
-    zeros is None when symmetric. n, k: the true sizes. group: codes per scale along k (the padded k: one scale per row).
+    words: uint8 [..., n/64, k/64, 2048], n and k padded. scales, zeros: [..., k/group, n] padded,
+    in the activations' dtype; zeros is None when symmetric. n, k: the true sizes. group: codes per
+    scale along k (the padded k: one scale per row).
     """
 
     words: Tensor
@@ -64,18 +70,24 @@ def padded_group(k: int, group: int) -> tuple[int, int]:
     if group >= k:
         return round_up(k, ATOM), round_up(k, ATOM)
     if group not in GROUPS:
-        raise KernelError(f"int4 kernels read groups of {', '.join(map(str, GROUPS))} or whole rows, not groups of {group}: "
-                          f"quantize with one of them, or dequantize these weights once")
+        raise KernelError(
+            f"int4 kernels read groups of {', '.join(map(str, GROUPS))} or whole rows, not groups "
+            f"of {group}: quantize with one of them, or dequantize these weights once"
+        )
     return round_up(k, max(ATOM, group)), group
 
 
-def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int, layout: str, dtype: torch.dtype) -> Packed:
-    """int8 codes [..., n, k] in -8..7 with scales and zeros [..., n, ceil(k/group)] -> Packed, its scales and zeros in `dtype`.
+def pack(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int, layout: str, dtype: torch.dtype
+) -> Packed:
+    """int8 codes [..., n, k] in -8..7 with scales and zeros [..., n, ceil(k/group)] -> Packed, its
+    scales and zeros in `dtype`.
 
     2- and 3-bit codes lie in the same range and are stored as 4 bits.
 
     Raises:
-        KernelError: for an unknown layout or group, shapes that do not match, and codes that need more than 4 bits.
+        KernelError: for an unknown layout or group, shapes that do not match, and codes that need
+        more than 4 bits.
     """
     _check(codes, scales, zeros, group, layout)
     n, k = codes.shape[-2:]
@@ -90,11 +102,15 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int, layout
 
 
 def unpack(packed: Packed) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The inverse of `pack`: int8 codes [..., n, k], scales and zeros [..., n, ceil(k/group)], the padding cut off."""
+    """The inverse of `pack`: int8 codes [..., n, k], scales and zeros [..., n, ceil(k/group)], the
+    padding cut off."""
     n, k = packed.n, packed.k
     groups = -(-k // packed.group)
     codes = (_nibbles(packed.words, packed.layout)[..., :n, :k].to(torch.int8) - 8).contiguous()
-    scales, zeros = ((None if t is None else t[..., :groups, :n].mT.contiguous()) for t in (packed.scales, packed.zeros))
+    scales, zeros = (
+        (None if t is None else t[..., :groups, :n].mT.contiguous())
+        for t in (packed.scales, packed.zeros)
+    )
     assert scales is not None
     return codes, scales, zeros
 
@@ -107,10 +123,15 @@ def _check(codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int, layo
     expected = (*codes.shape[:-1], -(-codes.shape[-1] // group))
     for name, part in (("scales", scales), ("zeros", zeros)):
         if part is not None and tuple(part.shape) != expected:
-            raise KernelError(f"codes {tuple(codes.shape)} in groups of {group} need {name} {expected}, not {tuple(part.shape)}")
+            raise KernelError(
+                f"codes {tuple(codes.shape)} in groups of {group} need {name} {expected}, not "
+                f"{tuple(part.shape)}"
+            )
     if codes.numel() and (codes.min() < -8 or codes.max() > 7):
-        raise KernelError(f"int4 layouts hold codes -8..7, not {int(codes.min())}..{int(codes.max())}: keep wider codes as int8 "
-                          f"and dequantize them before the matmul")
+        raise KernelError(
+            f"int4 layouts hold codes -8..7, not {int(codes.min())}..{int(codes.max())}: keep "
+            "wider codes as int8 and dequantize them before the matmul"
+        )
 
 
 def _place(values: Tensor, into: Tensor) -> Tensor:
@@ -142,7 +163,9 @@ def _nibbles(words: Tensor, layout: str) -> Tensor:
         pairs = torch.stack((words & 15, words >> 4), -1).reshape(-1, n, k, 64, 64)
         return pairs.transpose(2, 3).reshape(*lead, n * 64, k * 64)
     bytes_ = words.reshape(-1, 4)
-    by_shift = torch.stack((bytes_ & 15, bytes_ >> 4), -1).reshape(-1, 8)  # nibble at bit 4*i, i = 0..7
+    by_shift = torch.stack((bytes_ & 15, bytes_ >> 4), -1).reshape(
+        -1, 8
+    )  # nibble at bit 4*i, i = 0..7
     e = by_shift[:, [shift // 4 for shift in _SHIFTS]]
     if layout == "wgmma":
         q = e.reshape(-1, n, k, 4, 8, 4, 4, 2, 2, 2).permute(0, 1, 3, 8, 4, 2, 6, 7, 5, 9)

@@ -1,4 +1,5 @@
-"""The same products in plain torch, on any device: what the kernels are checked against, and the path of devices without Triton."""
+"""The same products in plain torch, on any device: what the kernels are checked against, and the
+path of devices without Triton."""
 
 import torch
 from torch import Tensor
@@ -7,7 +8,8 @@ from qlab_kernels.layout import Packed, unpack
 
 
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """W[..., n, k] = (code - z) * s in `dtype`. The product is formed in fp32 (fp64 for fp64) and rounded once."""
+    """W[..., n, k] = (code - z) * s in `dtype`. The product is formed in fp32 (fp64 for fp64) and
+    rounded once."""
     codes, scales, zeros = unpack(packed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     k = packed.k
@@ -23,8 +25,11 @@ def int4_mm(x: Tensor, packed: Packed, wide: torch.dtype = torch.float64) -> Ten
     return x.to(wide) @ dequantize(packed, torch.float64).to(wide).mT
 
 
-def int4_grouped_mm(x: Tensor, packed: Packed, offsets: Tensor, wide: torch.dtype = torch.float64) -> Tensor:
-    """Rows offsets[e-1]:offsets[e] of x [t, k] times expert e of W [e, n, k]; rows past the last offset are zero."""
+def int4_grouped_mm(
+    x: Tensor, packed: Packed, offsets: Tensor, wide: torch.dtype = torch.float64
+) -> Tensor:
+    """Rows offsets[e-1]:offsets[e] of x [t, k] times expert e of W [e, n, k]; rows past the last
+    offset are zero."""
     W_enk = dequantize(packed, torch.float64).to(wide)
     y = x.new_zeros(x.shape[0], packed.n, dtype=wide)
     start = 0

@@ -1,7 +1,9 @@
-"""Kernels compiled ahead of time for any capability, without a GPU, and what their machine code must and must not hold.
+"""Kernels compiled ahead of time for any capability, without a GPU, and what their machine code
+must and must not hold.
 
-The gates stand for speed where no device is at hand: a kernel that spills, converts integers in its inner loop, feeds wgmma
-from shared memory or issues too many instructions per weight cannot reach the memory's rate.
+The gates stand for speed where no device is at hand: a kernel that spills, converts integers in its
+inner loop, feeds wgmma from shared memory or issues too many instructions per weight cannot reach
+the memory's rate.
 """
 
 import re
@@ -23,7 +25,8 @@ from qlab_kernels.layout import padded_group
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTER_FILE = 65536
-# Per weight, of the loop of the kernel for at most 16 tokens, symmetric in groups of 128. Experts' pointers cost registers.
+# Per weight, of the loop of the kernel for at most 16 tokens, symmetric in groups of 128. Experts'
+# pointers cost registers.
 MOST_INSTRUCTIONS = {"int4_mm": 3.3, "int4_grouped_mm": 3.4}
 _TL = {"float16": tl.float16, "bfloat16": tl.bfloat16}
 _PTR = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
@@ -36,8 +39,9 @@ _WGMMA_FROM_REGISTERS = re.compile(r"wgmma\.mma_async[^;]*\{[^}]*\},\s*\{")
 
 @dataclass(frozen=True)
 class Variant:
-    """One compilation. group 0 is whole rows; of the config's split only whether there is one matters. op "dequantize", with a
-    config of kind "dequant", is the kernel that makes dense weights."""
+    """One compilation. group 0 is whole rows; of the config's split only whether there is one
+    matters. op "dequantize", with a config of kind "dequant", is the kernel that makes dense
+    weights."""
 
     op: str
     cc: Capability
@@ -49,7 +53,8 @@ class Variant:
 
 @dataclass(frozen=True)
 class Facts:
-    """What one compilation came to. loop: the longest loop's instructions by opcode; ipw: its thread-instructions per weight."""
+    """What one compilation came to. loop: the longest loop's instructions by opcode; ipw: its
+    thread-instructions per weight."""
 
     registers: int
     stack: int
@@ -72,12 +77,19 @@ def variant(p: Problem, c: Config) -> Variant | None:
 
 
 def _source(v: Variant, planted: dict) -> tuple[ASTSource, dict[str, int]]:
-    """The kernel with its argument types, constants and alignments, and the options it is compiled with."""
+    """The kernel with its argument types, constants and alignments, and the options it is compiled
+    with."""
     c, row = v.config, target(v.cc)
     warps = c.warps
     constants: dict = {"GROUP": v.group, "ZEROS": v.zeros, "BM": c.bm, "BN": c.bn, "BK": c.bk}
-    types = {"x_ptr": _PTR[v.dtype], "y_ptr": _PTR["float32" if c.split > 1 else v.dtype], "words_ptr": "*u8",
-             "scales_ptr": "*i32", "zeros_ptr": "*i32", "offsets_ptr": "*i32"}  # fmt: skip
+    types = {
+        "x_ptr": _PTR[v.dtype],
+        "y_ptr": _PTR["float32" if c.split > 1 else v.dtype],
+        "words_ptr": "*u8",
+        "scales_ptr": "*i32",
+        "zeros_ptr": "*i32",
+        "offsets_ptr": "*i32",
+    }
     if v.op == "dequantize":
         from qlab_kernels.dequantize import BK, WARPS
         from qlab_kernels.dequantize import dequantize_kernel as kernel
@@ -89,7 +101,12 @@ def _source(v: Variant, planted: dict) -> tuple[ASTSource, dict[str, int]]:
     elif c.kind == "fma":
         from qlab_kernels.fma import int4_mm_fma_kernel as kernel
 
-        types |= {"x_ptr": "*fp32", "words_ptr": "*i32", "scales_ptr": _PTR[v.dtype], "zeros_ptr": _PTR[v.dtype]}
+        types |= {
+            "x_ptr": "*fp32",
+            "words_ptr": "*i32",
+            "scales_ptr": _PTR[v.dtype],
+            "zeros_ptr": _PTR[v.dtype],
+        }
     else:
         constants |= {"SCALE_ON": c.scale_on, "STAGES": c.stages}
         constants |= {"LAYOUT": row.layout, "SEQUENCE": row.sequence, "COMPUTE": _TL[v.dtype]}
@@ -110,12 +127,15 @@ def _source(v: Variant, planted: dict) -> tuple[ASTSource, dict[str, int]]:
 
 
 def compile_variant(v: Variant, **planted: object) -> Facts:
-    """Compile for v.cc with the assembler that Triton ships; needs no driver. Raises what Triton raises.
+    """Compile for v.cc with the assembler that Triton ships; needs no driver. Raises what Triton
+    raises.
 
     planted: constants that replace the kernel's own, to see that the gates notice.
     """
     source, settings = _source(v, planted)
-    built = triton.compile(source, target=GPUTarget("cuda", v.cc[0] * 10 + v.cc[1], 32), options=settings)
+    built = triton.compile(
+        source, target=GPUTarget("cuda", v.cc[0] * 10 + v.cc[1], 32), options=settings
+    )
     ptx = built.asm["ptx"]
     usage, sass = disassemble(built.asm["cubin"])
     body = longest_loop(sass)
@@ -124,9 +144,17 @@ def compile_variant(v: Variant, **planted: object) -> Facts:
     assert found, usage
     tensor = ptx.count("mma.sync") + ptx.count("tcgen05.mma") + ptx.count("wgmma.mma_async")
     weights = max(v.config.bn * v.config.bk, 1)
-    return Facts(int(found[1]), int(found[2]), built.metadata.shared, ptx.count("wgmma.mma_async"),
-                 len(_WGMMA_FROM_REGISTERS.findall(ptx)), tensor, opcodes, sum("LDGSTS" in line and ".128" in line for line in body),
-                 len(body) * 32 * v.config.warps / weights)  # fmt: skip
+    return Facts(
+        int(found[1]),
+        int(found[2]),
+        built.metadata.shared,
+        ptx.count("wgmma.mma_async"),
+        len(_WGMMA_FROM_REGISTERS.findall(ptx)),
+        tensor,
+        opcodes,
+        sum("LDGSTS" in line and ".128" in line for line in body),
+        len(body) * 32 * v.config.warps / weights,
+    )
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
@@ -134,13 +162,20 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        commands = [f"{TOOLS}/cuobjdump", "-res-usage", str(path)], [f"{TOOLS}/nvdisasm", "-c", str(path)]
-        usage, sass = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in commands)
+        commands = (
+            [f"{TOOLS}/cuobjdump", "-res-usage", str(path)],
+            [f"{TOOLS}/nvdisasm", "-c", str(path)],
+        )
+        usage, sass = (
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            for command in commands
+        )
     return usage, sass
 
 
 def longest_loop(sass: str) -> list[str]:
-    """The instructions from the target of a backward branch to the branch, for the longest such stretch."""
+    """The instructions from the target of a backward branch to the branch, for the longest such
+    stretch."""
     labels: dict[str, int] = {}
     code: list[str] = []
     body: list[str] = []
@@ -150,7 +185,11 @@ def longest_loop(sass: str) -> list[str]:
         elif instruction := _INSTRUCTION.search(line):
             code.append(instruction[1])
             branch = _BRANCH.search(instruction[1])
-            if branch and (start := labels.get(branch[1])) is not None and len(code) - start > len(body):
+            if (
+                branch
+                and (start := labels.get(branch[1])) is not None
+                and len(code) - start > len(body)
+            ):
                 body = code[start:]
     return body
 
@@ -179,10 +218,12 @@ def faults(v: Variant, f: Facts) -> list[str]:
         wrong.append(f"{f.wgmma} wgmma, {f.wgmma_from_registers} with the weights in registers")
     if c.stages > 1 and not f.async_copies:
         wrong.append("weights are not copied asynchronously, 16 bytes at a time")
-    if c.bm <= 32 and v.cc != (10, 0) and f.loop["STS"] > 2:  # tcgen05 takes weights through tensor memory
-        wrong.append(f"{f.loop['STS']} shared stores in the loop: weights are exchanged between threads")
+    if (
+        c.bm <= 32 and v.cc != (10, 0) and f.loop["STS"] > 2
+    ):  # tcgen05 takes weights through tensor memory
+        wrong.append(
+            f"{f.loop['STS']} shared stores in the loop: weights are exchanged between threads"
+        )
     if c.bm <= 16 and v.group == 128 and not v.zeros and f.ipw > MOST_INSTRUCTIONS[v.op]:
         wrong.append(f"{f.ipw:.2f} instructions per weight exceed {MOST_INSTRUCTIONS[v.op]}")
     return wrong
-
-

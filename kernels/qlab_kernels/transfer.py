@@ -12,7 +12,8 @@ Layer = Literal["user", "shipped"]
 
 
 def export(path: Path) -> int:
-    """Write all of the user's entries into one file; returns how many. They can be imported elsewhere, or named in the override.
+    """Write all of the user's entries into one file; returns how many. They can be imported
+    elsewhere, or named in the override.
 
     CacheError when the file cannot be written, or is there and was not exported.
     """
@@ -20,9 +21,13 @@ def export(path: Path) -> int:
     _refuse_foreign(path)
     tables = cache.user_tables()
     try:
-        replace_file(path, "[\n" + ",\n".join(table.json() for _, table in sorted(tables.items())) + "]\n")
+        replace_file(
+            path, "[\n" + ",\n".join(table.json() for _, table in sorted(tables.items())) + "]\n"
+        )
     except OSError as error:
-        raise CacheError(f"{path} cannot be written ({error.strerror}): choose another place") from error
+        raise CacheError(
+            f"{path} cannot be written ({error.strerror}): choose another place"
+        ) from error
     return sum(len(table.entries) for table in tables.values())
 
 
@@ -35,13 +40,17 @@ def _refuse_foreign(path: Path) -> None:
         if path.stat().st_size:
             cache.read_exported(path)
     except (ValueError, OSError) as error:
-        raise CacheError(f"{path} exists and is no file that `qlab cache export` wrote: choose another place") from error
+        raise CacheError(
+            f"{path} exists and is no file that `qlab cache export` wrote: choose another place"
+        ) from error
 
 
 def import_(path: Path) -> int:
-    """Merge a file that `export` wrote into the user's entries, where an entry of the same key with a later date stays.
+    """Merge a file that `export` wrote into the user's entries, where an entry of the same key with
+    a later date stays.
 
-    Returns how many entries were taken. CacheError for a file that is none, or when the folder cannot be written.
+    Returns how many entries were taken. CacheError for a file that is none, or when the folder
+    cannot be written.
     """
     if not path.is_file():
         raise CacheError(f"{path} is no file; give one that `qlab cache export` wrote")
@@ -52,9 +61,14 @@ def import_(path: Path) -> int:
     cache.require_writable()
     taken = 0
     for name, table in tables.items():
+
         def merge(entries: dict[Key, Entry], new: Mapping[Key, Entry] = table.entries) -> None:
             nonlocal taken
-            newer = {key: entry for key, entry in new.items() if key not in entries or entries[key].date <= entry.date}
+            newer = {
+                key: entry
+                for key, entry in new.items()
+                if key not in entries or entries[key].date <= entry.date
+            }
             entries.update(newer)
             taken += len(newer)
 
@@ -64,14 +78,20 @@ def import_(path: Path) -> int:
 
 
 def clear(op: str = "", capability: str = "") -> int:
-    """Remove the user's entries, all or those of one operator or capability ('sm90'); returns how many."""
+    """Remove the user's entries, all or those of one operator or capability ('sm90'); returns how
+    many."""
     removed = 0
     for name, table in cache.user_tables().items():
-        if (not op or name.split(".")[0] == op) and (not capability or name.split(".", 1)[1] == f"{capability}.json"):
+        if (not op or name.split(".")[0] == op) and (
+            not capability or name.split(".", 1)[1] == f"{capability}.json"
+        ):
             try:
                 update(cache.folder() / name, dict.clear)
             except OSError as error:
-                raise CacheError(f"{cache.folder() / name} cannot be written ({error.strerror}): it stays as it is") from error
+                raise CacheError(
+                    f"{cache.folder() / name} cannot be written ({error.strerror}): it stays as "
+                    "it is"
+                ) from error
             removed += len(table.entries)
     cache.forget()
     cache.refresh()
@@ -81,5 +101,13 @@ def clear(op: str = "", capability: str = "") -> int:
 def listing() -> list[tuple[Layer, str, Key, Entry]]:
     """Every entry of the snapshot: (layer, file name, key, entry)."""
     held = cache.snapshot()
-    layers: tuple[tuple[Layer, Mapping[str, Table]], ...] = (("user", held.user), ("shipped", held.shipped))
-    return [(layer, name, *row) for layer, tables in layers for name, table in tables.items() for row in table.entries.items()]
+    layers: tuple[tuple[Layer, Mapping[str, Table]], ...] = (
+        ("user", held.user),
+        ("shipped", held.shipped),
+    )
+    return [
+        (layer, name, *row)
+        for layer, tables in layers
+        for name, table in tables.items()
+        for row in table.entries.items()
+    ]

@@ -1,1 +1,2 @@
-"""What a block of a model is as a value, and what may be done to it. Knows no model library and no file."""
+"""What a block of a model is as a value, and what may be done to it. Knows no model library and no
+file."""

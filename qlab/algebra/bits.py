@@ -1,11 +1,12 @@
-"""Dense bit streams: code i of a row occupies bits [i*b, (i+1)*b) of one little-endian integer, cut into int32 words.
+"""Dense bit streams: code i of a row occupies bits [i*b, (i+1)*b) of one little-endian integer, cut
+into int32 words.
 
-Several formats store codes this way and differ only in the axis that they pack. Tensors are viewed in wider and narrower
-words, so the host is little-endian, as every machine that torch ships for is.
+Several formats store codes this way and differ only in the axis that they pack. Tensors are viewed
+in wider and narrower words, so the host is little-endian, as every machine that torch ships for is.
 
-A *lane* is the fewest codes that are whole bytes together: 2 of 4 bits, 8 of 3 bits. Within it, codes lie one a byte in one
-machine word, and packing closes the gaps between neighbours: codes become pairs, pairs quads, quads octets. All of it is
-arithmetic on whole words.
+A *lane* is the fewest codes that are whole bytes together: 2 of 4 bits, 8 of 3 bits. Within it,
+codes lie one a byte in one machine word, and packing closes the gaps between neighbours: codes
+become pairs, pairs quads, quads octets. All of it is arithmetic on whole words.
 """
 
 import math
@@ -15,7 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 1 << 20  # codes at a time: they and what is made of them stay in a core's own cache
-LANES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # the word for a lane of so many codes
+LANES = {
+    1: torch.uint8,
+    2: torch.int16,
+    4: torch.int32,
+    8: torch.int64,
+}  # the word for a lane of so many codes
 
 
 def words_of(k: int, bits: int) -> int:
@@ -24,7 +30,8 @@ def words_of(k: int, bits: int) -> int:
 
 
 def unsigned(codes: Tensor, bits: int) -> Tensor:
-    """codes + 2^(bits-1): int8 -> uint8, whose arithmetic wraps, so that one addition serves 8 bits too."""
+    """codes + 2^(bits-1): int8 -> uint8, whose arithmetic wraps, so that one addition serves 8 bits
+    too."""
     return codes.contiguous().view(torch.uint8) + 2 ** (bits - 1)
 
 
@@ -34,13 +41,17 @@ def signed(codes: Tensor, bits: int) -> Tensor:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """row = sum_i codes[i] << (i * bits): uint8 [..., k], each below 2^bits -> int32 [..., words_of(k, bits)].
+    """row = sum_i codes[i] << (i * bits): uint8 [..., k], each below 2^bits -> int32 [...,
+    words_of(k, bits)].
 
-    Rows end in zero bits. A code of 2^bits or more would run into its neighbour: callers check ranges.
+    Rows end in zero bits. A code of 2^bits or more would run into its neighbour: callers check
+    ranges.
     """
     *rows, k = codes.shape
     lane, size = _lane(bits)
-    padded = F.pad(codes, (0, -k % 8)) if k % 8 or codes.storage_offset() % 8 else codes.contiguous()  # pad copies: it aligns
+    padded = (
+        F.pad(codes, (0, -k % 8)) if k % 8 or codes.storage_offset() % 8 else codes.contiguous()
+    )  # pad copies: it aligns
     lanes = padded.view(-1).view(LANES[lane])
     stream = torch.empty((lanes.shape[0], size), dtype=torch.uint8, device=codes.device)
     for x, out in zip(lanes.split(CHUNK // lane), stream.split(CHUNK // lane)):
@@ -54,11 +65,16 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(words: Tensor, bits: int, k: int) -> Tensor:
-    """codes[i] = (row >> (i * bits)) & (2^bits - 1): int32 [..., words_of(k, bits)] -> uint8 [..., k]."""
+    """codes[i] = (row >> (i * bits)) & (2^bits - 1): int32 [..., words_of(k, bits)] -> uint8 [...,
+    k]."""
     *rows, _ = words.shape
     lane, size = _lane(bits)
-    flat = words.contiguous().view(-1).view(torch.uint8)  # an axis of size 1 may have any stride, which bytes may not
-    stream = _resize(flat.view(*words.shape[:-1], 4 * words.shape[-1]), -(-k // 8) * bits).view(-1, size)
+    flat = (
+        words.contiguous().view(-1).view(torch.uint8)
+    )  # an axis of size 1 may have any stride, which bytes may not
+    stream = _resize(flat.view(*words.shape[:-1], 4 * words.shape[-1]), -(-k // 8) * bits).view(
+        -1, size
+    )
     lanes = torch.empty(stream.shape[0], dtype=LANES[lane], device=words.device)
     for some, x in zip(stream.split(CHUNK // lane), lanes.split(CHUNK // lane)):
         if size == 1:
@@ -87,7 +103,8 @@ def _lane(bits: int) -> tuple[int, int]:
 
 
 def _steps(bits: int, lane: int) -> list[tuple[int, int, int]]:
-    """Per step of packing: the mask of the lower fields, the gap that closes, and the bits from a lower field to its upper one."""
+    """Per step of packing: the mask of the lower fields, the gap that closes, and the bits from a
+    lower field to its upper one."""
     steps = []
     for width in (w for w in (8, 16, 32) if w < 8 * lane):
         used = bits * width // 8
@@ -100,7 +117,9 @@ def _resize(stream: Tensor, size: int) -> Tensor:
     """The stream with its last axis cut or filled with zeros to `size`; what is cut is padding."""
     if stream.shape[-1] == size:
         return stream
-    resized = stream.new_zeros((*stream.shape[:-1], size))  # a new tensor: views in wider words need plain strides
+    resized = stream.new_zeros(
+        (*stream.shape[:-1], size)
+    )  # a new tensor: views in wider words need plain strides
     kept = min(size, stream.shape[-1])
     resized[..., :kept] = stream[..., :kept]
     return resized

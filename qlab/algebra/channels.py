@@ -1,7 +1,8 @@
 """Where a producer's output channels go: their numbers, carried as labels through a traced program.
 
-Views move labels, attention copies them from values to outputs (under grouped queries one label reaches several
-channels), a product with something unlabelled keeps them, and any other operation *leaks* them.
+Views move labels, attention copies them from values to outputs (under grouped queries one label
+reaches several channels), a product with something unlabelled keeps them, and any other operation
+*leaks* them.
 """
 
 import operator
@@ -12,9 +13,16 @@ from torch import Tensor, fx, nn
 
 from qlab.algebra.graph import LAYOUT, SAME_VALUES, WEIGHT_OPS, Code, aten, behind_casts, placed
 
-HOMOGENEOUS = SAME_VALUES | {aten.relu.default, aten.neg.default, aten.leaky_relu.default, aten.abs.default}
+HOMOGENEOUS = SAME_VALUES | {
+    aten.relu.default,
+    aten.neg.default,
+    aten.leaky_relu.default,
+    aten.abs.default,
+}
 PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default})
-HARMLESS = frozenset({aten.sym_size.int, aten.new_empty.default, aten.new_zeros.default, aten.empty_like.default})
+HARMLESS = frozenset(
+    {aten.sym_size.int, aten.new_empty.default, aten.new_zeros.default, aten.empty_like.default}
+)
 NONE = -1  # the label of a channel that this producer does not feed
 
 
@@ -67,7 +75,8 @@ class Labels(fx.Interpreter):
         return True
 
     def _follow(self, n: fx.Node, value: Any) -> Any:
-        """Labels of the node's output, or None where the operation is not homogeneous in the labelled operand."""
+        """Labels of the node's output, or None where the operation is not homogeneous in the
+        labelled operand."""
         args = [self.labels.get(a) if isinstance(a, fx.Node) else None for a in n.args]
         first = args[0] if args else None
         others = [a for a in args[1:] if a is not None]
@@ -78,20 +87,36 @@ class Labels(fx.Interpreter):
         if n.target in LAYOUT and first is not None:
             rest, kwargs = self.fetch_args_kwargs_from_env(n)
             return n.target(first, *rest[1:], **kwargs)
-        if n.target in (aten.mul.Tensor, aten.div.Tensor) and len(others) + (first is not None) == 1:
-            return None if n.target is aten.div.Tensor and others else (first if not others else others[0]).expand(value.shape)
-        if n.target is aten.add.Tensor and first is not None and others and torch.equal(first, others[0]):
+        if (
+            n.target in (aten.mul.Tensor, aten.div.Tensor)
+            and len(others) + (first is not None) == 1
+        ):
+            return (
+                None
+                if n.target is aten.div.Tensor and others
+                else (first if not others else others[0]).expand(value.shape)
+            )
+        if (
+            n.target is aten.add.Tensor
+            and first is not None
+            and others
+            and torch.equal(first, others[0])
+        ):
             return first
         if n.target in (aten.cat.default, aten.stack.default):
             return self._concatenate(n)
         if n.target is aten.einsum.default:
             return self._contract(n)
-        if n.target is aten.index.Tensor and first is not None and len(n.args[1]) == 1:  # rows, in another order
+        if (
+            n.target is aten.index.Tensor and first is not None and len(n.args[1]) == 1
+        ):  # rows, in another order
             return first[:1].expand(value.shape) if (first == first[:1]).all() else None
         if n.target in PRODUCTS and first is None and len(others) == 1:
             return _mixed_over_tokens(others[0], value.shape)
         if n.target is aten.scaled_dot_product_attention.default and args[2] is not None:
-            for scored in args[:2]:  # queries and keys of a fused projection go into the softmax; its values go on
+            for scored in args[
+                :2
+            ]:  # queries and keys of a fused projection go into the softmax; its values go on
                 if scored is not None:
                     self._leak(scored)
             heads = value.shape[-3] // args[2].shape[-3]
@@ -102,11 +127,15 @@ class Labels(fx.Interpreter):
         (parts, *rest), kwargs = self.fetch_args_kwargs_from_env(n)
         inputs = n.args[0]
         assert isinstance(inputs, list | tuple)
-        labels = [self.labels.get(node, torch.full(v.shape, NONE, dtype=torch.long)) for node, v in zip(inputs, parts)]
+        labels = [
+            self.labels.get(node, torch.full(v.shape, NONE, dtype=torch.long))
+            for node, v in zip(inputs, parts)
+        ]
         return n.target(labels, *rest, **kwargs)
 
     def _contract(self, n: fx.Node) -> Tensor | None:
-        """Labels of a sum of products with one labelled operand, where all terms of a sum carry the same one."""
+        """Labels of a sum of products with one labelled operand, where all terms of a sum carry the
+        same one."""
         (equation, operands, *_), _ = self.fetch_args_kwargs_from_env(n)
         labelled = [node for node in n.args[1] if node in self.labels]
         if len(labelled) > 1:
@@ -114,13 +143,17 @@ class Labels(fx.Interpreter):
 
         def mean(power: int) -> Tensor:  # of the labels' powers over the terms of each sum
             ones = [torch.ones(value.shape, dtype=torch.float64) for value in operands]
-            powers = [self.labels[node].double() ** power if node in labelled else one for node, one in zip(n.args[1], ones)]
+            powers = [
+                self.labels[node].double() ** power if node in labelled else one
+                for node, one in zip(n.args[1], ones)
+            ]
             return torch.einsum(equation, powers) / torch.einsum(equation, ones)
 
         return mean(1).long() if torch.equal(mean(1) ** 2, mean(2)) else None
 
 
 def _mixed_over_tokens(labels: Tensor, shape: torch.Size) -> Tensor | None:
-    """Labels of P @ V: a mixture over tokens keeps V's channels if every token carries the same ones."""
+    """Labels of P @ V: a mixture over tokens keeps V's channels if every token carries the same
+    ones."""
     same = (labels == labels[..., :1, :]).all()
     return labels[..., :1, :].expand(shape) if same else None

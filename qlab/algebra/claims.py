@@ -33,9 +33,11 @@ class Observed(dict):
         sites = [self.graph.where(s) for s in self.graph.code.sites if s.source == source]
         if not sites:
             raise KeyError(key)
-        raise QlabError(f"the stage {self.step!r} asks for the statistic {need!r} of "
-                        f"{', '.join(sites)}, which was not observed for it; name it in `needs`, "
-                        "and ask for the sites of `graph.sites` alone")
+        raise QlabError(
+            f"the stage {self.step!r} asks for the statistic {need!r} of "
+            f"{', '.join(sites)}, which was not observed for it; name it in `needs`, "
+            "and ask for the sites of `graph.sites` alone"
+        )
 
 
 # ------------------------------------------------------------------ nothing is written to
@@ -129,16 +131,22 @@ def refuse_others(
         found = type(new).__name__
         raise QlabError(f"the stage {step!r} returned a {found}; return (graph, stats)")
     if new.code is not graph.code:
-        raise QlabError(f"the stage {step!r} changes the program of {graph.path}, which equal "
-                        "blocks share; change leaves, or put operations on inputs (graph.online)")
+        raise QlabError(
+            f"the stage {step!r} changes the program of {graph.path}, which equal "
+            "blocks share; change leaves, or put operations on inputs (graph.online)"
+        )
     if foreign := sorted(new.params.keys() ^ graph.params.keys()):
         done = "adds" if foreign[0] in new.params else "drops"
-        raise QlabError(f"the stage {step!r} {done} the leaf {graph.path}.{foreign[0]}; files hold "
-                        "the leaves of a block's program, no more and no fewer")
+        raise QlabError(
+            f"the stage {step!r} {done} the leaf {graph.path}.{foreign[0]}; files hold "
+            "the leaves of a block's program, no more and no fewer"
+        )
     paths = [site.path for site in graph.code.sites]
     if foreign := sorted({*new.online, *new.online_outputs} - {*paths}):
-        raise QlabError(f"the stage {step!r} puts an operation on {foreign[0]!r}, which is no site "
-                        f"of {graph.path}; its sites are {', '.join(paths)}")
+        raise QlabError(
+            f"the stage {step!r} puts an operation on {foreign[0]!r}, which is no site "
+            f"of {graph.path}; its sites are {', '.join(paths)}"
+        )
     sites = {site.weight: site for site in graph.code.sites}
     changed = [name for name, leaf in new.params.items() if leaf is not graph.params[name]]
     for name in changed:
@@ -147,8 +155,10 @@ def refuse_others(
             raise QlabError(f"the stage {step!r} made {graph.path}.{name} {reason}")
     left = [s for s in graph.sites if spec and not isinstance(new.params[s.weight or ""], QTensor)]
     if left:
-        raise QlabError(f"the stage {step!r} left {graph.where(left[0])} as it was and is to round it "
-                        f"to {spec}, which is what was planned; round it, or narrow the stage by at()")
+        raise QlabError(
+            f"the stage {step!r} left {graph.where(left[0])} as it was and is to round it "
+            f"to {spec}, which is what was planned; round it, or narrow the stage by at()"
+        )
     if sitewise:
         _refuse_elsewhere(step, changed, graph, new)
 
@@ -173,9 +183,7 @@ def _misfit(leaf: Any, before: Leaf, site: Site | None, spec: Spec | None) -> st
     return f"{leaf.spec} and was {said}; give the stage that spec, for plans to ask about"
 
 
-def _refuse_elsewhere(
-    step: str, changed: list[str], graph: ModuleGraph, new: ModuleGraph
-) -> None:
+def _refuse_elsewhere(step: str, changed: list[str], graph: ModuleGraph, new: ModuleGraph) -> None:
     """Refuse what a site-wise step did outside the sites that it was given."""
     own = {name for site in graph.sites for name in (site.weight, site.bias) if name}
     paths = {site.path for site in graph.sites}
@@ -186,9 +194,11 @@ def _refuse_elsewhere(
         moved += [path for path in others if before.get(path) != after.get(path)]
     if moved:
         sites = ", ".join(map(graph.where, graph.sites))
-        raise QlabError(f"the stage {step!r} is sitewise and changes {graph.path}.{moved[0]} "
-                        f"beside {sites}; change those of `graph.sites` alone, or do not call it "
-                        "sitewise")
+        raise QlabError(
+            f"the stage {step!r} is sitewise and changes {graph.path}.{moved[0]} "
+            f"beside {sites}; change those of `graph.sites` alone, or do not call it "
+            "sitewise"
+        )
     blind = [name for name in changed if any(t.is_meta for t in _tensors(new.params[name]))]
     if blind:
         raise QlabError(reads_elsewhere(step, f"{graph.path}.{blind[0]}"))
@@ -196,5 +206,7 @@ def _refuse_elsewhere(
 
 def reads_elsewhere(step: str, where: str) -> str:
     """What is said of a site-wise step that reads numbers that it is not shown."""
-    return (f"the stage {step!r} is sitewise and makes {where} depend on weights of other sites; "
-            "read those of `graph.sites` alone, or do not call it sitewise")
+    return (
+        f"the stage {step!r} is sitewise and makes {where} depend on weights of other sites; "
+        "read those of `graph.sites` alone, or do not call it sitewise"
+    )

@@ -1,8 +1,9 @@
-"""A mixture of experts as operations of a traced program: where tokens go, and one product per expert.
+"""A mixture of experts as operations of a traced program: where tokens go, and one product per
+expert.
 
-Every fused mixture of transformers runs through `experts_forward`, so that all of them trace to the same two operations,
-whatever the device. Legend: n tokens, t choices per token, s = n t pairs of token and expert in the order of experts,
-e experts, ends [e] where each expert's rows end.
+Every fused mixture of transformers runs through `experts_forward`, so that all of them trace to the
+same two operations, whatever the device. Legend: n tokens, t choices per token, s = n t pairs of
+token and expert in the order of experts, e experts, ends [e] where each expert's rows end.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Rows:
-    """What reaches a source: x [..., k]; where it belongs to experts, x [s, k] with the token of every row and the ends."""
+    """What reaches a source: x [..., k]; where it belongs to experts, x [s, k] with the token of
+    every row and the ends."""
 
     x: Tensor
     tokens: Tensor | None = None
@@ -44,25 +46,34 @@ def each_expert(x_sk: Tensor, ends: Tensor, product: Callable[[int, Tensor], Ten
 
 
 def per_row(m_ek: Tensor, ends: Tensor, rows: int) -> Tensor:
-    """[e, k] -> [s, k]: each of s rows gets its expert's. Told how many there are, a GPU's host need not wait for `ends`."""
+    """[e, k] -> [s, k]: each of s rows gets its expert's. Told how many there are, a GPU's host
+    need not wait for `ends`."""
     return m_ek.repeat_interleave(torch.diff(ends, prepend=ends.new_zeros(1)), 0, output_size=rows)
 
 
 @torch.library.custom_op("qlab::route", mutates_args=())
 def route(chosen_nt: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(pairs, tokens, ends): numbers [s] of the pairs in chosen_nt.flatten() by expert, their tokens [s], and ends [e]."""
+    """(pairs, tokens, ends): numbers [s] of the pairs in chosen_nt.flatten() by expert, their
+    tokens [s], and ends [e]."""
     chosen = chosen_nt.flatten()
     pairs = chosen.argsort(stable=True)
-    counts = chosen.new_zeros(experts).scatter_add_(0, chosen, torch.ones_like(chosen))  # bincount would make a GPU's host wait
+    counts = chosen.new_zeros(experts).scatter_add_(
+        0, chosen, torch.ones_like(chosen)
+    )  # bincount would make a GPU's host wait
     return pairs, pairs // chosen_nt.shape[1], counts.cumsum(0)
 
 
 @torch.library.custom_op("qlab::route_everywhere", mutates_args=())
 def route_everywhere(chosen_nt: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What `route` gives when every token goes to every expert: for statistics, which need no weights of the choice."""
+    """What `route` gives when every token goes to every expert: for statistics, which need no
+    weights of the choice."""
     n = len(chosen_nt)
     tokens = torch.arange(n, device=chosen_nt.device).repeat(experts)
-    return torch.arange(n * experts, device=chosen_nt.device), tokens, torch.arange(1, experts + 1, device=tokens.device) * n
+    return (
+        torch.arange(n * experts, device=chosen_nt.device),
+        tokens,
+        torch.arange(1, experts + 1, device=tokens.device) * n,
+    )
 
 
 @route.register_fake
@@ -72,10 +83,14 @@ def _(chosen_nt: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return pairs, torch.empty_like(pairs), chosen_nt.new_empty(experts, dtype=torch.long)
 
 
-@torch.library.custom_op("qlab::experts_linear", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+@torch.library.custom_op(
+    "qlab::experts_linear", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
 def experts_linear(x_sk: Tensor, W_eok: Tensor, bias_eo: Tensor | None, ends: Tensor) -> Tensor:
     """x W_e^T + b_e for the rows of each expert e: [s, o]."""
-    return each_expert(x_sk, ends, lambda e, x: F.linear(x, W_eok[e], None if bias_eo is None else bias_eo[e]))
+    return each_expert(
+        x_sk, ends, lambda e, x: F.linear(x, W_eok[e], None if bias_eo is None else bias_eo[e])
+    )
 
 
 @experts_linear.register_fake
@@ -83,10 +98,14 @@ def _(x_sk: Tensor, W_eok: Tensor, bias_eo: Tensor | None, ends: Tensor) -> Tens
     return x_sk.new_empty(x_sk.shape[0], W_eok.shape[1])
 
 
-@torch.library.custom_op("qlab::experts_matmul", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+@torch.library.custom_op(
+    "qlab::experts_matmul", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
 def experts_matmul(x_sk: Tensor, W_eko: Tensor, bias_eo: Tensor | None, ends: Tensor) -> Tensor:
     """x W_e + b_e for the rows of each expert e, of weights that are stored transposed: [s, o]."""
-    return each_expert(x_sk, ends, lambda e, x: F.linear(x, W_eko[e].mT, None if bias_eo is None else bias_eo[e]))
+    return each_expert(
+        x_sk, ends, lambda e, x: F.linear(x, W_eko[e].mT, None if bias_eo is None else bias_eo[e])
+    )
 
 
 @experts_matmul.register_fake
@@ -138,14 +157,19 @@ experts_matmul.register_autograd(_experts_matmul_gradients, setup_context=_save_
 
 # operation -> layout of its weight
 EXPERT_OPS: Mapping[Any, str] = {
-    torch.ops.qlab.experts_linear.default: "e o k", torch.ops.qlab.experts_matmul.default: "e k o",
-}  # fmt: skip
+    torch.ops.qlab.experts_linear.default: "e o k",
+    torch.ops.qlab.experts_matmul.default: "e k o",
+}
 
 
-def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The forward of a module of fused experts, as transformers' experts interface calls it: [n, k] -> [n, k].
+def experts_forward(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The forward of a module of fused experts, as transformers' experts interface calls it: [n, k]
+    -> [n, k].
 
-    A weight may be a module that stands in for one, called with (x [s, k], bias [e, o] or None, ends).
+    A weight may be a module that stands in for one, called with (x [s, k], bias [e, o] or None,
+    ends).
     """
 
     def product(name: str, x_sk: Tensor) -> Tensor:
@@ -158,11 +182,17 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     pairs, tokens, ends = torch.ops.qlab.route(top_k_index, len(self.down_proj))
     x_sk = hidden_states[tokens]
     has_gate = getattr(self, "has_gate", True)  # which all have in transformers before 5.3
-    x_sk = self._apply_gate(product("gate_up_proj", x_sk)) if has_gate else self.act_fn(product("up_proj", x_sk))
+    x_sk = (
+        self._apply_gate(product("gate_up_proj", x_sk))
+        if has_gate
+        else self.act_fn(product("up_proj", x_sk))
+    )
     y_sk = product("down_proj", x_sk)
     if getattr(self, "has_post_expert_norm", False):  # which transformers 5.17 does not know
         y_sk = self.post_expert_norm(y_sk)
-    every = top_k_weights.shape != top_k_index.shape  # [n, e]: routers of transformers 5.0.0 weigh all experts
+    every = (
+        top_k_weights.shape != top_k_index.shape
+    )  # [n, e]: routers of transformers 5.0.0 weigh all experts
     weights_nt = top_k_weights.gather(1, top_k_index) if every else top_k_weights
     y_sk = y_sk * weights_nt.reshape(-1)[pairs].unsqueeze(-1)
     y_ntk = y_sk[pairs.argsort()].unflatten(0, tuple(top_k_index.shape))

@@ -1,4 +1,5 @@
-"""One segment of a model as a value: an exported graph, its weight-bearing sites and a mapping of leaves."""
+"""One segment of a model as a value: an exported graph, its weight-bearing sites and a mapping of
+leaves."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,21 +15,52 @@ from qlab.algebra.tracing.taken_apart import Form, take_apart
 from qlab.errors import QlabError
 
 aten = torch.ops.aten
-Op = Callable[..., Tensor]  # x -> x; one that is `per_expert` is called with the ends of experts' rows too
+Op = Callable[
+    ..., Tensor
+]  # x -> x; one that is `per_expert` is called with the ends of experts' rows too
 
-# Operations that hand on the same numbers, channel for channel: a site's input is looked up behind them.
-SAME_VALUES = frozenset({
-    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.type_as.default, aten.alias.default,
-    aten.clone.default, aten.contiguous.default, aten.detach.default, aten.detach_.default, aten.dropout.default,
-    aten.lift_fresh_copy.default,
-})  # fmt: skip
+# Operations that hand on the same numbers, channel for channel: a site's input is looked up behind
+# them.
+SAME_VALUES = frozenset(
+    {
+        aten.to.dtype,
+        aten.to.dtype_layout,
+        aten.to.device,
+        aten._to_copy.default,
+        aten.type_as.default,
+        aten.alias.default,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.detach.default,
+        aten.detach_.default,
+        aten.dropout.default,
+        aten.lift_fresh_copy.default,
+    }
+)
 RESHAPES = frozenset({aten.reshape.default, aten._unsafe_view.default})
-LAYOUT = frozenset({  # numbers stay, and go elsewhere
-    aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.permute.default,
-    aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor, aten.select.int, aten.t.default,
-    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.flatten.using_ints,
-    aten.unflatten.int, aten.narrow.default, aten.repeat_interleave.self_int, aten.repeat.default,
-})  # fmt: skip
+LAYOUT = frozenset(
+    {  # numbers stay, and go elsewhere
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.expand.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.t.default,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+        aten.unbind.int,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.narrow.default,
+        aten.repeat_interleave.self_int,
+        aten.repeat.default,
+    }
+)
 # operation -> positions of (input, weight, bias), and the weight's layout
 WEIGHT_OPS: Mapping[Any, tuple[int, int, int | None, str]] = {
     **{op: (0, 1, 2, layout) for op, layout in EXPERT_OPS.items()},
@@ -47,7 +79,8 @@ def behind_casts(node: fx.Node) -> fx.Node:
 
 
 def is_matrix(shape: Iterable[Any]) -> bool:
-    """Whether a parameter of this shape could be multiplied by: more than one axis is longer than 1."""
+    """Whether a parameter of this shape could be multiplied by: more than one axis is longer than
+    1."""
     return sum(n > 1 for n in shape) > 1
 
 
@@ -56,16 +89,19 @@ def open_symbols(size: Any) -> set:
     return size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set()
 
 
-def placed(args: tuple, kwargs: Mapping[str, Any], device: torch.device) -> tuple[tuple, dict[str, Any]]:
-    """An operation's arguments with `device` for every device that they name: what a segment makes by itself (a mask, positions)
-    lies where its inputs do, not where it was traced."""
+def placed(
+    args: tuple, kwargs: Mapping[str, Any], device: torch.device
+) -> tuple[tuple, dict[str, Any]]:
+    """An operation's arguments with `device` for every device that they name: what a segment makes
+    by itself (a mask, positions) lies where its inputs do, not where it was traced."""
     there = (device if isinstance(a, torch.device) else a for a in (*args, *kwargs.values()))
     return tuple(next(there) for _ in args), dict(zip(kwargs, there))
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows [start, stop) of a fused weight (qkv, gate_up) that the graph uses apart from the others."""
+    """Rows [start, stop) of a fused weight (qkv, gate_up) that the graph uses apart from the
+    others."""
 
     start: int
     stop: int
@@ -73,14 +109,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Site:
-    """One weight-bearing operation of a segment, or a value (`weight` None) that can be quantized without one.
+    """One weight-bearing operation of a segment, or a value (`weight` None) that can be quantized
+    without one.
 
-    path: the module's path inside the segment. source: the graph node that feeds it; sites with one source share
-    their statistics. layout: axes of the stored weight, "o k" (linear), "k o" (addmm), "e o k" and "e k o" (fused experts).
-    rows: the parts of a fused weight. Of fused experts, gathered_from: the node whose rows its input holds in the order
-    of experts, if it is not made by experts itself; route: the node that says which rows belong to whom,
-    choices: to how many experts a token goes. router: it decides that, or is a gate of one number per token (of a shared expert),
-    and is never rounded itself (it is small, and every engine reads it as it is). outside: it lies around the blocks.
+    path: the module's path inside the segment. source: the graph node that feeds it; sites with one
+    source share their statistics. layout: axes of the stored weight, "o k" (linear), "k o" (addmm),
+    "e o k" and "e k o" (fused experts). rows: the parts of a fused weight. Of fused experts,
+    gathered_from: the node whose rows its input holds in the order of experts, if it is not made by
+    experts itself; route: the node that says which rows belong to whom, choices: to how many
+    experts a token goes. router: it decides that, or is a gate of one number per token (of a shared
+    expert), and is never rounded itself (it is small, and every engine reads it as it is). outside:
+    it lies around the blocks.
     """
 
     path: str
@@ -98,7 +137,8 @@ class Site:
 
     @property
     def origin(self) -> str:
-        """The node whose channels reach the site, whichever of its rows do: a reparametrization moves all of its sites."""
+        """The node whose channels reach the site, whichever of its rows do: a reparametrization
+        moves all of its sites."""
         return self.gathered_from or self.source
 
 
@@ -118,7 +158,8 @@ class Made:
 
 @dataclass(frozen=True)
 class Left:
-    """What a segment makes of the lists, dictionaries and objects that it is called with: their form and leaves afterwards."""
+    """What a segment makes of the lists, dictionaries and objects that it is called with: their
+    form and leaves afterwards."""
 
     form: Form
     leaves: tuple[Any, ...]
@@ -126,12 +167,15 @@ class Left:
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity
 class Code:
-    """The traced program of a segment, shared by every segment of the same structure and never edited.
+    """The traced program of a segment, shared by every segment of the same structure and never
+    edited.
 
-    params: placeholder -> leaf path. inputs: the shape of each of the segment's own inputs, with None for a size that may be any.
-    outputs: what the program gives, as it was traced: the leaves of what the segment returns (`out_spec`), and behind them the tensors
-    that it leaves in its inputs (`left`: where they lie there).
-    unread: path of a matrix that is used, but is no site's weight -> why. It is dense, and no step reaches it.
+    params: placeholder -> leaf path. inputs: the shape of each of the segment's own inputs, with
+    None for a size that may be any. outputs: what the program gives, as it was traced: the leaves
+    of what the segment returns (`out_spec`), and behind them the tensors that it leaves in its
+    inputs (`left`: where they lie there).
+    unread: path of a matrix that is used, but is no site's weight -> why. It is dense, and no step
+    reaches it.
     kept: where in its attributes the segment leaves tensors, which no program does.
     """
 
@@ -151,10 +195,12 @@ class Code:
 class ModuleGraph:
     """One segment as an immutable value; transforms return new ones.
 
-    path: the segment's path in the model. dtype: what its leaves are stored in. selected: the sites a transform may touch (None: all).
-    stored: leaf -> the dtype that the files hold it in, where that is not `dtype`. held: leaf -> the dtype in which the model computes
-    with it, where that is not the leaf's own.
-    online, online_outputs: what still happens at run time to a site's input, and to its output, per site path.
+    path: the segment's path in the model. dtype: what its leaves are stored in. selected: the sites
+    a transform may touch (None: all). stored: leaf -> the dtype that the files hold it in, where
+    that is not `dtype`. held: leaf -> the dtype in which the model computes with it, where that is
+    not the leaf's own.
+    online, online_outputs: what still happens at run time to a site's input, and to its output, per
+    site path.
     notes: what stages report of a site. outers: global scales of sites that are settled beforehand.
     """
 
@@ -188,19 +234,24 @@ class ModuleGraph:
         return self.stored.get(name, self.dtype)
 
     def running(self, name: str, expert: int | None = None) -> Leaf:
-        """A leaf, or one expert of it, as the model computes with it: as it lies here, or, where it lies here as the files hold it, in
-        the dtype in which the model holds it."""
+        """A leaf, or one expert of it, as the model computes with it: as it lies here, or, where it
+        lies here as the files hold it, in the dtype in which the model holds it."""
         leaf = self.params[name]
         if expert is not None:
             leaf = pytree.tree_map_only(Tensor, lambda t: t[expert], leaf)
-        as_in_files = name in self.held and isinstance(leaf, Tensor) and leaf.dtype == self.stored_dtype(name)
+        as_in_files = (
+            name in self.held and isinstance(leaf, Tensor) and leaf.dtype == self.stored_dtype(name)
+        )
         return leaf.to(self.held[name]) if as_in_files else leaf
 
     def weight_ok(self, site: Site, expert: int | None = None) -> Tensor:
-        """The site's weight as fp32 [..., o, k], whatever its layout, or that of one expert; refuses a rounded one."""
+        """The site's weight as fp32 [..., o, k], whatever its layout, or that of one expert;
+        refuses a rounded one."""
         leaf = self.params[site.weight] if site.weight else None
         if not isinstance(leaf, Tensor):
-            raise QlabError(f"{self.where(site)} is quantized already; give each site one rounding method")
+            raise QlabError(
+                f"{self.where(site)} is quantized already; give each site one rounding method"
+            )
         W = leaf.float() if expert is None else leaf[expert].float()
         return W.mT if site.layout.endswith("k o") else W
 
@@ -213,12 +264,19 @@ class ModuleGraph:
 def refuse_overflow(where: str, tensor: Tensor, dtype: torch.dtype) -> None:
     """Refuse numbers of a tensor that would be Inf in a dtype of a smaller range."""
     most = torch.finfo(dtype).max
-    if not tensor.is_floating_point() or not tensor.numel() or torch.finfo(tensor.dtype).max <= most:
+    if (
+        not tensor.is_floating_point()
+        or not tensor.numel()
+        or torch.finfo(tensor.dtype).max <= most
+    ):
         return
     finite = tensor.abs().nan_to_num(nan=0.0, posinf=0.0)
     largest = float(finite.max())
     if largest > most:
-        raise QlabError(f"{where} holds {largest:.3g}, and {dtype} numbers end at {most:.3g}; run the model in bfloat16 or float32")
+        raise QlabError(
+            f"{where} holds {largest:.3g}, and {dtype} numbers end at {most:.3g}; run the model "
+            "in bfloat16 or float32"
+        )
 
 
 def lone_weight(
@@ -228,8 +286,9 @@ def lone_weight(
     outside: bool = False,
     outer: Tensor | None = None,
 ) -> ModuleGraph:
-    """A weight [o, k] by itself as a segment of one site, for stages that need no data. dtype: that of most of its model, which
-    scales take (default: its own). outer: the global scale that it shares with weights elsewhere."""
+    """A weight [o, k] by itself as a segment of one site, for stages that need no data. dtype: that
+    of most of its model, which scales take (default: its own). outer: the global scale that it
+    shares with weights elsewhere."""
     site = Site(path, "weight", None, path, "", "o k", outside=outside)
     code = Code(fx.Graph(), {}, {}, (), pytree.tree_structure(None), (site,))
     outers = {} if outer is None else {path: outer}
@@ -260,7 +319,9 @@ def tensors_of(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
 
 def runs_on(code: Code, tensors: Sequence[Tensor]) -> bool:
     """Whether a program is for inputs of these shapes."""
-    return len(tensors) == len(code.inputs) and all(fits(t, sizes) for t, sizes in zip(tensors, code.inputs))
+    return len(tensors) == len(code.inputs) and all(
+        fits(t, sizes) for t, sizes in zip(tensors, code.inputs)
+    )
 
 
 def fits(t: Tensor, sizes: Sequence[int | None]) -> bool:

@@ -1,4 +1,5 @@
-"""What a segment computes: its graph run node by node, with every leaf as it is at that moment. The reference reading."""
+"""What a segment computes: its graph run node by node, with every leaf as it is at that moment. The
+reference reading."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,18 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from qlab.algebra.experts import EXPERT_OPS, Rows, each_expert
-from qlab.algebra.graph import SAME_VALUES, WEIGHT_OPS, Code, ModuleGraph, Op, Site, by_source, fits, placed, tensors_of
+from qlab.algebra.graph import (
+    SAME_VALUES,
+    WEIGHT_OPS,
+    Code,
+    ModuleGraph,
+    Op,
+    Site,
+    by_source,
+    fits,
+    placed,
+    tensors_of,
+)
 from qlab.algebra.products import product_dtype
 from qlab.algebra.qtensor import QTensor, dense
 from qlab.errors import QlabError
@@ -20,13 +32,17 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs a graph with its leaves dequantized where they are used, in the dtype of the input they meet."""
+    """Runs a graph with its leaves dequantized where they are used, in the dtype of the input they
+    meet."""
 
     def __init__(self, mg: ModuleGraph, graph: fx.Graph):
         super().__init__(nn.Module(), graph=graph)
         self.mg = mg
         self.by_weight = {s.weight: s for s in mg.code.sites if s.weight}
-        self.device = next((t.device for t in pytree.tree_leaves(dict(mg.params)) if isinstance(t, Tensor)), torch.device("cpu"))
+        self.device = next(
+            (t.device for t in pytree.tree_leaves(dict(mg.params)) if isinstance(t, Tensor)),
+            torch.device("cpu"),
+        )
 
     def placeholder(self, target: str, args: tuple, kwargs: dict) -> Any:
         code = self.mg.code
@@ -51,7 +67,10 @@ class _Interpreter(fx.Interpreter):
             W, wide = dense(leaf, x.dtype), product_dtype(x)
             new = list(args)
             # codes are always [o, k]; an unquantized weight still has its own layout
-            new[x_at], new[w_at] = x.to(wide), (W.mT if isinstance(leaf, QTensor) and layout == "k o" else W).to(wide)
+            new[x_at], new[w_at] = (
+                x.to(wide),
+                (W.mT if isinstance(leaf, QTensor) and layout == "k o" else W).to(wide),
+            )
             if b_at is not None and len(args) > b_at and args[b_at] is not None:
                 new[b_at] = args[b_at].to(x.dtype).to(wide)
             y = super().call_function(target, *placed(tuple(new), kwargs, self.device)).to(x.dtype)
@@ -60,7 +79,9 @@ class _Interpreter(fx.Interpreter):
             return y
         return super().call_function(target, *placed(args, kwargs, self.device))
 
-    def _each_expert(self, layout: str, x_sk: Tensor, weight: "_Weight", bias_eo: Tensor | None, ends: Tensor) -> Tensor:
+    def _each_expert(
+        self, layout: str, x_sk: Tensor, weight: "_Weight", bias_eo: Tensor | None, ends: Tensor
+    ) -> Tensor:
         for op in self.mg.online.get(self.by_weight[weight.path].path, ()):
             x_sk = _run_op(op, x_sk, ends)
 
@@ -75,7 +96,8 @@ class _Interpreter(fx.Interpreter):
 
 
 class _Wide(_Interpreter):
-    """The same in float32 where the program was traced in a narrower dtype: it casts to that at fixed places."""
+    """The same in float32 where the program was traced in a narrower dtype: it casts to that at
+    fixed places."""
 
     def placeholder(self, target: str, args: tuple, kwargs: dict) -> Any:
         value = super().placeholder(target, args, kwargs)
@@ -83,7 +105,9 @@ class _Wide(_Interpreter):
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         wide_args = tuple(_wide(a) for a in args)
-        return super().call_function(target, wide_args, {name: _wide(a) for name, a in kwargs.items()})
+        return super().call_function(
+            target, wide_args, {name: _wide(a) for name, a in kwargs.items()}
+        )
 
 
 def _wide(argument: Any) -> Any:
@@ -98,12 +122,15 @@ class _Weight:
 
 
 def interpret(graph: ModuleGraph, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What the segment computes on these inputs, with every leaf as it is now. Differentiable; the reference reading."""
+    """What the segment computes on these inputs, with every leaf as it is now. Differentiable; the
+    reference reading."""
     returned = outputs_of(graph, args, kwargs)[: graph.code.out_spec.num_leaves]
     return pytree.tree_unflatten(list(returned), graph.code.out_spec)
 
 
-def outputs_of(graph: ModuleGraph, args: tuple, kwargs: dict[str, Any], wide: bool = False) -> tuple[Any, ...]:
+def outputs_of(
+    graph: ModuleGraph, args: tuple, kwargs: dict[str, Any], wide: bool = False
+) -> tuple[Any, ...]:
     """All that the segment's program gives on these inputs (see Code.outputs).
 
     wide: in float32 throughout, also where the model computes in bfloat16 or float16.
@@ -120,26 +147,41 @@ def _tensors(graph: ModuleGraph, args: tuple, kwargs: dict[str, Any]) -> tuple[T
     tensors, traced = tensors_of(args, kwargs), graph.code.inputs
     where = graph.path or "the segment"
     if len(tensors) != len(traced):
-        raise QlabError(f"{where} was traced with {len(traced)} input tensors and is called with {len(tensors)}; trace it again for "
-                        "inputs of this form")
+        raise QlabError(
+            f"{where} was traced with {len(traced)} input tensors and is called with "
+            f"{len(tensors)}; trace it again for inputs of this form"
+        )
     for t, sizes in zip(tensors, traced):
         if not fits(t, sizes):
             known = ", ".join("any" if n is None else str(n) for n in sizes)
-            raise QlabError(f"{where} was traced with an input of ({known}) and is called with {tuple(t.shape)}, for which its program "
-                            "may differ; use windows of one length, or trace it again")
+            raise QlabError(
+                f"{where} was traced with an input of ({known}) and is called with "
+                f"{tuple(t.shape)}, for which its program may differ; use windows of one length, "
+                "or trace it again"
+            )
     return tensors
 
 
-def inputs_of(graph: ModuleGraph, sources: Iterable[str], args: tuple, kwargs: dict[str, Any], everywhere: bool = False
-              ) -> dict[str, Rows]:  # fmt: skip
+def inputs_of(
+    graph: ModuleGraph,
+    sources: Iterable[str],
+    args: tuple,
+    kwargs: dict[str, Any],
+    everywhere: bool = False,
+) -> dict[str, Rows]:
     """What reaches the sites of each source, online operations included, and nothing beyond them.
 
-    Only what the sources depend on is computed: the last projection of a block never runs here. everywhere: every token
-    goes to every expert, for statistics.
+    Only what the sources depend on is computed: the last projection of a block never runs here.
+    everywhere: every token goes to every expert, for statistics.
     """
     wanted = tuple(sources)
     routes = tuple(sorted({r for s in wanted if (r := _first(graph, s).route)}))
-    env = dict(zip(wanted + routes, _run(graph, _ending_at(graph.code, wanted + routes, everywhere), args, kwargs)))
+    env = dict(
+        zip(
+            wanted + routes,
+            _run(graph, _ending_at(graph.code, wanted + routes, everywhere), args, kwargs),
+        )
+    )
     return {source: _arriving(graph, source, env) for source in wanted}
 
 
@@ -171,20 +213,25 @@ def _ending_at(code: Code, sources: tuple[str, ...], everywhere: bool) -> fx.Gra
         if everywhere and node.target is torch.ops.qlab.route.default:
             node.target = torch.ops.qlab.route_everywhere.default
     copy.output(tuple(by_name[s] for s in sources))
-    copy.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or _writes(n))
+    copy.eliminate_dead_code(
+        is_impure_node=lambda n: n.op in ("placeholder", "output") or _writes(n)
+    )
     return copy
 
 
 def _writes(node: fx.Node) -> bool:
-    # an operation in place: who reads its target through another view does not show in the graph's edges
+    # an operation in place: who reads its target through another view does not show in the graph's
+    # edges
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 class Walk:
-    """One run of a segment that stops at sources, so that its leaves may change behind the stop before it goes on.
+    """One run of a segment that stops at sources, so that its leaves may change behind the stop
+    before it goes on.
 
-    Sources are visited in running order (`by_source`); the graph given to each step is read where it runs. A walk that
-    forgets its values starts over at the next step and arrives at the same ones.
+    Sources are visited in running order (`by_source`); the graph given to each step is read where
+    it runs. A walk that forgets its values starts over at the next step and arrives at the same
+    ones.
     """
 
     def __init__(self, code: Code):
@@ -223,21 +270,32 @@ class Walk:
         self.env, self.done = {}, 0
 
     def nbytes(self) -> int:
-        """Bytes of the values that are waiting to be used, beside the segment's own inputs and leaves."""
-        waiting = [v for n, v in self.env.items() if n.op != "placeholder" and isinstance(v, Tensor)]
-        return sum(s.nbytes() for s in {t.untyped_storage().data_ptr(): t.untyped_storage() for t in waiting}.values())
+        """Bytes of the values that are waiting to be used, beside the segment's own inputs and
+        leaves."""
+        waiting = [
+            v for n, v in self.env.items() if n.op != "placeholder" and isinstance(v, Tensor)
+        ]
+        return sum(
+            s.nbytes()
+            for s in {t.untyped_storage().data_ptr(): t.untyped_storage() for t in waiting}.values()
+        )
 
 
 @lru_cache(maxsize=32)
 def _last_uses(code: Code) -> dict[fx.Node, tuple[fx.Node, ...]]:
-    """node -> the values nobody needs once it has run. The input of a source, and a route, live until the last site has."""
+    """node -> the values nobody needs once it has run. The input of a source, and a route, live
+    until the last site has."""
     nodes = list(code.graph.nodes)
     at = {node: i for i, node in enumerate(nodes)}
     last = {node: max((at[user] for user in node.users), default=at[node]) for node in nodes}
     weights = {path: name for name, path in code.params.items()}
     by_name = {node.name: node for node in nodes}
     for site in code.sites:
-        used = max((at[user] for user in by_name[weights[site.weight]].users), default=0) if site.weight else 0
+        used = (
+            max((at[user] for user in by_name[weights[site.weight]].users), default=0)
+            if site.weight
+            else 0
+        )
         for held in filter(None, (site.source, site.route)):
             last[by_name[held]] = max(last[by_name[held]], used)
     uses: dict[fx.Node, tuple[fx.Node, ...]] = {}

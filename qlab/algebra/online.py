@@ -13,9 +13,11 @@ from qlab.algebra.spec import InputSpec, Spec
 
 @dataclass(frozen=True)
 class QuantizeInput:
-    """The online operation x -> dense(round(x)) on the grid `minmax`, x [..., k] seen as [tokens, k], computed in fp32.
+    """The online operation x -> dense(round(x)) on the grid `minmax`, x [..., k] seen as [tokens,
+    k], computed in fp32.
 
-    A last group of channels that is not full is filled up with zeros. Its gradient is the straight-through one: that of x -> x.
+    A last group of channels that is not full is filled up with zeros. Its gradient is the
+    straight-through one: that of x -> x.
 
     scales, zeros [1, 1] or outer [1]: what was fixed beforehand; None is found for the x at hand.
     """
@@ -40,17 +42,22 @@ class QuantizeInput:
     def _rounded(self, x: Tensor) -> Tensor:
         x_nk, k = x.flatten(0, -2).float(), x.shape[-1]
         x_nk = F.pad(x_nk, (0, -k % (self.spec.tile.cols or k)))
-        scales, zeros, outer = (None if t is None else t.to(x.device) for t in (self.scales, self.zeros, self.outer))
+        scales, zeros, outer = (
+            None if t is None else t.to(x.device) for t in (self.scales, self.zeros, self.outer)
+        )
         if scales is None:
             q = encode(minmax, x_nk, self.spec, outer=outer)
         else:
-            q = QTensor(round_codes(x_nk, scales, zeros, self.spec, outer), scales, zeros, self.spec, outer)
+            q = QTensor(
+                round_codes(x_nk, scales, zeros, self.spec, outer), scales, zeros, self.spec, outer
+            )
         return dense(q, torch.float32)[:, :k].reshape(x.shape).to(x.dtype)
 
 
 @dataclass(frozen=True)
 class MatMul:
-    """The online operation x -> x @ M for every n neighbouring channels, M [n, n], computed in the dtype of M."""
+    """The online operation x -> x @ M for every n neighbouring channels, M [n, n], computed in the
+    dtype of M."""
 
     M_nn: Tensor
 

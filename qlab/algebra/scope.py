@@ -9,7 +9,8 @@ from qlab.errors import QlabError
 
 @dataclass(frozen=True)
 class Scope:
-    """Which sites a stage may touch: those that match every `include` and no `exclude` (globs over full names).
+    """Which sites a stage may touch: those that match every `include` and no `exclude` (globs over
+    full names).
 
     outside: they are linears around the blocks, else sites of blocks.
     """
@@ -19,7 +20,9 @@ class Scope:
     outside: bool = False
 
     def __contains__(self, name: str) -> bool:
-        return all(matches(p, name) for p in self.include) and not any(matches(p, name) for p in self.exclude)
+        return all(matches(p, name) for p in self.include) and not any(
+            matches(p, name) for p in self.exclude
+        )
 
     def __str__(self) -> str:
         named = " and ".join([*self.include, *(f"not {p}" for p in self.exclude)]) or "every site"
@@ -42,4 +45,6 @@ def matches(pattern: str, name: str) -> bool:
     try:
         return bool(re.fullmatch(pattern[3:], name))
     except re.error as error:
-        raise QlabError(f"the pattern {pattern!r} is no regular expression ({error}); mend it, or write a glob") from error
+        raise QlabError(
+            f"the pattern {pattern!r} is no regular expression ({error}); mend it, or write a glob"
+        ) from error

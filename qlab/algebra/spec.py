@@ -17,9 +17,11 @@ from qlab.errors import QlabError
 class Tile:
     """The rows and columns of a weight that one scale covers; None is the whole axis.
 
-    tensor = Tile(None, None), channel = Tile(1, None), group of g = Tile(1, g), 2-D block = Tile(128, 128).
-    Leading axes (experts) always have scales of their own. Tiles at the lower and right edge may reach over it and are filled up with
-    zeros, so that scale counts are rounded up. Weights are rounded to groups that divide a row; other writers' need not.
+    tensor = Tile(None, None), channel = Tile(1, None), group of g = Tile(1, g), 2-D block =
+    Tile(128, 128).
+    Leading axes (experts) always have scales of their own. Tiles at the lower and right edge may
+    reach over it and are filled up with zeros, so that scale counts are rounded up. Weights are
+    rounded to groups that divide a row; other writers' need not.
     """
 
     rows: int | None
@@ -28,12 +30,16 @@ class Tile:
     def __post_init__(self) -> None:
         for size in (self.rows, self.cols):
             if size is not None and (not _is_size(size) or size < 1):
-                raise QlabError(f"a tile of {self.rows!r:.40} x {self.cols!r:.40}; give whole numbers of at least 1, or None for all")
+                raise QlabError(
+                    f"a tile of {self.rows!r:.40} x {self.cols!r:.40}; give whole numbers of at "
+                    "least 1, or None for all"
+                )
 
     pattern = "... (a r) (g k) -> ... a g (r k)"
 
     def split(self, W_ok: Tensor) -> Tensor:
-        """[..., o, k] -> [..., a, g, n]: the n numbers under scale [a, g], zeros where a block reaches over the edge."""
+        """[..., o, k] -> [..., a, g, n]: the n numbers under scale [a, g], zeros where a block
+        reaches over the edge."""
         rows, cols = self.sizes(W_ok.shape)
         o, k = W_ok.shape[-2:]
         if o % rows or k % cols:
@@ -57,8 +63,9 @@ class Tile:
         cols = self.cols or k
         if self.rows in (None, 1) and k % cols:
             raise QlabError(
-                f"groups of {cols} do not divide the {k} input channels of a weight {tuple(shape)}; "
-                f"legal groups here are {', '.join(map(str, legal_groups(k)))} or 'channel'"
+                f"groups of {cols} do not divide the {k} input channels of a weight "
+                f"{tuple(shape)}; legal groups here are {', '.join(map(str, legal_groups(k)))} or "
+                "'channel'"
             )
 
     def scales_shape(self, shape: torch.Size) -> tuple[int, ...]:
@@ -67,7 +74,10 @@ class Tile:
         return (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // cols))
 
     def __str__(self) -> str:
-        named: dict[tuple[int | None, int | None], str] = {(None, None): "tensor", (1, None): "channel"}
+        named: dict[tuple[int | None, int | None], str] = {
+            (None, None): "tensor",
+            (1, None): "channel",
+        }
         if (self.rows, self.cols) in named:
             return named[self.rows, self.cols]
         return f"g{self.cols}" if self.rows == 1 else f"b{self.rows}x{self.cols}"
@@ -86,8 +96,9 @@ def legal_groups(k: int) -> list[int]:
 class Int:
     """Integer codes in [-2^(bits-1), 2^(bits-1) - 1]; W = (codes - zeros) * scales.
 
-    symmetric: zeros are all 0 and not stored. scale_dtype: how scales are stored; None is the weight's own dtype.
-    zero_dtype: int8 zeros are codes of the grid; a float dtype lets them lie between codes (HQQ).
+    symmetric: zeros are all 0 and not stored. scale_dtype: how scales are stored; None is the
+    weight's own dtype. zero_dtype: int8 zeros are codes of the grid; a float dtype lets them lie
+    between codes (HQQ).
     """
 
     bits: int
@@ -101,7 +112,10 @@ class Int:
 
     def __post_init__(self) -> None:
         if not isinstance(self.tile, Tile):
-            raise QlabError(f"the tile of an Int is a {type(self.tile).__name__}; give a Tile, such as Tile(1, 64)")
+            raise QlabError(
+                f"the tile of an Int is a {type(self.tile).__name__}; give a Tile, such as "
+                "Tile(1, 64)"
+            )
         if not _is_size(self.bits) or not 1 <= self.bits <= 8:
             raise QlabError(f"int{self.bits!r:.40} is not a grid qlab knows; bits go from 1 to 8")
 
@@ -115,15 +129,18 @@ class Int:
 
     @property
     def reach(self) -> float:
-        """max|W| / reach is the scale that spreads a symmetric range over all codes: half the distance between the ends."""
+        """max|W| / reach is the scale that spreads a symmetric range over all codes: half the
+        distance between the ends."""
         return (self.qmax - self.qmin) / 2
 
     def nearest_(self, x: Tensor) -> Tensor:
-        """x, in units of the scale, moved to the nearest code, ties to even, saturating at the ends. In place."""
+        """x, in units of the scale, moved to the nearest code, ties to even, saturating at the
+        ends. In place."""
         return x.round_().clamp_(self.qmin, self.qmax)
 
     def bits_per_weight(self, shape: torch.Size, dtype: torch.dtype) -> float:
-        """Stored bits per weight: codes, scales in their dtype, and zero points of `bits` bits each."""
+        """Stored bits per weight: codes, scales in their dtype, and zero points of `bits` bits
+        each."""
         per_zero = self.bits if self.zero_dtype == torch.int8 else 8 * self.zero_dtype.itemsize
         per_scale = 8 * (self.scale_dtype or dtype).itemsize + (0 if self.symmetric else per_zero)
         return self.bits + per_scale * _scales_per_weight(self.tile, shape)
@@ -138,10 +155,12 @@ def _scales_per_weight(tile: Tile, shape: torch.Size) -> float:
 
 @dataclass(frozen=True)
 class Float:
-    """Floating-point codes of 1 sign, `exponent` and `mantissa` bits; W = codes * scales, or codes * (scales / outer).
+    """Floating-point codes of 1 sign, `exponent` and `mantissa` bits; W = codes * scales, or codes
+    * (scales / outer).
 
-    Codes hold the value itself in e4m3, into which every narrower one fits exactly. outer: scales are relative to one
-    fp32 global scale per weight (NVFP4), by which they are divided. scale_dtype float8_e8m0fnu: powers of two (OCP MX).
+    Codes hold the value itself in e4m3, into which every narrower one fits exactly. outer: scales
+    are relative to one fp32 global scale per weight (NVFP4), by which they are divided. scale_dtype
+    float8_e8m0fnu: powers of two (OCP MX).
     """
 
     exponent: int
@@ -155,8 +174,10 @@ class Float:
 
     def __post_init__(self) -> None:
         if (self.exponent, self.mantissa) not in _MAX:
-            raise QlabError(f"e{self.exponent}m{self.mantissa} is not a float qlab knows; it knows "
-                            f"{', '.join(f'e{e}m{m}' for e, m in _MAX)}")
+            raise QlabError(
+                f"e{self.exponent}m{self.mantissa} is not a float qlab knows; it knows "
+                f"{', '.join(f'e{e}m{m}' for e, m in _MAX)}"
+            )
 
     @property
     def bits(self) -> int:
@@ -172,27 +193,34 @@ class Float:
         return self.max
 
     def nearest_(self, x: Tensor) -> Tensor:
-        """x, in units of the scale, moved to the nearest code, ties to even, saturating at the ends. In place.
+        """x, in units of the scale, moved to the nearest code, ties to even, saturating at the
+        ends. In place.
 
-        A zero of either sign becomes +0, while what is rounded down to zero keeps its sign (compressed-tensors).
+        A zero of either sign becomes +0, while what is rounded down to zero keeps its sign
+        (compressed-tensors).
         """
         x.add_(0.0).clamp_(-self.max, self.max)
         if self.bits == 8:
             return x.copy_(x.to(self.code_dtype))
-        # below 2 the numbers of e2m1 and e2m3 are subnormal or in the first binade, which have the same step
+        # below 2 the numbers of e2m1 and e2m3 are subnormal or in the first binade, which have the
+        # same step
         step = torch.exp2((x.frexp().exponent - 1).clamp_(min=0) - self.mantissa).to(x.dtype)
         return x.div_(step).round_().mul_(step)
 
     def global_scale(self, absmax: Tensor) -> Tensor:
-        """outer = (448 * max) / absmax: it takes the largest group's scale to the end of e4m3. absmax [...] -> [..., 1]."""
+        """outer = (448 * max) / absmax: it takes the largest group's scale to the end of e4m3.
+        absmax [...] -> [..., 1]."""
         assert self.outer and self.scale_dtype is not None
         largest = torch.finfo(self.scale_dtype).max * self.max
         outer = largest / absmax.float().clamp_min(torch.finfo(torch.float32).tiny)
         return outer.nan_to_num_(nan=1.0, posinf=1.0)[..., None]
 
     def bits_per_weight(self, shape: torch.Size, dtype: torch.dtype) -> float:
-        """Stored bits per weight: codes and scales in their dtype; one outer scale per weight does not show."""
-        return self.bits + 8 * (self.scale_dtype or dtype).itemsize * _scales_per_weight(self.tile, shape)
+        """Stored bits per weight: codes and scales in their dtype; one outer scale per weight does
+        not show."""
+        return self.bits + 8 * (self.scale_dtype or dtype).itemsize * _scales_per_weight(
+            self.tile, shape
+        )
 
     def __str__(self) -> str:
         named = [name for name, spec in NAMED.items() if spec == self]
@@ -206,10 +234,11 @@ Spec = Int | Float
 
 
 def parse_spec(text: str, symmetric: bool = True) -> Spec:
-    """The spec that a name means, in upper or lower case. Integers: 'int4-g64', 'int8-channel', 'int8-tensor', with '-asym' for a
-    zero point.
+    """The spec that a name means, in upper or lower case. Integers: 'int4-g64', 'int8-channel',
+    'int8-tensor', with '-asym' for a zero point.
 
-    Floats: 'fp8-tensor', 'fp8-channel', 'fp8-b128x128', 'mxfp4', 'mxfp6', 'mxfp8' (groups of 32, power-of-two scales:
+    Floats: 'fp8-tensor', 'fp8-channel', 'fp8-b128x128', 'mxfp4', 'mxfp6', 'mxfp8' (groups of 32,
+    power-of-two scales:
     OCP MX) and 'nvfp4' (groups of 16, e4m3 scales under one global scale).
     """
     text = text.lower() if text.isascii() else text
@@ -218,17 +247,33 @@ def parse_spec(text: str, symmetric: bool = True) -> Spec:
         raise QlabError(f"spec {text!r} has no zero point; only integers are asymmetric")
     if text in NAMED:
         return NAMED[text]
-    match = re.fullmatch(r"(int|fp)([0-9]+)-(?:g([0-9]{1,9})|b([0-9]{1,9})x([0-9]{1,9})|(channel)|(tensor))(-asym)?", text)
+    match = re.fullmatch(
+        r"(int|fp)([0-9]+)-(?:g([0-9]{1,9})|b([0-9]{1,9})x([0-9]{1,9})|(channel)|(tensor))(-asym)?",
+        text,
+    )
     if not match or (match[1] == "fp" and (f"fp{match[2]}" not in FLOATS or match[8])):
         raise QlabError(
-            f"spec {text[:40]!r} is unknown; write int<bits>-g<group>, int<bits>-channel or int<bits>-tensor, such as int4-g64, "
-            f"or fp8-channel, fp8-b128x128, {', '.join(NAMED)}"
+            f"spec {text[:40]!r} is unknown; write int<bits>-g<group>, int<bits>-channel or "
+            f"int<bits>-tensor, such as int4-g64, or fp8-channel, fp8-b128x128, {', '.join(NAMED)}"
         )
     kind, bits, group, rows, cols, channel, _, asym = match.groups()
     if any(size is not None and int(size) < 1 for size in (group, rows, cols)):
-        raise QlabError(f"spec {text!r} asks for groups of {group or f'{rows}x{cols}'}; a group holds at least one input channel")
-    tile = Tile(1, int(group)) if group else Tile(int(rows), int(cols)) if rows else Tile(1 if channel else None, None)
-    return Int(int(bits), tile, symmetric and not asym) if kind == "int" else Float(*FLOATS[f"fp{bits}"], tile)
+        raise QlabError(
+            f"spec {text!r} asks for groups of {group or f'{rows}x{cols}'}; a group holds at "
+            "least one input channel"
+        )
+    tile = (
+        Tile(1, int(group))
+        if group
+        else Tile(int(rows), int(cols))
+        if rows
+        else Tile(1 if channel else None, None)
+    )
+    return (
+        Int(int(bits), tile, symmetric and not asym)
+        if kind == "int"
+        else Float(*FLOATS[f"fp{bits}"], tile)
+    )
 
 
 # what engines call weights in these formats, whose inputs stay as they are
@@ -259,15 +304,18 @@ def same_grid(a: Spec, b: Spec) -> bool:
 
 
 def described(spec: Spec) -> str:
-    """Its name, or all of it where the name stands for another one: scales or zero points in a dtype of their own."""
+    """Its name, or all of it where the name stands for another one: scales or zero points in a
+    dtype of their own."""
     return str(spec) if parse_spec(str(spec)) == spec else repr(spec)
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """How the input of a site is rounded at run time: the spec's tiles lie over x [tokens, channels].
+    """How the input of a site is rounded at run time: the spec's tiles lie over x [tokens,
+    channels].
 
-    static: the one scale (NVFP4: the outer scale) was fixed beforehand and is stored; else it is found for the x at hand.
+    static: the one scale (NVFP4: the outer scale) was fixed beforehand and is stored; else it is
+    found for the x at hand.
     """
 
     spec: Spec
@@ -278,8 +326,12 @@ class InputSpec:
 
 
 def parse_input_spec(text: str) -> InputSpec:
-    """'int8-token', 'fp8-token', 'fp8-tensor static', or another spec over [tokens, channels]; a token is a row."""
+    """'int8-token', 'fp8-token', 'fp8-tensor static', or another spec over [tokens, channels]; a
+    token is a row."""
     name, _, static = text.partition(" ")
     if static not in ("", "static"):
-        raise QlabError(f"input spec {text!r} is unknown; write a spec such as fp8-token, with ' static' for a stored scale")
+        raise QlabError(
+            f"input spec {text!r} is unknown; write a spec such as fp8-token, with ' static' for "
+            "a stored scale"
+        )
     return InputSpec(parse_spec(re.sub(r"-token\b", "-channel", name)), bool(static))

@@ -1,6 +1,7 @@
 """Statistics of a site's input as monoids that are transported when the graph is re-parametrised.
 
-Shapes: x_nk is n tokens by k channels, H_kk = sum_n x_n^T x_n. Accumulation is in fp32 whatever the model's dtype.
+Shapes: x_nk is n tokens by k channels, H_kk = sum_n x_n^T x_n. Accumulation is in fp32 whatever the
+model's dtype.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +19,11 @@ TILE = 192  # columns per block of a symmetric matrix, of which one triangle is 
 
 @dataclass(frozen=True)
 class Observation:
-    """What one batch shows of one source: x_nk, and the keys [n] of its tokens (sample * length + position).
+    """What one batch shows of one source: x_nk, and the keys [n] of its tokens (sample * length +
+    position).
 
-    ends [e]: where the rows of each expert end, if they are sorted by expert. reference_nk: what the reference model has in the
-    place of x, None where that is x itself.
+    ends [e]: where the rows of each expert end, if they are sorted by expert. reference_nk: what
+    the reference model has in the place of x, None where that is x itself.
     """
 
     x_nk: Tensor
@@ -33,8 +35,10 @@ class Observation:
 class Stat(NamedTuple):
     """lift: one observation -> state. combine: associative and commutative (up to fp32 rounding).
 
-    transport: x -> x * m (m a vector [k]) or x @ M (a matrix [k, k]) sends the state to its new value;
-    None says that it must be observed again. nothing: the state of k channels that no token reached, combine's identity.
+    transport: x -> x * m (m a vector [k]) or x @ M (a matrix [k, k]) sends the state to its new
+    value;
+    None says that it must be observed again. nothing: the state of k channels that no token
+    reached, combine's identity.
     """
 
     lift: Callable[[Observation], Any]
@@ -51,7 +55,8 @@ class Moment(NamedTuple):
 
     @property
     def mean_kk(self) -> Tensor:
-        """The mean over tokens, and I where there were none: then every direction counts the same, as without data."""
+        """The mean over tokens, and I where there were none: then every direction counts the same,
+        as without data."""
         if not self.tokens:
             return torch.eye(len(self.sum_kk), dtype=self.sum_kk.dtype, device=self.sum_kk.device)
         return self.sum_kk / self.tokens
@@ -63,7 +68,8 @@ class Moment(NamedTuple):
         return squares_k / self.tokens if self.tokens else torch.ones_like(squares_k)
 
     def output_errors(self, D_ok: Tensor) -> Tensor:
-        """d H d^T of every row [o] with H = mean_kk: the squared output error of a weight error D, per token."""
+        """d H d^T of every row [o] with H = mean_kk: the squared output error of a weight error D,
+        per token."""
         return quadratic(D_ok, self.sum_kk) / self.tokens if self.tokens else D_ok.square().sum(-1)
 
     def output_error(self, D_ok: Tensor) -> float:
@@ -72,14 +78,16 @@ class Moment(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Rows [n, k] with the smallest hashed keys [n]: the same rows whatever order the batches came in."""
+    """Rows [n, k] with the smallest hashed keys [n]: the same rows whatever order the batches came
+    in."""
 
     order: Tensor
     x_nk: Tensor
 
 
 def gram(x_nk: Tensor) -> Tensor:
-    """x^T x in fp32 [k, k]. Only the blocks of the upper triangle are multiplied, so that it is exactly symmetric."""
+    """x^T x in fp32 [k, k]. Only the blocks of the upper triangle are multiplied, so that it is
+    exactly symmetric."""
     x, k = x_nk.float(), x_nk.shape[1]
     H_kk = x.new_empty(k, k)
     for i in range(0, k, TILE):
@@ -97,13 +105,19 @@ def _add_moments(a: Moment, b: Moment) -> Moment:
 
 def _drift(o: Observation) -> Moment:
     if o.reference_nk is None:
-        return Moment(o.x_nk.new_zeros(o.x_nk.shape[1], o.x_nk.shape[1], dtype=torch.float32), o.x_nk.shape[0])
+        return Moment(
+            o.x_nk.new_zeros(o.x_nk.shape[1], o.x_nk.shape[1], dtype=torch.float32), o.x_nk.shape[0]
+        )
     return Moment((o.reference_nk.float() - o.x_nk.float()).T @ o.x_nk.float(), o.x_nk.shape[0])
 
 
 def _move_moment(state: Moment, M: Tensor) -> Moment:
     H = state.sum_kk
-    moved = H * M[:, None] * M[None, :] if M.ndim == 1 else (M.T.double() @ H.double() @ M.double()).float()
+    moved = (
+        H * M[:, None] * M[None, :]
+        if M.ndim == 1
+        else (M.T.double() @ H.double() @ M.double()).float()
+    )
     return Moment(moved, state.tokens)
 
 
@@ -140,26 +154,41 @@ def sample(n: int) -> Stat:
 
 
 class PerExpert(NamedTuple):
-    """One state per expert, of the tokens that were routed to it. They may be observed as they are asked for."""
+    """One state per expert, of the tokens that were routed to it. They may be observed as they are
+    asked for."""
 
     states: Sequence[Any]
 
 
 def per_expert(stat: Stat) -> Stat:
-    """The statistic of every expert's own tokens. A state moves by a matrix [k, k] or diagonal [k] that all experts share,
-    or by diagonals of their own [e, 1, k]."""
+    """The statistic of every expert's own tokens. A state moves by a matrix [k, k] or diagonal [k]
+    that all experts share, or by diagonals of their own [e, 1, k]."""
 
     def lift(o: Observation) -> PerExpert:
         assert o.ends is not None
         other = o.x_nk if o.reference_nk is None else o.reference_nk
-        parts = [Observation(o.x_nk[rows], o.keys[rows], None, other[rows]) for rows in rows_of(o.ends)]
-        return PerExpert(tuple(stat.lift(p) if len(p.keys) else _on(o.x_nk, stat.nothing(o.x_nk.shape[1])) for p in parts))
+        parts = [
+            Observation(o.x_nk[rows], o.keys[rows], None, other[rows]) for rows in rows_of(o.ends)
+        ]
+        return PerExpert(
+            tuple(
+                stat.lift(p) if len(p.keys) else _on(o.x_nk, stat.nothing(o.x_nk.shape[1]))
+                for p in parts
+            )
+        )
 
     def move(state: PerExpert, M: Tensor) -> PerExpert | None:
-        moved = [stat.transport(s, M[e, 0] if M.ndim == 3 else M) for e, s in enumerate(state.states)]
+        moved = [
+            stat.transport(s, M[e, 0] if M.ndim == 3 else M) for e, s in enumerate(state.states)
+        ]
         return None if any(s is None for s in moved) else PerExpert(tuple(moved))
 
-    return Stat(lift, lambda a, b: PerExpert(tuple(map(stat.combine, a.states, b.states))), move, stat.nothing)
+    return Stat(
+        lift,
+        lambda a, b: PerExpert(tuple(map(stat.combine, a.states, b.states))),
+        move,
+        stat.nothing,
+    )
 
 
 def _on(like: Tensor, state: Any) -> Any:
@@ -173,7 +202,8 @@ STATS: dict[str, Stat] = {
         _move_moment,
         lambda k: Moment(torch.zeros(k, k, dtype=torch.float32), 0),
     ),
-    # sum over tokens of (x' - x)^T x, x' the reference's input; of sources without experts, see Stage.wants
+    # sum over tokens of (x' - x)^T x, x' the reference's input; of sources without experts, see
+    # Stage.wants
     "drift": Stat(
         _drift,
         _add_moments,
@@ -196,7 +226,10 @@ STATS: dict[str, Stat] = {
         lambda o: (o.x_nk.float().amin(0), o.x_nk.float().amax(0)),
         lambda a, b: (torch.minimum(a[0], b[0]), torch.maximum(a[1], b[1])),
         _move_minmax,
-        lambda k: (torch.full((k,), torch.inf, dtype=torch.float32), torch.full((k,), -torch.inf, dtype=torch.float32)),
+        lambda k: (
+            torch.full((k,), torch.inf, dtype=torch.float32),
+            torch.full((k,), -torch.inf, dtype=torch.float32),
+        ),
     ),
     "sample": sample(512),
 }
@@ -210,21 +243,29 @@ def stat_of(name: str, experts: bool) -> Stat:
 
 
 def transport(stats: Stats, source: str, M: Tensor) -> Stats:
-    """The statistics after the inputs of `source` became x * m or x @ M; what cannot be moved is dropped."""
+    """The statistics after the inputs of `source` became x * m or x @ M; what cannot be moved is
+    dropped."""
 
     def move(name: str, state: Any) -> Any:
         return stat_of(name, isinstance(state, PerExpert)).transport(state, M)
 
-    moved = {key: move(key[1], state) if key[0] == source else state for key, state in stats.items()}
+    moved = {
+        key: move(key[1], state) if key[0] == source else state for key, state in stats.items()
+    }
     return {key: state for key, state in moved.items() if state is not None}
 
 
 def quadratic(D_ok: Tensor, H_kk: Tensor) -> Tensor:
-    """d H d^T of every row [o]: the squared output error of a weight error D on inputs with second moment H, of which one triangle is
-    read."""
+    """d H d^T of every row [o]: the squared output error of a weight error D on inputs with second
+    moment H, of which one triangle is read."""
     total_o = D_ok.new_zeros(len(D_ok))
     for i in range(0, len(H_kk), TILE):
         D_ot, below = D_ok[:, i : i + TILE], slice(i + TILE, None)
-        product = torch.addmm(D_ot @ H_kk[i : i + TILE, i : i + TILE], D_ok[:, below], H_kk[below, i : i + TILE], alpha=2)
+        product = torch.addmm(
+            D_ot @ H_kk[i : i + TILE, i : i + TILE],
+            D_ok[:, below],
+            H_kk[below, i : i + TILE],
+            alpha=2,
+        )
         total_o += torch.linalg.vecdot(product, D_ot)
     return total_o

@@ -1,4 +1,5 @@
-"""Quantizers are tuples of pure stages (graph, stats) -> (graph, stats); chaining them is tuple concatenation."""
+"""Quantizers are tuples of pure stages (graph, stats) -> (graph, stats); chaining them is tuple
+concatenation."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,8 @@ Apply = Callable[[ModuleGraph, Stats], tuple[ModuleGraph, Stats]]
 
 @dataclass(frozen=True)
 class Stage:
-    """One pure step. needs: statistics it reads. spec: the grid it rounds to (None: it rounds nothing).
+    """One pure step. needs: statistics it reads. spec: the grid it rounds to (None: it rounds
+    nothing).
 
     detail: its settings in words. scope: the sites it may touch.
     """
@@ -35,17 +37,24 @@ class Stage:
     detail: str = ""
     scope: Scope = field(default_factory=Scope)
     reparametrizes: bool = False  # it moves inputs, so the sites of one input belong together
-    sitewise: bool = False  # what it does to a site depends on the weights and statistics of that site's input only
-    lossless: bool = False  # it keeps the function whatever it finds, so it may wait until every site is solved
-    online: tuple[Op, ...] = ()  # what it puts on its sites' inputs at run time, in the form that a codec is asked about
+    # what it does to a site depends on the weights and statistics of that site's input only
+    sitewise: bool = False
+    lossless: bool = (
+        False  # it keeps the function whatever it finds, so it may wait until every site is solved
+    )
+    online: tuple[
+        Op, ...
+    ] = ()  # what it puts on its sites' inputs at run time, in the form that a codec is asked about
     uncovered: bool = False  # the last stage of `rules`: any site in its scope is an error
 
     def wants(self, site: Site) -> frozenset[str]:
-        """The statistics that it reads of this site's input: no drift of experts, whose rows have no pairs in the reference."""
+        """The statistics that it reads of this site's input: no drift of experts, whose rows have
+        no pairs in the reference."""
         return self.needs - {"drift"} if site.route else self.needs
 
     def touches(self, name: str, site: Site) -> bool:
-        """Whether it may change a site of this full name. A router is never rounded, and needs no rule."""
+        """Whether it may change a site of this full name. A router is never rounded, and needs no
+        rule."""
         unrounded = site.router and (self.spec is not None or self.uncovered)
         return site.outside == self.scope.outside and name in self.scope and not unrounded
 
@@ -60,19 +69,29 @@ def chain(*transforms: Transform) -> Transform:
 
 def at(pattern: str, transform: Transform) -> Transform:
     """The transform restricted to the sites whose full name matches the pattern."""
-    return tuple(replace(s, scope=replace(s.scope, include=(pattern, *s.scope.include))) for s in transform)
+    return tuple(
+        replace(s, scope=replace(s.scope, include=(pattern, *s.scope.include))) for s in transform
+    )
 
 
 def outside(transform: Transform) -> Transform:
-    """The transform on linears around the blocks (a vision tower, a projector, the head), which other stages leave alone.
+    """The transform on linears around the blocks (a vision tower, a projector, the head), which
+    other stages leave alone.
 
-    Every stage works on one weight at a time and without data, since nothing runs there; others are refused by name.
+    Every stage works on one weight at a time and without data, since nothing runs there; others are
+    refused by name.
     """
     for stage in transform:
         if stage.needs or stage.online or not stage.sitewise:
-            reason = f"observes {', '.join(sorted(stage.needs))}" if stage.needs else "changes more than weights"
-            raise QlabError(f"the stage {stage.name!r} {reason}, and weights around the blocks are rounded one by one without data; "
-                            "use rtn or hqq for them")
+            reason = (
+                f"observes {', '.join(sorted(stage.needs))}"
+                if stage.needs
+                else "changes more than weights"
+            )
+            raise QlabError(
+                f"the stage {stage.name!r} {reason}, and weights around the blocks are rounded "
+                "one by one without data; use rtn or hqq for them"
+            )
     return tuple(replace(stage, scope=replace(stage.scope, outside=True)) for stage in transform)
 
 
@@ -82,31 +101,48 @@ def keep() -> Transform:
 
 
 def rules(table: Mapping[str, Transform]) -> Transform:
-    """The first matching pattern decides. A pattern without a site, and a site without a pattern, are errors."""
+    """The first matching pattern decides. A pattern without a site, and a site without a pattern,
+    are errors."""
     stages: list[Stage] = []
     earlier: tuple[str, ...] = ()
     for pattern, transform in table.items():
         for stage in at(pattern, transform or keep()):
-            stages.append(replace(stage, scope=replace(stage.scope, exclude=stage.scope.exclude + earlier)))
+            stages.append(
+                replace(stage, scope=replace(stage.scope, exclude=stage.scope.exclude + earlier))
+            )
         earlier = (*earlier, pattern)
-    last = Stage("rules", frozenset(), lambda g, s: (g, s), scope=Scope(exclude=earlier), uncovered=True, sitewise=True)
+    last = Stage(
+        "rules",
+        frozenset(),
+        lambda g, s: (g, s),
+        scope=Scope(exclude=earlier),
+        uncovered=True,
+        sitewise=True,
+    )
     return (*stages, last)
 
 
 def select(stage: Stage, graph: ModuleGraph) -> ModuleGraph:
     """The graph with only the stage's sites selected, out of those that are selected already."""
-    return replace(graph, selected=frozenset(s.path for s in graph.sites if stage.touches(graph.where(s), s)))
+    return replace(
+        graph, selected=frozenset(s.path for s in graph.sites if stage.touches(graph.where(s), s))
+    )
 
 
 def apply(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
-    """Run one stage on the selected sites of its scope; the result has the same sites selected as the graph had.
+    """Run one stage on the selected sites of its scope; the result has the same sites selected as
+    the graph had.
 
-    Errors: a stage that writes to what it is given, changes what no file holds, or does not keep to its sites though it is sitewise.
+    Errors: a stage that writes to what it is given, changes what no file holds, or does not keep to
+    its sites though it is sitewise.
     """
     notes = {path: dict(note) for path, note in graph.notes.items()}
     chosen = select(stage, replace(graph, notes=notes))
     if stage.uncovered and chosen.sites:
-        raise QlabError(f"no rule covers {', '.join(map(graph.where, chosen.sites))}; add a pattern, with keep() to leave them")
+        raise QlabError(
+            f"no rule covers {', '.join(map(graph.where, chosen.sites))}; add a pattern, with "
+            "keep() to leave them"
+        )
     seen = shown(chosen, upstream=stage.reparametrizes) if stage.sitewise else chosen
     given, found = Observed(stats, stage.name, seen), dict(stats)
     seal = Seal(seen, given)
@@ -114,13 +150,20 @@ def apply(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, 
         made = stage.apply(seen, given)
     except (RuntimeError, NotImplementedError) as error:
         if seen is not chosen and "meta" in str(error).lower():
-            raise QlabError(reads_elsewhere(stage.name, ", ".join(map(graph.where, chosen.sites)))) from error
+            raise QlabError(
+                reads_elsewhere(stage.name, ", ".join(map(graph.where, chosen.sites)))
+            ) from error
         raise
     if not (isinstance(made, tuple) and len(made) == 2):
-        raise QlabError(f"the stage {stage.name!r} returned a {type(made).__name__}; return (graph, stats)")
+        raise QlabError(
+            f"the stage {stage.name!r} returned a {type(made).__name__}; return (graph, stats)"
+        )
     new, after = made
     if broken := seal.broken(seen, given):
-        raise QlabError(f"the stage {stage.name!r} writes to {broken}, which others go on with; change a copy, and return that")
+        raise QlabError(
+            f"the stage {stage.name!r} writes to {broken}, which others go on with; change a "
+            "copy, and return that"
+        )
     refuse_others(stage.name, stage.spec, stage.sitewise, seen, new)
     done = restored(new, seen, chosen)
     refuse_lost(stage.name, chosen, done)
@@ -130,20 +173,30 @@ def apply(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, 
 
 
 # ------------------------------------------------------------------ authoring
-def each_weight(name: str, fn: WeightFn, spec: Spec | None, needs: frozenset[str] = frozenset(), detail: str = "") -> Transform:
-    """A lossy stage: every selected weight W_ok (fp32) becomes fn(W_ok, its statistics, spec) -> (leaf, notes).
+def each_weight(
+    name: str,
+    fn: WeightFn,
+    spec: Spec | None,
+    needs: frozenset[str] = frozenset(),
+    detail: str = "",
+) -> Transform:
+    """A lossy stage: every selected weight W_ok (fp32) becomes fn(W_ok, its statistics, spec) ->
+    (leaf, notes).
 
-    The leaf is a QTensor of that spec, or, where the spec is None, a tensor: a stage that rounds nothing, such as one that prunes. The
-    zeros that it makes are kept by the stages behind it, or those are refused. Routers are left alone.
+    The leaf is a QTensor of that spec, or, where the spec is None, a tensor: a stage that rounds
+    nothing, such as one that prunes. The zeros that it makes are kept by the stages behind it, or
+    those are refused. Routers are left alone.
 
-    fn gets copies, which it may write to. The spec that fn gets has its scale dtype settled. detail: the stage's own settings, for
-    plans and provenance.
+    fn gets copies, which it may write to. The spec that fn gets has its scale dtype settled.
+    detail: the stage's own settings, for plans and provenance.
 
-    Beside the statistics, fn finds "outer": the global scale where the spec has one (NVFP4), else None. It is one for all
-    selected weights of a source, since engines fuse those (q, k and v; gate and up).
+    Beside the statistics, fn finds "outer": the global scale where the spec has one (NVFP4), else
+    None. It is one for all selected weights of a source, since engines fuse those (q, k and v; gate
+    and up).
 
-    Notes go into the report, with the relative weight error |W - W'| / |W|, the largest error in steps and, where the second
-    moment is at hand, the relative calibration loss tr(D H D^T) / tr(W H W^T), D = W' - W.
+    Notes go into the report, with the relative weight error |W - W'| / |W|, the largest error in
+    steps and, where the second moment is at hand, the relative calibration loss tr(D H D^T) / tr(W
+    H W^T), D = W' - W.
     """
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
@@ -160,13 +213,33 @@ def each_weight(name: str, fn: WeightFn, spec: Spec | None, needs: frozenset[str
                 leaf = solved[0].leaf
             else:
                 experts = range(graph.params[site.weight].shape[0])
-                # a state may be observed when it is asked for, and is held no longer than its expert takes
-                solved = [solve(name, fn, spec, graph, site, {**{n: state.states[e] for n, state in seen.items()},
-                                                              "outer": None if outer is None else outer[e]}, e)
-                          for e in experts]  # fmt: skip
+                # a state may be observed when it is asked for, and is held no longer than its
+                # expert takes
+                solved = [
+                    solve(
+                        name,
+                        fn,
+                        spec,
+                        graph,
+                        site,
+                        {
+                            **{n: state.states[e] for n, state in seen.items()},
+                            "outer": None if outer is None else outer[e],
+                        },
+                        e,
+                    )
+                    for e in experts
+                ]
                 leaf = stacked([s.leaf for s in solved])
-            leaves[site.weight] = leaf if isinstance(leaf, QTensor) or site.layout.endswith("o k") else leaf.mT.contiguous()
-            said = {**errors_in_notes([s.errors for s in solved]), **merged([s.note for s in solved])}
+            leaves[site.weight] = (
+                leaf
+                if isinstance(leaf, QTensor) or site.layout.endswith("o k")
+                else leaf.mT.contiguous()
+            )
+            said = {
+                **errors_in_notes([s.errors for s in solved]),
+                **merged([s.note for s in solved]),
+            }
             notes[site.path] = {**notes.get(site.path, {}), **said}
         return replace(graph.update(leaves), notes=notes), stats
 
@@ -201,16 +274,21 @@ class Rotate:
 def reparametrize(
     graph: ModuleGraph, stats: Stats, origin: str, M: Tensor, M_inv: Tensor
 ) -> tuple[ModuleGraph, Stats]:
-    """x -> x @ M at the inputs of all sites of an origin, W -> W @ M_inv^T, statistics transported: the function stays.
+    """x -> x @ M at the inputs of all sites of an origin, W -> W @ M_inv^T, statistics transported:
+    the function stays.
 
-    M and M_inv are vectors [k] (diagonals), matrices [k, k], or diagonals [e, 1, k] of experts that feed themselves.
-    Every site of the origin must be selected, since they share its channels. M_inv is the inverse of M: of a rotation, M.T.
+    M and M_inv are vectors [k] (diagonals), matrices [k, k], or diagonals [e, 1, k] of experts that
+    feed themselves. Every site of the origin must be selected, since they share its channels. M_inv
+    is the inverse of M: of a rotation, M.T.
     """
     sharing = by_origin(graph.code.sites)[origin]
     outside = [graph.where(s) for s in sharing if s not in graph.sites]
     if outside:
-        raise QlabError(f"{', '.join(outside)} shares its input with {', '.join(map(graph.where, graph.sites))}; a "
-                        "reparametrization needs one rule for all of them")
+        raise QlabError(
+            f"{', '.join(outside)} shares its input with "
+            f"{', '.join(map(graph.where, graph.sites))}; a reparametrization needs one rule for "
+            "all of them"
+        )
     _refuse_no_inverse(", ".join(map(graph.where, sharing)), M, M_inv)
     M = M.clone()  # the caller's own may change, and this stays with the input
     leaves, online = {}, dict(graph.online)
@@ -226,15 +304,22 @@ def reparametrize(
 
 
 def _refuse_no_inverse(where: str, M: Tensor, M_inv: Tensor) -> None:
-    """Refuse matrices that do not undo each other, by what becomes of some rows x under x @ M @ M_inv."""
+    """Refuse matrices that do not undo each other, by what becomes of some rows x under x @ M @
+    M_inv."""
     if M.shape != M_inv.shape or M.ndim not in (1, 2, 3):
-        raise QlabError(f"M {tuple(M.shape)} and M_inv {tuple(M_inv.shape)} at the input of {where} differ in shape; give vectors [k], "
-                        "matrices [k, k] or diagonals [e, 1, k] of experts")
+        raise QlabError(
+            f"M {tuple(M.shape)} and M_inv {tuple(M_inv.shape)} at the input of {where} differ in "
+            "shape; give vectors [k], matrices [k, k] or diagonals [e, 1, k] of experts"
+        )
     if M.ndim == 2:
-        x_nk = torch.randn(PROBES, len(M), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(M.device)
+        x_nk = torch.randn(
+            PROBES, len(M), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        ).to(M.device)
         error = (x_nk @ M.double() @ M_inv.double() - x_nk).square().mean(0).sqrt()
     else:
         error = (M.double() * M_inv.double() - 1).abs()
     if not (error <= INVERSE).all():
-        raise QlabError(f"M_inv is not the inverse of M at the input of {where}: x @ M @ M_inv differs from x by "
-                        f"{float(error.max()):.1e}; give the inverse itself, which of a rotation is M.T")
+        raise QlabError(
+            f"M_inv is not the inverse of M at the input of {where}: x @ M @ M_inv differs from x "
+            f"by {float(error.max()):.1e}; give the inverse itself, which of a rotation is M.T"
+        )

@@ -110,7 +110,8 @@ TAKES: Mapping[str, Mapping[str, kinds.Kind]] = {
 
 
 def door(name: str, function: Any) -> Any:
-    """A public function with its arguments checked, or as it is where the table has nothing of it."""
+    """A public function with its arguments checked, or as it is where the table has nothing of
+    it."""
     taken = TAKES.get(name)
     if name == "METHODS":
         return {key: _checked(method, METHOD) for key, method in function.items()}

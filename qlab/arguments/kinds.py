@@ -166,7 +166,9 @@ def folder(value: Any, name: str) -> Any:
     if "\0" in where or not where.strip():
         raise QlabError(f"{name} is {said(where)}; give a model's directory, or 'demo'")
     if where.startswith("~") and os.path.expanduser(where) == where:
-        raise QlabError(f"{name} {said(where)} is in the home of nobody known here; give the whole path")
+        raise QlabError(
+            f"{name} {said(where)} is in the home of nobody known here; give the whole path"
+        )
     try:
         os.stat(os.path.expanduser(where))
     except FileNotFoundError:
@@ -228,7 +230,8 @@ def table(value: Any, name: str) -> Any:
     """Patterns -> recipes, or None where sites are kept."""
     if not isinstance(value, Mapping):
         raise QlabError(
-            f"{name} is {said(value)}; give a mapping such as {{'*.down_proj': recipe, '*': recipe}}"
+            f"{name} is {said(value)}; give a mapping such as {{'*.down_proj': recipe, '*': "
+            "recipe}"
         )
     kept = {text(key, "a pattern"): each for key, each in value.items()}
     return {
@@ -253,7 +256,9 @@ def windows(value: Any, name: str) -> Any:
             f"{name} is {said(value)}; give what qlab.first_windows or qlab.tokens returns"
         )
     if getattr(value.ids, "ndim", None) != 2:
-        raise QlabError(f"the ids of {name} are no tensor [samples, length]; give them to qlab.from_ids")
+        raise QlabError(
+            f"the ids of {name} are no tensor [samples, length]; give them to qlab.from_ids"
+        )
     return value
 
 
@@ -272,8 +277,10 @@ def ids(value: Any, name: str) -> Any:
             or len({len(row or ()) for row in rows}) > 1
             or any(type(i) is not int or abs(i) > LARGEST for i in flat)
         ):
-            raise QlabError(f"{name} is a {type(value).__name__} and no list of equally long lists of whole numbers; give token ids "
-                            "[samples, length]")  # fmt: skip
+            raise QlabError(
+                f"{name} is a {type(value).__name__} and no list of equally long lists of whole "
+                "numbers; give token ids [samples, length]"
+            )
         return torch.tensor(rows, dtype=torch.long, device="cpu")
     if not isinstance(value, torch.Tensor):
         value = (
@@ -294,7 +301,9 @@ def ids(value: Any, name: str) -> Any:
         kind = "without values, on the meta device" if value.is_meta else f"of {value.dtype}"
         raise QlabError(f"{name} is a tensor {kind}; token ids are whole numbers")
     if value.layout != torch.strided:
-        raise QlabError(f"{name} is a tensor of the layout {value.layout}; give one with all of its numbers")
+        raise QlabError(
+            f"{name} is a tensor of the layout {value.layout}; give one with all of its numbers"
+        )
     return value.long()  # of unsigned numbers torch computes too little
 
 

@@ -1,1 +1,2 @@
-"""Benches, each a subcommand of `python -m qlab.bench`: what a claim of this project is measured with."""
+"""Benches, each a subcommand of `python -m qlab.bench`: what a claim of this project is measured
+with."""

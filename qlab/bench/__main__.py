@@ -37,10 +37,17 @@ class WithDefault(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(cls=WithDefault, add_completion=False, pretty_exceptions_enable=False, context_settings=HELP_BY)
+app = typer.Typer(
+    cls=WithDefault, add_completion=False, pretty_exceptions_enable=False, context_settings=HELP_BY
+)
 
 
-@app.callback(epilog=f"Without a command it is `{DEFAULT}`, which then takes the options: `{DEFAULT} --help` lists them.")
+@app.callback(
+    epilog=(
+        f"Without a command it is `{DEFAULT}`, which then takes the options: `{DEFAULT} --help` "
+        "lists them."
+    )
+)
 def group() -> None:
     """Measure qlab."""
 
@@ -48,16 +55,28 @@ def group() -> None:
 @app.command()
 def methods(
     model: Annotated[str, typer.Option("--model", help="a model directory, or 'demo'")] = "demo",
-    names: Annotated[str, typer.Option("--methods", help=f"with commas between them: {', '.join(METHODS)}")] = "rtn,awq,gptq",
-    spec: SpecName = "int4-g64", asymmetric: Asymmetric = False, calib: Calib = None,
-    text: Annotated[list[Path] | None, typer.Option("--text", help="text or jsonl files (default: held-out demo)")] = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="calibration windows")] = 32, length: Length = 512,
-    seed: Seed = 0, windows: Annotated[int, typer.Option("--windows", min=2, help="evaluation windows")] = 16,
+    names: Annotated[
+        str, typer.Option("--methods", help=f"with commas between them: {', '.join(METHODS)}")
+    ] = "rtn,awq,gptq",
+    spec: SpecName = "int4-g64",
+    asymmetric: Asymmetric = False,
+    calib: Calib = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="text or jsonl files (default: held-out demo)"),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="calibration windows")] = 32,
+    length: Length = 512,
+    seed: Seed = 0,
+    windows: Annotated[int, typer.Option("--windows", min=2, help="evaluation windows")] = 16,
     inputs: InputsName = "quantized",
-    out: Annotated[Path | None, typer.Option("--out", help="directory (default: one in $QLAB_HOME)")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="directory (default: one in $QLAB_HOME)")
+    ] = None,
     json_file: Json = None,
-) -> None:  # fmt: skip
-    """Compare quantization methods with each other and with the unquantized model on held-out text."""
+) -> None:
+    """Compare quantization methods with each other and with the unquantized model on held-out
+    text."""
     from qlab.bench.methods import compare_methods, table
     from qlab.cli.quantizing import recipe_of, refuse_unused
     from qlab.files.place import refuse_inside
@@ -67,24 +86,45 @@ def methods(
         refuse_unused(calib, None, "none of these methods observes anything")
     if json_file and out:
         refuse_inside(json_file, [Path(out).expanduser().resolve()])
-    record = compare_methods(model, chosen, spec, asymmetric=asymmetric, calib=calib, text=text, samples=samples,
-                             length=length, seed=seed, windows=windows, inputs=inputs, out=out)  # fmt: skip
+    record = compare_methods(
+        model,
+        chosen,
+        spec,
+        asymmetric=asymmetric,
+        calib=calib,
+        text=text,
+        samples=samples,
+        length=length,
+        seed=seed,
+        windows=windows,
+        inputs=inputs,
+        out=out,
+    )
     console().print(table(record))
     report(record, json_file)
-    console().print(f"models, bench.json, methods.png and layers.png are in {record['out']}", soft_wrap=True)
+    console().print(
+        f"models, bench.json, methods.png and layers.png are in {record['out']}", soft_wrap=True
+    )
 
 
 @app.command()
 def generate(
     directories: Annotated[list[Path], typer.Argument(help="directories that qlab quantized")],
-    engines: Annotated[str | None, typer.Option("--engines", help="names with semicolons between them (default: all)")] = None,
+    engines: Annotated[
+        str | None,
+        typer.Option("--engines", help="names with semicolons between them (default: all)"),
+    ] = None,
     prompt: Annotated[int, typer.Option("--prompt", help="tokens of the prompt")] = 512,
     new: Annotated[int, typer.Option("--new", help="tokens to generate")] = 128,
     repeat: Annotated[int, typer.Option("--repeat", help="turns that every engine takes")] = 3,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="of the CPU (default: torch's)")] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda")] = "cpu", json_file: Json = None,
-) -> None:  # fmt: skip
-    """Prefill and decode rates of quantized directories, lowered, against the same models in bfloat16."""
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="of the CPU (default: torch's)")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda")] = "cpu",
+    json_file: Json = None,
+) -> None:
+    """Prefill and decode rates of quantized directories, lowered, against the same models in
+    bfloat16."""
     import torch
 
     from qlab.bench.generate import ENGINES, measure, table
@@ -95,26 +135,57 @@ def generate(
     records = []
     for directory in directories:
         with kernel_refusals():
-            records.append(measure(directory, names, prompt=prompt, new=new, repeat=repeat, device=device, said=say))
+            records.append(
+                measure(
+                    directory, names, prompt=prompt, new=new, repeat=repeat, device=device, said=say
+                )
+            )
         console().print(table(records[-1]))
     report(records, json_file)
 
 
 @app.command()
 def matmul(
-    shapes: Annotated[str | None, typer.Option("--shapes", help="NxK with commas between them (default: the common ones)")] = None,
-    m: Annotated[str | None, typer.Option("--m", help="numbers of tokens (default: 1,2,4 to 4096)")] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="of the activations: bfloat16 or float16, also bf16, fp16")] = "bfloat16",
-    group: Annotated[int, typer.Option("--group", min=1, help="weights per scale")] = 128, asymmetric: Asymmetric = False,
-    contenders: Annotated[str | None, typer.Option("--contenders", help="names with commas between them (default: all)")] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda (default: cuda where there is one)")] = "",
-    tuned: Annotated[bool, typer.Option("--tune", help="measure the configurations first and keep them")] = False,
-    budget: Annotated[float, typer.Option("--budget", min=0, help="seconds of tuning for each shape and number of tokens")] = 30.0,
-    seconds: Annotated[float, typer.Option("--seconds", min=0, help="at most, for one median")] = 1.0,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="of the CPU (default: torch's)")] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="also draw a figure (PNG)")] = None, json_file: Json = None,
-) -> None:  # fmt: skip
-    """One int4 product against the library's, the compiler's and other int4 kernels, for every shape and number of tokens."""
+    shapes: Annotated[
+        str | None,
+        typer.Option("--shapes", help="NxK with commas between them (default: the common ones)"),
+    ] = None,
+    m: Annotated[
+        str | None, typer.Option("--m", help="numbers of tokens (default: 1,2,4 to 4096)")
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option("--dtype", help="of the activations: bfloat16 or float16, also bf16, fp16"),
+    ] = "bfloat16",
+    group: Annotated[int, typer.Option("--group", min=1, help="weights per scale")] = 128,
+    asymmetric: Asymmetric = False,
+    contenders: Annotated[
+        str | None,
+        typer.Option("--contenders", help="names with commas between them (default: all)"),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="cpu or cuda (default: cuda where there is one)")
+    ] = "",
+    tuned: Annotated[
+        bool, typer.Option("--tune", help="measure the configurations first and keep them")
+    ] = False,
+    budget: Annotated[
+        float,
+        typer.Option(
+            "--budget", min=0, help="seconds of tuning for each shape and number of tokens"
+        ),
+    ] = 30.0,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0, help="at most, for one median")
+    ] = 1.0,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="of the CPU (default: torch's)")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="also draw a figure (PNG)")] = None,
+    json_file: Json = None,
+) -> None:
+    """One int4 product against the library's, the compiler's and other int4 kernels, for every
+    shape and number of tokens."""
     import torch
 
     from qlab.bench.contenders import CONTENDERS
@@ -125,15 +196,28 @@ def matmul(
     if plot:
         refuse_foreign_figure(plot)
         if not plot.absolute().parent.is_dir():
-            raise QlabError(f"{plot} cannot be written; give --plot a file in a folder that is there")
+            raise QlabError(
+                f"{plot} cannot be written; give --plot a file in a folder that is there"
+            )
     if threads:
         torch.set_num_threads(threads)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     names = list(dict.fromkeys(listed(contenders))) if contenders else list(CONTENDERS)
     wanted = parse_shapes(shapes or (SHAPES_CPU if where == "cpu" else SHAPES))
     with kernel_refusals():
-        record = compare_matmuls(wanted, parse_tokens(m or TOKENS), dtype=SHORT.get(dtype, dtype), group=group, zeros=asymmetric,
-                                 device=where, names=names, tune=tuned, budget=budget, seconds=seconds, said=say)  # fmt: skip
+        record = compare_matmuls(
+            wanted,
+            parse_tokens(m or TOKENS),
+            dtype=SHORT.get(dtype, dtype),
+            group=group,
+            zeros=asymmetric,
+            device=where,
+            names=names,
+            tune=tuned,
+            budget=budget,
+            seconds=seconds,
+            said=say,
+        )
     console().print(table(record))
     for line in verdict(record):
         console().print(line, soft_wrap=True, highlight=False)
@@ -146,9 +230,11 @@ def matmul(
 def pack(
     n: Annotated[int, typer.Option("--n", min=32, help="rows of the weight")] = 4096,
     k: Annotated[int, typer.Option("--k", min=128, help="columns of the weight")] = 4096,
-    reps: Annotated[int, typer.Option("--reps", min=3, help="calls for one median")] = 10, json_file: Json = None,
-) -> None:  # fmt: skip
-    """Codes to int32 words and back on one core, beside the packers of compressed-tensors and GPTQModel."""
+    reps: Annotated[int, typer.Option("--reps", min=3, help="calls for one median")] = 10,
+    json_file: Json = None,
+) -> None:
+    """Codes to int32 words and back on one core, beside the packers of compressed-tensors and
+    GPTQModel."""
     from qlab.bench.pack import compare_packers, table
 
     record = compare_packers(n, k, reps=reps, said=say)
@@ -161,10 +247,16 @@ app.command("tune")(tune)
 
 @app.command()
 def modelled(
-    out: Annotated[Path, typer.Option("--out", help="the folder to write: the package's own is kernels/qlab_kernels/tuned")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", help="the folder to write: the package's own is kernels/qlab_kernels/tuned"
+        ),
+    ],
     workers: Annotated[int, typer.Option("--workers", min=1, help="processes that compile")] = 1,
 ) -> None:
-    """Write the shipped config tables of all capabilities from the cost model, every kernel in them compiled and checked."""
+    """Write the shipped config tables of all capabilities from the cost model, every kernel in them
+    compiled and checked."""
     with kernel_refusals():
         from qlab_kernels.modelled import write
 

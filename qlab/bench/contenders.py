@@ -1,6 +1,8 @@
-"""Everybody who multiplies x [m, k] by the same int4 weight [n, k]: qlab, the library's dense matmul, and the int4 of others.
+"""Everybody who multiplies x [m, k] by the same int4 weight [n, k]: qlab, the library's dense
+matmul, and the int4 of others.
 
-A contender prepares some copies of a weight and returns one function of x for each; it raises Unavailable where it cannot run.
+A contender prepares some copies of a weight and returns one function of x for each; it raises
+Unavailable where it cannot run.
 """
 
 import importlib.util
@@ -27,7 +29,8 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """A weight shape and its numbers. n, k: rows and columns; group: codes per scale; zeros: whether there are zero points."""
+    """A weight shape and its numbers. n, k: rows and columns; group: codes per scale; zeros:
+    whether there are zero points."""
 
     n: int
     k: int
@@ -51,7 +54,10 @@ class Case:
 
     def weights(self, weight_bytes: float) -> list[Random]:
         """As many different weights as keep the caches cold."""
-        return [random_weight(self.n, self.k, self.group, self.zeros, self.device, i) for i in range(copies(weight_bytes, self.device))]
+        return [
+            random_weight(self.n, self.k, self.group, self.zeros, self.device, i)
+            for i in range(copies(weight_bytes, self.device))
+        ]
 
 
 # ---------------------------------------------------------------- ours
@@ -80,7 +86,10 @@ def _packed(case: Case) -> list[_Buffers]:
     made = [w.planes(case.device) for w in case.weights(case.int4_bytes)]
     if case.device.type == "cuda":
         layout = cuda.layout(case.device, case.torch_dtype)
-        return [_Buffers(*cuda.pack(p, case.torch_dtype, case.device), case.n, p.group, layout) for p in made]
+        return [
+            _Buffers(*cuda.pack(p, case.torch_dtype, case.device), case.n, p.group, layout)
+            for p in made
+        ]
     return [_Buffers(*cpu.pack(p, case.torch_dtype), case.n, p.group, cpu.layout()) for p in made]
 
 
@@ -92,7 +101,10 @@ def int4_mm_of(b: _Buffers, dense: Tensor | None, x: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the library and the compiler
 def library(case: Case) -> Sequence[Product]:
     """The dense matmul of torch (cuBLAS, oneDNN) on the dequantized weight."""
-    return [partial(_swapped, F.linear, w.dense(case.torch_dtype)) for w in case.weights(case.dense_bytes)]
+    return [
+        partial(_swapped, F.linear, w.dense(case.torch_dtype))
+        for w in case.weights(case.dense_bytes)
+    ]
 
 
 def _swapped(function: Callable[..., Tensor], weight: Tensor, x: Tensor) -> Tensor:
@@ -101,7 +113,8 @@ def _swapped(function: Callable[..., Tensor], weight: Tensor, x: Tensor) -> Tens
 
 def compiled(case: Case) -> Sequence[Product]:
     """torch.compile of unpack, dequantize and matmul, every shape on its own."""
-    torch._dynamo.reset()  # all shapes share one code object, and how often that is compiled is limited
+    # all shapes share one code object, and how often that is compiled is limited
+    torch._dynamo.reset()
 
     @partial(torch.compile, dynamic=False, fullgraph=True)
     def product(bytes_nk: Tensor, scales: Tensor, offsets: Tensor, x: Tensor) -> Tensor:
@@ -110,14 +123,20 @@ def compiled(case: Case) -> Sequence[Product]:
         return x @ W.view(bytes_nk.shape[0], -1).mT
 
     def unlimited(*weight: Tensor, x: Tensor) -> Tensor:
-        with torch._dynamo.config.patch(recompile_limit=256):  # a bench of many shapes must not end up in eager mode
+        with torch._dynamo.config.patch(
+            recompile_limit=256
+        ):  # a bench of many shapes must not end up in eager mode
             return product(*weight, x)
 
     made = []
     for w in case.weights(case.int4_bytes):
         u = (w.codes + 8).to(torch.uint8)
         offsets = torch.full_like(w.scales, 8.0) if w.zeros is None else w.zeros + 8
-        weight = (u[:, ::2] | u[:, 1::2] << 4, w.scales.to(case.torch_dtype), offsets.to(case.torch_dtype))
+        weight = (
+            u[:, ::2] | u[:, 1::2] << 4,
+            w.scales.to(case.torch_dtype),
+            offsets.to(case.torch_dtype),
+        )
         made.append(lambda x, weight=weight: unlimited(*weight, x=x))
     return made
 
@@ -128,7 +147,9 @@ def torch_int4(case: Case) -> Sequence[Product]:
     if case.dtype != "bfloat16":
         raise Unavailable(f"takes bfloat16 activations, not {case.dtype}")
     if case.group not in (32, 64, 128, 256) or case.n % 16:
-        raise Unavailable(f"takes groups of 32 to 256 and n % 16 == 0, not groups of {case.group} and n={case.n}")
+        raise Unavailable(
+            f"takes groups of 32 to 256 and n % 16 == 0, not groups of {case.group} and n={case.n}"
+        )
     if case.device.type == "cuda" and torch.cuda.get_device_capability(case.device) < (8, 0):
         raise Unavailable("needs compute capability 8.0")
     aten, made = torch.ops.aten, []
@@ -137,11 +158,15 @@ def torch_int4(case: Case) -> Sequence[Product]:
         zeros = torch.zeros_like(w.scales) if w.zeros is None else -w.zeros * w.scales
         scales = torch.stack((w.scales, zeros), -1).transpose(0, 1).contiguous().bfloat16()
         if case.device.type == "cuda":
-            words = aten._convert_weight_to_int4pack((u[:, ::2] << 4 | u[:, 1::2]).to(torch.uint8), 8)
+            words = aten._convert_weight_to_int4pack(
+                (u[:, ::2] << 4 | u[:, 1::2]).to(torch.uint8), 8
+            )
             made.append(partial(_int4pack, aten._weight_int4pack_mm, words, case.group, scales))
         else:
             words = aten._convert_weight_to_int4pack_for_cpu(u, 1)
-            made.append(partial(_int4pack, aten._weight_int4pack_mm_for_cpu, words, case.group, scales))
+            made.append(
+                partial(_int4pack, aten._weight_int4pack_mm_for_cpu, words, case.group, scales)
+            )
     return made
 
 
@@ -165,19 +190,26 @@ def gemlite(case: Case) -> Sequence[Product]:
     for w in case.weights(case.int4_bytes):
         zeros = torch.full_like(w.scales, 8.0) if w.zeros is None else w.zeros + 8
         u, scales = (w.codes + 8).to(torch.uint8), w.scales.to(case.torch_dtype)
-        made.append(packer.from_weights(u, scales.reshape(-1, 1), zeros.to(case.torch_dtype).reshape(-1, 1)))
+        made.append(
+            packer.from_weights(u, scales.reshape(-1, 1), zeros.to(case.torch_dtype).reshape(-1, 1))
+        )
     return made
 
 
 def torchao(case: Case) -> Sequence[Product]:
-    """torchao's int4 weights; it quantizes the dense weight itself, so its product differs a little."""
+    """torchao's int4 weights; it quantizes the dense weight itself, so its product differs a
+    little."""
     _need("torchao")
     if case.dtype != "bfloat16":
         raise Unavailable(f"takes bfloat16 activations, not {case.dtype}")
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
     if case.device.type == "cuda":
-        config = Int4WeightOnlyConfig(group_size=case.group, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
+        config = Int4WeightOnlyConfig(
+            group_size=case.group,
+            int4_packing_format="tile_packed_to_4d",
+            set_inductor_config=False,
+        )
     else:
         from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 
@@ -194,29 +226,48 @@ def torchao(case: Case) -> Sequence[Product]:
 OURS, BESIDE_DENSE = "qlab", "dense copy"
 LIBRARY = "library"
 CONTENDERS: dict[str, Callable[[Case], Sequence[Product]]] = {
-    OURS: qlab, BESIDE_DENSE: qlab_dense_copy, LIBRARY: library, "compiled": compiled, "torch int4": torch_int4,
-    "gemlite": gemlite, "torchao": torchao,
-}  # fmt: skip
+    OURS: qlab,
+    BESIDE_DENSE: qlab_dense_copy,
+    LIBRARY: library,
+    "compiled": compiled,
+    "torch int4": torch_int4,
+    "gemlite": gemlite,
+    "torchao": torchao,
+}
 DENSE = {LIBRARY, BESIDE_DENSE}  # hold the weight in 16 bits
 TOLERANCE = {"torchao": 0.25}  # relative error; of the others, which multiply the very same weight:
 TIGHT = 0.02
 
 
 def prepare(name: str, case: Case) -> Sequence[Product]:
-    """The products of a contender, checked against fp32 on a few tokens. Unavailable says why it does not take part."""
+    """The products of a contender, checked against fp32 on a few tokens. Unavailable says why it
+    does not take part."""
     with torch.no_grad():
         try:
             made = CONTENDERS[name](case)
         except Unavailable:
             raise
-        except Exception as error:  # a foreign library that does not work here is no reason to measure nothing
-            raise Unavailable(f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        except (
+            Exception
+        ) as error:  # a foreign library that does not work here is no reason to measure nothing
+            raise Unavailable(
+                f"failed: {type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else ''}"
+            ) from error
         x = torch.randn(4, case.k, device=case.device, dtype=case.torch_dtype)
-        expected = x.float() @ random_weight(case.n, case.k, case.group, case.zeros, case.device, 0).dense(torch.float32).mT
+        expected = (
+            x.float()
+            @ random_weight(case.n, case.k, case.group, case.zeros, case.device, 0)
+            .dense(torch.float32)
+            .mT
+        )
         try:
             error_norm = float((made[0](x).float() - expected).norm() / expected.norm())
         except Exception as error:
-            raise Unavailable(f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+            raise Unavailable(
+                f"failed: {type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else ''}"
+            ) from error
     if not error_norm < TOLERANCE.get(name, TIGHT):
         raise Unavailable(f"computes something else: relative error {error_norm:.3f}")
     return made

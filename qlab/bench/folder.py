@@ -17,7 +17,9 @@ from qlab.files.place import WORK, is_taken, places
 RECORD, FIGURES = "bench.json", ("methods.png", "layers.png")
 
 
-def refuse_foreign(out: Path, methods: Iterable[str], job: Mapping[str, Any], model: Path, files: Iterable[Path]) -> None:
+def refuse_foreign(
+    out: Path, methods: Iterable[str], job: Mapping[str, Any], model: Path, files: Iterable[Path]
+) -> None:
     """An earlier result of the same bench is replaced; anything else there is not ours to touch.
 
     job: what the figures depend on. model, files: what the bench reads.
@@ -26,11 +28,17 @@ def refuse_foreign(out: Path, methods: Iterable[str], job: Mapping[str, Any], mo
         raise QlabError(f"{out} is a file; choose another --out")
     for path in places(out, list(methods), model, files).values():
         if reason := foreign(path) if is_taken(path) else None:
-            raise QlabError(f"{path} exists and is no result of qlab ({reason}); move it away or choose another --out")
+            raise QlabError(
+                f"{path} exists and is no result of qlab ({reason}); move it away or choose "
+                "another --out"
+            )
     for name in FIGURES:
         refuse_foreign_figure(out / name)
     if (out / RECORD).exists() and not isinstance(read_sealed(out / RECORD), dict):
-        raise QlabError(f"{out / RECORD} is no record of a bench, or was changed since; move it away or choose another --out")
+        raise QlabError(
+            f"{out / RECORD} is no record of a bench, or was changed since; move it away or "
+            "choose another --out"
+        )
     _refuse_other(out, job)
 
 
@@ -40,12 +48,15 @@ def _refuse_other(out: Path, job: Mapping[str, Any]) -> None:
         theirs = record.get("job") if isinstance(record, dict) else job
         if theirs != job:
             of = theirs.get("model") if isinstance(theirs, dict) else "an older version of qlab"
-            raise QlabError(f"{out} holds another bench ({of}, or other options); choose another --out")
+            raise QlabError(
+                f"{out} holds another bench ({of}, or other options); choose another --out"
+            )
 
 
 @contextmanager
 def owned(out: Path, job: Mapping[str, Any]) -> Iterator[None]:
-    """Around the work: no other bench comes in, not even after this one was killed. Where nothing is written, no folder stays."""
+    """Around the work: no other bench comes in, not even after this one was killed. Where nothing
+    is written, no folder stays."""
     lock = Lock(out / WORK)
     try:
         _refuse_other(out, job)

@@ -1,4 +1,5 @@
-"""Methods side by side: one model, spec, calibration sample and held-out text, the unquantized model beside them."""
+"""Methods side by side: one model, spec, calibration sample and held-out text, the unquantized
+model beside them."""
 
 import gc
 import hashlib
@@ -38,37 +39,71 @@ Paths = Sequence[str | Path] | None
 
 
 def compare_methods(
-    name: str, methods: Sequence[str], spec: str = "int4-g64", *, asymmetric: bool = False, calib: Paths = None,
-    text: Paths = None, samples: int = 32, length: int = 512, seed: int = 0, windows: int = 16, inputs: str = "quantized",
+    name: str,
+    methods: Sequence[str],
+    spec: str = "int4-g64",
+    *,
+    asymmetric: bool = False,
+    calib: Paths = None,
+    text: Paths = None,
+    samples: int = 32,
+    length: int = 512,
+    seed: int = 0,
+    windows: int = 16,
+    inputs: str = "quantized",
     out: Path | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Quantize `name` by every method into out/<method> and evaluate each against the unquantized model.
+) -> dict[str, Any]:
+    """Quantize `name` by every method into out/<method> and evaluate each against the unquantized
+    model.
 
-    Returns, and writes to out/bench.json, one row per method with what it costs (bits, bytes, seconds, peak memory of
-    quantizing) and what it loses (perplexity, KL divergence, agreement, error after every block), beside the
-    `reference` and everything the figures depend on. Draws out/methods.png and out/layers.png. With inputs="reference"
-    all methods share one pass, so their seconds and peak memory are those of the pass.
+    Returns, and writes to out/bench.json, one row per method with what it costs (bits, bytes,
+    seconds, peak memory of quantizing) and what it loses (perplexity, KL divergence, agreement,
+    error after every block), beside the `reference` and everything the figures depend on. Draws
+    out/methods.png and out/layers.png. With inputs="reference" all methods share one pass, so their
+    seconds and peak memory are those of the pass.
     """
     recipes = _recipes(methods, spec, asymmetric)
     inputs_named(inputs)
     model, spec = qlab.open(name), str(parse_spec(spec, symmetric=not asymmetric))
-    job = {"model": str(model.path.resolve()), "methods": list(methods), "spec": spec, "calibration": _resolved(calib),
-           "evaluation": _resolved(text), "samples": samples, "length": length, "seed": seed, "windows": windows,
-           "inputs": inputs}  # fmt: skip
-    out = Path(os.path.realpath(Path(out or home() / "bench" / _folder_name(name, job)).expanduser()))
-    refuse_foreign(out, recipes, job, model.path, [Path(path) for path in (*(calib or ()), *(text or ()))])
+    job = {
+        "model": str(model.path.resolve()),
+        "methods": list(methods),
+        "spec": spec,
+        "calibration": _resolved(calib),
+        "evaluation": _resolved(text),
+        "samples": samples,
+        "length": length,
+        "seed": seed,
+        "windows": windows,
+        "inputs": inputs,
+    }
+    out = Path(
+        os.path.realpath(Path(out or home() / "bench" / _folder_name(name, job)).expanduser())
+    )
+    refuse_foreign(
+        out, recipes, job, model.path, [Path(path) for path in (*(calib or ()), *(text or ()))]
+    )
     observes = bool(calib) or any(stage.needs for recipe in recipes.values() for stage in recipe)
     if not is_demo(model) and not (text and (calib or not observes)):
-        say(f"{model.path} is measured on the demo's text, articles of English Wikipedia; --calib and --text take texts of its own")
+        say(
+            f"{model.path} is measured on the demo's text, articles of English Wikipedia; --calib "
+            "and --text take texts of its own"
+        )
     data = qlab.tokens(model, calibration_texts(calib), samples, length, seed) if observes else None
     held_out = qlab.first_windows(model, evaluation_texts(text), length, windows)
     if len(held_out.ids) < windows:
-        raise QlabError(f"{' and '.join(held_out.texts)} gives {len(held_out.ids)} windows of {length} tokens and {windows} "
-                        "were asked for; give more text, fewer windows or a shorter length")
-    calibrating = f"calibrating on {data.count:,} tokens ({samples} windows of {length}), " if data else ""
+        raise QlabError(
+            f"{' and '.join(held_out.texts)} gives {len(held_out.ids)} windows of {length} tokens "
+            f"and {windows} were asked for; give more text, fewer windows or a shorter length"
+        )
+    calibrating = (
+        f"calibrating on {data.count:,} tokens ({samples} windows of {length}), " if data else ""
+    )
     say(f"{calibrating}evaluating on {held_out.count:,} tokens")
     with owned(out, job):
-        results = _quantize(model, recipes, data, out, inputs)  # before the reference is read, which would add to their memory
+        results = _quantize(
+            model, recipes, data, out, inputs
+        )  # before the reference is read, which would add to their memory
         reference, rows = _evaluate(model, results, held_out, spec)
         record = _record(name, job, reference, rows, data, held_out, out)
         write_json(out / RECORD, record)
@@ -76,20 +111,38 @@ def compare_methods(
     return record
 
 
-def _record(name: str, job: Mapping[str, Any], reference: dict, rows: list[dict], data: Tokens | None, held_out: Tokens,
-            out: Path) -> dict[str, Any]:  # fmt: skip
+def _record(
+    name: str,
+    job: Mapping[str, Any],
+    reference: dict,
+    rows: list[dict],
+    data: Tokens | None,
+    held_out: Tokens,
+    out: Path,
+) -> dict[str, Any]:
     """What bench.json says."""
-    return sealed({
-        "model": name, "job": job, "reference": reference, "rows": rows, "seed": job["seed"], "inputs": job["inputs"],
-        "data": {"calibration": data and data.describe(), "evaluation": held_out.describe()}, "versions": versions(),
-        "device": {"type": "cpu", "threads": torch.get_num_threads()}, "out": str(out),
-    })  # fmt: skip
+    return sealed(
+        {
+            "model": name,
+            "job": job,
+            "reference": reference,
+            "rows": rows,
+            "seed": job["seed"],
+            "inputs": job["inputs"],
+            "data": {"calibration": data and data.describe(), "evaluation": held_out.describe()},
+            "versions": versions(),
+            "device": {"type": "cpu", "threads": torch.get_num_threads()},
+            "out": str(out),
+        }
+    )
 
 
 def _recipes(methods: Sequence[str], spec: str, asymmetric: bool) -> dict[str, Transform]:
     for method in methods:
         if methods.count(method) > 1:
-            raise QlabError(f"method {method!r} is given {methods.count(method)} times; give each one once")
+            raise QlabError(
+                f"method {method!r} is given {methods.count(method)} times; give each one once"
+            )
     return {method: recipe_of(method, spec, asymmetric) for method in methods}
 
 
@@ -104,66 +157,124 @@ def _resolved(paths: Paths) -> list[str] | None:
     return [str(Path(path).resolve()) for path in paths] if paths else None
 
 
-def _quantize(model: Checkpoint, recipes: Mapping[str, Transform], data: Tokens | None, out: Path, inputs: str) -> dict[str, Result]:
+def _quantize(
+    model: Checkpoint, recipes: Mapping[str, Transform], data: Tokens | None, out: Path, inputs: str
+) -> dict[str, Result]:
     results = {}
     if inputs == "reference":
         results = qlab.compare(model, recipes, data, out, inputs="reference", overwrite=True)
     for method in recipes:
         if method not in results:
             gc.collect()
-            results[method] = qlab.quantize(model, recipes[method], data, out / method, overwrite=True)
+            results[method] = qlab.quantize(
+                model, recipes[method], data, out / method, overwrite=True
+            )
         cost = results[method]
-        say(f"{method}: quantized in {cost.seconds:.1f} s, peak {cost.peak_rss_bytes / 2**20:.0f} MiB")
+        say(
+            f"{method}: quantized in {cost.seconds:.1f} s, peak {cost.peak_rss_bytes / 2**20:.0f} "
+            "MiB"
+        )
     return results
 
 
-def _evaluate(model: Checkpoint, results: Mapping[str, Result], held_out: Tokens, spec: str) -> tuple[dict, list[dict]]:
+def _evaluate(
+    model: Checkpoint, results: Mapping[str, Result], held_out: Tokens, spec: str
+) -> tuple[dict, list[dict]]:
     started = time.perf_counter()
     with PeakMemory() as peak:
         reference = read(model, held_out)
         found = qlab.evaluate(reference, reference, held_out)
     say(f"reference: perplexity {found.perplexity:.3f}")
     size = sum(file.stat().st_size for file in set(model.files.values()))
-    unquantized = _row("reference", None, found, started, bits_per_weight=8.0 * model.dtype.itemsize, bytes=size, seconds=0.0,
-                       peak_rss_bytes=peak.bytes, inputs=None, losses={})  # fmt: skip
+    unquantized = _row(
+        "reference",
+        None,
+        found,
+        started,
+        bits_per_weight=8.0 * model.dtype.itemsize,
+        bytes=size,
+        seconds=0.0,
+        peak_rss_bytes=peak.bytes,
+        inputs=None,
+        losses={},
+    )
     rows = []
     for method, result in results.items():
         started = time.perf_counter()
         found = qlab.evaluate(qlab.open(result.path), reference, held_out)
         losses = {site: row["loss"] for site, row in result.sites.items() if "loss" in row}
-        rows.append(_row(method, spec, found, started, bits_per_weight=result.bits_per_weight, bytes=result.bytes,
-                         seconds=result.seconds, peak_rss_bytes=result.peak_rss_bytes, inputs=result.inputs, losses=losses))
+        rows.append(
+            _row(
+                method,
+                spec,
+                found,
+                started,
+                bits_per_weight=result.bits_per_weight,
+                bytes=result.bytes,
+                seconds=result.seconds,
+                peak_rss_bytes=result.peak_rss_bytes,
+                inputs=result.inputs,
+                losses=losses,
+            )
+        )
         say(f"{method}: perplexity {found.perplexity:.3f} ({_change(rows[-1]['ratio'])} %)")
     return unquantized, rows
 
 
-def _row(method: str, spec: str | None, found: Evaluation, started: float, **cost: Any) -> dict[str, Any]:
-    """The figures of one model. seconds, peak_rss_bytes: of quantizing it; for the reference 0, and of reading it."""
-    return {"method": method, "spec": spec, **found.json(), "ratio": found.perplexity / found.reference_perplexity, **cost,
-            "evaluation_seconds": time.perf_counter() - started}  # fmt: skip
+def _row(
+    method: str, spec: str | None, found: Evaluation, started: float, **cost: Any
+) -> dict[str, Any]:
+    """The figures of one model. seconds, peak_rss_bytes: of quantizing it; for the reference 0, and
+    of reading it."""
+    return {
+        "method": method,
+        "spec": spec,
+        **found.json(),
+        "ratio": found.perplexity / found.reference_perplexity,
+        **cost,
+        "evaluation_seconds": time.perf_counter() - started,
+    }
 
 
 def table(record: Mapping[str, Any]) -> Table:
     """The record for the eye, the reference first."""
     reference = record["reference"]
     right = ("perplexity", "change in %", "KL", "top-1 in %", "bits", "MB", "seconds", "peak MiB")
-    drawn = Table("method", "spec", box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left", title=(
-        f"{record['model']}: {record['inputs']} inputs, {reference['windows']} held-out windows of {reference['length']} "
-        f"tokens ({reference['predictions']:,} predictions)"))  # fmt: skip
+    drawn = Table(
+        "method",
+        "spec",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        title=(
+            f"{record['model']}: {record['inputs']} inputs, {reference['windows']} held-out "
+            f"windows of {reference['length']} tokens ({reference['predictions']:,} predictions)"
+        ),
+    )
     for name in right:
         drawn.add_column(name, justify="right")
     for row in (reference, *record["rows"]):
         quantized = row is not reference
         drawn.add_row(
-            row["method"], row["spec"] or "-", f"{row['perplexity']:.2f} {_range(row['perplexity_ci'])}",
-            f"{_change(row['ratio'])} {_change(row['ratio_ci'][0])}..{_change(row['ratio_ci'][1])}" if quantized else "-",
-            f"{row['kl']:.4f}" if quantized else "-", f"{100 * row['top1_agreement']:.1f}" if quantized else "-",
-            f"{row['bits_per_weight']:.2f}", f"{row['bytes'] / 1e6:.1f}", f"{row['seconds']:.1f}" if quantized else "-",
+            row["method"],
+            row["spec"] or "-",
+            f"{row['perplexity']:.2f} {_range(row['perplexity_ci'])}",
+            f"{_change(row['ratio'])} {_change(row['ratio_ci'][0])}..{_change(row['ratio_ci'][1])}"
+            if quantized
+            else "-",
+            f"{row['kl']:.4f}" if quantized else "-",
+            f"{100 * row['top1_agreement']:.1f}" if quantized else "-",
+            f"{row['bits_per_weight']:.2f}",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['seconds']:.1f}" if quantized else "-",
             f"{row['peak_rss_bytes'] / 2**20:.0f}" if quantized else "-",
-        )  # fmt: skip
+        )
     shared = record["inputs"] == "reference" and len(record["rows"]) > 1
     drawn.caption = "95 % intervals over windows; those of the change are paired" + (
-        "; seconds and peak memory are those of the one pass that served every method" if shared else "")  # fmt: skip
+        "; seconds and peak memory are those of the one pass that served every method"
+        if shared
+        else ""
+    )
     return drawn
 
 

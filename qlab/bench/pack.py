@@ -1,10 +1,12 @@
-"""Codes to int32 words and back, on one core: qlab beside the packers of compressed-tensors and GPTQModel.
+"""Codes to int32 words and back, on one core: qlab beside the packers of compressed-tensors and
+GPTQModel.
 
     MB/s     bytes of the dense bfloat16 weight (two a code) over the time of a call
     ratio    a contender's time over qlab's: above 1, qlab is faster
 
-Everybody starts from the int8 codes of one weight [o, k] in memory and ends in the words of their own format, and the way
-back. GPTQModel packs while it rounds: `gptqmodel` is what it calls to save a weight, `gptqmodel codes` its packing of codes alone.
+Everybody starts from the int8 codes of one weight [o, k] in memory and ends in the words of their
+own format, and the way back. GPTQModel packs while it rounds: `gptqmodel` is what it calls to save
+a weight, `gptqmodel codes` its packing of codes alone.
 """
 
 import importlib.util
@@ -31,7 +33,11 @@ Calls = tuple[Callable[[Tensor], Any], Callable[[Tensor], Any], Callable[[Tensor
 
 def qlab_rows(bits: int, shape: torch.Size) -> Calls:
     """The dense stream of every row: compressed-tensors' layout."""
-    return (lambda codes: codes), lambda codes: pack_signed(codes, bits), lambda words: unpack_signed(words, bits, shape[1])
+    return (
+        (lambda codes: codes),
+        lambda codes: pack_signed(codes, bits),
+        lambda words: unpack_signed(words, bits, shape[1]),
+    )
 
 
 def qlab_columns(bits: int, shape: torch.Size) -> Calls:
@@ -44,17 +50,27 @@ def compressed_tensors(bits: int, shape: torch.Size) -> Calls:
     """The library's own two functions."""
     from compressed_tensors.compressors import pack_to_int32, unpack_from_int32
 
-    return (lambda codes: codes), lambda codes: pack_to_int32(codes, bits), lambda words: unpack_from_int32(words, bits, shape)
+    return (
+        (lambda codes: codes),
+        lambda codes: pack_to_int32(codes, bits),
+        lambda words: unpack_from_int32(words, bits, shape),
+    )
 
 
 def gptqmodel(bits: int, shape: torch.Size) -> Calls:
-    """`pack_block` of its linear, from a dense weight with its scales and zero points, and `unpack_rows`."""
+    """`pack_block` of its linear, from a dense weight with its scales and zero points, and
+    `unpack_rows`."""
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     from gptqmodel.utils.model_dequant import unpack_rows
 
     (o, k), middle = shape, 2 ** (bits - 1)
-    linear = TorchLinear(bits=bits, group_size=GROUP, sym=True, desc_act=False, in_features=k, out_features=o)
-    scales, zeros = torch.ones(o, k // GROUP, dtype=torch.float32), torch.full((o, k // GROUP), middle, dtype=torch.long)
+    linear = TorchLinear(
+        bits=bits, group_size=GROUP, sym=True, desc_act=False, in_features=k, out_features=o
+    )
+    scales, zeros = (
+        torch.ones(o, k // GROUP, dtype=torch.float32),
+        torch.full((o, k // GROUP), middle, dtype=torch.long),
+    )
     g_idx = torch.arange(k, dtype=torch.int32) // GROUP
 
     def prepare(codes: Tensor) -> torch.nn.Linear:
@@ -74,46 +90,93 @@ def gptqmodel_codes(bits: int, shape: torch.Size) -> Calls:
     from gptqmodel.utils.model_dequant import pack_cols, unpack_cols
 
     prepare = lambda codes: codes.to(torch.int32) + 2 ** (bits - 1)
-    return prepare, lambda codes: pack_cols(codes, bits, pack_dtype=torch.int32), lambda words: unpack_cols(words, bits)
+    return (
+        prepare,
+        lambda codes: pack_cols(codes, bits, pack_dtype=torch.int32),
+        lambda words: unpack_cols(words, bits),
+    )
 
 
 CONTENDERS: Mapping[str, Callable[[int, torch.Size], Calls]] = {
-    OURS: qlab_rows, TRANSPOSED: qlab_columns, "compressed-tensors": compressed_tensors,
-    "gptqmodel": gptqmodel, "gptqmodel codes": gptqmodel_codes,
-}  # fmt: skip
-PACKAGES = {"compressed-tensors": "compressed_tensors", "gptqmodel": "gptqmodel", "gptqmodel codes": "gptqmodel"}
+    OURS: qlab_rows,
+    TRANSPOSED: qlab_columns,
+    "compressed-tensors": compressed_tensors,
+    "gptqmodel": gptqmodel,
+    "gptqmodel codes": gptqmodel_codes,
+}
+PACKAGES = {
+    "compressed-tensors": "compressed_tensors",
+    "gptqmodel": "gptqmodel",
+    "gptqmodel codes": "gptqmodel",
+}
 
 
-def compare_packers(n: int, k: int, bits: Sequence[int] = BITS, reps: int = 10, seconds: float = 5.0,
-                    said: Callable[[str], object] = lambda _: None) -> dict[str, Any]:  # fmt: skip
-    """Time every contender that is installed on weights of n rows and k columns; the record says who is absent.
+def compare_packers(
+    n: int,
+    k: int,
+    bits: Sequence[int] = BITS,
+    reps: int = 10,
+    seconds: float = 5.0,
+    said: Callable[[str], object] = lambda _: None,
+) -> dict[str, Any]:
+    """Time every contender that is installed on weights of n rows and k columns; the record says
+    who is absent.
 
-    n is a multiple of 32 and k of 128, as every contender needs. Uses one thread and puts the number of threads back.
+    n is a multiple of 32 and k of 128, as every contender needs. Uses one thread and puts the
+    number of threads back.
     """
     if n % 32 or k % GROUP:
-        raise QlabError(f"a weight of {n} x {k} is none that every packer takes; give multiples of 32 and {GROUP}")
-    absent = [name for name, package in PACKAGES.items() if importlib.util.find_spec(package) is None]
+        raise QlabError(
+            f"a weight of {n} x {k} is none that every packer takes; give multiples of 32 and "
+            f"{GROUP}"
+        )
+    absent = [
+        name for name, package in PACKAGES.items() if importlib.util.find_spec(package) is None
+    ]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rows = [row for b in bits for name in CONTENDERS if name not in absent for row in _measure(name, b, n, k, reps, seconds, said)]
+        rows = [
+            row
+            for b in bits
+            for name in CONTENDERS
+            if name not in absent
+            for row in _measure(name, b, n, k, reps, seconds, said)
+        ]
         label = device_label(torch.device("cpu"))
     finally:
         torch.set_num_threads(threads)
     return {
-        "n": n, "k": k, "device": label, "rows": rows, "absent": absent,
-        "versions": versions() | {name: version(name) for name in ("compressed-tensors", "gptqmodel") if name not in absent},
+        "n": n,
+        "k": k,
+        "device": label,
+        "rows": rows,
+        "absent": absent,
+        "versions": versions()
+        | {
+            name: version(name)
+            for name in ("compressed-tensors", "gptqmodel")
+            if name not in absent
+        },
         "measured": {"statistic": "median", "repetitions": reps, "cache": "cold: copies in turn"},
-    }  # fmt: skip
+    }
 
 
-def _measure(name: str, bits: int, n: int, k: int, reps: int, seconds: float, said: Callable[[str], object]) -> list[dict[str, Any]]:
+def _measure(
+    name: str, bits: int, n: int, k: int, reps: int, seconds: float, said: Callable[[str], object]
+) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(bits)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
-    codes = [torch.randint(low, high, (n, k), generator=generator, dtype=torch.int8) for _ in range(COPIES)]
+    codes = [
+        torch.randint(low, high, (n, k), generator=generator, dtype=torch.int8)
+        for _ in range(COPIES)
+    ]
     prepare, to_words, to_codes = CONTENDERS[name](bits, codes[0].shape)
     prepared = [prepare(c) for c in codes]
-    calls = {"pack": [partial(to_words, c) for c in prepared], "unpack": [partial(to_codes, to_words(c)) for c in prepared]}
+    calls = {
+        "pack": [partial(to_words, c) for c in prepared],
+        "unpack": [partial(to_codes, to_words(c)) for c in prepared],
+    }
     rows = []
     for way, some in calls.items():
         us = microseconds(some, reps, torch.device("cpu"), seconds)
@@ -123,17 +186,27 @@ def _measure(name: str, bits: int, n: int, k: int, reps: int, seconds: float, sa
 
 
 def table(record: Mapping[str, Any]) -> Table:
-    """One line for each number of bits and way: MB/s of everybody, and how many times qlab's rate that is."""
+    """One line for each number of bits and way: MB/s of everybody, and how many times qlab's rate
+    that is."""
     names = [name for name in CONTENDERS if name not in record["absent"]]
-    drawn = Table(box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left",
-                  title=f"{record['device']}: codes [{record['n']}, {record['k']}] to int32 words and back")  # fmt: skip
+    drawn = Table(
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        title=f"{record['device']}: codes [{record['n']}, {record['k']}] to int32 words and back",
+    )
     for name in ("bits", "way", *names):
         drawn.add_column(name, justify="right")
     rates = {(row["bits"], row["way"], row["contender"]): row["mbps"] for row in record["rows"]}
     for bits, way in dict.fromkeys((row["bits"], row["way"]) for row in record["rows"]):
         found = {name: rates[bits, way, name] for name in names}
-        shown = [f"{mbps:.0f}" + ("" if name == OURS else f" ({found[OURS] / mbps:.1f}x)") for name, mbps in found.items()]
+        shown = [
+            f"{mbps:.0f}" + ("" if name == OURS else f" ({found[OURS] / mbps:.1f}x)")
+            for name, mbps in found.items()
+        ]
         drawn.add_row(str(bits), way, *shown)
     missing = f"; not installed: {', '.join(record['absent'])}" if record["absent"] else ""
-    drawn.caption = f"MB/s of dense bfloat16 weight on one core; (x): qlab's rate over a contender's{missing}"
+    drawn.caption = (
+        f"MB/s of dense bfloat16 weight on one core; (x): qlab's rate over a contender's{missing}"
+    )
     return drawn

@@ -1,4 +1,5 @@
-"""The figures of a comparison: what each method costs in quality, and where in the model the error arises."""
+"""The figures of a comparison: what each method costs in quality, and where in the model the error
+arises."""
 
 import os
 import re
@@ -19,21 +20,29 @@ def draw(record: Mapping[str, Any], out: Path) -> None:
 
 
 def draw_matmuls(record: Mapping[str, Any], path: Path) -> None:
-    """Write a figure of a comparison of products to `path`: time over tokens for every shape, one line a contender."""
+    """Write a figure of a comparison of products to `path`: time over tokens for every shape, one
+    line a contender."""
     from matplotlib.figure import Figure
 
     shapes, rows = record["shapes"], record["rows"]
     figure = Figure(figsize=(5 * len(shapes), 4.5), layout="constrained")
-    title = f"{record['device']['name']}: {record['dtype']} x int4, groups of {record['group']}, cold cache"
+    title = (
+        f"{record['device']['name']}: {record['dtype']} x int4, groups of {record['group']}, cold "
+        "cache"
+    )
     figure.suptitle(_literal(title), fontsize="medium")
     names = list(dict.fromkeys(row["contender"] for row in rows))
     for axes, (n, k) in zip(figure.subplots(1, len(shapes), squeeze=False)[0], shapes):
         here = [row for row in rows if (row["n"], row["k"]) == (n, k)]
         for i, name in enumerate(names):
             line = [(row["m"], row["us"]) for row in here if row["contender"] == name]
-            axes.plot(*zip(*line), marker=".", color=f"C{i}", label=_literal(name)) if line else None
+            axes.plot(
+                *zip(*line), marker=".", color=f"C{i}", label=_literal(name)
+            ) if line else None
         floor = [(row["m"], row["floor_us"]) for row in here if row["contender"] == names[0]]
-        axes.plot(*zip(*floor), color="black", linestyle=":", label=f"floor of {names[0]}") if floor else None
+        axes.plot(
+            *zip(*floor), color="black", linestyle=":", label=f"floor of {names[0]}"
+        ) if floor else None
         axes.set(title=f"{n}x{k}", xlabel="tokens", ylabel="microseconds", yscale="log")
         axes.set_xscale("log", base=2)
         axes.legend(fontsize="small")
@@ -41,13 +50,18 @@ def draw_matmuls(record: Mapping[str, Any], path: Path) -> None:
 
 
 def refuse_foreign_figure(path: Path) -> None:
-    """Refuse to draw over anything but a figure that qlab drew, which says so in its first bytes."""
+    """Refuse to draw over anything but a figure that qlab drew, which says so in its first
+    bytes."""
     if path.parent.exists() and not os.access(path.parent, os.W_OK):
-        raise QlabError(f"{path} cannot be written; give a figure in a folder that may be written to")
+        raise QlabError(
+            f"{path} cannot be written; give a figure in a folder that may be written to"
+        )
     if not path.exists():
         return
     if not path.is_file() or (path.stat().st_size and DRAWN not in _beginning(path)):
-        raise QlabError(f"{path} exists and is no figure that qlab drew; move it away or choose another place")
+        raise QlabError(
+            f"{path} exists and is no figure that qlab drew; move it away or choose another place"
+        )
 
 
 def _beginning(path: Path) -> bytes:
@@ -61,7 +75,12 @@ def _literal(text: str) -> str:
 
 
 def _save(figure: Any, path: Path) -> None:
-    atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120, metadata={"Software": "qlab"}))
+    atomically(
+        path,
+        lambda temporary: figure.savefig(
+            temporary, format="png", dpi=120, metadata={"Software": "qlab"}
+        ),
+    )
 
 
 def _figure(title: str) -> tuple[Any, Any, Any]:
@@ -75,8 +94,11 @@ def _figure(title: str) -> tuple[Any, Any, Any]:
 
 def _title(record: Mapping[str, Any]) -> str:
     reference, rows = record["reference"], record["rows"]
-    return (f"{Path(record['model']).name}, {rows[0]['spec']}, {record['inputs']} inputs, "
-            f"{reference['predictions']:,} predictions, reference perplexity {reference['perplexity']:.2f}")  # fmt: skip
+    return (
+        f"{Path(record['model']).name}, {rows[0]['spec']}, {record['inputs']} inputs, "
+        f"{reference['predictions']:,} predictions, reference perplexity "
+        f"{reference['perplexity']:.2f}"
+    )
 
 
 def _methods(record: Mapping[str, Any]) -> Any:
@@ -86,14 +108,30 @@ def _methods(record: Mapping[str, Any]) -> Any:
     change = [100 * (row["ratio"] - 1) for row in rows]
     change_ci = [[100 * (end - 1) for end in row["ratio_ci"]] for row in rows]
     _bars(left, rows, change, change_ci, "perplexity, change in % (95 %, paired)", "{:+.1f} %")
-    _bars(right, rows, [row["kl"] for row in rows], [row["kl_ci"] for row in rows], "KL divergence in nats (95 %)", "{:.4f}")
+    _bars(
+        right,
+        rows,
+        [row["kl"] for row in rows],
+        [row["kl_ci"] for row in rows],
+        "KL divergence in nats (95 %)",
+        "{:.4f}",
+    )
     return figure
 
 
-def _bars(axes: Any, rows: Any, values: list[float], intervals: list, title: str, form: str) -> None:
+def _bars(
+    axes: Any, rows: Any, values: list[float], intervals: list, title: str, form: str
+) -> None:
     below = [max(value - low, 0.0) for value, (low, _) in zip(values, intervals)]
     above = [max(high - value, 0.0) for value, (_, high) in zip(values, intervals)]
-    drawn = axes.barh([_literal(row["method"]) for row in rows], values, xerr=[below, above], capsize=4, color="tab:blue", alpha=0.7)
+    drawn = axes.barh(
+        [_literal(row["method"]) for row in rows],
+        values,
+        xerr=[below, above],
+        capsize=4,
+        color="tab:blue",
+        alpha=0.7,
+    )
     axes.bar_label(drawn, [form.format(value) for value in values], padding=4)
     axes.invert_yaxis()  # in the order of the table
     axes.margins(x=0.25)  # room for the labels
@@ -107,7 +145,8 @@ def _running(site: str) -> list[str | int]:
 
 
 def _layers(record: Mapping[str, Any]) -> Any:
-    """Error of the hidden states after every block, and the calibration loss of every site where a method has one."""
+    """Error of the hidden states after every block, and the calibration loss of every site where a
+    method has one."""
     figure, left, right = _figure(_title(record))
     for i, row in enumerate(record["rows"]):
         same: dict[str, Any] = {"label": _literal(row["method"]), "color": f"C{i}"}  # on both sides
@@ -115,13 +154,28 @@ def _layers(record: Mapping[str, Any]) -> Any:
         if losses := row["losses"]:
             blocks = len(row["layer_error"])
             places = [blocks * n / len(losses) for n in range(len(losses))]
-            right.plot(places, [losses[site] for site in sorted(losses, key=_running)], ".", markersize=3, **same)
-    for axes, title in (left, "relative error of hidden states"), (right, "relative calibration loss per site"):
+            right.plot(
+                places,
+                [losses[site] for site in sorted(losses, key=_running)],
+                ".",
+                markersize=3,
+                **same,
+            )
+    for axes, title in (
+        (left, "relative error of hidden states"),
+        (right, "relative calibration loss per site"),
+    ):
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("block")
         if axes.lines:
             axes.set_yscale("log")
             axes.legend()
         else:
-            axes.text(0.5, 0.5, "no method here observes its inputs", ha="center", transform=axes.transAxes)
+            axes.text(
+                0.5,
+                0.5,
+                "no method here observes its inputs",
+                ha="center",
+                transform=axes.transAxes,
+            )
     return figure

@@ -1,6 +1,7 @@
 """The commands. Bad input is one sentence on stderr and exit code 2.
 
-Modules import what they need when a command runs, so that `qlab --help` waits for neither torch nor transformers.
+Modules import what they need when a command runs, so that `qlab --help` waits for neither torch nor
+transformers.
 """
 
 from typing import Annotated
@@ -13,7 +14,12 @@ from qlab.cli.directories import convert, inspect, verify
 from qlab.cli.options import HELP_BY, run
 from qlab.cli.quantizing import evaluate, plan, quantize
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings=HELP_BY)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings=HELP_BY,
+)
 
 
 def _say_version(asked: bool) -> None:
@@ -24,7 +30,12 @@ def _say_version(asked: bool) -> None:
 
 @app.callback()
 def options_of_qlab(
-    version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="say which qlab this is")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_say_version, is_eager=True, help="say which qlab this is"
+        ),
+    ] = False,
 ) -> None:
     """Quantize language models: plan, quantize, evaluate, convert, verify and inspect."""
 

@@ -23,7 +23,8 @@ from qlab.errors import QlabError
 
 
 def inspect(directory: Model, json_file: Json = None) -> None:
-    """What a directory holds, in any format that qlab reads: specs, tensors, bytes, and what qlab measured if it wrote it."""
+    """What a directory holds, in any format that qlab reads: specs, tensors, bytes, and what qlab
+    measured if it wrote it."""
     with loading():
         from qlab.directories.inspect import inspect
 
@@ -37,26 +38,44 @@ def convert(
     codec: CodecName,
     out: Annotated[Path, typer.Option("--out", help="the directory to write")],
     requantize: Annotated[
-        str | None, typer.Option("--requantize", callback=lower, help="a spec: round what the format cannot hold to it")
+        str | None,
+        typer.Option(
+            "--requantize", callback=lower, help="a spec: round what the format cannot hold to it"
+        ),
     ] = None,
-    asymmetric: Asymmetric = False, overwrite: Overwrite = False, resume: Resume = False, json_file: Json = None,
-) -> None:  # fmt: skip
-    """The same codes in another format; refuses, with the sites, whatever would be lost. --requantize rounds anew instead."""
+    asymmetric: Asymmetric = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    json_file: Json = None,
+) -> None:
+    """The same codes in another format; refuses, with the sites, whatever would be lost.
+    --requantize rounds anew instead."""
     with loading():
         from qlab.algebra.spec import parse_spec
         from qlab.directories.convert import convert
 
     if asymmetric and not requantize:
-        raise QlabError("--asymmetric says how --requantize rounds, which was not given; leave it out, or give both")
+        raise QlabError(
+            "--asymmetric says how --requantize rounds, which was not given; leave it out, or "
+            "give both"
+        )
     output_place(out, directory, [], overwrite, resume, json_file)
     grid = parse_spec(requantize, symmetric=not asymmetric) if requantize else None
-    result = convert(resolved(directory), codec, out, requantize=grid, overwrite=overwrite, resume=resume)
+    result = convert(
+        resolved(directory), codec, out, requantize=grid, overwrite=overwrite, resume=resume
+    )
     kept = len(result.sites) - len(result.requantized)
-    console().print(f"{result.path}: {kept} weights with the same codes, {len(result.requantized)} rounded anew", soft_wrap=True)
+    console().print(
+        f"{result.path}: {kept} weights with the same codes, {len(result.requantized)} rounded "
+        "anew",
+        soft_wrap=True,
+    )
     for kind in sorted(set(result.dequantized.values())):
         names = [name for name, was in result.dequantized.items() if was == kind]
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        console().print(f"{kind} blocks dequantized to bfloat16: {', '.join(names[:4])}{more}", soft_wrap=True)
+        console().print(
+            f"{kind} blocks dequantized to bfloat16: {', '.join(names[:4])}{more}", soft_wrap=True
+        )
     for name, error in result.requantized.items():
         console().print(f"{name}: {error:.3e} of its norm away from what it was", soft_wrap=True)
     report(result.json(), json_file)
@@ -64,9 +83,13 @@ def convert(
 
 def verify(
     directory: Model,
-    against: Annotated[str, typer.Option("--against", help="the model it was made from, or 'demo'")], json_file: Json = None,
-) -> None:  # fmt: skip
-    """Is a directory what it claims to be? Grids, certificates and the reference's tensors; exit code 1 if something is not."""
+    against: Annotated[
+        str, typer.Option("--against", help="the model it was made from, or 'demo'")
+    ],
+    json_file: Json = None,
+) -> None:
+    """Is a directory what it claims to be? Grids, certificates and the reference's tensors; exit
+    code 1 if something is not."""
     with loading():
         from qlab.directories.verify import verify
 

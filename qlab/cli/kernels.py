@@ -25,61 +25,139 @@ def kernel_refusals() -> Iterator[None]:
 
 
 def tune(
-    model: Annotated[str | None, typer.Argument(help="a directory that qlab quantized: its shapes (or give --shapes)")] = None,
-    shapes: Annotated[str | None, typer.Option("--shapes", help="NxK with commas between them: rows x columns of weights")] = None,
-    m: Annotated[str, typer.Option("--m", help="numbers of tokens (of experts: rows of all)")] = "1,2,4,8,16,32,64,128,256,512,1024",
-    dtype: Annotated[str, typer.Option("--dtype", help="of the activations: bfloat16 or float16, also bf16, fp16")] = "bfloat16",
-    group: Annotated[int | None, typer.Option("--group", min=1, help="weights per scale of --shapes (default: 128)")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="a directory that qlab quantized: its shapes (or give --shapes)"),
+    ] = None,
+    shapes: Annotated[
+        str | None,
+        typer.Option("--shapes", help="NxK with commas between them: rows x columns of weights"),
+    ] = None,
+    m: Annotated[
+        str, typer.Option("--m", help="numbers of tokens (of experts: rows of all)")
+    ] = "1,2,4,8,16,32,64,128,256,512,1024",
+    dtype: Annotated[
+        str,
+        typer.Option("--dtype", help="of the activations: bfloat16 or float16, also bf16, fp16"),
+    ] = "bfloat16",
+    group: Annotated[
+        int | None,
+        typer.Option("--group", min=1, help="weights per scale of --shapes (default: 128)"),
+    ] = None,
     asymmetric: Asymmetric = False,
-    experts: Annotated[int, typer.Option("--experts", min=0, help="of each of --shapes, multiplied in one grouped product")] = 0,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda (default: cuda where there is one)")] = "",
-    budget: Annotated[float, typer.Option("--budget", min=0, help="seconds for each shape and number of tokens")] = 30.0,
-    retune: Annotated[bool, typer.Option("--retune", help="also what was measured before")] = False, json_file: Json = None,
-) -> None:  # fmt: skip
-    """Time the configurations of int4 products on this machine and keep the fastest in the config cache."""
+    experts: Annotated[
+        int,
+        typer.Option(
+            "--experts", min=0, help="of each of --shapes, multiplied in one grouped product"
+        ),
+    ] = 0,
+    device: Annotated[
+        str, typer.Option("--device", help="cpu or cuda (default: cuda where there is one)")
+    ] = "",
+    budget: Annotated[
+        float, typer.Option("--budget", min=0, help="seconds for each shape and number of tokens")
+    ] = 30.0,
+    retune: Annotated[bool, typer.Option("--retune", help="also what was measured before")] = False,
+    json_file: Json = None,
+) -> None:
+    """Time the configurations of int4 products on this machine and keep the fastest in the config
+    cache."""
     import torch
 
-    from qlab.lowering.tuning.tune import SHORT, Form, parse_shapes, parse_tokens, tune_shapes, weights_of
+    from qlab.lowering.tuning.tune import (
+        SHORT,
+        Form,
+        parse_shapes,
+        parse_tokens,
+        tune_shapes,
+        weights_of,
+    )
 
     if (model is None) == (shapes is None):
         raise QlabError("give either a directory that qlab quantized or --shapes")
     if model is not None and (group or asymmetric or experts):
-        raise QlabError(f"{model} has its own groups, zero points and experts; --group, --asymmetric and --experts go with --shapes")
+        raise QlabError(
+            f"{model} has its own groups, zero points and experts; --group, --asymmetric and "
+            "--experts go with --shapes"
+        )
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with kernel_refusals():
         form = Form(group or 128, asymmetric, experts)
         wanted = weights_of(str(model), where) if shapes is None else {form: parse_shapes(shapes)}
-    rows = [row for form, sizes in wanted.items() for row in tune_shapes(
-        sizes, parse_tokens(m), form, dtype=SHORT.get(dtype, dtype), device=where, budget=budget, retune=retune,
-        said=lambda line: print(line, file=sys.stderr, flush=True))]  # fmt: skip
+    rows = [
+        row
+        for form, sizes in wanted.items()
+        for row in tune_shapes(
+            sizes,
+            parse_tokens(m),
+            form,
+            dtype=SHORT.get(dtype, dtype),
+            device=where,
+            budget=budget,
+            retune=retune,
+            said=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    ]
     from qlab_kernels import cache
 
     timings = sum(row["timings"] for row in rows)
-    console().print(f"{len(rows)} entries, {timings} timings; they are in {cache.folder()}", soft_wrap=True)
+    console().print(
+        f"{len(rows)} entries, {timings} timings; they are in {cache.folder()}", soft_wrap=True
+    )
     report({"rows": rows, "folder": str(cache.folder())}, json_file)
 
 
-configs = typer.Typer(no_args_is_help=True, help="The config cache: which configuration of a kernel runs for which shape.")
+configs = typer.Typer(
+    no_args_is_help=True,
+    help="The config cache: which configuration of a kernel runs for which shape.",
+)
 
 
 @configs.command("list")
 def cache_list(
-    shipped: Annotated[bool, typer.Option("--shipped", help="also what this package ships")] = False, json_file: Json = None,
-) -> None:  # fmt: skip
+    shipped: Annotated[
+        bool, typer.Option("--shipped", help="also what this package ships")
+    ] = False,
+    json_file: Json = None,
+) -> None:
     """The entries, one a line."""
     with kernel_refusals():
         from qlab_kernels import cache, transfer
         from qlab_kernels.config import kernel_revision
 
         rows = [row for row in transfer.listing() if shipped or row[0] == "user"]
-        table = Table("file", "product", "config", "us", "GB/s", "source", "device", "date", title=str(cache.folder()))
+        table = Table(
+            "file",
+            "product",
+            "config",
+            "us",
+            "GB/s",
+            "source",
+            "device",
+            "date",
+            title=str(cache.folder()),
+        )
         for layer, name, key, entry in rows:
             old = ", stale" if cache.stale(entry, key, kernel_revision()) else ""
             config = " ".join(f"{k}={v}" for k, v in entry.json()["config"].items() if k != "kind")
-            table.add_row(name.removesuffix(".json"), str(key).rsplit("/", 2)[0], f"{entry.config.kind} {config}", f"{entry.us:.1f}",
-                          f"{entry.gbps:.0f}", f"{layer}, {entry.source}{old}", entry.device, entry.date)  # fmt: skip
+            table.add_row(
+                name.removesuffix(".json"),
+                str(key).rsplit("/", 2)[0],
+                f"{entry.config.kind} {config}",
+                f"{entry.us:.1f}",
+                f"{entry.gbps:.0f}",
+                f"{layer}, {entry.source}{old}",
+                entry.device,
+                entry.date,
+            )
         console(width=240).print(table)
-        report([{"layer": layer, "file": name, "key": str(key), **entry.json()} for layer, name, key, entry in rows], json_file)
+        report(
+            [
+                {"layer": layer, "file": name, "key": str(key), **entry.json()}
+                for layer, name, key, entry in rows
+            ],
+            json_file,
+        )
 
 
 @configs.command("export")
@@ -92,18 +170,24 @@ def cache_export(file: Annotated[Path, typer.Argument(help="the JSON file to wri
 
 
 @configs.command("import")
-def cache_import(file: Annotated[Path, typer.Argument(help="a file that `qlab cache export` wrote")]) -> None:
+def cache_import(
+    file: Annotated[Path, typer.Argument(help="a file that `qlab cache export` wrote")],
+) -> None:
     """Merge the entries of a file into the user's; of two for the same key the later one stays."""
     with kernel_refusals():
         from qlab_kernels import cache, transfer
 
-        console().print(f"{transfer.import_(file)} entries taken into {cache.folder()}", soft_wrap=True)
+        console().print(
+            f"{transfer.import_(file)} entries taken into {cache.folder()}", soft_wrap=True
+        )
 
 
 @configs.command("clear")
 def cache_clear(
     op: Annotated[str, typer.Option("--op", help="only those of this operator")] = "",
-    capability: Annotated[str, typer.Option("--capability", help="only those of this one: sm90, cpu-amx")] = "",
+    capability: Annotated[
+        str, typer.Option("--capability", help="only those of this one: sm90, cpu-amx")
+    ] = "",
 ) -> None:
     """Remove the user's entries; what this package ships stays."""
     with kernel_refusals():

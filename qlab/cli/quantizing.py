@@ -33,7 +33,7 @@ from qlab.cli.options import (
     output_place,
     report,
     resolved,
-)  # fmt: skip
+)
 from qlab.errors import QlabError
 from qlab.process.progress import say
 
@@ -55,12 +55,20 @@ def method_named(name: str) -> Any:
 
 
 def chosen(
-    model: Any, method: str, spec: str, asymmetric: bool, codec: str, target: str, around: list[str] | None = None,
+    model: Any,
+    method: str,
+    spec: str,
+    asymmetric: bool,
+    codec: str,
+    target: str,
+    around: list[str] | None = None,
     kept: list[str] | None = None,
-) -> tuple[Any, str]:  # fmt: skip
-    """The recipe and the codec: the one named, else the safest for the target; scales in a dtype that the codec stores.
+) -> tuple[Any, str]:
+    """The recipe and the codec: the one named, else the safest for the target; scales in a dtype
+    that the codec stores.
 
-    around: GLOB=SPEC for linears around the blocks. kept: GLOBs of sites in blocks that stay as they are.
+    around: GLOB=SPEC for linears around the blocks. kept: GLOBs of sites in blocks that stay as
+    they are.
     """
     from qlab.algebra.spec import parse_spec
     from qlab.algebra.transform import at, chain, keep, outside, rules
@@ -77,28 +85,43 @@ def chosen(
     for rule in around or ():
         pattern, equals, text = rule.rpartition("=")
         if not equals:
-            raise QlabError(f"--outside {rule!r} names no spec; write GLOB=SPEC, such as '*visual*=int8-channel'")
-        recipe = chain(recipe, at(pattern, outside(rtn(storable(parse_spec(text), named, model.dtype)))))
+            raise QlabError(
+                f"--outside {rule!r} names no spec; write GLOB=SPEC, such as "
+                "'*visual*=int8-channel'"
+            )
+        recipe = chain(
+            recipe, at(pattern, outside(rtn(storable(parse_spec(text), named, model.dtype))))
+        )
     return recipe, named
 
 
 def _data(
-    model: Any, recipe: Any, calib: list[Path] | None, images: list[Path] | None, samples: int, length: int, seed: int
-) -> Any:  # fmt: skip
+    model: Any,
+    recipe: Any,
+    calib: list[Path] | None,
+    images: list[Path] | None,
+    samples: int,
+    length: int,
+    seed: int,
+) -> Any:
     from qlab.data.calibration import tokens
     from qlab.data.images import image_samples
     from qlab.demo.hub import calibration_texts, is_demo
 
     if calib and images:
-        raise QlabError("--calib takes text and --images samples that may have both; give one of them")
+        raise QlabError(
+            "--calib takes text and --images samples that may have both; give one of them"
+        )
     if not any(stage.needs for stage in recipe):
         refuse_unused(calib, images, "this method observes nothing")
         return None
     if images:
         return image_samples(model, images, samples, length, seed)
     if not calib and not is_demo(model):
-        say(f"calibrating {model.path} on the demo's text, articles of English Wikipedia; --calib takes text like that which the model "
-            "will see")  # fmt: skip
+        say(
+            f"calibrating {model.path} on the demo's text, articles of English Wikipedia; --calib "
+            "takes text like that which the model will see"
+        )
     return tokens(model, calibration_texts(calib), samples, length, seed)
 
 
@@ -106,44 +129,87 @@ def refuse_unused(calib: list[Path] | None, images: list[Path] | None, why: str)
     """A text that changes nothing is taken for one that does."""
     if calib or images:
         option = "--calib" if calib else "--images"
-        raise QlabError(f"{option} would not be used, since {why}; leave it out, or choose a method that is calibrated, such as gptq")
+        raise QlabError(
+            f"{option} would not be used, since {why}; leave it out, or choose a method that is "
+            "calibrated, such as gptq"
+        )
 
 
 def _refuse_of_models(given: Mapping[str, Any]) -> None:
     if said := [option for option, value in given.items() if value]:
-        raise QlabError(f"{said[0]} would change nothing, since --model-free runs no model; leave it out, or leave out --model-free")
+        raise QlabError(
+            f"{said[0]} would change nothing, since --model-free runs no model; leave it out, or "
+            "leave out --model-free"
+        )
 
 
 def plan(
-    model: Model, method: MethodName = "gptq", spec: SpecName = "int4-g64", asymmetric: Asymmetric = False,
-    calib: Calib = None, images: Images = None, samples: Samples = 128, length: Length = 2048, seed: Seed = 0,
-    all_experts: AllExperts = False, keep: Keep = None, around: Outside = None, codec: CodecName = "", target: TargetName = "",
+    model: Model,
+    method: MethodName = "gptq",
+    spec: SpecName = "int4-g64",
+    asymmetric: Asymmetric = False,
+    calib: Calib = None,
+    images: Images = None,
+    samples: Samples = 128,
+    length: Length = 2048,
+    seed: Seed = 0,
+    all_experts: AllExperts = False,
+    keep: Keep = None,
+    around: Outside = None,
+    codec: CodecName = "",
+    target: TargetName = "",
     json_file: Json = None,
-) -> None:  # fmt: skip
-    """What a method would do to a model: stages, passes, peak memory, bits per weight. Runs and writes nothing."""
+) -> None:
+    """What a method would do to a model: stages, passes, peak memory, bits per weight. Runs and
+    writes nothing."""
     import qlab
 
     opened = qlab.open(model)
     recipe, named = chosen(opened, method, spec, asymmetric, codec, target, around, keep)
     data = _data(opened, recipe, calib, images, samples, length, seed)
-    made = qlab.plan(opened, recipe, data, calibrate_all_experts=all_experts, codec=named, target=target or None)
+    made = qlab.plan(
+        opened, recipe, data, calibrate_all_experts=all_experts, codec=named, target=target or None
+    )
     console().print(made)
     console().print(f"written by the codec {named}")
     report({**made.json(), "codec": named}, json_file)
 
 
 def quantize(
-    model: Model, out: Annotated[Path, typer.Option("--out", help="the directory to write")],
-    method: MethodName = "", spec: SpecName = "int4-g64", asymmetric: Asymmetric = False,
-    calib: Calib = None, images: Images = None, samples: Samples = 128, length: Length = 2048, seed: Seed = 0,
-    inputs: InputsName = "quantized", all_experts: AllExperts = False, device: Device = "cpu", memory: Memory = None,
-    keep: Keep = None, around: Outside = None, codec: CodecName = "", target: TargetName = "", overwrite: Overwrite = False,
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", help="the directory to write")],
+    method: MethodName = "",
+    spec: SpecName = "int4-g64",
+    asymmetric: Asymmetric = False,
+    calib: Calib = None,
+    images: Images = None,
+    samples: Samples = 128,
+    length: Length = 2048,
+    seed: Seed = 0,
+    inputs: InputsName = "quantized",
+    all_experts: AllExperts = False,
+    device: Device = "cpu",
+    memory: Memory = None,
+    keep: Keep = None,
+    around: Outside = None,
+    codec: CodecName = "",
+    target: TargetName = "",
+    overwrite: Overwrite = False,
     resume: Resume = False,
-    model_free: Annotated[bool, typer.Option("--model-free", help="from files alone, by data-free methods (default: rtn)")] = False,
-    include: Annotated[list[str] | None, typer.Option("--include", help="with --model-free: globs of modules to quantize")] = None,
-    exclude: Annotated[list[str] | None, typer.Option("--exclude", help="with --model-free: globs of modules to leave")] = None,
+    model_free: Annotated[
+        bool,
+        typer.Option("--model-free", help="from files alone, by data-free methods (default: rtn)"),
+    ] = False,
+    include: Annotated[
+        list[str] | None,
+        typer.Option("--include", help="with --model-free: globs of modules to quantize"),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option("--exclude", help="with --model-free: globs of modules to leave"),
+    ] = None,
     json_file: Json = None,
-) -> None:  # fmt: skip
+) -> None:
     """Quantize a model directory into one that other engines load."""
     import qlab
     from qlab.driver.sweep import inputs_named
@@ -152,58 +218,138 @@ def quantize(
     if memory is not None and not 0 < memory * 2**30 < math.inf:
         raise QlabError(f"--memory {memory} is no budget; give it in GiB, such as 4")
     if model_free and keep:
-        raise QlabError("--keep chooses among the sites of blocks, which need the model; --model-free takes --include and --exclude")
+        raise QlabError(
+            "--keep chooses among the sites of blocks, which need the model; --model-free takes "
+            "--include and --exclude"
+        )
     if model_free and around:
-        raise QlabError("--outside asks the model what lies around its blocks; --model-free takes --include and --exclude")
+        raise QlabError(
+            "--outside asks the model what lies around its blocks; --model-free takes --include "
+            "and --exclude"
+        )
     output_place(out, model, [*(calib or ()), *(images or ())], overwrite, resume, json_file)
     if model_free:
         refuse_unused(calib, images, "--model-free runs no model")
-        _refuse_of_models({"--memory": memory, "--calibrate-all-experts": all_experts, "--inputs reference": mode == "reference",
-                           f"--device {device}": device != "cpu"})  # fmt: skip
-        _quantize_files(model, out, method, spec, asymmetric, codec, target, include, exclude, overwrite, resume, json_file)
+        _refuse_of_models(
+            {
+                "--memory": memory,
+                "--calibrate-all-experts": all_experts,
+                "--inputs reference": mode == "reference",
+                f"--device {device}": device != "cpu",
+            }
+        )
+        _quantize_files(
+            model,
+            out,
+            method,
+            spec,
+            asymmetric,
+            codec,
+            target,
+            include,
+            exclude,
+            overwrite,
+            resume,
+            json_file,
+        )
         return
     if include or exclude:
-        raise QlabError("--include and --exclude go with --model-free; leave sites as they are by --keep, or choose them in Python "
-                        "by qlab.rules and qlab.at")
+        raise QlabError(
+            "--include and --exclude go with --model-free; leave sites as they are by --keep, or "
+            "choose them in Python by qlab.rules and qlab.at"
+        )
     opened = qlab.open(model)
     recipe, named = chosen(opened, method or "gptq", spec, asymmetric, codec, target, around, keep)
     data = _data(opened, recipe, calib, images, samples, length, seed)
     budget = None if memory is None else int(memory * 2**30)
-    result = qlab.quantize(opened, recipe, data, out, inputs=mode, device=device, memory=budget, overwrite=overwrite,
-                           resume=resume, calibrate_all_experts=all_experts, codec=named, target=target or None)  # fmt: skip
+    result = qlab.quantize(
+        opened,
+        recipe,
+        data,
+        out,
+        inputs=mode,
+        device=device,
+        memory=budget,
+        overwrite=overwrite,
+        resume=resume,
+        calibrate_all_experts=all_experts,
+        codec=named,
+        target=target or None,
+    )
     console().print(result.plan)
-    cost = f"{result.bytes / 1e6:.1f} MB, {result.seconds:.1f} s, peak {result.peak_rss_bytes / 2**20:.0f} MiB"
-    console().print(f"{result.path}: {named}, {result.bits_per_weight:.3f} bits per weight, {cost}, {inputs} inputs", soft_wrap=True)
+    cost = (
+        f"{result.bytes / 1e6:.1f} MB, {result.seconds:.1f} s, peak "
+        f"{result.peak_rss_bytes / 2**20:.0f} MiB"
+    )
+    console().print(
+        f"{result.path}: {named}, {result.bits_per_weight:.3f} bits per weight, {cost}, {inputs} "
+        "inputs",
+        soft_wrap=True,
+    )
     for name, few in result.experts_with_few_tokens.items():
-        console().print(f"{name}: experts {', '.join(map(str, few))} saw fewer tokens than input channels", soft_wrap=True)
+        console().print(
+            f"{name}: experts {', '.join(map(str, few))} saw fewer tokens than input channels",
+            soft_wrap=True,
+        )
     report(result.json(), json_file)
 
 
 def _quantize_files(
-    model: str, out: Path, method: str, spec: str, asymmetric: bool, codec: str, target: str, include: list[str] | None,
-    exclude: list[str] | None, overwrite: bool, resume: bool, json_file: Path | None,
-) -> None:  # fmt: skip
+    model: str,
+    out: Path,
+    method: str,
+    spec: str,
+    asymmetric: bool,
+    codec: str,
+    target: str,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    overwrite: bool,
+    resume: bool,
+    json_file: Path | None,
+) -> None:
     from qlab.directories.model_free import KEPT, quantize_files
     from qlab.files.checkpoint import open_checkpoint
 
     opened = open_checkpoint(resolved(model))
     recipe, named = chosen(opened, method or "rtn", spec, asymmetric, codec, target)
-    result = quantize_files(opened, recipe, out, include=include or ("*",), exclude=(*KEPT, *(exclude or ())), codec=named,
-                            target=target or None, overwrite=overwrite, resume=resume)  # fmt: skip
+    result = quantize_files(
+        opened,
+        recipe,
+        out,
+        include=include or ("*",),
+        exclude=(*KEPT, *(exclude or ())),
+        codec=named,
+        target=target or None,
+        overwrite=overwrite,
+        resume=resume,
+    )
     cost = f"{result.seconds:.1f} s, peak {result.peak_rss_bytes / 2**20:.0f} MiB"
-    console().print(f"{result.path}: {named}, {len(result.sites)} weights, {result.bits_per_weight:.3f} bits per weight, {cost}",
-                    soft_wrap=True)  # fmt: skip
+    console().print(
+        f"{result.path}: {named}, {len(result.sites)} weights, {result.bits_per_weight:.3f} bits "
+        f"per weight, {cost}",
+        soft_wrap=True,
+    )
     report(result.json(), json_file)
 
 
 def evaluate(
     model: Model,
-    against: Annotated[str | None, typer.Option("--against", help="the reference model; without it, perplexity alone")] = None,
-    text: Annotated[list[Path] | None, typer.Option("--text", help="text or jsonl files (default: held-out demo)")] = None,
-    length: Length = 512, windows: Annotated[int | None, typer.Option(min=2, help="default: all full windows")] = None,
-    device: Device = "cpu", json_file: Json = None,
-) -> None:  # fmt: skip
-    """Perplexity over full windows of --length tokens; with a reference also KL divergence and top-1 agreement."""
+    against: Annotated[
+        str | None,
+        typer.Option("--against", help="the reference model; without it, perplexity alone"),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="text or jsonl files (default: held-out demo)"),
+    ] = None,
+    length: Length = 512,
+    windows: Annotated[int | None, typer.Option(min=2, help="default: all full windows")] = None,
+    device: Device = "cpu",
+    json_file: Json = None,
+) -> None:
+    """Perplexity over full windows of --length tokens; with a reference also KL divergence and
+    top-1 agreement."""
     import qlab
     from qlab.demo.hub import evaluation_texts, is_demo
 
@@ -211,32 +357,58 @@ def evaluate(
     reference = None if against is None else qlab.open(against)
     tokenized = reference or opened
     if not text and not is_demo(tokenized):
-        say("evaluating on the demo's held-out text, articles of English Wikipedia; --text takes your own")
+        say(
+            "evaluating on the demo's held-out text, articles of English Wikipedia; --text takes "
+            "your own"
+        )
     data = qlab.first_windows(tokenized, evaluation_texts(text), length, windows)
     if len(data.ids) < 2:
-        raise QlabError(f"the text gives one window of {length} tokens, and an interval needs two; give more text or less --length")
+        raise QlabError(
+            f"the text gives one window of {length} tokens, and an interval needs two; give more "
+            "text or less --length"
+        )
     if windows and len(data.ids) < windows:
-        say(f"the text gives {len(data.ids)} windows of {length} tokens, and {windows} were asked for")
+        say(
+            f"the text gives {len(data.ids)} windows of {length} tokens, and {windows} were asked "
+            "for"
+        )
     if reference is None:
         alone = qlab.perplexity(opened, data, device)
-        table = Table("", "value", "95 % interval", title=f"{model}: {alone.windows} windows of {length}")
+        table = Table(
+            "", "value", "95 % interval", title=f"{model}: {alone.windows} windows of {length}"
+        )
         table.add_row("perplexity", f"{alone.perplexity:.4f}", _range(alone.perplexity_ci))
         console().print(table)
-        console().print("no reference was given; --against MODEL adds the KL divergence and the agreement with it", soft_wrap=True)
-        report({"model": model, "against": None, "data": data.describe(), **alone.json()}, json_file)
+        console().print(
+            "no reference was given; --against MODEL adds the KL divergence and the agreement "
+            "with it",
+            soft_wrap=True,
+        )
+        report(
+            {"model": model, "against": None, "data": data.describe(), **alone.json()}, json_file
+        )
         return
     result = qlab.evaluate(opened, reference, data, device)
-    table = Table("", "value", "95 % interval", title=f"{model} against {against}: {result.windows} windows of {length}")
+    table = Table(
+        "",
+        "value",
+        "95 % interval",
+        title=f"{model} against {against}: {result.windows} windows of {length}",
+    )
     table.add_row("perplexity", f"{result.perplexity:.4f}", _range(result.perplexity_ci))
     table.add_row("reference perplexity", f"{result.reference_perplexity:.4f}", "")
-    table.add_row("perplexity / reference", f"{result.perplexity / result.reference_perplexity:.4f}", _range(result.ratio_ci))
+    table.add_row(
+        "perplexity / reference",
+        f"{result.perplexity / result.reference_perplexity:.4f}",
+        _range(result.ratio_ci),
+    )
     table.add_row("KL divergence (nats)", f"{result.kl:.5f}", _range(result.kl_ci))
     table.add_row("top-1 agreement", f"{result.top1_agreement:.4f}", _range(result.top1_ci))
     console().print(table)
-    report({"model": model, "against": against, "data": data.describe(), **result.json()}, json_file)
+    report(
+        {"model": model, "against": against, "data": data.describe(), **result.json()}, json_file
+    )
 
 
 def _range(interval: tuple[float, float]) -> str:
     return f"{interval[0]:.4f} to {interval[1]:.4f}"
-
-

@@ -1,10 +1,13 @@
-"""AWQ, version gemm: W[n, k] = scales[g, n] * (q - z) in 4 bits with unsigned q, z; the layout of AutoAWQ.
+"""AWQ, version gemm: W[n, k] = scales[g, n] * (q - z) in 4 bits with unsigned q, z; the layout of
+AutoAWQ.
 
-    qweight int32 [K, N/8]   word c of a row holds columns 8c + (0, 2, 4, 6, 1, 3, 5, 7), from the low nibble up
+    qweight int32 [K, N/8]   word c of a row holds columns 8c + (0, 2, 4, 6, 1, 3, 5, 7), from the
+                             low nibble up
     qzeros  int32 [G, N/8]   zero points, the same way and as they are
     scales  float16 or bfloat16 [G, N]
 
-Source: AutoAWQ's gemm.py. Versions gemv, gemv_fast, llm-awq (awq_gemv.py) and marlin order the same numbers otherwise.
+Source: AutoAWQ's gemm.py. Versions gemv, gemv_fast, llm-awq (awq_gemv.py) and marlin order the same
+numbers otherwise.
 """
 
 from collections.abc import Collection, Mapping
@@ -20,7 +23,12 @@ from qlab.codecs import checks, dynamic
 from qlab.errors import QlabError
 
 BITS, VERSION = (4,), "gemm"
-PACKED = {VERSION: "int32", "gemv": "int32", "gemv_fast": "int16", "llm-awq": "int16"}  # version that qlab reads -> its words
+PACKED = {
+    VERSION: "int32",
+    "gemv": "int32",
+    "gemv_fast": "int16",
+    "llm-awq": "int16",
+}  # version that qlab reads -> its words
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 TENSORS = ("qweight", "qzeros", "scales")
 CHUNK = 1 << 17  # words at a time: they stay in a core's own cache
@@ -36,16 +44,22 @@ def misfit(spec: Spec, shape: torch.Size) -> str | None:
     if shape[-2] % 8:
         return f"{shape[-2]} rows do not fill int32 words, as AWQ needs; write compressed-tensors"
     if shape[-1] % (spec.tile.cols or 1):
-        return f"groups of {spec.tile.cols} do not divide {shape[-1]} channels, as AWQ needs; write gptq"
+        return (
+            f"groups of {spec.tile.cols} do not divide {shape[-1]} channels, as AWQ needs; write "
+            "gptq"
+        )
     return None
 
 
 def encode(path: str, leaf: QTensor) -> dict[str, Tensor]:
-    """QTensor [o, k] -> {path.qweight, path.qzeros, path.scales}; zero points of a symmetric leaf are 8."""
+    """QTensor [o, k] -> {path.qweight, path.qzeros, path.scales}; zero points of a symmetric leaf
+    are 8."""
     checks.check_leaf(path, "AWQ", leaf, refusal(leaf.spec))
     if leaf.perm is not None:
-        raise QlabError(f"{path}: its channels share groups in an order of their own (perm), which AWQ has no place for; write "
-                        "gptq_desc_act")
+        raise QlabError(
+            f"{path}: its channels share groups in an order of their own (perm), which AWQ has no "
+            "place for; write gptq_desc_act"
+        )
     if reason := misfit(leaf.spec, leaf.shape):
         raise QlabError(f"{path}: {reason}")
     zeros = torch.zeros_like(leaf.scales, dtype=torch.int8) if leaf.zeros is None else leaf.zeros
@@ -54,8 +68,8 @@ def encode(path: str, leaf: QTensor) -> dict[str, Tensor]:
 
 
 def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
-    """The inverse of encode; refuses missing, misshaped and unexpected tensors, and zero points other than 8 where the
-    config says symmetric."""
+    """The inverse of encode; refuses missing, misshaped and unexpected tensors, and zero points
+    other than 8 where the config says symmetric."""
     if reason := refusal(spec):
         raise QlabError(f"{path}: {reason}")
     assert isinstance(spec, Int)  # refused otherwise
@@ -63,12 +77,20 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
     words = checks.take(path, tensors, "qweight", (None, None), torch.int32)
     k, o = words.shape[0], 8 * words.shape[1]
     if spec.tile.cols and k % spec.tile.cols:
-        raise QlabError(f"{path}.qweight {tuple(words.shape)} does not hold a weight of {spec}; the file or its config is wrong")
+        raise QlabError(
+            f"{path}.qweight {tuple(words.shape)} does not hold a weight of {spec}; the file or "
+            "its config is wrong"
+        )
     groups = k // (spec.tile.cols or k)
-    scales = checks.take_spread(path, tensors, "scales", (groups, o), *checks.scale_dtypes(spec)).mT.contiguous()
+    scales = checks.take_spread(
+        path, tensors, "scales", (groups, o), *checks.scale_dtypes(spec)
+    ).mT.contiguous()
     zeros = _unpack(checks.take_spread(path, tensors, "qzeros", (groups, o // 8), torch.int32))
     if spec.symmetric and not bool((zeros == 0).all()):
-        raise QlabError(f"{path}.qzeros is not 8 everywhere, as a symmetric file has it; its config must say zero_point true")
+        raise QlabError(
+            f"{path}.qzeros is not 8 everywhere, as a symmetric file has it; its config must say "
+            "zero_point true"
+        )
     return QTensor(_unpack(words), scales, None if spec.symmetric else zeros, spec)
 
 
@@ -97,24 +119,33 @@ def _unpack(words: Tensor) -> Tensor:
 def config(specs: Mapping[str, Spec | None]) -> dict[str, Any]:
     """quantization_config of a model whose linears are in `specs`; None is unquantized.
 
-    `zero_point` is true for symmetric weights too, because engines have their fast kernels for it; `symmetric`, which they
-    leave unread, says what the zero points are. AWQ has one spec for a model. Readers look for the names in
-    `modules_to_not_convert` inside the names of modules, so that a name inside a quantized one's is refused.
+    `zero_point` is true for symmetric weights too, because engines have their fast kernels for it;
+    `symmetric`, which they leave unread, says what the zero points are. AWQ has one spec for a
+    model. Readers look for the names in `modules_to_not_convert` inside the names of modules, so
+    that a name inside a quantized one's is refused.
     """
     for path, spec in specs.items():
         if spec and (reason := refusal(spec)):
             raise QlabError(f"{path}: {reason}")
     quantized = {path: spec for path, spec in specs.items() if isinstance(spec, Int)}
     if not quantized:
-        raise QlabError(f"none of the {len(specs)} modules is quantized; write the model without a quantization_config")
+        raise QlabError(
+            f"none of the {len(specs)} modules is quantized; write the model without a "
+            "quantization_config"
+        )
     first, spec = next(iter(quantized.items()))
     left = [path for path in specs if path not in quantized]
     for path, other in quantized.items():
         if (other.tile, other.symmetric) != (spec.tile, spec.symmetric):
-            raise QlabError(f"AWQ has one spec for all modules, and {first} has {spec} where {path} has {other}; write gptq")
+            raise QlabError(
+                f"AWQ has one spec for all modules, and {first} has {spec} where {path} has "
+                f"{other}; write gptq"
+            )
         if inside := [name for name in left if name in path]:
-            raise QlabError(f"AWQ cannot leave {inside[0]} unquantized: readers look for parts of names and would find it in {path} "
-                            "too; write compressed-tensors")
+            raise QlabError(
+                f"AWQ cannot leave {inside[0]} unquantized: readers look for parts of names and "
+                f"would find it in {path} too; write compressed-tensors"
+            )
     return {
         "bits": 4,
         "group_size": spec.tile.cols or -1,
@@ -127,15 +158,25 @@ def config(specs: Mapping[str, Spec | None]) -> dict[str, Any]:
 
 
 def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec]:
-    """The spec of every module with a qweight among `names`; refuses by name what it cannot read."""
+    """The spec of every module with a qweight among `names`; refuses by name what it cannot
+    read."""
     version(config)
-    modules, left = checks.modules_with("qweight", names), config.get("modules_to_not_convert") or []
+    modules, left = (
+        checks.modules_with("qweight", names),
+        config.get("modules_to_not_convert") or [],
+    )
     if not isinstance(left, list) or not all(isinstance(name, str) for name in left):
-        raise QlabError(f"quantization_config has modules_to_not_convert {left!r:.80}, no list of names")
-    for path in modules:  # whole parts of names: some writers list `gate` beside a quantized gate_proj
+        raise QlabError(
+            f"quantization_config has modules_to_not_convert {left!r:.80}, no list of names"
+        )
+    for (
+        path
+    ) in modules:  # whole parts of names: some writers list `gate` beside a quantized gate_proj
         if inside := [name for name in left if f".{name}." in f".{path}."]:
-            raise QlabError(f"{path} has codes in the files, and {inside[0]!r} in modules_to_not_convert says that it is not "
-                            "quantized; the file or its config is wrong")
+            raise QlabError(
+                f"{path} has codes in the files, and {inside[0]!r} in modules_to_not_convert says "
+                "that it is not quantized; the file or its config is wrong"
+            )
     return {path: _spec(path, dynamic.override(config, path)) for path in modules}
 
 
@@ -147,20 +188,32 @@ def _spec(path: str, found: Mapping[str, Any]) -> Spec:
 
 
 def version(config: Mapping[str, Any]) -> str:
-    """The version of AWQ: which numbers the tensors mean. Refuses unknown ones, several at once, and words of another width.
+    """The version of AWQ: which numbers the tensors mean. Refuses unknown ones, several at once,
+    and words of another width.
 
     llm-awq is a backend to some writers, beside a version that says nothing then.
     """
-    found = {str(config[key]).lower() for key in ("version", "format", "checkpoint_format") if config.get(key) is not None}
+    found = {
+        str(config[key]).lower()
+        for key in ("version", "format", "checkpoint_format")
+        if config.get(key) is not None
+    }
     if str(config.get("backend")).lower() == "llm-awq":
         found = {"llm-awq"}
     if unread := sorted(found - PACKED.keys()):
-        raise QlabError(f"quantization_config has AWQ version {unread[0]}; qlab reads {', '.join(PACKED)}")
+        raise QlabError(
+            f"quantization_config has AWQ version {unread[0]}; qlab reads {', '.join(PACKED)}"
+        )
     if len(found) > 1:
-        raise QlabError(f"quantization_config has AWQ versions {' and '.join(sorted(found))}; it must name one")
+        raise QlabError(
+            f"quantization_config has AWQ versions {' and '.join(sorted(found))}; it must name one"
+        )
     name = found.pop() if found else VERSION
     if config.get("pack_dtype") not in (None, PACKED[name]):
-        raise QlabError(f"quantization_config has pack_dtype {config['pack_dtype']!r}; AWQ {name} has {PACKED[name]} words")
+        raise QlabError(
+            f"quantization_config has pack_dtype {config['pack_dtype']!r}; AWQ {name} has "
+            f"{PACKED[name]} words"
+        )
     return name
 
 

@@ -1,4 +1,5 @@
-"""`dynamic` in the configs of GPTQModel: patterns over module names, each with the keys that are other for these modules."""
+"""`dynamic` in the configs of GPTQModel: patterns over module names, each with the keys that are
+other for these modules."""
 
 import re
 from collections import defaultdict
@@ -13,8 +14,9 @@ Keys = tuple[tuple[str, Any], ...]  # the entries of a config that say a spec
 def rules(named: Mapping[str, Keys | None], common: Keys) -> dict[str, dict[str, Any]]:
     """`dynamic` for modules whose keys are not the common ones; None skips a module.
 
-    Patterns are anchored at both ends. One stands for a family (paths that differ in numbers only) whose members all agree;
-    no module matches two, so their order, which sorted JSON loses, says nothing.
+    Patterns are anchored at both ends. One stands for a family (paths that differ in numbers only)
+    whose members all agree; no module matches two, so their order, which sorted JSON loses, says
+    nothing.
     """
     families: dict[str, set[Keys | None]] = defaultdict(set)
     for path, keys in named.items():
@@ -32,21 +34,30 @@ def _family(path: str) -> str:
 
 
 def override(config: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The config as it holds for one module. Of the patterns in `dynamic` (re.match, `-:` skips a module, `+:` or nothing
-    changes keys) the first one that matches decides."""
+    """The config as it holds for one module. Of the patterns in `dynamic` (re.match, `-:` skips a
+    module, `+:` or nothing changes keys) the first one that matches decides."""
     dynamic = config.get("dynamic") or {}
-    if not isinstance(dynamic, Mapping) or not all(isinstance(value, Mapping) for value in dynamic.values()):
-        raise QlabError("quantization_config has a `dynamic` that is no table of patterns with tables of changes; repair it")
+    if not isinstance(dynamic, Mapping) or not all(
+        isinstance(value, Mapping) for value in dynamic.values()
+    ):
+        raise QlabError(
+            "quantization_config has a `dynamic` that is no table of patterns with tables of "
+            "changes; repair it"
+        )
     for pattern, changes in dynamic.items():
         sign, regex = (pattern[:2], pattern[2:]) if pattern[:2] in ("-:", "+:") else ("+:", pattern)
         try:
             matched = re.match(regex, path)
         except re.error as error:
-            raise QlabError(f"quantization_config has the pattern {pattern!r} in `dynamic`, which is no regular expression "
-                            f"({error})") from error
+            raise QlabError(
+                f"quantization_config has the pattern {pattern!r} in `dynamic`, which is no "
+                f"regular expression ({error})"
+            ) from error
         if matched and sign == "-:":
-            raise QlabError(f"{path} has codes in the files, and {pattern!r} in `dynamic` says that it is not quantized; the file "
-                            "or its config is wrong")
+            raise QlabError(
+                f"{path} has codes in the files, and {pattern!r} in `dynamic` says that it is not "
+                "quantized; the file or its config is wrong"
+            )
         if matched:
             return {**config, **changes}
     return dict(config)

@@ -1,11 +1,13 @@
-"""`quant_method: fp8`, read only: DeepSeek-V3's blocks of 128x128 and scales per tensor, as transformers and vLLM take them.
+"""`quant_method: fp8`, read only: DeepSeek-V3's blocks of 128x128 and scales per tensor, as
+transformers and vLLM take them.
 
-weight e4m3 [o, k] beside weight_scale_inv [ceil(o/r), ceil(k/c)] for blocks of r x c, W = weight * weight_scale_inv in
-spite of its name; or beside weight_scale_inv or weight_scale, [] or [1] per tensor, [o] or [o, 1] per row. Scales are
-fp32, bfloat16 or powers of two (e8m0, or its bytes).
+weight e4m3 [o, k] beside weight_scale_inv [ceil(o/r), ceil(k/c)] for blocks of r x c, W = weight *
+weight_scale_inv in spite of its name; or beside weight_scale_inv or weight_scale, [] or [1] per
+tensor, [o] or [o, 1] per row. Scales are fp32, bfloat16 or powers of two (e8m0, or its bytes).
 
 The product rounds its inputs to e4m3 as well: with "activation_scheme" dynamic for groups of c
-channels (tokens, where scales are per tensor), with "static" by one activation_scale or input_scale per tensor.
+channels (tokens, where scales are per tensor), with "static" by one activation_scale or input_scale
+per tensor.
 Sources: DeepSeek-V3's inference code, transformers 5.23 (FineGrainedFP8).
 """
 
@@ -26,20 +28,41 @@ INPUTS = ("activation_scale", "input_scale")
 POWERS = (torch.float8_e8m0fnu, torch.uint8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, *POWERS)
 KEYS = {
-    "quant_method", "activation_scheme", "weight_block_size", "modules_to_not_convert", "ignored_layers", "modules_to_convert",
-    "fmt", "scale_fmt", "dequantize", "expert_dtype",
-}  # fmt: skip
+    "quant_method",
+    "activation_scheme",
+    "weight_block_size",
+    "modules_to_not_convert",
+    "ignored_layers",
+    "modules_to_convert",
+    "fmt",
+    "scale_fmt",
+    "dequantize",
+    "expert_dtype",
+}
 BLOCK, WHOLE = [128, 128], Tile(None, None)
 
 
 def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec]:
     """The spec of every module with scales among `names`; refuses by name what it cannot read."""
     spec = _spec(config, names)
-    if other := sorted(name for name in names if name.endswith("_scale_inv") and not name.endswith(f".{INVERSE}")):
-        raise QlabError(f"{other[0]} scales fused experts, which qlab reads one by one (experts.0.gate_proj); split them")
-    scales = {name.rpartition(".")[0]: name for name in names if name.rpartition(".")[2] in (INVERSE, PLAIN)}
-    return {path: Float(*FLOATS["fp8"], Tile(1, None)) if spec.tile == WHOLE and _per_row(name, names) else spec
-            for path, name in scales.items()}  # fmt: skip
+    if other := sorted(
+        name for name in names if name.endswith("_scale_inv") and not name.endswith(f".{INVERSE}")
+    ):
+        raise QlabError(
+            f"{other[0]} scales fused experts, which qlab reads one by one (experts.0.gate_proj); "
+            "split them"
+        )
+    scales = {
+        name.rpartition(".")[0]: name
+        for name in names
+        if name.rpartition(".")[2] in (INVERSE, PLAIN)
+    }
+    return {
+        path: Float(*FLOATS["fp8"], Tile(1, None))
+        if spec.tile == WHOLE and _per_row(name, names)
+        else spec
+        for path, name in scales.items()
+    }
 
 
 def _per_row(name: str, names: Any) -> bool:
@@ -51,19 +74,33 @@ def inputs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Input
     """How the inputs of every module with scales are rounded at run time."""
     found, static = specs(config, names), _scheme(config) == "static"
     dynamic = {path: Tile(1, spec.tile.cols) for path, spec in found.items()}
-    return {path: InputSpec(Float(*FLOATS["fp8"], Tile(None, None) if static else tile), static) for path, tile in dynamic.items()}
+    return {
+        path: InputSpec(Float(*FLOATS["fp8"], Tile(None, None) if static else tile), static)
+        for path, tile in dynamic.items()
+    }
 
 
 def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
-    """The weight of module `path` with fp32 or half scales; refuses missing, misshaped and damaged tensors."""
+    """The weight of module `path` with fp32 or half scales; refuses missing, misshaped and damaged
+    tensors."""
     weight = tensors.get(f"{path}.weight")
-    if weight is None or weight.dtype != torch.float8_e4m3fn or weight.ndim != 2 or 0 in weight.shape:
-        raise QlabError(f"{path}.weight is {_described(weight)}, expected a matrix of torch.float8_e4m3fn; the file is damaged or its "
-                        "quantization_config is wrong")
+    if (
+        weight is None
+        or weight.dtype != torch.float8_e4m3fn
+        or weight.ndim != 2
+        or 0 in weight.shape
+    ):
+        raise QlabError(
+            f"{path}.weight is {_described(weight)}, expected a matrix of torch.float8_e4m3fn; "
+            "the file is damaged or its quantization_config is wrong"
+        )
     grid = spec.tile.scales_shape(weight.shape)
     given = [name for name in (INVERSE, PLAIN) if f"{path}.{name}" in tensors]
     if len(given) != 1:
-        raise QlabError(f"{path} has {' and '.join(given) or 'no scales'}; qlab expects one of {INVERSE} and {PLAIN}")
+        raise QlabError(
+            f"{path} has {' and '.join(given) or 'no scales'}; qlab expects one of {INVERSE} and "
+            f"{PLAIN}"
+        )
     scales = _scales(f"{path}.{given[0]}", tensors[f"{path}.{given[0]}"], grid)
     if not weight.float().isfinite().all():
         raise QlabError(f"{path}.weight holds NaN; the file is damaged")
@@ -74,8 +111,10 @@ def decode_input(path: str, tensors: Mapping[str, Tensor], spec: InputSpec) -> Q
     """The operation on the module's input."""
     given = [name for name in INPUTS if f"{path}.{name}" in tensors]
     if len(given) != spec.static:
-        raise QlabError(f"{path} has {' and '.join(given) or 'no scale for its inputs'} where these are {spec}; check the file's "
-                        "quantization_config")
+        raise QlabError(
+            f"{path} has {' and '.join(given) or 'no scale for its inputs'} where these are "
+            f"{spec}; check the file's quantization_config"
+        )
     if not spec.static:
         return QuantizeInput(spec.spec)
     scales = _scales(f"{path}.{given[0]}", tensors[f"{path}.{given[0]}"], (1, 1))
@@ -83,10 +122,13 @@ def decode_input(path: str, tensors: Mapping[str, Tensor], spec: InputSpec) -> Q
 
 
 def _scales(name: str, stored: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """Scales [a, g] as they are meant: bytes are exponents of two; axes of one may be there or not."""
+    """Scales [a, g] as they are meant: bytes are exponents of two; axes of one may be there or
+    not."""
     if stored.dtype not in DTYPES or bare(stored.shape) != bare(grid):
-        raise QlabError(f"{name} is {_described(stored)}, expected torch.float32 {grid}; the file is damaged or its "
-                        "quantization_config is wrong")
+        raise QlabError(
+            f"{name} is {_described(stored)}, expected torch.float32 {grid}; the file is damaged "
+            "or its quantization_config is wrong"
+        )
     scales = stored.view(torch.float8_e8m0fnu).float() if stored.dtype in POWERS else stored
     if not (scales.isfinite() & (scales > 0)).all():
         raise QlabError(f"{name} holds NaN, Inf or no positive number; the file is damaged")
@@ -103,20 +145,37 @@ def _scheme(config: Mapping[str, Any]) -> str:
 
 def _spec(config: Mapping[str, Any], names: Collection[str]) -> Float:
     if unknown := sorted(map(str, config.keys() - KEYS)):
-        raise QlabError(f"quantization_config has unknown key {unknown[0]!r}; of fp8 qlab knows {', '.join(sorted(KEYS))}")
+        raise QlabError(
+            f"quantization_config has unknown key {unknown[0]!r}; of fp8 qlab knows "
+            f"{', '.join(sorted(KEYS))}"
+        )
     allowed = {"fmt": ("e4m3",), "scale_fmt": ("float", "ue8m0"), "expert_dtype": ("fp8",)}
     for key, values in allowed.items():
         if config.get(key) not in (None, *values):
-            raise QlabError(f"quantization_config has {key} {config[key]!r}; qlab reads {' or '.join(values)}")
+            raise QlabError(
+                f"quantization_config has {key} {config[key]!r}; qlab reads {' or '.join(values)}"
+            )
     if _scheme(config) not in ("dynamic", "static"):
-        raise QlabError(f"quantization_config has activation_scheme {config['activation_scheme']!r}; qlab reads dynamic and static")
+        raise QlabError(
+            f"quantization_config has activation_scheme {config['activation_scheme']!r}; qlab "
+            "reads dynamic and static"
+        )
     if config.get("modules_to_convert"):
-        raise QlabError(f"quantization_config has modules_to_convert {config['modules_to_convert']}; qlab reads linears only")
+        raise QlabError(
+            f"quantization_config has modules_to_convert {config['modules_to_convert']}; qlab "
+            "reads linears only"
+        )
     # files with blocks call their scales inverse, and older ones leave their size out
     default = BLOCK if any(name.endswith(f".{INVERSE}") for name in names) else None
     block = config.get("weight_block_size", default)
     if block is None:
         return Float(*FLOATS["fp8"], WHOLE)
-    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and 1 < n <= 1 << 20 for n in block):
-        raise QlabError(f"quantization_config has weight_block_size {block!r}; it is [rows, columns] or null")
+    if (
+        not isinstance(block, list)
+        or len(block) != 2
+        or not all(type(n) is int and 1 < n <= 1 << 20 for n in block)
+    ):
+        raise QlabError(
+            f"quantization_config has weight_block_size {block!r}; it is [rows, columns] or null"
+        )
     return Float(*FLOATS["fp8"], Tile(*block))

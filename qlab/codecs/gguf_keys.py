@@ -1,11 +1,14 @@
-"""What a GGUF file says of its model, beside tensors: every key `<architecture>.<key>` is read, changes no logit, or is refused.
+"""What a GGUF file says of its model, beside tensors: every key `<architecture>.<key>` is read,
+changes no logit, or is refused.
 
-READ      the config that is made of the file must say the same, as what a file leaves out means to engines: as many key heads as
-          query heads, heads that share the width evenly and are rotated whole, with the base 10000.
+READ      the config that is made of the file must say the same, as what a file leaves out means to
+          engines: as many key heads as query heads, heads that share the width evenly and are
+          rotated whole, with the base 10000.
 NEUTRAL   some engine would compute with it, but for these values.
 NO_LOGIT  no engine computes logits with it.
 
-Rotary scaling is `rope.scaling.*`, or the older `rope.scale_linear`: linear and yarn are read. Source: llama.cpp, gguf 0.19.
+Rotary scaling is `rope.scaling.*`, or the older `rope.scale_linear`: linear and yarn are read.
+Source: llama.cpp, gguf 0.19.
 """
 
 from collections.abc import Mapping
@@ -16,32 +19,58 @@ from typing import Any
 from qlab.errors import QlabError
 
 READ = {  # key -> what a config calls it
-    "block_count": "num_hidden_layers", "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size", "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim", "attention.value_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "attention.sliding_window": "sliding_window",
-    "rope.dimension_count": "head_dim", "rope.freq_base": "rope_theta", "vocab_size": "vocab_size",
-}  # fmt: skip
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "rope.dimension_count": "head_dim",
+    "rope.freq_base": "rope_theta",
+    "vocab_size": "vocab_size",
+}
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "attention.causal": (True,), "attention.clamp_kqv": (0,), "attention.max_alibi_bias": (0,), "attention.output_scale": (0, 1),
-    "attention.scale": (0,), "attention.shared_kv_layers": (0,), "attention.temperature_scale": (0,), "attn_logit_softcapping": (0,),
-    "embedding_scale": (0, 1), "expert_count": (0,), "expert_used_count": (0,), "final_logit_softcapping": (0,),
-    "leading_dense_block_count": (0,), "logit_scale": (0, 1), "nextn_predict_layers": (0,), "residual_scale": (0, 1),
-    "rope.scaling.attn_factor": (1,), "rope.scaling.yarn_attn_factor": (1,), "rope.scaling.yarn_ext_factor": (-1, 1),
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.output_scale": (0, 1),
+    "attention.scale": (0,),
+    "attention.shared_kv_layers": (0,),
+    "attention.temperature_scale": (0,),
+    "attn_logit_softcapping": (0,),
+    "embedding_scale": (0, 1),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "final_logit_softcapping": (0,),
+    "leading_dense_block_count": (0,),
+    "logit_scale": (0, 1),
+    "nextn_predict_layers": (0,),
+    "residual_scale": (0, 1),
+    "rope.scaling.attn_factor": (1,),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "rope.scaling.yarn_ext_factor": (-1, 1),
     "rope.scaling.yarn_log_multiplier": (0,),
-}  # fmt: skip
-# use_parallel_residual: true in Qwen1.5's own files, whose residuals are not, and read of other architectures only
+}
+# use_parallel_residual: true in Qwen1.5's own files, whose residuals are not, and read of other
+# architectures only
 NO_LOGIT = {"pooling_type", "rope.scaling.finetuned", "tensor_data_layout", "use_parallel_residual"}
 TYPE, FACTOR, OLD_FACTOR = "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"
-LENGTH, FAST, SLOW = (f"rope.scaling.{key}" for key in ("original_context_length", "yarn_beta_fast", "yarn_beta_slow"))
+LENGTH, FAST, SLOW = (
+    f"rope.scaling.{key}" for key in ("original_context_length", "yarn_beta_fast", "yarn_beta_slow")
+)
 ROTARY = {TYPE, FACTOR, OLD_FACTOR, LENGTH, FAST, SLOW}
 NEEDED = ("block_count", "context_length", "embedding_length", "attention.head_count")
 
 
 @dataclass(frozen=True)
 class Said:
-    """values: (key, what a config calls it, its value), those that are taken for granted among them. head_size: channels of a query.
-    rotary: the scaling of rotary positions as transformers' `rope_parameters` say it; empty where there is none."""
+    """values: (key, what a config calls it, its value), those that are taken for granted among
+    them. head_size: channels of a query. rotary: the scaling of rotary positions as transformers'
+    `rope_parameters` say it; empty where there is none."""
 
     values: tuple[tuple[str, str, Any], ...]
     head_size: int
@@ -49,8 +78,13 @@ class Said:
 
 
 def said(path: Path, arch: str, fields: Mapping[str, Any]) -> Said:
-    """What the keys of the file mean, out of all of its `fields` (key -> value); refuses by name what no config made of it says."""
-    keys = {key.removeprefix(f"{arch}."): value for key, value in fields.items() if key.startswith(f"{arch}.")}
+    """What the keys of the file mean, out of all of its `fields` (key -> value); refuses by name
+    what no config made of it says."""
+    keys = {
+        key.removeprefix(f"{arch}."): value
+        for key, value in fields.items()
+        if key.startswith(f"{arch}.")
+    }
     for key, value in keys.items():
         _check(path, f"{arch}.{key}", key, value)
     if missing := [key for key in NEEDED if key not in keys]:
@@ -62,15 +96,21 @@ def said(path: Path, arch: str, fields: Mapping[str, Any]) -> Said:
 
 def _check(path: Path, name: str, key: str, value: Any) -> None:
     if key in NEUTRAL and value not in NEUTRAL[key]:
-        raise QlabError(f"{path} says {name} {value!r:.40}, which no config made of the file holds; quantize the model from its "
-                        "safetensors files")
+        raise QlabError(
+            f"{path} says {name} {value!r:.40}, which no config made of the file holds; quantize "
+            "the model from its safetensors files"
+        )
     if key not in READ.keys() | NEUTRAL.keys() | NO_LOGIT | ROTARY:
-        raise QlabError(f"{path} says {name} {value!r:.40}, a key that qlab does not know and that may change the model; quantize it "
-                        "from its safetensors files")
+        raise QlabError(
+            f"{path} says {name} {value!r:.40}, a key that qlab does not know and that may change "
+            "the model; quantize it from its safetensors files"
+        )
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if key in READ.keys() | ROTARY - {TYPE} and not number:
-        raise QlabError(f"{path} says {name} {value!r:.40}, where qlab reads one number for all blocks; quantize the model from its "
-                        "safetensors files")
+        raise QlabError(
+            f"{path} says {name} {value!r:.40}, where qlab reads one number for all blocks; "
+            "quantize the model from its safetensors files"
+        )
 
 
 def _granted(keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,8 +118,13 @@ def _granted(keys: Mapping[str, Any]) -> dict[str, Any]:
     found = {key: keys[key] for key in READ if key in keys}
     heads = keys["attention.head_count"]
     size = found.setdefault("attention.key_length", keys["embedding_length"] // max(heads, 1))
-    assumed = {"attention.head_count_kv": heads, "attention.value_length": size, "attention.sliding_window": 0,
-               "rope.dimension_count": size, "rope.freq_base": 10000.0}  # fmt: skip
+    assumed = {
+        "attention.head_count_kv": heads,
+        "attention.value_length": size,
+        "attention.sliding_window": 0,
+        "rope.dimension_count": size,
+        "rope.freq_base": 10000.0,
+    }
     return assumed | found
 
 
@@ -87,11 +132,19 @@ def _rotary(path: Path, arch: str, keys: Mapping[str, Any]) -> dict[str, Any]:
     """A factor of 0 says nothing, and one without a type is linear."""
     kind, factor = keys.get(TYPE, "linear"), float(keys.get(FACTOR, keys.get(OLD_FACTOR, 0))) or 1.0
     if kind not in ("none", "linear", "yarn") or factor < 0:
-        raise QlabError(f"{path} says {arch}.{TYPE} {kind!r:.40} with a factor of {factor:g}; qlab reads none, linear and yarn with "
-                        "positive ones: quantize the model from its safetensors files")
+        raise QlabError(
+            f"{path} says {arch}.{TYPE} {kind!r:.40} with a factor of {factor:g}; qlab reads "
+            "none, linear and yarn with positive ones: quantize the model from its safetensors "
+            "files"
+        )
     if kind == "none" or factor == 1:
         return {}
     if kind == "linear":
         return {"rope_type": kind, "factor": factor}
-    return {"rope_type": kind, "factor": factor, "original_max_position_embeddings": keys.get(LENGTH, keys["context_length"]),
-            "beta_fast": float(keys.get(FAST, 32)), "beta_slow": float(keys.get(SLOW, 1))}  # fmt: skip
+    return {
+        "rope_type": kind,
+        "factor": factor,
+        "original_max_position_embeddings": keys.get(LENGTH, keys["context_length"]),
+        "beta_fast": float(keys.get(FAST, 32)),
+        "beta_slow": float(keys.get(SLOW, 1)),
+    }

@@ -1,9 +1,12 @@
-"""GPTQ: W[n, k] = scales[g, n] * (q - z) with g = g_idx[k] and unsigned q, z; the layout of AutoGPTQ and GPTQModel.
+"""GPTQ: W[n, k] = scales[g, n] * (q - z) with g = g_idx[k] and unsigned q, z; the layout of
+AutoGPTQ and GPTQModel.
 
     qweight int32 [K*b/32, N]   codes, one dense bit stream along K
-    qzeros  int32 [G, N*b/32]   zero points, dense along N; version 1 stores z - 1 and version 2 stores z
+    qzeros  int32 [G, N*b/32]   zero points, dense along N; version 1 stores z - 1 and version 2
+                                stores z
     scales  float16 or bfloat16 [G, N]
-    g_idx   int32 [K]           the group of each input channel; k // group_size unless channels were reordered
+    g_idx   int32 [K]           the group of each input channel; k // group_size unless channels
+                                were reordered
 
 Source: GPTQModel 7.6, whose version 1 is AutoGPTQ's.
 """
@@ -24,16 +27,18 @@ from qlab.errors import QlabError
 
 BITS = (2, 3, 4, 8)
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
-# A 1 in every field of a word. Fields of 3 bits straddle words, so there versions differ field by field and not by word.
+# A 1 in every field of a word. Fields of 3 bits straddle words, so there versions differ field by
+# field and not by word.
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
-# What changes the weights beyond this layout; everything else in a config is provenance or advice to kernels.
+# What changes the weights beyond this layout; everything else in a config is provenance or advice
+# to kernels.
 UNREAD = ("adapter", "rotation", "is_marlin_format")
 
 
 @dataclass(frozen=True)
 class Version:
-    """name: the `checkpoint_format` of configs. offset: what is subtracted from stored zero points. reordered: whether
-    configs say `desc_act`, without which readers drop g_idx."""
+    """name: the `checkpoint_format` of configs. offset: what is subtracted from stored zero points.
+    reordered: whether configs say `desc_act`, without which readers drop g_idx."""
 
     name: str
     offset: int
@@ -47,11 +52,19 @@ V1, V2 = Version("gptq", 1), Version("gptq_v2", 0)
 
 
 def version(config: Mapping[str, Any]) -> Version:
-    """The version that a quantization_config names by `checkpoint_format` or `format`; neither means version 1."""
-    found = {str(config[key]).lower() for key in ("checkpoint_format", "format") if config.get(key) is not None} or {V1.name}
+    """The version that a quantization_config names by `checkpoint_format` or `format`; neither
+    means version 1."""
+    found = {
+        str(config[key]).lower()
+        for key in ("checkpoint_format", "format")
+        if config.get(key) is not None
+    } or {V1.name}
     known = {v.name: v for v in (V1, V2)}
     if len(found) > 1 or not found <= known.keys():
-        raise QlabError(f"quantization_config has GPTQ format {' and '.join(sorted(found))}; qlab reads {' or '.join(known)}")
+        raise QlabError(
+            f"quantization_config has GPTQ format {' and '.join(sorted(found))}; qlab reads "
+            f"{' or '.join(known)}"
+        )
     desc_act = config.get("desc_act", False)
     if type(desc_act) is not bool:
         raise QlabError(f"quantization_config has desc_act {desc_act!r}; it is true or false")
@@ -67,24 +80,29 @@ def misfit(spec: Spec, shape: torch.Size) -> str | None:
     """Why weights [..., o, k] of this shape do not fit, or None."""
     o, k = shape[-2:]
     if o * spec.bits % 32 or k * spec.bits % 32:
-        return f"{o} x {k} codes of {spec.bits} bits do not fill int32 words along both axes, as GPTQ needs; write compressed-tensors"
+        return (
+            f"{o} x {k} codes of {spec.bits} bits do not fill int32 words along both axes, as "
+            "GPTQ needs; write compressed-tensors"
+        )
     return None
 
 
 def risk(version: Version, spec: Spec) -> str | None:
-    """Why weights that are still to be rounded to this spec may turn out not to fit, or None: their numbers decide where zero points
-    fall, and version 1 has no word for the lowest."""
+    """Why weights that are still to be rounded to this spec may turn out not to fit, or None: their
+    numbers decide where zero points fall, and version 1 has no word for the lowest."""
     if version.offset and isinstance(spec, Int) and not spec.symmetric:
-        return (f"GPTQ version 1 stores z - 1 and so no zero point at the lowest code, which rounding to {spec} may give; write "
-                f"{replace(V2, reordered=version.reordered)} (--codec)")  # fmt: skip
+        return (
+            "GPTQ version 1 stores z - 1 and so no zero point at the lowest code, which rounding "
+            f"to {spec} may give; write {replace(V2, reordered=version.reordered)} (--codec)"
+        )
     return None
 
 
 def encode(version: Version, path: str, leaf: QTensor) -> dict[str, Tensor]:
     """QTensor [o, k] -> {path.qweight, path.qzeros, path.scales, path.g_idx}.
 
-    Refuses what does not fill whole words, a perm where the config does not say desc_act, and for version 1 a zero point
-    at the lowest code: its word would borrow from the neighbours.
+    Refuses what does not fill whole words, a perm where the config does not say desc_act, and for
+    version 1 a zero point at the lowest code: its word would borrow from the neighbours.
     """
     checks.check_leaf(path, "GPTQ", leaf, refusal(leaf.spec))
     if reason := misfit(leaf.spec, leaf.shape):
@@ -94,15 +112,22 @@ def encode(version: Version, path: str, leaf: QTensor) -> dict[str, Tensor]:
     in_order = _in_order(k, leaf.spec.tile.cols or k)
     g_idx = in_order[inverse]
     if not version.reordered and not torch.equal(g_idx, in_order):
-        raise QlabError(f"{path}: its channels share groups in an order of their own (perm), which readers of {version} drop; "
-                        f"write {replace(version, reordered=True)}")
+        raise QlabError(
+            f"{path}: its channels share groups in an order of their own (perm), which readers of "
+            f"{version} drop; write {replace(version, reordered=True)}"
+        )
     if leaf.zeros is None:
-        zeros = torch.full(leaf.scales.shape, 2 ** (bits - 1), dtype=torch.uint8, device=leaf.codes.device)
+        zeros = torch.full(
+            leaf.scales.shape, 2 ** (bits - 1), dtype=torch.uint8, device=leaf.codes.device
+        )
     else:
         zeros = unsigned(leaf.zeros, bits)
     if version.offset and (lowest := int((zeros == 0).sum())):
-        raise QlabError(f"{path}: {lowest} of {zeros.numel()} zero points are the lowest code, which GPTQ version 1 cannot store "
-                        f"(it stores z - 1); write {replace(V2, reordered=version.reordered)}")
+        raise QlabError(
+            f"{path}: {lowest} of {zeros.numel()} zero points are the lowest code, which GPTQ "
+            "version 1 cannot store (it stores z - 1); write "
+            f"{replace(V2, reordered=version.reordered)}"
+        )
     tensors = {
         "qweight": pack_signed(leaf.codes[:, inverse], bits).mT,
         "qzeros": pack((zeros - version.offset).mT, bits),
@@ -120,8 +145,8 @@ def _in_order(k: int, cols: int) -> Tensor:
 def decode(version: Version, path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
     """The inverse of encode, up to the order of a perm within a group, which comes back ascending.
 
-    Refuses missing, misshaped and unexpected tensors, groups of unequal sizes, and zero points that are not in the middle
-    where the config says symmetric.
+    Refuses missing, misshaped and unexpected tensors, groups of unequal sizes, and zero points that
+    are not in the middle where the config says symmetric.
     """
     if reason := refusal(spec):
         raise QlabError(f"{path}: {reason}")
@@ -131,53 +156,74 @@ def decode(version: Version, path: str, tensors: Mapping[str, Tensor], spec: Spe
     words = checks.take(path, tensors, "qweight", (None, None), torch.int32)
     k, o = words.shape[0] * 32 // bits, words.shape[1]
     if words.shape[0] * 32 % bits or o * bits % 32:
-        raise QlabError(f"{path}.qweight {tuple(words.shape)} does not hold a weight of {spec}; the file or its config is wrong")
+        raise QlabError(
+            f"{path}.qweight {tuple(words.shape)} does not hold a weight of {spec}; the file or "
+            "its config is wrong"
+        )
     cols = spec.tile.cols or k
     groups = -(-k // cols)  # the last one may not be full
-    scales = checks.take_spread(path, tensors, "scales", (groups, o), *checks.scale_dtypes(spec)).mT.contiguous()
+    scales = checks.take_spread(
+        path, tensors, "scales", (groups, o), *checks.scale_dtypes(spec)
+    ).mT.contiguous()
     packed = checks.take_spread(path, tensors, "qzeros", (groups, o * bits // 32), torch.int32)
     zeros = _zeros(version, packed, bits, o)
     if spec.symmetric and not bool((zeros == 0).all()):
-        raise QlabError(f"{path}.qzeros is not {2 ** (bits - 1)} everywhere, as a symmetric {version.name} file has it; its config "
-                        "names the wrong version, or sym must be false")
+        raise QlabError(
+            f"{path}.qzeros is not {2 ** (bits - 1)} everywhere, as a symmetric {version.name} "
+            "file has it; its config names the wrong version, or sym must be false"
+        )
     perm = _perm(version, path, tensors, k, cols)
     codes = unpack_signed(words.mT, bits, k)
-    return QTensor(codes if perm is None else codes[:, perm], scales, None if spec.symmetric else zeros, spec, perm=perm)
+    return QTensor(
+        codes if perm is None else codes[:, perm],
+        scales,
+        None if spec.symmetric else zeros,
+        spec,
+        perm=perm,
+    )
 
 
 def _zeros(version: Version, packed: Tensor, bits: int, o: int) -> Tensor:
-    """Signed zero points [o, g]. A field that held z = 0 has borrowed from the fields above it; one addition to the whole
-    word gives back what was subtracted from the whole word."""
+    """Signed zero points [o, g]. A field that held z = 0 has borrowed from the fields above it; one
+    addition to the whole word gives back what was subtracted from the whole word."""
     if version.offset and bits in ONES:
         return unpack_signed(packed + ONES[bits], bits, o).mT.contiguous()
     fields = (unpack(packed, bits, o) + version.offset) & (2**bits - 1)
     return signed(fields, bits).mT.contiguous()
 
 
-def _perm(version: Version, path: str, tensors: Mapping[str, Tensor], k: int, cols: int) -> Tensor | None:
+def _perm(
+    version: Version, path: str, tensors: Mapping[str, Tensor], k: int, cols: int
+) -> Tensor | None:
     """The order that puts channels of one group side by side; None where they lie so already."""
     if f"{path}.g_idx" not in tensors and not version.reordered:
         return None
     g_idx, in_order = checks.take(path, tensors, "g_idx", (k,), torch.int32), _in_order(k, cols)
     perm = g_idx.argsort(stable=True)
     if not torch.equal(g_idx[perm], in_order):
-        raise QlabError(f"{path}.g_idx does not give each of {-(-k // cols)} groups {cols} of {k} channels, but for what is left to "
-                        "the last one; qlab reads groups of one size")
+        raise QlabError(
+            f"{path}.g_idx does not give each of {-(-k // cols)} groups {cols} of {k} channels, "
+            "but for what is left to the last one; qlab reads groups of one size"
+        )
     return None if torch.equal(g_idx, in_order) else perm
 
 
 def config(version: Version, specs: Mapping[str, Spec | None]) -> dict[str, Any]:
     """quantization_config of a model whose linears are in `specs`; None is unquantized.
 
-    The most common spec stands at the top; `dynamic` names the other modules, one anchored pattern for a family (paths that
-    differ in numbers only) where its members agree. GPTQModel refuses version 1 with zero points unless it wrote the file.
+    The most common spec stands at the top; `dynamic` names the other modules, one anchored pattern
+    for a family (paths that differ in numbers only) where its members agree. GPTQModel refuses
+    version 1 with zero points unless it wrote the file.
     """
     for path, spec in specs.items():
         if spec and (reason := refusal(spec)):
             raise QlabError(f"{path}: {reason}")
     quantized = {path: _keys(spec) for path, spec in specs.items() if isinstance(spec, Int)}
     if not quantized:
-        raise QlabError(f"none of the {len(specs)} modules is quantized; write the model without a quantization_config")
+        raise QlabError(
+            f"none of the {len(specs)} modules is quantized; write the model without a "
+            "quantization_config"
+        )
     [(common, _)] = Counter(quantized.values()).most_common(1)
     heads = {path for path in specs if path.rpartition(".")[2] == "lm_head"}
     named = {path: quantized.get(path) for path in specs if path in quantized or path not in heads}
@@ -200,14 +246,24 @@ def _keys(spec: Int) -> dynamic.Keys:
 
 
 def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec]:
-    """The spec of every module with a qweight among `names`; refuses by name what it cannot read."""
-    return {path: _spec(path, dynamic.override(config, path)) for path in checks.modules_with("qweight", names)}
+    """The spec of every module with a qweight among `names`; refuses by name what it cannot
+    read."""
+    return {
+        path: _spec(path, dynamic.override(config, path))
+        for path in checks.modules_with("qweight", names)
+    }
 
 
 def _spec(path: str, found: Mapping[str, Any]) -> Spec:
     for key in UNREAD:
         if found.get(key):
-            raise QlabError(f"{path} has {key} {found[key]!r} in quantization_config; qlab reads plain packed weights only")
+            raise QlabError(
+                f"{path} has {key} {found[key]!r} in quantization_config; qlab reads plain packed "
+                "weights only"
+            )
     if found.get("pack_dtype") not in (None, "int32"):
-        raise QlabError(f"{path} has pack_dtype {found['pack_dtype']!r} in quantization_config; qlab reads int32 words")
+        raise QlabError(
+            f"{path} has pack_dtype {found['pack_dtype']!r} in quantization_config; qlab reads "
+            "int32 words"
+        )
     return checks.read_spec(path, found, BITS)

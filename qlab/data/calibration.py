@@ -41,7 +41,8 @@ class Data(Protocol):
 
 @dataclass(frozen=True, repr=False)
 class Tokens(Shown):
-    """ids [samples, length] and where they came from: names and sha256 of the texts, and the seed that chose them."""
+    """ids [samples, length] and where they came from: names and sha256 of the texts, and the seed
+    that chose them."""
 
     ids: Tensor
     texts: tuple[str, ...]
@@ -76,19 +77,29 @@ class Tokens(Shown):
     def describe(self) -> dict[str, object]:
         """For reports: everything but the ids themselves, and their hash."""
         digest = hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
-        return {"texts": list(self.texts), "sha256": self.sha256, "seed": self.seed, "samples": self.ids.shape[0],
-                "length": self.ids.shape[1], "ids_sha256": digest}  # fmt: skip
+        return {
+            "texts": list(self.texts),
+            "sha256": self.sha256,
+            "seed": self.seed,
+            "samples": self.ids.shape[0],
+            "length": self.ids.shape[1],
+            "ids_sha256": digest,
+        }
 
 
 def generator(seed: int, path: str) -> torch.Generator:
-    """The random numbers of one purpose: they depend on the seed and its name, not on the order of visits."""
+    """The random numbers of one purpose: they depend on the seed and its name, not on the order of
+    visits."""
     digest = hashlib.sha256(f"{seed}/{path}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @undisturbed
-def tokens(model: Checkpoint, texts: Any, samples: int = 128, length: int = 2048, seed: int = 0) -> Tokens:
-    """`samples` distinct windows of `length` tokens, drawn without replacement from all full windows of the texts.
+def tokens(
+    model: Checkpoint, texts: Any, samples: int = 128, length: int = 2048, seed: int = 0
+) -> Tokens:
+    """`samples` distinct windows of `length` tokens, drawn without replacement from all full
+    windows of the texts.
 
     texts: files of prose, of JSON lines with a "text" or "messages" in every line (known by their
     content) or of parquet with such a column; or documents, rows or columns of them, as `datasets`
@@ -99,15 +110,18 @@ def tokens(model: Checkpoint, texts: Any, samples: int = 128, length: int = 2048
         raise QlabError(f"{samples} samples were asked for; give at least 1")
     with _streamed(model, texts, length) as stream:
         if stream.windows < samples:
-            raise QlabError(f"{stream.name} gives {stream.windows} windows of {length} tokens and {samples} were asked for; "
-                            "give more text, fewer samples or a shorter length")
+            raise QlabError(
+                f"{stream.name} gives {stream.windows} windows of {length} tokens and {samples} "
+                "were asked for; give more text, fewer samples or a shorter length"
+            )
         chosen = torch.randperm(stream.windows, generator=generator(seed, "calibration"))[:samples]
         return stream.taken(chosen.tolist(), seed)
 
 
 @undisturbed
 def first_windows(model: Checkpoint, texts: Any, length: int, count: int | None = None) -> Tokens:
-    """The first `count` full windows of `length` tokens (None: all of them), in the order of the texts (see `tokens`)."""
+    """The first `count` full windows of `length` tokens (None: all of them), in the order of the
+    texts (see `tokens`)."""
     if count is not None and count < 1:
         raise QlabError(f"{count} windows were asked for; give at least 1")
     with _streamed(model, texts, length, count) as stream:
@@ -127,21 +141,28 @@ def from_ids(model: Checkpoint, ids: Tensor) -> Tokens:
 def _refuse_outside(model: Checkpoint, low: int, high: int) -> None:
     vocabulary = model.config.get_text_config().vocab_size
     if low < 0 or high >= vocabulary:
-        raise QlabError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocabulary} of {model.path}; "
-                        "tokenize with the model's own tokenizer")
+        raise QlabError(
+            f"token id {low if low < 0 else high} is outside the vocabulary of {vocabulary} of "
+            f"{model.path}; tokenize with the model's own tokenizer"
+        )
 
 
 def _tokenizer(model: Checkpoint) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(model.path, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            model.path, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # whatever the tokenizer's files make it raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise QlabError(f"{model.path} has no tokenizer that transformers can read ({reason}); add its files") from error
+        raise QlabError(
+            f"{model.path} has no tokenizer that transformers can read ({reason}); add its files"
+        ) from error
 
 
 @dataclass(frozen=True)
 class _Stream:
-    """The ids of all documents one after the other, in a file that goes to the disk where it grows long."""
+    """The ids of all documents one after the other, in a file that goes to the disk where it grows
+    long."""
 
     file: IO[bytes]
     texts: Sequence[Text]
@@ -162,25 +183,40 @@ class _Stream:
             ids.frombytes(self.file.read(self.length * ids.itemsize))
             rows.append(torch.frombuffer(ids, dtype=torch.int32).long())
         files = tuple(text.path for text in self.texts if text.path)
-        return Tokens(torch.stack(rows), tuple(text.name for text in self.texts), self.sha256, seed, files)
+        return Tokens(
+            torch.stack(rows), tuple(text.name for text in self.texts), self.sha256, seed, files
+        )
 
 
 @contextmanager
-def _streamed(model: Checkpoint, given: Any, length: int, count: int | None = None) -> Iterator[_Stream]:
-    """All full windows of `length` tokens, or the first `count`: text beyond them is hashed and not tokenized."""
+def _streamed(
+    model: Checkpoint, given: Any, length: int, count: int | None = None
+) -> Iterator[_Stream]:
+    """All full windows of `length` tokens, or the first `count`: text beyond them is hashed and not
+    tokenized."""
     if length < 1:
         raise QlabError(f"windows of {length} tokens hold nothing; give a length of at least 1")
     texts, digest, tokenizer = texts_of(given), hashlib.sha256(), _tokenizer(model)
-    documents = chain.from_iterable(text.read(digest, _renderer(model, tokenizer)) for text in texts)
+    documents = chain.from_iterable(
+        text.read(digest, _renderer(model, tokenizer)) for text in texts
+    )
     with SpooledTemporaryFile(max_size=SPOOL) as file:
-        held = _spool(model, token_ids(tokenizer, documents), file, None if count is None else count * length)
+        held = _spool(
+            model, token_ids(tokenizer, documents), file, None if count is None else count * length
+        )
         for _ in documents:  # what is left is checked and hashed
             pass
         name = _named(texts)
         if not held:
-            raise QlabError(f"the tokenizer of {model.path} makes no token of {name}; check that it belongs to the model")
+            raise QlabError(
+                f"the tokenizer of {model.path} makes no token of {name}; check that it belongs "
+                "to the model"
+            )
         if held < length:
-            raise QlabError(f"{name} holds {held} tokens, less than one window of {length}; give more text or a shorter length")
+            raise QlabError(
+                f"{name} holds {held} tokens, less than one window of {length}; give more text or "
+                "a shorter length"
+            )
         yield _Stream(file, texts, digest.hexdigest(), length, held // length)
 
 
@@ -194,8 +230,10 @@ def _spool(model: Checkpoint, pieces: Iterable[array], file: IO[bytes], enough: 
             try:
                 file.write(ids.tobytes())
             except OSError as error:
-                raise QlabError(f"the ids of {held} tokens do not go into {gettempdir()} ({error.strerror}); "
-                                "make room there, or name another folder in TMPDIR") from error  # fmt: skip
+                raise QlabError(
+                    f"the ids of {held} tokens do not go into {gettempdir()} ({error.strerror}); "
+                    "make room there, or name another folder in TMPDIR"
+                ) from error
         if enough is not None and held >= enough:
             break
     return held
@@ -212,7 +250,9 @@ def _renderer(model: Checkpoint, tokenizer: Any) -> Any:
             return tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # whatever the template says of messages that it does not know
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise QlabError(f"the chat template of {model.path} refuses a row of messages "
-                            f'({reason:.100}); repair the row, or give it as a "text"') from error  # fmt: skip
+            raise QlabError(
+                f"the chat template of {model.path} refuses a row of messages "
+                f'({reason:.100}); repair the row, or give it as a "text"'
+            ) from error
 
     return render

@@ -1,4 +1,5 @@
-"""What a value of Python says as documents: a string, a row of a table, or columns. No error shows a word of them."""
+"""What a value of Python says as documents: a string, a row of a table, or columns. No error shows
+a word of them."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,7 +9,10 @@ from qlab.errors import QlabError
 
 CONTROL = re.compile(r"[\x01-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # what no text has many of
 IDS = ("input_ids", "ids", "tokens")
-WAYS = 'give paths of files, documents, rows such as {"text": ...} or {"messages": [...]}, or token ids to qlab.from_ids'
+WAYS = (
+    'give paths of files, documents, rows such as {"text": ...} or {"messages": [...]}, or token '
+    "ids to qlab.from_ids"
+)
 
 Render = Callable[[Any], str]  # the messages of a chat -> its document
 
@@ -41,7 +45,9 @@ def _listed(value: Any) -> bool:
 
 def are_numbers(value: Any) -> bool:
     """Whether this is a tensor or an array of numbers; columns of strings have a dtype too."""
-    return hasattr(value, "shape") and bool(re.search("int|float|bool", str(getattr(value, "dtype", ""))))
+    return hasattr(value, "shape") and bool(
+        re.search("int|float|bool", str(getattr(value, "dtype", "")))
+    )
 
 
 def are_ids(value: Any) -> bool:
@@ -53,19 +59,24 @@ def are_ids(value: Any) -> bool:
 
 
 def sound(text: str, where: str) -> str:
-    """A piece of text, unless it is none: half characters, NUL bytes, or control characters as binary files have them."""
+    """A piece of text, unless it is none: half characters, NUL bytes, or control characters as
+    binary files have them."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         half = ascii(text[error.start])
         raise QlabError(
-            f"{where}: its text has {half} at {error.start}, half of a character; repair or remove it"
+            f"{where}: its text has {half} at {error.start}, half of a character; repair or "
+            "remove it"
         ) from error
     if "\0" in text:
-        raise QlabError(f"{where}: its text has a NUL at {text.index(chr(0))}, as binary files and UTF-16 "
-                        "have; convert it to UTF-8, or remove it")  # fmt: skip
+        raise QlabError(
+            f"{where}: its text has a NUL at {text.index(chr(0))}, as binary files and UTF-16 "
+            "have; convert it to UTF-8, or remove it"
+        )
     if 20 * len(CONTROL.findall(text)) > len(text):
         raise QlabError(
-            f"{where}: more than a twentieth of its text are control characters, as in binary files; give text"
+            f"{where}: more than a twentieth of its text are control characters, as in binary "
+            "files; give text"
         )
     return text

@@ -1,4 +1,5 @@
-"""Samples of text and images through the model's own processor: what a decoder behind a vision tower is calibrated on."""
+"""Samples of text and images through the model's own processor: what a decoder behind a vision
+tower is calibrated on."""
 
 import hashlib
 import json
@@ -21,7 +22,8 @@ from qlab.process.surroundings import undisturbed
 
 @dataclass(frozen=True, repr=False)
 class Samples(Shown):
-    """What the model is called with, sample by sample, and where it came from; images and image_tokens are counted over all."""
+    """What the model is called with, sample by sample, and where it came from; images and
+    image_tokens are counted over all."""
 
     inputs: tuple[Mapping[str, Tensor], ...]
     texts: tuple[str, ...]
@@ -59,25 +61,45 @@ class Samples(Shown):
         digest = hashlib.sha256()
         for sample in self.inputs:
             for name in sorted(sample):
-                digest.update(name.encode() + sample[name].contiguous().view(torch.uint8).numpy().tobytes())
-        return {"texts": list(self.texts), "sha256": self.sha256, "seed": self.seed, "samples": len(self.inputs), "tokens": self.count,
-                "images": self.images, "image_tokens": self.image_tokens, "inputs_sha256": digest.hexdigest()}  # fmt: skip
+                digest.update(
+                    name.encode() + sample[name].contiguous().view(torch.uint8).numpy().tobytes()
+                )
+        return {
+            "texts": list(self.texts),
+            "sha256": self.sha256,
+            "seed": self.seed,
+            "samples": len(self.inputs),
+            "tokens": self.count,
+            "images": self.images,
+            "image_tokens": self.image_tokens,
+            "inputs_sha256": digest.hexdigest(),
+        }
 
 
 @undisturbed
-def image_samples(model: Checkpoint, texts: Sequence[str | Path], samples: int = 128, length: int = 2048, seed: int = 0) -> Samples:
-    """`samples` distinct lines, drawn without replacement, each one sample of at most `length` tokens.
+def image_samples(
+    model: Checkpoint,
+    texts: Sequence[str | Path],
+    samples: int = 128,
+    length: int = 2048,
+    seed: int = 0,
+) -> Samples:
+    """`samples` distinct lines, drawn without replacement, each one sample of at most `length`
+    tokens.
 
-    texts: .jsonl files. A line has "images", paths beside the file (it may have none), and either "text", in which the
-    processor's placeholders stand for them in order, or "messages", which go through the processor's chat template; there
+    texts: .jsonl files. A line has "images", paths beside the file (it may have none), and either
+    "text", in which the processor's placeholders stand for them in order, or "messages", which go
+    through the processor's chat template; there
     {"type": "image"} stands for the next one. Needs Pillow.
     """
     processor, digest = _processor(model), hashlib.sha256()
     paths = [Path(text) for text in ([texts] if isinstance(texts, str | Path) else texts)]
     lines = [line for path in paths for line in _lines(path, digest)]
     if not 1 <= samples <= len(lines):
-        raise QlabError(f"{' and '.join(map(str, paths))} holds {len(lines)} samples and {samples} were asked for; give more "
-                        "lines, or fewer samples")
+        raise QlabError(
+            f"{' and '.join(map(str, paths))} holds {len(lines)} samples and {samples} were asked "
+            "for; give more lines, or fewer samples"
+        )
     chosen = torch.randperm(len(lines), generator=generator(seed, "calibration"))[:samples].tolist()
     inputs, images = [], 0
     files: list[Path] = []
@@ -85,24 +107,43 @@ def image_samples(model: Checkpoint, texts: Sequence[str | Path], samples: int =
         where, line = str(at), at.read()
         sample, found = _sample(processor, line, at.path.parent, where)
         if sample["input_ids"].shape[1] > length:
-            raise QlabError(f"{where} has {sample['input_ids'].shape[1]} tokens, more than the {length} of a sample, and cutting it "
-                            "would part images from their tokens; shorten it, or give a greater length")
+            raise QlabError(
+                f"{where} has {sample['input_ids'].shape[1]} tokens, more than the {length} of a "
+                "sample, and cutting it would part images from their tokens; shorten it, or give "
+                "a greater length"
+            )
         inputs.append(sample)
         images += found
         files += [at.path, *(at.path.parent / name for name in line.get("images", []))]
     token = getattr(model.config, "image_token_id", None)
-    seen = sum(int(sample["input_ids"].eq(token).sum()) for sample in inputs) if token is not None else 0
-    return Samples(tuple(inputs), tuple(path.name for path in paths), digest.hexdigest(), seed, images, seen,
-                   tuple(dict.fromkeys(files)))
+    seen = (
+        sum(int(sample["input_ids"].eq(token).sum()) for sample in inputs)
+        if token is not None
+        else 0
+    )
+    return Samples(
+        tuple(inputs),
+        tuple(path.name for path in paths),
+        digest.hexdigest(),
+        seed,
+        images,
+        seen,
+        tuple(dict.fromkeys(files)),
+    )
 
 
 def _processor(model: Checkpoint) -> Any:
     try:
-        return AutoProcessor.from_pretrained(model.path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever the processor's files, or a package that it needs and is absent, make it raise
+        return AutoProcessor.from_pretrained(
+            model.path, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        # whatever the processor's files, or a package that it needs and is absent, make it raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise QlabError(f"{model.path} has no processor that transformers can make here ({reason}); add its files, and install Pillow "
-                        "and, for models that also take videos, torchvision") from error
+        raise QlabError(
+            f"{model.path} has no processor that transformers can make here ({reason}); add its "
+            "files, and install Pillow and, for models that also take videos, torchvision"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -141,28 +182,48 @@ def _parsed(text: bytes, where: str) -> Mapping[str, Any]:
         line = None
     images = line.get("images", []) if isinstance(line, dict) else None
     whole = isinstance(images, list) and all(isinstance(i, str) for i in images)
-    if line is None or not whole or isinstance(line.get("text"), str) == isinstance(line.get("messages"), list):
-        raise QlabError(f'{where}: not a JSON object with a "text" or "messages", and "images" as a list of paths; write one per line')
+    if (
+        line is None
+        or not whole
+        or isinstance(line.get("text"), str) == isinstance(line.get("messages"), list)
+    ):
+        raise QlabError(
+            f'{where}: not a JSON object with a "text" or "messages", and "images" as a list of '
+            "paths; write one per line"
+        )
     return line
 
 
-def _sample(processor: Any, line: Mapping[str, Any], folder: Path, where: str) -> tuple[dict[str, Tensor], int]:
+def _sample(
+    processor: Any, line: Mapping[str, Any], folder: Path, where: str
+) -> tuple[dict[str, Tensor], int]:
     images = [_image(folder / name, where) for name in line.get("images", [])]
     try:
-        text = line["text"] if "text" in line else processor.apply_chat_template(line["messages"], tokenize=False)
+        text = (
+            line["text"]
+            if "text" in line
+            else processor.apply_chat_template(line["messages"], tokenize=False)
+        )
         found = processor(text=[text], images=images or None, return_tensors="pt")
     except Exception as error:  # whatever the processor says of text and images that do not fit
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise QlabError(f"{where}: the processor refuses this sample ({reason}); check its placeholders and images") from error
+        raise QlabError(
+            f"{where}: the processor refuses this sample ({reason}); check its placeholders and "
+            "images"
+        ) from error
     # one sample has no padding, so its mask says nothing
-    return {name: t for name, t in found.items() if isinstance(t, Tensor) and name != "attention_mask"}, len(images)
+    return {
+        name: t for name, t in found.items() if isinstance(t, Tensor) and name != "attention_mask"
+    }, len(images)
 
 
 def _image(path: Path, where: str) -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise QlabError("images are read with Pillow, which is not installed; install qlab[images]") from error
+        raise QlabError(
+            "images are read with Pillow, which is not installed; install qlab[images]"
+        ) from error
     try:
         with open_regular(path, "image") as file:
             return Image.open(file).convert("RGB")
@@ -170,4 +231,6 @@ def _image(path: Path, where: str) -> Any:
         raise QlabError(f"{where}: {error}") from error
     except Exception as error:  # whatever the decoder of a format makes of a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise QlabError(f"{where}: the image {path} cannot be read ({reason}); check the path and the file") from error
+        raise QlabError(
+            f"{where}: the image {path} cannot be read ({reason}); check the path and the file"
+        ) from error

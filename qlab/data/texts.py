@@ -1,7 +1,9 @@
-"""Texts as documents, from files or from values of Python: one piece in memory at a time, and known by their content.
+"""Texts as documents, from files or from values of Python: one piece in memory at a time, and known
+by their content.
 
-A file is prose (one document), JSON lines or parquet; a value is a document, a row with a "text" or with "messages", or
-columns of them, as `datasets` hands them out. No error shows the words of a document.
+A file is prose (one document), JSON lines or parquet; a value is a document, a row with a "text" or
+with "messages", or columns of them, as `datasets` hands them out. No error shows the words of a
+document.
 """
 
 import codecs
@@ -25,9 +27,15 @@ TABLES = (".csv", ".tsv")
 PARQUET = b"PAR1"
 # first bytes -> what a file is that holds its text in another form
 OTHERS = {
-    b"\x1f\x8b": "compressed", b"BZh": "compressed", b"\xfd7zXZ": "compressed", b"\x28\xb5\x2f\xfd": "compressed",
-    b"PK\x03\x04": "an archive", b"%PDF-": "a PDF", b"ARROW1": "an Arrow file", b"{\\rtf": "RTF",
-}  # fmt: skip
+    b"\x1f\x8b": "compressed",
+    b"BZh": "compressed",
+    b"\xfd7zXZ": "compressed",
+    b"\x28\xb5\x2f\xfd": "compressed",
+    b"PK\x03\x04": "an archive",
+    b"%PDF-": "a PDF",
+    b"ARROW1": "an Arrow file",
+    b"{\\rtf": "RTF",
+}
 JSON_VALUE = re.compile(r'\s*(\{\s*("|$)|\[\s*([\[{"]|-?\d+\s*,|$))')
 MARKUP = re.compile(r"\s*<(!doctype html|html|\?xml)\b", re.IGNORECASE)
 LONGEST_NAME = 255  # bytes of a file's name; a longer string is a document
@@ -41,8 +49,8 @@ class Digest(Protocol):
 
 @dataclass(frozen=True)
 class Text:
-    """One text. name: what reports call it. read: its documents, each an iterable of pieces that is used up before the next one
-    is asked for; what is read goes into the hash."""
+    """One text. name: what reports call it. read: its documents, each an iterable of pieces that is
+    used up before the next one is asked for; what is read goes into the hash."""
 
     name: str
     read: Callable[[Digest, Render], Iterator[Iterable[str]]]
@@ -57,7 +65,8 @@ def texts_of(given: Any) -> list[Text]:
         raise QlabError(f"a {type(given).__name__} is no text; give token ids to qlab.from_ids")
     if hasattr(given, "columns"):
         raise QlabError(
-            f'a {type(given).__name__} is a table; give the column that holds its texts, such as table["text"]'
+            f"a {type(given).__name__} is a table; give the column that holds its texts, such as "
+            'table["text"]'
         )
     if isinstance(given, bytes | bytearray) or not isinstance(given, Iterable):
         raise QlabError(f"a {type(given).__name__} is no text; {WAYS}")
@@ -74,7 +83,8 @@ def texts_of(given: Any) -> list[Text]:
 
 
 def _is_document(text: str) -> bool:
-    """Whether a string is a document and no path: no file has such a name, or it is a sentence that no file is called."""
+    """Whether a string is a document and no path: no file has such a name, or it is a sentence that
+    no file is called."""
     names = re.split(r"[/\\]", text)
     if "\n" in text or any(len(name.encode(errors="replace")) > LONGEST_NAME for name in names):
         return True
@@ -87,7 +97,10 @@ def _of_values(values: Iterable[Any], digest: Digest, render: Render) -> Iterato
     blank = True
     for number, value in enumerate(values, 1):
         if isinstance(value, str) and not _is_document(value) and _is_file(value):
-            raise QlabError(f"document {number} is the path of a file, {_shown(Path(value))}; give files alone, or documents alone")
+            raise QlabError(
+                f"document {number} is the path of a file, {_shown(Path(value))}; give files "
+                "alone, or documents alone"
+            )
         for document in documents_of(value, f"document {number}", render):
             digest.update(document.encode() + b"\0")
             blank = blank and not document.strip()
@@ -112,7 +125,8 @@ def _file(path: str | os.PathLike[str]) -> Text:
 
 
 def open_regular(path: Path, what: str) -> IO[bytes]:
-    """The file, open for reading; refuses what is none: a folder, a pipe (which may never end), a device."""
+    """The file, open for reading; refuses what is none: a folder, a pipe (which may never end), a
+    device."""
     try:
         mode = path.stat().st_mode
         ordinary = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
@@ -136,8 +150,10 @@ def _of_file(path: Path, digest: Digest, render: Render) -> Iterator[Iterable[st
         head = _block(file, path)
         what = next((what for mark, what in OTHERS.items() if head.startswith(mark)), None)
         if what:
-            raise QlabError(f"the text {path} is {what}; write its text as a .txt file, or as a .jsonl "
-                            'file with a "text" on every line')  # fmt: skip
+            raise QlabError(
+                f"the text {path} is {what}; write its text as a .txt file, or as a .jsonl "
+                'file with a "text" on every line'
+            )
         digest.update(head)
         raw = _read(file, path, digest)
         if head.startswith(PARQUET):
@@ -196,7 +212,8 @@ def _decoded(blocks: Iterable[bytes], path: Path) -> Iterator[str]:
             piece = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             raise QlabError(
-                f"the text {path} is not UTF-8 (byte {done - waiting + error.start}); convert it first"
+                f"the text {path} is not UTF-8 (byte {done - waiting + error.start}); convert it "
+                "first"
             ) from error
         if not done:
             piece = piece.removeprefix("\ufeff")  # the mark that some editors begin files with
@@ -216,7 +233,8 @@ def _holds_lines(path: Path, head: str, whole: bool) -> bool:
         raise QlabError(f"the text {path} holds token ids; give them to qlab.from_ids")
     if kind == ".json" or JSON_VALUE.match(line):
         raise QlabError(
-            f'the text {path} is one JSON value; write a JSON object with a "text" on every line of a .jsonl file'
+            f'the text {path} is one JSON value; write a JSON object with a "text" on every line '
+            "of a .jsonl file"
         )
     if kind in TABLES or MARKUP.match(line):
         form = "a table" if kind in TABLES else "HTML or XML"
@@ -225,8 +243,11 @@ def _holds_lines(path: Path, head: str, whole: bool) -> bool:
         )
     lines = [line for line in head.split("\n") if line.strip()]
     if 2 * sum(_is_row(_parsed(line)) for line in lines) > len(lines):
-        raise QlabError(f'the text {path} begins as prose, and most of its lines are JSON objects with a "text"; remove what is before '
-                        "them")  # fmt: skip
+        raise QlabError(
+            f"the text {path} begins as prose, and most of its lines are JSON objects with a "
+            '"text"; remove what is before '
+            "them"
+        )
     return False
 
 
@@ -249,13 +270,15 @@ def _of_lines(path: Path, pieces: Iterable[str], render: Render) -> Iterator[Ite
                 isinstance(row, Mapping) and ("text" in row or "messages" in row)
             ):
                 raise QlabError(
-                    f'{where}: not a JSON object with a "text" but token ids; give them to qlab.from_ids'
+                    f'{where}: not a JSON object with a "text" but token ids; give them to '
+                    "qlab.from_ids"
                 )
             if not isinstance(row, Mapping) or not (
                 isinstance(row.get("text"), str) or isinstance(row.get("messages"), list)
             ):
                 raise QlabError(
-                    f'{where}: not a JSON object with a "text", or with "messages"; write one per line'
+                    f'{where}: not a JSON object with a "text", or with "messages"; write one per '
+                    "line"
                 )
             yield from ([document] for document in documents_of(row, where, render))
 
@@ -283,16 +306,22 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise QlabError(f"the text {path} is parquet, which is read with pyarrow; install it, or write "
-                        'a .jsonl file with a "text" on every line') from error  # fmt: skip
+        raise QlabError(
+            f"the text {path} is parquet, which is read with pyarrow; install it, or write "
+            'a .jsonl file with a "text" on every line'
+        ) from error
     try:
         with parquet.ParquetFile(path) as file:
             columns = [name for name in ("text", "messages") if name in file.schema_arrow.names][:1]
             for batch in file.iter_batches(batch_size=256, columns=columns) if columns else ():
                 yield from batch.to_pylist()
     except Exception as error:  # whatever a damaged file makes pyarrow raise
-        raise QlabError(f"the text {path} is no parquet that pyarrow reads ({type(error).__name__}); "
-                        "write it again") from error  # fmt: skip
+        raise QlabError(
+            f"the text {path} is no parquet that pyarrow reads ({type(error).__name__}); "
+            "write it again"
+        ) from error
     if not columns:
-        raise QlabError(f'the text {path} has no column "text" or "messages"; rename the one that '
-                        "holds its texts")  # fmt: skip
+        raise QlabError(
+            f'the text {path} has no column "text" or "messages"; rename the one that '
+            "holds its texts"
+        )

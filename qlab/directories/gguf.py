@@ -1,8 +1,10 @@
-"""A GGUF file as a Hugging Face directory: blocks that are exact codes stay codes, in the format of a codec.
+"""A GGUF file as a Hugging Face directory: blocks that are exact codes stay codes, in the format of
+a codec.
 
-Only linears of the model are read as codes. Tensors that the file stores as floats keep their dtype, so that nothing is lost;
-what is dequantized (other kinds of blocks, embeddings) is written as bfloat16, which has the range of the float32 products.
-Config and tokenizer are those that transformers reads from the file.
+Only linears of the model are read as codes. Tensors that the file stores as floats keep their
+dtype, so that nothing is lost; what is dequantized (other kinds of blocks, embeddings) is written
+as bfloat16, which has the range of the float32 products. Config and tokenizer are those that
+transformers reads from the file.
 """
 
 import hashlib
@@ -40,15 +42,23 @@ Notes = dict[str, dict[str, Any]]
 @undisturbed
 @torch.no_grad()
 def from_gguf(path: Path, codec: str, out: Path, overwrite: bool, resume: bool) -> Path:
-    """Write the file's model as a directory `out` (of `files.place`), which holds no quantization_config where nothing stays codes.
+    """Write the file's model as a directory `out` (of `files.place`), which holds no
+    quantization_config where nothing stays codes.
 
     `dequantized` in its qlab.json says of every tensor that lost its blocks which kind they were.
-    Errors: no GGUF file, an architecture that qlab or transformers does not know, codes that the codec cannot hold.
+    Errors: no GGUF file, an architecture that qlab or transformers does not know, codes that the
+    codec cannot hold.
     """
-    reader, arch = gguf.opened(path)  # refused before any work, in fewer words than transformers has
+    reader, arch = gguf.opened(
+        path
+    )  # refused before any work, in fewer words than transformers has
     said = gguf_keys.said(path, arch, gguf.fields(reader))
     with path.open("rb") as file:
-        job = {"source": hashlib.file_digest(file, "sha256").hexdigest(), "codec": codec, "versions": versions()}
+        job = {
+            "source": hashlib.file_digest(file, "sha256").hexdigest(),
+            "codec": codec,
+            "versions": versions(),
+        }
     with Writer(out, overwrite, resume) as writer:
         writer.begin(job)
         if not writer.finished:
@@ -74,30 +84,42 @@ def _fill(path: Path, codec: Codec, writer: Writer, job: dict[str, Any], scratch
     writer.finish(written(raw, job, notes), scratch)
 
 
-def _tensors(path: Path, codec: Codec, skeleton: Skeleton, specs: dict[str, Spec | None], notes: Notes) -> Iterator[tuple[str, Tensor]]:
-    """What the directory holds, one tensor at a time; fills in the specs of linears that stay codes."""
+def _tensors(
+    path: Path, codec: Codec, skeleton: Skeleton, specs: dict[str, Spec | None], notes: Notes
+) -> Iterator[tuple[str, Tensor]]:
+    """What the directory holds, one tensor at a time; fills in the specs of linears that stay
+    codes."""
     shapes = {name: p.shape for name, p in skeleton.model.named_parameters(remove_duplicate=False)}
     for name, kind, leaf in gguf.tensors(path, shapes):
         module = name.rpartition(".")[0]
         if leaf.shape != shapes[name]:
-            raise QlabError(f"{path}: {name} is {tuple(leaf.shape)} and {tuple(shapes[name])} by the config that transformers reads "
-                            "from the file, which is damaged or of a variant that transformers does not know; convert another")
+            raise QlabError(
+                f"{path}: {name} is {tuple(leaf.shape)} and {tuple(shapes[name])} by the config "
+                "that transformers reads from the file, which is damaged or of a variant that "
+                "transformers does not know; convert another"
+            )
         if isinstance(leaf, QTensor) and module in specs:
             specs[module] = leaf.spec
-            notes["sites"][module] = {"spec": str(leaf.spec), "shape": list(leaf.shape),
-                                      "bits_per_weight": stored_bits(leaf, leaf.scales.dtype)}  # fmt: skip
+            notes["sites"][module] = {
+                "spec": str(leaf.spec),
+                "shape": list(leaf.shape),
+                "bits_per_weight": stored_bits(leaf, leaf.scales.dtype),
+            }
             notes["certificates"][module] = certify(leaf, None)
             yield from codec.encode(module, leaf).items()
             continue
         if kind not in FLOATS:
             notes["dequantized"][name] = {"kind": kind}
         wide = dense(leaf, torch.float32) if isinstance(leaf, QTensor) else leaf
-        yield name, wide if kind in FLOATS and kind != "BF16" else wide.to(torch.bfloat16)  # the package widens BF16
+        yield (
+            name,
+            wide if kind in FLOATS and kind != "BF16" else wide.to(torch.bfloat16),
+        )  # the package widens BF16
 
 
 def _save_config_and_tokenizer(path: Path, said: Said, folder: Path) -> None:
-    """What transformers reads of a GGUF file beside its weights, as files of a model directory; and what it does not read: the size
-    of heads and the scaling of rotary positions."""
+    """What transformers reads of a GGUF file beside its weights, as files of a model directory; and
+    what it does not read: the size of heads and the scaling of rotary positions."""
     source: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     with quiet_transformers():
         try:
@@ -105,8 +127,10 @@ def _save_config_and_tokenizer(path: Path, said: Said, folder: Path) -> None:
             AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
         except Exception as error:  # whatever its readers run into
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise QlabError(f"transformers cannot read the config and the tokenizer of {path} ({reason}); convert a file that holds "
-                            "both") from error
+            raise QlabError(
+                f"transformers cannot read the config and the tokenizer of {path} ({reason}); "
+                "convert a file that holds both"
+            ) from error
         if hasattr(config, "head_dim"):
             config.head_dim = said.head_size
         _refuse_another(path, said, config)
@@ -120,14 +144,20 @@ def _refuse_another(path: Path, said: Said, config: Any) -> None:
     made["sliding_window"] = made.get("sliding_window") or 0
     made["head_dim"] = made.get("head_dim") or config.hidden_size // config.num_attention_heads
     for key, name, value in said.values:
-        if not isinstance(made[name], int | float) or not math.isclose(made[name], value, rel_tol=ROUNDED):
-            raise QlabError(f"{key} of {path} is {value:g}, stated or understood, and the config that transformers makes of it has "
-                            f"{name} {made[name]!r}; quantize the model from its safetensors files")
+        if not isinstance(made[name], int | float) or not math.isclose(
+            made[name], value, rel_tol=ROUNDED
+        ):
+            raise QlabError(
+                f"{key} of {path} is {value:g}, stated or understood, and the config that "
+                f"transformers makes of it has {name} {made[name]!r}; quantize the model from its "
+                "safetensors files"
+            )
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep back its warnings, which speak of a quantized model, and its bars, which would cut through ours."""
+    """Keep back its warnings, which speak of a quantized model, and its bars, which would cut
+    through ours."""
     from transformers.utils import logging
 
     with foreign:

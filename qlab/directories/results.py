@@ -1,4 +1,5 @@
-"""Several runs in one table: what was done, what it cost and what it lost, read back from the directories that they wrote."""
+"""Several runs in one table: what was done, what it cost and what it lost, read back from the
+directories that they wrote."""
 
 import csv
 import io
@@ -21,17 +22,45 @@ from qlab.files.atomic import atomically
 from qlab.files.directory import read_json
 
 BENCH = "bench.json"
-MEASURED = ("perplexity", "reference_perplexity", "kl", "top1_agreement", "windows", "length")  # of an evaluation
-COLUMNS = ("run", "method", "spec", "format", "inputs", "calibration", "bits_per_weight", "bytes", "weights", "largest_weight_error",
-           "loss", "seconds", "peak_rss_bytes", *MEASURED)  # fmt: skip
-WORDS = {"bits_per_weight": "bits", "bytes": "MB", "largest_weight_error": "weight error", "peak_rss_bytes": "peak MiB",
-         "reference_perplexity": "reference", "top1_agreement": "top-1"}  # fmt: skip
+MEASURED = (
+    "perplexity",
+    "reference_perplexity",
+    "kl",
+    "top1_agreement",
+    "windows",
+    "length",
+)  # of an evaluation
+COLUMNS = (
+    "run",
+    "method",
+    "spec",
+    "format",
+    "inputs",
+    "calibration",
+    "bits_per_weight",
+    "bytes",
+    "weights",
+    "largest_weight_error",
+    "loss",
+    "seconds",
+    "peak_rss_bytes",
+    *MEASURED,
+)
+WORDS = {
+    "bits_per_weight": "bits",
+    "bytes": "MB",
+    "largest_weight_error": "weight error",
+    "peak_rss_bytes": "peak MiB",
+    "reference_perplexity": "reference",
+    "top1_agreement": "top-1",
+}
 Run = str | Path | Result | Rewritten | Converted
 
 
 @dataclass(frozen=True, repr=False)
 class Results:
-    """rows: one mapping per run, with the keys COLUMNS; None stands for what a run does not say or nobody measured."""
+    """rows: one mapping per run, with the keys COLUMNS; None stands for what a run does not say or
+    nobody measured."""
 
     rows: Sequence[Mapping[str, Any]]
 
@@ -45,7 +74,8 @@ class Results:
         return [dict(row) for row in self.rows]
 
     def to_csv(self, path: str | Path | None = None) -> str:
-        """The rows as CSV with a header, all columns and full figures, also written to `path` where one is given.
+        """The rows as CSV with a header, all columns and full figures, also written to `path` where
+        one is given.
 
         Errors: a file that is there already and is no such table.
         """
@@ -55,7 +85,9 @@ class Results:
         writer.writerows(self.rows)
         if path is not None:
             if not isinstance(path, str | Path):
-                raise QlabError(f"a table goes into a file, and not into a {type(path).__name__}; give its path")
+                raise QlabError(
+                    f"a table goes into a file, and not into a {type(path).__name__}; give its path"
+                )
             file = Path(path).expanduser()
             _refuse_other(file)
             atomically(file, lambda scratch: scratch.write_text(text.getvalue(), encoding="utf-8"))
@@ -66,7 +98,10 @@ class Results:
         try:
             import pandas
         except ImportError as error:
-            raise QlabError("pandas is not installed, which a DataFrame needs; `pip install pandas`, or use to_csv()") from error
+            raise QlabError(
+                "pandas is not installed, which a DataFrame needs; `pip install pandas`, or use "
+                "to_csv()"
+            ) from error
         return pandas.DataFrame(self.json(), columns=list(COLUMNS))
 
     def _cells(self) -> list[list[str]]:
@@ -75,7 +110,10 @@ class Results:
     def __str__(self) -> str:
         lines = [[WORDS.get(name, name) for name in self.columns], *self._cells()]
         widths = [max(map(len, column)) for column in zip(*lines)]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
+            for line in lines
+        )
 
     def __repr__(self) -> str:
         return f"Results({len(self.rows)} runs; columns: {', '.join(self.columns)})"
@@ -95,16 +133,23 @@ class Results:
 def results(runs: Sequence[Run | tuple[Run, Evaluation | Perplexity]] | Run) -> Results:
     """One row per run, in the order given.
 
-    runs: directories, whoever wrote them; what quantize(), quantize_files() or convert() returned, which knows the time and memory that
-    it took; pairs of one of these and its evaluation; directories of `python -m qlab.bench`, one row per method with its evaluation.
+    runs: directories, whoever wrote them; what quantize(), quantize_files() or convert() returned,
+    which knows the time and memory that it took; pairs of one of these and its evaluation;
+    directories of `python -m qlab.bench`, one row per method with its evaluation.
 
     Errors: no run, a directory that is none.
     """
     if not isinstance(runs, Run | Iterable) or isinstance(runs, bytes):
-        raise QlabError(f"runs is a {type(runs).__name__}; give directories, or what quantize() returned, in a list")
+        raise QlabError(
+            f"runs is a {type(runs).__name__}; give directories, or what quantize() returned, in "
+            "a list"
+        )
     given = [runs] if isinstance(runs, Run) else list(runs)
     if not given:
-        raise QlabError("no run was given; name the directories that were written, or pass what quantize() returned")
+        raise QlabError(
+            "no run was given; name the directories that were written, or pass what quantize() "
+            "returned"
+        )
     return Results([row for run in given for row in _rows(run)])
 
 
@@ -114,13 +159,18 @@ def _refuse_other(file: Path) -> None:
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise QlabError(f"{file} cannot be written; give a file in a folder that is there")
     if file.exists() and not (file.is_file() and file.read_bytes().startswith(header)):
-        raise QlabError(f"{file} exists and is no table of results; give another name, or remove it")
+        raise QlabError(
+            f"{file} exists and is no table of results; give another name, or remove it"
+        )
 
 
 def _rows(run: Any) -> Iterator[dict[str, Any]]:
     run, measured = run if isinstance(run, tuple) and len(run) == 2 else (run, None)
     if measured is not None and not isinstance(measured, Evaluation | Perplexity):
-        raise QlabError(f"a run is paired with a {type(measured).__name__}; pair it with what evaluate() or perplexity() returned")
+        raise QlabError(
+            f"a run is paired with a {type(measured).__name__}; pair it with what evaluate() or "
+            "perplexity() returned"
+        )
     if isinstance(run, str | Path):
         folder = Path(run).expanduser()
         if (folder / BENCH).is_file():
@@ -129,7 +179,9 @@ def _rows(run: Any) -> Iterator[dict[str, Any]]:
     elif isinstance(run, Result | Rewritten | Converted):
         folder = run.path
     else:
-        raise QlabError(f"a run is a directory or what quantize() returned, and not a {type(run).__name__}")
+        raise QlabError(
+            f"a run is a directory or what quantize() returned, and not a {type(run).__name__}"
+        )
     cost = {name: getattr(run, name, None) for name in ("seconds", "peak_rss_bytes")}
     evaluation = {} if measured is None else measured.json()
     yield _row(inspect(folder), cost | evaluation)
@@ -163,7 +215,9 @@ def _row(found: Inspection, measured: Mapping[str, Any]) -> dict[str, Any]:
         "largest_weight_error": max(errors, default=None),
         "loss": sum(losses) if losses else None,
     }
-    return _only(said | {name: measured.get(name) for name in ("seconds", "peak_rss_bytes", *MEASURED)})
+    return _only(
+        said | {name: measured.get(name) for name in ("seconds", "peak_rss_bytes", *MEASURED)}
+    )
 
 
 def _only(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,7 +228,10 @@ def _data(described: Mapping[str, Any] | None) -> str | None:
     if not described:
         return None
     length = f" x {described['length']}" if "length" in described else ""
-    return f"{described.get('samples')}{length} of {', '.join(described.get('texts') or ('token ids',))}"
+    return (
+        f"{described.get('samples')}{length} of "
+        f"{', '.join(described.get('texts') or ('token ids',))}"
+    )
 
 
 def _said(name: str, value: Any) -> str:

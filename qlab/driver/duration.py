@@ -1,10 +1,13 @@
-"""How long a run will take on this machine: work counted from shapes, divided by rates that short probes measure.
+"""How long a run will take on this machine: work counted from shapes, divided by rates that short
+probes measure.
 
-    seconds = products / rate + fp32 / rate of fp32 + elements / rate of elements + calls * time of a call + bytes / rate of bytes
+    seconds = products / rate + fp32 / rate of fp32 + elements / rate of elements + calls * time of
+    a call + bytes / rate of bytes
 
-Products are those of forward passes in the dtype of calibration; statistics and solvers multiply in fp32; elements are weights times
-the passes that rounding and grid searches make over them; calls are small operations, such as those on one column. What a stage does
-per weight [o, k] is WORK, fitted to measured runs of one block; a stage of another name counts as UNKNOWN.
+Products are those of forward passes in the dtype of calibration; statistics and solvers multiply in
+fp32; elements are weights times the passes that rounding and grid searches make over them; calls
+are small operations, such as those on one column. What a stage does per weight [o, k] is WORK,
+fitted to measured runs of one block; a stage of another name counts as UNKNOWN.
 """
 
 import hashlib
@@ -22,7 +25,8 @@ from qlab.algebra.transform import Stage, Transform
 from qlab.data.calibration import Data
 from qlab.driver.sweep import BATCH_TOKENS
 
-# Of the estimate, in processor time of one thread on the demo: rtn took 1.4, hqq 1.2, gptq on 4,096 tokens 0.6.
+# Of the estimate, in processor time of one thread on the demo: rtn took 1.4, hqq 1.2, gptq on 4,096
+# tokens 0.6.
 SPREAD = (0.5, 2.0)
 TRACING = 1.0  # seconds to trace one structure of block
 SQUARED = ("second_moment", "drift")  # statistics that are a product of k^2 for every token
@@ -31,7 +35,8 @@ PASSES_OVER_FILES = 3  # weights are hashed, read, and certified
 
 @dataclass(frozen=True)
 class Effort:
-    """Of one stage on one weight [o, k]: passes over its elements, fp32 products of o k^2 and (per input) of k^3, calls per column."""
+    """Of one stage on one weight [o, k]: passes over its elements, fp32 products of o k^2 and (per
+    input) of k^3, calls per column."""
 
     elements: float
     rows: float
@@ -39,8 +44,8 @@ class Effort:
     columns: float
 
 
-# Stage, and whether it observes -> effort: fitted to all methods on blocks of hidden sizes 256 to 1024 within 0.7 to 1.3 of what was
-# measured, in processor time of one thread.
+# Stage, and whether it observes -> effort: fitted to all methods on blocks of hidden sizes 256 to
+# 1024 within 0.7 to 1.3 of what was measured, in processor time of one thread.
 WORK: Mapping[tuple[str, bool], Effort] = {
     ("rtn", False): Effort(elements=2.7, rows=0.0, square=0.07, columns=1.7),
     ("rtn", True): Effort(elements=73.0, rows=0.76, square=0.03, columns=7.4),
@@ -49,7 +54,9 @@ WORK: Mapping[tuple[str, bool], Effort] = {
     ("gptq", True): Effort(elements=0.0, rows=3.4, square=0.0, columns=20.0),
     ("aim_at_reference", True): Effort(elements=0.0, rows=0.3, square=0.5, columns=1.2),
 }
-UNKNOWN = Effort(elements=100.0, rows=1.0, square=0.5, columns=10.0)  # a stage of one's own that rounds
+UNKNOWN = Effort(
+    elements=100.0, rows=1.0, square=0.5, columns=10.0
+)  # a stage of one's own that rounds
 NOTHING = Effort(elements=0.0, rows=0.0, square=0.0, columns=0.0)
 
 
@@ -60,8 +67,8 @@ def effort_of(stage: Stage) -> Effort:
 
 @dataclass(frozen=True)
 class Work:
-    """products, float32: multiply-adds. elements, calls, bytes: see above. programs: structures of blocks, which are traced.
-    dtype: of the products."""
+    """products, float32: multiply-adds. elements, calls, bytes: see above. programs: structures of
+    blocks, which are traced. dtype: of the products."""
 
     products: float
     float32: float
@@ -84,28 +91,43 @@ class Work:
 
 
 def work_of(
-    codes: Mapping[str, Code], shapes: Mapping[str, torch.Size], data: Data | None, recipe: Transform, passes: int, everywhere: bool,
-    dtype: torch.dtype, stored: int,
-) -> Work:  # fmt: skip
-    """The work of a recipe. data: None where nothing is observed. passes: over the data. stored: bytes of the model's files."""
+    codes: Mapping[str, Code],
+    shapes: Mapping[str, torch.Size],
+    data: Data | None,
+    recipe: Transform,
+    passes: int,
+    everywhere: bool,
+    dtype: torch.dtype,
+    stored: int,
+) -> Work:
+    """The work of a recipe. data: None where nothing is observed. passes: over the data. stored:
+    bytes of the model's files."""
     products = float32 = elements = calls = 0.0
     observed = [need for stage in recipe for need in stage.needs if need in SQUARED]
     for path, code in codes.items():
         if data is not None and code.sites:
             hidden = shapes[f"{path}.{code.sites[0].path}"][-1]
-            products += passes * data.count * data.longest * hidden  # attention's scores and values, half of which are masked
+            products += (
+                passes * data.count * data.longest * hidden
+            )  # attention's scores and values, half of which are masked
             calls += passes * math.ceil(data.count / BATCH_TOKENS) * len(code.graph.nodes)
         for sites in by_source(code.sites).values():
             weights = {site: shapes[f"{path}.{site.path}"] for site in sites}
             *experts, _, k = weights[sites[0]]
             count = experts[0] if experts else 1
             if data is not None:
-                visits = 1 if not experts else count if everywhere else sites[0].choices  # of a token
+                visits = (
+                    1 if not experts else count if everywhere else sites[0].choices
+                )  # of a token
                 rows = data.count * visits
                 products += passes * rows * sum(shape.numel() / count for shape in weights.values())
                 float32 += len(set(observed)) * rows * k**2
             for stage in recipe:
-                touched = [shape for site, shape in weights.items() if stage.touches(f"{path}.{site.path}", site)]
+                touched = [
+                    shape
+                    for site, shape in weights.items()
+                    if stage.touches(f"{path}.{site.path}", site)
+                ]
                 effort, size = effort_of(stage), sum(map(torch.Size.numel, touched))
                 elements += effort.elements * size
                 float32 += effort.rows * size * k + (effort.square * count * k**3 if touched else 0)

@@ -1,6 +1,8 @@
-"""What a recipe does beside rounding weights: whether it has an effect in the run at hand, and whether the format has a place for it.
+"""What a recipe does beside rounding weights: whether it has an effect in the run at hand, and
+whether the format has a place for it.
 
-Asked before any work: a stage without an effect and an operation without a place would else be left out in silence.
+Asked before any work: a stage without an effect and an operation without a place would else be left
+out in silence.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,22 +20,30 @@ Online = Mapping[str, tuple[Op, ...]]  # site -> what happens to its input at ru
 
 
 def refuse_without_effect(recipe: Transform, named: Mapping[str, Site], inputs: Inputs) -> None:
-    """Refuse a stage that compares with the reference where nothing can differ from that, and one that rounds inputs of routers alone,
-    which stay as they are."""
+    """Refuse a stage that compares with the reference where nothing can differ from that, and one
+    that rounds inputs of routers alone, which stay as they are."""
     for stage in recipe:
         sites = [site for name, site in named.items() if stage.touches(name, site)]
         if stage.online and sites and all(site.router for site in sites):
-            raise QlabError(f"the stage {stage.name!r} would change nothing: {stage.scope} names routers, which stay as they are; "
-                            "leave it away there")
+            raise QlabError(
+                f"the stage {stage.name!r} would change nothing: {stage.scope} names routers, "
+                "which stay as they are; leave it away there"
+            )
         if not DRIFT & stage.needs:
             continue
         if inputs == "reference":
-            raise QlabError(f"the stage {stage.name!r} corrects how far inputs are from the unquantized model's, which with "
-                            "inputs='reference' they never are; use inputs='quantized', or a recipe without it (gptaq is gptq then)")
+            raise QlabError(
+                f"the stage {stage.name!r} corrects how far inputs are from the unquantized "
+                "model's, which with inputs='reference' they never are; use inputs='quantized', "
+                "or a recipe without it (gptaq is gptq then)"
+            )
         touched = [name for name, site in named.items() if stage.touches(name, site)]
         if touched and not any(_drifts(stage, named[name]) for name in touched):
-            raise QlabError(f"the stage {stage.name!r} would change nothing of {touched[0]}: rows of routed experts have no pairs "
-                            "in the unquantized model, and routers stay as they are; leave it away there")
+            raise QlabError(
+                f"the stage {stage.name!r} would change nothing of {touched[0]}: rows of routed "
+                "experts have no pairs in the unquantized model, and routers stay as they are; "
+                "leave it away there"
+            )
 
 
 def _drifts(stage: Stage, site: Site) -> bool:
@@ -57,21 +67,28 @@ def input_specs(online: Online) -> dict[str, str]:
 
 
 def refuse_left(recipe: Transform, stage: Stage, graph: ModuleGraph, codec: Codec) -> None:
-    """Refuse what the last stage before those that round left on an input, if the format has no place for it: nothing behind it could
-    still fold that into weights."""
+    """Refuse what the last stage before those that round left on an input, if the format has no
+    place for it: nothing behind it could still fold that into weights."""
     behind = recipe[recipe.index(stage) + 1 :]
-    if stage.spec is not None or any(later.spec is None and not later.uncovered for later in behind):
+    if stage.spec is not None or any(
+        later.spec is None and not later.uncovered for later in behind
+    ):
         return
     for site in graph.sites:
         ops, name = graph.online.get(site.path, ()), graph.where(site)
-        spec = next((later.spec for later in behind if later.spec and later.touches(name, site)), None)
+        spec = next(
+            (later.spec for later in behind if later.spec and later.touches(name, site)), None
+        )
         reason = codec.refusal(spec, ops) if spec and ops else None
         if reason:
             raise QlabError(f"{name} still needs an operation at run time: {reason}")
 
 
-def refuse_unheld(online: Online, specs: Mapping[str, Spec | None], named: Mapping[str, Site], codec: str) -> None:
-    """Refuse operations on inputs for which the format has no place, by the names of their sites."""
+def refuse_unheld(
+    online: Online, specs: Mapping[str, Spec | None], named: Mapping[str, Site], codec: str
+) -> None:
+    """Refuse operations on inputs for which the format has no place, by the names of their
+    sites."""
     failed: dict[str, list[str]] = {}
     for name, ops in online.items():
         reason = _unheld(ops, specs[name], named[name], codec)
@@ -83,7 +100,10 @@ def refuse_unheld(online: Online, specs: Mapping[str, Spec | None], named: Mappi
 
 def _unheld(ops: Sequence[Op], spec: Spec | None, site: Site, codec: str) -> str | None:
     if spec is None:
-        return "its input is rounded at run time and its weight is not, which no format holds; round the weight too, or leave it out"
+        return (
+            "its input is rounded at run time and its weight is not, which no format holds; "
+            "round the weight too, or leave it out"
+        )
     if site.route and any(isinstance(op, QuantizeInput) and op.input_spec.static for op in ops):
         return f"inputs of fused experts have no stored scale; {DYNAMIC}"
     return CODECS[codec].refusal(spec, ops)

@@ -51,9 +51,11 @@ def refuse_changed(
     change = max(_change(old[0], new[0], state[0]), *(_change(a, b) for a, b in zip(old, new)))
     limit = max(EXACT, ROUNDED * torch.finfo(before.dtype).eps)
     if change > limit:
-        raise QlabError(f"the stage {stage.name!r} changes what {before.path} computes by "
-                        f"{change:.1e} (up to {limit:.1e} is rounding), and claims to keep it; "
-                        "move inputs and weights by inverses of each other, or drop the claim")
+        raise QlabError(
+            f"the stage {stage.name!r} changes what {before.path} computes by "
+            f"{change:.1e} (up to {limit:.1e} is rounding), and claims to keep it; "
+            "move inputs and weights by inverses of each other, or drop the claim"
+        )
 
 
 def _random_like(entering: State, graph: ModuleGraph) -> State:
@@ -61,7 +63,9 @@ def _random_like(entering: State, graph: ModuleGraph) -> State:
     device = next((t.device for t in leaves if isinstance(t, Tensor)), torch.device("cpu"))
     made = []
     for t in entering:
-        drawn = torch.randn(t.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+        drawn = torch.randn(
+            t.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32
+        )
         number = drawn if t.is_floating_point() else torch.zeros(t.shape, dtype=t.dtype)
         made.append(number.to(device))
     return tuple(made)

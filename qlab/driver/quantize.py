@@ -1,4 +1,5 @@
-"""The main job: a model directory and a recipe in, a quantized model directory out, one segment in memory at a time."""
+"""The main job: a model directory and a recipe in, a quantized model directory out, one segment in
+memory at a time."""
 
 import ctypes
 import json
@@ -42,8 +43,15 @@ from qlab.driver.sweep import (
     solve,
     solve_in_order,
     unchecked,
-)  # fmt: skip
-from qlab.driver.writing import as_stored, certificates, changed, encode, online_at, refuse_unwritten
+)
+from qlab.driver.writing import (
+    as_stored,
+    certificates,
+    changed,
+    encode,
+    online_at,
+    refuse_unwritten,
+)
 from qlab.files.carry import Carry
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.place import places
@@ -81,9 +89,14 @@ class Result(Shown):
 
     @property
     def experts_with_few_tokens(self) -> Mapping[str, Sequence[int]]:
-        """Site -> its experts that saw fewer tokens than they have input channels, so that their second moment is singular;
-        one that saw none is rounded to nearest on the method's grid, every direction weighing the same."""
-        return {name: few for name, row in self.sites.items() if (few := row.get("experts_with_few_tokens"))}
+        """Site -> its experts that saw fewer tokens than they have input channels, so that their
+        second moment is singular; one that saw none is rounded to nearest on the method's grid,
+        every direction weighing the same."""
+        return {
+            name: few
+            for name, row in self.sites.items()
+            if (few := row.get("experts_with_few_tokens"))
+        }
 
     @property
     def bytes(self) -> int:
@@ -92,12 +105,19 @@ class Result(Shown):
 
     def summary(self) -> dict[str, str]:
         """Without the sites and the plan."""
-        errors = {name: row["weight_error"] for name, row in self.sites.items() if row.get("weight_error") is not None}
+        errors = {
+            name: row["weight_error"]
+            for name, row in self.sites.items()
+            if row.get("weight_error") is not None
+        }
         worst = max(errors, key=lambda name: errors[name], default=None)
         quantized = sum(row["spec"] is not None for row in self.sites.values())
         facts = {
             "directory": str(self.path),
-            "weights": f"{quantized} of {len(self.sites)} quantized, {self.bits_per_weight:.3f} bits per weight",
+            "weights": (
+                f"{quantized} of {len(self.sites)} quantized, {self.bits_per_weight:.3f} bits per "
+                "weight"
+            ),
             "size": size(self.bytes),
             "cost": f"{self.seconds:.1f} s, peak {size(self.peak_rss_bytes)}, {self.inputs} inputs",
         }
@@ -109,8 +129,15 @@ class Result(Shown):
 
     def json(self) -> dict[str, Any]:
         """The result as plain data."""
-        return {"path": str(self.path), "inputs": self.inputs, "seconds": self.seconds, "peak_rss_bytes": self.peak_rss_bytes,
-                "bits_per_weight": self.bits_per_weight, "bytes": self.bytes, "sites": dict(self.sites)}  # fmt: skip
+        return {
+            "path": str(self.path),
+            "inputs": self.inputs,
+            "seconds": self.seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "bytes": self.bytes,
+            "sites": dict(self.sites),
+        }
 
 
 def quantize(
@@ -129,21 +156,38 @@ def quantize(
     codec: str = CODEC,
     target: str | None = None,
 ) -> Result:
-    """Apply a recipe to every block of the model and write a directory in the format that `codec` names.
+    """Apply a recipe to every block of the model and write a directory in the format that `codec`
+    names.
 
-    data: calibration tokens, or samples of images and text; None only for recipes that need no statistics.
-    inputs: whether a site is calibrated on what the quantized sites before it produce (errors propagate; on the quantized blocks
-    before its own where sites cannot be solved one after the other, `sweep.in_order`) or on the reference model's activations.
-    dtype: of the activations while calibrating (default: the checkpoint's own, where that holds all of its numbers); statistics and
-    solvers use fp32.
-    memory: observe as many experts at a time as fit these bytes, and refuse to start when the predicted peak is above them.
-    target: an engine of qlab.codecs.engines, whose limits are checked before anything runs. The same call gives the same bytes, also
-    when a killed run is continued with resume=True (which knows a stage of one's own by its name, spec and `detail` alone).
-    calibrate_all_experts: statistics of experts are of all tokens, not of those that are routed to each; nothing else changes.
+    data: calibration tokens, or samples of images and text; None only for recipes that need no
+    statistics.
+    inputs: whether a site is calibrated on what the quantized sites before it produce (errors
+    propagate; on the quantized blocks before its own where sites cannot be solved one after the
+    other, `sweep.in_order`) or on the reference model's activations. dtype: of the activations
+    while calibrating (default: the checkpoint's own, where that holds all of its numbers);
+    statistics and solvers use fp32.
+    memory: observe as many experts at a time as fit these bytes, and refuse to start when the
+    predicted peak is above them. target: an engine of qlab.codecs.engines, whose limits are checked
+    before anything runs. The same call gives the same bytes, also when a killed run is continued
+    with resume=True (which knows a stage of one's own by its name, spec and `detail` alone).
+    calibrate_all_experts: statistics of experts are of all tokens, not of those that are routed to
+    each; nothing else changes.
     """
-    results = compare(model, {"": recipe}, data, out, inputs=inputs, dtype=dtype, device=device, memory=memory,
-                      overwrite=overwrite, resume=resume, calibrate_all_experts=calibrate_all_experts, codec=codec,
-                      target=target)  # fmt: skip
+    results = compare(
+        model,
+        {"": recipe},
+        data,
+        out,
+        inputs=inputs,
+        dtype=dtype,
+        device=device,
+        memory=memory,
+        overwrite=overwrite,
+        resume=resume,
+        calibrate_all_experts=calibrate_all_experts,
+        codec=codec,
+        target=target,
+    )
     return results[""]
 
 
@@ -165,37 +209,68 @@ def compare(
     codec: str = CODEC,
     target: str | None = None,
 ) -> dict[str, Result]:
-    """Several recipes, each into out/<name>: what `quantize` makes of each, bit for bit, and all of them refused before any runs.
+    """Several recipes, each into out/<name>: what `quantize` makes of each, bit for bit, and all of
+    them refused before any runs.
 
-    inputs: see `quantize`. With "quantized" every recipe has a pass of its own, since its own errors are what the next block sees;
-    with "reference" all of them share one pass and every statistic, and have its seconds and its peak memory. No recipe sees there
-    what it did to earlier sites, so that a stage that corrects for it (gptaq's) is refused.
+    inputs: see `quantize`. With "quantized" every recipe has a pass of its own, since its own
+    errors are what the next block sees; with "reference" all of them share one pass and every
+    statistic, and have its seconds and its peak memory. No recipe sees there what it did to earlier
+    sites, so that a stage that corrects for it (gptaq's) is refused.
     """
-    outs = places(out, list(recipes), model.path, [*set(model.files.values()), *getattr(data, "files", ())])
+    outs = places(
+        out, list(recipes), model.path, [*set(model.files.values()), *getattr(data, "files", ())]
+    )
     started = time.perf_counter()
     with ExitStack() as stack:
-        writers = {name: stack.enter_context(Writer(place, overwrite, resume)) for name, place in outs.items()}
+        writers = {
+            name: stack.enter_context(Writer(place, overwrite, resume))
+            for name, place in outs.items()
+        }
         with PeakMemory() as planning:
             skeleton = Skeleton(model, dtype or model.running_dtype, device)
-            plans = {name: plan(model, recipe, data, inputs=inputs, calibrate_all_experts=calibrate_all_experts, skeleton=skeleton,
-                                codec=codec, target=target, memory=memory) for name, recipe in recipes.items()}  # fmt: skip
+            plans = {
+                name: plan(
+                    model,
+                    recipe,
+                    data,
+                    inputs=inputs,
+                    calibrate_all_experts=calibrate_all_experts,
+                    skeleton=skeleton,
+                    codec=codec,
+                    target=target,
+                    memory=memory,
+                )
+                for name, recipe in recipes.items()
+            }
         for made in plans.values():
             made.check(memory)
         planned = time.perf_counter() - started
         jobs: dict[str, _Job] = {}
         for name, recipe in recipes.items():
             used = data if plans[name].statistics else None
-            job = {"source": model.fingerprint(), "recipe": describe(recipe), "data": used and used.describe(), "inputs": inputs,
-                   "calibrate_all_experts": calibrate_all_experts, "dtype": str(skeleton.dtype), "device": name_of(skeleton.device),
-                   "codec": codec, "versions": versions()}  # fmt: skip
+            job = {
+                "source": model.fingerprint(),
+                "recipe": describe(recipe),
+                "data": used and used.describe(),
+                "inputs": inputs,
+                "calibrate_all_experts": calibrate_all_experts,
+                "dtype": str(skeleton.dtype),
+                "device": name_of(skeleton.device),
+                "codec": codec,
+                "versions": versions(),
+            }
             writers[name].begin(job, len(skeleton.blocks) + 1, model.path)
-            jobs[name] = _Job(recipe, CODECS[codec], writers[name], job, plans[name].experts_at_once, used)
+            jobs[name] = _Job(
+                recipe, CODECS[codec], writers[name], job, plans[name].experts_at_once, used
+            )
         for begun in jobs.values():
             if not begun.writer.finished:
                 stack.enter_context(begun.writer.refusing())
         results: dict[str, Result] = {}
         for names in [list(jobs)] if inputs == "reference" else [[name] for name in jobs]:
-            seconds, peak_bytes = _pass(skeleton, [jobs[name] for name in names], inputs, calibrate_all_experts)
+            seconds, peak_bytes = _pass(
+                skeleton, [jobs[name] for name in names], inputs, calibrate_all_experts
+            )
             for name in names:
                 results[name] = Result(
                     path=writers[name].out,
@@ -216,10 +291,13 @@ class _Job:
     identity: Mapping[str, Any]
     experts_at_once: int | None
     data: Data | None
-    checked: set[Code] = field(default_factory=set)  # programs on a block of which the claims of its stages were checked
+    checked: set[Code] = field(
+        default_factory=set
+    )  # programs on a block of which the claims of its stages were checked
 
     def check(self, code: Code, call: Call, batches: Batches) -> Check:
-        """What checks its stages on a block of this program: the first batch, on the first such block."""
+        """What checks its stages on a block of this program: the first batch, on the first such
+        block."""
         if code in self.checked:
             return unchecked
         self.checked.add(code)
@@ -231,7 +309,9 @@ class _Job:
         return check
 
 
-def _pass(skeleton: Skeleton, jobs: Sequence[_Job], inputs: Inputs, everywhere: bool) -> tuple[float, int]:
+def _pass(
+    skeleton: Skeleton, jobs: Sequence[_Job], inputs: Inputs, everywhere: bool
+) -> tuple[float, int]:
     """One pass over the model for all jobs that are not finished: seconds and peak memory."""
     started = time.perf_counter()
     unfinished = [job for job in jobs if not job.writer.finished]
@@ -246,11 +326,15 @@ def _sites(path: Path) -> dict[str, Any]:
     return json.loads((path / "qlab.json").read_text())["sites"]
 
 
-def _scan(skeleton: Skeleton, jobs: list[_Job], data: Data | None, inputs: Inputs, everywhere: bool) -> None:
+def _scan(
+    skeleton: Skeleton, jobs: list[_Job], data: Data | None, inputs: Inputs, everywhere: bool
+) -> None:
     """All blocks, in order, from the first one that some job lacks."""
     keeper, paths = jobs[0].writer, list(skeleton.blocks)
     windows = in_batches(data)
-    streams = [inputs, "reference"] if runs_reference((job.recipe for job in jobs), inputs) else [inputs]
+    streams = (
+        [inputs, "reference"] if runs_reference((job.recipe for job in jobs), inputs) else [inputs]
+    )
 
     skeleton.load_outside(with_head=False)
     entering, calls = record(skeleton, windows)
@@ -259,7 +343,11 @@ def _scan(skeleton: Skeleton, jobs: list[_Job], data: Data | None, inputs: Input
     for i, path in enumerate(paths if data is not None else ()):
         shapes = stored_shapes(calls, path, skeleton.dtype)
         carries.append([keeper.carry(s, i, shapes, skeleton.dtype) for s in streams])
-    todo = _blocks_to_do(jobs, len(paths), carries) if data is not None else _unwritten_blocks(jobs, len(paths))
+    todo = (
+        _blocks_to_do(jobs, len(paths), carries)
+        if data is not None
+        else _unwritten_blocks(jobs, len(paths))
+    )
     for carry in carries[0] if data is not None and todo[:1] == [0] else ():
         carry.write(flat(entering, skeleton.dtype))
     del entering
@@ -270,9 +358,20 @@ def _scan(skeleton: Skeleton, jobs: list[_Job], data: Data | None, inputs: Input
     doing = "quantizing blocks" if data is None else f"quantizing blocks on {data.count:,} tokens"
     for i in progress(todo, doing):
         path = paths[i]
-        before, after = ([], []) if data is None else (carries[i], carries[i + 1] if i + 1 < len(paths) else [])
+        before, after = (
+            ([], []) if data is None else (carries[i], carries[i + 1] if i + 1 < len(paths) else [])
+        )
         entering_it = [partial(_batches, calls, path, carry, skeleton.device) for carry in before]
-        _block(skeleton, jobs, calls[0][path], i, entering_it or [_no_batches], inputs, everywhere, after)
+        _block(
+            skeleton,
+            jobs,
+            calls[0][path],
+            i,
+            entering_it or [_no_batches],
+            inputs,
+            everywhere,
+            after,
+        )
         for carry in before if after else ():
             carry.path.unlink(missing_ok=True)
     for job in jobs:
@@ -285,13 +384,23 @@ def _unwritten_blocks(jobs: Sequence[_Job], blocks: int) -> list[int]:
     return [i for i in range(blocks) if not all(written[i])]
 
 
-def _blocks_to_do(jobs: Sequence[_Job], blocks: int, carries: Sequence[Sequence[Carry]]) -> list[int]:
-    """The blocks from the first one on that some job lacks, or from an earlier one, whose hidden states are still there as they were
-    written: they are let go of as the scan goes on. What is behind them is of no more use."""
-    damaged = [carry.path for carry in chain.from_iterable(carries) if carry.path.exists() and not carry.is_sound()]
+def _blocks_to_do(
+    jobs: Sequence[_Job], blocks: int, carries: Sequence[Sequence[Carry]]
+) -> list[int]:
+    """The blocks from the first one on that some job lacks, or from an earlier one, whose hidden
+    states are still there as they were written: they are let go of as the scan goes on. What is
+    behind them is of no more use."""
+    damaged = [
+        carry.path
+        for carry in chain.from_iterable(carries)
+        if carry.path.exists() and not carry.is_sound()
+    ]
     for path in damaged:
         say(f"{path} is not what was written; the blocks before it are run again")
-    sound = [all(carry.path.exists() and carry.path not in damaged for carry in streams) for streams in carries]
+    sound = [
+        all(carry.path.exists() and carry.path not in damaged for carry in streams)
+        for streams in carries
+    ]
     done = min(job.writer.blocks_done(blocks, sound.__getitem__) for job in jobs)
     for carry in chain(*carries[:done], *carries[done + 1 :]):
         carry.path.unlink(missing_ok=True)
@@ -302,7 +411,10 @@ def _write_outside(skeleton: Skeleton, job: _Job) -> None:
     """What surrounds the blocks, one leaf at a time."""
     notes: dict[str, dict[str, Any]] = {"sites": {}, "certificates": {}, "changed": {}}
     beside = carried(skeleton)
-    made_of = {f"{skeleton.module_name(name)}.weight": weight_of(skeleton, name) for name in outside_sites(skeleton)}
+    made_of = {
+        f"{skeleton.module_name(name)}.weight": weight_of(skeleton, name)
+        for name in outside_sites(skeleton)
+    }
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, leaf in outside_leaves(skeleton, job.recipe, notes["sites"].update):
@@ -318,21 +430,31 @@ def _write_outside(skeleton: Skeleton, job: _Job) -> None:
 
 
 def _return_freed_memory() -> None:
-    """What tokenizing, tracing and the embedding leave behind: glibc keeps it, a tenth of the peak of a small model; other C
-    libraries have no such call."""
+    """What tokenizing, tracing and the embedding leave behind: glibc keeps it, a tenth of the peak
+    of a small model; other C libraries have no such call."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 
 
-def _block(skeleton: Skeleton, jobs: Sequence[_Job], call: Call, index: int, streams: Sequence[Batches], inputs: Inputs,
-           everywhere: bool, after: Sequence[Carry]) -> None:  # fmt: skip
-    """One block, solved and written for every job, and what leaves it written to `after`, stream by stream. Nothing of it outlives
-    the call. call: one that shows the form of all."""
+def _block(
+    skeleton: Skeleton,
+    jobs: Sequence[_Job],
+    call: Call,
+    index: int,
+    streams: Sequence[Batches],
+    inputs: Inputs,
+    everywhere: bool,
+    after: Sequence[Carry],
+) -> None:
+    """One block, solved and written for every job, and what leaves it written to `after`, stream by
+    stream. Nothing of it outlives the call. call: one that shows the form of all."""
     batches = streams[0]
     graph = solved = skeleton.graph(list(skeleton.blocks)[index], call, decoded=True)
     if any(job.data is not None for job in jobs):
         for name, dtype in graph.held.items():
-            refuse_overflow(f"{skeleton.checkpoint.path}: {graph.path}.{name}", dense(graph.params[name]), dtype)
+            refuse_overflow(
+                f"{skeleton.checkpoint.path}: {graph.path}.{name}", dense(graph.params[name]), dtype
+            )
     reference = Reference(graph, streams[1]) if streams[1:] else None
 
     def look(now: ModuleGraph, wanted: set[tuple[str, str]]) -> Stats:
@@ -344,20 +466,30 @@ def _block(skeleton: Skeleton, jobs: Sequence[_Job], call: Call, index: int, str
         solved = graph  # lets go of the job before
         check = job.check(graph.code, call, batches)
         if in_order(graph.code, job.recipe, inputs, everywhere):
-            solved, leaving = solve_in_order(graph, job.recipe, batches, job.experts_at_once, reference, check)
+            solved, leaving = solve_in_order(
+                graph, job.recipe, batches, job.experts_at_once, reference, check
+            )
         else:
             solved, _ = solve(graph, job.recipe, watch, check)
         refuse_unwritten(skeleton, graph, solved)
         leaves, others = as_stored(skeleton, solved), changed(skeleton, graph, solved)
-        job.writer.write_shard(index + 1, encode(leaves, job.codec, online_at(skeleton, solved, job.codec)).items())
-        job.writer.write_notes(index + 1, {"sites": site_rows(solved), **certificates(leaves, skeleton, others)})
+        job.writer.write_shard(
+            index + 1, encode(leaves, job.codec, online_at(skeleton, solved, job.codec)).items()
+        )
+        job.writer.write_notes(
+            index + 1, {"sites": site_rows(solved), **certificates(leaves, skeleton, others)}
+        )
     passed = [solved if inputs == "quantized" else graph, graph][: len(streams)]
     del graph, solved, watch  # one version of the block per stream is enough from here on
-    for carry, left in zip(after, leaving or [push(g, enter()) for g, enter in zip(passed, streams)]):
+    for carry, left in zip(
+        after, leaving or [push(g, enter()) for g, enter in zip(passed, streams)]
+    ):
         carry.write(flat(left, skeleton.dtype))
 
 
-def _batches(calls: Sequence[Mapping[str, Call]], path: str, states: Carry, device: torch.device) -> Iterator[Batch]:
+def _batches(
+    calls: Sequence[Mapping[str, Call]], path: str, states: Carry, device: torch.device
+) -> Iterator[Batch]:
     return zip((call[path] for call in calls), states_of(states.read(), calls, path, device))
 
 
@@ -365,7 +497,9 @@ def _no_batches() -> Iterator[Batch]:
     return iter(())
 
 
-def _watcher(graph: ModuleGraph, look: Callable[[ModuleGraph, set], Stats]) -> Callable[[ModuleGraph, set], Stats]:
+def _watcher(
+    graph: ModuleGraph, look: Callable[[ModuleGraph, set], Stats]
+) -> Callable[[ModuleGraph, set], Stats]:
     """look() that remembers what it saw of `graph` itself, so that several recipes share it."""
     seen: dict[tuple[str, str], Any] = {}
 

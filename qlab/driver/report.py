@@ -15,32 +15,54 @@ from qlab.algebra.transform import Transform
 
 def describe(recipe: Transform) -> list[dict[str, str]]:
     """The stages of a recipe in words."""
-    return [{"stage": s.name, "spec": described(s.spec) if s.spec else "", "detail": s.detail, "scope": str(s.scope)}
-            for s in recipe if not s.uncovered]  # fmt: skip
+    return [
+        {
+            "stage": s.name,
+            "spec": described(s.spec) if s.spec else "",
+            "detail": s.detail,
+            "scope": str(s.scope),
+        }
+        for s in recipe
+        if not s.uncovered
+    ]
 
 
 def stored_bits(leaf: Leaf, dtype: torch.dtype) -> float:
     """Bits per weight of a leaf on disk."""
-    return leaf.spec.bits_per_weight(leaf.shape, dtype) if isinstance(leaf, QTensor) else 8 * dtype.itemsize
+    return (
+        leaf.spec.bits_per_weight(leaf.shape, dtype)
+        if isinstance(leaf, QTensor)
+        else 8 * dtype.itemsize
+    )
 
 
 def site_rows(graph: ModuleGraph) -> dict[str, dict[str, Any]]:
-    """Per site: spec, shape [o, k], bits per weight and what the stages noted (errors, losses, damping, tokens)."""
+    """Per site: spec, shape [o, k], bits per weight and what the stages noted (errors, losses,
+    damping, tokens)."""
 
     def row(site: Site) -> dict[str, Any]:
         assert site.weight is not None
         leaf = graph.params[site.weight]
         spec = str(leaf.spec) if isinstance(leaf, QTensor) else None
         bits = stored_bits(leaf, graph.stored_dtype(site.weight))
-        rounded = [str(op.input_spec) for op in graph.online.get(site.path, ()) if isinstance(op, QuantizeInput)]
+        rounded = [
+            str(op.input_spec)
+            for op in graph.online.get(site.path, ())
+            if isinstance(op, QuantizeInput)
+        ]
         row = {"spec": spec, "shape": list(leaf.shape), "bits_per_weight": bits}
-        return {**graph.notes.get(site.path, {}), **row, **({"inputs": rounded[0]} if rounded else {})}
+        return {
+            **graph.notes.get(site.path, {}),
+            **row,
+            **({"inputs": rounded[0]} if rounded else {}),
+        }
 
     return {graph.where(site): row(site) for site in graph.code.sites}
 
 
 class PeakMemory:
-    """The largest resident set of this process while the context lasts, sampled every 10 ms, in bytes."""
+    """The largest resident set of this process while the context lasts, sampled every 10 ms, in
+    bytes."""
 
     def __enter__(self) -> "PeakMemory":
         self.process, self.done = psutil.Process(), threading.Event()

@@ -1,4 +1,5 @@
-"""Global scales of weights that are rounded one by one: engines fuse some of a module's children, and nothing here says which."""
+"""Global scales of weights that are rounded one by one: engines fuse some of a module's children,
+and nothing here says which."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,8 +10,8 @@ from qlab.algebra.spec import Spec
 
 
 class Siblings:
-    """specs: module -> what its weight is rounded to. read: module -> W [o, k] in fp32, called once for each child of a parent whose
-    spec has a global scale (NVFP4), one at a time."""
+    """specs: module -> what its weight is rounded to. read: module -> W [o, k] in fp32, called once
+    for each child of a parent whose spec has a global scale (NVFP4), one at a time."""
 
     def __init__(self, specs: Mapping[str, Spec], read: Callable[[str], Tensor]):
         self._read = read
@@ -24,9 +25,11 @@ class Siblings:
         return module in self._specs
 
     def outer(self, module: str) -> Tensor | None:
-        """The global scale that a weight shares with its parent's others of the same spec; None where the spec has none.
+        """The global scale that a weight shares with its parent's others of the same spec; None
+        where the spec has none.
 
-        Among them are q, k and v, and gate and up, of each of which engines make one weight with one global scale.
+        Among them are q, k and v, and gate and up, of each of which engines make one weight with
+        one global scale.
         """
         spec = self._specs[module]
         family = (module.rpartition(".")[0], spec)

@@ -16,17 +16,27 @@ from qlab.model.skeleton import Skeleton
 
 
 def as_stored(skeleton: Skeleton, graph: ModuleGraph) -> dict[str, Leaf]:
-    """A block's leaves by their names in the files, each unquantized one in its own stored dtype; experts one by one.
+    """A block's leaves by their names in the files, each unquantized one in its own stored dtype;
+    experts one by one.
 
     One that no step changed still has the bits of the files, as the block was loaded.
     """
-    parts = {piece: piece.of(graph.params[name]) for name in graph.params for piece in _pieces(skeleton, graph, name)}
-    return {piece.name: part if isinstance(part, QTensor) else part.to(skeleton.stored_dtype(piece)) for piece, part in parts.items()}
+    parts = {
+        piece: piece.of(graph.params[name])
+        for name in graph.params
+        for piece in _pieces(skeleton, graph, name)
+    }
+    return {
+        piece.name: part if isinstance(part, QTensor) else part.to(skeleton.stored_dtype(piece))
+        for piece, part in parts.items()
+    }
 
 
 def changed(skeleton: Skeleton, loaded: ModuleGraph, solved: ModuleGraph) -> set[str]:
     """The names in the files of what steps made another, and did not quantize."""
-    others = [name for name, leaf in solved.params.items() if not _same(leaf, loaded.params.get(name))]
+    others = [
+        name for name, leaf in solved.params.items() if not _same(leaf, loaded.params.get(name))
+    ]
     return {piece.name for name in others for piece in _pieces(skeleton, solved, name)}
 
 
@@ -37,7 +47,8 @@ def _same(leaf: Leaf, other: Leaf | None) -> bool:
 
 
 def _pieces(skeleton: Skeleton, graph: ModuleGraph, name: str) -> Sequence[Piece]:
-    """The tensors as which a leaf is written: as it was stored, but quantized experts by the names that engines expect."""
+    """The tensors as which a leaf is written: as it was stored, but quantized experts by the names
+    that engines expect."""
     leaf, path = graph.params[name], f"{graph.path}.{name}"
     if isinstance(leaf, QTensor) and len(leaf.shape) == 3:
         return skeleton.expert_pieces(path)
@@ -47,47 +58,73 @@ def _pieces(skeleton: Skeleton, graph: ModuleGraph, name: str) -> Sequence[Piece
 def refuse_unwritten(skeleton: Skeleton, before: ModuleGraph, graph: ModuleGraph) -> None:
     """Refuse what a recipe did to a block that no tensor of the files holds, by name."""
     if outputs := [path for path, ops in graph.online_outputs.items() if ops]:
-        raise QlabError(f"{graph.path}.{outputs[0]} still needs an operation on its output at run time, for which no format has a "
-                        "place; fold it into the weights, or leave the method out")
+        raise QlabError(
+            f"{graph.path}.{outputs[0]} still needs an operation on its output at run time, for "
+            "which no format has a place; fold it into the weights, or leave the method out"
+        )
     for name, leaf in graph.params.items():
         if leaf is not before.params[name] and not _pieces(skeleton, graph, name):
-            raise QlabError(f"the recipe changed {graph.path}.{name}, a buffer that the files do not hold; leave it as it is")
+            raise QlabError(
+                f"the recipe changed {graph.path}.{name}, a buffer that the files do not hold; "
+                "leave it as it is"
+            )
 
 
 def online_at(skeleton: Skeleton, graph: ModuleGraph, codec: Codec) -> dict[str, tuple[Op, ...]]:
-    """What still happens to inputs at run time, by the leaves' names in the files; refused where the format has no place for it."""
+    """What still happens to inputs at run time, by the leaves' names in the files; refused where
+    the format has no place for it."""
     online: dict[str, tuple[Op, ...]] = {}
     for site in graph.code.sites:
         if ops := graph.online.get(site.path, ()):
             leaf = graph.params[site.weight or ""]
-            if reason := codec.refusal(leaf.spec, ops) if isinstance(leaf, QTensor) else "its weight is not quantized":
-                raise QlabError(f"{graph.where(site)} still needs an operation at run time: {reason}")
+            if (
+                reason := codec.refusal(leaf.spec, ops)
+                if isinstance(leaf, QTensor)
+                else "its weight is not quantized"
+            ):
+                raise QlabError(
+                    f"{graph.where(site)} still needs an operation at run time: {reason}"
+                )
             online |= {piece.name: ops for piece in _pieces(skeleton, graph, site.weight or "")}
     return online
 
 
-def encode(leaves: Mapping[str, Leaf], codec: Codec, online: Mapping[str, tuple[Op, ...]]) -> dict[str, Tensor]:
-    """The tensors of these leaves: codes packed by the codec, everything else as it is; refuses NaN and Inf in that."""
+def encode(
+    leaves: Mapping[str, Leaf], codec: Codec, online: Mapping[str, tuple[Op, ...]]
+) -> dict[str, Tensor]:
+    """The tensors of these leaves: codes packed by the codec, everything else as it is; refuses NaN
+    and Inf in that."""
     tensors: dict[str, Tensor] = {}
     for name, leaf in leaves.items():
         ops = [online[name]] if name in online else []
         if isinstance(leaf, QTensor) and (fault := off_grid(leaf)):
             raise QlabError(f"{name}: {fault}; round to the grid of its spec")
-        tensors |= codec.encode(name.rpartition(".")[0], leaf, *ops) if isinstance(leaf, QTensor) else {name: _finite(name, leaf)}
+        tensors |= (
+            codec.encode(name.rpartition(".")[0], leaf, *ops)
+            if isinstance(leaf, QTensor)
+            else {name: _finite(name, leaf)}
+        )
     return tensors
 
 
 def _finite(name: str, leaf: Tensor) -> Tensor:
     numbers = leaf.is_floating_point() and leaf.itemsize > 1  # 8 bits are codes
-    if numbers and not leaf.sum().isfinite() and not torch.isfinite(leaf).all():  # the sum is the cheaper question
+    if (
+        numbers and not leaf.sum().isfinite() and not torch.isfinite(leaf).all()
+    ):  # the sum is the cheaper question
         raise QlabError(f"{name} holds NaN or Inf; repair the checkpoint")
     return leaf
 
 
-def certificates(leaves: Mapping[str, Leaf], skeleton: Skeleton, changed: Collection[str] = (),
-                 made_of: Mapping[str, Any] = {}) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """What `verify` can hold a block to: a certificate per quantized module, and the hash of every other tensor that the steps
-    changed. made_of: leaf -> the model's tensor, where that has another name."""
+def certificates(
+    leaves: Mapping[str, Leaf],
+    skeleton: Skeleton,
+    changed: Collection[str] = (),
+    made_of: Mapping[str, Any] = {},
+) -> dict[str, dict[str, Any]]:
+    """What `verify` can hold a block to: a certificate per quantized module, and the hash of every
+    other tensor that the steps changed. made_of: leaf -> the model's tensor, where that has another
+    name."""
     reference = skeleton.checkpoint
     certified: dict[str, Any] = {}
     for name, leaf in leaves.items():
@@ -95,7 +132,15 @@ def certificates(leaves: Mapping[str, Leaf], skeleton: Skeleton, changed: Collec
             continue
         source, module = made_of.get(name) or name, name.rpartition(".")[0]
         original = reference.leaf(source) if source in reference.stored else None
-        W = original.mT if isinstance(original, Tensor) and module in skeleton.transposed else original
+        W = (
+            original.mT
+            if isinstance(original, Tensor) and module in skeleton.transposed
+            else original
+        )
         certified[module] = certify(leaf, W) | ({} if source == name else {"made_of": source})
-    hashes = {name: hash_of(leaf) for name, leaf in leaves.items() if name in changed and isinstance(leaf, Tensor)}
+    hashes = {
+        name: hash_of(leaf)
+        for name, leaf in leaves.items()
+        if name in changed and isinstance(leaf, Tensor)
+    }
     return {"certificates": certified, "changed": hashes}

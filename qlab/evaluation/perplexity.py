@@ -23,12 +23,15 @@ from qlab.process.shown import Shown, interval
 from qlab.process.surroundings import undisturbed
 
 RESAMPLES = 2000
-WINDOWS = -3  # the axis of windows: models of several streams of hidden states have theirs before it
+WINDOWS = (
+    -3
+)  # the axis of windows: models of several streams of hidden states have theirs before it
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A model's final hidden states [..., n, l, d] on all windows, and those after every block on the first one [b, ..., l, d]."""
+    """A model's final hidden states [..., n, l, d] on all windows, and those after every block on
+    the first one [b, ..., l, d]."""
 
     skeleton: Skeleton
     hidden: Tensor
@@ -39,9 +42,10 @@ class Reading:
 class Evaluation(Shown):
     """Means over all predicted tokens, in nats; `_ci` are 95 % bootstrap intervals over windows.
 
-    perplexity = exp(mean NLL). kl = mean KL(reference || model). top1_agreement: the share of tokens on which both
-    models predict the same. ratio_ci: the paired interval of perplexity / reference_perplexity. layer_error: relative
-    error |h - h_ref| / |h_ref| of the hidden states after every block, on the first window.
+    perplexity = exp(mean NLL). kl = mean KL(reference || model). top1_agreement: the share of
+    tokens on which both models predict the same. ratio_ci: the paired interval of perplexity /
+    reference_perplexity. layer_error: relative error |h - h_ref| / |h_ref| of the hidden states
+    after every block, on the first window.
     """
 
     perplexity: float
@@ -66,7 +70,9 @@ class Evaluation(Shown):
             "perplexity / reference": interval(ratio, self.ratio_ci),
             "KL divergence (nats)": interval(self.kl, self.kl_ci),
             "top-1 agreement": interval(self.top1_agreement, self.top1_ci),
-            "over": f"{self.windows} windows of {self.length} tokens, {self.predictions:,} predictions",
+            "over": (
+                f"{self.windows} windows of {self.length} tokens, {self.predictions:,} predictions"
+            ),
         }
 
     def json(self) -> dict[str, Any]:
@@ -76,7 +82,8 @@ class Evaluation(Shown):
 
 @dataclass(frozen=True, repr=False)
 class Perplexity(Shown):
-    """exp(mean NLL) over all predicted tokens of windows, in nats, with its 95 % bootstrap interval over windows."""
+    """exp(mean NLL) over all predicted tokens of windows, in nats, with its 95 % bootstrap interval
+    over windows."""
 
     perplexity: float
     perplexity_ci: tuple[float, float]
@@ -88,7 +95,9 @@ class Perplexity(Shown):
         """The figure with its interval."""
         return {
             "perplexity": interval(self.perplexity, self.perplexity_ci),
-            "over": f"{self.windows} windows of {self.length} tokens, {self.predictions:,} predictions",
+            "over": (
+                f"{self.windows} windows of {self.length} tokens, {self.predictions:,} predictions"
+            ),
         }
 
     def json(self) -> dict[str, Any]:
@@ -98,8 +107,11 @@ class Perplexity(Shown):
 
 @undisturbed
 @torch.no_grad()
-def read(model: Checkpoint, data: Tokens, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Reading:
-    """Run the model on all windows, one block in memory at a time; the head stays loaded for what follows.
+def read(
+    model: Checkpoint, data: Tokens, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Reading:
+    """Run the model on all windows, one block in memory at a time; the head stays loaded for what
+    follows.
 
     Warns where the model's readers round keys and values, which qlab does not.
     """
@@ -116,32 +128,53 @@ def read(model: Checkpoint, data: Tokens, dtype: torch.dtype = torch.float32, de
         graph = skeleton.graph(path, calls[0][path])
         states = list(push(graph, ((call[path], h) for call, h in zip(calls, states))))
         trail.append(states[0][0].select(WINDOWS, 0).cpu())
-    return Reading(skeleton, torch.cat([hidden for hidden, in states], WINDOWS), torch.stack(trail))
+    return Reading(
+        skeleton, torch.cat([hidden for (hidden,) in states], WINDOWS), torch.stack(trail)
+    )
 
 
 @undisturbed
 @torch.no_grad()
-def evaluate(model: Checkpoint | Reading, against: Checkpoint | Reading, data: Tokens, device: str = "cpu") -> Evaluation:
-    """How far `model` is from the reference `against` on windows of tokens (see Evaluation), in fp32, a block at a time on `device`.
+def evaluate(
+    model: Checkpoint | Reading, against: Checkpoint | Reading, data: Tokens, device: str = "cpu"
+) -> Evaluation:
+    """How far `model` is from the reference `against` on windows of tokens (see Evaluation), in
+    fp32, a block at a time on `device`.
 
-    Errors: models whose vocabularies, blocks or hidden sizes differ, windows longer than their positions, readings of other tokens.
+    Errors: models whose vocabularies, blocks or hidden sizes differ, windows longer than their
+    positions, readings of other tokens.
     """
     if data.ids.shape[1] < 2:
-        raise QlabError(f"windows of {data.ids.shape[1]} token predict nothing; give a length of at least 2")
+        raise QlabError(
+            f"windows of {data.ids.shape[1]} token predict nothing; give a length of at least 2"
+        )
     _check_vocabularies(model, against)
     ours = model if isinstance(model, Reading) else read(model, data, device=device)
     theirs = against if isinstance(against, Reading) else read(against, data, device=device)
-    if ours.hidden.shape[WINDOWS:-1] != data.ids.shape or theirs.hidden.shape[WINDOWS:-1] != data.ids.shape:
-        made = " and ".join(str(tuple(reading.hidden.shape[WINDOWS:-1])) for reading in (ours, theirs))
-        raise QlabError(f"the readings were made on windows {made}, "
-                        f"not on these {tuple(data.ids.shape)}; read both on the same tokens")
+    if (
+        ours.hidden.shape[WINDOWS:-1] != data.ids.shape
+        or theirs.hidden.shape[WINDOWS:-1] != data.ids.shape
+    ):
+        made = " and ".join(
+            str(tuple(reading.hidden.shape[WINDOWS:-1])) for reading in (ours, theirs)
+        )
+        raise QlabError(
+            f"the readings were made on windows {made}, "
+            f"not on these {tuple(data.ids.shape)}; read both on the same tokens"
+        )
     if ours.trail.shape != theirs.trail.shape:
         (a, *_, d), (b, *_, e) = ours.trail.shape, theirs.trail.shape
-        raise QlabError(f"{_path(ours)} has {a} blocks of hidden size {d} and the reference {_path(theirs)} has {b} of {e}; compare a "
-                        "model with the one that it was made from")
+        raise QlabError(
+            f"{_path(ours)} has {a} blocks of hidden size {d} and the reference {_path(theirs)} "
+            f"has {b} of {e}; compare a model with the one that it was made from"
+        )
     per_window = [_window(ours, theirs, data.ids, i) for i in range(len(data.ids))]
-    nll, nll_ref, kl, top1 = (torch.stack([w[k] for w in per_window]) for k in ("nll", "nll_ref", "kl", "top1"))
-    error = (ours.trail - theirs.trail).flatten(1).norm(dim=1) / theirs.trail.flatten(1).norm(dim=1).clamp_min(1e-30)
+    nll, nll_ref, kl, top1 = (
+        torch.stack([w[k] for w in per_window]) for k in ("nll", "nll_ref", "kl", "top1")
+    )
+    error = (ours.trail - theirs.trail).flatten(1).norm(dim=1) / theirs.trail.flatten(1).norm(
+        dim=1
+    ).clamp_min(1e-30)
     predictions = data.ids.shape[1] - 1
     return Evaluation(
         perplexity=float(nll.mean().exp()),
@@ -162,7 +195,8 @@ def evaluate(model: Checkpoint | Reading, against: Checkpoint | Reading, data: T
 @undisturbed
 @torch.no_grad()
 def perplexity(model: Checkpoint | Reading, data: Tokens, device: str = "cpu") -> Perplexity:
-    """How well `model` predicts windows of tokens, beside no reference, in fp32, a block at a time on `device`.
+    """How well `model` predicts windows of tokens, beside no reference, in fp32, a block at a time
+    on `device`.
 
     Errors: windows longer than the model's positions, a reading of other tokens.
     """
@@ -178,10 +212,16 @@ def perplexity(model: Checkpoint | Reading, data: Tokens, device: str = "cpu") -
 
 
 def _check_vocabularies(model: Checkpoint | Reading, against: Checkpoint | Reading) -> None:
-    sizes = [(m.skeleton.checkpoint if isinstance(m, Reading) else m).config.get_text_config().vocab_size for m in (model, against)]
+    sizes = [
+        (m.skeleton.checkpoint if isinstance(m, Reading) else m).config.get_text_config().vocab_size
+        for m in (model, against)
+    ]
     if sizes[0] != sizes[1]:
-        raise QlabError(f"{_path(model)} has a vocabulary of {sizes[0]} tokens and the reference {_path(against)} one of {sizes[1]}; "
-                        "compare a model with the one that it was made from")
+        raise QlabError(
+            f"{_path(model)} has a vocabulary of {sizes[0]} tokens and the reference "
+            f"{_path(against)} one of {sizes[1]}; compare a model with the one that it was made "
+            "from"
+        )
 
 
 def _path(model: Checkpoint | Reading) -> Path:
@@ -204,13 +244,18 @@ def _log_probabilities(reading: Reading, tokens: Tensor, i: int) -> Tensor:
     """log softmax of the logits that predict tokens 1 .. l-1: [l - 1, vocabulary]."""
     logits = reading.skeleton.head(tokens, reading.hidden.narrow(WINDOWS, i, 1))[0, :-1]
     if not torch.isfinite(logits).all():
-        raise QlabError(f"{reading.skeleton.checkpoint.path} predicts NaN or Inf in window {i}; its weights are damaged")
+        raise QlabError(
+            f"{reading.skeleton.checkpoint.path} predicts NaN or Inf in window {i}; its weights "
+            "are damaged"
+        )
     return logits.float().log_softmax(-1).cpu()
 
 
 def _interval(values: Tensor, through: Any = lambda t: t) -> tuple[float, float]:
     """95 % percentile bootstrap of the mean over windows, passed through a monotone function."""
-    picks = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator(0, "bootstrap"))
+    picks = torch.randint(
+        len(values), (RESAMPLES, len(values)), generator=generator(0, "bootstrap")
+    )
     means = through(values[picks].mean(1))
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype))
     return float(low), float(high)

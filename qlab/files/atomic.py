@@ -1,4 +1,5 @@
-"""Files that appear whole or not at all, also after a power loss: data is synced before the name that vouches for it."""
+"""Files that appear whole or not at all, also after a power loss: data is synced before the name
+that vouches for it."""
 
 import errno
 import hashlib
@@ -13,7 +14,8 @@ from qlab.errors import Unwritable
 
 
 def atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path) and rename the result to `path`; on failure nothing is left and `path` is as before."""
+    """Call write(temporary path) and rename the result to `path`; on failure nothing is left and
+    `path` is as before."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         write(temporary)
@@ -21,7 +23,9 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
-        raise Unwritable(f"{path} cannot be written ({error.strerror}); free some space or choose another place") from error
+        raise Unwritable(
+            f"{path} cannot be written ({error.strerror}); free some space or choose another place"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -32,7 +36,10 @@ def sync(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync a folder
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+        ):  # file systems that cannot sync a folder
             raise
     finally:
         os.close(handle)

@@ -1,4 +1,5 @@
-"""Hidden states of all samples in a file that vouches for itself: what a resumed run goes on from."""
+"""Hidden states of all samples in a file that vouches for itself: what a resumed run goes on
+from."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,15 +16,26 @@ DIGEST = hashlib.sha256().digest_size
 
 
 class Carry:
-    """Batches of the given shapes in a file, written whole and read one by one; the file ends with a hash of what it holds and is.
+    """Batches of the given shapes in a file, written whole and read one by one; the file ends with
+    a hash of what it holds and is.
 
-    identity: what tells it from the file of another block, stream or job. atomically: how files are written there.
+    identity: what tells it from the file of another block, stream or job. atomically: how files are
+    written there.
     """
 
-    def __init__(self, path: Path, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, identity: str,
-                 atomically: Callable[[Path, Callable[[Path], object]], None]):  # fmt: skip
+    def __init__(
+        self,
+        path: Path,
+        shapes: Sequence[tuple[int, ...]],
+        dtype: torch.dtype,
+        identity: str,
+        atomically: Callable[[Path, Callable[[Path], object]], None],
+    ):
         self.path, self.shapes, self.dtype = path, shapes, dtype
-        self.identity, self.atomically = f"{identity} {[list(shape) for shape in shapes]} {dtype}", atomically
+        self.identity, self.atomically = (
+            f"{identity} {[list(shape) for shape in shapes]} {dtype}",
+            atomically,
+        )
 
     def write(self, batches: Iterable[Tensor]) -> None:
         """Fill the file with batches, in order."""
@@ -45,7 +57,10 @@ class Carry:
             for shape in self.shapes:
                 batch = torch.empty(shape, dtype=self.dtype, device="cpu")
                 if file.readinto(_bytes_of(batch)) < batch.numel() * batch.itemsize:
-                    raise QlabError(f"{self.path} is shorter than the calibration data; remove its directory and start again")
+                    raise QlabError(
+                        f"{self.path} is shorter than the calibration data; remove its directory "
+                        "and start again"
+                    )
                 yield batch
 
     def is_sound(self) -> bool:

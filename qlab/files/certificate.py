@@ -1,8 +1,9 @@
 """What is promised of a quantized weight when it is made, and what can be checked of it in a file.
 
-A certificate holds `sha256`, the hash of the numbers that the codes mean, whatever the format that stores them, and against the
-weight of the model that was quantized `weight_error`, |W - W'| / |W|, and `largest_step`, max |W - W'| in units of the scales. Where
-a method rescaled an input, both are large and still the ones to be found again; how well the weight was rounded is in the site's row.
+A certificate holds `sha256`, the hash of the numbers that the codes mean, whatever the format that
+stores them, and against the weight of the model that was quantized `weight_error`, |W - W'| / |W|,
+and `largest_step`, max |W - W'| in units of the scales. Where a method rescaled an input, both are
+large and still the ones to be found again; how well the weight was rounded is in the site's row.
 """
 
 import hashlib
@@ -17,13 +18,17 @@ from qlab.algebra.spec import Int
 
 
 def certify(leaf: QTensor, reference: Leaf | None) -> dict[str, Any]:
-    """The certificate of a quantized weight [o, k]; without the weight it was made from, the hash alone."""
+    """The certificate of a quantized weight [o, k]; without the weight it was made from, the hash
+    alone."""
     return {"sha256": fingerprint(leaf)} | ({} if reference is None else distances(leaf, reference))
 
 
 def distances(leaf: QTensor, reference: Leaf) -> dict[str, float]:
-    """How far the weight is from the reference's, as a certificate says it; no steps where channels of a group lie apart."""
-    W_ok = dense(reference, torch.float32).to(leaf.codes.device)  # the reference comes from the files
+    """How far the weight is from the reference's, as a certificate says it; no steps where channels
+    of a group lie apart."""
+    W_ok = dense(reference, torch.float32).to(
+        leaf.codes.device
+    )  # the reference comes from the files
     D_ok = dense(leaf, torch.float32).sub_(W_ok)
     found = {"weight_error": float(D_ok.norm() / W_ok.norm().clamp_min(1e-30))}
     return found | ({"largest_step": largest_step(leaf, D_ok)} if leaf.perm is None else {})
@@ -32,8 +37,8 @@ def distances(leaf: QTensor, reference: Leaf) -> dict[str, float]:
 def fingerprint(leaf: QTensor) -> str:
     """sha256 over shape, codes, scales, zeros, outer scale and order of channels.
 
-    Scales and zeros enter as float64, missing zeros as 0 and missing outer scales as 1, so that a format's choice of dtype
-    does not show and a changed number does.
+    Scales and zeros enter as float64, missing zeros as 0 and missing outer scales as 1, so that a
+    format's choice of dtype does not show and a changed number does.
     """
     zeros = torch.zeros_like(leaf.scales, dtype=torch.float64) if leaf.zeros is None else leaf.zeros
     outer = torch.ones(1, dtype=torch.float64) if leaf.outer is None else leaf.outer
@@ -61,18 +66,28 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def off_grid(leaf: QTensor) -> str | None:
-    """Why the leaf is not on the grid that its spec names, or None. Shapes are the leaf's own invariants."""
+    """Why the leaf is not on the grid that its spec names, or None. Shapes are the leaf's own
+    invariants."""
     if not torch.isfinite(leaf.scales.float()).all():
         return "a scale is NaN or Inf"
     if leaf.outer is not None and not (torch.isfinite(leaf.outer) & (leaf.outer != 0)).all():
         return "its global scale is 0, NaN or Inf"
     if isinstance(leaf.spec, Int):
-        named = {"codes": leaf.codes, "zeros": leaf.zeros if leaf.spec.zero_dtype == torch.int8 else None}
+        named = {
+            "codes": leaf.codes,
+            "zeros": leaf.zeros if leaf.spec.zero_dtype == torch.int8 else None,
+        }
         for name, tensor in named.items():
             low, high = (0, 0) if tensor is None else (int(x) for x in tensor.aminmax())
             if low < leaf.spec.qmin or high > leaf.spec.qmax:
-                return f"{name} span [{low}, {high}] and {leaf.spec} has [{leaf.spec.qmin}, {leaf.spec.qmax}]"
-    elif not torch.isfinite(leaf.codes.float()).all() or float(leaf.codes.float().abs().max()) > leaf.spec.max:
+                return (
+                    f"{name} span [{low}, {high}] and {leaf.spec} has [{leaf.spec.qmin}, "
+                    f"{leaf.spec.qmax}]"
+                )
+    elif (
+        not torch.isfinite(leaf.codes.float()).all()
+        or float(leaf.codes.float().abs().max()) > leaf.spec.max
+    ):
         return f"a code is NaN or above {leaf.spec.max}"
     if leaf.zeros is not None and not torch.isfinite(leaf.zeros.float()).all():
         return "a zero point is NaN or Inf"

@@ -1,4 +1,5 @@
-"""A model directory as lazily loaded tensors: the one door to a model's files and to its configuration."""
+"""A model directory as lazily loaded tensors: the one door to a model's files and to its
+configuration."""
 
 import hashlib
 import os
@@ -33,9 +34,10 @@ GGUF = ".gguf"
 
 @dataclass(frozen=True, repr=False)
 class Checkpoint(Shown):
-    """raw: config.json, with what it says of codes at its top. stored: tensor name -> where it lies. quantized: module path -> its
-    spec on disk (None: a dense weight in a layout of the codec's). inputs: module path -> how its input is rounded at run time.
-    extras: what else its readers do.
+    """raw: config.json, with what it says of codes at its top. stored: tensor name -> where it
+    lies. quantized: module path -> its spec on disk (None: a dense weight in a layout of the
+    codec's). inputs: module path -> how its input is rounded at run time. extras: what else its
+    readers do.
 
     Only `config` asks transformers, so that everything else also works for models it does not know.
     """
@@ -56,27 +58,38 @@ class Checkpoint(Shown):
             "directory": str(self.path),
             "model": str(self.raw.get("model_type")),
             "tensors": f"{len(self.stored)}, {size(stored)}",
-            "quantized": f"{len(self.quantized)} weights ({', '.join(specs)})" if specs else "no weight",
+            "quantized": f"{len(self.quantized)} weights ({', '.join(specs)})"
+            if specs
+            else "no weight",
         }
 
     @cached_property
     def config(self) -> "PretrainedConfig":
-        """The configuration as transformers reads it, without its quantization: the skeleton is built unquantized and
-        leaves carry the codes."""
+        """The configuration as transformers reads it, without its quantization: the skeleton is
+        built unquantized and leaves carry the codes."""
         from transformers import AutoConfig
 
         text = self.raw.get("text_config")
         layers = {**self.raw, **(text if isinstance(text, dict) else {})}.get("num_hidden_layers")
-        if isinstance(layers, int) and self.stored and layers > len(self.stored):  # which would be built, whatever that takes
-            raise QlabError(f"{self.path / CONFIG} has num_hidden_layers {layers}, and the files hold {len(self.stored)} tensors; the "
-                            "one or the other is of another model")
+        if (
+            isinstance(layers, int) and self.stored and layers > len(self.stored)
+        ):  # which would be built, whatever that takes
+            raise QlabError(
+                f"{self.path / CONFIG} has num_hidden_layers {layers}, and the files hold "
+                f"{len(self.stored)} tensors; the one or the other is of another model"
+            )
         try:
-            config = AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(
+                self.path, local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # whatever a config's own checks raise
             first, *more = (str(error).strip() or type(error).__name__).splitlines()
             reason = f"{first} {more[0].strip()}" if first.endswith(":") and more else first
-            raise QlabError(f"{self.path / CONFIG}: transformers cannot read model_type {self.raw.get('model_type')!r} ({reason}); "
-                            "check the file, or whether this version of transformers knows the model") from error
+            raise QlabError(
+                f"{self.path / CONFIG}: transformers cannot read model_type "
+                f"{self.raw.get('model_type')!r} ({reason}); check the file, or whether this "
+                "version of transformers knows the model"
+            ) from error
         _refuse_foreign_part(config, self.path / CONFIG)
         _forget_codes(config)
         return config
@@ -106,13 +119,22 @@ class Checkpoint(Shown):
 
     @cached_property
     def running_dtype(self) -> torch.dtype:
-        """The dtype in which the model is run where nobody asks for another: its own, or float32 where that does not hold a number of
-        its files, as float16 does not hold all of bfloat16's."""
+        """The dtype in which the model is run where nobody asks for another: its own, or float32
+        where that does not hold a number of its files, as float16 does not hold all of
+        bfloat16's."""
         most = torch.finfo(self.dtype).max
         plain = [name for name in self.stored if name.rpartition(".")[0] not in self.quantized]
         dtypes = {name: self.shape_and_dtype(name)[1] for name in plain}
-        wider = [name for name, dtype in dtypes.items() if dtype.is_floating_point and torch.finfo(dtype).max > 2 * most]
-        return torch.float32 if any((self.tensor(name).abs() > most).any() for name in wider) else self.dtype
+        wider = [
+            name
+            for name, dtype in dtypes.items()
+            if dtype.is_floating_point and torch.finfo(dtype).max > 2 * most
+        ]
+        return (
+            torch.float32
+            if any((self.tensor(name).abs() > most).any() for name in wider)
+            else self.dtype
+        )
 
     def shape_and_dtype(self, name: str) -> tuple[torch.Size, torch.dtype]:
         """As the file's header says; no tensor is loaded."""
@@ -124,7 +146,8 @@ class Checkpoint(Shown):
         return read(name, self.stored[name])
 
     def equal(self, a: str, b: str) -> bool:
-        """Whether two tensors of the files are one, bit for bit; the codes of a quantized module are no tensor of this kind."""
+        """Whether two tensors of the files are one, bit for bit; the codes of a quantized module
+        are no tensor of this kind."""
         stored = [self.stored.get(name) for name in (a, b)]
         return stored[0] is not None and stored[1] is not None and same_bytes(stored[0], stored[1])
 
@@ -146,10 +169,15 @@ class Checkpoint(Shown):
         return dict(modules)
 
     def leaf(self, name: str, dtype: torch.dtype | None = None) -> Leaf:
-        """The leaf called `name` in the model: decoded where its module is quantized, else in `dtype`."""
+        """The leaf called `name` in the model: decoded where its module is quantized, else in
+        `dtype`."""
         module, _, kind = name.rpartition(".")
         if kind == "weight" and module in self.quantized and self.codec:
-            return self.codec.decode(module, {key: self.tensor(key) for key in self.parts(module)}, self.quantized[module])
+            return self.codec.decode(
+                module,
+                {key: self.tensor(key) for key in self.parts(module)},
+                self.quantized[module],
+            )
         self._refuse_missing(name)
         tensor = self.tensor(name)
         if dtype is None or not tensor.is_floating_point():
@@ -159,8 +187,10 @@ class Checkpoint(Shown):
 
     def _refuse_missing(self, name: str) -> None:
         if name not in self.stored:
-            raise QlabError(f"{self.path} has no tensor {name}, which the architecture {self.raw.get('model_type')} needs; "
-                            "the download may be incomplete")
+            raise QlabError(
+                f"{self.path} has no tensor {name}, which the architecture "
+                f"{self.raw.get('model_type')} needs; the download may be incomplete"
+            )
 
     def rounding(self, module: str) -> tuple[Op, ...]:
         """How the module's input is rounded at run time, if it is."""
@@ -170,22 +200,32 @@ class Checkpoint(Shown):
         return (self.codec.decode_input(module, parts, self.inputs[module]),)
 
     def rotations(self, module: str, location: str, n: int) -> tuple[Op, ...]:
-        """What the "input" [..., n] of a linear module is multiplied with before it is rounded, or its "output"."""
-        return tuple(op for extra in self.extras for op in extra.ops(module, location, n, self._needed))
+        """What the "input" [..., n] of a linear module is multiplied with before it is rounded, or
+        its "output"."""
+        return tuple(
+            op for extra in self.extras for op in extra.ops(module, location, n, self._needed)
+        )
 
     def _needed(self, name: str) -> Tensor:
         if name not in self.stored:
-            raise QlabError(f"{self.path} has no tensor {name}, which its quantization_config needs; the download may be incomplete")
+            raise QlabError(
+                f"{self.path} has no tensor {name}, which its quantization_config needs; the "
+                "download may be incomplete"
+            )
         return self.tensor(name)
 
     def warn_unapplied(self) -> None:
         """Warn of what the directory's readers do at run time and qlab does not."""
         for extra in self.extras:
             if not extra.applied:
-                warn(f"{self.path}: {extra.says}, which qlab does not do: it computes with keys and values as they are")
+                warn(
+                    f"{self.path}: {extra.says}, which qlab does not do: it computes with keys "
+                    "and values as they are"
+                )
 
     def fingerprint(self) -> str:
-        """sha256 over the config and all files: a job that goes on with other weights would mix two models."""
+        """sha256 over the config and all files: a job that goes on with other weights would mix two
+        models."""
         digest = hashlib.sha256((self.path / CONFIG).read_bytes())
         for file in sorted(set(self.files.values())):
             with file.open("rb") as f:
@@ -194,11 +234,14 @@ class Checkpoint(Shown):
 
 
 def _refuse_foreign_part(config: "PretrainedConfig", where: Path) -> None:
-    """Refuse a part of a configuration that the architecture has not: transformers would take it for the model's own."""
+    """Refuse a part of a configuration that the architecture has not: transformers would take it
+    for the model's own."""
     for name in ("text_config", "decoder"):
         if isinstance(vars(config).get(name), dict):
-            raise QlabError(f"{where} has {name}, which the architecture {config.model_type} has not; move what it says to the top, or "
-                            "remove it")
+            raise QlabError(
+                f"{where} has {name}, which the architecture {config.model_type} has not; move "
+                "what it says to the top, or remove it"
+            )
 
 
 def _forget_codes(config: "PretrainedConfig") -> None:
@@ -210,18 +253,24 @@ def _forget_codes(config: "PretrainedConfig") -> None:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """A Hugging Face model directory, quantized by a format that qlab reads or not. Nothing is loaded but headers.
+    """A Hugging Face model directory, quantized by a format that qlab reads or not. Nothing is
+    loaded but headers.
 
-    Errors: a missing or empty directory, no safetensors in it, a truncated or foreign shard, an unknown quantization.
+    Errors: a missing or empty directory, no safetensors in it, a truncated or foreign shard, an
+    unknown quantization.
     """
     folder = Path(path).expanduser()
     if folder.suffix == GGUF and folder.is_file():
-        raise QlabError(f"{folder} is a GGUF file, which is converted first: "
-                        f"`qlab convert {folder} --codec compressed-tensors --out DIR`")
+        raise QlabError(
+            f"{folder} is a GGUF file, which is converted first: "
+            f"`qlab convert {folder} --codec compressed-tensors --out DIR`"
+        )
     if not folder.is_dir():
         raise QlabError(f"{folder} is not a model directory; give the path of one, or 'demo'")
     if not (folder / CONFIG).is_file():
-        raise QlabError(f"{folder} has no config.json; a model directory holds one beside its safetensors files")
+        raise QlabError(
+            f"{folder} has no config.json; a model directory holds one beside its safetensors files"
+        )
     raw, stored = explained(read_json(folder / CONFIG), folder), locate(folder)
     model = _read_codes(Checkpoint(folder, raw, stored, None, {}))
     refuse_unexplained(folder, stored, model.quantized, model.beside)
@@ -234,11 +283,16 @@ def _read_codes(model: Checkpoint) -> Checkpoint:
     if not quantization:
         return model
     if not isinstance(quantization, dict):
-        raise QlabError(f"{model.path / CONFIG} has a quantization_config that is no object but {quantization!r:.40}; download it "
-                        "again")
+        raise QlabError(
+            f"{model.path / CONFIG} has a quantization_config that is no object but "
+            f"{quantization!r:.40}; download it again"
+        )
     try:
         codec = reader(quantization)
-        specs, inputs = codec.specs(quantization, model.stored), codec.inputs(quantization, model.stored)
+        specs, inputs = (
+            codec.specs(quantization, model.stored),
+            codec.inputs(quantization, model.stored),
+        )
         extras = codec.extras(quantization, model.stored)
     except QlabError as error:
         raise QlabError(f"{model.path}: {error}") from error

@@ -1,7 +1,9 @@
-"""A model directory on disk: its JSON files and where each of its tensors lies, from headers alone and without torch.
+"""A model directory on disk: its JSON files and where each of its tensors lies, from headers alone
+and without torch.
 
-A safetensors file is 8 bytes n (little-endian), n bytes of JSON {name: {dtype, shape, data_offsets}}, and the data without
-gaps. Every file is opened once, and nothing in it is believed before it is checked. Pickles are never read.
+A safetensors file is 8 bytes n (little-endian), n bytes of JSON {name: {dtype, shape,
+data_offsets}}, and the data without gaps. Every file is opened once, and nothing in it is believed
+before it is checked. Pickles are never read.
 """
 
 import json
@@ -22,15 +24,35 @@ MOST_AXES = 64  # of a tensor, as in torch
 METADATA = "__metadata__"
 # bits of one element, by the format's names
 WIDTHS: Mapping[str, int] = {
-    "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
-    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I8": 8, "U8": 8, "BOOL": 8,
-    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
-}  # fmt: skip
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+    "C64": 64,
+    "F32": 32,
+    "I32": 32,
+    "U32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I16": 16,
+    "U16": 16,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I8": 8,
+    "U8": 8,
+    "BOOL": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
+}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a file: its dtype by the format's name, and the bytes [start, stop) of the file that hold it."""
+    """A tensor of a file: its dtype by the format's name, and the bytes [start, stop) of the file
+    that hold it."""
 
     file: Path
     dtype: str
@@ -43,30 +65,43 @@ class Stored:
         return self.stop - self.start
 
     def rows(self, expert: int, start: int, stop: int) -> "Stored":
-        """The rows [start, stop) of one expert of a tensor [e, o, k], as a tensor [stop - start, k] in the same bytes."""
+        """The rows [start, stop) of one expert of a tensor [e, o, k], as a tensor [stop - start, k]
+        in the same bytes."""
         experts, rows, k = self.shape
         row = self.nbytes // (experts * rows)
         first = self.start + row * (expert * rows + start)
-        return replace(self, shape=(stop - start, k), start=first, stop=first + row * (stop - start))
+        return replace(
+            self, shape=(stop - start, k), start=first, stop=first + row * (stop - start)
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; refuses files of more than 100 MB and whatever is no object."""
     try:
         if path.stat().st_size > LARGEST_JSON:
-            raise QlabError(f"{path} has {path.stat().st_size} bytes, which no configuration needs; download it again")
+            raise QlabError(
+                f"{path} has {path.stat().st_size} bytes, which no configuration needs; download "
+                "it again"
+            )
         value = json.loads(path.read_bytes())
     except OSError as error:
-        raise QlabError(f"{path} cannot be read ({error.strerror}); check the path and its permissions") from error
+        raise QlabError(
+            f"{path} cannot be read ({error.strerror}); check the path and its permissions"
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise QlabError(f"{path} is not valid JSON ({_first_line(error)}); repair or download it again") from error
+        raise QlabError(
+            f"{path} is not valid JSON ({_first_line(error)}); repair or download it again"
+        ) from error
     if not isinstance(value, dict):
-        raise QlabError(f"{path} holds no JSON object but {type(value).__name__}; repair or download it again")
+        raise QlabError(
+            f"{path} holds no JSON object but {type(value).__name__}; repair or download it again"
+        )
     return value
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """Every tensor of a safetensors file; refuses a file whose header and size do not describe each other exactly."""
+    """Every tensor of a safetensors file; refuses a file whose header and size do not describe each
+    other exactly."""
     try:
         size = file.stat().st_size
         with file.open("rb") as f:
@@ -76,9 +111,14 @@ def read_header(file: Path) -> dict[str, Stored]:
             found = json.loads(f.read(length), object_pairs_hook=_without_duplicates)
         return _checked(file, found, 8 + length, size)
     except OSError as error:
-        raise QlabError(f"{file} cannot be read ({error.strerror}); check the path and its permissions") from error
+        raise QlabError(
+            f"{file} cannot be read ({error.strerror}); check the path and its permissions"
+        ) from error
     except (ValueError, RecursionError, struct.error) as error:
-        raise QlabError(f"{file} is truncated or not a safetensors file ({_first_line(error)}); download it again") from error
+        raise QlabError(
+            f"{file} is truncated or not a safetensors file ({_first_line(error)}); download it "
+            "again"
+        ) from error
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -96,7 +136,9 @@ def _checked(file: Path, header: Any, begin: int, size: int) -> dict[str, Stored
     end = begin
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if tensor.start != end:
-            raise ValueError(f"{name!r} begins at byte {tensor.start} and what is before it ends at {end}")
+            raise ValueError(
+                f"{name!r} begins at byte {tensor.start} and what is before it ends at {end}"
+            )
         end = tensor.stop
     if end != size:
         raise ValueError(f"its tensors end at byte {end} of {size}")
@@ -123,9 +165,9 @@ def _counts(value: Any) -> bool:
 def locate(folder: Path) -> dict[str, Stored]:
     """Every tensor of a directory, by name.
 
-    The files are what transformers would load: the single file, else those of the index; without either, all there are. What a file
-    holds is read wherever the index says that it lies, or if it says nothing. A tensor in two files is taken from where the index says,
-    and refused otherwise.
+    The files are what transformers would load: the single file, else those of the index; without
+    either, all there are. What a file holds is read wherever the index says that it lies, or if it
+    says nothing. A tensor in two files is taken from where the index says, and refused otherwise.
     """
     listed = {} if (folder / SINGLE).is_file() else _listed(folder)
     held: dict[str, list[Stored]] = {}
@@ -137,15 +179,22 @@ def locate(folder: Path) -> dict[str, Stored]:
 
 def _chosen(name: str, tensors: list[Stored], listed: str | None) -> Stored:
     """The one of several tensors of a name that the model has."""
-    there = tensors if len(tensors) == 1 else [tensor for tensor in tensors if tensor.file.name == listed]
+    there = (
+        tensors
+        if len(tensors) == 1
+        else [tensor for tensor in tensors if tensor.file.name == listed]
+    )
     if not there:
-        raise QlabError(f"{name} is in {tensors[0].file} and in {tensors[1].file}; remove the file that does not belong")
+        raise QlabError(
+            f"{name} is in {tensors[0].file} and in {tensors[1].file}; remove the file that does "
+            "not belong"
+        )
     return there[0]
 
 
 def unheld(folder: Path, stored: Mapping[str, Stored]) -> dict[str, str]:
-    """What the index lists and no file holds: tensor -> the file that should. Often nobody needs it: a head that is the embedding's, a
-    buffer that is computed."""
+    """What the index lists and no file holds: tensor -> the file that should. Often nobody needs
+    it: a head that is the embedding's, a buffer that is computed."""
     listed = {} if (folder / SINGLE).is_file() else _listed(folder)
     return {name: file for name, file in listed.items() if name not in stored}
 
@@ -158,21 +207,34 @@ def _listed(folder: Path) -> dict[str, str]:
     if not isinstance(listed, dict) or not listed:
         raise QlabError(f"{folder / INDEX} has no weight_map; download it again")
     for file in listed.values():
-        plain = isinstance(file, str) and not set(file) & set("/\\\0") and len(file.encode(errors="replace")) <= LONGEST_NAME
+        plain = (
+            isinstance(file, str)
+            and not set(file) & set("/\\\0")
+            and len(file.encode(errors="replace")) <= LONGEST_NAME
+        )
         if not plain or file in ("", ".", ".."):
-            raise QlabError(f"{folder / INDEX} lists the file {file!r:.100}, which is no plain name of a file beside it; "
-                            "download it again")
+            raise QlabError(
+                f"{folder / INDEX} lists the file {file!r:.100}, which is no plain name of a file "
+                "beside it; download it again"
+            )
     return listed
 
 
 def _shards(folder: Path, listed: Mapping[str, str]) -> list[Path]:
-    found = sorted({folder / name for name in listed.values()} if listed else folder.glob("*.safetensors"))
+    found = sorted(
+        {folder / name for name in listed.values()} if listed else folder.glob("*.safetensors")
+    )
     if not found:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
         instead = f" but {pickles[0]}, a pickle, which qlab never loads" if pickles else ""
-        raise QlabError(f"{folder} holds no safetensors files{instead}; convert the model to safetensors first")
+        raise QlabError(
+            f"{folder} holds no safetensors files{instead}; convert the model to safetensors first"
+        )
     if missing := [shard.name for shard in found if not shard.is_file()]:
-        raise QlabError(f"{folder / INDEX} lists {', '.join(missing)}, which is missing; download the model again")
+        raise QlabError(
+            f"{folder / INDEX} lists {', '.join(missing)}, which is missing; download the model "
+            "again"
+        )
     return found
 
 

@@ -1,4 +1,5 @@
-"""One owner for a folder: a lock on a file in it, which the system releases when its holder ends, however that comes."""
+"""One owner for a folder: a lock on a file in it, which the system releases when its holder ends,
+however that comes."""
 
 import fcntl
 import os
@@ -11,7 +12,8 @@ ATTEMPTS = 100  # at a folder that others rename or remove while it is locked
 
 
 class Lock:
-    """The right to write into a folder, taken from threads and processes alike. The lock goes where the folder is renamed to."""
+    """The right to write into a folder, taken from threads and processes alike. The lock goes where
+    the folder is renamed to."""
 
     def __init__(self, folder: Path):
         self.path = folder / LOCK
@@ -22,14 +24,18 @@ class Lock:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            except FileNotFoundError:  # its former holder removes or renames the folder at this moment
+            except (
+                FileNotFoundError
+            ):  # its former holder removes or renames the folder at this moment
                 continue
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 os.close(handle)
-                raise QlabError(f"another run is writing to {self.path.parent.parent}; wait until it ends, or choose another output "
-                                "directory") from error
+                raise QlabError(
+                    f"another run is writing to {self.path.parent.parent}; wait until it ends, or "
+                    "choose another output directory"
+                ) from error
             except OSError:
                 os.close(handle)
                 raise

@@ -1,7 +1,8 @@
 """What qlab wrote and nobody changed since: the only thing that qlab replaces.
 
-A finished directory names every file in it with its sha256 in qlab.json, under `written`; there qlab.json itself stands with the
-hash of what else it says. A report (`--json`) carries the hash of what it says under `qlab_sha256`.
+A finished directory names every file in it with its sha256 in qlab.json, under `written`; there
+qlab.json itself stands with the hash of what else it says. A report (`--json`) carries the hash of
+what it says under `qlab_sha256`.
 """
 
 import hashlib
@@ -22,13 +23,15 @@ SEAL = "qlab_sha256"  # in a report: sha256 of the rest
 
 # ------------------------------------------------------------------ directories
 def with_files(record: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
-    """A qlab.json that names the files beside it and vouches for itself. digests: name -> sha256."""
+    """A qlab.json that names the files beside it and vouches for itself. digests: name ->
+    sha256."""
     said = {key: value for key, value in record.items() if key != WRITTEN}
     return {**said, WRITTEN: {**digests, RECORD: _hash_of(said)}}
 
 
 def written_files(folder: Path) -> dict[str, str] | None:
-    """What the qlab.json of a folder says that qlab wrote: name -> sha256; None where there is no such record."""
+    """What the qlab.json of a folder says that qlab wrote: name -> sha256; None where there is no
+    such record."""
     try:
         files = read_json(folder / RECORD).get(WRITTEN)
     except QlabError:
@@ -37,7 +40,8 @@ def written_files(folder: Path) -> dict[str, str] | None:
 
 
 def damaged(folder: Path) -> dict[str, str]:
-    """The files that the record of a folder names and that are missing or others now: name -> what is wrong with it."""
+    """The files that the record of a folder names and that are missing or others now: name -> what
+    is wrong with it."""
     found = {}
     for name, digest in sorted((written_files(folder) or {}).items()):
         if not (folder / name).is_file():
@@ -48,8 +52,8 @@ def damaged(folder: Path) -> dict[str, str]:
 
 
 def foreign(folder: Path, contents: bool = True) -> str | None:
-    """Why a folder is not qlab's to replace, in words; None where qlab wrote all that is in it. contents: whether files are read,
-    too; without that, names decide."""
+    """Why a folder is not qlab's to replace, in words; None where qlab wrote all that is in it.
+    contents: whether files are read, too; without that, names decide."""
     if not folder.is_dir():
         return f"{folder} is no folder"
     here = sorted(os.listdir(folder))
@@ -57,7 +61,10 @@ def foreign(folder: Path, contents: bool = True) -> str | None:
     if not here:
         return None
     if files is None and RECORD in here:
-        return f"{folder} has a {RECORD} without a record of its files, which older versions and other hands leave out"
+        return (
+            f"{folder} has a {RECORD} without a record of its files, which older versions and "
+            "other hands leave out"
+        )
     if files is None:
         return f"{folder} holds {here[0]}{_more(here)}, which qlab did not write"
     names, folders = _listing(folder)
@@ -119,7 +126,8 @@ def is_sealed(value: Any) -> bool:
 
 
 def read_sealed(path: Path) -> Any:
-    """The value in a JSON file that qlab wrote and nobody changed; None where there is no such file."""
+    """The value in a JSON file that qlab wrote and nobody changed; None where there is no such
+    file."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):

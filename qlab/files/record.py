@@ -31,42 +31,81 @@ def versions() -> dict[str, str]:
 def bits_per_weight(rows: Mapping[str, Mapping[str, Any]]) -> float:
     """Mean over the weights of all sites, unquantized ones at their stored width."""
     sizes = {name: torch.Size(row["shape"]).numel() for name, row in rows.items()}
-    return sum(row["bits_per_weight"] * sizes[name] for name, row in rows.items()) / max(sum(sizes.values()), 1)
+    return sum(row["bits_per_weight"] * sizes[name] for name, row in rows.items()) / max(
+        sum(sizes.values()), 1
+    )
 
 
 def recorded(directory: Path) -> dict[str, Any]:
-    """The qlab.json of a directory that qlab wrote; {} for directories of others. Refuses one that somebody changed by hand."""
+    """The qlab.json of a directory that qlab wrote; {} for directories of others. Refuses one that
+    somebody changed by hand."""
     record = read_json(directory / RECORD) if (directory / RECORD).is_file() else {}
     for section, kinds in ROWS.items():
         rows = record.get(section, {})
         for name, row in rows.items() if isinstance(rows, dict) else [(section, None)]:
-            if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in kinds.items()):
+            if not isinstance(row, dict) or not all(
+                isinstance(row.get(key), kind) for key, kind in kinds.items()
+            ):
                 where = f"{directory / RECORD}, {section}, {name!r}"
-                raise QlabError(f"{where} is not what qlab writes there; remove the file, or quantize again")
-    for key, kind in {"job": dict, "changed": dict, "bits_per_weight": float, "quantization_config": str}.items():
+                raise QlabError(
+                    f"{where} is not what qlab writes there; remove the file, or quantize again"
+                )
+    for key, kind in {
+        "job": dict,
+        "changed": dict,
+        "bits_per_weight": float,
+        "quantization_config": str,
+    }.items():
         if key in record and not isinstance(record[key], kind):
-            raise QlabError(f"{directory / RECORD}, {key} is not what qlab writes there; remove the file, or quantize again")
+            raise QlabError(
+                f"{directory / RECORD}, {key} is not what qlab writes there; remove the file, or "
+                "quantize again"
+            )
     return record
 
 
 _MAYBE_FLOAT = (float, int, NoneType)
 # section of qlab.json -> what its rows hold; None also stands for a key that a row does not have
 ROWS: Mapping[str, Mapping[str, Any]] = {
-    "sites": {"spec": (str, NoneType), "shape": (list, NoneType), "bits_per_weight": _MAYBE_FLOAT, "weight_error": _MAYBE_FLOAT,
-              "loss": _MAYBE_FLOAT, "tokens": (int, NoneType)},
-    "certificates": {"sha256": str, "weight_error": _MAYBE_FLOAT, "largest_step": _MAYBE_FLOAT, "made_of": (str, NoneType)},
-}  # fmt: skip
+    "sites": {
+        "spec": (str, NoneType),
+        "shape": (list, NoneType),
+        "bits_per_weight": _MAYBE_FLOAT,
+        "weight_error": _MAYBE_FLOAT,
+        "loss": _MAYBE_FLOAT,
+        "tokens": (int, NoneType),
+    },
+    "certificates": {
+        "sha256": str,
+        "weight_error": _MAYBE_FLOAT,
+        "largest_step": _MAYBE_FLOAT,
+        "made_of": (str, NoneType),
+    },
+}
 
 
-def written(config: Mapping[str, Any], job: Mapping[str, Any], notes: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The config.json and the qlab.json of a finished directory; the latter certifies what the former tells readers of the codes."""
+def written(
+    config: Mapping[str, Any], job: Mapping[str, Any], notes: Mapping[str, Any]
+) -> dict[str, Mapping[str, Any]]:
+    """The config.json and the qlab.json of a finished directory; the latter certifies what the
+    former tells readers of the codes."""
     told = hash_of_json(config.get("quantization_config"))
-    return {"config.json": config, RECORD: {**notes, "job": job, "bits_per_weight": bits_per_weight(notes["sites"]),
-                                            "quantization_config": told}}  # fmt: skip
+    return {
+        "config.json": config,
+        RECORD: {
+            **notes,
+            "job": job,
+            "bits_per_weight": bits_per_weight(notes["sites"]),
+            "quantization_config": told,
+        },
+    }
 
 
 def read_report(directory: Path) -> dict[str, Any]:
     """The qlab.json of a directory that qlab wrote; refuses directories without one."""
     if not (record := recorded(directory)):
-        raise QlabError(f"{directory} has no {RECORD}, which `qlab quantize` writes; give a directory that qlab wrote")
+        raise QlabError(
+            f"{directory} has no {RECORD}, which `qlab quantize` writes; give a directory that "
+            "qlab wrote"
+        )
     return record

@@ -1,4 +1,5 @@
-"""A model directory rewritten file by file, one tensor in memory at a time, without a model definition."""
+"""A model directory rewritten file by file, one tensor in memory at a time, without a model
+definition."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,12 +11,15 @@ from qlab.files.writer import Writer
 from qlab.process.progress import progress
 
 Notes = dict[str, dict[str, Any]]  # section of the report -> rows
-Rewrite = Callable[[str, Notes], Mapping[str, Tensor]]  # a leaf's name -> its new tensors; what is to be reported goes into the notes
+Rewrite = Callable[
+    [str, Notes], Mapping[str, Tensor]
+]  # a leaf's name -> its new tensors; what is to be reported goes into the notes
 
 
 def leaves_by_file(model: Checkpoint) -> list[list[str]]:
-    """The leaves of each file: the name of every plain tensor, and `module.weight` for a quantized module, whose tensors
-    count where the first of them lies. A quantized module's bias is a plain tensor, and so are those of the model's extras."""
+    """The leaves of each file: the name of every plain tensor, and `module.weight` for a quantized
+    module, whose tensors count where the first of them lies. A quantized module's bias is a plain
+    tensor, and so are those of the model's extras."""
     files: dict[Any, list[str]] = {}
     seen: set[str] = set()
     for name, stored in model.stored.items():

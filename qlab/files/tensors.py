@@ -1,6 +1,7 @@
 """Tensors in safetensors files: one read by its place, and a file written tensor by tensor.
 
-Both touch the bytes of one tensor at a time and map nothing into memory, so that models larger than memory pass through.
+Both touch the bytes of one tensor at a time and map nothing into memory, so that models larger than
+memory pass through.
 """
 
 import json
@@ -18,19 +19,37 @@ from qlab.errors import QlabError
 from qlab.files.directory import METADATA, Stored
 
 DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
-    "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-    "C64": torch.complex64, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BLOCK = 1 << 20
 
 
 def dtype_of(name: str, stored: Stored) -> torch.dtype:
-    """The torch dtype of a stored tensor; refuses by name the formats' dtypes that torch has no tensors of."""
+    """The torch dtype of a stored tensor; refuses by name the formats' dtypes that torch has no
+    tensors of."""
     if stored.dtype not in DTYPES:
-        raise QlabError(f"{stored.file}: {name} is stored as {stored.dtype}, which qlab does not read")
+        raise QlabError(
+            f"{stored.file}: {name} is stored as {stored.dtype}, which qlab does not read"
+        )
     return DTYPES[stored.dtype]
 
 
@@ -43,14 +62,17 @@ def read(name: str, stored: Stored) -> Tensor:
             file.seek(stored.start)
             got = file.readinto(data.numpy().data) if stored.nbytes else 0
     except OSError as error:
-        raise QlabError(f"{stored.file} cannot be read ({error.strerror}); check the disk") from error
+        raise QlabError(
+            f"{stored.file} cannot be read ({error.strerror}); check the disk"
+        ) from error
     if got < stored.nbytes:
         raise QlabError(f"{stored.file} became shorter while it was read; download it again")
     return data.view(dtype).reshape(stored.shape)
 
 
 def same_bytes(a: Stored, b: Stored) -> bool:
-    """Whether two stored tensors have one dtype, one shape and the same bytes; a part of them is in memory at a time."""
+    """Whether two stored tensors have one dtype, one shape and the same bytes; a part of them is in
+    memory at a time."""
     if (a.dtype, a.shape, a.nbytes) != (b.dtype, b.shape, b.nbytes):
         return False
     with a.file.open("rb") as one, b.file.open("rb") as other:
@@ -63,19 +85,27 @@ def same_bytes(a: Stored, b: Stored) -> bool:
 def write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """A safetensors file of these tensors, each let go of before the next one is asked for.
 
-    The header comes first in the file and is known last: data waits in nameless files beside `path`. There is one for each
-    width of element, and the widest is joined first, since readers view the bytes in place and need them aligned.
+    The header comes first in the file and is known last: data waits in nameless files beside
+    `path`. There is one for each width of element, and the widest is joined first, since readers
+    view the bytes in place and need them aligned.
     """
     header: dict[str, dict] = {}
     with ExitStack() as stack:
         spools: dict[int, IO[bytes]] = {}
         for name, tensor in tensors:
             if tensor.dtype not in NAMES or name in header or name == METADATA:
-                raise QlabError(f"{name} is {tensor.dtype}, which {path.name} cannot hold, or occurs twice; rename or cast it")
+                raise QlabError(
+                    f"{name} is {tensor.dtype}, which {path.name} cannot hold, or occurs twice; "
+                    "rename or cast it"
+                )
             data = tensor.detach().cpu().contiguous()
             spool = spools.get(data.itemsize) or stack.enter_context(TemporaryFile(dir=path.parent))
             spools[data.itemsize] = spool
-            header[name] = {"dtype": NAMES[data.dtype], "shape": list(data.shape), "data_offsets": [spool.tell()]}
+            header[name] = {
+                "dtype": NAMES[data.dtype],
+                "shape": list(data.shape),
+                "data_offsets": [spool.tell()],
+            }
             if data.numel():
                 spool.write(data.reshape(-1).view(torch.uint8).numpy().data)
             header[name]["data_offsets"].append(spool.tell())
@@ -90,7 +120,9 @@ def write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def _join(path: Path, header: dict[str, dict], parts: list[IO[bytes]]) -> None:
-    text = json.dumps({METADATA: {"format": "pt"}} | dict(sorted(header.items())), separators=(",", ":")).encode()
+    text = json.dumps(
+        {METADATA: {"format": "pt"}} | dict(sorted(header.items())), separators=(",", ":")
+    ).encode()
     text += b" " * (-len(text) % 8)  # data begins at a multiple of 8 bytes
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

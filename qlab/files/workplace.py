@@ -1,7 +1,9 @@
-"""The folder in which an output is built: whose it is, what an earlier run left in it, and how it becomes the output.
+"""The folder in which an output is built: whose it is, what an earlier run left in it, and how it
+becomes the output.
 
-Everything is built in `OUT.partial`, whose work folder says how far the run came, and renamed to `OUT` at the end. A lock in the work
-folder, which goes with it when it is renamed, keeps every other run away until the work folder is gone.
+Everything is built in `OUT.partial`, whose work folder says how far the run came, and renamed to
+`OUT` at the end. A lock in the work folder, which goes with it when it is renamed, keeps every
+other run away until the work folder is gone.
 """
 
 import json
@@ -23,11 +25,13 @@ from qlab.process.progress import say
 JOB = "job.json"  # in the work folder: what identifies the run that began there
 OVERWRITE = "overwrite"  # in the work folder: the run may replace an existing output
 REPLACED = "replaced"  # in the work folder: the output that is being replaced
-NAMES = "names.json"  # in the work folder: the files beside the shards, before the first of them is written
+# in the work folder: the files beside the shards, before the first of them is written
+NAMES = "names.json"
 
 
 class Workplace:
-    """The place of one output, which a run owns until the context ends: first the right to write there, then `begin`.
+    """The place of one output, which a run owns until the context ends: first the right to write
+    there, then `begin`.
 
     out: of `place`. finished: whether the job was done before and there is nothing to write.
     """
@@ -38,9 +42,13 @@ class Workplace:
         self.work = self.partial / WORK
         self.job: Any = None
         self.lock: Lock | None = None
-        self.begun = self.finished = False  # begun: by this very run, rather than by another one that it goes on with
+        self.begun = self.finished = (
+            False  # begun: by this very run, rather than by another one that it goes on with
+        )
         self.made: list[Path] = []  # folders around the output that were not there before
-        if not (resume and self._seems_finished()):  # which is read where nothing can be written, too
+        if not (
+            resume and self._seems_finished()
+        ):  # which is read where nothing can be written, too
             self._enter()
 
     def begin(self, job: Mapping[str, Any]) -> None:
@@ -62,7 +70,11 @@ class Workplace:
 
     def _seems_finished(self) -> bool:
         """Whether there may be nothing to write."""
-        return not os.path.lexists(self.partial) and not os.path.lexists(self.out / WORK) and (self.out / RECORD).is_file()
+        return (
+            not os.path.lexists(self.partial)
+            and not os.path.lexists(self.out / WORK)
+            and (self.out / RECORD).is_file()
+        )
 
     def _enter(self) -> None:
         with self._refused():
@@ -78,7 +90,10 @@ class Workplace:
             yield
         except OSError as error:
             self._let_go()
-            raise QlabError(f"{self.partial} cannot be created ({error.strerror}); choose another output directory") from error
+            raise QlabError(
+                f"{self.partial} cannot be created ({error.strerror}); choose another output "
+                "directory"
+            ) from error
         except BaseException:
             self._let_go()
             raise
@@ -93,9 +108,13 @@ class Workplace:
 
     # -------------------------------------------------------------- ownership
     def _own(self) -> None:
-        """Lock the partial directory, made if need be; whoever finishes there at this moment keeps it."""
+        """Lock the partial directory, made if need be; whoever finishes there at this moment keeps
+        it."""
         if os.path.islink(self.partial) or (is_taken(self.partial) and not self.work.is_dir()):
-            raise QlabError(f"{self.partial} was not made by qlab, which needs this name for a while; move it away")
+            raise QlabError(
+                f"{self.partial} was not made by qlab, which needs this name for a while; move it "
+                "away"
+            )
         self.made = [folder for folder in self.partial.parents if not folder.exists()]
         while self.lock is None:
             self._settle()
@@ -105,8 +124,8 @@ class Workplace:
                     self._let_go()
 
     def _settle(self) -> None:
-        """Do what a run left undone that was killed after its last rename; an output that does not hold what it wrote goes back to
-        where it is built."""
+        """Do what a run left undone that was killed after its last rename; an output that does not
+        hold what it wrote goes back to where it is built."""
         if not _ended(self.out):
             return
         lock = Lock(self.out / WORK)
@@ -129,7 +148,12 @@ class Workplace:
         """Release the lock; where nothing was begun, no folder stays."""
         if self.lock is None:
             return
-        if self.lock.holds() and not os.path.lexists(self.work / JOB) and _only(self.partial, WORK) and _only(self.work, LOCK):
+        if (
+            self.lock.holds()
+            and not os.path.lexists(self.work / JOB)
+            and _only(self.partial, WORK)
+            and _only(self.work, LOCK)
+        ):
             _remove(self.work)
             with suppress(OSError):  # where another run is in it by now
                 for folder in (self.partial, *self.made):
@@ -138,7 +162,8 @@ class Workplace:
         self.lock = None
 
     def atomically(self, path: Path, write: Callable[[Path], object]) -> None:
-        """A file of this run, unless somebody removed the folder, which may be another run's by now."""
+        """A file of this run, unless somebody removed the folder, which may be another run's by
+        now."""
         if self.lock is None or not self.lock.holds():
             raise Unwritable(f"{self.partial} was taken away while it was written; start again")
         atomically(path, write)
@@ -150,7 +175,8 @@ class Workplace:
 
     # -------------------------------------------------------------- the beginning
     def _start(self) -> bool:
-        """Take over what an earlier run of the job left, or begin; True if the whole job was finished already."""
+        """Take over what an earlier run of the job left, or begin; True if the whole job was
+        finished already."""
         begun = _read_job(self.work / JOB)
         if self.resume and begun == self.job:
             self.overwrite |= (self.work / OVERWRITE).exists()
@@ -158,8 +184,10 @@ class Workplace:
             self._set_aside(self.shard_names())
             return False
         if self.resume and begun is not None:
-            raise QlabError(f"{self.partial} belongs to another job (model, recipe, data, seed or versions differ); "
-                            "remove it or choose another directory")
+            raise QlabError(
+                f"{self.partial} belongs to another job (model, recipe, data, seed or versions "
+                "differ); remove it or choose another directory"
+            )
         if self.resume and self._was_finished():
             return True
         refuse_existing(self.out, self.overwrite)
@@ -178,12 +206,15 @@ class Workplace:
         if _read_job(self.out / RECORD, "job") != self.job:
             return False
         for name, damage in damaged(self.out).items():
-            raise QlabError(f"the output directory {self.out} of this job is finished, and {name} {damage}; move it away to make it "
-                            "again")
+            raise QlabError(
+                f"the output directory {self.out} of this job is finished, and {name} {damage}; "
+                "move it away to make it again"
+            )
         return True
 
     def _undo_swap(self) -> None:
-        """Put back what an earlier run, killed between the two renames of its end, had moved out of the way."""
+        """Put back what an earlier run, killed between the two renames of its end, had moved out of
+        the way."""
         if (self.work / REPLACED).exists() and not self.out.exists():
             os.replace(self.work / REPLACED, self.out)
 
@@ -199,8 +230,8 @@ class Workplace:
                 _delete(path)
 
     def _set_aside(self, shards: Iterable[str] | None = None) -> None:
-        """Move what no run of qlab wrote here to a folder beside it: it is neither part of the output nor ours to delete.
-        shards: the names of this job's (None: those of any)."""
+        """Move what no run of qlab wrote here to a folder beside it: it is neither part of the
+        output nor ours to delete. shards: the names of this job's (None: those of any)."""
         for path in self._strangers(shards):
             home = self.out.with_name(self.out.name + ".aside")
             target = home / path.relative_to(self.partial)
@@ -213,17 +244,34 @@ class Workplace:
     def _strangers(self, shards: Iterable[str] | None) -> list[Path]:
         """The files and folders in the partial directory that bear no name of a run's."""
         names = _read_job(self.work / NAMES)
-        known = {"config.json", RECORD, INDEX, *(names if isinstance(names, list) else ()), *(shards or ())}
+        known = {
+            "config.json",
+            RECORD,
+            INDEX,
+            *(names if isinstance(names, list) else ()),
+            *(shards or ()),
+        }
         folders = {parent for name in known for parent in map(str, Path(name).parents)}
-        inside = [path for name in folders - {"."} if (self.partial / name).is_dir() for path in (self.partial / name).iterdir()]
-        strangers = [path for path in [*self.partial.iterdir(), *inside] if path != self.work and not _is_ours(
-                     str(path.relative_to(self.partial)), known | folders, shards is None)]  # fmt: skip
-        return sorted([*strangers, *(path for path in self.work.iterdir() if not _is_work(path.name))])
+        inside = [
+            path
+            for name in folders - {"."}
+            if (self.partial / name).is_dir()
+            for path in (self.partial / name).iterdir()
+        ]
+        strangers = [
+            path
+            for path in [*self.partial.iterdir(), *inside]
+            if path != self.work
+            and not _is_ours(str(path.relative_to(self.partial)), known | folders, shards is None)
+        ]
+        return sorted(
+            [*strangers, *(path for path in self.work.iterdir() if not _is_work(path.name))]
+        )
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
-        """Around the work: what refused input leaves behind goes, since with other input it is another job; what a full disk does,
-        or whoever kills the process, stays to be resumed."""
+        """Around the work: what refused input leaves behind goes, since with other input it is
+        another job; what a full disk does, or whoever kills the process, stays to be resumed."""
         try:
             yield
         except Unwritable:
@@ -241,11 +289,16 @@ class Workplace:
             leftover.unlink()
         if is_taken(self.out):
             if not self.overwrite:
-                raise Unwritable(f"the output directory {self.out} appeared during the run; move it away and use --resume")
+                raise Unwritable(
+                    f"the output directory {self.out} appeared during the run; move it away and "
+                    "use --resume"
+                )
             if reason := foreign(self.out):
                 raise Unwritable(f"{reason}; move it away and use --resume")
             self._move_away()
-        os.replace(self.partial, self.out)  # the work folder goes last: a run killed before can still resume
+        os.replace(
+            self.partial, self.out
+        )  # the work folder goes last: a run killed before can still resume
         sync(self.out.parent)
         _remove(self.out / WORK)
         self.begun = False  # a refusal of what comes after it does not concern what is in place
@@ -268,7 +321,8 @@ def _read_job(path: Path, key: str | None = None) -> Any:
 
 
 def _broken_shards(out: Path) -> str | None:
-    """A shard that is not what was written, as after a power loss, in words; None where something else is not, too."""
+    """A shard that is not what was written, as after a power loss, in words; None where something
+    else is not, too."""
     broken = damaged(out)
     if not all(name.endswith(".safetensors") for name in broken):
         return None
@@ -293,9 +347,14 @@ def _only(folder: Path, name: str) -> bool:
 
 
 def _is_ours(name: str, known: set[str], any_shard: bool) -> bool:
-    """Whether a run writes a file of this name into the partial directory. any_shard: also one of another job's."""
+    """Whether a run writes a file of this name into the partial directory. any_shard: also one of
+    another job's."""
     path = Path(name)
-    whole = str(path.with_name(path.name[1:].rsplit(".", 3)[0])) if path.name.startswith(".") and path.suffix == ".tmp" else name
+    whole = (
+        str(path.with_name(path.name[1:].rsplit(".", 3)[0]))
+        if path.name.startswith(".") and path.suffix == ".tmp"
+        else name
+    )
     return whole in known or (any_shard and Path(whole).match("model-[0-9]*-of-[0-9]*.safetensors"))
 
 
@@ -304,7 +363,11 @@ def _is_work(name: str) -> bool:
     path = Path(name)
     temporary = path.match(".*.tmp")
     kinds = ("notes-[0-9]*.json", "carry-*-[0-9]*.bin")
-    return temporary or name in (LOCK, JOB, OVERWRITE, REPLACED, NAMES) or any(path.match(kind) for kind in kinds)
+    return (
+        temporary
+        or name in (LOCK, JOB, OVERWRITE, REPLACED, NAMES)
+        or any(path.match(kind) for kind in kinds)
+    )
 
 
 def _delete(path: Path) -> None:

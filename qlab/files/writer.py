@@ -1,7 +1,9 @@
-"""A model directory written shard by shard, so that it appears whole or not at all and a killed run can go on.
+"""A model directory written shard by shard, so that it appears whole or not at all and a killed run
+can go on.
 
-Each file is written under a temporary name, synced and renamed. The work folder beside the shards says how far the run came: a
-segment is done when its notes are what was written and its shard has the hash that they name.
+Each file is written under a temporary name, synced and renamed. The work folder beside the shards
+says how far the run came: a segment is done when its notes are what was written and its shard has
+the hash that they name.
 """
 
 import json
@@ -25,8 +27,13 @@ from qlab.files.workplace import NAMES, Workplace
 from qlab.process.progress import say
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-FORMER = ("quantize_config.json", "quant_config.json")  # they say how the weights were quantized before, in GPTQ's and AWQ's way
-TEMPLATES = "additional_chat_templates"  # the one folder of a model directory that transformers looks into
+FORMER = (
+    "quantize_config.json",
+    "quant_config.json",
+)  # they say how the weights were quantized before, in GPTQ's and AWQ's way
+TEMPLATES = (
+    "additional_chat_templates"  # the one folder of a model directory that transformers looks into
+)
 
 
 class Writer(Workplace):
@@ -38,16 +45,21 @@ class Writer(Workplace):
         super().__init__(out, overwrite, resume)
 
     def begin(self, job: Mapping[str, Any], shards: int = 1, copied: Path | None = None) -> None:
-        """Begin a job of so many shards, or go on with it. copied: the model directory whose other files `finish` copies."""
+        """Begin a job of so many shards, or go on with it. copied: the model directory whose other
+        files `finish` copies."""
         for path in _beside(copied).values() if copied else ():
             if not os.access(path, os.R_OK):
-                raise QlabError(f"{path} may not be read, and goes into the output; give it to whoever runs this, or move it away")
+                raise QlabError(
+                    f"{path} may not be read, and goes into the output; give it to whoever runs "
+                    "this, or move it away"
+                )
         self.shards = shards
         super().begin(job)
 
     # -------------------------------------------------------------- shards
     def shard(self, index: int) -> Path:
-        """The file of segment `index`: 0 is what surrounds the blocks, i the i-th block (from 1)."""
+        """The file of segment `index`: 0 is what surrounds the blocks, i the i-th block (from
+        1)."""
         return self.partial / f"model-{index + 1:05d}-of-{self.shards:05d}.safetensors"
 
     def shard_names(self) -> list[str]:
@@ -60,7 +72,8 @@ class Writer(Workplace):
         self.digests[index] = digest_of(self.shard(index))
 
     def write_notes(self, index: int, notes: Mapping[str, Mapping[str, Any]]) -> None:
-        """What the report says of a segment, by section, kept until the end of the job; with the hash of its shard, written before."""
+        """What the report says of a segment, by section, kept until the end of the job; with the
+        hash of its shard, written before."""
         record = {"segment": index, "shard": self.digests[index], "notes": notes}
         self.write_json(self._notes_path(index), sealed(record))
 
@@ -78,7 +91,10 @@ class Writer(Workplace):
         for index in range(self.shards):
             record = self._record(index)
             if record is None:
-                raise Unwritable(f"{self._notes_path(index)} was damaged or removed during the run; make it again with --resume")
+                raise Unwritable(
+                    f"{self._notes_path(index)} was damaged or removed during the run; make it "
+                    "again with --resume"
+                )
             found.append(record)
         return found
 
@@ -91,7 +107,8 @@ class Writer(Workplace):
         return merged
 
     def has(self, index: int) -> bool:
-        """Whether a segment is written, as its notes prove; damage is said, since that part is then made again."""
+        """Whether a segment is written, as its notes prove; damage is said, since that part is then
+        made again."""
         if not os.path.lexists(self.shard(index)) and not os.path.lexists(self._notes_path(index)):
             return False
         damage = self._damage(index)
@@ -110,25 +127,38 @@ class Writer(Workplace):
         return None if digest_of(shard) == record["shard"] else f"{shard} is not what was written"
 
     # -------------------------------------------------------------- the carry
-    def carry(self, stream: str, index: int, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Carry:
-        """The hidden states of a stream (of the quantized model, of the reference) that enter block `index` (from 0)."""
+    def carry(
+        self, stream: str, index: int, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
+    ) -> Carry:
+        """The hidden states of a stream (of the quantized model, of the reference) that enter block
+        `index` (from 0)."""
         path = self.work / f"carry-{stream}-{index:05d}.bin"
-        return Carry(path, shapes, dtype, json.dumps([stream, index, self.job], sort_keys=True), self.atomically)
+        return Carry(
+            path,
+            shapes,
+            dtype,
+            json.dumps([stream, index, self.job], sort_keys=True),
+            self.atomically,
+        )
 
     def blocks_done(self, blocks: int, carried: Callable[[int], bool]) -> int:
-        """How many blocks are finished: the largest i of which all before are written, as is what enters the next block."""
+        """How many blocks are finished: the largest i of which all before are written, as is what
+        enters the next block."""
         written = [self.has(i + 1) for i in range(blocks)]
         first = written.index(False) if False in written else blocks
         return next((i for i in range(first, 0, -1) if i == blocks or carried(i)), 0)
 
     # -------------------------------------------------------------- the end
     def finish(self, files: Mapping[str, Any], copied: Path) -> None:
-        """Write index and JSON files, copy what else the model directory holds, and rename the whole into place."""
+        """Write index and JSON files, copy what else the model directory holds, and rename the
+        whole into place."""
         try:
             self._complete(files, copied)
             self.put_in_place()
         except OSError as error:
-            raise Unwritable(f"{self.out} cannot be put in place ({error}); make way for it and use --resume") from error
+            raise Unwritable(
+                f"{self.out} cannot be put in place ({error}); make way for it and use --resume"
+            ) from error
 
     def _complete(self, files: Mapping[str, Any], copied: Path) -> None:
         """All files beside the shards; qlab.json, which names them all, comes last."""
@@ -155,7 +185,8 @@ class Writer(Workplace):
 
 
 def _beside(folder: Path) -> dict[str, Path]:
-    """The files of a model directory that hold no weights and do not say how they are stored: name -> file."""
+    """The files of a model directory that hold no weights and do not say how they are stored: name
+    -> file."""
     found = {}
     for path in sorted([*folder.iterdir(), *(folder / TEMPLATES).glob("*")]):
         weights = path.suffix in WEIGHTS or path.name.endswith(".index.json") or path.name in FORMER

@@ -1,4 +1,5 @@
-"""Lowering: a quantized model directory as an ordinary, fast nn.Module. Nothing CUDA or Triton is imported before it is used."""
+"""Lowering: a quantized model directory as an ordinary, fast nn.Module. Nothing CUDA or Triton is
+imported before it is used."""
 
 from qlab.lowering.compiler.options import inductor_options
 from qlab.lowering.model import lower, resident_bytes
@@ -6,4 +7,13 @@ from qlab.lowering.torchao_tensors import to_torchao
 from qlab.lowering.weights.coded import CodedExperts, CodedLinear
 from qlab.lowering.weights.linear import QExperts, QLinear
 
-__all__ = ["CodedExperts", "CodedLinear", "QExperts", "QLinear", "inductor_options", "lower", "resident_bytes", "to_torchao"]
+__all__ = [
+    "CodedExperts",
+    "CodedLinear",
+    "QExperts",
+    "QLinear",
+    "inductor_options",
+    "lower",
+    "resident_bytes",
+    "to_torchao",
+]

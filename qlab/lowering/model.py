@@ -31,26 +31,35 @@ def lower(
     dtype: torch.dtype = torch.bfloat16,
     dense_cache: bool = False,
 ) -> PreTrainedModel:
-    """The Hugging Face model of a quantized directory, with a QLinear in the place of every quantized linear, and a QExperts in
-    that of every fused weight of experts. Where no int4 kernel takes the codes (floats, groups of 16, blocks) it is a CodedLinear
-    or CodedExperts, which hold them as bit streams and dequantize for every call; `repr` shows which.
+    """The Hugging Face model of a quantized directory, with a QLinear in the place of every
+    quantized linear, and a QExperts in that of every fused weight of experts. Where no int4 kernel
+    takes the codes (floats, groups of 16, blocks) it is a CodedLinear or CodedExperts, which hold
+    them as bit streams and dequantize for every call; `repr` shows which.
 
-    Codes are packed for `device` while they are loaded, one tensor at a time; the directory stays as it is. Everything else
-    (embeddings, even with codes, norms, an unquantized head) is in `dtype`, that of the activations too. What the directory rotates
-    or rounds at run time is rotated or rounded. `generate()` works, and so does `torch.compile`, with `options=inductor_options()`
-    for the fused kernels; the model can be exported.
-    dense_cache: keep a dense copy of each weight for products of many tokens; `resident_bytes` says what that costs.
+    Codes are packed for `device` while they are loaded, one tensor at a time; the directory stays
+    as it is. Everything else (embeddings, even with codes, norms, an unquantized head) is in
+    `dtype`, that of the activations too. What the directory rotates or rounds at run time is
+    rotated or rounded. `generate()` works, and so does `torch.compile`, with
+    `options=inductor_options()` for the fused kernels; the model can be exported.
+    dense_cache: keep a dense copy of each weight for products of many tokens; `resident_bytes` says
+    what that costs.
 
-    Errors: a directory that is not quantized, a device or dtype without kernels, a tensor that the model needs and the files lack.
-    Warns of what is slower than it could be: weights without a kernel, or a dtype of activations without one.
+    Errors: a directory that is not quantized, a device or dtype without kernels, a tensor that the
+    model needs and the files lack. Warns of what is slower than it could be: weights without a
+    kernel, or a dtype of activations without one.
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     checkpoint.warn_unapplied()
     where = device_named(device)
     if dtype not in DTYPES:
-        raise QlabError(f"no kernel takes {dtype} activations; lower to {', '.join(str(d) for d in DTYPES)}")
+        raise QlabError(
+            f"no kernel takes {dtype} activations; lower to {', '.join(str(d) for d in DTYPES)}"
+        )
     if not checkpoint.quantized:
-        raise QlabError(f"{checkpoint.path} is not quantized, so there is nothing to lower; load it with transformers")
+        raise QlabError(
+            f"{checkpoint.path} is not quantized, so there is nothing to lower; load it with "
+            "transformers"
+        )
     skeleton = Skeleton(checkpoint, dtype, where)
     turned = rotations(skeleton)
     for name in quantized_weights(skeleton):
@@ -71,21 +80,30 @@ def lower(
 
 
 def _refuse_saving(*_: object, **__: object) -> None:
-    raise QlabError("a lowered model holds weights packed for one device, which no reader takes; copy its directory, or open that with "
-                    "transformers after `import qlab.hf`, whose save_pretrained writes what was read")
+    raise QlabError(
+        "a lowered model holds weights packed for one device, which no reader takes; copy its "
+        "directory, or open that with transformers after `import qlab.hf`, whose save_pretrained "
+        "writes what was read"
+    )
 
 
 def slownesses(model: nn.Module, dtype: torch.dtype, device: torch.device) -> list[str]:
-    """What keeps quantized weights of a lowered model from a kernel, a line for all of a kind, with what would help."""
+    """What keeps quantized weights of a lowered model from a kernel, a line for all of a kind, with
+    what would help."""
     modules = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
     coded = [module.spec for module in modules if isinstance(module, CodedWeight)]
     found = []
     if device.type == "cpu" and dtype != torch.bfloat16 and len(coded) < len(modules):
-        found.append(f"no int4 kernel on a CPU takes {dtype} activations: every product dequantizes its weight and is dense. Use "
-                     "torch.bfloat16")
+        found.append(
+            f"no int4 kernel on a CPU takes {dtype} activations: every product dequantizes its "
+            "weight and is dense. Use torch.bfloat16"
+        )
     if coded:
-        found.append(f"no kernel takes the codes of {len(coded)} weights ({', '.join(sorted(set(coded)))}): every product dequantizes "
-                     "them and is dense. Kernels read integers in groups of 32, 64, 128, 256 or whole rows")
+        found.append(
+            f"no kernel takes the codes of {len(coded)} weights "
+            f"({', '.join(sorted(set(coded)))}): every product dequantizes them and is dense. "
+            "Kernels read integers in groups of 32, 64, 128, 256 or whole rows"
+        )
     return found
 
 
@@ -98,54 +116,87 @@ def device_named(device: torch.device | str) -> torch.device:
     if where.type not in ("cpu", "cuda"):
         raise QlabError(f"there are no int4 kernels for {where.type}; lower to 'cpu' or 'cuda'")
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count() > 0:
-        raise QlabError(f"there is no {where} here; torch finds {torch.cuda.device_count()} of them, counted from 0")
+        raise QlabError(
+            f"there is no {where} here; torch finds {torch.cuda.device_count()} of them, counted "
+            "from 0"
+        )
     if where.type == "cuda" and not torch.cuda.is_available():
-        raise QlabError("torch finds no CUDA device here; lower to 'cpu', or install a CUDA build of torch on a machine with a GPU")
+        raise QlabError(
+            "torch finds no CUDA device here; lower to 'cpu', or install a CUDA build of torch "
+            "on a machine with a GPU"
+        )
     return where
 
 
 def quantized_weights(skeleton: Skeleton) -> dict[str, tuple[Piece, ...]]:
-    """Every linear, and every fused weight of experts by its parameter's name, whose codes the directory holds, with the tensors of
-    the files. Codes of layers that transformers does not build are left out, as it leaves their weights out."""
+    """Every linear, and every fused weight of experts by its parameter's name, whose codes the
+    directory holds, with the tensors of the files. Codes of layers that transformers does not build
+    are left out, as it leaves their weights out."""
     weights = {name: f"{name}.weight" for name in skeleton.linears()}
     weights |= {name: name for name, p in skeleton.model.named_parameters() if p.ndim == 3}
     pieces = {name: skeleton.pieces(weight) for name, weight in weights.items()}
-    return {name: parts for name, parts in pieces.items() if any(part.module in skeleton.checkpoint.quantized for part in parts)}
+    return {
+        name: parts
+        for name, parts in pieces.items()
+        if any(part.module in skeleton.checkpoint.quantized for part in parts)
+    }
 
 
 def decoded_weights(skeleton: Skeleton) -> dict[str, str]:
-    """Every other parameter whose codes the directory holds, such as an embedding's, and the module that has them: it is dense in the
-    lowered model."""
+    """Every other parameter whose codes the directory holds, such as an embedding's, and the module
+    that has them: it is dense in the lowered model."""
     packed = {f"{name}.weight" for name in skeleton.linears()}
-    held = {name: skeleton.pieces(name)[0] for name, p in skeleton.model.named_parameters() if p.ndim < 3 and name not in packed}
-    return {name: piece.module for name, piece in held.items()
-            if piece.module in skeleton.checkpoint.quantized and piece.name == f"{piece.module}.weight"}  # fmt: skip
+    held = {
+        name: skeleton.pieces(name)[0]
+        for name, p in skeleton.model.named_parameters()
+        if p.ndim < 3 and name not in packed
+    }
+    return {
+        name: piece.module
+        for name, piece in held.items()
+        if piece.module in skeleton.checkpoint.quantized and piece.name == f"{piece.module}.weight"
+    }
 
 
-def pack(skeleton: Skeleton, name: str, dtype: torch.dtype, device: torch.device, dense_cache: bool = False) -> nn.Module:
-    """What stands in for a quantized weight of the model: its codes packed for the device's kernel, or as they are where it has
-    none; an ordinary linear where the format's layout is no grid of qlab's, so that the weight has no codes."""
+def pack(
+    skeleton: Skeleton,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    dense_cache: bool = False,
+) -> nn.Module:
+    """What stands in for a quantized weight of the model: its codes packed for the device's kernel,
+    or as they are where it has none; an ordinary linear where the format's layout is no grid of
+    qlab's, so that the weight has no codes."""
     fused = name in dict(skeleton.model.named_parameters())
     weight = name if fused else f"{name}.weight"
     leaf, parameter = skeleton.leaf(weight), skeleton.model.get_parameter(weight)
     if sorted(leaf.shape) != sorted(parameter.shape):
-        raise QlabError(f"{skeleton.pieces(weight)[0].module} holds a weight {tuple(leaf.shape)} and the model wants "
-                        f"{tuple(parameter.shape)}; its config.json belongs to another model")
+        raise QlabError(
+            f"{skeleton.pieces(weight)[0].module} holds a weight {tuple(leaf.shape)} and the "
+            f"model wants {tuple(parameter.shape)}; its config.json belongs to another model"
+        )
     inputs = next((op for op in at_input(skeleton, name) if isinstance(op, QuantizeInput)), None)
     coded = isinstance(leaf, QTensor) and refusal(leaf.spec, leaf.shape) is not None
     if fused:
         if not isinstance(leaf, QTensor):
-            raise QlabError(f"{name} has experts without codes of a grid, which no lowered module holds; evaluate the directory with "
-                            "qlab")
+            raise QlabError(
+                f"{name} has experts without codes of a grid, which no lowered module holds; "
+                "evaluate the directory with qlab"
+            )
         return (CodedExperts if coded else QExperts)(name, leaf, dtype, device, dense_cache, inputs)
     linear = skeleton.model.get_submodule(name)
     bias = None if linear.bias is None else dense(skeleton.leaf(f"{name}.bias"))
     if isinstance(leaf, QTensor):
-        return (CodedLinear if coded else QLinear)(name, leaf, bias, dtype, device, dense_cache, inputs)
+        return (CodedLinear if coded else QLinear)(
+            name, leaf, bias, dtype, device, dense_cache, inputs
+        )
     return _plain(leaf, bias, skeleton.held_dtype(weight), device)
 
 
-def _plain(W_nk: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> nn.Linear:
+def _plain(
+    W_nk: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device
+) -> nn.Linear:
     linear = nn.Linear(W_nk.shape[1], W_nk.shape[0], bias is not None, device="meta")
     linear.weight = nn.Parameter(W_nk.to(device, dtype), requires_grad=False)
     if bias is not None:
@@ -161,7 +212,8 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def make_dense(model: nn.Module) -> None:
-    """Put a dense weight in the place of every quantized one, in the dtype of the activations, and none of its codes."""
+    """Put a dense weight in the place of every quantized one, in the dtype of the activations, and
+    none of its codes."""
     for name, module in list(model.named_modules()):
         if not isinstance(module, QuantizedWeight):
             continue
@@ -184,13 +236,17 @@ def _load_blocks(skeleton: Skeleton) -> None:
             _owner(skeleton.model, name)._parameters[name.rpartition(".")[2]] = value
     for name, buffer in list(skeleton.model.named_buffers()):
         if isinstance(_owner(skeleton.model, name), QuantizedWeight | RoundedInput):
-            continue  # a file may have a tensor of the same name, such as `scales`, and it is not this one
+            # a file may have a tensor of the same name, such as `scales`, and it is not this one
+            continue
         if stored := skeleton.stored_buffer(name):
-            _owner(skeleton.model, name)._buffers[name.rpartition(".")[2]] = skeleton.checkpoint.tensor(stored).to(buffer)
+            _owner(skeleton.model, name)._buffers[name.rpartition(".")[2]] = (
+                skeleton.checkpoint.tensor(stored).to(buffer)
+            )
 
 
 def _tie(skeleton: Skeleton) -> None:
-    """One parameter for all names that it has; what config.json ties and the files hold apart stays so, whoever ties again."""
+    """One parameter for all names that it has; what config.json ties and the files hold apart stays
+    so, whoever ties again."""
     model, held = skeleton.model, dict(skeleton.model.named_parameters())
     for name, other in skeleton.tied.items():
         if name in held and other in held:
@@ -206,7 +262,8 @@ def _owner(model: nn.Module, name: str) -> nn.Module:
 
 
 def resident_bytes(model: nn.Module) -> dict[str, int]:
-    """Bytes of a model's tensors by what they are: quantized weights, dense copies, embeddings (a tied head with them), the rest."""
+    """Bytes of a model's tensors by what they are: quantized weights, dense copies, embeddings (a
+    tied head with them), the rest."""
     seen: set[int] = set()
     total = {"packed": 0, "dense copies": 0, "embeddings": 0, "other": 0}
 

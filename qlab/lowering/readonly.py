@@ -1,4 +1,5 @@
-"""The dequantized weight of a lowered linear, as it is shown to code that knows nn.Linear: it may be read, and not be changed."""
+"""The dequantized weight of a lowered linear, as it is shown to code that knows nn.Linear: it may
+be read, and not be changed."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -8,24 +9,33 @@ from torch import Tensor
 
 from qlab.errors import QlabError
 
-REFUSED = ("a quantized weight is held as codes and cannot be assigned or changed, so nothing can be merged into it; keep adapters "
-           "beside it, or change the unquantized model and quantize that")  # fmt: skip
+REFUSED = (
+    "a quantized weight is held as codes and cannot be assigned or changed, so nothing can be "
+    "merged into it; keep adapters beside it, or change the unquantized model and quantize that"
+)
 UPDATES = {"__setitem__", "__set__", "__delete__"}  # beside names that end in one underscore
 
 
 class ReadOnly(Tensor):
-    """A tensor whose memory is nobody's: what would change it, or a view of it, is refused, and everything else computes."""
+    """A tensor whose memory is nobody's: what would change it, or a view of it, is refused, and
+    everything else computes."""
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable, types: Iterable[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Callable,
+        types: Iterable[type],
+        args: tuple = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         written: Iterable[Any] = (kwargs.get("out"),)
         if name in UPDATES or (name.endswith("_") and not name.endswith("__")):
             written = args[:1] or kwargs.values()  # torch.nn.init names its arguments
-        harmless = name == "__set__" and (args[1] is None or args[1] is False)  # grad = None, requires_grad = False
+        harmless = name == "__set__" and (
+            args[1] is None or args[1] is False
+        )  # grad = None, requires_grad = False
         if any(isinstance(tensor, cls) for tensor in written) and not harmless:
             raise QlabError(REFUSED)
         with torch._C.DisableTorchFunctionSubclass():

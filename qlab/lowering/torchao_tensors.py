@@ -1,6 +1,8 @@
-"""A quantized directory in torchao's own int4 tensors, where one of them holds the codes: another backend, and an oracle.
+"""A quantized directory in torchao's own int4 tensors, where one of them holds the codes: another
+backend, and an oracle.
 
-torchao is imported on use: it is no dependency of qlab. Both of its layouts mean (u - 8) * s + z' with u in 0..15, in bfloat16.
+torchao is imported on use: it is no dependency of qlab. Both of its layouts mean (u - 8) * s + z'
+with u in 0..15, in bfloat16.
 """
 
 import os
@@ -25,23 +27,33 @@ TILE_K, TILE_N = 1024, 8  # what torchao pads a tiled weight to
 
 
 @undisturbed
-def to_torchao(model: Checkpoint | str | os.PathLike[str], device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The Hugging Face model in bfloat16 with torchao int4 weights in ordinary linears; the codes are those of the directory.
+def to_torchao(
+    model: Checkpoint | str | os.PathLike[str], device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """The Hugging Face model in bfloat16 with torchao int4 weights in ordinary linears; the codes
+    are those of the directory.
 
-    On a CPU Int4OpaqueTensor (aten's int4 product for any number of tokens), on a GPU Int4TilePackedTo4dTensor (tinygemm).
-    Errors: torchao is missing, a weight of more than 4 bits or of fused experts, rows that need padding, groups that torchao's kernels
-    do not read.
+    On a CPU Int4OpaqueTensor (aten's int4 product for any number of tokens), on a GPU
+    Int4TilePackedTo4dTensor (tinygemm). Errors: torchao is missing, a weight of more than 4 bits or
+    of fused experts, rows that need padding, groups that torchao's kernels do not read.
     """
     try:
         import torchao  # noqa: F401
     except ImportError as error:
-        raise QlabError("torchao is not installed; `pip install torchao`, or use qlab.lower") from error
+        raise QlabError(
+            "torchao is not installed; `pip install torchao`, or use qlab.lower"
+        ) from error
     lowered = lower(model, device, torch.bfloat16)
     for name, module in list(lowered.named_modules()):
         if isinstance(module, QExperts):
-            raise QlabError(f"{name}: torchao's int4 tensors are weights of linears, and these are fused experts; use qlab.lower")
+            raise QlabError(
+                f"{name}: torchao's int4 tensors are weights of linears, and these are fused "
+                "experts; use qlab.lower"
+            )
         if isinstance(module, CodedWeight):
-            raise QlabError(f"{name}: torchao's int4 tensors do not hold {module.spec}; use qlab.lower")
+            raise QlabError(
+                f"{name}: torchao's int4 tensors do not hold {module.spec}; use qlab.lower"
+            )
         if isinstance(module, QLinear):
             owner, _, key = name.rpartition(".")
             setattr(lowered.get_submodule(owner), key, _linear(name, module))
@@ -50,14 +62,24 @@ def to_torchao(model: Checkpoint | str | os.PathLike[str], device: torch.device 
 
 def _linear(name: str, module: QLinear) -> nn.Linear:
     if module.count > 1:
-        raise QlabError(f"{name}: torchao's int4 tensors do not hold {module.spec}; use qlab.lower, or quantize to 4 bits or less")
+        raise QlabError(
+            f"{name}: torchao's int4 tensors do not hold {module.spec}; use qlab.lower, or "
+            "quantize to 4 bits or less"
+        )
     if module.perm is not None or module.inputs is not None or is_rotated(module):
-        raise QlabError(f"{name}: torchao's int4 tensors take inputs as they come, in the order of the channels and neither rotated "
-                        "nor rounded; use qlab.lower")
+        raise QlabError(
+            f"{name}: torchao's int4 tensors take inputs as they come, in the order of the "
+            "channels and neither rotated nor rounded; use qlab.lower"
+        )
     if plane_width(module.in_features) != module.in_features or module.group not in GROUPS:
-        raise QlabError(f"{name}: torchao's int4 tensors hold no groups of {module.group} over {module.in_features} channels; use "
-                        "qlab.lower, or quantize with groups of 32, 64, 128 or 256")
-    linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+        raise QlabError(
+            f"{name}: torchao's int4 tensors hold no groups of {module.group} over "
+            f"{module.in_features} channels; use qlab.lower, or quantize with groups of 32, 64, "
+            "128 or 256"
+        )
+    linear = nn.Linear(
+        module.in_features, module.out_features, module.bias is not None, device="meta"
+    )
     tensor = _opaque(module) if module.words.device.type == "cpu" else _tiled(module)
     linear.weight = nn.Parameter(tensor, requires_grad=False)
     if module.bias is not None:
@@ -66,7 +88,8 @@ def _linear(name: str, module: QLinear) -> nn.Linear:
 
 
 def _opaque(module: QLinear) -> Any:
-    """The packed words as they are: torchao uses the same operator, and cuts padded rows off its output."""
+    """The packed words as they are: torchao uses the same operator, and cuts padded rows off its
+    output."""
     from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
 
     shape = torch.Size((module.out_features, module.in_features))
@@ -85,6 +108,12 @@ def _tiled(module: QLinear) -> Any:
     offsets = torch.zeros_like(scales) if zeros is None else -zeros * scales
     pad_n, pad_k = -n % TILE_N, -k % TILE_K
     u = F.pad((codes + 8).to(torch.uint8), (0, pad_k, 0, pad_n), value=8)
-    words = torch.ops.aten._convert_weight_to_int4pack((u[:, ::2] << 4 | u[:, 1::2]).contiguous(), 8)
-    pairs = F.pad(torch.stack([scales, offsets], -1), (0, 0, 0, pad_k // group, 0, pad_n)).transpose(0, 1).contiguous()
+    words = torch.ops.aten._convert_weight_to_int4pack(
+        (u[:, ::2] << 4 | u[:, 1::2]).contiguous(), 8
+    )
+    pairs = (
+        F.pad(torch.stack([scales, offsets], -1), (0, 0, 0, pad_k // group, 0, pad_n))
+        .transpose(0, 1)
+        .contiguous()
+    )
     return Int4TilePackedTo4dTensor(words, pairs, [1, group], torch.Size((n, k)))

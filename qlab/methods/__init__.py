@@ -1,4 +1,5 @@
-"""One paper, one file. METHODS names what the command line and the benches can run: spec -> transform."""
+"""One paper, one file. METHODS names what the command line and the benches can run: spec ->
+transform."""
 
 from collections.abc import Callable, Mapping
 

@@ -1,6 +1,8 @@
-"""AWQ: scale the input channels that matter before rounding, and fold the scales upstream (Lin et al. 2023).
+"""AWQ: scale the input channels that matter before rounding, and fold the scales upstream (Lin et
+al. 2023).
 
-Legend: W_ok weight, H mean second moment of the input x, m_k what x is multiplied by (1 / s in the paper).
+Legend: W_ok weight, H mean second moment of the input x, m_k what x is multiplied by (1 / s in the
+paper).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +27,8 @@ ROWS = 128  # of each weight, evenly spread, choose the ratio
 
 @dataclass(frozen=True)
 class Choice:
-    """What the search found for one source: m_k, its ratio and loss, and the loss of the identity."""
+    """What the search found for one source: m_k, its ratio and loss, and the loss of the
+    identity."""
 
     m_k: Tensor
     ratio: float
@@ -35,7 +38,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Input:
-    """Weights [o, k] of one input, its second moment, mean|x| [k], and its tokens as a share of the most that any sees."""
+    """Weights [o, k] of one input, its second moment, mean|x| [k], and its tokens as a share of the
+    most that any sees."""
 
     weights: Sequence[Tensor]
     moment: Moment
@@ -43,10 +47,14 @@ class Input:
     share: float = 1.0
 
 
-def scaled_loss(weights: Sequence[Tensor], moment: Moment, m_k: Tensor, spec: Spec, grid: Grid) -> float:
-    """sum over weights of tr(D H' D^T), D the rounding error of W / m, H' = m H m: the output error after scaling.
+def scaled_loss(
+    weights: Sequence[Tensor], moment: Moment, m_k: Tensor, spec: Spec, grid: Grid
+) -> float:
+    """sum over weights of tr(D H' D^T), D the rounding error of W / m, H' = m H m: the output error
+    after scaling.
 
-    W / m and the diagonal of H' are computed as reparametrize does it, so that ties go the way they were scored.
+    W / m and the diagonal of H' are computed as reparametrize does it, so that ties go the way they
+    were scored.
     """
     h_k = moment.sum_kk.diagonal() * m_k * m_k / max(moment.tokens, 1)
     moved = [W_ok * (1 / m_k) for W_ok in weights]
@@ -56,8 +64,9 @@ def scaled_loss(weights: Sequence[Tensor], moment: Moment, m_k: Tensor, spec: Sp
 
 
 def least_ratio(loss: Callable[[float], float]) -> float:
-    """The ratio with the least loss: of those on a walk up from 0 that ends where two steps found nothing better, and of the vertex
-    of the parabola through the best of them and its neighbours."""
+    """The ratio with the least loss: of those on a walk up from 0 that ends where two steps found
+    nothing better, and of the vertex of the parabola through the best of them and its
+    neighbours."""
     losses = [loss(0.0)]
     while len(losses) <= STEPS and losses.index(min(losses)) > len(losses) - 3:
         losses.append(loss(len(losses) / STEPS))
@@ -70,14 +79,20 @@ def least_ratio(loss: Callable[[float], float]) -> float:
     return best / STEPS
 
 
-def search(graph: ModuleGraph, fold: Fold, inputs: Sequence[Input], spec: Spec, grid: Grid) -> Choice:
-    """The scale s = mean|x|^ratio, normalised by sqrt(max min), with the least output error; s = 1 is a candidate.
+def search(
+    graph: ModuleGraph, fold: Fold, inputs: Sequence[Input], spec: Spec, grid: Grid
+) -> Choice:
+    """The scale s = mean|x|^ratio, normalised by sqrt(max min), with the least output error; s = 1
+    is a candidate.
 
-    Every scale is scored as it will be stored (`Fold.stored`). ROWS rows of each weight choose the ratio, which is compared with
-    the identity on all rows, so the loss is never above the identity's. Inputs that no token reached keep 1.
+    Every scale is scored as it will be stored (`Fold.stored`). ROWS rows of each weight choose the
+    ratio, which is compared with the identity on all rows, so the loss is never above the
+    identity's. Inputs that no token reached keep 1.
     """
     seen = fsum(i.share for i in inputs)
-    absmean_k = torch.stack([i.absmean_k.double() * i.share for i in inputs]).sum(0).float() / max(seen, 1e-30)
+    absmean_k = torch.stack([i.absmean_k.double() * i.share for i in inputs]).sum(0).float() / max(
+        seen, 1e-30
+    )
     importance = fold.tie(absmean_k).clamp_min(1e-4)
 
     def scale(ratio: float) -> Tensor:
@@ -91,7 +106,9 @@ def search(graph: ModuleGraph, fold: Fold, inputs: Sequence[Input], spec: Spec, 
     one = torch.ones_like(importance)
     identity = Choice(one, 0.0, loss := total(inputs, one), loss)
     ratio = least_ratio(lambda r: total(some, scale(r))) if seen else 0.0
-    found = Choice(m_k := scale(ratio), ratio, total(inputs, m_k), identity.loss) if ratio else identity
+    found = (
+        Choice(m_k := scale(ratio), ratio, total(inputs, m_k), identity.loss) if ratio else identity
+    )
     return found if found.loss < identity.loss else identity
 
 
@@ -103,7 +120,10 @@ def _inputs(graph: ModuleGraph, stats: Stats, sites: Iterable[Site]) -> list[Inp
         if group[0].route is None:
             found.append(_input([graph.weight_ok(s) for s in group], moments, means))
         else:
-            found += [_input([graph.weight_ok(s, e) for s in group], *own) for e, own in enumerate(zip(moments.states, means.states))]
+            found += [
+                _input([graph.weight_ok(s, e) for s in group], *own)
+                for e, own in enumerate(zip(moments.states, means.states))
+            ]
     most = max(i.moment.tokens for i in found)
     return [replace(i, share=i.moment.tokens / max(most, 1)) for i in found]
 
@@ -116,30 +136,57 @@ def _input(weights: Sequence[Tensor], moment: Moment, absmean: tuple[Tensor, int
 def awq_scale(spec: Spec, grid: Grid = weighted) -> Transform:
     """Lossless: for every origin whose scale can be folded upstream, the searched scale, folded.
 
-    Channels that one producer channel feeds (grouped queries) are scaled together. Origins that nothing can take a
-    scale for (post-norm inputs, behind GELU) stay as they are. A norm before a mixture gets one scale for the router,
-    shared and routed experts, whose losses count by their tokens; inside the experts each has a scale of its own.
-    Solved source after source where `rows_move` for the spec: a value projection is rounded then before its rows are scaled.
+    Channels that one producer channel feeds (grouped queries) are scaled together. Origins that
+    nothing can take a scale for (post-norm inputs, behind GELU) stay as they are. A norm before a
+    mixture gets one scale for the router, shared and routed experts, whose losses count by their
+    tokens; inside the experts each has a scale of its own.
+    Solved source after source where `rows_move` for the spec: a value projection is rounded then
+    before its rows are scaled.
     """
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
         places, settled = folds(graph.code), with_scale_dtype(spec, graph.dtype)
         for origin, sharing in by_origin(graph.sites).items():
-            sites = [s for s in sharing if not s.router]  # a router is scaled with them, and never rounded
+            sites = [
+                s for s in sharing if not s.router
+            ]  # a router is scaled with them, and never rounded
             if origin not in places or not sites:
                 continue
-            inputs, own = _inputs(graph, stats, sites), len(graph.params[places[origin].producer.weight].shape) == 3
-            choices = [search(graph, places[origin], group, settled, grid) for group in ([[i] for i in inputs] if own else [inputs])]
+            inputs, own = (
+                _inputs(graph, stats, sites),
+                len(graph.params[places[origin].producer.weight].shape) == 3,
+            )
+            choices = [
+                search(graph, places[origin], group, settled, grid)
+                for group in ([[i] for i in inputs] if own else [inputs])
+            ]
             m = torch.stack([c.m_k for c in choices])[:, None] if own else choices[0].m_k
             graph, stats = reparametrize(graph, stats, origin, m, 1 / m)
-            energy = max(fsum(i.share * fsum(map(i.moment.output_error, i.weights)) for i in inputs), 1e-30)
-            note = {"awq_ratio": [c.ratio for c in choices] if own else choices[0].ratio,
-                    "awq_loss": sum(c.loss for c in choices) / energy, "awq_rtn_loss": sum(c.identity_loss for c in choices) / energy}
-            graph = replace(graph, notes={**graph.notes, **{s.path: {**graph.notes.get(s.path, {}), **note} for s in sites}})
+            energy = max(
+                fsum(i.share * fsum(map(i.moment.output_error, i.weights)) for i in inputs), 1e-30
+            )
+            note = {
+                "awq_ratio": [c.ratio for c in choices] if own else choices[0].ratio,
+                "awq_loss": sum(c.loss for c in choices) / energy,
+                "awq_rtn_loss": sum(c.identity_loss for c in choices) / energy,
+            }
+            graph = replace(
+                graph,
+                notes={
+                    **graph.notes,
+                    **{s.path: {**graph.notes.get(s.path, {}), **note} for s in sites},
+                },
+            )
         return graph, stats
 
-    search_stage = Stage("awq_scale", frozenset({"second_moment", "absmean"}), run,
-                         detail=f"for {described(spec)}, grid {grid.name}", reparametrizes=True, sitewise=rows_move(spec))
+    search_stage = Stage(
+        "awq_scale",
+        frozenset({"second_moment", "absmean"}),
+        run,
+        detail=f"for {described(spec)}, grid {grid.name}",
+        reparametrizes=True,
+        sitewise=rows_move(spec),
+    )
     return chain((search_stage,), absorb())
 
 

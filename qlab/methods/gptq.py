@@ -1,6 +1,8 @@
-"""GPTQ: round column by column, each error compensated in the columns not rounded yet (Frantar et al. 2022).
+"""GPTQ: round column by column, each error compensated in the columns not rounded yet (Frantar et
+al. 2022).
 
-Legend: W_ok weight, H_kk mean second moment, s_ko and z_ko scales and zeros of every column in solving order.
+Legend: W_ok weight, H_kk mean second moment, s_ko and z_ko scales and zeros of every column in
+solving order.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,9 +32,18 @@ def paper_order(H_kk: Tensor) -> Tensor:
     return torch.arange(len(H_kk), device=H_kk.device)
 
 
-def gptq_codes(W_ok: Tensor, H_kk: Tensor, scales: Tensor, zeros: Tensor | None, spec: Spec, order: Tensor,
-               damp: float, block: int) -> tuple[Tensor, float, int]:  # fmt: skip
-    """Codes [o, k] on a fixed grid, the damping that was used and the number of dead columns. scales: see qtensor.steps.
+def gptq_codes(
+    W_ok: Tensor,
+    H_kk: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    spec: Spec,
+    order: Tensor,
+    damp: float,
+    block: int,
+) -> tuple[Tensor, float, int]:
+    """Codes [o, k] on a fixed grid, the damping that was used and the number of dead columns.
+    scales: see qtensor.steps.
 
     Columns are solved in `order` and returned in their own places, so no g_idx is left behind.
     """
@@ -41,7 +52,11 @@ def gptq_codes(W_ok: Tensor, H_kk: Tensor, scales: Tensor, zeros: Tensor | None,
     rows, cols = spec.tile.sizes(W_ok.shape)
 
     def per_column(x_ag: Tensor) -> Tensor:  # [a, g] -> [k, o or 1] in solving order
-        return x_ag.T.to(W.dtype).repeat_interleave(rows, 1)[:, : len(W)].index_select(0, order // cols)
+        return (
+            x_ag.T.to(W.dtype)
+            .repeat_interleave(rows, 1)[:, : len(W)]
+            .index_select(0, order // cols)
+        )
 
     codes_ko = W.new_empty(W.shape[1], W.shape[0])
     c, s = codes_ko.unbind(), per_column(scales).unbind()
@@ -55,21 +70,34 @@ def gptq_codes(W_ok: Tensor, H_kk: Tensor, scales: Tensor, zeros: Tensor | None,
             torch.sub(spec.nearest_(c[j].add_(z[j])), z[j], out=out_o).mul_(s[j])
 
     obs_sweep(W, factor.R_kk, project, block)
-    return codes_ko[order.argsort()].T.contiguous().to(spec.code_dtype), factor.damp, int(factor.dead.sum())
+    return (
+        codes_ko[order.argsort()].T.contiguous().to(spec.code_dtype),
+        factor.damp,
+        int(factor.dead.sum()),
+    )
 
 
 def gptq(
-    spec: Spec, grid: Grid = weighted, order: Order = act_order, damp: float = 0.01, block: int = 32, sweeps: int = 1
+    spec: Spec,
+    grid: Grid = weighted,
+    order: Order = act_order,
+    damp: float = 0.01,
+    block: int = 32,
+    sweeps: int = 1,
 ) -> Transform:
     """min tr((W - W') H (W - W')^T) over codes on a grid that is fixed beforehand (static groups).
 
-    damp: fraction of mean(diag H) added to its diagonal. grid, order: see qlab.algebra.grid, act_order, paper_order.
-    block changes speed, not codes (up to rounding). sweeps: rounds of refitting the scales to the codes and descending
-    on the codes afterwards (qlab.methods.quantease); they cost nothing at inference. The paper's method has none.
+    damp: fraction of mean(diag H) added to its diagonal. grid, order: see qlab.algebra.grid,
+    act_order, paper_order. block changes speed, not codes (up to rounding). sweeps: rounds of
+    refitting the scales to the codes and descending on the codes afterwards
+    (qlab.methods.quantease); they cost nothing at inference. The paper's method has none.
     """
     check_damp(damp)
     if block < 1 or sweeps < 0:
-        raise QlabError(f"block is {block} and sweeps {sweeps}; give a block of at least 1 column and no fewer than 0 sweeps")
+        raise QlabError(
+            f"block is {block} and sweeps {sweeps}; give a block of at least 1 column and no "
+            "fewer than 0 sweeps"
+        )
 
     def fn(W_ok: Tensor, stats: Mapping[str, Any], spec: Spec) -> tuple[QTensor, Mapping[str, Any]]:
         H_kk = stats["second_moment"].mean_kk
@@ -79,11 +107,14 @@ def gptq(
         codes, used, dead = gptq_codes(W_ok, H_kk, s_ag, zeros, spec, order(H_kk), damp, block)
         q = QTensor(codes, scales, zeros, spec, outer)
         for _ in range(sweeps):
-            # a scale that rows share has no least-squares problem of its own, and 8 bits are too few for its solution
+            # a scale that rows share has no least-squares problem of its own, and 8 bits are too
+            # few for its solution
             if spec.tile.rows == 1 and scales.itemsize > 1:
                 q = refit_scales(W_ok, damped(H_kk, used), q)
             q = descend_codes(W_ok, damped(H_kk, used), q, order(H_kk), block)
         return q, {"grid": grid.name, "damp": used, "dead": dead}
 
-    detail = f"grid {grid.name}, {getattr(order, '__name__', order)}, damp {damp:g}, {sweeps} sweeps"
+    detail = (
+        f"grid {grid.name}, {getattr(order, '__name__', order)}, damp {damp:g}, {sweeps} sweeps"
+    )
     return each_weight("gptq", fn, spec, frozenset({"second_moment"}), detail)

@@ -1,11 +1,14 @@
 """HQQ: zero points that make the rounding error sparse, found without data (Badri and Shaji 2023).
 
-min sum |W - s (Q - z)|^p with p < 1 and Q = round(W / s + z), split into two problems that are solved in turn:
+min sum |W - s (Q - z)|^p with p < 1 and Q = round(W / s + z), split into two problems that are
+solved in turn:
 E <- shrink(W - s (Q - z)), the errors that are let be, and z <- mean(Q - (W - E) / s).
-Where zero points are codes, or there are none, they have nowhere to go, and the second one moves the scale instead:
+Where zero points are codes, or there are none, they have nowhere to go, and the second one moves
+the scale instead:
 s <- <W - E, Q - z> / <Q - z, Q - z>.
 
-Legend: u_agn the weight's tiles in units of the scale; q_agn codes - zeros; s_ag, z_ag scales and zeros; e_ag the objective.
+Legend: u_agn the weight's tiles in units of the scale; q_agn codes - zeros; s_ag, z_ag scales and
+zeros; e_ag the objective.
 """
 
 from collections.abc import Mapping
@@ -24,7 +27,12 @@ P, BETA, KAPPA, STEPS = 0.7, 10.0, 1.01, 20  # the paper's
 
 def sparse_error(x_agn: Tensor, s_ag: Tensor, z_ag: Tensor | None, spec: Spec) -> Tensor:
     """sum_j |x_j - s (codes_j - z)|^p of every tile [a, g]. s: see qtensor.steps."""
-    return (x_agn - _rounded(x_agn / s_ag[..., None], z_ag, spec) * s_ag[..., None]).abs().pow(P).sum(-1)
+    return (
+        (x_agn - _rounded(x_agn / s_ag[..., None], z_ag, spec) * s_ag[..., None])
+        .abs()
+        .pow(P)
+        .sum(-1)
+    )
 
 
 def _rounded(u_agn: Tensor, z_ag: Tensor | None, spec: Spec) -> Tensor:
@@ -34,10 +42,11 @@ def _rounded(u_agn: Tensor, z_ag: Tensor | None, spec: Spec) -> Tensor:
     return spec.nearest_(u_agn + z) - z
 
 
-def half_quadratic(x_agn: Tensor, s_ag: Tensor, z_ag: Tensor | None, spec: Spec,
-                   outer: Tensor | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The scales and zeros, as they will be stored, of the step with the least sparse_error; where none is better than
-    what it starts from, that."""
+def half_quadratic(
+    x_agn: Tensor, s_ag: Tensor, z_ag: Tensor | None, spec: Spec, outer: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The scales and zeros, as they will be stored, of the step with the least sparse_error; where
+    none is better than what it starts from, that."""
     wide = lambda s: steps(s, outer, torch.float32)
     best_s, best_z, best_e = s_ag, z_ag, sparse_error(x_agn, wide(s_ag), z_ag, spec)
     moves_zeros = z_ag is not None and z_ag.is_floating_point()
@@ -49,7 +58,11 @@ def half_quadratic(x_agn: Tensor, s_ag: Tensor, z_ag: Tensor | None, spec: Spec,
         d_agn = (u_agn - q_agn) * s_wide[..., None]  # the paper shrinks errors of the weight itself
         E_agn = d_agn.sign() * (d_agn.abs() - d_agn.abs().pow(P - 1) / beta).relu()
         if z_ag is None or not moves_zeros:
-            s_ag = stored(torch.linalg.vecdot(x_agn - E_agn, q_agn) / torch.linalg.vecdot(q_agn, q_agn), spec, outer)
+            s_ag = stored(
+                torch.linalg.vecdot(x_agn - E_agn, q_agn) / torch.linalg.vecdot(q_agn, q_agn),
+                spec,
+                outer,
+            )
         else:
             z = z_ag.float()[..., None]
             z_ag = (q_agn + z - u_agn + E_agn / s_wide[..., None]).mean(-1).to(z_ag.dtype)
@@ -63,8 +76,9 @@ def half_quadratic(x_agn: Tensor, s_ag: Tensor, z_ag: Tensor | None, spec: Spec,
 def hqq(spec: Spec) -> Transform:
     """RTN's grid with its zero points moved by half-quadratic splitting; no data.
 
-    The paper's zero points lie between codes, which takes a spec of floating-point zeros. On any other spec the scales
-    move. A tile is never worse than RTN's by sum |W - W'|^0.7 of what is stored.
+    The paper's zero points lie between codes, which takes a spec of floating-point zeros. On any
+    other spec the scales move. A tile is never worse than RTN's by sum |W - W'|^0.7 of what is
+    stored.
     """
 
     def fn(W_ok: Tensor, stats: Mapping[str, Any], spec: Spec) -> tuple[QTensor, Mapping[str, Any]]:
@@ -72,10 +86,16 @@ def hqq(spec: Spec) -> Transform:
         scales, zeros = fit(minmax, W_ok, spec, outer=outer)
         x_agn = spec.tile.split(W_ok)
         rows = max(1, CHUNK // x_agn[0].numel())
-        chunks = zip(x_agn.split(rows), scales.split(rows), [None] * len(scales) if zeros is None else zeros.split(rows))
+        chunks = zip(
+            x_agn.split(rows),
+            scales.split(rows),
+            [None] * len(scales) if zeros is None else zeros.split(rows),
+        )
         solved = [half_quadratic(x, s, z, spec, outer) for x, s, z in chunks]
         scales = torch.cat([s for s, _ in solved])
         zeros = None if zeros is None else torch.cat([z for _, z in solved if z is not None])
-        return QTensor(round_codes(W_ok, scales, zeros, spec, outer), scales, zeros, spec, outer), {"norm": P}
+        return QTensor(round_codes(W_ok, scales, zeros, spec, outer), scales, zeros, spec, outer), {
+            "norm": P
+        }
 
     return each_weight("hqq", fn, spec, detail=f"norm {P}, {STEPS} steps")

@@ -1,4 +1,5 @@
-"""Activation quantization: what enters a site is rounded to nearest at run time (online.QuantizeInput)."""
+"""Activation quantization: what enters a site is rounded to nearest at run time
+(online.QuantizeInput)."""
 
 from dataclasses import replace
 
@@ -11,15 +12,20 @@ from qlab.algebra.stats import Stats
 from qlab.algebra.transform import Stage, Transform
 from qlab.errors import QlabError
 
-DYNAMIC = "use an input spec whose scales are found at run time (mxfp4, fp8-channel), or leave them out of quantize_inputs"
+DYNAMIC = (
+    "use an input spec whose scales are found at run time (mxfp4, fp8-channel), or leave them "
+    "out of quantize_inputs"
+)
 
 
 def quantize_inputs(spec: Spec) -> Transform:
-    """Round what enters every selected site at run time, with a scale for every token, group of channels or whole x.
+    """Round what enters every selected site at run time, with a scale for every token, group of
+    channels or whole x.
 
-    spec: its tiles lie over [tokens, channels], so that 'fp8-channel' has one scale per token. Chain it behind what
-    rounds the weights: statistics are those of the inputs before it. NVFP4's global scale is stored with the weights, and
-    is measured on the calibration data: the largest input gets the largest scale.
+    spec: its tiles lie over [tokens, channels], so that 'fp8-channel' has one scale per token.
+    Chain it behind what rounds the weights: statistics are those of the inputs before it. NVFP4's
+    global scale is stored with the weights, and is measured on the calibration data: the largest
+    input gets the largest scale.
     """
     needs = frozenset({"absmax"} if spec.outer else ())
 
@@ -29,10 +35,22 @@ def quantize_inputs(spec: Spec) -> Transform:
             outer = None
             if isinstance(spec, Float) and spec.outer:
                 if site.route:
-                    raise QlabError(f"{graph.where(site)} is one of fused experts, whose inputs have no stored scale; {DYNAMIC}")
+                    raise QlabError(
+                        f"{graph.where(site)} is one of fused experts, whose inputs have no "
+                        f"stored scale; {DYNAMIC}"
+                    )
                 outer = spec.global_scale(stats[site.source, "absmax"].amax())
             online[site.path] = (*online.get(site.path, ()), QuantizeInput(spec, outer=outer))
         return replace(graph, online=online), stats
 
     form = QuantizeInput(spec, outer=torch.ones(1, dtype=torch.float32) if spec.outer else None)
-    return (Stage("quantize_inputs", needs, run, detail=str(form.input_spec), sitewise=True, online=(form,)),)
+    return (
+        Stage(
+            "quantize_inputs",
+            needs,
+            run,
+            detail=str(form.input_spec),
+            sitewise=True,
+            online=(form,),
+        ),
+    )

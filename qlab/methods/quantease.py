@@ -1,7 +1,10 @@
-"""Coordinate descent on codes and scales: each code, then each scale, is set to its optimum given all the others.
+"""Coordinate descent on codes and scales: each code, then each scale, is set to its optimum given
+all the others.
 
-Neither step ever raises tr((W - W') H (W - W')^T), up to the rounding of scales to their stored dtype.
-Source: Behdad et al. 2023 (QuantEase), for the codes; the scales are a least-squares problem of one unknown per group.
+Neither step ever raises tr((W - W') H (W - W')^T), up to the rounding of scales to their stored
+dtype.
+Source: Behdad et al. 2023 (QuantEase), for the codes; the scales are a least-squares problem of one
+unknown per group.
 
 Legend: W_ok weight, H_kk damped mean second moment, c_ok codes - zeros, s_ag scales, D_ok = W - W'.
 """
@@ -18,8 +21,11 @@ from qlab.methods.obs import Substitution
 RIDGE = 1e-3  # pull of a scale towards its old value, as a fraction of its own curvature
 
 
-def descend_codes(W_ok: Tensor, H_kk: Tensor, q: QTensor, order: Tensor, block: int = 32) -> QTensor:
-    """One sweep: w'_j <- project(w'_j + (D H)_j / H_jj) for every column j in `order`, on the grid of q.
+def descend_codes(
+    W_ok: Tensor, H_kk: Tensor, q: QTensor, order: Tensor, block: int = 32
+) -> QTensor:
+    """One sweep: w'_j <- project(w'_j + (D H)_j / H_jj) for every column j in `order`, on the grid
+    of q.
 
     The gradient D H is brought up to date once per block of columns and inside it column by column.
     """
@@ -27,7 +33,11 @@ def descend_codes(W_ok: Tensor, H_kk: Tensor, q: QTensor, order: Tensor, block: 
     H_kk = H_kk.index_select(0, order).index_select(1, order)
     codes_ko = q.codes.T.index_select(0, order).to(W_ok.dtype)
     D_ko = (W_ok - dense(q, W_ok.dtype)).T.index_select(0, order)
-    s_ko = steps(q.scales, q.outer, W_ok.dtype).T.repeat_interleave(rows, 1)[:, : len(W_ok)].index_select(0, order // cols)
+    s_ko = (
+        steps(q.scales, q.outer, W_ok.dtype)
+        .T.repeat_interleave(rows, 1)[:, : len(W_ok)]
+        .index_select(0, order // cols)
+    )
     codes, s, hs = codes_ko.unbind(), s_ko.unbind(), (H_kk.diagonal()[:, None] * s_ko).unbind()
     inner, before_o = Substitution(min(block, len(order)), D_ko), torch.empty_like(D_ko[0])
     for start in range(0, len(order), block):
@@ -36,7 +46,8 @@ def descend_codes(W_ok: Tensor, H_kk: Tensor, q: QTensor, order: Tensor, block: 
         for i, g_o, moved_o in inner.solve(G_bo, -H_kk[at, at]):
             j, code_o = start + i, codes[start + i]
             before_o.copy_(code_o)
-            # W' + G / H_jj in units of codes: the present code, plus the step that the gradient asks for
+            # W' + G / H_jj in units of codes: the present code, plus the step that the gradient
+            # asks for
             spec.nearest_(code_o.addcdiv_(g_o, hs[j]))
             torch.sub(code_o, before_o, out=moved_o).mul_(s[j])
         D_ko[at] -= inner.e_bo[: len(G_bo)]
@@ -44,9 +55,11 @@ def descend_codes(W_ok: Tensor, H_kk: Tensor, q: QTensor, order: Tensor, block: 
 
 
 def refit_scales(W_ok: Tensor, H_kk: Tensor, q: QTensor) -> QTensor:
-    """The scales that minimise tr(D H D^T) for fixed codes: per row, A s = b with A_gh = c_g^T H_gh c_h, b_g = c_g^T (H w)_g.
+    """The scales that minimise tr(D H D^T) for fixed codes: per row, A s = b with A_gh = c_g^T H_gh
+    c_h, b_g = c_g^T (H w)_g.
 
-    For tiles of one row (channel, group). RIDGE keeps groups with hardly any curvature at their old scale.
+    For tiles of one row (channel, group). RIDGE keeps groups with hardly any curvature at their old
+    scale.
     """
     o, groups = q.scales.shape
     c_ogn = q.spec.tile.split(q.codes).to(W_ok.dtype)
@@ -55,11 +68,15 @@ def refit_scales(W_ok: Tensor, H_kk: Tensor, q: QTensor) -> QTensor:
     H_gnhm = rearrange(H_kk, "(g n) (h m) -> g n h m", g=groups, h=groups)
     A_ogh = W_ok.new_empty(o, groups, groups)
     for g in range(groups):  # A is symmetric
-        cH_ohm = rearrange(c_ogn[:, g] @ H_gnhm[g, :, g:].flatten(1), "o (h m) -> o h m", h=groups - g)
+        cH_ohm = rearrange(
+            c_ogn[:, g] @ H_gnhm[g, :, g:].flatten(1), "o (h m) -> o h m", h=groups - g
+        )
         A_ogh[:, g, g:] = A_ogh[:, g:, g] = torch.linalg.vecdot(cH_ohm, c_ogn[:, g:])
     b_og = torch.linalg.vecdot(rearrange(W_ok @ H_kk, "o (g n) -> o g n", g=groups), c_ogn)
     ridge = RIDGE * A_ogh.diagonal(dim1=1, dim2=2)
     ridge = torch.where(ridge > 0, ridge, 1)
-    solved = torch.linalg.solve(A_ogh + torch.diag_embed(ridge), b_og + ridge * q.scales.to(W_ok.dtype)).to(q.scales.dtype)
+    solved = torch.linalg.solve(
+        A_ogh + torch.diag_embed(ridge), b_og + ridge * q.scales.to(W_ok.dtype)
+    ).to(q.scales.dtype)
     usable = solved.isfinite() & (solved != 0)
     return QTensor(q.codes, torch.where(usable, solved, q.scales), q.zeros, q.spec)

@@ -12,10 +12,12 @@ from qlab.algebra.transform import Transform, each_weight
 
 
 def rtn(spec: Spec, grid: Grid = minmax) -> Transform:
-    """codes = round(W / s + z) for every selected weight; no data unless the grid weighs its errors.
+    """codes = round(W / s + z) for every selected weight; no data unless the grid weighs its
+    errors.
 
-    The default grid gives the scales, zero points and codes of compressed-tensors' quantizer, computed in fp32. With a grid that weighs
-    errors no row's output error on the calibration data is above that of the default grid.
+    The default grid gives the scales, zero points and codes of compressed-tensors' quantizer,
+    computed in fp32. With a grid that weighs errors no row's output error on the calibration data
+    is above that of the default grid.
     """
 
     def fn(W_ok: Tensor, stats: Mapping[str, Any], spec: Spec) -> tuple[QTensor, Mapping[str, Any]]:

@@ -17,5 +17,8 @@ def usable(device: torch.device | str) -> torch.device:
         torch.ones(1, dtype=torch.float32, device=where).item()
     except Exception as error:  # unknown to torch, left out of its build, or not in this machine
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
-        raise QlabError(f"the device {str(device)!r} cannot be used here ({reason}); choose 'cpu', or one that torch finds") from error
+        raise QlabError(
+            f"the device {str(device)!r} cannot be used here ({reason}); choose 'cpu', or one "
+            "that torch finds"
+        ) from error
     return where

@@ -1,7 +1,9 @@
-"""What a model's tensors are called in its files: renamed, or cut into one tensor per expert and projection.
+"""What a model's tensors are called in its files: renamed, or cut into one tensor per expert and
+projection.
 
-transformers itself says so: its loading rules give every stored name its place in the model, and its saving rules, run
-on the numbers of a fused weight's rows, say which rows of which expert every file tensor holds.
+transformers itself says so: its loading rules give every stored name its place in the model, and
+its saving rules, run on the numbers of a fused weight's rows, say which rows of which expert every
+file tensor holds.
 """
 
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
@@ -11,7 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 from qlab.algebra.qtensor import Leaf, QTensor, by_rows
 from qlab.errors import QlabError
@@ -19,8 +26,9 @@ from qlab.errors import QlabError
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of the files: a whole leaf, rows [start, stop) of one expert of a fused leaf [e, o, k], or, where it is of no expert and
-    has rows, those of a leaf that transformers joins from several."""
+    """A tensor of the files: a whole leaf, rows [start, stop) of one expert of a fused leaf [e, o,
+    k], or, where it is of no expert and has rows, those of a leaf that transformers joins from
+    several."""
 
     name: str
     expert: int | None = None
@@ -38,23 +46,37 @@ class Piece:
         if isinstance(leaf, Tensor):
             return leaf[self.expert, self.start : self.stop]
         rows = leaf.spec.tile.rows or leaf.shape[-2]
-        scaled = slice(self.start // rows, -(-self.stop // rows))  # a scale of all rows is each part's
+        scaled = slice(
+            self.start // rows, -(-self.stop // rows)
+        )  # a scale of all rows is each part's
         if rows < leaf.shape[-2] and (self.start % rows or self.stop % rows):
-            raise QlabError(f"{self.module}: rows {self.start} to {self.stop} of the fused experts share {leaf.spec} scales with "
-                            "their neighbours; choose groups or channels")
-        return QTensor(leaf.codes[self.expert, self.start : self.stop], leaf.scales[self.expert, scaled],
-                       None if leaf.zeros is None else leaf.zeros[self.expert, scaled], leaf.spec,
-                       None if leaf.outer is None else leaf.outer[self.expert])  # fmt: skip
+            raise QlabError(
+                f"{self.module}: rows {self.start} to {self.stop} of the fused experts share "
+                f"{leaf.spec} scales with their neighbours; choose groups or channels"
+            )
+        return QTensor(
+            leaf.codes[self.expert, self.start : self.stop],
+            leaf.scales[self.expert, scaled],
+            None if leaf.zeros is None else leaf.zeros[self.expert, scaled],
+            leaf.spec,
+            None if leaf.outer is None else leaf.outer[self.expert],
+        )
 
 
 def assemble(pieces: Sequence[Piece], parts: Sequence[Leaf]) -> Leaf:
     """The leaf whose pieces these are: the inverse of Piece.of for groups and channels."""
     if pieces[0].expert is None:
-        return parts[0] if len(parts) == 1 else torch.cat([part for part in parts if isinstance(part, Tensor)])
+        return (
+            parts[0]
+            if len(parts) == 1
+            else torch.cat([part for part in parts if isinstance(part, Tensor)])
+        )
     specs = {part.spec if isinstance(part, QTensor) else None for part in parts}
     if len(specs) > 1:
-        raise QlabError(f"{pieces[0].module} and the others of its fused weight are stored as "
-                        f"{' and '.join(sorted(str(spec) for spec in specs))}; qlab reads experts of one spec")
+        raise QlabError(
+            f"{pieces[0].module} and the others of its fused weight are stored as "
+            f"{' and '.join(sorted(str(spec) for spec in specs))}; qlab reads experts of one spec"
+        )
     experts = 1 + max(p.expert or 0 for p in pieces)
     if isinstance(parts[0], Tensor):
         return _stack(experts, pieces, [p for p in parts if isinstance(p, Tensor)])
@@ -63,25 +85,37 @@ def assemble(pieces: Sequence[Piece], parts: Sequence[Leaf]) -> Leaf:
         quantized = [by_rows(part) for part in quantized]
     spec = quantized[0].spec
     if any(p.perm is not None for p in quantized):
-        raise QlabError(f"{pieces[0].module} is stored as {spec} with an order of channels that is its own; qlab reads experts whose "
-                        "channels are in the model's order")
+        raise QlabError(
+            f"{pieces[0].module} is stored as {spec} with an order of channels that is its own; "
+            "qlab reads experts whose channels are in the model's order"
+        )
     outers: dict[int, Tensor] = {}
     for piece, part in zip(pieces, quantized):
-        if part.outer is not None and not torch.equal(outers.setdefault(piece.expert or 0, part.outer), part.outer):
-            raise QlabError(f"{piece.module} has a global scale of its own; qlab reads projections of one fused weight that share it")
+        if part.outer is not None and not torch.equal(
+            outers.setdefault(piece.expert or 0, part.outer), part.outer
+        ):
+            raise QlabError(
+                f"{piece.module} has a global scale of its own; qlab reads projections of one "
+                "fused weight that share it"
+            )
     return QTensor(
         _stack(experts, pieces, [p.codes for p in quantized]),
         _stack(experts, pieces, [p.scales for p in quantized]),
-        None if spec.symmetric else _stack(experts, pieces, [p.zeros for p in quantized if p.zeros is not None]),
+        None
+        if spec.symmetric
+        else _stack(experts, pieces, [p.zeros for p in quantized if p.zeros is not None]),
         spec,
         torch.stack([outers[e] for e in range(experts)]) if outers else None,
     )
 
 
 def _joinable(parts: Sequence[QTensor]) -> bool:
-    """Whether no scale would be for rows of two projections that lie above each other in one expert."""
+    """Whether no scale would be for rows of two projections that lie above each other in one
+    expert."""
     rows = parts[0].spec.tile.rows
-    return rows is not None and (len(parts) == 1 or all(part.shape[-2] % rows == 0 for part in parts))
+    return rows is not None and (
+        len(parts) == 1 or all(part.shape[-2] % rows == 0 for part in parts)
+    )
 
 
 def _stack(experts: int, pieces: Sequence[Piece], parts: Sequence[Tensor]) -> Tensor:
@@ -97,29 +131,51 @@ def _stack(experts: int, pieces: Sequence[Piece], parts: Sequence[Tensor]) -> Te
 
 
 def spellings(model: PreTrainedModel, stored: Iterable[str]) -> Mapping[str, str]:
-    """The model's name of every tensor -> its stored name, which transformers may rename when it loads them."""
-    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    """The model's name of every tensor -> its stored name, which transformers may rename when it
+    loads them."""
+    renamings = [
+        rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)
+    ]
     known = model.state_dict()
-    return {rename_source_key(name, renamings, [], model.base_model_prefix, known)[0]: name for name in sorted(stored)}
+    return {
+        rename_source_key(name, renamings, [], model.base_model_prefix, known)[0]: name
+        for name in sorted(stored)
+    }
 
 
-def pieces_of_experts(model: PreTrainedModel, name: str, stored: Collection[str]) -> tuple[Piece, ...]:
-    """The tensors that engines expect for a fused weight [e, o, k], in the order of experts and rows; () if transformers
-    knows no names for parts of it. Names are spelled with or without the base prefix, as the stored ones are."""
+def pieces_of_experts(
+    model: PreTrainedModel, name: str, stored: Collection[str]
+) -> tuple[Piece, ...]:
+    """The tensors that engines expect for a fused weight [e, o, k], in the order of experts and
+    rows; () if transformers knows no names for parts of it. Names are spelled with or without the
+    base prefix, as the stored ones are."""
     experts, rows = model.get_parameter(name).shape[:2]
-    numbers = torch.arange(experts * rows, device="cpu")  # also where models are being built on meta
+    numbers = torch.arange(
+        experts * rows, device="cpu"
+    )  # also where models are being built on meta
     two = numbers.view(experts, rows, 1).repeat(1, 1, 2)  # transformers 5.17 drops an axis of one
     cut = revert_weight_conversion(model, {name: two})
-    if len(cut) == 1 and all(torch.equal(held, two) for held in cut.values()):  # one tensor, of this name or another
+    if len(cut) == 1 and all(
+        torch.equal(held, two) for held in cut.values()
+    ):  # one tensor, of this name or another
         return ()
     pieces = []
     for piece, held in cut.items():
         first, last = int(held.flatten()[0]), int(held.flatten()[-1])
         if not torch.equal(held.reshape(-1, 2), numbers[first : last + 1, None].repeat(1, 2)):
-            raise QlabError(f"{name} is saved as {piece} in a way that is no range of its rows; qlab cannot cut it")
-        spelled, inside = _spelled(piece, model.base_model_prefix, stored), rows > 1 and first // rows == last // rows
-        pieces.append(Piece(spelled, first // rows, first % rows, last % rows + 1) if inside else
-                      Piece(spelled, None, first // rows, last // rows + 1))  # fmt: skip
+            raise QlabError(
+                f"{name} is saved as {piece} in a way that is no range of its rows; qlab cannot "
+                "cut it"
+            )
+        spelled, inside = (
+            _spelled(piece, model.base_model_prefix, stored),
+            rows > 1 and first // rows == last // rows,
+        )
+        pieces.append(
+            Piece(spelled, first // rows, first % rows, last % rows + 1)
+            if inside
+            else Piece(spelled, None, first // rows, last // rows + 1)
+        )
     return tuple(sorted(pieces, key=lambda p: (p.expert or 0, p.start)))
 
 
@@ -129,7 +185,8 @@ def _spelled(name: str, prefix: str, stored: Collection[str]) -> str:
 
 
 def identities(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Hashable]:
-    """Stored name -> what transformers loads it into: a parameter's name, or a part of a parameter that it joins from several."""
+    """Stored name -> what transformers loads it into: a parameter's name, or a part of a parameter
+    that it joins from several."""
     found: dict[str, Hashable] = {}
     for name, (place, pattern) in _places(model, stored).items():
         numbers = tuple(part for part in name.split(".") if part.isdigit())
@@ -138,12 +195,14 @@ def identities(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Hasha
 
 
 def is_converted(model: PreTrainedModel, name: str) -> bool:
-    """Whether transformers makes something else of a stored tensor when it loads it: flattens, joins, cuts or transposes it."""
+    """Whether transformers makes something else of a stored tensor when it loads it: flattens,
+    joins, cuts or transposes it."""
     return _places(model, [name])[name][1] is not None
 
 
 def _places(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, tuple[str, str | None]]:
-    """Stored name -> the parameter that it goes into, and the rule by which transformers converts it on the way, if there is one."""
+    """Stored name -> the parameter that it goes into, and the rule by which transformers converts
+    it on the way, if there is one."""
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]

@@ -1,5 +1,5 @@
-"""What happens around a linear at run time, as the files' configuration says: its input is rotated and then rounded, its output
-rotated."""
+"""What happens around a linear at run time, as the files' configuration says: its input is rotated
+and then rounded, its output rotated."""
 
 from typing import TYPE_CHECKING
 
@@ -13,14 +13,20 @@ if TYPE_CHECKING:
 
 
 def at_input(skeleton: "Skeleton", site: str) -> tuple[Op, ...]:
-    """The operations on a site's input. Fused experts have one input, which all of them must round alike."""
+    """The operations on a site's input. Fused experts have one input, which all of them must round
+    alike."""
     checkpoint = skeleton.checkpoint
     modules = [m for m in skeleton.modules(site) if m in checkpoint.inputs]
     specs = {checkpoint.inputs[m] for m in modules}
     if skeleton.fused(site) and (len(specs) > 1 or any(s.static for s in specs)):
-        raise QlabError(f"{site}: its experts round their inputs in ways of their own ({', '.join(map(str, specs))}); qlab reads "
-                        "experts whose inputs are rounded with one dynamic spec")
-    return _rotation(skeleton, site, "input") + (checkpoint.rounding(modules[-1]) if modules else ())
+        raise QlabError(
+            f"{site}: its experts round their inputs in ways of their own "
+            f"({', '.join(map(str, specs))}); qlab reads experts whose inputs are rounded with "
+            "one dynamic spec"
+        )
+    return _rotation(skeleton, site, "input") + (
+        checkpoint.rounding(modules[-1]) if modules else ()
+    )
 
 
 def at_output(skeleton: "Skeleton", site: str) -> tuple[Op, ...]:
@@ -29,14 +35,21 @@ def at_output(skeleton: "Skeleton", site: str) -> tuple[Op, ...]:
 
 
 def _rotation(skeleton: "Skeleton", site: str, location: str) -> tuple[Op, ...]:
-    """What a site's "input" or "output" is multiplied with; the configuration may name the linear in either spelling."""
+    """What a site's "input" or "output" is multiplied with; the configuration may name the linear
+    in either spelling."""
     experts = skeleton.fused(site)
     if not experts and not isinstance(skeleton.model.get_submodule(site), nn.Linear):
         return ()
     o, k = skeleton.model.get_parameter(site if experts else f"{site}.weight").shape[-2:]
     channels = k if location == "input" else o
-    rotations = (skeleton.checkpoint.rotations(name, location, channels) for name in dict.fromkeys(skeleton.modules(site)))
+    rotations = (
+        skeleton.checkpoint.rotations(name, location, channels)
+        for name in dict.fromkeys(skeleton.modules(site))
+    )
     found = [ops for ops in rotations if ops]
     if experts and found:
-        raise QlabError(f"{site} has an {location} that is rotated at run time, which qlab does not do to experts")
+        raise QlabError(
+            f"{site} has an {location} that is rotated at run time, which qlab does not do to "
+            "experts"
+        )
     return found[0] if found else ()

@@ -1,4 +1,5 @@
-"""A model directory's Hugging Face model on paper: its modules with parameters on the meta device, and where its blocks are."""
+"""A model directory's Hugging Face model on paper: its modules with parameters on the meta device,
+and where its blocks are."""
 
 import copy
 import re
@@ -6,7 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qlab.algebra.experts import experts_forward
@@ -14,12 +20,14 @@ from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.process.surroundings import Floats, foreign, parameters_on_meta
 
-EXPERTS = "qlab"  # the name under which transformers finds the forward of fused experts that traces on every device
+# the name under which transformers finds the forward of fused experts that traces on every device
+EXPERTS = "qlab"
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)
 
 
 def on_paper(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its parameters on meta, each in the dtype in which transformers holds it when it loads the model in `dtype`."""
+    """The model with its parameters on meta, each in the dtype in which transformers holds it when
+    it loads the model in `dtype`."""
     try:
         config = copy.deepcopy(checkpoint.config)  # transformers writes into it
         with foreign, parameters_on_meta(), Floats(dtype):
@@ -33,14 +41,18 @@ def on_paper(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         return model
     except Exception as error:  # whatever the model's own constructor raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise QlabError(f"transformers cannot build a causal language model from {checkpoint.path}/config.json ({reason}); "
-                        "qlab quantizes those, and models of images and text around one") from error
+        raise QlabError(
+            "transformers cannot build a causal language model from "
+            f"{checkpoint.path}/config.json ({reason}); qlab quantizes those, and models of "
+            "images and text around one"
+        ) from error
 
 
 def run_experts_here(model: PreTrainedModel) -> None:
     """Give a model's fused experts the forward that traces on every device.
 
-    transformers before 5.8 takes no registered name as an option, but all read it from the config of the experts' module.
+    transformers before 5.8 takes no registered name as an option, but all read it from the config
+    of the experts' module.
     """
     for module in model.modules():
         if isinstance(config := getattr(module, "config", None), PretrainedConfig):
@@ -48,8 +60,11 @@ def run_experts_here(model: PreTrainedModel) -> None:
 
 
 def _widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Hold in float32 what the model's classes name so: transformers matches the names when it loads what the files hold."""
-    plan: Any = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else model.dtype_plan  # transformers 5.0.0
+    """Hold in float32 what the model's classes name so: transformers matches the names when it
+    loads what the files hold."""
+    plan: Any = (
+        model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else model.dtype_plan
+    )  # transformers 5.0.0
     loaded = model.state_dict(keep_vars=True)
     for pattern, wide in plan.items():
         for name in [name for name in loaded if re.search(pattern.replace("*", ".*"), name)]:
@@ -64,7 +79,8 @@ def _widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _maker(config: PretrainedConfig) -> Any:
-    """The auto class that makes the architecture that the config names: of text alone, or of images and text."""
+    """The auto class that makes the architecture that the config names: of text alone, or of images
+    and text."""
     for maker in (AutoModelForCausalLM, AutoModelForImageTextToText):
         known: Any = maker._model_mapping.get(type(config), None)
         if known is not None and known.__name__ in (config.architectures or [known.__name__]):
@@ -73,12 +89,19 @@ def _maker(config: PretrainedConfig) -> Any:
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, dict[str, nn.Module]]:
-    """The largest list of modules in the decoder that text goes through, which other towers may feed."""
+    """The largest list of modules in the decoder that text goes through, which other towers may
+    feed."""
     decoder = path_of(model, model.get_decoder())
-    lists = {n: m for n, m in model.named_modules() if n.startswith(decoder) and isinstance(m, nn.ModuleList) and len(m)}
+    lists = {
+        n: m
+        for n, m in model.named_modules()
+        if n.startswith(decoder) and isinstance(m, nn.ModuleList) and len(m)
+    }
     outer = {n: m for n, m in lists.items() if not any(n.startswith(o + ".") for o in lists)}
     if not outer:
-        raise QlabError(f"{type(model).__name__} has no list of blocks (nn.ModuleList) to stream through")
+        raise QlabError(
+            f"{type(model).__name__} has no list of blocks (nn.ModuleList) to stream through"
+        )
     prefix = max(outer, key=lambda n: sum(p.numel() for p in outer[n].parameters()))
     return prefix, {f"{prefix}.{i}": block for i, block in enumerate(outer[prefix])}
 

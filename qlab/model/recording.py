@@ -1,7 +1,9 @@
-"""What a model calls its blocks with, read off its own forward while stand-ins take the blocks' places.
+"""What a model calls its blocks with, read off its own forward while stand-ins take the blocks'
+places.
 
-A block is called with hidden states that the block before returned, and may be called with more that earlier blocks made: keys and
-values of another layer, a second stream. Which tensor is whose is known by identity: every stand-in returns tensors of its own.
+A block is called with hidden states that the block before returned, and may be called with more
+that earlier blocks made: keys and values of another layer, a second stream. Which tensor is whose
+is known by identity: every stand-in returns tensors of its own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,17 +19,23 @@ from qlab.algebra.graph import Code, Given, Made, open_symbols
 from qlab.algebra.tracing.taken_apart import Form, put_together, take_apart, take_over
 from qlab.errors import QlabError
 
-State = tuple[Tensor, ...]  # what enters a block and other blocks made: its hidden states [..., b, l, d] first
-Maker = tuple[int, int]  # (block, which of its program's outputs); what enters the first block is nobody's
+State = tuple[
+    Tensor, ...
+]  # what enters a block and other blocks made: its hidden states [..., b, l, d] first
+Maker = tuple[
+    int, int
+]  # (block, which of its program's outputs); what enters the first block is nobody's
 ENTRY: Maker = (-1, 0)
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a block is called with, as a flat list with holes for what other blocks made, and what the next block gets.
+    """What a block is called with, as a flat list with holes for what other blocks made, and what
+    the next block gets.
 
-    entering: the state that enters, in shapes alone. holes: leaf -> its place there. passes: where the state that leaves comes from,
-    counted through what enters and then through the program's outputs.
+    entering: the state that enters, in shapes alone. holes: leaf -> its place there. passes: where
+    the state that leaves comes from, counted through what enters and then through the program's
+    outputs.
     """
 
     leaves: tuple[Any, ...]
@@ -39,7 +47,10 @@ class Call:
     def inputs(self, state: Sequence[Tensor]) -> tuple[tuple, dict[str, Any]]:
         """The block's arguments around this state."""
         hidden = state[0]
-        leaves = [state[self.holes[i]] if i in self.holes else to_like(leaf, hidden) for i, leaf in enumerate(self.leaves)]
+        leaves = [
+            state[self.holes[i]] if i in self.holes else to_like(leaf, hidden)
+            for i, leaf in enumerate(self.leaves)
+        ]
         return put_together(leaves, self.form)
 
     def leaving(self, state: Sequence[Tensor], outputs: Sequence[Any]) -> State:
@@ -49,7 +60,8 @@ class Call:
 
 
 def to_like(leaf: Any, like: Tensor) -> Any:
-    """A tensor on the device of another and, if it is floating point, in its dtype; anything else as it is."""
+    """A tensor on the device of another and, if it is floating point, in its dtype; anything else
+    as it is."""
     if not isinstance(leaf, Tensor):
         return leaf
     return leaf.to(like.device, like.dtype) if leaf.is_floating_point() else leaf.to(like.device)
@@ -57,13 +69,25 @@ def to_like(leaf: Any, like: Tensor) -> Any:
 
 def shapes_of(code: Code, tensors: Sequence[Tensor]) -> list[tuple[int, ...] | None]:
     """The shapes of a program's outputs on inputs of these shapes; None for what is no tensor."""
-    entering = [n.meta["val"] for n in code.graph.nodes if n.op == "placeholder" and n.name not in {**code.params, **code.constants}]
-    sizes = {d.node.expr: n for val, t in zip(entering, tensors) for d, n in zip(val.shape, t.shape) if open_symbols(d)}
+    entering = [
+        n.meta["val"]
+        for n in code.graph.nodes
+        if n.op == "placeholder" and n.name not in {**code.params, **code.constants}
+    ]
+    sizes = {
+        d.node.expr: n
+        for val, t in zip(entering, tensors)
+        for d, n in zip(val.shape, t.shape)
+        if open_symbols(d)
+    }
 
     def size(d: Any) -> int:
         return int(d.node.expr.subs(sizes)) if open_symbols(d) else int(d)
 
-    return [tuple(size(d) for d in out.shape) if isinstance(out, Tensor) else None for out in code.outputs]
+    return [
+        tuple(size(d) for d in out.shape) if isinstance(out, Tensor) else None
+        for out in code.outputs
+    ]
 
 
 class Recorded(Exception):
@@ -71,7 +95,8 @@ class Recorded(Exception):
 
 
 class Makers(TorchDispatchMode):
-    """Who made which tensor while a model runs with stand-ins, and what the model itself computed of such tensors."""
+    """Who made which tensor while a model runs with stand-ins, and what the model itself computed
+    of such tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,9 +114,15 @@ class Makers(TorchDispatchMode):
         """Whose output this is."""
         return self.makers.get(id(leaf))
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
-        of_blocks = [t for t in pytree.tree_leaves((args, kwargs)) if self.maker(t) not in (None, ENTRY) or id(t) in self.derived]
+        of_blocks = [
+            t
+            for t in pytree.tree_leaves((args, kwargs))
+            if self.maker(t) not in (None, ENTRY) or id(t) in self.derived
+        ]
         for tensor in pytree.tree_leaves(out) if of_blocks else ():
             if isinstance(tensor, Tensor):
                 self.makers.pop(id(tensor), None)  # changed in place
@@ -110,8 +141,8 @@ class Makers(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Seen:
-    """One call of a block: the leaves and their form, whose some of them are, which one is the hidden states, and which of the
-    program's outputs are those that leave."""
+    """One call of a block: the leaves and their form, whose some of them are, which one is the
+    hidden states, and which of the program's outputs are those that leave."""
 
     leaves: tuple[Any, ...]
     form: Form
@@ -126,17 +157,28 @@ class Seen:
 
 
 class Recorder(nn.Module):
-    """Stands in for a block: remembers what it was called with and hands the hidden states on, or others instead."""
+    """Stands in for a block: remembers what it was called with and hands the hidden states on, or
+    others instead."""
 
-    def __init__(self, path: str, index: int, block: nn.Module, makers: Makers, program: Callable[..., Code]):
+    def __init__(
+        self, path: str, index: int, block: nn.Module, makers: Makers, program: Callable[..., Code]
+    ):
         super().__init__()
         object.__setattr__(self, "block", block)  # not a submodule: it stays where it is
-        self.path, self.index, self.makers, self.program, self.last = path, index, makers, program, False
+        self.path, self.index, self.makers, self.program, self.last = (
+            path,
+            index,
+            makers,
+            program,
+            False,
+        )
         self.before: Recorder | None = None
         self.replay: Tensor | None = None
         self.seen: Seen | None = None
 
-    def __getattr__(self, name: str) -> Any:  # models read attributes of their blocks, such as attention_type
+    def __getattr__(
+        self, name: str
+    ) -> Any:  # models read attributes of their blocks, such as attention_type
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -156,20 +198,34 @@ class Recorder(nn.Module):
             if i == at or not isinstance(leaf, Tensor):
                 continue
             if id(leaf) in self.makers.derived:
-                raise QlabError(f"{self.path} is called with a tensor {tuple(leaf.shape)} that its model computes of what earlier "
-                                "blocks return; qlab streams models that hand on what blocks return as it is")
+                raise QlabError(
+                    f"{self.path} is called with a tensor {tuple(leaf.shape)} that its model "
+                    "computes of what earlier blocks return; qlab streams models that hand on "
+                    "what blocks return as it is"
+                )
             if self.makers.maker(leaf) not in (None, ENTRY):
                 holes[i] = len(state)
                 state.append(leaf)
-        call = Call(tuple(None if i in holes else leaf for i, leaf in enumerate(leaves)), form, holes, _on_paper(state))
+        call = Call(
+            tuple(None if i in holes else leaf for i, leaf in enumerate(leaves)),
+            form,
+            holes,
+            _on_paper(state),
+        )
         code = self.program(call)
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         shapes = shapes_of(code, given)
         if tuple(hidden.shape) not in shapes:
-            raise QlabError(f"{self.path} returns no tensor {tuple(hidden.shape)}, as are the hidden states that it is called with; "
-                            "qlab streams models whose blocks keep their shape")
+            raise QlabError(
+                f"{self.path} returns no tensor {tuple(hidden.shape)}, as are the hidden states "
+                "that it is called with; qlab streams models whose blocks keep their shape"
+            )
         leaving = shapes.index(tuple(hidden.shape))
-        makers = {i: maker for i, leaf in enumerate(leaves) if (maker := self.makers.maker(leaf)) is not None}
+        makers = {
+            i: maker
+            for i, leaf in enumerate(leaves)
+            if (maker := self.makers.maker(leaf)) is not None
+        }
         self.seen = Seen(tuple(leaves), form, makers, at, leaving)
         if self.last:
             raise Recorded
@@ -179,27 +235,50 @@ class Recorder(nn.Module):
         return pytree.tree_unflatten(outputs[: code.out_spec.num_leaves], code.out_spec)
 
     def _hidden(self, leaves: Sequence[Any]) -> int:
-        """Which leaf is the hidden states: what the block before returned as such, else the first that may be."""
-        floats = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        """Which leaf is the hidden states: what the block before returned as such, else the first
+        that may be."""
+        floats = [
+            i
+            for i, leaf in enumerate(leaves)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        ]
         if self.before is not None and self.before.seen is not None:
             returned = (self.before.index, self.before.seen.leaving)
             return next((i for i in floats if self.makers.maker(leaves[i]) == returned), floats[0])
         return floats[0]
 
-    def _stand_ins(self, code: Code, shapes: Sequence[Any], hidden: Tensor, leaving: int) -> list[Any]:
-        """What the program gives: hidden states as they came, or others; of other tensors their shapes alone."""
+    def _stand_ins(
+        self, code: Code, shapes: Sequence[Any], hidden: Tensor, leaving: int
+    ) -> list[Any]:
+        """What the program gives: hidden states as they came, or others; of other tensors their
+        shapes alone."""
         handed_on = hidden if self.replay is None else self.replay
         handed_on = handed_on.view_as(handed_on)  # a tensor of its own, which is known by its maker
         outputs = []
         for k, (out, shape) in enumerate(zip(code.outputs, shapes)):
-            stand_in = handed_on if k == leaving else out if shape is None else torch.empty(shape, dtype=out.dtype, device="meta")
-            outputs.append(self.makers.made(stand_in, (self.index, k)) if isinstance(stand_in, Tensor) else stand_in)
+            stand_in = (
+                handed_on
+                if k == leaving
+                else out
+                if shape is None
+                else torch.empty(shape, dtype=out.dtype, device="meta")
+            )
+            outputs.append(
+                self.makers.made(stand_in, (self.index, k))
+                if isinstance(stand_in, Tensor)
+                else stand_in
+            )
         return outputs
 
-    def _leave(self, inputs: Any, code: Code, given: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+    def _leave(
+        self, inputs: Any, code: Code, given: Sequence[Tensor], made: Sequence[Tensor]
+    ) -> None:
         """Put what the block leaves in its inputs there, for later blocks to find."""
         assert code.left is not None
-        places = [given[x.index] if isinstance(x, Given) else made[x.index] if isinstance(x, Made) else x for x in code.left.leaves]
+        places = [
+            given[x.index] if isinstance(x, Given) else made[x.index] if isinstance(x, Made) else x
+            for x in code.left.leaves
+        ]
         take_over(inputs, put_together(places, code.left.form))
 
 
@@ -208,7 +287,8 @@ def _on_paper(state: Sequence[Tensor]) -> State:
 
 
 def calls_of(seen: Sequence[Seen]) -> list[Call]:
-    """What every block is called with, once all have been seen: what one leaves and a later one takes is handed on in between."""
+    """What every block is called with, once all have been seen: what one leaves and a later one
+    takes is handed on in between."""
     hidden = [ENTRY] + [(i, s.leaving) for i, s in enumerate(seen)]
     taken = [{m: s.leaves[i] for i, m in s.makers.items() if m != ENTRY} for s in seen]
     like = {m: tensor for found in taken for m, tensor in found.items()}
@@ -220,13 +300,18 @@ def calls_of(seen: Sequence[Seen]) -> list[Call]:
     calls = []
     for j, s in enumerate(seen):
         holes = {i: states[j].index(m) for i, m in s.makers.items() if m in states[j]} | {s.at: 0}
-        calls.append(Call(
-            leaves=tuple(None if i in holes else leaf for i, leaf in enumerate(s.leaves)),
-            form=s.form,
-            holes=holes,
-            entering=_on_paper([s.hidden, *(like[m] for m in states[j][1:])]),
-            passes=tuple(len(states[j]) + m[1] if m[0] == j else states[j].index(m) for m in states[j + 1]),
-        ))  # fmt: skip
+        calls.append(
+            Call(
+                leaves=tuple(None if i in holes else leaf for i, leaf in enumerate(s.leaves)),
+                form=s.form,
+                holes=holes,
+                entering=_on_paper([s.hidden, *(like[m] for m in states[j][1:])]),
+                passes=tuple(
+                    len(states[j]) + m[1] if m[0] == j else states[j].index(m)
+                    for m in states[j + 1]
+                ),
+            )
+        )
     return calls
 
 

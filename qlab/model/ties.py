@@ -1,4 +1,5 @@
-"""Which parameters are another's too: those that config.json and the model's class tie, as far as the files agree."""
+"""Which parameters are another's too: those that config.json and the model's class tie, as far as
+the files agree."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,8 +9,11 @@ from transformers import PreTrainedModel
 FLAG = "tie_word_embeddings"
 
 
-def ties(model: PreTrainedModel, held: Callable[[str], bool], equal: Callable[[str, str], bool]) -> dict[str, str]:
-    """Parameter -> the one that it is too: one that the files lack, or hold equal to the other's. One that they hold apart is its own.
+def ties(
+    model: PreTrainedModel, held: Callable[[str], bool], equal: Callable[[str, str], bool]
+) -> dict[str, str]:
+    """Parameter -> the one that it is too: one that the files lack, or hold equal to the other's.
+    One that they hold apart is its own.
 
     held: whether the files hold a parameter. equal: whether they hold two of them alike.
     """
@@ -27,10 +31,16 @@ def ties(model: PreTrainedModel, held: Callable[[str], bool], equal: Callable[[s
 def apart(model: PreTrainedModel, tied: Mapping[str, str]) -> set[str]:
     """The parameters that config.json ties and the files hold apart."""
     declared = model.all_tied_weights_keys
-    return {name for name, other in declared.items() if name not in tied and tied.get(other) != name}
+    return {
+        name for name, other in declared.items() if name not in tied and tied.get(other) != name
+    }
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json whose head has a weight of its own."""
-    parts = {key: untied(part) for key, part in config.items() if isinstance(part, dict) and (FLAG in part or key == "text_config")}
+    parts = {
+        key: untied(part)
+        for key, part in config.items()
+        if isinstance(part, dict) and (FLAG in part or key == "text_config")
+    }
     return {**config, **parts, FLAG: False}

@@ -14,8 +14,8 @@ BF16_BOUNDS = ("AVX512_CORE_BF16", "AVX512_CORE_FP16")  # of oneDNN: AVX512_BF16
 class Processor:
     """A processor as kernels use it.
 
-    isa: the widest instruction set of products: "amx", "avx512_bf16", or the one that torch names, in
-    lower case ("avx512", "avx2", "default", and those of other architectures).
+    isa: the widest instruction set of products: "amx", "avx512_bf16", or the one that torch names,
+    in lower case ("avx512", "avx2", "default", and those of other architectures).
     """
 
     isa: str
@@ -35,7 +35,8 @@ def detect(environment: Mapping[str, str], capability: str, amx: bool, bf16: boo
     """The processor that kernels see, which is less than there is where the environment says so.
 
     capability: what torch's own kernels use, bounded by ATEN_CPU_CAPABILITY already; products of
-    oneDNN are bounded by ONEDNN_MAX_CPU_ISA. amx, bf16: whether the processor has AMX and AVX512_BF16.
+    oneDNN are bounded by ONEDNN_MAX_CPU_ISA. amx, bf16: whether the processor has AMX and
+    AVX512_BF16.
     """
     isa = capability.lower()
     if not isa.startswith("avx512"):

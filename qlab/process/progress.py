@@ -1,4 +1,5 @@
-"""How far a long loop is: a bar on a terminal and in a notebook, lines on stderr elsewhere (a log, a queue, a pipe)."""
+"""How far a long loop is: a bar on a terminal and in a notebook, lines on stderr elsewhere (a log,
+a queue, a pipe)."""
 
 import sys
 import time
@@ -17,7 +18,8 @@ Item = TypeVar("Item")
 
 
 def say(line: str) -> None:
-    """Progress, and what else is no result. Work goes on where nobody listens any more, as after `2>&1 | head`."""
+    """Progress, and what else is no result. Work goes on where nobody listens any more, as after
+    `2>&1 | head`."""
     with suppress(OSError):
         print(printable(line), file=sys.stderr, flush=True)
 

@@ -1,8 +1,10 @@
-"""What other libraries say while they are loaded, and nobody who reads it can act on: these messages are not shown.
+"""What other libraries say while they are loaded, and nobody who reads it can act on: these
+messages are not shown.
 
-transformers imports torchao where it is installed, which then names every GPU library of its own that does not load here (two lines),
-and registers enumerations in a way that torch calls deprecated (two more). torch logs every operation that fails on tensors without
-numbers with its traceback, and raises the error as well: a program that is asked whether it is for another size fails so.
+transformers imports torchao where it is installed, which then names every GPU library of its own
+that does not load here (two lines), and registers enumerations in a way that torch calls deprecated
+(two more). torch logs every operation that fails on tensors without numbers with its traceback, and
+raises the error as well: a program that is asked whether it is for another size fails so.
 """
 
 import logging

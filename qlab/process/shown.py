@@ -1,4 +1,5 @@
-"""Results for the eye: a few lines of text where they are printed, a table in a notebook; fields and `json()` hold everything."""
+"""Results for the eye: a few lines of text where they are printed, a table in a notebook; fields
+and `json()` hold everything."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -18,14 +19,23 @@ class Shown:
     def __str__(self) -> str:
         facts = self.summary()
         width = max(map(len, facts))
-        return "\n".join([type(self).__name__, *(f"  {name:<{width}}  {printable(fact)}" for name, fact in facts.items())])
+        return "\n".join(
+            [
+                type(self).__name__,
+                *(f"  {name:<{width}}  {printable(fact)}" for name, fact in facts.items()),
+            ]
+        )
 
     def __repr__(self) -> str:
-        text = f"{type(self).__name__}({'; '.join(f'{name}: {printable(fact)}' for name, fact in self.summary().items())})"
+        facts = (f"{name}: {printable(fact)}" for name, fact in self.summary().items())
+        text = f"{type(self).__name__}({'; '.join(facts)})"
         return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]}...)"
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(printable(fact))}</td></tr>" for name, fact in self.summary().items())
+        rows = "".join(
+            f"<tr><th>{escape(name)}</th><td>{escape(printable(fact))}</td></tr>"
+            for name, fact in self.summary().items()
+        )
         return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
 
 

@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Code of transformers and of torch's export reads and writes a default dtype, patches and flags of the
-# whole process. Reentrant, since tracing a model builds parts of it.
+# Code of transformers and of torch's export reads and writes a default dtype, patches and flags of
+# the whole process. Reentrant, since tracing a model builds parts of it.
 foreign = threading.RLock()
 _local = threading.local()
 
@@ -56,7 +56,8 @@ def default_dtype() -> torch.dtype:
 
 class Floats(TorchFunctionMode):
     """Floating-point tensors are made in a dtype where nothing else is said: torch's default dtype,
-    of this thread alone. What makes floats of integers (a quotient, a root) makes them in it too."""
+    of this thread alone. What makes floats of integers (a quotient, a root) makes them in it
+    too."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -78,7 +79,11 @@ class Floats(TorchFunctionMode):
             return func(*args, **{**kwargs, "dtype": self.dtype})
         made = func(*args, **kwargs)
         # the process's own may be another by now, as while another thread loads a model
-        if func in CONVERSIONS or not isinstance(made, Tensor) or made.dtype not in (self.before, torch.get_default_dtype()):
+        if (
+            func in CONVERSIONS
+            or not isinstance(made, Tensor)
+            or made.dtype not in (self.before, torch.get_default_dtype())
+        ):
             return made
         taken = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(leaf.is_floating_point() or leaf is made for leaf in taken):
@@ -90,14 +95,35 @@ class Floats(TorchFunctionMode):
 
 
 # what makes floats whatever it is given, and what is told in which dtype
-EMPTY = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.eye, torch.linspace,
-         torch.logspace, torch.empty_strided, torch.normal}  # fmt: skip
-CONVERSIONS = {Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.to, Tensor.type,
-               Tensor.type_as, Tensor.view, torch.from_numpy, torch.frombuffer}  # fmt: skip
+EMPTY = {
+    torch.empty,
+    torch.zeros,
+    torch.ones,
+    torch.rand,
+    torch.randn,
+    torch.eye,
+    torch.linspace,
+    torch.logspace,
+    torch.empty_strided,
+    torch.normal,
+}
+CONVERSIONS = {
+    Tensor.float,
+    Tensor.double,
+    Tensor.half,
+    Tensor.bfloat16,
+    Tensor.to,
+    Tensor.type,
+    Tensor.type_as,
+    Tensor.view,
+    torch.from_numpy,
+    torch.frombuffer,
+}
 
 
 class _Exact:
-    """Products of float32 in float32 for as long as somebody asks for it; then as they were before."""
+    """Products of float32 in float32 for as long as somebody asks for it; then as they were
+    before."""
 
     def __init__(self) -> None:
         self.lock, self.holders = threading.Lock(), 0
@@ -134,8 +160,8 @@ _exact = _Exact()
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Parameters that modules of this thread are given have no memory, and those of tied modules are
-    not one object; buffers stay what they are."""
+    """Parameters that modules of this thread are given have no memory, and those of tied modules
+    are not one object; buffers stay what they are."""
     _local.on_meta = True
     try:
         yield

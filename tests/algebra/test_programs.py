@@ -93,32 +93,50 @@ def code(saved):
 
 
 def test_values_of_a_config_keep_programs_apart(traced, code):
-    changes = [{}, {"hidden_activation": "relu"}, {"rms_norm_eps": 1e-3}, {"query_pre_attn_scalar": 7}]
+    changes = [
+        {},
+        {"hidden_activation": "relu"},
+        {"rms_norm_eps": 1e-3},
+        {"query_pre_attn_scalar": 7},
+    ]
     assert len({code(**change) for change in changes}) == len(changes) == len(traced)
     assert len({code(**change) for change in changes[:2]}) == 2 and len(traced) == len(changes)
 
 
-def test_a_function_of_the_model_library_that_was_replaced_keeps_programs_apart(traced, code, monkeypatch):
+def test_a_function_of_the_model_library_that_was_replaced_keeps_programs_apart(
+    traced, code, monkeypatch
+):
     before = code()
     turned = "transformers.models.gemma2.modeling_gemma2.apply_rotary_pos_emb"
     monkeypatch.setattr(turned, lambda q, k, cos, sin: (q * cos, k * sin))
     assert code() is not before and len(traced) == 2
 
 
-@pytest.mark.parametrize("changed", [
-    {"act": torch.tanh}, {"act": lambda x: x}, {"act": partial(scaled, by=2.0)}, {"act": nn.LeakyReLU(0.1)},
-    {"factors": {"last": [1.0, 3.0]}}, {"factors": {"last": [2, 1]}},
-    {"factors": {"last": torch.tensor([1.0, 4.0]).tolist()}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"act": torch.tanh},
+        {"act": lambda x: x},
+        {"act": partial(scaled, by=2.0)},
+        {"act": nn.LeakyReLU(0.1)},
+        {"factors": {"last": [1.0, 3.0]}},
+        {"factors": {"last": [2, 1]}},
+        {"factors": {"last": torch.tensor([1.0, 4.0]).tolist()}},
+    ],
+)
 def test_an_attribute_of_any_kind_keeps_programs_apart(traced, changed):
     assert agrees(block()) and agrees(block(**changed)) and agrees(block())
     assert len(traced) == 2
 
 
-@pytest.mark.parametrize("one, other", [
-    (partial(scaled, by=2.0), partial(scaled, by=3.0)), (nn.LeakyReLU(0.1), nn.LeakyReLU(0.2)),
-    (nn.Softmax(-1), nn.Softmax(-2)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (partial(scaled, by=2.0), partial(scaled, by=3.0)),
+        (nn.LeakyReLU(0.1), nn.LeakyReLU(0.2)),
+        (nn.Softmax(-1), nn.Softmax(-2)),
+    ],
+)
 def test_objects_of_one_class_are_told_apart_by_what_they_hold(traced, one, other):
     assert agrees(block(act=one)) and agrees(block(act=other)) and len(traced) == 2
     assert agrees(block(act=one)) and len(traced) == 2
@@ -214,7 +232,10 @@ def test_a_segment_that_does_not_trace_is_refused_every_time(traced):
 def test_a_config_that_differs_in_its_origin_alone_shares_programs():
     configs = [tiny("llama").config for _ in range(2)]
     configs[0]._name_or_path = "elsewhere"
-    looks = [programs._Look(nn.Identity(), -1, frozenset({"_name_or_path"}))(config) for config in configs]
+    looks = [
+        programs._Look(nn.Identity(), -1, frozenset({"_name_or_path"}))(config)
+        for config in configs
+    ]
     assert looks[0] == looks[1] and hash(looks[0]) == hash(looks[1])
 
 
@@ -223,7 +244,10 @@ def test_what_cannot_be_traced_is_tried_once(traced):
         def forward(self, x):
             return super().forward(x if x.sum() > 0 else -x)
 
-    codes = {program(ByValue(act=torch.relu, factors={"last": [2.0]}).eval(), (X,), {}, "block") for _ in range(3)}
+    codes = {
+        program(ByValue(act=torch.relu, factors={"last": [2.0]}).eval(), (X,), {}, "block")
+        for _ in range(3)
+    }
     assert len(codes) == len(traced) == 1
     graph = trace(block(), (X,), {})
     module = ByValue(act=torch.relu, factors={"last": [3.0]}).eval()

@@ -1,4 +1,5 @@
-"""What the public functions are given: taken where it can mean one thing only, refused in one sentence otherwise."""
+"""What the public functions are given: taken where it can mean one thing only, refused in one
+sentence otherwise."""
 
 import inspect
 import json
@@ -15,8 +16,27 @@ from qlab.files.checkpoint import open_checkpoint
 
 INT4 = qlab.parse_spec("int4-g32")
 NO_ARGUMENTS_OF_USERS = {"keep", "absorb", "inductor_options", "results"}
-WRONG = [object(), b"x", 3.5, float("nan"), -1, [], {}, [[]], "\uff14", "", "a" * 5000, "a\0b", 10**5000, None, True, "~nobody/x",
-         lambda: None, torch.device, SimpleNamespace(path=7)]  # fmt: skip
+WRONG = [
+    object(),
+    b"x",
+    3.5,
+    float("nan"),
+    -1,
+    [],
+    {},
+    [[]],
+    "\uff14",
+    "",
+    "a" * 5000,
+    "a\0b",
+    10**5000,
+    None,
+    True,
+    "~nobody/x",
+    lambda: None,
+    torch.device,
+    SimpleNamespace(path=7),
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +68,13 @@ def given(saved, text, tmp_path_factory):
         "rules": {"table": {"*": recipe}},
         "each_weight": {"name": "mine", "fn": print, "spec": INT4},
         "parse_spec": {"text": "int4-g32"},
-        "reparametrize": {"graph": None, "stats": {}, "origin": "x", "M": torch.ones(2), "M_inv": torch.ones(2)},
+        "reparametrize": {
+            "graph": None,
+            "stats": {},
+            "origin": "x",
+            "M": torch.ones(2),
+            "M_inv": torch.ones(2),
+        },
         **{name: {"spec": INT4} for name in ("rtn", "awq", "awq_scale", "gptq", "gptaq")},
         "aim_at_reference": {},
     }
@@ -60,7 +86,18 @@ def test_every_public_function_has_a_door():
 
 
 LOOKS = {(name, argument) for name, kinds in TAKES.items() for argument in kinds}
-WORKS = {"quantize", "compare", "plan", "quantize_files", "convert", "evaluate", "perplexity", "lower", "to_torchao", "verify"}
+WORKS = {
+    "quantize",
+    "compare",
+    "plan",
+    "quantize_files",
+    "convert",
+    "evaluate",
+    "perplexity",
+    "lower",
+    "to_torchao",
+    "verify",
+}
 
 
 @pytest.mark.parametrize("name, argument", sorted(LOOKS))
@@ -73,7 +110,11 @@ def test_what_an_argument_cannot_be_is_a_sentence(given, monkeypatch, tmp_path, 
     refusals = 0
     for wrong in WRONG:
         arguments = {**given[name], argument: wrong}
-        several = [arguments.pop(argument)] if signature.parameters[argument].kind is inspect.Parameter.VAR_POSITIONAL else []
+        several = (
+            [arguments.pop(argument)]
+            if signature.parameters[argument].kind is inspect.Parameter.VAR_POSITIONAL
+            else []
+        )
         default = signature.parameters[argument].default
         if wrong is default or (name in WORKS and (wrong is None or wrong is True)):
             continue  # taken, and then the work is done
@@ -88,8 +129,14 @@ def test_what_an_argument_cannot_be_is_a_sentence(given, monkeypatch, tmp_path, 
 def test_names_stand_for_specs_grids_and_models(given, saved, monkeypatch, tmp_path):
     monkeypatch.setattr("qlab.demo.hub.demo_model", saved)
     assert qlab.rtn("int4-g32")[0].spec == qlab.METHODS["rtn"]("int4-g32")[0].spec == INT4
-    assert qlab.gptq(INT4, grid="minmax")[0].detail == qlab.gptq(INT4, qlab.GRIDS["minmax"])[0].detail
-    for alias, name in {"W4A16": "int4-g128", "w4a16_asym": "int4-g128-asym", "W8A16": "int8-channel"}.items():
+    assert (
+        qlab.gptq(INT4, grid="minmax")[0].detail == qlab.gptq(INT4, qlab.GRIDS["minmax"])[0].detail
+    )
+    for alias, name in {
+        "W4A16": "int4-g128",
+        "w4a16_asym": "int4-g128-asym",
+        "W8A16": "int8-channel",
+    }.items():
         assert qlab.parse_spec(alias) == qlab.parse_spec(name)
     made = qlab.quantize("demo", qlab.rtn("int4-g32"), None, tmp_path / "q")
     assert qlab.evaluate(made, "demo", given["evaluate"]["data"]).windows == 2
@@ -101,15 +148,29 @@ def test_token_ids_may_be_lists_and_arrays(given):
     model, rows = given["from_ids"]["model"], [[1, 2, 3], [4, 5, 6]]
     for ids in (rows, tuple(map(tuple, rows)), numpy.array(rows)):
         assert qlab.from_ids(model, ids).ids.tolist() == rows
-    for ids in ([[1], [2, 3]], [[1.5]], [1, 2], [["1"]], torch.ones(2, 2), torch.ones(2, 2, dtype=torch.long, device="meta")):
+    for ids in (
+        [[1], [2, 3]],
+        [[1.5]],
+        [1, 2],
+        [["1"]],
+        torch.ones(2, 2),
+        torch.ones(2, 2, dtype=torch.long, device="meta"),
+    ):
         refused(lambda ids=ids: qlab.from_ids(model, ids), "ids")
 
 
 def test_what_is_refused_says_what_to_write(given, tmp_path):
     model = given["plan"]["model"]
     refused(lambda: qlab.rules({"*": qlab.gptq}), "gptq and was not called", "gptq(spec)")
-    refused(lambda: qlab.quantize(model, qlab.gptq(INT4), "my.txt", tmp_path / "q"), "qlab.tokens(model, texts)")
-    refused(lambda: qlab.quantize(model, qlab.rtn(INT4), None, tmp_path / "q", overwrite="no"), "overwrite is 'no'", "True or False")
+    refused(
+        lambda: qlab.quantize(model, qlab.gptq(INT4), "my.txt", tmp_path / "q"),
+        "qlab.tokens(model, texts)",
+    )
+    refused(
+        lambda: qlab.quantize(model, qlab.rtn(INT4), None, tmp_path / "q", overwrite="no"),
+        "overwrite is 'no'",
+        "True or False",
+    )
     refused(lambda: qlab.quantize(model, qlab.rtn(INT4), None, None), "out is None")
     refused(lambda: qlab.Int(4.5, qlab.Tile(1, 32)), "int4.5")
     refused(lambda: qlab.Int(4, 32), "Tile(1, 64)")
@@ -119,7 +180,9 @@ def test_what_is_refused_says_what_to_write(given, tmp_path):
 
 def test_an_index_that_names_a_file_of_5000_letters(folder):
     (folder / "model.safetensors").rename(folder / "a.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": "a" * 5000}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": "a" * 5000}})
+    )
     refused(lambda: qlab.open(folder), "no plain name of a file")
 
 
@@ -130,7 +193,11 @@ def test_links_in_a_circle_and_names_that_are_too_long(tmp_path):
             refused(lambda act=act, path=path: act(path))
 
 
-@pytest.mark.parametrize("runs", [None, 3, object(), b"x", [None], [(1, 2)], [("x", "y")], [("x", object())], [[1]]], ids=repr)
+@pytest.mark.parametrize(
+    "runs",
+    [None, 3, object(), b"x", [None], [(1, 2)], [("x", "y")], [("x", object())], [[1]]],
+    ids=repr,
+)
 def test_results_of_what_is_no_run_are_a_sentence(runs):
     refused(lambda: qlab.results(runs))
 
@@ -145,8 +212,23 @@ def test_token_ids_of_every_whole_kind_are_taken(saved, kind):
 
 
 def test_token_ids_and_dtypes_that_torch_computes_nothing_with_are_refused(saved, tmp_path):
-    refused(lambda: qlab.from_ids(saved(), torch.ones(2, 2, dtype=torch.long).to_sparse()), "layout torch.sparse_coo")
-    refused(lambda: qlab.from_ids(saved(), torch.full((2, 2), 2**63, dtype=torch.uint64)), "outside the vocabulary")
-    refused(lambda: qlab.quantize(saved(), qlab.rtn(INT4), None, tmp_path / "q", dtype="float8_e4m3fn"), "give a floating-point dtype")
-    refused(lambda: qlab.perplexity(saved(), qlab.Tokens(None, (), "", 0)), "the ids of data are no tensor")
-    refused(lambda: qlab.compare(saved(), {"\ud800": qlab.rtn(INT4)}, None, tmp_path), "half of a character")
+    refused(
+        lambda: qlab.from_ids(saved(), torch.ones(2, 2, dtype=torch.long).to_sparse()),
+        "layout torch.sparse_coo",
+    )
+    refused(
+        lambda: qlab.from_ids(saved(), torch.full((2, 2), 2**63, dtype=torch.uint64)),
+        "outside the vocabulary",
+    )
+    refused(
+        lambda: qlab.quantize(saved(), qlab.rtn(INT4), None, tmp_path / "q", dtype="float8_e4m3fn"),
+        "give a floating-point dtype",
+    )
+    refused(
+        lambda: qlab.perplexity(saved(), qlab.Tokens(None, (), "", 0)),
+        "the ids of data are no tensor",
+    )
+    refused(
+        lambda: qlab.compare(saved(), {"\ud800": qlab.rtn(INT4)}, None, tmp_path),
+        "half of a character",
+    )

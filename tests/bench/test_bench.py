@@ -10,10 +10,24 @@ import pytest
 from qlab.bench.__main__ import main
 
 ROW = {
-    "method": str, "spec": str, "perplexity": float, "perplexity_ci": list, "kl": float, "top1_agreement": float,
-    "bits_per_weight": float, "bytes": int, "seconds": float, "peak_rss_bytes": int, "ratio": float, "ratio_ci": list,
-    "kl_ci": list, "top1_ci": list, "inputs": str, "layer_error": list, "losses": dict,
-}  # fmt: skip
+    "method": str,
+    "spec": str,
+    "perplexity": float,
+    "perplexity_ci": list,
+    "kl": float,
+    "top1_agreement": float,
+    "bits_per_weight": float,
+    "bytes": int,
+    "seconds": float,
+    "peak_rss_bytes": int,
+    "ratio": float,
+    "ratio_ci": list,
+    "kl_ci": list,
+    "top1_ci": list,
+    "inputs": str,
+    "layer_error": list,
+    "losses": dict,
+}
 SMALL = ["--spec", "int4-g32", "--samples", "8", "--length", "32", "--windows", "4"]
 
 
@@ -40,10 +54,20 @@ def check(record, methods, spec, inputs):
         assert row["spec"] == spec and row["inputs"] == inputs
         assert row["perplexity_ci"][0] <= row["perplexity"] <= row["perplexity_ci"][1]
         assert row["ratio"] == pytest.approx(row["perplexity"] / record["reference"]["perplexity"])
-        assert row["kl"] > 0 and row["seconds"] > 0 and row["peak_rss_bytes"] > 1e7 and min(row["layer_error"]) > 0
+        assert (
+            row["kl"] > 0
+            and row["seconds"] > 0
+            and row["peak_rss_bytes"] > 1e7
+            and min(row["layer_error"]) > 0
+        )
     reference = record["reference"]
     assert reference.keys() == record["rows"][0].keys()
-    assert (reference["method"], reference["spec"], reference["kl"], reference["top1_agreement"]) == ("reference", None, 0, 1)
+    assert (
+        reference["method"],
+        reference["spec"],
+        reference["kl"],
+        reference["top1_agreement"],
+    ) == ("reference", None, 0, 1)
     assert {"model", "data", "seed", "versions", "device", "inputs"} <= record.keys()
     assert record["inputs"] == inputs and record["versions"]["torch"]
 
@@ -62,12 +86,26 @@ def test_rows_come_in_order_with_both_plots(bench, job, tmp_path):
     assert png(folder / "methods.png") and png(folder / "layers.png")
     assert "quantized inputs" in out and "95 %" in out and str(folder) in out
     first = [line.split()[0] for line in out.splitlines() if line.strip()]
-    assert [word for word in first if word in ("reference", "gptq", "rtn")] == ["reference", "gptq", "rtn"]
+    assert [word for word in first if word in ("reference", "gptq", "rtn")] == [
+        "reference",
+        "gptq",
+        "rtn",
+    ]
     assert "gptq: quantized in" in said and "rtn: perplexity" in said
-    assert "calibrating on 256 tokens (8 windows of 32), evaluating on 128" in said and "the demo's text" not in said
-    assert record["rows"][0]["losses"] and not record["rows"][1]["losses"]  # plain RTN observes nothing
-    assert record["reference"]["bits_per_weight"] == 32 and record["rows"][0]["bits_per_weight"] == 5
-    assert record["data"]["calibration"]["samples"] == 8 and record["data"]["evaluation"]["samples"] == 4
+    assert (
+        "calibrating on 256 tokens (8 windows of 32), evaluating on 128" in said
+        and "the demo's text" not in said
+    )
+    assert (
+        record["rows"][0]["losses"] and not record["rows"][1]["losses"]
+    )  # plain RTN observes nothing
+    assert (
+        record["reference"]["bits_per_weight"] == 32 and record["rows"][0]["bits_per_weight"] == 5
+    )
+    assert (
+        record["data"]["calibration"]["samples"] == 8
+        and record["data"]["evaluation"]["samples"] == 4
+    )
 
 
 def test_the_subcommand_may_be_named(bench, alone, tmp_path):
@@ -77,7 +115,16 @@ def test_the_subcommand_may_be_named(bench, alone, tmp_path):
 
 
 def test_reference_inputs_share_one_pass_and_its_cost(bench, job, tmp_path):
-    code, out, _ = bench(*job, "--methods", "rtn,awq,gptq", "--inputs", "reference", "--asymmetric", "--out", tmp_path)
+    code, out, _ = bench(
+        *job,
+        "--methods",
+        "rtn,awq,gptq",
+        "--inputs",
+        "reference",
+        "--asymmetric",
+        "--out",
+        tmp_path,
+    )
     assert code == 0 and "reference inputs" in out and "one pass" in out
     record = json.loads((tmp_path / "bench.json").read_text())
     check(record, ["rtn", "awq", "gptq"], "int4-g32-asym", "reference")
@@ -93,7 +140,9 @@ def test_results_of_qlab_are_replaced_and_nothing_else(bench, job, alone, tmp_pa
     (tmp_path / "gptq").mkdir()
     (tmp_path / "gptq" / "thesis.txt").write_text("irreplaceable")
     code, _, said = bench(*job, "--methods", "rtn,gptq", "--out", tmp_path)
-    assert code == 2 and said.startswith(f"qlab: {tmp_path / 'gptq'} exists and is no result of qlab")
+    assert code == 2 and said.startswith(
+        f"qlab: {tmp_path / 'gptq'} exists and is no result of qlab"
+    )
     assert (tmp_path / "gptq" / "thesis.txt").read_text() == "irreplaceable"
 
 
@@ -101,8 +150,14 @@ def test_without_out_it_goes_to_the_home_of_qlab(bench, alone, monkeypatch, tmp_
     monkeypatch.setenv("QLAB_HOME", str(tmp_path))
     code, out, _ = bench(*alone, "--methods", "rtn")
     [folder] = (tmp_path / "bench").iterdir()
-    assert code == 0 and folder.name.endswith("-int4-g32") and f"are in {folder}" in out.replace("\n", "")
-    assert {"bench.json", "layers.png", "methods.png", "rtn"} == {path.name for path in folder.iterdir()}
+    assert (
+        code == 0
+        and folder.name.endswith("-int4-g32")
+        and f"are in {folder}" in out.replace("\n", "")
+    )
+    assert {"bench.json", "layers.png", "methods.png", "rtn"} == {
+        path.name for path in folder.iterdir()
+    }
 
 
 @pytest.mark.parametrize(
@@ -110,7 +165,10 @@ def test_without_out_it_goes_to_the_home_of_qlab(bench, alone, monkeypatch, tmp_
     [
         (["--methods", "rtn,gtpq"], "method 'gtpq' is unknown; known are rtn, "),
         (["--methods", "awq,awq"], "method 'awq' is given 2 times"),
-        (["--methods", "rtn,hqq"], "--calib would not be used, since none of these methods observes anything"),
+        (
+            ["--methods", "rtn,hqq"],
+            "--calib would not be used, since none of these methods observes anything",
+        ),
         (["--spec", "int4"], "spec 'int4' is unknown"),
         (["--spec", "int4-g48"], "groups of 48 do not divide the 64 input channels"),
         (["--inputs", "both"], "inputs 'both' are unknown; choose 'quantized' or 'reference'"),

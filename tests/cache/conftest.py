@@ -33,8 +33,18 @@ def unshipped(tmp_path, monkeypatch):
 
 @pytest.fixture
 def problem():
-    def make(m=16, n=8192, k=8192, cc=(9, 0), device="NVIDIA H200", dtype="bfloat16", group=128, zeros=False, op="int4_mm",
-             experts=1):  # fmt: skip
+    def make(
+        m=16,
+        n=8192,
+        k=8192,
+        cc=(9, 0),
+        device="NVIDIA H200",
+        dtype="bfloat16",
+        group=128,
+        zeros=False,
+        op="int4_mm",
+        experts=1,
+    ):
         return Problem(op, cc, device, dtype, group, zeros, n, k, m, experts)
 
     return make
@@ -44,7 +54,14 @@ def problem():
 def entry():
     triton, torch = versions()
 
-    def make(config=None, us=20.0, source="measured", date="2026-01-01", device="NVIDIA H200", torch=torch):
+    def make(
+        config=None,
+        us=20.0,
+        source="measured",
+        date="2026-01-01",
+        device="NVIDIA H200",
+        torch=torch,
+    ):
         config = config or Config("split_k", 16, 64, 128, 4, 4, 4)
         return Entry(config, us, 1000.0, 12, device, triton, torch, source, date)
 
@@ -54,7 +71,9 @@ def entry():
 @pytest.fixture
 def small_cache(monkeypatch):
     """A machine with a small cache: few copies of every weight."""
-    monkeypatch.setattr(importlib.import_module("qlab.lowering.timing"), "last_cache", lambda device: 2**16)
+    monkeypatch.setattr(
+        importlib.import_module("qlab.lowering.timing"), "last_cache", lambda device: 2**16
+    )
     monkeypatch.setattr("qlab.bench.matmul.copy_rate", lambda device: 10.0)
     monkeypatch.setattr("qlab.bench.matmul.matmul_rate", lambda device, dtype: 0.1)
 
@@ -62,4 +81,6 @@ def small_cache(monkeypatch):
 @pytest.fixture
 def call(command):
     """call(*arguments, main=...) -> exit code, what was printed, what was said beside it."""
-    return lambda *arguments, main=None: command(main or importlib.import_module("qlab.cli").main, *arguments)
+    return lambda *arguments, main=None: command(
+        main or importlib.import_module("qlab.cli").main, *arguments
+    )

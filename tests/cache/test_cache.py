@@ -1,4 +1,5 @@
-"""Lookups: which layer decides, what `nearest` reaches, what is stale, pure snapshots, and folders that cannot be written."""
+"""Lookups: which layer decides, what `nearest` reaches, what is stale, pure snapshots, and folders
+that cannot be written."""
 
 import json
 import os
@@ -15,7 +16,16 @@ from hypothesis import strategies as st
 
 from qlab_kernels import cache, transfer
 from qlab_kernels.config import BUCKETS, Config, Problem, heuristic, kernel_revision, legal
-from qlab_kernels.entries import CacheError, Key, Table, capability_name, file_name, key_from, key_of, update
+from qlab_kernels.entries import (
+    CacheError,
+    Key,
+    Table,
+    capability_name,
+    file_name,
+    key_from,
+    key_of,
+    update,
+)
 
 A, B = Config("split_k", 16, 64, 128, 4, 4, 4), Config("split_k", 16, 128, 128, 2, 4, 3)
 
@@ -33,14 +43,19 @@ def test_every_layer_in_its_order(unshipped, problem, entry, monkeypatch, tmp_pa
         ("shipped-capability", lambda: ship(unshipped, problem(device="NVIDIA H100"), entry(B))),
         ("shipped-device", lambda: ship(unshipped, p, entry(A))),
         ("user", lambda: cache.store(p, entry(B))),
-        ("override", lambda: monkeypatch.setenv(cache.OVERRIDE, '{"op": "int4_mm", "kind": "dequant"}')),
+        (
+            "override",
+            lambda: monkeypatch.setenv(cache.OVERRIDE, '{"op": "int4_mm", "kind": "dequant"}'),
+        ),
     ]
     for source, step in steps:
         step()
         cache.refresh()
         assert cache.lookup(p).source == source
     assert cache.lookup(p).config == Config("dequant")
-    assert cache.lookup(problem(op="int4_grouped_mm")).source != "override"  # it names another operator
+    assert (
+        cache.lookup(problem(op="int4_grouped_mm")).source != "override"
+    )  # it names another operator
 
 
 def test_an_entry_of_another_device_is_no_more_than_near(unshipped, problem, entry):
@@ -58,10 +73,20 @@ def test_an_exported_file_overrides(unshipped, problem, entry, monkeypatch, tmp_
     assert cache.lookup(problem(m=512)).source == "heuristic"
 
 
-@pytest.mark.parametrize("text", [
-    '{"kind": "dequant", "tile": 3}', "{", "[1]", "/no/such/file.json", '{"op": "int4mm", "kind": "dequant"}', '{"kind": "fast"}',
-    '{"kind": "split_k", "bm": 16, "bn": 64, "bk": 128, "split": "2"}', '{"op": 1, "kind": "dequant"}', '{"kind": ' + "[" * 10**5,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"kind": "dequant", "tile": 3}',
+        "{",
+        "[1]",
+        "/no/such/file.json",
+        '{"op": "int4mm", "kind": "dequant"}',
+        '{"kind": "fast"}',
+        '{"kind": "split_k", "bm": 16, "bn": 64, "bk": 128, "split": "2"}',
+        '{"op": 1, "kind": "dequant"}',
+        '{"kind": ' + "[" * 10**5,
+    ],
+)
 def test_an_unreadable_override_is_one_sentence(monkeypatch, text):
     monkeypatch.setenv(cache.OVERRIDE, text)
     with pytest.raises(CacheError, match="neither a config as JSON nor a file") as error:
@@ -70,14 +95,18 @@ def test_an_unreadable_override_is_one_sentence(monkeypatch, text):
 
 
 def test_an_override_that_does_not_suit_is_refused_and_not_dropped(problem, monkeypatch):
-    monkeypatch.setenv(cache.OVERRIDE, '{"kind": "split_k", "bm": 16, "bn": 64, "bk": 128, "split": 4}')
+    monkeypatch.setenv(
+        cache.OVERRIDE, '{"kind": "split_k", "bm": 16, "bn": 64, "bk": 128, "split": 4}'
+    )
     cache.refresh()
     with pytest.raises(CacheError, match="straddles groups of 32"):
         cache.lookup(problem(group=32))
 
 
 def test_an_illegal_entry_is_passed_over(unshipped, problem, entry):
-    wide = Config("split_k", 16, 64, 256, 2, 4, 3)  # straddles groups of 128: wrong scales, and no error
+    wide = Config(
+        "split_k", 16, 64, 256, 2, 4, 3
+    )  # straddles groups of 128: wrong scales, and no error
     assert legal(problem(), wide)
     ship(unshipped, problem(), entry(wide))
     ship(unshipped, problem(n=4096), entry(wide))
@@ -89,7 +118,16 @@ def test_an_illegal_entry_is_passed_over(unshipped, problem, entry):
 
 
 @pytest.mark.parametrize(
-    "other", [{"dtype": "float16"}, {"group": 64}, {"zeros": True}, {"cc": (8, 0)}, {"m": 64}, {"n": 64, "k": 1024}], ids=str
+    "other",
+    [
+        {"dtype": "float16"},
+        {"group": 64},
+        {"zeros": True},
+        {"cc": (8, 0)},
+        {"m": 64},
+        {"n": 64, "k": 1024},
+    ],
+    ids=str,
 )
 def test_nearest_reaches_no_other_kind_of_problem(unshipped, problem, entry, other):
     ship(unshipped, problem(**other), entry(A if other != {"group": 64} else replace(A, bk=64)))
@@ -97,7 +135,10 @@ def test_nearest_reaches_no_other_kind_of_problem(unshipped, problem, entry, oth
 
 
 def test_nearest_is_nearest_by_logarithm(unshipped, problem, entry):
-    for n, config in (16384, A), (2048, B):  # 8192 is a factor 2 from one and 4 from the other; linearly it is the other way round
+    for n, config in (
+        (16384, A),
+        (2048, B),
+    ):  # 8192 is a factor 2 from one and 4 from the other; linearly it is the other way round
         ship(unshipped, problem(n=n), entry(config))
     assert cache.lookup(problem()).config == A
 
@@ -115,12 +156,19 @@ def test_experts_are_part_of_the_shape_and_their_rows_of_the_regime(unshipped, p
     few, many = (partial(problem, op="int4_grouped_mm", experts=e) for e in (8, 128))
     ship(unshipped, few(m=128), entry(replace(A, kind="gemm", split=1)))
     assert cache.lookup(few(m=128)).source == "shipped-device"
-    assert cache.lookup(many(m=128)).source == "heuristic" and cache.lookup(many(m=2048)).source == "nearest"
+    assert (
+        cache.lookup(many(m=128)).source == "heuristic"
+        and cache.lookup(many(m=2048)).source == "nearest"
+    )
     assert heuristic(few(m=1024)).bm > heuristic(many(m=1024)).bm == heuristic(many(m=1)).bm == 16
 
 
 def test_whole_rows_are_one_kind_whatever_their_length(unshipped, problem, entry):
-    assert key_of(problem(group=8192), "r").group == key_of(problem(k=4096, group=4096), "r").group == "row"
+    assert (
+        key_of(problem(group=8192), "r").group
+        == key_of(problem(k=4096, group=4096), "r").group
+        == "row"
+    )
     ship(unshipped, problem(k=4096, group=4096), entry(A))
     assert cache.lookup(problem(group=8192)).source == "nearest"
 
@@ -134,9 +182,15 @@ def test_an_entry_of_an_older_kernel_is_stale_but_used(folder, unshipped, proble
     assert (cache.lookup(problem()).config, cache.lookup(problem()).stale) == (A, False)
 
 
-def test_an_entry_of_another_torch_is_stale_and_measured_again_on_request(unshipped, problem, entry):
+def test_an_entry_of_another_torch_is_stale_and_measured_again_on_request(
+    unshipped, problem, entry
+):
     cache.store(problem(), entry(A, torch="2.0"))
-    assert cache.lookup(problem()).stale and cache.lookup(problem()).config == A and cache.fresh(problem()) is None
+    assert (
+        cache.lookup(problem()).stale
+        and cache.lookup(problem()).config == A
+        and cache.fresh(problem()) is None
+    )
     cache.store(problem(), entry(A))
     assert not cache.lookup(problem()).stale and cache.fresh(problem())
 
@@ -148,13 +202,18 @@ def test_the_model_is_never_stale(unshipped, problem, entry):
 
 def test_m_counts_as_its_bucket(unshipped, problem, entry):
     cache.store(problem(m=128), entry())
-    assert cache.lookup(problem(m=65)).source == "user" and cache.lookup(problem(m=64)).source == "nearest"
+    assert (
+        cache.lookup(problem(m=65)).source == "user"
+        and cache.lookup(problem(m=64)).source == "nearest"
+    )
     assert problem(m=5000).bucket == problem(m=4096).bucket
 
 
 def test_a_snapshot_is_pure(folder, problem, entry):
     held, before = cache.snapshot(), cache.lookup(problem())
-    ship_elsewhere = Table({"op": "int4_mm", "capability": "sm90"}, {key_of(problem(), kernel_revision()): entry()})
+    ship_elsewhere = Table(
+        {"op": "int4_mm", "capability": "sm90"}, {key_of(problem(), kernel_revision()): entry()}
+    )
     folder.mkdir()
     (folder / "int4_mm.sm90.json").write_text(ship_elsewhere.json())  # as another process would
     assert cache.lookup(problem()) == before == held.lookup(problem())
@@ -181,14 +240,21 @@ def test_the_cpu_shares_the_cache(problem, entry):
     p = problem(op="int4_linear_cpu", cc="cpu-amx", device="some cpu", m=8)
     assert cache.lookup(p).source == "heuristic"
     cache.store(p, entry(Config("int4pack")))
-    assert cache.lookup(p).config == Config("int4pack") and (cache.folder() / "int4_linear_cpu.cpu-amx.json").is_file()
+    assert (
+        cache.lookup(p).config == Config("int4pack")
+        and (cache.folder() / "int4_linear_cpu.cpu-amx.json").is_file()
+    )
     assert cache.lookup(replace(p, dtype="float32")).config == Config("dense")
 
 
 @given(
-    n=st.integers(1, 20000), k=st.integers(32, 20000), m=st.integers(0, 9000), group=st.sampled_from([32, 64, 128, 256, 10**9]),
-    zeros=st.booleans(), cc=st.sampled_from([(7, 0), (7, 5), (8, 0), (8, 6), (9, 0), (12, 0)]),
-)  # fmt: skip
+    n=st.integers(1, 20000),
+    k=st.integers(32, 20000),
+    m=st.integers(0, 9000),
+    group=st.sampled_from([32, 64, 128, 256, 10**9]),
+    zeros=st.booleans(),
+    cc=st.sampled_from([(7, 0), (7, 5), (8, 0), (8, 6), (9, 0), (12, 0)]),
+)
 def test_whatever_is_found_is_legal(n, k, m, group, zeros, cc):
     p = Problem("int4_mm", cc, "any", "float16", group, zeros, n, k, m)
     assert legal(p, cache.lookup(p).config) is None
@@ -196,16 +262,28 @@ def test_whatever_is_found_is_legal(n, k, m, group, zeros, cc):
 
 @given(
     st.builds(
-        Key, st.sampled_from(["float16", "bfloat16"]), st.sampled_from(["row", "g32", "g128"]), st.booleans(), st.integers(1, 10**6),
-        st.integers(1, 10**6), st.sampled_from(BUCKETS), st.sampled_from(["nvidia-h200", "any"]), st.just("0a1b"), st.integers(1, 512),
+        Key,
+        st.sampled_from(["float16", "bfloat16"]),
+        st.sampled_from(["row", "g32", "g128"]),
+        st.booleans(),
+        st.integers(1, 10**6),
+        st.integers(1, 10**6),
+        st.sampled_from(BUCKETS),
+        st.sampled_from(["nvidia-h200", "any"]),
+        st.just("0a1b"),
+        st.integers(1, 512),
     )
-)  # fmt: skip
+)
 def test_keys_round_trip(key):
     assert key_from(str(key)) == key
 
 
 def test_capabilities_have_names():
-    assert [capability_name(cc) for cc in ((9, 0), (12, 0), "cpu-avx2")] == ["sm90", "sm120", "cpu-avx2"]
+    assert [capability_name(cc) for cc in ((9, 0), (12, 0), "cpu-avx2")] == [
+        "sm90",
+        "sm120",
+        "cpu-avx2",
+    ]
 
 
 @pytest.fixture
@@ -215,7 +293,9 @@ def read_only(folder):
     return folder
 
 
-def test_a_read_only_home_still_looks_up_and_keeps_entries_for_the_process(read_only, problem, entry):
+def test_a_read_only_home_still_looks_up_and_keeps_entries_for_the_process(
+    read_only, problem, entry
+):
     assert cache.lookup(problem()).config
     with pytest.warns(UserWarning, match="cannot be written .*set QLAB_CACHE_DIR"):
         cache.store(problem(), entry(A))
@@ -266,9 +346,11 @@ def test_the_folder_follows_the_environment(monkeypatch):
 
 
 def test_a_lookup_loads_neither_triton_nor_a_device():
-    code = ("import sys; from qlab_kernels import cache, config; import torch; "
-            "p = config.Problem('int4_mm', (9, 0), 'x', 'bfloat16', 128, False, 64, 128, 1); cache.lookup(p); "
-            "print('triton' in sys.modules, torch.cuda.is_initialized())")  # fmt: skip
+    code = (
+        "import sys; from qlab_kernels import cache, config; import torch; p = "
+        "config.Problem('int4_mm', (9, 0), 'x', 'bfloat16', 128, False, 64, 128, 1); "
+        "cache.lookup(p); print('triton' in sys.modules, torch.cuda.is_initialized())"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]
 
@@ -281,14 +363,27 @@ def test_what_is_exported_can_be_imported(problem, entry, tmp_path):
     cache.store(problem(), entry(B, date="2026-02-01"))  # newer than the exported one
     assert transfer.clear(capability="sm80") == 1
     assert transfer.import_(tmp_path / "all.json") == 1
-    assert cache.lookup(problem()).config == B and cache.lookup(problem(cc=(8, 0), device="NVIDIA A100")).source == "user"
+    assert (
+        cache.lookup(problem()).config == B
+        and cache.lookup(problem(cc=(8, 0), device="NVIDIA A100")).source == "user"
+    )
     rows = [row for row in transfer.listing() if row[0] == "user"]
     assert {row[1] for row in rows} == {"int4_mm.sm80.json", "int4_mm.sm90.json"} and len(rows) == 2
-    assert transfer.clear("int4_grouped_mm") == 0 and transfer.clear("int4_mm") == 2 and transfer.clear() == 0
+    assert (
+        transfer.clear("int4_grouped_mm") == 0
+        and transfer.clear("int4_mm") == 2
+        and transfer.clear() == 0
+    )
 
 
 @pytest.mark.parametrize(
-    "meta", [{"op": "../../evil", "capability": "sm90"}, {"op": "int4_mm"}, {"op": "int4_mm", "capability": "a/b"}], ids=str
+    "meta",
+    [
+        {"op": "../../evil", "capability": "sm90"},
+        {"op": "int4_mm"},
+        {"op": "int4_mm", "capability": "a/b"},
+    ],
+    ids=str,
 )
 def test_an_import_cannot_leave_its_folder(tmp_path, meta):
     (tmp_path / "bad.json").write_text(json.dumps([{"schema": 1, "meta": meta, "entries": {}}]))

@@ -1,4 +1,5 @@
-"""The shipped tables: one for every capability, legal, said to be modelled, small, and of few distinct kernels."""
+"""The shipped tables: one for every capability, legal, said to be modelled, small, and of few
+distinct kernels."""
 
 from collections import Counter
 from functools import partial
@@ -23,7 +24,9 @@ def shipped():
 
 def test_every_capability_has_a_file_and_no_other(shipped):
     wanted = {("int4_mm", cc) for cc in TARGETS} | {("int4_grouped_mm", cc) for cc in FUSED}
-    assert {(p.op, p.cc) for p, _ in shipped} == wanted and len(list(cache.SHIPPED.iterdir())) == len(wanted)
+    assert {(p.op, p.cc) for p, _ in shipped} == wanted and len(
+        list(cache.SHIPPED.iterdir())
+    ) == len(wanted)
 
 
 def test_every_entry_is_legal_modelled_and_of_no_device_that_was_timed(shipped):
@@ -43,7 +46,17 @@ def test_common_shapes_and_every_bucket_are_there(cc):
     for dtype in target(cc).dtypes:
         for n, k in modelled.SHAPES:
             for m in BUCKETS:
-                p = Problem("int4_mm", cc, "a device nobody knows", str(dtype).removeprefix("torch."), 128, False, n, k, m)
+                p = Problem(
+                    "int4_mm",
+                    cc,
+                    "a device nobody knows",
+                    str(dtype).removeprefix("torch."),
+                    128,
+                    False,
+                    n,
+                    k,
+                    m,
+                )
                 assert cache.lookup(p).source == "shipped-capability"
 
 
@@ -51,7 +64,9 @@ def test_common_shapes_and_every_bucket_are_there(cc):
 def test_common_mixtures_are_there_and_others_find_a_near_one(cc):
     p = partial(Problem, "int4_grouped_mm", cc, "a device nobody knows", "bfloat16", 128, False)
     for m in GROUPED_BUCKETS:
-        assert {cache.lookup(p(n, k, m, e)).source for e, n, k in modelled.EXPERT_SHAPES} == {"shipped-capability"}
+        assert {cache.lookup(p(n, k, m, e)).source for e, n, k in modelled.EXPERT_SHAPES} == {
+            "shipped-capability"
+        }
         assert cache.lookup(p(2816, 2048, m, 64)).source == "nearest"
 
 
@@ -59,7 +74,9 @@ def test_common_mixtures_are_there_and_others_find_a_near_one(cc):
 def test_other_shapes_and_kinds_find_a_near_one(cc):
     for group, zeros in (128, True), (64, False), (32, False):
         for m in BUCKETS:
-            found = cache.lookup(Problem("int4_mm", cc, "any", "float16", group, zeros, 5120, 13824, m))
+            found = cache.lookup(
+                Problem("int4_mm", cc, "any", "float16", group, zeros, 5120, 13824, m)
+            )
             assert found.source == "nearest"
 
 
@@ -72,7 +89,10 @@ def test_they_are_near_the_models_best(cc, shipped):
 
 
 def test_the_three_regimes_are_shipped(shipped):
-    kinds = {m: {e.config.kind for p, e in shipped if p.m == m and p.cc in FUSED and p.op == "int4_mm"} for m in BUCKETS}
+    kinds = {
+        m: {e.config.kind for p, e in shipped if p.m == m and p.cc in FUSED and p.op == "int4_mm"}
+        for m in BUCKETS
+    }
     assert "split_k" in kinds[1] and "gemm" in kinds[128] and kinds[4096] == {"dequant"}
     assert {e.config.kind for p, e in shipped if p.cc == (7, 5)} == {"fma", "dequant"}
     assert {e.config.kind for p, e in shipped if p.cc == (7, 0)} == {"dequant"}

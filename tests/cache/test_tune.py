@@ -1,4 +1,5 @@
-"""Tuning with an injected clock and an injected measure: how often it measures, what wins, when it stops, who may tune."""
+"""Tuning with an injected clock and an injected measure: how often it measures, what wins, when it
+stops, who may tune."""
 
 import os
 import signal
@@ -15,7 +16,8 @@ from qlab_kernels.tune import ROUNDS, tune
 
 
 class Bench:
-    """A device that does not exist: `times` maps configs to microseconds, others cost `usual`; every repetition takes a tick."""
+    """A device that does not exist: `times` maps configs to microseconds, others cost `usual`;
+    every repetition takes a tick."""
 
     def __init__(self, times=None, usual=100.0, tick=0.0):
         self.times, self.usual, self.tick, self.now, self.calls = times or {}, usual, tick, 0.0, []
@@ -37,8 +39,14 @@ def test_halving_goes_3_10_50(problem):
     bench = Bench({c: 100.0 + i for i, c in enumerate(kept)})
     entry = tune(problem(), bench, 1e9)
     assert [reps for _, reps in bench.calls] == [3] * len(kept) + [10] * 4 + [50] * 2
-    assert entry.config == kept[0] and (entry.us, entry.trials, entry.source) == (100.0, len(kept), "measured")
-    assert entry.torch == torch.__version__ and entry.gbps == pytest.approx(34.6e6 / 100 * 1e-3, rel=0.03)
+    assert entry.config == kept[0] and (entry.us, entry.trials, entry.source) == (
+        100.0,
+        len(kept),
+        "measured",
+    )
+    assert entry.torch == torch.__version__ and entry.gbps == pytest.approx(
+        34.6e6 / 100 * 1e-3, rel=0.03
+    )
 
 
 def test_the_fastest_wins_wherever_the_model_ranked_it(problem):
@@ -53,7 +61,9 @@ def test_a_second_start_measures_nothing(problem):
     again = Bench()
     assert tune(problem(), again, 1e9) == first and again.calls == []
     assert cache.lookup(problem()).source == "user" and not cache.lookup(problem()).stale
-    assert tune(problem(m=9), again, 1e9) == first and again.calls == []  # m=9 and m=16 share a bucket
+    assert (
+        tune(problem(m=9), again, 1e9) == first and again.calls == []
+    )  # m=9 and m=16 share a bucket
     assert tune(problem(), again, 1e9, retune=True) and again.calls
 
 
@@ -86,7 +96,9 @@ def test_the_budget_ends_it_with_the_best_so_far(problem):
     entry = tune(problem(), bench, 12.0, clock=bench.clock)
     assert len(bench.calls) == 4 and entry.config == kept[2]  # three ticks each
     bench = Bench(tick=1.0)
-    assert tune(problem(m=1), bench, 0.0, clock=bench.clock) and len(bench.calls) == 2  # one alone would have no rival
+    assert (
+        tune(problem(m=1), bench, 0.0, clock=bench.clock) and len(bench.calls) == 2
+    )  # one alone would have no rival
 
 
 def test_it_stops_at_the_floor(problem):
@@ -126,7 +138,10 @@ def test_one_that_fails_later_loses_too(problem):
 
 def test_when_none_runs_it_says_why_and_keeps_nothing(problem):
     everything = {c: ValueError("no such device") for c in candidates(problem())}
-    with pytest.raises(CacheError, match="none of 16 candidates ran for n=8192, k=8192, m=16: ValueError: no such device"):
+    with pytest.raises(
+        CacheError,
+        match="none of 16 candidates ran for n=8192, k=8192, m=16: ValueError: no such device",
+    ):
         tune(problem(), Bench(everything), 1e9)
     assert cache.fresh(problem()) is None
 
@@ -154,10 +169,12 @@ def test_a_folder_that_cannot_be_written_is_refused_before_measuring(folder, pro
 
 
 def test_only_one_process_tunes_and_the_others_use_what_it_found(folder, problem):
-    """The child holds the tuning lock until it stored its result; the parent waits for it and measures nothing."""
+    """The child holds the tuning lock until it stored its result; the parent waits for it and
+    measures nothing."""
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
+
         def slow(config, reps):
             if not slow.said:
                 os.write(write_end, b"x")
@@ -187,7 +204,10 @@ def test_measuring_does_not_block_those_who_store(folder, problem, entry):
 
 def test_nothing_is_tuned_while_a_graph_is_traced_or_recorded(problem, monkeypatch):
     bench = Bench()
-    for module, name in (torch.compiler, "is_compiling"), (torch.cuda, "is_current_stream_capturing"):
+    for module, name in (
+        (torch.compiler, "is_compiling"),
+        (torch.cuda, "is_current_stream_capturing"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: True)
             patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -200,5 +220,8 @@ def test_nothing_is_tuned_while_a_graph_is_traced_or_recorded(problem, monkeypat
 def test_the_cpus_kinds_are_timed_both(problem):
     p = replace(problem(m=1), op="int4_linear_cpu", cc="cpu-amx")
     bench = Bench({Config("dense"): 5.0})
-    assert tune(p, bench, 1e9).config == Config("dense") and {c.kind for c, _ in bench.calls} == {"int4pack", "dense"}
+    assert tune(p, bench, 1e9).config == Config("dense") and {c.kind for c, _ in bench.calls} == {
+        "int4pack",
+        "dense",
+    }
     assert cache.lookup(p).source == "user"

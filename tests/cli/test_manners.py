@@ -1,4 +1,5 @@
-"""How qlab speaks: versions, help, names in any case, progress without a terminal, results in a few lines, and no noise of others."""
+"""How qlab speaks: versions, help, names in any case, progress without a terminal, results in a few
+lines, and no noise of others."""
 
 import json
 import logging
@@ -36,7 +37,9 @@ def demo(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("demo")
     (folder / "text").mkdir()
     for split in ("calibration", "heldout"):
-        (folder / "text" / f"{split}.jsonl").write_text(json.dumps({"title": "", "text": prose(2048)}))
+        (folder / "text" / f"{split}.jsonl").write_text(
+            json.dumps({"title": "", "text": prose(2048)})
+        )
     monkeypatch.setenv("QLAB_DEMO", str(folder))
     return folder
 
@@ -53,7 +56,11 @@ def test_help_has_a_short_name(call, arguments):
 
 
 def test_help_lists_the_names_that_exist_without_loading_what_they_stand_for(call):
-    assert tuple(METHODS) == options.METHODS and tuple(CODECS) == options.CODECS and set(options.TARGETS) == set(TARGETS)
+    assert (
+        tuple(METHODS) == options.METHODS
+        and tuple(CODECS) == options.CODECS
+        and set(options.TARGETS) == set(TARGETS)
+    )
     code, out, _ = call("quantize", "--help")
     assert code == 0 and all(name in out for name in (*METHODS, *CODECS, *TARGETS))
     code = "import sys; sys.argv = ['qlab', 'quantize', '--help']; import qlab.cli, atexit\n"
@@ -63,18 +70,41 @@ def test_help_lists_the_names_that_exist_without_loading_what_they_stand_for(cal
 
 
 def test_names_are_meant_without_regard_to_case(call, saved, tmp_path):
-    job = ["--method", "RTN", "--spec", "INT4-G32", "--codec", "Compressed-Tensors", "--target", "vLLM", "--inputs", "Reference"]
+    job = [
+        "--method",
+        "RTN",
+        "--spec",
+        "INT4-G32",
+        "--codec",
+        "Compressed-Tensors",
+        "--target",
+        "vLLM",
+        "--inputs",
+        "Reference",
+    ]
     code, out, error = call("quantize", saved(), *job, "--device", "CPU", "--out", tmp_path / "out")
     assert code == 0 and "reference inputs" in out, error
 
 
-@pytest.mark.parametrize("arguments, why", [
-    (["--method", "rtn"], "this method observes nothing"), (["--model-free"], "--model-free runs no model"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        (["--method", "rtn"], "this method observes nothing"),
+        (["--model-free"], "--model-free runs no model"),
+    ],
+)
 @pytest.mark.parametrize("option", ["--calib", "--images"])
-def test_calibration_that_would_not_be_used_is_refused(call, saved, text, tmp_path, arguments, why, option):
-    code, _, error = call("quantize", saved(), *SMALL, *arguments, option, text, "--out", tmp_path / "out")
-    assert code == 2 and f"{option} would not be used, since {why}" in error and not (tmp_path / "out").exists()
+def test_calibration_that_would_not_be_used_is_refused(
+    call, saved, text, tmp_path, arguments, why, option
+):
+    code, _, error = call(
+        "quantize", saved(), *SMALL, *arguments, option, text, "--out", tmp_path / "out"
+    )
+    assert (
+        code == 2
+        and f"{option} would not be used, since {why}" in error
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_calibrating_ones_own_model_on_the_demos_text_is_said(call, saved, text, demo):
@@ -85,10 +115,15 @@ def test_calibrating_ones_own_model_on_the_demos_text_is_said(call, saved, text,
     assert "demo's text" not in call("plan", "demo", *SMALL)[2]
 
 
-def test_the_size_of_a_calibration_is_said_and_the_readmes_is_the_benchs(call, saved, text, tmp_path):
+def test_the_size_of_a_calibration_is_said_and_the_readmes_is_the_benchs(
+    call, saved, text, tmp_path
+):
     job = [saved(), *SMALL, "--calib", text]
     assert "over 256 tokens" in call("plan", *job)[1]
-    assert "quantizing blocks on 256 tokens: 1 of 2" in call("quantize", *job, "--out", tmp_path / "out")[2]
+    assert (
+        "quantizing blocks on 256 tokens: 1 of 2"
+        in call("quantize", *job, "--out", tmp_path / "out")[2]
+    )
     readme = (Path(qlab.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     line = next(line for line in readme.splitlines() if line.startswith("qlab quantize demo"))
     assert "--samples 32 --length 512" in line and f"{32 * 512:,} tokens" in line
@@ -98,11 +133,17 @@ def test_a_directory_is_evaluated_without_a_reference(call, saved, text, tmp_pat
     job = [saved(), "--text", text, "--length", 32, "--windows", 4, "--json", tmp_path / "e.json"]
     code, out, error = call("eval", *job)
     alone = json.loads((tmp_path / "e.json").read_text())
-    assert code == 0 and "perplexity" in out and "KL" not in out.splitlines()[3] and "--against MODEL adds" in out, error
+    assert (
+        code == 0
+        and "perplexity" in out
+        and "KL" not in out.splitlines()[3]
+        and "--against MODEL adds" in out
+    ), error
     assert call("eval", *job, "--against", saved())[0] == 0
     both = json.loads((tmp_path / "e.json").read_text())
-    assert alone["against"] is None and {key: both[key] for key in ("perplexity", "perplexity_ci", "predictions")} == {
-        key: alone[key] for key in ("perplexity", "perplexity_ci", "predictions")}  # fmt: skip
+    assert alone["against"] is None and {
+        key: both[key] for key in ("perplexity", "perplexity_ci", "predictions")
+    } == {key: alone[key] for key in ("perplexity", "perplexity_ci", "predictions")}
 
 
 def test_what_nobody_can_act_on_is_not_said_and_the_rest_is(caplog):
@@ -113,10 +154,14 @@ def test_what_nobody_can_act_on_is_not_said_and_the_rest_is(caplog):
 
 
 def test_a_program_that_is_asked_for_other_sizes_logs_no_failure(saved, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("torch._subclasses.fake_tensor"), "handlers", [caplog.handler])
+    monkeypatch.setattr(
+        logging.getLogger("torch._subclasses.fake_tensor"), "handlers", [caplog.handler]
+    )
     for length in (8, 16):
         read(open_checkpoint(saved("llama", head_dim=8)), random_tokens(saved("llama"), 2, length))
-    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+    assert [
+        record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR
+    ] == []
 
 
 def test_progress_is_lines_where_there_is_no_terminal(capsys, monkeypatch):
@@ -124,7 +169,10 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys, monkeypatch):
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(now))
     assert list(progress("abcd", "reading")) == list("abcd")
     assert capsys.readouterr().err.splitlines() == [
-        "reading: 1 of 4, 4 s, about 12 s left", "reading: 3 of 4, 15 s, about 5 s left", "reading: 4 of 4, 16 s"]  # fmt: skip
+        "reading: 1 of 4, 4 s, about 12 s left",
+        "reading: 3 of 4, 15 s, about 5 s left",
+        "reading: 4 of 4, 16 s",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -136,20 +184,42 @@ def results(saved, text, tmp_path_factory):
     result = qlab.quantize(model, recipe, data, tmp_path_factory.mktemp("results") / "out")
     windows = qlab.first_windows(model, [text], length=32, count=4)
     made = open_checkpoint(result.path)
-    return {"model": made, "tokens": data, "plan": qlab.plan(model, recipe, data), "result": result,
-            "inspection": qlab.inspect(result.path),
-            "evaluation": qlab.evaluate(made, model, windows), "perplexity": qlab.perplexity(made, windows),
-            "verdict": qlab.verify(result.path, model.path),
-            "converted": qlab.convert(result.path, "compressed-tensors", result.path.parent / "again"),
-            "rewritten": qlab.quantize_files(model, qlab.rtn(qlab.parse_spec("int4-g32")), result.path.parent / "files")}  # fmt: skip
+    return {
+        "model": made,
+        "tokens": data,
+        "plan": qlab.plan(model, recipe, data),
+        "result": result,
+        "inspection": qlab.inspect(result.path),
+        "evaluation": qlab.evaluate(made, model, windows),
+        "perplexity": qlab.perplexity(made, windows),
+        "verdict": qlab.verify(result.path, model.path),
+        "converted": qlab.convert(result.path, "compressed-tensors", result.path.parent / "again"),
+        "rewritten": qlab.quantize_files(
+            model, qlab.rtn(qlab.parse_spec("int4-g32")), result.path.parent / "files"
+        ),
+    }
 
 
-@pytest.mark.parametrize("name", [
-    "model", "tokens", "plan", "result", "inspection", "evaluation", "perplexity", "verdict", "converted", "rewritten",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model",
+        "tokens",
+        "plan",
+        "result",
+        "inspection",
+        "evaluation",
+        "perplexity",
+        "verdict",
+        "converted",
+        "rewritten",
+    ],
+)
 def test_results_are_a_few_lines_and_a_table_in_a_notebook(results, name):
     shown = results[name]
-    assert 1 < len(str(shown).splitlines()) < 12 and len(str(shown)) < 1000 and len(repr(shown)) <= 300
+    assert (
+        1 < len(str(shown).splitlines()) < 12 and len(str(shown)) < 1000 and len(repr(shown)) <= 300
+    )
     assert shown._repr_html_().startswith("<table>") and len(shown._repr_html_()) < 2000
     assert all(fact in str(shown) for fact in shown.summary().values())
 
@@ -159,32 +229,75 @@ def test_names_of_files_are_no_markup_in_a_notebook(results):
     assert "&lt;b&gt;.txt" in odd._repr_html_() and "<b>" not in odd._repr_html_()
 
 
-@pytest.mark.parametrize("option", [["--memory", "4"], ["--inputs", "reference"], ["--calibrate-all-experts"]])
+@pytest.mark.parametrize(
+    "option", [["--memory", "4"], ["--inputs", "reference"], ["--calibrate-all-experts"]]
+)
 def test_options_of_a_model_that_is_not_run_are_refused(call, saved, tmp_path, option):
-    code, _, error = call("quantize", saved(), "--model-free", "--spec", "int4-g32", *option, "--out", tmp_path / "out")
-    assert code == 2 and f"{option[0]}" in error and "would change nothing" in error and not (tmp_path / "out").exists()
+    code, _, error = call(
+        "quantize",
+        saved(),
+        "--model-free",
+        "--spec",
+        "int4-g32",
+        *option,
+        "--out",
+        tmp_path / "out",
+    )
+    assert (
+        code == 2
+        and f"{option[0]}" in error
+        and "would change nothing" in error
+        and not (tmp_path / "out").exists()
+    )
 
 
-def test_a_budget_beyond_all_numbers_and_a_figure_without_a_folder_are_refused(call, command, saved, tmp_path, monkeypatch):
+def test_a_budget_beyond_all_numbers_and_a_figure_without_a_folder_are_refused(
+    call, command, saved, tmp_path, monkeypatch
+):
     from qlab.bench import matmul
     from qlab.bench.__main__ import main
 
-    code, _, error = call("quantize", saved(), "--method", "rtn", "--spec", "int4-g32", "--memory", "1e300", "--out", tmp_path / "out")
+    code, _, error = call(
+        "quantize",
+        saved(),
+        "--method",
+        "rtn",
+        "--spec",
+        "int4-g32",
+        "--memory",
+        "1e300",
+        "--out",
+        tmp_path / "out",
+    )
     assert code == 2 and "--memory 1e+300 is no budget" in error
     monkeypatch.setattr(matmul, "compare_matmuls", None)  # fails where it is called
-    code, _, error = command(main, "matmul", "--device", "cpu", "--plot", tmp_path / "none" / "x.png")
+    code, _, error = command(
+        main, "matmul", "--device", "cpu", "--plot", tmp_path / "none" / "x.png"
+    )
     assert code == 2 and "give --plot a file in a folder that is there" in error
 
 
 def test_zero_points_of_no_rounding_are_refused(call, saved, tmp_path):
-    code, _, error = call("convert", saved(), "--codec", "gptq", "--asymmetric", "--out", tmp_path / "out")
+    code, _, error = call(
+        "convert", saved(), "--codec", "gptq", "--asymmetric", "--out", tmp_path / "out"
+    )
     assert code == 2 and "--asymmetric says how --requantize rounds" in error
 
 
 def test_names_in_python_are_meant_without_regard_to_case(saved, tmp_path, monkeypatch, demo):
-    assert qlab.parse_spec("INT4-G32") == qlab.parse_spec("int4-g32") and qlab.parse_spec("NVFP4") == qlab.parse_spec("nvfp4")
-    options = {"codec": "Compressed-Tensors", "target": "vLLM", "inputs": "Reference", "device": "CPU"}
-    assert qlab.quantize(saved(), qlab.rtn("W8A16"), None, tmp_path / "q", **options).inputs == "reference"
+    assert qlab.parse_spec("INT4-G32") == qlab.parse_spec("int4-g32") and qlab.parse_spec(
+        "NVFP4"
+    ) == qlab.parse_spec("nvfp4")
+    options = {
+        "codec": "Compressed-Tensors",
+        "target": "vLLM",
+        "inputs": "Reference",
+        "device": "CPU",
+    }
+    assert (
+        qlab.quantize(saved(), qlab.rtn("W8A16"), None, tmp_path / "q", **options).inputs
+        == "reference"
+    )
     (demo / "model").symlink_to(saved())
     monkeypatch.chdir(tmp_path)
     assert qlab.open("Demo").path == qlab.open("demo").path

@@ -1,4 +1,5 @@
-"""Names out of files on their way to a terminal, a figure, a message: shown as they read, obeyed by nobody."""
+"""Names out of files on their way to a terminal, a figure, a message: shown as they read, obeyed by
+nobody."""
 
 import json
 import shutil
@@ -20,7 +21,8 @@ UNSEEN = set("\x1b\u202e\x9b\x07")
 
 @pytest.fixture
 def evil(folder):
-    """A model in a folder that is markup and mathematics, with a tensor that would write to the screen."""
+    """A model in a folder that is markup and mathematics, with a tensor that would write to the
+    screen."""
     moved = folder.with_name("a[red]$x_{$b")
     shutil.move(folder, moved)
     tensors = load_file(moved / "model.safetensors") | {EVIL: torch.zeros(4, 64)}
@@ -59,7 +61,14 @@ def test_progress_says_names_as_they_read(capsys):
 
 
 def test_a_figure_takes_no_name_for_mathematics(tmp_path):
-    row = {"spec": "int4-g32", "ratio": 1.1, "ratio_ci": [1.0, 1.2], "kl": 0.1, "kl_ci": [0.0, 0.2], "layer_error": [0.1, 0.2]}
+    row = {
+        "spec": "int4-g32",
+        "ratio": 1.1,
+        "ratio_ci": [1.0, 1.2],
+        "kl": 0.1,
+        "kl_ci": [0.0, 0.2],
+        "layer_error": [0.1, 0.2],
+    }
     rows = [{**row, "method": name, "losses": {}} for name in ("$x_{", "a$b$c{")]
     record = {"model": f"/models/a$x_{{$b{EVIL}", "rows": rows, "inputs": "reference"}
     draw({**record, "reference": {"predictions": 10, "perplexity": 3.0}}, tmp_path)

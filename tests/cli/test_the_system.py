@@ -1,4 +1,5 @@
-"""What the operating system refuses is one sentence too: permissions, full disks, closed pipes, Ctrl-C. Nothing is half-written."""
+"""What the operating system refuses is one sentence too: permissions, full disks, closed pipes,
+Ctrl-C. Nothing is half-written."""
 
 import os
 import shutil
@@ -30,7 +31,11 @@ def forbidden(monkeypatch):
     real = os.access
 
     def forbid(path):
-        monkeypatch.setattr(os, "access", lambda p, mode: os.path.realpath(p) != os.path.realpath(path) and real(p, mode))
+        monkeypatch.setattr(
+            os,
+            "access",
+            lambda p, mode: os.path.realpath(p) != os.path.realpath(path) and real(p, mode),
+        )
 
     return forbid
 
@@ -38,19 +43,36 @@ def forbidden(monkeypatch):
 def test_an_error_of_the_system_is_a_sentence_at_every_door(folder, tmp_path, call, monkeypatch):
     lost = tmp_path / "lost"
     out = str(tmp_path) + ("/" + "c" * 190) * 30
-    refused(lambda: qlab.quantize(folder, INT8, None, out, resume=True), "File name too long", "check the path")
+    refused(
+        lambda: qlab.quantize(folder, INT8, None, out, resume=True),
+        "File name too long",
+        "check the path",
+    )
 
     def fails(*_):
         raise PermissionError(13, "Permission denied", str(lost))
 
     monkeypatch.setattr(Checkpoint, "fingerprint", fails)
-    refused(lambda: qlab.quantize(folder, INT8, None, tmp_path / "q"), str(lost), "cannot be used (Permission denied)")
-    code, out, said = call("quantize", folder, "--method", "rtn", "--spec", "int8-g16", "--out", tmp_path / "q")
-    assert code == 2 and not out and said.startswith(f"qlab: {lost} cannot be used") and len(said.splitlines()) == 1
+    refused(
+        lambda: qlab.quantize(folder, INT8, None, tmp_path / "q"),
+        str(lost),
+        "cannot be used (Permission denied)",
+    )
+    code, out, said = call(
+        "quantize", folder, "--method", "rtn", "--spec", "int8-g16", "--out", tmp_path / "q"
+    )
+    assert (
+        code == 2
+        and not out
+        and said.startswith(f"qlab: {lost} cannot be used")
+        and len(said.splitlines()) == 1
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("error, words", [(RecursionError(), "nested deeper"), (MemoryError(), "too little memory")])
+@pytest.mark.parametrize(
+    "error, words", [(RecursionError(), "nested deeper"), (MemoryError(), "too little memory")]
+)
 def test_what_python_itself_runs_out_of_is_a_sentence(folder, call, monkeypatch, error, words):
     from qlab.directories import inspect as inspection
 
@@ -62,11 +84,16 @@ def test_what_python_itself_runs_out_of_is_a_sentence(folder, call, monkeypatch,
     assert code == 2 and words in said and len(said.splitlines()) == 1
 
 
-def test_files_that_go_into_the_output_are_asked_for_before_the_work(folder, tmp_path, forbidden, monkeypatch):
+def test_files_that_go_into_the_output_are_asked_for_before_the_work(
+    folder, tmp_path, forbidden, monkeypatch
+):
     forbidden(folder / "tokenizer.json")
     monkeypatch.setattr(writer.Writer, "write_shard", None)  # fails where it is called
     for run in (qlab.quantize, lambda m, r, d, out: qlab.quantize_files(m, r, out)):
-        refused(lambda run=run: run(folder, INT8, None, tmp_path / "q"), "tokenizer.json may not be read")
+        refused(
+            lambda run=run: run(folder, INT8, None, tmp_path / "q"),
+            "tokenizer.json may not be read",
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -74,7 +101,10 @@ def test_an_output_that_may_not_be_replaced_is_refused_before_the_work(folder, t
     made = qlab.quantize(folder, INT8, None, tmp_path / "q").path
     before = contents(tmp_path)
     forbidden(made)
-    refused(lambda: qlab.quantize(folder, qlab.rtn("int4-g16"), None, made, overwrite=True), "q may not be written to")
+    refused(
+        lambda: qlab.quantize(folder, qlab.rtn("int4-g16"), None, made, overwrite=True),
+        "q may not be written to",
+    )
     assert contents(tmp_path) == before
 
 
@@ -89,7 +119,9 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(folder, monkeypatch):
         return real(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", opened)
-    with pytest.raises(QlabError, match=r"model.safetensors cannot be read \(Permission denied\); check the path") as found:
+    with pytest.raises(
+        QlabError, match=r"model.safetensors cannot be read \(Permission denied\); check the path"
+    ) as found:
         open_checkpoint(folder)
     assert "truncated" not in str(found.value)
 
@@ -101,7 +133,13 @@ def test_ctrl_c_is_a_line_and_an_exit_code(folder, tmp_path, call, monkeypatch):
     monkeypatch.setattr(workplace.Workplace, "put_in_place", stop)
     job = ["quantize", folder, "--method", "rtn", "--spec", "int8-g16", "--out", tmp_path / "q"]
     code, out, said = call(*job)
-    assert code == 130 and not out and said.splitlines()[-1].startswith("qlab: stopped before its end; quantize and convert go on")
+    assert (
+        code == 130
+        and not out
+        and said.splitlines()[-1].startswith(
+            "qlab: stopped before its end; quantize and convert go on"
+        )
+    )
     monkeypatch.undo()
     assert qlab.quantize(folder, INT8, None, tmp_path / "q", resume=True).path.is_dir()
 
@@ -142,10 +180,17 @@ def test_progress_goes_on_where_nobody_listens(monkeypatch):
     assert list(progress([1, 2], "working")) == [1, 2]
 
 
-@pytest.mark.parametrize("place", ["-", "/dev/stdout", "/dev/stderr", "/dev/fd/1", "/proc/self/fd/1"])
+@pytest.mark.parametrize(
+    "place", ["-", "/dev/stdout", "/dev/stderr", "/dev/fd/1", "/proc/self/fd/1"]
+)
 def test_a_report_is_a_file_and_no_terminal(folder, call, place):
     code, out, said = call("inspect", folder, "--json", place)
-    assert code == 2 and not out and f"--json {place} is no file" in said and "such as report.json" in said
+    assert (
+        code == 2
+        and not out
+        and f"--json {place} is no file" in said
+        and "such as report.json" in said
+    )
 
 
 def test_a_warning_is_one_line_of_whoever_called(saved):
@@ -157,4 +202,6 @@ def test_a_warning_is_one_line_of_whoever_called(saved):
         made = qlab.quantize(saved(), qlab.rtn("mxfp4"), None, saved().parent / "mx").path
         qlab.lower(made)
     shutil.rmtree(made)
-    assert [warning.filename for warning in caught if "no kernel" in str(warning.message)] == [__file__]
+    assert [warning.filename for warning in caught if "no kernel" in str(warning.message)] == [
+        __file__
+    ]

@@ -1,4 +1,5 @@
-"""AWQ's layouts for matrix-vector kernels: words by hand, and directories that mean what version gemm means."""
+"""AWQ's layouts for matrix-vector kernels: words by hand, and directories that mean what version
+gemm means."""
 
 import json
 
@@ -40,15 +41,28 @@ def word(nibbles, dtype):
 def written(version, q):
     """The tensors that the formats' own writers make of a leaf, number by number."""
     (o, k), groups = q.shape, q.scales.shape[1]
-    u, z = q.codes.int() + 8, (torch.zeros_like(q.scales, dtype=torch.int8) if q.zeros is None else q.zeros).int() + 8
+    u, z = (
+        q.codes.int() + 8,
+        (torch.zeros_like(q.scales, dtype=torch.int8) if q.zeros is None else q.zeros).int() + 8,
+    )
     w = width(groups, q.spec.tile.cols or k)
     scales = torch.zeros(o, 8 * w, dtype=q.scales.dtype)
     scales[:, :groups] = q.scales
     if version == "gemv":
         zeros = torch.zeros(o, 8 * w, dtype=torch.int32)
         zeros[:, :groups] = z
-        pack = lambda x: torch.stack([word(x[n, 8 * c : 8 * c + 8], torch.int32) for n in range(o) for c in range(x.shape[1] // 8)])
-        return {"m.qweight": pack(u).view(o, -1), "m.qzeros": pack(zeros).view(o, -1), "m.scales": scales}
+        pack = lambda x: torch.stack(
+            [
+                word(x[n, 8 * c : 8 * c + 8], torch.int32)
+                for n in range(o)
+                for c in range(x.shape[1] // 8)
+            ]
+        )
+        return {
+            "m.qweight": pack(u).view(o, -1),
+            "m.qzeros": pack(zeros).view(o, -1),
+            "m.scales": scales,
+        }
     words = torch.zeros(o // 4, k, dtype=torch.int16)
     for n in range(o):
         for c in range(k // 64):
@@ -60,14 +74,25 @@ def written(version, q):
     scaled = torch.zeros_like(scales)
     scaled[:, :groups] = (-(q.scales.float() * z)).to(q.scales.dtype)
     name = "scaled_zeros" if version == "llm-awq" else "qzeros"
-    return {"m.qweight": words, "m.scales": scales.mT.contiguous(), f"m.{name}": scaled.mT.contiguous()}
+    return {
+        "m.qweight": words,
+        "m.scales": scales.mT.contiguous(),
+        f"m.{name}": scaled.mT.contiguous(),
+    }
 
 
 def test_gemv_words_by_hand():
-    tensors = {"m.qweight": torch.tensor([[0x76543210, 0xFEDCBA98 - (1 << 32)] * 8], dtype=torch.int32),
-               "m.qzeros": torch.tensor([[0x7]], dtype=torch.int32), "m.scales": torch.eye(1, 8, dtype=F16)}  # fmt: skip
+    tensors = {
+        "m.qweight": torch.tensor([[0x76543210, 0xFEDCBA98 - (1 << 32)] * 8], dtype=torch.int32),
+        "m.qzeros": torch.tensor([[0x7]], dtype=torch.int32),
+        "m.scales": torch.eye(1, 8, dtype=F16),
+    }
     q = codec("gemv").decode("m", tensors, Int(4, Tile(1, 128), False))
-    assert q.codes[0].tolist() == [*range(-8, 8)] * 8 and q.zeros.tolist() == [[-1]] and q.scales.tolist() == [[1.0]]
+    assert (
+        q.codes[0].tolist() == [*range(-8, 8)] * 8
+        and q.zeros.tolist() == [[-1]]
+        and q.scales.tolist() == [[1.0]]
+    )
 
 
 def test_gemv_fast_words_by_hand():
@@ -75,7 +100,11 @@ def test_gemv_fast_words_by_hand():
     words = [f"{c:04x}" for pair in ("c840", "d951", "ea62", "fb73") for c in [int(pair, 16)] * 2]
     row = torch.tensor([int(w, 16) for w in words] * 2).to(torch.int16)
     first = torch.eye(8 * 2, 1, dtype=F16).expand(-1, 8)  # one group, and padding
-    tensors = {"m.qweight": row.repeat(2, 4).view(2, 64), "m.scales": 0.5 * first, "m.qzeros": -1.5 * first}
+    tensors = {
+        "m.qweight": row.repeat(2, 4).view(2, 64),
+        "m.scales": 0.5 * first,
+        "m.qzeros": -1.5 * first,
+    }
     q = codec("gemv_fast").decode("m", tensors, Int(4, Tile(1, 64), False))
     assert (q.codes.int() + 8).tolist() == [[k // 2 % 16 for k in range(64)]] * 8
     assert q.zeros.eq(3 - 8).all() and q.zeros.shape == (8, 1)  # -(0.5 * 3)
@@ -107,11 +136,15 @@ def test_a_group_whose_scale_is_zero_reads_as_zeros():
 def test_a_directory_of_another_version_means_what_gemm_means(version, tmp_path):
     q = random_qtensor(Int(4, Tile(1, 64), False, F16), 16, 128)
     config = {**CONFIG, "group_size": 64}
-    for name, tensors, said in (("gemm", CODECS["awq"].encode("m", q), {"version": "gemm"}),
-                                ("other", written(version, q), {"version": version.upper()})):  # fmt: skip
+    for name, tensors, said in (
+        ("gemm", CODECS["awq"].encode("m", q), {"version": "gemm"}),
+        ("other", written(version, q), {"version": version.upper()}),
+    ):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "model.safetensors", tensors.items())
-        (tmp_path / name / "config.json").write_text(json.dumps({"quantization_config": config | said}))
+        (tmp_path / name / "config.json").write_text(
+            json.dumps({"quantization_config": config | said})
+        )
     gemm, other = (open_checkpoint(tmp_path / name) for name in ("gemm", "other"))
     assert other.quantized == gemm.quantized
     assert_same(other.leaf("m.weight"), gemm.leaf("m.weight"))
@@ -124,20 +157,41 @@ def test_other_ways_to_name_a_version():
     for said in ({"backend": "llm-awq", "version": "gemm"}, {"format": "llm-awq"}):
         said = {**CONFIG, "group_size": 64, **said}
         assert_same(reader(said).decode("m", written("llm-awq", q), q.spec), q)
-    legacy = LEGACY_CONFIGS["quant_config.json"]({"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMV"})
+    legacy = LEGACY_CONFIGS["quant_config.json"](
+        {"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMV"}
+    )
     assert_same(reader(legacy).decode("m", written("gemv", q), q.spec), q)
 
 
 FIRST = torch.eye(16, 1, dtype=F16).expand(-1, 4)  # the one group of four rows, and padding
 
 
-@pytest.mark.parametrize("version, change, message", [
-    ("gemv", {"m.qzeros": torch.zeros(4, 1, dtype=torch.int32)}, r"^m\.qzeros is torch.int32 \(4, 1\), expected torch.int32 \(4, 2\)"),
-    ("gemv_fast", {"m.qweight": torch.zeros(1, 32, dtype=torch.int16)}, r"^m\.qweight \(1, 32\) is not made of 64 columns"),
-    ("gemv_fast", {"m.qzeros": 0.3 * FIRST}, r"^m\.qzeros holds no rounded products"),
-    ("llm-awq", {"m.scaled_zeros": FIRST.where(FIRST == 0, torch.nan)}, r"^m\.scaled_zeros holds NaN or Inf"),
-    ("llm-awq", {"m.qzeros": torch.zeros(16, 4, dtype=F16)}, r"^m\.qzeros has no place in AWQ llm-awq"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "version, change, message",
+    [
+        (
+            "gemv",
+            {"m.qzeros": torch.zeros(4, 1, dtype=torch.int32)},
+            r"^m\.qzeros is torch.int32 \(4, 1\), expected torch.int32 \(4, 2\)",
+        ),
+        (
+            "gemv_fast",
+            {"m.qweight": torch.zeros(1, 32, dtype=torch.int16)},
+            r"^m\.qweight \(1, 32\) is not made of 64 columns",
+        ),
+        ("gemv_fast", {"m.qzeros": 0.3 * FIRST}, r"^m\.qzeros holds no rounded products"),
+        (
+            "llm-awq",
+            {"m.scaled_zeros": FIRST.where(FIRST == 0, torch.nan)},
+            r"^m\.scaled_zeros holds NaN or Inf",
+        ),
+        (
+            "llm-awq",
+            {"m.qzeros": torch.zeros(16, 4, dtype=F16)},
+            r"^m\.qzeros has no place in AWQ llm-awq",
+        ),
+    ],
+)
 def test_tensors_that_are_none_of_the_format_are_refused(version, change, message):
     q = random_qtensor(Int(4, Tile(1, 64), False, F16), 4, 64)
     with pytest.raises(QlabError, match=message):
@@ -149,7 +203,10 @@ def test_groups_and_zero_points_that_the_config_denies_are_refused(version):
     q = random_qtensor(Int(4, Tile(1, 64), False, F16), 4, 64)
     with pytest.raises(QlabError, match=r"^m has zero points other than 8"):
         codec(version).decode("m", written(version, q), Int(4, Tile(1, 64), True, F16))
-    with pytest.raises(QlabError, match=r"^m has groups of 16 for 64 input channels; AWQ .* has groups of 32, 64, 128"):
+    with pytest.raises(
+        QlabError,
+        match=r"^m has groups of 16 for 64 input channels; AWQ .* has groups of 32, 64, 128",
+    ):
         codec(version).decode("m", written(version, q), Int(4, Tile(1, 16), False, F16))
 
 

@@ -1,4 +1,5 @@
-"""The compressed-tensors codec's tensors: words by hand, the bijection, and what the format's own library makes of our files."""
+"""The compressed-tensors codec's tensors: words by hand, the bijection, and what the format's own
+library makes of our files."""
 
 import json
 from dataclasses import replace
@@ -46,14 +47,23 @@ def qtensors(draw):
     return random_qtensor(spec, o, k, draw(st.integers(0, 99)))
 
 
-@pytest.mark.parametrize("bits, codes, words", [
-    (4, list(range(-8, 8)), "76543210 fedcba98"),
-    (8, [-128, -1, 0, 127], "ff807f00"),
-    (3, list(range(-4, 4)) * 4, "88fac688 c688fac6 fac688fa"),
-    (3, [3] * 11, "ffffffff 00000001"),  # the eleventh code straddles; the row ends in zero bits
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bits, codes, words",
+    [
+        (4, list(range(-8, 8)), "76543210 fedcba98"),
+        (8, [-128, -1, 0, 127], "ff807f00"),
+        (3, list(range(-4, 4)) * 4, "88fac688 c688fac6 fac688fa"),
+        (
+            3,
+            [3] * 11,
+            "ffffffff 00000001",
+        ),  # the eleventh code straddles; the row ends in zero bits
+    ],
+)
 def test_pack_quantized_rows_have_the_golden_words(bits, codes, words):
-    q = QTensor(torch.tensor([codes], dtype=torch.int8), torch.ones(1, 1), None, Int(bits, Tile(1, None)))
+    q = QTensor(
+        torch.tensor([codes], dtype=torch.int8), torch.ones(1, 1), None, Int(bits, Tile(1, None))
+    )
     tensors = CODEC.encode("m.q", q)
     assert hexes(tensors["m.q.weight_packed"]) == words
     assert tensors["m.q.weight_shape"].tolist() == [1, len(codes)]
@@ -84,7 +94,10 @@ def test_w4a16_asym_end_to_end_golden():
 @settings(max_examples=150, deadline=None)
 @given(qtensors())
 def test_decode_inverts_encode_bit_for_bit(q):
-    tensors = {name: tensor.view(-1).clone().view(tensor.shape) for name, tensor in CODEC.encode("m.q", q).items()}  # as in a file
+    tensors = {
+        name: tensor.view(-1).clone().view(tensor.shape)
+        for name, tensor in CODEC.encode("m.q", q).items()
+    }  # as in a file
     assert_same(CODEC.decode("m.q", tensors, q.spec), q)
 
 
@@ -97,15 +110,28 @@ def test_the_librarys_decompressor_returns_the_dense_weight(q):
     assert W.dtype == q.scales.dtype and torch.equal(W, dense(q))
 
 
-@pytest.mark.parametrize("spec, dequantize", [("int4-g16", False), ("int3-tensor", False), ("int4-g16-asym", True)])
+@pytest.mark.parametrize(
+    "spec, dequantize", [("int4-g16", False), ("int3-tensor", False), ("int4-g16-asym", True)]
+)
 def test_transformers_computes_the_logits_of_the_dense_weights(spec, dequantize, tmp_path):
     model, spec = tiny("llama"), with_scale_dtype(parse_spec(spec), torch.float32)
-    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    # transformers dequantizes every module with the first group, so mixed bits load only where it leaves them packed
-    mixed = {} if dequantize else {name: replace(spec, bits=8) for name in linears if name.endswith("down_proj")}
+    linears = [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+    ]
+    # transformers dequantizes every module with the first group, so mixed bits load only where it
+    # leaves them packed
+    mixed = (
+        {}
+        if dequantize
+        else {name: replace(spec, bits=8) for name in linears if name.endswith("down_proj")}
+    )
     specs = dict.fromkeys(linears, spec) | mixed | {"lm_head": None}
-    quantized = {p: absmax(model.get_submodule(p).weight.detach(), s) for p, s in specs.items() if s}
-    state = {n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in quantized}
+    quantized = {
+        p: absmax(model.get_submodule(p).weight.detach(), s) for p, s in specs.items() if s
+    }
+    state = {
+        n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in quantized
+    }
     for path, q in quantized.items():
         state |= CODEC.encode(path, q)
         model.get_submodule(path).weight.data = dense(q, torch.float32)
@@ -129,38 +155,88 @@ def int4(**changes):
     return replace(random_qtensor(with_scale_dtype(INT4, torch.float32), 4, 32), **changes)
 
 
-@pytest.mark.parametrize("leaf, message", [
-    (QTensor(torch.zeros(4, 32, dtype=torch.int8), torch.ones(2, 2), None, Int(4, Tile(2, 16))), "no scale per b2x16 block"),
-    (QTensor(torch.zeros(2, 4, 32, dtype=torch.int8), torch.ones(2, 4, 2), None, INT4), r"not \(2, 4, 32\)"),
-    (int4(perm=torch.arange(32)), "`perm`"),
-    (int4(scales=torch.ones(4, 2).half()), "scales are torch.float16, expected torch.float32"),
-    (int4(scales=torch.ones(4, 2, dtype=torch.float8_e4m3fn), spec=INT4), "scales are torch.float8_e4m3fn"),
-    (int4(spec=replace(INT4, scale_dtype=torch.float8_e4m3fn)), "has no torch.float8_e4m3fn scales"),
-    (int4(codes=torch.full((4, 32), 8, dtype=torch.int8)), r"codes span \[8, 8\] but int4 holds \[-8, 7\]"),
-    (int4(zeros=torch.full((4, 2), -9).to(torch.int8), spec=INT4_ASYM), r"zeros span \[-9, -9\]"),
-    (int4(zeros=torch.ones(4, 2), spec=INT4_ASYM), "int8 zeros, not torch.float32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "leaf, message",
+    [
+        (
+            QTensor(
+                torch.zeros(4, 32, dtype=torch.int8), torch.ones(2, 2), None, Int(4, Tile(2, 16))
+            ),
+            "no scale per b2x16 block",
+        ),
+        (
+            QTensor(torch.zeros(2, 4, 32, dtype=torch.int8), torch.ones(2, 4, 2), None, INT4),
+            r"not \(2, 4, 32\)",
+        ),
+        (int4(perm=torch.arange(32)), "`perm`"),
+        (int4(scales=torch.ones(4, 2).half()), "scales are torch.float16, expected torch.float32"),
+        (
+            int4(scales=torch.ones(4, 2, dtype=torch.float8_e4m3fn), spec=INT4),
+            "scales are torch.float8_e4m3fn",
+        ),
+        (
+            int4(spec=replace(INT4, scale_dtype=torch.float8_e4m3fn)),
+            "has no torch.float8_e4m3fn scales",
+        ),
+        (
+            int4(codes=torch.full((4, 32), 8, dtype=torch.int8)),
+            r"codes span \[8, 8\] but int4 holds \[-8, 7\]",
+        ),
+        (
+            int4(zeros=torch.full((4, 2), -9).to(torch.int8), spec=INT4_ASYM),
+            r"zeros span \[-9, -9\]",
+        ),
+        (int4(zeros=torch.ones(4, 2), spec=INT4_ASYM), "int8 zeros, not torch.float32"),
+    ],
+)
 def test_encode_refuses(leaf, message):
     with pytest.raises(QlabError, match=rf"^m\.q: .*{message}"):
         CODEC.encode("m.q", leaf)
 
 
-@pytest.mark.parametrize("name, tensor, message", [
-    ("weight_packed", None, "weight_packed is missing"),
-    ("weight_zero_point", None, "weight_zero_point is missing"),
-    ("weight_shape", torch.tensor([4, 30]), r"weight_shape \(4, 30\) does not fit int4-g16-asym"),
-    ("weight_shape", torch.tensor([0, 32]), r"weight_shape \(0, 32\) does not fit"),
-    ("weight_packed", torch.zeros(4, 3, dtype=torch.int32), r"weight_packed is .*\(4, 3\), expected .*\(4, 4\)"),
-    ("weight_packed", torch.zeros(4, 4), r"weight_packed is torch.float32 .*expected torch.int32"),
-    ("weight_scale", torch.ones(4, 1), r"weight_scale is .*\(4, 1\), expected torch.float32 \(4, 2\)"),
-    ("weight_scale", torch.ones(4, 2, dtype=torch.uint8), "weight_scale is torch.uint8"),
-    ("weight_zero_point", torch.zeros(4, 2, dtype=torch.int8), "weight_zero_point is torch.int8"),
-    ("weight_g_idx", torch.zeros(32), "weight_g_idx is torch.float32"),
-    ("weight_g_idx", torch.zeros(32, dtype=torch.int32), "weight_g_idx does not put 16 channels into each of 2 groups"),
-    ("weight_global_scale", torch.ones(1), "weight_global_scale has no place"),
-    ("scales", torch.ones(4, 2), "scales has no place"),
-    ("weight_scale", torch.full((4, 2), torch.nan), "weight_scale holds NaN"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, tensor, message",
+    [
+        ("weight_packed", None, "weight_packed is missing"),
+        ("weight_zero_point", None, "weight_zero_point is missing"),
+        (
+            "weight_shape",
+            torch.tensor([4, 30]),
+            r"weight_shape \(4, 30\) does not fit int4-g16-asym",
+        ),
+        ("weight_shape", torch.tensor([0, 32]), r"weight_shape \(0, 32\) does not fit"),
+        (
+            "weight_packed",
+            torch.zeros(4, 3, dtype=torch.int32),
+            r"weight_packed is .*\(4, 3\), expected .*\(4, 4\)",
+        ),
+        (
+            "weight_packed",
+            torch.zeros(4, 4),
+            r"weight_packed is torch.float32 .*expected torch.int32",
+        ),
+        (
+            "weight_scale",
+            torch.ones(4, 1),
+            r"weight_scale is .*\(4, 1\), expected torch.float32 \(4, 2\)",
+        ),
+        ("weight_scale", torch.ones(4, 2, dtype=torch.uint8), "weight_scale is torch.uint8"),
+        (
+            "weight_zero_point",
+            torch.zeros(4, 2, dtype=torch.int8),
+            "weight_zero_point is torch.int8",
+        ),
+        ("weight_g_idx", torch.zeros(32), "weight_g_idx is torch.float32"),
+        (
+            "weight_g_idx",
+            torch.zeros(32, dtype=torch.int32),
+            "weight_g_idx does not put 16 channels into each of 2 groups",
+        ),
+        ("weight_global_scale", torch.ones(1), "weight_global_scale has no place"),
+        ("scales", torch.ones(4, 2), "scales has no place"),
+        ("weight_scale", torch.full((4, 2), torch.nan), "weight_scale holds NaN"),
+    ],
+)
 def test_decode_refuses(name, tensor, message):
     tensors = CODEC.encode("m.q", random_qtensor(with_scale_dtype(INT4_ASYM, torch.float32), 4, 32))
     tensors.pop(f"m.q.{name}", None)
@@ -171,7 +247,9 @@ def test_decode_refuses(name, tensor, message):
 
 
 def test_decode_refuses_a_zero_point_that_a_symmetric_spec_would_drop():
-    tensors = CODEC.encode("m", int4()) | {"m.weight_zero_point": torch.zeros(1, 2, dtype=torch.int32)}
+    tensors = CODEC.encode("m", int4()) | {
+        "m.weight_zero_point": torch.zeros(1, 2, dtype=torch.int32)
+    }
     with pytest.raises(QlabError, match=r"weight_zero_point has no place beside .* at int4-g16"):
         CODEC.decode("m", tensors, INT4)
     with pytest.raises(QlabError, match=r"^m: compressed-tensors has no scale per b2x16"):

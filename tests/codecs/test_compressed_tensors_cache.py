@@ -1,4 +1,5 @@
-"""A kv_cache_scheme is read, shown, carried on with its scales, and never dropped or passed over in silence."""
+"""A kv_cache_scheme is read, shown, carried on with its scales, and never dropped or passed over in
+silence."""
 
 import importlib
 import json
@@ -43,18 +44,30 @@ def directory(tmp_path):
 
 def test_weights_open_and_inspect_shows_the_scheme(directory):
     model = open_checkpoint(directory)
-    assert len(model.quantized) == 14 and all(dense(model.leaf(f"{name}.weight")).isfinite().all() for name in model.quantized)
+    assert len(model.quantized) == 14 and all(
+        dense(model.leaf(f"{name}.weight")).isfinite().all() for name in model.quantized
+    )
     shown = inspect(directory)
-    assert shown.extras == {"kv_cache_scheme": "keys and values are cached as fp8 with a stored scale per tensor; 4 tensors"}
+    assert shown.extras == {
+        "kv_cache_scheme": "keys and values are cached as fp8 with a stored scale per tensor; 4 tensors"  # noqa: E501
+    }
     assert SCALE not in shown.unquantized and shown.json()["extras"] == shown.extras
 
 
 def test_converting_carries_the_scheme_and_its_scales_word_for_word(directory, tmp_path):
     out = qlab.convert(directory, "compressed-tensors", tmp_path / "out").path
     before, after = tensors(directory), tensors(out)
-    assert before.keys() == after.keys() and all(bits_equal(before[name], after[name]) for name in before if name.endswith("_scale"))
-    said = [json.loads((at / "config.json").read_text())["quantization_config"] for at in (directory, out)]
-    assert said[0]["kv_cache_scheme"] == said[1]["kv_cache_scheme"] and QuantizationConfig.model_validate(said[1]).kv_cache_scheme
+    assert before.keys() == after.keys() and all(
+        bits_equal(before[name], after[name]) for name in before if name.endswith("_scale")
+    )
+    said = [
+        json.loads((at / "config.json").read_text())["quantization_config"]
+        for at in (directory, out)
+    ]
+    assert (
+        said[0]["kv_cache_scheme"] == said[1]["kv_cache_scheme"]
+        and QuantizationConfig.model_validate(said[1]).kv_cache_scheme
+    )
     if CACHE_IS_MISSED:
         pytest.skip(f"their reading of what was written is not compared: {MISSED}")
     theirs = AutoModelForCausalLM.from_pretrained(out)
@@ -63,7 +76,10 @@ def test_converting_carries_the_scheme_and_its_scales_word_for_word(directory, t
 
 @pytest.mark.parametrize("codec", ["gptq", "awq"])
 def test_formats_without_a_place_for_it_refuse_what_would_be_lost(codec, directory, tmp_path):
-    with pytest.raises(QlabError, match=rf"^{codec} cannot hold the kv_cache_scheme of .* would be lost \(keys and values are"):
+    with pytest.raises(
+        QlabError,
+        match=rf"^{codec} cannot hold the kv_cache_scheme of .* would be lost \(keys and values are",  # noqa: E501
+    ):
         qlab.convert(directory, codec, tmp_path / "out", requantize=parse_spec("int4-g32"))
     assert not (tmp_path / "out").exists()
 
@@ -72,9 +88,17 @@ def test_verify_counts_the_scales(directory, tmp_path):
     tiny("llama").save_pretrained(tmp_path / "reference")
     verdict = verify(directory, tmp_path / "reference")
     assert not verdict.faults and len(verdict.extras) == 4 and not verdict.extra
-    change(directory, **{SCALE.replace(".", "__"): None, "model.layers.0.self_attn.k_scale".replace(".", "__"): torch.zeros_like})
+    change(
+        directory,
+        **{
+            SCALE.replace(".", "__"): None,
+            "model.layers.0.self_attn.k_scale".replace(".", "__"): torch.zeros_like,
+        },
+    )
     assert verify(directory, tmp_path / "reference").faults == [
-        "model.layers.0.self_attn.k_scale is no scale of keys or values, which are positive", f"{SCALE} is missing"]  # fmt: skip
+        "model.layers.0.self_attn.k_scale is no scale of keys or values, which are positive",
+        f"{SCALE} is missing",
+    ]
 
 
 def test_who_computes_without_it_says_so(directory):
@@ -88,7 +112,9 @@ def test_who_computes_without_it_says_so(directory):
 def test_hugging_face_says_so_and_saves_the_scales_again(directory, tmp_path, monkeypatch):
     for mapping in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
         for method, theirs in list(mapping.items()):
-            monkeypatch.setitem(mapping, method, theirs)  # has its own readers back when the test ends
+            monkeypatch.setitem(
+                mapping, method, theirs
+            )  # has its own readers back when the test ends
     importlib.import_module("qlab.hf").register()
     with pytest.warns(UserWarning, match=WARNING):
         AutoModelForCausalLM.from_pretrained(directory).save_pretrained(tmp_path / "again")
@@ -97,41 +123,71 @@ def test_hugging_face_says_so_and_saves_the_scales_again(directory, tmp_path, mo
 
 
 def test_weights_are_not_quantized_anew_under_the_scheme_of_the_old_ones(tmp_path):
-    write_with_the_library(tiny("llama"), tmp_path / "fp8", cache=FP8, weights=INT8 | {"type": "float"})
+    write_with_the_library(
+        tiny("llama"), tmp_path / "fp8", cache=FP8, weights=INT8 | {"type": "float"}
+    )
     model, recipe = open_checkpoint(tmp_path / "fp8"), rtn(parse_spec("int4-g32"))
-    for anew in (lambda: qlab.quantize(model, recipe, None, tmp_path / "out"), lambda: quantize_files(model, recipe, tmp_path / "out")):
-        with pytest.raises(QlabError, match=r"fp8 has a kv_cache_scheme .* that belongs to its present weights"):
+    for anew in (
+        lambda: qlab.quantize(model, recipe, None, tmp_path / "out"),
+        lambda: quantize_files(model, recipe, tmp_path / "out"),
+    ):
+        with pytest.raises(
+            QlabError, match=r"fp8 has a kv_cache_scheme .* that belongs to its present weights"
+        ):
             anew()
 
 
-@pytest.mark.parametrize("change, says", [
-    ({}, "fp8 with a stored scale per tensor"), ({"strategy": "attn_head"}, "fp8 with a stored scale per head"),
-    ({"type": "int", "observer": None, "actorder": None, "zp_dtype": None}, "int8 with a stored scale per tensor"),
-    ({"strategy": "token", "dynamic": True}, "fp8 with a scale per token"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({}, "fp8 with a stored scale per tensor"),
+        ({"strategy": "attn_head"}, "fp8 with a stored scale per head"),
+        (
+            {"type": "int", "observer": None, "actorder": None, "zp_dtype": None},
+            "int8 with a stored scale per tensor",
+        ),
+        ({"strategy": "token", "dynamic": True}, "fp8 with a scale per token"),
+    ],
+)
 def test_schemes_in_words(change, says):
     [extra] = extras(FP8 | change)
-    assert extra.says == f"keys and values are cached as {says}" and bool(extra.missing) == (not change.get("dynamic"))
+    assert extra.says == f"keys and values are cached as {says}" and bool(extra.missing) == (
+        not change.get("dynamic")
+    )
 
 
-@pytest.mark.parametrize("scheme, message", [
-    (FP8 | {"strategy": "channel"}, "strategy 'channel'"), (FP8 | {"symmetric": False}, "symmetric False"),
-    (FP8 | {"dynamic": "local"}, "dynamic 'local'"), (FP8 | {"strategy": "token"}, "'token' with dynamic False"),
-    (FP8 | {"num_bits": 3}, "num_bits 3"), (FP8 | {"scale": 1}, "unknown key 'scale'"), (["fp8"], "no QuantizationArgs"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "scheme, message",
+    [
+        (FP8 | {"strategy": "channel"}, "strategy 'channel'"),
+        (FP8 | {"symmetric": False}, "symmetric False"),
+        (FP8 | {"dynamic": "local"}, "dynamic 'local'"),
+        (FP8 | {"strategy": "token"}, "'token' with dynamic False"),
+        (FP8 | {"num_bits": 3}, "num_bits 3"),
+        (FP8 | {"scale": 1}, "unknown key 'scale'"),
+        (["fp8"], "no QuantizationArgs"),
+    ],
+)
 def test_schemes_that_no_cache_has_are_refused_by_name(scheme, message):
     with pytest.raises(QlabError, match=f"^kv_cache_scheme .*{message}"):
         extras(scheme)
 
 
-SPELLINGS = ["self_attn.{0}_scale", "self_attn.attn.{0}_scale", "self_attn.{0}_proj.output_scale", "self_attn.{0}_proj.{0}_scale",
-             "self_attn.qkv_proj.{0}_scale"]  # fmt: skip
+SPELLINGS = [
+    "self_attn.{0}_scale",
+    "self_attn.attn.{0}_scale",
+    "self_attn.{0}_proj.output_scale",
+    "self_attn.{0}_proj.{0}_scale",
+    "self_attn.qkv_proj.{0}_scale",
+]
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_scales_are_known_by_every_writers_name(spelling):
     names = [f"layers.{i}.{spelling.format(s)}" for i in range(2) for s in "kv"]
-    weights = [f"layers.{i}.self_attn.{name}_proj.weight" for i in range(2) for name in ("k", "v", "qkv")]
+    weights = [
+        f"layers.{i}.self_attn.{name}_proj.weight" for i in range(2) for name in ("k", "v", "qkv")
+    ]
     [whole], [half] = extras(FP8, [*names, *weights]), extras(FP8, [*names[:3], *weights])
     assert whole.tensors == tuple(sorted(names)) and not whole.missing
     assert half.missing == (names[3],)
@@ -141,28 +197,53 @@ def test_scales_are_known_by_every_writers_name(spelling):
 def test_directories_with_such_names_are_read_and_carried_on(spelling, directory, tmp_path):
     state = tensors(directory)
     for name in [name for name in state if name.endswith(("k_scale", "v_scale"))]:
-        owner, kind = name.removesuffix("_scale")[:-1].removesuffix("self_attn."), name.removesuffix("_scale")[-1]
+        owner, kind = (
+            name.removesuffix("_scale")[:-1].removesuffix("self_attn."),
+            name.removesuffix("_scale")[-1],
+        )
         state[f"{owner}{spelling.format(kind)}"] = state.pop(name)
     save_file(state, directory / "model.safetensors")
     out = qlab.convert(directory, "compressed-tensors", tmp_path / "out").path
     held = tensors(out)
     assert len(open_checkpoint(out).extras[0].tensors) == 4 and verify(out, directory).faults == []
-    assert all(bits_equal(held[name], state[name]) for name in open_checkpoint(out).extras[0].tensors)
+    assert all(
+        bits_equal(held[name], state[name]) for name in open_checkpoint(out).extras[0].tensors
+    )
 
 
-@pytest.mark.parametrize("groups", [{}, None, {"group_0": {"targets": [], "weights": None, "input_activations": None}},
-                                    {"group_0": {"weights": None}}])  # fmt: skip
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {},
+        None,
+        {"group_0": {"targets": [], "weights": None, "input_activations": None}},
+        {"group_0": {"weights": None}},
+    ],
+)
 def test_a_scheme_without_quantized_weights_is_read(groups, folder):
-    scales = {f"model.layers.{i}.self_attn.{s}_scale": torch.ones(1) for i in range(2) for s in "kv"}
+    scales = {
+        f"model.layers.{i}.self_attn.{s}_scale": torch.ones(1) for i in range(2) for s in "kv"
+    }
     save_file(tensors(folder) | scales, folder / "model.safetensors")
-    said = {"quant_method": "compressed-tensors", "format": "dense", "quantization_status": "frozen", "kv_cache_scheme": FP8}
-    rewrite(folder / "config.json", lambda c: c.update(quantization_config=said | {"config_groups": groups}))
+    said = {
+        "quant_method": "compressed-tensors",
+        "format": "dense",
+        "quantization_status": "frozen",
+        "kv_cache_scheme": FP8,
+    }
+    rewrite(
+        folder / "config.json",
+        lambda c: c.update(quantization_config=said | {"config_groups": groups}),
+    )
     model = open_checkpoint(folder)
     assert not model.quantized and model.extras[0].tensors == tuple(sorted(scales))
     assert inspect(folder).format == "compressed-tensors dense"
 
 
 def test_layers_of_the_same_names_must_have_scales_too():
-    names = [f"h.{i}.attn.{part}" for i in range(3) for part in ("q_proj.weight", "k_scale")] + ["h.0.attn.v_scale", "norm.weight"]
+    names = [f"h.{i}.attn.{part}" for i in range(3) for part in ("q_proj.weight", "k_scale")] + [
+        "h.0.attn.v_scale",
+        "norm.weight",
+    ]
     assert extras(FP8, names)[0].missing == ("h.1.attn.v_scale", "h.2.attn.v_scale")
     assert len(extras(FP8, names)[0].tensors) == 4 and not extras(None, names)

@@ -1,4 +1,5 @@
-"""Inputs that are rounded at run time: the library's numbers, directories that evaluate with them, and refusals."""
+"""Inputs that are rounded at run time: the library's numbers, directories that evaluate with them,
+and refusals."""
 
 import json
 
@@ -33,7 +34,16 @@ from qlab.methods.rtn import rtn
 from qlab.model.skeleton import Skeleton
 
 CODEC = CODECS["compressed-tensors"]
-DYNAMIC = ("int8-token", "int4-token", "int8-token-asym", "fp8-token", "fp8-tensor", "fp8-g32", "mxfp4", "mxfp8")
+DYNAMIC = (
+    "int8-token",
+    "int4-token",
+    "int8-token-asym",
+    "fp8-token",
+    "fp8-tensor",
+    "fp8-g32",
+    "mxfp4",
+    "mxfp8",
+)
 
 
 @pytest.mark.parametrize("text", DYNAMIC)
@@ -47,14 +57,20 @@ def test_dynamic_inputs_are_rounded_as_the_library_does(text, n, groups, seed):
     assert torch.equal(QuantizeInput(spec.spec)(x), fake_quantize(x, scale, zero, args))
 
 
-@pytest.mark.parametrize("text", ["fp8-tensor static", "int8-tensor static", "int8-tensor-asym static", "nvfp4 static"])
+@pytest.mark.parametrize(
+    "text", ["fp8-tensor static", "int8-tensor static", "int8-tensor-asym static", "nvfp4 static"]
+)
 def test_stored_scales_are_written_read_and_used_as_the_library_does(text):
     spec, x = parse_input_spec(text), torch.randn(3, 5, 32)
     scale = None if spec.spec.outer else torch.tensor([[0.02]])
     zero = None if spec.spec.symmetric else torch.tensor([[3]], dtype=torch.int8)
     op = QuantizeInput(spec.spec, scale, zero, torch.tensor([900.0]) if spec.spec.outer else None)
     assert op.input_spec == spec and parse_input_spec(str(spec)) == spec
-    weight = random_qtensor(with_scale_dtype(parse_spec("nvfp4" if spec.spec.outer else "fp8-channel"), torch.float32), 4, 32)
+    weight = random_qtensor(
+        with_scale_dtype(parse_spec("nvfp4" if spec.spec.outer else "fp8-channel"), torch.float32),
+        4,
+        32,
+    )
     stored = CODEC.encode("m", weight, (op,))
     back = CODEC.decode_input("m", stored, spec)
     assert torch.equal(back(x), op(x)) and back.input_spec == spec
@@ -69,9 +85,15 @@ def test_stored_scales_are_written_read_and_used_as_the_library_does(text):
 def directory(model, folder, codes, config, extra=()):
     """A model directory with these tensors in the place of the modules' weights."""
     modules = {name.rpartition(".")[0] for name in codes}
-    state = {n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in modules}
-    save_file({**state, **codes, **dict(extra)}, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(model.config.to_dict() | {"quantization_config": config}))
+    state = {
+        n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in modules
+    }
+    save_file(
+        {**state, **codes, **dict(extra)}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    (folder / "config.json").write_text(
+        json.dumps(model.config.to_dict() | {"quantization_config": config})
+    )
     return folder
 
 
@@ -79,16 +101,28 @@ def of_preset(name, folder):
     """A tiny llama in the form of a preset, its unquantized numbers exact in bfloat16."""
     weights, rounded = PRESETS[name]
     model = tiny("llama", hidden_size=128, intermediate_size=256).bfloat16().float()
-    spec, inputs = with_scale_dtype(parse_spec(weights), torch.float32), rounded and parse_input_spec(rounded)
-    linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    spec, inputs = (
+        with_scale_dtype(parse_spec(weights), torch.float32),
+        rounded and parse_input_spec(rounded),
+    )
+    linears = [
+        n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
+    ]
     online = ()
     if inputs:
-        scale, outer = torch.tensor([[0.03]]) if inputs.static and not inputs.spec.outer else None, torch.tensor([700.0])
+        scale, outer = (
+            torch.tensor([[0.03]]) if inputs.static and not inputs.spec.outer else None,
+            torch.tensor([700.0]),
+        )
         online = (QuantizeInput(inputs.spec, scale, None, outer if inputs.spec.outer else None),)
     codes = {}
     for path in linears:
-        codes |= CODEC.encode(path, encode(minmax, model.get_submodule(path).weight.detach(), spec), online)
-    config = CODEC.config(dict.fromkeys(linears, spec) | {"lm_head": None}, dict.fromkeys(linears, inputs))
+        codes |= CODEC.encode(
+            path, encode(minmax, model.get_submodule(path).weight.detach(), spec), online
+        )
+    config = CODEC.config(
+        dict.fromkeys(linears, spec) | {"lm_head": None}, dict.fromkeys(linears, inputs)
+    )
     return directory(model, folder, codes, config)
 
 
@@ -98,18 +132,39 @@ def logits(folder, ids):
     return reading.skeleton.head(ids, reading.hidden)
 
 
-@pytest.mark.parametrize("name", ["W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "W4A8", "W4AFP8", "W3A16", "NVFP4A16",
-                                  "MXFP4A16", "MXFP4", "MXFP6A8", "MXFP8"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "W8A8",
+        "FP8",
+        "FP8_DYNAMIC",
+        "FP8_BLOCK",
+        "W4A8",
+        "W4AFP8",
+        "W3A16",
+        "NVFP4A16",
+        "MXFP4A16",
+        "MXFP4",
+        "MXFP6A8",
+        "MXFP8",
+    ],
+)
 def test_transformers_computes_our_logits(name, tmp_path):
     folder = of_preset(name, tmp_path)
     ids = torch.arange(3, 35).reshape(2, 16)
-    narrow = name.startswith(("NV", "MX"))  # the library makes bfloat16 weights of these, and does it in the first forward
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if narrow else torch.float32).eval()
+    narrow = name.startswith(
+        ("NV", "MX")
+    )  # the library makes bfloat16 weights of these, and does it in the first forward
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16 if narrow else torch.float32
+    ).eval()
     with torch.no_grad():
         expected = theirs(ids).logits
         if narrow:
             expected = torch.nn.Module.float(theirs)(ids).logits
-    limit = 0.02 if name.startswith("NV") else 1e-4  # NVFP4's scales are no powers of two, so that bfloat16 rounds its weights
+    limit = (
+        0.02 if name.startswith("NV") else 1e-4
+    )  # NVFP4's scales are no powers of two, so that bfloat16 rounds its weights
     assert (logits(folder, ids) - expected).norm() < limit * expected.norm()
 
 
@@ -122,10 +177,16 @@ def test_a_quantized_directory_of_floats_holds_the_dense_weights_of_its_codes(we
     assert len(out.quantized) == 14 and out.dtype == torch.float32
     for module, spec in out.quantized.items():
         leaf, W = out.leaf(f"{module}.weight"), model.leaf(f"{module}.weight")
-        assert leaf.spec.bits == spec.bits and (dense(leaf, torch.float32) - W).norm() < 0.12 * W.norm()
+        assert (
+            leaf.spec.bits == spec.bits
+            and (dense(leaf, torch.float32) - W).norm() < 0.12 * W.norm()
+        )
 
 
-@pytest.mark.parametrize("weights, rounded", [("int8-channel", "int8-channel"), ("fp8-b32x32", "fp8-g32"), ("mxfp4", "mxfp8")])
+@pytest.mark.parametrize(
+    "weights, rounded",
+    [("int8-channel", "int8-channel"), ("fp8-b32x32", "fp8-g32"), ("mxfp4", "mxfp8")],
+)
 def test_qlab_writes_what_it_rounds_at_run_time(weights, rounded, tmp_path):
     tiny("llama").save_pretrained(tmp_path / "model")
     model, ids = open_checkpoint(tmp_path / "model"), torch.arange(3, 35).reshape(2, 16)
@@ -133,26 +194,39 @@ def test_qlab_writes_what_it_rounds_at_run_time(weights, rounded, tmp_path):
     recipe = rules({"*.mlp.*": some, "*.q_proj": keep(), "*": rtn(parse_spec(weights))})
     result = qlab.quantize(model, recipe, None, tmp_path / "out")
     opened = open_checkpoint(tmp_path / "out")
-    assert set(opened.inputs.values()) == {InputSpec(parse_spec(rounded))} and all(".mlp." in m for m in opened.inputs)
+    assert set(opened.inputs.values()) == {InputSpec(parse_spec(rounded))} and all(
+        ".mlp." in m for m in opened.inputs
+    )
     assert {name: row.get("inputs") for name, row in result.sites.items()} == {
-        name: rounded if ".mlp." in name else None for name in result.sites}  # fmt: skip
+        name: rounded if ".mlp." in name else None for name in result.sites
+    }
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     if weights != "mxfp4":  # the library decompresses those to bfloat16
         with torch.no_grad():
             expected = theirs(ids).logits
         assert (logits(tmp_path / "out", ids) - expected).norm() < 1e-4 * expected.norm()
-    qlab.quantize(model, rules({"*.q_proj": keep(), "*": rtn(parse_spec(weights))}), None, tmp_path / "weights only")
+    qlab.quantize(
+        model,
+        rules({"*.q_proj": keep(), "*": rtn(parse_spec(weights))}),
+        None,
+        tmp_path / "weights only",
+    )
     assert not torch.equal(logits(tmp_path / "out", ids), logits(tmp_path / "weights only", ids))
 
 
-def test_a_global_scale_of_inputs_is_measured_on_the_calibration_data_and_read_again(saved, tmp_path):
+def test_a_global_scale_of_inputs_is_measured_on_the_calibration_data_and_read_again(
+    saved, tmp_path
+):
     source, spec = saved(), parse_spec("nvfp4")
     model, data = open_checkpoint(source), random_tokens(source)
     recipe = chain(rtn(spec), quantize_inputs(spec))
     result = qlab.quantize(model, recipe, data, tmp_path / "out", inputs="reference")
     assert {row["inputs"] for row in result.plan.sites.values()} == {"nvfp4 static"}
     opened = open_checkpoint(tmp_path / "out")
-    assert set(opened.inputs.values()) == {parse_input_spec("nvfp4 static")} and qlab.verify(opened, model).faults == []
+    assert (
+        set(opened.inputs.values()) == {parse_input_spec("nvfp4 static")}
+        and qlab.verify(opened, model).faults == []
+    )
     skeleton = Skeleton(model, torch.float32)
     with torch.no_grad():
         skeleton.load_outside(with_head=False)
@@ -160,39 +234,79 @@ def test_a_global_scale_of_inputs_is_measured_on_the_calibration_data_and_read_a
     path, call = next(iter(calls.items()))
     graph = skeleton.graph(path, call)
     first, *others = by_source(graph.sites).values()  # the others see what is rounded before them
-    largest = inputs_of(graph, [first[0].source], *call.inputs((hidden,)))[first[0].source].x.abs().max()
+    largest = (
+        inputs_of(graph, [first[0].source], *call.inputs((hidden,)))[first[0].source].x.abs().max()
+    )
     (scale,) = {opened.rounding(graph.where(site))[0].outer.item() for site in first}
     assert scale == pytest.approx(448 * 6 / float(largest))
     for sites in others:
-        assert len({opened.rounding(graph.where(site))[0].outer.item() for site in sites}) == 1  # engines fuse them
+        assert (
+            len({opened.rounding(graph.where(site))[0].outer.item() for site in sites}) == 1
+        )  # engines fuse them
     assert torch.isfinite(logits(tmp_path / "out", data.ids)).all()
 
 
-@pytest.mark.parametrize("family, inputs, kept, message", [
-    ("llama", "nvfp4", (), "the recipe observes absmax and no calibration text was given"),
-    ("llama", "int8-b16x16", (), "q_proj, .* compressed-tensors has no inputs int8-b16x16: input_activations has strategy 'block'"),
-    ("llama", "int8-channel", ("*.o_proj",), "o_proj, .*o_proj: its input is rounded at run time and its weight is not"),
-    ("mixtral", "nvfp4", (), "experts.* inputs of fused experts have no stored scale"),
-])  # fmt: skip
-def test_inputs_without_a_place_in_the_files_are_refused_before_work(family, inputs, kept, message, saved, tmp_path):
-    rounded = rules({**dict.fromkeys(kept, keep()), "*": rtn(parse_spec("nvfp4" if inputs == "nvfp4" else "int8-channel"))})
+@pytest.mark.parametrize(
+    "family, inputs, kept, message",
+    [
+        ("llama", "nvfp4", (), "the recipe observes absmax and no calibration text was given"),
+        (
+            "llama",
+            "int8-b16x16",
+            (),
+            "q_proj, .* compressed-tensors has no inputs int8-b16x16: input_activations has "
+            "strategy 'block'",
+        ),
+        (
+            "llama",
+            "int8-channel",
+            ("*.o_proj",),
+            "o_proj, .*o_proj: its input is rounded at run time and its weight is not",
+        ),
+        ("mixtral", "nvfp4", (), "experts.* inputs of fused experts have no stored scale"),
+    ],
+)
+def test_inputs_without_a_place_in_the_files_are_refused_before_work(
+    family, inputs, kept, message, saved, tmp_path
+):
+    rounded = rules(
+        {
+            **dict.fromkeys(kept, keep()),
+            "*": rtn(parse_spec("nvfp4" if inputs == "nvfp4" else "int8-channel")),
+        }
+    )
     data = random_tokens(saved(family)) if family == "mixtral" else None
     with pytest.raises(QlabError, match=message):
-        qlab.quantize(open_checkpoint(saved(family)), chain(rounded, quantize_inputs(parse_spec(inputs))), data, tmp_path / "out")
+        qlab.quantize(
+            open_checkpoint(saved(family)),
+            chain(rounded, quantize_inputs(parse_spec(inputs))),
+            data,
+            tmp_path / "out",
+        )
     assert not list(tmp_path.iterdir())
 
 
 def test_files_without_their_model_hold_no_rounded_inputs(saved, tmp_path):
     int8 = parse_spec("int8-channel")
-    with pytest.raises(QlabError, match="the stage 'quantize_inputs' puts operations on inputs, of which nobody knows"):
+    with pytest.raises(
+        QlabError,
+        match="the stage 'quantize_inputs' puts operations on inputs, of which nobody knows",
+    ):
         qlab.quantize_files(saved(), chain(rtn(int8), quantize_inputs(int8)), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-@given(st.sampled_from(["int8-channel", "int4-channel-asym", "int8-tensor", "fp8-channel", "mxfp4", "int4-g16"]), st.integers(0, 99))
+@given(
+    st.sampled_from(
+        ["int8-channel", "int4-channel-asym", "int8-tensor", "fp8-channel", "mxfp4", "int4-g16"]
+    ),
+    st.integers(0, 99),
+)
 @settings(max_examples=20, deadline=None)
 def test_the_gradient_of_rounded_inputs_is_the_straight_through_one(text, seed):
-    x, along = (torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(seed + i)) for i in (0, 1000))
+    x, along = (
+        torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(seed + i)) for i in (0, 1000)
+    )
     op = QuantizeInput(parse_spec(text))
     with torch.no_grad():
         expected = op(x)
@@ -206,10 +320,17 @@ def test_the_gradient_of_rounded_inputs_is_the_straight_through_one(text, seed):
 
 def test_inputs_that_qlab_does_not_write_are_refused_by_name():
     with pytest.raises(QlabError, match="m has rounded inputs and an unquantized weight"):
-        CODEC.config({"m": None, "n": parse_spec("int8-channel")}, {"m": InputSpec(parse_spec("int8-channel"))})
+        CODEC.config(
+            {"m": None, "n": parse_spec("int8-channel")},
+            {"m": InputSpec(parse_spec("int8-channel"))},
+        )
     twice = (QuantizeInput(parse_spec("int8-channel")),) * 2
     with pytest.raises(QlabError, match="m: compressed-tensors rounds an input once"):
-        CODEC.encode("m", random_qtensor(with_scale_dtype(parse_spec("int8-channel"), torch.float32), 4, 32), twice)
+        CODEC.encode(
+            "m",
+            random_qtensor(with_scale_dtype(parse_spec("int8-channel"), torch.float32), 4, 32),
+            twice,
+        )
 
 
 def test_a_head_with_rounded_inputs_is_refused_by_name(tmp_path):
@@ -217,43 +338,91 @@ def test_a_head_with_rounded_inputs_is_refused_by_name(tmp_path):
     spec = with_scale_dtype(parse_spec("fp8-channel"), torch.float32)
     codes = CODEC.encode("lm_head", encode(minmax, model.lm_head.weight.detach(), spec))
     directory(model, tmp_path, codes, CODEC.config({"lm_head": spec}, {"lm_head": InputSpec(spec)}))
-    with pytest.raises(QlabError, match=r"lm_head\.weight has inputs or outputs that are rounded or rotated at run time"):
+    with pytest.raises(
+        QlabError,
+        match=r"lm_head\.weight has inputs or outputs that are rounded or rotated at run time",
+    ):
         logits(tmp_path, torch.arange(3, 19).reshape(1, 16))
 
 
 def int8_static(**edits):
-    stored = {"m.input_scale": torch.tensor([0.02]), "m.input_zero_point": torch.tensor([3], dtype=torch.int8)}
-    return {name: t for name, t in (stored | {f"m.{k}": v for k, v in edits.items()}).items() if t is not None}
+    stored = {
+        "m.input_scale": torch.tensor([0.02]),
+        "m.input_zero_point": torch.tensor([3], dtype=torch.int8),
+    }
+    return {
+        name: t
+        for name, t in (stored | {f"m.{k}": v for k, v in edits.items()}).items()
+        if t is not None
+    }
 
 
-@pytest.mark.parametrize("text, edits, message", [
-    ("int8-tensor-asym static", {"input_scale": None}, "m.input_scale is missing"),
-    ("int8-tensor-asym static", {"input_zero_point": None}, "m.input_zero_point is missing"),
-    ("int8-tensor-asym static", {"input_scale": torch.zeros(1)}, "m has an input scale of 0"),
-    ("int8-tensor-asym static", {"input_scale": torch.ones(2)}, "input_scale is torch.float32"),
-    ("int8-tensor static", {}, "input_zero_point has no place where inputs are int8-tensor static"),
-    ("fp8-token", {"input_zero_point": None}, "input_scale has no place where inputs are fp8-channel"),
-    ("nvfp4 static", {"input_zero_point": None, "input_scale": None}, "input_global_scale is missing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, edits, message",
+    [
+        ("int8-tensor-asym static", {"input_scale": None}, "m.input_scale is missing"),
+        ("int8-tensor-asym static", {"input_zero_point": None}, "m.input_zero_point is missing"),
+        ("int8-tensor-asym static", {"input_scale": torch.zeros(1)}, "m has an input scale of 0"),
+        ("int8-tensor-asym static", {"input_scale": torch.ones(2)}, "input_scale is torch.float32"),
+        (
+            "int8-tensor static",
+            {},
+            "input_zero_point has no place where inputs are int8-tensor static",
+        ),
+        (
+            "fp8-token",
+            {"input_zero_point": None},
+            "input_scale has no place where inputs are fp8-channel",
+        ),
+        (
+            "nvfp4 static",
+            {"input_zero_point": None, "input_scale": None},
+            "input_global_scale is missing",
+        ),
+    ],
+)
 def test_stored_input_scales_are_checked(text, edits, message):
     with pytest.raises(QlabError, match=message):
         CODEC.decode_input("m", int8_static(**edits), parse_input_spec(text))
 
 
-@pytest.mark.parametrize("args, message", [
-    ({"num_bits": 8, "strategy": "channel"}, "strategy 'channel'"),
-    ({"num_bits": 8, "strategy": "token"}, "one stored scale per tensor"),
-    ({"num_bits": 8, "group_size": 32, "strategy": "group"}, "one stored scale per tensor"),
-    ({"num_bits": 8, "strategy": "token", "dynamic": "local"}, "'local'"),
-    ({"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": True}, "'tensor_group'"),
-    ({"num_bits": 8, "strategy": "block", "block_structure": [2, 2], "dynamic": True}, "scale per tensor, token or group"),
-    ({"dynamic": "sometimes"}, "dynamic 'sometimes'"),
-    ({"num_bits": 4, "type": "float", "strategy": "token", "dynamic": True}, "symmetric fp4"),
-    (["int8"], "no QuantizationArgs"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ({"num_bits": 8, "strategy": "channel"}, "strategy 'channel'"),
+        ({"num_bits": 8, "strategy": "token"}, "one stored scale per tensor"),
+        ({"num_bits": 8, "group_size": 32, "strategy": "group"}, "one stored scale per tensor"),
+        ({"num_bits": 8, "strategy": "token", "dynamic": "local"}, "'local'"),
+        (
+            {
+                "num_bits": 4,
+                "type": "float",
+                "strategy": "tensor_group",
+                "group_size": 16,
+                "dynamic": True,
+            },
+            "'tensor_group'",
+        ),
+        (
+            {"num_bits": 8, "strategy": "block", "block_structure": [2, 2], "dynamic": True},
+            "scale per tensor, token or group",
+        ),
+        ({"dynamic": "sometimes"}, "dynamic 'sometimes'"),
+        ({"num_bits": 4, "type": "float", "strategy": "token", "dynamic": True}, "symmetric fp4"),
+        (["int8"], "no QuantizationArgs"),
+    ],
+)
 def test_inputs_that_qlab_does_not_round_are_refused_by_name(args, message):
-    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "group_size": -1}, "input_activations": args}
-    config = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "config_groups": {"group_0": group}}
+    group = {
+        "targets": ["Linear"],
+        "weights": {"num_bits": 8, "group_size": -1},
+        "input_activations": args,
+    }
+    config = {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+    }
     with pytest.raises(QlabError, match=f"config group group_0 input_activations .*{message}"):
         CODEC.inputs(config, ["m.weight_scale"])
 

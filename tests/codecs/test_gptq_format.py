@@ -1,4 +1,5 @@
-"""The GPTQ codec's tensors: words by hand, the bijection, zero points of both versions, channels in another order."""
+"""The GPTQ codec's tensors: words by hand, the bijection, zero points of both versions, channels in
+another order."""
 
 from dataclasses import replace
 
@@ -30,9 +31,16 @@ def no_lowest(q):
 
 @st.composite
 def leaves(draw):
-    bits, group = draw(st.sampled_from([2, 3, 4, 8])), draw(st.sampled_from([None, 8, 32, 48]))  # whose last one may not be full
-    spec = Int(bits, Tile(1, group), draw(st.booleans()), draw(st.sampled_from([F16, torch.bfloat16])))
-    q = random_qtensor(spec, 32 * draw(st.integers(1, 3)), 32 * draw(st.integers(1, 4)), draw(st.integers(0, 99)))
+    bits, group = (
+        draw(st.sampled_from([2, 3, 4, 8])),
+        draw(st.sampled_from([None, 8, 32, 48])),
+    )  # whose last one may not be full
+    spec = Int(
+        bits, Tile(1, group), draw(st.booleans()), draw(st.sampled_from([F16, torch.bfloat16]))
+    )
+    q = random_qtensor(
+        spec, 32 * draw(st.integers(1, 3)), 32 * draw(st.integers(1, 4)), draw(st.integers(0, 99))
+    )
     return q
 
 
@@ -62,9 +70,16 @@ def test_channels_in_another_order_come_back(q, seed):
         assert_same(back, q)
     if k % (q.spec.tile.cols or k):
         return  # no other group has the size of the last one
-    shuffled = replace(q, codes=q.codes.flip(-1), scales=q.scales.flip(-1), zeros=q.zeros if q.zeros is None else q.zeros.flip(-1),
-                       perm=q.perm.flip(-1))  # the same weight, its groups and channels named in reverse
-    assert torch.equal(dense(V2_ORDER.decode("m", V2_ORDER.encode("m", shuffled), q.spec)), dense(q))
+    shuffled = replace(
+        q,
+        codes=q.codes.flip(-1),
+        scales=q.scales.flip(-1),
+        zeros=q.zeros if q.zeros is None else q.zeros.flip(-1),
+        perm=q.perm.flip(-1),
+    )  # the same weight, its groups and channels named in reverse
+    assert torch.equal(
+        dense(V2_ORDER.decode("m", V2_ORDER.encode("m", shuffled), q.spec)), dense(q)
+    )
 
 
 def stream(words, bits, count):
@@ -91,26 +106,34 @@ def test_the_formula_of_the_format_gives_the_dense_weight(bits, offset, codec):
     assert torch.equal(dense(codec.decode("m", t, q.spec)), W)
 
 
-@pytest.mark.parametrize("bits, v1, v2", [
-    (2, "55555555 55555555", "aaaaaaaa aaaaaaaa"),
-    (3, "db6db6db b6db6db6 6db6db6d", "24924924 49249249 92492492"),
-    (4, " ".join(["77777777"] * 4), " ".join(["88888888"] * 4)),
-    (8, " ".join(["7f7f7f7f"] * 8), " ".join(["80808080"] * 8)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bits, v1, v2",
+    [
+        (2, "55555555 55555555", "aaaaaaaa aaaaaaaa"),
+        (3, "db6db6db b6db6db6 6db6db6d", "24924924 49249249 92492492"),
+        (4, " ".join(["77777777"] * 4), " ".join(["88888888"] * 4)),
+        (8, " ".join(["7f7f7f7f"] * 8), " ".join(["80808080"] * 8)),
+    ],
+)
 def test_symmetric_zero_points_have_the_golden_words(bits, v1, v2):
     q = random_qtensor(Int(bits, Tile(1, None), True, F16), 32, 32)
     assert hexes(V1.encode("m", q)["m.qzeros"]) == v1
     assert hexes(V2.encode("m", q)["m.qzeros"]) == v2
 
 
-@pytest.mark.parametrize("bits, words", [
-    (2, "e4e4e4e4 e4e4e4e4"),
-    (3, "88fac688 c688fac6 fac688fa"),
-    (4, "76543210 fedcba98 76543210 fedcba98"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bits, words",
+    [
+        (2, "e4e4e4e4 e4e4e4e4"),
+        (3, "88fac688 c688fac6 fac688fa"),
+        (4, "76543210 fedcba98 76543210 fedcba98"),
+    ],
+)
 def test_codes_run_down_the_columns_with_the_golden_words(bits, words):
     codes = (torch.arange(32) % 2**bits - 2 ** (bits - 1)).to(torch.int8).repeat(32, 1)
-    tensors = V1.encode("m", QTensor(codes, torch.ones(32, 1, dtype=F16), None, Int(bits, Tile(1, None))))
+    tensors = V1.encode(
+        "m", QTensor(codes, torch.ones(32, 1, dtype=F16), None, Int(bits, Tile(1, None)))
+    )
     assert tensors["m.qweight"].shape == (bits, 32)
     for column in tensors["m.qweight"].mT:
         assert hexes(column) == words
@@ -122,7 +145,9 @@ ZERO_AND_FIVES = torch.tensor([[-8], *[[-3]] * 7], dtype=torch.int8)  # unsigned
 def test_a_zero_point_of_0_is_written_by_version_2_and_refused_by_version_1():
     q = replace(random_qtensor(Int(4, Tile(1, None), False, F16), 8, 32), zeros=ZERO_AND_FIVES)
     assert hexes(V2.encode("m", q)["m.qzeros"]) == "55555550"
-    with pytest.raises(QlabError, match=r"^m\.q: 1 of 8 zero points are the lowest code.*write gptq_v2$"):
+    with pytest.raises(
+        QlabError, match=r"^m\.q: 1 of 8 zero points are the lowest code.*write gptq_v2$"
+    ):
         V1.encode("m.q", q)
 
 
@@ -142,7 +167,9 @@ def test_whole_words_less_a_constant_are_version_1_for_any_zero_points(bits, one
 
 def test_three_bit_zero_points_of_version_1_wrap_field_by_field():
     q = random_qtensor(Int(3, Tile(1, 8), False, F16), 32, 64)
-    lower = replace(q, zeros=torch.where(q.zeros == -4, 3, q.zeros - 1).to(torch.int8))  # z - 1 mod 8
+    lower = replace(
+        q, zeros=torch.where(q.zeros == -4, 3, q.zeros - 1).to(torch.int8)
+    )  # z - 1 mod 8
     assert (q.zeros == -4).any()
     assert_same(V1.decode("m", V2.encode("m", lower), q.spec), q)
 
@@ -157,7 +184,10 @@ def test_a_symmetric_file_read_as_the_other_version_is_refused(wrong, right):
 def test_trivial_g_idx_is_written_and_may_be_missing_where_the_config_does_not_say_desc_act():
     q = random_qtensor(INT4, 32, 64)
     tensors = V1.encode("m", q)
-    assert tensors["m.g_idx"].dtype == torch.int32 and tensors["m.g_idx"].tolist() == [0] * 32 + [1] * 32
+    assert (
+        tensors["m.g_idx"].dtype == torch.int32
+        and tensors["m.g_idx"].tolist() == [0] * 32 + [1] * 32
+    )
     del tensors["m.g_idx"]
     assert_same(V1.decode("m", tensors, q.spec), q)
     with pytest.raises(QlabError, match=r"^m\.g_idx is missing"):
@@ -166,9 +196,14 @@ def test_trivial_g_idx_is_written_and_may_be_missing_where_the_config_does_not_s
 
 def test_an_order_that_readers_would_drop_is_refused():
     q = replace(random_qtensor(INT4, 32, 64), perm=torch.arange(64).flip(0))
-    with pytest.raises(QlabError, match=r"^m: its channels share groups .* readers of gptq drop; write gptq_desc_act$"):
+    with pytest.raises(
+        QlabError,
+        match=r"^m: its channels share groups .* readers of gptq drop; write gptq_desc_act$",
+    ):
         V1.encode("m", q)
-    within = replace(q, perm=torch.arange(64).view(2, 32).flip(1).flatten())  # the groups are those of g_idx = k // 32
+    within = replace(
+        q, perm=torch.arange(64).view(2, 32).flip(1).flatten()
+    )  # the groups are those of g_idx = k // 32
     assert torch.equal(dense(V1.decode("m", V1.encode("m", within), q.spec)), dense(within))
 
 
@@ -182,17 +217,50 @@ def test_groups_of_unequal_sizes_are_refused():
 
 
 # ------------------------------------------------------------------ refusals and damage
-@pytest.mark.parametrize("change, message", [
-    (dict(spec=Int(5, Tile(1, 32), True, F16)), r"has no int5-g32; it holds integers of 2 or 3 or 4 or 8 bits"),
-    (dict(scales=torch.ones(32, 2)), "scales are torch.float32 and GPTQ stores torch.float16; round scales"),
-    (dict(scales=torch.ones(32, 2), spec=Int(4, Tile(1, 32), True, torch.float32)), "has no torch.float32 scales; round them"),
-    (dict(codes=torch.full((32, 64), 8, dtype=torch.int8)), r"codes span \[8, 8\] but int4 holds \[-8, 7\]"),
-    (dict(codes=torch.zeros(32, 64, dtype=torch.int8), zeros=torch.ones(32, 2), spec=Int(4, Tile(1, 32), False, F16, F16)),
-     "no zero points between codes"),
-    (dict(codes=torch.zeros(4, 64, dtype=torch.int8), scales=torch.ones(4, 2, dtype=F16)), "4 x 64 codes of 4 bits do not fill int32"),
-    (dict(codes=torch.zeros(2, 32, 64, dtype=torch.int8), scales=torch.ones(2, 32, 2, dtype=F16)), r"not \(2, 32, 64\)"),
-    (dict(scales=torch.ones(1, 1, dtype=F16), spec=Int(4, Tile(None, None))), "has no scale per tensor"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            dict(spec=Int(5, Tile(1, 32), True, F16)),
+            r"has no int5-g32; it holds integers of 2 or 3 or 4 or 8 bits",
+        ),
+        (
+            dict(scales=torch.ones(32, 2)),
+            "scales are torch.float32 and GPTQ stores torch.float16; round scales",
+        ),
+        (
+            dict(scales=torch.ones(32, 2), spec=Int(4, Tile(1, 32), True, torch.float32)),
+            "has no torch.float32 scales; round them",
+        ),
+        (
+            dict(codes=torch.full((32, 64), 8, dtype=torch.int8)),
+            r"codes span \[8, 8\] but int4 holds \[-8, 7\]",
+        ),
+        (
+            dict(
+                codes=torch.zeros(32, 64, dtype=torch.int8),
+                zeros=torch.ones(32, 2),
+                spec=Int(4, Tile(1, 32), False, F16, F16),
+            ),
+            "no zero points between codes",
+        ),
+        (
+            dict(codes=torch.zeros(4, 64, dtype=torch.int8), scales=torch.ones(4, 2, dtype=F16)),
+            "4 x 64 codes of 4 bits do not fill int32",
+        ),
+        (
+            dict(
+                codes=torch.zeros(2, 32, 64, dtype=torch.int8),
+                scales=torch.ones(2, 32, 2, dtype=F16),
+            ),
+            r"not \(2, 32, 64\)",
+        ),
+        (
+            dict(scales=torch.ones(1, 1, dtype=F16), spec=Int(4, Tile(None, None))),
+            "has no scale per tensor",
+        ),
+    ],
+)
 def test_encode_refuses(change, message):
     with pytest.raises(QlabError, match=rf"^m\.q: .*{message}"):
         V1.encode("m.q", replace(random_qtensor(INT4, 32, 64), **change))

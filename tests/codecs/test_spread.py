@@ -20,13 +20,18 @@ def shapes(tensor):
     return {shape, bare(shape), (*bare(shape), 1), (1, *bare(shape))}
 
 
-@pytest.mark.parametrize("text", ["int8-tensor", "int8-channel", "int8-tensor-asym", "fp8-tensor", "fp8-channel", "nvfp4"])
+@pytest.mark.parametrize(
+    "text",
+    ["int8-tensor", "int8-channel", "int8-tensor-asym", "fp8-tensor", "fp8-channel", "nvfp4"],
+)
 def test_compressed_tensors_reads_every_shape(text):
     leaf = random_qtensor(with_scale_dtype(parse_spec(text), torch.float32), 8, 32)
     tensors = CT.encode("m", leaf)
     for name in [name for name in tensors if name.partition(".")[2] in SPREAD]:
         for shape in shapes(tensors[name]):
-            assert_same(CT.decode("m", {**tensors, name: tensors[name].reshape(shape)}, leaf.spec), leaf)
+            assert_same(
+                CT.decode("m", {**tensors, name: tensors[name].reshape(shape)}, leaf.spec), leaf
+            )
 
 
 @pytest.mark.parametrize("codec", ["gptq", "gptq_v2", "awq"])
@@ -42,7 +47,10 @@ def test_one_scale_per_row_has_one_axis_or_two(codec):
 def test_one_scale_of_inputs_has_any_number_of_axes(shape):
     spec = parse_input_spec("int8-tensor static")
     tensors = {"m.input_scale": torch.full(shape, 0.5)}
-    assert torch.equal(CT.decode_input("m", tensors, spec).scales, QuantizeInput(spec.spec, torch.tensor([[0.5]])).scales)
+    assert torch.equal(
+        CT.decode_input("m", tensors, spec).scales,
+        QuantizeInput(spec.spec, torch.tensor([[0.5]])).scales,
+    )
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (8,), (8, 1)])
@@ -53,7 +61,9 @@ def test_fp8_reads_one_scale_or_one_per_row(shape):
     spec = codec.specs(said, tensors)["m"]
     assert spec == parse_spec("fp8-channel" if 8 in shape else "fp8-tensor")
     assert torch.equal(codec.decode("m", tensors, spec).scales, scale.reshape(-1, 1))
-    assert str(codec.inputs(said, tensors)["m"]) == "fp8-channel"  # a scale per token, whatever the weight's
+    assert (
+        str(codec.inputs(said, tensors)["m"]) == "fp8-channel"
+    )  # a scale per token, whatever the weight's
 
 
 def test_other_numbers_are_still_refused():

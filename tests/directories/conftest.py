@@ -34,7 +34,9 @@ def made(original, tmp_path_factory):
         if method not in written:
             out = tmp_path_factory.mktemp("made") / method
             data = None if method == "rtn" else random_tokens(original)
-            written[method] = quantize(open_checkpoint(original), METHODS[method](parse_spec("int4-g32")), data, out).path
+            written[method] = quantize(
+                open_checkpoint(original), METHODS[method](parse_spec("int4-g32")), data, out
+            ).path
         return written[method]
 
     return make

@@ -1,4 +1,5 @@
-"""A format of the tests' own: int4 with a zero point per group and float16 scales, so that some leaves fit and some do not."""
+"""A format of the tests' own: int4 with a zero point per group and float16 scales, so that some
+leaves fit and some do not."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"""Two spellings of one model are one model to verify, whichever of them was quantized; what differs in it is a fault in both."""
+"""Two spellings of one model are one model to verify, whichever of them was quantized; what differs
+in it is a fault in both."""
 
 import shutil
 
@@ -16,13 +17,20 @@ INT8 = parse_spec("int8-g16")
 NEWER = {
     "llama": {"model.": ""},  # as the model without its head is saved
     "qwen2_vl": {"model.": "model.language_model.", "visual.": "model.visual."},
-    "llava": {"language_model.model.": "model.language_model.", "vision_tower.": "model.vision_tower.",
-              "multi_modal_projector.": "model.multi_modal_projector.", "language_model.lm_head.": "lm_head."},
-}  # fmt: skip
+    "llava": {
+        "language_model.model.": "model.language_model.",
+        "vision_tower.": "model.vision_tower.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+        "language_model.lm_head.": "lm_head.",
+    },
+}
 
 
 def spelled(name, renamings):
-    return next((new + name.removeprefix(old) for old, new in renamings.items() if name.startswith(old)), name)
+    return next(
+        (new + name.removeprefix(old) for old, new in renamings.items() if name.startswith(old)),
+        name,
+    )
 
 
 def fused(held):
@@ -30,14 +38,20 @@ def fused(held):
     names = [name for name in held if ".experts." in name]
     parts = {name: held.pop(name) for name in names}
     for owner in sorted({name.partition(".experts.")[0] for name in names}):
-        gate, up, down = (torch.stack([parts[f"{owner}.experts.{e}.{kind}_proj.weight"] for e in range(4)])
-                          for kind in ("gate", "up", "down"))  # fmt: skip
-        held[f"{owner}.experts.gate_up_proj"], held[f"{owner}.experts.down_proj"] = torch.cat([gate, up], 1), down
+        gate, up, down = (
+            torch.stack([parts[f"{owner}.experts.{e}.{kind}_proj.weight"] for e in range(4)])
+            for kind in ("gate", "up", "down")
+        )
+        held[f"{owner}.experts.gate_up_proj"], held[f"{owner}.experts.down_proj"] = (
+            torch.cat([gate, up], 1),
+            down,
+        )
 
 
 @pytest.fixture
 def two(saved, tmp_path):
-    """two(family, edit) -> a model as transformers saves it, and the same one with its tensors edited."""
+    """two(family, edit) -> a model as transformers saves it, and the same one with its tensors
+    edited."""
 
     def make(family, edit):
         one, other = saved(family, torch.float16), tmp_path / "other"
@@ -72,7 +86,14 @@ def test_experts_in_one_tensor_and_one_by_one_are_the_same(exclude, two, tmp_pat
     assert_alike(*two("qwen3_moe", fused), tmp_path, exclude)
 
 
-@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.norm.weight",
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.0.input_layernorm.weight",
+    ],
+)
 def test_another_number_under_another_name_is_a_fault(name, two, tmp_path):
     def rename_and_change(held):
         held[name] = held[name] + 0.5
@@ -85,12 +106,19 @@ def test_another_number_under_another_name_is_a_fault(name, two, tmp_path):
     assert fault.startswith(name.removesuffix(".weight"))
 
 
-@pytest.mark.parametrize("source, reference", [("once", "twice"), ("twice", "once"), ("as the head", "once"), ("twice", "as the head")])
+@pytest.mark.parametrize(
+    "source, reference",
+    [("once", "twice"), ("twice", "once"), ("as the head", "once"), ("twice", "as the head")],
+)
 def test_a_tied_head_may_be_written_down_or_not(source, reference, saved, tmp_path):
     original = saved("llama", torch.float16, tie_word_embeddings=True)
     held, embedding = tensors(original), "model.embed_tokens.weight"
-    files = {"once": held, "twice": held | {"lm_head.weight": held[embedding].clone()},
-             "as the head": {n: t for n, t in held.items() if n != embedding} | {"lm_head.weight": held[embedding]}}  # fmt: skip
+    files = {
+        "once": held,
+        "twice": held | {"lm_head.weight": held[embedding].clone()},
+        "as the head": {n: t for n, t in held.items() if n != embedding}
+        | {"lm_head.weight": held[embedding]},
+    }
     for label, of in files.items():
         shutil.copytree(original, tmp_path / label)
         save_file(of, tmp_path / label / "model.safetensors", metadata={"format": "pt"})
@@ -102,7 +130,10 @@ def test_a_head_that_is_not_the_embedding_is_a_fault(saved, tmp_path):
     original, other = saved("llama", torch.float16, tie_word_embeddings=True), tmp_path / "other"
     shutil.copytree(original, other)
     held = tensors(original)
-    save_file(held | {"lm_head.weight": held["model.embed_tokens.weight"].flip(0).contiguous()}, other / "model.safetensors")
+    save_file(
+        held | {"lm_head.weight": held["model.embed_tokens.weight"].flip(0).contiguous()},
+        other / "model.safetensors",
+    )
     out = quantize_files(other, rtn(INT8), tmp_path / "out").path
     (out / "qlab.json").unlink()  # as if another tool had made it
     assert verify(out, original).faults == ["lm_head.weight is not in the reference"]

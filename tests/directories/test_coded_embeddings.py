@@ -1,4 +1,5 @@
-"""Embeddings with codes, tied to the head or not: read by every door, and never written where no reader looks for them."""
+"""Embeddings with codes, tied to the head or not: read by every door, and never written where no
+reader looks for them."""
 
 import json
 import shutil
@@ -24,62 +25,117 @@ CT = CODECS["compressed-tensors"]
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
 def coded(request, saved, tmp_path):
-    """coded(targets of the embedding, its spec) -> a directory with codes in linears and in the embedding, and it with that dense."""
+    """coded(targets of the embedding, its spec) -> a directory with codes in linears and in the
+    embedding, and it with that dense."""
     source = saved("llama", tie_word_embeddings=request.param)
 
     def make(targets, spec="int8-channel"):
-        made = qlab.quantize(qlab.open(source), qlab.rtn(qlab.parse_spec("int4-g32")), None, tmp_path / "made", overwrite=True).path
+        made = qlab.quantize(
+            qlab.open(source),
+            qlab.rtn(qlab.parse_spec("int4-g32")),
+            None,
+            tmp_path / "made",
+            overwrite=True,
+        ).path
         state, reference = tensors(made), shutil.copytree(made, tmp_path / "reference")
         leaf = encode(minmax, state.pop(f"{EMBEDDING}.weight"), qlab.parse_spec(spec))
-        for folder, held in ((made, CT.encode(EMBEDDING, leaf)), (reference, {f"{EMBEDDING}.weight": dense(leaf)})):
+        for folder, held in (
+            (made, CT.encode(EMBEDDING, leaf)),
+            (reference, {f"{EMBEDDING}.weight": dense(leaf)}),
+        ):
             for file in folder.glob("*.safetensors*"):
                 file.unlink()
-            save_file({name: t.contiguous() for name, t in (state | held).items()}, folder / "model.safetensors")
+            save_file(
+                {name: t.contiguous() for name, t in (state | held).items()},
+                folder / "model.safetensors",
+            )
         (made / "qlab.json").unlink()
         group = CT.config({EMBEDDING: leaf.spec})["config_groups"]["group_0"] | {"targets": targets}
-        rewrite(made / "config.json", lambda c: c["quantization_config"]["config_groups"].update(group_1=group))
+        rewrite(
+            made / "config.json",
+            lambda c: c["quantization_config"]["config_groups"].update(group_1=group),
+        )
         return made, reference
 
     return make
 
 
-@pytest.mark.parametrize("targets, spec", [
-    ([EMBEDDING], "int8-channel"), (["re:.*embed_tokens$"], "int4-g16"), (["Embedding"], "int8-g32"), (["Embedding"], "int4-g16"),
-    (["Embedding"], "int8-channel"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "targets, spec",
+    [
+        ([EMBEDDING], "int8-channel"),
+        (["re:.*embed_tokens$"], "int4-g16"),
+        (["Embedding"], "int8-g32"),
+        (["Embedding"], "int4-g16"),
+        (["Embedding"], "int8-channel"),
+    ],
+)
 def test_every_door_reads_them(targets, spec, coded, door):
     made, reference = coded(targets, spec)
-    assert str(open_checkpoint(made).quantized[EMBEDDING]) == spec and len(open_checkpoint(made).quantized) == 15
+    assert (
+        str(open_checkpoint(made).quantized[EMBEDDING]) == spec
+        and len(open_checkpoint(made).quantized) == 15
+    )
     data = qlab.from_ids(qlab.open(reference), IDS)
     assert qlab.evaluate(qlab.open(made), qlab.open(reference), data).kl == 0
     with pytest.warns(UserWarning, match="no int4 kernel on a CPU takes torch.float32"):
-        right, ours = (qlab.lower(path, dtype=torch.float32)(IDS).logits for path in (reference, made))
+        right, ours = (
+            qlab.lower(path, dtype=torch.float32)(IDS).logits for path in (reference, made)
+        )
         theirs = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32).eval()
     assert torch.equal(ours, right) and torch.equal(theirs(IDS).logits, right)
 
 
 def test_what_transformers_saves_holds_their_codes(coded, door, tmp_path):
     made, _ = coded([EMBEDDING])
-    AutoModelForCausalLM.from_pretrained(made, dtype=torch.bfloat16).save_pretrained(tmp_path / "saved")
+    AutoModelForCausalLM.from_pretrained(made, dtype=torch.bfloat16).save_pretrained(
+        tmp_path / "saved"
+    )
     before, after = tensors(made), tensors(tmp_path / "saved")
     assert before.keys() == after.keys()
-    assert all(bits_equal(before[name], after[name]) for name in before if name.startswith(EMBEDDING))
+    assert all(
+        bits_equal(before[name], after[name]) for name in before if name.startswith(EMBEDDING)
+    )
 
 
 def test_they_are_converted_under_their_name_or_refused(coded, tmp_path):
     made, _ = coded([EMBEDDING], "int4-g32")
-    with pytest.raises(QlabError, match=r"gptq holds codes of linears, and model\.embed_tokens of .* is an embedding with codes"):
+    with pytest.raises(
+        QlabError,
+        match=(
+            r"gptq holds codes of linears, and model\.embed_tokens of .* is an embedding with "
+            r"codes"
+        ),
+    ):
         qlab.convert(made, "gptq", tmp_path / "none")
     out = qlab.convert(made, "compressed-tensors", tmp_path / "out").path
     said = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert said["config_groups"]["group_0"]["targets"] == ["Linear", EMBEDDING] and not (tmp_path / "none").exists()
+    assert (
+        said["config_groups"]["group_0"]["targets"] == ["Linear", EMBEDDING]
+        and not (tmp_path / "none").exists()
+    )
     assert qlab.verify(out, out).faults == []
 
 
 def test_classes_that_may_both_be_meant_are_refused(coded):
     made, _ = coded(["Embedding"], "int4-g32")
-    change = {"input_activations": CT.config({"m": qlab.parse_spec("int4-g32")}, {"m": parse_input_spec("int8-token")})}
+    change = {
+        "input_activations": CT.config(
+            {"m": qlab.parse_spec("int4-g32")}, {"m": parse_input_spec("int8-token")}
+        )
+    }
     inputs = change["input_activations"]["config_groups"]["group_0"]["input_activations"]
-    rewrite(made / "config.json", lambda c: c["quantization_config"]["config_groups"]["group_0"].update(input_activations=inputs))
-    with pytest.raises(QlabError, match=r"may be of Linear or of Embedding, which quantization_config quantizes in different ways"):
+    rewrite(
+        made / "config.json",
+        lambda c: c["quantization_config"]["config_groups"]["group_0"].update(
+            input_activations=inputs
+        ),
+    )
+    with pytest.raises(
+        QlabError,
+        match=(
+            r"may be of Linear or of Embedding, which quantization_config quantizes in different "
+            r"ways"
+        ),
+    ):
         open_checkpoint(made)

@@ -1,5 +1,5 @@
-"""Nothing of the files is left out in silence: blocks that the configuration does not count, weights of another rank, and weights that
-the recorded recipe makes another of."""
+"""Nothing of the files is left out in silence: blocks that the configuration does not count,
+weights of another rank, and weights that the recorded recipe makes another of."""
 
 import json
 import re
@@ -32,37 +32,79 @@ def test_a_block_that_the_config_does_not_count_is_refused(family, saved, tmp_pa
     path = shutil.copytree(saved(family), tmp_path / "model")
     key = "n_layer" if family == "gpt2" else "num_hidden_layers"
     held = tensors(path)
-    held |= {re.sub(r"\.1\.", ".2.", name, count=1): t.clone() for name, t in held.items() if re.search(r"(layers|h)\.1\.", name)}
+    held |= {
+        re.sub(r"\.1\.", ".2.", name, count=1): t.clone()
+        for name, t in held.items()
+        if re.search(r"(layers|h)\.1\.", name)
+    }
     save_file(held, path / "model.safetensors", metadata={"format": "pt"})
-    block = next(name for name in held if re.search(r"(layers|h)\.2\.", name)).partition(".2.")[0] + ".2"
-    for act in (lambda: quantize(open_checkpoint(path), rtn(INT8), None, tmp_path / "out"), lambda: read(open_checkpoint(path), None)):
-        with pytest.raises(Exception, match=f"holds the block {re.escape(block)}, and its config.json counts 2 blocks"):
+    block = (
+        next(name for name in held if re.search(r"(layers|h)\.2\.", name)).partition(".2.")[0]
+        + ".2"
+    )
+    for act in (
+        lambda: quantize(open_checkpoint(path), rtn(INT8), None, tmp_path / "out"),
+        lambda: read(open_checkpoint(path), None),
+    ):
+        with pytest.raises(
+            Exception,
+            match=f"holds the block {re.escape(block)}, and its config.json counts 2 blocks",
+        ):
             act()
     assert not (tmp_path / "out").exists()
     rewrite(path / "config.json", lambda config: config.update({key: 3, "layer_types": None}))
     assert uncounted(Skeleton(open_checkpoint(path), torch.float32)) == {}
 
 
-@pytest.mark.parametrize("name", ["model.layers.2.join.weight", "model.layers.2.self_attn.rotary_emb.inv_freq"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.2.join.weight", "model.layers.2.self_attn.rotary_emb.inv_freq"]
+)
 def test_what_holds_more_than_a_block_is_none_and_is_kept_whole(name, folder, tmp_path):
     held = tensors(folder)
-    held |= {key.replace(".1.", ".2."): t.clone() for key, t in held.items() if ".1." in key} | {name: torch.ones(4, 4)}
+    held |= {key.replace(".1.", ".2."): t.clone() for key, t in held.items() if ".1." in key} | {
+        name: torch.ones(4, 4)
+    }
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
     out = quantize(open_checkpoint(folder), rtn(INT8), None, tmp_path / "out").path
     after = tensors(out)
-    assert all(bits_equal(after[key], t) for key, t in held.items() if ".2." in key) and verify(out, folder).faults == []
+    assert (
+        all(bits_equal(after[key], t) for key, t in held.items() if ".2." in key)
+        and verify(out, folder).faults == []
+    )
 
 
-@pytest.mark.parametrize("family, name", [
-    ("llama", UP), ("gpt2", "transformer.h.0.mlp.c_fc"), ("opt", "model.decoder.layers.1.fc1"),
-    ("qwen3_moe", "model.layers.0.mlp.experts.2.up_proj"), ("qwen2", "model.layers.0.self_attn.q_proj"),
-])  # fmt: skip
-@pytest.mark.parametrize("turn", [lambda t: t[None], lambda t: t[..., None], lambda t: t.reshape(2, len(t) // 2, -1), torch.ravel])
+@pytest.mark.parametrize(
+    "family, name",
+    [
+        ("llama", UP),
+        ("gpt2", "transformer.h.0.mlp.c_fc"),
+        ("opt", "model.decoder.layers.1.fc1"),
+        ("qwen3_moe", "model.layers.0.mlp.experts.2.up_proj"),
+        ("qwen2", "model.layers.0.self_attn.q_proj"),
+    ],
+)
+@pytest.mark.parametrize(
+    "turn",
+    [
+        lambda t: t[None],
+        lambda t: t[..., None],
+        lambda t: t.reshape(2, len(t) // 2, -1),
+        torch.ravel,
+    ],
+)
 def test_a_weight_of_another_rank_is_refused_by_name(family, name, turn, saved, tmp_path):
     path = shutil.copytree(saved(family), tmp_path / "model")
-    key = f"{name}.weight" if f"{name}.weight" in tensors(path) else f"{name.removeprefix('transformer.')}.weight"
+    key = (
+        f"{name}.weight"
+        if f"{name}.weight" in tensors(path)
+        else f"{name.removeprefix('transformer.')}.weight"
+    )
     change(path, **{key.replace(".", "__"): lambda t: turn(t).contiguous()})
-    refused(lambda: quantize(open_checkpoint(path), rtn(INT8), None, tmp_path / "out"), key, "config.json")
+    refused(
+        lambda: quantize(open_checkpoint(path), rtn(INT8), None, tmp_path / "out"),
+        key,
+        "config.json",
+    )
     refused(lambda: quantize_files(path, rtn(INT8), tmp_path / "out"), key, "config.json")
     assert not (tmp_path / "out").exists()
 
@@ -71,12 +113,17 @@ def test_a_weight_of_another_rank_is_refused_by_name(family, name, turn, saved, 
 def recipes(saved, tmp_path_factory):
     """recipes(name) -> a directory that a recipe wrote of the model, made once."""
     made = {}
-    recipe = {"all": rtn(INT8), "some": rules({"*.0.*": rtn(INT8), "*o_proj": keep(), "*": rtn(INT4)})}
+    recipe = {
+        "all": rtn(INT8),
+        "some": rules({"*.0.*": rtn(INT8), "*o_proj": keep(), "*": rtn(INT4)}),
+    }
 
     def make(name):
         if name not in made:
             model = open_checkpoint(saved("llama", torch.float16))
-            made[name] = quantize(model, recipe[name], None, tmp_path_factory.mktemp(name) / "out").path
+            made[name] = quantize(
+                model, recipe[name], None, tmp_path_factory.mktemp(name) / "out"
+            ).path
         return made[name]
 
     return make
@@ -84,19 +131,28 @@ def recipes(saved, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["all", "some"])
 def test_what_a_recipe_keeps_is_no_fault(name, recipes, original):
-    assert verify(recipes(name), original).faults == [] and verify(recipes(name), original).json()["unlike"] == {}
+    assert (
+        verify(recipes(name), original).faults == []
+        and verify(recipes(name), original).json()["unlike"] == {}
+    )
 
 
-@pytest.mark.parametrize("name, other, words", [
-    ("some", "all", "it is int4-g32, and the recorded recipe makes it int8-g32"),
-    ("all", "some", "it is int8-g32, and the recorded recipe makes it int4-g32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, other, words",
+    [
+        ("some", "all", "it is int4-g32, and the recorded recipe makes it int8-g32"),
+        ("all", "some", "it is int8-g32, and the recorded recipe makes it int4-g32"),
+    ],
+)
 def test_a_block_of_another_recipe_is_a_fault(name, other, words, recipes, original, tmp_path):
     path = shutil.copytree(recipes(name), tmp_path / "mixed")
     job = json.loads((recipes(other) / "qlab.json").read_text())["job"]
     rewrite(path / "qlab.json", lambda record: record.update(job=job))
     faults = verify(path, original).faults
-    assert all(fault.startswith("model.layers.1.") for fault in faults) and sum(words in fault for fault in faults) == 6
+    assert (
+        all(fault.startswith("model.layers.1.") for fault in faults)
+        and sum(words in fault for fault in faults) == 6
+    )
 
 
 @pytest.mark.parametrize("name, number", [("all", 1), ("some", 0)])
@@ -107,11 +163,23 @@ def test_a_block_that_is_not_quantized_is_a_fault(name, number, recipes, origina
     for file in path.glob("*.safetensors*"):
         file.unlink()
     save_file(held, path / "model.safetensors", metadata={"format": "pt"})
-    rewrite(path / "qlab.json", lambda record: [record[section].pop(key) for section in ("sites", "certificates")
-                                                for key in list(record[section]) if key.startswith(mark)])  # fmt: skip
+    rewrite(
+        path / "qlab.json",
+        lambda record: [
+            record[section].pop(key)
+            for section in ("sites", "certificates")
+            for key in list(record[section])
+            if key.startswith(mark)
+        ],
+    )
     faults = verify(path, original).faults
-    assert all(fault.startswith(mark) and "is not quantized, and the recorded recipe covers it" in fault for fault in faults)
-    assert len(faults) == (7 if name == "all" else 6)  # what the recipe keeps has no fellow that is quantized
+    assert all(
+        fault.startswith(mark) and "is not quantized, and the recorded recipe covers it" in fault
+        for fault in faults
+    )
+    assert len(faults) == (
+        7 if name == "all" else 6
+    )  # what the recipe keeps has no fellow that is quantized
 
 
 def test_a_weight_that_was_chosen_without_a_model_and_is_dense_is_a_fault(original, tmp_path):
@@ -119,14 +187,31 @@ def test_a_weight_that_was_chosen_without_a_model_and_is_dense_is_a_fault(origin
     dense, held = tensors(original)[f"{UP}.weight"], tensors(out)
     for file in out.glob("*.safetensors*"):
         file.unlink()
-    held = {name: t for name, t in held.items() if not name.startswith(f"{UP}.")} | {f"{UP}.weight": dense}
+    held = {name: t for name, t in held.items() if not name.startswith(f"{UP}.")} | {
+        f"{UP}.weight": dense
+    }
     save_file(held, out / "model.safetensors", metadata={"format": "pt"})
-    rewrite(out / "qlab.json", lambda record: [record[section].pop(UP) for section in ("sites", "certificates")])
-    assert f"{UP}: it is not quantized, and the recorded recipe covers it" in verify(out, original).faults
+    rewrite(
+        out / "qlab.json",
+        lambda record: [record[section].pop(UP) for section in ("sites", "certificates")],
+    )
+    assert (
+        f"{UP}: it is not quantized, and the recorded recipe covers it"
+        in verify(out, original).faults
+    )
 
 
-@pytest.mark.parametrize("scope", [Scope(), Scope(("*a*", "re:b.*")), Scope(("*",), ("c", "*d")), Scope((), ("e",)),
-                                   Scope(("*lm_head",), outside=True), Scope(outside=True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "scope",
+    [
+        Scope(),
+        Scope(("*a*", "re:b.*")),
+        Scope(("*",), ("c", "*d")),
+        Scope((), ("e",)),
+        Scope(("*lm_head",), outside=True),
+        Scope(outside=True),
+    ],
+)
 def test_a_scope_is_read_back_from_its_name(scope):
     assert scope_named(str(scope)) == scope
 
@@ -137,11 +222,18 @@ def test_what_the_model_does_not_take_is_carried_on_whatever_it_holds(folder, tm
     held["freqs_cis"] = torch.tensor([1, torch.nan], dtype=torch.complex64)
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
     opened = open_checkpoint(folder)
-    for made in (quantize(opened, rtn(INT8), None, tmp_path / "one"), quantize_files(opened, rtn(INT8), tmp_path / "two")):
+    for made in (
+        quantize(opened, rtn(INT8), None, tmp_path / "one"),
+        quantize_files(opened, rtn(INT8), tmp_path / "two"),
+    ):
         out, after = made.path, tensors(made.path)
-        assert bits_equal(after["model.layers.0.self_attn.mask"], held["model.layers.0.self_attn.mask"])
+        assert bits_equal(
+            after["model.layers.0.self_attn.mask"], held["model.layers.0.self_attn.mask"]
+        )
         assert after["freqs_cis"].dtype == torch.complex64 and verify(out, folder).faults == []
     held["model.norm.weight"][1] = torch.nan
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(QlabError, match=r"model\.norm\.weight holds NaN or Inf; repair the checkpoint"):
+    with pytest.raises(
+        QlabError, match=r"model\.norm\.weight holds NaN or Inf; repair the checkpoint"
+    ):
         quantize(open_checkpoint(folder), rtn(INT8), None, tmp_path / "damaged")

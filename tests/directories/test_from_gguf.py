@@ -1,4 +1,5 @@
-"""A GGUF file converted: the file's codes, the logits of transformers' own reading of it, and errors that leave nothing."""
+"""A GGUF file converted: the file's codes, the logits of transformers' own reading of it, and
+errors that leave nothing."""
 
 import json
 from types import SimpleNamespace
@@ -22,8 +23,15 @@ from qlab.files.certificate import fingerprint
 from qlab.files.checkpoint import open_checkpoint
 from qlab.model.skeleton import Skeleton
 
-CODES = {"attn_q": KINDS.Q4_0, "attn_k": KINDS.Q8_0, "ffn_up": KINDS.Q4_0, "ffn_down": KINDS.Q8_0, "ffn_gate": KINDS.F16,
-         "attn_v": KINDS.F16, "token_embd": KINDS.F16}  # fmt: skip
+CODES = {
+    "attn_q": KINDS.Q4_0,
+    "attn_k": KINDS.Q8_0,
+    "ffn_up": KINDS.Q4_0,
+    "ffn_down": KINDS.Q8_0,
+    "ffn_gate": KINDS.F16,
+    "attn_v": KINDS.F16,
+    "token_embd": KINDS.F16,
+}
 IDS = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(1))
 
 
@@ -51,7 +59,9 @@ def of_the_file(file):
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gguf")
     file = write(folder / "model.gguf", CODES)
-    return SimpleNamespace(file=file, result=convert(file, "compressed-tensors", folder / "out"), out=folder / "out")
+    return SimpleNamespace(
+        file=file, result=convert(file, "compressed-tensors", folder / "out"), out=folder / "out"
+    )
 
 
 def test_logits_are_those_of_the_file(made):
@@ -61,10 +71,14 @@ def test_logits_are_those_of_the_file(made):
 
 
 @pytest.mark.parametrize("arch, config", [("qwen2", {}), ("qwen3", {"head_dim": 128})])
-def test_models_with_biases_and_norms_of_heads_have_the_logits_of_their_file(arch, config, tmp_path):
+def test_models_with_biases_and_norms_of_heads_have_the_logits_of_their_file(
+    arch, config, tmp_path
+):
     file = write(tmp_path / "model.gguf", CODES, arch, **config)
     out, theirs = convert(file, "compressed-tensors", tmp_path / "out").path, of_the_file(file)
-    assert (qlab_logits(out) - theirs).norm() <= 1e-5 * theirs.norm() and len(open_checkpoint(out).quantized) == 8
+    assert (qlab_logits(out) - theirs).norm() <= 1e-5 * theirs.norm() and len(
+        open_checkpoint(out).quantized
+    ) == 8
 
 
 def test_a_size_of_heads_is_read_and_two_sizes_are_refused_by_name(tmp_path):
@@ -73,18 +87,33 @@ def test_a_size_of_heads_is_read_and_two_sizes_are_refused_by_name(tmp_path):
     model = tiny("qwen3", num_key_value_heads=2, num_attention_heads=4, head_dim=32)
     assert torch.equal(transformers_logits(out), model(IDS).logits)
     other = write(tmp_path / "other.gguf", {}, "qwen3", lambda w: w.add_key_length(16), head_dim=32)
-    with pytest.raises(QlabError, match=r"value_length of .*other\.gguf is 32, stated or understood, .* has head_dim 16"):
+    with pytest.raises(
+        QlabError,
+        match=r"value_length of .*other\.gguf is 32, stated or understood, .* has head_dim 16",
+    ):
         convert(other, "compressed-tensors", tmp_path / "none")
     assert not list(tmp_path.glob("none*"))
 
 
-def test_keys_that_no_config_made_of_the_file_holds_are_refused_before_anything_is_written(tmp_path):
-    for n, (keys, words) in enumerate({
-        lambda w: w.add_float32("llama.attention.scale", 0.25): r"says llama\.attention\.scale 0\.25, which no config made of",
-        lambda w: w.add_bool("llama.new", True): r"says llama\.new True, a key that qlab does not know",
-        lambda w: w.add_uint32("llama.attention.sliding_window", 8): r"sliding_window of .* is 8, stated or understood, and the config",
-        lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE): r"says llama\.rope\.scaling\.type 'longrope'",
-    }.items()):  # fmt: skip
+def test_keys_that_no_config_made_of_the_file_holds_are_refused_before_anything_is_written(
+    tmp_path,
+):
+    for n, (keys, words) in enumerate(
+        {
+            lambda w: w.add_float32(
+                "llama.attention.scale", 0.25
+            ): r"says llama\.attention\.scale 0\.25, which no config made of",
+            lambda w: w.add_bool(
+                "llama.new", True
+            ): r"says llama\.new True, a key that qlab does not know",
+            lambda w: w.add_uint32(
+                "llama.attention.sliding_window", 8
+            ): r"sliding_window of .* is 8, stated or understood, and the config",
+            lambda w: w.add_rope_scaling_type(
+                gguf.RopeScalingType.LONGROPE
+            ): r"says llama\.rope\.scaling\.type 'longrope'",
+        }.items()
+    ):
         file = write(tmp_path / f"{n}.gguf", {}, keys=keys)
         with pytest.raises(QlabError, match=words):
             convert(file, "compressed-tensors", tmp_path / "out")
@@ -92,18 +121,30 @@ def test_keys_that_no_config_made_of_the_file_holds_are_refused_before_anything_
 
 
 ROTARY = {
-    "linear": lambda w: (w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), w.add_rope_scaling_factor(2.5)),
+    "linear": lambda w: (
+        w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR),
+        w.add_rope_scaling_factor(2.5),
+    ),
     "linear, older key": lambda w: w.add_float32("qwen2.rope.scale_linear", 2.5),
-    "yarn": lambda w: (w.add_rope_scaling_type(gguf.RopeScalingType.YARN), w.add_rope_scaling_factor(4.0),
-                       w.add_rope_scaling_orig_ctx_len(32)),
-    "default": lambda w: (w.add_rope_scaling_type(gguf.RopeScalingType.NONE), w.add_rope_scaling_factor(4.0)),
-}  # fmt: skip
+    "yarn": lambda w: (
+        w.add_rope_scaling_type(gguf.RopeScalingType.YARN),
+        w.add_rope_scaling_factor(4.0),
+        w.add_rope_scaling_orig_ctx_len(32),
+    ),
+    "default": lambda w: (
+        w.add_rope_scaling_type(gguf.RopeScalingType.NONE),
+        w.add_rope_scaling_factor(4.0),
+    ),
+}
 
 
 @pytest.mark.parametrize("scaled", ROTARY)
 def test_rotary_positions_are_scaled_as_the_file_says(scaled, tmp_path):
     rope = {"rope_type": scaled.partition(",")[0], "rope_theta": 10000.0}
-    rope |= {"linear": {"factor": 2.5}, "yarn": {"factor": 4.0, "original_max_position_embeddings": 32}}.get(rope["rope_type"], {})
+    rope |= {
+        "linear": {"factor": 2.5},
+        "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+    }.get(rope["rope_type"], {})
     file = write(tmp_path / "model.gguf", {}, "qwen2", keys=ROTARY[scaled])
     out = convert(file, "compressed-tensors", tmp_path / "out").path
     model = tiny("qwen2", num_key_value_heads=2, num_attention_heads=4, rope_parameters=rope)
@@ -111,22 +152,51 @@ def test_rotary_positions_are_scaled_as_the_file_says(scaled, tmp_path):
 
 
 def test_k_quants_are_dequantized_beside_codes_and_reported(tmp_path):
-    kinds = {"attn_q": KINDS.Q2_K, "attn_k": KINDS.Q3_K, "attn_v": KINDS.Q6_K, "attn_output": KINDS.Q4_0, "ffn_up": KINDS.Q4_K,
-             "ffn_gate": KINDS.Q5_K, "ffn_down": KINDS.Q8_0}  # fmt: skip
-    file = write(tmp_path / "model.gguf", kinds, "qwen3", hidden_size=256, intermediate_size=256, head_dim=128)
+    kinds = {
+        "attn_q": KINDS.Q2_K,
+        "attn_k": KINDS.Q3_K,
+        "attn_v": KINDS.Q6_K,
+        "attn_output": KINDS.Q4_0,
+        "ffn_up": KINDS.Q4_K,
+        "ffn_gate": KINDS.Q5_K,
+        "ffn_down": KINDS.Q8_0,
+    }
+    file = write(
+        tmp_path / "model.gguf",
+        kinds,
+        "qwen3",
+        hidden_size=256,
+        intermediate_size=256,
+        head_dim=128,
+    )
     result = convert(file, "compressed-tensors", tmp_path / "out")
     theirs, model = of_the_file(file), open_checkpoint(result.path)
-    assert (qlab_logits(result.path) - theirs).norm() <= 0.01 * theirs.norm()  # bfloat16 rounds to 1/512
+    assert (
+        qlab_logits(result.path) - theirs
+    ).norm() <= 0.01 * theirs.norm()  # bfloat16 rounds to 1/512
     assert {name.rpartition(".")[2] for name in model.quantized} == {"o_proj", "down_proj"}
     record = json.loads((result.path / "qlab.json").read_text())["dequantized"]
     found = {name.split(".")[-2]: row["kind"] for name, row in record.items()}
-    assert found == {"q_proj": "Q2_K", "k_proj": "Q3_K", "v_proj": "Q6_K", "up_proj": "Q4_K", "gate_proj": "Q5_K"}
+    assert found == {
+        "q_proj": "Q2_K",
+        "k_proj": "Q3_K",
+        "v_proj": "Q6_K",
+        "up_proj": "Q4_K",
+        "gate_proj": "Q5_K",
+    }
 
 
 def test_codes_are_those_of_the_file(made):
     model = open_checkpoint(made.out)
-    names = [name for name, _ in Skeleton(model, torch.float32).model.named_parameters(remove_duplicate=False)]
-    held = {name: leaf for name, _, leaf in file_format.tensors(made.file, names) if isinstance(leaf, QTensor)}
+    names = [
+        name
+        for name, _ in Skeleton(model, torch.float32).model.named_parameters(remove_duplicate=False)
+    ]
+    held = {
+        name: leaf
+        for name, _, leaf in file_format.tensors(made.file, names)
+        if isinstance(leaf, QTensor)
+    }
     assert len(held) == 8 and held.keys() == {f"{module}.weight" for module in model.quantized}
     assert made.result.sites.keys() == model.quantized.keys()
     assert {str(spec) for spec in model.quantized.values()} == {"int4-g32", "int8-g32"}
@@ -140,53 +210,90 @@ def test_codes_are_those_of_the_file(made):
 
 @pytest.mark.parametrize("arch, config", [("qwen2", {}), ("qwen3", {"head_dim": 128})])
 def test_a_converted_file_verifies_against_the_model_that_it_was_made_of(arch, config, tmp_path):
-    file = write(tmp_path / "model.gguf", {"attn_q": KINDS.Q4_0}, arch, **config)  # everything else is float32
+    file = write(
+        tmp_path / "model.gguf", {"attn_q": KINDS.Q4_0}, arch, **config
+    )  # everything else is float32
     out = convert(file, "compressed-tensors", tmp_path / "out").path
     model = tiny(arch, num_key_value_heads=2, num_attention_heads=4, **config)
     model.save_pretrained(tmp_path / "model")
     assert qlab.verify(out, tmp_path / "model").faults == []
     model.config.rms_norm_eps = 1e-5
     model.save_pretrained(tmp_path / "model")
-    assert ["rms_norm_eps" in fault for fault in qlab.verify(out, tmp_path / "model").faults] == [True]
+    assert ["rms_norm_eps" in fault for fault in qlab.verify(out, tmp_path / "model").faults] == [
+        True
+    ]
     record = json.loads((out / "qlab.json").read_text())
     (out / "qlab.json").write_text(json.dumps({**record, "certificates": {}}))
     assert any("lost its certificates" in fault for fault in qlab.verify(out, out).faults)
 
 
 def test_codes_of_two_widths_in_another_format_are_the_same(made, tmp_path):
-    there, here = open_checkpoint(convert(made.file, "gptq", tmp_path / "out").path), open_checkpoint(made.out)
+    there, here = (
+        open_checkpoint(convert(made.file, "gptq", tmp_path / "out").path),
+        open_checkpoint(made.out),
+    )
     assert there.quantized.keys() == here.quantized.keys()
-    assert all(fingerprint(there.leaf(f"{m}.weight")) == fingerprint(here.leaf(f"{m}.weight")) for m in here.quantized)
+    assert all(
+        fingerprint(there.leaf(f"{m}.weight")) == fingerprint(here.leaf(f"{m}.weight"))
+        for m in here.quantized
+    )
 
 
 def test_floats_keep_their_dtype_and_everything_else_comes_along(made):
     held = tensors(made.out)
-    assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= contents(made.out).keys()
-    assert json.loads((made.out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
-    assert held["model.norm.weight"].dtype == torch.float32 and held["model.layers.1.mlp.gate_proj.weight"].dtype == torch.float16
+    assert {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+    } <= contents(made.out).keys()
+    assert json.loads((made.out / "config.json").read_text())["architectures"] == [
+        "LlamaForCausalLM"
+    ]
+    assert (
+        held["model.norm.weight"].dtype == torch.float32
+        and held["model.layers.1.mlp.gate_proj.weight"].dtype == torch.float16
+    )
     tokenizer = AutoTokenizer.from_pretrained(made.out)
     theirs = AutoTokenizer.from_pretrained(made.file.parent, gguf_file=made.file.name)
-    assert tokenizer("wo word7 w").input_ids == theirs("wo word7 w").input_ids and len(tokenizer) == len(theirs)
-    assert tokenizer.chat_template == TEMPLATE and tokenizer.eos_token == theirs.eos_token  # 5.17 takes the wrong one
+    assert tokenizer("wo word7 w").input_ids == theirs("wo word7 w").input_ids and len(
+        tokenizer
+    ) == len(theirs)
+    assert (
+        tokenizer.chat_template == TEMPLATE and tokenizer.eos_token == theirs.eos_token
+    )  # 5.17 takes the wrong one
     assert made.result.dequantized == {}
 
 
 def test_embeddings_are_dequantized_and_the_command_says_so(tmp_path, command):
-    file = write(tmp_path / "model.gguf", {**CODES, "token_embd": KINDS.Q8_0, "attn_v": KINDS.Q4_1, "output": KINDS.Q8_0})
-    code, printed, _ = command(main, "convert", file, "--codec", "compressed-tensors", "--out", tmp_path / "out")
-    assert code == 0 and "Q8_0 blocks dequantized to bfloat16: model.embed_tokens.weight\n" in printed
+    file = write(
+        tmp_path / "model.gguf",
+        {**CODES, "token_embd": KINDS.Q8_0, "attn_v": KINDS.Q4_1, "output": KINDS.Q8_0},
+    )
+    code, printed, _ = command(
+        main, "convert", file, "--codec", "compressed-tensors", "--out", tmp_path / "out"
+    )
+    assert (
+        code == 0 and "Q8_0 blocks dequantized to bfloat16: model.embed_tokens.weight\n" in printed
+    )
     values = ", ".join(f"model.layers.{i}.self_attn.v_proj.weight" for i in range(2))
-    assert f"Q4_1 blocks dequantized to bfloat16: {values}\n" in printed and "lm_head" not in printed
+    assert (
+        f"Q4_1 blocks dequantized to bfloat16: {values}\n" in printed and "lm_head" not in printed
+    )
     assert tensors(tmp_path / "out")["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert "lm_head" in open_checkpoint(tmp_path / "out").quantized
     theirs = of_the_file(file)
-    assert (qlab_logits(tmp_path / "out") - theirs).norm() <= 0.01 * theirs.norm()  # bfloat16 rounds to 1/512
+    assert (
+        qlab_logits(tmp_path / "out") - theirs
+    ).norm() <= 0.01 * theirs.norm()  # bfloat16 rounds to 1/512
 
 
 def test_a_file_without_codes_is_an_unquantized_directory(tmp_path):
     file = write(tmp_path / "model.gguf", {"attn_q": KINDS.F16})
     result = convert(file, "gptq", tmp_path / "out")
-    assert not result.sites and "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not result.sites and "quantization_config" not in json.loads(
+        (tmp_path / "out" / "config.json").read_text()
+    )
     theirs = of_the_file(file)
     assert (transformers_logits(tmp_path / "out") - theirs).norm() <= 1e-6 * theirs.norm()
 
@@ -196,8 +303,16 @@ def test_errors_leave_nothing(made, tmp_path, monkeypatch):
     for file, codec, complaint in [
         (tmp_path / "text.gguf", "gptq", "truncated or not a GGUF file"),
         (tmp_path / "missing.gguf", "gptq", "missing.gguf"),
-        (write(tmp_path / "other.gguf", {}, "gemma2"), "gptq", "architecture 'gemma2'; qlab reads llama"),
-        (write(tmp_path / "unknown.gguf", {}, "nobody"), "gptq", "architecture 'nobody'; qlab reads llama"),
+        (
+            write(tmp_path / "other.gguf", {}, "gemma2"),
+            "gptq",
+            "architecture 'gemma2'; qlab reads llama",
+        ),
+        (
+            write(tmp_path / "unknown.gguf", {}, "nobody"),
+            "gptq",
+            "architecture 'nobody'; qlab reads llama",
+        ),
         (made.file, "awq", r"k_proj: .*int8-g32"),
         (made.file, "zip", "codec 'zip' is unknown"),
     ]:
@@ -216,12 +331,20 @@ def test_an_output_around_the_file_is_refused_even_when_it_may_be_overwritten(tm
     file = write(tmp_path / "models" / "llama" / "model.gguf", CODES)
     before = contents(tmp_path)
     for out in (file, file.parent, file.parent.parent):
-        with pytest.raises(QlabError, match=r"model\.gguf is the model itself" if out == file else r"holds the model .*model\.gguf"):
+        with pytest.raises(
+            QlabError,
+            match=r"model\.gguf is the model itself"
+            if out == file
+            else r"holds the model .*model\.gguf",
+        ):
             convert(file, "compressed-tensors", out, overwrite=True)
         assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("door", [qlab.open, qlab.inspect])
 def test_doors_of_directories_say_that_a_file_is_converted_first(door, made):
-    with pytest.raises(QlabError, match=r"model\.gguf is a GGUF file, which is converted first: `qlab convert .* --out DIR`"):
+    with pytest.raises(
+        QlabError,
+        match=r"model\.gguf is a GGUF file, which is converted first: `qlab convert .* --out DIR`",
+    ):
         door(made.file)

@@ -1,4 +1,5 @@
-"""Directories corrupted at random end in one QlabError, never in a wrong weight that verification misses, or a crash."""
+"""Directories corrupted at random end in one QlabError, never in a wrong weight that verification
+misses, or a crash."""
 
 import json
 import shutil
@@ -21,8 +22,11 @@ from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.rtn import rtn
 
 FORMATS = ["compressed-tensors", "gptq", "gptq_v2", "awq"]
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-                    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=8), v, max_size=3), max_leaves=6)  # fmt: skip
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=8), v, max_size=3),
+    max_leaves=6,
+)
 SLOW = settings(suppress_health_check=list(HealthCheck), deadline=None, max_examples=60)
 
 
@@ -30,8 +34,13 @@ SLOW = settings(suppress_health_check=list(HealthCheck), deadline=None, max_exam
 def formats(saved, tmp_path_factory):
     """A tiny model in every format that qlab writes."""
     folder, source = tmp_path_factory.mktemp("formats"), saved("llama", torch.float16)
-    first = quantize(open_checkpoint(source), rtn(parse_spec("int4-g32-asym")), None, folder / FORMATS[0]).path
-    return {codec: first if codec == FORMATS[0] else convert(first, codec, folder / codec).path for codec in FORMATS}
+    first = quantize(
+        open_checkpoint(source), rtn(parse_spec("int4-g32-asym")), None, folder / FORMATS[0]
+    ).path
+    return {
+        codec: first if codec == FORMATS[0] else convert(first, codec, folder / codec).path
+        for codec in FORMATS
+    }
 
 
 @pytest.fixture
@@ -78,14 +87,16 @@ def test_flipped_bytes_are_refused_or_seen_by_verify(codec, formats, copied, sav
 
 
 def same_numbers(path, original):
-    """Whether every number of the two directories is the same: a byte of padding or of a name in the metadata may differ."""
+    """Whether every number of the two directories is the same: a byte of padding or of a name in
+    the metadata may differ."""
     ours, theirs = open_checkpoint(path), open_checkpoint(original)
     if ours.stored.keys() != theirs.stored.keys() or ours.quantized != theirs.quantized:
         return False
     plain = [name for name in ours.stored if name.rpartition(".")[0] not in ours.quantized]
     was = leaves(original)
-    return (all(torch.equal(ours.tensor(name), theirs.tensor(name)) for name in plain)
-            and all(fingerprint(leaf) == fingerprint(was[module]) for module, leaf in leaves(path).items()))  # fmt: skip
+    return all(torch.equal(ours.tensor(name), theirs.tensor(name)) for name in plain) and all(
+        fingerprint(leaf) == fingerprint(was[module]) for module, leaf in leaves(path).items()
+    )
 
 
 @pytest.mark.parametrize("codec", FORMATS)
@@ -107,7 +118,9 @@ def test_any_value_in_a_configuration_is_read_or_refused(codec, formats, copied)
         except QlabError as error:
             assert one_sentence(error)
         else:
-            assert all(leaf.shape in ((64, 64), (32, 64), (128, 64), (64, 128)) for leaf in found.values())
+            assert all(
+                leaf.shape in ((64, 64), (32, 64), (128, 64), (64, 128)) for leaf in found.values()
+            )
 
     changed()
 
@@ -140,8 +153,14 @@ def test_any_quantization_config_at_all(value, formats, tmp_path_factory):
         (path / file.name).symlink_to(file)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").unlink()
-    for quantization in (value, {"quant_method": "gptq", "bits": value, "group_size": value}, {"quant_method": value}):
-        (path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    for quantization in (
+        value,
+        {"quant_method": "gptq", "bits": value, "group_size": value},
+        {"quant_method": value},
+    ):
+        (path / "config.json").write_text(
+            json.dumps(config | {"quantization_config": quantization})
+        )
         try:
             inspect(path)
         except QlabError as error:

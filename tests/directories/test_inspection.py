@@ -1,4 +1,5 @@
-"""Inspecting reads headers and JSON files; it loads no tensor, builds no model and asks transformers nothing."""
+"""Inspecting reads headers and JSON files; it loads no tensor, builds no model and asks
+transformers nothing."""
 
 import json
 import subprocess
@@ -30,18 +31,34 @@ def printed(found) -> str:
 def made(saved, tmp_path_factory):
     source = saved("llama", torch.float16)
     recipe = gptq(parse_spec("int4-g32-asym"))
-    return quantize(open_checkpoint(source), recipe, random_tokens(source), tmp_path_factory.mktemp("made") / "out").path
+    return quantize(
+        open_checkpoint(source),
+        recipe,
+        random_tokens(source),
+        tmp_path_factory.mktemp("made") / "out",
+    ).path
 
 
 def test_what_qlab_wrote_shows_what_it_measured(made):
     found = inspect(made)
-    assert found.format == "compressed-tensors pack-quantized 0.20.0" and found.model_type == "llama" and len(found.sites) == 14
+    assert (
+        found.format == "compressed-tensors pack-quantized 0.20.0"
+        and found.model_type == "llama"
+        and len(found.sites) == 14
+    )
     row = found.sites["model.layers.1.mlp.up_proj"]
-    assert row["stored"] == "weight_packed I32 128x8, weight_scale F16 128x2, weight_shape I64 2, weight_zero_point I32 16x2"
+    assert (
+        row["stored"] == "weight_packed I32 128x8, weight_scale F16 128x2, weight_shape I64 2, "
+        "weight_zero_point I32 16x2"
+    )
     assert row["bytes"] == 4 * 128 * 8 + 2 * 128 * 2 + 16 + 4 * 32 and row["loss"] > 0
     assert found.unquantized["model.norm.weight"] == "F16 64" and len(found.unquantized) == 7
     text = printed(found)
-    assert "14 of 14 weights quantized" in text and "model.layers.1.mlp.up_proj" in text and "quantized inputs" in text
+    assert (
+        "14 of 14 weights quantized" in text
+        and "model.layers.1.mlp.up_proj" in text
+        and "quantized inputs" in text
+    )
 
 
 def test_a_directory_of_others_is_shown_by_families(made, tmp_path):
@@ -58,23 +75,44 @@ def test_a_directory_of_others_is_shown_by_families(made, tmp_path):
 
 def test_an_unquantized_directory_too(saved):
     found = inspect(saved())
-    assert found.format == "unquantized" and not found.sites and "0 weights quantized" in printed(found)
+    assert (
+        found.format == "unquantized"
+        and not found.sites
+        and "0 weights quantized" in printed(found)
+    )
 
 
 def test_a_hundred_shards_of_an_unknown_architecture_without_transformers(tmp_path):
     weights = {"num_bits": 4, "strategy": "channel", "type": "int", "symmetric": True}
-    scheme = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-              "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}  # fmt: skip
-    parts = {"weight_packed": torch.int32, "weight_scale": torch.float16, "weight_shape": torch.int64}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nobody_knows", "quantization_config": scheme}))
+    scheme = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+    parts = {
+        "weight_packed": torch.int32,
+        "weight_scale": torch.float16,
+        "weight_shape": torch.int64,
+    }
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "nobody_knows", "quantization_config": scheme})
+    )
     listed = {}
     for i in range(100):
-        tensors = [(f"layers.{i}.{module}.{name}", torch.zeros(2, dtype=dtype)) for module in "qkvo" for name, dtype in parts.items()]
+        tensors = [
+            (f"layers.{i}.{module}.{name}", torch.zeros(2, dtype=dtype))
+            for module in "qkvo"
+            for name, dtype in parts.items()
+        ]
         write(tmp_path / f"part-{i}.safetensors", tensors)
         listed |= {name: f"part-{i}.safetensors" for name, _ in tensors}
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": listed}))
-    code = (f"import sys; from qlab.directories.inspect import inspect; found = inspect({str(tmp_path)!r}); "
-            "print(len(found.sites), found.files, 'transformers' in sys.modules)")  # fmt: skip
+    code = (
+        "import sys; from qlab.directories.inspect import inspect; found = "
+        f"inspect({str(tmp_path)!r}); print(len(found.sites), found.files, 'transformers' in "
+        "sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["400", "100", "False"], done.stderr
 
@@ -86,7 +124,9 @@ def test_only_headers_are_read(made, monkeypatch):
 
 @pytest.mark.parametrize("value", [[1], "int4", 3])
 def test_a_quantization_config_that_is_no_object(value, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": value}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "quantization_config": value})
+    )
     write(tmp_path / "model.safetensors", [("a", torch.zeros(1))])
     with pytest.raises(QlabError, match="a quantization_config that is no object"):
         inspect(tmp_path)

@@ -1,6 +1,8 @@
-"""Directories four times larger than the memory that a process may take: every path without a model stays below the limit.
+"""Directories four times larger than the memory that a process may take: every path without a model
+stays below the limit.
 
-The limit is set over what the imports took. Loading the model at once, under the same limit, has to fail: it bites.
+The limit is set over what the imports took. Loading the model at once, under the same limit, has to
+fail: it bites.
 """
 
 import json
@@ -41,11 +43,12 @@ try:
     print("the limit does not bite")
 except RuntimeError:
     print("done")
-"""
+"""  # noqa: E501
 
 
 def run(action, path, out, limit):
-    # freed memory goes back to the system at once, so that the limit is on what is held, not on what malloc keeps for later
+    # freed memory goes back to the system at once, so that the limit is on what is held, not on
+    # what malloc keeps for later
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
     command = [sys.executable, "-c", JOB, action, path, out, str(limit)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -63,9 +66,20 @@ def unknown(tmp_path_factory):
     names = [f"layers.{i}.proj.weight" for i in range(64)]
     for part in range(4):
         chosen = names[part::4]
-        write(path / f"{part}.safetensors", ((name, torch.randn(1024, 2048).to(torch.bfloat16)) for name in chosen))
+        write(
+            path / f"{part}.safetensors",
+            ((name, torch.randn(1024, 2048).to(torch.bfloat16)) for name in chosen),
+        )
     (path / "config.json").write_text(json.dumps({"model_type": "nobody_knows"}))
-    (path / INDEX).write_text(json.dumps({"weight_map": {name: f"{part}.safetensors" for part in range(4) for name in names[part::4]}}))
+    (path / INDEX).write_text(
+        json.dumps(
+            {
+                "weight_map": {
+                    name: f"{part}.safetensors" for part in range(4) for name in names[part::4]
+                }
+            }
+        )
+    )
     return path
 
 

@@ -1,4 +1,5 @@
-"""Without a model definition the same weights get the same codes, chosen by name, for architectures that nobody knows too."""
+"""Without a model definition the same weights get the same codes, chosen by name, for architectures
+that nobody knows too."""
 
 import json
 import shutil
@@ -23,9 +24,23 @@ from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
 
 INT4 = parse_spec("int4-g32")
-NAMES = ["embed_tokens", "layers.0.attn.q_proj", "layers.0.mlp.gate_proj", "layers.0.mlp.gate", "layers.0.mlp.experts.3.up_proj",
-         "layers.0.mlp.shared_expert_gate", "layers.0.router.proj", "layers.1.attn.q_proj", "lm_head"]  # fmt: skip
-LINEAR = {"layers.0.attn.q_proj", "layers.0.mlp.gate_proj", "layers.0.mlp.experts.3.up_proj", "layers.1.attn.q_proj"}
+NAMES = [
+    "embed_tokens",
+    "layers.0.attn.q_proj",
+    "layers.0.mlp.gate_proj",
+    "layers.0.mlp.gate",
+    "layers.0.mlp.experts.3.up_proj",
+    "layers.0.mlp.shared_expert_gate",
+    "layers.0.router.proj",
+    "layers.1.attn.q_proj",
+    "lm_head",
+]
+LINEAR = {
+    "layers.0.attn.q_proj",
+    "layers.0.mlp.gate_proj",
+    "layers.0.mlp.experts.3.up_proj",
+    "layers.1.attn.q_proj",
+}
 
 
 @pytest.fixture
@@ -33,7 +48,9 @@ def unknown(tmp_path) -> Path:
     """Two files of an architecture that no library has."""
     folder = tmp_path / "unknown"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "nobody_knows", "hidden": [1, {"deep": None}]}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "nobody_knows", "hidden": [1, {"deep": None}]})
+    )
     (folder / "tokenizer.json").write_text("{}")
     torch.manual_seed(0)
     made = {f"{name}.weight": torch.randn(16, 64, dtype=torch.bfloat16) for name in NAMES}
@@ -48,11 +65,15 @@ def unknown(tmp_path) -> Path:
 @pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe"])
 def test_the_codes_and_the_config_of_the_ordinary_path(family, saved, tmp_path):
     source = saved(family, torch.bfloat16, shard_size="60KB")
-    ordinary = open_checkpoint(quantize(open_checkpoint(source), rtn(INT4), None, tmp_path / "ordinary").path)
+    ordinary = open_checkpoint(
+        quantize(open_checkpoint(source), rtn(INT4), None, tmp_path / "ordinary").path
+    )
     free = open_checkpoint(quantize_files(source, rtn(INT4), tmp_path / "free").path)
     assert free.quantized == ordinary.quantized and free.raw == ordinary.raw
     for module in free.quantized:
-        assert fingerprint(free.leaf(f"{module}.weight")) == fingerprint(ordinary.leaf(f"{module}.weight"))
+        assert fingerprint(free.leaf(f"{module}.weight")) == fingerprint(
+            ordinary.leaf(f"{module}.weight")
+        )
     assert verify(free, source).faults == []
 
 
@@ -63,7 +84,10 @@ def test_linear_weights_are_chosen_by_name(unknown, tmp_path):
     plain = [name for name in old if name.removesuffix(".weight") not in LINEAR]
     assert len(plain) == 8 and all(bits_equal(old[name], new[name]) for name in plain)
     config = json.loads((result.path / "config.json").read_text())
-    assert config["hidden"] == [1, {"deep": None}] and "lm_head" in config["quantization_config"]["ignore"]
+    assert (
+        config["hidden"] == [1, {"deep": None}]
+        and "lm_head" in config["quantization_config"]["ignore"]
+    )
     assert (result.path / "tokenizer.json").read_text() == "{}"
     assert verify(result.path, unknown).faults == []
 
@@ -74,18 +98,33 @@ def test_a_model_type_that_is_no_name_is_an_unknown_one(unknown, tmp_path):
 
 
 def test_codes_without_a_config_are_no_weights(unknown, tmp_path):
-    write(unknown / "a.safetensors", [("layers.0.attn.q_proj.weight", torch.ones(16, 64, dtype=torch.int8))])
-    with pytest.raises(QlabError, match=r"layers.0.attn.q_proj.weight of .* is stored as I8, which are no weights"):
+    write(
+        unknown / "a.safetensors",
+        [("layers.0.attn.q_proj.weight", torch.ones(16, 64, dtype=torch.int8))],
+    )
+    with pytest.raises(
+        QlabError, match=r"layers.0.attn.q_proj.weight of .* is stored as I8, which are no weights"
+    ):
         quantize_files(unknown, rtn(INT4), tmp_path / "out")
 
 
 def test_patterns_choose_and_rules_decide(unknown, tmp_path):
-    first = quantize_files(unknown, rtn(INT4), tmp_path / "a", include=["layers.0.*"], exclude=["*.experts.*", "*gate", "*router*"])
+    first = quantize_files(
+        unknown,
+        rtn(INT4),
+        tmp_path / "a",
+        include=["layers.0.*"],
+        exclude=["*.experts.*", "*gate", "*router*"],
+    )
     assert set(first.sites) == {"layers.0.attn.q_proj", "layers.0.mlp.gate_proj"}
-    recipe = rules({"*q_proj": rtn(parse_spec("int8-channel")), "*.experts.*": keep(), "*": rtn(INT4)})
+    recipe = rules(
+        {"*q_proj": rtn(parse_spec("int8-channel")), "*.experts.*": keep(), "*": rtn(INT4)}
+    )
     second = quantize_files(unknown, recipe, tmp_path / "b")
     specs = {name: row["spec"] for name, row in second.sites.items()}
-    assert specs == {f"layers.{i}.attn.q_proj": "int8-channel" for i in (0, 1)} | {"layers.0.mlp.gate_proj": "int4-g32"}
+    assert specs == {f"layers.{i}.attn.q_proj": "int8-channel" for i in (0, 1)} | {
+        "layers.0.mlp.gate_proj": "int4-g32"
+    }
 
 
 @pytest.mark.parametrize("spec", ["fp8-channel", "mxfp4", "nvfp4", "fp8-b128x128"])
@@ -95,11 +134,18 @@ def test_floats(spec, unknown, tmp_path):
 
 
 def test_8_bit_floats_are_dequantized_first(unknown, tmp_path):
-    eight = open_checkpoint(quantize_files(unknown, rtn(parse_spec("fp8-channel")), tmp_path / "fp8").path)
-    four = open_checkpoint(quantize_files(eight, rtn(INT4), tmp_path / "int4", include=["*q_proj"]).path)
+    eight = open_checkpoint(
+        quantize_files(unknown, rtn(parse_spec("fp8-channel")), tmp_path / "fp8").path
+    )
+    four = open_checkpoint(
+        quantize_files(eight, rtn(INT4), tmp_path / "int4", include=["*q_proj"]).path
+    )
     name = "layers.0.attn.q_proj.weight"
     W = dense(eight.leaf(name), torch.bfloat16).float()
-    assert isinstance(four.leaf(name), QTensor) and (dense(four.leaf(name)).float() - W).norm() < 0.2 * W.norm()
+    assert (
+        isinstance(four.leaf(name), QTensor)
+        and (dense(four.leaf(name)).float() - W).norm() < 0.2 * W.norm()
+    )
     kept = four.leaf("layers.0.mlp.gate_proj.weight")
     assert torch.equal(kept, dense(eight.leaf("layers.0.mlp.gate_proj.weight"), torch.bfloat16))
     with pytest.raises(QlabError, match="is quantized to int4-g32 already"):
@@ -109,19 +155,36 @@ def test_8_bit_floats_are_dequantized_first(unknown, tmp_path):
 def test_what_cannot_be_done_is_refused_and_nothing_is_written(unknown, saved, tmp_path):
     out = tmp_path / "out"
     for words, act in {
-        "observes second_moment, for which the model has to run": lambda: quantize_files(unknown, gptq(INT4), out),
-        "the pattern '\\*experts.9\\*' matches no weight": lambda: quantize_files(unknown, rtn(INT4), out, include=["*experts.9*"]),
-        "mlp.gate.* belongs to no nn.Linear": lambda: quantize_files(saved("qwen3_moe"), rtn(INT4), out, exclude=["lm_head"]),
-        "q_proj.*groups of 48 do not divide the 64": lambda: quantize_files(unknown, rtn(parse_spec("int4-g48")), out),
-        "no rule covers layers.0.mlp": lambda: quantize_files(unknown, rules({"*q_proj": rtn(INT4)}), out),
+        "observes second_moment, for which the model has to run": lambda: quantize_files(
+            unknown, gptq(INT4), out
+        ),
+        "the pattern '\\*experts.9\\*' matches no weight": lambda: quantize_files(
+            unknown, rtn(INT4), out, include=["*experts.9*"]
+        ),
+        "mlp.gate.* belongs to no nn.Linear": lambda: quantize_files(
+            saved("qwen3_moe"), rtn(INT4), out, exclude=["lm_head"]
+        ),
+        "q_proj.*groups of 48 do not divide the 64": lambda: quantize_files(
+            unknown, rtn(parse_spec("int4-g48")), out
+        ),
+        "no rule covers layers.0.mlp": lambda: quantize_files(
+            unknown, rules({"*q_proj": rtn(INT4)}), out
+        ),
         "choose no weight": lambda: quantize_files(unknown, rtn(INT4), out, include=["*lm_head"]),
-        "the codec 'nothing' is unknown": lambda: quantize_files(unknown, rtn(INT4), out, codec="nothing"),
-        r"q_proj, .*: GPTQ version 1 stores z - 1 and .*; write gptq_v2 \(--codec\)$":
-            lambda: quantize_files(unknown, rtn(parse_spec("int4-g32-asym")), out, codec="gptq"),
-        "vllm loads no int4-g16": lambda: quantize_files(unknown, rtn(parse_spec("int4-g16")), out, target="vllm"),
-        "vllm loads no int4-g32-asym expert": lambda: quantize_files(unknown, rtn(parse_spec("int4-g32-asym")), out, target="vllm"),
+        "the codec 'nothing' is unknown": lambda: quantize_files(
+            unknown, rtn(INT4), out, codec="nothing"
+        ),
+        r"q_proj, .*: GPTQ version 1 stores z - 1 and .*; write gptq_v2 \(--codec\)$": lambda: (
+            quantize_files(unknown, rtn(parse_spec("int4-g32-asym")), out, codec="gptq")
+        ),
+        "vllm loads no int4-g16": lambda: quantize_files(
+            unknown, rtn(parse_spec("int4-g16")), out, target="vllm"
+        ),
+        "vllm loads no int4-g32-asym expert": lambda: quantize_files(
+            unknown, rtn(parse_spec("int4-g32-asym")), out, target="vllm"
+        ),
         "is the model itself": lambda: quantize_files(unknown, rtn(INT4), unknown, overwrite=True),
-    }.items():  # fmt: skip
+    }.items():
         with pytest.raises(QlabError, match=words):
             act()
     assert [path.name for path in tmp_path.iterdir()] == ["unknown"]
@@ -130,7 +193,10 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_written(unknown, saved, t
 def test_an_output_around_the_model_is_refused_even_when_it_may_be_overwritten(unknown, tmp_path):
     before = contents(tmp_path)
     for out in (unknown, unknown.parent):
-        with pytest.raises(QlabError, match="is the model itself" if out == unknown else "holds the model .*unknown"):
+        with pytest.raises(
+            QlabError,
+            match="is the model itself" if out == unknown else "holds the model .*unknown",
+        ):
             quantize_files(unknown, rtn(INT4), out, overwrite=True)
         assert contents(tmp_path) == before
 

@@ -1,4 +1,5 @@
-"""A head is the embedding where the files hold one tensor for both; what they hold apart is computed with and written apart."""
+"""A head is the embedding where the files hold one tensor for both; what they hold apart is
+computed with and written apart."""
 
 import json
 import shutil
@@ -24,20 +25,31 @@ from qlab.model.ties import untied
 
 INT8 = parse_spec("int8-g32")
 HEADS = rtn(INT8) + outside(at("*lm_head", rtn(INT8)))
-FAMILIES = {"llama": "model.embed_tokens.weight", "opt": "model.decoder.embed_tokens.weight", "gpt_neox": "gpt_neox.embed_in.weight"}
+FAMILIES = {
+    "llama": "model.embed_tokens.weight",
+    "opt": "model.decoder.embed_tokens.weight",
+    "gpt_neox": "gpt_neox.embed_in.weight",
+}
 DOORS = {
     "quantize": lambda path, out: quantize(open_checkpoint(path), rtn(INT8), None, out).path,
-    "model-free": lambda path, out: quantize_files(path, rtn(INT8), out, exclude=["*embed*", "*lm_head", "*norm*"]).path,
-    "converted": lambda path, out: convert(DOORS["quantize"](path, f"{out}-first"), "gptq_v2", out).path,
+    "model-free": lambda path, out: (
+        quantize_files(path, rtn(INT8), out, exclude=["*embed*", "*lm_head", "*norm*"]).path
+    ),
+    "converted": lambda path, out: (
+        convert(DOORS["quantize"](path, f"{out}-first"), "gptq_v2", out).path
+    ),
 }
 
 
 @pytest.fixture
 def tied(saved, tmp_path):
-    """tied(family, edit) -> a model whose config ties its head, and whose tensors are edit(tensors, the embedding's name)."""
+    """tied(family, edit) -> a model whose config ties its head, and whose tensors are edit(tensors,
+    the embedding's name)."""
 
     def make(family, edit=lambda held, name: held):
-        path = shutil.copytree(saved(family, torch.float16, tie_word_embeddings=True), tmp_path / "model")
+        path = shutil.copytree(
+            saved(family, torch.float16, tie_word_embeddings=True), tmp_path / "model"
+        )
         held = tensors(path)
         edit(held, FAMILIES[family])
         save_file(held, path / "model.safetensors", metadata={"format": "pt"})
@@ -68,10 +80,15 @@ def tie_of(path):
 
 
 @pytest.mark.parametrize("way", DOORS)
-@pytest.mark.parametrize("family, edit, ties", [
-    ("llama", head_of_its_own, False), ("opt", head_of_its_own, False),
-    ("llama", written_twice, True), ("llama", by_the_heads_name, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "family, edit, ties",
+    [
+        ("llama", head_of_its_own, False),
+        ("opt", head_of_its_own, False),
+        ("llama", written_twice, True),
+        ("llama", by_the_heads_name, True),
+    ],
+)
 def test_every_door_reads_the_head_that_transformers_reads(way, family, edit, ties, tied, tmp_path):
     path = tied(family, edit)
     expected = logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
@@ -86,27 +103,45 @@ def test_every_door_reads_the_head_that_transformers_reads(way, family, edit, ti
     assert evaluate(open_checkpoint(out), open_checkpoint(path), tokens).kl < 1e-3
 
 
-@pytest.mark.parametrize("edit", [head_of_its_own, written_twice, by_the_heads_name, lambda held, name: None])
+@pytest.mark.parametrize(
+    "edit", [head_of_its_own, written_twice, by_the_heads_name, lambda held, name: None]
+)
 def test_a_head_that_is_rounded_lies_beside_the_embedding(edit, tied, tmp_path, door):
     path = tied("llama", edit)
     out = quantize(open_checkpoint(path), HEADS, None, tmp_path / "out").path
     assert tie_of(out) is False and verify(out, path).faults == []
     expected = logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
-    for model in (lower(out, dtype=torch.float32, dense_cache=True), AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)):
+    for model in (
+        lower(out, dtype=torch.float32, dense_cache=True),
+        AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32),
+    ):
         assert (logits(model) - expected).norm() < 0.05 * expected.norm()
-    rewrite(out / "config.json", lambda config: config.update(tie_word_embeddings=True))  # as other tools leave it
-    for model in (lower(out, dtype=torch.float32, dense_cache=True), AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)):
+    rewrite(
+        out / "config.json", lambda config: config.update(tie_word_embeddings=True)
+    )  # as other tools leave it
+    for model in (
+        lower(out, dtype=torch.float32, dense_cache=True),
+        AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32),
+    ):
         assert (logits(model) - expected).norm() < 0.05 * expected.norm()
     assert tie_of(convert(out, "gptq_v2", tmp_path / "converted").path) is False
 
 
 @pytest.mark.parametrize("way", [*DOORS, "read", "lower"])
-def test_a_head_that_the_files_lack_and_the_config_ties_to_nothing_is_refused(way, folder, tmp_path):
-    doors = DOORS | {"read": lambda path, out: read(open_checkpoint(path), random_tokens(path, 1, 8))}
+def test_a_head_that_the_files_lack_and_the_config_ties_to_nothing_is_refused(
+    way, folder, tmp_path
+):
+    doors = DOORS | {
+        "read": lambda path, out: read(open_checkpoint(path), random_tokens(path, 1, 8))
+    }
     if way == "lower":
         folder = quantize_files(folder, rtn(INT8), tmp_path / "made").path
-        file = next(file for file in folder.glob("*.safetensors") if "lm_head.weight" in tensors(folder))
-        save_file({name: t for name, t in tensors(folder).items() if name != "lm_head.weight"}, file)
+        file = next(
+            file for file in folder.glob("*.safetensors") if "lm_head.weight" in tensors(folder)
+        )
+        save_file(
+            {name: t for name, t in tensors(folder).items() if name != "lm_head.weight"}, file
+        )
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)
         doors = {"lower": lambda path, out: lower(path)}
     else:
@@ -117,5 +152,6 @@ def test_a_head_that_the_files_lack_and_the_config_ties_to_nothing_is_refused(wa
 
 def test_a_config_is_untied_wherever_it_says_so():
     here, there = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
-    assert untied({"text_config": {"size": 1}, "speaker": {"size": 2, **here}, "rope": {}, **here}) == {
-        "text_config": {"size": 1, **there}, "speaker": {"size": 2, **there}, "rope": {}, **there}  # fmt: skip
+    assert untied(
+        {"text_config": {"size": 1}, "speaker": {"size": 2, **here}, "rope": {}, **here}
+    ) == {"text_config": {"size": 1, **there}, "speaker": {"size": 2, **there}, "rope": {}, **there}

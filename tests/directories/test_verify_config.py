@@ -1,4 +1,5 @@
-"""A directory's config.json is held to the reference's and to what was certified of it; each difference is named."""
+"""A directory's config.json is held to the reference's and to what was certified of it; each
+difference is named."""
 
 import json
 import shutil
@@ -20,47 +21,105 @@ SPEC = parse_spec("int4-g32")
 ROPE = "rope_parameters.rope_theta"
 
 
-@pytest.mark.parametrize("edited, words", [
-    (lambda c: c["rope_parameters"].update(rope_theta=5000), f"config.json has {ROPE} 5000 where the reference has 10000.0"),
-    (lambda c: c.update(num_attention_heads=8), "config.json has num_attention_heads 8 where the reference has 4"),
-    (lambda c: c.update(rms_norm_eps=1e-5), "config.json has rms_norm_eps 1e-05 where the reference has 1e-06"),
-    (lambda c: c.update(hidden_act="gelu"), 'config.json has hidden_act "gelu" where the reference has "silu"'),
-    (lambda c: c.update(tie_word_embeddings=True), "config.json has tie_word_embeddings true where the reference has false"),
-    (lambda c: c.update(logit_scale=0.5), "config.json has logit_scale 0.5 where the reference has none"),
-    (lambda c: c.update(head_dim=None, num_key_value_heads=None), "config.json has num_key_value_heads 4 where the reference has 2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "edited, words",
+    [
+        (
+            lambda c: c["rope_parameters"].update(rope_theta=5000),
+            f"config.json has {ROPE} 5000 where the reference has 10000.0",
+        ),
+        (
+            lambda c: c.update(num_attention_heads=8),
+            "config.json has num_attention_heads 8 where the reference has 4",
+        ),
+        (
+            lambda c: c.update(rms_norm_eps=1e-5),
+            "config.json has rms_norm_eps 1e-05 where the reference has 1e-06",
+        ),
+        (
+            lambda c: c.update(hidden_act="gelu"),
+            'config.json has hidden_act "gelu" where the reference has "silu"',
+        ),
+        (
+            lambda c: c.update(tie_word_embeddings=True),
+            "config.json has tie_word_embeddings true where the reference has false",
+        ),
+        (
+            lambda c: c.update(logit_scale=0.5),
+            "config.json has logit_scale 0.5 where the reference has none",
+        ),
+        (
+            lambda c: c.update(head_dim=None, num_key_value_heads=None),
+            "config.json has num_key_value_heads 4 where the reference has 2",
+        ),
+    ],
+)
 def test_a_configuration_of_another_model_is_named_by_key(edited, words, copy, original):
     rewrite(copy / "config.json", edited)
     assert verify(copy, original).faults == [words]
     assert list(verify(copy, original).json()["config"]) == [words.split()[2]]
 
 
-@pytest.mark.parametrize("edited", [
-    lambda c: c.update(transformers_version="4.0", torch_dtype="float32", _name_or_path="here", use_cache=False, eos_token_id=[2, 3]),
-    lambda c: c.pop("dtype"),
-    lambda c: c.update(rms_norm_eps=float(torch.tensor(1e-6))),  # through float32, as GGUF files store it
-    lambda c: [c.pop(key) for key in ("attention_bias", "hidden_act", "head_dim")],  # transformers' defaults
-    lambda c: c.update(rope_theta=c.pop("rope_parameters")["rope_theta"], rope_scaling=None),  # as older releases say it
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "edited",
+    [
+        lambda c: c.update(
+            transformers_version="4.0",
+            torch_dtype="float32",
+            _name_or_path="here",
+            use_cache=False,
+            eos_token_id=[2, 3],
+        ),
+        lambda c: c.pop("dtype"),
+        lambda c: c.update(
+            rms_norm_eps=float(torch.tensor(1e-6))
+        ),  # through float32, as GGUF files store it
+        lambda c: [
+            c.pop(key) for key in ("attention_bias", "hidden_act", "head_dim")
+        ],  # transformers' defaults
+        lambda c: c.update(
+            rope_theta=c.pop("rope_parameters")["rope_theta"], rope_scaling=None
+        ),  # as older releases say it
+    ],
+)
 def test_another_way_to_say_the_same_configuration_is_no_fault(edited, copy, original):
     rewrite(copy / "config.json", edited)
     assert verify(copy, original).faults == []
 
 
 def test_a_configuration_that_transformers_refuses_is_compared_as_it_stands(copy, original):
-    rewrite(copy / "config.json", lambda c: c.update(num_hidden_layers=10**6, rms_norm_eps=float("nan"), window=None))
-    assert [fault.split()[2] for fault in verify(copy, original).faults] == ["num_hidden_layers", "rms_norm_eps"]
+    rewrite(
+        copy / "config.json",
+        lambda c: c.update(num_hidden_layers=10**6, rms_norm_eps=float("nan"), window=None),
+    )
+    assert [fault.split()[2] for fault in verify(copy, original).faults] == [
+        "num_hidden_layers",
+        "rms_norm_eps",
+    ]
     rewrite(copy / "config.json", lambda c: c.pop("mlp_bias"))
-    assert "config.json has no mlp_bias where the reference has false" in verify(copy, original).faults
+    assert (
+        "config.json has no mlp_bias where the reference has false" in verify(copy, original).faults
+    )
     model = shutil.copytree(original, copy.with_name("model"))
     shutil.copy(copy / "config.json", model)
     assert verify(copy, model).faults == []  # NaN is NaN
 
 
-@pytest.mark.parametrize("words", ["rope_theta 5000 where the reference has 10000", "no window where the reference has 64",
-                                   "rope.factor 8 where the reference has none"])  # fmt: skip
-def test_the_configuration_of_an_architecture_that_nobody_knows_is_compared_as_it_stands(words, original, tmp_path):
-    model, said = shutil.copytree(original, tmp_path / "model"), {"model_type": "nobody_knows", "rope_theta": 10000, "window": 64}
+@pytest.mark.parametrize(
+    "words",
+    [
+        "rope_theta 5000 where the reference has 10000",
+        "no window where the reference has 64",
+        "rope.factor 8 where the reference has none",
+    ],
+)
+def test_the_configuration_of_an_architecture_that_nobody_knows_is_compared_as_it_stands(
+    words, original, tmp_path
+):
+    model, said = (
+        shutil.copytree(original, tmp_path / "model"),
+        {"model_type": "nobody_knows", "rope_theta": 10000, "window": 64},
+    )
     (model / "config.json").write_text(json.dumps(said))
     out = quantize_files(model, rtn(SPEC), tmp_path / "out").path
     assert verify(out, model).faults == []
@@ -73,16 +132,25 @@ def test_the_configuration_of_an_architecture_that_nobody_knows_is_compared_as_i
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True}
 
 
-@pytest.mark.parametrize("edited", [
-    lambda q: q.update(ignore=[]),
-    lambda q: q.update(kv_cache_scheme=INT8),
-    lambda q: q["config_groups"]["group_0"].update(input_activations=INT8 | {"strategy": "token"}),
-    lambda q: q["config_groups"]["group_0"].update(format="int-quantized"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "edited",
+    [
+        lambda q: q.update(ignore=[]),
+        lambda q: q.update(kv_cache_scheme=INT8),
+        lambda q: q["config_groups"]["group_0"].update(
+            input_activations=INT8 | {"strategy": "token"}
+        ),
+        lambda q: q["config_groups"]["group_0"].update(format="int-quantized"),
+    ],
+)
 def test_a_quantization_config_that_was_edited_is_found(edited, copy, original):
     rewrite(copy / "config.json", lambda c: edited(c["quantization_config"]))
     faults = verify(copy, original).faults
-    assert len(faults) == 1 and "quantization_config of its config.json is not the one that was written with its codes" in faults[0]
+    assert (
+        len(faults) == 1
+        and "quantization_config of its config.json is not the one that was written with its codes"
+        in faults[0]
+    )
     assert verify(copy, original).json()["retold"]
     (copy / "qlab.json").unlink()
     assert verify(copy, original).faults == []  # who could say
@@ -102,5 +170,9 @@ def test_a_head_that_the_recipe_untied_is_no_fault_of_the_configuration(codec, s
     anew = convert(out, codec, tmp_path / "anew", requantize=parse_spec("int4-g16")).path
     assert [verify(path, source).faults for path in (out, there, anew)] == [[], [], []]
     plain = quantize(open_checkpoint(source), rtn(SPEC), None, tmp_path / "plain").path
-    rewrite(plain / "config.json", lambda c: c.update(tie_word_embeddings=False))  # its head is the embedding still
-    assert verify(plain, source).faults == ["config.json has tie_word_embeddings false where the reference has true"]
+    rewrite(
+        plain / "config.json", lambda c: c.update(tie_word_embeddings=False)
+    )  # its head is the embedding still
+    assert verify(plain, source).faults == [
+        "config.json has tie_word_embeddings false where the reference has true"
+    ]

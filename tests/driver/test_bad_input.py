@@ -41,7 +41,9 @@ def test_a_file_that_is_not_safetensors(folder):
 
 def test_an_index_that_lists_a_missing_shard(folder):
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00009.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-00009.safetensors"}})
+    )
     refused(lambda: qlab.open(folder), "model-00009.safetensors", "missing")
 
 
@@ -53,7 +55,9 @@ def test_a_config_that_is_broken_or_unknown(folder):
 
 
 def test_a_foreign_quantization(folder):
-    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "mystery"}}
+    config = json.loads((folder / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "mystery"}
+    }
     (folder / "config.json").write_text(json.dumps(config))
     refused(lambda: qlab.open(folder), "mystery")
 
@@ -61,37 +65,73 @@ def test_a_foreign_quantization(folder):
 def test_a_missing_tensor(folder, tmp_path):
     change(folder, model__layers__1__mlp__up_proj__weight=None)
     model = open_checkpoint(folder)
-    refused(lambda: qlab.quantize(model, qlab.rtn(INT4), None, tmp_path / "q"), "model.layers.1.mlp.up_proj.weight")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]  # found by the headers, before anything is written
+    refused(
+        lambda: qlab.quantize(model, qlab.rtn(INT4), None, tmp_path / "q"),
+        "model.layers.1.mlp.up_proj.weight",
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "model"
+    ]  # found by the headers, before anything is written
 
 
-@pytest.mark.parametrize("edit", [{"num_hidden_layers": 10**9}, {"text_config": {"num_hidden_layers": 10**9}}])
+@pytest.mark.parametrize(
+    "edit", [{"num_hidden_layers": 10**9}, {"text_config": {"num_hidden_layers": 10**9}}]
+)
 def test_more_layers_than_tensors_are_never_built(edit, folder, monkeypatch):
-    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | edit))
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | edit)
+    )
     monkeypatch.setattr(transformers, "AutoConfig", None)  # some configs hold a list of all layers
-    refused(lambda: qlab.plan(open_checkpoint(folder), qlab.rtn(INT4)), "num_hidden_layers 1000000000", "tensors")
+    refused(
+        lambda: qlab.plan(open_checkpoint(folder), qlab.rtn(INT4)),
+        "num_hidden_layers 1000000000",
+        "tensors",
+    )
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.1.input_layernorm.weight",
+        "lm_head.weight",
+    ],
+)
 @pytest.mark.parametrize("edit", [lambda t: t[1:], lambda t: t.to(torch.int8)])
 def test_files_of_another_model_than_the_config_describes(name, edit, folder):
     change(folder, **{name.replace(".", "__"): edit})
     model = open_checkpoint(folder)
-    refused(lambda: qlab.plan(model, qlab.rtn(INT4)), f"{name} is torch.", "config.json describes a model with floats", "another model")
+    refused(
+        lambda: qlab.plan(model, qlab.rtn(INT4)),
+        f"{name} is torch.",
+        "config.json describes a model with floats",
+        "another model",
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_or_inf_in_a_weight_names_its_site(folder, tmp_path, value):
-    change(folder, model__layers__1__mlp__up_proj__weight=lambda t: t.index_fill(1, torch.tensor([3]), value))
+    change(
+        folder,
+        model__layers__1__mlp__up_proj__weight=lambda t: t.index_fill(1, torch.tensor([3]), value),
+    )
     model = open_checkpoint(folder)
-    refused(lambda: qlab.quantize(model, qlab.rtn(INT4), None, tmp_path / "q"), "model.layers.1.mlp.up_proj", "NaN or Inf")
+    refused(
+        lambda: qlab.quantize(model, qlab.rtn(INT4), None, tmp_path / "q"),
+        "model.layers.1.mlp.up_proj",
+        "NaN or Inf",
+    )
     assert not list(tmp_path.glob("q*"))
 
 
 def test_inf_in_activations_names_the_sites_it_reaches(folder, tmp_path):
     change(folder, model__layers__1__post_attention_layernorm__weight=lambda t: t * 1e38)
     model, data = open_checkpoint(folder), random_tokens(folder)
-    refused(lambda: qlab.quantize(model, qlab.gptq(INT4), data, tmp_path / "q"), "model.layers.1.mlp.gate_proj", "NaN or Inf")
+    refused(
+        lambda: qlab.quantize(model, qlab.gptq(INT4), data, tmp_path / "q"),
+        "model.layers.1.mlp.gate_proj",
+        "NaN or Inf",
+    )
     assert not list(tmp_path.glob("q*"))
 
 
@@ -122,10 +162,16 @@ def test_token_ids_outside_the_vocabulary(folder):
 def test_a_second_moment_that_no_damping_repairs_names_its_site(folder, tmp_path, monkeypatch):
     from qlab.algebra import stats
 
-    broken = stats.STATS["second_moment"]._replace(lift=lambda o: stats.Moment(-100 * stats.gram(o.x_nk), len(o.x_nk)))
+    broken = stats.STATS["second_moment"]._replace(
+        lift=lambda o: stats.Moment(-100 * stats.gram(o.x_nk), len(o.x_nk))
+    )
     monkeypatch.setitem(stats.STATS, "second_moment", broken)
     model, data = open_checkpoint(folder), random_tokens(folder)
-    refused(lambda: qlab.quantize(model, qlab.gptq(INT4), data, tmp_path / "q"), "model.layers.0.", "positive definite")
+    refused(
+        lambda: qlab.quantize(model, qlab.gptq(INT4), data, tmp_path / "q"),
+        "model.layers.0.",
+        "positive definite",
+    )
 
 
 @pytest.mark.parametrize("keep", [1, 7, 8, 9, 3000, 0.5, 0.999])
@@ -136,7 +182,10 @@ def test_a_shard_cut_in_its_length_header_or_data(folder, keep):
     refused(lambda: qlab.open(folder), "model.safetensors is truncated")
 
 
-@pytest.mark.parametrize("text, words", [("{}", "has no weight_map"), ("[]", "holds no JSON object"), ("{", "is not valid JSON")])
+@pytest.mark.parametrize(
+    "text, words",
+    [("{}", "has no weight_map"), ("[]", "holds no JSON object"), ("{", "is not valid JSON")],
+)
 def test_an_index_that_lists_nothing(folder, text, words):
     (folder / "model.safetensors").unlink()
     (folder / INDEX).write_text(text)
@@ -153,67 +202,129 @@ def test_a_config_that_is_no_json_object(folder, text):
 def test_a_config_with_values_that_transformers_rejects(folder, changes):
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
-    refused(lambda: qlab.open(folder), "config.json", "transformers cannot read", repr(config["model_type"]))
+    refused(
+        lambda: qlab.open(folder),
+        "config.json",
+        "transformers cannot read",
+        repr(config["model_type"]),
+    )
 
 
 def test_a_config_that_contradicts_itself_is_told_how(folder):
     config = json.loads((folder / "config.json").read_text()) | {"hidden_size": 66}
     (folder / "config.json").write_text(json.dumps(config))
-    refused(lambda: qlab.open(folder), "config.json", "hidden size (66) is not a multiple of the number of attention heads (4)")
+    refused(
+        lambda: qlab.open(folder),
+        "config.json",
+        "hidden size (66) is not a multiple of the number of attention heads (4)",
+    )
 
 
 def test_a_model_that_is_no_causal_language_model(tmp_path):
     tiny("llama").save_pretrained(tmp_path)
     vision = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     AutoConfig.for_model("vit", **vision).save_pretrained(tmp_path)
-    refused(lambda: Skeleton(open_checkpoint(tmp_path), torch.float32), "cannot build a causal language model")
+    refused(
+        lambda: Skeleton(open_checkpoint(tmp_path), torch.float32),
+        "cannot build a causal language model",
+    )
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.input_layernorm.weight", "model.embed_tokens.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.0.input_layernorm.weight", "model.embed_tokens.weight", "model.norm.weight"],
+)
 def test_a_missing_tensor_that_is_no_site(folder, tmp_path, name):
     change(folder, **{name.replace(".", "__"): None})
-    refused(lambda: qlab.quantize(open_checkpoint(folder), qlab.rtn(INT4), None, tmp_path / "q"), f"has no tensor {name}")
+    refused(
+        lambda: qlab.quantize(open_checkpoint(folder), qlab.rtn(INT4), None, tmp_path / "q"),
+        f"has no tensor {name}",
+    )
     assert not (tmp_path / "q").exists()
 
 
-@pytest.mark.parametrize("edit, found", [(lambda t: t[:-1].clone(), "(127, 64)"), (lambda t: t.T.contiguous(), "(64, 128)"),
-                                         (lambda t: t.to(torch.int8), "torch.int8 (128, 64)")])  # fmt: skip
+@pytest.mark.parametrize(
+    "edit, found",
+    [
+        (lambda t: t[:-1].clone(), "(127, 64)"),
+        (lambda t: t.T.contiguous(), "(64, 128)"),
+        (lambda t: t.to(torch.int8), "torch.int8 (128, 64)"),
+    ],
+)
 def test_a_tensor_that_the_config_does_not_describe(folder, tmp_path, edit, found):
     change(folder, model__layers__1__mlp__up_proj__weight=edit)
-    model, words = open_checkpoint(folder), ("model.safetensors: model.layers.1.mlp.up_proj.weight is", found, "floats (128, 64)")
+    model, words = (
+        open_checkpoint(folder),
+        ("model.safetensors: model.layers.1.mlp.up_proj.weight is", found, "floats (128, 64)"),
+    )
     refused(lambda: qlab.quantize(model, qlab.rtn(INT4), None, tmp_path / "q"), *words)
     refused(lambda: qlab.evaluate(model, model, random_tokens(folder)), *words)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.1.input_layernorm.weight"])
-def test_a_tensor_that_is_not_finite_is_named_though_nothing_rounds_or_observes_it(folder, tmp_path, name):
-    change(folder, **{name.replace(".", "__"): lambda t: t.index_fill(0, torch.tensor([3]), float("inf"))})
-    refused(lambda: qlab.quantize(open_checkpoint(folder), qlab.rtn(INT4), None, tmp_path / "q"), f"{name} holds NaN or Inf")
+@pytest.mark.parametrize(
+    "name",
+    ["model.embed_tokens.weight", "model.norm.weight", "model.layers.1.input_layernorm.weight"],
+)
+def test_a_tensor_that_is_not_finite_is_named_though_nothing_rounds_or_observes_it(
+    folder, tmp_path, name
+):
+    change(
+        folder,
+        **{name.replace(".", "__"): lambda t: t.index_fill(0, torch.tensor([3]), float("inf"))},
+    )
+    refused(
+        lambda: qlab.quantize(open_checkpoint(folder), qlab.rtn(INT4), None, tmp_path / "q"),
+        f"{name} holds NaN or Inf",
+    )
     assert not (tmp_path / "q").exists()
 
 
 def test_a_weight_of_zeros_is_quantized_to_zeros(folder, tmp_path):
     change(folder, model__layers__1__mlp__down_proj__weight=torch.zeros_like)
-    out = qlab.quantize(open_checkpoint(folder), qlab.METHODS["awq-gptq"](INT4), random_tokens(folder), tmp_path / "q").path
+    out = qlab.quantize(
+        open_checkpoint(folder),
+        qlab.METHODS["awq-gptq"](INT4),
+        random_tokens(folder),
+        tmp_path / "q",
+    ).path
     assert not qlab.open(out).leaf("model.layers.1.mlp.down_proj.weight").codes.any()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("method", [qlab.awq, qlab.gptq])
 @pytest.mark.parametrize("name", ["0.self_attn.q_proj", "1.mlp.down_proj", "1.input_layernorm"])
-def test_a_tensor_that_is_not_finite_is_named_where_it_is_observed(folder, tmp_path, value, method, name):
-    change(folder, **{f"model.layers.{name}.weight".replace(".", "__"): lambda t: t.clone().index_fill_(0, torch.tensor([3]), value)})
+def test_a_tensor_that_is_not_finite_is_named_where_it_is_observed(
+    folder, tmp_path, value, method, name
+):
+    change(
+        folder,
+        **{
+            f"model.layers.{name}.weight".replace(".", "__"): lambda t: t.clone().index_fill_(
+                0, torch.tensor([3]), value
+            )
+        },
+    )
     model, data = open_checkpoint(folder), random_tokens(folder)
-    refused(lambda: qlab.quantize(model, method(INT4), data, tmp_path / "q"), f"model.layers.{name}.weight", "NaN or Inf")
+    refused(
+        lambda: qlab.quantize(model, method(INT4), data, tmp_path / "q"),
+        f"model.layers.{name}.weight",
+        "NaN or Inf",
+    )
     assert not (tmp_path / "q").exists()
 
 
-@pytest.mark.parametrize("line", ['{"text": "word1"', '"text"', '{"text": 7}', '{"text": null}', "[1]"])
+@pytest.mark.parametrize(
+    "line", ['{"text": "word1"', '"text"', '{"text": 7}', '{"text": null}', "[1]"]
+)
 def test_a_line_of_jsonl_without_a_text(folder, tmp_path, line):
     lines = tmp_path / "t.jsonl"
     lines.write_text('{"text": "word1"}\n\n' + line + "\n")
-    refused(lambda: qlab.tokens(open_checkpoint(folder), [lines], 1, 1), "t.jsonl, line 3", 'not a JSON object with a "text"')
+    refused(
+        lambda: qlab.tokens(open_checkpoint(folder), [lines], 1, 1),
+        "t.jsonl, line 3",
+        'not a JSON object with a "text"',
+    )
 
 
 def test_no_text_no_windows_and_no_tokenizer(folder, text, tmp_path):
@@ -229,13 +340,22 @@ def test_no_text_no_windows_and_no_tokenizer(folder, text, tmp_path):
 
 def test_half_a_character_in_a_text_is_named_by_its_line(folder, tmp_path):
     (tmp_path / "cut.jsonl").write_text('{"text": "a b"}\n{"text": "a \\ud800 b"}\n')
-    refused(lambda: qlab.tokens(open_checkpoint(folder), tmp_path / "cut.jsonl", 1, 2), "cut.jsonl, line 2", r"'\ud800' at 2", "repair")
+    refused(
+        lambda: qlab.tokens(open_checkpoint(folder), tmp_path / "cut.jsonl", 1, 2),
+        "cut.jsonl, line 2",
+        r"'\ud800' at 2",
+        "repair",
+    )
 
 
 def test_one_text_may_stand_without_a_list_and_no_windows_are_none(folder, text):
     model = open_checkpoint(folder)
-    assert torch.equal(qlab.tokens(model, text, 2, 8).ids, qlab.tokens(model, [str(text)], 2, 8).ids)
-    assert torch.equal(qlab.first_windows(model, str(text), 8, 2).ids, qlab.first_windows(model, [text], 8, 2).ids)
+    assert torch.equal(
+        qlab.tokens(model, text, 2, 8).ids, qlab.tokens(model, [str(text)], 2, 8).ids
+    )
+    assert torch.equal(
+        qlab.first_windows(model, str(text), 8, 2).ids, qlab.first_windows(model, [text], 8, 2).ids
+    )
     refused(lambda: qlab.first_windows(model, text, 8, 0), "0 windows were asked for")
     one = qlab.first_windows(model, text, 1, 4)
     refused(lambda: qlab.evaluate(model, model, one), "windows of 1 token predict nothing")
@@ -243,15 +363,32 @@ def test_one_text_may_stand_without_a_list_and_no_windows_are_none(folder, text)
 
 def test_arguments_that_mean_nothing(folder, tmp_path):
     model, data = open_checkpoint(folder), random_tokens(folder)
-    refused(lambda: qlab.quantize(model, qlab.gptq(INT4), data, tmp_path / "q", inputs="both"), "inputs 'both'", "'reference'")
+    refused(
+        lambda: qlab.quantize(model, qlab.gptq(INT4), data, tmp_path / "q", inputs="both"),
+        "inputs 'both'",
+        "'reference'",
+    )
     refused(lambda: qlab.plan(model, qlab.rtn(INT4), inputs="both"), "inputs 'both' are unknown")
-    refused(lambda: qlab.compare(model, {"../q": qlab.rtn(INT4)}, None, tmp_path / "q"), "'../q' has no name for a folder")
-    refused(lambda: qlab.plan(model, qlab.at("re:([", qlab.rtn(INT4))), "'re:(['", "no regular expression")
+    refused(
+        lambda: qlab.compare(model, {"../q": qlab.rtn(INT4)}, None, tmp_path / "q"),
+        "'../q' has no name for a folder",
+    )
+    refused(
+        lambda: qlab.plan(model, qlab.at("re:([", qlab.rtn(INT4))),
+        "'re:(['",
+        "no regular expression",
+    )
     for damp in (float("nan"), -1.0, 2.0):
         refused(lambda damp=damp: qlab.gptq(INT4, damp=damp), f"damp is {damp}", "from 0 to 1")
-        refused(lambda damp=damp: qlab.aim_at_reference(damp=damp), f"damp is {damp}", "from 0 to 1")
+        refused(
+            lambda damp=damp: qlab.aim_at_reference(damp=damp), f"damp is {damp}", "from 0 to 1"
+        )
     for strength in (0.0, float("nan"), float("inf")):
-        refused(lambda strength=strength: qlab.aim_at_reference(strength), f"strength is {strength}", "give a ")
+        refused(
+            lambda strength=strength: qlab.aim_at_reference(strength),
+            f"strength is {strength}",
+            "give a ",
+        )
     refused(lambda: qlab.gptq(INT4, block=0), "block is 0")
     refused(lambda: qlab.gptq(INT4, sweeps=-1), "sweeps -1")
     assert not list(tmp_path.glob("q*"))
@@ -259,25 +396,51 @@ def test_arguments_that_mean_nothing(folder, tmp_path):
 
 @pytest.mark.parametrize("ids", [torch.ones(4), torch.ones(1, 0)])
 def test_token_ids_that_are_no_windows(folder, ids):
-    refused(lambda: qlab.from_ids(open_checkpoint(folder), ids.long()), f"shape {tuple(ids.shape)}", "[samples, length]")
+    refused(
+        lambda: qlab.from_ids(open_checkpoint(folder), ids.long()),
+        f"shape {tuple(ids.shape)}",
+        "[samples, length]",
+    )
 
 
-@pytest.mark.parametrize("spec", ["", "int4", "int4-g", "int4-g0", "int9-g16", "int0-g16", "fp5-g16", "int4-g16-sym"])
+@pytest.mark.parametrize(
+    "spec", ["", "int4", "int4-g", "int4-g0", "int9-g16", "int0-g16", "fp5-g16", "int4-g16-sym"]
+)
 def test_an_unknown_spec(spec):
     refused(lambda: qlab.parse_spec(spec), spec[:4])
 
 
 @pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99"])
 def test_a_device_that_does_not_compute_here(folder, tmp_path, device):
-    refused(lambda: qlab.quantize(open_checkpoint(folder), qlab.rtn(INT4), None, tmp_path / "q", device=device),
-            f"the device {device!r} cannot be used here", "choose 'cpu'")  # fmt: skip
+    refused(
+        lambda: qlab.quantize(
+            open_checkpoint(folder), qlab.rtn(INT4), None, tmp_path / "q", device=device
+        ),
+        f"the device {device!r} cannot be used here",
+        "choose 'cpu'",
+    )
     assert not (tmp_path / "q.partial").exists()
 
 
 def test_models_and_windows_that_do_not_go_together_in_an_evaluation(folder, saved):
     model, windows = open_checkpoint(folder), random_tokens(folder, 2, 8)
-    small, deep = open_checkpoint(saved("llama", vocab_size=120)), open_checkpoint(saved("llama", num_hidden_layers=3))
-    refused(lambda: qlab.evaluate(small, model, windows), "vocabulary of 120 tokens", "one of 128", "the one that it was made from")
-    refused(lambda: qlab.evaluate(deep, model, windows), "has 3 blocks of hidden size 64", "has 2 of 64")
+    small, deep = (
+        open_checkpoint(saved("llama", vocab_size=120)),
+        open_checkpoint(saved("llama", num_hidden_layers=3)),
+    )
+    refused(
+        lambda: qlab.evaluate(small, model, windows),
+        "vocabulary of 120 tokens",
+        "one of 128",
+        "the one that it was made from",
+    )
+    refused(
+        lambda: qlab.evaluate(deep, model, windows), "has 3 blocks of hidden size 64", "has 2 of 64"
+    )
     opt = open_checkpoint(saved("opt"))
-    refused(lambda: qlab.evaluate(opt, opt, random_tokens(opt.path, 1, 129)), "windows of 129 tokens", "128 positions", "shorter")
+    refused(
+        lambda: qlab.evaluate(opt, opt, random_tokens(opt.path, 1, 129)),
+        "windows of 129 tokens",
+        "128 positions",
+        "shorter",
+    )

@@ -1,4 +1,5 @@
-"""The time in a plan: work counted from shapes, over rates that probes measure. No test asserts seconds of this machine."""
+"""The time in a plan: work counted from shapes, over rates that probes measure. No test asserts
+seconds of this machine."""
 
 import pytest
 import torch
@@ -45,21 +46,31 @@ def test_work_is_counted_from_shapes(model):
 
 
 def test_a_method_without_data_runs_no_model_and_touches_what_it_is_for(model):
-    everything, some = (plan(model, recipe).work for recipe in (rtn(INT4), at("*.down_proj", rtn(INT4))))
+    everything, some = (
+        plan(model, recipe).work for recipe in (rtn(INT4), at("*.down_proj", rtn(INT4)))
+    )
     assert everything.products == 0 and everything.elements == WORK["rtn", False].elements * WEIGHTS
     assert some.elements == WORK["rtn", False].elements * LAYERS * H * I
 
 
 def test_more_tokens_take_longer_and_the_range_holds_the_estimate(model):
     short, long = (plan(model, gptq(INT4), windows(model, samples, 16)) for samples in (4, 8))
-    assert short.work.seconds() < long.work.seconds() and short.seconds[0] < short.work.seconds() < short.seconds[1]
+    assert (
+        short.work.seconds() < long.work.seconds()
+        and short.seconds[0] < short.work.seconds() < short.seconds[1]
+    )
     assert short.json()["seconds"] == list(short.seconds)
-    assert "estimated time" in short.summary() and "of this processor" in short.summary()["estimated time"]
+    assert (
+        "estimated time" in short.summary()
+        and "of this processor" in short.summary()["estimated time"]
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_of_the_command_line_has_been_measured(name):
-    assert all((stage.name, bool(stage.needs)) in WORK for stage in METHODS[name](INT4) if stage.spec)
+    assert all(
+        (stage.name, bool(stage.needs)) in WORK for stage in METHODS[name](INT4) if stage.spec
+    )
 
 
 def test_a_stage_of_ones_own_counts_as_unknown(model):
@@ -70,11 +81,20 @@ def test_a_stage_of_ones_own_counts_as_unknown(model):
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_experts_multiply_what_is_routed_to_them(family, saved):
     mixture = open_checkpoint(saved(family))
-    routed, everywhere = (plan(mixture, gptq(INT4), windows(mixture, 4, 16), calibrate_all_experts=all_) for all_ in (False, True))
-    assert routed.work.products < everywhere.work.products and routed.work.float32 < everywhere.work.float32
+    routed, everywhere = (
+        plan(mixture, gptq(INT4), windows(mixture, 4, 16), calibrate_all_experts=all_)
+        for all_ in (False, True)
+    )
+    assert (
+        routed.work.products < everywhere.work.products
+        and routed.work.float32 < everywhere.work.float32
+    )
 
 
-@pytest.mark.parametrize("seconds, words", [(0.123, "0.12 s"), (119, "120 s"), (150, "2.5 min"), (7300, "2 h"), (200_000, "2.3 days")])
+@pytest.mark.parametrize(
+    "seconds, words",
+    [(0.123, "0.12 s"), (119, "120 s"), (150, "2.5 min"), (7300, "2 h"), (200_000, "2.3 days")],
+)
 def test_in_words(seconds, words):
     assert said(seconds) == words
 

@@ -1,4 +1,5 @@
-"""Linears around the blocks: vision towers, projectors and heads are left alone, or rounded without data where a rule says so."""
+"""Linears around the blocks: vision towers, projectors and heads are left alone, or rounded without
+data where a rule says so."""
 
 import json
 
@@ -41,7 +42,9 @@ def written(saved, tmp_path_factory):
     def write(family):
         if family not in made:
             recipe, out = chain(gptq(INT4), TOWER[:-1]), tmp_path_factory.mktemp(family) / "out"
-            made[family] = quantize(open_checkpoint(saved(family)), recipe, random_tokens(saved(family)), out)
+            made[family] = quantize(
+                open_checkpoint(saved(family)), recipe, random_tokens(saved(family)), out
+            )
         return made[family]
 
     return write
@@ -57,21 +60,39 @@ def test_a_rounded_tower_loads_in_transformers_and_computes_what_qlab_reads(fami
     batch, result = pictured(family, 0), written(family)
     ours, theirs = with_image(result.path, batch), from_transformers(result.path)(**batch).logits
     assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
-    decoder = quantize(open_checkpoint(saved(family)), gptq(INT4), random_tokens(saved(family)), result.path.with_name("decoder"))
-    assert (with_image(decoder.path, batch) - ours).norm() > 1e-4 * ours.norm()  # the tower did change
-    assert torch.equal(qlab_logits(decoder.path), qlab_logits(result.path))  # and the decoder did not
+    decoder = quantize(
+        open_checkpoint(saved(family)),
+        gptq(INT4),
+        random_tokens(saved(family)),
+        result.path.with_name("decoder"),
+    )
+    assert (
+        with_image(decoder.path, batch) - ours
+    ).norm() > 1e-4 * ours.norm()  # the tower did change
+    assert torch.equal(
+        qlab_logits(decoder.path), qlab_logits(result.path)
+    )  # and the decoder did not
 
 
 @every_model
 def test_every_linear_around_the_blocks_is_reported_and_verified(family, saved, written):
     result, source = written(family), open_checkpoint(saved(family))
     around = set(outside_sites(Skeleton(source, torch.float32))) - {"lm_head"}
-    assert around <= set(result.sites) == set(result.plan.sites) - {"lm_head"} and "lm_head" in result.plan.unquantized
-    assert all(result.sites[name]["spec"] == "int8-channel" and 0 < result.sites[name]["weight_error"] < 0.01 for name in around)
+    assert (
+        around <= set(result.sites) == set(result.plan.sites) - {"lm_head"}
+        and "lm_head" in result.plan.unquantized
+    )
+    assert all(
+        result.sites[name]["spec"] == "int8-channel"
+        and 0 < result.sites[name]["weight_error"] < 0.01
+        for name in around
+    )
     model, new = tiny(family), tensors(result.path)
     biases = {name for name in tensors(saved(family)) if name.endswith("bias")}
     assert all(bits_equal(tensors(saved(family))[name], new[name]) for name in biases)
-    assert {name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)} == set(result.sites) | {"lm_head"}
+    assert {name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)} == set(
+        result.sites
+    ) | {"lm_head"}
     assert not verify(result.path, source).faults
 
 
@@ -80,7 +101,10 @@ def test_a_killed_run_writes_the_tower_again_with_its_report(saved, tmp_path, mo
     recipe = chain(rtn(INT4), at("*projector*", outside(hqq(INT8))))
     whole = quantize(source, recipe, None, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr("qlab.files.writer.Writer.write_notes", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "qlab.files.writer.Writer.write_notes",
+            lambda *a: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
         with pytest.raises(KeyboardInterrupt):
             quantize(source, recipe, None, tmp_path / "killed")
     again = quantize(source, recipe, None, tmp_path / "killed", resume=True)
@@ -90,57 +114,101 @@ def test_a_killed_run_writes_the_tower_again_with_its_report(saved, tmp_path, mo
 
 def test_recipes_of_one_pass_each_round_what_they_name(saved, tmp_path):
     source = open_checkpoint(saved("llava"))
-    recipes = {"left": rtn(INT4), "rounded": chain(rtn(INT4), at("*projector*", outside(rtn(INT4))))}
+    recipes = {
+        "left": rtn(INT4),
+        "rounded": chain(rtn(INT4), at("*projector*", outside(rtn(INT4)))),
+    }
     compare(source, recipes, None, tmp_path)
     for name, expected in {"left": 0, "rounded": 2}.items():
-        assert sum("projector" in module for module in open_checkpoint(tmp_path / name).quantized) == expected
+        assert (
+            sum("projector" in module for module in open_checkpoint(tmp_path / name).quantized)
+            == expected
+        )
 
 
 @torch.no_grad()
 def test_a_head_of_its_own_is_rounded_by_rule(saved, tmp_path):
     source = saved("llama")
-    result = quantize(open_checkpoint(source), chain(rtn(parse_spec("int4-g32")), at("lm_head", outside(rtn(INT8)))), None,
-                      tmp_path / "out")  # fmt: skip
+    result = quantize(
+        open_checkpoint(source),
+        chain(rtn(parse_spec("int4-g32")), at("lm_head", outside(rtn(INT8)))),
+        None,
+        tmp_path / "out",
+    )
     assert "lm_head.weight_packed" in tensors(result.path)
     theirs = causal(result.path)(input_ids=IDS).logits
     assert (qlab_logits(result.path) - theirs).norm() <= 1e-5 * theirs.norm()
-    assert (lower(result.path, dtype=torch.float32, dense_cache=True)(input_ids=IDS).logits - theirs).norm() <= 1e-4 * theirs.norm()
-    assert evaluate(open_checkpoint(result.path), open_checkpoint(source), random_tokens(source)).kl > 0
+    assert (
+        lower(result.path, dtype=torch.float32, dense_cache=True)(input_ids=IDS).logits - theirs
+    ).norm() <= 1e-4 * theirs.norm()
+    assert (
+        evaluate(open_checkpoint(result.path), open_checkpoint(source), random_tokens(source)).kl
+        > 0
+    )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2_vl"])
 def test_a_tied_head_becomes_a_weight_of_its_own(family, saved, tmp_path):
     source = saved(family, tie_word_embeddings=True)
-    result = quantize(open_checkpoint(source), chain(rtn(INT4), at("lm_head", outside(rtn(INT8)))), None, tmp_path / "out")
+    result = quantize(
+        open_checkpoint(source),
+        chain(rtn(INT4), at("lm_head", outside(rtn(INT8)))),
+        None,
+        tmp_path / "out",
+    )
     after, before = tensors(result.path), tensors(source)
     [embedding] = [name for name in before if "embed_tokens" in name]
-    assert "lm_head.weight_packed" in after and not any(name.startswith("lm_head") for name in before)
-    assert bits_equal(after[embedding], before[embedding]) and result.sites["lm_head"]["weight_error"] > 0
-    theirs = (from_transformers if family == "qwen2_vl" else causal)(result.path)(input_ids=IDS).logits
+    assert "lm_head.weight_packed" in after and not any(
+        name.startswith("lm_head") for name in before
+    )
+    assert (
+        bits_equal(after[embedding], before[embedding])
+        and result.sites["lm_head"]["weight_error"] > 0
+    )
+    theirs = (from_transformers if family == "qwen2_vl" else causal)(result.path)(
+        input_ids=IDS
+    ).logits
     assert (qlab_logits(result.path) - theirs).norm() <= 1e-5 * theirs.norm()
-    assert (lower(result.path, dtype=torch.float32, dense_cache=True)(input_ids=IDS).logits - theirs).norm() <= 1e-4 * theirs.norm()
+    assert (
+        lower(result.path, dtype=torch.float32, dense_cache=True)(input_ids=IDS).logits - theirs
+    ).norm() <= 1e-4 * theirs.norm()
     assert verify(result.path, source).faults == []
 
 
 def test_verify_finds_a_head_that_is_not_the_embedding_rounded(saved, tmp_path):
     source, other = (saved("llama", tie_word_embeddings=True), tmp_path / "other")
-    quantize(open_checkpoint(source), chain(rtn(INT4), at("lm_head", outside(rtn(INT8)))), None, tmp_path / "out")
+    quantize(
+        open_checkpoint(source),
+        chain(rtn(INT4), at("lm_head", outside(rtn(INT8)))),
+        None,
+        tmp_path / "out",
+    )
     model = tiny("llama", tie_word_embeddings=True)
     torch.nn.init.normal_(model.get_input_embeddings().weight)
     model.save_pretrained(other)
-    assert any(fault.startswith("lm_head: its weight error") for fault in verify(tmp_path / "out", other).faults)
+    assert any(
+        fault.startswith("lm_head: its weight error")
+        for fault in verify(tmp_path / "out", other).faults
+    )
 
 
 def test_rules_for_the_blocks_do_not_reach_around_them(saved):
-    with pytest.raises(QlabError, match=r"matches no site \(\*visual\*\); outside\(\) reaches model.visual.blocks.0.attn.qkv"):
+    with pytest.raises(
+        QlabError,
+        match=r"matches no site \(\*visual\*\); outside\(\) reaches model.visual.blocks.0.attn.qkv",
+    ):
         plan(open_checkpoint(saved("qwen2_vl")), rules({"*visual*": rtn(INT4), "*": keep()}))
 
 
-@pytest.mark.parametrize("transform, words", [
-    (gptq(INT4), "'gptq' observes second_moment"), (awq(INT4), "'awq_scale' observes"),
-    (quantize_inputs(INT8), "'quantize_inputs' changes more than weights"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "transform, words",
+    [
+        (gptq(INT4), "'gptq' observes second_moment"),
+        (awq(INT4), "'awq_scale' observes"),
+        (quantize_inputs(INT8), "'quantize_inputs' changes more than weights"),
+    ],
+)
 def test_methods_that_need_data_are_refused_around_the_blocks(transform, words):
     with pytest.raises(QlabError, match=f"{words}.*use rtn or hqq"):
         outside(transform)
@@ -148,7 +216,10 @@ def test_methods_that_need_data_are_refused_around_the_blocks(transform, words):
 
 def test_groups_that_do_not_divide_a_tower_are_refused_by_name(saved):
     with pytest.raises(QlabError, match=r"model\.vision_tower.*groups of 48 do not divide the 32"):
-        plan(open_checkpoint(saved("llava")), chain(rtn(INT4), at("*vision*", outside(rtn(parse_spec("int4-g48"))))))
+        plan(
+            open_checkpoint(saved("llava")),
+            chain(rtn(INT4), at("*vision*", outside(rtn(parse_spec("int4-g48"))))),
+        )
 
 
 def test_weights_named_twice_are_refused(saved):
@@ -164,10 +235,33 @@ def test_without_a_model_nothing_lies_outside(saved, tmp_path):
 
 
 def test_the_command_rounds_a_tower(saved, tmp_path, command):
-    code, out, err = command(main, "quantize", saved("qwen2_vl"), "--out", tmp_path / "out", "--method", "rtn", "--spec", "int4-g16",
-                             "--outside", "*visual*=int8-channel")  # fmt: skip
+    code, out, err = command(
+        main,
+        "quantize",
+        saved("qwen2_vl"),
+        "--out",
+        tmp_path / "out",
+        "--method",
+        "rtn",
+        "--spec",
+        "int4-g16",
+        "--outside",
+        "*visual*=int8-channel",
+    )
     assert code == 0 and "around the blocks" in out, err
     record = json.loads((tmp_path / "out" / "qlab.json").read_text())
-    assert {row["spec"] for name, row in record["sites"].items() if "visual" in name} == {"int8-channel"}
-    code, _, err = command(main, "plan", saved("qwen2_vl"), "--method", "rtn", "--spec", "int4-g16", "--outside", "*visual*")
+    assert {row["spec"] for name, row in record["sites"].items() if "visual" in name} == {
+        "int8-channel"
+    }
+    code, _, err = command(
+        main,
+        "plan",
+        saved("qwen2_vl"),
+        "--method",
+        "rtn",
+        "--spec",
+        "int4-g16",
+        "--outside",
+        "*visual*",
+    )
     assert code == 2 and "write GLOB=SPEC" in err

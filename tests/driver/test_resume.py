@@ -32,13 +32,21 @@ def source(saved):
 
 
 def recipe(spec=SPEC, **options):
-    """GPTQ where it is short, so that a run is; with a reference beside it, whose hidden states are carried too."""
-    return rules({"*.v_proj": chain(aim_at_reference(), gptq(spec, **options)), "*.down_proj": gptq(spec, **options), "*": rtn(SPEC)})
+    """GPTQ where it is short, so that a run is; with a reference beside it, whose hidden states are
+    carried too."""
+    return rules(
+        {
+            "*.v_proj": chain(aim_at_reference(), gptq(spec, **options)),
+            "*.down_proj": gptq(spec, **options),
+            "*": rtn(SPEC),
+        }
+    )
 
 
 @pytest.fixture(scope="module")
 def job(source):
-    """job(out, **options): three blocks, each calibrated on what the rounded ones before it produce."""
+    """job(out, **options): three blocks, each calibrated on what the rounded ones before it
+    produce."""
     model, data = open_checkpoint(source), random_tokens(source)
     return lambda out, **options: quantize(model, recipe(), data, out, **options)
 
@@ -51,8 +59,11 @@ def whole(job, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def former(source, tmp_path_factory):
-    """former(out) makes `out` an earlier output of qlab, which --overwrite may replace -> its contents."""
-    made = quantize(open_checkpoint(source), rtn(SPEC), None, tmp_path_factory.mktemp("former") / "out").path
+    """former(out) makes `out` an earlier output of qlab, which --overwrite may replace -> its
+    contents."""
+    made = quantize(
+        open_checkpoint(source), rtn(SPEC), None, tmp_path_factory.mktemp("former") / "out"
+    ).path
     return lambda out: contents(shutil.copytree(made, out, dirs_exist_ok=True))
 
 
@@ -69,12 +80,16 @@ def test_killed_at_any_rename_and_resumed(when, overwrite, job, whole, former, t
         out = tmp_path / f"{points + 1}" / "out"
         out.parent.mkdir()
         seen = former(out) if overwrite else None
-        status = finish(start(dying(lambda out=out: job(out, overwrite=overwrite), points + 1, when)))
+        status = finish(
+            start(dying(lambda out=out: job(out, overwrite=overwrite), points + 1, when))
+        )
         if status == 0:
             break  # every rename of the run has had its turn
         assert status == KILLED
         points += 1
-        assert not out.exists() or contents(out) == seen or whole.items() <= contents(out).items()  # never something between
+        assert (
+            not out.exists() or contents(out) == seen or whole.items() <= contents(out).items()
+        )  # never something between
         assert finish(start(lambda out=out: job(out, resume=True))) == 0
         assert_whole(out, whole)
     assert points >= 18 and points - first >= 6 and contents(out) == whole
@@ -105,12 +120,18 @@ def test_killed_at_twenty_random_moments_and_resumed(job, whole, tmp_path):
 
 
 def test_a_killed_comparison_is_resumed(source, tmp_path):
-    model, data, recipes = open_checkpoint(source), random_tokens(source), {"rtn": rtn(SPEC), "mixed": recipe()}
+    model, data, recipes = (
+        open_checkpoint(source),
+        random_tokens(source),
+        {"rtn": rtn(SPEC), "mixed": recipe()},
+    )
     compare(model, recipes, data, tmp_path / "whole")
     expected = contents(tmp_path / "whole")
     for n in range(3, 33, 6):
         out = tmp_path / str(n)
-        status = finish(start(dying(lambda out=out: compare(model, recipes, data, out), n, "after")))
+        status = finish(
+            start(dying(lambda out=out: compare(model, recipes, data, out), n, "after"))
+        )
         assert status == KILLED
         compare(model, recipes, data, out, resume=True)
         assert contents(out) == expected
@@ -144,7 +165,11 @@ def test_only_the_same_job_may_resume(killed, source, saved):
 def test_what_a_stage_searched_for_and_how_scales_are_stored_belong_to_the_job(source, tmp_path):
     model, data, int4 = open_checkpoint(source), random_tokens(source), parse_spec("int4-g32")
     for name, first, second in (
-        ("search", chain(awq_scale(parse_spec("int3-g32")), rtn(int4)), chain(awq_scale(parse_spec("int8-g32")), rtn(int4))),
+        (
+            "search",
+            chain(awq_scale(parse_spec("int3-g32")), rtn(int4)),
+            chain(awq_scale(parse_spec("int8-g32")), rtn(int4)),
+        ),
         ("scales", rtn(int4), rtn(replace(int4, scale_dtype=torch.float16))),
         ("order", gptq(int4), gptq(int4, order=partial(act_order))),
     ):
@@ -182,7 +207,9 @@ def test_templates_in_a_folder_of_their_own_are_copied_and_cleared_away(source, 
     assert finish(start(dying(job, 18, "after"))) == KILLED
     assert (tmp_path / "out.partial" / "additional_chat_templates").is_dir()
     job()
-    assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
+    assert (
+        tmp_path / "out" / "additional_chat_templates" / "tools.jinja"
+    ).read_text() == "{{ tools }}"
 
 
 def test_resuming_a_finished_job_changes_nothing(job, whole, tmp_path):

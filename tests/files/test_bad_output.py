@@ -18,7 +18,11 @@ def test_an_existing_output_directory_stays_as_it_is(folder, tmp_path):
     out = tmp_path / "q"
     out.mkdir()
     (out / "mine.txt").write_text("precious")
-    refused(lambda: qlab.quantize(open_checkpoint(folder), qlab.rtn(INT4), None, out), "q exists", "--overwrite")
+    refused(
+        lambda: qlab.quantize(open_checkpoint(folder), qlab.rtn(INT4), None, out),
+        "q exists",
+        "--overwrite",
+    )
     assert contents(out) == {"mine.txt": b"precious"}
 
 
@@ -36,7 +40,9 @@ def test_a_full_disk_leaves_the_former_result_and_can_be_resumed(folder, tmp_pat
 
     monkeypatch.setattr(writer, "write", full)
     again = qlab.rtn(qlab.parse_spec("int3-g16"))
-    refused(lambda: qlab.quantize(model, again, None, out, overwrite=True), "00003", "No space left")
+    refused(
+        lambda: qlab.quantize(model, again, None, out, overwrite=True), "00003", "No space left"
+    )
     assert contents(out) == before
     assert not list(tmp_path.rglob("*.tmp"))
     monkeypatch.setattr(writer, "write", write)
@@ -46,14 +52,24 @@ def test_a_full_disk_leaves_the_former_result_and_can_be_resumed(folder, tmp_pat
 
 def test_an_output_that_is_the_model_or_lies_below_a_file(folder):
     before, model = contents(folder), open_checkpoint(folder)
-    refused(lambda: qlab.quantize(model, qlab.rtn(INT4), None, folder, overwrite=True), "is the model itself")
-    refused(lambda: qlab.quantize(model, qlab.rtn(INT4), None, folder / "config.json" / "q"), "q.partial cannot be created")
+    refused(
+        lambda: qlab.quantize(model, qlab.rtn(INT4), None, folder, overwrite=True),
+        "is the model itself",
+    )
+    refused(
+        lambda: qlab.quantize(model, qlab.rtn(INT4), None, folder / "config.json" / "q"),
+        "q.partial cannot be created",
+    )
     assert contents(folder) == before
 
 
 def test_an_output_around_the_model_is_refused_even_when_it_may_be_overwritten(folder):
     before, model = contents(folder.parent), open_checkpoint(folder)
-    refused(lambda: qlab.quantize(model, qlab.rtn(INT4), None, folder.parent, overwrite=True), "holds the model", "choose another")
+    refused(
+        lambda: qlab.quantize(model, qlab.rtn(INT4), None, folder.parent, overwrite=True),
+        "holds the model",
+        "choose another",
+    )
     assert contents(folder.parent) == before
 
 
@@ -68,19 +84,35 @@ def test_an_output_that_cannot_be_put_in_place_can_be_resumed(folder, tmp_path, 
         rename(source, target)
 
     monkeypatch.setattr(writer.os, "replace", busy)
-    refused(lambda: qlab.quantize(open_checkpoint(folder), qlab.rtn(INT4), None, out), "q cannot be put in place", "busy", "--resume")
+    refused(
+        lambda: qlab.quantize(open_checkpoint(folder), qlab.rtn(INT4), None, out),
+        "q cannot be put in place",
+        "busy",
+        "--resume",
+    )
     monkeypatch.setattr(writer.os, "replace", rename)
-    assert qlab.quantize(open_checkpoint(folder), qlab.rtn(INT4), None, out, resume=True).path == out
+    assert (
+        qlab.quantize(open_checkpoint(folder), qlab.rtn(INT4), None, out, resume=True).path == out
+    )
 
 
-@pytest.mark.parametrize("limit", [100, 4000, 12000, 30000])  # the job file, the report, hidden states, a shard
+@pytest.mark.parametrize(
+    "limit", [100, 4000, 12000, 30000]
+)  # the job file, the report, hidden states, a shard
 def test_files_that_the_system_refuses_to_let_grow(folder, tmp_path, limit):
     out, recipe = tmp_path / "out", qlab.gptq(INT4)
-    job = lambda out, **options: qlab.quantize(open_checkpoint(folder), recipe, random_tokens(folder), out, **options)
+    job = lambda out, **options: qlab.quantize(
+        open_checkpoint(folder), recipe, random_tokens(folder), out, **options
+    )
 
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        refused(lambda: job(out, overwrite=True), "cannot be written", "File too large", "free some space")
+        refused(
+            lambda: job(out, overwrite=True),
+            "cannot be written",
+            "File too large",
+            "free some space",
+        )
 
     job(tmp_path / "whole")
     before = contents(qlab.quantize(open_checkpoint(folder), qlab.rtn(INT4), None, out).path)

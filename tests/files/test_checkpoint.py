@@ -1,4 +1,5 @@
-"""Opening model directories: names, dtypes and tensors as the files hold them, and what is loaded when."""
+"""Opening model directories: names, dtypes and tensors as the files hold them, and what is loaded
+when."""
 
 import json
 
@@ -21,9 +22,14 @@ from qlab.model.skeleton import Skeleton
 def test_every_parameter_is_found_in_the_files(family, saved):
     model, skeleton = tiny(family), Skeleton(open_checkpoint(saved(family)), torch.float32)
     skeleton.load_outside(with_head=True)
-    outside = {n: p for n, p in skeleton.model.named_parameters(remove_duplicate=False) if not p.is_meta}
-    inside = {f"{path}.{leaf}": skeleton.checkpoint.tensor(piece.name)
-              for path in skeleton.blocks for leaf, (piece,) in skeleton.block_names(path).items()}  # fmt: skip
+    outside = {
+        n: p for n, p in skeleton.model.named_parameters(remove_duplicate=False) if not p.is_meta
+    }
+    inside = {
+        f"{path}.{leaf}": skeleton.checkpoint.tensor(piece.name)
+        for path in skeleton.blocks
+        for leaf, (piece,) in skeleton.block_names(path).items()
+    }
     expected = dict(model.named_parameters(remove_duplicate=False))
     assert outside.keys() | inside.keys() == expected.keys()
     assert all(torch.equal(p, expected[name]) for name, p in {**outside, **inside}.items())
@@ -32,7 +38,10 @@ def test_every_parameter_is_found_in_the_files(family, saved):
 def test_what_is_loaded_outside_the_blocks_can_be_dropped(saved):
     skeleton = Skeleton(open_checkpoint(saved()), torch.float32)
     skeleton.load_outside(with_head=False)
-    assert [n for n, p in skeleton.model.named_parameters() if not p.is_meta] == ["model.embed_tokens.weight", "model.norm.weight"]
+    assert [n for n, p in skeleton.model.named_parameters() if not p.is_meta] == [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+    ]
     skeleton.drop_outside()
     assert all(p.is_meta for p in skeleton.model.parameters())
 
@@ -61,15 +70,23 @@ def test_the_dtype_is_that_of_most_numbers(saved, tmp_path):
 
 def test_each_tensor_keeps_its_own_dtype_in_the_output(tmp_path):
     tiny("llama").to(torch.float16).save_pretrained(tmp_path / "model")
-    change(tmp_path / "model", model__norm__weight=torch.Tensor.float, model__layers__0__input_layernorm__weight=torch.Tensor.float)
-    out = quantize(open_checkpoint(tmp_path / "model"), rtn(parse_spec("int4-g16")), None, tmp_path / "out").path
+    change(
+        tmp_path / "model",
+        model__norm__weight=torch.Tensor.float,
+        model__layers__0__input_layernorm__weight=torch.Tensor.float,
+    )
+    out = quantize(
+        open_checkpoint(tmp_path / "model"), rtn(parse_spec("int4-g16")), None, tmp_path / "out"
+    ).path
     source, written = tensors(tmp_path / "model"), tensors(out)
     kept = source.keys() & written.keys()
     assert len(kept) == 7 and all(bits_equal(source[name], written[name]) for name in kept)
 
 
 def test_quantized_leaves_come_back_as_codes(saved, tmp_path):
-    out = quantize(open_checkpoint(saved()), rtn(parse_spec("int4-g16")), None, tmp_path / "out").path
+    out = quantize(
+        open_checkpoint(saved()), rtn(parse_spec("int4-g16")), None, tmp_path / "out"
+    ).path
     model = open_checkpoint(out)
     leaf = model.leaf("model.layers.1.mlp.up_proj.weight")
     assert isinstance(leaf, QTensor) and leaf.shape == (128, 64) and str(leaf.spec) == "int4-g16"
@@ -98,15 +115,34 @@ def test_the_fingerprint_follows_the_model_and_not_its_place(saved, tmp_path):
 
 
 def test_generation_runs_on_the_quantized_directory(saved, tmp_path):
-    out = quantize(open_checkpoint(saved()), rtn(parse_spec("int8-channel")), random_tokens(saved()), tmp_path / "out").path
+    out = quantize(
+        open_checkpoint(saved()),
+        rtn(parse_spec("int8-channel")),
+        random_tokens(saved()),
+        tmp_path / "out",
+    ).path
     prompt = torch.tensor([[5, 6, 7]])
-    new = [AutoModelForCausalLM.from_pretrained(path).generate(prompt, max_new_tokens=8, do_sample=False) for path in (saved(), out)]
+    new = [
+        AutoModelForCausalLM.from_pretrained(path).generate(
+            prompt, max_new_tokens=8, do_sample=False
+        )
+        for path in (saved(), out)
+    ]
     assert new[0].shape == new[1].shape == (1, 11)
 
 
 def test_narrow_floats_without_a_word_on_their_scales_are_refused(saved, tmp_path):
-    """As they are they would be another model; their scales lie beside them and only a quantization_config says how."""
-    made = quantize(open_checkpoint(saved()), rtn(parse_spec("fp8-channel")), None, tmp_path / "made").path
+    """As they are they would be another model; their scales lie beside them and only a
+    quantization_config says how."""
+    made = quantize(
+        open_checkpoint(saved()), rtn(parse_spec("fp8-channel")), None, tmp_path / "made"
+    ).path
     rewrite(made / "config.json", lambda c: c.pop("quantization_config"))
-    with pytest.raises(QlabError, match=r"model\.layers\.0\.mlp\.down_proj\.weight and 13 more tensors in F8_E4M3, and its config"):
+    with pytest.raises(
+        QlabError,
+        match=(
+            r"model\.layers\.0\.mlp\.down_proj\.weight and 13 more tensors in F8_E4M3, and its "
+            r"config"
+        ),
+    ):
         open_checkpoint(made)

@@ -1,4 +1,5 @@
-"""A resumed run believes what it can prove: whatever became of a killed run's files, the bytes are those of one that was not killed."""
+"""A resumed run believes what it can prove: whatever became of a killed run's files, the bytes are
+those of one that was not killed."""
 
 import json
 import shutil
@@ -21,14 +22,26 @@ SPEC = parse_spec("int4-g16")
 
 @pytest.fixture(scope="module")
 def jobs(saved, tmp_path_factory):
-    """name -> (a job(out, resume), what it writes, the folder that it leaves when it is killed before its last block's notes)."""
-    source, single = saved("llama", num_hidden_layers=3), rules({"*.v_proj": gptq(SPEC), "*": rtn(SPEC)})
-    shards = quantize(open_checkpoint(source), rtn(SPEC), None, tmp_path_factory.mktemp("shards") / "q").path
+    """name -> (a job(out, resume), what it writes, the folder that it leaves when it is killed
+    before its last block's notes)."""
+    source, single = (
+        saved("llama", num_hidden_layers=3),
+        rules({"*.v_proj": gptq(SPEC), "*": rtn(SPEC)}),
+    )
+    shards = quantize(
+        open_checkpoint(source), rtn(SPEC), None, tmp_path_factory.mktemp("shards") / "q"
+    ).path
     made = {
-        "without data": lambda out, **options: quantize(open_checkpoint(source), rtn(SPEC), None, out, **options),
-        "with data": lambda out, **options: quantize(open_checkpoint(source), single, random_tokens(source), out, **options),
+        "without data": lambda out, **options: quantize(
+            open_checkpoint(source), rtn(SPEC), None, out, **options
+        ),
+        "with data": lambda out, **options: quantize(
+            open_checkpoint(source), single, random_tokens(source), out, **options
+        ),
         "convert": lambda out, **options: convert(shards, "compressed-tensors", out, **options),
-        "model-free": lambda out, **options: quantize_files(shards.parent / "dense", rtn(SPEC), out, **options),
+        "model-free": lambda out, **options: quantize_files(
+            shards.parent / "dense", rtn(SPEC), out, **options
+        ),
     }
     _in_shards(source, shards.parent / "dense")
     real, folder = Writer.write_notes, tmp_path_factory.mktemp("jobs")
@@ -57,7 +70,8 @@ def _in_shards(source, out):
 
 @pytest.fixture
 def resumed(jobs, tmp_path, capsys):
-    """resumed(name of a job, damage) -> what the run says that goes on after damage(its folder); its bytes are checked."""
+    """resumed(name of a job, damage) -> what the run says that goes on after damage(its folder);
+    its bytes are checked."""
 
     def run(name, damage):
         job, whole, left = jobs[name]
@@ -104,7 +118,9 @@ DAMAGE = {
     "no notes": lambda p: notes(p).unlink(),
     "emptied notes": lambda p: notes(p).write_text(""),
     "notes of zeros": lambda p: edit(notes(p), lambda raw: bytes(len(raw))),
-    "another number in the notes": lambda p: rewrite(notes(p), lambda value: value["notes"]["sites"].popitem()),
+    "another number in the notes": lambda p: rewrite(
+        notes(p), lambda value: value["notes"]["sites"].popitem()
+    ),
     "another's notes": lambda p: shutil.copyfile(notes(p, 2), notes(p)),
 }
 
@@ -118,7 +134,9 @@ def test_a_damaged_segment_is_named_and_made_again(damage, resumed):
 
 @pytest.mark.parametrize("name", ["with data", "convert", "model-free"])
 def test_every_door_that_resumes_checks_all_it_finds(name, resumed):
-    assert "is not what was written; that part is made again" in resumed(name, DAMAGE["one bit of a shard"])
+    assert "is not what was written; that part is made again" in resumed(
+        name, DAMAGE["one bit of a shard"]
+    )
 
 
 CARRIED = {
@@ -133,7 +151,9 @@ CARRIED = {
 
 @pytest.mark.parametrize("damage", CARRIED)
 def test_damaged_hidden_states_are_named_and_run_again(damage, resumed):
-    assert "carry-quantized-00002.bin is not what was written" in resumed("with data", lambda p: edit(carry(p), CARRIED[damage]))
+    assert "carry-quantized-00002.bin is not what was written" in resumed(
+        "with data", lambda p: edit(carry(p), CARRIED[damage])
+    )
 
 
 def test_missing_hidden_states_are_run_again(resumed):
@@ -146,7 +166,9 @@ def test_hidden_states_of_another_block_are_not_taken(resumed):
 
 def test_only_the_damaged_block_is_solved_again_where_there_are_no_data(resumed, monkeypatch):
     written, real = [], Writer.write_shard
-    monkeypatch.setattr(Writer, "write_shard", lambda self, i, tensors: written.append(i) or real(self, i, tensors))
+    monkeypatch.setattr(
+        Writer, "write_shard", lambda self, i, tensors: written.append(i) or real(self, i, tensors)
+    )
     resumed("without data", DAMAGE["no notes"])
     assert written == [1, 3]
 
@@ -159,7 +181,11 @@ def test_what_no_run_wrote_is_moved_beside_the_output(resumed, tmp_path):
 
     said = resumed("without data", add)
     assert "thesis.tex is no file of this run; it was moved to" in said
-    aside = {"thesis.tex": b"years of work", ".work/ideas.txt": b"more", "model-00007-of-00007.safetensors": b"of another model"}
+    aside = {
+        "thesis.tex": b"years of work",
+        ".work/ideas.txt": b"more",
+        "model-00007-of-00007.safetensors": b"of another model",
+    }
     assert contents(tmp_path / "out.aside") == aside
 
 
@@ -177,7 +203,11 @@ def test_a_finished_job_is_not_believed_either(jobs, tmp_path):
     job(tmp_path / "out")
     edit(shard(tmp_path / "out"), flip)
     before = contents(tmp_path)
-    refused(lambda: job(tmp_path / "out", resume=True), "is finished", "model-00002-of-00004.safetensors is not what was written")
+    refused(
+        lambda: job(tmp_path / "out", resume=True),
+        "is finished",
+        "model-00002-of-00004.safetensors is not what was written",
+    )
     assert contents(tmp_path) == before
 
 
@@ -191,5 +221,10 @@ def test_a_comparison_that_one_folder_refuses_leaves_what_another_has(jobs, save
     for name in ("a", "b"):
         shutil.copytree(jobs["without data"][2], tmp_path / f"{name}.partial")
     before = contents(tmp_path)
-    refused(lambda: compare(source, {"a": rounded, "b": rtn(parse_spec("int8-g16"))}, None, tmp_path, resume=True), "b.partial belongs")
+    refused(
+        lambda: compare(
+            source, {"a": rounded, "b": rtn(parse_spec("int8-g16"))}, None, tmp_path, resume=True
+        ),
+        "b.partial belongs",
+    )
     assert contents(tmp_path) == before

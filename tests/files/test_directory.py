@@ -1,4 +1,5 @@
-"""What lies in a directory is read from headers alone, and nothing in a header is believed before it is checked."""
+"""What lies in a directory is read from headers alone, and nothing in a header is believed before
+it is checked."""
 
 import json
 import os
@@ -28,25 +29,43 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
 def some_tensors():
     """One tensor of every dtype, of odd sizes, an empty one and a scalar."""
     numbers = torch.arange(12).view(torch.uint8)
-    made = {f"t.{name}": numbers[: 9 * dtype.itemsize].clone().view(dtype) for name, dtype in DTYPES.items() if name != "BOOL"}
-    return made | {"flag": torch.tensor([True, False, True]), "empty": torch.empty(0, 4), "scalar": torch.tensor(1.5)}
+    made = {
+        f"t.{name}": numbers[: 9 * dtype.itemsize].clone().view(dtype)
+        for name, dtype in DTYPES.items()
+        if name != "BOOL"
+    }
+    return made | {
+        "flag": torch.tensor([True, False, True]),
+        "empty": torch.empty(0, 4),
+        "scalar": torch.tensor(1.5),
+    }
 
 
 def test_the_safetensors_library_reads_what_is_written_and_the_other_way_round(tmp_path):
     made = some_tensors()
     write(tmp_path / "ours", iter(made.items()))
     theirs = load_file(tmp_path / "ours")
-    assert theirs.keys() == made.keys() and all(bits_equal(theirs[name], made[name]) for name in made)
+    assert theirs.keys() == made.keys() and all(
+        bits_equal(theirs[name], made[name]) for name in made
+    )
     (tmp_path / "theirs").write_bytes(save(made))
     for path in (tmp_path / "ours", tmp_path / "theirs"):
         found = read_header(path)
-        assert found.keys() == made.keys() and all(bits_equal(read(name, found[name]), made[name]) for name in made)
+        assert found.keys() == made.keys() and all(
+            bits_equal(read(name, found[name]), made[name]) for name in made
+        )
 
 
 def test_every_tensor_is_aligned_to_its_elements(tmp_path):
-    odd, wide, middle = torch.zeros(3, dtype=torch.uint8), torch.zeros(2, dtype=torch.float64), torch.ones(1)
+    odd, wide, middle = (
+        torch.zeros(3, dtype=torch.uint8),
+        torch.zeros(2, dtype=torch.float64),
+        torch.ones(1),
+    )
     write(tmp_path / "f", [("odd", odd), ("wide", wide), ("middle", middle)])
-    assert all(s.start % DTYPES[s.dtype].itemsize == 0 for s in read_header(tmp_path / "f").values())
+    assert all(
+        s.start % DTYPES[s.dtype].itemsize == 0 for s in read_header(tmp_path / "f").values()
+    )
 
 
 def test_tensors_are_let_go_of_one_by_one(tmp_path):
@@ -65,42 +84,56 @@ def test_tensors_are_let_go_of_one_by_one(tmp_path):
 
 
 def test_what_a_file_cannot_hold_is_refused(tmp_path):
-    refused(lambda: write(tmp_path / "f", [("x", torch.zeros(1)), ("x", torch.zeros(1))]), "x is torch.float32", "twice")
-    refused(lambda: write(tmp_path / "f", [("x", torch.zeros(1, dtype=torch.complex128))]), "complex128")
+    refused(
+        lambda: write(tmp_path / "f", [("x", torch.zeros(1)), ("x", torch.zeros(1))]),
+        "x is torch.float32",
+        "twice",
+    )
+    refused(
+        lambda: write(tmp_path / "f", [("x", torch.zeros(1, dtype=torch.complex128))]), "complex128"
+    )
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"", "a header of 0 bytes in a file of 0"),
-    (file({}, length=2**60), f"a header of {2**60} bytes"),
-    (file({}, length=2**64 - 1), "a header of"),
-    (file(b"[" * 200_000), "is truncated or not"),
-    (file(b'{"a":' * 50_000 + b"1" + b"}" * 50_000), "is truncated or not"),
-    (file(b"\xff\xfe{}"), "is truncated or not"),
-    (file(b"[]"), "no JSON object"),
-    (file(b"9" * 5000), "is truncated or not"),
-    (file(b'{"a":1,"a":2}'), "occurs twice"),
-    (file({"a": 3}), "'a' is not a dtype"),
-    (file({"a": entry() | {"more": 1}}, bytes(8)), "'a' is not a dtype"),
-    (file({"a": entry("F33")}, bytes(8)), "unknown dtype 'F33'"),
-    (file({"a": entry(["F32"])}, bytes(8)), "unknown dtype"),
-    (file({"a": entry(shape=[2**62, 2**62])}, bytes(8)), "has 8 bytes"),
-    (file({"a": entry(shape=[2**63])}, bytes(8)), "no proper shape"),
-    (file({"a": entry(shape=[-2], offsets=[0, -8])}), "no proper shape"),
-    (file({"a": entry(shape=[1] * 65, offsets=[0, 4])}, bytes(4)), "no proper shape"),
-    (file({"a": entry(shape=[2.0])}, bytes(8)), "no proper shape"),
-    (file({"a": entry(shape=[True], offsets=[0, 4])}, bytes(4)), "no proper shape"),
-    (file({"a": entry(offsets=[0, 8, 9])}, bytes(9)), "no proper shape"),
-    (file({"a": entry(offsets=[8, 0])}, bytes(8)), "has -8 bytes"),
-    (file({"a": entry(offsets=[0, 8])}, bytes(7)), "end at byte"),
-    (file({"a": entry(offsets=[0, 8])}, bytes(9)), "end at byte"),
-    (file({"a": entry(offsets=[4, 12])}, bytes(12)), "begins at byte"),
-    (file({"a": entry(), "b": entry(offsets=[4, 12])}, bytes(12)), "begins at byte"),
-    (file({"a": entry(), "b": entry(offsets=[2**62, 2**62 + 8])}, bytes(8)), "begins at byte"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "a header of 0 bytes in a file of 0"),
+        (file({}, length=2**60), f"a header of {2**60} bytes"),
+        (file({}, length=2**64 - 1), "a header of"),
+        (file(b"[" * 200_000), "is truncated or not"),
+        (file(b'{"a":' * 50_000 + b"1" + b"}" * 50_000), "is truncated or not"),
+        (file(b"\xff\xfe{}"), "is truncated or not"),
+        (file(b"[]"), "no JSON object"),
+        (file(b"9" * 5000), "is truncated or not"),
+        (file(b'{"a":1,"a":2}'), "occurs twice"),
+        (file({"a": 3}), "'a' is not a dtype"),
+        (file({"a": entry() | {"more": 1}}, bytes(8)), "'a' is not a dtype"),
+        (file({"a": entry("F33")}, bytes(8)), "unknown dtype 'F33'"),
+        (file({"a": entry(["F32"])}, bytes(8)), "unknown dtype"),
+        (file({"a": entry(shape=[2**62, 2**62])}, bytes(8)), "has 8 bytes"),
+        (file({"a": entry(shape=[2**63])}, bytes(8)), "no proper shape"),
+        (file({"a": entry(shape=[-2], offsets=[0, -8])}), "no proper shape"),
+        (file({"a": entry(shape=[1] * 65, offsets=[0, 4])}, bytes(4)), "no proper shape"),
+        (file({"a": entry(shape=[2.0])}, bytes(8)), "no proper shape"),
+        (file({"a": entry(shape=[True], offsets=[0, 4])}, bytes(4)), "no proper shape"),
+        (file({"a": entry(offsets=[0, 8, 9])}, bytes(9)), "no proper shape"),
+        (file({"a": entry(offsets=[8, 0])}, bytes(8)), "has -8 bytes"),
+        (file({"a": entry(offsets=[0, 8])}, bytes(7)), "end at byte"),
+        (file({"a": entry(offsets=[0, 8])}, bytes(9)), "end at byte"),
+        (file({"a": entry(offsets=[4, 12])}, bytes(12)), "begins at byte"),
+        (file({"a": entry(), "b": entry(offsets=[4, 12])}, bytes(12)), "begins at byte"),
+        (file({"a": entry(), "b": entry(offsets=[2**62, 2**62 + 8])}, bytes(8)), "begins at byte"),
+    ],
+)
 def test_a_header_that_does_not_describe_its_file(content, words, tmp_path):
     (tmp_path / SINGLE).write_bytes(content)
-    refused(lambda: locate(tmp_path), str(tmp_path / SINGLE), "truncated or not a safetensors file", words)
+    refused(
+        lambda: locate(tmp_path),
+        str(tmp_path / SINGLE),
+        "truncated or not a safetensors file",
+        words,
+    )
 
 
 @given(data=st.data())
@@ -109,13 +142,18 @@ def test_a_corrupted_file_is_refused_or_read_within_its_bounds(data, tmp_path_fa
     whole = bytearray(save({"a.weight": torch.ones(3, 4), "b": torch.zeros(5, dtype=torch.uint8)}))
     for _ in range(data.draw(st.integers(1, 4))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))] if data.draw(st.booleans()) else whole)
+    path.write_bytes(
+        whole[: data.draw(st.integers(0, len(whole)))] if data.draw(st.booleans()) else whole
+    )
     try:
         found = locate(path.parent)
     except QlabError as error:
         assert "\n" not in str(error)
     else:
-        assert all(read(name, stored).nbytes == stored.nbytes <= len(whole) for name, stored in found.items())
+        assert all(
+            read(name, stored).nbytes == stored.nbytes <= len(whole)
+            for name, stored in found.items()
+        )
 
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
@@ -131,7 +169,9 @@ def test_any_json_as_a_header_ends_in_one_error_or_no_tensors(value, tmp_path_fa
         assert "truncated or not a safetensors file" in str(error)
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "..\\x", 7, None])
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "..\\x", 7, None]
+)
 def test_no_index_leads_out_of_its_directory(name, tmp_path):
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
     refused(lambda: locate(tmp_path), INDEX, "no plain name of a file")
@@ -142,21 +182,38 @@ def test_the_index_decides_between_files_and_may_be_wrong_of_what_one_of_them_ho
     write(tmp_path / "x.safetensors", [("a", one), ("b", one), ("c", one)])
     write(tmp_path / "y.safetensors", [("a", 2 * one)])
     refused(lambda: locate(tmp_path), "a is in", "x.safetensors", "y.safetensors")
-    index = {"a": "y.safetensors", "b": "y.safetensors", "d": "x.safetensors"}  # b lies in the other file, c is left out, d is nowhere
+    index = {
+        "a": "y.safetensors",
+        "b": "y.safetensors",
+        "d": "x.safetensors",
+    }  # b lies in the other file, c is left out, d is nowhere
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": index}))
     found = locate(tmp_path)
-    assert read("a", found["a"]) == 2 and found["b"].file.name == found["c"].file.name == "x.safetensors"
+    assert (
+        read("a", found["a"]) == 2
+        and found["b"].file.name == found["c"].file.name == "x.safetensors"
+    )
     assert found.keys() == {"a", "b", "c"} and unheld(tmp_path, found) == {"d": "x.safetensors"}
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"b": "x.safetensors", "c": "y.safetensors"}}))
+    (tmp_path / INDEX).write_text(
+        json.dumps({"weight_map": {"b": "x.safetensors", "c": "y.safetensors"}})
+    )
     refused(lambda: locate(tmp_path), "a is in", "x.safetensors", "y.safetensors")
 
 
 def test_a_pickle_is_named_and_never_read(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    refused(lambda: locate(tmp_path), "pytorch_model.bin", "a pickle", "convert the model to safetensors")
+    refused(
+        lambda: locate(tmp_path),
+        "pytorch_model.bin",
+        "a pickle",
+        "convert the model to safetensors",
+    )
 
 
-@pytest.mark.parametrize("text, words", [("[" * 100_000, "not valid JSON"), ("[1]", "no JSON object"), ("1" * 5000, "not valid JSON")])
+@pytest.mark.parametrize(
+    "text, words",
+    [("[" * 100_000, "not valid JSON"), ("[1]", "no JSON object"), ("1" * 5000, "not valid JSON")],
+)
 def test_json_that_is_no_configuration(text, words, tmp_path):
     (tmp_path / "f.json").write_text(text)
     refused(lambda: read_json(tmp_path / "f.json"), "f.json", words)
@@ -172,9 +229,16 @@ def test_a_configuration_of_any_size_is_not_read(tmp_path):
 def test_a_hundred_shards_are_opened_once_each(tmp_path, monkeypatch):
     names = {f"layer{i}.{j}": f"m-{i:05d}.safetensors" for i in range(100) for j in range(20)}
     for i in range(100):
-        write(tmp_path / f"m-{i:05d}.safetensors", [(f"layer{i}.{j}", torch.zeros(1)) for j in range(20)])
+        write(
+            tmp_path / f"m-{i:05d}.safetensors",
+            [(f"layer{i}.{j}", torch.zeros(1)) for j in range(20)],
+        )
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": names}))
     opened, real = [], type(tmp_path).open
-    monkeypatch.setattr(type(tmp_path), "open", lambda self, *args, **kwargs: opened.append(self.name) or real(self, *args, **kwargs))
+    monkeypatch.setattr(
+        type(tmp_path),
+        "open",
+        lambda self, *args, **kwargs: opened.append(self.name) or real(self, *args, **kwargs),
+    )
     assert len(locate(tmp_path)) == 2000
     assert sorted(n for n in opened if n.endswith(".safetensors")) == sorted(set(names.values()))

@@ -1,4 +1,5 @@
-"""One run owns a work folder: a second one is refused whatever it asks for and whenever it starts, and the result is one run's."""
+"""One run owns a work folder: a second one is refused whatever it asks for and whenever it starts,
+and the result is one run's."""
 
 import os
 import shutil
@@ -70,7 +71,16 @@ def test_nobody_comes_in_while_a_block_is_written(model, whole, second, out, mon
 
 
 @pytest.mark.parametrize("name", ["the same", "resumed", "overwriting", "both"])
-@pytest.mark.parametrize("moment", ["before the swap", "within the swap", "after the swap", "while it clears up", "at its very end"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "before the swap",
+        "within the swap",
+        "after the swap",
+        "while it clears up",
+        "at its very end",
+    ],
+)
 def test_nobody_comes_in_at_the_end(moment, name, model, whole, second, out, monkeypatch):
     replace, remove, said = os.replace, workplace._remove, []
     quantize(model, INT8, None, out)
@@ -101,11 +111,15 @@ def test_nobody_comes_in_at_the_end(moment, name, model, whole, second, out, mon
     monkeypatch.setattr(os, "replace", replacing)
     monkeypatch.setattr(workplace, "_remove", removing)
     quantize(model, INT4, None, out, overwrite=True)
-    assert len(said) == 2 and (BUSY in said[1] or ("exists and holds" in said[1] and name == "the same"))
+    assert len(said) == 2 and (
+        BUSY in said[1] or ("exists and holds" in said[1] and name == "the same")
+    )
     assert contents(out) == whole and [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-def test_nobody_comes_in_while_an_earlier_run_is_cleared_away(model, whole, second, out, monkeypatch):
+def test_nobody_comes_in_while_an_earlier_run_is_cleared_away(
+    model, whole, second, out, monkeypatch
+):
     def stop(*_):
         raise KeyboardInterrupt
 
@@ -140,7 +154,9 @@ def test_of_many_at_once_one_run_goes_through(model, whole, out):
         thread.start()
     for thread in threads:
         thread.join()
-    assert out in ends and all(end == out or BUSY in end or "exists and holds" in end for end in ends)
+    assert out in ends and all(
+        end == out or BUSY in end or "exists and holds" in end for end in ends
+    )
     assert contents(out) == whole and [path.name for path in out.parent.iterdir()] == ["out"]
 
 
@@ -173,7 +189,9 @@ def test_another_process_is_kept_out_too(model, whole, out, monkeypatch):
     assert contents(out) == whole
 
 
-def test_a_run_whose_folder_was_taken_away_writes_nothing_into_the_next_ones(model, whole, out, monkeypatch):
+def test_a_run_whose_folder_was_taken_away_writes_nothing_into_the_next_ones(
+    model, whole, out, monkeypatch
+):
     real = Writer.write_notes
 
     def write_notes(writer, index, notes):
@@ -183,7 +201,9 @@ def test_a_run_whose_folder_was_taken_away_writes_nothing_into_the_next_ones(mod
         real(writer, index, notes)
 
     monkeypatch.setattr(Writer, "write_notes", write_notes)
-    refused(partial(quantize, model, INT8, None, out), "out.partial was taken away while it was written")
+    refused(
+        partial(quantize, model, INT8, None, out), "out.partial was taken away while it was written"
+    )
     assert contents(out) == whole
 
 

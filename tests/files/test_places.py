@@ -1,4 +1,5 @@
-"""qlab replaces what it wrote and nobody changed, and nothing else: refused at the door, before any work."""
+"""qlab replaces what it wrote and nobody changed, and nothing else: refused at the door, before any
+work."""
 
 import json
 import os
@@ -47,27 +48,42 @@ def empty(path):
 
 
 ADDED = {
-    "thesis.tex, which qlab did not write": lambda q: (q / "thesis.tex").write_text("years of work"),
-    "notes/day.md, which qlab did not write": lambda q: (q / "notes").mkdir() or (q / "notes" / "day.md").write_text("mine"),
+    "thesis.tex, which qlab did not write": lambda q: (q / "thesis.tex").write_text(
+        "years of work"
+    ),
+    "notes/day.md, which qlab did not write": lambda q: (
+        (q / "notes").mkdir() or (q / "notes" / "day.md").write_text("mine")
+    ),
     "the folder notes, which qlab did not make": lambda q: (q / "notes").mkdir(),
     ".git, which qlab did not write": lambda q: (q / ".git").symlink_to(q.parent),
     "tokenizer.json, which was changed": lambda q: (q / "tokenizer.json").write_text("{}"),
-    "config.json, which was changed": lambda q: rewrite(q / "config.json", lambda c: c.update(mine=1)),
-    "qlab.json, which was changed": lambda q: rewrite(q / "qlab.json", lambda r: r["sites"].popitem()),
-    "model-00001-of-00003.safetensors, which was changed":
-        lambda q: (q / "model-00001-of-00003.safetensors").write_bytes(bytes((q / "model-00001-of-00003.safetensors").stat().st_size)),
+    "config.json, which was changed": lambda q: rewrite(
+        q / "config.json", lambda c: c.update(mine=1)
+    ),
+    "qlab.json, which was changed": lambda q: rewrite(
+        q / "qlab.json", lambda r: r["sites"].popitem()
+    ),
+    "model-00001-of-00003.safetensors, which was changed": lambda q: (
+        q / "model-00001-of-00003.safetensors"
+    ).write_bytes(bytes((q / "model-00001-of-00003.safetensors").stat().st_size)),
     "without a record of its files": lambda q: rewrite(q / "qlab.json", lambda r: r.pop("written")),
     "and 8 more, which qlab did not write": lambda q: (q / "qlab.json").unlink(),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("words", ADDED)
 def test_what_others_added_or_changed_is_not_replaced(words, model, former):
     ADDED[words](former)
     before = contents(former)
-    refused(lambda: qlab.quantize(model, INT4, None, former, overwrite=True), words, "choose another output directory")
+    refused(
+        lambda: qlab.quantize(model, INT4, None, former, overwrite=True),
+        words,
+        "choose another output directory",
+    )
     refused(lambda: quantize_files(model, INT4, former, overwrite=True), words)
-    assert contents(former) == before and [path.name for path in former.parent.iterdir()] == ["former"]
+    assert contents(former) == before and [path.name for path in former.parent.iterdir()] == [
+        "former"
+    ]
 
 
 def test_what_somebody_took_away_is_nothing_to_lose(model, former):
@@ -92,7 +108,11 @@ def test_what_is_put_into_the_former_output_during_the_run_stays(model, former, 
         return found
 
     monkeypatch.setattr(workplace, "foreign", late)
-    refused(lambda: qlab.quantize(model, INT4, None, former, overwrite=True), "thesis.tex, which qlab did not write", "--resume")
+    refused(
+        lambda: qlab.quantize(model, INT4, None, former, overwrite=True),
+        "thesis.tex, which qlab did not write",
+        "--resume",
+    )
     assert (former / "thesis.tex").read_text() == "years of work"
 
 
@@ -106,15 +126,30 @@ def test_places_that_are_no_folder_of_their_own(model, former, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path / "current" / "inner")
     before = contents(tmp_path)
     for out, words in {
-        "": "is no name", ".": "is the current folder", "..": "the current folder or one around it", "/": "or one around it",
-        "../inner": "is the current folder or holds it", "../../current": "is the current folder or holds it",
-        str(tmp_path / "link"): "is a link to", str(tmp_path / "lost/"): "is a link to", str(tmp_path / "file"): "is a file",
-        str(tmp_path / "a.partial"): "ends in .partial", str(tmp_path / "A.Partial"): "ends in .partial", "a\0b": "is no name",
-        "~": "is your home or holds it", str(tmp_path / "users"): "is your home or holds it",
-        "~nobody-of-this-name/q": "is in nobody's home", str(tmp_path / "file" / "q"): "cannot be created",
-    }.items():  # fmt: skip
+        "": "is no name",
+        ".": "is the current folder",
+        "..": "the current folder or one around it",
+        "/": "or one around it",
+        "../inner": "is the current folder or holds it",
+        "../../current": "is the current folder or holds it",
+        str(tmp_path / "link"): "is a link to",
+        str(tmp_path / "lost/"): "is a link to",
+        str(tmp_path / "file"): "is a file",
+        str(tmp_path / "a.partial"): "ends in .partial",
+        str(tmp_path / "A.Partial"): "ends in .partial",
+        "a\0b": "is no name",
+        "~": "is your home or holds it",
+        str(tmp_path / "users"): "is your home or holds it",
+        "~nobody-of-this-name/q": "is in nobody's home",
+        str(tmp_path / "file" / "q"): "cannot be created",
+    }.items():
         for overwrite in (False, True):
-            refused(lambda out=out, overwrite=overwrite: qlab.quantize(model, INT4, None, out, overwrite=overwrite), words)
+            refused(
+                lambda out=out, overwrite=overwrite: qlab.quantize(
+                    model, INT4, None, out, overwrite=overwrite
+                ),
+                words,
+            )
     assert contents(tmp_path) == before
 
 
@@ -122,40 +157,82 @@ def test_a_mount_point_is_refused_before_any_work(model, former, tmp_path, monke
     table = tmp_path / "mountinfo"
     monkeypatch.setattr(places, "MOUNTS", table)
     (tmp_path / "a b").mkdir()
-    for mount, out in ((former, former), (former / "inner", former), (tmp_path / "a b", tmp_path / "a b")):
+    for mount, out in (
+        (former, former),
+        (former / "inner", former),
+        (tmp_path / "a b", tmp_path / "a b"),
+    ):
         text = str(mount).replace(" ", "\\040")
         table.write_text(f"36 35 98:0 / {text} rw,noatime master:1 - ext4 /dev/root rw\n")
-        refused(lambda out=out: qlab.quantize(model, INT4, None, out, overwrite=True), f"{mount} is a mount point", "inside it")
+        refused(
+            lambda out=out: qlab.quantize(model, INT4, None, out, overwrite=True),
+            f"{mount} is a mount point",
+            "inside it",
+        )
 
 
 def test_an_output_never_holds_what_the_run_reads(model, former, tmp_path, no_work):
     text = former / "README.md"
     text.write_text(prose(4096))
-    rewrite(former / "qlab.json", lambda r: r["written"].update({"README.md": "as if qlab had written it"}))
-    data, gptq = qlab.tokens(model, [text], samples=2, length=32), qlab.gptq(qlab.parse_spec("int4-g16"))
+    rewrite(
+        former / "qlab.json",
+        lambda r: r["written"].update({"README.md": "as if qlab had written it"}),
+    )
+    data, gptq = (
+        qlab.tokens(model, [text], samples=2, length=32),
+        qlab.gptq(qlab.parse_spec("int4-g16")),
+    )
     for out in (former, tmp_path / "link" / ".." / "former"):
         (tmp_path / "link").exists() or (tmp_path / "link").symlink_to(former)
-        refused(lambda out=out: qlab.quantize(model, gptq, data, out, overwrite=True), "holds what the run reads", "README.md")
+        refused(
+            lambda out=out: qlab.quantize(model, gptq, data, out, overwrite=True),
+            "holds what the run reads",
+            "README.md",
+        )
     (tmp_path / "texts.partial").mkdir()
     (tmp_path / "texts.partial" / "t.txt").write_text(prose(4096))
     data = qlab.tokens(model, tmp_path / "texts.partial" / "t.txt", samples=2, length=32)
-    refused(lambda: qlab.quantize(model, gptq, data, tmp_path / "texts"), "texts.partial holds what the run reads")
+    refused(
+        lambda: qlab.quantize(model, gptq, data, tmp_path / "texts"),
+        "texts.partial holds what the run reads",
+    )
 
 
 def test_weights_behind_links_are_what_the_run_reads_too(former, saved, tmp_path, no_work):
     (tmp_path / "model").mkdir()
     for path in former.iterdir():
         (tmp_path / "model" / path.name).symlink_to(path)
-    refused(lambda: qlab.convert(tmp_path / "model", "compressed-tensors", former, overwrite=True), "holds what the run reads")
+    refused(
+        lambda: qlab.convert(tmp_path / "model", "compressed-tensors", former, overwrite=True),
+        "holds what the run reads",
+    )
 
 
-@pytest.mark.parametrize("names", [["..", "a"], [".."], ["."], ["", "a"], ["a/b"], ["a\\b"], ["a\0"], ["a", "A"], ["ﬁ", "fi"],
-                                   ["a", "a.partial"], ["A.PARTIAL"], ["a/"], [1]])  # fmt: skip
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["..", "a"],
+        [".."],
+        ["."],
+        ["", "a"],
+        ["a/b"],
+        ["a\\b"],
+        ["a\0"],
+        ["a", "A"],
+        ["ﬁ", "fi"],
+        ["a", "a.partial"],
+        ["A.PARTIAL"],
+        ["a/"],
+        [1],
+    ],
+)
 def test_names_of_recipes_that_are_no_folders_of_their_own(names, model, tmp_path, no_work):
     (tmp_path / "runs").mkdir()
     (tmp_path / "notes.md").write_text("mine")
     recipes = dict.fromkeys(names, INT4)
-    refused(lambda: qlab.compare(model, recipes, None, tmp_path / "runs", overwrite=True), "the recipe")
+    refused(
+        lambda: qlab.compare(model, recipes, None, tmp_path / "runs", overwrite=True), "the recipe"
+    )
     assert contents(tmp_path) == {"notes.md": b"mine"}
 
 
@@ -168,8 +245,14 @@ def call(command):
 def test_commands_refuse_places_before_they_read_anything(call, saved, former, tmp_path, no_work):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    for arguments in (["quantize", saved()], ["quantize", saved(), "--model-free"], ["convert", former, "--codec", "gptq"]):
-        code, _, said = call(*arguments, "--out", tmp_path / "mine", "--overwrite", "--json", tmp_path / "new.json")
+    for arguments in (
+        ["quantize", saved()],
+        ["quantize", saved(), "--model-free"],
+        ["convert", former, "--codec", "gptq"],
+    ):
+        code, _, said = call(
+            *arguments, "--out", tmp_path / "mine", "--overwrite", "--json", tmp_path / "new.json"
+        )
         assert code == 2 and "thesis.tex, which qlab did not write" in said
         code, _, said = call(*arguments, "--out", "", "--overwrite")
         assert code == 2 and "is the current folder" in said
@@ -178,7 +261,10 @@ def test_commands_refuse_places_before_they_read_anything(call, saved, former, t
             code, _, said = call(*arguments, "--out", tmp_path / "new", "--json", inside / "r.json")
             assert code == 2 and "lies in the output directory" in said
             inside.rmdir()
-    assert contents(tmp_path / "mine") == {"thesis.tex": b"years of work"} and not (tmp_path / "new.json").exists()
+    assert (
+        contents(tmp_path / "mine") == {"thesis.tex": b"years of work"}
+        and not (tmp_path / "new.json").exists()
+    )
 
 
 def test_a_report_replaces_only_a_report(call, folder, tmp_path):
@@ -186,18 +272,41 @@ def test_a_report_replaces_only_a_report(call, folder, tmp_path):
     for _ in range(2):
         assert call("inspect", folder, "--json", report)[0] == 0
     (tmp_path / "link.json").symlink_to(report)
-    assert call("plan", folder, "--method", "rtn", "--spec", "int4-g32", "--json", tmp_path / "link.json")[0] == 0
+    assert (
+        call(
+            "plan",
+            folder,
+            "--method",
+            "rtn",
+            "--spec",
+            "int4-g32",
+            "--json",
+            tmp_path / "link.json",
+        )[0]
+        == 0
+    )
     assert (tmp_path / "link.json").is_symlink() and "peak_bytes" in json.loads(report.read_text())
     empty(tmp_path / "empty.json")
     assert call("inspect", folder, "--json", tmp_path / "empty.json")[0] == 0
     rewrite(report, lambda value: value.update(remark="mine"))
     (tmp_path / "thesis.tex").write_text("years of work")
-    (tmp_path / "settings.json").write_text(json.dumps({"mine": 1}, indent=2, sort_keys=True) + "\n")
-    for path in (report, tmp_path / "thesis.tex", tmp_path / "settings.json", folder / "config.json", folder / "model.safetensors"):
+    (tmp_path / "settings.json").write_text(
+        json.dumps({"mine": 1}, indent=2, sort_keys=True) + "\n"
+    )
+    for path in (
+        report,
+        tmp_path / "thesis.tex",
+        tmp_path / "settings.json",
+        folder / "config.json",
+        folder / "model.safetensors",
+    ):
         code, _, said = call("inspect", folder, "--json", path)
         assert code == 2 and "is no report that qlab wrote and nobody changed" in said
     os.mkfifo(tmp_path / "pipe")
-    for path, words in {tmp_path / "pipe": "is no regular file", folder: "cannot be written"}.items():
+    for path, words in {
+        tmp_path / "pipe": "is no regular file",
+        folder: "cannot be written",
+    }.items():
         code, _, said = call("inspect", folder, "--json", path)
         assert code == 2 and words in said
     assert contents(folder) == before and json.loads(report.read_text())["remark"] == "mine"
@@ -209,7 +318,19 @@ def test_figures_and_exports_replace_only_their_like(call, tmp_path, monkeypatch
     monkeypatch.setenv("QLAB_CACHE_DIR", str(tmp_path / "configs"))
     (tmp_path / "photo.png").write_bytes(b"\x89PNG mine")
     (tmp_path / "thesis.tex").write_text("years of work")
-    bench = ["matmul", "--shapes", "128x256", "--m", "1", "--device", "cpu", "--contenders", "library", "--seconds", "0"]
+    bench = [
+        "matmul",
+        "--shapes",
+        "128x256",
+        "--m",
+        "1",
+        "--device",
+        "cpu",
+        "--contenders",
+        "library",
+        "--seconds",
+        "0",
+    ]
     code, out, said = call(*bench, "--plot", tmp_path / "photo.png", main=bench_main)
     assert code == 2 and not out and "is no figure that qlab drew" in said
     for _ in range(2):
@@ -217,21 +338,41 @@ def test_figures_and_exports_replace_only_their_like(call, tmp_path, monkeypatch
         _save(Figure(), tmp_path / "new.png")
         assert call("cache", "export", tmp_path / "all.json")[0] == 0
     (tmp_path / "configs").mkdir(exist_ok=True)
-    wrong = {tmp_path / "thesis.tex": "is no file that `qlab cache export` wrote", tmp_path / "configs" / "x.json": "among the entries"}
+    wrong = {
+        tmp_path / "thesis.tex": "is no file that `qlab cache export` wrote",
+        tmp_path / "configs" / "x.json": "among the entries",
+    }
     for path, words in wrong.items():
         code, _, said = call("cache", "export", path)
         assert code == 2 and words in said
-    assert (tmp_path / "photo.png").read_bytes() == b"\x89PNG mine" and (tmp_path / "thesis.tex").read_text() == "years of work"
+    assert (tmp_path / "photo.png").read_bytes() == b"\x89PNG mine" and (
+        tmp_path / "thesis.tex"
+    ).read_text() == "years of work"
 
 
 # ------------------------------------------------------------------ benches
 def test_two_benches_never_share_a_folder(call, folder, text, tmp_path, monkeypatch):
     monkeypatch.setenv("QLAB_HOME", str(tmp_path / "home"))
     other = shutil.copytree(folder, tmp_path / "other" / folder.name)
-    job = ["--text", text, "--spec", "int4-g32", "--length", "32", "--windows", "2", "--methods", "rtn"]
-    run = lambda model, *more: call("--model", model, "--samples", "2", *job, *more, main=bench_main)
+    job = [
+        "--text",
+        text,
+        "--spec",
+        "int4-g32",
+        "--length",
+        "32",
+        "--windows",
+        "2",
+        "--methods",
+        "rtn",
+    ]
+    run = lambda model, *more: call(
+        "--model", model, "--samples", "2", *job, *more, main=bench_main
+    )
     assert run(folder)[0] == run(other)[0] == 0
-    kept = [json.loads(path.read_text()) for path in (tmp_path / "home" / "bench").glob("*/bench.json")]
+    kept = [
+        json.loads(path.read_text()) for path in (tmp_path / "home" / "bench").glob("*/bench.json")
+    ]
     assert {record["model"] for record in kept} == {str(folder), str(other)} and len(kept) == 2
     assert _folder_name("m", kept[0]["job"]) != _folder_name("m", kept[0]["job"] | {"seed": 1})
     out = tmp_path / "home" / "bench" / kept[0]["out"].rpartition("/")[2]
@@ -243,11 +384,26 @@ def test_two_benches_never_share_a_folder(call, folder, text, tmp_path, monkeypa
     assert code == 2 and "bench.json is no record of a bench, or was changed since" in said
 
 
-def test_a_bench_keeps_others_out_while_it_runs_and_after_it_was_stopped(call, folder, text, tmp_path, monkeypatch):
+def test_a_bench_keeps_others_out_while_it_runs_and_after_it_was_stopped(
+    call, folder, text, tmp_path, monkeypatch
+):
     import qlab.bench.methods as methods
 
-    job = ["--model", folder, "--text", text, "--length", "32", "--windows", "2", "--methods", "rtn"]
-    run = lambda *more: call(*job, "--spec", "int4-g32", "--out", tmp_path / "out", *more, main=bench_main)
+    job = [
+        "--model",
+        folder,
+        "--text",
+        text,
+        "--length",
+        "32",
+        "--windows",
+        "2",
+        "--methods",
+        "rtn",
+    ]
+    run = lambda *more: call(
+        *job, "--spec", "int4-g32", "--out", tmp_path / "out", *more, main=bench_main
+    )
     real = methods._evaluate
 
     def during(*arguments):
@@ -258,11 +414,25 @@ def test_a_bench_keeps_others_out_while_it_runs_and_after_it_was_stopped(call, f
 
     monkeypatch.setattr(methods, "_evaluate", during)
     with pytest.raises(KeyboardInterrupt):
-        methods.compare_methods(str(folder), ["rtn"], "int4-g32", text=[text], samples=2, length=32, windows=2, out=tmp_path / "out")
+        methods.compare_methods(
+            str(folder),
+            ["rtn"],
+            "int4-g32",
+            text=[text],
+            samples=2,
+            length=32,
+            windows=2,
+            out=tmp_path / "out",
+        )
     code, _, said = run("--samples", "3")
     assert code == 2 and "holds another bench" in said
     assert run("--samples", "2")[0] == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"rtn", "bench.json", "methods.png", "layers.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "rtn",
+        "bench.json",
+        "methods.png",
+        "layers.png",
+    }
 
 
 def test_shipped_tables_are_written_over_tables_alone(call, tmp_path):

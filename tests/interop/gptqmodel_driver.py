@@ -1,5 +1,6 @@
-"""Runs inside an environment with GPTQModel: `read DIR...` writes DIR.dense.safetensors, what its kernel makes of every
-quantized weight; `write MODEL OUT` quantizes a model in every way of WAYS, each into OUT/<name>, and reads them."""
+"""Runs inside an environment with GPTQModel: `read DIR...` writes DIR.dense.safetensors, what its
+kernel makes of every quantized weight; `write MODEL OUT` quantizes a model in every way of WAYS,
+each into OUT/<name>, and reads them."""
 
 import json
 import sys
@@ -27,16 +28,25 @@ WAYS = {
 def dense(module):
     """[out, in] as the kernel itself computes it."""
     if isinstance(module, AwqTorchLinear):
-        return dequantize_gemm(module.qweight, module.qzeros, module.scales, module.bits, module.group_size).T
+        return dequantize_gemm(
+            module.qweight, module.qzeros, module.scales, module.bits, module.group_size
+        ).T
     return module.dequantize_weight().detach().T
 
 
 def read(directory):
     config = json.loads(Path(directory, "config.json").read_text())
-    backend = BACKEND.AWQ_TORCH if config["quantization_config"]["quant_method"] == "awq" else BACKEND.GPTQ_TORCH
+    backend = (
+        BACKEND.AWQ_TORCH
+        if config["quantization_config"]["quant_method"] == "awq"
+        else BACKEND.GPTQ_TORCH
+    )
     model = GPTQModel.load(directory, backend=backend, device="cpu", dtype=torch.float16)
     modules = {name: m for name, m in model.model.named_modules() if isinstance(m, BaseQuantLinear)}
-    save_file({name: dense(m).half().contiguous() for name, m in modules.items()}, f"{directory}.dense.safetensors")
+    save_file(
+        {name: dense(m).half().contiguous() for name, m in modules.items()},
+        f"{directory}.dense.safetensors",
+    )
 
 
 def write(source, out):
@@ -44,7 +54,9 @@ def write(source, out):
     samples = [torch.randint(3, 128, (64,), generator=generator).tolist() for _ in range(16)]
     for name, settings in WAYS.items():
         model = GPTQModel.load(source, QuantizeConfig(**settings))
-        model.quantize([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in samples], batch_size=1)
+        model.quantize(
+            [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in samples], batch_size=1
+        )
         model.save(f"{out}/{name}")
         read(f"{out}/{name}")
 

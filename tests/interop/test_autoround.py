@@ -15,11 +15,17 @@ from qlab.algebra.qtensor import dense
 from qlab.files.checkpoint import open_checkpoint
 
 VENV, NAME = os.environ.get("QLAB_INTEROP_VENV_AUTO_ROUND"), "QLAB_INTEROP_VENV_AUTO_ROUND"
-pytestmark = pytest.mark.skipif(not VENV, reason=f"auto-round needs an environment of its own: set {NAME} (tests/interop/make_env.py)")
+pytestmark = pytest.mark.skipif(
+    not VENV,
+    reason=f"auto-round needs an environment of its own: set {NAME} (tests/interop/make_env.py)",
+)
 SPECS = {  # of the driver's ways: what q_proj and o_proj become
-    "auto_gptq": ("int4-g32", "int4-g32"), "three_bits": ("int3-g32", "int3-g32"), "gptqmodel": ("int4-g32-asym", "int4-g32-asym"),
-    "auto_awq": ("int4-g32-asym", "int4-g32-asym"), "mixed": ("int4-g32", "int8-g32"),
-}  # fmt: skip
+    "auto_gptq": ("int4-g32", "int4-g32"),
+    "three_bits": ("int3-g32", "int3-g32"),
+    "gptqmodel": ("int4-g32-asym", "int4-g32-asym"),
+    "auto_awq": ("int4-g32-asym", "int4-g32-asym"),
+    "mixed": ("int4-g32", "int8-g32"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,5 +43,8 @@ def test_we_read_what_it_writes(name, theirs):
     found = {path: dense(model.leaf(f"{path}.weight")) for path in model.quantized}
     assert_equal(found, load_file(theirs / f"{name}.dense.safetensors"))
     attention = "model.layers.1.self_attn"
-    assert tuple(str(model.quantized[f"{attention}.{part}"]) for part in ("q_proj", "o_proj")) == SPECS[name]
+    assert (
+        tuple(str(model.quantized[f"{attention}.{part}"]) for part in ("q_proj", "o_proj"))
+        == SPECS[name]
+    )
     assert ("model.layers.0.mlp.down_proj" in model.quantized) == (name != "mixed")

@@ -1,7 +1,9 @@
-"""One product, computed by a kernel and by float64: how far they are apart, in units of what rounding explains.
+"""One product, computed by a kernel and by float64: how far they are apart, in units of what
+rounding explains.
 
-Kernels run in Triton's interpreter, in a process of its own: TRITON_INTERPRET counts when Triton is imported, and the other
-tests compile kernels. That process imports qlab_kernels from `path`, where a test may have planted a fault.
+Kernels run in Triton's interpreter, in a process of its own: TRITON_INTERPRET counts when Triton is
+imported, and the other tests compile kernels. That process imports qlab_kernels from `path`, where
+a test may have planted a fault.
 """
 
 import os
@@ -18,7 +20,8 @@ UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # relative rounding error
 
 @dataclass(frozen=True)
 class Case:
-    """A product; `config` holds the arguments of Config. ends: of the experts' tokens, for the grouped product."""
+    """A product; `config` holds the arguments of Config. ends: of the experts' tokens, for the
+    grouped product."""
 
     m: int
     n: int
@@ -48,7 +51,9 @@ def illegal(case):
     from qlab_kernels.config import Config, Problem, legal
 
     op = "int4_grouped_mm" if case.ends else "int4_mm"
-    problem = Problem(op, CAPABILITY[case.layout], "", case.dtype, case.group, case.zeros, case.n, case.k, case.m)
+    problem = Problem(
+        op, CAPABILITY[case.layout], "", case.dtype, case.group, case.zeros, case.n, case.k, case.m
+    )
     return legal(problem, Config(*case.config))
 
 
@@ -68,7 +73,8 @@ def operands(case):
 
 
 def error(case):
-    """max |y - y64| over what is allowed: rounding y, fp32 sums, and 16-bit weights if the config scales those."""
+    """max |y - y64| over what is allowed: rounding y, fp32 sums, and 16-bit weights if the config
+    scales those."""
     from qlab_kernels import reference
     from qlab_kernels.config import Config
     from qlab_kernels.grouped import int4_grouped_mm

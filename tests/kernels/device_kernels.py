@@ -8,7 +8,9 @@ from qlab_kernels.tile import codes, in_order
 
 
 @triton.jit
-def decode_kernel(words_ptr, out_ptr, LAYOUT: tl.constexpr, SEQUENCE: tl.constexpr, COMPUTE: tl.constexpr):
+def decode_kernel(
+    words_ptr, out_ptr, LAYOUT: tl.constexpr, SEQUENCE: tl.constexpr, COMPUTE: tl.constexpr
+):
     atom = tl.program_id(0)
     words = tl.load(words_ptr + atom * 2048 + tl.arange(0, 2048)).reshape(1, 2048)
     w = in_order(codes(words, SEQUENCE, COMPUTE), 1, 1, LAYOUT)

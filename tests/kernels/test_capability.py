@@ -1,4 +1,5 @@
-"""Dispatch is a table: every capability has its row, every row a configuration, and everything else a refusal that says what works."""
+"""Dispatch is a table: every capability has its row, every row a configuration, and everything else
+a refusal that says what works."""
 
 import subprocess
 import sys
@@ -9,7 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlab_kernels import TARGETS, Config, KernelError, Problem, admit, candidates, heuristic, kernel_revision, legal, target
+from qlab_kernels import (
+    TARGETS,
+    Config,
+    KernelError,
+    Problem,
+    admit,
+    candidates,
+    heuristic,
+    kernel_revision,
+    legal,
+    target,
+)
 
 KIB = 1024
 TABLE = {  # path, layout, shared memory in KiB, bf16, dequantization sequence
@@ -24,8 +36,16 @@ TABLE = {  # path, layout, shared memory in KiB, bf16, dequantization sequence
     (10, 0): ("fused", "mma2", 227, True, "sub"),
     (12, 0): ("fused", "mma2", 99, True, "sub"),
 }
-KINDS = {"dequantize": {"dequant"}, "fma": {"fma", "dequant"}, "fused": {"split_k", "gemm", "dequant"}}
-REGIMES = {"dequantize": ("dequant", "dequant", "dequant"), "fma": ("fma", "dequant", "dequant"), "fused": ("split_k", None, "dequant")}
+KINDS = {
+    "dequantize": {"dequant"},
+    "fma": {"fma", "dequant"},
+    "fused": {"split_k", "gemm", "dequant"},
+}
+REGIMES = {
+    "dequantize": ("dequant", "dequant", "dequant"),
+    "fma": ("fma", "dequant", "dequant"),
+    "fused": ("split_k", None, "dequant"),
+}
 
 
 def problem(cc, m=1, dtype="float16", group=128, zeros=False, n=4096, k=4096, op="int4_mm"):
@@ -49,29 +69,46 @@ def test_the_table_has_no_other_rows():
 
 @pytest.mark.parametrize("cc", [(6, 1), (5, 2), (9, 1), (10, 3), (11, 0), (12, 1), (13, 0), "sm90"])
 def test_other_capabilities_are_refused_by_name(cc):
-    with pytest.raises(KernelError, match=r"no kernels for compute capability .*: there are some for 7.0, .* 12.0; elsewhere"):
+    with pytest.raises(
+        KernelError,
+        match=r"no kernels for compute capability .*: there are some for 7.0, .* 12.0; elsewhere",
+    ):
         target(cc)
 
 
-@pytest.mark.parametrize("cc, dtype, able", [
-    ((7, 0), torch.bfloat16, "float16"), ((7, 5), torch.bfloat16, "float16"), ((9, 0), torch.float32, "bfloat16 or float16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "cc, dtype, able",
+    [
+        ((7, 0), torch.bfloat16, "float16"),
+        ((7, 5), torch.bfloat16, "float16"),
+        ((9, 0), torch.float32, "bfloat16 or float16"),
+    ],
+)
 def test_other_dtypes_are_refused_with_what_works(cc, dtype, able):
-    with pytest.raises(KernelError, match=f"{cc[0]}.{cc[1]} multiplies {able} activations .* cast the model to"):
+    with pytest.raises(
+        KernelError, match=f"{cc[0]}.{cc[1]} multiplies {able} activations .* cast the model to"
+    ):
         admit(cc, dtype)
 
 
-@pytest.mark.parametrize("k, config, why", [
-    (256, Config("gemm", 16, 64, 128), "k tile of 128 straddles groups of 64"),
-    (300, Config("gemm", 8, 64, 64), "bm is a power of two in 16..256"),
-    (300, Config("gemm", 16, 128, 64), "do not divide the padded weight 64x320"),
-    (300, Config("gemm", 16, 64, 256), "do not divide the padded weight 64x320"),
-    (300, Config("gemm", 16, 64, 64, split=2), "split 2 does not suit gemm"),
-    (300, Config("split_k", 16, 64, 64, split=6), "split 6 does not suit split_k over 5 k tiles"),
-    (300, Config("gemm", 16, 64, 64, warps=8), "8 warps need bn >= 128"),
-    (300, Config("fma", 1, 64, 64), "runs split_k, gemm, dequant, not fma"),
-    (300, Config("int4pack"), "runs split_k, gemm, dequant, not int4pack"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "k, config, why",
+    [
+        (256, Config("gemm", 16, 64, 128), "k tile of 128 straddles groups of 64"),
+        (300, Config("gemm", 8, 64, 64), "bm is a power of two in 16..256"),
+        (300, Config("gemm", 16, 128, 64), "do not divide the padded weight 64x320"),
+        (300, Config("gemm", 16, 64, 256), "do not divide the padded weight 64x320"),
+        (300, Config("gemm", 16, 64, 64, split=2), "split 2 does not suit gemm"),
+        (
+            300,
+            Config("split_k", 16, 64, 64, split=6),
+            "split 6 does not suit split_k over 5 k tiles",
+        ),
+        (300, Config("gemm", 16, 64, 64, warps=8), "8 warps need bn >= 128"),
+        (300, Config("fma", 1, 64, 64), "runs split_k, gemm, dequant, not fma"),
+        (300, Config("int4pack"), "runs split_k, gemm, dequant, not int4pack"),
+    ],
+)
 def test_illegal_configs_say_why(k, config, why):
     assert why in str(legal(problem((9, 0), group=64, n=40, k=k), config))
 
@@ -89,8 +126,15 @@ def test_grouped_product_needs_the_fused_path():
 
 
 @settings(deadline=None, max_examples=200)
-@given(cc=st.sampled_from(sorted(TABLE)), m=st.integers(0, 10_000), n=st.integers(1, 40_000), k=st.integers(1, 40_000),
-       group=st.sampled_from([32, 64, 128, 256, 10**6]), zeros=st.booleans(), dtype=st.sampled_from(["float16", "bfloat16"]))
+@given(
+    cc=st.sampled_from(sorted(TABLE)),
+    m=st.integers(0, 10_000),
+    n=st.integers(1, 40_000),
+    k=st.integers(1, 40_000),
+    group=st.sampled_from([32, 64, 128, 256, 10**6]),
+    zeros=st.booleans(),
+    dtype=st.sampled_from(["float16", "bfloat16"]),
+)
 def test_every_problem_has_a_legal_config_or_a_refusal(cc, m, n, k, group, zeros, dtype):
     p = problem(cc, m, dtype, group, zeros, n, k)
     if dtype == "bfloat16" and not TABLE[cc][3]:

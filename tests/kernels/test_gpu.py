@@ -1,4 +1,5 @@
-"""On a GPU: the assembly first, bit for bit, then every configuration against float64, then CUDA graphs."""
+"""On a GPU: the assembly first, bit for bit, then every configuration against float64, then CUDA
+graphs."""
 
 import cases
 import pytest
@@ -9,7 +10,10 @@ from qlab_kernels import Problem, candidates, heuristic, target
 from qlab_kernels.config import Config
 from qlab_kernels.layout import pack
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 def fused_row():
@@ -32,10 +36,22 @@ def test_assembly_equals_the_plain_path_bit_for_bit(layout, dtype):
     """All 16 values in all 8 positions of a word, and the order of both layouts."""
     from device_kernels import decode
 
-    sequences = {"plain", fused_row().sequence, "fma"}  # fma.rn.bf16x2 runs wherever sub.bf16x2 does
-    codes = ((torch.arange(4096) // 3 + torch.arange(16)[:, None]) % 16 - 8).view(16, 64, 64).to(torch.int8)
+    sequences = {
+        "plain",
+        fused_row().sequence,
+        "fma",
+    }  # fma.rn.bf16x2 runs wherever sub.bf16x2 does
+    codes = (
+        ((torch.arange(4096) // 3 + torch.arange(16)[:, None]) % 16 - 8)
+        .view(16, 64, 64)
+        .to(torch.int8)
+    )
     words = pack(codes, torch.ones(16, 64, 1), None, 64, layout, dtype).words.cuda()
-    seen = {(i, word >> 4 * i & 15) for word in words.view(torch.int32).unique().tolist() for i in range(8)}
+    seen = {
+        (i, word >> 4 * i & 15)
+        for word in words.view(torch.int32).unique().tolist()
+        for i in range(8)
+    }
     assert len(seen) == 128
     for sequence in sequences:
         decoded = decode(words, layout, sequence, dtype)
@@ -43,15 +59,30 @@ def test_assembly_equals_the_plain_path_bit_for_bit(layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("group, zeros", [(32, False), (64, True), (128, False), (128, True), (256, False), (10_000, True)])
+@pytest.mark.parametrize(
+    "group, zeros",
+    [(32, False), (64, True), (128, False), (128, True), (256, False), (10_000, True)],
+)
 def test_dequantize_is_exact(dtype, group, zeros):
     layout = row_for(dtype).layout
     for ends in ((), (1, 2, 2)):
-        assert cases.dequantized_exactly(Case(2, 200, 600, group, zeros, layout, dtype, ("dequant",), ends, device="cuda"))
+        assert cases.dequantized_exactly(
+            Case(2, 200, 600, group, zeros, layout, dtype, ("dequant",), ends, device="cuda")
+        )
 
 
 def problem(m, group, zeros, dtype, n=512, k=1024, op="int4_mm"):
-    return Problem(op, torch.cuda.get_device_capability(), torch.cuda.get_device_name(), dtype, group, zeros, n, k, m)
+    return Problem(
+        op,
+        torch.cuda.get_device_capability(),
+        torch.cuda.get_device_name(),
+        dtype,
+        group,
+        zeros,
+        n,
+        k,
+        m,
+    )
 
 
 def astuple(c):
@@ -59,14 +90,19 @@ def astuple(c):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("group, zeros", [(32, False), (64, True), (128, False), (128, True), (256, False), (10_000, True)])
+@pytest.mark.parametrize(
+    "group, zeros",
+    [(32, False), (64, True), (128, False), (128, True), (256, False), (10_000, True)],
+)
 @pytest.mark.parametrize("m", [1, 5, 16, 33, 100, 300])
 def test_every_candidate_against_float64(dtype, group, zeros, m):
     layout = row_for(dtype).layout
     for n, k in ((512, 1024), (200, 1000 if group > 1000 else 1280)):
         for c in candidates(problem(m, group, zeros, dtype, n, k)):
             case = Case(m, n, k, group, zeros, layout, dtype, astuple(c), device="cuda")
-            assert (excess := cases.error(case)) <= 1, f"{excess:.3g} times what rounding explains: {case}"
+            assert (excess := cases.error(case)) <= 1, (
+                f"{excess:.3g} times what rounding explains: {case}"
+            )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -74,7 +110,9 @@ def test_grouped_against_float64(dtype):
     fused_row()
     ends = (0, 3, 50, 50, 51, 200)
     c = heuristic(problem(200, 128, False, dtype, op="int4_grouped_mm"))
-    case = Case(200, 512, 1024, 128, False, fused_row().layout, dtype, astuple(c), ends, device="cuda")
+    case = Case(
+        200, 512, 1024, 128, False, fused_row().layout, dtype, astuple(c), ends, device="cuda"
+    )
     assert cases.error(case) <= 1
 
 
@@ -86,7 +124,9 @@ def test_a_cuda_graph_replays_with_new_activations(kind):
     config: Config | None = next((c for c in candidates(p) if c.kind == kind), None)
     if config is None:
         pytest.skip(f"no {kind} on this device")
-    x, packed = cases.operands(Case(4, 512, 1024, 128, False, target(p.cc).layout, "float16", (), device="cuda"))
+    x, packed = cases.operands(
+        Case(4, 512, 1024, 128, False, target(p.cc).layout, "float16", (), device="cuda")
+    )
     int4_mm(x, packed, config)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

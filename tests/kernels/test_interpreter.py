@@ -1,4 +1,5 @@
-"""Every kernel against float64 in Triton's interpreter; and the same checks catch faults planted in the kernels' sources."""
+"""Every kernel against float64 in Triton's interpreter; and the same checks catch faults planted in
+the kernels' sources."""
 
 import shutil
 from pathlib import Path
@@ -14,7 +15,11 @@ from hypothesis import strategies as st
 import qlab_kernels
 
 SOURCE = Path(qlab_kernels.__file__).parent
-few = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+few = settings(
+    deadline=None,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
+)
 GROUP = st.sampled_from([32, 64, 128, 256, 1000])
 DTYPE = st.sampled_from(["float16", "bfloat16"])
 
@@ -22,29 +27,58 @@ DTYPE = st.sampled_from(["float16", "bfloat16"])
 @pytest.fixture(scope="module")
 def interpreter():
     if triton.__version__ < "3.7" and not numpy.__version__ < "2.4":
-        pytest.skip("the interpreter of Triton 3.6 fails with numpy 2.4 and newer: install numpy<2.4 beside it")
+        pytest.skip(
+            "the interpreter of Triton 3.6 fails with numpy 2.4 and newer: install numpy<2.4 "
+            "beside it"
+        )
     with cases.interpreter() as pool:
         yield pool
 
 
 def check(interpreter, case):
-    assert (excess := interpreter.submit(cases.error, case).result()) <= 1, f"{excess:.3g} times what rounding explains: {case}"
+    assert (excess := interpreter.submit(cases.error, case).result()) <= 1, (
+        f"{excess:.3g} times what rounding explains: {case}"
+    )
 
 
 @st.composite
 def tensor_core_cases(draw):
-    """Legal by construction: sizes that pad to multiples of the tile, and tiles that nest with the groups."""
+    """Legal by construction: sizes that pad to multiples of the tile, and tiles that nest with the
+    groups."""
     group, bn = draw(GROUP), draw(st.sampled_from([64, 128]))
-    bk, scale_on = draw(st.sampled_from([(64, "accumulator"), (128, "accumulator"), (64, "weight"), (128, "weight"), (256, "weight")]))
+    bk, scale_on = draw(
+        st.sampled_from(
+            [
+                (64, "accumulator"),
+                (128, "accumulator"),
+                (64, "weight"),
+                (128, "weight"),
+                (256, "weight"),
+            ]
+        )
+    )
     if scale_on == "accumulator" and group % bk and group < 1000:
         bk, scale_on = 64, "accumulator" if group == 64 else "weight"
     n = bn * draw(st.integers(1, 2)) - draw(st.integers(0, 63))
-    k = (bk if group == 1000 else max(bk, group)) * draw(st.integers(1, 5 if group < 256 else 2)) - draw(st.integers(0, 63))
+    k = (bk if group == 1000 else max(bk, group)) * draw(
+        st.integers(1, 5 if group < 256 else 2)
+    ) - draw(st.integers(0, 63))
     tiles = -(-k // bk)
     split = draw(st.integers(1, min(tiles, 5)))
-    config = ("gemm" if split == 1 else "split_k", draw(st.sampled_from([16, 32])), bn, bk, split, 4, 2, scale_on)
+    config = (
+        "gemm" if split == 1 else "split_k",
+        draw(st.sampled_from([16, 32])),
+        bn,
+        bk,
+        split,
+        4,
+        2,
+        scale_on,
+    )
     layout = draw(st.sampled_from(["wgmma", "mma2"]))
-    return Case(draw(st.integers(0, 40)), n, k, group, draw(st.booleans()), layout, draw(DTYPE), config)
+    return Case(
+        draw(st.integers(0, 40)), n, k, group, draw(st.booleans()), layout, draw(DTYPE), config
+    )
 
 
 @few
@@ -55,8 +89,15 @@ def test_tensor_core_kernel(interpreter, case):
 
 
 @few
-@given(m=st.integers(0, 8), n=st.integers(1, 130), k=st.integers(1, 600), group=GROUP, zeros=st.booleans(),
-       bn=st.sampled_from([8, 16, 64]), bk=st.sampled_from([64, 128, 256]))
+@given(
+    m=st.integers(0, 8),
+    n=st.integers(1, 130),
+    k=st.integers(1, 600),
+    group=GROUP,
+    zeros=st.booleans(),
+    bn=st.sampled_from([8, 16, 64]),
+    bk=st.sampled_from([64, 128, 256]),
+)
 def test_fma_kernel(interpreter, m, n, k, group, zeros, bn, bk):
     case = Case(m, n, k, group, zeros, "rows", "float16", ("fma", 8, bn, bk))
     assume(cases.illegal(case) is None)
@@ -64,16 +105,43 @@ def test_fma_kernel(interpreter, m, n, k, group, zeros, bn, bk):
 
 
 @few
-@given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=5), n=st.integers(1, 130), k=st.integers(1, 300), group=GROUP,
-       zeros=st.booleans(), layout=st.sampled_from(["wgmma", "mma2"]), dtype=DTYPE)
+@given(
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+    n=st.integers(1, 130),
+    k=st.integers(1, 300),
+    group=GROUP,
+    zeros=st.booleans(),
+    layout=st.sampled_from(["wgmma", "mma2"]),
+    dtype=DTYPE,
+)
 def test_grouped_kernel(interpreter, counts, n, k, group, zeros, layout, dtype):
     ends = tuple(sum(counts[: i + 1]) for i in range(len(counts)))
-    check(interpreter, Case(ends[-1], n, k, group, zeros, layout, dtype, ("gemm", 16, 64, 64, 1, 4, 1, "weight"), ends))
+    check(
+        interpreter,
+        Case(
+            ends[-1],
+            n,
+            k,
+            group,
+            zeros,
+            layout,
+            dtype,
+            ("gemm", 16, 64, 64, 1, 4, 1, "weight"),
+            ends,
+        ),
+    )
 
 
 @few
-@given(n=st.integers(1, 200), k=st.integers(1, 500), group=GROUP, zeros=st.booleans(),
-       layout=st.sampled_from(["wgmma", "mma2", "rows"]), dtype=DTYPE, experts=st.sampled_from([(), (1, 2)]))
+@given(
+    n=st.integers(1, 200),
+    k=st.integers(1, 500),
+    group=GROUP,
+    zeros=st.booleans(),
+    layout=st.sampled_from(["wgmma", "mma2", "rows"]),
+    dtype=DTYPE,
+    experts=st.sampled_from([(), (1, 2)]),
+)
 def test_dequantize_is_exact(interpreter, n, k, group, zeros, layout, dtype, experts):
     case = Case(2, n, k, group, zeros, layout, dtype, ("dequant",), experts)
     assert interpreter.submit(cases.dequantized_exactly, case).result(), case
@@ -82,23 +150,48 @@ def test_dequantize_is_exact(interpreter, n, k, group, zeros, layout, dtype, exp
 # file, what stands there, what is planted, a case that reaches it
 FAULTS = {
     "a tile that straddles groups takes the first one's scale": (
-        "tile.py", "BK // GROUP if GROUP > 0 and GROUP < BK else 1", "1", ("(GROUP // BK)", "1 * BK // GROUP"),
-        Case(3, 64, 256, 64, False, "mma2", "float16", ("gemm", 16, 64, 128, 1, 4, 1, "weight"))),
+        "tile.py",
+        "BK // GROUP if GROUP > 0 and GROUP < BK else 1",
+        "1",
+        ("(GROUP // BK)", "1 * BK // GROUP"),
+        Case(3, 64, 256, 64, False, "mma2", "float16", ("gemm", 16, 64, 128, 1, 4, 1, "weight")),
+    ),
     "the tail of a split is dropped": (
-        "tile.py", "tl.range(first, K // BK, step", "tl.range(first, K // BK // step * step, step", None,
-        Case(3, 64, 320, 64, False, "mma2", "float16", ("split_k", 16, 64, 64, 2))),
+        "tile.py",
+        "tl.range(first, K // BK, step",
+        "tl.range(first, K // BK // step * step, step",
+        None,
+        Case(3, 64, 320, 64, False, "mma2", "float16", ("split_k", 16, 64, 64, 2)),
+    ),
     "the nibbles of a byte are swapped": (
-        "tile.py", "tl.join(low, high)", "tl.join(high, low)", None,
-        Case(3, 64, 128, 64, False, "wgmma", "float16", ("gemm", 16, 64, 64))),
+        "tile.py",
+        "tl.join(low, high)",
+        "tl.join(high, low)",
+        None,
+        Case(3, 64, 128, 64, False, "wgmma", "float16", ("gemm", 16, 64, 64)),
+    ),
     "the zero point is added": (
-        "tile.py", "w -= load_halves(zeros_ptr, row, rn", "w += load_halves(zeros_ptr, row, rn", None,
-        Case(3, 64, 128, 64, True, "wgmma", "float16", ("gemm", 16, 64, 64))),
+        "tile.py",
+        "w -= load_halves(zeros_ptr, row, rn",
+        "w += load_halves(zeros_ptr, row, rn",
+        None,
+        Case(3, 64, 128, 64, True, "wgmma", "float16", ("gemm", 16, 64, 64)),
+    ),
     "one expert's tokens go to the next": (
-        "grouped.py", "tl.cumsum(tiles, 0) <= tile", "tl.cumsum(tiles, 0) < tile", None,
-        Case(20, 64, 64, 64, False, "mma2", "float16", ("gemm", 16, 64, 64), (4, 20))),
+        "grouped.py",
+        "tl.cumsum(tiles, 0) <= tile",
+        "tl.cumsum(tiles, 0) < tile",
+        None,
+        Case(20, 64, 64, 64, False, "mma2", "float16", ("gemm", 16, 64, 64), (4, 20)),
+    ),
     "the last three nibbles of a word lose their power of 16": (
-        "fma.py", "16 ** (i % 4)", "16 ** (i % 5)", None, Case(3, 64, 128, 64, False, "rows", "float16", ("fma", 4, 16, 64))),
-}  # fmt: skip
+        "fma.py",
+        "16 ** (i % 4)",
+        "16 ** (i % 5)",
+        None,
+        Case(3, 64, 128, 64, False, "rows", "float16", ("fma", 4, 16, 64)),
+    ),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

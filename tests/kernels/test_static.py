@@ -1,7 +1,9 @@
-"""Every shipped configuration, and what runs where nothing is shipped, compiles for its capability and passes the gates.
+"""Every shipped configuration, and what runs where nothing is shipped, compiles for its capability
+and passes the gates.
 
-The normal run compiles every configuration of the shipped tables and of the heuristic's choices for every capability, each for
-one of its kinds of weights in turn; `-m static_full` compiles every candidate of every kind of weights.
+The normal run compiles every configuration of the shipped tables and of the heuristic's choices for
+every capability, each for one of its kinds of weights in turn; `-m static_full` compiles every
+candidate of every kind of weights.
 """
 
 import os
@@ -17,11 +19,18 @@ from qlab_kernels.static import Facts, Variant, compile_variant, faults, variant
 
 MOST = 120
 COMPILED = [cc for cc, row in TARGETS.items() if row.path != "dequantize"]
-KINDS = [(dtype, group, zeros) for dtype in ("bfloat16", "float16") for group in (32, 64, 128, 256, 8192) for zeros in (False, True)]
+KINDS = [
+    (dtype, group, zeros)
+    for dtype in ("bfloat16", "float16")
+    for group in (32, 64, 128, 256, 8192)
+    for zeros in (False, True)
+]
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-def problem(cc, dtype="bfloat16", group=128, zeros=False, m=1, op="int4_mm", n=8192, k=8192, experts=1):
+def problem(
+    cc, dtype="bfloat16", group=128, zeros=False, m=1, op="int4_mm", n=8192, k=8192, experts=1
+):
     return Problem(op, cc, "", dtype, group, zeros, n, k, m, experts)
 
 
@@ -32,13 +41,16 @@ def dtypes(cc):
 def chosen() -> Iterable[Variant | None]:
     for cc in COMPILED:
         for dtype in dtypes(cc):
-            for p in [problem(cc, dtype, m=m) for m in TOKENS] + [problem(cc, dtype, op="int4_grouped_mm", m=64, experts=32)]:
+            for p in [problem(cc, dtype, m=m) for m in TOKENS] + [
+                problem(cc, dtype, op="int4_grouped_mm", m=64, experts=32)
+            ]:
                 if TARGETS[cc].path == "fused" or p.op == "int4_mm":
                     yield variant(p, heuristic(p))
 
 
 def normal() -> list[Variant]:
-    """Of the variants of one configuration, which differ in the kind of weights alone, one: the next kind every time."""
+    """Of the variants of one configuration, which differ in the kind of weights alone, one: the
+    next kind every time."""
     alike: dict[tuple, list[Variant]] = {}
     for v in dict.fromkeys(v for v in (*shipped_variants(), *chosen()) if v):
         alike.setdefault((v.cc, v.op, v.config), []).append(v)
@@ -72,7 +84,9 @@ def attempt(v: Variant, **constants) -> Facts | str:
 def compilers(tmp_path_factory):
     workers = len(os.sched_getaffinity(0))
     directory = str(tmp_path_factory.mktemp("triton"))
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=quiet, initargs=(directory,)) as pool:
+    with ProcessPoolExecutor(
+        workers, get_context("spawn"), initializer=quiet, initargs=(directory,)
+    ) as pool:
         yield pool
 
 
@@ -80,7 +94,11 @@ def failures(compilers, variants: Iterable[Variant | None]) -> list[str]:
     distinct = list(dict.fromkeys(v for v in variants if v))
     assert distinct
     made = compilers.map(attempt, distinct, chunksize=4)
-    return [f"{v}: {found}" for v, f in zip(distinct, made) if (found := [f] if isinstance(f, str) else faults(v, f))]
+    return [
+        f"{v}: {found}"
+        for v, f in zip(distinct, made)
+        if (found := [f] if isinstance(f, str) else faults(v, f))
+    ]
 
 
 @pytest.mark.parametrize("cc", COMPILED)
@@ -91,7 +109,14 @@ def test_shipped_and_chosen_variants_pass_the_gates(compilers, cc):
 @pytest.mark.parametrize("cc", COMPILED)
 def test_dequantization_compiles(compilers, cc):
     kinds = [(0, True), (32, True), (128, False)]
-    assert not failures(compilers, [Variant("dequantize", cc, d, *kind, Config("dequant")) for d in dtypes(cc) for kind in kinds])
+    assert not failures(
+        compilers,
+        [
+            Variant("dequantize", cc, d, *kind, Config("dequant"))
+            for d in dtypes(cc)
+            for kind in kinds
+        ],
+    )
 
 
 def test_the_normal_run_stays_small_and_covers_every_capability():
@@ -99,7 +124,9 @@ def test_the_normal_run_stays_small_and_covers_every_capability():
     assert len(variants) <= MOST
     assert {(v.cc, v.op, v.config) for v in variants} == {(v.cc, v.op, v.config) for v in shipped}
     assert {v.cc for v in variants} == set(COMPILED)
-    assert {(v.dtype, v.group, v.zeros) for v in variants} == {(v.dtype, v.group, v.zeros) for v in shipped}
+    assert {(v.dtype, v.group, v.zeros) for v in variants} == {
+        (v.dtype, v.group, v.zeros) for v in shipped
+    }
 
 
 @pytest.mark.static_full
@@ -114,10 +141,25 @@ SMALL = Config("gemm", 16, 64, 128, warps=4, stages=4)
 LARGE = Config("gemm", 128, 256, 64, warps=8, stages=3, scale_on="weight")
 PLANTED = {  # a variant, the constants planted in it, what the gates must say
     "integers converted one by one": ((8, 6), SMALL, {"SEQUENCE": "plain"}, "I2F in the loop"),
-    "too many instructions": ((8, 0), SMALL, {"SEQUENCE": "plain"}, "instructions per weight exceed"),
-    "another architecture's layout": ((9, 0), SMALL, {"LAYOUT": "mma2"}, "weights are exchanged between threads"),
+    "too many instructions": (
+        (8, 0),
+        SMALL,
+        {"SEQUENCE": "plain"},
+        "instructions per weight exceed",
+    ),
+    "another architecture's layout": (
+        (9, 0),
+        SMALL,
+        {"LAYOUT": "mma2"},
+        "weights are exchanged between threads",
+    ),
     "too many accumulators": ((8, 0), LARGE, {}, "spills"),
-    "too deep a pipeline": ((8, 6), Config("gemm", 32, 128, 128, stages=8), {}, "bytes of shared memory exceed"),
+    "too deep a pipeline": (
+        (8, 6),
+        Config("gemm", 32, 128, 128, stages=8),
+        {},
+        "bytes of shared memory exceed",
+    ),
     "no pipeline": ((8, 0), SMALL, {"STAGES": 1}, "not copied asynchronously"),
 }
 

@@ -16,7 +16,8 @@ class Norm(nn.Module):
 
 
 class OddBlock(nn.Module):
-    """Attention whose values come first ("zeta"), grouped queries by expand, and up * gate instead of gate * up."""
+    """Attention whose values come first ("zeta"), grouped queries by expand, and up * gate instead
+    of gate * up."""
 
     def __init__(self, d=24, heads=6, shared=3):
         super().__init__()
@@ -26,7 +27,11 @@ class OddBlock(nn.Module):
         self.kiwi = nn.Linear(d, self.values * self.width, bias=False)
         self.whisper = nn.Linear(d, d)
         self.omega = nn.Linear(d, d, bias=False)
-        self.right, self.left, self.close = nn.Linear(d, 2 * d, bias=False), nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
+        self.right, self.left, self.close = (
+            nn.Linear(d, 2 * d, bias=False),
+            nn.Linear(d, 2 * d),
+            nn.Linear(2 * d, d),
+        )
 
     def spread(self, x, b, n):
         """Each of the few heads for several query heads: [b, n, (h w)] -> [b, heads, n, w]."""
@@ -62,7 +67,9 @@ class Straight(nn.Module):
         h = nn.functional.gelu(h) if self.leak == "gelu" else torch.relu(h)
         out = self.two(h)
         if self.three is not None:
-            out = out + self.three(h.unflatten(-1, (3, -1)).transpose(-1, -2).flatten(-2))  # the same channels in another order
+            out = out + self.three(
+                h.unflatten(-1, (3, -1)).transpose(-1, -2).flatten(-2)
+            )  # the same channels in another order
         if self.leak == "return":
             return out, y
         if self.leak == "tanh":
@@ -139,20 +146,35 @@ WAYS = {
 
 
 class Spread(nn.Module):
-    """Grouped queries behind a mask that the block makes itself; each value head is spread over two heads in one of the WAYS."""
+    """Grouped queries behind a mask that the block makes itself; each value head is spread over two
+    heads in one of the WAYS."""
 
     def __init__(self, way, einsum=False):
         super().__init__()
         self.way, self.einsum = way, einsum
-        self.ask, self.key, self.tell, self.sum = nn.Linear(12, 12), nn.Linear(12, 6), nn.Linear(12, 6), nn.Linear(12, 12)
+        self.ask, self.key, self.tell, self.sum = (
+            nn.Linear(12, 12),
+            nn.Linear(12, 6),
+            nn.Linear(12, 6),
+            nn.Linear(12, 12),
+        )
 
     def forward(self, x):
-        q, k, v = (linear(x).unflatten(-1, (-1, 3)).transpose(1, 2) for linear in (self.ask, self.key, self.tell))
+        q, k, v = (
+            linear(x).unflatten(-1, (-1, 3)).transpose(1, 2)
+            for linear in (self.ask, self.key, self.tell)
+        )
         k, v = WAYS[self.way](k), WAYS[self.way](v)
         later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
         weights = (q @ k.mT).masked_fill(later, -1e9).softmax(-1)
-        mixed = torch.einsum("bhqk,bhkd->bqhd", weights, v) if self.einsum else (weights @ v).transpose(1, 2)
-        return self.sum(mixed.flatten(2) if self.einsum else mixed.contiguous().view(*x.shape[:2], -1))
+        mixed = (
+            torch.einsum("bhqk,bhkd->bqhd", weights, v)
+            if self.einsum
+            else (weights @ v).transpose(1, 2)
+        )
+        return self.sum(
+            mixed.flatten(2) if self.einsum else mixed.contiguous().view(*x.shape[:2], -1)
+        )
 
 
 class Factor(nn.Module):
@@ -160,14 +182,20 @@ class Factor(nn.Module):
 
     def __init__(self, size, alpha=1):
         super().__init__()
-        self.one, self.two, self.factor, self.alpha = nn.Linear(12, 12), nn.Linear(12, 12), nn.Parameter(torch.rand(size) + 1), alpha
+        self.one, self.two, self.factor, self.alpha = (
+            nn.Linear(12, 12),
+            nn.Linear(12, 12),
+            nn.Parameter(torch.rand(size) + 1),
+            alpha,
+        )
 
     def forward(self, x):
         return self.two(torch.tanh(self.one(x)) * torch.add(self.factor, 0.5, alpha=self.alpha))
 
 
 class Numbers(nn.Module):
-    """Factors, an index and a table of plain numbers beside weights that are multiplied transposed, in every spelling."""
+    """Factors, an index and a table of plain numbers beside weights that are multiplied transposed,
+    in every spelling."""
 
     def __init__(self):
         super().__init__()
@@ -179,18 +207,25 @@ class Numbers(nn.Module):
         a, b, c, d, e = (linear.weight for linear in self.turned)
         x = (x @ a.T) * torch.tensor([1.0, 2.0] * 6, device=x.device) @ b.t() + x.new_tensor(0.5)
         x = x @ c.mT + (x[:, [-2, 0]] @ d.transpose(0, 1)).sum(1, keepdim=True)
-        return x @ e.permute(1, 0) + self.table[torch.arange(x.shape[1], device=x.device)] + self.shift.softmax(-1).squeeze(0)
+        return (
+            x @ e.permute(1, 0)
+            + self.table[torch.arange(x.shape[1], device=x.device)]
+            + self.shift.softmax(-1).squeeze(0)
+        )
 
 
 class Interleaved(nn.Module):
-    """norm -> one -> times angles, each of the first half for two neighbours, as rotary embeddings are spread -> two."""
+    """norm -> one -> times angles, each of the first half for two neighbours, as rotary embeddings
+    are spread -> two."""
 
     def __init__(self):
         super().__init__()
         self.norm, self.one, self.two = nn.LayerNorm(12), nn.Linear(12, 12), nn.Linear(12, 12)
 
     def forward(self, x, angles):
-        return self.two(self.one(self.norm(x)) * angles[..., : angles.shape[-1] // 2].repeat_interleave(2, -1))
+        return self.two(
+            self.one(self.norm(x)) * angles[..., : angles.shape[-1] // 2].repeat_interleave(2, -1)
+        )
 
 
 class Blockwise(nn.Module):
@@ -203,16 +238,30 @@ class Blockwise(nn.Module):
 
     def forward(self, x):
         y = self.one(self.norm(x))
-        return self.two(torch.cat([y[:, start : start + 4] * self.decay for start in range(0, y.shape[1], 4)], 1))
+        return self.two(
+            torch.cat(
+                [y[:, start : start + 4] * self.decay for start in range(0, y.shape[1], 4)], 1
+            )
+        )
 
 
 class StateSpace(nn.Module):
-    """norm -> a filter of each channel over time -> decayed by a matrix of rates, number by number -> out."""
+    """norm -> a filter of each channel over time -> decayed by a matrix of rates, number by number
+    -> out."""
 
     def __init__(self):
         super().__init__()
-        self.mix, self.rates, self.out = nn.Conv1d(12, 12, 3, groups=12), nn.Parameter(torch.rand(12, 4)), nn.Linear(12, 12)
+        self.mix, self.rates, self.out = (
+            nn.Conv1d(12, 12, 3, groups=12),
+            nn.Parameter(torch.rand(12, 4)),
+            nn.Linear(12, 12),
+        )
 
     def forward(self, x):
-        x = nn.functional.conv1d(nn.functional.pad(x.mT, (2, 0)), self.mix.weight.squeeze(1).unsqueeze(1), self.mix.bias, groups=12).mT
+        x = nn.functional.conv1d(
+            nn.functional.pad(x.mT, (2, 0)),
+            self.mix.weight.squeeze(1).unsqueeze(1),
+            self.mix.bias,
+            groups=12,
+        ).mT
         return self.out((x[..., None] * -self.rates.float().exp()).sum(-1))

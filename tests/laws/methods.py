@@ -16,10 +16,16 @@ LAW_METHODS = {  # name -> (spec -> transform)
     "awq_scale": awq_scale,
 }
 LAW_SPECS = ("int4-g16", "int3-g32-asym", "int8-channel", "int2-channel-asym", "int5-tensor")
-KINDS = ("rtn", "gptq", "gptaq", "awq")  # a rounding, a solver, one that aims elsewhere, a reparametrization
+KINDS = (
+    "rtn",
+    "gptq",
+    "gptaq",
+    "awq",
+)  # a rounding, a solver, one that aims elsewhere, a reparametrization
 EVERY_METHOD = ("llama", "gpt2", "qwen3_moe")  # families: linears, transposed ones, experts
 
 
 def pairs(methods, families):
-    """Every method on a family of each kind, and a method of each kind on every family: (method, family)."""
+    """Every method on a family of each kind, and a method of each kind on every family: (method,
+    family)."""
     return [(m, f) for f in families for m in methods if m in KINDS or f in EVERY_METHOD]

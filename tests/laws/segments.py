@@ -1,4 +1,5 @@
-"""Blocks of the tiny models as values, what they are called with, and how values are compared and watched."""
+"""Blocks of the tiny models as values, what they are called with, and how values are compared and
+watched."""
 
 import copy
 from contextlib import contextmanager
@@ -35,11 +36,17 @@ class Segment:
         for i in order or range(len(self.batches)):
             found = inputs_of(graph, sorted({s for s, _ in wanted}), *self.batches[i])
             for source, name in wanted:
-                x_nk, tokens, ends = found[source].x.flatten(0, -2), found[source].tokens, found[source].ends
+                x_nk, tokens, ends = (
+                    found[source].x.flatten(0, -2),
+                    found[source].tokens,
+                    found[source].ends,
+                )
                 tokens = torch.arange(len(x_nk)) if tokens is None else tokens
                 stat = stat_of(name, experts=ends is not None)
                 state = stat.lift(Observation(x_nk, 1000 * i + tokens, ends))
-                stats[source, name] = stat.combine(stats[source, name], state) if (source, name) in stats else state
+                stats[source, name] = (
+                    stat.combine(stats[source, name], state) if (source, name) in stats else state
+                )
         return stats
 
     @cached_property
@@ -62,7 +69,9 @@ def calls(model, ids, mask=None):
     """Block path -> (args, kwargs) of its call inside the model."""
     seen, (_, blocks) = {}, find_blocks(model)
     hooks = [
-        block.register_forward_pre_hook(lambda m, a, k, path=path: seen.update({path: (a, dict(k))}), with_kwargs=True)
+        block.register_forward_pre_hook(
+            lambda m, a, k, path=path: seen.update({path: (a, dict(k))}), with_kwargs=True
+        )
         for path, block in blocks.items()
     ]
     try:
@@ -82,7 +91,8 @@ def model_of(family):
 
 @lru_cache
 def segment(family, index=None):
-    """Block `index` (default: the first, or the first with experts) of a family's tiny model with three batches of 24 tokens."""
+    """Block `index` (default: the first, or the first with experts) of a family's tiny model with
+    three batches of 24 tokens."""
     index = int(family in MIXTURES) if index is None else index
     with torch.no_grad():
         model = model_of(family)
@@ -93,6 +103,7 @@ def segment(family, index=None):
 
 def batches_of(seg):
     """The segment's calls as the driver makes them."""
+
     def one(args, kwargs):
         leaves, form = take_apart((args, kwargs))
         where = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
@@ -120,7 +131,10 @@ def relative(a, b):
 def tensors(tree):
     """Every tensor inside graphs, leaves, statistics and online operations, in a fixed order."""
     if isinstance(tree, ModuleGraph):
-        tree = (dict(sorted(tree.params.items())), [[vars(op) for op in ops] for _, ops in sorted(tree.online.items())])
+        tree = (
+            dict(sorted(tree.params.items())),
+            [[vars(op) for op in ops] for _, ops in sorted(tree.online.items())],
+        )
     if isinstance(tree, dict):
         tree = [tree[key] for key in sorted(tree)]
     return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
@@ -165,9 +179,14 @@ def moment(x_nk):
 
 
 def correlated(n, k, seed):
-    """Rows [n, k] whose channels are strongly correlated and of different size, as activations are."""
+    """Rows [n, k] whose channels are strongly correlated and of different size, as activations
+    are."""
     g = torch.Generator().manual_seed(seed)
-    mix = torch.eye(k) + 0.7 * torch.randn(k, k, generator=g) / k**0.5 + torch.randn(k, 1, generator=g)
+    mix = (
+        torch.eye(k)
+        + 0.7 * torch.randn(k, k, generator=g) / k**0.5
+        + torch.randn(k, 1, generator=g)
+    )
     return torch.randn(n, k, generator=g) @ mix * torch.rand(k, generator=g).add(0.2)
 
 

@@ -34,43 +34,81 @@ from qlab.methods.rtn import rtn
 
 every_family = pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 
-ATTENTION = {"self_attn.q_proj": "input_layernorm", "self_attn.k_proj": "input_layernorm",
-             "self_attn.v_proj": "input_layernorm", "self_attn.o_proj": "self_attn.v_proj"}  # fmt: skip
-LLAMA = ATTENTION | {"mlp.gate_proj": "post_attention_layernorm", "mlp.up_proj": "post_attention_layernorm",
-                     "mlp.down_proj": "mlp.up_proj"}  # fmt: skip
-EXPERTS = {"mlp.gate": "post_attention_layernorm", "mlp.experts.gate_up_proj": "post_attention_layernorm",
-           "mlp.experts.down_proj": "mlp.experts.gate_up_proj"}  # fmt: skip
-GEMMA = LLAMA | {"mlp.gate_proj": "pre_feedforward_layernorm", "mlp.up_proj": "pre_feedforward_layernorm"}
+ATTENTION = {
+    "self_attn.q_proj": "input_layernorm",
+    "self_attn.k_proj": "input_layernorm",
+    "self_attn.v_proj": "input_layernorm",
+    "self_attn.o_proj": "self_attn.v_proj",
+}
+LLAMA = ATTENTION | {
+    "mlp.gate_proj": "post_attention_layernorm",
+    "mlp.up_proj": "post_attention_layernorm",
+    "mlp.down_proj": "mlp.up_proj",
+}
+EXPERTS = {
+    "mlp.gate": "post_attention_layernorm",
+    "mlp.experts.gate_up_proj": "post_attention_layernorm",
+    "mlp.experts.down_proj": "mlp.experts.gate_up_proj",
+}
+GEMMA = LLAMA | {
+    "mlp.gate_proj": "pre_feedforward_layernorm",
+    "mlp.up_proj": "pre_feedforward_layernorm",
+}
 FOLDS = {
     **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3"], LLAMA),
     **dict.fromkeys(["gemma2", "gemma3_text"], GEMMA),
-    "olmo2": {"self_attn.o_proj": "self_attn.v_proj", "mlp.down_proj": "mlp.up_proj"},  # inputs are post-norm sums
-    "phi3": {"self_attn.qkv_proj": "input_layernorm", "self_attn.o_proj": "self_attn.qkv_proj",
-             "mlp.gate_up_proj": "post_attention_layernorm", "mlp.down_proj": "mlp.gate_up_proj"},
-    "opt": {"self_attn.q_proj": "self_attn_layer_norm", "self_attn.k_proj": "self_attn_layer_norm",
-            "self_attn.v_proj": "self_attn_layer_norm", "self_attn.out_proj": "self_attn.v_proj",
-            "fc1": "final_layer_norm", "fc2": "fc1"},  # through relu
-    "gpt_neox": {"attention.query_key_value": "input_layernorm", "attention.dense": "attention.query_key_value",
-                 "mlp.dense_h_to_4h": "post_attention_layernorm"},  # not behind gelu
+    "olmo2": {
+        "self_attn.o_proj": "self_attn.v_proj",
+        "mlp.down_proj": "mlp.up_proj",
+    },  # inputs are post-norm sums
+    "phi3": {
+        "self_attn.qkv_proj": "input_layernorm",
+        "self_attn.o_proj": "self_attn.qkv_proj",
+        "mlp.gate_up_proj": "post_attention_layernorm",
+        "mlp.down_proj": "mlp.gate_up_proj",
+    },
+    "opt": {
+        "self_attn.q_proj": "self_attn_layer_norm",
+        "self_attn.k_proj": "self_attn_layer_norm",
+        "self_attn.v_proj": "self_attn_layer_norm",
+        "self_attn.out_proj": "self_attn.v_proj",
+        "fc1": "final_layer_norm",
+        "fc2": "fc1",
+    },  # through relu
+    "gpt_neox": {
+        "attention.query_key_value": "input_layernorm",
+        "attention.dense": "attention.query_key_value",
+        "mlp.dense_h_to_4h": "post_attention_layernorm",
+    },  # not behind gelu
     "gpt2": {"attn.c_attn": "ln_1", "attn.c_proj": "attn.c_attn", "mlp.c_fc": "ln_2"},
     "mixtral": ATTENTION | EXPERTS,
     "qwen3_moe": ATTENTION | EXPERTS,
-    "deepseek_v3": {"self_attn.q_a_proj": "input_layernorm", "self_attn.kv_a_proj_with_mqa": "input_layernorm",
-                    "self_attn.q_b_proj": "self_attn.q_a_layernorm", "self_attn.kv_b_proj": "self_attn.kv_a_layernorm",
-                    "self_attn.o_proj": "self_attn.kv_b_proj", **EXPERTS,
-                    "mlp.shared_experts.gate_proj": "post_attention_layernorm",
-                    "mlp.shared_experts.up_proj": "post_attention_layernorm",
-                    "mlp.shared_experts.down_proj": "mlp.shared_experts.up_proj"},
-}  # fmt: skip
+    "deepseek_v3": {
+        "self_attn.q_a_proj": "input_layernorm",
+        "self_attn.kv_a_proj_with_mqa": "input_layernorm",
+        "self_attn.q_b_proj": "self_attn.q_a_layernorm",
+        "self_attn.kv_b_proj": "self_attn.kv_a_layernorm",
+        "self_attn.o_proj": "self_attn.kv_b_proj",
+        **EXPERTS,
+        "mlp.shared_experts.gate_proj": "post_attention_layernorm",
+        "mlp.shared_experts.up_proj": "post_attention_layernorm",
+        "mlp.shared_experts.down_proj": "mlp.shared_experts.up_proj",
+    },
+}
 
 
 def table(graph):
     weights = {origin: place.producer.weight for origin, place in folds(graph.code).items()}
-    return {s.path: re.sub(r"\.(weight|gain)$", "", weights[s.origin]) for s in graph.sites if s.origin in weights}
+    return {
+        s.path: re.sub(r"\.(weight|gain)$", "", weights[s.origin])
+        for s in graph.sites
+        if s.origin in weights
+    }
 
 
 def scaled(graph, seed, tied=True):
-    """The graph with a random positive scale on every source, tied where one producer channel feeds several."""
+    """The graph with a random positive scale on every source, tied where one producer channel feeds
+    several."""
     places = folds(graph.code)
     for i, (origin, sites) in enumerate(by_origin(graph.sites).items()):
         m_k = normal(graph.weight_ok(sites[0]).shape[-1], seed=seed + i).mul(0.7).exp()
@@ -100,7 +138,11 @@ def test_folding_preserves_the_function_and_leaves_what_has_no_place(family):
         for i in range(2):
             assert relative(out(online, seg, i), out(seg.graph, seg, i)) < 1e-5
             assert relative(out(folded, seg, i), out(seg.graph, seg, i)) < 1e-5
-        moved = [s.path for s in seg.graph.sites if not torch.equal(folded.params[s.weight], seg.graph.params[s.weight])]
+        moved = [
+            s.path
+            for s in seg.graph.sites
+            if not torch.equal(folded.params[s.weight], seg.graph.params[s.weight])
+        ]
         assert moved  # it did something
 
 
@@ -111,11 +153,17 @@ def test_reparametrizing_online_preserves_the_function(family, rotates):
     graph = seg.graph
     for i, (source, sites) in enumerate(by_origin(graph.sites).items()):
         k = graph.weight_ok(sites[0]).shape[-1]
-        M = torch.linalg.qr(normal(k, k, seed=i))[0] if rotates else normal(k, seed=i).sign() * normal(k, seed=i).exp()
+        M = (
+            torch.linalg.qr(normal(k, k, seed=i))[0]
+            if rotates
+            else normal(k, seed=i).sign() * normal(k, seed=i).exp()
+        )
         before = {s.path: graph.params[s.weight] for s in sites}
         graph, _ = reparametrize(graph, {}, source, M, M.T if rotates else 1 / M)
         assert all(not torch.equal(before[s.path], graph.params[s.weight]) for s in sites)
-    assert {type(op) for ops in graph.online.values() for op in ops} == {Rotate if rotates else Multiply}
+    assert {type(op) for ops in graph.online.values() for op in ops} == {
+        Rotate if rotates else Multiply
+    }
     assert relative(out(graph, seg), out(seg.graph, seg)) < 1e-5
     without = replace(graph, online={})
     assert relative(out(without, seg), out(seg.graph, seg)) > 1e-2
@@ -129,7 +177,9 @@ def test_grouped_queries_tie_the_channels_that_one_value_channel_feeds():
     assert torch.equal(fold.index_k, heads)
     m_k = normal(64, seed=0).exp()
     tied = fold.tie(m_k)
-    assert torch.allclose(tied.view(2, 2, 16), m_k.view(2, 2, 16).mean(1, keepdim=True).expand(2, 2, 16))
+    assert torch.allclose(
+        tied.view(2, 2, 16), m_k.view(2, 2, 16).mean(1, keepdim=True).expand(2, 2, 16)
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -137,8 +187,15 @@ def test_a_block_never_seen_before_folds_all_but_what_leaks(seed):
     torch.manual_seed(seed)
     x = torch.randn(2, 6, 24)
     seg = of(OddBlock(), x)
-    assert table(seg.graph) == {"zeta": "alpha", "whisper": "alpha", "kiwi": "alpha", "omega": "zeta", "left": "beta",
-                                "right": "beta", "close": "left"}  # fmt: skip
+    assert table(seg.graph) == {
+        "zeta": "alpha",
+        "whisper": "alpha",
+        "kiwi": "alpha",
+        "omega": "zeta",
+        "left": "beta",
+        "right": "beta",
+        "close": "left",
+    }
     graph = scaled(seg.graph, seed)
     folded = fold_scales(graph)
     assert not folded.online
@@ -193,7 +250,8 @@ def test_a_scale_that_would_leak_does_not_fold(block, expected):
 
 
 def test_a_program_that_holds_for_some_lengths_only_is_labelled_at_the_one_it_was_traced_with():
-    """Unrolled over blocks of tokens, as lightning attention is: at a smaller length its second block is empty."""
+    """Unrolled over blocks of tokens, as lightning attention is: at a smaller length its second
+    block is empty."""
     torch.manual_seed(0)
     x = torch.randn(2, 8, 12)
     seg = of(Blockwise(), x)
@@ -213,7 +271,11 @@ def test_negative_scales_and_rotations_stay_online():
 
 def test_only_the_leading_scale_folds_and_the_rest_stays_in_order():
     seg = of(Straight(""), torch.randn(2, 5, 12))
-    source, m_k, R = seg.graph.sites[1].source, normal(12, seed=0).exp(), torch.linalg.qr(normal(12, 12, seed=1))[0]
+    source, m_k, R = (
+        seg.graph.sites[1].source,
+        normal(12, seed=0).exp(),
+        torch.linalg.qr(normal(12, 12, seed=1))[0],
+    )
     graph, _ = reparametrize(seg.graph, {}, source, m_k, 1 / m_k)
     graph, _ = reparametrize(graph, {}, source, R, R.T)
     graph, _ = reparametrize(graph, {}, source, m_k, 1 / m_k)
@@ -223,7 +285,8 @@ def test_only_the_leading_scale_folds_and_the_rest_stays_in_order():
 
 
 def with_rounded_values(spec, dtype=torch.float32):
-    """llama's block with v_proj rounded, the source of o_proj, and a scale on it that v_proj's rows can carry."""
+    """llama's block with v_proj rounded, the source of o_proj, and a scale on it that v_proj's rows
+    can carry."""
     seg = segment("llama")
     graph, _ = seg.solve(at("*.v_proj", rtn(parse_spec(spec))), replace(seg.graph, dtype=dtype))
     source = next(s.source for s in graph.sites if s.path == "self_attn.o_proj")
@@ -242,16 +305,23 @@ def test_rounded_rows_move_with_their_scales(spec):
     assert relative(out(folded, seg), out(graph, seg)) < 1e-5
 
 
-@pytest.mark.parametrize("spec, dtype, m", [
-    ("int4-tensor", torch.float32, 1.5), ("fp8-b16x16", torch.float32, 1.5), ("nvfp4", torch.float32, 1.3),
-    ("int4-g16", torch.float16, 1e-4),  # scales that fp16 cannot hold
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec, dtype, m",
+    [
+        ("int4-tensor", torch.float32, 1.5),
+        ("fp8-b16x16", torch.float32, 1.5),
+        ("nvfp4", torch.float32, 1.3),
+        ("int4-g16", torch.float16, 1e-4),  # scales that fp16 cannot hold
+    ],
+)
 def test_rounded_rows_whose_scales_cannot_take_another_stay_and_are_refused_by_name(spec, dtype, m):
     _, graph, source, m_k = with_rounded_values(spec, dtype)
     m_k = torch.full_like(m_k, m)
     assert torch.equal(folds(graph.code)[source].stored(graph, m_k), torch.ones(64))
     graph, _ = reparametrize(graph, {}, source, m_k, 1 / m_k)
-    with pytest.raises(QlabError, match=r"model\.layers\.0\.self_attn\.v_proj\.weight is rounded already"):
+    with pytest.raises(
+        QlabError, match=r"model\.layers\.0\.self_attn\.v_proj\.weight is rounded already"
+    ):
         fold_scales(graph)
 
 
@@ -267,7 +337,10 @@ def test_of_rounded_rows_those_stay_whose_scales_would_be_lost():
     _, graph, source, _ = with_rounded_values("int4-g16", torch.float16)
     q, fold = graph.params["self_attn.v_proj.weight"], folds(graph.code)[source]
     tiny = replace(q, scales=torch.where(torch.arange(32)[:, None] < 4, q.scales * 1e-3, q.scales))
-    kept = fold.stored(graph.update({"self_attn.v_proj.weight": tiny}), torch.full((64,), 1.37e-2)) == 1
+    kept = (
+        fold.stored(graph.update({"self_attn.v_proj.weight": tiny}), torch.full((64,), 1.37e-2))
+        == 1
+    )
     assert torch.equal(kept, fold.index_k < 4)
 
 
@@ -282,7 +355,12 @@ def test_the_scale_reported_as_stored_is_the_one_that_is_applied(seed):
                 after = fold.apply(graph, m_k)[fold.producer.weight]
                 assert torch.equal(after, after.bfloat16().float())
                 expected = (after + offset)[fold.index_k]
-                assert torch.allclose(fold.stored(graph, m_k) * (w + offset)[fold.index_k], expected, rtol=1e-5, atol=1e-6)
+                assert torch.allclose(
+                    fold.stored(graph, m_k) * (w + offset)[fold.index_k],
+                    expected,
+                    rtol=1e-5,
+                    atol=1e-6,
+                )
 
 
 def test_places_are_found_once_per_program():

@@ -22,7 +22,12 @@ from qlab.methods.rtn import rtn
 
 dense_family = pytest.mark.parametrize("family", FAMILIES)
 every_family = pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
-RECIPES = [("int3-g16", weighted), ("int3-g16", minmax), ("int4-channel", minmax), ("int2-g32-asym", mse)]
+RECIPES = [
+    ("int3-g16", weighted),
+    ("int3-g16", minmax),
+    ("int4-channel", minmax),
+    ("int2-g32-asym", mse),
+]
 
 
 def run(graph, transform, stats):
@@ -36,17 +41,21 @@ def error(D, H):
 
 
 def losses(seg, final, folded, stats, grid, spec):
-    """Per source: the loss of `final` and of RTN, as relative output errors of the original block's weights.
+    """Per source: the loss of `final` and of RTN, as relative output errors of the original block's
+    weights.
 
-    `folded` holds the weights that were rounded; the original W differs from it by scales of rows and columns alone,
-    so dense(final) * W / folded is what the original block's inputs see.
+    `folded` holds the weights that were rounded; the original W differs from it by scales of rows
+    and columns alone, so dense(final) * W / folded is what the original block's inputs see.
     """
     for source, sites in by_source(seg.graph.sites).items():
         H = stats[source, "second_moment"].mean_kk
         awq_loss = rtn_loss = plain_loss = energy = 0.0
         for site in sites:
             W, scaled = seg.graph.weight_ok(site), folded.weight_ok(site)
-            awq_loss += error(dense(final.params[site.weight], torch.float64) * W.double() / scaled.double() - W, H)
+            awq_loss += error(
+                dense(final.params[site.weight], torch.float64) * W.double() / scaled.double() - W,
+                H,
+            )
             on_rows = encode_rows(grid, W, spec, H.diagonal(), partial(quadratic, H_kk=H))[0]
             rtn_loss += error(dense(on_rows) - W, H)
             plain_loss += error(dense(encode(minmax, W, spec)) - W, H)
@@ -57,9 +66,9 @@ def losses(seg, final, folded, stats, grid, spec):
 @dense_family
 @pytest.mark.parametrize("text, grid", RECIPES, ids=lambda x: getattr(x, "name", x))
 def test_per_source_awq_is_never_worse_than_rtn_and_its_notes_are_true(text, grid, family):
-    """Exact where the rounded weights are those that were scored. Where another source's scale was folded into their
-    rows (a value projection's), rows only move as a whole, but a code at a tie (a range's end is one) may turn: the
-    slack is 2 percent here. Tiles lie within rows.
+    """Exact where the rounded weights are those that were scored. Where another source's scale was
+    folded into their rows (a value projection's), rows only move as a whole, but a code at a tie (a
+    range's end is one) may turn: the slack is 2 percent here. Tiles lie within rows.
     """
     seg, spec = segment(family), with_scale_dtype(parse_spec(text), torch.float32)
     stats, places = seg.stats, folds(seg.graph.code)
@@ -84,7 +93,12 @@ def test_scaling_alone_preserves_the_function(family):
     graph, _ = run(seg.graph, awq_scale(parse_spec("int3-g16")), seg.stats)
     assert not graph.online
     for args, kwargs in seg.batches:
-        assert relative(hidden(interpret(graph, args, kwargs)), hidden(interpret(seg.graph, args, kwargs))) < 1e-5
+        assert (
+            relative(
+                hidden(interpret(graph, args, kwargs)), hidden(interpret(seg.graph, args, kwargs))
+            )
+            < 1e-5
+        )
 
 
 @every_family
@@ -114,7 +128,12 @@ def test_the_ratio_is_found_between_the_steps_of_the_walk(least):
 
 @pytest.mark.parametrize(
     ("loss", "found", "asked"),
-    [(lambda r: r, 0.0, 3), (lambda r: -r, 1.0, 11), (lambda r: 1.0, 0.0, 3), (lambda r: 1 - (r in (0.1, 0.2)), 0.1, 5)],
+    [
+        (lambda r: r, 0.0, 3),
+        (lambda r: -r, 1.0, 11),
+        (lambda r: 1.0, 0.0, 3),
+        (lambda r: 1 - (r in (0.1, 0.2)), 0.1, 5),
+    ],
 )
 def test_a_walk_ends_where_two_steps_found_nothing_better(loss, found, asked):
     seen = []
@@ -131,7 +150,9 @@ def test_a_ratio_that_a_few_rows_chose_and_all_rows_lose_by_is_not_taken(monkeyp
 
 def test_when_scaling_cannot_help_the_identity_is_taken():
     seg, spec = segment("llama"), parse_spec("int8-channel")
-    leaves = {s.weight: torch.sign(seg.graph.params[s.weight]) * 0.5 for s in seg.graph.sites}  # exact on the signed grid
+    leaves = {
+        s.weight: torch.sign(seg.graph.params[s.weight]) * 0.5 for s in seg.graph.sites
+    }  # exact on the signed grid
     graph, _ = run(seg.graph.update(leaves), awq_scale(spec), seg.stats)
     assert {n["awq_ratio"] for n in graph.notes.values()} == {0.0}
     assert all(n["awq_loss"] == n["awq_rtn_loss"] for n in graph.notes.values())

@@ -1,4 +1,5 @@
-"""A step cannot change what it is measured against, nor what other steps and recipes go on with, and what no file holds is refused."""
+"""A step cannot change what it is measured against, nor what other steps and recipes go on with,
+and what no file holds is refused."""
 
 from dataclasses import dataclass, replace
 
@@ -48,8 +49,13 @@ def refused(seg, transform, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("family, way", [*(("llama", way) for way in WAYS), *((family, "data") for family in ("gpt2", *MIXTURES))])
-def test_a_step_that_writes_to_its_weight_and_statistics_is_measured_against_the_true_ones(family, way):
+@pytest.mark.parametrize(
+    "family, way",
+    [*(("llama", way) for way in WAYS), *((family, "data") for family in ("gpt2", *MIXTURES))],
+)
+def test_a_step_that_writes_to_its_weight_and_statistics_is_measured_against_the_true_ones(
+    family, way
+):
     seg, way = segment(family), WAYS[way]
 
     def in_place(W_ok, stats, spec):
@@ -63,14 +69,18 @@ def test_a_step_that_writes_to_its_weight_and_statistics_is_measured_against_the
         return encode(minmax, W_ok, spec), {}
 
     with untouched(seg.graph, seg.stats):
-        found = [seg.solve(each_weight("mine", fn, SPEC, HESSIAN))[0] for fn in (in_place, on_copies)]
+        found = [
+            seg.solve(each_weight("mine", fn, SPEC, HESSIAN))[0] for fn in (in_place, on_copies)
+        ]
     assert_same(*found)
     assert found[0].notes == found[1].notes
     for site in found[0].sites:
         W, leaf = seg.graph.weight_ok(site), found[0].params[site.weight]
         if isinstance(leaf, QTensor):
             error = (dense(leaf, torch.float32) - W).norm() / W.norm()
-            assert found[0].notes[site.path]["weight_error"] == pytest.approx(float(error), rel=1e-4)
+            assert found[0].notes[site.path]["weight_error"] == pytest.approx(
+                float(error), rel=1e-4
+            )
 
 
 def test_a_step_may_keep_one_workspace_for_all_weights():
@@ -83,38 +93,75 @@ def test_a_step_may_keep_one_workspace_for_all_weights():
 
     found, expected = seg.solve(each_weight("mine", reusing, SPEC))[0], seg.solve(rtn(SPEC))[0]
     assert_same(found, expected)
-    assert all(found.notes[site.path]["rows"] == len(found.params[site.weight].codes) for site in found.sites)
+    assert all(
+        found.notes[site.path]["rows"] == len(found.params[site.weight].codes)
+        for site in found.sites
+    )
 
 
 @ways
-@pytest.mark.parametrize("what, words", [
-    (lambda graph, stats: graph.params["mlp.up_proj.weight"], r"'mine' writes to model\.layers\.0\.mlp\.up_proj\.weight"),
-    (lambda graph, stats: graph.params["input_layernorm.weight"], r"'mine' writes to model\.layers\.0\.input_layernorm\.weight"),
-    (lambda graph, stats: graph.weight_ok(graph.sites[0]), r"'mine' writes to model\.layers\.0\.self_attn\.q_proj\.weight"),
-    (lambda graph, stats: stats[graph.sites[0].source, "second_moment"].sum_kk,
-     r"'mine' writes to the statistic 'second_moment' of model\.layers\.0\.self_attn\.q_proj"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        (
+            lambda graph, stats: graph.params["mlp.up_proj.weight"],
+            r"'mine' writes to model\.layers\.0\.mlp\.up_proj\.weight",
+        ),
+        (
+            lambda graph, stats: graph.params["input_layernorm.weight"],
+            r"'mine' writes to model\.layers\.0\.input_layernorm\.weight",
+        ),
+        (
+            lambda graph, stats: graph.weight_ok(graph.sites[0]),
+            r"'mine' writes to model\.layers\.0\.self_attn\.q_proj\.weight",
+        ),
+        (
+            lambda graph, stats: stats[graph.sites[0].source, "second_moment"].sum_kk,
+            r"'mine' writes to the statistic 'second_moment' of "
+            r"model\.layers\.0\.self_attn\.q_proj",
+        ),
+    ],
+)
 def test_a_stage_that_writes_to_what_it_is_given_is_refused_by_name(what, words, way):
     seg = segment("llama")
     copy = seg.graph.update({name: leaf.clone() for name, leaf in seg.graph.params.items()})
     with pytest.raises(QlabError, match=words):
-        seg.solve(step(lambda graph, stats: (way(what(graph, stats)), graph)[1], needs=HESSIAN), copy)
+        seg.solve(
+            step(lambda graph, stats: (way(what(graph, stats)), graph)[1], needs=HESSIAN), copy
+        )
 
 
 def test_a_stage_that_writes_to_weights_of_other_sites_is_refused():
     seg = segment("llama")
     copy = seg.graph.update({name: leaf.clone() for name, leaf in seg.graph.params.items()})
-    stage = step(lambda graph, stats: (graph.params["mlp.up_proj.weight"].data[0].mul_(2), graph)[1])
-    with pytest.raises(QlabError, match=r"'mine' writes to model\.layers\.0\.mlp\.up_proj\.weight, which others go on with"):
+    stage = step(
+        lambda graph, stats: (graph.params["mlp.up_proj.weight"].data[0].mul_(2), graph)[1]
+    )
+    with pytest.raises(
+        QlabError,
+        match=r"'mine' writes to model\.layers\.0\.mlp\.up_proj\.weight, which others go on with",
+    ):
         seg.solve(at("*q_proj", stage), copy)
 
 
-@pytest.mark.parametrize("write, words", [
-    (lambda graph, stats: graph.params["mlp.up_proj.weight"].scales.mul_(2), r"mlp\.up_proj\.weight"),
-    (lambda graph, stats: graph.params.update({"mlp.up_proj.weight": torch.zeros(128, 64)}), r"mlp\.up_proj\.weight"),
-    (lambda graph, stats: graph.online["mlp.up_proj"][0].M.mul_(2), r"M of operation 0 at the input of .*mlp\.up_proj"),
-    (lambda graph, stats: stats.clear(), r"the statistic "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "write, words",
+    [
+        (
+            lambda graph, stats: graph.params["mlp.up_proj.weight"].scales.mul_(2),
+            r"mlp\.up_proj\.weight",
+        ),
+        (
+            lambda graph, stats: graph.params.update({"mlp.up_proj.weight": torch.zeros(128, 64)}),
+            r"mlp\.up_proj\.weight",
+        ),
+        (
+            lambda graph, stats: graph.online["mlp.up_proj"][0].M.mul_(2),
+            r"M of operation 0 at the input of .*mlp\.up_proj",
+        ),
+        (lambda graph, stats: stats.clear(), r"the statistic "),
+    ],
+)
 def test_codes_operations_and_mappings_are_not_written_to_either(write, words):
     @dataclass(frozen=True)
     class Turn:
@@ -127,7 +174,12 @@ def test_codes_operations_and_mappings_are_not_written_to_either(write, words):
         apply(stage, graph, dict(seg.stats))
 
 
-@given(st.sampled_from(["float32", "bfloat16", "float16", "uint8"]), st.integers(1, 40), st.integers(0, 9), st.integers(0, 39))
+@given(
+    st.sampled_from(["float32", "bfloat16", "float16", "uint8"]),
+    st.integers(1, 40),
+    st.integers(0, 9),
+    st.integers(0, 39),
+)
 def test_any_number_that_is_written_breaks_the_seal(dtype, size, offset, at):
     t = torch.zeros(64, dtype=getattr(torch, dtype))[offset : offset + size]
     before = _sum_of_bits(t)
@@ -135,63 +187,146 @@ def test_any_number_that_is_written_breaks_the_seal(dtype, size, offset, at):
     assert _sum_of_bits(t) != before
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda g: g.update({"mlp.up_proj.low_rank": torch.ones(2, 2)}), r"'mine' adds the leaf model\.layers\.0\.mlp\.up_proj\.low_rank"),
-    (lambda g: replace(g, params={n: p for n, p in g.params.items() if n != "input_layernorm.weight"}),
-     r"'mine' drops the leaf model\.layers\.0\.input_layernorm\.weight"),
-    (lambda g: replace(g, code=replace(g.code, graph=fx.Graph())), r"'mine' changes the program of model\.layers\.0"),
-    (lambda g: replace(g, online={"mlp.up": (torch.neg,)}), r"'mine' puts an operation on 'mlp\.up', which is no site"),
-    (lambda g: replace(g, online_outputs={"key": (torch.neg,)}), r"'mine' puts an operation on 'key', which is no site"),
-    (lambda g: g.update({"mlp.up_proj.weight": torch.ones(64, 128)}), r"up_proj\.weight \(64, 128\), and its program has \(128, 64\)"),
-    (lambda g: g.update({"mlp.up_proj.weight": (torch.ones(128, 2), torch.ones(2, 64))}), r"up_proj\.weight a tuple, which no file"),
-    (lambda g: g.update({"mlp.up_proj.weight": encode(minmax, g.params["mlp.up_proj.weight"], SPEC)}),
-     r"up_proj\.weight int4-g16 and was to round nothing; give the stage that spec"),
-    (lambda g: None, r"'mine' returned a NoneType; return \(graph, stats\)"),
-    (lambda g: (g, {}), r"'mine' returned a tuple; return \(graph, stats\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda g: g.update({"mlp.up_proj.low_rank": torch.ones(2, 2)}),
+            r"'mine' adds the leaf model\.layers\.0\.mlp\.up_proj\.low_rank",
+        ),
+        (
+            lambda g: replace(
+                g, params={n: p for n, p in g.params.items() if n != "input_layernorm.weight"}
+            ),
+            r"'mine' drops the leaf model\.layers\.0\.input_layernorm\.weight",
+        ),
+        (
+            lambda g: replace(g, code=replace(g.code, graph=fx.Graph())),
+            r"'mine' changes the program of model\.layers\.0",
+        ),
+        (
+            lambda g: replace(g, online={"mlp.up": (torch.neg,)}),
+            r"'mine' puts an operation on 'mlp\.up', which is no site",
+        ),
+        (
+            lambda g: replace(g, online_outputs={"key": (torch.neg,)}),
+            r"'mine' puts an operation on 'key', which is no site",
+        ),
+        (
+            lambda g: g.update({"mlp.up_proj.weight": torch.ones(64, 128)}),
+            r"up_proj\.weight \(64, 128\), and its program has \(128, 64\)",
+        ),
+        (
+            lambda g: g.update({"mlp.up_proj.weight": (torch.ones(128, 2), torch.ones(2, 64))}),
+            r"up_proj\.weight a tuple, which no file",
+        ),
+        (
+            lambda g: g.update(
+                {"mlp.up_proj.weight": encode(minmax, g.params["mlp.up_proj.weight"], SPEC)}
+            ),
+            r"up_proj\.weight int4-g16 and was to round nothing; give the stage that spec",
+        ),
+        (lambda g: None, r"'mine' returned a NoneType; return \(graph, stats\)"),
+        (lambda g: (g, {}), r"'mine' returned a tuple; return \(graph, stats\)"),
+    ],
+)
 def test_what_no_file_holds_is_refused_by_stage_and_name(change, words):
     refused(segment("llama"), step(lambda graph, stats: change(graph)), words)
 
 
 def test_a_stage_returns_a_graph_and_statistics():
     seg = segment("llama")
-    refused(seg, (Stage("mine", frozenset(), lambda graph, stats: graph),), r"'mine' returned a ModuleGraph; return \(graph, stats\)")
+    refused(
+        seg,
+        (Stage("mine", frozenset(), lambda graph, stats: graph),),
+        r"'mine' returned a ModuleGraph; return \(graph, stats\)",
+    )
 
 
 def test_codes_belong_to_the_spec_that_was_planned():
     seg, other = segment("llama"), parse_spec("int3-g16")
-    refused(seg, each_weight("mine", lambda W, stats, spec: (encode(minmax, W, other), {}), SPEC),
-            r"q_proj: mine made int3-g16 and is to round to int4-g16")
-    refused(seg, each_weight("mine", lambda W, stats, spec: (W, {}), SPEC), r"q_proj: mine made plain numbers and is to round to int4")
+    refused(
+        seg,
+        each_weight("mine", lambda W, stats, spec: (encode(minmax, W, other), {}), SPEC),
+        r"q_proj: mine made int3-g16 and is to round to int4-g16",
+    )
+    refused(
+        seg,
+        each_weight("mine", lambda W, stats, spec: (W, {}), SPEC),
+        r"q_proj: mine made plain numbers and is to round to int4",
+    )
     bare = each_weight("mine", lambda W, stats, spec: W, SPEC)
     refused(seg, bare, r"q_proj: mine returned Tensor; return \(tensor or QTensor, notes\)")
     norm = {"input_layernorm.weight": encode(minmax, torch.ones(1, 64), SPEC)}
-    refused(seg, step(lambda g, s: g.update(norm), spec=SPEC), r"input_layernorm\.weight \(1, 64\), and its program has \(64,\)")
+    refused(
+        seg,
+        step(lambda g, s: g.update(norm), spec=SPEC),
+        r"input_layernorm\.weight \(1, 64\), and its program has \(64,\)",
+    )
 
 
 def test_a_statistic_that_was_not_asked_for_is_named():
     seg = segment("llama")
     mine = each_weight("mine", lambda W, stats, spec: (stats["absmax"], {}), SPEC, HESSIAN)
-    refused(seg, mine, r"q_proj: the step asks for the statistic 'absmax' and has 'second_moment', 'outer'; name it in `needs`")
+    refused(
+        seg,
+        mine,
+        r"q_proj: the step asks for the statistic 'absmax' and has 'second_moment', 'outer'; name "
+        r"it in `needs`",
+    )
     late = step(lambda graph, stats: stats[graph.code.sites[-1].source, "absmax"] and graph)
-    refused(seg, late, r"'mine' asks for the statistic 'absmax' of model\.layers\.0\.mlp\.down_proj, which was not observed")
+    refused(
+        seg,
+        late,
+        r"'mine' asks for the statistic 'absmax' of model\.layers\.0\.mlp\.down_proj, which was "
+        r"not observed",
+    )
 
 
 DOWN, UP = "mlp.down_proj.weight", "mlp.up_proj.weight"
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda g, s: g.update({"input_layernorm.weight": 2 * g.params["input_layernorm.weight"]}), "changes .*input_layernorm"),
-    (lambda g, s: g.update({x.weight: 2 * g.params[x.weight] for x in g.code.sites}), "changes|depend on weights of other sites"),
-    (lambda g, s: replace(g, online={x.path: (QuantizeInput(SPEC),) for x in g.code.sites}), "changes"),
-    (lambda g, s: g.update({x.weight: g.params[x.weight] * g.params[UP].norm() for x in g.sites}), "depend on weights of other sites"),
-    (lambda g, s: g.update({x.weight: g.params[x.weight] * float(g.params[DOWN].norm()) for x in g.sites}), "depend on weights"),
-    (lambda g, s: [s[x.source, "second_moment"] for x in g.code.sites] and g, "asks for the statistic 'second_moment' of"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda g, s: g.update(
+                {"input_layernorm.weight": 2 * g.params["input_layernorm.weight"]}
+            ),
+            "changes .*input_layernorm",
+        ),
+        (
+            lambda g, s: g.update({x.weight: 2 * g.params[x.weight] for x in g.code.sites}),
+            "changes|depend on weights of other sites",
+        ),
+        (
+            lambda g, s: replace(g, online={x.path: (QuantizeInput(SPEC),) for x in g.code.sites}),
+            "changes",
+        ),
+        (
+            lambda g, s: g.update(
+                {x.weight: g.params[x.weight] * g.params[UP].norm() for x in g.sites}
+            ),
+            "depend on weights of other sites",
+        ),
+        (
+            lambda g, s: g.update(
+                {x.weight: g.params[x.weight] * float(g.params[DOWN].norm()) for x in g.sites}
+            ),
+            "depend on weights",
+        ),
+        (
+            lambda g, s: [s[x.source, "second_moment"] for x in g.code.sites] and g,
+            "asks for the statistic 'second_moment' of",
+        ),
+    ],
+)
 def test_a_sitewise_claim_that_does_not_hold_is_refused(change, words):
     seg = segment("llama")
     with pytest.raises(QlabError, match=rf"the stage 'mine' .*{words}"):
-        solve_in_order(seg.graph, chain(step(change, needs=HESSIAN, sitewise=True), rtn(SPEC)), batches_of(seg))
+        solve_in_order(
+            seg.graph, chain(step(change, needs=HESSIAN, sitewise=True), rtn(SPEC)), batches_of(seg)
+        )
 
 
 def smallest_of_four(W_ok, stats, spec):
@@ -210,27 +345,46 @@ def test_zeros_that_a_step_made_are_kept_by_those_behind_it(family):
     pruned, rounded = seg.solve(PRUNED)[0], seg.solve(chain(PRUNED, rtn(SPEC)))[0]
     for site in (s for s in seg.graph.sites if not s.router):
         leaf, codes = pruned.weight_ok(site), rounded.params[site.weight].codes
-        assert ((leaf == 0).unflatten(-1, (-1, 4)).sum(-1) == 2).all() and (codes[leaf == 0] == 0).all()
+        assert ((leaf == 0).unflatten(-1, (-1, 4)).sum(-1) == 2).all() and (
+            codes[leaf == 0] == 0
+        ).all()
         assert rounded.notes[site.path]["zeros"] == pytest.approx(0.5)
-    assert all(torch.equal(pruned.params[s.weight], seg.graph.params[s.weight]) for s in seg.graph.sites if s.router)
+    assert all(
+        torch.equal(pruned.params[s.weight], seg.graph.params[s.weight])
+        for s in seg.graph.sites
+        if s.router
+    )
 
 
 def test_a_step_that_loses_the_zeros_of_another_is_refused():
-    refused(segment("llama"), chain(PRUNED, gptq(SPEC)), r"q_proj: gptq moves \d+ weights that a step before it set to 0; round")
+    refused(
+        segment("llama"),
+        chain(PRUNED, gptq(SPEC)),
+        r"q_proj: gptq moves \d+ weights that a step before it set to 0; round",
+    )
     lossy = step(lambda graph, stats: seg.solve(gptq(SPEC), replace(graph, notes={}))[0], spec=SPEC)
     masks = step(lambda graph, stats: replace(seg.solve(PRUNED, graph)[0], notes={}))
     for family, before in (("llama", PRUNED), ("llama", masks), ("mixtral", PRUNED)):
         seg = segment(family)
-        refused(seg, chain(before, lossy), r"q_proj: mine moves \d+ weights that a step before it set to 0; round")
-    refused(segment("llama"), each_weight("mine", lambda W, stats, spec: (encode(minmax, W, SPEC), {}), None),
-            r"q_proj: mine made int4-g16 and is to round nothing")  # fmt: skip
+        refused(
+            seg,
+            chain(before, lossy),
+            r"q_proj: mine moves \d+ weights that a step before it set to 0; round",
+        )
+    refused(
+        segment("llama"),
+        each_weight("mine", lambda W, stats, spec: (encode(minmax, W, SPEC), {}), None),
+        r"q_proj: mine made int4-g16 and is to round nothing",
+    )
 
 
 def test_statistics_are_copied_when_they_are_asked_for():
     seg, kept = segment("llama"), []
 
     def watch(W_ok, stats, spec):
-        assert "absmax" not in stats and set(stats) == {"second_moment", "outer"} and len(stats) == 2
+        assert (
+            "absmax" not in stats and set(stats) == {"second_moment", "outer"} and len(stats) == 2
+        )
         assert stats.get("absmax") is None and isinstance(stats.get("second_moment"), Moment)
         kept.append(stats["second_moment"].sum_kk)
         return encode(minmax, W_ok, spec), {}
@@ -239,10 +393,19 @@ def test_statistics_are_copied_when_they_are_asked_for():
     assert len({t.data_ptr() for t in kept}) == len(kept) == len(seg.graph.sites)
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda g: g.update({"rotary.inv_freq": 2 * g.params["rotary.inv_freq"]}), r"the recipe changed block\.rotary\.inv_freq, a buffer"),
-    (lambda g: replace(g, online_outputs={"linear": (torch.neg,)}), r"block\.linear still needs an operation on its output"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda g: g.update({"rotary.inv_freq": 2 * g.params["rotary.inv_freq"]}),
+            r"the recipe changed block\.rotary\.inv_freq, a buffer",
+        ),
+        (
+            lambda g: replace(g, online_outputs={"linear": (torch.neg,)}),
+            r"block\.linear still needs an operation on its output",
+        ),
+    ],
+)
 def test_what_has_no_tensor_in_the_files_is_refused_when_a_block_is_written(change, words):
     class Rotary(nn.Module):
         def __init__(self):
@@ -270,13 +433,30 @@ def test_what_has_no_tensor_in_the_files_is_refused_when_a_block_is_written(chan
         refuse_unwritten(Files(), seg.graph, seg.solve(step(lambda graph, stats: change(graph)))[0])
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda g, s: reparametrize(g, {}, g.sites[0].source, torch.full((64,), 2.0), torch.full((64,), 0.5))[0],
-     r"q_proj still needs an operation at run time: compressed-tensors holds no run-time Multiply"),
-    (lambda g, s: replace(g, online={"mlp.up_proj": (torch.neg,)}), r"up_proj still needs an operation at run time: compr"),
-    (lambda g, s: g.update({"mlp.up_proj.bias": torch.ones(128)}), r"'mine' adds the leaf model\.layers\.0\.mlp\.up_proj\.bias"),
-    (lambda g, s: g.params["mlp.up_proj.weight"].data.mul_(2) is None or g, r"'mine' writes to model\.layers\.0\.mlp\.up_proj\.weight"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda g, s: reparametrize(
+                g, {}, g.sites[0].source, torch.full((64,), 2.0), torch.full((64,), 0.5)
+            )[0],
+            r"q_proj still needs an operation at run time: compressed-tensors holds no run-time "
+            r"Multiply",
+        ),
+        (
+            lambda g, s: replace(g, online={"mlp.up_proj": (torch.neg,)}),
+            r"up_proj still needs an operation at run time: compr",
+        ),
+        (
+            lambda g, s: g.update({"mlp.up_proj.bias": torch.ones(128)}),
+            r"'mine' adds the leaf model\.layers\.0\.mlp\.up_proj\.bias",
+        ),
+        (
+            lambda g, s: g.params["mlp.up_proj.weight"].data.mul_(2) is None or g,
+            r"'mine' writes to model\.layers\.0\.mlp\.up_proj\.weight",
+        ),
+    ],
+)
 def test_refused_steps_leave_no_directory(change, words, saved, tmp_path):
     with pytest.raises(QlabError, match=words):
         quantize(open_checkpoint(saved()), chain(step(change), rtn(SPEC)), None, tmp_path / "out")
@@ -291,8 +471,24 @@ def test_what_is_left_at_run_time_is_refused_before_a_weight_is_rounded(sitewise
         m = torch.full((graph.weight_ok(graph.sites[0]).shape[-1],), 2.0)
         return reparametrize(graph, stats, graph.sites[0].source, m, 1 / m)[0]
 
-    turns = (Stage("mine", frozenset(), lambda graph, stats: (turned(graph, stats), stats), sitewise=sitewise, reparametrizes=True),)
-    rounds = each_weight("round", lambda W, stats, spec: rounded.append(W) or (encode(minmax, W, spec), {}), SPEC)
-    with pytest.raises(QlabError, match=r"q_proj still needs an operation at run time: compressed-tensors holds no run-time Mult"):
+    turns = (
+        Stage(
+            "mine",
+            frozenset(),
+            lambda graph, stats: (turned(graph, stats), stats),
+            sitewise=sitewise,
+            reparametrizes=True,
+        ),
+    )
+    rounds = each_weight(
+        "round", lambda W, stats, spec: rounded.append(W) or (encode(minmax, W, spec), {}), SPEC
+    )
+    with pytest.raises(
+        QlabError,
+        match=(
+            r"q_proj still needs an operation at run time: compressed-tensors holds no run-time "
+            r"Mult"
+        ),
+    ):
         quantize(open_checkpoint(saved()), chain(turns, rounds), None, tmp_path / "out")
     assert rounded == [] and not list(tmp_path.iterdir())

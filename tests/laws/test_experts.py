@@ -1,4 +1,5 @@
-"""Experts are solved one by one on the tokens routed to them, and one function stands for every fused mixture."""
+"""Experts are solved one by one on the tokens routed to them, and one function stands for every
+fused mixture."""
 
 import pytest
 import torch
@@ -50,7 +51,12 @@ class Experts(nn.Module):
 
     def __init__(self, e, k, i, transposed, bias, gate, seed):
         super().__init__()
-        self.is_transposed, self.has_bias, self.has_gate, self.has_post_expert_norm = transposed, bias, gate, False
+        self.is_transposed, self.has_bias, self.has_gate, self.has_post_expert_norm = (
+            transposed,
+            bias,
+            gate,
+            False,
+        )
         wide, name = (2 * i, "gate_up_proj") if gate else (i, "up_proj")
         for n, (o, j) in {name: (wide, k), "down_proj": (k, i)}.items():
             W = normal(e, o, j, seed=seed)
@@ -64,25 +70,46 @@ class Experts(nn.Module):
 
     def one(self, e, x):
         """Expert e on rows x."""
+
         def product(name, x):
             W = getattr(self, name)[e]
-            return F.linear(x, W.mT if self.is_transposed else W, getattr(self, f"{name}_bias")[e] if self.has_bias else None)
+            return F.linear(
+                x,
+                W.mT if self.is_transposed else W,
+                getattr(self, f"{name}_bias")[e] if self.has_bias else None,
+            )
 
-        x = self._apply_gate(product("gate_up_proj", x)) if self.has_gate else self.act_fn(product("up_proj", x))
+        x = (
+            self._apply_gate(product("gate_up_proj", x))
+            if self.has_gate
+            else self.act_fn(product("up_proj", x))
+        )
         return product("down_proj", x)
 
 
-@given(n=st.integers(1, 9), e=st.integers(1, 5), t=st.integers(1, 3), flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
-       seed=st.integers(0, 99))  # fmt: skip
+@given(
+    n=st.integers(1, 9),
+    e=st.integers(1, 5),
+    t=st.integers(1, 3),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    seed=st.integers(0, 99),
+)
 def test_a_mixture_is_the_weighted_sum_of_its_chosen_experts(n, e, t, flags, seed):
     module, x = Experts(e, 6, 4, *flags, seed), normal(n, 6, seed=seed)
     g = torch.Generator().manual_seed(seed)
     chosen = torch.stack([torch.randperm(e, generator=g)[: min(t, e)] for _ in range(n)])
     weights = torch.rand(chosen.shape, generator=g)
-    expected = torch.stack([sum(weights[i, j] * module.one(chosen[i, j], x[i]) for j in range(chosen.shape[1])) for i in range(n)])
+    expected = torch.stack(
+        [
+            sum(weights[i, j] * module.one(chosen[i, j], x[i]) for j in range(chosen.shape[1]))
+            for i in range(n)
+        ]
+    )
     assert torch.allclose(experts_forward(module, x, chosen, weights), expected, atol=1e-5)
     if chosen.shape[1] < e:
-        of_all = torch.rand(n, e, generator=g).scatter(1, chosen, weights)  # as routers of transformers 5.0.0 give them
+        of_all = torch.rand(n, e, generator=g).scatter(
+            1, chosen, weights
+        )  # as routers of transformers 5.0.0 give them
         assert torch.allclose(experts_forward(module, x, chosen, of_all), expected, atol=1e-5)
 
 
@@ -91,7 +118,9 @@ def test_rows_are_cut_where_experts_end(counts):
     ends, x = torch.tensor(counts).cumsum(0), torch.arange(sum(counts))
     assert [len(x[rows]) for rows in rows_of(ends)] == counts
     m = torch.arange(float(len(counts)))[:, None]
-    assert per_row(m, ends, sum(counts)).flatten().tolist() == [float(e) for e, count in enumerate(counts) for _ in range(count)]
+    assert per_row(m, ends, sum(counts)).flatten().tolist() == [
+        float(e) for e, count in enumerate(counts) for _ in range(count)
+    ]
 
 
 @every_mixture
@@ -100,13 +129,18 @@ def test_an_expert_sees_the_tokens_that_its_router_sends(family):
     experts, router = site(seg.graph, "mlp.experts.gate_up_proj"), site(seg.graph, "mlp.gate")
     for batch in seg.batches:
         found, seen = inputs_of(seg.graph, [experts.source, router.source], *batch), {}
-        hook = seg.block.mlp.experts.register_forward_pre_hook(lambda module, args, seen=seen: seen.update(chosen=args[1]))
+        hook = seg.block.mlp.experts.register_forward_pre_hook(
+            lambda module, args, seen=seen: seen.update(chosen=args[1])
+        )
         seg.block(*batch[0], **batch[1])
         hook.remove()
         rows, x_nk = found[experts.source], found[router.source].x.flatten(0, -2)
         assert torch.equal(rows.x, x_nk[rows.tokens])
         for e, own in enumerate(rows_of(rows.ends)):
-            assert rows.tokens[own].tolist() == (seen["chosen"] == e).any(-1).nonzero().flatten().tolist()
+            assert (
+                rows.tokens[own].tolist()
+                == (seen["chosen"] == e).any(-1).nonzero().flatten().tolist()
+            )
 
 
 @every_mixture
@@ -117,7 +151,9 @@ def test_the_second_moment_of_an_expert_is_the_dense_one_of_its_tokens(family):
     rows = [inputs_of(seg.graph, [experts.source], *batch)[experts.source] for batch in seg.batches]
     for e, state in enumerate(states):
         own = torch.cat([r.x[list(rows_of(r.ends))[e]] for r in rows])
-        assert state.tokens == len(own) and torch.allclose(state.sum_kk, gram(own), rtol=1e-4, atol=1e-4)
+        assert state.tokens == len(own) and torch.allclose(
+            state.sum_kk, gram(own), rtol=1e-4, atol=1e-4
+        )
 
 
 @every_mixture
@@ -125,12 +161,21 @@ def test_everywhere_every_expert_sees_every_token_and_the_block_stays_as_it_is(f
     seg = segment(family)
     up, down = (site(seg.graph, f"mlp.experts.{p}_proj") for p in ("gate_up", "down"))
     batch = seg.batches[0]
-    found = inputs_of(seg.graph, [up.source, down.source, site(seg.graph, "mlp.gate").source], *batch, everywhere=True)
+    found = inputs_of(
+        seg.graph,
+        [up.source, down.source, site(seg.graph, "mlp.gate").source],
+        *batch,
+        everywhere=True,
+    )
     x_nk = found[site(seg.graph, "mlp.gate").source].x.flatten(0, -2)
     module = seg.block.mlp.experts
     for e, own in enumerate(rows_of(found[up.source].ends)):
         assert torch.equal(found[up.source].x[own], x_nk)
-        assert torch.allclose(found[down.source].x[own], module._apply_gate(F.linear(x_nk, module.gate_up_proj[e])), atol=1e-6)
+        assert torch.allclose(
+            found[down.source].x[own],
+            module._apply_gate(F.linear(x_nk, module.gate_up_proj[e])),
+            atol=1e-6,
+        )
     routed = inputs_of(seg.graph, [up.source], *batch)[up.source]
     assert len(routed.x) < len(found[up.source].x)
 
@@ -150,9 +195,13 @@ def test_statistics_everywhere_are_of_all_tokens():
     wanted = {(s.source, name) for s in (up, router) for name in ("second_moment", "sample")}
     stats = observe(seg.graph, wanted, iter(batches), everywhere=True)
     for state in stats[up.source, "second_moment"].states:
-        assert state.tokens == 72 and torch.allclose(state.sum_kk, stats[router.source, "second_moment"].sum_kk, rtol=1e-5, atol=1e-4)
+        assert state.tokens == 72 and torch.allclose(
+            state.sum_kk, stats[router.source, "second_moment"].sum_kk, rtol=1e-5, atol=1e-4
+        )
     for state in stats[up.source, "sample"].states:
-        assert torch.equal(state.order, stats[router.source, "sample"].order)  # a token has one key wherever it goes
+        assert torch.equal(
+            state.order, stats[router.source, "sample"].order
+        )  # a token has one key wherever it goes
 
 
 @every_mixture
@@ -197,17 +246,30 @@ def test_awq_is_never_worse_than_rtn_over_all_experts_and_its_notes_are_true(fam
         for e, moment in enumerate(states):
             W, H = seg.graph.weight_ok(one, e), moment.mean_kk
             moved = graph.weight_ok(one, e)
-            ours += moment.tokens * quadratic(dense(final.params[one.weight], torch.float32)[e] * W / moved - W, H).sum()
-            rtns += moment.tokens * quadratic(dense(encode(weighted, W, SPEC, H.diagonal())) - W, H).sum()
+            ours += (
+                moment.tokens
+                * quadratic(
+                    dense(final.params[one.weight], torch.float32)[e] * W / moved - W, H
+                ).sum()
+            )
+            rtns += (
+                moment.tokens
+                * quadratic(dense(encode(weighted, W, SPEC, H.diagonal())) - W, H).sum()
+            )
         note = final.notes[one.path]
         assert note["awq_loss"] <= note["awq_rtn_loss"]
-        if one.path.endswith("down_proj"):  # nothing folds into its rows, so what was scored is what was rounded
+        if one.path.endswith(
+            "down_proj"
+        ):  # nothing folds into its rows, so what was scored is what was rounded
             assert ours <= rtns * (1 + 1e-4) and len(note["awq_ratio"]) == len(states)
 
 
 def test_an_expert_without_tokens_is_rounded_to_nearest_by_every_solver():
     seg = segment("mixtral")
-    down, wanted = site(seg.graph, "mlp.experts.down_proj"), (site(seg.graph, "mlp.experts.down_proj").source, "second_moment")
+    down, wanted = (
+        site(seg.graph, "mlp.experts.down_proj"),
+        (site(seg.graph, "mlp.experts.down_proj").source, "second_moment"),
+    )
     state = seg.stats[wanted]
     nothing = Moment(torch.zeros_like(state.states[0].sum_kk), 0)
     stats = {**seg.stats, wanted: type(state)((nothing, *state.states[1:]))}
@@ -216,12 +278,17 @@ def test_an_expert_without_tokens_is_rounded_to_nearest_by_every_solver():
         q, W = graph.params[down.weight], seg.graph.weight_ok(down, 0)
         alone = encode(weighted, W, SPEC, torch.ones(W.shape[1]))
         assert torch.equal(q.codes[0], alone.codes) and torch.equal(q.scales[0], alone.scales)
-        assert graph.notes[down.path]["expert_tokens"][0] == 0 and 0 in graph.notes[down.path]["experts_with_few_tokens"]
+        assert (
+            graph.notes[down.path]["expert_tokens"][0] == 0
+            and 0 in graph.notes[down.path]["experts_with_few_tokens"]
+        )
 
 
 def test_programs_of_a_mixture_hold_for_every_number_of_tokens():
     seg = segment("qwen3_moe")
     for length in (2, 5, 31):
         args, kwargs = calls(model_of("qwen3_moe"), tokens(2, length))["model.layers.1"]
-        found = inputs_of(seg.graph, [site(seg.graph, "mlp.experts.down_proj").source], args, kwargs)
+        found = inputs_of(
+            seg.graph, [site(seg.graph, "mlp.experts.down_proj").source], args, kwargs
+        )
         assert next(iter(found.values())).ends[-1] == 2 * length * 2

@@ -1,7 +1,8 @@
-"""Solvers keep their loss: a refactor that changes it must say so here. (RTN's codes are pinned in test_rtn.py.)
+"""Solvers keep their loss: a refactor that changes it must say so here. (RTN's codes are pinned in
+test_rtn.py.)
 
-The block is wide enough for codes near ties, which processors round otherwise, to change the loss by no more than 0.5 %; AWQ's by
-no more than 3 %, since the vertex of its parabola moves with them.
+The block is wide enough for codes near ties, which processors round otherwise, to change the loss
+by no more than 0.5 %; AWQ's by no more than 3 %, since the vertex of its parabola moves with them.
 """
 
 import pytest
@@ -26,7 +27,11 @@ GOLDEN = {  # method/spec -> the sum of relative losses, and how far it may be f
 class Two(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.norm, self.up, self.down = torch.nn.RMSNorm(256), torch.nn.Linear(256, 512), torch.nn.Linear(512, 256)
+        self.norm, self.up, self.down = (
+            torch.nn.RMSNorm(256),
+            torch.nn.Linear(256, 512),
+            torch.nn.Linear(512, 256),
+        )
 
     def forward(self, x):
         return x + self.down(torch.relu(self.up(self.norm(x))))
@@ -38,7 +43,10 @@ def solved(method, text):
     for i, parameter in enumerate(block.parameters()):
         parameter.copy_(normal(*parameter.shape, seed=i) * 0.2 + (parameter.ndim == 1))
     x = correlated(2048, 256, 0).view(4, 512, 256)
-    graph, inputs = trace(block, (x,), {}), {"up": block.norm(x), "down": torch.relu(block.up(block.norm(x)))}
+    graph, inputs = (
+        trace(block, (x,), {}),
+        {"up": block.norm(x), "down": torch.relu(block.up(block.norm(x)))},
+    )
     stats = {}
     for source, (site, *_) in by_source(graph.sites).items():
         seen = Observation(inputs[site.path].flatten(0, 1), torch.arange(2048))

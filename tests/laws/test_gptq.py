@@ -37,9 +37,12 @@ def solve(W, H, spec, order=None, damp=DAMP, block=32):
 
 
 def by_hand(W, H, spec, order, damp=DAMP):
-    """Optimal brain surgeon as it is written down: round a column, repair the rest, eliminate it from H^-1."""
+    """Optimal brain surgeon as it is written down: round a column, repair the rest, eliminate it
+    from H^-1."""
     scales, zeros = on_minmax(W, spec)
-    wide = lambda t: spec.tile.join(t[..., None].double().expand_as(spec.tile.split(W)).contiguous(), W.shape)
+    wide = lambda t: spec.tile.join(
+        t[..., None].double().expand_as(spec.tile.split(W)).contiguous(), W.shape
+    )
     s, z = wide(scales), 0 * W if zeros is None else wide(zeros)
     W, codes = W.double().clone(), torch.zeros_like(W)
     inverse = torch.linalg.inv(H + damp * H.diagonal().mean() * torch.eye(len(H)))
@@ -88,8 +91,13 @@ def test_the_scale_of_the_inputs_changes_no_codes(problem, seed, j, dead):
 def test_any_order_returns_codes_in_their_own_places(problem, seed):
     W, spec = problem
     k = W.shape[1]
-    H, order = second_moment(k, seed), torch.randperm(k, generator=torch.Generator().manual_seed(seed))
-    per_row = Int(spec.bits, Tile(1, None), spec.symmetric, torch.float32)  # a permutation keeps these scales
+    H, order = (
+        second_moment(k, seed),
+        torch.randperm(k, generator=torch.Generator().manual_seed(seed)),
+    )
+    per_row = Int(
+        spec.bits, Tile(1, None), spec.symmetric, torch.float32
+    )  # a permutation keeps these scales
     permuted = solve(W[:, order], H[order][:, order], per_row)[0]
     assert torch.equal(solve(W, H, per_row, order)[0], permuted[:, order.argsort()])
 
@@ -104,8 +112,10 @@ def test_gptq_is_worse_on_weights_and_better_on_outputs(seed, bits, symmetric, o
     W, H = weight(24, 32, seed), second_moment(32, seed)
     spec = Int(bits, Tile(1, 16), symmetric, torch.float32)
     scales, zeros = on_minmax(W, spec)
-    gptq_D, rtn_D = (dense(QTensor(codes, scales, zeros, spec)) - W.double() for codes in (
-        solve(W, H, spec, order(H))[0], round_codes(W.double(), scales, zeros, spec)))  # fmt: skip
+    gptq_D, rtn_D = (
+        dense(QTensor(codes, scales, zeros, spec)) - W.double()
+        for codes in (solve(W, H, spec, order(H))[0], round_codes(W.double(), scales, zeros, spec))
+    )
     assert gptq_D.norm() >= rtn_D.norm()
     assert quadratic(gptq_D, H).sum() < 0.9 * quadratic(rtn_D, H).sum()
 
@@ -113,7 +123,10 @@ def test_gptq_is_worse_on_weights_and_better_on_outputs(seed, bits, symmetric, o
 @given(plain, SEEDS, st.sampled_from([0.0, 0.01]))
 def test_dead_columns_become_zero_and_leave_the_others_alone(problem, seed, damp):
     W, spec = problem
-    W, spec = torch.cat([W, W[:, :2]], 1), Int(spec.bits, Tile(1, None), spec.symmetric, torch.float32)
+    W, spec = (
+        torch.cat([W, W[:, :2]], 1),
+        Int(spec.bits, Tile(1, None), spec.symmetric, torch.float32),
+    )
     k = W.shape[1]
     dead = torch.arange(k) % 3 == 1
     H = second_moment(k, seed) * ~dead * ~dead[:, None]
@@ -132,12 +145,16 @@ def test_damping_grows_until_the_factorization_works_and_is_noted(damp, rank, us
     x = normal(rank, 16, seed=0).repeat(4, 1) + (0 if rank < 16 else 0.1 * normal(64, 16, seed=1))
     x[0, 0] = 0 if rank == 16 else x[0, 0]
     H = x.T @ x / len(x)
-    H = H if rank == 16 else H - 1e-4 * torch.eye(16)  # not positive definite, by rounding as it were
+    H = (
+        H if rank == 16 else H - 1e-4 * torch.eye(16)
+    )  # not positive definite, by rounding as it were
     factor = factorize(H, damp)
     assert factor.damp == used
     R, spread = factor.R_kk.double(), (H + used * H.diagonal().mean() * torch.eye(16)).double()
     assert torch.equal(R.triu(), R) and torch.equal(R.diagonal(), torch.ones(16).double())
-    D = torch.linalg.solve_triangular(R, torch.linalg.solve_triangular(R, spread, upper=True).T, upper=True)
+    D = torch.linalg.solve_triangular(
+        R, torch.linalg.solve_triangular(R, spread, upper=True).T, upper=True
+    )
     pivots = D.diagonal()
     assert (pivots > 0).all() and torch.allclose(D, pivots.diag(), atol=1e-3 * float(pivots.max()))
 
@@ -160,22 +177,34 @@ def test_notes_tell_the_damping_the_dead_columns_and_the_tokens():
 
 
 def test_a_second_moment_beyond_float32_is_refused_by_site():
-    with pytest.raises(QlabError, match=r"fc1: the second moment is beyond float32; the activations are too large"):
+    with pytest.raises(
+        QlabError, match=r"fc1: the second moment is beyond float32; the activations are too large"
+    ):
         with_moment(Moment(torch.full((64, 64), torch.inf), 1))
 
 
 def test_a_second_moment_beyond_repair_is_refused_by_site():
-    with pytest.raises(QlabError, match=r"model\.decoder\.layers\.0\.fc1: the second moment is not positive definite"):
+    with pytest.raises(
+        QlabError,
+        match=r"model\.decoder\.layers\.0\.fc1: the second moment is not positive definite",
+    ):
         with_moment(Moment(torch.eye(64) - torch.ones(64, 64), 1))
 
 
 @given(SEEDS, st.integers(1, 9))
 def test_the_sweep_writes_to_none_of_its_inputs(seed, o):
-    W, H = weight(12, o, seed).T, second_moment(12, seed).float()  # columns lie contiguously already
+    W, H = (
+        weight(12, o, seed).T,
+        second_moment(12, seed).float(),
+    )  # columns lie contiguously already
     R, before = factorize(H, DAMP).R_kk, W.clone()
     kept = W._version, R._version, H._version
     out = obs_sweep(W, R, lambda w, j, into: into.copy_(w.round()), block=5)
-    assert torch.equal(W, before) and (W._version, R._version, H._version) == kept and torch.equal(out, out.round())
+    assert (
+        torch.equal(W, before)
+        and (W._version, R._version, H._version) == kept
+        and torch.equal(out, out.round())
+    )
 
 
 @given(SEEDS)

@@ -1,4 +1,5 @@
-"""A traced block is the block: same bits, same sites, same inputs; what cannot be read is refused by name."""
+"""A traced block is the block: same bits, same sites, same inputs; what cannot be read is refused
+by name."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -7,7 +8,18 @@ import pytest
 import torch
 from blocks import Numbers, Spread, StateSpace
 from families import FAMILIES, MIXTURES
-from segments import assert_same, calls, densified, hidden, model_of, of, relative, segment, tokens, untouched
+from segments import (
+    assert_same,
+    calls,
+    densified,
+    hidden,
+    model_of,
+    of,
+    relative,
+    segment,
+    tokens,
+    untouched,
+)
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -46,7 +58,9 @@ def test_plain_numbers_keep_their_values_on_paper_and_transposed_weights_are_lin
     block, x = Numbers(), torch.randn(2, 5, 12)
     on_paper = trace(deepcopy(block).to("meta"), (x.to("meta"),), {})
     graph = replace(on_paper, params={**dict(block.named_parameters()), "table": block.table})
-    assert {(site.path, site.layout) for site in graph.sites} == {(f"turned.{i}", "o k") for i in range(5)}
+    assert {(site.path, site.layout) for site in graph.sites} == {
+        (f"turned.{i}", "o k") for i in range(5)
+    }
     assert torch.equal(interpret(graph, (x,), {}), block(x))
     assert interpret(on_paper, (x.to("meta"),), {}).is_meta  # numbers go where the weights are
 
@@ -68,7 +82,11 @@ def left_padded(batch, length):
 @every_family
 def test_interpreting_a_trace_is_running_the_block_bit_for_bit(family):
     model, traced = model_of(family), {}
-    runs = [calls(model, tokens(2, n, seed=n), mask) for n in LENGTHS for mask in (None, left_padded(2, n))]
+    runs = [
+        calls(model, tokens(2, n, seed=n), mask)
+        for n in LENGTHS
+        for mask in (None, left_padded(2, n))
+    ]
     runs.append(calls(model, tokens(3, 17)))
     blocks = list(find_blocks(model)[1].items())[:2]  # every layer type
     for path, block in blocks:
@@ -106,24 +124,41 @@ def test_every_code_of_every_site_is_read(family):
 @every_family
 def test_sites_are_the_linear_modules_and_their_inputs_what_the_modules_get(family):
     seg, seen = segment(family), {}
-    linears = {name: m for name, m in seg.block.named_modules() if isinstance(m, nn.Linear | Conv1D) or "Router" in type(m).__name__}
+    linears = {
+        name: m
+        for name, m in seg.block.named_modules()
+        if isinstance(m, nn.Linear | Conv1D) or "Router" in type(m).__name__
+    }
     hooks = [
-        m.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0]})) for name, m in linears.items()
+        m.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0]}))
+        for name, m in linears.items()
     ]
     args, kwargs = seg.batches[1]
     seg.block(*args, **kwargs)
     for hook in hooks:
         hook.remove()
     assert {s.path for s in seg.graph.sites if not s.route} == set(linears)
-    assert {s.weight for s in seg.graph.sites if s.route} == {n for n, p in seg.block.named_parameters() if p.ndim == 3}
+    assert {s.weight for s in seg.graph.sites if s.route} == {
+        n for n, p in seg.block.named_parameters() if p.ndim == 3
+    }
     found = inputs_of(seg.graph, by_source(seg.graph.sites), args, kwargs)
     for site in (s for s in seg.graph.sites if not s.route):
         module = linears[site.path]
-        assert torch.equal(found[site.source].x.flatten(0, -2), seen[site.path].flatten(0, -2)), site.path
-        assert torch.equal(seg.graph.weight_ok(site), module.weight.mT if isinstance(module, Conv1D) else module.weight)
+        assert torch.equal(found[site.source].x.flatten(0, -2), seen[site.path].flatten(0, -2)), (
+            site.path
+        )
+        assert torch.equal(
+            seg.graph.weight_ok(site),
+            module.weight.mT if isinstance(module, Conv1D) else module.weight,
+        )
         assert (site.bias is None) == (getattr(module, "bias", None) is None)
-    shared = {frozenset(s.path for s in group if not s.route) for group in by_source(seg.graph.sites).values()} - {frozenset()}
-    same = {frozenset(b for b in seen if seen[b].data_ptr() == seen[a].data_ptr()) for a in seen}  # a view is the same input
+    shared = {
+        frozenset(s.path for s in group if not s.route)
+        for group in by_source(seg.graph.sites).values()
+    } - {frozenset()}
+    same = {
+        frozenset(b for b in seen if seen[b].data_ptr() == seen[a].data_ptr()) for a in seen
+    }  # a view is the same input
     assert shared == same  # sites share a source exactly when they share an input
 
 
@@ -137,8 +172,13 @@ def test_interpreting_writes_to_nothing(family):
 
 
 def test_fused_rows_are_read_off_the_graph():
-    rows = {s.path: [(p.start, p.stop) for p in s.rows] for s in segment("phi3").graph.sites if s.rows}
-    assert rows == {"self_attn.qkv_proj": [(0, 64), (64, 96), (96, 128)], "mlp.gate_up_proj": [(0, 128), (128, 256)]}
+    rows = {
+        s.path: [(p.start, p.stop) for p in s.rows] for s in segment("phi3").graph.sites if s.rows
+    }
+    assert rows == {
+        "self_attn.qkv_proj": [(0, 64), (64, 96), (96, 128)],
+        "mlp.gate_up_proj": [(0, 128), (128, 256)],
+    }
 
 
 class Writes(nn.Module):
@@ -177,7 +217,9 @@ class InChunks(nn.Module):
 
     def forward(self, x):
         y = self.lin(x)
-        return torch.cat([y[:, 4 * i : 4 * i + 4].cumsum(1) for i in range(-(-y.shape[1] // 4))], dim=1)
+        return torch.cat(
+            [y[:, 4 * i : 4 * i + 4].cumsum(1) for i in range(-(-y.shape[1] // 4))], dim=1
+        )
 
 
 @pytest.mark.parametrize("length", [3, 9])
@@ -203,7 +245,9 @@ def test_a_length_that_is_filled_up_to_chunks_is_part_of_the_program():
 
     block, x = Filled(), torch.randn(2, 9, 6)
     assert deciding_sizes(block, (x,), {}) == deciding_sizes(block, (x,), {}, meta=False) == {9}
-    assert torch.equal(interpret(of(block, x).graph, (torch.cat([x, x]),), {}), block(torch.cat([x, x])))
+    assert torch.equal(
+        interpret(of(block, x).graph, (torch.cat([x, x]),), {}), block(torch.cat([x, x]))
+    )
 
 
 def test_sizes_that_decide_are_found_in_the_first_steps_of_a_loop():
@@ -223,7 +267,8 @@ def test_sizes_that_decide_are_found_in_the_first_steps_of_a_loop():
 
 
 class Scan(nn.Module):
-    """A state-space model in small: between two linears a loop over tokens, which writes to what it made and reads a matrix."""
+    """A state-space model in small: between two linears a loop over tokens, which writes to what it
+    made and reads a matrix."""
 
     def __init__(self, k):
         super().__init__()
@@ -263,7 +308,11 @@ def test_a_loop_computes_what_its_block_does_of_the_leaves_at_hand(samples):
         assert torch.allclose(interpret(graph, (x,), {}), block(x), rtol=1e-5, atol=1e-6)
         assert torch.allclose(interpret(moved, (x,), {}), other(x), rtol=1e-5, atol=1e-6)
         source = graph.sites[2].source
-        assert torch.allclose(inputs_of(graph, [source], (x,), {})[source].x, _entering(block, block.out, x), atol=1e-6)
+        assert torch.allclose(
+            inputs_of(graph, [source], (x,), {})[source].x,
+            _entering(block, block.out, x),
+            atol=1e-6,
+        )
     with torch.enable_grad():
         x, same = x.clone().requires_grad_(), x.clone().requires_grad_()
         interpret(graph, (x,), {}).square().sum().backward()
@@ -285,7 +334,9 @@ def test_a_matrix_that_a_loop_multiplies_by_is_refused_by_name():
             y = self.into(x)
             state = torch.zeros_like(y[:, 0, :4])
             for i in range(y.shape[1]):
-                state = torch.tanh(torch.bmm(y[:, None, i], self.decay[None].repeat(len(y), 1, 1))[:, 0] + state)
+                state = torch.tanh(
+                    torch.bmm(y[:, None, i], self.decay[None].repeat(len(y), 1, 1))[:, 0] + state
+                )
             return self.out(y * state.sum(-1)[:, None, None])
 
     code = of(Mixed(6).eval(), torch.randn(2, 60, 6)).graph.code
@@ -383,13 +434,16 @@ class Masked(Factored):
         return nn.functional.linear(x, self.lin.weight * self.mask * torch.tensor(2.0))
 
 
-@pytest.mark.parametrize("block, leaf, words", [
-    (Masked(), "lin.weight", ["(4, 4)", "mul"]),
-    (Factored(), "lin.weight", ["(4, 4)", "select"]),
-    (Convolves(), "mix.weight", ["(4, 4, 1)", "conv1d"]),
-    (Derived(), "lin.weight", ["(4, 4)", "mul"]),
-    (Twice(), "deep.weight", ["two operations", "linear"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "block, leaf, words",
+    [
+        (Masked(), "lin.weight", ["(4, 4)", "mul"]),
+        (Factored(), "lin.weight", ["(4, 4)", "select"]),
+        (Convolves(), "mix.weight", ["(4, 4, 1)", "conv1d"]),
+        (Derived(), "lin.weight", ["(4, 4)", "mul"]),
+        (Twice(), "deep.weight", ["two operations", "linear"]),
+    ],
+)
 def test_a_weight_that_cannot_be_read_is_no_site_and_runs_as_it_is(block, leaf, words):
     x = torch.randn(2, 3, 4)
     seg = of(block, x)
@@ -402,9 +456,14 @@ def test_a_weight_that_cannot_be_read_is_no_site_and_runs_as_it_is(block, leaf, 
 def test_what_cannot_be_traced_runs_as_it_is_and_what_does_not_run_is_refused_by_name():
     block = Branches()
     on_paper = trace(deepcopy(block).to("meta"), (torch.zeros(2, 3, 4, device="meta"),), {}, "h.7")
-    assert not on_paper.sites and "Branches, which torch.export cannot trace" in on_paper.code.unread["lin.weight"]
+    assert (
+        not on_paper.sites
+        and "Branches, which torch.export cannot trace" in on_paper.code.unread["lin.weight"]
+    )
     for x in (torch.ones(5, 3, 4), -torch.ones(2, 7, 4)):
-        assert torch.equal(interpret(replace(on_paper, params=dict(block.named_parameters())), (x,), {}), block(x))
+        assert torch.equal(
+            interpret(replace(on_paper, params=dict(block.named_parameters())), (x,), {}), block(x)
+        )
         assert shapes_of(on_paper.code, [x]) == [tuple(x.shape)]
     with pytest.raises(QlabError, match=r"h\.7 \(Fails\) cannot be traced by torch\.export: no"):
         trace(Fails(), (torch.zeros(2, 3, 4),), {}, "h.7")
@@ -413,7 +472,9 @@ def test_what_cannot_be_traced_runs_as_it_is_and_what_does_not_run_is_refused_by
 def test_inputs_of_another_form_are_refused():
     seg = segment("llama")
     args, kwargs = calls(model_of("llama"), tokens(2, 12), left_padded(2, 12))["model.layers.0"]
-    with pytest.raises(QlabError, match=r"model\.layers\.0 was traced with 4 input tensors and is called with 5"):
+    with pytest.raises(
+        QlabError, match=r"model\.layers\.0 was traced with 4 input tensors and is called with 5"
+    ):
         interpret(seg.graph, args, kwargs)
 
 
@@ -424,12 +485,17 @@ def test_a_program_for_one_length_is_not_run_on_another():
 
     seg = of(Chunks(), torch.randn(2, 8, 12))
     assert interpret(seg.graph, (torch.randn(3, 8, 12),), {}).shape == (3, 12)
-    with pytest.raises(QlabError, match=r"block was traced with an input of \(any, 8, any\) and is called with \(2, 12, 12\)"):
+    with pytest.raises(
+        QlabError,
+        match=r"block was traced with an input of \(any, 8, any\) and is called with \(2, 12, 12\)",
+    ):
         interpret(seg.graph, (torch.randn(2, 12, 12),), {})
 
 
 def test_a_rounded_weight_is_not_rounded_again():
     seg = segment("opt")
     graph, _ = seg.solve(rtn(parse_spec("int4-g16")))
-    with pytest.raises(QlabError, match=r"model\.decoder\.layers\.0\.self_attn\.\w+ is quantized already"):
+    with pytest.raises(
+        QlabError, match=r"model\.decoder\.layers\.0\.self_attn\.\w+ is quantized already"
+    ):
         seg.solve(rtn(parse_spec("int4-g16")), graph)

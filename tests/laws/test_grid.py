@@ -1,4 +1,5 @@
-"""Which scales: every grid that holds RTN's among its candidates is never worse on what it minimizes."""
+"""Which scales: every grid that holds RTN's among its candidates is never worse on what it
+minimizes."""
 
 from dataclasses import replace
 
@@ -43,13 +44,21 @@ def test_no_tile_is_worse_than_under_minmax(grid, dtype, data, seed):
 
 @given(seed=st.integers(0, 9999))
 def test_weights_on_the_first_grid_stay_there(seed):
-    """Where the error is all but zero, the sums that compare candidates are nothing but rounding."""
+    """Where the error is all but zero, the sums that compare candidates are nothing but
+    rounding."""
     draw = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (64, 32), generator=draw)
     codes[:, 0], codes[:, 1] = 0, 15
-    W = (codes - torch.randint(0, 16, (64, 1), generator=draw)) * (torch.rand(64, 1, generator=draw) + 0.01)
-    spec, h = Int(4, Tile(1, 32), False, scale_dtype=torch.float32), torch.rand(32, generator=draw) + 0.01
-    left = lambda grid: objective(spec.tile.split(W), *fit(grid, W, spec, h), spec, h.expand(64, 1, -1))
+    W = (codes - torch.randint(0, 16, (64, 1), generator=draw)) * (
+        torch.rand(64, 1, generator=draw) + 0.01
+    )
+    spec, h = (
+        Int(4, Tile(1, 32), False, scale_dtype=torch.float32),
+        torch.rand(32, generator=draw) + 0.01,
+    )
+    left = lambda grid: objective(
+        spec.tile.split(W), *fit(grid, W, spec, h), spec, h.expand(64, 1, -1)
+    )
     assert (left(GRIDS["weighted"]) <= left(minmax)).all()
 
 
@@ -67,14 +76,23 @@ def test_no_rows_cost_more_output_than_under_minmax(data, seed, mean):
 
 
 def test_rows_leave_the_weighted_grid_where_inputs_share_a_direction():
-    W, spec, weighted = weight(64, 64, 0), Int(4, Tile(1, 64), scale_dtype=torch.float32), GRIDS["weighted"]
+    W, spec, weighted = (
+        weight(64, 64, 0),
+        Int(4, Tile(1, 64), scale_dtype=torch.float32),
+        GRIDS["weighted"],
+    )
     for mean, share in ((0.0, (0.0, 0.2)), (3.0, (0.3, 0.8))):
         x = torch.randn(256, 64, generator=torch.Generator().manual_seed(1)) + mean
         H = x.T @ x / 256
         q, _ = encode_rows(weighted, W, spec, H.diagonal(), lambda D_ok, H=H: quadratic(D_ok, H))
-        moved, plain = (q.scales != encode(weighted, W, spec, H.diagonal()).scales).any(1), encode(minmax, W, spec)
+        moved, plain = (
+            (q.scales != encode(weighted, W, spec, H.diagonal()).scales).any(1),
+            encode(minmax, W, spec),
+        )
         assert share[0] <= moved.float().mean() <= share[1]
-        assert torch.equal(q.scales[moved], plain.scales[moved]) and torch.equal(q.codes[moved], plain.codes[moved])
+        assert torch.equal(q.scales[moved], plain.scales[moved]) and torch.equal(
+            q.codes[moved], plain.codes[moved]
+        )
 
 
 @pytest.mark.parametrize("grid", WITH_RTN, ids=ids)
@@ -83,7 +101,10 @@ def test_searching_pays(grid):
     H, W = x.T @ x / 256, weight(64, 64, 0)
     for spec in (Int(3, Tile(1, 64)), Int(3, Tile(1, 64), False)):
         h = weights_of(grid, H)
-        gain = error(W, encode(grid, W, spec, H.diagonal()), h).sum() / error(W, encode(minmax, W, spec), h).sum()
+        gain = (
+            error(W, encode(grid, W, spec, H.diagonal()), h).sum()
+            / error(W, encode(minmax, W, spec), h).sum()
+        )
         assert gain < 0.9
 
 
@@ -101,11 +122,16 @@ def test_the_objective_is_the_squared_error_of_what_is_stored(problem, seed):
 def test_refitting_takes_the_least_squares_scale_where_it_pays(problem, seed):
     W, spec = problem
     h_k = normal(W.shape[1], seed=seed).square() + 0.01
-    rtn, q = encode(minmax, W, spec), encode(replace(minmax, weighted=True, refit=True), W, spec, h_k)
+    rtn, q = (
+        encode(minmax, W, spec),
+        encode(replace(minmax, weighted=True, refit=True), W, spec, h_k),
+    )
     h, x = spec.tile.split(h_k.double().expand_as(W)), spec.tile.split(W.double())
 
     def least_squares(codes):
-        c = spec.tile.split(codes.double()) - (0 if spec.symmetric else rtn.zeros.double()[..., None])
+        c = spec.tile.split(codes.double()) - (
+            0 if spec.symmetric else rtn.zeros.double()[..., None]
+        )
         return (h * x * c).sum(-1) / (h * c * c).sum(-1), (h * c * c).sum(-1)
 
     once, curvature = least_squares(rtn.codes)
@@ -113,7 +139,9 @@ def test_refitting_takes_the_least_squares_scale_where_it_pays(problem, seed):
     twice, _ = least_squares(again)
     refit = [(q.scales - best).abs() <= 1e-5 * best.abs() for best in (once, twice)]
     gain = curvature * (rtn.scales - once).square()
-    kept = (q.scales == rtn.scales) & (gain <= 1e-5 * (h * x * x).sum(-1))  # nothing that fp32 could see
+    kept = (q.scales == rtn.scales) & (
+        gain <= 1e-5 * (h * x * x).sum(-1)
+    )  # nothing that fp32 could see
     assert (refit[0] | refit[1] | kept).all()
     bound = error(W, QTensor(again, twice, rtn.zeros, spec), h_k)
     unseen = 2e-6 * (h * x * x).sum(-1)  # the search subtracts numbers of this size
@@ -151,7 +179,9 @@ def test_grids_do_not_depend_on_how_rows_are_chunked(grid, problem):
         rows = fit(grid, W, spec, h_k)
     finally:
         grids.CHUNK = chunk
-    assert torch.equal(whole[0], rows[0]) and (whole[1] is rows[1] is None or torch.equal(whole[1], rows[1]))
+    assert torch.equal(whole[0], rows[0]) and (
+        whole[1] is rows[1] is None or torch.equal(whole[1], rows[1])
+    )
 
 
 @given(problems(symmetric=False))
@@ -166,11 +196,19 @@ def test_zero_is_on_every_grid_with_a_zero_point(problem):
 
 
 def test_weighing_needs_the_second_moment():
-    with pytest.raises(QlabError, match="'weighted_mse' weighs errors by the second moment, which was not observed"):
+    with pytest.raises(
+        QlabError, match="'weighted_mse' weighs errors by the second moment, which was not observed"
+    ):
         fit(GRIDS["weighted_mse"], torch.ones(2, 4), Int(4, Tile(1, None)))
 
 
 def test_scales_come_in_their_stored_dtype():
     for grid in GRIDS.values():
-        q = encode(grid, weight(4, 16, 0), Int(4, Tile(1, 8), False, torch.bfloat16), torch.ones(16))
-        assert isinstance(q, QTensor) and q.scales.dtype == torch.bfloat16 and q.zeros.dtype == torch.int8
+        q = encode(
+            grid, weight(4, 16, 0), Int(4, Tile(1, 8), False, torch.bfloat16), torch.ones(16)
+        )
+        assert (
+            isinstance(q, QTensor)
+            and q.scales.dtype == torch.bfloat16
+            and q.zeros.dtype == torch.int8
+        )

@@ -25,12 +25,18 @@ def solve(W, spec):
 def test_no_tile_is_worse_than_under_rtn(problem):
     W, spec = problem
     s, z, ours, theirs = solve(W, spec)
-    assert (ours <= theirs).all() and s.dtype == spec.scale_dtype and (z is None or z.dtype == torch.int8)
+    assert (
+        (ours <= theirs).all()
+        and s.dtype == spec.scale_dtype
+        and (z is None or z.dtype == torch.int8)
+    )
 
 
 @pytest.mark.parametrize("text", [*NAMED, "fp8-channel", "fp8-b48x48"])
 def test_floats_are_not_worse_either(text):
-    _, _, ours, theirs = solve(weight(50, 96, 1, "outlier"), with_scale_dtype(parse_spec(text), torch.float32))
+    _, _, ours, theirs = solve(
+        weight(50, 96, 1, "outlier"), with_scale_dtype(parse_spec(text), torch.float32)
+    )
     assert (ours <= theirs).all()
 
 
@@ -39,7 +45,9 @@ def test_the_objective_is_that_of_what_is_stored(problem):
     W, spec = problem
     q = encode(minmax, W, spec)
     error = spec.tile.split((W - dense(q, torch.float32)).abs().pow(P)).sum(-1)
-    assert torch.allclose(sparse_error(spec.tile.split(W), q.scales, q.zeros, spec), error, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(
+        sparse_error(spec.tile.split(W), q.scales, q.zeros, spec), error, rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("kind", ["normal", "outlier", "offset"])
@@ -54,7 +62,9 @@ def test_it_pays_and_moves_zero_points_where_they_may_lie_between_codes(kind, ze
     assert z is None or (z.dtype == zeros and torch.equal(z, q.zeros) == (zeros == torch.int8))
 
 
-@pytest.mark.parametrize("size, fitted", [(1e-3, True), (1e4, False)])  # of the errors, to the threshold |d|^(2 - p) = 1 / beta
+@pytest.mark.parametrize(
+    "size, fitted", [(1e-3, True), (1e4, False)]
+)  # of the errors, to the threshold |d|^(2 - p) = 1 / beta
 def test_small_errors_are_fitted_and_large_ones_let_be(size, fitted, monkeypatch):
     monkeypatch.setitem(half_quadratic.__globals__, "STEPS", 1)
     spec = Int(3, Tile(1, 64), True, torch.float32)
@@ -72,6 +82,10 @@ def test_every_tile_of_a_model_is_at_least_as_good_as_rtns():
     ours, theirs = seg.solve(hqq(spec))[0], seg.solve(rtn(spec))[0]
     for site in seg.graph.sites:
         W = seg.graph.weight_ok(site)
-        a, b = ((W - dense(g.params[site.weight], torch.float32)).abs().pow(P) for g in (ours, theirs))
-        assert (spec.tile.split(a).sum(-1) <= spec.tile.split(b).sum(-1) * (1 + 1e-4)).all() and a.sum() < b.sum()
+        a, b = (
+            (W - dense(g.params[site.weight], torch.float32)).abs().pow(P) for g in (ours, theirs)
+        )
+        assert (
+            spec.tile.split(a).sum(-1) <= spec.tile.split(b).sum(-1) * (1 + 1e-4)
+        ).all() and a.sum() < b.sum()
     assert all(not stage.needs for stage in hqq(spec))

@@ -1,4 +1,5 @@
-"""A step that claims to keep the function is held to it, in float32 whatever the model runs in; a wrong inverse is refused."""
+"""A step that claims to keep the function is held to it, in float32 whatever the model runs in; a
+wrong inverse is refused."""
 
 import copy
 from dataclasses import replace
@@ -36,7 +37,13 @@ def checked(seg, transform):
 
 def scaling_norms(factor, **fields):
     def run(graph, stats):
-        return graph.update({n: leaf * factor for n, leaf in graph.params.items() if "norm" in n and n.endswith("weight")}), stats
+        return graph.update(
+            {
+                n: leaf * factor
+                for n, leaf in graph.params.items()
+                if "norm" in n and n.endswith("weight")
+            }
+        ), stats
 
     return (Stage("mine", frozenset(), run, **(fields or {"lossless": True})),)
 
@@ -61,19 +68,30 @@ def test_scales_and_rotations_keep_the_function(family):
 @pytest.mark.parametrize("fields", [{"lossless": True}, {"reparametrizes": True}])
 def test_a_claim_that_does_not_hold_is_refused_by_name(factor, fields):
     seg = segment("llama")
-    with pytest.raises(QlabError, match=r"the stage 'mine' changes what model\.layers\.0 computes by .* and claims to keep it; move"):
+    with pytest.raises(
+        QlabError,
+        match=(
+            r"the stage 'mine' changes what model\.layers\.0 computes by .* and claims to keep "
+            r"it; move"
+        ),
+    ):
         checked(seg, scaling_norms(factor, **fields))
     checked(seg, scaling_norms(factor, sitewise=False, lossless=False))  # which claims nothing
 
 
 def test_what_a_stage_left_alone_is_not_run():
     seg = segment("llama")
-    refuse_changed(absorb()[0], seg.graph, replace(seg.graph, params=dict(seg.graph.params)), None, None)
+    refuse_changed(
+        absorb()[0], seg.graph, replace(seg.graph, params=dict(seg.graph.params)), None, None
+    )
 
 
 def test_a_claim_is_checked_where_sites_are_solved_in_order_too():
     seg, seen = segment("llama"), []
-    check = lambda stage, before, after: (seen.append(stage.name), refuse_changed(stage, before, after, None, batches_of(seg)))
+    check = lambda stage, before, after: (
+        seen.append(stage.name),
+        refuse_changed(stage, before, after, None, batches_of(seg)),
+    )
     recipe = chain(awq_scale(SPEC), rtn(SPEC))
     solve_in_order(seg.graph, recipe, batches_of(seg), check=check)
     assert {"awq_scale", "absorb", "rtn"} == set(seen)
@@ -88,13 +106,26 @@ def test_a_lossless_stage_that_observes_is_not_put_off_until_there_is_nothing_to
     assert not in_order(seg.graph.code, chain(rtn(SPEC), (observing,)), "quantized")
 
 
-@pytest.mark.parametrize("wrong, words", [
-    (lambda M, k: (M, M), r"M_inv is not the inverse of M at the input of .*q_proj, .*v_proj: x @ M @ M_inv differs from x by"),
-    (lambda M, k: (M, M.T * 1.001), "M_inv is not the inverse of M"),
-    (lambda M, k: (torch.ones(k), torch.full((k,), 1.001)), "M_inv is not the inverse of M"),
-    (lambda M, k: (torch.zeros(k), torch.full((k,), torch.inf)), "M_inv is not the inverse of M"),
-    (lambda M, k: (M, M.T[0]), r"M \(64, 64\) and M_inv \(64,\) at the input of .* differ in shape"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (
+            lambda M, k: (M, M),
+            r"M_inv is not the inverse of M at the input of .*q_proj, .*v_proj: x @ M @ M_inv "
+            r"differs from x by",
+        ),
+        (lambda M, k: (M, M.T * 1.001), "M_inv is not the inverse of M"),
+        (lambda M, k: (torch.ones(k), torch.full((k,), 1.001)), "M_inv is not the inverse of M"),
+        (
+            lambda M, k: (torch.zeros(k), torch.full((k,), torch.inf)),
+            "M_inv is not the inverse of M",
+        ),
+        (
+            lambda M, k: (M, M.T[0]),
+            r"M \(64, 64\) and M_inv \(64,\) at the input of .* differ in shape",
+        ),
+    ],
+)
 def test_matrices_that_do_not_undo_each_other_are_refused(wrong, words):
     graph = segment("llama").graph
     source, sites = next(iter(by_source(graph.sites).items()))
@@ -127,11 +158,16 @@ def test_a_program_of_bfloat16_is_read_in_float32_throughout(family):
     seg = segment(family)
     narrow = copy.deepcopy(model_of(family)).bfloat16()
     block = list(find_blocks(narrow)[1].values())[int(family in MIXTURES)]
-    halved = lambda tree, dtype: pytree.tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
+    halved = lambda tree, dtype: pytree.tree_map_only(
+        torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree
+    )
     args, kwargs = halved(seg.batches[0], torch.bfloat16)
     graph = trace(block, args, kwargs)
     wide = outputs_of(graph, args, kwargs, wide=True)[0]
-    leaves = {name: leaf.float() if leaf.is_floating_point() else leaf for name, leaf in graph.params.items()}
+    leaves = {
+        name: leaf.float() if leaf.is_floating_point() else leaf
+        for name, leaf in graph.params.items()
+    }
     exact = hidden(interpret(seg.graph.update(leaves), *halved((args, kwargs), torch.float32)))
     assert wide.dtype == torch.float32 and relative(wide, exact) < 1e-5
     assert relative(hidden(interpret(graph, args, kwargs)), exact) > 1e-4
@@ -150,14 +186,27 @@ def test_what_folding_loses_to_the_dtype_of_the_files_is_no_change(family):
         return fold_scales(graph), stats
 
     halves = replace(seg.graph, dtype=torch.bfloat16)
-    refuse_changed(Stage("smooth", frozenset(), smooth, lossless=True), halves, smooth(halves, {})[0], None, batches_of(seg))
+    refuse_changed(
+        Stage("smooth", frozenset(), smooth, lossless=True),
+        halves,
+        smooth(halves, {})[0],
+        None,
+        batches_of(seg),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_false_claim_ends_the_job_and_leaves_nothing(dtype, saved, tmp_path):
     source = saved("llama", dtype)
     with pytest.raises(QlabError, match="the stage 'mine' changes what"):
-        quantize(open_checkpoint(source), chain(rtn(SPEC), scaling_norms(1.1)), None, tmp_path / "none")
+        quantize(
+            open_checkpoint(source), chain(rtn(SPEC), scaling_norms(1.1)), None, tmp_path / "none"
+        )
     with pytest.raises(QlabError, match="the stage 'mine' changes what"):
-        quantize(open_checkpoint(source), chain(scaling_norms(0.9), rtn(SPEC)), random_tokens(source), tmp_path / "some")
+        quantize(
+            open_checkpoint(source),
+            chain(scaling_norms(0.9), rtn(SPEC)),
+            random_tokens(source),
+            tmp_path / "some",
+        )
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,5 @@
-"""Every method is pure, deterministic and independent of visiting order, on every family and spec."""
+"""Every method is pure, deterministic and independent of visiting order, on every family and
+spec."""
 
 from dataclasses import replace
 from itertools import permutations
@@ -64,7 +65,9 @@ def test_the_same_inputs_give_the_same_bits(method, text):
 def test_the_order_of_sites_does_not_matter(method, family):
     seg, transform = segment(family), LAW_METHODS[method](parse_spec("int3-g16-asym"))
     stats = seg.stats
-    forward, backward = (run(seg, transform, stats, g) for g in (seg.graph, reversed_sites(seg.graph)))
+    forward, backward = (
+        run(seg, transform, stats, g) for g in (seg.graph, reversed_sites(seg.graph))
+    )
     assert_same(forward[0], backward[0])
     assert forward[0].notes == backward[0].notes
 
@@ -97,7 +100,9 @@ def test_every_site_becomes_codes_of_its_own_shape_near_the_weight(method, famil
     assert not graph.online
     for i in range(2):
         out, reference = (hidden(interpret(g, *seg.batches[i])) for g in (graph, seg.graph))
-        by_token = (out - reference).norm(dim=-1) / reference.norm(dim=-1)  # near a tie a token of a mixture changes its expert
+        by_token = (out - reference).norm(dim=-1) / reference.norm(
+            dim=-1
+        )  # near a tie a token of a mixture changes its expert
         assert 0 < (by_token.median() if family in MIXTURES else relative(out, reference)) < 0.02
     untouched_leaves = set(graph.params) - {s.weight for s in graph.sites if not s.router}
     if not method.startswith("awq"):
@@ -125,7 +130,10 @@ def test_notes_hold_the_errors_that_were_made(method):
 def test_scales_are_stored_in_the_dtype_of_the_spec_or_the_model(method):
     seg = segment("llama")
     half = replace(seg.graph, dtype=torch.bfloat16)
-    for spec, dtype in ((parse_spec("int4-g16"), torch.bfloat16), (Int(4, Tile(1, 16), True, torch.float16), torch.float16)):
+    for spec, dtype in (
+        (parse_spec("int4-g16"), torch.bfloat16),
+        (Int(4, Tile(1, 16), True, torch.float16), torch.float16),
+    ):
         graph, _ = run(seg, LAW_METHODS[method](spec), seg.stats, half)
         leaves = [graph.params[s.weight] for s in graph.sites]
         assert {q.scales.dtype for q in leaves if isinstance(q, QTensor)} in ({dtype}, set())

@@ -1,4 +1,5 @@
-"""Round to nearest: error bounds, projections, equivariance, and the same numbers as compressed-tensors."""
+"""Round to nearest: error bounds, projections, equivariance, and the same numbers as
+compressed-tensors."""
 
 import hashlib
 
@@ -20,11 +21,14 @@ HALVES = [torch.bfloat16, torch.float16]
 
 def per_weight(spec, W, s_ag):
     """The scale of every single weight [o, k]."""
-    return spec.tile.join(s_ag.float()[..., None].expand_as(spec.tile.split(W)).contiguous(), W.shape)
+    return spec.tile.join(
+        s_ag.float()[..., None].expand_as(spec.tile.split(W)).contiguous(), W.shape
+    )
 
 
 def span(spec, W):
-    """max|w| of a tile (symmetric), or the length of its range through zero, for every single weight."""
+    """max|w| of a tile (symmetric), or the length of its range through zero, for every single
+    weight."""
     x = spec.tile.split(W)
     lo, hi = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
     return per_weight(spec, W, torch.maximum(-lo, hi) if spec.symmetric else hi - lo)
@@ -41,12 +45,13 @@ def test_errors_are_at_most_half_a_step_in_fp32(problem):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @given(data=st.data())
 def test_rounded_scales_add_at_most_their_own_error_over_the_range(dtype, data):
-    """|w - w'| <= s/2 + u R, u the unit roundoff of the scale's dtype, R = max|w| (symmetric) or hi - lo.
+    """|w - w'| <= s/2 + u R, u the unit roundoff of the scale's dtype, R = max|w| (symmetric) or hi
+    - lo.
 
-    Exact scales s0 clip nothing by more than s0/2: the grid ends half a step inside the range. A stored scale
-    s >= s0 / (1 + u) shortens the grid at the end of the range by (qmax + 1/2) (s0 - s) <= u R (symmetric) or by
-    (qmax - qmin) (s0 - s) <= u R (a zero point, itself rounded by at most half a step), and what lies beyond its last
-    half step is clipped by that much more.
+    Exact scales s0 clip nothing by more than s0/2: the grid ends half a step inside the range. A
+    stored scale s >= s0 / (1 + u) shortens the grid at the end of the range by (qmax + 1/2) (s0 -
+    s) <= u R (symmetric) or by (qmax - qmin) (s0 - s) <= u R (a zero point, itself rounded by at
+    most half a step), and what lies beyond its last half step is clipped by that much more.
     """
     W, spec = data.draw(problems(scale_dtype=dtype))
     q = encode(minmax, W, spec)
@@ -72,7 +77,8 @@ def test_codes_are_the_nearest_for_the_scale_that_is_stored(dtype, data):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @given(data=st.data())
 def test_zero_points_belong_to_the_scale_that_is_stored(dtype, data):
-    """Then the low end of a range is at most half a step off, unless the zero point itself was clamped."""
+    """Then the low end of a range is at most half a step off, unless the zero point itself was
+    clamped."""
     W, spec = data.draw(problems(symmetric=False, scale_dtype=dtype, kinds=KINDS[:4] + KINDS[-1:]))
     q = encode(minmax, W, spec)
     lo, s = spec.tile.split(W).amin(-1).clamp(max=0).double(), q.scales.double()
@@ -94,7 +100,9 @@ def test_projecting_onto_a_fixed_grid_is_idempotent(grid, problem):
 def test_powers_of_two_scale_scales_and_leave_codes(problem, j):
     W, spec = problem
     ours, scaled = encode(minmax, W, spec), encode(minmax, W * 2.0**j, spec)
-    assert torch.equal(ours.codes, scaled.codes) and torch.equal(ours.scales * 2.0**j, scaled.scales)
+    assert torch.equal(ours.codes, scaled.codes) and torch.equal(
+        ours.scales * 2.0**j, scaled.scales
+    )
     assert ours.zeros is scaled.zeros is None or torch.equal(ours.zeros, scaled.zeros)
 
 
@@ -102,8 +110,12 @@ def test_powers_of_two_scale_scales_and_leave_codes(problem, j):
 def test_the_default_grid_is_compressed_tensors_own_bit_for_bit(problem):
     W, spec = problem
     strategy = {"tensor": "tensor", "channel": "channel"}.get(str(spec.tile), "group")
-    args = QuantizationArgs(num_bits=spec.bits, symmetric=spec.symmetric, strategy=strategy,
-                            group_size=spec.tile.cols if strategy == "group" else None)  # fmt: skip
+    args = QuantizationArgs(
+        num_bits=spec.bits,
+        symmetric=spec.symmetric,
+        strategy=strategy,
+        group_size=spec.tile.cols if strategy == "group" else None,
+    )
     x = spec.tile.split(W)
     scales, zeros = calculate_qparams(x.amin(-1), x.amax(-1), args)
     q = encode(minmax, W, spec)
@@ -127,7 +139,9 @@ def test_fused_experts_are_rounded_one_by_one():
     scales = torch.stack([encode(minmax, w, spec).scales for w in W])
     codes = torch.stack([encode(minmax, w, spec).codes for w in W])
     assert torch.equal(round_codes(W, scales, None, spec), codes)
-    assert torch.equal(dense(QTensor(codes, scales, None, spec))[1], dense(encode(minmax, W[1], spec)))
+    assert torch.equal(
+        dense(QTensor(codes, scales, None, spec))[1], dense(encode(minmax, W[1], spec))
+    )
 
 
 GOLDEN = {  # spec/scale dtype -> the start of the sha256 of codes, scales and zeros
@@ -155,7 +169,8 @@ GOLDEN = {  # spec/scale dtype -> the start of the sha256 of codes, scales and z
 
 
 def exact_weight():
-    """[24, 96] of multiples of 2^-12 from a linear congruence: the same numbers on every machine."""
+    """[24, 96] of multiples of 2^-12 from a linear congruence: the same numbers on every
+    machine."""
     state = torch.arange(24 * 96, dtype=torch.int64)
     for _ in range(4):
         state = (state * 1103515245 + 12345) % 2**31
@@ -163,8 +178,14 @@ def exact_weight():
 
 
 def fingerprint(q):
-    parts = [q.codes, q.scales.view(torch.int16 if q.scales.itemsize == 2 else torch.int32), q.zeros]
-    return hashlib.sha256(b"".join(p.numpy().tobytes() for p in parts if p is not None)).hexdigest()[:16]
+    parts = [
+        q.codes,
+        q.scales.view(torch.int16 if q.scales.itemsize == 2 else torch.int32),
+        q.zeros,
+    ]
+    return hashlib.sha256(
+        b"".join(p.numpy().tobytes() for p in parts if p is not None)
+    ).hexdigest()[:16]
 
 
 @pytest.mark.parametrize("name", GOLDEN)

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from segments import normal, untouched
 from torch.utils import _pytree as pytree
 
-from qlab.algebra.stats import STATS, Moment, Observation, gram, per_expert, quadratic, sample, transport
+from qlab.algebra.stats import (
+    STATS,
+    Moment,
+    Observation,
+    gram,
+    per_expert,
+    quadratic,
+    sample,
+    transport,
+)
 
 EVERY = {**STATS, "sample of 7": sample(7)}
 SOURCES = st.tuples(st.integers(2, 24), st.integers(2, 12), st.integers(0, 999))
@@ -24,7 +33,9 @@ def close(a, b, tolerance=1e-5):
     for x, y in zip(ours, theirs):
         x, y = torch.as_tensor(x).double(), torch.as_tensor(y).double()
         assert x.shape == y.shape
-        assert torch.equal(x, y) or (x - y).abs().max() <= tolerance * y.abs().max().clamp_min(1)  # nothing is infinite or empty
+        assert torch.equal(x, y) or (x - y).abs().max() <= tolerance * y.abs().max().clamp_min(
+            1
+        )  # nothing is infinite or empty
 
 
 def observation(n, k, seed):
@@ -46,7 +57,11 @@ def through(o, move):
 @given(source=SOURCES, at=st.tuples(st.integers(1, 23), st.integers(1, 23)))
 def test_statistics_of_a_whole_are_those_of_its_parts(stat, source, at):
     o = observation(*source)
-    parts = [stat.lift(part) for part in cut(o, *sorted(min(i, source[0] - 1) for i in at)) if len(part.keys)]
+    parts = [
+        stat.lift(part)
+        for part in cut(o, *sorted(min(i, source[0] - 1) for i in at))
+        if len(part.keys)
+    ]
     close(reduce(stat.combine, parts), stat.lift(o))
 
 
@@ -71,7 +86,9 @@ def test_transport_by_a_diagonal_is_observing_again(stat, source):
 def test_transport_by_a_matrix_is_observing_again_or_dropped(stat, source):
     o, M = observation(*source), normal(source[1], source[1], seed=source[2] + 1)
     moved = stat.transport(stat.lift(o), M)
-    linear = any(stat is EVERY[name] for name in ("second_moment", "drift", "sample", "sample of 7"))
+    linear = any(
+        stat is EVERY[name] for name in ("second_moment", "drift", "sample", "sample of 7")
+    )
     assert (moved is not None) == linear
     if linear:
         close(moved, stat.lift(through(o, lambda x: x @ M)))
@@ -82,7 +99,12 @@ def test_transport_by_a_matrix_is_observing_again_or_dropped(stat, source):
 def test_statistics_write_to_none_of_their_inputs(stat, source):
     o = observation(*source)
     a, b = map(stat.lift, cut(o, 1))
-    with untouched(list(a) if isinstance(a, tuple) else a, list(b) if isinstance(b, tuple) else b, o.x_nk, o.keys):
+    with untouched(
+        list(a) if isinstance(a, tuple) else a,
+        list(b) if isinstance(b, tuple) else b,
+        o.x_nk,
+        o.keys,
+    ):
         stat.combine(a, b)
         stat.transport(a, normal(source[1], seed=1))
         stat.transport(a, normal(source[1], source[1], seed=1))
@@ -95,12 +117,15 @@ def test_transport_moves_one_source_and_drops_what_cannot_move():
     moved = transport(stats, "a", normal(4, 4, seed=1))
     assert {name for source, name in moved if source == "a"} == {"second_moment", "drift", "sample"}
     assert all(moved["b", name] is stats["b", name] for name in STATS)
-    assert all(moved["a", name] is not stats["a", name] for name in ("second_moment", "drift", "sample"))
+    assert all(
+        moved["a", name] is not stats["a", name] for name in ("second_moment", "drift", "sample")
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gram_sums_exact_products_in_fp32(dtype):
-    """At a size that goes to the matrix units where there are any: nothing of the inputs is rounded away."""
+    """At a size that goes to the matrix units where there are any: nothing of the inputs is rounded
+    away."""
     x = normal(1024, 512, seed=0).to(dtype)
     exact = x.double().T @ x.double()
     assert (gram(x) - exact).abs().max() < 2e-5 * exact.abs().max()
@@ -139,7 +164,12 @@ def test_a_sample_is_not_the_first_rows_and_keeps_each_row_with_its_key():
 @pytest.mark.parametrize("k", [1, 7, 191, 192, 193, 500])
 def test_quadratic_is_the_output_error(k):
     x, D = normal(40, k, seed=k), normal(3, k, seed=5)
-    torch.testing.assert_close(quadratic(D, gram(x)).double(), (x.double() @ D.double().T).square().sum(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        quadratic(D, gram(x)).double(),
+        (x.double() @ D.double().T).square().sum(0),
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 @given(SOURCES)
@@ -147,7 +177,10 @@ def test_the_drift_is_the_cross_moment_with_the_reference_less_the_second_moment
     o = observation(*source)
     drift, x = STATS["drift"].lift(o), o.x_nk.double()
     close(drift.sum_kk, o.reference_nk.double().T @ x - x.T @ x, 1e-4)
-    assert drift.tokens == len(o.keys) and not STATS["drift"].lift(replace(o, reference_nk=None)).sum_kk.any()
+    assert (
+        drift.tokens == len(o.keys)
+        and not STATS["drift"].lift(replace(o, reference_nk=None)).sum_kk.any()
+    )
 
 
 def test_the_mean_of_nothing_weighs_every_direction_the_same():
@@ -185,16 +218,29 @@ def test_experts_combine_and_move_one_by_one(stat, source):
     a, b = (observation(n, k, seed + i) for i in range(2))
     ends = torch.tensor([n // 2, n // 2, n])  # the second expert sees nothing
     both = experts.combine(*(experts.lift(replace(o, ends=ends)) for o in (a, b)))
-    own = [stat.combine(*(stat.lift(part) for part in parts)) for parts in zip(cut(a, n // 2), cut(b, n // 2))]
+    own = [
+        stat.combine(*(stat.lift(part) for part in parts))
+        for parts in zip(cut(a, n // 2), cut(b, n // 2))
+    ]
     close(both.states[0], own[0])
     close(both.states[2], own[1])
     m_e1k = normal(3, 1, k, seed=seed)
     for e in (0, 2):
         close(experts.transport(both, m_e1k).states[e], stat.transport(both.states[e], m_e1k[e, 0]))
-        close(experts.transport(both, m_e1k[1, 0]).states[e], stat.transport(both.states[e], m_e1k[1, 0]))
+        close(
+            experts.transport(both, m_e1k[1, 0]).states[e],
+            stat.transport(both.states[e], m_e1k[1, 0]),
+        )
 
 
 def test_what_cannot_move_for_one_expert_is_dropped_for_all():
     o = observation(9, 4, 0)
-    stats = {("a", name): per_expert(STATS[name]).lift(Observation(o.x_nk, o.keys, torch.tensor([4, 9]))) for name in STATS}
-    assert {name for _, name in transport(stats, "a", normal(4, 4, seed=1))} == {"second_moment", "drift", "sample"}
+    stats = {
+        ("a", name): per_expert(STATS[name]).lift(Observation(o.x_nk, o.keys, torch.tensor([4, 9])))
+        for name in STATS
+    }
+    assert {name for _, name in transport(stats, "a", normal(4, 4, seed=1))} == {
+        "second_moment",
+        "drift",
+        "sample",
+    }

@@ -28,7 +28,9 @@ every_family = pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def rounded_before(graph, solved, source):
     """The graph with the leaves of `solved` at every site that runs before those of the source."""
     groups = by_source(graph.code.sites)
-    done = [s.weight for earlier in list(groups)[: list(groups).index(source)] for s in groups[earlier]]
+    done = [
+        s.weight for earlier in list(groups)[: list(groups).index(source)] for s in groups[earlier]
+    ]
     return graph.update({weight: solved.params[weight] for weight in done})
 
 
@@ -40,7 +42,9 @@ def test_a_walk_meets_at_every_source_what_the_leaves_before_it_produce(family, 
     walk, batch = Walk(graph.code), seg.batches[0]
     for source in by_source(graph.code.sites):
         now = rounded_before(graph, solved, source)
-        assert torch.equal(walk.to(now, source, *batch).x, inputs_of(now, [source], *batch)[source].x)
+        assert torch.equal(
+            walk.to(now, source, *batch).x, inputs_of(now, [source], *batch)[source].x
+        )
         if forgetful:
             walk.forget()
             assert walk.nbytes() == 0
@@ -68,7 +72,9 @@ def test_scales_are_searched_in_order_and_folded_when_all_is_solved(family):
     by_hand = seg.graph
     for sites in by_source(seg.graph.code.sites).values():
         here = replace(by_hand, selected=frozenset(s.path for s in sites))
-        by_hand = replace(seg.solve(tuple(s for s in recipe if s.name != "absorb"), here)[0], selected=None)
+        by_hand = replace(
+            seg.solve(tuple(s for s in recipe if s.name != "absorb"), here)[0], selected=None
+        )
     assert by_hand.online and not graph.online
     assert_same(graph, fold_scales(by_hand))
     for out, batch in zip(leaving, seg.batches, strict=True):
@@ -103,7 +109,7 @@ def test_what_does_not_fit_is_computed_again_to_the_same_bits(monkeypatch):
     for held in (0, 20000, 1 << 30):
         monkeypatch.setattr(sweep, "HELD", held)
         graph, (leaving,) = solve_in_order(seg.graph, gptq(SPEC), batches_of(seg))
-        results.append([graph, *(out.clone() for out, in leaving)])
+        results.append([graph, *(out.clone() for (out,) in leaving)])
     first, *others = results
     for other in others:
         assert_same(first[0], other[0])
@@ -117,7 +123,12 @@ def test_what_waits_is_within_the_limit(monkeypatch):
     monkeypatch.setattr(sweep, "Walk", lambda code: walks.append(Walk(code)) or walks[-1])
     watched = rules({"*.o_proj": gptq(SPEC), "*": keep()})
     watched = tuple(
-        replace(s, spec=None, apply=lambda g, st: waiting.append(sum(w.nbytes() for w in walks)) or (g, st)) for s in watched
+        replace(
+            s,
+            spec=None,
+            apply=lambda g, st: waiting.append(sum(w.nbytes() for w in walks)) or (g, st),
+        )
+        for s in watched
     )
     solve_in_order(seg.graph, watched, batches_of(seg))
     assert 0 < max(waiting) <= 20000
@@ -145,7 +156,10 @@ def test_rounded_inputs_are_what_the_sites_behind_them_are_calibrated_on(family)
     graph, (leaving,) = solve_in_order(seg.graph, recipe, batches_of(seg))
     by_hand = seg.graph
     for sites in by_source(seg.graph.code.sites).values():
-        by_hand = replace(seg.solve(recipe, replace(by_hand, selected=frozenset(s.path for s in sites)))[0], selected=None)
+        by_hand = replace(
+            seg.solve(recipe, replace(by_hand, selected=frozenset(s.path for s in sites)))[0],
+            selected=None,
+        )
     assert_same(graph, by_hand)
     assert set(graph.online) == {site.path for site in graph.sites if not site.router}
     for (out,), batch in zip(leaving, seg.batches, strict=True):
@@ -158,17 +172,37 @@ def test_rules_hold_source_by_source():
     graph, _ = solve_in_order(seg.graph, recipe, batches_of(seg))
     assert isinstance(graph.params["self_attn.o_proj.weight"], torch.Tensor)
     alone, _ = solve_in_order(seg.graph, at("*.mlp.*", rtn(SPEC)), batches_of(seg))
-    assert torch.equal(graph.params["mlp.up_proj.weight"].codes, alone.params["mlp.up_proj.weight"].codes)
+    assert torch.equal(
+        graph.params["mlp.up_proj.weight"].codes, alone.params["mlp.up_proj.weight"].codes
+    )
 
 
-@pytest.mark.parametrize("recipe, family, inputs, expected", [
-    (rules({"*.o_proj": keep(), "*": gptq(SPEC)}), "llama", "quantized", True),
-    (gptq(SPEC), "llama", "reference", False),
-    (chain(awq_scale(SPEC), gptq(SPEC)), "llama", "quantized", True),
-    (chain(awq_scale(SPEC), gptq(SPEC)), "mixtral", "quantized", False),  # a router and experts share channels
-    (gptq(SPEC), "mixtral", "quantized", True),
-    (awq(parse_spec("nvfp4")), "llama", "quantized", False),  # its scales take no others once they are rounded
-    (chain(gptq(SPEC), quantize_inputs(parse_spec("int8-channel"))), "llama", "quantized", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "recipe, family, inputs, expected",
+    [
+        (rules({"*.o_proj": keep(), "*": gptq(SPEC)}), "llama", "quantized", True),
+        (gptq(SPEC), "llama", "reference", False),
+        (chain(awq_scale(SPEC), gptq(SPEC)), "llama", "quantized", True),
+        (
+            chain(awq_scale(SPEC), gptq(SPEC)),
+            "mixtral",
+            "quantized",
+            False,
+        ),  # a router and experts share channels
+        (gptq(SPEC), "mixtral", "quantized", True),
+        (
+            awq(parse_spec("nvfp4")),
+            "llama",
+            "quantized",
+            False,
+        ),  # its scales take no others once they are rounded
+        (
+            chain(gptq(SPEC), quantize_inputs(parse_spec("int8-channel"))),
+            "llama",
+            "quantized",
+            True,
+        ),
+    ],
+)
 def test_which_recipes_are_solved_in_order(recipe, family, inputs, expected):
     assert sweep.in_order(segment(family).graph.code, recipe, inputs) is expected

@@ -16,7 +16,17 @@ from qlab.algebra.qtensor import QTensor
 from qlab.algebra.scope import matches
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.stats import STATS
-from qlab.algebra.transform import Stage, apply, at, chain, each_weight, keep, reparametrize, rules, select
+from qlab.algebra.transform import (
+    Stage,
+    apply,
+    at,
+    chain,
+    each_weight,
+    keep,
+    reparametrize,
+    rules,
+    select,
+)
 from qlab.errors import QlabError
 from qlab.methods.rtn import rtn
 
@@ -26,7 +36,11 @@ NAMES = st.sampled_from(sorted(LAW_METHODS))
 
 
 def rounded(graph):
-    return {s.path: str(graph.params[s.weight].spec) for s in graph.sites if isinstance(graph.params[s.weight], QTensor)}
+    return {
+        s.path: str(graph.params[s.weight].spec)
+        for s in graph.sites
+        if isinstance(graph.params[s.weight], QTensor)
+    }
 
 
 def run(graph, transform, stats=None):
@@ -54,11 +68,16 @@ def test_a_chain_does_what_its_parts_do_one_after_the_other(second):
     by_hand = run(middle, then, moved)
     assert_same(run(seg.graph, chain(first, then), stats), by_hand)
     wrong = run(run(seg.graph, keep(), stats)[0], then, stats)[0]
-    assert any(not torch.equal(wrong.params[s.weight].codes, by_hand[0].params[s.weight].codes) for s in seg.graph.sites)
+    assert any(
+        not torch.equal(wrong.params[s.weight].codes, by_hand[0].params[s.weight].codes)
+        for s in seg.graph.sites
+    )
     assert_same(seg.solve(())[0], seg.graph)
 
 
-@pytest.mark.parametrize("family", ["opt", *MIXTURES])  # of a mixture, router and experts share a norm and not their rows
+@pytest.mark.parametrize(
+    "family", ["opt", *MIXTURES]
+)  # of a mixture, router and experts share a norm and not their rows
 def test_statistics_that_were_transported_are_those_of_the_new_inputs(family):
     seg = segment(family)
     graph, stats = run(seg.graph, LAW_METHODS["awq_scale"](SPEC), seg.stats)
@@ -66,16 +85,28 @@ def test_statistics_that_were_transported_are_those_of_the_new_inputs(family):
     assert stats.keys() == again.keys()
     changed = set()
     for key in {k for k in stats if k[1] == "second_moment"}:
-        for before, moved, seen in zip(*(getattr(s[key], "states", (s[key],)) for s in (seg.stats, stats, again))):
-            assert torch.allclose(moved.mean_kk, seen.mean_kk, rtol=1e-4, atol=1e-4 * seen.mean_kk.abs().max())
+        for before, moved, seen in zip(
+            *(getattr(s[key], "states", (s[key],)) for s in (seg.stats, stats, again))
+        ):
+            assert torch.allclose(
+                moved.mean_kk, seen.mean_kk, rtol=1e-4, atol=1e-4 * seen.mean_kk.abs().max()
+            )
             changed |= set() if torch.allclose(moved.mean_kk, before.mean_kk) else {key}
     assert len(changed) > 1
 
 
-@pytest.mark.parametrize("pattern, chosen", [
-    ("*", None), ("*.self_attn.*", ATTENTION), ("re:.*self_attn\\.[qkvo]_proj", ATTENTION), ("model.layers.1.*", set()),
-    ("*.q_proj", {"self_attn.q_proj"}), ("re:q_proj", set()), ("model.layers.?.mlp.up_proj", {"mlp.up_proj"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "pattern, chosen",
+    [
+        ("*", None),
+        ("*.self_attn.*", ATTENTION),
+        ("re:.*self_attn\\.[qkvo]_proj", ATTENTION),
+        ("model.layers.1.*", set()),
+        ("*.q_proj", {"self_attn.q_proj"}),
+        ("re:q_proj", set()),
+        ("model.layers.?.mlp.up_proj", {"mlp.up_proj"}),
+    ],
+)
 def test_at_touches_exactly_the_matching_sites(pattern, chosen):
     seg = segment("llama")
     graph, _ = seg.solve(at(pattern, rtn(SPEC)))
@@ -95,7 +126,9 @@ def test_scopes_nest():
 def test_the_first_matching_rule_decides():
     seg = segment("llama")
     graph, _ = seg.solve(rules({"*.q_proj": keep(), "*.self_attn.*": rtn(SPEC), "*": rtn(COARSE)}))
-    expected = {s.path: str(SPEC if s.path in ATTENTION else COARSE) for s in graph.sites} | {"self_attn.q_proj": None}
+    expected = {s.path: str(SPEC if s.path in ATTENTION else COARSE) for s in graph.sites} | {
+        "self_attn.q_proj": None
+    }
     assert {s.path: rounded(graph).get(s.path) for s in graph.sites} == expected
 
 
@@ -105,7 +138,9 @@ def test_one_matching_rule_gives_what_the_method_gives_alone():
 
 
 def test_a_site_that_no_rule_covers_is_refused_by_name():
-    with pytest.raises(QlabError, match=r"no rule covers model\.layers\.0\.mlp\.gate_proj, .*mlp\.down_proj"):
+    with pytest.raises(
+        QlabError, match=r"no rule covers model\.layers\.0\.mlp\.gate_proj, .*mlp\.down_proj"
+    ):
         segment("llama").solve(rules({"*.self_attn.*": rtn(SPEC)}))
 
 
@@ -113,7 +148,10 @@ def test_a_site_that_no_rule_covers_is_refused_by_name():
 def test_splitting_a_shared_input_under_a_reparametrization_is_refused_by_name(method):
     with pytest.raises(QlabError) as refusal:
         segment("llama").solve(at("*.q_proj", LAW_METHODS[method](SPEC)))
-    assert "model.layers.0.self_attn.k_proj, model.layers.0.self_attn.v_proj shares its input" in str(refusal.value)
+    assert (
+        "model.layers.0.self_attn.k_proj, model.layers.0.self_attn.v_proj shares its input"
+        in str(refusal.value)
+    )
     assert "one rule for all of them" in str(refusal.value)
 
 
@@ -137,30 +175,59 @@ def test_a_weight_of_another_shape_is_refused_by_site():
 
 def test_a_note_that_the_report_cannot_hold_is_refused_by_site():
     seg = segment("llama")
-    with pytest.raises(QlabError, match=r"proj: mine notes what no report holds \(Object of type Tensor"):
-        run(seg.graph, each_weight("mine", lambda W, seen, spec: (W, {"mean": W.mean()}), SPEC), seg.stats)
-    with pytest.raises(QlabError, match=r"proj: mine notes what no report holds \(Out of range float values"):
-        run(seg.graph, each_weight("mine", lambda W, seen, spec: (W, {"mean": float("nan")}), SPEC), seg.stats)
+    with pytest.raises(
+        QlabError, match=r"proj: mine notes what no report holds \(Object of type Tensor"
+    ):
+        run(
+            seg.graph,
+            each_weight("mine", lambda W, seen, spec: (W, {"mean": W.mean()}), SPEC),
+            seg.stats,
+        )
+    with pytest.raises(
+        QlabError, match=r"proj: mine notes what no report holds \(Out of range float values"
+    ):
+        run(
+            seg.graph,
+            each_weight("mine", lambda W, seen, spec: (W, {"mean": float("nan")}), SPEC),
+            seg.stats,
+        )
 
 
 @pytest.mark.parametrize("name", ["weight_error", "loss", "tokens", "spec", "bits_per_weight"])
 def test_a_step_does_not_say_what_is_measured_of_it(name):
     seg = segment("llama")
-    with pytest.raises(QlabError, match=f"proj: mine notes '{name}', which is measured and not said by a step"):
+    with pytest.raises(
+        QlabError, match=f"proj: mine notes '{name}', which is measured and not said by a step"
+    ):
         run(seg.graph, each_weight("mine", lambda W, seen, spec: (W, {name: 0.0}), None), seg.stats)
 
 
 def test_a_weight_or_scales_that_are_no_numbers_are_refused_by_site():
     seg = segment("llama")
     with pytest.raises(QlabError, match=r"proj: mine made a weight that holds NaN or Inf"):
-        run(seg.graph, each_weight("mine", lambda W, seen, spec: (W * torch.nan, {}), SPEC), seg.stats)
-    large = seg.graph.update({n: leaf * 1e7 for n, leaf in seg.graph.params.items() if n.endswith("proj.weight")})
-    with pytest.raises(QlabError, match=r"proj: rtn made scales that torch\.float16 does not hold \(NaN or Inf\); choose another"):
+        run(
+            seg.graph,
+            each_weight("mine", lambda W, seen, spec: (W * torch.nan, {}), SPEC),
+            seg.stats,
+        )
+    large = seg.graph.update(
+        {n: leaf * 1e7 for n, leaf in seg.graph.params.items() if n.endswith("proj.weight")}
+    )
+    with pytest.raises(
+        QlabError,
+        match=(
+            r"proj: rtn made scales that torch\.float16 does not hold \(NaN or Inf\); choose "
+            r"another"
+        ),
+    ):
         run(large, rtn(replace(SPEC, scale_dtype=torch.float16)), seg.stats)
 
 
 def test_groups_that_do_not_divide_are_refused_by_site():
-    with pytest.raises(QlabError, match=r"layers\.0\.self_attn\.q_proj: groups of 48 do not divide the 64 input channels"):
+    with pytest.raises(
+        QlabError,
+        match=r"layers\.0\.self_attn\.q_proj: groups of 48 do not divide the 64 input channels",
+    ):
         segment("llama").solve(rtn(parse_spec("int4-g48")))
 
 
@@ -190,7 +257,11 @@ def test_interpreting_differentiates_through_leaves():
 
 def test_patterns_are_globs_or_anchored_expressions():
     assert matches("*.q", "a.q") and not matches("*.q", "a.qq") and not matches("*.Q", "a.q")
-    assert matches("re:a\\.[qk]", "a.k") and not matches("re:a", "a.k") and not matches("a.[!q]", "a.q")
+    assert (
+        matches("re:a\\.[qk]", "a.k")
+        and not matches("re:a", "a.k")
+        and not matches("a.[!q]", "a.q")
+    )
 
 
 def test_stages_are_values():

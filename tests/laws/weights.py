@@ -6,7 +6,16 @@ from segments import normal
 
 from qlab.algebra.spec import Int, Tile
 
-KINDS = ("normal", "positive", "negative", "outlier", "constant", "zeros", "some zero groups", "offset")
+KINDS = (
+    "normal",
+    "positive",
+    "negative",
+    "outlier",
+    "constant",
+    "zeros",
+    "some zero groups",
+    "offset",
+)
 
 
 def weight(o, k, seed, kind="normal"):
@@ -17,7 +26,9 @@ def weight(o, k, seed, kind="normal"):
     if kind == "negative":
         return -W.abs() - 0.1
     if kind == "outlier":
-        return W.masked_fill(torch.rand(o, k, generator=torch.Generator().manual_seed(seed)) < 0.03, 20.0)
+        return W.masked_fill(
+            torch.rand(o, k, generator=torch.Generator().manual_seed(seed)) < 0.03, 20.0
+        )
     if kind == "constant":
         return torch.full((o, k), float(W[0, 0]))
     if kind == "zeros":

@@ -1,4 +1,5 @@
-"""Quantized weights of every shape, group, width and zero point, and what their product should be."""
+"""Quantized weights of every shape, group, width and zero point, and what their product should
+be."""
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -10,7 +11,13 @@ from qlab.algebra.qtensor import QTensor, dense
 from qlab.algebra.spec import Int, Tile
 from qlab.lowering import QLinear, inductor_options
 
-calm = settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+calm = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 CPU = torch.device("cpu")
 GROUPS = (32, 64, 128, 256)
 
@@ -21,7 +28,11 @@ def random_leaf(o, k, spec, seed=0, scale_dtype=torch.float32):
     codes = torch.randint(spec.qmin, spec.qmax + 1, (o, k), generator=generator, dtype=torch.int8)
     shape = spec.tile.scales_shape(codes.shape)
     scales = torch.randn(shape, generator=generator).mul(0.05).to(scale_dtype)
-    zeros = None if spec.symmetric else torch.randint(spec.qmin, spec.qmax + 1, shape, generator=generator, dtype=torch.int8)
+    zeros = (
+        None
+        if spec.symmetric
+        else torch.randint(spec.qmin, spec.qmax + 1, shape, generator=generator, dtype=torch.int8)
+    )
     return QTensor(codes, scales, zeros, spec)
 
 
@@ -50,23 +61,31 @@ def check_product(y, x, leaf, bias=None):
 
 @st.composite
 def problems(draw):
-    """(leaf, m): any width, group or whole row, zero points, ragged n, and ragged k for whole rows."""
+    """(leaf, m): any width, group or whole row, zero points, ragged n, and ragged k for whole
+    rows."""
     bits, symmetric = draw(st.integers(2, 8)), draw(st.booleans())
     group = draw(st.sampled_from([None, *GROUPS]))
     k = draw(st.integers(1, 200)) if group is None else group * draw(st.integers(1, 3))
     tile = Tile(1, group) if draw(st.booleans()) or group else Tile(None, None)
-    leaf = random_leaf(draw(st.integers(1, 150)), k, Int(bits, tile, symmetric), draw(st.integers(0, 99)))
+    leaf = random_leaf(
+        draw(st.integers(1, 150)), k, Int(bits, tile, symmetric), draw(st.integers(0, 99))
+    )
     return leaf, draw(st.sampled_from([0, 1, 2, 4, 5, 33, 64]))
 
 
 class Seen:
     """A post-grad pass that calls another one and remembers the operators it left.
 
-    loops: whether what surrounds the operators is compiled to loops of C++, and not run as it stands, which saves the compiler.
+    loops: whether what surrounds the operators is compiled to loops of C++, and not run as it
+    stands, which saves the compiler.
     """
 
     def __init__(self, loops=True):
-        as_is = {} if loops or not hasattr(config, "fallback_by_default") else {"fallback_by_default": True}  # where torch knows it
+        as_is = (
+            {}
+            if loops or not hasattr(config, "fallback_by_default")
+            else {"fallback_by_default": True}
+        )  # where torch knows it
         self.options = inductor_options(fx_graph_cache=False) | as_is
         self.inner, self.targets = self.options["post_grad_custom_pre_pass"], []
         self.options["post_grad_custom_pre_pass"] = self

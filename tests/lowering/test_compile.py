@@ -1,4 +1,5 @@
-"""torch.compile, export and AOTInductor of whole models: one graph, the operators counted in it, the cache's key."""
+"""torch.compile, export and AOTInductor of whole models: one graph, the operators counted in it,
+the cache's key."""
 
 import pytest
 import torch
@@ -27,15 +28,24 @@ def test_the_whole_model_is_one_graph_with_one_operator_per_site(directory):
     model, graphs = lower(directory), []
 
     def backend(graph, _):
-        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        graphs.append(
+            [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        )
         return graph.forward
 
     ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     for tokens in (ids, ids[:, :5], ids[:1]):
-        torch.testing.assert_close(compiled(input_ids=tokens, use_cache=False).logits, model(input_ids=tokens, use_cache=False).logits)
+        torch.testing.assert_close(
+            compiled(input_ids=tokens, use_cache=False).logits,
+            model(input_ids=tokens, use_cache=False).logits,
+        )
     sites = sum(isinstance(module, QLinear) for module in model.modules())
-    assert [sum("qlab.int4_mm" in target for target in graph) for graph in graphs[:1]] == [sites] == [14]
+    assert (
+        [sum("qlab.int4_mm" in target for target in graph) for graph in graphs[:1]]
+        == [sites]
+        == [14]
+    )
 
 
 def test_a_model_without_kernels_and_with_rounded_inputs_is_one_graph_too(saved, tmp_path):
@@ -46,14 +56,22 @@ def test_a_model_without_kernels_and_with_rounded_inputs_is_one_graph_too(saved,
     graphs = []
 
     def backend(graph, _):
-        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        graphs.append(
+            [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        )
         return graph.forward
 
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
     for tokens in (ids, ids[:, :5]):
-        torch.testing.assert_close(compiled(input_ids=tokens, use_cache=False).logits, model(input_ids=tokens, use_cache=False).logits)
-    counts = [sum(op in target for target in graphs[0]) for op in ("qlab.dense", "qlab.round_input", "qlab.int4_mm")]
+        torch.testing.assert_close(
+            compiled(input_ids=tokens, use_cache=False).logits,
+            model(input_ids=tokens, use_cache=False).logits,
+        )
+    counts = [
+        sum(op in target for target in graphs[0])
+        for op in ("qlab.dense", "qlab.round_input", "qlab.int4_mm")
+    ]
     assert counts == [14, 14, 0]
 
 
@@ -67,7 +85,11 @@ def test_the_compiled_model_decodes_like_the_eager_one(saved, tmp_path):
     for compile in (False, True):
         cache = StaticCache(config=model.config, max_cache_len=16)
         model(input_ids=ids, past_key_values=cache)
-        step = torch.compile(model, fullgraph=True, dynamic=False, options=seen.options) if compile else model
+        step = (
+            torch.compile(model, fullgraph=True, dynamic=False, options=seen.options)
+            if compile
+            else model
+        )
         found.append(step(input_ids=ids[:, :1], past_key_values=cache).logits)
     torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0.05)
     assert seen.count("aten._weight_int4pack_mm_for_cpu") == 7 and seen.inner.streamed == 1
@@ -75,16 +97,22 @@ def test_the_compiled_model_decodes_like_the_eager_one(saved, tmp_path):
 
 
 def test_freezing_with_max_autotune_keeps_the_weight_packed(on):
-    """Inductor's int4 template competes; the dequantized weight of the many-token product is not folded into a constant, where it
-    is written out (with units for bf16) and where it is left to the operator (without)."""
+    """Inductor's int4 template competes; the dequantized weight of the many-token product is not
+    folded into a constant, where it is written out (with units for bf16) and where it is left to
+    the operator (without)."""
     leaf = random_leaf(64, 128, INT4)
     options = {"freezing": True, "max_autotune": True, "fx_graph_cache": False}
-    for m, isa, kept in ((1, "avx2", "aten._weight_int4pack_mm_for_cpu"), (100, "amx", "qlab.dequantize"),
-                         (100, "avx2", "qlab.int4_mm")):  # fmt: skip
+    for m, isa, kept in (
+        (1, "avx2", "aten._weight_int4pack_mm_for_cpu"),
+        (100, "amx", "qlab.dequantize"),
+        (100, "avx2", "qlab.int4_mm"),
+    ):
         on(isa)
         torch._dynamo.reset()
         seen, x = Seen(), activations(m, 128, torch.bfloat16)
-        compiled = torch.compile(lowered(leaf).eval(), dynamic=False, options=seen.options | options)
+        compiled = torch.compile(
+            lowered(leaf).eval(), dynamic=False, options=seen.options | options
+        )
         check_product(compiled(x), x, leaf)
         assert seen.count(kept) == 1
 
@@ -105,7 +133,9 @@ def test_aot_inductor_runs_the_operators(m, dynamic, tmp_path):
     shapes = ({0: torch.export.Dim("tokens", min=2, max=4096)},) if dynamic else None
     program = torch.export.export(lowered(leaf), (x,), dynamic_shapes=shapes)
     package = str(tmp_path / "layer.pt2")
-    torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=inductor_options())
+    torch._inductor.aoti_compile_and_package(
+        program, package_path=package, inductor_configs=inductor_options()
+    )
     loaded = torch._inductor.aoti_load_package(package)
     for count in (m, 100) if dynamic else (m,):
         x = activations(count, 128, torch.bfloat16)

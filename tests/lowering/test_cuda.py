@@ -1,4 +1,5 @@
-"""The CUDA implementations: their choice and their plumbing with Triton interpreted, and the whole on a GPU where there is one."""
+"""The CUDA implementations: their choice and their plumbing with Triton interpreted, and the whole
+on a GPU where there is one."""
 
 import os
 import subprocess
@@ -63,11 +64,12 @@ for capability in ((9, 0), (7, 5)):  # one grouped kernel, and expert by expert
         for leaf, rows in zip(leaves, rows_of(ends)):
             check_product(y[rows], x[rows], leaf)
         assert cuda.int4_grouped_mm(x[:0], *packed, None, 0 * ends, n, planes[0].group, planes[0].count, name).shape == (0, n)
-"""
+"""  # noqa: E501
 
 
 def test_the_cache_chooses_and_the_kernels_multiply():
-    """Fused and dequantizing configurations, two planes, whole rows and ragged shapes, in Triton's interpreter."""
+    """Fused and dequantizing configurations, two planes, whole rows and ragged shapes, in Triton's
+    interpreter."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, check=True)
 
@@ -115,12 +117,18 @@ for experts in (0, 3):
     for leaf, rows in zip(leaves, rows_of(ends)):
         check_product(y[rows], x[rows], leaf)
     assert [(f.source, f.config.kind, f.config.bm, f.stale) for f in found] == [("user", "gemm", row["config"]["bm"], False)]
-"""
+"""  # noqa: E501
 
 
 def test_what_is_tuned_for_a_gpu_is_what_its_products_look_up(tmp_path):
-    """The key of the tuner is the key of the operators, for linears and for experts; every candidate gives the same product."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path), "QLAB_CACHE_DIR": str(tmp_path)}
+    """The key of the tuner is the key of the operators, for linears and for experts; every
+    candidate gives the same product."""
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "QLAB_CACHE_DIR": str(tmp_path),
+    }
     subprocess.run([sys.executable, "-c", TUNED], env=environment, check=True)
 
 
@@ -129,11 +137,15 @@ def test_capabilities_and_dtypes_without_kernels_are_refused_by_name(monkeypatch
     with pytest.raises(QlabError, match=r"no kernels for compute capability 6\.1"):
         cuda.layout(torch.device("cpu"), torch.float16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    with pytest.raises(QlabError, match="multiplies float16 activations with int4 weights, not bfloat16"):
+    with pytest.raises(
+        QlabError, match="multiplies float16 activations with int4 weights, not bfloat16"
+    ):
         cuda.layout(torch.device("cpu"), torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
     nothing = torch.empty(0, dtype=torch.float16)
-    with pytest.raises(QlabError, match="packed as wgmma cannot be read on Tesla T4, whose layout is rows"):
+    with pytest.raises(
+        QlabError, match="packed as wgmma cannot be read on Tesla T4, whose layout is rows"
+    ):
         cuda.packed(nothing, nothing, None, 1, 1, 32, 1, "wgmma")
 
 
@@ -144,7 +156,15 @@ def dtypes():
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("spec", [Int(4, Tile(1, 128)), Int(4, Tile(1, 64), False), Int(3, Tile(1, None)), Int(8, Tile(1, 32), False)])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Int(4, Tile(1, 128)),
+        Int(4, Tile(1, 64), False),
+        Int(3, Tile(1, None)),
+        Int(8, Tile(1, 32), False),
+    ],
+)
 def test_a_lowered_linear_agrees_with_interpret_on_a_gpu(spec):
     leaf = random_leaf(200, 256, spec)
     for dtype in dtypes():
@@ -163,11 +183,18 @@ def stacked(*parts):
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("spec", [Int(4, Tile(1, 128)), Int(4, Tile(1, 64), False), Int(8, Tile(1, 32), False)])
+@pytest.mark.parametrize(
+    "spec", [Int(4, Tile(1, 128)), Int(4, Tile(1, 64), False), Int(8, Tile(1, 32), False)]
+)
 def test_lowered_experts_agree_with_interpret_on_a_gpu(spec):
-    leaves, ends = [random_leaf(200, 256, spec, seed=e) for e in range(4)], torch.tensor([3, 3, 40, 41])
+    leaves, ends = (
+        [random_leaf(200, 256, spec, seed=e) for e in range(4)],
+        torch.tensor([3, 3, 40, 41]),
+    )
     for dtype in dtypes():
-        module = QExperts("site", pytree.tree_map(stacked, *leaves), dtype, torch.device("cuda"), False)
+        module = QExperts(
+            "site", pytree.tree_map(stacked, *leaves), dtype, torch.device("cuda"), False
+        )
         x = activations(41, 256, dtype).cuda()
         y = module(x, None, ends.cuda()).cpu()
         for leaf, rows in zip(leaves, rows_of(ends)):
@@ -176,13 +203,19 @@ def test_lowered_experts_agree_with_interpret_on_a_gpu(spec):
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("options", [{}, {"triton.cudagraphs": True}], ids=["compiled", "CUDA graphs"])
+@pytest.mark.parametrize(
+    "options", [{}, {"triton.cudagraphs": True}], ids=["compiled", "CUDA graphs"]
+)
 def test_a_lowered_model_compiles_and_generates_on_a_gpu(saved, tmp_path, options):
-    result = qlab.quantize(open_checkpoint(saved()), rtn(parse_spec("int4-g32")), None, tmp_path / "out")
+    result = qlab.quantize(
+        open_checkpoint(saved()), rtn(parse_spec("int4-g32")), None, tmp_path / "out"
+    )
     dtype = dtypes()[0]
     on_gpu, ids = lower(result, "cuda", dtype), torch.randint(3, 128, (2, 9)).cuda()
     reference = lower(result, "cpu", torch.float32, dense_cache=True)(input_ids=ids.cpu()).logits
-    compiled = torch.compile(on_gpu, fullgraph=True, dynamic=not options, options=inductor_options(**options))
+    compiled = torch.compile(
+        on_gpu, fullgraph=True, dynamic=not options, options=inductor_options(**options)
+    )
     for _ in range(3):  # CUDA graphs are recorded in the second call
         found = compiled(input_ids=ids, use_cache=False).logits
     assert (found.cpu().float() - reference).norm() / reference.norm() < 0.05

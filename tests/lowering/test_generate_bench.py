@@ -1,4 +1,5 @@
-"""`python -m qlab.bench generate` on a tiny model: rows, ratios, memory, refusals. No test asserts seconds."""
+"""`python -m qlab.bench generate` on a tiny model: rows, ratios, memory, refusals. No test asserts
+seconds."""
 
 import json
 from functools import partial
@@ -32,18 +33,38 @@ def bench(command):
 def test_engines_side_by_side(bench, directory, tmp_path):
     engines = ["bf16 eager", "qlab eager", "qlab compiled, dense cache"]
     out = tmp_path / "out.json"
-    code, printed, said = bench(directory, "--engines", ";".join(engines), "--prompt", 8, "--new", 4, "--repeat", 2, "--json", out)
+    code, printed, said = bench(
+        directory,
+        "--engines",
+        ";".join(engines),
+        "--prompt",
+        8,
+        "--new",
+        4,
+        "--repeat",
+        2,
+        "--json",
+        out,
+    )
     assert code == 0 and all(name in printed for name in engines)
-    assert "loading and compiling qlab compiled, dense cache, a prefill of 8 tokens" in said and "turn 2 of 2, bf16 eager" in said
+    assert (
+        "loading and compiling qlab compiled, dense cache, a prefill of 8 tokens" in said
+        and "turn 2 of 2, bf16 eager" in said
+    )
     [record] = json.loads(out.read_text())
     assert (record["prompt"], record["new"], record["device"]["type"]) == (8, 4, "cpu")
     rows = {row["engine"]: row for row in record["rows"]}
     assert list(rows) == engines
     for row in rows.values():
-        assert row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] > 0 and row["peak_rss_bytes"] > 10**7
+        assert (
+            row["prefill_tokens_per_s"] > 0
+            and row["decode_tokens_per_s"] > 0
+            and row["peak_rss_bytes"] > 10**7
+        )
         assert len(row["prefill_seconds"]) == len(row["decode_seconds"]) == 2
         assert row["ratio"]["bf16 eager"]["decode_tokens_per_s"] == pytest.approx(
-            row["decode_tokens_per_s"] / rows["bf16 eager"]["decode_tokens_per_s"])
+            row["decode_tokens_per_s"] / rows["bf16 eager"]["decode_tokens_per_s"]
+        )
     resident = {name: row["resident_bytes"] for name, row in rows.items()}
     assert resident["bf16 eager"]["packed"] == 0 and resident["qlab eager"]["dense copies"] == 0
     assert resident["qlab compiled, dense cache"]["dense copies"] > 0
@@ -52,17 +73,29 @@ def test_engines_side_by_side(bench, directory, tmp_path):
 
 def test_nothing_compiles_while_it_is_measured(directory, monkeypatch):
     run, events = generate.run, []
-    monkeypatch.setattr(generate, "run", lambda engine, ids, new: events.append(new) or run(engine, ids, new))
-    monkeypatch.setattr(callback_handler, "run_start_callbacks", lambda *_: events.append("compile"))
+    monkeypatch.setattr(
+        generate, "run", lambda engine, ids, new: events.append(new) or run(engine, ids, new)
+    )
+    monkeypatch.setattr(
+        callback_handler, "run_start_callbacks", lambda *_: events.append("compile")
+    )
     generate.measure(directory, ["bf16 compiled", "qlab compiled"], prompt=8, new=4, repeat=1)
     assert "compile" in events and events[-2:] == [4, 4]
 
 
 def test_steps_called_from_cpp_give_the_tokens_of_eager_ones(directory, monkeypatch):
     compiled, given = torch.compile, []
-    monkeypatch.setattr(torch, "compile", lambda f, **how: given.append(how["options"].get("cpp_wrapper", False)) or compiled(f, **how))
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda f, **how: (
+            given.append(how["options"].get("cpp_wrapper", False)) or compiled(f, **how)
+        ),
+    )
     ids, said = torch.randint(3, 100, (1, 8), generator=torch.Generator().manual_seed(1)), []
-    for engine in [generate.prepare(name, directory, 8, 8, "cpu") for name in ("qlab eager", "qlab compiled")]:
+    for engine in [
+        generate.prepare(name, directory, 8, 8, "cpu") for name in ("qlab eager", "qlab compiled")
+    ]:
         engine.cache.reset()
         with torch.no_grad():
             tokens = [engine.prefill(ids)]
@@ -74,17 +107,27 @@ def test_steps_called_from_cpp_give_the_tokens_of_eager_ones(directory, monkeypa
 
 @pytest.mark.parametrize(
     "arguments, part",
-    [(["--engines", "llama.cpp"], f"engine 'llama.cpp' is unknown; known are {'; '.join(ENGINES)}"),
-     (["--new", 1], "measure at least 2, 2 and 1"), (["--device", "tpu"], "'tpu' is no device")],
-)  # fmt: skip
+    [
+        (
+            ["--engines", "llama.cpp"],
+            f"engine 'llama.cpp' is unknown; known are {'; '.join(ENGINES)}",
+        ),
+        (["--new", 1], "measure at least 2, 2 and 1"),
+        (["--device", "tpu"], "'tpu' is no device"),
+    ],
+)
 def test_bad_input_is_one_sentence(bench, directory, arguments, part):
     code, out, said = bench(directory, *arguments)
     assert code == 2 and not out and part in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("family, spec", [("mixtral", "nvfp4"), ("qwen2", "fp8-channel"), ("gemma2", "nvfp4")])
+@pytest.mark.parametrize(
+    "family, spec", [("mixtral", "nvfp4"), ("qwen2", "fp8-channel"), ("gemma2", "nvfp4")]
+)
 def test_the_model_beside_it_has_dense_weights_of_the_same_numbers(family, spec, saved, tmp_path):
-    path = qlab.quantize(open_checkpoint(saved(family)), rtn(parse_spec(spec)), None, tmp_path / "out").path
+    path = qlab.quantize(
+        open_checkpoint(saved(family)), rtn(parse_spec(spec)), None, tmp_path / "out"
+    ).path
     with pytest.warns(UserWarning, match="no kernel takes"):
         model = qlab.lower(path, dtype=torch.float32)
     ids = torch.arange(3, 15)[None]
@@ -92,7 +135,9 @@ def test_the_model_beside_it_has_dense_weights_of_the_same_numbers(family, spec,
         before = model(ids).logits
         _undo(model)
         torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
-    assert resident_bytes(model)["packed"] == 0 and not any(isinstance(m, QuantizedWeight) for m in model.modules())
+    assert resident_bytes(model)["packed"] == 0 and not any(
+        isinstance(m, QuantizedWeight) for m in model.modules()
+    )
 
 
 def test_a_directory_that_is_not_quantized_is_refused(bench, saved):

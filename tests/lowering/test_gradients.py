@@ -1,4 +1,5 @@
-"""Gradients by the input flow through every lowered weight, as through the dense one, and through experts that stay dense."""
+"""Gradients by the input flow through every lowered weight, as through the dense one, and through
+experts that stay dense."""
 
 import pytest
 import torch
@@ -40,29 +41,48 @@ def shuffled(leaf):
 
 
 @calm
-@given(st.integers(2, 8), st.booleans(), st.sampled_from([None, *GROUPS]), st.integers(1, 70), st.booleans(), st.booleans())
+@given(
+    st.integers(2, 8),
+    st.booleans(),
+    st.sampled_from([None, *GROUPS]),
+    st.integers(1, 70),
+    st.booleans(),
+    st.booleans(),
+)
 def test_through_a_packed_weight_of_every_form(bits, symmetric, group, m, permuted, dense_cache):
     leaf = random_leaf(50, 100 if group is None else group, Int(bits, Tile(1, group), symmetric))
     module = lowered(shuffled(leaf) if permuted else leaf, torch.float32, dense_cache=dense_cache)
     x = activations(m, leaf.shape[1], torch.float32)
-    torch.testing.assert_close(gradient(module, x), gradient(lambda x: F.linear(x, module.dequantized()), x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        gradient(module, x),
+        gradient(lambda x: F.linear(x, module.dequantized()), x),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("spec", FLOATS)
 def test_through_a_coded_weight(spec):
     module = CodedLinear("site", leaf_of(parse_spec(spec), 32, 64), None, torch.float32, CPU, False)
     x = activations(5, 64, torch.float32)
-    torch.testing.assert_close(gradient(module, x), gradient(lambda x: F.linear(x, module.dequantized()), x))
+    torch.testing.assert_close(
+        gradient(module, x), gradient(lambda x: F.linear(x, module.dequantized()), x)
+    )
 
 
 def test_in_bfloat16_where_the_forward_is_a_kernel_of_codes():
-    module, x = lowered(random_leaf(64, 64, Int(4, Tile(1, 32)))), activations(3, 64, torch.bfloat16)
+    module, x = (
+        lowered(random_leaf(64, 64, Int(4, Tile(1, 32)))),
+        activations(3, 64, torch.bfloat16),
+    )
     dense = gradient(lambda x: F.linear(x, module.dequantized()), x)
     assert (gradient(module, x) - dense).norm() < 0.02 * dense.norm()
 
 
 def each(W_eok, ends):
-    return lambda x: torch.cat([F.linear(x[rows], W_eok[e]) for e, rows in enumerate(rows_of(ends))])
+    return lambda x: torch.cat(
+        [F.linear(x[rows], W_eok[e]) for e, rows in enumerate(rows_of(ends))]
+    )
 
 
 @pytest.mark.parametrize("kind", [QExperts, CodedExperts])
@@ -78,23 +98,35 @@ def test_through_experts_whatever_their_rows(kind, dense_cache):
 @pytest.mark.parametrize("op", [experts_linear, experts_matmul])
 def test_dense_experts_give_those_of_weights_and_biases_too(op):
     ends, g = ends_of([4, 0, 2]), torch.Generator().manual_seed(0)
-    x, W, b = (torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_() for shape in ((6, 8), (3, 5, 8), (3, 5)))
+    x, W, b = (
+        torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_()
+        for shape in ((6, 8), (3, 5, 8), (3, 5))
+    )
     weight = W if op is experts_linear else W.mT
     plain = torch.cat([F.linear(x[rows], W[e], b[e]) for e, rows in enumerate(rows_of(ends))])
     expected = torch.autograd.grad(plain.sin().sum(), (x, W, b))
-    torch.testing.assert_close(torch.autograd.grad(op(x, weight, b, ends).sin().sum(), (x, W, b)), expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(op(x, weight, b, ends).sin().sum(), (x, W, b)), expected
+    )
 
 
 @pytest.mark.parametrize("spec", ["int8-channel", "int8-channel-asym", "fp8-channel", "mxfp4"])
 def test_a_rounded_input_has_the_gradient_that_it_has_in_the_reference(spec):
     rounding = QuantizeInput(parse_spec(spec))
     x = activations(5, 64, torch.float32)
-    torch.testing.assert_close(gradient(RoundedInput("site", rounding, CPU), x), gradient(rounding, x))
+    torch.testing.assert_close(
+        gradient(RoundedInput("site", rounding, CPU), x), gradient(rounding, x)
+    )
 
 
 def test_compiled_they_are_the_same():
-    module, ends = QExperts("site", random_experts(2, 40, 64, Int(4, Tile(1, 32))), torch.float32, CPU, False), ends_of([2, 3])
-    linear = CodedLinear("site", leaf_of(parse_spec("fp8-channel"), 64, 64), None, torch.float32, CPU, False)
+    module, ends = (
+        QExperts("site", random_experts(2, 40, 64, Int(4, Tile(1, 32))), torch.float32, CPU, False),
+        ends_of([2, 3]),
+    )
+    linear = CodedLinear(
+        "site", leaf_of(parse_spec("fp8-channel"), 64, 64), None, torch.float32, CPU, False
+    )
     run, x = lambda x: module(linear(x), None, ends), activations(5, 64, torch.float32)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(gradient(compiled, x), gradient(run, x))
@@ -102,8 +134,13 @@ def test_compiled_they_are_the_same():
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_through_a_whole_model(family, saved, tmp_path):
-    model = qlab.lower(qlab.quantize(open_checkpoint(saved(family)), rtn(parse_spec("int4-g32")), None, tmp_path / "out"),
-                       dtype=torch.float32, dense_cache=True)  # fmt: skip
+    model = qlab.lower(
+        qlab.quantize(
+            open_checkpoint(saved(family)), rtn(parse_spec("int4-g32")), None, tmp_path / "out"
+        ),
+        dtype=torch.float32,
+        dense_cache=True,
+    )
     dense = tiny(family)
     dense.load_state_dict({name: module_or_parameter(model, name) for name in dense.state_dict()})
     x = dense.get_input_embeddings()(torch.arange(3, 15)[None])
@@ -113,7 +150,8 @@ def test_through_a_whole_model(family, saved, tmp_path):
 
 
 def module_or_parameter(model, name):
-    """What a parameter's name leads to in a lowered model: a weight of its own, or what stands for one."""
+    """What a parameter's name leads to in a lowered model: a weight of its own, or what stands for
+    one."""
     owner, _, key = name.rpartition(".")
     held = getattr(model.get_submodule(owner), key)
     return held.dequantized() if isinstance(held, QExperts) else held

@@ -1,4 +1,5 @@
-"""A lowered linear is an nn.Linear to code that knows those, whose weight may be read and never written; copies compute the same."""
+"""A lowered linear is an nn.Linear to code that knows those, whose weight may be read and never
+written; copies compute the same."""
 
 import copy
 import pickle
@@ -28,13 +29,18 @@ IDS = torch.arange(3, 15)[None]
 
 
 PACKED = lowered(random_leaf(50, 64, Int(4, Tile(1, 32))), torch.float32)
-CODED = CodedLinear("site", leaf_of(parse_spec("fp8-channel"), 50, 64), None, torch.float32, CPU, False)
+CODED = CodedLinear(
+    "site", leaf_of(parse_spec("fp8-channel"), 50, 64), None, torch.float32, CPU, False
+)
 linears = pytest.mark.parametrize("module", [PACKED, CODED], ids=["packed", "coded"])
 
 
 @linears
 def test_its_weight_is_read_as_a_tensor(module):
-    assert isinstance(module, nn.Linear) and (module.out_features, module.in_features) == (50, 64) == tuple(module.weight.shape)
+    assert isinstance(module, nn.Linear) and (module.out_features, module.in_features) == (
+        50,
+        64,
+    ) == tuple(module.weight.shape)
     assert module.weight.dtype == torch.float32 and torch.equal(module.weight, module.dequantized())
     product = activations(3, 64, torch.float32) @ module.weight.T
     assert type(product) is torch.Tensor and not list(module.parameters())
@@ -42,27 +48,43 @@ def test_its_weight_is_read_as_a_tensor(module):
     assert type(copy.deepcopy(module).weight + 1) is torch.Tensor
 
 
-@pytest.mark.parametrize("write", [
-    lambda m: setattr(m, "weight", nn.Parameter(torch.zeros(50, 64))), lambda m: m.weight.add_(1),
-    lambda m: setattr(m.weight, "data", torch.zeros(50, 64)), lambda m: m.weight.data.mul_(2), lambda m: m.weight.T.zero_(),
-    lambda m: m.weight.__setitem__(0, 1), lambda m: torch.add(m.weight, 1, out=m.weight), lambda m: nn.init.normal_(m.weight),
-    lambda m: setattr(m.weight, "requires_grad", True), lambda m: m.reset_parameters(), lambda m: m.weight.view(-1)[3:].fill_(0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda m: setattr(m, "weight", nn.Parameter(torch.zeros(50, 64))),
+        lambda m: m.weight.add_(1),
+        lambda m: setattr(m.weight, "data", torch.zeros(50, 64)),
+        lambda m: m.weight.data.mul_(2),
+        lambda m: m.weight.T.zero_(),
+        lambda m: m.weight.__setitem__(0, 1),
+        lambda m: torch.add(m.weight, 1, out=m.weight),
+        lambda m: nn.init.normal_(m.weight),
+        lambda m: setattr(m.weight, "requires_grad", True),
+        lambda m: m.reset_parameters(),
+        lambda m: m.weight.view(-1)[3:].fill_(0),
+    ],
+)
 @linears
 def test_what_would_be_lost_is_refused(module, write):
-    with pytest.raises(QlabError, match="a quantized weight is held as codes and cannot be assigned or changed"):
+    with pytest.raises(
+        QlabError, match="a quantized weight is held as codes and cannot be assigned or changed"
+    ):
         write(module)
 
 
 class Adapter(nn.Module):
-    """What adapters are: a linear, and a product of low rank beside it in the linear's own dtype and place."""
+    """What adapters are: a linear, and a product of low rank beside it in the linear's own dtype
+    and place."""
 
     def __init__(self, base):
         super().__init__()
         assert isinstance(base, nn.Linear)
         self.base = base
         place = {"device": base.weight.device, "dtype": base.weight.dtype}
-        self.down, self.up = nn.Linear(base.in_features, 2, False, **place), nn.Linear(2, base.out_features, False, **place)
+        self.down, self.up = (
+            nn.Linear(base.in_features, 2, False, **place),
+            nn.Linear(2, base.out_features, False, **place),
+        )
 
     def forward(self, x):
         return self.base(x) + self.up(self.down(x))
@@ -78,15 +100,23 @@ def wrapped(model):
 
 
 def trained(model):
-    learned = {name: p.requires_grad_() for name, p in model.named_parameters() if ".up." in name or ".down." in name}
+    learned = {
+        name: p.requires_grad_()
+        for name, p in model.named_parameters()
+        if ".up." in name or ".down." in name
+    }
     model(input_ids=IDS, labels=IDS).loss.backward()
     return {name: p.grad for name, p in learned.items()}
 
 
 def test_adapters_wrapped_around_it_learn_as_on_dense_weights(saved, tmp_path):
-    result = qlab.quantize(open_checkpoint(saved()), rtn(parse_spec("int4-g32")), None, tmp_path / "out")
+    result = qlab.quantize(
+        open_checkpoint(saved()), rtn(parse_spec("int4-g32")), None, tmp_path / "out"
+    )
     model, plain = qlab.lower(result, dtype=torch.float32, dense_cache=True), tiny("llama")
-    plain.load_state_dict({name: model.get_submodule(name.rpartition(".")[0]).weight for name in plain.state_dict()})
+    plain.load_state_dict(
+        {name: model.get_submodule(name.rpartition(".")[0]).weight for name in plain.state_dict()}
+    )
     with torch.enable_grad():
         found, expected = trained(wrapped(model)), trained(wrapped(plain))
     assert len(found) == 8 and found.keys() == expected.keys()
@@ -98,12 +128,20 @@ def test_adapters_wrapped_around_it_learn_as_on_dense_weights(saved, tmp_path):
 def models(saved, tmp_path_factory):
     """One of every kind of module that `lower` makes."""
     folder = tmp_path_factory.mktemp("models")
-    made = {"int4": ("llama", rtn(parse_spec("int4-g32"))), "experts": ("mixtral", rtn(parse_spec("int4-g32"))),
-            "coded experts": ("qwen3_moe", rtn(parse_spec("nvfp4"))),
-            "rounded": ("llama", chain(rtn(parse_spec("int8-channel")), quantize_inputs(parse_spec("int8-channel"))))}  # fmt: skip
+    made = {
+        "int4": ("llama", rtn(parse_spec("int4-g32"))),
+        "experts": ("mixtral", rtn(parse_spec("int4-g32"))),
+        "coded experts": ("qwen3_moe", rtn(parse_spec("nvfp4"))),
+        "rounded": (
+            "llama",
+            chain(rtn(parse_spec("int8-channel")), quantize_inputs(parse_spec("int8-channel"))),
+        ),
+    }
     for name, (family, recipe) in made.items():
         qlab.quantize(open_checkpoint(saved(family)), recipe, None, folder / name)
-    write_with_the_library(tiny("llama"), folder / "rotated", transforms=CASES["inputs and outputs"])
+    write_with_the_library(
+        tiny("llama"), folder / "rotated", transforms=CASES["inputs and outputs"]
+    )
     return folder
 
 
@@ -112,7 +150,11 @@ KINDS = ["int4", "experts", "coded experts", "rounded", "rotated"]
 
 @pytest.mark.filterwarnings("ignore:no .*kernel")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "again",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["deepcopy", "pickle"],
+)
 def test_a_copy_computes_the_same(kind, again, models):
     model = qlab.lower(models / kind, dtype=torch.float32)
     expected, second = model(input_ids=IDS).logits, again(model)
@@ -123,11 +165,17 @@ def test_a_copy_computes_the_same(kind, again, models):
 def test_a_pickled_model_runs_in_another_process(models, tmp_path):
     model = qlab.lower(models / "experts", dtype=torch.float32, dense_cache=True)
     torch.save(model, tmp_path / "model.pt")
-    code = (f"import torch; model = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False); "
-            "print(model(input_ids=torch.arange(3, 15)[None]).logits.double().norm().item())")  # fmt: skip
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    code = (
+        f"import torch; model = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False); "
+        "print(model(input_ids=torch.arange(3, 15)[None]).logits.double().norm().item())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == pytest.approx(model(input_ids=IDS).logits.double().norm().item(), rel=1e-6)
+    assert float(done.stdout) == pytest.approx(
+        model(input_ids=IDS).logits.double().norm().item(), rel=1e-6
+    )
 
 
 def test_the_dense_copy_is_of_the_copied_codes():

@@ -1,4 +1,5 @@
-"""A fused weight of experts, packed: every row is multiplied by its own expert's weight, however the rows are spread."""
+"""A fused weight of experts, packed: every row is multiplied by its own expert's weight, however
+the rows are spread."""
 
 import pytest
 import torch
@@ -27,12 +28,23 @@ def ends_of(counts):
 
 
 @calm
-@given(st.lists(st.sampled_from([0, 0, 1, 3, 40]), min_size=1, max_size=4), st.integers(2, 8), st.booleans(),
-       st.sampled_from([None, *GROUPS]), st.sampled_from(DTYPES), st.booleans(), st.booleans())  # fmt: skip
+@given(
+    st.lists(st.sampled_from([0, 0, 1, 3, 40]), min_size=1, max_size=4),
+    st.integers(2, 8),
+    st.booleans(),
+    st.sampled_from([None, *GROUPS]),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+    st.booleans(),
+)
 def test_each_row_meets_its_own_expert(counts, bits, symmetric, group, dtype, biased, dense_cache):
     k = 100 if group is None else group * 2
     leaf = random_experts(len(counts), 70, k, Int(bits, Tile(1, group), symmetric))
-    module, ends, x = QExperts("site", leaf, dtype, CPU, dense_cache), ends_of(counts), activations(sum(counts), k, dtype)
+    module, ends, x = (
+        QExperts("site", leaf, dtype, CPU, dense_cache),
+        ends_of(counts),
+        activations(sum(counts), k, dtype),
+    )
     bias = activations(len(counts), 70, dtype, seed=7) if biased else None
     y = module(x, bias, ends)
     assert y.shape == (sum(counts), 70)
@@ -42,10 +54,26 @@ def test_each_row_meets_its_own_expert(counts, bits, symmetric, group, dtype, bi
 
 @pytest.mark.parametrize("bits, symmetric", [(4, True), (4, False), (8, True)])
 def test_torch_accepts_the_operator(bits, symmetric):
-    module = QExperts("site", random_experts(3, 70, 64, Int(bits, Tile(1, 32), symmetric)), torch.bfloat16, CPU, False)
+    module = QExperts(
+        "site",
+        random_experts(3, 70, 64, Int(bits, Tile(1, 32), symmetric)),
+        torch.bfloat16,
+        CPU,
+        False,
+    )
     for counts in ([0, 0, 0], [2, 0, 5]):
-        arguments = (activations(sum(counts), 64, torch.bfloat16), module.words, module.scales, module.zeros, None, ends_of(counts),
-                     70, module.group, module.count, module.layout)  # fmt: skip
+        arguments = (
+            activations(sum(counts), 64, torch.bfloat16),
+            module.words,
+            module.scales,
+            module.zeros,
+            None,
+            ends_of(counts),
+            70,
+            module.group,
+            module.count,
+            module.layout,
+        )
         torch.library.opcheck(torch.ops.qlab.int4_grouped_mm.default, arguments)
 
 

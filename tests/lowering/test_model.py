@@ -1,4 +1,5 @@
-"""Whole models: lowered and interpreted logits agree for every family, generate works, states round-trip, refusals name the cause."""
+"""Whole models: lowered and interpreted logits agree for every family, generate works, states
+round-trip, refusals name the cause."""
 
 import pytest
 import torch
@@ -14,9 +15,18 @@ from qlab.lowering import CodedExperts, CodedLinear, QExperts, QLinear, lower, r
 from qlab.lowering.weights.linear import QuantizedWeight
 from qlab.methods.rtn import rtn
 
-SPECS = {"llama": "int4-g32", "qwen2": "int4-g64-asym", "gemma3_text": "int3-g32", "phi3": "int8-channel", "opt": "int4-channel",
-         "deepseek_v3": "int4-g32", "olmo2": "int2-g64-asym", "gpt_neox": "int8-g32-asym", "mixtral": "int4-g32",
-         "qwen3_moe": "int8-g32-asym"}  # fmt: skip
+SPECS = {
+    "llama": "int4-g32",
+    "qwen2": "int4-g64-asym",
+    "gemma3_text": "int3-g32",
+    "phi3": "int8-channel",
+    "opt": "int4-channel",
+    "deepseek_v3": "int4-g32",
+    "olmo2": "int2-g64-asym",
+    "gpt_neox": "int8-g32-asym",
+    "mixtral": "int4-g32",
+    "qwen3_moe": "int8-g32-asym",
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +37,9 @@ def quantized(saved, tmp_path_factory):
     def make(family="llama", spec="int4-g32"):
         if (family, spec) not in made:
             out = tmp_path_factory.mktemp("quantized") / family
-            made[family, spec] = qlab.quantize(open_checkpoint(saved(family)), rtn(parse_spec(spec)), None, out)
+            made[family, spec] = qlab.quantize(
+                open_checkpoint(saved(family)), rtn(parse_spec(spec)), None, out
+            )
         return made[family, spec]
 
     return make
@@ -40,7 +52,9 @@ def logits(model, ids):
 def interpreted(path, ids, dtype=torch.float32):
     """The logits of the streamed, interpreted model."""
     reading = read(open_checkpoint(path), from_ids(open_checkpoint(path), ids), dtype)
-    return torch.cat([reading.skeleton.head(ids[i : i + 1], reading.hidden[i : i + 1]) for i in range(len(ids))]).double()
+    return torch.cat(
+        [reading.skeleton.head(ids[i : i + 1], reading.hidden[i : i + 1]) for i in range(len(ids))]
+    ).double()
 
 
 @pytest.mark.parametrize("family", SPECS)
@@ -49,16 +63,28 @@ def test_lower_and_interpret_agree(quantized, family):
     ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
     reference = interpreted(result.path, ids)
     for dtype in (torch.float32, torch.bfloat16):
-        model = lower(result, dtype=dtype, dense_cache=dtype == torch.float32)  # a dense copy: nothing to warn of
+        model = lower(
+            result, dtype=dtype, dense_cache=dtype == torch.float32
+        )  # a dense copy: nothing to warn of
         errors = (logits(model, ids) - reference).norm(dim=-1) / reference.norm(dim=-1)
-        error = errors.max() if dtype == torch.float32 else errors.median()  # near a tie, a rounded router chooses another expert
+        error = (
+            errors.max() if dtype == torch.float32 else errors.median()
+        )  # near a tie, a rounded router chooses another expert
         assert error < MODEL[dtype], (dtype, error)
         sites = [name for name, row in result.sites.items() if row["spec"]]
-        lowered = [name for name, module in model.named_modules() if isinstance(module, QLinear | QExperts)]
+        lowered = [
+            name for name, module in model.named_modules() if isinstance(module, QLinear | QExperts)
+        ]
         assert sorted(lowered) == sorted(sites) and model.dtype == dtype
 
 
-CODED = {"fp8-channel": "llama", "fp8-tensor": "opt", "mxfp4": "qwen2", "nvfp4": "mixtral", "int4-g16-asym": "llama"}
+CODED = {
+    "fp8-channel": "llama",
+    "fp8-tensor": "opt",
+    "mxfp4": "qwen2",
+    "nvfp4": "mixtral",
+    "int4-g16-asym": "llama",
+}
 
 
 @pytest.mark.parametrize("spec", CODED)
@@ -69,29 +95,44 @@ def test_what_no_kernel_takes_is_dequantized_for_the_call_and_said_to_be(quantiz
         model = lower(result, dtype=torch.float32)
     reference, found = interpreted(result.path, ids), logits(model, ids)
     assert (found - reference).norm() < MODEL[torch.float32] * reference.norm()
-    coded = [name for name, module in model.named_modules() if isinstance(module, CodedLinear | CodedExperts)]
-    assert sorted(coded) == sorted(name for name, row in result.sites.items() if row["spec"]) and f"spec={spec}" in repr(model)
+    coded = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, CodedLinear | CodedExperts)
+    ]
+    assert sorted(coded) == sorted(
+        name for name, row in result.sites.items() if row["spec"]
+    ) and f"spec={spec}" in repr(model)
 
 
 def test_one_token_attention_gives_what_the_models_own_attention_gives(quantized):
-    """Decoding over a static cache, token by token, equals one pass over all tokens, and the mask hides what is not there yet."""
+    """Decoding over a static cache, token by token, equals one pass over all tokens, and the mask
+    hides what is not there yet."""
     from transformers import StaticCache
 
     model = lower(quantized().path, dtype=torch.float32, dense_cache=True)
     ids = torch.randint(3, 128, (2, 10), generator=torch.Generator().manual_seed(2))
     cache = StaticCache(config=model.config, max_cache_len=32)
-    one_by_one = [model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits for i in range(10)]
+    one_by_one = [
+        model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits for i in range(10)
+    ]
     own = lower(quantized().path, dtype=torch.float32, dense_cache=True)
     assert model.config._attn_implementation == "qlab_one_token"
     own.set_attn_implementation("sdpa")
-    torch.testing.assert_close(torch.cat(one_by_one, 1), own(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.cat(one_by_one, 1), own(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_mixture_compiles_into_one_graph(quantized):
     result = quantized("mixtral", SPECS["mixtral"])
     model = lower(result, dtype=torch.float32, dense_cache=True)
     ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
-    compiled = torch.compile(lambda x: model(input_ids=x, use_cache=False).logits, fullgraph=True, options=qlab.inductor_options())
+    compiled = torch.compile(
+        lambda x: model(input_ids=x, use_cache=False).logits,
+        fullgraph=True,
+        options=qlab.inductor_options(),
+    )
     torch.testing.assert_close(compiled(ids).double(), logits(model, ids), rtol=1e-4, atol=1e-4)
 
 
@@ -99,14 +140,18 @@ def test_a_mixture_compiles_into_one_graph(quantized):
 def test_generate_works_and_stops_where_the_directory_says(quantized, cache):
     model = lower(quantized().path)
     ids = torch.randint(3, 128, (2, 5), generator=torch.Generator().manual_seed(3))
-    out = model.generate(ids, max_new_tokens=6, do_sample=False, cache_implementation=cache, disable_compile=True)
+    out = model.generate(
+        ids, max_new_tokens=6, do_sample=False, cache_implementation=cache, disable_compile=True
+    )
     assert torch.equal(out[:, :5], ids) and out.shape[1] <= 11
     assert model.generation_config.eos_token_id == 2 and not model.training
 
 
 def test_a_tied_head_is_held_once(saved, tmp_path):
     path = saved("llama", tie_word_embeddings=True)
-    result = qlab.quantize(open_checkpoint(path), rtn(parse_spec("int4-g32")), None, tmp_path / "out")
+    result = qlab.quantize(
+        open_checkpoint(path), rtn(parse_spec("int4-g32")), None, tmp_path / "out"
+    )
     model = lower(result.path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert resident_bytes(model)["embeddings"] == 128 * 64 * 2
@@ -135,7 +180,10 @@ def test_the_state_round_trips_and_another_layout_is_refused(quantized):
 
 @pytest.mark.parametrize("spec", ["int4-g32", "fp8-channel"])
 def test_a_state_that_is_loaded_replaces_the_dense_copies(spec, quantized):
-    model, other = (lower(quantized("llama", spec).path, dtype=torch.float32, dense_cache=True) for _ in range(2))
+    model, other = (
+        lower(quantized("llama", spec).path, dtype=torch.float32, dense_cache=True)
+        for _ in range(2)
+    )
     ids = torch.randint(3, 128, (1, 8), generator=torch.Generator().manual_seed(4))
     for module in other.modules():
         if isinstance(module, QuantizedWeight):
@@ -143,12 +191,18 @@ def test_a_state_that_is_loaded_replaces_the_dense_copies(spec, quantized):
     other.load_state_dict(other.state_dict())
     before = logits(model, ids)
     model.load_state_dict(other.state_dict())
-    assert torch.equal(logits(model, ids), logits(other, ids)) and not torch.equal(logits(model, ids), before)
+    assert torch.equal(logits(model, ids), logits(other, ids)) and not torch.equal(
+        logits(model, ids), before
+    )
 
 
 def test_resident_bytes_count_each_tensor_once(quantized):
-    plain, cached = (resident_bytes(lower(quantized().path, dense_cache=cache)) for cache in (False, True))
-    true, padded = (2 * (64 * 64 * 2 + 64 * kv * 2 + 3 * 64 * 128) for kv in (32, 64))  # kernels pad rows to 64
+    plain, cached = (
+        resident_bytes(lower(quantized().path, dense_cache=cache)) for cache in (False, True)
+    )
+    true, padded = (
+        2 * (64 * 64 * 2 + 64 * kv * 2 + 3 * 64 * 128) for kv in (32, 64)
+    )  # kernels pad rows to 64
     assert plain["packed"] == padded // 2 + padded // 32 * 4 and plain["dense copies"] == 0
     assert cached == plain | {"dense copies": true * 2}
     with pytest.warns(UserWarning, match="no kernel takes"):
@@ -196,5 +250,8 @@ def test_torchao_multiplies_the_same_codes(quantized):
         qlab.to_torchao(quantized("phi3", "int8-channel"))
     with pytest.raises(QlabError, match="these are fused experts"):
         qlab.to_torchao(quantized("mixtral", SPECS["mixtral"]))
-    with pytest.warns(UserWarning, match="no kernel"), pytest.raises(QlabError, match="torchao's int4 tensors do not hold fp8-channel"):
+    with (
+        pytest.warns(UserWarning, match="no kernel"),
+        pytest.raises(QlabError, match="torchao's int4 tensors do not hold fp8-channel"),
+    ):
         qlab.to_torchao(quantized("llama", "fp8-channel"))

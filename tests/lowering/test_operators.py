@@ -1,4 +1,5 @@
-"""qlab::dequantize and qlab::int4_mm on a CPU: the right numbers for every shape, and operators that torch accepts."""
+"""qlab::dequantize and qlab::int4_mm on a CPU: the right numbers for every shape, and operators
+that torch accepts."""
 
 import os
 import subprocess
@@ -35,7 +36,9 @@ def test_a_lowered_linear_agrees_with_interpret(problem, dtype, biased, dense_ca
 @given(problems(), st.sampled_from(DTYPES))
 def test_a_dequantized_weight_is_the_leaf_rounded_once(problem, dtype):
     leaf, _ = problem
-    stored = QTensor(leaf.codes, leaf.scales.to(dtype), leaf.zeros, leaf.spec)  # kernels hold scales in the activations' dtype
+    stored = QTensor(
+        leaf.codes, leaf.scales.to(dtype), leaf.zeros, leaf.spec
+    )  # kernels hold scales in the activations' dtype
     W = lowered(leaf, dtype).dequantized()
     assert torch.equal(W, dense(stored, torch.float64).to(dtype))
 
@@ -61,7 +64,13 @@ def test_groups_that_no_kernel_reads_are_cut_into_some_that_repeat_a_scale():
 @pytest.mark.parametrize("m", [3, 70])
 def test_channels_that_share_groups_in_an_order_of_their_own_are_gathered(m, dense_cache):
     leaf, x = random_leaf(40, 128, Int(4, Tile(1, 32), False)), activations(m, 128, torch.bfloat16)
-    leaf = QTensor(leaf.codes, leaf.scales, leaf.zeros, leaf.spec, perm=torch.randperm(128, generator=torch.Generator().manual_seed(3)))
+    leaf = QTensor(
+        leaf.codes,
+        leaf.scales,
+        leaf.zeros,
+        leaf.spec,
+        perm=torch.randperm(128, generator=torch.Generator().manual_seed(3)),
+    )
     layer = lowered(leaf, dense_cache=dense_cache)
     check_product(layer(x), x, leaf)
     stored = QTensor(leaf.codes, leaf.scales.bfloat16(), leaf.zeros, leaf.spec, perm=leaf.perm)
@@ -75,14 +84,22 @@ def test_leading_dimensions_are_kept():
 
 
 def strided(m, k):
-    """Activations [m, k] that are not contiguous: columns of wider ones, a transpose, one token repeated."""
+    """Activations [m, k] that are not contiguous: columns of wider ones, a transpose, one token
+    repeated."""
     x = activations(m, 2 * k, torch.bfloat16)
-    return {"columns": x[:, :k], "transposed": x.view(2, k, m)[0].mT, "repeated": x[:1, :k].expand(m, k)}
+    return {
+        "columns": x[:, :k],
+        "transposed": x.view(2, k, m)[0].mT,
+        "repeated": x[:1, :k].expand(m, k),
+    }
 
 
 @pytest.mark.parametrize("form", strided(1, 1))
 @pytest.mark.parametrize("m", [6, 80])
-@pytest.mark.parametrize("spec, k", [(Int(4, Tile(1, 64)), 128), (Int(4, Tile(1, None)), 100), (Int(8, Tile(1, 64)), 128)])
+@pytest.mark.parametrize(
+    "spec, k",
+    [(Int(4, Tile(1, 64)), 128), (Int(4, Tile(1, None)), 100), (Int(8, Tile(1, 64)), 128)],
+)
 def test_activations_need_not_be_contiguous(form, m, spec, k):
     leaf, x = random_leaf(70, k, spec), strided(m, k)[form]
     check_product(lowered(leaf)(x), x, leaf)
@@ -91,11 +108,24 @@ def test_activations_need_not_be_contiguous(form, m, spec, k):
 @pytest.mark.parametrize("bits, symmetric", [(4, True), (3, False), (8, False)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torch_accepts_the_operators(bits, symmetric, dtype):
-    layer = lowered(random_leaf(70, 100, Int(bits, Tile(1, None), symmetric)), dtype, dense_cache=bits == 3)
+    layer = lowered(
+        random_leaf(70, 100, Int(bits, Tile(1, None), symmetric)), dtype, dense_cache=bits == 3
+    )
     packed = (layer.words, layer.scales, layer.zeros)
-    torch.library.opcheck(torch.ops.qlab.dequantize.default, (*packed, 70, 100, layer.group, layer.count, layer.layout))
+    torch.library.opcheck(
+        torch.ops.qlab.dequantize.default,
+        (*packed, 70, 100, layer.group, layer.count, layer.layout),
+    )
     for m in (0, 1, 70):
-        arguments = (activations(m, 100, dtype), *packed, layer.dense, 70, layer.group, layer.count, layer.layout)
+        arguments = (
+            activations(m, 100, dtype),
+            *packed,
+            layer.dense,
+            70,
+            layer.group,
+            layer.count,
+            layer.layout,
+        )
         torch.library.opcheck(torch.ops.qlab.int4_mm.default, arguments)
 
 
@@ -117,7 +147,11 @@ for m in (1, 70):
     x = activations(m, 128, torch.bfloat16)
     check_product(lowered(leaf)(x), x, leaf)
 """
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {
+        **os.environ,
+        "ATEN_CPU_CAPABILITY": capability,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
@@ -131,10 +165,15 @@ def test_words_of_another_machine_are_refused():
 
 
 def test_what_no_kernel_holds_is_refused_by_name():
-    with pytest.raises(QlabError, match=r"site: groups of 16 have no int4 kernel; quantize with groups of 32, 64, 128, 256"):
+    with pytest.raises(
+        QlabError,
+        match=r"site: groups of 16 have no int4 kernel; quantize with groups of 32, 64, 128, 256",
+    ):
         planes_of("site", random_leaf(8, 64, Int(4, Tile(1, 16))))
     leaf = random_leaf(8, 64, Int(4, Tile(1, 32)))
-    with pytest.raises(QlabError, match=r"lowered for torch.bfloat16 got torch.float32 activations"):
+    with pytest.raises(
+        QlabError, match=r"lowered for torch.bfloat16 got torch.float32 activations"
+    ):
         lowered(leaf)(activations(1, 64, torch.float32))
 
 
@@ -144,25 +183,53 @@ def test_an_entry_of_the_cache_decides_the_kind():
 
     arguments = (torch.bfloat16, False, 64, 256, 64, False)
     assert (cpu.kind(2, *arguments), cpu.kind(512, *arguments)) == ("int4pack", "dense")
-    assert (cpu.kind(16, *arguments), cpu.kind(16, torch.bfloat16, True, *arguments[2:])) == ("int4pack", "dense")
-    entry = dict(us=1.0, gbps=1.0, trials=1, device="here", triton="", torch="", source="measured", date="2026-01-01")
+    assert (cpu.kind(16, *arguments), cpu.kind(16, torch.bfloat16, True, *arguments[2:])) == (
+        "int4pack",
+        "dense",
+    )
+    entry = dict(
+        us=1.0,
+        gbps=1.0,
+        trials=1,
+        device="here",
+        triton="",
+        torch="",
+        source="measured",
+        date="2026-01-01",
+    )
     cache.store(cpu.problem(2, *arguments), Entry(Config("dense"), **entry))
     cache.refresh()
     assert cpu.kind(2, *arguments) == "dense"
-    assert cpu.kind(2, torch.float16, *arguments[1:]) == "dense"  # no int4 kernel takes it, whatever the cache says
+    assert (
+        cpu.kind(2, torch.float16, *arguments[1:]) == "dense"
+    )  # no int4 kernel takes it, whatever the cache says
 
 
-@pytest.mark.parametrize("bits, largest", [(4, 7e4), (8, 5e3), (4, 1e-8)])  # of two planes the upper has 16 times the scale
+@pytest.mark.parametrize(
+    "bits, largest", [(4, 7e4), (8, 5e3), (4, 1e-8)]
+)  # of two planes the upper has 16 times the scale
 def test_scales_that_float16_does_not_hold_are_refused(bits, largest):
     leaf = random_leaf(16, 64, Int(bits, Tile(1, 32)))
     leaf = replace(leaf, scales=torch.full_like(leaf.scales, largest))
-    with pytest.raises(QlabError, match=r"a\.site has scales up to .*, which torch\.float16 does not hold; lower to torch\.bfloat16"):
+    with pytest.raises(
+        QlabError,
+        match=(
+            r"a\.site has scales up to .*, which torch\.float16 does not hold; lower to "
+            r"torch\.bfloat16"
+        ),
+    ):
         QLinear("a.site", leaf, None, torch.float16, torch.device("cpu"), False)
-    assert QLinear("a.site", leaf, None, torch.bfloat16, torch.device("cpu"), False).dequantized().isfinite().all()
+    assert (
+        QLinear("a.site", leaf, None, torch.bfloat16, torch.device("cpu"), False)
+        .dequantized()
+        .isfinite()
+        .all()
+    )
 
 
 def test_planted_faults_are_seen():
-    """The tolerance is tight enough for a swapped nibble, a lost zero point and a straddled group."""
+    """The tolerance is tight enough for a swapped nibble, a lost zero point and a straddled
+    group."""
     leaf, x = random_leaf(64, 128, Int(4, Tile(1, 32), False)), activations(3, 128, torch.bfloat16)
     for spoil in ("words", "zero", "group"):
         layer = lowered(leaf)

@@ -1,4 +1,5 @@
-"""16-bit products run in the arithmetic that the processor is fast at, and round once whichever that is."""
+"""16-bit products run in the arithmetic that the processor is fast at, and round once whichever
+that is."""
 
 import os
 import subprocess
@@ -26,7 +27,10 @@ class Experts(nn.Module):
 
     def __init__(self, dtype):
         super().__init__()
-        self.W, self.b = nn.Parameter(torch.randn(2, 24, 48, dtype=dtype)), nn.Parameter(torch.randn(2, 24, dtype=dtype))
+        self.W, self.b = (
+            nn.Parameter(torch.randn(2, 24, 48, dtype=dtype)),
+            nn.Parameter(torch.randn(2, 24, dtype=dtype)),
+        )
 
     def forward(self, x, chosen):
         _, tokens, ends = torch.ops.qlab.route(chosen, 2)
@@ -49,26 +53,46 @@ class Multiplied(TorchDispatchMode):
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
-@pytest.mark.parametrize("environment, capability, has, isa", [
-    ({}, "AVX512", ("amx", "bf16"), "amx"), ({}, "AVX512", ("bf16",), "avx512_bf16"), ({}, "AVX512", (), "avx512"),
-    ({}, "AVX2", (), "avx2"), ({}, "DEFAULT", (), "default"), (AVX2, "AVX2", ("amx", "bf16"), "avx2"),
-    ({"ONEDNN_MAX_CPU_ISA": "avx512_core_bf16"}, "AVX512", ("amx", "bf16"), "avx512_bf16"),
-    ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, "AVX512", ("bf16",), "avx512_bf16"),
-    ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, "AVX512", ("amx", "bf16"), "avx512"),
-    ({"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"}, "AVX512", ("amx", "bf16"), "avx2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "environment, capability, has, isa",
+    [
+        ({}, "AVX512", ("amx", "bf16"), "amx"),
+        ({}, "AVX512", ("bf16",), "avx512_bf16"),
+        ({}, "AVX512", (), "avx512"),
+        ({}, "AVX2", (), "avx2"),
+        ({}, "DEFAULT", (), "default"),
+        (AVX2, "AVX2", ("amx", "bf16"), "avx2"),
+        ({"ONEDNN_MAX_CPU_ISA": "avx512_core_bf16"}, "AVX512", ("amx", "bf16"), "avx512_bf16"),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, "AVX512", ("bf16",), "avx512_bf16"),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, "AVX512", ("amx", "bf16"), "avx512"),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"}, "AVX512", ("amx", "bf16"), "avx2"),
+    ],
+)
 def test_the_processor_is_what_the_environment_leaves_of_it(environment, capability, has, isa):
-    assert processor.detect(environment, capability, "amx" in has, "bf16" in has) == processor.Processor(isa)
+    assert processor.detect(
+        environment, capability, "amx" in has, "bf16" in has
+    ) == processor.Processor(isa)
 
 
 def test_a_process_under_those_variables_finds_the_smaller_processor():
     code = "from qlab import processor; print(processor.here().isa, processor.here().bf16_units)"
-    found = subprocess.run([sys.executable, "-c", code], env={**os.environ, **AVX2}, capture_output=True, text=True, check=True)
-    assert found.stdout.split() in (["avx2", "False"], ["default", "False"])  # on what has no AVX2 itself
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **AVX2},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.split() in (
+        ["avx2", "False"],
+        ["default", "False"],
+    )  # on what has no AVX2 itself
 
 
 @HALVES
-@pytest.mark.parametrize("isa, least", [("default", 8), ("avx2", 8), ("avx512", 256), ("avx512_bf16", 256), ("amx", 256)])
+@pytest.mark.parametrize(
+    "isa, least", [("default", 8), ("avx2", 8), ("avx512", 256), ("avx512_bf16", 256), ("amx", 256)]
+)
 def test_many_rows_are_multiplied_in_fp32_where_there_are_no_units_for_them(dtype, isa, least, on):
     on(isa)
     own = isa in ("avx512_bf16", "amx") and dtype == torch.bfloat16
@@ -81,7 +105,9 @@ def test_many_rows_are_multiplied_in_fp32_where_there_are_no_units_for_them(dtyp
 
 def test_wider_floats_stay_as_they_are(on):
     on("avx2")
-    assert {product_dtype(torch.zeros(999, 3, dtype=t)) for t in (torch.float32, torch.float64)} == {torch.float32, torch.float64}
+    assert {
+        product_dtype(torch.zeros(999, 3, dtype=t)) for t in (torch.float32, torch.float64)
+    } == {torch.float32, torch.float64}
 
 
 @HALVES
@@ -89,8 +115,13 @@ def test_wider_floats_stay_as_they_are(on):
 def test_an_interpreted_product_is_the_exact_one_rounded_once(dtype, bias, on):
     on("avx2")
     torch.manual_seed(0)
-    block, x = nn.Sequential(nn.Linear(48, 24, bias=bias)).to(dtype), torch.randn(3, 100, 48).to(dtype)
-    exact = nn.functional.linear(x.double(), block[0].weight.double(), block[0].bias.double() if bias else None)
+    block, x = (
+        nn.Sequential(nn.Linear(48, 24, bias=bias)).to(dtype),
+        torch.randn(3, 100, 48).to(dtype),
+    )
+    exact = nn.functional.linear(
+        x.double(), block[0].weight.double(), block[0].bias.double() if bias else None
+    )
     graph = trace(block, (x,), {})
     with Multiplied() as seen, torch.no_grad():
         y = interpret(graph, (x,), {})
@@ -115,7 +146,9 @@ def test_products_of_experts_are_rounded_once(dtype, on):
         y = interpret(graph, (x, chosen), {})
     own = chosen[:, 0]
     assert seen.dtypes == {torch.float32} and y.dtype == dtype
-    assert_rounded_once(y, torch.einsum("nk,nok->no", x.double(), block.W.double()[own]) + block.b.double()[own])
+    assert_rounded_once(
+        y, torch.einsum("nk,nok->no", x.double(), block.W.double()[own]) + block.b.double()[own]
+    )
 
 
 @HALVES
@@ -125,9 +158,25 @@ def test_many_rows_of_a_lowered_product_are_multiplied_in_fp32(dtype, dense_cach
     leaf = random_leaf(100, 128, parse_spec("int4-g64"))
     layer, x = lowered(leaf, dtype, dense_cache=dense_cache), activations(300, 128, dtype)
     with Multiplied() as timed:  # and so they are when they are tuned
-        tuning._cpu_calls("dense", x, [(layer.words, layer.scales, layer.zeros)], [layer.dense] if dense_cache else [], 64)[0]()
+        tuning._cpu_calls(
+            "dense",
+            x,
+            [(layer.words, layer.scales, layer.zeros)],
+            [layer.dense] if dense_cache else [],
+            64,
+        )[0]()
     assert timed.dtypes == {torch.float32}
     with Multiplied() as seen:
-        y = cpu.int4_mm(x, layer.words, layer.scales, layer.zeros, layer.dense, 100, layer.group, layer.count, layer.layout)
+        y = cpu.int4_mm(
+            x,
+            layer.words,
+            layer.scales,
+            layer.zeros,
+            layer.dense,
+            100,
+            layer.group,
+            layer.count,
+            layer.layout,
+        )
     assert seen.dtypes == {torch.float32}
     check_product(y, x, leaf)

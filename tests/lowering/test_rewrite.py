@@ -1,4 +1,5 @@
-"""The compiler's pass: which products with a dequantized weight become the fused operator, and what of it is written out."""
+"""The compiler's pass: which products with a dequantized weight become the fused operator, and what
+of it is written out."""
 
 import pytest
 import torch
@@ -29,38 +30,67 @@ class Reference(nn.Module):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("shape", [(7, 128), (2, 5, 128), (1, 128)], ids=["2-D", "3-D", "one token"])
+@pytest.mark.parametrize(
+    "shape", [(7, 128), (2, 5, 128), (1, 128)], ids=["2-D", "3-D", "one token"]
+)
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_reference_graph_is_rewritten_to_the_fused_operator(shape, biased, dynamic):
     leaf = random_leaf(100, 128, INT4)
     bias = activations(1, 100, torch.bfloat16, seed=5)[0] if biased else None
-    x, seen = activations(torch.Size(shape[:-1]).numel(), 128, torch.bfloat16).view(shape), Seen(loops=not dynamic)
-    compiled = torch.compile(Reference(lowered(leaf), bias), fullgraph=True, dynamic=dynamic, options=seen.options)
+    x, seen = (
+        activations(torch.Size(shape[:-1]).numel(), 128, torch.bfloat16).view(shape),
+        Seen(loops=not dynamic),
+    )
+    compiled = torch.compile(
+        Reference(lowered(leaf), bias), fullgraph=True, dynamic=dynamic, options=seen.options
+    )
     check_product(compiled(x).flatten(0, -2), x.flatten(0, -2), leaf, bias)
     assert seen.inner.fused == 1 and seen.count("qlab.dequantize") == 0
     known = not dynamic or shape[0] == 1  # torch specializes sizes of 1
-    assert seen.count("aten._weight_int4pack_mm_for_cpu") == known and seen.count("qlab.int4_mm") == (not known)
+    assert seen.count("aten._weight_int4pack_mm_for_cpu") == known and seen.count(
+        "qlab.int4_mm"
+    ) == (not known)
 
 
-FORMS = {"sequence first": lambda x, W, b: F.linear(x.transpose(0, 1), W, b), "@": lambda x, W, b: x.transpose(0, 1) @ W.T + b,
-         "einsum": lambda x, W, b: torch.einsum("bsk,nk->bsn", x, W), "bmm": lambda x, W, b: torch.bmm(x, W.T.expand(len(x), -1, -1))}
+FORMS = {
+    "sequence first": lambda x, W, b: F.linear(x.transpose(0, 1), W, b),
+    "@": lambda x, W, b: x.transpose(0, 1) @ W.T + b,
+    "einsum": lambda x, W, b: torch.einsum("bsk,nk->bsn", x, W),
+    "bmm": lambda x, W, b: torch.bmm(x, W.T.expand(len(x), -1, -1)),
+}
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_products_of_batches_are_rewritten(form, dynamic):
-    layer, bias = lowered(leaf := random_leaf(100, 128, INT4)), activations(1, 100, torch.bfloat16, seed=5)[0]
+    layer, bias = (
+        lowered(leaf := random_leaf(100, 128, INT4)),
+        activations(1, 100, torch.bfloat16, seed=5)[0],
+    )
     seen = Seen(loops=not dynamic)
     x = activations(10, 128, torch.bfloat16).view(2, 5, 128)
-    compiled = torch.compile(lambda x: FORMS[form](x, layer.dequantized(), bias), fullgraph=True, dynamic=dynamic, options=seen.options)
+    compiled = torch.compile(
+        lambda x: FORMS[form](x, layer.dequantized(), bias),
+        fullgraph=True,
+        dynamic=dynamic,
+        options=seen.options,
+    )
     turned = x.transpose(0, 1) if form in ("sequence first", "@") else x
     y = compiled(x)
-    assert y.shape == (*turned.shape[:2], 100) and seen.inner.fused == 1 and seen.count("qlab.dequantize") == 0
+    assert (
+        y.shape == (*turned.shape[:2], 100)
+        and seen.inner.fused == 1
+        and seen.count("qlab.dequantize") == 0
+    )
     check_product(y.flatten(0, 1), turned.flatten(0, 1), leaf, bias if turned is not x else None)
 
 
-COLUMNS = {"W @ x.T": lambda x, W: (W @ x.flatten(0, 1).T).T, "bmm": lambda x, W: torch.bmm(W.expand(len(x), -1, -1), x.mT).mT,
-           "one column": lambda x, W: (W @ x[:1, 0].T).T, "einsum": lambda x, W: torch.einsum("nk,k->n", W, x[0, 0])[None]}  # fmt: skip
+COLUMNS = {
+    "W @ x.T": lambda x, W: (W @ x.flatten(0, 1).T).T,
+    "bmm": lambda x, W: torch.bmm(W.expand(len(x), -1, -1), x.mT).mT,
+    "one column": lambda x, W: (W @ x[:1, 0].T).T,
+    "einsum": lambda x, W: torch.einsum("nk,k->n", W, x[0, 0])[None],
+}
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -68,25 +98,44 @@ COLUMNS = {"W @ x.T": lambda x, W: (W @ x.flatten(0, 1).T).T, "bmm": lambda x, W
 def test_products_of_columns_are_rewritten(form, dynamic):
     layer, seen = lowered(leaf := random_leaf(100, 128, INT4)), Seen(loops=not dynamic)
     x = activations(10, 128, torch.bfloat16).view(2, 5, 128)
-    y = torch.compile(lambda x: COLUMNS[form](x, layer.dequantized()), fullgraph=True, dynamic=dynamic, options=seen.options)(x)
+    y = torch.compile(
+        lambda x: COLUMNS[form](x, layer.dequantized()),
+        fullgraph=True,
+        dynamic=dynamic,
+        options=seen.options,
+    )(x)
     assert seen.inner.fused == 1 and seen.count("qlab.dequantize") == 0
     assert y.shape == COLUMNS[form](x, layer.dequantized()).shape
     check_product(y.reshape(-1, 100), x.flatten(0, 1)[: y.numel() // 100], leaf)
 
 
 def test_columns_lie_as_those_of_the_eager_product():
-    layer, seen, x = lowered(leaf := random_leaf(100, 128, INT4)), Seen(), activations(10, 128, torch.bfloat16)
-    product = lambda x: (layer.dequantized() @ x.T).as_strided((50, 20), (20, 1))  # read by where things lie
+    layer, seen, x = (
+        lowered(leaf := random_leaf(100, 128, INT4)),
+        Seen(),
+        activations(10, 128, torch.bfloat16),
+    )
+    product = lambda x: (layer.dequantized() @ x.T).as_strided(
+        (50, 20), (20, 1)
+    )  # read by where things lie
     y = torch.compile(product, fullgraph=True, options=seen.options)(x)
     assert seen.inner.fused == 1
     check_product(y.view(100, 10).T, x, leaf)
 
 
-@pytest.mark.parametrize("isa, units", [("avx2", False), ("avx512", False), ("avx512_bf16", True), ("amx", True)])
+@pytest.mark.parametrize(
+    "isa, units", [("avx2", False), ("avx512", False), ("avx512_bf16", True), ("amx", True)]
+)
 def test_many_rows_are_left_to_the_operator_where_they_are_multiplied_in_fp32(isa, units, on):
     on(isa)
-    layer, seen, x = lowered(leaf := random_leaf(100, 128, INT4)), Seen(), activations(300, 128, torch.bfloat16)
-    check_product(torch.compile(layer, fullgraph=True, dynamic=False, options=seen.options)(x), x, leaf)
+    layer, seen, x = (
+        lowered(leaf := random_leaf(100, 128, INT4)),
+        Seen(),
+        activations(300, 128, torch.bfloat16),
+    )
+    check_product(
+        torch.compile(layer, fullgraph=True, dynamic=False, options=seen.options)(x), x, leaf
+    )
     assert (seen.count("qlab.int4_mm"), seen.count("aten.mm")) == ((0, 1) if units else (1, 0))
 
 
@@ -125,15 +174,24 @@ def test_another_product_with_a_dequantized_weight_is_left_alone():
     assert seen.inner.fused == 0 and seen.count("qlab.dequantize") == 1
 
 
-@pytest.mark.parametrize("target, axes, fused", [
-    (aten.permute.default, ([1, 0],), 1), (aten.permute.default, ([-1, 0],), 1), (aten.permute.default, ([0, 1],), 0),
-    (aten.transpose.int, (0, 1), 1), (aten.transpose.int, (1, -1), 0), (aten.reshape.default, ([64, 64],), 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "target, axes, fused",
+    [
+        (aten.permute.default, ([1, 0],), 1),
+        (aten.permute.default, ([-1, 0],), 1),
+        (aten.permute.default, ([0, 1],), 0),
+        (aten.transpose.int, (0, 1), 1),
+        (aten.transpose.int, (1, -1), 0),
+        (aten.reshape.default, ([64, 64],), 0),
+    ],
+)
 def test_only_a_transposed_weight_is_fused(target, axes, fused):
     layer = lowered(random_leaf(64, 64, INT4))
 
     def product(x, words, scales):
-        W = torch.ops.qlab.dequantize(words, scales, None, 64, 64, layer.group, layer.count, layer.layout)
+        W = torch.ops.qlab.dequantize(
+            words, scales, None, 64, 64, layer.group, layer.count, layer.layout
+        )
         return aten.mm(x, target(W, *axes))
 
     arguments = activations(3, 64, torch.bfloat16), layer.words, layer.scales
@@ -141,28 +199,53 @@ def test_only_a_transposed_weight_is_fused(target, axes, fused):
     assert fuse(graph) == fused
 
 
-@pytest.mark.parametrize("k, spec", [(100, Int(4, Tile(1, None))), (128, Int(8, Tile(1, 64), False))], ids=["ragged", "two planes"])
-@pytest.mark.parametrize("m, isa, written", [
-    (2, "avx2", "aten._weight_int4pack_mm_for_cpu"), (100, "amx", "qlab.dequantize"), (100, "avx2", None),
-])  # fmt: skip
-def test_static_products_are_written_out_as_the_operator_computes_them(m, isa, written, k, spec, on):
-    """But those that it multiplies in another dtype, as it does without units for bf16: they are left to it."""
+@pytest.mark.parametrize(
+    "k, spec",
+    [(100, Int(4, Tile(1, None))), (128, Int(8, Tile(1, 64), False))],
+    ids=["ragged", "two planes"],
+)
+@pytest.mark.parametrize(
+    "m, isa, written",
+    [
+        (2, "avx2", "aten._weight_int4pack_mm_for_cpu"),
+        (100, "amx", "qlab.dequantize"),
+        (100, "avx2", None),
+    ],
+)
+def test_static_products_are_written_out_as_the_operator_computes_them(
+    m, isa, written, k, spec, on
+):
+    """But those that it multiplies in another dtype, as it does without units for bf16: they are
+    left to it."""
     on(isa)
     leaf, x = random_leaf(70, k, spec), activations(m, k, torch.bfloat16)
     seen, layer = Seen(), lowered(leaf)
-    check_product(torch.compile(layer, fullgraph=True, dynamic=False, options=seen.options)(x), x, leaf)
-    assert seen.inner.chosen == (written is not None) and seen.count("qlab") == (written != "aten._weight_int4pack_mm_for_cpu")
+    check_product(
+        torch.compile(layer, fullgraph=True, dynamic=False, options=seen.options)(x), x, leaf
+    )
+    assert seen.inner.chosen == (written is not None) and seen.count("qlab") == (
+        written != "aten._weight_int4pack_mm_for_cpu"
+    )
     assert seen.count(written or "qlab.int4_mm") == 1
 
 
 @pytest.mark.parametrize("spec", [Int(4, Tile(1, 32)), Int(8, Tile(1, None))], ids=str)
-@pytest.mark.parametrize("enters", [lambda x: x.T, lambda x: torch.relu(x).T, lambda x: x.T.contiguous()], ids=["T", "relu", "copy"])
+@pytest.mark.parametrize(
+    "enters",
+    [lambda x: x.T, lambda x: torch.relu(x).T, lambda x: x.T.contiguous()],
+    ids=["T", "relu", "copy"],
+)
 def test_inputs_that_stand_in_columns_are_multiplied_as_the_operator_does(enters, spec):
-    """Inductor may write even a contiguous copy in the order of what it copies, which aten's kernel refuses, or reads wrongly."""
-    layer = QLinear("site", random_leaf(48, 64, spec), None, torch.bfloat16, torch.device("cpu"), False)
+    """Inductor may write even a contiguous copy in the order of what it copies, which aten's kernel
+    refuses, or reads wrongly."""
+    layer = QLinear(
+        "site", random_leaf(48, 64, spec), None, torch.bfloat16, torch.device("cpu"), False
+    )
     for m in (5, 64):
         x = activations(64, m, torch.bfloat16)
-        compiled = torch.compile(lambda x: layer(enters(x)), options=inductor_options(), dynamic=False)
+        compiled = torch.compile(
+            lambda x: layer(enters(x)), options=inductor_options(), dynamic=False
+        )
         with torch.no_grad():
             assert torch.equal(compiled(x), layer(enters(x)))
 
@@ -171,13 +254,21 @@ def test_inputs_that_stand_in_columns_are_multiplied_as_the_operator_does(enters
 def test_a_dense_copy_is_multiplied_when_there_are_many_tokens(isa, operators, on):
     on(isa)
     leaf, x, seen = random_leaf(64, 128, INT4), activations(100, 128, torch.bfloat16), Seen()
-    check_product(torch.compile(lowered(leaf, dense_cache=True), dynamic=False, options=seen.options)(x), x, leaf)
+    check_product(
+        torch.compile(lowered(leaf, dense_cache=True), dynamic=False, options=seen.options)(x),
+        x,
+        leaf,
+    )
     assert (seen.count("aten.mm"), seen.count("qlab")) == (1 - operators, operators)
     assert seen.count("qlab.dequantize") == 0
 
 
 def test_a_dense_product_of_one_token_becomes_a_sum():
-    head, x, seen = nn.Linear(64, 200, bias=False, dtype=torch.bfloat16), activations(1, 64, torch.bfloat16), Seen()
+    head, x, seen = (
+        nn.Linear(64, 200, bias=False, dtype=torch.bfloat16),
+        activations(1, 64, torch.bfloat16),
+        Seen(),
+    )
     y = torch.compile(head, dynamic=False, options=seen.options)(x)
     torch.testing.assert_close(y, head(x), rtol=0.02, atol=0.02)
     assert seen.inner.streamed == 1 and seen.count("aten.mm") == 0
@@ -197,11 +288,20 @@ def loops_around(word, code):
 
 
 def test_what_enters_a_product_of_one_token_is_computed_once():
-    """Not for every row of the weight, nor for every position of the cache: erf stands for a norm and for rotary embeddings."""
-    head, x = nn.Linear(64, 200, bias=False, dtype=torch.bfloat16), activations(1, 64, torch.bfloat16)
-    q, k, v = (torch.randn(1, heads, length, 16, dtype=torch.bfloat16) for heads, length in ((4, 1), (2, 40), (2, 40)))
-    for f, arguments, loops in ((lambda x: head(x.erf()), (x,), 1), (lambda *qkv: attention(head, qkv[0].erf(), *qkv[1:], None)[0],
-                                                                     (q, k, v), 2)):  # fmt: skip
+    """Not for every row of the weight, nor for every position of the cache: erf stands for a norm
+    and for rotary embeddings."""
+    head, x = (
+        nn.Linear(64, 200, bias=False, dtype=torch.bfloat16),
+        activations(1, 64, torch.bfloat16),
+    )
+    q, k, v = (
+        torch.randn(1, heads, length, 16, dtype=torch.bfloat16)
+        for heads, length in ((4, 1), (2, 40), (2, 40))
+    )
+    for f, arguments, loops in (
+        (lambda x: head(x.erf()), (x,), 1),
+        (lambda *qkv: attention(head, qkv[0].erf(), *qkv[1:], None)[0], (q, k, v), 2),
+    ):
         compiled = torch.compile(f, dynamic=False, options=Seen().options)
         y, codes = run_and_get_code(compiled, *arguments)
         torch.testing.assert_close(y, f(*arguments), rtol=0.02, atol=0.02)

@@ -18,7 +18,9 @@ IDS = torch.arange(3, 35).reshape(2, 16)
 @pytest.mark.parametrize("name", ["down", "shuffled", "inputs and outputs", "all", "changed"])
 def test_a_lowered_model_computes_what_the_library_computes(name, inputs, tmp_path):
     plain = ["re:.*layers.0.mlp.*"]  # they are not quantized, and turned all the same
-    expected = write_with_the_library(tiny("llama"), tmp_path / name, transforms=CASES[name], inputs=inputs, plain=plain)
+    expected = write_with_the_library(
+        tiny("llama"), tmp_path / name, transforms=CASES[name], inputs=inputs, plain=plain
+    )
     for dtype in (torch.float32, torch.bfloat16):
         found = qlab.lower(tmp_path / name, dtype=dtype, dense_cache=True)(IDS).logits.float()
         assert_close(found, expected, MODEL[torch.bfloat16 if inputs else dtype])
@@ -44,12 +46,26 @@ def test_it_compiles_into_one_graph(tmp_path):
 
 def test_modules_share_a_matrix(tmp_path):
     write_with_the_library(tiny("llama"), tmp_path / "down", transforms=CASES["down"])
-    first, second = (layer.mlp.down_proj.input_rotation for layer in qlab.lower(tmp_path / "down").model.layers)
+    first, second = (
+        layer.mlp.down_proj.input_rotation for layer in qlab.lower(tmp_path / "down").model.layers
+    )
     assert first is second
 
 
 def test_torchao_refuses_by_name(tmp_path):
     four = INT8 | {"num_bits": 4}
-    write_with_the_library(tiny("llama"), tmp_path / "down", transforms=CASES["down"], weights=four, plain=["re:.*(attn|gate|up).*"])
-    with pytest.raises(QlabError, match=r"down_proj: torchao's int4 tensors take inputs as they come, .* neither rotated nor rounded"):
+    write_with_the_library(
+        tiny("llama"),
+        tmp_path / "down",
+        transforms=CASES["down"],
+        weights=four,
+        plain=["re:.*(attn|gate|up).*"],
+    )
+    with pytest.raises(
+        QlabError,
+        match=(
+            r"down_proj: torchao's int4 tensors take inputs as they come, .* neither rotated nor "
+            r"rounded"
+        ),
+    ):
         to_torchao(tmp_path / "down")

@@ -1,4 +1,5 @@
-"""What blocks hand on beside hidden states reaches the blocks that take it, by whatever way, or is refused before any work."""
+"""What blocks hand on beside hidden states reaches the blocks that take it, by whatever way, or is
+refused before any work."""
 
 from types import SimpleNamespace
 
@@ -52,20 +53,28 @@ def nested(past, value=None):
     return in_dictionary(past.setdefault("inner", {}), value)
 
 
-WAYS = {"an object": (Past, in_object), "a dictionary": (dict, in_dictionary), "a dictionary of its own kind": (Keyed, in_dictionary),
-        "a list": (list, in_list), "a dictionary inside one": (dict, nested)}  # fmt: skip
+WAYS = {
+    "an object": (Past, in_object),
+    "a dictionary": (dict, in_dictionary),
+    "a dictionary of its own kind": (Keyed, in_dictionary),
+    "a list": (list, in_list),
+    "a dictionary inside one": (dict, nested),
+}
 
 
 @pytest.fixture
 def streams(monkeypatch):
-    """streams(way, loop=...): llamas, whose blocks hand on a second stream beside the hidden states."""
+    """streams(way, loop=...): llamas, whose blocks hand on a second stream beside the hidden
+    states."""
 
     def use(way, between=lambda past, hidden: None):
         make, leave = WAYS[way]
 
         def forward(self, hidden_states, past=None, position_embeddings=None, **kwargs):
             taken = leave(past)
-            out = block(self, hidden_states, position_embeddings=position_embeddings, attention_mask=None)
+            out = block(
+                self, hidden_states, position_embeddings=position_embeddings, attention_mask=None
+            )
             leave(past, torch.tanh(hidden_states))
             return out if taken == 0 else out + taken[0]
 
@@ -85,7 +94,9 @@ def streams(monkeypatch):
 
 def logits(source, data):
     with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(input_ids=data.ids, use_cache=False).logits
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(
+            input_ids=data.ids, use_cache=False
+        ).logits
 
 
 def assert_read(source):
@@ -93,7 +104,12 @@ def assert_read(source):
     data = random_tokens(source)
     with torch.no_grad():
         reading = read(open_checkpoint(source), data)
-        assert torch.allclose(reading.skeleton.head(data.ids, reading.hidden), logits(source, data), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(
+            reading.skeleton.head(data.ids, reading.hidden),
+            logits(source, data),
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -106,11 +122,23 @@ def test_statistics_and_drift_are_of_what_the_blocks_really_hand_on(streams, sav
     streams("an object")
     source = saved("llama", num_hidden_layers=3)
     model, data = open_checkpoint(source), random_tokens(source)
-    made = {method: quantize(model, method(INT8), data, tmp_path / method.__name__).path for method in (gptq, gptaq)}
+    made = {
+        method: quantize(model, method(INT8), data, tmp_path / method.__name__).path
+        for method in (gptq, gptaq)
+    }
     for path in made.values():
         assert evaluate(open_checkpoint(path), model, data).kl < 1e-3
-    alone = {name: t for name, t in tensors(quantize(model, gptq(INT8), data, tmp_path / "r", inputs="reference").path).items()}
-    moved = {name.split(".")[2] for name, t in tensors(made[gptq]).items() if not torch.equal(t, alone[name])}
+    alone = {
+        name: t
+        for name, t in tensors(
+            quantize(model, gptq(INT8), data, tmp_path / "r", inputs="reference").path
+        ).items()
+    }
+    moved = {
+        name.split(".")[2]
+        for name, t in tensors(made[gptq]).items()
+        if not torch.equal(t, alone[name])
+    }
     assert {"1", "2"} <= moved
 
 
@@ -123,16 +151,28 @@ def test_keys_and_values_of_another_block_are_its_own(saved, tmp_path):
     assert len(quantize(model, rtn(INT8), None, tmp_path / "rtn").sites) == 32
 
 
-@pytest.mark.parametrize("between", [
-    lambda past, hidden: setattr(past, "left", (past.left[0] * 2,)),
-    lambda past, hidden: setattr(past, "left", (hidden * 2,)),
-])
-def test_what_a_model_computes_between_its_blocks_is_refused_before_any_work(between, streams, saved, tmp_path):
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda past, hidden: setattr(past, "left", (past.left[0] * 2,)),
+        lambda past, hidden: setattr(past, "left", (hidden * 2,)),
+    ],
+)
+def test_what_a_model_computes_between_its_blocks_is_refused_before_any_work(
+    between, streams, saved, tmp_path
+):
     streams("an object", between)
     source = saved("llama", num_hidden_layers=3)
     model, data = open_checkpoint(source), random_tokens(source)
-    for act in (lambda: evaluate(model, model, data), lambda: quantize(model, gptq(INT8), data, tmp_path / "out")):
-        refused(act, "model.layers.1 is called with a tensor (4, 32, 64)", "computes of what earlier blocks return")
+    for act in (
+        lambda: evaluate(model, model, data),
+        lambda: quantize(model, gptq(INT8), data, tmp_path / "out"),
+    ):
+        refused(
+            act,
+            "model.layers.1 is called with a tensor (4, 32, 64)",
+            "computes of what earlier blocks return",
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -140,13 +180,18 @@ class Memory(torch.nn.Module):
     """A module that all blocks hold."""
 
 
-@pytest.mark.parametrize("keep, name", [
-    (lambda layer, t: setattr(layer.memory, "left", t), "Memory.left"),
-    (lambda layer, t: layer.notes.append(t), "list.0"),
-    (lambda layer, t: setattr(layer.self_attn.config, "left", t), "LlamaConfig.left"),
-    (lambda layer, t: setattr(Memory, "left", t), "Memory.left"),
-])
-def test_what_a_block_leaves_in_attributes_for_another_is_refused_before_any_work(keep, name, monkeypatch, saved, tmp_path):
+@pytest.mark.parametrize(
+    "keep, name",
+    [
+        (lambda layer, t: setattr(layer.memory, "left", t), "Memory.left"),
+        (lambda layer, t: layer.notes.append(t), "list.0"),
+        (lambda layer, t: setattr(layer.self_attn.config, "left", t), "LlamaConfig.left"),
+        (lambda layer, t: setattr(Memory, "left", t), "Memory.left"),
+    ],
+)
+def test_what_a_block_leaves_in_attributes_for_another_is_refused_before_any_work(
+    keep, name, monkeypatch, saved, tmp_path
+):
     made, (memory, notes) = LlamaModel.__init__, (Memory(), [])
     Memory.left = None
 
@@ -163,7 +208,10 @@ def test_what_a_block_leaves_in_attributes_for_another_is_refused_before_any_wor
     monkeypatch.setattr(LlamaModel, "__init__", init)
     monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
     model, data = open_checkpoint(source), random_tokens(source)
-    for act in (lambda: evaluate(model, model, data), lambda: quantize(model, gptq(INT8), data, tmp_path / "out")):
+    for act in (
+        lambda: evaluate(model, model, data),
+        lambda: quantize(model, gptq(INT8), data, tmp_path / "out"),
+    ):
         refused(act, f"model.layers.0 leaves a tensor in {name}, which model.layers.1 holds too")
     assert not list(tmp_path.iterdir())
 
@@ -183,7 +231,12 @@ def test_what_is_taken_apart_is_put_together_again():
     leaves, form = take_apart(whole)
     assert [id(t) for t in leaves if isinstance(t, torch.Tensor)] == [id(x), id(y), id(x)]
     again = put_together(leaves, form)
-    assert again["one"][0] is x and again["one"][1][0] is y and type(again["two"]) is Keyed and again["two"]["t"] is x
+    assert (
+        again["one"][0] is x
+        and again["one"][1][0] is y
+        and type(again["two"]) is Keyed
+        and again["two"]["t"] is x
+    )
     assert again["three"].deep == {"a": 1} and again["three"] is not inner
     assert take_apart(again)[1] == form
     again["three"].deep["a"], again["two"]["new"] = y, x

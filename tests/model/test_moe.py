@@ -1,4 +1,5 @@
-"""Mixtures of experts from file to file: each expert solved on its own tokens and written by the name engines expect."""
+"""Mixtures of experts from file to file: each expert solved on its own tokens and written by the
+name engines expect."""
 
 import json
 
@@ -28,10 +29,14 @@ from qlab.model.skeleton import Skeleton
 
 INT4 = parse_spec("int4-g16")
 EXPERT = {  # an expert's modules in the files, as the families' own checkpoints call them
-    "mixtral": "model.layers.{}.block_sparse_moe.experts.{}.{}", "qwen3_moe": "model.layers.{}.mlp.experts.{}.{}",
+    "mixtral": "model.layers.{}.block_sparse_moe.experts.{}.{}",
+    "qwen3_moe": "model.layers.{}.mlp.experts.{}.{}",
     "deepseek_v3": "model.layers.{}.mlp.experts.{}.{}",
-}  # fmt: skip
-PROJECTIONS = {"mixtral": ("w1", "w3", "w2"), **dict.fromkeys(["qwen3_moe", "deepseek_v3"], ("gate_proj", "up_proj", "down_proj"))}
+}
+PROJECTIONS = {
+    "mixtral": ("w1", "w3", "w2"),
+    **dict.fromkeys(["qwen3_moe", "deepseek_v3"], ("gate_proj", "up_proj", "down_proj")),
+}
 every_mixture = pytest.mark.parametrize("family", MIXTURES)
 
 
@@ -41,7 +46,12 @@ def test_every_method_writes_experts_that_transformers_reads_as_qlab_does(family
     model = open_checkpoint(source)
     before = qlab_logits(source)
     assert torch.allclose(before, tiny(family)(IDS).logits, rtol=1e-4, atol=1e-4)
-    results = compare(model, {name: method(INT4) for name, method in METHODS.items()}, random_tokens(source), tmp_path)
+    results = compare(
+        model,
+        {name: method(INT4) for name, method in METHODS.items()},
+        random_tokens(source),
+        tmp_path,
+    )
     last = model.config.num_hidden_layers - 1
     for name, result in results.items():
         names = tensors(result.path)
@@ -61,17 +71,21 @@ def test_what_is_no_expert_and_no_linear_is_written_as_it_was(family, saved, tmp
     result = quantize(open_checkpoint(source), rtn(INT4), None, tmp_path / "out")
     before, after = tensors(source), tensors(result.path)
     left = before.keys() & after.keys()
-    assert {name for name in left if name.endswith((".gate.weight", "norm.weight", "correction_bias"))}
+    assert {
+        name for name in left if name.endswith((".gate.weight", "norm.weight", "correction_bias"))
+    }
     assert all(bits_equal(before[name], after[name]) for name in left)
     quantized = {name.removesuffix("_packed") for name in after if name.endswith("weight_packed")}
     assert before.keys() == left | quantized  # nothing else appeared or went missing
 
 
 def starving(directory):
-    """A mixtral and calibration tokens of which, in the first block, expert 0 sees none and expert 1 exactly two.
+    """A mixtral and calibration tokens of which, in the first block, expert 0 sees none and expert
+    1 exactly two.
 
-    Experts 2 to 5 read two directions with either sign, so that two of them always score above 0, where expert 0 is. Expert 1
-    follows the input of one token, just above what that token's second choice scores. Every window comes twice.
+    Experts 2 to 5 read two directions with either sign, so that two of them always score above 0,
+    where expert 0 is. Expert 1 follows the input of one token, just above what that token's second
+    choice scores. Every window comes twice.
     """
     model = tiny("mixtral", num_local_experts=6)
     ids = torch.randint(3, 128, (1, 24), generator=torch.Generator().manual_seed(3))
@@ -79,7 +93,9 @@ def starving(directory):
     with torch.no_grad():
         router.weight[:2] = 0
         router.weight[4:] = -router.weight[2:4]
-        hook = router.register_forward_pre_hook(lambda module, args: seen.update(x=args[0].reshape(-1, 64)))
+        hook = router.register_forward_pre_hook(
+            lambda module, args: seen.update(x=args[0].reshape(-1, 64))
+        )
         model(ids)
         hook.remove()
         second = (seen["x"] @ router.weight.T).topk(2).values[:, 1]
@@ -105,11 +121,22 @@ def test_experts_that_no_token_or_two_tokens_reach_are_quantized_and_named(tmp_p
     model, data = starving(tmp_path / "model")
     recipes = {name: method(INT4) for name, method in METHODS.items()}
     drifting = recipes.pop("gptaq")
-    results = compare(model, recipes, data, tmp_path / "out", inputs="reference")  # every router sees the tokens that it was made for
+    results = compare(
+        model, recipes, data, tmp_path / "out", inputs="reference"
+    )  # every router sees the tokens that it was made for
     results["gptaq"] = quantize(model, drifting, data, tmp_path / "out" / "gptaq")
     site = "model.layers.0.mlp.experts.gate_up_proj"
-    W_eok = torch.stack([torch.cat([model.tensor(f"model.layers.0.block_sparse_moe.experts.{e}.{w}.weight") for w in ("w1", "w3")])
-                         for e in range(6)])  # fmt: skip
+    W_eok = torch.stack(
+        [
+            torch.cat(
+                [
+                    model.tensor(f"model.layers.0.block_sparse_moe.experts.{e}.{w}.weight")
+                    for w in ("w1", "w3")
+                ]
+            )
+            for e in range(6)
+        ]
+    )
     for name, result in results.items():
         row, q = result.sites[site], fused_leaf(result.path, site)
         assert torch.isfinite(q.scales).all() and torch.isfinite(qlab_logits(result.path)).all()
@@ -120,8 +147,12 @@ def test_experts_that_no_token_or_two_tokens_reach_are_quantized_and_named(tmp_p
         assert row["expert_tokens"][0] == 0 and (name == "gptaq" or row["expert_tokens"][1] == 2)
         assert sum(row["expert_tokens"]) == row["tokens"] == 2 * data.ids.numel()
         assert {0, 1} <= set(result.experts_with_few_tokens[site])
-        if not name.startswith("awq"):  # whose norm scales all experts alike before they are rounded
-            assert torch.equal(q.codes[0], round_codes(W_eok[0], q.scales[0], None, q.spec)), name  # to nearest: no data, H = I
+        if not name.startswith(
+            "awq"
+        ):  # whose norm scales all experts alike before they are rounded
+            assert torch.equal(q.codes[0], round_codes(W_eok[0], q.scales[0], None, q.spec)), (
+                name
+            )  # to nearest: no data, H = I
             assert q.codes[0].count_nonzero() > q.codes[0].numel() / 2
         else:
             assert result.sites["model.layers.0.mlp.experts.down_proj"]["awq_ratio"][0] == 0.0
@@ -130,25 +161,45 @@ def test_experts_that_no_token_or_two_tokens_reach_are_quantized_and_named(tmp_p
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_all_experts_can_be_calibrated_on_all_tokens(everywhere, tmp_path):
     model, data = starving(tmp_path / "model")
-    result = quantize(model, gptq(INT4), data, tmp_path / "out", inputs="reference", calibrate_all_experts=everywhere)
+    result = quantize(
+        model,
+        gptq(INT4),
+        data,
+        tmp_path / "out",
+        inputs="reference",
+        calibrate_all_experts=everywhere,
+    )
     row = result.sites["model.layers.0.mlp.experts.gate_up_proj"]
     assert (row["expert_tokens"] == [data.ids.numel()] * 6) is everywhere
     assert result.plan.passes == 2
-    assert json.loads((result.path / "qlab.json").read_text())["job"]["calibrate_all_experts"] is everywhere
+    assert (
+        json.loads((result.path / "qlab.json").read_text())["job"]["calibrate_all_experts"]
+        is everywhere
+    )
     assert_read_alike(result.path)
 
 
 def copies(directory):
     """A dense mistral, and a mixtral whose every expert is a copy of the dense MLP."""
-    same = dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, sliding_window=None, rms_norm_eps=1e-6)
+    same = dict(
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        sliding_window=None,
+        rms_norm_eps=1e-6,
+    )
     dense, mixture = tiny("mistral", **same), tiny("mixtral", **same)
     with torch.no_grad():
         for name, parameter in mixture.named_parameters():
             if name.endswith("experts.gate_up_proj"):
                 mlp = dense.get_submodule(name.removesuffix(".experts.gate_up_proj"))
-                parameter.copy_(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).expand_as(parameter))
+                parameter.copy_(
+                    torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).expand_as(parameter)
+                )
             elif name.endswith("experts.down_proj"):
-                parameter.copy_(dense.get_submodule(name.removesuffix(".experts.down_proj")).down_proj.weight.expand_as(parameter))
+                parameter.copy_(
+                    dense.get_submodule(
+                        name.removesuffix(".experts.down_proj")
+                    ).down_proj.weight.expand_as(parameter)
+                )
             elif not name.endswith("mlp.gate.weight"):
                 parameter.copy_(dense.get_parameter(name))
     for name, model in (("dense", dense), ("mixture", mixture)):
@@ -162,7 +213,12 @@ def test_a_mixture_of_copies_has_the_perplexity_of_the_dense_model_before_and_af
     pair = copies(tmp_path)
     data = random_tokens(pair[0])
     before = evaluate(*map(open_checkpoint, pair), data)
-    rounded = [quantize(open_checkpoint(path), rtn(parse_spec(spec)), None, tmp_path / f"{path.name}-{spec}").path for path in pair]
+    rounded = [
+        quantize(
+            open_checkpoint(path), rtn(parse_spec(spec)), None, tmp_path / f"{path.name}-{spec}"
+        ).path
+        for path in pair
+    ]
     after = evaluate(*map(open_checkpoint, rounded), data)
     for reading in (before, after):
         assert reading.perplexity == pytest.approx(reading.reference_perplexity, rel=1e-5)
@@ -173,41 +229,95 @@ def test_a_mixture_of_copies_has_the_perplexity_of_the_dense_model_before_and_af
 def test_routers_stay_as_they_are_and_a_rule_for_them_is_refused_by_name(saved):
     model = open_checkpoint(saved("qwen3_moe"))
     made = plan(model, rtn(INT4))
-    assert "model.layers.1.mlp.gate" in made.unquantized and made.sites["model.layers.1.mlp.gate"]["spec"] is None
-    assert plan(model, rules({"*.self_attn.*": keep(), "*.experts.*": rtn(INT4)})).sites  # a router needs no rule
-    with pytest.raises(QlabError, match=r"'rtn' is for model\.layers\.0\.mlp\.gate, model\.layers\.1\.mlp\.gate only, which choose"):
+    assert (
+        "model.layers.1.mlp.gate" in made.unquantized
+        and made.sites["model.layers.1.mlp.gate"]["spec"] is None
+    )
+    assert plan(
+        model, rules({"*.self_attn.*": keep(), "*.experts.*": rtn(INT4)})
+    ).sites  # a router needs no rule
+    with pytest.raises(
+        QlabError,
+        match=(
+            r"'rtn' is for model\.layers\.0\.mlp\.gate, model\.layers\.1\.mlp\.gate only, which "
+            r"choose"
+        ),
+    ):
         plan(model, rules({"*.mlp.gate": rtn(INT4), "*": rtn(INT4)}))
 
 
 def test_the_gate_of_a_shared_expert_stays_as_it_is_too(tmp_path):
-    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32)
+    experts = dict(
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+    )
     config = AutoConfig.for_model("qwen2_moe", **FAMILIES["qwen2"] | experts)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    result = quantize(open_checkpoint(tmp_path / "model"), rtn(parse_spec("int4-g16-asym")), None, tmp_path / "out")
-    gates = [f"model.layers.{i}.mlp.{gate}" for i in range(2) for gate in ("gate", "shared_expert_gate")]
+    result = quantize(
+        open_checkpoint(tmp_path / "model"),
+        rtn(parse_spec("int4-g16-asym")),
+        None,
+        tmp_path / "out",
+    )
+    gates = [
+        f"model.layers.{i}.mlp.{gate}" for i in range(2) for gate in ("gate", "shared_expert_gate")
+    ]
     assert set(gates) <= set(open_checkpoint(result.path).raw["quantization_config"]["ignore"])
     assert {name for name, row in result.sites.items() if row["spec"] is None} == set(gates)
 
 
 def test_rules_choose_experts_and_shared_experts(saved, tmp_path):
     source = saved("deepseek_v3")
-    recipe = rules({"*.shared_experts.*": keep(), "*.mlp.experts.down_proj": rtn(parse_spec("int8-channel")), "*": rtn(INT4)})
+    recipe = rules(
+        {
+            "*.shared_experts.*": keep(),
+            "*.mlp.experts.down_proj": rtn(parse_spec("int8-channel")),
+            "*": rtn(INT4),
+        }
+    )
     result = quantize(open_checkpoint(source), recipe, None, tmp_path / "out")
-    specs = {name.removeprefix("model.layers.2.mlp."): row["spec"] for name, row in result.sites.items() if ".2.mlp." in name}
-    assert specs == {"experts.gate_up_proj": "int4-g16", "experts.down_proj": "int8-channel", "gate": None,
-                     **dict.fromkeys([f"shared_experts.{p}_proj" for p in ("gate", "up", "down")])}  # fmt: skip
-    assert open_checkpoint(result.path).quantized["model.layers.2.mlp.experts.7.down_proj"].bits == 8
+    specs = {
+        name.removeprefix("model.layers.2.mlp."): row["spec"]
+        for name, row in result.sites.items()
+        if ".2.mlp." in name
+    }
+    assert specs == {
+        "experts.gate_up_proj": "int4-g16",
+        "experts.down_proj": "int8-channel",
+        "gate": None,
+        **dict.fromkeys([f"shared_experts.{p}_proj" for p in ("gate", "up", "down")]),
+    }
+    assert (
+        open_checkpoint(result.path).quantized["model.layers.2.mlp.experts.7.down_proj"].bits == 8
+    )
     assert torch.isfinite(qlab_logits(result.path)).all()
 
 
 @pytest.mark.parametrize("spec", ["nvfp4", "mxfp4", "fp8-channel", "fp8-b32x32"])
 def test_experts_of_narrow_floats_read_back_as_they_were_solved(spec, saved, tmp_path):
-    result = quantize(open_checkpoint(saved("mixtral")), rtn(parse_spec(spec)), None, tmp_path / "out")
+    result = quantize(
+        open_checkpoint(saved("mixtral")), rtn(parse_spec(spec)), None, tmp_path / "out"
+    )
     name = "model.layers.1.mlp.experts.gate_up_proj"
-    W_eok = torch.stack([torch.cat([tensors(saved("mixtral"))[f"model.layers.1.block_sparse_moe.experts.{e}.{w}.weight"]
-                                    for w in ("w1", "w3")]) for e in range(4)])  # fmt: skip
+    W_eok = torch.stack(
+        [
+            torch.cat(
+                [
+                    tensors(saved("mixtral"))[
+                        f"model.layers.1.block_sparse_moe.experts.{e}.{w}.weight"
+                    ]
+                    for w in ("w1", "w3")
+                ]
+            )
+            for e in range(4)
+        ]
+    )
     q = fused_leaf(result.path, name)
-    assert relative(dense(q, torch.float32), W_eok) == pytest.approx(result.sites[name]["weight_error"], rel=1e-4)
+    assert relative(dense(q, torch.float32), W_eok) == pytest.approx(
+        result.sites[name]["weight_error"], rel=1e-4
+    )
     assert (q.outer is not None) == (spec == "nvfp4")
 
 
@@ -226,7 +336,10 @@ def test_experts_alone_are_quantized_and_all_else_is_kept(saved, tmp_path):
 def test_a_plan_counts_experts_and_the_memory_of_their_statistics(saved):
     model = open_checkpoint(saved("qwen3_moe"))
     made = plan(model, gptq(INT4), random_tokens(model.path), inputs="reference")
-    assert made.sites["model.layers.0.mlp.experts.down_proj"]["experts"] == 4 and "experts" not in made.sites["model.layers.0.mlp.gate"]
+    assert (
+        made.sites["model.layers.0.mlp.experts.down_proj"]["experts"] == 4
+        and "experts" not in made.sites["model.layers.0.mlp.gate"]
+    )
     own = 4 * (64**2 + 32**2) * 4
     assert made.memory["statistics"] >= own
     everywhere = plan(model, gptq(INT4), random_tokens(model.path), calibrate_all_experts=True)
@@ -241,22 +354,52 @@ def test_a_budget_is_met_by_parts_of_the_experts_or_refused(saved):
     assert small.memory.get("statistics", 0) < whole.memory["statistics"]
     with pytest.raises(QlabError, match="the budget is 0 MiB"):
         small.check(1)
-    assert plan(model, gptq(INT4), data, memory=1, inputs="reference").experts_at_once is None  # its statistics are shared
+    assert (
+        plan(model, gptq(INT4), data, memory=1, inputs="reference").experts_at_once is None
+    )  # its statistics are shared
 
 
 @pytest.mark.parametrize("spec", ["int8-tensor"])
 def test_a_scale_per_tensor_of_fused_experts_is_refused_by_name(spec, saved):
-    with pytest.raises(QlabError, match=r"layers\.0\.mlp\.experts\.\w+, .*: fused experts have a scale per group, channel or block"):
+    with pytest.raises(
+        QlabError,
+        match=(
+            r"layers\.0\.mlp\.experts\.\w+, .*: fused experts have a scale per group, channel or "
+            r"block"
+        ),
+    ):
         plan(open_checkpoint(saved("mixtral")), rtn(parse_spec(spec)))
 
 
-def test_commands_calibrate_all_experts_and_name_those_with_few_tokens(tmp_path, saved, text, command):
+def test_commands_calibrate_all_experts_and_name_those_with_few_tokens(
+    tmp_path, saved, text, command
+):
     def run(*more):
-        return command(main, "quantize", saved("mixtral"), "--out", tmp_path / f"out{len(more)}", "--method", "gptq", "--spec",
-                       "int4-g16", "--calib", text, "--samples", 4, "--length", 24, *more)  # fmt: skip
+        return command(
+            main,
+            "quantize",
+            saved("mixtral"),
+            "--out",
+            tmp_path / f"out{len(more)}",
+            "--method",
+            "gptq",
+            "--spec",
+            "int4-g16",
+            "--calib",
+            text,
+            "--samples",
+            4,
+            "--length",
+            24,
+            *more,
+        )
 
     code, out, err = run()
-    assert code == 0 and "mlp.experts.gate_up_proj: experts" in out and "saw fewer tokens than input channels" in out, err
+    assert (
+        code == 0
+        and "mlp.experts.gate_up_proj: experts" in out
+        and "saw fewer tokens than input channels" in out
+    ), err
     code, out, err = run("--calibrate-all-experts")
     assert code == 0 and "gate_up_proj: experts" not in out, err
     assert command(main, "inspect", tmp_path / "out0")[0] == 0

@@ -33,14 +33,20 @@ SPECS = ("int4-g16", "int3-g32-asym", "int8-channel", "fp8-b16x32", "mxfp4", "nv
 def pieces(experts, cuts):
     """Every expert's rows between these cuts."""
     ranges = list(enumerate(pairwise(cuts)))
-    return tuple(Piece(f"experts.{e}.p{i}.weight", e, a, b) for e in range(experts) for i, (a, b) in ranges)
+    return tuple(
+        Piece(f"experts.{e}.p{i}.weight", e, a, b) for e in range(experts) for i, (a, b) in ranges
+    )
 
 
 def stacked(leaves):
     return pytree.tree_map(lambda *parts: None if parts[0] is None else torch.stack(parts), *leaves)
 
 
-@given(experts=st.integers(1, 4), blocks=st.lists(st.integers(1, 3), min_size=1, max_size=3), text=st.sampled_from((None, *SPECS)))
+@given(
+    experts=st.integers(1, 4),
+    blocks=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    text=st.sampled_from((None, *SPECS)),
+)
 def test_joining_what_was_cut_gives_the_leaf_bit_for_bit(experts, blocks, text):
     cuts = [0, *torch.tensor(blocks).cumsum(0).mul(16).tolist()]
     W_eok = torch.randn(experts, cuts[-1], 64, generator=torch.Generator().manual_seed(cuts[-1]))
@@ -48,7 +54,11 @@ def test_joining_what_was_cut_gives_the_leaf_bit_for_bit(experts, blocks, text):
     parts = pieces(experts, cuts)
     again = assemble(parts, [piece.of(leaf) for piece in parts])
     assert type(again) is type(leaf)
-    ours, theirs = (t if isinstance(t, torch.Tensor) else None for t in (again, leaf)) if text is None else (again.codes, leaf.codes)
+    ours, theirs = (
+        (t if isinstance(t, torch.Tensor) else None for t in (again, leaf))
+        if text is None
+        else (again.codes, leaf.codes)
+    )
     assert torch.equal(ours.float(), theirs.float())
     if isinstance(leaf, QTensor):
         assert again.spec == leaf.spec and torch.equal(again.scales.float(), leaf.scales.float())
@@ -64,7 +74,10 @@ def test_a_whole_leaf_is_its_one_piece():
 
 def test_a_cut_through_a_block_of_rows_is_refused_by_name():
     leaf = stacked([encode(minmax, torch.randn(64, 64), parse_spec("fp8-b32x32"))])
-    with pytest.raises(QlabError, match=r"experts\.0\.p0: rows 0 to 16 of the fused experts share fp8-b32x32 scales"):
+    with pytest.raises(
+        QlabError,
+        match=r"experts\.0\.p0: rows 0 to 16 of the fused experts share fp8-b32x32 scales",
+    ):
         pieces(1, [0, 16, 64])[0].of(leaf)
 
 
@@ -78,15 +91,29 @@ def test_scales_per_tensor_join_as_scales_of_rows():
     parts = [encode(minmax, torch.randn(16, 64), parse_spec("int8-tensor")) for _ in range(2)]
     joined = assemble(pieces(1, [0, 16, 32]), parts)
     assert joined.spec == parse_spec("int8-channel")
-    assert torch.equal(dense(joined, torch.float32)[0], torch.cat([dense(part, torch.float32) for part in parts]))
+    assert torch.equal(
+        dense(joined, torch.float32)[0], torch.cat([dense(part, torch.float32) for part in parts])
+    )
 
 
 def test_transformers_own_saving_rules_say_what_engines_call_experts():
     model = tiny("mixtral")
     cut = pieces_of_experts(model, "model.layers.1.mlp.experts.gate_up_proj", ())
     module = "model.layers.1.block_sparse_moe.experts.{}.w{}.weight"
-    expected = [Piece(module.format(e, w), e, start, start + 128) for e in range(4) for w, start in ((1, 0), (3, 128))]
+    expected = [
+        Piece(module.format(e, w), e, start, start + 128)
+        for e in range(4)
+        for w, start in ((1, 0), (3, 128))
+    ]
     assert list(cut) == expected
-    bare = pieces_of_experts(model, "model.layers.1.mlp.experts.down_proj", [p.name.removeprefix("model.") for p in
-                             pieces_of_experts(model, "model.layers.1.mlp.experts.down_proj", ())])  # fmt: skip
-    assert bare[3] == Piece("layers.1.block_sparse_moe.experts.3.w2.weight", 3, 0, 64)  # as the files spell it
+    bare = pieces_of_experts(
+        model,
+        "model.layers.1.mlp.experts.down_proj",
+        [
+            p.name.removeprefix("model.")
+            for p in pieces_of_experts(model, "model.layers.1.mlp.experts.down_proj", ())
+        ],
+    )
+    assert bare[3] == Piece(
+        "layers.1.block_sparse_moe.experts.3.w2.weight", 3, 0, 64
+    )  # as the files spell it

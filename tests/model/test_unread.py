@@ -1,4 +1,5 @@
-"""Weights that no program shows as a product stay as they are: everything else of their model is measured and quantized."""
+"""Weights that no program shows as a product stay as they are: everything else of their model is
+measured and quantized."""
 
 from functools import partial
 
@@ -46,7 +47,11 @@ def test_what_a_rule_keeps_need_not_be_read(method, source, tmp_path):
 
 def test_a_recipe_that_covers_what_is_not_read_is_refused_before_work(source, tmp_path):
     model = open_checkpoint(source)
-    words = (f"{EXPERTS} (4, 64, 256) is used by aten.bmm.default", "--keep PATTERN", "keep() in rules()")
+    words = (
+        f"{EXPERTS} (4, 64, 256) is used by aten.bmm.default",
+        "--keep PATTERN",
+        "keep() in rules()",
+    )
     refused(lambda: quantize(model, rtn(INT8), None, tmp_path / "out"), *words)
     others = {"*attn*": rtn(INT8), "*shared_expert*": keep(), "*layers.0*": keep()}
     refused(lambda: plan(model, rules(others)), "no rule covers", EXPERTS)
@@ -58,12 +63,16 @@ def test_the_command_line_keeps_what_it_is_told_to(command, source, saved, tmp_p
     arguments = ["--method", "rtn", "--spec", "int8-g16"]
     code, _, error = call("quantize", source, "--out", tmp_path / "out", *arguments)
     assert code == 2 and "--keep PATTERN" in error and not list(tmp_path.iterdir())
-    assert call("quantize", source, "--out", tmp_path / "out", *arguments, "--keep", "*experts*")[0] == 0
+    assert (
+        call("quantize", source, "--out", tmp_path / "out", *arguments, "--keep", "*experts*")[0]
+        == 0
+    )
     code, out, _ = call("plan", saved(), *arguments, "--keep", "*.o_proj", "--keep", "*.up_proj")
     assert code == 0 and "keep" in out and "10 weights quantized" in out
     code, _, error = call("plan", saved(), *arguments, "--keep", "*nowhere*")
     assert code == 2 and "'keep' matches no site (*nowhere*)" in error
     model, recipe = open_checkpoint(source), rules({"*experts*": keep(), "*": rtn(INT8)})
     same = quantize(model, recipe, None, tmp_path / "same").path
-    assert {n: b for n, b in contents(same).items() if n != "qlab.json"} == \
-        {n: b for n, b in contents(tmp_path / "out").items() if n != "qlab.json"}  # fmt: skip
+    assert {n: b for n, b in contents(same).items() if n != "qlab.json"} == {
+        n: b for n, b in contents(tmp_path / "out").items() if n != "qlab.json"
+    }

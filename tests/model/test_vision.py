@@ -1,4 +1,5 @@
-"""Models of images and text: the decoder is quantized, on text or on what real images become, and the rest is left alone."""
+"""Models of images and text: the decoder is quantized, on text or on what real images become, and
+the rest is left alone."""
 
 import importlib.util
 import json
@@ -37,7 +38,9 @@ def test_the_decoder_is_quantized_on_text_and_the_tower_is_left_alone(family, sa
     result = quantize(open_checkpoint(source), awq(INT4), random_tokens(source), tmp_path / "out")
     after = qlab_logits(result.path)
     theirs = from_transformers(result.path)(input_ids=IDS).logits
-    assert (after - theirs).norm() <= 1e-5 * theirs.norm() and (after - before).norm() > 1e-3 * before.norm()
+    assert (after - theirs).norm() <= 1e-5 * theirs.norm() and (
+        after - before
+    ).norm() > 1e-3 * before.norm()
     old, new = tensors(source), tensors(result.path)
     tower = {name for name in old if "vis" in name or "projector" in name}
     assert tower and all(bits_equal(old[name], new[name]) for name in tower)
@@ -87,7 +90,10 @@ def test_calibration_on_images_differs_from_calibration_without(family, saved, t
 def test_real_images_go_through_the_processor_and_are_counted(llava, tmp_path):
     model = open_checkpoint(llava)
     data = image_samples(model, [llava / "samples.jsonl"], samples=2, seed=1)
-    assert data.images == sum("pixel_values" in s for s in data.inputs) and data.image_tokens == 4 * data.images
+    assert (
+        data.images == sum("pixel_values" in s for s in data.inputs)
+        and data.image_tokens == 4 * data.images
+    )
     everything = image_samples(model, [llava / "samples.jsonl"], samples=3)
     assert (everything.images, everything.image_tokens, everything.count) == (2, 8, 8 + 6 + 3)
     result = quantize(model, gptq(INT4), data, tmp_path / "out")
@@ -98,26 +104,44 @@ def test_real_images_go_through_the_processor_and_are_counted(llava, tmp_path):
 
 def test_samples_of_text_and_samples_of_images_calibrate_together(llava, tmp_path):
     data = image_samples(open_checkpoint(llava), [llava / "samples.jsonl"], samples=3)
-    assert quantize(open_checkpoint(llava), gptq(INT4), data, tmp_path / "out").plan.tokens == data.count
+    assert (
+        quantize(open_checkpoint(llava), gptq(INT4), data, tmp_path / "out").plan.tokens
+        == data.count
+    )
 
 
 def test_qwens_processor_needs_torchvision_and_says_so(saved):
     if importlib.util.find_spec("torchvision"):
         pytest.skip("torchvision is installed")
     source = saved("qwen2_vl")
-    (source / "preprocessor_config.json").write_text('{"image_processor_type": "Qwen2VLImageProcessor"}')
+    (source / "preprocessor_config.json").write_text(
+        '{"image_processor_type": "Qwen2VLImageProcessor"}'
+    )
     with pytest.raises(QlabError, match="has no processor that transformers can make here"):
         image_samples(open_checkpoint(source), ["unread.jsonl"], 1)
 
 
-@pytest.mark.parametrize("line, words", [
-    ("{", "line 1: not a JSON object"), ('{"images": []}', "not a JSON object"),
-    ('{"text": "a", "images": "0.png"}', "as a list of paths"),
-    ('{"text": "<image> word1", "images": ["absent.png"]}', r"line 1: the image .*absent\.png cannot be read"),
-    ('{"text": "<image> word1", "images": ["samples.jsonl"]}', "cannot be read"),
-    ('{"text": "<image> <image> word1", "images": ["0.png"]}', "line 1: the processor refuses this sample"),
-    ('{"text": "word1 word2 word3 word4 word5 word6"}', "has 6 tokens, more than the 5 of a sample"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("{", "line 1: not a JSON object"),
+        ('{"images": []}', "not a JSON object"),
+        ('{"text": "a", "images": "0.png"}', "as a list of paths"),
+        (
+            '{"text": "<image> word1", "images": ["absent.png"]}',
+            r"line 1: the image .*absent\.png cannot be read",
+        ),
+        ('{"text": "<image> word1", "images": ["samples.jsonl"]}', "cannot be read"),
+        (
+            '{"text": "<image> <image> word1", "images": ["0.png"]}',
+            "line 1: the processor refuses this sample",
+        ),
+        (
+            '{"text": "word1 word2 word3 word4 word5 word6"}',
+            "has 6 tokens, more than the 5 of a sample",
+        ),
+    ],
+)
 def test_samples_that_cannot_be_used_are_refused_by_line(line, words, llava):
     path = llava / "wrong.jsonl"
     path.write_text(line)
@@ -132,10 +156,35 @@ def test_more_samples_than_lines_are_refused(llava):
 
 def test_a_command_calibrates_on_images(llava, tmp_path, command):
     samples = llava / "samples.jsonl"
-    code, out, err = command(main, "quantize", llava, "--out", tmp_path / "out", "--method", "gptq", "--spec", "int4-g16",
-                             "--images", samples, "--samples", 3)  # fmt: skip
+    code, out, err = command(
+        main,
+        "quantize",
+        llava,
+        "--out",
+        tmp_path / "out",
+        "--method",
+        "gptq",
+        "--spec",
+        "int4-g16",
+        "--images",
+        samples,
+        "--samples",
+        3,
+    )
     assert code == 0 and "17 tokens" in out, err
-    code, _, err = command(main, "plan", llava, "--method", "gptq", "--spec", "int4-g16", "--images", samples, "--calib", samples)
+    code, _, err = command(
+        main,
+        "plan",
+        llava,
+        "--method",
+        "gptq",
+        "--spec",
+        "int4-g16",
+        "--images",
+        samples,
+        "--calib",
+        samples,
+    )
     assert code == 2 and "give one of them" in err
 
 
@@ -147,7 +196,9 @@ def test_models_that_change_hidden_states_between_blocks_are_refused(saved):
 
     def joined(self, *args, **kwargs):  # another image joins before the second block
         late = self.block is skeleton.blocks[second]
-        return forward(self, *(a + 1 if late and i == 0 else a for i, a in enumerate(args)), **kwargs)
+        return forward(
+            self, *(a + 1 if late and i == 0 else a for i, a in enumerate(args)), **kwargs
+        )
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(Recorder, "forward", joined)

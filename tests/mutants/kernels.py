@@ -69,7 +69,8 @@ low = (words >> 4).to(tl.int8)
         "experts read from the first one's words",
         "qlab_kernels/grouped.py",
         "int4_grouped_mm_kernel",
-        "words_ptr += expert.to(tl.int64) * N_PAD * (K // 2) + block_n.to(tl.int64) * BN * (K // 2)",
+        "words_ptr += expert.to(tl.int64) * N_PAD * (K // 2) + block_n.to(tl.int64) * BN * (K // "
+        "2)",
         "words_ptr += block_n.to(tl.int64) * BN * (K // 2)",
         "kernels/interpreter",
     ),

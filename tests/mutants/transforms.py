@@ -96,7 +96,8 @@ return Rows(x, tokens, ends)
         "algebra/stats.py",
         "Moment.mean_kk",
         "return torch.eye(len(self.sum_kk), dtype=self.sum_kk.dtype, device=self.sum_kk.device)",
-        "return 0 * torch.eye(len(self.sum_kk), dtype=self.sum_kk.dtype, device=self.sum_kk.device)",
+        "return 0 * torch.eye(len(self.sum_kk), dtype=self.sum_kk.dtype, "
+        "device=self.sum_kk.device)",
         "stats experts",
     ),
     Mutant(

@@ -1,4 +1,5 @@
-"""Nothing that is set around a call reaches into it, and no call changes what is set: same bytes, in threads side by side too."""
+"""Nothing that is set around a call reaches into it, and no call changes what is set: same bytes,
+in threads side by side too."""
 
 import ast
 import contextlib
@@ -102,7 +103,9 @@ def plain(source, data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("around", AROUND)
-def test_what_is_set_around_a_call_changes_no_byte_and_stays_set(source, data, plain, tmp_path, around):
+def test_what_is_set_around_a_call_changes_no_byte_and_stays_set(
+    source, data, plain, tmp_path, around
+):
     with AROUND[around]():
         before = state()
         codes, reading, lowered = made(source, data, tmp_path / "q")
@@ -147,12 +150,24 @@ def test_an_open_model_is_the_same_after_it_was_used(source):
     assert model.config.to_dict() == before
 
 
-@pytest.mark.parametrize("make", [
-    lambda: torch.empty(3).dtype, lambda: torch.full((2,), 1.5).dtype, lambda: torch.tensor([0.1, 0.2]), lambda: torch.arange(5) / 3,
-    lambda: torch.arange(300).sqrt(), lambda: 1.0 / (10000 ** (torch.arange(0, 8, 2) / 8)), lambda: torch.arange(4).float(),
-    lambda: torch.arange(4).to(torch.float32), lambda: torch.arange(0, 1, 0.3), lambda: torch.ones(2).mean(),
-    lambda: torch.zeros(2, dtype=torch.float64), lambda: nn.Linear(2, 3).weight.dtype, lambda: torch.ones(3, dtype=torch.int64) * 0.1,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.empty(3).dtype,
+        lambda: torch.full((2,), 1.5).dtype,
+        lambda: torch.tensor([0.1, 0.2]),
+        lambda: torch.arange(5) / 3,
+        lambda: torch.arange(300).sqrt(),
+        lambda: 1.0 / (10000 ** (torch.arange(0, 8, 2) / 8)),
+        lambda: torch.arange(4).float(),
+        lambda: torch.arange(4).to(torch.float32),
+        lambda: torch.arange(0, 1, 0.3),
+        lambda: torch.ones(2).mean(),
+        lambda: torch.zeros(2, dtype=torch.float64),
+        lambda: nn.Linear(2, 3).weight.dtype,
+        lambda: torch.ones(3, dtype=torch.int64) * 0.1,
+    ],
+)
 def test_a_thread_s_own_default_dtype_makes_what_the_process_s_would(make):
     with default_dtype(torch.bfloat16):
         expected = make()
@@ -167,7 +182,10 @@ def test_a_thread_s_own_default_dtype_makes_what_the_process_s_would(make):
 
 
 def test_no_module_sets_what_the_whole_process_shares():
-    setters = r"set_default_d|init_empty_weights|torch\.manual_seed|set_num_threads|fp32_precision =|catch_warnings|environ\[.*\] ="
+    setters = (
+        r"set_default_d|init_empty_weights|torch\.manual_seed|set_num_threads|fp32_precision "
+        r"=|catch_warnings|environ\[.*\] ="
+    )
     files = [p for p in Path(qlab.__file__).parent.rglob("*.py") if p.name != "surroundings.py"]
     files = [p for p in files if p.parent.name != "bench"]  # which has its process to itself
     assert not [p.name for p in files if re.search(setters, p.read_text())]
@@ -202,7 +220,9 @@ def test_every_tensor_that_qlab_makes_is_told_its_dtype():
     untold = []
     for file in Path(qlab.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in [f"torch.{name}" for name in FACTORIES]:
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in [
+                f"torch.{name}" for name in FACTORIES
+            ]:
                 told = {keyword.arg for keyword in node.keywords} & {"dtype", None}
                 untold += [] if told else [f"{file.name}:{node.lineno}"]
     assert not untold

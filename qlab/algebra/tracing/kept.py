@@ -1,4 +1,5 @@
-"""What a segment keeps: tensors that a run leaves in attributes of its modules, or in objects and classes that these hold."""
+"""What a segment keeps: tensors that a run leaves in attributes of its modules, or in objects and
+classes that these hold."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
@@ -11,13 +12,31 @@ from torch import Tensor, nn
 from qlab.errors import QlabError
 
 Path = tuple[Any, ...]  # attributes, keys and places, one inside the other
-CLOSED = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device, Enum, FunctionType, BuiltinFunctionType,
-          MethodType, ModuleType)  # fmt: skip
+CLOSED = (
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    type(None),
+    torch.dtype,
+    torch.device,
+    Enum,
+    FunctionType,
+    BuiltinFunctionType,
+    MethodType,
+    ModuleType,
+)
 
 
 def tensors_held(segment: nn.Module) -> dict[Path, tuple[int, int]]:
-    """Where a segment's tensors are, each with what changes when another takes its place or when it is written to."""
-    return {path: (id(thing), thing._version) for path, thing in _reached(segment) if isinstance(thing, Tensor)}
+    """Where a segment's tensors are, each with what changes when another takes its place or when it
+    is written to."""
+    return {
+        path: (id(thing), thing._version)
+        for path, thing in _reached(segment)
+        if isinstance(thing, Tensor)
+    }
 
 
 def kept(before: Mapping[Path, tuple[int, int]], segment: nn.Module) -> tuple[Path, ...]:
@@ -43,8 +62,11 @@ def refuse_shared(blocks: Mapping[str, nn.Module], path: str, kept: Iterable[Pat
         for other, block in blocks.items():
             if other != path and any(thing is held for _, thing in _reached(block)):
                 name = held.__name__ if isinstance(held, type) else type(held).__name__
-                raise QlabError(f"{path} leaves a tensor in {name}.{where[-1]}, which {other} holds too; qlab streams models whose "
-                                "blocks hand on what they return, or leave in their arguments")
+                raise QlabError(
+                    f"{path} leaves a tensor in {name}.{where[-1]}, which {other} holds too; qlab "
+                    "streams models whose blocks hand on what they return, or leave in their "
+                    "arguments"
+                )
 
 
 def _reached(root: Any) -> Iterator[tuple[Path, Any]]:

@@ -1,4 +1,5 @@
-"""A segment on the meta device, where operations cost least: what it calls and what comes of which shape, and no values."""
+"""A segment on the meta device, where operations cost least: what it calls and what comes of which
+shape, and no values."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -15,9 +16,13 @@ META = torch.device("meta")
 
 def on_meta(module: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """A copy of the module and its inputs on the meta device."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.to(META), requires_grad=False) for p in module.parameters()}
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.to(META), requires_grad=False) for p in module.parameters()
+    }
     memo |= {id(b): b.to(META) for b in module.buffers()}
-    return copy.deepcopy(module, memo), tuple(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=META) for t in tensors)
+    return copy.deepcopy(module, memo), tuple(
+        torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=META) for t in tensors
+    )
 
 
 def called_on_meta(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -32,13 +37,16 @@ def called_on_meta(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
 
 
 class OnMeta(TorchFunctionMode):
-    """Runs every function on the meta device. note: is told what a tensor is made of where it is made of values alone."""
+    """Runs every function on the meta device. note: is told what a tensor is made of where it is
+    made of values alone."""
 
     def __init__(self, note: Callable[[str, Any], None]):
         super().__init__()
         self.note = note
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         if func in _device_constructors():
             self.note(str(func), (args, kwargs or {}))
         return called_on_meta(func, args, kwargs or {})

@@ -15,20 +15,26 @@ from qlab.algebra.tracing.taken_apart import put_together, take_apart
 
 
 class OnTensors(nn.Module):
-    """The segment as a function of the tensors among its inputs; everything else is part of its structure.
+    """The segment as a function of the tensors among its inputs; everything else is part of its
+    structure.
 
-    It gives what the segment returns, and the tensors that the segment leaves in what it is called with; `after.left` says where.
+    It gives what the segment returns, and the tensors that the segment leaves in what it is called
+    with; `after.left` says where.
     """
 
     def __init__(self, segment: nn.Module, args: tuple, kwargs: dict[str, Any]):
         super().__init__()
         self.segment = segment
         self.leaves, self.form = take_apart((args, kwargs))
-        self.after = SimpleNamespace(left=None)  # export takes back what is assigned to a module itself
+        self.after = SimpleNamespace(
+            left=None
+        )  # export takes back what is assigned to a module itself
 
     def forward(self, *tensors: Tensor) -> Any:
         feed = iter(tensors)
-        inputs = put_together([next(feed) if isinstance(x, Tensor) else x for x in self.leaves], self.form)
+        inputs = put_together(
+            [next(feed) if isinstance(x, Tensor) else x for x in self.leaves], self.form
+        )
         with as_it_runs():
             out = self.segment(*inputs[0], **inputs[1])
         leaves, form = take_apart(inputs)
@@ -37,13 +43,16 @@ class OnTensors(nn.Module):
         places = {id(t): Made(i) for i, t in enumerate(made)} | given
         if not made:
             return out, {}
-        self.after.left = Left(form, tuple(places[id(x)] if isinstance(x, Tensor) else x for x in leaves))
+        self.after.left = Left(
+            form, tuple(places[id(x)] if isinstance(x, Tensor) else x for x in leaves)
+        )
         return out, {repr(self.after.left): made}
 
 
 @contextmanager
 def as_it_runs() -> Iterator[None]:
-    """Code that asks whether it is compiled or exported hears that it is not: models have other ways for that, with other numbers."""
+    """Code that asks whether it is compiled or exported hears that it is not: models have other
+    ways for that, with other numbers."""
     compiler: Any = torch.compiler
     before = compiler._is_compiling_flag, compiler._is_exporting_flag
     compiler._is_compiling_flag = compiler._is_exporting_flag = False
@@ -53,13 +62,19 @@ def as_it_runs() -> Iterator[None]:
         compiler._is_compiling_flag, compiler._is_exporting_flag = before
 
 
-def without_values(module: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """A copy of the module and its inputs as tensors that have a place on the CPU and no memory: what a segment makes of plain
-    numbers beside them (an index, a factor) keeps its values, which are lost where it is traced on the meta device."""
+def without_values(
+    module: nn.Module, tensors: tuple[Tensor, ...]
+) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A copy of the module and its inputs as tensors that have a place on the CPU and no memory:
+    what a segment makes of plain numbers beside them (an index, a factor) keeps its values, which
+    are lost where it is traced on the meta device."""
     with FakeTensorMode(allow_non_fake_inputs=True):
+
         def fake(t: Tensor) -> Tensor:
             return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
 
-        memo: dict[int, Any] = {id(p): nn.Parameter(fake(p), requires_grad=False) for p in module.parameters()}
+        memo: dict[int, Any] = {
+            id(p): nn.Parameter(fake(p), requires_grad=False) for p in module.parameters()
+        }
         memo |= {id(b): fake(b) for b in module.buffers()}
         return copy.deepcopy(module, memo), tuple(fake(t) for t in tensors)

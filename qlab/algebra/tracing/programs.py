@@ -1,10 +1,9 @@
 """Traced programs, shared within a process.
 
-Tracing is most of the work on a small model, and a block would be traced again wherever its model is
-opened again. Two segments
-share a program only if nothing tells them apart: what they are made of, the form of their inputs,
-and every operation that they run on these inputs. The last sees what no attribute shows, such as a
-function that was replaced.
+Tracing is most of the work on a small model, and a block would be traced again wherever its model
+is opened again. Two segments share a program only if nothing tells them apart: what they are made
+of, the form of their inputs, and every operation that they run on these inputs. The last sees what
+no attribute shows, such as a function that was replaced.
 """
 
 import hashlib
@@ -47,9 +46,9 @@ def program(
 ) -> Code:
     """The program of a segment called with these inputs, from an earlier trace where there is one.
 
-    path: names the segment in errors. index: its own number among its like; where an attribute holds
-    it, the operations alone say whether it matters. ignored: attributes that say where a model comes
-    from, and not what it computes. Errors: those of `trace`.
+    path: names the segment in errors. index: its own number among its like; where an attribute
+    holds it, the operations alone say whether it matters. ignored: attributes that say where a
+    model comes from, and not what it computes. Errors: those of `trace`.
     """
     with foreign:
         done = operations(segment, args, kwargs)
@@ -62,7 +61,9 @@ def program(
             _kept.move_to_end(key)
             return code
     code = trace(segment, args, kwargs, path).code
-    if done is None and not runs_as_it_is(code):  # what such a segment does is known to its own trace only
+    if done is None and not runs_as_it_is(
+        code
+    ):  # what such a segment does is known to its own trace only
         return code
     with _lock:
         code = _kept.setdefault(key, code)
@@ -87,7 +88,9 @@ class _Look:
         self.index, self.ignored = index, ignored
         self.lifted = {id(t) for t in (*segment.parameters(), *segment.buffers())}
         self.above: list[int] = []
-        self.seen: dict[int, tuple[Any, Hashable]] = {}  # holds the object, so that its id stays its own
+        self.seen: dict[
+            int, tuple[Any, Hashable]
+        ] = {}  # holds the object, so that its id stays its own
 
     def __call__(self, thing: Any) -> Hashable:
         if thing is None or isinstance(thing, bool | int | float | complex | str | bytes):
@@ -123,7 +126,13 @@ class _Look:
         made, arguments, state, items, entries = (*reduced, None, None, None)[:5]
         if isinstance(thing, nn.Module):
             state = self._without_index(vars(thing))
-        return made, self(arguments), self(state), self(list(items or ())), self(dict(entries or ()))
+        return (
+            made,
+            self(arguments),
+            self(state),
+            self(list(items or ())),
+            self(dict(entries or ())),
+        )
 
     def _entries(self, held: Mapping[Any, Any]) -> Hashable:
         kept = ((k, v) for k, v in held.items() if not (isinstance(k, str) and k in self.ignored))
@@ -158,11 +167,11 @@ def _values(t: Tensor) -> str:
 
 
 def operations(segment: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str | None:
-    """A hash of every operation that a segment runs on inputs of these shapes, and of what each takes
-    from which; None where it does not run on shapes alone.
+    """A hash of every operation that a segment runs on inputs of these shapes, and of what each
+    takes from which; None where it does not run on shapes alone.
 
-    That is asked on the meta device, where operations cost least, and with tensors that have a place
-    on the CPU only of a segment that does not run there.
+    That is asked on the meta device, where operations cost least, and with tensors that have a
+    place on the CPU only of a segment that does not run there.
     """
     tensors = tensors_of(args, kwargs)
     try:
@@ -205,7 +214,9 @@ class _Told(TorchDispatchMode):
         for name, tensor in entering:
             self._call(tensor, f"enters as {name}")
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         self.note(str(func), (args, kwargs or {}))
         out = func(*args, **(kwargs or {}))
         for tensor in pytree.tree_leaves(out):
@@ -231,5 +242,8 @@ class _Told(TorchDispatchMode):
             if type(leaf) is not Tensor:
                 raise ValueError("a tensor without values, which nothing handed on")
             self._call(leaf, _values(leaf))
-        name, form = self.names[id(leaf)], (leaf.dtype, tuple(leaf.shape), leaf.stride(), leaf.device)
+        name, form = (
+            self.names[id(leaf)],
+            (leaf.dtype, tuple(leaf.shape), leaf.stride(), leaf.device),
+        )
         return f"{name} {form}"

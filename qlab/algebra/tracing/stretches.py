@@ -1,9 +1,10 @@
-"""Long stretches of a segment between two products with weights, each as one operation of its program.
+"""Long stretches of a segment between two products with weights, each as one operation of its
+program.
 
-A loop over tokens, or over chunks of them, is thousands of operations, and none of them multiplies by a
-weight. Such a stretch runs as it is: the module's own code, which is given what the products before the
-stretch gave and is left where the next one begins. The products themselves, and all that is between
-them elsewhere, stay operations of the program.
+A loop over tokens, or over chunks of them, is thousands of operations, and none of them multiplies
+by a weight. Such a stretch runs as it is: the module's own code, which is given what the products
+before the stretch gave and is left where the next one begins. The products themselves, and all that
+is between them elsewhere, stay operations of the program.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,18 +27,23 @@ PRIMES = (10007, 10009, 10037, 10039, 10061, 10067)  # which no other sizes are 
 
 
 @torch.library.custom_op("qlab::stretch", mutates_args=())
-def stretch(given: list[Tensor], sizes: Sequence[int], dtype: torch.dtype, index: int, call: int, leaf: int) -> Tensor:
+def stretch(
+    given: list[Tensor], sizes: Sequence[int], dtype: torch.dtype, index: int, call: int, leaf: int
+) -> Tensor:
     """Stands, while a segment is traced, for a tensor that a call inside a stretch gives."""
     raise NotImplementedError
 
 
 @stretch.register_fake
-def _(given: list[Tensor], sizes: Sequence[int], dtype: torch.dtype, index: int, call: int, leaf: int) -> Tensor:
+def _(
+    given: list[Tensor], sizes: Sequence[int], dtype: torch.dtype, index: int, call: int, leaf: int
+) -> Tensor:
     return given[0].new_empty(sizes, dtype=dtype)
 
 
 class Stretched(OnTensors):
-    """The segment as it is to be traced: its long stretches run on the meta device, where nothing of them is taken down."""
+    """The segment as it is to be traced: its long stretches run on the meta device, where nothing
+    of them is taken down."""
 
     def __init__(self, segment: nn.Module, args: tuple, kwargs: dict[str, Any], surveyed: Survey):
         super().__init__(segment, args, kwargs)
@@ -52,7 +58,8 @@ class Stretched(OnTensors):
 
 
 class _Tracing(TorchFunctionMode):
-    """Hands calls inside of stretches tensors of the meta device, and calls behind them what `stretch` stands for."""
+    """Hands calls inside of stretches tensors of the meta device, and calls behind them what
+    `stretch` stands for."""
 
     def __init__(self, surveyed: Survey, inputs: Sequence[Tensor], weights: Mapping[str, Tensor]):
         super().__init__()
@@ -60,7 +67,9 @@ class _Tracing(TorchFunctionMode):
         sizes: list[Any] = [d for t in inputs for d in t.shape]
         symbols = {d.node.expr: d for d in sizes if open_symbols(d)}
         self.numbers = dict(zip(symbols, PRIMES, strict=False))
-        self.symbols = {self.numbers[expr]: d for expr, d in symbols.items() if expr in self.numbers}
+        self.symbols = {
+            self.numbers[expr]: d for expr, d in symbols.items() if expr in self.numbers
+        }
         self.products: list[Tensor] = []
         self.number = 0
         self.twins: dict[int, Tensor] = {}
@@ -69,7 +78,9 @@ class _Tracing(TorchFunctionMode):
         self.standing: dict[int, Tensor] = {}
         self.held: list[Any] = []  # so that the id of a tensor stays its own
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         number, kwargs = self.number, kwargs or {}
         if self.surveyed.within(number) is not None:
             out = self._inside(number, func, args, kwargs)
@@ -135,22 +146,31 @@ class _Tracing(TorchFunctionMode):
             before = sum(number < call for number in self.surveyed.products)
             weights = [self.weights[name] for name in self.surveyed.needed(index)]
             given = [*self.inputs, *weights, *self.products[:before]]
-            self.standing[id(t)] = torch.ops.qlab.stretch(given, [self._size(n) for n in t.shape], t.dtype, index, call, leaf)
+            self.standing[id(t)] = torch.ops.qlab.stretch(
+                given, [self._size(n) for n in t.shape], t.dtype, index, call, leaf
+            )
         return self.standing[id(t)]
 
 
 class Stretch:
-    """(inputs, weights, what the products before gave) -> what the calls inside a stretch give that is used behind it."""
+    """(inputs, weights, what the products before gave) -> what the calls inside a stretch give that
+    is used behind it."""
 
     __name__ = "stretch"
 
-    def __init__(self, on_tensors: OnTensors, surveyed: Survey, index: int, wanted: Sequence[tuple[int, int]]):
+    def __init__(
+        self, on_tensors: OnTensors, surveyed: Survey, index: int, wanted: Sequence[tuple[int, int]]
+    ):
         self.on_tensors, self.surveyed, self.wanted = on_tensors, surveyed, wanted
         self.names, self.stop = surveyed.needed(index), surveyed.stretches[index].stop
 
-    def __call__(self, inputs: Sequence[Tensor], weights: Sequence[Tensor], products: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def __call__(
+        self, inputs: Sequence[Tensor], weights: Sequence[Tensor], products: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
         held = {f"segment.{name}": weight for name, weight in zip(self.names, weights)}
-        again = _Again(self.surveyed, self.stop, products, {call for call, _ in self.wanted}, inputs[0].device)
+        again = _Again(
+            self.surveyed, self.stop, products, {call for call, _ in self.wanted}, inputs[0].device
+        )
         try:
             with again:
                 functional_call(self.on_tensors, held, tuple(inputs))
@@ -166,14 +186,23 @@ class _Enough(Exception):
 class _Again(TorchFunctionMode):
     """Runs a segment to the end of a stretch, with what the products gave in their places."""
 
-    def __init__(self, surveyed: Survey, stop: int, products: Sequence[Tensor], wanted: set[int], device: torch.device):
+    def __init__(
+        self,
+        surveyed: Survey,
+        stop: int,
+        products: Sequence[Tensor],
+        wanted: set[int],
+        device: torch.device,
+    ):
         super().__init__()
         self.surveyed, self.stop, self.wanted, self.device = surveyed, stop, wanted, device
         self.products = iter(products)
         self.gave: dict[int, list[Any]] = {}
         self.number = 0
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         number = self.number
         if number >= self.stop:
             raise _Enough
@@ -188,7 +217,10 @@ class _Again(TorchFunctionMode):
             return out
         self.number += 1
         if number in self.surveyed.products:
-            raise QlabError("a block runs other operations than those it was traced with; open its model again in this process")
+            raise QlabError(
+                "a block runs other operations than those it was traced with; open its model "
+                "again in this process"
+            )
         if number in self.wanted:
             self.gave[number] = pytree.tree_leaves(out)
         return out
@@ -197,7 +229,11 @@ class _Again(TorchFunctionMode):
 def gather(graph: fx.Graph, on_tensors: OnTensors, surveyed: Survey, inputs: int) -> None:
     """Make of all that `stretch` stands for in a program one operation for each stretch."""
     for index in range(len(surveyed.stretches)):
-        standing = [n for n in graph.nodes if n.target is torch.ops.qlab.stretch.default and n.args[3] == index]
+        standing = [
+            n
+            for n in graph.nodes
+            if n.target is torch.ops.qlab.stretch.default and n.args[3] == index
+        ]
         if not standing:
             continue
         names = surveyed.needed(index)
@@ -208,7 +244,11 @@ def gather(graph: fx.Graph, on_tensors: OnTensors, surveyed: Survey, inputs: int
             node = graph.call_function(run, (given[:inputs], weights, given[inputs + len(names) :]))
             items = [graph.call_function(item, (node, i)) for i in range(len(standing))]
         node.meta["val"] = tuple(n.meta["val"] for n in standing)
-        node.meta["unread"] = {weight: surveyed.unread[name] for weight, name in zip(weights, names) if name in surveyed.unread}
+        node.meta["unread"] = {
+            weight: surveyed.unread[name]
+            for weight, name in zip(weights, names)
+            if name in surveyed.unread
+        }
         for one, found in zip(standing, items):
             found.meta["val"] = one.meta["val"]
             one.replace_all_uses_with(found)

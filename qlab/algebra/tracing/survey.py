@@ -1,4 +1,5 @@
-"""What a segment calls of torch, in order: products with weights, and the long stretches between them."""
+"""What a segment calls of torch, in order: products with weights, and the long stretches between
+them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,19 +20,32 @@ from qlab.algebra.tracing.on_meta import called_on_meta, on_meta
 from qlab.algebra.tracing.on_tensors import OnTensors
 
 LONG, EDGE = 24, 20  # calls: of a long stretch, and around it up to the next products
-PRODUCTS = frozenset({
-    F.linear, torch.addmm, torch.mm, torch.matmul, Tensor.addmm, Tensor.mm, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__,
-    *EXPERT_OPS, *(op.overloadpacket for op in EXPERT_OPS),
-})  # fmt: skip
+PRODUCTS = frozenset(
+    {
+        F.linear,
+        torch.addmm,
+        torch.mm,
+        torch.matmul,
+        Tensor.addmm,
+        Tensor.mm,
+        Tensor.matmul,
+        Tensor.__matmul__,
+        Tensor.__rmatmul__,
+        *EXPERT_OPS,
+        *(op.overloadpacket for op in EXPERT_OPS),
+    }
+)
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a segment calls of torch that gives tensors, by number: what is asked of a tensor is not always a call.
+    """What a segment calls of torch that gives tensors, by number: what is asked of a tensor is not
+    always a call.
 
-    products: those with weights. stretches: the long ones in between. taken: a parameter or buffer -> the first call that takes it in
-    another way. unread: a matrix -> the operation inside a stretch that takes it other than number by number. kept: where in its
-    attributes the segment leaves tensors.
+    products: those with weights. stretches: the long ones in between. taken: a parameter or buffer
+    -> the first call that takes it in another way. unread: a matrix -> the operation inside a
+    stretch that takes it other than number by number. kept: where in its attributes the segment
+    leaves tensors.
     """
 
     products: Mapping[int, Any]
@@ -50,7 +64,8 @@ class Survey:
 
 
 def survey(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Survey | None:
-    """What a segment calls on inputs of these shapes; None where it does not run on shapes alone."""
+    """What a segment calls on inputs of these shapes; None where it does not run on shapes
+    alone."""
     copied, tensors = on_meta(module, tensors_of(args, kwargs))
     noted, before = _Noted(copied, tensors), tensors_held(copied)
     try:
@@ -58,21 +73,34 @@ def survey(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Survey | N
             OnTensors(copied, args, kwargs)(*tensors)
     except Exception:  # whatever the segment's own forward raises; `trace` names it
         return None
-    between = [range(start + 1, stop) for start, stop in pairwise([-1, *noted.products, noted.number])]
-    stretches = tuple(long for calls in between if (long := _long(calls, noted.writes, noted.last_use)))
-    unread = {name: func for call, name, func in noted.judge.mixed if any(call in stretch for stretch in stretches)}
+    between = [
+        range(start + 1, stop) for start, stop in pairwise([-1, *noted.products, noted.number])
+    ]
+    stretches = tuple(
+        long for calls in between if (long := _long(calls, noted.writes, noted.last_use))
+    )
+    unread = {
+        name: func
+        for call, name, func in noted.judge.mixed
+        if any(call in stretch for stretch in stretches)
+    }
     return Survey(noted.products, stretches, noted.taken, unread, kept(before, copied))
 
 
-def _long(between: range, writes: Sequence[tuple[int, int]], last_use: Mapping[int, int]) -> range | None:
+def _long(
+    between: range, writes: Sequence[tuple[int, int]], last_use: Mapping[int, int]
+) -> range | None:
     """The stretch between two products, if it is long.
 
-    It ends where fewest tensors are handed on. What its calls write to is made inside, and written to by no others.
+    It ends where fewest tensors are handed on. What its calls write to is made inside, and written
+    to by no others.
     """
     if len(between) <= LONG + 2 * EDGE:
         return None
     start = between[EDGE]
-    stop = min(between[-EDGE:], key=lambda at: sum(made < at <= last_use.get(made, -1) for made in between))
+    stop = min(
+        between[-EDGE:], key=lambda at: sum(made < at <= last_use.get(made, -1) for made in between)
+    )
     crossing = True
     while crossing:
         crossing = False
@@ -104,16 +132,24 @@ class _Noted(TorchFunctionMode):
         self.taken: dict[str, int] = {}
         self.makers: dict[int, int] = {}
         self.gave: dict[int, int] = {}
-        self.writes: list[tuple[int, int]] = []  # a call that writes to a tensor, and the call that made it
+        self.writes: list[
+            tuple[int, int]
+        ] = []  # a call that writes to a tensor, and the call that made it
         self.last_use: dict[int, int] = {}  # a call -> the last one that takes what it gave
         self.number = 0
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         number = self.judge.number = self.number
         taken = _tensors_in((args, kwargs))
         versions = [t._version for t in taken]
         out = called_on_meta(func, args, kwargs or {})
-        self.writes += [(number, self.makers.get(_memory(t), -1)) for t, v in zip(taken, versions) if t._version != v]
+        self.writes += [
+            (number, self.makers.get(_memory(t), -1))
+            for t, v in zip(taken, versions)
+            if t._version != v
+        ]
         made = _tensors_in(out)
         self.held += made
         if made:
@@ -121,7 +157,9 @@ class _Noted(TorchFunctionMode):
             self._take_down(number, func, taken, made)
         return out
 
-    def _take_down(self, number: int, func: Any, taken: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+    def _take_down(
+        self, number: int, func: Any, taken: Sequence[Tensor], made: Sequence[Tensor]
+    ) -> None:
         for t in made:
             self.makers.setdefault(_memory(t), number)
             self.gave.setdefault(id(t), number)
@@ -131,7 +169,9 @@ class _Noted(TorchFunctionMode):
         names = frozenset().union(*(self.names.get(id(t), ()) for t in taken))
         if names and func in PRODUCTS:
             self.products[number] = func
-        elif names and all(id(t) in self.names for t in taken):  # a cast, a transpose: who takes that takes the weight
+        elif names and all(
+            id(t) in self.names for t in taken
+        ):  # a cast, a transpose: who takes that takes the weight
             self.names |= {id(t): names for t in made}
         else:
             for name in names:
@@ -148,12 +188,16 @@ class _Judge(TorchDispatchMode):
     def __init__(self, module: nn.Module, inputs: Sequence[Tensor]):
         super().__init__()
         self.number = 0
-        self.names = {id(p): frozenset({name}) for name, p in module.named_parameters() if is_matrix(p.shape)}
+        self.names = {
+            id(p): frozenset({name}) for name, p in module.named_parameters() if is_matrix(p.shape)
+        }
         self.computed = {id(t) for t in inputs}
         self.held: list[Tensor] = []  # so that the id of a tensor stays its own
         self.mixed: list[tuple[int, str, Any]] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         taken, made = _tensors_in((args, kwargs)), _tensors_in(out)
         self.held += made
@@ -170,7 +214,7 @@ class _Judge(TorchDispatchMode):
 def _number_by_number(func: Any, args: tuple) -> bool:
     if func is aten.convolution.default:
         return args[1].shape[1] == 1  # a filter of each channel by itself
-    views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+    views = any(
+        r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns
+    )
     return views or func in SAME_VALUES or torch.Tag.pointwise in func.tags
-
-

@@ -1,7 +1,8 @@
 """What a segment is called with, taken apart into leaves and put together again.
 
-Lists, tuples and dictionaries come apart as in PyTorch's pytrees. So does any other object by its attributes: a cache, or a dictionary
-of a kind of its own, in which blocks leave tensors for later ones.
+Lists, tuples and dictionaries come apart as in PyTorch's pytrees. So does any other object by its
+attributes: a cache, or a dictionary of a kind of its own, in which blocks leave tensors for later
+ones.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ WHOLE = (Tensor, nn.Module, type, FunctionType, BuiltinFunctionType, MethodType,
 
 @dataclass(frozen=True)
 class Form:
-    """How leaves are put together. objects: per leaf of `spec`, the object that it stands for, or None."""
+    """How leaves are put together. objects: per leaf of `spec`, the object that it stands for, or
+    None."""
 
     spec: pytree.TreeSpec
     objects: tuple["_Object | None", ...]
@@ -52,7 +54,8 @@ def _take_apart(tree: Any, above: tuple[int, ...]) -> tuple[list[Any], Form]:
 
 
 def put_together(leaves: list[Any], form: Form) -> Any:
-    """Arguments of this form: the inverse of `take_apart`, with lists, dictionaries and objects of their own."""
+    """Arguments of this form: the inverse of `take_apart`, with lists, dictionaries and objects of
+    their own."""
     outer, at = [], 0
     for held in form.objects:
         if held is None:
@@ -65,7 +68,8 @@ def put_together(leaves: list[Any], form: Form) -> Any:
 
 
 def take_over(held: Any, changed: Any) -> Any:
-    """What is held, with the content of what it was changed into; lists, dictionaries and objects stay themselves."""
+    """What is held, with the content of what it was changed into; lists, dictionaries and objects
+    stay themselves."""
     if type(held) is not type(changed):
         return changed
     if isinstance(held, tuple) and len(held) == len(changed):
@@ -80,7 +84,9 @@ def take_over(held: Any, changed: Any) -> Any:
     elif not _opens(held):
         return changed
     if _opens(held):
-        attributes = {key: take_over(vars(held).get(key), value) for key, value in vars(changed).items()}
+        attributes = {
+            key: take_over(vars(held).get(key), value) for key, value in vars(changed).items()
+        }
         vars(held).clear()
         vars(held).update(attributes)
     return held
@@ -92,7 +98,9 @@ def _opens(thing: Any) -> bool:
 
 def _content(thing: Any) -> tuple[dict[str, Any], Any]:
     """An object's attributes, and its entries where it is a dictionary or a list as well."""
-    entries = dict(thing) if isinstance(thing, dict) else list(thing) if isinstance(thing, list) else None
+    entries = (
+        dict(thing) if isinstance(thing, dict) else list(thing) if isinstance(thing, list) else None
+    )
     return dict(vars(thing)), entries
 
 

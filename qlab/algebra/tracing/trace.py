@@ -32,16 +32,24 @@ from qlab.algebra.tracing.unrolled import deciding_sizes
 from qlab.errors import QlabError
 from qlab.process.surroundings import foreign
 
-TRANSPOSES = (aten.numpy_T.default, aten.t.default, aten.mT.default, aten.transpose.int, aten.permute.default)
+TRANSPOSES = (
+    aten.numpy_T.default,
+    aten.t.default,
+    aten.mT.default,
+    aten.transpose.int,
+    aten.permute.default,
+)
 
 
 def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = "") -> ModuleGraph:
-    """torch.export (non-strict) of one segment with weights lifted to inputs and input dimensions dynamic.
+    """torch.export (non-strict) of one segment with weights lifted to inputs and input dimensions
+    dynamic.
 
-    `args` and `kwargs` are example inputs; tensor dimensions of size 1 are fixed to 1, and those that decide which operations run to
-    their size; the others stay symbolic.
-    A weight that an operation uses in a way qlab cannot read is no site, and `Code.unread` says why; of a segment that export cannot
-    trace, which runs as it is, none is. Refuses by name a segment that does not run.
+    `args` and `kwargs` are example inputs; tensor dimensions of size 1 are fixed to 1, and those
+    that decide which operations run to their size; the others stay symbolic.
+    A weight that an operation uses in a way qlab cannot read is no site, and `Code.unread` says
+    why; of a segment that export cannot trace, which runs as it is, none is. Refuses by name a
+    segment that does not run.
     """
     tensors = tensors_of(args, kwargs)
     where = path or type(module).__name__
@@ -50,7 +58,10 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
     try:
         with foreign:
             fixed = {1, *deciding_sizes(module, args, kwargs, surveyed is not None)}
-            auto = tuple({d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n not in fixed} for t in tensors)
+            auto = tuple(
+                {d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n not in fixed}
+                for t in tensors
+            )
             exported, on_tensors, followed = _exported(module, args, kwargs, auto, surveyed)
     except Exception as error:
         code = replace(_untraced(module, args, kwargs, where, error), kept=kept)
@@ -63,18 +74,29 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
     signature = exported.graph_signature
     lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     params = {name: target.removeprefix("segment.") for name, target in lifted.items()}
-    constants = {name: exported.constants[key] for name, key in signature.inputs_to_lifted_tensor_constants.items()}
+    constants = {
+        name: exported.constants[key]
+        for name, key in signature.inputs_to_lifted_tensor_constants.items()
+    }
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None  # an exported program always has one
-    entering = [node for node in graph.nodes if node.op == "placeholder" and node.name not in {**params, **constants}]
+    entering = [
+        node
+        for node in graph.nodes
+        if node.op == "placeholder" and node.name not in {**params, **constants}
+    ]
     sites, explained = _sites(graph, params)
-    unread = _unread(graph, {name: params[name] for name in signature.inputs_to_parameters}, explained, entering)
+    unread = _unread(
+        graph, {name: params[name] for name in signature.inputs_to_parameters}, explained, entering
+    )
     code = Code(
         graph=graph,
         params=params,
         constants=constants,
         inputs=tuple(_sizes(node.meta["val"]) for node in entering),
-        outputs=tuple(x.meta["val"] if isinstance(x, fx.Node) else x for x in graph.output_node().args[0]),
+        outputs=tuple(
+            x.meta["val"] if isinstance(x, fx.Node) else x for x in graph.output_node().args[0]
+        ),
         out_spec=out_spec.child(0),
         left=on_tensors.after.left,
         sites=tuple(site for site in sites if site.weight not in unread),
@@ -84,15 +106,21 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
     return ModuleGraph(code, _leaves(module, params.values()), path, _dtype(module))
 
 
-def _exported(module: nn.Module, args: tuple, kwargs: dict[str, Any], auto: tuple, surveyed: Survey | None
-              ) -> tuple[Any, OnTensors, Survey | None]:  # fmt: skip
-    """The exported program, with the survey that it follows, in which long stretches are one operation each where they can be."""
+def _exported(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], auto: tuple, surveyed: Survey | None
+) -> tuple[Any, OnTensors, Survey | None]:
+    """The exported program, with the survey that it follows, in which long stretches are one
+    operation each where they can be."""
     tensors = tensors_of(args, kwargs)
     segment, fakes = without_values(module, tensors)
     if surveyed is not None and surveyed.stretches:
         stretched = Stretched(segment, args, kwargs, surveyed)
         try:
-            return torch.export.export(stretched, fakes, dynamic_shapes=(auto,), strict=False), stretched, surveyed
+            return (
+                torch.export.export(stretched, fakes, dynamic_shapes=(auto,), strict=False),
+                stretched,
+                surveyed,
+            )
         except Exception:  # whatever cannot be cut out; the whole may still be traced
             segment, fakes = without_values(module, tensors)
     whole = OnTensors(segment, args, kwargs)
@@ -101,8 +129,12 @@ def _exported(module: nn.Module, args: tuple, kwargs: dict[str, Any], auto: tupl
 
 def _leaves(module: nn.Module, used: Collection[str]) -> dict[str, Leaf]:
     """The module's parameters, and the buffers that its program uses."""
-    leaves: dict[str, Leaf] = {name: t.detach() for name, t in module.named_parameters(remove_duplicate=False)}
-    return leaves | {name: t for name, t in module.named_buffers(remove_duplicate=False) if name in used}
+    leaves: dict[str, Leaf] = {
+        name: t.detach() for name, t in module.named_parameters(remove_duplicate=False)
+    }
+    return leaves | {
+        name: t for name, t in module.named_buffers(remove_duplicate=False) if name in used
+    }
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
@@ -110,19 +142,29 @@ def _dtype(module: nn.Module) -> torch.dtype:
     return next((t.dtype for t in (*module.parameters(), *module.buffers())), torch.float32)
 
 
-def _untraced(module: nn.Module, args: tuple, kwargs: dict[str, Any], where: str, error: Exception) -> Code:
-    """The module itself as a program, where export does not follow it; refuses one that does not run either."""
+def _untraced(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], where: str, error: Exception
+) -> Code:
+    """The module itself as a program, where export does not follow it; refuses one that does not
+    run either."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     try:
-        return as_it_is(module, OnTensors(module, args, kwargs), tensors_of(args, kwargs),
-                        f"is used in {type(module).__name__}, which torch.export cannot trace ({reason.partition('. ')[0]})")
+        return as_it_is(
+            module,
+            OnTensors(module, args, kwargs),
+            tensors_of(args, kwargs),
+            f"is used in {type(module).__name__}, which torch.export cannot trace "
+            f"({reason.partition('. ')[0]})",
+        )
     except Exception as failed:
-        raise QlabError(f"{where} ({type(module).__name__}) cannot be traced by torch.export: {reason}") from failed
+        raise QlabError(
+            f"{where} ({type(module).__name__}) cannot be traced by torch.export: {reason}"
+        ) from failed
 
 
 def _unpin(graph: fx.Graph) -> None:
-    """Drop what holds on the device and in the dtype of the trace alone: checks of both, and views, which need the strides that
-    an operation happens to give there."""
+    """Drop what holds on the device and in the dtype of the trace alone: checks of both, and views,
+    which need the strides that an operation happens to give there."""
     for node in list(graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
@@ -131,12 +173,14 @@ def _unpin(graph: fx.Graph) -> None:
 
 
 def _name_linears(graph: fx.Graph) -> None:
-    """x @ W.T is linear(x, W), and W @ x the same with both sides turned: one name for one product, as which sites, absorb and lower
-    know it."""
+    """x @ W.T is linear(x, W), and W @ x the same with both sides turned: one name for one product,
+    as which sites, absorb and lower know it."""
     for node in list(graph.nodes):
         if node.target is aten.matmul.default and _stores_matrix(node.args[0]):
             _turn_product(graph, node)
-        elif node.target in (aten.matmul.default, aten.mm.default) and _turns_matrix(turned := node.args[1]):
+        elif node.target in (aten.matmul.default, aten.mm.default) and _turns_matrix(
+            turned := node.args[1]
+        ):
             node.target, node.args = aten.linear.default, (node.args[0], turned.args[0])
             if not turned.users:
                 graph.erase_node(turned)
@@ -156,14 +200,22 @@ def _turn_product(graph: fx.Graph, node: fx.Node) -> None:
         turned = graph.call_function(aten.transpose.int, (x, -2, -1))
         product = graph.call_function(aten.linear.default, (turned, weight))
         back = graph.call_function(aten.transpose.int, (product, -2, -1))
-    turned.meta["val"], product.meta["val"], back.meta["val"] = x.meta["val"].mT, node.meta["val"].mT, node.meta["val"]
+    turned.meta["val"], product.meta["val"], back.meta["val"] = (
+        x.meta["val"].mT,
+        node.meta["val"].mT,
+        node.meta["val"],
+    )
     node.replace_all_uses_with(back)
     graph.erase_node(node)
 
 
 def _turns_matrix(node: fx.Node) -> bool:
     """Whether this is the transpose of a stored matrix, in any of its spellings."""
-    if node.target not in TRANSPOSES or node.meta["val"].ndim != 2 or behind_casts(node.args[0]).op != "placeholder":
+    if (
+        node.target not in TRANSPOSES
+        or node.meta["val"].ndim != 2
+        or behind_casts(node.args[0]).op != "placeholder"
+    ):
         return False
     axes = (node.args[1] if node.target is aten.permute.default else node.args[1:]) or (1, 0)
     return axes[0] % 2 != axes[1] % 2
@@ -176,7 +228,10 @@ def _sizes(t: Tensor) -> tuple[int | None, ...]:
 def root(node: fx.Node) -> fx.Node:
     """The node behind casts, copies and reshapes that keep the channel axis."""
     while node.op == "call_function":
-        keeps = node.target in RESHAPES and node.meta["val"].shape[-1] == node.args[0].meta["val"].shape[-1]
+        keeps = (
+            node.target in RESHAPES
+            and node.meta["val"].shape[-1] == node.args[0].meta["val"].shape[-1]
+        )
         if node.target not in SAME_VALUES and not keeps:
             break
         node = node.args[0]
@@ -199,17 +254,32 @@ def _sites(graph: fx.Graph, params: Mapping[str, str]) -> tuple[tuple[Site, ...]
         x, experts = root(node.args[x_at]), {}
         if node.target in EXPERT_OPS:
             route = node.args[3].args[0]  # ends are one of the results of a route
-            experts = {"route": route.name, "choices": int(route.args[0].meta["val"].shape[-1]),
-                       "gathered_from": root(x.args[0]).name if x.target is aten.index.Tensor else None}  # fmt: skip
-        sites.append(Site(_module(params[leaf]), params[leaf], bias_path, x.name, node.target.name(), layout, _parts(node),
-                          router=node.meta["val"].shape[-1] == 1 or _chooses_experts(node), **experts))  # fmt: skip
+            experts = {
+                "route": route.name,
+                "choices": int(route.args[0].meta["val"].shape[-1]),
+                "gathered_from": root(x.args[0]).name if x.target is aten.index.Tensor else None,
+            }
+        sites.append(
+            Site(
+                _module(params[leaf]),
+                params[leaf],
+                bias_path,
+                x.name,
+                node.target.name(),
+                layout,
+                _parts(node),
+                router=node.meta["val"].shape[-1] == 1 or _chooses_experts(node),
+                **experts,
+            )
+        )
         explained |= set(zip((node, *chain), chain))
         explained |= {(node, bias)}
     return tuple(sites), explained
 
 
 def _module(path: str) -> str:
-    """The module of a leaf called `weight`; fused experts hold several weights and are called by the leaf's own path."""
+    """The module of a leaf called `weight`; fused experts hold several weights and are called by
+    the leaf's own path."""
     return path.removesuffix("weight").rstrip(".") or path
 
 
@@ -221,7 +291,8 @@ def _through_casts(node: fx.Node) -> list[fx.Node]:
 
 
 def _chooses_experts(node: fx.Node) -> bool:
-    """Whether a linear's output decides the routing before any other weight sees it: then it is a router."""
+    """Whether a linear's output decides the routing before any other weight sees it: then it is a
+    router."""
     ahead, seen = list(node.users), set()
     while ahead:
         user = ahead.pop()
@@ -233,37 +304,61 @@ def _chooses_experts(node: fx.Node) -> bool:
     return False
 
 
-def _unread(graph: fx.Graph, params: Mapping[str, str], explained: set, entering: list[fx.Node]) -> dict[str, str]:
-    """The matrices among the parameters that are no site's weight, each with the reason. A matrix whose numbers are used one by one is
-    none of them: as factors (a state-space model's A), or as a filter of each channel. Nor are buffers (masks, tables of positions)."""
+def _unread(
+    graph: fx.Graph, params: Mapping[str, str], explained: set, entering: list[fx.Node]
+) -> dict[str, str]:
+    """The matrices among the parameters that are no site's weight, each with the reason. A matrix
+    whose numbers are used one by one is none of them: as factors (a state-space model's A), or as a
+    filter of each channel. Nor are buffers (masks, tables of positions)."""
     computed = set(entering)  # what depends on the segment's inputs, beyond their sizes
     for node in graph.nodes:
-        if isinstance(node.meta.get("val"), Tensor | list | tuple) and not computed.isdisjoint(node.all_input_nodes):
+        if isinstance(node.meta.get("val"), Tensor | list | tuple) and not computed.isdisjoint(
+            node.all_input_nodes
+        ):
             computed.add(node)
     unread: dict[str, str] = {}
     for node in graph.nodes:
-        if node.op != "placeholder" or node.name not in params or not is_matrix(node.meta["val"].shape):
+        if (
+            node.op != "placeholder"
+            or node.name not in params
+            or not is_matrix(node.meta["val"].shape)
+        ):
             continue
         shape = tuple(node.meta["val"].shape)
         products = [user for user in node.users if (user, node) in explained]
-        others = [user for user in node.users if user not in products and (products or not _number_by_number(user, node, computed))]
+        others = [
+            user
+            for user in node.users
+            if user not in products and (products or not _number_by_number(user, node, computed))
+        ]
         if others:
-            unread[params[node.name]] = f"{shape} is used by {_operation(others[0], node)}, in which qlab reads no weight"
+            unread[params[node.name]] = (
+                f"{shape} is used by {_operation(others[0], node)}, in which qlab reads no weight"
+            )
         elif len(products) > 1:
-            unread[params[node.name]] = f"{shape} is used by two operations, {products[0]} and {products[1]}"
+            unread[params[node.name]] = (
+                f"{shape} is used by two operations, {products[0]} and {products[1]}"
+            )
     return unread
 
 
 def _operation(node: fx.Node, weight: fx.Node) -> Any:
     """What takes a weight: of a stretch, the operation inside it."""
-    return node.meta["unread"].get(weight, "a loop") if isinstance(node.target, Stretch) else node.target
+    return (
+        node.meta["unread"].get(weight, "a loop")
+        if isinstance(node.target, Stretch)
+        else node.target
+    )
 
 
 def _number_by_number(node: fx.Node, weight: fx.Node, computed: set[fx.Node]) -> bool:
-    """Whether an operation, and those on what it makes without the input, sum over no channels of the weight and the input."""
+    """Whether an operation, and those on what it makes without the input, sum over no channels of
+    the weight and the input."""
     if isinstance(node.target, Stretch):
         return weight not in node.meta["unread"]
-    if node.target is aten.conv1d.default:  # weight [o, k, w]; where k is 1, a filter of each channel by itself
+    if (
+        node.target is aten.conv1d.default
+    ):  # weight [o, k, w]; where k is 1, a filter of each channel by itself
         return node.args[1] is weight and weight.meta["val"].shape[1] == 1
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
     if not pointwise and node.target not in LAYOUT | SAME_VALUES:
@@ -272,17 +367,28 @@ def _number_by_number(node: fx.Node, weight: fx.Node, computed: set[fx.Node]) ->
 
 
 def _parts(node: fx.Node) -> tuple[Part, ...]:
-    """Row ranges that a fused output is cut into, read off its slices, splits and chunks along the channel axis."""
+    """Row ranges that a fused output is cut into, read off its slices, splits and chunks along the
+    channel axis."""
     users, last = list(node.users), node.meta["val"].ndim - 1
     while len(users) == 1 and users[0].target in SAME_VALUES:
         node, users = users[0], list(users[0].users)
     width, cuts = int(node.meta["val"].shape[-1]), set()
     for user in users:
-        along = user.args[1] if len(user.args) > 1 and user.target is aten.slice.Tensor else user.args[-1]
+        along = (
+            user.args[1]
+            if len(user.args) > 1 and user.target is aten.slice.Tensor
+            else user.args[-1]
+        )
         if user.target is aten.slice.Tensor and along in (-1, last):
-            if len(user.args) < 5:  # every other channel (interleaved gate and up) is no range of rows
+            if (
+                len(user.args) < 5
+            ):  # every other channel (interleaved gate and up) is no range of rows
                 cuts.add((user.args[2] or 0, min(user.args[3], width)))
-        elif user.target in (aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default) and along in (-1, last):
+        elif user.target in (
+            aten.split_with_sizes.default,
+            aten.split.Tensor,
+            aten.chunk.default,
+        ) and along in (-1, last):
             start = 0
             for piece in user.meta["val"]:
                 cuts.add((start, start := start + int(piece.shape[-1])))

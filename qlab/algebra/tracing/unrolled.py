@@ -1,9 +1,10 @@
 """Sizes that decide which operations a segment runs.
 
 A loop over tokens, or over chunks of them, is unrolled in a program, a branch on a length is taken
-once, and symbols can hardly follow the sizes of what is filled up to whole chunks: such a program is
-for the traced size alone, and its trace does not always say so. A size that is fixed beforehand is a
-plain number while a segment is traced, and numbers take far less time there than the terms of a symbol.
+once, and symbols can hardly follow the sizes of what is filled up to whole chunks: such a program
+is for the traced size alone, and its trace does not always say so. A size that is fixed beforehand
+is a plain number while a segment is traced, and numbers take far less time there than the terms of
+a symbol.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,28 +21,39 @@ from qlab.algebra.graph import tensors_of
 from qlab.algebra.tracing.on_meta import called_on_meta, on_meta
 from qlab.algebra.tracing.on_tensors import OnTensors, without_values
 
-FEW, MORE, MANY = 7, 18, 1033  # of which chunks of up to 1,024 make different numbers, and no chunks are whole
-Called = list[tuple[Any, tuple[torch.Size, ...]]]  # functions of torch, each with the shapes of what it gives
+FEW, MORE, MANY = (
+    7,
+    18,
+    1033,
+)  # of which chunks of up to 1,024 make different numbers, and no chunks are whole
+Called = list[
+    tuple[Any, tuple[torch.Size, ...]]
+]  # functions of torch, each with the shapes of what it gives
 
 
-def deciding_sizes(module: nn.Module, args: tuple, kwargs: dict[str, Any], meta: bool = True) -> frozenset[int]:
-    """The sizes of a segment's inputs, beside those of their last axes, that decide which operations it runs, or how large in steps
-    what these give is: a length that is filled up to whole chunks.
+def deciding_sizes(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], meta: bool = True
+) -> frozenset[int]:
+    """The sizes of a segment's inputs, beside those of their last axes, that decide which
+    operations it runs, or how large in steps what these give is: a length that is filled up to
+    whole chunks.
 
-    None of them is a size with which alone the segment runs, as that of its channels. meta: whether the segment runs on the meta
-    device, where that costs least.
+    None of them is a size with which alone the segment runs, as that of its channels. meta: whether
+    the segment runs on the meta device, where that costs least.
     """
     floats = [t for t in tensors_of(args, kwargs) if t.is_floating_point()]
     sizes = sorted({n for t in floats for n in t.shape[:-1] if n > 1})
     small = {n: FEW + i for i, n in enumerate(sizes)}
     if _called(small, None, module, args, kwargs, meta) is None:
         small = {}
-    return frozenset(n for i, n in enumerate(sizes) if _decides(n, i, small, module, args, kwargs, meta))
+    return frozenset(
+        n for i, n in enumerate(sizes) if _decides(n, i, small, module, args, kwargs, meta)
+    )
 
 
 def _decides(n: int, i: int, small: Mapping[int, int], *segment: Any) -> bool:
-    """Whether other functions run with few instead of this size than with many, or their results grow in steps. small: the sizes that
-    are few meanwhile, so that other loops are short."""
+    """Whether other functions run with few instead of this size than with many, or their results
+    grow in steps. small: the sizes that are few meanwhile, so that other loops are short."""
     few = _called({**small, n: FEW + i}, None, *segment)
     if few is None:
         return False
@@ -57,15 +69,26 @@ def _decides(n: int, i: int, small: Mapping[int, int], *segment: Any) -> bool:
 def _even(few: tuple, more: tuple, many: tuple) -> bool:
     """Whether what a function gives grows evenly with a size."""
     sizes = ([n for shape in shapes for n in shape] for _, shapes in (few, more, many))
-    return all((b - a) * (MANY - FEW) == (c - a) * (MORE - FEW) for a, b, c in zip(*sizes, strict=False))
+    return all(
+        (b - a) * (MANY - FEW) == (c - a) * (MORE - FEW) for a, b, c in zip(*sizes, strict=False)
+    )
 
 
-def _called(instead: Mapping[int, int], others: Called | None, module: nn.Module, args: tuple, kwargs: dict[str, Any],
-            meta: bool) -> Called | None:  # fmt: skip
-    """What a segment calls with other sizes than those of its inputs, as far as `others` are the same; None where it does not run."""
+def _called(
+    instead: Mapping[int, int],
+    others: Called | None,
+    module: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+    meta: bool,
+) -> Called | None:
+    """What a segment calls with other sizes than those of its inputs, as far as `others` are the
+    same; None where it does not run."""
     noted = _Noted(others, called_on_meta if meta else _called_plainly)
     try:
-        copied, tensors = (on_meta if meta else without_values)(module, tuple(_resized(t, instead) for t in tensors_of(args, kwargs)))
+        copied, tensors = (on_meta if meta else without_values)(
+            module, tuple(_resized(t, instead) for t in tensors_of(args, kwargs))
+        )
         with torch.no_grad(), detect_fake_mode(tensors) or nullcontext(), noted:
             OnTensors(copied, args, kwargs)(*tensors)
     except _Differs:
@@ -88,19 +111,23 @@ class _Differs(Exception):
 
 
 class _Noted(TorchFunctionMode):
-    """Takes down the functions of torch that a segment calls, until they differ from others. What these do inside, as copies for a
-    layout, is no choice of the segment's."""
+    """Takes down the functions of torch that a segment calls, until they differ from others. What
+    these do inside, as copies for a layout, is no choice of the segment's."""
 
     def __init__(self, others: Called | None, call: Callable[..., Any]):
         super().__init__()
         self.others, self.call = others, call
         self.called: Called = []
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         at = len(self.called)
         if self.others is not None and (at == len(self.others) or self.others[at][0] != func):
             self.called.append((func, ()))
             raise _Differs
         out = self.call(func, args, kwargs or {})
-        self.called.append((func, tuple(t.shape for t in pytree.tree_leaves(out) if isinstance(t, Tensor))))
+        self.called.append(
+            (func, tuple(t.shape for t in pytree.tree_leaves(out) if isinstance(t, Tensor)))
+        )
         return out

@@ -1,8 +1,10 @@
-"""compressed-tensors: one config, and tensors in the layout that suits the numbers. Source: compressed-tensors 0.20.
+"""compressed-tensors: one config, and tensors in the layout that suits the numbers. Source:
+compressed-tensors 0.20.
 
-`packed.py` holds integers as bit streams, `plain.py` one code per byte (int-, float- and naive-quantized, MXFP8),
-`narrow.py` 4- and 6-bit floats, `sparse.py` 2:4 weights (read only). `scheme.py` says how a number grid is written
-down, `config.py` which module has which, `cache.py` and `transforms.py` what else happens at run time.
+`packed.py` holds integers as bit streams, `plain.py` one code per byte (int-, float- and
+naive-quantized, MXFP8), `narrow.py` 4- and 6-bit floats, `sparse.py` 2:4 weights (read only).
+`scheme.py` says how a number grid is written down, `config.py` which module has which, `cache.py`
+and `transforms.py` what else happens at run time.
 """
 
 from collections.abc import Collection, Mapping
@@ -27,28 +29,43 @@ from qlab.errors import QlabError
 __all__ = ["config", "decode", "decode_input", "encode", "extras", "inputs", "refusal", "specs"]
 
 LAYOUTS = {
-    "pack-quantized": packed, "int-quantized": plain, "float-quantized": plain, "naive-quantized": plain,
-    "mxfp8-quantized": plain, "mxfp4-pack-quantized": narrow, "mxfp6-pack-quantized": narrow,
+    "pack-quantized": packed,
+    "int-quantized": plain,
+    "float-quantized": plain,
+    "naive-quantized": plain,
+    "mxfp8-quantized": plain,
+    "mxfp4-pack-quantized": narrow,
+    "mxfp6-pack-quantized": narrow,
     "nvfp4-pack-quantized": narrow,
-}  # fmt: skip
+}
 
 
 def encode(path: str, leaf: QTensor, online: Collection = ()) -> dict[str, Tensor]:
-    """QTensor [o, k] -> the tensors of module `path`, in the format that its spec and its inputs' call for.
+    """QTensor [o, k] -> the tensors of module `path`, in the format that its spec and its inputs'
+    call for.
 
     online: what happens to the module's input at run time; only QuantizeInput has a place here.
     """
     if reason := refusal(leaf.spec, online):
         raise QlabError(f"{path}: {reason}")
     if len(leaf.shape) != 2:
-        raise QlabError(f"{path}: compressed-tensors holds one [o, k] weight per module, not {tuple(leaf.shape)}; split it")
+        raise QlabError(
+            f"{path}: compressed-tensors holds one [o, k] weight per module, not "
+            f"{tuple(leaf.shape)}; split it"
+        )
     if leaf.perm is not None:
-        raise QlabError(f"{path}: compressed-tensors cannot express the leaf's `perm`; use a codec with g_idx")
+        raise QlabError(
+            f"{path}: compressed-tensors cannot express the leaf's `perm`; use a codec with g_idx"
+        )
     if not whole_groups(leaf.spec, leaf.shape):
-        raise QlabError(f"{path}: groups of {leaf.spec.tile.cols} do not divide its {leaf.shape[-1]} channels, as compressed-tensors "
-                        "needs; write gptq")
+        raise QlabError(
+            f"{path}: groups of {leaf.spec.tile.cols} do not divide its {leaf.shape[-1]} "
+            "channels, as compressed-tensors needs; write gptq"
+        )
     rounding = next((op for op in online if isinstance(op, QuantizeInput)), None)
-    tensors = LAYOUTS[format_of(leaf.spec, rounding.input_spec if rounding else None)].encode(path, leaf)
+    tensors = LAYOUTS[format_of(leaf.spec, rounding.input_spec if rounding else None)].encode(
+        path, leaf
+    )
     return tensors | (encode_input(path, rounding) if rounding else {})
 
 
@@ -59,7 +76,9 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec | None) -> Leaf:
     """
     if f"{path}.compressed" in tensors or spec is None:
         weight, left = sparse.decode(path, tensors, spec), sparse.others(path, tensors)
-        return weight if spec is None else plain.decode(path, left | {f"{path}.weight": weight}, spec)
+        return (
+            weight if spec is None else plain.decode(path, left | {f"{path}.weight": weight}, spec)
+        )
     if reason := refusal(spec):
         raise QlabError(f"{path}: {reason}")
     if f"{path}.weight_packed" not in tensors and f"{path}.weight" in tensors:
@@ -70,4 +89,6 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec | None) -> Leaf:
 def extras(config: Mapping[str, Any], names: Collection[str]) -> tuple[Extra, ...]:
     """What the config says beside weights and inputs."""
     said = cache(config, names)
-    return tuple(extra for extra in (said, transforms(config, names)) if extra) + (() if said else unsaid(config, names))
+    return tuple(extra for extra in (said, transforms(config, names)) if extra) + (
+        () if said else unsaid(config, names)
+    )

@@ -1,8 +1,9 @@
-"""`kv_cache_scheme`: keys and values are rounded before they are cached. Read and carried on; qlab does not do it.
+"""`kv_cache_scheme`: keys and values are rounded before they are cached. Read and carried on; qlab
+does not do it.
 
-One QuantizationArgs for every attention with a cache. Static schemes have k_scale and v_scale of each in the dtype of the
-activations: [1], or [heads, 1, 1] of its key-value heads ("attn_head"). Source: compressed-tensors 0.20. Other writers put them
-elsewhere (cache_scales.py).
+One QuantizationArgs for every attention with a cache. Static schemes have k_scale and v_scale of
+each in the dtype of the activations: [1], or [heads, 1, 1] of its key-value heads ("attn_head").
+Source: compressed-tensors 0.20. Other writers put them elsewhere (cache_scales.py).
 """
 
 import re
@@ -18,22 +19,41 @@ from qlab.errors import QlabError
 
 KEY = "kv_cache_scheme"
 KEYS_TO_VALUES = str.maketrans("kv", "vk")
-STRATEGIES = {(False, "tensor"): "a stored scale per tensor", (False, "attn_head"): "a stored scale per head",
-              (True, "tensor"): "a scale per tensor", (True, "token"): "a scale per token"}  # fmt: skip
+STRATEGIES = {
+    (False, "tensor"): "a stored scale per tensor",
+    (False, "attn_head"): "a stored scale per head",
+    (True, "tensor"): "a scale per tensor",
+    (True, "token"): "a scale per token",
+}
 
 
 def cache(config: Mapping[str, Any], names: Collection[str]) -> Extra | None:
-    """What the key says, with the scales among `names`; refuses schemes that compressed-tensors has not."""
+    """What the key says, with the scales among `names`; refuses schemes that compressed-tensors has
+    not."""
     args = config.get(KEY)
     if not args:
         return None
     check_args(KEY, args)
-    dynamic, strategy, bits = args.get("dynamic") or False, args.get("strategy") or "tensor", args.get("num_bits") or 8
-    scales = STRATEGIES.get((dynamic, strategy)) if isinstance(dynamic, bool) and isinstance(strategy, str) else None
+    dynamic, strategy, bits = (
+        args.get("dynamic") or False,
+        args.get("strategy") or "tensor",
+        args.get("num_bits") or 8,
+    )
+    scales = (
+        STRATEGIES.get((dynamic, strategy))
+        if isinstance(dynamic, bool) and isinstance(strategy, str)
+        else None
+    )
     if scales is None or not args.get("symmetric", True) or bits not in (4, 8):
-        raise QlabError(f"{KEY} has strategy {strategy!r} with dynamic {dynamic!r}, symmetric {args.get('symmetric', True)!r} and "
-                        f"num_bits {bits}; qlab reads symmetric ones of 4 or 8 bits with a scale per tensor, head or token")
-    says = f"keys and values are cached as {'int' if args.get('type', 'int') == 'int' else 'fp'}{bits} with {scales}"
+        raise QlabError(
+            f"{KEY} has strategy {strategy!r} with dynamic {dynamic!r}, symmetric "
+            f"{args.get('symmetric', True)!r} and num_bits {bits}; qlab reads symmetric ones of 4 "
+            "or 8 bits with a scale per tensor, head or token"
+        )
+    says = (
+        "keys and values are cached as "
+        f"{'int' if args.get('type', 'int') == 'int' else 'fp'}{bits} with {scales}"
+    )
     tensors, missing = ((), ()) if dynamic else _scales(names)
     return Extra(KEY, says, tensors=tensors, missing=missing, fault=_fault)
 
@@ -41,16 +61,26 @@ def cache(config: Mapping[str, Any], names: Collection[str]) -> Extra | None:
 def _scales(names: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The scales that are there, and those that modules of the same names but for numbers lack."""
     found = scales_of(names)
-    families = {(_family(owner), kind) for owner, _, kind in (n.rpartition(".") for name in found for n in (name, _others(name)))}
+    families = {
+        (_family(owner), kind)
+        for owner, _, kind in (n.rpartition(".") for name in found for n in (name, _others(name)))
+    }
     modules = {name.rpartition(".")[0] for name in names}
     owners = modules | {module.rpartition(".")[0] for module in modules}
-    wanted = {f"{owner}.{kind}" for owner in owners for family, kind in families if _family(owner) == family}
+    wanted = {
+        f"{owner}.{kind}"
+        for owner in owners
+        for family, kind in families
+        if _family(owner) == family
+    }
     return found, tuple(sorted(wanted - set(found))) if found else ("k_scale of every attention",)
 
 
 def _others(scale: str) -> str:
     """The scale of values that belongs to one of keys, and the other way round."""
-    return re.sub(r"(^|\.)[kv](?=_proj\.|_scale$)", lambda found: found[0].translate(KEYS_TO_VALUES), scale)
+    return re.sub(
+        r"(^|\.)[kv](?=_proj\.|_scale$)", lambda found: found[0].translate(KEYS_TO_VALUES), scale
+    )
 
 
 def _family(path: str) -> tuple[str, ...]:

@@ -1,5 +1,5 @@
-"""Targets that are classes of modules. Files do not say of which class a module is; where classes have different schemes, the shapes
-of its tensors show which one it was written with."""
+"""Targets that are classes of modules. Files do not say of which class a module is; where classes
+have different schemes, the shapes of its tensors show which one it was written with."""
 
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
@@ -25,8 +25,10 @@ def written_with(path: str, candidates: Mapping[str, Quantized], stored: Collect
     shapes = _shapes(path, stored)
     fitting = [name for name, said in candidates.items() if said.spec and _fits(said.spec, shapes)]
     if len(fitting) != 1:
-        raise QlabError(f"{path} may be of {' or of '.join(candidates)}, which quantization_config quantizes in different ways; name "
-                        "modules in its targets")
+        raise QlabError(
+            f"{path} may be of {' or of '.join(candidates)}, which quantization_config quantizes "
+            "in different ways; name modules in its targets"
+        )
     return fitting[0]
 
 
@@ -35,16 +37,23 @@ def _shapes(path: str, stored: Any) -> dict[str, tuple[int, ...]]:
     if not isinstance(stored, Mapping):
         return {}
     kinds = ("weight", "weight_packed", "weight_scale", "weight_zero_point")
-    return {kind: tuple(stored[name].shape) for kind in kinds if (name := f"{path}.{kind}") in stored}
+    return {
+        kind: tuple(stored[name].shape) for kind in kinds if (name := f"{path}.{kind}") in stored
+    }
 
 
 def _fits(spec: Spec, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    scales, codes = shapes.get("weight_scale", ()), shapes.get("weight_packed", shapes.get("weight", ()))
+    scales, codes = (
+        shapes.get("weight_scale", ()),
+        shapes.get("weight_packed", shapes.get("weight", ())),
+    )
     if len(codes) != 2 or ("weight_zero_point" in shapes) == spec.symmetric:
         return False
     if spec.tile.rows is None:
         return scales in ((), (1,))
-    if scales[:1] != codes[:1] or (spec.tile.cols is None and scales not in (codes[:1], (codes[0], 1))):
+    if scales[:1] != codes[:1] or (
+        spec.tile.cols is None and scales not in (codes[:1], (codes[0], 1))
+    ):
         return False
     if spec.tile.cols is None or len(scales) != 2:
         return spec.tile.cols is None

@@ -1,8 +1,9 @@
-"""`nvfp4-pack-quantized`, `mxfp4-pack-quantized`, `mxfp6-pack-quantized`: 4- and 6-bit floats as bit streams.
+"""`nvfp4-pack-quantized`, `mxfp4-pack-quantized`, `mxfp6-pack-quantized`: 4- and 6-bit floats as
+bit streams.
 
-A code is its sign above its magnitude's index, and codes follow each other from the lowest bits of weight_packed
-uint8 [o, k*b/8] upwards. weight_scale is e4m3 [o, k/16] beside weight_global_scale fp32 [1] for NVFP4,
-W = q * (s / g), and uint8 [o, k/32] for MX, W = q * 2^(s - 127).
+A code is its sign above its magnitude's index, and codes follow each other from the lowest bits of
+weight_packed uint8 [o, k*b/8] upwards. weight_scale is e4m3 [o, k/16] beside weight_global_scale
+fp32 [1] for NVFP4, W = q * (s / g), and uint8 [o, k/32] for MX, W = q * 2^(s - 127).
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,12 @@ from qlab.algebra.bits import pack, unpack
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import Float, Spec
 from qlab.codecs.compressed_tensors.plain import as_stored, take_scales
-from qlab.codecs.compressed_tensors.tensors import check_scales, refuse_others, take_matrix, take_spread
+from qlab.codecs.compressed_tensors.tensors import (
+    check_scales,
+    refuse_others,
+    take_matrix,
+    take_spread,
+)
 from qlab.errors import QlabError
 
 
@@ -26,7 +32,9 @@ def encode(path: str, leaf: QTensor) -> dict[str, Tensor]:
     codes, exact = _indices(leaf.codes, spec)
     if not exact:
         raise QlabError(f"{path}: codes are not all numbers of {spec}; round them to it")
-    words = pack(codes, spec.bits).view(torch.uint8)[:, : leaf.shape[1] * spec.bits // 8].contiguous()
+    words = (
+        pack(codes, spec.bits).view(torch.uint8)[:, : leaf.shape[1] * spec.bits // 8].contiguous()
+    )
     tensors = {"weight_packed": words, "weight_scale": as_stored(leaf.scales)}
     if leaf.outer is not None:
         tensors["weight_global_scale"] = leaf.outer.reshape(1).clone()  # files hold no tensor twice
@@ -36,16 +44,33 @@ def encode(path: str, leaf: QTensor) -> dict[str, Tensor]:
 def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
     """The inverse of encode; refuses missing, misshaped and unexpected tensors of the module."""
     assert isinstance(spec, Float)
-    refuse_others(path, tensors, spec, {"weight_packed", "weight_scale", *(("weight_global_scale",) if spec.outer else ())})
+    refuse_others(
+        path,
+        tensors,
+        spec,
+        {"weight_packed", "weight_scale", *(("weight_global_scale",) if spec.outer else ())},
+    )
     o, width = take_matrix(path, tensors, "weight_packed", torch.uint8)
     k = width * 8 // spec.bits
     if width * 8 % spec.bits or k % (spec.tile.cols or k):
-        raise QlabError(f"{path}.weight_packed ({o}, {width}) holds no whole groups of {spec}; the file or its config is wrong")
+        raise QlabError(
+            f"{path}.weight_packed ({o}, {width}) holds no whole groups of {spec}; the file or "
+            "its config is wrong"
+        )
     scales = take_scales(path, tensors, spec, spec.tile.scales_shape(torch.Size((o, k))))
-    outer = take_spread(path, tensors, "weight_global_scale", (1,), torch.float32) if spec.outer else None
+    outer = (
+        take_spread(path, tensors, "weight_global_scale", (1,), torch.float32)
+        if spec.outer
+        else None
+    )
     if outer is not None and not ((outer > 0) & (scales.float() / outer).isfinite()).all():
-        raise QlabError(f"{path}.weight_global_scale is {outer.item():g}, which scales cannot be divided by; the file is damaged")
-    words = torch.nn.functional.pad(tensors[f"{path}.weight_packed"], (0, -width % 4)).view(torch.int32)
+        raise QlabError(
+            f"{path}.weight_global_scale is {outer.item():g}, which scales cannot be divided by; "
+            "the file is damaged"
+        )
+    words = torch.nn.functional.pad(tensors[f"{path}.weight_packed"], (0, -width % 4)).view(
+        torch.int32
+    )
     codes = _numbers(spec)[unpack(words, spec.bits, k).int()].to(spec.code_dtype)
     return QTensor(codes, scales, None, spec, outer)
 

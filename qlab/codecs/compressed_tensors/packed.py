@@ -1,11 +1,12 @@
 """`pack-quantized`: W = (q - z) * s with u = q + 2^(b-1) as one dense bit stream per row.
 
-weight_packed int32 [o, ceil(k*b/32)], weight_scale [o, g] in its own dtype, weight_shape int64 [2]; asymmetric adds
-weight_zero_point int32 [ceil(o*b/32), g], the same stream along dim 0. A scale per tensor is weight_scale [1] with an
-unpacked int8 weight_zero_point [1]; vLLM reads group and channel scales only.
+weight_packed int32 [o, ceil(k*b/32)], weight_scale [o, g] in its own dtype, weight_shape int64 [2];
+asymmetric adds weight_zero_point int32 [ceil(o*b/32), g], the same stream along dim 0. A scale per
+tensor is weight_scale [1] with an unpacked int8 weight_zero_point [1]; vLLM reads group and channel
+scales only.
 
-Read only: files before 0.15, whose words hold floor(32/b) codes each, and weight_g_idx int32 [k], the group of every
-input channel (actorder "group").
+Read only: files before 0.15, whose words hold floor(32/b) codes each, and weight_g_idx int32 [k],
+the group of every input channel (actorder "group").
 """
 
 from collections.abc import Mapping
@@ -30,7 +31,8 @@ from qlab.errors import QlabError
 
 
 def encode(path: str, leaf: QTensor) -> dict[str, Tensor]:
-    """QTensor [o, k] -> {path.weight_packed, path.weight_scale, path.weight_shape[, path.weight_zero_point]}."""
+    """QTensor [o, k] -> {path.weight_packed, path.weight_scale, path.weight_shape[,
+    path.weight_zero_point]}."""
     check_scales(path, leaf)
     check_codes(path, leaf)
     bits, per_tensor = leaf.spec.bits, strategy(leaf.spec.tile) == "tensor"
@@ -46,26 +48,44 @@ def encode(path: str, leaf: QTensor) -> dict[str, Tensor]:
 
 
 def check_codes(path: str, leaf: QTensor) -> None:
-    """Refuse integer codes and zero points outside their grid: they would run into their neighbours."""
+    """Refuse integer codes and zero points outside their grid: they would run into their
+    neighbours."""
     spec = leaf.spec
     assert isinstance(spec, Int)
     for name, codes in (("codes", leaf.codes), ("zeros", leaf.zeros)):
         low, high = (0, 0) if codes is None else (int(x) for x in codes.aminmax())
         if low < spec.qmin or high > spec.qmax:
-            raise QlabError(f"{path}: {name} span [{low}, {high}] but int{spec.bits} holds [{spec.qmin}, {spec.qmax}]; "
-                            f"clamp them when rounding")
+            raise QlabError(
+                f"{path}: {name} span [{low}, {high}] but int{spec.bits} holds [{spec.qmin}, "
+                f"{spec.qmax}]; clamp them when rounding"
+            )
 
 
 def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
     """The inverse of encode; refuses missing, misshaped and unexpected tensors of the module."""
-    known = {"weight_packed", "weight_scale", "weight_shape", "weight_g_idx", *(() if spec.symmetric else ("weight_zero_point",))}
+    known = {
+        "weight_packed",
+        "weight_scale",
+        "weight_shape",
+        "weight_g_idx",
+        *(() if spec.symmetric else ("weight_zero_point",)),
+    }
     refuse_others(path, tensors, spec, known)
-    o, k = shape = torch.Size(take(path, tensors, "weight_shape", (2,), torch.int64, torch.int32).tolist())
+    o, k = shape = torch.Size(
+        take(path, tensors, "weight_shape", (2,), torch.int64, torch.int32).tolist()
+    )
     if o < 1 or k < 1 or not whole_groups(spec, shape):
-        raise QlabError(f"{path}.weight_shape {tuple(shape)} does not fit {spec}; the file or its config is wrong")
+        raise QlabError(
+            f"{path}.weight_shape {tuple(shape)} does not fit {spec}; the file or its config is "
+            "wrong"
+        )
     grid, stored, bits = spec.tile.scales_shape(shape), stored_shape(spec, shape), spec.bits
     found = tensors.get(f"{path}.weight_packed")
-    legacy = found is not None and found.ndim == 2 and words_of(k, bits) != _legacy_words(k, bits) == found.shape[-1]
+    legacy = (
+        found is not None
+        and found.ndim == 2
+        and words_of(k, bits) != _legacy_words(k, bits) == found.shape[-1]
+    )
     words, unpacked = (_legacy_words, _unpack_legacy) if legacy else (words_of, unpack_signed)
     packed = take(path, tensors, "weight_packed", (o, words(k, bits)), torch.int32)
     scales = take_spread(path, tensors, "weight_scale", stored, *scale_dtypes(spec))
@@ -77,7 +97,9 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
         columns = take(path, tensors, "weight_zero_point", (words(o, bits), grid[1]), torch.int32)
         zeros = unpacked(columns.mT, bits, o).mT.contiguous()
     codes, perm = unpacked(packed, bits, k), _order(path, tensors, spec, k)
-    return QTensor(codes if perm is None else codes[:, perm], scales.reshape(grid), zeros, spec, perm=perm)
+    return QTensor(
+        codes if perm is None else codes[:, perm], scales.reshape(grid), zeros, spec, perm=perm
+    )
 
 
 def _order(path: str, tensors: Mapping[str, Tensor], spec: Spec, k: int) -> Tensor | None:
@@ -89,8 +111,10 @@ def _order(path: str, tensors: Mapping[str, Tensor], spec: Spec, k: int) -> Tens
     if (g_idx == -1).all() or torch.equal(g_idx, torch.arange(k, dtype=g_idx.dtype) // cols):
         return None
     if not torch.equal(g_idx.sort().values, torch.arange(k, dtype=g_idx.dtype) // cols):
-        raise QlabError(f"{path}.weight_g_idx does not put {cols} channels into each of {-(-k // cols)} groups; qlab reads groups "
-                        "of one size")
+        raise QlabError(
+            f"{path}.weight_g_idx does not put {cols} channels into each of {-(-k // cols)} "
+            "groups; qlab reads groups of one size"
+        )
     return g_idx.argsort(stable=True)
 
 
@@ -101,4 +125,6 @@ def _legacy_words(k: int, bits: int) -> int:
 def _unpack_legacy(words: Tensor, bits: int, k: int) -> Tensor:
     """floor(32/b) codes per word, the first in the lowest bits; the rest of a word is empty."""
     lanes = [(words >> (i * bits)) & (2**bits - 1) for i in range(32 // bits)]
-    return (torch.stack(lanes, -1).flatten(-2)[..., :k] - 2 ** (bits - 1)).to(torch.int8).contiguous()
+    return (
+        (torch.stack(lanes, -1).flatten(-2)[..., :k] - 2 ** (bits - 1)).to(torch.int8).contiguous()
+    )

@@ -1,8 +1,8 @@
 """`int-quantized`, `float-quantized`, `naive-quantized` and `mxfp8-quantized`: one code per byte.
 
-weight int8 or e4m3 [o, k], weight_scale [1] (tensor), [o, 1] (channel), [o, g] (group) or [ceil(o/r), ceil(k/c)]
-(blocks of r x c) in its own dtype, for MXFP8 uint8 exponents of two biased by 127; asymmetric integers add
-weight_zero_point int8 in the shape of the scales.
+weight int8 or e4m3 [o, k], weight_scale [1] (tensor), [o, 1] (channel), [o, g] (group) or
+[ceil(o/r), ceil(k/c)] (blocks of r x c) in its own dtype, for MXFP8 uint8 exponents of two biased
+by 127; asymmetric integers add weight_zero_point int8 in the shape of the scales.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,10 @@ def encode(path: str, leaf: QTensor) -> dict[str, Tensor]:
     if isinstance(leaf.spec, Int):
         check_codes(path, leaf)
     stored = stored_shape(leaf.spec, leaf.shape)
-    tensors = {"weight": leaf.codes.contiguous(), "weight_scale": as_stored(leaf.scales).reshape(stored)}
+    tensors = {
+        "weight": leaf.codes.contiguous(),
+        "weight_scale": as_stored(leaf.scales).reshape(stored),
+    }
     if leaf.zeros is not None:
         tensors["weight_zero_point"] = leaf.zeros.reshape(stored)
     return {f"{path}.{name}": tensor for name, tensor in tensors.items()}
@@ -44,7 +47,9 @@ def as_stored(scales: Tensor) -> Tensor:
     return (scales.view(torch.uint8) if scales.dtype == E8M0 else scales).contiguous()
 
 
-def take_scales(path: str, tensors: Mapping[str, Tensor], spec: Spec, stored: tuple[int, ...]) -> Tensor:
+def take_scales(
+    path: str, tensors: Mapping[str, Tensor], spec: Spec, stored: tuple[int, ...]
+) -> Tensor:
     """The module's weight_scale, uint8 exponents as the powers of two that they are."""
     if spec.scale_dtype != E8M0:
         return take_spread(path, tensors, "weight_scale", stored, *scale_dtypes(spec))
@@ -56,13 +61,25 @@ def take_scales(path: str, tensors: Mapping[str, Tensor], spec: Spec, stored: tu
 
 def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
     """The inverse of encode; refuses missing, misshaped and unexpected tensors of the module."""
-    refuse_others(path, tensors, spec, {"weight", "weight_scale", *(() if spec.symmetric else ("weight_zero_point",))})
+    refuse_others(
+        path,
+        tensors,
+        spec,
+        {"weight", "weight_scale", *(() if spec.symmetric else ("weight_zero_point",))},
+    )
     shape = torch.Size(take_matrix(path, tensors, "weight", spec.code_dtype))
     grid, stored = spec.tile.scales_shape(shape), stored_shape(spec, shape)
     if not whole_groups(spec, shape):
-        raise QlabError(f"{path}.weight does not fit its config: groups of {spec.tile.cols} do not divide {shape[-1]} channels")
+        raise QlabError(
+            f"{path}.weight does not fit its config: groups of {spec.tile.cols} do not divide "
+            f"{shape[-1]} channels"
+        )
     scales = take_scales(path, tensors, spec, stored)
-    zeros = None if spec.symmetric else take_spread(path, tensors, "weight_zero_point", stored, torch.int8).reshape(grid)
+    zeros = (
+        None
+        if spec.symmetric
+        else take_spread(path, tensors, "weight_zero_point", stored, torch.int8).reshape(grid)
+    )
     leaf = QTensor(tensors[f"{path}.weight"], scales.reshape(grid), zeros, spec)
     if isinstance(spec, Int):
         check_codes(path, leaf)

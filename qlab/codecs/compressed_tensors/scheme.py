@@ -1,4 +1,5 @@
-"""Number grids as compressed-tensors writes them down: QuantizationArgs, format names and presets."""
+"""Number grids as compressed-tensors writes them down: QuantizationArgs, format names and
+presets."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -11,9 +12,19 @@ from qlab.codecs.compressed_tensors.tensors import WIDE, strategy
 from qlab.errors import QlabError
 
 ARGS = {
-    "num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic", "actorder",
-    "scale_dtype", "zp_dtype", "observer", "observer_kwargs",
-}  # fmt: skip
+    "num_bits",
+    "type",
+    "symmetric",
+    "strategy",
+    "group_size",
+    "block_structure",
+    "dynamic",
+    "actorder",
+    "scale_dtype",
+    "zp_dtype",
+    "observer",
+    "observer_kwargs",
+}
 PACKED = {4: "mxfp4-pack-quantized", 6: "mxfp6-pack-quantized"}
 E8M0 = torch.float8_e8m0fnu
 
@@ -21,21 +32,34 @@ E8M0 = torch.float8_e8m0fnu
 def refusal(spec: Spec, online: Collection = ()) -> str | None:
     """Why compressed-tensors cannot hold such a weight, or None when it can."""
     if others := [op for op in online if not isinstance(op, QuantizeInput)]:
-        return (f"compressed-tensors holds no run-time {type(others[0]).__name__}, only rounded inputs; fold it into the weights "
-                "or leave the method out")
+        return (
+            f"compressed-tensors holds no run-time {type(others[0]).__name__}, only rounded "
+            "inputs; fold it into the weights or leave the method out"
+        )
     if len(online) > 1:
         return "compressed-tensors rounds an input once; give each site one quantize_inputs"
     if unreadable := next(filter(None, map(_unreadable, online)), None):
         return unreadable
     if isinstance(spec, Int):
         if strategy(spec.tile) == "block":
-            return f"compressed-tensors has no scale per {spec.tile} block of integers; use a group, channel or tensor scale"
+            return (
+                f"compressed-tensors has no scale per {spec.tile} block of integers; use a group, "
+                "channel or tensor scale"
+            )
         if spec.zero_dtype != torch.int8:
-            return f"compressed-tensors has no {spec.zero_dtype} zero points; use a method that rounds them"
+            return (
+                f"compressed-tensors has no {spec.zero_dtype} zero points; use a method that "
+                "rounds them"
+            )
     elif spec.bits < 8 and spec not in NAMED.values():
-        return f"compressed-tensors has no {spec}; its floats below 8 bits are mxfp4, mxfp6 and nvfp4"
+        return (
+            f"compressed-tensors has no {spec}; its floats below 8 bits are mxfp4, mxfp6 and nvfp4"
+        )
     if spec.scale_dtype not in (None, *WIDE) and spec not in NAMED.values():
-        return f"compressed-tensors has no {spec.scale_dtype} scales for {spec}; store them as float32, bfloat16 or float16"
+        return (
+            f"compressed-tensors has no {spec.scale_dtype} scales for {spec}; store them as "
+            "float32, bfloat16 or float16"
+        )
     return None
 
 
@@ -43,21 +67,34 @@ def _unreadable(rounding: QuantizeInput) -> str | None:
     """Why inputs that are rounded so cannot be written such that they are read again, or None."""
     written = rounding.input_spec
     if written.spec.outer and rounding.outer is None:
-        return f"compressed-tensors stores a global scale of inputs {written}, and this has none; measure it (quantize_inputs does)"
+        return (
+            f"compressed-tensors stores a global scale of inputs {written}, and this has none; "
+            "measure it (quantize_inputs does)"
+        )
     try:
-        read = input_spec_of("input_activations", args_of(written.spec, written.static, of_inputs=True))
+        read = input_spec_of(
+            "input_activations", args_of(written.spec, written.static, of_inputs=True)
+        )
     except QlabError as error:
         return f"compressed-tensors has no inputs {written}: {error}"
     if read.static != written.static or not same_grid(read.spec, written.spec):
-        return f"compressed-tensors has no inputs {written}, which would be read as {read}; choose another input spec"
+        return (
+            f"compressed-tensors has no inputs {written}, which would be read as {read}; choose "
+            "another input spec"
+        )
     return None
 
 
 def format_of(spec: Spec, inputs: InputSpec | None = None) -> str:
-    """The format in which a weight with such inputs is written: what compressed-tensors picks itself, but for narrow
-    integers with rounded inputs, whose byte per code no engine has a kernel for."""
+    """The format in which a weight with such inputs is written: what compressed-tensors picks
+    itself, but for narrow integers with rounded inputs, whose byte per code no engine has a kernel
+    for."""
     if isinstance(spec, Int):
-        return "int-quantized" if inputs and spec.bits == 8 and isinstance(inputs.spec, Int) else "pack-quantized"
+        return (
+            "int-quantized"
+            if inputs and spec.bits == 8 and isinstance(inputs.spec, Int)
+            else "pack-quantized"
+        )
     if spec.outer:
         return "nvfp4-pack-quantized"
     if spec.scale_dtype == E8M0:
@@ -66,10 +103,16 @@ def format_of(spec: Spec, inputs: InputSpec | None = None) -> str:
 
 
 FORMATS = {  # format -> the bits and types of weights it may hold
-    "pack-quantized": ("int", range(1, 9)), "int-quantized": ("int", range(1, 9)), "float-quantized": ("float", (8,)),
-    "naive-quantized": ("int or float", range(1, 9)), "mxfp8-quantized": ("float", (8,)), "mxfp4-pack-quantized": ("float", (4,)),
-    "mxfp6-pack-quantized": ("float", (6,)), "nvfp4-pack-quantized": ("float", (4,)), "dense": ("", ()),
-}  # fmt: skip
+    "pack-quantized": ("int", range(1, 9)),
+    "int-quantized": ("int", range(1, 9)),
+    "float-quantized": ("float", (8,)),
+    "naive-quantized": ("int or float", range(1, 9)),
+    "mxfp8-quantized": ("float", (8,)),
+    "mxfp4-pack-quantized": ("float", (4,)),
+    "mxfp6-pack-quantized": ("float", (6,)),
+    "nvfp4-pack-quantized": ("float", (4,)),
+    "dense": ("", ()),
+}
 
 
 def check_format(where: str, name: Any, spec: Spec | None) -> None:
@@ -77,24 +120,36 @@ def check_format(where: str, name: Any, spec: Spec | None) -> None:
     if not isinstance(name, str) or name not in FORMATS:
         raise QlabError(f"{where} has format {name!r}; qlab reads {', '.join(FORMATS)}")
     kind, bits = FORMATS[name]
-    if spec and (spec.bits not in bits or ("int" if isinstance(spec, Int) else "float") not in kind.split(" or ")):
+    if spec and (
+        spec.bits not in bits
+        or ("int" if isinstance(spec, Int) else "float") not in kind.split(" or ")
+    ):
         raise QlabError(f"{where} has format {name!r}, which holds no {spec}; its config is wrong")
 
 
 # ------------------------------------------------------------------ writing
 def args_of(spec: Spec, static: bool = True, of_inputs: bool = False) -> dict[str, Any]:
-    """The spec as QuantizationArgs. Scale dtypes are written where they are part of the grid; else the tensors say."""
+    """The spec as QuantizationArgs. Scale dtypes are written where they are part of the grid; else
+    the tensors say."""
     name = strategy(spec.tile)
     args: dict[str, Any] = {
-        "dynamic": not static, "group_size": spec.tile.cols if name == "group" else None, "num_bits": spec.bits,
-        "strategy": name, "symmetric": spec.symmetric, "type": "int" if isinstance(spec, Int) else "float",
-    }  # fmt: skip
+        "dynamic": not static,
+        "group_size": spec.tile.cols if name == "group" else None,
+        "num_bits": spec.bits,
+        "strategy": name,
+        "symmetric": spec.symmetric,
+        "type": "int" if isinstance(spec, Int) else "float",
+    }
     if name == "block":
         args["block_structure"] = [spec.tile.rows, spec.tile.cols]
     if of_inputs and name == "channel":
         args["strategy"] = "token"
     if spec.outer:
-        args |= {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn", "dynamic": "local" if of_inputs else False}
+        args |= {
+            "strategy": "tensor_group",
+            "scale_dtype": "torch.float8_e4m3fn",
+            "dynamic": "local" if of_inputs else False,
+        }
     elif spec.scale_dtype == E8M0:
         args["scale_dtype"] = "torch.uint8"
     return dict(sorted(args.items()))
@@ -102,12 +157,16 @@ def args_of(spec: Spec, static: bool = True, of_inputs: bool = False) -> dict[st
 
 # ------------------------------------------------------------------ reading
 def spec_of(where: str, args: Any) -> Spec:
-    """The spec that the QuantizationArgs of weights mean; what qlab does not read is refused by name."""
+    """The spec that the QuantizationArgs of weights mean; what qlab does not read is refused by
+    name."""
     check_args(where, args)
     if args.get("dynamic") not in (None, False):
         raise QlabError(f"{where} has dynamic {args['dynamic']!r}; weights are rounded beforehand")
     if args.get("actorder") not in (None, False, True, "weight", "static", "group", "dynamic"):
-        raise QlabError(f"{where} has actorder {args['actorder']!r}; qlab knows weight, static, group and dynamic")
+        raise QlabError(
+            f"{where} has actorder {args['actorder']!r}; qlab knows weight, static, group and "
+            "dynamic"
+        )
     return _spec(where, args, _tile(where, args))
 
 
@@ -117,14 +176,26 @@ def input_spec_of(where: str, args: Any) -> InputSpec:
     dynamic = args.get("dynamic", False)
     if dynamic not in (True, False, "local"):
         raise QlabError(f"{where} has dynamic {dynamic!r}; it is true, false or 'local'")
-    tile = _tile(where, {**args, "strategy": "channel"} if args.get("strategy") == "token" else args)
+    tile = _tile(
+        where, {**args, "strategy": "channel"} if args.get("strategy") == "token" else args
+    )
     spec = _spec(where, args, tile)
     static, one_scale = dynamic is not True, tile == Tile(None, None)
-    if (static and not one_scale and not spec.outer) or (spec.outer and dynamic != "local") or (dynamic == "local" and not spec.outer):
-        raise QlabError(f"{where} has strategy {args.get('strategy')!r} with dynamic {dynamic!r}; qlab reads inputs with one stored "
-                        "scale per tensor, with dynamic ones, and NVFP4 with 'local' ones")
+    if (
+        (static and not one_scale and not spec.outer)
+        or (spec.outer and dynamic != "local")
+        or (dynamic == "local" and not spec.outer)
+    ):
+        raise QlabError(
+            f"{where} has strategy {args.get('strategy')!r} with dynamic {dynamic!r}; qlab reads "
+            "inputs with one stored scale per tensor, with dynamic ones, and NVFP4 with 'local' "
+            "ones"
+        )
     if tile.rows not in (None, 1) or (tile == Tile(1, None) and args.get("strategy") != "token"):
-        raise QlabError(f"{where} has strategy {args.get('strategy')!r}; inputs have a scale per tensor, token or group")
+        raise QlabError(
+            f"{where} has strategy {args.get('strategy')!r}; inputs have a scale per tensor, "
+            "token or group"
+        )
     return InputSpec(spec, static)
 
 
@@ -133,13 +204,20 @@ def check_args(where: str, args: Any) -> None:
     if not isinstance(args, Mapping):
         raise QlabError(f"{where} is {args!r}, no QuantizationArgs")
     if unknown := sorted(map(str, args.keys() - ARGS)):
-        raise QlabError(f"{where} has unknown key {unknown[0]!r}; qlab knows {', '.join(sorted(ARGS))}")
+        raise QlabError(
+            f"{where} has unknown key {unknown[0]!r}; qlab knows {', '.join(sorted(ARGS))}"
+        )
     for key in ("num_bits", "group_size"):
         if not (args.get(key) is None or type(args[key]) is int):
             raise QlabError(f"{where} has {key} {args[key]!r}, no whole number")
-    if args.get("symmetric", True) not in (True, False) or args.get("type", "int") not in ("int", "float"):
-        raise QlabError(f"{where} has symmetric {args.get('symmetric')!r} and type {args.get('type')!r}; qlab reads true or false, and "
-                        "int or float")
+    if args.get("symmetric", True) not in (True, False) or args.get("type", "int") not in (
+        "int",
+        "float",
+    ):
+        raise QlabError(
+            f"{where} has symmetric {args.get('symmetric')!r} and type {args.get('type')!r}; qlab "
+            "reads true or false, and int or float"
+        )
 
 
 def _tile(where: str, args: Mapping[str, Any]) -> Tile:
@@ -152,14 +230,20 @@ def _tile(where: str, args: Mapping[str, Any]) -> Tile:
             return Tile(1, size)
         if name in ("channel", "tensor") and size in (None, -1):
             return Tile(1 if name == "channel" else None, None)
-    raise QlabError(f"{where} has strategy {name!r} with group_size {size} and block_structure {block}; qlab reads group with a "
-                    "size, block with a structure, channel and tensor")
+    raise QlabError(
+        f"{where} has strategy {name!r} with group_size {size} and block_structure {block}; qlab "
+        "reads group with a size, block with a structure, channel and tensor"
+    )
 
 
 def _block(where: str, block: Any) -> tuple[int, int]:
     if isinstance(block, str):  # older releases write "128x128"
         block = [int(n) if n.isdecimal() else n for n in block.split("x")]
-    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and 1 <= n <= 1 << 20 for n in block):
+    if (
+        not isinstance(block, list)
+        or len(block) != 2
+        or not all(type(n) is int and 1 <= n <= 1 << 20 for n in block)
+    ):
         raise QlabError(f"{where} has block_structure {block!r}; it is [rows, columns]")
     return block[0], block[1]
 
@@ -171,26 +255,43 @@ def _spec(where: str, args: Mapping[str, Any], tile: Tile) -> Spec:
         return Int(bits, tile, symmetric)
     scales, two_level = args.get("scale_dtype"), args.get("strategy") == "tensor_group"
     powers = scales in ("torch.uint8", "uint8") or bits < 8
-    named = {(4, 16, True): "nvfp4"} | ({(b, 32, False): f"mxfp{b}" for b in (4, 6, 8)} if powers else {})
+    named = {(4, 16, True): "nvfp4"} | (
+        {(b, 32, False): f"mxfp{b}" for b in (4, 6, 8)} if powers else {}
+    )
     if tile.rows == 1 and (name := named.get((bits, tile.cols or 0, two_level))) and symmetric:
         return NAMED[name]
     if bits != 8 or not symmetric or two_level or powers:
-        raise QlabError(f"{where} has {'symmetric' if symmetric else 'asymmetric'} fp{bits} with strategy {args.get('strategy')!r}, "
-                        f"group_size {args.get('group_size')} and scale_dtype {scales!r}; qlab reads fp8, {', '.join(NAMED)}")
+        raise QlabError(
+            f"{where} has {'symmetric' if symmetric else 'asymmetric'} fp{bits} with strategy "
+            f"{args.get('strategy')!r}, group_size {args.get('group_size')} and scale_dtype "
+            f"{scales!r}; qlab reads fp8, {', '.join(NAMED)}"
+        )
     return Float(*FLOATS["fp8"], tile)
 
 
 # ------------------------------------------------------------------ presets
 
-PRESETS: Mapping[str, tuple[str | None, str | None]] = {  # name -> (spec of weights, spec of inputs)
+PRESETS: Mapping[
+    str, tuple[str | None, str | None]
+] = {  # name -> (spec of weights, spec of inputs)
     "UNQUANTIZED": (None, None),
     **{f"W{b}A16": (f"int{b}-g128", None) for b in range(2, 9)},
     **{f"W{b}A8": (f"int{b}-g128", "int8-token") for b in range(2, 8)},
     **{f"W{b}A4": (f"int{b}-g128", "int4-token") for b in (2, 3, 4)},
-    "W4A16_ASYM": ("int4-g128-asym", None), "W4AFP8": ("int4-g128", "fp8-token"),
-    "W8A8": ("int8-channel", "int8-token"), "INT8": ("int8-channel", "int8-token"),
-    "FP8": ("fp8-tensor", "fp8-tensor static"), "FP8_DYNAMIC": ("fp8-channel", "fp8-token"),
-    "FP8_BLOCK": ("fp8-b128x128", "fp8-g128"), "NVFP4A16": ("nvfp4", None), "NVFP4": ("nvfp4", "nvfp4 static"),
-    "MXFP4A16": ("mxfp4", None), "MXFP4": ("mxfp4", "mxfp4"), "MXFP4XFP8": ("mxfp4", "fp8-g128"),
-    "MXFP6A16": ("mxfp6", None), "MXFP6A8": ("mxfp6", "mxfp8"), "MXFP8A16": ("mxfp8", None), "MXFP8": ("mxfp8", "mxfp8"),
-}  # fmt: skip
+    "W4A16_ASYM": ("int4-g128-asym", None),
+    "W4AFP8": ("int4-g128", "fp8-token"),
+    "W8A8": ("int8-channel", "int8-token"),
+    "INT8": ("int8-channel", "int8-token"),
+    "FP8": ("fp8-tensor", "fp8-tensor static"),
+    "FP8_DYNAMIC": ("fp8-channel", "fp8-token"),
+    "FP8_BLOCK": ("fp8-b128x128", "fp8-g128"),
+    "NVFP4A16": ("nvfp4", None),
+    "NVFP4": ("nvfp4", "nvfp4 static"),
+    "MXFP4A16": ("mxfp4", None),
+    "MXFP4": ("mxfp4", "mxfp4"),
+    "MXFP4XFP8": ("mxfp4", "fp8-g128"),
+    "MXFP6A16": ("mxfp6", None),
+    "MXFP6A8": ("mxfp6", "mxfp8"),
+    "MXFP8A16": ("mxfp8", None),
+    "MXFP8": ("mxfp8", "mxfp8"),
+}

@@ -1,9 +1,12 @@
-"""Attention of one new token over a static cache on a CPU, in a form that the compiler turns into two loops.
+"""Attention of one new token over a static cache on a CPU, in a form that the compiler turns into
+two loops.
 
-torch's fused attention repeats keys and values for every query head of a group when it is compiled, and packs them again for each
-call: at one token that is most of a decode step. Here each key and value is read once, in place.
+torch's fused attention repeats keys and values for every query head of a group when it is compiled,
+and packs them again for each call: at one token that is most of a decode step. Here each key and
+value is read once, in place.
 
-    p = softmax(scale * q . k + mask),  y = sum p v,  over the kv heads h, the g query heads of each, and the positions l
+    p = softmax(scale * q . k + mask),  y = sum p v,  over the kv heads h, the g query heads of
+                                                      each, and the positions l
 """
 
 import math
@@ -16,30 +19,47 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "qlab_one_token"
-UNDERSTOOD = {"is_causal", "position_ids", "use_cache", "sliding_window", "output_attentions"}  # already in the mask, or about outputs
+UNDERSTOOD = {
+    "is_causal",
+    "position_ids",
+    "use_cache",
+    "sliding_window",
+    "output_attentions",
+}  # already in the mask, or about outputs
 
 
 def use_grouped_attention(model: PreTrainedModel) -> None:
-    """Let a model on the CPU that uses torch's attention use this one for single tokens; others keep theirs."""
+    """Let a model on the CPU that uses torch's attention use this one for single tokens; others
+    keep theirs."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
-    scaling: float | None = None, **more: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """q [b, h * g, 1, d], k and v [b, h, l, d], mask [b, 1, 1, l] of bool or to be added -> [b, 1, h * g, d].
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """q [b, h * g, 1, d], k and v [b, h, l, d], mask [b, 1, 1, l] of bool or to be added -> [b, 1,
+    h * g, d].
 
     Everything that is not one token without dropout goes to torch's attention.
     """
     others = {name for name, argument in more.items() if argument is not None} - UNDERSTOOD
     if query.shape[2] != 1 or key.shape[2] == 1 or dropout or others:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
+        )
     b, heads, _, d = query.shape
     scale = 1 / math.sqrt(d) if scaling is None else scaling
     q_bhgd = (query.reshape(b, key.shape[1], -1, d).float() * scale).contiguous()
-    # a view by strides is of memory: the compiler writes q there once, which it would else rotate anew for every position
+    # a view by strides is of memory: the compiler writes q there once, which it would else rotate
+    # anew for every position
     q_bhgd = q_bhgd.as_strided(q_bhgd.shape, q_bhgd.stride())
     s_bhgl = (q_bhgd[..., None, :] * key[:, :, None].float()).sum(-1)
     if attention_mask is not None:

@@ -1,6 +1,6 @@
 """Inputs that are rounded at run time: what qlab.methods.inputs computes, as one operator.
 
-    qlab::round_input(x [n, k], scales, zeros, outer, spec) -> x on the grid of `spec`, in x's dtype
+qlab::round_input(x [n, k], scales, zeros, outer, spec) -> x on the grid of `spec`, in x's dtype
 """
 
 from typing import Any
@@ -14,13 +14,17 @@ from qlab.errors import QlabError
 
 
 @torch.library.custom_op("qlab::round_input", mutates_args=())
-def round_input(x: Tensor, scales: Tensor | None, zeros: Tensor | None, outer: Tensor | None, spec: str) -> Tensor:
+def round_input(
+    x: Tensor, scales: Tensor | None, zeros: Tensor | None, outer: Tensor | None, spec: str
+) -> Tensor:
     """QuantizeInput(spec, scales, zeros, outer)(x)."""
     return QuantizeInput(parse_spec(spec), scales, zeros, outer)(x) if len(x) else x.clone()
 
 
 @round_input.register_fake
-def _(x: Tensor, scales: Tensor | None, zeros: Tensor | None, outer: Tensor | None, spec: str) -> Tensor:
+def _(
+    x: Tensor, scales: Tensor | None, zeros: Tensor | None, outer: Tensor | None, spec: str
+) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -45,7 +49,8 @@ round_input.register_autograd(_gradients, setup_context=_save)
 
 
 class RoundedInput(nn.Module):
-    """x [n, k] -> x rounded to the nearest numbers of a grid. Scales that were fixed beforehand are buffers."""
+    """x [n, k] -> x rounded to the nearest numbers of a grid. Scales that were fixed beforehand are
+    buffers."""
 
     scales: Tensor | None
     zeros: Tensor | None
@@ -55,8 +60,15 @@ class RoundedInput(nn.Module):
         super().__init__()
         self.spec, self.said = str(rounding.spec), str(rounding.input_spec)
         if parse_spec(self.spec) != rounding.spec:
-            raise QlabError(f"{path} rounds its inputs to {rounding.spec!r}, which has no name; evaluate the directory with qlab")
-        for name, part in (("scales", rounding.scales), ("zeros", rounding.zeros), ("outer", rounding.outer)):
+            raise QlabError(
+                f"{path} rounds its inputs to {rounding.spec!r}, which has no name; evaluate the "
+                "directory with qlab"
+            )
+        for name, part in (
+            ("scales", rounding.scales),
+            ("zeros", rounding.zeros),
+            ("outer", rounding.outer),
+        ):
             self.register_buffer(name, None if part is None else part.to(device))
 
     def forward(self, x: Tensor) -> Tensor:

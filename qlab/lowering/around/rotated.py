@@ -2,7 +2,8 @@
 
     x -> x @ M before the module runs (and rounds x), y -> y @ M behind it
 
-M is the module's buffer `input_rotation` or `output_rotation`. The directory holds it, and a state of the model does not.
+M is the module's buffer `input_rotation` or `output_rotation`. The directory holds it, and a state
+of the model does not.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +17,9 @@ from qlab.algebra.online import MatMul, rotate
 from qlab.model.online import at_input, at_output
 from qlab.model.skeleton import Skeleton
 
-Rotations = Mapping[str, tuple[Tensor | None, Tensor | None]]  # linear -> the matrices at its input and at its output
+Rotations = Mapping[
+    str, tuple[Tensor | None, Tensor | None]
+]  # linear -> the matrices at its input and at its output
 
 
 def rotations(skeleton: Skeleton) -> Rotations:
@@ -31,7 +34,10 @@ def rotations(skeleton: Skeleton) -> Rotations:
             shared.append(M)
         return next(other for other in shared if torch.equal(M, other))
 
-    found = {name: (matrix(at_input(skeleton, name)), matrix(at_output(skeleton, name))) for name in skeleton.linears()}
+    found = {
+        name: (matrix(at_input(skeleton, name)), matrix(at_output(skeleton, name)))
+        for name in skeleton.linears()
+    }
     return {name: pair for name, pair in found.items() if pair != (None, None)}
 
 

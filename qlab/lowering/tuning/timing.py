@@ -1,7 +1,9 @@
-"""How long a product takes: medians on a cold cache, on a CPU or a GPU, and the machine's own rates to hold them against.
+"""How long a product takes: medians on a cold cache, on a CPU or a GPU, and the machine's own rates
+to hold them against.
 
-A weight that was just read lies in the last cache, and a model's weights do not: every call takes the next of several copies, which
-together exceed that cache. On a GPU a buffer larger than the cache is cleared before each call as well, and the clock is the device's.
+A weight that was just read lies in the last cache, and a model's weights do not: every call takes
+the next of several copies, which together exceed that cache. On a GPU a buffer larger than the
+cache is cleared before each call as well, and the clock is the device's.
 """
 
 import math
@@ -19,9 +21,12 @@ Call = Callable[[], Any]
 COPIES = 4  # of a weight, at least
 MOST_COPIES = 64
 LEAST_CACHE = 32 * 2**20  # bytes; where the machine does not say how large its last cache is
-FLUSH = 512 * 2**20  # bytes read before each call on a GPU: what was written would be evicted while the call is timed
+FLUSH = (
+    512 * 2**20
+)  # bytes read before each call on a GPU: what was written would be evicted while the call is timed
 BATCH = 10  # timed calls that are launched before the host waits for them
-AHEAD = 4_000_000  # cycles that a GPU waits at the beginning of a batch, so that launching never falls behind
+# cycles that a GPU waits at the beginning of a batch, so that launching never falls behind
+AHEAD = 4_000_000
 
 
 def device_label(device: torch.device) -> str:
@@ -36,9 +41,14 @@ def last_cache(device: torch.device) -> int:
     """Bytes of the last level of cache."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    sizes = [_text(str(path)).strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    sizes = [
+        _text(str(path)).strip()
+        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    ]
     units = {"K": 2**10, "M": 2**20}
-    return max([LEAST_CACHE, *(int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units)])
+    return max(
+        [LEAST_CACHE, *(int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units)]
+    )
 
 
 def _text(path: str) -> str:
@@ -53,11 +63,16 @@ def copies(weight_bytes: float, device: torch.device) -> int:
     return min(max(COPIES, math.ceil(2 * last_cache(device) / max(weight_bytes, 1))), MOST_COPIES)
 
 
-def microseconds(calls: Sequence[Call], reps: int, device: torch.device, seconds: float = math.inf) -> float:
-    """Median microseconds of a call over `reps` of them, from `calls` in turn, or over as many as fit in `seconds` (three or more)."""
+def microseconds(
+    calls: Sequence[Call], reps: int, device: torch.device, seconds: float = math.inf
+) -> float:
+    """Median microseconds of a call over `reps` of them, from `calls` in turn, or over as many as
+    fit in `seconds` (three or more)."""
     for call in calls[:2]:
         call()  # compiles, allocates
-    return _cuda(calls, reps, device, seconds) if device.type == "cuda" else _cpu(calls, reps, seconds)
+    return (
+        _cuda(calls, reps, device, seconds) if device.type == "cuda" else _cpu(calls, reps, seconds)
+    )
 
 
 def _cpu(calls: Sequence[Call], reps: int, seconds: float) -> float:
@@ -72,13 +87,17 @@ def _cpu(calls: Sequence[Call], reps: int, seconds: float) -> float:
 
 
 def _cuda(calls: Sequence[Call], reps: int, device: torch.device, seconds: float) -> float:
-    """Events around each call, behind a wait: the host takes longer to launch a small kernel than the device to run it."""
+    """Events around each call, behind a wait: the host takes longer to launch a small kernel than
+    the device to run it."""
     flush = torch.zeros(FLUSH // 4, dtype=torch.float32, device=device)
     taken: list[float] = []
     until = time.perf_counter() + seconds
     while len(taken) < reps and (len(taken) < 3 or time.perf_counter() < until):
         batch = min(BATCH if taken else 3, reps)
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(batch)]
+        events = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            for _ in range(batch)
+        ]
         torch.cuda._sleep(AHEAD)
         for i, (start, end) in enumerate(events):
             flush.sum()
@@ -90,11 +109,16 @@ def _cuda(calls: Sequence[Call], reps: int, device: torch.device, seconds: float
     return statistics.median(taken)
 
 
-def graph_microseconds(calls: Sequence[Call], device: torch.device, seconds: float, replays: int = 20) -> float | None:
-    """Microseconds of a call inside a CUDA graph of all of `calls`, one after the other: no launch cost. None on a CPU."""
+def graph_microseconds(
+    calls: Sequence[Call], device: torch.device, seconds: float, replays: int = 20
+) -> float | None:
+    """Microseconds of a call inside a CUDA graph of all of `calls`, one after the other: no launch
+    cost. None on a CPU."""
     if device.type != "cuda":
         return None
-    with torch.cuda.stream(torch.cuda.Stream(device)):  # what is captured must have run on another stream than the default one
+    with torch.cuda.stream(
+        torch.cuda.Stream(device)
+    ):  # what is captured must have run on another stream than the default one
         for call in calls:
             call()
     torch.cuda.synchronize(device)
@@ -107,7 +131,8 @@ def graph_microseconds(calls: Sequence[Call], device: torch.device, seconds: flo
 
 
 def copy_rate(device: torch.device) -> float:
-    """GB/s of a large copy, bytes read and bytes written together: what stands in for the memory's bandwidth."""
+    """GB/s of a large copy, bytes read and bytes written together: what stands in for the memory's
+    bandwidth."""
     size = 2**30 if device.type == "cuda" else 2**28
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)

@@ -1,11 +1,13 @@
-"""int4 matmuls on a CPU: aten's kernel for few tokens, a dense product with a dequantized weight for many.
+"""int4 matmuls on a CPU: aten's kernel for few tokens, a dense product with a dequantized weight
+for many.
 
-`aten._weight_int4pack_mm_for_cpu(x, words, group, scales)` computes x @ ((u - 8) * s + z').T with u = q + 8 in 0..15 and
-scales[k / group, n] = (s, z'), so z' = -z * s, rounded to x's dtype. It is fast in bfloat16 only.
+`aten._weight_int4pack_mm_for_cpu(x, words, group, scales)` computes x @ ((u - 8) * s + z').T with u
+= q + 8 in 0..15 and scales[k / group, n] = (s, z'), so z' = -z * s, rounded to x's dtype. It is
+fast in bfloat16 only.
 
-Its words, uint8 [n, k / 2], lie in an order that depends on the instruction set, so the layout's name says which:
-int4pack-<b>-halves is [n / b, k, b / 2] bytes with rows j and j + b/2 of a block of b in one byte, the first one low;
-int4pack-<b>-pairs has rows 2j and 2j + 1 in it.
+Its words, uint8 [n, k / 2], lie in an order that depends on the instruction set, so the layout's
+name says which: int4pack-<b>-halves is [n / b, k, b / 2] bytes with rows j and j + b/2 of a block
+of b in one byte, the first one low; int4pack-<b>-pairs has rows 2j and 2j + 1 in it.
 """
 
 from functools import cache
@@ -23,9 +25,10 @@ from qlab.process import processor
 
 aten = torch.ops.aten
 PREFIX = "int4pack"
-ROWS = 64  # rows are padded to it: then blocks are whole in every order, and Inductor's template takes them
-# Tokens up to which the int4 kernel is faster, until `qlab tune` has measured this machine: beside a dense copy of the weight,
-# and where it has to be dequantized for the call.
+# rows are padded to it: then blocks are whole in every order, and Inductor's template takes them
+ROWS = 64
+# Tokens up to which the int4 kernel is faster, until `qlab tune` has measured this machine: beside
+# a dense copy of the weight, and where it has to be dequantized for the call.
 INT4_TOKENS_BESIDE_DENSE = 4
 INT4_TOKENS = 64
 Kind = Literal["int4pack", "dense"]
@@ -34,19 +37,24 @@ Kind = Literal["int4pack", "dense"]
 @cache
 def layout() -> str:
     """The order of this machine's packed words, read off a packed probe."""
-    q = torch.randint(-8, 8, (2 * ROWS, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    q = torch.randint(
+        -8, 8, (2 * ROWS, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int8
+    )
     words = aten._convert_weight_to_int4pack_for_cpu(q.int() + 8, 1)
     for block in (64, 32, 16):
         for order in ("halves", "pairs"):
             name = f"{PREFIX}-{block}-{order}"
             if torch.equal(_codes(words, name), q.mT):
                 return name
-    raise QlabError(f"torch {torch.__version__} packs int4 weights on this CPU in an order that qlab does not know; "
-                    "run the dense model, or lower for a GPU")
+    raise QlabError(
+        f"torch {torch.__version__} packs int4 weights on this CPU in an order that qlab does not "
+        "know; run the dense model, or lower for a GPU"
+    )
 
 
 def pack(planes: Planes, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """words uint8 [n padded, k / 2]; scales [k / group, n padded, 2] = (s, -z * s); zeros [k / group, n padded] or None."""
+    """words uint8 [n padded, k / 2]; scales [k / group, n padded, 2] = (s, -z * s); zeros [k /
+    group, n padded] or None."""
     n = planes.q.shape[0]
     n_padded = -(-n // ROWS) * ROWS
     u = torch.full((n_padded, planes.q.shape[1]), 8, dtype=torch.int32)
@@ -65,14 +73,28 @@ def _codes(words: Tensor, name: str) -> Tensor:
     block = int(name.split("-")[1])
     bytes_k = words.view(words.shape[0] // block, -1, block // 2).transpose(0, 1)
     q = words.new_empty(2 * words.shape[1], words.shape[0] // block, block)
-    low, high = (q[..., : block // 2], q[..., block // 2 :]) if name.endswith("halves") else (q[..., ::2], q[..., 1::2])
+    low, high = (
+        (q[..., : block // 2], q[..., block // 2 :])
+        if name.endswith("halves")
+        else (q[..., ::2], q[..., 1::2])
+    )
     torch.bitwise_and(bytes_k, 15, out=low)
     torch.bitwise_right_shift(bytes_k, 4, out=high)
     return q.view(-1, words.shape[0]).view(torch.int8).sub_(8)
 
 
-def dequantize(words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, k: int, group: int, count: int, name: str) -> Tensor:
-    """W = (q - z) * s [n, k] in the scales' dtype, rounded once: the transpose of a contiguous [k, n]."""
+def dequantize(
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    n: int,
+    k: int,
+    group: int,
+    count: int,
+    name: str,
+) -> Tensor:
+    """W = (q - z) * s [n, k] in the scales' dtype, rounded once: the transpose of a contiguous [k,
+    n]."""
     check(name)
     q, s, z = _codes(words, name), scales[..., 0].contiguous(), zeros
     if count == 2:
@@ -87,10 +109,14 @@ def dequantize(words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, k: i
     return W_gkn.view(-1, words.shape[0])[:k, :n].mT
 
 
-def kind(m: int, dtype: torch.dtype, dense_copy: bool, n: int, k: int, group: int, zeros: bool) -> Kind:
-    """How a product of m tokens with planes [n, k] is computed: pure for a snapshot of the config cache.
+def kind(
+    m: int, dtype: torch.dtype, dense_copy: bool, n: int, k: int, group: int, zeros: bool
+) -> Kind:
+    """How a product of m tokens with planes [n, k] is computed: pure for a snapshot of the config
+    cache.
 
-    An entry of the cache decides, measured on this machine or for a shape like it; else the constants above do.
+    An entry of the cache decides, measured on this machine or for a shape like it; else the
+    constants above do.
     """
     if dtype != torch.bfloat16:
         return "dense"
@@ -98,17 +124,25 @@ def kind(m: int, dtype: torch.dtype, dense_copy: bool, n: int, k: int, group: in
 
     found = configs.lookup(problem(m, dtype, dense_copy, n, k, group, zeros))
     if found.source == "heuristic":
-        return "int4pack" if m <= (INT4_TOKENS_BESIDE_DENSE if dense_copy else INT4_TOKENS) else "dense"
+        return (
+            "int4pack"
+            if m <= (INT4_TOKENS_BESIDE_DENSE if dense_copy else INT4_TOKENS)
+            else "dense"
+        )
     return "int4pack" if found.config.kind == "int4pack" else "dense"
 
 
-def problem(m: int, dtype: torch.dtype, dense_copy: bool, n: int, k: int, group: int, zeros: bool) -> Any:
+def problem(
+    m: int, dtype: torch.dtype, dense_copy: bool, n: int, k: int, group: int, zeros: bool
+) -> Any:
     """The product's key in the config cache. n, k: of the packed planes, padding included."""
     from qlab_kernels import Problem
 
     op = "int4_linear_cpu_beside_dense" if dense_copy else "int4_linear_cpu"
     isa, device = processor.here().isa, _processor(torch.get_num_threads())
-    return Problem(op, f"cpu-{isa}", device, str(dtype).removeprefix("torch."), group, zeros, n, k, m)
+    return Problem(
+        op, f"cpu-{isa}", device, str(dtype).removeprefix("torch."), group, zeros, n, k, m
+    )
 
 
 @cache
@@ -116,14 +150,35 @@ def _processor(threads: int) -> str:
     return device_label(torch.device("cpu"))
 
 
-def int4_mm(x_mk: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, dense: Tensor | None, n: int, group: int,
-            count: int, name: str) -> Tensor:  # fmt: skip
-    """y [m, n] = x @ W.T. dense: a copy of W [n, k] to multiply where that is faster, else W is dequantized for the call."""
+def int4_mm(
+    x_mk: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    dense: Tensor | None,
+    n: int,
+    group: int,
+    count: int,
+    name: str,
+) -> Tensor:
+    """y [m, n] = x @ W.T. dense: a copy of W [n, k] to multiply where that is faster, else W is
+    dequantized for the call."""
     check(name)
     m, k = x_mk.shape
     if m == 0:
         return x_mk.new_empty(0, n)
-    if kind(m, x_mk.dtype, dense is not None, words.shape[0], 2 * words.shape[1], group, zeros is not None) == "int4pack":
+    if (
+        kind(
+            m,
+            x_mk.dtype,
+            dense is not None,
+            words.shape[0],
+            2 * words.shape[1],
+            group,
+            zeros is not None,
+        )
+        == "int4pack"
+    ):
         y = aten._weight_int4pack_mm_for_cpu(spread(x_mk, count), words, group, scales)
         return y if y.shape[1] == n else y[:, :n].contiguous()
     W_nk = dequantize(words, scales, zeros, n, k, group, count, name) if dense is None else dense
@@ -136,8 +191,18 @@ def dense_product(x_mk: Tensor, W_nk: Tensor) -> Tensor:
     return (x_mk.to(wide) @ W_nk.to(wide).mT).to(x_mk.dtype)
 
 
-def int4_grouped_mm(x_sk: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, dense: Tensor | None, ends: Tensor, n: int,
-                    group: int, count: int, name: str) -> Tensor:  # fmt: skip
+def int4_grouped_mm(
+    x_sk: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    dense: Tensor | None,
+    ends: Tensor,
+    n: int,
+    group: int,
+    count: int,
+    name: str,
+) -> Tensor:
     """y [s, n]: expert by expert, in the way that suits its number of rows."""
 
     def product(e: int, x_mk: Tensor) -> Tensor:
@@ -148,7 +213,10 @@ def int4_grouped_mm(x_sk: Tensor, words: Tensor, scales: Tensor, zeros: Tensor |
 
 
 def check(name: str) -> None:
-    """Refuse words that were packed for another device or instruction set: they would be read in the wrong order."""
+    """Refuse words that were packed for another device or instruction set: they would be read in
+    the wrong order."""
     if name != layout():
-        raise QlabError(f"a weight packed as {name} cannot be read here, where the layout is {layout()}; lower the model directory "
-                        "on this machine")
+        raise QlabError(
+            f"a weight packed as {name} cannot be read here, where the layout is {layout()}; "
+            "lower the model directory on this machine"
+        )

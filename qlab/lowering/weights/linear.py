@@ -1,6 +1,8 @@
-"""The modules of a lowered model that hold quantized weights: in the place of nn.Linear, and of a fused weight of experts.
+"""The modules of a lowered model that hold quantized weights: in the place of nn.Linear, and of a
+fused weight of experts.
 
-QLinear and QExperts multiply packed 4-bit codes with a kernel; `coded.py` has those for weights that no kernel takes.
+QLinear and QExperts multiply packed 4-bit codes with a kernel; `coded.py` has those for weights
+that no kernel takes.
 """
 
 from collections.abc import Sequence
@@ -23,9 +25,10 @@ from qlab.lowering.weights.ops import dequantize, int4_grouped_mm, int4_mm
 class QuantizedWeight(nn.Module):
     """W [n, k], or one for each of e experts, held as codes.
 
-    words, scales, zeros: buffers in the order `layout`, which is part of the state: loading the state of another layout is
-    refused; those of experts have a leading axis e. dense: a copy of W [n, k] or [e, n, k] for many tokens, never part of the
-    state, or None. inputs: rounds x at run time, or None.
+    words, scales, zeros: buffers in the order `layout`, which is part of the state: loading the
+    state of another layout is refused; those of experts have a leading axis e. dense: a copy of W
+    [n, k] or [e, n, k] for many tokens, never part of the state, or None. inputs: rounds x at run
+    time, or None.
     """
 
     words: Tensor
@@ -33,7 +36,14 @@ class QuantizedWeight(nn.Module):
     zeros: Tensor | None
     dense: Tensor | None
 
-    def __init__(self, path: str, leaf: QTensor, layout: str, device: torch.device, inputs: QuantizeInput | None):
+    def __init__(
+        self,
+        path: str,
+        leaf: QTensor,
+        layout: str,
+        device: torch.device,
+        inputs: QuantizeInput | None,
+    ):
         nn.Module.__init__(self)  # nn.Linear's, which a subclass may be, would make a dense weight
         *self.experts, self.out_features, self.in_features = leaf.shape  # [] or [e]
         self.spec, self.layout = str(leaf.spec), layout
@@ -68,15 +78,22 @@ class QuantizedWeight(nn.Module):
     def set_extra_state(self, state: Any) -> None:
         """Refuse words in another order."""
         if (name := bytes(state.tolist()).decode()) != self.layout:
-            raise QlabError(f"this state was packed as {name} and the module reads {self.layout}; lower the model directory here")
+            raise QlabError(
+                f"this state was packed as {name} and the module reads {self.layout}; lower the "
+                "model directory here"
+            )
 
     def extra_repr(self) -> str:
         copy = "" if self.dense is None else ", dense copy"
-        return f"in_features={self.in_features}, out_features={self.out_features}, spec={self.spec}, layout={self.layout}{copy}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, spec={self.spec}, "
+            f"layout={self.layout}{copy}"
+        )
 
 
 class LinearOfCodes(QuantizedWeight, nn.Linear):
-    """In the place of an nn.Linear, and one to whoever asks: adapters wrap those, and models read the dtype of `weight`.
+    """In the place of an nn.Linear, and one to whoever asks: adapters wrap those, and models read
+    the dtype of `weight`.
 
     weight: W, dequantized for the reader. What is written to it would be lost, so that is refused.
     """
@@ -94,7 +111,8 @@ class LinearOfCodes(QuantizedWeight, nn.Linear):
 
 
 def refuse_lost(path: str, scales: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """Refuse scales that a dtype of activations does not hold: too large, or so small that rounding them changes the weight.
+    """Refuse scales that a dtype of activations does not hold: too large, or so small that rounding
+    them changes the weight.
 
     Groups whose scales are far below the weight's largest add nothing to it, and may be lost.
     """
@@ -102,31 +120,48 @@ def refuse_lost(path: str, scales: Sequence[Tensor], dtype: torch.dtype) -> None
     largest = wide.max()
     lost = (wide - wide.to(dtype).float()).abs().max()
     if not lost <= largest / 128:  # 16 bits round a number that they hold by 1/256 at most
-        raise QlabError(f"{path} has scales up to {float(largest):.3g}, which {dtype} does not hold; lower to torch.bfloat16")
+        raise QlabError(
+            f"{path} has scales up to {float(largest):.3g}, which {dtype} does not hold; lower to "
+            "torch.bfloat16"
+        )
 
 
 class PackedWeight(QuantizedWeight):
     """Held as packed 4-bit codes in an order that belongs to a device.
 
-    perm: the input channel of every column of codes (and of the dense copy), for formats with g_idx, or None.
+    perm: the input channel of every column of codes (and of the dense copy), for formats with
+    g_idx, or None.
     """
 
     perm: Tensor | None
 
-    def __init__(self, path: str, leaf: QTensor, dtype: torch.dtype, device: torch.device, dense_cache: bool,
-                 inputs: QuantizeInput | None = None):  # fmt: skip
+    def __init__(
+        self,
+        path: str,
+        leaf: QTensor,
+        dtype: torch.dtype,
+        device: torch.device,
+        dense_cache: bool,
+        inputs: QuantizeInput | None = None,
+    ):
         on_cpu = device.type == "cpu"
-        super().__init__(path, leaf, cpu.layout() if on_cpu else cuda.layout(device, dtype), device, inputs)
+        super().__init__(
+            path, leaf, cpu.layout() if on_cpu else cuda.layout(device, dtype), device, inputs
+        )
         leaves = [expert(leaf, e) for e in range(self.experts[0])] if self.experts else [leaf]
         planes = [planes_of(path, one, whole_rows=not on_cpu) for one in leaves]
         self.group, self.count = planes[0].group, planes[0].count
         refuse_lost(path, [p.scales for p in planes], dtype)
         packed = [cpu.pack(p, dtype) if on_cpu else cuda.pack(p, dtype, device) for p in planes]
         for name, parts in zip(("words", "scales", "zeros"), zip(*packed)):
-            self.register_buffer(name, parts[0] if parts[0] is None or not self.experts else torch.stack(parts))
+            self.register_buffer(
+                name, parts[0] if parts[0] is None or not self.experts else torch.stack(parts)
+            )
         self.register_buffer("perm", None if leaf.perm is None else leaf.perm.to(device))
         kept = dense_cache and (on_cpu or cuda.reads_dense(device, bool(self.experts)))
-        self.register_buffer("dense", self.columns().contiguous() if kept else None, persistent=False)
+        self.register_buffer(
+            "dense", self.columns().contiguous() if kept else None, persistent=False
+        )
 
     def dequantized(self) -> Tensor:
         return self.columns() if self.perm is None else self.columns()[..., self.perm.argsort()]
@@ -144,35 +179,66 @@ class PackedWeight(QuantizedWeight):
         if not self.experts:
             return dequantize(self.words, self.scales, self.zeros, *own)
         zeros = [None] * len(self.words) if self.zeros is None else self.zeros
-        return torch.stack([dequantize(w, s, z, *own) for w, s, z in zip(self.words, self.scales, zeros)])
+        return torch.stack(
+            [dequantize(w, s, z, *own) for w, s, z in zip(self.words, self.scales, zeros)]
+        )
 
 
 class QLinear(PackedWeight, LinearOfCodes):
     """y = x @ W.T + b."""
 
-    def __init__(self, path: str, leaf: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device, dense_cache: bool,
-                 inputs: QuantizeInput | None = None):  # fmt: skip
+    def __init__(
+        self,
+        path: str,
+        leaf: QTensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        dense_cache: bool,
+        inputs: QuantizeInput | None = None,
+    ):
         super().__init__(path, leaf, dtype, device, dense_cache, inputs)
         self.register_buffer("bias", None if bias is None else bias.to(device, dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., k] -> [..., n]"""
-        y = int4_mm(self._rows(x), self.words, self.scales, self.zeros, self.dense, self.out_features, self.group, self.count,
-                    self.layout)  # fmt: skip
+        y = int4_mm(
+            self._rows(x),
+            self.words,
+            self.scales,
+            self.zeros,
+            self.dense,
+            self.out_features,
+            self.group,
+            self.count,
+            self.layout,
+        )
         y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
 
 
 class QExperts(PackedWeight):
-    """A fused weight [e, n, k] of experts: each row of x is multiplied by the weight of its own one."""
+    """A fused weight [e, n, k] of experts: each row of x is multiplied by the weight of its own
+    one."""
 
     def __len__(self) -> int:
         return len(self.words)
 
     def forward(self, x: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
-        """Rows ends[e-1]:ends[e] of x [s, k] times W_e.T, plus bias [e, n] if there is one -> [s, n]"""
-        y = int4_grouped_mm(self._rows(x), self.words, self.scales, self.zeros, self.dense, ends, self.out_features, self.group,
-                            self.count, self.layout)  # fmt: skip
+        """Rows ends[e-1]:ends[e] of x [s, k] times W_e.T, plus bias [e, n] if there is one -> [s,
+        n]"""
+        y = int4_grouped_mm(
+            self._rows(x),
+            self.words,
+            self.scales,
+            self.zeros,
+            self.dense,
+            ends,
+            self.out_features,
+            self.group,
+            self.count,
+            self.layout,
+        )
         return y if bias is None else y + per_row(bias, ends, len(y))
 
 

@@ -1,11 +1,13 @@
 """Any integer weight as planes of 4-bit codes, the one form that every int4 kernel multiplies.
 
     bits <= 4:  W = (q - z) * s, with q in -8..7: narrower codes are stored in 4 bits
-    bits  > 4:  code = 16 * hi + lo + 8, so W = hi * 16s + (lo - (z - 8)) * s: two planes side by side along k, with x beside itself
+    bits  > 4:  code = 16 * hi + lo + 8, so W = hi * 16s + (lo - (z - 8)) * s: two planes side by
+                side along k, with x beside itself
 
     y = x @ W.T = [x | x] @ [hi plane | lo plane].T
 
-A 5- to 8-bit weight takes 8 bits, a 2- or 3-bit one takes 4. Groups wider than a kernel's are cut into some that repeat a scale.
+A 5- to 8-bit weight takes 8 bits, a 2- or 3-bit one takes 4. Groups wider than a kernel's are cut
+into some that repeat a scale.
 """
 
 from dataclasses import dataclass
@@ -24,9 +26,11 @@ ROW_MULTIPLE = 64  # whole rows that 32 does not divide are padded to it
 
 @dataclass(frozen=True)
 class Planes:
-    """q: int8 [n, count * k_padded] in -8..7. scales, zeros: fp32 [n, count * k_padded / group]; zeros is None when symmetric.
+    """q: int8 [n, count * k_padded] in -8..7. scales, zeros: fp32 [n, count * k_padded / group];
+    zeros is None when symmetric.
 
-    k: the true number of input channels. The channels appended to it weigh nothing, because the activations are zero there.
+    k: the true number of input channels. The channels appended to it weigh nothing, because the
+    activations are zero there.
     """
 
     q: Tensor
@@ -45,13 +49,16 @@ def refusal(spec: Spec, shape: torch.Size) -> str | None:
     if o % rows or k % cols:
         return f"blocks of {rows}x{cols} that do not divide a weight {tuple(shape)} have no kernel"
     if (cols + _padding(k, cols)) % GROUPS[-1]:
-        return f"groups of {cols} have no int4 kernel; quantize with groups of 32, 64, 128, 256 or whole rows"
+        return (
+            f"groups of {cols} have no int4 kernel; quantize with groups of 32, 64, 128, 256 or "
+            "whole rows"
+        )
     return None
 
 
 def planes_of(path: str, leaf: QTensor, whole_rows: bool = False) -> Planes:
-    """A quantized weight [o, k] as planes, its channels in the order of the codes. whole_rows: the kernel reads one scale per row
-    without cutting the row into groups.
+    """A quantized weight [o, k] as planes, its channels in the order of the codes. whole_rows: the
+    kernel reads one scale per row without cutting the row into groups.
 
     Errors: whatever `refusal` names.
     """
@@ -66,13 +73,24 @@ def planes_of(path: str, leaf: QTensor, whole_rows: bool = False) -> Planes:
         group = next(g for g in GROUPS if (cols + pad) % g == 0)
     repeat = (cols + pad) // group
     scales = leaf.scales.float().repeat_interleave(rows, 0).repeat_interleave(repeat, 1)
-    zeros = None if leaf.zeros is None else leaf.zeros.float().repeat_interleave(rows, 0).repeat_interleave(repeat, 1)
+    zeros = (
+        None
+        if leaf.zeros is None
+        else leaf.zeros.float().repeat_interleave(rows, 0).repeat_interleave(repeat, 1)
+    )
     if leaf.spec.bits <= 4:
         return Planes(F.pad(leaf.codes, (0, pad)), scales, zeros, k, group, 1)
     hi, lo = leaf.codes >> 4, (leaf.codes & 15) - 8
     lo_zeros = (torch.zeros_like(scales) if zeros is None else zeros) - 8
     q = torch.cat([F.pad(hi, (0, pad)), F.pad(lo, (0, pad))], 1)
-    return Planes(q, torch.cat([16 * scales, scales], 1), torch.cat([torch.zeros_like(scales), lo_zeros], 1), k, group, 2)
+    return Planes(
+        q,
+        torch.cat([16 * scales, scales], 1),
+        torch.cat([torch.zeros_like(scales), lo_zeros], 1),
+        k,
+        group,
+        2,
+    )
 
 
 def _padding(k: int, cols: int) -> int:
@@ -86,7 +104,8 @@ def plane_width(k: int) -> int:
 
 
 def spread(x_mk: Tensor, count: int) -> Tensor:
-    """The activations that the planes multiply, contiguous: padded with zeros to a plane's width; for two planes, beside themselves."""
+    """The activations that the planes multiply, contiguous: padded with zeros to a plane's width;
+    for two planes, beside themselves."""
     if padding := plane_width(x_mk.shape[1]) - x_mk.shape[1]:
         x_mk = F.pad(x_mk, (0, padding))
     return x_mk.contiguous() if count == 1 else torch.cat([x_mk, x_mk], 1)

@@ -1,14 +1,18 @@
-"""The operators of packed weights: qlab::dequantize, int4_mm and int4_grouped_mm, for a CPU and for CUDA. Those of all other
-weights are in `coded.py`, and that of rounded inputs in `inputs.py`.
+"""The operators of packed weights: qlab::dequantize, int4_mm and int4_grouped_mm, for a CPU and for
+CUDA. Those of all other weights are in `coded.py`, and that of rounded inputs in `inputs.py`.
 
-    qlab::dequantize(words, scales, zeros, n, k, group, count, layout)        -> W [n, k] = (q - z) * s
+    qlab::dequantize(words, scales, zeros, n, k, group, count, layout)        -> W [n, k] = (q - z)
+        * s
     qlab::int4_mm(x, words, scales, zeros, dense, n, group, count, layout)    -> y [m, n] = x @ W.T
-    qlab::int4_grouped_mm(x, words, scales, zeros, dense, ends, n, ...)       -> y [m, n]: rows ends[e-1]:ends[e] of x @ W_e.T
-    qlab::int4_grouped_back(g, words, scales, zeros, dense, ends, k, ...)     -> its gradient by x [m, k]: rows of g @ W_e
+    qlab::int4_grouped_mm(x, words, scales, zeros, dense, ends, n, ...)       -> y [m, n]: rows
+        ends[e-1]:ends[e] of x @ W_e.T
+    qlab::int4_grouped_back(g, words, scales, zeros, dense, ends, k, ...)     -> its gradient by x
+        [m, k]: rows of g @ W_e
 
-words, scales, zeros: as cpu.pack or cuda.pack made them, in the order that `layout` names; group: codes per scale; count: 4-bit
-planes (two for codes of more than four bits). x [m, k] is in the scales' dtype, any m. dense: a copy of W, or None.
-Products have a gradient by x, through the dequantized weight; codes and scales have none.
+words, scales, zeros: as cpu.pack or cuda.pack made them, in the order that `layout` names; group:
+codes per scale; count: 4-bit planes (two for codes of more than four bits). x [m, k] is in the
+scales' dtype, any m. dense: a copy of W, or None. Products have a gradient by x, through the
+dequantized weight; codes and scales have none.
 Both are opaque to torch.compile; `rewrite` turns the first and a matmul into the second.
 """
 
@@ -23,23 +27,52 @@ from qlab.lowering.weights import cpu, cuda
 
 
 @torch.library.custom_op("qlab::dequantize", mutates_args=(), device_types="cpu")
-def dequantize(words: Tensor, scales: Tensor, zeros: Tensor | None, n: int, k: int, group: int, count: int, layout: str) -> Tensor:
+def dequantize(
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    n: int,
+    k: int,
+    group: int,
+    count: int,
+    layout: str,
+) -> Tensor:
     """W [n, k] in the scales' dtype."""
     return cpu.dequantize(words, scales, zeros, n, k, group, count, layout)
 
 
 @torch.library.custom_op("qlab::int4_mm", mutates_args=(), device_types="cpu")
-def int4_mm(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, dense: Tensor | None, n: int, group: int, count: int,
-            layout: str) -> Tensor:  # fmt: skip
+def int4_mm(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    dense: Tensor | None,
+    n: int,
+    group: int,
+    count: int,
+    layout: str,
+) -> Tensor:
     """y [m, n] = x @ W.T in x's dtype."""
     _same_dtype(x, scales)
     return cpu.int4_mm(x, words, scales, zeros, dense, n, group, count, layout)
 
 
 @torch.library.custom_op("qlab::int4_grouped_mm", mutates_args=(), device_types="cpu")
-def int4_grouped_mm(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, dense: Tensor | None, ends: Tensor, n: int,
-                    group: int, count: int, layout: str) -> Tensor:  # fmt: skip
-    """y [m, n] in x's dtype, each row by its own expert's weight; all but x and n have a leading axis of experts."""
+def int4_grouped_mm(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    dense: Tensor | None,
+    ends: Tensor,
+    n: int,
+    group: int,
+    count: int,
+    layout: str,
+) -> Tensor:
+    """y [m, n] in x's dtype, each row by its own expert's weight; all but x and n have a leading
+    axis of experts."""
     _same_dtype(x, scales)
     return cpu.int4_grouped_mm(x, words, scales, zeros, dense, ends, n, group, count, layout)
 
@@ -80,10 +113,23 @@ def _int4_grouped_mm_fake(x, words, scales, zeros, dense, ends, n, group, count,
     return x.new_empty(x.shape[0], n)
 
 
-@torch.library.custom_op("qlab::int4_grouped_back", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))  # waits for `ends`
-def int4_grouped_back(g: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, dense: Tensor | None, ends: Tensor, k: int,
-                      group: int, count: int, layout: str) -> Tensor:  # fmt: skip
-    """The gradient by x [m, k] of int4_grouped_mm, from that by its result: g [m, n]. One expert that has rows is dense at a time."""
+@torch.library.custom_op(
+    "qlab::int4_grouped_back", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)  # waits for `ends`
+def int4_grouped_back(
+    g: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    dense: Tensor | None,
+    ends: Tensor,
+    k: int,
+    group: int,
+    count: int,
+    layout: str,
+) -> Tensor:
+    """The gradient by x [m, k] of int4_grouped_mm, from that by its result: g [m, n]. One expert
+    that has rows is dense at a time."""
 
     def product(e: int, g_mn: Tensor) -> Tensor:
         if not len(g_mn):
@@ -129,4 +175,7 @@ int4_grouped_mm.register_autograd(_int4_grouped_mm_gradients, setup_context=_sav
 
 def _same_dtype(x: Tensor, scales: Tensor) -> None:
     if x.dtype != scales.dtype:
-        raise QlabError(f"a model lowered for {scales.dtype} got {x.dtype} activations; lower it for that dtype instead")
+        raise QlabError(
+            f"a model lowered for {scales.dtype} got {x.dtype} activations; lower it for that "
+            "dtype instead"
+        )
