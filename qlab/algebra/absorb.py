@@ -39,7 +39,7 @@ NORMS = {
 }  # positions of weight and bias
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Producer:
     """A node whose output channel c is scaled by t[c] when (weight + offset)[c] and bias[c] are."""
 
@@ -219,7 +219,14 @@ def _producers(code: Code) -> list[Producer]:
             if b_at is not None and len(node.args) > b_at and not _own(code, node.args[b_at]):
                 continue
             found.append(
-                Producer(node.name, w, sites[w].bias, 0.0, True, sites[w].layout.endswith("k o"))
+                Producer(
+                    node=node.name,
+                    weight=w,
+                    bias=sites[w].bias,
+                    offset=0.0,
+                    rows=True,
+                    transposed=sites[w].layout.endswith("k o"),
+                )
             )
         elif node.target in NORMS:
             w_at, b_at = NORMS[node.target]
@@ -229,13 +236,23 @@ def _producers(code: Code) -> list[Producer]:
                 for a in (args[w_at], args[b_at] if b_at else None)
             )
             if weight and _own(code, args[w_at]) and (b_at is None or _own(code, args[b_at])):
-                found.append(Producer(node.name, weight, bias, 0.0, False))
+                found.append(
+                    Producer(node=node.name, weight=weight, bias=bias, offset=0.0, rows=False)
+                )
         elif node.target is aten.mul.Tensor:
             for operand in node.args[:2]:
                 if (vector := _vector(code, operand)) and operand.meta["val"].shape[0] == node.meta[
                     "val"
                 ].shape[-1]:
-                    found.append(Producer(node.name, vector[0], None, vector[1], False))
+                    found.append(
+                        Producer(
+                            node=node.name,
+                            weight=vector[0],
+                            bias=None,
+                            offset=vector[1],
+                            rows=False,
+                        )
+                    )
     return found
 
 

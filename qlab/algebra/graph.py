@@ -289,8 +289,17 @@ def lone_weight(
     """A weight [o, k] by itself as a segment of one site, for stages that need no data. dtype: that
     of most of its model, which scales take (default: its own). outer: the global scale that it
     shares with weights elsewhere."""
-    site = Site(path, "weight", None, path, "", "o k", outside=outside)
-    code = Code(fx.Graph(), {}, {}, (), pytree.tree_structure(None), (site,))
+    site = Site(
+        path=path, weight="weight", bias=None, source=path, op="", layout="o k", outside=outside
+    )
+    code = Code(
+        graph=fx.Graph(),
+        params={},
+        constants={},
+        inputs=(),
+        out_spec=pytree.tree_structure(None),
+        sites=(site,),
+    )
     outers = {} if outer is None else {path: outer}
     return ModuleGraph(code, {"weight": W_ok}, dtype=dtype or W_ok.dtype, outers=outers)
 

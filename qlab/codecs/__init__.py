@@ -67,11 +67,11 @@ class Codec:
 
 def _gptq(version: gptq.Version) -> Codec:
     return Codec(
-        gptq.refusal,
-        partial(gptq.encode, version),
-        partial(gptq.decode, version),
-        partial(gptq.config, version),
-        gptq.specs,
+        refusal=gptq.refusal,
+        encode=partial(gptq.encode, version),
+        decode=partial(gptq.decode, version),
+        config=partial(gptq.config, version),
+        specs=gptq.specs,
         misfit=gptq.misfit,
         risk=partial(gptq.risk, version),
         transposed=True,
@@ -86,20 +86,27 @@ GPTQ_VERSIONS = [
 
 CODECS: Mapping[str, Codec] = {  # what qlab writes, by the name that `--codec` takes
     "compressed-tensors": Codec(
-        compressed_tensors.refusal,
-        compressed_tensors.encode,
-        compressed_tensors.decode,
-        compressed_tensors.config,
-        compressed_tensors.specs,
-        compressed_tensors.inputs,
-        compressed_tensors.decode_input,
+        refusal=compressed_tensors.refusal,
+        encode=compressed_tensors.encode,
+        decode=compressed_tensors.decode,
+        config=compressed_tensors.config,
+        specs=compressed_tensors.specs,
+        inputs=compressed_tensors.inputs,
+        decode_input=compressed_tensors.decode_input,
         extras=compressed_tensors.extras,
         embeddings=True,
     ),
     **{
         str(version): _gptq(version) for version in GPTQ_VERSIONS
     },  # gptq, gptq_v2, and either with _desc_act
-    "awq": Codec(awq.refusal, awq.encode, awq.decode, awq.config, awq.specs, misfit=awq.misfit),
+    "awq": Codec(
+        refusal=awq.refusal,
+        encode=awq.encode,
+        decode=awq.decode,
+        config=awq.config,
+        specs=awq.specs,
+        misfit=awq.misfit,
+    ),
 }
 
 
@@ -110,7 +117,13 @@ def _read_only(name: str, codec: Any) -> Codec:
     def refuse(*args: Any) -> Any:
         raise QlabError(reason)
 
-    return Codec(lambda spec, online=(): reason, refuse, codec.decode, refuse, codec.specs)
+    return Codec(
+        refusal=lambda spec, online=(): reason,
+        encode=refuse,
+        decode=codec.decode,
+        config=refuse,
+        specs=codec.specs,
+    )
 
 
 def _awq(config: Mapping[str, Any]) -> Codec:

@@ -135,7 +135,12 @@ def from_ids(model: Checkpoint, ids: Tensor) -> Tokens:
         raise QlabError(f"token ids have shape {tuple(ids.shape)}; give [samples, length]")
     ids = ids.cpu()
     _refuse_outside(model, int(ids.min()), int(ids.max()))
-    return Tokens(ids.long(), (), hashlib.sha256(ids.long().numpy().tobytes()).hexdigest(), None)
+    return Tokens(
+        ids=ids.long(),
+        texts=(),
+        sha256=hashlib.sha256(ids.long().numpy().tobytes()).hexdigest(),
+        seed=None,
+    )
 
 
 def _refuse_outside(model: Checkpoint, low: int, high: int) -> None:
@@ -184,7 +189,11 @@ class _Stream:
             rows.append(torch.frombuffer(ids, dtype=torch.int32).long())
         files = tuple(text.path for text in self.texts if text.path)
         return Tokens(
-            torch.stack(rows), tuple(text.name for text in self.texts), self.sha256, seed, files
+            ids=torch.stack(rows),
+            texts=tuple(text.name for text in self.texts),
+            sha256=self.sha256,
+            seed=seed,
+            files=files,
         )
 
 

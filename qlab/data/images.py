@@ -20,7 +20,7 @@ from qlab.process.shown import Shown, some
 from qlab.process.surroundings import undisturbed
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Samples(Shown):
     """What the model is called with, sample by sample, and where it came from; images and
     image_tokens are counted over all."""
@@ -122,13 +122,13 @@ def image_samples(
         else 0
     )
     return Samples(
-        tuple(inputs),
-        tuple(path.name for path in paths),
-        digest.hexdigest(),
-        seed,
-        images,
-        seen,
-        tuple(dict.fromkeys(files)),
+        inputs=tuple(inputs),
+        texts=tuple(path.name for path in paths),
+        sha256=digest.hexdigest(),
+        seed=seed,
+        images=images,
+        image_tokens=seen,
+        files=tuple(dict.fromkeys(files)),
     )
 
 

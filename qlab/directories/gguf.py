@@ -70,7 +70,9 @@ def from_gguf(path: Path, codec: str, out: Path, overwrite: bool, resume: bool) 
 
 def _fill(path: Path, codec: Codec, writer: Writer, job: dict[str, Any], scratch: Path) -> None:
     raw = read_json(scratch / CONFIG)
-    skeleton = Skeleton(Checkpoint(scratch, raw, {}, None, {}), torch.bfloat16)
+    skeleton = Skeleton(
+        Checkpoint(path=scratch, raw=raw, stored={}, codec=None, quantized={}), torch.bfloat16
+    )
     if (generation := skeleton.model.generation_config) is not None:
         generation.save_pretrained(scratch)
     specs: dict[str, Spec | None] = dict.fromkeys(skeleton.linears())

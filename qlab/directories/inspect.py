@@ -19,7 +19,7 @@ from qlab.process.surroundings import undisturbed
 SHOWN = ("spec", "shape", "bits_per_weight", "weight_error", "loss", "tokens", "stored", "bytes")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Inspection(Shown):
     """sites: quantized module -> its spec, tensors and bytes, with what qlab recorded of it.
     unquantized: name -> dtype and shape. extras: key of its quantization_config -> what its readers
@@ -153,20 +153,20 @@ def inspect(path: str | Path) -> Inspection:
     }
     plain = {name: _said(model, name) for name in model.stored if name not in taken}
     return Inspection(
-        model.path,
-        str(model.raw.get("model_type")),
-        " ".join(
+        path=model.path,
+        model_type=str(model.raw.get("model_type")),
+        format=" ".join(
             str(quantization[key])
             for key in ("quant_method", "format", "version")
             if isinstance(quantization.get(key), str)
         )
         or "unquantized",
-        len(set(model.files.values())),
-        dict(dtypes.most_common()),
-        {**sites, **noted},
-        plain,
-        {e.key: f"{e.says}; {len(e.tensors)} tensors" for e in model.extras},
-        record,
+        files=len(set(model.files.values())),
+        dtypes=dict(dtypes.most_common()),
+        sites={**sites, **noted},
+        unquantized=plain,
+        extras={e.key: f"{e.says}; {len(e.tensors)} tensors" for e in model.extras},
+        record=record,
     )
 
 

@@ -48,7 +48,7 @@ PROVENANCE = (
 )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Verdict(Shown):
     """sites: module -> spec, weight error against the reference, what was certified of it, and its
     fault or None.
@@ -241,17 +241,17 @@ def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path)
     extra = sorted(names - theirs - extras.keys() - made - both.doubled)
     unlike = unlike_recipe(model, record)
     return Verdict(
-        model.path,
-        sites,
-        missing,
-        extra,
-        changed,
-        bool(certificates),
-        extras,
-        config,
-        retold,
-        lost,
-        unlike,
+        path=model.path,
+        sites=sites,
+        missing=missing,
+        extra=extra,
+        changed=changed,
+        certified=bool(certificates),
+        extras=extras,
+        config=config,
+        retold=retold,
+        lost=lost,
+        unlike=unlike,
     )
 
 

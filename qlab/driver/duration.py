@@ -65,7 +65,7 @@ def effort_of(stage: Stage) -> Effort:
     return WORK.get((stage.name, bool(stage.needs)), UNKNOWN if stage.spec else NOTHING)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """products, float32: multiply-adds. elements, calls, bytes: see above. programs: structures of
     blocks, which are traced. dtype: of the products."""

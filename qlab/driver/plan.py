@@ -45,7 +45,7 @@ KEEP_THEM = "leave them as they are (--keep PATTERN, or keep() in rules() in Pyt
 MiB = 1 << 20
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Plan(Shown):
     """stages: the recipe in words. sites: name -> spec, shape, bits per weight and number of
     experts. passes: forward passes over the calibration data, the reference's among them.

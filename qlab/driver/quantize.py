@@ -67,7 +67,7 @@ from qlab.process.shown import Shown, size, some
 from qlab.process.surroundings import undisturbed
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Result(Shown):
     """A finished job: its directory, the rows of its report, and what the run cost."""
 
@@ -261,7 +261,12 @@ def compare(
             }
             writers[name].begin(job, len(skeleton.blocks) + 1, model.path)
             jobs[name] = _Job(
-                recipe, CODECS[codec], writers[name], job, plans[name].experts_at_once, used
+                recipe=recipe,
+                codec=CODECS[codec],
+                writer=writers[name],
+                identity=job,
+                experts_at_once=plans[name].experts_at_once,
+                data=used,
             )
         for begun in jobs.values():
             if not begun.writer.finished:

@@ -38,7 +38,7 @@ class Reading:
     trail: Tensor
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Evaluation(Shown):
     """Means over all predicted tokens, in nats; `_ci` are 95 % bootstrap intervals over windows.
 
@@ -80,7 +80,7 @@ class Evaluation(Shown):
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Perplexity(Shown):
     """exp(mean NLL) over all predicted tokens of windows, in nats, with its 95 % bootstrap interval
     over windows."""

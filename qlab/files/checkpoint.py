@@ -272,7 +272,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             f"{folder} has no config.json; a model directory holds one beside its safetensors files"
         )
     raw, stored = explained(read_json(folder / CONFIG), folder), locate(folder)
-    model = _read_codes(Checkpoint(folder, raw, stored, None, {}))
+    model = _read_codes(Checkpoint(path=folder, raw=raw, stored=stored, codec=None, quantized={}))
     refuse_unexplained(folder, stored, model.quantized, model.beside)
     return model
 

@@ -49,7 +49,7 @@ WIDTHS: Mapping[str, int] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stored:
     """A tensor of a file: its dtype by the format's name, and the bytes [start, stop) of the file
     that hold it."""
@@ -155,7 +155,13 @@ def _entry(file: Path, name: str, entry: Any, begin: int) -> Stored:
         raise ValueError(f"{name!r} has no proper shape or data_offsets")
     if 8 * (offsets[1] - offsets[0]) != prod(shape) * WIDTHS[dtype]:
         raise ValueError(f"{name!r} is {dtype} {shape} and has {offsets[1] - offsets[0]} bytes")
-    return Stored(file, dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
+    return Stored(
+        file=file,
+        dtype=dtype,
+        shape=tuple(shape),
+        start=begin + offsets[0],
+        stop=begin + offsets[1],
+    )
 
 
 def _counts(value: Any) -> bool:

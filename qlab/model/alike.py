@@ -61,7 +61,13 @@ def alike(model: Checkpoint, reference: Checkpoint) -> Alike:
     doubled = frozenset(spelled[name] for pair in both for name in pair if name in spelled)
     held = set(identities(ours, _leaves(model)).values()) | tied[0].keys()
     lacking = {name for pair in tied[1].items() for name in pair} - held
-    return Alike(model, reference, names, doubled, bool(lacking or apart(ours, tied[0])))
+    return Alike(
+        model=model,
+        reference=reference,
+        names=names,
+        doubled=doubled,
+        mistied=bool(lacking or apart(ours, tied[0])),
+    )
 
 
 def _on_paper(model: Checkpoint) -> PreTrainedModel | None:

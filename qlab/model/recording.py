@@ -139,7 +139,7 @@ class Makers(TorchDispatchMode):
             self.__enter__()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Seen:
     """One call of a block: the leaves and their form, whose some of them are, which one is the
     hidden states, and which of the program's outputs are those that leave."""
@@ -207,10 +207,10 @@ class Recorder(nn.Module):
                 holes[i] = len(state)
                 state.append(leaf)
         call = Call(
-            tuple(None if i in holes else leaf for i, leaf in enumerate(leaves)),
-            form,
-            holes,
-            _on_paper(state),
+            leaves=tuple(None if i in holes else leaf for i, leaf in enumerate(leaves)),
+            form=form,
+            holes=holes,
+            entering=_on_paper(state),
         )
         code = self.program(call)
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -226,7 +226,7 @@ class Recorder(nn.Module):
             for i, leaf in enumerate(leaves)
             if (maker := self.makers.maker(leaf)) is not None
         }
-        self.seen = Seen(tuple(leaves), form, makers, at, leaving)
+        self.seen = Seen(leaves=tuple(leaves), form=form, makers=makers, at=at, leaving=leaving)
         if self.last:
             raise Recorded
         outputs = self._stand_ins(code, shapes, hidden, leaving)

@@ -225,7 +225,7 @@ def test_token_ids_and_dtypes_that_torch_computes_nothing_with_are_refused(saved
         "give a floating-point dtype",
     )
     refused(
-        lambda: qlab.perplexity(saved(), qlab.Tokens(None, (), "", 0)),
+        lambda: qlab.perplexity(saved(), qlab.Tokens(ids=None, texts=(), sha256="", seed=0)),
         "the ids of data are no tensor",
     )
     refused(

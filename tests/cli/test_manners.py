@@ -225,7 +225,7 @@ def test_results_are_a_few_lines_and_a_table_in_a_notebook(results, name):
 
 
 def test_names_of_files_are_no_markup_in_a_notebook(results):
-    odd = qlab.Tokens(results["tokens"].ids, ("<b>.txt",), "0" * 64, 0)
+    odd = qlab.Tokens(ids=results["tokens"].ids, texts=("<b>.txt",), sha256="0" * 64, seed=0)
     assert "&lt;b&gt;.txt" in odd._repr_html_() and "<b>" not in odd._repr_html_()
 
 

@@ -34,7 +34,9 @@ def encode(path, leaf):
     return compressed_tensors.encode(path, leaf)
 
 
-FOUR_BITS = Codec(refusal, encode, compressed_tensors.decode, config, specs)
+FOUR_BITS = Codec(
+    refusal=refusal, encode=encode, decode=compressed_tensors.decode, config=config, specs=specs
+)
 
 
 def rounded_scales(leaf, dtype):

@@ -340,7 +340,7 @@ def test_a_block_whose_operations_ask_for_values_runs_as_it_is_and_is_refused_by
 
 def test_windows_of_lengths_that_a_program_is_not_for_are_refused_before_anything_runs(saved):
     windows = tuple({"input_ids": torch.arange(3, 3 + n)[None]} for n in (20, 20, 24))
-    samples = Samples(windows, (), "", 0, 0, 0)
+    samples = Samples(inputs=windows, texts=(), sha256="", seed=0, images=0, image_tokens=0)
     words = (
         "model.layers.0 runs other operations on windows of another length",
         "windows of 20 and of 24 tokens",

@@ -108,7 +108,12 @@ def batches_of(seg):
         leaves, form = take_apart((args, kwargs))
         where = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
         state = (leaves[where],)
-        return Call((*leaves[:where], None, *leaves[where + 1 :]), form, {where: 0}, state), state
+        return Call(
+            leaves=(*leaves[:where], None, *leaves[where + 1 :]),
+            form=form,
+            holes={where: 0},
+            entering=state,
+        ), state
 
     return lambda: iter([one(*batch) for batch in seg.batches])
 

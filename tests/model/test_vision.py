@@ -79,7 +79,7 @@ def test_calibration_on_images_differs_from_calibration_without(family, saved, t
     for name in ("with", "without"):
         inputs = [pictured(family, seed) for seed in range(3)]
         inputs = inputs if name == "with" else [{"input_ids": i["input_ids"]} for i in inputs]
-        data = Samples(tuple(inputs), (), "", 0, 3, 12)
+        data = Samples(inputs=tuple(inputs), texts=(), sha256="", seed=0, images=3, image_tokens=12)
         result = quantize(open_checkpoint(source), gptq(INT4), data, tmp_path / name)
         assert result.plan.tokens == sum(i["input_ids"].numel() for i in inputs)
         written[name] = tensors(result.path)

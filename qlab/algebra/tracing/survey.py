@@ -37,7 +37,7 @@ PRODUCTS = frozenset(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Survey:
     """What a segment calls of torch that gives tensors, by number: what is asked of a tensor is not
     always a call.
@@ -84,7 +84,13 @@ def survey(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Survey | N
         for call, name, func in noted.judge.mixed
         if any(call in stretch for stretch in stretches)
     }
-    return Survey(noted.products, stretches, noted.taken, unread, kept(before, copied))
+    return Survey(
+        products=noted.products,
+        stretches=stretches,
+        taken=noted.taken,
+        unread=unread,
+        kept=kept(before, copied),
+    )
 
 
 def _long(

@@ -65,7 +65,9 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
             exported, on_tensors, followed = _exported(module, args, kwargs, auto, surveyed)
     except Exception as error:
         code = replace(_untraced(module, args, kwargs, where, error), kept=kept)
-        return ModuleGraph(code, _leaves(module, code.params.values()), path, _dtype(module))
+        return ModuleGraph(
+            code=code, params=_leaves(module, code.params.values()), path=path, dtype=_dtype(module)
+        )
     graph = exported.graph
     if followed is not None:
         gather(graph, OnTensors(module, args, kwargs), followed, len(tensors))
@@ -103,7 +105,9 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
         unread=unread,
         kept=kept,
     )
-    return ModuleGraph(code, _leaves(module, params.values()), path, _dtype(module))
+    return ModuleGraph(
+        code=code, params=_leaves(module, params.values()), path=path, dtype=_dtype(module)
+    )
 
 
 def _exported(
@@ -261,13 +265,13 @@ def _sites(graph: fx.Graph, params: Mapping[str, str]) -> tuple[tuple[Site, ...]
             }
         sites.append(
             Site(
-                _module(params[leaf]),
-                params[leaf],
-                bias_path,
-                x.name,
-                node.target.name(),
-                layout,
-                _parts(node),
+                path=_module(params[leaf]),
+                weight=params[leaf],
+                bias=bias_path,
+                source=x.name,
+                op=node.target.name(),
+                layout=layout,
+                rows=_parts(node),
                 router=node.meta["val"].shape[-1] == 1 or _chooses_experts(node),
                 **experts,
             )

@@ -55,7 +55,7 @@ class Place:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Group:
     """One kind of matrix, and its places. tensors: those of the files,
     <module>.<name>_<location>.weight."""
@@ -177,14 +177,14 @@ def transforms(config: Mapping[str, Any], names: Collection[str]) -> Extra | Non
         else done
     )
     return Extra(
-        KEY,
-        says,
-        bool(online),
-        True,
-        tuple(n for g in online for n in g.tensors),
-        tuple(missing),
-        _fault,
-        ops,
+        key=KEY,
+        says=says,
+        online=bool(online),
+        applied=True,
+        tensors=tuple(n for g in online for n in g.tensors),
+        missing=tuple(missing),
+        fault=_fault,
+        ops=ops,
     )
 
 
@@ -224,7 +224,13 @@ def _group(name: str, group: Any, names: Collection[str]) -> Group:
     }
     tensors = tuple(sorted(n for n in names if tuple(n.split(".")[-2:]) in kinds))
     return Group(
-        name, group["type"], places, head_dim, bool(group.get("randomize")), dtype, tensors
+        name=name,
+        type=group["type"],
+        places=places,
+        head_dim=head_dim,
+        randomize=bool(group.get("randomize")),
+        dtype=dtype,
+        tensors=tensors,
     )
 
 

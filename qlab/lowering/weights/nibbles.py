@@ -79,17 +79,19 @@ def planes_of(path: str, leaf: QTensor, whole_rows: bool = False) -> Planes:
         else leaf.zeros.float().repeat_interleave(rows, 0).repeat_interleave(repeat, 1)
     )
     if leaf.spec.bits <= 4:
-        return Planes(F.pad(leaf.codes, (0, pad)), scales, zeros, k, group, 1)
+        return Planes(
+            q=F.pad(leaf.codes, (0, pad)), scales=scales, zeros=zeros, k=k, group=group, count=1
+        )
     hi, lo = leaf.codes >> 4, (leaf.codes & 15) - 8
     lo_zeros = (torch.zeros_like(scales) if zeros is None else zeros) - 8
     q = torch.cat([F.pad(hi, (0, pad)), F.pad(lo, (0, pad))], 1)
     return Planes(
-        q,
-        torch.cat([16 * scales, scales], 1),
-        torch.cat([torch.zeros_like(scales), lo_zeros], 1),
-        k,
-        group,
-        2,
+        q=q,
+        scales=torch.cat([16 * scales, scales], 1),
+        zeros=torch.cat([torch.zeros_like(scales), lo_zeros], 1),
+        k=k,
+        group=group,
+        count=2,
     )
 
 
