@@ -195,7 +195,7 @@ def test_links_in_a_circle_and_names_that_are_too_long(tmp_path):
 
 @pytest.mark.parametrize(
     "runs",
-    [None, 3, object(), b"x", [None], [(1, 2)], [("x", "y")], [("x", object())], [[1]]],
+    [None, 3, int, b"x", [None], [(1, 2)], [("x", "y")], [("x", int)], [[1]]],
     ids=repr,
 )
 def test_results_of_what_is_no_run_are_a_sentence(runs):
