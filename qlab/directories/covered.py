@@ -44,9 +44,10 @@ def unlike_recipe(model: Checkpoint, record: Mapping[str, Any]) -> dict[str, str
         if spec and wanted and spec not in wanted and not converted:
             found[name] = f"it is {spec}, and the recorded recipe makes it {wanted[0]}"
     chosen = job.get("sites")  # of a recipe for weights by their names in the files
+    said = rows.keys() | record.get("unused", {}).keys()
     for module, site in _dense(model).items():
         reached = module in chosen if isinstance(chosen, list) else left(site)
-        if reached and site not in rows and module not in rows:
+        if reached and site not in said and module not in said:
             found[module] = LEFT
     return found
 

@@ -34,7 +34,7 @@ from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.record import bits_per_weight
 from qlab.model.linears import by_module, unbuilt
-from qlab.model.recording import Call
+from qlab.model.recording import Call, windows_axis
 from qlab.model.skeleton import Skeleton
 from qlab.model.uncounted import refuse_uncounted
 from qlab.process.shown import Shown, size, some
@@ -321,7 +321,7 @@ def trace_all(skeleton: Skeleton, data: Data | None) -> dict[str, Code]:
     codes = {path: skeleton.code(path, call) for path, call in calls.items()}
     first, *others = dict.fromkeys(batch["input_ids"].shape[1] for batch in batches)
     for path, code in codes.items():
-        if others and not _any_length(code, calls[path]):
+        if others and not _any_length(code, calls[path], batches[0]["input_ids"].shape):
             raise QlabError(
                 f"{path} runs other operations on windows of another length, and there are "
                 f"windows of {first} and of {others[0]} tokens; give windows of one length"
@@ -329,11 +329,13 @@ def trace_all(skeleton: Skeleton, data: Data | None) -> dict[str, Code]:
     return codes
 
 
-def _any_length(code: Code, call: Call) -> bool:
-    """Whether a program is for hidden states of as many tokens as there may be."""
+def _any_length(code: Code, call: Call, windows: torch.Size) -> bool:
+    """Whether a program is for hidden states of as many tokens as there may be. windows: (how many,
+    tokens in each), of the call."""
     hidden = call.entering[0]
+    length = windows_axis(hidden, windows) + 1
     tensors = tensors_of(*call.inputs(call.entering))
-    return next(sizes[-2] is None for t, sizes in zip(tensors, code.inputs) if t is hidden)
+    return next(sizes[length] is None for t, sizes in zip(tensors, code.inputs) if t is hidden)
 
 
 def _beside_sites(skeleton: Skeleton, codes: Mapping[str, Code]) -> list[str]:

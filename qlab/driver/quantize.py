@@ -51,6 +51,7 @@ from qlab.driver.writing import (
     encode,
     online_at,
     refuse_unwritten,
+    unused,
 )
 from qlab.files.carry import Carry
 from qlab.files.checkpoint import Checkpoint
@@ -482,7 +483,12 @@ def _block(
             index + 1, encode(leaves, job.codec, online_at(skeleton, solved, job.codec)).items()
         )
         job.writer.write_notes(
-            index + 1, {"sites": site_rows(solved), **certificates(leaves, skeleton, others)}
+            index + 1,
+            {
+                "sites": site_rows(solved),
+                **certificates(leaves, skeleton, others),
+                **unused(skeleton, graph),
+            },
         )
     passed = [solved if inputs == "quantized" else graph, graph][: len(streams)]
     del graph, solved, watch  # one version of the block per stream is enough from here on

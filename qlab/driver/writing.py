@@ -144,3 +144,19 @@ def certificates(
         if name in changed and isinstance(leaf, Tensor)
     }
     return {"certificates": certified, "changed": hashes}
+
+
+def unused(skeleton: Skeleton, graph: ModuleGraph) -> dict[str, dict[str, Any]]:
+    """The linears that a block holds and its program never runs, for which no recipe is: of a list
+    that several blocks hold each may run its own part. Empty where there is none."""
+    shown = {site.weight for site in graph.code.sites} | graph.code.unread.keys()
+    held = [name for name in skeleton.linears() if name.startswith(f"{graph.path}.")]
+    shapes = {
+        name: skeleton.model.get_submodule(name).get_parameter("weight").shape for name in held
+    }
+    idle = {
+        name: {"shape": list(shape)}
+        for name, shape in shapes.items()
+        if f"{name}.weight".removeprefix(f"{graph.path}.") not in shown
+    }
+    return {"unused": idle} if idle else {}

@@ -16,6 +16,7 @@ from qlab.data.calibration import Tokens, generator
 from qlab.driver.sweep import in_batches, push, record
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
+from qlab.model.recording import windows_axis
 from qlab.model.skeleton import Skeleton
 from qlab.model.uncounted import refuse_uncounted
 from qlab.process.progress import progress
@@ -23,19 +24,25 @@ from qlab.process.shown import Shown, interval
 from qlab.process.surroundings import undisturbed
 
 RESAMPLES = 2000
-WINDOWS = (
-    -3
-)  # the axis of windows: models of several streams of hidden states have theirs before it
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A model's final hidden states [..., n, l, d] on all windows, and those after every block on
-    the first one [b, ..., l, d]."""
+    """A model's final hidden states on all windows, and those after every block on the first one.
+
+    hidden: [n, l, d], or with an axis of streams more; windows: the axis of the n windows.
+    trail: [b, ...], the same without that axis.
+    """
 
     skeleton: Skeleton
     hidden: Tensor
     trail: Tensor
+    windows: int
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """(windows, tokens in each)."""
+        return tuple(self.hidden.shape[self.windows : self.windows + 2])
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -123,13 +130,17 @@ def read(
     skeleton.load_outside(with_head=True)
     windows = in_batches(data)
     states, calls = record(skeleton, windows)
+    axis = windows_axis(states[0][0], windows[0]["input_ids"].shape)
     trail = []
     for path in progress(list(skeleton.blocks), f"reading {model.path.name}"):
         graph = skeleton.graph(path, calls[0][path])
         states = list(push(graph, ((call[path], h) for call, h in zip(calls, states))))
-        trail.append(states[0][0].select(WINDOWS, 0).cpu())
+        trail.append(states[0][0].select(axis, 0).cpu())
     return Reading(
-        skeleton, torch.cat([hidden for (hidden,) in states], WINDOWS), torch.stack(trail)
+        skeleton=skeleton,
+        hidden=torch.cat([hidden for (hidden,) in states], axis),
+        trail=torch.stack(trail),
+        windows=axis,
     )
 
 
@@ -151,15 +162,9 @@ def evaluate(
     _check_vocabularies(model, against)
     ours = model if isinstance(model, Reading) else read(model, data, device=device)
     theirs = against if isinstance(against, Reading) else read(against, data, device=device)
-    if (
-        ours.hidden.shape[WINDOWS:-1] != data.ids.shape
-        or theirs.hidden.shape[WINDOWS:-1] != data.ids.shape
-    ):
-        made = " and ".join(
-            str(tuple(reading.hidden.shape[WINDOWS:-1])) for reading in (ours, theirs)
-        )
+    if not ours.tokens == theirs.tokens == tuple(data.ids.shape):
         raise QlabError(
-            f"the readings were made on windows {made}, "
+            f"the readings were made on windows {ours.tokens} and {theirs.tokens}, "
             f"not on these {tuple(data.ids.shape)}; read both on the same tokens"
         )
     if ours.trail.shape != theirs.trail.shape:
@@ -242,7 +247,7 @@ def _window(ours: Reading, theirs: Reading, ids: Tensor, i: int) -> Mapping[str,
 
 def _log_probabilities(reading: Reading, tokens: Tensor, i: int) -> Tensor:
     """log softmax of the logits that predict tokens 1 .. l-1: [l - 1, vocabulary]."""
-    logits = reading.skeleton.head(tokens, reading.hidden.narrow(WINDOWS, i, 1))[0, :-1]
+    logits = reading.skeleton.head(tokens, reading.hidden.narrow(reading.windows, i, 1))[0, :-1]
     if not torch.isfinite(logits).all():
         raise QlabError(
             f"{reading.skeleton.checkpoint.path} predicts NaN or Inf in window {i}; its weights "

@@ -81,6 +81,7 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
         "largest_step": _MAYBE_FLOAT,
         "made_of": (str, NoneType),
     },
+    "unused": {"shape": list},
 }
 
 

@@ -90,6 +90,23 @@ def shapes_of(code: Code, tensors: Sequence[Tensor]) -> list[tuple[int, ...] | N
     ]
 
 
+def windows_axis(hidden: Tensor, tokens: Sequence[int]) -> int:
+    """The axis of windows in hidden states [..., d], behind which that of their tokens lies.
+
+    Models of several streams of hidden states have an axis for them before or behind these two.
+    tokens: (windows, tokens in each), of those that the states were made of.
+    """
+    between = tuple(hidden.shape[:-1])
+    found = [i for i in range(len(between) - 1) if between[i : i + 2] == tuple(tokens)]
+    if len(found) == 1:
+        return found[0]
+    raise QlabError(
+        f"hidden states {tuple(hidden.shape)} of {tokens[0]} windows of {tokens[1]} tokens have "
+        f"{'several places' if found else 'no place'} where these can be; "
+        f"{'give windows of another length' if found else 'qlab streams models that have one'}"
+    )
+
+
 class Recorded(Exception):
     """The last block was reached while recording: the rest of the forward is not needed."""
 

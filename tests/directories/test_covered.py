@@ -7,8 +7,11 @@ import shutil
 
 import pytest
 import torch
+from families import tiny
 from model_folders import bits_equal, change, refused, rewrite, tensors
 from safetensors.torch import save_file
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from qlab.algebra.scope import Scope, scope_named
 from qlab.algebra.spec import parse_spec
@@ -237,3 +240,24 @@ def test_what_the_model_does_not_take_is_carried_on_whatever_it_holds(folder, tm
         QlabError, match=r"model\.norm\.weight holds NaN or Inf; repair the checkpoint"
     ):
         quantize(open_checkpoint(folder), rtn(INT8), None, tmp_path / "damaged")
+
+
+def test_a_linear_that_its_block_never_runs_is_no_fault(monkeypatch, tmp_path):
+    start, forward = LlamaDecoderLayer.__init__, LlamaDecoderLayer.forward
+
+    def held_by_all(self, config, layer_idx):
+        start(self, config, layer_idx)
+        self.adapters = nn.ModuleList([nn.Linear(64, 64, bias=False) for _ in range(2)])
+        self.own = layer_idx
+
+    def run(self, hidden_states, **kwargs):
+        return forward(self, self.adapters[self.own](hidden_states), **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "__init__", held_by_all)
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", run)
+    tiny("llama").save_pretrained(tmp_path / "model")
+    out = quantize(open_checkpoint(tmp_path / "model"), rtn(INT8), None, tmp_path / "out").path
+    idle = {"model.layers.0.adapters.1", "model.layers.1.adapters.0"}
+    record = json.loads((out / "qlab.json").read_text())
+    assert record["unused"].keys() == idle and not record["sites"].keys() & idle
+    assert verify(out, tmp_path / "model").faults == []
