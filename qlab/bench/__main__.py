@@ -23,6 +23,7 @@ from qlab.cli.options import (
     run,
 )
 from qlab.errors import QlabError
+from qlab.process.extras import needed
 from qlab.process.progress import say
 
 DEFAULT = "methods"
@@ -194,6 +195,7 @@ def matmul(
     from qlab.lowering.tuning.tune import SHORT, parse_shapes, parse_tokens
 
     if plot:
+        needed("matplotlib", "bench")
         refuse_foreign_figure(plot)
         if not plot.absolute().parent.is_dir():
             raise QlabError(

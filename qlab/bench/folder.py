@@ -13,6 +13,7 @@ from qlab.files.atomic import write_json
 from qlab.files.lock import Lock
 from qlab.files.ownership import foreign, read_sealed, sealed
 from qlab.files.place import WORK, is_taken, places
+from qlab.process.extras import needed
 
 RECORD, FIGURES = "bench.json", ("methods.png", "layers.png")
 
@@ -32,6 +33,7 @@ def refuse_foreign(
                 f"{path} exists and is no result of qlab ({reason}); move it away or choose "
                 "another --out"
             )
+    needed("matplotlib", "bench")  # asked for before anything is measured
     for name in FIGURES:
         refuse_foreign_figure(out / name)
     if (out / RECORD).exists() and not isinstance(read_sealed(out / RECORD), dict):

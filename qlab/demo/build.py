@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from qlab.errors import QlabError
+from qlab.process.extras import needed
 
 HELD_OUT = 5  # every fifth article is held out for evaluation
 SHORTEST_ARTICLE = 1500  # characters; an article no longer than that is a stub or a list
@@ -177,6 +178,7 @@ def _check(file: Path, expected: str) -> None:
 
 
 def _make_model(folder: Path, progress: Progress) -> None:
+    needed("gguf", "demo")  # transformers reads the file with it
     with _step(progress, "download model"):
         gguf = _take(MODEL, folder.parent)
     program = f"from qlab.demo import build; build.convert({str(gguf)!r}, {str(folder)!r})"
@@ -215,6 +217,7 @@ def convert(gguf: str, folder: str) -> None:
 
 
 def _make_text(folder: Path, progress: Progress) -> None:
+    needed("mwparserfromhell", "demo")
     with _step(progress, "download text"):
         dump = _take(TEXT, folder.parent)
     pages = progress.track(list(_pages(dump)), description="clean text")

@@ -31,6 +31,7 @@ from qlab.model.linears import (
     transposed,
     untied_where_apart,
 )
+from qlab.process.extras import needed
 from qlab.process.shown import Shown
 from qlab.process.surroundings import undisturbed
 
@@ -163,9 +164,8 @@ def _check_codec(codec: str) -> None:
 def _from_gguf(
     path: Path, codec: str, out: Path, requantize: Spec | None, overwrite: bool, resume: bool
 ) -> Converted:
-    from qlab.directories.gguf import (
-        from_gguf,
-    )  # needs the gguf package and transformers' readers, which directories do without
+    needed("gguf", "gguf")  # directories do without it
+    from qlab.directories.gguf import from_gguf
 
     _check_codec(codec)
     folder = place(out, path)
