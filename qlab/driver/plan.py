@@ -1,6 +1,5 @@
 """What a recipe will do to a model, and whether it can, before anything runs."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,39 +8,34 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from qlab.algebra.graph import Code, Site, by_origin, is_matrix, tensors_of
-from qlab.algebra.spec import Float, Spec, legal_groups, with_scale_dtype
+from qlab.algebra.spec import Float, Spec
 from qlab.algebra.stats import STATS
-from qlab.algebra.transform import Stage, Transform
-from qlab.codecs import CODECS, refusal_of_transposed
-from qlab.codecs.engines import division, refusal, uniformity
+from qlab.algebra.transform import Transform
+from qlab.codecs import CODECS
 from qlab.data.calibration import Data
+from qlab.driver.admissible import Admission, check_scope, check_specs, refuse_unread, specs_of
 from qlab.driver.duration import SPREAD, Work, said, work_of
 from qlab.driver.effects import input_specs, online_of, refuse_unheld, refuse_without_effect
 from qlab.driver.memory import predict_memory
-from qlab.driver.outside import outside_sites
 from qlab.driver.report import describe
+from qlab.driver.sites import Sites, sites_of
 from qlab.driver.sweep import (
     DRIFT,
     Inputs,
-    in_batches,
     in_order,
     inputs_named,
-    record,
     runs_reference,
 )
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.record import bits_per_weight
 from qlab.model.linears import by_module, unbuilt
-from qlab.model.recording import Call, windows_axis
 from qlab.model.skeleton import Skeleton
 from qlab.model.uncounted import refuse_uncounted
 from qlab.process.shown import Shown, size, some
 from qlab.process.surroundings import undisturbed
 
 CODEC = "compressed-tensors"  # what is written unless another codec is named
-KEEP_THEM = "leave them as they are (--keep PATTERN, or keep() in rules() in Python)"
 MiB = 1 << 20
 
 
@@ -187,116 +181,122 @@ def plan(
     are to fit, a part of the experts at a time; `Plan.check` says whether they do.
     """
     inputs_named(inputs)
+    _refuse_model(model, codec)
+    needs = _needs(recipe, data)
+    observed = data if needs else None
+    skeleton = skeleton or Skeleton(model, model.running_dtype)
+    skeleton.refuse_missing()
+    refuse_uncounted(skeleton)
+    if data is not None:
+        skeleton.check_length(data.longest)
+    found = sites_of(skeleton, recipe, data)
+    specs = specs_of(recipe, found.sites)
+    for stage in recipe:
+        refuse_unread(stage, found.unread)
+        check_scope(stage, found)
+    check_specs(specs, found, Admission(skeleton=skeleton, codec=codec, target=target))
+    CODECS[codec].config(by_module(skeleton, specs))  # refused now rather than when all is written
+    refuse_without_effect(recipe, found.sites, inputs)
+    at_inputs = online_of(recipe, found.sites)
+    refuse_unheld(at_inputs, specs, found.sites, codec)
+    rows = _rows(found, specs, model.dtype)
+    for name, rounding in input_specs(at_inputs).items():
+        rows[name]["inputs"] = rounding
+    others = [name for name in skeleton.linears() if name not in found.sites]
+    left = [*others, *found.beside, *unbuilt(skeleton)]
+    in_parts = all(
+        in_order(code, recipe, inputs, calibrate_all_experts) for code in found.codes.values()
+    )
+    fused = [name for name, site in found.sites.items() if in_parts and site.route]
+
+    def predict(at_once: int | None) -> dict[str, int]:
+        return predict_memory(
+            skeleton,
+            found.codes,
+            found.shapes,
+            observed,
+            recipe,
+            inputs,
+            calibrate_all_experts,
+            at_once,
+        )
+
+    experts = max((found.shapes[name][0] for name in fused), default=0)
+    at_once, held = _fitting(memory, experts, predict)
+    passes = (1 if in_parts else 2) + runs_reference([recipe], inputs) if needs else 0
+    work = work_of(
+        found.codes,
+        found.shapes,
+        observed,
+        recipe,
+        passes,
+        calibrate_all_experts,
+        skeleton.dtype,
+        sum(tensor.nbytes for tensor in model.stored.values()),
+    )
+    return Plan(
+        stages=describe(recipe),
+        sites=rows,
+        unquantized=[*left, *(name for name, spec in specs.items() if spec is None)],
+        passes=passes,
+        tokens=observed.count if observed is not None else 0,
+        statistics=needs,
+        memory=held,
+        experts_at_once=at_once,
+        work=work if skeleton.device.type == "cpu" else None,
+    )
+
+
+def _refuse_model(model: Checkpoint, codec: str) -> None:
+    """Refuse a model that is quantized already, and a format that qlab does not write."""
     if codec not in CODECS:
         raise QlabError(f"the codec {codec!r} is unknown; qlab writes {', '.join(CODECS)}")
     if any(spec and not isinstance(spec, Float) for spec in model.quantized.values()):
         raise QlabError(f"{model.path} is quantized already; start from the unquantized model")
-    if online := [extra for extra in model.extras if extra.online]:
+    online = [extra for extra in model.extras if extra.online]
+    if online:
         raise QlabError(
             f"{model.path} has a {online[0].key} ({online[0].says}) that belongs to its present "
             "weights; start from the unquantized model"
         )
+
+
+def _needs(recipe: Transform, data: Data | None) -> list[str]:
+    """The statistics that a recipe asks for; refuses one that rounds nothing, and one that cannot
+    be observed."""
     if all(stage.spec is None for stage in recipe):
         raise QlabError(
             "the recipe rounds no weight, so there is nothing to write; add a method such as "
             "rtn(spec)"
         )
     needs = sorted({need for stage in recipe for need in stage.needs})
-    if unknown := [need for need in needs if need not in STATS.keys() | DRIFT]:
+    known = STATS.keys() | DRIFT
+    unknown = [need for need in needs if need not in known]
+    if unknown:
         raise QlabError(
-            f"the recipe asks for a statistic {unknown[0]!r}; there are "
-            f"{', '.join(sorted(STATS.keys() | DRIFT))}"
+            f"the recipe asks for a statistic {unknown[0]!r}; there are {', '.join(sorted(known))}"
         )
     if needs and data is None:
         raise QlabError(f"the recipe observes {', '.join(needs)} and no calibration text was given")
-    skeleton = skeleton or Skeleton(model, model.running_dtype)
-    skeleton.refuse_missing()
-    refuse_uncounted(skeleton)
-    if data is not None:
-        skeleton.check_length(data.longest)
-    codes = trace_all(skeleton, data)
-    named = {
-        f"{path}.{site.path}": (path, site) for path, code in codes.items() for site in code.sites
-    }
-    around = outside_sites(skeleton)
-    named |= {
-        name: ("", site)
-        for name, site in around.items()
-        if any(stage.touches(name, site) for stage in recipe)
-    }
-    unread = {
-        _named(path, leaf): why for path, code in codes.items() for leaf, why in code.unread.items()
-    }
-    specs = _specs(recipe, named)
-    shapes = {name: _shape(skeleton, *at) for name, at in named.items()}
-    for stage in recipe:
-        _refuse_unread(stage, unread)
-        _check_scope(stage, named, codes, around, unread)
-    _check_specs(specs, shapes, named, skeleton, codec, target)
-    CODECS[codec].config(by_module(skeleton, specs))  # refused now rather than when all is written
-    sites = {name: site for name, (_, site) in named.items()}
-    refuse_without_effect(recipe, sites, inputs)
-    at_inputs = online_of(recipe, sites)
-    refuse_unheld(at_inputs, specs, sites, codec)
-    rows = {
-        n: {
-            "spec": str(s) if s else None,
-            "shape": list(shapes[n]),
-            "bits_per_weight": s.bits_per_weight(shapes[n], model.dtype)
-            if s
-            else 8.0 * model.dtype.itemsize,
+    return needs
+
+
+def _rows(
+    found: Sites, specs: Mapping[str, Spec | None], dtype: torch.dtype
+) -> dict[str, dict[str, Any]]:
+    """Per site: what it becomes. dtype: of the weights that stay as they are."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, spec in specs.items():
+        shape = found.shapes[name]
+        dense = 8.0 * dtype.itemsize
+        rows[name] = {
+            "spec": str(spec) if spec else None,
+            "shape": list(shape),
+            "bits_per_weight": spec.bits_per_weight(shape, dtype) if spec else dense,
         }
-        for n, s in specs.items()
-    }
-    for name, (_, site) in named.items():
-        rows[name] |= {"experts": shapes[name][0]} if site.route else {}
-    for name, rounding in input_specs(at_inputs).items():
-        rows[name]["inputs"] = rounding
-    left = (
-        [n for n in skeleton.linears() if n not in named]
-        + _beside_sites(skeleton, codes)
-        + unbuilt(skeleton)
-    )
-    tokens = data.count if data is not None and needs else 0
-    in_parts = all(in_order(code, recipe, inputs, calibrate_all_experts) for code in codes.values())
-    experts = max(shapes[n][0] if in_parts and site.route else 0 for n, (_, site) in named.items())
-    at_once, held = _fitting(
-        memory,
-        experts,
-        lambda n: predict_memory(
-            skeleton,
-            codes,
-            shapes,
-            data if needs else None,
-            recipe,
-            inputs,
-            calibrate_all_experts,
-            n,
-        ),
-    )
-    passes = (1 if in_parts else 2) + runs_reference([recipe], inputs) if needs else 0
-    stored = sum(tensor.nbytes for tensor in model.stored.values())
-    work = work_of(
-        codes,
-        shapes,
-        data if needs else None,
-        recipe,
-        passes,
-        calibrate_all_experts,
-        skeleton.dtype,
-        stored,
-    )
-    return Plan(
-        stages=describe(recipe),
-        sites=rows,
-        unquantized=[*left, *(n for n, s in specs.items() if s is None)],
-        passes=passes,
-        tokens=tokens,
-        statistics=needs,
-        memory=held,
-        experts_at_once=at_once,
-        work=work if skeleton.device.type == "cpu" else None,
-    )
+        if found.sites[name].route:
+            rows[name]["experts"] = shape[0]
+    return rows
 
 
 def _fitting(
@@ -309,217 +309,3 @@ def _fitting(
         experts = at_once = -(-experts // 2)
         held = predict(at_once)
     return at_once, held
-
-
-def trace_all(skeleton: Skeleton, data: Data | None) -> dict[str, Code]:
-    """Every block's program, traced on inputs of the form that calibration will have; refuses
-    windows of lengths that it is not for."""
-    skeleton.load_outside(with_head=False)
-    batches = in_batches(data)
-    _, (calls,) = record(skeleton, batches[:1])
-    skeleton.drop_outside()
-    codes = {path: skeleton.code(path, call) for path, call in calls.items()}
-    first, *others = dict.fromkeys(batch["input_ids"].shape[1] for batch in batches)
-    for path, code in codes.items():
-        if others and not _any_length(code, calls[path], batches[0]["input_ids"].shape):
-            raise QlabError(
-                f"{path} runs other operations on windows of another length, and there are "
-                f"windows of {first} and of {others[0]} tokens; give windows of one length"
-            )
-    return codes
-
-
-def _any_length(code: Code, call: Call, windows: torch.Size) -> bool:
-    """Whether a program is for hidden states of as many tokens as there may be. windows: (how many,
-    tokens in each), of the call."""
-    hidden = call.entering[0]
-    length = windows_axis(hidden, windows) + 1
-    tensors = tensors_of(*call.inputs(call.entering))
-    return next(sizes[length] is None for t, sizes in zip(tensors, code.inputs) if t is hidden)
-
-
-def _beside_sites(skeleton: Skeleton, codes: Mapping[str, Code]) -> list[str]:
-    """The matrices in blocks that no site multiplies by: filters of each channel, factors."""
-    found = []
-    for path, code in codes.items():
-        held = {name for site in code.sites for name in (site.weight, site.bias)}
-        found += [
-            _named(path, name)
-            for name, p in skeleton.blocks[path].named_parameters()
-            if name not in held and is_matrix(p.shape)
-        ]
-    return found
-
-
-def _shape(skeleton: Skeleton, path: str, site: Site) -> torch.Size:
-    assert site.weight is not None
-    shape = skeleton.model.get_parameter(f"{path}.{site.weight}" if path else site.weight).shape
-    return torch.Size([*shape[:-2], shape[-1], shape[-2]]) if site.layout.endswith("k o") else shape
-
-
-def _specs(recipe: Transform, named: Mapping[str, tuple[str, Site]]) -> dict[str, Spec | None]:
-    specs: dict[str, Spec | None] = dict.fromkeys(named)
-    for stage in recipe:
-        if stage.spec is None:
-            continue
-        for name in named:
-            if stage.touches(name, named[name][1]):
-                if specs[name] is not None:
-                    raise QlabError(
-                        f"{name} is rounded by two stages, to {specs[name]} and to {stage.spec}; "
-                        "give each site one"
-                    )
-                specs[name] = stage.spec
-    return specs
-
-
-def _named(path: str, leaf: str) -> str:
-    """The full name of a block's weight, as sites and patterns spell it."""
-    return f"{path}.{leaf}".removesuffix(".weight")
-
-
-def _refuse_unread(stage: Stage, unread: Mapping[str, str]) -> None:
-    """Refuse a stage that would change weights in which the program shows no site."""
-    if stage.scope.outside or stage.spec is None:
-        return
-    covered = [name for name in unread if name in stage.scope]
-    if covered:
-        raise QlabError(
-            f"{covered[0]} {unread[covered[0]]}, so qlab cannot quantize {_some(covered)}; "
-            f"{KEEP_THEM}"
-        )
-
-
-def _check_scope(
-    stage: Stage,
-    named: Mapping[str, tuple[str, Site]],
-    codes: Mapping[str, Code],
-    around: Mapping[str, Site],
-    unread: Mapping[str, str],
-) -> None:
-    chosen = {name for name, (_, site) in named.items() if stage.touches(name, site)}
-    if not stage.scope.outside:
-        chosen |= {
-            name for name in unread if name in stage.scope
-        }  # a rule may be there to keep them
-    if stage.uncovered:
-        if chosen:
-            raise QlabError(
-                f"no rule covers {_some(sorted(chosen))}; add a pattern, with keep() to leave "
-                "them as they are"
-            )
-        return
-    if not chosen and (
-        routers := [
-            name for name, (_, site) in named.items() if name in stage.scope and site.router
-        ]
-    ):
-        raise QlabError(
-            f"the stage {stage.name!r} is for {_some(routers)} only, which choose or weigh "
-            "experts; routers stay as they are, as every engine reads them: leave the rule out"
-        )
-    if not chosen and stage.scope.outside:
-        raise QlabError(
-            f"the stage {stage.name!r} matches no linear ({stage.scope}); those are "
-            f"{_some(list(around)) or 'none'}"
-        )
-    if not chosen:
-        beside = [name for name in around if name in stage.scope]
-        hint = (
-            f"outside() reaches {_some(beside)}"
-            if beside
-            else f"sites are named like {next(iter([*named, *unread]), 'none')}"
-        )
-        raise QlabError(f"the stage {stage.name!r} matches no site ({stage.scope}); {hint}")
-    if stage.reparametrizes:
-        for path, code in codes.items():
-            for group in by_origin(code.sites).values():
-                names = [f"{path}.{s.path}" for s in group]
-                inside = [n for n in names if n in chosen]
-                if inside and len(inside) < len(names):
-                    rest = ", ".join(n for n in names if n not in chosen)
-                    raise QlabError(
-                        f"{', '.join(inside)} shares its input with {rest}, and the rule for "
-                        f"{stage.name} splits them; a reparametrization needs one rule for all "
-                        "sites of an input"
-                    )
-
-
-def _check_specs(
-    specs: Mapping[str, Spec | None],
-    shapes: Mapping[str, torch.Size],
-    named: Mapping[str, tuple[str, Site]],
-    skeleton: Skeleton,
-    codec: str,
-    target: str | None,
-) -> None:
-    failed: dict[str, list[str]] = {}
-    rounded = {name: spec for name, spec in specs.items() if spec}
-    for name, spec in rounded.items():
-        k = shapes[name][-1]
-        try:
-            spec.tile.check(shapes[name])
-        except QlabError as error:
-            widths = {shapes[other][-1] for other, its in rounded.items() if its == spec}
-            common = ", ".join(map(str, legal_groups(math.gcd(*widths)))) or "none"
-            failed.setdefault(
-                f"{error}{f'; for all {len(widths)} widths {common}' if len(widths) > 1 else ''}",
-                [],
-            ).append(name)
-            continue
-        site = named[name][1]
-        if site.route and not skeleton.expert_pieces(name):
-            failed.setdefault(
-                "quantized experts are written one by one, and transformers knows no names for "
-                f"them in this architecture; {KEEP_THEM}",
-                [],
-            ).append(name)
-            continue
-        if site.route and spec.tile.rows is None:
-            failed.setdefault(
-                "fused experts have a scale per group, channel or block; one per tensor would "
-                "join projections that the files hold apart",
-                [],
-            ).append(name)
-            continue
-        held = CODECS[codec]
-        if site.layout not in ("o k", "e o k") and name not in skeleton.transposed:
-            failed.setdefault(
-                f"readers of every format look for codes in linears, and this is none; {KEEP_THEM}",
-                [],
-            ).append(name)
-            continue
-        refused = refusal_of_transposed(codec) if name in skeleton.transposed else None
-        refused = (
-            refused
-            or held.refusal(with_scale_dtype(spec, skeleton.checkpoint.dtype))
-            or held.misfit(spec, shapes[name])
-        )
-        if target and not refused:
-            refused = refusal(target, codec, spec, site.route is not None, k)
-        if refused := refused or held.risk(spec):
-            failed.setdefault(refused, []).append(name)
-    for names in _joined(named):
-        if target and (divided := division(target, {name: specs[name] for name in names})):
-            failed.setdefault(divided, []).extend(names)
-    for reason, names in failed.items():
-        raise QlabError(f"{_some(names)}: {reason}")
-    CODECS[codec].config(specs)  # refuses what no config of the format can say of all of them
-    if target and (several := uniformity(target, rounded)):
-        raise QlabError(f"{several}; give all sites one")
-
-
-def _joined(named: Mapping[str, tuple[str, Site]]) -> list[list[str]]:
-    """Sites of one module that engines may join: they share an input, or are the experts of a
-    mixture."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name, (_, site) in named.items():
-        if not site.router:
-            groups.setdefault(
-                (name.rpartition(".")[0], "" if site.route else site.source), []
-            ).append(name)
-    return list(groups.values())
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
