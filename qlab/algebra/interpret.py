@@ -167,19 +167,21 @@ def inputs_of(
     sources: Iterable[str],
     args: tuple,
     kwargs: dict[str, Any],
-    everywhere: bool = False,
+    calibrate_all_experts: bool = False,
 ) -> dict[str, Rows]:
     """What reaches the sites of each source, online operations included, and nothing beyond them.
 
     Only what the sources depend on is computed: the last projection of a block never runs here.
-    everywhere: every token goes to every expert, for statistics.
+    calibrate_all_experts: every token goes to every expert, for statistics.
     """
     wanted = tuple(sources)
     routes = tuple(sorted({r for s in wanted if (r := _first(graph, s).route)}))
     env = dict(
         zip(
             wanted + routes,
-            _run(graph, _ending_at(graph.code, wanted + routes, everywhere), args, kwargs),
+            _run(
+                graph, _ending_at(graph.code, wanted + routes, calibrate_all_experts), args, kwargs
+            ),
         )
     )
     return {source: _arriving(graph, source, env) for source in wanted}
@@ -203,14 +205,14 @@ def _run_op(op: Op, x: Tensor, ends: Tensor | None) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _ending_at(code: Code, sources: tuple[str, ...], everywhere: bool) -> fx.Graph:
+def _ending_at(code: Code, sources: tuple[str, ...], calibrate_all_experts: bool) -> fx.Graph:
     """A copy of the program that returns these nodes and holds nothing they do not need."""
     copy = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     copy.graph_copy(code.graph, env)
     by_name = {old.name: new for old, new in env.items()}
     for node in copy.nodes:
-        if everywhere and node.target is torch.ops.qlab.route.default:
+        if calibrate_all_experts and node.target is torch.ops.qlab.route.default:
             node.target = torch.ops.qlab.route_everywhere.default
     copy.output(tuple(by_name[s] for s in sources))
     copy.eliminate_dead_code(

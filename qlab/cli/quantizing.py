@@ -61,17 +61,18 @@ def chosen(
     asymmetric: bool,
     codec: str,
     target: str,
-    around: list[str] | None = None,
+    outside: list[str] | None = None,
     kept: list[str] | None = None,
 ) -> tuple[Any, str]:
     """The recipe and the codec: the one named, else the safest for the target; scales in a dtype
     that the codec stores.
 
-    around: GLOB=SPEC for linears around the blocks. kept: GLOBs of sites in blocks that stay as
+    outside: GLOB=SPEC for linears around the blocks. kept: GLOBs of sites in blocks that stay as
     they are.
     """
     from qlab.algebra.spec import parse_spec
-    from qlab.algebra.transform import at, chain, keep, outside, rules
+    from qlab.algebra.transform import at, chain, keep, rules
+    from qlab.algebra.transform import outside as around_blocks
     from qlab.codecs import storable
     from qlab.codecs.engines import safest_codec
     from qlab.driver.plan import CODEC
@@ -82,7 +83,7 @@ def chosen(
     recipe = method_named(method)(storable(grid, named, model.dtype))
     if kept:
         recipe = rules({**{pattern: keep() for pattern in kept}, "*": recipe})
-    for rule in around or ():
+    for rule in outside or ():
         pattern, equals, text = rule.rpartition("=")
         if not equals:
             raise QlabError(
@@ -90,7 +91,7 @@ def chosen(
                 "'*visual*=int8-channel'"
             )
         recipe = chain(
-            recipe, at(pattern, outside(rtn(storable(parse_spec(text), named, model.dtype))))
+            recipe, at(pattern, around_blocks(rtn(storable(parse_spec(text), named, model.dtype))))
         )
     return recipe, named
 
@@ -153,9 +154,12 @@ def plan(
     samples: Samples = 128,
     length: Length = 2048,
     seed: Seed = 0,
-    all_experts: AllExperts = False,
+    inputs: InputsName = "quantized",
+    calibrate_all_experts: AllExperts = False,
+    device: Device = "cpu",
+    memory: Memory = None,
     keep: Keep = None,
-    around: Outside = None,
+    outside: Outside = None,
     codec: CodecName = "",
     target: TargetName = "",
     json_file: Json = None,
@@ -163,16 +167,36 @@ def plan(
     """What a method would do to a model: stages, passes, peak memory, bits per weight. Runs and
     writes nothing."""
     import qlab
+    from qlab.driver.sweep import inputs_named
 
+    mode, budget = inputs_named(inputs), _budget(memory)
     opened = qlab.open(model)
-    recipe, named = chosen(opened, method, spec, asymmetric, codec, target, around, keep)
+    recipe, named = chosen(opened, method, spec, asymmetric, codec, target, outside, keep)
     data = _data(opened, recipe, calib, images, samples, length, seed)
     made = qlab.plan(
-        opened, recipe, data, calibrate_all_experts=all_experts, codec=named, target=target or None
+        opened,
+        recipe,
+        data,
+        inputs=mode,
+        device=device,
+        memory=budget,
+        calibrate_all_experts=calibrate_all_experts,
+        codec=named,
+        target=target or None,
     )
     console().print(made)
+    made.check(budget)
     console().print(f"written by the codec {named}")
     report({**made.json(), "codec": named}, json_file)
+
+
+def _budget(memory: float | None) -> int | None:
+    """GiB as bytes."""
+    if memory is None:
+        return None
+    if not 0 < memory * 2**30 < math.inf:
+        raise QlabError(f"--memory {memory} is no budget; give it in GiB, such as 4")
+    return int(memory * 2**30)
 
 
 def quantize(
@@ -187,11 +211,11 @@ def quantize(
     length: Length = 2048,
     seed: Seed = 0,
     inputs: InputsName = "quantized",
-    all_experts: AllExperts = False,
+    calibrate_all_experts: AllExperts = False,
     device: Device = "cpu",
     memory: Memory = None,
     keep: Keep = None,
-    around: Outside = None,
+    outside: Outside = None,
     codec: CodecName = "",
     target: TargetName = "",
     overwrite: Overwrite = False,
@@ -214,15 +238,13 @@ def quantize(
     import qlab
     from qlab.driver.sweep import inputs_named
 
-    mode = inputs_named(inputs)
-    if memory is not None and not 0 < memory * 2**30 < math.inf:
-        raise QlabError(f"--memory {memory} is no budget; give it in GiB, such as 4")
+    mode, budget = inputs_named(inputs), _budget(memory)
     if model_free and keep:
         raise QlabError(
             "--keep chooses among the sites of blocks, which need the model; --model-free takes "
             "--include and --exclude"
         )
-    if model_free and around:
+    if model_free and outside:
         raise QlabError(
             "--outside asks the model what lies around its blocks; --model-free takes --include "
             "and --exclude"
@@ -233,7 +255,7 @@ def quantize(
         _refuse_of_models(
             {
                 "--memory": memory,
-                "--calibrate-all-experts": all_experts,
+                "--calibrate-all-experts": calibrate_all_experts,
                 "--inputs reference": mode == "reference",
                 f"--device {device}": device != "cpu",
             }
@@ -259,9 +281,8 @@ def quantize(
             "choose them in Python by qlab.rules and qlab.at"
         )
     opened = qlab.open(model)
-    recipe, named = chosen(opened, method or "gptq", spec, asymmetric, codec, target, around, keep)
+    recipe, named = chosen(opened, method or "gptq", spec, asymmetric, codec, target, outside, keep)
     data = _data(opened, recipe, calib, images, samples, length, seed)
-    budget = None if memory is None else int(memory * 2**30)
     result = qlab.quantize(
         opened,
         recipe,
@@ -272,7 +293,7 @@ def quantize(
         memory=budget,
         overwrite=overwrite,
         resume=resume,
-        calibrate_all_experts=all_experts,
+        calibrate_all_experts=calibrate_all_experts,
         codec=named,
         target=target or None,
     )

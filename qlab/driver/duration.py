@@ -96,7 +96,7 @@ def work_of(
     data: Data | None,
     recipe: Transform,
     passes: int,
-    everywhere: bool,
+    calibrate_all_experts: bool,
     dtype: torch.dtype,
     stored: int,
 ) -> Work:
@@ -117,7 +117,7 @@ def work_of(
             count = experts[0] if experts else 1
             if data is not None:
                 visits = (
-                    1 if not experts else count if everywhere else sites[0].choices
+                    1 if not experts else count if calibrate_all_experts else sites[0].choices
                 )  # of a token
                 rows = data.count * visits
                 products += passes * rows * sum(shape.numel() / count for shape in weights.values())

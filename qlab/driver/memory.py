@@ -25,7 +25,7 @@ def predict_memory(
     data: Data | None,
     recipe: Transform,
     inputs: Inputs,
-    everywhere: bool,
+    calibrate_all_experts: bool,
     experts_at_once: int | None = None,
 ) -> dict[str, int]:
     """Bytes at the widest moment of the run, by what holds them: entering the first block, copying
@@ -58,7 +58,7 @@ def predict_memory(
         weights = [shapes[f"{path}.{site.path}"] for site in code.sites]
         block = _block_bytes(skeleton, path) * (2 if runs_reference([recipe], inputs) else 1)
         held = _block_moments(
-            code, weights, size, data, recipe, inputs, everywhere, experts_at_once
+            code, weights, size, data, recipe, inputs, calibrate_all_experts, experts_at_once
         )
         moments += [process | {"block": block} | parts for parts in held]
     return max(moments, key=lambda held: sum(held.values()))
@@ -153,12 +153,17 @@ def _block_moments(
     data: Data | None,
     recipe: Transform,
     inputs: Inputs,
-    everywhere: bool,
+    calibrate_all_experts: bool,
     experts_at_once: int | None,
 ) -> Iterator[dict[str, int]]:
     """What is held beside the process and the block's own leaves, at the widest moments of the
     block."""
-    statistics, square, waiting, ordered = 0, 0, 0, in_order(code, recipe, inputs, everywhere)
+    statistics, square, waiting, ordered = (
+        0,
+        0,
+        0,
+        in_order(code, recipe, inputs, calibrate_all_experts),
+    )
     matrices = [
         torch.Size(shape[-2:]).numel() for shape in weights
     ]  # experts are solved one after the other
@@ -171,7 +176,7 @@ def _block_moments(
         states = [4 * weights[i][-1] ** 2 * n for i, n in zip(firsts, seen)]
         ks = [weights[i][-1] for i in firsts]
         copies = [
-            (weights[i][0] if everywhere else s.choices) if s.route else 1
+            (weights[i][0] if calibrate_all_experts else s.choices) if s.route else 1
             for i, s in enumerate(code.sites)
         ]  # of a token
         hidden, widest = (

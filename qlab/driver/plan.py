@@ -165,6 +165,8 @@ def plan(
     data: Data | None = None,
     *,
     inputs: Inputs = "quantized",
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
     calibrate_all_experts: bool = False,
     skeleton: Skeleton | None = None,
     codec: str = CODEC,
@@ -178,13 +180,14 @@ def plan(
     site, sites without a rule, weights rounded twice, inputs split under a reparametrization, what
     the codec's format cannot hold, and what the engine `target` (a name in qlab.codecs.engines)
     does not load, with the nearest that it does. memory: bytes into which the statistics of experts
-    are to fit, a part of the experts at a time; `Plan.check` says whether they do.
+    are to fit, a part of the experts at a time; `Plan.check` says whether they do. The other
+    arguments are those of `quantize`. skeleton: the model around its blocks, where one is there.
     """
     inputs_named(inputs)
     _refuse_model(model, codec)
     needs = _needs(recipe, data)
     observed = data if needs else None
-    skeleton = skeleton or Skeleton(model, model.running_dtype)
+    skeleton = skeleton or Skeleton(model, dtype or model.running_dtype, device)
     skeleton.refuse_missing()
     refuse_uncounted(skeleton)
     if data is not None:

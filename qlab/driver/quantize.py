@@ -316,7 +316,7 @@ class _Job:
 
 
 def _pass(
-    skeleton: Skeleton, jobs: Sequence[_Job], inputs: Inputs, everywhere: bool
+    skeleton: Skeleton, jobs: Sequence[_Job], inputs: Inputs, calibrate_all_experts: bool
 ) -> tuple[float, int]:
     """One pass over the model for all jobs that are not finished: seconds and peak memory."""
     started = time.perf_counter()
@@ -324,7 +324,7 @@ def _pass(
     with PeakMemory() as peak:
         if unfinished:
             data = next((job.data for job in jobs if job.data is not None), None)
-            _scan(skeleton, unfinished, data, inputs, everywhere)
+            _scan(skeleton, unfinished, data, inputs, calibrate_all_experts)
     return time.perf_counter() - started, peak.bytes
 
 
@@ -333,7 +333,11 @@ def _sites(path: Path) -> dict[str, Any]:
 
 
 def _scan(
-    skeleton: Skeleton, jobs: list[_Job], data: Data | None, inputs: Inputs, everywhere: bool
+    skeleton: Skeleton,
+    jobs: list[_Job],
+    data: Data | None,
+    inputs: Inputs,
+    calibrate_all_experts: bool,
 ) -> None:
     """All blocks, in order, from the first one that some job lacks."""
     keeper, paths = jobs[0].writer, list(skeleton.blocks)
@@ -375,7 +379,7 @@ def _scan(
             i,
             entering_it or [_no_batches],
             inputs,
-            everywhere,
+            calibrate_all_experts,
             after,
         )
         for carry in before if after else ():
@@ -449,7 +453,7 @@ def _block(
     index: int,
     streams: Sequence[Batches],
     inputs: Inputs,
-    everywhere: bool,
+    calibrate_all_experts: bool,
     after: Sequence[Carry],
 ) -> None:
     """One block, solved and written for every job, and what leaves it written to `after`, stream by
@@ -464,14 +468,14 @@ def _block(
     reference = Reference(graph, streams[1]) if streams[1:] else None
 
     def look(now: ModuleGraph, wanted: set[tuple[str, str]]) -> Stats:
-        return observe(now, wanted, batches(), everywhere, reference)
+        return observe(now, wanted, batches(), calibrate_all_experts, reference)
 
     watch = _watcher(graph, look) if len(jobs) > 1 else look
     leaving: list[Iterator[State]] = []
     for job in jobs:
         solved = graph  # lets go of the job before
         check = job.check(graph.code, call, batches)
-        if in_order(graph.code, job.recipe, inputs, everywhere):
+        if in_order(graph.code, job.recipe, inputs, calibrate_all_experts):
             solved, leaving = solve_in_order(
                 graph, job.recipe, batches, job.experts_at_once, reference, check
             )

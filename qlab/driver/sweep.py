@@ -114,12 +114,12 @@ def observe(
     graph: ModuleGraph,
     wanted: set[tuple[str, str]],
     batches: Iterator[Batch],
-    everywhere: bool = False,
+    calibrate_all_experts: bool = False,
     reference: Reference | None = None,
 ) -> Stats:
     """The statistics `wanted` {(source, name)} of a segment's inputs over all batches; experts' are
-    of their own tokens, or, with `everywhere`, of all tokens. reference: where the drift is
-    measured from (None: there is none).
+    of their own tokens, or, with `calibrate_all_experts`, of all tokens. reference: where the drift
+    is measured from (None: there is none).
 
     Refuses NaN and Inf in activations, naming the sites they reach.
     """
@@ -134,7 +134,7 @@ def observe(
             if reference and other
             else {}
         )
-        seen.add(inputs_of(graph, sources, *call.inputs(state), everywhere), pairs)
+        seen.add(inputs_of(graph, sources, *call.inputs(state), calibrate_all_experts), pairs)
     return seen.stats
 
 
@@ -206,12 +206,15 @@ def runs_reference(recipes: Iterable[Transform], inputs: Inputs) -> bool:
     )
 
 
-def in_order(code: Code, transform: Transform, inputs: Inputs, everywhere: bool = False) -> bool:
+def in_order(
+    code: Code, transform: Transform, inputs: Inputs, calibrate_all_experts: bool = False
+) -> bool:
     """Whether a recipe can be solved source after source, each on what the quantized ones before it
     produce.
 
     A reparametrization needs all sources of its channels at once, which mixtures have several of.
-    Sending every token to every expert (`everywhere`) is no part of the model's own forward pass.
+    Sending every token to every expert (`calibrate_all_experts`) is no part of the model's own
+    forward pass.
     """
     lone = all(site.source == site.origin for site in code.sites)
     fit = all(
@@ -219,7 +222,7 @@ def in_order(code: Code, transform: Transform, inputs: Inputs, everywhere: bool 
         or (stage.sitewise and (lone or not stage.reparametrizes))
         for stage in transform
     )
-    return inputs == "quantized" and not everywhere and fit
+    return inputs == "quantized" and not calibrate_all_experts and fit
 
 
 def solve_in_order(

@@ -2,6 +2,7 @@
 refuse."""
 
 import gc
+import inspect
 import json
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from functools import partial
 
 import pytest
 
+import qlab
 import qlab.cli
+from qlab.cli import quantizing
 from qlab.cli.options import loading
 
 SMALL = ["--spec", "int4-g32", "--samples", "8", "--length", "32"]
@@ -63,6 +66,25 @@ def test_files_after_the_first_one_belong_to_the_same_option(call, saved, text, 
         assert code == 0, error
         assert json.loads((tmp_path / "plan.json").read_text())["tokens"] == 8 * 32
     assert call("plan", saved(), text, other)[0] == 2
+
+
+def test_a_plan_takes_every_option_of_a_run_that_changes_its_answer():
+    of_output = {"out", "overwrite", "resume", "model_free", "include", "exclude"}
+    run, plan = (
+        set(inspect.signature(f).parameters) for f in (quantizing.quantize, quantizing.plan)
+    )
+    assert run - of_output == plan
+    run, plan = (set(inspect.signature(f).parameters) for f in (qlab.quantize, qlab.plan))
+    assert run - of_output == plan - {"skeleton"}
+
+
+def test_a_plan_is_of_the_inputs_and_the_budget_of_the_run(call, saved, text, tmp_path):
+    job, files = [saved(), *SMALL, "--calib", text], ["--json", tmp_path / "plan.json"]
+    for inputs, passes in ("quantized", 1), ("reference", 2):
+        assert call("plan", *job, "--inputs", inputs, *files)[0] == 0
+        assert json.loads((tmp_path / "plan.json").read_text())["passes"] == passes
+    code, out, said = call("plan", *job, "--memory", 0.001)
+    assert code == 2 and "predicted peak memory" in out and "the budget is 1 MiB" in said
 
 
 def test_plan_says_everything_before_anything_runs(call, saved, text, tmp_path):

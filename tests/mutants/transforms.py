@@ -112,7 +112,7 @@ return Rows(x, tokens, ends)
         "mixture: everywhere is nowhere",
         "algebra/interpret.py",
         "_ending_at",
-        "if everywhere and node.target is torch.ops.qlab.route.default: ...",
+        "if calibrate_all_experts and node.target is torch.ops.qlab.route.default: ...",
         "if False and node.target is torch.ops.qlab.route.default: ...",
         "experts",
     ),
