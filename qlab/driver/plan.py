@@ -18,6 +18,7 @@ from qlab.driver.duration import SPREAD, Work, said, work_of
 from qlab.driver.effects import input_specs, online_of, refuse_unheld, refuse_without_effect
 from qlab.driver.memory import predict_memory
 from qlab.driver.report import describe
+from qlab.driver.shared import refuse_dividing
 from qlab.driver.sites import Sites, sites_of
 from qlab.driver.sweep import (
     DRIFT,
@@ -197,6 +198,7 @@ def plan(
     for stage in recipe:
         refuse_unread(stage, found.unread)
         check_scope(stage, found)
+    refuse_dividing(skeleton, recipe, found, specs)
     check_specs(specs, found, Admission(skeleton=skeleton, codec=codec, target=target))
     CODECS[codec].config(by_module(skeleton, specs))  # refused now rather than when all is written
     refuse_without_effect(recipe, found.sites, inputs)

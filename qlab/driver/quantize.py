@@ -27,6 +27,7 @@ from qlab.driver.lossless import refuse_changed
 from qlab.driver.outside import carried, outside_leaves, outside_sites, weight_of
 from qlab.driver.plan import CODEC, Plan, plan
 from qlab.driver.report import PeakMemory, describe, site_rows
+from qlab.driver.shared import refuse_divided, shared
 from qlab.driver.states import flat, states_of, stored_shapes
 from qlab.driver.sweep import (
     Batch,
@@ -492,6 +493,7 @@ def _block(
                 "sites": site_rows(solved),
                 **certificates(leaves, skeleton, others),
                 **unused(skeleton, graph),
+                **shared(skeleton, solved, others),
             },
         )
     passed = [solved if inputs == "quantized" else graph, graph][: len(streams)]
@@ -530,6 +532,7 @@ def _watcher(
 
 def _finish(skeleton: Skeleton, job: _Job) -> None:
     model, notes = skeleton.checkpoint, job.writer.notes()
+    refuse_divided(notes)
     specs: dict[str, Spec | None] = {}
     inputs: dict[str, InputSpec | None] = {}
     for name, row in notes["sites"].items():
@@ -538,7 +541,8 @@ def _finish(skeleton: Skeleton, job: _Job) -> None:
         inputs |= dict.fromkeys(skeleton.modules(name), rounded_inputs)
     rounding = [inputs] if any(inputs.values()) else []
     together = {*skeleton.tied, *skeleton.tied.values()}
-    separated = any(f"{name}.weight" in together for name in notes["sites"])
+    around = notes["sites"].keys() & outside_sites(skeleton).keys()
+    separated = any(f"{name}.weight" in together for name in around)
     raw = untied(model.raw) if separated or skeleton.apart else model.raw
     config = {**raw, "quantization_config": job.codec.config(by_module(skeleton, specs), *rounding)}
     job.writer.finish(written(config, job.identity, notes), model.path)

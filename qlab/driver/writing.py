@@ -24,7 +24,8 @@ def as_stored(skeleton: Skeleton, graph: ModuleGraph) -> dict[str, Leaf]:
     parts = {
         piece: piece.of(graph.params[name])
         for name in graph.params
-        for piece in _pieces(skeleton, graph, name)
+        for piece in written_as(skeleton, graph, name)
+        if skeleton.writes(f"{graph.path}.{name}")
     }
     return {
         piece.name: part if isinstance(part, QTensor) else part.to(skeleton.stored_dtype(piece))
@@ -37,7 +38,7 @@ def changed(skeleton: Skeleton, loaded: ModuleGraph, solved: ModuleGraph) -> set
     others = [
         name for name, leaf in solved.params.items() if not _same(leaf, loaded.params.get(name))
     ]
-    return {piece.name for name in others for piece in _pieces(skeleton, solved, name)}
+    return {piece.name for name in others for piece in written_as(skeleton, solved, name)}
 
 
 def _same(leaf: Leaf, other: Leaf | None) -> bool:
@@ -46,7 +47,7 @@ def _same(leaf: Leaf, other: Leaf | None) -> bool:
     return leaf.dtype == other.dtype and torch.equal(leaf, other)
 
 
-def _pieces(skeleton: Skeleton, graph: ModuleGraph, name: str) -> Sequence[Piece]:
+def written_as(skeleton: Skeleton, graph: ModuleGraph, name: str) -> Sequence[Piece]:
     """The tensors as which a leaf is written: as it was stored, but quantized experts by the names
     that engines expect."""
     leaf, path = graph.params[name], f"{graph.path}.{name}"
@@ -63,7 +64,7 @@ def refuse_unwritten(skeleton: Skeleton, before: ModuleGraph, graph: ModuleGraph
             "which no format has a place; fold it into the weights, or leave the method out"
         )
     for name, leaf in graph.params.items():
-        if leaf is not before.params[name] and not _pieces(skeleton, graph, name):
+        if leaf is not before.params[name] and not written_as(skeleton, graph, name):
             raise QlabError(
                 f"the recipe changed {graph.path}.{name}, a buffer that the files do not hold; "
                 "leave it as it is"
@@ -85,7 +86,7 @@ def online_at(skeleton: Skeleton, graph: ModuleGraph, codec: Codec) -> dict[str,
                 raise QlabError(
                     f"{graph.where(site)} still needs an operation at run time: {reason}"
                 )
-            online |= {piece.name: ops for piece in _pieces(skeleton, graph, site.weight or "")}
+            online |= {piece.name: ops for piece in written_as(skeleton, graph, site.weight or "")}
     return online
 
 

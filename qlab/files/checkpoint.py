@@ -146,10 +146,22 @@ class Checkpoint(Shown):
         return read(name, self.stored[name])
 
     def equal(self, a: str, b: str) -> bool:
-        """Whether two tensors of the files are one, bit for bit; the codes of a quantized module
-        are no tensor of this kind."""
+        """Whether two leaves of the files are one, bit for bit: tensors, or the weights of two
+        quantized modules, whose tensors are all alike."""
+        modules = [name.removesuffix(".weight") for name in (a, b)]
+        if all(module in self.quantized for module in modules):
+            return self._equal_codes(*modules)
         stored = [self.stored.get(name) for name in (a, b)]
         return stored[0] is not None and stored[1] is not None and same_bytes(stored[0], stored[1])
+
+    def _equal_codes(self, a: str, b: str) -> bool:
+        ours, theirs = (
+            {name.removeprefix(module): self.stored[name] for name in self.parts(module)}
+            for module in (a, b)
+        )
+        return ours.keys() == theirs.keys() and all(
+            same_bytes(ours[part], theirs[part]) for part in ours
+        )
 
     def parts(self, module: str) -> Sequence[str]:
         """Names of the tensors directly under a module, but for those of `extras`."""

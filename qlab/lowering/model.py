@@ -62,8 +62,12 @@ def lower(
         )
     skeleton = Skeleton(checkpoint, dtype, where)
     turned = rotations(skeleton)
-    for name in quantized_weights(skeleton):
-        set_module(skeleton.model, name, pack(skeleton, name, dtype, where, dense_cache))
+    packed: dict[tuple[Piece, ...], nn.Module] = {}
+    for name, pieces in quantized_weights(skeleton).items():
+        held = (*pieces, *_bias(skeleton, name))  # which several blocks may share
+        if held not in packed:
+            packed[held] = pack(skeleton, name, dtype, where, dense_cache)
+        set_module(skeleton.model, name, packed[held])
     for slow in () if dense_cache else slownesses(skeleton.model, dtype, where):
         warn(f"{slow}; dense_cache=True dequantizes once")
     with torch.no_grad():
@@ -140,6 +144,11 @@ def quantized_weights(skeleton: Skeleton) -> dict[str, tuple[Piece, ...]]:
         for name, parts in pieces.items()
         if any(part.module in skeleton.checkpoint.quantized for part in parts)
     }
+
+
+def _bias(skeleton: Skeleton, name: str) -> tuple[Piece, ...]:
+    bias = f"{name}.bias"
+    return skeleton.pieces(bias) if bias in dict(skeleton.model.named_parameters()) else ()
 
 
 def decoded_weights(skeleton: Skeleton) -> dict[str, str]:

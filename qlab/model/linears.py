@@ -58,7 +58,8 @@ def by_module(skeleton: Skeleton, sites: Mapping[str, Spec | None]) -> dict[str,
     with the spec of its site; None for one that stays as it is."""
     specs: dict[str, Spec | None] = {}
     for name in [*skeleton.linears(), *sites]:
-        specs |= dict.fromkeys(skeleton.modules(name), sites.get(name))
+        for module in skeleton.modules(name):  # of blocks that share it one may not run it
+            specs[module] = sites.get(name) or specs.get(module)
     return dict.fromkeys([*specs, *linears_of(skeleton)]) | specs
 
 
@@ -67,6 +68,7 @@ def unbuilt(skeleton: Skeleton) -> list[str]:
     such as layers that predict further tokens."""
     parameters = [name for name, _ in skeleton.model.named_parameters(remove_duplicate=False)]
     pieces = [piece for name in parameters for piece in skeleton.pieces(name)]
+    pieces += skeleton.copies()
     return sorted(
         _matrices(skeleton.checkpoint)
         - {piece.module for piece in pieces}
@@ -135,7 +137,7 @@ def untied_where_apart(model: Checkpoint, quantized: Collection[str]) -> Mapping
     twice = [
         (name, other)
         for name, other in skeleton.tied.items()
-        if skeleton.file_name(name) in model.stored
+        if skeleton.file_name(name) in model.stored and not skeleton.shares(name)
     ]
     modules = {skeleton.file_name(name).rpartition(".")[0] for pair in twice for name in pair}
     return untied(model.raw) if skeleton.apart or modules & set(quantized) else model.raw

@@ -117,6 +117,9 @@ class Skeleton:
     def pieces(self, name: str) -> tuple[Piece, ...]:
         """The tensors of the files that hold a parameter: one, or one per expert and projection of
         fused experts."""
+        return self._pieces_of(self._borrowed.get(name, name))
+
+    def _pieces_of(self, name: str) -> tuple[Piece, ...]:
         whole = (Piece(self.file_name(name)),)
         if whole[0].name in self._stored or self.model.get_parameter(name).ndim < 3:
             return whole
@@ -125,6 +128,7 @@ class Skeleton:
     def expert_pieces(self, name: str) -> tuple[Piece, ...]:
         """The tensors that engines expect for fused experts, as which they are written once they
         are quantized."""
+        name = self._borrowed.get(name, name)
         return tuple(piece for piece in self._parts(name) if piece.expert is not None)
 
     def _parts(self, name: str) -> tuple[Piece, ...]:
@@ -133,6 +137,50 @@ class Skeleton:
         if name not in self._pieces:
             self._pieces[name] = pieces_of_experts(self.model, name, self._stored)
         return self._pieces[name]
+
+    @functools.cached_property
+    def _borrowed(self) -> Mapping[str, str]:
+        """Parameter of a block -> that of another block which it is too, and for which the files
+        may hold it once more."""
+        inside = tuple(f"{path}." for path in self.blocks)
+        return {
+            name: keeper
+            for name, keeper in self.tied.items()
+            if name.startswith(inside) and keeper.startswith(inside)
+        }
+
+    @functools.cached_property
+    def _sharing(self) -> Mapping[str, list[str]]:
+        """Parameter that is held for several blocks -> those of all of them, in order."""
+        found: dict[str, list[str]] = {keeper: [] for keeper in self._borrowed.values()}
+        for name, _ in self.model.named_parameters(remove_duplicate=False):
+            keeper = self._borrowed.get(name, name)
+            if keeper in found:
+                found[keeper].append(name)
+        return found
+
+    def copies(self) -> set[Piece]:
+        """The tensors under which files may hold a shared parameter once more; none is written."""
+        return {piece for name in self._borrowed for piece in self._pieces_of(name)}
+
+    def shares(self, name: str) -> bool:
+        """Whether a parameter of a block is another block's too, which both are rounded as one."""
+        return name in self._borrowed
+
+    def writes(self, name: str) -> bool:
+        """Whether the tensors of a block's leaf are written with this block: of several that share
+        them, with the first whose program uses them."""
+        sharing = self._sharing.get(self._borrowed.get(name, name), [name])
+        if len(sharing) == 1:
+            return True
+        return name == next(filter(self.uses, sharing), sharing[0])
+
+    def uses(self, name: str) -> bool:
+        """Whether the program of a block uses a parameter that the block holds; the program is
+        there when the model was recorded."""
+        path = next(path for path in self.blocks if name.startswith(f"{path}."))
+        code, leaf = self._first[path], name.removeprefix(f"{path}.")
+        return any(code.params.get(n.name) == leaf and n.users for n in code.graph.nodes)
 
     def stored_dtype(self, piece: Piece) -> torch.dtype:
         """What an unquantized tensor is written in: as it was stored, or the checkpoint's own dtype
@@ -339,6 +387,7 @@ class Skeleton:
         pieces = {
             p for path in self.blocks for held in self.block_names(path).values() for p in held
         }
+        pieces |= self.copies()
         inside, quantized = (
             {p.name for p in pieces},
             {p.module for p in pieces} & self.checkpoint.quantized.keys(),
@@ -380,7 +429,8 @@ class Skeleton:
 
     def module_name(self, name: str) -> str:
         """The model's name of a module as the files spell it."""
-        return self.file_name(f"{name}.weight").rpartition(".")[0]
+        weight = f"{name}.weight"
+        return self.file_name(self._borrowed.get(weight, weight)).rpartition(".")[0]
 
     def model_name(self, module: str) -> str:
         """The files' name of a module, which may be one that the model has not, as transformers
