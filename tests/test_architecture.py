@@ -39,6 +39,7 @@ WALKERS = {
     "algebra/channels.py",
     "algebra/graph.py",
     "algebra/interpret.py",
+    "algebra/tracing/routers.py",
     "algebra/tracing/stretches.py",
     "algebra/tracing/trace.py",
 }

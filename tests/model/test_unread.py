@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from model_folders import contents, random_tokens, refused, tensors
+from transformers import AutoModelForCausalLM
 
 import qlab.cli
 from qlab.algebra.spec import parse_spec
@@ -15,6 +16,7 @@ from qlab.driver.plan import plan
 from qlab.driver.quantize import quantize
 from qlab.evaluation.perplexity import evaluate
 from qlab.files.checkpoint import open_checkpoint
+from qlab.lowering import lower
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
 
@@ -76,3 +78,16 @@ def test_the_command_line_keeps_what_it_is_told_to(command, source, saved, tmp_p
     assert {n: b for n, b in contents(same).items() if n != "qlab.json"} == {
         n: b for n, b in contents(tmp_path / "out").items() if n != "qlab.json"
     }
+
+
+def test_a_router_of_experts_that_are_not_read_is_one(source, tmp_path):
+    model, data = open_checkpoint(source), random_tokens(source, 2, 16)
+    router = "model.layers.1.feed_forward.router"  # a subclass of nn.Linear, which gives a pair
+    recipe = rules({"*experts*": keep(), "*": rtn(INT8)})
+    assert plan(model, recipe, data).sites[router]["spec"] is None
+    out = quantize(model, recipe, data, tmp_path / "out").path
+    with torch.no_grad():
+        lowered = lower(out, dtype=torch.float32, dense_cache=True)(input_ids=data.ids).logits
+        whole = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        expected = whole(input_ids=data.ids).logits
+    assert (lowered - expected).norm() < 0.05 * expected.norm()

@@ -26,6 +26,7 @@ from qlab.algebra.graph import (
 from qlab.algebra.qtensor import Leaf
 from qlab.algebra.tracing.as_it_is import as_it_is
 from qlab.algebra.tracing.on_tensors import OnTensors, without_values
+from qlab.algebra.tracing.routers import is_router
 from qlab.algebra.tracing.stretches import Stretch, Stretched, gather
 from qlab.algebra.tracing.survey import Survey, survey
 from qlab.algebra.tracing.unrolled import deciding_sizes
@@ -272,7 +273,7 @@ def _sites(graph: fx.Graph, params: Mapping[str, str]) -> tuple[tuple[Site, ...]
                 op=node.target.name(),
                 layout=layout,
                 rows=_parts(node),
-                router=node.meta["val"].shape[-1] == 1 or _chooses_experts(node),
+                router=is_router(node),
                 **experts,
             )
         )
@@ -292,20 +293,6 @@ def _through_casts(node: fx.Node) -> list[fx.Node]:
     while behind_casts(chain[-1]) is not chain[-1]:
         chain.append(chain[-1].args[0])
     return chain
-
-
-def _chooses_experts(node: fx.Node) -> bool:
-    """Whether a linear's output decides the routing before any other weight sees it: then it is a
-    router."""
-    ahead, seen = list(node.users), set()
-    while ahead:
-        user = ahead.pop()
-        if user.target is torch.ops.qlab.route.default:
-            return True
-        if user not in seen and user.target not in WEIGHT_OPS:
-            seen.add(user)
-            ahead += user.users
-    return False
 
 
 def _unread(
