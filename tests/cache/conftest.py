@@ -72,7 +72,7 @@ def entry():
 def small_cache(monkeypatch):
     """A machine with a small cache: few copies of every weight."""
     monkeypatch.setattr(
-        importlib.import_module("qlab.lowering.timing"), "last_cache", lambda device: 2**16
+        importlib.import_module("qlab.lowering.tuning.timing"), "last_cache", lambda device: 2**16
     )
     monkeypatch.setattr("qlab.bench.matmul.copy_rate", lambda device: 10.0)
     monkeypatch.setattr("qlab.bench.matmul.matmul_rate", lambda device, dtype: 0.1)

@@ -77,7 +77,7 @@ def test_a_dense_copy_moves_the_bytes_of_what_it_multiplies():
 
 
 @pytest.mark.parametrize("option", ["--json", "--plot"])
-def test_a_file_that_cannot_be_written_takes_no_figure_with_it(call, option):
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(call, option):
     arguments = [
         *SMALL,
         "--contenders",
@@ -88,11 +88,7 @@ def test_a_file_that_cannot_be_written_takes_no_figure_with_it(call, option):
         "/no/such/folder/file",
     ]
     code, out, said = call("matmul", *arguments, main=bench_main)
-    assert code == 2 and "/no/such/folder/file cannot be written" in said
-    measured = "128x256" in out and "library's bfloat16 matmul" in out
-    assert (
-        measured == (option == "--plot") and bool(out) == measured
-    )  # of --json it is known beforehand
+    assert code == 2 and not out and "/no/such/folder/file cannot be written" in said
 
 
 def test_tuning_before_the_bench_decides_what_runs(call, tmp_path):

@@ -75,7 +75,10 @@ def test_the_processor_is_what_the_environment_leaves_of_it(environment, capabil
 
 
 def test_a_process_under_those_variables_finds_the_smaller_processor():
-    code = "from qlab import processor; print(processor.here().isa, processor.here().bf16_units)"
+    code = (
+        "from qlab.process import processor; here = processor.here(); "
+        "print(here.isa, here.bf16_units)"
+    )
     found = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **AVX2},
