@@ -242,3 +242,13 @@ def test_what_is_taken_apart_is_put_together_again():
     again["three"].deep["a"], again["two"]["new"] = y, x
     take_over(whole, again)
     assert whole["three"] is inner and inner.deep["a"] is y and whole["two"]["new"] is x
+
+
+def test_a_block_that_numbers_decide_is_read_and_no_graph_of_it_is_shown(saved, monkeypatch, capfd):
+    def forward(self, hidden_states, **kwargs):
+        chosen = (hidden_states[..., 0] > 0).nonzero()
+        return block(self, hidden_states, **kwargs) + (1.0 if len(chosen) == 0 else 0.0)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    assert_read(saved("llama"))
+    assert "torch.ops" not in capfd.readouterr().err

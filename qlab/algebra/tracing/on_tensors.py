@@ -35,7 +35,7 @@ class OnTensors(nn.Module):
         inputs = put_together(
             [next(feed) if isinstance(x, Tensor) else x for x in self.leaves], self.form
         )
-        with as_it_runs():
+        with as_it_runs(), named():
             out = self.segment(*inputs[0], **inputs[1])
         leaves, form = take_apart(inputs)
         given = {id(t): Given(i) for i, t in reversed(list(enumerate(tensors)))}
@@ -47,6 +47,22 @@ class OnTensors(nn.Module):
             form, tuple(places[id(x)] if isinstance(x, Tensor) else x for x in leaves)
         )
         return out, {repr(self.after.left): made}
+
+
+class Undecided(Exception):
+    """Numbers that are not known while a segment is traced decide what it runs."""
+
+
+@contextmanager
+def named() -> Iterator[None]:
+    """An error of torch's over numbers that are not known, as qlab's own: of the former torch
+    prints all operations that were traced before it, which nobody can act on."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "data-dependent" in str(error):
+            raise Undecided(str(error)) from error
+        raise
 
 
 @contextmanager
