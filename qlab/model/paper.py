@@ -90,13 +90,11 @@ def _maker(config: PretrainedConfig) -> Any:
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, dict[str, nn.Module]]:
     """The largest list of modules in the decoder that text goes through, which other towers may
-    feed."""
+    feed. transformers finds the decoder by its name, and some models call their last product so:
+    where it holds no list, that of the whole model is meant."""
     decoder = path_of(model, model.get_decoder())
-    lists = {
-        n: m
-        for n, m in model.named_modules()
-        if n.startswith(decoder) and isinstance(m, nn.ModuleList) and len(m)
-    }
+    every = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    lists = {n: m for n, m in every.items() if n.startswith(decoder)} or every
     outer = {n: m for n, m in lists.items() if not any(n.startswith(o + ".") for o in lists)}
     if not outer:
         raise QlabError(

@@ -1,5 +1,7 @@
 """Which linears of a traced program decide where tokens go."""
 
+from typing import cast
+
 import torch
 from torch import fx
 
@@ -37,4 +39,7 @@ def _counts(graph: fx.Graph) -> list[int]:
 def _ranks(node: fx.Node, scores: int) -> bool:
     """Whether a node takes the largest of so many scores of every token, as where all tokens run
     through all experts and the others weigh nothing."""
-    return node.target is aten.topk.default and node.args[0].meta["val"].shape[-1] == scores
+    if node.target is not aten.topk.default:
+        return False
+    ranked = cast(fx.Node, node.args[0])
+    return ranked.meta["val"].shape[-1] == scores
