@@ -202,7 +202,7 @@ def test_commands_and_snippets_do_what_the_page_says(page, here, run):
 
 
 LIES = {
-    "an option that does not exist": "```bash gpu\nqlab plan demo --device cuda\n```\n",
+    "an option that does not exist": "```bash gpu\nqlab plan demo --out demo-int4\n```\n",
     "a command that does not exist": "```bash minutes\npython -m qlab.bench everything --out x\n```\n",  # noqa: E501
     "a command that is refused": "```bash\nqlab plan nowhere\n```\n",
     "an extra that does not exist": '```bash network\npip install -e ".[cuda]"\n```\n',
