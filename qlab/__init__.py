@@ -12,7 +12,7 @@ import qlab.process.quiet  # noqa: F401  before anything that it quietens is imp
 
 # public name -> the module that holds it
 HOMES = {
-    "GRIDS": "qlab.algebra.grid",
+    "GRIDS": "qlab.methods.grid",
     "METHODS": "qlab.methods",
     "Int": "qlab.algebra.spec",
     "QlabError": "qlab.errors",

@@ -1,7 +1,6 @@
 """The public names, as editors and type checkers see them."""
 
 from qlab.algebra.absorb import absorb as absorb
-from qlab.algebra.grid import GRIDS as GRIDS
 from qlab.algebra.spec import Int as Int
 from qlab.algebra.spec import Tile as Tile
 from qlab.algebra.spec import parse_spec as parse_spec
@@ -39,6 +38,7 @@ from qlab.methods.awq import awq_scale as awq_scale
 from qlab.methods.gptaq import aim_at_reference as aim_at_reference
 from qlab.methods.gptaq import gptaq as gptaq
 from qlab.methods.gptq import gptq as gptq
+from qlab.methods.grid import GRIDS as GRIDS
 from qlab.methods.rtn import rtn as rtn
 
 __version__: str

@@ -3,12 +3,12 @@ transform."""
 
 from collections.abc import Callable, Mapping
 
-from qlab.algebra.grid import weighted
 from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Transform, chain
 from qlab.methods.awq import awq, awq_scale
 from qlab.methods.gptaq import gptaq
 from qlab.methods.gptq import gptq
+from qlab.methods.grid import weighted
 from qlab.methods.hqq import hqq
 from qlab.methods.rtn import rtn
 

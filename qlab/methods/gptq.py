@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.algebra.grid import Grid, fit, weighted
 from qlab.algebra.qtensor import QTensor, steps
 from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Transform, each_weight
 from qlab.errors import QlabError
+from qlab.methods.grid import Grid, fit, weighted
 from qlab.methods.obs import check_damp, damped, factorize, obs_sweep
 from qlab.methods.quantease import descend_codes, refit_scales
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.algebra.grid import CHUNK, fit, minmax, stored
 from qlab.algebra.qtensor import QTensor, round_codes, steps
 from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Transform, each_weight
+from qlab.methods.grid import CHUNK, fit, minmax, stored
 
 P, BETA, KAPPA, STEPS = 0.7, 10.0, 1.01, 20  # the paper's
 

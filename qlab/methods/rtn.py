@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from qlab.algebra.grid import Grid, encode, encode_rows, minmax
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Transform, each_weight
+from qlab.methods.grid import Grid, encode, encode_rows, minmax
 
 
 def rtn(spec: Spec, grid: Grid = minmax) -> Transform:
