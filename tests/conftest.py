@@ -74,6 +74,14 @@ def llava(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def shelf(saved, tmp_path_factory) -> Path:
+    """What the pages and the docstrings call by name."""
+    folder = tmp_path_factory.mktemp("shelf")
+    importlib.import_module("pages").fill(folder, saved)
+    return folder
+
+
 @pytest.fixture
 def door():
     """qlab.hf is imported, and transformers has its own readers back when the test ends."""
