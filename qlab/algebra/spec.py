@@ -2,8 +2,9 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -307,6 +308,48 @@ def described(spec: Spec) -> str:
     """Its name, or all of it where the name stands for another one: scales or zero points in a
     dtype of their own."""
     return str(spec) if parse_spec(str(spec)) == spec else repr(spec)
+
+
+def spec_json(spec: Spec) -> dict[str, Any]:
+    """The spec as plain data, of which `spec_from_json` makes the same spec again.
+
+    "spec" is its name. What the name leaves open follows where it is not the default: "scale" and
+    "zero" are dtypes, "outer" is True for scales under a global one, and "tile" is [rows, columns]
+    where one of them is the whole axis and no name has both.
+    """
+    rows, cols = spec.tile.rows, spec.tile.cols
+    has_name = rows == 1 or (rows is None) == (cols is None)
+    text = str(spec if has_name else replace(spec, tile=Tile(None, None)))
+    named = parse_spec(text)
+    data: dict[str, Any] = {"spec": text}
+    if not has_name:
+        data["tile"] = [rows, cols]
+    if spec.scale_dtype not in (None, named.scale_dtype):
+        data["scale"] = str(spec.scale_dtype).removeprefix("torch.")
+    if isinstance(spec, Int) and spec.zero_dtype != torch.int8:
+        data["zero"] = str(spec.zero_dtype).removeprefix("torch.")
+    if spec.outer != named.outer:
+        data["outer"] = spec.outer
+    return data
+
+
+def spec_from_json(data: Mapping[str, Any]) -> Spec:
+    """The spec of which `spec_json` made this data; other entries are not read."""
+    spec = parse_spec(data["spec"])
+    if "tile" in data:
+        spec = replace(spec, tile=Tile(*data["tile"]))
+    if "scale" in data:
+        spec = replace(spec, scale_dtype=_dtype_named(data["scale"]))
+    if isinstance(spec, Float):
+        return replace(spec, outer=data.get("outer", spec.outer))
+    return replace(spec, zero_dtype=_dtype_named(data.get("zero", "int8")))
+
+
+def _dtype_named(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise QlabError(f"{name!r:.40} is no dtype of torch; write one such as float32")
+    return dtype
 
 
 @dataclass(frozen=True)
