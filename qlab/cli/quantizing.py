@@ -75,7 +75,7 @@ def chosen(
     from qlab.algebra.transform import outside as around_blocks
     from qlab.codecs import storable
     from qlab.codecs.engines import safest_codec
-    from qlab.driver.plan import CODEC
+    from qlab.driver.job import CODEC
     from qlab.methods.rtn import rtn
 
     grid = parse_spec(spec, symmetric=not asymmetric)

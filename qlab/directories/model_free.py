@@ -24,7 +24,7 @@ from qlab.algebra.spec import Float, Spec, with_scale_dtype
 from qlab.algebra.transform import Transform
 from qlab.codecs import CODECS, Codec, refusal_of_transposed
 from qlab.codecs.engines import refusal, uniformity
-from qlab.driver.plan import CODEC
+from qlab.driver.job import CODEC
 from qlab.driver.report import PeakMemory, describe, site_rows
 from qlab.driver.siblings import Siblings
 from qlab.driver.sweep import solve_alone

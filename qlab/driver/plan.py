@@ -16,6 +16,7 @@ from qlab.data.calibration import Data
 from qlab.driver.admissible import Admission, check_scope, check_specs, refuse_unread, specs_of
 from qlab.driver.duration import SPREAD, Work, said, work_of
 from qlab.driver.effects import input_specs, online_of, refuse_unheld, refuse_without_effect
+from qlab.driver.job import CODEC
 from qlab.driver.memory import predict_memory
 from qlab.driver.report import describe
 from qlab.driver.shared import refuse_dividing
@@ -36,7 +37,6 @@ from qlab.model.uncounted import refuse_uncounted
 from qlab.process.shown import Shown, size, some
 from qlab.process.surroundings import undisturbed
 
-CODEC = "compressed-tensors"  # what is written unless another codec is named
 MiB = 1 << 20
 
 

@@ -23,9 +23,10 @@ from qlab.algebra.transform import Stage, Transform
 from qlab.codecs import CODECS, Codec
 from qlab.data.calibration import Data
 from qlab.driver.effects import refuse_left
+from qlab.driver.job import CODEC, Job
 from qlab.driver.lossless import refuse_changed
 from qlab.driver.outside import carried, outside_leaves, outside_sites, weight_of
-from qlab.driver.plan import CODEC, Plan, plan
+from qlab.driver.plan import Plan, plan
 from qlab.driver.report import PeakMemory, describe, site_rows
 from qlab.driver.shared import refuse_divided, shared
 from qlab.driver.states import flat, states_of, stored_shapes
@@ -36,11 +37,9 @@ from qlab.driver.sweep import (
     Inputs,
     Reference,
     in_batches,
-    in_order,
     observe,
     push,
     record,
-    runs_reference,
     solve,
     solve_in_order,
     unchecked,
@@ -222,6 +221,21 @@ def compare(
     outs = places(
         out, list(recipes), model.path, [*set(model.files.values()), *getattr(data, "files", ())]
     )
+    jobs = {
+        name: Job(
+            model=model,
+            recipe=recipe,
+            data=data,
+            inputs=inputs,
+            calibrate_all_experts=calibrate_all_experts,
+            dtype=dtype,
+            device=device,
+            memory=memory,
+            codec=codec,
+            target=target,
+        )
+        for name, recipe in recipes.items()
+    }
     started = time.perf_counter()
     with ExitStack() as stack:
         writers = {
@@ -230,54 +244,26 @@ def compare(
         }
         with PeakMemory() as planning:
             skeleton = Skeleton(model, dtype or model.running_dtype, device)
-            plans = {
-                name: plan(
-                    model,
-                    recipe,
-                    data,
-                    inputs=inputs,
-                    calibrate_all_experts=calibrate_all_experts,
-                    skeleton=skeleton,
-                    codec=codec,
-                    target=target,
-                    memory=memory,
-                )
-                for name, recipe in recipes.items()
-            }
+            plans = {name: _planned(job, skeleton) for name, job in jobs.items()}
         for made in plans.values():
             made.check(memory)
         planned = time.perf_counter() - started
-        jobs: dict[str, _Job] = {}
-        for name, recipe in recipes.items():
-            used = data if plans[name].statistics else None
-            job = {
-                "source": model.fingerprint(),
-                "recipe": describe(recipe),
-                "data": used and used.describe(),
-                "inputs": inputs,
-                "calibrate_all_experts": calibrate_all_experts,
-                "dtype": str(skeleton.dtype),
-                "device": name_of(skeleton.device),
-                "codec": codec,
-                "versions": versions(),
-            }
-            writers[name].begin(job, len(skeleton.blocks) + 1, model.path)
-            jobs[name] = _Job(
-                recipe=recipe,
-                codec=CODECS[codec],
+        runs: dict[str, _Run] = {}
+        for name, job in jobs.items():
+            identity = _identity(job, skeleton)
+            writers[name].begin(identity, len(skeleton.blocks) + 1, model.path)
+            runs[name] = _Run(
+                job=job,
                 writer=writers[name],
-                identity=job,
+                identity=identity,
                 experts_at_once=plans[name].experts_at_once,
-                data=used,
             )
-        for begun in jobs.values():
-            if not begun.writer.finished:
-                stack.enter_context(begun.writer.refusing())
+        for run in runs.values():
+            if not run.writer.finished:
+                stack.enter_context(run.writer.refusing())
         results: dict[str, Result] = {}
-        for names in [list(jobs)] if inputs == "reference" else [[name] for name in jobs]:
-            seconds, peak_bytes = _pass(
-                skeleton, [jobs[name] for name in names], inputs, calibrate_all_experts
-            )
+        for names in [list(runs)] if inputs == "reference" else [[name] for name in runs]:
+            seconds, peak_bytes = _pass(skeleton, [runs[name] for name in names])
             for name in names:
                 results[name] = Result(
                     path=writers[name].out,
@@ -290,17 +276,49 @@ def compare(
     return results
 
 
+def _planned(job: Job, skeleton: Skeleton) -> Plan:
+    return plan(
+        job.model,
+        job.recipe,
+        job.data,
+        inputs=job.inputs,
+        calibrate_all_experts=job.calibrate_all_experts,
+        skeleton=skeleton,
+        codec=job.codec,
+        target=job.target,
+        memory=job.memory,
+    )
+
+
+def _identity(job: Job, skeleton: Skeleton) -> dict[str, Any]:
+    """What decides which bytes come out of a job."""
+    return {
+        "source": job.model.fingerprint(),
+        "recipe": describe(job.recipe),
+        "data": job.observed and job.observed.describe(),
+        "inputs": job.inputs,
+        "calibrate_all_experts": job.calibrate_all_experts,
+        "dtype": str(skeleton.dtype),
+        "device": name_of(skeleton.device),
+        "codec": job.codec,
+        "versions": versions(),
+    }
+
+
 @dataclass(frozen=True)
-class _Job:
-    recipe: Transform
-    codec: Codec
+class _Run:
+    job: Job
     writer: Writer
     identity: Mapping[str, Any]
     experts_at_once: int | None
-    data: Data | None
     checked: set[Code] = field(
         default_factory=set
     )  # programs on a block of which the claims of its stages were checked
+
+    @property
+    def codec(self) -> Codec:
+        """The format that is written."""
+        return CODECS[self.job.codec]
 
     def check(self, code: Code, call: Call, batches: Batches) -> Check:
         """What checks its stages on a block of this program: the first batch, on the first such
@@ -311,21 +329,19 @@ class _Job:
 
         def check(stage: Stage, before: ModuleGraph, after: ModuleGraph) -> None:
             refuse_changed(stage, before, after, call, batches)
-            refuse_left(self.recipe, stage, after, self.codec)
+            refuse_left(self.job.recipe, stage, after, self.codec)
 
         return check
 
 
-def _pass(
-    skeleton: Skeleton, jobs: Sequence[_Job], inputs: Inputs, calibrate_all_experts: bool
-) -> tuple[float, int]:
-    """One pass over the model for all jobs that are not finished: seconds and peak memory."""
+def _pass(skeleton: Skeleton, runs: Sequence[_Run]) -> tuple[float, int]:
+    """One pass over the model for all runs that are not finished: seconds and peak memory."""
     started = time.perf_counter()
-    unfinished = [job for job in jobs if not job.writer.finished]
+    unfinished = [run for run in runs if not run.writer.finished]
     with PeakMemory() as peak:
         if unfinished:
-            data = next((job.data for job in jobs if job.data is not None), None)
-            _scan(skeleton, unfinished, data, inputs, calibrate_all_experts)
+            data = next((run.job.observed for run in runs if run.job.observed is not None), None)
+            _scan(skeleton, unfinished, data)
     return time.perf_counter() - started, peak.bytes
 
 
@@ -333,19 +349,12 @@ def _sites(path: Path) -> dict[str, Any]:
     return json.loads((path / "qlab.json").read_text())["sites"]
 
 
-def _scan(
-    skeleton: Skeleton,
-    jobs: list[_Job],
-    data: Data | None,
-    inputs: Inputs,
-    calibrate_all_experts: bool,
-) -> None:
-    """All blocks, in order, from the first one that some job lacks."""
-    keeper, paths = jobs[0].writer, list(skeleton.blocks)
+def _scan(skeleton: Skeleton, runs: list[_Run], data: Data | None) -> None:
+    """All blocks, in order, from the first one that some run lacks."""
+    keeper, paths = runs[0].writer, list(skeleton.blocks)
     windows = in_batches(data)
-    streams = (
-        [inputs, "reference"] if runs_reference((job.recipe for job in jobs), inputs) else [inputs]
-    )
+    inputs = runs[0].job.inputs
+    streams = [inputs, "reference"] if any(run.job.runs_reference for run in runs) else [inputs]
 
     skeleton.load_outside(with_head=False)
     entering, calls = record(skeleton, windows)
@@ -355,16 +364,16 @@ def _scan(
         shapes = stored_shapes(calls, path, skeleton.dtype)
         carries.append([keeper.carry(s, i, shapes, skeleton.dtype) for s in streams])
     todo = (
-        _blocks_to_do(jobs, len(paths), carries)
+        _blocks_to_do(runs, len(paths), carries)
         if data is not None
-        else _unwritten_blocks(jobs, len(paths))
+        else _unwritten_blocks(runs, len(paths))
     )
     for carry in carries[0] if data is not None and todo[:1] == [0] else ():
         carry.write(flat(entering, skeleton.dtype))
     del entering
-    for job in jobs:
-        if not job.writer.has(0):
-            _write_outside(skeleton, job)
+    for run in runs:
+        if not run.writer.has(0):
+            _write_outside(skeleton, run)
     _return_freed_memory()
     doing = "quantizing blocks" if data is None else f"quantizing blocks on {data.count:,} tokens"
     for i in progress(todo, doing):
@@ -375,28 +384,26 @@ def _scan(
         entering_it = [partial(_batches, calls, path, carry, skeleton.device) for carry in before]
         _block(
             skeleton,
-            jobs,
+            runs,
             calls[0][path],
             i,
             entering_it or [_no_batches],
-            inputs,
-            calibrate_all_experts,
             after,
         )
         for carry in before if after else ():
             carry.path.unlink(missing_ok=True)
-    for job in jobs:
-        _finish(skeleton, job)
+    for run in runs:
+        _finish(skeleton, run)
 
 
-def _unwritten_blocks(jobs: Sequence[_Job], blocks: int) -> list[int]:
+def _unwritten_blocks(runs: Sequence[_Run], blocks: int) -> list[int]:
     """The blocks that some job lacks: without data each one is solved by itself."""
-    written = [[job.writer.has(i + 1) for job in jobs] for i in range(blocks)]
+    written = [[run.writer.has(i + 1) for run in runs] for i in range(blocks)]
     return [i for i in range(blocks) if not all(written[i])]
 
 
 def _blocks_to_do(
-    jobs: Sequence[_Job], blocks: int, carries: Sequence[Sequence[Carry]]
+    runs: Sequence[_Run], blocks: int, carries: Sequence[Sequence[Carry]]
 ) -> list[int]:
     """The blocks from the first one on that some job lacks, or from an earlier one, whose hidden
     states are still there as they were written: they are let go of as the scan goes on. What is
@@ -412,13 +419,13 @@ def _blocks_to_do(
         all(carry.path.exists() and carry.path not in damaged for carry in streams)
         for streams in carries
     ]
-    done = min(job.writer.blocks_done(blocks, sound.__getitem__) for job in jobs)
+    done = min(run.writer.blocks_done(blocks, sound.__getitem__) for run in runs)
     for carry in chain(*carries[:done], *carries[done + 1 :]):
         carry.path.unlink(missing_ok=True)
     return list(range(done, blocks))
 
 
-def _write_outside(skeleton: Skeleton, job: _Job) -> None:
+def _write_outside(skeleton: Skeleton, run: _Run) -> None:
     """What surrounds the blocks, one leaf at a time."""
     notes: dict[str, dict[str, Any]] = {"sites": {}, "certificates": {}, "changed": {}}
     beside = carried(skeleton)
@@ -428,16 +435,16 @@ def _write_outside(skeleton: Skeleton, job: _Job) -> None:
     }
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, leaf in outside_leaves(skeleton, job.recipe, notes["sites"].update):
+        for name, leaf in outside_leaves(skeleton, run.job.recipe, notes["sites"].update):
             for section, rows in certificates({name: leaf}, skeleton, made_of=made_of).items():
                 notes[section].update(rows)
             if name in beside and isinstance(leaf, Tensor):  # whatever numbers it holds
                 yield name, leaf
             else:
-                yield from encode({name: leaf}, job.codec, {}).items()
+                yield from encode({name: leaf}, run.codec, {}).items()
 
-    job.writer.write_shard(0, tensors())
-    job.writer.write_notes(0, notes)
+    run.writer.write_shard(0, tensors())
+    run.writer.write_notes(0, notes)
 
 
 def _return_freed_memory() -> None:
@@ -449,19 +456,17 @@ def _return_freed_memory() -> None:
 
 def _block(
     skeleton: Skeleton,
-    jobs: Sequence[_Job],
+    runs: Sequence[_Run],
     call: Call,
     index: int,
     streams: Sequence[Batches],
-    inputs: Inputs,
-    calibrate_all_experts: bool,
     after: Sequence[Carry],
 ) -> None:
     """One block, solved and written for every job, and what leaves it written to `after`, stream by
     stream. Nothing of it outlives the call. call: one that shows the form of all."""
     batches = streams[0]
     graph = solved = skeleton.graph(list(skeleton.blocks)[index], call, decoded=True)
-    if any(job.data is not None for job in jobs):
+    if any(run.job.observed is not None for run in runs):
         for name, dtype in graph.held.items():
             refuse_overflow(
                 f"{skeleton.checkpoint.path}: {graph.path}.{name}", dense(graph.params[name]), dtype
@@ -469,25 +474,26 @@ def _block(
     reference = Reference(graph, streams[1]) if streams[1:] else None
 
     def look(now: ModuleGraph, wanted: set[tuple[str, str]]) -> Stats:
-        return observe(now, wanted, batches(), calibrate_all_experts, reference)
+        return observe(now, wanted, batches(), runs[0].job.calibrate_all_experts, reference)
 
-    watch = _watcher(graph, look) if len(jobs) > 1 else look
+    watch = _watcher(graph, look) if len(runs) > 1 else look
     leaving: list[Iterator[State]] = []
-    for job in jobs:
+    for run in runs:
         solved = graph  # lets go of the job before
-        check = job.check(graph.code, call, batches)
-        if in_order(graph.code, job.recipe, inputs, calibrate_all_experts):
+        check = run.check(graph.code, call, batches)
+        if run.job.in_order(graph.code):
             solved, leaving = solve_in_order(
-                graph, job.recipe, batches, job.experts_at_once, reference, check
+                graph, run.job.recipe, batches, run.experts_at_once, reference, check
             )
         else:
-            solved, _ = solve(graph, job.recipe, watch, check)
+            solved, _ = solve(graph, run.job.recipe, watch, check)
         refuse_unwritten(skeleton, graph, solved)
         leaves, others = as_stored(skeleton, solved), changed(skeleton, graph, solved)
-        job.writer.write_shard(
-            index + 1, encode(leaves, job.codec, online_at(skeleton, solved, job.codec)).items()
+        run.writer.write_shard(
+            index + 1,
+            encode(leaves, run.codec, online_at(skeleton, solved, run.codec)).items(),
         )
-        job.writer.write_notes(
+        run.writer.write_notes(
             index + 1,
             {
                 "sites": site_rows(solved),
@@ -496,7 +502,7 @@ def _block(
                 **shared(skeleton, solved, others),
             },
         )
-    passed = [solved if inputs == "quantized" else graph, graph][: len(streams)]
+    passed = [solved if runs[0].job.inputs == "quantized" else graph, graph][: len(streams)]
     del graph, solved, watch  # one version of the block per stream is enough from here on
     for carry, left in zip(
         after, leaving or [push(g, enter()) for g, enter in zip(passed, streams)]
@@ -530,8 +536,8 @@ def _watcher(
     return watch
 
 
-def _finish(skeleton: Skeleton, job: _Job) -> None:
-    model, notes = skeleton.checkpoint, job.writer.notes()
+def _finish(skeleton: Skeleton, run: _Run) -> None:
+    model, notes = skeleton.checkpoint, run.writer.notes()
     refuse_divided(notes)
     specs: dict[str, Spec | None] = {}
     inputs: dict[str, InputSpec | None] = {}
@@ -544,5 +550,8 @@ def _finish(skeleton: Skeleton, job: _Job) -> None:
     around = notes["sites"].keys() & outside_sites(skeleton).keys()
     separated = any(f"{name}.weight" in together for name in around)
     raw = untied(model.raw) if separated or skeleton.apart else model.raw
-    config = {**raw, "quantization_config": job.codec.config(by_module(skeleton, specs), *rounding)}
-    job.writer.finish(written(config, job.identity, notes), model.path)
+    config = {
+        **raw,
+        "quantization_config": run.codec.config(by_module(skeleton, specs), *rounding),
+    }
+    run.writer.finish(written(config, run.identity, notes), model.path)
