@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from qlab.driver.sweep import push
+from qlab.driver.batches import push
 from qlab.files.checkpoint import open_checkpoint
 from qlab.model.skeleton import Skeleton
 

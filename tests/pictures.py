@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForImageTextToText, LlavaProcessor, PreTrainedTokenizerFast
 
-from qlab.driver.sweep import push, record
+from qlab.driver.batches import push, record
 from qlab.files.checkpoint import open_checkpoint
 from qlab.model.skeleton import Skeleton
 

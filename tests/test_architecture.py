@@ -244,7 +244,7 @@ def test_importing_qlab_loads_neither_plots_nor_kernels():
 
 @pytest.mark.parametrize(
     "wrong",
-    ["from qlab.driver.sweep import solve", "import qlab.driver.plan", "from qlab import quantize"],
+    ["from qlab.driver.solve import solve", "import qlab.driver.plan", "from qlab import quantize"],
 )
 def test_this_test_sees_a_wrong_import(wrong, tmp_path, monkeypatch):
     path = tmp_path / "transform.py"

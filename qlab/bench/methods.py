@@ -24,9 +24,9 @@ from qlab.cli.quantizing import recipe_of
 from qlab.data.calibration import Tokens
 from qlab.demo.build import home
 from qlab.demo.hub import calibration_texts, evaluation_texts, is_demo
+from qlab.driver.observe import inputs_named
 from qlab.driver.quantize import Result
 from qlab.driver.report import PeakMemory
-from qlab.driver.sweep import inputs_named
 from qlab.errors import QlabError
 from qlab.evaluation.perplexity import Evaluation, read
 from qlab.files.atomic import write_json

@@ -167,7 +167,7 @@ def plan(
     """What a method would do to a model: stages, passes, peak memory, bits per weight. Runs and
     writes nothing."""
     import qlab
-    from qlab.driver.sweep import inputs_named
+    from qlab.driver.observe import inputs_named
 
     mode, budget = inputs_named(inputs), _budget(memory)
     opened = qlab.open(model)
@@ -236,7 +236,7 @@ def quantize(
 ) -> None:
     """Quantize a model directory into one that other engines load."""
     import qlab
-    from qlab.driver.sweep import inputs_named
+    from qlab.driver.observe import inputs_named
 
     mode, budget = inputs_named(inputs), _budget(memory)
     if model_free and keep:

@@ -27,7 +27,7 @@ from qlab.codecs.engines import refusal, uniformity
 from qlab.driver.job import CODEC
 from qlab.driver.report import PeakMemory, describe, site_rows
 from qlab.driver.siblings import Siblings
-from qlab.driver.sweep import solve_alone
+from qlab.driver.solve import solve_alone
 from qlab.errors import QlabError
 from qlab.files.certificate import certify
 from qlab.files.checkpoint import Checkpoint, open_checkpoint

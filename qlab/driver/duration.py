@@ -23,7 +23,7 @@ from qlab.algebra.graph import Code, by_source
 from qlab.algebra.products import product_dtype
 from qlab.algebra.transform import Stage, Transform
 from qlab.data.calibration import Data
-from qlab.driver.sweep import BATCH_TOKENS
+from qlab.driver.batches import BATCH_TOKENS
 
 # Of the estimate, in processor time of one thread on the demo: rtn took 1.4, hqq 1.2, gptq on 4,096
 # tokens 0.6.

@@ -12,7 +12,7 @@ from qlab.algebra.online import QuantizeInput
 from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Stage, Transform
 from qlab.codecs import CODECS, Codec
-from qlab.driver.sweep import DRIFT, Inputs
+from qlab.driver.observe import DRIFT, Inputs
 from qlab.errors import QlabError
 from qlab.methods.inputs import DYNAMIC
 

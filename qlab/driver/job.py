@@ -7,7 +7,8 @@ import torch
 from qlab.algebra.graph import Code
 from qlab.algebra.transform import Transform
 from qlab.data.calibration import Data
-from qlab.driver.sweep import Inputs, in_order, runs_reference
+from qlab.driver.observe import Inputs, runs_reference
+from qlab.driver.solve import in_order
 from qlab.files.checkpoint import Checkpoint
 
 CODEC = "compressed-tensors"  # what is written unless another codec is named

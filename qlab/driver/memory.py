@@ -10,8 +10,10 @@ import torch
 from qlab.algebra.graph import Code, aten, by_source, open_symbols
 from qlab.algebra.transform import Transform
 from qlab.data.calibration import Data
+from qlab.driver.batches import BATCH_TOKENS
 from qlab.driver.lossless import claims
-from qlab.driver.sweep import BATCH_TOKENS, HELD, Inputs, in_order, runs_reference
+from qlab.driver.observe import Inputs, runs_reference
+from qlab.driver.solve import HELD, in_order
 from qlab.model.skeleton import Skeleton
 
 # [k, k] matrices that a stage holds at once beside its statistics

@@ -12,7 +12,7 @@ from qlab.algebra.qtensor import Leaf, QTensor, dense
 from qlab.algebra.transform import Transform
 from qlab.driver.report import site_rows
 from qlab.driver.siblings import Siblings
-from qlab.driver.sweep import solve_alone
+from qlab.driver.solve import solve_alone
 from qlab.model.skeleton import Skeleton
 
 

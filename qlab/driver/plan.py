@@ -18,16 +18,11 @@ from qlab.driver.duration import SPREAD, Work, said, work_of
 from qlab.driver.effects import input_specs, online_of, refuse_unheld, refuse_without_effect
 from qlab.driver.job import CODEC
 from qlab.driver.memory import predict_memory
+from qlab.driver.observe import DRIFT, Inputs, inputs_named, runs_reference
 from qlab.driver.report import describe
 from qlab.driver.shared import refuse_dividing
 from qlab.driver.sites import Sites, sites_of
-from qlab.driver.sweep import (
-    DRIFT,
-    Inputs,
-    in_order,
-    inputs_named,
-    runs_reference,
-)
+from qlab.driver.solve import in_order
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.record import bits_per_weight

@@ -22,28 +22,17 @@ from qlab.algebra.stats import Stats
 from qlab.algebra.transform import Stage, Transform
 from qlab.codecs import CODECS, Codec
 from qlab.data.calibration import Data
+from qlab.driver.batches import Batch, Batches, in_batches, push, record
 from qlab.driver.effects import refuse_left
 from qlab.driver.job import CODEC, Job
 from qlab.driver.lossless import refuse_changed
+from qlab.driver.observe import Inputs, Reference, observe
 from qlab.driver.outside import carried, outside_leaves, outside_sites, weight_of
 from qlab.driver.plan import Plan, plan
 from qlab.driver.report import PeakMemory, describe, site_rows
 from qlab.driver.shared import refuse_divided, shared
+from qlab.driver.solve import Check, solve, solve_in_order, unchecked
 from qlab.driver.states import flat, states_of, stored_shapes
-from qlab.driver.sweep import (
-    Batch,
-    Batches,
-    Check,
-    Inputs,
-    Reference,
-    in_batches,
-    observe,
-    push,
-    record,
-    solve,
-    solve_in_order,
-    unchecked,
-)
 from qlab.driver.writing import (
     as_stored,
     certificates,
@@ -164,7 +153,7 @@ def quantize(
     statistics.
     inputs: whether a site is calibrated on what the quantized sites before it produce (errors
     propagate; on the quantized blocks before its own where sites cannot be solved one after the
-    other, `sweep.in_order`) or on the reference model's activations. dtype: of the activations
+    other, `solve.in_order`) or on the reference model's activations. dtype: of the activations
     while calibrating (default: the checkpoint's own, where that holds all of its numbers);
     statistics and solvers use fp32.
     memory: observe as many experts at a time as fit these bytes, and refuse to start when the

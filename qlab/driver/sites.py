@@ -8,8 +8,8 @@ import torch
 from qlab.algebra.graph import Code, Site, is_matrix, tensors_of
 from qlab.algebra.transform import Transform
 from qlab.data.calibration import Data
+from qlab.driver.batches import in_batches, record
 from qlab.driver.outside import outside_sites
-from qlab.driver.sweep import in_batches, record
 from qlab.errors import QlabError
 from qlab.model.recording import Call, windows_axis
 from qlab.model.skeleton import Skeleton

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlab.data.calibration import Tokens, generator
-from qlab.driver.sweep import in_batches, push, record
+from qlab.driver.batches import in_batches, push, record
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.model.recording import windows_axis

@@ -17,7 +17,7 @@ from qlab.__main__ import main
 from qlab.algebra.qtensor import QTensor
 from qlab.codecs import gguf as file_format
 from qlab.directories.convert import convert
-from qlab.driver.sweep import push
+from qlab.driver.batches import push
 from qlab.errors import QlabError
 from qlab.files.certificate import fingerprint
 from qlab.files.checkpoint import open_checkpoint

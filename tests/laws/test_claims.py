@@ -19,7 +19,7 @@ from qlab.algebra.spec import parse_spec
 from qlab.algebra.stats import Moment
 from qlab.algebra.transform import Stage, apply, at, chain, each_weight, reparametrize
 from qlab.driver.quantize import quantize
-from qlab.driver.sweep import solve_in_order
+from qlab.driver.solve import solve_in_order
 from qlab.driver.writing import refuse_unwritten
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint

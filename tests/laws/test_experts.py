@@ -20,7 +20,7 @@ from qlab.algebra.qtensor import dense
 from qlab.algebra.spec import parse_spec, with_scale_dtype
 from qlab.algebra.stats import Moment, gram, quadratic
 from qlab.algebra.transform import apply
-from qlab.driver.sweep import observe
+from qlab.driver.observe import observe
 from qlab.methods.awq import awq_scale
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn

@@ -15,7 +15,8 @@ from qlab.algebra.interpret import interpret
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.stats import STATS, Moment, Observation
 from qlab.algebra.transform import Stage, at, chain, reparametrize
-from qlab.driver.sweep import Reference, observe, solve, solve_in_order
+from qlab.driver.observe import Reference, observe
+from qlab.driver.solve import solve, solve_in_order
 from qlab.errors import QlabError
 from qlab.methods.gptaq import aim_at_reference, gptaq
 from qlab.methods.gptq import gptq

@@ -19,7 +19,7 @@ from qlab.algebra.tracing.trace import trace
 from qlab.algebra.transform import Stage, chain, reparametrize
 from qlab.driver.lossless import refuse_changed
 from qlab.driver.quantize import quantize
-from qlab.driver.sweep import in_order, solve, solve_in_order
+from qlab.driver.solve import in_order, solve, solve_in_order
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.awq import awq_scale

@@ -14,8 +14,8 @@ from qlab.algebra.interpret import Walk, inputs_of, interpret, outputs_of
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.stats import PerExpert
 from qlab.algebra.transform import at, chain, keep, rules
-from qlab.driver import sweep
-from qlab.driver.sweep import solve_in_order
+from qlab.driver import solve
+from qlab.driver.solve import solve_in_order
 from qlab.methods.awq import awq, awq_scale
 from qlab.methods.gptq import gptq
 from qlab.methods.inputs import quantize_inputs
@@ -107,7 +107,7 @@ def test_an_input_that_is_copied_early_waits_for_its_site():
 def test_what_does_not_fit_is_computed_again_to_the_same_bits(monkeypatch):
     seg, results = segment("llama"), []
     for held in (0, 20000, 1 << 30):
-        monkeypatch.setattr(sweep, "HELD", held)
+        monkeypatch.setattr(solve, "HELD", held)
         graph, (leaving,) = solve_in_order(seg.graph, gptq(SPEC), batches_of(seg))
         results.append([graph, *(out.clone() for (out,) in leaving)])
     first, *others = results
@@ -118,9 +118,9 @@ def test_what_does_not_fit_is_computed_again_to_the_same_bits(monkeypatch):
 
 def test_what_waits_is_within_the_limit(monkeypatch):
     seg, waiting = segment("llama"), []
-    monkeypatch.setattr(sweep, "HELD", 20000)
+    monkeypatch.setattr(solve, "HELD", 20000)
     walks = []
-    monkeypatch.setattr(sweep, "Walk", lambda code: walks.append(Walk(code)) or walks[-1])
+    monkeypatch.setattr(solve, "Walk", lambda code: walks.append(Walk(code)) or walks[-1])
     watched = rules({"*.o_proj": gptq(SPEC), "*": keep()})
     watched = tuple(
         replace(
@@ -139,9 +139,9 @@ def test_what_waits_is_within_the_limit(monkeypatch):
 def test_experts_observed_in_parts_give_the_bits_of_all_at_once(family, at_once, held, monkeypatch):
     seg, most = segment(family), []
     whole, (leaving,) = solve_in_order(seg.graph, gptq(SPEC), batches_of(seg))
-    look = sweep._at
-    monkeypatch.setattr(sweep, "_at", lambda *a, **k: most.append(look(*a, **k)) or most[-1])
-    monkeypatch.setattr(sweep, "HELD", held)
+    look = solve._at
+    monkeypatch.setattr(solve, "_at", lambda *a, **k: most.append(look(*a, **k)) or most[-1])
+    monkeypatch.setattr(solve, "HELD", held)
     parts, (then,) = solve_in_order(seg.graph, gptq(SPEC), batches_of(seg), at_once)
     assert_same(parts, whole)
     assert parts.notes == whole.notes
@@ -205,4 +205,4 @@ def test_rules_hold_source_by_source():
     ],
 )
 def test_which_recipes_are_solved_in_order(recipe, family, inputs, expected):
-    assert sweep.in_order(segment(family).graph.code, recipe, inputs) is expected
+    assert solve.in_order(segment(family).graph.code, recipe, inputs) is expected

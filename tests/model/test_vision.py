@@ -14,8 +14,8 @@ from pictures import every_model, from_transformers, pictured
 from qlab.algebra.spec import parse_spec
 from qlab.cli import main
 from qlab.data.images import Samples, image_samples
+from qlab.driver.batches import push, record
 from qlab.driver.quantize import quantize
-from qlab.driver.sweep import push, record
 from qlab.errors import QlabError
 from qlab.evaluation.perplexity import evaluate
 from qlab.files.checkpoint import open_checkpoint

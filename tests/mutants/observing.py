@@ -120,7 +120,7 @@ torch.addmm(
     ),
     Mutant(
         "the reference goes on quantized",
-        "driver/sweep.py",
+        "driver/solve.py",
         "solve_in_order",
         "[walked, reference.graph]",
         "[walked, walked]",
@@ -128,7 +128,7 @@ torch.addmm(
     ),
     Mutant(
         "the reference sees what the quantized one sees",
-        "driver/sweep.py",
+        "driver/solve.py",
         "solve_in_order",
         "[_Stream(graph.code, reference.batches)]",
         "[_Stream(graph.code, batches)]",

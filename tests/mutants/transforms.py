@@ -45,7 +45,7 @@ return Rows(x, tokens, ends)
     ),
     Mutant(
         "scales folded behind a walk",
-        "driver/sweep.py",
+        "driver/solve.py",
         "solve_in_order",
         "if stage.sitewise: ...",
         "if True: ...",
@@ -53,7 +53,7 @@ return Rows(x, tokens, ends)
     ),
     Mutant(
         "mixtures scaled source by source",
-        "driver/sweep.py",
+        "driver/solve.py",
         "in_order",
         "lone or not stage.reparametrizes",
         "True",
@@ -61,7 +61,7 @@ return Rows(x, tokens, ends)
     ),
     Mutant(
         "a source solved on unquantized inputs",
-        "driver/sweep.py",
+        "driver/solve.py",
         "solve_in_order",
         "graph, stats = apply(stage, graph, stats)",
         "_, stats = apply(stage, graph, stats)",

@@ -1,57 +1,27 @@
 """Quantizing is a scan over segments: load one, observe what the next stage needs, apply the stage,
 push the carry on."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import repeat
-from typing import Any, Literal, cast, get_args
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from qlab.algebra.experts import Rows, reaching
+from qlab.algebra.experts import Rows
 from qlab.algebra.graph import Code, ModuleGraph, Site, by_source
-from qlab.algebra.interpret import Walk, inputs_of, outputs_of
-from qlab.algebra.stats import STATS, Observation, PerExpert, Stats, stat_of
+from qlab.algebra.interpret import Walk
+from qlab.algebra.stats import PerExpert, Stats
 from qlab.algebra.transform import Stage, Transform, apply, select
-from qlab.data.calibration import Data
+from qlab.driver.batches import Batches
+from qlab.driver.observe import DRIFT, Inputs, Reference, Seen
 from qlab.errors import QlabError
-from qlab.model.recording import Call, State
-from qlab.model.skeleton import Skeleton
+from qlab.model.recording import State
 
-BATCH_TOKENS = 2048
-DRIFT = {"drift"}  # statistics that compare with the reference
 HELD = (
     2 << 30
 )  # bytes of values that may wait inside a segment while its sources are solved one by one
-Batch = tuple[
-    Call, State
-]  # what a block is called with, and what other blocks made of it: its hidden states first
-Inputs = Literal["quantized", "reference"]  # what a block sees while it is calibrated
-Batches = Callable[[], Iterator[Batch]]
 Check = Callable[
     [Stage, ModuleGraph, ModuleGraph], None
 ]  # a stage, and the segment before and after it
-
-
-def inputs_named(text: str) -> Inputs:
-    """One of the two; anything else is refused."""
-    if text not in get_args(Inputs):
-        raise QlabError(
-            f"inputs {text!r} are unknown; choose {' or '.join(map(repr, get_args(Inputs)))}"
-        )
-    return cast(Inputs, text)
-
-
-def in_batches(data: Data | None, batch_tokens: int = BATCH_TOKENS) -> list[Mapping[str, Tensor]]:
-    """What the model is called with, about `batch_tokens` tokens at a time; without data, a few
-    tokens that show the form."""
-    return (
-        data.batches(batch_tokens)
-        if data is not None
-        else [{"input_ids": torch.zeros(2, 8, dtype=torch.long)}]
-    )
 
 
 def unchecked(stage: Stage, before: ModuleGraph, after: ModuleGraph) -> None:
@@ -99,111 +69,6 @@ def solve_alone(weight: ModuleGraph, transform: Transform) -> ModuleGraph:
             "like away there"
         )
     return solved
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The unquantized segment, and what it is called with in the unquantized model, batch by batch
-    beside the quantized one's."""
-
-    graph: ModuleGraph
-    batches: Batches
-
-
-def observe(
-    graph: ModuleGraph,
-    wanted: set[tuple[str, str]],
-    batches: Iterator[Batch],
-    calibrate_all_experts: bool = False,
-    reference: Reference | None = None,
-) -> Stats:
-    """The statistics `wanted` {(source, name)} of a segment's inputs over all batches; experts' are
-    of their own tokens, or, with `calibrate_all_experts`, of all tokens. reference: where the drift
-    is measured from (None: there is none).
-
-    Refuses NaN and Inf in activations, naming the sites they reach.
-    """
-    sources, drifting = (
-        sorted({source for source, need in wanted if need in names}) for names in (STATS, DRIFT)
-    )
-    seen = _Seen(graph, wanted)
-    others = reference.batches() if reference and drifting else repeat(None)
-    for (call, state), other in zip(batches, others):
-        pairs = (
-            inputs_of(reference.graph, drifting, *other[0].inputs(other[1]))
-            if reference and other
-            else {}
-        )
-        seen.add(inputs_of(graph, sources, *call.inputs(state), calibrate_all_experts), pairs)
-    return seen.stats
-
-
-class _Seen:
-    """Statistics as they grow, batch by batch; of experts, those of all or of some."""
-
-    def __init__(
-        self, graph: ModuleGraph, wanted: set[tuple[str, str]], experts: slice | None = None
-    ):
-        self.graph, self.wanted, self.experts = graph, wanted, experts
-        self.tokens = dict.fromkeys((source for source, _ in wanted), 0)
-        self.stats: dict[tuple[str, str], Any] = {}
-
-    def add(self, inputs: Mapping[str, Rows], reference: Mapping[str, Rows] = {}) -> None:
-        """One batch: source -> what reaches its sites, and what does in the reference where that is
-        another model."""
-        for source, rows in inputs.items():
-            before = self.tokens[source]
-            self.tokens[source] += (
-                rows.x[..., 0].numel() if rows.tokens is None else int(rows.tokens.max()) + 1
-            )
-            rows = rows if self.experts is None else reaching(rows, self.experts)
-            x_nk = rows.x.flatten(0, -2)
-            if (
-                not x_nk.sum().isfinite() and not torch.isfinite(x_nk).all()
-            ):  # the sum is the cheaper question
-                _refuse_nonfinite(self.graph, source, x_nk.dtype)
-            numbers = (
-                torch.arange(len(x_nk), device=x_nk.device) if rows.tokens is None else rows.tokens
-            )
-            pair = reference[source].x.flatten(0, -2) if source in reference else None
-            observation = Observation(x_nk, numbers + before, rows.ends, pair)
-            for name in sorted(n for s, n in self.wanted if s == source):
-                stat, key = stat_of(name, rows.ends is not None), (source, name)
-                state = stat.lift(observation)
-                self.stats[key] = (
-                    stat.combine(self.stats[key], state) if key in self.stats else state
-                )
-
-
-def _refuse_nonfinite(graph: ModuleGraph, source: str, dtype: torch.dtype) -> None:
-    """Name what is to blame: the segment's own leaves where they hold NaN or Inf, else the sites
-    that NaN or Inf reaches."""
-    if bad := [
-        n
-        for n, leaf in graph.params.items()
-        if isinstance(leaf, Tensor) and not torch.isfinite(leaf).all()
-    ]:
-        raise QlabError(
-            f"{', '.join(f'{graph.path}.{n}' for n in bad)} holds NaN or Inf; repair the checkpoint"
-        )
-    at = ", ".join(graph.where(s) for s in graph.code.sites if s.source == source)
-    raise QlabError(
-        f"the activations that reach {at} hold NaN or Inf; check the model in this dtype ({dtype})"
-    )
-
-
-def push(graph: ModuleGraph, batches: Iterator[Batch]) -> Iterator[State]:
-    """The states that leave the segment, batch by batch."""
-    for call, state in batches:
-        yield call.leaving(state, outputs_of(graph, *call.inputs(state)))
-
-
-def runs_reference(recipes: Iterable[Transform], inputs: Inputs) -> bool:
-    """Whether the reference runs beside the quantized model, since a recipe asks how far inputs are
-    from its own."""
-    return inputs == "quantized" and any(
-        DRIFT & stage.needs for recipe in recipes for stage in recipe
-    )
 
 
 def in_order(
@@ -331,7 +196,7 @@ def _at(
 ) -> Stats:
     """The statistics `wanted` of one source, with every walk waiting there; of experts, those of
     all or of some. graphs: the segment, and the reference's where that is looked at too."""
-    seen, held = _Seen(graphs[0], wanted, experts), 0
+    seen, held = Seen(graphs[0], wanted, experts), 0
     for arrived in zip(*(stream.to(graph, source) for stream, graph in zip(streams, graphs))):
         seen.add(*({source: rows} for _, rows in arrived))
         for walk, _ in arrived:
@@ -340,40 +205,3 @@ def _at(
                 held -= walk.nbytes()
                 walk.forget()
     return seen.stats
-
-
-def record(
-    skeleton: Skeleton, batches: Sequence[Mapping[str, Tensor]]
-) -> tuple[list[State], list[dict[str, Call]]]:
-    """The state that enters the first block, which is hidden states alone, and every block's calls,
-    for each batch.
-
-    Calls of later batches share the tensors that equal those of the first one (rotary tables,
-    masks).
-    """
-    states: list[State] = []
-    calls: list[dict[str, Call]] = []
-    for batch in batches:
-        h, call = skeleton.record(
-            batch["input_ids"], {name: t for name, t in batch.items() if name != "input_ids"}
-        )
-        states.append((h,))
-        calls.append(
-            {path: _shared(c, calls[0][path] if calls else None) for path, c in call.items()}
-        )
-    return states, calls
-
-
-def _shared(call: Call, earlier: Call | None) -> Call:
-    if earlier is None or len(earlier.leaves) != len(call.leaves):
-        return call
-    leaves = tuple(
-        old
-        if isinstance(new, Tensor)
-        and isinstance(old, Tensor)
-        and new.shape == old.shape
-        and torch.equal(new, old)
-        else new
-        for new, old in zip(call.leaves, earlier.leaves)
-    )
-    return replace(call, leaves=leaves)
