@@ -99,22 +99,13 @@ def placed(
 
 
 @dataclass(frozen=True)
-class Part:
-    """Rows [start, stop) of a fused weight (qkv, gate_up) that the graph uses apart from the
-    others."""
-
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
 class Site:
     """One weight-bearing operation of a segment, or a value (`weight` None) that can be quantized
     without one.
 
     path: the module's path inside the segment. source: the graph node that feeds it; sites with one
     source share their statistics. layout: axes of the stored weight, "o k" (linear), "k o" (addmm),
-    "e o k" and "e k o" (fused experts). rows: the parts of a fused weight. Of fused experts,
+    "e o k" and "e k o" (fused experts). Of fused experts,
     gathered_from: the node whose rows its input holds in the order of experts, if it is not made by
     experts itself; route: the node that says which rows belong to whom, choices: to how many
     experts a token goes. router: it decides that, or is a gate of one number per token (of a shared
@@ -126,9 +117,7 @@ class Site:
     weight: str | None
     bias: str | None
     source: str
-    op: str
     layout: str = "o k"
-    rows: tuple[Part, ...] = ()
     gathered_from: str | None = None
     route: str | None = None
     choices: int = 1
@@ -289,9 +278,7 @@ def lone_weight(
     """A weight [o, k] by itself as a segment of one site, for stages that need no data. dtype: that
     of most of its model, which scales take (default: its own). outer: the global scale that it
     shares with weights elsewhere."""
-    site = Site(
-        path=path, weight="weight", bias=None, source=path, op="", layout="o k", outside=outside
-    )
+    site = Site(path=path, weight="weight", bias=None, source=path, layout="o k", outside=outside)
     code = Code(
         graph=fx.Graph(),
         params={},

@@ -26,7 +26,7 @@ def outside_sites(skeleton: Skeleton) -> dict[str, Site]:
         if not name.startswith(inside) and name not in skeleton.transposed
     ]
     return {
-        name: Site(path=name, weight=f"{name}.weight", bias=None, source=name, op="", outside=True)
+        name: Site(path=name, weight=f"{name}.weight", bias=None, source=name, outside=True)
         for name in names
         if weight_of(skeleton, name)
     }

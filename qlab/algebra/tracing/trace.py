@@ -15,7 +15,6 @@ from qlab.algebra.graph import (
     WEIGHT_OPS,
     Code,
     ModuleGraph,
-    Part,
     Site,
     aten,
     behind_casts,
@@ -270,9 +269,7 @@ def _sites(graph: fx.Graph, params: Mapping[str, str]) -> tuple[tuple[Site, ...]
                 weight=params[leaf],
                 bias=bias_path,
                 source=x.name,
-                op=node.target.name(),
                 layout=layout,
-                rows=_parts(node),
                 router=is_router(node),
                 **experts,
             )
@@ -355,32 +352,3 @@ def _number_by_number(node: fx.Node, weight: fx.Node, computed: set[fx.Node]) ->
     if not pointwise and node.target not in LAYOUT | SAME_VALUES:
         return False
     return node in computed or all(_number_by_number(user, node, computed) for user in node.users)
-
-
-def _parts(node: fx.Node) -> tuple[Part, ...]:
-    """Row ranges that a fused output is cut into, read off its slices, splits and chunks along the
-    channel axis."""
-    users, last = list(node.users), node.meta["val"].ndim - 1
-    while len(users) == 1 and users[0].target in SAME_VALUES:
-        node, users = users[0], list(users[0].users)
-    width, cuts = int(node.meta["val"].shape[-1]), set()
-    for user in users:
-        along = (
-            user.args[1]
-            if len(user.args) > 1 and user.target is aten.slice.Tensor
-            else user.args[-1]
-        )
-        if user.target is aten.slice.Tensor and along in (-1, last):
-            if (
-                len(user.args) < 5
-            ):  # every other channel (interleaved gate and up) is no range of rows
-                cuts.add((user.args[2] or 0, min(user.args[3], width)))
-        elif user.target in (
-            aten.split_with_sizes.default,
-            aten.split.Tensor,
-            aten.chunk.default,
-        ) and along in (-1, last):
-            start = 0
-            for piece in user.meta["val"]:
-                cuts.add((start, start := start + int(piece.shape[-1])))
-    return tuple(Part(*cut) for cut in sorted(cuts)) if len(cuts) > 1 else ()
