@@ -45,6 +45,8 @@ class Stage:
     online: tuple[
         Op, ...
     ] = ()  # what it puts on its sites' inputs at run time, in the form that a codec is asked about
+    # how many matrices [k, k] in fp32 it holds at once beside its statistics
+    workspace: int = 1
     uncovered: bool = False  # the last stage of `rules`: any site in its scope is an error
 
     def wants(self, site: Site) -> frozenset[str]:

@@ -16,9 +16,6 @@ from qlab.driver.observe import Inputs, runs_reference
 from qlab.driver.solve import HELD, in_order
 from qlab.model.skeleton import Skeleton
 
-# [k, k] matrices that a stage holds at once beside its statistics
-SQUARES = {"gptq": 8, "awq_scale": 4, "aim_at_reference": 3}
-
 
 def predict_memory(
     skeleton: Skeleton,
@@ -228,7 +225,7 @@ def _block_moments(
     for stage in recipe:
         moved += 4 * (max(together) if ordered else sum(together)) if stage.reparametrizes else 0
         rounded = 0 if stage.spec is None else sum(map(torch.Size.numel, weights))
-        solver = 5 * 4 * max(matrices) + SQUARES.get(stage.name, 1) * square
+        solver = 5 * 4 * max(matrices) + stage.workspace * square
         yield {
             "moved weights": moved,
             "codes": rounded,

@@ -186,6 +186,7 @@ def awq_scale(spec: Spec, grid: Grid = weighted) -> Transform:
         detail=f"for {described(spec)}, grid {grid.name}",
         reparametrizes=True,
         sitewise=rows_move(spec),
+        workspace=4,
     )
     return chain((search_stage,), absorb())
 

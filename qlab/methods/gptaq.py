@@ -69,6 +69,7 @@ def aim_at_reference(strength: float = 0.5, damp: float = 0.01) -> Transform:
             run,
             detail=f"strength {strength:g}, damp {damp:g}",
             sitewise=True,
+            workspace=3,
         ),
     )
 

@@ -6,6 +6,7 @@ solving order.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from qlab.methods.grid import Grid, fit, weighted
 from qlab.methods.obs import check_damp, damped, factorize, obs_sweep
 from qlab.methods.quantease import descend_codes, refit_scales
 
+WORKSPACE = 8  # matrices [k, k] at once: H, its copies in solving order, and their factors
 Order = Callable[[Tensor], Tensor]  # H_kk -> the order [k] in which columns are solved
 
 
@@ -117,4 +119,5 @@ def gptq(
     detail = (
         f"grid {grid.name}, {getattr(order, '__name__', order)}, damp {damp:g}, {sweeps} sweeps"
     )
-    return each_weight("gptq", fn, spec, frozenset({"second_moment"}), detail)
+    stages = each_weight("gptq", fn, spec, frozenset({"second_moment"}), detail)
+    return tuple(replace(stage, workspace=WORKSPACE) for stage in stages)
