@@ -20,6 +20,12 @@ def printable(text: str) -> str:
     return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what an error of another library says; its type where it says nothing."""
+    said = str(error).strip() or type(error).__name__
+    return said.splitlines()[0]
+
+
 class QlabError(ValueError):
     """A refusal that its reader can act on. The command line prints it as one line and exits with
     2."""

@@ -20,6 +20,7 @@ from qlab.cli.options import (
     resolved,
 )
 from qlab.errors import QlabError
+from qlab.process.shown import some
 
 
 def inspect(directory: Model, json_file: Json = None) -> None:
@@ -72,10 +73,7 @@ def convert(
     )
     for kind in sorted(set(result.dequantized.values())):
         names = [name for name, was in result.dequantized.items() if was == kind]
-        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        console().print(
-            f"{kind} blocks dequantized to bfloat16: {', '.join(names[:4])}{more}", soft_wrap=True
-        )
+        console().print(f"{kind} blocks dequantized to bfloat16: {some(names)}", soft_wrap=True)
     for name, error in result.requantized.items():
         console().print(f"{name}: {error:.3e} of its norm away from what it was", soft_wrap=True)
     report(result.json(), json_file)

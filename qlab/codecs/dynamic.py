@@ -2,10 +2,10 @@
 other for these modules."""
 
 import re
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+from qlab.codecs.families import by_family, pattern
 from qlab.errors import QlabError
 
 Keys = tuple[tuple[str, Any], ...]  # the entries of a config that say a spec
@@ -18,19 +18,16 @@ def rules(named: Mapping[str, Keys | None], common: Keys) -> dict[str, dict[str,
     whose members all agree; no module matches two, so their order, which sorted JSON loses, says
     nothing.
     """
-    families: dict[str, set[Keys | None]] = defaultdict(set)
+    families = by_family(named)
+    changes: dict[str, dict[str, Any]] = {}
     for path, keys in named.items():
-        families[_family(path)].add(keys)
-    found: dict[str, dict[str, Any]] = {}
-    for path, keys in named.items():
-        pattern = _family(path) if len(families[_family(path)]) == 1 else re.escape(path)
-        if keys != common:
-            found[f"{'-' if keys is None else '+'}:^{pattern}$"] = dict(keys or ())
-    return found
-
-
-def _family(path: str) -> str:
-    return r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in path.split("."))
+        if keys == common:
+            continue
+        family = pattern(path)
+        regex = family if len(set(families[family])) == 1 else re.escape(path)
+        sign = "-" if keys is None else "+"
+        changes[f"{sign}:^{regex}$"] = dict(keys or ())
+    return changes
 
 
 def override(config: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -44,18 +41,18 @@ def override(config: Mapping[str, Any], path: str) -> dict[str, Any]:
             "quantization_config has a `dynamic` that is no table of patterns with tables of "
             "changes; repair it"
         )
-    for pattern, changes in dynamic.items():
-        sign, regex = (pattern[:2], pattern[2:]) if pattern[:2] in ("-:", "+:") else ("+:", pattern)
+    for key, changes in dynamic.items():
+        sign, regex = (key[:2], key[2:]) if key[:2] in ("-:", "+:") else ("+:", key)
         try:
             matched = re.match(regex, path)
         except re.error as error:
             raise QlabError(
-                f"quantization_config has the pattern {pattern!r} in `dynamic`, which is no "
+                f"quantization_config has the pattern {key!r} in `dynamic`, which is no "
                 f"regular expression ({error})"
             ) from error
         if matched and sign == "-:":
             raise QlabError(
-                f"{path} has codes in the files, and {pattern!r} in `dynamic` says that it is not "
+                f"{path} has codes in the files, and {key!r} in `dynamic` says that it is not "
                 "quantized; the file or its config is wrong"
             )
         if matched:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlab.data.texts import Text, texts_of
 from qlab.data.tokenizing import token_ids
-from qlab.errors import QlabError
+from qlab.errors import QlabError, first_line
 from qlab.files.checkpoint import Checkpoint
 from qlab.process.shown import Shown, some
 from qlab.process.surroundings import undisturbed
@@ -158,7 +158,7 @@ def _tokenizer(model: Checkpoint) -> PreTrainedTokenizerBase:
             model.path, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # whatever the tokenizer's files make it raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise QlabError(
             f"{model.path} has no tokenizer that transformers can read ({reason}); add its files"
         ) from error
@@ -258,7 +258,7 @@ def _renderer(model: Checkpoint, tokenizer: Any) -> Any:
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # whatever the template says of messages that it does not know
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise QlabError(
                 f"the chat template of {model.path} refuses a row of messages "
                 f'({reason:.100}); repair the row, or give it as a "text"'

@@ -14,7 +14,7 @@ from transformers import AutoProcessor
 
 from qlab.data.calibration import generator
 from qlab.data.texts import open_regular
-from qlab.errors import QlabError
+from qlab.errors import QlabError, first_line
 from qlab.files.checkpoint import Checkpoint
 from qlab.process.shown import Shown, some
 from qlab.process.surroundings import undisturbed
@@ -139,7 +139,7 @@ def _processor(model: Checkpoint) -> Any:
         )
     except Exception as error:
         # whatever the processor's files, or a package that it needs and is absent, make it raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise QlabError(
             f"{model.path} has no processor that transformers can make here ({reason}); add its "
             "files, and install Pillow and, for models that also take videos, torchvision"
@@ -206,7 +206,7 @@ def _sample(
         )
         found = processor(text=[text], images=images or None, return_tensors="pt")
     except Exception as error:  # whatever the processor says of text and images that do not fit
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise QlabError(
             f"{where}: the processor refuses this sample ({reason}); check its placeholders and "
             "images"
@@ -230,7 +230,7 @@ def _image(path: Path, where: str) -> Any:
     except QlabError as error:
         raise QlabError(f"{where}: {error}") from error
     except Exception as error:  # whatever the decoder of a format makes of a damaged file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise QlabError(
             f"{where}: the image {path} cannot be read ({reason}); check the path and the file"
         ) from error

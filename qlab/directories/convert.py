@@ -32,7 +32,7 @@ from qlab.model.linears import (
     untied_where_apart,
 )
 from qlab.process.extras import needed
-from qlab.process.shown import Shown
+from qlab.process.shown import Shown, some
 from qlab.process.surroundings import undisturbed
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -281,12 +281,7 @@ def _refusal(codec: str, lost: Mapping[str, str]) -> QlabError:
     by_reason: dict[str, list[str]] = {}
     for module, reason in lost.items():
         by_reason.setdefault(reason.removeprefix(f"{module}: "), []).append(module)
-    parts = [
-        ", ".join(names[:4])
-        + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        + f" ({reason})"
-        for reason, names in by_reason.items()
-    ]
+    parts = [f"{some(names)} ({reason})" for reason, names in by_reason.items()]
     return QlabError(
         f"{codec} cannot hold {'; '.join(parts)}; choose another codec, or a grid to round the "
         "weights to (--requantize)"

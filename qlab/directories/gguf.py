@@ -25,7 +25,7 @@ from qlab.algebra.spec import Spec
 from qlab.codecs import CODECS, Codec, gguf, gguf_keys
 from qlab.codecs.gguf_keys import Said
 from qlab.driver.report import stored_bits
-from qlab.errors import QlabError
+from qlab.errors import QlabError, first_line
 from qlab.files.certificate import certify
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.directory import CONFIG, read_json
@@ -128,7 +128,7 @@ def _save_config_and_tokenizer(path: Path, said: Said, folder: Path) -> None:
             config = AutoConfig.from_pretrained(**source)
             AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
         except Exception as error:  # whatever its readers run into
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise QlabError(
                 f"transformers cannot read the config and the tokenizer of {path} ({reason}); "
                 "convert a file that holds both"

@@ -15,6 +15,7 @@ from qlab.codecs import CODECS, Codec
 from qlab.driver.observe import DRIFT, Inputs
 from qlab.errors import QlabError
 from qlab.methods.inputs import DYNAMIC
+from qlab.process.shown import some
 
 Online = Mapping[str, tuple[Op, ...]]  # site -> what happens to its input at run time
 
@@ -95,7 +96,7 @@ def refuse_unheld(
         if reason:
             failed.setdefault(reason, []).append(name)
     for reason, names in failed.items():
-        raise QlabError(f"{_some(names)}: {reason}")
+        raise QlabError(f"{some(names)}: {reason}")
 
 
 def _unheld(ops: Sequence[Op], spec: Spec | None, site: Site, codec: str) -> str | None:
@@ -107,7 +108,3 @@ def _unheld(ops: Sequence[Op], spec: Spec | None, site: Site, codec: str) -> str
     if site.route and any(isinstance(op, QuantizeInput) and op.input_spec.static for op in ops):
         return f"inputs of fused experts have no stored scale; {DYNAMIC}"
     return CODECS[codec].refusal(spec, ops)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

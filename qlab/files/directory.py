@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from qlab.errors import QlabError
+from qlab.errors import QlabError, first_line
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -90,7 +90,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     except (ValueError, RecursionError) as error:
         raise QlabError(
-            f"{path} is not valid JSON ({_first_line(error)}); repair or download it again"
+            f"{path} is not valid JSON ({first_line(error)[:200]}); repair or download it again"
         ) from error
     if not isinstance(value, dict):
         raise QlabError(
@@ -116,8 +116,8 @@ def read_header(file: Path) -> dict[str, Stored]:
         ) from error
     except (ValueError, RecursionError, struct.error) as error:
         raise QlabError(
-            f"{file} is truncated or not a safetensors file ({_first_line(error)}); download it "
-            "again"
+            f"{file} is truncated or not a safetensors file ({first_line(error)[:200]}); "
+            "download it again"
         ) from error
 
 
@@ -242,7 +242,3 @@ def _shards(folder: Path, listed: Mapping[str, str]) -> list[Path]:
             "again"
         )
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

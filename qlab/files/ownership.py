@@ -15,6 +15,7 @@ from typing import Any
 from qlab.errors import QlabError
 from qlab.files.atomic import digest_of
 from qlab.files.directory import read_json
+from qlab.process.shown import some
 
 RECORD = "qlab.json"
 WRITTEN = "written"  # in qlab.json: name of a file -> sha256
@@ -66,10 +67,10 @@ def foreign(folder: Path, contents: bool = True) -> str | None:
             "other hands leave out"
         )
     if files is None:
-        return f"{folder} holds {here[0]}{_more(here)}, which qlab did not write"
+        return f"{folder} holds {some(here, 1)}, which qlab did not write"
     names, folders = _listing(folder)
     if added := sorted(names - files.keys()):
-        return f"{folder} holds {added[0]}{_more(added)}, which qlab did not write"
+        return f"{folder} holds {some(added, 1)}, which qlab did not write"
     parents = {str(parent) for name in names for parent in Path(name).parents}
     if empty := sorted(folders - parents):
         return f"{folder} holds the folder {empty[0]}, which qlab did not make"
@@ -99,10 +100,6 @@ def _digest_in(folder: Path, name: str) -> str:
         return digest_of(folder / name)
     except (OSError, QlabError):
         return ""
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 # ------------------------------------------------------------------ JSON that vouches for itself

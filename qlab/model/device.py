@@ -2,7 +2,7 @@
 
 import torch
 
-from qlab.errors import QlabError
+from qlab.errors import QlabError, first_line
 
 
 def name_of(device: torch.device) -> str:
@@ -16,7 +16,7 @@ def usable(device: torch.device | str) -> torch.device:
         where = torch.device(device)
         torch.ones(1, dtype=torch.float32, device=where).item()
     except Exception as error:  # unknown to torch, left out of its build, or not in this machine
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        reason = first_line(error).split(". ")[0]
         raise QlabError(
             f"the device {str(device)!r} cannot be used here ({reason}); choose 'cpu', or one "
             "that torch finds"

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qlab.algebra.experts import experts_forward
-from qlab.errors import QlabError
+from qlab.errors import QlabError, first_line
 from qlab.files.checkpoint import Checkpoint
 from qlab.process.surroundings import Floats, foreign, parameters_on_meta
 
@@ -40,7 +40,7 @@ def on_paper(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         _widen(model, dtype)
         return model
     except Exception as error:  # whatever the model's own constructor raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise QlabError(
             "transformers cannot build a causal language model from "
             f"{checkpoint.path}/config.json ({reason}); qlab quantizes those, and models of "

@@ -21,7 +21,7 @@ from qlab.algebra.graph import Code, ModuleGraph, runs_on, tensors_of
 from qlab.algebra.qtensor import Leaf, QTensor, dense
 from qlab.algebra.tracing.kept import refuse_shared
 from qlab.algebra.tracing.programs import program
-from qlab.errors import QlabError
+from qlab.errors import QlabError, first_line
 from qlab.files.checkpoint import Checkpoint
 from qlab.model.device import usable
 from qlab.model.headers import refuse_another_model, refuse_untied
@@ -497,7 +497,7 @@ class Skeleton:
         except (QlabError, Recorded):
             raise
         except Exception as error:  # whatever the model's own forward raises
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise QlabError(
                 f"{type(self.model).__name__} cannot be run around its blocks, which are streamed "
                 f"one by one ({reason}); it computes something of what they return before the "

@@ -29,7 +29,7 @@ from qlab.algebra.tracing.routers import is_router
 from qlab.algebra.tracing.stretches import Stretch, Stretched, gather
 from qlab.algebra.tracing.survey import Survey, survey
 from qlab.algebra.tracing.unrolled import deciding_sizes
-from qlab.errors import QlabError
+from qlab.errors import QlabError, first_line
 from qlab.process.surroundings import foreign
 
 TRANSPOSES = (
@@ -151,7 +151,7 @@ def _untraced(
 ) -> Code:
     """The module itself as a program, where export does not follow it; refuses one that does not
     run either."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     try:
         return as_it_is(
             module,

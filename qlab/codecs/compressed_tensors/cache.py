@@ -7,6 +7,7 @@ Source: compressed-tensors 0.20. Other writers put them elsewhere (cache_scales.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from qlab.codecs.cache_scales import scales_of
 from qlab.codecs.compressed_tensors.scheme import check_args
 from qlab.codecs.extra import Extra
+from qlab.codecs.families import pattern
 from qlab.errors import QlabError
 
 KEY = "kv_cache_scheme"
@@ -60,31 +62,25 @@ def cache(config: Mapping[str, Any], names: Collection[str]) -> Extra | None:
 
 def _scales(names: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The scales that are there, and those that modules of the same names but for numbers lack."""
-    found = scales_of(names)
-    families = {
-        (_family(owner), kind)
-        for owner, _, kind in (n.rpartition(".") for name in found for n in (name, _others(name)))
-    }
+    scales = scales_of(names)
+    if not scales:
+        return (), ("k_scale of every attention",)
+    kinds: dict[str, set[str]] = defaultdict(set)  # family of modules -> the scales of each of them
+    for scale in scales:
+        for name in (scale, _counterpart(scale)):
+            owner, _, kind = name.rpartition(".")
+            kinds[pattern(owner)].add(kind)
     modules = {name.rpartition(".")[0] for name in names}
     owners = modules | {module.rpartition(".")[0] for module in modules}
-    wanted = {
-        f"{owner}.{kind}"
-        for owner in owners
-        for family, kind in families
-        if _family(owner) == family
-    }
-    return found, tuple(sorted(wanted - set(found))) if found else ("k_scale of every attention",)
+    expected = {f"{owner}.{kind}" for owner in owners for kind in kinds.get(pattern(owner), ())}
+    return scales, tuple(sorted(expected.difference(scales)))
 
 
-def _others(scale: str) -> str:
-    """The scale of values that belongs to one of keys, and the other way round."""
+def _counterpart(scale: str) -> str:
+    """The scale of values that belongs to a scale of keys, and the other way round."""
     return re.sub(
-        r"(^|\.)[kv](?=_proj\.|_scale$)", lambda found: found[0].translate(KEYS_TO_VALUES), scale
+        r"(^|\.)[kv](?=_proj\.|_scale$)", lambda match: match[0].translate(KEYS_TO_VALUES), scale
     )
-
-
-def _family(path: str) -> tuple[str, ...]:
-    return tuple("*" if part.isdigit() else part for part in path.split("."))
 
 
 def _fault(scale: Tensor) -> str | None:

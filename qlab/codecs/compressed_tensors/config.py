@@ -17,6 +17,7 @@ from qlab.codecs.compressed_tensors.scheme import (
     refusal,
     spec_of,
 )
+from qlab.codecs.families import by_family, pattern
 from qlab.errors import QlabError
 
 METHOD, MIXED = "compressed-tensors", "mixed-precision"
@@ -120,22 +121,14 @@ def _targets(schemes: Mapping[str, Scheme], embeddings: Collection[str]) -> dict
         return {
             scheme: [LINEAR, *sorted(schemes.keys() & embeddings)] for scheme in schemes.values()
         }
-    families: dict[str, list[Scheme]] = defaultdict(list)
-    for path, scheme in schemes.items():
-        families[_pattern(path)].append(scheme)
+    families = by_family(schemes)
     targets: dict[Scheme, set[str]] = defaultdict(set)
     for path, scheme in schemes.items():
-        family = families[_pattern(path)]
-        targets[scheme].add(_pattern(path) if len(family) > 1 and len(set(family)) == 1 else path)
+        family = pattern(path)
+        members = families[family]
+        agree = len(members) > 1 and len(set(members)) == 1
+        targets[scheme].add(f"re:{family}$" if agree else path)
     return {scheme: sorted(names) for scheme, names in targets.items()}
-
-
-def _pattern(path: str) -> str:
-    return (
-        "re:"
-        + r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in path.split("."))
-        + "$"
-    )
 
 
 # ------------------------------------------------------------------ reading
