@@ -17,7 +17,7 @@ HOMES = {
     "Int": "qlab.algebra.spec",
     "QlabError": "qlab.errors",
     "Samples": "qlab.data.images",
-    "Tile": "qlab.algebra.spec",
+    "Tile": "qlab.algebra.tile",
     "Tokens": "qlab.data.calibration",
     "absorb": "qlab.algebra.absorb",
     "aim_at_reference": "qlab.methods.gptaq",

@@ -2,8 +2,8 @@
 
 from qlab.algebra.absorb import absorb as absorb
 from qlab.algebra.spec import Int as Int
-from qlab.algebra.spec import Tile as Tile
 from qlab.algebra.spec import parse_spec as parse_spec
+from qlab.algebra.tile import Tile as Tile
 from qlab.algebra.transform import at as at
 from qlab.algebra.transform import chain as chain
 from qlab.algebra.transform import each_weight as each_weight

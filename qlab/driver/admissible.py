@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from qlab.algebra.graph import Site, by_origin
-from qlab.algebra.spec import Spec, legal_groups, with_scale_dtype
+from qlab.algebra.spec import Spec, with_scale_dtype
+from qlab.algebra.tile import legal_groups
 from qlab.algebra.transform import Stage, Transform
 from qlab.codecs import CODECS, refusal_of_transposed
 from qlab.codecs.engines import division, refusal, uniformity
