@@ -213,6 +213,11 @@ def test_the_readme_is_short_and_the_index_names_every_page():
         ), page
 
 
+def test_every_public_name_has_a_line_in_the_manual():
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`qlab\.(\w+)`", text)) - {"hf"} == set(qlab.__all__)
+
+
 def results(name):
     return json.loads((ROOT / "experiments" / "results" / name).read_text(encoding="utf-8"))
 
