@@ -25,8 +25,8 @@ from qlab.data.calibration import Tokens
 from qlab.demo.build import home
 from qlab.demo.hub import calibration_texts, evaluation_texts, is_demo
 from qlab.driver.observe import inputs_named
-from qlab.driver.quantize import Result
 from qlab.driver.report import PeakMemory
+from qlab.driver.result import Result
 from qlab.errors import QlabError
 from qlab.evaluation.perplexity import Evaluation, read
 from qlab.files.atomic import write_json

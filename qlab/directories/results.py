@@ -15,7 +15,7 @@ from rich.table import Table
 from qlab.directories.convert import Converted
 from qlab.directories.inspect import Inspection, inspect
 from qlab.directories.model_free import Rewritten
-from qlab.driver.quantize import Result
+from qlab.driver.result import Result
 from qlab.errors import QlabError, printable
 from qlab.evaluation.perplexity import Evaluation, Perplexity
 from qlab.files.atomic import atomically

@@ -1,0 +1,84 @@
+"""What a finished job returns."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlab.driver.observe import Inputs
+from qlab.driver.plan import Plan
+from qlab.files.record import bits_per_weight
+from qlab.process.shown import Shown, size, some
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Result(Shown):
+    """A finished job: its directory, the rows of its report, and what the run cost."""
+
+    path: Path
+    sites: Mapping[str, Mapping[str, Any]]
+    plan: Plan
+    inputs: Inputs
+    seconds: float
+    peak_rss_bytes: int
+
+    def __fspath__(self) -> str:
+        """The directory: a result stands wherever a path does."""
+        return str(self.path)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over all sites."""
+        return bits_per_weight(self.sites)
+
+    @property
+    def experts_with_few_tokens(self) -> Mapping[str, Sequence[int]]:
+        """Site -> its experts that saw fewer tokens than they have input channels, so that their
+        second moment is singular; one that saw none is rounded to nearest on the method's grid,
+        every direction weighing the same."""
+        return {
+            name: few
+            for name, row in self.sites.items()
+            if (few := row.get("experts_with_few_tokens"))
+        }
+
+    @property
+    def bytes(self) -> int:
+        """Of all safetensors files."""
+        return sum(f.stat().st_size for f in self.path.glob("*.safetensors"))
+
+    def summary(self) -> dict[str, str]:
+        """Without the sites and the plan."""
+        errors = {
+            name: row["weight_error"]
+            for name, row in self.sites.items()
+            if row.get("weight_error") is not None
+        }
+        worst = max(errors, key=lambda name: errors[name], default=None)
+        quantized = sum(row["spec"] is not None for row in self.sites.values())
+        facts = {
+            "directory": str(self.path),
+            "weights": (
+                f"{quantized} of {len(self.sites)} quantized, {self.bits_per_weight:.3f} bits per "
+                "weight"
+            ),
+            "size": size(self.bytes),
+            "cost": f"{self.seconds:.1f} s, peak {size(self.peak_rss_bytes)}, {self.inputs} inputs",
+        }
+        if worst is not None:
+            facts["largest weight error"] = f"{errors[worst]:.3e} of the norm, {worst}"
+        if few := self.experts_with_few_tokens:
+            facts["experts with few tokens"] = some(list(few))
+        return facts
+
+    def json(self) -> dict[str, Any]:
+        """The result as plain data."""
+        return {
+            "path": str(self.path),
+            "inputs": self.inputs,
+            "seconds": self.seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "bytes": self.bytes,
+            "sites": dict(self.sites),
+        }

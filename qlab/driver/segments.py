@@ -1,0 +1,125 @@
+"""One part of the model at a time, solved and written for every run: what surrounds
+the blocks, and each block."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from qlab.algebra.graph import ModuleGraph, refuse_overflow
+from qlab.algebra.qtensor import dense
+from qlab.algebra.stats import Stats
+from qlab.driver.batches import Batches, push
+from qlab.driver.observe import Reference, observe
+from qlab.driver.outside import carried, outside_leaves, outside_sites, weight_of
+from qlab.driver.report import site_rows
+from qlab.driver.run import Run
+from qlab.driver.shared import shared
+from qlab.driver.solve import solve, solve_in_order
+from qlab.driver.states import flat
+from qlab.driver.writing import (
+    as_stored,
+    certificates,
+    changed,
+    encode,
+    online_at,
+    refuse_unwritten,
+    unused,
+)
+from qlab.files.carry import Carry
+from qlab.model.recording import Call, State
+from qlab.model.skeleton import Skeleton
+
+
+def write_outside(skeleton: Skeleton, run: Run) -> None:
+    """What surrounds the blocks, one leaf at a time."""
+    notes: dict[str, dict[str, Any]] = {"sites": {}, "certificates": {}, "changed": {}}
+    beside = carried(skeleton)
+    made_of = {
+        f"{skeleton.module_name(name)}.weight": weight_of(skeleton, name)
+        for name in outside_sites(skeleton)
+    }
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, leaf in outside_leaves(skeleton, run.job.recipe, notes["sites"].update):
+            for section, rows in certificates({name: leaf}, skeleton, made_of=made_of).items():
+                notes[section].update(rows)
+            if name in beside and isinstance(leaf, Tensor):  # whatever numbers it holds
+                yield name, leaf
+            else:
+                yield from encode({name: leaf}, run.codec, {}).items()
+
+    run.writer.write_shard(0, tensors())
+    run.writer.write_notes(0, notes)
+
+
+def write_block(
+    skeleton: Skeleton,
+    runs: Sequence[Run],
+    call: Call,
+    index: int,
+    streams: Sequence[Batches],
+    after: Sequence[Carry],
+) -> None:
+    """One block, solved and written for every job, and what leaves it written to `after`, stream by
+    stream. Nothing of it outlives the call. call: one that shows the form of all."""
+    batches = streams[0]
+    graph = solved = skeleton.graph(list(skeleton.blocks)[index], call, decoded=True)
+    if any(run.job.observed is not None for run in runs):
+        for name, dtype in graph.held.items():
+            refuse_overflow(
+                f"{skeleton.checkpoint.path}: {graph.path}.{name}", dense(graph.params[name]), dtype
+            )
+    reference = Reference(graph, streams[1]) if streams[1:] else None
+
+    def look(now: ModuleGraph, wanted: set[tuple[str, str]]) -> Stats:
+        return observe(now, wanted, batches(), runs[0].job.calibrate_all_experts, reference)
+
+    watch = _watcher(graph, look) if len(runs) > 1 else look
+    leaving: list[Iterator[State]] = []
+    for run in runs:
+        solved = graph  # lets go of the job before
+        check = run.check(graph.code, call, batches)
+        if run.job.in_order(graph.code):
+            solved, leaving = solve_in_order(
+                graph, run.job.recipe, batches, run.experts_at_once, reference, check
+            )
+        else:
+            solved, _ = solve(graph, run.job.recipe, watch, check)
+        refuse_unwritten(skeleton, graph, solved)
+        leaves, others = as_stored(skeleton, solved), changed(skeleton, graph, solved)
+        run.writer.write_shard(
+            index + 1,
+            encode(leaves, run.codec, online_at(skeleton, solved, run.codec)).items(),
+        )
+        run.writer.write_notes(
+            index + 1,
+            {
+                "sites": site_rows(solved),
+                **certificates(leaves, skeleton, others),
+                **unused(skeleton, graph),
+                **shared(skeleton, solved, others),
+            },
+        )
+    passed = [solved if runs[0].job.inputs == "quantized" else graph, graph][: len(streams)]
+    del graph, solved, watch  # one version of the block per stream is enough from here on
+    for carry, left in zip(
+        after, leaving or [push(g, enter()) for g, enter in zip(passed, streams)]
+    ):
+        carry.write(flat(left, skeleton.dtype))
+
+
+def _watcher(
+    graph: ModuleGraph, look: Callable[[ModuleGraph, set], Stats]
+) -> Callable[[ModuleGraph, set], Stats]:
+    """look() that remembers what it saw of `graph` itself, so that several recipes share it."""
+    seen: dict[tuple[str, str], Any] = {}
+
+    def watch(now: ModuleGraph, wanted: set[tuple[str, str]]) -> Stats:
+        if now.params is not graph.params or now.online != graph.online:
+            return look(now, wanted)
+        if missing := wanted - seen.keys():
+            seen.update(look(graph, missing))
+        return {key: seen[key] for key in wanted}
+
+    return watch
