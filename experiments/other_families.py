@@ -125,12 +125,13 @@ def train(family, folder, corpus):
 def windows(model, reference, data):
     """KL divergence from the reference, and the mean negative log-likelihood, of every window: [2,
     n]."""
-    reading, found = read(model, data), []
+    reading = read(model, data)
+    values = []
     for i in range(len(data.ids)):
         ours, theirs = (replace(r, hidden=r.hidden[i : i + 1]) for r in (reading, reference))
         e = qlab.evaluate(ours, theirs, replace(data, ids=data.ids[i : i + 1]))
-        found.append((e.kl, log(e.perplexity)))
-    return torch.tensor(found, dtype=torch.float64).T
+        values.append((e.kl, log(e.perplexity)))
+    return torch.tensor(values, dtype=torch.float64).T
 
 
 def interval(values):
@@ -170,25 +171,25 @@ def measure(model, corpus, spec, folder):
         sees_data = any(stage.needs for stage in recipe)
         for calibrated, data in calibration.items() if sees_data else [(None, None)]:
             out = folder / f"{model.path.name}-quantized"
-            result = qlab.quantize(
-                model, recipe, data, out, overwrite=True, codec="gptq"
-            )  # which holds the linears of gpt2, too
+            # the GPTQ format holds the transposed linears of gpt2, too
+            result = qlab.quantize(model, recipe, data, out, overwrite=True, codec="gptq")
             losses = {
                 site: round(row["loss"], 6) for site, row in result.sites.items() if "loss" in row
             }
             for kind in corpus:
-                found = windows(qlab.open(result.path), reference[kind], held_out[kind])
-                kl, nll = found - rtn.setdefault(kind, found)
+                ours = windows(qlab.open(result.path), reference[kind], held_out[kind])
+                kl, nll = ours
+                kl_over_rtn, nll_over_rtn = ours - rtn.setdefault(kind, ours)
                 yield {
                     "spec": spec,
                     "method": method,
                     "calibrated": calibrated,
                     "evaluated": kind,
                     "reference_perplexity": plain[kind],
-                    "perplexity": float(found[1].mean().exp()),
-                    "kl": interval(found[0]),
-                    "kl_over_rtn": interval(kl),
-                    "nll_over_rtn": interval(nll),
+                    "perplexity": float(nll.mean().exp()),
+                    "kl": interval(kl),
+                    "kl_over_rtn": interval(kl_over_rtn),
+                    "nll_over_rtn": interval(nll_over_rtn),
                     "calibration_losses": losses if kind == calibrated else None,
                 }
             shutil.rmtree(result.path)

@@ -100,17 +100,47 @@ seconds = qlab.quantize(opened, recipe, qlab.from_ids(opened, ids), out, overwri
 def timed(python, program, model, ids, out):
     """(seconds, peak bytes, version) of one program in a process of its own."""
     out.mkdir(parents=True, exist_ok=True)  # where it writes its logs, too
-    own = {
-        key: value
-        for key, value in os.environ.items()
-        if python == sys.executable or key != "PYTHONPATH"
-    }
+    environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2"}
+    if python != sys.executable:  # a rival's Python does not see this checkout
+        environment.pop("PYTHONPATH", None)
     command = [python, "-c", program, str(model), str(ids), str(out / "model")]
-    done = subprocess.run(
-        command, cwd=out, env=own | {"GPTQMODEL_CPU_WORKERS": "2"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def row_of(name, runs, evaluation):
+    """What is stored of one program: its runs, each (seconds, peak bytes, version), and how much
+    worse its model is."""
+    seconds, peaks, versions_used = zip(*runs)
+    return {
+        "name": name,
+        "version": versions_used[0],
+        "seconds": list(seconds),
+        "peak_rss_bytes": list(peaks),
+        "perplexity": evaluation.perplexity,
+        "ratio": evaluation.perplexity / evaluation.reference_perplexity,
+        "ratio_ci": evaluation.ratio_ci,
+        "kl": evaluation.kl,
+        "top1_agreement": evaluation.top1_agreement,
+    }
+
+
+def show(rows):
+    """The rows as a table."""
+    table = Table("", "version", "seconds", "peak MiB", "perplexity (95 %, paired)", "KL", "top-1")
+    for row in rows:
+        low, high = row["ratio_ci"]
+        table.add_row(
+            row["name"],
+            row["version"],
+            " ".join(f"{seconds:.0f}" for seconds in row["seconds"]),
+            f"{median(row['peak_rss_bytes']) / (1 << 20):.0f}",
+            f"{row['ratio'] - 1:+.2%} ({low - 1:.2%} to {high - 1:.2%})",
+            f"{row['kl']:.3g}",
+            f"{row['top1_agreement']:.3f}",
+        )
+    print(table)
 
 
 def main(gptqmodel, llm_compressor, folder, name="demo", calibration=None, heldout=None):
@@ -122,64 +152,34 @@ def main(gptqmodel, llm_compressor, folder, name="demo", calibration=None, heldo
         **{f"qlab {m}": (sys.executable, QLAB.replace("{method}", m)) for m in METHODS},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(
-        qlab.tokens(model, [calibration or demo_text("calibration")], samples=32, length=512).ids,
-        folder / "ids.pt",
-    )
+    ids = folder / "ids.pt"
+    texts = [calibration or demo_text("calibration")]
+    torch.save(qlab.tokens(model, texts, samples=32, length=512).ids, ids)
+
     runs = {rival: [] for rival in programs}
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS):  # rounds outside, so that a slow minute meets every program
         for rival, (python, program) in programs.items():
-            runs[rival].append(
-                timed(python, program, model.path, folder / "ids.pt", folder / rival)
-            )
+            runs[rival].append(timed(python, program, model.path, ids, folder / rival))
+
     held_out = qlab.first_windows(model, [heldout or demo_text("heldout")], length=512, count=16)
-    reference, rows = read(model, held_out), []
-    table = Table("", "version", "seconds", "peak MiB", "perplexity (95 %, paired)", "KL", "top-1")
-    for rival, found in runs.items():
-        e = qlab.evaluate(qlab.open(folder / rival / "model"), reference, held_out)
-        seconds, peaks, version = [run[0] for run in found], [run[1] for run in found], found[0][2]
-        rows.append(
-            {
-                "name": rival,
-                "version": version,
-                "seconds": seconds,
-                "peak_rss_bytes": peaks,
-                "perplexity": e.perplexity,
-                "ratio": e.perplexity / e.reference_perplexity,
-                "ratio_ci": e.ratio_ci,
-                "kl": e.kl,
-                "top1_agreement": e.top1_agreement,
-            }
-        )
-        change, (low, high) = rows[-1]["ratio"], e.ratio_ci
-        table.add_row(
-            rival,
-            version,
-            " ".join(f"{s:.0f}" for s in seconds),
-            f"{median(peaks) / (1 << 20):.0f}",
-            f"{change - 1:+.2%} ({low - 1:.2%} to {high - 1:.2%})",
-            f"{e.kl:.3g}",
-            f"{e.top1_agreement:.3f}",
-        )
-    print(table)
-    result = (
-        RESULTS / "rivals.json"
-        if name == "demo"
-        else RESULTS / "rivals" / f"{model.path.name}.json"
-    )
-    result.parent.mkdir(exist_ok=True)
-    result.write_text(
-        json.dumps(
-            {
-                "reference_perplexity": e.reference_perplexity,
-                "threads": torch.get_num_threads(),
-                "rows": rows,
-                "versions": versions(),
-            },
-            indent=1,
-        )
-        + "\n"
-    )
+    reference = read(model, held_out)
+    evaluations = {
+        rival: qlab.evaluate(qlab.open(folder / rival / "model"), reference, held_out)
+        for rival in programs
+    }
+    rows = [row_of(rival, runs[rival], evaluations[rival]) for rival in programs]
+    show(rows)
+    results = {
+        "reference_perplexity": next(iter(evaluations.values())).reference_perplexity,
+        "threads": torch.get_num_threads(),
+        "rows": rows,
+        "versions": versions(),
+    }
+    place = RESULTS / "rivals.json"
+    if name != "demo":
+        place = RESULTS / "rivals" / f"{model.path.name}.json"
+    place.parent.mkdir(exist_ok=True)
+    place.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
