@@ -13,17 +13,19 @@ fitted to measured runs of one block; a stage of another name counts as UNKNOWN.
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
 
-from qlab.algebra.graph import Code, by_source
+from qlab.algebra.graph import Code, Site, by_source
 from qlab.algebra.products import product_dtype
-from qlab.algebra.transform import Stage, Transform
+from qlab.algebra.transform import Stage
 from qlab.data.calibration import Data
 from qlab.driver.batches import BATCH_TOKENS
+from qlab.driver.job import Job
+from qlab.driver.sites import Sites
 
 # Of the estimate, in processor time of one thread on the demo: rtn took 1.4, hqq 1.2, gptq on 4,096
 # tokens 0.6.
@@ -90,56 +92,84 @@ class Work:
         )
 
 
-def work_of(
-    codes: Mapping[str, Code],
-    shapes: Mapping[str, torch.Size],
-    data: Data | None,
-    recipe: Transform,
-    passes: int,
-    calibrate_all_experts: bool,
-    dtype: torch.dtype,
-    stored: int,
-) -> Work:
-    """The work of a recipe. data: None where nothing is observed. passes: over the data. stored:
-    bytes of the model's files."""
-    products = float32 = elements = calls = 0.0
-    observed = [need for stage in recipe for need in stage.needs if need in SQUARED]
-    for path, code in codes.items():
-        if data is not None and code.sites:
-            hidden = shapes[f"{path}.{code.sites[0].path}"][-1]
-            products += (
-                passes * data.count * data.longest * hidden
-            )  # attention's scores and values, half of which are masked
-            calls += passes * math.ceil(data.count / BATCH_TOKENS) * len(code.graph.nodes)
-        for sites in by_source(code.sites).values():
-            weights = {site: shapes[f"{path}.{site.path}"] for site in sites}
-            *experts, _, k = weights[sites[0]]
-            count = experts[0] if experts else 1
-            if data is not None:
-                visits = (
-                    1 if not experts else count if calibrate_all_experts else sites[0].choices
-                )  # of a token
-                rows = data.count * visits
-                products += passes * rows * sum(shape.numel() / count for shape in weights.values())
-                float32 += len(set(observed)) * rows * k**2
-            for stage in recipe:
+def work_of(job: Job, sites: Sites, dtype: torch.dtype, passes: int) -> Work:
+    """The work of a job. dtype: of the activations. passes: over the calibration samples."""
+    costs = list(_costs(job, sites, passes))
+    return Work(
+        products=sum(cost.products for cost in costs),
+        float32=sum(cost.float32 for cost in costs),
+        elements=sum(cost.elements for cost in costs),
+        calls=sum(cost.calls for cost in costs),
+        bytes=PASSES_OVER_FILES * sum(tensor.nbytes for tensor in job.model.stored.values()),
+        programs=len({id(code) for code in sites.codes.values()}),
+        dtype=dtype,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cost:
+    """What one part of a run computes, in the units of `Work`."""
+
+    products: float = 0.0
+    float32: float = 0.0
+    elements: float = 0.0
+    calls: float = 0.0
+
+
+def _costs(job: Job, sites: Sites, passes: int) -> Iterator[_Cost]:
+    """The parts of a run, block by block."""
+    for path, code in sites.codes.items():
+        if job.observed is not None and code.sites:
+            hidden = sites.shapes[f"{path}.{code.sites[0].path}"][-1]
+            yield _cost_of_passes(job.observed, code, hidden, passes)
+        for sharing in by_source(code.sites).values():
+            shapes = {site: sites.shapes[f"{path}.{site.path}"] for site in sharing}
+            if job.observed is not None:
+                yield _cost_of_source(job, job.observed, shapes, passes)
+            for stage in job.recipe:
                 touched = [
                     shape
-                    for site, shape in weights.items()
+                    for site, shape in shapes.items()
                     if stage.touches(f"{path}.{site.path}", site)
                 ]
-                effort, size = effort_of(stage), sum(map(torch.Size.numel, touched))
-                elements += effort.elements * size
-                float32 += effort.rows * size * k + (effort.square * count * k**3 if touched else 0)
-                calls += effort.columns * count * k * len(touched)
-    return Work(
-        products=products,
-        float32=float32,
-        elements=elements,
-        calls=calls,
-        bytes=PASSES_OVER_FILES * stored,
-        programs=len({id(code) for code in codes.values()}),
-        dtype=dtype,
+                if touched:
+                    yield _cost_of_stage(stage, touched)
+
+
+def _cost_of_passes(data: Data, code: Code, hidden: int, passes: int) -> _Cost:
+    """Running a block without its linears: the scores and values of its attention, half of which
+    are masked, and a call for each node of its program."""
+    batches = math.ceil(data.count / BATCH_TOKENS)
+    return _Cost(
+        products=passes * data.count * data.longest * hidden,
+        calls=passes * batches * len(code.graph.nodes),
+    )
+
+
+def _cost_of_source(job: Job, data: Data, shapes: Mapping[Site, torch.Size], passes: int) -> _Cost:
+    """The products of linears [..., o, k] that share an input, and the statistics of that."""
+    first = next(iter(shapes))
+    *experts, _, k = shapes[first]
+    count = experts[0] if experts else 1
+    visits = 1  # of experts, by one token
+    if experts:
+        visits = count if job.calibrate_all_experts else first.choices
+    rows = data.count * visits
+    weights_of_row = sum(shape.numel() / count for shape in shapes.values())
+    squared = [name for name in job.statistics if name in SQUARED]
+    return _Cost(products=passes * rows * weights_of_row, float32=len(squared) * rows * k**2)
+
+
+def _cost_of_stage(stage: Stage, shapes: Sequence[torch.Size]) -> _Cost:
+    """One stage on weights [..., o, k] that share an input."""
+    effort = effort_of(stage)
+    *experts, _, k = shapes[0]
+    count = experts[0] if experts else 1
+    size = sum(shape.numel() for shape in shapes)
+    return _Cost(
+        elements=effort.elements * size,
+        float32=effort.rows * size * k + effort.square * count * k**3,
+        calls=effort.columns * count * k * len(shapes),
     )
 
 

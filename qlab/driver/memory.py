@@ -1,71 +1,80 @@
 """How much memory a run will take, predicted from shapes alone."""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 import psutil
 import torch
 
-from qlab.algebra.graph import Code, aten, by_source, open_symbols
-from qlab.algebra.transform import Transform
+from qlab.algebra.graph import Code, Site, by_source
 from qlab.data.calibration import Data
 from qlab.driver.batches import BATCH_TOKENS
+from qlab.driver.job import Job
 from qlab.driver.lossless import claims
-from qlab.driver.observe import Inputs, runs_reference
-from qlab.driver.solve import HELD, in_order
+from qlab.driver.scores import score_bytes
+from qlab.driver.sites import Sites
+from qlab.driver.solve import HELD
 from qlab.model.skeleton import Skeleton
+
+FP32 = 4  # bytes of a number
+SOLVER_COPIES = 5  # of a weight, in fp32, that a solver holds at once
+Moment = Mapping[str, int]  # what holds memory -> its bytes, at one moment of a run
 
 
 def predict_memory(
-    skeleton: Skeleton,
-    codes: Mapping[str, Code],
-    shapes: Mapping[str, torch.Size],
-    data: Data | None,
-    recipe: Transform,
-    inputs: Inputs,
-    calibrate_all_experts: bool,
-    experts_at_once: int | None = None,
+    job: Job, skeleton: Skeleton, sites: Sites, experts_at_once: int | None = None
 ) -> dict[str, int]:
-    """Bytes at the widest moment of the run, by what holds them: entering the first block, copying
-    what surrounds the blocks, or observing, solving and leaving the widest block."""
-    process = {"process": psutil.Process().memory_info().rss}
-    checkpoint, size = skeleton.checkpoint, skeleton.dtype.itemsize
-    embedding = skeleton.model.get_input_embeddings().get_parameter("weight")
-    outside = [
-        shape.numel() * dtype.itemsize
-        for shape, dtype in map(checkpoint.shape_and_dtype, skeleton.outside_names())
-    ]
-    rounded = [
-        shape
-        for name, shape in shapes.items()
-        if not name.startswith(tuple(f"{path}." for path in codes))
-    ]
-    solver = 5 * 4 * max((shape.numel() for shape in rounded), default=0)
-    moments = [process | {"embeddings and head": sum(outside), "solver": solver}]
-    if data is not None:
-        moments.append(
-            process
-            | {
-                "embeddings": embedding.numel() * size,
-                "carry": size * data.count * embedding.shape[-1],
-            }
-        )
-    for path, code in codes.items():
-        if not code.sites:  # nothing is observed or solved, as where all of a block stays as it is
+    """Bytes at the widest moment of a run, by what holds them.
+
+    The moments are: copying the weights outside the blocks, entering the first block, and
+    observing, solving and leaving each block. experts_at_once: of how many experts statistics are
+    held at a time (None: of all).
+    """
+    process = psutil.Process().memory_info().rss
+    moments = [_outside_the_blocks(skeleton, sites)]
+    if job.observed is not None:
+        moments.append(_entering(job.observed, skeleton))
+    for path, code in sites.codes.items():
+        if not code.sites:  # nothing is observed or solved
             continue
-        weights = [shapes[f"{path}.{site.path}"] for site in code.sites]
-        block = _block_bytes(skeleton, path) * (2 if runs_reference([recipe], inputs) else 1)
-        held = _block_moments(
-            code, weights, size, data, recipe, inputs, calibrate_all_experts, experts_at_once
+        block = _Block(
+            job=job,
+            code=code,
+            weights={site: sites.shapes[f"{path}.{site.path}"] for site in code.sites},
+            size=skeleton.dtype.itemsize,
+            experts_at_once=experts_at_once,
         )
-        moments += [process | {"block": block} | parts for parts in held]
-    return max(moments, key=lambda held: sum(held.values()))
+        leaves = _leaf_bytes(skeleton, path) * block.streams
+        moments += [{"block": leaves, **moment} for moment in block.moments()]
+    widest = max(moments, key=lambda moment: sum(moment.values()))
+    return {"process": process, **widest}
 
 
-def _block_bytes(skeleton: Skeleton, path: str) -> int:
-    """Its leaves lie as the files hold them; what is narrower than the activations is widened where
-    it is used."""
+def _outside_the_blocks(skeleton: Skeleton, sites: Sites) -> Moment:
+    """All weights outside the blocks, and the solver of the largest one that is rounded."""
+    stored = map(skeleton.checkpoint.shape_and_dtype, skeleton.outside_names())
+    inside = tuple(f"{path}." for path in sites.codes)
+    rounded = [shape.numel() for name, shape in sites.shapes.items() if not name.startswith(inside)]
+    return {
+        "embeddings and head": sum(shape.numel() * dtype.itemsize for shape, dtype in stored),
+        "solver": SOLVER_COPIES * FP32 * max(rounded, default=0),
+    }
+
+
+def _entering(data: Data, skeleton: Skeleton) -> Moment:
+    """The embedding, and the hidden states of all samples."""
+    embedding = skeleton.model.get_input_embeddings().get_parameter("weight")
+    size = skeleton.dtype.itemsize
+    return {
+        "embeddings": embedding.numel() * size,
+        "carry": size * data.count * embedding.shape[-1],
+    }
+
+
+def _leaf_bytes(skeleton: Skeleton, path: str) -> int:
+    """The leaves of a block: in the dtype of the files, or in that of the activations where that
+    is wider, to which they are converted where they are used."""
     widths = {
         name: max(
             skeleton.dtype.itemsize, *(skeleton.stored_dtype(piece).itemsize for piece in pieces)
@@ -75,161 +84,157 @@ def _block_bytes(skeleton: Skeleton, path: str) -> int:
     return sum(p.numel() * widths[name] for name, p in skeleton.blocks[path].named_parameters())
 
 
-def score_bytes(code: Code, length: int, rows: int) -> int:
-    """The most bytes of values that hold a number for every pair of tokens (attention written out,
-    as with softcapping or alibi) at once, for `rows` windows of `length`: a walk through the
-    program, where each lives until its last use."""
-    inputs = [
-        n.meta["val"]
-        for n in code.graph.nodes
-        if n.op == "placeholder" and n.name not in code.params
-    ]
-    hidden = next(t for t in inputs if t.ndim == 3 and t.is_floating_point())
-    sizes = {
-        symbol: size
-        for open_, size in zip(map(open_symbols, hidden.shape), (rows, length))
-        for symbol in open_
-    }
-    along = open_symbols(hidden.shape[1])
+@dataclass(frozen=True, kw_only=True)
+class _Block:
+    """A block while it is observed and solved, beside its leaves.
 
-    def number(d: Any) -> int:
-        known = open_symbols(d) and open_symbols(d) <= sizes.keys()
-        return (
-            int(d.node.expr.subs(sizes))
-            if known
-            else int(d.node.hint)
-            if open_symbols(d)
-            else int(d)
-        )
+    Args:
+        job: What is done to it.
+        code: Its program.
+        weights: Site -> the shape [..., o, k] of its weight.
+        size: Bytes of one number of the activations.
+        experts_at_once: Of how many experts statistics are held at a time, or None: of all.
+    """
 
-    def pairs(t: Any) -> int:
-        """Bytes of such a value, else 0."""
-        both = (
-            isinstance(t, torch.Tensor) and sum(bool(along & open_symbols(d)) for d in t.shape) > 1
-        )
-        return math.prod(map(number, t.shape)) * t.dtype.itemsize if both else 0
+    job: Job
+    code: Code
+    weights: Mapping[Site, torch.Size]
+    size: int
+    experts_at_once: int | None
 
-    owner: dict[Any, Any] = {}  # node -> the node whose memory its value is a view of
-    last: dict[Any, int] = {}
-    nodes = [n for n in code.graph.nodes if n.op == "call_function"]
-    for i, n in enumerate(nodes):
-        owner[n] = owner.get(n.args[0], n.args[0]) if _is_view(n) else n
-        last |= {owner.get(a, a): i for a in n.all_input_nodes}
-    held, most, alive = 0, 0, dict[Any, int]()
-    for i, n in enumerate(nodes):
-        if owner[n] is n and (size := pairs(n.meta.get("val"))):
-            alive[n] = size
-            held += size
-            widened = (
-                n.target is aten.softmax.int and n.args[0].meta["val"].dtype != n.meta["val"].dtype
-            )
-            most = max(
-                most, held + (size if widened else 0)
-            )  # the kernel makes a copy in the wider dtype first
-        held -= sum(
-            alive.pop(done) for done in [a for a in alive if last.get(a, i) <= i and a is not n]
-        )
-    return most
+    def moments(self) -> Iterator[Moment]:
+        """What is held while the block is observed and left, and while it is solved."""
+        if self.job.observed is not None:
+            yield from self._observing(self.job.observed)
+        yield from self._solving()
 
-
-def _is_view(n: Any) -> bool:
-    """Of its first argument; nothing is dropped out of a model that is quantized."""
-    schema = getattr(n.target, "_schema", None)
-    values = [a.meta["val"] if hasattr(a, "meta") else a for a in n.args[:1]] + [n.meta.get("val")]
-    aliases = schema is not None and any(r.alias_info is not None for r in schema.returns[:1])
-    same = (
-        aliases
-        and all(isinstance(t, torch.Tensor) for t in values)
-        and values[0].dtype == values[1].dtype
-    )
-    return bool(same) or n.target is aten.dropout.default
-
-
-def _block_moments(
-    code: Code,
-    weights: Sequence[torch.Size],
-    size: int,
-    data: Data | None,
-    recipe: Transform,
-    inputs: Inputs,
-    calibrate_all_experts: bool,
-    experts_at_once: int | None,
-) -> Iterator[dict[str, int]]:
-    """What is held beside the process and the block's own leaves, at the widest moments of the
-    block."""
-    statistics, square, waiting, ordered = (
-        0,
-        0,
-        0,
-        in_order(code, recipe, inputs, calibrate_all_experts),
-    )
-    matrices = [
-        torch.Size(shape[-2:]).numel() for shape in weights
-    ]  # experts are solved one after the other
-    if data is not None:
-        firsts = [code.sites.index(sites[0]) for sites in by_source(code.sites).values()]
-        seen = [
-            min(weights[i][0], experts_at_once or weights[i][0]) if code.sites[i].route else 1
-            for i in firsts
-        ]
-        states = [4 * weights[i][-1] ** 2 * n for i, n in zip(firsts, seen)]
-        ks = [weights[i][-1] for i in firsts]
-        copies = [
-            (weights[i][0] if calibrate_all_experts else s.choices) if s.route else 1
-            for i, s in enumerate(code.sites)
-        ]  # of a token
-        hidden, widest = (
-            weights[0][-1],
-            max(max(shape[-2:]) * rows for shape, rows in zip(weights, copies)),
-        )
-        tokens = min(max(BATCH_TOKENS, data.longest), data.count)  # one window at least
-        # an attention holds some seven tensors of the hidden size, a feed-forward layer three of
-        # the widest
-        activations = tokens * (
-            size * (2 * hidden + max(5 * hidden, 3 * widest)) + (4 * max(ks) if size < 4 else 0)
-        )
-        scores = score_bytes(code, data.longest, max(1, tokens // data.longest))
-        activations += scores
-        if any("second_moment" in stage.needs for stage in recipe):
-            square = 4 * max(ks) ** 2
-            statistics = (max(states) if ordered else sum(states)) + 2 * (
-                max(states) - square
-            )  # one lifted, one combined
-        streams = 2 if runs_reference([recipe], inputs) else 1
-        statistics *= streams  # the drift is as large as a second moment
-        if ordered:  # the hidden states and the input of the widest source, of every batch
-            waiting = min(
-                HELD,
-                streams
-                * data.count
-                * size
-                * (hidden + max(weights[i][-1] * copies[i] for i in firsts)),
-            )
+    def _observing(self, data: Data) -> Iterator[Moment]:
+        activations = self._activations(data, self.size) + self._scores(data)
+        if self.size < FP32:  # an input is converted for its second moment
+            activations += self._tokens(data) * FP32 * max(self.widths)
         yield {
-            "statistics": statistics + 2 * square,
+            "statistics": self.statistics + 2 * self.square,
             "activations": activations,
-            "waiting": waiting,
+            "waiting": self.waiting,
         }
         yield {
-            "codes": sum(map(torch.Size.numel, weights)),
-            "waiting": waiting,
-            "activations": activations + 2 * 4 * max(matrices),
+            "codes": self.codes,
+            "waiting": self.waiting,
+            "activations": activations + 2 * FP32 * self.largest,  # weights as they are decoded
         }
-        if size < 4 and any(map(claims, recipe)):  # a batch in float32 checks them
-            wide = tokens * 4 * (2 * hidden + max(5 * hidden, 3 * widest)) + scores * 4 // size
-            yield {"statistics": statistics, "activations": wide, "waiting": waiting}
-    moved, sizes = 0, {site.path: shape.numel() for site, shape in zip(code.sites, weights)}
-    together = [
-        sum(sizes[site.path] for site in sites) for sites in by_source(code.sites).values()
-    ]  # moved in fp32, then rounded
-    for stage in recipe:
-        moved += 4 * (max(together) if ordered else sum(together)) if stage.reparametrizes else 0
-        rounded = 0 if stage.spec is None else sum(map(torch.Size.numel, weights))
-        solver = 5 * 4 * max(matrices) + stage.workspace * square
-        yield {
-            "moved weights": moved,
-            "codes": rounded,
-            "statistics": statistics,
-            "waiting": waiting,
-            "solver": solver,
-        }
+        if self.size < FP32 and any(map(claims, self.job.recipe)):  # one batch checks them in fp32
+            yield {
+                "statistics": self.statistics,
+                "activations": self._activations(data, FP32)
+                + self._scores(data) * FP32 // self.size,
+                "waiting": self.waiting,
+            }
+
+    def _solving(self) -> Iterator[Moment]:
+        moved_at_once = max(self.shared) if self.in_order else sum(self.shared)
+        moved = 0
+        for stage in self.job.recipe:
+            if stage.reparametrizes:  # weights stay in fp32 until they are rounded
+                moved += FP32 * moved_at_once
+            yield {
+                "moved weights": moved,
+                "codes": self.codes if stage.spec is not None else 0,
+                "statistics": self.statistics,
+                "waiting": self.waiting,
+                "solver": SOLVER_COPIES * FP32 * self.largest + stage.workspace * self.square,
+            }
+
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether sources are solved one after another."""
+        return self.job.in_order(self.code)
+
+    @property
+    def streams(self) -> int:
+        """Of hidden states: the reference's run beside the quantized model's, or not."""
+        return 2 if self.job.runs_reference else 1
+
+    @cached_property
+    def sources(self) -> list[Site]:
+        """The first site of every source."""
+        return [sites[0] for sites in by_source(self.code.sites).values()]
+
+    @property
+    def widths(self) -> list[int]:
+        """The input channels k of every source."""
+        return [self.weights[site][-1] for site in self.sources]
+
+    @property
+    def shared(self) -> list[int]:
+        """The numbers in all weights of a source, for every source."""
+        return [
+            sum(self.weights[site].numel() for site in sites)
+            for sites in by_source(self.code.sites).values()
+        ]
+
+    @property
+    def codes(self) -> int:
+        """Bytes of the codes of all weights."""
+        return sum(shape.numel() for shape in self.weights.values())
+
+    @property
+    def largest(self) -> int:
+        """The numbers of the largest weight [o, k]; experts are solved one by one."""
+        return max(shape[-2] * shape[-1] for shape in self.weights.values())
+
+    @property
+    def square(self) -> int:
+        """Bytes of the largest second moment [k, k], 0 where none is observed."""
+        return FP32 * max(self.widths) ** 2 if "second_moment" in self.job.statistics else 0
+
+    @cached_property
+    def statistics(self) -> int:
+        """Bytes of the second moments that are held at once. The drift, which is observed beside
+        the reference, is as large as a second moment."""
+        if not self.square:
+            return 0
+        of_sources = [
+            FP32 * k**2 * self._experts_held(site) for site, k in zip(self.sources, self.widths)
+        ]
+        held = max(of_sources) if self.in_order else sum(of_sources)
+        growing = 2 * (max(of_sources) - self.square)  # that of a batch, and the sum with it
+        return self.streams * (held + growing)
+
+    def _experts_held(self, site: Site) -> int:
+        if not site.route:
+            return 1
+        experts = self.weights[site][0]
+        return min(experts, self.experts_at_once or experts)
+
+    @cached_property
+    def waiting(self) -> int:
+        """Bytes of what waits inside the block while a source is solved: the hidden states and the
+        input of the widest source, of every batch."""
+        data = self.job.observed
+        if data is None or not self.in_order:
+            return 0
+        hidden = self.weights[self.code.sites[0]][-1]
+        widest = max(k * self._rows(site) for site, k in zip(self.sources, self.widths))
+        return min(HELD, self.streams * data.count * self.size * (hidden + widest))
+
+    def _rows(self, site: Site) -> int:
+        """How many rows of a site's input one token is."""
+        if not site.route:
+            return 1
+        return self.weights[site][0] if self.job.calibrate_all_experts else site.choices
+
+    def _tokens(self, data: Data) -> int:
+        """The tokens of a batch, which has one window at least."""
+        return min(max(BATCH_TOKENS, data.longest), data.count)
+
+    def _activations(self, data: Data, size: int) -> int:
+        """Bytes of a batch's activations, with `size` bytes to a number: an attention holds some
+        seven tensors of the hidden size, a feed-forward layer two and three of the widest."""
+        hidden = self.weights[self.code.sites[0]][-1]
+        widest = max(max(shape[-2:]) * self._rows(site) for site, shape in self.weights.items())
+        return self._tokens(data) * size * (2 * hidden + max(5 * hidden, 3 * widest))
+
+    def _scores(self, data: Data) -> int:
+        """Bytes of a batch's attention scores, where the program writes them out."""
+        windows = max(1, self._tokens(data) // data.longest)
+        return score_bytes(self.code, data.longest, windows)

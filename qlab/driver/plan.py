@@ -1,6 +1,6 @@
 """What a recipe will do to a model, and whether it can, before anything runs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,12 @@ from qlab.data.calibration import Data
 from qlab.driver.admissible import Admission, check_scope, check_specs, refuse_unread, specs_of
 from qlab.driver.duration import SPREAD, Work, said, work_of
 from qlab.driver.effects import input_specs, online_of, refuse_unheld, refuse_without_effect
-from qlab.driver.job import CODEC
+from qlab.driver.job import CODEC, Job
 from qlab.driver.memory import predict_memory
-from qlab.driver.observe import DRIFT, Inputs, inputs_named, runs_reference
+from qlab.driver.observe import DRIFT, Inputs, inputs_named
 from qlab.driver.report import describe
 from qlab.driver.shared import refuse_dividing
 from qlab.driver.sites import Sites, sites_of
-from qlab.driver.solve import in_order
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.record import bits_per_weight
@@ -179,78 +178,69 @@ def plan(
     are to fit, a part of the experts at a time; `Plan.check` says whether they do. The other
     arguments are those of `quantize`. skeleton: the model around its blocks, where one is there.
     """
-    inputs_named(inputs)
-    _refuse_model(model, codec)
-    needs = _needs(recipe, data)
-    observed = data if needs else None
-    skeleton = skeleton or Skeleton(model, dtype or model.running_dtype, device)
-    skeleton.refuse_missing()
-    refuse_uncounted(skeleton)
-    if data is not None:
-        skeleton.check_length(data.longest)
-    found = sites_of(skeleton, recipe, data)
-    specs = specs_of(recipe, found.sites)
-    for stage in recipe:
-        refuse_unread(stage, found.unread)
-        check_scope(stage, found)
-    refuse_dividing(skeleton, recipe, found, specs)
-    check_specs(specs, found, Admission(skeleton=skeleton, codec=codec, target=target))
-    CODECS[codec].config(by_module(skeleton, specs))  # refused now rather than when all is written
-    refuse_without_effect(recipe, found.sites, inputs)
-    at_inputs = online_of(recipe, found.sites)
-    refuse_unheld(at_inputs, specs, found.sites, codec)
-    rows = _rows(found, specs, model.dtype)
-    for name, rounding in input_specs(at_inputs).items():
-        rows[name]["inputs"] = rounding
-    others = [name for name in skeleton.linears() if name not in found.sites]
-    left = [*others, *found.beside, *unbuilt(skeleton)]
-    in_parts = all(
-        in_order(code, recipe, inputs, calibrate_all_experts) for code in found.codes.values()
+    job = Job(
+        model=model,
+        recipe=recipe,
+        data=data,
+        inputs=inputs,
+        calibrate_all_experts=calibrate_all_experts,
+        dtype=dtype,
+        device=device,
+        memory=memory,
+        codec=codec,
+        target=target,
     )
-    fused = [name for name, site in found.sites.items() if in_parts and site.route]
+    return plan_of(job, skeleton)
 
-    def predict(at_once: int | None) -> dict[str, int]:
-        return predict_memory(
-            skeleton,
-            found.codes,
-            found.shapes,
-            observed,
-            recipe,
-            inputs,
-            calibrate_all_experts,
-            at_once,
-        )
 
-    experts = max((found.shapes[name][0] for name in fused), default=0)
-    at_once, held = _fitting(memory, experts, predict)
-    passes = (1 if in_parts else 2) + runs_reference([recipe], inputs) if needs else 0
-    work = work_of(
-        found.codes,
-        found.shapes,
-        observed,
-        recipe,
-        passes,
-        calibrate_all_experts,
-        skeleton.dtype,
-        sum(tensor.nbytes for tensor in model.stored.values()),
-    )
+def plan_of(job: Job, skeleton: Skeleton | None = None) -> Plan:
+    """The plan of a job. skeleton: the model around its blocks, where one is there."""
+    _refuse_job(job)
+    skeleton = skeleton or Skeleton(job.model, job.dtype or job.model.running_dtype, job.device)
+    _refuse_model(job, skeleton)
+    sites = sites_of(skeleton, job.recipe, job.data)
+    specs = _checked_specs(job, skeleton, sites)
+    experts_at_once, memory = _fitting(job, skeleton, sites)
+    passes = _passes(job, sites)
+    work = work_of(job, sites, skeleton.dtype, passes)
     return Plan(
-        stages=describe(recipe),
-        sites=rows,
-        unquantized=[*left, *(name for name, spec in specs.items() if spec is None)],
+        stages=describe(job.recipe),
+        sites=_rows(job, sites, specs),
+        unquantized=_unquantized(skeleton, sites, specs),
         passes=passes,
-        tokens=observed.count if observed is not None else 0,
-        statistics=needs,
-        memory=held,
-        experts_at_once=at_once,
+        tokens=job.observed.count if job.observed is not None else 0,
+        statistics=job.statistics,
+        memory=memory,
+        experts_at_once=experts_at_once,
         work=work if skeleton.device.type == "cpu" else None,
     )
 
 
-def _refuse_model(model: Checkpoint, codec: str) -> None:
-    """Refuse a model that is quantized already, and a format that qlab does not write."""
-    if codec not in CODECS:
-        raise QlabError(f"the codec {codec!r} is unknown; qlab writes {', '.join(CODECS)}")
+def _refuse_job(job: Job) -> None:
+    """Refuse what can be refused without the model: names that are unknown, a model that is
+    quantized already, a recipe that rounds nothing and one that cannot be observed."""
+    inputs_named(job.inputs)
+    if job.codec not in CODECS:
+        raise QlabError(f"the codec {job.codec!r} is unknown; qlab writes {', '.join(CODECS)}")
+    _refuse_quantized(job.model)
+    if all(stage.spec is None for stage in job.recipe):
+        raise QlabError(
+            "the recipe rounds no weight, so there is nothing to write; add a method such as "
+            "rtn(spec)"
+        )
+    known = STATS.keys() | DRIFT
+    unknown = [name for name in job.statistics if name not in known]
+    if unknown:
+        raise QlabError(
+            f"the recipe asks for a statistic {unknown[0]!r}; there are {', '.join(sorted(known))}"
+        )
+    if job.statistics and job.data is None:
+        raise QlabError(
+            f"the recipe observes {', '.join(job.statistics)} and no calibration text was given"
+        )
+
+
+def _refuse_quantized(model: Checkpoint) -> None:
     if any(spec and not isinstance(spec, Float) for spec in model.quantized.values()):
         raise QlabError(f"{model.path} is quantized already; start from the unquantized model")
     online = [extra for extra in model.extras if extra.online]
@@ -261,51 +251,78 @@ def _refuse_model(model: Checkpoint, codec: str) -> None:
         )
 
 
-def _needs(recipe: Transform, data: Data | None) -> list[str]:
-    """The statistics that a recipe asks for; refuses one that rounds nothing, and one that cannot
-    be observed."""
-    if all(stage.spec is None for stage in recipe):
-        raise QlabError(
-            "the recipe rounds no weight, so there is nothing to write; add a method such as "
-            "rtn(spec)"
-        )
-    needs = sorted({need for stage in recipe for need in stage.needs})
-    known = STATS.keys() | DRIFT
-    unknown = [need for need in needs if need not in known]
-    if unknown:
-        raise QlabError(
-            f"the recipe asks for a statistic {unknown[0]!r}; there are {', '.join(sorted(known))}"
-        )
-    if needs and data is None:
-        raise QlabError(f"the recipe observes {', '.join(needs)} and no calibration text was given")
-    return needs
+def _refuse_model(job: Job, skeleton: Skeleton) -> None:
+    """Refuse files without all of the model, and samples that are too long for it."""
+    skeleton.refuse_missing()
+    refuse_uncounted(skeleton)
+    if job.data is not None:
+        skeleton.check_length(job.data.longest)
 
 
-def _rows(
-    found: Sites, specs: Mapping[str, Spec | None], dtype: torch.dtype
-) -> dict[str, dict[str, Any]]:
-    """Per site: what it becomes. dtype: of the weights that stay as they are."""
+def _checked_specs(job: Job, skeleton: Skeleton, sites: Sites) -> dict[str, Spec | None]:
+    """Site -> what it is rounded to (None: it stays); refuses what the recipe, the format or the
+    engine does not allow."""
+    specs = specs_of(job.recipe, sites.sites)
+    for stage in job.recipe:
+        refuse_unread(stage, sites.unread)
+        check_scope(stage, sites)
+    refuse_dividing(skeleton, job.recipe, sites, specs)
+    check_specs(specs, sites, Admission(skeleton=skeleton, codec=job.codec, target=job.target))
+    # refuses now what no configuration could say when all is written
+    CODECS[job.codec].config(by_module(skeleton, specs))
+    refuse_without_effect(job.recipe, sites.sites, job.inputs)
+    refuse_unheld(online_of(job.recipe, sites.sites), specs, sites.sites, job.codec)
+    return specs
+
+
+def _fitting(job: Job, skeleton: Skeleton, sites: Sites) -> tuple[int | None, dict[str, int]]:
+    """Of how many experts statistics are held at a time, and the memory that is predicted then:
+    the experts are halved until the memory fits or one is left."""
+    experts = 0
+    if _all_in_order(job, sites):
+        fused = [sites.shapes[name][0] for name, site in sites.sites.items() if site.route]
+        experts = max(fused, default=0)
+    at_once, memory = None, predict_memory(job, skeleton, sites)
+    while job.memory is not None and sum(memory.values()) > job.memory and experts > 1:
+        experts = at_once = -(-experts // 2)
+        memory = predict_memory(job, skeleton, sites, at_once)
+    return at_once, memory
+
+
+def _all_in_order(job: Job, sites: Sites) -> bool:
+    return all(job.in_order(code) for code in sites.codes.values())
+
+
+def _passes(job: Job, sites: Sites) -> int:
+    """Forward passes over the samples: where sources are not solved in order, a block is run to be
+    observed and again when it is solved; the reference's pass comes on top."""
+    if job.observed is None:
+        return 0
+    return (1 if _all_in_order(job, sites) else 2) + job.runs_reference
+
+
+def _rows(job: Job, sites: Sites, specs: Mapping[str, Spec | None]) -> dict[str, dict[str, Any]]:
+    """Per site: what it becomes."""
+    dtype = job.model.dtype  # of the weights that stay as they are
+    rounded_inputs = input_specs(online_of(job.recipe, sites.sites))
     rows: dict[str, dict[str, Any]] = {}
     for name, spec in specs.items():
-        shape = found.shapes[name]
-        dense = 8.0 * dtype.itemsize
-        rows[name] = {
+        shape = sites.shapes[name]
+        row = rows[name] = {
             "spec": str(spec) if spec else None,
             "shape": list(shape),
-            "bits_per_weight": spec.bits_per_weight(shape, dtype) if spec else dense,
+            "bits_per_weight": spec.bits_per_weight(shape, dtype) if spec else 8.0 * dtype.itemsize,
         }
-        if found.sites[name].route:
-            rows[name]["experts"] = shape[0]
+        if sites.sites[name].route:
+            row["experts"] = shape[0]
+        if name in rounded_inputs:
+            row["inputs"] = rounded_inputs[name]
     return rows
 
 
-def _fitting(
-    memory: int | None, experts: int, predict: Callable[[int | None], dict[str, int]]
-) -> tuple[int | None, dict[str, int]]:
-    """Of how many experts statistics are held at a time, the most that fit, and what is held then:
-    halves, until there is one."""
-    at_once, held = None, predict(None)
-    while memory is not None and sum(held.values()) > memory and experts > 1:
-        experts = at_once = -(-experts // 2)
-        held = predict(at_once)
-    return at_once, held
+def _unquantized(skeleton: Skeleton, sites: Sites, specs: Mapping[str, Spec | None]) -> list[str]:
+    """The matrices that stay as they are: linears that the recipe does not reach, matrices without
+    a site, and sites that it keeps."""
+    unreached = [name for name in skeleton.linears() if name not in sites.sites]
+    kept = [name for name, spec in specs.items() if spec is None]
+    return [*unreached, *sites.beside, *unbuilt(skeleton), *kept]
