@@ -14,7 +14,7 @@ from qlab.algebra.transform import Transform
 from qlab.data.calibration import Data
 from qlab.driver.job import CODEC, Job
 from qlab.driver.observe import Inputs
-from qlab.driver.plan import Plan, plan
+from qlab.driver.plan import plan_of
 from qlab.driver.report import PeakMemory, describe
 from qlab.driver.result import Result
 from qlab.driver.run import Run
@@ -131,7 +131,7 @@ def compare(
         }
         with PeakMemory() as planning:
             skeleton = Skeleton(model, dtype or model.running_dtype, device)
-            plans = {name: _planned(job, skeleton) for name, job in jobs.items()}
+            plans = {name: plan_of(job, skeleton) for name, job in jobs.items()}
         for made in plans.values():
             made.check(memory)
         planned = time.perf_counter() - started
@@ -161,20 +161,6 @@ def compare(
                     peak_rss_bytes=max(planning.bytes, peak_bytes),
                 )
     return results
-
-
-def _planned(job: Job, skeleton: Skeleton) -> Plan:
-    return plan(
-        job.model,
-        job.recipe,
-        job.data,
-        inputs=job.inputs,
-        calibrate_all_experts=job.calibrate_all_experts,
-        skeleton=skeleton,
-        codec=job.codec,
-        target=job.target,
-        memory=job.memory,
-    )
 
 
 def _identity(job: Job, skeleton: Skeleton) -> dict[str, Any]:
