@@ -11,7 +11,7 @@ from qlab.driver.sites import Sites
 from qlab.driver.writing import written_as
 from qlab.errors import QlabError
 from qlab.files.certificate import fingerprint, hash_of
-from qlab.model.names import Piece
+from qlab.model.pieces import Piece
 from qlab.model.skeleton import Skeleton
 
 

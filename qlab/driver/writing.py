@@ -11,7 +11,7 @@ from qlab.algebra.qtensor import Leaf, QTensor
 from qlab.codecs import Codec
 from qlab.errors import QlabError
 from qlab.files.certificate import certify, hash_of, off_grid
-from qlab.model.names import Piece
+from qlab.model.pieces import Piece
 from qlab.model.skeleton import Skeleton
 
 

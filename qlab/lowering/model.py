@@ -16,8 +16,8 @@ from qlab.lowering.around.rotated import attach, rotations
 from qlab.lowering.weights.coded import CodedExperts, CodedLinear, CodedWeight
 from qlab.lowering.weights.linear import LinearOfCodes, QExperts, QLinear, QuantizedWeight
 from qlab.lowering.weights.nibbles import refusal
-from qlab.model.names import Piece
 from qlab.model.online import at_input
+from qlab.model.pieces import Piece
 from qlab.model.skeleton import Skeleton
 from qlab.process.surroundings import undisturbed
 

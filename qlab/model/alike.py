@@ -15,8 +15,8 @@ from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.shardwise import leaves_by_file
 from qlab.model.linears import HEAD, experts_apart
-from qlab.model.names import identities
 from qlab.model.paper import on_paper
+from qlab.model.spelling import identities
 from qlab.model.ties import FLAG, apart, ties
 
 

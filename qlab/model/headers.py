@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from qlab.errors import QlabError
-from qlab.model.names import Piece, is_converted
+from qlab.model.pieces import Piece
+from qlab.model.spelling import is_converted
 from qlab.model.ties import FLAG
 
 if TYPE_CHECKING:

@@ -25,10 +25,11 @@ from qlab.errors import QlabError, first_line
 from qlab.files.checkpoint import Checkpoint
 from qlab.model.device import usable
 from qlab.model.headers import refuse_another_model, refuse_untied
-from qlab.model.names import Piece, assemble, pieces_of_experts, spellings
 from qlab.model.online import at_input, at_output
 from qlab.model.paper import find_blocks, on_paper, path_of
+from qlab.model.pieces import Piece, assemble, pieces_of_experts
 from qlab.model.recording import Call, Makers, Recorded, Recorder, Replaced, calls_of, to_like
+from qlab.model.spelling import spellings
 from qlab.model.ties import apart, ties
 from qlab.process.surroundings import foreign
 

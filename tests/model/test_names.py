@@ -14,7 +14,7 @@ from qlab.algebra.qtensor import QTensor, dense
 from qlab.algebra.spec import parse_spec
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
-from qlab.model.names import Piece, assemble, pieces_of_experts
+from qlab.model.pieces import Piece, assemble, pieces_of_experts
 from qlab.model.skeleton import Skeleton
 
 

@@ -153,7 +153,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "mixture: parts in another order",
-        "model/names.py",
+        "model/pieces.py",
         "pieces_of_experts",
         "sorted(pieces, key=lambda p: (p.expert or 0, p.start))",
         "reversed(pieces)",

@@ -1,24 +1,16 @@
-"""What a model's tensors are called in its files: renamed, or cut into one tensor per expert and
-projection.
+"""The tensors of the files that hold a parameter: one, or one per expert and projection.
 
-transformers itself says so: its loading rules give every stored name its place in the model, and
-its saving rules, run on the numbers of a fused weight's rows, say which rows of which expert every
-file tensor holds.
+transformers' saving rules, run on the numbers of a fused weight's rows, say which rows of which
+expert every file tensor holds.
 """
 
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-    revert_weight_conversion,
-)
+from transformers.core_model_loading import revert_weight_conversion
 
 from qlab.algebra.qtensor import Leaf, QTensor, by_rows
 from qlab.errors import QlabError
@@ -130,19 +122,6 @@ def _stack(experts: int, pieces: Sequence[Piece], parts: Sequence[Tensor]) -> Te
     return out
 
 
-def spellings(model: PreTrainedModel, stored: Iterable[str]) -> Mapping[str, str]:
-    """The model's name of every tensor -> its stored name, which transformers may rename when it
-    loads them."""
-    renamings = [
-        rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)
-    ]
-    known = model.state_dict()
-    return {
-        rename_source_key(name, renamings, [], model.base_model_prefix, known)[0]: name
-        for name in sorted(stored)
-    }
-
-
 def pieces_of_experts(
     model: PreTrainedModel, name: str, stored: Collection[str]
 ) -> tuple[Piece, ...]:
@@ -182,34 +161,3 @@ def pieces_of_experts(
 def _spelled(name: str, prefix: str, stored: Collection[str]) -> str:
     bare = name.removeprefix(f"{prefix}.")
     return bare if name not in stored and bare in stored else name
-
-
-def identities(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Hashable]:
-    """Stored name -> what transformers loads it into: a parameter's name, or a part of a parameter
-    that it joins from several."""
-    found: dict[str, Hashable] = {}
-    for name, (place, pattern) in _places(model, stored).items():
-        numbers = tuple(part for part in name.split(".") if part.isdigit())
-        found[name] = place if pattern is None or place == name else (place, pattern, numbers)
-    return found
-
-
-def is_converted(model: PreTrainedModel, name: str) -> bool:
-    """Whether transformers makes something else of a stored tensor when it loads it: flattens,
-    joins, cuts or transposes it."""
-    return _places(model, [name])[name][1] is not None
-
-
-def _places(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, tuple[str, str | None]]:
-    """Stored name -> the parameter that it goes into, and the rule by which transformers converts
-    it on the way, if there is one."""
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    known, prefix = model.state_dict(), model.base_model_prefix
-    found: dict[str, tuple[str, str | None]] = {}
-    for name in sorted(stored):
-        found[name] = rename_source_key(name, renamings, converters, prefix, known)
-        if found[name][0] not in known and name in known:  # a rule for names of other files
-            found[name] = rename_source_key(name, [], [], prefix, known)
-    return found
