@@ -43,7 +43,8 @@ from qlab.lowering.model import (
     set_module,
     slownesses,
 )
-from qlab.model.paper import run_experts_here
+from qlab.model.loading import load_leaf
+from qlab.model.paper import dtype_in, run_experts_here
 from qlab.model.skeleton import Skeleton
 
 
@@ -165,7 +166,7 @@ class QlabQuantizer(HfQuantizer):
                     for part in own
                 }
                 k, o = place.get_parameter("weight").shape[
-                    :: 1 if name in self.skeleton.transposed else -1
+                    :: 1 if name in self.skeleton.names.transposed else -1
                 ]
                 set_module(model, name, Awaiting(k, o))
             else:
@@ -199,11 +200,11 @@ class QlabQuantizer(HfQuantizer):
             {*self.packed, *(f"{name}.weight" for name in self.packed), *self.decoded},
         )
         codes = {f"{name}.weight" for name in self.packed}
-        tied = {name for name, other in self.skeleton.tied.items() if other not in codes}
+        tied = {name for name, other in self.skeleton.names.tied.items() if other not in codes}
         for name, _ in self.skeleton.model.named_parameters():
             lacking = [
                 piece.name
-                for piece in self.skeleton.pieces(name)
+                for piece in self.skeleton.names.pieces(name)
                 if piece.name not in checkpoint.stored
             ]
             if lacking and name not in packed | tied:
@@ -218,7 +219,7 @@ class QlabQuantizer(HfQuantizer):
         an error."""
         checkpoint = self.skeleton.checkpoint
         for name, parameter in model.named_parameters():
-            stored = self.skeleton.file_name(name)
+            stored = self.skeleton.names.file_name(name)
             if stored in checkpoint.stored and parameter.isinf().any():
                 refuse_overflow(
                     f"{checkpoint.path}: {name}", checkpoint.tensor(stored), parameter.dtype
@@ -232,7 +233,7 @@ class QlabQuantizer(HfQuantizer):
         for name in self.packed:
             set_module(model, name, pack(self.skeleton, name, self.dtype, self.device))
         for name in self.decoded:  # in place, since a tied head has the same
-            model.get_parameter(name).copy_(dense(self.skeleton.leaf(name), self.dtype))
+            model.get_parameter(name).copy_(dense(load_leaf(self.skeleton, name), self.dtype))
         self._cast_renamed(model)
         attach(model, rotations(self.skeleton), self.device)
         checkpoint = self.skeleton.checkpoint
@@ -257,7 +258,7 @@ class QlabQuantizer(HfQuantizer):
         """What transformers loaded under another name than the files', and therefore in the files'
         dtype, in the one asked for."""
         for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(self.skeleton.held_dtype(name))
+            parameter.data = parameter.data.to(dtype_in(self.skeleton.model, name))
 
     def _held(self) -> dict[str, dict[str, str]]:
         """Quantized weight -> the names that its tensors have in what is saved, and those that they

@@ -7,6 +7,8 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from qlab.driver.batches import push
 from qlab.files.checkpoint import open_checkpoint
+from qlab.model.loading import load_block, load_outside
+from qlab.model.running import head, record_blocks
 from qlab.model.skeleton import Skeleton
 
 IDS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(1))
@@ -15,12 +17,12 @@ IDS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(1))
 @torch.no_grad()
 def qlab_logits(path: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
     skeleton = Skeleton(open_checkpoint(path), torch.float32)
-    skeleton.load_outside(with_head=True)
-    hidden, calls = skeleton.record(ids)
+    load_outside(skeleton, with_head=True)
+    hidden, calls = record_blocks(skeleton, ids)
     state = (hidden,)
     for block, call in calls.items():
-        (state,) = push(skeleton.graph(block, call), iter([(call, state)]))
-    return skeleton.head(ids, *state)
+        (state,) = push(load_block(skeleton, block, call), iter([(call, state)]))
+    return head(skeleton, ids, *state)
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ from transformers import AutoModelForImageTextToText, LlavaProcessor, PreTrained
 
 from qlab.driver.batches import push, record
 from qlab.files.checkpoint import open_checkpoint
+from qlab.model.loading import load_block, load_outside
+from qlab.model.running import head
 from qlab.model.skeleton import Skeleton
 
 IMAGE = 127  # the token that stands for a patch
@@ -56,11 +58,11 @@ def pictured(family, seed, patches=4):
 def with_image(path, batch):
     """qlab's own reading of a directory: logits of a sample that holds an image."""
     skeleton = Skeleton(open_checkpoint(path), torch.float32)
-    skeleton.load_outside(with_head=True)
+    load_outside(skeleton, with_head=True)
     (state,), (call,) = record(skeleton, [batch])
     for name in skeleton.blocks:
-        (state,) = push(skeleton.graph(name, call[name]), iter([(call[name], state)]))
-    return skeleton.head(batch["input_ids"], *state)
+        (state,) = push(load_block(skeleton, name, call[name]), iter([(call[name], state)]))
+    return head(skeleton, batch["input_ids"], *state)
 
 
 def save_with_processor(directory):

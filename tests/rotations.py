@@ -5,6 +5,7 @@ import torch
 import qlab
 from qlab.evaluation.perplexity import read
 from qlab.files.checkpoint import open_checkpoint
+from qlab.model.running import head
 
 
 def group(kind, *places, **more):
@@ -103,7 +104,7 @@ CASES = {
 def logits(folder):
     model, ids = open_checkpoint(folder), torch.arange(3, 35).reshape(2, 16)
     reading = read(model, qlab.from_ids(model, ids))
-    return reading.skeleton.head(ids, reading.hidden)
+    return head(reading.skeleton, ids, reading.hidden)
 
 
 def assert_close(found, expected, limit=1e-5):

@@ -88,7 +88,10 @@ def _dense(model: Checkpoint) -> dict[str, str]:
         skeleton = Skeleton(model, model.dtype)
     except QlabError:  # damaged, which is a fault of its own
         return {}
-    blocks, sites = tuple(f"{block}." for block in uncounted(skeleton)), skeleton.sites_of_modules()
+    blocks, sites = (
+        tuple(f"{block}." for block in uncounted(skeleton)),
+        skeleton.names.sites_of_modules(),
+    )
     return {
         module: sites.get(module, module)
         for module in dense

@@ -75,7 +75,7 @@ def _fill(path: Path, codec: Codec, writer: Writer, job: dict[str, Any], scratch
     )
     if (generation := skeleton.model.generation_config) is not None:
         generation.save_pretrained(scratch)
-    specs: dict[str, Spec | None] = dict.fromkeys(skeleton.linears())
+    specs: dict[str, Spec | None] = dict.fromkeys(skeleton.names.linears())
     notes: Notes = {"sites": {}, "certificates": {}, "dequantized": {}}
     writer.write_shard(0, _tensors(path, codec, skeleton, specs, notes))
     writer.write_notes(0, notes)

@@ -113,7 +113,7 @@ class Admission:
 
     def refusal(self, name: str, site: Site, shape: torch.Size, spec: Spec) -> str | None:
         """Why this weight may not become this spec, or None. Its tile fits the shape."""
-        if site.route and not self.skeleton.expert_pieces(name):
+        if site.route and not self.skeleton.names.expert_pieces(name):
             return (
                 "quantized experts are written one by one, and transformers knows no names for "
                 f"them in this architecture; {KEEP_THEM}"
@@ -123,7 +123,7 @@ class Admission:
                 "fused experts have a scale per group, channel or block; one per tensor would "
                 "join projections that the files hold apart"
             )
-        transposed = name in self.skeleton.transposed
+        transposed = name in self.skeleton.names.transposed
         if site.layout not in ("o k", "e o k") and not transposed:
             return (
                 f"readers of every format look for codes in linears, and this is none; {KEEP_THEM}"

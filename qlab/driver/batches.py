@@ -11,6 +11,7 @@ from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.interpret import outputs_of
 from qlab.data.calibration import Data
 from qlab.model.recording import Call, State
+from qlab.model.running import record_blocks
 from qlab.model.skeleton import Skeleton
 
 BATCH_TOKENS = 2048
@@ -42,8 +43,10 @@ def record(
     states: list[State] = []
     calls: list[dict[str, Call]] = []
     for batch in batches:
-        h, call = skeleton.record(
-            batch["input_ids"], {name: t for name, t in batch.items() if name != "input_ids"}
+        h, call = record_blocks(
+            skeleton,
+            batch["input_ids"],
+            {name: t for name, t in batch.items() if name != "input_ids"},
         )
         states.append((h,))
         calls.append(

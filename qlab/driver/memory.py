@@ -53,7 +53,7 @@ def predict_memory(
 
 def _outside_the_blocks(skeleton: Skeleton, sites: Sites) -> Moment:
     """All weights outside the blocks, and the solver of the largest one that is rounded."""
-    stored = map(skeleton.checkpoint.shape_and_dtype, skeleton.outside_names())
+    stored = map(skeleton.checkpoint.shape_and_dtype, skeleton.names.outside_names())
     inside = tuple(f"{path}." for path in sites.codes)
     rounded = [shape.numel() for name, shape in sites.shapes.items() if not name.startswith(inside)]
     return {
@@ -77,9 +77,10 @@ def _leaf_bytes(skeleton: Skeleton, path: str) -> int:
     is wider, to which they are converted where they are used."""
     widths = {
         name: max(
-            skeleton.dtype.itemsize, *(skeleton.stored_dtype(piece).itemsize for piece in pieces)
+            skeleton.dtype.itemsize,
+            *(skeleton.names.stored_dtype(piece).itemsize for piece in pieces),
         )
-        for name, pieces in skeleton.block_names(path).items()
+        for name, pieces in skeleton.names.block_names(path).items()
     }
     return sum(p.numel() * widths[name] for name, p in skeleton.blocks[path].named_parameters())
 

@@ -22,8 +22,8 @@ def outside_sites(skeleton: Skeleton) -> dict[str, Site]:
     inside = tuple(f"{path}." for path in skeleton.blocks)
     names = [
         name
-        for name in skeleton.linears()
-        if not name.startswith(inside) and name not in skeleton.transposed
+        for name in skeleton.names.linears()
+        if not name.startswith(inside) and name not in skeleton.names.transposed
     ]
     return {
         name: Site(path=name, weight=f"{name}.weight", bias=None, source=name, outside=True)
@@ -36,7 +36,7 @@ def weight_of(skeleton: Skeleton, name: str) -> str | None:
     """The leaf of the files that is a linear's weight: its own, or, where they have none, the
     embedding that it is tied to."""
     checkpoint, weight = skeleton.checkpoint, f"{name}.weight"
-    found = [skeleton.file_name(w) for w in (weight, skeleton.tied.get(weight, weight))]
+    found = [skeleton.names.file_name(w) for w in (weight, skeleton.names.tied.get(weight, weight))]
     return next(
         (
             w
@@ -55,7 +55,7 @@ def carried(skeleton: Skeleton) -> set[str]:
     return {
         stored
         for stored, (module, _, kind) in names.items()
-        if f"{skeleton.model_name(module)}.{kind}" not in taken
+        if f"{skeleton.names.model_name(module)}.{kind}" not in taken
     }
 
 
@@ -67,7 +67,7 @@ def outside_leaves(
     rows: takes the report's row of each rounded one."""
     checkpoint = skeleton.checkpoint
     chosen = {
-        f"{skeleton.module_name(name)}.weight": site
+        f"{skeleton.names.module_name(name)}.weight": site
         for name, site in outside_sites(skeleton).items()
         if any(stage.spec and stage.touches(name, site) for stage in recipe)
     }
@@ -89,7 +89,7 @@ def outside_leaves(
     siblings = Siblings(
         specs, lambda module: read(f"{module}.weight").to(skeleton.device, torch.float32)
     )
-    for name in dict.fromkeys([*skeleton.outside_leaves(), *chosen]):
+    for name in dict.fromkeys([*skeleton.names.outside_leaves(), *chosen]):
         site, leaf = chosen.get(name), read(name)
         if site is None:
             yield name, leaf
@@ -107,9 +107,9 @@ def outside_leaves(
     for (
         name,
         keeper,
-    ) in skeleton.tied.items():  # the files hold it by the name of a head that is rounded
-        if skeleton.file_name(keeper) in chosen and skeleton.file_name(name) not in {
+    ) in skeleton.names.tied.items():  # the files hold it by the name of a head that is rounded
+        if skeleton.names.file_name(keeper) in chosen and skeleton.names.file_name(name) not in {
             *checkpoint.stored,
             *chosen,
         }:
-            yield skeleton.file_name(name), read(skeleton.file_name(keeper))
+            yield skeleton.names.file_name(name), read(skeleton.names.file_name(keeper))

@@ -25,7 +25,9 @@ from qlab.driver.sites import Sites, sites_of
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.record import bits_per_weight
+from qlab.model.headers import refuse_missing
 from qlab.model.linears import by_module, unbuilt
+from qlab.model.running import check_length
 from qlab.model.skeleton import Skeleton
 from qlab.model.uncounted import refuse_uncounted
 from qlab.process.shown import Shown, size, some
@@ -253,10 +255,10 @@ def _refuse_quantized(model: Checkpoint) -> None:
 
 def _refuse_model(job: Job, skeleton: Skeleton) -> None:
     """Refuse files without all of the model, and samples that are too long for it."""
-    skeleton.refuse_missing()
+    refuse_missing(skeleton.names)
     refuse_uncounted(skeleton)
     if job.data is not None:
-        skeleton.check_length(job.data.longest)
+        check_length(skeleton, job.data.longest)
 
 
 def _checked_specs(job: Job, skeleton: Skeleton, sites: Sites) -> dict[str, Spec | None]:
@@ -323,6 +325,6 @@ def _rows(job: Job, sites: Sites, specs: Mapping[str, Spec | None]) -> dict[str,
 def _unquantized(skeleton: Skeleton, sites: Sites, specs: Mapping[str, Spec | None]) -> list[str]:
     """The matrices that stay as they are: linears that the recipe does not reach, matrices without
     a site, and sites that it keeps."""
-    unreached = [name for name in skeleton.linears() if name not in sites.sites]
+    unreached = [name for name in skeleton.names.linears() if name not in sites.sites]
     kept = [name for name, spec in specs.items() if spec is None]
     return [*unreached, *sites.beside, *unbuilt(skeleton), *kept]

@@ -60,12 +60,12 @@ def finish(skeleton: Skeleton, run: Run) -> None:
     for name, row in notes["sites"].items():
         specs[name] = parse_spec(row["spec"]) if row["spec"] else None
         rounded_inputs = parse_input_spec(row["inputs"]) if row.get("inputs") else None
-        inputs |= dict.fromkeys(skeleton.modules(name), rounded_inputs)
+        inputs |= dict.fromkeys(skeleton.names.modules(name), rounded_inputs)
     rounding = [inputs] if any(inputs.values()) else []
-    together = {*skeleton.tied, *skeleton.tied.values()}
+    together = {*skeleton.names.tied, *skeleton.names.tied.values()}
     around = notes["sites"].keys() & outside_sites(skeleton).keys()
     separated = any(f"{name}.weight" in together for name in around)
-    raw = untied(model.raw) if separated or skeleton.apart else model.raw
+    raw = untied(model.raw) if separated or skeleton.names.apart else model.raw
     config = {
         **raw,
         "quantization_config": run.codec.config(by_module(skeleton, specs), *rounding),

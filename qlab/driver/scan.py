@@ -15,6 +15,7 @@ from qlab.driver.run import Run, finish
 from qlab.driver.segments import write_block, write_outside
 from qlab.driver.states import flat, states_of, stored_shapes
 from qlab.files.carry import Carry
+from qlab.model.loading import drop_outside, load_outside
 from qlab.model.recording import Call
 from qlab.model.skeleton import Skeleton
 from qlab.process.progress import progress, say
@@ -38,9 +39,9 @@ def scan(skeleton: Skeleton, runs: list[Run], data: Data | None) -> None:
     inputs = runs[0].job.inputs
     streams = [inputs, "reference"] if any(run.job.runs_reference for run in runs) else [inputs]
 
-    skeleton.load_outside(with_head=False)
+    load_outside(skeleton, with_head=False)
     entering, calls = record(skeleton, windows)
-    skeleton.drop_outside()
+    drop_outside(skeleton)
     carries = []
     for i, path in enumerate(paths if data is not None else ()):
         shapes = stored_shapes(calls, path, skeleton.dtype)

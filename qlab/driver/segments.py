@@ -27,6 +27,7 @@ from qlab.driver.writing import (
     unused,
 )
 from qlab.files.carry import Carry
+from qlab.model.loading import load_block
 from qlab.model.recording import Call, State
 from qlab.model.skeleton import Skeleton
 
@@ -36,7 +37,7 @@ def write_outside(skeleton: Skeleton, run: Run) -> None:
     notes: dict[str, dict[str, Any]] = {"sites": {}, "certificates": {}, "changed": {}}
     beside = carried(skeleton)
     made_of = {
-        f"{skeleton.module_name(name)}.weight": weight_of(skeleton, name)
+        f"{skeleton.names.module_name(name)}.weight": weight_of(skeleton, name)
         for name in outside_sites(skeleton)
     }
 
@@ -64,7 +65,7 @@ def write_block(
     """One block, solved and written for every job, and what leaves it written to `after`, stream by
     stream. Nothing of it outlives the call. call: one that shows the form of all."""
     batches = streams[0]
-    graph = solved = skeleton.graph(list(skeleton.blocks)[index], call, decoded=True)
+    graph = solved = load_block(skeleton, list(skeleton.blocks)[index], call, decoded=True)
     if any(run.job.observed is not None for run in runs):
         for name, dtype in graph.held.items():
             refuse_overflow(

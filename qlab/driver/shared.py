@@ -42,7 +42,7 @@ def _pairs(skeleton: Skeleton, found: Sites) -> dict[str, str]:
     for path, code in found.codes.items():
         for site in code.sites:
             name, weight = f"{path}.{site.path}", f"{path}.{site.weight}"
-            other = first.setdefault(skeleton.tied.get(weight, weight), name)
+            other = first.setdefault(skeleton.names.tied.get(weight, weight), name)
             if other != name:
                 pairs[name] = other
     return pairs
@@ -56,7 +56,7 @@ def shared(
     rows = {}
     for name, leaf in graph.params.items():
         full = f"{graph.path}.{name}"
-        if skeleton.writes(full) or not skeleton.uses(full):
+        if skeleton.writes(full) or not skeleton.programs.uses(full):
             continue
         for piece in written_as(skeleton, graph, name):
             made = _hash(skeleton, piece, leaf) if piece.name in changed else None
@@ -68,7 +68,7 @@ def _hash(skeleton: Skeleton, piece: Piece, leaf: Leaf) -> str:
     part = piece.of(leaf)
     if isinstance(part, QTensor):
         return fingerprint(part)
-    return hash_of(part.to(skeleton.stored_dtype(piece)))
+    return hash_of(part.to(skeleton.names.stored_dtype(piece)))
 
 
 def refuse_divided(notes: Mapping[str, Mapping[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from qlab.data.calibration import Data
 from qlab.driver.batches import in_batches, record
 from qlab.driver.outside import outside_sites
 from qlab.errors import QlabError
+from qlab.model.loading import drop_outside, load_outside
 from qlab.model.recording import Call, windows_axis
 from qlab.model.skeleton import Skeleton
 
@@ -63,11 +64,11 @@ def sites_of(skeleton: Skeleton, recipe: Transform, data: Data | None) -> Sites:
 def trace_all(skeleton: Skeleton, data: Data | None) -> dict[str, Code]:
     """Every block's program, traced on inputs of the form that calibration will have; refuses
     windows of lengths that it is not for."""
-    skeleton.load_outside(with_head=False)
+    load_outside(skeleton, with_head=False)
     batches = in_batches(data)
     _, (calls,) = record(skeleton, batches[:1])
-    skeleton.drop_outside()
-    codes = {path: skeleton.code(path, call) for path, call in calls.items()}
+    drop_outside(skeleton)
+    codes = {path: skeleton.programs.code(path, call) for path, call in calls.items()}
     first, *others = dict.fromkeys(batch["input_ids"].shape[1] for batch in batches)
     for path, code in codes.items():
         if others and not _any_length(code, calls[path], batches[0]["input_ids"].shape):

@@ -28,7 +28,9 @@ def as_stored(skeleton: Skeleton, graph: ModuleGraph) -> dict[str, Leaf]:
         if skeleton.writes(f"{graph.path}.{name}")
     }
     return {
-        piece.name: part if isinstance(part, QTensor) else part.to(skeleton.stored_dtype(piece))
+        piece.name: part
+        if isinstance(part, QTensor)
+        else part.to(skeleton.names.stored_dtype(piece))
         for piece, part in parts.items()
     }
 
@@ -52,8 +54,8 @@ def written_as(skeleton: Skeleton, graph: ModuleGraph, name: str) -> Sequence[Pi
     that engines expect."""
     leaf, path = graph.params[name], f"{graph.path}.{name}"
     if isinstance(leaf, QTensor) and len(leaf.shape) == 3:
-        return skeleton.expert_pieces(path)
-    return skeleton.block_names(graph.path).get(name, ())  # a buffer has none
+        return skeleton.names.expert_pieces(path)
+    return skeleton.names.block_names(graph.path).get(name, ())  # a buffer has none
 
 
 def refuse_unwritten(skeleton: Skeleton, before: ModuleGraph, graph: ModuleGraph) -> None:
@@ -135,7 +137,7 @@ def certificates(
         original = reference.leaf(source) if source in reference.stored else None
         W = (
             original.mT
-            if isinstance(original, Tensor) and module in skeleton.transposed
+            if isinstance(original, Tensor) and module in skeleton.names.transposed
             else original
         )
         certified[module] = certify(leaf, W) | ({} if source == name else {"made_of": source})
@@ -151,7 +153,7 @@ def unused(skeleton: Skeleton, graph: ModuleGraph) -> dict[str, dict[str, Any]]:
     """The linears that a block holds and its program never runs, for which no recipe is: of a list
     that several blocks hold each may run its own part. Empty where there is none."""
     shown = {site.weight for site in graph.code.sites} | graph.code.unread.keys()
-    held = [name for name in skeleton.linears() if name.startswith(f"{graph.path}.")]
+    held = [name for name in skeleton.names.linears() if name.startswith(f"{graph.path}.")]
     shapes = {
         name: skeleton.model.get_submodule(name).get_parameter("weight").shape for name in held
     }

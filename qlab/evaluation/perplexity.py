@@ -16,7 +16,10 @@ from qlab.data.calibration import Tokens, generator
 from qlab.driver.batches import in_batches, push, record
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
+from qlab.model.headers import refuse_missing
+from qlab.model.loading import load_block, load_outside
 from qlab.model.recording import windows_axis
+from qlab.model.running import check_length, head
 from qlab.model.skeleton import Skeleton
 from qlab.model.uncounted import refuse_uncounted
 from qlab.process.progress import progress
@@ -124,16 +127,16 @@ def read(
     """
     model.warn_unapplied()
     skeleton = Skeleton(model, dtype, device)
-    skeleton.refuse_missing()
+    refuse_missing(skeleton.names)
     refuse_uncounted(skeleton)
-    skeleton.check_length(data.longest)
-    skeleton.load_outside(with_head=True)
+    check_length(skeleton, data.longest)
+    load_outside(skeleton, with_head=True)
     windows = in_batches(data)
     states, calls = record(skeleton, windows)
     axis = windows_axis(states[0][0], windows[0]["input_ids"].shape)
     trail = []
     for path in progress(list(skeleton.blocks), f"reading {model.path.name}"):
-        graph = skeleton.graph(path, calls[0][path])
+        graph = load_block(skeleton, path, calls[0][path])
         states = list(push(graph, ((call[path], h) for call, h in zip(calls, states))))
         trail.append(states[0][0].select(axis, 0).cpu())
     return Reading(
@@ -247,7 +250,7 @@ def _window(ours: Reading, theirs: Reading, ids: Tensor, i: int) -> Mapping[str,
 
 def _log_probabilities(reading: Reading, tokens: Tensor, i: int) -> Tensor:
     """log softmax of the logits that predict tokens 1 .. l-1: [l - 1, vocabulary]."""
-    logits = reading.skeleton.head(tokens, reading.hidden.narrow(reading.windows, i, 1))[0, :-1]
+    logits = head(reading.skeleton, tokens, reading.hidden.narrow(reading.windows, i, 1))[0, :-1]
     if not torch.isfinite(logits).all():
         raise QlabError(
             f"{reading.skeleton.checkpoint.path} predicts NaN or Inf in window {i}; its weights "

@@ -16,7 +16,9 @@ from qlab.lowering.around.rotated import attach, rotations
 from qlab.lowering.weights.coded import CodedExperts, CodedLinear, CodedWeight
 from qlab.lowering.weights.linear import LinearOfCodes, QExperts, QLinear, QuantizedWeight
 from qlab.lowering.weights.nibbles import refusal
+from qlab.model.loading import load_leaf, load_outside
 from qlab.model.online import at_input
+from qlab.model.paper import dtype_in
 from qlab.model.pieces import Piece
 from qlab.model.skeleton import Skeleton
 from qlab.process.surroundings import undisturbed
@@ -71,7 +73,7 @@ def lower(
     for slow in () if dense_cache else slownesses(skeleton.model, dtype, where):
         warn(f"{slow}; dense_cache=True dequantizes once")
     with torch.no_grad():
-        skeleton.load_outside(with_head=True)
+        load_outside(skeleton, with_head=True)
         _load_blocks(skeleton)
     attach(skeleton.model, turned, where)
     _tie(skeleton)
@@ -136,9 +138,9 @@ def quantized_weights(skeleton: Skeleton) -> dict[str, tuple[Piece, ...]]:
     """Every linear, and every fused weight of experts by its parameter's name, whose codes the
     directory holds, with the tensors of the files. Codes of layers that transformers does not build
     are left out, as it leaves their weights out."""
-    weights = {name: f"{name}.weight" for name in skeleton.linears()}
+    weights = {name: f"{name}.weight" for name in skeleton.names.linears()}
     weights |= {name: name for name, p in skeleton.model.named_parameters() if p.ndim == 3}
-    pieces = {name: skeleton.pieces(weight) for name, weight in weights.items()}
+    pieces = {name: skeleton.names.pieces(weight) for name, weight in weights.items()}
     return {
         name: parts
         for name, parts in pieces.items()
@@ -148,15 +150,15 @@ def quantized_weights(skeleton: Skeleton) -> dict[str, tuple[Piece, ...]]:
 
 def _bias(skeleton: Skeleton, name: str) -> tuple[Piece, ...]:
     bias = f"{name}.bias"
-    return skeleton.pieces(bias) if bias in dict(skeleton.model.named_parameters()) else ()
+    return skeleton.names.pieces(bias) if bias in dict(skeleton.model.named_parameters()) else ()
 
 
 def decoded_weights(skeleton: Skeleton) -> dict[str, str]:
     """Every other parameter whose codes the directory holds, such as an embedding's, and the module
     that has them: it is dense in the lowered model."""
-    packed = {f"{name}.weight" for name in skeleton.linears()}
+    packed = {f"{name}.weight" for name in skeleton.names.linears()}
     held = {
-        name: skeleton.pieces(name)[0]
+        name: skeleton.names.pieces(name)[0]
         for name, p in skeleton.model.named_parameters()
         if p.ndim < 3 and name not in packed
     }
@@ -179,10 +181,10 @@ def pack(
     qlab's, so that the weight has no codes."""
     fused = name in dict(skeleton.model.named_parameters())
     weight = name if fused else f"{name}.weight"
-    leaf, parameter = skeleton.leaf(weight), skeleton.model.get_parameter(weight)
+    leaf, parameter = load_leaf(skeleton, weight), skeleton.model.get_parameter(weight)
     if sorted(leaf.shape) != sorted(parameter.shape):
         raise QlabError(
-            f"{skeleton.pieces(weight)[0].module} holds a weight {tuple(leaf.shape)} and the "
+            f"{skeleton.names.pieces(weight)[0].module} holds a weight {tuple(leaf.shape)} and the "
             f"model wants {tuple(parameter.shape)}; its config.json belongs to another model"
         )
     inputs = next((op for op in at_input(skeleton, name) if isinstance(op, QuantizeInput)), None)
@@ -195,12 +197,12 @@ def pack(
             )
         return (CodedExperts if coded else QExperts)(name, leaf, dtype, device, dense_cache, inputs)
     linear = skeleton.model.get_submodule(name)
-    bias = None if linear.bias is None else dense(skeleton.leaf(f"{name}.bias"))
+    bias = None if linear.bias is None else dense(load_leaf(skeleton, f"{name}.bias"))
     if isinstance(leaf, QTensor):
         return (CodedLinear if coded else QLinear)(
             name, leaf, bias, dtype, device, dense_cache, inputs
         )
-    return _plain(leaf, bias, skeleton.held_dtype(weight), device)
+    return _plain(leaf, bias, dtype_in(skeleton.model, weight), device)
 
 
 def _plain(
@@ -240,14 +242,14 @@ def _load_blocks(skeleton: Skeleton) -> None:
     """The parameters of the blocks that stayed on meta, and the buffers that the files hold."""
     for name, parameter in list(skeleton.model.named_parameters(remove_duplicate=False)):
         if parameter.is_meta:
-            leaf = dense(skeleton.leaf(name), parameter.dtype)
+            leaf = dense(load_leaf(skeleton, name), parameter.dtype)
             value = nn.Parameter(leaf.to(skeleton.device), requires_grad=False)
             _owner(skeleton.model, name)._parameters[name.rpartition(".")[2]] = value
     for name, buffer in list(skeleton.model.named_buffers()):
         if isinstance(_owner(skeleton.model, name), QuantizedWeight | RoundedInput):
             # a file may have a tensor of the same name, such as `scales`, and it is not this one
             continue
-        if stored := skeleton.stored_buffer(name):
+        if stored := skeleton.names.stored_buffer(name):
             _owner(skeleton.model, name)._buffers[name.rpartition(".")[2]] = (
                 skeleton.checkpoint.tensor(stored).to(buffer)
             )
@@ -257,11 +259,11 @@ def _tie(skeleton: Skeleton) -> None:
     """One parameter for all names that it has; what config.json ties and the files hold apart stays
     so, whoever ties again."""
     model, held = skeleton.model, dict(skeleton.model.named_parameters())
-    for name, other in skeleton.tied.items():
+    for name, other in skeleton.names.tied.items():
         if name in held and other in held:
             _owner(model, name)._parameters[name.rpartition(".")[2]] = held[other]
-    if skeleton.apart:
-        model.all_tied_weights_keys = dict(skeleton.tied)
+    if skeleton.names.apart:
+        model.all_tied_weights_keys = dict(skeleton.names.tied)
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
 

@@ -11,6 +11,7 @@ from qlab.algebra.spec import Spec
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.directory import INDEX, WIDTHS, Stored, unheld
+from qlab.model.headers import refuse_missing
 from qlab.model.skeleton import Skeleton
 from qlab.model.ties import FLAG, untied
 
@@ -41,24 +42,24 @@ def linears_of(skeleton: Skeleton) -> dict[str, str]:
     ]
     own = {
         name: m
-        for own in [*skeleton.linears(), *routers]
-        for m in [skeleton.module_name(own)]
+        for own in [*skeleton.names.linears(), *routers]
+        for m in [skeleton.names.module_name(own)]
         for name in (own, m)
     }
     beyond = {
         name: module
         for module in unbuilt(skeleton)
-        for name in (module, skeleton.model_name(module))
+        for name in (module, skeleton.names.model_name(module))
     }
-    return own | {module: module for module in skeleton.expert_modules()} | beyond
+    return own | {module: module for module in skeleton.names.expert_modules()} | beyond
 
 
 def by_module(skeleton: Skeleton, sites: Mapping[str, Spec | None]) -> dict[str, Spec | None]:
     """What a format's configuration speaks of: every linear by every name that readers may match,
     with the spec of its site; None for one that stays as it is."""
     specs: dict[str, Spec | None] = {}
-    for name in [*skeleton.linears(), *sites]:
-        for module in skeleton.modules(name):  # of blocks that share it one may not run it
+    for name in [*skeleton.names.linears(), *sites]:
+        for module in skeleton.names.modules(name):  # of blocks that share it one may not run it
             specs[module] = sites.get(name) or specs.get(module)
     return dict.fromkeys([*specs, *linears_of(skeleton)]) | specs
 
@@ -67,8 +68,8 @@ def unbuilt(skeleton: Skeleton) -> list[str]:
     """Modules of the files with codes, a weight [o, k] or experts that the model has no place for,
     such as layers that predict further tokens."""
     parameters = [name for name, _ in skeleton.model.named_parameters(remove_duplicate=False)]
-    pieces = [piece for name in parameters for piece in skeleton.pieces(name)]
-    pieces += skeleton.copies()
+    pieces = [piece for name in parameters for piece in skeleton.names.pieces(name)]
+    pieces += skeleton.names.copies()
     return sorted(
         _matrices(skeleton.checkpoint)
         - {piece.module for piece in pieces}
@@ -94,7 +95,7 @@ def other_matrices(model: Checkpoint) -> set[str]:
     if not model.known:
         return set()
     skeleton = Skeleton(model, model.dtype)
-    return {skeleton.module_name(name) for name in _other_matrices(skeleton)}
+    return {skeleton.names.module_name(name) for name in _other_matrices(skeleton)}
 
 
 def embeddings(model: Checkpoint) -> set[str]:
@@ -103,7 +104,7 @@ def embeddings(model: Checkpoint) -> set[str]:
         return set()
     skeleton = Skeleton(model, model.dtype)
     return {
-        skeleton.module_name(name)
+        skeleton.names.module_name(name)
         for name, module in _other_matrices(skeleton).items()
         if isinstance(module, nn.Embedding)
     }
@@ -114,7 +115,7 @@ def refuse_unheld(model: Checkpoint) -> None:
     those that it needs."""
     lacking = unheld(model.path, model.stored)
     if lacking and model.known:
-        Skeleton(model, model.dtype).refuse_missing()
+        refuse_missing(Skeleton(model, model.dtype).names)
     elif lacking:
         name, file = next(iter(lacking.items()))
         raise QlabError(
@@ -133,20 +134,20 @@ def untied_where_apart(model: Checkpoint, quantized: Collection[str]) -> Mapping
     if not model.known:
         return untied(model.raw) if model.raw.get(FLAG) and HEAD in quantized else model.raw
     skeleton = Skeleton(model, model.dtype)
-    skeleton.refuse_missing()
+    refuse_missing(skeleton.names)
     twice = [
         (name, other)
-        for name, other in skeleton.tied.items()
-        if skeleton.file_name(name) in model.stored and not skeleton.shares(name)
+        for name, other in skeleton.names.tied.items()
+        if skeleton.names.file_name(name) in model.stored and not skeleton.names.shares(name)
     ]
-    modules = {skeleton.file_name(name).rpartition(".")[0] for pair in twice for name in pair}
-    return untied(model.raw) if skeleton.apart or modules & set(quantized) else model.raw
+    modules = {skeleton.names.file_name(name).rpartition(".")[0] for pair in twice for name in pair}
+    return untied(model.raw) if skeleton.names.apart or modules & set(quantized) else model.raw
 
 
 def transposed(model: Checkpoint) -> frozenset[str]:
     """Modules of the files whose weight is stored as [k, o] where it is dense; as far as
     transformers knows the architecture."""
-    return Skeleton(model, model.dtype).transposed if model.known else frozenset()
+    return Skeleton(model, model.dtype).names.transposed if model.known else frozenset()
 
 
 def experts_apart(model: Checkpoint, whole: Collection[str] = ()) -> Checkpoint:
@@ -164,11 +165,11 @@ def experts_apart(model: Checkpoint, whole: Collection[str] = ()) -> Checkpoint:
         return model
     skeleton, stored = Skeleton(model, model.dtype), dict(model.stored)
     for name, parameter in skeleton.model.named_parameters():
-        held = skeleton.file_name(name)
+        held = skeleton.names.file_name(name)
         if (
             held in fused
             and model.stored[held].shape == tuple(parameter.shape)
-            and (pieces := skeleton.expert_pieces(name))
+            and (pieces := skeleton.names.expert_pieces(name))
         ):
             del stored[held]
             stored |= {
@@ -190,7 +191,7 @@ def holds_experts(name: str, stored: Stored) -> bool:
 
 
 def _other_matrices(skeleton: Skeleton) -> dict[str, nn.Module]:
-    linears = set(skeleton.linears())
+    linears = set(skeleton.names.linears())
     return {
         name: m
         for name, m in skeleton.model.named_modules()

@@ -1,24 +1,20 @@
 """What happens around a linear at run time, as the files' configuration says: its input is rotated
 and then rounded, its output rotated."""
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
 from qlab.algebra.graph import Op
 from qlab.errors import QlabError
-
-if TYPE_CHECKING:
-    from qlab.model.skeleton import Skeleton
+from qlab.model.skeleton import Skeleton
 
 
-def at_input(skeleton: "Skeleton", site: str) -> tuple[Op, ...]:
+def at_input(skeleton: Skeleton, site: str) -> tuple[Op, ...]:
     """The operations on a site's input. Fused experts have one input, which all of them must round
     alike."""
     checkpoint = skeleton.checkpoint
-    modules = [m for m in skeleton.modules(site) if m in checkpoint.inputs]
+    modules = [m for m in skeleton.names.modules(site) if m in checkpoint.inputs]
     specs = {checkpoint.inputs[m] for m in modules}
-    if skeleton.fused(site) and (len(specs) > 1 or any(s.static for s in specs)):
+    if skeleton.names.fused(site) and (len(specs) > 1 or any(s.static for s in specs)):
         raise QlabError(
             f"{site}: its experts round their inputs in ways of their own "
             f"({', '.join(map(str, specs))}); qlab reads experts whose inputs are rounded with "
@@ -29,22 +25,22 @@ def at_input(skeleton: "Skeleton", site: str) -> tuple[Op, ...]:
     )
 
 
-def at_output(skeleton: "Skeleton", site: str) -> tuple[Op, ...]:
+def at_output(skeleton: Skeleton, site: str) -> tuple[Op, ...]:
     """The operations on a site's output."""
     return _rotation(skeleton, site, "output")
 
 
-def _rotation(skeleton: "Skeleton", site: str, location: str) -> tuple[Op, ...]:
+def _rotation(skeleton: Skeleton, site: str, location: str) -> tuple[Op, ...]:
     """What a site's "input" or "output" is multiplied with; the configuration may name the linear
     in either spelling."""
-    experts = skeleton.fused(site)
+    experts = skeleton.names.fused(site)
     if not experts and not isinstance(skeleton.model.get_submodule(site), nn.Linear):
         return ()
     o, k = skeleton.model.get_parameter(site if experts else f"{site}.weight").shape[-2:]
     channels = k if location == "input" else o
     rotations = (
         skeleton.checkpoint.rotations(name, location, channels)
-        for name in dict.fromkeys(skeleton.modules(site))
+        for name in dict.fromkeys(skeleton.names.modules(site))
     )
     found = [ops for ops in rotations if ops]
     if experts and found:

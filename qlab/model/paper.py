@@ -78,6 +78,13 @@ def _widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
                 module._parameters[key] = nn.Parameter(tensor.to(wide), requires_grad=False)
 
 
+def dtype_in(model: nn.Module, name: str) -> torch.dtype:
+    """The dtype in which the model computes with a parameter or a buffer: that of the run, or
+    the one that it has in every run."""
+    owner, _, key = name.rpartition(".")
+    return getattr(model.get_submodule(owner), key).dtype
+
+
 def _maker(config: PretrainedConfig) -> Any:
     """The auto class that makes the architecture that the config names: of text alone, or of images
     and text."""

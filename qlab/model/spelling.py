@@ -1,4 +1,4 @@
-"""Which parameter of a model each tensor of its files is loaded into, by transformers' own rules."""
+"""Which parameter of a model each tensor of its files is loaded into, by transformers' rules."""
 
 from collections.abc import Hashable, Iterable, Mapping
 

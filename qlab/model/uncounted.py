@@ -17,7 +17,7 @@ def uncounted(skeleton: Skeleton) -> dict[str, set[str]]:
     held = {
         piece.name: index
         for index, path in enumerate(skeleton.blocks)
-        for pieces in skeleton.block_names(path).values()
+        for pieces in skeleton.names.block_names(path).values()
         for piece in pieces
     }
     prefix = _prefix([name for name, index in held.items() if index == 0])

@@ -15,6 +15,8 @@ from qlab.algebra.tracing import programs
 from qlab.algebra.tracing.programs import program
 from qlab.algebra.tracing.trace import trace
 from qlab.files.checkpoint import open_checkpoint
+from qlab.model.loading import load_outside
+from qlab.model.running import record_blocks
 from qlab.model.skeleton import Skeleton
 
 X = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
@@ -85,9 +87,9 @@ def code(saved):
     def opened(**config):
         one_block = saved("gemma2", num_hidden_layers=1, layer_types=None, **config)
         skeleton = Skeleton(open_checkpoint(one_block), torch.float32)
-        skeleton.load_outside(with_head=False)
-        _, calls = skeleton.record(torch.arange(3, 15)[None])
-        return next(skeleton.code(path, call) for path, call in calls.items())
+        load_outside(skeleton, with_head=False)
+        _, calls = record_blocks(skeleton, torch.arange(3, 15)[None])
+        return next(skeleton.programs.code(path, call) for path, call in calls.items())
 
     return opened
 

@@ -31,6 +31,8 @@ from qlab.evaluation.perplexity import read
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.inputs import quantize_inputs
 from qlab.methods.rtn import rtn
+from qlab.model.loading import load_block, load_outside
+from qlab.model.running import head, record_blocks
 from qlab.model.skeleton import Skeleton
 
 CODEC = CODECS["compressed-tensors"]
@@ -129,7 +131,7 @@ def of_preset(name, folder):
 def logits(folder, ids):
     """What qlab computes of the directory."""
     reading = read(open_checkpoint(folder), qlab.from_ids(open_checkpoint(folder), ids))
-    return reading.skeleton.head(ids, reading.hidden)
+    return head(reading.skeleton, ids, reading.hidden)
 
 
 @pytest.mark.parametrize(
@@ -229,10 +231,10 @@ def test_a_global_scale_of_inputs_is_measured_on_the_calibration_data_and_read_a
     )
     skeleton = Skeleton(model, torch.float32)
     with torch.no_grad():
-        skeleton.load_outside(with_head=False)
-        hidden, calls = skeleton.record(data.ids)
+        load_outside(skeleton, with_head=False)
+        hidden, calls = record_blocks(skeleton, data.ids)
     path, call = next(iter(calls.items()))
-    graph = skeleton.graph(path, call)
+    graph = load_block(skeleton, path, call)
     first, *others = by_source(graph.sites).values()  # the others see what is rounded before them
     largest = (
         inputs_of(graph, [first[0].source], *call.inputs((hidden,)))[first[0].source].x.abs().max()

@@ -22,6 +22,7 @@ from qlab.codecs import reader
 from qlab.errors import QlabError
 from qlab.evaluation.perplexity import read
 from qlab.files.checkpoint import open_checkpoint
+from qlab.model.running import head
 
 CONFIG = {
     "quant_method": "fp8",
@@ -159,7 +160,7 @@ def test_a_directory_evaluates_with_its_inputs_rounded(family, tmp_path):
         )
     with torch.no_grad():
         expected = model(ids).logits
-    assert (reading.skeleton.head(ids, reading.hidden) - expected).norm() < 1e-4 * expected.norm()
+    assert (head(reading.skeleton, ids, reading.hidden) - expected).norm() < 1e-4 * expected.norm()
     theirs = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=FineGrainedFP8Config(dequantize=True)
     )

@@ -21,6 +21,8 @@ from qlab.driver.batches import push
 from qlab.errors import QlabError
 from qlab.files.certificate import fingerprint
 from qlab.files.checkpoint import open_checkpoint
+from qlab.model.loading import load_block, load_outside
+from qlab.model.running import head, record_blocks
 from qlab.model.skeleton import Skeleton
 
 CODES = {
@@ -38,12 +40,12 @@ IDS = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(1))
 @torch.no_grad()
 def qlab_logits(path):
     skeleton = Skeleton(qlab.open(path), torch.float32)
-    skeleton.load_outside(with_head=True)
-    hidden, calls = skeleton.record(IDS)
+    load_outside(skeleton, with_head=True)
+    hidden, calls = record_blocks(skeleton, IDS)
     state = (hidden,)
     for block, call in calls.items():
-        (state,) = push(skeleton.graph(block, call), iter([(call, state)]))
-    return skeleton.head(IDS, *state)
+        (state,) = push(load_block(skeleton, block, call), iter([(call, state)]))
+    return head(skeleton, IDS, *state)
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ from qlab.files.checkpoint import open_checkpoint
 from qlab.lowering.weights.linear import QExperts, QLinear, QuantizedWeight
 from qlab.methods.inputs import quantize_inputs
 from qlab.methods.rtn import rtn
+from qlab.model.running import head
 
 pytestmark = pytest.mark.usefixtures("door")
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
@@ -174,7 +175,7 @@ def test_what_is_saved_is_what_was_read(codec, made, tmp_path):
 def reference(path):
     """The logits of qlab's own reading, in float32."""
     reading = read(open_checkpoint(path), qlab.from_ids(open_checkpoint(path), IDS))
-    return reading.skeleton.head(IDS, reading.hidden)
+    return head(reading.skeleton, IDS, reading.hidden)
 
 
 @pytest.mark.filterwarnings("ignore:no .*kernel")

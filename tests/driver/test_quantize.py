@@ -31,6 +31,8 @@ from qlab.methods.gptaq import aim_at_reference, gptaq
 from qlab.methods.gptq import gptq
 from qlab.methods.inputs import quantize_inputs
 from qlab.methods.rtn import rtn
+from qlab.model.loading import load_outside
+from qlab.model.running import record_blocks
 from qlab.model.skeleton import Skeleton
 
 LINEAR = [
@@ -222,18 +224,18 @@ def test_blocks_that_differ_by_their_index_have_programs_of_their_own(tmp_path):
     model = tiny("gpt2", scale_attn_by_inverse_layer_idx=True, n_layer=3)
     model.save_pretrained(tmp_path)
     skeleton = Skeleton(open_checkpoint(tmp_path), torch.float32)
-    skeleton.load_outside(with_head=False)
-    _, calls = skeleton.record(IDS)
-    assert len({id(skeleton.code(path, call)) for path, call in calls.items()}) == 3
+    load_outside(skeleton, with_head=False)
+    _, calls = record_blocks(skeleton, IDS)
+    assert len({id(skeleton.programs.code(path, call)) for path, call in calls.items()}) == 3
     assert torch.allclose(qlab_logits(tmp_path), model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_blocks_of_one_structure_share_one_program(saved):
     skeleton = Skeleton(open_checkpoint(saved("gemma2")), torch.float32)
-    skeleton.load_outside(with_head=False)
-    _, calls = skeleton.record(IDS)
+    load_outside(skeleton, with_head=False)
+    _, calls = record_blocks(skeleton, IDS)
     assert (
-        len({id(skeleton.code(path, call)) for path, call in calls.items()}) == 2
+        len({id(skeleton.programs.code(path, call)) for path, call in calls.items()}) == 2
     )  # sliding and full attention
 
 

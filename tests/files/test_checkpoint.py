@@ -15,20 +15,21 @@ from qlab.driver.quantize import quantize
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.rtn import rtn
+from qlab.model.loading import drop_outside, load_outside
 from qlab.model.skeleton import Skeleton
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_is_found_in_the_files(family, saved):
     model, skeleton = tiny(family), Skeleton(open_checkpoint(saved(family)), torch.float32)
-    skeleton.load_outside(with_head=True)
+    load_outside(skeleton, with_head=True)
     outside = {
         n: p for n, p in skeleton.model.named_parameters(remove_duplicate=False) if not p.is_meta
     }
     inside = {
         f"{path}.{leaf}": skeleton.checkpoint.tensor(piece.name)
         for path in skeleton.blocks
-        for leaf, (piece,) in skeleton.block_names(path).items()
+        for leaf, (piece,) in skeleton.names.block_names(path).items()
     }
     expected = dict(model.named_parameters(remove_duplicate=False))
     assert outside.keys() | inside.keys() == expected.keys()
@@ -37,12 +38,12 @@ def test_every_parameter_is_found_in_the_files(family, saved):
 
 def test_what_is_loaded_outside_the_blocks_can_be_dropped(saved):
     skeleton = Skeleton(open_checkpoint(saved()), torch.float32)
-    skeleton.load_outside(with_head=False)
+    load_outside(skeleton, with_head=False)
     assert [n for n, p in skeleton.model.named_parameters() if not p.is_meta] == [
         "model.embed_tokens.weight",
         "model.norm.weight",
     ]
-    skeleton.drop_outside()
+    drop_outside(skeleton)
     assert all(p.is_meta for p in skeleton.model.parameters())
 
 
@@ -98,11 +99,11 @@ def test_a_missing_head_is_the_embedding_only_where_the_config_ties_them(tmp_pat
     tiny("llama").save_pretrained(tmp_path)
     change(tmp_path, lm_head__weight=None)
     with pytest.raises(QlabError, match=r"no tensor lm_head.weight"):
-        Skeleton(open_checkpoint(tmp_path), torch.float32).load_outside(with_head=True)
+        load_outside(Skeleton(open_checkpoint(tmp_path), torch.float32), with_head=True)
     config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     skeleton = Skeleton(open_checkpoint(tmp_path), torch.float32)
-    skeleton.load_outside(with_head=True)
+    load_outside(skeleton, with_head=True)
     assert torch.equal(skeleton.model.lm_head.weight, skeleton.model.model.embed_tokens.weight)
 
 

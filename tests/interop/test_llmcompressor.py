@@ -22,6 +22,7 @@ from qlab.evaluation.perplexity import read
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.inputs import quantize_inputs
 from qlab.methods.rtn import rtn
+from qlab.model.running import head
 
 VENV, NAME = os.environ.get("QLAB_INTEROP_VENV_LLMCOMPRESSOR"), "QLAB_INTEROP_VENV_LLMCOMPRESSOR"
 pytestmark = pytest.mark.skipif(
@@ -172,7 +173,7 @@ def test_we_compute_what_its_rotated_models_compute(name, theirs):
     found = load_file(theirs / f"{name}.logits.safetensors")
     model, tokens, expected = open_checkpoint(theirs / name), found["tokens"], found["logits"]
     reading = read(model, qlab.from_ids(model, tokens))
-    ours = reading.skeleton.head(tokens, reading.hidden)
+    ours = head(reading.skeleton, tokens, reading.hidden)
     assert (ours - expected).norm() < 1e-4 * expected.norm()
     lowered = qlab.lower(theirs / name, dtype=torch.float32, dense_cache=True)(tokens).logits
     assert (lowered - expected).norm() < 1e-4 * expected.norm()

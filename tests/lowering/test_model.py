@@ -14,6 +14,7 @@ from qlab.files.checkpoint import open_checkpoint
 from qlab.lowering import CodedExperts, CodedLinear, QExperts, QLinear, lower, resident_bytes
 from qlab.lowering.weights.linear import QuantizedWeight
 from qlab.methods.rtn import rtn
+from qlab.model.running import head
 
 SPECS = {
     "llama": "int4-g32",
@@ -53,7 +54,7 @@ def interpreted(path, ids, dtype=torch.float32):
     """The logits of the streamed, interpreted model."""
     reading = read(open_checkpoint(path), from_ids(open_checkpoint(path), ids), dtype)
     return torch.cat(
-        [reading.skeleton.head(ids[i : i + 1], reading.hidden[i : i + 1]) for i in range(len(ids))]
+        [head(reading.skeleton, ids[i : i + 1], reading.hidden[i : i + 1]) for i in range(len(ids))]
     ).double()
 
 

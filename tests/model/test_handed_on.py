@@ -18,6 +18,7 @@ from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.gptaq import gptaq
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
+from qlab.model.running import head
 
 INT8 = parse_spec("int8-g16")
 block = LlamaDecoderLayer.forward
@@ -105,7 +106,7 @@ def assert_read(source):
     with torch.no_grad():
         reading = read(open_checkpoint(source), data)
         assert torch.allclose(
-            reading.skeleton.head(data.ids, reading.hidden),
+            head(reading.skeleton, data.ids, reading.hidden),
             logits(source, data),
             rtol=1e-4,
             atol=1e-5,

@@ -25,6 +25,8 @@ from qlab.files.checkpoint import open_checkpoint
 from qlab.methods import METHODS
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
+from qlab.model.loading import load_block, load_outside
+from qlab.model.running import record_blocks
 from qlab.model.skeleton import Skeleton
 
 INT4 = parse_spec("int4-g16")
@@ -111,10 +113,10 @@ def starving(directory):
 def fused_leaf(path, name):
     """The stacked leaf of a site in a directory."""
     skeleton = Skeleton(open_checkpoint(path), torch.float32)
-    skeleton.load_outside(with_head=False)
-    _, calls = skeleton.record(IDS)
+    load_outside(skeleton, with_head=False)
+    _, calls = record_blocks(skeleton, IDS)
     block = next(b for b in skeleton.blocks if name.startswith(f"{b}."))
-    return skeleton.graph(block, calls[block]).params[name.removeprefix(f"{block}.")]
+    return load_block(skeleton, block, calls[block]).params[name.removeprefix(f"{block}.")]
 
 
 def test_experts_that_no_token_or_two_tokens_reach_are_quantized_and_named(tmp_path):

@@ -27,6 +27,7 @@ from qlab.files.checkpoint import open_checkpoint
 from qlab.methods import METHODS
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
+from qlab.model.loading import load_leaf
 from qlab.model.skeleton import Skeleton
 
 
@@ -255,7 +256,7 @@ def test_experts_whose_scales_are_for_more_than_a_row_of_one_projection_are_read
     save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
     skeleton = Skeleton(open_checkpoint(tmp_path), torch.float32)
     for name in ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"):
-        pieces, leaf = skeleton.pieces(name), dense(skeleton.leaf(name), torch.float32)
+        pieces, leaf = skeleton.names.pieces(name), dense(load_leaf(skeleton, name), torch.float32)
         assert len(pieces) > 3
         assert all(
             torch.equal(piece.of(leaf), dense(codes[piece.name], torch.float32)) for piece in pieces

@@ -14,6 +14,8 @@ from qlab.algebra.qtensor import QTensor, dense
 from qlab.algebra.spec import parse_spec
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
+from qlab.model.headers import refuse_missing
+from qlab.model.loading import load_original
 from qlab.model.pieces import Piece, assemble, pieces_of_experts
 from qlab.model.skeleton import Skeleton
 
@@ -21,10 +23,10 @@ from qlab.model.skeleton import Skeleton
 @pytest.mark.parametrize("family", ["granitemoe", "olmo_hybrid"])
 def test_weights_of_other_names_and_filters_in_parts_are_read_as_transformers_does(family, saved):
     skeleton = Skeleton(open_checkpoint(saved(family)), torch.float32)
-    skeleton.refuse_missing()
+    refuse_missing(skeleton.names)
     own = dict(tiny(family).named_parameters())
-    assert all(torch.equal(skeleton.original(name), own[name]) for name in own)
-    assert not {module for module in skeleton.expert_modules() if "conv" in module}
+    assert all(torch.equal(load_original(skeleton, name), own[name]) for name in own)
+    assert not {module for module in skeleton.names.expert_modules() if "conv" in module}
 
 
 SPECS = ("int4-g16", "int3-g32-asym", "int8-channel", "fp8-b16x32", "mxfp4", "nvfp4")

@@ -24,6 +24,8 @@ from qlab.lowering import lower
 from qlab.methods.awq import awq
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
+from qlab.model.loading import load_block, load_outside
+from qlab.model.running import record_blocks
 from qlab.model.skeleton import Skeleton
 
 INT8 = parse_spec("int8-g16")
@@ -79,10 +81,10 @@ def test_what_no_step_changed_has_the_bits_of_the_files(
 
 
 def block_of(skeleton, index, decoded=False):
-    skeleton.load_outside(with_head=False)
-    _, calls = skeleton.record(IDS)
+    load_outside(skeleton, with_head=False)
+    _, calls = record_blocks(skeleton, IDS)
     path = list(skeleton.blocks)[index]
-    return skeleton.graph(path, calls[path], decoded)
+    return load_block(skeleton, path, calls[path], decoded)
 
 
 @pytest.mark.parametrize("others", [torch.float32, torch.float16, torch.float64])
@@ -102,7 +104,7 @@ def test_a_fold_is_computed_from_the_bits_of_the_files_and_rounded_once_to_their
             n for n, leaf in graph.params.items() if leaf.ndim == 1
         }:
             own, exact = (
-                vectors[skeleton.file_name(f"{graph.path}.{name}")],
+                vectors[skeleton.names.file_name(f"{graph.path}.{name}")],
                 torch.promote_types(others, torch.float32),
             )
             t = torch.ones(len(own)).index_copy(0, fold.index_k, m_k)

@@ -22,7 +22,9 @@ from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.awq import awq
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
+from qlab.model.loading import load_block, load_outside
 from qlab.model.recording import Recorder
+from qlab.model.running import head, record_blocks
 from qlab.model.skeleton import Skeleton
 
 INT4 = parse_spec("int4-g16")
@@ -61,13 +63,13 @@ def test_perplexity_and_divergence_are_measured_on_text(family, saved, tmp_path)
 @every_model
 def test_blocks_see_what_images_become_and_compute_what_the_model_does(family, saved):
     skeleton, model = Skeleton(open_checkpoint(saved(family)), torch.float32), tiny(family)
-    skeleton.load_outside(with_head=True)
+    load_outside(skeleton, with_head=True)
     batches = [pictured(family, seed) for seed in range(2)]
     entering, calls = record(skeleton, batches)
     for batch, state, call in zip(batches, entering, calls):
         for path in skeleton.blocks:
-            (state,) = push(skeleton.graph(path, call[path]), iter([(call[path], state)]))
-        ours, theirs = skeleton.head(batch["input_ids"], *state), model(**batch).logits
+            (state,) = push(load_block(skeleton, path, call[path]), iter([(call[path], state)]))
+        ours, theirs = head(skeleton, batch["input_ids"], *state), model(**batch).logits
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
         without = model(input_ids=batch["input_ids"]).logits
         assert (theirs - without).norm() > 1e-3 * theirs.norm()  # the image matters
@@ -190,7 +192,7 @@ def test_a_command_calibrates_on_images(llava, tmp_path, command):
 
 def test_models_that_change_hidden_states_between_blocks_are_refused(saved):
     skeleton = Skeleton(open_checkpoint(saved("llava")), torch.float32)
-    skeleton.load_outside(with_head=False)
+    load_outside(skeleton, with_head=False)
     forward = Recorder.forward
     second = "model.language_model.layers.1"
 
@@ -203,7 +205,7 @@ def test_models_that_change_hidden_states_between_blocks_are_refused(saved):
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(Recorder, "forward", joined)
         with pytest.raises(QlabError, match=f"changes hidden states before {second}"):
-            skeleton.record(IDS)
+            record_blocks(skeleton, IDS)
 
 
 @torch.no_grad()

@@ -143,7 +143,7 @@ return QTensor(round_codes(W_ok, exact, zeros, spec, outer), scales, zeros, spec
         """\
 original.mT if isinstance(
     original, Tensor
-) and module in skeleton.transposed else original
+) and module in skeleton.names.transposed else original
 """,
         "original.mT if isinstance(original, Tensor) and False else original",
         "directories/transposed",

@@ -36,7 +36,7 @@ def rotations(skeleton: Skeleton) -> Rotations:
 
     found = {
         name: (matrix(at_input(skeleton, name)), matrix(at_output(skeleton, name)))
-        for name in skeleton.linears()
+        for name in skeleton.names.linears()
     }
     return {name: pair for name, pair in found.items() if pair != (None, None)}
 
