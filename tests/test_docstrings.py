@@ -11,11 +11,9 @@ import qlab
 
 UNDONE = {
     "GRIDS",
-    "Int",
     "METHODS",
     "QlabError",
     "Samples",
-    "Tile",
     "Tokens",
     "absorb",
     "aim_at_reference",
@@ -38,7 +36,6 @@ UNDONE = {
     "lower",
     "open",
     "outside",
-    "parse_spec",
     "perplexity",
     "plan",
     "quantize",

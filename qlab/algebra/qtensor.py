@@ -1,4 +1,8 @@
-"""The quantized value: W ~ (codes - zeros) * scales, a plain immutable dataclass and pytree."""
+"""A quantized weight: W ~ (codes - zeros) * scales, an immutable dataclass and a pytree.
+
+Legend: W_ok a weight of o output and k input channels; [a, g] its scales, a tiles down and g tiles
+across (`qlab.algebra.tile`).
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -13,15 +17,14 @@ from qlab.errors import QlabError
 
 @dataclass(frozen=True)
 class QTensor:
-    """W[..., o, k] ~ (codes - zeros) * scales, one scale per tile of `spec.tile`; with outer: codes
-    * (scales / outer).
+    """W[..., o, k] ~ (codes - zeros) * scales, or codes * (scales / outer) where there is an outer
+    scale.
 
-    codes: [..., o, k] in spec.code_dtype: signed int8, or an 8-bit float that holds the value
-    itself.
-    scales: float [..., a, g]; they may be negative (signed full range). zeros: [..., a, g] in
-    spec.zero_dtype, or None when the spec is symmetric. outer: fp32 [..., 1], the global scale of
-    NVFP4, which scales are divided by, or None. perm: int64 [k], or None. Column j of codes is
-    input channel perm[j]: the order in which channels share groups in formats with g_idx.
+    codes: [..., o, k] in spec.code_dtype, which is int8, or an 8-bit float that holds values.
+    scales: float [..., a, g], one per tile; they may be negative. zeros: [..., a, g] in
+    spec.zero_dtype, None for a symmetric spec. outer: fp32 [..., 1], the global scale of NVFP4, or
+    None. perm: int64 [k] or None; column j of codes is input channel perm[j]. Formats with g_idx
+    need it, whose groups hold channels in an order of their own.
     """
 
     codes: Tensor
@@ -32,7 +35,7 @@ class QTensor:
     perm: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.codes, Tensor):  # pytree maps may carry anything
+        if not isinstance(self.codes, Tensor):  # a pytree map may put anything in its place
             return
         expected = self.spec.tile.scales_shape(self.codes.shape)
         if tuple(self.scales.shape) != expected:
@@ -68,20 +71,21 @@ Params = Mapping[str, Leaf]
 
 
 def steps(scales: Tensor, outer: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What one unit of the codes weighs, [..., a, g] in `dtype`: scales, or scales / outer."""
+    """The step from one code to the next, [..., a, g] in `dtype`: scales, or scales / outer."""
     return scales.to(dtype) if outer is None else scales.to(dtype) / outer.to(dtype)[..., None]
 
 
 def shared_outer(weights: Iterable[Tensor], spec: Spec) -> Tensor | None:
-    """The outer scale [..., 1] that weights [..., o, k] have in common, or None where the spec has
-    no such scale."""
+    """The outer scale [..., 1] that several weights [..., o, k] share, or None where the spec has
+    no outer scale."""
     if not (isinstance(spec, Float) and spec.outer):
         return None
-    return spec.global_scale(torch.stack([W.abs().amax((-2, -1)) for W in weights]).amax(0))
+    largest = [W.abs().amax((-2, -1)) for W in weights]
+    return spec.global_scale(torch.stack(largest).amax(0))
 
 
 def by_rows(leaf: QTensor) -> QTensor:
-    """The same numbers, with scales for every row by itself where one covers several."""
+    """The same numbers with scales for each row, also where one scale covered several rows."""
     rows, tile = leaf.shape[-2], leaf.spec.tile
 
     def spread(t: Tensor) -> Tensor:
@@ -98,8 +102,8 @@ def by_rows(leaf: QTensor) -> QTensor:
 def round_codes(
     W_ok: Tensor, scales: Tensor, zeros: Tensor | None, spec: Spec, outer: Tensor | None = None
 ) -> Tensor:
-    """codes = the nearest to W / scales + zeros (or W / (scales / outer)) in the dtype of W, [...,
-    o, k] in spec.code_dtype."""
+    """codes = round(W / scales + zeros), or round(W / (scales / outer)): [..., o, k] in
+    spec.code_dtype, computed in the dtype of W."""
     x = spec.tile.split(W_ok) / steps(scales, outer, W_ok.dtype)[..., None]
     if zeros is not None:
         x = x + zeros.to(x.dtype)[..., None]
@@ -107,8 +111,11 @@ def round_codes(
 
 
 def dense(leaf: Leaf, dtype: torch.dtype | None = None) -> Tensor:
-    """(codes - zeros) * scales computed in `dtype` (default: the scales', or fp32 where those have
-    8 bits), or the plain tensor in `dtype`."""
+    """The weight in floating point: (codes - zeros) * scales, or the tensor itself.
+
+    dtype: of the arithmetic and the result. The default is that of the tensor or the scales, and
+    fp32 for scales of 8 bits.
+    """
     if isinstance(leaf, Tensor):
         return leaf if dtype is None else leaf.to(dtype)
     dtype = dtype or (leaf.scales.dtype if leaf.scales.dtype.itemsize > 1 else torch.float32)
@@ -120,16 +127,6 @@ def dense(leaf: Leaf, dtype: torch.dtype | None = None) -> Tensor:
     return W_ok if leaf.perm is None else W_ok[..., leaf.perm.argsort()]
 
 
-def nbytes(leaf: Leaf) -> int:
-    """Bytes a leaf takes in memory."""
-    parts = (
-        [leaf]
-        if isinstance(leaf, Tensor)
-        else [leaf.codes, leaf.scales, leaf.zeros, leaf.outer, leaf.perm]
-    )
-    return sum(t.numel() * t.itemsize for t in parts if t is not None)
-
-
 pytree.register_pytree_node(
     QTensor,
     lambda q: ([q.codes, q.scales, q.zeros, q.outer, q.perm], q.spec),
@@ -138,11 +135,9 @@ pytree.register_pytree_node(
 
 
 def largest_step(leaf: QTensor, D_ok: Tensor) -> float:
-    """max |D| / |scale| of an error D = W' - W: at most 0.5 for a weight that was rounded to the
-    nearest integer unclipped. No error at a scale of 0 is none."""
+    """max |D| / |scale| over an error D = W' - W: at most 0.5 for integer codes that are the
+    nearest and were not clipped."""
     low, high = leaf.spec.tile.split(D_ok).aminmax(dim=-1)
-    return float(
-        (torch.maximum(-low, high) / steps(leaf.scales, leaf.outer, torch.float32).abs())
-        .nan_to_num(0.0)
-        .max()
-    )
+    error_ag = torch.maximum(-low, high)
+    error_in_steps = error_ag / steps(leaf.scales, leaf.outer, torch.float32).abs()
+    return float(error_in_steps.nan_to_num(0.0).max())  # 0 / 0 where the scale is 0

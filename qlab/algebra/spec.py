@@ -1,4 +1,8 @@
-"""Number grids. Nothing else in qlab knows which numbers exist."""
+"""Specs: which numbers a quantized weight may hold, and what one scale covers.
+
+A spec is an `Int` or a `Float` with a `Tile`. It has a name such as int4-g64, which `parse_spec`
+reads. No other file of qlab knows which numbers exist.
+"""
 
 import math
 import re
@@ -15,11 +19,24 @@ from qlab.errors import QlabError
 
 @dataclass(frozen=True)
 class Int:
-    """Integer codes in [-2^(bits-1), 2^(bits-1) - 1]; W = (codes - zeros) * scales.
+    """Integer codes from -2^(bits-1) to 2^(bits-1) - 1, with W = (codes - zeros) * scales.
 
-    symmetric: zeros are all 0 and not stored. scale_dtype: how scales are stored; None is the
-    weight's own dtype. zero_dtype: int8 zeros are codes of the grid; a float dtype lets them lie
-    between codes (HQQ).
+    Args:
+        bits: bits of a code, 1 to 8.
+        tile: the weights that share one scale and one zero point.
+        symmetric: all zero points are 0, and are not stored.
+        scale_dtype: the dtype in which scales are stored; None is that of the weight.
+        zero_dtype: the dtype of zero points. int8 zero points are codes; those of a floating-point
+            dtype may lie between codes, as HQQ's do.
+
+    Raises:
+        QlabError: the tile is no Tile, or bits is not from 1 to 8.
+
+    Example:
+        >>> import qlab
+        >>> spec = qlab.Int(4, qlab.Tile(1, 64), symmetric=False)
+        >>> str(spec), spec.qmin, spec.qmax
+        ('int4-g64-asym', -8, 7)
     """
 
     bits: int
@@ -50,21 +67,22 @@ class Int:
 
     @property
     def reach(self) -> float:
-        """max|W| / reach is the scale that spreads a symmetric range over all codes: half the
-        distance between the ends."""
+        """Half the distance between the lowest and the highest code. max|W| / reach is the scale
+        that spreads a symmetric range over all codes."""
         return (self.qmax - self.qmin) / 2
 
     def nearest_(self, x: Tensor) -> Tensor:
-        """x, in units of the scale, moved to the nearest code, ties to even, saturating at the
-        ends. In place."""
+        """Round x, which is in units of the scale, to the nearest code, in place. Ties go to the
+        even code, and what is beyond the ends saturates."""
         return x.round_().clamp_(self.qmin, self.qmax)
 
     def bits_per_weight(self, shape: torch.Size, dtype: torch.dtype) -> float:
-        """Stored bits per weight: codes, scales in their dtype, and zero points of `bits` bits
-        each."""
+        """Stored bits per weight of a weight of this shape and dtype: its codes, scales and zero
+        points. An int8 zero point counts as a code, of `bits` bits."""
         per_zero = self.bits if self.zero_dtype == torch.int8 else 8 * self.zero_dtype.itemsize
-        per_scale = 8 * (self.scale_dtype or dtype).itemsize + (0 if self.symmetric else per_zero)
-        return self.bits + per_scale * _scales_per_weight(self.tile, shape)
+        per_scale = 8 * (self.scale_dtype or dtype).itemsize
+        per_tile = per_scale if self.symmetric else per_scale + per_zero
+        return self.bits + per_tile * _scales_per_weight(self.tile, shape)
 
     def __str__(self) -> str:
         return f"int{self.bits}-{self.tile}" + ("" if self.symmetric else "-asym")
@@ -76,12 +94,21 @@ def _scales_per_weight(tile: Tile, shape: torch.Size) -> float:
 
 @dataclass(frozen=True)
 class Float:
-    """Floating-point codes of 1 sign, `exponent` and `mantissa` bits; W = codes * scales, or codes
-    * (scales / outer).
+    """Floating-point codes, with W = codes * scales, or W = codes * (scales / outer).
 
-    Codes hold the value itself in e4m3, into which every narrower one fits exactly. outer: scales
-    are relative to one fp32 global scale per weight (NVFP4), by which they are divided. scale_dtype
-    float8_e8m0fnu: powers of two (OCP MX).
+    Codes are values: every number of a narrower format is also one of e4m3, the dtype that holds
+    them.
+
+    Args:
+        exponent: bits of the exponent.
+        mantissa: bits of the mantissa, beside which a code has 1 bit of sign.
+        tile: the weights that share one scale.
+        scale_dtype: the dtype in which scales are stored, float8_e8m0fnu for powers of two (OCP
+            MX); None is that of the weight.
+        outer: scales are divided by one fp32 global scale per weight (NVFP4).
+
+    Raises:
+        QlabError: no known format has these bits of exponent and mantissa.
     """
 
     exponent: int
@@ -110,42 +137,39 @@ class Float:
 
     @property
     def reach(self) -> float:
-        """max|W| / reach is the scale that maps a range onto all codes."""
+        """The largest code. max|W| / reach is the scale that spreads a range over all codes."""
         return self.max
 
     def nearest_(self, x: Tensor) -> Tensor:
-        """x, in units of the scale, moved to the nearest code, ties to even, saturating at the
-        ends. In place.
+        """Round x, which is in units of the scale, to the nearest code, in place. Ties go to the
+        even code, and what is beyond the ends saturates.
 
-        A zero of either sign becomes +0, while what is rounded down to zero keeps its sign
-        (compressed-tensors).
+        As in compressed-tensors -0 becomes +0, and a small negative number becomes -0.
         """
         x.add_(0.0).clamp_(-self.max, self.max)
         if self.bits == 8:
             return x.copy_(x.to(self.code_dtype))
-        # below 2 the numbers of e2m1 and e2m3 are subnormal or in the first binade, which have the
-        # same step
+        # Codes of e2m1 and e2m3 below 2 are subnormal or in the first binade. Both have one step.
         step = torch.exp2((x.frexp().exponent - 1).clamp_(min=0) - self.mantissa).to(x.dtype)
         return x.div_(step).round_().mul_(step)
 
     def global_scale(self, absmax: Tensor) -> Tensor:
-        """outer = (448 * max) / absmax: it takes the largest group's scale to the end of e4m3.
-        absmax [...] -> [..., 1]."""
+        """outer = max(scale dtype) * max / absmax, [...] -> [..., 1]: it makes the largest scale
+        the largest number of its dtype."""
         assert self.outer and self.scale_dtype is not None
         largest = torch.finfo(self.scale_dtype).max * self.max
         outer = largest / absmax.float().clamp_min(torch.finfo(torch.float32).tiny)
         return outer.nan_to_num_(nan=1.0, posinf=1.0)[..., None]
 
     def bits_per_weight(self, shape: torch.Size, dtype: torch.dtype) -> float:
-        """Stored bits per weight: codes and scales in their dtype; one outer scale per weight does
-        not show."""
-        return self.bits + 8 * (self.scale_dtype or dtype).itemsize * _scales_per_weight(
-            self.tile, shape
-        )
+        """Stored bits per weight of a weight of this shape and dtype: its codes and scales. The
+        outer scale, of which a weight has one, is left out."""
+        per_scale = 8 * (self.scale_dtype or dtype).itemsize
+        return self.bits + per_scale * _scales_per_weight(self.tile, shape)
 
     def __str__(self) -> str:
-        named = [name for name, spec in NAMED.items() if spec == self]
-        return named[0] if named else f"fp{self.bits}-{self.tile}"
+        names = [name for name, spec in NAMED.items() if spec == self]
+        return names[0] if names else f"fp{self.bits}-{self.tile}"
 
 
 # e4m3 has no infinities; e2m3 and e2m1 (OCP MX) have neither infinities nor NaN
@@ -154,13 +178,39 @@ FLOATS = {"fp8": (4, 3), "fp6": (2, 3), "fp4": (2, 1)}
 Spec = Int | Float
 
 
-def parse_spec(text: str, symmetric: bool = True) -> Spec:
-    """The spec that a name means, in upper or lower case. Integers: 'int4-g64', 'int8-channel',
-    'int8-tensor', with '-asym' for a zero point.
+_NAME = re.compile(
+    r"(?P<kind>int|fp)(?P<bits>[0-9]+)-"
+    r"(?:g(?P<group>[0-9]{1,9})|b(?P<rows>[0-9]{1,9})x(?P<cols>[0-9]{1,9})"
+    r"|(?P<whole>channel|tensor))"
+    r"(?P<asym>-asym)?"
+)
 
-    Floats: 'fp8-tensor', 'fp8-channel', 'fp8-b128x128', 'mxfp4', 'mxfp6', 'mxfp8' (groups of 32,
-    power-of-two scales:
-    OCP MX) and 'nvfp4' (groups of 16, e4m3 scales under one global scale).
+
+def parse_spec(text: str, symmetric: bool = True) -> Spec:
+    """The spec that a name means, in upper or lower case: number, bits and what one scale covers.
+
+    Integers: int4-g64 (groups of 64), int8-channel, int8-tensor, int4-b128x128 (blocks), each with
+    -asym for zero points. Floats: fp8-tensor, fp8-channel, fp8-b128x128, and by the names of their
+    formats mxfp4, mxfp6, mxfp8 (OCP MX: groups of 32, scales are powers of two) and nvfp4 (groups
+    of 16, e4m3 scales under one global scale). Engines' names of formats whose inputs stay dense
+    are read as well: w4a16, w4a16_asym, w8a16, nvfp4a16, mxfp4a16.
+
+    Args:
+        text: the name.
+        symmetric: False adds zero points, as -asym does.
+
+    Returns:
+        The spec, an Int or a Float, with scales in the dtype of the weight or of the format.
+
+    Raises:
+        QlabError: the name is unknown, or asks for zero points of floats or for groups of 0.
+
+    Example:
+        >>> import qlab
+        >>> qlab.parse_spec("int4-g64-asym")
+        Int(bits=4, tile=Tile(rows=1, cols=64), symmetric=False, scale_dtype=None, ...)
+        >>> str(qlab.parse_spec("W8A16"))
+        'int8-channel'
     """
     text = text.lower() if text.isascii() else text
     text = ALIASES.get(text, text)
@@ -168,36 +218,35 @@ def parse_spec(text: str, symmetric: bool = True) -> Spec:
         raise QlabError(f"spec {text!r} has no zero point; only integers are asymmetric")
     if text in NAMED:
         return NAMED[text]
-    match = re.fullmatch(
-        r"(int|fp)([0-9]+)-(?:g([0-9]{1,9})|b([0-9]{1,9})x([0-9]{1,9})|(channel)|(tensor))(-asym)?",
-        text,
-    )
-    if not match or (match[1] == "fp" and (f"fp{match[2]}" not in FLOATS or match[8])):
+    match = _NAME.fullmatch(text)
+    if not match or (
+        match["kind"] == "fp" and (f"fp{match['bits']}" not in FLOATS or match["asym"])
+    ):
         raise QlabError(
             f"spec {text[:40]!r} is unknown; write int<bits>-g<group>, int<bits>-channel or "
             f"int<bits>-tensor, such as int4-g64, or fp8-channel, fp8-b128x128, {', '.join(NAMED)}"
         )
-    kind, bits, group, rows, cols, channel, _, asym = match.groups()
+    tile = _tile_named(text, match)
+    if match["kind"] == "fp":
+        return Float(*FLOATS[f"fp{match['bits']}"], tile)
+    return Int(int(match["bits"]), tile, symmetric and not match["asym"])
+
+
+def _tile_named(text: str, match: re.Match[str]) -> Tile:
+    group, rows, cols = match["group"], match["rows"], match["cols"]
     if any(size is not None and int(size) < 1 for size in (group, rows, cols)):
         raise QlabError(
             f"spec {text!r} asks for groups of {group or f'{rows}x{cols}'}; a group holds at "
             "least one input channel"
         )
-    tile = (
-        Tile(1, int(group))
-        if group
-        else Tile(int(rows), int(cols))
-        if rows
-        else Tile(1 if channel else None, None)
-    )
-    return (
-        Int(int(bits), tile, symmetric and not asym)
-        if kind == "int"
-        else Float(*FLOATS[f"fp{bits}"], tile)
-    )
+    if group:
+        return Tile(1, int(group))
+    if rows:
+        return Tile(int(rows), int(cols))
+    return Tile(1 if match["whole"] == "channel" else None, None)
 
 
-# what engines call weights in these formats, whose inputs stay as they are
+# What engines call these formats of weights. Inputs stay dense in them.
 ALIASES = {
     "w4a16": "int4-g128",
     "w4a16_asym": "int4-g128-asym",
@@ -214,19 +263,19 @@ NAMED: dict[str, Spec] = {
 
 
 def with_scale_dtype(spec: Spec, dtype: torch.dtype) -> Spec:
-    """The spec with its scale dtype settled: its own where stated, else the weight's."""
+    """The spec with a scale dtype: its own, or `dtype` where it leaves that open."""
     return spec if spec.scale_dtype else replace(spec, scale_dtype=dtype)
 
 
 def same_grid(a: Spec, b: Spec) -> bool:
-    """Whether two specs are one, where either leaves the dtype of its scales open."""
+    """Whether two specs are equal; an open scale dtype equals any."""
     dtype = a.scale_dtype or b.scale_dtype or torch.float32
     return with_scale_dtype(a, dtype) == with_scale_dtype(b, dtype)
 
 
 def described(spec: Spec) -> str:
-    """Its name, or all of it where the name stands for another one: scales or zero points in a
-    dtype of their own."""
+    """The name of a spec, or all of its fields where the name stands for another spec, as with
+    scales or zero points in a dtype of their own."""
     return str(spec) if parse_spec(str(spec)) == spec else repr(spec)
 
 
@@ -274,11 +323,10 @@ def _dtype_named(name: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """How the input of a site is rounded at run time: the spec's tiles lie over x [tokens,
-    channels].
+    """How the input x of a linear layer is rounded at run time.
 
-    static: the one scale (NVFP4: the outer scale) was fixed beforehand and is stored; else it is
-    found for the x at hand.
+    spec: its tiles lie over x [tokens, channels], so that a token is a row. static: the one scale
+    (of NVFP4: the outer scale) is fixed and stored; otherwise scales are computed from each x.
     """
 
     spec: Spec
@@ -289,8 +337,8 @@ class InputSpec:
 
 
 def parse_input_spec(text: str) -> InputSpec:
-    """'int8-token', 'fp8-token', 'fp8-tensor static', or another spec over [tokens, channels]; a
-    token is a row."""
+    """The input spec of a name: a spec's name, in which -token is another word for -channel, and
+    " static" behind it for a stored scale. Examples: int8-token, fp8-tensor static."""
     name, _, static = text.partition(" ")
     if static not in ("", "static"):
         raise QlabError(

@@ -1,6 +1,11 @@
-"""What one scale covers."""
+"""Which weights share one scale: a tile of rows and columns.
+
+Legend: W_ok a weight of o output and k input channels; [a, g] its scales, a tiles down and g tiles
+across; n the weights in one tile.
+"""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,17 +17,32 @@ from qlab.errors import QlabError
 
 @dataclass(frozen=True)
 class Tile:
-    """The rows and columns of a weight that one scale covers; None is the whole axis.
+    """The rows and columns of a weight [..., o, k] that share one scale.
 
-    tensor = Tile(None, None), channel = Tile(1, None), group of g = Tile(1, g), 2-D block =
-    Tile(128, 128).
-    Leading axes (experts) always have scales of their own. Tiles at the lower and right edge may
-    reach over it and are filled up with zeros, so that scale counts are rounded up. Weights are
-    rounded to groups that divide a row; other writers' need not.
+    Tile(None, None) is the whole tensor, Tile(1, None) an output channel, Tile(1, 64) a group of 64
+    input channels, Tile(128, 128) a block. Each expert [e, o, k] has its own scales. Tiles that
+    reach over the lower or right edge are filled up with zeros. qlab rounds only to groups that
+    divide k, but reads files of other writers whose groups do not.
+
+    Args:
+        rows: output channels under one scale, at least 1; None for all of them.
+        cols: input channels under one scale, at least 1; None for all of them.
+
+    Raises:
+        QlabError: a size is not a whole number of at least 1.
+
+    Example:
+        >>> import qlab, torch
+        >>> tile = qlab.Tile(1, 64)
+        >>> str(tile), tile.scales_shape(torch.Size([96, 256]))
+        ('g64', (96, 4))
     """
 
     rows: int | None
     cols: int | None
+
+    pattern: ClassVar[str] = "... (a r) (g k) -> ... a g (r k)"
+    inverse: ClassVar[str] = "... a g (r k) -> ... (a r) (g k)"
 
     def __post_init__(self) -> None:
         for size in (self.rows, self.cols):
@@ -32,10 +52,8 @@ class Tile:
                     "least 1, or None for all"
                 )
 
-    pattern = "... (a r) (g k) -> ... a g (r k)"
-
     def split(self, W_ok: Tensor) -> Tensor:
-        """[..., o, k] -> [..., a, g, n]: the n numbers under scale [a, g], zeros where a block
+        """[..., o, k] -> [..., a, g, n]: the n weights under each scale, with zeros where a tile
         reaches over the edge."""
         rows, cols = self.sizes(W_ok.shape)
         o, k = W_ok.shape[-2:]
@@ -46,8 +64,10 @@ class Tile:
     def join(self, x_agn: Tensor, shape: torch.Size) -> Tensor:
         """The inverse of split, for a weight of the given shape."""
         rows, cols = self.sizes(shape)
-        whole = rearrange(x_agn, "... a g (r k) -> ... (a r) (g k)", r=rows, k=cols)
-        return whole if whole.shape == shape else whole[..., : shape[-2], : shape[-1]].contiguous()
+        W_ok = rearrange(x_agn, self.inverse, r=rows, k=cols)
+        if W_ok.shape == shape:
+            return W_ok
+        return W_ok[..., : shape[-2], : shape[-1]].contiguous()
 
     def sizes(self, shape: torch.Size) -> tuple[int, int]:
         """Rows and columns under one scale of a weight [..., o, k]."""
@@ -55,7 +75,8 @@ class Tile:
         return self.rows or o, self.cols or k
 
     def check(self, shape: torch.Size) -> None:
-        """Refuse groups that do not divide a weight [..., o, k], before it is rounded to them."""
+        """Refuse groups that do not divide the input channels of a weight [..., o, k] that is to be
+        rounded."""
         k = shape[-1]
         cols = self.cols or k
         if self.rows in (None, 1) and k % cols:
@@ -71,16 +92,15 @@ class Tile:
         return (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // cols))
 
     def __str__(self) -> str:
-        named: dict[tuple[int | None, int | None], str] = {
-            (None, None): "tensor",
-            (1, None): "channel",
-        }
-        if (self.rows, self.cols) in named:
-            return named[self.rows, self.cols]
-        return f"g{self.cols}" if self.rows == 1 else f"b{self.rows}x{self.cols}"
+        if self.rows is None and self.cols is None:
+            return "tensor"
+        if self.rows != 1:
+            return f"b{self.rows}x{self.cols}"
+        return "channel" if self.cols is None else f"g{self.cols}"
 
 
 def is_size(size: object) -> bool:
+    """Whether this is an int, which a bool is not here."""
     return isinstance(size, int) and not isinstance(size, bool)
 
 
