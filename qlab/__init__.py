@@ -45,7 +45,7 @@ HOMES = {
     "plan": "qlab.driver.plan",
     "quantize": "qlab.driver.quantize",
     "quantize_files": "qlab.directories.model_free",
-    "reparametrize": "qlab.algebra.transform",
+    "reparametrize": "qlab.algebra.reparametrize",
     "results": "qlab.directories.results",
     "rtn": "qlab.methods.rtn",
     "rules": "qlab.algebra.transform",

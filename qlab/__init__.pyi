@@ -1,6 +1,7 @@
 """The public names, as editors and type checkers see them."""
 
 from qlab.algebra.absorb import absorb as absorb
+from qlab.algebra.reparametrize import reparametrize as reparametrize
 from qlab.algebra.spec import Int as Int
 from qlab.algebra.spec import parse_spec as parse_spec
 from qlab.algebra.tile import Tile as Tile
@@ -9,7 +10,6 @@ from qlab.algebra.transform import chain as chain
 from qlab.algebra.transform import each_weight as each_weight
 from qlab.algebra.transform import keep as keep
 from qlab.algebra.transform import outside as outside
-from qlab.algebra.transform import reparametrize as reparametrize
 from qlab.algebra.transform import rules as rules
 from qlab.data.calibration import Tokens as Tokens
 from qlab.data.calibration import first_windows as first_windows

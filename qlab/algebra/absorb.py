@@ -27,9 +27,10 @@ from qlab.algebra.graph import (
     by_origin,
     open_symbols,
 )
+from qlab.algebra.online import Multiply
 from qlab.algebra.qtensor import Leaf, QTensor
 from qlab.algebra.spec import Spec
-from qlab.algebra.transform import Multiply, Stage, Transform
+from qlab.algebra.transform import Stage, Transform
 from qlab.errors import QlabError
 
 ROUNDED = 2**-8  # relative: what rounding a scale to bf16 may cost

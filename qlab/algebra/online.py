@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qlab.algebra.experts import per_row
 from qlab.algebra.grid import encode, minmax
 from qlab.algebra.qtensor import QTensor, dense, round_codes
 from qlab.algebra.spec import InputSpec, Spec
@@ -52,6 +53,31 @@ class QuantizeInput:
                 round_codes(x_nk, scales, zeros, self.spec, outer), scales, zeros, self.spec, outer
             )
         return dense(q, torch.float32)[:, :k].reshape(x.shape).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Multiply:
+    """The online operation x -> x * m, m [k], or of experts' rows m [e, 1, k]."""
+
+    m_k: Tensor
+
+    @property
+    def per_expert(self) -> bool:
+        return self.m_k.ndim == 3
+
+    def __call__(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
+        m = self.m_k.to(x.dtype)
+        return x * (m if ends is None else per_row(m[:, 0], ends, len(x)))
+
+
+@dataclass(frozen=True)
+class Rotate:
+    """The online operation x -> x @ M, M [k, k]."""
+
+    M_kk: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x @ self.M_kk.to(x.dtype)
 
 
 @dataclass(frozen=True)

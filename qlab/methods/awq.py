@@ -15,9 +15,10 @@ from torch import Tensor
 from qlab.algebra.absorb import Fold, absorb, folds, rows_move
 from qlab.algebra.graph import ModuleGraph, Site, by_origin, by_source
 from qlab.algebra.qtensor import shared_outer
+from qlab.algebra.reparametrize import reparametrize
 from qlab.algebra.spec import Spec, described, with_scale_dtype
 from qlab.algebra.stats import Moment, Stats
-from qlab.algebra.transform import Stage, Transform, chain, reparametrize
+from qlab.algebra.transform import Stage, Transform, chain
 from qlab.methods.grid import Grid, encode_rows, weighted
 from qlab.methods.rtn import rtn
 

@@ -15,9 +15,9 @@ from leaves import assert_same, hexes, random_qtensor
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from qlab.algebra.online import Multiply
 from qlab.algebra.qtensor import QTensor, dense, round_codes
 from qlab.algebra.spec import Int, Tile, parse_spec, with_scale_dtype
-from qlab.algebra.transform import Multiply
 from qlab.codecs import CODECS
 from qlab.errors import QlabError
 

@@ -27,8 +27,10 @@ from segments import assert_same, hidden, normal, of, relative, segment
 from qlab.algebra.absorb import fold_scales, folds
 from qlab.algebra.graph import by_origin
 from qlab.algebra.interpret import interpret
+from qlab.algebra.online import Multiply, Rotate
+from qlab.algebra.reparametrize import reparametrize
 from qlab.algebra.spec import parse_spec
-from qlab.algebra.transform import Multiply, Rotate, at, reparametrize
+from qlab.algebra.transform import at
 from qlab.errors import QlabError
 from qlab.methods.rtn import rtn
 

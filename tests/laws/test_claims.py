@@ -15,9 +15,10 @@ from qlab.algebra.claims import _sum_of_bits
 from qlab.algebra.grid import encode, minmax
 from qlab.algebra.online import QuantizeInput
 from qlab.algebra.qtensor import QTensor, dense
+from qlab.algebra.reparametrize import reparametrize
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.stats import Moment
-from qlab.algebra.transform import Stage, apply, at, chain, each_weight, reparametrize
+from qlab.algebra.transform import Stage, apply, at, chain, each_weight
 from qlab.driver.quantize import quantize
 from qlab.driver.solve import solve_in_order
 from qlab.driver.writing import refuse_unwritten

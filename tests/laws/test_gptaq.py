@@ -12,9 +12,10 @@ from segments import assert_same, batches_of, hidden, normal, relative, segment
 
 from qlab.algebra.graph import lone_weight
 from qlab.algebra.interpret import interpret
+from qlab.algebra.reparametrize import reparametrize
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.stats import STATS, Moment, Observation
-from qlab.algebra.transform import Stage, at, chain, reparametrize
+from qlab.algebra.transform import Stage, at, chain
 from qlab.driver.observe import Reference, observe
 from qlab.driver.solve import solve, solve_in_order
 from qlab.errors import QlabError

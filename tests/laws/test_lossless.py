@@ -14,9 +14,10 @@ from torch.utils import _pytree as pytree
 from qlab.algebra.absorb import absorb, fold_scales, folds
 from qlab.algebra.graph import by_origin, by_source
 from qlab.algebra.interpret import interpret, outputs_of
+from qlab.algebra.reparametrize import reparametrize
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.tracing.trace import trace
-from qlab.algebra.transform import Stage, chain, reparametrize
+from qlab.algebra.transform import Stage, chain
 from qlab.driver.lossless import refuse_changed
 from qlab.driver.quantize import quantize
 from qlab.driver.solve import in_order, solve, solve_in_order

@@ -13,6 +13,7 @@ from segments import assert_same, normal, segment
 from qlab.algebra.graph import by_source
 from qlab.algebra.interpret import interpret
 from qlab.algebra.qtensor import QTensor
+from qlab.algebra.reparametrize import reparametrize
 from qlab.algebra.scope import matches
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.stats import STATS
@@ -23,7 +24,6 @@ from qlab.algebra.transform import (
     chain,
     each_weight,
     keep,
-    reparametrize,
     rules,
     select,
 )

@@ -5,7 +5,7 @@ from mutants.planting import Mutant
 MUTANTS = [
     Mutant(
         "transport dropped",
-        "algebra/transform.py",
+        "algebra/reparametrize.py",
         "reparametrize",
         "stats = transport(stats, source, M)",
         "pass",

@@ -145,7 +145,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "mixture: an origin moves without its statistics",
-        "algebra/transform.py",
+        "algebra/reparametrize.py",
         "reparametrize",
         "for source in by_source(sharing): ...",
         "for source in list(by_source(sharing))[:1]: ...",
@@ -249,7 +249,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "a wrong inverse passes",
-        "algebra/transform.py",
+        "algebra/reparametrize.py",
         "_refuse_no_inverse",
         "if not (error <= INVERSE).all(): ...",
         "if False: ...",
@@ -289,7 +289,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "shared inputs may be split",
-        "algebra/transform.py",
+        "algebra/reparametrize.py",
         "reparametrize",
         "if outside: ...",
         "if False: ...",
@@ -297,7 +297,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
     ),
     Mutant(
         "weights reparametrized in place",
-        "algebra/transform.py",
+        "algebra/reparametrize.py",
         "reparametrize",
         "moved = W_ok * M_inv if M_inv.ndim != 2 else (W_ok.double() @ M_inv.T.double()).float()",
         """\
@@ -309,7 +309,7 @@ moved = (
     ),
     Mutant(
         "rotation transposed",
-        "algebra/transform.py",
+        "algebra/reparametrize.py",
         "reparametrize",
         "W_ok.double() @ M_inv.T.double()",
         "W_ok.double() @ M_inv.double()",
