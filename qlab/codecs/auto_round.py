@@ -1,7 +1,8 @@
 """AutoRound: GPTQ's and AWQ's tensors under a config of its own; read only.
 
-`packing_format` says whose tensors they are, `extra_config` what is other for a module: its exact
-name, else the first pattern found anywhere in it (re.search). Symmetric scales may be negative.
+`packing_format` says in which layout the tensors are. `extra_config` changes keys for single
+modules: the entry with a module's exact name counts, else the first one whose key, as a regular
+expression, matches anywhere in the name (re.search). Symmetric scales may be negative.
 Source: auto-round 0.16.
 """
 
@@ -21,7 +22,7 @@ LAYOUTS = {  # packing_format -> the codec that knows the tensors
     "auto_round:auto_awq": "awq",
     "auto_round:awq": "awq",
 }
-# What a config may say besides a spec; the first value is meant when the key is absent.
+# Keys beside the spec -> the values that qlab reads; the first is the default.
 ALLOWED: Mapping[str, tuple] = {
     "data_type": ("int", None),
     "act_bits": (None, 16, 32),
@@ -30,7 +31,7 @@ ALLOWED: Mapping[str, tuple] = {
 
 
 def layout(config: Mapping[str, Any]) -> str:
-    """The name of the codec for the tensors of such a directory."""
+    """The name of the codec that reads the tensors of such a directory."""
     name = config.get("packing_format")
     if not isinstance(name, str) or name not in LAYOUTS:
         raise QlabError(
@@ -40,35 +41,46 @@ def layout(config: Mapping[str, Any]) -> str:
 
 
 def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec]:
-    """The spec of every module with a qweight among `names`; refuses by name what it cannot
+    """The spec of every module with a qweight among `names`; refuses a config that qlab does not
     read."""
     bits = awq.BITS if layout(config) == "awq" else gptq.BITS
-    extra = config.get("extra_config") or {}
-    if not isinstance(extra, Mapping) or not all(
-        isinstance(value, Mapping) for value in extra.values()
+    changes = config.get("extra_config") or {}
+    if not isinstance(changes, Mapping) or not all(
+        isinstance(value, Mapping) for value in changes.values()
     ):
         raise QlabError(
             "quantization_config has an `extra_config` that is no table of names with tables of "
             "changes; repair it"
         )
     modules = {name.rpartition(".")[0] for name in names}
-    patterns = {key: _compiled(key) for key in extra if key not in modules}
-    found: dict[str, Spec] = {}
-    for path in checks.modules_with("qweight", names):
-        key = (
-            path
-            if path in extra
-            else next((k for k, pattern in patterns.items() if pattern.search(path)), None)
-        )
-        module = {**config, **extra.get(key, {})}
-        for name, values in ALLOWED.items():
-            if module.get(name, values[0]) not in values:
-                raise QlabError(
-                    f"{path} has {name} {module[name]!r} in quantization_config; qlab reads plain "
-                    "int weights only"
-                )
-        found[path] = checks.read_spec(path, module, bits)
-    return found
+    patterns = {key: _compiled(key) for key in changes if key not in modules}
+    return {
+        path: _spec(path, {**config, **_changes_of(path, changes, patterns)}, bits)
+        for path in checks.modules_with("qweight", names)
+    }
+
+
+def _changes_of(
+    path: str, changes: Mapping[str, Mapping], patterns: Mapping[str, re.Pattern[str]]
+) -> Mapping[str, Any]:
+    """The keys that `extra_config` changes for a module."""
+    if path in changes:
+        return changes[path]
+    for key, pattern in patterns.items():
+        if pattern.search(path):
+            return changes[key]
+    return {}
+
+
+def _spec(path: str, keys: Mapping[str, Any], bits: Collection[int]) -> Spec:
+    """The spec of a module, from the keys that hold for it."""
+    for name, values in ALLOWED.items():
+        if keys.get(name, values[0]) not in values:
+            raise QlabError(
+                f"{path} has {name} {keys[name]!r} in quantization_config; qlab reads plain "
+                "int weights only"
+            )
+    return checks.read_spec(path, keys, bits)
 
 
 def _compiled(key: str) -> re.Pattern[str]:

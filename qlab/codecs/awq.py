@@ -6,8 +6,8 @@ AutoAWQ.
     qzeros  int32 [G, N/8]   zero points, the same way and as they are
     scales  float16 or bfloat16 [G, N]
 
-Source: AutoAWQ's gemm.py. Versions gemv, gemv_fast, llm-awq (awq_gemv.py) and marlin order the same
-numbers otherwise.
+Source: AutoAWQ's gemm.py. The versions gemv, gemv_fast and llm-awq store the same numbers in other
+orders (awq_gemv.py); marlin does too, and qlab does not read it.
 """
 
 from collections.abc import Collection, Mapping
@@ -23,15 +23,11 @@ from qlab.codecs import checks, dynamic
 from qlab.errors import QlabError
 
 BITS, VERSION = (4,), "gemm"
-PACKED = {
-    VERSION: "int32",
-    "gemv": "int32",
-    "gemv_fast": "int16",
-    "llm-awq": "int16",
-}  # version that qlab reads -> its words
+# version that qlab reads -> the dtype of its words
+PACKED = {VERSION: "int32", "gemv": "int32", "gemv_fast": "int16", "llm-awq": "int16"}
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 TENSORS = ("qweight", "qzeros", "scales")
-CHUNK = 1 << 17  # words at a time: they stay in a core's own cache
+CHUNK = 1 << 17  # words that are packed at a time: so many fit into a core's cache
 
 
 def refusal(spec: Spec, online: Collection = ()) -> str | None:
@@ -60,7 +56,8 @@ def encode(path: str, leaf: QTensor) -> dict[str, Tensor]:
             f"{path}: its channels share groups in an order of their own (perm), which AWQ has no "
             "place for; write gptq_desc_act"
         )
-    if reason := misfit(leaf.spec, leaf.shape):
+    reason = misfit(leaf.spec, leaf.shape)
+    if reason:
         raise QlabError(f"{path}: {reason}")
     zeros = torch.zeros_like(leaf.scales, dtype=torch.int8) if leaf.zeros is None else leaf.zeros
     tensors = {"qweight": _pack(leaf.codes), "qzeros": _pack(zeros), "scales": leaf.scales.mT}
@@ -70,7 +67,8 @@ def encode(path: str, leaf: QTensor) -> dict[str, Tensor]:
 def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
     """The inverse of encode; refuses missing, misshaped and unexpected tensors, and zero points
     other than 8 where the config says symmetric."""
-    if reason := refusal(spec):
+    reason = refusal(spec)
+    if reason:
         raise QlabError(f"{path}: {reason}")
     assert isinstance(spec, Int)  # refused otherwise
     checks.check_names(path, "AWQ", tensors, TENSORS)
@@ -82,10 +80,10 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
             "its config is wrong"
         )
     groups = k // (spec.tile.cols or k)
-    scales = checks.take_spread(
-        path, tensors, "scales", (groups, o), *checks.scale_dtypes(spec)
-    ).mT.contiguous()
-    zeros = _unpack(checks.take_spread(path, tensors, "qzeros", (groups, o // 8), torch.int32))
+    dtypes = checks.scale_dtypes(spec)
+    scales = checks.take_spread(path, tensors, "scales", (groups, o), *dtypes).mT.contiguous()
+    packed = checks.take_spread(path, tensors, "qzeros", (groups, o // 8), torch.int32)
+    zeros = _unpack(packed)
     if spec.symmetric and not bool((zeros == 0).all()):
         raise QlabError(
             f"{path}.qzeros is not 8 everywhere, as a symmetric file has it; its config must say "
@@ -98,8 +96,8 @@ def _pack(codes_ok: Tensor) -> Tensor:
     """int8 [o, k] -> int32 [k, o/8]"""
     octets = unsigned(codes_ok, 4).view(-1, 8, codes_ok.shape[1])
     words = torch.zeros(octets.shape[0], octets.shape[2], dtype=torch.int32, device=codes_ok.device)
-    some = max(1, CHUNK // octets.shape[2])
-    for octet, word in zip(octets.split(some), words.split(some)):
+    rows_at_a_time = max(1, CHUNK // octets.shape[2])
+    for octet, word in zip(octets.split(rows_at_a_time), words.split(rows_at_a_time)):
         for nibble, row in enumerate(ORDER):
             word |= octet[:, row].to(torch.int32) << 4 * nibble
     return words.mT
@@ -109,8 +107,8 @@ def _unpack(words: Tensor) -> Tensor:
     """int32 [k, o/8] -> int8 [o, k]"""
     words = words.mT.contiguous()
     octets = torch.empty(words.shape[0], 8, words.shape[1], dtype=torch.uint8, device=words.device)
-    some = max(1, CHUNK // words.shape[1])
-    for octet, word in zip(octets.split(some), words.split(some)):
+    rows_at_a_time = max(1, CHUNK // words.shape[1])
+    for octet, word in zip(octets.split(rows_at_a_time), words.split(rows_at_a_time)):
         for nibble, row in enumerate(ORDER):
             octet[:, row] = word >> 4 * nibble & 15
     return signed(octets.view(-1, words.shape[1]), 4)
@@ -119,37 +117,32 @@ def _unpack(words: Tensor) -> Tensor:
 def config(specs: Mapping[str, Spec | None]) -> dict[str, Any]:
     """quantization_config of a model whose linears are in `specs`; None is unquantized.
 
-    `zero_point` is true for symmetric weights too, because engines have their fast kernels for it;
-    `symmetric`, which they leave unread, says what the zero points are. AWQ has one spec for a
-    model. Readers look for the names in `modules_to_not_convert` inside the names of modules, so
-    that a name inside a quantized one's is refused.
+    `zero_point` is true for symmetric weights too, because the fast kernels of engines need it;
+    `symmetric`, which engines do not read, tells qlab the truth. AWQ has one spec for all modules.
+    Readers skip a module if any name in `modules_to_not_convert` is part of its name: such a name
+    inside the name of a quantized module is refused.
     """
-    for path, spec in specs.items():
-        if spec and (reason := refusal(spec)):
-            raise QlabError(f"{path}: {reason}")
+    checks.refuse_unheld(specs, refusal)
+    checks.refuse_unquantized(specs)
     quantized = {path: spec for path, spec in specs.items() if isinstance(spec, Int)}
-    if not quantized:
-        raise QlabError(
-            f"none of the {len(specs)} modules is quantized; write the model without a "
-            "quantization_config"
-        )
+    unquantized = [path for path in specs if path not in quantized]
     first, spec = next(iter(quantized.items()))
-    left = [path for path in specs if path not in quantized]
     for path, other in quantized.items():
         if (other.tile, other.symmetric) != (spec.tile, spec.symmetric):
             raise QlabError(
                 f"AWQ has one spec for all modules, and {first} has {spec} where {path} has "
                 f"{other}; write gptq"
             )
-        if inside := [name for name in left if name in path]:
+        names_inside = [name for name in unquantized if name in path]
+        if names_inside:
             raise QlabError(
-                f"AWQ cannot leave {inside[0]} unquantized: readers look for parts of names and "
-                f"would find it in {path} too; write compressed-tensors"
+                f"AWQ cannot leave {names_inside[0]} unquantized: readers look for parts of names "
+                f"and would find it in {path} too; write compressed-tensors"
             )
     return {
         "bits": 4,
         "group_size": spec.tile.cols or -1,
-        "modules_to_not_convert": left or None,
+        "modules_to_not_convert": unquantized or None,
         "quant_method": "awq",
         "symmetric": spec.symmetric,
         "version": VERSION,
@@ -158,57 +151,56 @@ def config(specs: Mapping[str, Spec | None]) -> dict[str, Any]:
 
 
 def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec]:
-    """The spec of every module with a qweight among `names`; refuses by name what it cannot
-    read."""
+    """The spec of every module with a qweight among `names`; refuses a config that qlab does not
+    read, or that calls such a module unquantized."""
     version(config)
-    modules, left = (
-        checks.modules_with("qweight", names),
-        config.get("modules_to_not_convert") or [],
-    )
-    if not isinstance(left, list) or not all(isinstance(name, str) for name in left):
+    modules = checks.modules_with("qweight", names)
+    unquantized = config.get("modules_to_not_convert") or []
+    if not isinstance(unquantized, list) or not all(isinstance(name, str) for name in unquantized):
         raise QlabError(
-            f"quantization_config has modules_to_not_convert {left!r:.80}, no list of names"
+            f"quantization_config has modules_to_not_convert {unquantized!r:.80}, no list of names"
         )
-    for (
-        path
-    ) in modules:  # whole parts of names: some writers list `gate` beside a quantized gate_proj
-        if inside := [name for name in left if f".{name}." in f".{path}."]:
+    for path in modules:
+        # Only whole parts of a name count: some writers list `gate` beside a quantized gate_proj.
+        names_inside = [name for name in unquantized if f".{name}." in f".{path}."]
+        if names_inside:
             raise QlabError(
-                f"{path} has codes in the files, and {inside[0]!r} in modules_to_not_convert says "
-                "that it is not quantized; the file or its config is wrong"
+                f"{path} has codes in the files, and {names_inside[0]!r} in "
+                "modules_to_not_convert says that it is not quantized; the file or its config is "
+                "wrong"
             )
     return {path: _spec(path, dynamic.override(config, path)) for path in modules}
 
 
-def _spec(path: str, found: Mapping[str, Any]) -> Spec:
-    zero_point = found.get("zero_point", True)
+def _spec(path: str, keys: Mapping[str, Any]) -> Spec:
+    """The spec of a module, from the keys that hold for it."""
+    zero_point = keys.get("zero_point", True)
     if type(zero_point) is not bool:
         raise QlabError(f"{path} has zero_point {zero_point!r}; it is true or false")
-    return checks.read_spec(path, {**found, "sym": found.get("symmetric", not zero_point)}, BITS)
+    return checks.read_spec(path, {**keys, "sym": keys.get("symmetric", not zero_point)}, BITS)
 
 
 def version(config: Mapping[str, Any]) -> str:
-    """The version of AWQ: which numbers the tensors mean. Refuses unknown ones, several at once,
-    and words of another width.
+    """The version of AWQ that a quantization_config names; it decides what the tensors mean.
 
-    llm-awq is a backend to some writers, beside a version that says nothing then.
+    Some writers call llm-awq a backend; their `version` then means nothing. Refuses unknown
+    versions, several at once, and words of another width.
     """
-    found = {
-        str(config[key]).lower()
-        for key in ("version", "format", "checkpoint_format")
-        if config.get(key) is not None
-    }
+    keys = ("version", "format", "checkpoint_format")
+    versions = {str(config[key]).lower() for key in keys if config.get(key) is not None}
     if str(config.get("backend")).lower() == "llm-awq":
-        found = {"llm-awq"}
-    if unread := sorted(found - PACKED.keys()):
+        versions = {"llm-awq"}
+    unread = sorted(versions - PACKED.keys())
+    if unread:
         raise QlabError(
             f"quantization_config has AWQ version {unread[0]}; qlab reads {', '.join(PACKED)}"
         )
-    if len(found) > 1:
+    if len(versions) > 1:
         raise QlabError(
-            f"quantization_config has AWQ versions {' and '.join(sorted(found))}; it must name one"
+            f"quantization_config has AWQ versions {' and '.join(sorted(versions))}; it must name "
+            "one"
         )
-    name = found.pop() if found else VERSION
+    name = versions.pop() if versions else VERSION
     if config.get("pack_dtype") not in (None, PACKED[name]):
         raise QlabError(
             f"quantization_config has pack_dtype {config['pack_dtype']!r}; AWQ {name} has "
@@ -218,6 +210,7 @@ def version(config: Mapping[str, Any]) -> str:
 
 
 def legacy_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The quantization_config that a quant_config.json stands for: it names two keys otherwise."""
+    """The quantization_config that a quant_config.json stands for; two of its keys have other
+    names."""
     renamed = {"w_bit": "bits", "q_group_size": "group_size"}
     return {"quant_method": "awq", **{renamed.get(key, key): value for key, value in raw.items()}}

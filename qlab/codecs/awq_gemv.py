@@ -1,5 +1,5 @@
-"""AWQ's other layouts, read only: the numbers of version gemm in the orders of matrix-vector
-kernels. 4 bits, W = s * (q - z).
+"""AWQ's other layouts, read only: the numbers of version gemm (4 bits, W = s * (q - z)) in the
+orders that matrix-vector kernels want.
 
     gemv       qweight int32 [N, K/8]    word c of a row holds columns 8c to 8c + 7, from the low
                                          nibble up
@@ -12,8 +12,8 @@ kernels. 4 bits, W = s * (q - z).
                scales  float16 [8Z, N]
     llm-awq    as gemv_fast, with qzeros called scaled_zeros
 
-Z is K / (8 * group) rounded up, to a multiple of 2 for groups of 64 and of 4 for groups of 32. What
-lies behind the last group is padding. Source: AutoAWQ's gemv.py and gemv_fast.py, llm-awq's
+Z is K / (8 * group), rounded up to a multiple of 1, of 2 for groups of 64, of 4 for groups of 32.
+Numbers behind the last group are padding. Source: AutoAWQ's gemv.py and gemv_fast.py, llm-awq's
 qmodule.py.
 """
 
@@ -29,18 +29,17 @@ from qlab.algebra.spec import Int
 from qlab.codecs import checks
 from qlab.errors import QlabError
 
-ZEROS = {
-    "gemv": "qzeros",
-    "gemv_fast": "qzeros",
-    "llm-awq": "scaled_zeros",
-}  # version -> what it calls its zero points
+# version -> the name of its zero points
+ZEROS = {"gemv": "qzeros", "gemv_fast": "qzeros", "llm-awq": "scaled_zeros"}
 MULTIPLES = {32: 4, 64: 2}  # group -> what Z is a multiple of; 1 for groups of 128 and more
 
 
 def decode(version: str, path: str, tensors: Mapping[str, Tensor], spec: Int) -> QTensor:
-    """The leaf [o, k] of a module; refuses missing, misshaped and unexpected tensors, scaled zero
-    points that are none of 0 to 15, and zero points other than 8 where the config says
-    symmetric."""
+    """The leaf [o, k] of a module.
+
+    Refuses missing, misshaped and unexpected tensors, scaled zero points that do not come from 0 to
+    15, and zero points other than 8 where the config says symmetric.
+    """
     checks.check_names(path, f"AWQ {version}", tensors, ("qweight", "scales", ZEROS[version]))
     codes = _codes(path, tensors) if version == "gemv" else _interleaved_codes(path, tensors)
     o, k = codes.shape
@@ -52,20 +51,19 @@ def decode(version: str, path: str, tensors: Mapping[str, Tensor], spec: Int) ->
         )
     groups, multiple = k // group, MULTIPLES.get(group, 1)
     width = -(-groups // (8 * multiple)) * multiple
+    dtypes = checks.scale_dtypes(spec)
     if version == "gemv":
-        scales = checks.take(path, tensors, "scales", (o, 8 * width), *checks.scale_dtypes(spec))[
-            :, :groups
-        ].contiguous()
+        padded = checks.take(path, tensors, "scales", (o, 8 * width), *dtypes)
+        scales = padded[:, :groups].contiguous()
         words = checks.take(path, tensors, "qzeros", (o, width), torch.int32)
         zeros = signed(unpack(words, 4, 8 * width), 4)[:, :groups].contiguous()
     else:
-        name, halves = ZEROS[version], checks.scale_dtypes(spec)
-        scales, scaled = (
-            checks.take(path, tensors, n, (8 * width, o), *halves)[:groups].mT.contiguous()
-            for n in ("scales", name)
-        )
-        zeros = _unscaled(f"{path}.{name}", scaled, scales)
-    if not bool(scales[:, -1].any()):  # padding, by the looks of it: writers keep scales above 0
+        padded = checks.take(path, tensors, "scales", (8 * width, o), *dtypes)
+        padded_zeros = checks.take(path, tensors, ZEROS[version], (8 * width, o), *dtypes)
+        scales, scaled_zeros = (t[:groups].mT.contiguous() for t in (padded, padded_zeros))
+        zeros = _unscaled(f"{path}.{ZEROS[version]}", scaled_zeros, scales)
+    # Writers keep scales above 0, so a last group of zeros alone is padding.
+    if not bool(scales[:, -1].any()):
         raise QlabError(
             f"{path} has no scales for the last of its {groups} groups; they are cut off, or its "
             "group_size is another"
@@ -79,11 +77,13 @@ def decode(version: str, path: str, tensors: Mapping[str, Tensor], spec: Int) ->
 
 
 def _codes(path: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """gemv's codes, int8 [o, k]."""
     words = checks.take(path, tensors, "qweight", (None, None), torch.int32)
     return signed(unpack(words, 4, 8 * words.shape[1]), 4)
 
 
 def _interleaved_codes(path: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The codes of gemv_fast and llm-awq, int8 [o, k]."""
     words = checks.take(path, tensors, "qweight", (None, None), torch.int16)
     if words.shape[1] % 64:
         raise QlabError(
@@ -91,14 +91,13 @@ def _interleaved_codes(path: str, tensors: Mapping[str, Tensor]) -> Tensor:
             "or its config is wrong"
         )
     nibbles = torch.stack([(words >> 4 * b & 15).to(torch.uint8) for b in range(4)], -1)
-    return signed(
-        rearrange(nibbles, "n (c r h a) b -> (n r) (c h b a)", r=4, h=2, a=8).contiguous(), 4
-    )
+    codes = rearrange(nibbles, "n (c r h a) b -> (n r) (c h b a)", r=4, h=2, a=8)
+    return signed(codes.contiguous(), 4)
 
 
 def _unscaled(name: str, scaled: Tensor, scales: Tensor) -> Tensor:
-    """z - 8 where scaled = -(s * z) as it was rounded; a scale of 0 has any zero point, and 8
-    here."""
+    """z - 8, int8, where `scaled` holds -(s * z) rounded to its dtype. A scale of 0 leaves z open:
+    it becomes 8."""
     s = scales.float()
     z = torch.where(s == 0, 8.0, (-scaled.float() / s).round())
     if not bool(((z >= 0) & (z <= 15) & (-(s * z)).to(scaled.dtype).eq(scaled)).all()):

@@ -1,6 +1,6 @@
-"""Scales of cached keys and values, which writers of all formats put among the weights:
-attn.k_scale, self_attn.kv_scale, inside a module k_proj.k_scale or, before compressed-tensors 0.10,
-k_proj.output_scale."""
+"""Scales of cached keys and values. Writers of all formats put them among the weights: as
+attn.k_scale or self_attn.kv_scale, inside a module as k_proj.k_scale or, before compressed-tensors
+0.10, as k_proj.output_scale."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -19,10 +19,13 @@ def scales_of(names: Collection[str]) -> tuple[str, ...]:
 
 
 def unsaid(config: Mapping[str, Any], names: Collection[str]) -> tuple[Extra, ...]:
-    """Those that lie beside a weight, of a format whose configuration says nothing of a cache:
-    engines use them where they are asked for such a cache, and they are no part of the weight."""
-    found = scales_of(names)
-    others = {name.rpartition(".")[0] for name in set(names).difference(found)}
-    beside = tuple(name for name in found if name.rpartition(".")[0] in others)
+    """The cache scales inside modules that have other tensors too, for a config that says nothing
+    of a cache. Engines use them where they are asked for a quantized cache; no weight needs them.
+    """
+    scales = scales_of(names)
+    owners = {name.rpartition(".")[0] for name in set(names).difference(scales)}
+    beside = tuple(scale for scale in scales if scale.rpartition(".")[0] in owners)
+    if not beside:
+        return ()
     says = "scales for a cache of keys and values lie beside the weights"
-    return (Extra("k_scale", says, online=False, applied=True, tensors=beside),) if beside else ()
+    return (Extra("k_scale", says, online=False, applied=True, tensors=beside),)

@@ -1,7 +1,7 @@
-"""What every codec of packed integers asks: of a leaf before it is written, of a module's tensors
-before they are read."""
+"""Checks that several codecs share: of a leaf before it is written, of a module's tensors before
+they are read."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,10 +11,8 @@ from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import Int, Spec, Tile
 from qlab.errors import QlabError
 
-HALVES = (
-    torch.float16,
-    torch.bfloat16,
-)  # what engines compute with, and so what scales are stored in
+# The dtypes that engines compute in, and therefore those of scales.
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def refusal(
@@ -62,8 +60,18 @@ def check_leaf(path: str, format_name: str, leaf: QTensor, reason: str | None) -
             f"{scale_dtypes(spec)[0]}; round scales to their stored dtype (a spec's scale_dtype) "
             "before rounding codes"
         )
+    check_codes(path, leaf)
+
+
+def check_codes(path: str, leaf: QTensor) -> None:
+    """Refuse integer codes and zero points outside the grid of their spec: packed, they would
+    change their neighbours."""
+    spec = leaf.spec
+    assert isinstance(spec, Int)
     for name, codes in (("codes", leaf.codes), ("zeros", leaf.zeros)):
-        low, high = (0, 0) if codes is None else (int(x) for x in codes.aminmax())
+        if codes is None:
+            continue
+        low, high = (int(extreme) for extreme in codes.aminmax())
         if low < spec.qmin or high > spec.qmax:
             raise QlabError(
                 f"{path}: {name} span [{low}, {high}] but int{spec.bits} holds [{spec.qmin}, "
@@ -72,21 +80,28 @@ def check_leaf(path: str, format_name: str, leaf: QTensor, reason: str | None) -
 
 
 def scale_dtypes(spec: Int) -> tuple[torch.dtype, ...]:
-    """In what a spec's scales may be stored; the first one is usual."""
+    """The dtypes in which scales of this spec may be stored, the usual one first."""
     return (spec.scale_dtype,) if spec.scale_dtype else HALVES
 
 
 def check_names(
     path: str, format_name: str, tensors: Mapping[str, Tensor], known: Collection[str]
 ) -> None:
-    """Refuse tensors of the module that the format has no place for: they would be left out in
-    silence."""
-    found = {name.removeprefix(f"{path}.") for name in tensors if name.rpartition(".")[0] == path}
-    if unknown := sorted(found - {*known, "bias"}):
+    """Refuse a tensor of the module that the format has no place for: decoding would ignore it."""
+    unknown = unknown_name(path, tensors, {*known, "bias"})
+    if unknown is not None:
         raise QlabError(
-            f"{path}.{unknown[0]} has no place in {format_name}; check the file's "
-            "quantization_config"
+            f"{unknown} has no place in {format_name}; check the file's quantization_config"
         )
+
+
+def unknown_name(path: str, tensors: Mapping[str, Tensor], known: Collection[str]) -> str | None:
+    """The first tensor of the module whose last name is not among the known ones, or None."""
+    for name in sorted(tensors):
+        module, _, kind = name.rpartition(".")
+        if module == path and kind not in known:
+            return name
+    return None
 
 
 def take(
@@ -96,25 +111,29 @@ def take(
     shape: tuple[int | None, ...],
     *dtypes: torch.dtype,
 ) -> Tensor:
-    """The tensor `path.name` of this shape (None: any size but 0) and one of these dtypes; refuses
-    numbers that are not finite."""
+    """The tensor `path.name`; refuses one that is missing, of another shape (None: any size but 0)
+    or dtype, or not finite."""
     if f"{path}.{name}" not in tensors:
         raise QlabError(
             f"{path}.{name} is missing; the file is incomplete or its quantization_config is wrong"
         )
     tensor = tensors[f"{path}.{name}"]
-    fits = len(tensor.shape) == len(shape) and all(
-        n > 0 and want in (n, None) for n, want in zip(tensor.shape, shape)
-    )
-    if not fits or tensor.dtype not in dtypes:
-        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+    if not _has_shape(tensor, shape) or tensor.dtype not in dtypes:
+        expected = str(tuple(shape)).replace("None", "any")
         raise QlabError(
             f"{path}.{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtypes[0]} "
-            f"({wanted}); the file is damaged or its quantization_config is wrong"
+            f"{expected}; the file is damaged or its quantization_config is wrong"
         )
-    if tensor.is_floating_point() and not tensor.isfinite().all():
+    # torch has no isfinite for e4m3
+    if tensor.is_floating_point() and not tensor.float().isfinite().all():
         raise QlabError(f"{path}.{name} holds NaN or Inf; the file is damaged")
     return tensor
+
+
+def _has_shape(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:
+    if tensor.ndim != len(shape):
+        return False
+    return all(size > 0 and expected in (size, None) for size, expected in zip(tensor.shape, shape))
 
 
 def take_spread(
@@ -124,17 +143,17 @@ def take_spread(
     shape: tuple[int, ...],
     *dtypes: torch.dtype,
 ) -> Tensor:
-    """The same for scales and zero points, which writers store with axes of one or without them: []
-    and [1], [o] and [o, 1]."""
-    found = tensors.get(f"{path}.{name}")
-    if found is not None and bare(found.shape) == bare(shape):
-        tensors = {f"{path}.{name}": found.reshape(shape)}
+    """The same for scales and zero points, which some writers store with axes of size 1 and others
+    without: [] and [1], [o] and [o, 1]."""
+    tensor = tensors.get(f"{path}.{name}")
+    if tensor is not None and bare(tensor.shape) == bare(shape):
+        tensors = {f"{path}.{name}": tensor.reshape(shape)}
     return take(path, tensors, name, shape, *dtypes)
 
 
 def bare(shape: Iterable[int]) -> tuple[int, ...]:
-    """A shape without its axes of one, which say nothing of what lies where."""
-    return tuple(n for n in shape if n != 1)
+    """A shape without its axes of size 1, which do not change the order of the numbers."""
+    return tuple(size for size in shape if size != 1)
 
 
 def modules_with(suffix: str, names: Collection[str]) -> list[str]:
@@ -142,10 +161,27 @@ def modules_with(suffix: str, names: Collection[str]) -> list[str]:
     return sorted(name.removesuffix(f".{suffix}") for name in names if name.endswith(f".{suffix}"))
 
 
-def read_spec(where: str, found: Mapping[str, Any], bits: Collection[int]) -> Int:
+def refuse_unheld(specs: Mapping[str, Spec | None], refusal: Callable[[Spec], str | None]) -> None:
+    """Refuse the first module whose spec the format cannot hold; `refusal` says why."""
+    for path, spec in specs.items():
+        reason = refusal(spec) if spec else None
+        if reason:
+            raise QlabError(f"{path}: {reason}")
+
+
+def refuse_unquantized(specs: Mapping[str, Spec | None]) -> None:
+    """Refuse a model without a quantized module."""
+    if not any(specs.values()):
+        raise QlabError(
+            f"none of the {len(specs)} modules is quantized; write the model without a "
+            "quantization_config"
+        )
+
+
+def read_spec(where: str, keys: Mapping[str, Any], bits: Collection[int]) -> Int:
     """The spec that `bits`, `group_size` (-1: one scale per row) and `sym` of a quantization_config
     say."""
-    width, group, symmetric = found.get("bits"), found.get("group_size"), found.get("sym", True)
+    width, group, symmetric = keys.get("bits"), keys.get("group_size"), keys.get("sym", True)
     if type(width) is not int or width not in bits:
         raise QlabError(f"{where} has bits {width!r}; qlab reads {', '.join(map(str, bits))}")
     if type(group) is not int or (group < 1 and group != -1):

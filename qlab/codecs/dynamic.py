@@ -1,5 +1,5 @@
-"""`dynamic` in the configs of GPTQModel: patterns over module names, each with the keys that are
-other for these modules."""
+"""`dynamic` in the configs of GPTQModel: patterns over module names, each with the keys that it
+changes for these modules."""
 
 import re
 from collections.abc import Mapping
@@ -8,15 +8,15 @@ from typing import Any
 from qlab.codecs.families import by_family, pattern
 from qlab.errors import QlabError
 
-Keys = tuple[tuple[str, Any], ...]  # the entries of a config that say a spec
+Keys = tuple[tuple[str, Any], ...]  # the entries of a config that state a spec
 
 
 def rules(named: Mapping[str, Keys | None], common: Keys) -> dict[str, dict[str, Any]]:
-    """`dynamic` for modules whose keys are not the common ones; None skips a module.
+    """`dynamic` for the modules whose keys are not the common ones; keys of None skip a module.
 
-    Patterns are anchored at both ends. One stands for a family (paths that differ in numbers only)
-    whose members all agree; no module matches two, so their order, which sorted JSON loses, says
-    nothing.
+    Patterns are anchored at both ends. A family (paths that differ in numbers only) whose members
+    agree has one pattern. No module matches two patterns, so that their order, which sorted JSON
+    loses, does not matter.
     """
     families = by_family(named)
     changes: dict[str, dict[str, Any]] = {}
@@ -31,8 +31,8 @@ def rules(named: Mapping[str, Keys | None], common: Keys) -> dict[str, dict[str,
 
 
 def override(config: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The config as it holds for one module. Of the patterns in `dynamic` (re.match, `-:` skips a
-    module, `+:` or nothing changes keys) the first one that matches decides."""
+    """The config as it holds for one module: the first pattern in `dynamic` that matches (re.match)
+    decides. `-:` before a pattern skips the module; `+:`, or no sign, changes keys."""
     dynamic = config.get("dynamic") or {}
     if not isinstance(dynamic, Mapping) or not all(
         isinstance(value, Mapping) for value in dynamic.values()

@@ -5,7 +5,7 @@ AutoGPTQ and GPTQModel.
     qzeros  int32 [G, N*b/32]   zero points, dense along N; version 1 stores z - 1 and version 2
                                 stores z
     scales  float16 or bfloat16 [G, N]
-    g_idx   int32 [K]           the group of each input channel; k // group_size unless channels
+    g_idx   int32 [K]           the group of each input channel: k // group_size, unless channels
                                 were reordered
 
 Source: GPTQModel 7.6, whose version 1 is AutoGPTQ's.
@@ -27,18 +27,21 @@ from qlab.errors import QlabError
 
 BITS = (2, 3, 4, 8)
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
-# A 1 in every field of a word. Fields of 3 bits straddle words, so there versions differ field by
-# field and not by word.
+# bits -> a word with a 1 in every field. Fields of 3 bits straddle words: they have no such word.
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
-# What changes the weights beyond this layout; everything else in a config is provenance or advice
-# to kernels.
+# Keys of a config that change the weights in ways which this layout does not hold. All other keys
+# are provenance or advice to kernels.
 UNREAD = ("adapter", "rotation", "is_marlin_format")
 
 
 @dataclass(frozen=True)
 class Version:
-    """name: the `checkpoint_format` of configs. offset: what is subtracted from stored zero points.
-    reordered: whether configs say `desc_act`, without which readers drop g_idx."""
+    """A version of the format.
+
+    name: the `checkpoint_format` of configs. offset: what the version subtracts from zero points
+    before it stores them. reordered: whether configs say `desc_act`; readers ignore g_idx in files
+    whose config does not.
+    """
 
     name: str
     offset: int
@@ -52,23 +55,20 @@ V1, V2 = Version("gptq", 1), Version("gptq_v2", 0)
 
 
 def version(config: Mapping[str, Any]) -> Version:
-    """The version that a quantization_config names by `checkpoint_format` or `format`; neither
-    means version 1."""
-    found = {
-        str(config[key]).lower()
-        for key in ("checkpoint_format", "format")
-        if config.get(key) is not None
-    } or {V1.name}
-    known = {v.name: v for v in (V1, V2)}
-    if len(found) > 1 or not found <= known.keys():
+    """The version that a quantization_config names by `checkpoint_format` or `format`; a config
+    without these keys is of version 1."""
+    formats = (config.get("checkpoint_format"), config.get("format"))
+    names = {str(name).lower() for name in formats if name is not None} or {V1.name}
+    known = {version.name: version for version in (V1, V2)}
+    if len(names) > 1 or not names <= known.keys():
         raise QlabError(
-            f"quantization_config has GPTQ format {' and '.join(sorted(found))}; qlab reads "
+            f"quantization_config has GPTQ format {' and '.join(sorted(names))}; qlab reads "
             f"{' or '.join(known)}"
         )
     desc_act = config.get("desc_act", False)
     if type(desc_act) is not bool:
         raise QlabError(f"quantization_config has desc_act {desc_act!r}; it is true or false")
-    return replace(known[found.pop()], reordered=desc_act)
+    return replace(known[names.pop()], reordered=desc_act)
 
 
 def refusal(spec: Spec, online: Collection = ()) -> str | None:
@@ -88,8 +88,8 @@ def misfit(spec: Spec, shape: torch.Size) -> str | None:
 
 
 def risk(version: Version, spec: Spec) -> str | None:
-    """Why weights that are still to be rounded to this spec may turn out not to fit, or None: their
-    numbers decide where zero points fall, and version 1 has no word for the lowest."""
+    """Why weights that are not yet rounded to this spec may not fit once they are, or None: a zero
+    point may become the lowest code, which version 1 cannot store."""
     if version.offset and isinstance(spec, Int) and not spec.symmetric:
         return (
             "GPTQ version 1 stores z - 1 and so no zero point at the lowest code, which rounding "
@@ -101,11 +101,12 @@ def risk(version: Version, spec: Spec) -> str | None:
 def encode(version: Version, path: str, leaf: QTensor) -> dict[str, Tensor]:
     """QTensor [o, k] -> {path.qweight, path.qzeros, path.scales, path.g_idx}.
 
-    Refuses what does not fill whole words, a perm where the config does not say desc_act, and for
-    version 1 a zero point at the lowest code: its word would borrow from the neighbours.
+    Refuses shapes that do not fill whole words, a perm where the config does not say desc_act, and
+    for version 1 a zero point at the lowest code: z - 1 would borrow from the neighbouring fields.
     """
     checks.check_leaf(path, "GPTQ", leaf, refusal(leaf.spec))
-    if reason := misfit(leaf.spec, leaf.shape):
+    reason = misfit(leaf.spec, leaf.shape)
+    if reason:
         raise QlabError(f"{path}: {reason}")
     k, bits = leaf.shape[1], leaf.spec.bits
     inverse = slice(None) if leaf.perm is None else leaf.perm.argsort()
@@ -116,18 +117,7 @@ def encode(version: Version, path: str, leaf: QTensor) -> dict[str, Tensor]:
             f"{path}: its channels share groups in an order of their own (perm), which readers of "
             f"{version} drop; write {replace(version, reordered=True)}"
         )
-    if leaf.zeros is None:
-        zeros = torch.full(
-            leaf.scales.shape, 2 ** (bits - 1), dtype=torch.uint8, device=leaf.codes.device
-        )
-    else:
-        zeros = unsigned(leaf.zeros, bits)
-    if version.offset and (lowest := int((zeros == 0).sum())):
-        raise QlabError(
-            f"{path}: {lowest} of {zeros.numel()} zero points are the lowest code, which GPTQ "
-            "version 1 cannot store (it stores z - 1); write "
-            f"{replace(V2, reordered=version.reordered)}"
-        )
+    zeros = _unsigned_zeros(version, path, leaf)
     tensors = {
         "qweight": pack_signed(leaf.codes[:, inverse], bits).mT,
         "qzeros": pack((zeros - version.offset).mT, bits),
@@ -137,18 +127,37 @@ def encode(version: Version, path: str, leaf: QTensor) -> dict[str, Tensor]:
     return {f"{path}.{name}": tensor.contiguous() for name, tensor in tensors.items()}
 
 
+def _unsigned_zeros(version: Version, path: str, leaf: QTensor) -> Tensor:
+    """uint8 zero points [o, g], in the middle for a symmetric leaf; refuses those that the version
+    cannot store."""
+    bits = leaf.spec.bits
+    if leaf.zeros is not None:
+        zeros = unsigned(leaf.zeros, bits)
+    else:
+        zeros = torch.full_like(leaf.scales, 2 ** (bits - 1), dtype=torch.uint8)
+    lowest = int((zeros == 0).sum()) if version.offset else 0
+    if lowest:
+        raise QlabError(
+            f"{path}: {lowest} of {zeros.numel()} zero points are the lowest code, which GPTQ "
+            "version 1 cannot store (it stores z - 1); write "
+            f"{replace(V2, reordered=version.reordered)}"
+        )
+    return zeros
+
+
 def _in_order(k: int, cols: int) -> Tensor:
-    """g_idx of channels in their own order: k // group_size."""
+    """g_idx where channels were not reordered: k // group_size."""
     return torch.arange(k, dtype=torch.int32) // cols
 
 
 def decode(version: Version, path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
-    """The inverse of encode, up to the order of a perm within a group, which comes back ascending.
+    """The inverse of encode, but for a perm: within each group it comes back in ascending order.
 
     Refuses missing, misshaped and unexpected tensors, groups of unequal sizes, and zero points that
     are not in the middle where the config says symmetric.
     """
-    if reason := refusal(spec):
+    reason = refusal(spec)
+    if reason:
         raise QlabError(f"{path}: {reason}")
     assert isinstance(spec, Int)  # refused otherwise
     bits = spec.bits
@@ -162,9 +171,8 @@ def decode(version: Version, path: str, tensors: Mapping[str, Tensor], spec: Spe
         )
     cols = spec.tile.cols or k
     groups = -(-k // cols)  # the last one may not be full
-    scales = checks.take_spread(
-        path, tensors, "scales", (groups, o), *checks.scale_dtypes(spec)
-    ).mT.contiguous()
+    dtypes = checks.scale_dtypes(spec)
+    scales = checks.take_spread(path, tensors, "scales", (groups, o), *dtypes).mT.contiguous()
     packed = checks.take_spread(path, tensors, "qzeros", (groups, o * bits // 32), torch.int32)
     zeros = _zeros(version, packed, bits, o)
     if spec.symmetric and not bool((zeros == 0).all()):
@@ -184,8 +192,11 @@ def decode(version: Version, path: str, tensors: Mapping[str, Tensor], spec: Spe
 
 
 def _zeros(version: Version, packed: Tensor, bits: int, o: int) -> Tensor:
-    """Signed zero points [o, g]. A field that held z = 0 has borrowed from the fields above it; one
-    addition to the whole word gives back what was subtracted from the whole word."""
+    """qzeros -> signed zero points [o, g].
+
+    Some writers of version 1 subtracted 1 from every field by one subtraction from the word, and a
+    field with z = 0 borrowed from the field above it. One addition to the word undoes that exactly.
+    """
     if version.offset and bits in ONES:
         return unpack_signed(packed + ONES[bits], bits, o).mT.contiguous()
     fields = (unpack(packed, bits, o) + version.offset) & (2**bits - 1)
@@ -195,10 +206,11 @@ def _zeros(version: Version, packed: Tensor, bits: int, o: int) -> Tensor:
 def _perm(
     version: Version, path: str, tensors: Mapping[str, Tensor], k: int, cols: int
 ) -> Tensor | None:
-    """The order that puts channels of one group side by side; None where they lie so already."""
+    """The permutation that puts channels of one group side by side, or None where they are."""
     if f"{path}.g_idx" not in tensors and not version.reordered:
         return None
-    g_idx, in_order = checks.take(path, tensors, "g_idx", (k,), torch.int32), _in_order(k, cols)
+    g_idx = checks.take(path, tensors, "g_idx", (k,), torch.int32)
+    in_order = _in_order(k, cols)
     perm = g_idx.argsort(stable=True)
     if not torch.equal(g_idx[perm], in_order):
         raise QlabError(
@@ -211,29 +223,24 @@ def _perm(
 def config(version: Version, specs: Mapping[str, Spec | None]) -> dict[str, Any]:
     """quantization_config of a model whose linears are in `specs`; None is unquantized.
 
-    The most common spec stands at the top; `dynamic` names the other modules, one anchored pattern
-    for a family (paths that differ in numbers only) where its members agree. GPTQModel refuses
-    version 1 with zero points unless it wrote the file.
+    The top level holds the most common spec, and `dynamic` the other modules: one anchored pattern
+    for a family (paths that differ in numbers only) whose members agree. Readers leave an lm_head
+    unquantized unless `lm_head` is true. GPTQModel refuses version 1 with zero points unless it
+    wrote the file itself.
     """
-    for path, spec in specs.items():
-        if spec and (reason := refusal(spec)):
-            raise QlabError(f"{path}: {reason}")
-    quantized = {path: _keys(spec) for path, spec in specs.items() if isinstance(spec, Int)}
-    if not quantized:
-        raise QlabError(
-            f"none of the {len(specs)} modules is quantized; write the model without a "
-            "quantization_config"
-        )
-    [(common, _)] = Counter(quantized.values()).most_common(1)
+    checks.refuse_unheld(specs, refusal)
+    checks.refuse_unquantized(specs)
+    keys = {path: _keys(spec) for path, spec in specs.items() if isinstance(spec, Int)}
+    [(common, _)] = Counter(keys.values()).most_common(1)
     heads = {path for path in specs if path.rpartition(".")[2] == "lm_head"}
-    named = {path: quantized.get(path) for path in specs if path in quantized or path not in heads}
+    named = {path: keys.get(path) for path in specs if path in keys or path not in heads}
     return {
         **dict(common),
         "checkpoint_format": version.name,
         "desc_act": version.reordered,
         "dynamic": dynamic.rules(named, common) or None,
         "format": version.name,
-        "lm_head": not heads.isdisjoint(quantized),
+        "lm_head": not heads.isdisjoint(keys),
         "meta": {"quantizer": ["qlab"]},
         "method": "gptq",
         "pack_dtype": "int32",
@@ -246,7 +253,7 @@ def _keys(spec: Int) -> dynamic.Keys:
 
 
 def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec]:
-    """The spec of every module with a qweight among `names`; refuses by name what it cannot
+    """The spec of every module with a qweight among `names`; refuses a config that qlab does not
     read."""
     return {
         path: _spec(path, dynamic.override(config, path))
@@ -254,16 +261,17 @@ def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec]:
     }
 
 
-def _spec(path: str, found: Mapping[str, Any]) -> Spec:
+def _spec(path: str, keys: Mapping[str, Any]) -> Spec:
+    """The spec of a module, from the keys that hold for it."""
     for key in UNREAD:
-        if found.get(key):
+        if keys.get(key):
             raise QlabError(
-                f"{path} has {key} {found[key]!r} in quantization_config; qlab reads plain packed "
+                f"{path} has {key} {keys[key]!r} in quantization_config; qlab reads plain packed "
                 "weights only"
             )
-    if found.get("pack_dtype") not in (None, "int32"):
+    if keys.get("pack_dtype") not in (None, "int32"):
         raise QlabError(
-            f"{path} has pack_dtype {found['pack_dtype']!r} in quantization_config; qlab reads "
+            f"{path} has pack_dtype {keys['pack_dtype']!r} in quantization_config; qlab reads "
             "int32 words"
         )
-    return checks.read_spec(path, found, BITS)
+    return checks.read_spec(path, keys, BITS)

@@ -4,11 +4,14 @@ safetensors.
     W_q    uint8, or int32 for 3 bits: the matrix of groups [N*K/g, g], cut along its rows into as
            many parts as fit into a word (2 of 4 bits, 10 of 3 bits), the first part in the highest
            bits
-    scale  float [N*K/g, 1]      zero  float [N*K/g, 1]      shape  [N, K]      nbits, group_size,
-                                                                    axis  one number each
+    scale  float [N*K/g, 1]
+    zero   float [N*K/g, 1]
+    shape  [N, K]
+    nbits, group_size, axis: one number each
 
-Groups along axis 1 are qlab's own and stay codes. Groups along axis 0 hold every (N/g)-th row of a
-column, which no tile covers: they come back as a dense weight. Source: hqq 0.2.8.
+Groups along axis 1 are groups of qlab, and their codes are kept. A group along axis 0 holds every
+(N/g)-th row of a column, which no tile of qlab covers: such a weight comes back dense.
+Source: hqq 0.2.8.
 """
 
 import re
@@ -26,9 +29,9 @@ from qlab.errors import QlabError
 
 PARTS = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}  # bits -> codes in a word
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-ZERO = (
-    torch.float64
-)  # codes move down by 2^(bits-1) and zero points with them, which narrower floats would round
+# Codes become signed by subtracting 2^(bits-1), and zero points with them. Narrower floats would
+# round that difference.
+ZERO = torch.float64
 NUMBERS = ("nbits", "group_size", "axis", "view_as_float", "quant_scale", "quant_zero")
 UNUSED = (
     "packing",
@@ -45,33 +48,33 @@ UNUSED = (
 
 def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec | None]:
     """The spec of every module with a W_q among `names`; None where groups run along axis 0."""
-    found: dict[str, Spec | None] = {}
-    for path in checks.modules_with("W_q", names):
-        bits, group, axis = (
-            _params(config, path).get(key) for key in ("nbits", "group_size", "axis")
+    return {path: _spec(path, _params(config, path)) for path in checks.modules_with("W_q", names)}
+
+
+def _spec(path: str, params: Mapping[str, Any]) -> Spec | None:
+    """The spec that the parameters of a module mean; None for groups along axis 0."""
+    bits, group, axis = params.get("nbits"), params.get("group_size"), params.get("axis")
+    if type(bits) is not int or bits not in PARTS:
+        raise QlabError(f"{path} has nbits {bits!r}; qlab reads {', '.join(map(str, PARTS))}")
+    if group is not None and (type(group) is not int or group < 1):
+        raise QlabError(
+            f"{path} has group_size {group!r}; it is a number of weights, or null for a scale "
+            "per row"
         )
-        if type(bits) is not int or bits not in PARTS:
-            raise QlabError(f"{path} has nbits {bits!r}; qlab reads {', '.join(map(str, PARTS))}")
-        if group is not None and (type(group) is not int or group < 1):
-            raise QlabError(
-                f"{path} has group_size {group!r}; it is a number of weights, or null for a scale "
-                "per row"
-            )
-        if axis not in (0, 1) or type(axis) is not int:
-            raise QlabError(f"{path} has axis {axis!r}; it is 0 or 1")
-        found[path] = Int(bits, Tile(1, group), symmetric=False, zero_dtype=ZERO) if axis else None
-    return found
+    if axis not in (0, 1) or type(axis) is not int:
+        raise QlabError(f"{path} has axis {axis!r}; it is 0 or 1")
+    return Int(bits, Tile(1, group), symmetric=False, zero_dtype=ZERO) if axis else None
 
 
 def _params(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
-    """How one module is quantized: the config says it for all, or by the module's path without
-    prefix and layer number."""
+    """The `weight_quant_params` of one module. `quant_config` holds one table for all modules, or a
+    table for each name of a module, without the prefix and the layer's number."""
     table = config.get("quant_config")
     if isinstance(table, Mapping) and "weight_quant_params" not in table:
-        table = next(
-            (value for tag, value in table.items() if re.search(rf"(^|\.){re.escape(tag)}$", path)),
-            None,
+        tables = (
+            value for tag, value in table.items() if re.search(rf"(^|\.){re.escape(tag)}$", path)
         )
+        table = next(tables, None)
     params = table.get("weight_quant_params") if isinstance(table, Mapping) else None
     if not isinstance(table, Mapping) or not isinstance(params, Mapping):
         raise QlabError(
@@ -90,69 +93,93 @@ def _params(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
 
 
 def decode(path: str, tensors: Mapping[str, Tensor], spec: Int | None) -> Leaf:
-    """The tensors of module `path` -> codes (groups along rows) or a dense weight in the scales'
-    dtype (spec None).
+    """The tensors of module `path` -> codes (groups along rows), or for a spec of None a dense
+    weight in the dtype of the scales.
 
-    Refuses missing, misshaped and unexpected tensors, and numbers in the file that are not those of
-    its config.
+    Refuses missing, misshaped and unexpected tensors, and numbers in the file that differ from
+    those of its config.
     """
     checks.check_names(path, "HQQ", tensors, ("W_q", "scale", "zero", "shape", *NUMBERS, *UNUSED))
-    bits, group, axis, *others = (_number(path, tensors, name) for name in NUMBERS)
-    if any(others):
+    bits, group, axis = _numbers(path, tensors, spec)
+    o, k = _shape(path, tensors, group, axis)
+    # A group is a row of the matrix of groups along axis 1, and a column along axis 0.
+    if axis:
+        columns = group or k
+        rows = o * k // columns
+        grid = (rows, 1)
+    else:
+        rows = group or o
+        columns = o * k // rows
+        grid = (1, columns)
+    word_dtype = torch.int32 if bits == 3 else torch.uint8
+    words = checks.take(path, tensors, "W_q", (-(-rows // PARTS[bits]), columns), word_dtype)
+    scales = checks.take_spread(path, tensors, "scale", grid, *FLOATS)
+    zeros = checks.take_spread(path, tensors, "zero", grid, *FLOATS)
+    codes = _unpack(words, bits)[:rows]
+    if spec is None:
+        dense = (codes.float() - zeros.float()) * scales.float()
+        return dense.reshape(o, k).to(scales.dtype)
+    return QTensor(
+        codes=signed(codes.reshape(o, k), bits),
+        scales=scales.reshape(o, -1),
+        zeros=_signed_zeros(path, zeros, bits).reshape(o, -1),
+        spec=spec,
+    )
+
+
+def _numbers(path: str, tensors: Mapping[str, Tensor], spec: Int | None) -> tuple[int, int, int]:
+    """The module's nbits, group_size (0: one group for a row or column) and axis; refuses those
+    that differ from its config's."""
+    bits, group, axis, *unread = (_number(path, tensors, name) for name in NUMBERS)
+    if any(unread):
         raise QlabError(
             f"{path} holds words viewed as floats, or scales or zero points quantized themselves; "
             "qlab reads neither"
         )
-    if (
-        bits not in PARTS
-        or (spec is None) != (axis == 0)
-        or (spec and (bits, group or None) != (spec.bits, spec.tile.cols))
-    ):
+    agrees = bits in PARTS and (axis == 0) == (spec is None)
+    if spec is not None:
+        agrees = agrees and (bits, group or None) == (spec.bits, spec.tile.cols)
+    if not agrees:
         raise QlabError(
             f"{path} has nbits {bits}, group_size {group} and axis {axis}, and its config says "
             f"{spec or 'axis 0'}; one of them is wrong"
         )
+    return bits, group, axis
+
+
+def _shape(path: str, tensors: Mapping[str, Tensor], group: int, axis: int) -> tuple[int, int]:
+    """[o, k] of the weight; refuses a shape that the groups do not divide."""
     o, k = checks.take(path, tensors, "shape", (2,), torch.int64, torch.int32).tolist()
-    if min(o, k) < 1 or (group and (o * k % group or (axis and k % group))):
+    uneven = group and (o * k % group or (axis and k % group))
+    if min(o, k) < 1 or uneven:
         raise QlabError(
             f"{path}.shape is ({o}, {k}), which groups of {group} do not divide; qlab reads groups "
             "of neighbours in one row or column"
         )
-    size = group or (k if axis else o)
-    rows, columns = (o * k // size, size) if axis else (size, o * k // size)
-    words = checks.take(
-        path,
-        tensors,
-        "W_q",
-        (-(-rows // PARTS[bits]), columns),
-        torch.int32 if bits == 3 else torch.uint8,
-    )
-    grid = (rows, 1) if axis else (1, columns)
-    scales, zeros = (
-        checks.take_spread(path, tensors, name, grid, *FLOATS) for name in ("scale", "zero")
-    )
-    codes = _unpack(words, bits)[:rows]
-    if spec is None:
-        return ((codes.float() - zeros.float()) * scales.float()).reshape(o, k).to(scales.dtype)
-    moved = zeros.to(ZERO) - 2 ** (bits - 1)
-    if not torch.equal(moved + 2 ** (bits - 1), zeros.to(ZERO)):
+    return o, k
+
+
+def _signed_zeros(path: str, zeros: Tensor, bits: int) -> Tensor:
+    """z - 2^(bits-1), for signed codes; refuses a zero point that float64 would round."""
+    middle = 2 ** (bits - 1)
+    unsigned_zeros = zeros.to(ZERO)
+    signed_zeros = unsigned_zeros - middle
+    if not torch.equal(signed_zeros + middle, unsigned_zeros):
         raise QlabError(
             f"{path}.zero has values too close to 0 (or none that are numbers) to be kept exactly "
             f"beside codes of {bits} bits; quantize the model again"
         )
-    return QTensor(
-        signed(codes.reshape(o, k), bits), scales.reshape(o, -1), moved.reshape(o, -1), spec
-    )
+    return signed_zeros
 
 
 def _number(path: str, tensors: Mapping[str, Tensor], name: str) -> int:
-    """A number that safetensors hold as a tensor of one; 0 where it is missing and may be."""
+    """A number, which safetensors hold as a tensor []; 0 for an optional one that is missing."""
     if f"{path}.{name}" not in tensors and name not in ("nbits", "axis"):
         return 0
     return int(checks.take(path, tensors, name, (), torch.int32, torch.uint8, torch.int64))
 
 
 def _unpack(words: Tensor, bits: int) -> Tensor:
-    """[rows / parts, columns] -> uint8 [rows, columns], or a few more rows of padding."""
+    """[rows / parts, columns] -> uint8 [rows, columns]; rows beyond the last group are padding."""
     shifts = range(bits * (PARTS[bits] - 1), -1, -bits)
     return torch.cat([(words >> shift & 2**bits - 1).to(torch.uint8) for shift in shifts])

@@ -1,13 +1,19 @@
 """torchao's tensors as they lie in safetensors; read only.
 
-    _weight_qdata       int8 [N, K]: Int8Tensor and IntxUnpackedToInt8Tensor, one signed code a
-                        byte, W = (q - z) * s
-    _weight_scale       float [N, G]      _weight_zero_point  int8 [N, G], or none
-    _weight_qdata       int8 or uint8 [N, K/2]: Int4Tensor, the even column in the low nibble, W = q
-                        * s + z with a zero point in units of the weight, [G, N] like its scale: no
-                        grid of qlab has that, it comes back as a dense weight
+Int8Tensor and IntxUnpackedToInt8Tensor, W = (q - z) * s:
 
-Formats packed for one kind of device (tile-packed, preshuffled, opaque, plain int32) are refused.
+    _weight_qdata       int8 [N, K], one signed code a byte
+    _weight_scale       float [N, G]
+    _weight_zero_point  int8 [N, G], or none
+
+Int4Tensor, W = q * s + z. Its zero point is in units of the weight, which no grid of qlab has: such
+a weight comes back dense.
+
+    _weight_qdata       int8 or uint8 [N, K/2], the even column in the low nibble
+    _weight_scale       float [G, N]
+    _weight_zero_point  float [G, N]
+
+Layouts packed for one kind of device (tile-packed, preshuffled, opaque, plain int32) are refused.
 Source: torchao 0.18.
 """
 
@@ -24,6 +30,7 @@ from qlab.errors import QlabError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TENSORS = ("_weight_qdata", "_weight_scale", "_weight_zero_point")
+INTS = tuple(f"int{bits}" for bits in range(1, 9))
 SYMMETRIC = {"SYMMETRIC": True, "SYMMETRIC_NO_CLIPPING_ERR": True, "ASYMMETRIC": False}
 
 
@@ -55,23 +62,17 @@ def _typed(value: Any) -> tuple[str, Any]:
 def _int8(data: Any) -> Spec:
     data = _fields(data)
     group = data.get("group_size")
-    tile = (
-        _tile(data["granularity"])
-        if data.get("granularity") and group is None
-        else Tile(1, _size(group))
-    )
-    return Int(8, tile)
+    if data.get("granularity") and group is None:
+        return Int(8, _tile(data["granularity"]))
+    return Int(8, Tile(1, _size(group)))
 
 
 def _intx(data: Any) -> Spec:
     data = _fields(data)
-    (_, dtype), (_, mapping) = _typed(data.get("weight_dtype")), _typed(data.get("mapping_type"))
+    _, dtype = _typed(data.get("weight_dtype"))
+    _, mapping = _typed(data.get("mapping_type"))
     packing = data.get("intx_packing_format") and _typed(data["intx_packing_format"])[1]
-    if (
-        not isinstance(dtype, str)
-        or dtype not in {f"int{bits}" for bits in range(1, 9)}
-        or mapping not in list(SYMMETRIC)
-    ):
+    if not isinstance(dtype, str) or dtype not in INTS or mapping not in list(SYMMETRIC):
         raise QlabError(
             f"quantization_config has weight_dtype {dtype!r} and mapping_type {mapping!r}; qlab "
             "reads int1 to int8"
@@ -96,6 +97,7 @@ READ = {"Int8WeightOnlyConfig": _int8, "IntxWeightOnlyConfig": _intx, "Int4Weigh
 
 
 def _fields(data: Any) -> Mapping[str, Any]:
+    """The fields of one of torchao's objects."""
     if not isinstance(data, Mapping):
         raise QlabError(
             f"quantization_config has {data!r:.80} where torchao writes the fields of a config; "
@@ -109,10 +111,9 @@ def _tile(granularity: Any) -> Tile:
     data = _fields(data)
     if kind == "PerGroup":
         return Tile(1, _size(data.get("group_size")))
-    if (kind, data.get("axis", 0)) == ("PerAxis", 0) or (kind, data.get("dim", -1)) == (
-        "PerRow",
-        -1,
-    ):
+    per_axis_0 = kind == "PerAxis" and data.get("axis", 0) == 0
+    per_last_dim = kind == "PerRow" and data.get("dim", -1) == -1
+    if per_axis_0 or per_last_dim:
         return Tile(1, None)
     raise QlabError(
         f"quantization_config has granularity {kind} {dict(data)}; qlab reads PerGroup, PerRow "
@@ -129,7 +130,8 @@ def _size(group: Any) -> int | None:
 
 
 def decode(path: str, tensors: Mapping[str, Tensor], spec: Int | None) -> Leaf:
-    """The tensors of module `path` -> codes, or a dense weight in the scales' dtype (spec None).
+    """The tensors of module `path` -> codes, or for a spec of None a dense weight in the dtype of
+    the scales.
 
     Refuses missing, misshaped and unexpected tensors (an act_pre_scale among them), codes outside
     the grid, and zero points other than 0 where the config says symmetric.
@@ -144,7 +146,7 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Int | None) -> Leaf:
             f"{path}._weight_qdata {(o, k)} does not hold a weight of {spec}; the file or its "
             "config is wrong"
         )
-    low, high = (int(x) for x in codes.aminmax())
+    low, high = (int(extreme) for extreme in codes.aminmax())
     if low < spec.qmin or high > spec.qmax:
         raise QlabError(
             f"{path}._weight_qdata spans [{low}, {high}] and int{spec.bits} holds [{spec.qmin}, "
@@ -164,24 +166,17 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Int | None) -> Leaf:
 
 
 def _dense(path: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    words = checks.take(path, tensors, "_weight_qdata", (None, None), torch.int8, torch.uint8).view(
-        torch.uint8
-    )
-    (o, half), scale = (
-        words.shape,
-        checks.take(path, tensors, "_weight_scale", (None, words.shape[0]), *FLOATS),
-    )
-    zeros = checks.take(path, tensors, "_weight_zero_point", tuple(scale.shape), scale.dtype)
-    if 2 * half % scale.shape[0]:
-        raise QlabError(
-            f"{path} has {scale.shape[0]} scales for rows of {2 * half} codes; the file is damaged"
-        )
-    signed = (
-        torch.stack((words << 4, words & 0xF0), -1).view(torch.int8) >> 4
-    )  # arithmetic: the top bit of a nibble is its sign
-    groups = signed.view(o, scale.shape[0], -1).float()
-    return (
-        (groups * scale.mT.float()[..., None] + zeros.mT.float()[..., None])
-        .view(o, 2 * half)
-        .to(scale.dtype)
-    )
+    """An Int4Tensor as a dense weight [o, k] in the dtype of its scales."""
+    dtypes = torch.int8, torch.uint8
+    words = checks.take(path, tensors, "_weight_qdata", (None, None), *dtypes).view(torch.uint8)
+    o, k = words.shape[0], 2 * words.shape[1]
+    scales = checks.take(path, tensors, "_weight_scale", (None, o), *FLOATS)
+    groups = scales.shape[0]
+    zeros = checks.take(path, tensors, "_weight_zero_point", (groups, o), scales.dtype)
+    if k % groups:
+        raise QlabError(f"{path} has {groups} scales for rows of {k} codes; the file is damaged")
+    # The shift of signed bytes is arithmetic: it repeats a nibble's top bit, which is its sign.
+    codes = torch.stack((words << 4, words & 0xF0), -1).view(torch.int8) >> 4
+    codes_ogi = codes.view(o, groups, -1).float()
+    dense_ogi = codes_ogi * scales.mT.float()[..., None] + zeros.mT.float()[..., None]
+    return dense_ogi.view(o, k).to(scales.dtype)

@@ -1,10 +1,11 @@
-"""compressed-tensors: one config, and tensors in the layout that suits the numbers. Source:
-compressed-tensors 0.20.
+"""compressed-tensors: one configuration, and several layouts of tensors. Source: compressed-tensors
+0.20.
 
-`packed.py` holds integers as bit streams, `plain.py` one code per byte (int-, float- and
-naive-quantized, MXFP8), `narrow.py` 4- and 6-bit floats, `sparse.py` 2:4 weights (read only).
-`scheme.py` says how a number grid is written down, `config.py` which module has which, `cache.py`
-and `transforms.py` what else happens at run time.
+Layouts: `packed.py` holds integers as bit streams, `plain.py` one code per byte (int-, float- and
+naive-quantized, MXFP8), `narrow.py` 4- and 6-bit floats, `sparse.py` 2:4 weights (read only),
+`activations.py` the scales of inputs. Configuration: `scheme.py` says how a number grid is written
+down, `config.py` which module has which grid, `cache.py` and `transforms.py` what else happens at
+run time.
 """
 
 from collections.abc import Collection, Mapping
@@ -41,12 +42,13 @@ LAYOUTS = {
 
 
 def encode(path: str, leaf: QTensor, online: Collection = ()) -> dict[str, Tensor]:
-    """QTensor [o, k] -> the tensors of module `path`, in the format that its spec and its inputs'
-    call for.
+    """QTensor [o, k] -> the tensors of module `path`, in the layout for its spec and that of its
+    inputs.
 
-    online: what happens to the module's input at run time; only QuantizeInput has a place here.
+    online: what happens to the module's input at run time; the format holds only a QuantizeInput.
     """
-    if reason := refusal(leaf.spec, online):
+    reason = refusal(leaf.spec, online)
+    if reason:
         raise QlabError(f"{path}: {reason}")
     if len(leaf.shape) != 2:
         raise QlabError(
@@ -63,23 +65,24 @@ def encode(path: str, leaf: QTensor, online: Collection = ()) -> dict[str, Tenso
             "channels, as compressed-tensors needs; write gptq"
         )
     rounding = next((op for op in online if isinstance(op, QuantizeInput)), None)
-    tensors = LAYOUTS[format_of(leaf.spec, rounding.input_spec if rounding else None)].encode(
-        path, leaf
-    )
+    layout = LAYOUTS[format_of(leaf.spec, rounding.input_spec if rounding else None)]
+    tensors = layout.encode(path, leaf)
     return tensors | (encode_input(path, rounding) if rounding else {})
 
 
 def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec | None) -> Leaf:
     """The inverse of encode; refuses missing, misshaped and unexpected tensors of the module.
 
-    spec None: a dense weight in the 2:4 format. Codes may be in that format too.
+    A spec of None means a dense weight in the 2:4 layout. Codes may be in that layout too.
     """
-    if f"{path}.compressed" in tensors or spec is None:
-        weight, left = sparse.decode(path, tensors, spec), sparse.others(path, tensors)
-        return (
-            weight if spec is None else plain.decode(path, left | {f"{path}.weight": weight}, spec)
-        )
-    if reason := refusal(spec):
+    if spec is None:
+        return sparse.decode(path, tensors, spec)
+    if f"{path}.compressed" in tensors:
+        codes = sparse.decode(path, tensors, spec)
+        others = sparse.others(path, tensors)
+        return plain.decode(path, others | {f"{path}.weight": codes}, spec)
+    reason = refusal(spec)
+    if reason:
         raise QlabError(f"{path}: {reason}")
     if f"{path}.weight_packed" not in tensors and f"{path}.weight" in tensors:
         return plain.decode(path, tensors, spec)
@@ -88,7 +91,8 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec | None) -> Leaf:
 
 def extras(config: Mapping[str, Any], names: Collection[str]) -> tuple[Extra, ...]:
     """What the config says beside weights and inputs."""
-    said = cache(config, names)
-    return tuple(extra for extra in (said, transforms(config, names)) if extra) + (
-        () if said else unsaid(config, names)
-    )
+    cached = cache(config, names)
+    extras = [extra for extra in (cached, transforms(config, names)) if extra]
+    if cached is None:
+        extras += unsaid(config, names)
+    return tuple(extras)

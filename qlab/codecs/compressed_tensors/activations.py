@@ -1,6 +1,6 @@
-"""What is fixed beforehand of a module's inputs: input_scale [1] and input_zero_point int8 [1], or
-NVFP4's input_global_scale fp32 [1]. Inputs that are rounded with what is found at run time have no
-tensors.
+"""Tensors of static rounding of a module's inputs: input_scale [1] and input_zero_point int8 [1],
+or NVFP4's input_global_scale fp32 [1]. Dynamic rounding, whose scales come from the inputs at run
+time, has no tensors.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from qlab.algebra.online import QuantizeInput
 from qlab.algebra.spec import InputSpec
-from qlab.codecs.compressed_tensors.tensors import INPUTS, WIDE, take_spread
+from qlab.codecs.checks import take_spread
+from qlab.codecs.compressed_tensors.tensors import INPUTS, WIDE
 from qlab.errors import QlabError
 
 
@@ -23,43 +24,44 @@ def encode_input(path: str, rounding: QuantizeInput) -> dict[str, Tensor]:
 def decode_input(path: str, tensors: Mapping[str, Tensor], spec: InputSpec) -> QuantizeInput:
     """The operation on the module's input; refuses tensors that are missing, or that the spec has
     no place for."""
-    grid = spec.spec
-    wanted = (
-        {"input_global_scale"}
-        if grid.outer
-        else {"input_scale", *(() if grid.symmetric else ("input_zero_point",))}
-    )
-    wanted = wanted if spec.static else set()
-    for name in INPUTS:
-        # a symmetric zero point is 0, and some releases write it down
-        if (
-            f"{path}.{name}" in tensors
-            and name not in wanted
-            and (name != "input_zero_point" or tensors[f"{path}.{name}"].any())
-        ):
-            raise QlabError(
-                f"{path}.{name} has no place where inputs are {spec}; check the file's "
-                "quantization_config"
-            )
-    scales = (
-        take_spread(path, tensors, "input_scale", (1,), *WIDE).reshape(1, 1)
-        if "input_scale" in wanted
-        else None
-    )
-    zeros = (
-        take_spread(path, tensors, "input_zero_point", (1,), torch.int8).reshape(1, 1)
-        if "input_zero_point" in wanted
-        else None
-    )
-    outer = (
-        take_spread(path, tensors, "input_global_scale", (1,), torch.float32)
-        if "input_global_scale" in wanted
-        else None
-    )
+    expected = _expected(spec)
+    _refuse_others(path, tensors, spec, expected)
+    scales = zeros = outer = None
+    if "input_scale" in expected:
+        scales = take_spread(path, tensors, "input_scale", (1,), *WIDE).reshape(1, 1)
+    if "input_zero_point" in expected:
+        zeros = take_spread(path, tensors, "input_zero_point", (1,), torch.int8).reshape(1, 1)
+    if "input_global_scale" in expected:
+        outer = take_spread(path, tensors, "input_global_scale", (1,), torch.float32)
     for scale in (scales, outer):
         if scale is not None and not (scale > 0).all():
             raise QlabError(
                 f"{path} has an input scale of {scale.item():g}, as of an input that no "
                 "calibration saw; calibrate with more text"
             )
-    return QuantizeInput(grid, scales, zeros, outer)
+    return QuantizeInput(spec.spec, scales, zeros, outer)
+
+
+def _expected(spec: InputSpec) -> tuple[str, ...]:
+    """The tensors that such inputs need."""
+    if not spec.static:
+        return ()
+    if spec.spec.outer:
+        return ("input_global_scale",)
+    return ("input_scale",) if spec.spec.symmetric else ("input_scale", "input_zero_point")
+
+
+def _refuse_others(
+    path: str, tensors: Mapping[str, Tensor], spec: InputSpec, expected: tuple[str, ...]
+) -> None:
+    for name in INPUTS:
+        tensor = tensors.get(f"{path}.{name}")
+        if tensor is None or name in expected:
+            continue
+        # Some releases write the zero point of symmetric inputs, which is 0.
+        if name == "input_zero_point" and not tensor.any():
+            continue
+        raise QlabError(
+            f"{path}.{name} has no place where inputs are {spec}; check the file's "
+            "quantization_config"
+        )

@@ -1,9 +1,10 @@
-"""`kv_cache_scheme`: keys and values are rounded before they are cached. Read and carried on; qlab
-does not do it.
+"""`kv_cache_scheme`: keys and values are rounded before they are cached. qlab reads it and carries
+it into other directories; it does not round a cache itself.
 
-One QuantizationArgs for every attention with a cache. Static schemes have k_scale and v_scale of
-each in the dtype of the activations: [1], or [heads, 1, 1] of its key-value heads ("attn_head").
-Source: compressed-tensors 0.20. Other writers put them elsewhere (cache_scales.py).
+One QuantizationArgs holds for every attention with a cache. Under a static scheme each attention
+has k_scale and v_scale in the dtype of the activations: [1], or [heads, 1, 1] for its key-value
+heads ("attn_head"). Source: compressed-tensors 0.20. Other writers put these scales in other places
+(cache_scales.py).
 """
 
 import re
@@ -30,38 +31,33 @@ STRATEGIES = {
 
 
 def cache(config: Mapping[str, Any], names: Collection[str]) -> Extra | None:
-    """What the key says, with the scales among `names`; refuses schemes that compressed-tensors has
-    not."""
+    """What the key says, with the scales among `names`; refuses schemes that compressed-tensors
+    does not have."""
     args = config.get(KEY)
     if not args:
         return None
     check_args(KEY, args)
-    dynamic, strategy, bits = (
-        args.get("dynamic") or False,
-        args.get("strategy") or "tensor",
-        args.get("num_bits") or 8,
-    )
-    scales = (
-        STRATEGIES.get((dynamic, strategy))
-        if isinstance(dynamic, bool) and isinstance(strategy, str)
-        else None
-    )
+    dynamic = args.get("dynamic") or False
+    strategy = args.get("strategy") or "tensor"
+    bits = args.get("num_bits") or 8
+    scales = None
+    if isinstance(dynamic, bool) and isinstance(strategy, str):
+        scales = STRATEGIES.get((dynamic, strategy))
     if scales is None or not args.get("symmetric", True) or bits not in (4, 8):
         raise QlabError(
             f"{KEY} has strategy {strategy!r} with dynamic {dynamic!r}, symmetric "
             f"{args.get('symmetric', True)!r} and num_bits {bits}; qlab reads symmetric ones of 4 "
             "or 8 bits with a scale per tensor, head or token"
         )
-    says = (
-        "keys and values are cached as "
-        f"{'int' if args.get('type', 'int') == 'int' else 'fp'}{bits} with {scales}"
-    )
+    number = "int" if args.get("type", "int") == "int" else "fp"
+    says = f"keys and values are cached as {number}{bits} with {scales}"
     tensors, missing = ((), ()) if dynamic else _scales(names)
     return Extra(KEY, says, tensors=tensors, missing=missing, fault=_fault)
 
 
 def _scales(names: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The scales that are there, and those that modules of the same names but for numbers lack."""
+    """The scales among `names`, and those that are missing: every module of a family of which one
+    has a scale needs that scale too."""
     scales = scales_of(names)
     if not scales:
         return (), ("k_scale of every attention",)

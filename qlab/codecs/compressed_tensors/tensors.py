@@ -1,5 +1,5 @@
-"""Taking a module's tensors out of a file: each is there, of the right shape and type, and nothing
-else is."""
+"""What the layouts of compressed-tensors share: shapes and dtypes of scales, and checks of a
+module's tensors."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,28 +8,23 @@ from torch import Tensor
 
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import Spec, Tile
-from qlab.codecs.checks import bare
+from qlab.codecs.checks import take, unknown_name
 from qlab.errors import QlabError
 
-INPUTS = (
-    "input_scale",
-    "input_zero_point",
-    "input_global_scale",
-)  # what is fixed beforehand of a module's inputs
+# The tensors of static rounding of a module's inputs.
+INPUTS = ("input_scale", "input_zero_point", "input_global_scale")
 BESIDE = {"bias", *INPUTS}
-WIDE = (
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float64,
-)  # what scales are stored in, where it is not settled
+# The dtypes that scales may be stored in where the spec does not say.
+WIDE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def strategy(tile: Tile) -> str:
     """compressed-tensors' name for what one scale covers."""
     if tile.rows is None:
         return "tensor"
-    return "block" if tile.rows > 1 else "group" if tile.cols else "channel"
+    if tile.rows > 1:
+        return "block"
+    return "group" if tile.cols else "channel"
 
 
 def scale_dtypes(spec: Spec) -> tuple[torch.dtype, ...]:
@@ -38,12 +33,12 @@ def scale_dtypes(spec: Spec) -> tuple[torch.dtype, ...]:
 
 
 def stored_shape(spec: Spec, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of the scales of a weight [o, k] in the file: one scale per tensor is a vector of one."""
+    """The shape in the file of the scales of a weight [o, k]; one scale per tensor is [1]."""
     return (1,) if strategy(spec.tile) == "tensor" else spec.tile.scales_shape(torch.Size(shape))
 
 
 def whole_groups(spec: Spec, shape: Sequence[int]) -> bool:
-    """Whether groups divide the rows of a weight [o, k]; a row that is shorter than one is one."""
+    """Whether groups divide the rows of a weight [o, k]; a row shorter than a group is a group."""
     k, cols = shape[-1], spec.tile.cols
     return spec.tile.rows != 1 or cols is None or k <= cols or k % cols == 0
 
@@ -62,53 +57,24 @@ def check_scales(path: str, leaf: QTensor) -> None:
         )
 
 
-def take(
-    path: str, tensors: Mapping[str, Tensor], name: str, shape: tuple, *dtypes: torch.dtype
-) -> Tensor:
-    """The module's tensor `name`; refuses one that is missing, of another shape or dtype, or not
-    finite."""
-    if f"{path}.{name}" not in tensors:
-        raise QlabError(
-            f"{path}.{name} is missing; the file is incomplete or its quantization_config is wrong"
-        )
-    tensor = tensors[f"{path}.{name}"]
-    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-        raise QlabError(
-            f"{path}.{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtypes[0]} {shape}; "
-            f"the file is damaged or its quantization_config is wrong"
-        )
-    if tensor.is_floating_point() and not tensor.float().isfinite().all():
-        raise QlabError(f"{path}.{name} holds NaN or Inf; the file is damaged")
-    return tensor
-
-
-def take_spread(
-    path: str, tensors: Mapping[str, Tensor], name: str, shape: tuple, *dtypes: torch.dtype
-) -> Tensor:
-    """The same for scales and zero points, which writers store with axes of one or without them: []
-    and [1], [o] and [o, 1]."""
-    found = tensors.get(f"{path}.{name}")
-    if found is not None and bare(found.shape) == bare(shape):
-        tensors = {f"{path}.{name}": found.reshape(shape)}
-    return take(path, tensors, name, shape, *dtypes)
-
-
 def take_matrix(
     path: str, tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype
 ) -> tuple[int, int]:
-    """The shape of the module's tensor `name`, which may be any matrix of this dtype."""
-    found = tensors.get(f"{path}.{name}")
-    shape = (1, 1) if found is None or found.ndim != 2 or 0 in found.shape else tuple(found.shape)
-    take(path, tensors, name, shape, dtype)
-    return shape[0], shape[1]
+    """The shape of the module's tensor `name`, which may be any matrix of this dtype. An error
+    names [1, 1] as the expected shape where it is no matrix."""
+    tensor = tensors.get(f"{path}.{name}")
+    rows, columns = 1, 1
+    if tensor is not None and tensor.ndim == 2 and 0 not in tensor.shape:
+        rows, columns = tensor.shape
+    take(path, tensors, name, (rows, columns), dtype)
+    return rows, columns
 
 
 def refuse_others(path: str, tensors: Mapping[str, Tensor], spec: Spec, known: set[str]) -> None:
-    """Refuse tensors of the module that this format has no place for, and would drop."""
-    for name in sorted(tensors):
-        module, _, kind = name.rpartition(".")
-        if module == path and kind not in known | BESIDE:
-            raise QlabError(
-                f"{name} has no place beside {', '.join(sorted(known))} at {spec}; check the "
-                "file's quantization_config"
-            )
+    """Refuse a tensor of the module that this layout has no place for: decoding would ignore it."""
+    unknown = unknown_name(path, tensors, known | BESIDE)
+    if unknown is not None:
+        raise QlabError(
+            f"{unknown} has no place beside {', '.join(sorted(known))} at {spec}; check the "
+            "file's quantization_config"
+        )
