@@ -17,36 +17,38 @@ from qlab.codecs.cache_scales import unsaid
 from qlab.codecs.extra import Extra
 from qlab.errors import QlabError
 
-Specs = Mapping[
-    str, Spec | None
-]  # every linear module of a model -> how its weight is stored; None is unquantized
+# Every linear module of a model -> the spec of its weight in the files; None is unquantized.
+Specs = Mapping[str, Spec | None]
 
 
 @dataclass(frozen=True)
 class Codec:
-    """One format. Law: decode(path, encode(path, q), q.spec) == q, bit for bit; specs(config(s),
-    names) == s.
+    """One format. Laws: decode(path, encode(path, q), q.spec) == q, bit for bit;
+    specs(config(s), names) == s.
 
-    refusal(spec, online=()): why the format cannot hold such a weight, or None; ask before any
-    work.
-    encode(path, leaf): the tensors of module `path` for a leaf [o, k]. decode(path, tensors, spec):
-    the inverse. config(specs): config.json's quantization_config. specs(config, names): the spec of
-    every module that is quantized among the tensor `names` of a directory's files; what it cannot
-    read is refused by name. A spec of None is a dense weight in a layout of the format's own.
-
-    misfit(spec, shape): why weights of this shape [..., o, k] do not fit, or None; also before any
-    work.
-    risk(spec): why weights that are still to be rounded may not fit once they are, or None: before
-    any work that rounds, which would end in an error of `encode`. Codes that are there already are
-    only asked by `encode`, since most of them may fit.
-
-    Formats that round inputs at run time take those operations as a further argument of `encode`
-    (online) and how they round as one of `config` (inputs: path -> InputSpec), and read both:
-    inputs(config, names) like specs, decode_input(path, tensors, spec) the operation.
-    extras(config, names): what else a directory's config says; a format holds its own extras word
-    for word, and no others. transposed: whether readers look for codes in linears that hold W as
-    [k, o], too. embeddings: whether they look for codes in embeddings, whose names are a further
-    argument of `config`.
+    Tensors:
+        encode(path, leaf): the tensors of module `path` for a leaf [o, k].
+        decode(path, tensors, spec): the inverse. A spec of None means a dense weight in a layout of
+            the format's own.
+    Configuration:
+        config(specs): config.json's quantization_config.
+        specs(config, names): the spec of every quantized module among the tensors `names` of a
+            directory's files; refuses a config that qlab does not read.
+        extras(config, names): what else a config says. A format holds its own extras word for word,
+            and no extras of other formats.
+    Limits, each a reason or None, to be asked before any work:
+        refusal(spec, online=()): why the format cannot hold such a weight.
+        misfit(spec, shape): why weights of this shape [..., o, k] do not fit.
+        risk(spec): why weights that are not yet rounded may not fit once they are. It is not asked
+            of codes that exist: most of those may fit, and `encode` refuses the others.
+    Rounding of inputs at run time, in formats that hold it: `encode` takes the operations as
+        `online`, `config` takes path -> InputSpec as `inputs`.
+        inputs(config, names): reads the latter, as `specs` does for weights.
+        decode_input(path, tensors, spec): the operation on the input of a module.
+    Other modules than nn.Linear:
+        transposed: whether readers look for codes in linears that hold W as [k, o], too.
+        embeddings: whether they look for codes in embeddings; `config` takes the names of these as
+            `embeddings`.
     """
 
     refusal: Callable[..., str | None]
@@ -84,7 +86,8 @@ GPTQ_VERSIONS = [
     for reordered in (False, True)
 ]
 
-CODECS: Mapping[str, Codec] = {  # what qlab writes, by the name that `--codec` takes
+# The formats that qlab writes, by the name that `--codec` takes.
+CODECS: Mapping[str, Codec] = {
     "compressed-tensors": Codec(
         refusal=compressed_tensors.refusal,
         encode=compressed_tensors.encode,
@@ -96,9 +99,8 @@ CODECS: Mapping[str, Codec] = {  # what qlab writes, by the name that `--codec` 
         extras=compressed_tensors.extras,
         embeddings=True,
     ),
-    **{
-        str(version): _gptq(version) for version in GPTQ_VERSIONS
-    },  # gptq, gptq_v2, and either with _desc_act
+    # gptq, gptq_v2, and each of them with _desc_act
+    **{str(version): _gptq(version) for version in GPTQ_VERSIONS},
     "awq": Codec(
         refusal=awq.refusal,
         encode=awq.encode,
@@ -133,9 +135,8 @@ def _awq(config: Mapping[str, Any]) -> Codec:
     return replace(_read_only(f"AWQ {version}", awq), decode=partial(awq_gemv.decode, version))
 
 
-# quant_method of a quantization_config -> the codec that reads such a directory. A format whose
-# variants differ in what the same tensors mean (GPTQ v1 and v2) looks at the rest of the config to
-# choose.
+# quant_method of a quantization_config -> a function from that config to the codec that reads such
+# a directory: variants of a format may give the same tensors other meanings (GPTQ v1 and v2).
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Codec]] = {
     "compressed-tensors": lambda config: CODECS["compressed-tensors"],
     "fp8": lambda config: replace(
@@ -148,8 +149,8 @@ READERS: Mapping[str, Callable[[Mapping[str, Any]], Codec]] = {
     "torchao": lambda config: _read_only("torchao's tensors", torchao),
 }
 
-# A file beside a config.json without a quantization_config -> what such a config would say; older
-# writers made these.
+# Older writers put the configuration into a file beside config.json. Its name -> a function from
+# its content to the quantization_config that it stands for.
 LEGACY_CONFIGS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "quantize_config.json": lambda raw: {"quant_method": "gptq", **raw},
     "quant_config.json": awq.legacy_config,
@@ -157,16 +158,14 @@ LEGACY_CONFIGS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
 
 
 def storable(spec: Spec, codec: str, dtype: torch.dtype) -> Spec:
-    """The spec with scales in the dtype of the weights where the codec stores such scales, else in
-    float16; the spec as it is where it cannot store either."""
-    if (
-        codec in CODECS
-        and spec.scale_dtype is None
-        and CODECS[codec].refusal(replace(spec, scale_dtype=dtype))
-    ):
-        halves = replace(spec, scale_dtype=torch.float16)
-        return halves if CODECS[codec].refusal(halves) is None else spec
-    return spec
+    """The spec with float16 scales, where the codec stores these and no scales in the dtype of the
+    weights; else the spec as it is."""
+    if codec not in CODECS or spec.scale_dtype is not None:
+        return spec
+    refusal = CODECS[codec].refusal
+    halves = replace(spec, scale_dtype=torch.float16)
+    needs_halves = refusal(replace(spec, scale_dtype=dtype)) and refusal(halves) is None
+    return halves if needs_halves else spec
 
 
 def refusal_of_transposed(codec: str) -> str | None:

@@ -1,9 +1,9 @@
-"""What inference engines load, as data: for each engine the formats and grids it takes, the safest
-first.
+"""What inference engines load, as data: for each engine the formats and grids that it takes, the
+safest first.
 
-Read in vLLM 0.33.0, transformers 5.23.0 with compressed-tensors 0.20, LMDeploy (TurboMind)
-1263d5cd8, and for SGLang in its reports alone: what nobody examined is not listed and therefore
-refused.
+Sources: the code of vLLM 0.33.0, transformers 5.23.0 with compressed-tensors 0.20 and LMDeploy
+(TurboMind) 1263d5cd8, and SGLang's issue reports. A combination that nobody examined is not listed,
+and is therefore refused.
 """
 
 import math
@@ -16,18 +16,14 @@ from qlab.algebra.spec import Float, Int, Spec, Tile, parse_spec
 from qlab.errors import QlabError
 
 CHANNEL, TENSOR, BLOCK = Tile(1, None), Tile(None, None), Tile(128, 128)
-MARLIN = (
-    Tile(1, 32),
-    Tile(1, 64),
-    Tile(1, 128),
-    CHANNEL,
-)  # the groups that vLLM's int4 and int8 kernels have
+# What one scale covers in vLLM's int4 and int8 kernels.
+MARLIN = (Tile(1, 32), Tile(1, 64), Tile(1, 128), CHANNEL)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Integer weights of these bits, tiles and kinds of zero point in the format of one codec.
-    experts: also in mixtures."""
+    """Integer weights that an engine loads from the files of one codec, by bits, by what one scale
+    covers, and by symmetry. experts: also in mixtures."""
 
     codec: str
     bits: tuple[int, ...]
@@ -38,7 +34,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Floats:
-    """Float weights of exactly these specs in the format of one codec."""
+    """Float weights that an engine loads from the files of one codec: exactly these specs."""
 
     codec: str
     specs: tuple[Spec, ...]
@@ -47,9 +43,13 @@ class Floats:
 
 @dataclass(frozen=True)
 class Target:
-    """rows: what the engine loads, the safest first. uniform: it reads one spec for all weights.
-    joins: it makes one weight of those that share an input (q, k and v; gate and up), and one layer
-    of a mixture's experts. whole_blocks: 2-D blocks divide the input."""
+    """What an engine loads.
+
+    rows: the weights, the safest first. uniform: whether all weights of a model must have one spec.
+    joins: whether the engine makes one weight of those that share an input (q, k and v; gate and
+    up), and one layer of a mixture's experts. whole_blocks: whether 2-D blocks must divide the
+    input channels.
+    """
 
     rows: tuple[Row | Floats, ...]
     uniform: bool = False
@@ -85,14 +85,12 @@ TARGETS: Mapping[str, Target] = {
     ),
     "transformers": Target(
         (
-            Row(
-                CT, (4, 8, 2, 3, 5, 6, 7, 1), (*MARLIN, Tile(1, 16), Tile(1, 256), TENSOR)
-            ),  # zero points stay packed: a shape mismatch
+            # Symmetric only: transformers does not unpack zero points, and their shapes mismatch.
+            Row(CT, (4, 8, 2, 3, 5, 6, 7, 1), (*MARLIN, Tile(1, 16), Tile(1, 256), TENSOR)),
             Row("awq", (4,), MARLIN, (False, True)),
             Row("gptq", (2, 3, 4, 8), MARLIN),
-            Row(
-                "gptq_v2", (2, 3, 4, 8), MARLIN, (False,)
-            ),  # GPTQModel refuses version 1 with zero points of another's making
+            # GPTQModel refuses zero points of version 1 unless it wrote the file itself.
+            Row("gptq_v2", (2, 3, 4, 8), MARLIN, (False,)),
             _floats("fp8-channel", "fp8-b128x128", "fp8-tensor", "nvfp4", "mxfp4", "mxfp8"),
         )
     ),
@@ -110,8 +108,8 @@ def target_named(name: str) -> Target:
 
 
 def safest_codec(name: str, spec: Spec) -> str:
-    """The first codec from whose files the engine loads such weights; where there is none, the
-    first of all, so that the refusal that follows names the nearest thing."""
+    """The first codec from whose files the engine loads such weights. If there is none, the
+    engine's first codec, so that the refusal that follows names the nearest spec."""
     rows = target_named(name).rows
     return next((row.codec for row in rows if _takes(row, spec, False)), rows[0].codec)
 
@@ -120,31 +118,31 @@ def refusal(
     name: str, codec: str, spec: Spec, experts: bool = False, k: int | None = None
 ) -> str | None:
     """Why the engine does not load such a weight from this codec's files, with the nearest spec
-    that it loads, or None."""
-    rows, cols = target_named(name).rows, spec.tile.cols
-    if any(row.codec == codec and _takes(row, spec, experts) for row in rows):
-        uneven = (
-            TARGETS[name].whole_blocks
-            and spec.tile.rows not in (None, 1)
-            and k
-            and cols
-            and k % cols
-        )
-        if not uneven:
-            return None
-        others = (found for found in _nearest(rows, spec, experts, k) if found[1].tile != spec.tile)
-        _, other, held = min(others, key=lambda found: found[0])
-        return (
-            f"{name} loads {spec} weights where {cols} divides their input channels, of which "
-            f"there are {k}; the nearest it loads is {other} with the codec {held}"
-        )
-    elsewhere = list(dict.fromkeys(row.codec for row in rows if _takes(row, spec, experts)))
-    what = f"{spec} {'expert ' * experts}weights in {codec} files"
-    if elsewhere:
-        return f"{name} loads no {what}; the codec {elsewhere[0]} holds them for it"
-    near = min(_nearest(rows, spec, experts, k), default=None, key=lambda found: found[0])
-    return f"{name} loads no {what}" + (
-        f"; the nearest it loads is {near[1]} with the codec {near[2]}" if near else ""
+    that it loads, or None. k: its input channels, where they are known."""
+    rows = target_named(name).rows
+    codecs = [row.codec for row in rows if _takes(row, spec, experts)]
+    if codec in codecs:
+        return _refusal_of_blocks(name, spec, experts, k)
+    loads_no = f"{name} loads no {spec} {'expert ' * experts}weights in {codec} files"
+    if codecs:
+        return f"{loads_no}; the codec {codecs[0]} holds them for it"
+    nearest = min(_loaded(rows, spec, experts, k), default=None, key=_distance)
+    if nearest is None:
+        return loads_no
+    return f"{loads_no}; the nearest it loads is {nearest.spec} with the codec {nearest.codec}"
+
+
+def _refusal_of_blocks(name: str, spec: Spec, experts: bool, k: int | None) -> str | None:
+    """Why the engine does not load 2-D blocks that do not divide the input channels, or None."""
+    target, cols = TARGETS[name], spec.tile.cols
+    in_blocks = spec.tile.rows not in (None, 1)
+    if not (target.whole_blocks and in_blocks and k and cols and k % cols):
+        return None
+    loaded = _loaded(target.rows, spec, experts, k)
+    nearest = min((near for near in loaded if near.spec.tile != spec.tile), key=_distance)
+    return (
+        f"{name} loads {spec} weights where {cols} divides their input channels, of which there "
+        f"are {k}; the nearest it loads is {nearest.spec} with the codec {nearest.codec}"
     )
 
 
@@ -157,8 +155,8 @@ def uniformity(name: str, specs: Mapping[str, Spec]) -> str | None:
 
 
 def division(name: str, specs: Mapping[str, Spec | None]) -> str | None:
-    """Why the engine cannot make one weight, or one layer of experts, of the weights of these specs
-    (None: unquantized), or None."""
+    """Why the engine cannot join weights of these specs (None: unquantized) into one weight, or
+    into one layer of experts, or None."""
     if not target_named(name).joins or len(set(specs.values())) < 2:
         return None
     distinct = sorted({str(spec or "unquantized") for spec in specs.values()})
@@ -180,41 +178,49 @@ def _takes(row: Row | Floats, spec: Spec, experts: bool) -> bool:
 
 
 def _plain(spec: Spec) -> Spec:
-    """Without the dtype of scales where the spec leaves it open."""
-    return (
-        replace(spec, scale_dtype=None)
-        if spec.scale_dtype is None or spec.scale_dtype.itemsize > 1
-        else spec
-    )
+    """The spec without a dtype of scales, unless that is part of the grid."""
+    if spec.scale_dtype is not None and spec.scale_dtype.itemsize == 1:
+        return spec
+    return replace(spec, scale_dtype=None)
 
 
-def _nearest(
+@dataclass(frozen=True)
+class _Loaded:
+    """A spec that an engine loads from a codec's files, and its distance from the wanted spec."""
+
+    spec: Spec
+    codec: str
+    distance: float
+
+
+def _distance(loaded: _Loaded) -> float:
+    return loaded.distance
+
+
+def _loaded(
     rows: tuple[Row | Floats, ...], spec: Spec, experts: bool, k: int | None
-) -> Iterator[tuple[float, Spec, str]]:
-    """Specs that the engine loads, with their codecs and how far they are from this one; groups
-    divide `k`."""
+) -> Iterator[_Loaded]:
+    """What the engine loads for weights of k input channels, with the distance from `spec`."""
     for row in rows:
         if experts and not row.experts:
             continue
         if isinstance(row, Floats):
-            yield from (
-                (abs(known.bits - spec.bits) + 100 * isinstance(spec, Int), known, row.codec)
-                for known in row.specs
-            )
+            for known in row.specs:
+                distance = abs(known.bits - spec.bits) + 100 * isinstance(spec, Int)
+                yield _Loaded(known, row.codec, distance)
             continue
         for tile in row.tiles:
             if k is None or tile.cols is None or k % tile.cols == 0:
-                bits = min(row.bits, key=lambda b: (abs(b - spec.bits), -b))
-                symmetric = (
-                    spec.symmetric if spec.symmetric in row.symmetric else not spec.symmetric
-                )
-                far = (
-                    abs(bits - spec.bits)
-                    + 2 * (symmetric != spec.symmetric)
-                    + 100 * isinstance(spec, Float)
-                )
-                yield (
-                    far + abs(math.log2((tile.cols or 1024) / (spec.tile.cols or 1024))),
-                    Int(bits, tile, symmetric),
-                    row.codec,
-                )
+                yield _nearest_of(row, tile, spec)
+
+
+def _nearest_of(row: Row, tile: Tile, spec: Spec) -> _Loaded:
+    """The spec of a row with this tile that is nearest to `spec`; of two equally near widths the
+    larger one."""
+    bits = min(row.bits, key=lambda width: (abs(width - spec.bits), -width))
+    symmetric = spec.symmetric if spec.symmetric in row.symmetric else not spec.symmetric
+    distance = abs(bits - spec.bits)
+    distance += 2 * (symmetric != spec.symmetric)
+    distance += 100 * isinstance(spec, Float)
+    groups = abs(math.log2((tile.cols or 1024) / (spec.tile.cols or 1024)))
+    return _Loaded(Int(bits, tile, symmetric), row.codec, distance + groups)

@@ -10,14 +10,14 @@ from qlab.algebra.graph import Op
 
 @dataclass(frozen=True)
 class Extra:
-    """Something that a directory's readers do beside products with weights.
+    """Something that readers of a directory do beside products with weights.
 
-    key: where quantization_config says it. says: a clause in words. online: whether it happens at
-    run time; else it is done and the weights hold it. applied: whether qlab computes it too.
-    tensors: what the files hold for it, by name; missing: what they should hold and do not.
-    fault(tensor): what is wrong with one of its tensors, or None. ops(path, location, n, tensor):
-    what becomes of the "input" or "output" [..., n] of the linear module `path`, with tensor(name)
-    to read the files.
+    key: the key of quantization_config that says it. says: the same in words, a clause. online:
+    whether it happens at run time; if not, the weights hold its result. applied: whether qlab
+    computes it too. tensors: the names of its tensors in the files. missing: the tensors that the
+    files should hold and do not. fault(tensor): what is wrong with one of its tensors, or None.
+    ops(path, location, n, tensor): the operations on the "input" or "output" [..., n] of the linear
+    module `path`; tensor(name) reads a tensor of the files.
     """
 
     key: str

@@ -1,13 +1,16 @@
-"""`quant_method: fp8`, read only: DeepSeek-V3's blocks of 128x128 and scales per tensor, as
-transformers and vLLM take them.
+"""`quant_method: fp8`, read only: blocks of 128x128 as DeepSeek-V3 has them, and scales per tensor
+or row, as transformers and vLLM read them. W = weight * scale, also where the scale is called
+inverse:
 
-weight e4m3 [o, k] beside weight_scale_inv [ceil(o/r), ceil(k/c)] for blocks of r x c, W = weight *
-weight_scale_inv in spite of its name; or beside weight_scale_inv or weight_scale, [] or [1] per
-tensor, [o] or [o, 1] per row. Scales are fp32, bfloat16 or powers of two (e8m0, or its bytes).
+    weight            e4m3 [o, k]
+    weight_scale_inv  [ceil(o/r), ceil(k/c)] for blocks of r x c
+    weight_scale_inv or weight_scale  [] or [1] per tensor, [o] or [o, 1] per row
 
-The product rounds its inputs to e4m3 as well: with "activation_scheme" dynamic for groups of c
-channels (tokens, where scales are per tensor), with "static" by one activation_scale or input_scale
-per tensor.
+Scales are fp32, bfloat16, float16 or powers of two (e8m0, or the bytes of its exponents).
+
+The product rounds its inputs to e4m3 as well. With "activation_scheme" dynamic, every c channels of
+a token have a scale (the whole token, where weights have no blocks); with static, one
+activation_scale or input_scale per tensor is stored.
 Sources: DeepSeek-V3's inference code, transformers 5.23 (FineGrainedFP8).
 """
 
@@ -43,53 +46,46 @@ BLOCK, WHOLE = [128, 128], Tile(None, None)
 
 
 def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec]:
-    """The spec of every module with scales among `names`; refuses by name what it cannot read."""
+    """The spec of every module with scales among `names`; refuses a config that qlab does not
+    read."""
     spec = _spec(config, names)
-    if other := sorted(
-        name for name in names if name.endswith("_scale_inv") and not name.endswith(f".{INVERSE}")
-    ):
+    inverse = [name for name in names if name.endswith("_scale_inv")]
+    fused = sorted(name for name in inverse if not name.endswith(f".{INVERSE}"))
+    if fused:
         raise QlabError(
-            f"{other[0]} scales fused experts, which qlab reads one by one (experts.0.gate_proj); "
+            f"{fused[0]} scales fused experts, which qlab reads one by one (experts.0.gate_proj); "
             "split them"
         )
-    scales = {
-        name.rpartition(".")[0]: name
-        for name in names
-        if name.rpartition(".")[2] in (INVERSE, PLAIN)
-    }
-    return {
-        path: Float(*FLOATS["fp8"], Tile(1, None))
-        if spec.tile == WHOLE and _per_row(name, names)
-        else spec
-        for path, name in scales.items()
-    }
+    per_row = Float(*FLOATS["fp8"], Tile(1, None))
+    modules: dict[str, Spec] = {}
+    for name in names:
+        path, _, kind = name.rpartition(".")
+        if kind in (INVERSE, PLAIN):
+            modules[path] = per_row if spec.tile == WHOLE and _per_row(name, names) else spec
+    return modules
 
 
 def _per_row(name: str, names: Any) -> bool:
-    """Whether a tensor of scales holds several, as far as the files' headers are at hand."""
+    """Whether a tensor holds several scales; False where the headers of files are not at hand."""
     return isinstance(names, Mapping) and torch.Size(names[name].shape).numel() > 1
 
 
 def inputs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, InputSpec]:
     """How the inputs of every module with scales are rounded at run time."""
-    found, static = specs(config, names), _scheme(config) == "static"
-    dynamic = {path: Tile(1, spec.tile.cols) for path, spec in found.items()}
-    return {
-        path: InputSpec(Float(*FLOATS["fp8"], Tile(None, None) if static else tile), static)
-        for path, tile in dynamic.items()
-    }
+    static = _scheme(config) == "static"
+    rounded_inputs = {}
+    for path, spec in specs(config, names).items():
+        tile = WHOLE if static else Tile(1, spec.tile.cols)
+        rounded_inputs[path] = InputSpec(Float(*FLOATS["fp8"], tile), static)
+    return rounded_inputs
 
 
 def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
     """The weight of module `path` with fp32 or half scales; refuses missing, misshaped and damaged
     tensors."""
     weight = tensors.get(f"{path}.weight")
-    if (
-        weight is None
-        or weight.dtype != torch.float8_e4m3fn
-        or weight.ndim != 2
-        or 0 in weight.shape
-    ):
+    is_matrix = weight is not None and weight.ndim == 2 and 0 not in weight.shape
+    if weight is None or not is_matrix or weight.dtype != torch.float8_e4m3fn:
         raise QlabError(
             f"{path}.weight is {_described(weight)}, expected a matrix of torch.float8_e4m3fn; "
             "the file is damaged or its quantization_config is wrong"
@@ -122,8 +118,8 @@ def decode_input(path: str, tensors: Mapping[str, Tensor], spec: InputSpec) -> Q
 
 
 def _scales(name: str, stored: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """Scales [a, g] as they are meant: bytes are exponents of two; axes of one may be there or
-    not."""
+    """Scales [a, g] as floats. Files hold exponents of two as bytes, and may leave out axes of size
+    1."""
     if stored.dtype not in DTYPES or bare(stored.shape) != bare(grid):
         raise QlabError(
             f"{name} is {_described(stored)}, expected torch.float32 {grid}; the file is damaged "
@@ -140,11 +136,30 @@ def _described(tensor: Tensor | None) -> str:
 
 
 def _scheme(config: Mapping[str, Any]) -> str:
+    """Whether scales of inputs are "dynamic" or "static"."""
     return str(config.get("activation_scheme", "dynamic")).lower()
 
 
 def _spec(config: Mapping[str, Any], names: Collection[str]) -> Float:
-    if unknown := sorted(map(str, config.keys() - KEYS)):
+    """The spec that the config states for all weights."""
+    _check_config(config)
+    # Files with blocks call their scales inverse, and the configs of older ones leave the size out.
+    default = BLOCK if any(name.endswith(f".{INVERSE}") for name in names) else None
+    block = config.get("weight_block_size", default)
+    if block is None:
+        return Float(*FLOATS["fp8"], WHOLE)
+    sizes = block if isinstance(block, list) else []
+    if len(sizes) != 2 or not all(type(size) is int and 1 < size <= 1 << 20 for size in sizes):
+        raise QlabError(
+            f"quantization_config has weight_block_size {block!r}; it is [rows, columns] or null"
+        )
+    return Float(*FLOATS["fp8"], Tile(*block))
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    """Refuse keys and values that qlab does not read."""
+    unknown = sorted(map(str, config.keys() - KEYS))
+    if unknown:
         raise QlabError(
             f"quantization_config has unknown key {unknown[0]!r}; of fp8 qlab knows "
             f"{', '.join(sorted(KEYS))}"
@@ -165,17 +180,3 @@ def _spec(config: Mapping[str, Any], names: Collection[str]) -> Float:
             f"quantization_config has modules_to_convert {config['modules_to_convert']}; qlab "
             "reads linears only"
         )
-    # files with blocks call their scales inverse, and older ones leave their size out
-    default = BLOCK if any(name.endswith(f".{INVERSE}") for name in names) else None
-    block = config.get("weight_block_size", default)
-    if block is None:
-        return Float(*FLOATS["fp8"], WHOLE)
-    if (
-        not isinstance(block, list)
-        or len(block) != 2
-        or not all(type(n) is int and 1 < n <= 1 << 20 for n in block)
-    ):
-        raise QlabError(
-            f"quantization_config has weight_block_size {block!r}; it is [rows, columns] or null"
-        )
-    return Float(*FLOATS["fp8"], Tile(*block))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlab.algebra.spec import InputSpec, Spec, parse_input_spec, parse_spec
+from qlab.codecs.checks import refuse_unheld, refuse_unquantized
 from qlab.codecs.compressed_tensors.classes import CLASSES, LINEAR, written_with
 from qlab.codecs.compressed_tensors.scheme import (
     PRESETS,
@@ -24,11 +25,8 @@ METHOD, MIXED = "compressed-tensors", "mixed-precision"
 VERSION = "0.20.0"  # the release whose layout and keys these files follow
 GROUP_KEYS = {"targets", "weights", "input_activations", "output_activations", "format"}
 SPARSE = "sparse-24-bitmask"
-MARKS = (
-    "weight_packed",
-    "weight_scale",
-    "compressed",
-)  # one of these says that a module's weight is not stored as it is
+# A module with one of these tensors has a weight that is not stored as it is.
+MARKS = ("weight_packed", "weight_scale", "compressed")
 
 
 @dataclass(frozen=True)
@@ -48,36 +46,37 @@ def config(
     """config.json's quantization_config for a model whose every nn.Linear is in `specs`; None is
     unquantized.
 
-    inputs: how inputs are rounded at run time, for the modules where they are. embeddings: those
-    among the modules, which the class Linear does not target. Unquantized modules go to `ignore` by
-    full name, a tied lm_head too.
+    inputs: how inputs are rounded at run time, for the modules where they are. embeddings: the
+    modules that are embeddings; the class Linear does not target them. Unquantized modules go to
+    `ignore` by full name, a tied lm_head too.
 
-    One scheme targets the class Linear. Several target full names, or one anchored pattern
-    where all layers of a family share a scheme; no module matches two groups, so every reader's
-    order of matching gives the same answer. Scale dtypes are not written unless they belong to the
-    grid: the tensors say them.
-    transformers quantizes nn.Linear only and loads a Conv1D named here at random: a plan refuses
-    such modules.
+    A single scheme targets the class Linear. Several schemes target full names, or one anchored
+    pattern where all members of a family have the same scheme. No module matches two groups, so
+    that readers with different orders of matching agree. Scale dtypes are written only where they
+    are part of the grid; elsewhere the tensors have them.
+
+    transformers quantizes nn.Linear only, and loads a Conv1D that is named here with random
+    weights: a plan refuses such modules.
     """
-    schemes: dict[str, Scheme] = {}
-    for path, spec in specs.items():
-        if spec and (reason := refusal(spec)):
-            raise QlabError(f"{path}: {reason}")
-        if spec:
-            schemes[path] = Scheme(_settled(spec), (inputs or {}).get(path))
-    if bare := sorted(
-        path for path, spec in (inputs or {}).items() if spec and path not in schemes
-    ):
+    rounded_inputs = {path: spec for path, spec in (inputs or {}).items() if spec}
+    refuse_unheld(specs, refusal)
+    schemes = {
+        path: Scheme(_settled(spec), rounded_inputs.get(path))
+        for path, spec in specs.items()
+        if spec
+    }
+    unquantized = sorted(rounded_inputs.keys() - schemes.keys())
+    if unquantized:
         raise QlabError(
-            f"{bare[0]} has rounded inputs and an unquantized weight; qlab writes both or neither"
+            f"{unquantized[0]} has rounded inputs and an unquantized weight; qlab writes both or "
+            "neither"
         )
-    if not schemes:
-        raise QlabError(
-            f"none of the {len(specs)} modules is quantized; write the model without a "
-            "quantization_config"
-        )
+    refuse_unquantized(specs)
     targets = _targets(schemes, embeddings)
-    groups = {f"group_{i}": _group(scheme, targets[scheme]) for i, scheme in enumerate(targets)}
+    groups = {
+        f"group_{number}": _group(scheme, names)
+        for number, (scheme, names) in enumerate(targets.items())
+    }
     formats = {group["format"] for group in groups.values()}
     return {
         "config_groups": groups,
@@ -94,12 +93,10 @@ def config(
 
 
 def _settled(spec: Spec) -> Spec:
-    """The spec as a reader will know it: without the scale dtype where the tensors say it."""
-    return (
-        spec
-        if spec.scale_dtype and spec.scale_dtype.itemsize == 1
-        else replace(spec, scale_dtype=None)
-    )
+    """The spec as a config states it: without a scale dtype that the tensors state."""
+    if spec.scale_dtype and spec.scale_dtype.itemsize == 1:
+        return spec
+    return replace(spec, scale_dtype=None)
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
@@ -115,12 +112,11 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
 
 
 def _targets(schemes: Mapping[str, Scheme], embeddings: Collection[str]) -> dict[Scheme, list[str]]:
-    """Disjoint targets per scheme: a pattern for a family (paths that differ in numbers only) of
-    one scheme, else names."""
-    if len(set(schemes.values())) == 1:
-        return {
-            scheme: [LINEAR, *sorted(schemes.keys() & embeddings)] for scheme in schemes.values()
-        }
+    """Scheme -> its targets, which are disjoint: a pattern for a family whose members have one
+    scheme, else names."""
+    distinct = list(dict.fromkeys(schemes.values()))
+    if len(distinct) == 1:
+        return {distinct[0]: [LINEAR, *sorted(schemes.keys() & embeddings)]}
     families = by_family(schemes)
     targets: dict[Scheme, set[str]] = defaultdict(set)
     for path, scheme in schemes.items():
@@ -133,62 +129,72 @@ def _targets(schemes: Mapping[str, Scheme], embeddings: Collection[str]) -> dict
 
 # ------------------------------------------------------------------ reading
 def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec | None]:
-    """The spec of every module whose weight is not stored as it is among `names`, as
-    compressed-tensors matches it; refuses by name what it cannot read. None: a dense weight in the
-    2:4 format.
+    """The spec of every module among `names` whose weight is not stored as it is; None is a dense
+    weight in the 2:4 layout. Refuses a config that qlab does not read.
 
-    `ignore` wins; then exact names, `re:` patterns (re.match, alphabetically), the class Linear.
+    Modules are matched as compressed-tensors matches them: `ignore` comes first, then exact names,
+    then `re:` patterns (re.match, in alphabetical order), then the class Linear.
     """
     return {path: scheme.spec for path, scheme in _schemes(config, names).items()}
 
 
 def inputs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, InputSpec]:
-    """How inputs are rounded at run time, for every module among `names` where they are; matched as
-    in `specs`."""
+    """How inputs are rounded at run time, for every module among `names` where they are. Modules
+    are matched as in `specs`."""
     return {
         path: scheme.inputs for path, scheme in _schemes(config, names).items() if scheme.inputs
     }
 
 
 def _schemes(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Scheme]:
+    """The scheme of every module among `names` whose weight is not stored as it is."""
     sparse = _check_config(config)
-    modules = {name.rpartition(".")[0] for name in names}
-    targets: dict[str, Scheme] = {}
-    for name, group in _mapping(config, "config_groups").items():
-        scheme, group_targets = _read_group(
-            f"config group {name}", name, group, config.get("format")
-        )
-        targets |= dict.fromkeys(group_targets, scheme)
-    if unknown := {t for t in targets if not t.startswith("re:") and "." not in t} - {
-        *CLASSES,
-        *modules,
-    }:
-        raise QlabError(
-            f"targets {sorted(unknown)} are no modules of this model; qlab knows the classes "
-            f"{' and '.join(CLASSES)} only"
-        )
+    targets = _read_targets(config, names)
     classes = {name: targets[name] for name in CLASSES if name in targets}
-    ignored, named = (
-        _matcher("ignore", _strings("ignore", config.get("ignore"))),
-        _matcher("targets", targets.keys() - CLASSES),
-    )
+    ignored = _matcher("ignore", _strings("ignore", config.get("ignore")))
+    named = _matcher("targets", targets.keys() - CLASSES)
 
     def target(path: str) -> str | None:
+        if ignored(path):
+            return None
         return named(path) or (written_with(path, classes, names) if classes else None)
 
-    found: dict[str, Scheme] = {}
-    for path, mark in sorted(
-        {(p, mark) for p, _, mark in (name.rpartition(".") for name in names) if mark in MARKS}
-    ):
-        match = None if ignored(path) else target(path)
+    schemes: dict[str, Scheme] = {}
+    for path, mark in sorted(_marked(names)):
+        match = target(path)
         scheme = Scheme(None) if match is None else targets[match]
         if scheme.spec is None and not (sparse and mark == "compressed"):
             raise QlabError(
                 f"{path}.{mark} is in the files, and quantization_config names no spec for it; "
                 "the file or its config is wrong"
             )
-        found[path] = scheme
-    return found
+        schemes[path] = scheme
+    return schemes
+
+
+def _marked(names: Collection[str]) -> set[tuple[str, str]]:
+    """(module, last name of its tensor) of all tensors that say that a weight is not stored as it
+    is."""
+    parts = (name.rpartition(".") for name in names)
+    return {(path, kind) for path, _, kind in parts if kind in MARKS}
+
+
+def _read_targets(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Scheme]:
+    """Target -> its scheme, of all config groups; refuses classes that qlab does not know."""
+    targets: dict[str, Scheme] = {}
+    for name, group in _mapping(config, "config_groups").items():
+        where = f"config group {name}"
+        scheme, group_targets = _read_group(where, name, group, config.get("format"))
+        targets |= dict.fromkeys(group_targets, scheme)
+    modules = {name.rpartition(".")[0] for name in names}
+    plain = {target for target in targets if not target.startswith("re:") and "." not in target}
+    unknown = plain - {*CLASSES, *modules}
+    if unknown:
+        raise QlabError(
+            f"targets {sorted(unknown)} are no modules of this model; qlab knows the classes "
+            f"{' and '.join(CLASSES)} only"
+        )
+    return targets
 
 
 def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -205,9 +211,9 @@ def _strings(key: str, value: Any) -> list[str]:
 
 
 def _matcher(key: str, targets: Collection[str]) -> Callable[[str], str | None]:
-    """module path -> the target that takes precedence for it, or None."""
+    """A function from the path of a module to the target that takes precedence for it, or None."""
     names, patterns = frozenset(targets), {}
-    for text in sorted(t for t in targets if t.startswith("re:")):
+    for text in sorted(target for target in targets if target.startswith("re:")):
         try:
             patterns[text] = re.compile(text[3:])
         except re.error as error:
@@ -215,13 +221,18 @@ def _matcher(key: str, targets: Collection[str]) -> Callable[[str], str | None]:
                 f"quantization_config has {key} {text!r}, no regular expression ({error})"
             ) from error
     fallback = LINEAR if LINEAR in names else None
-    return lambda path: (
-        path if path in names else next((t for t, p in patterns.items() if p.match(path)), fallback)
-    )
+
+    def match(path: str) -> str | None:
+        if path in names:
+            return path
+        matching = (text for text, pattern in patterns.items() if pattern.match(path))
+        return next(matching, fallback)
+
+    return match
 
 
 def _check_config(config: Mapping[str, Any]) -> bool:
-    """Refuse what qlab does not read; whether weights may be stored as 2:4."""
+    """Whether weights may be in the 2:4 layout; refuses a config that qlab does not read."""
     groups, sparsity = _mapping(config, "config_groups"), _mapping(config, "sparsity_config")
     weights = any(
         not isinstance(group, Mapping) or group.get("weights") for group in groups.values()
@@ -231,17 +242,14 @@ def _check_config(config: Mapping[str, Any]) -> bool:
             f"quantization_config has quant_method {config.get('quant_method')!r}; qlab reads "
             f"{METHOD!r}"
         )
-    status = config.get(
-        "quantization_status"
-    )  # engines never look at it, and some writers leave it out
+    # Engines do not read the status, and some writers leave it out.
+    status = config.get("quantization_status")
     if weights and status not in (None, "compressed"):
         raise QlabError(
             f"quantization_config has quantization_status {status!r}; qlab reads 'compressed'"
         )
-    if sparsity.get("format", "dense") not in (
-        "dense",
-        SPARSE,
-    ):  # old releases write {"format": "dense", ...}
+    # Old releases write {"format": "dense", ...} for weights that are not sparse.
+    if sparsity.get("format", "dense") not in ("dense", SPARSE):
         raise QlabError(
             f"quantization_config has sparsity_config {dict(sparsity)}; qlab reads dense and "
             f"{SPARSE} weights only"
@@ -255,18 +263,40 @@ def _check_config(config: Mapping[str, Any]) -> bool:
 
 
 def _read_group(where: str, name: str, group: Any, default_format: Any) -> tuple[Scheme, list[str]]:
+    """A config group's scheme and its targets; a group may be the name of a preset with targets."""
     if isinstance(group, list) and name.upper() in PRESETS:
-        weights, rounded = PRESETS[name.upper()]
-        scheme = Scheme(
-            parse_spec(weights) if weights else None, parse_input_spec(rounded) if rounded else None
-        )
-        return scheme, _strings(f"{where} targets", group)
+        return _preset(name.upper()), _strings(f"{where} targets", group)
+    _check_group(where, group)
+    args = group.get("weights")
+    spec = spec_of(f"{where} weights", args) if args is not None else None
+    input_args = group.get("input_activations")
+    inputs = None
+    if input_args is not None:
+        inputs = input_spec_of(f"{where} input_activations", input_args)
+    if inputs and spec is None:
+        raise QlabError(f"{where} rounds inputs of unquantized weights, which qlab does not read")
+    layout = group.get("format") or (None if default_format == MIXED else default_format)
+    if layout is not None:
+        check_format(where, layout, spec)
+    return Scheme(spec, inputs), _strings(f"{where} targets", group.get("targets"))
+
+
+def _preset(name: str) -> Scheme:
+    weights, inputs = PRESETS[name]
+    return Scheme(
+        spec=parse_spec(weights) if weights else None,
+        inputs=parse_input_spec(inputs) if inputs else None,
+    )
+
+
+def _check_group(where: str, group: Any) -> None:
     if not isinstance(group, Mapping):
         raise QlabError(
             f"{where} is neither a scheme with `targets` nor a preset; qlab knows the presets "
             f"{', '.join(PRESETS)}"
         )
-    if unknown := sorted(map(str, group.keys() - GROUP_KEYS)):
+    unknown = sorted(map(str, group.keys() - GROUP_KEYS))
+    if unknown:
         raise QlabError(
             f"{where} has unknown key {unknown[0]!r}; qlab knows {', '.join(sorted(GROUP_KEYS))}"
         )
@@ -275,15 +305,3 @@ def _read_group(where: str, name: str, group: Any, default_format: Any) -> tuple
             f"{where} has output_activations {group['output_activations']}; qlab does not round "
             "outputs"
         )
-    args = group.get("weights")
-    spec = spec_of(f"{where} weights", args) if args is not None else None
-    of_inputs = group.get("input_activations")
-    rounded_inputs = (
-        input_spec_of(f"{where} input_activations", of_inputs) if of_inputs is not None else None
-    )
-    if rounded_inputs and spec is None:
-        raise QlabError(f"{where} rounds inputs of unquantized weights, which qlab does not read")
-    form = group.get("format") or (None if default_format == MIXED else default_format)
-    if form is not None:
-        check_format(where, form, spec)
-    return Scheme(spec, rounded_inputs), _strings(f"{where} targets", group.get("targets"))

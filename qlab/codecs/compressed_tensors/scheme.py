@@ -31,15 +31,23 @@ E8M0 = torch.float8_e8m0fnu
 
 def refusal(spec: Spec, online: Collection = ()) -> str | None:
     """Why compressed-tensors cannot hold such a weight, or None when it can."""
-    if others := [op for op in online if not isinstance(op, QuantizeInput)]:
+    return _refusal_of_operations(online) or _refusal_of_grid(spec)
+
+
+def _refusal_of_operations(online: Collection) -> str | None:
+    others = [op for op in online if not isinstance(op, QuantizeInput)]
+    if others:
         return (
             f"compressed-tensors holds no run-time {type(others[0]).__name__}, only rounded "
             "inputs; fold it into the weights or leave the method out"
         )
     if len(online) > 1:
         return "compressed-tensors rounds an input once; give each site one quantize_inputs"
-    if unreadable := next(filter(None, map(_unreadable, online)), None):
-        return unreadable
+    reasons = (_unreadable(rounding) for rounding in online)
+    return next((reason for reason in reasons if reason), None)
+
+
+def _refusal_of_grid(spec: Spec) -> str | None:
     if isinstance(spec, Int):
         if strategy(spec.tile) == "block":
             return (
@@ -64,17 +72,16 @@ def refusal(spec: Spec, online: Collection = ()) -> str | None:
 
 
 def _unreadable(rounding: QuantizeInput) -> str | None:
-    """Why inputs that are rounded so cannot be written such that they are read again, or None."""
+    """Why inputs that are rounded so would not be read as they were written, or None."""
     written = rounding.input_spec
     if written.spec.outer and rounding.outer is None:
         return (
             f"compressed-tensors stores a global scale of inputs {written}, and this has none; "
             "measure it (quantize_inputs does)"
         )
+    args = args_of(written.spec, written.static, of_inputs=True)
     try:
-        read = input_spec_of(
-            "input_activations", args_of(written.spec, written.static, of_inputs=True)
-        )
+        read = input_spec_of("input_activations", args)
     except QlabError as error:
         return f"compressed-tensors has no inputs {written}: {error}"
     if read.static != written.static or not same_grid(read.spec, written.spec):
@@ -86,15 +93,14 @@ def _unreadable(rounding: QuantizeInput) -> str | None:
 
 
 def format_of(spec: Spec, inputs: InputSpec | None = None) -> str:
-    """The format in which a weight with such inputs is written: what compressed-tensors picks
-    itself, but for narrow integers with rounded inputs, whose byte per code no engine has a kernel
-    for."""
+    """The format in which a weight with such inputs is written.
+
+    It is the one that compressed-tensors picks itself, but for integers below 8 bits with rounded
+    inputs: the library stores a byte per code, for which no engine has a kernel.
+    """
     if isinstance(spec, Int):
-        return (
-            "int-quantized"
-            if inputs and spec.bits == 8 and isinstance(inputs.spec, Int)
-            else "pack-quantized"
-        )
+        bytes_of_both = spec.bits == 8 and inputs is not None and isinstance(inputs.spec, Int)
+        return "int-quantized" if bytes_of_both else "pack-quantized"
     if spec.outer:
         return "nvfp4-pack-quantized"
     if spec.scale_dtype == E8M0:
@@ -102,16 +108,17 @@ def format_of(spec: Spec, inputs: InputSpec | None = None) -> str:
     return "float-quantized" if inputs else "naive-quantized"
 
 
-FORMATS = {  # format -> the bits and types of weights it may hold
-    "pack-quantized": ("int", range(1, 9)),
-    "int-quantized": ("int", range(1, 9)),
-    "float-quantized": ("float", (8,)),
-    "naive-quantized": ("int or float", range(1, 9)),
-    "mxfp8-quantized": ("float", (8,)),
-    "mxfp4-pack-quantized": ("float", (4,)),
-    "mxfp6-pack-quantized": ("float", (6,)),
-    "nvfp4-pack-quantized": ("float", (4,)),
-    "dense": ("", ()),
+# format -> the types and bits of the weights that it may hold
+FORMATS = {
+    "pack-quantized": (("int",), range(1, 9)),
+    "int-quantized": (("int",), range(1, 9)),
+    "float-quantized": (("float",), (8,)),
+    "naive-quantized": (("int", "float"), range(1, 9)),
+    "mxfp8-quantized": (("float",), (8,)),
+    "mxfp4-pack-quantized": (("float",), (4,)),
+    "mxfp6-pack-quantized": (("float",), (6,)),
+    "nvfp4-pack-quantized": (("float",), (4,)),
+    "dense": ((), ()),
 }
 
 
@@ -119,18 +126,18 @@ def check_format(where: str, name: Any, spec: Spec | None) -> None:
     """Refuse a format that qlab does not read, or that does not hold such weights."""
     if not isinstance(name, str) or name not in FORMATS:
         raise QlabError(f"{where} has format {name!r}; qlab reads {', '.join(FORMATS)}")
-    kind, bits = FORMATS[name]
-    if spec and (
-        spec.bits not in bits
-        or ("int" if isinstance(spec, Int) else "float") not in kind.split(" or ")
-    ):
+    if spec is None:
+        return
+    kinds, bits = FORMATS[name]
+    kind = "int" if isinstance(spec, Int) else "float"
+    if spec.bits not in bits or kind not in kinds:
         raise QlabError(f"{where} has format {name!r}, which holds no {spec}; its config is wrong")
 
 
 # ------------------------------------------------------------------ writing
 def args_of(spec: Spec, static: bool = True, of_inputs: bool = False) -> dict[str, Any]:
-    """The spec as QuantizationArgs. Scale dtypes are written where they are part of the grid; else
-    the tensors say."""
+    """The spec as QuantizationArgs. Scale dtypes are written where they are part of the grid;
+    elsewhere the tensors have them."""
     name = strategy(spec.tile)
     args: dict[str, Any] = {
         "dynamic": not static,
@@ -157,8 +164,7 @@ def args_of(spec: Spec, static: bool = True, of_inputs: bool = False) -> dict[st
 
 # ------------------------------------------------------------------ reading
 def spec_of(where: str, args: Any) -> Spec:
-    """The spec that the QuantizationArgs of weights mean; what qlab does not read is refused by
-    name."""
+    """The spec that the QuantizationArgs of weights mean; refuses those that qlab does not read."""
     check_args(where, args)
     if args.get("dynamic") not in (None, False):
         raise QlabError(f"{where} has dynamic {args['dynamic']!r}; weights are rounded beforehand")
@@ -176,22 +182,18 @@ def input_spec_of(where: str, args: Any) -> InputSpec:
     dynamic = args.get("dynamic", False)
     if dynamic not in (True, False, "local"):
         raise QlabError(f"{where} has dynamic {dynamic!r}; it is true, false or 'local'")
-    tile = _tile(
-        where, {**args, "strategy": "channel"} if args.get("strategy") == "token" else args
-    )
+    per_token = args.get("strategy") == "token"
+    tile = _tile(where, {**args, "strategy": "channel"} if per_token else args)
     spec = _spec(where, args, tile)
     static, one_scale = dynamic is not True, tile == Tile(None, None)
-    if (
-        (static and not one_scale and not spec.outer)
-        or (spec.outer and dynamic != "local")
-        or (dynamic == "local" and not spec.outer)
-    ):
+    several_stored = static and not one_scale and not spec.outer
+    if several_stored or bool(spec.outer) != (dynamic == "local"):
         raise QlabError(
             f"{where} has strategy {args.get('strategy')!r} with dynamic {dynamic!r}; qlab reads "
             "inputs with one stored scale per tensor, with dynamic ones, and NVFP4 with 'local' "
             "ones"
         )
-    if tile.rows not in (None, 1) or (tile == Tile(1, None) and args.get("strategy") != "token"):
+    if tile.rows not in (None, 1) or (tile == Tile(1, None) and not per_token):
         raise QlabError(
             f"{where} has strategy {args.get('strategy')!r}; inputs have a scale per tensor, "
             "token or group"
@@ -200,20 +202,19 @@ def input_spec_of(where: str, args: Any) -> InputSpec:
 
 
 def check_args(where: str, args: Any) -> None:
-    """Refuse what is no QuantizationArgs."""
+    """Refuse a value that is no QuantizationArgs."""
     if not isinstance(args, Mapping):
         raise QlabError(f"{where} is {args!r}, no QuantizationArgs")
-    if unknown := sorted(map(str, args.keys() - ARGS)):
+    unknown = sorted(map(str, args.keys() - ARGS))
+    if unknown:
         raise QlabError(
             f"{where} has unknown key {unknown[0]!r}; qlab knows {', '.join(sorted(ARGS))}"
         )
     for key in ("num_bits", "group_size"):
-        if not (args.get(key) is None or type(args[key]) is int):
+        if args.get(key) is not None and type(args[key]) is not int:
             raise QlabError(f"{where} has {key} {args[key]!r}, no whole number")
-    if args.get("symmetric", True) not in (True, False) or args.get("type", "int") not in (
-        "int",
-        "float",
-    ):
+    symmetric, kind = args.get("symmetric", True), args.get("type", "int")
+    if symmetric not in (True, False) or kind not in ("int", "float"):
         raise QlabError(
             f"{where} has symmetric {args.get('symmetric')!r} and type {args.get('type')!r}; qlab "
             "reads true or false, and int or float"
@@ -221,8 +222,10 @@ def check_args(where: str, args: Any) -> None:
 
 
 def _tile(where: str, args: Mapping[str, Any]) -> Tile:
-    size, block, name = args.get("group_size"), args.get("block_structure"), args.get("strategy")
-    name = name or ("tensor" if size is None else "channel" if size == -1 else "group")
+    """What one scale covers. A config may leave the strategy out where the size implies it."""
+    size, block = args.get("group_size"), args.get("block_structure")
+    implied = {None: "tensor", -1: "channel"}.get(size, "group")
+    name = args.get("strategy") or implied
     if name == "block" and size is None:
         return Tile(*_block(where, block))
     if block is None:
@@ -237,29 +240,28 @@ def _tile(where: str, args: Mapping[str, Any]) -> Tile:
 
 
 def _block(where: str, block: Any) -> tuple[int, int]:
+    """[rows, columns] of a block."""
     if isinstance(block, str):  # older releases write "128x128"
-        block = [int(n) if n.isdecimal() else n for n in block.split("x")]
-    if (
-        not isinstance(block, list)
-        or len(block) != 2
-        or not all(type(n) is int and 1 <= n <= 1 << 20 for n in block)
-    ):
+        block = [int(size) if size.isdecimal() else size for size in block.split("x")]
+    sizes = block if isinstance(block, list) else []
+    if len(sizes) != 2 or not all(type(size) is int and 1 <= size <= 1 << 20 for size in sizes):
         raise QlabError(f"{where} has block_structure {block!r}; it is [rows, columns]")
-    return block[0], block[1]
+    return sizes[0], sizes[1]
 
 
 def _spec(where: str, args: Mapping[str, Any], tile: Tile) -> Spec:
+    """The spec that QuantizationArgs with this tile mean, of weights or of inputs."""
     bits, symmetric = args.get("num_bits"), args.get("symmetric", True)
     bits = 8 if bits is None else bits
     if args.get("type", "int") == "int":
         return Int(bits, tile, symmetric)
     scales, two_level = args.get("scale_dtype"), args.get("strategy") == "tensor_group"
     powers = scales in ("torch.uint8", "uint8") or bits < 8
-    named = {(4, 16, True): "nvfp4"} | (
-        {(b, 32, False): f"mxfp{b}" for b in (4, 6, 8)} if powers else {}
-    )
-    if tile.rows == 1 and (name := named.get((bits, tile.cols or 0, two_level))) and symmetric:
-        return NAMED[name]
+    if tile.rows == 1 and symmetric:
+        if two_level and (bits, tile.cols) == (4, 16):
+            return NAMED["nvfp4"]
+        if powers and not two_level and bits in (4, 6, 8) and tile.cols == 32:
+            return NAMED[f"mxfp{bits}"]
     if bits != 8 or not symmetric or two_level or powers:
         raise QlabError(
             f"{where} has {'symmetric' if symmetric else 'asymmetric'} fp{bits} with strategy "
@@ -270,10 +272,8 @@ def _spec(where: str, args: Mapping[str, Any], tile: Tile) -> Spec:
 
 
 # ------------------------------------------------------------------ presets
-
-PRESETS: Mapping[
-    str, tuple[str | None, str | None]
-] = {  # name -> (spec of weights, spec of inputs)
+# name -> (spec of weights, spec of inputs)
+PRESETS: Mapping[str, tuple[str | None, str | None]] = {
     "UNQUANTIZED": (None, None),
     **{f"W{b}A16": (f"int{b}-g128", None) for b in range(2, 9)},
     **{f"W{b}A8": (f"int{b}-g128", "int8-token") for b in range(2, 8)},

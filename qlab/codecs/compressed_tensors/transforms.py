@@ -2,21 +2,26 @@
 compressed-tensors 0.20.
 
 {"config_groups": {group: {"type", "apply": [{"targets", "location", "inverse", "ignore"}],
-"head_dim", ...}}}, with y = x @ W.T:
+"head_dim", ...}}}, where a location of y = x @ W.T is one of:
 
-weight_input, weight_output: done before the weights were rounded; nothing is left of it.
-input, output: x -> x @ M and y -> y @ M at run time, for every n neighbouring channels where M [n,
-n] is narrower (`head_dim`). M is the tensor <module>.<group>_<location>.weight, written once for
-all modules of a group that share it: +-1 for the Hadamard types, which are divided by sqrt(n),
-taken in the order `perm` of rows and columns (`randomize`) and transposed by `inverse`; a
+weight_input, weight_output: the weights were multiplied before they were rounded. Readers do
+    nothing.
+input, output: x -> x @ M and y -> y @ M at run time. M [n, n] multiplies every n neighbouring
+    channels; n is `head_dim`, or all channels without it.
+q_attn, k_cache: the same for every head of queries and of keys. One Hadamard matrix at both changes
+    no product, (q M) (k M)^T = q k^T: qlab leaves it out, and refuses other pairs.
+
+M is the tensor <module>.<group>_<location>.weight. It is written once for all modules of a group
+that share it, under the name of one of them. The Hadamard types hold +-1: M is that matrix in the
+order `perm` of rows and columns (with `randomize`), transposed by `inverse`, over sqrt(n). A
 random-matrix is stored as it is used.
-q_attn, k_cache: the same to every head of queries and of keys. One Hadamard matrix at both changes
-no product, (q M) (k M)^T = q k^T, so that qlab leaves it out; other pairs are refused.
 """
 
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,9 +33,11 @@ from qlab.codecs.extra import Extra
 from qlab.errors import QlabError
 
 KEY, LINEAR = "transform_config", "Linear"
-HADAMARD, TYPES = ("hadamard", "random-hadamard"), ("hadamard", "random-hadamard", "random-matrix")
-DONE, AROUND = ("weight_input", "weight_output"), ("input", "output")
-ONLINE = (*AROUND, "q_attn", "k_cache")
+HADAMARD = ("hadamard", "random-hadamard")
+TYPES = (*HADAMARD, "random-matrix")
+AROUND = ("input", "output")  # locations at a linear module
+ONLINE = (*AROUND, "q_attn", "k_cache")  # locations at run time
+LOCATIONS = ("weight_input", "weight_output", *ONLINE)
 GROUP_KEYS = {"type", "apply", "randomize", "requires_grad", "head_dim", "precision"}
 PLACE_KEYS = {"targets", "location", "inverse", "ignore"}
 DTYPES = {
@@ -41,7 +48,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Place:
-    """Modules that a group's matrix belongs to, and where."""
+    """An entry of `apply`: where a group's matrix is multiplied, and in which modules."""
 
     location: str
     targets: tuple[str, ...]
@@ -49,16 +56,15 @@ class Place:
     inverse: bool
 
     def __contains__(self, path: str) -> bool:
-        """Whether a linear module of this path is one of them."""
-        return any(_names(t, path) for t in self.targets) and not any(
-            _names(t, path) for t in self.ignore
-        )
+        """Whether the linear module of this path is among the modules."""
+        targeted = any(_names(target, path) for target in self.targets)
+        return targeted and not any(_names(target, path) for target in self.ignore)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """One kind of matrix, and its places. tensors: those of the files,
-    <module>.<name>_<location>.weight."""
+    """One kind of matrix, and its places. tensors: the names of its tensors in the files,
+    <module>.<name>_<location>.weight and .perm."""
 
     name: str
     type: str
@@ -69,123 +75,145 @@ class Group:
     tensors: tuple[str, ...]
 
     def at(self, path: str, location: str) -> list[Place]:
-        """The places among them at the input or output of this linear module."""
+        """The places at the input or output of this linear module."""
         return [place for place in self.places if place.location == location and path in place]
 
     def matrix(
         self, path: str, place: Place, channels: int, tensor: Callable[[str], Tensor]
     ) -> Tensor:
-        """M [n, n] for the input or output [..., channels] of a module: its own tensor, or the one
-        of its size that it shares."""
-        own, n = f"{path}.{self.name}_{place.location}.weight", self.head_dim or channels
+        """M [n, n] for the input or output [..., channels] of a module. tensor: reads a tensor of
+        the files by its name."""
+        n = self.head_dim or channels
         if channels % n:
             raise QlabError(
                 f"{path} has {channels} {place.location} channels, which the head_dim {n} of "
                 f"{KEY}'s group {self.name} does not divide; its config is wrong"
             )
-        names = (
-            [own]
-            if own in self.tensors
-            else [name for name in self.tensors if self._shared(name, place)]
-        )
-        found = {
-            name: H
-            for name in names
-            if (H := tensor(name)).shape == (n, n) and H.is_floating_point()
-        }
-        if len(found) != 1:
-            raise QlabError(
-                f"{path} shares the [{n}, {n}] matrix of {KEY}'s group {self.name} with others, "
-                f"and the files hold {len(found)} such matrices; the files are incomplete or "
-                "damaged"
-            )
-        [(name, H)] = found.items()
+        name, H = self._stored(path, place, n, tensor)
         H = H.to(self.dtype)
         if not H.isfinite().all():
             raise QlabError(f"{name} holds NaN or Inf; the file is damaged")
-        if self.randomize and self.type in HADAMARD:
-            order = tensor(name.removesuffix("weight") + "perm")
-            if order.is_floating_point() or not torch.equal(
-                order.sort().values, torch.arange(n, dtype=order.dtype)
-            ):
-                raise QlabError(
-                    f"{name.removesuffix('weight')}perm is no order of {n} channels; the file is "
-                    "damaged"
-                )
+        if self.type not in HADAMARD:
+            return H
+        if self.randomize:
+            order = _order(f"{name.removesuffix('weight')}perm", n, tensor)
             H = H[order][:, order]
-        if self.type in HADAMARD:
-            H = (H.mT if place.inverse else H) / n**0.5
-        return H
+        return (H.mT if place.inverse else H) / n**0.5
 
-    def _shared(self, name: str, place: Place) -> bool:
-        """Whether a place may use the matrix under this name. An inverted random matrix is another
-        matrix."""
+    def _stored(
+        self, path: str, place: Place, n: int, tensor: Callable[[str], Tensor]
+    ) -> tuple[str, Tensor]:
+        """Name and content of a module's tensor [n, n]: its own, or the one of this size that it
+        shares with other modules."""
+        own_name = f"{path}.{self.name}_{place.location}.weight"
+        if own_name in self.tensors:
+            names = [own_name]
+        else:
+            names = [name for name in self.tensors if self._may_share(name, place)]
+        fitting = []
+        for name in names:
+            H = tensor(name)
+            if H.shape == (n, n) and H.is_floating_point():
+                fitting.append((name, H))
+        if len(fitting) != 1:
+            raise QlabError(
+                f"{path} shares the [{n}, {n}] matrix of {KEY}'s group {self.name} with others, "
+                f"and the files hold {len(fitting)} such matrices; the files are incomplete or "
+                "damaged"
+            )
+        return fitting[0]
+
+    def _may_share(self, name: str, place: Place) -> bool:
+        """Whether a place may use the matrix under this name. The inverse of a random matrix is
+        stored as a matrix of its own, so that only places of the same `inverse` share one."""
+        if not name.endswith(".weight"):
+            return False
         owner, _, kind = name.removesuffix(".weight").rpartition(".")
-        same = [
-            p
-            for p in self.places
-            if kind == f"{self.name}_{p.location}" and (p.location not in AROUND or owner in p)
-        ]
-        return name.endswith(".weight") and (
-            self.type in HADAMARD or any(p.inverse == place.inverse for p in same)
+        return self.type in HADAMARD or any(
+            other.inverse == place.inverse
+            for other in self.places
+            if kind == f"{self.name}_{other.location}"
+            and (other.location not in AROUND or owner in other)
         )
+
+
+def _order(name: str, n: int, tensor: Callable[[str], Tensor]) -> Tensor:
+    """The order of n channels under this name; refuses a tensor that is none."""
+    order = tensor(name)
+    everyone = torch.arange(n, dtype=order.dtype)
+    if order.is_floating_point() or not torch.equal(order.sort().values, everyone):
+        raise QlabError(f"{name} is no order of {n} channels; the file is damaged")
+    return order
 
 
 def _names(target: str, path: str) -> bool:
-    return target in (path, LINEAR) or (
-        target.startswith("re:") and re.match(target[3:], path) is not None
-    )
+    """Whether a target of a config means the linear module of this path."""
+    if target.startswith("re:"):
+        return target == path or re.match(target[3:], path) is not None
+    return target in (path, LINEAR)
 
 
 def transforms(config: Mapping[str, Any], names: Collection[str]) -> Extra | None:
-    """What the key says, with its matrices among `names`; refuses by name what qlab does not
+    """What the key says, with its matrices among `names`; refuses transforms that qlab does not
     compute."""
-    said = config.get(KEY)
-    if not said:
+    value = config.get(KEY)
+    if not value:
         return None
-    if (
-        not isinstance(said, Mapping)
-        or said.keys() != {"config_groups"}
-        or not isinstance(said["config_groups"], Mapping)
-    ):
-        raise QlabError(
-            f"quantization_config has {KEY} {said!r:.80}, which is no object of config_groups "
-            "alone; its config is wrong"
-        )
-    groups = [_group(name, group, names) for name, group in said["config_groups"].items()]
-    online = [group for group in groups if any(place.location in ONLINE for place in group.places)]
-    missing = [f"any tensor of {KEY}'s group {group.name}" for group in online if not group.tensors]
+    groups = _groups(value, names)
     if not groups:
         return None
-
-    def ops(
-        path: str, location: str, channels: int, tensor: Callable[[str], Tensor]
-    ) -> tuple[Op, ...]:
-        at = [(group, place) for group in online for place in group.at(path, location)]
-        if len(at) > 1:
-            raise QlabError(
-                f"{path} has an {location} that {at[0][0].name} and {at[1][0].name} of {KEY} "
-                "rotate, in an order that the config does not say; qlab reads one such group per "
-                "module and location"
-            )
-        return tuple(MatMul(group.matrix(path, place, channels, tensor)) for group, place in at)
-
-    done = f"rotations {', '.join(group.name for group in groups)} are in the weights"
-    says = (
-        f"activations are rotated at run time by {', '.join(group.name for group in online)}"
-        if online
-        else done
-    )
+    online = [group for group in groups if any(place.location in ONLINE for place in group.places)]
+    if online:
+        says = f"activations are rotated at run time by {_listed(online)}"
+    else:
+        says = f"rotations {_listed(groups)} are in the weights"
+    missing = [f"any tensor of {KEY}'s group {group.name}" for group in online if not group.tensors]
     return Extra(
         key=KEY,
         says=says,
         online=bool(online),
         applied=True,
-        tensors=tuple(n for g in online for n in g.tensors),
+        tensors=tuple(chain.from_iterable(group.tensors for group in online)),
         missing=tuple(missing),
         fault=_fault,
-        ops=ops,
+        ops=partial(_operations, online),
     )
+
+
+def _listed(groups: list[Group]) -> str:
+    return ", ".join(group.name for group in groups)
+
+
+def _operations(
+    groups: list[Group],
+    path: str,
+    location: str,
+    channels: int,
+    tensor: Callable[[str], Tensor],
+) -> tuple[Op, ...]:
+    """What the groups do to the input or output of a linear module (see Extra.ops)."""
+    at = [(group, place) for group in groups for place in group.at(path, location)]
+    if len(at) > 1:
+        raise QlabError(
+            f"{path} has an {location} that {at[0][0].name} and {at[1][0].name} of {KEY} "
+            "rotate, in an order that the config does not say; qlab reads one such group per "
+            "module and location"
+        )
+    return tuple(MatMul(group.matrix(path, place, channels, tensor)) for group, place in at)
+
+
+def _groups(value: Any, names: Collection[str]) -> list[Group]:
+    """The groups of a transform_config."""
+    if (
+        not isinstance(value, Mapping)
+        or value.keys() != {"config_groups"}
+        or not isinstance(value["config_groups"], Mapping)
+    ):
+        raise QlabError(
+            f"quantization_config has {KEY} {value!r:.80}, which is no object of config_groups "
+            "alone; its config is wrong"
+        )
+    return [_group(name, group, names) for name, group in value["config_groups"].items()]
 
 
 def _group(name: str, group: Any, names: Collection[str]) -> Group:
@@ -199,30 +227,16 @@ def _group(name: str, group: Any, names: Collection[str]) -> Group:
             f"{where} is {group!r:.80}; qlab reads objects of type {', '.join(TYPES)} with "
             f"{', '.join(sorted(GROUP_KEYS))}"
         )
-    head_dim, precision, apply = (
-        group.get("head_dim"),
-        group.get("precision", "torch.float32"),
-        group.get("apply", []),
-    )
-    if not (head_dim is None or (type(head_dim) is int and head_dim > 0)) or not isinstance(
-        apply, list
-    ):
+    head_dim, apply = group.get("head_dim"), group.get("apply", [])
+    is_size = head_dim is None or (type(head_dim) is int and head_dim > 0)
+    if not is_size or not isinstance(apply, list):
         raise QlabError(
             f"{where} has head_dim {head_dim!r} and apply {apply!r:.80}; they are a number of "
             "channels and a list"
         )
-    dtype = DTYPES.get(precision.removeprefix("torch.")) if isinstance(precision, str) else None
-    if dtype is None:
-        raise QlabError(f"{where} has precision {precision!r}; qlab reads {', '.join(DTYPES)}")
+    dtype = _dtype(where, group.get("precision", "torch.float32"))
     places = tuple(_place(where, place) for place in apply)
     _check_attention(where, group, places)
-    kinds = {
-        (f"{name}_{place.location}", kind)
-        for place in places
-        if place.location in ONLINE
-        for kind in ("weight", "perm")
-    }
-    tensors = tuple(sorted(n for n in names if tuple(n.split(".")[-2:]) in kinds))
     return Group(
         name=name,
         type=group["type"],
@@ -230,55 +244,69 @@ def _group(name: str, group: Any, names: Collection[str]) -> Group:
         head_dim=head_dim,
         randomize=bool(group.get("randomize")),
         dtype=dtype,
-        tensors=tensors,
+        tensors=_tensors(name, places, names),
     )
+
+
+def _dtype(where: str, precision: Any) -> torch.dtype:
+    """The dtype in which a group multiplies."""
+    dtype = DTYPES.get(precision.removeprefix("torch.")) if isinstance(precision, str) else None
+    if dtype is None:
+        raise QlabError(f"{where} has precision {precision!r}; qlab reads {', '.join(DTYPES)}")
+    return dtype
+
+
+def _tensors(group: str, places: tuple[Place, ...], names: Collection[str]) -> tuple[str, ...]:
+    """The tensors of a group among `names`."""
+    kinds = set()
+    for place in places:
+        if place.location in ONLINE:
+            kinds |= {(f"{group}_{place.location}", kind) for kind in ("weight", "perm")}
+    return tuple(sorted(name for name in names if tuple(name.split(".")[-2:]) in kinds))
 
 
 def _place(where: str, place: Any) -> Place:
-    if (
-        not isinstance(place, Mapping)
-        or place.keys() - PLACE_KEYS
-        or place.get("location") not in (*DONE, *ONLINE)
-    ):
-        location = place.get("location") if isinstance(place, Mapping) else place
+    location = place.get("location") if isinstance(place, Mapping) else place
+    if not isinstance(place, Mapping) or place.keys() - PLACE_KEYS or location not in LOCATIONS:
         raise QlabError(
-            f"{where} applies to location {location!r:.80}; qlab reads "
-            f"{', '.join((*DONE, *ONLINE))}"
+            f"{where} applies to location {location!r:.80}; qlab reads {', '.join(LOCATIONS)}"
         )
-    targets, ignore = (
-        [v] if isinstance(v := place.get(key, []), str) else v for key in ("targets", "ignore")
-    )
-    for key, found in (("targets", targets), ("ignore", ignore)):
-        if not isinstance(found, list) or not all(
-            isinstance(text, str) and _compiles(text) for text in found
-        ):
-            raise QlabError(
-                f"{where} has {key} {found!r:.80}, which are no names or regular expressions"
-            )
-    foreign = [
-        t
-        for t in (*targets, *ignore)
-        if not t.startswith("re:") and "." not in t and t not in (LINEAR, "lm_head")
+    targets = _targets(where, "targets", place.get("targets", []))
+    ignore = _targets(where, "ignore", place.get("ignore", []))
+    classes = [
+        target
+        for target in (*targets, *ignore)
+        if not target.startswith("re:") and "." not in target and target != "lm_head"
     ]
-    if place["location"] in AROUND and foreign:
+    unknown = [name for name in classes if name != LINEAR]
+    if location in AROUND and unknown:
         raise QlabError(
-            f"{where} targets the class {foreign[0]!r} at its {place['location']}; qlab knows the "
+            f"{where} targets the class {unknown[0]!r} at its {location}; qlab knows the "
             f"class {LINEAR} only"
         )
-    return Place(
-        place["location"], tuple(targets), tuple(ignore), bool(place.get("inverse", False))
-    )
+    return Place(location, targets, ignore, inverse=bool(place.get("inverse", False)))
+
+
+def _targets(where: str, key: str, value: Any) -> tuple[str, ...]:
+    """The names and patterns under a key, which holds one or a list of them."""
+    targets = [value] if isinstance(value, str) else value
+    if not isinstance(targets, list) or not all(
+        isinstance(text, str) and _compiles(text) for text in targets
+    ):
+        raise QlabError(
+            f"{where} has {key} {targets!r:.80}, which are no names or regular expressions"
+        )
+    return tuple(targets)
 
 
 def _check_attention(where: str, group: Mapping[str, Any], places: tuple[Place, ...]) -> None:
     """Refuse matrices at queries and keys that do not cancel in their products."""
     queries, keys = (
-        [(p.targets, p.ignore, p.inverse) for p in places if p.location == at]
+        [(place.targets, place.ignore, place.inverse) for place in places if place.location == at]
         for at in ("q_attn", "k_cache")
     )
-    if sorted(queries) != sorted(keys) or (
-        queries and (group["type"] not in HADAMARD or group.get("requires_grad"))
-    ):
+    cancels = group["type"] in HADAMARD and not group.get("requires_grad")
+    if sorted(queries) != sorted(keys) or (queries and not cancels):
         raise QlabError(
             f"{where} transforms queries and keys in ways that do not cancel in their products; "
             "qlab reads one Hadamard matrix at both"
@@ -293,6 +321,5 @@ def _compiles(text: str) -> bool:
 
 
 def _fault(matrix: Tensor) -> str | None:
-    return (
-        "holds NaN or Inf" if matrix.is_floating_point() and not matrix.isfinite().all() else None
-    )
+    damaged = matrix.is_floating_point() and not matrix.isfinite().all()
+    return "holds NaN or Inf" if damaged else None
