@@ -17,11 +17,10 @@ from qlab.cli.options import (
     Length,
     Seed,
     SpecName,
-    console,
     listed,
-    report,
-    run,
 )
+from qlab.cli.output import console, report
+from qlab.cli.running import run
 from qlab.errors import QlabError
 from qlab.process.extras import needed
 from qlab.process.progress import say

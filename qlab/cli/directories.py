@@ -5,20 +5,9 @@ from typing import Annotated
 
 import typer
 
-from qlab.cli.options import (
-    Asymmetric,
-    CodecName,
-    Json,
-    Model,
-    Overwrite,
-    Resume,
-    console,
-    loading,
-    lower,
-    output_place,
-    report,
-    resolved,
-)
+from qlab.cli.options import Asymmetric, CodecName, Json, Model, Overwrite, Resume, lower, resolved
+from qlab.cli.output import console, output_place, report
+from qlab.cli.running import loading
 from qlab.errors import QlabError
 from qlab.process.shown import some
 

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from qlab.cli.options import Asymmetric, Json, console, report
+from qlab.cli.options import Asymmetric, Json
+from qlab.cli.output import console, report
 from qlab.errors import QlabError
 
 

@@ -29,11 +29,9 @@ from qlab.cli.options import (
     Seed,
     SpecName,
     TargetName,
-    console,
-    output_place,
-    report,
     resolved,
 )
+from qlab.cli.output import console, output_place, report
 from qlab.errors import QlabError
 from qlab.process.progress import say
 

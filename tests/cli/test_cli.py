@@ -14,7 +14,7 @@ import pytest
 import qlab
 import qlab.cli
 from qlab.cli import quantizing
-from qlab.cli.options import loading
+from qlab.cli.running import loading
 
 SMALL = ["--spec", "int4-g32", "--samples", "8", "--length", "32"]
 
