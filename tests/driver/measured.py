@@ -1,0 +1,105 @@
+"""Jobs whose memory is measured, each in a fork of one process that has imported everything."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+
+from qlab.algebra.spec import parse_spec
+from qlab.algebra.transform import rules
+from qlab.data.calibration import from_ids
+from qlab.driver.quantize import quantize
+from qlab.files.checkpoint import open_checkpoint
+from qlab.methods import METHODS
+from qlab.methods.rtn import rtn
+
+INT4 = parse_spec("int4-g64")
+
+
+def gptq_in_attention(spec):
+    return rules({"*.self_attn.*": METHODS["gptq"](spec), "*": rtn(spec)})
+
+
+def peak(path: str, out: str, method: str, samples: int, length: int, memory: int | None) -> dict:
+    """What a job held at most, and what its plan said."""
+    model = open_checkpoint(path)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 512, (samples, length), generator=generator)
+    data = None if method == "rtn" else from_ids(model, ids)
+    recipe = (METHODS | {"gptq in attention": gptq_in_attention})[method](INT4)
+    result = quantize(model, recipe, data, out, memory=memory)
+    return {
+        "peak": result.peak_rss_bytes,
+        "predicted": result.plan.peak_bytes,
+        "held": dict(result.plan.memory),
+        "at_once": result.plan.experts_at_once,
+    }
+
+
+def within(path: str, out: str, limit: int | None) -> dict:
+    """How many sites a job rounds that may take no more memory than this, and what it leaves."""
+    if limit:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    result = quantize(open_checkpoint(path), rtn(INT4), None, out)
+    return {"data": psutil.Process().memory_info().data, "sites": len(result.sites)}
+
+
+JOBS: dict[str, Callable[..., dict]] = {"peak": peak, "within": within}
+
+
+def serve() -> None:
+    """Read a job a line and answer each with a line."""
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        name, arguments = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            try:
+                print(json.dumps(JOBS[name](**arguments)), flush=True)
+                os._exit(0)
+            except BaseException:
+                print(json.dumps({"error": traceback.format_exc()}), flush=True)
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            print(json.dumps({"error": f"the job ended with status {status}"}), flush=True)
+
+
+@contextmanager
+def server(**environment: str):
+    """run(name, **arguments) -> what that job measured."""
+    command = [sys.executable, "-W", "error:::qlab", __file__]
+    process = subprocess.Popen(
+        command,
+        env=os.environ | environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def run(name: str, **arguments: object) -> dict:
+        texts = {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in arguments.items()
+        }
+        process.stdin.write(json.dumps([name, texts]) + "\n")
+        process.stdin.flush()
+        answer = json.loads(process.stdout.readline())
+        assert "error" not in answer, answer["error"]
+        return answer
+
+    yield run
+    process.stdin.close()
+    process.wait()
+
+
+if __name__ == "__main__":
+    serve()
