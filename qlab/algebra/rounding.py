@@ -1,10 +1,14 @@
-"""One weight under a step that rounds: what the step is given, what it may return, and what is
-noted of the errors that it made."""
+"""One site under a step that makes its weight anew: what the step is given, what it may return,
+and what the report says of its errors.
+
+Legend: W_ok a weight in fp32, D_ok = W' - W the error of the leaf W', H the mean second moment of
+the input.
+"""
 
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +21,7 @@ from qlab.algebra.spec import Spec, same_grid, with_scale_dtype
 from qlab.algebra.stats import Moment
 from qlab.errors import QlabError
 
-# what a report says of a weight, whatever a step notes
+# Entries of the report that are measured, so that no step may note them.
 MEASURED = {
     "spec",
     "shape",
@@ -35,9 +39,22 @@ WeightFn = Callable[[Tensor, Mapping[str, Any], Any], tuple[Leaf, Mapping[str, A
 
 
 @dataclass(frozen=True)
+class Step:
+    """A step that makes each weight anew: fn(W_ok, statistics, spec) -> (leaf, notes). Where it
+    rounds nothing, spec is None."""
+
+    name: str
+    fn: WeightFn
+    spec: Spec | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Errors:
-    """|D|, |W| and the largest error in steps; of the second moment, if it was seen: tr(D H D^T),
-    tr(W H W^T), tokens and channels."""
+    """How far a leaf W' is from its weight W: |D| = |W' - W|, |W|, and the largest error in steps.
+
+    Where the second moment H was observed also tr(D H D^T), tr(W H W^T), the tokens that H was
+    observed on (None without H), and its channels.
+    """
 
     D: float
     W: float
@@ -50,57 +67,108 @@ class Errors:
 
 @dataclass(frozen=True)
 class Solved:
+    """What a step made of one weight, what it notes, and the errors."""
+
     leaf: Leaf
     note: Mapping[str, Any]
     errors: Errors
 
 
 class Copies(Mapping[str, Any]):
-    """Statistics as a step is handed them: of each a copy, made when it is asked for, which the
-    step may write to."""
+    """Statistics as a step gets them: copies, made when they are asked for, which it may write
+    to."""
 
-    def __init__(self, held: Mapping[str, Any]):
-        self.held = held
+    def __init__(self, states: Mapping[str, Any]):
+        self.states = states
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self.held:
-            known = ", ".join(map(repr, self.held))
+        if name not in self.states:
+            known = ", ".join(map(repr, self.states))
             raise QlabError(
                 f"the step asks for the statistic {name!r} and has {known}; name it in `needs`"
             )
-        return _copy(self.held[name])
+        return _copy(self.states[name])
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self.held else default
+        return self[name] if name in self.states else default
 
     def __contains__(self, name: object) -> bool:
-        return name in self.held
+        return name in self.states
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.held)
+        return iter(self.states)
 
     def __len__(self) -> int:
-        return len(self.held)
+        return len(self.states)
 
 
 def _copy(value: Any) -> Any:
     return pytree.tree_map_only(Tensor, torch.clone, value)
 
 
+# ------------------------------------------------------------------ a site
 def solve(
-    name: str,
-    fn: WeightFn,
-    spec: Spec | None,
+    step: Step,
+    graph: ModuleGraph,
+    site: Site,
+    seen: Mapping[str, Any],
+    outer: Tensor | None,
+) -> tuple[Leaf, dict[str, Any]]:
+    """The leaf that the step makes of a site, in the site's layout, and what the report says of it.
+
+    seen: the statistics of the site's input; for routed experts, one state per expert. outer: the
+    global scale [1], or [e, 1], that the step is told.
+    """
+    if site.route is None:
+        parts = [solve_weight(step, graph, site, {**seen, "outer": outer})]
+        leaf = parts[0].leaf
+    else:
+        parts = _solve_experts(step, graph, site, seen, outer)
+        leaf = _stacked([part.leaf for part in parts])
+    if isinstance(leaf, Tensor) and site.layout.endswith("k o"):
+        leaf = leaf.mT.contiguous()  # codes are [o, k] in every layout
+    note = {
+        **errors_in_notes([part.errors for part in parts]),
+        **merged([part.note for part in parts]),
+    }
+    return leaf, note
+
+
+def _solve_experts(
+    step: Step,
+    graph: ModuleGraph,
+    site: Site,
+    seen: Mapping[str, Any],
+    outer: Tensor | None,
+) -> list[Solved]:
+    """Each expert [o, k] of a site by itself. An expert's statistics may be observed only when they
+    are asked for, and are let go of before the next expert's."""
+    assert site.weight is not None
+
+    def solve_expert(e: int) -> Solved:
+        own = {name: states.states[e] for name, states in seen.items()}
+        own["outer"] = None if outer is None else outer[e]
+        return solve_weight(step, graph, site, own, e)
+
+    return [solve_expert(e) for e in range(graph.params[site.weight].shape[0])]
+
+
+def _stacked(leaves: Sequence[Leaf]) -> Leaf:
+    """Leaves [o, k] of all experts as one [e, o, k]."""
+    return pytree.tree_map(lambda *parts: None if parts[0] is None else torch.stack(parts), *leaves)
+
+
+# ------------------------------------------------------------------ one weight
+def solve_weight(
+    step: Step,
     graph: ModuleGraph,
     site: Site,
     seen: Mapping[str, Any],
     expert: int | None = None,
 ) -> Solved:
-    """What the step `name` makes of one weight, and how far that is from it; refuses what no file
-    and no report holds.
+    """What the step makes of one weight, and its errors. Refuses what no file or report can hold.
 
-    The step gets copies and its leaf is copied, so that whatever it writes to, then or later, is
-    its own.
+    The step gets copies and its leaf is copied, so that it may write to both, now and later.
     """
     where = graph.where(site)
     W_ok = graph.weight_ok(site, expert)
@@ -110,142 +178,151 @@ def solve(
         )
     if graph.shares_memory(site):
         W_ok = W_ok.clone()
+    spec = with_scale_dtype(step.spec, graph.dtype) if step.spec else None
     try:
-        made = fn(W_ok, Copies(seen), with_scale_dtype(spec, graph.dtype) if spec else None)
+        returned = step.fn(W_ok, Copies(seen), spec)
     except QlabError as error:
-        raise QlabError(
-            f"{where}{'' if expert is None else f', expert {expert}'}: {error}"
-        ) from error
-    del W_ok
-    leaf, note = _leaf_and_note(made, f"{where}: {name}")
+        of_expert = "" if expert is None else f", expert {expert}"
+        raise QlabError(f"{where}{of_expert}: {error}") from error
+    del W_ok  # the step may have written to it
+    leaf, note = _leaf_and_note(returned, f"{where}: {step.name}")
     W_ok = graph.weight_ok(site, expert)
     if leaf.shape != W_ok.shape:
         raise QlabError(
-            f"{where}: {name} made a weight {tuple(leaf.shape)} of one {tuple(W_ok.shape)}"
+            f"{where}: {step.name} made a weight {tuple(leaf.shape)} of one {tuple(W_ok.shape)}"
         )
-    _refuse_nonfinite(leaf, f"{where}: {name} made")
-    _refuse_unplanned(leaf, spec, f"{where}: {name}")
+    _refuse_nonfinite(leaf, f"{where}: {step.name} made")
+    _refuse_unplanned(leaf, step.spec, f"{where}: {step.name}")
     return Solved(leaf, note, _errors(W_ok, leaf, seen.get("second_moment")))
 
 
-def _refuse_unplanned(leaf: Leaf, spec: Spec | None, said: str) -> None:
-    found = leaf.spec if isinstance(leaf, QTensor) else None
-    if (found is None) != (spec is None) or (found and spec and not same_grid(found, spec)):
+def _leaf_and_note(returned: Any, step: str) -> tuple[Leaf, Mapping[str, Any]]:
+    """A copy of the leaf that a step returned, and its notes as JSON holds them. step: where it
+    stands and its name, for errors."""
+    if not _is_leaf_and_note(returned):
+        parts = (
+            [type(part).__name__ for part in returned]
+            if isinstance(returned, tuple)
+            else type(returned).__name__
+        )
+        raise QlabError(
+            f"{step} returned {parts}; return (tensor or QTensor, notes), notes a mapping that "
+            "may be empty"
+        )
+    leaf, note = returned
+    try:
+        note = json.loads(json.dumps(dict(note), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise QlabError(
+            f"{step} notes what no report holds ({error}); note numbers and texts"
+        ) from error
+    if taken := sorted(MEASURED & note.keys()):
+        raise QlabError(
+            f"{step} notes {taken[0]!r}, which is measured and not said by a step; choose another "
+            "name"
+        )
+    return _copy(leaf), note
+
+
+def _is_leaf_and_note(returned: Any) -> bool:
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        return False
+    return isinstance(returned[0], Tensor | QTensor) and isinstance(returned[1], Mapping)
+
+
+def _refuse_unplanned(leaf: Leaf, spec: Spec | None, step: str) -> None:
+    actual = leaf.spec if isinstance(leaf, QTensor) else None
+    as_planned = same_grid(actual, spec) if actual and spec else actual is spec
+    if not as_planned:
         planned = f"is to round to {spec}" if spec else "is to round nothing"
         raise QlabError(
-            f"{said} made {found or 'plain numbers'} and {planned}, which is what was planned; "
+            f"{step} made {actual or 'plain numbers'} and {planned}, which is what was planned; "
             "return a QTensor of the spec, or a tensor where each_weight has none"
         )
 
 
-def _leaf_and_note(made: Any, said: str) -> tuple[Leaf, Mapping[str, Any]]:
-    """What a step returned, taken apart and copied."""
-    if not (
-        isinstance(made, tuple)
-        and len(made) == 2
-        and isinstance(made[0], Tensor | QTensor)
-        and isinstance(made[1], Mapping)
-    ):
-        parts = (
-            [type(part).__name__ for part in made]
-            if isinstance(made, tuple)
-            else type(made).__name__
-        )
-        raise QlabError(
-            f"{said} returned {parts}; return (tensor or QTensor, notes), notes a mapping that "
-            "may be empty"
-        )
-    try:
-        note = json.loads(json.dumps(dict(made[1]), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise QlabError(
-            f"{said} notes what no report holds ({error}); note numbers and texts"
-        ) from error
-    if taken := sorted(MEASURED & note.keys()):
-        raise QlabError(
-            f"{said} notes {taken[0]!r}, which is measured and not said by a step; choose another "
-            "name"
-        )
-    return _copy(made[0]), note
-
-
-def _refuse_nonfinite(leaf: Leaf, said: str) -> None:
+def _refuse_nonfinite(leaf: Leaf, step: str) -> None:
     if isinstance(leaf, Tensor):
         if not torch.isfinite(leaf).all():
-            raise QlabError(f"{said} a weight that holds NaN or Inf")
+            raise QlabError(f"{step} a weight that holds NaN or Inf")
     elif not torch.isfinite(leaf.scales.float()).all():
         raise QlabError(
-            f"{said} scales that {leaf.scales.dtype} does not hold (NaN or Inf); choose another "
+            f"{step} scales that {leaf.scales.dtype} does not hold (NaN or Inf); choose another "
             "scale dtype"
         )
 
 
+# ------------------------------------------------------------------ global scales
 def outer_scales(graph: ModuleGraph, spec: Spec | None) -> dict[str, Tensor]:
-    """Site path -> the outer scale that it shares with the sites of its source; empty where the
-    spec has none."""
+    """Site path -> the outer scale that the site shares with the other sites of its source. Empty
+    where the spec has no outer scale."""
     if spec is None or not spec.outer:
         return {}
     groups: dict[Any, list[Site]] = {}
-    for site in (s for s in graph.sites if s.path not in graph.outers):
-        groups.setdefault((site.source, graph.weight_ok(site).shape[:-2]), []).append(site)
-    shared = [(sites, shared_outer(map(graph.weight_ok, sites), spec)) for sites in groups.values()]
-    return {
-        **graph.outers,
-        **{site.path: outer for sites, outer in shared for site in sites if outer is not None},
-    }
+    for site in graph.sites:
+        if site.path not in graph.outers:
+            experts = graph.weight_ok(site).shape[:-2]
+            groups.setdefault((site.source, experts), []).append(site)
+    outers = dict(graph.outers)
+    for sites in groups.values():
+        outer = shared_outer(map(graph.weight_ok, sites), spec)
+        if outer is not None:
+            outers |= {site.path: outer for site in sites}
+    return outers
 
 
-def stacked(leaves: Sequence[Leaf]) -> Leaf:
-    """Leaves [o, k] of all experts as one [e, o, k]."""
-    return pytree.tree_map(lambda *parts: None if parts[0] is None else torch.stack(parts), *leaves)
-
-
+# ------------------------------------------------------------------ errors and notes
 def _errors(W_ok: Tensor, leaf: Leaf, moment: Moment | None) -> Errors:
     D_ok = dense(leaf, torch.float32) - W_ok
-    norms = (
-        float(D_ok.norm()),
-        float(W_ok.norm()),
-        largest_step(leaf, D_ok) if isinstance(leaf, QTensor) and leaf.perm is None else 0.0,
+    in_steps = isinstance(leaf, QTensor) and leaf.perm is None
+    errors = Errors(
+        D=float(D_ok.norm()),
+        W=float(W_ok.norm()),
+        steps=largest_step(leaf, D_ok) if in_steps else 0.0,
     )
     if moment is None:
-        return Errors(*norms)
-    return Errors(
-        *norms,
-        moment.output_error(D_ok),
-        moment.output_error(W_ok),
-        moment.tokens,
-        len(moment.sum_kk),
+        return errors
+    return replace(
+        errors,
+        D_H=moment.output_error(D_ok),
+        W_H=moment.output_error(W_ok),
+        tokens=moment.tokens,
+        channels=len(moment.sum_kk),
     )
 
 
 def errors_in_notes(parts: Sequence[Errors]) -> dict[str, Any]:
-    """The errors of one site, over all of its experts if it has some, each weighted by its
-    tokens."""
+    """What the report says of a site's errors. parts: one per expert, or one in all. Losses of
+    experts are weighted by their tokens."""
+    error = math.hypot(*(part.D for part in parts))
+    size = math.hypot(*(part.W for part in parts))
     notes: dict[str, Any] = {
-        "weight_error": math.hypot(*(p.D for p in parts))
-        / max(math.hypot(*(p.W for p in parts)), 1e-30)
+        "weight_error": error / max(size, 1e-30),
+        "largest_step": max(part.steps for part in parts),
     }
-    notes["largest_step"] = max(p.steps for p in parts)
-    counts = [p.tokens for p in parts if p.tokens is not None]
-    if counts:
-        notes["tokens"] = sum(counts)
-        share = [tokens / max(notes["tokens"], 1) for tokens in counts]
-        D_H, W_H = (
-            sum(q * s for q, s in zip(values, share))
-            for values in ((p.D_H for p in parts), (p.W_H for p in parts))
-        )
-        notes["loss"] = D_H / max(W_H, 1e-30)
-    if counts and len(parts) > 1:
-        # with fewer tokens than input channels an expert's second moment is singular
-        few = [e for e, p in enumerate(parts) if p.tokens is not None and p.tokens < p.channels]
-        notes |= {"expert_tokens": counts, "experts_with_few_tokens": few}
+    counts = [part.tokens for part in parts if part.tokens is not None]
+    if not counts:
+        return notes
+    notes["tokens"] = sum(counts)
+    shares = [tokens / max(notes["tokens"], 1) for tokens in counts]
+    D_H = sum(part.D_H * share for part, share in zip(parts, shares))
+    W_H = sum(part.W_H * share for part, share in zip(parts, shares))
+    notes["loss"] = D_H / max(W_H, 1e-30)
+    if len(parts) > 1:
+        notes["expert_tokens"] = counts
+        # With fewer tokens than input channels, an expert's second moment is singular.
+        notes["experts_with_few_tokens"] = [
+            e
+            for e, part in enumerate(parts)
+            if part.tokens is not None and part.tokens < part.channels
+        ]
     return notes
 
 
 def merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a method says of its experts: one value where all agree, else a list."""
-    values = {key: [note[key] for note in notes] for key in notes[0]}
+    """What a step notes of the experts of a site: one value where all agree, otherwise a list."""
+    lists = {key: [note[key] for note in notes] for key in notes[0]}
     return {
-        key: found[0] if all(v == found[0] for v in found) else found
-        for key, found in values.items()
+        key: values[0] if all(value == values[0] for value in values) else values
+        for key, values in lists.items()
     }

@@ -1,13 +1,15 @@
-"""Quantizers are tuples of pure stages (graph, stats) -> (graph, stats); chaining them is tuple
-concatenation."""
+"""A quantizer is a tuple of pure stages (graph, stats) -> (graph, stats).
+
+`chain` concatenates such tuples, `at` and `rules` narrow their stages to some sites, and
+`each_weight` makes a stage of a function of one weight. `apply` runs a stage.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from qlab.algebra.claims import Observed, Seal, reads_elsewhere, refuse_others, restored, shown
 from qlab.algebra.graph import ModuleGraph, Op, Site
-from qlab.algebra.qtensor import QTensor
-from qlab.algebra.rounding import WeightFn, errors_in_notes, merged, outer_scales, solve, stacked
+from qlab.algebra.rounding import Step, WeightFn, outer_scales, solve
 from qlab.algebra.scope import Scope
 from qlab.algebra.spec import Spec
 from qlab.algebra.stats import Stats
@@ -19,10 +21,18 @@ Apply = Callable[[ModuleGraph, Stats], tuple[ModuleGraph, Stats]]
 
 @dataclass(frozen=True)
 class Stage:
-    """One pure step. needs: statistics it reads. spec: the grid it rounds to (None: it rounds
-    nothing).
+    """One pure step of a transform.
 
-    detail: its settings in words. scope: the sites it may touch.
+    name: as reports and errors call it. needs: the statistics that it reads. apply: the step
+    itself. spec: the grid it rounds to; None where it rounds nothing. detail: its settings in
+    words. scope: the sites that it may touch.
+
+    reparametrizes: it changes the basis of inputs, so all sites of one input belong together.
+    sitewise: what it does to a site depends on the weights and statistics of that site's input
+    alone. lossless: it keeps the function of any graph, so it may wait until every site is solved.
+    online: the operations that it puts on the inputs of its sites, as a codec is asked about them.
+    workspace: how many fp32 matrices [k, k] it holds at once beside its statistics. uncovered: it
+    is the last stage of `rules`, for which a site in its scope is an error.
     """
 
     name: str
@@ -31,26 +41,20 @@ class Stage:
     spec: Spec | None = None
     detail: str = ""
     scope: Scope = field(default_factory=Scope)
-    reparametrizes: bool = False  # it moves inputs, so the sites of one input belong together
-    # what it does to a site depends on the weights and statistics of that site's input only
+    reparametrizes: bool = False
     sitewise: bool = False
-    lossless: bool = (
-        False  # it keeps the function whatever it finds, so it may wait until every site is solved
-    )
-    online: tuple[
-        Op, ...
-    ] = ()  # what it puts on its sites' inputs at run time, in the form that a codec is asked about
-    # how many matrices [k, k] in fp32 it holds at once beside its statistics
+    lossless: bool = False
+    online: tuple[Op, ...] = ()
     workspace: int = 1
-    uncovered: bool = False  # the last stage of `rules`: any site in its scope is an error
+    uncovered: bool = False
 
     def wants(self, site: Site) -> frozenset[str]:
-        """The statistics that it reads of this site's input: no drift of experts, whose rows have
-        no pairs in the reference."""
+        """The statistics that it reads of this site's input. Routed experts have no drift: their
+        rows have no counterpart in the reference model."""
         return self.needs - {"drift"} if site.route else self.needs
 
     def touches(self, name: str, site: Site) -> bool:
-        """Whether it may change a site of this full name. A router is never rounded, and needs no
+        """Whether it may change the site of this full name. Routers are never rounded, and need no
         rule."""
         unrounded = site.router and (self.spec is not None or self.uncovered)
         return site.outside == self.scope.outside and name in self.scope and not unrounded
@@ -60,23 +64,66 @@ Transform = tuple[Stage, ...]
 
 
 def chain(*transforms: Transform) -> Transform:
-    """One after the other. chain() is the identity and chain is associative."""
+    """One transform after the other. chain() is the identity, and chain is associative.
+
+    Args:
+        *transforms: in the order in which they run.
+
+    Returns:
+        The transform that runs all of their stages.
+
+    Example:
+        >>> import qlab
+        >>> int4 = qlab.parse_spec("int4-g64")
+        >>> [stage.name for stage in qlab.chain(qlab.awq_scale(int4), qlab.gptq(int4))]
+        ['awq_scale', 'absorb', 'gptq']
+    """
     return sum(transforms, ())
 
 
 def at(pattern: str, transform: Transform) -> Transform:
-    """The transform restricted to the sites whose full name matches the pattern."""
+    """The transform on those sites alone whose full name matches a pattern.
+
+    Args:
+        pattern: a glob over full names ("*.mlp.*"), or "re:" and a regular expression that matches
+            the whole name.
+        transform: what to restrict. Restrictions add up: a site has to match all of them.
+
+    Returns:
+        The restricted transform.
+
+    Example:
+        >>> import qlab
+        >>> (stage,) = qlab.at("*.mlp.*", qlab.rtn(qlab.parse_spec("int4-g64")))
+        >>> str(stage.scope)
+        '*.mlp.*'
+    """
     return tuple(
-        replace(s, scope=replace(s.scope, include=(pattern, *s.scope.include))) for s in transform
+        replace(stage, scope=replace(stage.scope, include=(pattern, *stage.scope.include)))
+        for stage in transform
     )
 
 
 def outside(transform: Transform) -> Transform:
-    """The transform on linears around the blocks (a vision tower, a projector, the head), which
-    other stages leave alone.
+    """The transform on the linears around the blocks (a vision tower, a projector, the head).
 
-    Every stage works on one weight at a time and without data, since nothing runs there; others are
-    refused by name.
+    All other transforms leave those as they are. Nothing runs around the blocks, so each stage has
+    to work on one weight at a time, without data.
+
+    Args:
+        transform: rtn or hqq, or stages of your own that need no statistics.
+
+    Returns:
+        The transform, for those linears and no others.
+
+    Raises:
+        QlabError: a stage observes inputs, or changes more than weights.
+
+    Example:
+        >>> import qlab
+        >>> (stage,) = qlab.outside(qlab.rtn(qlab.parse_spec("int8-channel")))
+        >>> str(stage.scope)
+        'every site around the blocks'
     """
     for stage in transform:
         if stage.needs or stage.online or not stage.sitewise:
@@ -93,25 +140,49 @@ def outside(transform: Transform) -> Transform:
 
 
 def keep() -> Transform:
-    """Leave the sites as they are: what a rule says of layers that stay unquantized."""
+    """Leave sites as they are: a rule for layers that are not quantized.
+
+    Returns:
+        A transform that changes nothing.
+
+    Example:
+        >>> import qlab
+        >>> [stage.name for stage in qlab.keep()]
+        ['keep']
+    """
     return (Stage("keep", frozenset(), lambda graph, stats: (graph, stats), sitewise=True),)
 
 
 def rules(table: Mapping[str, Transform]) -> Transform:
-    """The first matching pattern decides. A pattern without a site, and a site without a pattern,
-    are errors."""
+    """One transform per pattern, where the first pattern that matches a site decides.
+
+    Args:
+        table: pattern (see `at`) -> transform, in order of precedence.
+
+    Returns:
+        The transform. A pattern that matches no site, and a site that matches no pattern, are
+        errors when it is planned or applied.
+
+    Example:
+        >>> import qlab
+        >>> int4 = qlab.parse_spec("int4-g64")
+        >>> for stage in qlab.rules({"*.mlp.*": qlab.rtn(int4), "*": qlab.keep()}):
+        ...     print(stage.name, "at", stage.scope)
+        rtn at *.mlp.*
+        keep at * and not *.mlp.*
+        rules at not *.mlp.* and not *
+    """
     stages: list[Stage] = []
     earlier: tuple[str, ...] = ()
     for pattern, transform in table.items():
         for stage in at(pattern, transform or keep()):
-            stages.append(
-                replace(stage, scope=replace(stage.scope, exclude=stage.scope.exclude + earlier))
-            )
+            scope = replace(stage.scope, exclude=stage.scope.exclude + earlier)
+            stages.append(replace(stage, scope=scope))
         earlier = (*earlier, pattern)
     last = Stage(
         "rules",
         frozenset(),
-        lambda g, s: (g, s),
+        lambda graph, stats: (graph, stats),
         scope=Scope(exclude=earlier),
         uncovered=True,
         sitewise=True,
@@ -119,19 +190,78 @@ def rules(table: Mapping[str, Transform]) -> Transform:
     return (*stages, last)
 
 
+def each_weight(
+    name: str,
+    fn: WeightFn,
+    spec: Spec | None,
+    needs: frozenset[str] = frozenset(),
+    detail: str = "",
+) -> Transform:
+    """A method from a function of one weight: fn(W_ok, stats, spec) -> (leaf, notes).
+
+    Every selected weight but routers becomes the leaf. Zeros that a stage without a spec makes are
+    kept by the stages behind it, or those are refused.
+
+    Args:
+        name: the stage's name in plans, reports and errors.
+        fn: gets W_ok, the weight in fp32 [o, k], its statistics by name, and the spec with its
+            scale dtype filled in. Those are copies, which it may write to. It returns a QTensor of
+            that spec, or a tensor [o, k] where the spec is None, and notes for the report: numbers
+            and texts by name. Beside what it needs, the statistics hold "outer": the global scale
+            [1] of an nvfp4 spec, one for all selected weights of an input, since engines fuse them
+            (q, k and v; gate and up). It is None for other specs.
+        spec: the grid that fn rounds to; None where it rounds nothing, as a mask does.
+        needs: statistics of the weight's input, of qlab.algebra.stats.STATS: "second_moment",
+            "drift", "absmax", "absmean", "minmax", "sample".
+        detail: settings in words, for plans and reports.
+
+    Returns:
+        A transform of one stage. Its report holds the notes, the relative error |W - W'| / |W|, the
+        largest error in steps and, with "second_moment", the loss tr(D H D^T) / tr(W H W^T) with
+        D = W' - W.
+
+    Example:
+        >>> import qlab
+        >>> def prune(W_ok, stats, spec):
+        ...     small = W_ok.abs() < W_ok.abs().median()
+        ...     return W_ok.masked_fill(small, 0), {"pruned": float(small.float().mean())}
+        >>> mask = qlab.each_weight("prune", prune, spec=None)
+        >>> [stage.name for stage in qlab.chain(mask, qlab.rtn(qlab.parse_spec("int4-g64")))]
+        ['prune', 'rtn']
+    """
+    step = Step(name, fn, spec)
+
+    def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
+        leaves, notes = {}, dict(graph.notes)
+        outers = outer_scales(graph, spec)
+        for site in graph.sites:
+            if site.router:
+                continue
+            assert site.weight is not None  # every site of a program has one
+            seen = {need: stats[site.source, need] for need in needs}
+            outer = outers.get(site.path)
+            leaf, note = solve(step, graph, site, seen, outer)
+            leaves[site.weight] = leaf
+            notes[site.path] = {**notes.get(site.path, {}), **note}
+        return replace(graph.update(leaves), notes=notes), stats
+
+    return (Stage(name, needs, run, spec, detail, sitewise=True),)
+
+
+# ------------------------------------------------------------------ running a stage
 def select(stage: Stage, graph: ModuleGraph) -> ModuleGraph:
-    """The graph with only the stage's sites selected, out of those that are selected already."""
+    """The graph with the stage's sites selected, of those that it has selected already."""
     return replace(
         graph, selected=frozenset(s.path for s in graph.sites if stage.touches(graph.where(s), s))
     )
 
 
 def apply(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
-    """Run one stage on the selected sites of its scope; the result has the same sites selected as
-    the graph had.
+    """Run one stage on its sites among the selected ones. The new graph has the same sites selected
+    as the graph had.
 
-    Errors: a stage that writes to what it is given, changes what no file holds, or does not keep to
-    its sites though it is sitewise.
+    Refuses a stage that writes to its arguments, changes what no file holds, or is sitewise and
+    touches or reads other sites.
     """
     notes = {path: dict(note) for path, note in graph.notes.items()}
     chosen = select(stage, replace(graph, notes=notes))
@@ -141,103 +271,36 @@ def apply(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, 
             "keep() to leave them"
         )
     seen = shown(chosen, upstream=stage.reparametrizes) if stage.sitewise else chosen
-    given, found = Observed(stats, stage.name, seen), dict(stats)
-    seal = Seal(seen, given)
     try:
-        made = stage.apply(seen, given)
+        new, new_stats = _run_sealed(stage, seen, stats)
     except (RuntimeError, NotImplementedError) as error:
         if seen is not chosen and "meta" in str(error).lower():
             raise QlabError(
                 reads_elsewhere(stage.name, ", ".join(map(graph.where, chosen.sites)))
             ) from error
         raise
-    if not (isinstance(made, tuple) and len(made) == 2):
+    refuse_others(stage.name, stage.spec, stage.sitewise, seen, new)
+    new = restored(new, seen, chosen)
+    refuse_lost(stage.name, chosen, new)
+    if stage.spec is None and not (stage.lossless or stage.reparametrizes):
+        new = noted(chosen, new)
+    return replace(new, selected=graph.selected), new_stats
+
+
+def _run_sealed(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
+    """What the stage returns. Refuses one that writes to what it is given, or returns no pair."""
+    given = Observed(stats, stage.name, graph)
+    as_before = dict(stats)
+    seal = Seal(graph, given)
+    returned = stage.apply(graph, given)
+    if not (isinstance(returned, tuple) and len(returned) == 2):
         raise QlabError(
-            f"the stage {stage.name!r} returned a {type(made).__name__}; return (graph, stats)"
+            f"the stage {stage.name!r} returned a {type(returned).__name__}; return (graph, stats)"
         )
-    new, after = made
-    if broken := seal.broken(seen, given):
+    if broken := seal.broken(graph, given):
         raise QlabError(
             f"the stage {stage.name!r} writes to {broken}, which others go on with; change a "
             "copy, and return that"
         )
-    refuse_others(stage.name, stage.spec, stage.sitewise, seen, new)
-    done = restored(new, seen, chosen)
-    refuse_lost(stage.name, chosen, done)
-    masks = stage.spec is None and not (stage.lossless or stage.reparametrizes)
-    done = noted(chosen, done) if masks else done
-    return replace(done, selected=graph.selected), found if after is given else after
-
-
-# ------------------------------------------------------------------ authoring
-def each_weight(
-    name: str,
-    fn: WeightFn,
-    spec: Spec | None,
-    needs: frozenset[str] = frozenset(),
-    detail: str = "",
-) -> Transform:
-    """A lossy stage: every selected weight W_ok (fp32) becomes fn(W_ok, its statistics, spec) ->
-    (leaf, notes).
-
-    The leaf is a QTensor of that spec, or, where the spec is None, a tensor: a stage that rounds
-    nothing, such as one that prunes. The zeros that it makes are kept by the stages behind it, or
-    those are refused. Routers are left alone.
-
-    fn gets copies, which it may write to. The spec that fn gets has its scale dtype settled.
-    detail: the stage's own settings, for plans and provenance.
-
-    Beside the statistics, fn finds "outer": the global scale where the spec has one (NVFP4), else
-    None. It is one for all selected weights of a source, since engines fuse those (q, k and v; gate
-    and up).
-
-    Notes go into the report, with the relative weight error |W - W'| / |W|, the largest error in
-    steps and, where the second moment is at hand, the relative calibration loss tr(D H D^T) / tr(W
-    H W^T), D = W' - W.
-    """
-
-    def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
-        leaves, notes = {}, dict(graph.notes)
-        outers = outer_scales(graph, spec)
-        for site in graph.sites:
-            if site.router:
-                continue
-            assert site.weight is not None  # weight_ok refuses it otherwise
-            seen = {need: stats[site.source, need] for need in needs}
-            outer = outers.get(site.path)
-            if site.route is None:
-                solved = [solve(name, fn, spec, graph, site, {**seen, "outer": outer})]
-                leaf = solved[0].leaf
-            else:
-                experts = range(graph.params[site.weight].shape[0])
-                # a state may be observed when it is asked for, and is held no longer than its
-                # expert takes
-                solved = [
-                    solve(
-                        name,
-                        fn,
-                        spec,
-                        graph,
-                        site,
-                        {
-                            **{n: state.states[e] for n, state in seen.items()},
-                            "outer": None if outer is None else outer[e],
-                        },
-                        e,
-                    )
-                    for e in experts
-                ]
-                leaf = stacked([s.leaf for s in solved])
-            leaves[site.weight] = (
-                leaf
-                if isinstance(leaf, QTensor) or site.layout.endswith("o k")
-                else leaf.mT.contiguous()
-            )
-            said = {
-                **errors_in_notes([s.errors for s in solved]),
-                **merged([s.note for s in solved]),
-            }
-            notes[site.path] = {**notes.get(site.path, {}), **said}
-        return replace(graph.update(leaves), notes=notes), stats
-
-    return (Stage(name, needs, run, spec, detail, sitewise=True),)
+    new, new_stats = returned
+    return new, as_before if new_stats is given else new_stats

@@ -2,6 +2,7 @@
 and what no file holds is refused."""
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -424,14 +425,16 @@ def test_what_has_no_tensor_in_the_files_is_refused_when_a_block_is_written(chan
         def forward(self, x):
             return self.linear(self.rotary(x))
 
-    class Files:
+    class Names:
         def block_names(self, path):
             return {"linear.weight": ("linear.weight",), "linear.bias": ("linear.bias",)}
 
+    skeleton = SimpleNamespace(names=Names())
     seg = of(Block(), torch.ones(2, 3, 16))
-    refuse_unwritten(Files(), seg.graph, seg.solve(rtn(SPEC))[0])
+    refuse_unwritten(skeleton, seg.graph, seg.solve(rtn(SPEC))[0])
+    changed, _ = seg.solve(step(lambda graph, stats: change(graph)))
     with pytest.raises(QlabError, match=words):
-        refuse_unwritten(Files(), seg.graph, seg.solve(step(lambda graph, stats: change(graph)))[0])
+        refuse_unwritten(skeleton, seg.graph, changed)
 
 
 @pytest.mark.parametrize(
