@@ -1,20 +1,26 @@
-"""The same codes in another format. What the format cannot hold is refused by name; rounding anew
-has to be asked for."""
+"""The same codes in another format.
+
+What the format cannot hold is refused by name; weights are rounded anew only where that is asked
+for.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qlab.algebra.graph import Op
 from qlab.algebra.grid import encode as round_to_grid
 from qlab.algebra.grid import minmax
 from qlab.algebra.qtensor import QTensor, dense
-from qlab.algebra.spec import Int, Spec
-from qlab.codecs import CODECS, Codec, refusal_of_transposed
+from qlab.algebra.spec import Spec
+from qlab.codecs import CODECS, Codec
+from qlab.directories.converted import Converted
+from qlab.directories.express import express
+from qlab.driver.admissible import Admission
 from qlab.driver.report import stored_bits
 from qlab.driver.siblings import Siblings
 from qlab.errors import QlabError
@@ -24,64 +30,10 @@ from qlab.files.place import place, refuse_early
 from qlab.files.record import recorded, versions, written
 from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
 from qlab.files.writer import Writer
-from qlab.model.linears import (
-    embeddings,
-    linear_names,
-    refuse_unheld,
-    transposed,
-    untied_where_apart,
-)
+from qlab.model.modules import Modules
 from qlab.process.extras import needed
-from qlab.process.shown import Shown, some
+from qlab.process.shown import some
 from qlab.process.surroundings import undisturbed
-
-SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@dataclass(frozen=True, repr=False)
-class Converted(Shown):
-    """The directory written, and per module what became of it: its spec, and the error of rounding
-    it anew where it was.
-
-    dequantized: tensor of a GGUF file -> the kind of blocks (Q6_K) that it was dequantized from.
-    """
-
-    path: Path
-    sites: Mapping[str, Mapping[str, Any]]
-    dequantized: Mapping[str, str] = field(default_factory=dict)
-
-    def __fspath__(self) -> str:
-        """The directory: a result stands wherever a path does."""
-        return str(self.path)
-
-    @property
-    def requantized(self) -> dict[str, float]:
-        """Module -> relative error |W - W'| / |W| against the weights it was rounded anew from."""
-        return {
-            name: row["requantization_error"]
-            for name, row in self.sites.items()
-            if "requantization_error" in row
-        }
-
-    def summary(self) -> dict[str, str]:
-        """Without the sites."""
-        anew, dense = len(self.requantized), len(self.dequantized)
-        return {
-            "directory": str(self.path),
-            "weights": (
-                f"{len(self.sites) - anew} with the same codes, {anew} rounded anew, {dense} "
-                "dequantized"
-            ),
-        }
-
-    def json(self) -> dict[str, Any]:
-        """The result as plain data."""
-        return {
-            "path": str(self.path),
-            "sites": dict(self.sites),
-            "requantized": self.requantized,
-            "dequantized": dict(self.dequantized),
-        }
 
 
 @undisturbed
@@ -95,21 +47,38 @@ def convert(
     overwrite: bool = False,
     resume: bool = False,
 ) -> Converted:
-    """Write a quantized directory, or the model of a GGUF file, in the format that `codec` names,
-    file by file.
+    """Write a quantized directory, or the model of a GGUF file, in another format, file by file.
 
     Codes, scales and zeros stay what they are, and so do the unquantized tensors, the tokenizer and
-    the other files. requantize: a grid on which every weight is to lie. Those that do already keep
-    their codes where the format can hold them; the others are dequantized and rounded to nearest.
+    the other files.
 
-    Errors: a directory that is not quantized; without `requantize`, any loss, with the modules and
-    what they would lose.
+    Args:
+        model: A quantized model directory in any format that qlab reads, or what `open` returned
+            for it, or a GGUF file.
+        codec: The name of the format to write: "compressed-tensors", "gptq", "awq" and the other
+            names of `qlab.codecs.CODECS`.
+        out: The directory to write.
+        requantize: A grid on which every weight is to lie. Weights that lie on it keep their codes
+            where the format can hold them; the others are dequantized and rounded to nearest. None
+            rounds nothing.
+        overwrite: Whether to replace a directory of qlab's that is there.
+        resume: Whether to continue a conversion that was interrupted.
+
+    Returns:
+        The directory with a row for each of its weights, and what was rounded anew or dequantized.
+
+    Raises:
+        QlabError: The directory is not quantized; or, without `requantize`, the format cannot hold
+            some of its codes. The error names the modules and what they would lose.
+
+    Example:
+        >>> import qlab
+        >>> made = qlab.convert("demo-int4", "gptq", "demo-gptq")
+        >>> made.path.name, made.requantized
+        ('demo-gptq', {})
     """
-    if (
-        not isinstance(model, Checkpoint)
-        and (file := Path(model).expanduser()).suffix == GGUF
-        and not file.is_dir()
-    ):
+    file = None if isinstance(model, Checkpoint) else Path(model).expanduser()
+    if file is not None and file.suffix == GGUF and not file.is_dir():
         return _from_gguf(file, codec, Path(out), requantize, overwrite, resume)
     source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     if not source.quantized:
@@ -117,16 +86,17 @@ def convert(
             f"{source.path} is not quantized, so there is nothing to convert; quantize it first"
         )
     _check_codec(codec)
-    refuse_unheld(source)
+    modules, admission = Modules(source), Admission(codec=codec, dtype=source.dtype)
+    modules.refuse_unheld()
     folder = place(out, source.path, set(source.files.values()))
     refuse_early(folder, overwrite, resume)
-    carried = _carried(source, codec)
+    kept_settings = _carried(source, codec)
     _refuse_rounded_inputs(source, codec)
-    _refuse_transposed(source, codec)
-    _refuse_embeddings(source, codec)
-    targets = _targets(source, codec, requantize)
-    config = _config(source, CODECS[codec], targets) | carried
-    raw = untied_where_apart(source, targets)
+    _refuse_transposed(modules, admission)
+    _refuse_embeddings(modules, codec)
+    targets = _targets(source, admission, requantize)
+    quantization = _quantization_config(modules, CODECS[codec], targets) | kept_settings
+    config = {**modules.untied_where_apart(targets), "quantization_config": quantization}
     record = recorded(source.path)
     job = {
         "source": source.fingerprint(),
@@ -135,25 +105,24 @@ def convert(
         "versions": versions(),
         "converted_from": record.get("job"),
     }
+    leaves = _Leaves(
+        source=source,
+        admission=admission,
+        targets=targets,
+        siblings=Siblings(targets, lambda module: _dense_weight(source, module)),
+        rounds=requantize is not None,
+        record=record,
+    )
     with Writer(folder, overwrite, resume) as writer:
         writer.begin(job, len(leaves_by_file(source)), source.path)
         if not writer.finished:
-            siblings = Siblings(
-                targets, lambda module: dense(source.leaf(f"{module}.weight"), torch.float32)
-            )
-            rewrite = partial(
-                _rewrite, source, CODECS[codec], targets, siblings, requantize, record
-            )
             with writer.refusing():
-                rewrite_files(source, writer, rewrite, "converting")
+                rewrite_files(source, writer, leaves.rewritten, "converting")
                 notes = writer.notes()
-                if lost := notes.get("lost"):
-                    raise _refusal(codec, lost)
-            writer.finish(
-                written({**raw, "quantization_config": config}, job, {**record, **notes}),
-                source.path,
-            )
-    return Converted(writer.out, recorded(writer.out)["sites"])
+                if "lost" in notes:
+                    raise _refusal(codec, notes["lost"])
+            writer.finish(written(config, job, {**record, **notes}), source.path)
+    return Converted(path=writer.out, sites=recorded(writer.out)["sites"])
 
 
 def _check_codec(codec: str) -> None:
@@ -175,29 +144,30 @@ def _from_gguf(
             f"{path} is a GGUF file, whose codes are not rounded anew on the way; convert it "
             "without a grid, and then the directory with one (--requantize)"
         )
-    written = from_gguf(path, codec, folder, overwrite, resume)
-    record = recorded(written)
+    directory = from_gguf(path, codec, folder, overwrite, resume)
+    record = recorded(directory)
     return Converted(
-        written, record["sites"], {name: row["kind"] for name, row in record["dequantized"].items()}
+        path=directory,
+        sites=record["sites"],
+        dequantized={name: row["kind"] for name, row in record["dequantized"].items()},
     )
 
 
 # ------------------------------------------------------------------ what a format can hold
-def _config(source: Checkpoint, codec: Codec, targets: Mapping[str, Spec]) -> dict[str, Any]:
-    names = {
-        **linear_names(source),
-        **{module: module for module in source.quantized},
-    }  # experts are no linears of the model
-    inputs = (
-        [{name: source.inputs.get(module) for name, module in names.items()}]
-        if source.inputs
-        else []
-    )
-    coded = embeddings(source) & source.quantized.keys()
-    more = {"embeddings": coded} if coded else {}
-    return codec.config(
-        {name: targets.get(module) for name, module in names.items()}, *inputs, **more
-    )
+def _quantization_config(
+    modules: Modules, codec: Codec, targets: Mapping[str, Spec]
+) -> dict[str, Any]:
+    """What the new format's configuration says of weights, and of the rounding of inputs."""
+    source = modules.checkpoint
+    # experts are no linears of the model
+    names = {**modules.linears(), **{module: module for module in source.quantized}}
+    specs = {name: targets.get(module) for name, module in names.items()}
+    embeddings = modules.embeddings() & source.quantized.keys()
+    arguments: dict[str, Any] = {"embeddings": embeddings} if embeddings else {}
+    if source.inputs:
+        inputs = {name: source.inputs.get(module) for name, module in names.items()}
+        return codec.config(specs, inputs, **arguments)
+    return codec.config(specs, **arguments)
 
 
 def _carried(source: Checkpoint, codec: str) -> dict[str, Any]:
@@ -205,7 +175,8 @@ def _carried(source: Checkpoint, codec: str) -> dict[str, Any]:
     run time and the new format has no place for it. Its tensors are carried on as they are."""
     assert source.codec is not None  # it is quantized
     same = CODECS[codec].extras is source.codec.extras
-    if lost := [extra for extra in source.extras if extra.online and not same]:
+    lost = [extra for extra in source.extras if extra.online and not same]
+    if lost:
         raise QlabError(
             f"{codec} cannot hold the {lost[0].key} of {source.path}, which would be lost "
             f"({lost[0].says}); choose the codec that the directory is in"
@@ -226,54 +197,59 @@ def _refuse_rounded_inputs(source: Checkpoint, codec: str) -> None:
         )
 
 
-def _refuse_transposed(source: Checkpoint, codec: str) -> None:
-    """Codes of linears that hold their dense weight as [k, o], which readers of most formats never
-    look for."""
-    reason = refusal_of_transposed(codec)
-    if (
-        reason
-        and source.codec
-        and source.codec.transposed
-        and (turned := sorted(transposed(source) & source.quantized.keys()))
-    ):
-        raise QlabError(f"{turned[0]} and {len(turned) - 1} more of {source.path}: {reason}")
+def _refuse_transposed(modules: Modules, admission: Admission) -> None:
+    """Refuse codes of linears that hold their dense weight as [k, o], which readers of most formats
+    never look for."""
+    source, reason = modules.checkpoint, admission.transposed_refusal
+    if not reason or source.codec is None or not source.codec.transposed:
+        return
+    coded = sorted(modules.transposed() & source.quantized.keys())
+    if coded:
+        raise QlabError(f"{coded[0]} and {len(coded) - 1} more of {source.path}: {reason}")
 
 
-def _refuse_embeddings(source: Checkpoint, codec: str) -> None:
-    """Codes of embeddings, which readers of most formats never look for."""
-    if not CODECS[codec].embeddings and (
-        coded := sorted(embeddings(source) & source.quantized.keys())
-    ):
+def _refuse_embeddings(modules: Modules, codec: str) -> None:
+    """Refuse codes of embeddings, which readers of most formats never look for."""
+    source = modules.checkpoint
+    if CODECS[codec].embeddings:
+        return
+    coded = sorted(modules.embeddings() & source.quantized.keys())
+    if coded:
         raise QlabError(
             f"{codec} holds codes of linears, and {coded[0]} of {source.path} is an embedding "
             "with codes, which its readers would skip; choose compressed-tensors"
         )
 
 
-def _targets(source: Checkpoint, codec: str, requantize: Spec | None) -> dict[str, Spec]:
+def _targets(source: Checkpoint, admission: Admission, requantize: Spec | None) -> dict[str, Spec]:
     """The spec that every module will have in the new format, decided before a tensor is read."""
-    if not any(source.quantized.values()):
+    specs = {module: spec for module, spec in source.quantized.items() if spec}
+    if not specs:
         raise QlabError(
             f"{source.path} holds no codes on a grid that qlab has, only weights that its format "
             "gives back dense, so there is nothing to convert; quantize the model that it was "
             "made from"
         )
     if requantize is not None:
-        target = _nearest(requantize, CODECS[codec])
-        reason = target if isinstance(target, str) else CODECS[codec].risk(target)
-        if isinstance(target, str) or reason:
+        target = admission.nearest_to_round_to(requantize)
+        if isinstance(target, str):
             raise QlabError(
-                f"{codec} cannot hold {requantize} weights ({reason}); choose another grid to "
-                "round to"
+                f"{admission.codec} cannot hold {requantize} weights ({target}); choose another "
+                "grid to round to"
             )
-        return {module: target for module, spec in source.quantized.items() if spec}
-    nearest = {
-        spec: _nearest(spec, CODECS[codec]) for spec in set(source.quantized.values()) if spec
-    }
-    targets = {module: nearest[spec] for module, spec in source.quantized.items() if spec}
-    if lost := {module: target for module, target in targets.items() if isinstance(target, str)}:
-        raise _refusal(codec, lost)
-    return {module: target for module, target in targets.items() if not isinstance(target, str)}
+        return dict.fromkeys(specs, target)
+    nearest = {spec: admission.nearest(spec) for spec in set(specs.values())}
+    targets: dict[str, Spec] = {}
+    lost: dict[str, str] = {}
+    for module, spec in specs.items():
+        target = nearest[spec]
+        if isinstance(target, str):
+            lost[module] = target
+        else:
+            targets[module] = target
+    if lost:
+        raise _refusal(admission.codec, lost)
+    return targets
 
 
 def _refusal(codec: str, lost: Mapping[str, str]) -> QlabError:
@@ -288,138 +264,85 @@ def _refusal(codec: str, lost: Mapping[str, str]) -> QlabError:
     )
 
 
-def _nearest(spec: Spec, codec: Codec) -> Spec | str:
-    """The spec itself, or the one that differs in storing zero points that are all 0 or not; else
-    why not."""
-    candidates = [spec]
-    if isinstance(spec, Int) and spec.zero_dtype == torch.int8:
-        candidates = [
-            replace(spec, scale_dtype=None, symmetric=symmetric)
-            for symmetric in (spec.symmetric, not spec.symmetric)
-        ]
-    for candidate in candidates:
-        if _scale_dtypes(candidate, codec):
-            return candidate
-    return (
-        codec.refusal(replace(spec, scale_dtype=spec.scale_dtype or SCALE_DTYPES[0]))
-        or f"it has no {spec} weights"
-    )
-
-
-def _scale_dtypes(spec: Spec, codec: Codec, own: torch.dtype | None = None) -> list[torch.dtype]:
-    """The dtypes in which the format can store such scales, the leaf's own first."""
-    fixed = (
-        spec.scale_dtype is not None and spec.scale_dtype.itemsize == 1
-    )  # MX and NV: the dtype is part of the grid
-    dtypes = (
-        [spec.scale_dtype]
-        if fixed
-        else list(dict.fromkeys([own, *SCALE_DTYPES] if own else SCALE_DTYPES))
-    )
-    return [
-        d for d in dtypes if d is not None and codec.refusal(replace(spec, scale_dtype=d)) is None
-    ]
-
-
-def express(leaf: QTensor, target: Spec, codec: Codec) -> QTensor:
-    """The same numbers as a leaf of the target's spec that the codec can encode; refuses whatever
-    would be lost."""
-    leaf = in_order(leaf)
-    zeros = leaf.zeros
-    if isinstance(target, Int) != isinstance(leaf.spec, Int) or (
-        leaf.spec.bits,
-        leaf.spec.tile,
-    ) != (target.bits, target.tile):
-        raise QlabError(f"its codes lie on {leaf.spec}, not on {target}")
-    if target.symmetric and zeros is not None:
-        if (zeros != 0).any():
-            raise QlabError("zero points that are not 0 would be lost")
-        zeros = None
-    elif not target.symmetric and zeros is None:
-        zeros = torch.zeros_like(leaf.scales, dtype=torch.int8)
-    dtypes = _scale_dtypes(target, codec, leaf.scales.dtype)
-    if not dtypes:
-        raise QlabError(codec.refusal(target) or f"its format has no scales of {target}")
-    for dtype in dtypes:
-        scales = leaf.scales.to(dtype)
-        if torch.equal(scales.double(), leaf.scales.double()):
-            return QTensor(
-                leaf.codes, scales, zeros, replace(target, scale_dtype=dtype), leaf.outer, leaf.perm
-            )
-    raise QlabError(
-        f"{leaf.scales.dtype} scales would be rounded to {dtypes[0]}".replace("torch.", "")
-    )
-
-
-def in_order(leaf: QTensor) -> QTensor:
-    """The leaf without `perm` where every group still consists of neighbouring channels; else as it
-    is."""
-    if leaf.perm is None:
-        return leaf
-    k = leaf.shape[-1]
-    cols = leaf.spec.tile.cols or k
-    if k % cols:
-        return leaf
-    place = leaf.perm.argsort()  # input channel -> column of codes
-    group = (place // cols).reshape(-1, cols)
-    if (group != group[:, :1]).any():
-        return leaf
-    order = group[:, 0]
-    zeros = None if leaf.zeros is None else leaf.zeros[..., order]
-    return QTensor(leaf.codes[..., place], leaf.scales[..., order], zeros, leaf.spec, leaf.outer)
-
-
 # ------------------------------------------------------------------ one leaf
-def _rewrite(
-    source: Checkpoint,
-    codec: Codec,
-    targets: Mapping[str, Spec],
-    siblings: Siblings,
-    requantize: Spec | None,
-    record: Mapping[str, Any],
-    name: str,
-    notes: Notes,
-) -> Mapping[str, Tensor]:
-    """The tensors of one leaf in the new format; what would be lost goes into the notes instead."""
-    module = name.rpartition(".")[0]
-    leaf = (
-        source.leaf(name)
-        if module in source.quantized and name == f"{module}.weight"
-        else source.tensor(name)
-    )
-    if isinstance(leaf, Tensor):
-        return {name: leaf}  # also what its format laid out in a way of its own
-    row = {**record.get("sites", {}).get(module, {}), "shape": list(leaf.shape)}
-    certificate = record.get("certificates", {}).get(module)
-    online = [ops] if (ops := source.rounding(module)) else []
-    try:
-        if online and (reason := codec.refusal(targets[module], ops)):
+@dataclass(frozen=True, kw_only=True)
+class _Leaves:
+    """The leaves of a directory in the new format.
+
+    targets: module -> the spec that it gets. siblings: their global scales. rounds: whether weights
+    are rounded anew that the format cannot hold as they are. record: the source's qlab.json.
+    """
+
+    source: Checkpoint
+    admission: Admission
+    targets: Mapping[str, Spec]
+    siblings: Siblings
+    rounds: bool
+    record: Mapping[str, Any]
+
+    def rewritten(self, name: str, notes: Notes) -> Mapping[str, Tensor]:
+        """The tensors of one leaf. What would be lost goes into the notes instead."""
+        module = name.rpartition(".")[0]
+        if module not in self.source.quantized or name != f"{module}.weight":
+            return {name: self.source.tensor(name)}
+        leaf = self.source.leaf(name)
+        if isinstance(leaf, Tensor):  # its format laid it out in a way of its own
+            return {name: leaf}
+        rounding = self.source.rounding(module)
+        try:
+            new = self._same_codes(module, leaf, rounding)
+            tensors = self._encoded(module, new, rounding)
+        except QlabError as error:
+            if not self.rounds:
+                notes.setdefault("lost", {})[module] = str(error)
+                return {}
+            new = self._rounded(module, leaf)
+            tensors = self._encoded(module, new, rounding)
+            self._note(module, new, notes, rounded_from=leaf)
+        else:
+            self._note(module, new, notes)
+        return tensors
+
+    def _same_codes(self, module: str, leaf: QTensor, rounding: tuple[Op, ...]) -> QTensor:
+        target = self.targets[module]
+        reason = CODECS[self.admission.codec].refusal(target, rounding) if rounding else None
+        if reason:
             raise QlabError(reason)
-        new = express(leaf, targets[module], codec)
-        tensors = codec.encode(module, new, *online)
-    except QlabError as error:
-        if requantize is None:
-            notes.setdefault("lost", {})[module] = str(error)
-            return {}
-        new = _rounded(leaf, targets[module], codec, siblings.outer(module))
-        tensors = codec.encode(module, new, *online)
-        row = {
-            "shape": row["shape"],
-            "requantized_from": str(leaf.spec),
-            "requantization_error": distances(new, leaf)["weight_error"],
-        }
-        # without the weight that the others were made from, which is not here, but with its name
-        if certificate:
-            certificate = certify(new, None) | {
-                key: certificate[key] for key in ("made_of",) if key in certificate
+        return express(leaf, target, self.admission)
+
+    def _rounded(self, module: str, leaf: QTensor) -> QTensor:
+        target = self.targets[module]
+        stored = replace(target, scale_dtype=self.admission.scale_dtypes(target)[0])
+        outer = self.siblings.outer(module)
+        return round_to_grid(minmax, dense(leaf, torch.float32), stored, outer=outer)
+
+    def _encoded(
+        self, module: str, leaf: QTensor, rounding: tuple[Op, ...]
+    ) -> Mapping[str, Tensor]:
+        encode = CODECS[self.admission.codec].encode
+        return encode(module, leaf, rounding) if rounding else encode(module, leaf)
+
+    def _note(
+        self, module: str, new: QTensor, notes: Notes, rounded_from: QTensor | None = None
+    ) -> None:
+        """Report a weight: its row, and what is still certified of it."""
+        row = {**self.record.get("sites", {}).get(module, {}), "shape": list(new.shape)}
+        certificate = self.record.get("certificates", {}).get(module)
+        if rounded_from is not None:
+            row = {
+                "shape": row["shape"],
+                "requantized_from": str(rounded_from.spec),
+                "requantization_error": distances(new, rounded_from)["weight_error"],
             }
-    row |= {"spec": str(new.spec), "bits_per_weight": stored_bits(new, new.scales.dtype)}
-    notes.setdefault("sites", {})[module] = row
-    if certificate:
-        notes.setdefault("certificates", {})[module] = certificate
-    return tensors
+        if rounded_from is not None and certificate:
+            # the weight that the codes were made from is not here, but its name is
+            named = {key: certificate[key] for key in ("made_of",) if key in certificate}
+            certificate = certify(new, None) | named
+        row |= {"spec": str(new.spec), "bits_per_weight": stored_bits(new, new.scales.dtype)}
+        notes.setdefault("sites", {})[module] = row
+        if certificate:
+            notes.setdefault("certificates", {})[module] = certificate
 
 
-def _rounded(leaf: QTensor, target: Spec, codec: Codec, outer: Tensor | None) -> QTensor:
-    settled = replace(target, scale_dtype=_scale_dtypes(target, codec)[0])
-    return round_to_grid(minmax, dense(leaf, torch.float32), settled, outer=outer)
+def _dense_weight(source: Checkpoint, module: str) -> Tensor:
+    return dense(source.leaf(f"{module}.weight"), torch.float32)

@@ -1,177 +1,33 @@
-"""Is a quantized directory what it claims to be? Every site against its grid, its certificate and
-the model it came from."""
+"""Is a quantized directory what it claims to be?
 
-import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+Every site is checked against its grid, its certificate and the model it was made from; every other
+tensor against that model.
+"""
+
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
-from qlab.algebra.qtensor import QTensor, dense
+from qlab.algebra.qtensor import Leaf, QTensor, dense
 from qlab.directories.covered import unlike_recipe
-from qlab.errors import QlabError, printable
+from qlab.directories.settings import differences
+from qlab.directories.verdict import Verdict
+from qlab.errors import QlabError
 from qlab.files.certificate import distances, fingerprint, hash_of, hash_of_json, off_grid
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.record import recorded
 from qlab.files.shardwise import leaves_by_file
 from qlab.model.alike import Alike, alike
-from qlab.model.linears import refuse_unheld, transposed
-from qlab.model.ties import FLAG
-from qlab.process.shown import Shown, some
+from qlab.model.modules import Modules
 from qlab.process.surroundings import undisturbed
+
+Certificates = Mapping[str, Mapping[str, Any]]  # module -> what was certified of its weight
 
 SLACK = 1e-4  # relative: how far a sum of squares in fp32 may differ between machines
 DISTANCES = {"weight_error": "weight error", "largest_step": "largest error in steps"}
-# relative: how far a float of a config.json may have come through the float32 of a GGUF file
-ROUNDED = 1e-7
-# Keys of config.json, at any depth, that change no number that the model computes: how weights are
-# stored, which is checked by itself, who wrote the file with what, and where a generation begins,
-# ends and keeps its past, which is generation_config.json's to say.
-PROVENANCE = (
-    "quantization_config",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "_name_or_path",
-    "_attn_implementation_autoset",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "use_cache",
-)
-
-
-@dataclass(frozen=True, repr=False, kw_only=True)
-class Verdict(Shown):
-    """sites: module -> spec, weight error against the reference, what was certified of it, and its
-    fault or None.
-
-    missing, extra: tensors of the reference that the directory lacks, and the other way round.
-    changed: unquantized tensors that differ from the reference, with what explains each or None.
-    certified: whether the directory holds certificates; without them nothing explains a change, and
-    none is a fault. extras: tensor that its configuration calls for beside weights
-    -> what is wrong with it, or None. config: key of config.json, nested ones with dots -> the
-    directory's value and the reference's, None where there is none, if what they compute differs.
-    retold: whether its quantization_config is another than the certified one. lost: whether its
-    qlab.json is of a job that certifies, and holds no certificates. unlike: weight -> what it is
-    and the recipe of its qlab.json makes another of.
-    """
-
-    path: Path
-    sites: Mapping[str, Mapping[str, Any]]
-    missing: Sequence[str]
-    extra: Sequence[str]
-    changed: Mapping[str, str | None]
-    certified: bool
-    extras: Mapping[str, str | None]
-    config: Mapping[str, tuple[Any, Any]]
-    retold: bool
-    lost: bool
-    unlike: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def faults(self) -> list[str]:
-        """What is wrong, one sentence each; empty when the directory is what it claims to be."""
-        found = [
-            f"config.json has {_says(key, ours)} where the reference has {_says('', theirs)}"
-            for key, (ours, theirs) in self.config.items()
-        ]
-        if self.retold:
-            found.append(
-                "the quantization_config of its config.json is not the one that was written with "
-                "its codes, and readers may compute something else or nothing; restore it, or "
-                "quantize or convert again"
-            )
-        if self.lost:
-            found.append(
-                "its qlab.json has lost its certificates; quantize or convert again, or remove "
-                "that file"
-            )
-        found += [f"{name}: {row['fault']}" for name, row in self.sites.items() if row["fault"]]
-        found += [
-            f"{name}: {fault}"
-            for name, fault in self.unlike.items()
-            if not self.sites.get(name, {}).get("fault")
-        ]
-        found += [f"{name} {fault}" for name, fault in self.extras.items() if fault]
-        found += [f"{name} is missing" for name in self.missing]
-        found += [f"{name} is not in the reference" for name in self.extra]
-        return found + [
-            f"{name} differs from the reference and no certificate says why"
-            for name, why in self.changed.items()
-            if self.certified and why is None
-        ]
-
-    def summary(self) -> dict[str, str]:
-        """The faults, and what was checked."""
-        against = "grids, the reference's tensors" + (
-            ", certificates" if self.certified else "; there are no certificates"
-        )
-        return {
-            "directory": str(self.path),
-            "faults": f"{len(self.faults)}: {some(self.faults)}" if self.faults else "none",
-            "checked": f"{len(self.sites)} quantized weights; {against}",
-        }
-
-    def json(self) -> dict[str, Any]:
-        """The verdict as plain data."""
-        return {
-            "path": str(self.path),
-            "certified": self.certified,
-            "faults": self.faults,
-            "sites": dict(self.sites),
-            "missing": list(self.missing),
-            "extra": list(self.extra),
-            "changed": dict(self.changed),
-            "extras": dict(self.extras),
-            "config": dict(self.config),
-            "retold": self.retold,
-            "lost": self.lost,
-            "unlike": dict(self.unlike),
-        }
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table("site", "spec", "weight error", "certified", "verdict", title=str(self.path))
-        table.columns[0].overflow = "fold"
-        for name, row in self.sites.items():
-            table.add_row(
-                name,
-                row["spec"],
-                _figure(row["weight_error"]),
-                _figure(row["certified_error"]),
-                row["fault"] or "good",
-            )
-        yield table
-        for name, why in self.changed.items():
-            yield f"{name} differs from the reference: {why or 'nothing says why'}"
-        yield from (
-            Text.assemble(("fault", "bold"), f" {printable(fault)}") for fault in self.faults
-        )
-        against = (
-            "its certificates"
-            if self.certified
-            else "no certificates: only grids and the reference were checked"
-        )
-        beside = f"{len(self.extras)} tensors of what happens at run time, " if self.extras else ""
-        yield f"{len(self.sites)} quantized weights, {beside}{len(self.faults)} faults, {against}"
-
-
-def _says(key: str, value: Any) -> str:
-    """A key and its value, in few words."""
-    if value is None:
-        return f"no {key}" if key else "none"
-    return f"{key} {json.dumps(value, default=str):.60}".strip()
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3e}"
 
 
 @undisturbed
@@ -179,155 +35,173 @@ def _figure(value: float | None) -> str:
 def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path) -> Verdict:
     """Check a quantized directory against the model it was made from, one tensor at a time.
 
-    Every site: the codes decode, lie on the grid that the configuration claims, hash to the
+    Every site's codes decode, lie on the grid that the configuration claims, hash to the
     certificate that was recorded when they were made, and are as far from the reference's weight as
     it says. Every tensor of the reference is there, and every unquantized one is the reference's
-    own or the one that the recipe is recorded to have written. Its config.json says of the model
-    what the reference's says.
+    own or the one that the recipe is recorded to have written. config.json says of the model what
+    the reference's says.
+
+    Args:
+        directory: A quantized model directory, in any format that qlab reads, or what `open`
+            returned for it.
+        against: The directory of the model that it was made from, which may be unquantized or
+            quantized itself, or what `open` returned for it.
+
+    Returns:
+        What was checked; `faults` has one sentence for each thing that is wrong, and is empty where
+        the directory is what it claims to be.
+
+    Raises:
+        QlabError: The directory is not quantized, or one of the two cannot be read.
+
+    Example:
+        >>> import qlab
+        >>> verdict = qlab.verify("demo-int4", qlab.open("demo"))
+        >>> verdict.faults, verdict.certified
+        ([], True)
     """
-    model, reference = (
-        m if isinstance(m, Checkpoint) else open_checkpoint(m) for m in (directory, against)
-    )
-    if not model.quantized:
+    checkpoint = directory if isinstance(directory, Checkpoint) else open_checkpoint(directory)
+    original = against if isinstance(against, Checkpoint) else open_checkpoint(against)
+    if not checkpoint.quantized:
         raise QlabError(
-            f"{model.path} is not quantized, so there is nothing to verify; give a quantized "
+            f"{checkpoint.path} is not quantized, so there is nothing to verify; give a quantized "
             "directory"
         )
-    for opened in (model, reference):
-        refuse_unheld(opened)
-    record = recorded(model.path)
-    certificates, noted = record.get("certificates", {}), record.get("changed", {})
+    model, reference = Modules(checkpoint), Modules(original)
+    model.refuse_unheld()
+    reference.refuse_unheld()
+    record = recorded(checkpoint.path)
+    certificates = record.get("certificates", {})
     both = alike(model, reference)
-    model, reference = both.model, both.reference
-    names, theirs = (
-        {name for file in leaves_by_file(m) for name in file} for m in (model, reference)
-    )
-    turned = transposed(reference) if model.codec and model.codec.transposed else frozenset()
-    sites: dict[str, dict[str, Any]] = {}
-    changed: dict[str, str | None] = {}
-    for name in sorted(names):
-        module = name.rpartition(".")[0]
-        if model.quantized.get(module) and name == f"{module}.weight":
-            sites[module] = _site(
-                model, both, module, certificates.get(module, {}), module in turned
-            )
-            if certificates and module not in certificates:
-                sites[module]["fault"] = (
-                    sites[module]["fault"]
-                    or "it has no certificate, as all weights of a directory have or none"
-                )
-        elif name in theirs and _differs(model, reference, name):
-            written = noted.get(name) == hash_of(dense(model.leaf(name)))
-            changed[name] = "written by the recipe, as recorded" if written else None
-    unheard = sorted(set(certificates) - set(sites))
+    checkpoint, original = both.model.checkpoint, both.reference.checkpoint
+    sites = _sites(both, certificates)
+    changed = _changed(both, sites, record.get("changed", {}))
     extras = {
-        name: extra.fault(model.tensor(name)) for extra in model.extras for name in extra.tensors
+        name: extra.fault(checkpoint.tensor(name))
+        for extra in checkpoint.extras
+        for name in extra.tensors
     }
-    missing = [
-        *sorted(theirs - names - both.doubled),
-        *(f"the certified {module}" for module in unheard),
-        *(name for extra in model.extras for name in extra.missing),
-    ]
-    sources = {
-        f"{module}.weight": row.get("made_of") or f"{module}.weight"
-        for module, row in certificates.items()
-    }
-    made = {name for name, source in sources.items() if both.names.get(source, source) in theirs}
-    config = _config_differences(model, reference, both.mistied)
-    retold = bool(certificates) and record.get("quantization_config") != hash_of_json(
-        model.raw.get("quantization_config")
-    )
-    lost = bool(record) and not certificates and _certifies(record.get("job", {}))
-    extra = sorted(names - theirs - extras.keys() - made - both.doubled)
-    unlike = unlike_recipe(model, record)
     return Verdict(
-        path=model.path,
+        path=checkpoint.path,
         sites=sites,
-        missing=missing,
-        extra=extra,
+        missing=_missing(both, sites, certificates),
+        extra=_extra(both, extras, certificates),
         changed=changed,
         certified=bool(certificates),
         extras=extras,
-        config=config,
-        retold=retold,
-        lost=lost,
-        unlike=unlike,
+        config=differences(checkpoint, original, both.mistied),
+        retold=_says_otherwise(checkpoint, record),
+        lost=bool(record) and not certificates and _certifies(record.get("job", {})),
+        unlike=unlike_recipe(both.model, record),
     )
 
 
+def _leaves(model: Modules) -> set[str]:
+    return {name for file in leaves_by_file(model.checkpoint) for name in file}
+
+
+def _says_otherwise(checkpoint: Checkpoint, record: Mapping[str, Any]) -> bool:
+    """Whether the quantization_config is not the one that was written with the certificates."""
+    if not record.get("certificates"):
+        return False
+    written = hash_of_json(checkpoint.raw.get("quantization_config"))
+    return record.get("quantization_config") != written
+
+
 def _certifies(job: Mapping[str, Any]) -> bool:
-    """Whether a recorded job certified what it wrote, as all of qlab's do but the conversion of a
-    directory that another tool made: a conversion carries the certificates on that it finds."""
+    """Whether a recorded job certified what it wrote. All jobs of qlab do, except the conversion of
+    a directory that another tool made: a conversion hands on the certificates that it finds."""
     while isinstance(job.get("converted_from"), dict):
         job = job["converted_from"]
     return "converted_from" not in job
 
 
-# ------------------------------------------------------------------ config.json
-def _config_differences(
-    model: Checkpoint, reference: Checkpoint, mistied: bool
-) -> dict[str, tuple[Any, Any]]:
-    """Key -> the directory's value and the reference's, where they differ. Whether a head is tied
-    is all one where the directory's files agree with its config (not `mistied`): its tensors are
-    compared.
+# ------------------------------------------------------------------ which tensors are there
+def _missing(both: Alike, sites: Collection[str], certificates: Certificates) -> list[str]:
+    """What the reference, the certificates or the configuration name and the directory lacks."""
+    lacking = _leaves(both.reference) - _leaves(both.model) - both.doubled
+    uncovered = sorted(certificates.keys() - set(sites))
+    return [
+        *sorted(lacking),
+        *(f"the certified {module}" for module in uncovered),
+        *(name for extra in both.model.checkpoint.extras for name in extra.missing),
+    ]
 
-    A key that one of the two files lacks may be a default, or what the other one says in newer
-    words: there transformers' reading of both decides, where it knows the architecture.
-    """
-    ours, theirs = _settings(model.raw), _settings(reference.raw)
-    found = {key: (ours[key], theirs[key]) for key in ours.keys() & theirs.keys()}
-    if ours.keys() != theirs.keys():
-        read, expected = _as_transformers_reads(model), _as_transformers_reads(reference)
-        if read is None or expected is None:
-            read, expected = ours, theirs
-        found = {
-            key: (read.get(key), expected.get(key)) for key in read.keys() | expected.keys()
-        } | found
-    says_nothing = set() if mistied else {key for key in found if key.rpartition(".")[2] == FLAG}
-    return {
-        key: pair
-        for key, pair in sorted(found.items())
-        if key not in says_nothing and not _same(*pair)
+
+def _extra(both: Alike, extras: Collection[str], certificates: Certificates) -> list[str]:
+    """The directory's leaves that are neither the reference's nor made of one of its leaves."""
+    originals = _leaves(both.reference)
+    made_of = {
+        f"{module}.weight": certificate.get("made_of") or f"{module}.weight"
+        for module, certificate in certificates.items()
     }
+    made = {name for name, source in made_of.items() if both.names.get(source, source) in originals}
+    return sorted(_leaves(both.model) - originals - set(extras) - made - both.doubled)
 
 
-def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """What a configuration says of the model: dotted key -> value. A null says nothing."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            found |= {} if key in PROVENANCE else _settings(value, f"{prefix}{key}.")
-        elif key not in PROVENANCE and value is not None:
-            found[f"{prefix}{key}"] = value
-    return found
+# ------------------------------------------------------------------ unquantized tensors
+def _changed(
+    both: Alike, sites: Collection[str], written: Mapping[str, str]
+) -> dict[str, str | None]:
+    """Unquantized tensor that differs from the reference's -> what explains it, or None.
+
+    sites: the quantized modules. written: tensor -> the hash of what the recipe wrote there.
+    """
+    model, reference = both.model.checkpoint, both.reference.checkpoint
+    quantized = {f"{module}.weight" for module in sites}
+    changed: dict[str, str | None] = {}
+    for name in sorted(_leaves(both.model) & _leaves(both.reference) - quantized):
+        leaf = model.leaf(name)
+        if _differs(leaf, reference.leaf(name)):
+            by_recipe = written.get(name) == hash_of(dense(leaf))
+            changed[name] = "written by the recipe, as recorded" if by_recipe else None
+    return changed
 
 
-def _as_transformers_reads(model: Checkpoint) -> dict[str, Any] | None:
-    """The same with its defaults, by its present names; None where it does not know the
-    architecture or refuses the file."""
-    try:
-        return _settings(model.config.to_dict()) if model.known else None
-    except QlabError:
-        return None
+def _differs(leaf: Leaf, original: Leaf) -> bool:
+    """Whether an unquantized tensor is another than the reference's.
 
-
-def _same(ours: Any, theirs: Any) -> bool:
-    """Whether two values of a configuration are one; NaN is NaN."""
-    if isinstance(ours, list) and isinstance(theirs, list):
-        return len(ours) == len(theirs) and all(map(_same, ours, theirs))
-    if (
-        isinstance(ours, float)
-        and isinstance(theirs, float)
-        and math.isclose(ours, theirs, rel_tol=ROUNDED)
-    ):
+    A float may be stored in a wider dtype that holds all of the reference's numbers. A reference
+    that is quantized itself is dequantized, and rounded to the dtype that the tensor is stored in.
+    """
+    ours, theirs = dense(leaf), dense(original)
+    both_float = ours.is_floating_point() and theirs.is_floating_point()
+    if ours.shape != theirs.shape:
         return True
-    return ours == theirs or repr(ours) == repr(theirs)
+    if ours.dtype != theirs.dtype and not (both_float and ours.itemsize > 1):
+        return True
+    quantized = isinstance(original, QTensor)
+    wide = ours.dtype if quantized else torch.promote_types(ours.dtype, theirs.dtype)
+    ours, theirs = ours.to(wide), theirs.to(wide)
+    if torch.equal(ours, theirs):
+        return False
+    unequal = ours != theirs
+    # a NaN that was carried on is the reference's own
+    return not bool(ours[unequal].isnan().all() and theirs[unequal].isnan().all())
 
 
-# ------------------------------------------------------------------ tensors
+# ------------------------------------------------------------------ quantized weights
+def _sites(both: Alike, certificates: Certificates) -> dict[str, dict[str, Any]]:
+    """Quantized module -> its row: spec, distances to the reference, and its fault or None."""
+    model = both.model.checkpoint
+    looks_transposed = model.codec is not None and model.codec.transposed
+    transposed = both.reference.transposed() if looks_transposed else frozenset()
+    sites: dict[str, dict[str, Any]] = {}
+    for name in sorted(_leaves(both.model)):
+        module = name.rpartition(".")[0]
+        if not model.quantized.get(module) or name != f"{module}.weight":
+            continue
+        row = _site(both, module, certificates.get(module, {}), module in transposed)
+        if certificates and module not in certificates and not row["fault"]:
+            row["fault"] = "it has no certificate, as all weights of a directory have or none"
+        sites[module] = row
+    return sites
+
+
 def _site(
-    model: Checkpoint, both: Alike, module: str, certificate: Mapping[str, Any], transposed: bool
+    both: Alike, module: str, certificate: Mapping[str, Any], transposed: bool
 ) -> dict[str, Any]:
+    model = both.model.checkpoint
     row: dict[str, Any] = {
         "spec": str(model.quantized[module]),
         "weight_error": None,
@@ -338,54 +212,45 @@ def _site(
         leaf = model.leaf(f"{module}.weight")
         assert isinstance(leaf, QTensor)
         row["fault"] = off_grid(leaf)
-        if certificate and fingerprint(leaf) != certificate["sha256"]:
-            row["fault"] = (
-                row["fault"] or "its codes, scales or zero points are not the certified ones"
-            )
-        reference, source = both.reference, certificate.get("made_of", f"{module}.weight")
-        source = both.names.get(source, source)
-        if (
-            "made_of" in certificate
-            or source in reference.stored
-            or source.rpartition(".")[0] in reference.quantized
-        ):
-            W = reference.leaf(source)
-            W = W.mT if transposed and isinstance(W, Tensor) else W
-            if W.shape != leaf.shape:
+        if certificate and fingerprint(leaf) != certificate["sha256"] and not row["fault"]:
+            row["fault"] = "its codes, scales or zero points are not the certified ones"
+        original = _original(both, module, certificate, transposed)
+        if original is not None:
+            if original.shape != leaf.shape:
                 raise QlabError(
-                    f"its shape is {tuple(leaf.shape)} and the reference's {tuple(W.shape)}"
+                    f"its shape is {tuple(leaf.shape)} and the reference's {tuple(original.shape)}"
                 )
-            row |= distances(leaf, W)
+            row |= distances(leaf, original)
     except QlabError as error:
         row["fault"] = str(error).removeprefix(f"{module}: ")
-    for key, words in DISTANCES.items():
-        found, promised = row.get(key), certificate.get(key)
-        if row["fault"] or found is None or promised is None:
-            continue
-        if not abs(found - promised) <= SLACK * promised + 1e-7:  # NaN is no promise
-            row["fault"] = (
-                f"its {words} against the reference is {found:.4e} and was certified as "
-                f"{promised:.4e}; it was made from another model"
-            )
+    if not row["fault"]:
+        row["fault"] = _broken_promise(row, certificate)
     return row
 
 
-def _differs(model: Checkpoint, reference: Checkpoint, name: str) -> bool:
-    """Whether an unquantized tensor is another than the reference's; a float that holds all of the
-    other's numbers may be wider, and one that was dequantized is rounded to the dtype that it is
-    stored in."""
-    leaf = reference.leaf(name)
-    ours, W = dense(model.leaf(name)), dense(leaf)
-    cast = ours.dtype != W.dtype and not (
-        ours.is_floating_point() and W.is_floating_point() and ours.itemsize > 1
-    )
-    if cast or ours.shape != W.shape:
-        return True
-    wide = ours.dtype if isinstance(leaf, QTensor) else torch.promote_types(ours.dtype, W.dtype)
-    ours, W = ours.to(wide), W.to(wide)
-    if torch.equal(ours, W):
-        return False
-    unequal = ours[ours != W], W[ours != W]
-    return not all(
-        part.isnan().all() for part in unequal
-    )  # a damaged number that was carried on is the reference's own
+def _original(
+    both: Alike, module: str, certificate: Mapping[str, Any], transposed: bool
+) -> Leaf | None:
+    """The reference's weight that a module's codes were made from, or None where there is none."""
+    reference = both.reference.checkpoint
+    source = certificate.get("made_of", f"{module}.weight")
+    source = both.names.get(source, source)
+    there = source in reference.stored or source.rpartition(".")[0] in reference.quantized
+    if "made_of" not in certificate and not there:
+        return None
+    original = reference.leaf(source)
+    return original.mT if transposed and isinstance(original, Tensor) else original
+
+
+def _broken_promise(row: Mapping[str, Any], certificate: Mapping[str, Any]) -> str | None:
+    """Which distance to the reference is not the certified one, or None."""
+    for key, words in DISTANCES.items():
+        distance, certified = row.get(key), certificate.get(key)
+        if distance is None or certified is None:
+            continue
+        if not abs(distance - certified) <= SLACK * certified + 1e-7:  # NaN is no promise
+            return (
+                f"its {words} against the reference is {distance:.4e} and was certified as "
+                f"{certified:.4e}; it was made from another model"
+            )
+    return None

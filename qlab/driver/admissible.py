@@ -1,16 +1,17 @@
-"""Whether a recipe may do to a model what it says: which weights it reaches, what they become, and
-whether the format and the engine hold that. Refused by name, before anything runs."""
+"""Whether a weight may become a spec, in a format and for an engine.
+
+Everything is refused by name, before anything runs.
+"""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
-from qlab.algebra.graph import Site, by_origin
-from qlab.algebra.spec import Spec, with_scale_dtype
+from qlab.algebra.graph import Site
+from qlab.algebra.spec import Int, Spec, with_scale_dtype
 from qlab.algebra.tile import legal_groups
-from qlab.algebra.transform import Stage, Transform
 from qlab.codecs import CODECS, refusal_of_transposed
 from qlab.codecs.engines import division, refusal, uniformity
 from qlab.driver.sites import Sites
@@ -18,153 +19,165 @@ from qlab.errors import QlabError
 from qlab.model.skeleton import Skeleton
 from qlab.process.shown import some
 
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KEEP_THEM = "leave them as they are (--keep PATTERN, or keep() in rules() in Python)"
-
-
-def specs_of(recipe: Transform, sites: Mapping[str, Site]) -> dict[str, Spec | None]:
-    """What each weight is rounded to; refuses one that two stages round."""
-    specs: dict[str, Spec | None] = dict.fromkeys(sites)
-    for stage in recipe:
-        if stage.spec is None:
-            continue
-        for name, site in sites.items():
-            if not stage.touches(name, site):
-                continue
-            if specs[name] is not None:
-                raise QlabError(
-                    f"{name} is rounded by two stages, to {specs[name]} and to {stage.spec}; "
-                    "give each site one"
-                )
-            specs[name] = stage.spec
-    return specs
-
-
-def refuse_unread(stage: Stage, unread: Mapping[str, str]) -> None:
-    """Refuse a stage that would change weights in which the program shows no site."""
-    if stage.scope.outside or stage.spec is None:
-        return
-    covered = [name for name in unread if name in stage.scope]
-    if covered:
-        raise QlabError(
-            f"{covered[0]} {unread[covered[0]]}, so qlab cannot quantize {some(covered)}; "
-            f"{KEEP_THEM}"
-        )
-
-
-def check_scope(stage: Stage, model: Sites) -> None:
-    """Refuse a stage without a site, sites without a rule, and a rule that splits an input."""
-    chosen = {name for name, site in model.sites.items() if stage.touches(name, site)}
-    if not stage.scope.outside:  # a rule may be there to keep what no program shows
-        chosen |= {name for name in model.unread if name in stage.scope}
-    if stage.uncovered:
-        if chosen:
-            raise QlabError(
-                f"no rule covers {some(sorted(chosen))}; add a pattern, with keep() to leave "
-                "them as they are"
-            )
-        return
-    if not chosen:
-        raise QlabError(_matches_nothing(stage, model))
-    if stage.reparametrizes:
-        _refuse_split(stage, model, chosen)
-
-
-def _matches_nothing(stage: Stage, model: Sites) -> str:
-    routers = [name for name, site in model.sites.items() if name in stage.scope and site.router]
-    if routers:
-        return (
-            f"the stage {stage.name!r} is for {some(routers)} only, which choose or weigh "
-            "experts; routers stay as they are, as every engine reads them: leave the rule out"
-        )
-    if stage.scope.outside:
-        return (
-            f"the stage {stage.name!r} matches no linear ({stage.scope}); those are "
-            f"{some(list(model.around)) or 'none'}"
-        )
-    beside = [name for name in model.around if name in stage.scope]
-    example = next(iter([*model.sites, *model.unread]), "none")
-    hint = f"outside() reaches {some(beside)}" if beside else f"sites are named like {example}"
-    return f"the stage {stage.name!r} matches no site ({stage.scope}); {hint}"
-
-
-def _refuse_split(stage: Stage, model: Sites, chosen: set[str]) -> None:
-    """A reparametrization takes all sites of an input, or none."""
-    for path, code in model.codes.items():
-        for group in by_origin(code.sites).values():
-            names = [f"{path}.{site.path}" for site in group]
-            inside = [name for name in names if name in chosen]
-            if inside and len(inside) < len(names):
-                rest = ", ".join(name for name in names if name not in chosen)
-                raise QlabError(
-                    f"{', '.join(inside)} shares its input with {rest}, and the rule for "
-                    f"{stage.name} splits them; a reparametrization needs one rule for all "
-                    "sites of an input"
-                )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Admission:
-    """What decides whether a weight may become a spec: the model's names, the format, and the
-    engine that is to load it (None: any)."""
+    """Decides whether a weight may become a spec in a format, for an engine.
 
-    skeleton: Skeleton
+    codec: the name of the format. dtype: of the checkpoint, in which scales are stored that have no
+    dtype of their own. target: the name of the engine that is to load the directory (None: any).
+    """
+
     codec: str
-    target: str | None
+    dtype: torch.dtype
+    target: str | None = None
 
-    def refusal(self, name: str, site: Site, shape: torch.Size, spec: Spec) -> str | None:
-        """Why this weight may not become this spec, or None. Its tile fits the shape."""
-        if site.route and not self.skeleton.names.expert_pieces(name):
-            return (
-                "quantized experts are written one by one, and transformers knows no names for "
-                f"them in this architecture; {KEEP_THEM}"
-            )
-        if site.route and spec.tile.rows is None:
-            return (
-                "fused experts have a scale per group, channel or block; one per tensor would "
-                "join projections that the files hold apart"
-            )
-        transposed = name in self.skeleton.names.transposed
-        if site.layout not in ("o k", "e o k") and not transposed:
-            return (
-                f"readers of every format look for codes in linears, and this is none; {KEEP_THEM}"
-            )
-        held = CODECS[self.codec]
-        refused = refusal_of_transposed(self.codec) if transposed else None
-        refused = (
-            refused
-            or held.refusal(with_scale_dtype(spec, self.skeleton.checkpoint.dtype))
-            or held.misfit(spec, shape)
-        )
-        if self.target and not refused:
-            experts = site.route is not None
-            refused = refusal(self.target, self.codec, spec, experts, shape[-1])
-        return refused or held.risk(spec)
+    def refusal(
+        self, spec: Spec, shape: torch.Size, *, transposed: bool = False, expert: bool = False
+    ) -> str | None:
+        """Why a weight may not become this spec, or None.
+
+        shape: of the weight, [..., o, k], which the spec's tile fits. transposed: whether the dense
+        weight is stored as [k, o]. expert: whether it is a mixture's.
+        """
+        reasons = self._refusals(spec, shape, transposed, expert)
+        return next((reason for reason in reasons if reason), None)
+
+    def _refusals(
+        self, spec: Spec, shape: torch.Size, transposed: bool, expert: bool
+    ) -> Iterator[str | None]:
+        codec = CODECS[self.codec]
+        if transposed:
+            yield self.transposed_refusal
+        yield codec.refusal(with_scale_dtype(spec, self.dtype))
+        yield codec.misfit(spec, shape)
+        if self.target:
+            yield refusal(self.target, self.codec, spec, expert, shape[-1])
+        yield codec.risk(spec)
+
+    @property
+    def transposed_refusal(self) -> str | None:
+        """Why the format cannot hold weights whose dense form is stored as [k, o], or None."""
+        return refusal_of_transposed(self.codec)
+
+    def scale_dtypes(self, spec: Spec, own: torch.dtype | None = None) -> list[torch.dtype]:
+        """The dtypes in which the format can store the scales of codes that exist; `own`, that of
+        the scales, comes first."""
+        fixed = spec.scale_dtype is not None and spec.scale_dtype.itemsize == 1
+        dtypes = [own, *SCALE_DTYPES]
+        if fixed:  # MX and NV: the dtype is part of the grid
+            dtypes = [spec.scale_dtype]
+        codec = CODECS[self.codec]
+        return [
+            dtype
+            for dtype in dict.fromkeys(dtypes)
+            if dtype is not None and codec.refusal(replace(spec, scale_dtype=dtype)) is None
+        ]
+
+    def nearest(self, spec: Spec) -> Spec | str:
+        """The spec that codes which exist can have in the format: their own, or the one that
+        differs in storing zero points that are all 0 or not; else why there is none."""
+        candidates = [spec]
+        if isinstance(spec, Int) and spec.zero_dtype == torch.int8:
+            candidates = [
+                replace(spec, scale_dtype=None, symmetric=symmetric)
+                for symmetric in (spec.symmetric, not spec.symmetric)
+            ]
+        for candidate in candidates:
+            if self.scale_dtypes(candidate):
+                return candidate
+        stored = replace(spec, scale_dtype=spec.scale_dtype or SCALE_DTYPES[0])
+        return CODECS[self.codec].refusal(stored) or f"it has no {spec} weights"
+
+    def nearest_to_round_to(self, spec: Spec) -> Spec | str:
+        """The spec to which weights can be rounded for the format; else why there is none."""
+        nearest = self.nearest(spec)
+        if isinstance(nearest, str):
+            return nearest
+        return CODECS[self.codec].risk(nearest) or nearest
+
+    def refuse_several(self, specs: Mapping[str, Spec], weights: str) -> None:
+        """Refuse specs of which the engine loads one for all of them.
+
+        weights: what is to be given one spec, in the error's words.
+        """
+        if self.target and (several := uniformity(self.target, specs)):
+            raise QlabError(f"{several}; give all {weights} one")
 
 
-def check_specs(specs: Mapping[str, Spec | None], model: Sites, admission: Admission) -> None:
-    """Refuse, each reason with its weights, what the codec's format cannot hold and what the engine
-    does not load."""
-    failed: dict[str, list[str]] = {}
+def check_specs(
+    specs: Mapping[str, Spec | None], model: Sites, skeleton: Skeleton, admission: Admission
+) -> None:
+    """Refuse what the codec's format cannot hold and what the engine does not load, each reason
+    with its weights."""
     rounded = {name: spec for name, spec in specs.items() if spec}
+    refusals = Refusals()
     for name, spec in rounded.items():
-        shape = model.shapes[name]
-        try:
-            spec.tile.check(shape)
-        except QlabError as error:
-            reason: str | None = f"{error}{_for_all_widths(spec, rounded, model)}"
-        else:
-            reason = admission.refusal(name, model.sites[name], shape, spec)
-        if reason:
-            failed.setdefault(reason, []).append(name)
-    target = admission.target
-    for names in _joined(model.sites):
-        if target and (divided := division(target, {name: specs[name] for name in names})):
-            failed.setdefault(divided, []).extend(names)
-    for reason, names in failed.items():
-        raise QlabError(f"{some(names)}: {reason}")
+        site, shape = model.sites[name], model.shapes[name]
+        misfit = tile_misfit(spec, shape)
+        if misfit:
+            refusals.add(misfit + _for_all_widths(spec, rounded, model), name)
+            continue
+        reason = _refusal_of_site(name, site, spec, skeleton) or admission.refusal(
+            spec,
+            shape,
+            transposed=name in skeleton.names.transposed,
+            expert=site.route is not None,
+        )
+        refusals.add(reason, name)
+    if admission.target:
+        for names in _joined(model.sites):
+            divided = division(admission.target, {name: specs[name] for name in names})
+            refusals.add(divided, *names)
+    refusals.raise_first()
     CODECS[admission.codec].config(specs)  # refuses what no config can say of all of them
-    if target and (several := uniformity(target, rounded)):
-        raise QlabError(f"{several}; give all sites one")
+    admission.refuse_several(rounded, "sites")
+
+
+class Refusals:
+    """Reasons why weights are refused, each with the names of its weights."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, list[str]] = {}
+
+    def add(self, reason: str | None, *names: str) -> None:
+        """Count these names among a reason's; None is no reason."""
+        if reason:
+            self._names.setdefault(reason, []).extend(names)
+
+    def raise_first(self) -> None:
+        """Refuse the weights of the first reason, if there is one."""
+        for reason, names in self._names.items():
+            raise QlabError(f"{some(names)}: {reason}")
+
+
+def tile_misfit(spec: Spec, shape: torch.Size) -> str | None:
+    """Why the spec's tile does not divide a weight of this shape, or None."""
+    try:
+        spec.tile.check(shape)
+    except QlabError as error:
+        return str(error)
+    return None
+
+
+def _refusal_of_site(name: str, site: Site, spec: Spec, skeleton: Skeleton) -> str | None:
+    """Why no format could hold the codes of a site's weight, or None."""
+    if site.route and not skeleton.names.expert_pieces(name):
+        return (
+            "quantized experts are written one by one, and transformers knows no names for "
+            f"them in this architecture; {KEEP_THEM}"
+        )
+    if site.route and spec.tile.rows is None:
+        return (
+            "fused experts have a scale per group, channel or block; one per tensor would "
+            "join projections that the files hold apart"
+        )
+    if site.layout not in ("o k", "e o k") and name not in skeleton.names.transposed:
+        return f"readers of every format look for codes in linears, and this is none; {KEEP_THEM}"
+    return None
 
 
 def _for_all_widths(spec: Spec, rounded: Mapping[str, Spec], model: Sites) -> str:

@@ -13,12 +13,13 @@ from qlab.algebra.stats import STATS
 from qlab.algebra.transform import Transform
 from qlab.codecs import CODECS
 from qlab.data.calibration import Data
-from qlab.driver.admissible import Admission, check_scope, check_specs, refuse_unread, specs_of
+from qlab.driver.admissible import Admission, check_specs
 from qlab.driver.duration import SPREAD, Work, said, work_of
 from qlab.driver.effects import input_specs, online_of, refuse_unheld, refuse_without_effect
 from qlab.driver.job import CODEC, Job
 from qlab.driver.memory import predict_memory
 from qlab.driver.observe import DRIFT, Inputs, inputs_named
+from qlab.driver.reach import check_scope, refuse_unread, specs_of
 from qlab.driver.report import describe
 from qlab.driver.shared import refuse_dividing
 from qlab.driver.sites import Sites, sites_of
@@ -269,7 +270,8 @@ def _checked_specs(job: Job, skeleton: Skeleton, sites: Sites) -> dict[str, Spec
         refuse_unread(stage, sites.unread)
         check_scope(stage, sites)
     refuse_dividing(skeleton, job.recipe, sites, specs)
-    check_specs(specs, sites, Admission(skeleton=skeleton, codec=job.codec, target=job.target))
+    admission = Admission(codec=job.codec, dtype=skeleton.checkpoint.dtype, target=job.target)
+    check_specs(specs, sites, skeleton, admission)
     # refuses now what no configuration could say when all is written
     CODECS[job.codec].config(by_module(skeleton, specs))
     refuse_without_effect(job.recipe, sites.sites, job.inputs)

@@ -12,24 +12,33 @@ from qlab.process.shown import Shown, size, some
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class Result(Shown):
-    """A finished job: its directory, the rows of its report, and what the run cost."""
+class Written(Shown):
+    """A directory that was written, which stands wherever a path does.
+
+    path: the directory. sites: name of a weight -> its row in the directory's report.
+    """
 
     path: Path
     sites: Mapping[str, Mapping[str, Any]]
-    plan: Plan
-    inputs: Inputs
-    seconds: float
-    peak_rss_bytes: int
 
     def __fspath__(self) -> str:
-        """The directory: a result stands wherever a path does."""
+        """The directory."""
         return str(self.path)
 
     @property
     def bits_per_weight(self) -> float:
         """Over all sites."""
         return bits_per_weight(self.sites)
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Result(Written):
+    """A finished job: its directory, the rows of its report, and what the run cost."""
+
+    plan: Plan
+    inputs: Inputs
+    seconds: float
+    peak_rss_bytes: int
 
     @property
     def experts_with_few_tokens(self) -> Mapping[str, Sequence[int]]:

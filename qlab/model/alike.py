@@ -1,9 +1,9 @@
-"""Two directories of one model, whose files spell its tensors in ways of their own: two generations
-of transformers, prefixes of other tools, experts fused or one by one, a head that is written down
-or left to be the embedding.
+"""Two directories of one model, under one set of names.
 
-transformers' own rules say which parameter a stored tensor is loaded into; nothing here knows a
-name.
+Their files may spell its tensors in different ways: as two generations of transformers did, with
+prefixes of other tools, with experts fused or one by one, with a head that is written down or left
+out as the embedding's. transformers' own rules say which parameter a stored tensor is loaded into;
+nothing here knows a name.
 """
 
 from collections.abc import Hashable, Mapping
@@ -11,99 +11,116 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.shardwise import leaves_by_file
-from qlab.model.linears import HEAD, experts_apart
-from qlab.model.paper import on_paper
+from qlab.model.linears import HEAD
+from qlab.model.modules import Modules
 from qlab.model.spelling import identities
 from qlab.model.ties import FLAG, apart, ties
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Alike:
-    """model, reference: the two directories, by the names of the first. names: a leaf of the
-    reference's files -> its name here.
+    """Two directories under the first one's names.
 
-    doubled: leaves that are another one too in both directories, so that either may leave them out.
-    mistied: whether config.json of the directory ties what its files hold apart, or nothing to what
-    they lack and the reference's have.
+    model, reference: the directories. names: a leaf of the reference's files -> its name here.
+    doubled: leaves that are one with another leaf in both directories, so that either directory may
+    leave them out. mistied: whether config.json of the model ties what its files hold apart, or
+    ties nothing to a tensor that its files lack and the reference's have.
     """
 
-    model: Checkpoint
-    reference: Checkpoint
+    model: Modules
+    reference: Modules
     names: Mapping[str, str]
     doubled: frozenset[str] = frozenset()
     mistied: bool = False
 
 
-def alike(model: Checkpoint, reference: Checkpoint) -> Alike:
-    """Both directories by one set of names, as far as transformers knows their architecture and
+def alike(model: Modules, reference: Modules) -> Alike:
+    """Both directories under one set of names, as far as transformers knows their architecture and
     takes both for the same."""
-    papers = _on_paper(model), _on_paper(reference)
-    ours, theirs = papers
+    ours, theirs = model.model, reference.model
     if ours is None or theirs is None or type(ours) is not type(theirs):
-        mistied = bool(model.raw.get(FLAG)) or f"{HEAD}.weight" not in _leaves(model)
-        return Alike(model, experts_apart(reference, whole=model.stored), {}, mistied=mistied)
-    reference, names = _renamed(reference, theirs, model, ours)
-    reference = experts_apart(reference, whole=model.stored)
-    model = experts_apart(model, whole=reference.stored)
-    reference, again = _renamed(reference, theirs, model, ours)
-    names = {name: again.get(here, here) for name, here in names.items()} | again
-    tied = [_tied(m, paper) for m, paper in ((model, ours), (reference, theirs))]
-    spelled = {
-        identity: name
-        for name, identity in identities(ours, _leaves(model) | _leaves(reference)).items()
-    }
-    both = {frozenset(pair) for pair in tied[0].items()} & {
-        frozenset(pair) for pair in tied[1].items()
-    }
-    doubled = frozenset(spelled[name] for pair in both for name in pair if name in spelled)
-    held = set(identities(ours, _leaves(model)).values()) | tied[0].keys()
-    lacking = {name for pair in tied[1].items() for name in pair} - held
+        checkpoint = model.checkpoint
+        return Alike(
+            model=model,
+            reference=reference.experts_apart(whole=checkpoint.stored),
+            names={},
+            mistied=bool(checkpoint.raw.get(FLAG)) or f"{HEAD}.weight" not in _leaves(checkpoint),
+        )
+    reference, names = _renamed(reference, model)
+    reference = reference.experts_apart(whole=model.checkpoint.stored)
+    model = model.experts_apart(whole=reference.checkpoint.stored)
+    reference, names_again = _renamed(reference, model)
+    names = {name: names_again.get(here, here) for name, here in names.items()} | names_again
+    ties_of_model, ties_of_reference = _tied(model, ours), _tied(reference, theirs)
     return Alike(
         model=model,
         reference=reference,
         names=names,
-        doubled=doubled,
-        mistied=bool(lacking or apart(ours, tied[0])),
+        doubled=_doubled(model, reference, ties_of_model, ties_of_reference),
+        mistied=bool(
+            apart(ours, ties_of_model) or _lacking(model, ours, ties_of_model, ties_of_reference)
+        ),
     )
 
 
-def _on_paper(model: Checkpoint) -> PreTrainedModel | None:
-    try:
-        return on_paper(model, model.dtype) if model.known else None
-    except QlabError:
-        return None
-
-
-def _leaves(model: Checkpoint) -> set[str]:
+def _leaves(checkpoint: Checkpoint) -> set[str]:
     """The names of everything that is loaded into one parameter: of a quantized module, that of its
     weight."""
-    return {name for file in leaves_by_file(model) for name in file}
+    return {name for file in leaves_by_file(checkpoint) for name in file}
 
 
-def _tied(model: Checkpoint, paper: PreTrainedModel) -> dict[str, str]:
-    """Parameter -> the one that it is too, in these files; those that they lack are the others'."""
-    spelled = {identity: name for name, identity in identities(paper, _leaves(model)).items()}
-    return ties(paper, spelled.__contains__, lambda a, b: model.equal(spelled[a], spelled[b]))
+def _tied(modules: Modules, model: PreTrainedModel) -> dict[str, str]:
+    """Parameter -> the parameter that it is one with in these files. Of two, the one that the files
+    lack is the key."""
+    checkpoint = modules.checkpoint
+    spelled = {identity: name for name, identity in identities(model, _leaves(checkpoint)).items()}
+    return ties(model, spelled.__contains__, lambda a, b: checkpoint.equal(spelled[a], spelled[b]))
 
 
-def _renamed(
-    reference: Checkpoint, theirs: PreTrainedModel, model: Checkpoint, ours: PreTrainedModel
-) -> tuple[Checkpoint, dict[str, str]]:
+def _doubled(
+    model: Modules,
+    reference: Modules,
+    ties_of_model: Mapping[str, str],
+    ties_of_reference: Mapping[str, str],
+) -> frozenset[str]:
+    """The names of the leaves whose parameters both directories tie to each other."""
+    assert model.model is not None
+    leaves = _leaves(model.checkpoint) | _leaves(reference.checkpoint)
+    spelled = {identity: name for name, identity in identities(model.model, leaves).items()}
+    pairs = {frozenset(pair) for pair in ties_of_model.items()}
+    pairs &= {frozenset(pair) for pair in ties_of_reference.items()}
+    return frozenset(spelled[name] for pair in pairs for name in pair if name in spelled)
+
+
+def _lacking(
+    modules: Modules,
+    model: PreTrainedModel,
+    ties_of_model: Mapping[str, str],
+    ties_of_reference: Mapping[str, str],
+) -> set[str]:
+    """The parameters that the reference ties, and of which the model's files hold neither a leaf
+    nor one that is tied to it."""
+    parameters = set(identities(model, _leaves(modules.checkpoint)).values())
+    tied = {name for pair in ties_of_reference.items() for name in pair}
+    return tied - parameters - ties_of_model.keys()
+
+
+def _renamed(reference: Modules, model: Modules) -> tuple[Modules, dict[str, str]]:
     """The reference with the model's names for the leaves that both hold, and what is called
     otherwise now."""
-    here = _by_identity(model, ours)
+    names_here = _by_identity(model)
     names = {
-        name: here[identity]
-        for identity, name in _by_identity(reference, theirs).items()
-        if identity in here
+        name: names_here[identity]
+        for identity, name in _by_identity(reference).items()
+        if identity in names_here
     }
     moved = {name: new for name, new in names.items() if name != new}
+    checkpoint = reference.checkpoint
     modules = {
         module: moved[f"{module}.weight"].rpartition(".")[0]
-        for module in reference.quantized
+        for module in checkpoint.quantized
         if f"{module}.weight" in moved
     }
 
@@ -111,26 +128,27 @@ def _renamed(
         module, _, kind = name.rpartition(".")
         return f"{modules[module]}.{kind}" if module in modules else moved.get(name, name)
 
-    return replace(
-        reference,
-        stored={spelled(name): tensor for name, tensor in reference.stored.items()},
+    renamed = replace(
+        checkpoint,
+        stored={spelled(name): tensor for name, tensor in checkpoint.stored.items()},
         quantized={
-            modules.get(module, module): spec for module, spec in reference.quantized.items()
+            modules.get(module, module): spec for module, spec in checkpoint.quantized.items()
         },
-        inputs={modules.get(module, module): spec for module, spec in reference.inputs.items()},
-    ), moved
+        inputs={modules.get(module, module): spec for module, spec in checkpoint.inputs.items()},
+    )
+    return reference.described_as(renamed), moved
 
 
-def _by_identity(model: Checkpoint, paper: PreTrainedModel) -> dict[Hashable, str]:
-    """What a leaf is -> its name; one that is alone for several is the one that the model's class
-    names as theirs."""
-    found: dict[Hashable, str] = {}
-    for name, identity in identities(paper, _leaves(model)).items():
-        found.setdefault(identity, name)
-    for name, keeper in ties(paper, found.__contains__, lambda a, b: False).items():
-        if (
-            keeper not in paper.all_tied_weights_keys.values()
-            and paper.all_tied_weights_keys.get(keeper) == name
-        ):
-            found[name] = found.pop(keeper)
-    return found
+def _by_identity(modules: Modules) -> dict[Hashable, str]:
+    """What a leaf is -> its name. A leaf that is alone for several parameters is the one that the
+    model's class names as theirs."""
+    model = modules.model
+    assert model is not None
+    names: dict[Hashable, str] = {}
+    for name, identity in identities(model, _leaves(modules.checkpoint)).items():
+        names.setdefault(identity, name)
+    declared = model.all_tied_weights_keys
+    for name, keeper in ties(model, names.__contains__, lambda a, b: False).items():
+        if keeper not in declared.values() and declared.get(keeper) == name:
+            names[name] = names.pop(keeper)
+    return names

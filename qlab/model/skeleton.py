@@ -6,6 +6,7 @@ it around its blocks.
 """
 
 import torch
+from transformers import PreTrainedModel
 
 from qlab.files.checkpoint import Checkpoint
 from qlab.model.device import usable
@@ -24,10 +25,16 @@ class Skeleton:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        *,
+        model: PreTrainedModel | None = None,
     ):
+        """model: the model on the meta device, where it was built before."""
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, usable(device)
-        self.model = on_paper(checkpoint, dtype)
+        self.model = on_paper(checkpoint, dtype) if model is None else model
         self.prefix, self.blocks = find_blocks(self.model)
         self.names = Names(checkpoint, self.model, self.prefix, self.blocks)
         self.programs = Programs(self.blocks)

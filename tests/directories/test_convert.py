@@ -18,16 +18,22 @@ from qlab.algebra.qtensor import QTensor, dense
 from qlab.algebra.spec import Int, Tile, parse_spec
 from qlab.algebra.transform import rules
 from qlab.codecs import CODECS
-from qlab.directories.convert import convert, express, in_order
+from qlab.directories.convert import convert
+from qlab.directories.express import express, in_order
 from qlab.directories.verify import verify
+from qlab.driver.admissible import Admission
 from qlab.driver.quantize import quantize
 from qlab.errors import QlabError
 from qlab.files.certificate import fingerprint
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.rtn import rtn
 
-CT = CODECS["compressed-tensors"]
 UP = "model.layers.1.mlp.up_proj"
+
+
+def into(codec):
+    """What decides which codes the format of this name can hold."""
+    return Admission(codec=codec, dtype=torch.float32)
 
 
 def leaves(path):
@@ -176,19 +182,22 @@ def test_wide_scales_that_are_exact_in_the_narrow_dtype_are_carried(four_bits):
     codes = torch.randint(-8, 8, (4, 64), dtype=torch.int8)
     leaf = QTensor(codes, torch.randn(4, 2), None, Int(4, Tile(1, 32)))
     exact, target = rounded_scales(leaf, torch.float16), Int(4, Tile(1, 32), symmetric=False)
-    new = express(exact, target, CODECS[four_bits])
+    new = express(exact, target, into(four_bits))
     assert new.scales.dtype == torch.float16 and fingerprint(new) == fingerprint(exact)
     with pytest.raises(QlabError, match="float32 scales would be rounded to float16"):
-        express(leaf, target, CODECS[four_bits])
+        express(leaf, target, into(four_bits))
 
 
 def test_zero_points_are_dropped_only_where_all_are_zero():
     codes, scales = torch.randint(-8, 8, (4, 64), dtype=torch.int8), torch.ones(4, 2)
     target = Int(4, Tile(1, 32))
     asym = lambda zeros: QTensor(codes, scales, zeros, replace(target, symmetric=False))
-    assert express(asym(torch.zeros(4, 2, dtype=torch.int8)), target, CT).zeros is None
+    assert (
+        express(asym(torch.zeros(4, 2, dtype=torch.int8)), target, into("compressed-tensors")).zeros
+        is None
+    )
     with pytest.raises(QlabError, match="zero points that are not 0 would be lost"):
-        express(asym(torch.eye(4, 2).to(torch.int8)), target, CT)
+        express(asym(torch.eye(4, 2).to(torch.int8)), target, into("compressed-tensors"))
 
 
 def test_rounding_anew_is_an_explicit_act_and_its_error_is_reported(four_bits, quantized, tmp_path):
@@ -342,7 +351,7 @@ def test_a_leaf_is_the_same_in_every_format_or_refused(
     scales = torch.rand(grid, generator=generator).add(0.1).to(exact).to(stored)
     leaf = QTensor(draw(64, 128), scales, None if symmetric else draw(*grid), spec)
     try:
-        new = express(leaf, replace(spec, symmetric=not asymmetric), CODECS[codec])
+        new = express(leaf, replace(spec, symmetric=not asymmetric), into(codec))
         tensors = CODECS[codec].encode("m", new)
     except QlabError as error:
         assert "\n" not in str(error)

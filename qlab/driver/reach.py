@@ -1,0 +1,92 @@
+"""Which weights of a model a recipe reaches, and what it rounds them to."""
+
+from collections.abc import Mapping
+
+from qlab.algebra.graph import Site, by_origin
+from qlab.algebra.spec import Spec
+from qlab.algebra.transform import Stage, Transform
+from qlab.driver.admissible import KEEP_THEM
+from qlab.driver.sites import Sites
+from qlab.errors import QlabError
+from qlab.process.shown import some
+
+
+def specs_of(recipe: Transform, sites: Mapping[str, Site]) -> dict[str, Spec | None]:
+    """What each weight is rounded to; refuses one that two stages round."""
+    specs: dict[str, Spec | None] = dict.fromkeys(sites)
+    for stage in recipe:
+        if stage.spec is None:
+            continue
+        for name, site in sites.items():
+            if not stage.touches(name, site):
+                continue
+            if specs[name] is not None:
+                raise QlabError(
+                    f"{name} is rounded by two stages, to {specs[name]} and to {stage.spec}; "
+                    "give each site one"
+                )
+            specs[name] = stage.spec
+    return specs
+
+
+def refuse_unread(stage: Stage, unread: Mapping[str, str]) -> None:
+    """Refuse a stage that would change weights in which the program shows no site."""
+    if stage.scope.outside or stage.spec is None:
+        return
+    covered = [name for name in unread if name in stage.scope]
+    if covered:
+        raise QlabError(
+            f"{covered[0]} {unread[covered[0]]}, so qlab cannot quantize {some(covered)}; "
+            f"{KEEP_THEM}"
+        )
+
+
+def check_scope(stage: Stage, model: Sites) -> None:
+    """Refuse a stage without a site, sites without a rule, and a rule that splits an input."""
+    chosen = {name for name, site in model.sites.items() if stage.touches(name, site)}
+    if not stage.scope.outside:  # a rule may be there to keep what no program shows
+        chosen |= {name for name in model.unread if name in stage.scope}
+    if stage.uncovered:
+        if chosen:
+            raise QlabError(
+                f"no rule covers {some(sorted(chosen))}; add a pattern, with keep() to leave "
+                "them as they are"
+            )
+        return
+    if not chosen:
+        raise QlabError(_matches_nothing(stage, model))
+    if stage.reparametrizes:
+        _refuse_split(stage, model, chosen)
+
+
+def _matches_nothing(stage: Stage, model: Sites) -> str:
+    routers = [name for name, site in model.sites.items() if name in stage.scope and site.router]
+    if routers:
+        return (
+            f"the stage {stage.name!r} is for {some(routers)} only, which choose or weigh "
+            "experts; routers stay as they are, as every engine reads them: leave the rule out"
+        )
+    if stage.scope.outside:
+        return (
+            f"the stage {stage.name!r} matches no linear ({stage.scope}); those are "
+            f"{some(list(model.around)) or 'none'}"
+        )
+    beside = [name for name in model.around if name in stage.scope]
+    example = next(iter([*model.sites, *model.unread]), "none")
+    hint = f"outside() reaches {some(beside)}" if beside else f"sites are named like {example}"
+    return f"the stage {stage.name!r} matches no site ({stage.scope}); {hint}"
+
+
+def _refuse_split(stage: Stage, model: Sites, chosen: set[str]) -> None:
+    """A reparametrization takes all sites of an input, or none."""
+    for path, code in model.codes.items():
+        for group in by_origin(code.sites).values():
+            names = [f"{path}.{site.path}" for site in group]
+            inside = [name for name in names if name in chosen]
+            if inside and len(inside) < len(names):
+                rest = ", ".join(name for name in names if name not in chosen)
+                raise QlabError(
+                    f"{', '.join(inside)} shares its input with {rest}, and the rule for "
+                    f"{stage.name} splits them; a reparametrization needs one rule for all "
+                    "sites of an input"
+                )
