@@ -20,7 +20,6 @@ UNDONE = {
     "awq",
     "awq_scale",
     "compare",
-    "convert",
     "evaluate",
     "first_windows",
     "from_ids",
@@ -28,19 +27,15 @@ UNDONE = {
     "gptq",
     "image_samples",
     "inductor_options",
-    "inspect",
     "lower",
     "open",
     "perplexity",
     "plan",
     "quantize",
-    "quantize_files",
     "reparametrize",
-    "results",
     "rtn",
     "to_torchao",
     "tokens",
-    "verify",
 }
 FUNCTIONS = sorted(
     name

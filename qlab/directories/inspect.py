@@ -21,10 +21,14 @@ SHOWN = ("spec", "shape", "bits_per_weight", "weight_error", "loss", "tokens", "
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Inspection(Shown):
-    """sites: quantized module -> its spec, tensors and bytes, with what qlab recorded of it.
-    unquantized: name -> dtype and shape. extras: key of its quantization_config -> what its readers
-    do beside, and with how many tensors. dtypes: bytes by dtype. record: qlab.json, or {} where
-    another tool wrote the directory."""
+    """What a model directory holds.
+
+    path: the directory. model_type, format: the architecture, and the format of its codes. files:
+    the number of safetensors files. dtypes: dtype -> bytes. sites: quantized module -> its spec,
+    tensors and bytes, with what qlab recorded of it. unquantized: tensor -> its dtype and shape.
+    extras: key of the quantization_config -> what readers do beside weights, and with how many
+    tensors. record: qlab.json, or {} where another tool wrote the directory.
+    """
 
     path: Path
     model_type: str
@@ -36,21 +40,23 @@ class Inspection(Shown):
     extras: Mapping[str, str]
     record: Mapping[str, Any]
 
+    @property
+    def _kept(self) -> int:
+        """The number of weights that a recipe left unquantized."""
+        return sum(row.get("spec") is None for row in self.sites.values())
+
     def summary(self) -> dict[str, str]:
         """Without the sites."""
         specs = Counter(row["spec"] for row in self.sites.values() if "stored" in row)
-        kept = sum(row.get("spec") is None for row in self.sites.values())
+        quantized = ", ".join(f"{count} weights in {spec}" for spec, count in specs.items())
+        kept = f", {self._kept} of them weights that a recipe kept" if self._kept else ""
+        bytes_held = size(sum(self.dtypes.values()))
         facts = {
             "directory": str(self.path),
             "model": f"{self.model_type}, {self.format}",
-            "size": (
-                f"{size(sum(self.dtypes.values()))} in {self.files} files "
-                f"({', '.join(self.dtypes)})"
-            ),
-            "quantized": ", ".join(f"{count} weights in {spec}" for spec, count in specs.items())
-            or "no weight",
-            "not quantized": f"{len(self.unquantized)} tensors"
-            + (f", {kept} of them weights that a recipe kept" if kept else ""),
+            "size": f"{bytes_held} in {self.files} files ({', '.join(self.dtypes)})",
+            "quantized": quantized or "no weight",
+            "not quantized": f"{len(self.unquantized)} tensors{kept}",
         }
         if "bits_per_weight" in self.record:
             facts["bits per weight"] = f"{self.record['bits_per_weight']:.3f}"
@@ -72,41 +78,32 @@ class Inspection(Shown):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self._recorded() if self.record else self._families()
-        size = ", ".join(f"{dtype} {held / 1e6:,.1f}" for dtype, held in self.dtypes.items())
-        quantized = sum("stored" in row for row in self.sites.values())
-        left = sum(row.get("spec") is None for row in self.sites.values())
-        yield from (f"{key}: {says}" for key, says in self.extras.items())
+        for key, says in self.extras.items():
+            yield f"{key}: {says}"
+        megabytes = ", ".join(f"{dtype} {count / 1e6:,.1f}" for dtype, count in self.dtypes.items())
         yield (
             f"{self.model_type}, {self.format}: {self.files} files, "
-            f"{sum(self.dtypes.values()) / 1e6:,.1f} MB ({size})"
+            f"{sum(self.dtypes.values()) / 1e6:,.1f} MB ({megabytes})"
         )
-        weights = (
-            f"{quantized} of {quantized + left} weights quantized"
-            if self.record
-            else f"{quantized} weights quantized"
-        )
-        more = (
-            f", {self.record['bits_per_weight']:.3f} bits per weight"
-            if "bits_per_weight" in self.record
-            else ""
-        )
+        yield f"{self._weights()}, {len(self.unquantized)} other tensors"
+
+    def _weights(self) -> str:
+        """How many weights are quantized, to how many bits, and how their inputs are rounded."""
+        quantized = sum("stored" in row for row in self.sites.values())
+        if not self.record:
+            return f"{quantized} weights quantized"
+        said = f"{quantized} of {quantized + self._kept} weights quantized"
+        if "bits_per_weight" in self.record:
+            said += f", {self.record['bits_per_weight']:.3f} bits per weight"
         inputs = self.record.get("job", {}).get("inputs")
-        yield (
-            f"{weights}{more}{f', {inputs} inputs' if inputs else ''}, {len(self.unquantized)} "
-            "other tensors"
-        )
+        return f"{said}, {inputs} inputs" if inputs else said
 
     def _recorded(self) -> Table:
-        table = Table(
-            "site", "spec", "shape", "weight error", "loss", "tokens", "notes", title=str(self.path)
-        )
+        """One row per site, with what was measured of it."""
+        columns = ("site", "spec", "shape", "weight error", "loss", "tokens", "notes")
+        table = Table(*columns, title=str(self.path))
         table.columns[0].overflow = "fold"  # a site is looked up by its whole name
         for name, row in self.sites.items():
-            rest = ", ".join(
-                f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
-                for k, v in row.items()
-                if k not in SHOWN
-            )
             table.add_row(
                 name,
                 row.get("spec") or "-",
@@ -114,24 +111,33 @@ class Inspection(Shown):
                 _figure(row.get("weight_error")),
                 _figure(row.get("loss")),
                 f"{row['tokens']:,}" if row.get("tokens") else "-",
-                rest,
+                _others(row),
             )
         return table
 
     def _families(self) -> Table:
-        """Modules that differ in numbers only, and not in what is stored, are one row."""
-        rows = [
-            (re.sub(r"\d+", "*", name), row["spec"], row["stored"])
-            for name, row in self.sites.items()
-        ]
-        rows += [
-            (re.sub(r"\d+", "*", name), "-", stored) for name, stored in self.unquantized.items()
-        ]
+        """One row for all modules whose names differ in numbers only, and that hold the same."""
+        rows = [(_family(name), row["spec"], row["stored"]) for name, row in self.sites.items()]
+        rows += [(_family(name), "-", stored) for name, stored in self.unquantized.items()]
         table = Table("weights", "count", "spec", "stored", title=str(self.path))
         table.columns[0].overflow = "fold"
-        for (family, spec, stored), count in Counter(rows).items():
-            table.add_row(family, str(count), spec, stored)
+        for (name, spec, stored), count in Counter(rows).items():
+            table.add_row(name, str(count), spec, stored)
         return table
+
+
+def _family(name: str) -> str:
+    """A name with a star in the place of each number."""
+    return re.sub(r"\d+", "*", name)
+
+
+def _others(row: Mapping[str, Any]) -> str:
+    """What a row of a report holds beside the columns of the table."""
+    words = []
+    for key, value in row.items():
+        if key not in SHOWN:
+            words.append(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}")
+    return ", ".join(words)
 
 
 def _figure(value: float | None) -> str:
@@ -140,43 +146,67 @@ def _figure(value: float | None) -> str:
 
 @undisturbed
 def inspect(path: str | Path) -> Inspection:
-    """A directory in any format that qlab reads, quantized or not, of any size."""
+    """What a directory holds, in any format that qlab reads, quantized or not, of any size.
+
+    Only headers and JSON files are read.
+
+    Args:
+        path: The model directory.
+
+    Returns:
+        Specs, tensors and bytes of every weight, with what qlab measured if it wrote the directory.
+
+    Raises:
+        QlabError: The path is no model directory, or its files are damaged or in no format that
+            qlab reads.
+
+    Example:
+        >>> import qlab
+        >>> held = qlab.inspect("demo-int4")
+        >>> held.model_type, held.files
+        ('llama', 3)
+        >>> held.sites["model.layers.0.self_attn.q_proj"]["spec"]
+        'int4-g64'
+    """
     model = open_checkpoint(path)
     record, quantization = recorded(model.path), model.raw.get("quantization_config") or {}
     dtypes: Counter[str] = Counter()
     for stored in model.stored.values():
         dtypes[stored.dtype] += stored.nbytes
-    noted = dict(record.get("sites", {}))
-    sites = {name: {**noted.pop(name, {}), **_held(model, name)} for name in model.quantized}
-    taken = {part for module in model.quantized for part in model.parts(module)} | {
-        n for e in model.extras for n in e.tensors
-    }
-    plain = {name: _said(model, name) for name in model.stored if name not in taken}
+    rows = dict(record.get("sites", {}))
+    sites = {name: {**rows.pop(name, {}), **_codes(model, name)} for name in model.quantized}
+    parts = {part for module in model.quantized for part in model.parts(module)} | model.beside
     return Inspection(
         path=model.path,
         model_type=str(model.raw.get("model_type")),
-        format=" ".join(
-            str(quantization[key])
-            for key in ("quant_method", "format", "version")
-            if isinstance(quantization.get(key), str)
-        )
-        or "unquantized",
+        format=_format(quantization),
         files=len(set(model.files.values())),
         dtypes=dict(dtypes.most_common()),
-        sites={**sites, **noted},
-        unquantized=plain,
+        sites={**sites, **rows},
+        unquantized={name: _tensor(model, name) for name in model.stored if name not in parts},
         extras={e.key: f"{e.says}; {len(e.tensors)} tensors" for e in model.extras},
         record=record,
     )
 
 
-def _held(model: Checkpoint, module: str) -> dict[str, Any]:
+def _format(quantization: Mapping[str, Any]) -> str:
+    """The format of the codes, in the words of the configuration."""
+    words = [quantization.get(key) for key in ("quant_method", "format", "version")]
+    return " ".join(word for word in words if isinstance(word, str)) or "unquantized"
+
+
+def _codes(model: Checkpoint, module: str) -> dict[str, Any]:
+    """The spec of a quantized module, its tensors and their bytes."""
     parts = sorted(model.parts(module))
-    stored = ", ".join(f"{name.removeprefix(f'{module}.')} {_said(model, name)}" for name in parts)
-    size = sum(model.stored[name].nbytes for name in parts)
-    return {"spec": str(model.quantized[module] or "dense"), "stored": stored, "bytes": size}
+    stored = [f"{name.removeprefix(f'{module}.')} {_tensor(model, name)}" for name in parts]
+    return {
+        "spec": str(model.quantized[module] or "dense"),
+        "stored": ", ".join(stored),
+        "bytes": sum(model.stored[name].nbytes for name in parts),
+    }
 
 
-def _said(model: Checkpoint, name: str) -> str:
+def _tensor(model: Checkpoint, name: str) -> str:
+    """The dtype and the shape of a tensor."""
     stored = model.stored[name]
     return f"{stored.dtype} {'x'.join(map(str, stored.shape)) or 'scalar'}"

@@ -12,24 +12,17 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from qlab.directories.convert import Converted
 from qlab.directories.inspect import Inspection, inspect
-from qlab.directories.model_free import Rewritten
-from qlab.driver.result import Result
+from qlab.driver.result import Written
 from qlab.errors import QlabError, printable
 from qlab.evaluation.perplexity import Evaluation, Perplexity
 from qlab.files.atomic import atomically
 from qlab.files.directory import read_json
 
 BENCH = "bench.json"
-MEASURED = (
-    "perplexity",
-    "reference_perplexity",
-    "kl",
-    "top1_agreement",
-    "windows",
-    "length",
-)  # of an evaluation
+# what an evaluation measures
+MEASURED = ("perplexity", "reference_perplexity", "kl", "top1_agreement", "windows", "length")
+COST = ("seconds", "peak_rss_bytes")
 COLUMNS = (
     "run",
     "method",
@@ -42,8 +35,7 @@ COLUMNS = (
     "weights",
     "largest_weight_error",
     "loss",
-    "seconds",
-    "peak_rss_bytes",
+    *COST,
     *MEASURED,
 )
 WORDS = {
@@ -54,13 +46,16 @@ WORDS = {
     "reference_perplexity": "reference",
     "top1_agreement": "top-1",
 }
-Run = str | Path | Result | Rewritten | Converted
+Run = str | Path | Written
 
 
 @dataclass(frozen=True, repr=False)
 class Results:
-    """rows: one mapping per run, with the keys COLUMNS; None stands for what a run does not say or
-    nobody measured."""
+    """Several runs as a table.
+
+    rows: one mapping per run, with the keys COLUMNS; None stands for what a run does not say or
+    nobody measured.
+    """
 
     rows: Sequence[Mapping[str, Any]]
 
@@ -77,7 +72,8 @@ class Results:
         """The rows as CSV with a header, all columns and full figures, also written to `path` where
         one is given.
 
-        Errors: a file that is there already and is no such table.
+        Raises:
+            QlabError: The file is there already and is no such table.
         """
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -94,7 +90,11 @@ class Results:
         return text.getvalue()
 
     def to_dataframe(self) -> Any:
-        """A pandas DataFrame of the rows. Errors: pandas is not installed."""
+        """A pandas DataFrame of the rows.
+
+        Raises:
+            QlabError: pandas is not installed.
+        """
         try:
             import pandas
         except ImportError as error:
@@ -105,7 +105,8 @@ class Results:
         return pandas.DataFrame(self.json(), columns=list(COLUMNS))
 
     def _cells(self) -> list[list[str]]:
-        return [[_said(name, row[name]) for name in self.columns] for row in self.rows]
+        columns = self.columns
+        return [[_said(name, row[name]) for name in columns] for row in self.rows]
 
     def __str__(self) -> str:
         lines = [[WORDS.get(name, name) for name in self.columns], *self._cells()]
@@ -120,8 +121,11 @@ class Results:
 
     def _repr_html_(self) -> str:
         header = "".join(f"<th>{escape(WORDS.get(name, name))}</th>" for name in self.columns)
-        rows = ("".join(f"<td>{escape(cell)}</td>" for cell in line) for line in self._cells())
-        return f"<table><tr>{header}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+        rows = [f"<tr>{header}</tr>"]
+        for line in self._cells():
+            cells = "".join(f"<td>{escape(cell)}</td>" for cell in line)
+            rows.append(f"<tr>{cells}</tr>")
+        return f"<table>{''.join(rows)}</table>"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(*(WORDS.get(name, name) for name in self.columns))
@@ -131,13 +135,28 @@ class Results:
 
 
 def results(runs: Sequence[Run | tuple[Run, Evaluation | Perplexity]] | Run) -> Results:
-    """One row per run, in the order given.
+    """A table with one row per run, in the order given.
 
-    runs: directories, whoever wrote them; what quantize(), quantize_files() or convert() returned,
-    which knows the time and memory that it took; pairs of one of these and its evaluation;
-    directories of `python -m qlab.bench`, one row per method with its evaluation.
+    Args:
+        runs: One run, or several. A run is a directory, whoever wrote it; or what `quantize`,
+            `quantize_files` or `convert` returned, which knows the seconds and the bytes that it
+            took; or a pair of one of these and what `evaluate` or `perplexity` returned for it. A
+            directory of `python -m qlab.bench` has a row for each of its methods.
 
-    Errors: no run, a directory that is none.
+    Returns:
+        What each run did, what it cost and what it lost; None where nobody measured it.
+
+    Raises:
+        QlabError: No run was given, or a run is none of these.
+
+    Example:
+        >>> import qlab
+        >>> table = qlab.results(["demo-int4"])
+        >>> table.rows[0]["spec"], table.rows[0]["seconds"]
+        ('int4-g64', None)
+        >>> qlab.results([]).rows
+        Traceback (most recent call last):
+        qlab.errors.QlabError: no run was given; name the directories that were written, ...
     """
     if not isinstance(runs, Run | Iterable) or isinstance(runs, bytes):
         raise QlabError(
@@ -165,7 +184,9 @@ def _refuse_other(file: Path) -> None:
 
 
 def _rows(run: Any) -> Iterator[dict[str, Any]]:
-    run, measured = run if isinstance(run, tuple) and len(run) == 2 else (run, None)
+    measured = None
+    if isinstance(run, tuple) and len(run) == 2:
+        run, measured = run
     if measured is not None and not isinstance(measured, Evaluation | Perplexity):
         raise QlabError(
             f"a run is paired with a {type(measured).__name__}; pair it with what evaluate() or "
@@ -176,55 +197,55 @@ def _rows(run: Any) -> Iterator[dict[str, Any]]:
         if (folder / BENCH).is_file():
             yield from _benched(folder)
             return
-    elif isinstance(run, Result | Rewritten | Converted):
+    elif isinstance(run, Written):
         folder = run.path
     else:
         raise QlabError(
             f"a run is a directory or what quantize() returned, and not a {type(run).__name__}"
         )
-    cost = {name: getattr(run, name, None) for name in ("seconds", "peak_rss_bytes")}
+    cost = {name: getattr(run, name, None) for name in COST}
     evaluation = {} if measured is None else measured.json()
     yield _row(inspect(folder), cost | evaluation)
 
 
 def _benched(folder: Path) -> Iterator[dict[str, Any]]:
     for row in read_json(folder / BENCH)["rows"]:
-        written = folder / row["method"]
-        found = _row(inspect(written), row) if written.is_dir() else _only(row)
-        yield found | {"run": f"{folder.name}/{row['method']}", "method": row["method"]}
+        directory = folder / row["method"]
+        columns = _row(inspect(directory), row) if directory.is_dir() else _only(row)
+        yield columns | {"run": f"{folder.name}/{row['method']}", "method": row["method"]}
 
 
-def _row(found: Inspection, measured: Mapping[str, Any]) -> dict[str, Any]:
+def _row(held: Inspection, measured: Mapping[str, Any]) -> dict[str, Any]:
     """What a directory says of itself, and what was measured of it."""
-    job = found.record.get("job", {})
-    sites = list(found.record.get("sites", {}).values())
+    job = held.record.get("job", {})
+    sites = list(held.record.get("sites", {}).values())
     errors = [site["weight_error"] for site in sites if site.get("weight_error") is not None]
     losses = [site["loss"] for site in sites if site.get("loss") is not None]
     stages = [stage for stage in job.get("recipe") or () if stage["stage"] != "keep"]
-    specs = sorted({row["spec"] for row in found.sites.values() if row.get("spec")})
-    said = {
-        "run": found.path.name,
+    specs = sorted({row["spec"] for row in held.sites.values() if row.get("spec")})
+    row = {
+        "run": held.path.name,
         "method": "+".join(stage["stage"] for stage in stages) or None,
         "spec": ", ".join(specs) or None,
-        "format": found.format,
+        "format": held.format,
         "inputs": job.get("inputs"),
         "calibration": _data(job.get("data")),
-        "bits_per_weight": found.record.get("bits_per_weight"),
-        "bytes": sum(found.dtypes.values()),
-        "weights": sum("stored" in row for row in found.sites.values()),
+        "bits_per_weight": held.record.get("bits_per_weight"),
+        "bytes": sum(held.dtypes.values()),
+        "weights": sum("stored" in row for row in held.sites.values()),
         "largest_weight_error": max(errors, default=None),
         "loss": sum(losses) if losses else None,
     }
-    return _only(
-        said | {name: measured.get(name) for name in ("seconds", "peak_rss_bytes", *MEASURED)}
-    )
+    return _only(row | {name: measured.get(name) for name in (*COST, *MEASURED)})
 
 
 def _only(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of the table out of a row, all of them."""
     return {name: row.get(name) for name in COLUMNS}
 
 
 def _data(described: Mapping[str, Any] | None) -> str | None:
+    """Calibration data, as a recorded job describes it, in a few words."""
     if not described:
         return None
     length = f" x {described['length']}" if "length" in described else ""
