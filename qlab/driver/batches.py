@@ -10,7 +10,7 @@ from torch import Tensor
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.interpret import outputs_of
 from qlab.data.calibration import Data
-from qlab.model.recording import Call, State
+from qlab.model.calls import Call, State
 from qlab.model.running import record_blocks
 from qlab.model.skeleton import Skeleton
 

@@ -15,7 +15,7 @@ from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.interpret import NARROW, outputs_of
 from qlab.algebra.transform import Stage
 from qlab.errors import QlabError
-from qlab.model.recording import Call, State
+from qlab.model.calls import Call, State
 
 EXACT = 1e-4  # of what the block adds to a token
 ROUNDED = 2  # times the precision of the files' dtype: what rounding folded leaves to it may cost

@@ -17,8 +17,8 @@ from qlab.driver.shared import refuse_divided
 from qlab.driver.solve import Check, unchecked
 from qlab.files.record import written
 from qlab.files.writer import Writer
+from qlab.model.calls import Call
 from qlab.model.linears import by_module
-from qlab.model.recording import Call
 from qlab.model.skeleton import Skeleton
 from qlab.model.ties import untied
 

@@ -15,8 +15,8 @@ from qlab.driver.run import Run, finish
 from qlab.driver.segments import write_block, write_outside
 from qlab.driver.states import flat, states_of, stored_shapes
 from qlab.files.carry import Carry
+from qlab.model.calls import Call
 from qlab.model.loading import drop_outside, load_outside
-from qlab.model.recording import Call
 from qlab.model.skeleton import Skeleton
 from qlab.process.progress import progress, say
 

@@ -27,8 +27,8 @@ from qlab.driver.writing import (
     unused,
 )
 from qlab.files.carry import Carry
+from qlab.model.calls import Call, State
 from qlab.model.loading import load_block
-from qlab.model.recording import Call, State
 from qlab.model.skeleton import Skeleton
 
 

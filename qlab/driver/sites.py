@@ -11,8 +11,8 @@ from qlab.data.calibration import Data
 from qlab.driver.batches import in_batches, record
 from qlab.driver.outside import outside_sites
 from qlab.errors import QlabError
+from qlab.model.calls import Call, windows_axis
 from qlab.model.loading import drop_outside, load_outside
-from qlab.model.recording import Call, windows_axis
 from qlab.model.skeleton import Skeleton
 
 

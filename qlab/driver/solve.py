@@ -14,7 +14,7 @@ from qlab.algebra.transform import Stage, Transform, apply, select
 from qlab.driver.batches import Batches
 from qlab.driver.observe import DRIFT, Inputs, Reference, Seen
 from qlab.errors import QlabError
-from qlab.model.recording import State
+from qlab.model.calls import State
 
 HELD = (
     2 << 30

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qlab.errors import QlabError
-from qlab.model.recording import Call, State
+from qlab.model.calls import Call, State
 
 
 def stored_shapes(

@@ -16,9 +16,9 @@ from qlab.data.calibration import Tokens, generator
 from qlab.driver.batches import in_batches, push, record
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
+from qlab.model.calls import windows_axis
 from qlab.model.headers import refuse_missing
 from qlab.model.loading import load_block, load_outside
-from qlab.model.recording import windows_axis
 from qlab.model.running import check_length, head
 from qlab.model.skeleton import Skeleton
 from qlab.model.uncounted import refuse_uncounted

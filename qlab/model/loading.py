@@ -9,10 +9,10 @@ from torch.utils import _pytree as pytree
 from qlab.algebra.graph import Code, ModuleGraph
 from qlab.algebra.qtensor import Leaf, QTensor, dense
 from qlab.errors import QlabError
+from qlab.model.calls import Call
 from qlab.model.online import at_input, at_output
 from qlab.model.paper import dtype_in
 from qlab.model.pieces import assemble
-from qlab.model.recording import Call
 from qlab.model.skeleton import Skeleton
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qlab.algebra.graph import Code, runs_on, tensors_of
 from qlab.algebra.tracing.kept import refuse_shared
 from qlab.algebra.tracing.programs import program
-from qlab.model.recording import Call
+from qlab.model.calls import Call
 
 ORIGIN = frozenset(
     {"_name_or_path", "quantization_config"}

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from qlab.algebra.graph import Code
 from qlab.errors import QlabError, first_line
+from qlab.model.calls import Call, to_like
 from qlab.model.paper import path_of
-from qlab.model.recording import Call, Makers, Recorded, Recorder, Replaced, calls_of, to_like
+from qlab.model.recording import Makers, Recorded, Recorder, Replaced, calls_of
 from qlab.model.skeleton import Skeleton
 from qlab.process.surroundings import foreign
 

@@ -18,8 +18,8 @@ from qlab.algebra.stats import STATS, Moment, Observation, stat_of
 from qlab.algebra.tracing.taken_apart import take_apart
 from qlab.algebra.tracing.trace import trace
 from qlab.driver.solve import solve
+from qlab.model.calls import Call
 from qlab.model.paper import find_blocks, run_experts_here
-from qlab.model.recording import Call
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from qlab.driver.quantize import quantize
 from qlab.evaluation.perplexity import evaluate, read
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.gptq import gptq
-from qlab.model.recording import windows_axis
+from qlab.model.calls import windows_axis
 
 INT8 = parse_spec("int8-g16")
 block = LlamaDecoderLayer.forward
