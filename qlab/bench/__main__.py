@@ -78,7 +78,7 @@ def methods(
     """Compare quantization methods with each other and with the unquantized model on held-out
     text."""
     from qlab.bench.methods import compare_methods, table
-    from qlab.cli.quantizing import recipe_of, refuse_unused
+    from qlab.cli.choices import recipe_of, refuse_unused
     from qlab.files.place import refuse_inside
 
     chosen = listed(names.lower())

@@ -20,7 +20,7 @@ from qlab.algebra.spec import parse_spec
 from qlab.algebra.transform import Transform
 from qlab.bench.folder import RECORD, owned, refuse_foreign
 from qlab.bench.plots import draw
-from qlab.cli.quantizing import recipe_of
+from qlab.cli.choices import recipe_of
 from qlab.data.calibration import Tokens
 from qlab.demo.build import home
 from qlab.demo.hub import calibration_texts, evaluation_texts, is_demo

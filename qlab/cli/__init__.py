@@ -11,8 +11,9 @@ import typer
 from qlab import installed_version
 from qlab.cli import kernels
 from qlab.cli.directories import convert, inspect, verify
+from qlab.cli.evaluating import evaluate
 from qlab.cli.options import HELP_BY
-from qlab.cli.quantizing import evaluate, plan, quantize
+from qlab.cli.quantizing import plan, quantize
 from qlab.cli.running import run
 
 app = typer.Typer(

@@ -1,0 +1,218 @@
+"""What `qlab plan` and `qlab quantize` both take, and the job that it stands for."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlab.cli.options import (
+    AllExperts,
+    Asymmetric,
+    Calib,
+    CodecName,
+    Device,
+    Images,
+    InputsName,
+    Keep,
+    Length,
+    Memory,
+    Outside,
+    Samples,
+    Seed,
+    SpecName,
+    TargetName,
+)
+from qlab.errors import QlabError
+from qlab.process.progress import say
+
+if TYPE_CHECKING:
+    from qlab.algebra.spec import Spec
+    from qlab.algebra.transform import Transform
+    from qlab.data.calibration import Data
+    from qlab.driver.job import Job
+    from qlab.files.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """The options that both commands have, in the order in which help lists them."""
+
+    spec: SpecName = "int4-g64"
+    asymmetric: Asymmetric = False
+    calib: Calib = None
+    images: Images = None
+    samples: Samples = 128
+    length: Length = 2048
+    seed: Seed = 0
+    inputs: InputsName = "quantized"
+    calibrate_all_experts: AllExperts = False
+    device: Device = "cpu"
+    memory: Memory = None
+    keep: Keep = None
+    outside: Outside = None
+    codec: CodecName = ""
+    target: TargetName = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what can be refused before anything is read."""
+        from qlab.driver.observe import inputs_named
+
+        inputs_named(self.inputs)
+        in_bytes(self.memory)
+
+
+def with_choices(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for every field of `Choices`, in place of its parameter `choices`.
+
+    typer makes the options of a command out of its signature, so the signature is what changes.
+    """
+    options = [
+        Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(Choices)
+    ]
+    parameters: list[Parameter] = []
+    for parameter in signature(command).parameters.values():
+        if parameter.name == "choices":
+            parameters += options
+        else:
+            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
+
+    @wraps(command)
+    def with_options(**typed: Any) -> None:
+        choices = Choices(**{option.name: typed.pop(option.name) for option in options})
+        command(**typed, choices=choices)
+
+    with_options.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return with_options
+
+
+def job_of(model: str, method: str, choices: Choices) -> "Job":
+    """The job that a command's words stand for."""
+    import qlab
+    from qlab.driver.job import Job
+    from qlab.driver.observe import inputs_named
+
+    opened = qlab.open(model)
+    codec = codec_of(choices)
+    recipe = recipe_for(opened, method, choices, codec)
+    return Job(
+        model=opened,
+        recipe=recipe,
+        data=_data(opened, recipe, choices),
+        inputs=inputs_named(choices.inputs),
+        calibrate_all_experts=choices.calibrate_all_experts,
+        device=choices.device,
+        memory=in_bytes(choices.memory),
+        codec=codec,
+        target=choices.target or None,
+    )
+
+
+def in_bytes(memory: float | None) -> int | None:
+    """A budget in GiB as bytes."""
+    if memory is None:
+        return None
+    if not 0 < memory * 2**30 < math.inf:
+        raise QlabError(f"--memory {memory} is no budget; give it in GiB, such as 4")
+    return int(memory * 2**30)
+
+
+def spec_of(choices: Choices) -> "Spec":
+    """The spec that is named, with zero points or without."""
+    from qlab.algebra.spec import parse_spec
+
+    return parse_spec(choices.spec, symmetric=not choices.asymmetric)
+
+
+def codec_of(choices: Choices) -> str:
+    """The codec that is named, else the safest for the engine that is named, else the usual one."""
+    from qlab.codecs.engines import safest_codec
+    from qlab.driver.job import CODEC
+
+    spec = spec_of(choices)
+    if choices.codec:
+        return choices.codec
+    return safest_codec(choices.target, spec) if choices.target else CODEC
+
+
+def recipe_for(model: "Checkpoint", method: str, choices: Choices, codec: str) -> "Transform":
+    """The method for the sites in blocks, without those that are kept, and a rounding to nearest
+    for what is named outside the blocks; scales in a dtype that the codec stores."""
+    from qlab.algebra.transform import chain, keep, rules
+    from qlab.codecs import storable
+
+    recipe = method_named(method)(storable(spec_of(choices), codec, model.dtype))
+    if choices.keep:
+        recipe = rules({**{pattern: keep() for pattern in choices.keep}, "*": recipe})
+    for rule in choices.outside or ():
+        recipe = chain(recipe, _outside(rule, codec, model))
+    return recipe
+
+
+def _outside(rule: str, codec: str, model: "Checkpoint") -> "Transform":
+    """The transform of one GLOB=SPEC."""
+    from qlab.algebra.spec import parse_spec
+    from qlab.algebra.transform import at, outside
+    from qlab.codecs import storable
+    from qlab.methods.rtn import rtn
+
+    pattern, equals, spec = rule.rpartition("=")
+    if not equals:
+        raise QlabError(
+            f"--outside {rule!r} names no spec; write GLOB=SPEC, such as '*visual*=int8-channel'"
+        )
+    return at(pattern, outside(rtn(storable(parse_spec(spec), codec, model.dtype))))
+
+
+def method_named(name: str) -> "Callable[[Spec], Transform]":
+    """The method of that name: spec -> transform."""
+    from qlab.methods import METHODS
+
+    if name not in METHODS:
+        raise QlabError(f"method {name!r} is unknown; known are {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def recipe_of(method: str, spec: str, asymmetric: bool) -> "Transform":
+    """The transform that a method's name and a spec's name stand for."""
+    from qlab.algebra.spec import parse_spec
+
+    return method_named(method)(parse_spec(spec, symmetric=not asymmetric))
+
+
+def _data(model: "Checkpoint", recipe: "Transform", choices: Choices) -> "Data | None":
+    """The samples that the recipe is calibrated on; None where it observes nothing."""
+    from qlab.data.calibration import tokens
+    from qlab.data.images import image_samples
+    from qlab.demo.hub import calibration_texts, is_demo
+
+    calib, images = choices.calib, choices.images
+    if calib and images:
+        raise QlabError(
+            "--calib takes text and --images samples that may have both; give one of them"
+        )
+    if not any(stage.needs for stage in recipe):
+        refuse_unused(calib, images, "this method observes nothing")
+        return None
+    if images:
+        return image_samples(model, images, choices.samples, choices.length, choices.seed)
+    if not calib and not is_demo(model):
+        say(
+            f"calibrating {model.path} on the demo's text, articles of English Wikipedia; --calib "
+            "takes text like that which the model will see"
+        )
+    texts = calibration_texts(calib)
+    return tokens(model, texts, choices.samples, choices.length, choices.seed)
+
+
+def refuse_unused(calib: Sequence[Path] | None, images: Sequence[Path] | None, why: str) -> None:
+    """Refuse a text that changes nothing: whoever gives one takes it for one that does."""
+    if calib or images:
+        option = "--calib" if calib else "--images"
+        raise QlabError(
+            f"{option} would not be used, since {why}; leave it out, or choose a method that is "
+            "calibrated, such as gptq"
+        )

@@ -1,0 +1,107 @@
+"""eval: how much worse a quantized model is."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from qlab.cli.options import Device, Json, Length, Model
+from qlab.cli.output import console, report
+from qlab.errors import QlabError
+from qlab.process.progress import say
+
+if TYPE_CHECKING:
+    from qlab.data.calibration import Tokens
+    from qlab.evaluation.perplexity import Evaluation, Perplexity
+    from qlab.files.checkpoint import Checkpoint
+
+
+def evaluate(
+    model: Model,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", help="the reference model; without it, perplexity alone"),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="text or jsonl files (default: held-out demo)"),
+    ] = None,
+    length: Length = 512,
+    windows: Annotated[int | None, typer.Option(min=2, help="default: all full windows")] = None,
+    device: Device = "cpu",
+    json_file: Json = None,
+) -> None:
+    """Perplexity over full windows of --length tokens; with a reference also KL divergence and
+    top-1 agreement."""
+    import qlab
+
+    opened = qlab.open(model)
+    reference = None if against is None else qlab.open(against)
+    data = _held_out(reference or opened, text, length, windows)
+    result: Perplexity | Evaluation
+    if reference is None:
+        result = qlab.perplexity(opened, data, device)
+        console().print(_table_of_perplexity(result, model))
+        console().print(
+            "no reference was given; --against MODEL adds the KL divergence and the agreement "
+            "with it",
+            soft_wrap=True,
+        )
+    else:
+        result = qlab.evaluate(opened, reference, data, device)
+        console().print(_table_of_evaluation(result, model, str(against)))
+    report(
+        {"model": model, "against": against, "data": data.describe(), **result.json()}, json_file
+    )
+
+
+def _held_out(
+    model: "Checkpoint", text: list[Path] | None, length: int, windows: int | None
+) -> "Tokens":
+    """The windows that are evaluated, in the words of this model's tokenizer."""
+    import qlab
+    from qlab.demo.hub import evaluation_texts, is_demo
+
+    if not text and not is_demo(model):
+        say(
+            "evaluating on the demo's held-out text, articles of English Wikipedia; --text takes "
+            "your own"
+        )
+    data = qlab.first_windows(model, evaluation_texts(text), length, windows)
+    if len(data.ids) < 2:
+        raise QlabError(
+            f"the text gives one window of {length} tokens, and an interval needs two; give more "
+            "text or less --length"
+        )
+    if windows and len(data.ids) < windows:
+        say(
+            f"the text gives {len(data.ids)} windows of {length} tokens, and {windows} were asked "
+            "for"
+        )
+    return data
+
+
+def _table_of_perplexity(result: "Perplexity", model: str) -> Table:
+    table = _table(f"{model}: {result.windows} windows of {result.length}")
+    table.add_row("perplexity", f"{result.perplexity:.4f}", _range(result.perplexity_ci))
+    return table
+
+
+def _table_of_evaluation(result: "Evaluation", model: str, against: str) -> Table:
+    table = _table(f"{model} against {against}: {result.windows} windows of {result.length}")
+    table.add_row("perplexity", f"{result.perplexity:.4f}", _range(result.perplexity_ci))
+    table.add_row("reference perplexity", f"{result.reference_perplexity:.4f}", "")
+    ratio = result.perplexity / result.reference_perplexity
+    table.add_row("perplexity / reference", f"{ratio:.4f}", _range(result.ratio_ci))
+    table.add_row("KL divergence (nats)", f"{result.kl:.5f}", _range(result.kl_ci))
+    table.add_row("top-1 agreement", f"{result.top1_agreement:.4f}", _range(result.top1_ci))
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table("", "value", "95 % interval", title=title)
+
+
+def _range(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:.4f} to {interval[1]:.4f}"
