@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from qlab.cli.kernels import kernel_refusals, tune
+from qlab.cli.kernels import Activations, KernelDevice, kernel_device, kernel_refusals, tune
 from qlab.cli.options import (
     HELP_BY,
     METHODS,
@@ -29,7 +29,7 @@ DEFAULT = "methods"
 
 
 class WithDefault(TyperGroup):
-    """A group of commands; arguments that start with none of them go to DEFAULT."""
+    """A group of commands, in which arguments that name none of them go to DEFAULT."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
@@ -135,12 +135,11 @@ def generate(
     records = []
     for directory in directories:
         with kernel_refusals():
-            records.append(
-                measure(
-                    directory, names, prompt=prompt, new=new, repeat=repeat, device=device, said=say
-                )
+            record = measure(
+                directory, names, prompt=prompt, new=new, repeat=repeat, device=device, said=say
             )
-        console().print(table(records[-1]))
+        records.append(record)
+        console().print(table(record))
     report(records, json_file)
 
 
@@ -153,19 +152,14 @@ def matmul(
     m: Annotated[
         str | None, typer.Option("--m", help="numbers of tokens (default: 1,2,4 to 4096)")
     ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option("--dtype", help="of the activations: bfloat16 or float16, also bf16, fp16"),
-    ] = "bfloat16",
+    dtype: Activations = "bfloat16",
     group: Annotated[int, typer.Option("--group", min=1, help="weights per scale")] = 128,
     asymmetric: Asymmetric = False,
     contenders: Annotated[
         str | None,
         typer.Option("--contenders", help="names with commas between them (default: all)"),
     ] = None,
-    device: Annotated[
-        str, typer.Option("--device", help="cpu or cuda (default: cuda where there is one)")
-    ] = "",
+    device: KernelDevice = "",
     tuned: Annotated[
         bool, typer.Option("--tune", help="measure the configurations first and keep them")
     ] = False,
@@ -186,12 +180,35 @@ def matmul(
 ) -> None:
     """One int4 product against the library's, the compiler's and other int4 kernels, for every
     shape and number of tokens."""
+    from qlab.bench.contenders import CONTENDERS
+    from qlab.bench.matmul import SHAPES, SHAPES_CPU, TOKENS, compare_matmuls
+    from qlab.lowering.tuning.shapes import SHORT, parse_shapes, parse_tokens
+
+    _prepare(plot, threads)
+    where = kernel_device(device)
+    with kernel_refusals():
+        record = compare_matmuls(
+            parse_shapes(shapes or (SHAPES_CPU if where == "cpu" else SHAPES)),
+            parse_tokens(m or TOKENS),
+            dtype=SHORT.get(dtype, dtype),
+            group=group,
+            zeros=asymmetric,
+            device=where,
+            names=list(dict.fromkeys(listed(contenders))) if contenders else list(CONTENDERS),
+            tune=tuned,
+            budget=budget,
+            seconds=seconds,
+            said=say,
+        )
+    _show_matmuls(record, json_file, plot)
+
+
+def _prepare(plot: Path | None, threads: int | None) -> None:
+    """Refuse a figure that could not be written, before anything is measured, and set the number of
+    threads."""
     import torch
 
-    from qlab.bench.contenders import CONTENDERS
-    from qlab.bench.matmul import SHAPES, SHAPES_CPU, TOKENS, compare_matmuls, table, verdict
-    from qlab.bench.plots import draw_matmuls, refuse_foreign_figure
-    from qlab.lowering.tuning.tune import SHORT, parse_shapes, parse_tokens
+    from qlab.bench.plots import refuse_foreign_figure
 
     if plot:
         needed("matplotlib", "bench")
@@ -202,27 +219,18 @@ def matmul(
             )
     if threads:
         torch.set_num_threads(threads)
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    names = list(dict.fromkeys(listed(contenders))) if contenders else list(CONTENDERS)
-    wanted = parse_shapes(shapes or (SHAPES_CPU if where == "cpu" else SHAPES))
-    with kernel_refusals():
-        record = compare_matmuls(
-            wanted,
-            parse_tokens(m or TOKENS),
-            dtype=SHORT.get(dtype, dtype),
-            group=group,
-            zeros=asymmetric,
-            device=where,
-            names=names,
-            tune=tuned,
-            budget=budget,
-            seconds=seconds,
-            said=say,
-        )
+
+
+def _show_matmuls(record: dict[str, Any], json_file: Path | None, plot: Path | None) -> None:
+    """Print a comparison, then write it. A file that cannot be written takes no measured figure
+    with it."""
+    from qlab.bench.matmul_table import table, verdict
+    from qlab.bench.plots import draw_matmuls
+
     console().print(table(record))
     for line in verdict(record):
         console().print(line, soft_wrap=True, highlight=False)
-    report(record, json_file)  # a file that cannot be written takes no measured figure with it
+    report(record, json_file)
     if plot:
         draw_matmuls(record, plot.resolve())
 

@@ -6,7 +6,8 @@ Unavailable where it cannot run.
 """
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,10 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qlab.algebra.qtensor import QTensor
+from qlab.lowering.tuning.random_weight import random_weight, rounded_once
+from qlab.lowering.tuning.shapes import DTYPES
 from qlab.lowering.tuning.timing import copies
-from qlab.lowering.tuning.tune import DTYPES, Random, random_weight
-from qlab.lowering.weights import cpu, cuda
+from qlab.lowering.weights import int4
 from qlab.lowering.weights.ops import int4_mm
+from qlab.lowering.weights.packed import Packed
 
 Product = Callable[[Tensor], Tensor]
 
@@ -27,10 +31,10 @@ class Unavailable(Exception):
     """Why a contender does not take part."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Case:
-    """A weight shape and its numbers. n, k: rows and columns; group: codes per scale; zeros:
-    whether there are zero points."""
+    """A weight shape and its numbers. n, k: rows and columns; dtype: of the activations, by name;
+    group: codes per scale; zeros: whether there are zero points."""
 
     n: int
     k: int
@@ -52,7 +56,7 @@ class Case:
     def dense_bytes(self) -> float:
         return 2.0 * self.n * self.k
 
-    def weights(self, weight_bytes: float) -> list[Random]:
+    def weights(self, weight_bytes: float) -> list[QTensor]:
         """As many different weights as keep the caches cold."""
         return [
             random_weight(self.n, self.k, self.group, self.zeros, self.device, i)
@@ -68,41 +72,27 @@ def qlab(case: Case) -> Sequence[Product]:
 
 def qlab_dense_copy(case: Case) -> Sequence[Product]:
     """The same with dense_cache=True; on a GPU the configuration "dequant" uses the copy."""
-    dense = [w.dense(case.torch_dtype) for w in case.weights(case.dense_bytes)]
+    dense = [rounded_once(w, case.torch_dtype) for w in case.weights(case.dense_bytes)]
     return [partial(int4_mm_of, w, W) for w, W in zip(_packed(case), dense)]
 
 
-@dataclass(frozen=True)
-class _Buffers:
-    words: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    n: int
-    group: int
-    layout: str
+def _packed(case: Case) -> list[Packed]:
+    return [
+        int4.pack("the weight", leaf, case.torch_dtype, case.device)
+        for leaf in case.weights(case.int4_bytes)
+    ]
 
 
-def _packed(case: Case) -> list[_Buffers]:
-    made = [w.planes(case.device) for w in case.weights(case.int4_bytes)]
-    if case.device.type == "cuda":
-        layout = cuda.layout(case.device, case.torch_dtype)
-        return [
-            _Buffers(*cuda.pack(p, case.torch_dtype, case.device), case.n, p.group, layout)
-            for p in made
-        ]
-    return [_Buffers(*cpu.pack(p, case.torch_dtype), case.n, p.group, cpu.layout()) for p in made]
-
-
-def int4_mm_of(b: _Buffers, dense: Tensor | None, x: Tensor) -> Tensor:
+def int4_mm_of(packed: Packed, dense: Tensor | None, x: Tensor) -> Tensor:
     """x [m, k] -> y [m, n]"""
-    return int4_mm(x, b.words, b.scales, b.zeros, dense, b.n, b.group, 1, b.layout)
+    return int4_mm(*packed.for_mm(x, dense))
 
 
 # ---------------------------------------------------------------- the library and the compiler
 def library(case: Case) -> Sequence[Product]:
     """The dense matmul of torch (cuBLAS, oneDNN) on the dequantized weight."""
     return [
-        partial(_swapped, F.linear, w.dense(case.torch_dtype))
+        partial(_swapped, F.linear, rounded_once(w, case.torch_dtype))
         for w in case.weights(case.dense_bytes)
     ]
 
@@ -123,12 +113,11 @@ def compiled(case: Case) -> Sequence[Product]:
         return x @ W.view(bytes_nk.shape[0], -1).mT
 
     def unlimited(*weight: Tensor, x: Tensor) -> Tensor:
-        with torch._dynamo.config.patch(
-            recompile_limit=256
-        ):  # a bench of many shapes must not end up in eager mode
+        # a bench of many shapes must not end up in eager mode
+        with torch._dynamo.config.patch(recompile_limit=256):
             return product(*weight, x)
 
-    made = []
+    products = []
     for w in case.weights(case.int4_bytes):
         u = (w.codes + 8).to(torch.uint8)
         offsets = torch.full_like(w.scales, 8.0) if w.zeros is None else w.zeros + 8
@@ -137,8 +126,8 @@ def compiled(case: Case) -> Sequence[Product]:
             w.scales.to(case.torch_dtype),
             offsets.to(case.torch_dtype),
         )
-        made.append(lambda x, weight=weight: unlimited(*weight, x=x))
-    return made
+        products.append(lambda x, weight=weight: unlimited(*weight, x=x))
+    return products
 
 
 # ---------------------------------------------------------------- other int4
@@ -152,22 +141,19 @@ def torch_int4(case: Case) -> Sequence[Product]:
         )
     if case.device.type == "cuda" and torch.cuda.get_device_capability(case.device) < (8, 0):
         raise Unavailable("needs compute capability 8.0")
-    aten, made = torch.ops.aten, []
+    aten, products = torch.ops.aten, []
     for w in case.weights(case.int4_bytes):
         u = w.codes.int() + 8
         zeros = torch.zeros_like(w.scales) if w.zeros is None else -w.zeros * w.scales
         scales = torch.stack((w.scales, zeros), -1).transpose(0, 1).contiguous().bfloat16()
         if case.device.type == "cuda":
-            words = aten._convert_weight_to_int4pack(
-                (u[:, ::2] << 4 | u[:, 1::2]).to(torch.uint8), 8
-            )
-            made.append(partial(_int4pack, aten._weight_int4pack_mm, words, case.group, scales))
+            bytes_nk = (u[:, ::2] << 4 | u[:, 1::2]).to(torch.uint8)
+            words, mm = aten._convert_weight_to_int4pack(bytes_nk, 8), aten._weight_int4pack_mm
         else:
             words = aten._convert_weight_to_int4pack_for_cpu(u, 1)
-            made.append(
-                partial(_int4pack, aten._weight_int4pack_mm_for_cpu, words, case.group, scales)
-            )
-    return made
+            mm = aten._weight_int4pack_mm_for_cpu
+        products.append(partial(_int4pack, mm, words, case.group, scales))
+    return products
 
 
 def _int4pack(function: Any, words: Tensor, group: int, scales: Tensor, x: Tensor) -> Tensor:
@@ -186,14 +172,13 @@ def gemlite(case: Case) -> Sequence[Product]:
     _need("gemlite")
     from gemlite.helper import A16W4_HQQ_INT
 
-    packer, made = A16W4_HQQ_INT(device=str(case.device), dtype=case.torch_dtype), []
+    packer, products = A16W4_HQQ_INT(device=str(case.device), dtype=case.torch_dtype), []
     for w in case.weights(case.int4_bytes):
         zeros = torch.full_like(w.scales, 8.0) if w.zeros is None else w.zeros + 8
         u, scales = (w.codes + 8).to(torch.uint8), w.scales.to(case.torch_dtype)
-        made.append(
-            packer.from_weights(u, scales.reshape(-1, 1), zeros.to(case.torch_dtype).reshape(-1, 1))
-        )
-    return made
+        offsets = zeros.to(case.torch_dtype).reshape(-1, 1)
+        products.append(packer.from_weights(u, scales.reshape(-1, 1), offsets))
+    return products
 
 
 def torchao(case: Case) -> Sequence[Product]:
@@ -214,13 +199,13 @@ def torchao(case: Case) -> Sequence[Product]:
         from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 
         config = PrototypeInt4WeightOnlyConfig(group_size=case.group, set_inductor_config=False)
-    made = []
+    products = []
     for w in case.weights(case.int4_bytes):
         linear = torch.nn.Linear(case.k, case.n, bias=False, device="meta", dtype=case.torch_dtype)
-        linear.weight = torch.nn.Parameter(w.dense(case.torch_dtype), requires_grad=False)
+        linear.weight = torch.nn.Parameter(rounded_once(w, case.torch_dtype), requires_grad=False)
         quantize_(linear, config)
-        made.append(linear)
-    return made
+        products.append(linear)
+    return products
 
 
 OURS, BESIDE_DENSE = "qlab", "dense copy"
@@ -235,39 +220,34 @@ CONTENDERS: dict[str, Callable[[Case], Sequence[Product]]] = {
     "torchao": torchao,
 }
 DENSE = {LIBRARY, BESIDE_DENSE}  # hold the weight in 16 bits
-TOLERANCE = {"torchao": 0.25}  # relative error; of the others, which multiply the very same weight:
-TIGHT = 0.02
+TOLERANCE = {"torchao": 0.25}  # relative error where a contender quantizes the weight itself
+TIGHT = 0.02  # relative error of all others, which multiply the very same weight
 
 
 def prepare(name: str, case: Case) -> Sequence[Product]:
     """The products of a contender, checked against fp32 on a few tokens. Unavailable says why it
     does not take part."""
     with torch.no_grad():
-        try:
-            made = CONTENDERS[name](case)
-        except Unavailable:
-            raise
-        except (
-            Exception
-        ) as error:  # a foreign library that does not work here is no reason to measure nothing
-            raise Unavailable(
-                f"failed: {type(error).__name__}: "
-                f"{str(error).splitlines()[0] if str(error) else ''}"
-            ) from error
+        with _failures():
+            products = CONTENDERS[name](case)
         x = torch.randn(4, case.k, device=case.device, dtype=case.torch_dtype)
-        expected = (
-            x.float()
-            @ random_weight(case.n, case.k, case.group, case.zeros, case.device, 0)
-            .dense(torch.float32)
-            .mT
-        )
-        try:
-            error_norm = float((made[0](x).float() - expected).norm() / expected.norm())
-        except Exception as error:
-            raise Unavailable(
-                f"failed: {type(error).__name__}: "
-                f"{str(error).splitlines()[0] if str(error) else ''}"
-            ) from error
+        first = random_weight(case.n, case.k, case.group, case.zeros, case.device, 0)
+        expected = x.float() @ rounded_once(first, torch.float32).mT
+        with _failures():
+            error_norm = float((products[0](x).float() - expected).norm() / expected.norm())
     if not error_norm < TOLERANCE.get(name, TIGHT):
         raise Unavailable(f"computes something else: relative error {error_norm:.3f}")
-    return made
+    return products
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """Around calls of foreign libraries: one that does not work here is no reason to measure
+    nothing, and its first line of error says why it does not take part."""
+    try:
+        yield
+    except Unavailable:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise Unavailable(f"failed: {type(error).__name__}: {reason}") from error

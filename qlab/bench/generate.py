@@ -1,10 +1,10 @@
 """Generation side by side: a lowered model directory and the same model in bfloat16 as Hugging Face
 runs it, in one process.
 
-The bfloat16 model has the directory's own weights, dequantized: how fast it is does not depend on
-their values. Every engine runs the same loop, greedy with a static cache for one sequence, and
-takes its turn in every repetition, so that what else the machine does touches all of them; figures
-are medians over the repetitions.
+The bfloat16 model has the directory's own weights, dequantized, because speed does not depend on
+their values. Every engine runs the same loop, greedy with a static cache for one sequence. The
+engines take turns in every repetition, so that other work of the machine slows all of them alike;
+figures are medians over the repetitions.
 """
 
 import gc
@@ -26,12 +26,14 @@ from qlab.errors import QlabError
 from qlab.files.record import versions
 from qlab.lowering import inductor_options, resident_bytes
 from qlab.lowering.around.attention import NAME
-from qlab.lowering.model import device_named, lower, make_dense
+from qlab.lowering.assembling import make_dense
+from qlab.lowering.devices import device_named
+from qlab.lowering.model import lower
 
-# A decode step is hundreds of loops of microseconds, so a CPU calls them from C++; built apart,
-# they compile in a third of the time.
+# A decode step is hundreds of loops of microseconds each. On a CPU they are called from C++; built
+# apart from what calls them, they compile in a third of the time.
 FROM_CPP = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
-IN_GRAPH = {"triton.cudagraphs": True}  # and on a GPU they are launched as one
+IN_GRAPH = {"triton.cudagraphs": True}  # on a GPU they are launched as one CUDA graph
 ENGINES = (
     "bf16 eager",
     "bf16 compiled",
@@ -42,18 +44,18 @@ ENGINES = (
 BASE, COMPILED = ENGINES[:2]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Engine:
-    """One way to run the model, warmed up, and the seconds it took: of every prefill and of every
-    run of decode steps."""
+    """One way to run the model, warmed up, and the seconds that it took: of every prefill and of
+    every run of decode steps."""
 
     name: str
     model: PreTrainedModel
     cache: StaticCache
     prefill: Callable[[Tensor], Tensor]
     step: Callable[[Tensor], Tensor]
-    warm_up_seconds: float
-    peak_rss_bytes: int
+    warm_up_seconds: float = 0.0
+    peak_rss_bytes: int = 0
     prefill_seconds: list[float] = field(default_factory=list)
     decode_seconds: list[float] = field(default_factory=list)
 
@@ -72,12 +74,13 @@ def measure(
     """Prefill of `prompt` random tokens and `new` decoded ones by every engine, as a record with
     one row each.
 
-    said: is told of each thing that takes its time.
+    said: is told of each step that takes time.
 
-    Errors: an unknown engine, fewer than one prompt token or two new ones, whatever `lower`
+    Errors: an unknown engine, fewer than two prompt tokens or two new ones, whatever `lower`
     refuses.
     """
-    if unknown := [name for name in engines if name not in ENGINES]:
+    unknown = [name for name in engines if name not in ENGINES]
+    if unknown:
         raise QlabError(f"engine {unknown[0]!r} is unknown; known are {'; '.join(ENGINES)}")
     if prompt < 2 or new < 2 or repeat < 1:
         raise QlabError(
@@ -92,11 +95,9 @@ def measure(
         said(f"{path}: {name} is ready after {ready[-1].warm_up_seconds:.0f} s")
     ids = random_tokens(ready[0].model, prompt, device)
     for engine in ready:
-        said(
-            f"{path}: warming up "
-            f"{engine.name}{', from what was compiled' if 'compiled' in engine.name else ''}"
-        )
-        warm_up(engine, ids)  # preparing the next one let go of what was compiled for it
+        compiled = ", from what was compiled" if "compiled" in engine.name else ""
+        said(f"{path}: warming up {engine.name}{compiled}")
+        warm_up(engine, ids)  # preparing the next engine let go of what was compiled for this one
     for turn in range(1, repeat + 1):
         for engine in ready:
             said(
@@ -105,14 +106,7 @@ def measure(
             )
             run(engine, ids, new)
     rows = [_row(engine, prompt, new) for engine in ready]
-    for row in rows:
-        row["ratio"] = {
-            base["engine"]: {
-                key: row[key] / base[key] for key in ("prefill_tokens_per_s", "decode_tokens_per_s")
-            }
-            for base in rows
-            if base["engine"] in (BASE, COMPILED)
-        }
+    _add_ratios(rows)
     return {
         "model": str(path),
         "prompt": prompt,
@@ -122,6 +116,16 @@ def measure(
         "versions": versions(),
         "device": {"type": device, "threads": torch.get_num_threads()},
     }
+
+
+def _add_ratios(rows: Sequence[dict[str, Any]]) -> None:
+    """Give every row `ratio`: its rates over those of the bfloat16 model, eager and compiled."""
+    rates = "prefill_tokens_per_s", "decode_tokens_per_s"
+    bases = [row for row in rows if row["engine"] in (BASE, COMPILED)]
+    for row in rows:
+        row["ratio"] = {
+            base["engine"]: {rate: row[rate] / base[rate] for rate in rates} for base in bases
+        }
 
 
 def _doing(name: str, prompt: int) -> str:
@@ -153,14 +157,13 @@ def prepare(name: str, path: str | Path, prompt: int, new: int, device: str) -> 
 
         ids = random_tokens(model, prompt, device)
         forward(ids[:, :1])  # makes the cache's tensors, outside of any compiled graph
-        ours = name.startswith("qlab")
-        ways: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = forward, forward
+        prefill: Callable[[Tensor], Tensor] = forward
+        step: Callable[[Tensor], Tensor] = forward
         if "compiled" in name:
-            ways = (
-                _compiled(forward, ours),
-                _compiled(forward, ours, **(FROM_CPP if device == "cpu" else IN_GRAPH)),
-            )
-        engine = Engine(name, model, cache, *ways, 0.0, 0)
+            with_pass = name.startswith("qlab")
+            prefill = _compiled(forward, with_pass)
+            step = _compiled(forward, with_pass, **(FROM_CPP if device == "cpu" else IN_GRAPH))
+        engine = Engine(name=name, model=model, cache=cache, prefill=prefill, step=step)
         warm_up(engine, ids)
     engine.warm_up_seconds, engine.peak_rss_bytes = time.perf_counter() - started, peak.bytes
     return engine
@@ -174,21 +177,18 @@ def warm_up(engine: Engine, ids: Tensor) -> None:
 
 
 def _compiled(
-    forward: Callable[[Tensor], Tensor], ours: bool, **options: Any
+    forward: Callable[[Tensor], Tensor], with_pass: bool, **options: Any
 ) -> Callable[[Tensor], Tensor]:
     """One graph for one shape; the model does not change while it is measured, so its modules are
-    not guarded."""
+    not guarded. with_pass: with qlab's pass of the compiler."""
     options |= {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-    options = inductor_options(**options) if ours else options
+    options = inductor_options(**options) if with_pass else options
 
-    def own(
-        ids: Tensor,
-    ) -> (
-        Tensor
-    ):  # torch keeps what it compiled per code object, and prefill and step are two programs
+    # torch caches what it compiles by code object, and prefill and step are two programs
+    def program(ids: Tensor) -> Tensor:
         return forward(ids)
 
-    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
+    return torch.compile(program, fullgraph=True, dynamic=False, options=options)
 
 
 def _undo(model: PreTrainedModel) -> None:
@@ -199,10 +199,8 @@ def _undo(model: PreTrainedModel) -> None:
 
 
 def random_tokens(model: PreTrainedModel, length: int, device: str) -> Tensor:
-    vocabulary = model.config.get_text_config().vocab_size
-    return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(
-        device
-    )
+    vocabulary, generator = model.config.get_text_config().vocab_size, torch.Generator()
+    return torch.randint(vocabulary, (1, length), generator=generator.manual_seed(0)).to(device)
 
 
 def run(engine: Engine, ids: Tensor, new: int) -> None:

@@ -23,7 +23,8 @@ from torch import Tensor
 from qlab.algebra.bits import pack_signed, unpack_signed
 from qlab.errors import QlabError
 from qlab.files.record import versions
-from qlab.lowering.tuning.timing import COPIES, device_label, microseconds
+from qlab.lowering.devices import device_label
+from qlab.lowering.tuning.timing import COPIES, microseconds
 
 BITS = (2, 3, 4, 8)
 GROUP = 128

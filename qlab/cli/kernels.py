@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -16,13 +16,29 @@ from qlab.errors import QlabError
 
 @contextmanager
 def kernel_refusals() -> Iterator[None]:
-    """What the kernels' package refuses is refused by qlab."""
+    """Around calls of the kernels' package: what it refuses is refused by qlab."""
     from qlab_kernels.capability import KernelError
 
     try:
         yield
     except KernelError as error:
         raise QlabError(str(error)) from error
+
+
+Activations = Annotated[
+    str,
+    typer.Option("--dtype", help="of the activations: bfloat16 or float16, also bf16, fp16"),
+]
+KernelDevice = Annotated[
+    str, typer.Option("--device", help="cpu or cuda (default: cuda where there is one)")
+]
+
+
+def kernel_device(name: str) -> str:
+    """The device of an option `--device`: where it was left out, cuda where there is one."""
+    import torch
+
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def tune(
@@ -37,10 +53,7 @@ def tune(
     m: Annotated[
         str, typer.Option("--m", help="numbers of tokens (of experts: rows of all)")
     ] = "1,2,4,8,16,32,64,128,256,512,1024",
-    dtype: Annotated[
-        str,
-        typer.Option("--dtype", help="of the activations: bfloat16 or float16, also bf16, fp16"),
-    ] = "bfloat16",
+    dtype: Activations = "bfloat16",
     group: Annotated[
         int | None,
         typer.Option("--group", min=1, help="weights per scale of --shapes (default: 128)"),
@@ -52,9 +65,7 @@ def tune(
             "--experts", min=0, help="of each of --shapes, multiplied in one grouped product"
         ),
     ] = 0,
-    device: Annotated[
-        str, typer.Option("--device", help="cpu or cuda (default: cuda where there is one)")
-    ] = "",
+    device: KernelDevice = "",
     budget: Annotated[
         float, typer.Option("--budget", min=0, help="seconds for each shape and number of tokens")
     ] = 30.0,
@@ -63,32 +74,19 @@ def tune(
 ) -> None:
     """Time the configurations of int4 products on this machine and keep the fastest in the config
     cache."""
-    import torch
+    from qlab.lowering.tuning.shapes import SHORT, Form, parse_shapes, parse_tokens, weights_of
+    from qlab.lowering.tuning.tune import tune_shapes
 
-    from qlab.lowering.tuning.tune import (
-        SHORT,
-        Form,
-        parse_shapes,
-        parse_tokens,
-        tune_shapes,
-        weights_of,
-    )
-
-    if (model is None) == (shapes is None):
-        raise QlabError("give either a directory that qlab quantized or --shapes")
-    if model is not None and (group or asymmetric or experts):
-        raise QlabError(
-            f"{model} has its own groups, zero points and experts; --group, --asymmetric and "
-            "--experts go with --shapes"
-        )
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _refuse_both(model, shapes, bool(group or asymmetric or experts))
+    where = kernel_device(device)
     with kernel_refusals():
-        form = Form(group or 128, asymmetric, experts)
-        wanted = weights_of(str(model), where) if shapes is None else {form: parse_shapes(shapes)}
-    rows = [
-        row
-        for form, sizes in wanted.items()
-        for row in tune_shapes(
+        if shapes is None:
+            sizes_of_form = weights_of(str(model), where)
+        else:
+            sizes_of_form = {Form(group or 128, asymmetric, experts): parse_shapes(shapes)}
+    rows: list[dict[str, Any]] = []
+    for form, sizes in sizes_of_form.items():
+        rows += tune_shapes(
             sizes,
             parse_tokens(m),
             form,
@@ -98,7 +96,21 @@ def tune(
             retune=retune,
             said=lambda line: print(line, file=sys.stderr, flush=True),
         )
-    ]
+    _report_entries(rows, json_file)
+
+
+def _refuse_both(model: str | None, shapes: str | None, describes_weights: bool) -> None:
+    """Refuse options that describe weights beside a directory, which has its own."""
+    if (model is None) == (shapes is None):
+        raise QlabError("give either a directory that qlab quantized or --shapes")
+    if model is not None and describes_weights:
+        raise QlabError(
+            f"{model} has its own groups, zero points and experts; --group, --asymmetric and "
+            "--experts go with --shapes"
+        )
+
+
+def _report_entries(rows: list[dict[str, Any]], json_file: Path | None) -> None:
     from qlab_kernels import cache
 
     timings = sum(row["timings"] for row in rows)
@@ -140,7 +152,8 @@ def cache_list(
         )
         for layer, name, key, entry in rows:
             old = ", stale" if cache.stale(entry, key, kernel_revision()) else ""
-            config = " ".join(f"{k}={v}" for k, v in entry.json()["config"].items() if k != "kind")
+            values = entry.json()["config"].items()
+            config = " ".join(f"{field}={value}" for field, value in values if field != "kind")
             table.add_row(
                 name.removesuffix(".json"),
                 str(key).rsplit("/", 2)[0],
@@ -152,13 +165,11 @@ def cache_list(
                 entry.date,
             )
         console(width=240).print(table)
-        report(
-            [
-                {"layer": layer, "file": name, "key": str(key), **entry.json()}
-                for layer, name, key, entry in rows
-            ],
-            json_file,
-        )
+        records = [
+            {"layer": layer, "file": name, "key": str(key), **entry.json()}
+            for layer, name, key, entry in rows
+        ]
+        report(records, json_file)
 
 
 @configs.command("export")

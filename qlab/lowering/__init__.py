@@ -2,14 +2,12 @@
 imported before it is used."""
 
 from qlab.lowering.compiler.options import inductor_options
-from qlab.lowering.model import lower, resident_bytes
+from qlab.lowering.model import lower
+from qlab.lowering.resident import resident_bytes
 from qlab.lowering.torchao_tensors import to_torchao
-from qlab.lowering.weights.coded import CodedExperts, CodedLinear
-from qlab.lowering.weights.linear import QExperts, QLinear
+from qlab.lowering.weights.modules import QExperts, QLinear
 
 __all__ = [
-    "CodedExperts",
-    "CodedLinear",
     "QExperts",
     "QLinear",
     "inductor_options",

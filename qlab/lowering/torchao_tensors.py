@@ -1,5 +1,5 @@
-"""A quantized directory in torchao's own int4 tensors, where one of them holds the codes: another
-backend, and an oracle.
+"""A quantized directory in torchao's own int4 tensors, where torchao has one that holds the codes:
+another backend, and an oracle for the tests.
 
 torchao is imported on use: it is no dependency of qlab. Both of its layouts mean (u - 8) * s + z'
 with u in 0..15, in bfloat16.
@@ -16,11 +16,13 @@ from transformers import PreTrainedModel
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.lowering.around.rotated import is_rotated
+from qlab.lowering.assembling import set_module
 from qlab.lowering.model import lower
 from qlab.lowering.weights import cuda
-from qlab.lowering.weights.coded import CodedWeight
-from qlab.lowering.weights.linear import QExperts, QLinear
+from qlab.lowering.weights.kernels import INT4
+from qlab.lowering.weights.modules import QLinear, QuantizedWeight
 from qlab.lowering.weights.nibbles import GROUPS, plane_width
+from qlab.lowering.weights.packed import Packed
 from qlab.process.surroundings import undisturbed
 
 TILE_K, TILE_N = 1024, 8  # what torchao pads a tiled weight to
@@ -30,12 +32,25 @@ TILE_K, TILE_N = 1024, 8  # what torchao pads a tiled weight to
 def to_torchao(
     model: Checkpoint | str | os.PathLike[str], device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """The Hugging Face model in bfloat16 with torchao int4 weights in ordinary linears; the codes
-    are those of the directory.
+    """A quantized directory as a Hugging Face model in bfloat16 with torchao's int4 weights in
+    ordinary linears; the codes are those of the directory.
 
-    On a CPU Int4OpaqueTensor (aten's int4 product for any number of tokens), on a GPU
-    Int4TilePackedTo4dTensor (tinygemm). Errors: torchao is missing, a weight of more than 4 bits or
-    of fused experts, rows that need padding, groups that torchao's kernels do not read.
+    On a CPU the weights are Int4OpaqueTensor (aten's int4 product for any number of tokens), on a
+    GPU Int4TilePackedTo4dTensor (tinygemm).
+
+    Args:
+        model: a quantized directory, or an open one.
+        device: 'cpu', 'cuda' or 'cuda:N', where the model is placed.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        QlabError: torchao is missing, a weight of more than 4 bits or of fused experts, rows that
+            need padding, groups that torchao's kernels do not read.
+
+    Example:
+        >>> model = qlab.to_torchao("demo-int4")
     """
     try:
         import torchao  # noqa: F401
@@ -45,75 +60,72 @@ def to_torchao(
         ) from error
     lowered = lower(model, device, torch.bfloat16)
     for name, module in list(lowered.named_modules()):
-        if isinstance(module, QExperts):
+        if not isinstance(module, QuantizedWeight):
+            continue
+        if module.kernel is not INT4:
+            raise QlabError(
+                f"{name}: torchao's int4 tensors do not hold {module.spec}; use qlab.lower"
+            )
+        if not isinstance(module, QLinear):
             raise QlabError(
                 f"{name}: torchao's int4 tensors are weights of linears, and these are fused "
                 "experts; use qlab.lower"
             )
-        if isinstance(module, CodedWeight):
-            raise QlabError(
-                f"{name}: torchao's int4 tensors do not hold {module.spec}; use qlab.lower"
-            )
-        if isinstance(module, QLinear):
-            owner, _, key = name.rpartition(".")
-            setattr(lowered.get_submodule(owner), key, _linear(name, module))
+        set_module(lowered, name, _linear(name, module))
     return lowered
 
 
 def _linear(name: str, module: QLinear) -> nn.Linear:
-    if module.count > 1:
+    packed = module.packed
+    if packed.planes > 1:
         raise QlabError(
             f"{name}: torchao's int4 tensors do not hold {module.spec}; use qlab.lower, or "
             "quantize to 4 bits or less"
         )
-    if module.perm is not None or module.inputs is not None or is_rotated(module):
+    if packed.perm is not None or module.inputs is not None or is_rotated(module):
         raise QlabError(
             f"{name}: torchao's int4 tensors take inputs as they come, in the order of the "
             "channels and neither rotated nor rounded; use qlab.lower"
         )
-    if plane_width(module.in_features) != module.in_features or module.group not in GROUPS:
+    if plane_width(module.in_features) != module.in_features or packed.group not in GROUPS:
         raise QlabError(
-            f"{name}: torchao's int4 tensors hold no groups of {module.group} over "
+            f"{name}: torchao's int4 tensors hold no groups of {packed.group} over "
             f"{module.in_features} channels; use qlab.lower, or quantize with groups of 32, 64, "
             "128 or 256"
         )
     linear = nn.Linear(
         module.in_features, module.out_features, module.bias is not None, device="meta"
     )
-    tensor = _opaque(module) if module.words.device.type == "cpu" else _tiled(module)
+    tensor = _opaque(packed) if packed.words.device.type == "cpu" else _tiled(packed)
     linear.weight = nn.Parameter(tensor, requires_grad=False)
     if module.bias is not None:
         linear.bias = nn.Parameter(module.bias, requires_grad=False)
     return linear
 
 
-def _opaque(module: QLinear) -> Any:
+def _opaque(packed: Packed) -> Any:
     """The packed words as they are: torchao uses the same operator, and cuts padded rows off its
     output."""
     from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
 
-    shape = torch.Size((module.out_features, module.in_features))
-    return Int4OpaqueTensor(module.words, module.scales, [1, module.group], shape)
+    shape = torch.Size((packed.n, packed.k))
+    return Int4OpaqueTensor(packed.words, packed.scales, [1, packed.group], shape)
 
 
-def _tiled(module: QLinear) -> Any:
+def _tiled(packed: Packed) -> Any:
     """Unpacked from the kernels' layout, and packed again in tinygemm's."""
     from torchao.quantization import Int4TilePackedTo4dTensor
 
     from qlab_kernels import unpack
 
-    n, k, group = module.out_features, module.in_features, module.group
-    packed = cuda.packed(module.words, module.scales, module.zeros, n, k, group, 1, module.layout)
-    codes, scales, zeros = unpack(packed)
+    n, k, group = packed.n, packed.k, packed.group
+    codes, scales, zeros = unpack(cuda.launched(packed))
     offsets = torch.zeros_like(scales) if zeros is None else -zeros * scales
     pad_n, pad_k = -n % TILE_N, -k % TILE_K
     u = F.pad((codes + 8).to(torch.uint8), (0, pad_k, 0, pad_n), value=8)
-    words = torch.ops.aten._convert_weight_to_int4pack(
-        (u[:, ::2] << 4 | u[:, 1::2]).contiguous(), 8
+    bytes_nk = (u[:, ::2] << 4 | u[:, 1::2]).contiguous()
+    words = torch.ops.aten._convert_weight_to_int4pack(bytes_nk, 8)
+    pairs = F.pad(torch.stack([scales, offsets], -1), (0, 0, 0, pad_k // group, 0, pad_n))
+    return Int4TilePackedTo4dTensor(
+        words, pairs.transpose(0, 1).contiguous(), [1, group], torch.Size((n, k))
     )
-    pairs = (
-        F.pad(torch.stack([scales, offsets], -1), (0, 0, 0, pad_k // group, 0, pad_n))
-        .transpose(0, 1)
-        .contiguous()
-    )
-    return Int4TilePackedTo4dTensor(words, pairs, [1, group], torch.Size((n, k)))

@@ -14,7 +14,7 @@ from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
 from qlab.lowering import QLinear
 from qlab.lowering.tuning import tune as tuning
-from qlab.lowering.tuning.tune import Form, parse_shapes, weights_of
+from qlab.lowering.tuning.shapes import Form, parse_shapes, weights_of
 from qlab.lowering.weights import cpu
 from qlab.methods.rtn import rtn
 from qlab_kernels import cache
@@ -105,9 +105,10 @@ def test_tuning_a_directory_measures_what_its_lowered_model_looks_up(call, saved
         assert code == 0, error
         for module in qlab.lower(path).modules():
             if isinstance(module, QLinear):
-                rows, half = module.words.shape
+                packed = module.packed
+                rows, half = packed.words.shape
                 problem = cpu.problem(
-                    1, torch.bfloat16, False, rows, 2 * half, module.group, module.zeros is not None
+                    1, torch.bfloat16, False, rows, 2 * half, packed.group, packed.zeros is not None
                 )
                 assert cache.lookup(problem).source == "user", (text, module)
 
@@ -195,7 +196,8 @@ def test_a_read_only_home_refuses_to_tune_in_one_sentence(call, folder):
 def test_whole_rows_and_wide_groups_are_held_as_a_lowered_model_holds_them(k, group, zeros):
     for name in ("qlab", "dense copy"):
         prepare(
-            name, Case(70, k, "bfloat16", group, zeros, torch.device("cpu"))
+            name,
+            Case(n=70, k=k, dtype="bfloat16", group=group, zeros=zeros, device=torch.device("cpu")),
         )  # checks itself against fp32
     rows = tuning.tune_shapes([(70, k)], [1], Form(group, zeros), budget=5.0)
     held = cpu.problem(

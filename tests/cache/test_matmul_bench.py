@@ -6,12 +6,14 @@ import json
 import pytest
 import torch
 
+from qlab.algebra.qtensor import dense
 from qlab.bench import contenders
 from qlab.bench.__main__ import main as bench_main
 from qlab.bench.contenders import CONTENDERS, Case, Unavailable, prepare
-from qlab.bench.matmul import compare_matmuls, losses, table, verdict
+from qlab.bench.matmul import compare_matmuls, losses
+from qlab.bench.matmul_table import table, verdict
+from qlab.lowering.tuning.random_weight import random_weight, rounded_once
 from qlab.lowering.tuning.timing import copies, microseconds
-from qlab.lowering.tuning.tune import random_weight
 
 pytestmark = pytest.mark.usefixtures("small_cache")
 CPU = torch.device("cpu")
@@ -51,7 +53,7 @@ def test_a_contender_that_stops_takes_nobodys_figures_with_it(monkeypatch):
             raise RuntimeError("out of memory")
         return x @ W.mT
 
-    W = random_weight(128, 256, 64, False, CPU).dense(torch.bfloat16)
+    W = rounded_once(random_weight(128, 256, 64, False, CPU), torch.bfloat16)
     monkeypatch.setitem(contenders.CONTENDERS, "library", lambda case: [few])
     record = compare_matmuls([(128, 256)], [1, 8], group=64, names=["library", "qlab"], seconds=0.0)
     assert {(row["contender"], row["m"]) for row in record["rows"]} == {
@@ -125,6 +127,10 @@ def test_the_bench_refuses_before_it_measures(call, option, value):
     assert code == 2 and not out and said.count("\n") == 1
 
 
+def case_of(zeros):
+    return Case(n=64, k=128, dtype="bfloat16", group=32, zeros=zeros, device=CPU)
+
+
 def row(name, m, us, **more):
     figures = {
         "graph_us": None,
@@ -188,7 +194,7 @@ def test_it_says_plainly_where_int4_loses():
     "name", [name for name in CONTENDERS if name not in ("compiled", "gemlite")]
 )
 def test_contenders_multiply_the_same_weight(name, zeros):
-    case = Case(64, 128, "bfloat16", 32, zeros, CPU)
+    case = case_of(zeros)
     try:
         products = prepare(name, case)  # checks itself against fp32
     except Unavailable as why:
@@ -201,14 +207,14 @@ def test_the_compiled_baseline_multiplies_the_same_weight(monkeypatch):
     monkeypatch.setattr(
         torch, "compile", lambda function, **_: function
     )  # its arithmetic, without half a minute of compiler
-    assert prepare("compiled", Case(64, 128, "bfloat16", 32, True, CPU))
+    assert prepare("compiled", case_of(True))
 
 
 def test_a_contender_that_computes_something_else_is_shown_the_door(monkeypatch):
     wrong = {"library": lambda case: [lambda x: x @ torch.zeros(case.n, case.k).bfloat16().mT]}
     monkeypatch.setattr(contenders, "CONTENDERS", wrong)
     with pytest.raises(Unavailable, match="computes something else: relative error 1"):
-        prepare("library", Case(64, 128, "bfloat16", 32, False, CPU))
+        prepare("library", case_of(False))
 
 
 def test_the_weight_of_a_seed_is_the_same_everywhere_and_other_seeds_differ():
@@ -218,7 +224,7 @@ def test_the_weight_of_a_seed_is_the_same_everywhere_and_other_seeds_differ():
         and torch.equal(a.zeros, b.zeros)
         and not torch.equal(a.codes, c.codes)
     )
-    W = a.dense(torch.float64)
+    W = dense(a, torch.float64)
     assert W[3, 40] == (a.codes[3, 40].double() - a.zeros[3, 1].double()) * a.scales[3, 1]
 
 

@@ -33,7 +33,7 @@ from qlab.driver.quantize import quantize
 from qlab.errors import QlabError
 from qlab.evaluation.perplexity import read
 from qlab.files.checkpoint import open_checkpoint
-from qlab.lowering.weights.linear import QExperts, QLinear, QuantizedWeight
+from qlab.lowering.weights.modules import QExperts, QLinear, QuantizedWeight
 from qlab.methods.inputs import quantize_inputs
 from qlab.methods.rtn import rtn
 from qlab.model.running import head

@@ -27,7 +27,7 @@ from qlab.algebra.spec import parse_spec
 from qlab.directories.convert import convert
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
-from qlab.lowering.weights.linear import QuantizedWeight
+from qlab.lowering.weights.modules import QuantizedWeight
 from qlab.methods.rtn import rtn
 
 pytestmark = [pytest.mark.usefixtures("door"), pytest.mark.filterwarnings("ignore:no int4 kernel")]

@@ -16,7 +16,7 @@ from qlab.errors import QlabError
 from qlab.evaluation.perplexity import evaluate
 from qlab.files.checkpoint import open_checkpoint
 from qlab.lowering.model import lower
-from qlab.lowering.weights.linear import QLinear
+from qlab.lowering.weights.modules import QLinear
 from qlab.methods import METHODS
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn

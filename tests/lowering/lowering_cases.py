@@ -9,7 +9,8 @@ from torch._inductor import config
 
 from qlab.algebra.qtensor import QTensor, dense
 from qlab.algebra.spec import Int, Tile
-from qlab.lowering import QLinear, inductor_options
+from qlab.lowering import QExperts, QLinear, inductor_options
+from qlab.lowering.weights.kernels import CODES
 
 calm = settings(
     max_examples=25,
@@ -42,6 +43,15 @@ def activations(m, k, dtype, seed=0):
 
 def lowered(leaf, dtype=torch.bfloat16, bias=None, dense_cache=False):
     return QLinear("site", leaf, bias, dtype, CPU, dense_cache)
+
+
+def coded(leaf, dtype=torch.bfloat16, bias=None, dense_cache=False, inputs=None):
+    """The same held as bit streams, also where a kernel takes it."""
+    return QLinear("site", leaf, bias, dtype, CPU, dense_cache, inputs=inputs, kernel=CODES)
+
+
+def coded_experts(leaf, dtype=torch.bfloat16, dense_cache=False):
+    return QExperts("site", leaf, dtype, CPU, dense_cache, kernel=CODES)
 
 
 def check_product(y, x, leaf, bias=None):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from lowering_cases import CPU, activations, calm, random_leaf
+from lowering_cases import activations, calm, coded, coded_experts, random_leaf
 from torch.utils import _pytree as pytree
 
 from qlab.algebra.experts import rows_of
@@ -17,8 +17,8 @@ from qlab.algebra.online import QuantizeInput
 from qlab.algebra.qtensor import QTensor, dense
 from qlab.algebra.spec import Float, Int, Tile, parse_spec
 from qlab.errors import QlabError
-from qlab.lowering import CodedExperts, CodedLinear, inductor_options
-from qlab.lowering.weights.linear import expert
+from qlab.lowering import inductor_options
+from qlab.lowering.weights.int4 import expert
 from qlab.lowering.weights.nibbles import refusal
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -87,7 +87,7 @@ def bits(x):
 def test_the_weight_is_dense_bit_for_bit_and_so_is_its_product(leaf, dtype, biased, dense_cache):
     bias = activations(1, leaf.shape[0], dtype, seed=7)[0] if biased else None
     module, x = (
-        CodedLinear("site", leaf, bias, dtype, CPU, dense_cache),
+        coded(leaf, dtype, bias, dense_cache),
         activations(5, leaf.shape[1], dtype),
     )
     assert torch.equal(bits(module.dequantized()), bits(dense(leaf, dtype)))
@@ -107,7 +107,7 @@ def test_each_row_meets_its_own_expert(counts, text, biased, dense_cache):
     parts = [leaf_of(parse_spec(text), 24, 64, seed) for seed in range(len(counts))]
     leaf = pytree.tree_map(lambda *parts: None if parts[0] is None else torch.stack(parts), *parts)
     module, x = (
-        CodedExperts("site", leaf, torch.bfloat16, CPU, dense_cache),
+        coded_experts(leaf, dense_cache=dense_cache),
         activations(sum(counts), 64, torch.bfloat16),
     )
     ends, bias = (
@@ -125,7 +125,7 @@ def test_each_row_meets_its_own_expert(counts, text, biased, dense_cache):
 def test_torch_accepts_the_operators_and_compiles_one_dynamic_graph(text):
     leaf = leaf_of(parse_spec(text), 24, 64)
     module, torch_dense = (
-        CodedLinear("site", leaf, None, torch.bfloat16, CPU, False),
+        coded(leaf),
         torch.ops.qlab.dense.default,
     )
     torch.library.opcheck(
@@ -154,7 +154,7 @@ def test_inputs_are_rounded_as_the_reference_rounds_them(text):
     spec = parse_spec(text)
     rounding = QuantizeInput(spec, outer=torch.tensor([900.0]) if spec.outer else None)
     leaf, x = leaf_of(parse_spec("fp8-channel"), 24, 64), activations(6, 64, torch.bfloat16)
-    module = CodedLinear("site", leaf, None, torch.bfloat16, CPU, False, rounding)
+    module = coded(leaf, inputs=rounding)
     assert torch.equal(module(x), F.linear(rounding(x), dense(leaf, torch.bfloat16))) and module(
         x[:0]
     ).shape == (0, 24)
@@ -164,7 +164,7 @@ def test_inputs_are_rounded_as_the_reference_rounds_them(text):
     inputs = module.inputs
     torch.library.opcheck(
         torch.ops.qlab.round_input.default,
-        (x, inputs.scales, inputs.zeros, inputs.outer, inputs.spec),
+        (x, inputs.scales, inputs.zeros, inputs.outer, inputs.text),
     )
 
 
@@ -175,8 +175,7 @@ def test_the_state_round_trips_and_that_of_another_grid_is_refused(text):
         QuantizeInput(parse_spec("fp8-tensor"), torch.tensor([[0.5]])),
     )
     module, other = (
-        CodedLinear("site", made, None, torch.bfloat16, CPU, False, rounding)
-        for made in (leaf, leaf_of(leaf.spec, 24, 64, seed=5))
+        coded(made, inputs=rounding) for made in (leaf, leaf_of(leaf.spec, 24, 64, seed=5))
     )
     other.inputs.scales.fill_(9.0)
     other.load_state_dict(module.state_dict())
@@ -195,8 +194,8 @@ def test_scales_too_small_for_float16_are_refused():
     with pytest.raises(
         QlabError, match=r"site has scales up to .*, which torch\.float16 does not hold"
     ):
-        CodedLinear("site", leaf, None, torch.float16, CPU, False)
-    W = CodedLinear("site", leaf, None, torch.bfloat16, CPU, False).dequantized()
+        coded(leaf, torch.float16)
+    W = coded(leaf).dequantized()
     assert (W - dense(leaf, torch.float32)).norm() <= 0.01 * dense(leaf, torch.float32).norm()
 
 
@@ -206,16 +205,14 @@ def test_what_is_wrong_is_refused_by_name():
         torch.full_like(leaf.codes.float(), 5.0).to(leaf.codes.dtype), leaf.scales, None, leaf.spec
     )
     with pytest.raises(QlabError, match="site has codes that are no numbers of mxfp4"):
-        CodedLinear("site", off, None, torch.bfloat16, CPU, False)
+        coded(off)
     with pytest.raises(
         QlabError, match=r"lowered for torch.bfloat16 got torch.float32 activations"
     ):
-        CodedLinear("site", leaf, None, torch.bfloat16, CPU, False)(
-            activations(1, 64, torch.float32)
-        )
+        coded(leaf)(activations(1, 64, torch.float32))
     with pytest.raises(QlabError, match=r"site rounds its inputs to .* which has no name"):
         odd = QuantizeInput(Int(8, Tile(1, None), scale_dtype=torch.float16))
-        CodedLinear("site", leaf, None, torch.bfloat16, CPU, False, odd)
+        coded(leaf, inputs=odd)
 
 
 def test_kernels_say_what_they_do_not_take():

@@ -17,6 +17,7 @@ from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
 from qlab.lowering import QExperts, QLinear, inductor_options, lower
 from qlab.lowering.weights import cuda
+from qlab.lowering.weights.packed import Packed
 from qlab.methods.rtn import rtn
 from qlab_kernels import target
 
@@ -27,6 +28,7 @@ import torch
 from lowering_cases import activations, check_product, random_leaf
 from qlab.lowering.weights import cuda
 from qlab.lowering.weights.nibbles import planes_of
+from qlab.lowering.weights.packed import stacked
 from qlab.algebra.qtensor import dense
 from qlab.algebra.spec import Int, Tile
 from qlab_kernels import cache
@@ -39,15 +41,14 @@ cases = [(100, 128, Int(4, Tile(1, 64), False)), (64, 100, Int(3, Tile(1, None))
 for n, k, spec in cases:
     leaf = random_leaf(n, k, spec, scale_dtype=torch.float16)
     planes = planes_of("site", leaf, whole_rows=True)
-    packed = cuda.pack(planes, torch.float16, torch.device("cpu"))
-    name = cuda.layout(torch.device("cpu"), torch.float16)
-    W = cuda.dequantize(*packed, n, k, planes.group, planes.count, name)
+    packed = cuda.pack(planes, torch.float16)
+    W = cuda.dequantize(packed)
     assert W.shape == (n, k) and W.is_contiguous()
     torch.testing.assert_close(W, dense(leaf), rtol=1e-3, atol=1e-6)  # rounded once, two planes together
     for m in (0, 1, 5, 600):
         x = activations(m, k, torch.float16)
-        check_product(cuda.int4_mm(x, *packed, None, n, planes.group, planes.count, name), x, leaf)
-        check_product(cuda.int4_mm(x, *packed, W, n, planes.group, planes.count, name), x, leaf)
+        check_product(cuda.int4_mm(x, packed, None), x, leaf)
+        check_product(cuda.int4_mm(x, packed, W), x, leaf)
 assert "dequant" in kinds and len(kinds) > 1, kinds
 
 from qlab.algebra.experts import rows_of
@@ -57,13 +58,12 @@ for capability in ((9, 0), (7, 5)):  # one grouped kernel, and expert by expert
     for n, k, spec in cases:
         leaves = [random_leaf(n, k, spec, seed=e, scale_dtype=torch.float16) for e in range(3)]
         planes = [planes_of("site", leaf, whole_rows=True) for leaf in leaves]
-        parts = zip(*(cuda.pack(p, torch.float16, torch.device("cpu")) for p in planes))
-        packed = [None if part[0] is None else torch.stack(part) for part in parts]
-        x, name = activations(7, k, torch.float16), cuda.layout(torch.device("cpu"), torch.float16)
-        y = cuda.int4_grouped_mm(x, *packed, None, ends, n, planes[0].group, planes[0].count, name)
+        packed = stacked([cuda.pack(p, torch.float16) for p in planes])
+        x = activations(7, k, torch.float16)
+        y = cuda.int4_grouped_mm(x, packed, None, ends)
         for leaf, rows in zip(leaves, rows_of(ends)):
             check_product(y[rows], x[rows], leaf)
-        assert cuda.int4_grouped_mm(x[:0], *packed, None, 0 * ends, n, planes[0].group, planes[0].count, name).shape == (0, n)
+        assert cuda.int4_grouped_mm(x[:0], packed, None, 0 * ends).shape == (0, n)
 """  # noqa: E501
 
 
@@ -78,12 +78,14 @@ TUNED = """
 import torch
 from lowering_cases import activations, check_product, random_leaf
 from qlab.algebra.experts import rows_of
-from qlab.lowering.weights import cuda
+from qlab.lowering.weights import cuda, int4
+from qlab.lowering.weights.packed import stacked
 from qlab.lowering.tuning import tune as tuning
 from qlab.lowering.weights.nibbles import planes_of
 from qlab.algebra.spec import Int, Tile
 from qlab_kernels import cache
 HERE = torch.device("cpu")
+int4.implementation = lambda device: cuda
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 torch.cuda.get_device_name = tuning.device_label = lambda device=None: "NVIDIA H200"
 tuning.copies = lambda *_: 2
@@ -100,20 +102,21 @@ def invented(calls, *_):
 tuning.microseconds = invented
 leaves = [random_leaf(64, 128, Int(4, Tile(1, 64), False), seed=e, scale_dtype=torch.float16) for e in range(3)]
 planes = [planes_of("site", leaf, whole_rows=True) for leaf in leaves]
-each = [cuda.pack(p, torch.float16, HERE) for p in planes]
-x, name, lookup = activations(20, 128, torch.float16), cuda.layout(HERE, torch.float16), cache.lookup
+each = [cuda.pack(p, torch.float16) for p in planes]
+x, lookup = activations(20, 128, torch.float16), cache.lookup
 for experts in (0, 3):
     products.clear()
-    [row] = tuning._tune_cuda([(64, 128)], [20], tuning.Form(64, True, experts), "float16", HERE, 600.0, False, lambda _: None)
+    [product] = tuning._products_on_gpu([(64, 128)], [20], tuning.Form(64, True, experts), "float16", HERE)
+    row = tuning._tune(product, 600.0, False, lambda _: None)
     assert row["timings"] > 4 and (row["m"], row["experts"]) == (32, max(experts, 1)), row
     found = []
     cache.lookup = lambda problem: (found.append(lookup(problem)), found[-1])[1]
     if experts:
         ends = torch.tensor([2, 2, 20])
-        y = cuda.int4_grouped_mm(x, *(torch.stack(part) for part in zip(*each)), None, ends, 64, 64, 1, name)
+        y = cuda.int4_grouped_mm(x, stacked(each), None, ends)
     else:
         ends = torch.tensor([20])
-        y = cuda.int4_mm(x, *each[0], None, 64, 64, 1, name)
+        y = cuda.int4_mm(x, each[0], None)
     for leaf, rows in zip(leaves, rows_of(ends)):
         check_product(y[rows], x[rows], leaf)
     assert [(f.source, f.config.kind, f.config.bm, f.stale) for f in found] == [("user", "gemm", row["config"]["bm"], False)]
@@ -146,7 +149,9 @@ def test_capabilities_and_dtypes_without_kernels_are_refused_by_name(monkeypatch
     with pytest.raises(
         QlabError, match="packed as wgmma cannot be read on Tesla T4, whose layout is rows"
     ):
-        cuda.packed(nothing, nothing, None, 1, 1, 32, 1, "wgmma")
+        cuda.launched(
+            Packed(nothing, nothing, None, None, n=1, k=1, group=32, planes=1, layout="wgmma")
+        )
 
 
 def dtypes():
@@ -169,12 +174,10 @@ def test_a_lowered_linear_agrees_with_interpret_on_a_gpu(spec):
     leaf = random_leaf(200, 256, spec)
     for dtype in dtypes():
         layer = QLinear("site", leaf, None, dtype, torch.device("cuda"), False)
-        packed = (layer.words, layer.scales, layer.zeros)
         for m in (0, 1, 17, 700):
             x = activations(m, 256, dtype).cuda()
             check_product(layer(x).cpu(), x.cpu(), leaf)
-            rest = (None, 200, layer.group, layer.count, layer.layout)
-            torch.library.opcheck(torch.ops.qlab.int4_mm.default, (x, *packed, *rest))
+            torch.library.opcheck(torch.ops.qlab.int4_mm.default, layer.packed.for_mm(x, None))
 
 
 def stacked(*parts):

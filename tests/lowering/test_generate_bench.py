@@ -15,7 +15,7 @@ from qlab.bench.__main__ import main
 from qlab.bench.generate import ENGINES, _undo
 from qlab.files.checkpoint import open_checkpoint
 from qlab.lowering import resident_bytes
-from qlab.lowering.weights.linear import QuantizedWeight
+from qlab.lowering.weights.modules import QuantizedWeight
 from qlab.methods.rtn import rtn
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from families import tiny
 from hypothesis import given
 from hypothesis import strategies as st
-from lowering_cases import CPU, GROUPS, activations, calm, lowered, random_leaf
+from lowering_cases import CPU, GROUPS, activations, calm, coded, lowered, random_leaf
 from test_coded import FLOATS, leaf_of
 from test_lowered_experts import ends_of, random_experts
 
@@ -17,8 +17,9 @@ from qlab.algebra.online import QuantizeInput
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import Int, Tile, parse_spec
 from qlab.files.checkpoint import open_checkpoint
-from qlab.lowering import CodedExperts, CodedLinear, QExperts
+from qlab.lowering import QExperts
 from qlab.lowering.around.inputs import RoundedInput
+from qlab.lowering.weights.kernels import INT4, KERNELS
 from qlab.methods.rtn import rtn
 
 
@@ -63,7 +64,7 @@ def test_through_a_packed_weight_of_every_form(bits, symmetric, group, m, permut
 
 @pytest.mark.parametrize("spec", FLOATS)
 def test_through_a_coded_weight(spec):
-    module = CodedLinear("site", leaf_of(parse_spec(spec), 32, 64), None, torch.float32, CPU, False)
+    module = coded(leaf_of(parse_spec(spec), 32, 64), torch.float32)
     x = activations(5, 64, torch.float32)
     torch.testing.assert_close(
         gradient(module, x), gradient(lambda x: F.linear(x, module.dequantized()), x)
@@ -85,11 +86,12 @@ def each(W_eok, ends):
     )
 
 
-@pytest.mark.parametrize("kind", [QExperts, CodedExperts])
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("dense_cache", [False, True])
-def test_through_experts_whatever_their_rows(kind, dense_cache):
-    leaf = random_experts(3, 40, 64, Int(4, Tile(1, 32 if kind is QExperts else 16), False))
-    module, ends = kind("site", leaf, torch.float32, CPU, dense_cache), ends_of([4, 0, 2])
+def test_through_experts_whatever_their_rows(kernel, dense_cache):
+    leaf = random_experts(3, 40, 64, Int(4, Tile(1, 32 if kernel is INT4 else 16), False))
+    module, ends = QExperts("site", leaf, torch.float32, CPU, dense_cache), ends_of([4, 0, 2])
+    assert module.kernel is kernel
     x = activations(6, 64, torch.float32)
     expected = gradient(each(module.dequantized(), ends), x)
     torch.testing.assert_close(gradient(lambda x: module(x, None, ends), x), expected)
@@ -124,9 +126,7 @@ def test_compiled_they_are_the_same():
         QExperts("site", random_experts(2, 40, 64, Int(4, Tile(1, 32))), torch.float32, CPU, False),
         ends_of([2, 3]),
     )
-    linear = CodedLinear(
-        "site", leaf_of(parse_spec("fp8-channel"), 64, 64), None, torch.float32, CPU, False
-    )
+    linear = coded(leaf_of(parse_spec("fp8-channel"), 64, 64), torch.float32)
     run, x = lambda x: module(linear(x), None, ends), activations(5, 64, torch.float32)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(gradient(compiled, x), gradient(run, x))

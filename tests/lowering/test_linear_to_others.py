@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import tiny
 from library import write_with_the_library
-from lowering_cases import CPU, activations, lowered, random_leaf
+from lowering_cases import activations, coded, lowered, random_leaf
 from rotations import CASES
 from test_coded import leaf_of
 from torch import nn
@@ -21,7 +21,6 @@ from qlab.algebra.spec import Int, Tile, parse_spec
 from qlab.algebra.transform import chain
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
-from qlab.lowering import CodedLinear
 from qlab.methods.inputs import quantize_inputs
 from qlab.methods.rtn import rtn
 
@@ -29,9 +28,7 @@ IDS = torch.arange(3, 15)[None]
 
 
 PACKED = lowered(random_leaf(50, 64, Int(4, Tile(1, 32))), torch.float32)
-CODED = CodedLinear(
-    "site", leaf_of(parse_spec("fp8-channel"), 50, 64), None, torch.float32, CPU, False
-)
+CODED = coded(leaf_of(parse_spec("fp8-channel"), 50, 64), torch.float32)
 linears = pytest.mark.parametrize("module", [PACKED, CODED], ids=["packed", "coded"])
 
 

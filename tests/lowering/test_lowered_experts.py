@@ -13,7 +13,7 @@ from qlab.algebra.qtensor import QTensor, dense
 from qlab.algebra.spec import Int, Tile
 from qlab.errors import QlabError
 from qlab.lowering import QExperts
-from qlab.lowering.weights.linear import expert
+from qlab.lowering.weights.int4 import expert
 
 DTYPES = [torch.bfloat16, torch.float32]
 
@@ -62,18 +62,8 @@ def test_torch_accepts_the_operator(bits, symmetric):
         False,
     )
     for counts in ([0, 0, 0], [2, 0, 5]):
-        arguments = (
-            activations(sum(counts), 64, torch.bfloat16),
-            module.words,
-            module.scales,
-            module.zeros,
-            None,
-            ends_of(counts),
-            70,
-            module.group,
-            module.count,
-            module.layout,
-        )
+        x = activations(sum(counts), 64, torch.bfloat16)
+        arguments = module.packed.for_grouped_mm(x, None, ends_of(counts))
         torch.library.opcheck(torch.ops.qlab.int4_grouped_mm.default, arguments)
 
 

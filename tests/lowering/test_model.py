@@ -11,8 +11,9 @@ from qlab.data.calibration import from_ids
 from qlab.errors import QlabError
 from qlab.evaluation.perplexity import read
 from qlab.files.checkpoint import open_checkpoint
-from qlab.lowering import CodedExperts, CodedLinear, QExperts, QLinear, lower, resident_bytes
-from qlab.lowering.weights.linear import QuantizedWeight
+from qlab.lowering import QExperts, QLinear, lower, resident_bytes
+from qlab.lowering.weights.kernels import CODES
+from qlab.lowering.weights.modules import QuantizedWeight
 from qlab.methods.rtn import rtn
 from qlab.model.running import head
 
@@ -99,7 +100,7 @@ def test_what_no_kernel_takes_is_dequantized_for_the_call_and_said_to_be(quantiz
     coded = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, CodedLinear | CodedExperts)
+        if isinstance(module, QuantizedWeight) and module.kernel is CODES
     ]
     assert sorted(coded) == sorted(
         name for name, row in result.sites.items() if row["spec"]

@@ -56,7 +56,7 @@ def test_both_ways_of_multiplying_agree(kind, group, symmetric, monkeypatch):
 
 def test_groups_that_no_kernel_reads_are_cut_into_some_that_repeat_a_scale():
     leaf, x = random_leaf(40, 1536, Int(4, Tile(1, 768))), activations(3, 1536, torch.bfloat16)
-    assert lowered(leaf).group == 256
+    assert lowered(leaf).packed.group == 256
     check_product(lowered(leaf)(x), x, leaf)
 
 
@@ -111,21 +111,9 @@ def test_torch_accepts_the_operators(bits, symmetric, dtype):
     layer = lowered(
         random_leaf(70, 100, Int(bits, Tile(1, None), symmetric)), dtype, dense_cache=bits == 3
     )
-    packed = (layer.words, layer.scales, layer.zeros)
-    torch.library.opcheck(
-        torch.ops.qlab.dequantize.default,
-        (*packed, 70, 100, layer.group, layer.count, layer.layout),
-    )
+    torch.library.opcheck(torch.ops.qlab.dequantize.default, layer.packed.for_dequantize())
     for m in (0, 1, 70):
-        arguments = (
-            activations(m, 100, dtype),
-            *packed,
-            layer.dense,
-            70,
-            layer.group,
-            layer.count,
-            layer.layout,
-        )
+        arguments = layer.packed.for_mm(activations(m, 100, dtype), layer.dense)
         torch.library.opcheck(torch.ops.qlab.int4_mm.default, arguments)
 
 

@@ -164,22 +164,11 @@ def test_many_rows_of_a_lowered_product_are_multiplied_in_fp32(dtype, dense_cach
         tuning._cpu_calls(
             "dense",
             x,
-            [(layer.words, layer.scales, layer.zeros)],
+            [layer.packed],
             [layer.dense] if dense_cache else [],
-            64,
         )[0]()
     assert timed.dtypes == {torch.float32}
     with Multiplied() as seen:
-        y = cpu.int4_mm(
-            x,
-            layer.words,
-            layer.scales,
-            layer.zeros,
-            layer.dense,
-            100,
-            layer.group,
-            layer.count,
-            layer.layout,
-        )
+        y = cpu.int4_mm(x, layer.packed, layer.dense)
     assert seen.dtypes == {torch.float32}
     check_product(y, x, leaf)

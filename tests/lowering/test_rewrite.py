@@ -189,9 +189,8 @@ def test_only_a_transposed_weight_is_fused(target, axes, fused):
     layer = lowered(random_leaf(64, 64, INT4))
 
     def product(x, words, scales):
-        W = torch.ops.qlab.dequantize(
-            words, scales, None, 64, 64, layer.group, layer.count, layer.layout
-        )
+        packed = layer.packed._replace(words=words, scales=scales)
+        W = torch.ops.qlab.dequantize(*packed.for_dequantize())
         return aten.mm(x, target(W, *axes))
 
     arguments = activations(3, 64, torch.bfloat16), layer.words, layer.scales

@@ -1,6 +1,9 @@
-"""Inputs that are rounded at run time: what qlab.methods.inputs computes, as one operator.
+"""Inputs that are rounded at run time, as one operator that computes what
+qlab.algebra.online.QuantizeInput does.
 
-qlab::round_input(x [n, k], scales, zeros, outer, spec) -> x on the grid of `spec`, in x's dtype
+    qlab::round_input(x [n, k], scales, zeros, outer, spec) -> x on the grid of `spec`, in x's dtype
+
+`spec` is the text that `exact.text_of` gives.
 """
 
 from typing import Any
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from qlab.algebra.online import QuantizeInput
 from qlab.algebra.spec import parse_spec
 from qlab.errors import QlabError
+from qlab.lowering.weights.exact import spec_of, text_of
 
 
 @torch.library.custom_op("qlab::round_input", mutates_args=())
@@ -18,7 +22,7 @@ def round_input(
     x: Tensor, scales: Tensor | None, zeros: Tensor | None, outer: Tensor | None, spec: str
 ) -> Tensor:
     """QuantizeInput(spec, scales, zeros, outer)(x)."""
-    return QuantizeInput(parse_spec(spec), scales, zeros, outer)(x) if len(x) else x.clone()
+    return QuantizeInput(spec_of(spec), scales, zeros, outer)(x) if len(x) else x.clone()
 
 
 @round_input.register_fake
@@ -34,13 +38,13 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    """That of QuantizeInput itself, so that both have one."""
+    """The gradient that QuantizeInput itself has."""
     x, scales, zeros, outer = ctx.saved_tensors
     if not len(x):
         return g, *[None] * 4
     with torch.enable_grad():
         entering = x.detach().requires_grad_()
-        rounded = QuantizeInput(parse_spec(ctx.spec), scales, zeros, outer)(entering)
+        rounded = QuantizeInput(spec_of(ctx.spec), scales, zeros, outer)(entering)
     (by_x,) = torch.autograd.grad(rounded, entering, g)
     return by_x, *[None] * 4
 
@@ -50,7 +54,10 @@ round_input.register_autograd(_gradients, setup_context=_save)
 
 class RoundedInput(nn.Module):
     """x [n, k] -> x rounded to the nearest numbers of a grid. Scales that were fixed beforehand are
-    buffers."""
+    buffers.
+
+    spec: the grid, and what a scale covers. text: the same as the operator takes it.
+    """
 
     scales: Tensor | None
     zeros: Tensor | None
@@ -58,8 +65,9 @@ class RoundedInput(nn.Module):
 
     def __init__(self, path: str, rounding: QuantizeInput, device: torch.device):
         super().__init__()
-        self.spec, self.said = str(rounding.spec), str(rounding.input_spec)
-        if parse_spec(self.spec) != rounding.spec:
+        self.spec, self.text = rounding.spec, text_of(rounding.spec)
+        self.label = str(rounding.input_spec)
+        if parse_spec(str(rounding.spec)) != rounding.spec:
             raise QlabError(
                 f"{path} rounds its inputs to {rounding.spec!r}, which has no name; evaluate the "
                 "directory with qlab"
@@ -72,7 +80,7 @@ class RoundedInput(nn.Module):
             self.register_buffer(name, None if part is None else part.to(device))
 
     def forward(self, x: Tensor) -> Tensor:
-        return round_input(x, self.scales, self.zeros, self.outer, self.spec)
+        return round_input(x, self.scales, self.zeros, self.outer, self.text)
 
     def extra_repr(self) -> str:
-        return self.said
+        return self.label

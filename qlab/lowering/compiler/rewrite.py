@@ -24,6 +24,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from qlab.algebra.products import product_dtype
 from qlab.lowering.weights import cpu
 from qlab.lowering.weights.nibbles import plane_width
+from qlab.lowering.weights.packed import Packed, unflattened
 
 aten, prims = torch.ops.aten, torch.ops.prims
 TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int, aten.numpy_T.default)
@@ -36,6 +37,7 @@ SOURCES = (
     "weights/cpu.py",
     "weights/nibbles.py",
     "weights/ops.py",
+    "weights/packed.py",
     "../algebra/products.py",
     "../process/processor.py",
 )
@@ -66,71 +68,83 @@ class Rewrite(CustomGraphPass):
 
 def fuse(graph: Any) -> int:
     """Replace products with a dequantized weight; the number of them."""
-    found = 0
-    for node in [
-        n for target in PRODUCTS for n in graph.find_nodes(op="call_function", target=target)
-    ]:
-        bias, x, w = node.args if node.target is aten.addmm.default else (None, *node.args)
-        dequantized, columns = _dequantized(w, transposed=True), False
-        if dequantized is None and bias is None:  # W @ x: what is multiplied stands in columns
-            dequantized, columns, x, w = _dequantized(x, transposed=False), True, w, x
-        if dequantized is None or node.kwargs:  # factors of addmm, which rounds once after them
-            continue
-        words, scales, zeros, n, k, group, count, layout = dequantized.args
-        with graph.inserting_before(node):
-            batch = [_size(graph, x, 0)] if node.target is aten.bmm.default else []
-            x = _turned(graph, x) if columns else x
-            m = _size(graph, x, -2) if batch else None
-            rows = _call(graph, aten.reshape.default, (x, [-1, k])) if batch else x
-            new = _call(
-                graph,
-                torch.ops.qlab.int4_mm.default,
-                (rows, words, scales, zeros, None, n, group, count, layout),
-            )
-            if bias is not None:
-                new = _call(graph, aten.add.Tensor, (new, bias))
-            if batch:
-                new = _call(graph, aten.reshape.default, (new, [*batch, m, n]))
-            if columns:
-                new = _contiguous(graph, _turned(graph, new))
-        _replace(graph, node, new)
-        while w is not None and not w.users:
-            w, dead = None if w is dequantized else w.args[0], w
-            graph.erase_node(dead)
-        found += 1
-    return found
+    nodes = [
+        node for target in PRODUCTS for node in graph.find_nodes(op="call_function", target=target)
+    ]
+    return sum(_fused(graph, node) for node in nodes)
+
+
+def _fused(graph: Any, node: Any) -> bool:
+    """Replace one product, if it is one with a dequantized weight; whether it is."""
+    bias, x, w = node.args if node.target is aten.addmm.default else (None, *node.args)
+    source, in_columns = _dequantized(w, transposed=True), False
+    if source is None and bias is None:  # W @ x, which multiplies the columns of x
+        source, in_columns, x, w = _dequantized(x, transposed=False), True, w, x
+    if source is None or node.kwargs:  # addmm with factors rounds once, after them
+        return False
+    with graph.inserting_before(node):
+        new = _multiplied(graph, _turned(graph, x) if in_columns else x, unflattened(*source.args))
+        if bias is not None:
+            new = _call(graph, aten.add.Tensor, (new, bias))
+        if in_columns:
+            new = _contiguous(graph, _turned(graph, new))
+    _replace(graph, node, new)
+    _erase_unused(graph, w, source)
+    return True
+
+
+def _multiplied(graph: Any, x: Any, packed: Packed) -> Any:
+    """int4_mm of x [m, k], or of all rows of x [b, m, k]."""
+    int4_mm = torch.ops.qlab.int4_mm.default
+    if x.meta["val"].ndim == 2:
+        return _call(graph, int4_mm, packed.for_mm(x, None))
+    sizes = [_size(graph, x, axis) for axis in (0, 1)]
+    rows = _call(graph, aten.reshape.default, (x, [-1, packed.k]))
+    new = _call(graph, int4_mm, packed.for_mm(rows, None))
+    return _call(graph, aten.reshape.default, (new, [*sizes, packed.n]))
+
+
+def _erase_unused(graph: Any, view: Any, source: Any) -> None:
+    """Erase a view of `source`, the views between them and `source` itself, as far as nothing uses
+    them."""
+    while not view.users:
+        inner = view.args[0]
+        graph.erase_node(view)
+        if view is source:
+            return
+        view = inner
 
 
 def _dequantized(w: Any, transposed: bool) -> Any:
-    """The dequantize node whose W [n, k] `w` is a view of, itself or as W.T [k, n], or one of them
-    b times; else None.
+    """The dequantize node of which `w` is W [n, k] (or W.T [k, n], where `transposed`), or that
+    many times; else None.
 
-    Which view that is, is asked of a tensor without data that has gone the same way.
+    A tensor without data goes through the same views, and its shape and strides tell which view of
+    W results.
     """
-    way: list[Any] = []
+    views: list[Any] = []
     source = w
     while getattr(source, "target", None) in VIEWS:
-        way, source = [source, *way], source.args[0]
+        views, source = [source, *views], source.args[0]
     if getattr(source, "target", None) is not torch.ops.qlab.dequantize.default:
         return None
     n, k = source.args[3:5]
     probe = torch.empty(n, k, dtype=torch.float32, device="meta")
-    for view in way:
-        args = torch.utils._pytree.tree_map(
-            lambda a: 2 if hasattr(a, "op") else a, view.args[1:]
-        )  # a number known at run time
+    for view in views:
+        # 2 stands for a number that is known at run time
+        args = torch.utils._pytree.tree_map(lambda a: 2 if hasattr(a, "op") else a, view.args[1:])
         try:
             probe = probe.view(*args) if view.target in RESHAPES else view.target(probe, *args)
-        except RuntimeError:  # no view of these strides, but a copy
+        except RuntimeError:  # the graph copies W there, since no view has these strides
             return None
     *batch, first, second = zip(probe.shape, probe.stride())
-    as_is = all(size == 1 or stride == 0 for size, stride in batch)
-    wanted = [(k, 1), (n, k)] if transposed else [(n, k), (k, 1)]
-    same = all(
-        size == known and (size == 1 or stride == own)
-        for (size, stride), (known, own) in zip((first, second), wanted)
+    is_repeated = all(size == 1 or stride == 0 for size, stride in batch)
+    expected = [(k, 1), (n, k)] if transposed else [(n, k), (k, 1)]
+    is_expected = all(
+        size == known_size and (size == 1 or stride == known_stride)
+        for (size, stride), (known_size, known_stride) in zip((first, second), expected)
     )
-    return source if as_is and same else None
+    return source if is_repeated and is_expected else None
 
 
 def _turned(graph: Any, x: Any) -> Any:
@@ -151,44 +165,52 @@ def _same_axes(w: Any) -> bool:
 def choose(graph: Any) -> int:
     """On a CPU, write out the products whose number of tokens is known when they are compiled; the
     number of them."""
-    found = 0
+    count = 0
     for node in graph.find_nodes(op="call_function", target=torch.ops.qlab.int4_mm.default):
-        x, words, scales, zeros, dense, n, group, count, layout = node.args
-        (m, k), (rows, half) = x.meta["val"].shape, words.meta["val"].shape[:2]
-        if (
-            words.meta["val"].device.type != "cpu"
-            or not isinstance(m, int)
-            or m == 0
-            or x.meta["val"].stride(1) > 1
-        ):
-            continue  # what stands in columns is left to the operator
-        cpu.check(layout)
-        kind = cpu.kind(
-            m, x.meta["val"].dtype, dense is not None, rows, 2 * half, group, zeros is not None
-        )
-        if kind == "dense" and product_dtype(x.meta["val"]) != x.meta["val"].dtype:
-            continue  # and so are copies in another dtype, which freezing would keep
+        x, words, scales, zeros, dense, n, *form = node.args
+        packed = unflattened(words, scales, zeros, n, x.meta["val"].shape[1], *form)
+        kind = _kind(x, packed, dense)
+        if kind is None:
+            continue
         with graph.inserting_before(node):
             if kind == "int4pack":
-                new = _call(
-                    graph,
-                    aten._weight_int4pack_mm_for_cpu.default,
-                    (_spread(graph, x, k, count), words, group, scales),
-                )
-                if rows != n:
-                    new = _contiguous(graph, _call(graph, aten.slice.Tensor, (new, 1, 0, n)))
+                new = _int4pack(graph, x, packed)
             else:
-                W = dense or _call(
-                    graph,
-                    torch.ops.qlab.dequantize.default,
-                    (words, scales, zeros, n, k, group, count, layout),
-                )
-                new = _call(
-                    graph, aten.mm.default, (x, _call(graph, aten.permute.default, (W, [1, 0])))
-                )
+                dequantize = torch.ops.qlab.dequantize.default
+                W = dense or _call(graph, dequantize, packed.for_dequantize())
+                turned = _call(graph, aten.permute.default, (W, [1, 0]))
+                new = _call(graph, aten.mm.default, (x, turned))
         _replace(graph, node, new)
-        found += 1
-    return found
+        count += 1
+    return count
+
+
+def _kind(x: Any, packed: Packed, dense: Any) -> cpu.Kind | None:
+    """How the operator computes a product on a CPU, or None where the product is left to it."""
+    words: Any = packed.words
+    x, words = x.meta["val"], words.meta["val"]
+    m, is_in_columns = x.shape[0], x.stride(1) > 1
+    if words.device.type != "cpu" or not isinstance(m, int) or m == 0 or is_in_columns:
+        return None
+    cpu.check(packed.layout)
+    rows, half = words.shape[:2]
+    has_zeros = packed.zeros is not None
+    kind = cpu.kind(m, x.dtype, dense is not None, rows, 2 * half, packed.group, has_zeros)
+    if kind == "dense" and product_dtype(x) != x.dtype:
+        return None  # freezing would keep a copy of W in the other dtype
+    return kind
+
+
+def _int4pack(graph: Any, x: Any, packed: Packed) -> Any:
+    """aten's int4 product, without the rows that padding adds."""
+    new = _call(
+        graph,
+        aten._weight_int4pack_mm_for_cpu.default,
+        (_spread(graph, x, packed), packed.words, packed.group, packed.scales),
+    )
+    if new.meta["val"].shape[1] == packed.n:
+        return new
+    return _contiguous(graph, _call(graph, aten.slice.Tensor, (new, 1, 0, packed.n)))
 
 
 def stream(graph: Any) -> int:
@@ -198,7 +220,7 @@ def stream(graph: Any) -> int:
     mm(x [1, k], W.T) = sum_k x * W in fp32. The library's product of one row takes twice the time,
     and an unquantized head is as large as all quantized weights of a small model.
     """
-    found = 0
+    count = 0
     for node in graph.find_nodes(op="call_function", target=aten.mm.default):
         x, w = node.args
         value = x.meta["val"]
@@ -217,8 +239,8 @@ def stream(graph: Any) -> int:
         ):
             continue
         with graph.inserting_before(node):
-            # a view by strides is of memory: the compiler writes x there once, which it would else
-            # compute anew for every row
+            # as_strided needs a real buffer, so Inductor computes x once here instead of anew for
+            # every row
             x = _call(
                 graph,
                 aten.as_strided.default,
@@ -233,20 +255,23 @@ def stream(graph: Any) -> int:
             rounded = _call(graph, prims.convert_element_type.default, (sums, torch.bfloat16))
             new = _call(graph, aten.unsqueeze.default, (rounded, 0))
         _replace(graph, node, new)
-        found += 1
-    return found
+        count += 1
+    return count
 
 
-def _spread(graph: Any, x: Any, k: int, count: int) -> Any:
+def _spread(graph: Any, x: Any, packed: Packed) -> Any:
     """nibbles.spread in a graph."""
-    if plane_width(k) != k:
-        x = _call(graph, aten.constant_pad_nd.default, (x, [0, plane_width(k) - k], 0.0))
-    return _contiguous(graph, x) if count == 1 else _call(graph, aten.cat.default, ([x, x], 1))
+    padding = plane_width(packed.k) - packed.k
+    if padding:
+        x = _call(graph, aten.constant_pad_nd.default, (x, [0, padding], 0.0))
+    if packed.planes == 1:
+        return _contiguous(graph, x)
+    return _call(graph, aten.cat.default, ([x, x], 1))
 
 
 def _contiguous(graph: Any, x: Any) -> Any:
-    """What aten's kernel asks of its input, and what whoever compiled the graph was promised of the
-    output."""
+    """x with contiguous strides. aten's kernel takes no other input, and the eager operator gives
+    no other output."""
     if x.meta["val"].is_contiguous():
         return x
     return _call(graph, aten.clone.default, (x,), memory_format=torch.contiguous_format)

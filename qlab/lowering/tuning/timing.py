@@ -7,8 +7,6 @@ cache is cleared before each call as well, and the clock is the device's.
 """
 
 import math
-import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from qlab.lowering.devices import file_text
 
 Call = Callable[[], Any]
 COPIES = 4  # of a weight, at least
@@ -29,33 +29,18 @@ BATCH = 10  # timed calls that are launched before the host waits for them
 AHEAD = 4_000_000
 
 
-def device_label(device: torch.device) -> str:
-    """The GPU's name, or the CPU's and how many threads work."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    found = re.search(r"model name\s*: (.+)", _text("/proc/cpuinfo"))
-    return f"{found[1] if found else platform.machine()}, {torch.get_num_threads()} threads"
-
-
 def last_cache(device: torch.device) -> int:
     """Bytes of the last level of cache."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [
-        _text(str(path)).strip()
+        file_text(str(path)).strip()
         for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     ]
     units = {"K": 2**10, "M": 2**20}
     return max(
         [LEAST_CACHE, *(int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units)]
     )
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
 
 
 def copies(weight_bytes: float, device: torch.device) -> int:

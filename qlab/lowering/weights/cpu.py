@@ -19,16 +19,20 @@ from torch import Tensor
 from qlab.algebra.experts import each_expert
 from qlab.algebra.products import product_dtype
 from qlab.errors import QlabError
-from qlab.lowering.tuning.timing import device_label
+from qlab.lowering.devices import device_label
 from qlab.lowering.weights.nibbles import Planes, spread
+from qlab.lowering.weights.packed import Packed
 from qlab.process import processor
 
 aten = torch.ops.aten
 PREFIX = "int4pack"
-# rows are padded to it: then blocks are whole in every order, and Inductor's template takes them
+WORD_AXES = 2  # of the words of one weight; those of experts have one more
+WHOLE_ROWS = False  # the kernel reads no scale of a whole row: rows are cut into groups
+# Rows are padded to this multiple: blocks are then whole in every order, and Inductor's template
+# takes them.
 ROWS = 64
 # Tokens up to which the int4 kernel is faster, until `qlab tune` has measured this machine: beside
-# a dense copy of the weight, and where it has to be dequantized for the call.
+# a dense copy of the weight, and where the weight has to be dequantized for the call.
 INT4_TOKENS_BESIDE_DENSE = 4
 INT4_TOKENS = 64
 Kind = Literal["int4pack", "dense"]
@@ -37,9 +41,8 @@ Kind = Literal["int4pack", "dense"]
 @cache
 def layout() -> str:
     """The order of this machine's packed words, read off a packed probe."""
-    q = torch.randint(
-        -8, 8, (2 * ROWS, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int8
-    )
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(-8, 8, (2 * ROWS, 64), generator=generator, dtype=torch.int8)
     words = aten._convert_weight_to_int4pack_for_cpu(q.int() + 8, 1)
     for block in (64, 32, 16):
         for order in ("halves", "pairs"):
@@ -52,9 +55,9 @@ def layout() -> str:
     )
 
 
-def pack(planes: Planes, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """words uint8 [n padded, k / 2]; scales [k / group, n padded, 2] = (s, -z * s); zeros [k /
-    group, n padded] or None."""
+def pack(planes: Planes, dtype: torch.dtype) -> Packed:
+    """Pack one weight: words uint8 [n padded, k / 2]; scales [k / group, n padded, 2] = (s, -z *
+    s); zeros [k / group, n padded] or None."""
     n = planes.q.shape[0]
     n_padded = -(-n // ROWS) * ROWS
     u = torch.full((n_padded, planes.q.shape[1]), 8, dtype=torch.int32)
@@ -65,7 +68,17 @@ def pack(planes: Planes, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | N
         zeros = torch.zeros(scales.shape[:2], dtype=dtype)
         zeros[:, :n] = planes.zeros.mT
         scales[:, :n, 1] = -(planes.zeros * planes.scales).mT
-    return aten._convert_weight_to_int4pack_for_cpu(u, 1), scales.to(dtype), zeros
+    return Packed(
+        words=aten._convert_weight_to_int4pack_for_cpu(u, 1),
+        scales=scales.to(dtype),
+        zeros=zeros,
+        perm=None,
+        n=n,
+        k=planes.k,
+        group=planes.group,
+        planes=planes.count,
+        layout=layout(),
+    )
 
 
 def _codes(words: Tensor, name: str) -> Tensor:
@@ -73,40 +86,31 @@ def _codes(words: Tensor, name: str) -> Tensor:
     block = int(name.split("-")[1])
     bytes_k = words.view(words.shape[0] // block, -1, block // 2).transpose(0, 1)
     q = words.new_empty(2 * words.shape[1], words.shape[0] // block, block)
-    low, high = (
-        (q[..., : block // 2], q[..., block // 2 :])
-        if name.endswith("halves")
-        else (q[..., ::2], q[..., 1::2])
-    )
+    if name.endswith("halves"):
+        low, high = q[..., : block // 2], q[..., block // 2 :]
+    else:
+        low, high = q[..., ::2], q[..., 1::2]
     torch.bitwise_and(bytes_k, 15, out=low)
     torch.bitwise_right_shift(bytes_k, 4, out=high)
     return q.view(-1, words.shape[0]).view(torch.int8).sub_(8)
 
 
-def dequantize(
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    n: int,
-    k: int,
-    group: int,
-    count: int,
-    name: str,
-) -> Tensor:
+def dequantize(packed: Packed) -> Tensor:
     """W = (q - z) * s [n, k] in the scales' dtype, rounded once: the transpose of a contiguous [k,
     n]."""
-    check(name)
-    q, s, z = _codes(words, name), scales[..., 0].contiguous(), zeros
-    if count == 2:
+    check(packed.layout)
+    words, scales = packed.words, packed.scales
+    q, s, z = _codes(words, packed.layout), scales[..., 0].contiguous(), packed.zeros
+    if packed.planes == 2:
         assert z is not None  # planes_of gives the low plane one
         hi, lo = q.chunk(2)
         q = lo.to(torch.int16).add_(hi, alpha=16)
         s, z = s.chunk(2)[1], z.chunk(2)[1]
-    W_gkn = q.to(scales.dtype).view(-1, group, words.shape[0])
+    W_gkn = q.to(scales.dtype).view(-1, packed.group, words.shape[0])
     if z is not None:
         W_gkn.sub_(z[:, None])  # exact: every integer up to 256 is a number of every dtype here
     W_gkn.mul_(s[:, None])
-    return W_gkn.view(-1, words.shape[0])[:k, :n].mT
+    return W_gkn.view(-1, words.shape[0])[: packed.k, : packed.n].mT
 
 
 def kind(
@@ -124,11 +128,8 @@ def kind(
 
     found = configs.lookup(problem(m, dtype, dense_copy, n, k, group, zeros))
     if found.source == "heuristic":
-        return (
-            "int4pack"
-            if m <= (INT4_TOKENS_BESIDE_DENSE if dense_copy else INT4_TOKENS)
-            else "dense"
-        )
+        most = INT4_TOKENS_BESIDE_DENSE if dense_copy else INT4_TOKENS
+        return "int4pack" if m <= most else "dense"
     return "int4pack" if found.config.kind == "int4pack" else "dense"
 
 
@@ -138,51 +139,42 @@ def problem(
     """The product's key in the config cache. n, k: of the packed planes, padding included."""
     from qlab_kernels import Problem
 
-    op = "int4_linear_cpu_beside_dense" if dense_copy else "int4_linear_cpu"
-    isa, device = processor.here().isa, _processor(torch.get_num_threads())
     return Problem(
-        op, f"cpu-{isa}", device, str(dtype).removeprefix("torch."), group, zeros, n, k, m
+        op="int4_linear_cpu_beside_dense" if dense_copy else "int4_linear_cpu",
+        cc=f"cpu-{processor.here().isa}",
+        device=_label(torch.get_num_threads()),
+        dtype=str(dtype).removeprefix("torch."),
+        group=group,
+        zeros=zeros,
+        n=n,
+        k=k,
+        m=m,
     )
 
 
 @cache
-def _processor(threads: int) -> str:
+def _label(threads: int) -> str:
+    """The processor's label, which names the number of threads."""
     return device_label(torch.device("cpu"))
 
 
-def int4_mm(
-    x_mk: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    dense: Tensor | None,
-    n: int,
-    group: int,
-    count: int,
-    name: str,
-) -> Tensor:
+def int4_mm(x_mk: Tensor, packed: Packed, dense: Tensor | None) -> Tensor:
     """y [m, n] = x @ W.T. dense: a copy of W [n, k] to multiply where that is faster, else W is
     dequantized for the call."""
-    check(name)
-    m, k = x_mk.shape
+    check(packed.layout)
+    m, (rows, half) = x_mk.shape[0], packed.words.shape
     if m == 0:
-        return x_mk.new_empty(0, n)
+        return x_mk.new_empty(0, packed.n)
+    has_zeros = packed.zeros is not None
     if (
-        kind(
-            m,
-            x_mk.dtype,
-            dense is not None,
-            words.shape[0],
-            2 * words.shape[1],
-            group,
-            zeros is not None,
-        )
-        == "int4pack"
+        kind(m, x_mk.dtype, dense is not None, rows, 2 * half, packed.group, has_zeros)
+        != "int4pack"
     ):
-        y = aten._weight_int4pack_mm_for_cpu(spread(x_mk, count), words, group, scales)
-        return y if y.shape[1] == n else y[:, :n].contiguous()
-    W_nk = dequantize(words, scales, zeros, n, k, group, count, name) if dense is None else dense
-    return dense_product(x_mk, W_nk)
+        return dense_product(x_mk, dequantize(packed) if dense is None else dense)
+    y = aten._weight_int4pack_mm_for_cpu(
+        spread(x_mk, packed.planes), packed.words, packed.group, packed.scales
+    )
+    return y if y.shape[1] == packed.n else y[:, : packed.n].contiguous()
 
 
 def dense_product(x_mk: Tensor, W_nk: Tensor) -> Tensor:
@@ -191,25 +183,18 @@ def dense_product(x_mk: Tensor, W_nk: Tensor) -> Tensor:
     return (x_mk.to(wide) @ W_nk.to(wide).mT).to(x_mk.dtype)
 
 
-def int4_grouped_mm(
-    x_sk: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    dense: Tensor | None,
-    ends: Tensor,
-    n: int,
-    group: int,
-    count: int,
-    name: str,
-) -> Tensor:
+def int4_grouped_mm(x_sk: Tensor, packed: Packed, dense: Tensor | None, ends: Tensor) -> Tensor:
     """y [s, n]: expert by expert, in the way that suits its number of rows."""
 
     def product(e: int, x_mk: Tensor) -> Tensor:
-        z, W = (None if part is None else part[e] for part in (zeros, dense))
-        return int4_mm(x_mk, words[e], scales[e], z, W, n, group, count, name)
+        return int4_mm(x_mk, packed.expert(e), None if dense is None else dense[e])
 
     return each_expert(x_sk, ends, product)
+
+
+def reads_dense(device: torch.device, experts: bool) -> bool:
+    """Whether products ever take a dense copy of the weight: on a CPU always."""
+    return True
 
 
 def check(name: str) -> None:

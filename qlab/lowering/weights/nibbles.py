@@ -10,7 +10,7 @@ A 5- to 8-bit weight takes 8 bits, a 2- or 3-bit one takes 4. Groups wider than 
 into some that repeat a scale.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ GROUPS = (256, 128, 64, 32)  # what aten's and qlab's own kernels read
 ROW_MULTIPLE = 64  # whole rows that 32 does not divide are padded to it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Planes:
     """q: int8 [n, count * k_padded] in -8..7. scales, zeros: fp32 [n, count * k_padded / group];
     zeros is None when symmetric.
@@ -39,6 +39,11 @@ class Planes:
     k: int
     group: int
     count: int
+
+    def to(self, device: torch.device) -> "Planes":
+        """The same on a device."""
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return replace(self, q=self.q.to(device), scales=self.scales.to(device), zeros=zeros)
 
 
 def refusal(spec: Spec, shape: torch.Size) -> str | None:
@@ -73,15 +78,12 @@ def planes_of(path: str, leaf: QTensor, whole_rows: bool = False) -> Planes:
         group = next(g for g in GROUPS if (cols + pad) % g == 0)
     repeat = (cols + pad) // group
     scales = leaf.scales.float().repeat_interleave(rows, 0).repeat_interleave(repeat, 1)
-    zeros = (
-        None
-        if leaf.zeros is None
-        else leaf.zeros.float().repeat_interleave(rows, 0).repeat_interleave(repeat, 1)
-    )
+    zeros = None
+    if leaf.zeros is not None:
+        zeros = leaf.zeros.float().repeat_interleave(rows, 0).repeat_interleave(repeat, 1)
     if leaf.spec.bits <= 4:
-        return Planes(
-            q=F.pad(leaf.codes, (0, pad)), scales=scales, zeros=zeros, k=k, group=group, count=1
-        )
+        q = F.pad(leaf.codes, (0, pad))
+        return Planes(q=q, scales=scales, zeros=zeros, k=k, group=group, count=1)
     hi, lo = leaf.codes >> 4, (leaf.codes & 15) - 8
     lo_zeros = (torch.zeros_like(scales) if zeros is None else zeros) - 8
     q = torch.cat([F.pad(hi, (0, pad)), F.pad(lo, (0, pad))], 1)

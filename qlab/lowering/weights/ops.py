@@ -1,5 +1,5 @@
 """The operators of packed weights: qlab::dequantize, int4_mm and int4_grouped_mm, for a CPU and for
-CUDA. Those of all other weights are in `coded.py`, and that of rounded inputs in `inputs.py`.
+CUDA. Those of all other weights are in `codes.py`, and that of rounded inputs in `inputs.py`.
 
     qlab::dequantize(words, scales, zeros, n, k, group, count, layout)        -> W [n, k] = (q - z)
         * s
@@ -9,11 +9,10 @@ CUDA. Those of all other weights are in `coded.py`, and that of rounded inputs i
     qlab::int4_grouped_back(g, words, scales, zeros, dense, ends, k, ...)     -> its gradient by x
         [m, k]: rows of g @ W_e
 
-words, scales, zeros: as cpu.pack or cuda.pack made them, in the order that `layout` names; group:
-codes per scale; count: 4-bit planes (two for codes of more than four bits). x [m, k] is in the
-scales' dtype, any m. dense: a copy of W, or None. Products have a gradient by x, through the
-dequantized weight; codes and scales have none.
-Both are opaque to torch.compile; `rewrite` turns the first and a matmul into the second.
+The arguments are the fields of a `Packed`, which its methods `for_...` give in this order. x [m, k]
+is in the scales' dtype, any m. dense: a copy of W, or None. Products have a gradient by x, through
+the dequantized weight; codes and scales have none.
+All of them are opaque to torch.compile; `rewrite` turns the first and a matmul into the second.
 """
 
 from typing import Any
@@ -24,6 +23,7 @@ from torch import Tensor
 from qlab.algebra.experts import each_expert
 from qlab.errors import QlabError
 from qlab.lowering.weights import cpu, cuda
+from qlab.lowering.weights.packed import unflattened
 
 
 @torch.library.custom_op("qlab::dequantize", mutates_args=(), device_types="cpu")
@@ -38,7 +38,19 @@ def dequantize(
     layout: str,
 ) -> Tensor:
     """W [n, k] in the scales' dtype."""
-    return cpu.dequantize(words, scales, zeros, n, k, group, count, layout)
+    return cpu.dequantize(unflattened(words, scales, zeros, n, k, group, count, layout))
+
+
+@dequantize.register_kernel("cuda")
+def _dequantize_cuda(words, scales, zeros, n, k, group, count, layout):
+    return cuda.dequantize(unflattened(words, scales, zeros, n, k, group, count, layout))
+
+
+@dequantize.register_fake
+def _dequantize_fake(words, scales, zeros, n, k, group, count, layout):
+    if not layout.startswith(cpu.PREFIX):
+        return scales.new_empty(n, k)
+    return scales.new_empty(2 * words.shape[1] // count, words.shape[0])[:k, :n].mT
 
 
 @torch.library.custom_op("qlab::int4_mm", mutates_args=(), device_types="cpu")
@@ -55,7 +67,21 @@ def int4_mm(
 ) -> Tensor:
     """y [m, n] = x @ W.T in x's dtype."""
     _same_dtype(x, scales)
-    return cpu.int4_mm(x, words, scales, zeros, dense, n, group, count, layout)
+    packed = unflattened(words, scales, zeros, n, x.shape[1], group, count, layout)
+    return cpu.int4_mm(x, packed, dense)
+
+
+@int4_mm.register_kernel("cuda")
+def _int4_mm_cuda(x, words, scales, zeros, dense, n, group, count, layout):
+    _same_dtype(x, scales)
+    packed = unflattened(words, scales, zeros, n, x.shape[1], group, count, layout)
+    return cuda.int4_mm(x, packed, dense)
+
+
+@int4_mm.register_fake
+def _int4_mm_fake(x, words, scales, zeros, dense, n, group, count, layout):
+    _same_dtype(x, scales)
+    return x.new_empty(x.shape[0], n)
 
 
 @torch.library.custom_op("qlab::int4_grouped_mm", mutates_args=(), device_types="cpu")
@@ -74,37 +100,15 @@ def int4_grouped_mm(
     """y [m, n] in x's dtype, each row by its own expert's weight; all but x and n have a leading
     axis of experts."""
     _same_dtype(x, scales)
-    return cpu.int4_grouped_mm(x, words, scales, zeros, dense, ends, n, group, count, layout)
-
-
-@dequantize.register_kernel("cuda")
-def _dequantize_cuda(words, scales, zeros, n, k, group, count, layout):
-    return cuda.dequantize(words, scales, zeros, n, k, group, count, layout)
-
-
-@int4_mm.register_kernel("cuda")
-def _int4_mm_cuda(x, words, scales, zeros, dense, n, group, count, layout):
-    _same_dtype(x, scales)
-    return cuda.int4_mm(x, words, scales, zeros, dense, n, group, count, layout)
+    packed = unflattened(words, scales, zeros, n, x.shape[1], group, count, layout)
+    return cpu.int4_grouped_mm(x, packed, dense, ends)
 
 
 @int4_grouped_mm.register_kernel("cuda")
 def _int4_grouped_mm_cuda(x, words, scales, zeros, dense, ends, n, group, count, layout):
     _same_dtype(x, scales)
-    return cuda.int4_grouped_mm(x, words, scales, zeros, dense, ends, n, group, count, layout)
-
-
-@dequantize.register_fake
-def _dequantize_fake(words, scales, zeros, n, k, group, count, layout):
-    if not layout.startswith(cpu.PREFIX):
-        return scales.new_empty(n, k)
-    return scales.new_empty(2 * words.shape[1] // count, words.shape[0])[:k, :n].mT
-
-
-@int4_mm.register_fake
-def _int4_mm_fake(x, words, scales, zeros, dense, n, group, count, layout):
-    _same_dtype(x, scales)
-    return x.new_empty(x.shape[0], n)
+    packed = unflattened(words, scales, zeros, n, x.shape[1], group, count, layout)
+    return cuda.int4_grouped_mm(x, packed, dense, ends)
 
 
 @int4_grouped_mm.register_fake
@@ -113,9 +117,10 @@ def _int4_grouped_mm_fake(x, words, scales, zeros, dense, ends, n, group, count,
     return x.new_empty(x.shape[0], n)
 
 
+# cudagraph_unsafe: the host waits for `ends`
 @torch.library.custom_op(
     "qlab::int4_grouped_back", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
-)  # waits for `ends`
+)
 def int4_grouped_back(
     g: Tensor,
     words: Tensor,
@@ -128,16 +133,15 @@ def int4_grouped_back(
     count: int,
     layout: str,
 ) -> Tensor:
-    """The gradient by x [m, k] of int4_grouped_mm, from that by its result: g [m, n]. One expert
-    that has rows is dense at a time."""
+    """The gradient by x [m, k] of int4_grouped_mm, from the gradient g [m, n] by its result. One
+    expert that has rows is dense at a time."""
+    packed = unflattened(words, scales, zeros, g.shape[1], k, group, count, layout)
 
     def product(e: int, g_mn: Tensor) -> Tensor:
         if not len(g_mn):
             return g_mn.new_empty(0, k)
-        z, W = (None if part is None else part[e] for part in (zeros, dense))
-        if W is None:
-            W = dequantize(words[e], scales[e], z, g.shape[1], k, group, count, layout)
-        return cpu.dense_product(g_mn, W.mT)
+        W_nk = dequantize(*packed.expert(e).for_dequantize()) if dense is None else dense[e]
+        return cpu.dense_product(g_mn, W_nk.mT)
 
     return each_expert(g, ends, product)
 
