@@ -99,7 +99,7 @@ def convert(
     config = {**modules.untied_where_apart(targets), "quantization_config": quantization}
     record = recorded(source.path)
     job = {
-        "source": source.fingerprint(),
+        "source": source.sha256(),
         "codec": codec,
         "requantize": requantize and str(requantize),
         "versions": versions(),

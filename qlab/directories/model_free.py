@@ -131,7 +131,7 @@ def quantize_files(
     _check(source, specs, transposed, Admission(codec=codec, dtype=source.dtype, target=target))
     config = _config(modules, specs, CODECS[codec])
     job = {
-        "source": source.fingerprint(),
+        "source": source.sha256(),
         "recipe": describe(recipe),
         "sites": sorted(specs),
         "codec": codec,

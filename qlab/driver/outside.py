@@ -1,7 +1,8 @@
-"""The linears around the blocks (a vision tower, a projector, the head): left as they are, or
+"""The linears outside the blocks (a vision tower, a projector, the head): left as they are, or
 rounded without data by rule."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from qlab.algebra.transform import Transform
 from qlab.driver.report import site_rows
 from qlab.driver.siblings import Siblings
 from qlab.driver.solve import solve_alone
+from qlab.files.certificate import certify
 from qlab.model.skeleton import Skeleton
 
 
@@ -35,16 +37,13 @@ def outside_sites(skeleton: Skeleton) -> dict[str, Site]:
 def weight_of(skeleton: Skeleton, name: str) -> str | None:
     """The leaf of the files that is a linear's weight: its own, or, where they have none, the
     embedding that it is tied to."""
-    checkpoint, weight = skeleton.checkpoint, f"{name}.weight"
-    found = [skeleton.names.file_name(w) for w in (weight, skeleton.names.tied.get(weight, weight))]
-    return next(
-        (
-            w
-            for w in found
-            if w in checkpoint.stored or w.rpartition(".")[0] in checkpoint.quantized
-        ),
-        None,
-    )
+    weight = f"{name}.weight"
+    for parameter in (weight, skeleton.names.tied.get(weight, weight)):
+        leaf = skeleton.names.file_name(parameter)
+        is_coded = leaf.rpartition(".")[0] in skeleton.checkpoint.quantized
+        if is_coded or leaf in skeleton.checkpoint.stored:
+            return leaf
+    return None
 
 
 def carried(skeleton: Skeleton) -> set[str]:
@@ -59,57 +58,92 @@ def carried(skeleton: Skeleton) -> set[str]:
     }
 
 
-def outside_leaves(
-    skeleton: Skeleton, recipe: Transform, rows: Callable[[Mapping[str, Any]], None]
-) -> Iterator[tuple[str, Leaf]]:
+@dataclass(frozen=True, kw_only=True)
+class OutsideLeaf:
+    """A leaf of the files that belongs to no block, as it is written.
+
+    rows: the report's row of the site, where the leaf was rounded. certificates: module -> its
+    certificate, likewise.
+    """
+
+    name: str
+    leaf: Leaf
+    rows: Mapping[str, Any] = field(default_factory=dict)
+    certificates: Mapping[str, Any] = field(default_factory=dict)
+
+
+def outside_leaves(skeleton: Skeleton, recipe: Transform) -> Iterator[OutsideLeaf]:
     """Every leaf of the files that belongs to no block, one at a time: rounded where a stage of the
-    recipe is for it, else dense as it was stored; with the heads that are rounded and were tied.
-    rows: takes the report's row of each rounded one."""
-    checkpoint = skeleton.checkpoint
-    chosen = {
+    recipe is for it, else dense as it was stored; then heads that share their weight with one that
+    was rounded."""
+    checkpoint, names = skeleton.checkpoint, skeleton.names
+    rounded_sites = _rounded_sites(skeleton, recipe)
+    siblings = _siblings(skeleton, recipe, rounded_sites)
+    for name in dict.fromkeys([*names.outside_leaves(), *rounded_sites]):
+        if name in rounded_sites:
+            outer = siblings.outer(name.removesuffix(".weight"))
+            yield _rounded(skeleton, recipe, name, rounded_sites[name], outer)
+        else:
+            yield OutsideLeaf(name=name, leaf=_dense(skeleton, checkpoint.leaf(name)))
+    in_files = {*checkpoint.stored, *rounded_sites}
+    for tied, keeper in names.tied.items():
+        name, kept = names.file_name(tied), names.file_name(keeper)
+        if kept in rounded_sites and name not in in_files:
+            original = checkpoint.leaf(_source_of(skeleton, kept, rounded_sites[kept]))
+            yield OutsideLeaf(name=name, leaf=_dense(skeleton, original))
+
+
+def _rounded_sites(skeleton: Skeleton, recipe: Transform) -> dict[str, Site]:
+    """The weights outside the blocks that a stage of the recipe rounds, by the name under which
+    they are written."""
+    return {
         f"{skeleton.names.module_name(name)}.weight": site
         for name, site in outside_sites(skeleton).items()
         if any(stage.spec and stage.touches(name, site) for stage in recipe)
     }
 
-    def read(name: str) -> Tensor:
-        leaf = checkpoint.leaf(
-            weight_of(skeleton, chosen[name].path) or name if name in chosen else name
-        )
-        return (
-            dense(leaf, checkpoint.dtype) if isinstance(leaf, QTensor) else leaf
-        )  # the output is in another format than the files
 
+def _siblings(skeleton: Skeleton, recipe: Transform, rounded_sites: Mapping[str, Site]) -> Siblings:
+    """The global scales that the rounded weights share."""
     specs = {
         name.removesuffix(".weight"): stage.spec
-        for name, site in chosen.items()
+        for name, site in rounded_sites.items()
         for stage in recipe
         if stage.spec and stage.touches(site.path, site)
     }
-    siblings = Siblings(
-        specs, lambda module: read(f"{module}.weight").to(skeleton.device, torch.float32)
-    )
-    for name in dict.fromkeys([*skeleton.names.outside_leaves(), *chosen]):
-        site, leaf = chosen.get(name), read(name)
-        if site is None:
-            yield name, leaf
-            continue
-        alone = lone_weight(
-            site.path,
-            leaf.to(skeleton.device),
-            checkpoint.dtype,
-            outside=True,
-            outer=siblings.outer(name.removesuffix(".weight")),
-        )
-        solved = solve_alone(alone, recipe)
-        rows(site_rows(solved))
-        yield name, solved.params["weight"]
-    for (
-        name,
-        keeper,
-    ) in skeleton.names.tied.items():  # the files hold it by the name of a head that is rounded
-        if skeleton.names.file_name(keeper) in chosen and skeleton.names.file_name(name) not in {
-            *checkpoint.stored,
-            *chosen,
-        }:
-            yield skeleton.names.file_name(name), read(skeleton.names.file_name(keeper))
+
+    def read(module: str) -> Tensor:
+        name = f"{module}.weight"
+        original = skeleton.checkpoint.leaf(_source_of(skeleton, name, rounded_sites[name]))
+        return _dense(skeleton, original).to(skeleton.device, torch.float32)
+
+    return Siblings(specs, read)
+
+
+def _source_of(skeleton: Skeleton, name: str, site: Site) -> str:
+    """The leaf of the files of which a rounded weight is made."""
+    return weight_of(skeleton, site.path) or name
+
+
+def _dense(skeleton: Skeleton, leaf: Leaf) -> Tensor:
+    """A leaf without codes: they are in another format than the output."""
+    return dense(leaf, skeleton.checkpoint.dtype) if isinstance(leaf, QTensor) else leaf
+
+
+def _rounded(
+    skeleton: Skeleton, recipe: Transform, name: str, site: Site, outer: Tensor | None
+) -> OutsideLeaf:
+    """A weight outside the blocks, rounded by itself, with the certificate against what was
+    read."""
+    checkpoint, source = skeleton.checkpoint, _source_of(skeleton, name, site)
+    original = checkpoint.leaf(source)
+    weight = _dense(skeleton, original).to(skeleton.device)
+    alone = lone_weight(site.path, weight, checkpoint.dtype, outside=True, outer=outer)
+    solved = solve_alone(alone, recipe)
+    leaf = solved.params["weight"]
+    certificates: dict[str, Any] = {}
+    if isinstance(leaf, QTensor):
+        certificate = certify(leaf, original if source in checkpoint.stored else None)
+        made_of = {} if source == name else {"made_of": source}
+        certificates[name.rpartition(".")[0]] = certificate | made_of
+    return OutsideLeaf(name=name, leaf=leaf, rows=site_rows(solved), certificates=certificates)

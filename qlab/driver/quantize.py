@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qlab.driver.result import Result
 from qlab.driver.run import Run
 from qlab.driver.scan import one_pass
 from qlab.files.checkpoint import Checkpoint
+from qlab.files.hashed import HashedFiles
 from qlab.files.place import places
 from qlab.files.record import versions
 from qlab.files.writer import Writer
@@ -105,6 +107,8 @@ def compare(
     statistic, and have its seconds and its peak memory. No recipe sees there what it did to earlier
     sites, so that a stage that corrects for it (gptaq's) is refused.
     """
+    source = HashedFiles(model.path, model.stored)
+    model = replace(model, reader=source.read)
     outs = places(
         out, list(recipes), model.path, [*set(model.files.values()), *getattr(data, "files", ())]
     )
@@ -138,11 +142,10 @@ def compare(
         runs: dict[str, Run] = {}
         for name, job in jobs.items():
             identity = _identity(job, skeleton)
-            writers[name].begin(identity, len(skeleton.blocks) + 1, model.path)
+            writers[name].begin(identity, len(skeleton.blocks) + 1, model.path, source=source)
             runs[name] = Run(
                 job=job,
                 writer=writers[name],
-                identity=identity,
                 experts_at_once=plans[name].experts_at_once,
             )
         for run in runs.values():

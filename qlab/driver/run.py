@@ -1,8 +1,6 @@
 """A job that is being done: what it writes, and what is kept of it from block to block."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from qlab.algebra.graph import Code, ModuleGraph
 from qlab.algebra.spec import InputSpec, Spec, parse_input_spec, parse_spec
@@ -27,7 +25,6 @@ from qlab.model.ties import untied
 class Run:
     job: Job
     writer: Writer
-    identity: Mapping[str, Any]
     experts_at_once: int | None
     checked: set[Code] = field(
         default_factory=set
@@ -70,4 +67,4 @@ def finish(skeleton: Skeleton, run: Run) -> None:
         **raw,
         "quantization_config": run.codec.config(by_module(skeleton, specs), *rounding),
     }
-    run.writer.finish(written(config, run.identity, notes), model.path)
+    run.writer.finish(written(config, run.writer.hashed_job(), notes), model.path)

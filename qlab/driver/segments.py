@@ -11,7 +11,7 @@ from qlab.algebra.qtensor import dense
 from qlab.algebra.stats import Stats
 from qlab.driver.batches import Batches, push
 from qlab.driver.observe import Reference, observe
-from qlab.driver.outside import carried, outside_leaves, outside_sites, weight_of
+from qlab.driver.outside import carried, outside_leaves
 from qlab.driver.report import site_rows
 from qlab.driver.run import Run
 from qlab.driver.shared import shared
@@ -22,7 +22,9 @@ from qlab.driver.writing import (
     certificates,
     changed,
     encode,
+    hashes,
     online_at,
+    originals,
     refuse_unwritten,
     unused,
 )
@@ -33,22 +35,18 @@ from qlab.model.skeleton import Skeleton
 
 
 def write_outside(skeleton: Skeleton, run: Run) -> None:
-    """What surrounds the blocks, one leaf at a time."""
+    """Write what lies outside the blocks, one leaf at a time."""
     notes: dict[str, dict[str, Any]] = {"sites": {}, "certificates": {}, "changed": {}}
-    beside = carried(skeleton)
-    made_of = {
-        f"{skeleton.names.module_name(name)}.weight": weight_of(skeleton, name)
-        for name in outside_sites(skeleton)
-    }
+    taken_by_nobody = carried(skeleton)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, leaf in outside_leaves(skeleton, run.job.recipe, notes["sites"].update):
-            for section, rows in certificates({name: leaf}, skeleton, made_of=made_of).items():
-                notes[section].update(rows)
-            if name in beside and isinstance(leaf, Tensor):  # whatever numbers it holds
-                yield name, leaf
+        for written in outside_leaves(skeleton, run.job.recipe):
+            notes["sites"].update(written.rows)
+            notes["certificates"].update(written.certificates)
+            if written.name in taken_by_nobody and isinstance(written.leaf, Tensor):
+                yield written.name, written.leaf  # whatever numbers it holds
             else:
-                yield from encode({name: leaf}, run.codec, {}).items()
+                yield from encode({written.name: written.leaf}, run.codec, {}).items()
 
     run.writer.write_shard(0, tensors())
     run.writer.write_notes(0, notes)
@@ -97,7 +95,8 @@ def write_block(
             index + 1,
             {
                 "sites": site_rows(solved),
-                **certificates(leaves, skeleton, others),
+                "certificates": certificates(skeleton, leaves, originals(skeleton, graph)),
+                "changed": hashes(leaves, others),
                 **unused(skeleton, graph),
                 **shared(skeleton, solved, others),
             },

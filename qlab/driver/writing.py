@@ -119,34 +119,51 @@ def _finite(name: str, leaf: Tensor) -> Tensor:
     return leaf
 
 
+def originals(skeleton: Skeleton, graph: ModuleGraph) -> dict[str, Tensor]:
+    """The weights [o, k] of a block before any step, by their names in the files. Weights that the
+    files hold as codes are left out: they were dequantized to another dtype than a certificate is
+    computed in."""
+    weights: dict[str, Tensor] = {}
+    for name, pieces in skeleton.names.block_names(graph.path).items():
+        for piece in pieces:
+            part = piece.of(graph.params[name])
+            if isinstance(part, Tensor) and piece.module not in skeleton.checkpoint.quantized:
+                weights[piece.name] = part
+    return weights
+
+
 def certificates(
-    leaves: Mapping[str, Leaf],
-    skeleton: Skeleton,
-    changed: Collection[str] = (),
-    made_of: Mapping[str, Any] = {},
+    skeleton: Skeleton, leaves: Mapping[str, Leaf], originals: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
-    """What `verify` can hold a block to: a certificate per quantized module, and the hash of every
-    other tensor that the steps changed. made_of: leaf -> the model's tensor, where that has another
-    name."""
-    reference = skeleton.checkpoint
-    certified: dict[str, Any] = {}
+    """Module -> the certificate of its quantized weight, for every one among the leaves of a block.
+
+    Args:
+        skeleton: The model.
+        leaves: What is written, by its names in the files.
+        originals: What was read, as of `originals`. What is not there is read again; what the files
+            hold by no such name is certified by its hash alone.
+    """
+    certified: dict[str, dict[str, Any]] = {}
     for name, leaf in leaves.items():
         if not isinstance(leaf, QTensor):
             continue
-        source, module = made_of.get(name) or name, name.rpartition(".")[0]
-        original = reference.leaf(source) if source in reference.stored else None
-        W = (
-            original.mT
-            if isinstance(original, Tensor) and module in skeleton.names.transposed
-            else original
-        )
-        certified[module] = certify(leaf, W) | ({} if source == name else {"made_of": source})
-    hashes = {
+        module = name.rpartition(".")[0]
+        original: Leaf | None = None
+        if name in skeleton.checkpoint.stored:
+            original = originals[name] if name in originals else skeleton.checkpoint.leaf(name)
+        if isinstance(original, Tensor) and module in skeleton.names.transposed:
+            original = original.mT
+        certified[module] = certify(leaf, original)
+    return certified
+
+
+def hashes(leaves: Mapping[str, Leaf], names: Collection[str]) -> dict[str, str]:
+    """The hash of every dense leaf of these names."""
+    return {
         name: hash_of(leaf)
         for name, leaf in leaves.items()
-        if name in changed and isinstance(leaf, Tensor)
+        if name in names and isinstance(leaf, Tensor)
     }
-    return {"certificates": certified, "changed": hashes}
 
 
 def unused(skeleton: Skeleton, graph: ModuleGraph) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qlab.errors import QlabError
+from qlab.files.tensors import bytes_of
 
 BLOCK = 1 << 20
 DIGEST = hashlib.sha256().digest_size
@@ -44,7 +45,7 @@ class Carry:
             digest = hashlib.sha256(self.identity.encode())
             with temporary.open("wb") as file:
                 for batch in batches:
-                    data = _bytes_of(batch.detach().cpu().contiguous())
+                    data = bytes_of(batch)
                     file.write(data)
                     digest.update(data)
                 file.write(digest.digest())
@@ -56,7 +57,7 @@ class Carry:
         with self.path.open("rb") as file:
             for shape in self.shapes:
                 batch = torch.empty(shape, dtype=self.dtype, device="cpu")
-                if file.readinto(_bytes_of(batch)) < batch.numel() * batch.itemsize:
+                if file.readinto(bytes_of(batch)) < batch.numel() * batch.itemsize:
                     raise QlabError(
                         f"{self.path} is shorter than the calibration data; remove its directory "
                         "and start again"
@@ -77,7 +78,3 @@ class Carry:
             digest.update(data)
             size -= len(data)
         return size == 0 and file.read() == digest.digest()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.view(torch.uint8).numpy().data

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qlab.algebra.qtensor import Leaf, QTensor, dense, largest_step
 from qlab.algebra.spec import Int
+from qlab.files.tensors import bytes_of
 
 
 def certify(leaf: QTensor, reference: Leaf | None) -> dict[str, Any]:
@@ -45,24 +46,20 @@ def fingerprint(leaf: QTensor) -> str:
     perm = torch.arange(leaf.shape[-1]) if leaf.perm is None else leaf.perm
     digest = hashlib.sha256(f"{leaf.spec.tile} {tuple(leaf.shape)}".encode())
     for part in (leaf.codes, leaf.scales.double(), zeros.double(), outer.double(), perm):
-        digest.update(_bytes(part))
+        digest.update(bytes_of(part))
     return digest.hexdigest()
 
 
 def hash_of(tensor: Tensor) -> str:
     """sha256 of an unquantized tensor: dtype, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(_bytes(tensor))
+    digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 
 def hash_of_json(value: Any) -> str:
     """sha256 of what a JSON file says; the order of keys says nothing."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def off_grid(leaf: QTensor) -> str | None:

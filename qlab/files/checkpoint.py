@@ -1,10 +1,9 @@
 """A model directory as lazily loaded tensors: the one door to a model's files and to its
 configuration."""
 
-import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from qlab.codecs.extra import Extra
 from qlab.errors import QlabError, warn
 from qlab.files.directory import CONFIG, INDEX, Stored, locate, read_json
 from qlab.files.explained import KEY, explained, refuse_unexplained
+from qlab.files.hashed import HashedFiles, fingerprint
 from qlab.files.tensors import dtype_of, read, same_bytes
 from qlab.process.shown import Shown, size
 
@@ -37,7 +37,7 @@ class Checkpoint(Shown):
     """raw: config.json, with what it says of codes at its top. stored: tensor name -> where it
     lies. quantized: module path -> its spec on disk (None: a dense weight in a layout of the
     codec's). inputs: module path -> how its input is rounded at run time. extras: what else its
-    readers do.
+    readers do. reader: reads a tensor from its place.
 
     Only `config` asks transformers, so that everything else also works for models it does not know.
     """
@@ -49,6 +49,7 @@ class Checkpoint(Shown):
     quantized: Mapping[str, Spec | None]
     inputs: Mapping[str, InputSpec] = field(default_factory=dict)
     extras: tuple[Extra, ...] = ()
+    reader: Callable[[str, Stored], Tensor] = read
 
     def summary(self) -> dict[str, str]:
         """In a few words; `qlab.inspect` says more."""
@@ -143,7 +144,15 @@ class Checkpoint(Shown):
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, by its name in the files."""
-        return read(name, self.stored[name])
+        return self.reader(name, self.stored[name])
+
+    def place(self, name: str) -> tuple[Path, int]:
+        """Where a leaf begins: its file, and the byte there. Leaves that are read in this order are
+        hashed as they are read."""
+        module = name.rpartition(".")[0]
+        coded = self.parts(module) if module in self.quantized else ()
+        places = [self.stored[part] for part in (name, *coded) if part in self.stored]
+        return min((tensor.file, tensor.start) for tensor in places)
 
     def equal(self, a: str, b: str) -> bool:
         """Whether two leaves of the files are one, bit for bit: tensors, or the weights of two
@@ -236,13 +245,13 @@ class Checkpoint(Shown):
                 )
 
     def fingerprint(self) -> str:
-        """sha256 over the config and all files: a job that goes on with other weights would mix two
-        models."""
-        digest = hashlib.sha256((self.path / CONFIG).read_bytes())
-        for file in sorted(set(self.files.values())):
-            with file.open("rb") as f:
-                digest.update(hashlib.file_digest(f, "sha256").digest())
-        return digest.hexdigest()
+        """What tells this model from another one, wherever it lies, before it is read: sha256 over
+        config.json, where each tensor lies, and some bytes of each."""
+        return fingerprint(self.path, self.stored)
+
+    def sha256(self) -> str:
+        """sha256 over config.json and all files, which are read for it."""
+        return HashedFiles(self.path, self.stored).sha256()
 
 
 def _refuse_foreign_part(config: "PretrainedConfig", where: Path) -> None:

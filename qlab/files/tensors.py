@@ -60,14 +60,19 @@ def read(name: str, stored: Stored) -> Tensor:
     try:
         with stored.file.open("rb") as file:
             file.seek(stored.start)
-            got = file.readinto(data.numpy().data) if stored.nbytes else 0
+            size = file.readinto(data.numpy().data) if stored.nbytes else 0
     except OSError as error:
         raise QlabError(
             f"{stored.file} cannot be read ({error.strerror}); check the disk"
         ) from error
-    if got < stored.nbytes:
+    if size < stored.nbytes:
         raise QlabError(f"{stored.file} became shorter while it was read; download it again")
     return data.view(dtype).reshape(stored.shape)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor: its own memory where that is contiguous and the processor's."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def same_bytes(a: Stored, b: Stored) -> bool:
@@ -107,7 +112,7 @@ def write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
                 "data_offsets": [spool.tell()],
             }
             if data.numel():
-                spool.write(data.reshape(-1).view(torch.uint8).numpy().data)
+                spool.write(bytes_of(data))
             header[name]["data_offsets"].append(spool.tell())
             del tensor, data
         begin = 0

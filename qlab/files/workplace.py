@@ -17,6 +17,7 @@ from typing import Any, Self
 from qlab.errors import QlabError, Unwritable
 from qlab.files.atomic import atomically, sync
 from qlab.files.directory import INDEX
+from qlab.files.hashed import HashedFiles
 from qlab.files.lock import LOCK, Lock
 from qlab.files.ownership import RECORD, damaged, foreign
 from qlab.files.place import WORK, is_taken, refuse_existing, working
@@ -41,6 +42,7 @@ class Workplace:
         self.partial = working(out)
         self.work = self.partial / WORK
         self.job: Any = None
+        self.source: HashedFiles | None = None
         self.lock: Lock | None = None
         self.begun = self.finished = (
             False  # begun: by this very run, rather than by another one that it goes on with
@@ -51,9 +53,16 @@ class Workplace:
         ):  # which is read where nothing can be written, too
             self._enter()
 
-    def begin(self, job: Mapping[str, Any]) -> None:
-        """Begin a job, or go on with it. job: what identifies it; only the same one may resume."""
+    def begin(self, job: Mapping[str, Any], *, source: HashedFiles | None = None) -> None:
+        """Begin a job, or go on with it.
+
+        Args:
+            job: What identifies it; only the same one may resume. Its "source" is the sha256 of
+                what it reads, or a fingerprint of that where it is hashed while it is read.
+            source: What is hashed while it is read.
+        """
         self.job = json.loads(json.dumps(job))
+        self.source = source
         if self.lock is None and self._was_finished():
             self.finished = True
             return
@@ -67,6 +76,14 @@ class Workplace:
     def shard_names(self) -> list[str]:
         """The files that hold the tensors of the output."""
         raise NotImplementedError
+
+    def source_agrees(self) -> bool:
+        """Whether the source still holds what an earlier run read of it."""
+        raise NotImplementedError
+
+    def hashed_job(self) -> Any:
+        """The job as qlab.json records it, with the sha256 of its source."""
+        return self.job if self.source is None else {**self.job, "source": self.source.sha256()}
 
     def _seems_finished(self) -> bool:
         """Whether there may be nothing to write."""
@@ -178,7 +195,7 @@ class Workplace:
         """Take over what an earlier run of the job left, or begin; True if the whole job was
         finished already."""
         begun = _read_job(self.work / JOB)
-        if self.resume and begun == self.job:
+        if self.resume and begun == self.job and self.source_agrees():
             self.overwrite |= (self.work / OVERWRITE).exists()
             refuse_existing(self.out, self.overwrite)
             self._set_aside(self.shard_names())
@@ -203,7 +220,8 @@ class Workplace:
 
     def _was_finished(self) -> bool:
         """Whether the output is this job's; refuses one that is no longer what the job wrote."""
-        if _read_job(self.out / RECORD, "job") != self.job:
+        recorded = _read_job(self.out / RECORD, "job")
+        if not _same_but_for_source(recorded, self.job) or recorded != self.hashed_job():
             return False
         for name, damage in damaged(self.out).items():
             raise QlabError(
@@ -335,7 +353,16 @@ def _ended(out: Path) -> bool:
     if not (work / LOCK).is_file():
         return False
     job = _read_job(work / JOB)
-    return _only(work, LOCK) if job is None else job == _read_job(out / RECORD, "job")
+    if job is None:
+        return _only(work, LOCK)
+    return _same_but_for_source(job, _read_job(out / RECORD, "job"))
+
+
+def _same_but_for_source(job: Any, other: Any) -> bool:
+    """Whether two jobs are one, if their sources are."""
+    if not isinstance(job, dict) or not isinstance(other, dict):
+        return False
+    return {**job, "source": None} == {**other, "source": None}
 
 
 def _only(folder: Path, name: str) -> bool:

@@ -21,6 +21,7 @@ from qlab.errors import QlabError, Unwritable
 from qlab.files.atomic import digest_of
 from qlab.files.carry import Carry
 from qlab.files.directory import INDEX, read_header
+from qlab.files.hashed import HashedFiles
 from qlab.files.ownership import RECORD, read_sealed, sealed, with_files
 from qlab.files.tensors import write
 from qlab.files.workplace import NAMES, Workplace
@@ -44,9 +45,22 @@ class Writer(Workplace):
         self.digests: dict[int, str] = {}  # of shards that await their notes
         super().__init__(out, overwrite, resume)
 
-    def begin(self, job: Mapping[str, Any], shards: int = 1, copied: Path | None = None) -> None:
-        """Begin a job of so many shards, or go on with it. copied: the model directory whose other
-        files `finish` copies."""
+    def begin(
+        self,
+        job: Mapping[str, Any],
+        shards: int = 1,
+        copied: Path | None = None,
+        *,
+        source: HashedFiles | None = None,
+    ) -> None:
+        """Begin a job of so many shards, or go on with it.
+
+        Args:
+            job: See `Workplace.begin`.
+            shards: Number of segments, each of which becomes a file.
+            copied: The model directory whose other files `finish` copies.
+            source: See `Workplace.begin`.
+        """
         for path in _beside(copied).values() if copied else ():
             if not os.access(path, os.R_OK):
                 raise QlabError(
@@ -54,7 +68,7 @@ class Writer(Workplace):
                     "this, or move it away"
                 )
         self.shards = shards
-        super().begin(job)
+        super().begin(job, source=source)
 
     # -------------------------------------------------------------- shards
     def shard(self, index: int) -> Path:
@@ -75,6 +89,8 @@ class Writer(Workplace):
         """What the report says of a segment, by section, kept until the end of the job; with the
         hash of its shard, written before."""
         record = {"segment": index, "shard": self.digests[index], "notes": notes}
+        if self.source is not None:
+            record["read"] = self.source.proof()
         self.write_json(self._notes_path(index), sealed(record))
 
     def _notes_path(self, index: int) -> Path:
@@ -97,6 +113,12 @@ class Writer(Workplace):
                 )
             found.append(record)
         return found
+
+    def source_agrees(self) -> bool:
+        if self.source is None:
+            return True
+        records = [self._record(index) for index in range(self.shards)]
+        return self.source.agrees(record["read"] for record in records if record is not None)
 
     def notes(self) -> dict[str, dict[str, Any]]:
         """The notes of all segments: section -> its rows."""

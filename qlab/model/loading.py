@@ -48,7 +48,9 @@ def load_block(skeleton: Skeleton, path: str, call: Call, decoded: bool = False)
     _refuse_rounded_inputs(skeleton, path, code)
     leaves: dict[str, Leaf] = {}
     dequantized: set[str] = set()  # written in the checkpoint's own dtype
-    for name, pieces in skeleton.names.block_names(path).items():
+    names = skeleton.names.block_names(path)
+    for name in sorted(names, key=lambda name: skeleton.checkpoint.place(names[name][0].name)):
+        pieces = names[name]
         dense_one = decoded or name in code.unread
         leaf = (
             load_original(skeleton, f"{path}.{name}")
@@ -61,6 +63,7 @@ def load_block(skeleton: Skeleton, path: str, call: Call, decoded: bool = False)
             if any(piece.module in skeleton.checkpoint.quantized for piece in pieces)
             else set()
         )
+    leaves = {name: leaves[name] for name in names}
     for name, buffer in skeleton.blocks[path].named_buffers():
         leaves.setdefault(name, buffer.to(skeleton.device))
     own = {name: leaf.dtype for name, leaf in leaves.items() if isinstance(leaf, Tensor)}

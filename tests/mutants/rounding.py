@@ -140,12 +140,8 @@ return QTensor(round_codes(W_ok, exact, zeros, spec, outer), scales, zeros, spec
         "a transposed weight is certified as is",
         "driver/writing.py",
         "certificates",
-        """\
-original.mT if isinstance(
-    original, Tensor
-) and module in skeleton.names.transposed else original
-""",
-        "original.mT if isinstance(original, Tensor) and False else original",
+        "module in skeleton.names.transposed",
+        "False",
         "directories/transposed",
     ),
     Mutant(

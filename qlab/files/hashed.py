@@ -1,0 +1,173 @@
+"""The files of a model, hashed while their tensors are read, so that no byte is read for its hash
+alone.
+
+sha256 takes the bytes of a file in their order. A tensor that is read in this order is hashed from
+memory. One that is read before its turn is read a second time when its turn comes: files list layer
+10 before layer 2, and single experts in another order than a model stacks them. What nobody reads
+is read once, for the hash of the whole file.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qlab.errors import QlabError
+from qlab.files.directory import CONFIG, Stored
+from qlab.files.tensors import BLOCK, bytes_of, read
+
+SAMPLE = 4096  # bytes of every tensor in a fingerprint
+
+
+def fingerprint(folder: Path, stored: Mapping[str, Stored]) -> str:
+    """sha256 over config.json, where each tensor lies, and some bytes from the middle of each: what
+    tells two models apart without reading them."""
+    digest = hashlib.sha256((folder / CONFIG).read_bytes())
+    in_place = sorted(stored.items(), key=lambda item: (item[1].file, item[1].start))
+    for file, tensors in groupby(in_place, key=lambda item: item[1].file):
+        with file.open("rb") as stream:
+            for name, tensor in tensors:
+                place = (file.name, name, tensor.dtype, tensor.shape, tensor.start, tensor.stop)
+                digest.update(repr(place).encode())
+                stream.seek(tensor.start + max(0, tensor.nbytes - SAMPLE) // 2)
+                digest.update(stream.read(min(SAMPLE, tensor.nbytes)))
+    return digest.hexdigest()
+
+
+class HashedFiles:
+    """The files of a model, read through `read` and hashed on the way.
+
+    Args:
+        folder: The model directory, which holds config.json.
+        stored: Tensor name -> where it lies.
+    """
+
+    def __init__(self, folder: Path, stored: Mapping[str, Stored]) -> None:
+        self.folder, self.stored = folder, stored
+        self._hashed = self._nothing_hashed()
+        self._early: dict[str, str] = {}  # tensor that was read before its turn -> sha256
+
+    def _nothing_hashed(self) -> dict[Path, "_HashedFile"]:
+        """File -> its hash, before anything is read, in the order of their names."""
+        starts: dict[Path, list[int]] = {}
+        for tensor in self.stored.values():
+            begins = starts.setdefault(tensor.file, [])
+            if tensor.nbytes:
+                begins.append(tensor.start)
+        return {file: _HashedFile(file, starts[file]) for file in sorted(starts)}
+
+    def read(self, name: str, stored: Stored) -> Tensor:
+        """The tensor itself, as `qlab.files.tensors.read` reads it."""
+        tensor = read(name, stored)
+        if stored.nbytes:
+            data = bytes_of(tensor)
+            was_hashed = self._hashed[stored.file].add(stored, data)
+            if not was_hashed and name not in self._early:
+                self._early[name] = hashlib.sha256(data).hexdigest()
+        return tensor
+
+    def sha256(self) -> str:
+        """sha256 over config.json and the sha256 of every file, in the order of their names; reads
+        what was not hashed yet."""
+        digest = hashlib.sha256((self.folder / CONFIG).read_bytes())
+        for file in self._hashed.values():
+            file.finish()
+            digest.update(file.hasher.digest())
+        return digest.hexdigest()
+
+    # ------------------------------------------------------------------ resuming
+    def proof(self) -> dict[str, Any]:
+        """What was read up to now, as plain data: `files` is file -> [number of bytes from its
+        beginning, their sha256], and `tensors` the sha256 of every tensor beyond these."""
+        begun = {file.path.name: file for file in self._hashed.values() if file.position}
+        ahead = {
+            name: digest
+            for name, digest in self._early.items()
+            if self.stored[name].start >= self._hashed[self.stored[name].file].position
+        }
+        prefixes = {name: [file.position, file.hasher.hexdigest()] for name, file in begun.items()}
+        return {"files": prefixes, "tensors": ahead}
+
+    def agrees(self, proofs: Iterable[Mapping[str, Any]]) -> bool:
+        """Whether the files still hold what these proofs say that was read of them. Reads all files
+        whole, after which their hash is known."""
+        prefixes: dict[str, dict[int, str]] = {}
+        tensors: dict[str, str] = {}
+        for proof in proofs:
+            for name, (position, digest) in proof["files"].items():
+                if prefixes.setdefault(name, {}).setdefault(position, digest) != digest:
+                    return False
+            for name, digest in proof["tensors"].items():
+                if tensors.setdefault(name, digest) != digest:
+                    return False
+        self._hashed = self._nothing_hashed()
+        here = {file.path.name: file for file in self._hashed.values()}
+        return (
+            prefixes.keys() <= here.keys()
+            and tensors.keys() <= self.stored.keys()
+            and all(file.agrees(prefixes.get(name, {})) for name, file in here.items())
+            and all(self._sha256_of(name) == digest for name, digest in tensors.items())
+        )
+
+    def _sha256_of(self, name: str) -> str:
+        return hashlib.sha256(bytes_of(read(name, self.stored[name]))).hexdigest()
+
+
+class _HashedFile:
+    """sha256 of a file, of which the bytes before `position` are hashed."""
+
+    def __init__(self, path: Path, starts: Iterable[int]) -> None:
+        self.path = path
+        self.position = 0
+        self.hasher = hashlib.sha256()
+        self._unread = sorted(starts, reverse=True)  # where tensors begin; the last comes first
+        self._read: set[int] = set()
+
+    def add(self, tensor: Stored, data: memoryview) -> bool:
+        """Hash a tensor that was read, or leave it for later where an unread one lies before it;
+        whether it is hashed now."""
+        self._read.add(tensor.start)
+        while self._unread and self._unread[-1] in self._read:
+            self._unread.pop()
+        if tensor.start < self.position:
+            return True
+        if self._unread and self._unread[-1] < tensor.start:
+            return False
+        self.hash_up_to(tensor.start)
+        self.hasher.update(data)
+        self.position = tensor.stop
+        return True
+
+    def hash_up_to(self, stop: int) -> None:
+        """Read the file from `position` to `stop` for its hash."""
+        if stop == self.position:
+            return
+        with self.path.open("rb") as stream:
+            stream.seek(self.position)
+            while self.position < stop:
+                block = stream.read(min(BLOCK, stop - self.position))
+                if not block:
+                    raise QlabError(
+                        f"{self.path} became shorter while it was read; download it again"
+                    )
+                self.hasher.update(block)
+                self.position += len(block)
+
+    def finish(self) -> None:
+        """Hash the rest of the file."""
+        self.hash_up_to(self.path.stat().st_size)
+
+    def agrees(self, prefixes: Mapping[int, str]) -> bool:
+        """Whether the first bytes of the file have these hashes: number of bytes -> sha256."""
+        size = self.path.stat().st_size
+        for position in sorted(prefixes):
+            if not self.position <= position <= size:
+                return False
+            self.hash_up_to(position)
+            if self.hasher.hexdigest() != prefixes[position]:
+                return False
+        self.finish()
+        return True
