@@ -1,7 +1,6 @@
 """The main job: a model directory and a recipe in, a quantized model directory out, one segment in
 memory at a time."""
 
-import json
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -23,7 +22,7 @@ from qlab.driver.scan import one_pass
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.hashed import HashedFiles
 from qlab.files.place import places
-from qlab.files.record import versions
+from qlab.files.record import recorded, versions
 from qlab.files.writer import Writer
 from qlab.model.device import name_of
 from qlab.model.skeleton import Skeleton
@@ -157,7 +156,7 @@ def compare(
             for name in names:
                 results[name] = Result(
                     path=writers[name].out,
-                    sites=_sites(writers[name].out),
+                    sites=recorded(writers[name].out)["sites"],
                     plan=plans[name],
                     inputs=inputs,
                     seconds=planned + seconds,
@@ -179,7 +178,3 @@ def _identity(job: Job, skeleton: Skeleton) -> dict[str, Any]:
         "codec": job.codec,
         "versions": versions(),
     }
-
-
-def _sites(path: Path) -> dict[str, Any]:
-    return json.loads((path / "qlab.json").read_text())["sites"]

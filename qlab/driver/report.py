@@ -11,6 +11,7 @@ from qlab.algebra.online import QuantizeInput
 from qlab.algebra.qtensor import Leaf, QTensor
 from qlab.algebra.spec import described
 from qlab.algebra.transform import Transform
+from qlab.files.record import spec_entries
 
 
 def describe(recipe: Transform) -> list[dict[str, str]]:
@@ -43,18 +44,17 @@ def site_rows(graph: ModuleGraph) -> dict[str, dict[str, Any]]:
     def row(site: Site) -> dict[str, Any]:
         assert site.weight is not None
         leaf = graph.params[site.weight]
-        spec = str(leaf.spec) if isinstance(leaf, QTensor) else None
-        bits = stored_bits(leaf, graph.stored_dtype(site.weight))
-        rounded = [
-            str(op.input_spec)
-            for op in graph.online.get(site.path, ())
-            if isinstance(op, QuantizeInput)
-        ]
-        row = {"spec": spec, "shape": list(leaf.shape), "bits_per_weight": bits}
+        operations = graph.online.get(site.path, ())
+        rounded = [op.input_spec for op in operations if isinstance(op, QuantizeInput)]
         return {
             **graph.notes.get(site.path, {}),
-            **row,
-            **({"inputs": rounded[0]} if rounded else {}),
+            **spec_entries(
+                leaf.spec if isinstance(leaf, QTensor) else None,
+                rounded[0] if rounded else None,
+                dtype=graph.dtype,
+            ),
+            "shape": list(leaf.shape),
+            "bits_per_weight": stored_bits(leaf, graph.stored_dtype(site.weight)),
         }
 
     return {graph.where(site): row(site) for site in graph.code.sites}

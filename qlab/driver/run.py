@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from qlab.algebra.graph import Code, ModuleGraph
-from qlab.algebra.spec import InputSpec, Spec, parse_input_spec, parse_spec
+from qlab.algebra.spec import InputSpec, Spec
 from qlab.algebra.transform import Stage
 from qlab.codecs import CODECS, Codec
 from qlab.driver.batches import Batches
@@ -13,7 +13,7 @@ from qlab.driver.lossless import refuse_changed
 from qlab.driver.outside import outside_sites
 from qlab.driver.shared import refuse_divided
 from qlab.driver.solve import Check, unchecked
-from qlab.files.record import written
+from qlab.files.record import input_spec_of, spec_of, written
 from qlab.files.writer import Writer
 from qlab.model.calls import Call
 from qlab.model.linears import by_module
@@ -55,9 +55,8 @@ def finish(skeleton: Skeleton, run: Run) -> None:
     specs: dict[str, Spec | None] = {}
     inputs: dict[str, InputSpec | None] = {}
     for name, row in notes["sites"].items():
-        specs[name] = parse_spec(row["spec"]) if row["spec"] else None
-        rounded_inputs = parse_input_spec(row["inputs"]) if row.get("inputs") else None
-        inputs |= dict.fromkeys(skeleton.names.modules(name), rounded_inputs)
+        specs[name] = spec_of(row)
+        inputs |= dict.fromkeys(skeleton.names.modules(name), input_spec_of(row))
     rounding = [inputs] if any(inputs.values()) else []
     together = {*skeleton.names.tied, *skeleton.names.tied.values()}
     around = notes["sites"].keys() & outside_sites(skeleton).keys()

@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import NoneType
@@ -9,6 +10,13 @@ from typing import Any
 
 import torch
 
+from qlab.algebra.spec import (
+    InputSpec,
+    Spec,
+    parse_input_spec,
+    spec_from_json,
+    spec_json,
+)
 from qlab.errors import QlabError
 from qlab.files.certificate import hash_of_json
 from qlab.files.directory import read_json
@@ -83,6 +91,60 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
     },
     "unused": {"shape": list},
 }
+
+
+def spec_entries(
+    spec: Spec | None, inputs: InputSpec | None = None, *, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What the row of a site says of its specs; `spec_of` and `input_spec_of` read it.
+
+    Each stands there by name. Where a name does not say all of it, as of scales in a dtype of their
+    own, the whole stands beside it as "exact_spec" or "exact_inputs".
+
+    Args:
+        spec: Of the weight; None where it is dense.
+        inputs: How the inputs are rounded at run time; None where they are not.
+        dtype: The model's own, which scales have where a spec names none.
+    """
+    entries: dict[str, Any] = {"spec": None if spec is None else str(spec)}
+    if spec is not None and not _is_named(spec, dtype):
+        entries["exact_spec"] = spec_json(spec)
+    if inputs is not None:
+        entries["inputs"] = str(inputs)
+        if not _is_named(inputs.spec, dtype):
+            entries["exact_inputs"] = spec_json(inputs.spec)
+    return entries
+
+
+def _is_named(spec: Spec, dtype: torch.dtype) -> bool:
+    """Whether the name of a spec says all of it, in a model of this dtype."""
+    open_scales = replace(spec, scale_dtype=None) if spec.scale_dtype == dtype else spec
+    return spec_json(open_scales).keys() == {"spec"}
+
+
+def spec_of(row: Mapping[str, Any]) -> Spec | None:
+    """The spec of a site's weight, from its row; None where it is dense."""
+    if row["spec"] is None:
+        return None
+    return spec_from_json(row.get("exact_spec", {"spec": row["spec"]}))
+
+
+def input_spec_of(row: Mapping[str, Any]) -> InputSpec | None:
+    """How the inputs of a site are rounded, from its row; None where they are not."""
+    if row.get("inputs") is None:
+        return None
+    if "exact_inputs" not in row:
+        return parse_input_spec(row["inputs"])
+    return InputSpec(spec_from_json(row["exact_inputs"]), row["inputs"].endswith(" static"))
+
+
+def job_of(directory: Path) -> Any:
+    """The job that a directory was made by, as its qlab.json has it; None where that cannot be
+    read."""
+    try:
+        return read_json(directory / RECORD).get("job")
+    except QlabError:
+        return None
 
 
 def written(

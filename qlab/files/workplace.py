@@ -21,6 +21,7 @@ from qlab.files.hashed import HashedFiles
 from qlab.files.lock import LOCK, Lock
 from qlab.files.ownership import RECORD, damaged, foreign
 from qlab.files.place import WORK, is_taken, refuse_existing, working
+from qlab.files.record import job_of
 from qlab.process.progress import say
 
 JOB = "job.json"  # in the work folder: what identifies the run that began there
@@ -220,7 +221,7 @@ class Workplace:
 
     def _was_finished(self) -> bool:
         """Whether the output is this job's; refuses one that is no longer what the job wrote."""
-        recorded = _read_job(self.out / RECORD, "job")
+        recorded = job_of(self.out)
         if not _same_but_for_source(recorded, self.job) or recorded != self.hashed_job():
             return False
         for name, damage in damaged(self.out).items():
@@ -330,12 +331,11 @@ class Workplace:
 
 
 # ------------------------------------------------------------------ parts
-def _read_job(path: Path, key: str | None = None) -> Any:
+def _read_job(path: Path) -> Any:
     try:
-        value = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    return value.get(key) if key and isinstance(value, dict) else value
 
 
 def _broken_shards(out: Path) -> str | None:
@@ -355,7 +355,7 @@ def _ended(out: Path) -> bool:
     job = _read_job(work / JOB)
     if job is None:
         return _only(work, LOCK)
-    return _same_but_for_source(job, _read_job(out / RECORD, "job"))
+    return _same_but_for_source(job, job_of(out))
 
 
 def _same_but_for_source(job: Any, other: Any) -> bool:
