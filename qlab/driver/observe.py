@@ -1,6 +1,10 @@
-"""The statistics of what enters the sites of a segment, over all batches."""
+"""The statistics of what enters the sites of a segment, over all batches.
 
-from collections.abc import Iterable, Iterator, Mapping
+Everything that observes is a function of the segment as it is now and of the statistics that are
+wanted of it (`Observe`).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, Literal, cast, get_args
@@ -13,15 +17,17 @@ from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.interpret import inputs_of
 from qlab.algebra.stats import STATS, Observation, Stats, stat_of
 from qlab.algebra.transform import Transform
-from qlab.driver.batches import Batch, Batches
+from qlab.driver.batches import Batches
 from qlab.errors import QlabError
 
 DRIFT = {"drift"}  # statistics that compare with the reference
 Inputs = Literal["quantized", "reference"]  # what a block sees while it is calibrated
+Key = tuple[str, str]  # a source, and the name of a statistic
+Observe = Callable[[ModuleGraph, set[Key]], Stats]
 
 
 def inputs_named(text: str) -> Inputs:
-    """One of the two; anything else is refused."""
+    """The mode of calibration of that name; refuses others."""
     if text not in get_args(Inputs):
         raise QlabError(
             f"inputs {text!r} are unknown; choose {' or '.join(map(repr, get_args(Inputs)))}"
@@ -39,8 +45,10 @@ def runs_reference(recipes: Iterable[Transform], inputs: Inputs) -> bool:
 
 @dataclass(frozen=True)
 class Reference:
-    """The unquantized segment, and what it is called with in the unquantized model, batch by batch
-    beside the quantized one's."""
+    """The unquantized segment, and the batches that enter it in the unquantized model.
+
+    Its batches are those of the quantized model, in the same order.
+    """
 
     graph: ModuleGraph
     batches: Batches
@@ -48,80 +56,105 @@ class Reference:
 
 def observe(
     graph: ModuleGraph,
-    wanted: set[tuple[str, str]],
-    batches: Iterator[Batch],
+    keys: set[Key],
+    batches: Batches,
     calibrate_all_experts: bool = False,
     reference: Reference | None = None,
 ) -> Stats:
-    """The statistics `wanted` {(source, name)} of a segment's inputs over all batches; experts' are
-    of their own tokens, or, with `calibrate_all_experts`, of all tokens. reference: where the drift
-    is measured from (None: there is none).
+    """The statistics of a segment's inputs over all batches.
 
-    Refuses NaN and Inf in activations, naming the sites they reach.
+    Statistics of an expert are of the tokens that are routed to it, or, with
+    `calibrate_all_experts`, of all tokens. The drift is measured from `reference` (None: the
+    segment sees the reference's inputs, and there is no drift). Refuses NaN and Inf in activations
+    by the names of the sites that they reach.
     """
-    sources, drifting = (
-        sorted({source for source, need in wanted if need in names}) for names in (STATS, DRIFT)
-    )
-    seen = Seen(graph, wanted)
-    others = reference.batches() if reference and drifting else repeat(None)
-    for (call, state), other in zip(batches, others):
-        pairs = (
-            inputs_of(reference.graph, drifting, *other[0].inputs(other[1]))
-            if reference and other
-            else {}
-        )
-        seen.add(inputs_of(graph, sources, *call.inputs(state), calibrate_all_experts), pairs)
-    return seen.stats
+    sources = sorted({source for source, name in keys if name in STATS})
+    drifting = sorted({source for source, name in keys if name in DRIFT})
+    totals = Totals(graph, keys)
+    reference_batches = reference.batches() if reference and drifting else repeat(None)
+    for (call, state), reference_batch in zip(batches(), reference_batches):
+        reference_rows: Mapping[str, Rows] = {}
+        if reference and reference_batch:
+            reference_call, reference_state = reference_batch
+            arguments = reference_call.inputs(reference_state)
+            reference_rows = inputs_of(reference.graph, drifting, *arguments)
+        rows = inputs_of(graph, sources, *call.inputs(state), calibrate_all_experts)
+        totals.add(rows, reference_rows)
+    return totals.stats
 
 
-class Seen:
-    """Statistics as they grow, batch by batch; of experts, those of all or of some."""
+def observe_nothing(graph: ModuleGraph, keys: set[Key]) -> Stats:
+    """What observes where there are no samples."""
+    return {}
 
-    def __init__(
-        self, graph: ModuleGraph, wanted: set[tuple[str, str]], experts: slice | None = None
-    ):
-        self.graph, self.wanted, self.experts = graph, wanted, experts
-        self.tokens = dict.fromkeys((source for source, _ in wanted), 0)
-        self.stats: dict[tuple[str, str], Any] = {}
 
-    def add(self, inputs: Mapping[str, Rows], reference: Mapping[str, Rows] = {}) -> None:
-        """One batch: source -> what reaches its sites, and what does in the reference where that is
-        another model."""
+def remembering(graph: ModuleGraph, observe: Observe) -> Observe:
+    """`observe`, which keeps what it saw of `graph` itself, so that several recipes share it."""
+    seen: dict[Key, Any] = {}
+
+    def observe_once(now: ModuleGraph, keys: set[Key]) -> Stats:
+        if now.params is not graph.params or now.online != graph.online:
+            return observe(now, keys)
+        unseen = keys - seen.keys()
+        if unseen:
+            seen.update(observe(graph, unseen))
+        return {key: seen[key] for key in keys}
+
+    return observe_once
+
+
+class Totals:
+    """The statistics of a segment over the batches so far.
+
+    Args:
+        graph: The segment, which names sites in errors.
+        keys: The statistics.
+        experts: The experts of which statistics are kept (None: all).
+    """
+
+    def __init__(self, graph: ModuleGraph, keys: set[Key], experts: slice | None = None):
+        self.graph, self.keys, self.experts = graph, keys, experts
+        self.tokens = dict.fromkeys((source for source, _ in keys), 0)
+        self.stats: dict[Key, Any] = {}
+
+    def add(self, inputs: Mapping[str, Rows], reference: Mapping[str, Rows]) -> None:
+        """One batch: source -> the rows that reach its sites, and those that do in the reference,
+        of the sources whose drift is measured."""
         for source, rows in inputs.items():
-            before = self.tokens[source]
-            self.tokens[source] += (
-                rows.x[..., 0].numel() if rows.tokens is None else int(rows.tokens.max()) + 1
-            )
-            rows = rows if self.experts is None else reaching(rows, self.experts)
-            x_nk = rows.x.flatten(0, -2)
-            if (
-                not x_nk.sum().isfinite() and not torch.isfinite(x_nk).all()
-            ):  # the sum is the cheaper question
-                _refuse_nonfinite(self.graph, source, x_nk.dtype)
-            numbers = (
-                torch.arange(len(x_nk), device=x_nk.device) if rows.tokens is None else rows.tokens
-            )
-            pair = reference[source].x.flatten(0, -2) if source in reference else None
-            observation = Observation(x_nk, numbers + before, rows.ends, pair)
-            for name in sorted(n for s, n in self.wanted if s == source):
-                stat, key = stat_of(name, rows.ends is not None), (source, name)
+            observation = self._observation(source, rows, reference.get(source))
+            for name in sorted(name for of_source, name in self.keys if of_source == source):
+                stat, key = stat_of(name, observation.ends is not None), (source, name)
                 state = stat.lift(observation)
-                self.stats[key] = (
-                    stat.combine(self.stats[key], state) if key in self.stats else state
-                )
+                earlier = self.stats.get(key)
+                self.stats[key] = state if earlier is None else stat.combine(earlier, state)
+
+    def _observation(self, source: str, rows: Rows, reference: Rows | None) -> Observation:
+        """The rows of one batch, with tokens numbered behind those of the batches before."""
+        before = self.tokens[source]
+        count = rows.x[..., 0].numel() if rows.tokens is None else int(rows.tokens.max()) + 1
+        self.tokens[source] += count
+        rows = rows if self.experts is None else reaching(rows, self.experts)
+        x_nk = rows.x.flatten(0, -2)
+        # the sum is the cheaper question
+        if not x_nk.sum().isfinite() and not torch.isfinite(x_nk).all():
+            _refuse_nonfinite(self.graph, source, x_nk.dtype)
+        numbers = rows.tokens
+        if numbers is None:
+            numbers = torch.arange(len(x_nk), device=x_nk.device)
+        reference_nk = None if reference is None else reference.x.flatten(0, -2)
+        return Observation(x_nk, numbers + before, rows.ends, reference_nk)
 
 
 def _refuse_nonfinite(graph: ModuleGraph, source: str, dtype: torch.dtype) -> None:
-    """Name what is to blame: the segment's own leaves where they hold NaN or Inf, else the sites
-    that NaN or Inf reaches."""
-    if bad := [
-        n
-        for n, leaf in graph.params.items()
+    """Refuse NaN and Inf by the segment's leaves that hold them, or by the sites that they
+    reach."""
+    broken = [
+        f"{graph.path}.{name}"
+        for name, leaf in graph.params.items()
         if isinstance(leaf, Tensor) and not torch.isfinite(leaf).all()
-    ]:
-        raise QlabError(
-            f"{', '.join(f'{graph.path}.{n}' for n in bad)} holds NaN or Inf; repair the checkpoint"
-        )
+    ]
+    if broken:
+        raise QlabError(f"{', '.join(broken)} holds NaN or Inf; repair the checkpoint")
     at = ", ".join(graph.where(s) for s in graph.code.sites if s.source == source)
     raise QlabError(
         f"the activations that reach {at} hold NaN or Inf; check the model in this dtype ({dtype})"

@@ -1,16 +1,16 @@
 """One part of the model at a time, solved and written for every run: what surrounds
 the blocks, and each block."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from qlab.algebra.graph import ModuleGraph, refuse_overflow
+from qlab.algebra.graph import refuse_overflow
 from qlab.algebra.qtensor import dense
-from qlab.algebra.stats import Stats
 from qlab.driver.batches import Batches, push
-from qlab.driver.observe import Reference, observe
+from qlab.driver.observe import Observe, Reference, observe, remembering
 from qlab.driver.outside import carried, outside_leaves
 from qlab.driver.report import site_rows
 from qlab.driver.run import Run
@@ -71,10 +71,14 @@ def write_block(
             )
     reference = Reference(graph, streams[1]) if streams[1:] else None
 
-    def look(now: ModuleGraph, wanted: set[tuple[str, str]]) -> Stats:
-        return observe(now, wanted, batches(), runs[0].job.calibrate_all_experts, reference)
-
-    watch = _watcher(graph, look) if len(runs) > 1 else look
+    look: Observe = partial(
+        observe,
+        batches=batches,
+        calibrate_all_experts=runs[0].job.calibrate_all_experts,
+        reference=reference,
+    )
+    if len(runs) > 1:
+        look = remembering(graph, look)
     leaving: list[Iterator[State]] = []
     for run in runs:
         solved = graph  # lets go of the job before
@@ -84,7 +88,7 @@ def write_block(
                 graph, run.job.recipe, batches, run.experts_at_once, reference, check
             )
         else:
-            solved, _ = solve(graph, run.job.recipe, watch, check)
+            solved, _ = solve(graph, run.job.recipe, look, check)
         refuse_unwritten(skeleton, graph, solved)
         leaves, others = as_stored(skeleton, solved), changed(skeleton, graph, solved)
         run.writer.write_shard(
@@ -102,24 +106,8 @@ def write_block(
             },
         )
     passed = [solved if runs[0].job.inputs == "quantized" else graph, graph][: len(streams)]
-    del graph, solved, watch  # one version of the block per stream is enough from here on
+    del graph, solved, look  # one version of the block per stream is enough from here on
     for carry, left in zip(
         after, leaving or [push(g, enter()) for g, enter in zip(passed, streams)]
     ):
         carry.write(flat(left, skeleton.dtype))
-
-
-def _watcher(
-    graph: ModuleGraph, look: Callable[[ModuleGraph, set], Stats]
-) -> Callable[[ModuleGraph, set], Stats]:
-    """look() that remembers what it saw of `graph` itself, so that several recipes share it."""
-    seen: dict[tuple[str, str], Any] = {}
-
-    def watch(now: ModuleGraph, wanted: set[tuple[str, str]]) -> Stats:
-        if now.params is not graph.params or now.online != graph.online:
-            return look(now, wanted)
-        if missing := wanted - seen.keys():
-            seen.update(look(graph, missing))
-        return {key: seen[key] for key in wanted}
-
-    return watch

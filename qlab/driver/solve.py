@@ -1,5 +1,8 @@
-"""Quantizing is a scan over segments: load one, observe what the next stage needs, apply the stage,
-push the carry on."""
+"""All stages of a recipe on one segment: observe what the next stage needs, and apply it.
+
+Sources of a segment are solved together (`solve`), or one after another in running order, each on
+what the quantized ones before it produce (`solve_in_order`).
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -7,52 +10,57 @@ from functools import partial
 from typing import Any
 
 from qlab.algebra.experts import Rows
-from qlab.algebra.graph import Code, ModuleGraph, Site, by_source
+from qlab.algebra.graph import Code, ModuleGraph, by_source
 from qlab.algebra.interpret import Walk
 from qlab.algebra.stats import PerExpert, Stats
 from qlab.algebra.transform import Stage, Transform, apply, select
 from qlab.driver.batches import Batches
-from qlab.driver.observe import DRIFT, Inputs, Reference, Seen
+from qlab.driver.observe import (
+    DRIFT,
+    Inputs,
+    Key,
+    Observe,
+    Reference,
+    Totals,
+    observe_nothing,
+)
 from qlab.errors import QlabError
 from qlab.model.calls import State
 
-HELD = (
-    2 << 30
-)  # bytes of values that may wait inside a segment while its sources are solved one by one
-Check = Callable[
-    [Stage, ModuleGraph, ModuleGraph], None
-]  # a stage, and the segment before and after it
+# bytes of values that may wait inside a segment while its sources are solved one by one
+HELD = 2 << 30
+# takes a stage, and the segment before and after it; may refuse what the stage did
+Check = Callable[[Stage, ModuleGraph, ModuleGraph], None]
 
 
 def unchecked(stage: Stage, before: ModuleGraph, after: ModuleGraph) -> None:
-    """What is said of a stage's work where its claims were checked on another block of the same
-    program."""
+    """The check of a block whose program was checked on another block."""
 
 
 def solve(
-    graph: ModuleGraph,
-    transform: Transform,
-    observe: Callable[[ModuleGraph, set], Stats],
-    check: Check = unchecked,
+    graph: ModuleGraph, transform: Transform, observe: Observe, check: Check = unchecked
 ) -> tuple[ModuleGraph, Stats]:
-    """All stages on one segment; statistics that a stage needs and nobody has yet are observed just
-    before it, but the drift from the reference before all of them, while channels are still the
-    reference's. check: sees every stage's work, and may refuse it."""
+    """All stages on one segment, and the statistics that are left.
 
-    def wants(stage: Stage) -> set[tuple[str, str]]:
-        return {(s.source, need) for s in select(stage, graph).sites for need in stage.wants(s)}
-
-    drift = {
-        (source, need) for stage in transform for source, need in wants(stage) if need in DRIFT
-    }
+    A statistic is observed right before the first stage that needs it. The drift is the exception:
+    it compares channels with the reference's, so it is observed before any stage moves them.
+    """
+    drift = {key for stage in transform for key in _needed(stage, graph) if key[1] in DRIFT}
     stats: Stats = observe(graph, drift) if drift else {}
     for stage in transform:
-        if missing := wants(stage) - stats.keys():
+        missing = _needed(stage, graph) - stats.keys()
+        if missing:
             stats = {**stats, **observe(graph, missing)}
         before = graph
         graph, stats = apply(stage, graph, stats)
         check(stage, before, graph)
     return graph, stats
+
+
+def _needed(stage: Stage, graph: ModuleGraph) -> set[Key]:
+    """The statistics that a stage reads of the sites that are selected."""
+    sites = select(stage, graph).sites
+    return {(site.source, name) for site in sites for name in stage.wants(site)}
 
 
 def solve_alone(weight: ModuleGraph, transform: Transform) -> ModuleGraph:
@@ -61,7 +69,7 @@ def solve_alone(weight: ModuleGraph, transform: Transform) -> ModuleGraph:
     Refused if anything is left to happen at run time: of weights outside a block's program only
     codes are written.
     """
-    solved, _ = solve(weight, transform, lambda graph, wanted: {})
+    solved, _ = solve(weight, transform, observe_nothing)
     if {**solved.online, **solved.online_outputs}:
         raise QlabError(
             f"{weight.code.sites[0].path} still needs an operation at run time, and of a weight "
@@ -77,17 +85,18 @@ def in_order(
     """Whether a recipe can be solved source after source, each on what the quantized ones before it
     produce.
 
-    A reparametrization needs all sources of its channels at once, which mixtures have several of.
-    Sending every token to every expert (`calibrate_all_experts`) is no part of the model's own
-    forward pass.
+    A reparametrization needs all sources of its channels at once, and in a mixture these are
+    several. Sending every token to every expert (`calibrate_all_experts`) is no part of the model's
+    own forward pass.
     """
+    if inputs != "quantized" or calibrate_all_experts:
+        return False
     lone = all(site.source == site.origin for site in code.sites)
-    fit = all(
+    return all(
         (stage.lossless and not stage.needs)
         or (stage.sitewise and (lone or not stage.reparametrizes))
         for stage in transform
     )
-    return inputs == "quantized" and not calibrate_all_experts and fit
 
 
 def solve_in_order(
@@ -99,36 +108,27 @@ def solve_in_order(
     check: Check = unchecked,
 ) -> tuple[ModuleGraph, list[Iterator[State]]]:
     """All stages, source after source in running order, each on inputs that the quantized sources
-    before it produced; with the hidden states that leave the solved segment, batch by batch, and
-    after them those that leave the reference.
+    before it produced; with the states that leave the solved segment, batch by batch, and after
+    them those that leave the reference.
 
-    One forward pass: it waits at each source until that is solved. Where the values of waiting
-    batches are more than HELD bytes, the others are let go and computed again. Stages are sitewise,
-    or lossless: those come when all sources are solved, since what waits was computed with the
-    leaves as they were. experts_at_once: of how many experts statistics are held at a time (None:
-    of all); nothing that comes out depends on it.
+    One forward pass: it waits at each source until that is solved. Batches whose values would take
+    more than HELD bytes together are not kept waiting, but run again from the start of the segment.
+    Stages are sitewise, or lossless: the lossless ones come when all sources are solved, since what
+    waits was computed with the leaves as they were. experts_at_once: of how many experts statistics
+    are held at a time (None: of all); nothing that comes out depends on it.
     """
-    streams = [_Stream(graph.code, batches)] + (
-        [_Stream(graph.code, reference.batches)] if reference else []
-    )
+    streams = [_Stream(graph.code, batches)]
+    if reference:
+        streams.append(_Stream(graph.code, reference.batches))
     for source, sites in by_source(graph.code.sites).items():
         graph = replace(graph, selected=frozenset(site.path for site in sites))
-        wanted = {
-            (source, need)
-            for stage in transform
-            if select(stage, graph).sites
-            for need in stage.wants(sites[0])
-        }
-        graphs = [graph, reference.graph] if reference and (source, "drift") in wanted else [graph]
-        stats: Stats = {}
-        if wanted and sites[0].route and experts_at_once:
-            look = partial(_at, source, graphs, streams=streams)
-            stats = {
-                key: PerExpert(_InParts(key, look, _experts(graph, sites[0]), experts_at_once))
-                for key in wanted
-            }
-        elif wanted:
-            stats = _at(source, graphs, wanted, streams)
+        keys = set().union(*(_needed(stage, graph) for stage in transform))
+        observe = partial(_observe_waiting, source, streams=streams, reference=reference)
+        if sites[0].route and experts_at_once:
+            experts = graph.params[sites[0].weight or ""].shape[0]
+            stats = _in_parts(graph, keys, observe, experts, experts_at_once)
+        else:
+            stats = observe(graph, keys)
         for stage in transform:
             if stage.sitewise:
                 before = graph
@@ -152,7 +152,7 @@ class _Stream:
         self.walks = [Walk(code) for _ in batches()]
 
     def to(self, graph: ModuleGraph, source: str) -> Iterator[tuple[Walk, Rows]]:
-        """Every batch's walk, waiting at a source, and what reaches that."""
+        """Every batch's walk, waiting at a source, and the rows that reach the source."""
         for walk, (call, state) in zip(self.walks, self.batches()):
             yield walk, walk.to(graph, source, *call.inputs(state))
 
@@ -162,17 +162,57 @@ class _Stream:
             yield call.leaving(state, walk.end(graph, *call.inputs(state)))
 
 
-def _experts(graph: ModuleGraph, site: Site) -> int:
-    return graph.params[site.weight or ""].shape[0]
+def _observe_waiting(
+    source: str,
+    graph: ModuleGraph,
+    keys: set[Key],
+    streams: Sequence[_Stream],
+    reference: Reference | None,
+    experts: slice | None = None,
+) -> Stats:
+    """The statistics of one source, at which every walk waits then.
+
+    streams: the segment's, and the reference's behind it, which is walked where the drift is asked
+    for. experts: of which statistics are observed (None: of all).
+    """
+    if not keys:
+        return {}
+    totals, waiting = Totals(graph, keys, experts), 0
+    graphs = [graph]
+    if reference and (source, "drift") in keys:
+        graphs.append(reference.graph)
+    arriving = [stream.to(g, source) for stream, g in zip(streams, graphs)]
+    for of_batch in zip(*arriving):
+        rows, *reference_rows = [rows for _, rows in of_batch]
+        totals.add({source: rows}, {source: reference_rows[0]} if reference_rows else {})
+        for walk, _ in of_batch:
+            waiting += walk.nbytes()
+            if waiting > HELD:
+                waiting -= walk.nbytes()
+                walk.forget()
+    return totals.stats
+
+
+def _in_parts(
+    graph: ModuleGraph, keys: set[Key], observe: Callable[..., Stats], experts: int, size: int
+) -> Stats:
+    """The statistics of all experts, of which `size` are held at a time."""
+    return {key: PerExpert(_InParts(graph, key, observe, experts, size)) for key in keys}
 
 
 class _InParts(Sequence):
-    """One statistic of every expert, observed when it is asked for: of `size` neighbours at a time,
-    of which the last are held."""
+    """One statistic of every expert, observed when it is asked for.
 
-    def __init__(self, key: tuple[str, str], look: Callable[..., Stats], experts: int, size: int):
-        self.key, self.look, self.experts, self.size = key, look, experts, size
-        self.first, self.held = 0, ()
+    Experts are observed `size` neighbours at a time, and the states of the last part are kept.
+    """
+
+    def __init__(
+        self, graph: ModuleGraph, key: Key, observe: Callable[..., Stats], experts: int, size: int
+    ):
+        self.graph, self.key, self.observe = graph, key, observe
+        self.experts, self.size = experts, size
+        self.first: int = 0
+        self.states: Sequence[Any] = ()
 
     def __len__(self) -> int:
         return self.experts
@@ -180,28 +220,9 @@ class _InParts(Sequence):
     def __getitem__(self, expert: Any) -> Any:
         if not 0 <= expert < self.experts:
             raise IndexError(expert)
-        if not self.held or not self.first <= expert < self.first + self.size:
-            self.first, self.held = expert - expert % self.size, ()
+        if not self.first <= expert < self.first + len(self.states):
+            self.states = ()  # lets go of the part before
+            self.first = expert - expert % self.size
             part = slice(self.first, min(self.first + self.size, self.experts))
-            self.held = self.look(wanted={self.key}, experts=part)[self.key].states
-        return self.held[expert - self.first]
-
-
-def _at(
-    source: str,
-    graphs: Sequence[ModuleGraph],
-    wanted: set,
-    streams: Sequence[_Stream],
-    experts: slice | None = None,
-) -> Stats:
-    """The statistics `wanted` of one source, with every walk waiting there; of experts, those of
-    all or of some. graphs: the segment, and the reference's where that is looked at too."""
-    seen, held = Seen(graphs[0], wanted, experts), 0
-    for arrived in zip(*(stream.to(graph, source) for stream, graph in zip(streams, graphs))):
-        seen.add(*({source: rows} for _, rows in arrived))
-        for walk, _ in arrived:
-            held += walk.nbytes()
-            if held > HELD:
-                held -= walk.nbytes()
-                walk.forget()
-    return seen.stats
+            self.states = self.observe(self.graph, {self.key}, experts=part)[self.key].states
+        return self.states[expert - self.first]

@@ -193,7 +193,7 @@ def test_statistics_everywhere_are_of_all_tokens():
 
     batches = [(Plain(batch), None) for batch in seg.batches]
     wanted = {(s.source, name) for s in (up, router) for name in ("second_moment", "sample")}
-    stats = observe(seg.graph, wanted, iter(batches), calibrate_all_experts=True)
+    stats = observe(seg.graph, wanted, lambda: iter(batches), calibrate_all_experts=True)
     for state in stats[up.source, "second_moment"].states:
         assert state.tokens == 72 and torch.allclose(
             state.sum_kk, stats[router.source, "second_moment"].sum_kk, rtol=1e-5, atol=1e-4

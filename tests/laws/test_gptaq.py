@@ -171,7 +171,7 @@ def test_scales_before_it_or_after_it_make_the_same_block(in_order):
             graph, _ = solve(
                 seg.graph,
                 recipe,
-                lambda now, wanted: observe(now, wanted, drifted(seg)(), reference=reference),
+                lambda now, wanted: observe(now, wanted, drifted(seg), reference=reference),
             )
             outs.append([hidden(interpret(graph, *call.inputs(h))) for call, h in drifted(seg)()])
     plain = [hidden(interpret(seg.graph, *call.inputs(h))) for call, h in drifted(seg)()]
@@ -185,7 +185,7 @@ def test_on_the_reference_s_own_activations_it_is_gptq(family):
     assert_same(seg.solve(gptaq(SPEC))[0], seg.solve(gptq(SPEC))[0])
     same = Reference(seg.graph, batches_of(seg))
     first = next(iter(seg.graph.sites)).source
-    stats = observe(seg.graph, {(first, "drift")}, batches_of(seg)(), reference=same)
+    stats = observe(seg.graph, {(first, "drift")}, batches_of(seg), reference=same)
     assert not stats[first, "drift"].sum_kk.any()
 
 
@@ -195,7 +195,7 @@ def test_blocks_and_sources_see_the_same_drift():
     whole = observe(
         seg.graph,
         {(first, "drift")},
-        drifted(seg)(),
+        drifted(seg),
         reference=Reference(seg.graph, batches_of(seg)),
     )
     seen = {}

@@ -139,8 +139,10 @@ def test_what_waits_is_within_the_limit(monkeypatch):
 def test_experts_observed_in_parts_give_the_bits_of_all_at_once(family, at_once, held, monkeypatch):
     seg, most = segment(family), []
     whole, (leaving,) = solve_in_order(seg.graph, gptq(SPEC), batches_of(seg))
-    look = solve._at
-    monkeypatch.setattr(solve, "_at", lambda *a, **k: most.append(look(*a, **k)) or most[-1])
+    look = solve._observe_waiting
+    monkeypatch.setattr(
+        solve, "_observe_waiting", lambda *a, **k: most.append(look(*a, **k)) or most[-1]
+    )
     monkeypatch.setattr(solve, "HELD", held)
     parts, (then,) = solve_in_order(seg.graph, gptq(SPEC), batches_of(seg), at_once)
     assert_same(parts, whole)

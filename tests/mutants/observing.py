@@ -130,8 +130,8 @@ torch.addmm(
         "the reference sees what the quantized one sees",
         "driver/solve.py",
         "solve_in_order",
-        "[_Stream(graph.code, reference.batches)]",
-        "[_Stream(graph.code, batches)]",
+        "streams.append(_Stream(graph.code, reference.batches))",
+        "streams.append(_Stream(graph.code, batches))",
         "gptaq",
     ),
 ]
