@@ -21,14 +21,16 @@ RECORD, FIGURES = "bench.json", ("methods.png", "layers.png")
 def refuse_foreign(
     out: Path, methods: Iterable[str], job: Mapping[str, Any], model: Path, files: Iterable[Path]
 ) -> None:
-    """An earlier result of the same bench is replaced; anything else there is not ours to touch.
+    """Refuse a folder that holds anything but an earlier result of the same bench, which is
+    replaced.
 
     job: what the figures depend on. model, files: what the bench reads.
     """
     if out.exists() and not out.is_dir():
         raise QlabError(f"{out} is a file; choose another --out")
     for path in places(out, list(methods), model, files).values():
-        if reason := foreign(path) if is_taken(path) else None:
+        reason = foreign(path) if is_taken(path) else None
+        if reason:
             raise QlabError(
                 f"{path} exists and is no result of qlab ({reason}); move it away or choose "
                 "another --out"
@@ -47,18 +49,19 @@ def refuse_foreign(
 def _refuse_other(out: Path, job: Mapping[str, Any]) -> None:
     """Refuse a folder that another bench has, finished or not."""
     for record in (read_sealed(out / RECORD), read_sealed(out / WORK / RECORD)):
-        theirs = record.get("job") if isinstance(record, dict) else job
-        if theirs != job:
-            of = theirs.get("model") if isinstance(theirs, dict) else "an older version of qlab"
+        other_job = record.get("job") if isinstance(record, dict) else job
+        if other_job != job:
+            is_known = isinstance(other_job, dict)
+            model = other_job.get("model") if is_known else "an older version of qlab"
             raise QlabError(
-                f"{out} holds another bench ({of}, or other options); choose another --out"
+                f"{out} holds another bench ({model}, or other options); choose another --out"
             )
 
 
 @contextmanager
 def owned(out: Path, job: Mapping[str, Any]) -> Iterator[None]:
-    """Around the work: no other bench comes in, not even after this one was killed. Where nothing
-    is written, no folder stays."""
+    """Around the work: keeps other benches out of the folder, also after this one was killed.
+    Removes the folder where nothing was written."""
     lock = Lock(out / WORK)
     try:
         _refuse_other(out, job)

@@ -53,8 +53,8 @@ def compare_methods(
     inputs: str = "quantized",
     out: Path | None = None,
 ) -> dict[str, Any]:
-    """Quantize `name` by every method into out/<method> and evaluate each against the unquantized
-    model.
+    """Quantize the model `name` by every method into out/<method> and evaluate each result against
+    the unquantized model.
 
     Returns, and writes to out/bench.json, one row per method with what it costs (bits, bytes,
     seconds, peak memory of quantizing) and what it loses (perplexity, KL divergence, agreement,
@@ -77,38 +77,47 @@ def compare_methods(
         "windows": windows,
         "inputs": inputs,
     }
-    out = Path(
-        os.path.realpath(Path(out or home() / "bench" / _folder_name(name, job)).expanduser())
-    )
-    refuse_foreign(
-        out, recipes, job, model.path, [Path(path) for path in (*(calib or ()), *(text or ()))]
-    )
+    chosen = Path(out or home() / "bench" / _folder_name(name, job)).expanduser()
+    out = Path(os.path.realpath(chosen))
+    texts = [Path(path) for path in (*(calib or ()), *(text or ()))]
+    refuse_foreign(out, recipes, job, model.path, texts)
     observes = bool(calib) or any(stage.needs for recipe in recipes.values() for stage in recipe)
-    if not is_demo(model) and not (text and (calib or not observes)):
+    if not (text and (calib or not observes)):
+        _say_whose_text(model)
+    data = qlab.tokens(model, calibration_texts(calib), samples, length, seed) if observes else None
+    held_out = _held_out(model, text, length, windows)
+    calibrating = ""
+    if data:
+        calibrating = f"calibrating on {data.count:,} tokens ({samples} windows of {length}), "
+    say(f"{calibrating}evaluating on {held_out.count:,} tokens")
+    with owned(out, job):
+        # before the reference is read, which would add to the memory of quantizing
+        results = _quantize(model, recipes, data, out, inputs)
+        reference, rows = _evaluate(model, results, held_out, spec)
+        record = _record(name, job, reference, rows, data, held_out, out)
+        write_json(out / RECORD, record)
+        draw(record, out)
+    return record
+
+
+def _say_whose_text(model: Checkpoint) -> None:
+    """Say that a model other than the demo is measured on the demo's text."""
+    if not is_demo(model):
         say(
             f"{model.path} is measured on the demo's text, articles of English Wikipedia; --calib "
             "and --text take texts of its own"
         )
-    data = qlab.tokens(model, calibration_texts(calib), samples, length, seed) if observes else None
+
+
+def _held_out(model: Checkpoint, text: Paths, length: int, windows: int) -> Tokens:
+    """The windows to evaluate on; refuses text that has fewer."""
     held_out = qlab.first_windows(model, evaluation_texts(text), length, windows)
     if len(held_out.ids) < windows:
         raise QlabError(
             f"{' and '.join(held_out.texts)} gives {len(held_out.ids)} windows of {length} tokens "
             f"and {windows} were asked for; give more text, fewer windows or a shorter length"
         )
-    calibrating = (
-        f"calibrating on {data.count:,} tokens ({samples} windows of {length}), " if data else ""
-    )
-    say(f"{calibrating}evaluating on {held_out.count:,} tokens")
-    with owned(out, job):
-        results = _quantize(
-            model, recipes, data, out, inputs
-        )  # before the reference is read, which would add to their memory
-        reference, rows = _evaluate(model, results, held_out, spec)
-        record = _record(name, job, reference, rows, data, held_out, out)
-        write_json(out / RECORD, record)
-        draw(record, out)
-    return record
+    return held_out
 
 
 def _record(
@@ -120,7 +129,7 @@ def _record(
     held_out: Tokens,
     out: Path,
 ) -> dict[str, Any]:
-    """What bench.json says."""
+    """The content of bench.json."""
     return sealed(
         {
             "model": name,
@@ -147,7 +156,7 @@ def _recipes(methods: Sequence[str], spec: str, asymmetric: bool) -> dict[str, T
 
 
 def _folder_name(name: str, job: Mapping[str, Any]) -> str:
-    """A name that no other bench has: models are often called alike."""
+    """A folder name that no other bench has; the hash tells models with the same name apart."""
     slug = re.sub(r"[^\w.-]", "_", Path(name).expanduser().resolve().name)
     key = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:8]
     return f"{slug}-{key}-{job['spec']}"
@@ -183,13 +192,13 @@ def _evaluate(
     started = time.perf_counter()
     with PeakMemory() as peak:
         reference = read(model, held_out)
-        found = qlab.evaluate(reference, reference, held_out)
-    say(f"reference: perplexity {found.perplexity:.3f}")
+        evaluation = qlab.evaluate(reference, reference, held_out)
+    say(f"reference: perplexity {evaluation.perplexity:.3f}")
     size = sum(file.stat().st_size for file in set(model.files.values()))
     unquantized = _row(
         "reference",
         None,
-        found,
+        evaluation,
         started,
         bits_per_weight=8.0 * model.dtype.itemsize,
         bytes=size,
@@ -201,13 +210,13 @@ def _evaluate(
     rows = []
     for method, result in results.items():
         started = time.perf_counter()
-        found = qlab.evaluate(qlab.open(result.path), reference, held_out)
+        evaluation = qlab.evaluate(qlab.open(result.path), reference, held_out)
         losses = {site: row["loss"] for site, row in result.sites.items() if "loss" in row}
         rows.append(
             _row(
                 method,
                 spec,
-                found,
+                evaluation,
                 started,
                 bits_per_weight=result.bits_per_weight,
                 bytes=result.bytes,
@@ -217,20 +226,20 @@ def _evaluate(
                 losses=losses,
             )
         )
-        say(f"{method}: perplexity {found.perplexity:.3f} ({_change(rows[-1]['ratio'])} %)")
+        say(f"{method}: perplexity {evaluation.perplexity:.3f} ({_change(rows[-1]['ratio'])} %)")
     return unquantized, rows
 
 
 def _row(
-    method: str, spec: str | None, found: Evaluation, started: float, **cost: Any
+    method: str, spec: str | None, evaluation: Evaluation, started: float, **cost: Any
 ) -> dict[str, Any]:
-    """The figures of one model. seconds, peak_rss_bytes: of quantizing it; for the reference 0, and
-    of reading it."""
+    """The figures of one model. Of a quantized one, `seconds` and `peak_rss_bytes` are those of
+    quantizing it; of the reference, they are 0 and those of reading it."""
     return {
         "method": method,
         "spec": spec,
-        **found.json(),
-        "ratio": found.perplexity / found.reference_perplexity,
+        **evaluation.json(),
+        "ratio": evaluation.perplexity / evaluation.reference_perplexity,
         **cost,
         "evaluation_seconds": time.perf_counter() - started,
     }
@@ -254,28 +263,38 @@ def table(record: Mapping[str, Any]) -> Table:
     for name in right:
         drawn.add_column(name, justify="right")
     for row in (reference, *record["rows"]):
-        quantized = row is not reference
-        drawn.add_row(
-            row["method"],
-            row["spec"] or "-",
-            f"{row['perplexity']:.2f} {_range(row['perplexity_ci'])}",
-            f"{_change(row['ratio'])} {_change(row['ratio_ci'][0])}..{_change(row['ratio_ci'][1])}"
-            if quantized
-            else "-",
-            f"{row['kl']:.4f}" if quantized else "-",
-            f"{100 * row['top1_agreement']:.1f}" if quantized else "-",
-            f"{row['bits_per_weight']:.2f}",
-            f"{row['bytes'] / 1e6:.1f}",
-            f"{row['seconds']:.1f}" if quantized else "-",
-            f"{row['peak_rss_bytes'] / 2**20:.0f}" if quantized else "-",
+        drawn.add_row(*_cells(row, quantized=row is not reference))
+    drawn.caption = "95 % intervals over windows; those of the change are paired"
+    if record["inputs"] == "reference" and len(record["rows"]) > 1:
+        drawn.caption += (
+            "; seconds and peak memory are those of the one pass that served every method"
         )
-    shared = record["inputs"] == "reference" and len(record["rows"]) > 1
-    drawn.caption = "95 % intervals over windows; those of the change are paired" + (
-        "; seconds and peak memory are those of the one pass that served every method"
-        if shared
-        else ""
-    )
     return drawn
+
+
+def _cells(row: Mapping[str, Any], quantized: bool) -> list[str]:
+    """The cells of one model; those that only a quantized one has are `-` for the reference."""
+    low, high = (_change(ratio) for ratio in row["ratio_ci"])
+    compared = {
+        "change": f"{_change(row['ratio'])} {low}..{high}",
+        "kl": f"{row['kl']:.4f}",
+        "top1": f"{100 * row['top1_agreement']:.1f}",
+        "seconds": f"{row['seconds']:.1f}",
+    }
+    if not quantized:
+        compared = dict.fromkeys(compared, "-")
+    return [
+        row["method"],
+        row["spec"] or "-",
+        f"{row['perplexity']:.2f} {_range(row['perplexity_ci'])}",
+        compared["change"],
+        compared["kl"],
+        compared["top1"],
+        f"{row['bits_per_weight']:.2f}",
+        f"{row['bytes'] / 1e6:.1f}",
+        compared["seconds"],
+        f"{row['peak_rss_bytes'] / 2**20:.0f}",
+    ]
 
 
 def _range(interval: Sequence[float]) -> str:

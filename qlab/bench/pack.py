@@ -4,9 +4,9 @@ GPTQModel.
     MB/s     bytes of the dense bfloat16 weight (two a code) over the time of a call
     ratio    a contender's time over qlab's: above 1, qlab is faster
 
-Everybody starts from the int8 codes of one weight [o, k] in memory and ends in the words of their
-own format, and the way back. GPTQModel packs while it rounds: `gptqmodel` is what it calls to save
-a weight, `gptqmodel codes` its packing of codes alone.
+Every packer starts from the int8 codes of one weight [o, k] in memory and ends in the words of its
+own format; then the way back is timed. GPTQModel packs while it rounds: `gptqmodel` is what it
+calls to save a weight, `gptqmodel codes` its packing of codes alone.
 """
 
 import importlib.util
@@ -29,6 +29,7 @@ from qlab.lowering.tuning.timing import COPIES, microseconds
 BITS = (2, 3, 4, 8)
 GROUP = 128
 OURS, TRANSPOSED = "qlab", "qlab gptq"
+# what is packed, made of the codes; to words; and the way back
 Calls = tuple[Callable[[Tensor], Any], Callable[[Tensor], Any], Callable[[Tensor], Any]]
 
 
@@ -64,14 +65,13 @@ def gptqmodel(bits: int, shape: torch.Size) -> Calls:
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     from gptqmodel.utils.model_dequant import unpack_rows
 
-    (o, k), middle = shape, 2 ** (bits - 1)
+    o, k = shape
+    middle = 2 ** (bits - 1)
     linear = TorchLinear(
         bits=bits, group_size=GROUP, sym=True, desc_act=False, in_features=k, out_features=o
     )
-    scales, zeros = (
-        torch.ones(o, k // GROUP, dtype=torch.float32),
-        torch.full((o, k // GROUP), middle, dtype=torch.long),
-    )
+    scales = torch.ones(o, k // GROUP, dtype=torch.float32)
+    zeros = torch.full((o, k // GROUP), middle, dtype=torch.long)
     g_idx = torch.arange(k, dtype=torch.int32) // GROUP
 
     def prepare(codes: Tensor) -> torch.nn.Linear:
@@ -137,13 +137,10 @@ def compare_packers(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rows = [
-            row
-            for b in bits
-            for name in CONTENDERS
-            if name not in absent
-            for row in _measure(name, b, n, k, reps, seconds, said)
-        ]
+        rows: list[dict[str, Any]] = []
+        for width in bits:
+            for name in [name for name in CONTENDERS if name not in absent]:
+                rows += _measure(name, width, n, k, reps, seconds, said)
         label = device_label(torch.device("cpu"))
     finally:
         torch.set_num_threads(threads)
@@ -200,12 +197,13 @@ def table(record: Mapping[str, Any]) -> Table:
         drawn.add_column(name, justify="right")
     rates = {(row["bits"], row["way"], row["contender"]): row["mbps"] for row in record["rows"]}
     for bits, way in dict.fromkeys((row["bits"], row["way"]) for row in record["rows"]):
-        found = {name: rates[bits, way, name] for name in names}
-        shown = [
-            f"{mbps:.0f}" + ("" if name == OURS else f" ({found[OURS] / mbps:.1f}x)")
-            for name, mbps in found.items()
-        ]
-        drawn.add_row(str(bits), way, *shown)
+        own_rate = rates[bits, way, OURS]
+        cells = []
+        for name in names:
+            mbps = rates[bits, way, name]
+            ratio = "" if name == OURS else f" ({own_rate / mbps:.1f}x)"
+            cells.append(f"{mbps:.0f}{ratio}")
+        drawn.add_row(str(bits), way, *cells)
     missing = f"; not installed: {', '.join(record['absent'])}" if record["absent"] else ""
     drawn.caption = (
         f"MB/s of dense bfloat16 weight on one core; (x): qlab's rate over a contender's{missing}"

@@ -33,16 +33,17 @@ def draw_matmuls(record: Mapping[str, Any], path: Path) -> None:
     figure.suptitle(_literal(title), fontsize="medium")
     names = list(dict.fromkeys(row["contender"] for row in rows))
     for axes, (n, k) in zip(figure.subplots(1, len(shapes), squeeze=False)[0], shapes):
-        here = [row for row in rows if (row["n"], row["k"]) == (n, k)]
+        rows_of_shape = [row for row in rows if (row["n"], row["k"]) == (n, k)]
         for i, name in enumerate(names):
-            line = [(row["m"], row["us"]) for row in here if row["contender"] == name]
-            axes.plot(
-                *zip(*line), marker=".", color=f"C{i}", label=_literal(name)
-            ) if line else None
-        floor = [(row["m"], row["floor_us"]) for row in here if row["contender"] == names[0]]
-        axes.plot(
-            *zip(*floor), color="black", linestyle=":", label=f"floor of {names[0]}"
-        ) if floor else None
+            rows_of_contender = [row for row in rows_of_shape if row["contender"] == name]
+            if rows_of_contender:
+                style = {"marker": ".", "color": f"C{i}", "label": _literal(name)}
+                times = [row["us"] for row in rows_of_contender]
+                axes.plot([row["m"] for row in rows_of_contender], times, **style)
+        first = [row for row in rows_of_shape if row["contender"] == names[0]]
+        if first:
+            style = {"color": "black", "linestyle": ":", "label": f"floor of {names[0]}"}
+            axes.plot([row["m"] for row in first], [row["floor_us"] for row in first], **style)
         axes.set(title=f"{n}x{k}", xlabel="tokens", ylabel="microseconds", yscale="log")
         axes.set_xscale("log", base=2)
         axes.legend(fontsize="small")
@@ -139,8 +140,8 @@ def _bars(
     axes.set_title(title, fontsize="medium")
 
 
-def _running(site: str) -> list[str | int]:
-    """Sorts layers.2 before layers.10."""
+def _in_running_order(site: str) -> list[str | int]:
+    """A key that sorts layers.2 before layers.10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", site)]
 
 
@@ -149,18 +150,14 @@ def _layers(record: Mapping[str, Any]) -> Any:
     method has one."""
     figure, left, right = _figure(_title(record))
     for i, row in enumerate(record["rows"]):
-        same: dict[str, Any] = {"label": _literal(row["method"]), "color": f"C{i}"}  # on both sides
-        left.plot(range(len(row["layer_error"])), row["layer_error"], marker=".", **same)
-        if losses := row["losses"]:
-            blocks = len(row["layer_error"])
+        # one style on both sides
+        style: dict[str, Any] = {"label": _literal(row["method"]), "color": f"C{i}"}
+        blocks, losses = len(row["layer_error"]), row["losses"]
+        left.plot(range(blocks), row["layer_error"], marker=".", **style)
+        if losses:
             places = [blocks * n / len(losses) for n in range(len(losses))]
-            right.plot(
-                places,
-                [losses[site] for site in sorted(losses, key=_running)],
-                ".",
-                markersize=3,
-                **same,
-            )
+            in_order = [losses[site] for site in sorted(losses, key=_in_running_order)]
+            right.plot(places, in_order, ".", markersize=3, **style)
     for axes, title in (
         (left, "relative error of hidden states"),
         (right, "relative calibration loss per site"),
