@@ -26,15 +26,12 @@ UNDONE = {
     "gptaq",
     "gptq",
     "image_samples",
-    "inductor_options",
-    "lower",
     "open",
     "perplexity",
     "plan",
     "quantize",
     "reparametrize",
     "rtn",
-    "to_torchao",
     "tokens",
 }
 FUNCTIONS = sorted(

@@ -62,8 +62,12 @@ def lower(
             that the model needs and the files lack.
 
     Example:
+        >>> import qlab, torch
         >>> model = qlab.lower("demo-int4")
-        >>> model(input_ids=torch.tensor([[5, 6, 7]])).logits.shape
+        >>> model.model.layers[0].mlp.up_proj
+        QLinear(in_features=64, out_features=128, spec=int4-g64, layout=int4pack-...)
+        >>> model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False).shape
+        torch.Size([1, 5])
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     checkpoint.warn_unapplied()

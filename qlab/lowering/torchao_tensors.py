@@ -50,7 +50,10 @@ def to_torchao(
             need padding, groups that torchao's kernels do not read.
 
     Example:
+        >>> import qlab
         >>> model = qlab.to_torchao("demo-int4")
+        >>> type(model.model.layers[0].mlp.up_proj.weight).__name__
+        'Int4OpaqueTensor'
     """
     try:
         import torchao  # noqa: F401

@@ -1,4 +1,4 @@
-"""What qlab adds to torch.compile: a value among the options. Nothing is installed by an import."""
+"""The options with which torch.compile uses qlab's kernels. Importing qlab installs nothing."""
 
 from typing import Any
 
@@ -6,12 +6,24 @@ import torch
 
 
 def inductor_options(**more: Any) -> dict[str, Any]:
-    """Options for torch.compile (`options=`) and AOTInductor (`inductor_configs=`): qlab's pass,
-    and whatever else is given.
+    """Options for torch.compile (`options=`) and AOTInductor (`inductor_configs=`): qlab's compiler
+    pass, and other options of Inductor beside it.
 
     torch takes no `mode` beside options: CUDA graphs, its "reduce-overhead", are
-    `**{"triton.cudagraphs": True}`. freezing=True and max_autotune=True on a CPU let Inductor's
-    int4 template compete; packed weights are never folded into dense ones by it.
+    `**{"triton.cudagraphs": True}`. With freezing=True and max_autotune=True on a CPU, Inductor's
+    int4 template competes with aten's kernel. Packed weights are never folded into dense ones.
+
+    Args:
+        **more: other options of Inductor, by name.
+
+    Returns:
+        Option -> value, with the pass as `post_grad_custom_pre_pass`.
+
+    Example:
+        >>> import qlab
+        >>> options = qlab.inductor_options(max_autotune=True)
+        >>> sorted(options)
+        ['max_autotune', 'post_grad_custom_pre_pass']
     """
     from torch._inductor.constant_folding import _dont_constant_fold, add_dont_constant_fold
     from torch._inductor.lowering import add_layout_constraint, constrain_to_fx_strides
@@ -21,8 +33,8 @@ def inductor_options(**more: Any) -> dict[str, Any]:
     for op in (torch.ops.qlab.dequantize.default, torch.ops.qlab.dense.default):
         if op not in _dont_constant_fold:
             add_dont_constant_fold(op)
-    # Inductor may write a contiguous copy in the order of what it copies, and aten's kernel takes
-    # none but rows
+    # Inductor may lay out a contiguous copy as the tensor that it copies, and aten's kernel takes
+    # contiguous rows only.
     add_layout_constraint(
         torch.ops.aten._weight_int4pack_mm_for_cpu.default, constrain_to_fx_strides
     )
