@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from qlab.algebra.graph import Code, ModuleGraph
+from qlab.algebra.graph import Code, ModuleGraph, Op
 from qlab.algebra.qtensor import Leaf, QTensor, dense
 from qlab.errors import QlabError
 from qlab.model.calls import Call
@@ -17,18 +17,15 @@ from qlab.model.skeleton import Skeleton
 
 
 def load_leaf(skeleton: Skeleton, name: str) -> Leaf:
-    """The leaf of a parameter, put together from the files: codes, or dense in the dtype that
-    the model holds it in."""
-    pieces = skeleton.names.pieces(name)
-    return assemble(
-        pieces,
-        [skeleton.checkpoint.leaf(piece.name, dtype_in(skeleton.model, name)) for piece in pieces],
-    )
+    """The leaf of a parameter, put together from the files: codes, or dense in the dtype in which
+    the model computes with it."""
+    pieces, dtype = skeleton.names.pieces(name), dtype_in(skeleton.model, name)
+    return assemble(pieces, [skeleton.checkpoint.leaf(piece.name, dtype) for piece in pieces])
 
 
 def load_original(skeleton: Skeleton, name: str) -> Tensor:
-    """The leaf of a parameter as if it had never been quantized: with the bits of the files
-    where they hold it dense."""
+    """The leaf of a parameter as if it had never been quantized: dequantized, or with the bits of
+    the files where they hold it dense."""
     pieces = skeleton.names.pieces(name)
     leaves = [skeleton.checkpoint.leaf(piece.name) for piece in pieces]
     parts = [dense(leaf, skeleton.dtype) if isinstance(leaf, QTensor) else leaf for leaf in leaves]
@@ -41,53 +38,63 @@ def load_original(skeleton: Skeleton, name: str) -> Tensor:
 def load_block(skeleton: Skeleton, path: str, call: Call, decoded: bool = False) -> ModuleGraph:
     """The block as a value, with its leaves loaded from the files onto the skeleton's device.
 
-    decoded: as if it had never been quantized, all leaves dense, with the bits of the files,
-    and no input rounded at run time.
+    decoded: as if it had never been quantized. All leaves are dense, with the bits of the files,
+    and no input is rounded at run time.
     """
     code = skeleton.programs.code(path, call)
     _refuse_rounded_inputs(skeleton, path, code)
-    leaves: dict[str, Leaf] = {}
-    dequantized: set[str] = set()  # written in the checkpoint's own dtype
-    names = skeleton.names.block_names(path)
-    for name in sorted(names, key=lambda name: skeleton.checkpoint.place(names[name][0].name)):
-        pieces = names[name]
-        dense_one = decoded or name in code.unread
-        leaf = (
-            load_original(skeleton, f"{path}.{name}")
-            if dense_one
-            else load_leaf(skeleton, f"{path}.{name}")
-        )
-        leaves[name] = pytree.tree_map_only(Tensor, lambda t: t.to(skeleton.device), leaf)
-        dequantized |= (
-            {name}
-            if any(piece.module in skeleton.checkpoint.quantized for piece in pieces)
-            else set()
-        )
-    leaves = {name: leaves[name] for name in names}
-    for name, buffer in skeleton.blocks[path].named_buffers():
-        leaves.setdefault(name, buffer.to(skeleton.device))
-    own = {name: leaf.dtype for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
-    stored = {name: dtype for name, dtype in own.items() if name not in dequantized}
-    held = {name: dtype_in(skeleton.model, f"{path}.{name}") for name in own}
-    sites = () if decoded else code.sites
-    online = {
-        site.path: ops for site in sites if (ops := at_input(skeleton, f"{path}.{site.path}"))
-    }
-    outputs = {
-        site.path: ops for site in sites if (ops := at_output(skeleton, f"{path}.{site.path}"))
-    }
+    leaves = _leaves(skeleton, path, code, decoded)
+    online: dict[str, tuple[Op, ...]] = {}
+    online_outputs: dict[str, tuple[Op, ...]] = {}
+    for site in () if decoded else code.sites:
+        before = at_input(skeleton, f"{path}.{site.path}")
+        behind = at_output(skeleton, f"{path}.{site.path}")
+        online |= {site.path: before} if before else {}
+        online_outputs |= {site.path: behind} if behind else {}
+    dtypes = {name: leaf.dtype for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
+    computed = {name: dtype_in(skeleton.model, f"{path}.{name}") for name in dtypes}
+    own = skeleton.checkpoint.dtype  # in which codes that are dequantized here are written
+    dequantized = _quantized(skeleton, path)
     return ModuleGraph(
         code,
         leaves,
         path,
-        dtype=skeleton.checkpoint.dtype,
+        dtype=own,
         online=online,
-        online_outputs=outputs,
+        online_outputs=online_outputs,
         stored={
-            name: dtype for name, dtype in stored.items() if dtype != skeleton.checkpoint.dtype
+            name: dtype
+            for name, dtype in dtypes.items()
+            if name not in dequantized and dtype != own
         },
-        held={name: dtype for name, dtype in held.items() if dtype != own[name]},
+        held={name: dtype for name, dtype in computed.items() if dtype != dtypes[name]},
     )
+
+
+def _leaves(skeleton: Skeleton, path: str, code: Code, decoded: bool) -> dict[str, Leaf]:
+    """The leaves of a block's parameters and buffers, on the skeleton's device."""
+    pieces = skeleton.names.block_names(path)
+    checkpoint = skeleton.checkpoint
+    in_file_order = sorted(pieces, key=lambda name: checkpoint.place(pieces[name][0].name))
+    loaded: dict[str, Leaf] = {}
+    for name in in_file_order:  # so that the files are hashed as they are read
+        load = load_original if decoded or name in code.unread else load_leaf
+        leaf = load(skeleton, f"{path}.{name}")
+        loaded[name] = pytree.tree_map_only(Tensor, lambda t: t.to(skeleton.device), leaf)
+    leaves = {name: loaded[name] for name in pieces}
+    for name, buffer in skeleton.blocks[path].named_buffers():
+        leaves.setdefault(name, buffer.to(skeleton.device))
+    return leaves
+
+
+def _quantized(skeleton: Skeleton, path: str) -> set[str]:
+    """The leaves of a block of which the files hold codes."""
+    quantized = skeleton.checkpoint.quantized
+    return {
+        name
+        for name, pieces in skeleton.names.block_names(path).items()
+        if any(piece.module in quantized for piece in pieces)
+    }
 
 
 def _refuse_rounded_inputs(skeleton: Skeleton, path: str, code: Code) -> None:
@@ -105,26 +112,24 @@ def _refuse_rounded_inputs(skeleton: Skeleton, path: str, code: Code) -> None:
 def load_outside(skeleton: Skeleton, with_head: bool) -> None:
     """Fill in the parameters that no block holds: embeddings, final norm and, on demand, the
     head."""
-    head = skeleton.model.get_output_embeddings()
+    model, names = skeleton.model, skeleton.names
+    head = model.get_output_embeddings()
     head_parameters = {id(p) for p in head.parameters()} if head is not None else set()
     inside = tuple(f"{path}." for path in skeleton.blocks)
-    for name, parameter in list(skeleton.model.named_parameters(remove_duplicate=False)):
-        if (
-            name.startswith(inside)
-            or not parameter.is_meta
-            or (id(parameter) in head_parameters and not with_head)
-        ):
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        left_out = id(parameter) in head_parameters and not with_head
+        if name.startswith(inside) or not parameter.is_meta or left_out:
             continue
-        file_name = skeleton.names.file_name(name)
-        if not skeleton.names.is_spelled(name):  # left out of the files where it is another's
-            file_name = skeleton.names.file_name(skeleton.names.tied.get(name, name))
-        if at_input(skeleton, module := name.rpartition(".")[0]) or at_output(skeleton, module):
+        module = name.rpartition(".")[0]
+        if at_input(skeleton, module) or at_output(skeleton, module):
             raise QlabError(
                 f"{name} has inputs or outputs that are rounded or rotated at run time, which "
                 "qlab does inside blocks only"
             )
-        value = skeleton.checkpoint.leaf(file_name, parameter.dtype)
-        _set(skeleton.model, name, dense(value, parameter.dtype).to(skeleton.device))
+        # a parameter that is another one's too may be left out of the files
+        source = name if names.is_spelled(name) else names.tied.get(name, name)
+        leaf = skeleton.checkpoint.leaf(names.file_name(source), parameter.dtype)
+        _set(model, name, dense(leaf, parameter.dtype).to(skeleton.device))
     _load_buffers(skeleton, inside)
 
 

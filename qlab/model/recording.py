@@ -1,9 +1,9 @@
 """What a model calls its blocks with, read off its own forward while stand-ins take the blocks'
 places.
 
-A block is called with hidden states that the block before returned, and may be called with more
-that earlier blocks made: keys and values of another layer, a second stream. Which tensor is whose
-is known by identity: every stand-in returns tensors of its own.
+A block is called with the hidden states that the block before it returned. It may be called with
+more that earlier blocks made: keys and values of another layer, a second stream. Which block made a
+tensor is known by the tensor's identity: every stand-in returns tensors of its own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,31 +20,30 @@ from qlab.algebra.tracing.taken_apart import Form, put_together, take_apart, tak
 from qlab.errors import QlabError
 from qlab.model.calls import Call, State
 
-Maker = tuple[
-    int, int
-]  # (block, which of its program's outputs); what enters the first block is nobody's
-ENTRY: Maker = (-1, 0)
+# (block, the number of one of its program's outputs)
+Maker = tuple[int, int]
+ENTRY: Maker = (-1, 0)  # of the hidden states that enter the first block, which no block made
 
 
 def shapes_of(code: Code, tensors: Sequence[Tensor]) -> list[tuple[int, ...] | None]:
     """The shapes of a program's outputs on inputs of these shapes; None for what is no tensor."""
+    bound = {**code.params, **code.constants}
     entering = [
-        n.meta["val"]
-        for n in code.graph.nodes
-        if n.op == "placeholder" and n.name not in {**code.params, **code.constants}
+        node.meta["val"]
+        for node in code.graph.nodes
+        if node.op == "placeholder" and node.name not in bound
     ]
-    sizes = {
-        d.node.expr: n
-        for val, t in zip(entering, tensors)
-        for d, n in zip(val.shape, t.shape)
-        if open_symbols(d)
-    }
+    sizes: dict[Any, int] = {}
+    for traced, tensor in zip(entering, tensors):
+        for size, length in zip(traced.shape, tensor.shape):
+            if open_symbols(size):
+                sizes[size.node.expr] = length
 
-    def size(d: Any) -> int:
-        return int(d.node.expr.subs(sizes)) if open_symbols(d) else int(d)
+    def length_of(size: Any) -> int:
+        return int(size.node.expr.subs(sizes)) if open_symbols(size) else int(size)
 
     return [
-        tuple(size(d) for d in out.shape) if isinstance(out, Tensor) else None
+        tuple(length_of(size) for size in out.shape) if isinstance(out, Tensor) else None
         for out in code.outputs
     ]
 
@@ -54,43 +53,44 @@ class Recorded(Exception):
 
 
 class Makers(TorchDispatchMode):
-    """Who made which tensor while a model runs with stand-ins, and what the model itself computed
-    of such tensors."""
+    """Which block made which tensor while a model runs with stand-ins, and what the model itself
+    computed of such tensors."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.makers: dict[int, Maker] = {}
+        self.makers: dict[int, Maker] = {}  # id of a tensor -> its maker
         self.derived: set[int] = set()
-        self.held: list[Tensor] = []  # so that the id of a tensor stays its own
+        self._alive: list[Tensor] = []  # no other tensor gets the id of one that is alive
 
     def made(self, tensor: Tensor, maker: Maker) -> Tensor:
         """The tensor, known as its maker's."""
-        self.held.append(tensor)
+        self._alive.append(tensor)
         self.makers[id(tensor)] = maker
         return tensor
 
     def maker(self, leaf: Any) -> Maker | None:
-        """Whose output this is."""
+        """The block that returned this, if one did."""
         return self.makers.get(id(leaf))
+
+    def of_blocks(self, leaf: Any) -> bool:
+        """Whether this was made by a block, and not by the model before its first block."""
+        return self.maker(leaf) not in (None, ENTRY)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        of_blocks = [
-            t
-            for t in pytree.tree_leaves((args, kwargs))
-            if self.maker(t) not in (None, ENTRY) or id(t) in self.derived
-        ]
-        for tensor in pytree.tree_leaves(out) if of_blocks else ():
-            if isinstance(tensor, Tensor):
-                self.makers.pop(id(tensor), None)  # changed in place
-                self.derived.add(id(tensor))
-                self.held.append(tensor)
+        arguments = pytree.tree_leaves((args, kwargs))
+        if any(self.of_blocks(leaf) or id(leaf) in self.derived for leaf in arguments):
+            for tensor in pytree.tree_leaves(out):
+                if isinstance(tensor, Tensor):
+                    self.makers.pop(id(tensor), None)  # changed in place
+                    self.derived.add(id(tensor))
+                    self._alive.append(tensor)
         return out
 
-    def apart(self, run: Callable[[], Any]) -> Any:
-        """What run() gives, without looking at its operations."""
+    def unseen(self, run: Callable[[], Any]) -> Any:
+        """What run() returns; its operations are not followed."""
         self.__exit__(None, None, None)
         try:
             return run()
@@ -100,8 +100,11 @@ class Makers(TorchDispatchMode):
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """One call of a block: the leaves and their form, whose some of them are, which one is the
-    hidden states, and which of the program's outputs are those that leave."""
+    """One call of a block.
+
+    leaves, form: its arguments. makers: leaf -> the block that made it. at: the leaf that is the
+    hidden states. leaving: the output of the block's program that is the hidden states.
+    """
 
     leaves: tuple[Any, ...]
     form: Form
@@ -116,86 +119,68 @@ class Seen:
 
 
 class Recorder(nn.Module):
-    """Stands in for a block: remembers what it was called with and hands the hidden states on, or
-    others instead."""
+    """Stands in for a block: remembers what it was called with, and hands the hidden states on.
+
+    path, index, block: the block and its place. makers: where tensors are known by their makers.
+    program: the block's program for a call. before: the stand-in of the block before. last: whether
+    the forward ends here. replay: hidden states to return in place of those that came.
+    """
 
     def __init__(
         self, path: str, index: int, block: nn.Module, makers: Makers, program: Callable[..., Code]
     ):
         super().__init__()
         object.__setattr__(self, "block", block)  # not a submodule: it stays where it is
-        self.path, self.index, self.makers, self.program, self.last = (
-            path,
-            index,
-            makers,
-            program,
-            False,
-        )
+        self.path, self.index = path, index
+        self.makers, self.program = makers, program
+        self.last = False
         self.before: Recorder | None = None
         self.replay: Tensor | None = None
         self.seen: Seen | None = None
 
-    def __getattr__(
-        self, name: str
-    ) -> Any:  # models read attributes of their blocks, such as attention_type
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of the block: models read some, such as attention_type."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(object.__getattribute__(self, "block"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.makers.apart(lambda: self._forward(args, kwargs))
+        return self.makers.unseen(lambda: self._forward(args, kwargs))
 
     def _forward(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        inputs = args, dict(sorted(kwargs.items()))
-        leaves, form = take_apart(inputs)
+        arguments = args, dict(sorted(kwargs.items()))
+        leaves, form = take_apart(arguments)
         at = self._hidden(leaves)
         hidden = self.makers.made(leaves[at], ENTRY) if self.before is None else leaves[at]
-        holes = {at: 0}
-        state = [hidden]
-        for i, leaf in enumerate(leaves):
-            if i == at or not isinstance(leaf, Tensor):
-                continue
-            if id(leaf) in self.makers.derived:
-                raise QlabError(
-                    f"{self.path} is called with a tensor {tuple(leaf.shape)} that its model "
-                    "computes of what earlier blocks return; qlab streams models that hand on "
-                    "what blocks return as it is"
-                )
-            if self.makers.maker(leaf) not in (None, ENTRY):
-                holes[i] = len(state)
-                state.append(leaf)
-        call = Call(
-            leaves=tuple(None if i in holes else leaf for i, leaf in enumerate(leaves)),
-            form=form,
-            holes=holes,
-            entering=_on_paper(state),
-        )
-        code = self.program(call)
-        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        shapes = shapes_of(code, given)
+        code = self.program(self._call(leaves, form, at))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        shapes = shapes_of(code, tensors)
         if tuple(hidden.shape) not in shapes:
             raise QlabError(
                 f"{self.path} returns no tensor {tuple(hidden.shape)}, as are the hidden states "
                 "that it is called with; qlab streams models whose blocks keep their shape"
             )
         leaving = shapes.index(tuple(hidden.shape))
-        makers = {
-            i: maker
-            for i, leaf in enumerate(leaves)
-            if (maker := self.makers.maker(leaf)) is not None
-        }
-        self.seen = Seen(leaves=tuple(leaves), form=form, makers=makers, at=at, leaving=leaving)
+        makers = {i: self.makers.maker(leaf) for i, leaf in enumerate(leaves)}
+        self.seen = Seen(
+            leaves=tuple(leaves),
+            form=form,
+            makers={i: maker for i, maker in makers.items() if maker is not None},
+            at=at,
+            leaving=leaving,
+        )
         if self.last:
             raise Recorded
         outputs = self._stand_ins(code, shapes, hidden, leaving)
+        returned, left = outputs[: code.out_spec.num_leaves], outputs[code.out_spec.num_leaves :]
         if code.left is not None:
-            self._leave(inputs, code, given, outputs[code.out_spec.num_leaves :])
-        return pytree.tree_unflatten(outputs[: code.out_spec.num_leaves], code.out_spec)
+            self._leave(arguments, code, tensors, left)
+        return pytree.tree_unflatten(returned, code.out_spec)
 
     def _hidden(self, leaves: Sequence[Any]) -> int:
-        """Which leaf is the hidden states: what the block before returned as such, else the first
-        that may be."""
+        """The leaf that is the hidden states: what the block before returned as such, else the
+        first that may be."""
         floats = [
             i
             for i, leaf in enumerate(leaves)
@@ -206,76 +191,113 @@ class Recorder(nn.Module):
             return next((i for i in floats if self.makers.maker(leaves[i]) == returned), floats[0])
         return floats[0]
 
+    def _call(self, leaves: Sequence[Any], form: Form, at: int) -> Call:
+        """The call, with holes for the hidden states and for what other blocks made."""
+        holes = {at: 0}
+        state = [leaves[at]]
+        for i, leaf in enumerate(leaves):
+            if i == at or not isinstance(leaf, Tensor):
+                continue
+            if id(leaf) in self.makers.derived:
+                raise QlabError(
+                    f"{self.path} is called with a tensor {tuple(leaf.shape)} that its model "
+                    "computes of what earlier blocks return; qlab streams models that hand on "
+                    "what blocks return as it is"
+                )
+            if self.makers.of_blocks(leaf):
+                holes[i] = len(state)
+                state.append(leaf)
+        return Call(
+            leaves=tuple(None if i in holes else leaf for i, leaf in enumerate(leaves)),
+            form=form,
+            holes=holes,
+            entering=_on_meta(state),
+        )
+
     def _stand_ins(
         self, code: Code, shapes: Sequence[Any], hidden: Tensor, leaving: int
     ) -> list[Any]:
-        """What the program gives: hidden states as they came, or others; of other tensors their
-        shapes alone."""
+        """What the program returns: hidden states as they came, or `replay`; in the place of other
+        tensors their shapes alone."""
         handed_on = hidden if self.replay is None else self.replay
         handed_on = handed_on.view_as(handed_on)  # a tensor of its own, which is known by its maker
-        outputs = []
+        outputs: list[Any] = []
         for k, (out, shape) in enumerate(zip(code.outputs, shapes)):
-            stand_in = (
-                handed_on
-                if k == leaving
-                else out
-                if shape is None
-                else torch.empty(shape, dtype=out.dtype, device="meta")
-            )
-            outputs.append(
-                self.makers.made(stand_in, (self.index, k))
-                if isinstance(stand_in, Tensor)
-                else stand_in
-            )
+            if k == leaving:
+                outputs.append(self.makers.made(handed_on, (self.index, k)))
+            elif shape is None:
+                outputs.append(out)
+            else:
+                empty = torch.empty(shape, dtype=out.dtype, device="meta")
+                outputs.append(self.makers.made(empty, (self.index, k)))
         return outputs
 
     def _leave(
-        self, inputs: Any, code: Code, given: Sequence[Tensor], made: Sequence[Tensor]
+        self, arguments: Any, code: Code, given: Sequence[Tensor], made: Sequence[Tensor]
     ) -> None:
-        """Put what the block leaves in its inputs there, for later blocks to find."""
+        """Put what the block leaves in its arguments there, for later blocks to find.
+
+        given: the tensors of the arguments. made: the outputs of the program that are left.
+        """
         assert code.left is not None
-        places = [
-            given[x.index] if isinstance(x, Given) else made[x.index] if isinstance(x, Made) else x
-            for x in code.left.leaves
-        ]
-        take_over(inputs, put_together(places, code.left.form))
+        leaves: list[Any] = []
+        for leaf in code.left.leaves:
+            if isinstance(leaf, Given):
+                leaves.append(given[leaf.index])
+            elif isinstance(leaf, Made):
+                leaves.append(made[leaf.index])
+            else:
+                leaves.append(leaf)
+        take_over(arguments, put_together(leaves, code.left.form))
 
 
-def _on_paper(state: Sequence[Tensor]) -> State:
+def _on_meta(state: Sequence[Tensor]) -> State:
     return tuple(t.to("meta") for t in state)
 
 
 def calls_of(seen: Sequence[Seen]) -> list[Call]:
-    """What every block is called with, once all have been seen: what one leaves and a later one
-    takes is handed on in between."""
-    hidden = [ENTRY] + [(i, s.leaving) for i, s in enumerate(seen)]
-    taken = [{m: s.leaves[i] for i, m in s.makers.items() if m != ENTRY} for s in seen]
-    like = {m: tensor for found in taken for m, tensor in found.items()}
-    states = []
-    for j in range(len(seen)):
-        later = {m for found in taken[j:] for m in found if m[0] < j and m != hidden[j]}
-        states.append([hidden[j], *sorted(later)])
-    states.append([hidden[-1]])
+    """What every block is called with, once all have been seen.
+
+    What one block returns and a later one takes is handed on by the blocks in between.
+    """
+    tensors: dict[Maker, Tensor] = {}
+    for call in seen:
+        tensors |= {m: call.leaves[i] for i, m in call.makers.items() if m != ENTRY}
+    states = _states(seen)
     calls = []
-    for j, s in enumerate(seen):
-        holes = {i: states[j].index(m) for i, m in s.makers.items() if m in states[j]} | {s.at: 0}
+    for block, call in enumerate(seen):
+        state, following = states[block], states[block + 1]
+        holes = {i: state.index(maker) for i, maker in call.makers.items() if maker in state}
+        holes[call.at] = 0
         calls.append(
             Call(
-                leaves=tuple(None if i in holes else leaf for i, leaf in enumerate(s.leaves)),
-                form=s.form,
+                leaves=tuple(None if i in holes else leaf for i, leaf in enumerate(call.leaves)),
+                form=call.form,
                 holes=holes,
-                entering=_on_paper([s.hidden, *(like[m] for m in states[j][1:])]),
+                entering=_on_meta([call.hidden, *(tensors[maker] for maker in state[1:])]),
                 passes=tuple(
-                    len(states[j]) + m[1] if m[0] == j else states[j].index(m)
-                    for m in states[j + 1]
+                    len(state) + output if source == block else state.index((source, output))
+                    for source, output in following
                 ),
             )
         )
     return calls
 
 
+def _states(seen: Sequence[Seen]) -> list[list[Maker]]:
+    """What enters each block and what leaves the last, each tensor by its maker: the hidden states,
+    then what an earlier block returned and this one or a later one takes."""
+    hidden = [ENTRY, *((block, call.leaving) for block, call in enumerate(seen))]
+    states = []
+    for block in range(len(seen)):
+        taken = {maker for call in seen[block:] for maker in call.makers.values()}
+        taken -= {ENTRY, hidden[block]}
+        states.append([hidden[block], *sorted(maker for maker in taken if maker[0] < block)])
+    return [*states, [hidden[-1]]]
+
+
 class Replaced:
-    """The model with other modules in the place of its blocks, while the context lasts."""
+    """A context in which a model has other modules in the place of its blocks."""
 
     def __init__(self, model: nn.Module, prefix: str, blocks: Sequence[nn.Module]):
         owner, _, self.name = prefix.rpartition(".")

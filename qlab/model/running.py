@@ -22,20 +22,18 @@ from qlab.process.surroundings import foreign
 
 
 def check_length(skeleton: Skeleton, tokens: int) -> None:
-    """Refuse samples of more tokens than a model with tables of positions has: learned ones,
-    which lie beside that of the vocabulary, or buffers of as many rows."""
-    vocabulary = path_of(skeleton.model, skeleton.model.get_input_embeddings())
-    beside = skeleton.model.get_submodule(vocabulary.rpartition(".")[0]).named_children()
-    learned = [
-        n for n, m in beside if isinstance(m, nn.Embedding) and n != vocabulary.rpartition(".")[2]
-    ]
-    positions = getattr(
-        skeleton.checkpoint.config.get_text_config(), "max_position_embeddings", tokens
-    )
-    tables = learned or [
-        name for name, buffer in skeleton.model.named_buffers() if positions in buffer.shape
-    ]
-    if tables and tokens > positions:
+    """Refuse samples of more tokens than the model has positions, where it looks these up.
+
+    Tables of positions are learned, and then lie beside the vocabulary's embedding, or are buffers
+    with as many rows.
+    """
+    model, config = skeleton.model, skeleton.checkpoint.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", tokens)
+    owner, _, vocabulary = path_of(model, model.get_input_embeddings()).rpartition(".")
+    beside = model.get_submodule(owner).named_children()
+    learned = any(isinstance(m, nn.Embedding) and name != vocabulary for name, m in beside)
+    computed = any(positions in buffer.shape for buffer in model.buffers())
+    if (learned or computed) and tokens > positions:
         raise QlabError(
             f"windows of {tokens} tokens are longer than the {positions} positions of "
             f"{skeleton.checkpoint.path}; choose a shorter length"
@@ -48,8 +46,9 @@ def record_blocks(
     """The hidden states that enter the first block, and what every block is called with beside
     them.
 
-    beside: what else the model is called with (a mask, images). Refuses models that change
-    hidden states between blocks.
+    Refuses models that change hidden states between blocks.
+
+    beside: what else the model is called with (a mask, images).
     """
     makers = Makers()
     recorders = _recorders(skeleton, makers, skeleton.programs.code)
@@ -71,8 +70,8 @@ def record_blocks(
             f"{type(skeleton.model).__name__} did not run blocks {idle}; qlab streams models that "
             "run each block once, in order"
         )
-    for recorder, one in zip(recorders, seen):
-        if not _same(one.hidden, seen[0].hidden):
+    for recorder, call in zip(recorders, seen):
+        if not _same(call.hidden, seen[0].hidden):
             raise QlabError(
                 f"{type(skeleton.model).__name__} changes hidden states before {recorder.path} "
                 "(as where images join at several depths); qlab streams models whose blocks "
@@ -103,17 +102,16 @@ def _recorders(
 
 @contextlib.contextmanager
 def _explained(skeleton: Skeleton) -> Iterator[None]:
-    """Say of an error that a model raises around its blocks that they were stand-ins."""
+    """Explain an error of the model's own forward: stand-ins took the places of its blocks."""
     try:
         yield
     except (QlabError, Recorded):
         raise
     except Exception as error:  # whatever the model's own forward raises
-        reason = first_line(error)
         raise QlabError(
             f"{type(skeleton.model).__name__} cannot be run around its blocks, which are streamed "
-            f"one by one ({reason}); it computes something of what they return before the "
-            "last has run"
+            f"one by one ({first_line(error)}); it computes something of what they return before "
+            "the last has run"
         ) from error
 
 
