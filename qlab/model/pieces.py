@@ -18,9 +18,11 @@ from qlab.errors import QlabError
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of the files: a whole leaf, rows [start, stop) of one expert of a fused leaf [e, o,
-    k], or, where it is of no expert and has rows, those of a leaf that transformers joins from
-    several."""
+    """A tensor of the files: a whole leaf, or a part of one.
+
+    Rows [start, stop) are of one expert of a fused leaf [e, o, k]. Without an expert they are rows
+    of a leaf that transformers joins from several tensors; without rows the piece is a whole leaf.
+    """
 
     name: str
     expert: int | None = None
@@ -29,75 +31,68 @@ class Piece:
 
     @property
     def module(self) -> str:
+        """The module that the tensor lies in, by its name in the files."""
         return self.name.rpartition(".")[0]
 
     def of(self, leaf: Leaf) -> Leaf:
         """The piece's part of the leaf."""
         if self.expert is None:
-            return leaf[self.start : self.stop] if self.stop and isinstance(leaf, Tensor) else leaf
+            whole = not self.stop or isinstance(leaf, QTensor)
+            return leaf if whole else leaf[self.start : self.stop]
         if isinstance(leaf, Tensor):
             return leaf[self.expert, self.start : self.stop]
         rows = leaf.spec.tile.rows or leaf.shape[-2]
-        scaled = slice(
-            self.start // rows, -(-self.stop // rows)
-        )  # a scale of all rows is each part's
         if rows < leaf.shape[-2] and (self.start % rows or self.stop % rows):
             raise QlabError(
                 f"{self.module}: rows {self.start} to {self.stop} of the fused experts share "
                 f"{leaf.spec} scales with their neighbours; choose groups or channels"
             )
+        # a scale of all rows is each part's
+        scaled = slice(self.start // rows, -(-self.stop // rows))
         return QTensor(
-            leaf.codes[self.expert, self.start : self.stop],
-            leaf.scales[self.expert, scaled],
-            None if leaf.zeros is None else leaf.zeros[self.expert, scaled],
-            leaf.spec,
-            None if leaf.outer is None else leaf.outer[self.expert],
+            codes=leaf.codes[self.expert, self.start : self.stop],
+            scales=leaf.scales[self.expert, scaled],
+            zeros=None if leaf.zeros is None else leaf.zeros[self.expert, scaled],
+            spec=leaf.spec,
+            outer=None if leaf.outer is None else leaf.outer[self.expert],
         )
 
 
 def assemble(pieces: Sequence[Piece], parts: Sequence[Leaf]) -> Leaf:
-    """The leaf whose pieces these are: the inverse of Piece.of for groups and channels."""
+    """The leaf of which these are the pieces: the inverse of Piece.of for groups and channels."""
     if pieces[0].expert is None:
-        return (
-            parts[0]
-            if len(parts) == 1
-            else torch.cat([part for part in parts if isinstance(part, Tensor)])
-        )
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
     specs = {part.spec if isinstance(part, QTensor) else None for part in parts}
     if len(specs) > 1:
         raise QlabError(
             f"{pieces[0].module} and the others of its fused weight are stored as "
             f"{' and '.join(sorted(str(spec) for spec in specs))}; qlab reads experts of one spec"
         )
-    experts = 1 + max(p.expert or 0 for p in pieces)
-    if isinstance(parts[0], Tensor):
-        return _stack(experts, pieces, [p for p in parts if isinstance(p, Tensor)])
-    quantized = [p for p in parts if isinstance(p, QTensor)]
-    if not _joinable([part for piece, part in zip(pieces, quantized) if piece.expert == 0]):
-        quantized = [by_rows(part) for part in quantized]
-    spec = quantized[0].spec
-    if any(p.perm is not None for p in quantized):
+    quantized = [part for part in parts if isinstance(part, QTensor)]
+    if not quantized:
+        return _stack(pieces, [part for part in parts if isinstance(part, Tensor)])
+    return _assemble_codes(pieces, quantized)
+
+
+def _assemble_codes(pieces: Sequence[Piece], parts: Sequence[QTensor]) -> QTensor:
+    """The fused leaf [e, o, k] whose projections have these codes."""
+    if not _joinable([part for piece, part in zip(pieces, parts) if piece.expert == 0]):
+        parts = [by_rows(part) for part in parts]
+    spec = parts[0].spec
+    if any(part.perm is not None for part in parts):
         raise QlabError(
             f"{pieces[0].module} is stored as {spec} with an order of channels that is its own; "
             "qlab reads experts whose channels are in the model's order"
         )
-    outers: dict[int, Tensor] = {}
-    for piece, part in zip(pieces, quantized):
-        if part.outer is not None and not torch.equal(
-            outers.setdefault(piece.expert or 0, part.outer), part.outer
-        ):
-            raise QlabError(
-                f"{piece.module} has a global scale of its own; qlab reads projections of one "
-                "fused weight that share it"
-            )
+    zeros = [part.zeros for part in parts if part.zeros is not None]
     return QTensor(
-        _stack(experts, pieces, [p.codes for p in quantized]),
-        _stack(experts, pieces, [p.scales for p in quantized]),
-        None
-        if spec.symmetric
-        else _stack(experts, pieces, [p.zeros for p in quantized if p.zeros is not None]),
-        spec,
-        torch.stack([outers[e] for e in range(experts)]) if outers else None,
+        codes=_stack(pieces, [part.codes for part in parts]),
+        scales=_stack(pieces, [part.scales for part in parts]),
+        zeros=None if spec.symmetric else _stack(pieces, zeros),
+        spec=spec,
+        outer=_outers(pieces, parts),
     )
 
 
@@ -105,56 +100,73 @@ def _joinable(parts: Sequence[QTensor]) -> bool:
     """Whether no scale would be for rows of two projections that lie above each other in one
     expert."""
     rows = parts[0].spec.tile.rows
-    return rows is not None and (
-        len(parts) == 1 or all(part.shape[-2] % rows == 0 for part in parts)
-    )
+    if rows is None:
+        return False
+    return len(parts) == 1 or all(part.shape[-2] % rows == 0 for part in parts)
 
 
-def _stack(experts: int, pieces: Sequence[Piece], parts: Sequence[Tensor]) -> Tensor:
-    """[rows, k] of every piece -> [e, rows, k], filled in place so that no second copy is held."""
-    own = [part for piece, part in zip(pieces, parts) if piece.expert == 0]
-    out = own[0].new_empty(experts, sum(map(len, own)), own[0].shape[-1])
-    at = [0] * experts
+def _outers(pieces: Sequence[Piece], parts: Sequence[QTensor]) -> Tensor | None:
+    """The global scale of each expert [e, ...], which its projections share; None where the spec
+    has none."""
+    outers: dict[int, Tensor] = {}
     for piece, part in zip(pieces, parts):
-        e = piece.expert or 0
-        out[e, at[e] : at[e] + len(part)] = part
-        at[e] += len(part)
-    return out
+        if part.outer is None:
+            continue
+        shared = outers.setdefault(piece.expert or 0, part.outer)
+        if not torch.equal(shared, part.outer):
+            raise QlabError(
+                f"{piece.module} has a global scale of its own; qlab reads projections of one "
+                "fused weight that share it"
+            )
+    return torch.stack([outers[expert] for expert in range(len(outers))]) if outers else None
+
+
+def _stack(pieces: Sequence[Piece], parts: Sequence[Tensor]) -> Tensor:
+    """[rows, k] of every piece -> [e, rows, k], filled in place so that no second copy is held."""
+    experts = 1 + max(piece.expert or 0 for piece in pieces)
+    of_first = [part for piece, part in zip(pieces, parts) if piece.expert == 0]
+    rows, width = sum(map(len, of_first)), of_first[0].shape[-1]
+    stacked = of_first[0].new_empty(experts, rows, width)
+    filled = [0] * experts
+    for piece, part in zip(pieces, parts):
+        expert = piece.expert or 0
+        stacked[expert, filled[expert] : filled[expert] + len(part)] = part
+        filled[expert] += len(part)
+    return stacked
 
 
 def pieces_of_experts(
     model: PreTrainedModel, name: str, stored: Collection[str]
 ) -> tuple[Piece, ...]:
     """The tensors that engines expect for a fused weight [e, o, k], in the order of experts and
-    rows; () if transformers knows no names for parts of it. Names are spelled with or without the
-    base prefix, as the stored ones are."""
+    rows; () if transformers knows no names for parts of it.
+
+    stored: the names in the files. The pieces are spelled with or without the base prefix, as these
+    are.
+    """
     experts, rows = model.get_parameter(name).shape[:2]
-    numbers = torch.arange(
-        experts * rows, device="cpu"
-    )  # also where models are being built on meta
-    two = numbers.view(experts, rows, 1).repeat(1, 1, 2)  # transformers 5.17 drops an axis of one
-    cut = revert_weight_conversion(model, {name: two})
-    if len(cut) == 1 and all(
-        torch.equal(held, two) for held in cut.values()
-    ):  # one tensor, of this name or another
-        return ()
+    # the number of each row; on the CPU also where models are being built on meta
+    numbers = torch.arange(experts * rows, device="cpu")
+    # two columns: transformers 5.17 drops an axis of one
+    numbered = numbers.view(experts, rows, 1).repeat(1, 1, 2)
+    saved = revert_weight_conversion(model, {name: numbered})
+    if len(saved) == 1 and torch.equal(next(iter(saved.values())), numbered):
+        return ()  # it is saved whole, under this name or another
     pieces = []
-    for piece, held in cut.items():
-        first, last = int(held.flatten()[0]), int(held.flatten()[-1])
-        if not torch.equal(held.reshape(-1, 2), numbers[first : last + 1, None].repeat(1, 2)):
+    for saved_name, part in saved.items():
+        first, last = int(part.flatten()[0]), int(part.flatten()[-1])
+        expected = numbers[first : last + 1, None].repeat(1, 2)
+        if not torch.equal(part.reshape(-1, 2), expected):
             raise QlabError(
-                f"{name} is saved as {piece} in a way that is no range of its rows; qlab cannot "
-                "cut it"
+                f"{name} is saved as {saved_name} in a way that is no range of its rows; qlab "
+                "cannot cut it"
             )
-        spelled, inside = (
-            _spelled(piece, model.base_model_prefix, stored),
-            rows > 1 and first // rows == last // rows,
-        )
-        pieces.append(
-            Piece(spelled, first // rows, first % rows, last % rows + 1)
-            if inside
-            else Piece(spelled, None, first // rows, last // rows + 1)
-        )
+        spelled = _spelled(saved_name, model.base_model_prefix, stored)
+        expert, start = divmod(first, rows)
+        if rows > 1 and expert == last // rows:
+            pieces.append(Piece(spelled, expert, start, last % rows + 1))
+        else:
+            pieces.append(Piece(spelled, None, expert, last // rows + 1))
     return tuple(sorted(pieces, key=lambda p: (p.expert or 0, p.start)))
 
 
