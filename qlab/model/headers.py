@@ -1,4 +1,4 @@
-"""Whether the files are of the model that config.json describes, from their headers alone."""
+"""Whether the files hold the model that config.json describes, by their headers alone."""
 
 import torch
 from torch import Tensor
@@ -11,27 +11,31 @@ from qlab.model.ties import FLAG
 
 
 def refuse_another_model(names: Names) -> None:
-    """Refuse tensors of other shapes than the model's, and parameters that are no floats. Where
-    transformers flattens, joins, cuts or transposes what it loads, only their size is known."""
+    """Refuse tensors of other shapes than the model's, and parameters that are no floats.
+
+    Of a tensor that transformers flattens, joins, cuts or transposes when it loads it, only the
+    number of its elements is compared.
+    """
     for name, parameter in names.model.named_parameters(remove_duplicate=False):
         for piece in names.pieces(name):
             _check(names, piece, _shape_of(piece, parameter), floats=True)
     for name, buffer in names.model.named_buffers():
-        if stored := names.stored_buffer(name):
+        stored = names.stored_buffer(name)
+        if stored:
             _check(names, Piece(stored), buffer.shape, floats=False)
 
 
-def _check(names: Names, piece: Piece, wanted: torch.Size, floats: bool) -> None:
+def _check(names: Names, piece: Piece, expected: torch.Size, floats: bool) -> None:
     checkpoint = names.checkpoint
     if piece.name not in checkpoint.stored or piece.module in checkpoint.quantized:
         return
     shape, dtype = checkpoint.shape_and_dtype(piece.name)
-    whole = shape.numel() == wanted.numel() and piece.expert is None
-    fits = shape == wanted or (whole and is_converted(names.model, piece.name))
+    whole = shape.numel() == expected.numel() and piece.expert is None
+    fits = shape == expected or (whole and is_converted(names.model, piece.name))
     if not fits or (floats and not dtype.is_floating_point):
         raise QlabError(
             f"{checkpoint.files[piece.name]}: {piece.name} is {dtype} {tuple(shape)}, and "
-            f"config.json describes a model with {'floats ' if floats else ''}{tuple(wanted)} "
+            f"config.json describes a model with {'floats ' if floats else ''}{tuple(expected)} "
             "there; the one or the other is of another model"
         )
 
@@ -39,7 +43,10 @@ def _check(names: Names, piece: Piece, wanted: torch.Size, floats: bool) -> None
 def refuse_missing(names: Names) -> None:
     """Refuse files that lack a tensor of the model."""
     for name, _ in names.model.named_parameters(remove_duplicate=False):
-        if names.lacking(name) and (lacking := names.lacking(names.tied.get(name, name))):
+        if not names.lacking(name):
+            continue
+        lacking = names.lacking(names.tied.get(name, name))
+        if lacking:
             _refuse_untied(names, name)
             names.checkpoint.shape_and_dtype(lacking[0])
 
@@ -57,9 +64,8 @@ def _refuse_untied(names: Names, name: str) -> None:
 
 
 def _shape_of(piece: Piece, parameter: Tensor) -> torch.Size:
-    """The shape of a tensor of the files that holds a parameter, or a part of it."""
+    """The shape of the tensor that holds a parameter, or a part of it."""
     if not piece.stop:
         return parameter.shape
-    return torch.Size(
-        (piece.stop - piece.start, *parameter.shape[1 if piece.expert is None else 2 :])
-    )
+    cut = 1 if piece.expert is None else 2
+    return torch.Size((piece.stop - piece.start, *parameter.shape[cut:]))

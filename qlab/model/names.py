@@ -48,14 +48,13 @@ class Names:
         return name in self._spelled
 
     def stored_buffer(self, name: str) -> str | None:
-        """The tensor of the files that holds a buffer, where the model takes it from there and does
-        not compute it."""
+        """The tensor of the files that holds a buffer; None where the model computes the buffer."""
         stored = self.file_name(name)
         return stored if name in self._loaded and stored in self.checkpoint.files else None
 
     def stored_dtype(self, piece: Piece) -> torch.dtype:
-        """What an unquantized tensor is written in: as it was stored, or the checkpoint's own dtype
-        where it was quantized."""
+        """The dtype in which a tensor is written when it is not quantized: that of the files, or the
+        checkpoint's own where the files hold codes."""
         if piece.module in self.checkpoint.quantized:
             return self.checkpoint.dtype
         return self.checkpoint.shape_and_dtype(piece.name)[1]
@@ -73,8 +72,8 @@ class Names:
         return self._parts(name) or whole
 
     def expert_pieces(self, name: str) -> tuple[Piece, ...]:
-        """The tensors that engines expect for fused experts, as which they are written once they
-        are quantized."""
+        """The tensors as which fused experts are written once they are quantized: one for each
+        expert and projection, as engines expect them."""
         name = self._borrowed.get(name, name)
         return tuple(piece for piece in self._parts(name) if piece.expert is not None)
 
@@ -90,21 +89,20 @@ class Names:
         return [piece.name for piece in self.pieces(name) if piece.name not in self._stored]
 
     def block_names(self, path: str) -> dict[str, tuple[Piece, ...]]:
-        """Leaf name inside the block -> the tensors that hold it in the checkpoint's files; of
-        buffers, those that they hold."""
-        names = {
-            name: self.pieces(f"{path}.{name}") for name, _ in self.blocks[path].named_parameters()
-        }
-        buffers = {
-            name: self.stored_buffer(f"{path}.{name}")
-            for name, _ in self.blocks[path].named_buffers()
-        }
-        return names | {name: (Piece(stored),) for name, stored in buffers.items() if stored}
+        """Leaf of a block -> the tensors of the files that hold it. Buffers that the model computes
+        are left out."""
+        block = self.blocks[path]
+        names = {name: self.pieces(f"{path}.{name}") for name, _ in block.named_parameters()}
+        for name, _ in block.named_buffers():
+            stored = self.stored_buffer(f"{path}.{name}")
+            if stored:
+                names[name] = (Piece(stored),)
+        return names
 
     # ------------------------------------------------------------------ parameters that are one
     @cached_property
     def tied(self) -> Mapping[str, str]:
-        """Parameter that is another one's too -> that one, which the files hold: a head and the
+        """Parameter -> the parameter that it is one with, and that the files hold: a head and the
         embedding."""
 
         def equal(name: str, other: str) -> bool:
@@ -119,8 +117,8 @@ class Names:
 
     @cached_property
     def _borrowed(self) -> Mapping[str, str]:
-        """Parameter of a block -> that of another block which it is too, and for which the files
-        may hold it once more."""
+        """Parameter of a block -> the parameter of another block that it is one with. The files may
+        hold it under both names."""
         inside = tuple(f"{path}." for path in self.blocks)
         return {
             name: keeper
@@ -130,20 +128,22 @@ class Names:
 
     @cached_property
     def _sharing(self) -> Mapping[str, list[str]]:
-        """Parameter that is held for several blocks -> those of all of them, in order."""
-        found: dict[str, list[str]] = {keeper: [] for keeper in self._borrowed.values()}
+        """Parameter under whose name the files hold it for several blocks -> the parameters of all
+        of them, in order."""
+        sharing: dict[str, list[str]] = {keeper: [] for keeper in self._borrowed.values()}
         for name, _ in self.model.named_parameters(remove_duplicate=False):
             keeper = self._borrowed.get(name, name)
-            if keeper in found:
-                found[keeper].append(name)
-        return found
+            if keeper in sharing:
+                sharing[keeper].append(name)
+        return sharing
 
     def sharing(self, name: str) -> list[str]:
         """The parameters of all blocks that are one with this one, in order, itself among them."""
         return self._sharing.get(self._borrowed.get(name, name), [name])
 
     def shares(self, name: str) -> bool:
-        """Whether a parameter of a block is another block's too, which both are rounded as one."""
+        """Whether a parameter of a block is one with another block's, so that both are rounded as
+        one."""
         return name in self._borrowed
 
     def copies(self) -> set[Piece]:
@@ -158,12 +158,13 @@ class Names:
     @cached_property
     def transposed(self) -> frozenset[str]:
         """The linears that hold their weight as [k, o] (gpt2's), in the model's spelling and in the
-        files'; codes are [o, k] in all."""
+        files'. Codes are [o, k] for them too."""
         names = [name for name, m in self.model.named_modules() if isinstance(m, Conv1D)]
-        return frozenset(spelled for name in names for spelled in (name, self.module_name(name)))
+        return frozenset([*names, *map(self.module_name, names)])
 
     def fused(self, site: str) -> bool:
-        """Whether a site is a parameter that holds all experts, and goes by its name."""
+        """Whether a site is a parameter that holds all experts. Such a site has the parameter's
+        name."""
         return site in self._parameters
 
     def modules(self, site: str) -> tuple[str, ...]:
@@ -174,13 +175,13 @@ class Names:
         return site, self.module_name(site)
 
     def module_name(self, name: str) -> str:
-        """The model's name of a module as the files spell it."""
+        """The files' name of a module, from the model's."""
         weight = f"{name}.weight"
         return self.file_name(self._borrowed.get(weight, weight)).rpartition(".")[0]
 
     def model_name(self, module: str) -> str:
-        """The files' name of a module, which may be one that the model has not, as transformers
-        would spell it."""
+        """The model's name of a module, from the files'. The model need not have the module:
+        transformers' rules for its name decide."""
         return self._model_names.get(f"{module}.weight", f"{module}.weight").removesuffix(".weight")
 
     def expert_modules(self) -> list[str]:
@@ -193,36 +194,41 @@ class Names:
         return [piece.module for name in fused for piece in self.expert_pieces(name)]
 
     def sites_of_modules(self) -> dict[str, str]:
-        """Module of the files -> what the site of its weight is called: as the model spells it, or
-        the experts that it is one of."""
-        held = {name: self.pieces(name) for name in self._parameters}
+        """Module of the files -> the name of the site that its weight belongs to, which for an
+        expert is that of all experts."""
         return {
             piece.module: name.removesuffix(".weight")
-            for name, pieces in held.items()
-            for piece in pieces
+            for name in self._parameters
+            for piece in self.pieces(name)
         }
 
     # ------------------------------------------------------------------ around the blocks
     def outside_leaves(self) -> list[str]:
-        """The names of the leaves of the files that belong to no block: the tensors of a quantized
-        module are one leaf."""
-        leaves = [(n, n.rpartition(".")[0]) for n in self.outside_names()]
-        coded = {
-            n for n, m in leaves if m in self.checkpoint.quantized and n != f"{m}.bias"
-        } - self.checkpoint.beside
-        return list(dict.fromkeys(f"{m}.weight" if n in coded else n for n, m in leaves))
+        """The leaves of the files that belong to no block. The tensors of a quantized module are
+        one leaf, under the name of its weight."""
+        leaves: dict[str, None] = {}
+        for name in self.outside_names():
+            module = name.rpartition(".")[0]
+            leaves[f"{module}.weight" if self._is_code(name) else name] = None
+        return list(leaves)
+
+    def _is_code(self, name: str) -> bool:
+        """Whether a tensor of the files is a part of a quantized weight."""
+        module, _, kind = name.rpartition(".")
+        plain = kind == "bias" or name in self.checkpoint.beside
+        return module in self.checkpoint.quantized and not plain
 
     def outside_names(self) -> list[str]:
-        """The names of the files' tensors that belong to no block."""
-        pieces = {
-            p for path in self.blocks for held in self.block_names(path).values() for p in held
-        }
-        pieces |= self.copies()
-        inside, quantized = (
-            {p.name for p in pieces},
-            {p.module for p in pieces} & self.checkpoint.quantized.keys(),
-        )
-        coded = {
-            n for n in self.checkpoint.files if n.rpartition(".")[0] in quantized
-        } - self.checkpoint.beside
-        return [n for n in self.checkpoint.files if n not in inside | coded]
+        """The tensors of the files that belong to no block."""
+        pieces = self.copies()
+        for path in self.blocks:
+            for pieces_of_leaf in self.block_names(path).values():
+                pieces.update(pieces_of_leaf)
+        names = {piece.name for piece in pieces}
+        quantized = {piece.module for piece in pieces} & self.checkpoint.quantized.keys()
+        return [
+            name
+            for name in self.checkpoint.files
+            if name not in names
+            and (name.rpartition(".")[0] not in quantized or name in self.checkpoint.beside)
+        ]

@@ -1,5 +1,5 @@
-"""What happens around a linear at run time, as the files' configuration says: its input is rotated
-and then rounded, its output rotated."""
+"""The operations around a linear at run time, as the files' configuration names them: its input is
+rotated and then rounded, its output is rotated."""
 
 from torch import nn
 
@@ -12,8 +12,8 @@ def at_input(skeleton: Skeleton, site: str) -> tuple[Op, ...]:
     """The operations on a site's input. Fused experts have one input, which all of them must round
     alike."""
     checkpoint = skeleton.checkpoint
-    modules = [m for m in skeleton.names.modules(site) if m in checkpoint.inputs]
-    specs = {checkpoint.inputs[m] for m in modules}
+    modules = [name for name in skeleton.names.modules(site) if name in checkpoint.inputs]
+    specs = {checkpoint.inputs[name] for name in modules}
     if skeleton.names.fused(site) and (len(specs) > 1 or any(s.static for s in specs)):
         raise QlabError(
             f"{site}: its experts round their inputs in ways of their own "
@@ -31,8 +31,8 @@ def at_output(skeleton: Skeleton, site: str) -> tuple[Op, ...]:
 
 
 def _rotation(skeleton: Skeleton, site: str, location: str) -> tuple[Op, ...]:
-    """What a site's "input" or "output" is multiplied with; the configuration may name the linear
-    in either spelling."""
+    """The rotation of a site's "input" or "output"; the configuration may name the linear in the
+    model's spelling or in the files'."""
     experts = skeleton.names.fused(site)
     if not experts and not isinstance(skeleton.model.get_submodule(site), nn.Linear):
         return ()
@@ -42,10 +42,10 @@ def _rotation(skeleton: Skeleton, site: str, location: str) -> tuple[Op, ...]:
         skeleton.checkpoint.rotations(name, location, channels)
         for name in dict.fromkeys(skeleton.names.modules(site))
     )
-    found = [ops for ops in rotations if ops]
-    if experts and found:
+    around = [ops for ops in rotations if ops]
+    if experts and around:
         raise QlabError(
             f"{site} has an {location} that is rotated at run time, which qlab does not do to "
             "experts"
         )
-    return found[0] if found else ()
+    return around[0] if around else ()

@@ -34,17 +34,17 @@ def on_paper(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
             # a dtype of its own would be the whole process's while it builds
             model = _maker(config).from_config(config, dtype=None, trust_remote_code=False).eval()
             run_experts_here(model)
-        for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        parts = [getattr(config, name, None) for name in config.sub_configs]
+        for part in (config, *parts):
             if part is not None:
                 part.dtype = dtype
         _widen(model, dtype)
         return model
     except Exception as error:  # whatever the model's own constructor raises
-        reason = first_line(error)
         raise QlabError(
             "transformers cannot build a causal language model from "
-            f"{checkpoint.path}/config.json ({reason}); qlab quantizes those, and models of "
-            "images and text around one"
+            f"{checkpoint.path}/config.json ({first_line(error)}); qlab quantizes those, and "
+            "models of images and text around one"
         ) from error
 
 
@@ -55,23 +55,25 @@ def run_experts_here(model: PreTrainedModel) -> None:
     of the experts' module.
     """
     for module in model.modules():
-        if isinstance(config := getattr(module, "config", None), PretrainedConfig):
+        config = getattr(module, "config", None)
+        if isinstance(config, PretrainedConfig):
             config._experts_implementation = EXPERTS
 
 
 def _widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Hold in float32 what the model's classes name so: transformers matches the names when it
-    loads what the files hold."""
-    plan: Any = (
-        model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else model.dtype_plan
-    )  # transformers 5.0.0
+    """Hold the tensors in float32 that the model's classes name so: transformers matches the names
+    when it loads what the files hold."""
+    # transformers 5.0.0 has the plan as an attribute
+    has_method = hasattr(model, "_get_dtype_plan")
+    plan: Any = model._get_dtype_plan(dtype) if has_method else model.dtype_plan
     loaded = model.state_dict(keep_vars=True)
     for pattern, wide in plan.items():
-        for name in [name for name in loaded if re.search(pattern.replace("*", ".*"), name)]:
-            owner, _, key = name.rpartition(".")
-            module, tensor = model.get_submodule(owner), loaded[name]
-            if not tensor.is_floating_point():
+        expression = re.compile(pattern.replace("*", ".*"))
+        for name, tensor in loaded.items():
+            if not tensor.is_floating_point() or not expression.search(name):
                 continue
+            owner, _, key = name.rpartition(".")
+            module = model.get_submodule(owner)
             if key in module._buffers:
                 module._buffers[key] = tensor.to(wide)
             else:
@@ -96,13 +98,18 @@ def _maker(config: PretrainedConfig) -> Any:
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, dict[str, nn.Module]]:
-    """The largest list of modules in the decoder that text goes through, which other towers may
-    feed. transformers finds the decoder by its name, and some models call their last product so:
-    where it holds no list, that of the whole model is meant."""
+    """The path of the largest list of modules in the decoder that text goes through, and path ->
+    block for each of them.
+
+    transformers finds the decoder by its name, and some models give this name to their last
+    product: where it holds no list, those of the whole model count.
+    """
     decoder = path_of(model, model.get_decoder())
-    every = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-    lists = {n: m for n, m in every.items() if n.startswith(decoder)} or every
-    outer = {n: m for n, m in lists.items() if not any(n.startswith(o + ".") for o in lists)}
+    modules = model.named_modules()
+    every = {name: m for name, m in modules if isinstance(m, nn.ModuleList) and len(m)}
+    lists = {name: m for name, m in every.items() if name.startswith(decoder)} or every
+    inner = {name for name in lists if any(name.startswith(f"{other}.") for other in lists)}
+    outer = {name: m for name, m in lists.items() if name not in inner}
     if not outer:
         raise QlabError(
             f"{type(model).__name__} has no list of blocks (nn.ModuleList) to stream through"
@@ -112,4 +119,5 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, dict[str, nn.Module]]:
 
 
 def path_of(model: nn.Module, module: nn.Module | None) -> str:
+    """The name of a module inside a model; "" for the model itself and for what it has not."""
     return next((name for name, m in model.named_modules() if m is module), "")

@@ -12,24 +12,29 @@ from qlab.algebra.tracing.kept import refuse_shared
 from qlab.algebra.tracing.programs import program
 from qlab.model.calls import Call
 
-ORIGIN = frozenset(
-    {"_name_or_path", "quantization_config"}
-)  # what a config says of where it comes from
+# what a config says of where it comes from
+ORIGIN = frozenset({"_name_or_path", "quantization_config"})
 
 
 class Programs:
-    """blocks: path -> meta module, in running order. What was traced once is kept."""
+    """The programs of a model's blocks; what was traced is kept.
+
+    blocks: path -> module on the meta device, in running order.
+    """
 
     def __init__(self, blocks: Mapping[str, nn.Module]):
         self.blocks = blocks
         self._codes: dict[Any, Code] = {}
-        self._traced_for: dict[Any, str] = {}
+        self._traced_for: dict[Any, str] = {}  # structure whose blocks differ -> its first block
         self._known: dict[Any, Code] = {}
         self._first: dict[str, Code] = {}
 
     def code(self, path: str, call: Call) -> Code:
-        """The traced program of a block for inputs of this form; traced once for all blocks of one
-        structure, and again for sizes that a program is not for."""
+        """The traced program of a block for arguments of this form.
+
+        A block is traced once for all blocks of one structure, and again for sizes that the program
+        does not run on.
+        """
         tensors = tensors_of(*call.inputs(call.entering))
         form = _form(call, tensors)
         if (path, form) not in self._known:
@@ -45,12 +50,13 @@ class Programs:
         return code
 
     def first(self, path: str, call: Call) -> Code:
-        """A program of a block for inputs of any form, to say what it returns."""
+        """The first program of a block, for arguments of any form: it tells what the block
+        returns."""
         return self._first[path] if path in self._first else self.code(path, call)
 
     def uses(self, name: str) -> bool:
-        """Whether the program of a block uses a parameter that the block holds; the program is
-        there when the model was recorded."""
+        """Whether the program of a block uses a parameter that the block holds. The block has been
+        traced."""
         path = next(path for path in self.blocks if name.startswith(f"{path}."))
         code, leaf = self._first[path], name.removeprefix(f"{path}.")
         return any(code.params.get(n.name) == leaf and n.users for n in code.graph.nodes)
@@ -58,8 +64,8 @@ class Programs:
     def _of_structure(self, path: str, call: Call, form: Any) -> Code:
         """The program that all blocks of one structure share.
 
-        Blocks carry their own index. Whether it matters is not assumed: the first and the last
-        block of a structure are both traced, and where their programs differ every block is.
+        A block carries its own index, which may matter: the first and the last block of a structure
+        are both traced, and where their programs differ every block is.
         """
         paths = list(self.blocks)
         key = form, _structure(self.blocks[path], paths.index(path))
@@ -82,37 +88,33 @@ class Programs:
 
 
 def _form(call: Call, tensors: Sequence[Tensor]) -> Any:
-    """What the traced program depends on beside its block: the form of the inputs."""
+    """What a traced program depends on beside its block: the form of the arguments."""
     shapes = tuple((t.dtype, tuple(n == 1 for n in t.shape)) for t in tensors)
     others = tuple(repr(leaf) for leaf in call.leaves if not isinstance(leaf, Tensor))
     return shapes, others, call.form
 
 
 def _structure(block: nn.Module, index: int) -> Any:
-    """What the traced program depends on in a block: classes, shapes and plain attributes.
+    """What a traced program depends on in a block: classes, shapes and plain attributes.
 
-    An attribute that holds the block's own index is left out (see Programs.code).
+    An attribute that holds the block's own index is left out: see Programs._of_structure.
     """
 
     def plain(module: nn.Module) -> tuple:
-        values = {
-            k: getattr(v, "__qualname__", v) for k, v in vars(module).items() if k != "training"
-        }
-        kept = {k: v for k, v in values.items() if isinstance(v, bool | int | float | str)}
-        return tuple(
-            sorted(
-                (k, v)
-                for k, v in kept.items()
-                if not (v == index and re.search("idx|index|layer", k))
-            )
-        )
+        attributes = []
+        for key, value in vars(module).items():
+            value = getattr(value, "__qualname__", value)
+            if key == "training" or not isinstance(value, bool | int | float | str):
+                continue
+            if value != index or not re.search("idx|index|layer", key):
+                attributes.append((key, value))
+        return tuple(sorted(attributes))
+
+    def parameters(module: nn.Module) -> tuple:
+        own = module.named_parameters(recurse=False)
+        return tuple((key, tuple(p.shape), p.dtype) for key, p in own)
 
     return tuple(
-        (
-            name,
-            type(m),
-            tuple((k, tuple(p.shape), p.dtype) for k, p in m.named_parameters(recurse=False)),
-            plain(m),
-        )
-        for name, m in block.named_modules()
+        (name, type(module), parameters(module), plain(module))
+        for name, module in block.named_modules()
     )

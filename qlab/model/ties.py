@@ -1,4 +1,4 @@
-"""Which parameters are another's too: those that config.json and the model's class tie, as far as
+"""Which parameters of a model are one: those that config.json and the model's class tie, as far as
 the files agree."""
 
 from collections.abc import Callable, Mapping
@@ -10,22 +10,24 @@ FLAG = "tie_word_embeddings"
 
 
 def ties(
-    model: PreTrainedModel, held: Callable[[str], bool], equal: Callable[[str, str], bool]
+    model: PreTrainedModel, in_files: Callable[[str], bool], equal: Callable[[str, str], bool]
 ) -> dict[str, str]:
-    """Parameter -> the one that it is too: one that the files lack, or hold equal to the other's.
-    One that they hold apart is its own.
+    """Parameter -> the parameter that it is one with.
 
-    held: whether the files hold a parameter. equal: whether they hold two of them alike.
+    Two parameters are one where the files lack one of them or hold both with the same bits. A
+    parameter that they hold with other bits is its own.
+
+    in_files: whether the files hold a parameter. equal: whether they hold two with the same bits.
     """
     groups: dict[str, list[str]] = {}
     for name, other in model.all_tied_weights_keys.items():
         groups.setdefault(other, [other]).append(name)
-    found: dict[str, str] = {}
+    tied: dict[str, str] = {}
     for source, names in groups.items():
-        keeper = next((name for name in names if held(name)), source)
+        keeper = next((name for name in names if in_files(name)), source)
         others = [name for name in names if name != keeper]
-        found |= {name: keeper for name in others if not held(name) or equal(name, keeper)}
-    return found
+        tied |= {name: keeper for name in others if not in_files(name) or equal(name, keeper)}
+    return tied
 
 
 def apart(model: PreTrainedModel, tied: Mapping[str, str]) -> set[str]:
