@@ -18,9 +18,9 @@ def inspect(directory: Model, json_file: Json = None) -> None:
     with loading():
         from qlab.directories.inspect import inspect
 
-    found = inspect(resolved(directory))
-    console().print(found)
-    report(found.json(), json_file)
+    inspection = inspect(resolved(directory))
+    console().print(inspection)
+    report(inspection.json(), json_file)
 
 
 def convert(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from qlab.algebra.qtensor import QTensor, dense
+from qlab.algebra.qtensor import Leaf, QTensor, dense
 from qlab.algebra.spec import Spec
 from qlab.codecs import CODECS, Codec, gguf, gguf_keys
 from qlab.codecs.gguf_keys import Said
@@ -42,23 +42,19 @@ Notes = dict[str, dict[str, Any]]
 @undisturbed
 @torch.no_grad()
 def from_gguf(path: Path, codec: str, out: Path, overwrite: bool, resume: bool) -> Path:
-    """Write the file's model as a directory `out` (of `files.place`), which holds no
-    quantization_config where nothing stays codes.
+    """Write the file's model as a directory `out` (of `files.place`), which has no
+    quantization_config where no tensor stays codes.
 
-    `dequantized` in its qlab.json says of every tensor that lost its blocks which kind they were.
-    Errors: no GGUF file, an architecture that qlab or transformers does not know, codes that the
-    codec cannot hold.
+    `dequantized` in its qlab.json says which kind of blocks every dequantized tensor had. Refuses
+    what is no GGUF file, an architecture that qlab or transformers does not know, and codes that
+    the format cannot hold.
     """
-    reader, arch = gguf.opened(
-        path
-    )  # refused before any work, in fewer words than transformers has
+    # refused before any work, in fewer words than transformers has
+    reader, arch = gguf.opened(path)
     said = gguf_keys.said(path, arch, gguf.fields(reader))
     with path.open("rb") as file:
-        job = {
-            "source": hashlib.file_digest(file, "sha256").hexdigest(),
-            "codec": codec,
-            "versions": versions(),
-        }
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    job = {"source": digest, "codec": codec, "versions": versions()}
     with Writer(out, overwrite, resume) as writer:
         writer.begin(job)
         if not writer.finished:
@@ -69,11 +65,15 @@ def from_gguf(path: Path, codec: str, out: Path, overwrite: bool, resume: bool) 
 
 
 def _fill(path: Path, codec: Codec, writer: Writer, job: dict[str, Any], scratch: Path) -> None:
+    """Write the tensors of the file, and config.json with what became of them.
+
+    scratch: a directory with the config and the tokenizer, which become the written one's.
+    """
     raw = read_json(scratch / CONFIG)
-    skeleton = Skeleton(
-        Checkpoint(path=scratch, raw=raw, stored={}, codec=None, quantized={}), torch.bfloat16
-    )
-    if (generation := skeleton.model.generation_config) is not None:
+    empty = Checkpoint(path=scratch, raw=raw, stored={}, codec=None, quantized={})
+    skeleton = Skeleton(empty, torch.bfloat16)
+    generation = skeleton.model.generation_config
+    if generation is not None:
         generation.save_pretrained(scratch)
     specs: dict[str, Spec | None] = dict.fromkeys(skeleton.names.linears())
     notes: Notes = {"sites": {}, "certificates": {}, "dequantized": {}}
@@ -112,26 +112,31 @@ def _tensors(
             continue
         if kind not in FLOATS:
             notes["dequantized"][name] = {"kind": kind}
-        wide = dense(leaf, torch.float32) if isinstance(leaf, QTensor) else leaf
-        yield (
-            name,
-            wide if kind in FLOATS and kind != "BF16" else wide.to(torch.bfloat16),
-        )  # the package widens BF16
+        yield name, _dense(leaf, kind)
+
+
+def _dense(leaf: Leaf, kind: str) -> Tensor:
+    """A leaf in the dtype of the file's floats, or in bfloat16 where the file holds blocks.
+
+    The gguf package widens BF16 to float32, which is narrowed again.
+    """
+    wide = dense(leaf, torch.float32) if isinstance(leaf, QTensor) else leaf
+    keeps_dtype = kind in FLOATS and kind != "BF16"
+    return wide if keeps_dtype else wide.to(torch.bfloat16)
 
 
 def _save_config_and_tokenizer(path: Path, said: Said, folder: Path) -> None:
-    """What transformers reads of a GGUF file beside its weights, as files of a model directory; and
-    what it does not read: the size of heads and the scaling of rotary positions."""
+    """Save what transformers reads of a GGUF file beside its weights, as files of a model
+    directory, and what it does not read: the size of heads and the scaling of rotary positions."""
     source: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(**source)
             AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
         except Exception as error:  # whatever its readers run into
-            reason = first_line(error)
             raise QlabError(
-                f"transformers cannot read the config and the tokenizer of {path} ({reason}); "
-                "convert a file that holds both"
+                f"transformers cannot read the config and the tokenizer of {path} "
+                f"({first_line(error)}); convert a file that holds both"
             ) from error
         if hasattr(config, "head_dim"):
             config.head_dim = said.head_size
@@ -142,24 +147,25 @@ def _save_config_and_tokenizer(path: Path, said: Said, folder: Path) -> None:
 
 def _refuse_another(path: Path, said: Said, config: Any) -> None:
     """Refuse a config that says other than the file does."""
-    made = {**config.to_dict(), **config.rope_parameters}
-    made["sliding_window"] = made.get("sliding_window") or 0
-    made["head_dim"] = made.get("head_dim") or config.hidden_size // config.num_attention_heads
+    settings = {**config.to_dict(), **config.rope_parameters}
+    settings["sliding_window"] = settings.get("sliding_window") or 0
+    if not settings.get("head_dim"):
+        settings["head_dim"] = config.hidden_size // config.num_attention_heads
     for key, name, value in said.values:
-        if not isinstance(made[name], int | float) or not math.isclose(
-            made[name], value, rel_tol=ROUNDED
-        ):
+        setting = settings[name]
+        is_number = isinstance(setting, int | float)
+        if not is_number or not math.isclose(setting, value, rel_tol=ROUNDED):
             raise QlabError(
                 f"{key} of {path} is {value:g}, stated or understood, and the config that "
-                f"transformers makes of it has {name} {made[name]!r}; quantize the model from its "
+                f"transformers makes of it has {name} {setting!r}; quantize the model from its "
                 "safetensors files"
             )
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep back its warnings, which speak of a quantized model, and its bars, which would cut
-    through ours."""
+    """Keep back the warnings of transformers, which speak of a quantized model, and its progress
+    bars, which would cut through qlab's."""
     from transformers.utils import logging
 
     with foreign:

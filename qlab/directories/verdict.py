@@ -16,18 +16,18 @@ from qlab.process.shown import Shown, some
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Verdict(Shown):
-    """sites: module -> spec, weight error against the reference, what was certified of it, and its
-    fault or None.
+    """What a check of a directory against its reference found.
 
-    missing, extra: tensors of the reference that the directory lacks, and the other way round.
-    changed: unquantized tensors that differ from the reference, with what explains each or None.
-    certified: whether the directory holds certificates; without them nothing explains a change, and
-    none is a fault. extras: tensor that its configuration calls for beside weights
-    -> what is wrong with it, or None. config: key of config.json, nested ones with dots -> the
-    directory's value and the reference's, None where there is none, if what they compute differs.
-    retold: whether its quantization_config is another than the certified one. lost: whether its
-    qlab.json is of a job that certifies, and holds no certificates. unlike: weight -> what it is
-    and the recipe of its qlab.json makes another of.
+    path: the directory. sites: module -> its spec, its weight error against the reference, the
+    certified error, and its fault or None. missing: tensors of the reference that the directory
+    lacks. extra: tensors of the directory that the reference lacks. changed: unquantized tensor
+    that differs from the reference's -> what explains it, or None. certified: whether the directory
+    holds certificates; without them nothing explains a change, and no change is a fault. extras:
+    tensor beside the weights that the configuration calls for -> its fault, or None. config: key of
+    config.json that differs, nested ones with dots -> the directory's value and the reference's
+    (None: it has no such key). retold: whether the quantization_config does not hash to what was
+    recorded. lost: whether the job of qlab.json writes certificates, and there are none. unlike:
+    weight -> what it is, where the recorded recipe makes something else of it.
     """
 
     path: Path
@@ -45,35 +45,36 @@ class Verdict(Shown):
     @property
     def faults(self) -> list[str]:
         """What is wrong, one sentence each; empty when the directory is what it claims to be."""
-        found = [
+        faults = [
             f"config.json has {_says(key, ours)} where the reference has {_says('', theirs)}"
             for key, (ours, theirs) in self.config.items()
         ]
         if self.retold:
-            found.append(
+            faults.append(
                 "the quantization_config of its config.json is not the one that was written with "
                 "its codes, and readers may compute something else or nothing; restore it, or "
                 "quantize or convert again"
             )
         if self.lost:
-            found.append(
+            faults.append(
                 "its qlab.json has lost its certificates; quantize or convert again, or remove "
                 "that file"
             )
-        found += [f"{name}: {row['fault']}" for name, row in self.sites.items() if row["fault"]]
-        found += [
+        faults += [f"{name}: {row['fault']}" for name, row in self.sites.items() if row["fault"]]
+        faults += [
             f"{name}: {fault}"
             for name, fault in self.unlike.items()
             if not self.sites.get(name, {}).get("fault")
         ]
-        found += [f"{name} {fault}" for name, fault in self.extras.items() if fault]
-        found += [f"{name} is missing" for name in self.missing]
-        found += [f"{name} is not in the reference" for name in self.extra]
-        return found + [
+        faults += [f"{name} {fault}" for name, fault in self.extras.items() if fault]
+        faults += [f"{name} is missing" for name in self.missing]
+        faults += [f"{name} is not in the reference" for name in self.extra]
+        faults += [
             f"{name} differs from the reference and no certificate says why"
             for name, why in self.changed.items()
             if self.certified and why is None
         ]
+        return faults
 
     def summary(self) -> dict[str, str]:
         """The faults, and what was checked."""
@@ -117,9 +118,8 @@ class Verdict(Shown):
         yield table
         for name, why in self.changed.items():
             yield f"{name} differs from the reference: {why or 'nothing says why'}"
-        yield from (
-            Text.assemble(("fault", "bold"), f" {printable(fault)}") for fault in self.faults
-        )
+        for fault in self.faults:
+            yield Text.assemble(("fault", "bold"), f" {printable(fault)}")
         against = (
             "its certificates"
             if self.certified

@@ -53,8 +53,8 @@ class Names:
         return stored if name in self._loaded and stored in self.checkpoint.files else None
 
     def stored_dtype(self, piece: Piece) -> torch.dtype:
-        """The dtype in which a tensor is written when it is not quantized: that of the files, or the
-        checkpoint's own where the files hold codes."""
+        """The dtype in which a tensor is written when it is not quantized: that of the files, or
+        the checkpoint's own where the files hold codes."""
         if piece.module in self.checkpoint.quantized:
             return self.checkpoint.dtype
         return self.checkpoint.shape_and_dtype(piece.name)[1]
