@@ -181,8 +181,9 @@ def _refusal_of_site(name: str, site: Site, spec: Spec, skeleton: Skeleton) -> s
 
 
 def _for_all_widths(spec: Spec, rounded: Mapping[str, Spec], model: Sites) -> str:
-    """The groups that divide every width that is to have this spec, where there are several."""
-    widths = {model.shapes[name][-1] for name, its in rounded.items() if its == spec}
+    """The groups that divide every width that is to have this spec, where there are several
+    widths."""
+    widths = {model.shapes[name][-1] for name, other in rounded.items() if other == spec}
     common = ", ".join(map(str, legal_groups(math.gcd(*widths)))) or "none"
     return f"; for all {len(widths)} widths {common}" if len(widths) > 1 else ""
 

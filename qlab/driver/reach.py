@@ -60,6 +60,7 @@ def check_scope(stage: Stage, model: Sites) -> None:
 
 
 def _matches_nothing(stage: Stage, model: Sites) -> str:
+    """Why a stage touches no weight, and which names there are."""
     routers = [name for name, site in model.sites.items() if name in stage.scope and site.router]
     if routers:
         return (
@@ -78,7 +79,7 @@ def _matches_nothing(stage: Stage, model: Sites) -> str:
 
 
 def _refuse_split(stage: Stage, model: Sites, chosen: set[str]) -> None:
-    """A reparametrization takes all sites of an input, or none."""
+    """Refuse a rule that gives a reparametrization some of the sites of an input, and not all."""
     for path, code in model.codes.items():
         for group in by_origin(code.sites).values():
             names = [f"{path}.{site.path}" for site in group]

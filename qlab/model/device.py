@@ -1,4 +1,4 @@
-"""Where a model is worked on."""
+"""The device on which a model is worked on."""
 
 import torch
 
@@ -6,7 +6,7 @@ from qlab.errors import QlabError, first_line
 
 
 def name_of(device: torch.device) -> str:
-    """What decides how sums are rounded there: 'cpu', or the GPU's name."""
+    """The kind of the device, which decides how sums are rounded: 'cpu', or the GPU's name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

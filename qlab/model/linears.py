@@ -1,5 +1,5 @@
-"""Which modules of a model readers may take for linears, by every name under which they may look
-for them in the files."""
+"""Every module that a loader may treat as `nn.Linear`, under each name that it may use: the model's
+and the files'."""
 
 from collections.abc import Mapping
 
@@ -10,16 +10,16 @@ from qlab.files.checkpoint import Checkpoint
 from qlab.files.directory import WIDTHS, Stored
 from qlab.model.skeleton import Skeleton
 
-# in no file where it shares the embedding's weight; readers that match by class still meet it
+# The files lack it where it shares the embedding's weight; a loader that goes by classes meets it.
 HEAD = "lm_head"
 
 
 def linears_of(skeleton: Skeleton) -> dict[str, str]:
     """Name of a linear -> the module in the files that holds its weight.
 
-    transformers' own names and those of the files, which differ where it renames tensors, one for
-    every projection of fused experts, the routers, which to engines are linears like any other, and
-    whatever the files hold of layers that only engines build.
+    A linear has transformers' name and the files', which differ where transformers renames tensors.
+    Every projection of fused experts is a linear, and so are routers, as engines build them, and
+    the modules of layers that only engines build.
     """
     names = skeleton.names
     routers = [
@@ -38,11 +38,12 @@ def linears_of(skeleton: Skeleton) -> dict[str, str]:
 
 
 def by_module(skeleton: Skeleton, sites: Mapping[str, Spec | None]) -> dict[str, Spec | None]:
-    """What a format's configuration speaks of: every linear by every name that readers may match,
-    with the spec of its site; None for one that stays as it is."""
+    """Name of a linear, as a format's configuration names it -> the spec of its site; None where it
+    stays unquantized. Every linear has each name that readers may match."""
     specs: dict[str, Spec | None] = {}
     for name in [*skeleton.names.linears(), *sites]:
-        for module in skeleton.names.modules(name):  # of blocks that share it one may not run it
+        for module in skeleton.names.modules(name):
+            # blocks that share a weight have one module for it, and some may have no site
             specs[module] = sites.get(name) or specs.get(module)
     return dict.fromkeys([*specs, *linears_of(skeleton)]) | specs
 
@@ -50,19 +51,16 @@ def by_module(skeleton: Skeleton, sites: Mapping[str, Spec | None]) -> dict[str,
 def unbuilt(skeleton: Skeleton) -> list[str]:
     """Modules of the files with codes, a weight [o, k] or experts that the model has no place for,
     such as layers that predict further tokens."""
-    parameters = [name for name, _ in skeleton.model.named_parameters(remove_duplicate=False)]
-    pieces = [piece for name in parameters for piece in skeleton.names.pieces(name)]
-    pieces += skeleton.names.copies()
-    return sorted(
-        matrices(skeleton.checkpoint)
-        - {piece.module for piece in pieces}
-        - {piece.name for piece in pieces}
-    )
+    pieces = skeleton.names.copies()
+    for name, _ in skeleton.model.named_parameters(remove_duplicate=False):
+        pieces.update(skeleton.names.pieces(name))
+    built = {piece.module for piece in pieces} | {piece.name for piece in pieces}
+    return sorted(matrices(skeleton.checkpoint) - built)
 
 
 def matrices(model: Checkpoint) -> set[str]:
-    """Modules of the files with codes or a weight [o, k], and fused experts under the name of their
-    tensor and of its owner."""
+    """Modules of the files with codes or a weight [o, k]. Fused experts have two names: their
+    tensor's and its owner's."""
     weights = {
         name.removesuffix(".weight")
         for name, stored in model.stored.items()
