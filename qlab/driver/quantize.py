@@ -45,22 +45,49 @@ def quantize(
     codec: str = CODEC,
     target: str | None = None,
 ) -> Result:
-    """Apply a recipe to every block of the model and write a directory in the format that `codec`
-    names.
+    """Apply a recipe to every block of a model and write the result as a model directory.
 
-    data: calibration tokens, or samples of images and text; None only for recipes that need no
-    statistics.
-    inputs: whether a site is calibrated on what the quantized sites before it produce (errors
-    propagate; on the quantized blocks before its own where sites cannot be solved one after the
-    other, `solve.in_order`) or on the reference model's activations. dtype: of the activations
-    while calibrating (default: the checkpoint's own, where that holds all of its numbers);
-    statistics and solvers use fp32.
-    memory: observe as many experts at a time as fit these bytes, and refuse to start when the
-    predicted peak is above them. target: an engine of qlab.codecs.engines, whose limits are checked
-    before anything runs. The same call gives the same bytes, also when a killed run is continued
-    with resume=True (which knows a stage of one's own by its name, spec and `detail` alone).
-    calibrate_all_experts: statistics of experts are of all tokens, not of those that are routed to
-    each; nothing else changes.
+    One block is in memory at a time. The same call gives the same bytes, also when a killed run is
+    continued.
+
+    Args:
+        model: The model that is quantized.
+        recipe: The stages, applied to each block in their order.
+        data: Calibration tokens, or samples of images and text; None for recipes that need no
+            statistics.
+        out: The directory that is written. It appears whole, at the end.
+        inputs: "quantized" calibrates a site on what the quantized sites before it produce, so that
+            it may correct their errors; where sites cannot be solved one after the other, on what
+            the quantized blocks before its own produce. "reference" calibrates every site on the
+            activations of the unquantized model.
+        dtype: Of the activations while calibrating. None takes the model's own, where that holds
+            all of its numbers. Statistics and solvers use float32.
+        device: Where blocks are run and solved, such as "cpu" or "cuda".
+        memory: A bound on the process's memory in bytes. As many experts are observed at a time as
+            fit, and a run whose predicted peak is above it is refused. None sets no bound.
+        overwrite: Whether an output that qlab wrote, and nobody changed since, may be replaced.
+        resume: Whether to go on with a killed run of the same job. A stage of your own is the same
+            one where its name, spec and `detail` are.
+        calibrate_all_experts: Whether the statistics of every expert are of all tokens, rather than
+            of those that the router sends to it; nothing else changes.
+        codec: The format that is written, a name in `qlab.codecs.CODECS`.
+        target: The engine that is to load the directory, a name in `qlab.codecs.engines`, whose
+            limits are checked before anything runs. None checks no engine's.
+
+    Returns:
+        The directory, the report's row of every site, the plan, and what the run cost.
+
+    Raises:
+        QlabError: What the recipe asks for cannot be done, or `out` may not be written to; names
+            the site, pattern or path. Everything that can be known before the work is refused
+            before it.
+
+    Example:
+        >>> import qlab
+        >>> model = qlab.open("demo")
+        >>> result = qlab.quantize(model, qlab.rtn("int4-g64"), None, "my-int4")
+        >>> result.path.name, result.bits_per_weight
+        ('my-int4', 4.25)
     """
     results = compare(
         model,
@@ -98,19 +125,48 @@ def compare(
     codec: str = CODEC,
     target: str | None = None,
 ) -> dict[str, Result]:
-    """Several recipes, each into out/<name>: what `quantize` makes of each, bit for bit, and all of
-    them refused before any runs.
+    """Quantize a model by several recipes, each into a folder of its own.
 
-    inputs: see `quantize`. With "quantized" every recipe has a pass of its own, since its own
-    errors are what the next block sees; with "reference" all of them share one pass and every
-    statistic, and have its seconds and its peak memory. No recipe sees there what it did to earlier
-    sites, so that a stage that corrects for it (gptaq's) is refused.
+    Every folder holds what `quantize` makes of its recipe, bit for bit, and all recipes are checked
+    before any runs. With inputs="quantized" every recipe has a pass over the data of its own, since
+    the next block sees its errors. With inputs="reference" all recipes share one pass and all
+    statistics, and each result tells the seconds and the peak memory of that pass; a stage that
+    corrects errors of earlier sites (`aim_at_reference`) is refused there.
+
+    Args:
+        model: The model that is quantized.
+        recipes: Name of a folder in `out` -> its recipe.
+        data: See `quantize`.
+        out: The directory around the folders.
+        inputs: See `quantize`, and above.
+        dtype: See `quantize`.
+        device: See `quantize`.
+        memory: See `quantize`.
+        overwrite: See `quantize`; of every folder.
+        resume: See `quantize`; of every folder.
+        calibrate_all_experts: See `quantize`.
+        codec: See `quantize`.
+        target: See `quantize`.
+
+    Returns:
+        Name of a folder -> the result of its recipe.
+
+    Raises:
+        QlabError: As of `quantize`; also for names that are no folder's.
+
+    Example:
+        >>> import qlab
+        >>> recipes = {"int4": qlab.rtn("int4-g64"), "int8": qlab.rtn("int8-channel")}
+        >>> results = qlab.compare(qlab.open("demo"), recipes, None, "compared")
+        >>> {name: str(result.path.name) for name, result in results.items()}
+        {'int4': 'int4', 'int8': 'int8'}
+        >>> results["int4"].bits_per_weight < results["int8"].bits_per_weight
+        True
     """
     source = HashedFiles(model.path, model.stored)
     model = replace(model, reader=source.read)
-    outs = places(
-        out, list(recipes), model.path, [*set(model.files.values()), *getattr(data, "files", ())]
-    )
+    reads = [*set(model.files.values()), *getattr(data, "files", ())]
+    outs = places(out, list(recipes), model.path, reads)
     jobs = {
         name: Job(
             model=model,
@@ -126,42 +182,48 @@ def compare(
         )
         for name, recipe in recipes.items()
     }
-    started = time.perf_counter()
+    if not jobs:
+        return {}
     with ExitStack() as stack:
         writers = {
             name: stack.enter_context(Writer(place, overwrite, resume))
             for name, place in outs.items()
         }
-        with PeakMemory() as planning:
-            skeleton = Skeleton(model, dtype or model.running_dtype, device)
-            plans = {name: plan_of(job, skeleton) for name, job in jobs.items()}
-        for made in plans.values():
-            made.check(memory)
-        planned = time.perf_counter() - started
-        runs: dict[str, Run] = {}
-        for name, job in jobs.items():
-            identity = _identity(job, skeleton)
-            writers[name].begin(identity, len(skeleton.blocks) + 1, model.path, source=source)
-            runs[name] = Run(
-                job=job,
-                writer=writers[name],
-                experts_at_once=plans[name].experts_at_once,
+        return _done(jobs, writers, source, stack)
+
+
+def _done(
+    jobs: Mapping[str, Job], writers: Mapping[str, Writer], source: HashedFiles, stack: ExitStack
+) -> dict[str, Result]:
+    """Plan all jobs, begin them, and do them. stack: is left when they are done."""
+    first = next(iter(jobs.values()))
+    started = time.perf_counter()
+    with PeakMemory() as planning:
+        skeleton = Skeleton(first.model, first.dtype or first.model.running_dtype, first.device)
+        plans = {name: plan_of(job, skeleton) for name, job in jobs.items()}
+    for planned in plans.values():
+        planned.check(first.memory)
+    seconds_of_planning = time.perf_counter() - started
+    runs: dict[str, Run] = {}
+    for name, job in jobs.items():
+        runs[name] = Run(job=job, plan=plans[name], writer=writers[name])
+        identity, segments = _identity(job, skeleton), len(skeleton.blocks) + 1
+        writers[name].begin(identity, segments, first.model.path, source=source)
+    for run in runs.values():
+        if not run.writer.finished:
+            stack.enter_context(run.writer.refusing())
+    results: dict[str, Result] = {}
+    for names in [list(runs)] if first.inputs == "reference" else [[name] for name in runs]:
+        seconds, peak_bytes = one_pass(skeleton, [runs[name] for name in names])
+        for name in names:
+            results[name] = Result(
+                path=writers[name].out,
+                sites=recorded(writers[name].out)["sites"],
+                plan=plans[name],
+                inputs=first.inputs,
+                seconds=seconds_of_planning + seconds,
+                peak_rss_bytes=max(planning.bytes, peak_bytes),
             )
-        for run in runs.values():
-            if not run.writer.finished:
-                stack.enter_context(run.writer.refusing())
-        results: dict[str, Result] = {}
-        for names in [list(runs)] if inputs == "reference" else [[name] for name in runs]:
-            seconds, peak_bytes = one_pass(skeleton, [runs[name] for name in names])
-            for name in names:
-                results[name] = Result(
-                    path=writers[name].out,
-                    sites=recorded(writers[name].out)["sites"],
-                    plan=plans[name],
-                    inputs=inputs,
-                    seconds=planned + seconds,
-                    peak_rss_bytes=max(planning.bytes, peak_bytes),
-                )
     return results
 
 

@@ -45,11 +45,8 @@ class Result(Written):
         """Site -> its experts that saw fewer tokens than they have input channels, so that their
         second moment is singular; one that saw none is rounded to nearest on the method's grid,
         every direction weighing the same."""
-        return {
-            name: few
-            for name, row in self.sites.items()
-            if (few := row.get("experts_with_few_tokens"))
-        }
+        few = {name: row.get("experts_with_few_tokens") for name, row in self.sites.items()}
+        return {name: experts for name, experts in few.items() if experts}
 
     @property
     def bytes(self) -> int:
@@ -57,7 +54,7 @@ class Result(Written):
         return sum(f.stat().st_size for f in self.path.glob("*.safetensors"))
 
     def summary(self) -> dict[str, str]:
-        """Without the sites and the plan."""
+        """The facts in words, without the sites and the plan."""
         errors = {
             name: row["weight_error"]
             for name, row in self.sites.items()
@@ -76,7 +73,8 @@ class Result(Written):
         }
         if worst is not None:
             facts["largest weight error"] = f"{errors[worst]:.3e} of the norm, {worst}"
-        if few := self.experts_with_few_tokens:
+        few = self.experts_with_few_tokens
+        if few:
             facts["experts with few tokens"] = some(list(few))
         return facts
 

@@ -1,4 +1,4 @@
-"""A job that is being done: what it writes, and what is kept of it from block to block."""
+"""A job while it is done: its plan, its writer, and its end."""
 
 from dataclasses import dataclass, field
 
@@ -11,6 +11,7 @@ from qlab.driver.effects import refuse_left
 from qlab.driver.job import Job
 from qlab.driver.lossless import refuse_changed
 from qlab.driver.outside import outside_sites
+from qlab.driver.plan import Plan
 from qlab.driver.shared import refuse_divided
 from qlab.driver.solve import Check, unchecked
 from qlab.files.record import input_spec_of, spec_of, written
@@ -21,14 +22,15 @@ from qlab.model.skeleton import Skeleton
 from qlab.model.ties import untied
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
+    """A job while it is done. checked: the programs of which the claims of the job's stages were
+    checked on a block."""
+
     job: Job
+    plan: Plan
     writer: Writer
-    experts_at_once: int | None
-    checked: set[Code] = field(
-        default_factory=set
-    )  # programs on a block of which the claims of its stages were checked
+    checked: set[Code] = field(default_factory=set)
 
     @property
     def codec(self) -> Codec:
@@ -36,8 +38,8 @@ class Run:
         return CODECS[self.job.codec]
 
     def check(self, code: Code, call: Call, batches: Batches) -> Check:
-        """What checks its stages on a block of this program: the first batch, on the first such
-        block."""
+        """What checks the claims of the job's stages on a block of this program, with the first
+        batch: on the first block of every program, and on no other."""
         if code in self.checked:
             return unchecked
         self.checked.add(code)
@@ -50,6 +52,8 @@ class Run:
 
 
 def finish(skeleton: Skeleton, run: Run) -> None:
+    """Write config.json and qlab.json of a run whose segments are all written, and put its output
+    in place."""
     model, notes = skeleton.checkpoint, run.writer.notes()
     refuse_divided(notes)
     specs: dict[str, Spec | None] = {}
@@ -58,9 +62,9 @@ def finish(skeleton: Skeleton, run: Run) -> None:
         specs[name] = spec_of(row)
         inputs |= dict.fromkeys(skeleton.names.modules(name), input_spec_of(row))
     rounding = [inputs] if any(inputs.values()) else []
-    together = {*skeleton.names.tied, *skeleton.names.tied.values()}
-    around = notes["sites"].keys() & outside_sites(skeleton).keys()
-    separated = any(f"{name}.weight" in together for name in around)
+    tied_names = {*skeleton.names.tied, *skeleton.names.tied.values()}
+    outside = notes["sites"].keys() & outside_sites(skeleton).keys()
+    separated = any(f"{name}.weight" in tied_names for name in outside)
     raw = untied(model.raw) if separated or skeleton.names.apart else model.raw
     config = {
         **raw,

@@ -121,7 +121,8 @@ def _blocks_to_do(
 
 
 def _return_freed_memory() -> None:
-    """What tokenizing, tracing and the embedding leave behind: glibc keeps it, a tenth of the peak
-    of a small model; other C libraries have no such call."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+    """Give freed memory back to the system: glibc keeps what tokenizing, tracing and the embedding
+    leave, a tenth of the peak of a small model. Other C libraries have no such call."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
         trim(0)

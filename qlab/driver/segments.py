@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qlab.algebra.graph import refuse_overflow
+from qlab.algebra.graph import ModuleGraph, refuse_overflow
 from qlab.algebra.qtensor import dense
 from qlab.driver.batches import Batches, push
 from qlab.driver.observe import Observe, Reference, observe, remembering
@@ -60,8 +60,19 @@ def write_block(
     streams: Sequence[Batches],
     after: Sequence[Carry],
 ) -> None:
-    """One block, solved and written for every job, and what leaves it written to `after`, stream by
-    stream. Nothing of it outlives the call. call: one that shows the form of all."""
+    """Solve a block and write it for every run, and write the hidden states that leave it.
+
+    Nothing of the block outlives the call.
+
+    Args:
+        skeleton: The model.
+        runs: The runs, whose jobs differ in their recipes alone.
+        call: A call of the block, of the form that all of them have.
+        index: Number of the block, from 0.
+        streams: The batches that enter the block: first in the model that is calibrated, then in
+            the unquantized one, where that runs beside it.
+        after: Stream by stream, where the states that leave go; empty where nobody needs them.
+    """
     batches = streams[0]
     graph = solved = load_block(skeleton, list(skeleton.blocks)[index], call, decoded=True)
     if any(run.job.observed is not None for run in runs):
@@ -81,33 +92,37 @@ def write_block(
         look = remembering(graph, look)
     leaving: list[Iterator[State]] = []
     for run in runs:
-        solved = graph  # lets go of the job before
+        solved = graph  # lets go of the run before
         check = run.check(graph.code, call, batches)
         if run.job.in_order(graph.code):
             solved, leaving = solve_in_order(
-                graph, run.job.recipe, batches, run.experts_at_once, reference, check
+                graph, run.job.recipe, batches, run.plan.experts_at_once, reference, check
             )
         else:
             solved, _ = solve(graph, run.job.recipe, look, check)
-        refuse_unwritten(skeleton, graph, solved)
-        leaves, others = as_stored(skeleton, solved), changed(skeleton, graph, solved)
-        run.writer.write_shard(
-            index + 1,
-            encode(leaves, run.codec, online_at(skeleton, solved, run.codec)).items(),
-        )
-        run.writer.write_notes(
-            index + 1,
-            {
-                "sites": site_rows(solved),
-                "certificates": certificates(skeleton, leaves, originals(skeleton, graph)),
-                "changed": hashes(leaves, others),
-                **unused(skeleton, graph),
-                **shared(skeleton, solved, others),
-            },
-        )
+        _write_solved(skeleton, run, index, graph, solved)
     passed = [solved if runs[0].job.inputs == "quantized" else graph, graph][: len(streams)]
     del graph, solved, look  # one version of the block per stream is enough from here on
-    for carry, left in zip(
-        after, leaving or [push(g, enter()) for g, enter in zip(passed, streams)]
-    ):
-        carry.write(flat(left, skeleton.dtype))
+    if not leaving:
+        leaving = [push(version, enter()) for version, enter in zip(passed, streams)]
+    for carry, states in zip(after, leaving):
+        carry.write(flat(states, skeleton.dtype))
+
+
+def _write_solved(
+    skeleton: Skeleton, run: Run, index: int, graph: ModuleGraph, solved: ModuleGraph
+) -> None:
+    """Write the shard and the notes of a block. graph: the block before any stage."""
+    refuse_unwritten(skeleton, graph, solved)
+    leaves = as_stored(skeleton, solved)
+    changed_names = changed(skeleton, graph, solved)
+    online = online_at(skeleton, solved, run.codec)
+    run.writer.write_shard(index + 1, encode(leaves, run.codec, online).items())
+    notes = {
+        "sites": site_rows(solved),
+        "certificates": certificates(skeleton, leaves, originals(skeleton, graph)),
+        "changed": hashes(leaves, changed_names),
+        **unused(skeleton, graph),
+        **shared(skeleton, solved, changed_names),
+    }
+    run.writer.write_notes(index + 1, notes)

@@ -21,18 +21,16 @@ def as_stored(skeleton: Skeleton, graph: ModuleGraph) -> dict[str, Leaf]:
 
     One that no step changed still has the bits of the files, as the block was loaded.
     """
-    parts = {
-        piece: piece.of(graph.params[name])
-        for name in graph.params
-        for piece in written_as(skeleton, graph, name)
-        if skeleton.writes(f"{graph.path}.{name}")
-    }
-    return {
-        piece.name: part
-        if isinstance(part, QTensor)
-        else part.to(skeleton.names.stored_dtype(piece))
-        for piece, part in parts.items()
-    }
+    leaves: dict[str, Leaf] = {}
+    for name, leaf in graph.params.items():
+        if not skeleton.writes(f"{graph.path}.{name}"):
+            continue
+        for piece in written_as(skeleton, graph, name):
+            part = piece.of(leaf)
+            if not isinstance(part, QTensor):
+                part = part.to(skeleton.names.stored_dtype(piece))
+            leaves[piece.name] = part
+    return leaves
 
 
 def changed(skeleton: Skeleton, loaded: ModuleGraph, solved: ModuleGraph) -> set[str]:
@@ -60,7 +58,8 @@ def written_as(skeleton: Skeleton, graph: ModuleGraph, name: str) -> Sequence[Pi
 
 def refuse_unwritten(skeleton: Skeleton, before: ModuleGraph, graph: ModuleGraph) -> None:
     """Refuse what a recipe did to a block that no tensor of the files holds, by name."""
-    if outputs := [path for path, ops in graph.online_outputs.items() if ops]:
+    outputs = [path for path, ops in graph.online_outputs.items() if ops]
+    if outputs:
         raise QlabError(
             f"{graph.path}.{outputs[0]} still needs an operation on its output at run time, for "
             "which no format has a place; fold it into the weights, or leave the method out"
@@ -78,17 +77,17 @@ def online_at(skeleton: Skeleton, graph: ModuleGraph, codec: Codec) -> dict[str,
     the format has no place for it."""
     online: dict[str, tuple[Op, ...]] = {}
     for site in graph.code.sites:
-        if ops := graph.online.get(site.path, ()):
-            leaf = graph.params[site.weight or ""]
-            if (
-                reason := codec.refusal(leaf.spec, ops)
-                if isinstance(leaf, QTensor)
-                else "its weight is not quantized"
-            ):
-                raise QlabError(
-                    f"{graph.where(site)} still needs an operation at run time: {reason}"
-                )
-            online |= {piece.name: ops for piece in written_as(skeleton, graph, site.weight or "")}
+        ops = graph.online.get(site.path, ())
+        if not ops:
+            continue
+        leaf = graph.params[site.weight or ""]
+        if isinstance(leaf, QTensor):
+            reason = codec.refusal(leaf.spec, ops)
+        else:
+            reason = "its weight is not quantized"
+        if reason:
+            raise QlabError(f"{graph.where(site)} still needs an operation at run time: {reason}")
+        online |= {piece.name: ops for piece in written_as(skeleton, graph, site.weight or "")}
     return online
 
 
@@ -99,22 +98,21 @@ def encode(
     and Inf in that."""
     tensors: dict[str, Tensor] = {}
     for name, leaf in leaves.items():
-        ops = [online[name]] if name in online else []
-        if isinstance(leaf, QTensor) and (fault := off_grid(leaf)):
+        if not isinstance(leaf, QTensor):
+            tensors[name] = _finite(name, leaf)
+            continue
+        fault = off_grid(leaf)
+        if fault:
             raise QlabError(f"{name}: {fault}; round to the grid of its spec")
-        tensors |= (
-            codec.encode(name.rpartition(".")[0], leaf, *ops)
-            if isinstance(leaf, QTensor)
-            else {name: _finite(name, leaf)}
-        )
+        ops = [online[name]] if name in online else []
+        tensors |= codec.encode(name.rpartition(".")[0], leaf, *ops)
     return tensors
 
 
 def _finite(name: str, leaf: Tensor) -> Tensor:
-    numbers = leaf.is_floating_point() and leaf.itemsize > 1  # 8 bits are codes
-    if (
-        numbers and not leaf.sum().isfinite() and not torch.isfinite(leaf).all()
-    ):  # the sum is the cheaper question
+    is_number = leaf.is_floating_point() and leaf.itemsize > 1  # 8 bits are codes
+    # the sum is the cheaper question
+    if is_number and not leaf.sum().isfinite() and not torch.isfinite(leaf).all():
         raise QlabError(f"{name} holds NaN or Inf; repair the checkpoint")
     return leaf
 
