@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from qlab.data.documents import Render
 from qlab.data.texts import Text, texts_of
 from qlab.data.tokenizing import token_ids
 from qlab.errors import QlabError, first_line
@@ -21,34 +22,50 @@ from qlab.files.checkpoint import Checkpoint
 from qlab.process.shown import Shown, some
 from qlab.process.surroundings import undisturbed
 
-SPOOL = 1 << 25  # bytes of token ids that are kept in memory; more go to a temporary file
+SPOOL = 1 << 25  # bytes of token ids up to which they stay in memory, not in a temporary file
 
 
 class Data(Protocol):
-    """What a model is calibrated on. count: tokens of all samples; longest: of the longest one."""
+    """Calibration data: samples that a model is called with."""
 
     @property
-    def count(self) -> int: ...
+    def count(self) -> int:
+        """Tokens of all samples."""
 
     @property
-    def longest(self) -> int: ...
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
 
     def batches(self, tokens: int) -> list[Mapping[str, Tensor]]:
-        """What the model is called with, about `tokens` at a time."""
+        """The arguments of each call of the model, about `tokens` tokens a call."""
 
-    def describe(self) -> dict[str, object]: ...
+    def describe(self) -> dict[str, object]:
+        """What reports say of the data."""
 
 
 @dataclass(frozen=True, repr=False)
 class Tokens(Shown):
-    """ids [samples, length] and where they came from: names and sha256 of the texts, and the seed
-    that chose them."""
+    """Windows of token ids, to calibrate or evaluate a model on, and where they came from.
+
+    Args:
+        ids: token ids, int64 [samples, length].
+        texts: the names of the texts; empty for token ids of one's own.
+        sha256: the hash of the texts, or of the ids where these are one's own.
+        seed: the seed that chose the windows; None for windows in the order of the texts.
+        files: the files that the texts were read from.
+
+    Example:
+        >>> import qlab
+        >>> data = qlab.first_windows(qlab.open("demo"), "held-out.jsonl", length=64, count=2)
+        >>> data.ids.shape, data.count, data.texts, data.seed
+        (torch.Size([2, 64]), 128, ('held-out.jsonl',), None)
+    """
 
     ids: Tensor
     texts: tuple[str, ...]
     sha256: str
     seed: int | None
-    files: tuple[Path, ...] = ()  # that they were read from
+    files: tuple[Path, ...] = ()
 
     @property
     def count(self) -> int:
@@ -61,11 +78,12 @@ class Tokens(Shown):
         return self.ids.shape[1]
 
     def batches(self, tokens: int) -> list[Mapping[str, Tensor]]:
-        """Windows of about `tokens` tokens together."""
+        """The arguments of each call of the model: as many windows as have about `tokens` tokens,
+        and at least one."""
         return [{"input_ids": ids} for ids in self.ids.split(max(1, tokens // self.longest))]
 
     def summary(self) -> dict[str, str]:
-        """In a few words."""
+        """The facts that are printed."""
         samples, length = self.ids.shape
         chosen = "all in their order" if self.seed is None else f"chosen by seed {self.seed}"
         return {
@@ -75,7 +93,7 @@ class Tokens(Shown):
         }
 
     def describe(self) -> dict[str, object]:
-        """For reports: everything but the ids themselves, and their hash."""
+        """What reports say of the windows: where they came from, and the hash of the ids."""
         digest = hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
         return {
             "texts": list(self.texts),
@@ -88,8 +106,8 @@ class Tokens(Shown):
 
 
 def generator(seed: int, path: str) -> torch.Generator:
-    """The random numbers of one purpose: they depend on the seed and its name, not on the order of
-    visits."""
+    """The random numbers for one purpose, which `path` names. They depend on the seed and the name
+    alone, not on what was drawn before."""
     digest = hashlib.sha256(f"{seed}/{path}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -98,13 +116,36 @@ def generator(seed: int, path: str) -> torch.Generator:
 def tokens(
     model: Checkpoint, texts: Any, samples: int = 128, length: int = 2048, seed: int = 0
 ) -> Tokens:
-    """`samples` distinct windows of `length` tokens, drawn without replacement from all full
-    windows of the texts.
+    """Windows of token ids, drawn at random and without replacement from all full windows of texts.
 
-    texts: files of prose, of JSON lines with a "text" or "messages" in every line (known by their
-    content) or of parquet with such a column; or documents, rows or columns of them, as `datasets`
-    gives them, from any iterable. A string is a path unless no file can have that name. Chats go
-    through the model's template. No special tokens are added.
+    The documents are tokenized in order, joined by blank lines, and cut into windows. No special
+    tokens are added.
+
+    Args:
+        model: the model whose tokenizer is used: what `qlab.open` returns, or its directory.
+        texts: a path, a document, or any iterable of paths, of documents or of rows. Files hold
+            prose, JSON lines with a "text" or "messages" on every line, or parquet with such a
+            column; rows are dictionaries, as `datasets` gives them. "messages" go through the chat
+            template of the model. A string is a path, unless no file can have such a name.
+        samples: how many windows to draw.
+        length: tokens in each window.
+        seed: chooses the windows.
+
+    Returns:
+        The windows, in the order in which they were drawn: `Tokens` with ids [samples, length].
+
+    Raises:
+        QlabError: texts that cannot be read, hold no text or give fewer windows than `samples`; a
+            model without a tokenizer.
+
+    Example:
+        >>> import qlab
+        >>> model = qlab.open("demo")
+        >>> data = qlab.tokens(model, "my.jsonl", samples=4, length=128, seed=0)
+        >>> data.ids.shape, data.count
+        (torch.Size([4, 128]), 512)
+        >>> qlab.tokens(model, ["a document of a few words"], samples=1, length=4).ids.shape
+        torch.Size([1, 4])
     """
     if samples < 1:
         raise QlabError(f"{samples} samples were asked for; give at least 1")
@@ -120,8 +161,28 @@ def tokens(
 
 @undisturbed
 def first_windows(model: Checkpoint, texts: Any, length: int, count: int | None = None) -> Tokens:
-    """The first `count` full windows of `length` tokens (None: all of them), in the order of the
-    texts (see `tokens`)."""
+    """The first full windows of token ids in texts, in their order: the data to evaluate on.
+
+    Args:
+        model: the model whose tokenizer is used: what `qlab.open` returns, or its directory.
+        texts: files, documents or rows, as in `qlab.tokens`.
+        length: tokens in each window.
+        count: how many windows to take, if there are as many; None takes all.
+
+    Returns:
+        The windows: `Tokens` with ids [windows, length].
+
+    Raises:
+        QlabError: texts that cannot be read or hold less than one window; a model without a
+            tokenizer.
+
+    Example:
+        >>> import qlab
+        >>> qlab.first_windows("demo", "held-out.jsonl", length=256).ids.shape
+        torch.Size([..., 256])
+        >>> qlab.first_windows("demo", "held-out.jsonl", length=256, count=2).ids.shape
+        torch.Size([2, 256])
+    """
     if count is not None and count < 1:
         raise QlabError(f"{count} windows were asked for; give at least 1")
     with _streamed(model, texts, length, count) as stream:
@@ -130,7 +191,24 @@ def first_windows(model: Checkpoint, texts: Any, length: int, count: int | None 
 
 @undisturbed
 def from_ids(model: Checkpoint, ids: Tensor) -> Tokens:
-    """Token ids [samples, length] of one's own."""
+    """Token ids of one's own as calibration data.
+
+    Args:
+        model: the model that the ids are for: what `qlab.open` returns, or its directory.
+        ids: whole numbers [samples, length], as a tensor, a numpy array or lists.
+
+    Returns:
+        `Tokens` with these ids as int64 on the CPU.
+
+    Raises:
+        QlabError: ids of another shape, or outside the vocabulary of the model.
+
+    Example:
+        >>> import qlab
+        >>> qlab.from_ids("demo", [[1, 2, 3], [4, 5, 6]]).ids
+        tensor([[1, 2, 3],
+                [4, 5, 6]])
+    """
     if ids.ndim != 2 or 0 in ids.shape:
         raise QlabError(f"token ids have shape {tuple(ids.shape)}; give [samples, length]")
     ids = ids.cpu()
@@ -158,16 +236,18 @@ def _tokenizer(model: Checkpoint) -> PreTrainedTokenizerBase:
             model.path, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # whatever the tokenizer's files make it raise
-        reason = first_line(error)
         raise QlabError(
-            f"{model.path} has no tokenizer that transformers can read ({reason}); add its files"
+            f"{model.path} has no tokenizer that transformers can read ({first_line(error)}); add "
+            "its files"
         ) from error
 
 
 @dataclass(frozen=True)
 class _Stream:
-    """The ids of all documents one after the other, in a file that goes to the disk where it grows
-    long."""
+    """The int32 ids of all documents, one after the other, in a temporary file.
+
+    length: tokens in a window. windows: the full windows in the file.
+    """
 
     file: IO[bytes]
     texts: Sequence[Text]
@@ -180,7 +260,7 @@ class _Stream:
         return _named(self.texts)
 
     def taken(self, windows: Iterable[int], seed: int | None) -> Tokens:
-        """These windows, by their numbers."""
+        """The windows of these numbers, which `seed` has chosen."""
         rows = []
         for window in windows:
             ids = array("i")
@@ -201,51 +281,55 @@ class _Stream:
 def _streamed(
     model: Checkpoint, given: Any, length: int, count: int | None = None
 ) -> Iterator[_Stream]:
-    """All full windows of `length` tokens, or the first `count`: text beyond them is hashed and not
-    tokenized."""
+    """The ids of texts, cut into windows of `length` tokens. With `count`, text beyond the first
+    `count` windows is hashed and not tokenized."""
     if length < 1:
         raise QlabError(f"windows of {length} tokens hold nothing; give a length of at least 1")
     texts, digest, tokenizer = texts_of(given), hashlib.sha256(), _tokenizer(model)
-    documents = chain.from_iterable(
-        text.read(digest, _renderer(model, tokenizer)) for text in texts
-    )
+    render = _renderer(model, tokenizer)
+    documents = chain.from_iterable(text.read(digest, render) for text in texts)
+    enough = None if count is None else count * length
     with SpooledTemporaryFile(max_size=SPOOL) as file:
-        held = _spool(
-            model, token_ids(tokenizer, documents), file, None if count is None else count * length
-        )
-        for _ in documents:  # what is left is checked and hashed
+        written = _spool(model, token_ids(tokenizer, documents), file, enough)
+        for _ in documents:  # the rest is checked and hashed as it is read
             pass
         name = _named(texts)
-        if not held:
+        if not written:
             raise QlabError(
                 f"the tokenizer of {model.path} makes no token of {name}; check that it belongs "
                 "to the model"
             )
-        if held < length:
+        if written < length:
             raise QlabError(
-                f"{name} holds {held} tokens, less than one window of {length}; give more text or "
-                "a shorter length"
+                f"{name} holds {written} tokens, less than one window of {length}; give more text "
+                "or a shorter length"
             )
-        yield _Stream(file, texts, digest.hexdigest(), length, held // length)
+        yield _Stream(
+            file=file,
+            texts=texts,
+            sha256=digest.hexdigest(),
+            length=length,
+            windows=written // length,
+        )
 
 
 def _spool(model: Checkpoint, pieces: Iterable[array], file: IO[bytes], enough: int | None) -> int:
-    """Write ids until there are enough, and count them."""
-    held = 0
+    """Write ids until there are `enough` (None: to the end); the number of ids written."""
+    written = 0
     for ids in pieces:
         if ids:
             _refuse_outside(model, min(ids), max(ids))
-            held += len(ids)
+            written += len(ids)
             try:
                 file.write(ids.tobytes())
             except OSError as error:
                 raise QlabError(
-                    f"the ids of {held} tokens do not go into {gettempdir()} ({error.strerror}); "
-                    "make room there, or name another folder in TMPDIR"
+                    f"the ids of {written} tokens do not go into {gettempdir()} "
+                    f"({error.strerror}); make room there, or name another folder in TMPDIR"
                 ) from error
-        if enough is not None and held >= enough:
+        if enough is not None and written >= enough:
             break
-    return held
+    return written
 
 
 def _named(texts: Sequence[Text]) -> str:
@@ -253,15 +337,16 @@ def _named(texts: Sequence[Text]) -> str:
     return " and ".join(names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"])
 
 
-def _renderer(model: Checkpoint, tokenizer: Any) -> Any:
+def _renderer(model: Checkpoint, tokenizer: Any) -> Render:
+    """A function from the messages of a chat to its text, by the chat template of the model."""
+
     def render(messages: Any) -> str:
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # whatever the template says of messages that it does not know
-            reason = first_line(error)
             raise QlabError(
                 f"the chat template of {model.path} refuses a row of messages "
-                f'({reason:.100}); repair the row, or give it as a "text"'
+                f'({first_line(error):.100}); repair the row, or give it as a "text"'
             ) from error
 
     return render

@@ -1,34 +1,38 @@
-"""What a value of Python says as documents: a string, a row of a table, or columns. No error shows
-a word of them."""
+"""Values of Python as documents: a string, a row of a table, or columns. No error shows the words
+of a document."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from qlab.errors import QlabError
 
-CONTROL = re.compile(r"[\x01-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # what no text has many of
-IDS = ("input_ids", "ids", "tokens")
+CONTROL = re.compile(r"[\x01-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # characters that are rare in text
+IDS = ("input_ids", "ids", "tokens")  # names of columns of token ids
 WAYS = (
     'give paths of files, documents, rows such as {"text": ...} or {"messages": [...]}, or token '
     "ids to qlab.from_ids"
 )
 
-Render = Callable[[Any], str]  # the messages of a chat -> its document
+Render = Callable[[Any], str]  # the messages of a chat -> its text
 
 
 def documents_of(value: Any, where: str, render: Render) -> Iterator[str]:
-    """The documents of a value: itself, or of a row or of columns, whose values are lists."""
-    texts: Any = value.get("text") if isinstance(value, Mapping) else value
-    chats: Any = value.get("messages") if isinstance(value, Mapping) else None
+    """The documents of a value: a string is one; a row, or columns (whose values are lists), has a
+    "text" or "messages". where: the value's name in errors."""
+    if isinstance(value, str):
+        yield sound(value, where)
+        return
+    row: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
+    texts, chats = row.get("text"), row.get("messages")
     if isinstance(texts, str):
         yield sound(texts, where)
-    elif isinstance(value, Mapping) and _listed(texts):
+    elif _is_column(texts):
         for text in texts:
             yield from documents_of(text, where, render)
-    elif _listed(chats):
-        alone = all(isinstance(message, Mapping) for message in chats)
-        for chat in [chats] if alone else chats:
+    elif _is_column(chats):
+        one_chat = all(isinstance(message, Mapping) for message in chats)
+        for chat in [chats] if one_chat else chats:
             yield sound(render(chat), where)
     elif are_ids(value):
         raise QlabError(f"{where} holds token ids; give them to qlab.from_ids")
@@ -38,9 +42,11 @@ def documents_of(value: Any, where: str, render: Render) -> Iterator[str]:
         raise QlabError(f"{where} is a {type(value).__name__} and no text; {WAYS}")
 
 
-def _listed(value: Any) -> bool:
-    kind = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
-    return kind and not are_numbers(value)
+def _is_column(value: Any) -> TypeGuard[Iterable]:
+    """Whether this is a list of values that are no numbers."""
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        return False
+    return not are_numbers(value)
 
 
 def are_numbers(value: Any) -> bool:
@@ -51,6 +57,7 @@ def are_numbers(value: Any) -> bool:
 
 
 def are_ids(value: Any) -> bool:
+    """Whether this is a token id, several of them, or a row or table that has a column of them."""
     if isinstance(value, Mapping):
         return any(name in value for name in IDS)
     if isinstance(value, Sequence) and not isinstance(value, str | bytes) and len(value):
@@ -59,8 +66,8 @@ def are_ids(value: Any) -> bool:
 
 
 def sound(text: str, where: str) -> str:
-    """A piece of text, unless it is none: half characters, NUL bytes, or control characters as
-    binary files have them."""
+    """The text; refuses half characters, NUL bytes, and as many control characters as binary files
+    have."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,10 +1,11 @@
-"""Samples of text and images through the model's own processor: what a decoder behind a vision
-tower is calibrated on."""
+"""Samples of text and images, made by the model's own processor, to calibrate the decoder behind a
+vision tower."""
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,26 @@ from qlab.process.surroundings import undisturbed
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Samples(Shown):
-    """What the model is called with, sample by sample, and where it came from; images and
-    image_tokens are counted over all."""
+    """Samples of text and images to calibrate a model on, and where they came from.
+
+    Args:
+        inputs: the arguments of the model for each sample: name -> tensor, with input_ids
+            [1, tokens] and what the processor makes of the images.
+        texts: the names of the .jsonl files.
+        sha256: the hash of these files.
+        seed: the seed that chose the samples.
+        images: how many images all samples have.
+        image_tokens: how many tokens of all samples stand for images.
+        files: the files that were read, images among them.
+
+    Example:
+        >>> import qlab, torch
+        >>> ids = torch.ones(1, 5, dtype=torch.long)
+        >>> samples = qlab.Samples(inputs=({"input_ids": ids},), texts=("one.jsonl",), sha256="",
+        ...                        seed=0, images=0, image_tokens=0)
+        >>> samples.count, samples.longest, len(samples.batches(64))
+        (5, 5, 1)
+    """
 
     inputs: tuple[Mapping[str, Tensor], ...]
     texts: tuple[str, ...]
@@ -31,11 +50,11 @@ class Samples(Shown):
     seed: int
     images: int
     image_tokens: int
-    files: tuple[Path, ...] = ()  # that they were read from
+    files: tuple[Path, ...] = ()
 
     @property
     def count(self) -> int:
-        """Tokens of all samples, those of images too."""
+        """Tokens of all samples, with those that stand for images."""
         return sum(sample["input_ids"].numel() for sample in self.inputs)
 
     @property
@@ -44,11 +63,12 @@ class Samples(Shown):
         return max(sample["input_ids"].shape[1] for sample in self.inputs)
 
     def batches(self, tokens: int) -> list[Mapping[str, Tensor]]:
-        """One sample is one batch: samples differ in length, and padding would be calibrated on."""
+        """The arguments of each call of the model: one sample, whatever `tokens` is. Samples
+        differ in length, and calibration would see the padding of larger batches."""
         return list(self.inputs)
 
     def summary(self) -> dict[str, str]:
-        """In a few words."""
+        """The facts that are printed."""
         return {
             "tokens": f"{self.count:,} in {len(self.inputs)} samples, chosen by seed {self.seed}",
             "images": f"{self.images}, which are {self.image_tokens:,} of the tokens",
@@ -57,13 +77,12 @@ class Samples(Shown):
         }
 
     def describe(self) -> dict[str, object]:
-        """For reports: everything but the tensors, and their hash."""
+        """What reports say of the samples: where they came from, and the hash of their tensors."""
         digest = hashlib.sha256()
         for sample in self.inputs:
             for name in sorted(sample):
-                digest.update(
-                    name.encode() + sample[name].contiguous().view(torch.uint8).numpy().tobytes()
-                )
+                content = sample[name].contiguous().view(torch.uint8).numpy().tobytes()
+                digest.update(name.encode() + content)
         return {
             "texts": list(self.texts),
             "sha256": self.sha256,
@@ -84,52 +103,78 @@ def image_samples(
     length: int = 2048,
     seed: int = 0,
 ) -> Samples:
-    """`samples` distinct lines, drawn without replacement, each one sample of at most `length`
-    tokens.
+    """Samples of text and images, drawn at random and without replacement from lines of files.
 
-    texts: .jsonl files. A line has "images", paths beside the file (it may have none), and either
-    "text", in which the processor's placeholders stand for them in order, or "messages", which go
-    through the processor's chat template; there
-    {"type": "image"} stands for the next one. Needs Pillow.
+    Needs Pillow.
+
+    Args:
+        model: a model with a processor: what `qlab.open` returns, or its directory.
+        texts: .jsonl files, one sample on every line. "images" lists paths relative to the file, or
+            is absent. "text" holds the processor's placeholders for the images in their order;
+            "messages", instead of it, go through the processor's chat template, and
+            {"type": "image"} in them stands for the next image.
+        samples: how many lines to draw.
+        length: the most tokens that a sample may have.
+        seed: chooses the lines.
+
+    Returns:
+        The samples, in the order in which they were drawn.
+
+    Raises:
+        QlabError: a model without a processor, lines or images that cannot be read, fewer lines
+            than `samples`, or a sample of more than `length` tokens.
+
+    Example:
+        >>> import qlab
+        >>> model = qlab.open("llava")  # doctest: +SKIP
+        >>> qlab.image_samples(model, ["samples.jsonl"], samples=8).images  # doctest: +SKIP
+        11
+        >>> qlab.image_samples("demo", ["my.jsonl"], samples=8)
+        Traceback (most recent call last):
+        ...
+        qlab.errors.QlabError: my.jsonl holds 1 samples and 8 were asked for; give more lines, or
+        fewer samples
     """
     processor, digest = _processor(model), hashlib.sha256()
     paths = [Path(text) for text in ([texts] if isinstance(texts, str | Path) else texts)]
-    lines = [line for path in paths for line in _lines(path, digest)]
-    if not 1 <= samples <= len(lines):
-        raise QlabError(
-            f"{' and '.join(map(str, paths))} holds {len(lines)} samples and {samples} were asked "
-            "for; give more lines, or fewer samples"
-        )
-    chosen = torch.randperm(len(lines), generator=generator(seed, "calibration"))[:samples].tolist()
-    inputs, images = [], 0
+    inputs: list[dict[str, Tensor]] = []
+    images: list[Path] = []
     files: list[Path] = []
-    for at in (lines[i] for i in chosen):
-        where, line = str(at), at.read()
-        sample, found = _sample(processor, line, at.path.parent, where)
-        if sample["input_ids"].shape[1] > length:
-            raise QlabError(
-                f"{where} has {sample['input_ids'].shape[1]} tokens, more than the {length} of a "
-                "sample, and cutting it would part images from their tokens; shorten it, or give "
-                "a greater length"
-            )
-        inputs.append(sample)
-        images += found
-        files += [at.path, *(at.path.parent / name for name in line.get("images", []))]
-    token = getattr(model.config, "image_token_id", None)
-    seen = (
-        sum(int(sample["input_ids"].eq(token).sum()) for sample in inputs)
-        if token is not None
-        else 0
-    )
+    for line in _drawn(paths, digest, samples, seed):
+        row = line.read()
+        paths_of_images = [line.path.parent / name for name in row.get("images", [])]
+        inputs.append(_sample(processor, row, paths_of_images, length, str(line)))
+        images += paths_of_images
+        files += [line.path, *paths_of_images]
     return Samples(
         inputs=tuple(inputs),
         texts=tuple(path.name for path in paths),
         sha256=digest.hexdigest(),
         seed=seed,
-        images=images,
-        image_tokens=seen,
+        images=len(images),
+        image_tokens=_count_of_image_tokens(model, inputs),
         files=tuple(dict.fromkeys(files)),
     )
+
+
+def _drawn(paths: list[Path], digest: "hashlib._Hash", samples: int, seed: int) -> "list[_Line]":
+    """As many lines of the files as there shall be samples, drawn without replacement."""
+    lines = list(chain.from_iterable(_lines(path, digest) for path in paths))
+    if not 1 <= samples <= len(lines):
+        raise QlabError(
+            f"{' and '.join(map(str, paths))} holds {len(lines)} samples and {samples} were asked "
+            "for; give more lines, or fewer samples"
+        )
+    order = torch.randperm(len(lines), generator=generator(seed, "calibration"))
+    return [lines[number] for number in order[:samples].tolist()]
+
+
+def _count_of_image_tokens(model: Checkpoint, inputs: Sequence[Mapping[str, Tensor]]) -> int:
+    """How many tokens of the samples stand for images; 0 where the config does not say which."""
+    token = getattr(model.config, "image_token_id", None)
+    if token is None:
+        return 0
+    return sum(int(sample["input_ids"].eq(token).sum()) for sample in inputs)
 
 
 def _processor(model: Checkpoint) -> Any:
@@ -138,17 +183,17 @@ def _processor(model: Checkpoint) -> Any:
             model.path, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:
-        # whatever the processor's files, or a package that it needs and is absent, make it raise
-        reason = first_line(error)
+        # whatever the files of the processor, or a missing package, make it raise
         raise QlabError(
-            f"{model.path} has no processor that transformers can make here ({reason}); add its "
-            "files, and install Pillow and, for models that also take videos, torchvision"
+            f"{model.path} has no processor that transformers can make here "
+            f"({first_line(error)}); add its files, and install Pillow and, for models that also "
+            "take videos, torchvision"
         ) from error
 
 
 @dataclass(frozen=True)
 class _Line:
-    """Where a sample lies: its words stay in the file until they are asked for."""
+    """The place of a sample in a file. Its text stays in the file until it is read."""
 
     path: Path
     number: int
@@ -164,6 +209,7 @@ class _Line:
 
 
 def _lines(path: Path, digest: "hashlib._Hash") -> Iterator[_Line]:
+    """The samples of a file, each of which is checked and hashed."""
     with open_regular(path, "samples") as file:
         offset = 0
         for number, text in enumerate(file, 1):
@@ -176,45 +222,56 @@ def _lines(path: Path, digest: "hashlib._Hash") -> Iterator[_Line]:
 
 
 def _parsed(text: bytes, where: str) -> Mapping[str, Any]:
+    """The JSON object of a line; refuses one that is no sample."""
     try:
-        line = json.loads(text)
+        row = json.loads(text)
     except (ValueError, RecursionError):
-        line = None
-    images = line.get("images", []) if isinstance(line, dict) else None
-    whole = isinstance(images, list) and all(isinstance(i, str) for i in images)
-    if (
-        line is None
-        or not whole
-        or isinstance(line.get("text"), str) == isinstance(line.get("messages"), list)
-    ):
+        row = None
+    if not isinstance(row, dict) or not _is_sample(row):
         raise QlabError(
             f'{where}: not a JSON object with a "text" or "messages", and "images" as a list of '
             "paths; write one per line"
         )
-    return line
+    return row
+
+
+def _is_sample(row: Mapping[str, Any]) -> bool:
+    """Whether an object has either a "text" or "messages", and no other images than paths."""
+    images = row.get("images", [])
+    if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
+        return False
+    return isinstance(row.get("text"), str) != isinstance(row.get("messages"), list)
 
 
 def _sample(
-    processor: Any, line: Mapping[str, Any], folder: Path, where: str
-) -> tuple[dict[str, Tensor], int]:
-    images = [_image(folder / name, where) for name in line.get("images", [])]
+    processor: Any, row: Mapping[str, Any], paths: Sequence[Path], length: int, where: str
+) -> dict[str, Tensor]:
+    """The arguments of the model for one sample; refuses one of more than `length` tokens."""
+    images = [_image(path, where) for path in paths]
     try:
-        text = (
-            line["text"]
-            if "text" in line
-            else processor.apply_chat_template(line["messages"], tokenize=False)
-        )
-        found = processor(text=[text], images=images or None, return_tensors="pt")
+        if "text" in row:
+            text = row["text"]
+        else:
+            text = processor.apply_chat_template(row["messages"], tokenize=False)
+        processed = processor(text=[text], images=images or None, return_tensors="pt")
     except Exception as error:  # whatever the processor says of text and images that do not fit
-        reason = first_line(error)
         raise QlabError(
-            f"{where}: the processor refuses this sample ({reason}); check its placeholders and "
-            "images"
+            f"{where}: the processor refuses this sample ({first_line(error)}); check its "
+            "placeholders and images"
         ) from error
-    # one sample has no padding, so its mask says nothing
-    return {
-        name: t for name, t in found.items() if isinstance(t, Tensor) and name != "attention_mask"
-    }, len(images)
+    # The attention mask of a single sample is 1 everywhere: the sample has no padding.
+    sample = {
+        name: tensor
+        for name, tensor in processed.items()
+        if isinstance(tensor, Tensor) and name != "attention_mask"
+    }
+    count = sample["input_ids"].shape[1]
+    if count > length:
+        raise QlabError(
+            f"{where} has {count} tokens, more than the {length} of a sample, and cutting it would "
+            "part images from their tokens; shorten it, or give a greater length"
+        )
+    return sample
 
 
 def _image(path: Path, where: str) -> Any:
@@ -230,7 +287,7 @@ def _image(path: Path, where: str) -> Any:
     except QlabError as error:
         raise QlabError(f"{where}: {error}") from error
     except Exception as error:  # whatever the decoder of a format makes of a damaged file
-        reason = first_line(error)
         raise QlabError(
-            f"{where}: the image {path} cannot be read ({reason}); check the path and the file"
+            f"{where}: the image {path} cannot be read ({first_line(error)}); check the path and "
+            "the file"
         ) from error

@@ -1,9 +1,8 @@
-"""Texts as documents, from files or from values of Python: one piece in memory at a time, and known
-by their content.
+"""Texts as documents, from files or from values of Python, with one piece in memory at a time.
 
-A file is prose (one document), JSON lines or parquet; a value is a document, a row with a "text" or
-with "messages", or columns of them, as `datasets` hands them out. No error shows the words of a
-document.
+A file is prose (one document), JSON lines or parquet; its content tells which. A value is a
+document, a row with a "text" or with "messages", or columns of these, as `datasets` returns them.
+No error shows the words of a document.
 """
 
 import codecs
@@ -25,7 +24,7 @@ BLOCK = 1 << 16  # bytes of a file that are read at a time
 LINES = (".jsonl", ".ndjson")
 TABLES = (".csv", ".tsv")
 PARQUET = b"PAR1"
-# first bytes -> what a file is that holds its text in another form
+# The first bytes of files that qlab does not read -> what such a file is.
 OTHERS = {
     b"\x1f\x8b": "compressed",
     b"BZh": "compressed",
@@ -38,7 +37,7 @@ OTHERS = {
 }
 JSON_VALUE = re.compile(r'\s*(\{\s*("|$)|\[\s*([\[{"]|-?\d+\s*,|$))')
 MARKUP = re.compile(r"\s*<(!doctype html|html|\?xml)\b", re.IGNORECASE)
-LONGEST_NAME = 255  # bytes of a file's name; a longer string is a document
+LONGEST_NAME = 255  # bytes of the name of a file; a longer string is a document
 
 
 class Digest(Protocol):
@@ -49,51 +48,65 @@ class Digest(Protocol):
 
 @dataclass(frozen=True)
 class Text:
-    """One text. name: what reports call it. read: its documents, each an iterable of pieces that is
-    used up before the next one is asked for; what is read goes into the hash."""
+    """One text.
+
+    name: what reports call it. read(digest, render): its documents, each an iterable of pieces that
+    must be used up before the next document is asked for; all that is read goes into the hash.
+    path: its file, if it is one.
+    """
 
     name: str
     read: Callable[[Digest, Render], Iterator[Iterable[str]]]
-    path: Path | None = None  # of its file
+    path: Path | None = None
 
 
 def texts_of(given: Any) -> list[Text]:
     """The texts that a path, a document, or any iterable of paths, documents or rows stands for."""
     if isinstance(given, str | os.PathLike | Mapping):
         given = [given]
-    if are_numbers(given):
-        raise QlabError(f"a {type(given).__name__} is no text; give token ids to qlab.from_ids")
-    if hasattr(given, "columns"):
-        raise QlabError(
-            f"a {type(given).__name__} is a table; give the column that holds its texts, such as "
-            'table["text"]'
-        )
-    if isinstance(given, bytes | bytearray) or not isinstance(given, Iterable):
-        raise QlabError(f"a {type(given).__name__} is no text; {WAYS}")
+    _refuse_no_text(given)
     values = iter(given)
     first = next(values, None)
     if first is None:
         raise QlabError("no text was given; name at least one text or jsonl file")
-    if isinstance(first, os.PathLike) or (isinstance(first, str) and not _is_document(first)):
-        every = [first, *values]
-        if not any(isinstance(value, str) and _is_document(value) for value in every):
-            return [_file(value) for value in every]
-        values = iter(every[1:])
+    if _is_path(first):
+        listed = [first, *values]
+        if not any(isinstance(value, str) and _is_document(value) for value in listed):
+            return [_file(value) for value in listed]
+        values = iter(listed[1:])
     return [Text("documents", partial(_of_values, chain([first], values)))]
 
 
+def _refuse_no_text(given: Any) -> None:
+    """Refuse a value that is no text and no iterable of texts."""
+    kind = type(given).__name__
+    if are_numbers(given):
+        raise QlabError(f"a {kind} is no text; give token ids to qlab.from_ids")
+    if hasattr(given, "columns"):
+        raise QlabError(
+            f'a {kind} is a table; give the column that holds its texts, such as table["text"]'
+        )
+    if isinstance(given, bytes | bytearray) or not isinstance(given, Iterable):
+        raise QlabError(f"a {kind} is no text; {WAYS}")
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, os.PathLike) or (isinstance(value, str) and not _is_document(value))
+
+
 def _is_document(text: str) -> bool:
-    """Whether a string is a document and no path: no file has such a name, or it is a sentence that
-    no file is called."""
+    """Whether a string is a document and no path: no file can have such a name, or it reads as a
+    sentence and no file has that name."""
     names = re.split(r"[/\\]", text)
     if "\n" in text or any(len(name.encode(errors="replace")) > LONGEST_NAME for name in names):
         return True
-    a_path = re.match(r"[~./\\]", text) or re.search(r"\.\w{1,8}$", text)
-    sentence = len(text.split()) > 2 or text != text.strip()
-    return bool(text) and sentence and not a_path and not os.path.exists(text)
+    like_a_path = re.match(r"[~./\\]", text) or re.search(r"\.\w{1,8}$", text)
+    like_a_sentence = len(text.split()) > 2 or text != text.strip()
+    return bool(text) and like_a_sentence and not like_a_path and not os.path.exists(text)
 
 
 def _of_values(values: Iterable[Any], digest: Digest, render: Render) -> Iterator[Iterable[str]]:
+    """The documents of values of Python."""
     blank = True
     for number, value in enumerate(values, 1):
         if isinstance(value, str) and not _is_document(value) and _is_file(value):
@@ -125,12 +138,10 @@ def _file(path: str | os.PathLike[str]) -> Text:
 
 
 def open_regular(path: Path, what: str) -> IO[bytes]:
-    """The file, open for reading; refuses what is none: a folder, a pipe (which may never end), a
-    device."""
+    """The file, open for reading; refuses folders, pipes (which may never end) and devices."""
     try:
         mode = path.stat().st_mode
-        ordinary = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
-        if ordinary:
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # opening a folder fails below
             return path.open("rb")
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
         reason = error.strerror if isinstance(error, OSError) else "no file has such a name"
@@ -141,44 +152,53 @@ def open_regular(path: Path, what: str) -> IO[bytes]:
 
 
 def _shown(path: Path) -> str:
+    """A path in an error."""
     text = str(path)
     return text if len(text) <= LONGEST_NAME else f"{text[:40]}... of {len(text)} characters"
 
 
 def _of_file(path: Path, digest: Digest, render: Render) -> Iterator[Iterable[str]]:
+    """The documents of a file."""
     with open_regular(path, "text") as file:
         head = _block(file, path)
-        what = next((what for mark, what in OTHERS.items() if head.startswith(mark)), None)
-        if what:
-            raise QlabError(
-                f"the text {path} is {what}; write its text as a .txt file, or as a .jsonl "
-                'file with a "text" on every line'
-            )
+        for mark, kind in OTHERS.items():
+            if head.startswith(mark):
+                raise QlabError(
+                    f"the text {path} is {kind}; write its text as a .txt file, or as a .jsonl "
+                    'file with a "text" on every line'
+                )
         digest.update(head)
-        raw = _read(file, path, digest)
+        rest = _blocks(file, path, digest)
         if head.startswith(PARQUET):
-            for _ in raw:
+            for _ in rest:  # each block is hashed as it is read; pyarrow opens the file itself
                 pass
             documents = _rows(path, render)
         else:
-            pieces = _decoded(chain([head], raw), path)
-            first = next(pieces, "")
-            lines = _holds_lines(path, first, whole=len(head) < BLOCK)
-            pieces = chain([first], pieces)
-            documents = _of_lines(path, pieces, render) if lines else iter([pieces])
+            documents = _of_text(path, head, rest, render)
         blank = True
         for document in documents:
             seen = _Seen(document)
             yield seen
-            for _ in seen:  # what nobody asked for is checked and hashed all the same
+            for _ in seen:  # pieces that nobody asked for are checked and hashed all the same
                 pass
             blank = blank and seen.blank
     if blank:
         raise QlabError(f"the text {path} is empty; give one with words in it")
 
 
+def _of_text(
+    path: Path, head: bytes, rest: Iterator[bytes], render: Render
+) -> Iterator[Iterable[str]]:
+    """The documents of a file of text: of each line where it holds JSON lines, else the whole."""
+    pieces = _decoded(chain([head], rest), path)
+    first = next(pieces, "")
+    lines = _holds_lines(path, first, whole=len(head) < BLOCK)
+    pieces = chain([first], pieces)
+    return _of_lines(path, pieces, render) if lines else iter([pieces])
+
+
 class _Seen:
-    """The pieces of a document, and whether those that went by were blank."""
+    """The pieces of a document. blank: whether all pieces that were asked for are blank."""
 
     def __init__(self, pieces: Iterable[str]):
         self.pieces, self.blank = pieces, True
@@ -198,97 +218,110 @@ def _block(file: IO[bytes], path: Path) -> bytes:
         ) from error
 
 
-def _read(file: IO[bytes], path: Path, digest: Digest) -> Iterator[bytes]:
-    while block := _block(file, path):
+def _blocks(file: IO[bytes], path: Path, digest: Digest) -> Iterator[bytes]:
+    """The rest of a file in blocks, each of which goes into the hash."""
+    block = _block(file, path)
+    while block:
         digest.update(block)
         yield block
+        block = _block(file, path)
 
 
 def _decoded(blocks: Iterable[bytes], path: Path) -> Iterator[str]:
-    decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
+    """The text of a file in pieces; refuses bytes that are not UTF-8."""
+    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
     for block in chain(blocks, [b""]):
-        waiting = len(decoder.getstate()[0])
+        pending = len(decoder.getstate()[0])  # bytes of a character that the last block began
         try:
             piece = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             raise QlabError(
-                f"the text {path} is not UTF-8 (byte {done - waiting + error.start}); convert it "
-                "first"
+                f"the text {path} is not UTF-8 (byte {offset - pending + error.start}); convert "
+                "it first"
             ) from error
-        if not done:
-            piece = piece.removeprefix("\ufeff")  # the mark that some editors begin files with
-        done += len(block)
+        if not offset:
+            piece = piece.removeprefix("\ufeff")  # the byte order mark of some editors
+        offset += len(block)
         yield sound(piece, f"the text {path}")
 
 
 def _holds_lines(path: Path, head: str, whole: bool) -> bool:
-    """Whether a file that begins so holds JSON lines; refuses what is neither they nor prose."""
-    kind, (line, *more) = path.suffix.lower(), head.lstrip().split("\n", 1)
-    begun = (
-        not whole and not more and bool(JSON_VALUE.match(line))
-    )  # the first line is longer than what was read of it
-    if kind in LINES or begun or isinstance(_parsed(line), Mapping):
+    """Whether a file holds JSON lines; refuses one that holds neither these nor prose. head: its
+    beginning; whole: whether this is all of it."""
+    suffix = path.suffix.lower()
+    line, *more = head.lstrip().split("\n", 1)
+    value, like_json = _parsed(line), bool(JSON_VALUE.match(line))
+    cut_off = not whole and not more  # the first line goes on behind the head
+    if suffix in LINES or (cut_off and like_json) or isinstance(value, Mapping):
         return True
-    if JSON_VALUE.match(line) and are_ids(_parsed(line)):
+    if like_json and are_ids(value):
         raise QlabError(f"the text {path} holds token ids; give them to qlab.from_ids")
-    if kind == ".json" or JSON_VALUE.match(line):
+    if suffix == ".json" or like_json:
         raise QlabError(
             f'the text {path} is one JSON value; write a JSON object with a "text" on every line '
             "of a .jsonl file"
         )
-    if kind in TABLES or MARKUP.match(line):
-        form = "a table" if kind in TABLES else "HTML or XML"
+    _refuse_other_than_prose(path, suffix, head, line)
+    return False
+
+
+def _refuse_other_than_prose(path: Path, suffix: str, head: str, line: str) -> None:
+    """Refuse tables, markup, and JSON lines below a line of prose. line: the first line of the
+    head."""
+    if suffix in TABLES or MARKUP.match(line):
+        form = "a table" if suffix in TABLES else "HTML or XML"
         raise QlabError(
             f"the text {path} is {form}, whose marks would be calibrated on; give its words alone"
         )
     lines = [line for line in head.split("\n") if line.strip()]
-    if 2 * sum(_is_row(_parsed(line)) for line in lines) > len(lines):
+    rows = sum(_is_row(_parsed(line)) for line in lines)
+    if 2 * rows > len(lines):
         raise QlabError(
             f"the text {path} begins as prose, and most of its lines are JSON objects with a "
-            '"text"; remove what is before '
-            "them"
+            '"text"; remove what is before them'
         )
-    return False
 
 
 def _is_row(value: Any) -> bool:
+    """Whether a JSON value is an object with a "text" or "messages"."""
     return isinstance(value, Mapping) and ("text" in value or "messages" in value)
 
 
 def _parsed(line: str) -> Any:
+    """The JSON value of a line; None where there is none, or one that is nested too deep."""
     try:
         return json.loads(line)
-    except (ValueError, RecursionError):  # no JSON, or nested deeper than any text is
+    except (ValueError, RecursionError):
         return None
 
 
 def _of_lines(path: Path, pieces: Iterable[str], render: Render) -> Iterator[Iterable[str]]:
+    """The documents of JSON lines."""
     for number, line in enumerate(_lines(pieces), 1):
-        if line.strip():
-            where, row = f"{path}, line {number}", _parsed(line)
-            if are_ids(row) and not (
-                isinstance(row, Mapping) and ("text" in row or "messages" in row)
-            ):
-                raise QlabError(
-                    f'{where}: not a JSON object with a "text" but token ids; give them to '
-                    "qlab.from_ids"
-                )
-            if not isinstance(row, Mapping) or not (
-                isinstance(row.get("text"), str) or isinstance(row.get("messages"), list)
-            ):
-                raise QlabError(
-                    f'{where}: not a JSON object with a "text", or with "messages"; write one per '
-                    "line"
-                )
-            yield from ([document] for document in documents_of(row, where, render))
+        if not line.strip():
+            continue
+        where, row = f"{path}, line {number}", _parsed(line)
+        if are_ids(row) and not _is_row(row):
+            raise QlabError(
+                f'{where}: not a JSON object with a "text" but token ids; give them to '
+                "qlab.from_ids"
+            )
+        if not isinstance(row, Mapping) or not (
+            isinstance(row.get("text"), str) or isinstance(row.get("messages"), list)
+        ):
+            raise QlabError(
+                f'{where}: not a JSON object with a "text", or with "messages"; write one per line'
+            )
+        yield from ([document] for document in documents_of(row, where, render))
 
 
 def _lines(pieces: Iterable[str]) -> Iterator[str]:
-    """Not splitlines: JSON strings may hold other line separators."""
+    """The lines of a text, which end in line feeds alone: JSON strings may hold other characters
+    at which str.splitlines cuts."""
     begun: list[str] = []
     for piece in pieces:
-        *ended, rest = piece.split("\n")
-        for end in ended:
+        *ends, rest = piece.split("\n")
+        for end in ends:
             yield "".join([*begun, end])
             begun = []
         begun.append(rest)
@@ -312,8 +345,10 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         ) from error
     try:
         with parquet.ParquetFile(path) as file:
-            columns = [name for name in ("text", "messages") if name in file.schema_arrow.names][:1]
-            for batch in file.iter_batches(batch_size=256, columns=columns) if columns else ():
+            names = file.schema_arrow.names
+            columns = [name for name in ("text", "messages") if name in names][:1]
+            batches = file.iter_batches(batch_size=256, columns=columns) if columns else ()
+            for batch in batches:
                 yield from batch.to_pylist()
     except Exception as error:  # whatever a damaged file makes pyarrow raise
         raise QlabError(

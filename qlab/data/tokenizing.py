@@ -1,8 +1,8 @@
-"""Documents to token ids, a piece at a time, so that memory follows the pieces and not the text.
+"""Documents to token ids, a piece at a time, so that memory does not grow with the text.
 
-A document longer than a piece is cut where that changes nothing: both sides of a cut are tokenized
-with a margin of the other, and the ids and places of all tokens around it must be the same in both
-readings.
+A document longer than a piece is cut where the cut changes no token: the text before it is
+tokenized with a margin of the text behind it and the other way round, and both readings must have
+the same tokens at the same places around the cut.
 """
 
 from array import array
@@ -18,34 +18,32 @@ SEPARATOR = "\n\n"  # between documents
 def token_ids(tokenizer: Any, documents: Iterable[Iterable[str]]) -> Iterator[array]:
     """The ids of all documents in order, without special tokens, each document ended by the
     separator."""
-    waiting: list[str] = []
-    held = 0
+    short: list[str] = []  # documents that are tokenized in one call
+    characters = 0
     for document in documents:
         pieces = chain(document, [SEPARATOR])
         text, ended = _gathered("", pieces, PIECE)
-        if ended or not getattr(
-            tokenizer, "is_fast", False
-        ):  # only a fast tokenizer says where its tokens stand
-            waiting.append(text + "".join(pieces))
-            held += len(waiting[-1])
-        else:
-            yield from _plain(tokenizer, waiting)
+        # Only a fast tokenizer returns the places of its tokens, which a cut needs.
+        in_one_call = ended or not getattr(tokenizer, "is_fast", False)
+        if in_one_call:
+            short.append(text + "".join(pieces))
+            characters += len(short[-1])
+        if not in_one_call or characters >= PIECE:
+            yield from _plain(tokenizer, short)
+            short, characters = [], 0
+        if not in_one_call:
             yield from _in_pieces(tokenizer, text, pieces)
-            waiting, held = [], 0
-        if held >= PIECE:
-            yield from _plain(tokenizer, waiting)
-            waiting, held = [], 0
-    yield from _plain(tokenizer, waiting)
+    yield from _plain(tokenizer, short)
 
 
 def _gathered(text: str, pieces: Iterator[str], length: int) -> tuple[str, bool]:
-    """The text with as many more pieces as make it longer than `length`, and whether they ended
-    before."""
-    parts, held = [text], len(text)
+    """The text and as many further pieces as make it longer than `length`; and whether the pieces
+    ended before that."""
+    parts, characters = [text], len(text)
     for piece in pieces:
         parts.append(piece)
-        held += len(piece)
-        if held > length:
+        characters += len(piece)
+        if characters > length:
             return "".join(parts), False
     return "".join(parts), True
 
@@ -62,13 +60,14 @@ def _encoded(tokenizer: Any, texts: list[str], places: bool) -> Any:
 
 
 def _plain(tokenizer: Any, texts: list[str]) -> Iterator[array]:
+    """The ids of each text."""
     if texts:
         for ids in _encoded(tokenizer, texts, places=False).input_ids:
             yield array("i", ids)
 
 
 class _Reading:
-    """A stretch of text and its tokens: ids, and where each begins and ends."""
+    """A stretch of text and its tokens: the id of each, and where it begins and ends."""
 
     def __init__(self, tokenizer: Any, text: str):
         encoded = _encoded(tokenizer, [text], places=True)
@@ -77,21 +76,28 @@ class _Reading:
         self.ends = array("i", [end for _, end in encoded.offset_mapping[0]])
 
     def around(self, cut: int) -> list[tuple[int, int, int]]:
-        """The tokens near a cut, by where they stand relative to it."""
+        """The tokens near a cut: begin and end relative to the cut, and the id."""
         near = MARGIN // 2
         tokens = zip(self.begins, self.ends, self.ids)
         return [
-            (begin - cut, end - cut, i) for begin, end, i in tokens if -near <= begin - cut < near
+            (begin - cut, end - cut, token)
+            for begin, end, token in tokens
+            if -near <= begin - cut < near
         ]
 
     def between(self, start: int, stop: int) -> array:
-        """The ids of the tokens that begin there."""
-        return array("i", [i for i, begin in zip(self.ids, self.begins) if start <= begin < stop])
+        """The ids of the tokens that begin from `start` on and before `stop`."""
+        tokens = zip(self.ids, self.begins)
+        return array("i", [token for token, begin in tokens if start <= begin < stop])
 
 
 def _in_pieces(tokenizer: Any, text: str, more: Iterator[str]) -> Iterator[array]:
-    """The ids of one long document. A stretch in which no cut is safe (one letter a million times)
-    is read as a whole."""
+    """The ids of one long document, of which `text` is the beginning and `more` the rest.
+
+    The stretch at hand is cut a margin before its end. Where the text behind the cut, read with a
+    margin before it, has other tokens around the cut, the stretch is doubled instead: a document in
+    which no cut is safe (one letter a million times) is read as a whole.
+    """
     reading, start = _Reading(tokenizer, text), 0
     while True:
         cut = len(reading.text) - MARGIN
