@@ -1,23 +1,22 @@
-"""The one exception qlab raises on purpose: one sentence with what, where, the value and what to
-do."""
+"""The one exception that qlab raises on purpose, and how its sentences are made."""
 
 import os
 import re
 import sys
 import warnings
 
-# what a terminal obeys or hides: control characters, line ends, directions of writing, half
-# characters
+# Characters that a terminal obeys or hides: control characters, line ends, directions of writing,
+# half characters.
 UNSEEN = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 )
 
-LONGEST_PATH = 300  # characters of a path that an error of the system shows
+LONGEST_PATH = 300  # characters of a path that an error shows
 
 
 def printable(text: str) -> str:
-    """The text on one line and as it reads: names out of files may hold anything."""
-    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """The text on one line, with escapes for unseen characters: names out of files may hold any."""
+    return UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def first_line(error: Exception) -> str:
@@ -27,30 +26,41 @@ def first_line(error: Exception) -> str:
 
 
 class QlabError(ValueError):
-    """A refusal that its reader can act on. The command line prints it as one line and exits with
-    2."""
+    """A refusal that its reader can act on: one sentence that names the place (a path, a layer),
+    the value that is wrong, and what to do about it.
+
+    It is a ValueError. The command line prints it as one line and exits with 2.
+
+    Args:
+        message: the sentence. Line ends and other unseen characters in it are escaped.
+
+    Example:
+        >>> import qlab
+        >>> try:
+        ...     qlab.rtn("int4-g0")
+        ... except qlab.QlabError as error:
+        ...     print(error)
+        spec 'int4-g0' asks for groups of 0; a group holds at least one input channel
+    """
 
     def __init__(self, message: str):
         super().__init__(printable(message))
 
 
 class Unwritable(QlabError):
-    """A refusal of the place that is written to, not of what was given: what is written already
-    stays, and the job can be resumed."""
+    """A refusal of the place that is written to, not of an argument: the files that are written
+    already stay, and the job can be resumed."""
 
 
 def refusal_of(error: OSError | RecursionError) -> QlabError:
-    """What the system refuses, in a sentence."""
+    """An error of the operating system, or of too deep a recursion, as a sentence."""
     if isinstance(error, RecursionError):
         return QlabError(
             "what was given is nested deeper than Python can follow; give something flatter"
         )
-    names = [
-        os.fsdecode(name)
-        for name in (error.filename, error.filename2)
-        if isinstance(name, str | bytes | os.PathLike)
-    ]
-    where = " and ".join(map(_shortened, names)) or "a file or a device"
+    names = (error.filename, error.filename2)
+    paths = [os.fsdecode(name) for name in names if isinstance(name, str | bytes | os.PathLike)]
+    where = " and ".join(_shortened(path) for path in paths) or "a file or a device"
     return QlabError(
         f"{where} cannot be used ({error.strerror or error}); check the path, its permissions and "
         "the space left there"
@@ -58,19 +68,19 @@ def refusal_of(error: OSError | RecursionError) -> QlabError:
 
 
 def _shortened(path: str) -> str:
-    return (
-        path if len(path) <= LONGEST_PATH else f"{path[:LONGEST_PATH]}... of {len(path)} characters"
-    )
+    if len(path) <= LONGEST_PATH:
+        return path
+    return f"{path[:LONGEST_PATH]}... of {len(path)} characters"
 
 
 def warn(text: str) -> None:
-    """A warning in one line, of the code that called qlab."""
+    """Warn in one line, at the line that called qlab."""
     level, frame = 1, sys._getframe()
-    while frame.f_back and _is_between(frame.f_globals.get("__name__", "")):
+    while frame.f_back and _is_inside(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back
     warnings.warn(printable(text), stacklevel=level)
 
 
-def _is_between(module: str) -> bool:
-    """Whether this is qlab, or what torch puts around its functions."""
+def _is_inside(module: str) -> bool:
+    """Whether a module is of qlab, or is the one whose wrappers torch puts around functions."""
     return module.partition(".")[0] == "qlab" or module == "torch.utils._contextlib"

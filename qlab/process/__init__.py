@@ -1,2 +1,2 @@
-"""What qlab asks of the process that it runs in, and leaves as it was: processor, settings,
+"""The process that qlab runs in: its processor, its settings (which stay as they are), its
 terminal."""

@@ -1,4 +1,4 @@
-"""Libraries that only some of qlab's work needs, each brought by one of its extras."""
+"""Libraries that only parts of qlab need, each of which an extra of the package installs."""
 
 from importlib import import_module
 from types import ModuleType
@@ -7,7 +7,7 @@ from qlab.errors import QlabError
 
 
 def needed(library: str, extra: str) -> ModuleType:
-    """A library that the rest of qlab does without; one sentence where it is not installed."""
+    """The module of a library that `extra` installs; refuses in a sentence where it is missing."""
     try:
         return import_module(library)
     except ImportError as error:

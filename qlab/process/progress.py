@@ -1,5 +1,5 @@
-"""How far a long loop is: a bar on a terminal and in a notebook, lines on stderr elsewhere (a log,
-a queue, a pipe)."""
+"""The progress of a long loop: a bar on a terminal and in a notebook, lines on stderr elsewhere (a
+log, a queue, a pipe)."""
 
 import sys
 import time
@@ -13,32 +13,33 @@ from rich.progress import track
 
 from qlab.errors import printable
 
-EVERY = 10.0  # seconds from one line to the next, beside the first and the last
+EVERY = 10.0  # seconds between lines; the first and the last item always have one
 Item = TypeVar("Item")
 
 
 def say(line: str) -> None:
-    """Progress, and what else is no result. Work goes on where nobody listens any more, as after
-    `2>&1 | head`."""
+    """Print a line that is no result to stderr. If stderr is closed, as after `2>&1 | head`, work
+    goes on without it."""
     with suppress(OSError):
         print(printable(line), file=sys.stderr, flush=True)
 
 
 def progress(items: Sequence[Item], doing: str) -> Iterator[Item]:
-    """The items one by one; `doing` is what is said to be done with them."""
+    """The items one by one, with a display of how many are done. doing: what is done with them."""
     doing, console = printable(doing), Console(stderr=True)
     if console.is_terminal or console.is_jupyter:
         yield from track(items, escape(doing), console=console)
         return
     started = said = time.monotonic()
-    for done, item in enumerate(items, 1):
+    for number, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if done in (1, len(items)) or now - said >= EVERY:
+        if number in (1, len(items)) or now - said >= EVERY:
             said = now
-            say(f"{doing}: {_where(done, len(items), now - started)}")
+            say(f"{doing}: {_position(number, len(items), now - started)}")
 
 
-def _where(done: int, count: int, seconds: float) -> str:
-    left = f", about {seconds / done * (count - done):.0f} s left" if done < count else ""
-    return f"{done} of {count}, {seconds:.0f} s{left}"
+def _position(number: int, count: int, seconds: float) -> str:
+    """How many items are done, in how many seconds, and how long the rest will take."""
+    rest = f", about {seconds / number * (count - number):.0f} s left" if number < count else ""
+    return f"{number} of {count}, {seconds:.0f} s{rest}"

@@ -1,14 +1,14 @@
-"""What other libraries say while they are loaded, and nobody who reads it can act on: these
-messages are not shown.
+"""Messages of other libraries that no reader can act on: they are not shown.
 
-transformers imports torchao where it is installed, which then names every GPU library of its own
+transformers imports torchao where it is installed. torchao then names each of its GPU libraries
 that does not load here (two lines), and registers enumerations in a way that torch calls deprecated
-(two more). torch logs every operation that fails on tensors without numbers with its traceback, and
-raises the error as well: a program that is asked whether it is for another size fails so.
+(two more). torch logs every operation that fails on meta tensors with its traceback, and raises the
+error too: qlab runs programs on other sizes to see whether they fail.
 """
 
 import logging
 
+# logger -> the beginning of its messages that are not shown
 UNHELPFUL = {
     "torchao": "Failed to load ",
     "torch.utils._pytree": "%s is an Enum subclass and is now natively supported",

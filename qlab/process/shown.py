@@ -1,5 +1,5 @@
-"""Results for the eye: a few lines of text where they are printed, a table in a notebook; fields
-and `json()` hold everything."""
+"""Results as people see them: a few lines where they are printed, a table in a notebook. Fields and
+`json()` of a result hold everything."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -10,7 +10,7 @@ LONGEST = 300  # characters of a representation: one line in a console
 
 
 class Shown:
-    """What has a `summary()`: names of a few facts -> each of them in words."""
+    """A result that is shown by its `summary()`: names of a few facts -> the facts in words."""
 
     def summary(self) -> Mapping[str, str]:
         """The facts, the most important first."""
@@ -19,12 +19,8 @@ class Shown:
     def __str__(self) -> str:
         facts = self.summary()
         width = max(map(len, facts))
-        return "\n".join(
-            [
-                type(self).__name__,
-                *(f"  {name:<{width}}  {printable(fact)}" for name, fact in facts.items()),
-            ]
-        )
+        lines = [f"  {name:<{width}}  {printable(fact)}" for name, fact in facts.items()]
+        return "\n".join([type(self).__name__, *lines])
 
     def __repr__(self) -> str:
         facts = (f"{name}: {printable(fact)}" for name, fact in self.summary().items())
@@ -40,13 +36,13 @@ class Shown:
 
 
 def some(names: Sequence[str], count: int = 4) -> str:
-    """The first few of many names."""
+    """The first `count` names, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
 
 
 def size(count: int) -> str:
-    """Bytes in the largest unit that they fill."""
+    """A number of bytes in words, in the largest unit of which there is at least one."""
     for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if count >= unit:
             return f"{count / unit:.1f} {name}"

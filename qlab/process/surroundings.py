@@ -1,9 +1,10 @@
-"""What is set around a call and must not reach into it, nor change because of it.
+"""Settings of torch around a call of qlab: they do not change its result, and it does not change
+them.
 
-torch keeps some of it for each thread (a default device, autocast, inference mode): a call puts its
-own over that. The rest it keeps for the whole process: how exactly products of float32 are computed
-is held at its default while some call runs, and what transformers and torch's export set while they
-work goes through one lock.
+torch keeps some settings for each thread (a default device, autocast, inference mode): a call sets
+its own for its duration. Others belong to the whole process: the precision of float32 products is
+held at its default while any call runs, and calls into transformers and torch's export, which set
+more of them, go through one lock.
 """
 
 import threading
@@ -22,13 +23,13 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 # Code of transformers and of torch's export reads and writes a default dtype, patches and flags of
-# the whole process. Reentrant, since tracing a model builds parts of it.
+# the whole process. The lock is reentrant because tracing a model builds parts of it.
 foreign = threading.RLock()
 _local = threading.local()
 
 
 def undisturbed(function: Callable[P, T]) -> Callable[P, T]:
-    """The function, whose results depend on its arguments alone."""
+    """The function, with results that depend on its arguments alone, not on settings of torch."""
 
     @wraps(function)
     def alone(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -50,14 +51,13 @@ def undisturbed(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def default_dtype() -> torch.dtype:
-    """What floating-point tensors of this thread are made in when nothing else is said."""
+    """The dtype of floating-point tensors that this thread makes without naming a dtype."""
     return getattr(_local, "dtype", None) or torch.get_default_dtype()
 
 
 class Floats(TorchFunctionMode):
-    """Floating-point tensors are made in a dtype where nothing else is said: torch's default dtype,
-    of this thread alone. What makes floats of integers (a quotient, a root) makes them in it
-    too."""
+    """A default dtype of floating-point tensors for this thread alone; torch's own belongs to the
+    process. Operations that make floats of integers (a quotient, a root) follow it too."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -73,29 +73,31 @@ class Floats(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if kwargs.get("dtype") is not None or any(isinstance(a, torch.dtype) for a in args):
+        names_dtype = any(isinstance(argument, torch.dtype) for argument in args)
+        if names_dtype or kwargs.get("dtype") is not None:
             return func(*args, **kwargs)
-        if func in EMPTY:
+        if func in FACTORIES:
             return func(*args, **{**kwargs, "dtype": self.dtype})
-        made = func(*args, **kwargs)
-        # the process's own may be another by now, as while another thread loads a model
-        if (
-            func in CONVERSIONS
-            or not isinstance(made, Tensor)
-            or made.dtype not in (self.before, torch.get_default_dtype())
-        ):
-            return made
-        taken = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if any(leaf.is_floating_point() or leaf is made for leaf in taken):
-            return made
-        if not taken:
+        result = func(*args, **kwargs)
+        if func in CONVERSIONS or not isinstance(result, Tensor) or not self._by_default(result):
+            return result
+        leaves = pytree.tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if any(tensor.is_floating_point() or tensor is result for tensor in tensors):
+            return result
+        if not tensors:
             return func(*args, **{**kwargs, "dtype": self.dtype})
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(self.dtype), (args, kwargs))
         return func(*args, **kwargs)
 
+    def _by_default(self, result: Tensor) -> bool:
+        """Whether a result may have its dtype from torch's default. That may have changed since
+        this began, while another thread loads a model."""
+        return result.dtype in (self.before, torch.get_default_dtype())
 
-# what makes floats whatever it is given, and what is told in which dtype
-EMPTY = {
+
+# Functions that make floats whatever their arguments are.
+FACTORIES = {
     torch.empty,
     torch.zeros,
     torch.ones,
@@ -107,6 +109,7 @@ EMPTY = {
     torch.empty_strided,
     torch.normal,
 }
+# Functions that name the dtype of their result, or keep that of their argument.
 CONVERSIONS = {
     Tensor.float,
     Tensor.double,
@@ -122,19 +125,20 @@ CONVERSIONS = {
 
 
 class _Exact:
-    """Products of float32 in float32 for as long as somebody asks for it; then as they were
-    before."""
+    """Full precision of float32 products while any thread holds it; the precision from before when
+    the last one lets go."""
 
     def __init__(self) -> None:
         self.lock, self.holders = threading.Lock(), 0
-        self.before: list[tuple[Any, str]] = []
+        self.reduced: list[tuple[Any, str]] = []  # backends and their precision from before
 
     @contextmanager
     def held(self) -> Iterator[None]:
         with self.lock:
             if not self.holders:
-                self.before = [(backend, backend.fp32_precision) for backend in _backends()]
-                _set([(b, "ieee") for b, was in self.before if was not in ("none", "ieee")])
+                precisions = [(backend, backend.fp32_precision) for backend in _backends()]
+                self.reduced = [pair for pair in precisions if pair[1] not in ("none", "ieee")]
+                _set([(backend, "ieee") for backend, _ in self.reduced])
             self.holders += 1
         try:
             yield
@@ -142,7 +146,7 @@ class _Exact:
             with self.lock:
                 self.holders -= 1
                 if not self.holders:
-                    _set([(b, was) for b, was in self.before if was not in ("none", "ieee")])
+                    _set(self.reduced)
 
 
 def _backends() -> list[Any]:
@@ -160,8 +164,8 @@ _exact = _Exact()
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Parameters that modules of this thread are given have no memory, and those of tied modules
-    are not one object; buffers stay what they are."""
+    """Parameters that this thread registers in modules become meta tensors, without memory. Buffers
+    stay as they are. Tied modules get a parameter each."""
     _local.on_meta = True
     try:
         yield
@@ -170,8 +174,9 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    """A hook of torch: the parameter to register instead, or None to register the one at hand."""
     if parameter is None or not getattr(_local, "on_meta", False):
-        return None  # as it is
+        return None
     empty = type(parameter)(parameter.to("meta"), requires_grad=parameter.requires_grad)
     vars(empty).update(vars(parameter))
     return empty
