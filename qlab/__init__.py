@@ -57,8 +57,7 @@ __all__ = sorted(HOMES)
 
 
 def installed_version() -> str:
-    """The version of qlab, or what is to be said where its source is used without an
-    installation."""
+    """The version of qlab; a phrase instead where its source is used without an installation."""
     try:
         return version("qlab")
     except PackageNotFoundError:
@@ -66,13 +65,13 @@ def installed_version() -> str:
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, loaded on first use, with its arguments checked (qlab.arguments)."""
+    """A public name, loaded on first use; functions check their arguments (qlab.arguments)."""
     if name == "__version__":
         return installed_version()
     if name not in HOMES:
         raise AttributeError(f"module 'qlab' has no attribute {name!r}")
-    held = getattr(import_module(HOMES[name]), name)
-    public = import_module("qlab.arguments.doors").door(name, held)
+    behind_the_door = getattr(import_module(HOMES[name]), name)
+    public = import_module("qlab.arguments.doors").door(name, behind_the_door)
     globals()[name] = public
     return public
 

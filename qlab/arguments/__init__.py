@@ -1,1 +1,1 @@
-"""What the public functions take."""
+"""Checks of the arguments of public functions."""

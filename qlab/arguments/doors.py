@@ -1,6 +1,7 @@
-"""The doors of the public functions: one table says which argument of which function is what.
+"""The doors of the public functions: a table of the kind of every argument.
 
-Every argument is checked, and named things are looked up, before any work (qlab.arguments.kinds).
+A door checks every argument, and looks up what is given by name, before any work
+(qlab.arguments.kinds). It has the signature and the docstring of the function behind it.
 """
 
 import inspect
@@ -29,7 +30,7 @@ WINDOWS: Mapping[str, kinds.Kind] = {
     "length": kinds.whole,
     "seed": kinds.whole,
 }
-# public function -> what its arguments are
+# public function -> argument -> its kind
 TAKES: Mapping[str, Mapping[str, kinds.Kind]] = {
     "open": {"name": kinds.folder},
     "tokens": WINDOWS,
@@ -110,26 +111,28 @@ TAKES: Mapping[str, Mapping[str, kinds.Kind]] = {
 
 
 def door(name: str, function: Any) -> Any:
-    """A public function with its arguments checked, or as it is where the table has nothing of
-    it."""
-    taken = TAKES.get(name)
+    """A public function that checks its arguments; other public names, and functions that the
+    table does not list, as they are."""
     if name == "METHODS":
         return {key: _checked(method, METHOD) for key, method in function.items()}
-    return _checked(function, taken) if taken else function
+    return _checked(function, TAKES[name]) if name in TAKES else function
 
 
-def _checked(function: Callable[..., Any], taken: Mapping[str, kinds.Kind]) -> Callable[..., Any]:
+def _checked(function: Callable[..., Any], kind_of: Mapping[str, kinds.Kind]) -> Callable[..., Any]:
     signature = inspect.signature(function)
-    several = {p.name for p in signature.parameters.values() if p.kind is p.VAR_POSITIONAL}
+    parameters = signature.parameters
 
     @wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs)
         for argument, value in given.arguments.items():
-            if argument in taken and argument in several:
-                given.arguments[argument] = tuple(taken[argument](each, argument) for each in value)
-            elif argument in taken and not _is_default(signature, argument, value):
-                given.arguments[argument] = taken[argument](value, argument)
+            if argument not in kind_of:
+                continue
+            kind, parameter = kind_of[argument], parameters[argument]
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                given.arguments[argument] = tuple(kind(each, argument) for each in value)
+            elif value is not parameter.default:
+                given.arguments[argument] = kind(value, argument)
         try:
             return function(*given.args, **given.kwargs)
         except BrokenPipeError:
@@ -138,7 +141,3 @@ def _checked(function: Callable[..., Any], taken: Mapping[str, kinds.Kind]) -> C
             raise refusal_of(error) from error
 
     return checked
-
-
-def _is_default(signature: inspect.Signature, argument: str, value: Any) -> bool:
-    return value is signature.parameters[argument].default

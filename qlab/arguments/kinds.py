@@ -1,14 +1,15 @@
-"""What arguments of public functions are, each kind a function (value, name) -> value.
+"""The kinds of arguments of public functions, each a function (value, name) -> value.
 
-It refuses in one sentence what it cannot take, and takes a name or a path where that can mean one
-thing only: a spec, a grid, a model.
+A kind refuses a value that it does not take, in one sentence. It takes a name or a path where that
+can only mean one thing: a spec, a grid, a model.
 """
 
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from qlab.errors import QlabError
 
@@ -19,7 +20,7 @@ LARGEST = 2**63 - 1
 
 
 def said(value: Any) -> str:
-    """A value in an error: its type, and what it is where that is short."""
+    """A value in an error: the value itself where it is a short number or text, else its type."""
     plain = value is None or isinstance(value, bool | int | float | str | os.PathLike)
     if not plain:
         return f"a {type(value).__name__}"
@@ -30,7 +31,7 @@ def said(value: Any) -> str:
 
 
 def whole(value: Any, name: str) -> Any:
-    """A whole number of 64 bits; the function itself says from where to where."""
+    """A whole number of 64 bits; the function itself checks its range."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -46,7 +47,7 @@ def optional_whole(value: Any, name: str) -> Any:
 
 
 def fraction(value: Any, name: str) -> Any:
-    """A finite number; the function itself says from where to where."""
+    """A finite number; the function itself checks its range."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not -LARGEST <= value <= LARGEST:
         raise QlabError(f"{name} is {said(value)}; give a number from 0 to 1")
@@ -54,12 +55,14 @@ def fraction(value: Any, name: str) -> Any:
 
 
 def flag(value: Any, name: str) -> Any:
+    """True or False."""
     if not isinstance(value, bool):
         raise QlabError(f"{name} is {said(value)}; give True or False")
     return value
 
 
 def text(value: Any, name: str) -> Any:
+    """A string of at most 500 characters."""
     if not isinstance(value, str):
         raise QlabError(f"{name} is {said(value)}; give a string")
     if len(value) > LONGEST_TEXT:
@@ -68,11 +71,12 @@ def text(value: Any, name: str) -> Any:
 
 
 def word(value: Any, name: str) -> Any:
-    """A name that means the same in upper and lower case."""
+    """A name in lower case; upper case means the same."""
     return text(value, name).lower()
 
 
 def optional_word(value: Any, name: str) -> Any:
+    """A name in lower case, or None."""
     return value if value is None else word(value, name)
 
 
@@ -91,12 +95,12 @@ def needed(value: Any, name: str) -> Any:
 
 
 def path(value: Any, name: str) -> Any:
+    """The path of a directory to be written."""
     if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
         raise QlabError(f"{name} is {said(value)}; give the path of a directory")
     for part in Path(value).parts:
-        if (
-            len(os.fsencode(part)) > 200
-        ):  # beside it lies, while it is written, a folder of a longer name
+        # While a directory is written, a folder of a longer name lies beside it.
+        if len(os.fsencode(part)) > 200:
             raise QlabError(
                 f"{name} names a folder by {len(part)} characters; choose a shorter name"
             )
@@ -107,14 +111,18 @@ def dtype(value: Any, name: str) -> Any:
     """A floating-point dtype, or its name."""
     import torch
 
-    found = getattr(torch, value, None) if isinstance(value, str) else value
-    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
-        shown = found if isinstance(found, torch.dtype) else said(value)
-        raise QlabError(f"{name} is {shown}; give a floating-point dtype such as torch.bfloat16")
-    return found
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype):
+        shown = said(value)
+    elif not dtype.is_floating_point or dtype.itemsize < 2:
+        shown = str(dtype)
+    else:
+        return dtype
+    raise QlabError(f"{name} is {shown}; give a floating-point dtype such as torch.bfloat16")
 
 
 def device(value: Any, name: str) -> Any:
+    """A device of torch, or its name."""
     import torch
 
     if not isinstance(value, str | torch.device):
@@ -123,7 +131,7 @@ def device(value: Any, name: str) -> Any:
 
 
 def model(value: Any, name: str) -> Any:
-    """A model, opened where its directory or a result of qlab's is given."""
+    """A model, or what it is opened from: its directory, or a result of qlab."""
     from qlab.demo import hub
     from qlab.files.checkpoint import Checkpoint
 
@@ -133,14 +141,14 @@ def model(value: Any, name: str) -> Any:
 
 
 def read_model(value: Any, name: str) -> Any:
-    """A model, or its reading."""
+    """A model or what it is opened from, or a reading of a model."""
     from qlab.evaluation.perplexity import Reading
 
     return value if isinstance(value, Reading) else model(value, name)
 
 
 def directory(value: Any, name: str) -> Any:
-    """A model or its directory, of architectures that transformers does not know too."""
+    """A model or its directory, which may have an architecture that transformers does not know."""
     from qlab.demo import hub
     from qlab.files.checkpoint import Checkpoint
 
@@ -151,13 +159,14 @@ def directory(value: Any, name: str) -> Any:
 
 
 def its_directory(value: Any, name: str) -> Any:
+    """The directory of a model."""
     return getattr(directory(value, name), "path", None) or directory(value, name)
 
 
 def folder(value: Any, name: str) -> Any:
-    """The directory of a model, or 'demo'."""
+    """The directory of a model, a result of qlab that has one, or 'demo'."""
     if not isinstance(value, str | os.PathLike):
-        value = getattr(value, "path", value)  # of what quantize() and the like return
+        value = getattr(value, "path", value)
     if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
         raise QlabError(
             f"{name} is {said(value)}; give what qlab.open returns, a model's directory, or 'demo'"
@@ -172,7 +181,7 @@ def folder(value: Any, name: str) -> Any:
     try:
         os.stat(os.path.expanduser(where))
     except FileNotFoundError:
-        pass  # 'demo', or what the model's own door refuses
+        pass  # 'demo', or a directory that is refused when it is opened
     except OSError as error:
         raise QlabError(
             f"{name} {said(where)} cannot be read ({error.strerror}); check the path"
@@ -192,6 +201,7 @@ def spec(value: Any, name: str) -> Any:
 
 
 def optional_spec(value: Any, name: str) -> Any:
+    """A spec, its name, or None."""
     return value if value is None else spec(value, name)
 
 
@@ -199,14 +209,14 @@ def grid(value: Any, name: str) -> Any:
     """A grid, or its name."""
     from qlab.algebra.grid import GRIDS, Grid
 
-    found = GRIDS.get(value.lower()) if isinstance(value, str) else value
-    if not isinstance(found, Grid):
+    grid = GRIDS.get(value.lower()) if isinstance(value, str) else value
+    if not isinstance(grid, Grid):
         raise QlabError(f"{name} is {said(value)}; give a grid of qlab.GRIDS: {', '.join(GRIDS)}")
-    return found
+    return grid
 
 
 def recipe(value: Any, name: str) -> Any:
-    """A transform; a single stage is one too."""
+    """A transform: a tuple of stages, or a single stage."""
     from qlab.algebra.transform import Stage
 
     if isinstance(value, Stage):
@@ -227,16 +237,17 @@ def recipes(value: Any, name: str) -> Any:
 
 
 def table(value: Any, name: str) -> Any:
-    """Patterns -> recipes, or None where sites are kept."""
+    """Patterns -> recipes; None keeps the sites as they are."""
     if not isinstance(value, Mapping):
         raise QlabError(
             f"{name} is {said(value)}; give a mapping such as {{'*.down_proj': recipe, '*': "
             "recipe}"
         )
-    kept = {text(key, "a pattern"): each for key, each in value.items()}
+    for key in value:
+        text(key, "a pattern")
     return {
-        key: each if each is None else recipe(each, f"the rule {key!r}")
-        for key, each in kept.items()
+        key: None if each is None else recipe(each, f"the rule {key!r}")
+        for key, each in value.items()
     }
 
 
@@ -263,58 +274,58 @@ def windows(value: Any, name: str) -> Any:
 
 
 def ids(value: Any, name: str) -> Any:
-    """Token ids, from lists of them too."""
+    """Token ids [samples, length], as int64: a tensor, a numpy array, or lists."""
     import torch
 
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        rows = [
-            list(row) if isinstance(row, Sequence) and not isinstance(row, str | bytes) else None
-            for row in value
-        ]
-        flat = [i for row in rows for i in (row or [None])]
-        if (
-            not rows
-            or len({len(row or ()) for row in rows}) > 1
-            or any(type(i) is not int or abs(i) > LARGEST for i in flat)
-        ):
-            raise QlabError(
-                f"{name} is a {type(value).__name__} and no list of equally long lists of whole "
-                "numbers; give token ids [samples, length]"
-            )
-        return torch.tensor(rows, dtype=torch.long, device="cpu")
-    if not isinstance(value, torch.Tensor):
-        value = (
-            torch.from_numpy(value)
-            if type(value).__name__ == "ndarray" and value.dtype.kind in "iu"
-            else value
-        )
+    if _is_list(value):
+        return torch.tensor(_rows(value, name), dtype=torch.long, device="cpu")
+    if type(value).__name__ == "ndarray" and value.dtype.kind in "iu":
+        value = torch.from_numpy(value)
     if not isinstance(value, torch.Tensor):
         raise QlabError(
             f"{name} is {said(value)}; give token ids [samples, length] as a tensor or as lists"
         )
-    if (
-        value.is_meta
-        or value.is_floating_point()
-        or value.is_complex()
-        or value.dtype == torch.bool
-    ):
+    fractional = value.is_floating_point() or value.is_complex()
+    if value.is_meta or fractional or value.dtype == torch.bool:
         kind = "without values, on the meta device" if value.is_meta else f"of {value.dtype}"
         raise QlabError(f"{name} is a tensor {kind}; token ids are whole numbers")
     if value.layout != torch.strided:
         raise QlabError(
             f"{name} is a tensor of the layout {value.layout}; give one with all of its numbers"
         )
-    return value.long()  # of unsigned numbers torch computes too little
+    return value.long()  # torch has few operations for unsigned numbers
+
+
+def _is_list(value: Any) -> TypeGuard[Sequence]:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _rows(value: Sequence, name: str) -> list[list[int]]:
+    """Lists of token ids; refuses lists of different lengths and other values."""
+    rows = [list(row) if _is_list(row) else [] for row in value]
+    lengths = {len(row) for row in rows}
+    numbers = chain.from_iterable(rows)
+    if (
+        len(lengths) != 1
+        or 0 in lengths
+        or any(type(number) is not int or abs(number) > LARGEST for number in numbers)
+    ):
+        raise QlabError(
+            f"{name} is a {type(value).__name__} and no list of equally long lists of whole "
+            "numbers; give token ids [samples, length]"
+        )
+    return rows
 
 
 def function(value: Any, name: str) -> Any:
+    """A function."""
     if not callable(value):
         raise QlabError(f"{name} is {said(value)}; give a function")
     return value
 
 
 def block(value: Any, name: str) -> Any:
-    """A block as a value."""
+    """The graph of a block."""
     from qlab.algebra.graph import ModuleGraph
 
     if not isinstance(value, ModuleGraph):

@@ -3,6 +3,8 @@ sentence otherwise."""
 
 import inspect
 import json
+import pydoc
+from importlib import import_module
 from types import SimpleNamespace
 
 import numpy
@@ -83,6 +85,16 @@ def given(saved, text, tmp_path_factory):
 def test_every_public_function_has_a_door():
     functions = {name for name in qlab.__all__ if inspect.isfunction(getattr(qlab, name))}
     assert functions - NO_ARGUMENTS_OF_USERS == set(TAKES)
+
+
+@pytest.mark.parametrize("name", sorted(TAKES))
+def test_help_and_editors_see_the_function_behind_the_door(name):
+    public, function = getattr(qlab, name), getattr(import_module(qlab.HOMES[name]), name)
+    assert inspect.signature(public) == inspect.signature(function)
+    assert public.__doc__ == function.__doc__ and public.__name__ == function.__name__
+    shown = pydoc.plain(pydoc.render_doc(public))
+    assert all(parameter in shown for parameter in inspect.signature(function).parameters)
+    assert inspect.getdoc(function).splitlines()[0] in shown
 
 
 LOOKS = {(name, argument) for name, kinds in TAKES.items() for argument in kinds}
