@@ -12,25 +12,17 @@ import qlab
 UNDONE = {
     "GRIDS",
     "METHODS",
-    "QlabError",
-    "Samples",
-    "Tokens",
     "absorb",
     "aim_at_reference",
     "awq",
     "awq_scale",
     "evaluate",
-    "first_windows",
-    "from_ids",
     "gptaq",
     "gptq",
-    "image_samples",
-    "open",
     "perplexity",
     "plan",
     "reparametrize",
     "rtn",
-    "tokens",
 }
 FUNCTIONS = sorted(
     name

