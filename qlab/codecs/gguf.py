@@ -1,11 +1,11 @@
-"""GGUF: the tensors of one file under a model's own names; read only, through the `gguf` package.
+"""GGUF: the tensors of one file under the names of a model; read only, through the `gguf` package.
 
-Q4_0 and Q8_0 stay codes: blocks of 32 along a row, one float16 scale each, W = q * d with q in [-8,
-7] or [-128, 127]. Every other kind is dequantized by the package: a Q4_1 block is q * d + m, whose
-zero point -m / d no dtype holds exactly.
+The codes of Q4_0 and Q8_0 are kept: blocks of 32 along a row with one float16 scale each, W = q * d
+with q in [-8, 7] or [-128, 127]. The package dequantizes every other kind: a Q4_1 block is q * d +
+m, whose zero point -m / d no dtype holds exactly.
 
-GGUF has names of its own for tensors, which the package maps, and stores the rows of q and k of the
-architecture "llama" with the two halves of a rotation side by side; that order is undone here.
+GGUF has its own names for tensors, which the package maps. For the architecture "llama" it stores
+the rows of q and k with the two halves of a rotation interleaved; that order is undone here.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -22,50 +22,50 @@ from qlab.algebra.spec import Int, Tile
 from qlab.errors import QlabError
 
 BLOCK = 32
-# general.architecture -> whether rows of q and k are interleaved; the weights of others are changed
-# in further ways
+# general.architecture -> whether rows of q and k are interleaved. Files of other architectures
+# change weights in further ways.
 ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
-# factors of rotary frequencies, which transformers does not read into a config
+# Factors of rotary frequencies, which transformers does not read into a config.
 SCALED_ROTARY = "rope_freqs.weight"
+# Tensors whose rows are interleaved -> the key that says how many heads they have.
+HEADS = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
 
 
 def tensors(path: Path, names: Collection[str]) -> Iterator[tuple[str, str, Leaf]]:
-    """(name, kind, leaf) of every parameter of `names` in the file, one at a time; a head tied to
-    the embedding has no tensor.
+    """(name, kind, leaf) of every parameter of `names` in the file, one at a time. A head that is
+    tied to the embedding has no tensor.
 
-    kind: how the file stores it ("Q4_0", "Q6_K", "F32").
-    Errors: no GGUF file, an architecture whose weights are not stored as they are, parameters and
-    tensors without each other.
+    kind: how the file stores the tensor ("Q4_0", "Q6_K", "F32").
+    Refuses a file that is no GGUF, an architecture whose weights qlab cannot restore, parameters
+    without a tensor, and tensors without a parameter.
     """
     reader, arch = opened(path)
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    found = _names(path, arch, _field(path, reader, f"{arch}.block_count", int), names, stored)
+    blocks = _field(path, reader, f"{arch}.block_count", int)
+    names_in_file = _names(path, arch, blocks, names, stored)
     if SCALED_ROTARY in stored:
         raise QlabError(
             f"{path} holds {SCALED_ROTARY}: its rotary frequencies are scaled, which no config "
             "made of the file says; quantize the model from its safetensors files"
         )
-    if left := sorted(stored.keys() - set(found.values())):
+    unused = sorted(stored.keys() - set(names_in_file.values()))
+    if unused:
         raise QlabError(
-            f"{path} holds {left[0]}, for which the model has no parameter; the file is of "
+            f"{path} holds {unused[0]}, for which the model has no parameter; the file is of "
             "another model"
         )
-    for name, own in found.items():
-        leaf = _leaf(f"{path}: {own}", stored[own])
-        if ARCHITECTURES[arch] and (kind := own.split(".")[-2]) in ("attn_q", "attn_k"):
-            heads = _field(
-                path,
-                reader,
-                f"{arch}.attention.head_count" + ("_kv" if kind == "attn_k" else ""),
-                int,
-            )
-            leaf = _halves_apart(f"{path}: {own}", leaf, heads)
-        yield name, stored[own].tensor_type.name, leaf
+    for name, file_name in names_in_file.items():
+        leaf = _leaf(f"{path}: {file_name}", stored[file_name])
+        count_of_heads = HEADS.get(file_name.split(".")[-2])
+        if ARCHITECTURES[arch] and count_of_heads:
+            heads = _field(path, reader, f"{arch}.{count_of_heads}", int)
+            leaf = _halves_apart(f"{path}: {file_name}", leaf, heads)
+        yield name, stored[file_name].tensor_type.name, leaf
 
 
 def opened(path: Path) -> tuple[Any, str]:
-    """The package's reader of a file, and the file's architecture; refuses what is no GGUF file or
-    is stored in a way that qlab cannot undo."""
+    """The package's reader of a file, and the file's architecture; refuses a file that is no GGUF,
+    and an architecture whose weights qlab cannot restore."""
     reader = _reader(path)
     arch = _field(path, reader, "general.architecture", str)
     if arch not in ARCHITECTURES:
@@ -87,7 +87,7 @@ def _reader(path: Path) -> Any:
 
 
 def fields(reader: Any) -> dict[str, Any]:
-    """Every key of the file with its value; None where that is no text."""
+    """Every key of the file with its value; None for a text that is not UTF-8."""
     return {name: _contents(field) for name, field in reader.fields.items()}
 
 
@@ -99,6 +99,7 @@ def _contents(field: Any) -> Any:
 
 
 def _field(path: Path, reader: Any, name: str, kind: type) -> Any:
+    """The value of a key; refuses a file without it, and a value of another type."""
     field = reader.get_field(name)
     value = _contents(field) if field else None
     if not isinstance(value, kind):
@@ -109,26 +110,26 @@ def _field(path: Path, reader: Any, name: str, kind: type) -> Any:
 def _names(
     path: Path, arch: str, blocks: int, names: Collection[str], stored: Collection[str]
 ) -> dict[str, str]:
-    """A model's names -> the file's."""
+    """Name of a parameter of the model -> name of its tensor in the file."""
     [key] = [key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch]
     if not 0 < blocks <= len(stored):
         raise QlabError(
             f"{path} says that it has {blocks} blocks and holds {len(stored)} tensors; download "
             "it again"
         )
-    table, found = gguf.get_tensor_name_map(key, blocks), {}
+    table, names_in_file = gguf.get_tensor_name_map(key, blocks), {}
     for name in names:
         module, _, kind = name.rpartition(".")
-        own = f"{table.get_name(module)}.{kind}"
-        if own == "output.weight" and own not in stored:
-            continue
-        if own not in stored:
+        file_name = f"{table.get_name(module)}.{kind}"
+        if file_name in stored:
+            names_in_file[name] = file_name
+        elif file_name != "output.weight":  # a head that is tied to the embedding
             raise QlabError(f"{path} has no tensor for {name}; the file is of another model")
-        found[name] = own
-    return found
+    return names_in_file
 
 
 def _leaf(where: str, tensor: Any) -> Leaf:
+    """The content of a tensor: codes where qlab keeps them, else floats."""
     kind = tensor.tensor_type
     if kind in EXACT and len(tensor.shape) == 2:
         return EXACT[kind](torch.from_numpy(np.array(tensor.data)))
@@ -144,8 +145,8 @@ def _leaf(where: str, tensor: Any) -> Leaf:
 
 
 def _q4_0(rows: Tensor) -> QTensor:
-    """uint8 [o, 18 * k/32]: a scale, then the codes of columns 0 to 15 in low nibbles and of 16 to
-    31 in high ones."""
+    """uint8 [o, 18 * k/32] -> codes. A block is a scale, then 16 bytes with columns 0 to 15 in the
+    low nibbles and columns 16 to 31 in the high nibbles."""
     blocks = rows.view(rows.shape[0], -1, 2 + BLOCK // 2)
     nibbles = blocks[..., 2:]
     codes = (torch.cat([nibbles & 15, nibbles >> 4], -1) - 8).view(torch.int8)
@@ -153,16 +154,16 @@ def _q4_0(rows: Tensor) -> QTensor:
 
 
 def _q8_0(rows: Tensor) -> QTensor:
-    """uint8 [o, 34 * k/32]: a scale, then 32 signed bytes."""
+    """uint8 [o, 34 * k/32] -> codes. A block is a scale, then 32 signed bytes."""
     blocks = rows.view(rows.shape[0], -1, 2 + BLOCK)
     return _blocks(8, blocks, blocks[..., 2:].contiguous().view(torch.int8))
 
 
 def _blocks(bits: int, blocks: Tensor, codes: Tensor) -> QTensor:
+    """The leaf of blocks [o, k/32, bytes], which begin with a float16 scale, and their codes."""
     scales = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
-    return QTensor(
-        codes.reshape(len(codes), -1), scales, None, Int(bits, Tile(1, BLOCK), True, torch.float16)
-    )
+    spec = Int(bits, Tile(1, BLOCK), True, torch.float16)
+    return QTensor(codes.reshape(len(codes), -1), scales, None, spec)
 
 
 EXACT: dict[Any, Callable[[Tensor], QTensor]] = {
@@ -172,7 +173,7 @@ EXACT: dict[Any, Callable[[Tensor], QTensor]] = {
 
 
 def _halves_apart(where: str, leaf: Leaf, heads: int) -> Leaf:
-    """Rows (0, d/2, 1, d/2 + 1, ...) of every head in their own order."""
+    """The rows of every head in their own order; the file has them as 0, d/2, 1, d/2 + 1, ..."""
     rows = leaf.shape[0]
     if heads < 1 or rows % (2 * heads):
         raise QlabError(

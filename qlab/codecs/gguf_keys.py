@@ -1,11 +1,11 @@
-"""What a GGUF file says of its model, beside tensors: every key `<architecture>.<key>` is read,
-changes no logit, or is refused.
+"""The keys of a GGUF file that describe its model. Each key `<architecture>.<key>` is read, changes
+no logit, or is refused.
 
-READ      the config that is made of the file must say the same, as what a file leaves out means to
-          engines: as many key heads as query heads, heads that share the width evenly and are
-          rotated whole, with the base 10000.
-NEUTRAL   some engine would compute with it, but for these values.
-NO_LOGIT  no engine computes logits with it.
+READ      keys whose values the config that is made of the file must have. A key that a file leaves
+          out has the value that engines assume: as many key heads as query heads, heads that share
+          the width evenly and are rotated whole, a rotary base of 10000.
+NEUTRAL   keys with which some engine computes, and the values that change nothing.
+NO_LOGIT  keys with which no engine computes logits.
 
 Rotary scaling is `rope.scaling.*`, or the older `rope.scale_linear`: linear and yarn are read.
 Source: llama.cpp, gguf 0.19.
@@ -55,8 +55,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_ext_factor": (-1, 1),
     "rope.scaling.yarn_log_multiplier": (0,),
 }
-# use_parallel_residual: true in Qwen1.5's own files, whose residuals are not, and read of other
-# architectures only
+# use_parallel_residual: Qwen1.5's own files say true, and its residuals are not parallel; engines
+# read the key of other architectures only.
 NO_LOGIT = {"pooling_type", "rope.scaling.finetuned", "tensor_data_layout", "use_parallel_residual"}
 TYPE, FACTOR, OLD_FACTOR = "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"
 LENGTH, FAST, SLOW = (
@@ -68,9 +68,12 @@ NEEDED = ("block_count", "context_length", "embedding_length", "attention.head_c
 
 @dataclass(frozen=True)
 class Said:
-    """values: (key, what a config calls it, its value), those that are taken for granted among
-    them. head_size: channels of a query. rotary: the scaling of rotary positions as transformers'
-    `rope_parameters` say it; empty where there is none."""
+    """What a GGUF file says of its model.
+
+    values: (key, its name in a config, its value) of all keys that are read, with the values that
+    engines assume for missing ones. head_size: channels of a query. rotary: the scaling of rotary
+    positions in the terms of transformers' `rope_parameters`; empty where there is none.
+    """
 
     values: tuple[tuple[str, str, Any], ...]
     head_size: int
@@ -78,23 +81,24 @@ class Said:
 
 
 def said(path: Path, arch: str, fields: Mapping[str, Any]) -> Said:
-    """What the keys of the file mean, out of all of its `fields` (key -> value); refuses by name
-    what no config made of it says."""
+    """What the keys of a file mean. fields: all of its keys and values. Refuses keys and values
+    that a config made of the file does not hold."""
+    prefix = f"{arch}."
     keys = {
-        key.removeprefix(f"{arch}."): value
-        for key, value in fields.items()
-        if key.startswith(f"{arch}.")
+        key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)
     }
     for key, value in keys.items():
         _check(path, f"{arch}.{key}", key, value)
-    if missing := [key for key in NEEDED if key not in keys]:
+    missing = [key for key in NEEDED if key not in keys]
+    if missing:
         raise QlabError(f"{path} does not say its {arch}.{missing[0]}; download it again")
-    granted = _granted(keys)
-    values = tuple((f"{arch}.{key}", READ[key], value) for key, value in granted.items())
-    return Said(values, granted["attention.key_length"], _rotary(path, arch, keys))
+    complete = _with_assumed(keys)
+    values = tuple((f"{arch}.{key}", READ[key], value) for key, value in complete.items())
+    return Said(values, complete["attention.key_length"], _rotary(path, arch, keys))
 
 
 def _check(path: Path, name: str, key: str, value: Any) -> None:
+    """Refuse a key that qlab does not know, and a value that no config holds."""
     if key in NEUTRAL and value not in NEUTRAL[key]:
         raise QlabError(
             f"{path} says {name} {value!r:.40}, which no config made of the file holds; quantize "
@@ -113,11 +117,11 @@ def _check(path: Path, name: str, key: str, value: Any) -> None:
         )
 
 
-def _granted(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that are read, with what engines take where one is left out."""
-    found = {key: keys[key] for key in READ if key in keys}
+def _with_assumed(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that are read, with the values that engines assume for missing ones."""
+    present = {key: keys[key] for key in READ if key in keys}
     heads = keys["attention.head_count"]
-    size = found.setdefault("attention.key_length", keys["embedding_length"] // max(heads, 1))
+    size = present.setdefault("attention.key_length", keys["embedding_length"] // max(heads, 1))
     assumed = {
         "attention.head_count_kv": heads,
         "attention.value_length": size,
@@ -125,12 +129,14 @@ def _granted(keys: Mapping[str, Any]) -> dict[str, Any]:
         "rope.dimension_count": size,
         "rope.freq_base": 10000.0,
     }
-    return assumed | found
+    return assumed | present
 
 
 def _rotary(path: Path, arch: str, keys: Mapping[str, Any]) -> dict[str, Any]:
-    """A factor of 0 says nothing, and one without a type is linear."""
-    kind, factor = keys.get(TYPE, "linear"), float(keys.get(FACTOR, keys.get(OLD_FACTOR, 0))) or 1.0
+    """The scaling of rotary positions. A factor of 0 means none; a factor without a type is
+    linear."""
+    kind = keys.get(TYPE, "linear")
+    factor = float(keys.get(FACTOR, keys.get(OLD_FACTOR, 0))) or 1.0
     if kind not in ("none", "linear", "yarn") or factor < 0:
         raise QlabError(
             f"{path} says {arch}.{TYPE} {kind!r:.40} with a factor of {factor:g}; qlab reads "

@@ -68,7 +68,9 @@ def _scales(names: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
             kinds[pattern(owner)].add(kind)
     modules = {name.rpartition(".")[0] for name in names}
     owners = modules | {module.rpartition(".")[0] for module in modules}
-    expected = {f"{owner}.{kind}" for owner in owners for kind in kinds.get(pattern(owner), ())}
+    expected: set[str] = set()
+    for owner in owners:
+        expected |= {f"{owner}.{kind}" for kind in kinds.get(pattern(owner), ())}
     return scales, tuple(sorted(expected.difference(scales)))
 
 

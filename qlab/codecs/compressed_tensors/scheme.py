@@ -258,9 +258,10 @@ def _spec(where: str, args: Mapping[str, Any], tile: Tile) -> Spec:
     scales, two_level = args.get("scale_dtype"), args.get("strategy") == "tensor_group"
     powers = scales in ("torch.uint8", "uint8") or bits < 8
     if tile.rows == 1 and symmetric:
-        if two_level and (bits, tile.cols) == (4, 16):
+        grouped = (bits, tile.cols, two_level)
+        if grouped == (4, 16, True):
             return NAMED["nvfp4"]
-        if powers and not two_level and bits in (4, 6, 8) and tile.cols == 32:
+        if powers and grouped in ((4, 32, False), (6, 32, False), (8, 32, False)):
             return NAMED[f"mxfp{bits}"]
     if bits != 8 or not symmetric or two_level or powers:
         raise QlabError(

@@ -74,6 +74,11 @@ class Group:
     dtype: torch.dtype
     tensors: tuple[str, ...]
 
+    @property
+    def online(self) -> bool:
+        """Whether the matrix is multiplied at run time, in some place."""
+        return any(place.location in ONLINE for place in self.places)
+
     def at(self, path: str, location: str) -> list[Place]:
         """The places at the input or output of this linear module."""
         return [place for place in self.places if place.location == location and path in place]
@@ -162,7 +167,7 @@ def transforms(config: Mapping[str, Any], names: Collection[str]) -> Extra | Non
     groups = _groups(value, names)
     if not groups:
         return None
-    online = [group for group in groups if any(place.location in ONLINE for place in group.places)]
+    online = [group for group in groups if group.online]
     if online:
         says = f"activations are rotated at run time by {_listed(online)}"
     else:
@@ -301,12 +306,14 @@ def _targets(where: str, key: str, value: Any) -> tuple[str, ...]:
 
 def _check_attention(where: str, group: Mapping[str, Any], places: tuple[Place, ...]) -> None:
     """Refuse matrices at queries and keys that do not cancel in their products."""
-    queries, keys = (
-        [(place.targets, place.ignore, place.inverse) for place in places if place.location == at]
-        for at in ("q_attn", "k_cache")
-    )
+
+    def at(location: str) -> list[tuple]:
+        here = [place for place in places if place.location == location]
+        return sorted((place.targets, place.ignore, place.inverse) for place in here)
+
+    queries, keys = at("q_attn"), at("k_cache")
     cancels = group["type"] in HADAMARD and not group.get("requires_grad")
-    if sorted(queries) != sorted(keys) or (queries and not cancels):
+    if queries != keys or (queries and not cancels):
         raise QlabError(
             f"{where} transforms queries and keys in ways that do not cancel in their products; "
             "qlab reads one Hadamard matrix at both"
