@@ -14,7 +14,8 @@ from qlab.algebra.spec import Spec
 from qlab.codecs import awq, checks, gptq
 from qlab.errors import QlabError
 
-LAYOUTS = {  # packing_format -> the codec that knows the tensors
+# packing_format -> the codec that reads the tensors
+LAYOUTS = {
     "auto_round:auto_gptq": "gptq",
     "auto_round:gptq": "gptq",
     "auto_round:gptqmodel": "gptq_v2",

@@ -99,7 +99,7 @@ TARGETS: Mapping[str, Target] = {
 
 
 def target_named(name: str) -> Target:
-    """The engine's limits; an unknown engine is refused by name."""
+    """The limits of an engine; refuses an unknown one."""
     if name not in TARGETS:
         raise QlabError(
             f"the target {name!r} is unknown; qlab knows the limits of {', '.join(TARGETS)}"

@@ -18,7 +18,8 @@ from typing import Any
 
 from qlab.errors import QlabError
 
-READ = {  # key -> what a config calls it
+# key -> its name in a config
+READ = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
