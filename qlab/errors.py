@@ -62,8 +62,8 @@ def refusal_of(error: OSError | RecursionError) -> QlabError:
     paths = [os.fsdecode(name) for name in names if isinstance(name, str | bytes | os.PathLike)]
     where = " and ".join(_shortened(path) for path in paths) or "a file or a device"
     return QlabError(
-        f"{where} cannot be used ({error.strerror or error}); check the path, its permissions and "
-        "the space left there"
+        f"{where} cannot be used ({error.strerror or error}); "
+        "check the path, its permissions and the space left there"
     )
 
 

@@ -173,8 +173,8 @@ def refusal_of_transposed(codec: str) -> str | None:
     if CODECS[codec].transposed:
         return None
     return (
-        f"{codec} holds nn.Linear weights, and its readers skip other modules without a word; the "
-        "codec gptq holds these"
+        f"{codec} holds nn.Linear weights, and its readers skip other modules without a word; "
+        "the codec gptq holds these"
     )
 
 
@@ -184,7 +184,7 @@ def reader(config: Mapping[str, Any]) -> Codec:
     method = str(config.get("quant_method"))
     if method not in READERS:
         raise QlabError(
-            f"the model is quantized with {method!r}, which qlab does not read; it reads "
-            f"{', '.join(READERS)}"
+            f"the model is quantized with {method!r}, which qlab does not read; "
+            f"it reads {', '.join(READERS)}"
         )
     return READERS[method](config)

@@ -78,8 +78,8 @@ def _spec(path: str, keys: Mapping[str, Any], bits: Collection[int]) -> Spec:
     for name, values in ALLOWED.items():
         if keys.get(name, values[0]) not in values:
             raise QlabError(
-                f"{path} has {name} {keys[name]!r} in quantization_config; qlab reads plain "
-                "int weights only"
+                f"{path} has {name} {keys[name]!r} in quantization_config; "
+                "qlab reads plain int weights only"
             )
     return checks.read_spec(path, keys, bits)
 

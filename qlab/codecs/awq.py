@@ -41,8 +41,8 @@ def misfit(spec: Spec, shape: torch.Size) -> str | None:
         return f"{shape[-2]} rows do not fill int32 words, as AWQ needs; write compressed-tensors"
     if shape[-1] % (spec.tile.cols or 1):
         return (
-            f"groups of {spec.tile.cols} do not divide {shape[-1]} channels, as AWQ needs; write "
-            "gptq"
+            f"groups of {spec.tile.cols} do not divide {shape[-1]} channels, as AWQ needs; "
+            "write gptq"
         )
     return None
 
@@ -76,8 +76,8 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
     k, o = words.shape[0], 8 * words.shape[1]
     if spec.tile.cols and k % spec.tile.cols:
         raise QlabError(
-            f"{path}.qweight {tuple(words.shape)} does not hold a weight of {spec}; the file or "
-            "its config is wrong"
+            f"{path}.qweight {tuple(words.shape)} does not hold a weight of {spec}; "
+            "the file or its config is wrong"
         )
     groups = k // (spec.tile.cols or k)
     dtypes = checks.scale_dtypes(spec)
@@ -86,8 +86,8 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
     zeros = _unpack(packed)
     if spec.symmetric and not bool((zeros == 0).all()):
         raise QlabError(
-            f"{path}.qzeros is not 8 everywhere, as a symmetric file has it; its config must say "
-            "zero_point true"
+            f"{path}.qzeros is not 8 everywhere, as a symmetric file has it; "
+            "its config must say zero_point true"
         )
     return QTensor(_unpack(words), scales, None if spec.symmetric else zeros, spec)
 
@@ -166,8 +166,8 @@ def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec]:
         if names_inside:
             raise QlabError(
                 f"{path} has codes in the files, and {names_inside[0]!r} in "
-                "modules_to_not_convert says that it is not quantized; the file or its config is "
-                "wrong"
+                "modules_to_not_convert says that it is not quantized; "
+                "the file or its config is wrong"
             )
     return {path: _spec(path, dynamic.override(config, path)) for path in modules}
 
@@ -197,14 +197,14 @@ def version(config: Mapping[str, Any]) -> str:
         )
     if len(versions) > 1:
         raise QlabError(
-            f"quantization_config has AWQ versions {' and '.join(sorted(versions))}; it must name "
-            "one"
+            f"quantization_config has AWQ versions {' and '.join(sorted(versions))}; "
+            "it must name one"
         )
     name = versions.pop() if versions else VERSION
     if config.get("pack_dtype") not in (None, PACKED[name]):
         raise QlabError(
-            f"quantization_config has pack_dtype {config['pack_dtype']!r}; AWQ {name} has "
-            f"{PACKED[name]} words"
+            f"quantization_config has pack_dtype {config['pack_dtype']!r}; "
+            f"AWQ {name} has {PACKED[name]} words"
         )
     return name
 

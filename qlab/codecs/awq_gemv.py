@@ -46,8 +46,8 @@ def decode(version: str, path: str, tensors: Mapping[str, Tensor], spec: Int) ->
     group = spec.tile.cols or k
     if k % group or (group < 128 and group not in MULTIPLES):
         raise QlabError(
-            f"{path} has groups of {group} for {k} input channels; AWQ {version} has groups of "
-            "32, 64, 128 and more, which divide them"
+            f"{path} has groups of {group} for {k} input channels; "
+            f"AWQ {version} has groups of 32, 64, 128 and more, which divide them"
         )
     groups, multiple = k // group, MULTIPLES.get(group, 1)
     width = -(-groups // (8 * multiple)) * multiple
@@ -65,13 +65,13 @@ def decode(version: str, path: str, tensors: Mapping[str, Tensor], spec: Int) ->
     # Writers keep scales above 0, so a last group of zeros alone is padding.
     if not bool(scales[:, -1].any()):
         raise QlabError(
-            f"{path} has no scales for the last of its {groups} groups; they are cut off, or its "
-            "group_size is another"
+            f"{path} has no scales for the last of its {groups} groups; "
+            "they are cut off, or its group_size is another"
         )
     if spec.symmetric and not bool((zeros == 0).all()):
         raise QlabError(
-            f"{path} has zero points other than 8, as a symmetric file has them; its config must "
-            "say zero_point true"
+            f"{path} has zero points other than 8, as a symmetric file has them; "
+            "its config must say zero_point true"
         )
     return QTensor(codes, scales, None if spec.symmetric else zeros, spec)
 
@@ -87,8 +87,8 @@ def _interleaved_codes(path: str, tensors: Mapping[str, Tensor]) -> Tensor:
     words = checks.take(path, tensors, "qweight", (None, None), torch.int16)
     if words.shape[1] % 64:
         raise QlabError(
-            f"{path}.qweight {tuple(words.shape)} is not made of 64 columns at a time; the file "
-            "or its config is wrong"
+            f"{path}.qweight {tuple(words.shape)} is not made of 64 columns at a time; "
+            "the file or its config is wrong"
         )
     nibbles = torch.stack([(words >> 4 * b & 15).to(torch.uint8) for b in range(4)], -1)
     codes = rearrange(nibbles, "n (c r h a) b -> (n r) (c h b a)", r=4, h=2, a=8)
@@ -102,7 +102,7 @@ def _unscaled(name: str, scaled: Tensor, scales: Tensor) -> Tensor:
     z = torch.where(s == 0, 8.0, (-scaled.float() / s).round())
     if not bool(((z >= 0) & (z <= 15) & (-(s * z)).to(scaled.dtype).eq(scaled)).all()):
         raise QlabError(
-            f"{name} holds no rounded products of scales and zero points from 0 to 15; the file "
-            "is damaged"
+            f"{name} holds no rounded products of scales and zero points from 0 to 15; "
+            "the file is damaged"
         )
     return (z - 8).to(torch.int8)

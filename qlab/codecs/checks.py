@@ -22,13 +22,13 @@ def refusal(
     weight, or None when it can."""
     if online:
         return (
-            f"{format_name} holds no run-time operations; fold them into the weights or leave the "
-            "method out"
+            f"{format_name} holds no run-time operations; "
+            "fold them into the weights or leave the method out"
         )
     if not isinstance(spec, Int) or spec.bits not in bits:
         return (
-            f"{format_name} has no {spec}; it holds integers of {' or '.join(map(str, bits))} "
-            "bits: write compressed-tensors"
+            f"{format_name} has no {spec}; "
+            f"it holds integers of {' or '.join(map(str, bits))} bits: write compressed-tensors"
         )
     if spec.tile.rows != 1:
         return f"{format_name} has no scale per {spec.tile}; use a scale per group or channel"
@@ -36,8 +36,8 @@ def refusal(
         return f"{format_name} has no zero points between codes; choose a grid that rounds them"
     if spec.scale_dtype not in (None, *HALVES):
         return (
-            f"{format_name} has no {spec.scale_dtype} scales; round them to float16 before codes "
-            "(a spec's scale_dtype)"
+            f"{format_name} has no {spec.scale_dtype} scales; "
+            "round them to float16 before codes (a spec's scale_dtype)"
         )
     return None
 
@@ -57,8 +57,8 @@ def check_leaf(path: str, format_name: str, leaf: QTensor, reason: str | None) -
     if leaf.scales.dtype not in scale_dtypes(spec):
         raise QlabError(
             f"{path}: scales are {leaf.scales.dtype} and {format_name} stores "
-            f"{scale_dtypes(spec)[0]}; round scales to their stored dtype (a spec's scale_dtype) "
-            "before rounding codes"
+            f"{scale_dtypes(spec)[0]}; "
+            "round scales to their stored dtype (a spec's scale_dtype) before rounding codes"
         )
     check_codes(path, leaf)
 
@@ -173,8 +173,8 @@ def refuse_unquantized(specs: Mapping[str, Spec | None]) -> None:
     """Refuse a model without a quantized module."""
     if not any(specs.values()):
         raise QlabError(
-            f"none of the {len(specs)} modules is quantized; write the model without a "
-            "quantization_config"
+            f"none of the {len(specs)} modules is quantized; "
+            "write the model without a quantization_config"
         )
 
 
@@ -186,8 +186,8 @@ def read_spec(where: str, keys: Mapping[str, Any], bits: Collection[int]) -> Int
         raise QlabError(f"{where} has bits {width!r}; qlab reads {', '.join(map(str, bits))}")
     if type(group) is not int or (group < 1 and group != -1):
         raise QlabError(
-            f"{where} has group_size {group!r}; it is a number of input channels, or -1 for a "
-            "scale per row"
+            f"{where} has group_size {group!r}; "
+            "it is a number of input channels, or -1 for a scale per row"
         )
     if type(symmetric) is not bool:
         raise QlabError(f"{where} has sym {symmetric!r}; it is true or false")

@@ -94,8 +94,8 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
     given = [name for name in (INVERSE, PLAIN) if f"{path}.{name}" in tensors]
     if len(given) != 1:
         raise QlabError(
-            f"{path} has {' and '.join(given) or 'no scales'}; qlab expects one of {INVERSE} and "
-            f"{PLAIN}"
+            f"{path} has {' and '.join(given) or 'no scales'}; "
+            f"qlab expects one of {INVERSE} and {PLAIN}"
         )
     scales = _scales(f"{path}.{given[0]}", tensors[f"{path}.{given[0]}"], grid)
     if not weight.float().isfinite().all():
@@ -122,8 +122,8 @@ def _scales(name: str, stored: Tensor, grid: tuple[int, ...]) -> Tensor:
     1."""
     if stored.dtype not in DTYPES or bare(stored.shape) != bare(grid):
         raise QlabError(
-            f"{name} is {_described(stored)}, expected torch.float32 {grid}; the file is damaged "
-            "or its quantization_config is wrong"
+            f"{name} is {_described(stored)}, expected torch.float32 {grid}; "
+            "the file is damaged or its quantization_config is wrong"
         )
     scales = stored.view(torch.float8_e8m0fnu).float() if stored.dtype in POWERS else stored
     if not (scales.isfinite() & (scales > 0)).all():
@@ -161,8 +161,8 @@ def _check_config(config: Mapping[str, Any]) -> None:
     unknown = sorted(map(str, config.keys() - KEYS))
     if unknown:
         raise QlabError(
-            f"quantization_config has unknown key {unknown[0]!r}; of fp8 qlab knows "
-            f"{', '.join(sorted(KEYS))}"
+            f"quantization_config has unknown key {unknown[0]!r}; "
+            f"of fp8 qlab knows {', '.join(sorted(KEYS))}"
         )
     allowed = {"fmt": ("e4m3",), "scale_fmt": ("float", "ue8m0"), "expert_dtype": ("fp8",)}
     for key, values in allowed.items():
@@ -172,11 +172,11 @@ def _check_config(config: Mapping[str, Any]) -> None:
             )
     if _scheme(config) not in ("dynamic", "static"):
         raise QlabError(
-            f"quantization_config has activation_scheme {config['activation_scheme']!r}; qlab "
-            "reads dynamic and static"
+            f"quantization_config has activation_scheme {config['activation_scheme']!r}; "
+            "qlab reads dynamic and static"
         )
     if config.get("modules_to_convert"):
         raise QlabError(
-            f"quantization_config has modules_to_convert {config['modules_to_convert']}; qlab "
-            "reads linears only"
+            f"quantization_config has modules_to_convert {config['modules_to_convert']}; "
+            "qlab reads linears only"
         )

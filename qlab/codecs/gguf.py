@@ -51,8 +51,8 @@ def tensors(path: Path, names: Collection[str]) -> Iterator[tuple[str, str, Leaf
     unused = sorted(stored.keys() - set(names_in_file.values()))
     if unused:
         raise QlabError(
-            f"{path} holds {unused[0]}, for which the model has no parameter; the file is of "
-            "another model"
+            f"{path} holds {unused[0]}, for which the model has no parameter; "
+            "the file is of another model"
         )
     for name, file_name in names_in_file.items():
         leaf = _leaf(f"{path}: {file_name}", stored[file_name])
@@ -114,8 +114,8 @@ def _names(
     [key] = [key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch]
     if not 0 < blocks <= len(stored):
         raise QlabError(
-            f"{path} says that it has {blocks} blocks and holds {len(stored)} tensors; download "
-            "it again"
+            f"{path} says that it has {blocks} blocks and holds {len(stored)} tensors; "
+            "download it again"
         )
     table, names_in_file = gguf.get_tensor_name_map(key, blocks), {}
     for name in names:

@@ -102,8 +102,8 @@ def _check(path: Path, name: str, key: str, value: Any) -> None:
     """Refuse a key that qlab does not know, and a value that no config holds."""
     if key in NEUTRAL and value not in NEUTRAL[key]:
         raise QlabError(
-            f"{path} says {name} {value!r:.40}, which no config made of the file holds; quantize "
-            "the model from its safetensors files"
+            f"{path} says {name} {value!r:.40}, which no config made of the file holds; "
+            "quantize the model from its safetensors files"
         )
     if key not in READ.keys() | NEUTRAL.keys() | NO_LOGIT | ROTARY:
         raise QlabError(

@@ -62,8 +62,8 @@ def version(config: Mapping[str, Any]) -> Version:
     known = {version.name: version for version in (V1, V2)}
     if len(names) > 1 or not names <= known.keys():
         raise QlabError(
-            f"quantization_config has GPTQ format {' and '.join(sorted(names))}; qlab reads "
-            f"{' or '.join(known)}"
+            f"quantization_config has GPTQ format {' and '.join(sorted(names))}; "
+            f"qlab reads {' or '.join(known)}"
         )
     desc_act = config.get("desc_act", False)
     if type(desc_act) is not bool:
@@ -139,8 +139,8 @@ def _unsigned_zeros(version: Version, path: str, leaf: QTensor) -> Tensor:
     if lowest:
         raise QlabError(
             f"{path}: {lowest} of {zeros.numel()} zero points are the lowest code, which GPTQ "
-            "version 1 cannot store (it stores z - 1); write "
-            f"{replace(V2, reordered=version.reordered)}"
+            "version 1 cannot store (it stores z - 1); "
+            f"write {replace(V2, reordered=version.reordered)}"
         )
     return zeros
 
@@ -166,8 +166,8 @@ def decode(version: Version, path: str, tensors: Mapping[str, Tensor], spec: Spe
     k, o = words.shape[0] * 32 // bits, words.shape[1]
     if words.shape[0] * 32 % bits or o * bits % 32:
         raise QlabError(
-            f"{path}.qweight {tuple(words.shape)} does not hold a weight of {spec}; the file or "
-            "its config is wrong"
+            f"{path}.qweight {tuple(words.shape)} does not hold a weight of {spec}; "
+            "the file or its config is wrong"
         )
     cols = spec.tile.cols or k
     groups = -(-k // cols)  # the last one may not be full
@@ -266,12 +266,12 @@ def _spec(path: str, keys: Mapping[str, Any]) -> Spec:
     for key in UNREAD:
         if keys.get(key):
             raise QlabError(
-                f"{path} has {key} {keys[key]!r} in quantization_config; qlab reads plain packed "
-                "weights only"
+                f"{path} has {key} {keys[key]!r} in quantization_config; "
+                "qlab reads plain packed weights only"
             )
     if keys.get("pack_dtype") not in (None, "int32"):
         raise QlabError(
-            f"{path} has pack_dtype {keys['pack_dtype']!r} in quantization_config; qlab reads "
-            "int32 words"
+            f"{path} has pack_dtype {keys['pack_dtype']!r} in quantization_config; "
+            "qlab reads int32 words"
         )
     return checks.read_spec(path, keys, BITS)

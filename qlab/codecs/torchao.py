@@ -40,8 +40,8 @@ def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec |
     quant_type = config.get("quant_type")
     if not isinstance(quant_type, Mapping) or list(quant_type) != ["default"]:
         raise QlabError(
-            f"quantization_config has quant_type {quant_type!r:.80}; qlab reads one config for "
-            "all modules, as 'default'"
+            f"quantization_config has quant_type {quant_type!r:.80}; "
+            "qlab reads one config for all modules, as 'default'"
         )
     kind, data = _typed(quant_type["default"])
     if kind not in READ:
@@ -74,8 +74,8 @@ def _intx(data: Any) -> Spec:
     packing = data.get("intx_packing_format") and _typed(data["intx_packing_format"])[1]
     if not isinstance(dtype, str) or dtype not in INTS or mapping not in list(SYMMETRIC):
         raise QlabError(
-            f"quantization_config has weight_dtype {dtype!r} and mapping_type {mapping!r}; qlab "
-            "reads int1 to int8"
+            f"quantization_config has weight_dtype {dtype!r} and mapping_type {mapping!r}; "
+            "qlab reads int1 to int8"
         )
     if packing not in (None, "UNPACKED_TO_INT8"):
         raise QlabError(
@@ -116,8 +116,8 @@ def _tile(granularity: Any) -> Tile:
     if per_axis_0 or per_last_dim:
         return Tile(1, None)
     raise QlabError(
-        f"quantization_config has granularity {kind} {dict(data)}; qlab reads PerGroup, PerRow "
-        "and PerAxis 0"
+        f"quantization_config has granularity {kind} {dict(data)}; "
+        "qlab reads PerGroup, PerRow and PerAxis 0"
     )
 
 
@@ -143,8 +143,8 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Int | None) -> Leaf:
     o, k = codes.shape
     if spec.tile.cols and k % spec.tile.cols:
         raise QlabError(
-            f"{path}._weight_qdata {(o, k)} does not hold a weight of {spec}; the file or its "
-            "config is wrong"
+            f"{path}._weight_qdata {(o, k)} does not hold a weight of {spec}; "
+            "the file or its config is wrong"
         )
     low, high = (int(extreme) for extreme in codes.aminmax())
     if low < spec.qmin or high > spec.qmax:
@@ -159,8 +159,8 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Int | None) -> Leaf:
     zeros = checks.take_spread(path, tensors, "_weight_zero_point", grid, torch.int8)
     if spec.symmetric and bool(zeros.any()):
         raise QlabError(
-            f"{path}._weight_zero_point is not 0 everywhere and the config says symmetric; one of "
-            "them is wrong"
+            f"{path}._weight_zero_point is not 0 everywhere and the config says symmetric; "
+            "one of them is wrong"
         )
     return QTensor(codes, scales, None if spec.symmetric else zeros, spec)
 

@@ -237,8 +237,8 @@ def _tokenizer(model: Checkpoint) -> PreTrainedTokenizerBase:
         )
     except Exception as error:  # whatever the tokenizer's files make it raise
         raise QlabError(
-            f"{model.path} has no tokenizer that transformers can read ({first_line(error)}); add "
-            "its files"
+            f"{model.path} has no tokenizer that transformers can read ({first_line(error)}); "
+            "add its files"
         ) from error
 
 
@@ -296,13 +296,13 @@ def _streamed(
         name = _named(texts)
         if not written:
             raise QlabError(
-                f"the tokenizer of {model.path} makes no token of {name}; check that it belongs "
-                "to the model"
+                f"the tokenizer of {model.path} makes no token of {name}; "
+                "check that it belongs to the model"
             )
         if written < length:
             raise QlabError(
-                f"{name} holds {written} tokens, less than one window of {length}; give more text "
-                "or a shorter length"
+                f"{name} holds {written} tokens, less than one window of {length}; "
+                "give more text or a shorter length"
             )
         yield _Stream(
             file=file,

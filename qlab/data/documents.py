@@ -73,8 +73,8 @@ def sound(text: str, where: str) -> str:
     except UnicodeEncodeError as error:
         half = ascii(text[error.start])
         raise QlabError(
-            f"{where}: its text has {half} at {error.start}, half of a character; repair or "
-            "remove it"
+            f"{where}: its text has {half} at {error.start}, half of a character; "
+            "repair or remove it"
         ) from error
     if "\0" in text:
         raise QlabError(

@@ -186,8 +186,8 @@ def _processor(model: Checkpoint) -> Any:
         # whatever the files of the processor, or a missing package, make it raise
         raise QlabError(
             f"{model.path} has no processor that transformers can make here "
-            f"({first_line(error)}); add its files, and install Pillow and, for models that also "
-            "take videos, torchvision"
+            f"({first_line(error)}); "
+            "add its files, and install Pillow and, for models that also take videos, torchvision"
         ) from error
 
 
@@ -256,8 +256,8 @@ def _sample(
         processed = processor(text=[text], images=images or None, return_tensors="pt")
     except Exception as error:  # whatever the processor says of text and images that do not fit
         raise QlabError(
-            f"{where}: the processor refuses this sample ({first_line(error)}); check its "
-            "placeholders and images"
+            f"{where}: the processor refuses this sample ({first_line(error)}); "
+            "check its placeholders and images"
         ) from error
     # The attention mask of a single sample is 1 everywhere: the sample has no padding.
     sample = {
@@ -288,6 +288,6 @@ def _image(path: Path, where: str) -> Any:
         raise QlabError(f"{where}: {error}") from error
     except Exception as error:  # whatever the decoder of a format makes of a damaged file
         raise QlabError(
-            f"{where}: the image {path} cannot be read ({first_line(error)}); check the path and "
-            "the file"
+            f"{where}: the image {path} cannot be read ({first_line(error)}); "
+            "check the path and the file"
         ) from error

@@ -111,8 +111,8 @@ def _of_values(values: Iterable[Any], digest: Digest, render: Render) -> Iterato
     for number, value in enumerate(values, 1):
         if isinstance(value, str) and not _is_document(value) and _is_file(value):
             raise QlabError(
-                f"document {number} is the path of a file, {_shown(Path(value))}; give files "
-                "alone, or documents alone"
+                f"document {number} is the path of a file, {_shown(Path(value))}; "
+                "give files alone, or documents alone"
             )
         for document in documents_of(value, f"document {number}", render):
             digest.update(document.encode() + b"\0")
@@ -236,8 +236,8 @@ def _decoded(blocks: Iterable[bytes], path: Path) -> Iterator[str]:
             piece = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             raise QlabError(
-                f"the text {path} is not UTF-8 (byte {offset - pending + error.start}); convert "
-                "it first"
+                f"the text {path} is not UTF-8 (byte {offset - pending + error.start}); "
+                "convert it first"
             ) from error
         if not offset:
             piece = piece.removeprefix("\ufeff")  # the byte order mark of some editors
@@ -303,8 +303,8 @@ def _of_lines(path: Path, pieces: Iterable[str], render: Render) -> Iterator[Ite
         where, row = f"{path}, line {number}", _parsed(line)
         if are_ids(row) and not _is_row(row):
             raise QlabError(
-                f'{where}: not a JSON object with a "text" but token ids; give them to '
-                "qlab.from_ids"
+                f'{where}: not a JSON object with a "text" but token ids; '
+                "give them to qlab.from_ids"
             )
         if not isinstance(row, Mapping) or not (
             isinstance(row.get("text"), str) or isinstance(row.get("messages"), list)
@@ -357,6 +357,6 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         ) from error
     if not columns:
         raise QlabError(
-            f'the text {path} has no column "text" or "messages"; rename the one that '
-            "holds its texts"
+            f'the text {path} has no column "text" or "messages"; '
+            "rename the one that holds its texts"
         )

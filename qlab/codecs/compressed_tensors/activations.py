@@ -62,6 +62,6 @@ def _refuse_others(
         if name == "input_zero_point" and not tensor.any():
             continue
         raise QlabError(
-            f"{path}.{name} has no place where inputs are {spec}; check the file's "
-            "quantization_config"
+            f"{path}.{name} has no place where inputs are {spec}; "
+            "check the file's quantization_config"
         )

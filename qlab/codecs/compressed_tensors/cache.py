@@ -46,8 +46,8 @@ def cache(config: Mapping[str, Any], names: Collection[str]) -> Extra | None:
     if scales is None or not args.get("symmetric", True) or bits not in (4, 8):
         raise QlabError(
             f"{KEY} has strategy {strategy!r} with dynamic {dynamic!r}, symmetric "
-            f"{args.get('symmetric', True)!r} and num_bits {bits}; qlab reads symmetric ones of 4 "
-            "or 8 bits with a scale per tensor, head or token"
+            f"{args.get('symmetric', True)!r} and num_bits {bits}; "
+            "qlab reads symmetric ones of 4 or 8 bits with a scale per tensor, head or token"
         )
     number = "int" if args.get("type", "int") == "int" else "fp"
     says = f"keys and values are cached as {number}{bits} with {scales}"

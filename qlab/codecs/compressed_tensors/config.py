@@ -68,8 +68,8 @@ def config(
     unquantized = sorted(rounded_inputs.keys() - schemes.keys())
     if unquantized:
         raise QlabError(
-            f"{unquantized[0]} has rounded inputs and an unquantized weight; qlab writes both or "
-            "neither"
+            f"{unquantized[0]} has rounded inputs and an unquantized weight; "
+            "qlab writes both or neither"
         )
     refuse_unquantized(specs)
     targets = _targets(schemes, embeddings)
@@ -191,8 +191,8 @@ def _read_targets(config: Mapping[str, Any], names: Collection[str]) -> dict[str
     unknown = plain - {*CLASSES, *modules}
     if unknown:
         raise QlabError(
-            f"targets {sorted(unknown)} are no modules of this model; qlab knows the classes "
-            f"{' and '.join(CLASSES)} only"
+            f"targets {sorted(unknown)} are no modules of this model; "
+            f"qlab knows the classes {' and '.join(CLASSES)} only"
         )
     return targets
 
@@ -239,8 +239,8 @@ def _check_config(config: Mapping[str, Any]) -> bool:
     )
     if config.get("quant_method") != METHOD:
         raise QlabError(
-            f"quantization_config has quant_method {config.get('quant_method')!r}; qlab reads "
-            f"{METHOD!r}"
+            f"quantization_config has quant_method {config.get('quant_method')!r}; "
+            f"qlab reads {METHOD!r}"
         )
     # Engines do not read the status, and some writers leave it out.
     status = config.get("quantization_status")
@@ -251,13 +251,13 @@ def _check_config(config: Mapping[str, Any]) -> bool:
     # Old releases write {"format": "dense", ...} for weights that are not sparse.
     if sparsity.get("format", "dense") not in ("dense", SPARSE):
         raise QlabError(
-            f"quantization_config has sparsity_config {dict(sparsity)}; qlab reads dense and "
-            f"{SPARSE} weights only"
+            f"quantization_config has sparsity_config {dict(sparsity)}; "
+            f"qlab reads dense and {SPARSE} weights only"
         )
     if config.get("moe_sparsity_config"):
         raise QlabError(
-            f"quantization_config has moe_sparsity_config {config['moe_sparsity_config']}; qlab "
-            "does not apply it, and the model would be another"
+            f"quantization_config has moe_sparsity_config {config['moe_sparsity_config']}; "
+            "qlab does not apply it, and the model would be another"
         )
     return sparsity.get("format") == SPARSE
 
@@ -292,8 +292,8 @@ def _preset(name: str) -> Scheme:
 def _check_group(where: str, group: Any) -> None:
     if not isinstance(group, Mapping):
         raise QlabError(
-            f"{where} is neither a scheme with `targets` nor a preset; qlab knows the presets "
-            f"{', '.join(PRESETS)}"
+            f"{where} is neither a scheme with `targets` nor a preset; "
+            f"qlab knows the presets {', '.join(PRESETS)}"
         )
     unknown = sorted(map(str, group.keys() - GROUP_KEYS))
     if unknown:
@@ -302,6 +302,6 @@ def _check_group(where: str, group: Any) -> None:
         )
     if group.get("output_activations"):
         raise QlabError(
-            f"{where} has output_activations {group['output_activations']}; qlab does not round "
-            "outputs"
+            f"{where} has output_activations {group['output_activations']}; "
+            "qlab does not round outputs"
         )

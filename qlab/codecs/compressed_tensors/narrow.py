@@ -50,8 +50,8 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
     k = width * 8 // spec.bits
     if width * 8 % spec.bits or k % (spec.tile.cols or k):
         raise QlabError(
-            f"{path}.weight_packed ({o}, {width}) holds no whole groups of {spec}; the file or "
-            "its config is wrong"
+            f"{path}.weight_packed ({o}, {width}) holds no whole groups of {spec}; "
+            "the file or its config is wrong"
         )
     scales = take_scales(path, tensors, spec, spec.tile.scales_shape(torch.Size((o, k))))
     outer = _global_scale(path, tensors, scales) if spec.outer else None

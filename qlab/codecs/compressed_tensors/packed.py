@@ -59,8 +59,8 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec) -> QTensor:
     o, k = shape = torch.Size(sizes.tolist())
     if o < 1 or k < 1 or not whole_groups(spec, shape):
         raise QlabError(
-            f"{path}.weight_shape {tuple(shape)} does not fit {spec}; the file or its config is "
-            "wrong"
+            f"{path}.weight_shape {tuple(shape)} does not fit {spec}; "
+            "the file or its config is wrong"
         )
     grid, stored, bits = spec.tile.scales_shape(shape), stored_shape(spec, shape), spec.bits
     legacy = _is_legacy(tensors.get(f"{path}.weight_packed"), k, bits)

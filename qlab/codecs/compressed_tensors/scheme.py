@@ -51,13 +51,13 @@ def _refusal_of_grid(spec: Spec) -> str | None:
     if isinstance(spec, Int):
         if strategy(spec.tile) == "block":
             return (
-                f"compressed-tensors has no scale per {spec.tile} block of integers; use a group, "
-                "channel or tensor scale"
+                f"compressed-tensors has no scale per {spec.tile} block of integers; "
+                "use a group, channel or tensor scale"
             )
         if spec.zero_dtype != torch.int8:
             return (
-                f"compressed-tensors has no {spec.zero_dtype} zero points; use a method that "
-                "rounds them"
+                f"compressed-tensors has no {spec.zero_dtype} zero points; "
+                "use a method that rounds them"
             )
     elif spec.bits < 8 and spec not in NAMED.values():
         return (
@@ -65,8 +65,8 @@ def _refusal_of_grid(spec: Spec) -> str | None:
         )
     if spec.scale_dtype not in (None, *WIDE) and spec not in NAMED.values():
         return (
-            f"compressed-tensors has no {spec.scale_dtype} scales for {spec}; store them as "
-            "float32, bfloat16 or float16"
+            f"compressed-tensors has no {spec.scale_dtype} scales for {spec}; "
+            "store them as float32, bfloat16 or float16"
         )
     return None
 
@@ -86,8 +86,8 @@ def _unreadable(rounding: QuantizeInput) -> str | None:
         return f"compressed-tensors has no inputs {written}: {error}"
     if read.static != written.static or not same_grid(read.spec, written.spec):
         return (
-            f"compressed-tensors has no inputs {written}, which would be read as {read}; choose "
-            "another input spec"
+            f"compressed-tensors has no inputs {written}, which would be read as {read}; "
+            "choose another input spec"
         )
     return None
 
@@ -170,8 +170,8 @@ def spec_of(where: str, args: Any) -> Spec:
         raise QlabError(f"{where} has dynamic {args['dynamic']!r}; weights are rounded beforehand")
     if args.get("actorder") not in (None, False, True, "weight", "static", "group", "dynamic"):
         raise QlabError(
-            f"{where} has actorder {args['actorder']!r}; qlab knows weight, static, group and "
-            "dynamic"
+            f"{where} has actorder {args['actorder']!r}; "
+            "qlab knows weight, static, group and dynamic"
         )
     return _spec(where, args, _tile(where, args))
 
@@ -195,8 +195,8 @@ def input_spec_of(where: str, args: Any) -> InputSpec:
         )
     if tile.rows not in (None, 1) or (tile == Tile(1, None) and not per_token):
         raise QlabError(
-            f"{where} has strategy {args.get('strategy')!r}; inputs have a scale per tensor, "
-            "token or group"
+            f"{where} has strategy {args.get('strategy')!r}; "
+            "inputs have a scale per tensor, token or group"
         )
     return InputSpec(spec, static)
 
@@ -216,8 +216,8 @@ def check_args(where: str, args: Any) -> None:
     symmetric, kind = args.get("symmetric", True), args.get("type", "int")
     if symmetric not in (True, False) or kind not in ("int", "float"):
         raise QlabError(
-            f"{where} has symmetric {args.get('symmetric')!r} and type {args.get('type')!r}; qlab "
-            "reads true or false, and int or float"
+            f"{where} has symmetric {args.get('symmetric')!r} and type {args.get('type')!r}; "
+            "qlab reads true or false, and int or float"
         )
 
 
@@ -234,8 +234,8 @@ def _tile(where: str, args: Mapping[str, Any]) -> Tile:
         if name in ("channel", "tensor") and size in (None, -1):
             return Tile(1 if name == "channel" else None, None)
     raise QlabError(
-        f"{where} has strategy {name!r} with group_size {size} and block_structure {block}; qlab "
-        "reads group with a size, block with a structure, channel and tensor"
+        f"{where} has strategy {name!r} with group_size {size} and block_structure {block}; "
+        "qlab reads group with a size, block with a structure, channel and tensor"
     )
 
 

@@ -52,8 +52,8 @@ def check_scales(path: str, leaf: QTensor) -> None:
         )
     if leaf.zeros is not None and leaf.zeros.dtype != torch.int8:
         raise QlabError(
-            f"{path}: compressed-tensors stores int8 zeros, not {leaf.zeros.dtype}; choose a grid "
-            "that rounds them"
+            f"{path}: compressed-tensors stores int8 zeros, not {leaf.zeros.dtype}; "
+            "choose a grid that rounds them"
         )
 
 
@@ -75,6 +75,6 @@ def refuse_others(path: str, tensors: Mapping[str, Tensor], spec: Spec, known: s
     unknown = unknown_name(path, tensors, known | BESIDE)
     if unknown is not None:
         raise QlabError(
-            f"{unknown} has no place beside {', '.join(sorted(known))} at {spec}; check the "
-            "file's quantization_config"
+            f"{unknown} has no place beside {', '.join(sorted(known))} at {spec}; "
+            "check the file's quantization_config"
         )

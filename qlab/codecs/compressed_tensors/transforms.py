@@ -123,8 +123,8 @@ class Group:
         if len(fitting) != 1:
             raise QlabError(
                 f"{path} shares the [{n}, {n}] matrix of {KEY}'s group {self.name} with others, "
-                f"and the files hold {len(fitting)} such matrices; the files are incomplete or "
-                "damaged"
+                f"and the files hold {len(fitting)} such matrices; "
+                "the files are incomplete or damaged"
             )
         return fitting[0]
 
@@ -201,8 +201,8 @@ def _operations(
     if len(at) > 1:
         raise QlabError(
             f"{path} has an {location} that {at[0][0].name} and {at[1][0].name} of {KEY} "
-            "rotate, in an order that the config does not say; qlab reads one such group per "
-            "module and location"
+            "rotate, in an order that the config does not say; "
+            "qlab reads one such group per module and location"
         )
     return tuple(MatMul(group.matrix(path, place, channels, tensor)) for group, place in at)
 
@@ -229,15 +229,15 @@ def _group(name: str, group: Any, names: Collection[str]) -> Group:
         or group.get("type") not in TYPES
     ):
         raise QlabError(
-            f"{where} is {group!r:.80}; qlab reads objects of type {', '.join(TYPES)} with "
-            f"{', '.join(sorted(GROUP_KEYS))}"
+            f"{where} is {group!r:.80}; "
+            f"qlab reads objects of type {', '.join(TYPES)} with {', '.join(sorted(GROUP_KEYS))}"
         )
     head_dim, apply = group.get("head_dim"), group.get("apply", [])
     is_size = head_dim is None or (type(head_dim) is int and head_dim > 0)
     if not is_size or not isinstance(apply, list):
         raise QlabError(
-            f"{where} has head_dim {head_dim!r} and apply {apply!r:.80}; they are a number of "
-            "channels and a list"
+            f"{where} has head_dim {head_dim!r} and apply {apply!r:.80}; "
+            "they are a number of channels and a list"
         )
     dtype = _dtype(where, group.get("precision", "torch.float32"))
     places = tuple(_place(where, place) for place in apply)
@@ -286,8 +286,8 @@ def _place(where: str, place: Any) -> Place:
     unknown = [name for name in classes if name != LINEAR]
     if location in AROUND and unknown:
         raise QlabError(
-            f"{where} targets the class {unknown[0]!r} at its {location}; qlab knows the "
-            f"class {LINEAR} only"
+            f"{where} targets the class {unknown[0]!r} at its {location}; "
+            f"qlab knows the class {LINEAR} only"
         )
     return Place(location, targets, ignore, inverse=bool(place.get("inverse", False)))
 
