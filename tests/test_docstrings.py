@@ -13,16 +13,10 @@ UNDONE = {
     "GRIDS",
     "METHODS",
     "absorb",
-    "aim_at_reference",
-    "awq",
-    "awq_scale",
     "evaluate",
-    "gptaq",
-    "gptq",
     "perplexity",
     "plan",
     "reparametrize",
-    "rtn",
 }
 FUNCTIONS = sorted(
     name

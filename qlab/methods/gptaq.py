@@ -1,11 +1,10 @@
-"""GPTAQ: round towards what the unquantized model computes, not towards what the weight makes of
-inputs that are off already.
+"""GPTAQ: aim at what the unquantized model computes, since the inputs are off already.
 
-Source: Li et al. 2025 (GPTAQ, asymmetric calibration), in closed form and before the rounding, so
-that any method can follow.
+The paper (Li et al. 2025, asymmetric calibration) aims while it rounds. Here the weight is moved in
+closed form before it is rounded, so that any method can follow.
 
-Legend: x input as the quantized sites before it make it, x' the reference model's, H = E x^T x, D =
-E (x' - x)^T x.
+Legend: x the input as the quantized sites before it make it, x' the input in the reference model,
+H = E x^T x, D = E (x' - x)^T x, W_ok weight.
 """
 
 import math
@@ -24,14 +23,33 @@ from qlab.methods.obs import check_damp, cholesky
 
 
 def aim_at_reference(strength: float = 0.5, damp: float = 0.01) -> Transform:
-    """W <- W + strength * W D (H + damp mean(diag H) I)^-1.
+    """W <- W + strength * W D (H + damp mean(diag H) I)^-1, with D = E (x' - x)^T x.
 
-    With strength 1 it is the minimum over V of E |V x - W x'|^2 + damp mean(diag H) |V - W|^2; a
-    smaller strength aims at W times a point between x and x'. Damping is raised where H needs it
-    and noted as `aim_damp`; beyond 1 it is an error. Without drift, as on the reference's own
-    activations, W stays as it is, bit for bit. Routers stay too, as every engine reads them, and
-    weights of routed experts: which tokens reach an expert differs between the two models, so that
-    their rows have no pairs.
+    With strength 1 this minimizes E |V x - W x'|^2 + damp mean(diag H) |V - W|^2 over V. A smaller
+    strength aims at W times a point between x and x'. Without drift D, W stays bit for bit. Routers
+    stay as every engine reads them, and so do routed experts: the tokens that reach an expert
+    differ between the two models, so their rows have no counterpart.
+
+    Args:
+        strength: the share of the way from x to x', not 0.
+        damp: fraction of mean(diag H) that is added to the diagonal of H, from 0 to 1. It is raised
+            where H needs it, and the report holds it as `aim_damp`.
+
+    Returns:
+        A transform of one stage, which rounds nothing. It needs calibration data.
+
+    Raises:
+        QlabError: strength is 0 or not finite, or damp is not from 0 to 1.
+
+    Source:
+        Li et al. 2025, GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration.
+
+    Example:
+        >>> import qlab
+        >>> for stage in qlab.chain(qlab.aim_at_reference(strength=1), qlab.rtn("int4-g64")):
+        ...     print(stage.name, stage.detail)
+        aim_at_reference strength 1, damp 0.01
+        rtn grid minmax
     """
     check_damp(damp)
     if not 0 < abs(strength) < math.inf:
@@ -43,10 +61,10 @@ def aim_at_reference(strength: float = 0.5, damp: float = 0.01) -> Transform:
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
         leaves: dict[str, Leaf] = {}
         notes = dict(graph.notes)
-        for source, sites in by_source(
-            s for s in graph.sites if not s.route and not s.router
-        ).items():
-            if not (drift := stats[source, "drift"]).sum_kk.any():
+        aimed_sites = [site for site in graph.sites if not site.route and not site.router]
+        for source, sites in by_source(aimed_sites).items():
+            drift = stats[source, "drift"]
+            if not drift.sum_kk.any():
                 continue
             try:
                 factor, used = cholesky(stats[source, "second_moment"].mean_kk, damp)
@@ -54,26 +72,39 @@ def aim_at_reference(strength: float = 0.5, damp: float = 0.01) -> Transform:
                 raise QlabError(f"{graph.where(sites[0])}: {error}") from error
             for site in sites:
                 W_ok = graph.weight_ok(site)
-                assert site.weight is not None  # weight_ok refuses it otherwise
-                W_ok = (
-                    W_ok + strength * torch.cholesky_solve((W_ok @ drift.mean_kk).mT, factor).mT
-                )  # H is symmetric
+                # H is symmetric: W D H^-1 = (H^-1 (W D)^T)^T
+                W_ok = W_ok + strength * torch.cholesky_solve((W_ok @ drift.mean_kk).mT, factor).mT
+                assert site.weight is not None  # weight_ok refuses a site without one
                 leaves[site.weight] = W_ok if site.layout == "o k" else W_ok.mT.contiguous()
                 notes[site.path] = {**notes.get(site.path, {}), "aim_damp": used}
         return replace(graph.update(leaves), notes=notes), stats
 
-    return (
-        Stage(
-            "aim_at_reference",
-            frozenset({"second_moment", "drift"}),
-            run,
-            detail=f"strength {strength:g}, damp {damp:g}",
-            sitewise=True,
-            workspace=3,
-        ),
+    stage = Stage(
+        "aim_at_reference",
+        frozenset({"second_moment", "drift"}),
+        run,
+        detail=f"strength {strength:g}, damp {damp:g}",
+        sitewise=True,
+        workspace=3,
     )
+    return (stage,)
 
 
 def gptaq(spec: Spec) -> Transform:
-    """chain(aim_at_reference(), gptq(spec))."""
+    """GPTAQ: chain(aim_at_reference(), gptq(spec)).
+
+    Args:
+        spec: the number grid to round to, or its name such as "int4-g64".
+
+    Returns:
+        A transform of two stages. It needs calibration data.
+
+    Source:
+        Li et al. 2025, GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration.
+
+    Example:
+        >>> import qlab
+        >>> [stage.name for stage in qlab.gptaq("int4-g64")]
+        ['aim_at_reference', 'gptq']
+    """
     return chain(aim_at_reference(), gptq(spec))

@@ -1,8 +1,8 @@
-"""GPTQ: round column by column, each error compensated in the columns not rounded yet (Frantar et
-al. 2022).
+"""GPTQ: round column by column, and make up for each error in the columns not rounded yet (Frantar
+et al. 2022).
 
-Legend: W_ok weight, H_kk mean second moment, s_ko and z_ko scales and zeros of every column in
-solving order.
+Legend: W_ok weight, H_kk mean second moment of the input; [a, g] scales, a tiles down and g tiles
+across; c codes, s scales and z zeros [o] of one column, in the order in which columns are solved.
 """
 
 from collections.abc import Callable, Mapping
@@ -44,24 +44,23 @@ def gptq_codes(
     damp: float,
     block: int,
 ) -> tuple[Tensor, float, int]:
-    """Codes [o, k] on a fixed grid, the damping that was used and the number of dead columns.
-    scales: see qtensor.steps.
+    """Codes [o, k] on a fixed grid, the damping that was used, and the number of dead columns.
 
-    Columns are solved in `order` and returned in their own places, so no g_idx is left behind.
+    scales: what `qtensor.steps` gives. order: the columns [k] as they are solved; codes come back
+    in their own places, so that no g_idx is needed.
     """
     factor = factorize(H_kk.index_select(0, order).index_select(1, order), damp)
     W = W_ok.index_select(1, order).masked_fill_(factor.dead.to(W_ok.device), 0)
     rows, cols = spec.tile.sizes(W_ok.shape)
 
-    def per_column(x_ag: Tensor) -> Tensor:  # [a, g] -> [k, o or 1] in solving order
-        return (
-            x_ag.T.to(W.dtype)
-            .repeat_interleave(rows, 1)[:, : len(W)]
-            .index_select(0, order // cols)
-        )
+    def per_column(x_ag: Tensor) -> Tensor:
+        """[a, g] -> [k, o], in solving order."""
+        x_go = x_ag.T.to(W.dtype).repeat_interleave(rows, 1)[:, : len(W)]
+        return x_go.index_select(0, order // cols)
 
     codes_ko = W.new_empty(W.shape[1], W.shape[0])
-    c, s = codes_ko.unbind(), per_column(scales).unbind()
+    c = codes_ko.unbind()
+    s = per_column(scales).unbind()
     z = None if zeros is None else per_column(zeros).unbind()
 
     def project(w_o: Tensor, j: int, out_o: Tensor) -> None:
@@ -72,11 +71,8 @@ def gptq_codes(
             torch.sub(spec.nearest_(c[j].add_(z[j])), z[j], out=out_o).mul_(s[j])
 
     obs_sweep(W, factor.R_kk, project, block)
-    return (
-        codes_ko[order.argsort()].T.contiguous().to(spec.code_dtype),
-        factor.damp,
-        int(factor.dead.sum()),
-    )
+    codes_ok = codes_ko[order.argsort()].T.contiguous().to(spec.code_dtype)
+    return codes_ok, factor.damp, int(factor.dead.sum())
 
 
 def gptq(
@@ -87,12 +83,35 @@ def gptq(
     block: int = 32,
     sweeps: int = 1,
 ) -> Transform:
-    """min tr((W - W') H (W - W')^T) over codes on a grid that is fixed beforehand (static groups).
+    """GPTQ: min tr((W - W') H (W - W')^T) over codes, on scales that are fixed beforehand.
 
-    damp: fraction of mean(diag H) added to its diagonal. grid, order: see qlab.algebra.grid,
-    act_order, paper_order. block changes speed, not codes (up to rounding). sweeps: rounds of
-    refitting the scales to the codes and descending on the codes afterwards
-    (qlab.methods.quantease); they cost nothing at inference. The paper's method has none.
+    Args:
+        spec: the number grid to round to, or its name such as "int4-g64".
+        grid: how scales and zero points are chosen (see GRIDS).
+        order: H_kk -> the order [k] in which columns are solved: act_order, largest second moment
+            first, or paper_order, left to right.
+        damp: fraction of mean(diag H) that is added to the diagonal of H, from 0 to 1. It is raised
+            where H needs it, and the report holds it.
+        block: columns that are solved before their errors reach the columns behind. It changes
+            speed, and codes only by rounding of sums.
+        sweeps: how often scales are refitted to the codes and codes improved one by one afterwards
+            (qlab.methods.quantease). The paper's method has none.
+
+    Returns:
+        A transform of one stage. It needs calibration data.
+
+    Raises:
+        QlabError: damp is not from 0 to 1, block is below 1, or sweeps below 0.
+
+    Source:
+        Frantar et al. 2022, GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+        Transformers.
+
+    Example:
+        >>> import qlab
+        >>> (stage,) = qlab.gptq("int4-g64", sweeps=0)
+        >>> stage.name, stage.detail
+        ('gptq', 'grid weighted, act_order, damp 0.01, 0 sweeps')
     """
     check_damp(damp)
     if block < 1 or sweeps < 0:
@@ -108,10 +127,11 @@ def gptq(
         s_ag = steps(scales, outer, W_ok.dtype)
         codes, used, dead = gptq_codes(W_ok, H_kk, s_ag, zeros, spec, order(H_kk), damp, block)
         q = QTensor(codes, scales, zeros, spec, outer)
+        # A scale that several rows share is no least-squares problem of one row, and a scale of 8
+        # bits cannot hold its solution.
+        refits = spec.tile.rows == 1 and scales.itemsize > 1
         for _ in range(sweeps):
-            # a scale that rows share has no least-squares problem of its own, and 8 bits are too
-            # few for its solution
-            if spec.tile.rows == 1 and scales.itemsize > 1:
+            if refits:
                 q = refit_scales(W_ok, damped(H_kk, used), q)
             q = descend_codes(W_ok, damped(H_kk, used), q, order(H_kk), block)
         return q, {"grid": grid.name, "damp": used, "dead": dead}

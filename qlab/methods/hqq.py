@@ -2,13 +2,13 @@
 
 min sum |W - s (Q - z)|^p with p < 1 and Q = round(W / s + z), split into two problems that are
 solved in turn:
-E <- shrink(W - s (Q - z)), the errors that are let be, and z <- mean(Q - (W - E) / s).
-Where zero points are codes, or there are none, they have nowhere to go, and the second one moves
-the scale instead:
+E <- shrink(W - s (Q - z)), the part of the error that is given up, and z <- mean(Q - (W - E) / s).
+Where zero points are codes or there are none, they cannot move by less than a step, and the scale
+moves instead:
 s <- <W - E, Q - z> / <Q - z, Q - z>.
 
-Legend: u_agn the weight's tiles in units of the scale; q_agn codes - zeros; s_ag, z_ag scales and
-zeros; e_ag the objective.
+Legend: x_agn the weight's tiles [a, g] of n numbers, u_agn the same in units of the scale; q_agn
+codes - zeros; s_ag, z_ag scales and zeros; e_ag the objective.
 """
 
 from collections.abc import Mapping
@@ -26,16 +26,14 @@ P, BETA, KAPPA, STEPS = 0.7, 10.0, 1.01, 20  # the paper's
 
 
 def sparse_error(x_agn: Tensor, s_ag: Tensor, z_ag: Tensor | None, spec: Spec) -> Tensor:
-    """sum_j |x_j - s (codes_j - z)|^p of every tile [a, g]. s: see qtensor.steps."""
-    return (
-        (x_agn - _rounded(x_agn / s_ag[..., None], z_ag, spec) * s_ag[..., None])
-        .abs()
-        .pow(P)
-        .sum(-1)
-    )
+    """sum_j |x_j - s (codes_j - z)|^p of every tile [a, g]. s: what `qtensor.steps` gives."""
+    s = s_ag[..., None]
+    error_agn = x_agn - _rounded(x_agn / s, z_ag, spec) * s
+    return error_agn.abs().pow(P).sum(-1)
 
 
 def _rounded(u_agn: Tensor, z_ag: Tensor | None, spec: Spec) -> Tensor:
+    """codes - zeros."""
     if z_ag is None:
         return spec.nearest_(u_agn.clone())
     z = z_ag.float()[..., None]
@@ -45,8 +43,8 @@ def _rounded(u_agn: Tensor, z_ag: Tensor | None, spec: Spec) -> Tensor:
 def half_quadratic(
     x_agn: Tensor, s_ag: Tensor, z_ag: Tensor | None, spec: Spec, outer: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The scales and zeros, as they will be stored, of the step with the least sparse_error; where
-    none is better than what it starts from, that."""
+    """Scales and zeros, as they will be stored. Of every tile those with the least sparse_error
+    among what it starts from and STEPS steps."""
     wide = lambda s: steps(s, outer, torch.float32)
     best_s, best_z, best_e = s_ag, z_ag, sparse_error(x_agn, wide(s_ag), z_ag, spec)
     moves_zeros = z_ag is not None and z_ag.is_floating_point()
@@ -58,27 +56,25 @@ def half_quadratic(
         d_agn = (u_agn - q_agn) * s_wide[..., None]  # the paper shrinks errors of the weight itself
         E_agn = d_agn.sign() * (d_agn.abs() - d_agn.abs().pow(P - 1) / beta).relu()
         if z_ag is None or not moves_zeros:
-            s_ag = stored(
-                torch.linalg.vecdot(x_agn - E_agn, q_agn) / torch.linalg.vecdot(q_agn, q_agn),
-                spec,
-                outer,
-            )
+            s_exact = torch.linalg.vecdot(x_agn - E_agn, q_agn) / torch.linalg.vecdot(q_agn, q_agn)
+            s_ag = stored(s_exact, spec, outer)
         else:
             z = z_ag.float()[..., None]
             z_ag = (q_agn + z - u_agn + E_agn / s_wide[..., None]).mean(-1).to(z_ag.dtype)
         e_ag = sparse_error(x_agn, wide(s_ag), z_ag, spec)
         better = e_ag < best_e
-        best_e, best_s = torch.where(better, e_ag, best_e), torch.where(better, s_ag, best_s)
+        best_e = torch.where(better, e_ag, best_e)
+        best_s = torch.where(better, s_ag, best_s)
         best_z = None if z_ag is None or best_z is None else torch.where(better, z_ag, best_z)
     return best_s, best_z
 
 
 def hqq(spec: Spec) -> Transform:
-    """RTN's grid with its zero points moved by half-quadratic splitting; no data.
+    """HQQ: RTN's scales and zero points, moved to make sum |W - W'|^0.7 small. It needs no data.
 
-    The paper's zero points lie between codes, which takes a spec of floating-point zeros. On any
-    other spec the scales move. A tile is never worse than RTN's by sum |W - W'|^0.7 of what is
-    stored.
+    The paper's zero points lie between codes, which takes a spec with zero points of a
+    floating-point dtype. With any other spec the scales move. By that sum no tile is worse than
+    RTN's.
     """
 
     def fn(W_ok: Tensor, stats: Mapping[str, Any], spec: Spec) -> tuple[QTensor, Mapping[str, Any]]:
@@ -86,16 +82,12 @@ def hqq(spec: Spec) -> Transform:
         scales, zeros = fit(minmax, W_ok, spec, outer=outer)
         x_agn = spec.tile.split(W_ok)
         rows = max(1, CHUNK // x_agn[0].numel())
-        chunks = zip(
-            x_agn.split(rows),
-            scales.split(rows),
-            [None] * len(scales) if zeros is None else zeros.split(rows),
-        )
+        z_chunks = [None] * len(scales) if zeros is None else zeros.split(rows)
+        chunks = zip(x_agn.split(rows), scales.split(rows), z_chunks)
         solved = [half_quadratic(x, s, z, spec, outer) for x, s, z in chunks]
         scales = torch.cat([s for s, _ in solved])
         zeros = None if zeros is None else torch.cat([z for _, z in solved if z is not None])
-        return QTensor(round_codes(W_ok, scales, zeros, spec, outer), scales, zeros, spec, outer), {
-            "norm": P
-        }
+        codes = round_codes(W_ok, scales, zeros, spec, outer)
+        return QTensor(codes, scales, zeros, spec, outer), {"norm": P}
 
     return each_weight("hqq", fn, spec, detail=f"norm {P}, {STEPS} steps")

@@ -12,16 +12,27 @@ from qlab.methods.grid import Grid, encode, encode_rows, minmax
 
 
 def rtn(spec: Spec, grid: Grid = minmax) -> Transform:
-    """codes = round(W / s + z) for every selected weight; no data unless the grid weighs its
-    errors.
+    """Round to nearest: codes = round(W / s + z).
 
-    The default grid gives the scales, zero points and codes of compressed-tensors' quantizer,
-    computed in fp32. With a grid that weighs errors no row's output error on the calibration data
-    is above that of the default grid.
+    Args:
+        spec: the number grid to round to, or its name such as "int4-g64".
+        grid: how scales s and zero points z are chosen (see GRIDS). The default, minmax, gives the
+            scales, zero points and codes of compressed-tensors' quantizer. A weighted grid needs
+            calibration data; with it the output error of no row is above that of minmax.
+
+    Returns:
+        A transform of one stage.
+
+    Example:
+        >>> import qlab
+        >>> (stage,) = qlab.rtn("int4-g64")
+        >>> stage.name, str(stage.spec), stage.detail, sorted(stage.needs)
+        ('rtn', 'int4-g64', 'grid minmax', [])
     """
 
     def fn(W_ok: Tensor, stats: Mapping[str, Any], spec: Spec) -> tuple[QTensor, Mapping[str, Any]]:
-        outer, note = stats.get("outer"), {"grid": grid.name}
+        outer = stats.get("outer")
+        note = {"grid": grid.name}
         if not grid.weighted:
             return encode(grid, W_ok, spec, outer=outer), note
         moment = stats["second_moment"]

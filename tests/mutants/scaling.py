@@ -15,8 +15,8 @@ MUTANTS = [
         "identity is no candidate",
         "methods/awq.py",
         "search",
-        "return found if found.loss < identity.loss else identity",
-        "return found",
+        "return scaled if scaled.loss < identity.loss else identity",
+        "return scaled",
         "awq",
     ),
     Mutant(
