@@ -12,11 +12,9 @@ import qlab
 UNDONE = {
     "GRIDS",
     "METHODS",
-    "absorb",
     "evaluate",
     "perplexity",
     "plan",
-    "reparametrize",
 }
 FUNCTIONS = sorted(
     name

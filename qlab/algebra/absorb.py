@@ -1,14 +1,13 @@
-"""Fold online scales into what produces a site's input, found by a walk over the graph: no table of
-architectures.
+"""Fold scales at a site's input into what produces that input, found in the traced program.
 
 A positive scale per channel can move upstream through every operation that is homogeneous in that
 channel. So each candidate producer (a norm's weight, a linear's rows) labels its output channels,
-and the labels are carried forward through the traced program (`qlab.algebra.channels`). A source
-can be scaled by a producer if labels cover all of its channels and none of those labels leaks or
-reaches another source.
+and the labels are carried forward through the program (`qlab.algebra.channels`). A producer can
+take the scale of a source if its labels cover all of the source's channels and none of them leaks
+or reaches another source. Nothing here knows an architecture.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -22,6 +21,7 @@ from qlab.algebra.graph import (
     WEIGHT_OPS,
     Code,
     ModuleGraph,
+    Site,
     aten,
     behind_casts,
     by_origin,
@@ -30,25 +30,30 @@ from qlab.algebra.graph import (
 from qlab.algebra.online import Multiply
 from qlab.algebra.qtensor import Leaf, QTensor
 from qlab.algebra.spec import Spec
+from qlab.algebra.stats import Stats
 from qlab.algebra.transform import Stage, Transform
 from qlab.errors import QlabError
 
-ROUNDED = 2**-8  # relative: what rounding a scale to bf16 may cost
+ROUNDED = 2**-8  # relative error that rounding a scale to bf16 may make
+# operation -> positions of its weight and bias
 NORMS = {
     aten.layer_norm.default: (2, 3),
     aten.rms_norm.default: (2, None),
-}  # positions of weight and bias
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Producer:
-    """A node whose output channel c is scaled by t[c] when (weight + offset)[c] and bias[c] are."""
+    """A node whose output channel c is scaled by t[c] when (weight + offset)[c] and bias[c] are.
+
+    rows: the weight is a matrix whose rows (columns where it is `transposed`) are the channels.
+    """
 
     node: str
     weight: str
     bias: str | None
     offset: float
-    rows: bool  # the weight is a matrix whose rows (columns when `transposed`) are the channels
+    rows: bool
     transposed: bool = False
 
 
@@ -60,69 +65,61 @@ class Fold:
     index_k: Tensor
 
     def tie(self, m_k: Tensor) -> Tensor:
-        """The mean of m over the channels of the source that one producer channel feeds, back on
-        the source [k]."""
-        size, here = int(self.index_k.max()) + 1, m_k.cpu()  # a GPU adds in any order
-        total = here.new_zeros(size).index_add_(0, self.index_k, here)
-        count = here.new_zeros(size).index_add_(0, self.index_k, torch.ones_like(here))
+        """For every channel the mean of m over all channels that share its producer channel [k]."""
+        size = int(self.index_k.max()) + 1
+        m_cpu = m_k.cpu()  # a GPU adds in any order
+        total = m_cpu.new_zeros(size).index_add_(0, self.index_k, m_cpu)
+        count = m_cpu.new_zeros(size).index_add_(0, self.index_k, torch.ones_like(m_cpu))
         return (total / count.clamp_min(1))[self.index_k].to(m_k.device)
 
     def stored(self, graph: ModuleGraph, m_k: Tensor) -> Tensor:
         """The scale that is really applied once the producer is rounded to its stored dtype.
 
-        Norm weights w are stored as round(w m): the exact scale is their quotient, 1 where w = 0.
-        Rows are kept in fp32 until they are rounded by a method or written, so there the scale
-        stays m. A rounded row moves with its scales; where they cannot hold theirs times m, it is
-        1.
+        A norm's weight w is stored as round(w m), so the scale is the quotient of the two, and 1
+        where w = 0. Rows stay in fp32 until a method rounds them or they are written, so their
+        scale stays m. A rounded row takes m with its scales, or 1 where these cannot hold it.
         """
         if self.producer.rows:
             leaf = graph.params[self.producer.weight]
-            return (
-                torch.where(self._held(leaf, m_k), m_k, 1.0) if isinstance(leaf, QTensor) else m_k
-            )
-        w = _tensor(graph, self.producer.weight)
-        stored = graph.stored_dtype(self.producer.weight)
-        before = (_wide(w) + self.producer.offset)[self.index_k]
-        after = (
-            _wide(_scaled(w, self.producer.offset, self._spread(m_k, len(w)), stored))[self.index_k]
-            + self.producer.offset
-        )
+            if not isinstance(leaf, QTensor):
+                return m_k
+            return torch.where(self._can_scale(leaf, m_k), m_k, 1.0)
+        w, offset = _tensor(graph, self.producer.weight), self.producer.offset
+        dtype = graph.stored_dtype(self.producer.weight)
+        scaled = _scaled(w, offset, self._spread(m_k, len(w)), dtype)
+        before = (_wide(w) + offset)[self.index_k]
+        after = _wide(scaled)[self.index_k] + offset
         usable = (before != 0) & (after != 0) & (before.sign() == after.sign())
-        return torch.where(
-            usable, after / before.where(usable, torch.ones_like(before)), torch.ones_like(before)
-        ).float()
+        ones = torch.ones_like(before)
+        return torch.where(usable, after / before.where(usable, ones), ones).float()
 
     def apply(self, graph: ModuleGraph, m_k: Tensor) -> Mapping[str, Leaf]:
         """The producer's leaves with channel index_k[j] multiplied by m_k[j]."""
         p, leaf = self.producer, graph.params[self.producer.weight]
+        leaves: dict[str, Leaf] = {}
         if isinstance(leaf, QTensor):
-            if not self._held(leaf, m_k).all():
+            if not self._can_scale(leaf, m_k).all():
                 raise QlabError(
                     f"{graph.path}.{p.weight} is rounded already and its scales cannot take "
                     "others; reparametrize first"
                 )
             t = self._spread(m_k, leaf.shape[-2])
-            leaves: dict[str, Leaf] = {
-                p.weight: replace(
-                    leaf, scales=(leaf.scales.float() * t[..., None]).to(leaf.scales.dtype)
-                )
-            }
+            scales = (leaf.scales.float() * t[..., None]).to(leaf.scales.dtype)
+            leaves[p.weight] = replace(leaf, scales=scales)
         elif p.rows:
             t = self._spread(m_k, leaf.shape[-1 if p.transposed else -2])
-            leaves = {p.weight: _wide(leaf) * (t[..., None, :] if p.transposed else t[..., None])}
+            leaves[p.weight] = _wide(leaf) * (t[..., None, :] if p.transposed else t[..., None])
         else:
             t = self._spread(m_k, len(leaf))
-            leaves = {p.weight: _scaled(leaf, p.offset, t, graph.stored_dtype(p.weight))}
+            leaves[p.weight] = _scaled(leaf, p.offset, t, graph.stored_dtype(p.weight))
         if p.bias:
-            b = _tensor(graph, p.bias)
-            leaves[p.bias] = (
-                _wide(b) * t if p.rows else _scaled(b, 0.0, t, graph.stored_dtype(p.bias))
-            )
+            b, dtype = _tensor(graph, p.bias), graph.stored_dtype(p.bias)
+            leaves[p.bias] = _wide(b) * t if p.rows else _scaled(b, 0.0, t, dtype)
         return leaves
 
-    def _held(self, q: QTensor, m_k: Tensor) -> Tensor:
-        """[k]: whether the rounded row that makes this channel can be scaled by m, which rounds its
-        scales once more."""
+    def _can_scale(self, q: QTensor, m_k: Tensor) -> Tensor:
+        """[k]: whether the rounded row behind this channel can be multiplied by m, which rounds the
+        row's scales a second time."""
         if not rows_move(q.spec):
             return torch.zeros_like(m_k, dtype=torch.bool)
         exact = q.scales.float() * self._spread(m_k, q.shape[-2])[..., None]
@@ -130,11 +127,11 @@ class Fold:
         return close.all(-1)[..., self.index_k]
 
     def _spread(self, m_k: Tensor, size: int) -> Tensor:
-        """[k] -> [size], or experts' own [e, 1, k] -> [e, size]."""
+        """The scale of the producer's channels: [k] -> [size], or of experts [e, 1, k] -> [e,
+        size]. Channels that feed nothing here get 1."""
         m = m_k if m_k.ndim == 1 else m_k[:, 0]
-        return torch.ones(*m.shape[:-1], size, dtype=torch.float32, device=m.device).index_copy_(
-            -1, self.index_k.to(m.device), m.float()
-        )
+        ones = torch.ones(*m.shape[:-1], size, dtype=torch.float32, device=m.device)
+        return ones.index_copy_(-1, self.index_k.to(m.device), m.float())
 
 
 def _scaled(w: Tensor, offset: float, t: Tensor, stored: torch.dtype) -> Tensor:
@@ -154,117 +151,137 @@ def _tensor(graph: ModuleGraph, path: str) -> Tensor:
 
 
 def rows_move(spec: Spec) -> bool:
-    """Whether rows that are rounded to this spec can still be scaled: each has scales of its own,
-    of more than 8 bits.
-
-    Rounding commutes with scaling rows, but for how the scales themselves are rounded.
-    """
+    """Whether rows that are rounded to this spec can still be scaled: each row has scales of its
+    own, of more than 8 bits. Rounding commutes with scaling a row, but for the rounding of the
+    scales themselves."""
     return spec.tile.rows == 1 and (spec.scale_dtype is None or spec.scale_dtype.itemsize > 1)
 
 
 # ------------------------------------------------------------------ search
 @lru_cache(maxsize=32)
 def folds(code: Code) -> Mapping[str, Fold]:
-    """source -> where a scale on its channels can go, for every source that has such a place (the
-    nearest one)."""
-    found: dict[str, Fold] = {}
-    for producer in _producers(code):  # later ones are nearer to the sources and take precedence
-        walk = _labelled(code, producer.node)
+    """source -> the nearest place that can take a scale of its channels, where there is one."""
+    places: dict[str, Fold] = {}
+    for producer in _producers(code):  # later producers are nearer to the sources
+        walk = _walked(code, producer.node)
         for source, index in walk.reached.items():
             others = {int(c) for s, i in walk.reached.items() if s != source for c in i.unique()}
             mine = set(index.unique().tolist())
             if NONE not in mine and not mine & (walk.leaked | others):
-                found[source] = Fold(producer, index)
-    return found
+                places[source] = Fold(producer, index)
+    return places
 
 
-def _labelled(code: Code, producer: str) -> Labels:
-    """Labels at a small size; at the traced one for programs that hold for some lengths only, as
-    loops over blocks of tokens do."""
+def _walked(code: Code, producer: str) -> Labels:
+    """The labels after a run on small inputs, or on inputs as they were traced, for programs that
+    hold only for some lengths (loops over blocks of tokens)."""
+    walk = Labels(code, producer)
     try:
-        (walk := Labels(code, producer)).run(*_inputs(code, small=True))
+        walk.run(*_meta_inputs(code, small=True))
     except RuntimeError:
-        (walk := Labels(code, producer)).run(*_inputs(code, small=False))
+        walk = Labels(code, producer)
+        walk.run(*_meta_inputs(code, small=False))
     return walk
 
 
-def _inputs(code: Code, small: bool) -> list[Tensor]:
-    """Tensors on meta for everything that enters a program, as it was traced, or small, so that
-    labels are: with 3 for every size that its trace left open, where sizes that were equal there
-    stay equal. A size that is always the last one counts channels, and is kept."""
-    entering = [n.meta["val"] for n in code.graph.nodes if n.op == "placeholder"]
-    last = {
-        symbol: d.node.hint for t in entering for d in t.shape[-1:] for symbol in open_symbols(d)
+def _meta_inputs(code: Code, small: bool) -> list[Tensor]:
+    """Meta tensors for every graph input.
+
+    With `small`, each open dimension becomes 3 (equal symbols stay equal), so that label tensors
+    are cheap. A dimension that only appears last counts channels and keeps its size.
+    """
+    values = [n.meta["val"] for n in code.graph.nodes if n.op == "placeholder"]
+    rows = {symbol for t in values for d in t.shape[:-1] for symbol in open_symbols(d)}
+    channels = {
+        symbol: d.node.hint for t in values for d in t.shape[-1:] for symbol in open_symbols(d)
     }
-    for symbol in {symbol for t in entering for d in t.shape[:-1] for symbol in open_symbols(d)}:
-        last.pop(symbol, None)
 
     def size(d: Any) -> int:
-        if not small or not open_symbols(d):
-            return int(d.node.hint) if open_symbols(d) else int(d)
-        return int(d.node.expr.subs({symbol: last.get(symbol, 3) for symbol in open_symbols(d)}))
+        symbols = open_symbols(d)
+        if not symbols:
+            return int(d)
+        if not small:
+            return int(d.node.hint)
+        sizes = {s: channels[s] if s in channels and s not in rows else 3 for s in symbols}
+        return int(d.node.expr.subs(sizes))
 
-    return [torch.empty([size(d) for d in t.shape], device="meta", dtype=t.dtype) for t in entering]
+    return [torch.empty([size(d) for d in t.shape], device="meta", dtype=t.dtype) for t in values]
 
 
 def _producers(code: Code) -> list[Producer]:
-    found = []
-    sites = {s.weight: s for s in code.sites}
+    """The nodes that could take a scale of their output channels, in running order."""
+    sites = {site.weight: site for site in code.sites}
+    producers: list[Producer] = []
     for node in code.graph.nodes:
-        if (
-            node.target in WEIGHT_OPS
-            and (w := code.params.get(behind_casts(node.args[WEIGHT_OPS[node.target][1]]).name))
-            in sites
-        ):
-            b_at = WEIGHT_OPS[node.target][2]
-            if b_at is not None and len(node.args) > b_at and not _own(code, node.args[b_at]):
-                continue
-            found.append(
-                Producer(
-                    node=node.name,
-                    weight=w,
-                    bias=sites[w].bias,
-                    offset=0.0,
-                    rows=True,
-                    transposed=sites[w].layout.endswith("k o"),
-                )
-            )
+        if node.target in WEIGHT_OPS:
+            producers += _linear(code, sites, node)
         elif node.target in NORMS:
-            w_at, b_at = NORMS[node.target]
-            args = (*node.args, *[None] * 4)
-            weight, bias = (
-                code.params.get(a.name) if isinstance(a, fx.Node) else None
-                for a in (args[w_at], args[b_at] if b_at else None)
-            )
-            if weight and _own(code, args[w_at]) and (b_at is None or _own(code, args[b_at])):
-                found.append(
-                    Producer(node=node.name, weight=weight, bias=bias, offset=0.0, rows=False)
-                )
+            producers += _norm(code, node)
         elif node.target is aten.mul.Tensor:
-            for operand in node.args[:2]:
-                if (vector := _vector(code, operand)) and operand.meta["val"].shape[0] == node.meta[
-                    "val"
-                ].shape[-1]:
-                    found.append(
-                        Producer(
-                            node=node.name,
-                            weight=vector[0],
-                            bias=None,
-                            offset=vector[1],
-                            rows=False,
-                        )
-                    )
-    return found
+            producers += _vectors(code, node)
+    return producers
+
+
+def _linear(code: Code, sites: Mapping[str | None, Site], node: fx.Node) -> list[Producer]:
+    """The rows of a site's weight."""
+    _, w_at, b_at, _ = WEIGHT_OPS[node.target]
+    weight = code.params.get(behind_casts(node.args[w_at]).name)
+    if weight not in sites:
+        return []
+    bias = node.args[b_at] if b_at is not None and len(node.args) > b_at else None
+    if not _own(code, bias):
+        return []
+    site = sites[weight]
+    return [
+        Producer(
+            node=node.name,
+            weight=weight,
+            bias=site.bias,
+            offset=0.0,
+            rows=True,
+            transposed=site.layout.endswith("k o"),
+        )
+    ]
+
+
+def _norm(code: Code, node: fx.Node) -> list[Producer]:
+    """The weight and bias of a norm."""
+    w_at, b_at = NORMS[node.target]
+    args = dict(enumerate(node.args))
+    weight, bias = args.get(w_at), None if b_at is None else args.get(b_at)
+    if not isinstance(weight, fx.Node) or not (_own(code, weight) and _own(code, bias)):
+        return []
+    return [
+        Producer(
+            node=node.name,
+            weight=code.params[weight.name],
+            bias=None if bias is None else code.params[bias.name],
+            offset=0.0,
+            rows=False,
+        )
+    ]
+
+
+def _vectors(code: Code, node: fx.Node) -> list[Producer]:
+    """A parameter [k] that the output is multiplied by, as norms written out by hand do."""
+    producers = []
+    for operand in node.args[:2]:
+        vector = _vector(code, operand)
+        if vector and operand.meta["val"].shape[0] == node.meta["val"].shape[-1]:
+            weight, offset = vector
+            producers.append(
+                Producer(node=node.name, weight=weight, bias=None, offset=offset, rows=False)
+            )
+    return producers
 
 
 def _own(code: Code, node: fx.Node | None) -> bool:
-    """Whether this is a leaf that nothing else reads, or absent: then scaling it is felt here
-    alone."""
+    """Whether this is a leaf that no other node reads, or no node at all."""
     return node is None or (node.name in code.params and len(node.users) == 1)
 
 
 def _vector(code: Code, node: Any) -> tuple[str, float] | None:
-    """(path, offset) if the node is a parameter [k] used once, behind casts and an added constant
+    """(path, offset) of a parameter [k] that is used once, behind casts and an added constant
     (Gemma's 1 + w)."""
     offset = 0.0
     while isinstance(node, fx.Node) and node.op == "call_function" and len(node.users) == 1:
@@ -273,47 +290,54 @@ def _vector(code: Code, node: Any) -> tuple[str, float] | None:
         elif node.target not in SAME_VALUES:
             return None
         node = node.args[0]
-    if (
-        isinstance(node, fx.Node)
-        and node.name in code.params
-        and len(node.users) == 1
-        and node.meta["val"].ndim == 1
-    ):
-        return code.params[node.name], offset
-    return None
+    if not isinstance(node, fx.Node) or node.name not in code.params:
+        return None
+    used_once, is_vector = len(node.users) == 1, node.meta["val"].ndim == 1
+    return (code.params[node.name], offset) if used_once and is_vector else None
 
 
 # ------------------------------------------------------------------ absorb
 def fold_scales(graph: ModuleGraph) -> ModuleGraph:
-    """Every leading online scale that a producer can take, folded into it; the others stay in
-    `online`."""
+    """The graph with every leading scale that a producer can take folded into it. The other scales
+    stay at their inputs."""
     places = folds(graph.code)
-    for source, sites in by_origin(graph.code.sites).items():
-        ops = [graph.online.get(s.path, ()) for s in sites]
-        if source not in places or not all(o and isinstance(o[0], Multiply) for o in ops):
+    for origin, sites in by_origin(graph.code.sites).items():
+        m_k = _leading_scale(graph, sites)
+        if origin not in places or m_k is None:
             continue
-        scales = [o[0].m_k for o in ops if isinstance(o[0], Multiply)]
-        if not all(torch.equal(m, scales[0]) for m in scales[1:]) or not (scales[0] > 0).all():
-            continue  # relu and its like let only positive scales through
-        one = bool((scales[0] == 1).all())  # rounded rows that cannot move have no other
-        online = {
-            path: rest
-            for path, rest in {
-                **graph.online,
-                **{s.path: graph.online[s.path][1:] for s in sites},
-            }.items()
-            if rest
-        }
-        graph = replace(
-            graph if one else graph.update(places[source].apply(graph, scales[0])), online=online
-        )
+        if not (m_k == 1).all():  # rounded rows that cannot be scaled have a scale of 1
+            graph = graph.update(places[origin].apply(graph, m_k))
+        online = {**graph.online, **{s.path: graph.online[s.path][1:] for s in sites}}
+        graph = replace(graph, online={path: ops for path, ops in online.items() if ops})
     return graph
 
 
+def _leading_scale(graph: ModuleGraph, sites: Sequence[Site]) -> Tensor | None:
+    """The positive scale that the inputs of all these sites are first multiplied by, or None where
+    there is no such scale. Relu and its like let only positive scales through."""
+    leading = [graph.online.get(site.path, ())[:1] for site in sites]
+    scales = [op.m_k for ops in leading for op in ops if isinstance(op, Multiply)]
+    if len(scales) < len(sites) or not all(torch.equal(m, scales[0]) for m in scales[1:]):
+        return None
+    return scales[0] if (scales[0] > 0).all() else None
+
+
 def absorb() -> Transform:
-    """A lossless stage: fold_scales on every segment."""
-    return (
-        Stage(
-            "absorb", frozenset(), lambda graph, stats: (fold_scales(graph), stats), lossless=True
-        ),
-    )
+    """Fold scales at inputs into what produces those inputs (a norm, the rows of a linear).
+
+    The function stays. Scales that nothing can take stay at their inputs, and a format without a
+    place for them refuses those. Place it behind `reparametrize` with a vector, as awq_scale does.
+
+    Returns:
+        A transform of one stage, which rounds nothing.
+
+    Example:
+        >>> import qlab
+        >>> [(stage.name, stage.lossless) for stage in qlab.absorb()]
+        [('absorb', True)]
+    """
+
+    def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
+        return fold_scales(graph), stats
+
+    return (Stage("absorb", frozenset(), run, lossless=True),)

@@ -1,11 +1,13 @@
 """Where a producer's output channels go: their numbers, carried as labels through a traced program.
 
-Views move labels, attention copies them from values to outputs (under grouped queries one label
-reaches several channels), a product with something unlabelled keeps them, and any other operation
-*leaks* them.
+Each operation on labelled values has a rule (`RULES`) that gives the labels of its result. Views
+move labels, a product with something unlabelled keeps them, and attention copies them from values
+to outputs, where under grouped queries one label reaches several channels. An operation without a
+rule, or to which its rule does not apply, *leaks* the labels: a scale cannot move through it.
 """
 
 import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +29,12 @@ NONE = -1  # the label of a channel that this producer does not feed
 
 
 class Labels(fx.Interpreter):
-    """Carries a producer's channel numbers forward beside meta values of every node."""
+    """Runs a program on meta tensors, with the producer's channel numbers beside every value.
+
+    labels: node -> a tensor of channel numbers in the shape of its value, or several. leaked: the
+    channels that no scale can move through. reached: origin of sites -> the labels [k] of its
+    channels.
+    """
 
     def __init__(self, code: Code, producer: str):
         super().__init__(nn.Module(), graph=code.graph)
@@ -43,23 +50,35 @@ class Labels(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        labelled = [a for a in n.all_input_nodes if a in self.labels]
+        labelled = [node for node in n.all_input_nodes if node in self.labels]
         if n.name == self.producer:
             self.labels[n] = torch.arange(value.shape[-1]).expand(value.shape)
         elif n.op == "output" or (labelled and n.op == "call_function"):
-            out = self._follow(n, value) if n.op == "call_function" else None
-            if out is not None:
-                self.labels[n] = out
+            result = self._follow(n, value) if n.op == "call_function" else None
+            if result is not None:
+                self.labels[n] = result
             elif n.target not in HARMLESS and not self._reaches_site(n):
-                for a in labelled:
-                    self._leak(self.labels[a])
+                for node in labelled:
+                    self.leak(self.labels[node])
         return value
 
-    def _leak(self, labels: Any) -> None:
+    def leak(self, labels: Any) -> None:
+        """Note that no scale can move on from here."""
         for t in labels if isinstance(labels, list | tuple) else [labels]:
             self.leaked |= {c for c in t.unique().tolist() if c != NONE}
 
+    def _follow(self, n: fx.Node, value: Any) -> Any:
+        """The labels of a node's value, or None where they leak."""
+        rule = RULES.get(n.target)
+        if rule is None:
+            return None
+        return rule(self, n, [self._label_of(argument) for argument in n.args], value)
+
+    def _label_of(self, argument: Any) -> Any:
+        return self.labels.get(argument) if isinstance(argument, fx.Node) else None
+
     def _reaches_site(self, n: fx.Node) -> bool:
+        """Whether the labels are those of a site's input, the same for every token."""
         if n.target not in WEIGHT_OPS:
             return False
         x_at, w_at, _, _ = WEIGHT_OPS[n.target]
@@ -74,86 +93,130 @@ class Labels(fx.Interpreter):
         self.reached[site.origin] = rows[0].clone()
         return True
 
-    def _follow(self, n: fx.Node, value: Any) -> Any:
-        """Labels of the node's output, or None where the operation is not homogeneous in the
-        labelled operand."""
-        args = [self.labels.get(a) if isinstance(a, fx.Node) else None for a in n.args]
-        first = args[0] if args else None
-        others = [a for a in args[1:] if a is not None]
-        if n.target is operator.getitem:
-            return first[n.args[1]]
-        if n.target in HOMOGENEOUS and first is not None and not others:
-            return first.expand(value.shape)
-        if n.target in LAYOUT and first is not None:
-            rest, kwargs = self.fetch_args_kwargs_from_env(n)
-            return n.target(first, *rest[1:], **kwargs)
-        if (
-            n.target in (aten.mul.Tensor, aten.div.Tensor)
-            and len(others) + (first is not None) == 1
-        ):
-            return (
-                None
-                if n.target is aten.div.Tensor and others
-                else (first if not others else others[0]).expand(value.shape)
-            )
-        if (
-            n.target is aten.add.Tensor
-            and first is not None
-            and others
-            and torch.equal(first, others[0])
-        ):
-            return first
-        if n.target in (aten.cat.default, aten.stack.default):
-            return self._concatenate(n)
-        if n.target is aten.einsum.default:
-            return self._contract(n)
-        if (
-            n.target is aten.index.Tensor and first is not None and len(n.args[1]) == 1
-        ):  # rows, in another order
-            return first[:1].expand(value.shape) if (first == first[:1]).all() else None
-        if n.target in PRODUCTS and first is None and len(others) == 1:
-            return _mixed_over_tokens(others[0], value.shape)
-        if n.target is aten.scaled_dot_product_attention.default and args[2] is not None:
-            for scored in args[
-                :2
-            ]:  # queries and keys of a fused projection go into the softmax; its values go on
-                if scored is not None:
-                    self._leak(scored)
-            heads = value.shape[-3] // args[2].shape[-3]
-            return _mixed_over_tokens(args[2].repeat_interleave(heads, dim=-3), value.shape)
+
+# ------------------------------------------------------------------ rules
+# (walk, node, labels of each argument or None, value) -> labels of the value, or None: they leak
+Rule = Callable[[Labels, fx.Node, Sequence[Any], Any], Any]
+
+
+def _item(walk: Labels, n: fx.Node, labels: Sequence[Any], value: Any) -> Any:
+    """One of the outputs of an operation that has several."""
+    return labels[0][n.args[1]]
+
+
+def _elementwise(walk: Labels, n: fx.Node, labels: Sequence[Any], value: Any) -> Any:
+    """f(s x) = s f(x) for every number by itself."""
+    if not labels or labels[0] is None or _labelled(labels[1:]):
+        return None
+    return labels[0].expand(value.shape)
+
+
+def _view(walk: Labels, n: fx.Node, labels: Sequence[Any], value: Any) -> Any:
+    """Labels move as the numbers do."""
+    if not labels or labels[0] is None:
+        return None
+    args, kwargs = walk.fetch_args_kwargs_from_env(n)
+    return n.target(labels[0], *args[1:], **kwargs)
+
+
+def _factor(walk: Labels, n: fx.Node, labels: Sequence[Any], value: Any) -> Any:
+    """A product of which one factor is labelled."""
+    factors = _labelled(labels)
+    return factors[0].expand(value.shape) if len(factors) == 1 else None
+
+
+def _dividend(walk: Labels, n: fx.Node, labels: Sequence[Any], value: Any) -> Any:
+    """A quotient whose dividend alone is labelled."""
+    return None if _labelled(labels[1:]) else _factor(walk, n, labels, value)
+
+
+def _sum(walk: Labels, n: fx.Node, labels: Sequence[Any], value: Any) -> Any:
+    """A sum of two terms that carry the same labels."""
+    terms = _labelled(labels)
+    same = labels[0] is not None and len(terms) > 1 and torch.equal(terms[0], terms[1])
+    return terms[0] if same else None
+
+
+def _joined(walk: Labels, n: fx.Node, labels: Sequence[Any], value: Any) -> Any:
+    """Parts side by side, of which some may have no labels."""
+    (parts, *rest), kwargs = walk.fetch_args_kwargs_from_env(n)
+    nodes = n.args[0]
+    assert isinstance(nodes, list | tuple)
+    unlabelled = [torch.full(part.shape, NONE, dtype=torch.long) for part in parts]
+    joined = [walk.labels.get(node, none) for node, none in zip(nodes, unlabelled)]
+    return n.target(joined, *rest, **kwargs)
+
+
+def _contracted(walk: Labels, n: fx.Node, labels: Sequence[Any], value: Any) -> Any:
+    """An einsum of one labelled operand, where all terms of each sum carry the same label.
+
+    They do if the mean of the squared labels is the square of their mean.
+    """
+    (equation, operands, *_), _ = walk.fetch_args_kwargs_from_env(n)
+    labelled = [node for node in n.args[1] if node in walk.labels]
+    if len(labelled) > 1:
         return None
 
-    def _concatenate(self, n: fx.Node) -> Tensor:
-        (parts, *rest), kwargs = self.fetch_args_kwargs_from_env(n)
-        inputs = n.args[0]
-        assert isinstance(inputs, list | tuple)
-        labels = [
-            self.labels.get(node, torch.full(v.shape, NONE, dtype=torch.long))
-            for node, v in zip(inputs, parts)
+    def mean(power: int) -> Tensor:
+        """Of the labels' powers, over the terms of each sum."""
+        ones = [torch.ones(operand.shape, dtype=torch.float64) for operand in operands]
+        powers = [
+            walk.labels[node].double() ** power if node in labelled else one
+            for node, one in zip(n.args[1], ones)
         ]
-        return n.target(labels, *rest, **kwargs)
+        return torch.einsum(equation, powers) / torch.einsum(equation, ones)
 
-    def _contract(self, n: fx.Node) -> Tensor | None:
-        """Labels of a sum of products with one labelled operand, where all terms of a sum carry the
-        same one."""
-        (equation, operands, *_), _ = self.fetch_args_kwargs_from_env(n)
-        labelled = [node for node in n.args[1] if node in self.labels]
-        if len(labelled) > 1:
-            return None
-
-        def mean(power: int) -> Tensor:  # of the labels' powers over the terms of each sum
-            ones = [torch.ones(value.shape, dtype=torch.float64) for value in operands]
-            powers = [
-                self.labels[node].double() ** power if node in labelled else one
-                for node, one in zip(n.args[1], ones)
-            ]
-            return torch.einsum(equation, powers) / torch.einsum(equation, ones)
-
-        return mean(1).long() if torch.equal(mean(1) ** 2, mean(2)) else None
+    return mean(1).long() if torch.equal(mean(1) ** 2, mean(2)) else None
 
 
-def _mixed_over_tokens(labels: Tensor, shape: torch.Size) -> Tensor | None:
-    """Labels of P @ V: a mixture over tokens keeps V's channels if every token carries the same
-    ones."""
+def _gathered(walk: Labels, n: fx.Node, labels: Sequence[Any], value: Any) -> Any:
+    """Rows in another order, where every row carries the same labels."""
+    rows = labels[0]
+    if rows is None or len(n.args[1]) != 1:
+        return None
+    return rows[:1].expand(value.shape) if (rows == rows[:1]).all() else None
+
+
+def _mixed(walk: Labels, n: fx.Node, labels: Sequence[Any], value: Any) -> Any:
+    """P @ V with labelled V."""
+    if labels[0] is not None or len(_labelled(labels)) != 1:
+        return None
+    return _over_tokens(_labelled(labels)[0], value.shape)
+
+
+def _attended(walk: Labels, n: fx.Node, labels: Sequence[Any], value: Any) -> Any:
+    """Attention with labelled values. Labels of queries and keys, as a fused projection gives
+    them, end in the softmax."""
+    queries, keys, values = labels[:3]
+    if values is None:
+        return None
+    for scored in _labelled([queries, keys]):
+        walk.leak(scored)
+    queries_per_value = value.shape[-3] // values.shape[-3]
+    return _over_tokens(values.repeat_interleave(queries_per_value, dim=-3), value.shape)
+
+
+def _over_tokens(labels: Tensor, shape: torch.Size) -> Tensor | None:
+    """Labels of a mixture of rows V: those of V, if every row carries the same ones."""
     same = (labels == labels[..., :1, :]).all()
     return labels[..., :1, :].expand(shape) if same else None
+
+
+def _labelled(labels: Sequence[Any]) -> list[Any]:
+    return [each for each in labels if each is not None]
+
+
+RULES: Mapping[Any, Rule] = {
+    **dict.fromkeys(HOMOGENEOUS, _elementwise),
+    **dict.fromkeys(LAYOUT, _view),
+    **dict.fromkeys(PRODUCTS, _mixed),
+    operator.getitem: _item,
+    aten.mul.Tensor: _factor,
+    aten.div.Tensor: _dividend,
+    aten.add.Tensor: _sum,
+    aten.cat.default: _joined,
+    aten.stack.default: _joined,
+    aten.einsum.default: _contracted,
+    aten.index.Tensor: _gathered,
+    aten.scaled_dot_product_attention.default: _attended,
+}

@@ -1,4 +1,5 @@
-"""What happens at run time to a value: rounding it, multiplying it with a matrix."""
+"""Operations at run time on the input x of a linear layer: rounding it, scaling it, multiplying it
+with a matrix."""
 
 from dataclasses import dataclass
 
@@ -14,13 +15,13 @@ from qlab.algebra.spec import InputSpec, Spec
 
 @dataclass(frozen=True)
 class QuantizeInput:
-    """The online operation x -> dense(round(x)) on the grid `minmax`, x [..., k] seen as [tokens,
-    k], computed in fp32.
+    """x -> dense(round(x)) on the grid `minmax`, computed in fp32 over x as [tokens, k].
 
-    A last group of channels that is not full is filled up with zeros. Its gradient is the
-    straight-through one: that of x -> x.
+    A last group of channels that is not full is filled up with zeros. The gradient is that of
+    x -> x (straight-through).
 
-    scales, zeros [1, 1] or outer [1]: what was fixed beforehand; None is found for the x at hand.
+    spec: its tiles lie over [tokens, k]. scales, zeros [1, 1] or outer [1]: fixed beforehand; where
+    they are None they are computed from each x.
     """
 
     spec: Spec
@@ -31,33 +32,33 @@ class QuantizeInput:
     @property
     def input_spec(self) -> InputSpec:
         """The operation without its tensors."""
-        return InputSpec(self.spec, self.scales is not None or self.outer is not None)
+        static = self.scales is not None or self.outer is not None
+        return InputSpec(self.spec, static)
 
     def __call__(self, x: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and x.requires_grad):
             return self._rounded(x)
         with torch.no_grad():
             rounded = self._rounded(x)
-        return rounded + (x - x.detach())  # which adds 0
+        return rounded + (x - x.detach())  # adds 0, with the gradient of x
 
     def _rounded(self, x: Tensor) -> Tensor:
-        x_nk, k = x.flatten(0, -2).float(), x.shape[-1]
-        x_nk = F.pad(x_nk, (0, -k % (self.spec.tile.cols or k)))
+        k = x.shape[-1]
+        x_nk = F.pad(x.flatten(0, -2).float(), (0, -k % (self.spec.tile.cols or k)))
         scales, zeros, outer = (
             None if t is None else t.to(x.device) for t in (self.scales, self.zeros, self.outer)
         )
         if scales is None:
             q = encode(minmax, x_nk, self.spec, outer=outer)
         else:
-            q = QTensor(
-                round_codes(x_nk, scales, zeros, self.spec, outer), scales, zeros, self.spec, outer
-            )
+            codes = round_codes(x_nk, scales, zeros, self.spec, outer)
+            q = QTensor(codes, scales, zeros, self.spec, outer)
         return dense(q, torch.float32)[:, :k].reshape(x.shape).to(x.dtype)
 
 
 @dataclass(frozen=True)
 class Multiply:
-    """The online operation x -> x * m, m [k], or of experts' rows m [e, 1, k]."""
+    """x -> x * m, with m [k], or [e, 1, k] for rows x that belong to experts."""
 
     m_k: Tensor
 
@@ -72,7 +73,7 @@ class Multiply:
 
 @dataclass(frozen=True)
 class Rotate:
-    """The online operation x -> x @ M, M [k, k]."""
+    """x -> x @ M, with M [k, k], in the dtype of x."""
 
     M_kk: Tensor
 
@@ -82,8 +83,7 @@ class Rotate:
 
 @dataclass(frozen=True)
 class MatMul:
-    """The online operation x -> x @ M for every n neighbouring channels, M [n, n], computed in the
-    dtype of M."""
+    """x -> x @ M for every n neighbouring channels, with M [n, n], in the dtype of M."""
 
     M_nn: Tensor
 
@@ -92,5 +92,5 @@ class MatMul:
 
 
 def rotate(x: Tensor, M_nn: Tensor) -> Tensor:
-    """See MatMul."""
+    """x @ M for every n neighbouring channels (MatMul)."""
     return (x.to(M_nn.dtype).unflatten(-1, (-1, len(M_nn))) @ M_nn).flatten(-2).to(x.dtype)

@@ -1,4 +1,7 @@
-"""Change the basis of a site's inputs without changing what the segment computes."""
+"""Change the basis of a site's inputs, and of its weight, so that the function stays.
+
+Legend: W_ok weight [o, k], x its input, M the change of basis.
+"""
 
 from dataclasses import replace
 
@@ -10,29 +13,52 @@ from qlab.algebra.online import Multiply, Rotate
 from qlab.algebra.stats import Stats, transport
 from qlab.errors import QlabError
 
-PROBES, INVERSE = 16, 1e-4  # rows, and how far they may come back off
+PROBES = 16  # rows x that show whether x @ M @ M_inv is x
+INVERSE = 1e-4  # how far they may be off
 
 
 def reparametrize(
     graph: ModuleGraph, stats: Stats, origin: str, M: Tensor, M_inv: Tensor
 ) -> tuple[ModuleGraph, Stats]:
-    """x -> x @ M at the inputs of all sites of an origin, W -> W @ M_inv^T, statistics transported:
-    the function stays.
+    """x -> x @ M and W -> W @ M_inv^T at every site of an origin, so that the function stays.
 
-    M and M_inv are vectors [k] (diagonals), matrices [k, k], or diagonals [e, 1, k] of experts that
-    feed themselves. Every site of the origin must be selected, since they share its channels. M_inv
-    is the inverse of M: of a rotation, M.T.
+    The statistics of the inputs are transported. Those that M cannot move are dropped.
+
+    Args:
+        graph: the segment, with all sites of the origin selected, since they share its channels.
+        stats: (source, statistic) -> state.
+        origin: the node whose channels reach the sites (`Site.origin`).
+        M: the change of basis in fp32: a vector [k] (a scale per channel), a matrix [k, k], or for
+            experts that feed themselves a scale of each [e, 1, k].
+        M_inv: its inverse, in the same shape. Of a rotation that is M.T.
+
+    Returns:
+        The graph and statistics after it. M stays at the inputs as an operation at run time, until
+        `absorb` folds it into what produces them.
+
+    Raises:
+        QlabError: a site of the origin is not selected or is quantized already, or M_inv is not
+            the inverse of M.
+
+    Example:
+        >>> import qlab, torch
+        >>> from qlab.algebra.graph import lone_weight
+        >>> m_k = torch.tensor([1.0, 2.0, 4.0])
+        >>> graph = lone_weight("proj", torch.ones(1, 3))
+        >>> graph, stats = qlab.reparametrize(graph, {}, "proj", m_k, 1 / m_k)
+        >>> graph.params["weight"], graph.online["proj"]
+        (tensor([[1.0000, 0.5000, 0.2500]]), (Multiply(m_k=tensor([1., 2., 4.])),))
     """
     sharing = by_origin(graph.code.sites)[origin]
-    outside = [graph.where(s) for s in sharing if s not in graph.sites]
-    if outside:
+    unselected = [graph.where(s) for s in sharing if s not in graph.sites]
+    if unselected:
         raise QlabError(
-            f"{', '.join(outside)} shares its input with "
+            f"{', '.join(unselected)} shares its input with "
             f"{', '.join(map(graph.where, graph.sites))}; a reparametrization needs one rule for "
             "all of them"
         )
     _refuse_no_inverse(", ".join(map(graph.where, sharing)), M, M_inv)
-    M = M.clone()  # the caller's own may change, and this stays with the input
+    M = M.clone()  # it stays with the input, and the caller may change his own
     leaves, online = {}, dict(graph.online)
     for site in sharing:
         W_ok = graph.weight_ok(site)
@@ -46,17 +72,15 @@ def reparametrize(
 
 
 def _refuse_no_inverse(where: str, M: Tensor, M_inv: Tensor) -> None:
-    """Refuse matrices that do not undo each other, by what becomes of some rows x under x @ M @
-    M_inv."""
+    """Refuse an M_inv with which x @ M @ M_inv is not x for some random rows x."""
     if M.shape != M_inv.shape or M.ndim not in (1, 2, 3):
         raise QlabError(
             f"M {tuple(M.shape)} and M_inv {tuple(M_inv.shape)} at the input of {where} differ in "
             "shape; give vectors [k], matrices [k, k] or diagonals [e, 1, k] of experts"
         )
     if M.ndim == 2:
-        x_nk = torch.randn(
-            PROBES, len(M), generator=torch.Generator().manual_seed(0), dtype=torch.float64
-        ).to(M.device)
+        seeded = torch.Generator().manual_seed(0)
+        x_nk = torch.randn(PROBES, len(M), generator=seeded, dtype=torch.float64).to(M.device)
         error = (x_nk @ M.double() @ M_inv.double() - x_nk).square().mean(0).sqrt()
     else:
         error = (M.double() * M_inv.double() - 1).abs()

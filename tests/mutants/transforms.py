@@ -135,12 +135,9 @@ return Rows(x, tokens, ends)
     Mutant(
         "mixture: a gather leaks",
         "algebra/channels.py",
-        "Labels._follow",
-        """\
-if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1):
-    ...
-""",
-        "if False and first is not None and (len(n.args[1]) == 1): ...",
+        "_gathered",
+        "rows is None or len(n.args[1]) != 1",
+        "True",
         "absorb",
     ),
     Mutant(
@@ -291,7 +288,7 @@ if n.target is aten.index.Tensor and first is not None and (len(n.args[1]) == 1)
         "shared inputs may be split",
         "algebra/reparametrize.py",
         "reparametrize",
-        "if outside: ...",
+        "if unselected: ...",
         "if False: ...",
         "transform",
     ),
