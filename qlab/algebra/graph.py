@@ -1,5 +1,8 @@
-"""One segment of a model as a value: an exported graph, its weight-bearing sites and a mapping of
-leaves."""
+"""One segment of a model (a decoder block) as an immutable value.
+
+`Code` is the traced program, shared by all segments of the same structure. `Site`s are its
+operations with a weight. `ModuleGraph` is one segment: a program and its leaves, by path.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,12 +18,11 @@ from qlab.algebra.tracing.taken_apart import Form, take_apart
 from qlab.errors import QlabError
 
 aten = torch.ops.aten
-Op = Callable[
-    ..., Tensor
-]  # x -> x; one that is `per_expert` is called with the ends of experts' rows too
+# x -> x; an operation that is `per_expert` is also given the ends of the experts' rows
+Op = Callable[..., Tensor]
 
-# Operations that hand on the same numbers, channel for channel: a site's input is looked up behind
-# them.
+# Operations that hand on the same numbers, channel for channel. A site's input is what stands
+# before them.
 SAME_VALUES = frozenset(
     {
         aten.to.dtype,
@@ -38,8 +40,9 @@ SAME_VALUES = frozenset(
     }
 )
 RESHAPES = frozenset({aten.reshape.default, aten._unsafe_view.default})
+# Operations that move numbers and change none.
 LAYOUT = frozenset(
-    {  # numbers stay, and go elsewhere
+    {
         aten.reshape.default,
         aten._unsafe_view.default,
         aten.transpose.int,
@@ -79,38 +82,42 @@ def behind_casts(node: fx.Node) -> fx.Node:
 
 
 def is_matrix(shape: Iterable[Any]) -> bool:
-    """Whether a parameter of this shape could be multiplied by: more than one axis is longer than
-    1."""
+    """Whether a parameter of this shape may be a matrix: more than one axis is longer than 1."""
     return sum(n > 1 for n in shape) > 1
 
 
 def open_symbols(size: Any) -> set:
-    """The symbols in a size of a traced tensor; none where the program is for that number alone."""
+    """The symbols in a size of a traced tensor. There are none where the program fixes the size."""
     return size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set()
 
 
 def placed(
     args: tuple, kwargs: Mapping[str, Any], device: torch.device
 ) -> tuple[tuple, dict[str, Any]]:
-    """An operation's arguments with `device` for every device that they name: what a segment makes
-    by itself (a mask, positions) lies where its inputs do, not where it was traced."""
-    there = (device if isinstance(a, torch.device) else a for a in (*args, *kwargs.values()))
-    return tuple(next(there) for _ in args), dict(zip(kwargs, there))
+    """An operation's arguments with `device` in the place of every device among them: what a
+    segment makes itself (a mask, positions) lies where its inputs do, not where it was traced."""
+
+    def place(argument: Any) -> Any:
+        return device if isinstance(argument, torch.device) else argument
+
+    return tuple(map(place, args)), {name: place(a) for name, a in kwargs.items()}
 
 
 @dataclass(frozen=True)
 class Site:
-    """One weight-bearing operation of a segment, or a value (`weight` None) that can be quantized
-    without one.
+    """One operation of a segment that has a weight.
 
-    path: the module's path inside the segment. source: the graph node that feeds it; sites with one
-    source share their statistics. layout: axes of the stored weight, "o k" (linear), "k o" (addmm),
-    "e o k" and "e k o" (fused experts). Of fused experts,
-    gathered_from: the node whose rows its input holds in the order of experts, if it is not made by
-    experts itself; route: the node that says which rows belong to whom, choices: to how many
-    experts a token goes. router: it decides that, or is a gate of one number per token (of a shared
-    expert), and is never rounded itself (it is small, and every engine reads it as it is). outside:
-    it lies around the blocks.
+    path: the module's path inside the segment. weight, bias: paths of the leaves. source: the graph
+    node that feeds it; sites of one source share their statistics. layout: the axes of the stored
+    weight, "o k" (linear), "k o" (addmm), "e o k" or "e k o" (fused experts).
+
+    Of fused experts: gathered_from is the node whose rows the input holds in the order of experts,
+    unless experts made the input; route is the node that says which rows belong to which expert;
+    choices is the number of experts that a token goes to.
+
+    router: it decides where tokens go, or is a gate of one number per token (of a shared expert).
+    Routers are small, and every engine reads them dense, so they are never rounded. outside: the
+    weight lies around the blocks (the head, a projector).
     """
 
     path: str
@@ -126,8 +133,8 @@ class Site:
 
     @property
     def origin(self) -> str:
-        """The node whose channels reach the site, whichever of its rows do: a reparametrization
-        moves all of its sites."""
+        """The node whose channels reach the site, in whatever rows. Sites of one origin share a
+        change of basis."""
         return self.gathered_from or self.source
 
 
@@ -147,8 +154,8 @@ class Made:
 
 @dataclass(frozen=True)
 class Left:
-    """What a segment makes of the lists, dictionaries and objects that it is called with: their
-    form and leaves afterwards."""
+    """The lists, dictionaries and objects that a segment was called with, as it leaves them: their
+    form and leaves."""
 
     form: Form
     leaves: tuple[Any, ...]
@@ -156,16 +163,17 @@ class Left:
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity
 class Code:
-    """The traced program of a segment, shared by every segment of the same structure and never
+    """The traced program of a segment, shared by all segments of the same structure. It is never
     edited.
 
-    params: placeholder -> leaf path. inputs: the shape of each of the segment's own inputs, with
-    None for a size that may be any. outputs: what the program gives, as it was traced: the leaves
-    of what the segment returns (`out_spec`), and behind them the tensors that it leaves in its
-    inputs (`left`: where they lie there).
-    unread: path of a matrix that is used, but is no site's weight -> why. It is dense, and no step
-    reaches it.
-    kept: where in its attributes the segment leaves tensors, which no program does.
+    graph: the program. params: placeholder -> path of the leaf. constants: placeholder -> tensor.
+    inputs: the shape of each input tensor, with None for a size that may be any. out_spec: the form
+    of what the segment returns. sites: its operations with a weight, in running order.
+
+    outputs: what the program gives, as it was traced: the leaves of what the segment returns, then
+    the tensors that it leaves in its arguments. left: where those lie there. unread: path of a
+    matrix that is used but is no site's weight -> the reason; it stays dense, and no step reaches
+    it. kept: where in its attributes the module leaves tensors, which no program does.
     """
 
     graph: fx.Graph
@@ -182,15 +190,16 @@ class Code:
 
 @dataclass(frozen=True)
 class ModuleGraph:
-    """One segment as an immutable value; transforms return new ones.
+    """One segment as an immutable value. Transforms return new ones.
 
-    path: the segment's path in the model. dtype: what its leaves are stored in. selected: the sites
-    a transform may touch (None: all). stored: leaf -> the dtype that the files hold it in, where
-    that is not `dtype`. held: leaf -> the dtype in which the model computes with it, where that is
-    not the leaf's own.
-    online, online_outputs: what still happens at run time to a site's input, and to its output, per
-    site path.
-    notes: what stages report of a site. outers: global scales of sites that are settled beforehand.
+    code: its program. params: path -> leaf, a tensor or a QTensor. path: the segment's path in the
+    model. dtype: what most of its leaves are stored in. online, online_outputs: site path -> the
+    operations at run time on the site's input, and on its output. selected: paths of the sites that
+    a transform may touch (None: all). notes: site path -> what stages report of it. outers: site
+    path -> a global scale that was fixed beforehand.
+
+    stored: leaf -> the dtype that the files hold it in, where that is not `dtype`. held: leaf ->
+    the dtype that the model computes with, where that is not the leaf's own.
     """
 
     code: Code
@@ -219,12 +228,12 @@ class ModuleGraph:
         return replace(self, params={**self.params, **leaves})
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """What an unquantized leaf is written in."""
+        """The dtype in which an unquantized leaf is written."""
         return self.stored.get(name, self.dtype)
 
     def running(self, name: str, expert: int | None = None) -> Leaf:
-        """A leaf, or one expert of it, as the model computes with it: as it lies here, or, where it
-        lies here as the files hold it, in the dtype in which the model holds it."""
+        """A leaf, or one expert of it, as the model computes with it. A leaf that is still as the
+        files hold it is cast to the dtype that the model holds it in."""
         leaf = self.params[name]
         if expert is not None:
             leaf = pytree.tree_map_only(Tensor, lambda t: t[expert], leaf)
@@ -234,8 +243,8 @@ class ModuleGraph:
         return leaf.to(self.held[name]) if as_in_files else leaf
 
     def weight_ok(self, site: Site, expert: int | None = None) -> Tensor:
-        """The site's weight as fp32 [..., o, k], whatever its layout, or that of one expert;
-        refuses a rounded one."""
+        """The site's weight in fp32, [..., o, k] in every layout, or that of one expert [o, k].
+        Refuses a weight that is quantized."""
         leaf = self.params[site.weight] if site.weight else None
         if not isinstance(leaf, Tensor):
             raise QlabError(
@@ -245,19 +254,17 @@ class ModuleGraph:
         return W.mT if site.layout.endswith("k o") else W
 
     def shares_memory(self, site: Site) -> bool:
-        """Whether `weight_ok` is the leaf itself, which is float32 already, and no copy of it."""
+        """Whether `weight_ok` is a view of the leaf, which is float32 already, and no copy."""
         leaf = self.params[site.weight] if site.weight else None
         return isinstance(leaf, Tensor) and leaf.dtype == torch.float32
 
 
 def refuse_overflow(where: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    """Refuse numbers of a tensor that would be Inf in a dtype of a smaller range."""
+    """Refuse a tensor with finite numbers that would be Inf in a dtype of a smaller range."""
     most = torch.finfo(dtype).max
-    if (
-        not tensor.is_floating_point()
-        or not tensor.numel()
-        or torch.finfo(tensor.dtype).max <= most
-    ):
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    if torch.finfo(tensor.dtype).max <= most:
         return
     finite = tensor.abs().nan_to_num(nan=0.0, posinf=0.0)
     largest = float(finite.max())
@@ -275,10 +282,12 @@ def lone_weight(
     outside: bool = False,
     outer: Tensor | None = None,
 ) -> ModuleGraph:
-    """A weight [o, k] by itself as a segment of one site, for stages that need no data. dtype: that
-    of most of its model, which scales take (default: its own). outer: the global scale that it
-    shares with weights elsewhere."""
-    site = Site(path=path, weight="weight", bias=None, source=path, layout="o k", outside=outside)
+    """A weight [o, k] by itself as a segment of one site, for stages that need no data.
+
+    dtype: that of most of its model, which its scales take; the default is its own. outer: the
+    global scale that it shares with weights elsewhere.
+    """
+    site = Site(path=path, weight="weight", bias=None, source=path, outside=outside)
     code = Code(
         graph=fx.Graph(),
         params={},
@@ -292,7 +301,7 @@ def lone_weight(
 
 
 def by_source(sites: Iterable[Site]) -> dict[str, tuple[Site, ...]]:
-    """Sites grouped by the node that feeds them, in running order: they see the same rows."""
+    """Sites grouped by the node that feeds them, in running order. They see the same rows."""
     return _grouped(sites, lambda site: site.source)
 
 
@@ -309,15 +318,15 @@ def _grouped(sites: Iterable[Site], key: Callable[[Site], str]) -> dict[str, tup
 
 
 def tensors_of(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-    """The tensors among a segment's inputs, in the order in which its graph takes them."""
+    """The tensors among a segment's arguments, in the order in which its program takes them."""
     return tuple(x for x in take_apart((args, kwargs))[0] if isinstance(x, Tensor))
 
 
 def runs_on(code: Code, tensors: Sequence[Tensor]) -> bool:
     """Whether a program is for inputs of these shapes."""
-    return len(tensors) == len(code.inputs) and all(
-        fits(t, sizes) for t, sizes in zip(tensors, code.inputs)
-    )
+    if len(tensors) != len(code.inputs):
+        return False
+    return all(fits(t, sizes) for t, sizes in zip(tensors, code.inputs))
 
 
 def fits(t: Tensor, sizes: Sequence[int | None]) -> bool:

@@ -1,5 +1,9 @@
-"""What a segment computes: its graph run node by node, with every leaf as it is at that moment. The
-reference reading."""
+"""What a segment computes: its traced program, run node by node on its leaves.
+
+This is the reference for every faster way to run a segment. `interpret` runs all of it, `inputs_of`
+only what the inputs of some sites depend on, and a `Walk` stops at every source, so that leaves may
+change behind it.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -32,17 +36,15 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs a graph with its leaves dequantized where they are used, in the dtype of the input they
-    meet."""
+    """Runs a graph. A site's weight is made dense where it is used, in the dtype of the input that
+    it meets."""
 
     def __init__(self, mg: ModuleGraph, graph: fx.Graph):
         super().__init__(nn.Module(), graph=graph)
         self.mg = mg
         self.by_weight = {s.weight: s for s in mg.code.sites if s.weight}
-        self.device = next(
-            (t.device for t in pytree.tree_leaves(dict(mg.params)) if isinstance(t, Tensor)),
-            torch.device("cpu"),
-        )
+        tensors = (t for t in pytree.tree_leaves(dict(mg.params)) if isinstance(t, Tensor))
+        self.device = next((t.device for t in tensors), torch.device("cpu"))
 
     def placeholder(self, target: str, args: tuple, kwargs: dict) -> Any:
         code = self.mg.code
@@ -55,37 +57,40 @@ class _Interpreter(fx.Interpreter):
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         if target in SAME_VALUES and isinstance(args[0], _Weight):
-            return args[0]  # a weight is read in the dtype of the input it meets
+            return args[0]  # casts of a weight are skipped: it takes the dtype of its input
         if target in EXPERT_OPS and isinstance(args[1], _Weight):
             return self._each_expert(EXPERT_OPS[target], *args)
         if target in WEIGHT_OPS and isinstance(args[WEIGHT_OPS[target][1]], _Weight):
-            x_at, w_at, b_at, layout = WEIGHT_OPS[target]
-            site, x = self.by_weight[args[w_at].path], args[x_at]
-            for op in self.mg.online.get(site.path, ()):
-                x = op(x)
-            leaf = self.mg.running(args[w_at].path)
-            W, wide = dense(leaf, x.dtype), product_dtype(x)
-            new = list(args)
-            # codes are always [o, k]; an unquantized weight still has its own layout
-            new[x_at], new[w_at] = (
-                x.to(wide),
-                (W.mT if isinstance(leaf, QTensor) and layout == "k o" else W).to(wide),
-            )
-            if b_at is not None and len(args) > b_at and args[b_at] is not None:
-                new[b_at] = args[b_at].to(x.dtype).to(wide)
-            y = super().call_function(target, *placed(tuple(new), kwargs, self.device)).to(x.dtype)
-            for op in self.mg.online_outputs.get(site.path, ()):
-                y = op(y)
-            return y
+            return self._site(target, args, kwargs)
         return super().call_function(target, *placed(args, kwargs, self.device))
+
+    def _site(self, target: Any, args: tuple, kwargs: dict) -> Tensor:
+        """The operation of a site, between the online operations on its input and output."""
+        x_at, w_at, b_at, layout = WEIGHT_OPS[target]
+        site, x = self.by_weight[args[w_at].path], args[x_at]
+        for op in self.mg.online.get(site.path, ()):
+            x = op(x)
+        leaf = self.mg.running(args[w_at].path)
+        W, wide = dense(leaf, x.dtype), product_dtype(x)
+        if isinstance(leaf, QTensor) and layout == "k o":
+            W = W.mT  # codes are [o, k] in every layout
+        new = list(args)
+        new[x_at], new[w_at] = x.to(wide), W.to(wide)
+        if b_at is not None and len(args) > b_at and args[b_at] is not None:
+            new[b_at] = args[b_at].to(x.dtype).to(wide)
+        y = super().call_function(target, *placed(tuple(new), kwargs, self.device)).to(x.dtype)
+        for op in self.mg.online_outputs.get(site.path, ()):
+            y = op(y)
+        return y
 
     def _each_expert(
         self, layout: str, x_sk: Tensor, weight: "_Weight", bias_eo: Tensor | None, ends: Tensor
     ) -> Tensor:
+        """The site of fused experts, of which one is dense at a time."""
         for op in self.mg.online.get(self.by_weight[weight.path].path, ()):
             x_sk = _run_op(op, x_sk, ends)
 
-        def product(e: int, x_nk: Tensor) -> Tensor:  # one expert is dense at a time
+        def product(e: int, x_nk: Tensor) -> Tensor:
             leaf = self.mg.running(weight.path, e)
             W, wide = dense(leaf, x_nk.dtype), product_dtype(x_nk)
             W_ok = (W.mT if layout == "e k o" and isinstance(leaf, Tensor) else W).to(wide)
@@ -96,8 +101,8 @@ class _Interpreter(fx.Interpreter):
 
 
 class _Wide(_Interpreter):
-    """The same in float32 where the program was traced in a narrower dtype: it casts to that at
-    fixed places."""
+    """The same in float32 throughout. A program that was traced in a narrower dtype casts to it at
+    fixed places; those casts go to float32 instead."""
 
     def placeholder(self, target: str, args: tuple, kwargs: dict) -> Any:
         value = super().placeholder(target, args, kwargs)
@@ -105,9 +110,8 @@ class _Wide(_Interpreter):
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         wide_args = tuple(_wide(a) for a in args)
-        return super().call_function(
-            target, wide_args, {name: _wide(a) for name, a in kwargs.items()}
-        )
+        wide_kwargs = {name: _wide(a) for name, a in kwargs.items()}
+        return super().call_function(target, wide_args, wide_kwargs)
 
 
 def _wide(argument: Any) -> Any:
@@ -122,8 +126,7 @@ class _Weight:
 
 
 def interpret(graph: ModuleGraph, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What the segment computes on these inputs, with every leaf as it is now. Differentiable; the
-    reference reading."""
+    """What the segment returns for these arguments. Differentiable."""
     returned = outputs_of(graph, args, kwargs)[: graph.code.out_spec.num_leaves]
     return pytree.tree_unflatten(list(returned), graph.code.out_spec)
 
@@ -131,19 +134,16 @@ def interpret(graph: ModuleGraph, args: tuple, kwargs: dict[str, Any]) -> Any:
 def outputs_of(
     graph: ModuleGraph, args: tuple, kwargs: dict[str, Any], wide: bool = False
 ) -> tuple[Any, ...]:
-    """All that the segment's program gives on these inputs (see Code.outputs).
+    """All outputs of the segment's program for these arguments (`Code.outputs`).
 
     wide: in float32 throughout, also where the model computes in bfloat16 or float16.
     """
-    reading = _Wide if wide else _Interpreter
-    return tuple(reading(graph, graph.code.graph).run(*_tensors(graph, args, kwargs)))
-
-
-def _run(graph: ModuleGraph, code: fx.Graph, args: tuple, kwargs: dict[str, Any]) -> Any:
-    return _Interpreter(graph, code).run(*_tensors(graph, args, kwargs))
+    interpreter = _Wide if wide else _Interpreter
+    return tuple(interpreter(graph, graph.code.graph).run(*_tensors(graph, args, kwargs)))
 
 
 def _tensors(graph: ModuleGraph, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The tensors among a segment's arguments. Refuses shapes that its program is not for."""
     tensors, traced = tensors_of(args, kwargs), graph.code.inputs
     where = graph.path or "the segment"
     if len(tensors) != len(traced):
@@ -169,32 +169,28 @@ def inputs_of(
     kwargs: dict[str, Any],
     calibrate_all_experts: bool = False,
 ) -> dict[str, Rows]:
-    """What reaches the sites of each source, online operations included, and nothing beyond them.
+    """The inputs of the sites of each source, after their online operations.
 
-    Only what the sources depend on is computed: the last projection of a block never runs here.
-    calibrate_all_experts: every token goes to every expert, for statistics.
+    Only what those inputs depend on is computed: the last projection of a block never runs.
+    calibrate_all_experts: every token goes to every expert.
     """
-    wanted = tuple(sources)
-    routes = tuple(sorted({r for s in wanted if (r := _first(graph, s).route)}))
-    env = dict(
-        zip(
-            wanted + routes,
-            _run(
-                graph, _ending_at(graph.code, wanted + routes, calibrate_all_experts), args, kwargs
-            ),
-        )
-    )
-    return {source: _arriving(graph, source, env) for source in wanted}
+    sources = tuple(sources)
+    first_sites = [_first(graph, source) for source in sources]
+    routes = tuple(sorted({site.route for site in first_sites if site.route}))
+    program = _ending_at(graph.code, sources + routes, calibrate_all_experts)
+    values = _Interpreter(graph, program).run(*_tensors(graph, args, kwargs))
+    by_name = dict(zip(sources + routes, values))
+    return {source: _arriving(graph, source, by_name) for source in sources}
 
 
 def _first(graph: ModuleGraph, source: str) -> Site:
     return by_source(graph.code.sites)[source][0]
 
 
-def _arriving(graph: ModuleGraph, source: str, env: Mapping[str, Any]) -> Rows:
-    """The input of a source's sites, once their online operations have run."""
-    site, x = _first(graph, source), env[source]
-    _, tokens, ends = env[site.route] if site.route else (None, None, None)
+def _arriving(graph: ModuleGraph, source: str, values: Mapping[str, Any]) -> Rows:
+    """The input of a source's sites, after their online operations. values: by name of node."""
+    site, x = _first(graph, source), values[source]
+    _, tokens, ends = values[site.route] if site.route else (None, None, None)
     for op in graph.online.get(site.path, ()):
         x = _run_op(op, x, ends)
     return Rows(x, tokens, ends)
@@ -205,16 +201,16 @@ def _run_op(op: Op, x: Tensor, ends: Tensor | None) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _ending_at(code: Code, sources: tuple[str, ...], calibrate_all_experts: bool) -> fx.Graph:
-    """A copy of the program that returns these nodes and holds nothing they do not need."""
+def _ending_at(code: Code, names: tuple[str, ...], calibrate_all_experts: bool) -> fx.Graph:
+    """A copy of the program that returns the values of these nodes and computes nothing else."""
     copy = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    copy.graph_copy(code.graph, env)
-    by_name = {old.name: new for old, new in env.items()}
+    copies: dict[fx.Node, fx.Node] = {}
+    copy.graph_copy(code.graph, copies)
+    by_name = {node.name: copied for node, copied in copies.items()}
     for node in copy.nodes:
         if calibrate_all_experts and node.target is torch.ops.qlab.route.default:
             node.target = torch.ops.qlab.route_everywhere.default
-    copy.output(tuple(by_name[s] for s in sources))
+    copy.output(tuple(by_name[name] for name in names))
     copy.eliminate_dead_code(
         is_impure_node=lambda n: n.op in ("placeholder", "output") or _writes(n)
     )
@@ -222,18 +218,17 @@ def _ending_at(code: Code, sources: tuple[str, ...], calibrate_all_experts: bool
 
 
 def _writes(node: fx.Node) -> bool:
-    # an operation in place: who reads its target through another view does not show in the graph's
-    # edges
+    """Whether this is an operation in place. Nodes that read its target through another view do not
+    depend on it by the graph's edges."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 class Walk:
-    """One run of a segment that stops at sources, so that its leaves may change behind the stop
-    before it goes on.
+    """One run of a segment that stops at sources, so that leaves may change behind a stop before
+    the run goes on.
 
-    Sources are visited in running order (`by_source`); the graph given to each step is read where
-    it runs. A walk that forgets its values starts over at the next step and arrives at the same
-    ones.
+    Sources are visited in running order (`by_source`). Each step reads the leaves of the graph that
+    it is given. A walk that forgets its values starts over at the next step.
     """
 
     def __init__(self, code: Code):
@@ -241,67 +236,68 @@ class Walk:
         self.nodes = list(code.graph.nodes)
         self.inputs = sum(node.op == "placeholder" for node in self.nodes)
         self.env: dict[fx.Node, Any] = {}
-        self.done = 0
+        self.position = 0  # nodes that have run
 
     def to(self, graph: ModuleGraph, source: str, args: tuple, kwargs: dict[str, Any]) -> Rows:
-        """What reaches the sites of a source, online operations included."""
+        """The input of a source's sites, after their online operations."""
         node = next(n for n in self.nodes if n.name == source)
-        self._advance(graph, max(self.done, self.nodes.index(node) + 1), args, kwargs)
+        self._advance(graph, max(self.position, self.nodes.index(node) + 1), args, kwargs)
         return _arriving(graph, source, {n.name: value for n, value in self.env.items()})
 
     def end(self, graph: ModuleGraph, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """All that the segment's program gives."""
+        """All outputs of the segment's program (`Code.outputs`)."""
         out = self._advance(graph, len(self.nodes), args, kwargs)
         self.forget()
         return tuple(out)
 
     def _advance(self, graph: ModuleGraph, stop: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run the nodes before `stop`, and return the value of the last one."""
         interpreter = _Interpreter(graph, self.code.graph)
-        interpreter.args_iter = iter(_tensors(graph, args, kwargs) if not self.done else ())
+        inputs = () if self.position else _tensors(graph, args, kwargs)
+        interpreter.args_iter = iter(inputs)
         interpreter.env, value = self.env, None
-        stop = max(stop, self.inputs)  # they come all at once, when the walk begins
-        for node in self.nodes[self.done : stop]:
+        stop = max(stop, self.inputs)  # a walk takes all inputs when it begins
+        for node in self.nodes[self.position : stop]:
             self.env[node] = value = interpreter.run_node(node)
             for dead in _last_uses(self.code).get(node, ()):
                 del self.env[dead]
-        self.done = max(self.done, stop)
+        self.position = max(self.position, stop)
         return value
 
     def forget(self) -> None:
         """Let go of every value."""
-        self.env, self.done = {}, 0
+        self.env, self.position = {}, 0
 
     def nbytes(self) -> int:
-        """Bytes of the values that are waiting to be used, beside the segment's own inputs and
-        leaves."""
-        waiting = [
-            v for n, v in self.env.items() if n.op != "placeholder" and isinstance(v, Tensor)
-        ]
-        return sum(
-            s.nbytes()
-            for s in {t.untyped_storage().data_ptr(): t.untyped_storage() for t in waiting}.values()
-        )
+        """Bytes of the values that are waiting to be used, without inputs and leaves."""
+        storages = {}
+        for node, value in self.env.items():
+            if node.op != "placeholder" and isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
 
 
 @lru_cache(maxsize=32)
 def _last_uses(code: Code) -> dict[fx.Node, tuple[fx.Node, ...]]:
-    """node -> the values nobody needs once it has run. The input of a source, and a route, live
-    until the last site has."""
+    """node -> the values that nothing needs once it has run. The input of a source, and a route,
+    live until the last site that they feed has run."""
     nodes = list(code.graph.nodes)
-    at = {node: i for i, node in enumerate(nodes)}
-    last = {node: max((at[user] for user in node.users), default=at[node]) for node in nodes}
-    weights = {path: name for name, path in code.params.items()}
+    places = {node: i for i, node in enumerate(nodes)}
     by_name = {node.name: node for node in nodes}
+    placeholders = {path: by_name[name] for name, path in code.params.items()}
+    last = {
+        node: max((places[user] for user in node.users), default=places[node]) for node in nodes
+    }
     for site in code.sites:
-        used = (
-            max((at[user] for user in by_name[weights[site.weight]].users), default=0)
-            if site.weight
-            else 0
-        )
-        for held in filter(None, (site.source, site.route)):
-            last[by_name[held]] = max(last[by_name[held]], used)
+        if site.weight is None:
+            continue
+        used = max((places[user] for user in placeholders[site.weight].users), default=0)
+        for name in (site.source, site.route):
+            if name:
+                last[by_name[name]] = max(last[by_name[name]], used)
     uses: dict[fx.Node, tuple[fx.Node, ...]] = {}
-    for node, i in last.items():
+    for node, place in last.items():
         if node.op != "output":
-            uses[nodes[i]] = (*uses.get(nodes[i], ()), node)
+            uses[nodes[place]] = (*uses.get(nodes[place], ()), node)
     return uses

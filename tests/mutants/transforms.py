@@ -6,7 +6,7 @@ MUTANTS = [
     Mutant(
         "online operations not applied",
         "algebra/interpret.py",
-        "_Interpreter.call_function",
+        "_Interpreter._site",
         "x = op(x)",
         "pass",
         "absorb",
@@ -31,8 +31,8 @@ return Rows(x, tokens, ends)
         "a source's input dropped before its last site",
         "algebra/interpret.py",
         "_last_uses",
-        "last[by_name[held]] = max(last[by_name[held]], used)",
-        "max(last[by_name[held]], used)",
+        "last[by_name[name]] = max(last[by_name[name]], used)",
+        "max(last[by_name[name]], used)",
         "sweep",
     ),
     Mutant(
