@@ -1,5 +1,15 @@
-"""One paper, one file. METHODS names what the command line and the benches can run: spec ->
-transform."""
+"""Methods of quantization, one file per paper.
+
+`METHODS` names those that a spec alone defines, spec -> transform: the choices of `qlab quantize
+--method`.
+
+Example:
+    >>> import qlab
+    >>> list(qlab.METHODS)
+    ['rtn', 'rtn-weighted', 'hqq', 'awq', 'gptq', 'awq-gptq', 'gptaq']
+    >>> [stage.name for stage in qlab.METHODS["awq-gptq"]("int4-g64")]
+    ['awq_scale', 'absorb', 'gptq']
+"""
 
 from collections.abc import Callable, Mapping
 

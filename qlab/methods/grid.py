@@ -1,4 +1,23 @@
-"""The grids that methods choose from, and what they do with one (qlab.algebra.grid)."""
+"""The grids that methods choose from: how scales and zero points of a tile are found.
+
+`GRIDS` holds them by name (their definitions: qlab.algebra.grid). Each tries candidates and takes
+the one with the least sum_j h_j (x_j - q_j)^2 over a tile, where h weighs the input channels by
+their second moment in a weighted grid, and is 1 otherwise.
+
+    minmax: the whole range, as in compressed-tensors. The default of rtn.
+    mse: the range and the same shrunken in steps of 5 % to half.
+    weighted_mse: the same, weighted.
+    signed: AutoRound's symmetric scale, whose sign gives the larger extreme the lowest code.
+    weighted: ranges in steps of 10 %, also signed ones, each with the scale that suits its codes
+        best; weighted. The default of gptq and awq.
+
+Example:
+    >>> import qlab
+    >>> list(qlab.GRIDS)
+    ['minmax', 'mse', 'weighted_mse', 'signed', 'weighted']
+    >>> qlab.rtn("int4-g64", "mse")[0].detail
+    'grid mse'
+"""
 
 from qlab.algebra.grid import (
     CHUNK,

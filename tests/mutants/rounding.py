@@ -39,8 +39,8 @@ MUTANTS = [
         "zero point of the unrounded scale",
         "algebra/grid.py",
         "_ranged",
-        "stored = s.to(spec.scale_dtype).float()",
-        "stored = s",
+        "s_stored = s.to(spec.scale_dtype).float()",
+        "s_stored = s",
         "rtn",
     ),
     Mutant(
