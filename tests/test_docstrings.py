@@ -10,8 +10,6 @@ import pytest
 import qlab
 
 UNDONE = {
-    "evaluate",
-    "perplexity",
     "plan",
 }
 FUNCTIONS = sorted(

@@ -1,11 +1,10 @@
-"""Perplexity, KL divergence and top-1 agreement against a reference, with intervals over windows.
+"""Perplexity, KL divergence and top-1 agreement with a reference, with intervals over windows.
 
-Both models are streamed block by block through `interpret`, so neither has to fit in memory.
+Models run one block at a time, so that neither has to fit in memory.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,10 +30,10 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Reading:
-    """A model's final hidden states on all windows, and those after every block on the first one.
+    """What a model computes on n windows of l tokens each: its final hidden states.
 
-    hidden: [n, l, d], or with an axis of streams more; windows: the axis of the n windows.
-    trail: [b, ...], the same without that axis.
+    hidden: [n, l, d], or with one more axis of streams. trail: the hidden states of the first
+    window after each of b blocks, [b, l, d]. windows: the axis of the windows in `hidden`.
     """
 
     skeleton: Skeleton
@@ -50,12 +49,13 @@ class Reading:
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Evaluation(Shown):
-    """Means over all predicted tokens, in nats; `_ci` are 95 % bootstrap intervals over windows.
+    """Means over all predicted tokens. Fields ending in `_ci` are 95 % bootstrap intervals over
+    windows.
 
-    perplexity = exp(mean NLL). kl = mean KL(reference || model). top1_agreement: the share of
-    tokens on which both models predict the same. ratio_ci: the paired interval of perplexity /
-    reference_perplexity. layer_error: relative error |h - h_ref| / |h_ref| of the hidden states
-    after every block, on the first window.
+    perplexity = exp(mean NLL). kl = mean KL(reference || model) in nats. top1_agreement: the share
+    of tokens for which both models find the same token most likely. ratio_ci: the paired interval
+    of perplexity / reference_perplexity. layer_error: |h - h_ref| / |h_ref| of the hidden states of
+    the first window, after every block.
     """
 
     perplexity: float
@@ -92,8 +92,8 @@ class Evaluation(Shown):
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Perplexity(Shown):
-    """exp(mean NLL) over all predicted tokens of windows, in nats, with its 95 % bootstrap interval
-    over windows."""
+    """perplexity = exp(mean NLL) over all predicted tokens, and its 95 % bootstrap interval over
+    windows."""
 
     perplexity: float
     perplexity_ci: tuple[float, float]
@@ -120,10 +120,9 @@ class Perplexity(Shown):
 def read(
     model: Checkpoint, data: Tokens, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Reading:
-    """Run the model on all windows, one block in memory at a time; the head stays loaded for what
-    follows.
+    """Run the model on all windows, one block in memory at a time. Its head stays loaded.
 
-    Warns where the model's readers round keys and values, which qlab does not.
+    Warns if other readers of this model round keys and values, which qlab does not.
     """
     model.warn_unapplied()
     skeleton = Skeleton(model, dtype, device)
@@ -152,11 +151,29 @@ def read(
 def evaluate(
     model: Checkpoint | Reading, against: Checkpoint | Reading, data: Tokens, device: str = "cpu"
 ) -> Evaluation:
-    """How far `model` is from the reference `against` on windows of tokens (see Evaluation), in
-    fp32, a block at a time on `device`.
+    """How far a model is from a reference, on windows of tokens: perplexity, KL, agreement.
 
-    Errors: models whose vocabularies, blocks or hidden sizes differ, windows longer than their
-    positions, readings of other tokens.
+    Both models run in fp32, one block in memory at a time.
+
+    Args:
+        model: a model, its path, or what it was read as before.
+        against: the reference, given in the same ways.
+        data: windows [n, l] of tokens, as `first_windows` gives them, with l at least 2.
+        device: where the blocks run, such as "cpu" or "cuda".
+
+    Returns:
+        An Evaluation: each figure with its 95 % interval over windows.
+
+    Raises:
+        QlabError: vocabularies, blocks or hidden sizes differ, windows are longer than the models'
+            positions, a reading is of other tokens, or a model predicts NaN.
+
+    Example:
+        >>> import qlab
+        >>> windows = qlab.first_windows("demo", "held-out.jsonl", length=16, count=2)
+        >>> result = qlab.evaluate("demo-int4", "demo", windows)
+        >>> result.predictions, result.kl > 0
+        (30, True)
     """
     if data.ids.shape[1] < 2:
         raise QlabError(
@@ -170,20 +187,18 @@ def evaluate(
             f"the readings were made on windows {ours.tokens} and {theirs.tokens}, "
             f"not on these {tuple(data.ids.shape)}; read both on the same tokens"
         )
-    if ours.trail.shape != theirs.trail.shape:
-        (a, *_, d), (b, *_, e) = ours.trail.shape, theirs.trail.shape
-        raise QlabError(
-            f"{_path(ours)} has {a} blocks of hidden size {d} and the reference {_path(theirs)} "
-            f"has {b} of {e}; compare a model with the one that it was made from"
-        )
+    _check_blocks(ours, theirs)
     per_window = [_window(ours, theirs, data.ids, i) for i in range(len(data.ids))]
-    nll, nll_ref, kl, top1 = (
-        torch.stack([w[k] for w in per_window]) for k in ("nll", "nll_ref", "kl", "top1")
-    )
-    error = (ours.trail - theirs.trail).flatten(1).norm(dim=1) / theirs.trail.flatten(1).norm(
-        dim=1
-    ).clamp_min(1e-30)
-    predictions = data.ids.shape[1] - 1
+
+    def over_windows(figure: str) -> Tensor:
+        return torch.stack([figures[figure] for figures in per_window])
+
+    nll, nll_ref = over_windows("nll"), over_windows("nll_ref")
+    kl, top1 = over_windows("kl"), over_windows("top1")
+    distance = (ours.trail - theirs.trail).flatten(1).norm(dim=1)
+    size = theirs.trail.flatten(1).norm(dim=1).clamp_min(1e-30)
+    error = distance / size
+    windows, length = data.ids.shape
     return Evaluation(
         perplexity=float(nll.mean().exp()),
         perplexity_ci=_interval(nll, torch.exp),
@@ -193,9 +208,9 @@ def evaluate(
         kl_ci=_interval(kl),
         top1_agreement=float(top1.mean()),
         top1_ci=_interval(top1),
-        windows=len(data.ids),
-        length=data.ids.shape[1],
-        predictions=predictions * len(data.ids),
+        windows=windows,
+        length=length,
+        predictions=windows * (length - 1),
         layer_error=tuple(float(e) for e in error),
     )
 
@@ -203,53 +218,84 @@ def evaluate(
 @undisturbed
 @torch.no_grad()
 def perplexity(model: Checkpoint | Reading, data: Tokens, device: str = "cpu") -> Perplexity:
-    """How well `model` predicts windows of tokens, beside no reference, in fp32, a block at a time
-    on `device`.
+    """How well a model predicts windows of tokens: exp(mean NLL).
 
-    Errors: windows longer than the model's positions, a reading of other tokens.
+    The model runs in fp32, one block in memory at a time.
+
+    Args:
+        model: a model, its path, or what it was read as before.
+        data: windows [n, l] of tokens, as `first_windows` gives them, with l at least 2.
+        device: where the blocks run, such as "cpu" or "cuda".
+
+    Returns:
+        A Perplexity: the figure with its 95 % interval over windows.
+
+    Raises:
+        QlabError: windows are longer than the model's positions, a reading is of other tokens, or
+            the model predicts NaN.
+
+    Example:
+        >>> import qlab
+        >>> windows = qlab.first_windows("demo", "held-out.jsonl", length=16, count=2)
+        >>> result = qlab.perplexity("demo-int4", windows)
+        >>> result.windows, result.predictions, result.perplexity > 1
+        (2, 30, True)
     """
-    ours = model if isinstance(model, Reading) else read(model, data, device=device)
-    found = evaluate(ours, ours, data)
+    reading = model if isinstance(model, Reading) else read(model, data, device=device)
+    evaluation = evaluate(reading, reading, data)
     return Perplexity(
-        perplexity=found.perplexity,
-        perplexity_ci=found.perplexity_ci,
-        windows=found.windows,
-        length=found.length,
-        predictions=found.predictions,
+        perplexity=evaluation.perplexity,
+        perplexity_ci=evaluation.perplexity_ci,
+        windows=evaluation.windows,
+        length=evaluation.length,
+        predictions=evaluation.predictions,
     )
 
 
+def _checkpoint(model: Checkpoint | Reading) -> Checkpoint:
+    return model.skeleton.checkpoint if isinstance(model, Reading) else model
+
+
 def _check_vocabularies(model: Checkpoint | Reading, against: Checkpoint | Reading) -> None:
-    sizes = [
-        (m.skeleton.checkpoint if isinstance(m, Reading) else m).config.get_text_config().vocab_size
-        for m in (model, against)
-    ]
-    if sizes[0] != sizes[1]:
+    size, reference_size = (
+        _checkpoint(each).config.get_text_config().vocab_size for each in (model, against)
+    )
+    if size != reference_size:
         raise QlabError(
-            f"{_path(model)} has a vocabulary of {sizes[0]} tokens and the reference "
-            f"{_path(against)} one of {sizes[1]}; compare a model with the one that it was made "
-            "from"
+            f"{_checkpoint(model).path} has a vocabulary of {size} tokens and the reference "
+            f"{_checkpoint(against).path} one of {reference_size}; compare a model with the one "
+            "that it was made from"
         )
 
 
-def _path(model: Checkpoint | Reading) -> Path:
-    return (model.skeleton.checkpoint if isinstance(model, Reading) else model).path
+def _check_blocks(ours: Reading, theirs: Reading) -> None:
+    if ours.trail.shape != theirs.trail.shape:
+        blocks, *_, width = ours.trail.shape
+        reference_blocks, *_, reference_width = theirs.trail.shape
+        raise QlabError(
+            f"{_checkpoint(ours).path} has {blocks} blocks of hidden size {width} and the "
+            f"reference {_checkpoint(theirs).path} has {reference_blocks} of {reference_width}; "
+            "compare a model with the one that it was made from"
+        )
 
 
 def _window(ours: Reading, theirs: Reading, ids: Tensor, i: int) -> Mapping[str, Tensor]:
-    tokens, targets = ids[i : i + 1], ids[i, 1:]
+    """Means over the predicted tokens of window i."""
+    tokens, next_tokens = ids[i : i + 1], ids[i, 1:]
     log_p = _log_probabilities(theirs, tokens, i)
     log_q = log_p if ours is theirs else _log_probabilities(ours, tokens, i)
+    kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    agreement = log_q.argmax(-1) == log_p.argmax(-1)
     return {
-        "nll": F.nll_loss(log_q, targets).double(),
-        "nll_ref": F.nll_loss(log_p, targets).double(),
-        "kl": F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().mean(),
-        "top1": (log_q.argmax(-1) == log_p.argmax(-1)).double().mean(),
+        "nll": F.nll_loss(log_q, next_tokens).double(),
+        "nll_ref": F.nll_loss(log_p, next_tokens).double(),
+        "kl": kl.double().mean(),
+        "top1": agreement.double().mean(),
     }
 
 
 def _log_probabilities(reading: Reading, tokens: Tensor, i: int) -> Tensor:
-    """log softmax of the logits that predict tokens 1 .. l-1: [l - 1, vocabulary]."""
+    """Log probabilities of the tokens 1 to l - 1 of window i: [l - 1, vocabulary]."""
     logits = head(reading.skeleton, tokens, reading.hidden.narrow(reading.windows, i, 1))[0, :-1]
     if not torch.isfinite(logits).all():
         raise QlabError(
@@ -260,10 +306,9 @@ def _log_probabilities(reading: Reading, tokens: Tensor, i: int) -> Tensor:
 
 
 def _interval(values: Tensor, through: Any = lambda t: t) -> tuple[float, float]:
-    """95 % percentile bootstrap of the mean over windows, passed through a monotone function."""
-    picks = torch.randint(
-        len(values), (RESAMPLES, len(values)), generator=generator(0, "bootstrap")
-    )
+    """95 % percentile bootstrap of the mean over windows, seen through a monotone function."""
+    shape, seeded = (RESAMPLES, len(values)), generator(0, "bootstrap")
+    picks = torch.randint(len(values), shape, generator=seeded)
     means = through(values[picks].mean(1))
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype))
     return float(low), float(high)

@@ -1,5 +1,5 @@
-"""Activation quantization: what enters a site is rounded to nearest at run time
-(online.QuantizeInput)."""
+"""Activation quantization: the inputs of linear layers are rounded to nearest at run time
+(`online.QuantizeInput`)."""
 
 from dataclasses import replace
 
@@ -19,19 +19,20 @@ DYNAMIC = (
 
 
 def quantize_inputs(spec: Spec) -> Transform:
-    """Round what enters every selected site at run time, with a scale for every token, group of
-    channels or whole x.
+    """Round the input of every selected site at run time.
 
-    spec: its tiles lie over [tokens, channels], so that 'fp8-channel' has one scale per token.
-    Chain it behind what rounds the weights: statistics are those of the inputs before it. NVFP4's
-    global scale is stored with the weights, and is measured on the calibration data: the largest
-    input gets the largest scale.
+    spec: its tiles lie over [tokens, channels], so that fp8-channel has one scale per token. Chain
+    it behind the rounding of weights, whose statistics are those of inputs that are not rounded.
+    NVFP4's global scale is stored beside the weight. It is measured on the calibration data, so
+    that the largest input gets the largest scale.
     """
     needs = frozenset({"absmax"} if spec.outer else ())
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
         online = dict(graph.online)
-        for site in (s for s in graph.sites if not s.router):
+        for site in graph.sites:
+            if site.router:
+                continue
             outer = None
             if isinstance(spec, Float) and spec.outer:
                 if site.route:

@@ -1,10 +1,10 @@
-"""Optimal brain surgeon: solve the columns of W one after the other and spread each error over
-those to come.
+"""Optimal brain surgeon: solve the columns of W one after the other, and spread each error over the
+columns to come.
 
 Legend: W_ok weight, H_kk mean second moment of the input, both in solving order; H + damp = R D R^T
-with R unit upper triangular and D diagonal. R_ij is what an error in column i asks of column j once
-all later columns have their optimum. Sources: Frantar and Alistarh 2022 (OBC), Frantar et al. 2022
-(GPTQ); Chee et al. 2023 (QuIP) shows that GPTQ is this factorization, which needs no inverse.
+with R unit upper triangular and D diagonal. R_ij is how far an error in column i moves column j
+when all later columns take their optimum. Sources: Frantar and Alistarh 2022 (OBC), Frantar et al.
+2022 (GPTQ); Chee et al. 2023 (QuIP) shows that GPTQ is this factorization, which needs no inverse.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,15 +16,14 @@ from torch import Tensor
 from qlab.errors import QlabError
 
 DAMP_LIMIT = 1.0
-Project = Callable[
-    [Tensor, int, Tensor], None
-]  # (column [o], its place, out [o]): writes what the column becomes
+# (column [o], its place, out [o]) -> None: writes to `out` what the column becomes
+Project = Callable[[Tensor, int, Tensor], None]
 
 
 @dataclass(frozen=True)
 class Factor:
-    """R_kk with H = R D R^T after damping; damp is the fraction of mean(diag H) that was added;
-    dead [k] bool."""
+    """R_kk with H = R D R^T after damping, the fraction `damp` of mean(diag H) that was added, and
+    which columns are dead (H_jj = 0) [k]."""
 
     R_kk: Tensor
     damp: float
@@ -32,10 +31,10 @@ class Factor:
 
 
 def damped(H_kk: Tensor, damp: float) -> Tensor:
-    """H + damp * mean(diag H) * I over the columns that are not dead (H_jj = 0); those have that
-    mean, or 1 where all are dead.
+    """H + damp * mean(diag H) * I, where the mean is over columns that are not dead (H_jj = 0). The
+    diagonal of dead columns is first set to that mean, or to 1 if all are dead.
 
-    So nothing depends on the units of the activations, dead columns or not.
+    So scaling the activations scales the result, also where columns are dead.
     """
     diagonal = H_kk.diagonal().contiguous()
     mean = diagonal.mean() * (len(diagonal) / (diagonal != 0).sum().clamp_min(1))
@@ -46,27 +45,23 @@ def damped(H_kk: Tensor, damp: float) -> Tensor:
 
 
 def factorize(H_kk: Tensor, damp: float) -> Factor:
-    """The unit upper factor of the damped H; see cholesky."""
-    L_kk, used = cholesky(
-        H_kk.flip(0, 1), damp
-    )  # of the matrix read backwards, it eliminates the last column first
+    """The unit upper factor of the damped H (see `cholesky`)."""
+    # Cholesky's L of H read backwards is, read backwards, an upper factor of H.
+    L_kk, used = cholesky(H_kk.flip(0, 1), damp)
     C_kk = L_kk.flip(0, 1)
-    del L_kk  # there are enough matrices of this size
+    del L_kk  # it is as large as H
     return Factor(C_kk.div_(C_kk.diagonal().clone()), used, H_kk.diagonal() == 0)
 
 
 def check_damp(damp: float) -> None:
-    """Refuse what is no damping."""
+    """Refuse a damping that is not from 0 to DAMP_LIMIT."""
     if not 0 <= damp <= DAMP_LIMIT:
         raise QlabError(f"damp is {damp}; give a fraction of mean(diag H) from 0 to {DAMP_LIMIT:g}")
 
 
 def cholesky(H_kk: Tensor, damp: float) -> tuple[Tensor, float]:
-    """L with L L^T = the damped H, and the damping.
-
-    It grows tenfold up to 1 where the factorization fails, and what was used is returned. Above
-    that: an error.
-    """
+    """L with L L^T = H after damping, and the damping that was used. While the factorization fails
+    the damping grows tenfold; beyond DAMP_LIMIT it is an error."""
     if not torch.isfinite(H_kk).all():
         raise QlabError(
             "the second moment is beyond float32; the activations are too large, check the model"
@@ -85,10 +80,10 @@ def cholesky(H_kk: Tensor, damp: float) -> tuple[Tensor, float]:
 
 
 def obs_sweep(W_ok: Tensor, R_kk: Tensor, project: Project, block: int = 32) -> Tensor:
-    """The columns as `project` leaves them, left to right: w'_j = project(w_j + sum_(i < j) (w_i -
-    w'_i) R_ij).
+    """w'_j = project(w_j + sum_(i < j) (w_i - w'_i) R_ij), left to right.
 
-    Errors of a block of columns are applied at once within the block and in one product beyond it.
+    An error reaches the columns of its own block at once, and those behind it in one product per
+    block.
     """
     W_ko = W_ok.T.contiguous()  # a column is a contiguous row here
     out_ko, E_ko = torch.empty_like(W_ko), torch.empty_like(W_ko)
@@ -108,22 +103,20 @@ class Substitution:
     """Forward substitution within a block of columns: a_i + sum_(j < i) T_ij e_j, where e_j depends
     on a_j.
 
-    The views of its workspace are made once for all blocks of a matrix: making them takes longer
+    Views of the workspace are made once for all blocks of a matrix, since making them takes longer
     than the products.
     """
 
     def __init__(self, block: int, like_ko: Tensor):
-        self.a_bo, self.e_bo = (
-            like_ko.new_empty(block, like_ko.shape[1]),
-            like_ko.new_empty(block, like_ko.shape[1]),
-        )
+        self.a_bo = like_ko.new_empty(block, like_ko.shape[1])
+        self.e_bo = torch.empty_like(self.a_bo)
         self.T_bb = like_ko.new_empty(block, block)
         earlier = [(self.e_bo[:i].T, self.T_bb[i, :i]) for i in range(block)]
         self._columns = list(zip(range(block), self.a_bo.unbind(), self.e_bo.unbind(), earlier))
 
     def solve(self, A_bo: Tensor, T_bb: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(i, a_i with all earlier errors in it, e_i to be written), column by column. T_bb: what
-        lies below its diagonal counts."""
+        """(i, a_i with all earlier errors in it, e_i, which the caller writes) of every column.
+        T_bb is read below its diagonal alone."""
         b = len(A_bo)
         self.a_bo[:b], self.T_bb[:b, :b] = A_bo, T_bb
         for i, a_o, e_o, (E_oi, T_i) in self._columns[:b]:

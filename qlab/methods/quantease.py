@@ -1,10 +1,9 @@
-"""Coordinate descent on codes and scales: each code, then each scale, is set to its optimum given
-all the others.
+"""Coordinate descent on codes and scales: each code, then each scale, takes its optimum given all
+the others.
 
-Neither step ever raises tr((W - W') H (W - W')^T), up to the rounding of scales to their stored
-dtype.
-Source: Behdad et al. 2023 (QuantEase), for the codes; the scales are a least-squares problem of one
-unknown per group.
+Neither step raises tr((W - W') H (W - W')^T), up to the rounding of scales to their stored dtype.
+Source: Behdad et al. 2023 (QuantEase), for the codes; the scales of a row are a least-squares
+problem with one unknown per group.
 
 Legend: W_ok weight, H_kk damped mean second moment, c_ok codes - zeros, s_ag scales, D_ok = W - W'.
 """
@@ -27,7 +26,8 @@ def descend_codes(
     """One sweep: w'_j <- project(w'_j + (D H)_j / H_jj) for every column j in `order`, on the grid
     of q.
 
-    The gradient D H is brought up to date once per block of columns and inside it column by column.
+    The gradient D H follows the codes: column by column inside a block of columns, and once per
+    block beyond it.
     """
     spec, (rows, cols) = q.spec, q.spec.tile.sizes(q.shape)
     H_kk = H_kk.index_select(0, order).index_select(1, order)
@@ -38,7 +38,8 @@ def descend_codes(
         .T.repeat_interleave(rows, 1)[:, : len(W_ok)]
         .index_select(0, order // cols)
     )
-    codes, s, hs = codes_ko.unbind(), s_ko.unbind(), (H_kk.diagonal()[:, None] * s_ko).unbind()
+    codes, s = codes_ko.unbind(), s_ko.unbind()
+    hs = (H_kk.diagonal()[:, None] * s_ko).unbind()
     inner, before_o = Substitution(min(block, len(order)), D_ko), torch.empty_like(D_ko[0])
     for start in range(0, len(order), block):
         at = slice(start, start + block)
@@ -46,8 +47,7 @@ def descend_codes(
         for i, g_o, moved_o in inner.solve(G_bo, -H_kk[at, at]):
             j, code_o = start + i, codes[start + i]
             before_o.copy_(code_o)
-            # W' + G / H_jj in units of codes: the present code, plus the step that the gradient
-            # asks for
+            # w'_j + g / H_jj in units of codes
             spec.nearest_(code_o.addcdiv_(g_o, hs[j]))
             torch.sub(code_o, before_o, out=moved_o).mul_(s[j])
         D_ko[at] -= inner.e_bo[: len(G_bo)]
@@ -55,11 +55,10 @@ def descend_codes(
 
 
 def refit_scales(W_ok: Tensor, H_kk: Tensor, q: QTensor) -> QTensor:
-    """The scales that minimise tr(D H D^T) for fixed codes: per row, A s = b with A_gh = c_g^T H_gh
-    c_h, b_g = c_g^T (H w)_g.
+    """The scales that minimize tr(D H D^T) for fixed codes, of tiles of one row: A s = b in every
+    row, with A_gh = c_g^T H_gh c_h and b_g = c_g^T (H w)_g.
 
-    For tiles of one row (channel, group). RIDGE keeps groups with hardly any curvature at their old
-    scale.
+    RIDGE keeps groups with hardly any curvature at their old scale.
     """
     o, groups = q.scales.shape
     c_ogn = q.spec.tile.split(q.codes).to(W_ok.dtype)
