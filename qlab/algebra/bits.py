@@ -15,13 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 1 << 20  # codes at a time: they and what is made of them stay in a core's own cache
-LANES = {
-    1: torch.uint8,
-    2: torch.int16,
-    4: torch.int32,
-    8: torch.int64,
-}  # the word for a lane of so many codes
+CHUNK = 1 << 20  # codes at a time, few enough to stay in a core's cache with all intermediates
+# codes in a lane -> the word that holds them, one a byte
+LANES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def words_of(k: int, bits: int) -> int:
@@ -30,8 +26,7 @@ def words_of(k: int, bits: int) -> int:
 
 
 def unsigned(codes: Tensor, bits: int) -> Tensor:
-    """codes + 2^(bits-1): int8 -> uint8, whose arithmetic wraps, so that one addition serves 8 bits
-    too."""
+    """codes + 2^(bits-1): int8 -> uint8. The addition wraps, so it holds for 8 bits too."""
     return codes.contiguous().view(torch.uint8) + 2 ** (bits - 1)
 
 
@@ -49,16 +44,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     *rows, k = codes.shape
     lane, size = _lane(bits)
-    padded = (
-        F.pad(codes, (0, -k % 8)) if k % 8 or codes.storage_offset() % 8 else codes.contiguous()
-    )  # pad copies: it aligns
+    unaligned = k % 8 or codes.storage_offset() % 8
+    padded = F.pad(codes, (0, -k % 8)) if unaligned else codes.contiguous()  # pad copies, aligned
     lanes = padded.view(-1).view(LANES[lane])
     stream = torch.empty((lanes.shape[0], size), dtype=torch.uint8, device=codes.device)
     for x, out in zip(lanes.split(CHUNK // lane), stream.split(CHUNK // lane)):
         for low, gap, width in _steps(bits, lane):
             x = (x & low).bitwise_or_((x & low << width).bitwise_right_shift_(gap))
         if size == 1:
-            out[:, 0] = x  # a conversion to bytes, which is faster than a strided copy of them
+            out[:, 0] = x  # a cast to bytes is faster than a strided copy
         else:
             out.copy_(x.view(torch.uint8).view(-1, lane)[:, :size])
     return _resize(stream.view(*rows, -(-k // 8) * bits), 4 * words_of(k, bits)).view(torch.int32)
@@ -69,18 +63,16 @@ def unpack(words: Tensor, bits: int, k: int) -> Tensor:
     k]."""
     *rows, _ = words.shape
     lane, size = _lane(bits)
-    flat = (
-        words.contiguous().view(-1).view(torch.uint8)
-    )  # an axis of size 1 may have any stride, which bytes may not
-    stream = _resize(flat.view(*words.shape[:-1], 4 * words.shape[-1]), -(-k // 8) * bits).view(
-        -1, size
-    )
+    # via one axis: an axis of size 1 may have any stride, and a view as bytes refuses that
+    flat = words.contiguous().view(-1).view(torch.uint8)
+    in_rows = flat.view(*words.shape[:-1], 4 * words.shape[-1])
+    stream = _resize(in_rows, -(-k // 8) * bits).view(-1, size)
     lanes = torch.empty(stream.shape[0], dtype=LANES[lane], device=words.device)
-    for some, x in zip(stream.split(CHUNK // lane), lanes.split(CHUNK // lane)):
+    for packed, x in zip(stream.split(CHUNK // lane), lanes.split(CHUNK // lane)):
         if size == 1:
-            x.copy_(some[:, 0])
+            x.copy_(packed[:, 0])
         else:
-            x.zero_().view(torch.uint8).view(-1, lane)[:, :size] = some
+            x.zero_().view(torch.uint8).view(-1, lane)[:, :size] = packed
         for low, gap, width in reversed(_steps(bits, lane)):
             upper = (x << gap).bitwise_and_(low << width)
             x.bitwise_and_(low).bitwise_or_(upper)
@@ -98,15 +90,17 @@ def unpack_signed(words: Tensor, bits: int, k: int) -> Tensor:
 
 
 def _lane(bits: int) -> tuple[int, int]:
-    """The codes of a lane, and the bytes that they pack into."""
+    """The codes in a lane, and the bytes that they are packed into."""
     return 8 // math.gcd(bits, 8), bits // math.gcd(bits, 8)
 
 
 def _steps(bits: int, lane: int) -> list[tuple[int, int, int]]:
-    """Per step of packing: the mask of the lower fields, the gap that closes, and the bits from a
-    lower field to its upper one."""
+    """The steps of packing: the mask of the lower fields, the gap above them that is closed, and
+    the distance in bits from a lower field to its upper one."""
     steps = []
-    for width in (w for w in (8, 16, 32) if w < 8 * lane):
+    for width in (8, 16, 32):
+        if width >= 8 * lane:
+            break
         used = bits * width // 8
         low = sum((2**used - 1) << at for at in range(0, 8 * lane, 2 * width))
         steps.append((low, width - used, width))
@@ -114,12 +108,11 @@ def _steps(bits: int, lane: int) -> list[tuple[int, int, int]]:
 
 
 def _resize(stream: Tensor, size: int) -> Tensor:
-    """The stream with its last axis cut or filled with zeros to `size`; what is cut is padding."""
+    """The stream with its last axis cut or filled with zeros to `size`. Only padding is cut."""
     if stream.shape[-1] == size:
         return stream
-    resized = stream.new_zeros(
-        (*stream.shape[:-1], size)
-    )  # a new tensor: views in wider words need plain strides
+    # a new tensor, since views in wider words need contiguous strides
+    resized = stream.new_zeros((*stream.shape[:-1], size))
     kept = min(size, stream.shape[-1])
     resized[..., :kept] = stream[..., :kept]
     return resized

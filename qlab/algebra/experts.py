@@ -1,9 +1,9 @@
 """A mixture of experts as operations of a traced program: where tokens go, and one product per
 expert.
 
-Every fused mixture of transformers runs through `experts_forward`, so that all of them trace to the
-same two operations, whatever the device. Legend: n tokens, t choices per token, s = n t pairs of
-token and expert in the order of experts, e experts, ends [e] where each expert's rows end.
+All fused mixtures of transformers run `experts_forward`, so that they trace to the same two
+operations on every device. Legend: n tokens, t choices per token, s = n t pairs of token and expert
+in the order of experts, e experts, ends [e] where each expert's rows end.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Rows:
-    """What reaches a source: x [..., k]; where it belongs to experts, x [s, k] with the token of
-    every row and the ends."""
+    """The inputs x [..., k] of the sites of a source. Rows x [s, k] that belong to experts have the
+    token of each row [s], and the ends."""
 
     x: Tensor
     tokens: Tensor | None = None
@@ -29,15 +29,16 @@ def rows_of(ends: Tensor) -> Iterator[slice]:
     """The rows of every expert, in order."""
     start = 0
     for end in ends.tolist():
-        yield slice(start, start := end)
+        yield slice(start, end)
+        start = end
 
 
 def reaching(rows: Rows, experts: slice) -> Rows:
-    """What reaches these experts alone."""
+    """The rows of these experts alone."""
     assert rows.tokens is not None and rows.ends is not None
     parts = list(rows_of(rows.ends))[experts]
-    held = slice(parts[0].start, parts[-1].stop)
-    return Rows(rows.x[held], rows.tokens[held], rows.ends[experts] - held.start)
+    part = slice(parts[0].start, parts[-1].stop)
+    return Rows(rows.x[part], rows.tokens[part], rows.ends[experts] - part.start)
 
 
 def each_expert(x_sk: Tensor, ends: Tensor, product: Callable[[int, Tensor], Tensor]) -> Tensor:
@@ -46,9 +47,10 @@ def each_expert(x_sk: Tensor, ends: Tensor, product: Callable[[int, Tensor], Ten
 
 
 def per_row(m_ek: Tensor, ends: Tensor, rows: int) -> Tensor:
-    """[e, k] -> [s, k]: each of s rows gets its expert's. Told how many there are, a GPU's host
-    need not wait for `ends`."""
-    return m_ek.repeat_interleave(torch.diff(ends, prepend=ends.new_zeros(1)), 0, output_size=rows)
+    """[e, k] -> [s, k]: the row of its expert for each of s rows. Since `rows` says how many there
+    are, the host of a GPU need not wait for `ends`."""
+    counts = torch.diff(ends, prepend=ends.new_zeros(1))
+    return m_ek.repeat_interleave(counts, 0, output_size=rows)
 
 
 @torch.library.custom_op("qlab::route", mutates_args=())
@@ -57,23 +59,20 @@ def route(chosen_nt: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     tokens [s], and ends [e]."""
     chosen = chosen_nt.flatten()
     pairs = chosen.argsort(stable=True)
-    counts = chosen.new_zeros(experts).scatter_add_(
-        0, chosen, torch.ones_like(chosen)
-    )  # bincount would make a GPU's host wait
+    # bincount would make the host of a GPU wait
+    counts = chosen.new_zeros(experts).scatter_add_(0, chosen, torch.ones_like(chosen))
     return pairs, pairs // chosen_nt.shape[1], counts.cumsum(0)
 
 
 @torch.library.custom_op("qlab::route_everywhere", mutates_args=())
 def route_everywhere(chosen_nt: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What `route` gives when every token goes to every expert: for statistics, which need no
-    weights of the choice."""
+    """`route` if every token went to every expert. It serves statistics, which need no weights of
+    the choice."""
     n = len(chosen_nt)
     tokens = torch.arange(n, device=chosen_nt.device).repeat(experts)
-    return (
-        torch.arange(n * experts, device=chosen_nt.device),
-        tokens,
-        torch.arange(1, experts + 1, device=tokens.device) * n,
-    )
+    pairs = torch.arange(n * experts, device=chosen_nt.device)
+    ends = torch.arange(1, experts + 1, device=chosen_nt.device) * n
+    return pairs, tokens, ends
 
 
 @route.register_fake
@@ -88,9 +87,11 @@ def _(chosen_nt: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
 )
 def experts_linear(x_sk: Tensor, W_eok: Tensor, bias_eo: Tensor | None, ends: Tensor) -> Tensor:
     """x W_e^T + b_e for the rows of each expert e: [s, o]."""
-    return each_expert(
-        x_sk, ends, lambda e, x: F.linear(x, W_eok[e], None if bias_eo is None else bias_eo[e])
-    )
+
+    def product(e: int, x_nk: Tensor) -> Tensor:
+        return F.linear(x_nk, W_eok[e], None if bias_eo is None else bias_eo[e])
+
+    return each_expert(x_sk, ends, product)
 
 
 @experts_linear.register_fake
@@ -103,9 +104,11 @@ def _(x_sk: Tensor, W_eok: Tensor, bias_eo: Tensor | None, ends: Tensor) -> Tens
 )
 def experts_matmul(x_sk: Tensor, W_eko: Tensor, bias_eo: Tensor | None, ends: Tensor) -> Tensor:
     """x W_e + b_e for the rows of each expert e, of weights that are stored transposed: [s, o]."""
-    return each_expert(
-        x_sk, ends, lambda e, x: F.linear(x, W_eko[e].mT, None if bias_eo is None else bias_eo[e])
-    )
+
+    def product(e: int, x_nk: Tensor) -> Tensor:
+        return F.linear(x_nk, W_eko[e].mT, None if bias_eo is None else bias_eo[e])
+
+    return each_expert(x_sk, ends, product)
 
 
 @experts_matmul.register_fake
@@ -168,12 +171,13 @@ def experts_forward(
     """The forward of a module of fused experts, as transformers' experts interface calls it: [n, k]
     -> [n, k].
 
-    A weight may be a module that stands in for one, called with (x [s, k], bias [e, o] or None,
-    ends).
+    A weight may be a module that stands in for the tensor. It is called with (x [s, k], bias [e, o]
+    or None, ends).
     """
 
     def product(name: str, x_sk: Tensor) -> Tensor:
-        weight, bias = getattr(self, name), getattr(self, f"{name}_bias") if self.has_bias else None
+        weight = getattr(self, name)
+        bias = getattr(self, f"{name}_bias") if self.has_bias else None
         if isinstance(weight, nn.Module):
             return weight(x_sk, bias, ends)
         op = torch.ops.qlab.experts_matmul if self.is_transposed else torch.ops.qlab.experts_linear
@@ -181,19 +185,16 @@ def experts_forward(
 
     pairs, tokens, ends = torch.ops.qlab.route(top_k_index, len(self.down_proj))
     x_sk = hidden_states[tokens]
-    has_gate = getattr(self, "has_gate", True)  # which all have in transformers before 5.3
-    x_sk = (
-        self._apply_gate(product("gate_up_proj", x_sk))
-        if has_gate
-        else self.act_fn(product("up_proj", x_sk))
-    )
+    if getattr(self, "has_gate", True):  # before transformers 5.3 all have one
+        x_sk = self._apply_gate(product("gate_up_proj", x_sk))
+    else:
+        x_sk = self.act_fn(product("up_proj", x_sk))
     y_sk = product("down_proj", x_sk)
-    if getattr(self, "has_post_expert_norm", False):  # which transformers 5.17 does not know
+    if getattr(self, "has_post_expert_norm", False):  # transformers 5.17 does not know it
         y_sk = self.post_expert_norm(y_sk)
-    every = (
-        top_k_weights.shape != top_k_index.shape
-    )  # [n, e]: routers of transformers 5.0.0 weigh all experts
-    weights_nt = top_k_weights.gather(1, top_k_index) if every else top_k_weights
+    # Routers of transformers 5.0.0 give a weight to every expert: [n, e].
+    of_all_experts = top_k_weights.shape != top_k_index.shape
+    weights_nt = top_k_weights.gather(1, top_k_index) if of_all_experts else top_k_weights
     y_sk = y_sk * weights_nt.reshape(-1)[pairs].unsqueeze(-1)
     y_ntk = y_sk[pairs.argsort()].unflatten(0, tuple(top_k_index.shape))
     return y_ntk.sum(1).to(hidden_states.dtype)

@@ -1,5 +1,4 @@
-"""Which arithmetic multiplies 16-bit matrices on this processor: the same sums in fp32, at the rate
-that it has for them."""
+"""In which dtype this processor multiplies 16-bit matrices fastest. Sums are fp32 in either."""
 
 import torch
 from torch import Tensor
@@ -8,17 +7,17 @@ from qlab.process import processor
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What to multiply x [..., k] by a matrix in, before one rounding to x's own dtype; sums are
-    fp32 either way.
+    """The dtype in which to multiply x [..., k] by a matrix, before the result is rounded to the
+    dtype of x.
 
-    Without units for bf16 a processor takes up to twice as long for 16-bit matrices as for fp32
-    copies of them, without AVX-512 ten to thirty times, once there are rows enough to make up for
-    the copies; with units it takes half as long.
+    A processor without units for bf16 takes up to twice as long for 16-bit matrices as for fp32
+    copies of them, and one without AVX-512 ten to thirty times as long, if there are enough rows to
+    make up for the copies. A processor with units takes half as long.
     """
     if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
         return x.dtype
-    here = processor.here()
-    if x.dtype == torch.bfloat16 and here.bf16_units:
+    cpu = processor.here()
+    if x.dtype == torch.bfloat16 and cpu.bf16_units:
         return x.dtype
     rows = x.numel() // max(x.shape[-1], 1)
-    return torch.float32 if rows >= here.rows_worth_copies else x.dtype
+    return torch.float32 if rows >= cpu.rows_worth_copies else x.dtype

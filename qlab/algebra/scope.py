@@ -9,10 +9,9 @@ from qlab.errors import QlabError
 
 @dataclass(frozen=True)
 class Scope:
-    """Which sites a stage may touch: those that match every `include` and no `exclude` (globs over
-    full names).
+    """The sites that match every pattern of `include` and none of `exclude` (see `matches`).
 
-    outside: they are linears around the blocks, else sites of blocks.
+    outside: of the linears around the blocks; otherwise of the sites in blocks.
     """
 
     include: tuple[str, ...] = ()
@@ -20,26 +19,27 @@ class Scope:
     outside: bool = False
 
     def __contains__(self, name: str) -> bool:
-        return all(matches(p, name) for p in self.include) and not any(
-            matches(p, name) for p in self.exclude
-        )
+        excluded = any(matches(pattern, name) for pattern in self.exclude)
+        return not excluded and all(matches(pattern, name) for pattern in self.include)
 
     def __str__(self) -> str:
-        named = " and ".join([*self.include, *(f"not {p}" for p in self.exclude)]) or "every site"
-        return f"{named} around the blocks" if self.outside else named
+        conditions = [*self.include, *(f"not {pattern}" for pattern in self.exclude)]
+        text = " and ".join(conditions) or "every site"
+        return f"{text} around the blocks" if self.outside else text
 
 
 def scope_named(text: str) -> Scope:
-    """The scope that has this name: the inverse of str."""
-    named = text.removesuffix(" around the blocks")
-    parts = [] if named == "every site" else named.split(" and ")
+    """The scope of which this is the str."""
+    conditions = text.removesuffix(" around the blocks")
+    parts = [] if conditions == "every site" else conditions.split(" and ")
     include = tuple(part for part in parts if not part.startswith("not "))
     exclude = tuple(part.removeprefix("not ") for part in parts if part.startswith("not "))
-    return Scope(include, exclude, outside=named != text)
+    return Scope(include, exclude, outside=conditions != text)
 
 
 def matches(pattern: str, name: str) -> bool:
-    """A glob over full site names ('*.mlp.*'), or an anchored regular expression after 're:'."""
+    """Whether a site's full name matches a glob ("*.mlp.*"), or as a whole the regular expression
+    behind "re:"."""
     if not pattern.startswith("re:"):
         return fnmatchcase(name, pattern)
     try:

@@ -1,7 +1,10 @@
-"""Statistics of a site's input as monoids that are transported when the graph is re-parametrised.
+"""Statistics of the inputs x of linear layers: what is observed of calibration data.
 
-Shapes: x_nk is n tokens by k channels, H_kk = sum_n x_n^T x_n. Accumulation is in fp32 whatever the
-model's dtype.
+A statistic is a monoid: each batch is lifted to a state, and states are combined in any order. When
+the inputs become x @ M, the state is transported instead of being observed again.
+
+Legend: x_nk is n tokens by k channels, H_kk = sum_n x_n^T x_n. States are fp32 for every dtype of
+the model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +22,11 @@ TILE = 192  # columns per block of a symmetric matrix, of which one triangle is 
 
 @dataclass(frozen=True)
 class Observation:
-    """What one batch shows of one source: x_nk, and the keys [n] of its tokens (sample * length +
+    """The inputs x_nk of one source in one batch, and the keys [n] of its tokens (sample * length +
     position).
 
-    ends [e]: where the rows of each expert end, if they are sorted by expert. reference_nk: what
-    the reference model has in the place of x, None where that is x itself.
+    ends [e]: where the rows of each expert end, if rows are sorted by expert. reference_nk: the
+    same inputs in the reference model, None where those are x itself.
     """
 
     x_nk: Tensor
@@ -33,12 +36,10 @@ class Observation:
 
 
 class Stat(NamedTuple):
-    """lift: one observation -> state. combine: associative and commutative (up to fp32 rounding).
-
-    transport: x -> x * m (m a vector [k]) or x @ M (a matrix [k, k]) sends the state to its new
-    value;
-    None says that it must be observed again. nothing: the state of k channels that no token
-    reached, combine's identity.
+    """A statistic. lift: observation -> state. combine: two states -> one, associative and
+    commutative up to fp32 rounding. transport: the state after x -> x * m (a vector [k]) or x @ M
+    (a matrix [k, k]), or None if it has to be observed again. nothing: k -> the state of k channels
+    that no token reached, the identity of combine.
     """
 
     lift: Callable[[Observation], Any]
@@ -55,8 +56,7 @@ class Moment(NamedTuple):
 
     @property
     def mean_kk(self) -> Tensor:
-        """The mean over tokens, and I where there were none: then every direction counts the same,
-        as without data."""
+        """The mean over tokens. Without tokens it is I: every direction counts the same."""
         if not self.tokens:
             return torch.eye(len(self.sum_kk), dtype=self.sum_kk.dtype, device=self.sum_kk.device)
         return self.sum_kk / self.tokens
@@ -68,31 +68,31 @@ class Moment(NamedTuple):
         return squares_k / self.tokens if self.tokens else torch.ones_like(squares_k)
 
     def output_errors(self, D_ok: Tensor) -> Tensor:
-        """d H d^T of every row [o] with H = mean_kk: the squared output error of a weight error D,
-        per token."""
+        """d H d^T of every row [o] with H = mean_kk: the mean squared output error of a weight
+        error D."""
         return quadratic(D_ok, self.sum_kk) / self.tokens if self.tokens else D_ok.square().sum(-1)
 
     def output_error(self, D_ok: Tensor) -> float:
-        """tr(D H D^T), the sum of output_errors."""
+        """tr(D H D^T), the sum of `output_errors`."""
         return float(self.output_errors(D_ok).sum())
 
 
 class Sample(NamedTuple):
-    """Rows [n, k] with the smallest hashed keys [n]: the same rows whatever order the batches came
-    in."""
+    """The rows [n, k] with the smallest hashed keys [n], which are the same for every order of
+    batches."""
 
     order: Tensor
     x_nk: Tensor
 
 
 def gram(x_nk: Tensor) -> Tensor:
-    """x^T x in fp32 [k, k]. Only the blocks of the upper triangle are multiplied, so that it is
+    """x^T x in fp32 [k, k]. Blocks of the upper triangle are multiplied and mirrored, so it is
     exactly symmetric."""
     x, k = x_nk.float(), x_nk.shape[1]
     H_kk = x.new_empty(k, k)
     for i in range(0, k, TILE):
         torch.mm(x[:, i : i + TILE].T, x[:, i:], out=H_kk[i : i + TILE, i:])
-    for i in range(0, k, TILE):  # the mirror image tile by tile, which stays in cache
+    for i in range(0, k, TILE):  # mirrored tile by tile, which stays in cache
         tile, beyond = H_kk[i : i + TILE, i : i + TILE], i + TILE
         tile.copy_(tile.triu() + tile.triu(1).T)
         H_kk[beyond:, i:beyond] = H_kk[i:beyond, beyond:].T
@@ -104,34 +104,31 @@ def _add_moments(a: Moment, b: Moment) -> Moment:
 
 
 def _drift(o: Observation) -> Moment:
+    """sum over tokens of (x' - x)^T x, with x' the input in the reference model."""
+    tokens, k = o.x_nk.shape
     if o.reference_nk is None:
-        return Moment(
-            o.x_nk.new_zeros(o.x_nk.shape[1], o.x_nk.shape[1], dtype=torch.float32), o.x_nk.shape[0]
-        )
-    return Moment((o.reference_nk.float() - o.x_nk.float()).T @ o.x_nk.float(), o.x_nk.shape[0])
+        return Moment(o.x_nk.new_zeros(k, k, dtype=torch.float32), tokens)
+    return Moment((o.reference_nk.float() - o.x_nk.float()).T @ o.x_nk.float(), tokens)
 
 
 def _move_moment(state: Moment, M: Tensor) -> Moment:
     H = state.sum_kk
-    moved = (
-        H * M[:, None] * M[None, :]
-        if M.ndim == 1
-        else (M.T.double() @ H.double() @ M.double()).float()
-    )
-    return Moment(moved, state.tokens)
+    if M.ndim == 1:
+        return Moment(H * M[:, None] * M[None, :], state.tokens)
+    return Moment((M.T.double() @ H.double() @ M.double()).float(), state.tokens)
 
 
 def _move_minmax(state: tuple[Tensor, Tensor], M: Tensor) -> tuple[Tensor, Tensor] | None:
     if M.ndim != 1:
         return None
-    if (state[0] > state[1]).all():  # nothing was seen
+    if (state[0] > state[1]).all():  # no token was seen
         return state
     lo, hi = state[0] * M, state[1] * M
     return torch.minimum(lo, hi), torch.maximum(lo, hi)
 
 
 def _hashed(keys: Tensor) -> Tensor:
-    """splitmix64's finaliser: a fixed pseudo-random order of token keys."""
+    """A fixed pseudo-random order of token keys (the finalizer of splitmix64)."""
     h = (keys + 1) * -7046029254386353131
     h = (h ^ (h >> 30)) * -4658895280553007687
     h = (h ^ (h >> 27)) * -7723592293110705685
@@ -139,7 +136,7 @@ def _hashed(keys: Tensor) -> Tensor:
 
 
 def sample(n: int) -> Stat:
-    """A random sample of n rows of x_nk, independent of the order of batches."""
+    """A random sample of n rows of x, which does not depend on the order of batches."""
 
     def smallest(order: Tensor, x_nk: Tensor) -> Sample:
         kept = order.argsort(stable=True)[:n]
@@ -154,28 +151,27 @@ def sample(n: int) -> Stat:
 
 
 class PerExpert(NamedTuple):
-    """One state per expert, of the tokens that were routed to it. They may be observed as they are
-    asked for."""
+    """One state per expert, of the tokens that were routed to it. A state may be observed only when
+    it is asked for."""
 
     states: Sequence[Any]
 
 
 def per_expert(stat: Stat) -> Stat:
-    """The statistic of every expert's own tokens. A state moves by a matrix [k, k] or diagonal [k]
-    that all experts share, or by diagonals of their own [e, 1, k]."""
+    """The statistic of every expert's own tokens. States move by a matrix [k, k] or a vector [k]
+    that all experts share, or by vectors of their own [e, 1, k]."""
 
     def lift(o: Observation) -> PerExpert:
         assert o.ends is not None
+        nothing = lambda: _on(o.x_nk, stat.nothing(o.x_nk.shape[1]))
         other = o.x_nk if o.reference_nk is None else o.reference_nk
         parts = [
             Observation(o.x_nk[rows], o.keys[rows], None, other[rows]) for rows in rows_of(o.ends)
         ]
-        return PerExpert(
-            tuple(
-                stat.lift(p) if len(p.keys) else _on(o.x_nk, stat.nothing(o.x_nk.shape[1]))
-                for p in parts
-            )
-        )
+        return PerExpert(tuple(stat.lift(part) if len(part.keys) else nothing() for part in parts))
+
+    def combine(a: PerExpert, b: PerExpert) -> PerExpert:
+        return PerExpert(tuple(map(stat.combine, a.states, b.states)))
 
     def move(state: PerExpert, M: Tensor) -> PerExpert | None:
         moved = [
@@ -183,15 +179,11 @@ def per_expert(stat: Stat) -> Stat:
         ]
         return None if any(s is None for s in moved) else PerExpert(tuple(moved))
 
-    return Stat(
-        lift,
-        lambda a, b: PerExpert(tuple(map(stat.combine, a.states, b.states))),
-        move,
-        stat.nothing,
-    )
+    return Stat(lift, combine, move, stat.nothing)
 
 
 def _on(like: Tensor, state: Any) -> Any:
+    """The state on the device of a tensor."""
     return pytree.tree_map_only(Tensor, lambda t: t.to(like.device), state)
 
 
@@ -202,8 +194,7 @@ STATS: dict[str, Stat] = {
         _move_moment,
         lambda k: Moment(torch.zeros(k, k, dtype=torch.float32), 0),
     ),
-    # sum over tokens of (x' - x)^T x, x' the reference's input; of sources without experts, see
-    # Stage.wants
+    # Not observed for routed experts, whose rows have no counterpart in the reference model.
     "drift": Stat(
         _drift,
         _add_moments,
@@ -238,26 +229,24 @@ Stats = Mapping[tuple[str, str], Any]  # (source node, statistic) -> state
 
 
 def stat_of(name: str, experts: bool) -> Stat:
-    """The statistic of that name, of every expert's own tokens where the rows belong to experts."""
+    """The statistic of that name. experts: of every expert's own tokens."""
     return per_expert(STATS[name]) if experts else STATS[name]
 
 
 def transport(stats: Stats, source: str, M: Tensor) -> Stats:
-    """The statistics after the inputs of `source` became x * m or x @ M; what cannot be moved is
-    dropped."""
-
-    def move(name: str, state: Any) -> Any:
-        return stat_of(name, isinstance(state, PerExpert)).transport(state, M)
-
-    moved = {
-        key: move(key[1], state) if key[0] == source else state for key, state in stats.items()
-    }
+    """The statistics after the inputs of `source` became x * m or x @ M. Those that M cannot move
+    are dropped."""
+    moved = dict(stats)
+    for key, state in stats.items():
+        if key[0] == source:
+            stat = stat_of(key[1], isinstance(state, PerExpert))
+            moved[key] = stat.transport(state, M)
     return {key: state for key, state in moved.items() if state is not None}
 
 
 def quadratic(D_ok: Tensor, H_kk: Tensor) -> Tensor:
-    """d H d^T of every row [o]: the squared output error of a weight error D on inputs with second
-    moment H, of which one triangle is read."""
+    """d H d^T of every row [o]: the squared output error of a weight error D on inputs of second
+    moment H. One triangle of H is read."""
     total_o = D_ok.new_zeros(len(D_ok))
     for i in range(0, len(H_kk), TILE):
         D_ot, below = D_ok[:, i : i + TILE], slice(i + TILE, None)

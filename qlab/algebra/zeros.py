@@ -1,5 +1,5 @@
-"""Zeros of a mask: what a step sets to 0 that rounds nothing stays 0 behind it, or the step that
-moves it is refused."""
+"""Zeros of a mask: weights that a step set to 0 without rounding stay 0 behind it, or the step that
+moves them is refused."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,10 +16,10 @@ NOTE = "zeros"  # the share of a site's weights that a step set to 0, in its rep
 
 
 def refuse_lost(step: str, before: ModuleGraph, after: ModuleGraph) -> None:
-    """Refuse a step behind one that pruned, if what was 0 is so no more."""
+    """Refuse a step that moves zeros which a step before it set."""
     for site in _changed(before, after):
         if before.notes.get(site.path, {}).get(NOTE):
-            lost = sum(_lost(W, made) for W, made in _weights(before, after, site))
+            lost = sum(_lost(W, W_after) for W, W_after in _weights(before, after, site))
             if lost:
                 raise QlabError(
                     f"{before.where(site)}: {step} moves {lost} weights that a step before it set "
@@ -29,13 +29,13 @@ def refuse_lost(step: str, before: ModuleGraph, after: ModuleGraph) -> None:
 
 
 def noted(before: ModuleGraph, after: ModuleGraph) -> ModuleGraph:
-    """The graph after a step that rounds nothing, with the share of each weight that it set to 0 in
-    its notes."""
+    """The graph after a step that rounds nothing. The notes of a site hold the share of its weight
+    that the step set to 0."""
     notes = dict(after.notes)
     for site in _changed(before, after):
         shares = [
-            float(((made == 0) & (W != 0)).float().mean())
-            for W, made in _weights(before, after, site)
+            float(((W_after == 0) & (W != 0)).float().mean())
+            for W, W_after in _weights(before, after, site)
         ]
         if any(shares):
             notes[site.path] = {**notes.get(site.path, {}), NOTE: sum(shares) / len(shares)}
@@ -43,7 +43,7 @@ def noted(before: ModuleGraph, after: ModuleGraph) -> ModuleGraph:
 
 
 def _changed(before: ModuleGraph, after: ModuleGraph) -> list[Site]:
-    """The sites of another weight, which was dense."""
+    """The sites whose weight was dense and is another now."""
     names = {name for name, leaf in after.params.items() if leaf is not before.params[name]}
     return [
         site
@@ -52,9 +52,11 @@ def _changed(before: ModuleGraph, after: ModuleGraph) -> list[Site]:
     ]
 
 
-def _lost(W: Tensor, made: Tensor) -> int:
+def _lost(W: Tensor, W_after: Tensor) -> int:
+    """How many zeros of W are none in W_after; all weights where W itself has none, since then a
+    step between moved its zeros."""
     pruned = W == 0
-    return int((made[pruned] != 0).sum()) if pruned.any() else W.numel()
+    return int((W_after[pruned] != 0).sum()) if pruned.any() else W.numel()
 
 
 def _weights(
@@ -63,12 +65,11 @@ def _weights(
     """A weight [o, k] before and after, expert by expert where there are several."""
     leaf = after.params[site.weight or ""]
     for expert in range(leaf.shape[0]) if len(leaf.shape) == 3 else [None]:
-        made = (
-            dense(_part(leaf, expert), torch.float32)
-            if isinstance(leaf, QTensor)
-            else after.weight_ok(site, expert)
-        )
-        yield before.weight_ok(site, expert), made
+        W = before.weight_ok(site, expert)
+        if isinstance(leaf, QTensor):
+            yield W, dense(_part(leaf, expert), torch.float32)
+        else:
+            yield W, after.weight_ok(site, expert)
 
 
 def _part(leaf: QTensor, expert: int | None) -> QTensor:
