@@ -274,12 +274,10 @@ def outer_scales(graph: ModuleGraph, spec: Spec | None) -> dict[str, Tensor]:
 # ------------------------------------------------------------------ errors and notes
 def _errors(W_ok: Tensor, leaf: Leaf, moment: Moment | None) -> Errors:
     D_ok = dense(leaf, torch.float32) - W_ok
-    in_steps = isinstance(leaf, QTensor) and leaf.perm is None
-    errors = Errors(
-        D=float(D_ok.norm()),
-        W=float(W_ok.norm()),
-        steps=largest_step(leaf, D_ok) if in_steps else 0.0,
-    )
+    steps = 0.0
+    if isinstance(leaf, QTensor) and leaf.perm is None:
+        steps = largest_step(leaf, D_ok)
+    errors = Errors(D=float(D_ok.norm()), W=float(W_ok.norm()), steps=steps)
     if moment is None:
         return errors
     return replace(

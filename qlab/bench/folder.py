@@ -51,8 +51,9 @@ def _refuse_other(out: Path, job: Mapping[str, Any]) -> None:
     for record in (read_sealed(out / RECORD), read_sealed(out / WORK / RECORD)):
         other_job = record.get("job") if isinstance(record, dict) else job
         if other_job != job:
-            is_known = isinstance(other_job, dict)
-            model = other_job.get("model") if is_known else "an older version of qlab"
+            model = "an older version of qlab"
+            if isinstance(other_job, dict):
+                model = str(other_job.get("model"))
             raise QlabError(
                 f"{out} holds another bench ({model}, or other options); choose another --out"
             )

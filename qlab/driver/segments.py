@@ -1,7 +1,7 @@
 """One part of the model at a time, solved and written for every run: what surrounds
 the blocks, and each block."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -118,7 +118,7 @@ def _write_solved(
     changed_names = changed(skeleton, graph, solved)
     online = online_at(skeleton, solved, run.codec)
     run.writer.write_shard(index + 1, encode(leaves, run.codec, online).items())
-    notes = {
+    notes: dict[str, Mapping[str, Any]] = {
         "sites": site_rows(solved),
         "certificates": certificates(skeleton, leaves, originals(skeleton, graph)),
         "changed": hashes(leaves, changed_names),

@@ -37,8 +37,9 @@ class Piece:
     def of(self, leaf: Leaf) -> Leaf:
         """The piece's part of the leaf."""
         if self.expert is None:
-            whole = not self.stop or isinstance(leaf, QTensor)
-            return leaf if whole else leaf[self.start : self.stop]
+            if not self.stop or isinstance(leaf, QTensor):
+                return leaf
+            return leaf[self.start : self.stop]
         if isinstance(leaf, Tensor):
             return leaf[self.expert, self.start : self.stop]
         rows = leaf.spec.tile.rows or leaf.shape[-2]
