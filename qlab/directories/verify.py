@@ -135,8 +135,10 @@ def _extra(both: Alike, extras: Collection[str], certificates: Certificates) -> 
         f"{module}.weight": certificate.get("made_of") or f"{module}.weight"
         for module, certificate in certificates.items()
     }
-    made = {name for name, source in made_of.items() if both.names.get(source, source) in originals}
-    return sorted(_leaves(both.model) - originals - set(extras) - made - both.doubled)
+    explained = {
+        name for name, source in made_of.items() if both.names.get(source, source) in originals
+    }
+    return sorted(_leaves(both.model) - originals - set(extras) - explained - both.doubled)
 
 
 # ------------------------------------------------------------------ unquantized tensors

@@ -104,7 +104,8 @@ class Admission:
 
         weights: what is to be given one spec, in the error's words.
         """
-        if self.target and (several := uniformity(self.target, specs)):
+        several = uniformity(self.target, specs) if self.target else None
+        if several:
             raise QlabError(f"{several}; give all {weights} one")
 
 

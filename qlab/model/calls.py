@@ -15,12 +15,12 @@ State = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Call:
-    """What a block is called with, as a flat list with holes for what other blocks made, and what
-    the next block gets.
+    """What a block is called with, and what the next block gets.
 
-    entering: the state that enters, in shapes alone. holes: leaf -> its place there. passes: where
-    the state that leaves comes from, counted through what enters and then through the program's
-    outputs.
+    leaves: the arguments as a flat list, with holes for what other blocks made. form: how the list
+    becomes arguments again. entering: the state that enters, on the meta device. holes: leaf -> its
+    place in the state. passes: the state that leaves, as places in the state that enters followed
+    by the program's outputs.
     """
 
     leaves: tuple[Any, ...]
@@ -59,11 +59,11 @@ def windows_axis(hidden: Tensor, tokens: Sequence[int]) -> int:
     tokens: (windows, tokens in each), of those that the states were made of.
     """
     between = tuple(hidden.shape[:-1])
-    found = [i for i in range(len(between) - 1) if between[i : i + 2] == tuple(tokens)]
-    if len(found) == 1:
-        return found[0]
+    axes = [i for i in range(len(between) - 1) if between[i : i + 2] == tuple(tokens)]
+    if len(axes) == 1:
+        return axes[0]
     raise QlabError(
         f"hidden states {tuple(hidden.shape)} of {tokens[0]} windows of {tokens[1]} tokens have "
-        f"{'several places' if found else 'no place'} where these can be; "
-        f"{'give windows of another length' if found else 'qlab streams models that have one'}"
+        f"{'several places' if axes else 'no place'} where these can be; "
+        f"{'give windows of another length' if axes else 'qlab streams models that have one'}"
     )

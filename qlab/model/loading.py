@@ -53,19 +53,19 @@ def load_block(skeleton: Skeleton, path: str, call: Call, decoded: bool = False)
         online_outputs |= {site.path: behind} if behind else {}
     dtypes = {name: leaf.dtype for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
     computed = {name: dtype_in(skeleton.model, f"{path}.{name}") for name in dtypes}
-    own = skeleton.checkpoint.dtype  # in which codes that are dequantized here are written
+    common = skeleton.checkpoint.dtype  # in which leaves are written that were codes
     dequantized = _quantized(skeleton, path)
     return ModuleGraph(
         code,
         leaves,
         path,
-        dtype=own,
+        dtype=common,
         online=online,
         online_outputs=online_outputs,
         stored={
             name: dtype
             for name, dtype in dtypes.items()
-            if name not in dequantized and dtype != own
+            if name not in dequantized and dtype != common
         },
         held={name: dtype for name, dtype in computed.items() if dtype != dtypes[name]},
     )

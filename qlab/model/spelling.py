@@ -23,11 +23,11 @@ def spellings(model: PreTrainedModel, stored: Iterable[str]) -> Mapping[str, str
 def identities(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Hashable]:
     """Stored name -> what transformers loads it into: a parameter's name, or a part of a parameter
     that it joins from several."""
-    found: dict[str, Hashable] = {}
+    identity_of: dict[str, Hashable] = {}
     for name, (place, pattern) in _places(model, stored).items():
         numbers = tuple(part for part in name.split(".") if part.isdigit())
-        found[name] = place if pattern is None or place == name else (place, pattern, numbers)
-    return found
+        identity_of[name] = place if pattern is None or place == name else (place, pattern, numbers)
+    return identity_of
 
 
 def is_converted(model: PreTrainedModel, name: str) -> bool:
@@ -43,9 +43,9 @@ def _places(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, tuple[st
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     known, prefix = model.state_dict(), model.base_model_prefix
-    found: dict[str, tuple[str, str | None]] = {}
+    places: dict[str, tuple[str, str | None]] = {}
     for name in sorted(stored):
-        found[name] = rename_source_key(name, renamings, converters, prefix, known)
-        if found[name][0] not in known and name in known:  # a rule for names of other files
-            found[name] = rename_source_key(name, [], [], prefix, known)
-    return found
+        places[name] = rename_source_key(name, renamings, converters, prefix, known)
+        if places[name][0] not in known and name in known:  # a rule for names of other files
+            places[name] = rename_source_key(name, [], [], prefix, known)
+    return places
