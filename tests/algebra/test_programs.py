@@ -27,12 +27,13 @@ def traced(monkeypatch):
     """The paths that were traced, from no program on."""
     paths = []
 
-    def counted(segment, args, kwargs, path):
+    def counted(segment, args, kwargs, path, untraced):
         paths.append(path)
-        return trace(segment, args, kwargs, path)
+        return trace(segment, args, kwargs, path, untraced)
 
     monkeypatch.setattr(programs, "trace", counted)
     monkeypatch.setattr(programs, "_kept", OrderedDict())
+    monkeypatch.setattr(programs, "_untraced", OrderedDict())
     return paths
 
 

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlab.algebra.graph import Code, tensors_of
-from qlab.algebra.tracing.as_it_is import runs_as_it_is
+from qlab.algebra.tracing.as_it_is import UntracedModules, stood_in, untraced_modules
 from qlab.algebra.tracing.kept import kept, tensors_held
 from qlab.algebra.tracing.on_meta import OnMeta, on_meta
 from qlab.algebra.tracing.on_tensors import OnTensors, without_values
@@ -33,6 +33,7 @@ from qlab.process.surroundings import foreign
 KEPT = 64  # programs; one of a common block takes about a megabyte
 BY_IDENTITY = (type, FunctionType, BuiltinFunctionType, torch.dtype, torch.device, Enum)
 _kept: OrderedDict[Hashable, Code] = OrderedDict()
+_untraced: OrderedDict[Hashable, UntracedModules] = OrderedDict()  # of segments that are alike
 _lock = Lock()
 
 
@@ -50,26 +51,44 @@ def program(
     holds it, the operations alone say whether it matters. ignored: attributes that say where a
     model comes from, and not what it computes. Errors: those of `trace`.
     """
-    with foreign:
-        done = operations(segment, args, kwargs)
     leaves, spec = pytree.tree_flatten((args, kwargs))
     look = _Look(segment, index, ignored)
-    key = look(segment), spec, tuple(_input(leaf, look) for leaf in leaves), done
+    alike = look(segment), spec, tuple(_input(leaf, look) for leaf in leaves)
+
+    def runs(untraced: UntracedModules) -> tuple[Hashable, str | None]:
+        """What the untraced modules are made of, their index too, and the operations of the
+        rest."""
+        modules = {name: segment.get_submodule(name) for name in untraced}
+        looks = tuple((name, _Look(m, None, ignored)(m)) for name, m in modules.items())
+        with foreign:
+            return looks, operations(stood_in(segment, untraced), args, kwargs)
+
     with _lock:
-        code = _kept.get(key)
+        untraced = _untraced.get(alike, {})
+    run = runs(untraced)
+    with _lock:
+        code = _kept.get((alike, run))
         if code is not None:
-            _kept.move_to_end(key)
+            _kept.move_to_end((alike, run))
             return code
-    code = trace(segment, args, kwargs, path).code
-    if done is None and not runs_as_it_is(
-        code
-    ):  # what such a segment does is known to its own trace only
+    code = trace(segment, args, kwargs, path, untraced).code
+    found = untraced_modules(code)
+    if found.keys() != untraced.keys():
+        run = runs(found)
+    if run[1] is None:  # what such a segment does is known to its own trace only
         return code
     with _lock:
-        code = _kept.setdefault(key, code)
-        while len(_kept) > KEPT:
-            _kept.popitem(last=False)
-    return code
+        if found:
+            _remember(_untraced, alike, found)
+        return _remember(_kept, (alike, run), code)
+
+
+def _remember(remembered: OrderedDict[Hashable, Any], key: Hashable, value: Any) -> Any:
+    """The value of a key: the first that was given."""
+    value = remembered.setdefault(key, value)
+    while len(remembered) > KEPT:
+        remembered.popitem(last=False)
+    return value
 
 
 def _input(leaf: Any, look: "_Look") -> Hashable:
@@ -84,7 +103,7 @@ class _Look:
     other tensors are.
     """
 
-    def __init__(self, segment: nn.Module, index: int, ignored: frozenset[str]):
+    def __init__(self, segment: nn.Module, index: int | None, ignored: frozenset[str]):
         self.index, self.ignored = index, ignored
         self.lifted = {id(t) for t in (*segment.parameters(), *segment.buffers())}
         self.above: list[int] = []

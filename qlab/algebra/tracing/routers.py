@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from qlab.algebra.graph import WEIGHT_OPS
+from qlab.algebra.tracing.as_it_is import AsItIs
 
 aten = torch.ops.aten
 
@@ -22,7 +23,7 @@ def is_router(node: fx.Node) -> bool:
         user = ahead.pop()
         if user.target is torch.ops.qlab.route.default:
             return True
-        if of_experts and _ranks(user, scores):
+        if _ranks(user, scores) and (of_experts or _is_followed_by_untraced(user)):
             return True
         if user not in seen and user.target not in WEIGHT_OPS:
             seen.add(user)
@@ -43,3 +44,16 @@ def _ranks(node: fx.Node, scores: int) -> bool:
         return False
     ranked = cast(fx.Node, node.args[0])
     return ranked.meta["val"].shape[-1] == scores
+
+
+def _is_followed_by_untraced(choice: fx.Node) -> bool:
+    """Whether a choice reaches a module that runs as it is, whose experts nobody sees."""
+    ahead, seen = list(choice.users), set()
+    while ahead:
+        user = ahead.pop()
+        if isinstance(user.target, AsItIs):
+            return True
+        if user not in seen and user.target not in WEIGHT_OPS:
+            seen.add(user)
+            ahead += user.users
+    return False

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qlab.algebra.graph import open_symbols
+from qlab.algebra.tracing.as_it_is import gather
 from qlab.algebra.tracing.on_meta import META, called_on_meta
 from qlab.algebra.tracing.on_tensors import OnTensors
 from qlab.algebra.tracing.survey import Survey, gives_tensors
@@ -226,35 +227,26 @@ class _Again(TorchFunctionMode):
         return out
 
 
-def gather(graph: fx.Graph, on_tensors: OnTensors, surveyed: Survey, inputs: int) -> None:
-    """Make of all that `stretch` stands for in a program one operation for each stretch."""
+def gather_stretches(graph: fx.Graph, on_tensors: OnTensors, surveyed: Survey, inputs: int) -> None:
+    """Make of all that `stretch` stands for in a program one operation for each stretch. inputs:
+    how many tensors the program takes."""
     for index in range(len(surveyed.stretches)):
         standing = [
-            n
-            for n in graph.nodes
-            if n.target is torch.ops.qlab.stretch.default and n.args[3] == index
+            node
+            for node in graph.nodes
+            if node.target is torch.ops.qlab.stretch.default and node.args[3] == index
         ]
         if not standing:
             continue
         names = surveyed.needed(index)
-        given = standing[0].args[0]
-        weights = given[inputs : inputs + len(names)]
-        run = Stretch(on_tensors, surveyed, index, [(n.args[4], n.args[5]) for n in standing])
-        with graph.inserting_before(standing[0]):
-            node = graph.call_function(run, (given[:inputs], weights, given[inputs + len(names) :]))
-            items = [graph.call_function(item, (node, i)) for i in range(len(standing))]
-        node.meta["val"] = tuple(n.meta["val"] for n in standing)
+        given, products = standing[0].args[0], inputs + len(names)
+        weights = given[inputs:products]
+        calls = [(node.args[4], node.args[5]) for node in standing]
+        run = Stretch(on_tensors, surveyed, index, calls)
+        arguments = (given[:inputs], weights, given[products:])
+        node = gather(graph, standing, run, arguments, range(len(standing)))
         node.meta["unread"] = {
             weight: surveyed.unread[name]
             for weight, name in zip(weights, names)
             if name in surveyed.unread
         }
-        for one, found in zip(standing, items):
-            found.meta["val"] = one.meta["val"]
-            one.replace_all_uses_with(found)
-            graph.erase_node(one)
-
-
-def item(outputs: tuple[Any, ...], index: int) -> Any:
-    """One of the outputs of an operation."""
-    return outputs[index]

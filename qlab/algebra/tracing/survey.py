@@ -35,6 +35,7 @@ PRODUCTS = frozenset(
         *(op.overloadpacket for op in EXPERT_OPS),
     }
 )
+UNTRACED = frozenset({torch.ops.qlab.untraced, torch.ops.qlab.untraced.default})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +43,10 @@ class Survey:
     """What a segment calls of torch that gives tensors, by number: what is asked of a tensor is not
     always a call.
 
-    products: those with weights. stretches: the long ones in between. taken: a parameter or buffer
-    -> the first call that takes it in another way. unread: a matrix -> the operation inside a
-    stretch that takes it other than number by number. kept: where in its attributes the segment
-    leaves tensors.
+    products: those with weights, and those of untraced modules. stretches: the long ones in
+    between. taken: a parameter or buffer -> the first call that takes it in another way. unread: a
+    matrix -> the operation inside a stretch that takes it other than number by number. kept: where
+    in its attributes the segment leaves tensors.
     """
 
     products: Mapping[int, Any]
@@ -173,7 +174,7 @@ class _Noted(TorchFunctionMode):
             if id(t) in self.gave:
                 self.last_use[self.gave[id(t)]] = number
         names = frozenset().union(*(self.names.get(id(t), ()) for t in taken))
-        if names and func in PRODUCTS:
+        if func in UNTRACED or (names and func in PRODUCTS):
             self.products[number] = func
         elif names and all(
             id(t) in self.names for t in taken

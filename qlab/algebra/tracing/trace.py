@@ -1,7 +1,7 @@
 """From a module to a value: torch.export of one segment, and the sites that its program shows."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from qlab.algebra.graph import (
     SAME_VALUES,
     WEIGHT_OPS,
     Code,
+    Left,
     ModuleGraph,
     Site,
     aten,
@@ -23,10 +24,16 @@ from qlab.algebra.graph import (
     tensors_of,
 )
 from qlab.algebra.qtensor import Leaf
-from qlab.algebra.tracing.as_it_is import as_it_is
+from qlab.algebra.tracing.as_it_is import (
+    AsItIs,
+    Finder,
+    UntracedModules,
+    gather_untraced,
+    stood_in,
+)
 from qlab.algebra.tracing.on_tensors import OnTensors, without_values
 from qlab.algebra.tracing.routers import is_router
-from qlab.algebra.tracing.stretches import Stretch, Stretched, gather
+from qlab.algebra.tracing.stretches import Stretch, Stretched, gather_stretches
 from qlab.algebra.tracing.survey import Survey, survey
 from qlab.algebra.tracing.unrolled import deciding_sizes
 from qlab.errors import QlabError, first_line
@@ -41,46 +48,123 @@ TRANSPOSES = (
 )
 
 
-def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = "") -> ModuleGraph:
+def trace(
+    module: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+    path: str = "",
+    untraced: UntracedModules | None = None,
+) -> ModuleGraph:
     """torch.export (non-strict) of one segment with weights lifted to inputs and input dimensions
     dynamic.
 
     `args` and `kwargs` are example inputs; tensor dimensions of size 1 are fixed to 1, and those
     that decide which operations run to their size; the others stay symbolic.
     A weight that an operation uses in a way qlab cannot read is no site, and `Code.unread` says
-    why; of a segment that export cannot trace, which runs as it is, none is. Refuses by name a
-    segment that does not run.
+    why. The smallest modules that export cannot follow, at most the whole segment, run as they are:
+    each is one operation, and none of its weights is a site. untraced: such modules, where they are
+    known beforehand. Refuses by name a segment that does not run.
     """
-    tensors = tensors_of(args, kwargs)
     where = path or type(module).__name__
-    surveyed = survey(module, args, kwargs)
-    kept = surveyed.kept if surveyed is not None else ()
-    try:
-        with foreign:
-            fixed = {1, *deciding_sizes(module, args, kwargs, surveyed is not None)}
-            auto = tuple(
-                {d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n not in fixed}
-                for t in tensors
-            )
-            exported, on_tensors, followed = _exported(module, args, kwargs, auto, surveyed)
-    except Exception as error:
-        code = replace(_untraced(module, args, kwargs, where, error), kept=kept)
-        return ModuleGraph(
-            code=code, params=_leaves(module, code.params.values()), path=path, dtype=_dtype(module)
-        )
-    graph = exported.graph
-    if followed is not None:
-        gather(graph, OnTensors(module, args, kwargs), followed, len(tensors))
+    exported = _followed(module, args, kwargs, where, untraced or {})
+    graph, tensors = exported.program.graph, tensors_of(args, kwargs)
+    if exported.stretched and exported.surveyed is not None:
+        on_tensors = OnTensors(exported.segment, args, kwargs)
+        gather_stretches(graph, on_tensors, exported.surveyed, len(tensors))
+    gather_untraced(graph, module, exported.untraced)
     _unpin(graph)
     _name_linears(graph)
-    signature = exported.graph_signature
+    code = _code(exported)
+    return ModuleGraph(
+        code=code, params=_leaves(module, code.params.values()), path=path, dtype=_dtype(module)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Exported:
+    """A segment as torch.export gives it. segment: what was exported, with stand-ins in the places
+    of the untraced modules. left: what it makes of its arguments. stretched: whether its long
+    stretches are cut out."""
+
+    program: Any
+    segment: nn.Module
+    left: Left | None
+    surveyed: Survey | None
+    stretched: bool
+    untraced: UntracedModules
+
+
+def _followed(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], where: str, untraced: UntracedModules
+) -> _Exported:
+    """Export a segment. Modules that export does not follow are found, and it is exported again
+    with these as they are."""
+    refused: Exception | None = None
+    while True:
+        finder = Finder(module, untraced)
+        try:
+            with foreign:
+                exported = _exported(finder, args, kwargs, refused)
+            if finder.modules == untraced:
+                return exported
+        except Exception as error:
+            if finder.modules == untraced and refused is not None:
+                raise QlabError(
+                    f"{where} ({type(module).__name__}) cannot be traced by torch.export: "
+                    f"{first_line(refused)}"
+                ) from error
+            refused = error
+        if finder.modules != untraced:
+            untraced, refused = finder.modules, None
+
+
+def _exported(
+    finder: Finder, args: tuple, kwargs: dict[str, Any], refused: Exception | None
+) -> _Exported:
+    """Export a segment under a finder, with each of its long stretches as one operation where that
+    can be."""
+    untraced = finder.modules
+    segment, tensors = stood_in(finder.segment, untraced), tensors_of(args, kwargs)
+    surveyed = survey(segment, args, kwargs)
+    fixed = {1, *deciding_sizes(segment, args, kwargs, surveyed is not None)}
+    auto = tuple(
+        {axis: torch.export.Dim.AUTO for axis, n in enumerate(t.shape) if n not in fixed}
+        for t in tensors
+    )
+
+    def export(follow: Callable[..., OnTensors], *beside: Survey) -> _Exported:
+        copied, fakes = without_values(segment, tensors)
+        finder.watch(copied, refused)
+        on_tensors = follow(copied, args, kwargs, *beside)
+        program = torch.export.export(on_tensors, fakes, dynamic_shapes=(auto,), strict=False)
+        return _Exported(
+            program=program,
+            segment=segment,
+            left=on_tensors.after.left,
+            surveyed=surveyed,
+            stretched=bool(beside),
+            untraced=untraced,
+        )
+
+    if surveyed is not None and surveyed.stretches:
+        try:
+            return export(Stretched, surveyed)
+        except Exception:  # whatever cannot be cut out; the whole may still be traced
+            if finder.modules != untraced:
+                raise
+    return export(OnTensors)
+
+
+def _code(exported: _Exported) -> Code:
+    """The program as a value, with the sites that it shows."""
+    graph, signature = exported.program.graph, exported.program.graph_signature
     lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     params = {name: target.removeprefix("segment.") for name, target in lifted.items()}
     constants = {
-        name: exported.constants[key]
+        name: exported.program.constants[key]
         for name, key in signature.inputs_to_lifted_tensor_constants.items()
     }
-    out_spec = exported.call_spec.out_spec
+    out_spec = exported.program.call_spec.out_spec
     assert out_spec is not None  # an exported program always has one
     entering = [
         node
@@ -88,10 +172,9 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
         if node.op == "placeholder" and node.name not in {**params, **constants}
     ]
     sites, explained = _sites(graph, params)
-    unread = _unread(
-        graph, {name: params[name] for name in signature.inputs_to_parameters}, explained, entering
-    )
-    code = Code(
+    parameters = {name: params[name] for name in signature.inputs_to_parameters}
+    unread = _unread(graph, parameters, explained, entering)
+    return Code(
         graph=graph,
         params=params,
         constants=constants,
@@ -100,35 +183,11 @@ def trace(module: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = ""
             x.meta["val"] if isinstance(x, fx.Node) else x for x in graph.output_node().args[0]
         ),
         out_spec=out_spec.child(0),
-        left=on_tensors.after.left,
+        left=exported.left,
         sites=tuple(site for site in sites if site.weight not in unread),
         unread=unread,
-        kept=kept,
+        kept=exported.surveyed.kept if exported.surveyed is not None else (),
     )
-    return ModuleGraph(
-        code=code, params=_leaves(module, params.values()), path=path, dtype=_dtype(module)
-    )
-
-
-def _exported(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any], auto: tuple, surveyed: Survey | None
-) -> tuple[Any, OnTensors, Survey | None]:
-    """The exported program, with the survey that it follows, in which long stretches are one
-    operation each where they can be."""
-    tensors = tensors_of(args, kwargs)
-    segment, fakes = without_values(module, tensors)
-    if surveyed is not None and surveyed.stretches:
-        stretched = Stretched(segment, args, kwargs, surveyed)
-        try:
-            return (
-                torch.export.export(stretched, fakes, dynamic_shapes=(auto,), strict=False),
-                stretched,
-                surveyed,
-            )
-        except Exception:  # whatever cannot be cut out; the whole may still be traced
-            segment, fakes = without_values(module, tensors)
-    whole = OnTensors(segment, args, kwargs)
-    return torch.export.export(whole, fakes, dynamic_shapes=(auto,), strict=False), whole, None
 
 
 def _leaves(module: nn.Module, used: Collection[str]) -> dict[str, Leaf]:
@@ -144,26 +203,6 @@ def _leaves(module: nn.Module, used: Collection[str]) -> dict[str, Leaf]:
 def _dtype(module: nn.Module) -> torch.dtype:
     """Of the first parameter or buffer."""
     return next((t.dtype for t in (*module.parameters(), *module.buffers())), torch.float32)
-
-
-def _untraced(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any], where: str, error: Exception
-) -> Code:
-    """The module itself as a program, where export does not follow it; refuses one that does not
-    run either."""
-    reason = first_line(error)
-    try:
-        return as_it_is(
-            module,
-            OnTensors(module, args, kwargs),
-            tensors_of(args, kwargs),
-            f"is used in {type(module).__name__}, which torch.export cannot trace "
-            f"({reason.partition('. ')[0]})",
-        )
-    except Exception as failed:
-        raise QlabError(
-            f"{where} ({type(module).__name__}) cannot be traced by torch.export: {reason}"
-        ) from failed
 
 
 def _unpin(graph: fx.Graph) -> None:
@@ -320,9 +359,7 @@ def _unread(
             if user not in products and (products or not _number_by_number(user, node, computed))
         ]
         if others:
-            unread[params[node.name]] = (
-                f"{shape} is used by {_operation(others[0], node)}, in which qlab reads no weight"
-            )
+            unread[params[node.name]] = f"{shape} {_use(others[0], node)}"
         elif len(products) > 1:
             unread[params[node.name]] = (
                 f"{shape} is used by two operations, {products[0]} and {products[1]}"
@@ -330,13 +367,13 @@ def _unread(
     return unread
 
 
-def _operation(node: fx.Node, weight: fx.Node) -> Any:
-    """What takes a weight: of a stretch, the operation inside it."""
-    return (
-        node.meta["unread"].get(weight, "a loop")
-        if isinstance(node.target, Stretch)
-        else node.target
-    )
+def _use(node: fx.Node, weight: fx.Node) -> str:
+    """How an operation uses a weight in which no weight is read; of a stretch, one inside it."""
+    if isinstance(node.target, AsItIs):
+        return node.target.known.why
+    inside = isinstance(node.target, Stretch)
+    operation = node.meta["unread"].get(weight, "a loop") if inside else node.target
+    return f"is used by {operation}, in which qlab reads no weight"
 
 
 def _number_by_number(node: fx.Node, weight: fx.Node, computed: set[fx.Node]) -> bool:
