@@ -163,7 +163,7 @@ class Keeps(nn.Module):
         self.lin = nn.Linear(k, k)
 
     def forward(self, x, store):
-        store["kept"] = self.lin(x) if x.sum() > 0 else x
+        store["kept"] = self.lin(x) if x.sum() > 0 else -x
         return x * 2
 
 

@@ -11,10 +11,12 @@ from itertools import zip_longest
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import SymBool, SymFloat, SymInt, Tensor, nn
 from torch.utils import _pytree as pytree
 
-WHOLE = (Tensor, nn.Module, type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, Enum)
+FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType)
+SIZES = (SymInt, SymFloat, SymBool)  # their attributes lead to everything that is being traced
+WHOLE = (Tensor, nn.Module, type, ModuleType, Enum, *FUNCTIONS, *SIZES)
 
 
 @dataclass(frozen=True)
