@@ -309,14 +309,14 @@ def test_zero_points_that_version_1_of_gptq_may_not_hold_are_refused_before_any_
 @pytest.mark.parametrize(
     "clip, words",
     [
-        (8.0, "is used in DbrxBlock, which torch.export cannot trace"),
+        (8.0, "is used in DbrxExperts, which torch.export cannot trace"),
         (
             None,
             "transformer.blocks.0 (DbrxBlock) cannot be traced by torch.export",
         ),  # and does not run either
     ],
 )
-def test_a_block_whose_operations_ask_for_values_runs_as_it_is_and_is_refused_by_name(
+def test_a_module_whose_operations_ask_for_values_runs_as_it_is_and_is_refused_by_name(
     clip, words, tmp_path
 ):
     config = AutoConfig.for_model(
@@ -336,6 +336,16 @@ def test_a_block_whose_operations_ask_for_values_runs_as_it_is_and_is_refused_by
     if clip:
         data = from_ids(dbrx, torch.arange(3, 67).view(2, 32))
         assert evaluate(dbrx, dbrx, data).kl == 0
+        recipe = rules({"*.attn.*": gptq(INT4), "*": keep()})
+        result = quantize(dbrx, recipe, data, tmp_path / "kept")
+        quantized = {name for name, row in result.sites.items() if row["spec"]}
+        assert quantized == {
+            f"transformer.blocks.{block}.norm_attn_norm.attn.{name}"
+            for block in (0, 1)
+            for name in ("Wqkv", "out_proj")
+        }
+        assert verify(result.path, dbrx).faults == []
+        assert 0 < evaluate(open_checkpoint(result.path), dbrx, data).kl < 1e-2
 
 
 def test_windows_of_lengths_that_a_program_is_not_for_are_refused_before_anything_runs(saved):

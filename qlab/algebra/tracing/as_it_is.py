@@ -9,7 +9,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -227,11 +227,11 @@ def gather_untraced(graph: fx.Graph, segment: nn.Module, modules: UntracedModule
             calls.setdefault((path, call), []).append(node)
     for (path, _), standing in calls.items():
         known = modules[path]
-        given, numbers = standing[0].args[:2]
+        given, numbers = cast(tuple[list[fx.Node], list[fx.Node]], standing[0].args[:2])
         tensors = len(known.results.tensors)
         run = AsItIs(segment.get_submodule(path), path, known)
         arguments = (given[:tensors], numbers, given[tensors:])
-        gather(graph, standing, run, arguments, [node.args[6] for node in standing])
+        gather(graph, standing, run, arguments, [cast(int, node.args[6]) for node in standing])
 
 
 def gather(
