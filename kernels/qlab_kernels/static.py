@@ -51,10 +51,13 @@ class Variant:
     config: Config
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What one compilation came to. loop: the longest loop's instructions by opcode; ipw: its
-    thread-instructions per weight."""
+    """What one compilation came to.
+
+    loop: the longest loop's instructions by opcode, none for a dequantization. ipw: its
+    thread-instructions per weight.
+    """
 
     registers: int
     stack: int
@@ -136,41 +139,37 @@ def compile_variant(v: Variant, **planted: object) -> Facts:
     built = triton.compile(
         source, target=GPUTarget("cuda", v.cc[0] * 10 + v.cc[1], 32), options=settings
     )
-    ptx = built.asm["ptx"]
-    usage, sass = disassemble(built.asm["cubin"])
-    body = longest_loop(sass)
+    ptx, cubin = built.asm["ptx"], built.asm["cubin"]
+    usage = _printed_of(cubin, "cuobjdump", "-res-usage")
+    resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert resources, usage
+    body: list[str] = []
+    if v.op != "dequantize":  # whose machine code no gate looks at, and printing it takes long
+        # without the analysis of branch stacks, which these capabilities do not have
+        body = longest_loop(_printed_of(cubin, "nvdisasm", "--print-code", "--no-dataflow"))
     opcodes = Counter(_PREDICATE.sub("", line).split()[0].split(".")[0] for line in body)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found, usage
     tensor = ptx.count("mma.sync") + ptx.count("tcgen05.mma") + ptx.count("wgmma.mma_async")
     weights = max(v.config.bn * v.config.bk, 1)
     return Facts(
-        int(found[1]),
-        int(found[2]),
-        built.metadata.shared,
-        ptx.count("wgmma.mma_async"),
-        len(_WGMMA_FROM_REGISTERS.findall(ptx)),
-        tensor,
-        opcodes,
-        sum("LDGSTS" in line and ".128" in line for line in body),
-        len(body) * 32 * v.config.warps / weights,
+        registers=int(resources[1]),
+        stack=int(resources[2]),
+        shared=built.metadata.shared,
+        wgmma=ptx.count("wgmma.mma_async"),
+        wgmma_from_registers=len(_WGMMA_FROM_REGISTERS.findall(ptx)),
+        tensor=tensor,
+        loop=opcodes,
+        async_copies=sum("LDGSTS" in line and ".128" in line for line in body),
+        ipw=len(body) * 32 * v.config.warps / weights,
     )
 
 
-def disassemble(cubin: bytes) -> tuple[str, str]:
-    """(resource usage, machine code) as the CUDA tools print them."""
+def _printed_of(cubin: bytes, tool: str, *options: str) -> str:
+    """What one of the CUDA tools prints of a compiled kernel."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        commands = (
-            [f"{TOOLS}/cuobjdump", "-res-usage", str(path)],
-            [f"{TOOLS}/nvdisasm", "-c", str(path)],
-        )
-        usage, sass = (
-            subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            for command in commands
-        )
-    return usage, sass
+        command = [str(TOOLS / tool), *options, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def longest_loop(sass: str) -> list[str]:
@@ -178,20 +177,18 @@ def longest_loop(sass: str) -> list[str]:
     stretch."""
     labels: dict[str, int] = {}
     code: list[str] = []
-    body: list[str] = []
+    longest: list[str] = []
     for line in sass.splitlines():
-        if label := _LABEL.match(line):
+        label, instruction = _LABEL.match(line), _INSTRUCTION.search(line)
+        if label:
             labels[label[1]] = len(code)
-        elif instruction := _INSTRUCTION.search(line):
+        elif instruction:
             code.append(instruction[1])
             branch = _BRANCH.search(instruction[1])
-            if (
-                branch
-                and (start := labels.get(branch[1])) is not None
-                and len(code) - start > len(body)
-            ):
-                body = code[start:]
-    return body
+            start = labels.get(branch[1]) if branch else None
+            if start is not None and len(code) - start > len(longest):
+                longest = code[start:]
+    return longest
 
 
 def faults(v: Variant, f: Facts) -> list[str]:
@@ -218,9 +215,8 @@ def faults(v: Variant, f: Facts) -> list[str]:
         wrong.append(f"{f.wgmma} wgmma, {f.wgmma_from_registers} with the weights in registers")
     if c.stages > 1 and not f.async_copies:
         wrong.append("weights are not copied asynchronously, 16 bytes at a time")
-    if (
-        c.bm <= 32 and v.cc != (10, 0) and f.loop["STS"] > 2
-    ):  # tcgen05 takes weights through tensor memory
+    # tcgen05 takes weights through tensor memory
+    if c.bm <= 32 and v.cc != (10, 0) and f.loop["STS"] > 2:
         wrong.append(
             f"{f.loop['STS']} shared stores in the loop: weights are exchanged between threads"
         )

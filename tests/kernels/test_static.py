@@ -52,7 +52,7 @@ def normal() -> list[Variant]:
     """Of the variants of one configuration, which differ in the kind of weights alone, one: the
     next kind every time."""
     alike: dict[tuple, list[Variant]] = {}
-    for v in dict.fromkeys(v for v in (*shipped_variants(), *chosen()) if v):
+    for v in dict.fromkeys(v for v in (*sorted(shipped_variants(), key=repr), *chosen()) if v):
         alike.setdefault((v.cc, v.op, v.config), []).append(v)
     return [variants[i % len(variants)] for i, variants in enumerate(alike.values())]
 
