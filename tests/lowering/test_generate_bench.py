@@ -18,6 +18,8 @@ from qlab.lowering import resident_bytes
 from qlab.lowering.weights.modules import QuantizedWeight
 from qlab.methods.rtn import rtn
 
+PROMPT, NEW = 8, 8  # of every test, so that the compiler finds again what it compiled for another
+
 
 @pytest.fixture(scope="module")
 def directory(saved, tmp_path_factory):
@@ -40,9 +42,9 @@ def test_engines_side_by_side(bench, directory, tmp_path):
         "--engines",
         ";".join(engines),
         "--prompt",
-        8,
+        PROMPT,
         "--new",
-        4,
+        NEW,
         "--repeat",
         2,
         "--json",
@@ -54,7 +56,7 @@ def test_engines_side_by_side(bench, directory, tmp_path):
         and "turn 2 of 2, bf16 eager" in said
     )
     [record] = json.loads(out.read_text())
-    assert (record["prompt"], record["new"], record["device"]["type"]) == (8, 4, "cpu")
+    assert (record["prompt"], record["new"], record["device"]["type"]) == (PROMPT, NEW, "cpu")
     rows = {row["engine"]: row for row in record["rows"]}
     assert list(rows) == engines
     for row in rows.values():
@@ -81,8 +83,8 @@ def test_nothing_compiles_while_it_is_measured(directory, monkeypatch):
     monkeypatch.setattr(
         callback_handler, "run_start_callbacks", lambda *_: events.append("compile")
     )
-    generate.measure(directory, ["bf16 eager", "qlab compiled"], prompt=8, new=4, repeat=1)
-    assert "compile" in events and events[-2:] == [4, 4]
+    generate.measure(directory, ["bf16 eager", "qlab compiled"], prompt=PROMPT, new=NEW, repeat=1)
+    assert "compile" in events and events[-2:] == [NEW, NEW]
 
 
 def test_steps_called_from_cpp_give_the_tokens_of_eager_ones(directory, monkeypatch):
@@ -94,14 +96,15 @@ def test_steps_called_from_cpp_give_the_tokens_of_eager_ones(directory, monkeypa
             given.append(how["options"].get("cpp_wrapper", False)) or compiled(f, **how)
         ),
     )
-    ids, said = torch.randint(3, 100, (1, 8), generator=torch.Generator().manual_seed(1)), []
+    ids, said = torch.randint(3, 100, (1, PROMPT), generator=torch.Generator().manual_seed(1)), []
     for engine in [
-        generate.prepare(name, directory, 8, 8, "cpu") for name in ("qlab eager", "qlab compiled")
+        generate.prepare(name, directory, PROMPT, NEW, "cpu")
+        for name in ("qlab eager", "qlab compiled")
     ]:
         engine.cache.reset()
         with torch.no_grad():
             tokens = [engine.prefill(ids)]
-            for _ in range(7):
+            for _ in range(NEW - 1):
                 tokens.append(engine.step(tokens[-1]))
         said.append([int(token) for token in tokens])
     assert said[0] == said[1] and len(set(said[0])) > 1 and given == [False, True]
