@@ -1,9 +1,9 @@
-"""What is demanded of every step, whoever wrote it.
+"""What every step has to keep to, whoever wrote it.
 
-A step returns new values and writes to none that it was given: other steps, and other recipes of
-one comparison, go on with those. It changes leaves, statistics and what happens to inputs at run
-time, and nothing else: equal blocks share their program, and files have no place for other leaves.
-A site-wise step sees the numbers of its own weights alone.
+A step returns new values and writes to none that it was given, since other steps, and other recipes
+of one comparison, go on with those. It changes leaves, statistics and operations at run time, and
+nothing else: equal blocks share their program, and files have no place for other leaves. A
+site-wise step sees the numbers of its own weights alone.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from qlab.errors import QlabError
 
 
 class Observed(dict):
-    """Statistics as a step is given them; a missing one is an error by its name."""
+    """Statistics as a step gets them. A missing one is an error that names it."""
 
     def __init__(self, stats: Stats, step: str, graph: ModuleGraph):
         super().__init__(stats)
@@ -42,14 +42,14 @@ class Observed(dict):
 
 # ------------------------------------------------------------------ nothing is written to
 class Seal:
-    """The leaves, statistics and online operations that a step is given, as they were."""
+    """The leaves, statistics and online operations that a step is given, as they were before it."""
 
     def __init__(self, graph: ModuleGraph, stats: Stats):
         self.values = dict(_values(graph, stats))
         self.marks = {name: _marks(value) for name, value in self.values.items()}
 
     def broken(self, graph: ModuleGraph, stats: Stats) -> str | None:
-        """The first of them that is another by now, or None."""
+        """The name of the first value that was replaced or written to, or None."""
         now = dict(_values(graph, stats))
         for name in {**self.values, **now}:
             kept = name in self.values and now.get(name) is self.values[name]
@@ -71,7 +71,8 @@ def _values(graph: ModuleGraph, stats: Stats) -> Iterator[tuple[str, Any]]:
 
 
 def _marks(value: Any) -> list[tuple[int, int]]:
-    """What shows that tensors were written to. Those that a step was not shown have no numbers."""
+    """Numbers that change when a tensor is written to. Tensors that are hidden from a step have
+    none."""
     return [(_version(t), _sum_of_bits(t)) for t in _tensors(value) if not t.is_meta]
 
 
@@ -84,8 +85,8 @@ def _version(t: Tensor) -> int:
 
 
 def _sum_of_bits(t: Tensor) -> int:
-    """Changes when a tensor is written to behind autograd's back (`.data`, `.numpy()`), which its
-    version does not show. As fast as memory."""
+    """A number that also changes when a tensor is written to through `.data` or `.numpy()`, of
+    which its version knows nothing. It is computed as fast as memory is read."""
     raw = t.detach().contiguous().flatten().view(torch.uint8)
     first = -raw.storage_offset() % 8
     last = first + (len(raw) - first) // 8 * 8
@@ -97,15 +98,17 @@ def _sum_of_bits(t: Tensor) -> int:
 
 # ------------------------------------------------------------------ nothing else is changed
 def shown(graph: ModuleGraph, upstream: bool) -> ModuleGraph:
-    """The graph as a site-wise step sees it: without the numbers of other sites' weights.
+    """The graph as a site-wise step sees it: weights of other sites are hidden, as meta tensors.
 
-    upstream: those that run before its own are shown, as to a step that scales their rows.
+    upstream: weights that run before the selected sites stay visible, for a step that scales the
+    rows of those.
     """
-    own = {site.weight for site in graph.sites}
-    hidden = {site.weight for site in graph.code.sites if site.weight} - own
+    visible = {site.weight for site in graph.sites}
+    hidden = {site.weight for site in graph.code.sites if site.weight} - visible
     if upstream:
-        last = max((i for i, s in enumerate(graph.code.sites) if s.weight in own), default=-1)
-        hidden &= {site.weight for site in graph.code.sites[last + 1 :]}
+        places = [i for i, site in enumerate(graph.code.sites) if site.weight in visible]
+        behind = graph.code.sites[max(places, default=-1) + 1 :]
+        hidden &= {site.weight for site in behind}
     if not hidden:
         return graph
     return graph.update({weight: _on_meta(graph.params[weight]) for weight in sorted(hidden)})
@@ -116,7 +119,7 @@ def _on_meta(leaf: Leaf) -> Leaf:
 
 
 def restored(new: ModuleGraph, seen: ModuleGraph, graph: ModuleGraph) -> ModuleGraph:
-    """What a step made of `seen`, with the numbers of `graph` for what it was not shown."""
+    """What a step made of `seen`, with the leaves of `graph` where it left them alone."""
     if new.params is seen.params:
         return replace(new, params=graph.params)
     left_alone = [name for name, leaf in new.params.items() if leaf is seen.params[name]]
@@ -126,19 +129,36 @@ def restored(new: ModuleGraph, seen: ModuleGraph, graph: ModuleGraph) -> ModuleG
 def refuse_others(
     step: str, spec: Spec | None, sitewise: bool, graph: ModuleGraph, new: ModuleGraph
 ) -> None:
-    """Refuse what a step may not have made of the graph, by the name of the leaf or site."""
+    """Refuse a new graph that differs from the graph in more than the step may change. The error
+    names the leaf or site."""
     if not isinstance(new, ModuleGraph):
-        found = type(new).__name__
-        raise QlabError(f"the stage {step!r} returned a {found}; return (graph, stats)")
+        raise QlabError(
+            f"the stage {step!r} returned a {type(new).__name__}; return (graph, stats)"
+        )
+    _refuse_structure(step, graph, new)
+    sites = {site.weight: site for site in graph.code.sites}
+    changed = [name for name, leaf in new.params.items() if leaf is not graph.params[name]]
+    for name in changed:
+        reason = _misfit(new.params[name], graph.params[name], sites.get(name), spec)
+        if reason:
+            raise QlabError(f"the stage {step!r} made {graph.path}.{name} {reason}")
+    if spec:
+        _refuse_unrounded(step, spec, graph, new)
+    if sitewise:
+        _refuse_elsewhere(step, changed, graph, new)
+
+
+def _refuse_structure(step: str, graph: ModuleGraph, new: ModuleGraph) -> None:
+    """Refuse another program, other leaves, and operations on what is no site."""
     if new.code is not graph.code:
         raise QlabError(
             f"the stage {step!r} changes the program of {graph.path}, which equal "
             "blocks share; change leaves, or put operations on inputs (graph.online)"
         )
     if foreign := sorted(new.params.keys() ^ graph.params.keys()):
-        done = "adds" if foreign[0] in new.params else "drops"
+        verb = "adds" if foreign[0] in new.params else "drops"
         raise QlabError(
-            f"the stage {step!r} {done} the leaf {graph.path}.{foreign[0]}; files hold "
+            f"the stage {step!r} {verb} the leaf {graph.path}.{foreign[0]}; files hold "
             "the leaves of a block's program, no more and no fewer"
         )
     paths = [site.path for site in graph.code.sites]
@@ -147,65 +167,67 @@ def refuse_others(
             f"the stage {step!r} puts an operation on {foreign[0]!r}, which is no site "
             f"of {graph.path}; its sites are {', '.join(paths)}"
         )
-    sites = {site.weight: site for site in graph.code.sites}
-    changed = [name for name, leaf in new.params.items() if leaf is not graph.params[name]]
-    for name in changed:
-        reason = _misfit(new.params[name], graph.params[name], sites.get(name), spec)
-        if reason:
-            raise QlabError(f"the stage {step!r} made {graph.path}.{name} {reason}")
-    left = [s for s in graph.sites if spec and not isinstance(new.params[s.weight or ""], QTensor)]
-    if left:
-        raise QlabError(
-            f"the stage {step!r} left {graph.where(left[0])} as it was and is to round it "
-            f"to {spec}, which is what was planned; round it, or narrow the stage by at()"
-        )
-    if sitewise:
-        _refuse_elsewhere(step, changed, graph, new)
+
+
+def _refuse_unrounded(step: str, spec: Spec, graph: ModuleGraph, new: ModuleGraph) -> None:
+    """Refuse selected sites that are still dense after a step that rounds."""
+    for site in graph.sites:
+        if not isinstance(new.params[site.weight or ""], QTensor):
+            raise QlabError(
+                f"the stage {step!r} left {graph.where(site)} as it was and is to round it "
+                f"to {spec}, which is what was planned; round it, or narrow the stage by at()"
+            )
 
 
 def _misfit(leaf: Any, before: Leaf, site: Site | None, spec: Spec | None) -> str | None:
-    """Why a leaf cannot take the place of the one before, or None."""
+    """Why a leaf cannot take the place of the one before, or None. spec: of the step."""
     if not isinstance(leaf, Tensor | QTensor):
         return f"a {type(leaf).__name__}, which no file holds; make it a tensor or a QTensor"
-    wanted, planned = before.shape, before.spec if isinstance(before, QTensor) else spec
-    rounded_here = isinstance(leaf, QTensor) != isinstance(before, QTensor)
-    if site is not None and site.layout.endswith("k o") and rounded_here:
-        wanted = torch.Size([*wanted[:-2], wanted[-1], wanted[-2]])  # codes are always [o, k]
-    if leaf.shape != wanted:
-        return f"{tuple(leaf.shape)}, and its program has {tuple(wanted)}; keep its shape"
+    shape = before.shape
+    newly_rounded = isinstance(leaf, QTensor) != isinstance(before, QTensor)
+    if site is not None and site.layout.endswith("k o") and newly_rounded:
+        shape = torch.Size([*shape[:-2], shape[-1], shape[-2]])  # codes are [o, k] in every layout
+    if leaf.shape != shape:
+        return f"{tuple(leaf.shape)}, and its program has {tuple(shape)}; keep its shape"
     if not isinstance(leaf, QTensor):
         return None
     if site is None:
         return f"{leaf.spec}, and readers look for codes in linears alone; leave it dense"
+    planned = before.spec if isinstance(before, QTensor) else spec
     if planned and same_grid(leaf.spec, planned):
         return None
-    said = f"to round to {planned}" if planned else "to round nothing"
-    return f"{leaf.spec} and was {said}; give the stage that spec, for plans to ask about"
+    plan = f"to round to {planned}" if planned else "to round nothing"
+    return f"{leaf.spec} and was {plan}; give the stage that spec, for plans to ask about"
 
 
 def _refuse_elsewhere(step: str, changed: list[str], graph: ModuleGraph, new: ModuleGraph) -> None:
-    """Refuse what a site-wise step did outside the sites that it was given."""
-    own = {name for site in graph.sites for name in (site.weight, site.bias) if name}
+    """Refuse a site-wise step that changed or read other sites than its own. changed: the leaves
+    that it replaced."""
+    allowed = {name for site in graph.sites for name in (site.weight, site.bias) if name}
     paths = {site.path for site in graph.sites}
-    moved = [name for name in changed if name not in own]
-    held = ((graph.online, new.online), (graph.online_outputs, new.online_outputs))
-    for before, after in held:
+    elsewhere = [name for name in changed if name not in allowed]
+    operations = (
+        (graph.online, new.online),
+        (graph.online_outputs, new.online_outputs),
+    )
+    for before, after in operations:
         others = [path for path in {**before, **after} if path not in paths]
-        moved += [path for path in others if before.get(path) != after.get(path)]
-    if moved:
+        elsewhere += [path for path in others if before.get(path) != after.get(path)]
+    if elsewhere:
         sites = ", ".join(map(graph.where, graph.sites))
         raise QlabError(
-            f"the stage {step!r} is sitewise and changes {graph.path}.{moved[0]} "
+            f"the stage {step!r} is sitewise and changes {graph.path}.{elsewhere[0]} "
             f"beside {sites}; change those of `graph.sites` alone, or do not call it "
             "sitewise"
         )
-    blind = [name for name in changed if any(t.is_meta for t in _tensors(new.params[name]))]
-    if blind:
-        raise QlabError(reads_elsewhere(step, f"{graph.path}.{blind[0]}"))
+    # A leaf that was computed from hidden weights is a meta tensor as well.
+    unknown = [name for name in changed if any(t.is_meta for t in _tensors(new.params[name]))]
+    if unknown:
+        raise QlabError(reads_elsewhere(step, f"{graph.path}.{unknown[0]}"))
 
 
 def reads_elsewhere(step: str, where: str) -> str:
-    """What is said of a site-wise step that reads numbers that it is not shown."""
+    """The error of a site-wise step that reads weights which are hidden from it."""
     return (
         f"the stage {step!r} is sitewise and makes {where} depend on weights of other sites; "
         "read those of `graph.sites` alone, or do not call it sitewise"
