@@ -155,16 +155,18 @@ def _refuse_structure(step: str, graph: ModuleGraph, new: ModuleGraph) -> None:
             f"the stage {step!r} changes the program of {graph.path}, which equal "
             "blocks share; change leaves, or put operations on inputs (graph.online)"
         )
-    if foreign := sorted(new.params.keys() ^ graph.params.keys()):
-        verb = "adds" if foreign[0] in new.params else "drops"
+    other_leaves = sorted(new.params.keys() ^ graph.params.keys())
+    if other_leaves:
+        verb = "adds" if other_leaves[0] in new.params else "drops"
         raise QlabError(
-            f"the stage {step!r} {verb} the leaf {graph.path}.{foreign[0]}; files hold "
+            f"the stage {step!r} {verb} the leaf {graph.path}.{other_leaves[0]}; files hold "
             "the leaves of a block's program, no more and no fewer"
         )
     paths = [site.path for site in graph.code.sites]
-    if foreign := sorted({*new.online, *new.online_outputs} - {*paths}):
+    elsewhere = sorted({*new.online, *new.online_outputs} - {*paths})
+    if elsewhere:
         raise QlabError(
-            f"the stage {step!r} puts an operation on {foreign[0]!r}, which is no site "
+            f"the stage {step!r} puts an operation on {elsewhere[0]!r}, which is no site "
             f"of {graph.path}; its sites are {', '.join(paths)}"
         )
 

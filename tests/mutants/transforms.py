@@ -231,7 +231,7 @@ return Rows(x, tokens, ends)
     Mutant(
         "a program may change",
         "algebra/claims.py",
-        "refuse_others",
+        "_refuse_structure",
         "if new.code is not graph.code: ...",
         "if False: ...",
         "claims",
