@@ -9,9 +9,6 @@ import pytest
 
 import qlab
 
-UNDONE = {
-    "plan",
-}
 FUNCTIONS = sorted(
     name
     for name in qlab.__all__
@@ -47,20 +44,20 @@ def described(section):
     return [word.lstrip("*") for head in heads for word in head.split(", ")]
 
 
-@pytest.mark.parametrize("name", [n for n in FUNCTIONS if n not in UNDONE])
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_says_what_it_takes_and_returns(name):
     read = sections(name)
     assert described(read.get("Args", "")) == list(inspect.signature(home(name)).parameters)
     assert read["Returns"].strip()
 
 
-@pytest.mark.parametrize("name", [n for n in CLASSES if n not in UNDONE and n != "QlabError"])
+@pytest.mark.parametrize("name", [n for n in CLASSES if n != "QlabError"])
 def test_a_class_says_what_it_holds(name):
     read = sections(name)
     assert described(read["Args"]) == list(inspect.signature(home(name)).parameters)
 
 
-@pytest.mark.parametrize("name", [n for n in qlab.__all__ if n not in UNDONE])
+@pytest.mark.parametrize("name", qlab.__all__)
 def test_its_example_does_what_it_says(name, shelf, tmp_path, monkeypatch):
     monkeypatch.setenv("QLAB_DEMO", str(shelf))
     monkeypatch.setenv("QLAB_HOME", str(tmp_path / "home"))
@@ -73,7 +70,3 @@ def test_its_example_does_what_it_says(name, shelf, tmp_path, monkeypatch):
     options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     failed = doctest.DocTestRunner(optionflags=options).run(example, out=said.append).failed
     assert not failed, "".join(said)
-
-
-def test_what_is_named_as_undone_is_public():
-    assert set(qlab.__all__) >= UNDONE

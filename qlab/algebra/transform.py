@@ -216,9 +216,9 @@ def each_weight(
         detail: settings in words, for plans and reports.
 
     Returns:
-        A transform of one stage. Its report holds the notes, the relative error |W - W'| / |W|, the
-        largest error in steps and, with "second_moment", the loss tr(D H D^T) / tr(W H W^T) with
-        D = W' - W.
+        A transform of one stage. Its report holds the notes, the relative error `|W - W'| / |W|`,
+        the largest error in steps and, with "second_moment", the loss tr(D H D^T) / tr(W H W^T)
+        with D = W' - W.
 
     Example:
         >>> import qlab

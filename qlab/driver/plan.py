@@ -39,11 +39,19 @@ MiB = 1 << 20
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Plan(Shown):
-    """stages: the recipe in words. sites: name -> spec, shape, bits per weight and number of
-    experts. passes: forward passes over the calibration data, the reference's among them.
-    statistics: what is observed. memory: predicted bytes by what holds them. experts_at_once: of
-    how many experts statistics are held at a time (None: of all). work: what the run will compute,
-    of which `seconds` estimates a time (None: not on a processor)."""
+    """What a job would do, and what it would cost.
+
+    Args:
+        stages: The recipe in words.
+        sites: Site -> its spec, shape, bits per weight and number of experts.
+        unquantized: The weights that stay.
+        passes: Forward passes over the calibration data, those of the unquantized model included.
+        tokens: The number of calibration tokens.
+        statistics: The names of the statistics that are observed.
+        memory: What takes memory -> the predicted bytes.
+        experts_at_once: The number of experts whose statistics are held at a time; None for all.
+        work: The operations of the run, from which `seconds` estimates a time; None on a GPU.
+    """
 
     stages: Sequence[Mapping[str, str]]
     sites: Mapping[str, Mapping[str, Any]]
@@ -171,15 +179,38 @@ def plan(
     target: str | None = None,
     memory: int | None = None,
 ) -> Plan:
-    """Stages, passes, statistics, predicted peak memory, bits per weight and what stays
-    unquantized.
+    """What `quantize` would do with the same arguments, and what it would cost. Runs no block.
 
-    Refuses by site or pattern name what cannot work: groups that do not divide, patterns without a
-    site, sites without a rule, weights rounded twice, inputs split under a reparametrization, what
-    the codec's format cannot hold, and what the engine `target` (a name in qlab.codecs.engines)
-    does not load, with the nearest that it does. memory: bytes into which the statistics of experts
-    are to fit, a part of the experts at a time; `Plan.check` says whether they do. The other
-    arguments are those of `quantize`. skeleton: the model around its blocks, where one is there.
+    Args:
+        model: The model that is to be quantized.
+        recipe: The stages, applied to each block in their order.
+        data: Calibration tokens, or samples of images and text; None for recipes that need no
+            statistics.
+        inputs: See `quantize`.
+        dtype: See `quantize`.
+        device: See `quantize`.
+        calibrate_all_experts: See `quantize`.
+        skeleton: The model without its weights, where the caller has built it already.
+        codec: The format that is to be written, a name in `qlab.codecs.CODECS`.
+        target: The engine that is to load the directory, a name in `qlab.codecs.engines`, or None.
+        memory: A bound in bytes into which the statistics of experts are to fit, some experts at a
+            time; `Plan.check` says whether they do. None sets no bound.
+
+    Returns:
+        The stages, the weights with their specs, the weights that stay, the passes over the data,
+        the bits per weight, the predicted peak of memory in bytes and an estimate of the seconds.
+
+    Raises:
+        QlabError: What cannot work, by the name of its site or pattern: groups that do not divide,
+            a pattern without a site, a site without a rule, a weight that is rounded twice, inputs
+            that a reparametrization would split, and what the format or the engine does not hold,
+            with the nearest spec that it does.
+
+    Example:
+        >>> import qlab
+        >>> plan = qlab.plan(qlab.open("demo"), qlab.rtn("int4-g64"))
+        >>> plan.bits_per_weight, plan.passes
+        (4.25, 0)
     """
     job = Job(
         model=model,

@@ -25,10 +25,10 @@ from qlab.methods.obs import check_damp, cholesky
 def aim_at_reference(strength: float = 0.5, damp: float = 0.01) -> Transform:
     """W <- W + strength * W D (H + damp mean(diag H) I)^-1, with D = E (x' - x)^T x.
 
-    With strength 1 this minimizes E |V x - W x'|^2 + damp mean(diag H) |V - W|^2 over V. A smaller
-    strength aims at W times a point between x and x'. Without drift D, W stays bit for bit. Routers
-    stay as every engine reads them, and so do routed experts: the tokens that reach an expert
-    differ between the two models, so their rows have no counterpart.
+    With strength 1 this minimizes `E |V x - W x'|^2 + damp mean(diag H) |V - W|^2` over V. A
+    smaller strength aims at W times a point between x and x'. Without drift D, W stays bit for bit.
+    Routers stay as every engine reads them, and so do routed experts: the tokens that reach an
+    expert differ between the two models, so their rows have no counterpart.
 
     Args:
         strength: the share of the way from x to x', not 0.
