@@ -85,13 +85,15 @@ class Snapshot:
     def lookup(self, p: Problem) -> Found:
         """The configuration for `p`. KernelError when an override does not suit it, or when nothing
         computes it."""
-        if (found := self._found.get(p)) is None:
+        found = self._found.get(p)
+        if found is None:
             found = self._found[p] = self._search(p)
         return found
 
     def _search(self, p: Problem) -> Found:
         if self.inline and self.inline[0] in (None, p.op):
-            if why := legal(p, self.inline[1]):
+            why = legal(p, self.inline[1])
+            if why:
                 raise CacheError(
                     f"${OVERRIDE} asks for {self.inline[1]}, which does not suit n={p.n}, "
                     f"k={p.k}, m={p.m}: {why}"
@@ -212,9 +214,11 @@ def snapshot_hash() -> str:
 
 def folder() -> Path:
     """Where the user's own entries lie."""
-    if own := os.environ.get("QLAB_CACHE_DIR"):
+    own = os.environ.get("QLAB_CACHE_DIR")
+    if own:
         return _expanded(own)
-    if home := os.environ.get("QLAB_HOME"):
+    home = os.environ.get("QLAB_HOME")
+    if home:
         return _expanded(home) / "configs"
     try:
         return (
@@ -262,7 +266,8 @@ def _files(where: Path) -> list[Path]:
 
 def _override() -> tuple[dict[str, Table], tuple[str | None, Config] | None]:
     """What $QLAB_KERNEL_CONFIG says: tables of a file, or one config."""
-    if not (text := os.environ.get(OVERRIDE)):
+    text = os.environ.get(OVERRIDE)
+    if not text:
         return {}, None
     try:
         if not text.lstrip().startswith("{"):
@@ -286,7 +291,8 @@ def store(p: Problem, entry: Entry) -> None:
     Where the file cannot be written it lasts as long as the process, with a warning. KernelError
     for an illegal config.
     """
-    if why := legal(p, entry.config):
+    why = legal(p, entry.config)
+    if why:
         raise CacheError(f"{entry.config} is no entry for n={p.n}, k={p.k}, m={p.m}: {why}")
     name, key = (
         file_name(p.op, p.cc),

@@ -203,12 +203,14 @@ def _legal_tile(p: Problem, c: Config, n_pad: int, k_pad: int, group: int, smem:
             f"split {c.split} does not suit {c.kind} over {tiles} k tiles: gemm has 1, split_k "
             f"2..{tiles}"
         )
-    if (need := shared_bytes(p, c)) > smem:
+    need = shared_bytes(p, c)
+    if need > smem:
         return (
             f"{c.stages} stages of {c.bm}x{c.bn}x{c.bk} take {need} bytes of shared memory, and "
             f"{p.cc} has {smem}"
         )
-    if (held := registers(c)) > 128:
+    held = registers(c)
+    if held > 128:
         return (
             f"{c.bm}x{c.bn} over {c.warps} warps holds {held} accumulators per thread: it would "
             "spill past 128"

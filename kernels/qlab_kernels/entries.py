@@ -153,7 +153,8 @@ def key_of(p: Problem, kernel: str) -> Key:
 
 def key_from(text: str) -> Key:
     """The inverse of `str(key)`. ValueError for anything else."""
-    if not (found := _KEY.fullmatch(text)):
+    found = _KEY.fullmatch(text)
+    if not found:
         raise ValueError(f"not a key: {text!r}")
     dtype, group, zeros, experts, n, k, m, device, kernel = found.groups()
     return Key(

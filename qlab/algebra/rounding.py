@@ -216,7 +216,8 @@ def _leaf_and_note(returned: Any, step: str) -> tuple[Leaf, Mapping[str, Any]]:
         raise QlabError(
             f"{step} notes what no report holds ({error}); note numbers and texts"
         ) from error
-    if taken := sorted(MEASURED & note.keys()):
+    taken = sorted(MEASURED & note.keys())
+    if taken:
         raise QlabError(
             f"{step} notes {taken[0]!r}, which is measured and not said by a step; choose another "
             "name"

@@ -297,7 +297,8 @@ def _run_sealed(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleG
         raise QlabError(
             f"the stage {stage.name!r} returned a {type(returned).__name__}; return (graph, stats)"
         )
-    if broken := seal.broken(graph, given):
+    broken = seal.broken(graph, given)
+    if broken:
         raise QlabError(
             f"the stage {stage.name!r} writes to {broken}, which others go on with; change a "
             "copy, and return that"

@@ -269,7 +269,8 @@ def _forget_codes(config: "PretrainedConfig") -> None:
     """Take its quantization out of a configuration and out of those inside it."""
     vars(config).pop(KEY, None)
     for name in config.sub_configs:
-        if (part := getattr(config, name, None)) is not None:
+        part = getattr(config, name, None)
+        if part is not None:
             _forget_codes(part)
 
 

@@ -236,7 +236,8 @@ def _shards(folder: Path, listed: Mapping[str, str]) -> list[Path]:
         raise QlabError(
             f"{folder} holds no safetensors files{instead}; convert the model to safetensors first"
         )
-    if missing := [shard.name for shard in found if not shard.is_file()]:
+    missing = [shard.name for shard in found if not shard.is_file()]
+    if missing:
         raise QlabError(
             f"{folder / INDEX} lists {', '.join(missing)}, which is missing; download the model "
             "again"

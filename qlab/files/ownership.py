@@ -69,10 +69,12 @@ def foreign(folder: Path, contents: bool = True) -> str | None:
     if files is None:
         return f"{folder} holds {some(here, 1)}, which qlab did not write"
     names, folders = _listing(folder)
-    if added := sorted(names - files.keys()):
+    added = sorted(names - files.keys())
+    if added:
         return f"{folder} holds {some(added, 1)}, which qlab did not write"
     parents = {str(parent) for name in names for parent in Path(name).parents}
-    if empty := sorted(folders - parents):
+    empty = sorted(folders - parents)
+    if empty:
         return f"{folder} holds the folder {empty[0]}, which qlab did not make"
     for name in sorted(names) if contents else ():
         if (folder / name).is_symlink() or _digest_in(folder, name) != files[name]:

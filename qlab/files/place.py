@@ -43,7 +43,8 @@ def place(out: str | Path, model: Path, files: Iterable[Path] = ()) -> Path:
             f"the output directory {folder} is your home or holds it; give the path of a folder "
             "of its own"
         )
-    if mounted := _mount_in(folder):
+    mounted = _mount_in(folder)
+    if mounted:
         raise QlabError(
             f"{mounted} is a mount point, which cannot be replaced; choose a folder inside it as "
             "the output directory"

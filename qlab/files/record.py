@@ -166,7 +166,8 @@ def written(
 
 def read_report(directory: Path) -> dict[str, Any]:
     """The qlab.json of a directory that qlab wrote; refuses directories without one."""
-    if not (record := recorded(directory)):
+    record = recorded(directory)
+    if not record:
         raise QlabError(
             f"{directory} has no {RECORD}, which `qlab quantize` writes; give a directory that "
             "qlab wrote"

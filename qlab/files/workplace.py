@@ -312,7 +312,8 @@ class Workplace:
                     f"the output directory {self.out} appeared during the run; move it away and "
                     "use --resume"
                 )
-            if reason := foreign(self.out):
+            reason = foreign(self.out)
+            if reason:
                 raise Unwritable(f"{reason}; move it away and use --resume")
             self._move_away()
         os.replace(
@@ -325,7 +326,8 @@ class Workplace:
     def _move_away(self) -> None:
         """Take an earlier output out of the way, unless somebody put a file into it by now."""
         os.replace(self.out, self.work / REPLACED)
-        if reason := foreign(self.work / REPLACED, contents=False):
+        reason = foreign(self.work / REPLACED, contents=False)
+        if reason:
             os.replace(self.work / REPLACED, self.out)
             raise Unwritable(f"{reason}; move it away and use --resume")
 

@@ -77,9 +77,8 @@ def survey(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Survey | N
     between = [
         range(start + 1, stop) for start, stop in pairwise([-1, *noted.products, noted.number])
     ]
-    stretches = tuple(
-        long for calls in between if (long := _long(calls, noted.writes, noted.last_use))
-    )
+    all_stretches = (_long(calls, noted.writes, noted.last_use) for calls in between)
+    stretches = tuple(filter(None, all_stretches))
     unread = {
         name: func
         for call, name, func in noted.judge.mixed

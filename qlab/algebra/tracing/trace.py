@@ -221,12 +221,14 @@ def _name_linears(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is aten.matmul.default and _stores_matrix(node.args[0]):
             _turn_product(graph, node)
-        elif node.target in (aten.matmul.default, aten.mm.default) and _turns_matrix(
-            turned := node.args[1]
-        ):
-            node.target, node.args = aten.linear.default, (node.args[0], turned.args[0])
-            if not turned.users:
-                graph.erase_node(turned)
+            continue
+        if node.target not in (aten.matmul.default, aten.mm.default):
+            continue
+        left, right = node.args
+        if _turns_matrix(right):
+            node.target, node.args = aten.linear.default, (left, right.args[0])
+            if not right.users:
+                graph.erase_node(right)
 
 
 def _stores_matrix(node: fx.Node) -> bool:

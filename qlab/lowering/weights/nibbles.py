@@ -67,7 +67,8 @@ def planes_of(path: str, leaf: QTensor, whole_rows: bool = False) -> Planes:
 
     Errors: whatever `refusal` names.
     """
-    if reason := refusal(leaf.spec, leaf.shape):
+    reason = refusal(leaf.spec, leaf.shape)
+    if reason:
         raise QlabError(f"{path}: {reason}")
     rows, cols = leaf.spec.tile.sizes(leaf.shape)
     k = leaf.shape[1]
@@ -110,6 +111,7 @@ def plane_width(k: int) -> int:
 def spread(x_mk: Tensor, count: int) -> Tensor:
     """The activations that the planes multiply, contiguous: padded with zeros to a plane's width;
     for two planes, beside themselves."""
-    if padding := plane_width(x_mk.shape[1]) - x_mk.shape[1]:
+    padding = plane_width(x_mk.shape[1]) - x_mk.shape[1]
+    if padding:
         x_mk = F.pad(x_mk, (0, padding))
     return x_mk.contiguous() if count == 1 else torch.cat([x_mk, x_mk], 1)
