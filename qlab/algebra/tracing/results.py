@@ -199,17 +199,22 @@ def _filled(leaf: Any, sizes: tuple[int, ...], generator: torch.Generator | None
         return sizes[0]
     if not isinstance(leaf, Tensor):
         return leaf
-    values = torch.zeros(sizes, dtype=leaf.dtype)
-    if generator is not None and leaf.is_floating_point():
-        values = torch.randn(sizes, generator=generator).to(leaf.dtype)
-    return values
+    return _values(sizes, leaf.dtype, generator)
 
 
 def _row(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
     """Values along the last axis of a weight."""
     if generator is None or not dtype.is_floating_point:
         return torch.zeros((), dtype=dtype)
-    return torch.randn(shape[-1:], generator=generator).to(dtype)
+    return _values(shape[-1:], dtype, generator)
+
+
+def _values(
+    sizes: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator | None
+) -> Tensor:
+    if generator is None or not dtype.is_floating_point:
+        return torch.zeros(sizes, dtype=dtype)
+    return torch.randn(sizes, generator=generator, dtype=torch.float32).to(dtype)
 
 
 # ---------------------------------------------------------------- what comes of it
