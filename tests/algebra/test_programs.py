@@ -258,3 +258,12 @@ def test_what_cannot_be_traced_is_tried_once(traced):
     for x in (X, -X):
         assert torch.equal(interpret(other, (x,), {}), module(x))
     assert len(traced) == 2
+
+
+def test_what_cannot_be_traced_while_a_function_is_replaced_is_traced_again_afterwards(traced):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Block, "forward", lambda self, x: self.up(x) * int(x.sum()))
+        assert program(block(), (X,), {}, "block").unread
+    for _ in range(2):
+        assert not program(block(), (X,), {}, "block").unread
+    assert agrees(block()) and len(traced) == 2

@@ -63,9 +63,10 @@ def program(
         with foreign:
             return looks, operations(stood_in(segment, untraced), args, kwargs)
 
+    whole = runs({})
     with _lock:
-        untraced = _untraced.get(alike, {})
-    run = runs(untraced)
+        untraced = _untraced.get((alike, whole), {})
+    run = runs(untraced) if untraced else whole
     with _lock:
         code = _kept.get((alike, run))
         if code is not None:
@@ -79,7 +80,7 @@ def program(
         return code
     with _lock:
         if found:
-            _remember(_untraced, alike, found)
+            _remember(_untraced, (alike, whole), found)
         return _remember(_kept, (alike, run), code)
 
 
