@@ -42,6 +42,7 @@ WALKERS = {
     "algebra/tracing/routers.py",
     "algebra/tracing/stretches.py",
     "algebra/tracing/trace.py",
+    "algebra/wires.py",
 }
 MODELS = {"transformers", "safetensors", "accelerate", "huggingface_hub", "gguf"}
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
