@@ -16,9 +16,8 @@ from transformers.quantizers import auto
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()  # tests read what qlab itself prints
-torch.set_num_threads(
-    1
-)  # the models are tiny, and children that tests fork must not inherit half a thread pool
+# The models are tiny, and children that tests fork must not inherit half a thread pool.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):

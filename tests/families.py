@@ -74,11 +74,9 @@ MIXTURES: dict[str, dict] = {
         moe_intermediate_size=32,
     ),
 }
-OTHERS: dict[
-    str, dict
-    # what the others have not: weights multiplied transposed, rotary pairs of neighbours, filters
-    # over time
-] = {
+# What the other families lack: weights multiplied transposed, rotary pairs of neighbours, filters
+# over time.
+OTHERS: dict[str, dict] = {
     "falcon": dict(
         vocab_size=128,
         hidden_size=64,
@@ -90,11 +88,8 @@ OTHERS: dict[
     "glm": _DENSE | dict(head_dim=16),
     "lfm2": _DENSE | dict(layer_types=["full_attention", "conv"], block_auto_adjust_ff_dim=False),
 }
-UNLIKE: dict[
-    str, dict
-    # whose blocks hand on keys and values; some of whose weights are used in ways that qlab does
-    # not read
-] = {
+# Families whose blocks hand on keys and values, or use weights in ways that qlab does not read.
+UNLIKE: dict[str, dict] = {
     "gemma4_text": _DENSE
     | dict(
         head_dim=16,
@@ -136,11 +131,8 @@ _ROPE = dict(
 _TOKENS = dict(
     image_token_id=127, video_token_id=126, vision_start_token_id=125, vision_end_token_id=124
 )
-VISION: dict[
-    str, dict
-    # a decoder of the dense families behind a small vision tower; token 127 stands for an image's
-    # patch
-] = {
+# Decoders of the dense families behind a small vision tower; token 127 stands for an image's patch.
+VISION: dict[str, dict] = {
     "llava": dict(
         text_config=dict(model_type="llama", **_DENSE),
         image_token_index=127,
@@ -184,10 +176,8 @@ VISION: dict[
     ),
 }
 
-SINCE = {
-    "olmo_hybrid": "5.3",
-    "gemma4_text": "5.5",
-}  # the release of transformers that brought a family, where it was not 5.0
+# The release of transformers that brought a family, where it was not 5.0.
+SINCE = {"olmo_hybrid": "5.3", "gemma4_text": "5.5"}
 
 
 def tiny(family: str, seed: int = 0, **overrides) -> PreTrainedModel:

@@ -42,9 +42,8 @@ def pictured(family, seed, patches=4):
     if family == "llava":
         return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 28, 28, generator=g)}
     ids[0, 2] = 125
-    pixels = torch.randn(
-        4 * patches, 3 * 2 * 14 * 14, generator=g
-    )  # two by two patches become one token
+    # Two by two patches become one token.
+    pixels = torch.randn(4 * patches, 3 * 2 * 14 * 14, generator=g)
     kinds = ids.eq(IMAGE).int()
     return {
         "input_ids": ids,

@@ -165,9 +165,8 @@ def _legal_fma(p: Problem, c: Config, n_pad: int, k_pad: int) -> str | None:
 
 
 def _legal_tile(p: Problem, c: Config, n_pad: int, k_pad: int, group: int, smem: int) -> str | None:
-    least = (
-        16 if p.cc == (9, 0) else 8
-    )  # smaller tiles leave wgmma for mma.sync, whose fragments are ordered otherwise
+    # Smaller tiles leave wgmma for mma.sync, whose fragments are ordered otherwise.
+    least = 16 if p.cc == (9, 0) else 8
     if c.bm not in (8, 16, 32, 64, 128, 256) or c.bm < least:
         return f"bm is a power of two in {least}..256, not {c.bm}"
     if (
@@ -291,9 +290,8 @@ def _tiles(p: Problem) -> list[Config]:
         (16, 128, bk, 4, 4),
         (32, 128, bk, 4, 3),
     ]
-    if (
-        p.cc == (10, 0) and round_up(p.n, ATOM) % 128 == 0
-    ):  # tcgen05 works in 128 rows: 64 cost 3.6 instructions per weight
+    # tcgen05 works in 128 rows: 64 of them cost 3.6 instructions per weight.
+    if p.cc == (10, 0) and round_up(p.n, ATOM) % 128 == 0:
         small = [t for t in small if t[1] > 64]
     large = [
         (64, 128, 64, 4, 3),
@@ -305,18 +303,13 @@ def _tiles(p: Problem) -> list[Config]:
     if group % 256 == 0:
         small += [] if p.cc == (10, 0) else [(16, 64, 256, 4, 3)]
         small += [(16, 128, 256, 4, 3)] if p.cc == (9, 0) or not p.zeros else []
-    if (
-        p.cc == (9, 0)
-        # wgmma spreads the accumulator over all warps; mma.sync tiles of these sizes spill or
-        # exchange weights
-    ):
+    # wgmma spreads the accumulator over all warps; mma.sync tiles of these sizes spill or exchange
+    # weights.
+    if p.cc == (9, 0):
         small += [(32, 64, bk, 4, 4)]
         large += [(64, 128, 128, 4, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3)]
-        if (
-            group % 128 == 0 and bk == 128
-            # where the accumulator of a wgmma is not scaled between products, they follow each
-            # other
-        ):
+        # Products follow each other where the accumulator of a wgmma is not scaled between them.
+        if group % 128 == 0 and bk == 128:
             small += [
                 (16, 128, 128, 8, 3),
                 (32, 128, 128, 8, 3),

@@ -31,13 +31,11 @@ FUSED_RATE = {"wgmma": 0.6, "mma2": 0.7}  # the same for a matmul that dequantiz
 # between
 SERIALIZED = 0.6
 ISSUE_RATE = 0.75  # of the issue slots that a kernel fills
-ALONE, STEP = (
-    0.6,
-    150,
-)  # instructions per cycle of a warp by itself; cycles of barriers and first loads of a k tile
-SHARPNESS = (
-    4  # of the maximum over the three bounds: they overlap, but not perfectly where they are close
-)
+# Instructions per cycle of a warp by itself; cycles of barriers and first loads of a k tile.
+ALONE, STEP = (0.6, 150)
+# The maximum over the three bounds is this sharp: they overlap, but not perfectly where they are
+# close.
+SHARPNESS = 4
 
 
 @dataclass(frozen=True)
@@ -165,9 +163,8 @@ def _fused(p: Problem, c: Config, d: Device) -> float:
     token_tiles = p.reached * max(math.ceil(p.rows / c.bm), 1)  # of each expert alike
     programs = token_tiles * (round_up(p.n, 64) // c.bn) * c.split
     weights = p.n * p.k * token_tiles
-    busiest = (
-        -(-programs // d.sms) * d.sms / programs
-    )  # the multiprocessor with most programs, over the mean
+    # The multiprocessor with most programs, over the mean.
+    busiest = -(-programs // d.sms) * d.sms / programs
     issue = (
         weights * _instructions(layout, c) * busiest / (d.sms * d.lanes * d.ghz * 1e9 * ISSUE_RATE)
     )
@@ -176,9 +173,8 @@ def _fused(p: Problem, c: Config, d: Device) -> float:
     )
     tensor = 2.0 * weights * c.bm * busiest / (d.tflops * 1e12 * rate)
     partials = 2 * 4.0 * c.split * p.m * p.n if c.split > 1 else 0.0
-    reused = (
-        true_bytes(p) + partials + 2.0 * p.m * p.k * (p.n // c.bn - 1) * 0.1
-    )  # x comes again, mostly from L2
+    # x is read again, mostly from L2.
+    reused = true_bytes(p) + partials + 2.0 * p.m * p.k * (p.n // c.bn - 1) * 0.1
     memory = reused / _bandwidth(
         d, programs, _resident(p, c), (c.stages - 1 or 0.5) * c.bn * c.bk / 2
     )

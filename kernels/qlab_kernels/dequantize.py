@@ -55,9 +55,8 @@ def dequantize_kernel(
     else:
         w = in_order(codes(words, SEQUENCE, COMPUTE), 1, KB, LAYOUT).to(tl.float32)
     row = (rk // GROUP if GROUP > 0 else rk * 0)[None, :]
-    row = tl.minimum(
-        row, (K_PAD // GROUP if GROUP > 0 else 1) - 1
-    )  # of the last tile's missing atoms
+    # The last tile may lack atoms: their rows read the last group.
+    row = tl.minimum(row, (K_PAD // GROUP if GROUP > 0 else 1) - 1)
     first = expert * (N_PAD // 2) * (K_PAD // GROUP if GROUP > 0 else 1)
     if ZEROS:
         w -= load_halves(zeros_ptr + first, row, rn[:, None], N_PAD, DTYPE).to(tl.float32)

@@ -215,9 +215,8 @@ def parse(text: str | bytes, op: str | None = None, capability: str | None = Non
             raise ValueError(f"schema {schema!r}, and this version reads {SCHEMA}")
         if (op or meta["op"], capability or meta["capability"]) != (meta["op"], meta["capability"]):
             raise ValueError(f"it is for {meta['op']} on {meta['capability']}")
-        if not re.fullmatch(r"\w+", meta["op"]) or not re.fullmatch(
-            r"[\w-]+", meta["capability"]
-        ):  # they become a file's name
+        # Both become parts of a file's name.
+        if not re.fullmatch(r"\w+", meta["op"]) or not re.fullmatch(r"[\w-]+", meta["capability"]):
             raise ValueError(
                 f"an operator {meta['op']!r} or a capability {meta['capability']!r} that is no name"
             )
@@ -255,9 +254,9 @@ def update(path: Path, change: Callable[[dict[Key, Entry]], object]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path):
-        for left in path.parent.glob(
-            f".{path.name}.*.tmp"
-        ):  # of a writer that was killed: under the lock there is no other
+        # A temporary file is that of a writer that was killed: under the lock there is no other
+        # writer.
+        for left in path.parent.glob(f".{path.name}.*.tmp"):
             left.unlink(missing_ok=True)
         table = _read_locked(path)
         op, capability = path.name.removesuffix(".json").split(".", 1)

@@ -83,9 +83,8 @@ def planes(x: Tensor) -> Tensor:
     """x [m, k] -> fp32 [m, 9, k/8]: plane i < 8 is x[:, 8j + i] * 16**-(i % 4), exactly; plane 8 is
     the sum over i."""
     by_word = x.float().unflatten(1, (-1, 8))
-    powers = 1 << (
-        torch.arange(8, device=x.device) % 4 * 4
-    )  # made on the device: a CUDA graph captures no copy from the host
+    # Made on the device: a CUDA graph captures no copy from the host.
+    powers = 1 << (torch.arange(8, device=x.device) % 4 * 4)
     return (
         torch.cat((by_word / powers, by_word.sum(-1, keepdim=True)), -1)
         .transpose(1, 2)

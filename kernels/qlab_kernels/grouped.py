@@ -47,9 +47,8 @@ def int4_grouped_mm_kernel(
     ends = tl.load(offsets_ptr + e, mask=e < E, other=0)
     starts = tl.load(offsets_ptr + e - 1, mask=(e > 0) & (e < E), other=0)
     tiles = (ends - starts + BM - 1) // BM
-    expert = tl.sum(
-        (tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0
-    )  # those that end before this tile; the padding never does
+    # The number of experts that end before this tile; the padding never ends.
+    expert = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
     if expert >= E:
         return
     row = (

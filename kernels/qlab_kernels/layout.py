@@ -163,9 +163,8 @@ def _nibbles(words: Tensor, layout: str) -> Tensor:
         pairs = torch.stack((words & 15, words >> 4), -1).reshape(-1, n, k, 64, 64)
         return pairs.transpose(2, 3).reshape(*lead, n * 64, k * 64)
     bytes_ = words.reshape(-1, 4)
-    by_shift = torch.stack((bytes_ & 15, bytes_ >> 4), -1).reshape(
-        -1, 8
-    )  # nibble at bit 4*i, i = 0..7
+    # Nibble i stands at bit 4 * i, i = 0..7.
+    by_shift = torch.stack((bytes_ & 15, bytes_ >> 4), -1).reshape(-1, 8)
     e = by_shift[:, [shift // 4 for shift in _SHIFTS]]
     if layout == "wgmma":
         q = e.reshape(-1, n, k, 4, 8, 4, 4, 2, 2, 2).permute(0, 1, 3, 8, 4, 2, 6, 7, 5, 9)

@@ -34,14 +34,8 @@ from qlab_kernels.entries import (
 )
 from qlab_kernels.static import Variant, compile_variant, faults, variant
 
-SHAPES = (
-    (4096, 4096),
-    (4096, 14336),
-    (14336, 4096),
-    (8192, 8192),
-    (8192, 28672),
-    (16384, 16384),
-)  # n, k
+# (n, k) of the weights
+SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 28672), (16384, 16384))
 KINDS = (
     ("bfloat16", 128, False),
     ("bfloat16", 128, True),
@@ -53,10 +47,8 @@ KINDS = (
     ("float16", 32, False),
 )
 MAIN = (128, False)  # group and zeros of which everything is listed
-FEW = (
-    (SHAPES[0], SHAPES[3]),
-    (1, 4, 16, 32, 64, 128, 256, 1024, 4096),
-)  # of the others: `nearest` reaches the rest from these
+# Shapes and token counts of the other tables: `nearest` reaches the rest from these.
+FEW = ((SHAPES[0], SHAPES[3]), (1, 4, 16, 32, 64, 128, 256, 1024, 4096))
 # experts, n, k: the two products of Mixtral-8x7B, Qwen3-30B-A3B and DeepSeek-V3
 EXPERT_SHAPES = (
     (8, 28672, 4096),
@@ -98,9 +90,8 @@ def problems(op: str, cc: Capability) -> list[list[Problem]]:
     return [listed(*kind) for kind in kinds if kind[0] in dtypes]
 
 
-Ranked = Sequence[
-    tuple[float, Config, Variant | None]
-]  # of one problem: (microseconds, config, what it compiles), fastest first
+# One problem's (microseconds, config, what it compiles), fastest first.
+Ranked = Sequence[tuple[float, Config, Variant | None]]
 
 
 def choose(rows: Sequence[Ranked], most: int) -> list[tuple[float, Config]]:

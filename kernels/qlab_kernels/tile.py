@@ -74,9 +74,8 @@ def codes(words, SEQUENCE: tl.constexpr, COMPUTE: tl.constexpr):
     if SEQUENCE == "plain":
         low = (words & 15).to(tl.int8)
         high = (words >> 4).to(tl.int8)
-        nibbles = (
-            tl.join(low, high).reshape(R, C // 4, 2, 2, 2).trans(0, 1, 3, 4, 2)
-        )  # p, i1, i0 -> i1, i0, p
+        # p, i1, i0 -> i1, i0, p
+        nibbles = tl.join(low, high).reshape(R, C // 4, 2, 2, 2).trans(0, 1, 3, 4, 2)
         values = (nibbles.reshape(R, C * 2) - 8).to(COMPUTE)
     else:
         if COMPUTE == tl.float16:  # noqa: SIM300

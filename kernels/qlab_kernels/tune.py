@@ -26,9 +26,8 @@ from qlab_kernels.entries import CacheError, Entry, file_name, versions
 Measure = Callable[[Config, int], float]  # (config, repetitions) -> median microseconds
 ROUNDS = ((3, 4), (10, 2), (50, 1))  # (repetitions, how many go on)
 NEAR_FLOOR = 1.03
-CLEAR_LEAD = (
-    1.05  # ten repetitions are enough for a leader that was first before and is this much faster
-)
+# A leader that was first before and is this much faster needs ten repetitions only.
+CLEAR_LEAD = 1.05
 POLL = 0.1  # seconds between two attempts at another process's lock
 
 

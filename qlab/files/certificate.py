@@ -27,9 +27,8 @@ def certify(leaf: QTensor, reference: Leaf | None) -> dict[str, Any]:
 def distances(leaf: QTensor, reference: Leaf) -> dict[str, float]:
     """How far the weight is from the reference's, as a certificate says it; no steps where channels
     of a group lie apart."""
-    W_ok = dense(reference, torch.float32).to(
-        leaf.codes.device
-    )  # the reference comes from the files
+    # The reference comes from the files, which lie on the CPU.
+    W_ok = dense(reference, torch.float32).to(leaf.codes.device)
     D_ok = dense(leaf, torch.float32).sub_(W_ok)
     found = {"weight_error": float(D_ok.norm() / W_ok.norm().clamp_min(1e-30))}
     return found | ({"largest_step": largest_step(leaf, D_ok)} if leaf.perm is None else {})

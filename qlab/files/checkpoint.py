@@ -72,9 +72,8 @@ class Checkpoint(Shown):
 
         text = self.raw.get("text_config")
         layers = {**self.raw, **(text if isinstance(text, dict) else {})}.get("num_hidden_layers")
-        if (
-            isinstance(layers, int) and self.stored and layers > len(self.stored)
-        ):  # which would be built, whatever that takes
+        # The module would be built with all these layers, whatever that takes.
+        if isinstance(layers, int) and self.stored and layers > len(self.stored):
             raise QlabError(
                 f"{self.path / CONFIG} has num_hidden_layers {layers}, and the files hold "
                 f"{len(self.stored)} tensors; the one or the other is of another model"

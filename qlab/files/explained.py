@@ -9,10 +9,8 @@ from qlab.codecs import LEGACY_CONFIGS
 from qlab.errors import QlabError
 from qlab.files.directory import CONFIG, WIDTHS, Stored, read_json
 
-KEY, OLD_KEY = (
-    "quantization_config",
-    "compression_config",
-)  # as compressed-tensors called it at first
+# compressed-tensors called the key otherwise at first.
+KEY, OLD_KEY = ("quantization_config", "compression_config")
 
 
 def explained(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:

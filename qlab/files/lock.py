@@ -24,9 +24,8 @@ class Lock:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            except (
-                FileNotFoundError
-            ):  # its former holder removes or renames the folder at this moment
+            # The former holder removes or renames the folder at this moment.
+            except FileNotFoundError:
                 continue
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,9 +13,8 @@ from qlab.files.ownership import foreign, read_sealed
 PARTIAL = ".partial"  # ends the name of the folder in which an output is built
 WORK = ".work"  # in that folder: how far the run came
 MOUNTS = Path("/proc/self/mountinfo")
-STREAMS = re.compile(
-    r"-|/dev/(std(in|out|err)|fd/.*)|/proc/.*"
-)  # names of what is no file, or another one each time
+# Names of pipes and terminals, and names that mean another file each time.
+STREAMS = re.compile(r"-|/dev/(std(in|out|err)|fd/.*)|/proc/.*")
 
 
 def place(out: str | Path, model: Path, files: Iterable[Path] = ()) -> Path:

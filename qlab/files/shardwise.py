@@ -11,9 +11,8 @@ from qlab.files.writer import Writer
 from qlab.process.progress import progress
 
 Notes = dict[str, dict[str, Any]]  # section of the report -> rows
-Rewrite = Callable[
-    [str, Notes], Mapping[str, Tensor]
-]  # a leaf's name -> its new tensors; what is to be reported goes into the notes
+# A leaf's name -> its new tensors; what is to be reported goes into the notes.
+Rewrite = Callable[[str, Notes], Mapping[str, Tensor]]
 
 
 def leaves_by_file(model: Checkpoint) -> list[list[str]]:

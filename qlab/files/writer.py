@@ -28,13 +28,10 @@ from qlab.files.workplace import NAMES, Workplace
 from qlab.process.progress import say
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-FORMER = (
-    "quantize_config.json",
-    "quant_config.json",
-)  # they say how the weights were quantized before, in GPTQ's and AWQ's way
-TEMPLATES = (
-    "additional_chat_templates"  # the one folder of a model directory that transformers looks into
-)
+# Files in which GPTQ and AWQ say how the weights were quantized before.
+FORMER = ("quantize_config.json", "quant_config.json")
+# The one folder of a model directory that transformers looks into.
+TEMPLATES = "additional_chat_templates"
 
 
 class Writer(Workplace):

@@ -33,9 +33,8 @@ class ReadOnly(Tensor):
         written: Iterable[Any] = (kwargs.get("out"),)
         if name in UPDATES or (name.endswith("_") and not name.endswith("__")):
             written = args[:1] or kwargs.values()  # torch.nn.init names its arguments
-        harmless = name == "__set__" and (
-            args[1] is None or args[1] is False
-        )  # grad = None, requires_grad = False
+        # grad = None and requires_grad = False change nothing.
+        harmless = name == "__set__" and (args[1] is None or args[1] is False)
         if any(isinstance(tensor, cls) for tensor in written) and not harmless:
             raise QlabError(REFUSED)
         with torch._C.DisableTorchFunctionSubclass():

@@ -96,9 +96,8 @@ def test_rows_come_in_order_with_both_plots(bench, job, tmp_path):
         "calibrating on 256 tokens (8 windows of 32), evaluating on 128" in said
         and "the demo's text" not in said
     )
-    assert (
-        record["rows"][0]["losses"] and not record["rows"][1]["losses"]
-    )  # plain RTN observes nothing
+    # Plain RTN observes nothing.
+    assert record["rows"][0]["losses"] and not record["rows"][1]["losses"]
     assert (
         record["reference"]["bits_per_weight"] == 32 and record["rows"][0]["bits_per_weight"] == 5
     )

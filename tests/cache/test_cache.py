@@ -53,9 +53,8 @@ def test_every_layer_in_its_order(unshipped, problem, entry, monkeypatch, tmp_pa
         cache.refresh()
         assert cache.lookup(p).source == source
     assert cache.lookup(p).config == Config("dequant")
-    assert (
-        cache.lookup(problem(op="int4_grouped_mm")).source != "override"
-    )  # it names another operator
+    # The override names another operator.
+    assert cache.lookup(problem(op="int4_grouped_mm")).source != "override"
 
 
 def test_an_entry_of_another_device_is_no_more_than_near(unshipped, problem, entry):
@@ -104,9 +103,8 @@ def test_an_override_that_does_not_suit_is_refused_and_not_dropped(problem, monk
 
 
 def test_an_illegal_entry_is_passed_over(unshipped, problem, entry):
-    wide = Config(
-        "split_k", 16, 64, 256, 2, 4, 3
-    )  # straddles groups of 128: wrong scales, and no error
+    # A k tile of 256 straddles groups of 128: wrong scales, and no error.
+    wide = Config("split_k", 16, 64, 256, 2, 4, 3)
     assert legal(problem(), wide)
     ship(unshipped, problem(), entry(wide))
     ship(unshipped, problem(n=4096), entry(wide))
@@ -135,10 +133,8 @@ def test_nearest_reaches_no_other_kind_of_problem(unshipped, problem, entry, oth
 
 
 def test_nearest_is_nearest_by_logarithm(unshipped, problem, entry):
-    for n, config in (
-        (16384, A),
-        (2048, B),
-    ):  # 8192 is a factor 2 from one and 4 from the other; linearly it is the other way round
+    # 8192 is a factor 2 from one and 4 from the other; linearly it is the other way round.
+    for n, config in ((16384, A), (2048, B)):
         ship(unshipped, problem(n=n), entry(config))
     assert cache.lookup(problem()).config == A
 

@@ -204,9 +204,8 @@ def test_contenders_multiply_the_same_weight(name, zeros):
 
 
 def test_the_compiled_baseline_multiplies_the_same_weight(monkeypatch):
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **_: function
-    )  # its arithmetic, without half a minute of compiler
+    # Uncompiled: the same arithmetic, without half a minute of compiler.
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     assert prepare("compiled", case_of(True))
 
 

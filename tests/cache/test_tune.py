@@ -61,9 +61,8 @@ def test_a_second_start_measures_nothing(problem):
     again = Bench()
     assert tune(problem(), again, 1e9) == first and again.calls == []
     assert cache.lookup(problem()).source == "user" and not cache.lookup(problem()).stale
-    assert (
-        tune(problem(m=9), again, 1e9) == first and again.calls == []
-    )  # m=9 and m=16 share a bucket
+    # m=9 and m=16 share a bucket.
+    assert tune(problem(m=9), again, 1e9) == first and again.calls == []
     assert tune(problem(), again, 1e9, retune=True) and again.calls
 
 
@@ -96,9 +95,8 @@ def test_the_budget_ends_it_with_the_best_so_far(problem):
     entry = tune(problem(), bench, 12.0, clock=bench.clock)
     assert len(bench.calls) == 4 and entry.config == kept[2]  # three ticks each
     bench = Bench(tick=1.0)
-    assert (
-        tune(problem(m=1), bench, 0.0, clock=bench.clock) and len(bench.calls) == 2
-    )  # one alone would have no rival
+    # One configuration alone would have no rival.
+    assert tune(problem(m=1), bench, 0.0, clock=bench.clock) and len(bench.calls) == 2
 
 
 def test_it_stops_at_the_floor(problem):

@@ -330,9 +330,8 @@ def test_the_commands_import_what_they_need_when_they_run():
 @pytest.mark.parametrize("error", [None, ImportError])
 def test_the_collector_rests_while_a_command_loads_and_no_longer(error, monkeypatch):
     frozen = []
-    monkeypatch.setattr(
-        gc, "freeze", lambda: frozen.append(gc.isenabled())
-    )  # that of this process would keep other tests' garbage
+    # Not in this process, where it would keep other tests' garbage.
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
     with nullcontext() if error is None else pytest.raises(error), loading():
         assert not gc.isenabled()
         if error:

@@ -40,9 +40,8 @@ def damaged(draw, tensors):
         dtype = draw(st.sampled_from([d for d in DTYPES if d != tensor.dtype]))
         return {**rest, name: tensor.float().to(dtype)}
     sizes = st.lists(st.sampled_from([0, 1, 2, 3, 8, 32, 64, 96]), min_size=0, max_size=3)
-    without_ones = [
-        n for n in tensor.shape if n != 1
-    ]  # readers take an axis of one or leave it out
+    # Readers take an axis of one or leave it out.
+    without_ones = [n for n in tensor.shape if n != 1]
     shape = draw(sizes.filter(lambda shape: [n for n in shape if n != 1] != without_ones))
     return {**rest, name: torch.zeros(shape, dtype=tensor.dtype)}
 

@@ -44,9 +44,8 @@ def test_decode_inverts_encode_bit_for_bit(q):
 
 
 def test_codes_lie_in_words_as_by_hand():
-    codes = torch.arange(-8, 0, dtype=torch.int8)[:, None].repeat(
-        1, 3
-    )  # unsigned 0 to 7 down the rows, in every column
+    # Unsigned 0 to 7 down the rows, in every column.
+    codes = torch.arange(-8, 0, dtype=torch.int8)[:, None].repeat(1, 3)
     tensors = AWQ.encode(
         "m", QTensor(codes, torch.ones(8, 1, dtype=F16), codes[:, :1], Int(4, Tile(1, None), False))
     )

@@ -56,9 +56,8 @@ def test_streams_longer_than_a_chunk_and_codes_anywhere_in_memory_pack_alike(bit
     ).to(torch.uint8)
     words = pack(codes, bits)
     for i in range(3):
-        row = torch.cat([torch.zeros(3, dtype=torch.uint8), codes[i]])[
-            3:
-        ]  # starts between two words
+        # The row starts between two words.
+        row = torch.cat([torch.zeros(3, dtype=torch.uint8), codes[i]])[3:]
         assert torch.equal(pack(row, bits), words[i])
         assert torch.equal(pack(codes.mT.contiguous().mT, bits), words)
     assert torch.equal(unpack(words, bits, CHUNK // 2), codes)

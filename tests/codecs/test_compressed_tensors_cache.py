@@ -112,9 +112,8 @@ def test_who_computes_without_it_says_so(directory):
 def test_hugging_face_says_so_and_saves_the_scales_again(directory, tmp_path, monkeypatch):
     for mapping in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
         for method, theirs in list(mapping.items()):
-            monkeypatch.setitem(
-                mapping, method, theirs
-            )  # has its own readers back when the test ends
+            # The library has its own readers back when the test ends.
+            monkeypatch.setitem(mapping, method, theirs)
     importlib.import_module("qlab.hf").register()
     with pytest.warns(UserWarning, match=WARNING):
         AutoModelForCausalLM.from_pretrained(directory).save_pretrained(tmp_path / "again")

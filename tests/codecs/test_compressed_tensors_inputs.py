@@ -154,9 +154,8 @@ def logits(folder, ids):
 def test_transformers_computes_our_logits(name, tmp_path):
     folder = of_preset(name, tmp_path)
     ids = torch.arange(3, 35).reshape(2, 16)
-    narrow = name.startswith(
-        ("NV", "MX")
-    )  # the library makes bfloat16 weights of these, and does it in the first forward
+    # The library makes bfloat16 weights of these, and does it in the first forward.
+    narrow = name.startswith(("NV", "MX"))
     theirs = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16 if narrow else torch.float32
     ).eval()
@@ -164,9 +163,8 @@ def test_transformers_computes_our_logits(name, tmp_path):
         expected = theirs(ids).logits
         if narrow:
             expected = torch.nn.Module.float(theirs)(ids).logits
-    limit = (
-        0.02 if name.startswith("NV") else 1e-4
-    )  # NVFP4's scales are no powers of two, so that bfloat16 rounds its weights
+    # NVFP4's scales are no powers of two, so that bfloat16 rounds its weights.
+    limit = 0.02 if name.startswith("NV") else 1e-4
     assert (logits(folder, ids) - expected).norm() < limit * expected.norm()
 
 
@@ -242,9 +240,8 @@ def test_a_global_scale_of_inputs_is_measured_on_the_calibration_data_and_read_a
     (scale,) = {opened.rounding(graph.where(site))[0].outer.item() for site in first}
     assert scale == pytest.approx(448 * 6 / float(largest))
     for sites in others:
-        assert (
-            len({opened.rounding(graph.where(site))[0].outer.item() for site in sites}) == 1
-        )  # engines fuse them
+        # One global scale: engines fuse these linears.
+        assert len({opened.rounding(graph.where(site))[0].outer.item() for site in sites}) == 1
     assert torch.isfinite(logits(tmp_path / "out", data.ids)).all()
 
 

@@ -164,9 +164,8 @@ def test_a_directory_evaluates_with_its_inputs_rounded(family, tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=FineGrainedFP8Config(dequantize=True)
     )
-    for path in (
-        linears
-    ):  # without a GPU transformers rounds no inputs, and it takes blocks at the edge for full ones
+    # Without a GPU transformers rounds no inputs, and it takes blocks at the edge for full ones.
+    for path in linears:
         W = dense(opened.leaf(f"{path}.weight"))
         assert len(W) % 32 or torch.equal(theirs.get_submodule(path).weight, W)
 

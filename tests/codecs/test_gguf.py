@@ -119,9 +119,8 @@ def one_tensor(path, data, kind, name="blk.0.ffn_up.weight"):
 
 def test_blocks_hold_codes_as_by_hand(tmp_path):
     half = bytes([0x00, 0x38])  # 0.5 as float16
-    q4 = np.frombuffer(half + bytes(range(0x10, 0x20)), dtype=np.uint8)[
-        None
-    ]  # low nibbles 0 to 15, high ones 1
+    # Low nibbles 0 to 15, high ones 1.
+    q4 = np.frombuffer(half + bytes(range(0x10, 0x20)), dtype=np.uint8)[None]
     leaf = one_tensor(tmp_path / "q4.gguf", q4, KINDS.Q4_0)
     assert leaf.codes.tolist() == [[*range(-8, 8), *[-7] * 16]]
     assert leaf.scales.tolist() == [[0.5]] and leaf.spec == Int(4, Tile(1, 32), True, torch.float16)
@@ -168,9 +167,8 @@ def test_k_quants_have_their_values_by_hand(case, tmp_path):
 
 def test_k_quants_are_dequantized_by_the_package(tmp_path):
     data = np.random.default_rng(0).integers(0, 256, (3, 144), dtype=np.uint8)
-    data[:, 0:4] = np.frombuffer(
-        np.array([0.5, 0.25], dtype=np.float16).tobytes(), dtype=np.uint8
-    )  # scales that are finite
+    # Scales that are finite.
+    data[:, 0:4] = np.frombuffer(np.array([0.5, 0.25], dtype=np.float16).tobytes(), dtype=np.uint8)
     leaf = one_tensor(tmp_path / "k.gguf", data, KINDS.Q4_K)
     assert leaf.shape == (3, 256) and torch.equal(
         leaf, torch.from_numpy(gguf.dequantize(data, KINDS.Q4_K))
@@ -213,9 +211,8 @@ def test_a_damaged_file_is_refused_or_holds_other_numbers(data, model, file, tmp
         whole = whole[: data.draw(st.integers(0, len(whole) - 1))]
     else:
         for _ in range(data.draw(st.integers(1, 8))):
-            whole[data.draw(st.integers(0, 2500))] = data.draw(
-                st.integers(0, 255)
-            )  # header, names and shapes come first
+            # Header, names and shapes come first in the file.
+            whole[data.draw(st.integers(0, 2500))] = data.draw(st.integers(0, 255))
     (tmp_path / "damaged.gguf").write_bytes(whole)
     try:
         found = leaves(tmp_path / "damaged.gguf", list(model.state_dict()))

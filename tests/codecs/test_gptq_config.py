@@ -44,12 +44,8 @@ def test_specs_inverts_config(specs):
     assert V1.specs(json.loads(json.dumps(config)), file_names(specs)) == {
         path: spec for path, spec in specs.items() if spec
     }
-    for (
-        path,
-        spec,
-    ) in (
-        specs.items()
-    ):  # no module matches two patterns, and none that is skipped is matched by another
+    # No module matches two patterns, and none that is skipped is matched by another.
+    for path, spec in specs.items():
         matching = [p for p in config["dynamic"] or {} if re.match(p[2:], path)]
         assert len(matching) <= 1 and (
             path == "lm_head" or (matching[:1] or "+")[0].startswith("-") == (spec is None)

@@ -31,10 +31,8 @@ def no_lowest(q):
 
 @st.composite
 def leaves(draw):
-    bits, group = (
-        draw(st.sampled_from([2, 3, 4, 8])),
-        draw(st.sampled_from([None, 8, 32, 48])),
-    )  # whose last one may not be full
+    # The last group may not be full.
+    bits, group = (draw(st.sampled_from([2, 3, 4, 8])), draw(st.sampled_from([None, 8, 32, 48])))
     spec = Int(
         bits, Tile(1, group), draw(st.booleans()), draw(st.sampled_from([F16, torch.bfloat16]))
     )
@@ -167,9 +165,8 @@ def test_whole_words_less_a_constant_are_version_1_for_any_zero_points(bits, one
 
 def test_three_bit_zero_points_of_version_1_wrap_field_by_field():
     q = random_qtensor(Int(3, Tile(1, 8), False, F16), 32, 64)
-    lower = replace(
-        q, zeros=torch.where(q.zeros == -4, 3, q.zeros - 1).to(torch.int8)
-    )  # z - 1 mod 8
+    # z - 1 mod 8
+    lower = replace(q, zeros=torch.where(q.zeros == -4, 3, q.zeros - 1).to(torch.int8))
     assert (q.zeros == -4).any()
     assert_same(V1.decode("m", V2.encode("m", lower), q.spec), q)
 
@@ -201,9 +198,8 @@ def test_an_order_that_readers_would_drop_is_refused():
         match=r"^m: its channels share groups .* readers of gptq drop; write gptq_desc_act$",
     ):
         V1.encode("m", q)
-    within = replace(
-        q, perm=torch.arange(64).view(2, 32).flip(1).flatten()
-    )  # the groups are those of g_idx = k // 32
+    # The groups are those of g_idx = k // 32.
+    within = replace(q, perm=torch.arange(64).view(2, 32).flip(1).flatten())
     assert torch.equal(dense(V1.decode("m", V1.encode("m", within), q.spec)), dense(within))
 
 

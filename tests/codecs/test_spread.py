@@ -61,9 +61,8 @@ def test_fp8_reads_one_scale_or_one_per_row(shape):
     spec = codec.specs(said, tensors)["m"]
     assert spec == parse_spec("fp8-channel" if 8 in shape else "fp8-tensor")
     assert torch.equal(codec.decode("m", tensors, spec).scales, scale.reshape(-1, 1))
-    assert (
-        str(codec.inputs(said, tensors)["m"]) == "fp8-channel"
-    )  # a scale per token, whatever the weight's
+    # A scale per token, whatever the weight's scales are.
+    assert str(codec.inputs(said, tensors)["m"]) == "fp8-channel"
 
 
 def test_other_numbers_are_still_refused():

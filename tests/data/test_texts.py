@@ -17,9 +17,8 @@ from qlab.data import calibration, tokenizing
 from qlab.files.checkpoint import open_checkpoint
 
 DOCUMENTS = [prose(40, seed) for seed in range(5)]
-CHATS = [
-    [{"role": "user", "content": document}] for document in DOCUMENTS
-]  # the template of tests writes the content alone
+# The chat template of the tests writes the content alone.
+CHATS = [[{"role": "user", "content": document}] for document in DOCUMENTS]
 LINES = "".join(json.dumps({"text": document}) + "\n" for document in DOCUMENTS)
 
 
@@ -248,6 +247,5 @@ def test_no_more_than_a_piece_is_tokenized_at_a_time(model, tmp_path, monkeypatc
     assert len(longest) > 4 and max(longest) < 3 * tokenizing.PIECE
     longest.clear()
     few = qlab.first_windows(model, tmp_path / name, 32, 2)
-    assert (
-        len(longest) < 4 and few.sha256 == whole.sha256
-    )  # what is not needed is hashed and not tokenized
+    # What is not needed is hashed and not tokenized.
+    assert len(longest) < 4 and few.sha256 == whole.sha256

@@ -85,9 +85,8 @@ def test_a_symmetric_directory_in_a_format_with_zero_points_and_back(
 
 def test_everything_else_is_carried(four_bits, quantized, tmp_path):
     source = quantized("int4-g32-asym")
-    (source / "quantize_config.json").write_text(
-        "{}"
-    )  # of a format that the new directory does not have
+    # A file of a format that the new directory does not have.
+    (source / "quantize_config.json").write_text("{}")
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
     out = convert(source, four_bits, tmp_path / "out").path
@@ -226,9 +225,8 @@ def test_rounding_anew_keeps_the_codes_that_fit(four_bits, saved, tmp_path):
     assert all(
         fingerprint(leaves(source)[name]) == fingerprint(leaves(result.path)[name]) for name in kept
     )
-    verdict = verify(
-        result.path, model
-    )  # what was rounded anew is certified by its hash: the model was not there
+    # What was rounded anew is certified by its hash: the model was not there.
+    verdict = verify(result.path, model)
     assert verdict.faults == [] and all(
         (verdict.sites[name]["certified_error"] is None) == ("mlp" in name)
         for name in verdict.sites
@@ -297,9 +295,8 @@ def test_only_a_few_tensors_are_alive_at_once(quantized, tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(source), "tensor", tensor)
     convert(source, "compressed-tensors", tmp_path / "out")
-    assert (
-        max(most) <= 6 and len(most) > 40
-    )  # the tensors of one module, and of the one before while it is replaced
+    # The tensors of one module, and of the module before while it is replaced.
+    assert max(most) <= 6 and len(most) > 40
 
 
 def test_version_1_of_gptq_takes_zero_points_above_the_lowest_code(saved, quantized, tmp_path):

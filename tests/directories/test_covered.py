@@ -180,9 +180,8 @@ def test_a_block_that_is_not_quantized_is_a_fault(name, number, recipes, origina
         fault.startswith(mark) and "is not quantized, and the recorded recipe covers it" in fault
         for fault in faults
     )
-    assert len(faults) == (
-        7 if name == "all" else 6
-    )  # what the recipe keeps has no fellow that is quantized
+    # The weight that the recipe keeps is quantized in no other block.
+    assert len(faults) == (7 if name == "all" else 6)
 
 
 def test_a_weight_that_was_chosen_without_a_model_and_is_dense_is_a_fault(original, tmp_path):

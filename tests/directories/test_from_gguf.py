@@ -173,9 +173,8 @@ def test_k_quants_are_dequantized_beside_codes_and_reported(tmp_path):
     )
     result = convert(file, "compressed-tensors", tmp_path / "out")
     theirs, model = of_the_file(file), open_checkpoint(result.path)
-    assert (
-        qlab_logits(result.path) - theirs
-    ).norm() <= 0.01 * theirs.norm()  # bfloat16 rounds to 1/512
+    # bfloat16 rounds to 1/512.
+    assert (qlab_logits(result.path) - theirs).norm() <= 0.01 * theirs.norm()
     assert {name.rpartition(".")[2] for name in model.quantized} == {"o_proj", "down_proj"}
     record = json.loads((result.path / "qlab.json").read_text())["dequantized"]
     found = {name.split(".")[-2]: row["kind"] for name, row in record.items()}
@@ -212,9 +211,8 @@ def test_codes_are_those_of_the_file(made):
 
 @pytest.mark.parametrize("arch, config", [("qwen2", {}), ("qwen3", {"head_dim": 128})])
 def test_a_converted_file_verifies_against_the_model_that_it_was_made_of(arch, config, tmp_path):
-    file = write(
-        tmp_path / "model.gguf", {"attn_q": KINDS.Q4_0}, arch, **config
-    )  # everything else is float32
+    # Every other tensor is float32.
+    file = write(tmp_path / "model.gguf", {"attn_q": KINDS.Q4_0}, arch, **config)
     out = convert(file, "compressed-tensors", tmp_path / "out").path
     model = tiny(arch, num_key_value_heads=2, num_attention_heads=4, **config)
     model.save_pretrained(tmp_path / "model")
@@ -261,9 +259,8 @@ def test_floats_keep_their_dtype_and_everything_else_comes_along(made):
     assert tokenizer("wo word7 w").input_ids == theirs("wo word7 w").input_ids and len(
         tokenizer
     ) == len(theirs)
-    assert (
-        tokenizer.chat_template == TEMPLATE and tokenizer.eos_token == theirs.eos_token
-    )  # 5.17 takes the wrong one
+    # transformers 5.17 takes the wrong token.
+    assert tokenizer.chat_template == TEMPLATE and tokenizer.eos_token == theirs.eos_token
     assert made.result.dequantized == {}
 
 
@@ -285,9 +282,8 @@ def test_embeddings_are_dequantized_and_the_command_says_so(tmp_path, command):
     assert tensors(tmp_path / "out")["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert "lm_head" in open_checkpoint(tmp_path / "out").quantized
     theirs = of_the_file(file)
-    assert (
-        qlab_logits(tmp_path / "out") - theirs
-    ).norm() <= 0.01 * theirs.norm()  # bfloat16 rounds to 1/512
+    # bfloat16 rounds to 1/512.
+    assert (qlab_logits(tmp_path / "out") - theirs).norm() <= 0.01 * theirs.norm()
 
 
 def test_a_file_without_codes_is_an_unquantized_directory(tmp_path):

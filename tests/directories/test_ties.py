@@ -116,9 +116,8 @@ def test_a_head_that_is_rounded_lies_beside_the_embedding(edit, tied, tmp_path, 
         AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32),
     ):
         assert (logits(model) - expected).norm() < 0.05 * expected.norm()
-    rewrite(
-        out / "config.json", lambda config: config.update(tie_word_embeddings=True)
-    )  # as other tools leave it
+    # Other tools leave it so.
+    rewrite(out / "config.json", lambda config: config.update(tie_word_embeddings=True))
     for model in (
         lower(out, dtype=torch.float32, dense_cache=True),
         AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32),

@@ -56,9 +56,8 @@ def test_what_qlab_wrote_is_what_it_claims_to_be(method, made, original):
         for row in verdict.sites.values()
     )
     changed = {name for name, why in verdict.changed.items() if why}
-    assert (method == "awq") == bool(changed) and changed == set(
-        verdict.changed
-    )  # scales folded into norms, on record
+    # Scales folded into norms are on record.
+    assert (method == "awq") == bool(changed) and changed == set(verdict.changed)
 
 
 @pytest.mark.parametrize(

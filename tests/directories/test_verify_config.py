@@ -170,9 +170,8 @@ def test_a_head_that_the_recipe_untied_is_no_fault_of_the_configuration(codec, s
     anew = convert(out, codec, tmp_path / "anew", requantize=parse_spec("int4-g16")).path
     assert [verify(path, source).faults for path in (out, there, anew)] == [[], [], []]
     plain = quantize(open_checkpoint(source), rtn(SPEC), None, tmp_path / "plain").path
-    rewrite(
-        plain / "config.json", lambda c: c.update(tie_word_embeddings=False)
-    )  # its head is the embedding still
+    # The head is the embedding still.
+    rewrite(plain / "config.json", lambda c: c.update(tie_word_embeddings=False))
     assert verify(plain, source).faults == [
         "config.json has tie_word_embeddings false where the reference has true"
     ]

@@ -69,9 +69,8 @@ def test_a_missing_tensor(folder, tmp_path):
         lambda: qlab.quantize(model, qlab.rtn(INT4), None, tmp_path / "q"),
         "model.layers.1.mlp.up_proj.weight",
     )
-    assert [path.name for path in tmp_path.iterdir()] == [
-        "model"
-    ]  # found by the headers, before anything is written
+    # Refused by the headers, before anything is written.
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize(

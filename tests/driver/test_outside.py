@@ -66,12 +66,10 @@ def test_a_rounded_tower_loads_in_transformers_and_computes_what_qlab_reads(fami
         random_tokens(saved(family)),
         result.path.with_name("decoder"),
     )
-    assert (
-        with_image(decoder.path, batch) - ours
-    ).norm() > 1e-4 * ours.norm()  # the tower did change
-    assert torch.equal(
-        qlab_logits(decoder.path), qlab_logits(result.path)
-    )  # and the decoder did not
+    # The tower did change,
+    assert (with_image(decoder.path, batch) - ours).norm() > 1e-4 * ours.norm()
+    # and the decoder did not.
+    assert torch.equal(qlab_logits(decoder.path), qlab_logits(result.path))
 
 
 @every_model

@@ -62,9 +62,8 @@ def test_stages_sites_and_what_stays_unquantized(model):
 def test_layers_beyond_those_of_the_config_stay_and_are_named(folder):
     config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 1}
     (folder / "config.json").write_text(json.dumps(config))
-    more = {
-        "model.layers.1.join.weight": torch.ones(64, 128)
-    }  # as a layer has that predicts further tokens
+    # A weight of a layer that predicts further tokens.
+    more = {"model.layers.1.join.weight": torch.ones(64, 128)}
     save_file(tensors(folder) | more, folder / "model.safetensors", metadata={"format": "pt"})
     left = plan(open_checkpoint(folder), rtn(INT4)).unquantized
     beyond = {f"model.layers.1.self_attn.{p}_proj" for p in "qkvo"} | {
@@ -116,15 +115,12 @@ def test_passes_tokens_and_statistics(model, source):
     assert (observed.passes, observed.tokens) == (1, 128)
     assert plan(model, gptq(INT4), random_tokens(source)).passes == 1
     assert plan(model, gptq(INT4), random_tokens(source), inputs="reference").passes == 2
-    assert (
-        plan(model, awq(parse_spec("nvfp4")), random_tokens(source)).passes == 2
-    )  # rounded rows take no scale
+    # Rounded rows take no scale.
+    assert plan(model, awq(parse_spec("nvfp4")), random_tokens(source)).passes == 2
     assert observed.statistics == ["absmean", "second_moment"]
     beside = plan(model, gptaq(INT4), random_tokens(source))
-    assert (beside.passes, beside.statistics) == (
-        2,
-        ["drift", "second_moment"],
-    )  # the reference runs too
+    # The reference runs too.
+    assert (beside.passes, beside.statistics) == (2, ["drift", "second_moment"])
 
 
 def test_the_plan_writes_nothing(model, source):
@@ -296,9 +292,8 @@ def test_zero_points_that_version_1_of_gptq_may_not_hold_are_refused_before_any_
     assert not list(tmp_path.iterdir())
     positive = tmp_path / "positive"
     tiny("llama").half().save_pretrained(positive)
-    change(
-        positive, model__layers__0__mlp__up_proj__weight=torch.abs
-    )  # whose zero points are the lowest code
+    # Zero points of positive weights are the lowest code.
+    change(positive, model__layers__0__mlp__up_proj__weight=torch.abs)
     written = quantize(
         open_checkpoint(positive), rtn(zeros), None, tmp_path / "v2", codec="gptq_v2"
     ).path

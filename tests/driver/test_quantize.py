@@ -35,9 +35,8 @@ from qlab.model.loading import load_outside
 from qlab.model.running import record_blocks
 from qlab.model.skeleton import Skeleton
 
-LINEAR = [
-    family for family in FAMILIES if family != "gpt2"
-]  # gpt2's Conv1D has no place in this format: see doors/test_transposed
+# gpt2's Conv1D has no place in this format: see directories/test_transposed.
+LINEAR = [family for family in FAMILIES if family != "gpt2"]
 SHORT = {
     family: dict(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
     for family in ("gemma2", "gemma3_text")
@@ -91,9 +90,8 @@ def test_blocks_of_other_makes_are_quantized_whole(family, saved, tmp_path):
         {"model.layers.1.conv.conv"} if family == "lfm2" else set()
     )
     if family != "falcon" or release >= Version("5.23"):  # 5.17 reads no quantized falcon
-        assert_read_alike(
-            result.path, dequantize=family == "falcon"
-        )  # whose own linears look for a dense weight
+        # Falcon's own linears look for a dense weight.
+        assert_read_alike(result.path, dequantize=family == "falcon")
 
 
 @pytest.mark.parametrize("family", LINEAR)
@@ -234,9 +232,8 @@ def test_blocks_of_one_structure_share_one_program(saved):
     skeleton = Skeleton(open_checkpoint(saved("gemma2")), torch.float32)
     load_outside(skeleton, with_head=False)
     _, calls = record_blocks(skeleton, IDS)
-    assert (
-        len({id(skeleton.programs.code(path, call)) for path, call in calls.items()}) == 2
-    )  # sliding and full attention
+    # Sliding and full attention have a program each.
+    assert len({id(skeleton.programs.code(path, call)) for path, call in calls.items()}) == 2
 
 
 def test_errors_propagate_on_quantized_inputs_only(saved, tmp_path):
@@ -245,9 +242,8 @@ def test_errors_propagate_on_quantized_inputs_only(saved, tmp_path):
     ours = tensors(quantize(model, gptq(INT4), data, tmp_path / "q", inputs="quantized").path)
     other = tensors(quantize(model, gptq(INT4), data, tmp_path / "r", inputs="reference").path)
     same = {name for name in ours if bits_equal(ours[name], other[name])}
-    first = {
-        name for name in ours if re.search(r"\.layers\.0\..*[qkv]_proj", name)
-    }  # nothing is quantized before them
+    # Nothing is quantized before these.
+    first = {name for name in ours if re.search(r"\.layers\.0\..*[qkv]_proj", name)}
     assert first and first <= same
     for later in (
         "layers.0.self_attn.o_proj",

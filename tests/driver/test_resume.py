@@ -87,9 +87,8 @@ def test_killed_at_any_rename_and_resumed(when, overwrite, job, whole, former, t
             break  # every rename of the run has had its turn
         assert status == KILLED
         points += 1
-        assert (
-            not out.exists() or contents(out) == seen or whole.items() <= contents(out).items()
-        )  # never something between
+        # Never something between the former output and the whole new one.
+        assert not out.exists() or contents(out) == seen or whole.items() <= contents(out).items()
         assert finish(start(lambda out=out: job(out, resume=True))) == 0
         assert_whole(out, whole)
     assert points >= 18 and points - first >= 6 and contents(out) == whole

@@ -96,9 +96,8 @@ def test_an_output_that_cannot_be_put_in_place_can_be_resumed(folder, tmp_path, 
     )
 
 
-@pytest.mark.parametrize(
-    "limit", [100, 4000, 12000, 30000]
-)  # the job file, the report, hidden states, a shard
+# These limits stop the job file, the report, the hidden states and a shard.
+@pytest.mark.parametrize("limit", [100, 4000, 12000, 30000])
 def test_files_that_the_system_refuses_to_let_grow(folder, tmp_path, limit):
     out, recipe = tmp_path / "out", qlab.gptq(INT4)
     job = lambda out, **options: qlab.quantize(

@@ -182,11 +182,8 @@ def test_the_index_decides_between_files_and_may_be_wrong_of_what_one_of_them_ho
     write(tmp_path / "x.safetensors", [("a", one), ("b", one), ("c", one)])
     write(tmp_path / "y.safetensors", [("a", 2 * one)])
     refused(lambda: locate(tmp_path), "a is in", "x.safetensors", "y.safetensors")
-    index = {
-        "a": "y.safetensors",
-        "b": "y.safetensors",
-        "d": "x.safetensors",
-    }  # b lies in the other file, c is left out, d is nowhere
+    # b lies in the other file, c is left out, d is nowhere.
+    index = {"a": "y.safetensors", "b": "y.safetensors", "d": "x.safetensors"}
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": index}))
     found = locate(tmp_path)
     assert (

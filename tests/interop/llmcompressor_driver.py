@@ -96,12 +96,8 @@ WAYS = {
         **alike(INT4), kv_cache_scheme=FP8 | {"strategy": "attn_head"}
     ),
 }
-ROTATED = (
-    "SpinQuant",
-    "SpinQuant_online",
-    "QuIP",
-    "QuIP_outputs",
-)  # and OUT/<name>.logits.safetensors: what they compute in fp32
+# Their outputs in fp32 are written to OUT/<name>.logits.safetensors too.
+ROTATED = ("SpinQuant", "SpinQuant_online", "QuIP", "QuIP_outputs")
 
 
 def read(directory):
@@ -123,9 +119,8 @@ def read(directory):
 def write(source, out):
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, 128, (64,), generator=generator).tolist() for _ in range(8)]
-    if (
-        not torch.accelerator.is_available()
-    ):  # AWQ pins memory for copies to one, and no number depends on it
+    # AWQ pins memory for copies to an accelerator, and no number depends on it.
+    if not torch.accelerator.is_available():
         IntermediatesCache.pin_memory = lambda self, *args: None
     samples = Dataset.from_dict(
         {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}

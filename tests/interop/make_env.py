@@ -25,9 +25,8 @@ def main(name, directory):
     venv.create(directory, with_pip=True)
     pip = [str(Path(directory, "bin", "python")), "-m", "pip", "install", "--quiet"]
     first, *rest = REQUIREMENTS[name]
-    subprocess.run(
-        [*pip, first, "setuptools", "wheel"], check=True
-    )  # others look for torch while they are built
+    # Other packages look for torch while they are built.
+    subprocess.run([*pip, first, "setuptools", "wheel"], check=True)
     subprocess.run([*pip, "--no-build-isolation", *rest], check=True)
 
 

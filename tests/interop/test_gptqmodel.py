@@ -40,15 +40,8 @@ WRITTEN = {
     "awq": ("awq", Int(4, Tile(1, 64), False, F16)),
     "awq-symmetric": ("awq", Int(4, Tile(1, 64), True, F16)),
 }
-WAYS = (
-    "plain",
-    "three_bits",
-    "channel",
-    "asymmetric",
-    "asymmetric_v2",
-    "desc_act",
-    "dynamic",
-)  # of the driver
+# The driver's names of what it writes.
+WAYS = ("plain", "three_bits", "channel", "asymmetric", "asymmetric_v2", "desc_act", "dynamic")
 
 
 def random_leaf(spec, o, k, generator, reordered):

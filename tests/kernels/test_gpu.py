@@ -36,11 +36,8 @@ def test_assembly_equals_the_plain_path_bit_for_bit(layout, dtype):
     """All 16 values in all 8 positions of a word, and the order of both layouts."""
     from device_kernels import decode
 
-    sequences = {
-        "plain",
-        fused_row().sequence,
-        "fma",
-    }  # fma.rn.bf16x2 runs wherever sub.bf16x2 does
+    # fma.rn.bf16x2 runs wherever sub.bf16x2 does.
+    sequences = {"plain", fused_row().sequence, "fma"}
     codes = (
         ((torch.arange(4096) // 3 + torch.arange(16)[:, None]) % 16 - 8)
         .view(16, 64, 64)

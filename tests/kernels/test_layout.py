@@ -53,9 +53,8 @@ def test_padding_holds_zero_weights(layout):
     packed = pack(
         torch.full((5, 70), 7, dtype=torch.int8), torch.ones(5, 1), None, 70, layout, torch.float16
     )
-    whole = type(packed)(
-        packed.words, packed.scales, None, 64, 128, 128, layout
-    )  # the same bytes, padding in sight
+    # The same bytes, with the padding in sight.
+    whole = type(packed)(packed.words, packed.scales, None, 64, 128, 128, layout)
     codes = unpack(whole)[0]
     assert codes[:5, :70].eq(7).all() and codes[5:].eq(0).all() and codes[:, 70:].eq(0).all()
 

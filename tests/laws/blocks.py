@@ -67,9 +67,8 @@ class Straight(nn.Module):
         h = nn.functional.gelu(h) if self.leak == "gelu" else torch.relu(h)
         out = self.two(h)
         if self.three is not None:
-            out = out + self.three(
-                h.unflatten(-1, (3, -1)).transpose(-1, -2).flatten(-2)
-            )  # the same channels in another order
+            # The same channels in another order.
+            out = out + self.three(h.unflatten(-1, (3, -1)).transpose(-1, -2).flatten(-2))
         if self.leak == "return":
             return out, y
         if self.leak == "tanh":

@@ -7,9 +7,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 calm = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-settings.register_profile(
-    "laws", max_examples=25, **calm
-)  # twice as many as every planted fault takes
+# Twice as many examples as every planted fault takes.
+settings.register_profile("laws", max_examples=25, **calm)
 settings.register_profile("mutants", max_examples=12, **calm)
 settings.load_profile(os.environ.get("LAWS_PROFILE", "laws"))
 

@@ -16,12 +16,8 @@ LAW_METHODS = {  # name -> (spec -> transform)
     "awq_scale": awq_scale,
 }
 LAW_SPECS = ("int4-g16", "int3-g32-asym", "int8-channel", "int2-channel-asym", "int5-tensor")
-KINDS = (
-    "rtn",
-    "gptq",
-    "gptaq",
-    "awq",
-)  # a rounding, a solver, one that aims elsewhere, a reparametrization
+# A rounding, a solver, a solver with another target, a reparametrization.
+KINDS = ("rtn", "gptq", "gptaq", "awq")
 EVERY_METHOD = ("llama", "gpt2", "qwen3_moe")  # families: linears, transposed ones, experts
 
 

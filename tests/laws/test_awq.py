@@ -150,9 +150,8 @@ def test_a_ratio_that_a_few_rows_chose_and_all_rows_lose_by_is_not_taken(monkeyp
 
 def test_when_scaling_cannot_help_the_identity_is_taken():
     seg, spec = segment("llama"), parse_spec("int8-channel")
-    leaves = {
-        s.weight: torch.sign(seg.graph.params[s.weight]) * 0.5 for s in seg.graph.sites
-    }  # exact on the signed grid
+    # Exact on the signed grid.
+    leaves = {s.weight: torch.sign(seg.graph.params[s.weight]) * 0.5 for s in seg.graph.sites}
     graph, _ = run(seg.graph.update(leaves), awq_scale(spec), seg.stats)
     assert {n["awq_ratio"] for n in graph.notes.values()} == {0.0}
     assert all(n["awq_loss"] == n["awq_rtn_loss"] for n in graph.notes.values())

@@ -107,9 +107,8 @@ def test_a_mixture_is_the_weighted_sum_of_its_chosen_experts(n, e, t, flags, see
     )
     assert torch.allclose(experts_forward(module, x, chosen, weights), expected, atol=1e-5)
     if chosen.shape[1] < e:
-        of_all = torch.rand(n, e, generator=g).scatter(
-            1, chosen, weights
-        )  # as routers of transformers 5.0.0 give them
+        # Routers of transformers 5.0.0 give weights of all experts.
+        of_all = torch.rand(n, e, generator=g).scatter(1, chosen, weights)
         assert torch.allclose(experts_forward(module, x, chosen, of_all), expected, atol=1e-5)
 
 
@@ -199,9 +198,8 @@ def test_statistics_everywhere_are_of_all_tokens():
             state.sum_kk, stats[router.source, "second_moment"].sum_kk, rtol=1e-5, atol=1e-4
         )
     for state in stats[up.source, "sample"].states:
-        assert torch.equal(
-            state.order, stats[router.source, "sample"].order
-        )  # a token has one key wherever it goes
+        # A token has one key wherever it goes.
+        assert torch.equal(state.order, stats[router.source, "sample"].order)
 
 
 @every_mixture
@@ -258,9 +256,8 @@ def test_awq_is_never_worse_than_rtn_over_all_experts_and_its_notes_are_true(fam
             )
         note = final.notes[one.path]
         assert note["awq_loss"] <= note["awq_rtn_loss"]
-        if one.path.endswith(
-            "down_proj"
-        ):  # nothing folds into its rows, so what was scored is what was rounded
+        # Nothing folds into the rows of down_proj, so what was scored is what was rounded.
+        if one.path.endswith("down_proj"):
             assert ours <= rtns * (1 + 1e-4) and len(note["awq_ratio"]) == len(states)
 
 

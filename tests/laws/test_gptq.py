@@ -95,9 +95,8 @@ def test_any_order_returns_codes_in_their_own_places(problem, seed):
         second_moment(k, seed),
         torch.randperm(k, generator=torch.Generator().manual_seed(seed)),
     )
-    per_row = Int(
-        spec.bits, Tile(1, None), spec.symmetric, torch.float32
-    )  # a permutation keeps these scales
+    # A permutation of columns keeps scales per row.
+    per_row = Int(spec.bits, Tile(1, None), spec.symmetric, torch.float32)
     permuted = solve(W[:, order], H[order][:, order], per_row)[0]
     assert torch.equal(solve(W, H, per_row, order)[0], permuted[:, order.argsort()])
 
@@ -145,9 +144,8 @@ def test_damping_grows_until_the_factorization_works_and_is_noted(damp, rank, us
     x = normal(rank, 16, seed=0).repeat(4, 1) + (0 if rank < 16 else 0.1 * normal(64, 16, seed=1))
     x[0, 0] = 0 if rank == 16 else x[0, 0]
     H = x.T @ x / len(x)
-    H = (
-        H if rank == 16 else H - 1e-4 * torch.eye(16)
-    )  # not positive definite, by rounding as it were
+    # Not positive definite, as after rounding.
+    H = H if rank == 16 else H - 1e-4 * torch.eye(16)
     factor = factorize(H, damp)
     assert factor.damp == used
     R, spread = factor.R_kk.double(), (H + used * H.diagonal().mean() * torch.eye(16)).double()
@@ -193,10 +191,8 @@ def test_a_second_moment_beyond_repair_is_refused_by_site():
 
 @given(SEEDS, st.integers(1, 9))
 def test_the_sweep_writes_to_none_of_its_inputs(seed, o):
-    W, H = (
-        weight(12, o, seed).T,
-        second_moment(12, seed).float(),
-    )  # columns lie contiguously already
+    # A transpose, whose columns lie contiguously already.
+    W, H = (weight(12, o, seed).T, second_moment(12, seed).float())
     R, before = factorize(H, DAMP).R_kk, W.clone()
     kept = W._version, R._version, H._version
     out = obs_sweep(W, R, lambda w, j, into: into.copy_(w.round()), block=5)

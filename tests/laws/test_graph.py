@@ -156,9 +156,8 @@ def test_sites_are_the_linear_modules_and_their_inputs_what_the_modules_get(fami
         frozenset(s.path for s in group if not s.route)
         for group in by_source(seg.graph.sites).values()
     } - {frozenset()}
-    same = {
-        frozenset(b for b in seen if seen[b].data_ptr() == seen[a].data_ptr()) for a in seen
-    }  # a view is the same input
+    # A view is the same input.
+    same = {frozenset(b for b in seen if seen[b].data_ptr() == seen[a].data_ptr()) for a in seen}
     assert shared == same  # sites share a source exactly when they share an input
 
 

@@ -62,9 +62,8 @@ def test_it_pays_and_moves_zero_points_where_they_may_lie_between_codes(kind, ze
     assert z is None or (z.dtype == zeros and torch.equal(z, q.zeros) == (zeros == torch.int8))
 
 
-@pytest.mark.parametrize(
-    "size, fitted", [(1e-3, True), (1e4, False)]
-)  # of the errors, to the threshold |d|^(2 - p) = 1 / beta
+# Sizes of the errors, next to the threshold |d|^(2 - p) = 1 / beta.
+@pytest.mark.parametrize("size, fitted", [(1e-3, True), (1e4, False)])
 def test_small_errors_are_fitted_and_large_ones_let_be(size, fitted, monkeypatch):
     monkeypatch.setitem(half_quadratic.__globals__, "STEPS", 1)
     spec = Int(3, Tile(1, 64), True, torch.float32)

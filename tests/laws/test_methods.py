@@ -100,9 +100,8 @@ def test_every_site_becomes_codes_of_its_own_shape_near_the_weight(method, famil
     assert not graph.online
     for i in range(2):
         out, reference = (hidden(interpret(g, *seg.batches[i])) for g in (graph, seg.graph))
-        by_token = (out - reference).norm(dim=-1) / reference.norm(
-            dim=-1
-        )  # near a tie a token of a mixture changes its expert
+        # Near a tie a token of a mixture changes its expert.
+        by_token = (out - reference).norm(dim=-1) / reference.norm(dim=-1)
         assert 0 < (by_token.median() if family in MIXTURES else relative(out, reference)) < 0.02
     untouched_leaves = set(graph.params) - {s.weight for s in graph.sites if not s.router}
     if not method.startswith("awq"):

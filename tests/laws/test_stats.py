@@ -33,9 +33,8 @@ def close(a, b, tolerance=1e-5):
     for x, y in zip(ours, theirs):
         x, y = torch.as_tensor(x).double(), torch.as_tensor(y).double()
         assert x.shape == y.shape
-        assert torch.equal(x, y) or (x - y).abs().max() <= tolerance * y.abs().max().clamp_min(
-            1
-        )  # nothing is infinite or empty
+        # No value is infinite, and no tensor is empty.
+        assert torch.equal(x, y) or (x - y).abs().max() <= tolerance * y.abs().max().clamp_min(1)
 
 
 def observation(n, k, seed):

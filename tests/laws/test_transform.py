@@ -75,9 +75,8 @@ def test_a_chain_does_what_its_parts_do_one_after_the_other(second):
     assert_same(seg.solve(())[0], seg.graph)
 
 
-@pytest.mark.parametrize(
-    "family", ["opt", *MIXTURES]
-)  # of a mixture, router and experts share a norm and not their rows
+# Router and experts of a mixture share a norm and not their rows.
+@pytest.mark.parametrize("family", ["opt", *MIXTURES])
 def test_statistics_that_were_transported_are_those_of_the_new_inputs(family):
     seg = segment(family)
     graph, stats = run(seg.graph, LAW_METHODS["awq_scale"](SPEC), seg.stats)

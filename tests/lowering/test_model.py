@@ -65,13 +65,11 @@ def test_lower_and_interpret_agree(quantized, family):
     ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
     reference = interpreted(result.path, ids)
     for dtype in (torch.float32, torch.bfloat16):
-        model = lower(
-            result, dtype=dtype, dense_cache=dtype == torch.float32
-        )  # a dense copy: nothing to warn of
+        # With a dense copy there is nothing to warn of.
+        model = lower(result, dtype=dtype, dense_cache=dtype == torch.float32)
         errors = (logits(model, ids) - reference).norm(dim=-1) / reference.norm(dim=-1)
-        error = (
-            errors.max() if dtype == torch.float32 else errors.median()
-        )  # near a tie, a rounded router chooses another expert
+        # Near a tie a rounded router chooses another expert.
+        error = errors.max() if dtype == torch.float32 else errors.median()
         assert error < MODEL[dtype], (dtype, error)
         sites = [name for name, row in result.sites.items() if row["spec"]]
         lowered = [
@@ -202,9 +200,8 @@ def test_resident_bytes_count_each_tensor_once(quantized):
     plain, cached = (
         resident_bytes(lower(quantized().path, dense_cache=cache)) for cache in (False, True)
     )
-    true, padded = (
-        2 * (64 * 64 * 2 + 64 * kv * 2 + 3 * 64 * 128) for kv in (32, 64)
-    )  # kernels pad rows to 64
+    # Kernels pad rows to 64.
+    true, padded = (2 * (64 * 64 * 2 + 64 * kv * 2 + 3 * 64 * 128) for kv in (32, 64))
     assert plain["packed"] == padded // 2 + padded // 32 * 4 and plain["dense copies"] == 0
     assert cached == plain | {"dense copies": true * 2}
     with pytest.warns(UserWarning, match="no kernel takes"):

@@ -36,9 +36,8 @@ def test_a_lowered_linear_agrees_with_interpret(problem, dtype, biased, dense_ca
 @given(problems(), st.sampled_from(DTYPES))
 def test_a_dequantized_weight_is_the_leaf_rounded_once(problem, dtype):
     leaf, _ = problem
-    stored = QTensor(
-        leaf.codes, leaf.scales.to(dtype), leaf.zeros, leaf.spec
-    )  # kernels hold scales in the activations' dtype
+    # Kernels hold scales in the activations' dtype.
+    stored = QTensor(leaf.codes, leaf.scales.to(dtype), leaf.zeros, leaf.spec)
     W = lowered(leaf, dtype).dequantized()
     assert torch.equal(W, dense(stored, torch.float64).to(dtype))
 
@@ -188,14 +187,12 @@ def test_an_entry_of_the_cache_decides_the_kind():
     cache.store(cpu.problem(2, *arguments), Entry(Config("dense"), **entry))
     cache.refresh()
     assert cpu.kind(2, *arguments) == "dense"
-    assert (
-        cpu.kind(2, torch.float16, *arguments[1:]) == "dense"
-    )  # no int4 kernel takes it, whatever the cache says
+    # No int4 kernel takes float16, whatever the cache says.
+    assert cpu.kind(2, torch.float16, *arguments[1:]) == "dense"
 
 
-@pytest.mark.parametrize(
-    "bits, largest", [(4, 7e4), (8, 5e3), (4, 1e-8)]
-)  # of two planes the upper has 16 times the scale
+# The upper of two planes has 16 times the scale.
+@pytest.mark.parametrize("bits, largest", [(4, 7e4), (8, 5e3), (4, 1e-8)])
 def test_scales_that_float16_does_not_hold_are_refused(bits, largest):
     leaf = random_leaf(16, 64, Int(bits, Tile(1, 32)))
     leaf = replace(leaf, scales=torch.full_like(leaf.scales, largest))

@@ -115,9 +115,8 @@ def test_columns_lie_as_those_of_the_eager_product():
         Seen(),
         activations(10, 128, torch.bfloat16),
     )
-    product = lambda x: (layer.dequantized() @ x.T).as_strided(
-        (50, 20), (20, 1)
-    )  # read by where things lie
+    # A view by strides reads the product by where its values lie.
+    product = lambda x: (layer.dequantized() @ x.T).as_strided((50, 20), (20, 1))
     y = torch.compile(product, fullgraph=True, options=seen.options)(x)
     assert seen.inner.fused == 1
     check_product(y.view(100, 10).T, x, leaf)

@@ -123,9 +123,8 @@ def test_experts_that_no_token_or_two_tokens_reach_are_quantized_and_named(tmp_p
     model, data = starving(tmp_path / "model")
     recipes = {name: method(INT4) for name, method in METHODS.items()}
     drifting = recipes.pop("gptaq")
-    results = compare(
-        model, recipes, data, tmp_path / "out", inputs="reference"
-    )  # every router sees the tokens that it was made for
+    # Every router sees the tokens that it was made for.
+    results = compare(model, recipes, data, tmp_path / "out", inputs="reference")
     results["gptaq"] = quantize(model, drifting, data, tmp_path / "out" / "gptaq")
     site = "model.layers.0.mlp.experts.gate_up_proj"
     W_eok = torch.stack(
@@ -149,12 +148,10 @@ def test_experts_that_no_token_or_two_tokens_reach_are_quantized_and_named(tmp_p
         assert row["expert_tokens"][0] == 0 and (name == "gptaq" or row["expert_tokens"][1] == 2)
         assert sum(row["expert_tokens"]) == row["tokens"] == 2 * data.ids.numel()
         assert {0, 1} <= set(result.experts_with_few_tokens[site])
-        if not name.startswith(
-            "awq"
-        ):  # whose norm scales all experts alike before they are rounded
-            assert torch.equal(q.codes[0], round_codes(W_eok[0], q.scales[0], None, q.spec)), (
-                name
-            )  # to nearest: no data, H = I
+        # AWQ's norm scales all experts alike before they are rounded.
+        if not name.startswith("awq"):
+            # Rounded to nearest: no data, H = I.
+            assert torch.equal(q.codes[0], round_codes(W_eok[0], q.scales[0], None, q.spec)), name
             assert q.codes[0].count_nonzero() > q.codes[0].numel() / 2
         else:
             assert result.sites["model.layers.0.mlp.experts.down_proj"]["awq_ratio"][0] == 0.0
@@ -235,9 +232,8 @@ def test_routers_stay_as_they_are_and_a_rule_for_them_is_refused_by_name(saved):
         "model.layers.1.mlp.gate" in made.unquantized
         and made.sites["model.layers.1.mlp.gate"]["spec"] is None
     )
-    assert plan(
-        model, rules({"*.self_attn.*": keep(), "*.experts.*": rtn(INT4)})
-    ).sites  # a router needs no rule
+    # A router needs no rule.
+    assert plan(model, rules({"*.self_attn.*": keep(), "*.experts.*": rtn(INT4)})).sites
     with pytest.raises(
         QlabError,
         match=(
@@ -356,9 +352,8 @@ def test_a_budget_is_met_by_parts_of_the_experts_or_refused(saved):
     assert small.memory.get("statistics", 0) < whole.memory["statistics"]
     with pytest.raises(QlabError, match="the budget is 0 MiB"):
         small.check(1)
-    assert (
-        plan(model, gptq(INT4), data, memory=1, inputs="reference").experts_at_once is None
-    )  # its statistics are shared
+    # The experts' statistics are shared.
+    assert plan(model, gptq(INT4), data, memory=1, inputs="reference").experts_at_once is None
 
 
 @pytest.mark.parametrize("spec", ["int8-tensor"])

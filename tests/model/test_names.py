@@ -116,6 +116,5 @@ def test_transformers_own_saving_rules_say_what_engines_call_experts():
             for p in pieces_of_experts(model, "model.layers.1.mlp.experts.down_proj", ())
         ],
     )
-    assert bare[3] == Piece(
-        "layers.1.block_sparse_moe.experts.3.w2.weight", 3, 0, 64
-    )  # as the files spell it
+    # The name as the files spell it.
+    assert bare[3] == Piece("layers.1.block_sparse_moe.experts.3.w2.weight", 3, 0, 64)

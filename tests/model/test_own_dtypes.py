@@ -116,9 +116,8 @@ def test_a_fold_is_computed_from_the_bits_of_the_files_and_rounded_once_to_their
                 t[fold.index_k].to(exact)
                 for t in (graph.params[fold.producer.weight], leaves[fold.producer.weight])
             )
-            assert torch.equal(
-                fold.stored(graph, m_k), (after / before).float()
-            )  # the scale that is scored is the one that is stored
+            # The scale that is scored is the one that is stored.
+            assert torch.equal(fold.stored(graph, m_k), (after / before).float())
 
 
 def test_what_a_method_folded_is_on_record_and_the_rest_is_the_files(mixed, tmp_path):
@@ -224,9 +223,8 @@ def test_a_number_that_the_dtype_of_the_run_does_not_hold_is_refused_by_name(
         rf"{name} holds 9\.98e\+04, and torch\.float16 numbers end at 6\.55e\+04; run the model in "
         r"bfloat16 or float32"
     )
-    made = quantize(
-        opened, gptq(INT8), data, tmp_path / "out"
-    )  # in float32, as nothing else was asked for
+    # In float32, as nothing else was asked for.
+    made = quantize(opened, gptq(INT8), data, tmp_path / "out")
     acts = [lambda: read(opened, data, torch.float16)]
     if name.endswith(("bias", "norm.weight")):
         acts.append(lambda: lower(made.path, dtype=torch.float16))

@@ -26,9 +26,8 @@ class OnTensors(nn.Module):
         super().__init__()
         self.segment = segment
         self.leaves, self.form = take_apart((args, kwargs))
-        self.after = SimpleNamespace(
-            left=None
-        )  # export takes back what is assigned to a module itself
+        # A namespace, since export takes back what is assigned to a module itself.
+        self.after = SimpleNamespace(left=None)
 
     def forward(self, *tensors: Tensor) -> Any:
         feed = iter(tensors)

@@ -108,9 +108,8 @@ class _Look:
         self.index, self.ignored = index, ignored
         self.lifted = {id(t) for t in (*segment.parameters(), *segment.buffers())}
         self.above: list[int] = []
-        self.seen: dict[
-            int, tuple[Any, Hashable]
-        ] = {}  # holds the object, so that its id stays its own
+        # Holds the object, so that its id stays its own.
+        self.seen: dict[int, tuple[Any, Hashable]] = {}
 
     def __call__(self, thing: Any) -> Hashable:
         if thing is None or isinstance(thing, bool | int | float | complex | str | bytes):

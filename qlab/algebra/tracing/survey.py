@@ -138,9 +138,8 @@ class _Noted(TorchFunctionMode):
         self.taken: dict[str, int] = {}
         self.makers: dict[int, int] = {}
         self.gave: dict[int, int] = {}
-        self.writes: list[
-            tuple[int, int]
-        ] = []  # a call that writes to a tensor, and the call that made it
+        # Pairs of a call that writes to a tensor and the call that made the tensor.
+        self.writes: list[tuple[int, int]] = []
         self.last_use: dict[int, int] = {}  # a call -> the last one that takes what it gave
         self.number = 0
 
@@ -175,9 +174,8 @@ class _Noted(TorchFunctionMode):
         names = frozenset().union(*(self.names.get(id(t), ()) for t in taken))
         if func in UNTRACED or (names and func in PRODUCTS):
             self.products[number] = func
-        elif names and all(
-            id(t) in self.names for t in taken
-        ):  # a cast, a transpose: who takes that takes the weight
+        # A cast or a transpose of weights: who takes its result takes the weights.
+        elif names and all(id(t) in self.names for t in taken):
             self.names |= {id(t): names for t in made}
         else:
             for name in names:

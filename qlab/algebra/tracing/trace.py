@@ -383,9 +383,8 @@ def _number_by_number(node: fx.Node, weight: fx.Node, computed: set[fx.Node]) ->
     the weight and the input."""
     if isinstance(node.target, Stretch):
         return weight not in node.meta["unread"]
-    if (
-        node.target is aten.conv1d.default
-    ):  # weight [o, k, w]; where k is 1, a filter of each channel by itself
+    # The weight is [o, k, w]; where k is 1, each channel has a filter of its own.
+    if node.target is aten.conv1d.default:
         return node.args[1] is weight and weight.meta["val"].shape[1] == 1
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
     if not pointwise and node.target not in LAYOUT | SAME_VALUES:

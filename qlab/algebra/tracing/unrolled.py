@@ -21,14 +21,10 @@ from qlab.algebra.graph import tensors_of
 from qlab.algebra.tracing.on_meta import called_on_meta, on_meta
 from qlab.algebra.tracing.on_tensors import OnTensors, without_values
 
-FEW, MORE, MANY = (
-    7,
-    18,
-    1033,
-)  # of which chunks of up to 1,024 make different numbers, and no chunks are whole
-Called = list[
-    tuple[Any, tuple[torch.Size, ...]]
-]  # functions of torch, each with the shapes of what it gives
+# Sizes that no chunk length divides, and of which chunks of up to 1,024 make different numbers.
+FEW, MORE, MANY = (7, 18, 1033)
+# Functions of torch, each with the shapes of its results.
+Called = list[tuple[Any, tuple[torch.Size, ...]]]
 
 
 def deciding_sizes(

@@ -19,13 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "qlab_one_token"
-UNDERSTOOD = {
-    "is_causal",
-    "position_ids",
-    "use_cache",
-    "sliding_window",
-    "output_attentions",
-}  # already in the mask, or about outputs
+# Arguments that are already in the mask, or that concern outputs.
+UNDERSTOOD = {"is_causal", "position_ids", "use_cache", "sliding_window", "output_attentions"}
 
 
 def use_grouped_attention(model: PreTrainedModel) -> None:

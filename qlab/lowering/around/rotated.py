@@ -17,9 +17,8 @@ from qlab.algebra.online import MatMul, rotate
 from qlab.model.online import at_input, at_output
 from qlab.model.skeleton import Skeleton
 
-Rotations = Mapping[
-    str, tuple[Tensor | None, Tensor | None]
-]  # linear -> the matrices at its input and at its output
+# Linear -> the matrices at its input and at its output.
+Rotations = Mapping[str, tuple[Tensor | None, Tensor | None]]
 
 
 def rotations(skeleton: Skeleton) -> Rotations:

@@ -21,9 +21,8 @@ Call = Callable[[], Any]
 COPIES = 4  # of a weight, at least
 MOST_COPIES = 64
 LEAST_CACHE = 32 * 2**20  # bytes; where the machine does not say how large its last cache is
-FLUSH = (
-    512 * 2**20
-)  # bytes read before each call on a GPU: what was written would be evicted while the call is timed
+# Bytes read before each call on a GPU: what was written would be evicted while the call is timed.
+FLUSH = 512 * 2**20
 BATCH = 10  # timed calls that are launched before the host waits for them
 # cycles that a GPU waits at the beginning of a batch, so that launching never falls behind
 AHEAD = 4_000_000
@@ -101,9 +100,8 @@ def graph_microseconds(
     cost. None on a CPU."""
     if device.type != "cuda":
         return None
-    with torch.cuda.stream(
-        torch.cuda.Stream(device)
-    ):  # what is captured must have run on another stream than the default one
+    # A function must have run on another stream than the default one before it is captured.
+    with torch.cuda.stream(torch.cuda.Stream(device)):
         for call in calls:
             call()
     torch.cuda.synchronize(device)
