@@ -49,6 +49,7 @@ HOMES = {
     "results": "qlab.directories.results",
     "rtn": "qlab.methods.rtn",
     "rules": "qlab.algebra.transform",
+    "smoothquant": "qlab.methods.smoothquant",
     "to_torchao": "qlab.lowering",
     "tokens": "qlab.data.calibration",
     "verify": "qlab.directories.verify",

@@ -40,6 +40,7 @@ from qlab.methods.gptaq import gptaq as gptaq
 from qlab.methods.gptq import gptq as gptq
 from qlab.methods.grid import GRIDS as GRIDS
 from qlab.methods.rtn import rtn as rtn
+from qlab.methods.smoothquant import smoothquant as smoothquant
 
 __version__: str
 HOMES: dict[str, str]

@@ -83,7 +83,8 @@ class Fold:
             leaf = graph.params[self.producer.weight]
             if not isinstance(leaf, QTensor):
                 return m_k
-            return torch.where(self._can_scale(leaf, m_k), m_k, 1.0)
+            usable = self._can_scale(leaf, m_k)
+            return torch.where(usable if m_k.ndim == 1 else usable[:, None], m_k, 1.0)
         w, offset = _tensor(graph, self.producer.weight), self.producer.offset
         dtype = graph.stored_dtype(self.producer.weight)
         scaled = _scaled(w, offset, self._spread(m_k, len(w)), dtype)

@@ -7,7 +7,7 @@ from itertools import permutations
 import pytest
 import torch
 from families import FAMILIES, MIXTURES
-from methods import LAW_METHODS, LAW_SPECS, pairs
+from methods import LAW_METHODS, LAW_SPECS, MOVING, SCALES, pairs
 from segments import assert_same, hidden, relative, reversed_sites, segment, tensors, untouched
 
 from qlab.algebra.interpret import interpret
@@ -21,7 +21,7 @@ every_method = pytest.mark.parametrize("method", LAW_METHODS)
 all_families = [*FAMILIES, *MIXTURES]
 every_family = pytest.mark.parametrize("family", all_families)
 specs = pytest.mark.parametrize("text", LAW_SPECS)
-ROUNDING = [m for m in LAW_METHODS if m != "awq_scale"]
+ROUNDING = [m for m in LAW_METHODS if m not in SCALES]
 
 
 def run(seg, transform, stats, graph=None):
@@ -104,7 +104,7 @@ def test_every_site_becomes_codes_of_its_own_shape_near_the_weight(method, famil
         by_token = (out - reference).norm(dim=-1) / reference.norm(dim=-1)
         assert 0 < (by_token.median() if family in MIXTURES else relative(out, reference)) < 0.02
     untouched_leaves = set(graph.params) - {s.weight for s in graph.sites if not s.router}
-    if not method.startswith("awq"):
+    if not method.startswith(MOVING):
         assert all(graph.params[name] is seg.graph.params[name] for name in untouched_leaves)
 
 
