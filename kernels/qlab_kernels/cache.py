@@ -257,7 +257,8 @@ def user_tables() -> dict[str, Table]:
 
 def shipped_tables() -> dict[str, Table]:
     """The tables of this package by file name."""
-    return {path.name: table for path in _files(SHIPPED) if (table := entries.read(path))}
+    tables = {path.name: entries.read(path) for path in _files(SHIPPED)}
+    return {name: table for name, table in tables.items() if table}
 
 
 def _files(where: Path) -> list[Path]:

@@ -122,10 +122,10 @@ def legal(p: Problem, c: Config) -> str | None:
         )
     if c.kind == "dequant":
         return None
-    wanted = {"fused": ("split_k", "gemm"), "fma": ("fma",), "dequantize": ()}[row.path]
-    if c.kind not in wanted:
+    kinds = {"fused": ("split_k", "gemm"), "fma": ("fma",), "dequantize": ()}[row.path]
+    if c.kind not in kinds:
         return (
-            f"compute capability {p.cc[0]}.{p.cc[1]} runs {', '.join((*wanted, 'dequant'))}, not "
+            f"compute capability {p.cc[0]}.{p.cc[1]} runs {', '.join((*kinds, 'dequant'))}, not "
             f"{c.kind}"
         )
     n_pad = round_up(p.n, ATOM)
@@ -165,20 +165,30 @@ def _legal_fma(p: Problem, c: Config, n_pad: int, k_pad: int) -> str | None:
 
 
 def _legal_tile(p: Problem, c: Config, n_pad: int, k_pad: int, group: int, smem: int) -> str | None:
+    return (
+        _legal_sizes(p, c)
+        or _legal_division(c, n_pad, k_pad)
+        or _legal_groups(c, group)
+        or _legal_split(c, k_pad // c.bk)
+        or _legal_resources(p, c, smem)
+    )
+
+
+def _legal_sizes(p: Problem, c: Config) -> str | None:
     # Smaller tiles leave wgmma for mma.sync, whose fragments are ordered otherwise.
     least = 16 if p.cc == (9, 0) else 8
     if c.bm not in (8, 16, 32, 64, 128, 256) or c.bm < least:
         return f"bm is a power of two in {least}..256, not {c.bm}"
-    if (
-        c.bn not in (64, 128, 256)
-        or c.bk not in (64, 128, 256)
-        or c.warps not in (4, 8)
-        or not 1 <= c.stages <= 6
-    ):
+    tile = c.bn in (64, 128, 256) and c.bk in (64, 128, 256)
+    if not tile or c.warps not in (4, 8) or not 1 <= c.stages <= 6:
         return (
             f"bn and bk are 64, 128 or 256, warps 4 or 8, stages 1..6, not {c.bn}, {c.bk}, "
             f"{c.warps}, {c.stages}"
         )
+    return None
+
+
+def _legal_division(c: Config, n_pad: int, k_pad: int) -> str | None:
     if n_pad % c.bn or k_pad % c.bk:
         return (
             f"tiles of {c.bn}x{c.bk} do not divide the padded weight {n_pad}x{k_pad}: the rest "
@@ -189,6 +199,10 @@ def _legal_tile(p: Problem, c: Config, n_pad: int, k_pad: int, group: int, smem:
             f"{c.warps} warps need bn >= {16 * c.warps}, not {c.bn}: each owns 16 rows, and "
             "others would dequantize them again"
         )
+    return None
+
+
+def _legal_groups(c: Config, group: int) -> str | None:
     if c.scale_on == "accumulator" and group % c.bk:
         return (
             f"a k tile of {c.bk} straddles groups of {group}: scale the weight, or take bk <= "
@@ -196,23 +210,31 @@ def _legal_tile(p: Problem, c: Config, n_pad: int, k_pad: int, group: int, smem:
         )
     if c.scale_on == "weight" and group % c.bk and c.bk % group:
         return f"k tiles of {c.bk} and groups of {group} do not nest"
-    tiles = k_pad // c.bk
-    if not (1 if c.kind == "gemm" else 2) <= c.split <= (1 if c.kind == "gemm" else tiles):
-        return (
-            f"split {c.split} does not suit {c.kind} over {tiles} k tiles: gemm has 1, split_k "
-            f"2..{tiles}"
-        )
+    return None
+
+
+def _legal_split(c: Config, tiles: int) -> str | None:
+    fewest, most = (1, 1) if c.kind == "gemm" else (2, tiles)
+    if fewest <= c.split <= most:
+        return None
+    return (
+        f"split {c.split} does not suit {c.kind} over {tiles} k tiles: gemm has 1, split_k "
+        f"2..{tiles}"
+    )
+
+
+def _legal_resources(p: Problem, c: Config, smem: int) -> str | None:
     need = shared_bytes(p, c)
     if need > smem:
         return (
             f"{c.stages} stages of {c.bm}x{c.bn}x{c.bk} take {need} bytes of shared memory, and "
             f"{p.cc} has {smem}"
         )
-    held = registers(c)
-    if held > 128:
+    accumulators = registers(c)
+    if accumulators > 128:
         return (
-            f"{c.bm}x{c.bn} over {c.warps} warps holds {held} accumulators per thread: it would "
-            "spill past 128"
+            f"{c.bm}x{c.bn} over {c.warps} warps holds {accumulators} accumulators per thread: it "
+            "would spill past 128"
         )
     return None
 
@@ -238,15 +260,15 @@ def candidates(p: Problem) -> list[Config]:
     """Every configuration worth timing for `p`, all legal; at least one, or KernelError saying why
     there is none."""
     on_cpu = isinstance(p.cc, str)
-    wanted = (
+    menu = (
         [Config("int4pack"), Config("dense")]
         if on_cpu
         else [Config("dequant"), *_fma_menu(p), *_tile_menu(p)]
     )
-    found = [c for c in wanted if legal(p, c) is None]
-    if not found:
+    allowed = [c for c in menu if legal(p, c) is None]
+    if not allowed:
         raise KernelError(legal(p, Config("dequant")) or f"no configuration computes {p}")
-    return found
+    return allowed
 
 
 def _fma_menu(p: Problem) -> list[Config]:
@@ -328,11 +350,11 @@ def _tiles(p: Problem) -> list[Config]:
 def heuristic(p: Problem) -> Config:
     """A configuration from the shape alone: what runs when nothing was tuned. KernelError when none
     is legal."""
-    found = candidates(p)
+    allowed = candidates(p)
     if isinstance(p.cc, str):
-        return found[0] if p.m <= 4 else found[-1]
-    dense = [c for c in found if c.kind == "dequant"]
-    fused = [c for c in found if c.kind != "dequant"]
+        return allowed[0] if p.m <= 4 else allowed[-1]
+    dense = [c for c in allowed if c.kind == "dequant"]
+    fused = [c for c in allowed if c.kind != "dequant"]
     if dense and (p.m > DENSE_TOKENS or not fused):
         return dense[0]
     if fused[0].kind == "fma":
@@ -346,11 +368,12 @@ def _waste(p: Problem, c: Config) -> tuple[float, ...]:
     assert not isinstance(p.cc, str)
     tokens = round_up(max(ceil(p.rows), 1), c.bm)
     programs = p.reached * (tokens // c.bm) * (round_up(p.n, ATOM) // c.bn) * c.split
-    wanted = _SMS[p.cc] * (4 if c.bm <= 32 else 1)
+    programs_expected = _SMS[p.cc] * (4 if c.bm <= 32 else 1)
+    excess = programs / programs_expected - 1
     return (
         tokens // c.bm,
         tokens,
-        abs(programs / wanted - 1) if programs < wanted else (programs / wanted - 1) / 4,
+        abs(excess) if excess < 0 else excess / 4,
         -c.bn,
         c.stages,
     )

@@ -310,11 +310,8 @@ def _read_locked(path: Path) -> Table | None:
     try:
         return read(path)
     except ValueError as error:
-        aside = next(
-            p
-            for i in range(10**6)
-            if not (p := path.with_name(f"{path.name}.bad{i or ''}")).exists()
-        )
+        asides = (path.with_name(f"{path.name}.bad{i or ''}") for i in range(10**6))
+        aside = next(path for path in asides if not path.exists())
         os.replace(path, aside)
         warnings.warn(
             f"{path} cannot be read ({error}); it is kept as {aside.name} and a new one begun",

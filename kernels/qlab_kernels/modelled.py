@@ -136,7 +136,8 @@ def _ranked(op: str, cc: Capability) -> list[tuple[list[Problem], list[Ranked]]]
 
 def variants(op: str, cc: Capability, refused: Container[Variant] = ()) -> set[Variant]:
     """The distinct compilations among `chosen`."""
-    return {v for p, _, c in chosen(op, cc, refused) if (v := variant(p, c))}
+    compilations = (variant(p, c) for p, _, c in chosen(op, cc, refused))
+    return {v for v in compilations if v is not None}
 
 
 def refusals(v: Variant) -> list[str]:
@@ -154,14 +155,14 @@ def table(
     `refusals` over variants."""
     seen: set[Variant] = set()
     refused: set[Variant] = set()
-    while new := sorted(variants(op, cc, refused) - seen, key=repr):
+    while True:
+        new = sorted(variants(op, cc, refused) - seen, key=repr)
+        if not new:
+            break
         seen |= set(new)
         refused |= {v for v, wrong in zip(new, gate(new)) if wrong}
-    today, name, version = (
-        date.today().isoformat(),
-        DEVICES[cc][0].name,
-        torch.__version__.split("+")[0],
-    )
+    today, name = date.today().isoformat(), DEVICES[cc][0].name
+    version = torch.__version__.split("+")[0]
     entries: dict[Key, Entry] = {}
     for p, us, config in chosen(op, cc, refused):
         gbps = round(true_bytes(p) / us * 1e-3)
@@ -199,7 +200,8 @@ def shipped() -> list[tuple[Problem, Entry]]:
 
 def shipped_variants() -> set[Variant]:
     """The distinct compilations that the shipped files need."""
-    return {v for p, entry in shipped() if (v := variant(p, entry.config))}
+    compilations = (variant(p, entry.config) for p, entry in shipped())
+    return {v for v in compilations if v is not None}
 
 
 def _refuse_foreign(path: Path) -> None:

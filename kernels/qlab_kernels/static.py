@@ -193,29 +193,40 @@ def longest_loop(sass: str) -> list[str]:
 
 def faults(v: Variant, f: Facts) -> list[str]:
     """The gates that a compilation fails, one sentence each; empty when it passes."""
-    c, row = v.config, target(v.cc)
-    wrong = []
-    if f.stack:
-        wrong.append(f"spills {f.stack} bytes")
-    if f.registers * 32 * c.warps > REGISTER_FILE:
-        wrong.append(f"{f.registers} registers x {32 * c.warps} threads exceed the register file")
-    if f.shared > row.smem:
-        wrong.append(f"{f.shared} bytes of shared memory exceed {row.smem}")
+    wrong = _too_large(v, f)
     if v.op == "dequantize":
         return wrong
     if not f.loop:
         wrong.append("no loop found")
     if f.loop["I2F"]:
         wrong.append(f"{f.loop['I2F']} I2F in the loop")
-    if c.kind == "fma":
-        return wrong
+    return wrong if v.config.kind == "fma" else wrong + _slow_on_tensor_cores(v, f)
+
+
+def _too_large(v: Variant, f: Facts) -> list[str]:
+    """The limits of a multiprocessor that a compilation exceeds."""
+    threads, smem = 32 * v.config.warps, target(v.cc).smem
+    wrong = []
+    if f.stack:
+        wrong.append(f"spills {f.stack} bytes")
+    if f.registers * threads > REGISTER_FILE:
+        wrong.append(f"{f.registers} registers x {threads} threads exceed the register file")
+    if f.shared > smem:
+        wrong.append(f"{f.shared} bytes of shared memory exceed {smem}")
+    return wrong
+
+
+def _slow_on_tensor_cores(v: Variant, f: Facts) -> list[str]:
+    """What keeps a kernel for tensor cores from the memory's rate."""
+    c = v.config
+    wrong = []
     if not f.tensor:
         wrong.append("no tensor-core instruction")
     if v.cc == (9, 0) and not f.wgmma == f.wgmma_from_registers > 0:
         wrong.append(f"{f.wgmma} wgmma, {f.wgmma_from_registers} with the weights in registers")
     if c.stages > 1 and not f.async_copies:
         wrong.append("weights are not copied asynchronously, 16 bytes at a time")
-    # tcgen05 takes weights through tensor memory
+    # tcgen05 takes weights through tensor memory.
     if c.bm <= 32 and v.cc != (10, 0) and f.loop["STS"] > 2:
         wrong.append(
             f"{f.loop['STS']} shared stores in the loop: weights are exchanged between threads"

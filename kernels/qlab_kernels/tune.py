@@ -70,11 +70,13 @@ def tune(
     """
     _refuse_inside_capture()
     p = replace(p, m=p.bucket)
-    if not retune and (known := cache.fresh(p)):
+    known = None if retune else cache.fresh(p)
+    if known:
         return known
     cache.require_writable()
     with _only_tuner(cache.folder() / file_name(p.op, p.cc), wait_s):
-        if not retune and (known := cache.fresh(p)):  # whoever had the lock found it
+        known = None if retune else cache.fresh(p)
+        if known:  # the process that had the lock has timed it
             return known
         timings = halve(prune(p, keep), measure, clock() + budget_s, floor_us, clock, said)
         best = min(timings, key=lambda t: (math.isinf(t.us), -t.reps, t.us))

@@ -2,7 +2,8 @@
 unquantized, and none on another grid."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
+from functools import partial
 from typing import Any
 
 from qlab.algebra.scope import Scope, scope_named
@@ -21,32 +22,48 @@ def unlike_recipe(model: Modules, record: Mapping[str, Any]) -> dict[str, str]:
     Of a directory that was converted only the recipe's reach is checked: another format may spell
     its grid in another way.
     """
-    job, converted = record.get("job", {}), False
-    while isinstance(job.get("converted_from"), dict):
-        job, converted = job["converted_from"], True
+    job, converted = _first_job(record.get("job", {}))
     stages = list(_stages(job))
     specs = {name: row["spec"] for name, row in record.get("sites", {}).items() if "spec" in row}
     quantized = [*model.checkpoint.quantized, *(name for name, spec in specs.items() if spec)]
-    quantized_kinds = {_kind(name) for name in quantized}
-
-    def left(name: str) -> bool:
-        """Whether a stage reaches an unquantized weight, and the same weight of other blocks is
-        quantized."""
-        if _kind(name) not in quantized_kinds:
-            return False
-        return any(name in scope and not scope.outside for scope, _ in stages)
-
-    faults = {name: LEFT for name, spec in specs.items() if not spec and left(name)}
-    for name, spec in specs.items():
-        grids = [grid for scope, grid in stages if name in scope]
-        if spec and grids and spec not in grids and not converted:
-            faults[name] = f"it is {spec}, and the recorded recipe makes it {grids[0]}"
-    chosen = job.get("sites")  # of a recipe for weights by their names in the files
+    left_out = partial(_left_out, stages, {_kind(name) for name in quantized})
+    faults = {name: LEFT for name, spec in specs.items() if not spec and left_out(name)}
+    if not converted:
+        faults |= _on_other_grids(stages, specs)
     reported = specs.keys() | record.get("unused", {}).keys()
+    chosen = job.get("sites")  # of a recipe for weights by their names in the files
     for module, site in _unquantized(model).items():
-        reached = module in chosen if isinstance(chosen, list) else left(site)
+        reached = module in chosen if isinstance(chosen, list) else left_out(site)
         if reached and site not in reported and module not in reported:
             faults[module] = LEFT
+    return faults
+
+
+def _first_job(job: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
+    """The job that quantized, before all conversions, and whether there were any."""
+    converted = False
+    while isinstance(job.get("converted_from"), dict):
+        job, converted = job["converted_from"], True
+    return job, converted
+
+
+def _left_out(stages: Sequence[tuple[Scope, str]], kinds: Set[str], name: str) -> bool:
+    """Whether a stage reaches an unquantized weight, and the same weight of other blocks is
+    quantized. kinds: of all quantized weights."""
+    if _kind(name) not in kinds:
+        return False
+    return any(name in scope and not scope.outside for scope, _ in stages)
+
+
+def _on_other_grids(
+    stages: Sequence[tuple[Scope, str]], specs: Mapping[str, str | None]
+) -> dict[str, str]:
+    """Quantized site -> its grid, where no stage that reaches the site makes that grid."""
+    faults = {}
+    for name, spec in specs.items():
+        grids = [grid for scope, grid in stages if name in scope]
+        if spec and grids and spec not in grids:
+            faults[name] = f"it is {spec}, and the recorded recipe makes it {grids[0]}"
     return faults
 
 

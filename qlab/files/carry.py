@@ -74,7 +74,10 @@ class Carry:
 
     def _matches(self, file: BinaryIO, size: int) -> bool:
         digest = hashlib.sha256(self.identity.encode())
-        while size > 0 and (data := file.read(min(BLOCK, size))):
+        while size > 0:
+            data = file.read(min(BLOCK, size))
+            if not data:
+                break
             digest.update(data)
             size -= len(data)
         return size == 0 and file.read() == digest.digest()

@@ -8,7 +8,6 @@ other run away until the work folder is gone.
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,19 +15,25 @@ from typing import Any, Self
 
 from qlab.errors import QlabError, Unwritable
 from qlab.files.atomic import atomically, sync
-from qlab.files.directory import INDEX
 from qlab.files.hashed import HashedFiles
 from qlab.files.lock import LOCK, Lock
 from qlab.files.ownership import RECORD, damaged, foreign
 from qlab.files.place import WORK, is_taken, refuse_existing, working
 from qlab.files.record import job_of
+from qlab.files.work_folder import (
+    JOB,
+    OVERWRITE,
+    REPLACED,
+    broken_shards,
+    delete,
+    ended,
+    holds_only,
+    read_job,
+    remove_work_folder,
+    same_but_for_source,
+    strangers,
+)
 from qlab.process.progress import say
-
-JOB = "job.json"  # in the work folder: what identifies the run that began there
-OVERWRITE = "overwrite"  # in the work folder: the run may replace an existing output
-REPLACED = "replaced"  # in the work folder: the output that is being replaced
-# in the work folder: the files beside the shards, before the first of them is written
-NAMES = "names.json"
 
 
 class Workplace:
@@ -45,13 +50,12 @@ class Workplace:
         self.job: Any = None
         self.source: HashedFiles | None = None
         self.lock: Lock | None = None
-        self.begun = self.finished = (
-            False  # begun: by this very run, rather than by another one that it goes on with
-        )
-        self.made: list[Path] = []  # folders around the output that were not there before
-        if not (
-            resume and self._seems_finished()
-        ):  # which is read where nothing can be written, too
+        # begun: whether this very run began the job, rather than an earlier one
+        self.begun = self.finished = False
+        # folders around the output that were not there before
+        self.new_folders: list[Path] = []
+        # A finished output is read where nothing can be written, too.
+        if not (resume and self._seems_finished()):
             self._enter()
 
     def begin(self, job: Mapping[str, Any], *, source: HashedFiles | None = None) -> None:
@@ -133,31 +137,33 @@ class Workplace:
                 f"{self.partial} was not made by qlab, which needs this name for a while; move it "
                 "away"
             )
-        self.made = [folder for folder in self.partial.parents if not folder.exists()]
+        self.new_folders = [folder for folder in self.partial.parents if not folder.exists()]
         while self.lock is None:
             self._settle()
             if self.lock is None:
                 self.lock = Lock(self.work)
-                if _ended(self.out):  # it did so before this lock was taken
+                if ended(self.out):  # it did so before this lock was taken
                     self._let_go()
 
     def _settle(self) -> None:
         """Do what a run left undone that was killed after its last rename; an output that does not
         hold what it wrote goes back to where it is built."""
-        if not _ended(self.out):
+        if not ended(self.out):
             return
         lock = Lock(self.out / WORK)
         try:
-            if not _ended(self.out):
+            if not ended(self.out):
                 lock.release()
-            elif broken := _broken_shards(self.out):
-                say(f"{broken}; that part is made again")
-                os.replace(self.out, self.partial)
-                lock.path = self.work / LOCK
-                self.lock = lock
-            else:
-                _remove(self.out / WORK)
+                return
+            broken = broken_shards(self.out)
+            if broken is None:
+                remove_work_folder(self.out / WORK)
                 lock.release()
+                return
+            say(f"{broken}; that part is made again")
+            os.replace(self.out, self.partial)
+            lock.path = self.work / LOCK
+            self.lock = lock
         except BaseException:
             lock.release()
             raise
@@ -169,12 +175,12 @@ class Workplace:
         if (
             self.lock.holds()
             and not os.path.lexists(self.work / JOB)
-            and _only(self.partial, WORK)
-            and _only(self.work, LOCK)
+            and holds_only(self.partial, WORK)
+            and holds_only(self.work, LOCK)
         ):
-            _remove(self.work)
+            remove_work_folder(self.work)
             with suppress(OSError):  # where another run is in it by now
-                for folder in (self.partial, *self.made):
+                for folder in (self.partial, *self.new_folders):
                     folder.rmdir()
         self.lock.release()
         self.lock = None
@@ -195,7 +201,7 @@ class Workplace:
     def _start(self) -> bool:
         """Take over what an earlier run of the job left, or begin; True if the whole job was
         finished already."""
-        begun = _read_job(self.work / JOB)
+        begun = read_job(self.work / JOB)
         if self.resume and begun == self.job and self.source_agrees():
             self.overwrite |= (self.work / OVERWRITE).exists()
             refuse_existing(self.out, self.overwrite)
@@ -209,7 +215,7 @@ class Workplace:
         if self.resume and self._was_finished():
             return True
         refuse_existing(self.out, self.overwrite)
-        if self.resume and not _only(self.work, LOCK):
+        if self.resume and not holds_only(self.work, LOCK):
             say(f"{self.work / JOB} is missing or not what was written; the run begins anew")
         self._clear()
         if self.overwrite:
@@ -222,7 +228,7 @@ class Workplace:
     def _was_finished(self) -> bool:
         """Whether the output is this job's; refuses one that is no longer what the job wrote."""
         recorded = job_of(self.out)
-        if not _same_but_for_source(recorded, self.job) or recorded != self.hashed_job():
+        if not same_but_for_source(recorded, self.job) or recorded != self.hashed_job():
             return False
         for name, damage in damaged(self.out).items():
             raise QlabError(
@@ -242,16 +248,16 @@ class Workplace:
         self._set_aside()
         for path in self.partial.iterdir():
             if path != self.work:
-                _delete(path)
+                delete(path)
         (self.work / JOB).unlink(missing_ok=True)
         for path in self.work.iterdir():
             if path.name != LOCK:
-                _delete(path)
+                delete(path)
 
     def _set_aside(self, shards: Iterable[str] | None = None) -> None:
         """Move what no run of qlab wrote here to a folder beside it: it is neither part of the
         output nor ours to delete. shards: the names of this job's (None: those of any)."""
-        for path in self._strangers(shards):
+        for path in strangers(self.partial, shards):
             home = self.out.with_name(self.out.name + ".aside")
             target = home / path.relative_to(self.partial)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -259,33 +265,6 @@ class Workplace:
                 target = target.with_name(f"{target.name}~")
             os.replace(path, target)
             say(f"{path} is no file of this run; it was moved to {target}")
-
-    def _strangers(self, shards: Iterable[str] | None) -> list[Path]:
-        """The files and folders in the partial directory that bear no name of a run's."""
-        names = _read_job(self.work / NAMES)
-        known = {
-            "config.json",
-            RECORD,
-            INDEX,
-            *(names if isinstance(names, list) else ()),
-            *(shards or ()),
-        }
-        folders = {parent for name in known for parent in map(str, Path(name).parents)}
-        inside = [
-            path
-            for name in folders - {"."}
-            if (self.partial / name).is_dir()
-            for path in (self.partial / name).iterdir()
-        ]
-        strangers = [
-            path
-            for path in [*self.partial.iterdir(), *inside]
-            if path != self.work
-            and not _is_ours(str(path.relative_to(self.partial)), known | folders, shards is None)
-        ]
-        return sorted(
-            [*strangers, *(path for path in self.work.iterdir() if not _is_work(path.name))]
-        )
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
@@ -316,11 +295,10 @@ class Workplace:
             if reason:
                 raise Unwritable(f"{reason}; move it away and use --resume")
             self._move_away()
-        os.replace(
-            self.partial, self.out
-        )  # the work folder goes last: a run killed before can still resume
+        # The work folder goes last: a run killed before can still resume.
+        os.replace(self.partial, self.out)
         sync(self.out.parent)
-        _remove(self.out / WORK)
+        remove_work_folder(self.out / WORK)
         self.begun = False  # a refusal of what comes after it does not concern what is in place
 
     def _move_away(self) -> None:
@@ -330,82 +308,3 @@ class Workplace:
         if reason:
             os.replace(self.work / REPLACED, self.out)
             raise Unwritable(f"{reason}; move it away and use --resume")
-
-
-# ------------------------------------------------------------------ parts
-def _read_job(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _broken_shards(out: Path) -> str | None:
-    """A shard that is not what was written, as after a power loss, in words; None where something
-    else is not, too."""
-    broken = damaged(out)
-    if not all(name.endswith(".safetensors") for name in broken):
-        return None
-    return next((f"{out / name} {damage}" for name, damage in broken.items()), None)
-
-
-def _ended(out: Path) -> bool:
-    """Whether a run has put an output in place, and its work folder is still there."""
-    work = out / WORK
-    if not (work / LOCK).is_file():
-        return False
-    job = _read_job(work / JOB)
-    if job is None:
-        return _only(work, LOCK)
-    return _same_but_for_source(job, job_of(out))
-
-
-def _same_but_for_source(job: Any, other: Any) -> bool:
-    """Whether two jobs are one, if their sources are."""
-    if not isinstance(job, dict) or not isinstance(other, dict):
-        return False
-    return {**job, "source": None} == {**other, "source": None}
-
-
-def _only(folder: Path, name: str) -> bool:
-    """Whether a folder holds this one name and no other."""
-    try:
-        return os.listdir(folder) == [name]
-    except OSError:  # another run removes it at this moment
-        return False
-
-
-def _is_ours(name: str, known: set[str], any_shard: bool) -> bool:
-    """Whether a run writes a file of this name into the partial directory. any_shard: also one of
-    another job's."""
-    path = Path(name)
-    whole = (
-        str(path.with_name(path.name[1:].rsplit(".", 3)[0]))
-        if path.name.startswith(".") and path.suffix == ".tmp"
-        else name
-    )
-    return whole in known or (any_shard and Path(whole).match("model-[0-9]*-of-[0-9]*.safetensors"))
-
-
-def _is_work(name: str) -> bool:
-    """Whether a run writes a file of this name into its work folder."""
-    path = Path(name)
-    temporary = path.match(".*.tmp")
-    kinds = ("notes-[0-9]*.json", "carry-*-[0-9]*.bin")
-    return (
-        temporary
-        or name in (LOCK, JOB, OVERWRITE, REPLACED, NAMES)
-        or any(path.match(kind) for kind in kinds)
-    )
-
-
-def _delete(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def _remove(work: Path) -> None:
-    """A work folder of one's own; the lock goes last, so that nobody comes in between."""
-    for path in sorted(work.iterdir(), key=lambda path: (path.name == LOCK, path.name == JOB)):
-        _delete(path)
-    with suppress(OSError):  # where another run is in it by now
-        work.rmdir()

@@ -24,7 +24,8 @@ from qlab.files.directory import INDEX, read_header
 from qlab.files.hashed import HashedFiles
 from qlab.files.ownership import RECORD, read_sealed, sealed, with_files
 from qlab.files.tensors import write
-from qlab.files.workplace import NAMES, Workplace
+from qlab.files.work_folder import NAMES
+from qlab.files.workplace import Workplace
 from qlab.process.progress import say
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")

@@ -15,7 +15,7 @@ from qlab.algebra.spec import parse_spec
 from qlab.directories.convert import convert
 from qlab.directories.model_free import quantize_files
 from qlab.driver.quantize import compare, quantize
-from qlab.files import workplace
+from qlab.files import work_folder, workplace
 from qlab.files.checkpoint import open_checkpoint
 from qlab.files.writer import Writer
 from qlab.methods.rtn import rtn
@@ -82,7 +82,7 @@ def test_nobody_comes_in_while_a_block_is_written(model, whole, second, out, mon
     ],
 )
 def test_nobody_comes_in_at_the_end(moment, name, model, whole, second, out, monkeypatch):
-    replace, remove, said = os.replace, workplace._remove, []
+    replace, remove, said = os.replace, workplace.remove_work_folder, []
     quantize(model, INT8, None, out)
 
     def come(now):
@@ -103,13 +103,13 @@ def test_nobody_comes_in_at_the_end(moment, name, model, whole, second, out, mon
         if work.parent == out:
             come("while it clears up")
             for path in work.iterdir():
-                if path.name not in (workplace.LOCK, workplace.JOB):
+                if path.name not in (work_folder.LOCK, work_folder.JOB):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             come("at its very end")
         remove(work)
 
     monkeypatch.setattr(os, "replace", replacing)
-    monkeypatch.setattr(workplace, "_remove", removing)
+    monkeypatch.setattr(workplace, "remove_work_folder", removing)
     quantize(model, INT4, None, out, overwrite=True)
     assert len(said) == 2 and (
         BUSY in said[1] or ("exists and holds" in said[1] and name == "the same")
@@ -126,7 +126,7 @@ def test_nobody_comes_in_while_an_earlier_run_is_cleared_away(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Writer, "write_notes", stop)
         quantize(model, INT8, None, out)
-    real, tried = workplace._delete, []
+    real, tried = workplace.delete, []
 
     def delete(path):
         for run in () if tried else second.values():
@@ -134,7 +134,7 @@ def test_nobody_comes_in_while_an_earlier_run_is_cleared_away(
             refused(lambda run=run: run(out), BUSY)
         real(path)
 
-    monkeypatch.setattr(workplace, "_delete", delete)
+    monkeypatch.setattr(workplace, "delete", delete)
     quantize(model, INT4, None, out)
     assert tried and contents(out) == whole
 

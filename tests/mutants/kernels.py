@@ -117,7 +117,7 @@ low = (words >> 4).to(tl.int8)
     Mutant(
         "tiles that do not divide are legal",
         "qlab_kernels/config.py",
-        "_legal_tile",
+        "_legal_division",
         "if n_pad % c.bn or k_pad % c.bk: ...",
         "if False: ...",
         "kernels/capability cache/cache cache/tune kernels/interpreter",
