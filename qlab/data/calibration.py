@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from qlab.algebra.random import generator
 from qlab.data.documents import Render
 from qlab.data.texts import Text, texts_of
 from qlab.data.tokenizing import token_ids
@@ -103,13 +104,6 @@ class Tokens(Shown):
             "length": self.ids.shape[1],
             "ids_sha256": digest,
         }
-
-
-def generator(seed: int, path: str) -> torch.Generator:
-    """The random numbers for one purpose, which `path` names. They depend on the seed and the name
-    alone, not on what was drawn before."""
-    digest = hashlib.sha256(f"{seed}/{path}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @undisturbed

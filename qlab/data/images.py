@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor
 
-from qlab.data.calibration import generator
+from qlab.algebra.random import generator
 from qlab.data.texts import open_regular
 from qlab.errors import QlabError, first_line
 from qlab.files.checkpoint import Checkpoint

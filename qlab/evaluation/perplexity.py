@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlab.data.calibration import Tokens, generator
+from qlab.algebra.random import generator
+from qlab.data.calibration import Tokens
 from qlab.driver.batches import in_batches, push, record
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint

@@ -7,7 +7,8 @@ import pytest
 import torch
 from model_folders import prose
 
-from qlab.data.calibration import first_windows, generator, tokens
+from qlab.algebra.random import generator
+from qlab.data.calibration import first_windows, tokens
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
 
