@@ -1,6 +1,9 @@
 """The public names, as editors and type checkers see them."""
 
 from qlab.algebra.absorb import absorb as absorb
+from qlab.algebra.leaf import LowRank as LowRank
+from qlab.algebra.leaf import Sum as Sum
+from qlab.algebra.leaf import dense as dense
 from qlab.algebra.reparametrize import reparametrize as reparametrize
 from qlab.algebra.spec import Int as Int
 from qlab.algebra.spec import parse_spec as parse_spec

@@ -81,8 +81,10 @@ class Fold:
         """
         if self.producer.rows:
             leaf = graph.params[self.producer.weight]
-            if not isinstance(leaf, QTensor):
+            if isinstance(leaf, Tensor):
                 return m_k
+            if not isinstance(leaf, QTensor):
+                return torch.ones_like(m_k)
             usable = self._can_scale(leaf, m_k)
             return torch.where(usable if m_k.ndim == 1 else usable[:, None], m_k, 1.0)
         w, offset = _tensor(graph, self.producer.weight), self.producer.offset
@@ -98,6 +100,11 @@ class Fold:
         """The producer's leaves with channel index_k[j] multiplied by m_k[j]."""
         p, leaf = self.producer, graph.params[self.producer.weight]
         leaves: dict[str, Leaf] = {}
+        if not isinstance(leaf, Tensor | QTensor):
+            raise QlabError(
+                f"{graph.path}.{p.weight} is a {type(leaf).__name__}, whose rows take no scale; "
+                "reparametrize first"
+            )
         if isinstance(leaf, QTensor):
             if not self._can_scale(leaf, m_k).all():
                 raise QlabError(

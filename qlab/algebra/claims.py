@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qlab.algebra.graph import ModuleGraph, Site
-from qlab.algebra.qtensor import Leaf, QTensor
+from qlab.algebra.leaf import is_leaf, proper
+from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import Spec, same_grid
 from qlab.algebra.stats import Stats
 from qlab.errors import QlabError
@@ -114,7 +115,7 @@ def shown(graph: ModuleGraph, upstream: bool) -> ModuleGraph:
     return graph.update({weight: _on_meta(graph.params[weight]) for weight in sorted(hidden)})
 
 
-def _on_meta(leaf: Leaf) -> Leaf:
+def _on_meta(leaf: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), leaf)
 
 
@@ -174,32 +175,37 @@ def _refuse_structure(step: str, graph: ModuleGraph, new: ModuleGraph) -> None:
 def _refuse_unrounded(step: str, spec: Spec, graph: ModuleGraph, new: ModuleGraph) -> None:
     """Refuse selected sites that are still dense after a step that rounds."""
     for site in graph.sites:
-        if not isinstance(new.params[site.weight or ""], QTensor):
+        if not isinstance(proper(new.params[site.weight or ""]), QTensor):
             raise QlabError(
                 f"the stage {step!r} left {graph.where(site)} as it was and is to round it "
                 f"to {spec}, which is what was planned; round it, or narrow the stage by at()"
             )
 
 
-def _misfit(leaf: Any, before: Leaf, site: Site | None, spec: Spec | None) -> str | None:
+def _misfit(leaf: Any, before: Any, site: Site | None, spec: Spec | None) -> str | None:
     """Why a leaf cannot take the place of the one before, or None. spec: of the step."""
-    if not isinstance(leaf, Tensor | QTensor):
+    if not is_leaf(leaf):
         return f"a {type(leaf).__name__}, which no file holds; make it a tensor or a QTensor"
     shape = before.shape
-    newly_rounded = isinstance(leaf, QTensor) != isinstance(before, QTensor)
+    newly_rounded = isinstance(leaf, Tensor) != isinstance(before, Tensor)
     if site is not None and site.layout.endswith("k o") and newly_rounded:
-        shape = torch.Size([*shape[:-2], shape[-1], shape[-2]])  # codes are [o, k] in every layout
+        # every leaf but a tensor is [o, k] in every layout
+        shape = torch.Size([*shape[:-2], shape[-1], shape[-2]])
     if leaf.shape != shape:
         return f"{tuple(leaf.shape)}, and its program has {tuple(shape)}; keep its shape"
-    if not isinstance(leaf, QTensor):
+    if isinstance(leaf, Tensor):
         return None
+    codes, codes_before = proper(leaf), proper(before)
+    what = codes.spec if isinstance(codes, QTensor) else f"a {type(leaf).__name__}"
     if site is None:
-        return f"{leaf.spec}, and readers look for codes in linears alone; leave it dense"
-    planned = before.spec if isinstance(before, QTensor) else spec
-    if planned and same_grid(leaf.spec, planned):
+        return f"{what}, and readers look for codes in linears alone; leave it dense"
+    if not isinstance(codes, QTensor):
+        return None
+    planned = codes_before.spec if isinstance(codes_before, QTensor) else spec
+    if planned and same_grid(codes.spec, planned):
         return None
     plan = f"to round to {planned}" if planned else "to round nothing"
-    return f"{leaf.spec} and was {plan}; give the stage that spec, for plans to ask about"
+    return f"{codes.spec} and was {plan}; give the stage that spec, for plans to ask about"
 
 
 def _refuse_elsewhere(step: str, changed: list[str], graph: ModuleGraph, new: ModuleGraph) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from qlab.algebra.experts import EXPERT_OPS
-from qlab.algebra.qtensor import Leaf, Params
+from qlab.algebra.leaf import Structured
+from qlab.algebra.qtensor import Params
 from qlab.algebra.tracing.taken_apart import Form, take_apart
 from qlab.errors import QlabError
 
@@ -192,11 +193,11 @@ class Code:
 class ModuleGraph:
     """One segment as an immutable value. Transforms return new ones.
 
-    code: its program. params: path -> leaf, a tensor or a QTensor. path: the segment's path in the
-    model. dtype: what most of its leaves are stored in. online, online_outputs: site path -> the
-    operations at run time on the site's input, and on its output. selected: paths of the sites that
-    a transform may touch (None: all). notes: site path -> what stages report of it. outers: site
-    path -> a global scale that was fixed beforehand.
+    code: its program. params: path -> leaf: a tensor, a QTensor or any other (`leaf.Structured`).
+    path: the segment's path in the model. dtype: what most of its leaves are stored in. online,
+    online_outputs: site path -> the operations at run time on the site's input, and on its output.
+    selected: paths of the sites that a transform may touch (None: all). notes: site path -> what
+    stages report of it. outers: site path -> a global scale that was fixed beforehand.
 
     stored: leaf -> the dtype that the files hold it in, where that is not `dtype`. held: leaf ->
     the dtype that the model computes with, where that is not the leaf's own.
@@ -223,7 +224,7 @@ class ModuleGraph:
         """The site's full name in the model."""
         return f"{self.path}.{site.path}" if self.path else site.path
 
-    def update(self, leaves: Mapping[str, Leaf]) -> "ModuleGraph":
+    def update(self, leaves: Mapping[str, Tensor | Structured]) -> "ModuleGraph":
         """The same graph with some leaves replaced."""
         return replace(self, params={**self.params, **leaves})
 
@@ -231,7 +232,7 @@ class ModuleGraph:
         """The dtype in which an unquantized leaf is written."""
         return self.stored.get(name, self.dtype)
 
-    def running(self, name: str, expert: int | None = None) -> Leaf:
+    def running(self, name: str, expert: int | None = None) -> Tensor | Structured:
         """A leaf, or one expert of it, as the model computes with it. A leaf that is still as the
         files hold it is cast to the dtype that the model holds it in."""
         leaf = self.params[name]

@@ -28,8 +28,8 @@ from qlab.algebra.graph import (
     placed,
     tensors_of,
 )
+from qlab.algebra.leaf import dense
 from qlab.algebra.products import product_dtype
-from qlab.algebra.qtensor import QTensor, dense
 from qlab.errors import QlabError
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -72,8 +72,8 @@ class _Interpreter(fx.Interpreter):
             x = op(x)
         leaf = self.mg.running(args[w_at].path)
         W, wide = dense(leaf, x.dtype), product_dtype(x)
-        if isinstance(leaf, QTensor) and layout == "k o":
-            W = W.mT  # codes are [o, k] in every layout
+        if not isinstance(leaf, Tensor) and layout == "k o":
+            W = W.mT  # every leaf but a tensor is [o, k] in every layout
         new = list(args)
         new[x_at], new[w_at] = x.to(wide), W.to(wide)
         if b_at is not None and len(args) > b_at and args[b_at] is not None:

@@ -6,11 +6,13 @@ across (`qlab.algebra.tile`).
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from qlab.algebra.leaf import dense as dense
 from qlab.algebra.spec import Float, Spec
 from qlab.errors import QlabError
 
@@ -65,9 +67,24 @@ class QTensor:
     def shape(self) -> torch.Size:
         return self.codes.shape
 
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(codes - zeros) * scales, computed in the dtype: by default that of the scales, and fp32
+        for scales of 8 bits."""
+        dtype = dtype or (self.scales.dtype if self.scales.dtype.itemsize > 1 else torch.float32)
+        x = self.spec.tile.split(self.codes.to(dtype))
+        if self.zeros is not None:
+            x = x - self.zeros.to(dtype)[..., None]
+        x = x * steps(self.scales, self.outer, dtype)[..., None]
+        W_ok = self.spec.tile.join(x, self.shape)
+        return W_ok if self.perm is None else W_ok[..., self.perm.argsort()]
 
-Leaf = Tensor | QTensor
-Params = Mapping[str, Leaf]
+    def bits(self) -> float:
+        """Those of codes, scales and zero points, as formats store them."""
+        return self.spec.bits_per_weight(self.shape, self.scales.dtype) * self.codes.numel()
+
+
+Leaf = Tensor | QTensor  # as files hold it
+Params = Mapping[str, Any]  # path -> any leaf: a tensor, a QTensor or another `leaf.Structured`
 
 
 def steps(scales: Tensor, outer: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -108,23 +125,6 @@ def round_codes(
     if zeros is not None:
         x = x + zeros.to(x.dtype)[..., None]
     return spec.tile.join(spec.nearest_(x), W_ok.shape).to(spec.code_dtype)
-
-
-def dense(leaf: Leaf, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight in floating point: (codes - zeros) * scales, or the tensor itself.
-
-    dtype: of the arithmetic and the result. The default is that of the tensor or the scales, and
-    fp32 for scales of 8 bits.
-    """
-    if isinstance(leaf, Tensor):
-        return leaf if dtype is None else leaf.to(dtype)
-    dtype = dtype or (leaf.scales.dtype if leaf.scales.dtype.itemsize > 1 else torch.float32)
-    x = leaf.spec.tile.split(leaf.codes.to(dtype))
-    if leaf.zeros is not None:
-        x = x - leaf.zeros.to(dtype)[..., None]
-    x = x * steps(leaf.scales, leaf.outer, dtype)[..., None]
-    W_ok = leaf.spec.tile.join(x, leaf.shape)
-    return W_ok if leaf.perm is None else W_ok[..., leaf.perm.argsort()]
 
 
 pytree.register_pytree_node(

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qlab.algebra.graph import ModuleGraph, Site
-from qlab.algebra.qtensor import Leaf, QTensor, dense, largest_step, shared_outer
+from qlab.algebra.leaf import Structured, dense, is_leaf, proper
+from qlab.algebra.qtensor import QTensor, largest_step, shared_outer
 from qlab.algebra.spec import Spec, same_grid, with_scale_dtype
 from qlab.algebra.stats import Moment
 from qlab.errors import QlabError
@@ -35,6 +36,7 @@ MEASURED = {
     "expert_tokens",
     "experts_with_few_tokens",
 }
+Leaf = Tensor | Structured
 WeightFn = Callable[[Tensor, Mapping[str, Any], Any], tuple[Leaf, Mapping[str, Any]]]
 
 
@@ -124,7 +126,10 @@ def solve(
         leaf = parts[0].leaf
     else:
         parts = _solve_experts(step, graph, site, seen, outer)
-        leaf = _stacked([part.leaf for part in parts])
+        try:
+            leaf = _stacked([part.leaf for part in parts])
+        except QlabError as error:
+            raise QlabError(f"{graph.where(site)}: of what {step.name} made {error}") from error
     if isinstance(leaf, Tensor) and site.layout.endswith("k o"):
         leaf = leaf.mT.contiguous()  # codes are [o, k] in every layout
     note = {
@@ -153,8 +158,21 @@ def _solve_experts(
     return [solve_expert(e) for e in range(graph.params[site.weight].shape[0])]
 
 
-def _stacked(leaves: Sequence[Leaf]) -> Leaf:
-    """Leaves [o, k] of all experts as one [e, o, k]."""
+def _form(leaf: Any) -> Any:
+    """What leaves have to share to be stacked."""
+    parts, form = pytree.tree_flatten(leaf)
+    return [(t.shape, t.dtype) if isinstance(t, Tensor) else t for t in parts], form
+
+
+def _stacked(leaves: Sequence[Any]) -> Any:
+    """Leaves [o, k] of all experts as one [e, o, k]. Refuses experts of unlike leaves."""
+    first, *others = (_form(leaf) for leaf in leaves)
+    unlike = next((e + 1 for e, other in enumerate(others) if other != first), None)
+    if unlike is not None:
+        raise QlabError(
+            f"expert {unlike} is unlike expert 0, and all experts lie in one leaf; give each the "
+            "same form, ranks and dtypes"
+        )
     return pytree.tree_map(lambda *parts: None if parts[0] is None else torch.stack(parts), *leaves)
 
 
@@ -228,11 +246,12 @@ def _leaf_and_note(returned: Any, step: str) -> tuple[Leaf, Mapping[str, Any]]:
 def _is_leaf_and_note(returned: Any) -> bool:
     if not isinstance(returned, tuple) or len(returned) != 2:
         return False
-    return isinstance(returned[0], Tensor | QTensor) and isinstance(returned[1], Mapping)
+    return is_leaf(returned[0]) and isinstance(returned[1], Mapping)
 
 
 def _refuse_unplanned(leaf: Leaf, spec: Spec | None, step: str) -> None:
-    actual = leaf.spec if isinstance(leaf, QTensor) else None
+    codes = proper(leaf)
+    actual = codes.spec if isinstance(codes, QTensor) else None
     as_planned = same_grid(actual, spec) if actual and spec else actual is spec
     if not as_planned:
         planned = f"is to round to {spec}" if spec else "is to round nothing"
@@ -246,11 +265,16 @@ def _refuse_nonfinite(leaf: Leaf, step: str) -> None:
     if isinstance(leaf, Tensor):
         if not torch.isfinite(leaf).all():
             raise QlabError(f"{step} a weight that holds NaN or Inf")
-    elif not torch.isfinite(leaf.scales.float()).all():
+        return
+    codes = proper(leaf)
+    if isinstance(codes, QTensor) and not torch.isfinite(codes.scales.float()).all():
         raise QlabError(
-            f"{step} scales that {leaf.scales.dtype} does not hold (NaN or Inf); choose another "
+            f"{step} scales that {codes.scales.dtype} does not hold (NaN or Inf); choose another "
             "scale dtype"
         )
+    # Codes that are finite have a finite sum with finite scales, so only others are made dense.
+    if codes is not leaf or not isinstance(codes, QTensor):
+        _refuse_nonfinite(dense(leaf, torch.float32), step)
 
 
 # ------------------------------------------------------------------ global scales
@@ -276,8 +300,9 @@ def outer_scales(graph: ModuleGraph, spec: Spec | None) -> dict[str, Tensor]:
 def _errors(W_ok: Tensor, leaf: Leaf, moment: Moment | None) -> Errors:
     D_ok = dense(leaf, torch.float32) - W_ok
     steps = 0.0
-    if isinstance(leaf, QTensor) and leaf.perm is None:
-        steps = largest_step(leaf, D_ok)
+    codes = proper(leaf)
+    if isinstance(codes, QTensor) and codes.perm is None:
+        steps = largest_step(codes, D_ok)
     errors = Errors(D=float(D_ok.norm()), W=float(W_ok.norm()), steps=steps)
     if moment is None:
         return errors

@@ -3,13 +3,14 @@ moves them is refused."""
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qlab.algebra.graph import ModuleGraph, Site
-from qlab.algebra.qtensor import QTensor, dense
+from qlab.algebra.leaf import dense, proper
 from qlab.errors import QlabError
 
 NOTE = "zeros"  # the share of a site's weights that a step set to 0, in its report
@@ -66,11 +67,11 @@ def _weights(
     leaf = after.params[site.weight or ""]
     for expert in range(leaf.shape[0]) if len(leaf.shape) == 3 else [None]:
         W = before.weight_ok(site, expert)
-        if isinstance(leaf, QTensor):
-            yield W, dense(_part(leaf, expert), torch.float32)
-        else:
+        if isinstance(leaf, Tensor):
             yield W, after.weight_ok(site, expert)
+        else:
+            yield W, dense(proper(_part(leaf, expert)), torch.float32)
 
 
-def _part(leaf: QTensor, expert: int | None) -> QTensor:
+def _part(leaf: Any, expert: int | None) -> Any:
     return leaf if expert is None else pytree.tree_map_only(Tensor, lambda t: t[expert], leaf)

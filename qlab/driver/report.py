@@ -5,10 +5,12 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from qlab.algebra.graph import ModuleGraph, Site
+from qlab.algebra.leaf import Structured, proper
 from qlab.algebra.online import QuantizeInput
-from qlab.algebra.qtensor import Leaf, QTensor
+from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import described
 from qlab.algebra.transform import Transform
 from qlab.files.record import spec_entries
@@ -28,13 +30,13 @@ def describe(recipe: Transform) -> list[dict[str, str]]:
     ]
 
 
-def stored_bits(leaf: Leaf, dtype: torch.dtype) -> float:
-    """Bits per weight of a leaf on disk."""
-    return (
-        leaf.spec.bits_per_weight(leaf.shape, dtype)
-        if isinstance(leaf, QTensor)
-        else 8 * dtype.itemsize
-    )
+def stored_bits(leaf: Tensor | Structured, dtype: torch.dtype) -> float:
+    """Bits per weight of a leaf, as a file of this dtype holds it."""
+    if isinstance(leaf, Tensor):
+        return 8 * dtype.itemsize
+    if isinstance(leaf, QTensor):
+        return leaf.spec.bits_per_weight(leaf.shape, dtype)
+    return leaf.bits() / leaf.shape.numel()
 
 
 def site_rows(graph: ModuleGraph) -> dict[str, dict[str, Any]]:
@@ -44,12 +46,13 @@ def site_rows(graph: ModuleGraph) -> dict[str, dict[str, Any]]:
     def row(site: Site) -> dict[str, Any]:
         assert site.weight is not None
         leaf = graph.params[site.weight]
+        codes = proper(leaf)
         operations = graph.online.get(site.path, ())
         rounded = [op.input_spec for op in operations if isinstance(op, QuantizeInput)]
         return {
             **graph.notes.get(site.path, {}),
             **spec_entries(
-                leaf.spec if isinstance(leaf, QTensor) else None,
+                codes.spec if isinstance(codes, QTensor) else None,
                 rounded[0] if rounded else None,
                 dtype=graph.dtype,
             ),

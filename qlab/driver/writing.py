@@ -65,6 +65,11 @@ def refuse_unwritten(skeleton: Skeleton, before: ModuleGraph, graph: ModuleGraph
             "which no format has a place; fold it into the weights, or leave the method out"
         )
     for name, leaf in graph.params.items():
+        if not isinstance(leaf, Tensor | QTensor):
+            raise QlabError(
+                f"the recipe made {graph.path}.{name} a {type(leaf).__name__}, which no format "
+                "holds; make it a tensor or codes before it is written"
+            )
         if leaf is not before.params[name] and not written_as(skeleton, graph, name):
             raise QlabError(
                 f"the recipe changed {graph.path}.{name}, a buffer that the files do not hold; "

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.interpret import inputs_of
-from qlab.algebra.qtensor import QTensor, dense
+from qlab.algebra.qtensor import dense
 from qlab.algebra.stats import STATS, Moment, Observation, stat_of
 from qlab.algebra.tracing.taken_apart import take_apart
 from qlab.algebra.tracing.trace import trace
@@ -169,7 +169,7 @@ def densified(seg, graph):
     for name, leaf in graph.params.items():
         if name in dict(block.named_parameters()):
             W = dense(leaf, torch.float32)
-            turned = isinstance(leaf, QTensor) and layouts[name].endswith("k o")
+            turned = not isinstance(leaf, Tensor) and layouts[name].endswith("k o")
             block.get_parameter(name).data = W.mT if turned else W
     return block
 
