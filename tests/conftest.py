@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
     """saved(family, dtype, shard_size, **config) -> the directory of such a model, made once."""
-    made: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
 
     def save(
         family: str = "llama",
@@ -39,13 +39,13 @@ def saved(tmp_path_factory):
         **overrides,
     ) -> Path:
         key = repr((family, dtype, shard_size, sorted(overrides.items())))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp(family)
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp(family)
             tiny(family, **overrides).to(dtype).save_pretrained(
-                made[key], max_shard_size=shard_size
+                folders[key], max_shard_size=shard_size
             )
-            add_tokenizer(made[key])
-        return made[key]
+            add_tokenizer(folders[key])
+        return folders[key]
 
     return save
 
@@ -90,11 +90,11 @@ def door():
         PretrainedConfig.__dict__["get_config_dict"],
     )
     names = "merge_quantization_configs", "supports_quant_method"
-    own = {name: auto.AutoHfQuantizer.__dict__[name] for name in names}
+    originals = {name: auto.AutoHfQuantizer.__dict__[name] for name in names}
     importlib.import_module("qlab.hf").register()
     yield
     PretrainedConfig.get_config_dict = reads
-    for name, function in own.items():
+    for name, function in originals.items():
         setattr(auto.AutoHfQuantizer, name, function)
     for mapping, was in zip(mappings, before):
         mapping.clear()

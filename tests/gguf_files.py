@@ -68,8 +68,8 @@ def write(path, kinds, arch="llama", keys=lambda writer: None, **config):
     )
     for name, W in model.state_dict().items():
         module, _, suffix = name.rpartition(".")
-        own = table.get_name(module)
-        kind = kinds.get(own.rpartition(".")[2], KINDS.F32) if W.ndim == 2 else KINDS.F32
+        file_name = table.get_name(module)
+        kind = kinds.get(file_name.rpartition(".")[2], KINDS.F32) if W.ndim == 2 else KINDS.F32
         if kind in SCALES:
             data = k_blocks(W.shape, kind)
         else:
@@ -78,7 +78,7 @@ def write(path, kinds, arch="llama", keys=lambda writer: None, **config):
                 if kind == KINDS.F16
                 else gguf.quantize(W.numpy(), kind)
             )
-        writer.add_tensor(f"{own}.{suffix}", data, raw_dtype=kind)
+        writer.add_tensor(f"{file_name}.{suffix}", data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -107,5 +107,5 @@ def logits(folder):
     return head(reading.skeleton, ids, reading.hidden)
 
 
-def assert_close(found, expected, limit=1e-5):
-    assert (found - expected).norm() < limit * expected.norm()
+def assert_close(computed, expected, limit=1e-5):
+    assert (computed - expected).norm() < limit * expected.norm()

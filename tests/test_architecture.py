@@ -128,14 +128,14 @@ def test_no_circle():
         f"qlab.{file.removesuffix('.py').replace('/', '.')}".removesuffix(".__init__"): file
         for file in FILES
     }
-    wanted = {}
+    arrows = {}
     for name, file in names.items():
-        found = {
+        imported = {
             full if full in names else full.rpartition(".")[0]
             for full in imports(file, types=False)
         }
-        wanted[name] = found & set(names) - {name, "qlab"}
-    assert list(TopologicalSorter(wanted).static_order())
+        arrows[name] = imported & set(names) - {name, "qlab"}
+    assert list(TopologicalSorter(arrows).static_order())
 
 
 @modules

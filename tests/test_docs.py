@@ -166,12 +166,12 @@ def test_every_block_is_read(page):
 
 def options(command):
     """The options of a command and of those below it."""
-    own = {
+    flags = {
         name
         for parameter in command.params
         for name in (*parameter.opts, *parameter.secondary_opts)
     }
-    return own.union(*map(options, getattr(command, "commands", {}).values()))
+    return flags.union(*map(options, getattr(command, "commands", {}).values()))
 
 
 @each_page

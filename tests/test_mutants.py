@@ -33,10 +33,10 @@ def mutant(function, old, new):
     return Mutant("a fault", "a.py", function, old, new, "")
 
 
-@pytest.mark.parametrize("found", MUTANTS, ids=lambda m: m.name)
-def test_every_mutant_has_one_place(found):
-    source = found.path(ROOT).read_text(encoding="utf-8")
-    assert plant(source, found) != source
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_every_mutant_has_one_place(mutant):
+    source = mutant.path(ROOT).read_text(encoding="utf-8")
+    assert plant(source, mutant) != source
 
 
 @pytest.mark.parametrize("source", [TIGHT, WIDE])

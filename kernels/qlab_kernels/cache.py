@@ -85,10 +85,10 @@ class Snapshot:
     def lookup(self, p: Problem) -> Found:
         """The configuration for `p`. KernelError when an override does not suit it, or when nothing
         computes it."""
-        found = self._found.get(p)
-        if found is None:
-            found = self._found[p] = self._search(p)
-        return found
+        known = self._found.get(p)
+        if known is None:
+            known = self._found[p] = self._search(p)
+        return known
 
     def _search(self, p: Problem) -> Found:
         if self.inline and self.inline[0] in (None, p.op):
@@ -99,7 +99,7 @@ class Snapshot:
                     f"k={p.k}, m={p.m}: {why}"
                 )
             return Found(self.inline[1], "override")
-        name, wanted = file_name(p.op, p.cc), key_of(p, self.kernel)
+        name, key_asked = file_name(p.op, p.cc), key_of(p, self.kernel)
         layers: tuple[tuple[Source, Mapping[str, Table], bool], ...] = (
             ("override", self.override, False),
             ("user", self.user, True),
@@ -108,18 +108,18 @@ class Snapshot:
         )
         for source, layer, same_device in layers:
             table = layer.get(name)
-            for key, entry in _exact(table, wanted, same_device) if table else ():
+            for key, entry in _exact(table, key_asked, same_device) if table else ():
                 if legal(p, entry.config) is None:
                     return Found(entry.config, source, entry, stale(entry, key, self.kernel))
-        return self._nearest(p, name, wanted) or Found(heuristic(p), "heuristic")
+        return self._nearest(p, name, key_asked) or Found(heuristic(p), "heuristic")
 
-    def _nearest(self, p: Problem, name: str, wanted: Key) -> Found | None:
+    def _nearest(self, p: Problem, name: str, key_asked: Key) -> Found | None:
         tables = [layer[name] for layer in (self.user, self.shipped) if name in layer]
         near = [
-            (*_distance(wanted, key), str(key), entry)
+            (*_distance(key_asked, key), str(key), entry)
             for table in tables
             for key, entry in table.entries.items()
-            if _kind(key) == _kind(wanted) and _distance(wanted, key)[0] <= REACH
+            if _kind(key) == _kind(key_asked) and _distance(key_asked, key)[0] <= REACH
         ]
         for *_, text, entry in sorted(near, key=lambda row: row[:-1]):
             if legal(p, entry.config) is None:
@@ -141,21 +141,21 @@ def stale(entry: Entry, key: Key, kernel: str) -> bool:
     )
 
 
-def _exact(table: Table, wanted: Key, same_device: bool) -> list[tuple[Key, Entry]]:
+def _exact(table: Table, key_asked: Key, same_device: bool) -> list[tuple[Key, Entry]]:
     """Entries for the very problem: this device and kernel first, then the newest."""
     same = [
         (key, entry)
         for key, entry in table.entries.items()
         if (*_kind(key), key.experts, key.n, key.k, key.m)
-        == (*_kind(wanted), wanted.experts, wanted.n, wanted.k, wanted.m)
-        and (key.device == wanted.device or not same_device)
+        == (*_kind(key_asked), key_asked.experts, key_asked.n, key_asked.k, key_asked.m)
+        and (key.device == key_asked.device or not same_device)
     ]
     same.sort(key=lambda row: (row[1].date, str(row[0])), reverse=True)
     return sorted(
         same,
         key=lambda row: (
-            row[0].device != wanted.device,
-            row[0].kernel != wanted.kernel,
+            row[0].device != key_asked.device,
+            row[0].kernel != key_asked.kernel,
             row[1].source != "measured",
         ),
     )
@@ -165,14 +165,18 @@ def _kind(key: Key) -> tuple[str, str, bool]:
     return key.dtype, key.group, key.zeros
 
 
-def _distance(wanted: Key, key: Key) -> tuple[float, bool, bool]:
+def _distance(key_asked: Key, key: Key) -> tuple[float, bool, bool]:
     """Log distance, then whether it is another device's and whether nobody timed it. Infinite where
     the rows that a weight multiplies are of another regime."""
-    rows = _apart(rows_each(wanted.m, wanted.experts), rows_each(key.m, key.experts))
-    sizes = _apart(wanted.n, key.n) + _apart(wanted.k, key.k) + _apart(wanted.experts, key.experts)
+    rows = _apart(rows_each(key_asked.m, key_asked.experts), rows_each(key.m, key.experts))
+    sizes = (
+        _apart(key_asked.n, key.n)
+        + _apart(key_asked.k, key.k)
+        + _apart(key_asked.experts, key.experts)
+    )
     return (
         math.inf if rows > M_REACH else sizes + rows,
-        key.device != wanted.device,
+        key.device != key_asked.device,
         key.kernel == MODEL,
     )
 
@@ -214,9 +218,9 @@ def snapshot_hash() -> str:
 
 def folder() -> Path:
     """Where the user's own entries lie."""
-    own = os.environ.get("QLAB_CACHE_DIR")
-    if own:
-        return _expanded(own)
+    configured = os.environ.get("QLAB_CACHE_DIR")
+    if configured:
+        return _expanded(configured)
     home = os.environ.get("QLAB_HOME")
     if home:
         return _expanded(home) / "configs"
@@ -242,17 +246,17 @@ def _expanded(path: str) -> Path:
 def _load() -> Snapshot:
     override, inline = _override()
     user = user_tables()
-    for name, held in _unwritten.items():
+    for name, unwritten in _unwritten.items():
         table = user.get(name) or Table({}, {})
-        user[name] = Table(table.meta, {**table.entries, **held})
+        user[name] = Table(table.meta, {**table.entries, **unwritten})
     return Snapshot(user, shipped_tables(), override, inline, kernel_revision())
 
 
 def user_tables() -> dict[str, Table]:
     """The readable tables of the user's folder by file name; a corrupt file is set aside with a
     warning."""
-    found = {path.name: entries.read_or_set_aside(path) for path in _files(folder())}
-    return {name: table for name, table in found.items() if table}
+    tables = {path.name: entries.read_or_set_aside(path) for path in _files(folder())}
+    return {name: table for name, table in tables.items() if table}
 
 
 def shipped_tables() -> dict[str, Table]:
@@ -300,7 +304,7 @@ def store(p: Problem, entry: Entry) -> None:
         key_of(p, MODEL if entry.source == "modelled" else kernel_revision()),
     )
     try:
-        entries.update(folder() / name, lambda held: held.update({key: entry}))
+        entries.update(folder() / name, lambda kept: kept.update({key: entry}))
     except OSError as error:
         _unwritten.setdefault(name, {})[key] = entry
         warnings.warn(

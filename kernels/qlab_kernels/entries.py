@@ -153,10 +153,10 @@ def key_of(p: Problem, kernel: str) -> Key:
 
 def key_from(text: str) -> Key:
     """The inverse of `str(key)`. ValueError for anything else."""
-    found = _KEY.fullmatch(text)
-    if not found:
+    match = _KEY.fullmatch(text)
+    if not match:
         raise ValueError(f"not a key: {text!r}")
-    dtype, group, zeros, experts, n, k, m, device, kernel = found.groups()
+    dtype, group, zeros, experts, n, k, m, device, kernel = match.groups()
     return Key(
         dtype, group, zeros == "zeros", int(n), int(k), int(m), device, kernel, int(experts or 1)
     )

@@ -105,9 +105,9 @@ def choose(rows: Sequence[Ranked], most: int) -> list[tuple[float, Config]]:
         return sum(best(row, allowed)[0] / row[0][0] for row in rows) / len(rows)
 
     allowed: list[Variant | None] = [None]  # a dequantization compiles nothing of its shape
-    wanted = list(dict.fromkeys(v for row in rows for *_, v in row if v))
-    for _ in range(min(most, len(wanted))):
-        least = min(wanted, key=lambda v: loss([*allowed, v]))
+    menu = list(dict.fromkeys(v for row in rows for *_, v in row if v))
+    for _ in range(min(most, len(menu))):
+        least = min(menu, key=lambda v: loss([*allowed, v]))
         if loss(allowed) - loss([*allowed, least]) < GAIN:
             break
         allowed.append(least)
@@ -119,11 +119,11 @@ def chosen(
 ) -> list[tuple[Problem, float, Config]]:
     """(problem, modelled microseconds, config) for all that is shipped of an operator, without the
     `refused` variants."""
-    found = []
+    triples = []
     for kind, ranked in _ranked(op, cc):
         rows = [[pair for pair in row if pair[2] not in refused] for row in ranked]
-        found += [(p, *pair) for p, pair in zip(kind, choose(rows, VARIANTS))]
-    return found
+        triples += [(p, *pair) for p, pair in zip(kind, choose(rows, VARIANTS))]
+    return triples
 
 
 @cache

@@ -100,10 +100,10 @@ def clear(op: str = "", capability: str = "") -> int:
 
 def listing() -> list[tuple[Layer, str, Key, Entry]]:
     """Every entry of the snapshot: (layer, file name, key, entry)."""
-    held = cache.snapshot()
+    snapshot = cache.snapshot()
     layers: tuple[tuple[Layer, Mapping[str, Table]], ...] = (
-        ("user", held.user),
-        ("shipped", held.shipped),
+        ("user", snapshot.user),
+        ("shipped", snapshot.shipped),
     )
     return [
         (layer, name, *row)

@@ -137,7 +137,7 @@ def _file(path: str | os.PathLike[str]) -> Text:
     return Text(Path(path).name, partial(_of_file, Path(path)), Path(path))
 
 
-def open_regular(path: Path, what: str) -> IO[bytes]:
+def open_regular(path: Path, kind: str) -> IO[bytes]:
     """The file, open for reading; refuses folders, pipes (which may never end) and devices."""
     try:
         mode = path.stat().st_mode
@@ -146,9 +146,9 @@ def open_regular(path: Path, what: str) -> IO[bytes]:
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
         reason = error.strerror if isinstance(error, OSError) else "no file has such a name"
         raise QlabError(
-            f"the {what} {_shown(path)} cannot be read ({reason}); check the path"
+            f"the {kind} {_shown(path)} cannot be read ({reason}); check the path"
         ) from error
-    raise QlabError(f"the {what} {_shown(path)} is a pipe or a device; give an ordinary file")
+    raise QlabError(f"the {kind} {_shown(path)} is a pipe or a device; give an ordinary file")
 
 
 def _shown(path: Path) -> str:

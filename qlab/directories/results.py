@@ -215,24 +215,24 @@ def _benched(folder: Path) -> Iterator[dict[str, Any]]:
         yield columns | {"run": f"{folder.name}/{row['method']}", "method": row["method"]}
 
 
-def _row(held: Inspection, measured: Mapping[str, Any]) -> dict[str, Any]:
+def _row(inspection: Inspection, measured: Mapping[str, Any]) -> dict[str, Any]:
     """What a directory says of itself, and what was measured of it."""
-    job = held.record.get("job", {})
-    sites = list(held.record.get("sites", {}).values())
+    job = inspection.record.get("job", {})
+    sites = list(inspection.record.get("sites", {}).values())
     errors = [site["weight_error"] for site in sites if site.get("weight_error") is not None]
     losses = [site["loss"] for site in sites if site.get("loss") is not None]
     stages = [stage for stage in job.get("recipe") or () if stage["stage"] != "keep"]
-    specs = sorted({row["spec"] for row in held.sites.values() if row.get("spec")})
+    specs = sorted({row["spec"] for row in inspection.sites.values() if row.get("spec")})
     row = {
-        "run": held.path.name,
+        "run": inspection.path.name,
         "method": "+".join(stage["stage"] for stage in stages) or None,
         "spec": ", ".join(specs) or None,
-        "format": held.format,
+        "format": inspection.format,
         "inputs": job.get("inputs"),
         "calibration": _data(job.get("data")),
-        "bits_per_weight": held.record.get("bits_per_weight"),
-        "bytes": sum(held.dtypes.values()),
-        "weights": sum("stored" in row for row in held.sites.values()),
+        "bits_per_weight": inspection.record.get("bits_per_weight"),
+        "bytes": sum(inspection.dtypes.values()),
+        "weights": sum("stored" in row for row in inspection.sites.values()),
         "largest_weight_error": max(errors, default=None),
         "loss": sum(losses) if losses else None,
     }

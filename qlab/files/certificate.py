@@ -30,8 +30,8 @@ def distances(leaf: QTensor, reference: Leaf) -> dict[str, float]:
     # The reference comes from the files, which lie on the CPU.
     W_ok = dense(reference, torch.float32).to(leaf.codes.device)
     D_ok = dense(leaf, torch.float32).sub_(W_ok)
-    found = {"weight_error": float(D_ok.norm() / W_ok.norm().clamp_min(1e-30))}
-    return found | ({"largest_step": largest_step(leaf, D_ok)} if leaf.perm is None else {})
+    errors = {"weight_error": float(D_ok.norm() / W_ok.norm().clamp_min(1e-30))}
+    return errors | ({"largest_step": largest_step(leaf, D_ok)} if leaf.perm is None else {})
 
 
 def fingerprint(leaf: QTensor) -> str:

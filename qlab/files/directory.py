@@ -108,8 +108,8 @@ def read_header(file: Path) -> dict[str, Stored]:
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or length > min(size - 8, LARGEST_JSON):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
-            found = json.loads(f.read(length), object_pairs_hook=_without_duplicates)
-        return _checked(file, found, 8 + length, size)
+            header = json.loads(f.read(length), object_pairs_hook=_without_duplicates)
+        return _checked(file, header, 8 + length, size)
     except OSError as error:
         raise QlabError(
             f"{file} cannot be read ({error.strerror}); check the path and its permissions"
@@ -122,10 +122,10 @@ def read_header(file: Path) -> dict[str, Stored]:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         raise ValueError("a key occurs twice in its header")
-    return found
+    return value
 
 
 def _checked(file: Path, header: Any, begin: int, size: int) -> dict[str, Stored]:
@@ -176,11 +176,11 @@ def locate(folder: Path) -> dict[str, Stored]:
     says nothing. A tensor in two files is taken from where the index says, and refused otherwise.
     """
     listed = {} if (folder / SINGLE).is_file() else _listed(folder)
-    held: dict[str, list[Stored]] = {}
+    by_name: dict[str, list[Stored]] = {}
     for shard in [folder / SINGLE] if (folder / SINGLE).is_file() else _shards(folder, listed):
         for name, tensor in read_header(shard).items():
-            held.setdefault(name, []).append(tensor)
-    return {name: _chosen(name, tensors, listed.get(name)) for name, tensors in held.items()}
+            by_name.setdefault(name, []).append(tensor)
+    return {name: _chosen(name, tensors, listed.get(name)) for name, tensors in by_name.items()}
 
 
 def _chosen(name: str, tensors: list[Stored], listed: str | None) -> Stored:
@@ -227,19 +227,19 @@ def _listed(folder: Path) -> dict[str, str]:
 
 
 def _shards(folder: Path, listed: Mapping[str, str]) -> list[Path]:
-    found = sorted(
+    shards = sorted(
         {folder / name for name in listed.values()} if listed else folder.glob("*.safetensors")
     )
-    if not found:
+    if not shards:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
         instead = f" but {pickles[0]}, a pickle, which qlab never loads" if pickles else ""
         raise QlabError(
             f"{folder} holds no safetensors files{instead}; convert the model to safetensors first"
         )
-    missing = [shard.name for shard in found if not shard.is_file()]
+    missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise QlabError(
             f"{folder / INDEX} lists {', '.join(missing)}, which is missing; download the model "
             "again"
         )
-    return found
+    return shards

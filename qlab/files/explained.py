@@ -62,12 +62,12 @@ def _inside(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def _legacy(folder: Path) -> dict[str, Any] | None:
     """What older writers put into a file of its own."""
-    found = [
+    sections = [
         read(read_json(folder / name))
         for name, read in LEGACY_CONFIGS.items()
         if (folder / name).is_file()
     ]
-    return found[0] if found else None
+    return sections[0] if sections else None
 
 
 def _without(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,13 +43,13 @@ def written_files(folder: Path) -> dict[str, str] | None:
 def damaged(folder: Path) -> dict[str, str]:
     """The files that the record of a folder names and that are missing or others now: name -> what
     is wrong with it."""
-    found = {}
+    damage = {}
     for name, digest in sorted((written_files(folder) or {}).items()):
         if not (folder / name).is_file():
-            found[name] = "is missing"
+            damage[name] = "is missing"
         elif _digest_in(folder, name) != digest:
-            found[name] = "is not what was written"
-    return found
+            damage[name] = "is not what was written"
+    return damage
 
 
 def foreign(folder: Path, contents: bool = True) -> str | None:

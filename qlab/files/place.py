@@ -29,8 +29,8 @@ def place(out: str | Path, model: Path, files: Iterable[Path] = ()) -> Path:
         raise QlabError(
             f"{folder} is a link to {os.readlink(folder)}; name the output directory itself"
         )
-    for reads, what in [(model, "the model"), *((file, "what the run reads,") for file in files)]:
-        _refuse_around(folder, reads, what)
+    for reads, role in [(model, "the model"), *((file, "what the run reads,") for file in files)]:
+        _refuse_around(folder, reads, role)
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise QlabError(f"{folder} is a file; choose another output directory")
     if _is_within(_current(), folder):
@@ -198,17 +198,17 @@ def _text(out: str | Path) -> str:
     return text
 
 
-def _refuse_around(folder: Path, reads: Path, what: str) -> None:
+def _refuse_around(folder: Path, reads: Path, role: str) -> None:
     """Refuse an output, or the folder in which it is built, that is what the run reads or holds
     it."""
     real = Path(os.path.realpath(reads))
     if _same(real, folder):
         raise QlabError(
-            f"{reads} is {what.removesuffix(',')} itself; choose another output directory"
+            f"{reads} is {role.removesuffix(',')} itself; choose another output directory"
         )
     for box in (folder, working(folder)):
         if _is_within(real, box):
-            raise QlabError(f"the output directory {box} holds {what} {reads}; choose another one")
+            raise QlabError(f"the output directory {box} holds {role} {reads}; choose another one")
 
 
 def _is_within(path: Path | None, folder: Path) -> bool:

@@ -27,13 +27,13 @@ PACKAGES = ("qlab", "torch", "transformers", "safetensors")
 
 def versions() -> dict[str, str]:
     """Of Python and of every package that decides which bytes come out."""
-    found = {"python": platform.python_version()}
+    by_package = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            by_package[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            by_package[name] = "not installed"
+    return by_package
 
 
 def bits_per_weight(rows: Mapping[str, Mapping[str, Any]]) -> float:

@@ -101,7 +101,7 @@ class Writer(Workplace):
 
     def _records(self) -> list[dict[str, Any]]:
         """What was written of every segment."""
-        found = []
+        records = []
         for index in range(self.shards):
             record = self._record(index)
             if record is None:
@@ -109,8 +109,8 @@ class Writer(Workplace):
                     f"{self._notes_path(index)} was damaged or removed during the run; make it "
                     "again with --resume"
                 )
-            found.append(record)
-        return found
+            records.append(record)
+        return records
 
     def source_agrees(self) -> bool:
         if self.source is None:
@@ -207,9 +207,9 @@ class Writer(Workplace):
 def _beside(folder: Path) -> dict[str, Path]:
     """The files of a model directory that hold no weights and do not say how they are stored: name
     -> file."""
-    found = {}
+    files = {}
     for path in sorted([*folder.iterdir(), *(folder / TEMPLATES).glob("*")]):
         weights = path.suffix in WEIGHTS or path.name.endswith(".index.json") or path.name in FORMER
         if path.is_file() and not weights:
-            found[str(path.relative_to(folder))] = path
-    return found
+            files[str(path.relative_to(folder))] = path
+    return files

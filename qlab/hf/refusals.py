@@ -45,11 +45,11 @@ def refuse_another_class(skeleton: Skeleton, model: PreTrainedModel) -> None:
 def refuse_other_shapes(skeleton: Skeleton, model: nn.Module) -> None:
     """Refuse a model that options of from_pretrained have made another one than the
     directory's."""
-    own, asked = _shapes(skeleton.model), _shapes(model)
-    differing = [name for name in own.keys() | asked.keys() if own.get(name) != asked.get(name)]
+    built, asked = _shapes(skeleton.model), _shapes(model)
+    differing = [name for name in built.keys() | asked.keys() if built.get(name) != asked.get(name)]
     if differing:
         name = min(differing)
-        shape = f"of shape {own[name]}" if name in own else "not"
+        shape = f"of shape {built[name]}" if name in built else "not"
         raise QlabError(
             f"{skeleton.checkpoint.path} is of another model than from_pretrained was asked for: "
             f"{name} is {shape} in it; leave out what changes the config, or change the "

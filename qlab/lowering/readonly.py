@@ -46,5 +46,5 @@ def _views(result: Any, args: tuple) -> bool:
     """Whether the result lies in the memory of a read-only argument."""
     if type(result) is not Tensor or result.layout != torch.strided:
         return False
-    held = [arg for arg in args if isinstance(arg, ReadOnly)]
-    return any(result.untyped_storage()._cdata == arg.untyped_storage()._cdata for arg in held)
+    readonly = [arg for arg in args if isinstance(arg, ReadOnly)]
+    return any(result.untyped_storage()._cdata == arg.untyped_storage()._cdata for arg in readonly)

@@ -20,7 +20,7 @@ def resident_bytes(model: nn.Module) -> dict[str, int]:
 
     for module in model.modules():
         if isinstance(module, QuantizedWeight):
-            add("packed", *module.held())
+            add("packed", *module.buffers_of_weight())
             add("dense copies", module.dense)
         elif isinstance(module, nn.Embedding):
             add("embeddings", module.weight)

@@ -111,8 +111,8 @@ def _structure(block: nn.Module, index: int) -> Any:
         return tuple(sorted(attributes))
 
     def parameters(module: nn.Module) -> tuple:
-        own = module.named_parameters(recurse=False)
-        return tuple((key, tuple(p.shape), p.dtype) for key, p in own)
+        named = module.named_parameters(recurse=False)
+        return tuple((key, tuple(p.shape), p.dtype) for key, p in named)
 
     return tuple(
         (name, type(module), parameters(module), plain(module))

@@ -62,7 +62,7 @@ class Makers(TorchDispatchMode):
         self.derived: set[int] = set()
         self._alive: list[Tensor] = []  # no other tensor gets the id of one that is alive
 
-    def made(self, tensor: Tensor, maker: Maker) -> Tensor:
+    def known(self, tensor: Tensor, maker: Maker) -> Tensor:
         """The tensor, known as its maker's."""
         self._alive.append(tensor)
         self.makers[id(tensor)] = maker
@@ -152,7 +152,7 @@ class Recorder(nn.Module):
         arguments = args, dict(sorted(kwargs.items()))
         leaves, form = take_apart(arguments)
         at = self._hidden(leaves)
-        hidden = self.makers.made(leaves[at], ENTRY) if self.before is None else leaves[at]
+        hidden = self.makers.known(leaves[at], ENTRY) if self.before is None else leaves[at]
         code = self.program(self._call(leaves, form, at))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         shapes = shapes_of(code, tensors)
@@ -224,16 +224,16 @@ class Recorder(nn.Module):
         outputs: list[Any] = []
         for k, (out, shape) in enumerate(zip(code.outputs, shapes)):
             if k == leaving:
-                outputs.append(self.makers.made(handed_on, (self.index, k)))
+                outputs.append(self.makers.known(handed_on, (self.index, k)))
             elif shape is None:
                 outputs.append(out)
             else:
                 empty = torch.empty(shape, dtype=out.dtype, device="meta")
-                outputs.append(self.makers.made(empty, (self.index, k)))
+                outputs.append(self.makers.known(empty, (self.index, k)))
         return outputs
 
     def _leave(
-        self, arguments: Any, code: Code, given: Sequence[Tensor], made: Sequence[Tensor]
+        self, arguments: Any, code: Code, given: Sequence[Tensor], results: Sequence[Tensor]
     ) -> None:
         """Put what the block leaves in its arguments there, for later blocks to find.
 
@@ -245,7 +245,7 @@ class Recorder(nn.Module):
             if isinstance(leaf, Given):
                 leaves.append(given[leaf.index])
             elif isinstance(leaf, Made):
-                leaves.append(made[leaf.index])
+                leaves.append(results[leaf.index])
             else:
                 leaves.append(leaf)
         take_over(arguments, put_together(leaves, code.left.form))

@@ -44,7 +44,7 @@ def undisturbed(function: Callable[P, T]) -> Callable[P, T]:
                 stack.enter_context(torch.device("cpu"))
             if default_dtype() != torch.float32:
                 stack.enter_context(Floats(torch.float32))
-            stack.enter_context(_exact.held())
+            stack.enter_context(_exact.for_now())
             return function(*args, **kwargs)
 
     return alone
@@ -133,7 +133,7 @@ class _Exact:
         self.reduced: list[tuple[Any, str]] = []  # backends and their precision from before
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def for_now(self) -> Iterator[None]:
         with self.lock:
             if not self.holders:
                 precisions = [(backend, backend.fp32_precision) for backend in _backends()]

@@ -151,10 +151,10 @@ def test_names_stand_for_specs_grids_and_models(given, saved, monkeypatch, tmp_p
         "W8A16": "int8-channel",
     }.items():
         assert qlab.parse_spec(alias) == qlab.parse_spec(name)
-    made = qlab.quantize("demo", qlab.rtn("int4-g32"), None, tmp_path / "q")
-    assert qlab.evaluate(made, "demo", given["evaluate"]["data"]).windows == 2
-    assert qlab.inspect(made).json() == qlab.inspect(open_checkpoint(made.path)).json()
-    assert not qlab.verify(made, "demo").faults
+    result = qlab.quantize("demo", qlab.rtn("int4-g32"), None, tmp_path / "q")
+    assert qlab.evaluate(result, "demo", given["evaluate"]["data"]).windows == 2
+    assert qlab.inspect(result).json() == qlab.inspect(open_checkpoint(result.path)).json()
+    assert not qlab.verify(result, "demo").faults
 
 
 def test_token_ids_may_be_lists_and_arrays(given):

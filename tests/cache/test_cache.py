@@ -31,7 +31,9 @@ A, B = Config("split_k", 16, 64, 128, 4, 4, 4), Config("split_k", 16, 128, 128, 
 
 
 def ship(folder, p, entry, kernel="model"):
-    update(folder / file_name(p.op, p.cc), lambda held: held.update({key_of(p, kernel): entry}))
+    update(
+        folder / file_name(p.op, p.cc), lambda entries: entries.update({key_of(p, kernel): entry})
+    )
     cache.refresh()
 
 
@@ -109,8 +111,8 @@ def test_an_illegal_entry_is_passed_over(unshipped, problem, entry):
     ship(unshipped, problem(), entry(wide))
     ship(unshipped, problem(n=4096), entry(wide))
     ship(unshipped, problem(k=4096), entry(A))
-    found = cache.lookup(problem())
-    assert (found.config, found.source) == (A, "nearest")
+    looked_up = cache.lookup(problem())
+    assert (looked_up.config, looked_up.source) == (A, "nearest")
     with pytest.raises(CacheError, match="is no entry"):
         cache.store(problem(), entry(wide))
 
@@ -172,8 +174,8 @@ def test_whole_rows_are_one_kind_whatever_their_length(unshipped, problem, entry
 def test_an_entry_of_an_older_kernel_is_stale_but_used(folder, unshipped, problem, entry):
     for date, config in ("2025-02-01", B), ("2025-01-01", A):
         ship(folder, problem(), entry(config, date=date), f"{date[:7]}")
-    found = cache.lookup(problem())
-    assert (found.source, found.stale, found.config) == ("user", True, B)  # the newest
+    looked_up = cache.lookup(problem())
+    assert (looked_up.source, looked_up.stale, looked_up.config) == ("user", True, B)  # the newest
     cache.store(problem(), entry(A, date="2024-01-01"))
     assert (cache.lookup(problem()).config, cache.lookup(problem()).stale) == (A, False)
 
@@ -206,14 +208,16 @@ def test_m_counts_as_its_bucket(unshipped, problem, entry):
 
 
 def test_a_snapshot_is_pure(folder, problem, entry):
-    held, before = cache.snapshot(), cache.lookup(problem())
+    snapshot, before = cache.snapshot(), cache.lookup(problem())
     ship_elsewhere = Table(
         {"op": "int4_mm", "capability": "sm90"}, {key_of(problem(), kernel_revision()): entry()}
     )
     folder.mkdir()
     (folder / "int4_mm.sm90.json").write_text(ship_elsewhere.json())  # as another process would
-    assert cache.lookup(problem()) == before == held.lookup(problem())
-    assert cache.refresh().lookup(problem()).source == "user" and held.lookup(problem()) == before
+    assert cache.lookup(problem()) == before == snapshot.lookup(problem())
+    assert (
+        cache.refresh().lookup(problem()).source == "user" and snapshot.lookup(problem()) == before
+    )
 
 
 def test_the_hash_names_what_lookups_depend_on(unshipped, problem, entry, monkeypatch):

@@ -200,7 +200,7 @@ def test_whole_rows_and_wide_groups_are_held_as_a_lowered_model_holds_them(k, gr
             Case(n=70, k=k, dtype="bfloat16", group=group, zeros=zeros, device=torch.device("cpu")),
         )  # checks itself against fp32
     rows = tuning.tune_shapes([(70, k)], [1], Form(group, zeros), budget=5.0)
-    held = cpu.problem(
+    lowered_problem = cpu.problem(
         1,
         torch.bfloat16,
         False,
@@ -209,7 +209,9 @@ def test_whole_rows_and_wide_groups_are_held_as_a_lowered_model_holds_them(k, gr
         32 if group == 96 else 128 if k == 100 else 256,
         zeros,
     )
-    assert cache.lookup(held).source == "user" and all(row["timings"] >= 2 for row in rows)
+    assert cache.lookup(lowered_problem).source == "user" and all(
+        row["timings"] >= 2 for row in rows
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -77,8 +77,8 @@ def test_compute_overtakes_memory_where_published():
     ],
 )
 def test_issue_budgets_are_the_published_ones(name, budget):
-    [found] = [d for row in DEVICES.values() for d in row if d.name == name]
-    assert found.issue_budget() == pytest.approx(budget, rel=0.04)
+    [device] = [d for row in DEVICES.values() for d in row if d.name == name]
+    assert device.issue_budget() == pytest.approx(budget, rel=0.04)
 
 
 def test_the_librarys_times_are_near_the_published_ones():

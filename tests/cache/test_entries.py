@@ -25,10 +25,10 @@ GOLDEN = """{"schema": 1, "meta": {"capability": "sm90", "op": "int4_mm", "torch
 
 
 def test_the_file_is_the_golden_one(problem, entry):
-    made = replace(entry(torch="2.13.0"), triton="3.7.1")
+    row = replace(entry(torch="2.13.0"), triton="3.7.1")
     table = Table(
         {"op": "int4_mm", "capability": "sm90", "torch": "2.13.0"},
-        {key_of(problem(), "0a1b"): made},
+        {key_of(problem(), "0a1b"): row},
     )
     assert table.json() == GOLDEN and parse(GOLDEN) == table
 
@@ -95,8 +95,8 @@ def test_a_killed_writer_leaves_a_whole_file_and_no_lock(folder, problem, entry)
         time.sleep(pause)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-        held = read(folder / "int4_mm.sm90.json").entries  # ValueError if it were cut
-        assert len(held) > done
+        entries = read(folder / "int4_mm.sm90.json").entries  # ValueError if it were cut
+        assert len(entries) > done
     cache.store(problem(), entry())  # the dead writer's lock is gone, and so is what it left
     assert cache.lookup(problem()).source == "user" and not list(folder.glob(".*.tmp"))
 
@@ -168,7 +168,7 @@ def test_a_change_that_fails_leaves_the_file_and_the_lock(folder, problem, entry
     path = folder / "int4_mm.sm90.json"
     before = path.read_bytes()
     with pytest.raises(ZeroDivisionError):
-        update(path, lambda held: 1 / 0)
+        update(path, lambda entries: 1 / 0)
     assert path.read_bytes() == before
     with locked(path):
         pass

@@ -248,11 +248,11 @@ def test_a_time_limit_still_leaves_three_repetitions():
 @pytest.mark.gpu
 @needs_gpu
 def test_the_bench_on_a_gpu():
-    found = compare_matmuls([(4096, 4096)], [1, 16, 1024], device="cuda", seconds=0.2)
-    assert {row["contender"] for row in found["rows"]} >= {
+    record = compare_matmuls([(4096, 4096)], [1, 16, 1024], device="cuda", seconds=0.2)
+    assert {row["contender"] for row in record["rows"]} >= {
         "qlab",
         "library",
         "compiled",
         "torch int4",
-    }, found["absent"]
-    assert all(row["graph_us"] for row in found["rows"] if row["contender"] in ("qlab", "library"))
+    }, record["absent"]
+    assert all(row["graph_us"] for row in record["rows"] if row["contender"] in ("qlab", "library"))

@@ -23,10 +23,10 @@ def shipped():
 
 
 def test_every_capability_has_a_file_and_no_other(shipped):
-    wanted = {("int4_mm", cc) for cc in TARGETS} | {("int4_grouped_mm", cc) for cc in FUSED}
-    assert {(p.op, p.cc) for p, _ in shipped} == wanted and len(
+    expected = {("int4_mm", cc) for cc in TARGETS} | {("int4_grouped_mm", cc) for cc in FUSED}
+    assert {(p.op, p.cc) for p, _ in shipped} == expected and len(
         list(cache.SHIPPED.iterdir())
-    ) == len(wanted)
+    ) == len(expected)
 
 
 def test_every_entry_is_legal_modelled_and_of_no_device_that_was_timed(shipped):
@@ -74,10 +74,10 @@ def test_common_mixtures_are_there_and_others_find_a_near_one(cc):
 def test_other_shapes_and_kinds_find_a_near_one(cc):
     for group, zeros in (128, True), (64, False), (32, False):
         for m in BUCKETS:
-            found = cache.lookup(
+            looked_up = cache.lookup(
                 Problem("int4_mm", cc, "any", "float16", group, zeros, 5120, 13824, m)
             )
-            assert found.source == "nearest"
+            assert looked_up.source == "nearest"
 
 
 @capabilities

@@ -156,7 +156,7 @@ def test_eval_prints_every_figure_with_its_interval(call, quantized, saved, text
         "--json",
         tmp_path / "eval.json",
     )
-    found = json.loads((tmp_path / "eval.json").read_text())
+    figures = json.loads((tmp_path / "eval.json").read_text())
     assert code == 0 and "95 % interval" in out and "4 windows of 32" in " ".join(out.split())
     for name, value in {
         "perplexity_ci": "perplexity",
@@ -164,13 +164,13 @@ def test_eval_prints_every_figure_with_its_interval(call, quantized, saved, text
         "kl_ci": "kl",
         "top1_ci": "top1_agreement",
     }.items():
-        low, high = found[name]
+        low, high = figures[name]
         assert (
             low
             <= (
-                found["perplexity"] / found["reference_perplexity"]
+                figures["perplexity"] / figures["reference_perplexity"]
                 if value == "ratio"
-                else found[value]
+                else figures[value]
             )
             <= high
         )
@@ -181,9 +181,9 @@ def test_eval_prints_every_figure_with_its_interval(call, quantized, saved, text
     )
     assert "gives one window of 32 tokens, and an interval needs two" in said
     assert (
-        found["data"]["length"] == 32
-        and found["predictions"] == 4 * 31
-        and len(found["layer_error"]) == 2
+        figures["data"]["length"] == 32
+        and figures["predictions"] == 4 * 31
+        and len(figures["layer_error"]) == 2
     )
 
 

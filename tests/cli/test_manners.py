@@ -183,15 +183,15 @@ def results(saved, text, tmp_path_factory):
     recipe = qlab.gptq(qlab.parse_spec("int4-g32"))
     result = qlab.quantize(model, recipe, data, tmp_path_factory.mktemp("results") / "out")
     windows = qlab.first_windows(model, [text], length=32, count=4)
-    made = open_checkpoint(result.path)
+    quantized = open_checkpoint(result.path)
     return {
-        "model": made,
+        "model": quantized,
         "tokens": data,
         "plan": qlab.plan(model, recipe, data),
         "result": result,
         "inspection": qlab.inspect(result.path),
-        "evaluation": qlab.evaluate(made, model, windows),
-        "perplexity": qlab.perplexity(made, windows),
+        "evaluation": qlab.evaluate(quantized, model, windows),
+        "perplexity": qlab.perplexity(quantized, windows),
         "verdict": qlab.verify(result.path, model.path),
         "converted": qlab.convert(result.path, "compressed-tensors", result.path.parent / "again"),
         "rewritten": qlab.quantize_files(

@@ -98,11 +98,11 @@ def test_files_that_go_into_the_output_are_asked_for_before_the_work(
 
 
 def test_an_output_that_may_not_be_replaced_is_refused_before_the_work(folder, tmp_path, forbidden):
-    made = qlab.quantize(folder, INT8, None, tmp_path / "q").path
+    quantized = qlab.quantize(folder, INT8, None, tmp_path / "q").path
     before = contents(tmp_path)
-    forbidden(made)
+    forbidden(quantized)
     refused(
-        lambda: qlab.quantize(folder, qlab.rtn("int4-g16"), None, made, overwrite=True),
+        lambda: qlab.quantize(folder, qlab.rtn("int4-g16"), None, quantized, overwrite=True),
         "q may not be written to",
     )
     assert contents(tmp_path) == before
@@ -121,9 +121,9 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(folder, monkeypatch):
     monkeypatch.setattr(Path, "open", opened)
     with pytest.raises(
         QlabError, match=r"model.safetensors cannot be read \(Permission denied\); check the path"
-    ) as found:
+    ) as refusal:
         open_checkpoint(folder)
-    assert "truncated" not in str(found.value)
+    assert "truncated" not in str(refusal.value)
 
 
 def test_ctrl_c_is_a_line_and_an_exit_code(folder, tmp_path, call, monkeypatch):
@@ -199,9 +199,9 @@ def test_a_warning_is_one_line_of_whoever_called(saved):
         warn("a\nname \x1b[31mred")
     assert str(caught[0].message) == r"a\nname \x1b[31mred" and caught[0].filename == __file__
     with pytest.warns(UserWarning, match="no kernel") as caught:
-        made = qlab.quantize(saved(), qlab.rtn("mxfp4"), None, saved().parent / "mx").path
-        qlab.lower(made)
-    shutil.rmtree(made)
+        quantized = qlab.quantize(saved(), qlab.rtn("mxfp4"), None, saved().parent / "mx").path
+        qlab.lower(quantized)
+    shutil.rmtree(quantized)
     assert [warning.filename for warning in caught if "no kernel" in str(warning.message)] == [
         __file__
     ]

@@ -63,8 +63,8 @@ def test_exact_names_win_over_patterns_and_earlier_patterns_over_later_ones():
         "h.1.weight",
         "lm_head.weight",
     ]
-    found = reader(config).specs(config, names)
-    assert {path: str(spec) for path, spec in found.items()} == {
+    specs = reader(config).specs(config, names)
+    assert {path: str(spec) for path, spec in specs.items()} == {
         "h.0.mlp.up": "int2-g32",
         "m.h.0.mlp.up": "int2-g32",
         "h.1.mlp.up": "int4-g64",

@@ -69,8 +69,10 @@ def written(version, q):
             for h in range(2):
                 for a in range(8):
                     first = 64 * c + 32 * h + a
-                    held = [first, first + 8, first + 16, first + 24]
-                    words[n // 4, 64 * c + 16 * (n % 4) + 8 * h + a] = word(u[n, held], torch.int16)
+                    columns = [first, first + 8, first + 16, first + 24]
+                    words[n // 4, 64 * c + 16 * (n % 4) + 8 * h + a] = word(
+                        u[n, columns], torch.int16
+                    )
     scaled = torch.zeros_like(scales)
     scaled[:, :groups] = (-(q.scales.float() * z)).to(q.scales.dtype)
     name = "scaled_zeros" if version == "llm-awq" else "qzeros"

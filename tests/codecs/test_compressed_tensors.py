@@ -143,8 +143,8 @@ def test_transformers_computes_the_logits_of_the_dense_weights(spec, dequantize,
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **how).eval()
     tokens = torch.arange(1, 65).reshape(2, 32)
     with torch.no_grad():
-        expected, got = model(tokens).logits, loaded(tokens).logits
-    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+        expected, logits = model(tokens).logits, loaded(tokens).logits
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
     tensors = load_file(tmp_path / "model.safetensors")
     for path in CODEC.specs(CODEC.config(specs), tensors):

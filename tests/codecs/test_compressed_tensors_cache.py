@@ -203,10 +203,10 @@ def test_directories_with_such_names_are_read_and_carried_on(spelling, directory
         state[f"{owner}{spelling.format(kind)}"] = state.pop(name)
     save_file(state, directory / "model.safetensors")
     out = qlab.convert(directory, "compressed-tensors", tmp_path / "out").path
-    held = tensors(out)
+    carried = tensors(out)
     assert len(open_checkpoint(out).extras[0].tensors) == 4 and verify(out, directory).faults == []
     assert all(
-        bits_equal(held[name], state[name]) for name in open_checkpoint(out).extras[0].tensors
+        bits_equal(carried[name], state[name]) for name in open_checkpoint(out).extras[0].tensors
     )
 
 

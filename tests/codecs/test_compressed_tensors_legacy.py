@@ -77,9 +77,9 @@ def test_codes_and_zero_points_of_older_files_are_read(n, o, groups, seed):
 def test_channels_with_a_group_index_take_the_scale_of_their_group(o, groups, symmetric, seed):
     q = random_qtensor(settled("int4-g8" if symmetric else "int4-g8-asym"), o, 8 * groups, seed)
     g_idx = torch.arange(8 * groups, dtype=torch.int32)[torch.randperm(8 * groups)] // 8
-    found = CODEC.decode("m", CODEC.encode("m", q) | {"m.weight_g_idx": g_idx}, q.spec)
+    decoded = CODEC.decode("m", CODEC.encode("m", q) | {"m.weight_g_idx": g_idx}, q.spec)
     zeros = 0 if symmetric else q.zeros[:, g_idx].float()
-    assert torch.equal(dense(found), (q.codes.float() - zeros) * q.scales[:, g_idx])
+    assert torch.equal(dense(decoded), (q.codes.float() - zeros) * q.scales[:, g_idx])
 
 
 @pytest.mark.parametrize(

@@ -89,13 +89,13 @@ def test_weights_are_those_that_transformers_reads(model, file):
     loaded = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32, **unpacked()
     ).state_dict()
-    found = leaves(file, list(model.state_dict()))
-    assert found.keys() == model.state_dict().keys()
-    for name, leaf in found.items():
+    decoded = leaves(file, list(model.state_dict()))
+    assert decoded.keys() == model.state_dict().keys()
+    for name, leaf in decoded.items():
         assert torch.equal(dense(leaf, torch.float32), loaded[name]), name
     kinds = {
         name: str(leaf.spec) if isinstance(leaf, QTensor) else leaf.dtype
-        for name, leaf in found.items()
+        for name, leaf in decoded.items()
         if ".0." in name
     }
     assert (
@@ -215,7 +215,7 @@ def test_a_damaged_file_is_refused_or_holds_other_numbers(data, model, file, tmp
             whole[data.draw(st.integers(0, 2500))] = data.draw(st.integers(0, 255))
     (tmp_path / "damaged.gguf").write_bytes(whole)
     try:
-        found = leaves(tmp_path / "damaged.gguf", list(model.state_dict()))
+        decoded = leaves(tmp_path / "damaged.gguf", list(model.state_dict()))
     except QlabError:
         return
-    assert found.keys() == model.state_dict().keys()
+    assert decoded.keys() == model.state_dict().keys()

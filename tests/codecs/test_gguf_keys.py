@@ -33,22 +33,25 @@ KEYS = st.sampled_from([key.removeprefix("{arch}.") for key in NAMED]) | st.text
 @given(key=KEYS, value=st.sampled_from([0.37, 7, "odd", [1, 2], True]))
 def test_a_key_is_read_or_changes_no_logit_or_is_refused_by_name(key, value):
     try:
-        found = said(FILE, "a", NEEDED | {f"a.{key}": value})
+        read_from_file = said(FILE, "a", NEEDED | {f"a.{key}": value})
     except QlabError as error:
         assert f"a.{key} " in str(error) and str(FILE) in str(error)
     else:
-        read = any(name == f"a.{key}" and held == value for name, _, held in found.values)
+        read = any(
+            name == f"a.{key}" and said_value == value
+            for name, _, said_value in read_from_file.values
+        )
         assert read or key in ROTARY | NO_LOGIT or value in NEUTRAL.get(key, ())
 
 
 def test_what_a_file_leaves_out_is_what_engines_take_for_granted():
-    found = {name: value for _, name, value in said(FILE, "a", NEEDED).values}
+    defaults = {name: value for _, name, value in said(FILE, "a", NEEDED).values}
     assert (
-        found["num_key_value_heads"] == 4
-        and found["head_dim"] == 16
-        and found["rope_theta"] == 10000.0
+        defaults["num_key_value_heads"] == 4
+        and defaults["head_dim"] == 16
+        and defaults["rope_theta"] == 10000.0
     )
-    assert found["sliding_window"] == 0 and not said(FILE, "a", NEEDED).rotary
+    assert defaults["sliding_window"] == 0 and not said(FILE, "a", NEEDED).rotary
     assert (
         said(FILE, "a", NEEDED | {"b.attention.scale": 0.1, "general.name": "a"}).values
         == said(FILE, "a", NEEDED).values

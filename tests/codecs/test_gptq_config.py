@@ -84,8 +84,8 @@ def test_patterns_match_as_in_gptqmodel():
     }
     config = {"bits": 4, "group_size": 128, "dynamic": dynamic}
     paths = ["h.18.gate_proj", "h.1.gate_proj", "h.1.down", "h.10.down", "g.h.1.down"]
-    found = V1.specs(config, [f"{path}.qweight" for path in paths])
-    assert [str(found[path]) for path in paths] == [
+    specs = V1.specs(config, [f"{path}.qweight" for path in paths])
+    assert [str(specs[path]) for path in paths] == [
         "int8-g64",
         "int2-g128",
         "int4-g128-asym",

@@ -90,10 +90,10 @@ def test_weights_are_those_of_the_formula(bits, o, k, grouped, axis, dtype):
     [spec] = reader(said).specs(said, tensors).values()
     leaf = reader(said).decode("m", tensors, spec)
     assert isinstance(leaf, QTensor) == (axis == 1)
-    found = dense(leaf, torch.float64) if axis else leaf.double()
+    decoded = dense(leaf, torch.float64) if axis else leaf.double()
     assert (
-        found.shape == W.shape
-        and (found - W).abs().max() <= (0 if axis else 2.0**-7) * W.abs().max()
+        decoded.shape == W.shape
+        and (decoded - W).abs().max() <= (0 if axis else 2.0**-7) * W.abs().max()
     )
 
 
@@ -197,8 +197,8 @@ def test_damaged_tensors_are_refused_or_make_no_difference(data, axis):
         )
     except QlabError:
         return
-    found = dense(leaf, torch.float64) if axis else leaf.double()
-    assert (found - W).abs().max() <= 2.0**-10 * W.abs().max()
+    decoded = dense(leaf, torch.float64) if axis else leaf.double()
+    assert (decoded - W).abs().max() <= 2.0**-10 * W.abs().max()
 
 
 @settings(max_examples=200, deadline=None)

@@ -55,9 +55,9 @@ def test_one_scale_of_inputs_has_any_number_of_axes(shape):
 
 @pytest.mark.parametrize("shape", [(), (1,), (8,), (8, 1)])
 def test_fp8_reads_one_scale_or_one_per_row(shape):
-    said, held = {"quant_method": "fp8"}, {"m.weight": torch.ones(8, 32).to(torch.float8_e4m3fn)}
+    said, weights = {"quant_method": "fp8"}, {"m.weight": torch.ones(8, 32).to(torch.float8_e4m3fn)}
     scale = torch.arange(1.0, 9.0)[: 8 if 8 in shape else 1].reshape(shape)
-    codec, tensors = reader(said), held | {"m.weight_scale": scale}
+    codec, tensors = reader(said), weights | {"m.weight_scale": scale}
     spec = codec.specs(said, tensors)["m"]
     assert spec == parse_spec("fp8-channel" if 8 in shape else "fp8-tensor")
     assert torch.equal(codec.decode("m", tensors, spec).scales, scale.reshape(-1, 1))

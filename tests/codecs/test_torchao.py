@@ -18,7 +18,7 @@ from qlab.errors import QlabError
 quantization = pytest.importorskip("torchao.quantization")
 
 
-def made(config, dtype=torch.float32):
+def quantized_by_torchao(config, dtype=torch.float32):
     """(quantization_config, tensors, dense weight as torchao computes it) of one linear quantized
     by the library."""
     from torchao.core.config import config_to_dict
@@ -59,7 +59,7 @@ def configs():
 @pytest.mark.parametrize("i", range(4))
 def test_weights_are_those_of_the_library(i):
     config, spec = configs()[i]
-    said, tensors, W = made(config)
+    said, tensors, W = quantized_by_torchao(config)
     assert reader(said).specs(said, [*tensors, "1.weight"]) == {"0": spec}
     assert torch.equal(dense(reader(said).decode("0", tensors, spec), torch.float32), W)
 
@@ -82,7 +82,7 @@ def test_integers_of_every_width_group_and_mapping_are_those_of_the_library(
         granularity=granularity,
         mapping_type=quantization.MappingType[mapping],
     )
-    said, tensors, W = made(config, dtype)
+    said, tensors, W = quantized_by_torchao(config, dtype)
     spec = Int(bits, Tile(1, group), mapping != "ASYMMETRIC")
     assert reader(said).specs(said, tensors) == {"0": spec}
     leaf = reader(said).decode("0", tensors, spec)
@@ -93,7 +93,9 @@ def test_integers_of_every_width_group_and_mapping_are_those_of_the_library(
 @pytest.mark.parametrize("group", [None, 16, 64])
 def test_int8_of_every_group_is_the_librarys(group):
     granularity = quantization.PerRow() if group is None else quantization.PerGroup(group)
-    said, tensors, W = made(quantization.Int8WeightOnlyConfig(granularity=granularity, version=2))
+    said, tensors, W = quantized_by_torchao(
+        quantization.Int8WeightOnlyConfig(granularity=granularity, version=2)
+    )
     [spec] = reader(said).specs(said, tensors).values()
     assert spec == Int(8, Tile(1, group))
     assert torch.equal(dense(reader(said).decode("0", tensors, spec), torch.float32), W)

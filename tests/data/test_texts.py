@@ -221,9 +221,9 @@ def test_a_long_document_cut_into_pieces_has_the_same_tokens(monkeypatch, kind, 
     monkeypatch.setattr(tokenizing, "MARGIN", 200)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS[kind]())
     pieces = [LONG[text][i : i + 1000] for i in range(0, len(LONG[text]), 1000)]
-    found = [i for ids in tokenizing.token_ids(tokenizer, [pieces, ["word3"]]) for i in ids]
+    joined = [i for ids in tokenizing.token_ids(tokenizer, [pieces, ["word3"]]) for i in ids]
     whole = tokenizer([LONG[text] + "\n\n", "word3\n\n"], add_special_tokens=False).input_ids
-    assert found == whole[0] + whole[1]
+    assert joined == whole[0] + whole[1]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])

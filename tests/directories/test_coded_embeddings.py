@@ -30,32 +30,35 @@ def coded(request, saved, tmp_path):
     source = saved("llama", tie_word_embeddings=request.param)
 
     def make(targets, spec="int8-channel"):
-        made = qlab.quantize(
+        folder_with_codes = qlab.quantize(
             qlab.open(source),
             qlab.rtn(qlab.parse_spec("int4-g32")),
             None,
             tmp_path / "made",
             overwrite=True,
         ).path
-        state, reference = tensors(made), shutil.copytree(made, tmp_path / "reference")
+        state, reference = (
+            tensors(folder_with_codes),
+            shutil.copytree(folder_with_codes, tmp_path / "reference"),
+        )
         leaf = encode(minmax, state.pop(f"{EMBEDDING}.weight"), qlab.parse_spec(spec))
-        for folder, held in (
-            (made, CT.encode(EMBEDDING, leaf)),
+        for folder, entries in (
+            (folder_with_codes, CT.encode(EMBEDDING, leaf)),
             (reference, {f"{EMBEDDING}.weight": dense(leaf)}),
         ):
             for file in folder.glob("*.safetensors*"):
                 file.unlink()
             save_file(
-                {name: t.contiguous() for name, t in (state | held).items()},
+                {name: t.contiguous() for name, t in (state | entries).items()},
                 folder / "model.safetensors",
             )
-        (made / "qlab.json").unlink()
+        (folder_with_codes / "qlab.json").unlink()
         group = CT.config({EMBEDDING: leaf.spec})["config_groups"]["group_0"] | {"targets": targets}
         rewrite(
-            made / "config.json",
+            folder_with_codes / "config.json",
             lambda c: c["quantization_config"]["config_groups"].update(group_1=group),
         )
-        return made, reference
+        return folder_with_codes, reference
 
     return make
 
@@ -71,27 +74,28 @@ def coded(request, saved, tmp_path):
     ],
 )
 def test_every_door_reads_them(targets, spec, coded, door):
-    made, reference = coded(targets, spec)
+    folder_with_codes, reference = coded(targets, spec)
     assert (
-        str(open_checkpoint(made).quantized[EMBEDDING]) == spec
-        and len(open_checkpoint(made).quantized) == 15
+        str(open_checkpoint(folder_with_codes).quantized[EMBEDDING]) == spec
+        and len(open_checkpoint(folder_with_codes).quantized) == 15
     )
     data = qlab.from_ids(qlab.open(reference), IDS)
-    assert qlab.evaluate(qlab.open(made), qlab.open(reference), data).kl == 0
+    assert qlab.evaluate(qlab.open(folder_with_codes), qlab.open(reference), data).kl == 0
     with pytest.warns(UserWarning, match="no int4 kernel on a CPU takes torch.float32"):
         right, ours = (
-            qlab.lower(path, dtype=torch.float32)(IDS).logits for path in (reference, made)
+            qlab.lower(path, dtype=torch.float32)(IDS).logits
+            for path in (reference, folder_with_codes)
         )
-        theirs = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32).eval()
+        theirs = AutoModelForCausalLM.from_pretrained(folder_with_codes, dtype=torch.float32).eval()
     assert torch.equal(ours, right) and torch.equal(theirs(IDS).logits, right)
 
 
 def test_what_transformers_saves_holds_their_codes(coded, door, tmp_path):
-    made, _ = coded([EMBEDDING])
-    AutoModelForCausalLM.from_pretrained(made, dtype=torch.bfloat16).save_pretrained(
+    folder_with_codes, _ = coded([EMBEDDING])
+    AutoModelForCausalLM.from_pretrained(folder_with_codes, dtype=torch.bfloat16).save_pretrained(
         tmp_path / "saved"
     )
-    before, after = tensors(made), tensors(tmp_path / "saved")
+    before, after = tensors(folder_with_codes), tensors(tmp_path / "saved")
     assert before.keys() == after.keys()
     assert all(
         bits_equal(before[name], after[name]) for name in before if name.startswith(EMBEDDING)
@@ -99,7 +103,7 @@ def test_what_transformers_saves_holds_their_codes(coded, door, tmp_path):
 
 
 def test_they_are_converted_under_their_name_or_refused(coded, tmp_path):
-    made, _ = coded([EMBEDDING], "int4-g32")
+    folder_with_codes, _ = coded([EMBEDDING], "int4-g32")
     with pytest.raises(
         QlabError,
         match=(
@@ -107,8 +111,8 @@ def test_they_are_converted_under_their_name_or_refused(coded, tmp_path):
             r"codes"
         ),
     ):
-        qlab.convert(made, "gptq", tmp_path / "none")
-    out = qlab.convert(made, "compressed-tensors", tmp_path / "out").path
+        qlab.convert(folder_with_codes, "gptq", tmp_path / "none")
+    out = qlab.convert(folder_with_codes, "compressed-tensors", tmp_path / "out").path
     said = json.loads((out / "config.json").read_text())["quantization_config"]
     assert (
         said["config_groups"]["group_0"]["targets"] == ["Linear", EMBEDDING]
@@ -118,7 +122,7 @@ def test_they_are_converted_under_their_name_or_refused(coded, tmp_path):
 
 
 def test_classes_that_may_both_be_meant_are_refused(coded):
-    made, _ = coded(["Embedding"], "int4-g32")
+    folder_with_codes, _ = coded(["Embedding"], "int4-g32")
     change = {
         "input_activations": CT.config(
             {"m": qlab.parse_spec("int4-g32")}, {"m": parse_input_spec("int8-token")}
@@ -126,7 +130,7 @@ def test_classes_that_may_both_be_meant_are_refused(coded):
     }
     inputs = change["input_activations"]["config_groups"]["group_0"]["input_activations"]
     rewrite(
-        made / "config.json",
+        folder_with_codes / "config.json",
         lambda c: c["quantization_config"]["config_groups"]["group_0"].update(
             input_activations=inputs
         ),
@@ -138,4 +142,4 @@ def test_classes_that_may_both_be_meant_are_refused(coded):
             r"ways"
         ),
     ):
-        open_checkpoint(made)
+        open_checkpoint(folder_with_codes)

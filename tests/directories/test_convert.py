@@ -286,12 +286,12 @@ def test_only_a_few_tensors_are_alive_at_once(quantized, tmp_path, monkeypatch):
     real = type(source).tensor
 
     def tensor(self, name):
-        made = real(self, name)
+        result = real(self, name)
         alive[:] = [ref for ref in alive if not torch.UntypedStorage._expired(ref)] + [
-            made.untyped_storage()._weak_ref()
+            result.untyped_storage()._weak_ref()
         ]
         most.append(len(alive))
-        return made
+        return result
 
     monkeypatch.setattr(type(source), "tensor", tensor)
     convert(source, "compressed-tensors", tmp_path / "out")

@@ -34,15 +34,15 @@ UP = "model.layers.1.mlp.up_proj"
 def test_a_block_that_the_config_does_not_count_is_refused(family, saved, tmp_path):
     path = shutil.copytree(saved(family), tmp_path / "model")
     key = "n_layer" if family == "gpt2" else "num_hidden_layers"
-    held = tensors(path)
-    held |= {
+    state = tensors(path)
+    state |= {
         re.sub(r"\.1\.", ".2.", name, count=1): t.clone()
-        for name, t in held.items()
+        for name, t in state.items()
         if re.search(r"(layers|h)\.1\.", name)
     }
-    save_file(held, path / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
     block = (
-        next(name for name in held if re.search(r"(layers|h)\.2\.", name)).partition(".2.")[0]
+        next(name for name in state if re.search(r"(layers|h)\.2\.", name)).partition(".2.")[0]
         + ".2"
     )
     for act in (
@@ -63,15 +63,15 @@ def test_a_block_that_the_config_does_not_count_is_refused(family, saved, tmp_pa
     "name", ["model.layers.2.join.weight", "model.layers.2.self_attn.rotary_emb.inv_freq"]
 )
 def test_what_holds_more_than_a_block_is_none_and_is_kept_whole(name, folder, tmp_path):
-    held = tensors(folder)
-    held |= {key.replace(".1.", ".2."): t.clone() for key, t in held.items() if ".1." in key} | {
+    state = tensors(folder)
+    state |= {key.replace(".1.", ".2."): t.clone() for key, t in state.items() if ".1." in key} | {
         name: torch.ones(4, 4)
     }
-    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     out = quantize(open_checkpoint(folder), rtn(INT8), None, tmp_path / "out").path
     after = tensors(out)
     assert (
-        all(bits_equal(after[key], t) for key, t in held.items() if ".2." in key)
+        all(bits_equal(after[key], t) for key, t in state.items() if ".2." in key)
         and verify(out, folder).faults == []
     )
 
@@ -115,19 +115,19 @@ def test_a_weight_of_another_rank_is_refused_by_name(family, name, turn, saved, 
 @pytest.fixture(scope="module")
 def recipes(saved, tmp_path_factory):
     """recipes(name) -> a directory that a recipe wrote of the model, made once."""
-    made = {}
+    folders = {}
     recipe = {
         "all": rtn(INT8),
         "some": rules({"*.0.*": rtn(INT8), "*o_proj": keep(), "*": rtn(INT4)}),
     }
 
     def make(name):
-        if name not in made:
+        if name not in folders:
             model = open_checkpoint(saved("llama", torch.float16))
-            made[name] = quantize(
+            folders[name] = quantize(
                 model, recipe[name], None, tmp_path_factory.mktemp(name) / "out"
             ).path
-        return made[name]
+        return folders[name]
 
     return make
 
@@ -161,11 +161,11 @@ def test_a_block_of_another_recipe_is_a_fault(name, other, words, recipes, origi
 @pytest.mark.parametrize("name, number", [("all", 1), ("some", 0)])
 def test_a_block_that_is_not_quantized_is_a_fault(name, number, recipes, original, tmp_path):
     path, mark = shutil.copytree(recipes(name), tmp_path / "half"), f"model.layers.{number}."
-    held = {key: t for key, t in tensors(path).items() if not key.startswith(mark)}
-    held |= {key: t for key, t in tensors(original).items() if key.startswith(mark)}
+    state = {key: t for key, t in tensors(path).items() if not key.startswith(mark)}
+    state |= {key: t for key, t in tensors(original).items() if key.startswith(mark)}
     for file in path.glob("*.safetensors*"):
         file.unlink()
-    save_file(held, path / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
     rewrite(
         path / "qlab.json",
         lambda record: [
@@ -186,13 +186,13 @@ def test_a_block_that_is_not_quantized_is_a_fault(name, number, recipes, origina
 
 def test_a_weight_that_was_chosen_without_a_model_and_is_dense_is_a_fault(original, tmp_path):
     out = quantize_files(original, rtn(INT8), tmp_path / "out").path
-    dense, held = tensors(original)[f"{UP}.weight"], tensors(out)
+    dense, state = tensors(original)[f"{UP}.weight"], tensors(out)
     for file in out.glob("*.safetensors*"):
         file.unlink()
-    held = {name: t for name, t in held.items() if not name.startswith(f"{UP}.")} | {
+    state = {name: t for name, t in state.items() if not name.startswith(f"{UP}.")} | {
         f"{UP}.weight": dense
     }
-    save_file(held, out / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     rewrite(
         out / "qlab.json",
         lambda record: [record[section].pop(UP) for section in ("sites", "certificates")],
@@ -219,22 +219,22 @@ def test_a_scope_is_read_back_from_its_name(scope):
 
 
 def test_what_the_model_does_not_take_is_carried_on_whatever_it_holds(folder, tmp_path):
-    held = tensors(folder)
-    held["model.layers.0.self_attn.mask"] = torch.full((1, 4, 4), -torch.inf).triu(1)
-    held["freqs_cis"] = torch.tensor([1, torch.nan], dtype=torch.complex64)
-    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    state = tensors(folder)
+    state["model.layers.0.self_attn.mask"] = torch.full((1, 4, 4), -torch.inf).triu(1)
+    state["freqs_cis"] = torch.tensor([1, torch.nan], dtype=torch.complex64)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     opened = open_checkpoint(folder)
-    for made in (
+    for result in (
         quantize(opened, rtn(INT8), None, tmp_path / "one"),
         quantize_files(opened, rtn(INT8), tmp_path / "two"),
     ):
-        out, after = made.path, tensors(made.path)
+        out, after = result.path, tensors(result.path)
         assert bits_equal(
-            after["model.layers.0.self_attn.mask"], held["model.layers.0.self_attn.mask"]
+            after["model.layers.0.self_attn.mask"], state["model.layers.0.self_attn.mask"]
         )
         assert after["freqs_cis"].dtype == torch.complex64 and verify(out, folder).faults == []
-    held["model.norm.weight"][1] = torch.nan
-    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    state["model.norm.weight"][1] = torch.nan
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         QlabError, match=r"model\.norm\.weight holds NaN or Inf; repair the checkpoint"
     ):
@@ -247,10 +247,10 @@ def test_a_linear_that_its_block_never_runs_is_no_fault(monkeypatch, tmp_path):
     def held_by_all(self, config, layer_idx):
         start(self, config, layer_idx)
         self.adapters = nn.ModuleList([nn.Linear(64, 64, bias=False) for _ in range(2)])
-        self.own = layer_idx
+        self.index = layer_idx
 
     def run(self, hidden_states, **kwargs):
-        return forward(self, self.adapters[self.own](hidden_states), **kwargs)
+        return forward(self, self.adapters[self.index](hidden_states), **kwargs)
 
     monkeypatch.setattr(LlamaDecoderLayer, "__init__", held_by_all)
     monkeypatch.setattr(LlamaDecoderLayer, "forward", run)

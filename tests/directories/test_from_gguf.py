@@ -58,7 +58,7 @@ def of_the_file(file):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def converted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gguf")
     file = write(folder / "model.gguf", CODES)
     return SimpleNamespace(
@@ -66,10 +66,10 @@ def made(tmp_path_factory):
     )
 
 
-def test_logits_are_those_of_the_file(made):
-    theirs = of_the_file(made.file)
-    assert (qlab_logits(made.out) - theirs).norm() <= 1e-5 * theirs.norm()
-    assert (transformers_logits(made.out) - theirs).norm() <= 1e-3 * theirs.norm()
+def test_logits_are_those_of_the_file(converted):
+    theirs = of_the_file(converted.file)
+    assert (qlab_logits(converted.out) - theirs).norm() <= 1e-5 * theirs.norm()
+    assert (transformers_logits(converted.out) - theirs).norm() <= 1e-3 * theirs.norm()
 
 
 @pytest.mark.parametrize("arch, config", [("qwen2", {}), ("qwen3", {"head_dim": 128})])
@@ -177,8 +177,8 @@ def test_k_quants_are_dequantized_beside_codes_and_reported(tmp_path):
     assert (qlab_logits(result.path) - theirs).norm() <= 0.01 * theirs.norm()
     assert {name.rpartition(".")[2] for name in model.quantized} == {"o_proj", "down_proj"}
     record = json.loads((result.path / "qlab.json").read_text())["dequantized"]
-    found = {name.split(".")[-2]: row["kind"] for name, row in record.items()}
-    assert found == {
+    reported = {name.split(".")[-2]: row["kind"] for name, row in record.items()}
+    assert reported == {
         "q_proj": "Q2_K",
         "k_proj": "Q3_K",
         "v_proj": "Q6_K",
@@ -187,26 +187,26 @@ def test_k_quants_are_dequantized_beside_codes_and_reported(tmp_path):
     }
 
 
-def test_codes_are_those_of_the_file(made):
-    model = open_checkpoint(made.out)
+def test_codes_are_those_of_the_file(converted):
+    model = open_checkpoint(converted.out)
     names = [
         name
         for name, _ in Skeleton(model, torch.float32).model.named_parameters(remove_duplicate=False)
     ]
-    held = {
+    leaves = {
         name: leaf
-        for name, _, leaf in file_format.tensors(made.file, names)
+        for name, _, leaf in file_format.tensors(converted.file, names)
         if isinstance(leaf, QTensor)
     }
-    assert len(held) == 8 and held.keys() == {f"{module}.weight" for module in model.quantized}
-    assert made.result.sites.keys() == model.quantized.keys()
+    assert len(leaves) == 8 and leaves.keys() == {f"{module}.weight" for module in model.quantized}
+    assert converted.result.sites.keys() == model.quantized.keys()
     assert {str(spec) for spec in model.quantized.values()} == {"int4-g32", "int8-g32"}
-    certificates = json.loads((made.out / "qlab.json").read_text())["certificates"]
-    for name, leaf in held.items():
+    certificates = json.loads((converted.out / "qlab.json").read_text())["certificates"]
+    for name, leaf in leaves.items():
         ours = model.leaf(name)
         assert torch.equal(ours.codes, leaf.codes) and torch.equal(ours.scales, leaf.scales)
         assert certificates[name.removesuffix(".weight")]["sha256"] == fingerprint(leaf)
-    assert qlab.verify(made.out, made.out).faults == []
+    assert qlab.verify(converted.out, converted.out).faults == []
 
 
 @pytest.mark.parametrize("arch, config", [("qwen2", {}), ("qwen3", {"head_dim": 128})])
@@ -227,10 +227,10 @@ def test_a_converted_file_verifies_against_the_model_that_it_was_made_of(arch, c
     assert any("lost its certificates" in fault for fault in qlab.verify(out, out).faults)
 
 
-def test_codes_of_two_widths_in_another_format_are_the_same(made, tmp_path):
+def test_codes_of_two_widths_in_another_format_are_the_same(converted, tmp_path):
     there, here = (
-        open_checkpoint(convert(made.file, "gptq", tmp_path / "out").path),
-        open_checkpoint(made.out),
+        open_checkpoint(convert(converted.file, "gptq", tmp_path / "out").path),
+        open_checkpoint(converted.out),
     )
     assert there.quantized.keys() == here.quantized.keys()
     assert all(
@@ -239,29 +239,29 @@ def test_codes_of_two_widths_in_another_format_are_the_same(made, tmp_path):
     )
 
 
-def test_floats_keep_their_dtype_and_everything_else_comes_along(made):
-    held = tensors(made.out)
+def test_floats_keep_their_dtype_and_everything_else_comes_along(converted):
+    converted_tensors = tensors(converted.out)
     assert {
         "config.json",
         "generation_config.json",
         "tokenizer.json",
         "chat_template.jinja",
-    } <= contents(made.out).keys()
-    assert json.loads((made.out / "config.json").read_text())["architectures"] == [
+    } <= contents(converted.out).keys()
+    assert json.loads((converted.out / "config.json").read_text())["architectures"] == [
         "LlamaForCausalLM"
     ]
     assert (
-        held["model.norm.weight"].dtype == torch.float32
-        and held["model.layers.1.mlp.gate_proj.weight"].dtype == torch.float16
+        converted_tensors["model.norm.weight"].dtype == torch.float32
+        and converted_tensors["model.layers.1.mlp.gate_proj.weight"].dtype == torch.float16
     )
-    tokenizer = AutoTokenizer.from_pretrained(made.out)
-    theirs = AutoTokenizer.from_pretrained(made.file.parent, gguf_file=made.file.name)
+    tokenizer = AutoTokenizer.from_pretrained(converted.out)
+    theirs = AutoTokenizer.from_pretrained(converted.file.parent, gguf_file=converted.file.name)
     assert tokenizer("wo word7 w").input_ids == theirs("wo word7 w").input_ids and len(
         tokenizer
     ) == len(theirs)
     # transformers 5.17 takes the wrong token.
     assert tokenizer.chat_template == TEMPLATE and tokenizer.eos_token == theirs.eos_token
-    assert made.result.dequantized == {}
+    assert converted.result.dequantized == {}
 
 
 def test_embeddings_are_dequantized_and_the_command_says_so(tmp_path, command):
@@ -296,7 +296,7 @@ def test_a_file_without_codes_is_an_unquantized_directory(tmp_path):
     assert (transformers_logits(tmp_path / "out") - theirs).norm() <= 1e-6 * theirs.norm()
 
 
-def test_errors_leave_nothing(made, tmp_path, monkeypatch):
+def test_errors_leave_nothing(converted, tmp_path, monkeypatch):
     (tmp_path / "text.gguf").write_text("no model")
     for file, codec, complaint in [
         (tmp_path / "text.gguf", "gptq", "truncated or not a GGUF file"),
@@ -311,18 +311,18 @@ def test_errors_leave_nothing(made, tmp_path, monkeypatch):
             "gptq",
             "architecture 'nobody'; qlab reads llama",
         ),
-        (made.file, "awq", r"k_proj: .*int8-g32"),
-        (made.file, "zip", "codec 'zip' is unknown"),
+        (converted.file, "awq", r"k_proj: .*int8-g32"),
+        (converted.file, "zip", "codec 'zip' is unknown"),
     ]:
         with pytest.raises(QlabError, match=complaint):
             convert(file, codec, tmp_path / "out")
         assert not list(tmp_path.glob("out*"))
     with pytest.raises(QlabError, match="convert it without a grid"):
-        convert(made.file, "gptq", tmp_path / "out", requantize=qlab.parse_spec("int4-g32"))
-    before = contents(made.out)
+        convert(converted.file, "gptq", tmp_path / "out", requantize=qlab.parse_spec("int4-g32"))
+    before = contents(converted.out)
     with pytest.raises(QlabError, match="exists and holds something else"):
-        convert(made.file, "compressed-tensors", made.out)
-    assert contents(made.out) == before
+        convert(converted.file, "compressed-tensors", converted.out)
+    assert contents(converted.out) == before
 
 
 def test_an_output_around_the_file_is_refused_even_when_it_may_be_overwritten(tmp_path):
@@ -340,9 +340,9 @@ def test_an_output_around_the_file_is_refused_even_when_it_may_be_overwritten(tm
 
 
 @pytest.mark.parametrize("door", [qlab.open, qlab.inspect])
-def test_doors_of_directories_say_that_a_file_is_converted_first(door, made):
+def test_doors_of_directories_say_that_a_file_is_converted_first(door, converted):
     with pytest.raises(
         QlabError,
         match=r"model\.gguf is a GGUF file, which is converted first: `qlab convert .* --out DIR`",
     ):
-        door(made.file)
+        door(converted.file)

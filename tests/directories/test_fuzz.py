@@ -114,12 +114,13 @@ def test_any_value_in_a_configuration_is_read_or_refused(codec, formats, copied)
         (path / "config.json").write_text(json.dumps({**config, "quantization_config": broken}))
         try:
             inspect(path)
-            found = leaves(path)
+            decoded = leaves(path)
         except QlabError as error:
             assert one_sentence(error)
         else:
             assert all(
-                leaf.shape in ((64, 64), (32, 64), (128, 64), (64, 128)) for leaf in found.values()
+                leaf.shape in ((64, 64), (32, 64), (128, 64), (64, 128))
+                for leaf in decoded.values()
             )
 
     changed()

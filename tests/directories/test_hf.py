@@ -43,7 +43,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
 
 
 @pytest.fixture(scope="module")
-def made(saved, tmp_path_factory):
+def quantized(saved, tmp_path_factory):
     """made(codec, family) -> a tiny model in the format of the codec."""
     written = {}
 
@@ -83,8 +83,11 @@ def test_what_is_turned_at_run_time_is_turned_and_saved(tmp_path):
 
 
 @pytest.mark.parametrize("codec", ["compressed-tensors", "gptq", "gptq_v2", "awq"])
-def test_from_pretrained_is_lower(codec, made):
-    model, lowered = AutoModelForCausalLM.from_pretrained(made(codec)), qlab.lower(made(codec))
+def test_from_pretrained_is_lower(codec, quantized):
+    model, lowered = (
+        AutoModelForCausalLM.from_pretrained(quantized(codec)),
+        qlab.lower(quantized(codec)),
+    )
     assert (
         model.dtype == torch.bfloat16 and sum(isinstance(m, QLinear) for m in model.modules()) == 14
     )
@@ -96,16 +99,16 @@ def test_from_pretrained_is_lower(codec, made):
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "opt", "gpt_neox"])
-def test_families_with_biases_and_tied_heads(family, made):
-    model = AutoModelForCausalLM.from_pretrained(made(family=family))
-    assert torch.equal(logits(model), logits(qlab.lower(made(family=family))))
+def test_families_with_biases_and_tied_heads(family, quantized):
+    model = AutoModelForCausalLM.from_pretrained(quantized(family=family))
+    assert torch.equal(logits(model), logits(qlab.lower(quantized(family=family))))
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_fused_experts_of_packed_codes(family, made, tmp_path):
+def test_fused_experts_of_packed_codes(family, quantized, tmp_path):
     model, lowered = (
-        AutoModelForCausalLM.from_pretrained(made(family=family)),
-        qlab.lower(made(family=family)),
+        AutoModelForCausalLM.from_pretrained(quantized(family=family)),
+        qlab.lower(quantized(family=family)),
     )
     assert (
         sum(isinstance(m, QExperts) for m in model.modules())
@@ -116,7 +119,7 @@ def test_fused_experts_of_packed_codes(family, made, tmp_path):
         logits(model), logits(lowered)
     )
     model.save_pretrained(tmp_path / "again")
-    old, new = tensors(made(family=family)), tensors(tmp_path / "again")
+    old, new = tensors(quantized(family=family)), tensors(tmp_path / "again")
     assert old.keys() == new.keys()
     # transformers keeps a router's correction in float32, which holds what the file says
     assert [name for name in old if not bits_equal(old[name].to(new[name].dtype), new[name])] == []
@@ -157,18 +160,18 @@ def test_mixtures_and_decoders_behind_a_tower_of_any_spec(family, weights, input
 
 
 @pytest.mark.parametrize("codec", ["compressed-tensors", "awq"])
-def test_what_is_saved_is_what_was_read(codec, made, tmp_path):
-    AutoModelForCausalLM.from_pretrained(made(codec)).save_pretrained(tmp_path / "again")
-    old, new = tensors(made(codec)), tensors(tmp_path / "again")
+def test_what_is_saved_is_what_was_read(codec, quantized, tmp_path):
+    AutoModelForCausalLM.from_pretrained(quantized(codec)).save_pretrained(tmp_path / "again")
+    old, new = tensors(quantized(codec)), tensors(tmp_path / "again")
     assert old.keys() == new.keys() and all(bits_equal(old[name], new[name]) for name in old)
     configs = [
         json.loads((path / "config.json").read_text())["quantization_config"]
-        for path in (made(codec), tmp_path / "again")
+        for path in (quantized(codec), tmp_path / "again")
     ]
     assert configs[0] == configs[1]
     assert torch.equal(
         logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")),
-        logits(qlab.lower(made(codec))),
+        logits(qlab.lower(quantized(codec))),
     )
 
 
@@ -183,8 +186,8 @@ def reference(path):
 def test_every_format_comes_up_as_qlab_reads_it_and_is_saved_as_it_was(name, tmp_path):
     path = directory(name, tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(path, device_map="cpu")
-    found, expected = logits(model), reference(path)
-    assert (found - expected).norm() < MODEL[
+    computed, expected = logits(model), reference(path)
+    assert (computed - expected).norm() < MODEL[
         torch.float32
     ] * expected.norm() and model.dtype == torch.float32
     assert sum(isinstance(m, QuantizedWeight) for m in model.modules()) == (
@@ -210,8 +213,8 @@ def test_every_format_comes_up_as_qlab_reads_it_and_is_saved_as_it_was(name, tmp
 def test_every_dtype_of_activations(name, dtype, tmp_path):
     path = directory(name, tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    found, expected = logits(model), reference(path)
-    assert found.dtype == dtype and (found - expected).norm() < MODEL[dtype] * expected.norm()
+    computed, expected = logits(model), reference(path)
+    assert computed.dtype == dtype and (computed - expected).norm() < MODEL[dtype] * expected.norm()
     assert model.generate(IDS, max_new_tokens=3, do_sample=False).shape[1] <= 11
 
 
@@ -224,10 +227,10 @@ def test_slow_weights_are_announced(tmp_path):
 @pytest.mark.parametrize(
     "codec, file", [("gptq", "quantize_config.json"), ("awq", "quant_config.json")]
 )
-def test_a_config_in_a_file_of_its_own_is_found(codec, file, made, tmp_path):
+def test_a_config_in_a_file_of_its_own_is_found(codec, file, quantized, tmp_path):
     """Older writers left config.json as it was; transformers alone would fill such a model at
     random."""
-    legacy = shutil.copytree(made(codec), tmp_path / "legacy")
+    legacy = shutil.copytree(quantized(codec), tmp_path / "legacy")
     config = json.loads((legacy / "config.json").read_text())
     said = config.pop("quantization_config")
     if codec == "awq":
@@ -240,7 +243,7 @@ def test_a_config_in_a_file_of_its_own_is_found(codec, file, made, tmp_path):
     (legacy / "config.json").write_text(json.dumps(config))
     (legacy / file).write_text(json.dumps({k: v for k, v in said.items() if k != "quant_method"}))
     model = AutoModelForCausalLM.from_pretrained(legacy)
-    assert torch.equal(logits(model), logits(qlab.lower(made(codec))))
+    assert torch.equal(logits(model), logits(qlab.lower(quantized(codec))))
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(
         logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(model)
@@ -257,28 +260,32 @@ def test_unquantized_models_load_as_before(saved):
 
 
 @pytest.mark.filterwarnings("ignore:no int4 kernel")
-def test_dtype_and_device_map(made):
-    model = AutoModelForCausalLM.from_pretrained(made(), dtype=torch.float32, device_map="cpu")
+def test_dtype_and_device_map(quantized):
+    model = AutoModelForCausalLM.from_pretrained(quantized(), dtype=torch.float32, device_map="cpu")
     assert model.dtype == torch.float32 and torch.equal(
-        logits(model), logits(qlab.lower(made(), dtype=torch.float32))
+        logits(model), logits(qlab.lower(quantized(), dtype=torch.float32))
     )
-    placed = AutoModelForCausalLM.from_pretrained(made(), dtype=torch.bfloat16, device_map="auto")
+    placed = AutoModelForCausalLM.from_pretrained(
+        quantized(), dtype=torch.bfloat16, device_map="auto"
+    )
     assert placed.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(QlabError, match=r"qlab puts a model on one device"):
-        AutoModelForCausalLM.from_pretrained(made(), device_map={"model": "cpu", "lm_head": "meta"})
+        AutoModelForCausalLM.from_pretrained(
+            quantized(), device_map={"model": "cpu", "lm_head": "meta"}
+        )
     with pytest.raises(QlabError, match=r"no kernel takes torch.float64"):
-        AutoModelForCausalLM.from_pretrained(made(), dtype=torch.float64)
+        AutoModelForCausalLM.from_pretrained(quantized(), dtype=torch.float64)
     if not torch.cuda.is_available():
         with pytest.raises(QlabError, match="no CUDA device"):
-            AutoModelForCausalLM.from_pretrained(made(), device_map="cuda")
+            AutoModelForCausalLM.from_pretrained(quantized(), device_map="cuda")
 
 
 @pytest.mark.filterwarnings("ignore:no .*kernel")
-def test_tensors_of_other_names_in_the_files_have_the_dtype_that_was_asked_for(made):
-    model = AutoModelForCausalLM.from_pretrained(made(family="mixtral"), dtype=torch.float32)
+def test_tensors_of_other_names_in_the_files_have_the_dtype_that_was_asked_for(quantized):
+    model = AutoModelForCausalLM.from_pretrained(quantized(family="mixtral"), dtype=torch.float32)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert torch.equal(
-        logits(model), logits(qlab.lower(made(family="mixtral"), dtype=torch.float32))
+        logits(model), logits(qlab.lower(quantized(family="mixtral"), dtype=torch.float32))
     )
 
 
@@ -288,25 +295,25 @@ UP = "mlp.up_proj.weight"
 @pytest.mark.parametrize(
     "name", [f"model.layers.0.{UP}_packed", f"model.layers.1.{UP}_scale", "model.norm.weight"]
 )
-def test_no_weight_is_ever_random(name, made, tmp_path):
-    broken = shutil.copytree(made(), tmp_path / "broken")
+def test_no_weight_is_ever_random(name, quantized, tmp_path):
+    broken = shutil.copytree(quantized(), tmp_path / "broken")
     edit(broken, name, lambda tensor: None)
     with pytest.raises(QlabError, match=name.removesuffix("_packed").removesuffix("_scale")):
         AutoModelForCausalLM.from_pretrained(broken)
 
 
-def test_a_model_of_another_class_is_refused(made):
+def test_a_model_of_another_class_is_refused(quantized):
     with pytest.raises(
         QlabError,
         match="holds a LlamaForCausalLM and not a LlamaModel; load it with the auto class",
     ):
-        AutoModel.from_pretrained(made())
+        AutoModel.from_pretrained(quantized())
 
 
-def test_the_directory_is_left_alone(made):
-    before = contents(made())
-    AutoModelForCausalLM.from_pretrained(made())
-    assert contents(made()) == before
+def test_the_directory_is_left_alone(quantized):
+    before = contents(quantized())
+    AutoModelForCausalLM.from_pretrained(quantized())
+    assert contents(quantized()) == before
 
 
 @pytest.mark.parametrize(
@@ -321,11 +328,13 @@ def test_the_directory_is_left_alone(made):
         ({"vocab_size": 256}, r"lm_head\.weight is of shape \(128, 64\) in it"),
     ],
 )
-def test_options_that_ask_for_another_model_than_the_directorys_are_refused(options, words, made):
+def test_options_that_ask_for_another_model_than_the_directorys_are_refused(
+    options, words, quantized
+):
     with pytest.raises(
         QlabError, match=f"of another model than from_pretrained was asked for: {words}"
     ):
-        AutoModelForCausalLM.from_pretrained(made(), **options)
+        AutoModelForCausalLM.from_pretrained(quantized(), **options)
 
 
 @pytest.mark.parametrize(
@@ -341,19 +350,19 @@ def test_quantizing_while_loading_is_left_to_transformers(said, saved):
         type(auto.AutoHfQuantizer.from_config(config.to_dict(), pre_quantized=True)).__module__
         == "qlab.hf"
     )
-    own = TorchAoConfig(Int8WeightOnlyConfig())
-    model = AutoModelForCausalLM.from_pretrained(saved(), quantization_config=own)
+    theirs = TorchAoConfig(Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(saved(), quantization_config=theirs)
     assert isinstance(model.model.layers[0].mlp.up_proj.weight, TorchAOBaseTensor)
 
 
-def test_the_key_of_older_compressed_tensors_is_read(made, tmp_path):
-    older = shutil.copytree(made(), tmp_path / "older")
+def test_the_key_of_older_compressed_tensors_is_read(quantized, tmp_path):
+    older = shutil.copytree(quantized(), tmp_path / "older")
     rewrite(
         older / "config.json", lambda c: c.update(compression_config=c.pop("quantization_config"))
     )
     assert torch.equal(
-        logits(AutoModelForCausalLM.from_pretrained(older)), logits(qlab.lower(made()))
+        logits(AutoModelForCausalLM.from_pretrained(older)), logits(qlab.lower(quantized()))
     )
-    assert open_checkpoint(older).quantized == open_checkpoint(made()).quantized
+    assert open_checkpoint(older).quantized == open_checkpoint(quantized()).quantized
     there = convert(older, "awq", tmp_path / "awq").path
     assert "compression_config" not in json.loads((there / "config.json").read_text())

@@ -35,7 +35,7 @@ IDS = torch.arange(3, 15)[None]
 
 
 @pytest.fixture(scope="module")
-def made(saved, tmp_path_factory):
+def quantized(saved, tmp_path_factory):
     """made(codec, family) -> a tiny model in the format of the codec."""
     folder, written = tmp_path_factory.mktemp("made"), {}
 
@@ -79,42 +79,42 @@ def is_dense(model):
     ],
 )
 @pytest.mark.filterwarnings("error:.*quantization_config")
-def test_the_methods_own_config_is_taken_beside_the_directorys(codec, option, made):
-    model = load(made(codec), quantization_config=option)
-    assert torch.equal(logits(model), logits(load(made(codec)))) and not is_dense(model)
+def test_the_methods_own_config_is_taken_beside_the_directorys(codec, option, quantized):
+    model = load(quantized(codec), quantization_config=option)
+    assert torch.equal(logits(model), logits(load(quantized(codec)))) and not is_dense(model)
     assert (
         model.config.quantization_config.to_dict()
-        == json.loads((made(codec) / "config.json").read_text())["quantization_config"]
+        == json.loads((quantized(codec) / "config.json").read_text())["quantization_config"]
     )
 
 
-def test_what_such_a_config_cannot_change_is_named(made):
+def test_what_such_a_config_cannot_change_is_named(quantized):
     with pytest.warns(
         UserWarning, match=r"the directory says .*bits 4.* changes nothing of what is written there"
     ):
-        load(made("gptq"), quantization_config=GPTQConfig(bits=8))
+        load(quantized("gptq"), quantization_config=GPTQConfig(bits=8))
     with pytest.warns(
         UserWarning,
         match="backend of quantization_config chooses other kernels than qlab's and has no effect",
     ):
-        load(made("gptq"), quantization_config=GPTQConfig(bits=4, backend="marlin"))
+        load(quantized("gptq"), quantization_config=GPTQConfig(bits=4, backend="marlin"))
     with pytest.raises(
         QlabError, match="is quantized by gptq and quantization_config asks for bitsandbytes"
     ):
-        load(made("gptq"), quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+        load(quantized("gptq"), quantization_config=BitsAndBytesConfig(load_in_8bit=True))
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 @pytest.mark.parametrize("asked", ["option", "method"])
-def test_a_dense_model_is_given_where_it_is_asked_for(family, asked, made, tmp_path):
+def test_a_dense_model_is_given_where_it_is_asked_for(family, asked, quantized, tmp_path):
     option = (
         {"quantization_config": CompressedTensorsConfig(dequantize=True)}
         if asked == "option"
         else {}
     )
     model, packed = (
-        load(made(family=family), dtype=torch.float32, **option),
-        load(made(family=family), dtype=torch.float32),
+        load(quantized(family=family), dtype=torch.float32, **option),
+        load(quantized(family=family), dtype=torch.float32),
     )
     if asked == "method":
         model = model.dequantize()
@@ -144,23 +144,25 @@ def test_no_dense_model_is_made_of_what_is_rotated_at_run_time(tmp_path):
     ids=["deepcopy", "pickle"],
 )
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_a_copy_computes_and_saves_the_same(again, family, made, tmp_path):
-    model = load(made(family=family))
+def test_a_copy_computes_and_saves_the_same(again, family, quantized, tmp_path):
+    model = load(quantized(family=family))
     expected, second = logits(model), again(model)
     del model
     assert torch.equal(logits(second), expected)
     second.save_pretrained(tmp_path / "again")
-    old, new = tensors(made(family=family)), tensors(tmp_path / "again")
+    old, new = tensors(quantized(family=family)), tensors(tmp_path / "again")
     assert old.keys() == new.keys() and all(
         bits_equal(old[name].to(new[name].dtype), new[name]) for name in old
     )
 
 
-def test_training_reaches_what_is_not_quantized(made):
-    model = load(made(), dtype=torch.float32)
+def test_training_reaches_what_is_not_quantized(quantized):
+    model = load(quantized(), dtype=torch.float32)
     model(input_ids=IDS, labels=IDS).loss.backward()
     plain = load(
-        made(), dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
+        quantized(),
+        dtype=torch.float32,
+        quantization_config=CompressedTensorsConfig(dequantize=True),
     )
     plain(input_ids=IDS, labels=IDS).loss.backward()
     for name in (
@@ -168,8 +170,8 @@ def test_training_reaches_what_is_not_quantized(made):
         "model.layers.0.input_layernorm.weight",
         "model.embed_tokens.weight",
     ):
-        found, expected = (m.get_parameter(name).grad for m in (model, plain))
-        assert (found - expected).norm() < 1e-4 * expected.norm()
+        gradient, expected = (m.get_parameter(name).grad for m in (model, plain))
+        assert (gradient - expected).norm() < 1e-4 * expected.norm()
 
 
 @pytest.mark.filterwarnings("ignore:.*torch_dtype")
@@ -192,8 +194,8 @@ def test_training_reaches_what_is_not_quantized(made):
         {"use_cache": False},
     ],
 )
-def test_options_that_change_nothing_of_the_weights(options, made):
-    model, loaded = load(made(), **options, output_loading_info=True)
+def test_options_that_change_nothing_of_the_weights(options, quantized):
+    model, loaded = load(quantized(), **options, output_loading_info=True)
     assert (
         not loaded["missing_keys"]
         and not loaded["unexpected_keys"]
@@ -204,19 +206,21 @@ def test_options_that_change_nothing_of_the_weights(options, made):
         "attn_implementation", "qlab_one_token"
     )
     torch.testing.assert_close(
-        logits(model), logits(load(made(), dtype=dtype)), rtol=0.05, atol=0.05
+        logits(model), logits(load(quantized(), dtype=dtype)), rtol=0.05, atol=0.05
     )
 
 
-def test_a_model_in_a_subfolder_and_one_with_a_config_object(made, tmp_path):
-    shutil.copytree(made(), tmp_path / "all" / "inner")
-    expected = logits(load(made()))
+def test_a_model_in_a_subfolder_and_one_with_a_config_object(quantized, tmp_path):
+    shutil.copytree(quantized(), tmp_path / "all" / "inner")
+    expected = logits(load(quantized()))
     assert torch.equal(logits(load(tmp_path / "all", subfolder="inner")), expected)
-    assert torch.equal(logits(load(made(), config=AutoConfig.from_pretrained(made()))), expected)
+    assert torch.equal(
+        logits(load(quantized(), config=AutoConfig.from_pretrained(quantized()))), expected
+    )
 
 
-def test_other_weights_than_the_directorys_are_refused(made, tmp_path):
-    other = shutil.copytree(made(), tmp_path / "other")
+def test_other_weights_than_the_directorys_are_refused(quantized, tmp_path):
+    other = shutil.copytree(quantized(), tmp_path / "other")
     shutil.copy(next(other.glob("*.safetensors")), other / "model.fp16.safetensors")
     with pytest.raises(
         QlabError, match=r"chose model\.fp16\.safetensors \(by variant or use_safetensors\)"
@@ -224,22 +228,22 @@ def test_other_weights_than_the_directorys_are_refused(made, tmp_path):
         load(other, variant="fp16")
     with pytest.raises(QlabError, match="was given no files"):
         type(tiny("llama")).from_pretrained(
-            None, config=AutoConfig.from_pretrained(made()), state_dict=tensors(made())
+            None, config=AutoConfig.from_pretrained(quantized()), state_dict=tensors(quantized())
         )
     with pytest.raises(
         QlabError,
         match="quantized experts have an implementation of their own, and 'eager' was asked for",
     ):
-        load(made(family="mixtral"), experts_implementation="eager")
+        load(quantized(family="mixtral"), experts_implementation="eager")
 
 
-def test_names_that_only_a_key_mapping_explains_are_refused(made, tmp_path):
-    renamed = shutil.copytree(made(), tmp_path / "renamed")
-    found = tensors(renamed)
+def test_names_that_only_a_key_mapping_explains_are_refused(quantized, tmp_path):
+    renamed = shutil.copytree(quantized(), tmp_path / "renamed")
+    state = tensors(renamed)
     for file in renamed.glob("*.safetensors*"):
         file.unlink()
     save_file(
-        {name.replace("model.", "old.", 1): t for name, t in found.items()},
+        {name.replace("model.", "old.", 1): t for name, t in state.items()},
         renamed / "model.safetensors",
         {"format": "pt"},
     )

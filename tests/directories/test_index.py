@@ -20,10 +20,10 @@ NAME = "model.layers.1.mlp.up_proj.weight"
 def indexed(source, folder, listed, without=()):
     """A copy of a directory in two files, with an index that lists every tensor and more."""
     shutil.copytree(source, folder)
-    state, held = tensors(source), sorted(tensors(source).keys() - set(without))
+    state, present = tensors(source), sorted(tensors(source).keys() - set(without))
     for file in folder.glob("*.safetensors*"):
         file.unlink()
-    files = {"1.safetensors": held[::2], "2.safetensors": held[1::2]}
+    files = {"1.safetensors": present[::2], "2.safetensors": present[1::2]}
     for file, names in files.items():
         save_file({name: state[name] for name in names}, folder / file)
     weight_map = {name: file for file, names in files.items() for name in names}
@@ -71,9 +71,9 @@ def test_what_the_model_needs_is_named_before_anything_is_written(act, saved, tm
 
 
 def test_codes_that_are_listed_and_not_there_are_named(saved, tmp_path):
-    made = qlab.quantize(qlab.open(saved()), INT8, None, tmp_path / "made").path
-    gone = [name for name in tensors(made) if name.startswith(NAME.removesuffix("weight"))]
-    folder = indexed(made, tmp_path / "model", gone, without=gone)
+    quantized = qlab.quantize(qlab.open(saved()), INT8, None, tmp_path / "made").path
+    gone = [name for name in tensors(quantized) if name.startswith(NAME.removesuffix("weight"))]
+    folder = indexed(quantized, tmp_path / "model", gone, without=gone)
     for act in (
         qlab.lower,
         lambda path: qlab.convert(path, "gptq", tmp_path / "out"),

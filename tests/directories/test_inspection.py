@@ -20,15 +20,15 @@ from qlab.files.tensors import write
 from qlab.methods.gptq import gptq
 
 
-def printed(found) -> str:
+def printed(inspection) -> str:
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(found)
+        console.print(inspection)
     return capture.get()
 
 
 @pytest.fixture(scope="module")
-def made(saved, tmp_path_factory):
+def quantized(saved, tmp_path_factory):
     source = saved("llama", torch.float16)
     recipe = gptq(parse_spec("int4-g32-asym"))
     return quantize(
@@ -39,21 +39,23 @@ def made(saved, tmp_path_factory):
     ).path
 
 
-def test_what_qlab_wrote_shows_what_it_measured(made):
-    found = inspect(made)
+def test_what_qlab_wrote_shows_what_it_measured(quantized):
+    inspection = inspect(quantized)
     assert (
-        found.format == "compressed-tensors pack-quantized 0.20.0"
-        and found.model_type == "llama"
-        and len(found.sites) == 14
+        inspection.format == "compressed-tensors pack-quantized 0.20.0"
+        and inspection.model_type == "llama"
+        and len(inspection.sites) == 14
     )
-    row = found.sites["model.layers.1.mlp.up_proj"]
+    row = inspection.sites["model.layers.1.mlp.up_proj"]
     assert (
         row["stored"] == "weight_packed I32 128x8, weight_scale F16 128x2, weight_shape I64 2, "
         "weight_zero_point I32 16x2"
     )
     assert row["bytes"] == 4 * 128 * 8 + 2 * 128 * 2 + 16 + 4 * 32 and row["loss"] > 0
-    assert found.unquantized["model.norm.weight"] == "F16 64" and len(found.unquantized) == 7
-    text = printed(found)
+    assert (
+        inspection.unquantized["model.norm.weight"] == "F16 64" and len(inspection.unquantized) == 7
+    )
+    text = printed(inspection)
     assert (
         "14 of 14 weights quantized" in text
         and "model.layers.1.mlp.up_proj" in text
@@ -61,24 +63,24 @@ def test_what_qlab_wrote_shows_what_it_measured(made):
     )
 
 
-def test_a_directory_of_others_is_shown_by_families(made, tmp_path):
-    for file in made.iterdir():
+def test_a_directory_of_others_is_shown_by_families(quantized, tmp_path):
+    for file in quantized.iterdir():
         if file.name != "qlab.json":
             (tmp_path / file.name).symlink_to(file)
-    found = inspect(tmp_path)
-    assert found.record == {} and found.sites.keys() == inspect(made).sites.keys()
-    text = printed(found)
+    inspection = inspect(tmp_path)
+    assert inspection.record == {} and inspection.sites.keys() == inspect(quantized).sites.keys()
+    text = printed(inspection)
     assert "14 weights quantized" in text
     line = next(line for line in text.splitlines() if "model.layers.*.mlp.up_proj" in line)
     assert [cell.strip() for cell in line.split("│")][2:4] == ["2", "int4-g32-asym"]
 
 
 def test_an_unquantized_directory_too(saved):
-    found = inspect(saved())
+    inspection = inspect(saved())
     assert (
-        found.format == "unquantized"
-        and not found.sites
-        and "0 weights quantized" in printed(found)
+        inspection.format == "unquantized"
+        and not inspection.sites
+        and "0 weights quantized" in printed(inspection)
     )
 
 
@@ -117,9 +119,9 @@ def test_a_hundred_shards_of_an_unknown_architecture_without_transformers(tmp_pa
     assert done.stdout.split() == ["400", "100", "False"], done.stderr
 
 
-def test_only_headers_are_read(made, monkeypatch):
+def test_only_headers_are_read(quantized, monkeypatch):
     monkeypatch.setattr("qlab.files.checkpoint.read", None)
-    assert len(inspect(made).sites) == 14
+    assert len(inspect(quantized).sites) == 14
 
 
 @pytest.mark.parametrize("value", [[1], "int4", 3])

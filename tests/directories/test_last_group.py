@@ -33,7 +33,7 @@ def coded_as(W_ok):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def coded_and_plain(tmp_path_factory):
     """A directory with codes in groups of 48 channels, of 64 and of 144, and it with dense
     weights."""
     model, folders = (
@@ -50,7 +50,7 @@ def made(tmp_path_factory):
         for path, leaf in leaves.items()
         for name, t in CODECS["gptq"].encode(path, leaf).items()
     }
-    for folder, held in zip(
+    for folder, entries in zip(
         folders,
         (coded, {f"{path}.weight": dense(leaf, torch.float32) for path, leaf in leaves.items()}),
     ):
@@ -60,22 +60,22 @@ def made(tmp_path_factory):
                     dict.fromkeys(linears, SPEC) | {"lm_head": None}
                 )
             }
-            if held is coded
+            if entries is coded
             else {}
         )
         (folder / "config.json").write_text(
             json.dumps(model.config.to_dict() | said | {"dtype": "float16"})
         )
         save_file(
-            {n: t.contiguous() for n, t in (plain | held).items()},
+            {n: t.contiguous() for n, t in (plain | entries).items()},
             folder / "model.safetensors",
             metadata={"format": "pt"},
         )
     return folders
 
 
-def test_every_door_reads_it(made, door):
-    coded, plain = made
+def test_every_door_reads_it(coded_and_plain, door):
+    coded, plain = coded_and_plain
     assert (
         qlab.evaluate(qlab.open(coded), qlab.open(plain), qlab.from_ids(qlab.open(plain), IDS)).kl
         < 1e-9
@@ -91,8 +91,8 @@ def test_every_door_reads_it(made, door):
     assert str(open_checkpoint(coded).quantized["model.layers.0.mlp.down_proj"]) == "int4-g48"
 
 
-def test_it_is_converted_where_the_format_has_it_and_refused_elsewhere(made, tmp_path):
-    coded, _ = made
+def test_it_is_converted_where_the_format_has_it_and_refused_elsewhere(coded_and_plain, tmp_path):
+    coded, _ = coded_and_plain
     there, here = (
         open_checkpoint(qlab.convert(coded, "gptq_v2", tmp_path / "v2").path),
         open_checkpoint(coded),

@@ -53,10 +53,10 @@ def unknown(tmp_path) -> Path:
     )
     (folder / "tokenizer.json").write_text("{}")
     torch.manual_seed(0)
-    made = {f"{name}.weight": torch.randn(16, 64, dtype=torch.bfloat16) for name in NAMES}
-    made |= {"layers.0.attn.q_proj.bias": torch.randn(16), "layers.0.norm.weight": torch.ones(64)}
-    made["layers.0.conv.weight"] = torch.ones(2, 2, 3)
-    items = list(made.items())
+    state = {f"{name}.weight": torch.randn(16, 64, dtype=torch.bfloat16) for name in NAMES}
+    state |= {"layers.0.attn.q_proj.bias": torch.randn(16), "layers.0.norm.weight": torch.ones(64)}
+    state["layers.0.conv.weight"] = torch.ones(2, 2, 3)
+    items = list(state.items())
     write(folder / "a.safetensors", items[:5])
     write(folder / "b.safetensors", items[5:])
     return folder

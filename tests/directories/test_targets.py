@@ -50,21 +50,21 @@ CT = "compressed-tensors"
     ],
 )
 def test_what_an_engine_loads(target, codec, spec, experts, expected):
-    found = refusal(target, codec, parse_spec(spec), experts)
+    reason = refusal(target, codec, parse_spec(spec), experts)
     if expected is None:
-        assert found is None
+        assert reason is None
     else:
-        assert found is not None and f"{target} loads no {spec}" in found and expected in found
+        assert reason is not None and f"{target} loads no {spec}" in reason and expected in reason
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_nearest_thing_is_itself_loaded(target):
     for text in ("int1-g16", "int6-g256-asym", "int8-b64x64", "fp8-g64", "mxfp6", "int4-g128-asym"):
         for experts in (False, True):
-            found = refusal(target, "nothing", parse_spec(text), experts)
-            assert found is not None
-            if "the nearest it loads is " in found:
-                near, codec = found.split("the nearest it loads is ")[1].split(" with the codec ")
+            reason = refusal(target, "nothing", parse_spec(text), experts)
+            assert reason is not None
+            if "the nearest it loads is " in reason:
+                near, codec = reason.split("the nearest it loads is ")[1].split(" with the codec ")
                 assert refusal(target, codec, parse_spec(near), experts) is None
 
 

@@ -46,28 +46,28 @@ def tied(saved, tmp_path):
     """tied(family, edit) -> a model whose config ties its head, and whose tensors are edit(tensors,
     the embedding's name)."""
 
-    def make(family, edit=lambda held, name: held):
+    def make(family, edit=lambda state, name: state):
         path = shutil.copytree(
             saved(family, torch.float16, tie_word_embeddings=True), tmp_path / "model"
         )
-        held = tensors(path)
-        edit(held, FAMILIES[family])
-        save_file(held, path / "model.safetensors", metadata={"format": "pt"})
+        state = tensors(path)
+        edit(state, FAMILIES[family])
+        save_file(state, path / "model.safetensors", metadata={"format": "pt"})
         return path
 
     return make
 
 
-def head_of_its_own(held, name):
-    held["lm_head.weight"] = held[name].flip(0).contiguous()
+def head_of_its_own(state, name):
+    state["lm_head.weight"] = state[name].flip(0).contiguous()
 
 
-def written_twice(held, name):
-    held["lm_head.weight"] = held[name].clone()
+def written_twice(state, name):
+    state["lm_head.weight"] = state[name].clone()
 
 
-def by_the_heads_name(held, name):
-    held["lm_head.weight"] = held.pop(name)
+def by_the_heads_name(state, name):
+    state["lm_head.weight"] = state.pop(name)
 
 
 @torch.no_grad()
@@ -97,14 +97,14 @@ def test_every_door_reads_the_head_that_transformers_reads(way, family, edit, ti
     lowered = lower(out, dtype=torch.float32, dense_cache=True)
     lowered.tie_weights()  # as whoever resizes the vocabulary does
     assert (logits(lowered) - expected).norm() < 0.05 * expected.norm()
-    own = lowered.get_output_embeddings().weight is not lowered.get_input_embeddings().weight
-    assert own != ties
+    separate = lowered.get_output_embeddings().weight is not lowered.get_input_embeddings().weight
+    assert separate != ties
     tokens = random_tokens(path, 2, 16)
     assert evaluate(open_checkpoint(out), open_checkpoint(path), tokens).kl < 1e-3
 
 
 @pytest.mark.parametrize(
-    "edit", [head_of_its_own, written_twice, by_the_heads_name, lambda held, name: None]
+    "edit", [head_of_its_own, written_twice, by_the_heads_name, lambda state, name: None]
 )
 def test_a_head_that_is_rounded_lies_beside_the_embedding(edit, tied, tmp_path, door):
     path = tied("llama", edit)

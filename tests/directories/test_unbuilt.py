@@ -76,11 +76,11 @@ def test_dense_linears_of_layers_that_are_not_built_are_named_in_every_door(
     codec, other, deeper, tmp_path
 ):
     folder, place = deeper
-    made = qlab.quantize(qlab.open(folder), INT4, None, tmp_path / "made", codec=codec).path
+    quantized = qlab.quantize(qlab.open(folder), INT4, None, tmp_path / "made", codec=codec).path
     free = qlab.quantize_files(
         folder, INT4, tmp_path / "free", codec=codec, exclude=["*lm_head", "*embed*", f"{place}*"]
     ).path
-    for path in (made, free, qlab.convert(made, other, tmp_path / "other").path):
+    for path in (quantized, free, qlab.convert(quantized, other, tmp_path / "other").path):
         assert (
             any(name.startswith(place) for name in tensors(path)) and dense_and_unnamed(path) == []
         )
@@ -88,19 +88,19 @@ def test_dense_linears_of_layers_that_are_not_built_are_named_in_every_door(
 
 def test_their_codes_stay_and_close_no_door(deeper, door, tmp_path):
     folder, place = deeper
-    made = qlab.quantize_files(
+    quantized = qlab.quantize_files(
         folder, INT8, tmp_path / "made", exclude=["*lm_head", "*embed*", "*gate_up"]
     ).path
-    moved = qlab.convert(made, "gptq", tmp_path / "moved").path
-    for path in (made, moved):
+    moved = qlab.convert(quantized, "gptq", tmp_path / "moved").path
+    for path in (quantized, moved):
         assert (
             f"{place}self_attn.q_proj" in open_checkpoint(path).quantized
             and dense_and_unnamed(path) == []
         )
     shorter = qlab.quantize(qlab.open(folder), INT8, None, tmp_path / "shorter").path
-    ours, theirs = (qlab.lower(path)(IDS).logits for path in (made, shorter))
+    ours, theirs = (qlab.lower(path)(IDS).logits for path in (quantized, shorter))
     assert torch.equal(ours, theirs)
-    again = AutoModelForCausalLM.from_pretrained(made, dtype=torch.bfloat16).eval()
+    again = AutoModelForCausalLM.from_pretrained(quantized, dtype=torch.bfloat16).eval()
     assert torch.equal(again(IDS).logits, ours)
 
 
@@ -108,12 +108,12 @@ def test_dequantized_codes_of_such_layers_are_dense_linears_too(deeper, tmp_path
     folder, place = deeper
     fp8, kept = qlab.rtn(qlab.parse_spec("fp8-channel")), ["*lm_head", "*embed*", "*gate_up"]
     narrow = qlab.quantize_files(folder, fp8, tmp_path / "fp8", exclude=kept)
-    made = qlab.quantize(qlab.open(narrow.path), INT4, None, tmp_path / "made").path
+    quantized = qlab.quantize(qlab.open(narrow.path), INT4, None, tmp_path / "made").path
     assert (
-        tensors(made)[f"{place}join.weight"].dtype == torch.bfloat16
-        and dense_and_unnamed(made) == []
+        tensors(quantized)[f"{place}join.weight"].dtype == torch.bfloat16
+        and dense_and_unnamed(quantized) == []
     )
-    assert bits_equal(tensors(made)["lm_head.weight"], tensors(folder)["lm_head.weight"])
+    assert bits_equal(tensors(quantized)["lm_head.weight"], tensors(folder)["lm_head.weight"])
 
 
 def test_layers_under_a_name_that_transformers_changes_are_named_in_both_spellings(saved, tmp_path):
@@ -131,8 +131,8 @@ def test_layers_under_a_name_that_transformers_changes_are_named_in_both_spellin
     }
     state[f"{prefix}layers.2.join.weight"] = torch.ones(64, 128).bfloat16()
     save_file(state, folder / "model.safetensors")
-    made = qlab.quantize(qlab.open(folder), INT8, None, tmp_path / "made").path
-    ignored = json.loads((made / "config.json").read_text())["quantization_config"]["ignore"]
+    quantized = qlab.quantize(qlab.open(folder), INT8, None, tmp_path / "made").path
+    ignored = json.loads((quantized / "config.json").read_text())["quantization_config"]["ignore"]
     assert {f"{prefix}layers.2.mlp.up_proj", "model.language_model.layers.2.mlp.up_proj"} <= set(
         ignored
     )

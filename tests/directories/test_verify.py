@@ -48,8 +48,8 @@ def flip(words):
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
-def test_what_qlab_wrote_is_what_it_claims_to_be(method, made, original):
-    verdict = verify(made(method), original)
+def test_what_qlab_wrote_is_what_it_claims_to_be(method, quantized_by, original):
+    verdict = verify(quantized_by(method), original)
     assert verdict.faults == [] and verdict.certified and len(verdict.sites) == 14
     assert all(
         row["weight_error"] == pytest.approx(row["certified_error"], rel=1e-4)
@@ -153,14 +153,16 @@ def test_a_certificate_that_was_edited_is_found(edit_of, words, copy, original):
     assert len(faults) == 1 and faults[0].startswith(f"{UP}: ") and words in faults[0]
 
 
-def test_another_model_is_not_the_one_it_was_made_from(made, saved):
-    faults = verify(made("rtn"), saved("llama", torch.float16, seed=1)).faults
+def test_another_model_is_not_the_one_it_was_made_from(quantized_by, saved):
+    faults = verify(quantized_by("rtn"), saved("llama", torch.float16, seed=1)).faults
     assert sum("it was made from another model" in fault for fault in faults) == 14
     assert any("model.norm.weight differs" in fault for fault in faults)
 
 
-def test_the_reference_may_be_sharded_differently(made, saved):
-    assert verify(made("rtn"), saved("llama", torch.float16, shard_size="60KB")).faults == []
+def test_the_reference_may_be_sharded_differently(quantized_by, saved):
+    assert (
+        verify(quantized_by("rtn"), saved("llama", torch.float16, shard_size="60KB")).faults == []
+    )
 
 
 def test_without_certificates_grids_and_the_reference_are_still_checked(copy, original):
@@ -180,34 +182,36 @@ def test_without_certificates_grids_and_the_reference_are_still_checked(copy, or
     ] == [True]
 
 
-def test_a_reference_of_another_shape(made, tmp_path):
+def test_a_reference_of_another_shape(quantized_by, tmp_path):
     tiny("llama", intermediate_size=96).to(torch.float16).save_pretrained(tmp_path)
-    faults = verify(made("rtn"), tmp_path).faults
+    faults = verify(quantized_by("rtn"), tmp_path).faults
     assert any(
         f"{UP}: its shape is (128, 64) and the reference's (96, 64)" in fault for fault in faults
     )
 
 
-def test_what_cannot_be_verified(original, made, tmp_path):
+def test_what_cannot_be_verified(original, quantized_by, tmp_path):
     with pytest.raises(QlabError, match="is not quantized"):
         verify(original, original)
     with pytest.raises(QlabError, match="is not a model directory"):
-        verify(made("rtn"), tmp_path / "nothing")
+        verify(quantized_by("rtn"), tmp_path / "nothing")
     shutil.copytree(original, tmp_path / "model")
     change(tmp_path / "model", model__layers__0__mlp__up_proj__weight=None)
     assert any(
         "up_proj.weight is not in the reference" in fault
-        for fault in verify(made("rtn"), tmp_path / "model").faults
+        for fault in verify(quantized_by("rtn"), tmp_path / "model").faults
     )
 
 
-def test_the_largest_step_of_a_rounding_is_half_a_step(made):
-    rows = json.loads((made("rtn") / "qlab.json").read_text())["sites"].values()
+def test_the_largest_step_of_a_rounding_is_half_a_step(quantized_by):
+    rows = json.loads((quantized_by("rtn") / "qlab.json").read_text())["sites"].values()
     assert all(0.4 < row["largest_step"] < 0.55 for row in rows)
     assert (
         max(
             row["largest_step"]
-            for row in json.loads((made("gptq") / "qlab.json").read_text())["sites"].values()
+            for row in json.loads((quantized_by("gptq") / "qlab.json").read_text())[
+                "sites"
+            ].values()
         )
         > 0.55
     )
@@ -229,10 +233,12 @@ def test_what_lies_off_its_grid():
     assert "above 6.0" in str(off_grid(wide))
 
 
-def test_certificates_that_are_gone_from_the_record_of_a_job_are_missed(made, original, tmp_path):
+def test_certificates_that_are_gone_from_the_record_of_a_job_are_missed(
+    quantized_by, original, tmp_path
+):
     written = {
-        "quantize": made("rtn"),
-        "convert": convert(made("rtn"), "awq", tmp_path / "awq").path,
+        "quantize": quantized_by("rtn"),
+        "convert": convert(quantized_by("rtn"), "awq", tmp_path / "awq").path,
         "model-free": quantize_files(original, rtn(SPEC), tmp_path / "free").path,
     }
     written["twice"] = convert(written["convert"], "gptq", tmp_path / "gptq").path
@@ -256,9 +262,9 @@ def test_certificates_that_are_gone_from_the_record_of_a_job_are_missed(made, or
 
 
 def test_a_directory_of_another_tool_has_none_to_lose_when_it_is_converted(
-    made, original, tmp_path
+    quantized_by, original, tmp_path
 ):
-    foreign = shutil.copytree(made("rtn"), tmp_path / "foreign")
+    foreign = shutil.copytree(quantized_by("rtn"), tmp_path / "foreign")
     (foreign / "qlab.json").unlink()
     there = convert(foreign, "awq", tmp_path / "awq").path
     back = convert(there, "gptq", tmp_path / "gptq").path

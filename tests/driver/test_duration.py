@@ -74,8 +74,8 @@ def test_every_method_of_the_command_line_has_been_measured(name):
 
 
 def test_a_stage_of_ones_own_counts_as_unknown(model):
-    own = each_weight("own", lambda W, stats, spec: None, INT4)
-    assert plan(model, own).work.elements == duration.UNKNOWN.elements * WEIGHTS
+    stage = each_weight("own", lambda W, stats, spec: None, INT4)
+    assert plan(model, stage).work.elements == duration.UNKNOWN.elements * WEIGHTS
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

@@ -74,7 +74,7 @@ def test_the_plan_predicts_the_peak_of_a_wide_model(method, dtype, intermediate,
 def test_the_plan_predicts_the_peak_of_a_small_model_with_a_large_vocabulary(job, tmp_path):
     seen = measure(job, llama(tmp_path / "model", 192, 512, 2, torch.bfloat16, 49152), "gptq")
     assert abs(seen["predicted"] / seen["peak"] - 1) < 0.25, seen
-    assert any("embeddings" in what for what in seen["held"])
+    assert any("embeddings" in row for row in seen["held"])
 
 
 def test_the_plan_counts_the_scores_of_an_attention_that_is_written_out(job, tmp_path):

@@ -37,15 +37,15 @@ TOWER = rules({"*lm_head": outside(keep()), "*": outside(rtn(INT8))})
 @pytest.fixture(scope="module")
 def written(saved, tmp_path_factory):
     """written(family) -> a directory whose decoder, tower and projector are rounded, made once."""
-    made = {}
+    paths = {}
 
     def write(family):
-        if family not in made:
+        if family not in paths:
             recipe, out = chain(gptq(INT4), TOWER[:-1]), tmp_path_factory.mktemp(family) / "out"
-            made[family] = quantize(
+            paths[family] = quantize(
                 open_checkpoint(saved(family)), recipe, random_tokens(saved(family)), out
             )
-        return made[family]
+        return paths[family]
 
     return write
 

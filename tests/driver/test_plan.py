@@ -48,15 +48,15 @@ def refusal(*args) -> str:
 
 
 def test_stages_sites_and_what_stays_unquantized(model):
-    made = plan(model, rules({"*.o_proj": keep(), "*": rtn(INT4)}))
-    assert [stage["stage"] for stage in made.stages] == ["keep", "rtn"]
-    assert len(made.sites) == 14 and made.sites[Q] == {
+    planned = plan(model, rules({"*.o_proj": keep(), "*": rtn(INT4)}))
+    assert [stage["stage"] for stage in planned.stages] == ["keep", "rtn"]
+    assert len(planned.sites) == 14 and planned.sites[Q] == {
         "spec": "int4-g16",
         "shape": [64, 64],
         "bits_per_weight": 6.0,
     }
-    assert set(made.unquantized) == {"lm_head", O, O.replace("0", "1")}
-    assert made.json()["sites"][O]["spec"] is None
+    assert set(planned.unquantized) == {"lm_head", O, O.replace("0", "1")}
+    assert planned.json()["sites"][O]["spec"] is None
 
 
 def test_layers_beyond_those_of_the_config_stay_and_are_named(folder):
@@ -130,8 +130,8 @@ def test_the_plan_writes_nothing(model, source):
 
 
 def test_a_memory_budget_is_kept_or_refused(model, source, tmp_path):
-    made = plan(model, gptq(INT4), random_tokens(source))
-    made.check(made.peak_bytes)
+    planned = plan(model, gptq(INT4), random_tokens(source))
+    planned.check(planned.peak_bytes)
     with pytest.raises(
         QlabError, match=r"the plan needs \d+ MiB and the budget is 8 MiB .*most of it: process.*"
     ):

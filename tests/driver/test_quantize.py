@@ -260,8 +260,8 @@ def test_aiming_at_the_reference_brings_the_model_nearer_to_it(family, tmp_path)
     data, int3 = random_tokens(tmp_path / "model", 16, 32), parse_spec("int3-g16")
     errors = []
     for method in (gptq, gptaq):
-        found = qlab_logits(quantize(model, method(int3), data, tmp_path / method.__name__).path)
-        errors.append((found - qlab_logits(model.path)).norm())
+        logits = qlab_logits(quantize(model, method(int3), data, tmp_path / method.__name__).path)
+        errors.append((logits - qlab_logits(model.path)).norm())
     assert errors[1] < errors[0]
 
 
@@ -421,9 +421,9 @@ def test_a_model_is_quantized_and_evaluated_on_a_gpu(family, method, spec, saved
         quantize(model, recipe, data, tmp_path / name, device="cuda").path
         for name in ("first", "again")
     )
-    made = tensors(first)
-    assert all(bits_equal(tensor, made[name]) for name, tensor in tensors(again).items())
+    written = tensors(first)
+    assert all(bits_equal(tensor, written[name]) for name, tensor in tensors(again).items())
     if method == "rtn":
         here = tensors(quantize(model, recipe, None, tmp_path / "here").path)
-        assert all(bits_equal(tensor, made[name]) for name, tensor in here.items())
+        assert all(bits_equal(tensor, written[name]) for name, tensor in here.items())
     assert 0 <= evaluate(open_checkpoint(first), model, data, device="cuda").kl < 1

@@ -61,10 +61,10 @@ def whole(job, tmp_path_factory):
 def former(source, tmp_path_factory):
     """former(out) makes `out` an earlier output of qlab, which --overwrite may replace -> its
     contents."""
-    made = quantize(
+    quantized = quantize(
         open_checkpoint(source), rtn(SPEC), None, tmp_path_factory.mktemp("former") / "out"
     ).path
-    return lambda out: contents(shutil.copytree(made, out, dirs_exist_ok=True))
+    return lambda out: contents(shutil.copytree(quantized, out, dirs_exist_ok=True))
 
 
 def assert_whole(out, whole) -> None:

@@ -135,10 +135,10 @@ def test_generation_runs_on_the_quantized_directory(saved, tmp_path):
 def test_narrow_floats_without_a_word_on_their_scales_are_refused(saved, tmp_path):
     """As they are they would be another model; their scales lie beside them and only a
     quantization_config says how."""
-    made = quantize(
+    quantized = quantize(
         open_checkpoint(saved()), rtn(parse_spec("fp8-channel")), None, tmp_path / "made"
     ).path
-    rewrite(made / "config.json", lambda c: c.pop("quantization_config"))
+    rewrite(quantized / "config.json", lambda c: c.pop("quantization_config"))
     with pytest.raises(
         QlabError,
         match=(
@@ -146,4 +146,4 @@ def test_narrow_floats_without_a_word_on_their_scales_are_refused(saved, tmp_pat
             r"config"
         ),
     ):
-        open_checkpoint(made)
+        open_checkpoint(quantized)

@@ -31,7 +31,7 @@ def jobs(saved, tmp_path_factory):
     shards = quantize(
         open_checkpoint(source), rtn(SPEC), None, tmp_path_factory.mktemp("shards") / "q"
     ).path
-    made = {
+    runs = {
         "without data": lambda out, **options: quantize(
             open_checkpoint(source), rtn(SPEC), None, out, **options
         ),
@@ -51,13 +51,13 @@ def jobs(saved, tmp_path_factory):
             raise KeyboardInterrupt
         real(writer, index, notes)
 
-    for name, job in made.items():
+    for name, job in runs.items():
         whole = contents(job(folder / f"{name} whole").path)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(Writer, "write_notes", stopping)
             job(folder / name)
-        made[name] = job, whole, folder / f"{name}.partial"
-    return made
+        runs[name] = job, whole, folder / f"{name}.partial"
+    return runs
 
 
 def _in_shards(source, out):

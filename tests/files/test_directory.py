@@ -29,12 +29,12 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
 def some_tensors():
     """One tensor of every dtype, of odd sizes, an empty one and a scalar."""
     numbers = torch.arange(12).view(torch.uint8)
-    made = {
+    by_dtype = {
         f"t.{name}": numbers[: 9 * dtype.itemsize].clone().view(dtype)
         for name, dtype in DTYPES.items()
         if name != "BOOL"
     }
-    return made | {
+    return by_dtype | {
         "flag": torch.tensor([True, False, True]),
         "empty": torch.empty(0, 4),
         "scalar": torch.tensor(1.5),
@@ -42,17 +42,17 @@ def some_tensors():
 
 
 def test_the_safetensors_library_reads_what_is_written_and_the_other_way_round(tmp_path):
-    made = some_tensors()
-    write(tmp_path / "ours", iter(made.items()))
+    originals = some_tensors()
+    write(tmp_path / "ours", iter(originals.items()))
     theirs = load_file(tmp_path / "ours")
-    assert theirs.keys() == made.keys() and all(
-        bits_equal(theirs[name], made[name]) for name in made
+    assert theirs.keys() == originals.keys() and all(
+        bits_equal(theirs[name], originals[name]) for name in originals
     )
-    (tmp_path / "theirs").write_bytes(save(made))
+    (tmp_path / "theirs").write_bytes(save(originals))
     for path in (tmp_path / "ours", tmp_path / "theirs"):
-        found = read_header(path)
-        assert found.keys() == made.keys() and all(
-            bits_equal(read(name, found[name]), made[name]) for name in made
+        header = read_header(path)
+        assert header.keys() == originals.keys() and all(
+            bits_equal(read(name, header[name]), originals[name]) for name in originals
         )
 
 
@@ -146,13 +146,13 @@ def test_a_corrupted_file_is_refused_or_read_within_its_bounds(data, tmp_path_fa
         whole[: data.draw(st.integers(0, len(whole)))] if data.draw(st.booleans()) else whole
     )
     try:
-        found = locate(path.parent)
+        header = locate(path.parent)
     except QlabError as error:
         assert "\n" not in str(error)
     else:
         assert all(
             read(name, stored).nbytes == stored.nbytes <= len(whole)
-            for name, stored in found.items()
+            for name, stored in header.items()
         )
 
 
@@ -185,12 +185,12 @@ def test_the_index_decides_between_files_and_may_be_wrong_of_what_one_of_them_ho
     # b lies in the other file, c is left out, d is nowhere.
     index = {"a": "y.safetensors", "b": "y.safetensors", "d": "x.safetensors"}
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": index}))
-    found = locate(tmp_path)
+    header = locate(tmp_path)
     assert (
-        read("a", found["a"]) == 2
-        and found["b"].file.name == found["c"].file.name == "x.safetensors"
+        read("a", header["a"]) == 2
+        and header["b"].file.name == header["c"].file.name == "x.safetensors"
     )
-    assert found.keys() == {"a", "b", "c"} and unheld(tmp_path, found) == {"d": "x.safetensors"}
+    assert header.keys() == {"a", "b", "c"} and unheld(tmp_path, header) == {"d": "x.safetensors"}
     (tmp_path / INDEX).write_text(
         json.dumps({"weight_map": {"b": "x.safetensors", "c": "y.safetensors"}})
     )

@@ -27,14 +27,14 @@ def model(saved):
 
 
 @pytest.fixture(scope="module")
-def made(model, tmp_path_factory):
+def quantized(model, tmp_path_factory):
     return qlab.quantize(model, INT8, None, tmp_path_factory.mktemp("made") / "q").path
 
 
 @pytest.fixture
-def former(made, tmp_path):
+def former(quantized, tmp_path):
     """An output of qlab of the test's own."""
-    return shutil.copytree(made, tmp_path / "former")
+    return shutil.copytree(quantized, tmp_path / "former")
 
 
 @pytest.fixture
@@ -102,10 +102,10 @@ def test_what_is_put_into_the_former_output_during_the_run_stays(model, former, 
     from qlab.files import workplace
 
     def late(folder, contents=True):
-        found = real(folder, contents)
+        reason = real(folder, contents)
         if contents:  # after all has been looked at and before it is moved
             (former / "thesis.tex").write_text("years of work")
-        return found
+        return reason
 
     monkeypatch.setattr(workplace, "foreign", late)
     refused(

@@ -43,8 +43,8 @@ def main(source, out):
             device_map="cpu",
             **settings,
         ).quantize_and_save(f"{out}/{name}.made", format=form)
-        [made] = Path(f"{out}/{name}.made").iterdir()  # it names a folder after the model
-        made.rename(f"{out}/{name}")
+        [folder] = Path(f"{out}/{name}.made").iterdir()  # it names a folder after the model
+        folder.rename(f"{out}/{name}")
         loaded = AutoModelForCausalLM.from_pretrained(
             f"{out}/{name}", device_map="cpu", dtype=torch.float16
         )

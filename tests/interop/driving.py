@@ -32,8 +32,8 @@ def drive(venv, script, *arguments):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-def assert_equal(found, expected):
+def assert_equal(weights, expected):
     """The same names, each with the same weight bit for bit."""
-    assert found.keys() == expected.keys()
+    assert weights.keys() == expected.keys()
     for path, W in expected.items():
-        assert torch.equal(found[path], W), path
+        assert torch.equal(weights[path], W), path

@@ -128,7 +128,7 @@ def write(source, out):
     tokenizer = AutoTokenizer.from_pretrained(source)
     for name, recipe in WAYS.items():
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-        made = oneshot(
+        quantized = oneshot(
             model=model,
             tokenizer=tokenizer,
             dataset=samples,
@@ -139,7 +139,7 @@ def write(source, out):
         )
         if name in ROTATED:
             with torch.no_grad():
-                logits = made.float()(torch.tensor(rows)).logits
+                logits = quantized.float()(torch.tensor(rows)).logits
             save_file(
                 {"tokens": torch.tensor(rows), "logits": logits}, f"{out}/{name}.logits.safetensors"
             )

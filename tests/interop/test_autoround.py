@@ -40,8 +40,8 @@ def theirs(tmp_path_factory):
 @pytest.mark.parametrize("name", SPECS)
 def test_we_read_what_it_writes(name, theirs):
     model = open_checkpoint(theirs / name)
-    found = {path: dense(model.leaf(f"{path}.weight")) for path in model.quantized}
-    assert_equal(found, load_file(theirs / f"{name}.dense.safetensors"))
+    decoded = {path: dense(model.leaf(f"{path}.weight")) for path in model.quantized}
+    assert_equal(decoded, load_file(theirs / f"{name}.dense.safetensors"))
     attention = "model.layers.1.self_attn"
     assert (
         tuple(str(model.quantized[f"{attention}.{part}"]) for part in ("q_proj", "o_proj"))

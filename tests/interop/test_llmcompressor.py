@@ -170,8 +170,8 @@ def test_what_happens_beside_weights_is_read_and_passed_on(name, says, tensors, 
 
 @pytest.mark.parametrize("name", ["SpinQuant", "SpinQuant_online", "QuIP", "QuIP_outputs"])
 def test_we_compute_what_its_rotated_models_compute(name, theirs):
-    found = load_file(theirs / f"{name}.logits.safetensors")
-    model, tokens, expected = open_checkpoint(theirs / name), found["tokens"], found["logits"]
+    recorded = load_file(theirs / f"{name}.logits.safetensors")
+    model, tokens, expected = open_checkpoint(theirs / name), recorded["tokens"], recorded["logits"]
     reading = read(model, qlab.from_ids(model, tokens))
     ours = head(reading.skeleton, tokens, reading.hidden)
     assert (ours - expected).norm() < 1e-4 * expected.norm()
@@ -181,9 +181,9 @@ def test_we_compute_what_its_rotated_models_compute(name, theirs):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_reads_what_we_write(name, ours):
-    found = weights(ours / name)
-    assert_equal(load_file(ours / f"{name}.dense.safetensors"), found)
-    assert len(found) == (12 if name == "mixed" else 14)
+    decoded = weights(ours / name)
+    assert_equal(load_file(ours / f"{name}.dense.safetensors"), decoded)
+    assert len(decoded) == (12 if name == "mixed" else 14)
 
 
 @pytest.mark.parametrize("name", PASSED_ON)

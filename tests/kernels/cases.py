@@ -105,5 +105,5 @@ def dequantized_exactly(case):
     from qlab_kernels.dequantize import dequantize
 
     _, packed = operands(case)
-    wanted = (torch.float16, torch.bfloat16, torch.float32)
-    return all(torch.equal(dequantize(packed, d), reference.dequantize(packed, d)) for d in wanted)
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    return all(torch.equal(dequantize(packed, d), reference.dequantize(packed, d)) for d in dtypes)

@@ -93,12 +93,9 @@ def compilers(tmp_path_factory):
 def failures(compilers, variants: Iterable[Variant | None]) -> list[str]:
     distinct = list(dict.fromkeys(v for v in variants if v))
     assert distinct
-    made = compilers.map(attempt, distinct, chunksize=4)
-    return [
-        f"{v}: {found}"
-        for v, f in zip(distinct, made)
-        if (found := [f] if isinstance(f, str) else faults(v, f))
-    ]
+    compiled = compilers.map(attempt, distinct, chunksize=4)
+    wrong = {v: [f] if isinstance(f, str) else faults(v, f) for v, f in zip(distinct, compiled)}
+    return [f"{v}: {sentences}" for v, sentences in wrong.items() if sentences]
 
 
 @pytest.mark.parametrize("cc", COMPILED)

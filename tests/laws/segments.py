@@ -30,16 +30,16 @@ class Segment:
     graph: ModuleGraph
     batches: tuple
 
-    def observe(self, graph, wanted, order=None):
+    def observe(self, graph, keys, order=None):
         """The statistics of `wanted` over the batches, in this order of them."""
         stats = {}
         for i in order or range(len(self.batches)):
-            found = inputs_of(graph, sorted({s for s, _ in wanted}), *self.batches[i])
-            for source, name in wanted:
+            inputs = inputs_of(graph, sorted({s for s, _ in keys}), *self.batches[i])
+            for source, name in keys:
                 x_nk, tokens, ends = (
-                    found[source].x.flatten(0, -2),
-                    found[source].tokens,
-                    found[source].ends,
+                    inputs[source].x.flatten(0, -2),
+                    inputs[source].tokens,
+                    inputs[source].ends,
                 )
                 tokens = torch.arange(len(x_nk)) if tokens is None else tokens
                 stat = stat_of(name, experts=ends is not None)

@@ -127,7 +127,7 @@ def test_the_ratio_is_found_between_the_steps_of_the_walk(least):
 
 
 @pytest.mark.parametrize(
-    ("loss", "found", "asked"),
+    ("loss", "best", "asked"),
     [
         (lambda r: r, 0.0, 3),
         (lambda r: -r, 1.0, 11),
@@ -135,9 +135,9 @@ def test_the_ratio_is_found_between_the_steps_of_the_walk(least):
         (lambda r: 1 - (r in (0.1, 0.2)), 0.1, 5),
     ],
 )
-def test_a_walk_ends_where_two_steps_found_nothing_better(loss, found, asked):
+def test_a_walk_ends_where_two_steps_found_nothing_better(loss, best, asked):
     seen = []
-    assert least_ratio(lambda r: seen.append(r) or loss(r)) == found and len(seen) == asked
+    assert least_ratio(lambda r: seen.append(r) or loss(r)) == best and len(seen) == asked
 
 
 def test_a_ratio_that_a_few_rows_chose_and_all_rows_lose_by_is_not_taken(monkeypatch):

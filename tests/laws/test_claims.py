@@ -71,16 +71,16 @@ def test_a_step_that_writes_to_its_weight_and_statistics_is_measured_against_the
         return encode(minmax, W_ok, spec), {}
 
     with untouched(seg.graph, seg.stats):
-        found = [
+        graphs = [
             seg.solve(each_weight("mine", fn, SPEC, HESSIAN))[0] for fn in (in_place, on_copies)
         ]
-    assert_same(*found)
-    assert found[0].notes == found[1].notes
-    for site in found[0].sites:
-        W, leaf = seg.graph.weight_ok(site), found[0].params[site.weight]
+    assert_same(*graphs)
+    assert graphs[0].notes == graphs[1].notes
+    for site in graphs[0].sites:
+        W, leaf = seg.graph.weight_ok(site), graphs[0].params[site.weight]
         if isinstance(leaf, QTensor):
             error = (dense(leaf, torch.float32) - W).norm() / W.norm()
-            assert found[0].notes[site.path]["weight_error"] == pytest.approx(
+            assert graphs[0].notes[site.path]["weight_error"] == pytest.approx(
                 float(error), rel=1e-4
             )
 
@@ -93,17 +93,17 @@ def test_a_step_may_keep_one_workspace_for_all_weights():
         codes = spaces.setdefault(q.shape, torch.empty_like(q.codes))
         return replace(q, codes=codes.copy_(q.codes)), note
 
-    found, expected = seg.solve(each_weight("mine", reusing, SPEC))[0], seg.solve(rtn(SPEC))[0]
-    assert_same(found, expected)
+    graph, expected = seg.solve(each_weight("mine", reusing, SPEC))[0], seg.solve(rtn(SPEC))[0]
+    assert_same(graph, expected)
     assert all(
-        found.notes[site.path]["rows"] == len(found.params[site.weight].codes)
-        for site in found.sites
+        graph.notes[site.path]["rows"] == len(graph.params[site.weight].codes)
+        for site in graph.sites
     )
 
 
 @ways
 @pytest.mark.parametrize(
-    "what, words",
+    "tensor_of, words",
     [
         (
             lambda graph, stats: graph.params["mlp.up_proj.weight"],
@@ -124,12 +124,12 @@ def test_a_step_may_keep_one_workspace_for_all_weights():
         ),
     ],
 )
-def test_a_stage_that_writes_to_what_it_is_given_is_refused_by_name(what, words, way):
+def test_a_stage_that_writes_to_what_it_is_given_is_refused_by_name(tensor_of, words, way):
     seg = segment("llama")
     copy = seg.graph.update({name: leaf.clone() for name, leaf in seg.graph.params.items()})
     with pytest.raises(QlabError, match=words):
         seg.solve(
-            step(lambda graph, stats: (way(what(graph, stats)), graph)[1], needs=HESSIAN), copy
+            step(lambda graph, stats: (way(tensor_of(graph, stats)), graph)[1], needs=HESSIAN), copy
         )
 
 

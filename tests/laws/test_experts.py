@@ -127,17 +127,17 @@ def test_an_expert_sees_the_tokens_that_its_router_sends(family):
     seg = segment(family)
     experts, router = site(seg.graph, "mlp.experts.gate_up_proj"), site(seg.graph, "mlp.gate")
     for batch in seg.batches:
-        found, seen = inputs_of(seg.graph, [experts.source, router.source], *batch), {}
+        inputs, seen = inputs_of(seg.graph, [experts.source, router.source], *batch), {}
         hook = seg.block.mlp.experts.register_forward_pre_hook(
             lambda module, args, seen=seen: seen.update(chosen=args[1])
         )
         seg.block(*batch[0], **batch[1])
         hook.remove()
-        rows, x_nk = found[experts.source], found[router.source].x.flatten(0, -2)
+        rows, x_nk = inputs[experts.source], inputs[router.source].x.flatten(0, -2)
         assert torch.equal(rows.x, x_nk[rows.tokens])
-        for e, own in enumerate(rows_of(rows.ends)):
+        for e, mine in enumerate(rows_of(rows.ends)):
             assert (
-                rows.tokens[own].tolist()
+                rows.tokens[mine].tolist()
                 == (seen["chosen"] == e).any(-1).nonzero().flatten().tolist()
             )
 
@@ -149,9 +149,9 @@ def test_the_second_moment_of_an_expert_is_the_dense_one_of_its_tokens(family):
     states = seg.stats[experts.source, "second_moment"].states
     rows = [inputs_of(seg.graph, [experts.source], *batch)[experts.source] for batch in seg.batches]
     for e, state in enumerate(states):
-        own = torch.cat([r.x[list(rows_of(r.ends))[e]] for r in rows])
-        assert state.tokens == len(own) and torch.allclose(
-            state.sum_kk, gram(own), rtol=1e-4, atol=1e-4
+        rows_of_expert = torch.cat([r.x[list(rows_of(r.ends))[e]] for r in rows])
+        assert state.tokens == len(rows_of_expert) and torch.allclose(
+            state.sum_kk, gram(rows_of_expert), rtol=1e-4, atol=1e-4
         )
 
 
@@ -160,23 +160,23 @@ def test_everywhere_every_expert_sees_every_token_and_the_block_stays_as_it_is(f
     seg = segment(family)
     up, down = (site(seg.graph, f"mlp.experts.{p}_proj") for p in ("gate_up", "down"))
     batch = seg.batches[0]
-    found = inputs_of(
+    inputs = inputs_of(
         seg.graph,
         [up.source, down.source, site(seg.graph, "mlp.gate").source],
         *batch,
         calibrate_all_experts=True,
     )
-    x_nk = found[site(seg.graph, "mlp.gate").source].x.flatten(0, -2)
+    x_nk = inputs[site(seg.graph, "mlp.gate").source].x.flatten(0, -2)
     module = seg.block.mlp.experts
-    for e, own in enumerate(rows_of(found[up.source].ends)):
-        assert torch.equal(found[up.source].x[own], x_nk)
+    for e, mine in enumerate(rows_of(inputs[up.source].ends)):
+        assert torch.equal(inputs[up.source].x[mine], x_nk)
         assert torch.allclose(
-            found[down.source].x[own],
+            inputs[down.source].x[mine],
             module._apply_gate(F.linear(x_nk, module.gate_up_proj[e])),
             atol=1e-6,
         )
     routed = inputs_of(seg.graph, [up.source], *batch)[up.source]
-    assert len(routed.x) < len(found[up.source].x)
+    assert len(routed.x) < len(inputs[up.source].x)
 
 
 def test_statistics_everywhere_are_of_all_tokens():
@@ -191,8 +191,8 @@ def test_statistics_everywhere_are_of_all_tokens():
             return self.batch
 
     batches = [(Plain(batch), None) for batch in seg.batches]
-    wanted = {(s.source, name) for s in (up, router) for name in ("second_moment", "sample")}
-    stats = observe(seg.graph, wanted, lambda: iter(batches), calibrate_all_experts=True)
+    keys = {(s.source, name) for s in (up, router) for name in ("second_moment", "sample")}
+    stats = observe(seg.graph, keys, lambda: iter(batches), calibrate_all_experts=True)
     for state in stats[up.source, "second_moment"].states:
         assert state.tokens == 72 and torch.allclose(
             state.sum_kk, stats[router.source, "second_moment"].sum_kk, rtol=1e-5, atol=1e-4
@@ -220,8 +220,8 @@ def _alone(seg, experts, e, moment, transform):
     linear.weight.data = seg.graph.weight_ok(experts, e)
     from segments import of
 
-    own = of(linear, torch.randn(2, 3, linear.weight.shape[1]))
-    graph, stats = own.graph, {(own.graph.sites[0].source, "second_moment"): moment}
+    alone = of(linear, torch.randn(2, 3, linear.weight.shape[1]))
+    graph, stats = alone.graph, {(alone.graph.sites[0].source, "second_moment"): moment}
     for stage in transform:
         graph, stats = apply(stage, graph, stats)
     return graph.params["weight"]
@@ -263,13 +263,13 @@ def test_awq_is_never_worse_than_rtn_over_all_experts_and_its_notes_are_true(fam
 
 def test_an_expert_without_tokens_is_rounded_to_nearest_by_every_solver():
     seg = segment("mixtral")
-    down, wanted = (
+    down, key = (
         site(seg.graph, "mlp.experts.down_proj"),
         (site(seg.graph, "mlp.experts.down_proj").source, "second_moment"),
     )
-    state = seg.stats[wanted]
+    state = seg.stats[key]
     nothing = Moment(torch.zeros_like(state.states[0].sum_kk), 0)
-    stats = {**seg.stats, wanted: type(state)((nothing, *state.states[1:]))}
+    stats = {**seg.stats, key: type(state)((nothing, *state.states[1:]))}
     for transform in (rtn(SPEC, weighted), gptq(SPEC, sweeps=0)):
         graph, _ = apply(transform[0], seg.graph, stats)
         q, W = graph.params[down.weight], seg.graph.weight_ok(down, 0)
@@ -285,7 +285,7 @@ def test_programs_of_a_mixture_hold_for_every_number_of_tokens():
     seg = segment("qwen3_moe")
     for length in (2, 5, 31):
         args, kwargs = calls(model_of("qwen3_moe"), tokens(2, length))["model.layers.1"]
-        found = inputs_of(
+        inputs = inputs_of(
             seg.graph, [site(seg.graph, "mlp.experts.down_proj").source], args, kwargs
         )
-        assert next(iter(found.values())).ends[-1] == 2 * length * 2
+        assert next(iter(inputs.values())).ends[-1] == 2 * length * 2

@@ -210,7 +210,7 @@ def test_nvfp4_has_one_global_scale_per_input():
         outers = {}
         for site in graph.sites:
             outers.setdefault(site.source, set()).add(graph.params[site.weight].outer.item())
-        assert [len(found) for found in outers.values()] == [1] * len(outers) and len(outers) == 4
+        assert [len(scales) for scales in outers.values()] == [1] * len(outers) and len(outers) == 4
 
 
 @specs

@@ -171,7 +171,7 @@ def test_scales_before_it_or_after_it_make_the_same_block(in_order):
             graph, _ = solve(
                 seg.graph,
                 recipe,
-                lambda now, wanted: observe(now, wanted, drifted(seg), reference=reference),
+                lambda now, keys: observe(now, keys, drifted(seg), reference=reference),
             )
             outs.append([hidden(interpret(graph, *call.inputs(h))) for call, h in drifted(seg)()])
     plain = [hidden(interpret(seg.graph, *call.inputs(h))) for call, h in drifted(seg)()]

@@ -141,10 +141,10 @@ def test_sites_are_the_linear_modules_and_their_inputs_what_the_modules_get(fami
     assert {s.weight for s in seg.graph.sites if s.route} == {
         n for n, p in seg.block.named_parameters() if p.ndim == 3
     }
-    found = inputs_of(seg.graph, by_source(seg.graph.sites), args, kwargs)
+    inputs = inputs_of(seg.graph, by_source(seg.graph.sites), args, kwargs)
     for site in (s for s in seg.graph.sites if not s.route):
         module = linears[site.path]
-        assert torch.equal(found[site.source].x.flatten(0, -2), seen[site.path].flatten(0, -2)), (
+        assert torch.equal(inputs[site.source].x.flatten(0, -2), seen[site.path].flatten(0, -2)), (
             site.path
         )
         assert torch.equal(

@@ -37,9 +37,9 @@ def test_no_tile_is_worse_than_under_minmax(grid, dtype, data, seed):
     W, spec = data.draw(problems(scale_dtype=dtype))
     x = correlated(32, W.shape[1], seed)
     H = x.T @ x / 32
-    found, rtn = encode(grid, W, spec, H.diagonal()), encode(minmax, W, spec)
+    chosen, rtn = encode(grid, W, spec, H.diagonal()), encode(minmax, W, spec)
     h = weights_of(grid, H)
-    assert (error(W, found, h) <= error(W, rtn, h) * (1 + 1e-5) + 1e-9).all()
+    assert (error(W, chosen, h) <= error(W, rtn, h) * (1 + 1e-5) + 1e-9).all()
 
 
 @given(seed=st.integers(0, 9999))
@@ -114,8 +114,8 @@ def test_the_objective_is_the_squared_error_of_what_is_stored(problem, seed):
     h = normal(W.shape[1], seed=seed).abs()
     q = encode(minmax, W, spec)
     split = spec.tile.split
-    found = objective(split(W), q.scales, q.zeros, spec, split(h.expand_as(W)))
-    assert torch.allclose(found.double(), error(W, q, h), rtol=1e-4, atol=1e-5)
+    value = objective(split(W), q.scales, q.zeros, spec, split(h.expand_as(W)))
+    assert torch.allclose(value.double(), error(W, q, h), rtol=1e-4, atol=1e-5)
 
 
 @given(problems(kinds=("normal", "outlier", "offset")), st.integers(0, 99))

@@ -75,14 +75,14 @@ def test_the_order_of_sites_does_not_matter(method, family):
 @every_family
 def test_the_order_of_batches_does_not_matter(family):
     seg = segment(family)
-    wanted = {(s.source, name) for s in seg.graph.sites for name in STATS}
-    first, *others = (seg.observe(seg.graph, wanted, order) for order in permutations(range(3)))
+    keys = {(s.source, name) for s in seg.graph.sites for name in STATS}
+    first, *others = (seg.observe(seg.graph, keys, order) for order in permutations(range(3)))
     for other in others:
         assert other.keys() == first.keys()
         for key in first:
             for a, b in zip(tensors([first[key]]), tensors([other[key]])):
                 assert torch.allclose(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
-        source = next(iter(wanted))[0]
+        source = next(iter(keys))[0]
         assert_same(first[source, "sample"], other[source, "sample"])
 
 

@@ -205,8 +205,10 @@ def test_an_experts_statistic_is_that_of_the_tokens_routed_to_it(stat, source, s
     starts = [0, *ends.tolist()]
     assert len(seen) == len(ends)
     for state, start, stop in zip(seen, starts, ends.tolist()):
-        own = Observation(o.x_nk[start:stop], o.keys[start:stop], None, o.reference_nk[start:stop])
-        close(state, stat.lift(own) if stop > start else stat.nothing(source[1]))
+        alone = Observation(
+            o.x_nk[start:stop], o.keys[start:stop], None, o.reference_nk[start:stop]
+        )
+        close(state, stat.lift(alone) if stop > start else stat.nothing(source[1]))
 
 
 @laws
@@ -217,12 +219,12 @@ def test_experts_combine_and_move_one_by_one(stat, source):
     a, b = (observation(n, k, seed + i) for i in range(2))
     ends = torch.tensor([n // 2, n // 2, n])  # the second expert sees nothing
     both = experts.combine(*(experts.lift(replace(o, ends=ends)) for o in (a, b)))
-    own = [
+    alone = [
         stat.combine(*(stat.lift(part) for part in parts))
         for parts in zip(cut(a, n // 2), cut(b, n // 2))
     ]
-    close(both.states[0], own[0])
-    close(both.states[2], own[1])
+    close(both.states[0], alone[0])
+    close(both.states[2], alone[1])
     m_e1k = normal(3, 1, k, seed=seed)
     for e in (0, 2):
         close(experts.transport(both, m_e1k).states[e], stat.transport(both.states[e], m_e1k[e, 0]))

@@ -106,8 +106,8 @@ def test_an_input_that_is_copied_early_waits_for_its_site():
 
 def test_what_does_not_fit_is_computed_again_to_the_same_bits(monkeypatch):
     seg, results = segment("llama"), []
-    for held in (0, 20000, 1 << 30):
-        monkeypatch.setattr(solve, "HELD", held)
+    for most_bytes in (0, 20000, 1 << 30):
+        monkeypatch.setattr(solve, "HELD", most_bytes)
         graph, (leaving,) = solve_in_order(seg.graph, gptq(SPEC), batches_of(seg))
         results.append([graph, *(out.clone() for (out,) in leaving)])
     first, *others = results
@@ -135,15 +135,17 @@ def test_what_waits_is_within_the_limit(monkeypatch):
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-@pytest.mark.parametrize("at_once, held", [(1, 1 << 30), (3, 1 << 30), (3, 0)])
-def test_experts_observed_in_parts_give_the_bits_of_all_at_once(family, at_once, held, monkeypatch):
+@pytest.mark.parametrize("at_once, most_bytes", [(1, 1 << 30), (3, 1 << 30), (3, 0)])
+def test_experts_observed_in_parts_give_the_bits_of_all_at_once(
+    family, at_once, most_bytes, monkeypatch
+):
     seg, most = segment(family), []
     whole, (leaving,) = solve_in_order(seg.graph, gptq(SPEC), batches_of(seg))
     look = solve._observe_waiting
     monkeypatch.setattr(
         solve, "_observe_waiting", lambda *a, **k: most.append(look(*a, **k)) or most[-1]
     )
-    monkeypatch.setattr(solve, "HELD", held)
+    monkeypatch.setattr(solve, "HELD", most_bytes)
     parts, (then,) = solve_in_order(seg.graph, gptq(SPEC), batches_of(seg), at_once)
     assert_same(parts, whole)
     assert parts.notes == whole.notes

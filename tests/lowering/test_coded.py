@@ -126,7 +126,7 @@ def test_torch_accepts_the_operators_and_compiles_one_dynamic_graph(text):
         torch.ops.qlab.dense.default,
     )
     torch.library.opcheck(
-        torch_dense, (*module.held(), 64, text, torch.bfloat16), test_utils=CHECKS
+        torch_dense, (*module.buffers_of_weight(), 64, text, torch.bfloat16), test_utils=CHECKS
     )
     torch._dynamo.reset()
     compiled = torch.compile(
@@ -139,7 +139,7 @@ def test_torch_accepts_the_operators_and_compiles_one_dynamic_graph(text):
         module, (x,), dynamic_shapes=({0: torch.export.Dim("tokens", min=2, max=64)},)
     )
     assert sum(node.target is torch_dense for node in program.graph.nodes) == 1
-    several = [t if t is None else t[None] for t in module.held()]
+    several = [t if t is None else t[None] for t in module.buffers_of_weight()]
     arguments = (x, *several[:4], None, None, torch.tensor([7]), 64, text)
     torch.library.opcheck(torch.ops.qlab.experts_mm.default, arguments, test_utils=CHECKS)
 
@@ -172,7 +172,7 @@ def test_the_state_round_trips_and_that_of_another_grid_is_refused(text):
         QuantizeInput(parse_spec("fp8-tensor"), torch.tensor([[0.5]])),
     )
     module, other = (
-        coded(made, inputs=rounding) for made in (leaf, leaf_of(leaf.spec, 24, 64, seed=5))
+        coded(weight, inputs=rounding) for weight in (leaf, leaf_of(leaf.spec, 24, 64, seed=5))
     )
     other.inputs.scales.fill_(9.0)
     other.load_state_dict(module.state_dict())

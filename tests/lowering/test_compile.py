@@ -81,7 +81,7 @@ def test_the_compiled_model_decodes_like_the_eager_one(saved, tmp_path):
     source = open_checkpoint(saved(num_hidden_layers=1))
     model = lower(qlab.quantize(source, rtn(parse_spec("int4-g32")), None, tmp_path / "out").path)
     ids = torch.randint(3, 128, (1, 6), generator=torch.Generator().manual_seed(1))
-    seen, found = Seen(), []
+    seen, logits = Seen(), []
     for compile in (False, True):
         cache = StaticCache(config=model.config, max_cache_len=16)
         model(input_ids=ids, past_key_values=cache)
@@ -90,8 +90,8 @@ def test_the_compiled_model_decodes_like_the_eager_one(saved, tmp_path):
             if compile
             else model
         )
-        found.append(step(input_ids=ids[:, :1], past_key_values=cache).logits)
-    torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0.05)
+        logits.append(step(input_ids=ids[:, :1], past_key_values=cache).logits)
+    torch.testing.assert_close(logits[0], logits[1], rtol=0.05, atol=0.05)
     assert seen.count("aten._weight_int4pack_mm_for_cpu") == 7 and seen.inner.streamed == 1
     assert seen.count("aten._scaled_dot_product") == 0
 
@@ -145,11 +145,11 @@ def test_aot_inductor_runs_the_operators(m, dynamic, tmp_path):
 def test_the_pass_is_named_by_the_cache_that_it_looks_into(monkeypatch):
     from qlab_kernels import cache
 
-    made = inductor_options()["post_grad_custom_pre_pass"]
-    before = made.uuid()
+    rewrite = inductor_options()["post_grad_custom_pre_pass"]
+    before = rewrite.uuid()
     assert before == Rewrite().uuid()
     monkeypatch.setattr(cache, "snapshot_hash", lambda: "tuned since")
-    assert made.uuid() == Rewrite().uuid() != before
+    assert rewrite.uuid() == Rewrite().uuid() != before
 
 
 def test_importing_installs_no_pass():

@@ -220,6 +220,6 @@ def test_a_lowered_model_compiles_and_generates_on_a_gpu(saved, tmp_path, option
         on_gpu, fullgraph=True, dynamic=not options, options=inductor_options(**options)
     )
     for _ in range(3):  # CUDA graphs are recorded in the second call
-        found = compiled(input_ids=ids, use_cache=False).logits
-    assert (found.cpu().float() - reference).norm() / reference.norm() < 0.05
+        logits = compiled(input_ids=ids, use_cache=False).logits
+    assert (logits.cpu().float() - reference).norm() / reference.norm() < 0.05
     assert on_gpu.generate(ids, max_new_tokens=4, do_sample=False).shape[1] <= 13

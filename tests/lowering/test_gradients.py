@@ -153,5 +153,5 @@ def module_or_parameter(model, name):
     """What a parameter's name leads to in a lowered model: a weight of its own, or what stands for
     one."""
     owner, _, key = name.rpartition(".")
-    held = getattr(model.get_submodule(owner), key)
-    return held.dequantized() if isinstance(held, QExperts) else held
+    thing = getattr(model.get_submodule(owner), key)
+    return thing.dequantized() if isinstance(thing, QExperts) else thing

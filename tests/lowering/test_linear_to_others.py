@@ -115,17 +115,17 @@ def test_adapters_wrapped_around_it_learn_as_on_dense_weights(saved, tmp_path):
         {name: model.get_submodule(name.rpartition(".")[0]).weight for name in plain.state_dict()}
     )
     with torch.enable_grad():
-        found, expected = trained(wrapped(model)), trained(wrapped(plain))
-    assert len(found) == 8 and found.keys() == expected.keys()
+        learned, expected = trained(wrapped(model)), trained(wrapped(plain))
+    assert len(learned) == 8 and learned.keys() == expected.keys()
     for name, grad in expected.items():
-        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(learned[name], grad, rtol=1e-3, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
 def models(saved, tmp_path_factory):
     """One of every kind of module that `lower` makes."""
     folder = tmp_path_factory.mktemp("models")
-    made = {
+    recipes = {
         "int4": ("llama", rtn(parse_spec("int4-g32"))),
         "experts": ("mixtral", rtn(parse_spec("int4-g32"))),
         "coded experts": ("qwen3_moe", rtn(parse_spec("nvfp4"))),
@@ -134,7 +134,7 @@ def models(saved, tmp_path_factory):
             chain(rtn(parse_spec("int8-channel")), quantize_inputs(parse_spec("int8-channel"))),
         ),
     }
-    for name, (family, recipe) in made.items():
+    for name, (family, recipe) in recipes.items():
         qlab.quantize(open_checkpoint(saved(family)), recipe, None, folder / name)
     write_with_the_library(
         tiny("llama"), folder / "rotated", transforms=CASES["inputs and outputs"]

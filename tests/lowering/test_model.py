@@ -34,15 +34,15 @@ SPECS = {
 @pytest.fixture(scope="module")
 def quantized(saved, tmp_path_factory):
     """quantized(family, spec) -> the result of RTN, made once."""
-    made = {}
+    results = {}
 
     def make(family="llama", spec="int4-g32"):
-        if (family, spec) not in made:
+        if (family, spec) not in results:
             out = tmp_path_factory.mktemp("quantized") / family
-            made[family, spec] = qlab.quantize(
+            results[family, spec] = qlab.quantize(
                 open_checkpoint(saved(family)), rtn(parse_spec(spec)), None, out
             )
-        return made[family, spec]
+        return results[family, spec]
 
     return make
 
@@ -93,8 +93,8 @@ def test_what_no_kernel_takes_is_dequantized_for_the_call_and_said_to_be(quantiz
     ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
     with pytest.warns(UserWarning, match=rf"no kernel takes the codes of \d+ weights \({spec}\)"):
         model = lower(result, dtype=torch.float32)
-    reference, found = interpreted(result.path, ids), logits(model, ids)
-    assert (found - reference).norm() < MODEL[torch.float32] * reference.norm()
+    reference, computed = interpreted(result.path, ids), logits(model, ids)
+    assert (computed - reference).norm() < MODEL[torch.float32] * reference.norm()
     coded = [
         name
         for name, module in model.named_modules()
@@ -116,11 +116,11 @@ def test_one_token_attention_gives_what_the_models_own_attention_gives(quantized
     one_by_one = [
         model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits for i in range(10)
     ]
-    own = lower(quantized().path, dtype=torch.float32, dense_cache=True)
+    with_sdpa = lower(quantized().path, dtype=torch.float32, dense_cache=True)
     assert model.config._attn_implementation == "qlab_one_token"
-    own.set_attn_implementation("sdpa")
+    with_sdpa.set_attn_implementation("sdpa")
     torch.testing.assert_close(
-        torch.cat(one_by_one, 1), own(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+        torch.cat(one_by_one, 1), with_sdpa(input_ids=ids).logits, rtol=1e-4, atol=1e-4
     )
 
 

@@ -79,7 +79,7 @@ def test_a_process_under_those_variables_finds_the_smaller_processor():
         "from qlab.process import processor; here = processor.here(); "
         "print(here.isa, here.bf16_units)"
     )
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **AVX2},
         capture_output=True,
@@ -87,7 +87,7 @@ def test_a_process_under_those_variables_finds_the_smaller_processor():
         check=True,
     )
     # A processor without AVX2 says "default" itself.
-    assert found.stdout.split() in (["avx2", "False"], ["default", "False"])
+    assert process.stdout.split() in (["avx2", "False"], ["default", "False"])
 
 
 @HALVES
@@ -96,9 +96,9 @@ def test_a_process_under_those_variables_finds_the_smaller_processor():
 )
 def test_many_rows_are_multiplied_in_fp32_where_there_are_no_units_for_them(dtype, isa, least, on):
     on(isa)
-    own = isa in ("avx512_bf16", "amx") and dtype == torch.bfloat16
+    has_units = isa in ("avx512_bf16", "amx") and dtype == torch.bfloat16
     for x in (torch.zeros(least, 3, dtype=dtype), torch.zeros(2, least // 2, 3, dtype=dtype)):
-        assert product_dtype(x) == (dtype if own else torch.float32)
+        assert product_dtype(x) == (dtype if has_units else torch.float32)
     assert product_dtype(torch.zeros(least - 1, 3, dtype=dtype)) == dtype
     assert product_dtype(torch.zeros(least, 0, dtype=dtype)) == dtype
     assert product_dtype(torch.zeros(least, 3, dtype=dtype, device="meta")) == dtype
@@ -145,10 +145,11 @@ def test_products_of_experts_are_rounded_once(dtype, on):
     graph = trace(block, (x, chosen), {})
     with Multiplied() as seen, torch.no_grad():
         y = interpret(graph, (x, chosen), {})
-    own = chosen[:, 0]
+    expert = chosen[:, 0]
     assert seen.dtypes == {torch.float32} and y.dtype == dtype
     assert_rounded_once(
-        y, torch.einsum("nk,nok->no", x.double(), block.W.double()[own]) + block.b.double()[own]
+        y,
+        torch.einsum("nk,nok->no", x.double(), block.W.double()[expert]) + block.b.double()[expert],
     )
 
 

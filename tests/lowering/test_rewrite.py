@@ -158,9 +158,9 @@ def test_strides_are_those_of_the_eager_operator(dynamic):
         return y, after(y[:, :64]), y.view(-1)
 
     compiled = torch.compile(product, fullgraph=True, dynamic=dynamic, options=seen.options)
-    for found, expected in zip(compiled(wide), product(wide)):
-        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
-        assert found.stride() == expected.stride()
+    for computed, expected in zip(compiled(wide), product(wide)):
+        torch.testing.assert_close(computed, expected, rtol=0.02, atol=0.02)
+        assert computed.stride() == expected.stride()
     assert seen.count("aten._weight_int4pack_mm_for_cpu") == (0 if dynamic else 2)
 
 

@@ -22,8 +22,8 @@ def test_a_lowered_model_computes_what_the_library_computes(name, inputs, tmp_pa
         tiny("llama"), tmp_path / name, transforms=CASES[name], inputs=inputs, plain=plain
     )
     for dtype in (torch.float32, torch.bfloat16):
-        found = qlab.lower(tmp_path / name, dtype=dtype, dense_cache=True)(IDS).logits.float()
-        assert_close(found, expected, MODEL[torch.bfloat16 if inputs else dtype])
+        computed = qlab.lower(tmp_path / name, dtype=dtype, dense_cache=True)(IDS).logits.float()
+        assert_close(computed, expected, MODEL[torch.bfloat16 if inputs else dtype])
 
 
 def test_a_state_holds_no_matrix_and_fits_the_same_directory(tmp_path):

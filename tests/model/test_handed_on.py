@@ -123,11 +123,11 @@ def test_statistics_and_drift_are_of_what_the_blocks_really_hand_on(streams, sav
     streams("an object")
     source = saved("llama", num_hidden_layers=3)
     model, data = open_checkpoint(source), random_tokens(source)
-    made = {
+    paths = {
         method: quantize(model, method(INT8), data, tmp_path / method.__name__).path
         for method in (gptq, gptaq)
     }
-    for path in made.values():
+    for path in paths.values():
         assert evaluate(open_checkpoint(path), model, data).kl < 1e-3
     alone = {
         name: t
@@ -137,7 +137,7 @@ def test_statistics_and_drift_are_of_what_the_blocks_really_hand_on(streams, sav
     }
     moved = {
         name.split(".")[2]
-        for name, t in tensors(made[gptq]).items()
+        for name, t in tensors(paths[gptq]).items()
         if not torch.equal(t, alone[name])
     }
     assert {"1", "2"} <= moved
@@ -193,11 +193,11 @@ class Memory(torch.nn.Module):
 def test_what_a_block_leaves_in_attributes_for_another_is_refused_before_any_work(
     keep, name, monkeypatch, saved, tmp_path
 ):
-    made, (memory, notes) = LlamaModel.__init__, (Memory(), [])
+    original_init, (memory, notes) = LlamaModel.__init__, (Memory(), [])
     Memory.left = None
 
     def init(self, config):
-        made(self, config)
+        original_init(self, config)
         for layer in self.layers:
             layer.memory, layer.notes = memory, notes
 

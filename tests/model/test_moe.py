@@ -227,10 +227,10 @@ def test_a_mixture_of_copies_has_the_perplexity_of_the_dense_model_before_and_af
 
 def test_routers_stay_as_they_are_and_a_rule_for_them_is_refused_by_name(saved):
     model = open_checkpoint(saved("qwen3_moe"))
-    made = plan(model, rtn(INT4))
+    planned = plan(model, rtn(INT4))
     assert (
-        "model.layers.1.mlp.gate" in made.unquantized
-        and made.sites["model.layers.1.mlp.gate"]["spec"] is None
+        "model.layers.1.mlp.gate" in planned.unquantized
+        and planned.sites["model.layers.1.mlp.gate"]["spec"] is None
     )
     # A router needs no rule.
     assert plan(model, rules({"*.self_attn.*": keep(), "*.experts.*": rtn(INT4)})).sites
@@ -333,13 +333,13 @@ def test_experts_alone_are_quantized_and_all_else_is_kept(saved, tmp_path):
 
 def test_a_plan_counts_experts_and_the_memory_of_their_statistics(saved):
     model = open_checkpoint(saved("qwen3_moe"))
-    made = plan(model, gptq(INT4), random_tokens(model.path), inputs="reference")
+    planned = plan(model, gptq(INT4), random_tokens(model.path), inputs="reference")
     assert (
-        made.sites["model.layers.0.mlp.experts.down_proj"]["experts"] == 4
-        and "experts" not in made.sites["model.layers.0.mlp.gate"]
+        planned.sites["model.layers.0.mlp.experts.down_proj"]["experts"] == 4
+        and "experts" not in planned.sites["model.layers.0.mlp.gate"]
     )
-    own = 4 * (64**2 + 32**2) * 4
-    assert made.memory["statistics"] >= own
+    expected = 4 * (64**2 + 32**2) * 4
+    assert planned.memory["statistics"] >= expected
     everywhere = plan(model, gptq(INT4), random_tokens(model.path), calibrate_all_experts=True)
     assert everywhere.passes == 2 and everywhere.peak_bytes > 0
 

@@ -161,9 +161,9 @@ def test_a_checkpoint_of_fp8_blocks_gives_what_its_dense_weights_give(saved, tmp
         "dense": {name: dense(q, torch.float32) for name, q in codes.items()},
     }
     written = {}
-    for kind, held in stored.items():
+    for kind, experts in stored.items():
         (tmp_path / kind).mkdir()
-        save_file(rest | held, tmp_path / kind / "model.safetensors", metadata={"format": "pt"})
+        save_file(rest | experts, tmp_path / kind / "model.safetensors", metadata={"format": "pt"})
         named = config | ({"quantization_config": quantization} if kind == "fp8" else {})
         (tmp_path / kind / "config.json").write_text(json.dumps(named))
         model = open_checkpoint(tmp_path / kind)
@@ -209,18 +209,18 @@ def test_zero_points_of_experts_read_back_and_transformers_refuses_them_aloud(sa
 
 def test_an_awq_mixture_is_converted_there_and_back_and_verified(saved, tmp_path):
     source = saved("qwen3_moe", torch.float16)
-    made = quantize(
+    quantized = quantize(
         open_checkpoint(source),
         METHODS["awq"](parse_spec("int4-g16")),
         random_tokens(source),
         tmp_path / "made",
     ).path
-    there = convert(made, "gptq", tmp_path / "there").path
+    there = convert(quantized, "gptq", tmp_path / "there").path
     back = convert(there, "compressed-tensors", tmp_path / "back").path
-    assert torch.equal(qlab_logits(there), qlab_logits(made)) and torch.equal(
-        qlab_logits(back), qlab_logits(made)
+    assert torch.equal(qlab_logits(there), qlab_logits(quantized)) and torch.equal(
+        qlab_logits(back), qlab_logits(quantized)
     )
-    assert not verify(made, source).faults
+    assert not verify(quantized, source).faults
 
 
 def test_model_free_rounding_gives_the_tensors_of_the_normal_path(saved, tmp_path):
@@ -244,16 +244,16 @@ def test_experts_whose_scales_are_for_more_than_a_row_of_one_projection_are_read
     whole = tensors(saved("mixtral"))
     linears = {name for name in whole if "experts" in name}
     codes = {name: on_grid(minmax, whole[name], parse_spec(spec)) for name in linears}
-    held = {name: t for name, t in whole.items() if name not in linears} | {
+    state = {name: t for name, t in whole.items() if name not in linears} | {
         name: q.codes for name, q in codes.items()
     }
-    held |= {
+    state |= {
         f"{name}_scale_inv": q.scales if size else q.scales.reshape(1) for name, q in codes.items()
     }
     config = json.loads((saved("mixtral") / "config.json").read_text())
     said = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": size}
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
-    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     skeleton = Skeleton(open_checkpoint(tmp_path), torch.float32)
     for name in ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"):
         pieces, leaf = skeleton.names.pieces(name), dense(load_leaf(skeleton, name), torch.float32)

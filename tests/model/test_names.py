@@ -24,8 +24,8 @@ from qlab.model.skeleton import Skeleton
 def test_weights_of_other_names_and_filters_in_parts_are_read_as_transformers_does(family, saved):
     skeleton = Skeleton(open_checkpoint(saved(family)), torch.float32)
     refuse_missing(skeleton.names)
-    own = dict(tiny(family).named_parameters())
-    assert all(torch.equal(load_original(skeleton, name), own[name]) for name in own)
+    parameters = dict(tiny(family).named_parameters())
+    assert all(torch.equal(load_original(skeleton, name), parameters[name]) for name in parameters)
     assert not {module for module in skeleton.names.expert_modules() if "conv" in module}
 
 

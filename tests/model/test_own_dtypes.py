@@ -39,15 +39,15 @@ def mixed(saved, tmp_path):
 
     def make(family, most, others, change=lambda t: t + torch.rand(t.shape, generator=DRAW)):
         path = shutil.copytree(saved(family, most), tmp_path / "mixed")
-        held = tensors(path)
+        state = tensors(path)
         vectors = {
             name: t
-            for name, t in held.items()
+            for name, t in state.items()
             if t.ndim == 1 and any(part.isdigit() for part in name.split("."))
         }
-        held |= {name: change(t.double()).to(others) for name, t in vectors.items()}
-        save_file(held, path / "model.safetensors", metadata={"format": "pt"})
-        return path, {name: held[name] for name in vectors}
+        state |= {name: change(t.double()).to(others) for name, t in vectors.items()}
+        save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+        return path, {name: state[name] for name in vectors}
 
     return make
 
@@ -103,12 +103,12 @@ def test_a_fold_is_computed_from_the_bits_of_the_files_and_rounded_once_to_their
         for name in {fold.producer.weight, fold.producer.bias} & {
             n for n, leaf in graph.params.items() if leaf.ndim == 1
         }:
-            own, exact = (
+            vector, exact = (
                 vectors[skeleton.names.file_name(f"{graph.path}.{name}")],
                 torch.promote_types(others, torch.float32),
             )
-            t = torch.ones(len(own)).index_copy(0, fold.index_k, m_k)
-            expected = (own.to(exact) * t).to(others)
+            t = torch.ones(len(vector)).index_copy(0, fold.index_k, m_k)
+            expected = (vector.to(exact) * t).to(others)
             assert torch.equal(leaves[name].to(others), expected), name
             assert fold.producer.rows or leaves[name].dtype == others
         if not fold.producer.rows:
@@ -176,8 +176,8 @@ def test_a_lowered_model_and_the_blocks_of_a_reading_hold_it_so(saved, tmp_path)
         held_by(AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)),
         lower(out),
     )
-    held = {name: dtype for name, dtype in held_by(lowered).items() if name in expected}
-    assert torch.float32 in held.values() and held.items() <= expected.items()
+    dtypes = {name: dtype for name, dtype in held_by(lowered).items() if name in expected}
+    assert torch.float32 in dtypes.values() and dtypes.items() <= expected.items()
     graph = block_of(Skeleton(open_checkpoint(out), torch.bfloat16), -1)
     dense = {
         name: leaf.dtype for name, leaf in graph.params.items() if isinstance(leaf, torch.Tensor)
@@ -200,9 +200,11 @@ def test_every_door_stores_the_scales_of_one_model_in_one_dtype(others, saved, t
     two = quantize_files(
         opened, rtn(INT8), tmp_path / "two", codec="gptq_v2", exclude=("*embed*", "*norm*")
     )
-    held, free = tensors(one.path), tensors(two.path)
-    assert {t.dtype for name, t in held.items() if name.endswith(".scales")} == {torch.bfloat16}
-    assert held.keys() == free.keys() and all(bits_equal(t, free[name]) for name, t in held.items())
+    solved, free = tensors(one.path), tensors(two.path)
+    assert {t.dtype for name, t in solved.items() if name.endswith(".scales")} == {torch.bfloat16}
+    assert solved.keys() == free.keys() and all(
+        bits_equal(t, free[name]) for name, t in solved.items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -224,12 +226,12 @@ def test_a_number_that_the_dtype_of_the_run_does_not_hold_is_refused_by_name(
         r"bfloat16 or float32"
     )
     # In float32, as nothing else was asked for.
-    made = quantize(opened, gptq(INT8), data, tmp_path / "out")
+    result = quantize(opened, gptq(INT8), data, tmp_path / "out")
     acts = [lambda: read(opened, data, torch.float16)]
     if name.endswith(("bias", "norm.weight")):
-        acts.append(lambda: lower(made.path, dtype=torch.float16))
+        acts.append(lambda: lower(result.path, dtype=torch.float16))
     if name.endswith("norm.weight"):
-        acts.append(lambda: AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float16))
+        acts.append(lambda: AutoModelForCausalLM.from_pretrained(result.path, dtype=torch.float16))
     if "layers" in name:
         acts.append(
             lambda: quantize(opened, gptq(INT8), data, tmp_path / "again", dtype=torch.float16)

@@ -39,10 +39,10 @@ def source(request, monkeypatch, tmp_path):
     def held_by_all(self, config, layer_idx):
         start(self, config, layer_idx)
         self.adapters = nn.ModuleList([nn.Linear(64, 64, bias=False) for _ in range(3)])
-        self.own = layer_idx
+        self.index = layer_idx
 
     def run(self, hidden_states, **kwargs):
-        return forward(self, self.adapters[self.own](hidden_states), **kwargs)
+        return forward(self, self.adapters[self.index](hidden_states), **kwargs)
 
     monkeypatch.setattr(LlamaDecoderLayer, "__init__", held_by_all)
     monkeypatch.setattr(LlamaDecoderLayer, "forward", run)
@@ -52,16 +52,16 @@ def source(request, monkeypatch, tmp_path):
     monkeypatch.setattr(LlamaModel, "_tied_weights_keys", tied, raising=False)
     path = tmp_path / "model"
     tiny("llama", num_hidden_layers=3, tie_word_embeddings=True).half().save_pretrained(path)
-    held = tensors(path)
-    assert not any(map(SHARED.match, held))
+    state = tensors(path)
+    assert not any(map(SHARED.match, state))
     if request.param == "twice":
         first = {
-            name: t for name, t in held.items() if re.match(r"model\.layers\.0\.(mlp|ad)", name)
+            name: t for name, t in state.items() if re.match(r"model\.layers\.0\.(mlp|ad)", name)
         }
-        held |= {
+        state |= {
             name.replace(".0.", f".{i}.", 1): t.clone() for name, t in first.items() for i in (1, 2)
         }
-        save_file(held, path / "model.safetensors", metadata={"format": "pt"})
+        save_file(state, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
 
@@ -75,8 +75,8 @@ def test_blocks_that_share_weights_are_read_and_rounded_once(source, tmp_path, d
     expected = logits(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
     with torch.no_grad():
         reading = read(model, data)
-    made = plan(model, rtn(INT8))
-    assert not any("mlp" in name for name in made.unquantized)
+    planned = plan(model, rtn(INT8))
+    assert not any("mlp" in name for name in planned.unquantized)
     out = quantize(model, rtn(INT8), None, tmp_path / "out").path
     assert {name.rpartition(".")[0] for name in tensors(out)} == {
         name.rpartition(".")[0] for name in tensors(source) if not SHARED.match(name)
@@ -85,9 +85,9 @@ def test_blocks_that_share_weights_are_read_and_rounded_once(source, tmp_path, d
     assert 0 < evaluate(open_checkpoint(out), reading, data).kl < 1e-3
     again = convert(out, "gptq_v2", tmp_path / "again").path
     assert verify(again, source).faults == []
-    for made in (out, again):
-        lowered = lower(made, dtype=torch.float32, dense_cache=True)
-        for other in (lowered, AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)):
+    for planned in (out, again):
+        lowered = lower(planned, dtype=torch.float32, dense_cache=True)
+        for other in (lowered, AutoModelForCausalLM.from_pretrained(planned, dtype=torch.float32)):
             assert (logits(other) - expected).norm() < 0.05 * expected.norm()
 
 

@@ -39,8 +39,8 @@ def test_a_model_whose_weights_are_not_all_read_is_evaluated(source):
 def test_what_a_rule_keeps_need_not_be_read(method, source, tmp_path):
     model, data = open_checkpoint(source), random_tokens(source)
     recipe = rules({"*experts*": keep(), "*": method(INT8)})
-    made = plan(model, recipe, data)
-    assert EXPERTS in made.unquantized and EXPERTS not in made.sites
+    planned = plan(model, recipe, data)
+    assert EXPERTS in planned.unquantized and EXPERTS not in planned.sites
     out = quantize(model, recipe, data, tmp_path / "out").path
     assert verify(out, source).faults == []
     assert torch.equal(tensors(out)[EXPERTS], tensors(source)[EXPERTS])

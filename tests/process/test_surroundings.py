@@ -82,7 +82,7 @@ def source(saved):
     return saved("llama", torch.bfloat16)
 
 
-def made(source, data, out):
+def outcome(source, data, out):
     """Codes, readings and a lowered model's parameters and logits."""
     model = open_checkpoint(source)
     recipe = qlab.METHODS["awq-gptq"](INT4)
@@ -99,7 +99,7 @@ def data(source):
 
 @pytest.fixture(scope="module")
 def plain(source, data, tmp_path_factory):
-    return made(source, data, tmp_path_factory.mktemp("plain") / "q")
+    return outcome(source, data, tmp_path_factory.mktemp("plain") / "q")
 
 
 @pytest.mark.parametrize("around", AROUND)
@@ -108,15 +108,15 @@ def test_what_is_set_around_a_call_changes_no_byte_and_stays_set(
 ):
     with AROUND[around]():
         before = state()
-        codes, reading, lowered = made(source, data, tmp_path / "q")
+        codes, reading, lowered = outcome(source, data, tmp_path / "q")
         with pytest.raises(qlab.QlabError):
             qlab.lower(source)
         assert state() == before
     assert codes.keys() == plain[0].keys()
     assert all(torch.equal(codes[name], plain[0][name]) for name in codes)
     assert reading == plain[1]
-    held = zip(lowered.state_dict().values(), plain[2].state_dict().values())
-    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in held)
+    parameters = zip(lowered.state_dict().values(), plain[2].state_dict().values())
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in parameters)
     ids = torch.arange(3, 19)[None]
     assert torch.equal(lowered(ids).logits, plain[2](ids).logits)
 
@@ -131,7 +131,7 @@ def test_calls_in_threads_give_the_same_and_change_nothing_meanwhile(source, dat
     watcher = threading.Thread(target=watch)
     watcher.start()
     with ThreadPoolExecutor(3) as pool:
-        quantized = [pool.submit(made, source, data, tmp_path / str(i)) for i in range(2)]
+        quantized = [pool.submit(outcome, source, data, tmp_path / str(i)) for i in range(2)]
         dtypes = [torch.float32, torch.bfloat16] * 3
         built = list(pool.map(lambda dtype: Skeleton(open_checkpoint(source), dtype).model, dtypes))
     done.set()
@@ -172,13 +172,13 @@ def test_a_thread_s_own_default_dtype_makes_what_the_process_s_would(make):
     with default_dtype(torch.bfloat16):
         expected = make()
     with surroundings.Floats(torch.bfloat16):
-        found = make()
+        computed = make()
     same = (
-        torch.equal(found, expected) and found.dtype == expected.dtype
-        if isinstance(found, torch.Tensor)
-        else found == expected
+        torch.equal(computed, expected) and computed.dtype == expected.dtype
+        if isinstance(computed, torch.Tensor)
+        else computed == expected
     )
-    assert same, (found, expected)
+    assert same, (computed, expected)
 
 
 def test_no_module_sets_what_the_whole_process_shares():
@@ -204,13 +204,13 @@ def test_code_of_others_that_changes_the_default_dtype_meanwhile_reaches_into_no
     loader = threading.Thread(target=load)
     loader.start()
     try:
-        codes, reading, lowered = made(source, data, tmp_path / "q")
+        codes, reading, lowered = outcome(source, data, tmp_path / "q")
     finally:
         done.set()
         loader.join()
     assert all(torch.equal(codes[name], plain[0][name]) for name in codes) and reading == plain[1]
-    held = zip(lowered.state_dict().values(), plain[2].state_dict().values())
-    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in held)
+    parameters = zip(lowered.state_dict().values(), plain[2].state_dict().values())
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in parameters)
 
 
 FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "eye", "linspace", "tensor")

@@ -95,7 +95,7 @@ class StandIn:
         self._leave((args, kwargs), tensors, values[returned:])
         return pytree.tree_unflatten(values[:returned], self.results.out_spec)
 
-    def _leave(self, inputs: Any, tensors: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+    def _leave(self, inputs: Any, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """Make of the arguments what the module makes of them."""
         left = self.results.left
         if left is None:
@@ -103,7 +103,7 @@ class StandIn:
         leaves = list(left.leaves)
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, Given | Made):
-                leaves[i] = (tensors if isinstance(leaf, Given) else made)[leaf.index]
+                leaves[i] = (tensors if isinstance(leaf, Given) else results)[leaf.index]
         take_over(inputs, put_together(leaves, left.form))
 
 

@@ -58,10 +58,10 @@ def holder(segment: nn.Module, path: Path) -> Any:
 def refuse_shared(blocks: Mapping[str, nn.Module], path: str, kept: Iterable[Path]) -> None:
     """Refuse a block that leaves a tensor where another block may look for it."""
     for where in kept:
-        held = holder(blocks[path], where)
+        owner = holder(blocks[path], where)
         for other, block in blocks.items():
-            if other != path and any(thing is held for _, thing in _reached(block)):
-                name = held.__name__ if isinstance(held, type) else type(held).__name__
+            if other != path and any(thing is owner for _, thing in _reached(block)):
+                name = owner.__name__ if isinstance(owner, type) else type(owner).__name__
                 raise QlabError(
                     f"{path} leaves a tensor in {name}.{where[-1]}, which {other} holds too; qlab "
                     "streams models whose blocks hand on what they return, or leave in their "

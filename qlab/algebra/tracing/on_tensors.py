@@ -38,14 +38,14 @@ class OnTensors(nn.Module):
             out = self.segment(*inputs[0], **inputs[1])
         leaves, form = take_apart(inputs)
         given = {id(t): Given(i) for i, t in reversed(list(enumerate(tensors)))}
-        made = [x for x in leaves if isinstance(x, Tensor) and id(x) not in given]
-        places = {id(t): Made(i) for i, t in enumerate(made)} | given
-        if not made:
+        new_tensors = [x for x in leaves if isinstance(x, Tensor) and id(x) not in given]
+        places = {id(t): Made(i) for i, t in enumerate(new_tensors)} | given
+        if not new_tensors:
             return out, {}
         self.after.left = Left(
             form, tuple(places[id(x)] if isinstance(x, Tensor) else x for x in leaves)
         )
-        return out, {repr(self.after.left): made}
+        return out, {repr(self.after.left): new_tensors}
 
 
 class Undecided(Exception):

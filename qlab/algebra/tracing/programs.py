@@ -73,14 +73,14 @@ def program(
             _kept.move_to_end((alike, run))
             return code
     code = trace(segment, args, kwargs, path, untraced).code
-    found = untraced_modules(code)
-    if found.keys() != untraced.keys():
-        run = runs(found)
+    untraced_now = untraced_modules(code)
+    if untraced_now.keys() != untraced.keys():
+        run = runs(untraced_now)
     if run[1] is None:  # what such a segment does is known to its own trace only
         return code
     with _lock:
-        if found:
-            _remember(_untraced, (alike, whole), found)
+        if untraced_now:
+            _remember(_untraced, (alike, whole), untraced_now)
         return _remember(_kept, (alike, run), code)
 
 
@@ -142,19 +142,21 @@ class _Look:
             return _Itself(thing)
         if isinstance(reduced, str):  # a global's name
             return _Itself(thing)
-        made, arguments, state, items, entries = (*reduced, None, None, None)[:5]
+        maker, arguments, state, items, entries = (*reduced, None, None, None)[:5]
         if isinstance(thing, nn.Module):
             state = self._without_index(vars(thing))
         return (
-            made,
+            maker,
             self(arguments),
             self(state),
             self(list(items or ())),
             self(dict(entries or ())),
         )
 
-    def _entries(self, held: Mapping[Any, Any]) -> Hashable:
-        kept = ((k, v) for k, v in held.items() if not (isinstance(k, str) and k in self.ignored))
+    def _entries(self, mapping: Mapping[Any, Any]) -> Hashable:
+        kept = (
+            (k, v) for k, v in mapping.items() if not (isinstance(k, str) and k in self.ignored)
+        )
         return tuple((self(k), self(v)) for k, v in kept)
 
     def _without_index(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,7 +230,7 @@ class _Told(TorchDispatchMode):
     def __init__(self, entering: Iterable[tuple[str, Tensor]]):
         super().__init__()
         self.hash = hashlib.sha256()
-        self.held: list[Tensor] = []  # so that the id of a named tensor stays its own
+        self.alive: list[Tensor] = []  # so that the id of a named tensor stays its own
         self.names: dict[int, str] = {}
         for name, tensor in entering:
             self._call(tensor, f"enters as {name}")
@@ -240,18 +242,18 @@ class _Told(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in pytree.tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._call(tensor, str(len(self.held)))
+                self._call(tensor, str(len(self.alive)))
                 self.note("makes", tensor)
         return out
 
-    def note(self, what: str, taken: Any) -> None:
+    def note(self, operation: str, taken: Any) -> None:
         """Take down one operation, or its result."""
         leaves, spec = pytree.tree_flatten(taken)
         told = [self._one(leaf) for leaf in leaves]
-        self.hash.update("\n".join([what, str(spec), *told, ""]).encode())
+        self.hash.update("\n".join([operation, str(spec), *told, ""]).encode())
 
     def _call(self, tensor: Tensor, name: str) -> None:
-        self.held.append(tensor)
+        self.alive.append(tensor)
         self.names[id(tensor)] = name
 
     def _one(self, leaf: Any) -> str:

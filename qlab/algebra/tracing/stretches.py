@@ -75,9 +75,9 @@ class _Tracing(TorchFunctionMode):
         self.number = 0
         self.twins: dict[int, Tensor] = {}
         self.twin_of: dict[int, Tensor] = {}
-        self.made: dict[int, tuple[int, int]] = {}
+        self.call_of: dict[int, tuple[int, int]] = {}
         self.standing: dict[int, Tensor] = {}
-        self.held: list[Any] = []  # so that the id of a tensor stays its own
+        self.alive: list[Any] = []  # so that the id of a tensor stays its own
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
@@ -100,8 +100,8 @@ class _Tracing(TorchFunctionMode):
             out = called_on_meta(func, args, kwargs)
         for leaf, value in enumerate(pytree.tree_leaves(out)):
             if isinstance(value, Tensor) and id(value) not in self.twin_of:
-                self.made.setdefault(id(value), (number, leaf))
-                self.held.append(value)
+                self.call_of.setdefault(id(value), (number, leaf))
+                self.alive.append(value)
         if isinstance(out, torch.Size):
             return torch.Size([self._size(n) for n in out])
         return self._size(out) if type(out) is int else out
@@ -109,14 +109,14 @@ class _Tracing(TorchFunctionMode):
     def _on_meta(self, leaf: Any) -> Any:
         if isinstance(leaf, torch.SymInt):
             return self._number(leaf)
-        if not isinstance(leaf, Tensor) or id(leaf) in self.made or id(leaf) in self.twin_of:
+        if not isinstance(leaf, Tensor) or id(leaf) in self.call_of or id(leaf) in self.twin_of:
             return leaf
         if id(leaf) not in self.twins:
             sizes, strides = ([self._number(n) for n in at] for at in (leaf.shape, leaf.stride()))
             with torch._C.DisableTorchFunction(), _disable_current_modes():
                 twin = torch.empty_strided(sizes, strides, dtype=leaf.dtype, device=META)
             self.twins[id(leaf)], self.twin_of[id(twin)] = twin, leaf
-            self.held.append(leaf)
+            self.alive.append(leaf)
         return self.twins[id(leaf)]
 
     def _number(self, size: Any) -> int:
@@ -138,10 +138,10 @@ class _Tracing(TorchFunctionMode):
     def _traced(self, t: Tensor) -> Tensor:
         if id(t) in self.twin_of:
             return self.twin_of[id(t)]
-        if id(t) not in self.made:
+        if id(t) not in self.call_of:
             return t
         if id(t) not in self.standing:
-            call, leaf = self.made[id(t)]
+            call, leaf = self.call_of[id(t)]
             index = self.surveyed.within(call)
             assert index is not None
             before = sum(number < call for number in self.surveyed.products)
@@ -160,24 +160,28 @@ class Stretch:
     __name__ = "stretch"
 
     def __init__(
-        self, on_tensors: OnTensors, surveyed: Survey, index: int, wanted: Sequence[tuple[int, int]]
+        self,
+        on_tensors: OnTensors,
+        surveyed: Survey,
+        index: int,
+        leaving: Sequence[tuple[int, int]],
     ):
-        self.on_tensors, self.surveyed, self.wanted = on_tensors, surveyed, wanted
+        self.on_tensors, self.surveyed, self.leaving = on_tensors, surveyed, leaving
         self.names, self.stop = surveyed.needed(index), surveyed.stretches[index].stop
 
     def __call__(
         self, inputs: Sequence[Tensor], weights: Sequence[Tensor], products: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        held = {f"segment.{name}": weight for name, weight in zip(self.names, weights)}
+        parameters = {f"segment.{name}": weight for name, weight in zip(self.names, weights)}
         again = _Again(
-            self.surveyed, self.stop, products, {call for call, _ in self.wanted}, inputs[0].device
+            self.surveyed, self.stop, products, {call for call, _ in self.leaving}, inputs[0].device
         )
         try:
             with again:
-                functional_call(self.on_tensors, held, tuple(inputs))
+                functional_call(self.on_tensors, parameters, tuple(inputs))
         except _Enough:
             pass
-        return tuple(again.gave[call][leaf] for call, leaf in self.wanted)
+        return tuple(again.gave[call][leaf] for call, leaf in self.leaving)
 
 
 class _Enough(Exception):
@@ -192,11 +196,11 @@ class _Again(TorchFunctionMode):
         surveyed: Survey,
         stop: int,
         products: Sequence[Tensor],
-        wanted: set[int],
+        leaving: set[int],
         device: torch.device,
     ):
         super().__init__()
-        self.surveyed, self.stop, self.wanted, self.device = surveyed, stop, wanted, device
+        self.surveyed, self.stop, self.leaving, self.device = surveyed, stop, leaving, device
         self.products = iter(products)
         self.gave: dict[int, list[Any]] = {}
         self.number = 0
@@ -222,7 +226,7 @@ class _Again(TorchFunctionMode):
                 "a block runs other operations than those it was traced with; open its model "
                 "again in this process"
             )
-        if number in self.wanted:
+        if number in self.leaving:
             self.gave[number] = pytree.tree_leaves(out)
         return out
 

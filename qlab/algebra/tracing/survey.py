@@ -105,14 +105,15 @@ def _long(
         return None
     start = between[EDGE]
     stop = min(
-        between[-EDGE:], key=lambda at: sum(made < at <= last_use.get(made, -1) for made in between)
+        between[-EDGE:],
+        key=lambda at: sum(maker < at <= last_use.get(maker, -1) for maker in between),
     )
     crossing = True
     while crossing:
         crossing = False
-        for call, made in writes:
-            if (start <= call < stop and made < start) or (start <= made < stop <= call):
-                start, stop, crossing = min(start, made), max(stop, call + 1), True
+        for call, maker in writes:
+            if (start <= call < stop and maker < start) or (start <= maker < stop <= call):
+                start, stop, crossing = min(start, maker), max(stop, call + 1), True
     return range(start, stop) if between.start <= start and stop <= between.stop else None
 
 
@@ -130,10 +131,10 @@ class _Noted(TorchFunctionMode):
 
     def __init__(self, module: nn.Module, inputs: Sequence[Tensor]):
         super().__init__()
-        held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        self.names = {id(t): frozenset({name}) for name, t in held.items()}
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        self.names = {id(t): frozenset({name}) for name, t in tensors.items()}
         self.judge = _Judge(module, inputs)
-        self.held: list[Tensor] = []  # so that the id of a tensor stays its own
+        self.alive: list[Tensor] = []  # so that the id of a tensor stays its own
         self.products: dict[int, Any] = {}
         self.taken: dict[str, int] = {}
         self.makers: dict[int, int] = {}
@@ -155,17 +156,17 @@ class _Noted(TorchFunctionMode):
             for t, v in zip(taken, versions)
             if t._version != v
         ]
-        made = _tensors_in(out)
-        self.held += made
-        if made:
+        results = _tensors_in(out)
+        self.alive += results
+        if results:
             self.number += 1
-            self._take_down(number, func, taken, made)
+            self._take_down(number, func, taken, results)
         return out
 
     def _take_down(
-        self, number: int, func: Any, taken: Sequence[Tensor], made: Sequence[Tensor]
+        self, number: int, func: Any, taken: Sequence[Tensor], results: Sequence[Tensor]
     ) -> None:
-        for t in made:
+        for t in results:
             self.makers.setdefault(_memory(t), number)
             self.gave.setdefault(id(t), number)
         for t in taken:
@@ -176,7 +177,7 @@ class _Noted(TorchFunctionMode):
             self.products[number] = func
         # A cast or a transpose of weights: who takes its result takes the weights.
         elif names and all(id(t) in self.names for t in taken):
-            self.names |= {id(t): names for t in made}
+            self.names |= {id(t): names for t in results}
         else:
             for name in names:
                 self.taken.setdefault(name, number)
@@ -196,22 +197,22 @@ class _Judge(TorchDispatchMode):
             id(p): frozenset({name}) for name, p in module.named_parameters() if is_matrix(p.shape)
         }
         self.computed = {id(t) for t in inputs}
-        self.held: list[Tensor] = []  # so that the id of a tensor stays its own
+        self.alive: list[Tensor] = []  # so that the id of a tensor stays its own
         self.mixed: list[tuple[int, str, Any]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        taken, made = _tensors_in((args, kwargs)), _tensors_in(out)
-        self.held += made
+        taken, results = _tensors_in((args, kwargs)), _tensors_in(out)
+        self.alive += results
         names = frozenset().union(*(self.names.get(id(t), ()) for t in taken))
         if names and not _number_by_number(func, args):
             self.mixed += [(self.number, name, func) for name in names]
         if any(id(t) in self.computed for t in taken):
-            self.computed |= {id(t) for t in made}
+            self.computed |= {id(t) for t in results}
         elif names:
-            self.names |= {id(t): names for t in made}
+            self.names |= {id(t): names for t in results}
         return out
 
 

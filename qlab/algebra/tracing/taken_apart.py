@@ -59,39 +59,39 @@ def put_together(leaves: list[Any], form: Form) -> Any:
     """Arguments of this form: the inverse of `take_apart`, with lists, dictionaries and objects of
     their own."""
     outer, at = [], 0
-    for held in form.objects:
-        if held is None:
+    for spec in form.objects:
+        if spec is None:
             outer.append(leaves[at])
             at += 1
             continue
-        outer.append(_made(held, put_together(leaves[at : at + held.leaves], held.content)))
-        at += held.leaves
+        outer.append(_rebuilt(spec, put_together(leaves[at : at + spec.leaves], spec.content)))
+        at += spec.leaves
     return pytree.tree_unflatten(outer, form.spec)
 
 
-def take_over(held: Any, changed: Any) -> Any:
+def take_over(former: Any, changed: Any) -> Any:
     """What is held, with the content of what it was changed into; lists, dictionaries and objects
     stay themselves."""
-    if type(held) is not type(changed):
+    if type(former) is not type(changed):
         return changed
-    if isinstance(held, tuple) and len(held) == len(changed):
-        parts = [take_over(a, b) for a, b in zip(held, changed)]
-        return type(held)._make(parts) if hasattr(held, "_make") else type(held)(parts)
-    if isinstance(held, dict):
-        entries = {key: take_over(held.get(key), value) for key, value in changed.items()}
-        held.clear()
-        held.update(entries)
-    elif isinstance(held, list):
-        held[:] = [take_over(a, b) for a, b in zip_longest(held, changed)][: len(changed)]
-    elif not _opens(held):
+    if isinstance(former, tuple) and len(former) == len(changed):
+        parts = [take_over(a, b) for a, b in zip(former, changed)]
+        return type(former)._make(parts) if hasattr(former, "_make") else type(former)(parts)
+    if isinstance(former, dict):
+        entries = {key: take_over(former.get(key), value) for key, value in changed.items()}
+        former.clear()
+        former.update(entries)
+    elif isinstance(former, list):
+        former[:] = [take_over(a, b) for a, b in zip_longest(former, changed)][: len(changed)]
+    elif not _opens(former):
         return changed
-    if _opens(held):
+    if _opens(former):
         attributes = {
-            key: take_over(vars(held).get(key), value) for key, value in vars(changed).items()
+            key: take_over(vars(former).get(key), value) for key, value in vars(changed).items()
         }
-        vars(held).clear()
-        vars(held).update(attributes)
-    return held
+        vars(former).clear()
+        vars(former).update(attributes)
+    return former
 
 
 def _opens(thing: Any) -> bool:
@@ -106,9 +106,9 @@ def _content(thing: Any) -> tuple[dict[str, Any], Any]:
     return dict(vars(thing)), entries
 
 
-def _made(held: _Object, content: tuple[dict[str, Any], Any]) -> Any:
+def _rebuilt(spec: _Object, content: tuple[dict[str, Any], Any]) -> Any:
     attributes, entries = content
-    thing = held.kind.__new__(held.kind)
+    thing = spec.kind.__new__(spec.kind)
     vars(thing).update(attributes)
     if isinstance(thing, dict):
         dict.update(thing, entries)

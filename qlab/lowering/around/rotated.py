@@ -33,11 +33,11 @@ def rotations(skeleton: Skeleton) -> Rotations:
             shared.append(M)
         return next(other for other in shared if torch.equal(M, other))
 
-    found = {
+    pairs = {
         name: (matrix(at_input(skeleton, name)), matrix(at_output(skeleton, name)))
         for name in skeleton.names.linears()
     }
-    return {name: pair for name, pair in found.items() if pair != (None, None)}
+    return {name: pair for name, pair in pairs.items() if pair != (None, None)}
 
 
 def attach(model: nn.Module, rotations: Rotations, device: torch.device) -> None:

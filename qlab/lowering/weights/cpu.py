@@ -126,11 +126,11 @@ def kind(
         return "dense"
     from qlab_kernels import cache as configs
 
-    found = configs.lookup(problem(m, dtype, dense_copy, n, k, group, zeros))
-    if found.source == "heuristic":
+    looked_up = configs.lookup(problem(m, dtype, dense_copy, n, k, group, zeros))
+    if looked_up.source == "heuristic":
         most = INT4_TOKENS_BESIDE_DENSE if dense_copy else INT4_TOKENS
         return "int4pack" if m <= most else "dense"
-    return "int4pack" if found.config.kind == "int4pack" else "dense"
+    return "int4pack" if looked_up.config.kind == "int4pack" else "dense"
 
 
 def problem(

@@ -70,7 +70,7 @@ class QuantizedWeight(nn.Module):
         """W, dequantized now."""
         return self.kernel.dequantized(self.packed)
 
-    def held(self) -> tuple[Tensor | None, ...]:
+    def buffers_of_weight(self) -> tuple[Tensor | None, ...]:
         """The tensors that W is made of."""
         return self.packed[: len(self.kernel.tensors)]
 
