@@ -34,6 +34,7 @@ HOMES = {
     "evaluate": "qlab.evaluation.perplexity",
     "first_windows": "qlab.data.calibration",
     "from_ids": "qlab.data.calibration",
+    "gauge": "qlab.algebra.gauge",
     "gptaq": "qlab.methods.gptaq",
     "gptq": "qlab.methods.gptq",
     "image_samples": "qlab.data.images",

@@ -1,6 +1,7 @@
 """The public names, as editors and type checkers see them."""
 
 from qlab.algebra.absorb import absorb as absorb
+from qlab.algebra.gauge import gauge as gauge
 from qlab.algebra.leaf import LowRank as LowRank
 from qlab.algebra.leaf import Sum as Sum
 from qlab.algebra.leaf import dense as dense

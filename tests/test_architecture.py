@@ -34,7 +34,8 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MATHEMATICS = {"errors", "algebra", "methods"}
 WALKERS = {
-    "algebra/absorb.py",
+    "algebra/folds.py",
+    "algebra/groups.py",
     "algebra/tracing/as_it_is.py",
     "algebra/channels.py",
     "algebra/graph.py",

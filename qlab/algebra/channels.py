@@ -31,14 +31,17 @@ NONE = -1  # the label of a channel that this producer does not feed
 class Labels(fx.Interpreter):
     """Runs a program on meta tensors, with the producer's channel numbers beside every value.
 
-    labels: node -> a tensor of channel numbers in the shape of its value, or several. leaked: the
-    channels that no scale can move through. reached: origin of sites -> the labels [k] of its
-    channels.
+    rules: what each operation does to labels. labels: node -> a tensor of channel numbers in the
+    shape of its value, or several. leaked: the channels that no scale can move through. reached:
+    origin of sites -> the labels [k] of its channels. heads: the channels whose rows are mixed over
+    tokens together, one tuple for each head of an attention.
     """
 
-    def __init__(self, code: Code, producer: str):
+    def __init__(self, code: Code, producer: str, rules: "Mapping[Any, Rule] | None" = None):
         super().__init__(nn.Module(), graph=code.graph)
         self.producer = producer
+        self.rules = RULES if rules is None else rules
+        self.heads: set[tuple[int, ...]] = set()
         self.sites = {s.weight: s for s in code.sites}
         self.code = code
         self.labels: dict[fx.Node, Any] = {}
@@ -69,7 +72,7 @@ class Labels(fx.Interpreter):
 
     def _follow(self, n: fx.Node, value: Any) -> Any:
         """The labels of a node's value, or None where they leak."""
-        rule = RULES.get(n.target)
+        rule = self.rules.get(n.target)
         if rule is None:
             return None
         return rule(self, n, [self._label_of(argument) for argument in n.args], value)
@@ -181,7 +184,7 @@ def _mixed(walk: Labels, n: fx.Node, labels: Sequence[Any], value: Any) -> Any:
     """P @ V with labelled V."""
     if labels[0] is not None or len(_labelled(labels)) != 1:
         return None
-    return _over_tokens(_labelled(labels)[0], value.shape)
+    return _over_tokens(walk, _labelled(labels)[0], value.shape)
 
 
 def _attended(walk: Labels, n: fx.Node, labels: Sequence[Any], value: Any) -> Any:
@@ -193,13 +196,22 @@ def _attended(walk: Labels, n: fx.Node, labels: Sequence[Any], value: Any) -> An
     for scored in _labelled([queries, keys]):
         walk.leak(scored)
     queries_per_value = value.shape[-3] // values.shape[-3]
-    return _over_tokens(values.repeat_interleave(queries_per_value, dim=-3), value.shape)
+    return _over_tokens(walk, values.repeat_interleave(queries_per_value, dim=-3), value.shape)
 
 
-def _over_tokens(labels: Tensor, shape: torch.Size) -> Tensor | None:
+def _over_tokens(walk: Labels, labels: Tensor, shape: torch.Size) -> Tensor | None:
     """Labels of a mixture of rows V: those of V, if every row carries the same ones."""
-    same = (labels == labels[..., :1, :]).all()
-    return labels[..., :1, :].expand(shape) if same else None
+    rows = labels[..., :1, :]
+    if not (labels == rows).all():
+        return None
+    walk.heads |= {tuple(head) for head in rows.flatten(0, -2).unique(dim=0).tolist()}
+    return rows.expand(shape)
+
+
+def _scaled(walk: Labels, n: fx.Node, labels: Sequence[Any], value: Any) -> Any:
+    """A product with a number, or a quotient by one."""
+    numbers = not isinstance(n.args[1], fx.Node) and labels[0] is not None
+    return labels[0] if numbers else None
 
 
 def _labelled(labels: Sequence[Any]) -> list[Any]:
@@ -217,6 +229,20 @@ RULES: Mapping[Any, Rule] = {
     aten.cat.default: _joined,
     aten.stack.default: _joined,
     aten.einsum.default: _contracted,
+    aten.index.Tensor: _gathered,
+    aten.scaled_dot_product_attention.default: _attended,
+}
+# What commutes with every mixture of the channels of a head: x M before it is x M behind it.
+LINEAR: Mapping[Any, Rule] = {
+    **dict.fromkeys(SAME_VALUES | {aten.neg.default}, _elementwise),
+    **dict.fromkeys(LAYOUT, _view),
+    **dict.fromkeys(PRODUCTS, _mixed),
+    operator.getitem: _item,
+    aten.mul.Tensor: _scaled,
+    aten.div.Tensor: _scaled,
+    aten.add.Tensor: _sum,
+    aten.cat.default: _joined,
+    aten.stack.default: _joined,
     aten.index.Tensor: _gathered,
     aten.scaled_dot_product_attention.default: _attended,
 }

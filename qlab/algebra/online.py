@@ -83,7 +83,8 @@ class Rotate:
 
 @dataclass(frozen=True)
 class MatMul:
-    """x -> x @ M for every n neighbouring channels, with M [n, n], in the dtype of M."""
+    """x -> x @ M for every n neighbouring channels, with M [n, n], or [b, n, n] for b blocks of
+    channels with a matrix each, in the dtype of M."""
 
     M_nn: Tensor
 
@@ -93,4 +94,7 @@ class MatMul:
 
 def rotate(x: Tensor, M_nn: Tensor) -> Tensor:
     """x @ M for every n neighbouring channels (MatMul)."""
-    return (x.to(M_nn.dtype).unflatten(-1, (-1, len(M_nn))) @ M_nn).flatten(-2).to(x.dtype)
+    blocks = x.to(M_nn.dtype).unflatten(-1, (-1, M_nn.shape[-1]))
+    if M_nn.ndim == 2:
+        return (blocks @ M_nn).flatten(-2).to(x.dtype)
+    return (blocks[..., None, :] @ M_nn).flatten(-3).to(x.dtype)

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qlab.algebra.graph import ModuleGraph, by_origin, by_source
-from qlab.algebra.online import Multiply, Rotate
+from qlab.algebra.graph import ModuleGraph, Op, by_origin, by_source
+from qlab.algebra.online import MatMul, Multiply, Rotate, rotate
 from qlab.algebra.stats import Stats, transport
 from qlab.errors import QlabError
 
@@ -28,8 +28,9 @@ def reparametrize(
         graph: the segment, with all sites of the origin selected, since they share its channels.
         stats: (source, statistic) -> state.
         origin: the node whose channels reach the sites (`Site.origin`).
-        M: the change of basis in fp32: a vector [k] (a scale per channel), a matrix [k, k], or for
-            experts that feed themselves a scale of each [e, 1, k].
+        M: the change of basis in fp32: a vector [k] (a scale per channel), a matrix [k, k], a
+            matrix [n, n] for every n neighbouring channels, matrices [b, n, n] for b blocks of
+            them, or for experts that feed themselves a scale of each [e, 1, k].
         M_inv: its inverse, in the same shape. Of a rotation that is M.T.
 
     Returns:
@@ -62,26 +63,69 @@ def reparametrize(
     leaves, online = {}, dict(graph.online)
     for site in sharing:
         W_ok = graph.weight_ok(site)
-        moved = W_ok * M_inv if M_inv.ndim != 2 else (W_ok.double() @ M_inv.T.double()).float()
+        _refuse_misfit(graph.where(site), W_ok, M)
+        moved = _against(W_ok, M_inv)
         assert site.weight is not None
         leaves[site.weight] = moved.mT if site.layout.endswith("k o") else moved
-        online[site.path] = (*online.get(site.path, ()), Rotate(M) if M.ndim == 2 else Multiply(M))
+        online[site.path] = (*online.get(site.path, ()), _operation(M, W_ok.shape[-1]))
     for source in by_source(sharing):
-        stats = transport(stats, source, M)
+        if any(of_source == source for of_source, _ in stats):
+            stats = transport(stats, source, _whole(M, W_ok.shape[-1]))
     return replace(graph.update(leaves), online=online), stats
+
+
+def is_scale(M: Tensor) -> bool:
+    """Whether a change of basis is diagonal: [k], or [e, 1, k] of experts."""
+    return M.ndim == 1 or (M.ndim == 3 and M.shape[1] == 1)
+
+
+def _against(W_ok: Tensor, M_inv: Tensor) -> Tensor:
+    """W @ M_inv^T."""
+    if is_scale(M_inv):
+        return W_ok * M_inv
+    if M_inv.ndim == 2 and len(M_inv) == W_ok.shape[-1]:
+        return (W_ok.double() @ M_inv.T.double()).float()
+    return rotate(W_ok.double(), M_inv.mT.double()).float()
+
+
+def _operation(M: Tensor, k: int) -> Op:
+    if is_scale(M):
+        return Multiply(M)
+    return Rotate(M) if M.shape == (k, k) else MatMul(M)
+
+
+def _whole(M: Tensor, k: int) -> Tensor:
+    """M as statistics are transported by it: blocks as the matrix [k, k] that they are together."""
+    if is_scale(M) or M.shape == (k, k):
+        return M
+    return torch.block_diag(*(M if M.ndim == 3 else [M] * (k // len(M))))
+
+
+def _refuse_misfit(where: str, W_ok: Tensor, M: Tensor) -> None:
+    """Refuse an M that is for other channels than the weight's."""
+    k, n = W_ok.shape[-1], M.shape[-1]
+    blocks = len(M) if M.ndim == 3 and not is_scale(M) else None
+    fits = n == k if is_scale(M) else k % n == 0 and blocks in (None, k // n)
+    if not fits:
+        raise QlabError(
+            f"M {tuple(M.shape)} does not fit the {k} input channels of {where}; give a vector "
+            "[k], or matrices [n, n] whose n divides k"
+        )
 
 
 def _refuse_no_inverse(where: str, M: Tensor, M_inv: Tensor) -> None:
     """Refuse an M_inv with which x @ M @ M_inv is not x for some random rows x."""
-    if M.shape != M_inv.shape or M.ndim not in (1, 2, 3):
+    square = is_scale(M) or (M.ndim in (2, 3) and M.shape[-1] == M.shape[-2])
+    if M.shape != M_inv.shape or not square:
         raise QlabError(
             f"M {tuple(M.shape)} and M_inv {tuple(M_inv.shape)} at the input of {where} differ in "
             "shape; give vectors [k], matrices [k, k] or diagonals [e, 1, k] of experts"
         )
-    if M.ndim == 2:
+    if not is_scale(M):
         seeded = torch.Generator().manual_seed(0)
-        x_nk = torch.randn(PROBES, len(M), generator=seeded, dtype=torch.float64).to(M.device)
-        error = (x_nk @ M.double() @ M_inv.double() - x_nk).square().mean(0).sqrt()
+        drawn = torch.randn(PROBES, M.shape[-1], generator=seeded, dtype=torch.float64)
+        x_nk = drawn.to(M.device)
+        error = (x_nk @ M.double() @ M_inv.double() - x_nk).square().mean(-2).sqrt()
     else:
         error = (M.double() * M_inv.double() - 1).abs()
     if not (error <= INVERSE).all():

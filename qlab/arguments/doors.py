@@ -106,6 +106,14 @@ TAKES: Mapping[str, Mapping[str, kinds.Kind]] = {
         "needs": kinds.needed,
         "detail": kinds.text,
     },
+    "gauge": {
+        "name": kinds.text,
+        "wires": kinds.text,
+        "choose": kinds.function,
+        "needs": kinds.needed,
+        "online": kinds.flag,
+        "detail": kinds.text,
+    },
     "parse_spec": {"text": kinds.text, "symmetric": kinds.flag},
     "reparametrize": {"graph": kinds.block},
 }

@@ -1,0 +1,262 @@
+"""A gauge: what acts on a wire and is undone by its neighbours, so that the function stays.
+
+    x W^T = (x M) (W M^-T)^T
+
+M belongs to the wire's group (`qlab.algebra.groups`). The readers take M^-1 with their weights. The
+producer takes M with its own, or M stays at the input as an operation at run time. AWQ's and
+SmoothQuant's scales, and the rotations R2 and R4, are gauges.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlab.algebra.absorb import absorb
+from qlab.algebra.folds import Fold
+from qlab.algebra.graph import ModuleGraph, Site, by_origin, by_source
+from qlab.algebra.groups import Diagonal, General, Group, Nothing, groups
+from qlab.algebra.online import MatMul
+from qlab.algebra.reparametrize import is_scale, reparametrize
+from qlab.algebra.stats import PerExpert, Stats
+from qlab.algebra.transform import Stage, Transform, at, chain
+from qlab.algebra.wires import full_name
+from qlab.errors import QlabError
+
+INPUT = ":in"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One input of a turn: the weights [o, k] in fp32 that it meets, and its statistics by name."""
+
+    weights: Sequence[Tensor]
+    stats: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """A wire that is to be turned.
+
+    name: the wire's full name, that of its first reader's input. group: what its producer takes.
+    graph: the segment. sites: the readers, without routers, which turn with them. stats: (source,
+    statistic) -> state. size: the channels k of the wire.
+    """
+
+    name: str
+    group: Group
+    graph: ModuleGraph
+    sites: tuple[Site, ...]
+    stats: Stats
+    needs: frozenset[str]
+    size: int
+
+    @property
+    def apart(self) -> bool:
+        """Whether every expert makes its own input, and has a scale [1, k] of its own."""
+        fold = self.fold
+        return fold is not None and len(self.graph.params[fold.producer.weight].shape) == 3
+
+    @property
+    def fold(self) -> Fold | None:
+        """Where scales of the channels go, if the producer takes any."""
+        return None if isinstance(self.group, Nothing) else self.group.fold
+
+    def sources(self) -> list[Source]:
+        """The inputs that the readers see: one per source, and one per expert of a mixture."""
+        return list(self._sources())
+
+    def _sources(self) -> Iterator[Source]:
+        for source, group in by_source(self.sites).items():
+            states = {need: self.stats[source, need] for need in self.needs}
+            if group[0].route is None:
+                yield Source(weights=[self.graph.weight_ok(s) for s in group], stats=states)
+                continue
+            experts = self.graph.params[group[0].weight or ""].shape[0]
+            for e in range(experts):
+                of_expert = {
+                    need: state.states[e] if isinstance(state, PerExpert) else state
+                    for need, state in states.items()
+                }
+                weights = [self.graph.weight_ok(s, e) for s in group]
+                yield Source(weights=weights, stats=of_expert)
+
+    def stored(self, m: Tensor) -> Tensor:
+        """The scales [k] or [e, 1, k] nearest to m that the producer holds exactly: the same where
+        channels share one of its channels, and rounded as its leaf is written."""
+        if self.fold is None:
+            return m
+        rows = [m] if m.ndim == 1 else [m[e, 0] for e in range(len(m))]
+        tied = [self.fold.tie(row) for row in rows]
+        return self.fold.stored(self.graph, tied[0] if m.ndim == 1 else torch.stack(tied)[:, None])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Element:
+    """What acts on a wire: M, its inverse (None: it is computed), and notes for the report.
+
+    M: scales [k] or [e, 1, k]; matrices [d, d] (the same for every head or block of d channels),
+    [h, d, d] (one per head of the producer), or [k, k].
+    """
+
+    M: Tensor
+    M_inv: Tensor | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+Choose = Callable[[Turn], "Tensor | Element | None"]
+
+
+def gauge(
+    name: str,
+    wires: str,
+    choose: Choose,
+    needs: frozenset[str] = frozenset(),
+    online: bool = False,
+    detail: str = "",
+) -> Transform:
+    """Turn the inputs of sites and undo it: x -> x M, folded into what produces x, and
+    W -> W M^-T in every site that reads it.
+
+    The function stays, which the driver checks on one batch to 1e-4. Routers turn with the sites
+    that share their input.
+
+    Args:
+        name: the stage's name in plans, reports and errors.
+        wires: a pattern over full names of inputs: a glob ("*.o_proj:in"), or "re:" and a regular
+            expression. It names all readers of a wire, or the stage is refused.
+        choose: gets a Turn (the wire's group, its readers' weights and statistics) and returns M,
+            an Element with M and its inverse, or None to leave the wire as it is. Scales of
+            channels [k] fit the groups Diagonal and General, matrices [d, d] and [h, d, d] General.
+        needs: statistics of the inputs (see `each_weight`).
+        online: what the producer does not take stays at the input as an operation at run time, so
+            that every wire takes matrices [k, k], and [n, n] for every n neighbouring channels.
+        detail: settings in words, for plans and reports.
+
+    Returns:
+        A transform of two stages, the gauge and absorb.
+
+    Raises:
+        QlabError: the pattern is for no inputs. When it runs: an M that is not of the wire's group,
+            by the operation that stands in the way, and an M_inv that is not its inverse.
+
+    Example:
+        >>> import qlab, torch
+        >>> flip = qlab.gauge("flip", "*.o_proj:in", lambda turn: -torch.eye(turn.group.size))
+        >>> [(stage.name, str(stage.scope)) for stage in flip]
+        [('flip', '*.o_proj'), ('absorb', 'every site')]
+    """
+    if not wires.endswith(INPUT):
+        raise QlabError(
+            f"the gauge {name!r} is for wires {wires!r}; it turns inputs of sites, such as "
+            "'*.down_proj:in' or '*:in'"
+        )
+
+    def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
+        for origin, sharing in by_origin(graph.sites).items():
+            readers = tuple(site for site in sharing if not site.router)
+            if readers:
+                turn = _turn(graph, stats, origin, readers, needs)
+                graph, stats = _turned(name, graph, stats, turn, choose, online)
+        return graph, stats
+
+    left = (MatMul(torch.eye(2)),) if online else ()
+    stage = Stage(name, needs, run, detail=detail, reparametrizes=True, online=left)
+    return chain(at(wires.removesuffix(INPUT), (stage,)), absorb())
+
+
+def _turn(
+    graph: ModuleGraph, stats: Stats, origin: str, readers: tuple[Site, ...], needs: frozenset[str]
+) -> Turn:
+    return Turn(
+        name=full_name(graph.path, f"{readers[0].path}{INPUT}"),
+        group=groups(graph.code)[origin],
+        graph=graph,
+        sites=readers,
+        stats=stats,
+        needs=needs,
+        size=graph.weight_ok(readers[0]).shape[-1],
+    )
+
+
+def _turned(
+    name: str, graph: ModuleGraph, stats: Stats, turn: Turn, choose: Choose, online: bool
+) -> tuple[ModuleGraph, Stats]:
+    """The graph after a turn, and its statistics. M waits at the inputs for `absorb`."""
+    chosen = choose(turn)
+    if chosen is None:
+        return graph, stats
+    element = chosen if isinstance(chosen, Element) else Element(M=chosen)
+    if not isinstance(element.M, Tensor) or not element.M.isfinite().all():
+        raise QlabError(
+            f"the gauge {name!r} chose {_said(element.M)} for {turn.name}; return a finite tensor"
+        )
+    M, M_inv = _at_input(name, turn, element, online)
+    graph, stats = reparametrize(graph, stats, turn.sites[0].origin, M, M_inv)
+    if element.notes:
+        notes = dict(graph.notes)
+        for site in turn.sites:
+            notes[site.path] = {**notes.get(site.path, {}), **element.notes}
+        graph = replace(graph, notes=notes)
+    return graph, stats
+
+
+def _at_input(name: str, turn: Turn, element: Element, online: bool) -> tuple[Tensor, Tensor]:
+    """M and its inverse as the input meets them. Refuses an M that is not of the wire's group."""
+    M, M_inv, group = element.M, element.M_inv, turn.group
+    if M_inv is None:
+        M_inv = 1 / M if is_scale(M) else _inverse(name, turn, M)
+    if isinstance(group, General) and not is_scale(M):
+        if M.ndim == 3 and M.shape == M_inv.shape and len(M) == len(group.heads_hd):
+            M, M_inv = group.of_input(M), group.of_input(M_inv)
+        if group.of_producer(M) is not None:
+            return M, M_inv
+    if is_scale(M) and turn.fold is not None and _takes(turn, turn.fold, M):
+        return M, M_inv
+    if not online:
+        raise QlabError(
+            f"the gauge {name!r} chose {_said(M)} for {turn.name}, and {_allowed(turn)}; choose "
+            "such an element, return None, or leave it at run time with online=True"
+        )
+    return M, M_inv
+
+
+def _takes(turn: Turn, fold: Fold, m: Tensor) -> bool:
+    """Whether a producer takes these scales: positive ones, the same for channels that share one of
+    its channels, and one per expert only of experts."""
+    if m.shape[-1] != turn.size or not (m > 0).all() or (m.ndim == 3) != turn.apart:
+        return False
+    rows = [m] if m.ndim == 1 else [m[e, 0] for e in range(len(m))]
+    return all(torch.allclose(fold.tie(row), row, rtol=1e-5) for row in rows)
+
+
+def _inverse(name: str, turn: Turn, M: Tensor) -> Tensor:
+    try:
+        return torch.linalg.inv(M.double()).to(M.dtype)
+    except RuntimeError as error:
+        raise QlabError(
+            f"the gauge {name!r} chose {_said(M)} for {turn.name}, which has no inverse; give an "
+            "invertible matrix"
+        ) from error
+
+
+def _allowed(turn: Turn) -> str:
+    """What may act on the wire, in words."""
+    group = turn.group
+    if isinstance(group, Nothing):
+        return f"nothing may act there that its producer undoes ({group.reason})"
+    if isinstance(group, Diagonal):
+        form = f"{'[e, 1, ' if turn.apart else '['}{turn.size}]"
+        return f"its producer takes positive scales {form} alone, tied where channels are shared"
+    h, d = group.heads_hd.shape
+    return f"its producer takes invertible matrices [{h}, {d}, {d}] or [{d}, {d}] alone, or scales"
+
+
+def _said(M: Any) -> str:
+    if not isinstance(M, Tensor):
+        return f"a {type(M).__name__}"
+    kind = "scales" if is_scale(M) else "a matrix" if M.ndim == 2 else "matrices"
+    finite = "" if M.isfinite().all() else " with NaN or Inf"
+    return f"{kind} {tuple(M.shape)}{finite}"
