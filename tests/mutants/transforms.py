@@ -218,7 +218,7 @@ return Rows(x, tokens, ends)
         "refuse_lost",
         "if lost: ...",
         "if False: ...",
-        "claims",
+        "results_of_steps",
     ),
     Mutant(
         "what is written behind autograd's back passes",
@@ -234,7 +234,7 @@ return Rows(x, tokens, ends)
         "_refuse_structure",
         "if new.code is not graph.code: ...",
         "if False: ...",
-        "claims",
+        "results_of_steps claims",
     ),
     Mutant(
         "a site-wise step sees all weights",
@@ -242,7 +242,7 @@ return Rows(x, tokens, ends)
         "shown",
         "if not hidden: ...",
         "if True: ...",
-        "claims",
+        "results_of_steps",
     ),
     Mutant(
         "a wrong inverse passes",
