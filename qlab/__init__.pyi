@@ -43,6 +43,10 @@ from qlab.methods.gptaq import aim_at_reference as aim_at_reference
 from qlab.methods.gptaq import gptaq as gptaq
 from qlab.methods.gptq import gptq as gptq
 from qlab.methods.grid import GRIDS as GRIDS
+from qlab.methods.rotate import incoherence as incoherence
+from qlab.methods.rotate import quarot as quarot
+from qlab.methods.rotate import rotate_heads as rotate_heads
+from qlab.methods.rotate import rotate_online as rotate_online
 from qlab.methods.rtn import rtn as rtn
 from qlab.methods.smoothquant import smoothquant as smoothquant
 

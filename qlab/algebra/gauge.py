@@ -17,7 +17,7 @@ from torch import Tensor
 from qlab.algebra.absorb import absorb
 from qlab.algebra.folds import Fold
 from qlab.algebra.graph import ModuleGraph, Site, by_origin, by_source
-from qlab.algebra.groups import Diagonal, General, Group, Nothing, groups
+from qlab.algebra.groups import Diagonal, General, Group, Nothing, groups, writers
 from qlab.algebra.online import MatMul
 from qlab.algebra.reparametrize import is_scale, reparametrize
 from qlab.algebra.stats import PerExpert, Stats
@@ -58,6 +58,12 @@ class Turn:
         """Whether every expert makes its own input, and has a scale [1, k] of its own."""
         fold = self.fold
         return fold is not None and len(self.graph.params[fold.producer.weight].shape) == 3
+
+    @property
+    def writes(self) -> bool:
+        """Whether a reader's output reaches what leaves the segment without another site between:
+        it writes to the residual stream."""
+        return any(site.path in writers(self.graph.code) for site in self.sites)
 
     @property
     def fold(self) -> Fold | None:

@@ -16,8 +16,17 @@ from torch import Tensor, fx
 
 from qlab.algebra.channels import HOMOGENEOUS, LINEAR, NONE, RULES
 from qlab.algebra.folds import Fold, folds, walked
-from qlab.algebra.graph import LAYOUT, WEIGHT_OPS, Code, ModuleGraph, aten, by_origin
+from qlab.algebra.graph import (
+    LAYOUT,
+    WEIGHT_OPS,
+    Code,
+    ModuleGraph,
+    aten,
+    behind_casts,
+    by_origin,
+)
 from qlab.algebra.qtensor import Leaf
+from qlab.algebra.wires import wires
 from qlab.errors import QlabError
 
 
@@ -134,6 +143,33 @@ def _heads(code: Code, origin: str, fold: Fold) -> Tensor | None:
 
 def _of_experts(code: Code, weight: str) -> bool:
     return any(site.weight == weight and site.layout.startswith("e") for site in code.sites)
+
+
+@lru_cache(maxsize=32)
+def writers(code: Code) -> frozenset[str]:
+    """The paths of the sites that write to what leaves the segment: whose outputs reach it without
+    another site between. Routers are none of them."""
+    leaving = wires(code).get("leave")
+    if leaving is None:
+        return frozenset()
+    by_weight = {site.weight: site for site in code.sites}
+    nodes = {node.name: node for node in code.graph.nodes}
+    waiting, visited = [nodes[leaving.node]], {nodes[leaving.node]}
+    paths: set[str] = set()
+    while waiting:
+        node = waiting.pop()
+        weight = behind_casts(node.args[WEIGHT_OPS[node.target][1]]) if _multiplies(node) else None
+        site = None if weight is None else by_weight.get(code.params.get(weight.name))
+        if site is None:
+            waiting += [ahead for ahead in node.all_input_nodes if ahead not in visited]
+            visited |= {*node.all_input_nodes}
+        elif not site.router:
+            paths.add(site.path)
+    return frozenset(paths)
+
+
+def _multiplies(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in WEIGHT_OPS
 
 
 def _stops(code: Code, origin: str) -> str:

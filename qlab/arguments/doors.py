@@ -24,6 +24,7 @@ RUN: Mapping[str, kinds.Kind] = {
     "target": kinds.optional_word,
 }
 METHOD: Mapping[str, kinds.Kind] = {"spec": kinds.spec, "grid": kinds.grid}
+ROTATION: Mapping[str, kinds.Kind] = {"seed": kinds.whole, "draw": kinds.function}
 WINDOWS: Mapping[str, kinds.Kind] = {
     "model": kinds.model,
     "samples": kinds.whole,
@@ -94,6 +95,7 @@ TAKES: Mapping[str, Mapping[str, kinds.Kind]] = {
     },
     "gptaq": METHOD,
     "aim_at_reference": {"strength": kinds.fraction, "damp": kinds.fraction},
+    **dict.fromkeys(("rotate_heads", "rotate_online", "quarot", "incoherence"), ROTATION),
     "smoothquant": {"alpha": kinds.fraction},
     "at": {"pattern": kinds.text, "transform": kinds.recipe},
     "outside": {"transform": kinds.recipe},

@@ -80,6 +80,7 @@ def given(saved, text, tmp_path_factory):
         **{name: {"spec": INT4} for name in ("rtn", "awq", "awq_scale", "gptq", "gptaq")},
         "aim_at_reference": {},
         "smoothquant": {},
+        **{n: {} for n in ("rotate_heads", "rotate_online", "quarot", "incoherence")},
         "gauge": {"name": "mine", "wires": "*:in", "choose": lambda turn: None},
     }
 

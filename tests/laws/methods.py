@@ -5,6 +5,7 @@ from qlab.algebra.transform import chain
 from qlab.methods import METHODS
 from qlab.methods.awq import awq_scale
 from qlab.methods.gptq import gptq, paper_order
+from qlab.methods.rotate import quarot, rotate_heads
 from qlab.methods.rtn import rtn
 from qlab.methods.smoothquant import smoothquant
 
@@ -16,11 +17,18 @@ LAW_METHODS = {  # name -> (spec -> transform)
     "gptq_without_sweeps": lambda spec: gptq(spec, sweeps=0),
     "gptq_paper_order": lambda spec: gptq(spec, order=paper_order),
     "awq_scale": awq_scale,
+    "rotate_heads": lambda spec: chain(rotate_heads(), rtn(spec)),
+    "quarot_gptq": lambda spec: chain(quarot(), gptq(spec)),
     "smoothquant_scale": lambda spec: smoothquant(),
     "smoothquant": lambda spec: chain(smoothquant(), rtn(spec)),
     "smoothquant_gptq": lambda spec: chain(smoothquant(0.3), gptq(spec)),
 }
-MOVING = ("awq", "smoothquant")  # change producers beside the weights that they round
+MOVING = (
+    "awq",
+    "smoothquant",
+    "rotate",
+    "quarot",
+)  # change producers beside the weights that they round
 SCALES = ("awq_scale", "smoothquant_scale")  # round nothing
 LAW_SPECS = ("int4-g16", "int3-g32-asym", "int8-channel", "int2-channel-asym", "int5-tensor")
 # A rounding, a solver, a solver with another target, a reparametrization.
