@@ -137,7 +137,8 @@ pytree.register_pytree_node(
 def largest_step(leaf: QTensor, D_ok: Tensor) -> float:
     """max |D| / |scale| over an error D = W' - W: at most 0.5 for integer codes that are the
     nearest and were not clipped."""
-    low, high = leaf.spec.tile.split(D_ok).aminmax(dim=-1)
-    error_ag = torch.maximum(-low, high)
+    D = leaf.spec.tile.split(D_ok)
+    # two passes, each many times as fast as aminmax along an axis
+    error_ag = torch.maximum(-D.amin(-1), D.amax(-1))
     error_in_steps = error_ag / steps(leaf.scales, leaf.outer, torch.float32).abs()
     return float(error_in_steps.nan_to_num(0.0).max())  # 0 / 0 where the scale is 0

@@ -78,7 +78,7 @@ def scan(skeleton: Skeleton, runs: list[Run], data: Data | None) -> None:
         for carry in before if after else ():
             carry.path.unlink(missing_ok=True)
     for run in runs:
-        finish(skeleton, run)
+        finish(skeleton, run, calls[0])
 
 
 def _batches_entering(

@@ -29,6 +29,7 @@ from qlab.driver.writing import (
     unused,
 )
 from qlab.files.carry import Carry
+from qlab.files.readback import Mark, mark, refuse_misread
 from qlab.model.calls import Call, State
 from qlab.model.loading import load_block
 from qlab.model.skeleton import Skeleton
@@ -38,17 +39,20 @@ def write_outside(skeleton: Skeleton, run: Run) -> None:
     """Write what lies outside the blocks, one leaf at a time."""
     notes: dict[str, dict[str, Any]] = {"sites": {}, "certificates": {}, "changed": {}}
     taken_by_nobody = carried(skeleton)
+    marks: dict[str, Mark] = {}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for written in outside_leaves(skeleton, run.job.recipe):
             notes["sites"].update(written.rows)
             notes["certificates"].update(written.certificates)
+            marks[written.name] = mark(written.leaf)
             if written.name in taken_by_nobody and isinstance(written.leaf, Tensor):
                 yield written.name, written.leaf  # whatever numbers it holds
             else:
                 yield from encode({written.name: written.leaf}, run.codec, {}).items()
 
     run.writer.write_shard(0, tensors())
+    refuse_misread(run.writer.shard(0), marks, run.codec)
     run.writer.write_notes(0, notes)
 
 
@@ -100,7 +104,7 @@ def write_block(
             )
         else:
             solved, _ = solve(graph, run.job.recipe, look, check)
-        _write_solved(skeleton, run, index, graph, solved)
+        _write_solved(skeleton, run, index, call, (graph, solved))
     passed = [solved if runs[0].job.inputs == "quantized" else graph, graph][: len(streams)]
     del graph, solved, look  # one version of the block per stream is enough from here on
     if not leaving:
@@ -110,19 +114,27 @@ def write_block(
 
 
 def _write_solved(
-    skeleton: Skeleton, run: Run, index: int, graph: ModuleGraph, solved: ModuleGraph
+    skeleton: Skeleton,
+    run: Run,
+    index: int,
+    call: Call,
+    versions: tuple[ModuleGraph, ModuleGraph],
 ) -> None:
-    """Write the shard and the notes of a block. graph: the block before any stage."""
+    """Write the shard and the notes of a block, and read the shard back. versions: the block before
+    any stage, and after all of them."""
+    graph, solved = versions
     refuse_unwritten(skeleton, graph, solved)
     leaves = as_stored(skeleton, solved)
     changed_names = changed(skeleton, graph, solved)
     online = online_at(skeleton, solved, run.codec)
     run.writer.write_shard(index + 1, encode(leaves, run.codec, online).items())
+    refuse_misread(run.writer.shard(index + 1), leaves, run.codec, online)
     notes: dict[str, Mapping[str, Any]] = {
         "sites": site_rows(solved),
         "certificates": certificates(skeleton, leaves, originals(skeleton, graph)),
         "changed": hashes(leaves, changed_names),
         **unused(skeleton, graph),
         **shared(skeleton, solved, changed_names),
+        **run.probes(solved, call),
     }
     run.writer.write_notes(index + 1, notes)

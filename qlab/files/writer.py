@@ -169,11 +169,17 @@ class Writer(Workplace):
         return next((i for i in range(first, 0, -1) if i == blocks or carried(i)), 0)
 
     # -------------------------------------------------------------- the end
-    def finish(self, files: Mapping[str, Any], copied: Path) -> None:
+    def finish(
+        self,
+        files: Mapping[str, Any],
+        copied: Path,
+        check: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
         """Write index and JSON files, copy what else the model directory holds, and rename the
-        whole into place."""
+        whole into place; `check` may refuse the complete directory before that."""
         try:
             self._complete(files, copied)
+            check(self.partial)
             self.put_in_place()
         except OSError as error:
             raise Unwritable(
