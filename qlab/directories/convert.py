@@ -27,6 +27,7 @@ from qlab.errors import QlabError
 from qlab.files.certificate import certify, distances
 from qlab.files.checkpoint import GGUF, Checkpoint, open_checkpoint
 from qlab.files.place import place, refuse_early
+from qlab.files.readback import MARKS, mark
 from qlab.files.record import recorded, versions, written
 from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
 from qlab.files.writer import Writer
@@ -117,7 +118,7 @@ def convert(
         writer.begin(job, len(leaves_by_file(source)), source.path)
         if not writer.finished:
             with writer.refusing():
-                rewrite_files(source, writer, leaves.rewritten, "converting")
+                rewrite_files(source, writer, leaves.rewritten, "converting", CODECS[codec])
                 notes = writer.notes()
                 if "lost" in notes:
                     raise _refusal(codec, notes["lost"])
@@ -340,6 +341,7 @@ class _Leaves:
             certificate = certify(new, None) | named
         row |= {"spec": str(new.spec), "bits_per_weight": stored_bits(new, new.scales.dtype)}
         notes.setdefault("sites", {})[module] = row
+        notes.setdefault(MARKS, {})[f"{module}.weight"] = mark(new)
         if certificate:
             notes.setdefault("certificates", {})[module] = certificate
 

@@ -29,6 +29,7 @@ from qlab.errors import QlabError, first_line
 from qlab.files.certificate import certify
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.directory import CONFIG, read_json
+from qlab.files.readback import MARKS, mark, refuse_misread
 from qlab.files.record import versions, written
 from qlab.files.writer import Writer
 from qlab.model.skeleton import Skeleton
@@ -78,6 +79,7 @@ def _fill(path: Path, codec: Codec, writer: Writer, job: dict[str, Any], scratch
     specs: dict[str, Spec | None] = dict.fromkeys(skeleton.names.linears())
     notes: Notes = {"sites": {}, "certificates": {}, "dequantized": {}}
     writer.write_shard(0, _tensors(path, codec, skeleton, specs, notes))
+    refuse_misread(writer.shard(0), notes.pop(MARKS, {}), codec)
     writer.write_notes(0, notes)
     raw |= {"architectures": [type(skeleton.model).__name__], "dtype": "bfloat16"}
     if any(specs.values()):
@@ -108,6 +110,7 @@ def _tensors(
                 "bits_per_weight": stored_bits(leaf, leaf.scales.dtype),
             }
             notes["certificates"][module] = certify(leaf, None)
+            notes.setdefault(MARKS, {})[f"{module}.weight"] = mark(leaf)
             yield from codec.encode(module, leaf).items()
             continue
         if kind not in FLOATS:

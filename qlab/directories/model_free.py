@@ -32,6 +32,7 @@ from qlab.errors import QlabError
 from qlab.files.certificate import certify
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.place import place, refuse_early
+from qlab.files.readback import MARKS, mark
 from qlab.files.record import recorded, versions, written
 from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
 from qlab.files.writer import Writer
@@ -148,7 +149,7 @@ def quantize_files(
         writer.begin(job, len(leaves_by_file(source)), source.path)
         if not writer.finished:
             with writer.refusing():
-                rewrite_files(source, writer, leaves.rewritten, "quantizing")
+                rewrite_files(source, writer, leaves.rewritten, "quantizing", leaves.codec)
             writer.finish(written(config, job, writer.notes()), source.path)
     return Rewritten(
         path=writer.out,
@@ -238,6 +239,7 @@ class _Leaves:
         notes.setdefault("sites", {}).update(site_rows(solved))
         certificate = certify(quantized, W_ok if transposed else leaf)
         notes.setdefault("certificates", {})[module] = certificate
+        notes.setdefault(MARKS, {})[name] = mark(quantized)
         return self.codec.encode(module, quantized)
 
 

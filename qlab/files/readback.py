@@ -23,6 +23,7 @@ from qlab.files.certificate import fingerprint
 from qlab.files.directory import Stored, read_header
 from qlab.files.tensors import bytes_of, dtype_of, read
 
+MARKS = "marks"  # section of notes, until they are written: name of a leaf -> its mark
 ENDS = 1 << 16  # bytes at either end of an unquantized tensor that tell it from others
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from qlab.codecs import Codec
 from qlab.files.checkpoint import Checkpoint
+from qlab.files.readback import MARKS, refuse_misread
 from qlab.files.writer import Writer
 from qlab.process.progress import progress
 
@@ -31,12 +33,16 @@ def leaves_by_file(model: Checkpoint) -> list[list[str]]:
     return list(files.values())
 
 
-def rewrite_files(model: Checkpoint, writer: Writer, rewrite: Rewrite, doing: str) -> None:
-    """Write every file that the writer lacks, with its notes."""
+def rewrite_files(
+    model: Checkpoint, writer: Writer, rewrite: Rewrite, doing: str, codec: Codec
+) -> None:
+    """Write every file that the writer lacks, with its notes, and read back by the codec what has a
+    mark in them."""
     for index, leaves in progress(list(enumerate(leaves_by_file(model))), doing):
         if not writer.has(index):
             notes: Notes = {}
             writer.write_shard(index, _rewritten(leaves, rewrite, notes))
+            refuse_misread(writer.shard(index), notes.pop(MARKS, {}), codec)
             writer.write_notes(index, notes)
 
 

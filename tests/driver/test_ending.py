@@ -1,0 +1,193 @@
+"""The verification at the end of every run: what would load as garbage is refused by name, and no
+honest run is."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from model_folders import random_tokens, refused
+
+import qlab
+from qlab.codecs import CODECS
+from qlab.driver import quantize as driver
+from qlab.driver import segments
+from qlab.files.checkpoint import open_checkpoint
+from qlab.methods.inputs import quantize_inputs
+
+ASYMMETRIC = qlab.parse_spec("int4-g32", symmetric=False)
+
+
+def quantize(path, out, codec="compressed-tensors", spec=ASYMMETRIC):
+    return driver.quantize(open_checkpoint(path), qlab.rtn(spec), None, out, codec=codec)
+
+
+def assert_nothing_stays(folder):
+    assert not (folder / "out").exists()
+    assert not list(folder.rglob("*.safetensors"))
+
+
+def planted(monkeypatch, name, fault):
+    """The codec, with an encode whose tensors went through fault(module, tensors)."""
+    codec = CODECS[name]
+
+    def encode(path, leaf, *ops):
+        return fault(path, codec.encode(path, leaf, *ops))
+
+    monkeypatch.setitem(CODECS, name, replace(codec, encode=encode))
+
+
+def swapped_nibbles(path, tensors):
+    def swap(t):
+        low, high = t.view(torch.uint8) & 15, t.view(torch.uint8) >> 4
+        return (high | low << 4).view(torch.int32)
+
+    return {
+        name: swap(t) if name.endswith(("packed", "qweight")) else t for name, t in tensors.items()
+    }
+
+
+def transposed(path, tensors):
+    def turn(t):
+        return t.mT.contiguous().reshape(t.shape)
+
+    return {
+        name: turn(t) if name.endswith(("packed", "qweight")) else t for name, t in tensors.items()
+    }
+
+
+def zero_off_by_one(path, tensors):
+    return {
+        name: t + 1 if name.endswith(("zero_point", "qzeros")) else t for name, t in tensors.items()
+    }
+
+
+def scales_of_the_module_before():
+    kept = {}
+
+    def fault(path, tensors):
+        name = next(name for name in tensors if name.endswith(("scale", "scales")))
+        before = kept.get(tensors[name].shape, tensors[name])
+        kept[tensors[name].shape] = tensors[name]
+        return tensors | {name: before}
+
+    return fault
+
+
+FAULTS = {
+    "nibbles": lambda: swapped_nibbles,
+    "transposed": lambda: transposed,
+    "zero": lambda: zero_off_by_one,
+    "scales": scales_of_the_module_before,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("codec", ["compressed-tensors", "gptq_v2", "awq"])
+def test_a_codec_that_writes_garbage_is_refused_by_name(codec, fault, saved, tmp_path, monkeypatch):
+    planted(monkeypatch, codec, FAULTS[fault]())
+    refused(
+        lambda: quantize(saved("llama", torch.float16), tmp_path / "out", codec),
+        "self_attn.",
+        "does not read back",
+    )
+    assert_nothing_stays(tmp_path)
+
+
+@pytest.mark.parametrize("pair", [("gate_proj", "up_proj"), ("input_", "post_attention_")])
+def test_weights_under_each_others_names_are_refused(pair, saved, tmp_path, monkeypatch):
+    """Every tensor reads back as it was written; only the forward pass tells."""
+    real = segments.as_stored
+
+    def swapped(skeleton, graph):
+        leaves, (one, other) = real(skeleton, graph), pair
+        return {
+            name: leaves[name.replace(one, "#").replace(other, one).replace("#", other)]
+            for name in leaves
+        }
+
+    monkeypatch.setattr(segments, "as_stored", swapped)
+    refused(
+        lambda: quantize(saved("llama"), tmp_path / "out"),
+        "model.layers.0 computes other numbers",
+    )
+    assert_nothing_stays(tmp_path)
+
+
+def test_a_configuration_that_says_another_grid_is_refused(saved, tmp_path, monkeypatch):
+    codec = CODECS["compressed-tensors"]
+
+    def config(specs, *others):
+        wrong = {name: spec and qlab.parse_spec("int8-g32") for name, spec in specs.items()}
+        return codec.config(wrong, *others)
+
+    monkeypatch.setitem(CODECS, "compressed-tensors", replace(codec, config=config))
+    refused(
+        lambda: quantize(saved("llama"), tmp_path / "out"),
+        "config.json makes the weights of model.layers.0.mlp.down_proj int8-g32",
+    )
+    assert_nothing_stays(tmp_path)
+
+
+def test_inputs_of_another_scale_are_refused(saved, tmp_path, monkeypatch):
+    def halved(path, tensors):
+        return {n: t / 2 if n.endswith("input_global_scale") else t for n, t in tensors.items()}
+
+    planted(monkeypatch, "compressed-tensors", halved)
+    model = open_checkpoint(saved("llama"))
+    recipe = qlab.chain(
+        qlab.rtn(qlab.parse_spec("nvfp4")), quantize_inputs(qlab.parse_spec("nvfp4"))
+    )
+    refused(
+        lambda: driver.quantize(model, recipe, random_tokens(model.path), tmp_path / "out"),
+        "self_attn.",
+        "the rounding of its inputs is another",
+    )
+    assert_nothing_stays(tmp_path)
+
+
+HONEST = [
+    *(("llama", codec) for codec in CODECS),
+    *(("gpt2", codec) for codec in CODECS if CODECS[codec].transposed),
+    *((family, "compressed-tensors") for family in ("gemma2", "phi3", "deepseek_v3")),
+    *(("mixtral", codec) for codec in ("compressed-tensors", "awq")),
+]
+
+
+@pytest.mark.parametrize(("family", "codec"), HONEST)
+def test_no_honest_run_is_refused(family, codec, saved, tmp_path):
+    """Fused, tied and transposed weights, experts, and every format that holds them."""
+    spec = qlab.parse_spec("int4-g32", symmetric=codec.endswith("_desc_act") or "v2" not in codec)
+    spec = ASYMMETRIC if codec == "awq" else spec  # which holds no other grid
+    made = quantize(saved(family, torch.float16), tmp_path / "out", codec, spec)
+    other = "gptq_v2" if codec == "compressed-tensors" else "compressed-tensors"
+    if family != "gpt2":
+        assert qlab.convert(made.path, other, tmp_path / "again").path.is_dir()
+
+
+def test_a_conversion_that_writes_garbage_is_refused_by_name(saved, tmp_path, monkeypatch):
+    made = quantize(saved("llama", torch.float16), tmp_path / "made")
+    planted(monkeypatch, "awq", swapped_nibbles)
+    refused(lambda: qlab.convert(made.path, "awq", tmp_path / "out"), "does not read back")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_files_that_are_quantized_to_garbage_are_refused_by_name(saved, tmp_path, monkeypatch):
+    planted(monkeypatch, "compressed-tensors", zero_off_by_one)
+    refused(
+        lambda: qlab.quantize_files(saved("mixtral"), qlab.rtn(ASYMMETRIC), tmp_path / "out"),
+        "experts",
+        "its codes, scales or zero points are others",
+    )
+    assert_nothing_stays(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_steps_fold_into_dense_weights_is_no_difference(dtype, saved, tmp_path):
+    path = saved("mistral", dtype)
+    made = driver.quantize(
+        open_checkpoint(path),
+        qlab.chain(qlab.awq_scale(ASYMMETRIC), qlab.rtn(ASYMMETRIC)),
+        random_tokens(path),
+        tmp_path / "out",
+    )
+    assert not qlab.verify(made.path, path).faults
