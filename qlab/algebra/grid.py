@@ -18,6 +18,8 @@ from qlab.algebra.spec import Float, Spec, with_scale_dtype
 from qlab.errors import QlabError
 
 Candidates = Callable[[Tensor, Tensor, Spec], Iterator[tuple[Tensor, Tensor | None]]]
+# (x_agn, h_agn or None, spec, outer) -> scales as they are stored, and zeros
+Search = Callable[[Tensor, Tensor | None, Spec, Tensor | None], tuple[Tensor, Tensor | None]]
 CHUNK = 1 << 18  # numbers searched at once, few enough to stay in cache over all candidates
 
 
@@ -28,13 +30,15 @@ class Grid:
     candidates(lo_ag, hi_ag, spec) yields (scales, zeros) for tiles whose range is lo <= 0 <= hi.
     weighted: h is h_k; otherwise it is 1. refit: each candidate is also tried with the scale that
     suits its codes best, s = sum_j h_j x_j c_j / sum_j h_j c_j^2 with c = codes - zeros, and the
-    best of all is refitted once more.
+    best of all is refitted once more. search: looks at the numbers of a tile themselves, and takes
+    the place of all candidates but the first.
     """
 
     name: str
     candidates: Candidates
     weighted: bool = False
     refit: bool = False
+    search: Search | None = None
 
     @property
     def needs(self) -> frozenset[str]:
@@ -72,9 +76,12 @@ def _fit_rows(
     scales = stored(torch.stack([s for s, _ in candidates]), spec, outer)
     zeros = _stacked([z for _, z in candidates])
     first = scales[0], None if zeros is None else zeros[0]
-    if len(candidates) == 1 and not grid.refit:
+    if grid.search:
+        best = grid.search(x_agn, h_agn, spec, outer)
+    elif len(candidates) == 1 and not grid.refit:
         return first
-    best = _best(grid, x_agn, scales, zeros, spec, h_agn, outer)
+    else:
+        best = _best(grid, x_agn, scales, zeros, spec, h_agn, outer)
     if grid.refit:
         best_scales, best_zeros = best[0][None], None if best[1] is None else best[1][None]
         best = _best(grid, x_agn, best_scales, best_zeros, spec, h_agn, outer)
@@ -313,4 +320,3 @@ signed = Grid("signed", _signed_range((1.0,)))
 weighted = Grid(
     "weighted", _union(_shrunken(COARSE), _signed_range((1.0, *COARSE))), weighted=True, refit=True
 )
-GRIDS = {g.name: g for g in (minmax, mse, weighted_mse, signed, weighted)}

@@ -207,7 +207,8 @@ def optional_spec(value: Any, name: str) -> Any:
 
 def grid(value: Any, name: str) -> Any:
     """A grid, or its name."""
-    from qlab.algebra.grid import GRIDS, Grid
+    from qlab.algebra.grid import Grid
+    from qlab.methods.grid import GRIDS
 
     grid = GRIDS.get(value.lower()) if isinstance(value, str) else value
     if not isinstance(grid, Grid):

@@ -1,6 +1,6 @@
 """The grids that methods choose from: how scales and zero points of a tile are found.
 
-`GRIDS` holds them by name (their definitions: qlab.algebra.grid). Each tries candidates and takes
+`GRIDS` holds them by name. Each tries candidates and takes
 the one with the least sum_j h_j (x_j - q_j)^2 over a tile, where h weighs the input channels by
 their second moment in a weighted grid, and is 1 otherwise.
 
@@ -10,18 +10,21 @@ their second moment in a weighted grid, and is 1 otherwise.
     signed: AutoRound's symmetric scale, whose sign gives the larger extreme the lowest code.
     weighted: ranges in steps of 10 %, also signed ones, each with the scale that suits its codes
         best; weighted. The default of gptq and awq.
+    neuqi: scale and integer zero point searched together, the best zero point of a scale exactly;
+        weighted (qlab.methods.neuqi).
+    four_six: of NVFP4, each block's largest number becomes 6 or 4 (qlab.methods.scale_sweep).
+    scale_sweep: of NVFP4 and MXFP4, every scale of a block that may be best; weighted.
 
 Example:
     >>> import qlab
     >>> list(qlab.GRIDS)
-    ['minmax', 'mse', 'weighted_mse', 'signed', 'weighted']
+    ['minmax', 'mse', 'weighted_mse', 'signed', 'weighted', 'neuqi', 'four_six', 'scale_sweep']
     >>> qlab.rtn("int4-g64", "mse")[0].detail
     'grid mse'
 """
 
 from qlab.algebra.grid import (
     CHUNK,
-    GRIDS,
     Grid,
     encode,
     encode_rows,
@@ -33,6 +36,13 @@ from qlab.algebra.grid import (
     weighted,
     weighted_mse,
 )
+from qlab.methods.neuqi import neuqi
+from qlab.methods.scale_sweep import four_six, scale_sweep
+
+GRIDS = {
+    grid.name: grid
+    for grid in (minmax, mse, weighted_mse, signed, weighted, neuqi, four_six, scale_sweep)
+}
 
 __all__ = [
     "CHUNK",
@@ -41,8 +51,11 @@ __all__ = [
     "encode",
     "encode_rows",
     "fit",
+    "four_six",
     "minmax",
     "mse",
+    "neuqi",
+    "scale_sweep",
     "signed",
     "stored",
     "weighted",

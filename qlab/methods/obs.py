@@ -22,12 +22,14 @@ Project = Callable[[Tensor, int, Tensor], None]
 
 @dataclass(frozen=True)
 class Factor:
-    """R_kk with H = R D R^T after damping, the fraction `damp` of mean(diag H) that was added, and
-    which columns are dead (H_jj = 0) [k]."""
+    """R_kk with H = R D R^T after damping, the fraction `damp` of mean(diag H) that was added,
+    which columns are dead (H_jj = 0) [k], and the diagonal of D [k]: what an error in each column
+    costs when all later columns make up for it as far as they can."""
 
     R_kk: Tensor
     damp: float
     dead: Tensor
+    D_k: Tensor
 
 
 def damped(H_kk: Tensor, damp: float) -> Tensor:
@@ -50,7 +52,8 @@ def factorize(H_kk: Tensor, damp: float) -> Factor:
     L_kk, used = cholesky(H_kk.flip(0, 1), damp)
     C_kk = L_kk.flip(0, 1)
     del L_kk  # it is as large as H
-    return Factor(C_kk.div_(C_kk.diagonal().clone()), used, H_kk.diagonal() == 0)
+    root_k = C_kk.diagonal().clone()
+    return Factor(C_kk.div_(root_k), used, H_kk.diagonal() == 0, root_k.square())
 
 
 def check_damp(damp: float) -> None:

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from segments import correlated, segment
 from weights import KINDS, weight
 
-from qlab.algebra.grid import GRIDS, encode, minmax
+from qlab.algebra.grid import encode, minmax
 from qlab.algebra.qtensor import dense, round_codes, steps
 from qlab.algebra.spec import NAMED, Float, Tile, parse_spec
 from qlab.algebra.stats import Moment
 from qlab.errors import QlabError
 from qlab.methods.awq import awq
 from qlab.methods.gptq import gptq
+from qlab.methods.grid import GRIDS
 from qlab.methods.rtn import rtn
 
 TEXTS = ("fp8-tensor", "fp8-channel", "fp8-g16", "fp8-b8x16", *NAMED)

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from weights import KINDS, problems, weight
 
-from qlab.algebra.grid import GRIDS, encode, minmax
+from qlab.algebra.grid import encode, minmax
 from qlab.algebra.qtensor import QTensor, dense, round_codes
 from qlab.algebra.spec import Int, Tile, parse_spec, with_scale_dtype
+from qlab.methods.grid import GRIDS
 
 HALVES = [torch.bfloat16, torch.float16]
 
