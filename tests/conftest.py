@@ -85,10 +85,8 @@ def shelf(saved, tmp_path_factory) -> Path:
 def door():
     """qlab.hf is imported, and transformers has its own readers back when the test ends."""
     mappings = auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
-    before, reads = (
-        [dict(mapping) for mapping in mappings],
-        PretrainedConfig.__dict__["get_config_dict"],
-    )
+    before = [dict(mapping) for mapping in mappings]
+    reads = PretrainedConfig.__dict__["get_config_dict"]
     names = "merge_quantization_configs", "supports_quant_method"
     originals = {name: auto.AutoHfQuantizer.__dict__[name] for name in names}
     importlib.import_module("qlab.hf").register()

@@ -299,10 +299,8 @@ def store(p: Problem, entry: Entry) -> None:
     why = legal(p, entry.config)
     if why:
         raise CacheError(f"{entry.config} is no entry for n={p.n}, k={p.k}, m={p.m}: {why}")
-    name, key = (
-        file_name(p.op, p.cc),
-        key_of(p, MODEL if entry.source == "modelled" else kernel_revision()),
-    )
+    name = file_name(p.op, p.cc)
+    key = key_of(p, MODEL if entry.source == "modelled" else kernel_revision())
     try:
         entries.update(folder() / name, lambda kept: kept.update({key: entry}))
     except OSError as error:

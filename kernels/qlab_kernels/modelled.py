@@ -69,10 +69,8 @@ def operators(row: Target) -> tuple[str, ...]:
 
 def problems(op: str, cc: Capability) -> list[list[Problem]]:
     """What is shipped of an operator for a capability, one list for each kind of weights."""
-    dtypes, name = (
-        [str(dtype).removeprefix("torch.") for dtype in TARGETS[cc].dtypes],
-        DEVICES[cc][0].name,
-    )
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in TARGETS[cc].dtypes]
+    name = DEVICES[cc][0].name
 
     def listed(dtype: str, group: int, zeros: bool) -> list[Problem]:
         if op == "int4_grouped_mm":

@@ -310,10 +310,8 @@ def _read_codes(model: Checkpoint) -> Checkpoint:
         )
     try:
         codec = reader(quantization)
-        specs, inputs = (
-            codec.specs(quantization, model.stored),
-            codec.inputs(quantization, model.stored),
-        )
+        specs = codec.specs(quantization, model.stored)
+        inputs = codec.inputs(quantization, model.stored)
         extras = codec.extras(quantization, model.stored)
     except QlabError as error:
         raise QlabError(f"{model.path}: {error}") from error

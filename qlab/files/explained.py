@@ -118,10 +118,8 @@ def _packed(name: str, stored: Mapping[str, Stored], modules: Mapping[str, list[
     matrix = len(tensor.shape) in (2, 3) and min(tensor.shape[-2:]) > 1
     if not integers or not (matrix or kind == "weight"):
         return False
-    weight, beside = (
-        stored.get(f"{module}.weight"),
-        {*modules[module], *modules.get(name, ())} - {name, f"{module}.bias"},
-    )
+    weight = stored.get(f"{module}.weight")
+    beside = {*modules[module], *modules.get(name, ())} - {name, f"{module}.bias"}
     return bool(beside) and not (weight and _floats(weight))
 
 

@@ -41,10 +41,8 @@ def word(nibbles, dtype):
 def written(version, q):
     """The tensors that the formats' own writers make of a leaf, number by number."""
     (o, k), groups = q.shape, q.scales.shape[1]
-    u, z = (
-        q.codes.int() + 8,
-        (torch.zeros_like(q.scales, dtype=torch.int8) if q.zeros is None else q.zeros).int() + 8,
-    )
+    u = q.codes.int() + 8
+    z = (torch.zeros_like(q.scales, dtype=torch.int8) if q.zeros is None else q.zeros).int() + 8
     w = width(groups, q.spec.tile.cols or k)
     scales = torch.zeros(o, 8 * w, dtype=q.scales.dtype)
     scales[:, :groups] = q.scales

@@ -196,10 +196,8 @@ def test_scales_are_known_by_every_writers_name(spelling):
 def test_directories_with_such_names_are_read_and_carried_on(spelling, directory, tmp_path):
     state = tensors(directory)
     for name in [name for name in state if name.endswith(("k_scale", "v_scale"))]:
-        owner, kind = (
-            name.removesuffix("_scale")[:-1].removesuffix("self_attn."),
-            name.removesuffix("_scale")[-1],
-        )
+        owner = name.removesuffix("_scale")[:-1].removesuffix("self_attn.")
+        kind = name.removesuffix("_scale")[-1]
         state[f"{owner}{spelling.format(kind)}"] = state.pop(name)
     save_file(state, directory / "model.safetensors")
     out = qlab.convert(directory, "compressed-tensors", tmp_path / "out").path

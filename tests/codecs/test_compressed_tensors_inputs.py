@@ -103,19 +103,15 @@ def of_preset(name, folder):
     """A tiny llama in the form of a preset, its unquantized numbers exact in bfloat16."""
     weights, rounded = PRESETS[name]
     model = tiny("llama", hidden_size=128, intermediate_size=256).bfloat16().float()
-    spec, inputs = (
-        with_scale_dtype(parse_spec(weights), torch.float32),
-        rounded and parse_input_spec(rounded),
-    )
+    spec = with_scale_dtype(parse_spec(weights), torch.float32)
+    inputs = rounded and parse_input_spec(rounded)
     linears = [
         n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
     ]
     online = ()
     if inputs:
-        scale, outer = (
-            torch.tensor([[0.03]]) if inputs.static and not inputs.spec.outer else None,
-            torch.tensor([700.0]),
-        )
+        scale = torch.tensor([[0.03]]) if inputs.static and not inputs.spec.outer else None
+        outer = torch.tensor([700.0])
         online = (QuantizeInput(inputs.spec, scale, None, outer if inputs.spec.outer else None),)
     codes = {}
     for path in linears:

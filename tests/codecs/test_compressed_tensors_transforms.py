@@ -41,16 +41,12 @@ def test_we_compute_what_the_library_computes(name, weights, tmp_path):
 
 
 def test_a_rotation_comes_before_the_rounding_and_later_layers_share_its_matrix(tmp_path):
-    options, name = (
-        {"inputs": TOKENS, "transforms": CASES["in one matrix"]},
-        "model.layers.1.mlp.up_proj",
-    )
+    options = {"inputs": TOKENS, "transforms": CASES["in one matrix"]}
+    name = "model.layers.1.mlp.up_proj"
     theirs = prepare_with_the_library(tiny("llama"), **options).get_submodule(name)
     write_with_the_library(tiny("llama"), tmp_path / "v", **options)
-    model, x = (
-        open_checkpoint(tmp_path / "v"),
-        torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0)),
-    )
+    model = open_checkpoint(tmp_path / "v")
+    x = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0))
     ops = at_input(Skeleton(model, torch.float32), name)
     y = reduce(lambda value, op: op(value), ops, x) @ dense(model.leaf(f"{name}.weight")).T
     assert torch.allclose(y, theirs(x), atol=1e-4)
@@ -63,10 +59,8 @@ def test_a_rotation_comes_before_the_rounding_and_later_layers_share_its_matrix(
 @given(st.integers(0, 3), st.integers(1, 3), st.integers(0, 99))
 def test_a_narrow_matrix_is_a_block_diagonal_one(power, blocks, seed):
     generator, n = torch.Generator().manual_seed(seed), 2**power
-    x, M = (
-        torch.randn(2, 3, n * blocks, generator=generator),
-        torch.randn(n, n, generator=generator, dtype=torch.float64),
-    )
+    x = torch.randn(2, 3, n * blocks, generator=generator)
+    M = torch.randn(n, n, generator=generator, dtype=torch.float64)
     whole = (x.double() @ torch.block_diag(*[M] * blocks)).float()
     assert MatMul(M)(x).dtype == x.dtype and torch.allclose(MatMul(M)(x), whole, rtol=1e-5)
 

@@ -54,10 +54,8 @@ def module(bits, o, k, group, axis, dtype=torch.float16, seed=0):
     shape = (o * k // size, size) if axis else (size, o * k // size)
     grid = (shape[0], 1) if axis else (1, shape[1])
     codes = torch.randint(2**bits, shape, generator=generator)
-    scale, zero = (
-        torch.rand(grid, generator=generator).to(dtype),
-        (torch.rand(grid, generator=generator) * 2**bits).to(dtype),
-    )
+    scale = torch.rand(grid, generator=generator).to(dtype)
+    zero = (torch.rand(grid, generator=generator) * 2**bits).to(dtype)
     tensors = {
         "W_q": pack(codes, bits),
         "scale": scale,

@@ -95,10 +95,8 @@ def test_a_byte_order_mark_is_no_text(model, tmp_path):
 
 def test_several_texts_are_joined_in_order(model, text, tmp_path):
     (tmp_path / "other.txt").write_text(prose(64, seed=9))
-    both, alone = (
-        first_windows(model, [text, tmp_path / "other.txt"], 64),
-        first_windows(model, [text], 64),
-    )
+    both = first_windows(model, [text, tmp_path / "other.txt"], 64)
+    alone = first_windows(model, [text], 64)
     assert torch.equal(both.ids[:64], alone.ids) and len(both.ids) == 65
     assert both.texts == ("calibration.txt", "other.txt")
 

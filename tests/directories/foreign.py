@@ -52,17 +52,13 @@ DESC_ACT = {"gptq, desc_act": "gptq_desc_act", "gptq_v2, desc_act": "gptq_v2_des
 
 def _compressed(name):
     weights, rounded = COMPRESSED[name]
-    codec, spec, inputs = (
-        CODECS["compressed-tensors"],
-        parse_spec(weights),
-        rounded and parse_input_spec(rounded),
-    )
+    codec = CODECS["compressed-tensors"]
+    spec = parse_spec(weights)
+    inputs = rounded and parse_input_spec(rounded)
     online = ()
     if inputs:
-        scale, outer = (
-            torch.tensor([[0.03]]) if inputs.static and not inputs.spec.outer else None,
-            torch.tensor([700.0]),
-        )
+        scale = torch.tensor([[0.03]]) if inputs.static and not inputs.spec.outer else None
+        outer = torch.tensor([700.0])
         online = (QuantizeInput(inputs.spec, scale, None, outer if inputs.spec.outer else None),)
     return (
         lambda path, W: codec.encode(
@@ -98,10 +94,8 @@ def _fp8(path, W):
 def _hqq(axis, path, W):
     """4 bits in groups of 16 along rows (axis 1), or down the columns of a matrix [16, o k / 16]
     (axis 0)."""
-    generator, shape = (
-        torch.Generator().manual_seed(2),
-        (W.numel() // 16, 16) if axis else (16, W.numel() // 16),
-    )
+    generator = torch.Generator().manual_seed(2)
+    shape = (W.numel() // 16, 16) if axis else (16, W.numel() // 16)
     grid = (shape[0], 1) if axis else (1, shape[1])
     codes = torch.randint(16, shape, generator=generator, dtype=torch.uint8)
     parts = {

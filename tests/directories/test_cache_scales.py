@@ -37,9 +37,7 @@ def test_they_stay_where_weights_are_quantized_anew(tmp_path):
     folder = directory("fp8, rounded inputs", tmp_path / "model")
     save_file(tensors(folder) | SCALES, folder / "model.safetensors")
     recipe = qlab.rtn(qlab.parse_spec("int8-g32"))
-    out, free = (
-        qlab.quantize(qlab.open(folder), recipe, None, tmp_path / "out"),
-        qlab.quantize_files(folder, recipe, tmp_path / "free"),
-    )
+    out = qlab.quantize(qlab.open(folder), recipe, None, tmp_path / "out")
+    free = qlab.quantize_files(folder, recipe, tmp_path / "free")
     for path in (out.path, free.path):
         assert SCALES.keys() <= tensors(path).keys() and qlab.verify(path, folder).faults == []

@@ -37,10 +37,8 @@ def coded(request, saved, tmp_path):
             tmp_path / "made",
             overwrite=True,
         ).path
-        state, reference = (
-            tensors(folder_with_codes),
-            shutil.copytree(folder_with_codes, tmp_path / "reference"),
-        )
+        state = tensors(folder_with_codes)
+        reference = shutil.copytree(folder_with_codes, tmp_path / "reference")
         leaf = encode(minmax, state.pop(f"{EMBEDDING}.weight"), qlab.parse_spec(spec))
         for folder, entries in (
             (folder_with_codes, CT.encode(EMBEDDING, leaf)),

@@ -104,10 +104,8 @@ def test_transformers_refuses_them_too_and_reads_a_configuration_inside_another(
     folder = moved(directory("zero points", tmp_path / "model"), "part")
     ids = torch.arange(3, 9)[None]
     with pytest.warns(UserWarning, match="kernel"):
-        ours, theirs = (
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-            qlab.lower(folder, dtype=torch.float32),
-        )
+        ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        theirs = qlab.lower(folder, dtype=torch.float32)
     assert torch.equal(ours(ids).logits, theirs(ids).logits)
 
 

@@ -228,10 +228,8 @@ def test_a_converted_file_verifies_against_the_model_that_it_was_made_of(arch, c
 
 
 def test_codes_of_two_widths_in_another_format_are_the_same(converted, tmp_path):
-    there, here = (
-        open_checkpoint(convert(converted.file, "gptq", tmp_path / "out").path),
-        open_checkpoint(converted.out),
-    )
+    there = open_checkpoint(convert(converted.file, "gptq", tmp_path / "out").path)
+    here = open_checkpoint(converted.out)
     assert there.quantized.keys() == here.quantized.keys()
     assert all(
         fingerprint(there.leaf(f"{m}.weight")) == fingerprint(here.leaf(f"{m}.weight"))

@@ -84,10 +84,8 @@ def test_what_is_turned_at_run_time_is_turned_and_saved(tmp_path):
 
 @pytest.mark.parametrize("codec", ["compressed-tensors", "gptq", "gptq_v2", "awq"])
 def test_from_pretrained_is_lower(codec, quantized):
-    model, lowered = (
-        AutoModelForCausalLM.from_pretrained(quantized(codec)),
-        qlab.lower(quantized(codec)),
-    )
+    model = AutoModelForCausalLM.from_pretrained(quantized(codec))
+    lowered = qlab.lower(quantized(codec))
     assert (
         model.dtype == torch.bfloat16 and sum(isinstance(m, QLinear) for m in model.modules()) == 14
     )
@@ -106,10 +104,8 @@ def test_families_with_biases_and_tied_heads(family, quantized):
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_fused_experts_of_packed_codes(family, quantized, tmp_path):
-    model, lowered = (
-        AutoModelForCausalLM.from_pretrained(quantized(family=family)),
-        qlab.lower(quantized(family=family)),
-    )
+    model = AutoModelForCausalLM.from_pretrained(quantized(family=family))
+    lowered = qlab.lower(quantized(family=family))
     assert (
         sum(isinstance(m, QExperts) for m in model.modules())
         == sum(isinstance(m, QExperts) for m in lowered.modules())
@@ -145,10 +141,8 @@ def test_mixtures_and_decoders_behind_a_tower_of_any_spec(family, weights, input
         tmp_path / "out",
     ).path
     maker = AutoModelForImageTextToText if family in VISION else AutoModelForCausalLM
-    (model, loaded), expected = (
-        maker.from_pretrained(path, output_loading_info=True),
-        reference(path),
-    )
+    model, loaded = maker.from_pretrained(path, output_loading_info=True)
+    expected = reference(path)
     assert not loaded["unexpected_keys"] and not loaded["missing_keys"]
     assert (logits(model) - expected).norm() < MODEL[torch.float32] * expected.norm()
     model.save_pretrained(tmp_path / "again")

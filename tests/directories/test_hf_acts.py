@@ -112,10 +112,8 @@ def test_a_dense_model_is_given_where_it_is_asked_for(family, asked, quantized, 
         if asked == "option"
         else {}
     )
-    model, packed = (
-        load(quantized(family=family), dtype=torch.float32, **option),
-        load(quantized(family=family), dtype=torch.float32),
-    )
+    model = load(quantized(family=family), dtype=torch.float32, **option)
+    packed = load(quantized(family=family), dtype=torch.float32)
     if asked == "method":
         model = model.dequantize()
     assert (

@@ -36,10 +36,8 @@ def coded_as(W_ok):
 def coded_and_plain(tmp_path_factory):
     """A directory with codes in groups of 48 channels, of 64 and of 144, and it with dense
     weights."""
-    model, folders = (
-        tiny("llama", intermediate_size=144).half(),
-        [tmp_path_factory.mktemp(name) for name in ("codes", "dense")],
-    )
+    model = tiny("llama", intermediate_size=144).half()
+    folders = [tmp_path_factory.mktemp(name) for name in ("codes", "dense")]
     linears = [
         n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
     ]
@@ -82,10 +80,8 @@ def test_every_door_reads_it(coded_and_plain, door):
     )
     right = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)(IDS).logits
     with pytest.warns(UserWarning, match="no kernel takes the codes"):
-        ours, theirs = (
-            qlab.lower(coded, dtype=torch.float32),
-            AutoModelForCausalLM.from_pretrained(coded, dtype=torch.float32),
-        )
+        ours = qlab.lower(coded, dtype=torch.float32)
+        theirs = AutoModelForCausalLM.from_pretrained(coded, dtype=torch.float32)
     for model in (ours, theirs):
         assert (model(IDS).logits - right).norm() < 1e-4 * right.norm()
     assert str(open_checkpoint(coded).quantized["model.layers.0.mlp.down_proj"]) == "int4-g48"
@@ -93,10 +89,8 @@ def test_every_door_reads_it(coded_and_plain, door):
 
 def test_it_is_converted_where_the_format_has_it_and_refused_elsewhere(coded_and_plain, tmp_path):
     coded, _ = coded_and_plain
-    there, here = (
-        open_checkpoint(qlab.convert(coded, "gptq_v2", tmp_path / "v2").path),
-        open_checkpoint(coded),
-    )
+    there = open_checkpoint(qlab.convert(coded, "gptq_v2", tmp_path / "v2").path)
+    here = open_checkpoint(coded)
     assert all(
         fingerprint(there.leaf(f"{m}.weight")) == fingerprint(here.leaf(f"{m}.weight"))
         for m in here.quantized

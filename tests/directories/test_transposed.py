@@ -41,10 +41,8 @@ def written(source, tmp_path):
 def by_hand(source, written):
     """The source's model in fp32 with every quantized weight replaced by what the codes mean,
     transposed here."""
-    model, directory = (
-        AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
-        open_checkpoint(written),
-    )
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    directory = open_checkpoint(written)
     with torch.no_grad():
         for name in directory.quantized:
             parameter = model.get_parameter(f"{name}.weight")
@@ -76,10 +74,8 @@ def test_every_method_writes_codes_near_the_weight(method, source, tmp_path):
 @torch.no_grad()
 def test_lowered_and_opened_by_transformers_they_compute_the_same(source, written, door):
     expected = by_hand(source, written)(IDS).logits
-    lowered, opened = (
-        lower(written, dtype=torch.float32),
-        AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32),
-    )
+    lowered = lower(written, dtype=torch.float32)
+    opened = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32)
     for model in (lowered, opened):
         assert sum(isinstance(m, QLinear) for m in model.modules()) == 8
         torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-5)

@@ -24,10 +24,8 @@ IDS = torch.arange(3, 19)[None]
 def deeper(request, saved, tmp_path):
     """A llama of two layers whose files hold a third one at some place, with a projection and
     experts of its own."""
-    folder, place = (
-        shutil.copytree(saved("llama", torch.bfloat16), tmp_path / "model"),
-        request.param,
-    )
+    folder = shutil.copytree(saved("llama", torch.bfloat16), tmp_path / "model")
+    place = request.param
     state = tensors(folder)
     state |= {
         name.replace("model.layers.1.", place): t.clone()

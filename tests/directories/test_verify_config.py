@@ -116,10 +116,8 @@ def test_a_configuration_that_transformers_refuses_is_compared_as_it_stands(copy
 def test_the_configuration_of_an_architecture_that_nobody_knows_is_compared_as_it_stands(
     words, original, tmp_path
 ):
-    model, said = (
-        shutil.copytree(original, tmp_path / "model"),
-        {"model_type": "nobody_knows", "rope_theta": 10000, "window": 64},
-    )
+    model = shutil.copytree(original, tmp_path / "model")
+    said = {"model_type": "nobody_knows", "rope_theta": 10000, "window": 64}
     (model / "config.json").write_text(json.dumps(said))
     out = quantize_files(model, rtn(SPEC), tmp_path / "out").path
     assert verify(out, model).faults == []

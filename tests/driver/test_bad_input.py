@@ -237,10 +237,8 @@ def test_a_device_that_does_not_compute_here(folder, tmp_path, device):
 
 def test_models_and_windows_that_do_not_go_together_in_an_evaluation(folder, saved):
     model, windows = open_checkpoint(folder), random_tokens(folder, 2, 8)
-    small, deep = (
-        open_checkpoint(saved("llama", vocab_size=120)),
-        open_checkpoint(saved("llama", num_hidden_layers=3)),
-    )
+    small = open_checkpoint(saved("llama", vocab_size=120))
+    deep = open_checkpoint(saved("llama", num_hidden_layers=3))
     refused(
         lambda: qlab.evaluate(small, model, windows),
         "vocabulary of 120 tokens",

@@ -119,11 +119,9 @@ def test_killed_at_twenty_random_moments_and_resumed(job, whole, tmp_path):
 
 
 def test_a_killed_comparison_is_resumed(source, tmp_path):
-    model, data, recipes = (
-        open_checkpoint(source),
-        random_tokens(source),
-        {"rtn": rtn(SPEC), "mixed": recipe()},
-    )
+    model = open_checkpoint(source)
+    data = random_tokens(source)
+    recipes = {"rtn": rtn(SPEC), "mixed": recipe()}
     compare(model, recipes, data, tmp_path / "whole")
     expected = contents(tmp_path / "whole")
     for n in range(3, 33, 6):

@@ -24,10 +24,8 @@ SPEC = parse_spec("int4-g16")
 def jobs(saved, tmp_path_factory):
     """name -> (a job(out, resume), what it writes, the folder that it leaves when it is killed
     before its last block's notes)."""
-    source, single = (
-        saved("llama", num_hidden_layers=3),
-        rules({"*.v_proj": gptq(SPEC), "*": rtn(SPEC)}),
-    )
+    source = saved("llama", num_hidden_layers=3)
+    single = rules({"*.v_proj": gptq(SPEC), "*": rtn(SPEC)})
     shards = quantize(
         open_checkpoint(source), rtn(SPEC), None, tmp_path_factory.mktemp("shards") / "q"
     ).path

@@ -57,11 +57,9 @@ def test_the_safetensors_library_reads_what_is_written_and_the_other_way_round(t
 
 
 def test_every_tensor_is_aligned_to_its_elements(tmp_path):
-    odd, wide, middle = (
-        torch.zeros(3, dtype=torch.uint8),
-        torch.zeros(2, dtype=torch.float64),
-        torch.ones(1),
-    )
+    odd = torch.zeros(3, dtype=torch.uint8)
+    wide = torch.zeros(2, dtype=torch.float64)
+    middle = torch.ones(1)
     write(tmp_path / "f", [("odd", odd), ("wide", wide), ("middle", middle)])
     assert all(
         s.start % DTYPES[s.dtype].itemsize == 0 for s in read_header(tmp_path / "f").values()

@@ -169,10 +169,8 @@ def test_an_output_never_holds_what_the_run_reads(model, former, tmp_path, no_wo
         former / "qlab.json",
         lambda r: r["written"].update({"README.md": "as if qlab had written it"}),
     )
-    data, gptq = (
-        qlab.tokens(model, [text], samples=2, length=32),
-        qlab.gptq(qlab.parse_spec("int4-g16")),
-    )
+    data = qlab.tokens(model, [text], samples=2, length=32)
+    gptq = qlab.gptq(qlab.parse_spec("int4-g16"))
     for out in (former, tmp_path / "link" / ".." / "former"):
         (tmp_path / "link").exists() or (tmp_path / "link").symlink_to(former)
         refused(

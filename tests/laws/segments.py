@@ -36,11 +36,9 @@ class Segment:
         for i in order or range(len(self.batches)):
             inputs = inputs_of(graph, sorted({s for s, _ in keys}), *self.batches[i])
             for source, name in keys:
-                x_nk, tokens, ends = (
-                    inputs[source].x.flatten(0, -2),
-                    inputs[source].tokens,
-                    inputs[source].ends,
-                )
+                x_nk = inputs[source].x.flatten(0, -2)
+                tokens = inputs[source].tokens
+                ends = inputs[source].ends
                 tokens = torch.arange(len(x_nk)) if tokens is None else tokens
                 stat = stat_of(name, experts=ends is not None)
                 state = stat.lift(Observation(x_nk, 1000 * i + tokens, ends))

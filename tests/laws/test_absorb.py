@@ -273,11 +273,9 @@ def test_negative_scales_and_rotations_stay_online():
 
 def test_only_the_leading_scale_folds_and_the_rest_stays_in_order():
     seg = of(Straight(""), torch.randn(2, 5, 12))
-    source, m_k, R = (
-        seg.graph.sites[1].source,
-        normal(12, seed=0).exp(),
-        torch.linalg.qr(normal(12, 12, seed=1))[0],
-    )
+    source = seg.graph.sites[1].source
+    m_k = normal(12, seed=0).exp()
+    R = torch.linalg.qr(normal(12, 12, seed=1))[0]
     graph, _ = reparametrize(seg.graph, {}, source, m_k, 1 / m_k)
     graph, _ = reparametrize(graph, {}, source, R, R.T)
     graph, _ = reparametrize(graph, {}, source, m_k, 1 / m_k)

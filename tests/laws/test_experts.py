@@ -263,10 +263,8 @@ def test_awq_is_never_worse_than_rtn_over_all_experts_and_its_notes_are_true(fam
 
 def test_an_expert_without_tokens_is_rounded_to_nearest_by_every_solver():
     seg = segment("mixtral")
-    down, key = (
-        site(seg.graph, "mlp.experts.down_proj"),
-        (site(seg.graph, "mlp.experts.down_proj").source, "second_moment"),
-    )
+    down = site(seg.graph, "mlp.experts.down_proj")
+    key = (site(seg.graph, "mlp.experts.down_proj").source, "second_moment")
     state = seg.stats[key]
     nothing = Moment(torch.zeros_like(state.states[0].sum_kk), 0)
     stats = {**seg.stats, key: type(state)((nothing, *state.states[1:]))}

@@ -43,10 +43,8 @@ def solved(method, text):
     for i, parameter in enumerate(block.parameters()):
         parameter.copy_(normal(*parameter.shape, seed=i) * 0.2 + (parameter.ndim == 1))
     x = correlated(2048, 256, 0).view(4, 512, 256)
-    graph, inputs = (
-        trace(block, (x,), {}),
-        {"up": block.norm(x), "down": torch.relu(block.up(block.norm(x)))},
-    )
+    graph = trace(block, (x,), {})
+    inputs = {"up": block.norm(x), "down": torch.relu(block.up(block.norm(x)))}
     stats = {}
     for source, (site, *_) in by_source(graph.sites).items():
         seen = Observation(inputs[site.path].flatten(0, 1), torch.arange(2048))

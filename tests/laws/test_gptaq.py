@@ -95,11 +95,9 @@ def test_a_second_moment_beyond_repair_is_refused_by_site_and_raised_damping_is_
 @given(SHAPES)
 def test_scaling_the_inputs_before_or_after_is_the_same(shape):
     o, k, seed = shape
-    W, (x, other), m = (
-        normal(o, k, seed=seed + 3),
-        drifting(k, seed),
-        normal(k, seed=seed + 4).abs() + 0.5,
-    )
+    W = normal(o, k, seed=seed + 3)
+    x, other = drifting(k, seed)
+    m = normal(k, seed=seed + 4).abs() + 0.5
     first = aimed(W, x, other, damp=1e-7) / m
     then = aimed(W / m, x * m, other * m, damp=1e-7)
     assert torch.allclose(first, then, rtol=1e-2, atol=1e-3)
@@ -148,10 +146,8 @@ def test_routers_and_weights_of_experts_stay(family):
 
 @pytest.mark.parametrize("in_order", [False, True])
 def test_scales_before_it_or_after_it_make_the_same_block(in_order):
-    seg, reference = (
-        segment("llama"),
-        Reference(segment("llama").graph, batches_of(segment("llama"))),
-    )
+    seg = segment("llama")
+    reference = Reference(segment("llama").graph, batches_of(segment("llama")))
     m, outs = normal(128, seed=7).abs() + 0.5, []
 
     def move(graph, stats):

@@ -91,10 +91,8 @@ def test_the_scale_of_the_inputs_changes_no_codes(problem, seed, j, dead):
 def test_any_order_returns_codes_in_their_own_places(problem, seed):
     W, spec = problem
     k = W.shape[1]
-    H, order = (
-        second_moment(k, seed),
-        torch.randperm(k, generator=torch.Generator().manual_seed(seed)),
-    )
+    H = second_moment(k, seed)
+    order = torch.randperm(k, generator=torch.Generator().manual_seed(seed))
     # A permutation of columns keeps scales per row.
     per_row = Int(spec.bits, Tile(1, None), spec.symmetric, torch.float32)
     permuted = solve(W[:, order], H[order][:, order], per_row)[0]
@@ -122,10 +120,8 @@ def test_gptq_is_worse_on_weights_and_better_on_outputs(seed, bits, symmetric, o
 @given(plain, SEEDS, st.sampled_from([0.0, 0.01]))
 def test_dead_columns_become_zero_and_leave_the_others_alone(problem, seed, damp):
     W, spec = problem
-    W, spec = (
-        torch.cat([W, W[:, :2]], 1),
-        Int(spec.bits, Tile(1, None), spec.symmetric, torch.float32),
-    )
+    W = torch.cat([W, W[:, :2]], 1)
+    spec = Int(spec.bits, Tile(1, None), spec.symmetric, torch.float32)
     k = W.shape[1]
     dead = torch.arange(k) % 3 == 1
     H = second_moment(k, seed) * ~dead * ~dead[:, None]

@@ -54,10 +54,8 @@ def test_weights_on_the_first_grid_stay_there(seed):
     W = (codes - torch.randint(0, 16, (64, 1), generator=draw)) * (
         torch.rand(64, 1, generator=draw) + 0.01
     )
-    spec, h = (
-        Int(4, Tile(1, 32), False, scale_dtype=torch.float32),
-        torch.rand(32, generator=draw) + 0.01,
-    )
+    spec = Int(4, Tile(1, 32), False, scale_dtype=torch.float32)
+    h = torch.rand(32, generator=draw) + 0.01
     left = lambda grid: objective(
         spec.tile.split(W), *fit(grid, W, spec, h), spec, h.expand(64, 1, -1)
     )
@@ -78,19 +76,15 @@ def test_no_rows_cost_more_output_than_under_minmax(data, seed, mean):
 
 
 def test_rows_leave_the_weighted_grid_where_inputs_share_a_direction():
-    W, spec, weighted = (
-        weight(64, 64, 0),
-        Int(4, Tile(1, 64), scale_dtype=torch.float32),
-        GRIDS["weighted"],
-    )
+    W = weight(64, 64, 0)
+    spec = Int(4, Tile(1, 64), scale_dtype=torch.float32)
+    weighted = GRIDS["weighted"]
     for mean, share in ((0.0, (0.0, 0.2)), (3.0, (0.3, 0.8))):
         x = torch.randn(256, 64, generator=torch.Generator().manual_seed(1)) + mean
         H = x.T @ x / 256
         q, _ = encode_rows(weighted, W, spec, H.diagonal(), lambda D_ok, H=H: quadratic(D_ok, H))
-        moved, plain = (
-            (q.scales != encode(weighted, W, spec, H.diagonal()).scales).any(1),
-            encode(minmax, W, spec),
-        )
+        moved = (q.scales != encode(weighted, W, spec, H.diagonal()).scales).any(1)
+        plain = encode(minmax, W, spec)
         assert share[0] <= moved.float().mean() <= share[1]
         assert torch.equal(q.scales[moved], plain.scales[moved]) and torch.equal(
             q.codes[moved], plain.codes[moved]
@@ -124,10 +118,8 @@ def test_the_objective_is_the_squared_error_of_what_is_stored(problem, seed):
 def test_refitting_takes_the_least_squares_scale_where_it_pays(problem, seed):
     W, spec = problem
     h_k = normal(W.shape[1], seed=seed).square() + 0.01
-    rtn, q = (
-        encode(minmax, W, spec),
-        encode(replace(minmax, weighted=True, refit=True), W, spec, h_k),
-    )
+    rtn = encode(minmax, W, spec)
+    q = encode(replace(minmax, weighted=True, refit=True), W, spec, h_k)
     h, x = spec.tile.split(h_k.double().expand_as(W)), spec.tile.split(W.double())
 
     def least_squares(codes):

@@ -83,10 +83,8 @@ def bits(x):
 @given(leaves(), st.sampled_from(DTYPES), st.booleans(), st.booleans())
 def test_the_weight_is_dense_bit_for_bit_and_so_is_its_product(leaf, dtype, biased, dense_cache):
     bias = activations(1, leaf.shape[0], dtype, seed=7)[0] if biased else None
-    module, x = (
-        coded(leaf, dtype, bias, dense_cache),
-        activations(5, leaf.shape[1], dtype),
-    )
+    module = coded(leaf, dtype, bias, dense_cache)
+    x = activations(5, leaf.shape[1], dtype)
     assert torch.equal(bits(module.dequantized()), bits(dense(leaf, dtype)))
     assert torch.equal(module(x), F.linear(x, dense(leaf, dtype), bias))
     words = leaf.shape[0] * -(-leaf.shape[1] * leaf.spec.bits // 32) * 4  # rows end in whole words
@@ -103,14 +101,10 @@ def test_the_weight_is_dense_bit_for_bit_and_so_is_its_product(leaf, dtype, bias
 def test_each_row_meets_its_own_expert(counts, text, biased, dense_cache):
     parts = [leaf_of(parse_spec(text), 24, 64, seed) for seed in range(len(counts))]
     leaf = pytree.tree_map(lambda *parts: None if parts[0] is None else torch.stack(parts), *parts)
-    module, x = (
-        coded_experts(leaf, dense_cache=dense_cache),
-        activations(sum(counts), 64, torch.bfloat16),
-    )
-    ends, bias = (
-        torch.tensor(counts).cumsum(0),
-        activations(len(counts), 24, torch.bfloat16, seed=7) if biased else None,
-    )
+    module = coded_experts(leaf, dense_cache=dense_cache)
+    x = activations(sum(counts), 64, torch.bfloat16)
+    ends = torch.tensor(counts).cumsum(0)
+    bias = activations(len(counts), 24, torch.bfloat16, seed=7) if biased else None
     y = module(x, bias, ends)
     assert y.shape == (sum(counts), 24) and len(module) == len(counts)
     for e, rows in enumerate(rows_of(ends)):
@@ -121,10 +115,8 @@ def test_each_row_meets_its_own_expert(counts, text, biased, dense_cache):
 @pytest.mark.parametrize("text", ["nvfp4", "int4-g16-asym", "fp8-b16x32"])
 def test_torch_accepts_the_operators_and_compiles_one_dynamic_graph(text):
     leaf = leaf_of(parse_spec(text), 24, 64)
-    module, torch_dense = (
-        coded(leaf),
-        torch.ops.qlab.dense.default,
-    )
+    module = coded(leaf)
+    torch_dense = torch.ops.qlab.dense.default
     torch.library.opcheck(
         torch_dense, (*module.buffers_of_weight(), 64, text, torch.bfloat16), test_utils=CHECKS
     )
@@ -167,10 +159,8 @@ def test_inputs_are_rounded_as_the_reference_rounds_them(text):
 
 @pytest.mark.parametrize("text", ["nvfp4", "mxfp8", "int3-g8-asym"])
 def test_the_state_round_trips_and_that_of_another_grid_is_refused(text):
-    leaf, rounding = (
-        leaf_of(parse_spec(text), 24, 64),
-        QuantizeInput(parse_spec("fp8-tensor"), torch.tensor([[0.5]])),
-    )
+    leaf = leaf_of(parse_spec(text), 24, 64)
+    rounding = QuantizeInput(parse_spec("fp8-tensor"), torch.tensor([[0.5]]))
     module, other = (
         coded(weight, inputs=rounding) for weight in (leaf, leaf_of(leaf.spec, 24, 64, seed=5))
     )

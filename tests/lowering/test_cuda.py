@@ -190,10 +190,8 @@ def stacked(*parts):
     "spec", [Int(4, Tile(1, 128)), Int(4, Tile(1, 64), False), Int(8, Tile(1, 32), False)]
 )
 def test_lowered_experts_agree_with_interpret_on_a_gpu(spec):
-    leaves, ends = (
-        [random_leaf(200, 256, spec, seed=e) for e in range(4)],
-        torch.tensor([3, 3, 40, 41]),
-    )
+    leaves = [random_leaf(200, 256, spec, seed=e) for e in range(4)]
+    ends = torch.tensor([3, 3, 40, 41])
     for dtype in dtypes():
         module = QExperts(
             "site", pytree.tree_map(stacked, *leaves), dtype, torch.device("cuda"), False

@@ -72,10 +72,8 @@ def test_through_a_coded_weight(spec):
 
 
 def test_in_bfloat16_where_the_forward_is_a_kernel_of_codes():
-    module, x = (
-        lowered(random_leaf(64, 64, Int(4, Tile(1, 32)))),
-        activations(3, 64, torch.bfloat16),
-    )
+    module = lowered(random_leaf(64, 64, Int(4, Tile(1, 32))))
+    x = activations(3, 64, torch.bfloat16)
     dense = gradient(lambda x: F.linear(x, module.dequantized()), x)
     assert (gradient(module, x) - dense).norm() < 0.02 * dense.norm()
 
@@ -122,10 +120,10 @@ def test_a_rounded_input_has_the_gradient_that_it_has_in_the_reference(spec):
 
 
 def test_compiled_they_are_the_same():
-    module, ends = (
-        QExperts("site", random_experts(2, 40, 64, Int(4, Tile(1, 32))), torch.float32, CPU, False),
-        ends_of([2, 3]),
+    module = QExperts(
+        "site", random_experts(2, 40, 64, Int(4, Tile(1, 32))), torch.float32, CPU, False
     )
+    ends = ends_of([2, 3])
     linear = coded(leaf_of(parse_spec("fp8-channel"), 64, 64), torch.float32)
     run, x = lambda x: module(linear(x), None, ends), activations(5, 64, torch.float32)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")

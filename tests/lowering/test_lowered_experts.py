@@ -40,11 +40,9 @@ def ends_of(counts):
 def test_each_row_meets_its_own_expert(counts, bits, symmetric, group, dtype, biased, dense_cache):
     k = 100 if group is None else group * 2
     leaf = random_experts(len(counts), 70, k, Int(bits, Tile(1, group), symmetric))
-    module, ends, x = (
-        QExperts("site", leaf, dtype, CPU, dense_cache),
-        ends_of(counts),
-        activations(sum(counts), k, dtype),
-    )
+    module = QExperts("site", leaf, dtype, CPU, dense_cache)
+    ends = ends_of(counts)
+    x = activations(sum(counts), k, dtype)
     bias = activations(len(counts), 70, dtype, seed=7) if biased else None
     y = module(x, bias, ends)
     assert y.shape == (sum(counts), 70)

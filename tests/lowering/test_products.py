@@ -116,10 +116,8 @@ def test_wider_floats_stay_as_they_are(on):
 def test_an_interpreted_product_is_the_exact_one_rounded_once(dtype, bias, on):
     on("avx2")
     torch.manual_seed(0)
-    block, x = (
-        nn.Sequential(nn.Linear(48, 24, bias=bias)).to(dtype),
-        torch.randn(3, 100, 48).to(dtype),
-    )
+    block = nn.Sequential(nn.Linear(48, 24, bias=bias)).to(dtype)
+    x = torch.randn(3, 100, 48).to(dtype)
     exact = nn.functional.linear(
         x.double(), block[0].weight.double(), block[0].bias.double() if bias else None
     )

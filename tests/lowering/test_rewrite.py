@@ -37,10 +37,8 @@ class Reference(nn.Module):
 def test_a_reference_graph_is_rewritten_to_the_fused_operator(shape, biased, dynamic):
     leaf = random_leaf(100, 128, INT4)
     bias = activations(1, 100, torch.bfloat16, seed=5)[0] if biased else None
-    x, seen = (
-        activations(torch.Size(shape[:-1]).numel(), 128, torch.bfloat16).view(shape),
-        Seen(loops=not dynamic),
-    )
+    x = activations(torch.Size(shape[:-1]).numel(), 128, torch.bfloat16).view(shape)
+    seen = Seen(loops=not dynamic)
     compiled = torch.compile(
         Reference(lowered(leaf), bias), fullgraph=True, dynamic=dynamic, options=seen.options
     )
@@ -63,10 +61,8 @@ FORMS = {
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_products_of_batches_are_rewritten(form, dynamic):
-    layer, bias = (
-        lowered(leaf := random_leaf(100, 128, INT4)),
-        activations(1, 100, torch.bfloat16, seed=5)[0],
-    )
+    layer = lowered(leaf := random_leaf(100, 128, INT4))
+    bias = activations(1, 100, torch.bfloat16, seed=5)[0]
     seen = Seen(loops=not dynamic)
     x = activations(10, 128, torch.bfloat16).view(2, 5, 128)
     compiled = torch.compile(
@@ -110,11 +106,9 @@ def test_products_of_columns_are_rewritten(form, dynamic):
 
 
 def test_columns_lie_as_those_of_the_eager_product():
-    layer, seen, x = (
-        lowered(leaf := random_leaf(100, 128, INT4)),
-        Seen(),
-        activations(10, 128, torch.bfloat16),
-    )
+    layer = lowered(leaf := random_leaf(100, 128, INT4))
+    seen = Seen()
+    x = activations(10, 128, torch.bfloat16)
     # A view by strides reads the product by where its values lie.
     product = lambda x: (layer.dequantized() @ x.T).as_strided((50, 20), (20, 1))
     y = torch.compile(product, fullgraph=True, options=seen.options)(x)
@@ -127,11 +121,9 @@ def test_columns_lie_as_those_of_the_eager_product():
 )
 def test_many_rows_are_left_to_the_operator_where_they_are_multiplied_in_fp32(isa, units, on):
     on(isa)
-    layer, seen, x = (
-        lowered(leaf := random_leaf(100, 128, INT4)),
-        Seen(),
-        activations(300, 128, torch.bfloat16),
-    )
+    layer = lowered(leaf := random_leaf(100, 128, INT4))
+    seen = Seen()
+    x = activations(300, 128, torch.bfloat16)
     check_product(
         torch.compile(layer, fullgraph=True, dynamic=False, options=seen.options)(x), x, leaf
     )
@@ -262,11 +254,9 @@ def test_a_dense_copy_is_multiplied_when_there_are_many_tokens(isa, operators, o
 
 
 def test_a_dense_product_of_one_token_becomes_a_sum():
-    head, x, seen = (
-        nn.Linear(64, 200, bias=False, dtype=torch.bfloat16),
-        activations(1, 64, torch.bfloat16),
-        Seen(),
-    )
+    head = nn.Linear(64, 200, bias=False, dtype=torch.bfloat16)
+    x = activations(1, 64, torch.bfloat16)
+    seen = Seen()
     y = torch.compile(head, dynamic=False, options=seen.options)(x)
     torch.testing.assert_close(y, head(x), rtol=0.02, atol=0.02)
     assert seen.inner.streamed == 1 and seen.count("aten.mm") == 0
@@ -288,10 +278,8 @@ def loops_around(word, code):
 def test_what_enters_a_product_of_one_token_is_computed_once():
     """Not for every row of the weight, nor for every position of the cache: erf stands for a norm
     and for rotary embeddings."""
-    head, x = (
-        nn.Linear(64, 200, bias=False, dtype=torch.bfloat16),
-        activations(1, 64, torch.bfloat16),
-    )
+    head = nn.Linear(64, 200, bias=False, dtype=torch.bfloat16)
+    x = activations(1, 64, torch.bfloat16)
     q, k, v = (
         torch.randn(1, heads, length, 16, dtype=torch.bfloat16)
         for heads, length in ((4, 1), (2, 40), (2, 40))

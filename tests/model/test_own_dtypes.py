@@ -103,10 +103,8 @@ def test_a_fold_is_computed_from_the_bits_of_the_files_and_rounded_once_to_their
         for name in {fold.producer.weight, fold.producer.bias} & {
             n for n, leaf in graph.params.items() if leaf.ndim == 1
         }:
-            vector, exact = (
-                vectors[skeleton.names.file_name(f"{graph.path}.{name}")],
-                torch.promote_types(others, torch.float32),
-            )
+            vector = vectors[skeleton.names.file_name(f"{graph.path}.{name}")]
+            exact = torch.promote_types(others, torch.float32)
             t = torch.ones(len(vector)).index_copy(0, fold.index_k, m_k)
             expected = (vector.to(exact) * t).to(others)
             assert torch.equal(leaves[name].to(others), expected), name
@@ -172,10 +170,8 @@ def test_what_transformers_holds_in_float32_is_held_so(
 def test_a_lowered_model_and_the_blocks_of_a_reading_hold_it_so(saved, tmp_path):
     source = saved("deepseek_v3", torch.bfloat16)
     out = quantize_files(source, rtn(parse_spec("int8-g32")), tmp_path / "out").path
-    expected, lowered = (
-        held_by(AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)),
-        lower(out),
-    )
+    expected = held_by(AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16))
+    lowered = lower(out)
     dtypes = {name: dtype for name, dtype in held_by(lowered).items() if name in expected}
     assert torch.float32 in dtypes.values() and dtypes.items() <= expected.items()
     graph = block_of(Skeleton(open_checkpoint(out), torch.bfloat16), -1)

@@ -263,8 +263,6 @@ class _Told(TorchDispatchMode):
             if type(leaf) is not Tensor:
                 raise ValueError("a tensor without values, which nothing handed on")
             self._call(leaf, _values(leaf))
-        name, form = (
-            self.names[id(leaf)],
-            (leaf.dtype, tuple(leaf.shape), leaf.stride(), leaf.device),
-        )
+        name = self.names[id(leaf)]
+        form = (leaf.dtype, tuple(leaf.shape), leaf.stride(), leaf.device)
         return f"{name} {form}"
