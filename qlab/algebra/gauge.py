@@ -25,7 +25,7 @@ from qlab.algebra.transform import Stage, Transform, at, chain
 from qlab.algebra.wires import full_name
 from qlab.errors import QlabError
 
-INPUT = ":in"
+INPUT, EVERY = ":in", "*"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,9 @@ def gauge(
 
     left = (MatMul(torch.eye(2)),) if online else ()
     stage = Stage(name, needs, run, detail=detail, reparametrizes=True, online=left)
-    return chain(at(wires.removesuffix(INPUT), (stage,)), absorb())
+    pattern = wires.removesuffix(INPUT)
+    turning = (stage,) if pattern == EVERY else at(pattern, (stage,))
+    return chain(turning, absorb())
 
 
 def _turn(

@@ -7,20 +7,20 @@ Legend: W_ok weight, H mean second moment of the input x, m_k what x is multipli
 paper).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import fsum
 
 import torch
 from torch import Tensor
 
-from qlab.algebra.absorb import Fold, absorb, folds, rows_move
-from qlab.algebra.graph import ModuleGraph, Site, by_origin, by_source
+from qlab.algebra.folds import Fold, rows_move
+from qlab.algebra.gauge import Element, Turn, gauge
+from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.qtensor import shared_outer
-from qlab.algebra.reparametrize import reparametrize
 from qlab.algebra.spec import Spec, described, with_scale_dtype
-from qlab.algebra.stats import Moment, Stats
-from qlab.algebra.transform import Stage, Transform, chain
+from qlab.algebra.stats import Moment
+from qlab.algebra.transform import Transform, chain
 from qlab.methods.grid import Grid, encode_rows, weighted
 from qlab.methods.rtn import rtn
 
@@ -125,16 +125,12 @@ def _spread_rows(W_ok: Tensor) -> Tensor:
     return W_ok[:: max(1, len(W_ok) // ROWS)]
 
 
-def _inputs(graph: ModuleGraph, stats: Stats, sites: Iterable[Site]) -> list[Input]:
-    """The inputs of the sites of one origin: one per source, and one per expert."""
-    inputs: list[Input] = []
-    for source, group in by_source(sites).items():
-        moments, means = stats[source, "second_moment"], stats[source, "absmean"]
-        if group[0].route is None:
-            inputs.append(_input([graph.weight_ok(s) for s in group], moments, means))
-            continue
-        for e, (moment, absmean) in enumerate(zip(moments.states, means.states)):
-            inputs.append(_input([graph.weight_ok(s, e) for s in group], moment, absmean))
+def _inputs(turn: Turn) -> list[Input]:
+    """The inputs of the readers of one wire: one per source, and one per expert."""
+    inputs = [
+        _input(source.weights, source.stats["second_moment"], source.stats["absmean"])
+        for source in turn.sources()
+    ]
     most = max(i.moment.tokens for i in inputs)
     return [replace(i, share=i.moment.tokens / max(most, 1)) for i in inputs]
 
@@ -144,27 +140,24 @@ def _input(weights: Sequence[Tensor], moment: Moment, absmean: tuple[Tensor, int
     return Input(weights=weights, moment=moment, absmean_k=total_k / max(count, 1))
 
 
-def _scale_origin(
-    graph: ModuleGraph, stats: Stats, sites: Sequence[Site], fold: Fold, spec: Spec, grid: Grid
-) -> tuple[ModuleGraph, Stats]:
-    """The graph with the searched scale at the inputs of one origin, whose sites these are."""
-    inputs = _inputs(graph, stats, sites)
-    apart = len(graph.params[fold.producer.weight].shape) == 3  # each expert has its own scale
-    groups = [[one] for one in inputs] if apart else [inputs]
-    choices = [search(graph, fold, group, spec, grid) for group in groups]
-    m = torch.stack([c.m_k for c in choices])[:, None] if apart else choices[0].m_k
-    graph, stats = reparametrize(graph, stats, sites[0].origin, m, 1 / m)
+def _scale(turn: Turn, spec: Spec, grid: Grid) -> Element | None:
+    """The searched scale of a wire: of all that its readers see, or of every expert that makes its
+    own."""
+    if turn.fold is None:
+        return None
+    graph, settled = turn.graph, with_scale_dtype(spec, turn.graph.dtype)
+    inputs = _inputs(turn)
+    groups = [[one] for one in inputs] if turn.apart else [inputs]
+    choices = [search(graph, turn.fold, group, settled, grid) for group in groups]
+    m = torch.stack([c.m_k for c in choices])[:, None] if turn.apart else choices[0].m_k
     energy = fsum(i.share * fsum(map(i.moment.output_error, i.weights)) for i in inputs)
     energy = max(energy, 1e-30)
     note = {
-        "awq_ratio": [c.ratio for c in choices] if apart else choices[0].ratio,
+        "awq_ratio": [c.ratio for c in choices] if turn.apart else choices[0].ratio,
         "awq_loss": sum(c.loss for c in choices) / energy,
         "awq_rtn_loss": sum(c.identity_loss for c in choices) / energy,
     }
-    notes = dict(graph.notes)
-    for site in sites:
-        notes[site.path] = {**notes.get(site.path, {}), **note}
-    return replace(graph, notes=notes), stats
+    return Element(M=m, M_inv=1 / m, notes=note)
 
 
 def awq_scale(spec: Spec, grid: Grid = weighted) -> Transform:
@@ -194,28 +187,16 @@ def awq_scale(spec: Spec, grid: Grid = weighted) -> Transform:
         absorb
     """
 
-    def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
-        places = folds(graph.code)
-        settled = with_scale_dtype(spec, graph.dtype)
-        for origin, sharing in by_origin(graph.sites).items():
-            # A router gets the scale of its input as well, but it is never rounded.
-            rounded = [site for site in sharing if not site.router]
-            if origin in places and rounded:
-                graph, stats = _scale_origin(graph, stats, rounded, places[origin], settled, grid)
-        return graph, stats
-
+    searching, *folding = gauge(
+        "awq_scale",
+        "*:in",
+        lambda turn: _scale(turn, spec, grid),
+        frozenset({"second_moment", "absmean"}),
+        detail=f"for {described(spec)}, grid {grid.name}",
+    )
     # Where rounded rows can take a scale, sources are solved one after the other: a value
     # projection is rounded before the scale of the output projection moves its rows.
-    search_stage = Stage(
-        "awq_scale",
-        frozenset({"second_moment", "absmean"}),
-        run,
-        detail=f"for {described(spec)}, grid {grid.name}",
-        reparametrizes=True,
-        sitewise=rows_move(spec),
-        workspace=4,
-    )
-    return chain((search_stage,), absorb())
+    return (replace(searching, sitewise=rows_move(spec), workspace=4), *folding)
 
 
 def awq(spec: Spec, grid: Grid = weighted) -> Transform:

@@ -7,16 +7,12 @@ Legend: W_ok weight, s_k the smoothing scale, m_k = 1 / s_k what x is multiplied
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from qlab.algebra.absorb import Fold, absorb, folds
-from qlab.algebra.graph import ModuleGraph, Site, by_origin, by_source
-from qlab.algebra.reparametrize import reparametrize
-from qlab.algebra.stats import Stats
-from qlab.algebra.transform import Stage, Transform, chain
+from qlab.algebra.gauge import Element, Turn, gauge
+from qlab.algebra.transform import Transform
 from qlab.errors import QlabError
 
 LEAST = 1e-5  # the paper's code keeps scales above this
@@ -29,36 +25,23 @@ def smoothing(absmax_k: Tensor, weightmax_k: Tensor, alpha: float) -> Tensor:
     return torch.where((absmax_k > 0) & (weightmax_k > 0), s_k.clamp_min(LEAST), 1.0)
 
 
-def _maxima(graph: ModuleGraph, stats: Stats, sites: Sequence[Site]) -> list[tuple[Tensor, Tensor]]:
-    """max|x| and max|W| [k] of the inputs of one origin: a pair per source, and one per expert."""
-    pairs: list[tuple[Tensor, Tensor]] = []
-    for source, group in by_source(sites).items():
-        absmax = stats[source, "absmax"]
-        routed = group[0].route is not None
-        experts = range(len(absmax.states)) if routed else [None]
-        for e in experts:
-            weights = [graph.weight_ok(site, e).abs().amax(0) for site in group]
-            pairs.append((absmax if e is None else absmax.states[e], torch.stack(weights).amax(0)))
-    return pairs
+def _scale(turn: Turn, alpha: float) -> Element | None:
+    """The scale of a wire: of all that its readers see, or of every expert that makes its own."""
+    if turn.fold is None:
+        return None
+    sources = turn.sources()
+    inputs = [source.stats["absmax"] for source in sources]
+    weights = [_largest(source.weights) for source in sources]
+    if not turn.apart:
+        inputs, weights = [torch.stack(inputs).amax(0)], [torch.stack(weights).amax(0)]
+    scales = [1 / smoothing(*pair, alpha) for pair in zip(inputs, weights)]
+    m = turn.stored(torch.stack(scales)[:, None] if turn.apart else scales[0])
+    return Element(M=m, M_inv=1 / m, notes={"smoothing": float(1 / m.min())})
 
 
-def _smooth_origin(
-    graph: ModuleGraph, stats: Stats, sites: Sequence[Site], fold: Fold, alpha: float
-) -> tuple[ModuleGraph, Stats]:
-    """The graph with the scale at the inputs of one origin, whose sites these are."""
-    pairs = _maxima(graph, stats, sites)
-    apart = len(graph.params[fold.producer.weight].shape) == 3  # each expert has its own scale
-    if not apart:
-        inputs, weights = zip(*pairs)
-        pairs = [(torch.stack(inputs).amax(0), torch.stack(weights).amax(0))]
-    scales = [fold.tie(1 / smoothing(*pair, alpha)) for pair in pairs]
-    m = fold.stored(graph, torch.stack(scales)[:, None] if apart else scales[0])
-    graph, stats = reparametrize(graph, stats, sites[0].origin, m, 1 / m)
-    note = {"smoothing": float(1 / m.min())}
-    notes = dict(graph.notes)
-    for site in sites:
-        notes[site.path] = {**notes.get(site.path, {}), **note}
-    return replace(graph, notes=notes), stats
+def _largest(weights: Sequence[Tensor]) -> Tensor:
+    """max|W| [k] over the rows of several weights."""
+    return torch.stack([W_ok.abs().amax(0) for W_ok in weights]).amax(0)
 
 
 def smoothquant(alpha: float = 0.5) -> Transform:
@@ -92,16 +75,10 @@ def smoothquant(alpha: float = 0.5) -> Transform:
     if not 0 <= alpha <= 1:
         raise QlabError(f"smoothquant's alpha is {alpha}; give a number from 0 to 1, such as 0.5")
 
-    def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
-        places = folds(graph.code)
-        for origin, sharing in by_origin(graph.sites).items():
-            # A router gets the scale of its input as well, but it is never rounded.
-            rounded = [site for site in sharing if not site.router]
-            if origin in places and rounded:
-                graph, stats = _smooth_origin(graph, stats, rounded, places[origin], alpha)
-        return graph, stats
-
-    smooth = Stage(
-        "smoothquant", frozenset({"absmax"}), run, detail=f"alpha {alpha:g}", reparametrizes=True
+    return gauge(
+        "smoothquant",
+        "*:in",
+        lambda turn: _scale(turn, alpha),
+        frozenset({"absmax"}),
+        detail=f"alpha {alpha:g}",
     )
-    return chain((smooth,), absorb())

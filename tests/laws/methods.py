@@ -23,12 +23,8 @@ LAW_METHODS = {  # name -> (spec -> transform)
     "smoothquant": lambda spec: chain(smoothquant(), rtn(spec)),
     "smoothquant_gptq": lambda spec: chain(smoothquant(0.3), gptq(spec)),
 }
-MOVING = (
-    "awq",
-    "smoothquant",
-    "rotate",
-    "quarot",
-)  # change producers beside the weights that they round
+# They change producers beside the weights that they round.
+MOVING = ("awq", "smoothquant", "rotate", "quarot")
 SCALES = ("awq_scale", "smoothquant_scale")  # round nothing
 LAW_SPECS = ("int4-g16", "int3-g32-asym", "int8-channel", "int2-channel-asym", "int5-tensor")
 # A rounding, a solver, a solver with another target, a reparametrization.
