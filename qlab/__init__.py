@@ -23,6 +23,7 @@ HOMES = {
     "Tokens": "qlab.data.calibration",
     "absorb": "qlab.algebra.absorb",
     "aim_at_reference": "qlab.methods.gptaq",
+    "apply": "qlab.driver.apply",
     "at": "qlab.algebra.transform",
     "awq": "qlab.methods.awq",
     "awq_scale": "qlab.methods.awq",
@@ -61,6 +62,7 @@ HOMES = {
     "to_torchao": "qlab.lowering",
     "tokens": "qlab.data.calibration",
     "verify": "qlab.directories.verify",
+    "write": "qlab.driver.write",
 }
 __all__ = sorted(HOMES)
 

@@ -27,9 +27,11 @@ from qlab.directories.inspect import inspect as inspect
 from qlab.directories.model_free import quantize_files as quantize_files
 from qlab.directories.results import results as results
 from qlab.directories.verify import verify as verify
+from qlab.driver.apply import apply as apply
 from qlab.driver.plan import plan as plan
 from qlab.driver.quantize import compare as compare
 from qlab.driver.quantize import quantize as quantize
+from qlab.driver.write import write as write
 from qlab.errors import QlabError as QlabError
 from qlab.evaluation.perplexity import evaluate as evaluate
 from qlab.evaluation.perplexity import perplexity as perplexity

@@ -45,6 +45,8 @@ TAKES: Mapping[str, Mapping[str, kinds.Kind]] = {
         "data": kinds.data,
         "out": kinds.path,
     },
+    "apply": {**RUN, "model": kinds.model, "recipe": kinds.recipe, "data": kinds.data},
+    "write": {**RUN, "quantized": kinds.quantized, "out": kinds.path},
     "compare": {
         **RUN,
         "model": kinds.model,

@@ -141,10 +141,20 @@ def model(value: Any, name: str) -> Any:
 
 
 def read_model(value: Any, name: str) -> Any:
-    """A model or what it is opened from, or a reading of a model."""
+    """A model or what it is opened from, what a recipe makes of one, or a reading of a model."""
+    from qlab.driver.apply import Quantized
     from qlab.evaluation.perplexity import Reading
 
-    return value if isinstance(value, Reading) else model(value, name)
+    return value if isinstance(value, Reading | Quantized) else model(value, name)
+
+
+def quantized(value: Any, name: str) -> Any:
+    """What a recipe makes of a model."""
+    from qlab.driver.apply import Quantized
+
+    if isinstance(value, Quantized):
+        return value
+    raise QlabError(f"{name} is {said(value)}; give what qlab.apply returns")
 
 
 def directory(value: Any, name: str) -> Any:

@@ -86,7 +86,7 @@ def quantize(
     report(result.json(), json_file)
 
 
-def _show(result: "Result", codec: str) -> None:
+def _show(result: "Result", codec: str | None) -> None:
     cost = (
         f"{result.bytes / 1e6:.1f} MB, {result.seconds:.1f} s, peak "
         f"{result.peak_rss_bytes / 2**20:.0f} MiB"

@@ -138,6 +138,16 @@ def check_specs(
     admission.refuse_several(rounded, "sites")
 
 
+def check_tiles(specs: Mapping[str, Spec | None], model: Sites) -> None:
+    """Refuse specs whose tiles do not divide their weights, whatever format holds them."""
+    rounded = {name: spec for name, spec in specs.items() if spec}
+    refusals = Refusals()
+    for name, spec in rounded.items():
+        misfit = tile_misfit(spec, model.shapes[name])
+        refusals.add(misfit and misfit + _for_all_widths(spec, rounded, model), name)
+    refusals.raise_first()
+
+
 class Refusals:
     """Reasons why weights are refused, each with the names of its weights."""
 

@@ -29,7 +29,8 @@ class Job:
         dtype: Of the activations while calibrating; None stands for the model's own.
         device: The name of the device on which blocks are run and solved.
         memory: A bound on the process's memory in bytes, or None.
-        codec: The name of the format that is written (`qlab.codecs.CODECS`).
+        codec: The name of the format that is written (`qlab.codecs.CODECS`), or None where nothing
+            is.
         target: The name of the engine that is to load the directory (`qlab.codecs.engines`), or
             None.
     """
@@ -42,7 +43,7 @@ class Job:
     dtype: torch.dtype | None = None
     device: str = "cpu"
     memory: int | None = None
-    codec: str = CODEC
+    codec: str | None = CODEC
     target: str | None = None
 
     @property

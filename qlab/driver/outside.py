@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.algebra.graph import Site, lone_weight
+from qlab.algebra.graph import ModuleGraph, Site, lone_weight
 from qlab.algebra.qtensor import Leaf, QTensor, dense
 from qlab.algebra.transform import Transform
 from qlab.driver.report import site_rows
@@ -89,8 +89,19 @@ def outside_leaves(skeleton: Skeleton, recipe: Transform) -> Iterator[OutsideLea
     for tied, keeper in names.tied.items():
         name, kept = names.file_name(tied), names.file_name(keeper)
         if kept in rounded_sites and name not in in_files:
-            original = checkpoint.leaf(_source_of(skeleton, kept, rounded_sites[kept]))
+            original = _original(skeleton, kept, rounded_sites[kept])
             yield OutsideLeaf(name=name, leaf=_dense(skeleton, original))
+
+
+def rounded_outside(skeleton: Skeleton, recipe: Transform) -> Iterator[tuple[str, Leaf]]:
+    """Every weight outside the blocks that a stage of the recipe rounds, by its name in the model,
+    one at a time."""
+    rounded_sites = _rounded_sites(skeleton, recipe)
+    siblings = _siblings(skeleton, recipe, rounded_sites)
+    for name, site in rounded_sites.items():
+        outer = siblings.outer(name.removesuffix(".weight"))
+        solved = _solved(skeleton, recipe, _original(skeleton, name, site), site, outer)
+        yield f"{site.path}.weight", solved.params["weight"]
 
 
 def _rounded_sites(skeleton: Skeleton, recipe: Transform) -> dict[str, Site]:
@@ -114,7 +125,7 @@ def _siblings(skeleton: Skeleton, recipe: Transform, rounded_sites: Mapping[str,
 
     def read(module: str) -> Tensor:
         name = f"{module}.weight"
-        original = skeleton.checkpoint.leaf(_source_of(skeleton, name, rounded_sites[name]))
+        original = _original(skeleton, name, rounded_sites[name])
         return _dense(skeleton, original).to(skeleton.device, torch.float32)
 
     return Siblings(specs, read)
@@ -130,16 +141,28 @@ def _dense(skeleton: Skeleton, leaf: Leaf) -> Tensor:
     return dense(leaf, skeleton.checkpoint.dtype) if isinstance(leaf, QTensor) else leaf
 
 
+def _original(skeleton: Skeleton, name: str, site: Site) -> Leaf:
+    """The leaf of the files of which a rounded weight is made, as it was stored."""
+    return skeleton.checkpoint.leaf(_source_of(skeleton, name, site))
+
+
+def _solved(
+    skeleton: Skeleton, recipe: Transform, original: Leaf, site: Site, outer: Tensor | None
+) -> ModuleGraph:
+    """A weight outside the blocks, rounded by itself."""
+    weight = _dense(skeleton, original).to(skeleton.device)
+    dtype = skeleton.checkpoint.dtype
+    return solve_alone(lone_weight(site.path, weight, dtype, outside=True, outer=outer), recipe)
+
+
 def _rounded(
     skeleton: Skeleton, recipe: Transform, name: str, site: Site, outer: Tensor | None
 ) -> OutsideLeaf:
     """A weight outside the blocks, rounded by itself, with the certificate against what was
     read."""
     checkpoint, source = skeleton.checkpoint, _source_of(skeleton, name, site)
-    original = checkpoint.leaf(source)
-    weight = _dense(skeleton, original).to(skeleton.device)
-    alone = lone_weight(site.path, weight, checkpoint.dtype, outside=True, outer=outer)
-    solved = solve_alone(alone, recipe)
+    original = _original(skeleton, name, site)
+    solved = _solved(skeleton, recipe, original, site, outer)
     leaf = solved.params["weight"]
     certificates: dict[str, Any] = {}
     if isinstance(leaf, QTensor):

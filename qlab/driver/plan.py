@@ -13,7 +13,7 @@ from qlab.algebra.stats import STATS
 from qlab.algebra.transform import Transform
 from qlab.codecs import CODECS
 from qlab.data.calibration import Data
-from qlab.driver.admissible import Admission, check_specs
+from qlab.driver.admissible import Admission, check_specs, check_tiles
 from qlab.driver.duration import SPREAD, Work, said, work_of
 from qlab.driver.effects import input_specs, online_of, refuse_unheld, refuse_without_effect
 from qlab.driver.job import CODEC, Job
@@ -254,10 +254,10 @@ def _refuse_job(job: Job) -> None:
     """Refuse what can be refused without the model: names that are unknown, a model that is
     quantized already, a recipe that rounds nothing and one that cannot be observed."""
     inputs_named(job.inputs)
-    if job.codec not in CODECS:
+    if job.codec is not None and job.codec not in CODECS:
         raise QlabError(f"the codec {job.codec!r} is unknown; qlab writes {', '.join(CODECS)}")
     _refuse_quantized(job.model)
-    if all(stage.spec is None for stage in job.recipe):
+    if job.codec is not None and all(stage.spec is None for stage in job.recipe):
         raise QlabError(
             "the recipe rounds no weight, so there is nothing to write; add a method such as "
             "rtn(spec)"
@@ -301,12 +301,17 @@ def _checked_specs(job: Job, skeleton: Skeleton, sites: Sites) -> dict[str, Spec
         refuse_unread(stage, sites.unread)
         check_scope(stage, sites)
     refuse_dividing(skeleton, job.recipe, sites, specs)
-    admission = Admission(codec=job.codec, dtype=skeleton.checkpoint.dtype, target=job.target)
-    check_specs(specs, sites, skeleton, admission)
-    # refuses now what no configuration could say when all is written
-    CODECS[job.codec].config(by_module(skeleton, specs))
+    if job.codec is None:
+        check_tiles(specs, sites)
+    else:
+        dtype = skeleton.checkpoint.dtype
+        admission = Admission(codec=job.codec, dtype=dtype, target=job.target)
+        check_specs(specs, sites, skeleton, admission)
+        # refuses now what no configuration could say when all is written
+        CODECS[job.codec].config(by_module(skeleton, specs))
     refuse_without_effect(job.recipe, sites.sites, job.inputs)
-    refuse_unheld(online_of(job.recipe, sites.sites), specs, sites.sites, job.codec)
+    if job.codec is not None:
+        refuse_unheld(online_of(job.recipe, sites.sites), specs, sites.sites, job.codec)
     return specs
 
 

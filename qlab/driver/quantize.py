@@ -1,32 +1,19 @@
 """The main job: a model directory and a recipe in, a quantized model directory out, one segment in
-memory at a time."""
+memory at a time. It is `write(apply(...))`."""
 
-import time
 from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qlab.algebra.transform import Transform
 from qlab.data.calibration import Data
+from qlab.driver.apply import Quantized
 from qlab.driver.job import CODEC, Job
 from qlab.driver.observe import Inputs
-from qlab.driver.plan import plan_of
-from qlab.driver.report import PeakMemory, describe
 from qlab.driver.result import Result
-from qlab.driver.run import Run
-from qlab.driver.scan import one_pass
+from qlab.driver.write import write_all
 from qlab.files.checkpoint import Checkpoint
-from qlab.files.hashed import HashedFiles
-from qlab.files.place import places
-from qlab.files.record import recorded, versions
-from qlab.files.writer import Writer
-from qlab.model.device import name_of
-from qlab.model.skeleton import Skeleton
-from qlab.process.surroundings import undisturbed
 
 
 def quantize(
@@ -107,8 +94,6 @@ def quantize(
     return results[""]
 
 
-@undisturbed
-@torch.no_grad()
 def compare(
     model: Checkpoint,
     recipes: Mapping[str, Transform],
@@ -163,80 +148,20 @@ def compare(
         >>> results["int4"].bits_per_weight < results["int8"].bits_per_weight
         True
     """
-    source = HashedFiles(model.path, model.stored)
-    model = replace(model, reader=source.read)
-    reads = [*set(model.files.values()), *getattr(data, "files", ())]
-    outs = places(out, list(recipes), model.path, reads)
-    jobs = {
-        name: Job(
-            model=model,
-            recipe=recipe,
-            data=data,
-            inputs=inputs,
-            calibrate_all_experts=calibrate_all_experts,
-            dtype=dtype,
-            device=device,
-            memory=memory,
-            codec=codec,
-            target=target,
+    named = {
+        name: Quantized(
+            job=Job(
+                model=model,
+                recipe=recipe,
+                data=data,
+                inputs=inputs,
+                calibrate_all_experts=calibrate_all_experts,
+                dtype=dtype,
+                device=device,
+                memory=memory,
+                codec=None,
+            )
         )
         for name, recipe in recipes.items()
     }
-    if not jobs:
-        return {}
-    with ExitStack() as stack:
-        writers = {
-            name: stack.enter_context(Writer(place, overwrite, resume))
-            for name, place in outs.items()
-        }
-        return _done(jobs, writers, source, stack)
-
-
-def _done(
-    jobs: Mapping[str, Job], writers: Mapping[str, Writer], source: HashedFiles, stack: ExitStack
-) -> dict[str, Result]:
-    """Plan all jobs, begin them, and do them. stack: is left when they are done."""
-    first = next(iter(jobs.values()))
-    started = time.perf_counter()
-    with PeakMemory() as planning:
-        skeleton = Skeleton(first.model, first.dtype or first.model.running_dtype, first.device)
-        plans = {name: plan_of(job, skeleton) for name, job in jobs.items()}
-    for planned in plans.values():
-        planned.check(first.memory)
-    seconds_of_planning = time.perf_counter() - started
-    runs: dict[str, Run] = {}
-    for name, job in jobs.items():
-        runs[name] = Run(job=job, plan=plans[name], writer=writers[name])
-        identity, segments = _identity(job, skeleton), len(skeleton.blocks) + 1
-        writers[name].begin(identity, segments, first.model.path, source=source)
-    for run in runs.values():
-        if not run.writer.finished:
-            stack.enter_context(run.writer.refusing())
-    results: dict[str, Result] = {}
-    for names in [list(runs)] if first.inputs == "reference" else [[name] for name in runs]:
-        seconds, peak_bytes = one_pass(skeleton, [runs[name] for name in names])
-        for name in names:
-            results[name] = Result(
-                path=writers[name].out,
-                sites=recorded(writers[name].out)["sites"],
-                plan=plans[name],
-                inputs=first.inputs,
-                seconds=seconds_of_planning + seconds,
-                peak_rss_bytes=max(planning.bytes, peak_bytes),
-            )
-    return results
-
-
-def _identity(job: Job, skeleton: Skeleton) -> dict[str, Any]:
-    """What decides which bytes come out of a job."""
-    return {
-        "source": job.model.fingerprint(),
-        "recipe": describe(job.recipe),
-        "data": job.observed and job.observed.describe(),
-        "inputs": job.inputs,
-        "calibrate_all_experts": job.calibrate_all_experts,
-        "dtype": str(skeleton.dtype),
-        "device": name_of(skeleton.device),
-        "codec": job.codec,
-        "versions": versions(),
-    }
+    return write_all(named, out, codec=codec, target=target, overwrite=overwrite, resume=resume)

@@ -1,22 +1,34 @@
-"""A job while it is done: its plan, its writer, and its end."""
+"""A job while it is written: what lies around the blocks, each solved block, and its end."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
+
+from torch import Tensor
 
 from qlab.algebra.graph import Code, ModuleGraph
 from qlab.algebra.spec import InputSpec, Spec
-from qlab.algebra.transform import Stage
-from qlab.codecs import CODECS, Codec
-from qlab.driver.batches import Batches
-from qlab.driver.effects import refuse_left
+from qlab.codecs import Codec
 from qlab.driver.ending import SECTION, as_held, probe, refuse_unreadable
 from qlab.driver.job import Job
-from qlab.driver.lossless import refuse_changed
-from qlab.driver.outside import outside_sites
+from qlab.driver.outside import carried, outside_leaves, outside_sites
 from qlab.driver.plan import Plan
-from qlab.driver.shared import refuse_divided
-from qlab.driver.solve import Check, unchecked
+from qlab.driver.report import site_rows
+from qlab.driver.segments import Solved, Solver
+from qlab.driver.shared import refuse_divided, shared
+from qlab.driver.writing import (
+    as_stored,
+    certificates,
+    changed,
+    encode,
+    hashes,
+    online_at,
+    originals,
+    refuse_unwritten,
+    unused,
+)
+from qlab.files.readback import Mark, mark, refuse_misread
 from qlab.files.record import input_spec_of, spec_of, written
 from qlab.files.writer import Writer
 from qlab.model.calls import Call
@@ -27,32 +39,19 @@ from qlab.model.ties import untied
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A job while it is done. checked: the programs of which the claims of the job's stages were
-    checked on a block. probed: those of which a block was run for the check at the end."""
+    """A job while it is written. probed: the programs of which a block was run for the check at the
+    end."""
 
     job: Job
     plan: Plan
     writer: Writer
-    checked: set[Code] = field(default_factory=set)
+    codec: Codec
     probed: set[Code] = field(default_factory=set)
 
     @property
-    def codec(self) -> Codec:
-        """The format that is written."""
-        return CODECS[self.job.codec]
-
-    def check(self, code: Code, call: Call, batches: Batches) -> Check:
-        """What checks the claims of the job's stages on a block of this program, with the first
-        batch: on the first block of every program, and on no other."""
-        if code in self.checked:
-            return unchecked
-        self.checked.add(code)
-
-        def check(stage: Stage, before: ModuleGraph, after: ModuleGraph) -> None:
-            refuse_changed(stage, before, after, call, batches)
-            refuse_left(self.job.recipe, stage, after, self.codec)
-
-        return check
+    def solver(self) -> Solver:
+        """What solves its blocks."""
+        return Solver(job=self.job, experts_at_once=self.plan.experts_at_once)
 
     def probes(self, solved: ModuleGraph, call: Call) -> dict[str, dict[str, list[list[float]]]]:
         """The probe of a solved block, as a section of its notes: of the first block of every
@@ -61,6 +60,47 @@ class Run:
             return {}
         self.probed.add(solved.code)
         return {SECTION: {solved.path: probe(as_held(solved), call)}}
+
+
+def write_outside(skeleton: Skeleton, run: Run) -> None:
+    """Write what lies outside the blocks, one leaf at a time."""
+    notes: dict[str, dict[str, Any]] = {"sites": {}, "certificates": {}, "changed": {}}
+    taken_by_nobody = carried(skeleton)
+    marks: dict[str, Mark] = {}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for part in outside_leaves(skeleton, run.job.recipe):
+            notes["sites"].update(part.rows)
+            notes["certificates"].update(part.certificates)
+            marks[part.name] = mark(part.leaf)
+            if part.name in taken_by_nobody and isinstance(part.leaf, Tensor):
+                yield part.name, part.leaf  # whatever numbers it holds
+            else:
+                yield from encode({part.name: part.leaf}, run.codec, {}).items()
+
+    run.writer.write_shard(0, tensors())
+    refuse_misread(run.writer.shard(0), marks, run.codec)
+    run.writer.write_notes(0, notes)
+
+
+def write_solved(skeleton: Skeleton, run: Run, block: Solved, call: Call) -> None:
+    """Write the shard and the notes of a block, and read the shard back."""
+    before, after, number = block.before, block.after, block.index + 1
+    refuse_unwritten(skeleton, before, after)
+    leaves = as_stored(skeleton, after)
+    changed_names = changed(skeleton, before, after)
+    online = online_at(skeleton, after, run.codec)
+    run.writer.write_shard(number, encode(leaves, run.codec, online).items())
+    refuse_misread(run.writer.shard(number), leaves, run.codec, online)
+    notes: dict[str, Mapping[str, Any]] = {
+        "sites": site_rows(after),
+        "certificates": certificates(skeleton, leaves, originals(skeleton, before)),
+        "changed": hashes(leaves, changed_names),
+        **unused(skeleton, before),
+        **shared(skeleton, after, changed_names),
+        **run.probes(after, call),
+    }
+    run.writer.write_notes(number, notes)
 
 
 def finish(skeleton: Skeleton, run: Run, calls: Mapping[str, Call]) -> None:

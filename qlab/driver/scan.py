@@ -1,84 +1,105 @@
-"""The pass over the blocks, in order."""
+"""The pass over the blocks, in order: what goes through them, and every block as jobs solve it."""
 
 import ctypes
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from typing import Protocol
 
 import torch
 
 from qlab.data.calibration import Data
-from qlab.driver.batches import Batch, in_batches, record
-from qlab.driver.report import PeakMemory
-from qlab.driver.run import Run, finish
-from qlab.driver.segments import write_block, write_outside
+from qlab.driver.batches import Batch, Batches, in_batches, record
+from qlab.driver.segments import Solved, Solver, solved_by_each
 from qlab.driver.states import flat, states_of, stored_shapes
 from qlab.files.carry import Carry
 from qlab.model.calls import Call
 from qlab.model.loading import drop_outside, load_outside
 from qlab.model.skeleton import Skeleton
-from qlab.process.progress import progress, say
+from qlab.process.progress import progress
 
 
-def one_pass(skeleton: Skeleton, runs: Sequence[Run]) -> tuple[float, int]:
-    """One pass over the model for all runs that are not finished: seconds and peak memory."""
-    started = time.perf_counter()
-    unfinished = [run for run in runs if not run.writer.finished]
-    with PeakMemory() as peak:
-        if unfinished:
-            data = next((run.job.observed for run in runs if run.job.observed is not None), None)
-            scan(skeleton, unfinished, data)
-    return time.perf_counter() - started, peak.bytes
+class Keeper(Protocol):
+    """Whoever holds the hidden states between blocks."""
+
+    def carry(
+        self, stream: str, index: int, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
+    ) -> Carry:
+        """Where the states of a stream that enter block `index` lie."""
 
 
-def scan(skeleton: Skeleton, runs: list[Run], data: Data | None) -> None:
-    """All blocks, in order, from the first one that some run lacks."""
-    keeper, paths = runs[0].writer, list(skeleton.blocks)
-    windows = in_batches(data)
-    inputs = runs[0].job.inputs
-    streams = [inputs, "reference"] if any(run.job.runs_reference for run in runs) else [inputs]
+# block by block, stream by stream, where the states that enter it lie; empty without data
+Carries = Sequence[Sequence[Carry]]
 
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """A pass that is about to go through the blocks.
+
+    data: the samples, or None. calls: batch by batch, what each block is called with. carries:
+    where hidden states lie; those that enter the first block of `todo` are there. todo: the numbers
+    of the blocks that are solved, in order.
+    """
+
+    skeleton: Skeleton
+    solvers: Sequence[Solver]
+    data: Data | None
+    calls: Sequence[Mapping[str, Call]]
+    carries: Carries
+    todo: Sequence[int]
+
+
+def begin(
+    skeleton: Skeleton,
+    solvers: Sequence[Solver],
+    keeper: Keeper,
+    todo: Callable[[Carries], Sequence[int]],
+) -> Scan:
+    """Record what every block is called with, and write what enters the first one.
+
+    solvers: their jobs differ in their recipes alone. todo: takes where states lie; gives the
+    numbers of the blocks that are to be solved.
+    """
+    jobs = [solver.job for solver in solvers]
+    data = next((job.observed for job in jobs if job.observed is not None), None)
+    streams: list[str] = [jobs[0].inputs]
+    if any(job.runs_reference for job in jobs):
+        streams.append("reference")
     load_outside(skeleton, with_head=False)
-    entering, calls = record(skeleton, windows)
+    entering, calls = record(skeleton, in_batches(data))
     drop_outside(skeleton)
     carries = []
-    for i, path in enumerate(paths if data is not None else ()):
+    for i, path in enumerate(skeleton.blocks if data is not None else ()):
         shapes = stored_shapes(calls, path, skeleton.dtype)
         carries.append([keeper.carry(s, i, shapes, skeleton.dtype) for s in streams])
-    todo = (
-        _blocks_to_do(runs, len(paths), carries)
-        if data is not None
-        else _unwritten_blocks(runs, len(paths))
-    )
-    for carry in carries[0] if data is not None and todo[:1] == [0] else ():
+    numbers = todo(carries)
+    for carry in carries[0] if data is not None and list(numbers[:1]) == [0] else ():
         carry.write(flat(entering, skeleton.dtype))
-    del entering
-    for run in runs:
-        if not run.writer.has(0):
-            write_outside(skeleton, run)
+    return Scan(
+        skeleton=skeleton, solvers=solvers, data=data, calls=calls, carries=carries, todo=numbers
+    )
+
+
+def solved_blocks(scan: Scan) -> Iterator[Solved]:
+    """Every block of a pass that is to be solved, as each job solves it. The pass itself holds one
+    block at a time."""
     _return_freed_memory()
+    skeleton, data, paths = scan.skeleton, scan.data, list(scan.skeleton.blocks)
     doing = "quantizing blocks" if data is None else f"quantizing blocks on {data.count:,} tokens"
-    for i in progress(todo, doing):
-        path = paths[i]
+    for i in progress(scan.todo, doing):
         before, after = (
-            ([], []) if data is None else (carries[i], carries[i + 1] if i + 1 < len(paths) else [])
+            ([], [])
+            if data is None
+            else (scan.carries[i], scan.carries[i + 1] if i + 1 < len(paths) else [])
         )
-        entering_it = [
-            partial(_batches_entering, calls, path, carry, skeleton.device) for carry in before
+        streams: list[Batches] = [
+            partial(_batches_entering, scan.calls, paths[i], carry, skeleton.device)
+            for carry in before
         ]
-        write_block(
-            skeleton,
-            runs,
-            calls[0][path],
-            i,
-            entering_it or [_no_batches],
-            after,
-        )
+        call = scan.calls[0][paths[i]]
+        yield from solved_by_each(skeleton, scan.solvers, call, i, streams or [_no_batches], after)
         for carry in before if after else ():
             carry.path.unlink(missing_ok=True)
-    for run in runs:
-        finish(skeleton, run, calls[0])
 
 
 def _batches_entering(
@@ -89,35 +110,6 @@ def _batches_entering(
 
 def _no_batches() -> Iterator[Batch]:
     return iter(())
-
-
-def _unwritten_blocks(runs: Sequence[Run], blocks: int) -> list[int]:
-    """The blocks that some job lacks: without data each one is solved by itself."""
-    written = [[run.writer.has(i + 1) for run in runs] for i in range(blocks)]
-    return [i for i in range(blocks) if not all(written[i])]
-
-
-def _blocks_to_do(
-    runs: Sequence[Run], blocks: int, carries: Sequence[Sequence[Carry]]
-) -> list[int]:
-    """The blocks from the first one on that some job lacks, or from an earlier one, whose hidden
-    states are still there as they were written: they are let go of as the scan goes on. What is
-    behind them is of no more use."""
-    damaged = [
-        carry.path
-        for carry in chain.from_iterable(carries)
-        if carry.path.exists() and not carry.is_sound()
-    ]
-    for path in damaged:
-        say(f"{path} is not what was written; the blocks before it are run again")
-    sound = [
-        all(carry.path.exists() and carry.path not in damaged for carry in streams)
-        for streams in carries
-    ]
-    done = min(run.writer.blocks_done(blocks, sound.__getitem__) for run in runs)
-    for carry in chain(*carries[:done], *carries[done + 1 :]):
-        carry.path.unlink(missing_ok=True)
-    return list(range(done, blocks))
 
 
 def _return_freed_memory() -> None:

@@ -1,111 +1,108 @@
-"""One part of the model at a time, solved and written for every run: what surrounds
-the blocks, and each block."""
+"""One block at a time, as each of several jobs solves it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
-from torch import Tensor
-
-from qlab.algebra.graph import ModuleGraph, refuse_overflow
+from qlab.algebra.graph import Code, ModuleGraph, refuse_overflow
 from qlab.algebra.qtensor import dense
+from qlab.algebra.transform import Stage
+from qlab.codecs import CODECS
 from qlab.driver.batches import Batches, push
+from qlab.driver.effects import refuse_left
+from qlab.driver.job import Job
+from qlab.driver.lossless import refuse_changed
 from qlab.driver.observe import Observe, Reference, observe, remembering
-from qlab.driver.outside import carried, outside_leaves
-from qlab.driver.report import site_rows
-from qlab.driver.run import Run
-from qlab.driver.shared import shared
-from qlab.driver.solve import solve, solve_in_order
+from qlab.driver.solve import Check, solve, solve_in_order, unchecked
 from qlab.driver.states import flat
-from qlab.driver.writing import (
-    as_stored,
-    certificates,
-    changed,
-    encode,
-    hashes,
-    online_at,
-    originals,
-    refuse_unwritten,
-    unused,
-)
 from qlab.files.carry import Carry
-from qlab.files.readback import Mark, mark, refuse_misread
 from qlab.model.calls import Call, State
 from qlab.model.loading import load_block
 from qlab.model.skeleton import Skeleton
 
 
-def write_outside(skeleton: Skeleton, run: Run) -> None:
-    """Write what lies outside the blocks, one leaf at a time."""
-    notes: dict[str, dict[str, Any]] = {"sites": {}, "certificates": {}, "changed": {}}
-    taken_by_nobody = carried(skeleton)
-    marks: dict[str, Mark] = {}
+@dataclass(frozen=True, kw_only=True)
+class Solver:
+    """A job while its blocks are solved. experts_at_once: as of its plan. checked: the programs of
+    which the claims of the job's stages were checked on a block."""
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for written in outside_leaves(skeleton, run.job.recipe):
-            notes["sites"].update(written.rows)
-            notes["certificates"].update(written.certificates)
-            marks[written.name] = mark(written.leaf)
-            if written.name in taken_by_nobody and isinstance(written.leaf, Tensor):
-                yield written.name, written.leaf  # whatever numbers it holds
-            else:
-                yield from encode({written.name: written.leaf}, run.codec, {}).items()
+    job: Job
+    experts_at_once: int | None = None
+    checked: set[Code] = field(default_factory=set)
 
-    run.writer.write_shard(0, tensors())
-    refuse_misread(run.writer.shard(0), marks, run.codec)
-    run.writer.write_notes(0, notes)
+    def check(self, code: Code, call: Call, batches: Batches) -> Check:
+        """What checks the claims of the job's stages on a block of this program, with the first
+        batch: on the first block of every program, and on no other."""
+        if code in self.checked:
+            return unchecked
+        self.checked.add(code)
+
+        def check(stage: Stage, before: ModuleGraph, after: ModuleGraph) -> None:
+            refuse_changed(stage, before, after, call, batches)
+            if self.job.codec is not None:
+                refuse_left(self.job.recipe, stage, after, CODECS[self.job.codec])
+
+        return check
 
 
-def write_block(
+@dataclass(frozen=True, kw_only=True)
+class Solved:
+    """A block before and after the stages of a job. index: of the block, from 0. by: the job's
+    number among those that share the pass."""
+
+    index: int
+    by: int
+    before: ModuleGraph
+    after: ModuleGraph
+
+
+def solved_by_each(
     skeleton: Skeleton,
-    runs: Sequence[Run],
+    solvers: Sequence[Solver],
     call: Call,
     index: int,
     streams: Sequence[Batches],
     after: Sequence[Carry],
-) -> None:
-    """Solve a block and write it for every run, and write the hidden states that leave it.
+) -> Iterator[Solved]:
+    """A block as each job solves it; behind the last one, the hidden states that leave it are
+    written.
 
-    Nothing of the block outlives the call.
+    Nothing of the block outlives the iteration.
 
     Args:
         skeleton: The model.
-        runs: The runs, whose jobs differ in their recipes alone.
+        solvers: Their jobs differ in their recipes alone.
         call: A call of the block, of the form that all of them have.
         index: Number of the block, from 0.
         streams: The batches that enter the block: first in the model that is calibrated, then in
             the unquantized one, where that runs beside it.
         after: Stream by stream, where the states that leave go; empty where nobody needs them.
     """
-    batches = streams[0]
+    batches, first = streams[0], solvers[0].job
     graph = solved = load_block(skeleton, list(skeleton.blocks)[index], call, decoded=True)
-    if any(run.job.observed is not None for run in runs):
-        for name, dtype in graph.held.items():
-            refuse_overflow(
-                f"{skeleton.checkpoint.path}: {graph.path}.{name}", dense(graph.params[name]), dtype
-            )
+    if any(solver.job.observed is not None for solver in solvers):
+        _refuse_overflow(skeleton, graph)
     reference = Reference(graph, streams[1]) if streams[1:] else None
-
     look: Observe = partial(
         observe,
         batches=batches,
-        calibrate_all_experts=runs[0].job.calibrate_all_experts,
+        calibrate_all_experts=first.calibrate_all_experts,
         reference=reference,
     )
-    if len(runs) > 1:
+    if len(solvers) > 1:
         look = remembering(graph, look)
     leaving: list[Iterator[State]] = []
-    for run in runs:
-        solved = graph  # lets go of the run before
-        check = run.check(graph.code, call, batches)
-        if run.job.in_order(graph.code):
+    for number, solver in enumerate(solvers):
+        solved = graph  # lets go of the job before
+        check = solver.check(graph.code, call, batches)
+        if solver.job.in_order(graph.code):
             solved, leaving = solve_in_order(
-                graph, run.job.recipe, batches, run.plan.experts_at_once, reference, check
+                graph, solver.job.recipe, batches, solver.experts_at_once, reference, check
             )
         else:
-            solved, _ = solve(graph, run.job.recipe, look, check)
-        _write_solved(skeleton, run, index, call, (graph, solved))
-    passed = [solved if runs[0].job.inputs == "quantized" else graph, graph][: len(streams)]
+            solved, _ = solve(graph, solver.job.recipe, look, check)
+        yield Solved(index=index, by=number, before=graph, after=solved)
+    passed = [solved if first.inputs == "quantized" else graph, graph][: len(streams)]
     del graph, solved, look  # one version of the block per stream is enough from here on
     if not leaving:
         leaving = [push(version, enter()) for version, enter in zip(passed, streams)]
@@ -113,28 +110,8 @@ def write_block(
         carry.write(flat(states, skeleton.dtype))
 
 
-def _write_solved(
-    skeleton: Skeleton,
-    run: Run,
-    index: int,
-    call: Call,
-    versions: tuple[ModuleGraph, ModuleGraph],
-) -> None:
-    """Write the shard and the notes of a block, and read the shard back. versions: the block before
-    any stage, and after all of them."""
-    graph, solved = versions
-    refuse_unwritten(skeleton, graph, solved)
-    leaves = as_stored(skeleton, solved)
-    changed_names = changed(skeleton, graph, solved)
-    online = online_at(skeleton, solved, run.codec)
-    run.writer.write_shard(index + 1, encode(leaves, run.codec, online).items())
-    refuse_misread(run.writer.shard(index + 1), leaves, run.codec, online)
-    notes: dict[str, Mapping[str, Any]] = {
-        "sites": site_rows(solved),
-        "certificates": certificates(skeleton, leaves, originals(skeleton, graph)),
-        "changed": hashes(leaves, changed_names),
-        **unused(skeleton, graph),
-        **shared(skeleton, solved, changed_names),
-        **run.probes(solved, call),
-    }
-    run.writer.write_notes(index + 1, notes)
+def _refuse_overflow(skeleton: Skeleton, graph: ModuleGraph) -> None:
+    """Refuse leaves with numbers that the dtype in which they run does not have."""
+    for name, dtype in graph.held.items():
+        where = f"{skeleton.checkpoint.path}: {graph.path}.{name}"
+        refuse_overflow(where, dense(graph.params[name]), dtype)

@@ -1,16 +1,20 @@
 """What the leaves of a solved block become in files, and what is certified of them."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from qlab.algebra.graph import ModuleGraph, Op
 from qlab.algebra.qtensor import Leaf, QTensor
 from qlab.codecs import Codec
 from qlab.errors import QlabError
 from qlab.files.certificate import certify, hash_of, off_grid
+from qlab.model.calls import Call
+from qlab.model.paper import dtype_in
 from qlab.model.pieces import Piece
 from qlab.model.skeleton import Skeleton
 
@@ -31,6 +35,39 @@ def as_stored(skeleton: Skeleton, graph: ModuleGraph) -> dict[str, Leaf]:
                 part = part.to(skeleton.names.stored_dtype(piece))
             leaves[piece.name] = part
     return leaves
+
+
+def as_read(skeleton: Skeleton, call: Call, before: ModuleGraph, after: ModuleGraph) -> ModuleGraph:
+    """A solved block as a model of another dtype holds it that was read from files of it.
+
+    Unquantized leaves have the dtype in which they are stored; a leaf that no file holds is as it
+    is, or the model's own where no step changed it.
+
+    Args:
+        skeleton: The model, in the dtype in which it will run.
+        call: A call of the block there.
+        before: The block before any step.
+        after: The block as it was solved.
+    """
+    path = after.path
+    names, block = skeleton.names.block_names(path), skeleton.blocks[path]
+    buffers = dict(block.named_buffers())
+    leaves: dict[str, Leaf] = {}
+    for name, leaf in after.params.items():
+        if name not in names and _same(leaf, before.params.get(name)):
+            leaf = buffers[name]
+        elif name in names and isinstance(leaf, Tensor):
+            leaf = leaf.to(skeleton.names.stored_dtype(names[name][0]))
+        leaves[name] = pytree.tree_map_only(Tensor, lambda t: t.to(skeleton.device), leaf)
+    dtypes = {name: leaf.dtype for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
+    running = {name: dtype_in(skeleton.model, f"{path}.{name}") for name in dtypes}
+    return replace(
+        after,
+        code=skeleton.programs.code(path, call),
+        params=leaves,
+        stored={name: dtype for name, dtype in dtypes.items() if dtype != after.dtype},
+        held={name: dtype for name, dtype in running.items() if dtype != dtypes[name]},
+    )
 
 
 def changed(skeleton: Skeleton, loaded: ModuleGraph, solved: ModuleGraph) -> set[str]:

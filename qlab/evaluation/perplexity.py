@@ -3,7 +3,7 @@
 Models run one block at a time, so that neither has to fit in memory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qlab.algebra.graph import ModuleGraph
+from qlab.algebra.qtensor import dense
 from qlab.algebra.random import generator
 from qlab.data.calibration import Tokens
+from qlab.driver.apply import Quantized
 from qlab.driver.batches import in_batches, push, record
+from qlab.driver.writing import as_read
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
-from qlab.model.calls import windows_axis
+from qlab.model.calls import Call, windows_axis
 from qlab.model.headers import refuse_missing
-from qlab.model.loading import load_block, load_outside
+from qlab.model.loading import load_block, load_outside, put
 from qlab.model.running import check_length, head
 from qlab.model.skeleton import Skeleton
 from qlab.model.uncounted import refuse_uncounted
@@ -119,26 +123,36 @@ class Perplexity(Shown):
 @undisturbed
 @torch.no_grad()
 def read(
-    model: Checkpoint, data: Tokens, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    model: Checkpoint | Quantized,
+    data: Tokens,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> Reading:
     """Run the model on all windows, one block in memory at a time. Its head stays loaded.
 
-    Warns if other readers of this model round keys and values, which qlab does not.
+    What a recipe makes of a model is solved block by block meanwhile, once. Warns if other readers
+    of this model round keys and values, which qlab does not.
     """
-    model.warn_unapplied()
-    skeleton = Skeleton(model, dtype, device)
+    quantized = model if isinstance(model, Quantized) else None
+    checkpoint = _checkpoint(model)
+    checkpoint.warn_unapplied()
+    skeleton = Skeleton(checkpoint, dtype, device)
     refuse_missing(skeleton.names)
     refuse_uncounted(skeleton)
     check_length(skeleton, data.longest)
     load_outside(skeleton, with_head=True)
+    for name, leaf in quantized.around() if quantized else ():
+        put(skeleton.model, name, dense(leaf, dtype).to(skeleton.device))
     windows = in_batches(data)
     states, calls = record(skeleton, windows)
     axis = windows_axis(states[0][0], windows[0]["input_ids"].shape)
     trail = []
-    for path in progress(list(skeleton.blocks), f"reading {model.path.name}"):
-        graph = load_block(skeleton, path, calls[0][path])
-        states = list(push(graph, ((call[path], h) for call, h in zip(calls, states))))
+    blocks = _solved(quantized, skeleton, calls[0]) if quantized else _loaded(skeleton, calls[0])
+    for graph in blocks:
+        entering = ((call[graph.path], h) for call, h in zip(calls, states))
+        states = list(push(graph, entering))
         trail.append(states[0][0].select(axis, 0).cpu())
+        del graph, entering  # lets go of the block before the next one comes
     return Reading(
         skeleton=skeleton,
         hidden=torch.cat([hidden for (hidden,) in states], axis),
@@ -147,17 +161,37 @@ def read(
     )
 
 
+def _loaded(skeleton: Skeleton, calls: Mapping[str, Call]) -> Iterator[ModuleGraph]:
+    """Every block as the files hold it."""
+    name = skeleton.checkpoint.path.name
+    for path in progress(list(skeleton.blocks), f"reading {name}"):
+        yield load_block(skeleton, path, calls[path])
+
+
+def _solved(
+    quantized: Quantized, skeleton: Skeleton, calls: Mapping[str, Call]
+) -> Iterator[ModuleGraph]:
+    """Every block as the recipe makes it, in the dtype of the skeleton."""
+    for block in quantized.solved():
+        yield as_read(skeleton, calls[block.after.path], block.before, block.after)
+        del block
+
+
 @undisturbed
 @torch.no_grad()
 def evaluate(
-    model: Checkpoint | Reading, against: Checkpoint | Reading, data: Tokens, device: str = "cpu"
+    model: Checkpoint | Quantized | Reading,
+    against: Checkpoint | Quantized | Reading,
+    data: Tokens,
+    device: str = "cpu",
 ) -> Evaluation:
     """How far a model is from a reference, on windows of tokens: perplexity, KL, agreement.
 
     Both models run in fp32, one block in memory at a time.
 
     Args:
-        model: a model, its path, or what it was read as before.
+        model: a model, its path, what a recipe makes of it (`apply`), or what it was read as
+            before.
         against: the reference, given in the same ways.
         data: windows [n, l] of tokens, as `first_windows` gives them, with l at least 2.
         device: where the blocks run, such as "cpu" or "cuda".
@@ -218,13 +252,16 @@ def evaluate(
 
 @undisturbed
 @torch.no_grad()
-def perplexity(model: Checkpoint | Reading, data: Tokens, device: str = "cpu") -> Perplexity:
+def perplexity(
+    model: Checkpoint | Quantized | Reading, data: Tokens, device: str = "cpu"
+) -> Perplexity:
     """How well a model predicts windows of tokens: exp(mean NLL).
 
     The model runs in fp32, one block in memory at a time.
 
     Args:
-        model: a model, its path, or what it was read as before.
+        model: a model, its path, what a recipe makes of it (`apply`), or what it was read as
+            before.
         data: windows [n, l] of tokens, as `first_windows` gives them, with l at least 2.
         device: where the blocks run, such as "cpu" or "cuda".
 
@@ -253,11 +290,15 @@ def perplexity(model: Checkpoint | Reading, data: Tokens, device: str = "cpu") -
     )
 
 
-def _checkpoint(model: Checkpoint | Reading) -> Checkpoint:
+def _checkpoint(model: Checkpoint | Quantized | Reading) -> Checkpoint:
+    if isinstance(model, Quantized):
+        return model.model
     return model.skeleton.checkpoint if isinstance(model, Reading) else model
 
 
-def _check_vocabularies(model: Checkpoint | Reading, against: Checkpoint | Reading) -> None:
+def _check_vocabularies(
+    model: Checkpoint | Quantized | Reading, against: Checkpoint | Quantized | Reading
+) -> None:
     size, reference_size = (
         _checkpoint(each).config.get_text_config().vocab_size for each in (model, against)
     )

@@ -129,7 +129,7 @@ def load_outside(skeleton: Skeleton, with_head: bool) -> None:
         # a parameter that is another one's too may be left out of the files
         source = name if names.is_spelled(name) else names.tied.get(name, name)
         leaf = skeleton.checkpoint.leaf(names.file_name(source), parameter.dtype)
-        _set(model, name, dense(leaf, parameter.dtype).to(skeleton.device))
+        put(model, name, dense(leaf, parameter.dtype).to(skeleton.device))
     _load_buffers(skeleton, inside)
 
 
@@ -148,9 +148,10 @@ def drop_outside(skeleton: Skeleton) -> None:
     """Let go of what load_outside filled in."""
     for name, parameter in list(skeleton.model.named_parameters(remove_duplicate=False)):
         if not parameter.is_meta:
-            _set(skeleton.model, name, parameter.to("meta"))
+            put(skeleton.model, name, parameter.to("meta"))
 
 
-def _set(model: nn.Module, name: str, value: Tensor) -> None:
+def put(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor in the place of a parameter, and of no other that was tied to it."""
     owner, _, key = name.rpartition(".")
     model.get_submodule(owner)._parameters[key] = nn.Parameter(value, requires_grad=False)

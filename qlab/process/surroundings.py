@@ -9,7 +9,7 @@ more of them, go through one lock.
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -46,6 +46,29 @@ def undisturbed(function: Callable[P, T]) -> Callable[P, T]:
                 stack.enter_context(Floats(torch.float32))
             stack.enter_context(_exact.for_now())
             return function(*args, **kwargs)
+
+    return alone
+
+
+def streamed(function: Callable[P, Iterator[T]]) -> Callable[P, Iterator[T]]:
+    """The same of a generator: each of its steps runs undisturbed and without gradients, and what
+    its caller does between two steps has the caller's settings."""
+    end = object()
+
+    @undisturbed
+    @torch.no_grad()
+    def step(items: Iterator[T]) -> T | object:
+        return next(items, end)
+
+    @wraps(function)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+        with closing(function(*args, **kwargs)) as items:  # type: ignore[type-var]
+            while True:
+                item = step(items)
+                if item is end:
+                    return
+                yield item  # type: ignore[misc]
+                del item
 
     return alone
 

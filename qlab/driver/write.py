@@ -1,0 +1,219 @@
+"""What recipes make of a model, written as model directories, one segment in memory at a time."""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlab.codecs import CODECS
+from qlab.driver.apply import Quantized
+from qlab.driver.job import CODEC, Job
+from qlab.driver.plan import plan_of
+from qlab.driver.report import PeakMemory, describe
+from qlab.driver.result import Result
+from qlab.driver.run import Run, finish, write_outside, write_solved
+from qlab.driver.scan import Carries, begin, solved_blocks
+from qlab.files.hashed import HashedFiles
+from qlab.files.place import places
+from qlab.files.record import recorded, versions
+from qlab.files.writer import Writer
+from qlab.model.device import name_of
+from qlab.model.skeleton import Skeleton
+from qlab.process.progress import say
+from qlab.process.surroundings import undisturbed
+
+
+def write(
+    quantized: Quantized,
+    out: str | Path,
+    *,
+    codec: str = CODEC,
+    target: str | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> Result:
+    """Write what a recipe makes of a model (`apply`) as a model directory.
+
+    The blocks are solved while they are written, one in memory at a time. The same value gives the
+    same bytes, also when a killed run is continued.
+
+    Args:
+        quantized: The value of `apply`.
+        out: The directory that is written. It appears whole, at the end.
+        codec: The format that is written, a name in `qlab.codecs.CODECS`.
+        target: The engine that is to load the directory, a name in `qlab.codecs.engines`, whose
+            limits are checked before anything runs. None checks no engine's.
+        overwrite: Whether an output that qlab wrote, and nobody changed since, may be replaced.
+        resume: Whether to go on with a killed run of the same job. A stage of your own is the same
+            one where its name, spec and `detail` are.
+
+    Returns:
+        The directory, the report's row of every site, the plan, and what the run cost.
+
+    Raises:
+        QlabError: The format or the engine does not hold something that the recipe makes, or `out`
+            may not be written to; names the site or the path. Everything that can be known before
+            the work is refused before it.
+
+    Example:
+        >>> import qlab
+        >>> quantized = qlab.apply(qlab.open("demo"), qlab.rtn("int4-g64"), None)
+        >>> result = qlab.write(quantized, "written-int4")
+        >>> result.path.name, result.bits_per_weight
+        ('written-int4', 4.25)
+    """
+    results = write_all(
+        {"": quantized}, out, codec=codec, target=target, overwrite=overwrite, resume=resume
+    )
+    return results[""]
+
+
+@undisturbed
+@torch.no_grad()
+def write_all(
+    named: Mapping[str, Quantized],
+    out: str | Path,
+    *,
+    codec: str,
+    target: str | None,
+    overwrite: bool,
+    resume: bool,
+) -> dict[str, Result]:
+    """Write what several recipes make of one model, each into a folder of its own.
+
+    Args:
+        named: Name of a folder in `out` -> its value, whose jobs differ in their recipes alone.
+        out: The directory around the folders.
+        codec: See `write`; of every folder.
+        target: See `write`; of every folder.
+        overwrite: See `write`; of every folder.
+        resume: See `write`; of every folder.
+    """
+    if not named:
+        return {}
+    first = next(iter(named.values())).job
+    source = HashedFiles(first.model.path, first.model.stored)
+    model = replace(first.model, reader=source.read)
+    reads = [*set(model.files.values()), *getattr(first.data, "files", ())]
+    outs = places(out, list(named), model.path, reads)
+    jobs = {
+        name: replace(quantized.job, model=model, codec=codec, target=target)
+        for name, quantized in named.items()
+    }
+    with ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(Writer(place, overwrite, resume))
+            for name, place in outs.items()
+        }
+        return _written(jobs, writers, source, stack)
+
+
+def _written(
+    jobs: Mapping[str, Job], writers: Mapping[str, Writer], source: HashedFiles, stack: ExitStack
+) -> dict[str, Result]:
+    """Plan all jobs, begin them, and do them. stack: is left when they are done."""
+    first = next(iter(jobs.values()))
+    started = time.perf_counter()
+    with PeakMemory() as planning:
+        skeleton = Skeleton(first.model, first.dtype or first.model.running_dtype, first.device)
+        plans = {name: plan_of(job, skeleton) for name, job in jobs.items()}
+    for planned in plans.values():
+        planned.check(first.memory)
+    seconds_of_planning = time.perf_counter() - started
+    runs: dict[str, Run] = {}
+    for name, job in jobs.items():
+        codec = CODECS[job.codec or CODEC]
+        runs[name] = Run(job=job, plan=plans[name], writer=writers[name], codec=codec)
+        identity, segments = _identity(job, skeleton), len(skeleton.blocks) + 1
+        writers[name].begin(identity, segments, first.model.path, source=source)
+    for run in runs.values():
+        if not run.writer.finished:
+            stack.enter_context(run.writer.refusing())
+    results: dict[str, Result] = {}
+    for names in [list(runs)] if first.inputs == "reference" else [[name] for name in runs]:
+        seconds, peak_bytes = _one_pass(skeleton, [runs[name] for name in names])
+        for name in names:
+            results[name] = Result(
+                path=writers[name].out,
+                sites=recorded(writers[name].out)["sites"],
+                plan=plans[name],
+                inputs=first.inputs,
+                seconds=seconds_of_planning + seconds,
+                peak_rss_bytes=max(planning.bytes, peak_bytes),
+            )
+    return results
+
+
+def _identity(job: Job, skeleton: Skeleton) -> dict[str, Any]:
+    """What decides which bytes come out of a job."""
+    return {
+        "source": job.model.fingerprint(),
+        "recipe": describe(job.recipe),
+        "data": job.observed and job.observed.describe(),
+        "inputs": job.inputs,
+        "calibrate_all_experts": job.calibrate_all_experts,
+        "dtype": str(skeleton.dtype),
+        "device": name_of(skeleton.device),
+        "codec": job.codec,
+        "versions": versions(),
+    }
+
+
+def _one_pass(skeleton: Skeleton, runs: Sequence[Run]) -> tuple[float, int]:
+    """One pass over the model for all runs that are not finished: seconds and peak memory."""
+    started = time.perf_counter()
+    unfinished = [run for run in runs if not run.writer.finished]
+    with PeakMemory() as peak:
+        if unfinished:
+            _write_segments(skeleton, unfinished)
+    return time.perf_counter() - started, peak.bytes
+
+
+def _write_segments(skeleton: Skeleton, runs: Sequence[Run]) -> None:
+    """All segments, in order, from the first block on that some run lacks."""
+
+    def todo(carries: Carries) -> Sequence[int]:
+        blocks = len(skeleton.blocks)
+        return _blocks_to_do(runs, blocks, carries) if carries else _unwritten_blocks(runs, blocks)
+
+    scan = begin(skeleton, [run.solver for run in runs], runs[0].writer, todo)
+    for run in runs:
+        if not run.writer.has(0):
+            write_outside(skeleton, run)
+    for block in solved_blocks(scan):
+        write_solved(skeleton, runs[block.by], block, scan.calls[0][block.after.path])
+        del block  # lets go of it before the next one is solved
+    for run in runs:
+        finish(skeleton, run, scan.calls[0])
+
+
+def _unwritten_blocks(runs: Sequence[Run], blocks: int) -> list[int]:
+    """The blocks that some job lacks: without data each one is solved by itself."""
+    written = [[run.writer.has(i + 1) for run in runs] for i in range(blocks)]
+    return [i for i in range(blocks) if not all(written[i])]
+
+
+def _blocks_to_do(runs: Sequence[Run], blocks: int, carries: Carries) -> list[int]:
+    """The blocks from the first one on that some job lacks, or from an earlier one, whose hidden
+    states are still there as they were written: they are let go of as the scan goes on. What is
+    behind them is of no more use."""
+    damaged = [
+        carry.path
+        for carry in chain.from_iterable(carries)
+        if carry.path.exists() and not carry.is_sound()
+    ]
+    for path in damaged:
+        say(f"{path} is not what was written; the blocks before it are run again")
+    sound = [
+        all(carry.path.exists() and carry.path not in damaged for carry in streams)
+        for streams in carries
+    ]
+    done = min(run.writer.blocks_done(blocks, sound.__getitem__) for run in runs)
+    for carry in chain(*carries[:done], *carries[done + 1 :]):
+        carry.path.unlink(missing_ok=True)
+    return list(range(done, blocks))

@@ -1,0 +1,134 @@
+"""What a recipe makes of a model, as a value: its figures, and its bytes when it is written."""
+
+import dataclasses
+
+import pytest
+import torch
+from model_folders import contents, random_tokens
+
+from qlab import apply, evaluate, perplexity, quantize, write
+from qlab.algebra.spec import parse_spec
+from qlab.algebra.transform import at, chain, each_weight, outside
+from qlab.errors import QlabError
+from qlab.files.checkpoint import open_checkpoint
+from qlab.methods import METHODS
+from qlab.methods.gptq import gptq
+from qlab.methods.inputs import quantize_inputs
+from qlab.methods.rtn import rtn
+from qlab.methods.smoothquant import smoothquant
+
+INT4 = parse_spec("int4-g16")
+INT8 = parse_spec("int8-channel")
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+CASES = [  # a method, a family, and the dtype of its files
+    ("rtn", "gpt2", FP16),
+    ("gptq", "gemma2", BF16),
+    ("gptq", "mixtral", FP32),
+    ("gptaq", "qwen2", BF16),
+    ("awq", "llama", FP32),
+    ("awq", "qwen3_moe", BF16),
+    ("awq", "opt", BF16),
+]
+
+
+def prune(W_ok, stats, spec):
+    return W_ok.masked_fill(W_ok.abs() < W_ok.abs().median(), 0), {}
+
+
+def figures(evaluation):
+    return dataclasses.asdict(evaluation)
+
+
+@pytest.mark.parametrize("method, family, dtype", CASES)
+def test_figures_of_the_value_are_those_of_the_directory(method, family, dtype, saved, tmp_path):
+    source = saved(family, dtype)
+    model, data = open_checkpoint(source), random_tokens(source)
+    windows = random_tokens(source, 3, 16, seed=1)
+    recipe = METHODS[method](INT4)
+    value = apply(model, recipe, data)
+    # of the formats, gptq's alone holds weights that are stored as [k, o]
+    codec = "gptq" if family == "gpt2" else "compressed-tensors"
+    written = quantize(model, recipe, data, tmp_path / "out", codec=codec)
+    directory = evaluate(written.path, model, windows)
+    assert figures(evaluate(value, model, windows)) == figures(directory)
+    assert perplexity(value, windows).perplexity == directory.perplexity
+    assert value.bits_per_weight == written.bits_per_weight
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        chain(smoothquant(), rtn(INT8), quantize_inputs(INT8)),
+        chain(gptq(INT4), at("lm_head", outside(rtn(INT8)))),
+    ],
+    ids=["inputs", "head"],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_rounded_inputs_and_heads_have_the_figures_of_the_directory(recipe, tied, saved, tmp_path):
+    source = saved("llama", torch.bfloat16, tie_word_embeddings=tied)
+    model, data = open_checkpoint(source), random_tokens(source)
+    windows = random_tokens(source, 3, 16, seed=1)
+    written = quantize(model, recipe, data, tmp_path / "out")
+    value = apply(model, recipe, data)
+    assert figures(evaluate(value, model, windows)) == figures(evaluate(written, model, windows))
+
+
+@pytest.mark.parametrize("inputs", ["quantized", "reference"])
+def test_writing_the_value_gives_the_bytes_of_quantize(inputs, saved, tmp_path):
+    source = saved("llama")
+    model, data = open_checkpoint(source), random_tokens(source)
+    value = apply(model, gptq(INT4), data, inputs=inputs)
+    write(value, tmp_path / "written")
+    write(value, tmp_path / "again")
+    quantize(model, gptq(INT4), data, tmp_path / "quantized", inputs=inputs)
+    assert contents(tmp_path / "written") == contents(tmp_path / "quantized")
+    assert contents(tmp_path / "again") == contents(tmp_path / "quantized")
+
+
+def test_the_value_gives_the_same_bits_each_time(saved):
+    source = saved("mixtral")
+    value = apply(open_checkpoint(source), gptq(INT4), random_tokens(source))
+    first, second = list(value.segments()), list(value.segments())
+    assert [path for path, _ in first] == ["model.layers.0", "model.layers.1"]
+    for (_, one), (_, other) in zip(first, second):
+        for name, leaf in one.params.items():
+            parts, others = (
+                torch.utils._pytree.tree_leaves(part) for part in (leaf, other.params[name])
+            )
+            assert all(torch.equal(a, b) for a, b in zip(parts, others) if a is not None)
+
+
+def test_what_no_format_holds_has_figures(saved, tmp_path):
+    source = saved("llama")
+    model, windows = open_checkpoint(source), random_tokens(source, 2, 16)
+    mask = each_weight("prune", prune, None)
+    pruned = evaluate(apply(model, mask, None), model, windows)
+    assert pruned.kl > 1e-4
+    with pytest.raises(QlabError, match="rounds no weight"):
+        write(apply(model, mask, None), tmp_path / "out")
+    int7 = parse_spec("int7-g16")
+    rounded = evaluate(apply(model, chain(mask, rtn(int7)), None), model, windows)
+    assert rounded.kl == pytest.approx(pruned.kl, rel=0.3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_value_computes_nothing_and_shows_its_recipe(saved):
+    source = saved("llama")
+    value = apply(open_checkpoint(source), gptq(INT4), random_tokens(source))
+    assert "gptq" in repr(value) and "int4-g16" in repr(value)
+    assert f"{value.bits_per_weight:.3f} bits per weight" in repr(value)
+    assert {*vars(value)} == {"job", "plan"}
+
+
+def test_bad_input_is_refused_before_any_work(saved, tmp_path):
+    model = open_checkpoint(saved("llama"))
+    with pytest.raises(QlabError, match="no calibration text"):
+        apply(model, gptq(INT4), None)
+    with pytest.raises(QlabError, match="groups of 48 do not divide"):
+        apply(model, rtn(parse_spec("int4-g48")), None)
+    with pytest.raises(QlabError, match="the budget is"):
+        apply(model, rtn(INT4), None, memory=1 << 20)
+    with pytest.raises(QlabError, match=r"give what qlab\.apply returns"):
+        write(rtn(INT4), tmp_path / "out")
+    with pytest.raises(QlabError, match="the codec 'paper' is unknown"):
+        write(apply(model, rtn(INT4), None), tmp_path / "out", codec="paper")
