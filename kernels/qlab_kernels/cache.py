@@ -187,7 +187,8 @@ def _apart(a: float, b: float) -> float:
 
 # ---------------------------------------------------------------- the snapshot of this process
 _current: Snapshot | None = None
-_unwritten: dict[str, dict[Key, Entry]] = {}  # what a read-only folder could not take, by file name
+# Entries that could not be written to a read-only folder, by file name.
+_unwritten: dict[str, dict[Key, Entry]] = {}
 
 
 def snapshot() -> Snapshot:
@@ -211,8 +212,8 @@ def lookup(p: Problem) -> Found:
 
 
 def snapshot_hash() -> str:
-    """Names what lookups depend on: part of the key of anything that keeps a looked-up
-    configuration."""
+    """A hash of all that lookups depend on. It is part of the key of anything that keeps a
+    looked-up configuration."""
     return snapshot().hash
 
 
@@ -229,8 +230,7 @@ def folder() -> Path:
             Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qlab" / "configs"
         )
     except RuntimeError:
-        # a process without a home, as in some containers: there is nothing of its own, and no place
-        # for it
+        # A process without a home, as in some containers, has no entries and no folder for them.
         return Path(os.devnull) / "qlab" / "configs"
 
 

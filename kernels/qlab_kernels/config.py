@@ -282,9 +282,9 @@ def _fma_menu(p: Problem) -> list[Config]:
 
 
 def _tile_menu(p: Problem) -> list[Config]:
-    """Small tiles with several splits for few tokens, larger ones for more: a small tile would read
-    the weights too often."""
-    if p.op == "int4_grouped_mm":  # how many rows each expert gets is the router's to say
+    """Small tiles with several splits for few tokens, and larger tiles for more tokens, where small
+    ones would read the weights too often."""
+    if p.op == "int4_grouped_mm":  # The router decides how many rows each expert gets.
         return _tiles(p)
     menu = []
     k_pad = padded_group(p.k, p.group)[0]

@@ -207,7 +207,7 @@ def _fma(p: Problem, c: Config, d: Device) -> float:
 
 
 def _instructions(layout: str, c: Config) -> float:
-    """Of the compiled tile nearest in size."""
+    """Thread-instructions per weight of the compiled tile that is nearest in size."""
     near = min(
         (key for key in INSTRUCTIONS if key[0] == layout),
         key=lambda key: abs(math.log2(key[1] / c.bm)) + abs(math.log2(key[2] / c.bn)),

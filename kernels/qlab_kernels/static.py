@@ -1,5 +1,5 @@
-"""Kernels compiled ahead of time for any capability, without a GPU, and what their machine code
-must and must not hold.
+"""Kernels compiled ahead of time for any capability, without a GPU, and gates on their machine
+code.
 
 The gates stand for speed where no device is at hand: a kernel that spills, converts integers in its
 inner loop, feeds wgmma from shared memory or issues too many instructions per weight cannot reach
@@ -53,7 +53,7 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What one compilation came to.
+    """The figures of one compilation.
 
     loop: the longest loop's instructions by opcode, none for a dequantization. ipw: its
     thread-instructions per weight.
@@ -144,8 +144,9 @@ def compile_variant(v: Variant, **planted: object) -> Facts:
     resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert resources, usage
     body: list[str] = []
-    if v.op != "dequantize":  # whose machine code no gate looks at, and printing it takes long
-        # without the analysis of branch stacks, which these capabilities do not have
+    # No gate looks at the machine code of a dequantization, and printing it takes long. The
+    # analysis of branch stacks is left out, since these capabilities have none.
+    if v.op != "dequantize":
         body = longest_loop(_printed_of(cubin, "nvdisasm", "--print-code", "--no-dataflow"))
     opcodes = Counter(_PREDICATE.sub("", line).split()[0].split(".")[0] for line in body)
     tensor = ptx.count("mma.sync") + ptx.count("tcgen05.mma") + ptx.count("wgmma.mma_async")
@@ -164,7 +165,7 @@ def compile_variant(v: Variant, **planted: object) -> Facts:
 
 
 def _printed_of(cubin: bytes, tool: str, *options: str) -> str:
-    """What one of the CUDA tools prints of a compiled kernel."""
+    """The output of one of the CUDA tools for a compiled kernel."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)

@@ -1,5 +1,5 @@
-"""Everybody who multiplies x [m, k] by the same int4 weight [n, k]: qlab, the library's dense
-matmul, and the int4 of others.
+"""Implementations that multiply x [m, k] by the same int4 weight [n, k]: qlab, the library's dense
+matmul, and the int4 of other libraries.
 
 A contender prepares some copies of a weight and returns one function of x for each; it raises
 Unavailable where it cannot run.
@@ -57,7 +57,7 @@ class Case:
         return 2.0 * self.n * self.k
 
     def weights(self, weight_bytes: float) -> list[QTensor]:
-        """As many different weights as keep the caches cold."""
+        """Different weights, as many as keep the caches cold."""
         return [
             random_weight(self.n, self.k, self.group, self.zeros, self.device, i)
             for i in range(copies(weight_bytes, self.device))
@@ -242,8 +242,8 @@ def prepare(name: str, case: Case) -> Sequence[Product]:
 
 @contextmanager
 def _failures() -> Iterator[None]:
-    """Around calls of foreign libraries: one that does not work here is no reason to measure
-    nothing, and its first line of error says why it does not take part."""
+    """A context for calls of foreign libraries. A library that does not work here raises
+    Unavailable with the first line of its error, so that all others are measured."""
     try:
         yield
     except Unavailable:

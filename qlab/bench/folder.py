@@ -61,8 +61,8 @@ def _refuse_other(out: Path, job: Mapping[str, Any]) -> None:
 
 @contextmanager
 def owned(out: Path, job: Mapping[str, Any]) -> Iterator[None]:
-    """Around the work: keeps other benches out of the folder, also after this one was killed.
-    Removes the folder where nothing was written."""
+    """A context for the work. It keeps other benches out of the folder, also after this one was
+    killed, and removes the folder where nothing was written."""
     lock = Lock(out / WORK)
     try:
         _refuse_other(out, job)

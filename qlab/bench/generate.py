@@ -129,7 +129,7 @@ def _add_ratios(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _doing(name: str, prompt: int) -> str:
-    """What preparing an engine is, and how long it may take."""
+    """A line that says what preparing an engine does, and how long it may take."""
     if "compiled" not in name:
         return f"loading {name}"
     return (
@@ -240,7 +240,7 @@ def _row(engine: Engine, prompt: int, new: int) -> dict[str, Any]:
 
 
 def table(record: Mapping[str, Any]) -> Table:
-    """The record for the eye: rates, and how they compare with the bfloat16 model run eagerly and
+    """The record as a table: rates, and their ratios to the bfloat16 model run eagerly and
     compiled."""
     device, rows = record["device"], record["rows"]
     against = [name for name in (BASE, COMPILED) if name in rows[0]["ratio"]]

@@ -103,7 +103,7 @@ def compare_matmuls(
 
 
 def _rates(case: Case) -> dict[str, float]:
-    """What the device can do: copying, and the library's dense product."""
+    """The rates of the device: of copies, and of the library's dense product."""
     rates = [matmul_rate(case.device, dtype) for dtype in _arithmetics(case)]
     return {"copy_gbps": copy_rate(case.device), "matmul_tflops": max(rates)}
 
@@ -224,7 +224,7 @@ def _is_dense(name: str, how: Mapping[str, Any]) -> bool:
 def _in_graph(
     calls: Sequence[Callable[[], Any]], device: torch.device, seconds: float
 ) -> float | None:
-    """Not every library can be captured; what cannot has no such figure."""
+    """Microseconds inside a CUDA graph, or None where the library cannot be captured."""
     try:
         return graph_microseconds(calls, device, seconds)
     except RuntimeError:

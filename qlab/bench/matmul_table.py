@@ -1,4 +1,4 @@
-"""The record of a comparison of products for the eye: sentences, and a table."""
+"""The record of a comparison of products as text: sentences and a table."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -27,7 +27,7 @@ BITS, VERSION = (4,), "gemm"
 PACKED = {VERSION: "int32", "gemv": "int32", "gemv_fast": "int16", "llm-awq": "int16"}
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 TENSORS = ("qweight", "qzeros", "scales")
-CHUNK = 1 << 17  # words that are packed at a time: so many fit into a core's cache
+CHUNK = 1 << 17  # Words that are packed at a time: they fit into a core's cache.
 
 
 def refusal(spec: Spec, online: Collection = ()) -> str | None:

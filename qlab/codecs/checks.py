@@ -124,7 +124,7 @@ def take(
             f"{path}.{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtypes[0]} "
             f"{expected}; the file is damaged or its quantization_config is wrong"
         )
-    # torch has no isfinite for e4m3
+    # torch has no isfinite for e4m3.
     if tensor.is_floating_point() and not tensor.float().isfinite().all():
         raise QlabError(f"{path}.{name} holds NaN or Inf; the file is damaged")
     return tensor
@@ -143,7 +143,7 @@ def take_spread(
     shape: tuple[int, ...],
     *dtypes: torch.dtype,
 ) -> Tensor:
-    """The same for scales and zero points, which some writers store with axes of size 1 and others
+    """`take` for scales and zero points, which some writers store with axes of size 1 and others
     without: [] and [1], [o] and [o, 1]."""
     tensor = tensors.get(f"{path}.{name}")
     if tensor is not None and bare(tensor.shape) == bare(shape):

@@ -99,13 +99,7 @@ def convert(
     quantization = _quantization_config(modules, CODECS[codec], targets) | kept_settings
     config = {**modules.untied_where_apart(targets), "quantization_config": quantization}
     record = recorded(source.path)
-    job = {
-        "source": source.sha256(),
-        "codec": codec,
-        "requantize": requantize and str(requantize),
-        "versions": versions(),
-        "converted_from": record.get("job"),
-    }
+    job = _job(source, codec, requantize, record)
     leaves = _Leaves(
         source=source,
         admission=admission,
@@ -124,6 +118,19 @@ def convert(
                     raise _refusal(codec, notes["lost"])
             writer.finish(written(config, job, {**record, **notes}), source.path)
     return Converted(path=writer.out, sites=recorded(writer.out)["sites"])
+
+
+def _job(
+    source: Checkpoint, codec: str, requantize: Spec | None, record: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What identifies a conversion. record: the source's qlab.json."""
+    return {
+        "source": source.sha256(),
+        "codec": codec,
+        "requantize": requantize and str(requantize),
+        "versions": versions(),
+        "converted_from": record.get("job"),
+    }
 
 
 def _check_codec(codec: str) -> None:
@@ -254,7 +261,7 @@ def _targets(source: Checkpoint, admission: Admission, requantize: Spec | None) 
 
 
 def _refusal(codec: str, lost: Mapping[str, str]) -> QlabError:
-    """Modules by what they would lose."""
+    """The error that lists modules by what they would lose."""
     by_reason: dict[str, list[str]] = {}
     for module, reason in lost.items():
         by_reason.setdefault(reason.removeprefix(f"{module}: "), []).append(module)
@@ -336,7 +343,7 @@ class _Leaves:
                 "requantization_error": distances(new, rounded_from)["weight_error"],
             }
         if rounded_from is not None and certificate:
-            # the weight that the codes were made from is not here, but its name is
+            # The weight that the codes were made from is not here; its name is.
             named = {key: certificate[key] for key in ("made_of",) if key in certificate}
             certificate = certify(new, None) | named
         row |= {"spec": str(new.spec), "bits_per_weight": stored_bits(new, new.scales.dtype)}

@@ -26,7 +26,7 @@ class Converted(Written):
         }
 
     def summary(self) -> dict[str, str]:
-        """Without the sites."""
+        """The facts that are printed, which leave out the sites."""
         anew, dense = len(self.requantized), len(self.dequantized)
         return {
             "directory": str(self.path),

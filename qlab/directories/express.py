@@ -1,4 +1,4 @@
-"""Codes that exist, as another format can hold them."""
+"""Existing codes in the form that another format can hold."""
 
 from dataclasses import replace
 

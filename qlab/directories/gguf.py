@@ -119,7 +119,7 @@ def _tensors(
 
 
 def _dense(leaf: Leaf, kind: str) -> Tensor:
-    """A leaf in the dtype of the file's floats, or in bfloat16 where the file holds blocks.
+    """A dense leaf in the dtype of the file's floats, or in bfloat16 where the file holds blocks.
 
     The gguf package widens BF16 to float32, which is narrowed again.
     """
@@ -175,7 +175,8 @@ def quiet_transformers() -> Iterator[None]:
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()
         try:
-            with redirect_stderr(StringIO()):  # its GGUF reader heeds no switch for progress bars
+            # The GGUF reader of transformers ignores the switch for progress bars.
+            with redirect_stderr(StringIO()):
                 yield
         finally:
             logging.set_verbosity(verbosity)

@@ -46,7 +46,7 @@ class Inspection(Shown):
         return sum(row.get("spec") is None for row in self.sites.values())
 
     def summary(self) -> dict[str, str]:
-        """Without the sites."""
+        """The facts that are printed, which leave out the sites."""
         specs = Counter(row["spec"] for row in self.sites.values() if "stored" in row)
         quantized = ", ".join(f"{count} weights in {spec}" for spec, count in specs.items())
         kept = f", {self._kept} of them weights that a recipe kept" if self._kept else ""

@@ -52,7 +52,7 @@ class Rewritten(Written):
     peak_rss_bytes: int
 
     def summary(self) -> dict[str, str]:
-        """Without the sites."""
+        """The facts that are printed, which leave out the sites."""
         return {
             "directory": str(self.path),
             "weights": f"{len(self.sites)} quantized, {self.bits_per_weight:.3f} bits per weight",
@@ -131,13 +131,7 @@ def quantize_files(
     transposed = modules.transposed() & specs.keys()
     _check(source, specs, transposed, Admission(codec=codec, dtype=source.dtype, target=target))
     config = _config(modules, specs, CODECS[codec])
-    job = {
-        "source": source.sha256(),
-        "recipe": describe(recipe),
-        "sites": sorted(specs),
-        "codec": codec,
-        "versions": versions(),
-    }
+    job = _job(source, recipe, specs, codec)
     leaves = _Leaves(
         source=source,
         recipe=recipe,
@@ -157,6 +151,19 @@ def quantize_files(
         seconds=time.perf_counter() - started,
         peak_rss_bytes=peak.bytes,
     )
+
+
+def _job(
+    source: Checkpoint, recipe: Transform, specs: Collection[str], codec: str
+) -> dict[str, Any]:
+    """What identifies a run. specs: the chosen modules."""
+    return {
+        "source": source.sha256(),
+        "recipe": describe(recipe),
+        "sites": sorted(specs),
+        "codec": codec,
+        "versions": versions(),
+    }
 
 
 def _refuse_recipe(recipe: Transform, codec: str) -> None:

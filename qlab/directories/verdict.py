@@ -1,4 +1,4 @@
-"""What a check of a directory found."""
+"""The result of a check of a directory."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -130,7 +130,7 @@ class Verdict(Shown):
 
 
 def _says(key: str, value: Any) -> str:
-    """A key and its value, in few words."""
+    """A key and its value, in a few words."""
     if value is None:
         return f"no {key}" if key else "none"
     return f"{key} {json.dumps(value, default=str):.60}".strip()

@@ -17,12 +17,11 @@ DIGEST = hashlib.sha256().digest_size
 
 
 class Carry:
-    """Batches of the given shapes in a file, written whole and read one by one; the file ends with
-    a hash of what it holds and is.
+    """Batches of the given shapes in a file, written whole and read one by one. The file ends with
+    a hash of its identity and of its batches.
 
-    identity: what tells it from the file of another block, stream or job. atomically: how files are
-    written there.
-    """
+    identity: a text that no file of another block, stream or job has. atomically: the function that
+    writes files there."""
 
     def __init__(
         self,

@@ -25,8 +25,8 @@ def certify(leaf: QTensor, reference: Leaf | None) -> dict[str, Any]:
 
 
 def distances(leaf: QTensor, reference: Leaf) -> dict[str, float]:
-    """How far the weight is from the reference's, as a certificate says it; no steps where channels
-    of a group lie apart."""
+    """How far the weight is from the reference's, as a certificate says it. A leaf whose groups are
+    permuted has no `largest_step`."""
     # The reference comes from the files, which lie on the CPU.
     W_ok = dense(reference, torch.float32).to(leaf.codes.device)
     D_ok = dense(leaf, torch.float32).sub_(W_ok)

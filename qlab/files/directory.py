@@ -2,9 +2,8 @@
 and without torch.
 
 A safetensors file is 8 bytes n (little-endian), n bytes of JSON {name: {dtype, shape,
-data_offsets}}, and the data without gaps. Every file is opened once, and nothing in it is believed
-before it is checked. Pickles are never read.
-"""
+data_offsets}}, and the data without gaps. Every file is opened once, and all that its header says
+is checked. Pickles are never read."""
 
 import json
 import struct

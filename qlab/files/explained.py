@@ -14,8 +14,8 @@ KEY, OLD_KEY = ("quantization_config", "compression_config")
 
 
 def explained(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """config.json with what it says of codes at its top, as its own key; older writers put that
-    into a file beside it."""
+    """config.json with its quantization_config at the top level. Older writers put that into a file
+    beside config.json."""
     try:
         said = said_in(raw, str(folder / CONFIG)) or _legacy(folder)
         return _without(raw) | ({KEY: said} if said else {})

@@ -31,8 +31,8 @@ def with_files(record: Mapping[str, Any], digests: Mapping[str, str]) -> dict[st
 
 
 def written_files(folder: Path) -> dict[str, str] | None:
-    """What the qlab.json of a folder says that qlab wrote: name -> sha256; None where there is no
-    such record."""
+    """The files that qlab wrote, as the qlab.json of a folder names them: name -> sha256; None
+    where there is no such record."""
     try:
         files = read_json(folder / RECORD).get(WRITTEN)
     except QlabError:

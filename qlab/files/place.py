@@ -90,8 +90,8 @@ def places(
 
 
 def refuse_early(folder: Path, overwrite: bool, resume: bool) -> None:
-    """What names alone tell of a place, before any work; `refuse_existing` follows when nobody else
-    can write there."""
+    """Refuse, before any work, what names alone show to be no place for an output.
+    `refuse_existing` follows once nobody else can write there."""
     if not resume and not os.path.lexists(folder / WORK):
         refuse_existing(folder, overwrite, contents=False)
 
@@ -245,8 +245,8 @@ def _mount_in(folder: Path) -> Path | None:
 
 
 def _unescaped(text: str) -> str:
-    """A path of the kernel's table: blanks, tabs, ends of lines and backslashes stand there as
-    octal numbers."""
+    """A path of the kernel's table of mounts, which holds blanks, tabs, line feeds and backslashes
+    as octal numbers."""
     for code, character in {"\\040": " ", "\\011": "\t", "\\012": "\n", "\\134": "\\"}.items():
         text = text.replace(code, character)
     return text

@@ -26,7 +26,7 @@ PACKAGES = ("qlab", "torch", "transformers", "safetensors")
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of every package that decides which bytes come out."""
+    """The versions of Python and of every package on which the written bytes depend."""
     by_package = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
 
 
 def bits_per_weight(rows: Mapping[str, Mapping[str, Any]]) -> float:
-    """Mean over the weights of all sites, unquantized ones at their stored width."""
+    """The mean over the weights of all sites; unquantized weights count at their stored width."""
     sizes = {name: torch.Size(row["shape"]).numel() for name, row in rows.items()}
     return sum(row["bits_per_weight"] * sizes[name] for name, row in rows.items()) / max(
         sum(sizes.values()), 1

@@ -37,11 +37,11 @@ from qlab.process.progress import say
 
 
 class Workplace:
-    """The place of one output, which a run owns until the context ends: first the right to write
-    there, then `begin`.
+    """The place of one output, which a run owns until the context ends. The constructor takes the
+    right to write there; `begin` begins the job.
 
-    out: of `place`. finished: whether the job was done before and there is nothing to write.
-    """
+    out: the folder that `place` returned. finished: whether the job was done before, so that there
+    is nothing to write."""
 
     def __init__(self, out: Path, overwrite: bool, resume: bool):
         self.out, self.overwrite, self.resume = out, overwrite, resume
@@ -107,7 +107,7 @@ class Workplace:
 
     @contextmanager
     def _refused(self) -> Iterator[None]:
-        """Around what may refuse the place: it is let go of then."""
+        """A context for what may refuse the place: on an error the lock is released."""
         try:
             yield
         except OSError as error:
@@ -130,8 +130,8 @@ class Workplace:
 
     # -------------------------------------------------------------- ownership
     def _own(self) -> None:
-        """Lock the partial directory, made if need be; whoever finishes there at this moment keeps
-        it."""
+        """Lock the partial directory, which is made where it is missing. A run that finishes there
+        at this moment keeps it."""
         if os.path.islink(self.partial) or (is_taken(self.partial) and not self.work.is_dir()):
             raise QlabError(
                 f"{self.partial} was not made by qlab, which needs this name for a while; move it "
@@ -146,8 +146,8 @@ class Workplace:
                     self._let_go()
 
     def _settle(self) -> None:
-        """Do what a run left undone that was killed after its last rename; an output that does not
-        hold what it wrote goes back to where it is built."""
+        """Finish what a run left undone that was killed after its last rename. An output with a
+        broken shard goes back to the partial directory."""
         if not ended(self.out):
             return
         lock = Lock(self.out / WORK)
@@ -169,7 +169,8 @@ class Workplace:
             raise
 
     def _let_go(self) -> None:
-        """Release the lock; where nothing was begun, no folder stays."""
+        """Release the lock. Where no job was begun, the folders that were made for it are
+        removed."""
         if self.lock is None:
             return
         if (
@@ -186,14 +187,14 @@ class Workplace:
         self.lock = None
 
     def atomically(self, path: Path, write: Callable[[Path], object]) -> None:
-        """A file of this run, unless somebody removed the folder, which may be another run's by
-        now."""
+        """Write a file of this run. Refuses where somebody removed the folder, which may be another
+        run's by now."""
         if self.lock is None or not self.lock.holds():
             raise Unwritable(f"{self.partial} was taken away while it was written; start again")
         atomically(path, write)
 
     def write_json(self, path: Path, value: Any) -> None:
-        """The same, of JSON."""
+        """Write a JSON file of this run."""
         text = json.dumps(value, indent=2, sort_keys=True) + "\n"
         self.atomically(path, lambda temporary: temporary.write_text(text))
 
@@ -226,7 +227,8 @@ class Workplace:
         return False
 
     def _was_finished(self) -> bool:
-        """Whether the output is this job's; refuses one that is no longer what the job wrote."""
+        """Whether the output is this job's. Refuses an output of this job that was changed
+        since."""
         recorded = job_of(self.out)
         if not same_but_for_source(recorded, self.job) or recorded != self.hashed_job():
             return False
@@ -255,8 +257,9 @@ class Workplace:
                 delete(path)
 
     def _set_aside(self, shards: Iterable[str] | None = None) -> None:
-        """Move what no run of qlab wrote here to a folder beside it: it is neither part of the
-        output nor ours to delete. shards: the names of this job's (None: those of any)."""
+        """Move files that no run of qlab wrote to a folder beside this one: they are no part of the
+        output, and not qlab's to delete. shards: the names of this job's shards; None for those of
+        any job."""
         for path in strangers(self.partial, shards):
             home = self.out.with_name(self.out.name + ".aside")
             target = home / path.relative_to(self.partial)
@@ -268,8 +271,9 @@ class Workplace:
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
-        """Around the work: what refused input leaves behind goes, since with other input it is
-        another job; what a full disk does, or whoever kills the process, stays to be resumed."""
+        """A context for the work. If the input is refused, the partial directory is deleted: the
+        corrected call is another job. If the disk is full or the process is killed, it stays to be
+        resumed."""
         try:
             yield
         except Unwritable:

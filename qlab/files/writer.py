@@ -36,7 +36,7 @@ TEMPLATES = "additional_chat_templates"
 
 
 class Writer(Workplace):
-    """The shards of a job, with what is said of them, and the files beside them."""
+    """The shards of a job, the notes on each of them, and the files beside them."""
 
     def __init__(self, out: Path, overwrite: bool, resume: bool):
         self.shards = 0
@@ -127,8 +127,8 @@ class Writer(Workplace):
         return merged
 
     def has(self, index: int) -> bool:
-        """Whether a segment is written, as its notes prove; damage is said, since that part is then
-        made again."""
+        """Whether a segment is written, as its notes prove. Damage is printed, since that part is
+        then made again."""
         if not os.path.lexists(self.shard(index)) and not os.path.lexists(self._notes_path(index)):
             return False
         damage = self._damage(index)
@@ -162,8 +162,8 @@ class Writer(Workplace):
         )
 
     def blocks_done(self, blocks: int, carried: Callable[[int], bool]) -> int:
-        """How many blocks are finished: the largest i of which all before are written, as is what
-        enters the next block."""
+        """How many blocks are finished: the largest i for which blocks 0 to i - 1 are written, and
+        so are the hidden states that enter block i."""
         written = [self.has(i + 1) for i in range(blocks)]
         first = written.index(False) if False in written else blocks
         return next((i for i in range(first, 0, -1) if i == blocks or carried(i)), 0)

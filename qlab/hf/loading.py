@@ -1,5 +1,5 @@
-"""What stands in a model while transformers loads its weights, and which tensors of the files
-transformers must pass over because qlab reads them."""
+"""Stand-ins in a model while transformers loads its weights, and the tensors of the files that
+transformers must ignore because qlab reads them."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,8 +16,8 @@ from qlab.model.skeleton import Skeleton
 
 
 class Awaiting(nn.Module):
-    """Stands where a packed linear will be, without parameters that transformers could look for or
-    fill at random.
+    """A stand-in for a packed linear, without parameters that transformers could look for or fill
+    at random.
 
     weight, bias: found by modules that initialize those of their children (gpt2's, CLIP's), and
     marked as initialized.

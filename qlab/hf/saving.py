@@ -10,7 +10,7 @@ from qlab.files.checkpoint import open_checkpoint
 from qlab.model.pieces import Piece
 from qlab.model.skeleton import Skeleton
 
-# module or fused weight -> the name of a tensor in what is saved -> its name in the files
+# Module or fused weight -> name of a tensor that is saved -> its name in the files.
 Names = Mapping[str, Mapping[str, str]]
 
 

@@ -17,8 +17,8 @@ UPDATES = {"__setitem__", "__set__", "__delete__"}  # beside names that end in o
 
 
 class ReadOnly(Tensor):
-    """A tensor whose memory is nobody's: what would change it, or a view of it, is refused, and
-    everything else computes."""
+    """A tensor that no caller owns. Functions that would change it or a view of it are refused; all
+    others compute."""
 
     @classmethod
     def __torch_function__(

@@ -7,8 +7,8 @@ from qlab.lowering.weights.modules import QuantizedWeight
 
 
 def resident_bytes(model: nn.Module) -> dict[str, int]:
-    """Bytes of a model's tensors by what they are: quantized weights, dense copies, embeddings (a
-    tied head with them), the rest."""
+    """Bytes of a model's tensors by their kind: quantized weights, dense copies, embeddings (with a
+    tied head), and the rest."""
     seen: set[int] = set()
     total = {"packed": 0, "dense copies": 0, "embeddings": 0, "other": 0}
 

@@ -107,7 +107,7 @@ def _linear(name: str, module: QLinear) -> nn.Linear:
 
 
 def _opaque(packed: Packed) -> Any:
-    """The packed words as they are: torchao uses the same operator, and cuts padded rows off its
+    """The packed words as they are: torchao uses the same operator, and drops padded rows of its
     output."""
     from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
 

@@ -53,8 +53,8 @@ class Recorded(Exception):
 
 
 class Makers(TorchDispatchMode):
-    """Which block made which tensor while a model runs with stand-ins, and what the model itself
-    computed of such tensors."""
+    """Which block made which tensor while a model runs with stand-ins, and which tensors the model
+    itself computed from them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Makers(TorchDispatchMode):
         self._alive: list[Tensor] = []  # no other tensor gets the id of one that is alive
 
     def known(self, tensor: Tensor, maker: Maker) -> Tensor:
-        """The tensor, known as its maker's."""
+        """The tensor, after its maker was noted."""
         self._alive.append(tensor)
         self.makers[id(tensor)] = maker
         return tensor
@@ -237,8 +237,7 @@ class Recorder(nn.Module):
     ) -> None:
         """Put what the block leaves in its arguments there, for later blocks to find.
 
-        given: the tensors of the arguments. made: the outputs of the program that are left.
-        """
+        given: the tensors of the arguments. results: the outputs of the program that are left."""
         assert code.left is not None
         leaves: list[Any] = []
         for leaf in code.left.leaves:

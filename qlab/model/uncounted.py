@@ -15,26 +15,37 @@ def uncounted(skeleton: Skeleton) -> dict[str, set[str]]:
     that it leaves it out. Layers for other ends are none: a layer that predicts further tokens has
     projections of its own.
     """
-    blocks = {
-        piece.name: index
-        for index, path in enumerate(skeleton.blocks)
-        for pieces in skeleton.names.block_names(path).values()
-        for piece in pieces
-    }
-    prefix = _prefix([name for name, index in blocks.items() if index == 0])
-    inside = re.compile(rf"{re.escape(prefix)}(\d+)\.(.+)")
-    leaves_counted = {match[2] for match in map(inside.fullmatch, blocks) if match}
-    ignored = [
-        re.compile(pattern) for pattern in skeleton.model._keys_to_ignore_on_load_unexpected or ()
-    ]
+    prefix, counted = _counted(skeleton)
+    ignored = [*map(re.compile, skeleton.model._keys_to_ignore_on_load_unexpected or ())]
     beyond: dict[str, set[str]] = {}
     for name in chain.from_iterable(leaves_by_file(skeleton.checkpoint)):
-        match = inside.fullmatch(name)
+        match = _inside(prefix).fullmatch(name)
         if match is None or int(match[1]) < len(skeleton.blocks):
             continue
         if not any(pattern.search(name) for pattern in ignored):
             beyond.setdefault(f"{prefix}{match[1]}", set()).add(match[2])
-    return {block: leaves for block, leaves in beyond.items() if leaves <= leaves_counted}
+    return {block: leaves for block, leaves in beyond.items() if leaves <= counted}
+
+
+def _counted(skeleton: Skeleton) -> tuple[str, set[str]]:
+    """The part of names in front of a block's number, and the leaves of the counted blocks, each
+    by its name inside its block."""
+    first, *others = (_names_of(skeleton, path) for path in skeleton.blocks)
+    shared = set(chain.from_iterable(others))  # of tensors that several blocks use
+    prefix = _prefix([name for name in first if name not in shared])
+    matches = map(_inside(prefix).fullmatch, chain(first, *others))
+    return prefix, {match[2] for match in matches if match}
+
+
+def _names_of(skeleton: Skeleton, path: str) -> list[str]:
+    """What the files call the tensors of a block."""
+    pieces = skeleton.names.block_names(path).values()
+    return [piece.name for piece in chain.from_iterable(pieces)]
+
+
+def _inside(prefix: str) -> re.Pattern[str]:
+    """Matches a name inside a block: the block's number, and the rest."""
+    return re.compile(rf"{re.escape(prefix)}(\d+)\.(.+)")
 
 
 def _prefix(names: list[str]) -> str:

@@ -119,44 +119,50 @@ def test_every_code_of_every_site_is_read(family):
         assert relative(hidden(interpret(planted, *seg.batches[0])), before) > 1e-4, site.path
 
 
-@every_family
-def test_sites_are_the_linear_modules_and_their_inputs_what_the_modules_get(family):
-    seg, seen = segment(family), {}
-    linears = {
+def linears_of(block):
+    """Every module that is a linear or a router, by its path."""
+    return {
         name: m
-        for name, m in seg.block.named_modules()
+        for name, m in block.named_modules()
         if isinstance(m, nn.Linear | Conv1D) or "Router" in type(m).__name__
     }
+
+
+def inputs_seen(seg, linears, args, kwargs):
+    """What each of the modules is called with when the block runs."""
+    seen = {}
     hooks = [
         m.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0]}))
         for name, m in linears.items()
     ]
-    args, kwargs = seg.batches[1]
     seg.block(*args, **kwargs)
     for hook in hooks:
         hook.remove()
-    assert {s.path for s in seg.graph.sites if not s.route} == set(linears)
-    assert {s.weight for s in seg.graph.sites if s.route} == {
-        n for n, p in seg.block.named_parameters() if p.ndim == 3
-    }
+    return seen
+
+
+@every_family
+def test_sites_are_the_linear_modules_and_their_inputs_what_the_modules_get(family):
+    seg = segment(family)
+    args, kwargs = seg.batches[1]
+    linears = linears_of(seg.block)
+    seen = inputs_seen(seg, linears, args, kwargs)
+    linear_sites = [site for site in seg.graph.sites if not site.route]
+    stacked = {n for n, p in seg.block.named_parameters() if p.ndim == 3}
+    assert {site.path for site in linear_sites} == set(linears)
+    assert {site.weight for site in seg.graph.sites if site.route} == stacked
     inputs = inputs_of(seg.graph, by_source(seg.graph.sites), args, kwargs)
-    for site in (s for s in seg.graph.sites if not s.route):
-        module = linears[site.path]
-        assert torch.equal(inputs[site.source].x.flatten(0, -2), seen[site.path].flatten(0, -2)), (
-            site.path
-        )
-        assert torch.equal(
-            seg.graph.weight_ok(site),
-            module.weight.mT if isinstance(module, Conv1D) else module.weight,
-        )
+    for site in linear_sites:
+        module, x = linears[site.path], inputs[site.source].x
+        W = module.weight.mT if isinstance(module, Conv1D) else module.weight
+        assert torch.equal(x.flatten(0, -2), seen[site.path].flatten(0, -2)), site.path
+        assert torch.equal(seg.graph.weight_ok(site), W)
         assert (site.bias is None) == (getattr(module, "bias", None) is None)
-    shared = {
-        frozenset(s.path for s in group if not s.route)
-        for group in by_source(seg.graph.sites).values()
-    } - {frozenset()}
-    # A view is the same input.
+    # Sites share a source exactly when they share an input. A view is the same input.
+    groups = by_source(seg.graph.sites).values()
+    shared = {frozenset(s.path for s in group if not s.route) for group in groups} - {frozenset()}
     same = {frozenset(b for b in seen if seen[b].data_ptr() == seen[a].data_ptr()) for a in seen}
-    assert shared == same  # sites share a source exactly when they share an input
+    assert shared == same
 
 
 @every_family

@@ -53,8 +53,8 @@ def attention(
     b, heads, _, d = query.shape
     scale = 1 / math.sqrt(d) if scaling is None else scaling
     q_bhgd = (query.reshape(b, key.shape[1], -1, d).float() * scale).contiguous()
-    # a view by strides is of memory: the compiler writes q there once, which it would else rotate
-    # anew for every position
+    # `as_strided` needs a real buffer, so Inductor computes q once here instead of redoing its
+    # rotary embedding for every cached position.
     q_bhgd = q_bhgd.as_strided(q_bhgd.shape, q_bhgd.stride())
     s_bhgl = (q_bhgd[..., None, :] * key[:, :, None].float()).sum(-1)
     if attention_mask is not None:
@@ -65,6 +65,6 @@ def attention(
     return y_bhgd.to(query.dtype).reshape(b, 1, heads, value.shape[-1]), None
 
 
-# by this import and not by a call, so that a model that was pickled finds it in another process
+# Registered by importing this module, so that a model that was pickled finds it in another process.
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,5 +1,5 @@
 """How long a product takes: medians on a cold cache, on a CPU or a GPU, and the machine's own rates
-to hold them against.
+to compare them with.
 
 A weight that was just read lies in the last cache, and a model's weights do not: every call takes
 the next of several copies, which together exceed that cache. On a GPU a buffer larger than the

@@ -119,9 +119,8 @@ def kind(
     """How a product of m tokens with planes [n, k] is computed: pure for a snapshot of the config
     cache.
 
-    An entry of the cache decides, measured on this machine or for a shape like it; else the
-    constants above do.
-    """
+    An entry of the cache decides, which was measured on this machine for this shape or one like it;
+    without one, the constants above do."""
     if dtype != torch.bfloat16:
         return "dense"
     from qlab_kernels import cache as configs
