@@ -12,6 +12,7 @@ import qlab.process.quiet  # noqa: F401  before anything that it quietens is imp
 
 # public name -> the module that holds it
 HOMES = {
+    "Block": "qlab.algebra.block",
     "GRIDS": "qlab.methods.grid",
     "METHODS": "qlab.methods",
     "Int": "qlab.algebra.spec",
@@ -25,12 +26,15 @@ HOMES = {
     "aim_at_reference": "qlab.methods.gptaq",
     "apply": "qlab.driver.apply",
     "at": "qlab.algebra.transform",
+    "auto_round": "qlab.methods.auto_round",
+    "auto_round_refine": "qlab.methods.auto_round",
     "awq": "qlab.methods.awq",
     "awq_scale": "qlab.methods.awq",
     "chain": "qlab.algebra.transform",
     "compare": "qlab.driver.quantize",
     "convert": "qlab.directories.convert",
     "dense": "qlab.algebra.leaf",
+    "each_block": "qlab.algebra.block",
     "each_weight": "qlab.algebra.transform",
     "evaluate": "qlab.evaluation.perplexity",
     "first_windows": "qlab.data.calibration",

@@ -1,6 +1,8 @@
 """The public names, as editors and type checkers see them."""
 
 from qlab.algebra.absorb import absorb as absorb
+from qlab.algebra.block import Block as Block
+from qlab.algebra.block import each_block as each_block
 from qlab.algebra.gauge import gauge as gauge
 from qlab.algebra.leaf import LowRank as LowRank
 from qlab.algebra.leaf import Sum as Sum
@@ -39,6 +41,8 @@ from qlab.lowering import inductor_options as inductor_options
 from qlab.lowering import lower as lower
 from qlab.lowering import to_torchao as to_torchao
 from qlab.methods import METHODS as METHODS
+from qlab.methods.auto_round import auto_round as auto_round
+from qlab.methods.auto_round import auto_round_refine as auto_round_refine
 from qlab.methods.awq import awq as awq
 from qlab.methods.awq import awq_scale as awq_scale
 from qlab.methods.gptaq import aim_at_reference as aim_at_reference

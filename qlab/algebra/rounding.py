@@ -211,7 +211,7 @@ def solve_weight(
         )
     _refuse_nonfinite(leaf, f"{where}: {step.name} made")
     _refuse_unplanned(leaf, step.spec, f"{where}: {step.name}")
-    return Solved(leaf, note, _errors(W_ok, leaf, seen.get("second_moment")))
+    return Solved(leaf, note, errors_of(W_ok, leaf, seen.get("second_moment")))
 
 
 def _leaf_and_note(returned: Any, step: str) -> tuple[Leaf, Mapping[str, Any]]:
@@ -297,7 +297,8 @@ def outer_scales(graph: ModuleGraph, spec: Spec | None) -> dict[str, Tensor]:
 
 
 # ------------------------------------------------------------------ errors and notes
-def _errors(W_ok: Tensor, leaf: Leaf, moment: Moment | None) -> Errors:
+def errors_of(W_ok: Tensor, leaf: Leaf, moment: Moment | None) -> Errors:
+    """How far a leaf [o, k] is from its weight."""
     D_ok = dense(leaf, torch.float32) - W_ok
     steps = 0.0
     codes = proper(leaf)

@@ -32,7 +32,8 @@ class Stage:
     alone. lossless: it keeps the function of any graph, so it may wait until every site is solved.
     online: the operations that it puts on the inputs of its sites, as a codec is asked about them.
     workspace: how many fp32 matrices [k, k] it holds at once beside its statistics. uncovered: it
-    is the last stage of `rules`, for which a site in its scope is an error.
+    is the last stage of `rules`, for which a site in its scope is an error. visits: how many
+    windows it runs forward and backward in every block.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Stage:
     online: tuple[Op, ...] = ()
     workspace: int = 1
     uncovered: bool = False
+    visits: int = 0
 
     def wants(self, site: Site) -> frozenset[str]:
         """The statistics that it reads of this site's input. Routed experts have no drift: their

@@ -118,6 +118,25 @@ TAKES: Mapping[str, Mapping[str, kinds.Kind]] = {
         "online": kinds.flag,
         "detail": kinds.text,
     },
+    "each_block": {
+        "name": kinds.text,
+        "fn": kinds.function,
+        "needs": kinds.needed,
+        "spec": kinds.optional_spec,
+        "detail": kinds.text,
+        "visits": kinds.whole,
+    },
+    "auto_round": {
+        **METHOD,
+        "steps": kinds.whole,
+        "windows": kinds.whole,
+        "lr": kinds.optional_fraction,
+    },
+    "auto_round_refine": {
+        "steps": kinds.whole,
+        "windows": kinds.whole,
+        "lr": kinds.optional_fraction,
+    },
     "parse_spec": {"text": kinds.text, "symmetric": kinds.flag},
     "reparametrize": {"graph": kinds.block},
 }

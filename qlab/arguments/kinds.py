@@ -54,6 +54,11 @@ def fraction(value: Any, name: str) -> Any:
     return value
 
 
+def optional_fraction(value: Any, name: str) -> Any:
+    """A finite number, or None."""
+    return value if value is None else fraction(value, name)
+
+
 def flag(value: Any, name: str) -> Any:
     """True or False."""
     if not isinstance(value, bool):

@@ -1,14 +1,16 @@
 """What goes through the blocks of a model, batch by batch: what each block is called with, and the
 states between them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from qlab.algebra.block import BLOCK_IO
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.interpret import outputs_of
+from qlab.algebra.transform import Transform
 from qlab.data.calibration import Data
 from qlab.model.calls import Call, State
 from qlab.model.running import record_blocks
@@ -19,6 +21,23 @@ Batch = tuple[
     Call, State
 ]  # what a block is called with, and what other blocks made of it: its hidden states first
 Batches = Callable[[], Iterator[Batch]]
+
+
+def batch_tokens(recipes: Iterable[Transform]) -> int:
+    """About how many tokens a batch has: those of one window where a step sees a whole block, which
+    draws its samples by window."""
+    learns = any(BLOCK_IO in stage.needs for recipe in recipes for stage in recipe)
+    return 1 if learns else BATCH_TOKENS
+
+
+def sharing_a_pass(recipes: Mapping[str, Transform], inputs: str) -> list[list[str]]:
+    """The names of recipes whose jobs share a pass: with inputs="reference" all whose batches are
+    alike, else each alone."""
+    groups: dict[object, list[str]] = {}
+    for name, recipe in recipes.items():
+        alone = None if inputs == "reference" else name
+        groups.setdefault((alone, batch_tokens([recipe])), []).append(name)
+    return list(groups.values())
 
 
 def in_batches(data: Data | None, batch_tokens: int = BATCH_TOKENS) -> list[Mapping[str, Tensor]]:

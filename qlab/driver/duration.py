@@ -20,6 +20,7 @@ from functools import cache, partial
 import torch
 
 from qlab.algebra.graph import Code, Site, by_source
+from qlab.algebra.learn import LOOKS
 from qlab.algebra.products import product_dtype
 from qlab.algebra.transform import Stage
 from qlab.data.calibration import Data
@@ -54,6 +55,7 @@ WORK: Mapping[tuple[str, bool], Effort] = {
     ("hqq", False): Effort(elements=980.0, rows=0.0, square=0.0, columns=7.6),
     ("awq_scale", True): Effort(elements=0.0, rows=0.88, square=0.0, columns=37.0),
     ("gptq", True): Effort(elements=0.0, rows=3.4, square=0.0, columns=20.0),
+    ("auto_round", True): Effort(elements=2.7, rows=0.0, square=0.07, columns=1.7),
     ("aim_at_reference", True): Effort(elements=0.0, rows=0.3, square=0.5, columns=1.2),
 }
 UNKNOWN = Effort(
@@ -94,7 +96,7 @@ class Work:
 
 def work_of(job: Job, sites: Sites, dtype: torch.dtype, passes: int) -> Work:
     """The work of a job. dtype: of the activations. passes: over the calibration samples."""
-    costs = list(_costs(job, sites, passes))
+    costs = list(_costs(job, sites, passes + _passes_of_learning(job)))
     return Work(
         products=sum(cost.products for cost in costs),
         float32=sum(cost.float32 for cost in costs),
@@ -104,6 +106,16 @@ def work_of(job: Job, sites: Sites, dtype: torch.dtype, passes: int) -> Work:
         programs=len({id(code) for code in sites.codes.values()}),
         dtype=dtype,
     )
+
+
+def _passes_of_learning(job: Job) -> int:
+    """The passes over all windows that stages which learn take as much time as: a pass backward
+    counts twice, and the loss over all windows is looked at on the way."""
+    if job.observed is None:
+        return 0
+    learning = [stage for stage in job.recipe if stage.visits]
+    tokens = 3 * sum(stage.visits for stage in learning) * job.observed.longest
+    return math.ceil(tokens / job.observed.count) + (LOOKS + 2) * len(learning)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import torch
 from qlab.algebra.graph import Code
 from qlab.algebra.transform import Transform
 from qlab.data.calibration import Data
+from qlab.driver.learning import split
 from qlab.driver.observe import Inputs, runs_reference
 from qlab.driver.solve import in_order
 from qlab.files.checkpoint import Checkpoint
@@ -63,5 +64,6 @@ class Job:
 
     def in_order(self, code: Code) -> bool:
         """Whether the sources of this block are solved one after another, each on what the
-        quantized ones before it produce."""
-        return in_order(code, self.recipe, self.inputs, self.calibrate_all_experts)
+        quantized ones before it produce, up to the first stage that sees the whole block."""
+        site_by_site, _ = split(self.recipe)
+        return in_order(code, site_by_site, self.inputs, self.calibrate_all_experts)

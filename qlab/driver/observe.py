@@ -12,6 +12,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
+from qlab.algebra.block import BLOCK_IO, SAMPLES, Samples
 from qlab.algebra.experts import Rows, reaching
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.interpret import inputs_of
@@ -37,9 +38,10 @@ def inputs_named(text: str) -> Inputs:
 
 def runs_reference(recipes: Iterable[Transform], inputs: Inputs) -> bool:
     """Whether the reference runs beside the quantized model, since a recipe asks how far inputs are
-    from its own."""
+    from its own, or what leaves its blocks."""
+    beside = DRIFT | {BLOCK_IO}
     return inputs == "quantized" and any(
-        DRIFT & stage.needs for recipe in recipes for stage in recipe
+        beside & stage.needs for recipe in recipes for stage in recipe
     )
 
 
@@ -81,6 +83,17 @@ def observe(
         rows = inputs_of(graph, sources, *call.inputs(state), calibrate_all_experts)
         totals.add(rows, reference_rows)
     return totals.stats
+
+
+def with_samples(observe: Observe, samples: Samples) -> Observe:
+    """`observe`, which also hands out the samples of the block where they are asked for."""
+
+    def observe_all(graph: ModuleGraph, keys: set[Key]) -> Stats:
+        others = keys - {SAMPLES}
+        stats = observe(graph, others) if others else {}
+        return {**stats, SAMPLES: samples} if SAMPLES in keys else stats
+
+    return observe_all
 
 
 def observe_nothing(graph: ModuleGraph, keys: set[Key]) -> Stats:

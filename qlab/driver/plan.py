@@ -8,6 +8,7 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
+from qlab.algebra.block import BLOCK_IO
 from qlab.algebra.spec import Float, Spec
 from qlab.algebra.stats import STATS
 from qlab.algebra.transform import Transform
@@ -263,7 +264,7 @@ def _refuse_job(job: Job) -> None:
             "rtn(spec)"
         )
     known = STATS.keys() | DRIFT
-    unknown = [name for name in job.statistics if name not in known]
+    unknown = [name for name in job.statistics if name not in known | {BLOCK_IO}]
     if unknown:
         raise QlabError(
             f"the recipe asks for a statistic {unknown[0]!r}; there are {', '.join(sorted(known))}"

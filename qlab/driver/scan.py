@@ -3,15 +3,14 @@
 import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
 
 from qlab.data.calibration import Data
-from qlab.driver.batches import Batch, Batches, in_batches, record
+from qlab.driver.batches import Batch, Batches, batch_tokens, in_batches, record
 from qlab.driver.segments import Solved, Solver, solved_by_each
-from qlab.driver.states import flat, states_of, stored_shapes
+from qlab.driver.states import Entering, flat, stored_shapes
 from qlab.files.carry import Carry
 from qlab.model.calls import Call
 from qlab.model.loading import drop_outside, load_outside
@@ -66,7 +65,7 @@ def begin(
     if any(job.runs_reference for job in jobs):
         streams.append("reference")
     load_outside(skeleton, with_head=False)
-    entering, calls = record(skeleton, in_batches(data))
+    entering, calls = record(skeleton, in_batches(data, batch_tokens(job.recipe for job in jobs)))
     drop_outside(skeleton)
     carries = []
     for i, path in enumerate(skeleton.blocks if data is not None else ()):
@@ -93,19 +92,12 @@ def solved_blocks(scan: Scan) -> Iterator[Solved]:
             else (scan.carries[i], scan.carries[i + 1] if i + 1 < len(paths) else [])
         )
         streams: list[Batches] = [
-            partial(_batches_entering, scan.calls, paths[i], carry, skeleton.device)
-            for carry in before
+            Entering(scan.calls, paths[i], carry, skeleton.device) for carry in before
         ]
         call = scan.calls[0][paths[i]]
         yield from solved_by_each(skeleton, scan.solvers, call, i, streams or [_no_batches], after)
         for carry in before if after else ():
             carry.path.unlink(missing_ok=True)
-
-
-def _batches_entering(
-    calls: Sequence[Mapping[str, Call]], path: str, states: Carry, device: torch.device
-) -> Iterator[Batch]:
-    return zip((call[path] for call in calls), states_of(states.read(), calls, path, device))
 
 
 def _no_batches() -> Iterator[Batch]:

@@ -11,8 +11,9 @@ from qlab.codecs import CODECS
 from qlab.driver.batches import Batches, push
 from qlab.driver.effects import refuse_left
 from qlab.driver.job import Job
+from qlab.driver.learning import BlockSamples, noting, split
 from qlab.driver.lossless import refuse_changed
-from qlab.driver.observe import Observe, Reference, observe, remembering
+from qlab.driver.observe import Observe, Reference, observe, remembering, with_samples
 from qlab.driver.solve import Check, solve, solve_in_order, unchecked
 from qlab.driver.states import flat
 from qlab.files.carry import Carry
@@ -95,12 +96,7 @@ def solved_by_each(
     for number, solver in enumerate(solvers):
         solved = graph  # lets go of the job before
         check = solver.check(graph.code, call, batches)
-        if solver.job.in_order(graph.code):
-            solved, leaving = solve_in_order(
-                graph, solver.job.recipe, batches, solver.experts_at_once, reference, check
-            )
-        else:
-            solved, _ = solve(graph, solver.job.recipe, look, check)
+        solved, leaving = _solved(solver, graph, streams, reference, look, check)
         yield Solved(index=index, by=number, before=graph, after=solved)
     passed = [solved if first.inputs == "quantized" else graph, graph][: len(streams)]
     del graph, solved, look  # one version of the block per stream is enough from here on
@@ -108,6 +104,35 @@ def solved_by_each(
         leaving = [push(version, enter()) for version, enter in zip(passed, streams)]
     for carry, states in zip(after, leaving):
         carry.write(flat(states, skeleton.dtype))
+
+
+def _solved(
+    solver: Solver,
+    graph: ModuleGraph,
+    streams: Sequence[Batches],
+    reference: Reference | None,
+    look: Observe,
+    check: Check,
+) -> tuple[ModuleGraph, list[Iterator[State]]]:
+    """The block after all stages, and what leaves it, stream by stream, where that is known."""
+    site_by_site, learning = split(solver.job.recipe)
+    samples = BlockSamples(graph, streams) if learning else None
+    leaving: list[Iterator[State]] = []
+    if samples:
+        check = noting(check, samples)
+    if not site_by_site and learning:
+        solved = graph
+    elif solver.job.in_order(graph.code):
+        solved, leaving = solve_in_order(
+            graph, site_by_site, streams[0], solver.experts_at_once, reference, check
+        )
+    else:
+        solved, _ = solve(graph, site_by_site, look, check)
+    if samples:
+        # What left the block before it learned is of no use any more.
+        leaving = []
+        solved, _ = solve(solved, learning, with_samples(look, samples), check)
+    return solved, leaving
 
 
 def _refuse_overflow(skeleton: Skeleton, graph: ModuleGraph) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from qlab.algebra.block import BLOCK_IO, SAMPLES
 from qlab.algebra.experts import Rows
 from qlab.algebra.graph import Code, ModuleGraph, by_source
 from qlab.algebra.interpret import Walk
@@ -58,9 +59,10 @@ def solve(
 
 
 def _needed(stage: Stage, graph: ModuleGraph) -> set[Key]:
-    """The statistics that a stage reads of the sites that are selected."""
+    """The statistics that a stage reads of the sites that are selected, and the block's samples."""
     sites = select(stage, graph).sites
-    return {(site.source, name) for site in sites for name in stage.wants(site)}
+    keys = {(site.source, name) for site in sites for name in stage.wants(site) - {BLOCK_IO}}
+    return keys | ({SAMPLES} if sites and BLOCK_IO in stage.needs else set())
 
 
 def solve_alone(weight: ModuleGraph, transform: Transform) -> ModuleGraph:

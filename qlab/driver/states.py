@@ -2,11 +2,14 @@
 of another dtype by its bits."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from qlab.driver.batches import Batch
 from qlab.errors import QlabError
+from qlab.files.carry import Carry
 from qlab.model.calls import Call, State
 
 
@@ -35,9 +38,37 @@ def flat(states: Iterable[State], dtype: torch.dtype) -> Iterator[Tensor]:
         yield from (t if t.dtype == dtype else t.contiguous().view(dtype) for t in state)
 
 
-def states_of(
-    tensors: Iterator[Tensor], calls: Sequence[Mapping[str, Call]], path: str, device: torch.device
-) -> Iterator[State]:
-    """The states that enter a block, put together again: the inverse of `flat`."""
-    for call in calls:
-        yield tuple(next(tensors).view(like.dtype).to(device) for like in call[path].entering)
+@dataclass(frozen=True)
+class Entering:
+    """The batches that enter a block, read from the file that holds their states.
+
+    Args:
+        calls: What every block is called with, batch by batch.
+        path: The block.
+        states: The file, which `flat` filled.
+        device: Where the block runs.
+    """
+
+    calls: Sequence[Mapping[str, Call]]
+    path: str
+    states: Carry
+    device: torch.device
+
+    def __call__(self) -> Iterator[Batch]:
+        """All batches in their order, one of which is in memory at a time."""
+        tensors = self.states.read()
+        for call in self.calls:
+            yield call[self.path], self._state(call[self.path], tensors)
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def __getitem__(self, i: int) -> Batch:
+        """One batch, read by itself."""
+        entering = [len(call[self.path].entering) for call in self.calls[: i + 1]]
+        tensors = self.states.at(sum(entering[:-1]), entering[-1])
+        return self.calls[i][self.path], self._state(self.calls[i][self.path], iter(tensors))
+
+    def _state(self, call: Call, tensors: Iterator[Tensor]) -> State:
+        """The inverse of `flat`, of one batch."""
+        return tuple(next(tensors).view(like.dtype).to(self.device) for like in call.entering)

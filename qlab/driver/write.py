@@ -12,6 +12,7 @@ import torch
 
 from qlab.codecs import CODECS
 from qlab.driver.apply import Quantized
+from qlab.driver.batches import sharing_a_pass
 from qlab.driver.job import CODEC, Job
 from qlab.driver.plan import plan_of
 from qlab.driver.report import PeakMemory, describe
@@ -135,7 +136,7 @@ def _written(
         if not run.writer.finished:
             stack.enter_context(run.writer.refusing())
     results: dict[str, Result] = {}
-    for names in [list(runs)] if first.inputs == "reference" else [[name] for name in runs]:
+    for names in sharing_a_pass({name: job.recipe for name, job in jobs.items()}, first.inputs):
         seconds, peak_bytes = _one_pass(skeleton, [runs[name] for name in names])
         for name in names:
             results[name] = Result(

@@ -2,6 +2,7 @@
 from."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -55,13 +56,23 @@ class Carry:
         """The batches; one at a time is in memory."""
         with self.path.open("rb") as file:
             for shape in self.shapes:
-                batch = torch.empty(shape, dtype=self.dtype, device="cpu")
-                if file.readinto(bytes_of(batch)) < batch.numel() * batch.itemsize:
-                    raise QlabError(
-                        f"{self.path} is shorter than the calibration data; remove its directory "
-                        "and start again"
-                    )
-                yield batch
+                yield self._next(file, shape)
+
+    def at(self, first: int, count: int) -> list[Tensor]:
+        """`count` batches from number `first` on, and no others."""
+        before = sum(map(math.prod, self.shapes[:first])) * self.dtype.itemsize
+        with self.path.open("rb") as file:
+            file.seek(before)
+            return [self._next(file, shape) for shape in self.shapes[first : first + count]]
+
+    def _next(self, file: BinaryIO, shape: tuple[int, ...]) -> Tensor:
+        batch = torch.empty(shape, dtype=self.dtype, device="cpu")
+        if file.readinto(bytes_of(batch)) < batch.numel() * batch.itemsize:
+            raise QlabError(
+                f"{self.path} is shorter than the calibration data; remove its directory "
+                "and start again"
+            )
+        return batch
 
     def is_sound(self) -> bool:
         """Whether the file holds what was written to it for this very use."""

@@ -6,7 +6,7 @@
 Example:
     >>> import qlab
     >>> list(qlab.METHODS)
-    ['rtn', 'rtn-weighted', 'hqq', 'awq', 'gptq', 'awq-gptq', 'gptaq']
+    ['rtn', 'rtn-weighted', 'hqq', 'awq', 'gptq', 'awq-gptq', 'gptaq', 'auto_round']
     >>> [stage.name for stage in qlab.METHODS["awq-gptq"]("int4-g64")]
     ['awq_scale', 'absorb', 'gptq']
 """
@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 
 from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Transform, chain
+from qlab.methods.auto_round import auto_round
 from qlab.methods.awq import awq, awq_scale
 from qlab.methods.gptaq import gptaq
 from qlab.methods.gptq import gptq
@@ -41,4 +42,5 @@ METHODS: Mapping[str, Callable[[Spec], Transform]] = {
     "gptq": gptq,
     "awq-gptq": awq_gptq,
     "gptaq": gptaq,
+    "auto_round": auto_round,
 }

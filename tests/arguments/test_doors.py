@@ -68,6 +68,8 @@ def given(saved, text, tmp_path_factory):
         "outside": {"transform": recipe},
         "chain": {},
         "rules": {"table": {"*": recipe}},
+        "each_block": {"name": "mine", "fn": print},
+        "auto_round_refine": {},
         "each_weight": {"name": "mine", "fn": print, "spec": INT4},
         "parse_spec": {"text": "int4-g32"},
         "reparametrize": {
@@ -77,7 +79,10 @@ def given(saved, text, tmp_path_factory):
             "M": torch.ones(2),
             "M_inv": torch.ones(2),
         },
-        **{name: {"spec": INT4} for name in ("rtn", "awq", "awq_scale", "gptq", "gptaq")},
+        **{
+            name: {"spec": INT4}
+            for name in ("rtn", "awq", "awq_scale", "gptq", "gptaq", "auto_round")
+        },
         "aim_at_reference": {},
         "smoothquant": {},
         **{n: {} for n in ("rotate_heads", "rotate_online", "quarot", "incoherence")},

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from model_folders import contents, random_tokens
+from quick import QUICK
 
 from qlab.algebra.grid import encode, minmax
 from qlab.algebra.spec import parse_spec
@@ -13,7 +14,6 @@ from qlab.directories.verify import verify
 from qlab.driver.quantize import compare, quantize
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
-from qlab.methods import METHODS
 from qlab.methods.gptaq import aim_at_reference, gptaq
 from qlab.methods.gptq import gptq
 from qlab.methods.inputs import quantize_inputs
@@ -29,7 +29,7 @@ def test_compare_gives_the_bytes_of_separate_runs_by_default_and_in_one_pass(
     source = saved()
     model, data = open_checkpoint(source), random_tokens(source)
     recipes = {
-        name: method(INT4) for name, method in METHODS.items() if name != "gptaq" or not inputs
+        name: method(INT4) for name, method in QUICK.items() if name != "gptaq" or not inputs
     }
     together = compare(model, recipes, data, tmp_path / "all", **inputs)
     for name, recipe in recipes.items():

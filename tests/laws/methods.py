@@ -1,8 +1,9 @@
 """What the laws run over. A new method adds one line to LAW_METHODS."""
 
+from quick import QUICK
+
 from qlab.algebra.grid import mse, signed, weighted_mse
 from qlab.algebra.transform import chain
-from qlab.methods import METHODS
 from qlab.methods.awq import awq_scale
 from qlab.methods.gptq import gptq, paper_order
 from qlab.methods.rotate import quarot, rotate_heads
@@ -10,7 +11,7 @@ from qlab.methods.rtn import rtn
 from qlab.methods.smoothquant import smoothquant
 
 LAW_METHODS = {  # name -> (spec -> transform)
-    **METHODS,
+    **QUICK,
     "rtn_mse": lambda spec: rtn(spec, mse),
     "rtn_signed": lambda spec: rtn(spec, signed),
     "rtn_weighted_mse": lambda spec: rtn(spec, weighted_mse),

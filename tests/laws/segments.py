@@ -11,12 +11,14 @@ from families import MIXTURES, tiny
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from qlab.algebra.block import SAMPLES
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.interpret import inputs_of
 from qlab.algebra.qtensor import dense
 from qlab.algebra.stats import STATS, Moment, Observation, stat_of
 from qlab.algebra.tracing.taken_apart import take_apart
 from qlab.algebra.tracing.trace import trace
+from qlab.driver.learning import BlockSamples
 from qlab.driver.solve import solve
 from qlab.model.calls import Call
 from qlab.model.paper import find_blocks, run_experts_here
@@ -32,7 +34,8 @@ class Segment:
 
     def observe(self, graph, keys, order=None):
         """The statistics of `wanted` over the batches, in this order of them."""
-        stats = {}
+        stats = {SAMPLES: samples_of(self)} if SAMPLES in keys else {}
+        keys = set(keys) - {SAMPLES}
         for i in order or range(len(self.batches)):
             inputs = inputs_of(graph, sorted({s for s, _ in keys}), *self.batches[i])
             for source, name in keys:
@@ -53,7 +56,8 @@ class Segment:
         return self.all_stats(self.graph)
 
     def all_stats(self, graph):
-        return self.observe(graph, {(s.source, name) for s in graph.sites for name in STATS})
+        keys = {(s.source, name) for s in graph.sites for name in STATS}
+        return self.observe(graph, keys | {SAMPLES})
 
     def solve(self, transform, graph=None):
         return solve(graph or self.graph, transform, self.observe)
@@ -114,6 +118,11 @@ def batches_of(seg):
         ), state
 
     return lambda: iter([one(*batch) for batch in seg.batches])
+
+
+def samples_of(seg):
+    """The segment's batches as what goes through one block, a batch for a window."""
+    return BlockSamples(seg.graph, [list(batches_of(seg)())])
 
 
 def of(block, *args, path="block"):

@@ -1,0 +1,97 @@
+"""Learning inside one block: gradients of its output error over random windows, and the best leaves
+kept."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlab.algebra.block import Block
+
+LOOKS = 8  # how often the loss over all windows is looked at, at most
+
+
+@dataclass(frozen=True)
+class Version:
+    """What a block would be at the present parameters. weights: path -> a tensor, differentiable in
+    the parameters. leaves: path -> the leaf that a file would hold, of the same numbers."""
+
+    weights: Mapping[str, Tensor]
+    leaves: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """steps: how many steps are taken. windows: how many windows a step sees, drawn at random."""
+
+    steps: int
+    windows: int
+
+
+def learn(
+    block: Block,
+    version: Callable[[], Version],
+    update: Callable[[float], None],
+    schedule: Schedule,
+) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """The best leaves that were seen, and notes: the block's loss over all windows at the start and
+    at the end.
+
+    Each step adds the gradients of the mean error of some windows to the parameters and calls
+    `update`, with what is left of the step size: 1 at first, then linearly less. The loss over all
+    windows is looked at some times on the way; leaves are kept only if it fell, so it never rises.
+    Learning that leaves the finite numbers ends, and the notes say at which step.
+
+    Args:
+        block: the block.
+        version: makes the weights of the present parameters.
+        update: changes the parameters by their gradients, and lets go of these.
+        schedule: how long.
+    """
+    every = range(block.count)
+    drawn = block.generator("windows of learning")
+    best, kept_at = version().leaves, 0
+    before = least = _loss(block, best, every)
+    notes: dict[str, Any] = {}
+    for t in range(schedule.steps):
+        indices = torch.randperm(block.count, generator=drawn)[: schedule.windows].tolist()
+        if not math.isfinite(_add_gradients(block, version().weights, indices)):
+            notes["diverged_at_step"] = t
+            break
+        update(1 - t / schedule.steps)
+        last = t + 1 == schedule.steps
+        if last or (t + 1) % math.ceil(schedule.steps / LOOKS) == 0:
+            with torch.no_grad():
+                leaves = version().leaves
+            loss = _loss(block, leaves, every)
+            if loss < least:
+                best, least, kept_at = leaves, loss, t + 1
+    notes |= {"block_loss_before": before, "block_loss": least, "kept_step": kept_at}
+    return best, {name: value for name, value in notes.items() if math.isfinite(value)}
+
+
+def _loss(block: Block, leaves: Mapping[str, Any], indices: range) -> float:
+    with torch.no_grad():
+        return float(block.loss(block.put(leaves), indices))
+
+
+def _add_gradients(block: Block, weights: Mapping[str, Tensor], indices: list[int]) -> float:
+    """Add the gradients of the mean error of windows to the parameters, and return that error.
+
+    Windows run one after the other, so that the activations of one are held at a time.
+    """
+    apart = {path: W.detach().requires_grad_() for path, W in weights.items()}
+    segment = block.put(apart)
+    total = 0.0
+    for i in indices:
+        error = block.error(segment, i) / len(indices)
+        if error.requires_grad:
+            error.backward()
+        total += float(error.detach())
+    reached = {path: leaf.grad for path, leaf in apart.items() if leaf.grad is not None}
+    if reached and math.isfinite(total):
+        torch.autograd.backward([weights[path] for path in reached], list(reached.values()))
+    return total

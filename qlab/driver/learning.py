@@ -1,0 +1,108 @@
+"""The samples of one block for steps that see it as a whole (`qlab.algebra.block`)."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qlab.algebra.block import BLOCK_IO
+from qlab.algebra.graph import ModuleGraph
+from qlab.algebra.interpret import outputs_of
+from qlab.algebra.transform import Stage, Transform
+from qlab.data.calibration import generator
+from qlab.driver.batches import Batch
+from qlab.driver.solve import Check
+
+KEPT = 1 << 30  # bytes of targets that are kept; further ones are computed when they are asked for
+SEED = 0
+
+
+def learns(stage: Stage) -> bool:
+    """Whether a stage sees a whole block."""
+    return BLOCK_IO in stage.needs
+
+
+def split(recipe: Transform) -> tuple[Transform, Transform]:
+    """The stages before the first that sees a whole block, and those from it on."""
+    first = next((i for i, stage in enumerate(recipe) if learns(stage)), len(recipe))
+    return recipe[:first], recipe[first:]
+
+
+class Windows(Protocol):
+    """Batches of one window each, any of which may be asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Batch: ...
+
+
+class BlockSamples:
+    """What goes through one block, window by window (`block.Samples`).
+
+    Args:
+        graph: The unquantized block.
+        streams: The batches that enter it, of one window each: in the model that is calibrated, and
+            in the unquantized one, where that is another.
+    """
+
+    def __init__(self, graph: ModuleGraph, streams: Sequence[Any]):
+        self.graph = graph
+        self.batches: Windows = streams[0]
+        self.reference: Windows = streams[-1]
+        self.targets: dict[int, Tensor] = {}
+        self.kept = 0
+        self.rounded: dict[str, Tensor] = {}
+
+    @property
+    def count(self) -> int:
+        return len(self.batches)
+
+    def entering(self, i: int) -> Tensor:
+        _, state = self.batches[i]
+        return state[0].clone()
+
+    def wanted(self, i: int) -> Tensor:
+        if i in self.targets:
+            return self.targets[i]
+        with torch.no_grad():
+            target = _leaving(self.graph, self.reference[i])
+        if self.kept + target.nbytes <= KEPT:
+            self.targets[i] = target
+            self.kept += target.nbytes
+        return target
+
+    def leaving(self, segment: ModuleGraph, i: int) -> Tensor:
+        return _leaving(segment, self.batches[i])
+
+    def unrounded(self, name: str) -> Tensor | None:
+        return self.rounded.get(name)
+
+    def generator(self, name: str) -> torch.Generator:
+        return generator(SEED, f"{self.graph.path}/{name}")
+
+    def note(self, before: ModuleGraph, after: ModuleGraph) -> None:
+        """Keep the weights that a stage rounded, for stages that refine their codes."""
+        for site in before.code.sites:
+            leaf = before.params[site.weight or ""]
+            rounded = isinstance(leaf, Tensor) and not isinstance(
+                after.params[site.weight or ""], Tensor
+            )
+            if rounded and isinstance(leaf, Tensor):
+                self.rounded[site.weight or ""] = leaf
+
+
+def noting(check: Check, samples: BlockSamples) -> Check:
+    """A check of every stage that also keeps the weights which stages round."""
+
+    def check_and_note(stage: Stage, before: ModuleGraph, after: ModuleGraph) -> None:
+        samples.note(before, after)
+        check(stage, before, after)
+
+    return check_and_note
+
+
+def _leaving(graph: ModuleGraph, batch: Batch) -> Tensor:
+    """The hidden states that leave the segment."""
+    call, state = batch
+    return call.leaving(state, outputs_of(graph, *call.inputs(state)))[0]

@@ -1,0 +1,64 @@
+"""AutoRound: at zero steps it is rounding to nearest, or the codes that it began with; what it
+keeps is never worse than that on all windows; and learning helps."""
+
+import pytest
+import torch
+from families import FAMILIES, MIXTURES
+from segments import assert_same, samples_of, segment
+
+from qlab.algebra.block import Block
+from qlab.algebra.spec import parse_spec
+from qlab.methods.auto_round import auto_round, auto_round_refine
+from qlab.methods.gptq import gptq
+from qlab.methods.rtn import rtn
+
+families = pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "opt"])
+SPECS = ["int4-g16", "int3-g32-asym", "int2-channel-asym", "int5-tensor", "fp8-channel"]
+FLOATS = ["nvfp4", "mxfp4", "mxfp6"]
+
+
+def error(seg, graph):
+    block = Block(segment=graph, samples=samples_of(seg), stats={})
+    return float(block.loss(graph, range(block.count)).detach())
+
+
+@families
+@pytest.mark.parametrize("text", [*SPECS, *FLOATS])
+def test_zero_steps_round_to_nearest(family, text):
+    seg, spec = segment(family), parse_spec(text)
+    learned, _ = seg.solve(auto_round(spec, steps=0))
+    nearest, _ = seg.solve(rtn(spec))
+    assert_same(learned, nearest)
+
+
+@families
+@pytest.mark.parametrize("before", [rtn, gptq])
+@pytest.mark.parametrize("text", ["int3-g16", "int3-g32-asym", "nvfp4", "fp8-channel"])
+def test_refining_begins_at_the_codes_that_are_there(family, before, text):
+    """Also where the parameters of the first step say so, and no leaf is handed through."""
+    from qlab.methods.auto_round import starts_refining
+
+    seg = segment(family)
+    first, _ = seg.solve(before(parse_spec(text)))
+    none, _ = seg.solve(auto_round_refine(steps=0), first)
+    assert_same(none, first)
+    samples = samples_of(seg)
+    samples.note(seg.graph, first)
+    block = Block(segment=first, samples=samples, stats={})
+    for path, start in starts_refining(block).items():
+        _, leaf = start.rounded(start.parameters())
+        weight = next(site.weight for site in first.sites if site.path == path)
+        assert torch.equal(leaf.codes.float(), first.params[weight].codes.float())
+        assert torch.equal(leaf.scales.float(), first.params[weight].scales.float())
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
+def test_what_is_kept_is_no_worse_than_nearest_and_learning_helps(family):
+    seg, spec = segment(family), parse_spec("int2-g32-asym")
+    nearest, _ = seg.solve(rtn(spec))
+    learned, _ = seg.solve(auto_round(spec, steps=16, windows=2))
+    assert error(seg, learned) < 0.97 * error(seg, nearest)
+    for note in learned.notes.values():
+        assert note["block_loss"] <= note["block_loss_before"]
+        assert note["block_loss"] == pytest.approx(error(seg, learned), rel=1e-3)
+        assert note["block_loss_before"] == pytest.approx(error(seg, nearest), rel=1e-3)

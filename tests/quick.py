@@ -1,0 +1,7 @@
+"""The methods of the command line, with few steps where they learn."""
+
+from qlab.methods import METHODS
+from qlab.methods.auto_round import auto_round
+
+LEARNING = {"auto_round": lambda spec: auto_round(spec, steps=2, windows=2)}
+QUICK = {**METHODS, **LEARNING}
