@@ -13,6 +13,8 @@ import qlab.process.quiet  # noqa: F401  before anything that it quietens is imp
 # public name -> the module that holds it
 HOMES = {
     "Block": "qlab.algebra.block",
+    "Cell": "qlab.algebra.cell",
+    "Feasible": "qlab.algebra.cell",
     "GRIDS": "qlab.methods.grid",
     "METHODS": "qlab.methods",
     "Int": "qlab.algebra.spec",
@@ -22,6 +24,7 @@ HOMES = {
     "Sum": "qlab.algebra.leaf",
     "Tile": "qlab.algebra.tile",
     "Tokens": "qlab.data.calibration",
+    "Weight": "qlab.algebra.cell",
     "absorb": "qlab.algebra.absorb",
     "aim_at_reference": "qlab.methods.gptaq",
     "apply": "qlab.driver.apply",
@@ -35,6 +38,7 @@ HOMES = {
     "convert": "qlab.directories.convert",
     "dense": "qlab.algebra.leaf",
     "each_block": "qlab.algebra.block",
+    "each_cell": "qlab.algebra.transform",
     "each_weight": "qlab.algebra.transform",
     "evaluate": "qlab.evaluation.perplexity",
     "first_windows": "qlab.data.calibration",

@@ -3,6 +3,9 @@
 from qlab.algebra.absorb import absorb as absorb
 from qlab.algebra.block import Block as Block
 from qlab.algebra.block import each_block as each_block
+from qlab.algebra.cell import Cell as Cell
+from qlab.algebra.cell import Feasible as Feasible
+from qlab.algebra.cell import Weight as Weight
 from qlab.algebra.gauge import gauge as gauge
 from qlab.algebra.leaf import LowRank as LowRank
 from qlab.algebra.leaf import Sum as Sum
@@ -13,6 +16,7 @@ from qlab.algebra.spec import parse_spec as parse_spec
 from qlab.algebra.tile import Tile as Tile
 from qlab.algebra.transform import at as at
 from qlab.algebra.transform import chain as chain
+from qlab.algebra.transform import each_cell as each_cell
 from qlab.algebra.transform import each_weight as each_weight
 from qlab.algebra.transform import keep as keep
 from qlab.algebra.transform import outside as outside

@@ -4,8 +4,9 @@ A scale goes into a norm's weight or a linear's rows (`qlab.algebra.folds`), a m
 into the rows of what produces the heads' values (`qlab.algebra.groups`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from qlab.algebra.groups import General, groups
 from qlab.algebra.online import MatMul, Multiply
 from qlab.algebra.stats import Stats
 from qlab.algebra.transform import Stage, Transform
+
+Act = Callable[[ModuleGraph, Tensor], Mapping[str, Any]]
 
 __all__ = ["Fold", "absorb", "fold_scales", "folds", "rows_move"]
 
@@ -30,14 +33,24 @@ def fold_scales(graph: ModuleGraph) -> ModuleGraph:
         m_k, M_hdd = _leading_scale(graph, sites), _leading_heads(graph, origin, sites)
         if m_k is not None:
             if not (m_k == 1).all():  # rounded rows that cannot be scaled have a scale of 1
-                graph = graph.update(places[origin].apply(graph, m_k))
+                graph = _acted(graph, places[origin].apply, m_k)
         elif M_hdd is not None:
-            graph = graph.update(groups(graph.code)[origin].apply(graph, M_hdd))
+            graph = _acted(graph, groups(graph.code)[origin].apply, M_hdd)
         else:
             continue
         online = {**graph.online, **{s.path: graph.online[s.path][1:] for s in sites}}
         graph = replace(graph, online={path: ops for path, ops in online.items() if ops})
     return graph
+
+
+def _acted(graph: ModuleGraph, act: Act, M: Tensor) -> ModuleGraph:
+    """The graph after M acted on a producer: on its leaves, and on what those are to be near to."""
+    new = graph.update(act(graph, M))
+    if not graph.targets:
+        return new
+    aims = act(replace(graph, params={**graph.params, **graph.targets}), M)
+    targets = {name: t for name, t in aims.items() if name in graph.targets}
+    return replace(new, targets={**new.targets, **targets})
 
 
 def _leading_heads(graph: ModuleGraph, origin: str, sites: Sequence[Site]) -> Tensor | None:

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qlab.algebra.graph import ModuleGraph, Site
+from qlab.algebra.measured import MEASURED, errors_in_notes, errors_of
 from qlab.algebra.qtensor import QTensor, dense
-from qlab.algebra.rounding import MEASURED, Copies, errors_in_notes, errors_of
+from qlab.algebra.rounding import Copies
 from qlab.algebra.spec import Spec
 from qlab.algebra.stats import Stats
 from qlab.algebra.transform import Stage, Transform

@@ -6,7 +6,7 @@ nothing else: equal blocks share their program, and files have no place for othe
 site-wise step sees the numbers of its own weights alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -62,6 +62,10 @@ class Seal:
 def _values(graph: ModuleGraph, stats: Stats) -> Iterator[tuple[str, Any]]:
     for name, leaf in graph.params.items():
         yield f"{graph.path}.{name}", leaf
+    for name, target in graph.targets.items():
+        yield f"the target of {graph.path}.{name}", target
+    for name, support in graph.supports.items():
+        yield f"the support of {graph.path}.{name}", support
     for path, ops in graph.online.items():
         for i, op in enumerate(ops):
             for part, value in getattr(op, "__dict__", {}).items():
@@ -112,7 +116,17 @@ def shown(graph: ModuleGraph, upstream: bool) -> ModuleGraph:
         hidden &= {site.weight for site in behind}
     if not hidden:
         return graph
-    return graph.update({weight: _on_meta(graph.params[weight]) for weight in sorted(hidden)})
+    leaves = {name: _on_meta(graph.params[name]) for name in sorted(hidden) if name}
+    return replace(
+        graph,
+        params={**graph.params, **leaves},
+        targets=_without(graph.targets, hidden),
+        supports=_without(graph.supports, hidden),
+    )
+
+
+def _without(by_name: Mapping[str, Tensor], hidden: Collection[str | None]) -> Mapping[str, Tensor]:
+    return {name: t for name, t in by_name.items() if name not in hidden}
 
 
 def _on_meta(leaf: Any) -> Any:
@@ -121,10 +135,24 @@ def _on_meta(leaf: Any) -> Any:
 
 def restored(new: ModuleGraph, seen: ModuleGraph, graph: ModuleGraph) -> ModuleGraph:
     """What a step made of `seen`, with the leaves of `graph` where it left them alone."""
-    if new.params is seen.params:
-        return replace(new, params=graph.params)
+    if seen is graph:
+        return new
     left_alone = [name for name, leaf in new.params.items() if leaf is seen.params[name]]
-    return new.update({name: graph.params[name] for name in left_alone})
+    return replace(
+        new,
+        params={**new.params, **{name: graph.params[name] for name in left_alone}},
+        targets={**new.targets, **_without(graph.targets, seen.targets)},
+        supports={**new.supports, **_without(graph.supports, seen.supports)},
+    )
+
+
+def with_targets(new: ModuleGraph, before: ModuleGraph) -> ModuleGraph:
+    """A new graph whose step replaced leaves and said nothing of their targets, with those that
+    `ModuleGraph.update` gives them."""
+    if new.targets is not before.targets:
+        return new
+    changed = {name: leaf for name, leaf in new.params.items() if leaf is not before.params[name]}
+    return replace(new, targets=before.update(changed).targets) if changed else new
 
 
 def refuse_others(
@@ -143,6 +171,7 @@ def refuse_others(
         reason = _misfit(new.params[name], graph.params[name], sites.get(name), spec)
         if reason:
             raise QlabError(f"the stage {step!r} made {graph.path}.{name} {reason}")
+    _refuse_cells(step, graph, new)
     if spec:
         _refuse_unrounded(step, spec, graph, new)
     if sitewise:
@@ -170,6 +199,18 @@ def _refuse_structure(step: str, graph: ModuleGraph, new: ModuleGraph) -> None:
             f"the stage {step!r} puts an operation on {elsewhere[0]!r}, which is no site "
             f"of {graph.path}; its sites are {', '.join(paths)}"
         )
+
+
+def _refuse_cells(step: str, graph: ModuleGraph, new: ModuleGraph) -> None:
+    """Refuse a target or a support of what is no site."""
+    known = {site.weight for site in graph.code.sites}
+    for what, by_name in (("target", new.targets), ("support", new.supports)):
+        unknown = sorted(by_name.keys() - known)
+        if unknown:
+            raise QlabError(
+                f"the stage {step!r} gives a {what} to {graph.path}.{unknown[0]}, which is the "
+                "weight of no site; give one to weights of `graph.sites` alone"
+            )
 
 
 def _refuse_unrounded(step: str, spec: Spec, graph: ModuleGraph, new: ModuleGraph) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from qlab.algebra.experts import EXPERT_OPS
-from qlab.algebra.leaf import Structured
+from qlab.algebra.leaf import Structured, dense
 from qlab.algebra.qtensor import Params
 from qlab.algebra.tracing.taken_apart import Form, take_apart
 from qlab.errors import QlabError
@@ -199,6 +199,10 @@ class ModuleGraph:
     selected: paths of the sites that a transform may touch (None: all). notes: site path -> what
     stages report of it. outers: site path -> a global scale that was fixed beforehand.
 
+    supports: leaf -> bool [..., o, k], False where a step set the weight to 0, so that it stays 0.
+    targets: leaf -> what the weight is to be near to, in the layout of its dense form, where that
+    is not the leaf itself.
+
     stored: leaf -> the dtype that the files hold it in, where that is not `dtype`. held: leaf ->
     the dtype that the model computes with, where that is not the leaf's own.
     """
@@ -214,6 +218,8 @@ class ModuleGraph:
     outers: Mapping[str, Tensor] = field(default_factory=dict)
     stored: Mapping[str, torch.dtype] = field(default_factory=dict)
     held: Mapping[str, torch.dtype] = field(default_factory=dict)
+    supports: Mapping[str, Tensor] = field(default_factory=dict)
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -225,8 +231,14 @@ class ModuleGraph:
         return f"{self.path}.{site.path}" if self.path else site.path
 
     def update(self, leaves: Mapping[str, Tensor | Structured]) -> "ModuleGraph":
-        """The same graph with some leaves replaced."""
-        return replace(self, params={**self.params, **leaves})
+        """The same graph with some leaves replaced. A new tensor is its own target; the target of
+        any other leaf is what was the target before it."""
+        targets = {name: t for name, t in self.targets.items() if name not in leaves}
+        for name, leaf in leaves.items():
+            before = self.targets.get(name, self.params.get(name))
+            if not isinstance(leaf, Tensor) and isinstance(before, Tensor):
+                targets[name] = before
+        return replace(self, params={**self.params, **leaves}, targets=targets)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype in which an unquantized leaf is written."""
@@ -237,7 +249,7 @@ class ModuleGraph:
         files hold it is cast to the dtype that the model holds it in."""
         leaf = self.params[name]
         if expert is not None:
-            leaf = pytree.tree_map_only(Tensor, lambda t: t[expert], leaf)
+            leaf = _of_expert(leaf, expert)
         as_in_files = (
             name in self.held and isinstance(leaf, Tensor) and leaf.dtype == self.stored_dtype(name)
         )
@@ -254,10 +266,36 @@ class ModuleGraph:
         W = leaf.float() if expert is None else leaf[expert].float()
         return W.mT if site.layout.endswith("k o") else W
 
+    def leaf_ok(self, site: Site, expert: int | None = None) -> Tensor | Structured:
+        """The site's leaf, or that of one expert, as it is; a tensor as `weight_ok` gives it."""
+        leaf = self.params[site.weight or ""]
+        if isinstance(leaf, Tensor):
+            return self.weight_ok(site, expert)
+        return leaf if expert is None else _of_expert(leaf, expert)
+
+    def target_ok(self, site: Site, expert: int | None = None) -> Tensor:
+        """What the site's weight is to be near to, in fp32 [..., o, k], or that of one expert.
+        Codes that no step of this run made are their own target."""
+        target = self.targets.get(site.weight or "")
+        if target is None:
+            return dense(self.leaf_ok(site, expert), torch.float32)
+        W = target.float() if expert is None else target[expert].float()
+        return W.mT if site.layout.endswith("k o") else W
+
+    def support_ok(self, site: Site, expert: int | None = None) -> Tensor | None:
+        """Where the site's weight may differ from 0, bool [..., o, k]; None where it may
+        everywhere."""
+        support = self.supports.get(site.weight or "")
+        return support if support is None or expert is None else support[expert]
+
     def shares_memory(self, site: Site) -> bool:
         """Whether `weight_ok` is a view of the leaf, which is float32 already, and no copy."""
         leaf = self.params[site.weight] if site.weight else None
         return isinstance(leaf, Tensor) and leaf.dtype == torch.float32
+
+
+def _of_expert(leaf: Any, expert: int) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t[expert], leaf)
 
 
 def refuse_overflow(where: str, tensor: Tensor, dtype: torch.dtype) -> None:

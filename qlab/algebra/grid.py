@@ -220,17 +220,23 @@ def encode_rows(
         return q, e_o
     plain = encode(minmax, W_ok, spec, outer=q.outer)
     plain_o = errors(dense(plain, torch.float32).sub_(W_ok))
-    rows = spec.tile.sizes(W_ok.shape)[0]
-    tile_o = torch.arange(len(W_ok), device=e_o.device) // rows
-    gain_o = F.pad(e_o - plain_o, (0, len(q.scales) * rows - len(W_ok)))
+    return least_rows(q, e_o, plain, plain_o)
+
+
+def least_rows(q: QTensor, e_o: Tensor, other: QTensor, other_o: Tensor) -> tuple[QTensor, Tensor]:
+    """Of two leaves of one grid the rows with the smaller error, and those errors [o]. Rows that
+    share scales go together, by the sum of their errors; q keeps those that are equal."""
+    rows = q.spec.tile.sizes(q.shape)[0]
+    tile_o = torch.arange(len(q.codes), device=e_o.device) // rows
+    gain_o = F.pad(e_o - other_o, (0, len(q.scales) * rows - len(q.codes)))
     better_a = gain_o.view(-1, rows).sum(1) > 0
     better_o = better_a[tile_o]
-    codes = _rows(better_o, plain.codes, q.codes)
-    scales = _rows(better_a, plain.scales, q.scales)
+    codes = _rows(better_o, other.codes, q.codes)
+    scales = _rows(better_a, other.scales, q.scales)
     zeros = None
-    if q.zeros is not None and plain.zeros is not None:
-        zeros = _rows(better_a, plain.zeros, q.zeros)
-    return QTensor(codes, scales, zeros, q.spec, q.outer), torch.where(better_o, plain_o, e_o)
+    if q.zeros is not None and other.zeros is not None:
+        zeros = _rows(better_a, other.zeros, q.zeros)
+    return QTensor(codes, scales, zeros, q.spec, q.outer), torch.where(better_o, other_o, e_o)
 
 
 def _rows(first_a: Tensor, x_an: Tensor, y_an: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qlab.algebra.leaf import dense as dense
-from qlab.algebra.spec import Float, Spec
+from qlab.algebra.spec import Float, Int, Spec
 from qlab.errors import QlabError
 
 
@@ -142,3 +142,32 @@ def largest_step(leaf: QTensor, D_ok: Tensor) -> float:
     error_ag = torch.maximum(-D.amin(-1), D.amax(-1))
     error_in_steps = error_ag / steps(leaf.scales, leaf.outer, torch.float32).abs()
     return float(error_in_steps.nan_to_num(0.0).max())  # 0 / 0 where the scale is 0
+
+
+def off_grid(leaf: QTensor) -> str | None:
+    """Why the leaf is not on the grid that its spec names, or None. Shapes are the leaf's own
+    invariants."""
+    if not torch.isfinite(leaf.scales.float()).all():
+        return "a scale is NaN or Inf"
+    if leaf.outer is not None and not (torch.isfinite(leaf.outer) & (leaf.outer != 0)).all():
+        return "its global scale is 0, NaN or Inf"
+    if isinstance(leaf.spec, Int):
+        named = {
+            "codes": leaf.codes,
+            "zeros": leaf.zeros if leaf.spec.zero_dtype == torch.int8 else None,
+        }
+        for name, tensor in named.items():
+            low, high = (0, 0) if tensor is None else (int(x) for x in tensor.aminmax())
+            if low < leaf.spec.qmin or high > leaf.spec.qmax:
+                return (
+                    f"{name} span [{low}, {high}] and {leaf.spec} has [{leaf.spec.qmin}, "
+                    f"{leaf.spec.qmax}]"
+                )
+    elif (
+        not torch.isfinite(leaf.codes.float()).all()
+        or float(leaf.codes.float().abs().max()) > leaf.spec.max
+    ):
+        return f"a code is NaN or above {leaf.spec.max}"
+    if leaf.zeros is not None and not torch.isfinite(leaf.zeros.float()).all():
+        return "a zero point is NaN or Inf"
+    return None

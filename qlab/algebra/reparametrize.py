@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qlab.algebra.graph import ModuleGraph, Op, by_origin, by_source
+from qlab.algebra.graph import ModuleGraph, Op, Site, by_origin, by_source
 from qlab.algebra.online import MatMul, Multiply, Rotate, rotate
 from qlab.algebra.stats import Stats, transport
 from qlab.errors import QlabError
@@ -60,18 +60,24 @@ def reparametrize(
         )
     _refuse_no_inverse(", ".join(map(graph.where, sharing)), M, M_inv)
     M = M.clone()  # it stays with the input, and the caller may change his own
-    leaves, online = {}, dict(graph.online)
+    leaves, targets, online = {}, {}, dict(graph.online)
     for site in sharing:
         W_ok = graph.weight_ok(site)
         _refuse_misfit(graph.where(site), W_ok, M)
-        moved = _against(W_ok, M_inv)
         assert site.weight is not None
-        leaves[site.weight] = moved.mT if site.layout.endswith("k o") else moved
+        leaves[site.weight] = _laid(site, _against(W_ok, M_inv))
+        if site.weight in graph.targets:
+            targets[site.weight] = _laid(site, _against(graph.target_ok(site), M_inv))
         online[site.path] = (*online.get(site.path, ()), _operation(M, W_ok.shape[-1]))
     for source in by_source(sharing):
         if any(of_source == source for of_source, _ in stats):
             stats = transport(stats, source, _whole(M, W_ok.shape[-1]))
-    return replace(graph.update(leaves), online=online), stats
+    graph = graph.update(leaves)
+    return replace(graph, online=online, targets={**graph.targets, **targets}), stats
+
+
+def _laid(site: Site, W_ok: Tensor) -> Tensor:
+    return W_ok.mT if site.layout.endswith("k o") else W_ok
 
 
 def is_scale(M: Tensor) -> bool:

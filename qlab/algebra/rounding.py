@@ -1,12 +1,10 @@
-"""One site under a step that makes its weight anew: what the step is given, what it may return,
-and what the report says of its errors.
+"""One site under a step that makes its weight anew: what the step is given, and what of its result
+is taken.
 
-Legend: W_ok a weight in fp32, D_ok = W' - W the error of the leaf W', H the mean second moment of
-the input.
+Legend: W_ok a weight in fp32.
 """
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,65 +13,59 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from qlab.algebra.cell import Cell, Feasible, Misfit, Weight, refuse_misfit, refuse_support
 from qlab.algebra.graph import ModuleGraph, Site
-from qlab.algebra.leaf import Structured, dense, is_leaf, proper
-from qlab.algebra.qtensor import QTensor, largest_step, shared_outer
-from qlab.algebra.spec import Spec, same_grid, with_scale_dtype
-from qlab.algebra.stats import Moment
+from qlab.algebra.leaf import Structured, is_leaf, proper
+from qlab.algebra.measured import MEASURED, Errors, errors_in_notes, errors_of, merged
+from qlab.algebra.qtensor import QTensor, shared_outer
+from qlab.algebra.spec import Spec, with_scale_dtype
 from qlab.errors import QlabError
 
-# Entries of the report that are measured, so that no step may note them.
-MEASURED = {
-    "spec",
-    "shape",
-    "bits_per_weight",
-    "inputs",
-    "weight_error",
-    "largest_step",
-    "zeros",
-    "tokens",
-    "loss",
-    "expert_tokens",
-    "experts_with_few_tokens",
-}
 Leaf = Tensor | Structured
 WeightFn = Callable[[Tensor, Mapping[str, Any], Any], tuple[Leaf, Mapping[str, Any]]]
+CellFn = Callable[[Weight], Cell]
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step that makes each weight anew: fn(W_ok, statistics, spec) -> (leaf, notes). Where it
-    rounds nothing, spec is None."""
+    """A step that makes each weight anew: fn(weight) -> cell. Where it rounds nothing, spec is
+    None.
+
+    of_arrays: it sees dense weights alone, and its errors are those from the weight that it was
+    given; those of other steps are from the target.
+    """
 
     name: str
-    fn: WeightFn
+    fn: CellFn
     spec: Spec | None
+    of_arrays: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Errors:
-    """How far a leaf W' is from its weight W: |D| = |W' - W|, |W|, and the largest error in steps.
+class Solved:
+    """What a step made of one weight [o, k].
 
-    Where the second moment H was observed also tr(D H D^T), tr(W H W^T), the tokens that H was
-    observed on (None without H), and its channels.
+    Of leaf, target and support each is None where the step left it alone; a leaf that is its own
+    target is that target. note: what the step says.
     """
 
-    D: float
-    W: float
-    steps: float = 0.0
-    D_H: float = 0.0
-    W_H: float = 0.0
-    tokens: int | None = None
-    channels: int = 0
-
-
-@dataclass(frozen=True)
-class Solved:
-    """What a step made of one weight, what it notes, and the errors."""
-
-    leaf: Leaf
+    leaf: Any
+    target: Tensor | None
+    support: Tensor | None
     note: Mapping[str, Any]
     errors: Errors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """The same of a site, as a graph holds it: leaf and target in the site's layout, the support
+    [..., o, k], each None where the graph's own stays. aimed: the target is another."""
+
+    leaf: Any
+    target: Tensor | None
+    aimed: bool
+    support: Tensor | None
+    note: dict[str, Any]
 
 
 class Copies(Mapping[str, Any]):
@@ -108,6 +100,42 @@ def _copy(value: Any) -> Any:
     return pytree.tree_map_only(Tensor, torch.clone, value)
 
 
+def _copy(value: Any) -> Any:
+    return pytree.tree_map_only(Tensor, torch.clone, value)
+
+
+def of_arrays(fn: WeightFn) -> CellFn:
+    """A step of cells from a function of arrays: fn(W_ok, statistics, spec) -> (leaf, notes).
+
+    Where it rounds nothing, the tensor that it makes is what later steps aim at.
+    """
+
+    def on_cell(weight: Weight) -> Cell:
+        cell = weight.cell
+        returned = fn(cell.leaf, weight.stats, cell.feasible.spec)  # type: ignore[arg-type]
+        if not _is_leaf_and_note(returned):
+            parts = (
+                [type(part).__name__ for part in returned]
+                if isinstance(returned, tuple)
+                else type(returned).__name__
+            )
+            raise Misfit(
+                f"{cell.name}: {cell.step} returned {parts}; return (tensor or QTensor, notes), "
+                "notes a mapping that may be empty"
+            )
+        leaf, notes = returned
+        aims = cell.feasible.spec is None and isinstance(leaf, Tensor)
+        return replace(cell, leaf=leaf, target=leaf if aims else cell.target, notes=notes)
+
+    return on_cell
+
+
+def _is_leaf_and_note(returned: Any) -> bool:
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        return False
+    return is_leaf(returned[0]) and isinstance(returned[1], Mapping)
+
+
 # ------------------------------------------------------------------ a site
 def solve(
     step: Step,
@@ -115,28 +143,29 @@ def solve(
     site: Site,
     seen: Mapping[str, Any],
     outer: Tensor | None,
-) -> tuple[Leaf, dict[str, Any]]:
-    """The leaf that the step makes of a site, in the site's layout, and what the report says of it.
+) -> Placed:
+    """What the step makes of a site, and what the report says of it.
 
     seen: the statistics of the site's input; for routed experts, one state per expert. outer: the
     global scale [1], or [e, 1], that the step is told.
     """
     if site.route is None:
         parts = [solve_weight(step, graph, site, {**seen, "outer": outer})]
-        leaf = parts[0].leaf
     else:
         parts = _solve_experts(step, graph, site, seen, outer)
-        try:
-            leaf = _stacked([part.leaf for part in parts])
-        except QlabError as error:
-            raise QlabError(f"{graph.where(site)}: of what {step.name} made {error}") from error
-    if isinstance(leaf, Tensor) and site.layout.endswith("k o"):
-        leaf = leaf.mT.contiguous()  # codes are [o, k] in every layout
     note = {
         **errors_in_notes([part.errors for part in parts]),
         **merged([part.note for part in parts]),
     }
-    return leaf, note
+    aimed = any(part.target is not None for part in parts)
+    own = aimed and all(part.target is part.leaf for part in parts)  # each is its own target
+    return Placed(
+        leaf=_leaf_of(step, graph, site, parts),
+        target=_target_of(graph, site, parts) if aimed and not own else None,
+        aimed=aimed,
+        support=_support_of(graph, site, parts),
+        note=note,
+    )
 
 
 def _solve_experts(
@@ -156,6 +185,52 @@ def _solve_experts(
         return solve_weight(step, graph, site, own, e)
 
     return [solve_expert(e) for e in range(graph.params[site.weight].shape[0])]
+
+
+def _experts(site: Site, parts: Sequence[Solved]) -> Sequence[int | None]:
+    return [None] if site.route is None else range(len(parts))
+
+
+def _laid(site: Site, leaf: Any) -> Any:
+    """A leaf [..., o, k] in the layout of the site, which is that of its tensors alone."""
+    turned = isinstance(leaf, Tensor) and site.layout.endswith("k o")
+    return leaf.mT.contiguous() if turned else leaf
+
+
+def _leaf_of(step: Step, graph: ModuleGraph, site: Site, parts: Sequence[Solved]) -> Any:
+    if all(part.leaf is None for part in parts):
+        return None
+    if site.route is None:
+        return _laid(site, parts[0].leaf)
+    leaves = [
+        graph.leaf_ok(site, e) if part.leaf is None else part.leaf
+        for e, part in zip(_experts(site, parts), parts)
+    ]
+    try:
+        return _laid(site, _stacked(leaves))
+    except QlabError as error:
+        raise QlabError(f"{graph.where(site)}: of what {step.name} made {error}") from error
+
+
+def _target_of(graph: ModuleGraph, site: Site, parts: Sequence[Solved]) -> Tensor:
+    targets = [
+        graph.target_ok(site, e) if part.target is None else part.target
+        for e, part in zip(_experts(site, parts), parts)
+    ]
+    return _laid(site, targets[0] if site.route is None else torch.stack(targets))
+
+
+def _support_of(graph: ModuleGraph, site: Site, parts: Sequence[Solved]) -> Tensor | None:
+    if all(part.support is None for part in parts):
+        return None
+    everywhere = next(torch.ones_like(part.support) for part in parts if part.support is not None)
+    supports: list[Tensor] = []
+    for e, part in zip(_experts(site, parts), parts):
+        before = graph.support_ok(site, e)
+        supports.append(
+            part.support if part.support is not None else everywhere if before is None else before
+        )
+    return supports[0] if site.route is None else torch.stack(supports)
 
 
 def _form(leaf: Any) -> Any:
@@ -189,47 +264,93 @@ def solve_weight(
     The step gets copies and its leaf is copied, so that it may write to both, now and later.
     """
     where = graph.where(site)
-    W_ok = graph.weight_ok(site, expert)
-    if not torch.isfinite(W_ok).all():
-        raise QlabError(
-            f"{where}.weight holds NaN or Inf; repair the checkpoint or keep() this site"
-        )
-    if graph.shares_memory(site):
-        W_ok = W_ok.clone()
-    spec = with_scale_dtype(step.spec, graph.dtype) if step.spec else None
-    try:
-        returned = step.fn(W_ok, Copies(seen), spec)
-    except QlabError as error:
-        of_expert = "" if expert is None else f", expert {expert}"
-        raise QlabError(f"{where}{of_expert}: {error}") from error
-    del W_ok  # the step may have written to it
+    given = _given(step, graph, site, expert)
+    codes = proper(given.leaf)
+    # Codes go on with the global scale that they have.
+    stats = {**seen, "outer": codes.outer} if isinstance(codes, QTensor) else seen
+    returned = _returned(step, Weight(where, given, Copies(stats), expert))
     leaf, note = _leaf_and_note(returned, f"{where}: {step.name}")
-    W_ok = graph.weight_ok(site, expert)
-    if leaf.shape != W_ok.shape:
+    is_target = returned.target is returned.leaf and isinstance(leaf, Tensor)
+    own = is_target and (step.of_arrays or returned.target is not given.target)
+    aimed = None if own or returned.target is given.target else _copy(returned.target)
+    support = None if returned.support is given.support else _copy(returned.support)
+    same = returned.leaf is given.leaf and not step.of_arrays
+    # The step may have written to what it was given, so the graph's own is measured against.
+    del given, returned
+    true = _cell(step, graph, site, expert)
+    if support is not None:
+        refuse_support(true, support)
+        true = replace(true, feasible=replace(true.feasible, support=support))
+    refuse_misfit(leaf, true)
+    if aimed is not None:
+        true = true.aim(aimed)
+    return Solved(
+        leaf=None if same and _equal(leaf, graph.leaf_ok(site, expert)) else leaf,
+        target=leaf if own else aimed,
+        support=support,
+        note=note,
+        errors=errors_of(true.target, leaf, seen.get("second_moment")),
+    )
+
+
+def _returned(step: Step, weight: Weight) -> Cell:
+    """What the step returns, with refusals of its own by the name of the weight."""
+    try:
+        returned = step.fn(weight)
+    except Misfit:
+        raise
+    except QlabError as error:
+        of_expert = "" if weight.expert is None else f", expert {weight.expert}"
+        raise QlabError(f"{weight.name}{of_expert}: {error}") from error
+    if not isinstance(returned, Cell):
         raise QlabError(
-            f"{where}: {step.name} made a weight {tuple(leaf.shape)} of one {tuple(W_ok.shape)}"
+            f"{weight.name}: {step.name} returned a {type(returned).__name__}; return a cell, such "
+            "as weight.cell.put(leaf)"
         )
-    _refuse_nonfinite(leaf, f"{where}: {step.name} made")
-    _refuse_unplanned(leaf, step.spec, f"{where}: {step.name}")
-    return Solved(leaf, note, errors_of(W_ok, leaf, seen.get("second_moment")))
+    return returned
 
 
-def _leaf_and_note(returned: Any, step: str) -> tuple[Leaf, Mapping[str, Any]]:
+def _cell(step: Step, graph: ModuleGraph, site: Site, expert: int | None) -> Cell:
+    """The cell of one weight under a step, on the step's grid. Its tensors may be the graph's."""
+    leaf = graph.weight_ok(site, expert) if step.of_arrays else graph.leaf_ok(site, expert)
+    target = leaf
+    if not step.of_arrays and (site.weight in graph.targets or not isinstance(leaf, Tensor)):
+        target = graph.target_ok(site, expert)
+    codes = proper(leaf)
+    spec = codes.spec if isinstance(codes, QTensor) else None
+    if step.spec and not isinstance(leaf, Tensor):
+        raise QlabError(
+            f"{graph.where(site)} is quantized already; give each site one rounding method"
+        )
+    if step.spec:
+        spec = with_scale_dtype(step.spec, graph.dtype)
+    feasible = Feasible(spec, graph.support_ok(site, expert))
+    return Cell(target=target, leaf=leaf, feasible=feasible, name=graph.where(site), step=step.name)
+
+
+def _given(step: Step, graph: ModuleGraph, site: Site, expert: int | None) -> Cell:
+    """The cell that a step gets: copies, which it may write to. Refuses NaN and Inf."""
+    cell = _cell(step, graph, site, expert)
+    W_ok, target, support = cell.leaf, cell.target, cell.support
+    own = target is W_ok
+    if isinstance(W_ok, Tensor):
+        if not torch.isfinite(W_ok).all():
+            raise QlabError(
+                f"{cell.name}.weight holds NaN or Inf; repair the checkpoint or keep() this site"
+            )
+        if graph.shares_memory(site):
+            W_ok = W_ok.clone()
+    else:
+        W_ok = _copy(W_ok)
+    feasible = cell.feasible if support is None else replace(cell.feasible, support=support.clone())
+    return replace(cell, leaf=W_ok, target=W_ok if own else target.clone(), feasible=feasible)
+
+
+def _leaf_and_note(cell: Cell, step: str) -> tuple[Leaf, Mapping[str, Any]]:
     """A copy of the leaf that a step returned, and its notes as JSON holds them. step: where it
     stands and its name, for errors."""
-    if not _is_leaf_and_note(returned):
-        parts = (
-            [type(part).__name__ for part in returned]
-            if isinstance(returned, tuple)
-            else type(returned).__name__
-        )
-        raise QlabError(
-            f"{step} returned {parts}; return (tensor or QTensor, notes), notes a mapping that "
-            "may be empty"
-        )
-    leaf, note = returned
     try:
-        note = json.loads(json.dumps(dict(note), allow_nan=False))
+        note = json.loads(json.dumps(dict(cell.notes), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise QlabError(
             f"{step} notes what no report holds ({error}); note numbers and texts"
@@ -240,41 +361,13 @@ def _leaf_and_note(returned: Any, step: str) -> tuple[Leaf, Mapping[str, Any]]:
             f"{step} notes {taken[0]!r}, which is measured and not said by a step; choose another "
             "name"
         )
-    return _copy(leaf), note
+    return _copy(cell.leaf), note
 
 
-def _is_leaf_and_note(returned: Any) -> bool:
-    if not isinstance(returned, tuple) or len(returned) != 2:
-        return False
-    return is_leaf(returned[0]) and isinstance(returned[1], Mapping)
-
-
-def _refuse_unplanned(leaf: Leaf, spec: Spec | None, step: str) -> None:
-    codes = proper(leaf)
-    actual = codes.spec if isinstance(codes, QTensor) else None
-    as_planned = same_grid(actual, spec) if actual and spec else actual is spec
-    if not as_planned:
-        planned = f"is to round to {spec}" if spec else "is to round nothing"
-        raise QlabError(
-            f"{step} made {actual or 'plain numbers'} and {planned}, which is what was planned; "
-            "return a QTensor of the spec, or a tensor where each_weight has none"
-        )
-
-
-def _refuse_nonfinite(leaf: Leaf, step: str) -> None:
-    if isinstance(leaf, Tensor):
-        if not torch.isfinite(leaf).all():
-            raise QlabError(f"{step} a weight that holds NaN or Inf")
-        return
-    codes = proper(leaf)
-    if isinstance(codes, QTensor) and not torch.isfinite(codes.scales.float()).all():
-        raise QlabError(
-            f"{step} scales that {codes.scales.dtype} does not hold (NaN or Inf); choose another "
-            "scale dtype"
-        )
-    # Codes that are finite have a finite sum with finite scales, so only others are made dense.
-    if codes is not leaf or not isinstance(codes, QTensor):
-        _refuse_nonfinite(dense(leaf, torch.float32), step)
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two leaves are the same, bit for bit."""
+    ours, theirs = pytree.tree_leaves(a), pytree.tree_leaves(b)
+    return all(torch.equal(x, y) for x, y in zip(ours, theirs) if isinstance(x, Tensor))
 
 
 # ------------------------------------------------------------------ global scales
@@ -285,7 +378,8 @@ def outer_scales(graph: ModuleGraph, spec: Spec | None) -> dict[str, Tensor]:
         return {}
     groups: dict[Any, list[Site]] = {}
     for site in graph.sites:
-        if site.path not in graph.outers:
+        dense_yet = isinstance(graph.params[site.weight or ""], Tensor)
+        if site.path not in graph.outers and dense_yet:
             experts = graph.weight_ok(site).shape[:-2]
             groups.setdefault((site.source, experts), []).append(site)
     outers = dict(graph.outers)
@@ -294,60 +388,3 @@ def outer_scales(graph: ModuleGraph, spec: Spec | None) -> dict[str, Tensor]:
         if outer is not None:
             outers |= {site.path: outer for site in sites}
     return outers
-
-
-# ------------------------------------------------------------------ errors and notes
-def errors_of(W_ok: Tensor, leaf: Leaf, moment: Moment | None) -> Errors:
-    """How far a leaf [o, k] is from its weight."""
-    D_ok = dense(leaf, torch.float32) - W_ok
-    steps = 0.0
-    codes = proper(leaf)
-    if isinstance(codes, QTensor) and codes.perm is None:
-        steps = largest_step(codes, D_ok)
-    errors = Errors(D=float(D_ok.norm()), W=float(W_ok.norm()), steps=steps)
-    if moment is None:
-        return errors
-    return replace(
-        errors,
-        D_H=moment.output_error(D_ok),
-        W_H=moment.output_error(W_ok),
-        tokens=moment.tokens,
-        channels=len(moment.sum_kk),
-    )
-
-
-def errors_in_notes(parts: Sequence[Errors]) -> dict[str, Any]:
-    """What the report says of a site's errors. parts: one per expert, or one in all. Losses of
-    experts are weighted by their tokens."""
-    error = math.hypot(*(part.D for part in parts))
-    size = math.hypot(*(part.W for part in parts))
-    notes: dict[str, Any] = {
-        "weight_error": error / max(size, 1e-30),
-        "largest_step": max(part.steps for part in parts),
-    }
-    counts = [part.tokens for part in parts if part.tokens is not None]
-    if not counts:
-        return notes
-    notes["tokens"] = sum(counts)
-    shares = [tokens / max(notes["tokens"], 1) for tokens in counts]
-    D_H = sum(part.D_H * share for part, share in zip(parts, shares))
-    W_H = sum(part.W_H * share for part, share in zip(parts, shares))
-    notes["loss"] = D_H / max(W_H, 1e-30)
-    if len(parts) > 1:
-        notes["expert_tokens"] = counts
-        # With fewer tokens than input channels, an expert's second moment is singular.
-        notes["experts_with_few_tokens"] = [
-            e
-            for e, part in enumerate(parts)
-            if part.tokens is not None and part.tokens < part.channels
-        ]
-    return notes
-
-
-def merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a step notes of the experts of a site: one value where all agree, otherwise a list."""
-    lists = {key: [note[key] for note in notes] for key in notes[0]}
-    return {
-        key: values[0] if all(value == values[0] for value in values) else values
-        for key, values in lists.items()
-    }

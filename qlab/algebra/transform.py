@@ -4,16 +4,27 @@
 `each_weight` makes a stage of a function of one weight. `apply` runs a stage.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from qlab.algebra.claims import Observed, Seal, reads_elsewhere, refuse_others, restored, shown
+from torch import Tensor
+
+from qlab.algebra.claims import (
+    Observed,
+    Seal,
+    reads_elsewhere,
+    refuse_others,
+    restored,
+    shown,
+    with_targets,
+)
 from qlab.algebra.graph import ModuleGraph, Op, Site
-from qlab.algebra.rounding import Step, WeightFn, outer_scales, solve
+from qlab.algebra.rounding import CellFn, Step, WeightFn, of_arrays, outer_scales, solve
 from qlab.algebra.scope import Scope
 from qlab.algebra.spec import Spec
 from qlab.algebra.stats import Stats
-from qlab.algebra.zeros import noted, refuse_lost
+from qlab.algebra.zeros import masked, narrowed
 from qlab.errors import QlabError
 
 Apply = Callable[[ModuleGraph, Stats], tuple[ModuleGraph, Stats]]
@@ -231,23 +242,85 @@ def each_weight(
         >>> [stage.name for stage in qlab.chain(mask, qlab.rtn(qlab.parse_spec("int4-g64")))]
         ['prune', 'rtn']
     """
-    step = Step(name, fn, spec)
+    return _each(Step(name, of_arrays(fn), spec, of_arrays=True), needs, detail)
+
+
+def each_cell(
+    name: str,
+    fn: CellFn,
+    needs: Iterable[str] = (),
+    spec: Spec | None = None,
+    detail: str = "",
+) -> Transform:
+    """A method from a function of one cell: fn(weight) -> cell.
+
+    A cell is a weight with its target, the leaf that holds it now, and where it may lie (grid and
+    support); of a mixture of experts one expert's at a time. The function puts a leaf into it
+    (`cell.put`), narrows it (`cell.narrow`) or aims it elsewhere (`cell.aim`). A step without a
+    spec that narrows the support is a mask, which every later step keeps; one that puts codes where
+    a step before it rounded improves them, on the same grid.
+
+    Args:
+        name: the stage's name in plans, reports and errors.
+        fn: gets `weight`, with weight.cell, weight.stats (statistics by name, and "outer", the
+            global scale of an nvfp4 spec), weight.name and weight.expert. All tensors are copies,
+            which it may write to. It returns a cell. cell.feasible.spec is the grid with its scale
+            dtype filled in, and cell.support the mask.
+        needs: statistics of the weight's input, as in `each_weight`.
+        spec: the grid that fn rounds to; None where it rounds nothing.
+        detail: settings in words, for plans and reports.
+
+    Returns:
+        A transform of one stage. Its report holds the notes, and the errors from the target as in
+        `each_weight`.
+
+    Raises:
+        QlabError: when it runs, and what fn returns is no cell, is off the grid or off the support,
+            is of another shape, or holds NaN or Inf.
+
+    Example:
+        >>> import qlab
+        >>> def larger_half(weight):
+        ...     size = weight.cell.target.abs()
+        ...     return weight.cell.narrow(support=size >= size.median())
+        >>> mask = qlab.each_cell("larger_half", larger_half)
+        >>> [stage.name for stage in qlab.chain(mask, qlab.gptq("int4-g64"))]
+        ['larger_half', 'gptq']
+    """
+    return _each(Step(name, fn, spec), frozenset(needs), detail)
+
+
+def _each(step: Step, needs: frozenset[str], detail: str) -> Transform:
+    """The transform of one stage that runs the step on every selected weight but routers."""
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
-        leaves, notes = {}, dict(graph.notes)
-        outers = outer_scales(graph, spec)
+        leaves: dict[str, Any] = {}
+        notes, targets, supports = dict(graph.notes), {}, dict(graph.supports)
+        outers = outer_scales(graph, step.spec)
         for site in graph.sites:
             if site.router:
                 continue
             assert site.weight is not None  # every site of a program has one
             seen = {need: stats[site.source, need] for need in needs}
-            outer = outers.get(site.path)
-            leaf, note = solve(step, graph, site, seen, outer)
-            leaves[site.weight] = leaf
-            notes[site.path] = {**notes.get(site.path, {}), **note}
-        return replace(graph.update(leaves), notes=notes), stats
+            new = solve(step, graph, site, seen, outers.get(site.path))
+            notes[site.path] = {**notes.get(site.path, {}), **new.note}
+            if new.leaf is not None:
+                leaves[site.weight] = new.leaf
+                if not new.aimed:
+                    before = graph.targets.get(site.weight, graph.params[site.weight])
+                    targets[site.weight] = before
+            if new.target is not None:
+                targets[site.weight] = new.target
+            if new.support is not None:
+                supports[site.weight] = new.support
+        after = graph.update(leaves)
+        tensors = {name: t for name, t in targets.items() if isinstance(t, Tensor)}
+        return (
+            replace(after, notes=notes, targets={**after.targets, **tensors}, supports=supports),
+            stats,
+        )
 
-    return (Stage(name, needs, run, spec, detail, sitewise=True),)
+    return (Stage(step.name, needs, run, step.spec, detail, sitewise=True),)
 
 
 # ------------------------------------------------------------------ running a stage
@@ -282,10 +355,10 @@ def apply(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, 
             ) from error
         raise
     refuse_others(stage.name, stage.spec, stage.sitewise, seen, new)
-    new = restored(new, seen, chosen)
-    refuse_lost(stage.name, chosen, new)
+    new = restored(with_targets(new, seen), seen, chosen)
+    new = narrowed(stage.name, chosen, new)
     if stage.spec is None and not (stage.lossless or stage.reparametrizes):
-        new = noted(chosen, new)
+        new = masked(chosen, new)
     return replace(new, selected=graph.selected), new_stats
 
 

@@ -103,6 +103,13 @@ TAKES: Mapping[str, Mapping[str, kinds.Kind]] = {
     "outside": {"transform": kinds.recipe},
     "chain": {"transforms": kinds.recipe},
     "rules": {"table": kinds.table},
+    "each_cell": {
+        "name": kinds.text,
+        "fn": kinds.function,
+        "needs": kinds.needed,
+        "spec": kinds.optional_spec,
+        "detail": kinds.text,
+    },
     "each_weight": {
         "name": kinds.text,
         "fn": kinds.function,

@@ -48,14 +48,28 @@ def solve(
     """
     drift = {key for stage in transform for key in _needed(stage, graph) if key[1] in DRIFT}
     stats: Stats = observe(graph, drift) if drift else {}
-    for stage in transform:
+    for i, stage in enumerate(transform):
         missing = _needed(stage, graph) - stats.keys()
         if missing:
             stats = {**stats, **observe(graph, missing)}
         before = graph
         graph, stats = apply(stage, graph, stats)
         check(stage, before, graph)
+        graph = _let_go(graph, transform[i + 1 :])
     return graph, stats
+
+
+def _let_go(graph: ModuleGraph, later: Transform) -> ModuleGraph:
+    """The graph without the targets of weights that no later stage makes anew: each is as large as
+    its weight."""
+    makers = [stage for stage in later if not (stage.lossless or stage.uncovered)]
+    sites = {site.weight: site for site in graph.code.sites}
+    targets = {
+        name: target
+        for name, target in graph.targets.items()
+        if any(stage.touches(graph.where(sites[name]), sites[name]) for stage in makers)
+    }
+    return replace(graph, targets=targets) if len(targets) < len(graph.targets) else graph
 
 
 def _needed(stage: Stage, graph: ModuleGraph) -> set[Key]:
@@ -131,11 +145,12 @@ def solve_in_order(
             stats = _in_parts(graph, keys, observe, experts, experts_at_once)
         else:
             stats = observe(graph, keys)
-        for stage in transform:
+        for i, stage in enumerate(transform):
             if stage.sitewise:
                 before = graph
                 graph, stats = apply(stage, graph, stats)
                 check(stage, before, graph)
+                graph = _let_go(graph, transform[i + 1 :])
     graph = walked = replace(graph, selected=None)
     for stage in transform:
         if not stage.sitewise:

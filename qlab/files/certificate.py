@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.qtensor import Leaf, QTensor, dense, largest_step
-from qlab.algebra.spec import Int
+from qlab.algebra.qtensor import off_grid as off_grid
 from qlab.files.tensors import bytes_of
 
 
@@ -59,32 +59,3 @@ def hash_of(tensor: Tensor) -> str:
 def hash_of_json(value: Any) -> str:
     """sha256 of what a JSON file says; the order of keys says nothing."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def off_grid(leaf: QTensor) -> str | None:
-    """Why the leaf is not on the grid that its spec names, or None. Shapes are the leaf's own
-    invariants."""
-    if not torch.isfinite(leaf.scales.float()).all():
-        return "a scale is NaN or Inf"
-    if leaf.outer is not None and not (torch.isfinite(leaf.outer) & (leaf.outer != 0)).all():
-        return "its global scale is 0, NaN or Inf"
-    if isinstance(leaf.spec, Int):
-        named = {
-            "codes": leaf.codes,
-            "zeros": leaf.zeros if leaf.spec.zero_dtype == torch.int8 else None,
-        }
-        for name, tensor in named.items():
-            low, high = (0, 0) if tensor is None else (int(x) for x in tensor.aminmax())
-            if low < leaf.spec.qmin or high > leaf.spec.qmax:
-                return (
-                    f"{name} span [{low}, {high}] and {leaf.spec} has [{leaf.spec.qmin}, "
-                    f"{leaf.spec.qmax}]"
-                )
-    elif (
-        not torch.isfinite(leaf.codes.float()).all()
-        or float(leaf.codes.float().abs().max()) > leaf.spec.max
-    ):
-        return f"a code is NaN or above {leaf.spec.max}"
-    if leaf.zeros is not None and not torch.isfinite(leaf.zeros.float()).all():
-        return "a zero point is NaN or Inf"
-    return None

@@ -5,18 +5,19 @@ Legend: W_ok weight, H_kk mean second moment of the input; [a, g] scales, a tile
 across; c codes, s scales and z zeros [o] of one column, in the order in which columns are solved.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlab.algebra.qtensor import QTensor, steps
+from qlab.algebra.cell import Cell, Weight, on_support
+from qlab.algebra.qtensor import QTensor, dense, steps
 from qlab.algebra.spec import Spec
-from qlab.algebra.transform import Transform, each_weight
+from qlab.algebra.stats import Moment
+from qlab.algebra.transform import Transform, each_cell
 from qlab.errors import QlabError
-from qlab.methods.grid import Grid, fit, weighted
+from qlab.methods.grid import Grid, encode, fit, least_rows, weighted
 from qlab.methods.obs import check_damp, damped, factorize, obs_sweep
 from qlab.methods.quantease import descend_codes, refit_scales
 
@@ -43,11 +44,13 @@ def gptq_codes(
     order: Tensor,
     damp: float,
     block: int,
+    support: Tensor | None = None,
 ) -> tuple[Tensor, float, int]:
     """Codes [o, k] on a fixed grid, the damping that was used, and the number of dead columns.
 
     scales: what `qtensor.steps` gives. order: the columns [k] as they are solved; codes come back
-    in their own places, so that no g_idx is needed.
+    in their own places, so that no g_idx is needed. support: bool [o, k]; where it is False the
+    weight becomes 0, and later columns make up for that as for any other error.
     """
     factor = factorize(H_kk.index_select(0, order).index_select(1, order), damp)
     W = W_ok.index_select(1, order).masked_fill_(factor.dead.to(W_ok.device), 0)
@@ -62,6 +65,7 @@ def gptq_codes(
     c = codes_ko.unbind()
     s = per_column(scales).unbind()
     z = None if zeros is None else per_column(zeros).unbind()
+    free = None if support is None else support.T.to(W.dtype).index_select(0, order).unbind()
 
     def project(w_o: Tensor, j: int, out_o: Tensor) -> None:
         torch.div(w_o, s[j], out=c[j])
@@ -69,6 +73,8 @@ def gptq_codes(
             torch.mul(spec.nearest_(c[j]), s[j], out=out_o)
         else:
             torch.sub(spec.nearest_(c[j].add_(z[j])), z[j], out=out_o).mul_(s[j])
+        if free is not None:
+            out_o.mul_(free[j])
 
     obs_sweep(W, factor.R_kk, project, block)
     codes_ok = codes_ko[order.argsort()].T.contiguous().to(spec.code_dtype)
@@ -120,24 +126,38 @@ def gptq(
             "fewer than 0 sweeps"
         )
 
-    def fn(W_ok: Tensor, stats: Mapping[str, Any], spec: Spec) -> tuple[QTensor, Mapping[str, Any]]:
-        H_kk = stats["second_moment"].mean_kk
-        outer = stats.get("outer")
-        scales, zeros = fit(grid, W_ok, spec, H_kk.diagonal(), outer)
-        s_ag = steps(scales, outer, W_ok.dtype)
-        codes, used, dead = gptq_codes(W_ok, H_kk, s_ag, zeros, spec, order(H_kk), damp, block)
-        q = QTensor(codes, scales, zeros, spec, outer)
+    def fn(weight: Weight) -> Cell:
+        cell, moment, outer = weight.cell, weight.stats["second_moment"], weight.stats["outer"]
+        W_ok, support, settled = cell.target, cell.support, cell.feasible.spec
+        H_kk, start_ok = moment.mean_kk, dense(cell.leaf, torch.float32)
+        assert settled is not None  # the stage has a spec
+        scales, zeros = fit(grid, start_ok, settled, H_kk.diagonal(), outer)
+        s_ag, columns = steps(scales, outer, W_ok.dtype), order(H_kk)
+        codes, used, dead = gptq_codes(
+            W_ok, H_kk, s_ag, zeros, settled, columns, damp, block, support
+        )
+        q = QTensor(codes, scales, zeros, settled, outer)
+        q = q if support is None else on_support(q, support)
         # A scale that several rows share is no least-squares problem of one row, and a scale of 8
         # bits cannot hold its solution.
-        refits = spec.tile.rows == 1 and scales.itemsize > 1
+        refits = settled.tile.rows == 1 and scales.itemsize > 1
         for _ in range(sweeps):
             if refits:
                 q = refit_scales(W_ok, damped(H_kk, used), q)
-            q = descend_codes(W_ok, damped(H_kk, used), q, order(H_kk), block)
-        return q, {"grid": grid.name, "damp": used, "dead": dead}
+            q = descend_codes(W_ok, damped(H_kk, used), q, columns, block, support)
+        if support is not None:
+            q = _no_worse(q, encode(grid, start_ok, settled, H_kk.diagonal(), outer), W_ok, moment)
+        return cell.put(q, grid=grid.name, damp=used, dead=dead)
 
     detail = (
         f"grid {grid.name}, {getattr(order, '__name__', order)}, damp {damp:g}, {sweeps} sweeps"
     )
-    stages = each_weight("gptq", fn, spec, frozenset({"second_moment"}), detail)
+    stages = each_cell("gptq", fn, {"second_moment"}, spec, detail)
     return tuple(replace(stage, workspace=WORKSPACE) for stage in stages)
+
+
+def _no_worse(q: QTensor, nearest: QTensor, W_ok: Tensor, moment: Moment) -> QTensor:
+    """q, with the codes that are nearest on the support in rows where their output error is less.
+    Without a mask OBS is ahead of those; behind a mask both start from what is far from W."""
+    errors = [moment.output_errors(dense(leaf, torch.float32) - W_ok) for leaf in (q, nearest)]
+    return least_rows(q, errors[0], nearest, errors[1])[0]

@@ -11,15 +11,13 @@ Legend: x_agn the weight's tiles [a, g] of n numbers, u_agn the same in units of
 codes - zeros; s_ag, z_ag scales and zeros; e_ag the objective.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from qlab.algebra.qtensor import QTensor, round_codes, steps
+from qlab.algebra.cell import Cell, Weight
+from qlab.algebra.qtensor import QTensor, dense, round_codes, steps
 from qlab.algebra.spec import Spec
-from qlab.algebra.transform import Transform, each_weight
+from qlab.algebra.transform import Transform, each_cell
 from qlab.methods.grid import CHUNK, fit, minmax, stored
 
 P, BETA, KAPPA, STEPS = 0.7, 10.0, 1.01, 20  # the paper's
@@ -41,10 +39,16 @@ def _rounded(u_agn: Tensor, z_ag: Tensor | None, spec: Spec) -> Tensor:
 
 
 def half_quadratic(
-    x_agn: Tensor, s_ag: Tensor, z_ag: Tensor | None, spec: Spec, outer: Tensor | None
+    x_agn: Tensor,
+    s_ag: Tensor,
+    z_ag: Tensor | None,
+    spec: Spec,
+    outer: Tensor | None,
+    whole: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Scales and zeros, as they will be stored. Of every tile those with the least sparse_error
-    among what it starts from and STEPS steps."""
+    among what it starts from and STEPS steps. whole: zero points stay codes, so that 0 is one of
+    the numbers of the grid."""
     wide = lambda s: steps(s, outer, torch.float32)
     best_s, best_z, best_e = s_ag, z_ag, sparse_error(x_agn, wide(s_ag), z_ag, spec)
     moves_zeros = z_ag is not None and z_ag.is_floating_point()
@@ -61,6 +65,7 @@ def half_quadratic(
         else:
             z = z_ag.float()[..., None]
             z_ag = (q_agn + z - u_agn + E_agn / s_wide[..., None]).mean(-1).to(z_ag.dtype)
+            z_ag = z_ag.round() if whole else z_ag
         e_ag = sparse_error(x_agn, wide(s_ag), z_ag, spec)
         better = e_ag < best_e
         best_e = torch.where(better, e_ag, best_e)
@@ -77,17 +82,19 @@ def hqq(spec: Spec) -> Transform:
     RTN's.
     """
 
-    def fn(W_ok: Tensor, stats: Mapping[str, Any], spec: Spec) -> tuple[QTensor, Mapping[str, Any]]:
-        outer = stats.get("outer")
-        scales, zeros = fit(minmax, W_ok, spec, outer=outer)
-        x_agn = spec.tile.split(W_ok)
+    def fn(weight: Weight) -> Cell:
+        cell, outer = weight.cell, weight.stats["outer"]
+        W_ok, settled = dense(cell.leaf, torch.float32), cell.feasible.spec
+        assert settled is not None  # the stage has a spec
+        scales, zeros = fit(minmax, W_ok, settled, outer=outer)
+        x_agn, masked = settled.tile.split(W_ok), cell.support is not None
         rows = max(1, CHUNK // x_agn[0].numel())
         z_chunks = [None] * len(scales) if zeros is None else zeros.split(rows)
         chunks = zip(x_agn.split(rows), scales.split(rows), z_chunks)
-        solved = [half_quadratic(x, s, z, spec, outer) for x, s, z in chunks]
+        solved = [half_quadratic(x, s, z, settled, outer, masked) for x, s, z in chunks]
         scales = torch.cat([s for s, _ in solved])
         zeros = None if zeros is None else torch.cat([z for _, z in solved if z is not None])
-        codes = round_codes(W_ok, scales, zeros, spec, outer)
-        return QTensor(codes, scales, zeros, spec, outer), {"norm": P}
+        codes = round_codes(W_ok, scales, zeros, settled, outer)
+        return cell.put(QTensor(codes, scales, zeros, settled, outer), norm=P)
 
-    return each_weight("hqq", fn, spec, detail=f"norm {P}, {STEPS} steps")
+    return each_cell("hqq", fn, spec=spec, detail=f"norm {P}, {STEPS} steps")

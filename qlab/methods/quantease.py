@@ -21,13 +21,18 @@ RIDGE = 1e-3  # pull of a scale towards its old value, as a fraction of its own 
 
 
 def descend_codes(
-    W_ok: Tensor, H_kk: Tensor, q: QTensor, order: Tensor, block: int = 32
+    W_ok: Tensor,
+    H_kk: Tensor,
+    q: QTensor,
+    order: Tensor,
+    block: int = 32,
+    support: Tensor | None = None,
 ) -> QTensor:
     """One sweep: w'_j <- project(w'_j + (D H)_j / H_jj) for every column j in `order`, on the grid
     of q.
 
     The gradient D H follows the codes: column by column inside a block of columns, and once per
-    block beyond it.
+    block beyond it. support: bool [o, k], False where the codes of q stay as they are.
     """
     spec, (rows, cols) = q.spec, q.spec.tile.sizes(q.shape)
     H_kk = H_kk.index_select(0, order).index_select(1, order)
@@ -40,6 +45,7 @@ def descend_codes(
     )
     codes, s = codes_ko.unbind(), s_ko.unbind()
     hs = (H_kk.diagonal()[:, None] * s_ko).unbind()
+    fixed = None if support is None else (~support).T.index_select(0, order).unbind()
     inner, before_o = Substitution(min(block, len(order)), D_ko), torch.empty_like(D_ko[0])
     for start in range(0, len(order), block):
         at = slice(start, start + block)
@@ -49,6 +55,8 @@ def descend_codes(
             before_o.copy_(code_o)
             # w'_j + g / H_jj in units of codes
             spec.nearest_(code_o.addcdiv_(g_o, hs[j]))
+            if fixed is not None:
+                code_o.copy_(torch.where(fixed[j], before_o, code_o))
             torch.sub(code_o, before_o, out=moved_o).mul_(s[j])
         D_ko[at] -= inner.e_bo[: len(G_bo)]
     return replace(q, codes=codes_ko[order.argsort()].T.contiguous().to(spec.code_dtype))

@@ -1,0 +1,104 @@
+"""How far leaves are from their weights, as the report of a step says it.
+
+Legend: W_ok a weight in fp32, D_ok = W' - W the error of the leaf W', H the mean second moment of
+the input.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlab.algebra.leaf import Structured, dense, proper
+from qlab.algebra.qtensor import QTensor, largest_step
+from qlab.algebra.stats import Moment
+
+# Entries of the report that are measured, so that no step may note them.
+MEASURED = {
+    "spec",
+    "shape",
+    "bits_per_weight",
+    "inputs",
+    "weight_error",
+    "largest_step",
+    "zeros",
+    "tokens",
+    "loss",
+    "expert_tokens",
+    "experts_with_few_tokens",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Errors:
+    """How far a leaf W' is from its weight W: |D| = |W' - W|, |W|, and the largest error in steps.
+
+    Where the second moment H was observed also tr(D H D^T), tr(W H W^T), the tokens that H was
+    observed on (None without H), and its channels.
+    """
+
+    D: float
+    W: float
+    steps: float = 0.0
+    D_H: float = 0.0
+    W_H: float = 0.0
+    tokens: int | None = None
+    channels: int = 0
+
+
+def errors_of(W_ok: Tensor, leaf: Tensor | Structured, moment: Moment | None) -> Errors:
+    D_ok = dense(leaf, torch.float32) - W_ok
+    steps = 0.0
+    codes = proper(leaf)
+    if isinstance(codes, QTensor) and codes.perm is None:
+        steps = largest_step(codes, D_ok)
+    errors = Errors(D=float(D_ok.norm()), W=float(W_ok.norm()), steps=steps)
+    if moment is None:
+        return errors
+    return replace(
+        errors,
+        D_H=moment.output_error(D_ok),
+        W_H=moment.output_error(W_ok),
+        tokens=moment.tokens,
+        channels=len(moment.sum_kk),
+    )
+
+
+def errors_in_notes(parts: Sequence[Errors]) -> dict[str, Any]:
+    """What the report says of a site's errors. parts: one per expert, or one in all. Losses of
+    experts are weighted by their tokens."""
+    error = math.hypot(*(part.D for part in parts))
+    size = math.hypot(*(part.W for part in parts))
+    notes: dict[str, Any] = {
+        "weight_error": error / max(size, 1e-30),
+        "largest_step": max(part.steps for part in parts),
+    }
+    counts = [part.tokens for part in parts if part.tokens is not None]
+    if not counts:
+        return notes
+    notes["tokens"] = sum(counts)
+    shares = [tokens / max(notes["tokens"], 1) for tokens in counts]
+    D_H = sum(part.D_H * share for part, share in zip(parts, shares))
+    W_H = sum(part.W_H * share for part, share in zip(parts, shares))
+    notes["loss"] = D_H / max(W_H, 1e-30)
+    if len(parts) > 1:
+        notes["expert_tokens"] = counts
+        # With fewer tokens than input channels, an expert's second moment is singular.
+        notes["experts_with_few_tokens"] = [
+            e
+            for e, part in enumerate(parts)
+            if part.tokens is not None and part.tokens < part.channels
+        ]
+    return notes
+
+
+def merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a step notes of the experts of a site: one value where all agree, otherwise a list."""
+    lists = {key: [note[key] for note in notes] for key in notes[0]}
+    return {
+        key: values[0] if all(value == values[0] for value in values) else values
+        for key, values in lists.items()
+    }
