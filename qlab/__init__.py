@@ -51,6 +51,7 @@ HOMES = {
     "inductor_options": "qlab.lowering",
     "inspect": "qlab.directories.inspect",
     "keep": "qlab.algebra.transform",
+    "logits": "qlab.evaluation.logits",
     "lower": "qlab.lowering",
     "open": "qlab.demo.hub",
     "outside": "qlab.algebra.transform",

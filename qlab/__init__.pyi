@@ -39,6 +39,7 @@ from qlab.driver.quantize import compare as compare
 from qlab.driver.quantize import quantize as quantize
 from qlab.driver.write import write as write
 from qlab.errors import QlabError as QlabError
+from qlab.evaluation.logits import logits as logits
 from qlab.evaluation.perplexity import evaluate as evaluate
 from qlab.evaluation.perplexity import perplexity as perplexity
 from qlab.lowering import inductor_options as inductor_options

@@ -78,8 +78,9 @@ TAKES: Mapping[str, Mapping[str, kinds.Kind]] = {
     "perplexity": {"model": kinds.read_model, "data": kinds.windows, "device": kinds.device},
     "inspect": {"path": kinds.its_directory},
     "verify": {"directory": kinds.directory, "against": kinds.directory},
+    "logits": {"model": kinds.read_model, "ids": kinds.ids, "device": kinds.device},
     "lower": {
-        "model": kinds.directory,
+        "model": kinds.lowered,
         "device": kinds.device,
         "dtype": kinds.dtype,
         "dense_cache": kinds.flag,

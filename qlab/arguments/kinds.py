@@ -153,6 +153,13 @@ def read_model(value: Any, name: str) -> Any:
     return value if isinstance(value, Reading | Quantized) else model(value, name)
 
 
+def lowered(value: Any, name: str) -> Any:
+    """What a recipe makes of a model, or a directory."""
+    from qlab.driver.apply import Quantized
+
+    return value if isinstance(value, Quantized) else directory(value, name)
+
+
 def quantized(value: Any, name: str) -> Any:
     """What a recipe makes of a model."""
     from qlab.driver.apply import Quantized

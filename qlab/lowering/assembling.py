@@ -99,12 +99,10 @@ def pack(
     bias = None if linear.bias is None else dense(load_leaf(skeleton, f"{name}.bias"))
     if isinstance(leaf, QTensor):
         return QLinear(name, leaf, bias, dtype, device, dense_cache, inputs=inputs)
-    return _plain(leaf, bias, dtype_in(skeleton.model, weight), device)
+    return plain(leaf, bias, dtype_in(skeleton.model, weight), device)
 
 
-def _plain(
-    W_nk: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device
-) -> nn.Linear:
+def plain(W_nk: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> nn.Linear:
     """An ordinary linear of these tensors."""
     linear = nn.Linear(W_nk.shape[1], W_nk.shape[0], bias is not None, device="meta")
     linear.weight = nn.Parameter(W_nk.to(device, dtype), requires_grad=False)
@@ -145,7 +143,7 @@ def make_dense(model: nn.Module) -> None:
             continue
         weight = module.dequantized().contiguous()
         if isinstance(module, QLinear):
-            set_module(model, name, _plain(weight, module.bias, weight.dtype, weight.device))
+            set_module(model, name, plain(weight, module.bias, weight.dtype, weight.device))
         else:  # fused experts, which some models hold transposed
             owner, key = owner_of(model, name), name.rpartition(".")[2]
             delattr(owner, key)

@@ -1,6 +1,7 @@
 """A quantized model directory as an ordinary Hugging Face model that runs fast."""
 
 import os
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from qlab.lowering.assembling import (
     warn_slow,
 )
 from qlab.lowering.devices import DTYPES, device_named
+from qlab.lowering.solved import Place, SolvedModel, put_buffers, put_solved
 from qlab.lowering.weights.modules import QuantizedWeight
 from qlab.model.loading import load_leaf, load_outside
 from qlab.model.skeleton import Skeleton
@@ -27,7 +29,7 @@ from qlab.process.surroundings import undisturbed
 
 @undisturbed
 def lower(
-    model: Checkpoint | str | os.PathLike[str],
+    model: Checkpoint | SolvedModel | str | os.PathLike[str],
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     dense_cache: bool = False,
@@ -39,14 +41,15 @@ def lower(
     at a time; the directory stays as it is. Where no int4 kernel takes the codes (floats, groups of
     16, blocks), the module holds them as bit streams and dequantizes them for every call; `repr`
     shows which, as the layout. Embeddings (even with codes), norms and an unquantized head are
-    dense. What the directory rotates or rounds at run time is rotated or rounded.
+    dense. What the directory rotates or rounds at run time is rotated or rounded. The value of
+    `qlab.apply` is lowered while it is solved, without a directory.
 
     `generate()` works, and so does `torch.compile`, with `options=inductor_options()` for the fused
     kernels; the model can be exported. Warns of what is slower than it could be: weights without a
     kernel, or a dtype of activations without one.
 
     Args:
-        model: a quantized directory, or an open one.
+        model: a quantized directory, an open one, or what a recipe makes of a model (`apply`).
         device: 'cpu', 'cuda' or 'cuda:N', where the model is placed.
         dtype: of the activations and of everything that is not quantized: bfloat16, float16 or
             float32.
@@ -69,33 +72,63 @@ def lower(
         >>> model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False).shape
         torch.Size([1, 5])
     """
-    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    solved = model if isinstance(model, SolvedModel) else None
+    checkpoint = solved.model if solved else _opened(model)
     checkpoint.warn_unapplied()
     where = device_named(device)
     if dtype not in DTYPES:
         raise QlabError(
             f"no kernel takes {dtype} activations; lower to {', '.join(str(d) for d in DTYPES)}"
         )
-    if not checkpoint.quantized:
+    if not solved and not checkpoint.quantized:
         raise QlabError(
             f"{checkpoint.path} is not quantized, so there is nothing to lower; load it with "
             "transformers"
         )
     skeleton = Skeleton(checkpoint, dtype, where)
-    matrices = rotations(skeleton)
-    put_weights(skeleton.model, skeleton, quantized_weights(skeleton), dtype, where, dense_cache)
-    if not dense_cache:
-        warn_slow(skeleton.model, dtype, where, cure="; dense_cache=True dequantizes once")
-    with torch.no_grad():
-        load_outside(skeleton, with_head=True)
-        _load_blocks(skeleton)
-    attach(skeleton.model, matrices, where)
+    cure = "" if dense_cache else "; dense_cache=True dequantizes once"
+    if solved:
+        _fill_solved(skeleton, solved, Place(dtype, where, dense_cache), cure)
+    else:
+        _fill(skeleton, Place(dtype, where, dense_cache), cure)
     _tie(skeleton)
     if (checkpoint.path / "generation_config.json").is_file():
         skeleton.model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     finish(skeleton.model, where)
     skeleton.model.save_pretrained = _refuse_saving  # type: ignore[method-assign]
     return skeleton.model.eval()
+
+
+def _opened(model: Any) -> Checkpoint:
+    return model if isinstance(model, Checkpoint) else open_checkpoint(model)
+
+
+def _fill(skeleton: Skeleton, place: Place, cure: str) -> None:
+    """Put what a quantized directory holds into its model. cure: of weights that are slow; nothing
+    is said of them where there is none."""
+    matrices = rotations(skeleton)
+    weights = quantized_weights(skeleton)
+    put_weights(skeleton.model, skeleton, weights, place.dtype, place.device, place.dense_cache)
+    if cure:
+        warn_slow(skeleton.model, place.dtype, place.device, cure=cure)
+    with torch.no_grad():
+        load_outside(skeleton, with_head=True)
+        _load_blocks(skeleton)
+    attach(skeleton.model, matrices, place.device)
+
+
+@torch.no_grad()
+def _fill_solved(skeleton: Skeleton, solved: SolvedModel, place: Place, cure: str) -> None:
+    """The same of blocks that are solved meanwhile."""
+    load_outside(skeleton, with_head=True)
+    left = put_solved(skeleton, solved, place)
+    if cure:
+        warn_slow(skeleton.model, place.dtype, place.device, cure=cure)
+    _load_blocks(skeleton)
+    put_buffers(skeleton.model, left.buffers)
+    if isinstance(skeleton.model.get_output_embeddings(), QuantizedWeight):
+        _untie(skeleton)  # a rounded head has a weight of its own
+    attach(skeleton.model, left.rotations, place.device)
 
 
 def _refuse_saving(*_: object, **__: object) -> None:
@@ -130,6 +163,12 @@ def _tie(skeleton: Skeleton) -> None:
         if name in parameters and keeper in parameters:
             owner_of(model, name)._parameters[name.rpartition(".")[2]] = parameters[keeper]
     if skeleton.names.apart:
-        model.all_tied_weights_keys = dict(skeleton.names.tied)
-        for config in (model.config, model.config.get_text_config()):
-            config.tie_word_embeddings = False
+        _untie(skeleton)
+
+
+def _untie(skeleton: Skeleton) -> None:
+    """Let transformers tie no weights again that are apart here."""
+    model = skeleton.model
+    model.all_tied_weights_keys = dict(skeleton.names.tied)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False

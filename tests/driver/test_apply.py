@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 from model_folders import contents, random_tokens
+from transformers import AutoModelForCausalLM
 
-from qlab import apply, evaluate, perplexity, quantize, write
+from qlab import LowRank, Sum, apply, evaluate, logits, lower, perplexity, quantize, write
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.transform import at, chain, each_weight, outside
 from qlab.errors import QlabError
@@ -132,3 +133,50 @@ def test_bad_input_is_refused_before_any_work(saved, tmp_path):
         write(rtn(INT4), tmp_path / "out")
     with pytest.raises(QlabError, match="the codec 'paper' is unknown"):
         write(apply(model, rtn(INT4), None), tmp_path / "out", codec="paper")
+
+
+@pytest.mark.parametrize(
+    "method, family", [("gptq", "llama"), ("awq", "mixtral"), ("rtn", "qwen2"), ("gptq", "opt")]
+)
+def test_the_value_is_lowered_as_its_directory_is(method, family, saved, tmp_path):
+    source = saved(family, BF16)
+    model, data = open_checkpoint(source), random_tokens(source)
+    recipe = METHODS[method](INT4)
+    written = lower(quantize(model, recipe, data, tmp_path / "out"), dtype=FP32)
+    lowered = lower(apply(model, recipe, data), dtype=FP32)
+    ids = random_tokens(source, 2, 8).ids
+    kinds = [[type(module) for module in each.modules()] for each in (lowered, written)]
+    assert kinds[0] == kinds[1]
+    assert torch.equal(lowered(ids).logits, written(ids).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_mask_a_low_rank_rounded_inputs_and_a_head_are_lowered(tied, saved):
+    source = saved("qwen2", BF16, tie_word_embeddings=tied)
+    model, ids = open_checkpoint(source), random_tokens(source, 2, 8).ids
+
+    def repaired(W_ok, stats, spec):
+        thin = LowRank(W_ok[:, :1] * 0.1, W_ok[:1] * 0.1)
+        return Sum((W_ok.bfloat16().float(), thin)), {}
+
+    recipe = chain(
+        at("*.up_proj", each_weight("prune", prune, None)),
+        at("*.q_proj", each_weight("repaired", repaired, None)),
+        at("*.down_proj", chain(rtn(INT8), quantize_inputs(INT8))),
+        at("lm_head", outside(rtn(INT8))),
+    )
+    value = apply(model, recipe, None)
+    lowered = lower(value, dtype=FP32)
+    expected = logits(value, ids)
+    assert (lowered(ids).logits - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_logits_are_those_of_transformers(saved):
+    source = saved("gemma2")
+    ids = random_tokens(source, 3, 16).ids
+    expected = AutoModelForCausalLM.from_pretrained(source, dtype=FP32).eval()(ids).logits
+    given = logits(open_checkpoint(source), ids)
+    assert given.dtype == FP32 and given.shape == (3, 16, 128)
+    assert (given - expected).norm() <= 1e-5 * expected.norm()
+    with pytest.raises(QlabError, match="outside the vocabulary"):
+        logits(open_checkpoint(source), [[128]])
