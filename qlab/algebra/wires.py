@@ -315,7 +315,7 @@ def _before_turn(node: fx.Node) -> tuple[fx.Node, int, fx.Node] | None:
         i, j = (axis % n for axis in turn.args[1:] or (-2, -1))
         order[i], order[j] = order[j], order[i]
     swaps = order == [*range(n - 2), n - 1, n - 2]
-    return (turn, 0, turn.args[0]) if swaps else None
+    return (turn, 0, turn.all_input_nodes[0]) if swaps else None
 
 
 def _before_repeat(node: fx.Node) -> tuple[fx.Node, int, fx.Node] | None:

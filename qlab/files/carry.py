@@ -4,8 +4,8 @@ from."""
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class Carry:
             file.seek(before)
             return [self._next(file, shape) for shape in self.shapes[first : first + count]]
 
-    def _next(self, file: BinaryIO, shape: tuple[int, ...]) -> Tensor:
+    def _next(self, file: BufferedReader, shape: tuple[int, ...]) -> Tensor:
         batch = torch.empty(shape, dtype=self.dtype, device="cpu")
         if file.readinto(bytes_of(batch)) < batch.numel() * batch.itemsize:
             raise QlabError(
@@ -82,7 +82,7 @@ class Carry:
         except OSError:
             return False
 
-    def _matches(self, file: BinaryIO, size: int) -> bool:
+    def _matches(self, file: BufferedReader, size: int) -> bool:
         digest = hashlib.sha256(self.identity.encode())
         while size > 0:
             data = file.read(min(BLOCK, size))

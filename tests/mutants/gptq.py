@@ -63,8 +63,8 @@ MUTANTS = [
         "damping not recorded",
         "methods/obs.py",
         "factorize",
-        "Factor(C_kk.div_(C_kk.diagonal().clone()), used, H_kk.diagonal() == 0)",
-        "Factor(C_kk.div_(C_kk.diagonal().clone()), damp, H_kk.diagonal() == 0)",
+        "Factor(C_kk.div_(root_k), used, H_kk.diagonal() == 0, root_k.square())",
+        "Factor(C_kk.div_(root_k), damp, H_kk.diagonal() == 0, root_k.square())",
         "gptq",
     ),
     Mutant(
@@ -87,8 +87,8 @@ MUTANTS = [
         "factor not normalised",
         "methods/obs.py",
         "factorize",
-        "Factor(C_kk.div_(C_kk.diagonal().clone()), used, H_kk.diagonal() == 0)",
-        "Factor(C_kk, used, H_kk.diagonal() == 0)",
+        "Factor(C_kk.div_(root_k), used, H_kk.diagonal() == 0, root_k.square())",
+        "Factor(C_kk, used, H_kk.diagonal() == 0, root_k.square())",
         "gptq",
     ),
     Mutant(

@@ -7,7 +7,7 @@ MUTANTS = [
         "transport dropped",
         "algebra/reparametrize.py",
         "reparametrize",
-        "stats = transport(stats, source, M)",
+        "stats = transport(stats, source, _whole(M, W_ok.shape[-1]))",
         "pass",
         "transform",
     ),

@@ -22,8 +22,8 @@ MUTANTS = [
     Mutant(
         "zero point ignored in dense",
         "algebra/qtensor.py",
-        "dense",
-        "x - leaf.zeros.to(dtype)[..., None]",
+        "QTensor.dense",
+        "x - self.zeros.to(dtype)[..., None]",
         "x",
         "rtn",
     ),

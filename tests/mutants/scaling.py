@@ -61,7 +61,7 @@ MUTANTS = [
     ),
     Mutant(
         "bias of rows not folded",
-        "algebra/absorb.py",
+        "algebra/folds.py",
         "Fold.apply",
         "if p.bias: ...",
         "if p.bias and (not p.rows): ...",
@@ -69,7 +69,7 @@ MUTANTS = [
     ),
     Mutant(
         "bias of norms not folded",
-        "algebra/absorb.py",
+        "algebra/folds.py",
         "Fold.apply",
         "if p.bias: ...",
         "if p.bias and p.rows: ...",
@@ -77,7 +77,7 @@ MUTANTS = [
     ),
     Mutant(
         "1 + w folded as w",
-        "algebra/absorb.py",
+        "algebra/folds.py",
         "_scaled",
         "((_wide(w) + offset) * t - offset).to",
         "(w.float() * t).to",
@@ -85,7 +85,7 @@ MUTANTS = [
     ),
     Mutant(
         "leaks allowed",
-        "algebra/absorb.py",
+        "algebra/folds.py",
         "folds",
         "not mine & (walk.leaked | others)",
         "not mine & others",
@@ -93,7 +93,7 @@ MUTANTS = [
     ),
     Mutant(
         "other sources forgotten",
-        "algebra/absorb.py",
+        "algebra/folds.py",
         "folds",
         "not mine & (walk.leaked | others)",
         "not mine & walk.leaked",
@@ -101,7 +101,7 @@ MUTANTS = [
     ),
     Mutant(
         "folding into a shared norm",
-        "algebra/absorb.py",
+        "algebra/folds.py",
         "_own",
         "node is None or (node.name in code.params and len(node.users) == 1)",
         "node is None or node.name in code.params",
@@ -125,7 +125,7 @@ MUTANTS = [
     ),
     Mutant(
         "rounded leaves fold in silence",
-        "algebra/absorb.py",
+        "algebra/folds.py",
         "Fold.apply",
         "if not self._can_scale(leaf, m_k).all(): ...",
         "if False: ...",
@@ -133,7 +133,7 @@ MUTANTS = [
     ),
     Mutant(
         "rounded rows do not move",
-        "algebra/absorb.py",
+        "algebra/folds.py",
         "Fold.apply",
         "leaf.scales.float() * t[..., None]",
         "leaf.scales.float() * 1",
@@ -141,7 +141,7 @@ MUTANTS = [
     ),
     Mutant(
         "scales of 8 bits take others",
-        "algebra/absorb.py",
+        "algebra/folds.py",
         "rows_move",
         "spec.tile.rows == 1 and (spec.scale_dtype is None or spec.scale_dtype.itemsize > 1)",
         "spec.tile.rows == 1",
@@ -149,7 +149,7 @@ MUTANTS = [
     ),
     Mutant(
         "what a scale loses does not count",
-        "algebra/absorb.py",
+        "algebra/folds.py",
         "Fold._can_scale",
         "(exact.to(q.scales.dtype).float() - exact).abs() <= ROUNDED * exact.abs()",
         "(exact.to(q.scales.dtype).float() - exact).abs() <= exact.abs()",
@@ -157,9 +157,9 @@ MUTANTS = [
     ),
     Mutant(
         "a scale the rows cannot hold counts as stored",
-        "algebra/absorb.py",
+        "algebra/folds.py",
         "Fold.stored",
-        "torch.where(self._can_scale(leaf, m_k), m_k, 1.0)",
+        "torch.where(usable if m_k.ndim == 1 else usable[:, None], m_k, 1.0)",
         "m_k",
         "absorb",
     ),

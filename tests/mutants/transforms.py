@@ -295,19 +295,15 @@ return Rows(x, tokens, ends)
     Mutant(
         "weights reparametrized in place",
         "algebra/reparametrize.py",
-        "reparametrize",
-        "moved = W_ok * M_inv if M_inv.ndim != 2 else (W_ok.double() @ M_inv.T.double()).float()",
-        """\
-moved = (
-    W_ok.mul_(M_inv) if M_inv.ndim != 2 else (W_ok.double() @ M_inv.T.double()).float()
-)
-""",
+        "_against",
+        "return W_ok * M_inv",
+        "return W_ok.mul_(M_inv)",
         "methods",
     ),
     Mutant(
         "rotation transposed",
         "algebra/reparametrize.py",
-        "reparametrize",
+        "_against",
         "W_ok.double() @ M_inv.T.double()",
         "W_ok.double() @ M_inv.double()",
         "absorb",
