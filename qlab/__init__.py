@@ -58,6 +58,7 @@ HOMES = {
     "parse_spec": "qlab.algebra.spec",
     "perplexity": "qlab.evaluation.perplexity",
     "plan": "qlab.driver.plan",
+    "qat": "qlab.methods.qat",
     "quantize": "qlab.driver.quantize",
     "quantize_files": "qlab.directories.model_free",
     "quarot": "qlab.methods.rotate",

@@ -54,6 +54,7 @@ from qlab.methods.gptaq import aim_at_reference as aim_at_reference
 from qlab.methods.gptaq import gptaq as gptaq
 from qlab.methods.gptq import gptq as gptq
 from qlab.methods.grid import GRIDS as GRIDS
+from qlab.methods.qat import qat as qat
 from qlab.methods.rotate import incoherence as incoherence
 from qlab.methods.rotate import quarot as quarot
 from qlab.methods.rotate import rotate_heads as rotate_heads

@@ -140,6 +140,7 @@ TAKES: Mapping[str, Mapping[str, kinds.Kind]] = {
         "windows": kinds.whole,
         "lr": kinds.optional_fraction,
     },
+    "qat": {**METHOD, "steps": kinds.whole, "windows": kinds.whole, "lr": kinds.fraction},
     "auto_round_refine": {
         "steps": kinds.whole,
         "windows": kinds.whole,

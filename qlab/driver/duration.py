@@ -56,6 +56,7 @@ WORK: Mapping[tuple[str, bool], Effort] = {
     ("awq_scale", True): Effort(elements=0.0, rows=0.88, square=0.0, columns=37.0),
     ("gptq", True): Effort(elements=0.0, rows=3.4, square=0.0, columns=20.0),
     ("auto_round", True): Effort(elements=2.7, rows=0.0, square=0.07, columns=1.7),
+    ("qat", True): Effort(elements=2.7, rows=0.0, square=0.07, columns=1.7),
     ("aim_at_reference", True): Effort(elements=0.0, rows=0.3, square=0.5, columns=1.2),
 }
 UNKNOWN = Effort(

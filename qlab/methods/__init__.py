@@ -6,7 +6,7 @@
 Example:
     >>> import qlab
     >>> list(qlab.METHODS)
-    ['rtn', 'rtn-weighted', 'hqq', 'awq', 'gptq', 'awq-gptq', 'gptaq', 'auto_round']
+    ['rtn', 'rtn-weighted', 'hqq', 'awq', 'gptq', 'awq-gptq', 'gptaq', 'auto_round', 'qat']
     >>> [stage.name for stage in qlab.METHODS["awq-gptq"]("int4-g64")]
     ['awq_scale', 'absorb', 'gptq']
 """
@@ -21,6 +21,7 @@ from qlab.methods.gptaq import gptaq
 from qlab.methods.gptq import gptq
 from qlab.methods.grid import weighted
 from qlab.methods.hqq import hqq
+from qlab.methods.qat import qat
 from qlab.methods.rtn import rtn
 
 
@@ -43,4 +44,5 @@ METHODS: Mapping[str, Callable[[Spec], Transform]] = {
     "awq-gptq": awq_gptq,
     "gptaq": gptaq,
     "auto_round": auto_round,
+    "qat": qat,
 }

@@ -81,7 +81,7 @@ def given(saved, text, tmp_path_factory):
         },
         **{
             name: {"spec": INT4}
-            for name in ("rtn", "awq", "awq_scale", "gptq", "gptaq", "auto_round")
+            for name in ("rtn", "awq", "awq_scale", "gptq", "gptaq", "auto_round", "qat")
         },
         "aim_at_reference": {},
         "smoothquant": {},

@@ -25,7 +25,7 @@ LAW_METHODS = {  # name -> (spec -> transform)
     "smoothquant_gptq": lambda spec: chain(smoothquant(0.3), gptq(spec)),
 }
 # They change producers beside the weights that they round.
-MOVING = ("awq", "smoothquant", "rotate", "quarot")
+MOVING = ("awq", "smoothquant", "rotate", "quarot", "qat")
 SCALES = ("awq_scale", "smoothquant_scale")  # round nothing
 LAW_SPECS = ("int4-g16", "int3-g32-asym", "int8-channel", "int2-channel-asym", "int5-tensor")
 # A rounding, a solver, a solver with another target, a reparametrization.
