@@ -8,8 +8,9 @@ from model_folders import contents, random_tokens
 from transformers import AutoModelForCausalLM
 
 from qlab import LowRank, Sum, apply, evaluate, logits, lower, perplexity, quantize, write
+from qlab.algebra.online import MatMul
 from qlab.algebra.spec import parse_spec
-from qlab.algebra.transform import at, chain, each_weight, outside
+from qlab.algebra.transform import Stage, at, chain, each_weight, outside
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods import METHODS
@@ -180,3 +181,54 @@ def test_logits_are_those_of_transformers(saved):
     assert (given - expected).norm() <= 1e-5 * expected.norm()
     with pytest.raises(QlabError, match="outside the vocabulary"):
         logits(open_checkpoint(source), [[128]])
+
+
+def thin(W_ok, stats, spec):
+    return LowRank(W_ok[:, :4], W_ok[:4]), {}
+
+
+def turned(outputs):
+    """A stage that leaves a rotation on the inputs, or on the outputs, of its sites."""
+
+    def run(graph, stats):
+        (site, *_) = graph.sites
+        o, k = graph.params[site.weight].shape
+        op = MatMul(torch.eye(o if outputs else k).flip(0))
+        kind = "online_outputs" if outputs else "online"
+        return dataclasses.replace(graph, **{kind: {site.path: (op,)}}), stats
+
+    return (Stage("turned", frozenset(), run),)
+
+
+@pytest.mark.parametrize(
+    "family, recipe, named",
+    [
+        (
+            "llama",
+            at("*.o_proj", each_weight("thin", thin, None)),
+            r"model\.layers\.0\.self_attn\.o_proj\.weight a LowRank",
+        ),
+        (
+            "qwen2",
+            at("*.down_proj", turned(True)),
+            r"model\.layers\.0\.mlp\.down_proj still needs an operation on its output",
+        ),
+        (
+            "qwen2",
+            at("*.down_proj", turned(False)),
+            r"model\.layers\.0\.mlp\.down_proj still needs an operation at run time",
+        ),
+    ],
+    ids=["leaf", "output", "input"],
+)
+def test_what_the_format_does_not_hold_has_figures_and_is_refused_by_name_when_written(
+    family, recipe, named, saved, tmp_path
+):
+    source = saved(family)
+    model, windows = open_checkpoint(source), random_tokens(source, 2, 16)
+    recipe = chain(at("*.up_proj", rtn(INT4)), recipe)
+    value = apply(model, recipe, None)
+    assert evaluate(value, model, windows).kl > 1e-4
+    with pytest.raises(QlabError, match=named):
+        write(value, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
