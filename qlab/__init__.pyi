@@ -7,12 +7,14 @@ from qlab.algebra.cell import Cell as Cell
 from qlab.algebra.cell import Feasible as Feasible
 from qlab.algebra.cell import Weight as Weight
 from qlab.algebra.gauge import gauge as gauge
+from qlab.algebra.insert import insert as insert
 from qlab.algebra.leaf import LowRank as LowRank
 from qlab.algebra.leaf import Sum as Sum
 from qlab.algebra.leaf import dense as dense
 from qlab.algebra.reparametrize import reparametrize as reparametrize
 from qlab.algebra.spec import Int as Int
 from qlab.algebra.spec import parse_spec as parse_spec
+from qlab.algebra.stats import Stat as Stat
 from qlab.algebra.tile import Tile as Tile
 from qlab.algebra.transform import at as at
 from qlab.algebra.transform import chain as chain
@@ -54,6 +56,10 @@ from qlab.methods.gptaq import aim_at_reference as aim_at_reference
 from qlab.methods.gptaq import gptaq as gptaq
 from qlab.methods.gptq import gptq as gptq
 from qlab.methods.grid import GRIDS as GRIDS
+from qlab.methods.inputs import RANGES as RANGES
+from qlab.methods.inputs import quantize_inputs as quantize_inputs
+from qlab.methods.kv import attention_inputs as attention_inputs
+from qlab.methods.kv import kv_cache as kv_cache
 from qlab.methods.qat import qat as qat
 from qlab.methods.rotate import incoherence as incoherence
 from qlab.methods.rotate import quarot as quarot

@@ -37,6 +37,7 @@ WALKERS = {
     "algebra/folds.py",
     "algebra/groups.py",
     "algebra/tracing/as_it_is.py",
+    "algebra/attention.py",
     "algebra/channels.py",
     "algebra/graph.py",
     "algebra/interpret.py",

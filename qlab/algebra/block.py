@@ -19,7 +19,7 @@ from qlab.algebra.measured import MEASURED, errors_in_notes, errors_of
 from qlab.algebra.qtensor import QTensor, dense
 from qlab.algebra.rounding import Copies
 from qlab.algebra.spec import Spec
-from qlab.algebra.stats import Stats
+from qlab.algebra.stats import Stats, name_of
 from qlab.algebra.transform import Stage, Transform
 from qlab.errors import QlabError
 
@@ -199,7 +199,8 @@ def each_block(
             return graph, stats
         _refuse_nonfinite(graph, sites)
         of_sites = {
-            site.path: Copies({need: stats[site.source, need] for need in needs}) for site in sites
+            site.path: Copies({name_of(need): stats[site.source, need] for need in needs})
+            for site in sites
         }
         block = Block(segment=graph, samples=stats[SAMPLES], stats=of_sites)
         with torch.enable_grad():

@@ -18,7 +18,8 @@ from qlab.algebra.graph import ModuleGraph, Site
 from qlab.algebra.leaf import is_leaf, proper
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import Spec, same_grid
-from qlab.algebra.stats import Stats
+from qlab.algebra.stats import Stats, name_of
+from qlab.algebra.wires import nearest, wires
 from qlab.errors import QlabError
 
 
@@ -70,9 +71,13 @@ def _values(graph: ModuleGraph, stats: Stats) -> Iterator[tuple[str, Any]]:
         for i, op in enumerate(ops):
             for part, value in getattr(op, "__dict__", {}).items():
                 yield f"{part} of operation {i} at the input of {graph.path}.{path}", value
+    for wire, ops in {**graph.online_outputs, **graph.online_values}.items():
+        for i, op in enumerate(ops):
+            for part, value in getattr(op, "__dict__", {}).items():
+                yield f"{part} of operation {i} at {graph.path}.{wire}", value
     sites = {site.source: graph.where(site) for site in reversed(graph.code.sites)}
     for (source, need), state in stats.items():
-        yield f"the statistic {need!r} of {sites.get(source, source)}", state
+        yield f"the statistic {name_of(need)!r} of {sites.get(source, source)}", state
 
 
 def _marks(value: Any) -> list[tuple[int, int]]:
@@ -199,6 +204,12 @@ def _refuse_structure(step: str, graph: ModuleGraph, new: ModuleGraph) -> None:
             f"the stage {step!r} puts an operation on {elsewhere[0]!r}, which is no site "
             f"of {graph.path}; its sites are {', '.join(paths)}"
         )
+    no_wire = sorted(new.online_values.keys() - wires(graph.code).keys())
+    if no_wire:
+        raise QlabError(
+            f"the stage {step!r} puts an operation on {no_wire[0]!r}, which is no wire of "
+            f"{graph.path}; {nearest(no_wire[0], wires(graph.code))}"
+        )
 
 
 def _refuse_cells(step: str, graph: ModuleGraph, new: ModuleGraph) -> None:
@@ -262,6 +273,9 @@ def _refuse_elsewhere(step: str, changed: list[str], graph: ModuleGraph, new: Mo
     for before, after in operations:
         others = [path for path in {**before, **after} if path not in paths]
         elsewhere += [path for path in others if before.get(path) != after.get(path)]
+    values, open_to_it = (graph.online_values, new.online_values), graph.selected_wires or ()
+    others = [name for name in {**values[0], **values[1]} if name not in open_to_it]
+    elsewhere += [name for name in others if values[0].get(name) != values[1].get(name)]
     if elsewhere:
         sites = ", ".join(map(graph.where, graph.sites))
         raise QlabError(

@@ -196,8 +196,10 @@ class ModuleGraph:
     code: its program. params: path -> leaf: a tensor, a QTensor or any other (`leaf.Structured`).
     path: the segment's path in the model. dtype: what most of its leaves are stored in. online,
     online_outputs: site path -> the operations at run time on the site's input, and on its output.
-    selected: paths of the sites that a transform may touch (None: all). notes: site path -> what
-    stages report of it. outers: site path -> a global scale that was fixed beforehand.
+    online_values: wire -> those on any other value (`wires`); `inserts` are all of them. selected,
+    selected_wires: paths of the sites, and names of the wires, that a transform may touch (None:
+    all). notes: site path -> what stages report of it. outers: site path -> a global scale that was
+    fixed beforehand.
 
     supports: leaf -> bool [..., o, k], False where a step set the weight to 0, so that it stays 0.
     targets: leaf -> what the weight is to be near to, in the layout of its dense form, where that
@@ -220,11 +222,41 @@ class ModuleGraph:
     held: Mapping[str, torch.dtype] = field(default_factory=dict)
     supports: Mapping[str, Tensor] = field(default_factory=dict)
     targets: Mapping[str, Tensor] = field(default_factory=dict)
+    online_values: Mapping[str, tuple[Op, ...]] = field(default_factory=dict)
+    selected_wires: frozenset[str] | None = None
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """The selected sites, in the order in which the segment runs them."""
         return tuple(s for s in self.code.sites if self.selected is None or s.path in self.selected)
+
+    @property
+    def inserts(self) -> Mapping[str, tuple[Op, ...]]:
+        """Wire -> the operations on it at run time, where there are any: those at the inputs and
+        outputs of sites, and on other values."""
+        of_sites = {
+            **{f"{path}:in": ops for path, ops in self.online.items()},
+            **{f"{path}:out": ops for path, ops in self.online_outputs.items()},
+        }
+        return {wire: ops for wire, ops in {**of_sites, **self.online_values}.items() if ops}
+
+    def with_inserts(self, inserts: Mapping[str, tuple[Op, ...]]) -> "ModuleGraph":
+        """The same graph with these operations on its wires, and no others."""
+        online, outputs, values = {}, {}, {}
+        for wire, ops in inserts.items():
+            owner, _, kind = wire.rpartition(":")
+            if kind == "in":
+                online[owner] = ops
+            elif kind == "out":
+                outputs[owner] = ops
+            else:
+                values[wire] = ops
+        return replace(self, online=online, online_outputs=outputs, online_values=values)
+
+    def inserting(self, wire: str, *ops: Op) -> "ModuleGraph":
+        """The same graph with operations on a wire, behind those that are there."""
+        inserts = self.inserts
+        return self.with_inserts({**inserts, wire: (*inserts.get(wire, ()), *ops)})
 
     def where(self, site: Site) -> str:
         """The site's full name in the model."""

@@ -15,14 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from qlab.algebra.edges import as_read, edges_of, run_ops
 from qlab.algebra.experts import EXPERT_OPS, Rows, each_expert
 from qlab.algebra.graph import (
     SAME_VALUES,
     WEIGHT_OPS,
     Code,
     ModuleGraph,
-    Op,
-    Site,
     by_source,
     fits,
     placed,
@@ -30,6 +29,7 @@ from qlab.algebra.graph import (
 )
 from qlab.algebra.leaf import dense
 from qlab.algebra.products import product_dtype
+from qlab.algebra.wires import AT_NODE, Wire, wire_named, wires
 from qlab.errors import QlabError
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -45,6 +45,24 @@ class _Interpreter(fx.Interpreter):
         self.by_weight = {s.weight: s for s in mg.code.sites if s.weight}
         tensors = (t for t in pytree.tree_leaves(dict(mg.params)) if isinstance(t, Tensor))
         self.device = next((t.device for t in tensors), torch.device("cpu"))
+        self.edges = edges_of(mg)
+        self.whole = graph is mg.code.graph
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple, dict[str, Any]]:
+        """The arguments of a node, after the inserts on the edges that lead to it."""
+        # a program that ends early has an output of its own
+        if n.name not in self.edges or (n.op == "output" and not self.whole):
+            return super().fetch_args_kwargs_from_env(n)
+        of_node = self.edges[n.name]
+        leaves, form = pytree.tree_flatten(
+            (n.args, n.kwargs), is_leaf=lambda a: isinstance(a, fx.Node)
+        )
+        values = [fx.map_arg(leaf, self.env.__getitem__) for leaf in leaves]
+        ends = values[3] if n.target in EXPERT_OPS else None
+        for place, inserts in of_node.items():
+            for wire, ops in inserts:
+                values[place] = run_ops(wire, ops, values[place], ends)
+        return pytree.tree_unflatten(values, form)
 
     def placeholder(self, target: str, args: tuple, kwargs: dict) -> Any:
         code = self.mg.code
@@ -65,11 +83,9 @@ class _Interpreter(fx.Interpreter):
         return super().call_function(target, *placed(args, kwargs, self.device))
 
     def _site(self, target: Any, args: tuple, kwargs: dict) -> Tensor:
-        """The operation of a site, between the online operations on its input and output."""
+        """The operation of a site."""
         x_at, w_at, b_at, layout = WEIGHT_OPS[target]
-        site, x = self.by_weight[args[w_at].path], args[x_at]
-        for op in self.mg.online.get(site.path, ()):
-            x = op(x)
+        x = args[x_at]
         leaf = self.mg.running(args[w_at].path)
         W, wide = dense(leaf, x.dtype), product_dtype(x)
         if not isinstance(leaf, Tensor) and layout == "k o":
@@ -78,17 +94,12 @@ class _Interpreter(fx.Interpreter):
         new[x_at], new[w_at] = x.to(wide), W.to(wide)
         if b_at is not None and len(args) > b_at and args[b_at] is not None:
             new[b_at] = args[b_at].to(x.dtype).to(wide)
-        y = super().call_function(target, *placed(tuple(new), kwargs, self.device)).to(x.dtype)
-        for op in self.mg.online_outputs.get(site.path, ()):
-            y = op(y)
-        return y
+        return super().call_function(target, *placed(tuple(new), kwargs, self.device)).to(x.dtype)
 
     def _each_expert(
         self, layout: str, x_sk: Tensor, weight: "_Weight", bias_eo: Tensor | None, ends: Tensor
     ) -> Tensor:
         """The site of fused experts, of which one is dense at a time."""
-        for op in self.mg.online.get(self.by_weight[weight.path].path, ()):
-            x_sk = _run_op(op, x_sk, ends)
 
         def product(e: int, x_nk: Tensor) -> Tensor:
             leaf = self.mg.running(weight.path, e)
@@ -169,40 +180,58 @@ def inputs_of(
     kwargs: dict[str, Any],
     calibrate_all_experts: bool = False,
 ) -> dict[str, Rows]:
-    """The inputs of the sites of each source, after their online operations.
+    """The inputs of the sites of each source, after their online operations; of a source that is
+    the name of a wire, what the wire brings, as rows.
 
     Only what those inputs depend on is computed: the last projection of a block never runs.
     calibrate_all_experts: every token goes to every expert.
     """
-    sources = tuple(sources)
-    first_sites = [_first(graph, source) for source in sources]
-    routes = tuple(sorted({site.route for site in first_sites if site.route}))
-    program = _ending_at(graph.code, sources + routes, calibrate_all_experts)
+    asked = {source: _wire(graph.code, source) for source in sources}
+    nodes = tuple((wire.node, _first_reader(graph.code, wire)) for wire in asked.values())
+    routes = tuple(sorted({w.site.route for w in asked.values() if w.site and w.site.route}))
+    ends = (*nodes, *((route, None) for route in routes))
+    program = _ending_at(graph.code, ends, calibrate_all_experts)
     values = _Interpreter(graph, program).run(*_tensors(graph, args, kwargs))
-    by_name = dict(zip(sources + routes, values))
-    return {source: _arriving(graph, source, by_name) for source in sources}
+    routed = dict(zip(routes, values[len(nodes) :]))
+    return {
+        source: _arriving(graph, wire, {**routed, wire.node: value})
+        for (source, wire), value in zip(asked.items(), values)
+    }
 
 
-def _first(graph: ModuleGraph, source: str) -> Site:
-    return by_source(graph.code.sites)[source][0]
+def _first_reader(code: Code, wire: Wire) -> str | None:
+    """The operation that reads a wire first; None of inputs of sites, whose node is read."""
+    if wire.kind == "in":
+        return None
+    places = {node.name: i for i, node in enumerate(code.graph.nodes)}
+    return min((name for name, _ in wire.edges), key=places.__getitem__)
 
 
-def _arriving(graph: ModuleGraph, source: str, values: Mapping[str, Any]) -> Rows:
-    """The input of a source's sites, after their online operations. values: by name of node."""
-    site, x = _first(graph, source), values[source]
-    _, tokens, ends = values[site.route] if site.route else (None, None, None)
-    for op in graph.online.get(site.path, ()):
-        x = _run_op(op, x, ends)
-    return Rows(x, tokens, ends)
+def _wire(code: Code, source: str) -> Wire:
+    """A wire by its name, or the input of the first site that a node feeds."""
+    sites = by_source(code.sites).get(source)
+    return wire_named(code, f"{sites[0].path}:in" if sites else source)
 
 
-def _run_op(op: Op, x: Tensor, ends: Tensor | None) -> Tensor:
-    return op(x, ends) if getattr(op, "per_expert", False) else op(x)
+def _arriving(graph: ModuleGraph, wire: Wire, values: Mapping[str, Any]) -> Rows:
+    """What a wire brings, after its inserts. values: by name of node."""
+    route = wire.site.route if wire.site else None
+    _, tokens, ends = values[route] if route else (None, None, None)
+    x = as_read(graph, wire.node, values[wire.node])
+    if wire.kind not in AT_NODE:
+        x = run_ops(wire, graph.inserts.get(wire.name, ()), x, ends)
+    return Rows(wire.rows(x), tokens, ends)
 
 
 @lru_cache(maxsize=32)
-def _ending_at(code: Code, names: tuple[str, ...], calibrate_all_experts: bool) -> fx.Graph:
-    """A copy of the program that returns the values of these nodes and computes nothing else."""
+def _ending_at(
+    code: Code, ends: tuple[tuple[str, str | None], ...], calibrate_all_experts: bool
+) -> fx.Graph:
+    """A copy of the program that returns values of nodes and computes nothing else.
+
+    ends: nodes, each with the operation in front of which its value is taken, since a program may
+    write to it later; with None it is taken at the end.
+    """
     copy = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     copy.graph_copy(code.graph, copies)
@@ -210,7 +239,16 @@ def _ending_at(code: Code, names: tuple[str, ...], calibrate_all_experts: bool) 
     for node in copy.nodes:
         if calibrate_all_experts and node.target is torch.ops.qlab.route.default:
             node.target = torch.ops.qlab.route_everywhere.default
-    copy.output(tuple(by_name[name] for name in names))
+    in_place = any(map(_writes, copy.nodes))
+
+    def taken(name: str, reader: str | None) -> fx.Node:
+        if not in_place or reader not in by_name:
+            return by_name[name]
+        with copy.inserting_before(by_name[reader]):
+            return copy.call_function(torch.ops.aten.clone.default, (by_name[name],))
+
+    values = [taken(name, reader) for name, reader in ends]
+    copy.output(tuple(values))
     copy.eliminate_dead_code(
         is_impure_node=lambda n: n.op in ("placeholder", "output") or _writes(n)
     )
@@ -239,10 +277,14 @@ class Walk:
         self.position = 0  # nodes that have run
 
     def to(self, graph: ModuleGraph, source: str, args: tuple, kwargs: dict[str, Any]) -> Rows:
-        """The input of a source's sites, after their online operations."""
-        node = next(n for n in self.nodes if n.name == source)
-        self._advance(graph, max(self.position, self.nodes.index(node) + 1), args, kwargs)
-        return _arriving(graph, source, {n.name: value for n, value in self.env.items()})
+        """The input of a source's sites, or what a wire brings, as `inputs_of` gives it."""
+        wire = _wire(self.code, source)
+        places = {node.name: i for i, node in enumerate(self.nodes)}
+        # the value of a wire may be written to until it is read
+        of_source = wire.kind == "in"
+        stop = places[wire.node] + 1 if of_source else min(places[n] for n, _ in wire.edges)
+        self._advance(graph, max(self.position, stop), args, kwargs)
+        return _arriving(graph, wire, {n.name: value for n, value in self.env.items()})
 
     def end(self, graph: ModuleGraph, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """All outputs of the segment's program (`Code.outputs`)."""
@@ -296,6 +338,10 @@ def _last_uses(code: Code) -> dict[fx.Node, tuple[fx.Node, ...]]:
         for name in (site.source, site.route):
             if name:
                 last[by_name[name]] = max(last[by_name[name]], used)
+    for wire in wires(code).values():
+        if wire.kind == "out" and wire.site and wire.site.route:
+            read = max(places[by_name[name]] for name, _ in wire.edges)
+            last[by_name[wire.site.route]] = max(last[by_name[wire.site.route]], read)
     uses: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for node, place in last.items():
         if node.op != "output":

@@ -7,7 +7,7 @@ Legend: x_nk is n tokens by k channels, H_kk = sum_n x_n^T x_n. States are fp32 
 the model.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qlab.algebra.experts import rows_of
+from qlab.errors import QlabError
 
 TILE = 192  # columns per block of a symmetric matrix, of which one triangle is multiplied
 
@@ -36,16 +37,59 @@ class Observation:
 
 
 class Stat(NamedTuple):
-    """A statistic. lift: observation -> state. combine: two states -> one, associative and
-    commutative up to fp32 rounding. transport: the state after x -> x * m (a vector [k]) or x @ M
-    (a matrix [k, k]), or None if it has to be observed again. nothing: k -> the state of k channels
-    that no token reached, the identity of combine.
+    """A statistic of what reaches a wire, of one's own beside those that have names.
+
+    A step that needs it is given its state by its name. It is observed in batches, whose states are
+    combined; none but fp32 tensors need be held.
+
+    Args:
+        lift: observation -> state. `observation.x_nk` holds the tokens of a batch as rows.
+        combine: two states -> one, associative and commutative up to fp32 rounding.
+        transport: the state after x -> x * m (a vector [k]) or x @ M (a matrix [k, k]), or None if
+            it has to be observed again, which is the default.
+        nothing: k -> the state of k channels that no token reached, the identity of combine; by
+            default None, which is combined with nothing.
+        name: under which a step finds the state. The statistics of qlab go by the keys of STATS.
+
+    Example:
+        >>> import qlab, torch
+        >>> peak = qlab.Stat(lambda o: o.x_nk.abs().amax().float(), torch.maximum, name="peak")
+        >>> def clip(W_ok, stats, spec):
+        ...     return W_ok.clamp(-1, 1), {"peak": float(stats["peak"])}
+        >>> (stage,) = qlab.each_weight("clip", clip, None, {peak})
+        >>> [need.name for need in stage.needs]
+        ['peak']
     """
 
     lift: Callable[[Observation], Any]
     combine: Callable[[Any, Any], Any]
-    transport: Callable[[Any, Tensor], Any]
-    nothing: Callable[[int], Any]
+    transport: Callable[[Any, Tensor], Any] = lambda state, M: None
+    nothing: Callable[[int], Any] = lambda k: None
+    name: str = ""
+
+
+Need = str | Stat  # a statistic that a step asks for: a key of STATS, or one of its own
+
+
+def name_of(need: Need) -> str:
+    """The name of a statistic, by which steps find its state."""
+    return need if isinstance(need, str) else need.name
+
+
+def named(needs: Iterable[Need]) -> frozenset[Need]:
+    """Statistics that a step asks for; refuses those of its own without a name, or with one that
+    another of them has."""
+    names: dict[str, Need] = {}
+    for need in needs:
+        name = name_of(need)
+        if not name:
+            raise QlabError("a statistic has no name; give it one: qlab.Stat(..., name='mine')")
+        if names.setdefault(name, need) != need or (not isinstance(need, str) and name in STATS):
+            raise QlabError(
+                f"two statistics have the name {name!r}; give the one of your own another"
+            )
+        names[name] = need
+    return frozenset(names.values())
 
 
 class Moment(NamedTuple):
@@ -171,7 +215,10 @@ def per_expert(stat: Stat) -> Stat:
         return PerExpert(tuple(stat.lift(part) if len(part.keys) else nothing() for part in parts))
 
     def combine(a: PerExpert, b: PerExpert) -> PerExpert:
-        return PerExpert(tuple(map(stat.combine, a.states, b.states)))
+        both = zip(a.states, b.states)
+        return PerExpert(
+            tuple(y if x is None else x if y is None else stat.combine(x, y) for x, y in both)
+        )
 
     def move(state: PerExpert, M: Tensor) -> PerExpert | None:
         moved = [
@@ -225,12 +272,18 @@ STATS: dict[str, Stat] = {
     "sample": sample(512),
 }
 
-Stats = Mapping[tuple[str, str], Any]  # (source node, statistic) -> state
+Stats = Mapping[tuple[str, Need], Any]  # (source node or wire, statistic) -> state
 
 
-def stat_of(name: str, experts: bool) -> Stat:
-    """The statistic of that name. experts: of every expert's own tokens."""
-    return per_expert(STATS[name]) if experts else STATS[name]
+def stat_of(need: Need, experts: bool) -> Stat:
+    """The statistic that is asked for; refuses a name that none has. experts: of every expert's own
+    tokens."""
+    if isinstance(need, str) and need not in STATS:
+        raise QlabError(
+            f"the recipe asks for a statistic {need!r}; there are {', '.join(sorted(STATS))}"
+        )
+    stat = STATS[need] if isinstance(need, str) else need
+    return per_expert(stat) if experts else stat
 
 
 def transport(stats: Stats, source: str, M: Tensor) -> Stats:

@@ -23,7 +23,8 @@ from qlab.algebra.graph import ModuleGraph, Op, Site
 from qlab.algebra.rounding import CellFn, Step, WeightFn, of_arrays, outer_scales, solve
 from qlab.algebra.scope import Scope
 from qlab.algebra.spec import Spec
-from qlab.algebra.stats import Stats
+from qlab.algebra.stats import Need, Stats, name_of, named
+from qlab.algebra.wires import open_wires, reached
 from qlab.algebra.zeros import masked, narrowed
 from qlab.errors import QlabError
 
@@ -40,7 +41,9 @@ class Stage:
 
     reparametrizes: it changes the basis of inputs, so all sites of one input belong together.
     sitewise: what it does to a site depends on the weights and statistics of that site's input
-    alone. lossless: it keeps the function of any graph, so it may wait until every site is solved.
+    alone. wires: the pattern of the wires that it works on and whose statistics it reads, of a step
+    that works on no weights (`insert`). lossless: it keeps the function of any graph, so it may
+    wait until every site is solved.
     online: the operations that it puts on the inputs of its sites, as a codec is asked about them.
     workspace: how many fp32 matrices [k, k] it holds at once beside its statistics. uncovered: it
     is the last stage of `rules`, for which a site in its scope is an error. visits: how many
@@ -48,7 +51,7 @@ class Stage:
     """
 
     name: str
-    needs: frozenset[str]
+    needs: frozenset[Need]
     apply: Apply
     spec: Spec | None = None
     detail: str = ""
@@ -60,8 +63,9 @@ class Stage:
     workspace: int = 1
     uncovered: bool = False
     visits: int = 0
+    wires: str | None = None
 
-    def wants(self, site: Site) -> frozenset[str]:
+    def wants(self, site: Site) -> frozenset[Need]:
         """The statistics that it reads of this site's input. Routed experts have no drift: their
         rows have no counterpart in the reference model."""
         return self.needs - {"drift"} if site.route else self.needs
@@ -141,7 +145,7 @@ def outside(transform: Transform) -> Transform:
     for stage in transform:
         if stage.needs or stage.online or not stage.sitewise:
             reason = (
-                f"observes {', '.join(sorted(stage.needs))}"
+                f"observes {', '.join(sorted(map(name_of, stage.needs)))}"
                 if stage.needs
                 else "changes more than weights"
             )
@@ -207,7 +211,7 @@ def each_weight(
     name: str,
     fn: WeightFn,
     spec: Spec | None,
-    needs: frozenset[str] = frozenset(),
+    needs: Iterable[Need] = frozenset(),
     detail: str = "",
 ) -> Transform:
     """A method from a function of one weight: fn(W_ok, stats, spec) -> (leaf, notes).
@@ -225,7 +229,7 @@ def each_weight(
             (q, k and v; gate and up). It is None for other specs.
         spec: the grid that fn rounds to; None where it rounds nothing, as a mask does.
         needs: statistics of the weight's input, of qlab.algebra.stats.STATS: "second_moment",
-            "drift", "absmax", "absmean", "minmax", "sample".
+            "drift", "absmax", "absmean", "minmax", "sample"; and of your own, as qlab.Stat.
         detail: settings in words, for plans and reports.
 
     Returns:
@@ -242,13 +246,13 @@ def each_weight(
         >>> [stage.name for stage in qlab.chain(mask, qlab.rtn(qlab.parse_spec("int4-g64")))]
         ['prune', 'rtn']
     """
-    return _each(Step(name, of_arrays(fn), spec, of_arrays=True), needs, detail)
+    return _each(Step(name, of_arrays(fn), spec, of_arrays=True), named(needs), detail)
 
 
 def each_cell(
     name: str,
     fn: CellFn,
-    needs: Iterable[str] = (),
+    needs: Iterable[Need] = (),
     spec: Spec | None = None,
     detail: str = "",
 ) -> Transform:
@@ -287,10 +291,10 @@ def each_cell(
         >>> [stage.name for stage in qlab.chain(mask, qlab.gptq("int4-g64"))]
         ['larger_half', 'gptq']
     """
-    return _each(Step(name, fn, spec), frozenset(needs), detail)
+    return _each(Step(name, fn, spec), named(needs), detail)
 
 
-def _each(step: Step, needs: frozenset[str], detail: str) -> Transform:
+def _each(step: Step, needs: frozenset[Need], detail: str) -> Transform:
     """The transform of one stage that runs the step on every selected weight but routers."""
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
@@ -301,7 +305,7 @@ def _each(step: Step, needs: frozenset[str], detail: str) -> Transform:
             if site.router:
                 continue
             assert site.weight is not None  # every site of a program has one
-            seen = {need: stats[site.source, need] for need in needs}
+            seen = {name_of(need): stats[site.source, need] for need in needs}
             new = solve(step, graph, site, seen, outers.get(site.path))
             notes[site.path] = {**notes.get(site.path, {}), **new.note}
             if new.leaf is not None:
@@ -325,10 +329,22 @@ def _each(step: Step, needs: frozenset[str], detail: str) -> Transform:
 
 # ------------------------------------------------------------------ running a stage
 def select(stage: Stage, graph: ModuleGraph) -> ModuleGraph:
-    """The graph with the stage's sites selected, of those that it has selected already."""
-    return replace(
+    """The graph with the stage's sites and wires selected, of those that are selected already."""
+    chosen = replace(
         graph, selected=frozenset(s.path for s in graph.sites if stage.touches(graph.where(s), s))
     )
+    if stage.wires is None:
+        return chosen
+    return replace(chosen, selected_wires=reached(chosen, stage.wires, stage.scope))
+
+
+def keys_of(stage: Stage, graph: ModuleGraph) -> set[tuple[str, Need]]:
+    """The statistics that a stage reads: of the inputs of the sites that it may touch, or of the
+    wires that it works on."""
+    chosen = select(stage, graph)
+    if stage.wires is None:
+        return {(site.source, need) for site in chosen.sites for need in stage.wants(site)}
+    return {(wire.key, need) for wire in open_wires(chosen) for need in stage.needs}
 
 
 def apply(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
@@ -359,7 +375,8 @@ def apply(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, 
     new = narrowed(stage.name, chosen, new)
     if stage.spec is None and not (stage.lossless or stage.reparametrizes):
         new = masked(chosen, new)
-    return replace(new, selected=graph.selected), new_stats
+    new = replace(new, selected=graph.selected, selected_wires=graph.selected_wires)
+    return new, new_stats
 
 
 def _run_sealed(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:

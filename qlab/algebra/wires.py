@@ -5,37 +5,26 @@ A wire is a value on its way to the operations that read it. Names come from the
 module in which an attention runs, "enter" and "leave" from what the program is given and returns.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from qlab.algebra.attention import Operand, attended, is_float, leaves_of, module_of, same_size
 from qlab.algebra.graph import (
-    LAYOUT,
-    SAME_VALUES,
     WEIGHT_OPS,
     Code,
+    ModuleGraph,
     Site,
-    aten,
     behind_casts,
+    by_source,
 )
+from qlab.algebra.scope import matches
 from qlab.errors import QlabError
 
-ATTENTION = aten.scaled_dot_product_attention.default
-# operation of two computed values -> the positions of both
-PRODUCTS: Mapping[Any, tuple[int, int]] = {
-    aten.matmul.default: (0, 1),
-    aten.bmm.default: (0, 1),
-    aten.baddbmm.default: (1, 2),
-}
-SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
-TURNS = frozenset({aten.transpose.int, aten.permute.default, aten.mT.default})
-REPEATS = frozenset({aten.expand.default, aten.repeat.default, aten.repeat_interleave.self_int})
 AT_NODE = frozenset({"enter", "out"})  # kinds of wires whose edges are all uses of their node
 Edge = tuple[str, int]  # a node, and which of its arguments, counted as leaves of (args, kwargs)
 
@@ -48,6 +37,8 @@ class Wire:
     kind: the last part of the name. node: the name of the node whose value it is. edges: where the
     value enters operations. site: of an input or output of a site. layout: the last axes of the
     value, "n k" (tokens, channels), or those of the heads of an attention, "h n d" or "h d n".
+    channels: k, of all heads of an attention. heads: their number there, 1 elsewhere. path: the
+    segment's path in the model, where a step is given the wire.
     """
 
     name: str
@@ -56,6 +47,14 @@ class Wire:
     edges: tuple[Edge, ...]
     site: Site | None = None
     layout: str = "n k"
+    channels: int = 0
+    heads: int = 1
+    path: str = ""
+
+    @property
+    def where(self) -> str:
+        """Its name in the model."""
+        return full_name(self.path, self.name)
 
     @property
     def owner(self) -> str:
@@ -102,17 +101,25 @@ def wires(code: Code) -> Mapping[str, Wire]:
     found: list[Wire] = []
     if ends is not None:
         entering = ends[0]
-        found.append(Wire(name="enter", kind="enter", node=entering.name, edges=uses[entering]))
+        found.append(
+            Wire(
+                name="enter",
+                kind="enter",
+                node=entering.name,
+                edges=uses[entering],
+                channels=entering.meta["val"].shape[-1],
+            )
+        )
     owners: dict[str, int] = {}
     for node in code.graph.nodes:
         if node in sites:
             found += _around(node, sites[node], uses)
-        attended = _attended(node)
-        if attended:
-            path = _module(node)
+        operands = attended(node)
+        if operands:
+            path = module_of(node)
             owners[path] = owners.get(path, 0) + 1
             owner = path if owners[path] == 1 else f"{path}#{owners[path]}"
-            found += [_of_heads(owner, kind, *edge) for kind, edge in attended.items()]
+            found += [_of_attention(owner, operand) for operand in operands]
     # of a weight by itself (`graph.lone_weight`), which has no program
     found += [
         Wire(name=f"{site.path}:in", kind="in", node=site.source, edges=(), site=site)
@@ -122,7 +129,15 @@ def wires(code: Code) -> Mapping[str, Wire]:
     if ends is not None:
         leaving, place = ends[1:]
         out = code.graph.output_node().name
-        found.append(Wire(name="leave", kind="leave", node=leaving.name, edges=((out, place),)))
+        found.append(
+            Wire(
+                name="leave",
+                kind="leave",
+                node=leaving.name,
+                edges=((out, place),),
+                channels=leaving.meta["val"].shape[-1],
+            )
+        )
     return {wire.name: wire for wire in found}
 
 
@@ -149,12 +164,56 @@ def full_name(path: str, wire: str) -> str:
     return f"{path}{local}" if local.startswith(":") else f"{path}.{local}"
 
 
+def open_wires(graph: ModuleGraph) -> tuple[Wire, ...]:
+    """The wires that a transform may touch, in running order."""
+    may = graph.selected_wires
+    return tuple(w for w in wires(graph.code).values() if may is None or w.name in may)
+
+
+def reached(graph: ModuleGraph, pattern: str, scope: Container[str]) -> frozenset[str]:
+    """The open wires that a pattern matches, by their own name or that in the model: inputs and
+    outputs of selected sites but routers, and other values of modules within the scope."""
+    found = []
+    for wire in open_wires(graph):
+        name = full_name(graph.path, wire.name)
+        if not (matches(pattern, wire.name) or matches(pattern, name)):
+            continue
+        if wire.site is None:
+            owner, _, _ = name.rpartition(":")
+            allowed = not graph.path or owner in scope or name in scope
+        else:
+            allowed = wire.site in graph.sites and not wire.site.router
+        found += [wire.name] if allowed else []
+    return frozenset(found)
+
+
+class Stop(NamedTuple):
+    """Where a run of a program waits: before the sites that a node feeds, or before what reads
+    another wire. source: the node, or the name of the wire. wires: what may be inserted there."""
+
+    source: str
+    sites: tuple[Site, ...]
+    wires: frozenset[str]
+
+
+def stops(code: Code, values: Container[str]) -> list[Stop]:
+    """The stops of a run at every source, and at each wire among `values` that is no input of a
+    site, in the order in which the program reaches them."""
+    places = {node.name: i for i, node in enumerate(code.graph.nodes)}
+    there = wires(code)
+    found: list[tuple[int, Stop]] = []
+    for source, sites in by_source(code.sites).items():
+        inputs = [there[f"{site.path}:in"] for site in sites]
+        place = min((places[n] for wire in inputs for n, _ in wire.edges), default=0)
+        found.append((place, Stop(source, sites, frozenset(wire.name for wire in inputs))))
+    for wire in there.values():
+        if wire.kind != "in" and wire.name in values:
+            place = min(places[node] for node, _ in wire.edges)
+            found.append((place, Stop(wire.name, (), frozenset({wire.name}))))
+    return [stop for _, stop in sorted(found, key=lambda pair: pair[0])]
+
+
 # ------------------------------------------------------------------ ends and sites
-def leaves_of(node: fx.Node) -> list[Any]:
-    """The arguments of a node as `Edge` counts them."""
-    return pytree.tree_leaves((node.args, node.kwargs), is_leaf=lambda a: isinstance(a, fx.Node))
-
-
 def _uses(graph: fx.Graph) -> dict[fx.Node, tuple[Edge, ...]]:
     """node -> the edges at which its value enters operations."""
     uses: dict[fx.Node, tuple[Edge, ...]] = {node: () for node in graph.nodes}
@@ -172,28 +231,18 @@ def _ends(code: Code) -> tuple[fx.Node, fx.Node, int] | None:
     inputs = [n for n in code.graph.nodes if n.op == "placeholder" and n.name not in known]
     outputs = [n for n in code.graph.nodes if n.op == "output"]
     for place, leaf in enumerate(leaves_of(outputs[0]) if outputs else ()):
-        if not isinstance(leaf, fx.Node) or not _is_float(leaf):
+        if not isinstance(leaf, fx.Node) or not is_float(leaf):
             continue
         for node in inputs:
-            if _is_float(node) and _alike(node, leaf):
+            if is_float(node) and _alike(node, leaf):
                 return node, leaf, place
     return None
-
-
-def _is_float(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0
 
 
 def _alike(a: fx.Node, b: fx.Node) -> bool:
     """Whether two values have as many axes, and channels."""
     x, y = a.meta["val"], b.meta["val"]
-    return x.ndim == y.ndim and _same(x.shape[-1], y.shape[-1])
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two sizes of traced tensors are the same number or symbol, without deciding it."""
-    return str(a) == str(b)
+    return x.ndim == y.ndim and same_size(x.shape[-1], y.shape[-1])
 
 
 def _sites(code: Code) -> Iterator[tuple[fx.Node | None, Site]]:
@@ -210,128 +259,31 @@ def _sites(code: Code) -> Iterator[tuple[fx.Node | None, Site]]:
 def _around(node: fx.Node, site: Site, uses: Mapping[fx.Node, tuple[Edge, ...]]) -> list[Wire]:
     """The input and the output of a site."""
     x_at = WEIGHT_OPS[node.target][0]
-    entering: dict[str, Any] = {"node": site.source, "edges": ((node.name, x_at),)}
-    leaving: dict[str, Any] = {"node": node.name, "edges": uses[node]}
-    return [
-        Wire(name=f"{site.path}:in", kind="in", site=site, **entering),
-        Wire(name=f"{site.path}:out", kind="out", site=site, **leaving),
-    ]
-
-
-# ------------------------------------------------------------------ attention
-def _module(node: fx.Node) -> str:
-    """The path in the segment of the module in which an operation runs."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = str(stack[-1][0]) if stack else ""
-    return path.partition("@")[0].removeprefix("segment").removeprefix(".")
-
-
-def _attended(node: fx.Node) -> dict[str, tuple[fx.Node, int, str]]:
-    """Query, key and value of an attention, each as (the operation that reads it, its place there,
-    the layout of the value). An attention that is written out is met at its softmax."""
-    if node.target is ATTENTION:
-        return {kind: (node, i, "h n d") for i, kind in enumerate(("query", "key", "value"))}
-    if node.target not in SOFTMAX:
-        return {}
-    scores, mixture = _scored(node.args[0]), _mixed(node)
-    if scores is None or mixture is None:
-        return {}
-    left, right = PRODUCTS[scores.target]
-    return {
-        "query": (scores, left, "h n d"),
-        "key": (scores, right, "h d n"),
-        "value": (mixture, PRODUCTS[mixture.target][1], "h n d"),
-    }
-
-
-def _scored(node: fx.Node) -> fx.Node | None:
-    """The product whose result becomes this number by number: scaled, capped, masked."""
-    while node.op == "call_function" and node.target not in PRODUCTS:
-        pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-        if not pointwise and node.target not in LAYOUT | SAME_VALUES:
-            return None
-        inputs = [a for a in node.args if isinstance(a, fx.Node) and _is_float(a)]
-        computed = [a for a in inputs if a.op == "call_function"]
-        if not computed:
-            return None
-        node = computed[0]
-    return node if node.target in PRODUCTS and _both_computed(node) else None
-
-
-def _both_computed(product: fx.Node) -> bool:
-    operands = [product.args[i] for i in PRODUCTS[product.target]]
-    return all(behind_casts(a).op == "call_function" and _is_heads(a) for a in operands)
-
-
-def _is_heads(node: fx.Node) -> bool:
-    return _is_float(node) and node.meta["val"].ndim >= 3
-
-
-def _mixed(node: fx.Node) -> fx.Node | None:
-    """The product of attention weights with values."""
-    while True:
-        users = list(node.users)
-        products = [u for u in users if u.target in PRODUCTS]
-        if products:
-            weights = products[0].args[PRODUCTS[products[0].target][0]]
-            return products[0] if weights is node and _both_computed(products[0]) else None
-        kept = [u for u in users if u.target in SAME_VALUES or u.target in LAYOUT]
-        if not kept:
-            return None
-        node = kept[0]
-
-
-def _of_heads(owner: str, kind: str, reader: fx.Node, place: int, layout: str) -> Wire:
-    """The wire of a value [..., h, n, d] that an attention reads, before it was turned or
-    repeated."""
-    node = leaves_of(reader)[place]
-    if layout == "h d n":
-        turned = _before_turn(node)
-        if turned is not None:
-            reader, place, node, layout = *turned, "h n d"
-    before = _before_repeat(node)
-    if before is not None:
-        reader, place, node = before
-    return Wire(
-        name=f"{owner}:{kind}",
-        kind=kind,
-        node=node.name,
-        edges=((reader.name, place),),
-        layout=layout,
+    k, o = node.args[x_at].meta["val"].shape[-1], node.meta["val"].shape[-1]
+    entering = Wire(
+        name=f"{site.path}:in",
+        kind="in",
+        node=site.source,
+        edges=((node.name, x_at),),
+        site=site,
+        channels=k,
     )
+    leaving = replace(
+        entering, name=f"{site.path}:out", kind="out", node=node.name, edges=uses[node], channels=o
+    )
+    return [entering, leaving]
 
 
-def _before_turn(node: fx.Node) -> tuple[fx.Node, int, fx.Node] | None:
-    """The transpose of the last two axes behind which a value lies: it, the place of the value in
-    its arguments, and the value. Casts may lie between."""
-    turn = behind_casts(node)
-    if turn.target not in TURNS:
-        return None
-    n = turn.meta["val"].ndim
-    order = list(range(n))
-    if turn.target is aten.permute.default:
-        order = [axis % n for axis in turn.args[1]]
-    else:
-        i, j = (axis % n for axis in turn.args[1:] or (-2, -1))
-        order[i], order[j] = order[j], order[i]
-    swaps = order == [*range(n - 2), n - 1, n - 2]
-    return (turn, 0, turn.all_input_nodes[0]) if swaps else None
-
-
-def _before_repeat(node: fx.Node) -> tuple[fx.Node, int, fx.Node] | None:
-    """The value whose heads were repeated into this one: the operation that reads it, its place
-    there, and the value; None where none was."""
-    heads, tokens, width = node.meta["val"].shape[-3:]
-    reader, repeated = node, False
-    while reader.target in LAYOUT | SAME_VALUES:
-        repeated |= reader.target in REPEATS
-        value = reader.args[0]
-        if not isinstance(value, fx.Node) or not _is_heads(value):
-            return None
-        shape = value.meta["val"].shape
-        kept = _same(shape[-2], tokens) and _same(shape[-1], width)
-        fewer = str(shape[-3]) != str(heads) and len(shape) == node.meta["val"].ndim
-        if repeated and kept and fewer:
-            return reader, 0, value
-        reader = value
-    return None
+def _of_attention(owner: str, operand: Operand) -> Wire:
+    """What an attention reads."""
+    shape = operand.node.meta["val"].shape
+    width = shape[-1] if operand.layout == "h n d" else shape[-2]
+    return Wire(
+        name=f"{owner}:{operand.kind}",
+        kind=operand.kind,
+        node=operand.node.name,
+        edges=((operand.reader.name, operand.place),),
+        layout=operand.layout,
+        channels=shape[-3] * width,
+        heads=shape[-3],
+    )

@@ -146,6 +146,16 @@ TAKES: Mapping[str, Mapping[str, kinds.Kind]] = {
         "windows": kinds.whole,
         "lr": kinds.optional_fraction,
     },
+    "insert": {
+        "name": kinds.text,
+        "wires": kinds.text,
+        "make": kinds.function,
+        "needs": kinds.needed,
+        "detail": kinds.text,
+    },
+    "quantize_inputs": {"spec": kinds.spec, "static": kinds.measured},
+    "kv_cache": {"spec": kinds.cache, "static": kinds.measured},
+    "attention_inputs": {"spec": kinds.cache, "static": kinds.measured},
     "parse_spec": {"text": kinds.text, "symmetric": kinds.flag},
     "reparametrize": {"graph": kinds.block},
 }

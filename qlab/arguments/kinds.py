@@ -95,8 +95,15 @@ def names(value: Any, name: str) -> Any:
 
 
 def needed(value: Any, name: str) -> Any:
-    """Names of statistics."""
-    return frozenset(names(value, name))
+    """Names of statistics, and statistics of one's own (qlab.Stat)."""
+    from qlab.algebra.stats import Stat
+
+    if isinstance(value, Stat):
+        return frozenset({value})
+    several = value if isinstance(value, list | tuple | set | frozenset) else ()
+    own = frozenset(each for each in several if isinstance(each, Stat))
+    others = [each for each in several if not isinstance(each, Stat)] if own else value
+    return own | frozenset(names(others, name))
 
 
 def path(value: Any, name: str) -> Any:
@@ -225,6 +232,30 @@ def spec(value: Any, name: str) -> Any:
 def optional_spec(value: Any, name: str) -> Any:
     """A spec, its name, or None."""
     return value if value is None else spec(value, name)
+
+
+def cache(value: Any, name: str) -> Any:
+    """How a cache is rounded: a cache spec, a spec, or its name."""
+    from qlab.algebra.spec import Float, Int
+    from qlab.methods.kv import CacheSpec, cache_spec, parse_cache_spec
+
+    if isinstance(value, str):
+        return parse_cache_spec(value)
+    if isinstance(value, Int | Float):
+        return cache_spec(value)
+    if not isinstance(value, CacheSpec):
+        raise QlabError(f"{name} is {said(value)}; give a spec, or its name such as 'int8-head'")
+    return value
+
+
+def measured(value: Any, name: str) -> Any:
+    """How a stored scale is measured, or its name."""
+    from qlab.methods.inputs import RANGES, Range
+
+    found = RANGES.get(value.lower()) if isinstance(value, str) else value
+    if not isinstance(found, Range):
+        raise QlabError(f"{name} is {said(value)}; give one of qlab.RANGES: {', '.join(RANGES)}")
+    return found
 
 
 def grid(value: Any, name: str) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor
 from qlab.algebra.graph import lone_weight
 from qlab.algebra.qtensor import QTensor, dense
 from qlab.algebra.spec import Spec
+from qlab.algebra.stats import name_of
 from qlab.algebra.transform import Transform
 from qlab.codecs import CODECS, Codec
 from qlab.directories.chosen import KEPT, chosen_weights
@@ -170,7 +171,7 @@ def _refuse_recipe(recipe: Transform, codec: str) -> None:
     """Refuse an unknown format, and stages for which the model would have to run."""
     if codec not in CODECS:
         raise QlabError(f"the codec {codec!r} is unknown; qlab writes {', '.join(CODECS)}")
-    needs = sorted({need for stage in recipe for need in stage.needs})
+    needs = sorted({name_of(need) for stage in recipe for need in stage.needs})
     if needs:
         raise QlabError(
             f"the recipe observes {', '.join(needs)}, for which the model has to run; use a "

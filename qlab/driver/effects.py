@@ -7,10 +7,12 @@ out in silence.
 
 from collections.abc import Mapping, Sequence
 
-from qlab.algebra.graph import ModuleGraph, Op, Site
+from qlab.algebra.graph import Code, ModuleGraph, Op, Site
 from qlab.algebra.online import QuantizeInput
+from qlab.algebra.scope import matches
 from qlab.algebra.spec import Spec
-from qlab.algebra.transform import Stage, Transform
+from qlab.algebra.transform import Stage, Transform, select
+from qlab.algebra.wires import full_name, open_wires
 from qlab.codecs import CODECS, Codec
 from qlab.driver.observe import DRIFT, Inputs
 from qlab.errors import QlabError
@@ -56,7 +58,8 @@ def online_of(recipe: Transform, named: Mapping[str, Site]) -> Online:
     found: dict[str, tuple[Op, ...]] = {}
     for stage in recipe:
         for name, site in named.items():
-            if stage.online and stage.touches(name, site) and not site.router:
+            at_input = stage.wires is None or matches(stage.wires, f"{name}:in")
+            if stage.online and at_input and stage.touches(name, site) and not site.router:
                 found[name] = (*found.get(name, ()), *stage.online)
     return found
 
@@ -97,6 +100,24 @@ def refuse_unheld(
             failed.setdefault(reason, []).append(name)
     for reason, names in failed.items():
         raise QlabError(f"{some(names)}: {reason}")
+
+
+def refuse_unheld_values(recipe: Transform, codes: Mapping[str, Code], codec: str) -> None:
+    """Refuse inserts on values that are no inputs of weights, for which the format has no place, by
+    the names of their wires."""
+    for stage in recipe:
+        if stage.wires is None:
+            continue
+        unheld: list[str] = []
+        for path, code in codes.items():
+            chosen = select(stage, ModuleGraph(code, {}, path))
+            others = [w.name for w in open_wires(chosen) if w.kind != "in"]
+            unheld += [full_name(path, name) for name in others]
+        if unheld:
+            raise QlabError(
+                f"the stage {stage.name!r} puts operations on {some(unheld)}, for which {codec} "
+                "has no place; evaluate the recipe with qlab.apply, or leave the stage out"
+            )
 
 
 def _unheld(ops: Sequence[Op], spec: Spec | None, site: Site, codec: str) -> str | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from qlab.algebra.graph import Code
+from qlab.algebra.stats import name_of
 from qlab.algebra.transform import Transform
 from qlab.data.calibration import Data
 from qlab.driver.learning import split
@@ -50,7 +51,7 @@ class Job:
     @property
     def statistics(self) -> list[str]:
         """The names of the statistics that the recipe needs, sorted."""
-        return sorted({need for stage in self.recipe for need in stage.needs})
+        return sorted({name_of(need) for stage in self.recipe for need in stage.needs})
 
     @property
     def observed(self) -> Data | None:

@@ -40,7 +40,7 @@ def refuse_changed(
     call: what the block is called with where there are no batches, with random numbers then.
     """
     same = all(leaf is before.params[name] for name, leaf in after.params.items())
-    if not claims(stage) or (same and after.online == before.online):
+    if not claims(stage) or (same and after.inserts == before.inserts):
         return
     call, state = next(batches(), None) or (call, _random_like(call.entering, before))
     state = tuple(t.float() if t.dtype in NARROW else t for t in state)

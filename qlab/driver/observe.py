@@ -1,4 +1,4 @@
-"""The statistics of what enters the sites of a segment, over all batches.
+"""The statistics of what enters the sites of a segment, and of its other wires, over all batches.
 
 Everything that observes is a function of the segment as it is now and of the statistics that are
 wanted of it (`Observe`).
@@ -16,14 +16,15 @@ from qlab.algebra.block import BLOCK_IO, SAMPLES, Samples
 from qlab.algebra.experts import Rows, reaching
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.interpret import inputs_of
-from qlab.algebra.stats import STATS, Observation, Stats, stat_of
+from qlab.algebra.stats import Need, Observation, Stats, name_of, stat_of
 from qlab.algebra.transform import Transform
+from qlab.algebra.wires import full_name
 from qlab.driver.batches import Batches
 from qlab.errors import QlabError
 
 DRIFT = {"drift"}  # statistics that compare with the reference
 Inputs = Literal["quantized", "reference"]  # what a block sees while it is calibrated
-Key = tuple[str, str]  # a source, and the name of a statistic
+Key = tuple[str, Need]  # a source or the name of a wire, and a statistic
 Observe = Callable[[ModuleGraph, set[Key]], Stats]
 
 
@@ -63,15 +64,15 @@ def observe(
     calibrate_all_experts: bool = False,
     reference: Reference | None = None,
 ) -> Stats:
-    """The statistics of a segment's inputs over all batches.
+    """The statistics of a segment's inputs and other wires over all batches.
 
     Statistics of an expert are of the tokens that are routed to it, or, with
     `calibrate_all_experts`, of all tokens. The drift is measured from `reference` (None: the
     segment sees the reference's inputs, and there is no drift). Refuses NaN and Inf in activations
     by the names of the sites that they reach.
     """
-    sources = sorted({source for source, name in keys if name in STATS})
-    drifting = sorted({source for source, name in keys if name in DRIFT})
+    sources = sorted({source for source, _ in keys})
+    drifting = sorted({source for source, need in keys if need in DRIFT})
     totals = Totals(graph, keys)
     reference_batches = reference.batches() if reference and drifting else repeat(None)
     for (call, state), reference_batch in zip(batches(), reference_batches):
@@ -106,7 +107,7 @@ def remembering(graph: ModuleGraph, observe: Observe) -> Observe:
     seen: dict[Key, Any] = {}
 
     def observe_once(now: ModuleGraph, keys: set[Key]) -> Stats:
-        if now.params is not graph.params or now.online != graph.online:
+        if now.params is not graph.params or now.inserts != graph.inserts:
             return observe(now, keys)
         unseen = keys - seen.keys()
         if unseen:
@@ -120,7 +121,7 @@ class Totals:
     """The statistics of a segment over the batches so far.
 
     Args:
-        graph: The segment, which names sites in errors.
+        graph: The segment, which names sites and wires in errors.
         keys: The statistics.
         experts: The experts of which statistics are kept (None: all).
     """
@@ -131,12 +132,13 @@ class Totals:
         self.stats: dict[Key, Any] = {}
 
     def add(self, inputs: Mapping[str, Rows], reference: Mapping[str, Rows]) -> None:
-        """One batch: source -> the rows that reach its sites, and those that do in the reference,
+        """One batch: source or wire -> the rows that reach it, and those that do in the reference,
         of the sources whose drift is measured."""
         for source, rows in inputs.items():
             observation = self._observation(source, rows, reference.get(source))
-            for name in sorted(name for of_source, name in self.keys if of_source == source):
-                stat, key = stat_of(name, observation.ends is not None), (source, name)
+            needs = [need for of_source, need in self.keys if of_source == source]
+            for need in sorted(needs, key=name_of):
+                stat, key = stat_of(need, observation.ends is not None), (source, need)
                 state = stat.lift(observation)
                 earlier = self.stats.get(key)
                 self.stats[key] = state if earlier is None else stat.combine(earlier, state)
@@ -168,7 +170,8 @@ def _refuse_nonfinite(graph: ModuleGraph, source: str, dtype: torch.dtype) -> No
     ]
     if broken:
         raise QlabError(f"{', '.join(broken)} holds NaN or Inf; repair the checkpoint")
-    at = ", ".join(graph.where(s) for s in graph.code.sites if s.source == source)
+    sites = [graph.where(s) for s in graph.code.sites if s.source == source]
+    at = ", ".join(sites) or full_name(graph.path, source)
     raise QlabError(
         f"the activations that reach {at} hold NaN or Inf; check the model in this dtype ({dtype})"
     )

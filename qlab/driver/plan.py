@@ -10,16 +10,22 @@ from rich.table import Table
 
 from qlab.algebra.block import BLOCK_IO
 from qlab.algebra.spec import Float, Spec
-from qlab.algebra.stats import STATS
+from qlab.algebra.stats import name_of, stat_of
 from qlab.algebra.transform import Transform
 from qlab.codecs import CODECS
 from qlab.data.calibration import Data
 from qlab.driver.admissible import Admission, check_specs, check_tiles
 from qlab.driver.duration import SPREAD, Work, said, work_of
-from qlab.driver.effects import input_specs, online_of, refuse_unheld, refuse_without_effect
+from qlab.driver.effects import (
+    input_specs,
+    online_of,
+    refuse_unheld,
+    refuse_unheld_values,
+    refuse_without_effect,
+)
 from qlab.driver.job import CODEC, Job
 from qlab.driver.memory import predict_memory
-from qlab.driver.observe import DRIFT, Inputs, inputs_named
+from qlab.driver.observe import Inputs, inputs_named
 from qlab.driver.reach import check_scope, refuse_unread, specs_of
 from qlab.driver.report import describe
 from qlab.driver.shared import refuse_dividing
@@ -263,12 +269,9 @@ def _refuse_job(job: Job) -> None:
             "the recipe rounds no weight, so there is nothing to write; add a method such as "
             "rtn(spec)"
         )
-    known = STATS.keys() | DRIFT
-    unknown = [name for name in job.statistics if name not in known | {BLOCK_IO}]
-    if unknown:
-        raise QlabError(
-            f"the recipe asks for a statistic {unknown[0]!r}; there are {', '.join(sorted(known))}"
-        )
+    needs = {need for stage in job.recipe for need in stage.needs} - {BLOCK_IO}
+    for need in sorted(needs, key=name_of):
+        stat_of(need, experts=False)  # refuses names that no statistic has
     if job.statistics and job.data is None:
         raise QlabError(
             f"the recipe observes {', '.join(job.statistics)} and no calibration text was given"
@@ -313,6 +316,7 @@ def _checked_specs(job: Job, skeleton: Skeleton, sites: Sites) -> dict[str, Spec
     refuse_without_effect(job.recipe, sites.sites, job.inputs)
     if job.codec is not None:
         refuse_unheld(online_of(job.recipe, sites.sites), specs, sites.sites, job.codec)
+        refuse_unheld_values(job.recipe, sites.codes, job.codec)
     return specs
 
 

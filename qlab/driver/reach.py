@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 
-from qlab.algebra.graph import Site, by_origin
+from qlab.algebra.graph import ModuleGraph, Site, by_origin
 from qlab.algebra.spec import Spec
-from qlab.algebra.transform import Stage, Transform
+from qlab.algebra.transform import Stage, Transform, select
+from qlab.algebra.wires import full_name, nearest, wires
 from qlab.driver.admissible import KEEP_THEM
 from qlab.driver.sites import Sites
 from qlab.errors import QlabError
@@ -43,6 +44,9 @@ def refuse_unread(stage: Stage, unread: Mapping[str, str]) -> None:
 
 def check_scope(stage: Stage, model: Sites) -> None:
     """Refuse a stage without a site, sites without a rule, and a rule that splits an input."""
+    if stage.wires is not None:
+        _check_wires(stage, stage.wires, model)
+        return
     chosen = {name for name, site in model.sites.items() if stage.touches(name, site)}
     if not stage.scope.outside:  # a rule may be there to keep what no program shows
         chosen |= {name for name in model.unread if name in stage.scope}
@@ -57,6 +61,18 @@ def check_scope(stage: Stage, model: Sites) -> None:
         raise QlabError(_matches_nothing(stage, model))
     if stage.reparametrizes:
         _refuse_split(stage, model, chosen)
+
+
+def _check_wires(stage: Stage, pattern: str, model: Sites) -> None:
+    """Refuse a stage that works on wires, of which it matches none."""
+    graphs = [ModuleGraph(code, {}, path) for path, code in model.codes.items()]
+    if any(select(stage, graph).selected_wires for graph in graphs):
+        return
+    names = [full_name(graph.path, name) for graph in graphs for name in wires(graph.code)]
+    raise QlabError(
+        f"the stage {stage.name!r} matches no wire ({pattern} at {stage.scope}); "
+        f"{nearest(pattern, names)}"
+    )
 
 
 def _matches_nothing(stage: Stage, model: Sites) -> str:

@@ -11,10 +11,11 @@ from typing import Any
 
 from qlab.algebra.block import BLOCK_IO, SAMPLES
 from qlab.algebra.experts import Rows
-from qlab.algebra.graph import Code, ModuleGraph, by_source
+from qlab.algebra.graph import Code, ModuleGraph
 from qlab.algebra.interpret import Walk
 from qlab.algebra.stats import PerExpert, Stats
-from qlab.algebra.transform import Stage, Transform, apply, select
+from qlab.algebra.transform import Stage, Transform, apply, keys_of, select
+from qlab.algebra.wires import stops
 from qlab.driver.batches import Batches
 from qlab.driver.observe import (
     DRIFT,
@@ -73,10 +74,10 @@ def _let_go(graph: ModuleGraph, later: Transform) -> ModuleGraph:
 
 
 def _needed(stage: Stage, graph: ModuleGraph) -> set[Key]:
-    """The statistics that a stage reads of the sites that are selected, and the block's samples."""
-    sites = select(stage, graph).sites
-    keys = {(site.source, name) for site in sites for name in stage.wants(site) - {BLOCK_IO}}
-    return keys | ({SAMPLES} if sites and BLOCK_IO in stage.needs else set())
+    """The statistics that a stage reads of what is selected, and the block's samples."""
+    keys = keys_of(stage, graph)
+    observed = {key for key in keys if key[1] != BLOCK_IO}
+    return observed | ({SAMPLES} if len(observed) < len(keys) else set())
 
 
 def solve_alone(weight: ModuleGraph, transform: Transform) -> ModuleGraph:
@@ -86,7 +87,7 @@ def solve_alone(weight: ModuleGraph, transform: Transform) -> ModuleGraph:
     codes are written.
     """
     solved, _ = solve(weight, transform, observe_nothing)
-    if {**solved.online, **solved.online_outputs}:
+    if solved.inserts:
         raise QlabError(
             f"{weight.code.sites[0].path} still needs an operation at run time, and of a weight "
             "that is rounded by itself only codes are written; leave quantize_inputs and the "
@@ -123,9 +124,9 @@ def solve_in_order(
     reference: Reference | None = None,
     check: Check = unchecked,
 ) -> tuple[ModuleGraph, list[Iterator[State]]]:
-    """All stages, source after source in running order, each on inputs that the quantized sources
-    before it produced; with the states that leave the solved segment, batch by batch, and after
-    them those that leave the reference.
+    """All stages, source after source and wire after wire in running order, each on what the
+    quantized sources before it produced; with the states that leave the solved segment, batch by
+    batch, and after them those that leave the reference.
 
     One forward pass: it waits at each source until that is solved. Batches whose values would take
     more than HELD bytes together are not kept waiting, but run again from the start of the segment.
@@ -136,22 +137,27 @@ def solve_in_order(
     streams = [_Stream(graph.code, batches)]
     if reference:
         streams.append(_Stream(graph.code, reference.batches))
-    for source, sites in by_source(graph.code.sites).items():
-        graph = replace(graph, selected=frozenset(site.path for site in sites))
+    inserting = [stage for stage in transform if stage.wires is not None]
+    values = set().union(*(select(stage, graph).selected_wires or () for stage in inserting))
+    for source, sites, open_to_all in stops(graph.code, values):
+        selected = frozenset(site.path for site in sites)
+        graph = replace(graph, selected=selected, selected_wires=open_to_all)
         keys = set().union(*(_needed(stage, graph) for stage in transform))
         observe = partial(_observe_waiting, source, streams=streams, reference=reference)
-        if sites[0].route and experts_at_once:
+        if sites and sites[0].route and experts_at_once:
             experts = graph.params[sites[0].weight or ""].shape[0]
             stats = _in_parts(graph, keys, observe, experts, experts_at_once)
         else:
             stats = observe(graph, keys)
         for i, stage in enumerate(transform):
+            if not sites and stage.wires is None:
+                continue
             if stage.sitewise:
                 before = graph
                 graph, stats = apply(stage, graph, stats)
                 check(stage, before, graph)
                 graph = _let_go(graph, transform[i + 1 :])
-    graph = walked = replace(graph, selected=None)
+    graph = walked = replace(graph, selected=None, selected_wires=None)
     for stage in transform:
         if not stage.sitewise:
             before = graph

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from qlab.algebra.graph import ModuleGraph, Op
 from qlab.algebra.qtensor import Leaf, QTensor
+from qlab.algebra.wires import full_name
 from qlab.codecs import Codec
 from qlab.errors import QlabError
 from qlab.files.certificate import certify, hash_of, off_grid
@@ -100,6 +101,12 @@ def refuse_unwritten(skeleton: Skeleton, before: ModuleGraph, graph: ModuleGraph
         raise QlabError(
             f"{graph.path}.{outputs[0]} still needs an operation on its output at run time, for "
             "which no format has a place; fold it into the weights, or leave the method out"
+        )
+    values = [wire for wire in graph.inserts if wire in graph.online_values]
+    if values:
+        raise QlabError(
+            f"{full_name(graph.path, values[0])} still needs an operation at run time, for which "
+            "the format has no place; evaluate the recipe with qlab.apply, or leave the method out"
         )
     for name, leaf in graph.params.items():
         if not isinstance(leaf, Tensor | QTensor):

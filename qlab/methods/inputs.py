@@ -1,15 +1,36 @@
 """Activation quantization: the inputs of linear layers are rounded to nearest at run time
-(`online.QuantizeInput`)."""
+(`online.QuantizeInput`).
 
-from dataclasses import replace
+Dynamic scales come from each x. Static ones are measured on calibration data by a `Range`, and are
+stored. `RANGES` holds those by name.
+
+    absmax: the whole range of what was seen.
+    quantile: the range of 99.9 % of the sampled numbers; `quantile` makes others.
+    least_error: of the sampled range and the same shrunken in steps of 5 % to half, the one with
+        the least squared error.
+
+Example:
+    >>> import qlab
+    >>> list(qlab.RANGES)
+    ['absmax', 'quantile', 'least_error']
+    >>> qlab.quantize_inputs("fp8-tensor", qlab.RANGES["least_error"])[0].detail
+    'fp8-tensor static'
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from qlab.algebra.graph import ModuleGraph
+from qlab.algebra.grid import fit, minmax, mse
+from qlab.algebra.insert import insert
 from qlab.algebra.online import QuantizeInput
 from qlab.algebra.spec import Float, Spec
-from qlab.algebra.stats import Stats
-from qlab.algebra.transform import Stage, Transform
+from qlab.algebra.tile import Tile
+from qlab.algebra.transform import Transform
+from qlab.algebra.wires import Wire
 from qlab.errors import QlabError
 
 DYNAMIC = (
@@ -18,40 +39,113 @@ DYNAMIC = (
 )
 
 
-def quantize_inputs(spec: Spec) -> Transform:
+@dataclass(frozen=True)
+class Range:
+    """How a stored scale is found: fit(statistics by name, spec) -> scales [1, g] and zeros [1, g]
+    or None, of the g tiles that lie side by side over the channels. needs: those statistics."""
+
+    name: str
+    needs: frozenset[str]
+    fit: Callable[[Mapping[str, Any], Spec], tuple[Tensor, Tensor | None]]
+
+
+def _absmax(stats: Mapping[str, Any], spec: Spec) -> tuple[Tensor, Tensor | None]:
+    """The lowest and the highest number that was seen of each channel, as two rows."""
+    return fit(minmax, torch.stack(stats["minmax"]), spec)
+
+
+def _least_error(stats: Mapping[str, Any], spec: Spec) -> tuple[Tensor, Tensor | None]:
+    return fit(mse, stats["sample"].x_nk, spec)
+
+
+def quantile(share: float) -> Range:
+    """The range in which this share of the sampled numbers under one scale lies: |x| of symmetric
+    specs, either end of others."""
+    if not 0.5 < share <= 1:
+        raise QlabError(f"a quantile of {share} is no range; give a share above 0.5, up to 1")
+
+    def clipped(stats: Mapping[str, Any], spec: Spec) -> tuple[Tensor, Tensor | None]:
+        x_nk = stats["sample"].x_nk
+        x_1gn = spec.tile.split(x_nk)
+        ordered = (x_1gn.abs() if spec.symmetric else x_1gn).sort(-1).values
+        last = ordered.shape[-1] - 1
+        high = ordered[..., round(last * share), None]
+        low = -high if spec.symmetric else ordered[..., round(last * (1 - share)), None]
+        return fit(minmax, spec.tile.join(x_1gn.clamp(low, high), x_nk.shape), spec)
+
+    return Range(f"quantile {share}", frozenset({"sample"}), clipped)
+
+
+absmax = Range("absmax", frozenset({"minmax"}), _absmax)
+least_error = Range("least_error", frozenset({"sample"}), _least_error)
+RANGES = {"absmax": absmax, "quantile": quantile(0.999), "least_error": least_error}
+
+
+def quantize_inputs(spec: Spec, static: Range | None = None) -> Transform:
     """Round the input of every selected site at run time.
 
-    spec: its tiles lie over [tokens, channels], so that fp8-channel has one scale per token. Chain
-    it behind the rounding of weights, whose statistics are those of inputs that are not rounded.
-    NVFP4's global scale is stored beside the weight. It is measured on the calibration data, so
-    that the largest input gets the largest scale.
-    """
-    needs = frozenset({"absmax"} if spec.outer else ())
+    Chain it behind the rounding of weights, whose statistics are those of inputs that are not
+    rounded. NVFP4's global scale is stored beside the weight. It is measured on the calibration
+    data, so that the largest input gets the largest scale.
 
-    def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
-        online = dict(graph.online)
-        for site in graph.sites:
-            if site.router:
-                continue
-            outer = None
-            if isinstance(spec, Float) and spec.outer:
-                if site.route:
-                    raise QlabError(
-                        f"{graph.where(site)} is one of fused experts, whose inputs have no "
-                        f"stored scale; {DYNAMIC}"
-                    )
-                outer = spec.global_scale(stats[site.source, "absmax"].amax())
-            online[site.path] = (*online.get(site.path, ()), QuantizeInput(spec, outer=outer))
-        return replace(graph, online=online), stats
+    Args:
+        spec: Its tiles lie over [tokens, channels], so that fp8-channel has one scale per token.
+        static: How the one scale of an int8-tensor or fp8-tensor, or NVFP4's global scale, is
+            measured beforehand: a name in RANGES, or a Range. None: scales come from each x.
+
+    Returns:
+        A transform of one stage.
+
+    Raises:
+        QlabError: A static scale is asked for, and the spec has several for an input.
+
+    Example:
+        >>> import qlab
+        >>> (stage,) = qlab.quantize_inputs("int8-tensor", static="absmax")
+        >>> stage.detail, sorted(stage.needs)
+        ('int8-tensor static', ['minmax'])
+    """
+    if static and not spec.outer and spec.tile != Tile(None, None):
+        raise QlabError(
+            f"inputs {spec} have several scales, and one is stored; use {_of_tensor(spec)}, or "
+            "leave static away"
+        )
+    needs = static.needs if static else frozenset({"absmax"} if spec.outer else ())
+
+    def make(wire: Wire, stats: Mapping[str, Any]) -> QuantizeInput:
+        assert wire.site is not None
+        if wire.site.route and (static or spec.outer):
+            raise QlabError(
+                f"{wire.where.removesuffix(':in')} is one of fused experts, whose inputs have no "
+                f"stored scale; {DYNAMIC}"
+            )
+        return rounding(spec, static, stats)
 
     form = QuantizeInput(spec, outer=torch.ones(1, dtype=torch.float32) if spec.outer else None)
-    return (
-        Stage(
-            "quantize_inputs",
-            needs,
-            run,
-            detail=str(form.input_spec),
-            sitewise=True,
-            online=(form,),
-        ),
-    )
+    if static and not spec.outer:
+        form = _form(spec)
+    return insert("quantize_inputs", "*:in", make, needs, (form,), str(form.input_spec))
+
+
+def rounding(spec: Spec, static: Range | None, stats: Mapping[str, Any]) -> QuantizeInput:
+    """The rounding of one input with these statistics."""
+    if isinstance(spec, Float) and spec.outer:
+        if static is None:
+            return QuantizeInput(spec, outer=spec.global_scale(stats["absmax"].amax()))
+        whole = Float(spec.exponent, spec.mantissa, Tile(None, None))
+        scales, _ = static.fit(stats, whole)
+        return QuantizeInput(spec, outer=spec.global_scale(scales.amax() * whole.reach))
+    if static is None:
+        return QuantizeInput(spec)
+    scales, zeros = static.fit(stats, spec)
+    return QuantizeInput(spec, scales, zeros)
+
+
+def _form(spec: Spec) -> QuantizeInput:
+    """A static rounding as a codec is asked about it."""
+    ones = torch.ones(1, 1, dtype=torch.float32)
+    return QuantizeInput(spec, ones, None if spec.symmetric else torch.zeros(1, 1).to(torch.int8))
+
+
+def _of_tensor(spec: Spec) -> Spec:
+    return replace(spec, tile=Tile(None, None))

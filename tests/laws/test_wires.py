@@ -6,8 +6,9 @@ from blocks import OddBlock, SharedKeysAndValues, Spread
 from families import FAMILIES, MIXTURES, OTHERS, UNLIKE
 from segments import normal, of, segment
 
+from qlab.algebra.attention import ATTENTION, leaves_of
 from qlab.algebra.graph import lone_weight
-from qlab.algebra.wires import ATTENTION, full_name, leaves_of, wire_named, wires
+from qlab.algebra.wires import full_name, wire_named, wires
 from qlab.errors import QlabError
 
 ALL = (*FAMILIES, *MIXTURES, *OTHERS, *UNLIKE)

@@ -6,8 +6,8 @@ MUTANTS = [
     Mutant(
         "online operations not applied",
         "algebra/interpret.py",
-        "_Interpreter._site",
-        "x = op(x)",
+        "_Interpreter.fetch_args_kwargs_from_env",
+        "values[place] = run_ops(wire, ops, values[place], ends)",
         "pass",
         "absorb",
     ),
@@ -15,16 +15,8 @@ MUTANTS = [
         "online operations not observed",
         "algebra/interpret.py",
         "_arriving",
-        """\
-for op in graph.online.get(site.path, ()):
-    x = _run_op(op, x, ends)
-return Rows(x, tokens, ends)
-""",
-        """\
-for op in graph.online.get(site.path, ()):
-    pass
-return Rows(x, tokens, ends)
-""",
+        "x = run_ops(wire, graph.inserts.get(wire.name, ()), x, ends)",
+        "pass",
         "transform",
     ),
     Mutant(

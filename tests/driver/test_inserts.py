@@ -1,0 +1,55 @@
+"""Inserts on values of whole models: evaluated without a format, and refused where none holds
+them; static inputs as files."""
+
+import pytest
+import torch
+
+import qlab
+from qlab.algebra.spec import parse_spec
+from qlab.errors import QlabError
+
+
+def windows(model, text):
+    return qlab.tokens(model, text, samples=4, length=32)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe"])
+def test_a_rounded_cache_is_part_of_what_a_recipe_makes(saved, text, family):
+    model = qlab.open(saved(family))
+    rtn, data = qlab.rtn(parse_spec("int8-channel")), windows(model, text)
+    recipe = qlab.chain(rtn, qlab.kv_cache("int4-head"))
+    blocks = dict(qlab.apply(model, recipe, data).segments())
+    for path, block in blocks.items():
+        assert list(block.inserts) == ["self_attn:key", "self_attn:value"], path
+    plain = qlab.perplexity(qlab.apply(model, rtn, None), data).perplexity
+    cached = qlab.perplexity(qlab.apply(model, recipe, data), data).perplexity
+    assert cached != plain
+
+
+@pytest.mark.parametrize("stage", [qlab.attention_inputs("int8-token"), qlab.kv_cache("int4-g8")])
+def test_what_no_format_holds_is_refused_before_any_work(saved, text, stage):
+    model = qlab.open(saved("llama"))
+    recipe = qlab.chain(qlab.rtn("int4-g32"), stage)
+    with pytest.raises(QlabError, match=r"puts operations on .*self_attn:"):
+        qlab.plan(model, recipe, windows(model, text))
+
+
+def test_a_pattern_without_a_wire_is_refused_with_the_nearest(saved):
+    model = qlab.open(saved("llama"))
+    stray = qlab.insert("stray", "*.self_attn:keys", lambda wire, stats: torch.neg)
+    with pytest.raises(QlabError, match=r"'stray' matches no wire .*self_attn:key"):
+        qlab.plan(model, qlab.chain(qlab.rtn("int4-g32"), stray))
+
+
+@pytest.mark.parametrize("static", list(qlab.RANGES))
+@pytest.mark.parametrize("spec", ["int8-tensor", "fp8-tensor", "nvfp4"])
+def test_static_inputs_are_written_and_read(saved, text, tmp_path, spec, static):
+    model = qlab.open(saved("llama"))
+    data = windows(model, text)
+    weights = "nvfp4" if spec == "nvfp4" else spec.replace("tensor", "channel")
+    recipe = qlab.chain(qlab.rtn(weights), qlab.quantize_inputs(spec, static=static))
+    qlab.quantize(model, recipe, data, tmp_path / "out")
+    read = qlab.open(tmp_path / "out")
+    assert {str(s) for s in read.inputs.values()} == {f"{spec} static"}
+    ours = qlab.perplexity(qlab.apply(model, recipe, data), data).perplexity
+    assert qlab.perplexity(read, data).perplexity == pytest.approx(ours, rel=1e-3)
