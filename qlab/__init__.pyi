@@ -41,6 +41,8 @@ from qlab.driver.quantize import compare as compare
 from qlab.driver.quantize import quantize as quantize
 from qlab.driver.write import write as write
 from qlab.errors import QlabError as QlabError
+from qlab.evaluation.comparison import difference as difference
+from qlab.evaluation.comparison import over_seeds as over_seeds
 from qlab.evaluation.logits import logits as logits
 from qlab.evaluation.perplexity import evaluate as evaluate
 from qlab.evaluation.perplexity import perplexity as perplexity

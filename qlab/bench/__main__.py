@@ -68,6 +68,9 @@ def methods(
     samples: Annotated[int, typer.Option("--samples", min=1, help="calibration windows")] = 32,
     length: Length = 512,
     seed: Seed = 0,
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, help="calibration seeds, from --seed on")
+    ] = 1,
     windows: Annotated[int, typer.Option("--windows", min=2, help="evaluation windows")] = 16,
     inputs: InputsName = "quantized",
     out: Annotated[
@@ -96,6 +99,7 @@ def methods(
         samples=samples,
         length=length,
         seed=seed,
+        seeds=seeds,
         windows=windows,
         inputs=inputs,
         out=out,

@@ -7,18 +7,18 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
 
 import qlab
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.transform import Transform
 from qlab.bench.folder import RECORD, owned, refuse_foreign
+from qlab.bench.methods_table import change
+from qlab.bench.methods_table import table as table
 from qlab.bench.plots import draw
 from qlab.cli.choices import recipe_of
 from qlab.data.calibration import Tokens
@@ -28,7 +28,7 @@ from qlab.driver.observe import inputs_named
 from qlab.driver.report import PeakMemory
 from qlab.driver.result import Result
 from qlab.errors import QlabError
-from qlab.evaluation.perplexity import Evaluation, read
+from qlab.evaluation.perplexity import Evaluation, Reading, read
 from qlab.files.atomic import write_json
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.ownership import sealed
@@ -49,6 +49,7 @@ def compare_methods(
     samples: int = 32,
     length: int = 512,
     seed: int = 0,
+    seeds: int = 1,
     windows: int = 16,
     inputs: str = "quantized",
     out: Path | None = None,
@@ -61,6 +62,9 @@ def compare_methods(
     error after every block), beside the `reference` and everything the figures depend on. Draws
     out/methods.png and out/layers.png. With inputs="reference" all methods share one pass, so their
     seconds and peak memory are those of the pass.
+
+    With several `seeds` every method that observes anything is also calibrated with the seeds
+    behind `seed`, into out/<method>-seed<n>; its row has the figures of each under "seeds".
     """
     recipes = _recipes(methods, spec, asymmetric)
     inputs_named(inputs)
@@ -77,11 +81,16 @@ def compare_methods(
         "windows": windows,
         "inputs": inputs,
     }
+    if seeds > 1:
+        job["seeds"] = seeds
     chosen = Path(out or home() / "bench" / _folder_name(name, job)).expanduser()
     out = Path(os.path.realpath(chosen))
     texts = [Path(path) for path in (*(calib or ()), *(text or ()))]
-    refuse_foreign(out, recipes, job, model.path, texts)
-    observes = bool(calib) or any(stage.needs for recipe in recipes.values() for stage in recipe)
+    observing = [name for name in recipes if any(stage.needs for stage in recipes[name])]
+    others = range(seed + 1, seed + seeds) if observing else ()
+    folders = [_folder_of_seed(name, other) for name in observing for other in others]
+    refuse_foreign(out, [*recipes, *folders], job, model.path, texts)
+    observes = bool(calib or observing)
     if not (text and (calib or not observes)):
         _say_whose_text(model)
     data = qlab.tokens(model, calibration_texts(calib), samples, length, seed) if observes else None
@@ -93,7 +102,10 @@ def compare_methods(
     with owned(out, job):
         # before the reference is read, which would add to the memory of quantizing
         results = _quantize(model, recipes, data, out, inputs)
-        reference, rows = _evaluate(model, results, held_out, spec)
+        reference, rows, reading = _evaluate(model, results, held_out, spec)
+        drawn = (qlab.tokens(model, calibration_texts(calib), samples, length, n) for n in others)
+        again = {method: recipes[method] for method in observing}
+        _add_seeds(rows, seed, _seeds(model, again, drawn, out, inputs, (reading, held_out)))
         record = _record(name, job, reference, rows, data, held_out, out)
         write_json(out / RECORD, record)
         draw(record, out)
@@ -188,7 +200,7 @@ def _quantize(
 
 def _evaluate(
     model: Checkpoint, results: Mapping[str, Result], held_out: Tokens, spec: str
-) -> tuple[dict, list[dict]]:
+) -> tuple[dict, list[dict], Reading]:
     started = time.perf_counter()
     with PeakMemory() as peak:
         reference = read(model, held_out)
@@ -226,8 +238,50 @@ def _evaluate(
                 losses=losses,
             )
         )
-        say(f"{method}: perplexity {evaluation.perplexity:.3f} ({_change(rows[-1]['ratio'])} %)")
-    return unquantized, rows
+        say(f"{method}: perplexity {evaluation.perplexity:.3f} ({change(rows[-1]['ratio'])} %)")
+    return unquantized, rows, reference
+
+
+def _folder_of_seed(method: str, seed: int) -> str:
+    return f"{method}-seed{seed}"
+
+
+def _seeds(
+    model: Checkpoint,
+    recipes: Mapping[str, Transform],
+    drawn: Iterable[Tokens],
+    out: Path,
+    inputs: str,
+    against: tuple[Reading, Tokens],
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each method with its figures, calibrated on the windows that further seeds chose. against:
+    the reference, and the windows that it was read on."""
+    for data in drawn:
+        assert data.seed is not None  # it chose the windows
+        folders = {_folder_of_seed(name, data.seed): name for name in recipes}
+        by_folder = {folder: recipes[name] for folder, name in folders.items()}
+        results = _quantize(model, by_folder, data, out, inputs)
+        for folder, name in folders.items():
+            evaluation = qlab.evaluate(qlab.open(results[folder].path), *against)
+            yield name, _of_seed(data.seed, evaluation.json())
+
+
+def _add_seeds(
+    rows: Sequence[dict[str, Any]], first: int, others: Iterable[tuple[str, dict[str, Any]]]
+) -> None:
+    """Put the figures of every seed into the rows of their methods, those of the first seed, which
+    are the row's own, before the others."""
+    by_method = {row["method"]: row for row in rows}
+    for row in rows:
+        row["seeds"] = [_of_seed(first, row)]
+    for method, figures in others:
+        by_method[method]["seeds"].append(figures)
+
+
+def _of_seed(seed: int, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a method calibrated with one seed."""
+    ratio = row["perplexity"] / row["reference_perplexity"]
+    return {"seed": seed, "perplexity": row["perplexity"], "ratio": ratio, "kl": row["kl"]}
 
 
 def _row(
@@ -240,66 +294,7 @@ def _row(
         "spec": spec,
         **evaluation.json(),
         "ratio": evaluation.perplexity / evaluation.reference_perplexity,
+        "seeds": [],
         **cost,
         "evaluation_seconds": time.perf_counter() - started,
     }
-
-
-def table(record: Mapping[str, Any]) -> Table:
-    """The record for the eye, the reference first."""
-    reference = record["reference"]
-    right = ("perplexity", "change in %", "KL", "top-1 in %", "bits", "MB", "seconds", "peak MiB")
-    drawn = Table(
-        "method",
-        "spec",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        caption_justify="left",
-        title=(
-            f"{record['model']}: {record['inputs']} inputs, {reference['windows']} held-out "
-            f"windows of {reference['length']} tokens ({reference['predictions']:,} predictions)"
-        ),
-    )
-    for name in right:
-        drawn.add_column(name, justify="right")
-    for row in (reference, *record["rows"]):
-        drawn.add_row(*_cells(row, quantized=row is not reference))
-    drawn.caption = "95 % intervals over windows; those of the change are paired"
-    if record["inputs"] == "reference" and len(record["rows"]) > 1:
-        drawn.caption += (
-            "; seconds and peak memory are those of the one pass that served every method"
-        )
-    return drawn
-
-
-def _cells(row: Mapping[str, Any], quantized: bool) -> list[str]:
-    """The cells of one model; those that only a quantized one has are `-` for the reference."""
-    low, high = (_change(ratio) for ratio in row["ratio_ci"])
-    compared = {
-        "change": f"{_change(row['ratio'])} {low}..{high}",
-        "kl": f"{row['kl']:.4f}",
-        "top1": f"{100 * row['top1_agreement']:.1f}",
-        "seconds": f"{row['seconds']:.1f}",
-    }
-    if not quantized:
-        compared = dict.fromkeys(compared, "-")
-    return [
-        row["method"],
-        row["spec"] or "-",
-        f"{row['perplexity']:.2f} {_range(row['perplexity_ci'])}",
-        compared["change"],
-        compared["kl"],
-        compared["top1"],
-        f"{row['bits_per_weight']:.2f}",
-        f"{row['bytes'] / 1e6:.1f}",
-        compared["seconds"],
-        f"{row['peak_rss_bytes'] / 2**20:.0f}",
-    ]
-
-
-def _range(interval: Sequence[float]) -> str:
-    return f"{interval[0]:.2f}..{interval[1]:.2f}"
-
-
-def _change(ratio: float) -> str:
-    return f"{100 * (ratio - 1):+.1f}"

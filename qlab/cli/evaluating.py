@@ -51,6 +51,8 @@ def evaluate(
     else:
         result = qlab.evaluate(opened, reference, data, device)
         console().print(_table_of_evaluation(result, model, str(against)))
+        for line in _details_of_evaluation(result):
+            console().print(line, soft_wrap=True, highlight=False)
     report(
         {"model": model, "against": against, "data": data.describe(), **result.json()}, json_file
     )
@@ -97,6 +99,14 @@ def _table_of_evaluation(result: "Evaluation", model: str, against: str) -> Tabl
     table.add_row("KL divergence (nats)", f"{result.kl:.5f}", _range(result.kl_ci))
     table.add_row("top-1 agreement", f"{result.top1_agreement:.4f}", _range(result.top1_ci))
     return table
+
+
+def _details_of_evaluation(result: "Evaluation") -> list[str]:
+    """What has no interval of its own, one line each."""
+    from qlab.evaluation.figures import INDISTINGUISHABLE
+
+    lines = [f"{name}: {said}" for name, said in result.details().items()]
+    return [*lines, *([INDISTINGUISHABLE] if result.indistinguishable else [])]
 
 
 def _table(title: str) -> Table:

@@ -9,19 +9,24 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from qlab.directories.inspect import Inspection, inspect
 from qlab.driver.result import Written
 from qlab.errors import QlabError, printable
-from qlab.evaluation.perplexity import Evaluation, Perplexity
+from qlab.evaluation.figures import Evaluation, Perplexity
+from qlab.evaluation.statistics import bootstrap, holds
 from qlab.files.atomic import atomically
 from qlab.files.directory import read_json
 
 BENCH = "bench.json"
 # what an evaluation measures
 MEASURED = ("perplexity", "reference_perplexity", "kl", "top1_agreement", "windows", "length")
+# "best" is the run of the lowest perplexity, and a "tie" what its paired interval does not tell
+# from it; the last column, so that tables of before it are still known
+STANDING = "standing"
 COST = ("seconds", "peak_rss_bytes")
 COLUMNS = (
     "run",
@@ -37,6 +42,7 @@ COLUMNS = (
     "loss",
     *COST,
     *MEASURED,
+    STANDING,
 )
 WORDS = {
     "bits_per_weight": "bits",
@@ -169,12 +175,41 @@ def results(runs: Sequence[Run | tuple[Run, Evaluation | Perplexity]] | Run) -> 
             "no run was given; name the directories that were written, or pass what quantize() "
             "returned"
         )
-    return Results([row for run in given for row in _rows(run)])
+    pairs = [pair for run in given for pair in _rows(run)]
+    standings = _standings([measured for _, measured in pairs])
+    return Results(
+        [row | {STANDING: standing} for (row, _), standing in zip(pairs, standings, strict=True)]
+    )
+
+
+def _standings(measured: Sequence[Mapping[str, Any]]) -> list[str | None]:
+    """Run by run, "best" for that of the lowest perplexity, "tie" for what its paired interval does
+    not tell from it; None for all where fewer than two were measured on the same windows."""
+    first = next((each for each in measured if each.get("nll_by_window")), {})
+    same = [each.get("ids_sha256") == first.get("ids_sha256", "") for each in measured]
+    if sum(same) < 2:
+        return [None] * len(measured)
+    best = min((each for each, is_same in zip(measured, same) if is_same), key=_perplexity)
+    return [
+        None if not is_same else "best" if each is best else "tie" if _is_tie(each, best) else None
+        for each, is_same in zip(measured, same)
+    ]
+
+
+def _perplexity(measured: Mapping[str, Any]) -> float:
+    return float(measured["perplexity"])
+
+
+def _is_tie(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    nll, nll_other = (
+        torch.tensor(each["nll_by_window"], dtype=torch.float64) for each in (one, other)
+    )
+    return holds(bootstrap(nll - nll_other, torch.exp), 1.0)
 
 
 def _refuse_other(file: Path) -> None:
     """Refuse to replace what is no table of results."""
-    header = ",".join(COLUMNS).encode()
+    header = ",".join(COLUMNS[:-1]).encode()
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise QlabError(f"{file} cannot be written; give a file in a folder that is there")
     if file.exists() and not (file.is_file() and file.read_bytes().startswith(header)):
@@ -183,7 +218,8 @@ def _refuse_other(file: Path) -> None:
         )
 
 
-def _rows(run: Any) -> Iterator[dict[str, Any]]:
+def _rows(run: Any) -> Iterator[tuple[dict[str, Any], Mapping[str, Any]]]:
+    """The rows of a run, each with what was measured of it."""
     measured = None
     if isinstance(run, tuple) and len(run) == 2:
         run, measured = run
@@ -205,14 +241,15 @@ def _rows(run: Any) -> Iterator[dict[str, Any]]:
         )
     cost = {name: getattr(run, name, None) for name in COST}
     evaluation = {} if measured is None else measured.json()
-    yield _row(inspect(folder), cost | evaluation)
+    yield _row(inspect(folder), cost | evaluation), evaluation
 
 
-def _benched(folder: Path) -> Iterator[dict[str, Any]]:
+def _benched(folder: Path) -> Iterator[tuple[dict[str, Any], Mapping[str, Any]]]:
     for row in read_json(folder / BENCH)["rows"]:
         directory = folder / row["method"]
         columns = _row(inspect(directory), row) if directory.is_dir() else _only(row)
-        yield columns | {"run": f"{folder.name}/{row['method']}", "method": row["method"]}
+        name = {"run": f"{folder.name}/{row['method']}", "method": row["method"]}
+        yield columns | name, row
 
 
 def _row(inspection: Inspection, measured: Mapping[str, Any]) -> dict[str, Any]:

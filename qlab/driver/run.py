@@ -10,6 +10,7 @@ from torch import Tensor
 from qlab.algebra.graph import Code, ModuleGraph
 from qlab.algebra.spec import InputSpec, Spec
 from qlab.codecs import Codec
+from qlab.data.overlap import sketch
 from qlab.driver.ending import SECTION, as_held, probe, refuse_unreadable
 from qlab.driver.job import Job
 from qlab.driver.outside import carried, outside_leaves, outside_sites
@@ -111,6 +112,8 @@ def finish(skeleton: Skeleton, run: Run, calls: Mapping[str, Call]) -> None:
     """
     model, notes = skeleton.checkpoint, run.writer.notes()
     probes = notes.pop(SECTION, {})
+    if run.job.observed is not None:
+        notes["calibration"] = sketch(run.job.observed)
     refuse_divided(notes)
     specs: dict[str, Spec | None] = {}
     inputs: dict[str, InputSpec | None] = {}

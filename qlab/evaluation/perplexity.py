@@ -3,9 +3,9 @@
 Models run one block at a time, so that neither has to fit in memory.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,15 @@ from torch import Tensor
 
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.qtensor import dense
-from qlab.algebra.random import generator
 from qlab.data.calibration import Tokens
 from qlab.driver.apply import Quantized
 from qlab.driver.batches import in_batches, push, record
 from qlab.driver.writing import as_read
 from qlab.errors import QlabError
+from qlab.evaluation.figures import Evaluation as Evaluation
+from qlab.evaluation.figures import Perplexity as Perplexity
+from qlab.evaluation.overlap import calibration_overlap
+from qlab.evaluation.statistics import bootstrap, mcnemar, quantiles
 from qlab.files.checkpoint import Checkpoint
 from qlab.model.calls import Call, windows_axis
 from qlab.model.headers import refuse_missing
@@ -27,10 +30,7 @@ from qlab.model.running import check_length, head
 from qlab.model.skeleton import Skeleton
 from qlab.model.uncounted import refuse_uncounted
 from qlab.process.progress import progress
-from qlab.process.shown import Shown, interval
 from qlab.process.surroundings import undisturbed
-
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -50,74 +50,6 @@ class Reading:
     def tokens(self) -> tuple[int, ...]:
         """(windows, tokens in each)."""
         return tuple(self.hidden.shape[self.windows : self.windows + 2])
-
-
-@dataclass(frozen=True, repr=False, kw_only=True)
-class Evaluation(Shown):
-    """Means over all predicted tokens. Fields ending in `_ci` are 95 % bootstrap intervals over
-    windows.
-
-    perplexity = exp(mean NLL). kl = mean KL(reference || model) in nats. top1_agreement: the share
-    of tokens for which both models find the same token most likely. ratio_ci: the paired interval
-    of perplexity / reference_perplexity. layer_error: |h - h_ref| / |h_ref| of the hidden states of
-    the first window, after every block.
-    """
-
-    perplexity: float
-    perplexity_ci: tuple[float, float]
-    reference_perplexity: float
-    ratio_ci: tuple[float, float]
-    kl: float
-    kl_ci: tuple[float, float]
-    top1_agreement: float
-    top1_ci: tuple[float, float]
-    windows: int
-    length: int
-    predictions: int
-    layer_error: tuple[float, ...]
-
-    def summary(self) -> dict[str, str]:
-        """Every figure with its interval."""
-        ratio = self.perplexity / self.reference_perplexity
-        return {
-            "perplexity": interval(self.perplexity, self.perplexity_ci),
-            "reference perplexity": f"{self.reference_perplexity:.4f}",
-            "perplexity / reference": interval(ratio, self.ratio_ci),
-            "KL divergence (nats)": interval(self.kl, self.kl_ci),
-            "top-1 agreement": interval(self.top1_agreement, self.top1_ci),
-            "over": (
-                f"{self.windows} windows of {self.length} tokens, {self.predictions:,} predictions"
-            ),
-        }
-
-    def json(self) -> dict[str, Any]:
-        """The evaluation as plain data."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
-
-
-@dataclass(frozen=True, repr=False, kw_only=True)
-class Perplexity(Shown):
-    """perplexity = exp(mean NLL) over all predicted tokens, and its 95 % bootstrap interval over
-    windows."""
-
-    perplexity: float
-    perplexity_ci: tuple[float, float]
-    windows: int
-    length: int
-    predictions: int
-
-    def summary(self) -> dict[str, str]:
-        """The figure with its interval."""
-        return {
-            "perplexity": interval(self.perplexity, self.perplexity_ci),
-            "over": (
-                f"{self.windows} windows of {self.length} tokens, {self.predictions:,} predictions"
-            ),
-        }
-
-    def json(self) -> dict[str, Any]:
-        """The perplexity as plain data."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
 
 
 @undisturbed
@@ -229,24 +161,40 @@ def evaluate(
         return torch.stack([figures[figure] for figures in per_window])
 
     nll, nll_ref = over_windows("nll"), over_windows("nll_ref")
-    kl, top1 = over_windows("kl"), over_windows("top1")
+    kl, top1, kl_of_tokens = over_windows("kl"), over_windows("top1"), over_windows("kl_of_tokens")
+    lost, gained = (int(over_windows(figure).sum()) for figure in ("lost", "gained"))
+    median, p90, p99, most = quantiles(kl_of_tokens.flatten(), (0.5, 0.9, 0.99, 1.0))
     distance = (ours.trail - theirs.trail).flatten(1).norm(dim=1)
     size = theirs.trail.flatten(1).norm(dim=1).clamp_min(1e-30)
     error = distance / size
     windows, length = data.ids.shape
     return Evaluation(
         perplexity=float(nll.mean().exp()),
-        perplexity_ci=_interval(nll, torch.exp),
+        perplexity_ci=bootstrap(nll, torch.exp),
         reference_perplexity=float(nll_ref.mean().exp()),
-        ratio_ci=_interval(nll - nll_ref, torch.exp),
+        ratio_ci=bootstrap(nll - nll_ref, torch.exp),
         kl=float(kl.mean()),
-        kl_ci=_interval(kl),
+        kl_ci=bootstrap(kl),
         top1_agreement=float(top1.mean()),
-        top1_ci=_interval(top1),
+        top1_ci=bootstrap(top1),
         windows=windows,
         length=length,
         predictions=windows * (length - 1),
         layer_error=tuple(float(e) for e in error),
+        kl_median=median,
+        kl_p90=p90,
+        kl_p99=p99,
+        kl_max=most,
+        flips_lost=lost,
+        flips_gained=gained,
+        flips_p=mcnemar(lost, gained),
+        nll_by_window=tuple(nll.tolist()),
+        nll_ref_by_window=tuple(nll_ref.tolist()),
+        kl_by_window=tuple(kl.tolist()),
+        ids_sha256=hashlib.sha256(data.ids.cpu().numpy().tobytes()).hexdigest(),
+        calibration_overlap=calibration_overlap(
+            model if isinstance(model, Quantized) else _checkpoint(model), data.ids
+        ),
     )
 
 
@@ -280,6 +228,8 @@ def perplexity(
         (2, 30, True)
     """
     reading = model if isinstance(model, Reading) else read(model, data, device=device)
+    if isinstance(model, Quantized):
+        calibration_overlap(model, data.ids)  # which a reading does not know
     evaluation = evaluate(reading, reading, data)
     return Perplexity(
         perplexity=evaluation.perplexity,
@@ -322,17 +272,23 @@ def _check_blocks(ours: Reading, theirs: Reading) -> None:
 
 
 def _window(ours: Reading, theirs: Reading, ids: Tensor, i: int) -> Mapping[str, Tensor]:
-    """Means over the predicted tokens of window i."""
+    """Means over the predicted tokens of window i; the divergence of each; and how many answers
+    are right for the reference alone (lost) and for the model alone (gained)."""
     tokens, next_tokens = ids[i : i + 1], ids[i, 1:]
     log_p = _log_probabilities(theirs, tokens, i)
     log_q = log_p if ours is theirs else _log_probabilities(ours, tokens, i)
     kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    agreement = log_q.argmax(-1) == log_p.argmax(-1)
+    answers, answers_ref = log_q.argmax(-1), log_p.argmax(-1)
+    agreement = answers == answers_ref
+    right, right_ref = answers == next_tokens, answers_ref == next_tokens
     return {
         "nll": F.nll_loss(log_q, next_tokens).double(),
         "nll_ref": F.nll_loss(log_p, next_tokens).double(),
         "kl": kl.double().mean(),
         "top1": agreement.double().mean(),
+        "kl_of_tokens": kl,
+        "lost": (right_ref & ~right).sum(),
+        "gained": (right & ~right_ref).sum(),
     }
 
 
@@ -345,12 +301,3 @@ def _log_probabilities(reading: Reading, tokens: Tensor, i: int) -> Tensor:
             "are damaged"
         )
     return logits.float().log_softmax(-1).cpu()
-
-
-def _interval(values: Tensor, through: Any = lambda t: t) -> tuple[float, float]:
-    """95 % percentile bootstrap of the mean over windows, seen through a monotone function."""
-    shape, seeded = (RESAMPLES, len(values)), generator(0, "bootstrap")
-    picks = torch.randint(len(values), shape, generator=seeded)
-    means = through(values[picks].mean(1))
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype))
-    return float(low), float(high)

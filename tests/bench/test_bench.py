@@ -107,6 +107,17 @@ def test_rows_come_in_order_with_both_plots(bench, job, tmp_path):
     )
 
 
+def test_several_seeds_spread_beside_the_interval_over_windows(bench, job, tmp_path):
+    folder = tmp_path / "out"
+    code, out, _ = bench(*job, "--methods", "gptq,rtn", "--seeds", 3, "--out", folder)
+    assert code == 0
+    gptq, rtn = json.loads((folder / "bench.json").read_text())["rows"]
+    assert [each["seed"] for each in gptq["seeds"]] == [0, 1, 2]
+    assert len({each["kl"] for each in gptq["seeds"]}) == 3 and len(rtn["seeds"]) == 1
+    assert gptq["seeds"][0]["kl"] == gptq["kl"] and (folder / "gptq-seed2").is_dir()
+    assert "over seeds" in out and "over windows" in out
+
+
 def test_the_subcommand_may_be_named(bench, alone, tmp_path):
     code, _, _ = bench("methods", *alone, "--methods", "rtn", "--out", tmp_path)
     assert code == 0
