@@ -10,7 +10,7 @@ from model_folders import random_tokens, refused
 import qlab
 from qlab.codecs import CODECS
 from qlab.driver import quantize as driver
-from qlab.driver import segments
+from qlab.driver import run
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.inputs import quantize_inputs
 
@@ -96,7 +96,7 @@ def test_a_codec_that_writes_garbage_is_refused_by_name(codec, fault, saved, tmp
 @pytest.mark.parametrize("pair", [("gate_proj", "up_proj"), ("input_", "post_attention_")])
 def test_weights_under_each_others_names_are_refused(pair, saved, tmp_path, monkeypatch):
     """Every tensor reads back as it was written; only the forward pass tells."""
-    real = segments.as_stored
+    real = run.as_stored
 
     def swapped(skeleton, graph):
         leaves, (one, other) = real(skeleton, graph), pair
@@ -105,7 +105,7 @@ def test_weights_under_each_others_names_are_refused(pair, saved, tmp_path, monk
             for name in leaves
         }
 
-    monkeypatch.setattr(segments, "as_stored", swapped)
+    monkeypatch.setattr(run, "as_stored", swapped)
     refused(
         lambda: quantize(saved("llama"), tmp_path / "out"),
         "model.layers.0 computes other numbers",
