@@ -12,6 +12,7 @@ from qlab.algebra.graph import ModuleGraph, Op, Site
 from qlab.algebra.leaf import dense
 from qlab.algebra.online import MatMul, QuantizeInput
 from qlab.algebra.qtensor import QTensor
+from qlab.algebra.wires import full_name
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.lowering.around.rotated import Rotations
@@ -90,6 +91,11 @@ def _put_block(model: PreTrainedModel, graph: ModuleGraph, place: Place) -> dict
     sites = {site.weight: site for site in graph.code.sites}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     pairs: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+    for wire in graph.online_values:
+        raise QlabError(
+            f"{full_name(graph.path, wire)} still needs an operation at run time, which lowered "
+            "modules do at linears alone; evaluate the value of qlab.apply instead"
+        )
     for name in sorted(graph.params, key=lambda name: name in sites):
         full, leaf = f"{graph.path}.{name}", graph.params[name]
         if full not in parameters:

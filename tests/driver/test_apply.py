@@ -7,7 +7,7 @@ import torch
 from model_folders import contents, random_tokens
 from transformers import AutoModelForCausalLM
 
-from qlab import LowRank, Sum, apply, evaluate, logits, lower, perplexity, quantize, write
+from qlab import LowRank, Sum, apply, evaluate, insert, logits, lower, perplexity, quantize, write
 from qlab.algebra.online import MatMul
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.transform import Stage, at, chain, each_weight, outside
@@ -232,3 +232,13 @@ def test_what_the_format_does_not_hold_has_figures_and_is_refused_by_name_when_w
     with pytest.raises(QlabError, match=named):
         write(value, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_insert_on_keys_is_evaluated_and_refused_by_name_when_lowered(saved):
+    source = saved("llama")
+    model, windows = open_checkpoint(source), random_tokens(source, 2, 16)
+    halved = insert("halve", "*self_attn:key", lambda wire, stats: lambda x: x / 2)
+    value = apply(model, chain(halved, rtn(INT4)), None)
+    assert evaluate(value, model, windows).kl > 1e-4
+    with pytest.raises(QlabError, match=r"model\.layers\.0\.self_attn:key still needs"):
+        lower(value)
