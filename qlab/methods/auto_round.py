@@ -262,13 +262,14 @@ def auto_round(
     return each_block("auto_round", fn, grid.needs, spec, detail, steps * windows)
 
 
-def auto_round_refine(steps: int = 50, windows: int = 8, lr: float | None = None) -> Transform:
+def auto_round_refine(steps: int = 50, windows: int = 8, lr: float | None = 0.0003) -> Transform:
     """AutoRound from the codes that a step before it left, which are better than the nearest ones.
 
     Args:
         steps: how many steps; with 0 the codes stay.
         windows: how many windows a step sees.
-        lr: the size of the first step; None takes 1 / steps (see `qlab.auto_round`).
+        lr: the size of the first step, small since steps of 1 / steps (None) leave good codes
+            behind at once.
 
     Returns:
         A transform of one stage, over whole blocks, for behind a step that rounds. It needs
