@@ -19,6 +19,7 @@ HOMES = {
     "METHODS": "qlab.methods",
     "Int": "qlab.algebra.spec",
     "LowRank": "qlab.algebra.leaf",
+    "PRUNERS": "qlab.methods",
     "QlabError": "qlab.errors",
     "RANGES": "qlab.methods.inputs",
     "Samples": "qlab.data.images",
@@ -59,6 +60,7 @@ HOMES = {
     "logits": "qlab.evaluation.logits",
     "kv_cache": "qlab.methods.kv",
     "lower": "qlab.lowering",
+    "magnitude": "qlab.methods.magnitude",
     "open": "qlab.demo.hub",
     "outside": "qlab.algebra.transform",
     "over_seeds": "qlab.evaluation.comparison",
@@ -77,9 +79,11 @@ HOMES = {
     "rtn": "qlab.methods.rtn",
     "rules": "qlab.algebra.transform",
     "smoothquant": "qlab.methods.smoothquant",
+    "sparsegpt": "qlab.methods.sparsegpt",
     "to_torchao": "qlab.lowering",
     "tokens": "qlab.data.calibration",
     "verify": "qlab.directories.verify",
+    "wanda": "qlab.methods.wanda",
     "write": "qlab.driver.write",
 }
 __all__ = sorted(HOMES)

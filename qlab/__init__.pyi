@@ -50,6 +50,7 @@ from qlab.lowering import inductor_options as inductor_options
 from qlab.lowering import lower as lower
 from qlab.lowering import to_torchao as to_torchao
 from qlab.methods import METHODS as METHODS
+from qlab.methods import PRUNERS as PRUNERS
 from qlab.methods.auto_round import auto_round as auto_round
 from qlab.methods.auto_round import auto_round_refine as auto_round_refine
 from qlab.methods.awq import awq as awq
@@ -62,6 +63,7 @@ from qlab.methods.inputs import RANGES as RANGES
 from qlab.methods.inputs import quantize_inputs as quantize_inputs
 from qlab.methods.kv import attention_inputs as attention_inputs
 from qlab.methods.kv import kv_cache as kv_cache
+from qlab.methods.magnitude import magnitude as magnitude
 from qlab.methods.qat import qat as qat
 from qlab.methods.rotate import incoherence as incoherence
 from qlab.methods.rotate import quarot as quarot
@@ -69,6 +71,8 @@ from qlab.methods.rotate import rotate_heads as rotate_heads
 from qlab.methods.rotate import rotate_online as rotate_online
 from qlab.methods.rtn import rtn as rtn
 from qlab.methods.smoothquant import smoothquant as smoothquant
+from qlab.methods.sparsegpt import sparsegpt as sparsegpt
+from qlab.methods.wanda import wanda as wanda
 
 __version__: str
 HOMES: dict[str, str]

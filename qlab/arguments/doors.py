@@ -99,6 +99,7 @@ TAKES: Mapping[str, Mapping[str, kinds.Kind]] = {
     "gptaq": METHOD,
     "aim_at_reference": {"strength": kinds.fraction, "damp": kinds.fraction},
     **dict.fromkeys(("rotate_heads", "rotate_online", "quarot", "incoherence"), ROTATION),
+    "sparsegpt": {"damp": kinds.fraction},
     "smoothquant": {"alpha": kinds.fraction},
     "at": {"pattern": kinds.text, "transform": kinds.recipe},
     "outside": {"transform": kinds.recipe},

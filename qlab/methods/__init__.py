@@ -1,7 +1,7 @@
 """Methods of quantization, one file per paper.
 
 `METHODS` names those that a spec alone defines, spec -> transform: the choices of `qlab quantize
---method`.
+--method`. `PRUNERS` names the masks that a pattern alone defines ("2:4", or a share of zeros).
 
 Example:
     >>> import qlab
@@ -21,8 +21,11 @@ from qlab.methods.gptaq import gptaq
 from qlab.methods.gptq import gptq
 from qlab.methods.grid import weighted
 from qlab.methods.hqq import hqq
+from qlab.methods.magnitude import magnitude
 from qlab.methods.qat import qat
 from qlab.methods.rtn import rtn
+from qlab.methods.sparsegpt import sparsegpt
+from qlab.methods.wanda import wanda
 
 
 def rtn_weighted(spec: Spec) -> Transform:
@@ -45,4 +48,9 @@ METHODS: Mapping[str, Callable[[Spec], Transform]] = {
     "gptaq": gptaq,
     "auto_round": auto_round,
     "qat": qat,
+}
+PRUNERS: Mapping[str, Callable[[str | float], Transform]] = {
+    "magnitude": magnitude,
+    "wanda": wanda,
+    "sparsegpt": sparsegpt,
 }

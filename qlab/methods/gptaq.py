@@ -11,9 +11,9 @@ import math
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from qlab.algebra.graph import ModuleGraph, by_source
-from qlab.algebra.qtensor import Leaf
 from qlab.algebra.spec import Spec
 from qlab.algebra.stats import Stats
 from qlab.algebra.transform import Stage, Transform, chain
@@ -59,7 +59,8 @@ def aim_at_reference(strength: float = 0.5, damp: float = 0.01) -> Transform:
         )
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
-        leaves: dict[str, Leaf] = {}
+        leaves: dict[str, Tensor] = {}
+        targets: dict[str, Tensor] = {}
         notes = dict(graph.notes)
         aimed_sites = [site for site in graph.sites if not site.route and not site.router]
         for source, sites in by_source(aimed_sites).items():
@@ -71,13 +72,19 @@ def aim_at_reference(strength: float = 0.5, damp: float = 0.01) -> Transform:
             except QlabError as error:
                 raise QlabError(f"{graph.where(sites[0])}: {error}") from error
             for site in sites:
-                W_ok = graph.weight_ok(site)
+                support = graph.support_ok(site)
+                W_ok = graph.weight_ok(site) if support is None else graph.target_ok(site)
                 # H is symmetric: W D H^-1 = (H^-1 (W D)^T)^T
                 W_ok = W_ok + strength * torch.cholesky_solve((W_ok @ drift.mean_kk).mT, factor).mT
                 assert site.weight is not None  # weight_ok refuses a site without one
                 leaves[site.weight] = W_ok if site.layout == "o k" else W_ok.mT.contiguous()
+                if support is not None:
+                    targets[site.weight] = leaves[site.weight]
+                    masked = support if site.layout == "o k" else support.mT
+                    leaves[site.weight] = leaves[site.weight] * masked
                 notes[site.path] = {**notes.get(site.path, {}), "aim_damp": used}
-        return replace(graph.update(leaves), notes=notes), stats
+        graph = graph.update(leaves)
+        return replace(graph, notes=notes, targets={**graph.targets, **targets}), stats
 
     stage = Stage(
         "aim_at_reference",

@@ -18,6 +18,7 @@ from qlab.errors import QlabError
 DAMP_LIMIT = 1.0
 # (column [o], its place, out [o]) -> None: writes to `out` what the column becomes
 Project = Callable[[Tensor, int, Tensor], None]
+Begin = Callable[[Tensor, int], None]
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,13 @@ def cholesky(H_kk: Tensor, damp: float) -> tuple[Tensor, float]:
         used = min(max(used, 1e-3) * 10, DAMP_LIMIT)
 
 
-def obs_sweep(W_ok: Tensor, R_kk: Tensor, project: Project, block: int = 32) -> Tensor:
+def obs_sweep(
+    W_ok: Tensor, R_kk: Tensor, project: Project, block: int = 32, begin: Begin | None = None
+) -> Tensor:
     """w'_j = project(w_j + sum_(i < j) (w_i - w'_i) R_ij), left to right.
+
+    begin(A_bo, start) sees every block of columns before its first is projected, with the errors of
+    all earlier blocks in it.
 
     An error reaches the columns of its own block at once, and those behind it in one product per
     block.
@@ -94,6 +100,8 @@ def obs_sweep(W_ok: Tensor, R_kk: Tensor, project: Project, block: int = 32) -> 
     for start in range(0, k, block):
         stop = min(start + block, k)
         A_bo = W_ko[start:stop].addmm(R_kk[:start, start:stop].T, E_ko[:start])
+        if begin is not None:
+            begin(A_bo, start)
         w, out = W_ko[start:stop].unbind(), out_ko[start:stop].unbind()
         for i, a_o, e_o in inner.solve(A_bo, R_kk[start:stop, start:stop].T):
             project(a_o, start + i, out[i])
