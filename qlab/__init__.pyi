@@ -51,6 +51,7 @@ from qlab.lowering import lower as lower
 from qlab.lowering import to_torchao as to_torchao
 from qlab.methods import METHODS as METHODS
 from qlab.methods import PRUNERS as PRUNERS
+from qlab.methods import RECOMMENDED as RECOMMENDED
 from qlab.methods.auto_round import auto_round as auto_round
 from qlab.methods.auto_round import auto_round_refine as auto_round_refine
 from qlab.methods.awq import awq as awq
@@ -65,6 +66,7 @@ from qlab.methods.kv import attention_inputs as attention_inputs
 from qlab.methods.kv import kv_cache as kv_cache
 from qlab.methods.magnitude import magnitude as magnitude
 from qlab.methods.qat import qat as qat
+from qlab.methods.qronos import aim_held_out as aim_held_out
 from qlab.methods.rotate import incoherence as incoherence
 from qlab.methods.rotate import quarot as quarot
 from qlab.methods.rotate import rotate_heads as rotate_heads
@@ -72,6 +74,7 @@ from qlab.methods.rotate import rotate_online as rotate_online
 from qlab.methods.rtn import rtn as rtn
 from qlab.methods.smoothquant import smoothquant as smoothquant
 from qlab.methods.sparsegpt import sparsegpt as sparsegpt
+from qlab.methods.stages import solver as solver
 from qlab.methods.wanda import wanda as wanda
 
 __version__: str

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from qlab.algebra.experts import rows_of
 from qlab.errors import QlabError
 
+STRETCH, HELD_OUT = 128, 4  # tokens in a stretch, and of how many stretches one is held out
 TILE = 192  # columns per block of a symmetric matrix, of which one triangle is multiplied
 
 
@@ -121,6 +122,13 @@ class Moment(NamedTuple):
         return float(self.output_errors(D_ok).sum())
 
 
+class Drifting(NamedTuple):
+    """The second moment of the inputs x, and their drift sum (x' - x)^T x, of the same tokens."""
+
+    moment: Moment
+    drift: Moment
+
+
 class Sample(NamedTuple):
     """The rows [n, k] with the smallest hashed keys [n], which are the same for every order of
     batches."""
@@ -153,6 +161,24 @@ def _drift(o: Observation) -> Moment:
     if o.reference_nk is None:
         return Moment(o.x_nk.new_zeros(k, k, dtype=torch.float32), tokens)
     return Moment((o.reference_nk.float() - o.x_nk.float()).T @ o.x_nk.float(), tokens)
+
+
+def _is_held_out(keys: Tensor) -> Tensor:
+    """Which tokens are held out: one stretch of every HELD_OUT, so that neighbours, which are much
+    alike, mostly lie on the same side."""
+    return (keys // STRETCH) % HELD_OUT == HELD_OUT - 1
+
+
+def _held_out(o: Observation) -> Drifting:
+    """The second moment and the drift of the tokens that are held out."""
+    rows = _is_held_out(o.keys)
+    other_nk = None if o.reference_nk is None else o.reference_nk[rows]
+    part = Observation(o.x_nk[rows], o.keys[rows], None, other_nk)
+    return Drifting(Moment(gram(part.x_nk), len(part.x_nk)), _drift(part))
+
+
+def _no_moment(k: int) -> Moment:
+    return Moment(torch.zeros(k, k, dtype=torch.float32), 0)
 
 
 def _move_moment(state: Moment, M: Tensor) -> Moment:
@@ -239,14 +265,20 @@ STATS: dict[str, Stat] = {
         lambda o: Moment(gram(o.x_nk), o.x_nk.shape[0]),
         _add_moments,
         _move_moment,
-        lambda k: Moment(torch.zeros(k, k, dtype=torch.float32), 0),
+        _no_moment,
     ),
-    # Not observed for routed experts, whose rows have no counterpart in the reference model.
     "drift": Stat(
         _drift,
         _add_moments,
         _move_moment,
-        lambda k: Moment(torch.zeros(k, k, dtype=torch.float32), 0),
+        _no_moment,
+    ),
+    # The part of both on which a choice that was made on the rest is judged.
+    "held_out": Stat(
+        _held_out,
+        lambda a, b: Drifting(*map(_add_moments, a, b)),
+        lambda s, M: Drifting(*(_move_moment(moment, M) for moment in s)),
+        lambda k: Drifting(_no_moment(k), _no_moment(k)),
     ),
     "absmax": Stat(
         lambda o: o.x_nk.abs().amax(0).float(),
@@ -272,6 +304,9 @@ STATS: dict[str, Stat] = {
     "sample": sample(512),
 }
 
+# Statistics that compare with the reference model. Routed experts have none of them: their rows
+# have no counterpart there.
+COMPARING = frozenset({"drift", "held_out"})
 Stats = Mapping[tuple[str, Need], Any]  # (source node or wire, statistic) -> state
 
 

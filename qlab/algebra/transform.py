@@ -23,7 +23,7 @@ from qlab.algebra.graph import ModuleGraph, Op, Site
 from qlab.algebra.rounding import CellFn, Step, WeightFn, of_arrays, outer_scales, solve
 from qlab.algebra.scope import Scope
 from qlab.algebra.spec import Spec
-from qlab.algebra.stats import Need, Stats, name_of, named
+from qlab.algebra.stats import COMPARING, Need, Stats, name_of, named
 from qlab.algebra.wires import open_wires, reached
 from qlab.algebra.zeros import masked, narrowed
 from qlab.errors import QlabError
@@ -68,7 +68,7 @@ class Stage:
     def wants(self, site: Site) -> frozenset[Need]:
         """The statistics that it reads of this site's input. Routed experts have no drift: their
         rows have no counterpart in the reference model."""
-        return self.needs - {"drift"} if site.route else self.needs
+        return self.needs - COMPARING if site.route else self.needs
 
     def touches(self, name: str, site: Site) -> bool:
         """Whether it may change the site of this full name. Routers are never rounded, and need no
@@ -229,7 +229,7 @@ def each_weight(
             (q, k and v; gate and up). It is None for other specs.
         spec: the grid that fn rounds to; None where it rounds nothing, as a mask does.
         needs: statistics of the weight's input, of qlab.algebra.stats.STATS: "second_moment",
-            "drift", "absmax", "absmean", "minmax", "sample"; and of your own, as qlab.Stat.
+            "drift", "held_out", "absmax", "absmean", "minmax", "sample"; and of your own, as qlab.Stat.
         detail: settings in words, for plans and reports.
 
     Returns:

@@ -97,6 +97,13 @@ TAKES: Mapping[str, Mapping[str, kinds.Kind]] = {
         "sweeps": kinds.whole,
     },
     "gptaq": METHOD,
+    "solver": {
+        "spec": kinds.spec,
+        "grid": kinds.function,
+        "round": kinds.function,
+        "damp": kinds.fraction,
+    },
+    "aim_held_out": {},
     "aim_at_reference": {"strength": kinds.fraction, "damp": kinds.fraction},
     **dict.fromkeys(("rotate_heads", "rotate_online", "quarot", "incoherence"), ROTATION),
     "sparsegpt": {"damp": kinds.fraction},

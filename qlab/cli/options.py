@@ -8,7 +8,19 @@ import typer
 HELP_BY = {"help_option_names": ["-h", "--help"]}
 # What the names below stand for is imported when a command runs; help lists them without waiting
 # for torch.
-METHODS = ("rtn", "rtn-weighted", "hqq", "awq", "gptq", "awq-gptq", "gptaq", "auto_round", "qat")
+METHODS = (
+    "rtn",
+    "rtn-weighted",
+    "hqq",
+    "awq",
+    "gptq",
+    "awq-gptq",
+    "gptaq",
+    "auto_round",
+    "qat",
+    "gptq-refined",
+    "qronos-refined",
+)
 CODECS = ("compressed-tensors", "gptq", "gptq_desc_act", "gptq_v2", "gptq_v2_desc_act", "awq")
 TARGETS = ("vllm", "lmdeploy", "transformers", "sglang")
 

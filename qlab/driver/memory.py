@@ -191,7 +191,8 @@ class _Block:
     @cached_property
     def statistics(self) -> int:
         """Bytes of the second moments that are held at once. The drift, which is observed beside
-        the reference, is as large as a second moment."""
+        the reference, is as large as a second moment, and both are observed again of the tokens
+        that are held out."""
         if not self.square:
             return 0
         of_sources = [
@@ -199,7 +200,8 @@ class _Block:
         ]
         held = max(of_sources) if self.in_order else sum(of_sources)
         growing = 2 * (max(of_sources) - self.square)  # that of a batch, and the sum with it
-        return self.streams * (held + growing)
+        moments = self.streams + (2 if "held_out" in self.job.statistics else 0)
+        return moments * (held + growing)
 
     def _experts_held(self, site: Site) -> int:
         if not site.route:

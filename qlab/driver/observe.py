@@ -16,13 +16,13 @@ from qlab.algebra.block import BLOCK_IO, SAMPLES, Samples
 from qlab.algebra.experts import Rows, reaching
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.interpret import inputs_of
-from qlab.algebra.stats import Need, Observation, Stats, name_of, stat_of
+from qlab.algebra.stats import COMPARING, Need, Observation, Stats, name_of, stat_of
 from qlab.algebra.transform import Transform
 from qlab.algebra.wires import full_name
 from qlab.driver.batches import Batches
 from qlab.errors import QlabError
 
-DRIFT = {"drift"}  # statistics that compare with the reference
+DRIFT = COMPARING  # statistics that compare with the reference
 Inputs = Literal["quantized", "reference"]  # what a block sees while it is calibrated
 Key = tuple[str, Need]  # a source or the name of a wire, and a statistic
 Observe = Callable[[ModuleGraph, set[Key]], Stats]

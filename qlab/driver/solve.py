@@ -202,7 +202,7 @@ def _observe_waiting(
         return {}
     totals, waiting = Totals(graph, keys, experts), 0
     graphs = [graph]
-    if reference and (source, "drift") in keys:
+    if reference and any(name in DRIFT for _, name in keys):
         graphs.append(reference.graph)
     arriving = [stream.to(g, source) for stream, g in zip(streams, graphs)]
     for of_batch in zip(*arriving):

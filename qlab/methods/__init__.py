@@ -1,12 +1,13 @@
 """Methods of quantization, one file per paper.
 
 `METHODS` names those that a spec alone defines, spec -> transform: the choices of `qlab quantize
---method`. `PRUNERS` names the masks that a pattern alone defines ("2:4", or a share of zeros).
+--method`. `PRUNERS` names the masks that a pattern alone defines ("2:4", or a share of zeros). `RECOMMENDED` is the name of the one that
+lost least in experiments/solver.py.
 
 Example:
     >>> import qlab
     >>> list(qlab.METHODS)
-    ['rtn', 'rtn-weighted', 'hqq', 'awq', 'gptq', 'awq-gptq', 'gptaq', 'auto_round', 'qat']
+    ['rtn', ..., 'gptaq', 'gptq-refined', 'qronos-refined']
     >>> [stage.name for stage in qlab.METHODS["awq-gptq"]("int4-g64")]
     ['awq_scale', 'absorb', 'gptq']
 """
@@ -23,8 +24,10 @@ from qlab.methods.grid import weighted
 from qlab.methods.hqq import hqq
 from qlab.methods.magnitude import magnitude
 from qlab.methods.qat import qat
+from qlab.methods.qronos import aim_held_out
 from qlab.methods.rtn import rtn
 from qlab.methods.sparsegpt import sparsegpt
+from qlab.methods.stages import solver
 from qlab.methods.wanda import wanda
 
 
@@ -38,6 +41,16 @@ def awq_gptq(spec: Spec) -> Transform:
     return chain(awq_scale(spec), gptq(spec))
 
 
+def gptq_refined(spec: Spec) -> Transform:
+    """The staged solver alone."""
+    return solver(spec)
+
+
+def qronos_refined(spec: Spec) -> Transform:
+    """A target as near to the reference as held-out tokens bear out, then the staged solver."""
+    return chain(aim_held_out(), solver(spec))
+
+
 METHODS: Mapping[str, Callable[[Spec], Transform]] = {
     "rtn": rtn,
     "rtn-weighted": rtn_weighted,
@@ -48,9 +61,12 @@ METHODS: Mapping[str, Callable[[Spec], Transform]] = {
     "gptaq": gptaq,
     "auto_round": auto_round,
     "qat": qat,
+    "gptq-refined": gptq_refined,
+    "qronos-refined": qronos_refined,
 }
 PRUNERS: Mapping[str, Callable[[str | float], Transform]] = {
     "magnitude": magnitude,
     "wanda": wanda,
     "sparsegpt": sparsegpt,
 }
+RECOMMENDED = "qronos-refined"

@@ -83,6 +83,8 @@ def given(saved, text, tmp_path_factory):
             name: {"spec": INT4}
             for name in ("rtn", "awq", "awq_scale", "gptq", "gptaq", "auto_round", "qat")
         },
+        "solver": {"spec": INT4},
+        "aim_held_out": {},
         "aim_at_reference": {},
         "smoothquant": {},
         **{n: {} for n in ("rotate_heads", "rotate_online", "quarot", "incoherence")},

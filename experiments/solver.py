@@ -1,0 +1,45 @@
+"""Does the staged solver lose less than gptaq, in how much more time? And on the float formats?
+
+Usage: python experiments/solver.py SPEC SAMPLES METHOD,METHOD,... [WINDOWS]
+By the protocol of README.md (windows of 512 tokens, seed 0, quantized inputs); writes
+results/solver-SPEC-SAMPLES.json.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import qlab
+from qlab.demo.build import demo_text
+from qlab.evaluation.perplexity import read
+
+spec, samples, methods = qlab.parse_spec(sys.argv[1]), int(sys.argv[2]), sys.argv[3].split(",")
+windows = int(sys.argv[4]) if len(sys.argv) > 4 else 16
+model = qlab.open("demo")
+calibration = qlab.tokens(model, [demo_text("calibration")], samples=samples, length=512)
+held_out = qlab.first_windows(model, [demo_text("heldout")], length=512, count=windows)
+reference = read(model, held_out)
+out = Path(__file__).parent / "results" / f"solver-{spec}-{samples}.json"
+rows = {}
+
+for name in methods:
+    with TemporaryDirectory() as folder:
+        cpu = time.process_time()
+        result = qlab.quantize(model, qlab.METHODS[name](spec), calibration, Path(folder) / "q")
+        cpu = time.process_time() - cpu
+        e = qlab.evaluate(qlab.open(result.path), reference, held_out)
+    rows[name] = {
+        "perplexity": e.perplexity,
+        "ratio": e.perplexity / e.reference_perplexity,
+        "ratio_ci": list(e.ratio_ci),
+        "kl": e.kl,
+        "top1": e.top1_agreement,
+        "bits_per_weight": result.bits_per_weight,
+        "processor_seconds": cpu,
+        "peak_mib": result.peak_rss_bytes / 2**20,
+    }
+    print(name, {key: value for key, value in rows[name].items() if key != "ratio_ci"}, flush=True)
+    record = {"spec": str(spec), "samples": samples, "windows": windows, "rows": rows}
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

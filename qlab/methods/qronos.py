@@ -1,0 +1,147 @@
+"""Qronos' and QEP's target: the weight nearest to the reference's outputs on the inputs that the
+quantized model makes, as far as that holds on tokens that it was not fitted to.
+
+W* = W + a W D (H + damp mean(diag H) I)^-1 minimizes E |V x - W x'|^2 with a ridge, where a = 1 is
+Qronos and a = 1/2 QEP's default. Both find that the whole step overfits. Here the strength a and
+the damping are chosen for every input: fitted to three quarters of the calibration tokens, the step
+C = W D (H + ...)^-1 changes the error on the others by a^2 tr(C H C^T) - 2 a tr(C (W D)^T), with H
+and D of those, whose minimum over a is exact. a = 0 is among the candidates, so that the target is
+never worse there. Inputs of many correlated channels, as of down_proj, get a fraction of what
+normalized inputs get.
+
+Legend: x the input as the quantized sites before it make it, x' the input in the reference model,
+H = E x^T x, D = E (x' - x)^T x, W_ok weight, C_ok its correction at a = 1.
+Sources: Qronos (arXiv 2505.11695), QEP (arXiv 2504.09629).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qlab.algebra.graph import ModuleGraph, Site, by_source
+from qlab.algebra.stats import Drifting, Moment, Stats
+from qlab.algebra.transform import Stage, Transform
+from qlab.errors import QlabError
+from qlab.methods.obs import check_damp, cholesky
+
+DAMPS = (0.01, 0.1, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aim:
+    """A step towards the reference. strength: a. damp: of H, as a fraction of mean(diag H). gain:
+    by how much it lowers the error on the tokens that were held out, as a share of tr(W H W^T)."""
+
+    strength: float
+    damp: float
+    gain: float
+
+
+def correction(W_ok: Tensor, seen: Drifting, damp: float) -> Tensor:
+    """C = W D (H + damp mean(diag H) I)^-1."""
+    factor, _ = cholesky(seen.moment.mean_kk, damp)
+    # H is symmetric: W D H^-1 = (H^-1 (W D)^T)^T
+    return torch.cholesky_solve((W_ok @ seen.drift.mean_kk).mT, factor).mT
+
+
+def rest(total: Drifting, part: Drifting) -> Drifting:
+    """The tokens of `total` that are not in `part`."""
+    return Drifting(*(_less(a, b) for a, b in zip(total, part)))
+
+
+def _less(total: Moment, part: Moment) -> Moment:
+    return Moment(total.sum_kk - part.sum_kk, total.tokens - part.tokens)
+
+
+def choose(W_ok: Tensor, fitted: Drifting, held_out: Drifting, damps: Sequence[float]) -> Aim:
+    """The strength, 0 to 1, and the damping with the least error on the tokens that were held out.
+    W_ok: all weights of an input, one below the other."""
+    best = Aim(strength=0.0, damp=damps[0], gain=0.0)
+    if not fitted.moment.tokens or not held_out.moment.tokens:
+        return best
+    size = max(held_out.moment.output_error(W_ok), 1e-30)
+    WD_ok = W_ok @ held_out.drift.mean_kk
+    for damp in damps:
+        C_ok = correction(W_ok, fitted, damp)
+        slope, curvature = float((C_ok * WD_ok).sum()), held_out.moment.output_error(C_ok)
+        strength = min(max(slope / max(curvature, 1e-30), 0.0), 1.0)
+        gain = (2 * strength * slope - strength**2 * curvature) / size
+        if gain > best.gain:
+            best = Aim(strength=strength, damp=damp, gain=gain)
+    return best
+
+
+def aim_held_out(damps: Sequence[float] = DAMPS) -> Transform:
+    """W <- W + a W D (H + damp mean(diag H) I)^-1, with a and damp chosen on held-out tokens.
+
+    For every input the strength a, from 0 to 1, and the damping are those with the least error on a
+    quarter of the calibration tokens, when fitted to the others. The step itself is then fitted to
+    all of them. Without drift, or without enough tokens to hold some out, weights stay bit for bit.
+    Routers and routed experts stay as they are, as with `aim_at_reference`.
+
+    Args:
+        damps: fractions of mean(diag H) to choose from, each from 0 to 1.
+
+    Returns:
+        A transform of one stage, which rounds nothing. It needs calibration data. Its report holds
+        `aim_strength`, `aim_damp` and `aim_gain`, the share of the held-out outputs' square by
+        which their error fell.
+
+    Raises:
+        QlabError: damps is empty, or one of them is not from 0 to 1.
+
+    Source:
+        Zhang et al. 2025, Qronos: Correcting the Past by Shaping the Future; Arai and Ichikawa
+        2025, Quantization Error Propagation.
+
+    Example:
+        >>> import qlab
+        >>> for stage in qlab.chain(qlab.aim_held_out(), qlab.rtn("int4-g64")):
+        ...     print(stage.name, stage.detail)
+        aim_held_out damp 0.01, 0.1 or 1
+        rtn grid minmax
+    """
+    if not damps:
+        raise QlabError("damps is empty; give at least one fraction of mean(diag H)")
+    for damp in damps:
+        check_damp(damp)
+
+    def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
+        aimed_sites = [site for site in graph.sites if not site.route and not site.router]
+        for source, sites in by_source(aimed_sites).items():
+            total = Drifting(stats[source, "second_moment"], stats[source, "drift"])
+            if total.drift.sum_kk.any():
+                graph = _aimed(graph, sites, total, stats[source, "held_out"], damps)
+        return graph, stats
+
+    *others, last = (f"{damp:g}" for damp in damps)
+    listed = f"{', '.join(others)} or {last}" if others else last
+    needs = frozenset({"second_moment", "drift", "held_out"})
+    detail = f"damp {listed}"
+    return (Stage("aim_held_out", needs, run, detail=detail, sitewise=True, workspace=4),)
+
+
+def _aimed(
+    graph: ModuleGraph,
+    sites: Sequence[Site],
+    total: Drifting,
+    held_out: Drifting,
+    damps: Sequence[float],
+) -> ModuleGraph:
+    """The graph with the weights of one input moved."""
+    weights = [graph.weight_ok(site) for site in sites]
+    try:
+        aim = choose(torch.cat(weights), rest(total, held_out), held_out, damps)
+        moved = [W + aim.strength * correction(W, total, aim.damp) for W in weights]
+    except QlabError as error:
+        raise QlabError(f"{graph.where(sites[0])}: {error}") from error
+    note = {"aim_strength": aim.strength, "aim_damp": aim.damp, "aim_gain": aim.gain}
+    leaves: dict[str, Tensor] = {}
+    notes = dict(graph.notes)
+    for site, W_ok in zip(sites, moved):
+        notes[site.path] = {**notes.get(site.path, {}), **note}
+        if aim.strength and site.weight is not None:
+            leaves[site.weight] = W_ok if site.layout == "o k" else W_ok.mT.contiguous()
+    return replace(graph.update(leaves), notes=notes)

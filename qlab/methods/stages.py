@@ -1,0 +1,202 @@
+"""A weight solved in stages that can be exchanged: grid, round, refine, all over one objective.
+
+J = tr((W* - W') M (W* - W')^T) with M = H + damp mean(diag H) I. A grid gives scales and zero
+points, a rounding codes on them, a refinement a leaf from a leaf. Rounding to nearest is the first
+leaf; each that follows is taken row by row where J falls (`qlab.methods.quadratic`), so that no
+stage raises J. The report holds J after every stage.
+
+    weight = nearest on the grid >= round(...) >= refine(...) >= refine(...) ...
+
+Any function of these forms can take the place of one below.
+Legend: problem.target_ok is W*, problem.M_kk the damped metric; s_ag, z_ag scales and zeros; D_k
+the diagonal of D in M = R D R^T (`qlab.methods.obs`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlab.algebra.qtensor import QTensor, round_codes, steps
+from qlab.algebra.spec import Spec
+from qlab.algebra.transform import Transform, each_weight
+from qlab.methods.gptq import WORKSPACE, act_order, gptq_codes
+from qlab.methods.grid import Grid, fit, scale_sweep, weighted
+from qlab.methods.obs import Factor, check_damp, damped, factorize
+from qlab.methods.quadratic import Candidate, Quadratic, accept, start
+from qlab.methods.quantease import descend_codes
+from qlab.methods.refit import refit
+
+BLOCK = 32  # columns that are solved before their errors reach those behind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One weight to be solved.
+
+    target_ok: W* in fp32. H_kk: the mean second moment of the input. damp: the fraction of its mean
+    diagonal that is added, at least. spec: the grid of numbers. outer: the global scale of an nvfp4 spec.
+    """
+
+    target_ok: Tensor
+    H_kk: Tensor
+    damp: float
+    spec: Spec
+    outer: Tensor | None = None
+
+    @cached_property
+    def order(self) -> Tensor:
+        """The order [k] in which columns are solved: the largest second moment first."""
+        return act_order(self.H_kk)
+
+    @cached_property
+    def factor(self) -> Factor:
+        """R and D of the damped metric, in solving order."""
+        return factorize(self.H_kk[self.order][:, self.order], self.damp)
+
+    @cached_property
+    def M_kk(self) -> Tensor:
+        """The metric with the damping that its factorization took."""
+        return damped(self.H_kk, self.factor.damp)
+
+    @property
+    def quadratic(self) -> Quadratic:
+        return Quadratic(self.target_ok, self.M_kk)
+
+    def leaf(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> QTensor:
+        return QTensor(codes, scales, zeros, self.spec, self.outer)
+
+
+Scales = tuple[Tensor, Tensor | None]
+GridStage = Callable[[Problem], Scales]
+RoundStage = Callable[[Problem, Tensor, Tensor | None], QTensor]
+RefineStage = Callable[[Problem, QTensor], QTensor]
+
+
+# ------------------------------------------------------------------ grid
+def compensated(problem: Problem, grid: Grid | None = None) -> Scales:
+    """The grid whose errors cost least once later columns have made up for them.
+
+    Under OBS an error e in column j costs D_j e^2, not M_jj e^2: the rest is made up for. So D is
+    what the search of scales weighs errors with. grid: None takes every scale that may be best for
+    formats with scales of 8 bits, and the weighted grid for others.
+    """
+    D_k = torch.empty_like(problem.factor.D_k)
+    D_k[problem.order] = problem.factor.D_k
+    if grid is None:
+        has_narrow_scales = problem.spec.scale_dtype and problem.spec.scale_dtype.itemsize == 1
+        grid = scale_sweep if has_narrow_scales else weighted
+    return fit(grid, problem.target_ok, problem.spec, D_k, problem.outer)
+
+
+def diagonal(problem: Problem, grid: Grid = weighted) -> Scales:
+    """A grid of GRIDS whose errors are weighed by the diagonal of the second moment, as in gptq."""
+    return fit(grid, problem.target_ok, problem.spec, problem.H_kk.diagonal(), problem.outer)
+
+
+# ------------------------------------------------------------------ round
+def nearest(problem: Problem, scales: Tensor, zeros: Tensor | None) -> QTensor:
+    """RTN."""
+    codes = round_codes(problem.target_ok, scales, zeros, problem.spec, problem.outer)
+    return problem.leaf(codes, scales, zeros)
+
+
+def obs(problem: Problem, scales: Tensor, zeros: Tensor | None) -> QTensor:
+    """GPTQ: column after column, each error made up for by those behind."""
+    s_ag = steps(scales, problem.outer, problem.target_ok.dtype)
+    codes, _, _ = gptq_codes(
+        problem.target_ok,
+        problem.H_kk,
+        s_ag,
+        zeros,
+        problem.spec,
+        problem.order,
+        problem.factor.damp,
+        BLOCK,
+    )
+    return problem.leaf(codes, scales, zeros)
+
+
+# ------------------------------------------------------------------ refine
+def scales_refitted(problem: Problem, q: QTensor) -> QTensor:
+    """The exact least-squares scales of the codes of q (`qlab.methods.refit`)."""
+    return refit(problem.target_ok, problem.M_kk, q)
+
+
+def codes_descended(problem: Problem, q: QTensor) -> QTensor:
+    """One sweep of coordinate descent over the codes of q (`qlab.methods.quantease`)."""
+    return descend_codes(problem.target_ok, problem.M_kk, q, problem.order, BLOCK)
+
+
+ALTERNATED: Sequence[RefineStage] = (scales_refitted, codes_descended) * 2
+
+
+# ------------------------------------------------------------------ all of them
+def solve(
+    problem: Problem, grid: GridStage, round_: RoundStage, refine: Sequence[RefineStage]
+) -> Candidate:
+    """The leaf that the stages make, and its certificate: J after every stage."""
+    scales, zeros = grid(problem)
+    quadratic = problem.quadratic
+    now = start(quadratic, nearest(problem, scales, zeros), "nearest")
+    if round_ is not nearest:
+        now = accept(quadratic, now, round_(problem, scales, zeros), round_.__name__)
+    for i, stage in enumerate(refine, 1):
+        now = accept(quadratic, now, stage(problem, now.leaf), f"{stage.__name__}_{i}")
+    return now
+
+
+def solver(
+    spec: Spec,
+    grid: GridStage = compensated,
+    round: RoundStage = obs,
+    refine: Sequence[RefineStage] = ALTERNATED,
+    damp: float = 0.01,
+) -> Transform:
+    """A weight-only solver of three stages over J = tr((W* - W') M (W* - W')^T).
+
+    Scales come from `grid`, codes from `round`, and every function of `refine` improves both, as
+    far as J falls. RTN, GPTQ and what lies beyond them are choices of these functions, which
+    `qlab.methods.stages` holds.
+
+    Args:
+        spec: the number grid to round to, or its name such as "int4-g64".
+        grid: problem -> (scales, zeros).
+        round: (problem, scales, zeros) -> leaf.
+        refine: functions (problem, leaf) -> leaf, in the order in which they run.
+        damp: fraction of mean(diag H) that is added to the diagonal of H, from 0 to 1.
+
+    Returns:
+        A transform of one stage. It needs calibration data. Its report holds J after every stage as
+        `J_nearest`, `J_obs` and so on: none is above the one before.
+
+    Raises:
+        QlabError: damp is not from 0 to 1.
+
+    Source:
+        The stages name theirs. The grid's weights D are the cost of an error under the
+        factorization of Chee et al. 2023 (QuIP).
+
+    Example:
+        >>> import qlab
+        >>> from qlab.methods import stages
+        >>> (stage,) = qlab.solver("int3-g64", refine=[stages.scales_refitted])
+        >>> stage.detail
+        'grid compensated, round obs, refine scales_refitted, damp 0.01'
+    """
+    check_damp(damp)
+
+    def fn(W_ok: Tensor, stats: Mapping[str, Any], spec: Spec) -> tuple[QTensor, Mapping[str, Any]]:
+        H_kk = stats["second_moment"].mean_kk
+        problem = Problem(target_ok=W_ok, H_kk=H_kk, damp=damp, spec=spec, outer=stats.get("outer"))
+        solved = solve(problem, grid, round, refine)
+        certificate = {f"J_{stage}": J for stage, J in solved.certificate.items()}
+        return solved.leaf, {"damp": problem.factor.damp, **certificate}
+
+    names = ", ".join(stage.__name__ for stage in refine) or "nothing"
+    detail = f"grid {grid.__name__}, round {round.__name__}, refine {names}, damp {damp:g}"
+    stages = each_weight("solver", fn, spec, frozenset({"second_moment"}), detail)
+    return tuple(replace(stage, workspace=WORKSPACE) for stage in stages)
