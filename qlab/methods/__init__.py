@@ -7,7 +7,7 @@ lost least in experiments/solver.py.
 Example:
     >>> import qlab
     >>> list(qlab.METHODS)
-    ['rtn', ..., 'gptaq', 'gptq-refined', 'qronos-refined']
+    ['rtn', ..., 'gptq-refined', 'qronos-refined']
     >>> [stage.name for stage in qlab.METHODS["awq-gptq"]("int4-g64")]
     ['awq_scale', 'absorb', 'gptq']
 """

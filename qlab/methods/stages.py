@@ -38,7 +38,8 @@ class Problem:
     """One weight to be solved.
 
     target_ok: W* in fp32. H_kk: the mean second moment of the input. damp: the fraction of its mean
-    diagonal that is added, at least. spec: the grid of numbers. outer: the global scale of an nvfp4 spec.
+    diagonal that is added, at least. spec: the grid of numbers. outer: the global scale of an nvfp4
+    spec.
     """
 
     target_ok: Tensor
