@@ -229,7 +229,8 @@ def each_weight(
             (q, k and v; gate and up). It is None for other specs.
         spec: the grid that fn rounds to; None where it rounds nothing, as a mask does.
         needs: statistics of the weight's input, of qlab.algebra.stats.STATS: "second_moment",
-            "drift", "held_out", "absmax", "absmean", "minmax", "sample"; and of your own, as qlab.Stat.
+            "drift", "held_out", "absmax", "absmean", "minmax", "sample"; and of your own, as
+            qlab.Stat.
         detail: settings in words, for plans and reports.
 
     Returns:
