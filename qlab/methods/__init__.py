@@ -1,8 +1,8 @@
 """Methods of quantization, one file per paper.
 
 `METHODS` names those that a spec alone defines, spec -> transform: the choices of `qlab quantize
---method`. `PRUNERS` names the masks that a pattern alone defines ("2:4", or a share of zeros). `RECOMMENDED` is the name of the one that
-lost least in experiments/solver.py.
+--method`. `PRUNERS` names the masks that a pattern alone defines ("2:4", or a share of zeros).
+`RECOMMENDED` is the name of the one that lost least in experiments/solver.py.
 
 Example:
     >>> import qlab
