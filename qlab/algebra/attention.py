@@ -5,7 +5,7 @@ were before they were repeated for the queries that share them, where the progra
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
@@ -71,7 +71,7 @@ def _attended(node: fx.Node) -> dict[str, tuple[fx.Node, int, str]]:
         return {kind: (node, i, "h n d") for i, kind in enumerate(("query", "key", "value"))}
     if node.target not in SOFTMAX:
         return {}
-    scores, mixture = _scored(node.args[0]), _mixed(node)
+    scores, mixture = _scored(node.all_input_nodes[0]), _mixed(node)
     if scores is None or mixture is None:
         return {}
     left, right = PRODUCTS[scores.target]
@@ -97,7 +97,7 @@ def _scored(node: fx.Node) -> fx.Node | None:
 
 
 def _both_computed(product: fx.Node) -> bool:
-    operands = [product.args[i] for i in PRODUCTS[product.target]]
+    operands = [cast(fx.Node, product.args[i]) for i in PRODUCTS[product.target]]
     return all(behind_casts(a).op == "call_function" and _is_heads(a) for a in operands)
 
 
@@ -141,7 +141,7 @@ def _before_turn(node: fx.Node) -> tuple[fx.Node, int, fx.Node] | None:
     n = turn.meta["val"].ndim
     order = list(range(n))
     if turn.target is aten.permute.default:
-        order = [axis % n for axis in turn.args[1]]
+        order = [axis % n for axis in cast(list[int], turn.args[1])]
     else:
         i, j = (axis % n for axis in turn.args[1:] or (-2, -1))
         order[i], order[j] = order[j], order[i]

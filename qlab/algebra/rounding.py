@@ -7,7 +7,7 @@ Legend: W_ok a weight in fp32.
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -100,10 +100,6 @@ def _copy(value: Any) -> Any:
     return pytree.tree_map_only(Tensor, torch.clone, value)
 
 
-def _copy(value: Any) -> Any:
-    return pytree.tree_map_only(Tensor, torch.clone, value)
-
-
 def of_arrays(fn: WeightFn) -> CellFn:
     """A step of cells from a function of arrays: fn(W_ok, statistics, spec) -> (leaf, notes).
 
@@ -124,8 +120,10 @@ def of_arrays(fn: WeightFn) -> CellFn:
                 "notes a mapping that may be empty"
             )
         leaf, notes = returned
-        aims = cell.feasible.spec is None and isinstance(leaf, Tensor)
-        return replace(cell, leaf=leaf, target=leaf if aims else cell.target, notes=notes)
+        target = cell.target
+        if cell.feasible.spec is None and isinstance(leaf, Tensor):
+            target = leaf
+        return replace(cell, leaf=leaf, target=target, notes=notes)
 
     return on_cell
 
@@ -286,7 +284,7 @@ def solve_weight(
         true = true.aim(aimed)
     return Solved(
         leaf=None if same and _equal(leaf, graph.leaf_ok(site, expert)) else leaf,
-        target=leaf if own else aimed,
+        target=cast(Tensor, leaf) if own else aimed,
         support=support,
         note=note,
         errors=errors_of(true.target, leaf, seen.get("second_moment")),
@@ -313,9 +311,8 @@ def _returned(step: Step, weight: Weight) -> Cell:
 def _cell(step: Step, graph: ModuleGraph, site: Site, expert: int | None) -> Cell:
     """The cell of one weight under a step, on the step's grid. Its tensors may be the graph's."""
     leaf = graph.weight_ok(site, expert) if step.of_arrays else graph.leaf_ok(site, expert)
-    target = leaf
-    if not step.of_arrays and (site.weight in graph.targets or not isinstance(leaf, Tensor)):
-        target = graph.target_ok(site, expert)
+    is_target = step.of_arrays or site.weight not in graph.targets
+    target = leaf if isinstance(leaf, Tensor) and is_target else graph.target_ok(site, expert)
     codes = proper(leaf)
     spec = codes.spec if isinstance(codes, QTensor) else None
     if step.spec and not isinstance(leaf, Tensor):

@@ -22,7 +22,7 @@ from qlab.algebra.graph import (
     behind_casts,
     by_source,
 )
-from qlab.algebra.scope import matches
+from qlab.algebra.scope import Scope, matches
 from qlab.errors import QlabError
 
 AT_NODE = frozenset({"enter", "out"})  # kinds of wires whose edges are all uses of their node
@@ -170,7 +170,7 @@ def open_wires(graph: ModuleGraph) -> tuple[Wire, ...]:
     return tuple(w for w in wires(graph.code).values() if may is None or w.name in may)
 
 
-def reached(graph: ModuleGraph, pattern: str, scope: Container[str]) -> frozenset[str]:
+def reached(graph: ModuleGraph, pattern: str, scope: Scope) -> frozenset[str]:
     """The open wires that a pattern matches, by their own name or that in the model: inputs and
     outputs of selected sites but routers, and other values of modules within the scope."""
     found = []

@@ -24,8 +24,8 @@ def narrowed(step: str, before: ModuleGraph, after: ModuleGraph) -> ModuleGraph:
         if supports.get(name) is not support:
             supports[name] = support & supports.get(name, support)
     for site in _changed(before, after):
-        support = supports.get(site.weight or "")
-        lost = 0 if support is None else _lost(after, site, support)
+        support_ok = supports.get(site.weight or "")
+        lost = 0 if support_ok is None else _lost(after, site, support_ok)
         if lost:
             raise QlabError(f"{before.where(site)}: {step} {moves(lost)}")
     return replace(after, supports=supports)
