@@ -25,6 +25,7 @@ RUN: Mapping[str, kinds.Kind] = {
 }
 METHOD: Mapping[str, kinds.Kind] = {"spec": kinds.spec, "grid": kinds.grid}
 ROTATION: Mapping[str, kinds.Kind] = {"seed": kinds.whole, "draw": kinds.function}
+ROTATIONS = ("rotate_heads", "rotate_online", "rotate_scores", "quarot", "incoherence")
 WINDOWS: Mapping[str, kinds.Kind] = {
     "model": kinds.model,
     "samples": kinds.whole,
@@ -105,7 +106,7 @@ TAKES: Mapping[str, Mapping[str, kinds.Kind]] = {
     },
     "aim_held_out": {},
     "aim_at_reference": {"strength": kinds.fraction, "damp": kinds.fraction},
-    **dict.fromkeys(("rotate_heads", "rotate_online", "quarot", "incoherence"), ROTATION),
+    **dict.fromkeys(ROTATIONS, ROTATION),
     "sparsegpt": {"damp": kinds.fraction},
     "smoothquant": {"alpha": kinds.fraction},
     "at": {"pattern": kinds.text, "transform": kinds.recipe},
