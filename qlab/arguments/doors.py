@@ -79,6 +79,8 @@ TAKES: Mapping[str, Mapping[str, kinds.Kind]] = {
     "perplexity": {"model": kinds.read_model, "data": kinds.windows, "device": kinds.device},
     "inspect": {"path": kinds.its_directory},
     "verify": {"directory": kinds.directory, "against": kinds.directory},
+    "difference": {"one": kinds.evaluation, "other": kinds.evaluation},
+    "over_seeds": {"run": kinds.function, "seeds": kinds.seeds},
     "logits": {"model": kinds.read_model, "ids": kinds.ids, "device": kinds.device},
     "lower": {
         "model": kinds.lowered,
@@ -107,7 +109,9 @@ TAKES: Mapping[str, Mapping[str, kinds.Kind]] = {
     "aim_held_out": {},
     "aim_at_reference": {"strength": kinds.fraction, "damp": kinds.fraction},
     **dict.fromkeys(ROTATIONS, ROTATION),
-    "sparsegpt": {"damp": kinds.fraction},
+    "magnitude": {"pattern": kinds.pattern},
+    "wanda": {"pattern": kinds.pattern},
+    "sparsegpt": {"pattern": kinds.pattern, "damp": kinds.fraction},
     "smoothquant": {"alpha": kinds.fraction},
     "at": {"pattern": kinds.text, "transform": kinds.recipe},
     "outside": {"transform": kinds.recipe},
@@ -166,6 +170,7 @@ TAKES: Mapping[str, Mapping[str, kinds.Kind]] = {
     "kv_cache": {"spec": kinds.cache, "static": kinds.measured},
     "attention_inputs": {"spec": kinds.cache, "static": kinds.measured},
     "parse_spec": {"text": kinds.text, "symmetric": kinds.flag},
+    "dense": {"leaf": kinds.leaf, "dtype": kinds.dtype},
     "reparametrize": {"graph": kinds.block},
 }
 

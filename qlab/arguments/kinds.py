@@ -371,6 +371,41 @@ def _rows(value: Sequence, name: str) -> list[list[int]]:
     return rows
 
 
+def pattern(value: Any, name: str) -> Any:
+    """Which weights a mask keeps: "2:4", or the share of zeros."""
+    from qlab.methods.pattern import Pattern, parse_pattern
+
+    taken = isinstance(value, str | int | float | Pattern) and not isinstance(value, bool)
+    if not taken or (isinstance(value, str) and len(value) > LONGEST):
+        raise QlabError(f"{name} is {said(value)}; give a pattern such as '2:4', or a share")
+    return parse_pattern(value)
+
+
+def leaf(value: Any, name: str) -> Any:
+    """What a program holds in the place of a weight."""
+    from qlab.algebra.leaf import is_leaf
+
+    if not is_leaf(value):
+        raise QlabError(f"{name} is {said(value)}; give a tensor, a QTensor or another leaf")
+    return value
+
+
+def evaluation(value: Any, name: str) -> Any:
+    """What `evaluate` returns."""
+    from qlab.evaluation.figures import Evaluation
+
+    if not isinstance(value, Evaluation):
+        raise QlabError(f"{name} is {said(value)}; give what qlab.evaluate returns")
+    return value
+
+
+def seeds(value: Any, name: str) -> Any:
+    """Whole numbers."""
+    if not isinstance(value, list | tuple | range) or not value:
+        raise QlabError(f"{name} is {said(value)}; give a list of whole numbers")
+    return [whole(each, name) for each in value]
+
+
 def function(value: Any, name: str) -> Any:
     """A function."""
     if not callable(value):

@@ -75,6 +75,6 @@ def _share(pattern: object) -> float | None:
         return None
     try:
         share = float(pattern)  # type: ignore[arg-type]
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return share if math.isfinite(share) else None

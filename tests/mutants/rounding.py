@@ -147,9 +147,9 @@ return QTensor(round_codes(W_ok, exact, zeros, spec, outer), scales, zeros, spec
     Mutant(
         "float: global scale of each weight",
         "algebra/transform.py",
-        "each_weight.run",
-        "outer = outers.get(site.path)",
-        "outer = shared_outer([graph.weight_ok(site)], spec)",
+        "_each.run",
+        "outers.get(site.path)",
+        "outer_scales(replace(graph, selected=frozenset({site.path})), step.spec).get(site.path)",
         "floats",
     ),
     Mutant(

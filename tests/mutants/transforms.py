@@ -119,7 +119,7 @@ MUTANTS = [
     Mutant(
         "mixture: every expert reads the first",
         "algebra/graph.py",
-        "ModuleGraph.running",
+        "_of_expert",
         "pytree.tree_map_only(Tensor, lambda t: t[expert], leaf)",
         "pytree.tree_map_only(Tensor, lambda t: t[0], leaf)",
         "graph",
