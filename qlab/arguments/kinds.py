@@ -375,8 +375,11 @@ def pattern(value: Any, name: str) -> Any:
     """Which weights a mask keeps: "2:4", or the share of zeros."""
     from qlab.methods.pattern import Pattern, parse_pattern
 
-    taken = isinstance(value, str | int | float | Pattern) and not isinstance(value, bool)
-    if not taken or (isinstance(value, str) and len(value) > LONGEST):
+    if isinstance(value, Pattern):
+        return value
+    if isinstance(value, str):
+        return parse_pattern(text(value, name))
+    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > LARGEST:
         raise QlabError(f"{name} is {said(value)}; give a pattern such as '2:4', or a share")
     return parse_pattern(value)
 
