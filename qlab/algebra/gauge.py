@@ -131,7 +131,7 @@ def gauge(
 
     Args:
         name: the stage's name in plans, reports and errors.
-        wires: a pattern over full names of inputs: a glob ("*.o_proj:in"), or "re:" and a regular
+        wires: a pattern over full names of inputs: a glob (`*.o_proj:in`), or "re:" and a regular
             expression. It names all readers of a wire, or the stage is refused.
         choose: gets a Turn (the wire's group, its readers' weights and statistics) and returns M,
             an Element with M and its inverse, or None to leave the wire as it is. Scales of

@@ -29,8 +29,8 @@ def insert(
 
     Args:
         name: The stage's name in plans, reports and errors.
-        wires: A pattern over the names of wires, or over those in the model (see `at`): "*:in",
-            "*.self_attn:key", "re:.*:(key|value)", "*:enter".
+        wires: A pattern over the names of wires, or over those in the model (see `at`): `*:in`,
+            `*.self_attn:key`, `re:.*:(key|value)`, `*:enter`.
         make: Gets the wire and its statistics by name, and returns the operation, x -> x.
         needs: The statistics, names or qlab.Stat values of your own. They are those of the value
             that comes from what was quantized before, without this operation.

@@ -7,7 +7,7 @@ from qlab.methods.pattern import Pattern, parse_pattern
 
 
 def magnitude(pattern: str | float | Pattern) -> Transform:
-    """Set the smallest |W| to 0: of every M neighbours, or of a whole layer. It needs no data.
+    """Set the smallest `|W|` to 0: of every M neighbours, or of a whole layer. It needs no data.
 
     The weights that are kept stay as they are. Chain a rounding behind: it keeps the zeros.
 

@@ -10,7 +10,7 @@ from qlab.methods.pattern import Pattern, parse_pattern
 
 
 def wanda(pattern: str | float | Pattern) -> Transform:
-    """Set the weights with the smallest |W_ij| |x_j| to 0: of every M neighbours, or of each row.
+    """Set the weights with the smallest `|W_ij| |x_j|` to 0: of every M neighbours, or of each row.
 
     The weights that are kept stay as they are. Chain a rounding behind: it keeps the zeros.
 
