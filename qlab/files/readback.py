@@ -18,6 +18,7 @@ from qlab.algebra.online import QuantizeInput
 from qlab.algebra.qtensor import Leaf, QTensor, dense
 from qlab.algebra.spec import Spec
 from qlab.codecs import Codec
+from qlab.codecs.cache_scales import scales_of
 from qlab.errors import QlabError
 from qlab.files.certificate import fingerprint
 from qlab.files.directory import Stored, read_header
@@ -82,7 +83,8 @@ def refuse_misread(
     """
     stored = read_header(path)
     of_module: dict[str, list[str]] = {}
-    for name in stored:
+    scales_of_cache = set(scales_of(stored))  # which are no part of a weight
+    for name in (name for name in stored if name not in scales_of_cache):
         of_module.setdefault(name.rpartition(".")[0], []).append(name)
     for name, leaf in leaves.items():
         module = name.rpartition(".")[0]
