@@ -168,7 +168,7 @@ def gauge(
                 graph, stats = _turned(name, graph, stats, turn, choose, online)
         return graph, stats
 
-    left = (MatMul(torch.eye(2)),) if online else ()
+    left = (MatMul(torch.eye(2, dtype=torch.float32)),) if online else ()
     stage = Stage(name, needs, run, detail=detail, reparametrizes=True, online=left)
     pattern = wires.removesuffix(INPUT)
     turning = (stage,) if pattern == EVERY else at(pattern, (stage,))

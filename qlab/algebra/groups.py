@@ -138,7 +138,7 @@ def _heads(code: Code, origin: str, fold: Fold) -> Tensor | None:
     alike = len({len(head) for head in heads}) == 1 and NONE not in mine
     if not whole or not alike or mine & (walk.leaked | others):
         return None
-    return torch.tensor(heads)
+    return torch.tensor(heads, dtype=torch.int64)
 
 
 def _of_experts(code: Code, weight: str) -> bool:

@@ -136,5 +136,5 @@ def _change(numbers: list[list[float]], expected: list[list[float]]) -> float:
     """The largest change of a row, relative to its size."""
     if len(numbers) != len(expected):
         return float("inf")
-    new, old = torch.tensor(numbers), torch.tensor(expected)
+    new, old = (torch.tensor(rows, dtype=torch.float32) for rows in (numbers, expected))
     return float(((new - old).norm(dim=-1) / old.norm(dim=-1).clamp_min(1e-30)).max())

@@ -66,12 +66,11 @@ def check_scope(stage: Stage, model: Sites) -> None:
 def _check_wires(stage: Stage, pattern: str, model: Sites) -> None:
     """Refuse a stage that works on wires, of which it matches none."""
     graphs = [ModuleGraph(code, {}, path) for path, code in model.codes.items()]
-    touched = [site for name, site in model.sites.items() if stage.touches(name, site)]
-    routers_alone = bool(touched) and all(site.router for site in touched)
     if any(select(stage, graph).selected_wires for graph in graphs):
         return
-    if stage.online and routers_alone:  # `effects` names them
-        return
+    touched = [site for name, site in model.sites.items() if stage.touches(name, site)]
+    if stage.online and touched and all(site.router for site in touched):
+        return  # `effects` refuses it by the routers' names
     names = [full_name(graph.path, name) for graph in graphs for name in wires(graph.code)]
     raise QlabError(
         f"the stage {stage.name!r} matches no wire ({pattern} at {stage.scope}); "

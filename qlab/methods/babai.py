@@ -68,7 +68,9 @@ def sampled_codes(
     s = per_column(steps(scales, problem.outer, torch.float32))
     z = torch.zeros_like(s) if zeros is None else per_column(zeros)
     draws = [generator(seed, f"babai/{path}") for path in range(1, paths + 1)]
-    uniform_kr = torch.cat([torch.rand(k, o, generator=draw) for draw in draws], 1).to(W.device)
+    uniform_kr = torch.cat(
+        [torch.rand(k, o, generator=draw, dtype=torch.float32) for draw in draws], 1
+    ).to(W.device)
     codes_kr = torch.empty_like(s)
     # costs in units of the mean one, of the columns' mean; scales of a row are about alike
     share_k = factor.D_k / (TEMPERATURE * factor.D_k.mean() / 12)

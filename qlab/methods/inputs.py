@@ -144,7 +144,11 @@ def rounding(spec: Spec, static: Range | None, stats: Mapping[str, Any]) -> Quan
 def _form(spec: Spec) -> QuantizeInput:
     """A static rounding as a codec is asked about it."""
     ones = torch.ones(1, 1, dtype=torch.float32)
-    return QuantizeInput(spec, ones, None if spec.symmetric else torch.zeros(1, 1).to(torch.int8))
+    return QuantizeInput(
+        spec,
+        ones,
+        None if spec.symmetric else torch.zeros(1, 1, dtype=torch.float32).to(torch.int8),
+    )
 
 
 def _of_tensor(spec: Spec) -> Spec:

@@ -67,7 +67,7 @@ def rotate_scores(seed: int = 0, draw: Draw = random_hadamard) -> Transform:
         run,
         detail=f"seed {seed}",
         reparametrizes=True,
-        online=(MatMul(torch.eye(2)),),
+        online=(MatMul(torch.eye(2, dtype=torch.float32)),),
         wires=SCORES,
     )
     return (stage,)
