@@ -72,6 +72,9 @@ def sampled_codes(
         [torch.rand(k, o, generator=draw, dtype=torch.float32) for draw in draws], 1
     ).to(W.device)
     codes_kr = torch.empty_like(s)
+    free = None
+    if problem.support is not None:
+        free = problem.support[:, order].T.to(s.dtype).repeat(1, paths)
     # costs in units of the mean one, of the columns' mean; scales of a row are about alike
     share_k = factor.D_k / (TEMPERATURE * factor.D_k.mean() / 12)
 
@@ -84,6 +87,8 @@ def sampled_codes(
         code_r = torch.where(other, code_r + beyond_r.sign(), code_r)
         codes_kr[j] = code_r.clamp_(spec.qmin, spec.qmax)
         torch.mul(codes_kr[j] - z[j], s[j], out=out_r)
+        if free is not None:
+            out_r.mul_(free[j])
 
     obs_sweep(W.repeat(paths, 1), factor.R_kk, project, BLOCK)
     codes_rk = codes_kr[order.argsort()].T.contiguous().to(spec.code_dtype)

@@ -12,17 +12,17 @@ Legend: problem.target_ok is W*, problem.M_kk the damped metric; s_ag, z_ag scal
 the diagonal of D in M = R D R^T (`qlab.methods.obs`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlab.algebra.qtensor import QTensor, round_codes, steps
+from qlab.algebra.cell import Cell, Weight, on_support
+from qlab.algebra.qtensor import QTensor, dense, round_codes, steps
 from qlab.algebra.spec import Spec
-from qlab.algebra.transform import Transform, each_weight
+from qlab.algebra.transform import Transform, each_cell
 from qlab.methods.gptq import WORKSPACE, act_order, gptq_codes
 from qlab.methods.grid import Grid, fit, scale_sweep, weighted
 from qlab.methods.obs import Factor, check_damp, damped, factorize
@@ -39,7 +39,8 @@ class Problem:
 
     target_ok: W* in fp32. H_kk: the mean second moment of the input. damp: the fraction of its mean
     diagonal that is added, at least. spec: the grid of numbers. outer: the global scale of an nvfp4
-    spec.
+    spec. support: bool [o, k], False where a mask holds the weight at 0. masked_ok: the weight
+    under that mask as the steps before left it, of which the grid is made.
     """
 
     target_ok: Tensor
@@ -47,6 +48,13 @@ class Problem:
     damp: float
     spec: Spec
     outer: Tensor | None = None
+    support: Tensor | None = None
+    masked_ok: Tensor | None = None
+
+    @property
+    def now_ok(self) -> Tensor:
+        """The weight as it is: W*, or what a mask left of it."""
+        return self.target_ok if self.masked_ok is None else self.masked_ok
 
     @cached_property
     def order(self) -> Tensor:
@@ -68,7 +76,9 @@ class Problem:
         return Quadratic(self.target_ok, self.M_kk)
 
     def leaf(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> QTensor:
-        return QTensor(codes, scales, zeros, self.spec, self.outer)
+        """These codes, with 0 off the support."""
+        q = QTensor(codes, scales, zeros, self.spec, self.outer)
+        return q if self.support is None else on_support(q, self.support)
 
 
 Scales = tuple[Tensor, Tensor | None]
@@ -90,18 +100,18 @@ def compensated(problem: Problem, grid: Grid | None = None) -> Scales:
     if grid is None:
         has_narrow_scales = problem.spec.scale_dtype and problem.spec.scale_dtype.itemsize == 1
         grid = scale_sweep if has_narrow_scales else weighted
-    return fit(grid, problem.target_ok, problem.spec, D_k, problem.outer)
+    return fit(grid, problem.now_ok, problem.spec, D_k, problem.outer)
 
 
 def diagonal(problem: Problem, grid: Grid = weighted) -> Scales:
     """A grid of GRIDS whose errors are weighed by the diagonal of the second moment, as in gptq."""
-    return fit(grid, problem.target_ok, problem.spec, problem.H_kk.diagonal(), problem.outer)
+    return fit(grid, problem.now_ok, problem.spec, problem.H_kk.diagonal(), problem.outer)
 
 
 # ------------------------------------------------------------------ round
 def nearest(problem: Problem, scales: Tensor, zeros: Tensor | None) -> QTensor:
     """RTN."""
-    codes = round_codes(problem.target_ok, scales, zeros, problem.spec, problem.outer)
+    codes = round_codes(problem.now_ok, scales, zeros, problem.spec, problem.outer)
     return problem.leaf(codes, scales, zeros)
 
 
@@ -117,6 +127,7 @@ def obs(problem: Problem, scales: Tensor, zeros: Tensor | None) -> QTensor:
         problem.order,
         problem.factor.damp,
         BLOCK,
+        problem.support,
     )
     return problem.leaf(codes, scales, zeros)
 
@@ -129,7 +140,7 @@ def scales_refitted(problem: Problem, q: QTensor) -> QTensor:
 
 def codes_descended(problem: Problem, q: QTensor) -> QTensor:
     """One sweep of coordinate descent over the codes of q (`qlab.methods.quantease`)."""
-    return descend_codes(problem.target_ok, problem.M_kk, q, problem.order, BLOCK)
+    return descend_codes(problem.target_ok, problem.M_kk, q, problem.order, BLOCK, problem.support)
 
 
 ALTERNATED: Sequence[RefineStage] = (scales_refitted, codes_descended) * 2
@@ -190,14 +201,23 @@ def solver(
     """
     check_damp(damp)
 
-    def fn(W_ok: Tensor, stats: Mapping[str, Any], spec: Spec) -> tuple[QTensor, Mapping[str, Any]]:
-        H_kk = stats["second_moment"].mean_kk
-        problem = Problem(target_ok=W_ok, H_kk=H_kk, damp=damp, spec=spec, outer=stats.get("outer"))
+    def fn(weight: Weight) -> Cell:
+        cell = weight.cell
+        assert cell.feasible.spec is not None  # the stage has a spec
+        problem = Problem(
+            target_ok=cell.target,
+            H_kk=weight.stats["second_moment"].mean_kk,
+            damp=damp,
+            spec=cell.feasible.spec,
+            outer=weight.stats["outer"],
+            support=cell.support,
+            masked_ok=None if cell.support is None else dense(cell.leaf, torch.float32),
+        )
         solved = solve(problem, grid, round, refine)
         certificate = {f"J_{stage}": J for stage, J in solved.certificate.items()}
-        return solved.leaf, {"damp": problem.factor.damp, **certificate}
+        return cell.put(solved.leaf, damp=problem.factor.damp, **certificate)
 
     names = ", ".join(stage.__name__ for stage in refine) or "nothing"
     detail = f"grid {grid.__name__}, round {round.__name__}, refine {names}, damp {damp:g}"
-    stages = each_weight("solver", fn, spec, frozenset({"second_moment"}), detail)
+    stages = each_cell("solver", fn, {"second_moment"}, spec, detail)
     return tuple(replace(stage, workspace=WORKSPACE) for stage in stages)
