@@ -404,7 +404,7 @@ def evaluation(value: Any, name: str) -> Any:
 
 def seeds(value: Any, name: str) -> Any:
     """Whole numbers."""
-    if not isinstance(value, list | tuple | range) or not value:
+    if not isinstance(value, list | tuple | range):
         raise QlabError(f"{name} is {said(value)}; give a list of whole numbers")
     return [whole(each, name) for each in value]
 
