@@ -4,7 +4,6 @@ version of it is from that. Learning is such a step.
 Legend: W_ok a weight of o output and k input channels.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -15,11 +14,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qlab.algebra.graph import ModuleGraph, Site
-from qlab.algebra.measured import MEASURED, errors_in_notes, errors_of
-from qlab.algebra.qtensor import QTensor, dense
+from qlab.algebra.measured import errors_in_notes, errors_of, noted_by_step
+from qlab.algebra.qtensor import QTensor
 from qlab.algebra.rounding import Copies
 from qlab.algebra.spec import Spec
-from qlab.algebra.stats import Stats, name_of
+from qlab.algebra.stats import Need, Stats, name_of, named
 from qlab.algebra.transform import Stage, Transform
 from qlab.errors import QlabError
 
@@ -32,8 +31,8 @@ class Samples(Protocol):
 
     entering(i): the hidden states that enter it in the model that is calibrated. wanted(i): those
     that leave the unquantized block in the unquantized model. leaving(segment, i): those that leave
-    a version of the block, in the calibrated model. unrounded(name): the weight that a step before
-    this one rounded, or None. generator(name): random numbers of this block for one purpose.
+    a version of the block, in the calibrated model. generator(name): random numbers of this block
+    for one purpose.
     """
 
     @property
@@ -44,8 +43,6 @@ class Samples(Protocol):
     def wanted(self, i: int) -> Tensor: ...
 
     def leaving(self, segment: ModuleGraph, i: int) -> Tensor: ...
-
-    def unrounded(self, name: str) -> Tensor | None: ...
 
     def generator(self, name: str) -> torch.Generator: ...
 
@@ -104,14 +101,12 @@ class Block:
         return self.samples.generator(name)
 
     def weight(self, path: str) -> Tensor:
-        """A site's weight [..., o, k] in fp32, a copy: of a rounded one the weight that a step
-        before this one rounded, where one did."""
+        """A site's weight [..., o, k] in fp32, a copy: of a rounded one the target that the step
+        which rounded it had."""
         site = self._site(path)
-        leaf = self.segment.params[site.weight or ""]
-        before = self.samples.unrounded(site.weight or "")
-        if isinstance(leaf, Tensor) or before is None:
-            return _turned(dense(leaf, torch.float32), leaf, site).clone()
-        return _turned(before.float(), before, site).clone()
+        is_dense = isinstance(self.segment.params[site.weight or ""], Tensor)
+        W_ok = self.segment.weight_ok(site) if is_dense else self.segment.target_ok(site)
+        return W_ok.clone()
 
     def put(self, leaves: Mapping[str, Any]) -> ModuleGraph:
         """The segment with other leaves: site path -> the site's weight as a tensor [..., o, k] or
@@ -152,7 +147,7 @@ def _turned(x: Any, leaf: Any, site: Site) -> Any:
 def each_block(
     name: str,
     fn: BlockFn,
-    needs: frozenset[str] = frozenset(),
+    needs: Iterable[Need] = (),
     spec: Spec | None = None,
     detail: str = "",
     visits: int = 0,
@@ -192,6 +187,8 @@ def each_block(
         >>> [stage.name for stage in qlab.each_block("centre", centre)]
         ['centre']
     """
+
+    needs = named(needs)
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
         sites = [site for site in graph.sites if not site.router]
@@ -241,19 +238,7 @@ def _returned(step: str, returned: Any) -> tuple[Mapping[str, Any], Mapping[str,
             f"{step} returned a {type(returned).__name__}; return a mapping of site paths to "
             "leaves, or (that mapping, notes)"
         )
-    try:
-        note = json.loads(json.dumps(dict(note), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise QlabError(
-            f"{step} notes what no report holds ({error}); note numbers and texts"
-        ) from error
-    taken = sorted(MEASURED & note.keys())
-    if taken:
-        raise QlabError(
-            f"{step} notes {taken[0]!r}, which is measured and not said by a step; choose another "
-            "name"
-        )
-    return leaves, note
+    return leaves, noted_by_step(step, note)
 
 
 def _copies(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -279,7 +264,7 @@ def _part(leaf: Any, expert: int) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t[expert], leaf)
 
 
-def _site_errors(block: Block, site: Site, leaf: Any, needs: frozenset[str]) -> dict[str, Any]:
+def _site_errors(block: Block, site: Site, leaf: Any, needs: frozenset[Need]) -> dict[str, Any]:
     """What the report says of how far a site's leaf is from its weight."""
     W_ok = block.weight(site.path)
     if isinstance(leaf, Tensor):

@@ -4,6 +4,7 @@ Legend: W_ok a weight in fp32, D_ok = W' - W the error of the leaf W', H the mea
 the input.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from torch import Tensor
 from qlab.algebra.leaf import Structured, dense, proper
 from qlab.algebra.qtensor import QTensor, largest_step
 from qlab.algebra.stats import Moment
+from qlab.errors import QlabError
 
 # Entries of the report that are measured, so that no step may note them.
 MEASURED = {
@@ -93,6 +95,23 @@ def errors_in_notes(parts: Sequence[Errors]) -> dict[str, Any]:
             if part.tokens is not None and part.tokens < part.channels
         ]
     return notes
+
+
+def noted_by_step(step: str, notes: Mapping[str, Any]) -> dict[str, Any]:
+    """What a step notes, as JSON holds it. step: its name, and where it stands, for errors."""
+    try:
+        note = json.loads(json.dumps(dict(notes), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise QlabError(
+            f"{step} notes what no report holds ({error}); note numbers and texts"
+        ) from error
+    taken = sorted(MEASURED & note.keys())
+    if taken:
+        raise QlabError(
+            f"{step} notes {taken[0]!r}, which is measured and not said by a step; choose another "
+            "name"
+        )
+    return note
 
 
 def merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ is taken.
 Legend: W_ok a weight in fp32.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -16,7 +15,7 @@ from torch.utils import _pytree as pytree
 from qlab.algebra.cell import Cell, Feasible, Misfit, Weight, refuse_misfit, refuse_support
 from qlab.algebra.graph import ModuleGraph, Site
 from qlab.algebra.leaf import Structured, is_leaf, proper
-from qlab.algebra.measured import MEASURED, Errors, errors_in_notes, errors_of, merged
+from qlab.algebra.measured import Errors, errors_in_notes, errors_of, merged, noted_by_step
 from qlab.algebra.qtensor import QTensor, shared_outer
 from qlab.algebra.spec import Spec, with_scale_dtype
 from qlab.errors import QlabError
@@ -346,19 +345,7 @@ def _given(step: Step, graph: ModuleGraph, site: Site, expert: int | None) -> Ce
 def _leaf_and_note(cell: Cell, step: str) -> tuple[Leaf, Mapping[str, Any]]:
     """A copy of the leaf that a step returned, and its notes as JSON holds them. step: where it
     stands and its name, for errors."""
-    try:
-        note = json.loads(json.dumps(dict(cell.notes), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise QlabError(
-            f"{step} notes what no report holds ({error}); note numbers and texts"
-        ) from error
-    taken = sorted(MEASURED & note.keys())
-    if taken:
-        raise QlabError(
-            f"{step} notes {taken[0]!r}, which is measured and not said by a step; choose another "
-            "name"
-        )
-    return _copy(cell.leaf), note
+    return _copy(cell.leaf), noted_by_step(step, cell.notes)
 
 
 def _equal(a: Any, b: Any) -> bool:

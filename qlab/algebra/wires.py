@@ -151,7 +151,12 @@ def wire_named(code: Code, name: str, where: str = "the segment") -> Wire:
 
 def nearest(name: str, names: Mapping[str, Any] | Sequence[str]) -> str:
     """Which of the names come nearest to one that is not there, in words."""
-    near = get_close_matches(name, list(names), n=3, cutoff=0.5) or list(names)[:8]
+    stem = name.replace("*", "").lstrip(".")  # of a pattern, what every name has to end with
+    ends: dict[str, str] = {}
+    for known in names:
+        ends.setdefault(known[-len(stem) :] if "*" in name else known, known)
+    near = [ends[end] for end in get_close_matches(stem, list(ends), n=3, cutoff=0.5)]
+    near = near or list(names)[:8]
     return f"the nearest are {', '.join(near)}" if near else "it has none"
 
 

@@ -12,7 +12,6 @@ from qlab.algebra.interpret import outputs_of
 from qlab.algebra.transform import Stage, Transform
 from qlab.data.calibration import generator
 from qlab.driver.batches import Batch
-from qlab.driver.solve import Check
 
 KEPT = 1 << 30  # bytes of targets that are kept; further ones are computed when they are asked for
 SEED = 0
@@ -52,7 +51,6 @@ class BlockSamples:
         self.reference: Windows = streams[-1]
         self.targets: dict[int, Tensor] = {}
         self.kept = 0
-        self.rounded: dict[str, Tensor] = {}
 
     @property
     def count(self) -> int:
@@ -75,31 +73,8 @@ class BlockSamples:
     def leaving(self, segment: ModuleGraph, i: int) -> Tensor:
         return _leaving(segment, self.batches[i])
 
-    def unrounded(self, name: str) -> Tensor | None:
-        return self.rounded.get(name)
-
     def generator(self, name: str) -> torch.Generator:
         return generator(SEED, f"{self.graph.path}/{name}")
-
-    def note(self, before: ModuleGraph, after: ModuleGraph) -> None:
-        """Keep the weights that a stage rounded, for stages that refine their codes."""
-        for site in before.code.sites:
-            leaf = before.params[site.weight or ""]
-            rounded = isinstance(leaf, Tensor) and not isinstance(
-                after.params[site.weight or ""], Tensor
-            )
-            if rounded and isinstance(leaf, Tensor):
-                self.rounded[site.weight or ""] = leaf
-
-
-def noting(check: Check, samples: BlockSamples) -> Check:
-    """A check of every stage that also keeps the weights which stages round."""
-
-    def check_and_note(stage: Stage, before: ModuleGraph, after: ModuleGraph) -> None:
-        samples.note(before, after)
-        check(stage, before, after)
-
-    return check_and_note
 
 
 def _leaving(graph: ModuleGraph, batch: Batch) -> Tensor:

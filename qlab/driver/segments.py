@@ -11,7 +11,7 @@ from qlab.codecs import CODECS
 from qlab.driver.batches import Batches, push
 from qlab.driver.effects import refuse_left
 from qlab.driver.job import Job
-from qlab.driver.learning import BlockSamples, noting, split
+from qlab.driver.learning import BlockSamples, split
 from qlab.driver.lossless import refuse_changed
 from qlab.driver.observe import Observe, Reference, observe, remembering, with_samples
 from qlab.driver.solve import Check, solve, solve_in_order, unchecked
@@ -118,16 +118,14 @@ def _solved(
     site_by_site, learning = split(solver.job.recipe)
     samples = BlockSamples(graph, streams) if learning else None
     leaving: list[Iterator[State]] = []
-    if samples:
-        check = noting(check, samples)
     if not site_by_site and learning:
         solved = graph
     elif solver.job.in_order(graph.code):
         solved, leaving = solve_in_order(
-            graph, site_by_site, streams[0], solver.experts_at_once, reference, check
+            graph, site_by_site, streams[0], solver.experts_at_once, reference, check, learning
         )
     else:
-        solved, _ = solve(graph, site_by_site, look, check)
+        solved, _ = solve(graph, site_by_site, look, check, learning)
     if samples:
         # What left the block before it learned is of no use any more.
         leaving = []

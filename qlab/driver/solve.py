@@ -40,12 +40,17 @@ def unchecked(stage: Stage, before: ModuleGraph, after: ModuleGraph) -> None:
 
 
 def solve(
-    graph: ModuleGraph, transform: Transform, observe: Observe, check: Check = unchecked
+    graph: ModuleGraph,
+    transform: Transform,
+    observe: Observe,
+    check: Check = unchecked,
+    later: Transform = (),
 ) -> tuple[ModuleGraph, Stats]:
     """All stages on one segment, and the statistics that are left.
 
     A statistic is observed right before the first stage that needs it. The drift is the exception:
-    it compares channels with the reference's, so it is observed before any stage moves them.
+    it compares channels with the reference's, so it is observed before any stage moves them. later:
+    the stages that come behind these, for whom targets are kept.
     """
     drift = {key for stage in transform for key in _needed(stage, graph) if key[1] in DRIFT}
     stats: Stats = observe(graph, drift) if drift else {}
@@ -56,7 +61,7 @@ def solve(
         before = graph
         graph, stats = apply(stage, graph, stats)
         check(stage, before, graph)
-        graph = _let_go(graph, transform[i + 1 :])
+        graph = _let_go(graph, (*transform[i + 1 :], *later))
     return graph, stats
 
 
@@ -123,6 +128,7 @@ def solve_in_order(
     experts_at_once: int | None = None,
     reference: Reference | None = None,
     check: Check = unchecked,
+    later: Transform = (),
 ) -> tuple[ModuleGraph, list[Iterator[State]]]:
     """All stages, source after source and wire after wire in running order, each on what the
     quantized sources before it produced; with the states that leave the solved segment, batch by
@@ -132,7 +138,7 @@ def solve_in_order(
     more than HELD bytes together are not kept waiting, but run again from the start of the segment.
     Stages are sitewise, or lossless: the lossless ones come when all sources are solved, since what
     waits was computed with the leaves as they were. experts_at_once: of how many experts statistics
-    are held at a time (None: of all); nothing that comes out depends on it.
+    are held at a time (None: of all); nothing that comes out depends on it. later: as of `solve`.
     """
     streams = [_Stream(graph.code, batches)]
     if reference:
@@ -156,7 +162,7 @@ def solve_in_order(
                 before = graph
                 graph, stats = apply(stage, graph, stats)
                 check(stage, before, graph)
-                graph = _let_go(graph, transform[i + 1 :])
+                graph = _let_go(graph, (*transform[i + 1 :], *later))
     graph = walked = replace(graph, selected=None, selected_wires=None)
     for stage in transform:
         if not stage.sitewise:

@@ -1,6 +1,8 @@
 """AutoRound: at zero steps it is rounding to nearest, or the codes that it began with; what it
 keeps is never worse than that on all windows; and learning helps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import FAMILIES, MIXTURES
@@ -42,9 +44,8 @@ def test_refining_begins_at_the_codes_that_are_there(family, before, text):
     first, _ = seg.solve(before(parse_spec(text)))
     none, _ = seg.solve(auto_round_refine(steps=0), first)
     assert_same(none, first)
-    samples = samples_of(seg)
-    samples.note(seg.graph, first)
-    block = Block(segment=first, samples=samples, stats={})
+    rounded = {site.weight: seg.graph.params[site.weight] for site in first.sites}
+    block = Block(segment=replace(first, targets=rounded), samples=samples_of(seg), stats={})
     for path, start in starts_refining(block).items():
         _, leaf = start.rounded(start.parameters())
         weight = next(site.weight for site in first.sites if site.path == path)
