@@ -200,8 +200,8 @@ MUTANTS = [
         "a step goes on writing to its leaf",
         "algebra/rounding.py",
         "_leaf_and_note",
-        "return (_copy(cell.leaf), note)",
-        "return (cell.leaf, note)",
+        "return (_copy(cell.leaf), noted_by_step(step, cell.notes))",
+        "return (cell.leaf, noted_by_step(step, cell.notes))",
         "claims",
     ),
     Mutant(
