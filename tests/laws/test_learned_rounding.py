@@ -63,3 +63,13 @@ def test_what_is_kept_is_no_worse_than_nearest_and_learning_helps(family):
         assert note["block_loss"] <= note["block_loss_before"]
         assert note["block_loss"] == pytest.approx(error(seg, learned), rel=1e-3)
         assert note["block_loss_before"] == pytest.approx(error(seg, nearest), rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_steps_that_lead_away_keep_what_was_best(family):
+    seg, spec = segment(family), parse_spec("int4-g16")
+    best, _ = seg.solve(gptq(spec))
+    learned, _ = seg.solve(auto_round_refine(steps=4, windows=1, lr=1.0), best)
+    assert error(seg, learned) <= error(seg, best) * (1 + 1e-6)
+    for note in learned.notes.values():
+        assert note["block_loss"] <= note["block_loss_before"]

@@ -1,5 +1,6 @@
 """The solver's stages: none raises J = tr((W* - W') M (W* - W')^T), and each is what it says."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -180,3 +181,17 @@ def test_bad_settings_are_refused():
     nvfp4 = problem_of(weight(2, 32, 0), parse_spec("nvfp4"), 0)
     with pytest.raises(QlabError, match="step from code to code, which nvfp4 has not; use obs"):
         babai(2)(nvfp4, *diagonal(nvfp4))
+
+
+@given(SEEDS, st.sampled_from([nearest, obs, babai(3)]))
+def test_zeros_of_a_mask_stay_and_are_made_up_for(seed, round_):
+    spec = with_scale_dtype(parse_spec("int4-g16"), torch.float32)
+    whole = problem_of(weight(16, 64, seed), spec, seed)
+    support = whole.target_ok.abs() >= whole.target_ok.abs().median(1, keepdim=True).values
+    masked = replace(whole, support=support, masked_ok=whole.target_ok * support)
+    scales, zeros = diagonal(masked)
+    leaf = round_(masked, scales, zeros)
+    assert not dense(leaf)[~support].any()
+    if round_ is not nearest:  # which makes up for nothing
+        cut = masked.leaf(obs(whole, scales, zeros).codes, scales, zeros)
+        assert exact_rows(masked, leaf).sum() < exact_rows(masked, cut).sum()
