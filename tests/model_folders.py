@@ -89,3 +89,18 @@ def unpacked():
     5.17."""
     packing = getattr(transformers, "GgufConfig", None)
     return {} if packing is None else {"quantization_config": packing(dequantize=True)}
+
+
+def directory(model, folder, codes, config, extra=()):
+    """A model directory with these tensors in the place of the modules' weights."""
+    modules = {name.rpartition(".")[0] for name in codes}
+    state = {
+        n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in modules
+    }
+    save_file(
+        {**state, **codes, **dict(extra)}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    (folder / "config.json").write_text(
+        json.dumps(model.config.to_dict() | {"quantization_config": config})
+    )
+    return folder

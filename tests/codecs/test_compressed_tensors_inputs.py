@@ -1,8 +1,6 @@
 """Inputs that are rounded at run time: the library's numbers, directories that evaluate with them,
 and refusals."""
 
-import json
-
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -12,8 +10,7 @@ from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from leaves import random_qtensor
-from model_folders import random_tokens
-from safetensors.torch import save_file
+from model_folders import directory, random_tokens
 from transformers import AutoModelForCausalLM
 
 import qlab
@@ -82,21 +79,6 @@ def test_stored_scales_are_written_read_and_used_as_the_library_does(text):
         assert torch.equal(op(x), fake_quantize(x, local, zeros, args, op.outer))
     else:
         assert torch.equal(op(x), fake_quantize(x, scale, zero, args))
-
-
-def directory(model, folder, codes, config, extra=()):
-    """A model directory with these tensors in the place of the modules' weights."""
-    modules = {name.rpartition(".")[0] for name in codes}
-    state = {
-        n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in modules
-    }
-    save_file(
-        {**state, **codes, **dict(extra)}, folder / "model.safetensors", metadata={"format": "pt"}
-    )
-    (folder / "config.json").write_text(
-        json.dumps(model.config.to_dict() | {"quantization_config": config})
-    )
-    return folder
 
 
 def of_preset(name, folder):

@@ -1,13 +1,10 @@
 """Rounded inputs that qlab does not write, does not read or cannot hold are refused by name."""
 
-import json
-
 import pytest
 import torch
 from families import tiny
 from leaves import random_qtensor
-from model_folders import random_tokens
-from safetensors.torch import save_file
+from model_folders import directory, random_tokens
 
 import qlab
 from qlab.algebra.grid import encode, minmax
@@ -23,21 +20,6 @@ from qlab.methods.rtn import rtn
 from qlab.model.running import head
 
 CODEC = CODECS["compressed-tensors"]
-
-
-def directory(model, folder, codes, config, extra=()):
-    """A model directory with these tensors in the place of the modules' weights."""
-    modules = {name.rpartition(".")[0] for name in codes}
-    state = {
-        n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in modules
-    }
-    save_file(
-        {**state, **codes, **dict(extra)}, folder / "model.safetensors", metadata={"format": "pt"}
-    )
-    (folder / "config.json").write_text(
-        json.dumps(model.config.to_dict() | {"quantization_config": config})
-    )
-    return folder
 
 
 def logits(folder, ids):

@@ -12,32 +12,8 @@ import qlab.cli
 from qlab.bench.__main__ import main as bench_main
 from qlab.bench.methods import _folder_name
 from qlab.bench.plots import _save, refuse_foreign_figure
-from qlab.files.checkpoint import open_checkpoint
-from qlab.model.skeleton import Skeleton
 
 INT4, INT8 = (qlab.rtn(qlab.parse_spec(name)) for name in ("int4-g16", "int8-g16"))
-
-
-@pytest.fixture(scope="module")
-def model(saved):
-    return open_checkpoint(saved("llama"))
-
-
-@pytest.fixture(scope="module")
-def quantized(model, tmp_path_factory):
-    return qlab.quantize(model, INT8, None, tmp_path_factory.mktemp("made") / "q").path
-
-
-@pytest.fixture
-def former(quantized, tmp_path):
-    """An output of qlab of the test's own."""
-    return shutil.copytree(quantized, tmp_path / "former")
-
-
-@pytest.fixture
-def no_work(monkeypatch):
-    """Fails where a model is built."""
-    monkeypatch.setattr(Skeleton, "__init__", None)
 
 
 def empty(path):

@@ -204,3 +204,14 @@ def correlated(n, k, seed):
 
 def normal(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class FromTheLeft(nn.Module):
+    """Its weight stands on the left of a product."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 6)
+
+    def forward(self, x):
+        return (self.lin.weight @ torch.tanh(x).mT).mT

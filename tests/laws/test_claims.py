@@ -7,6 +7,7 @@ import torch
 from families import MIXTURES
 from hypothesis import given
 from hypothesis import strategies as st
+from raw_steps import refused, step
 from segments import assert_same, segment, untouched
 
 from qlab.algebra.claims import _sum_of_bits
@@ -14,7 +15,7 @@ from qlab.algebra.grid import encode, minmax
 from qlab.algebra.qtensor import QTensor, dense
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.stats import Moment
-from qlab.algebra.transform import Stage, apply, at, each_weight
+from qlab.algebra.transform import apply, at, each_weight
 from qlab.errors import QlabError
 from qlab.methods.rtn import rtn
 
@@ -28,17 +29,6 @@ WAYS = {
     "out": lambda t: torch.mul(t, 0.5, out=t),
 }
 ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-
-
-def step(change, name="mine", needs=frozenset(), **fields):
-    """A stage of one's own: change(graph, stats) -> graph."""
-    return (Stage(name, needs, lambda graph, stats: (change(graph, stats), stats), **fields),)
-
-
-def refused(seg, transform, words):
-    with pytest.raises(QlabError, match=words) as error:
-        seg.solve(transform)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from blocks import Numbers, Spread, StateSpace
 from families import FAMILIES, MIXTURES
 from segments import (
+    FromTheLeft,
     assert_same,
     calls,
     densified,
@@ -213,15 +214,6 @@ def test_a_block_is_traced_as_it_runs_and_not_as_it_is_exported():
 
     block, x = Two(), torch.randn(2, 3, 4)
     assert torch.equal(interpret(of(block, x).graph, (x,), {}), block(x))
-
-
-class FromTheLeft(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lin = nn.Linear(4, 6)
-
-    def forward(self, x):
-        return (self.lin.weight @ torch.tanh(x).mT).mT
 
 
 def test_a_weight_that_stands_on_the_left_is_a_site_as_any_other():

@@ -4,6 +4,7 @@ sites."""
 import pytest
 import torch
 from segments import (
+    FromTheLeft,
     of,
 )
 from torch import nn
@@ -147,15 +148,6 @@ def test_a_matrix_that_a_loop_multiplies_by_is_refused_by_name():
 
     code = of(Mixed(6).eval(), torch.randn(2, 60, 6)).graph.code
     assert "decay" in code.unread and "is used by aten." in code.unread["decay"]
-
-
-class FromTheLeft(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lin = nn.Linear(4, 6)
-
-    def forward(self, x):
-        return (self.lin.weight @ torch.tanh(x).mT).mT
 
 
 def test_a_program_for_one_length_is_not_run_on_another():

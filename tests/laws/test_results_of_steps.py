@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from raw_steps import refused, step
 from segments import batches_of, of, segment
 from torch import fx, nn
 
@@ -24,17 +25,6 @@ from qlab.methods.rtn import rtn
 
 SPEC = parse_spec("int4-g16")
 HESSIAN = frozenset({"second_moment"})
-
-
-def step(change, name="mine", needs=frozenset(), **fields):
-    """A stage of one's own: change(graph, stats) -> graph."""
-    return (Stage(name, needs, lambda graph, stats: (change(graph, stats), stats), **fields),)
-
-
-def refused(seg, transform, words):
-    with pytest.raises(QlabError, match=words) as error:
-        seg.solve(transform)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
