@@ -330,22 +330,6 @@ def _of_expert(leaf: Any, expert: int) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t[expert], leaf)
 
 
-def refuse_overflow(where: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    """Refuse a tensor with finite numbers that would be Inf in a dtype of a smaller range."""
-    most = torch.finfo(dtype).max
-    if not tensor.is_floating_point() or not tensor.numel():
-        return
-    if torch.finfo(tensor.dtype).max <= most:
-        return
-    finite = tensor.abs().nan_to_num(nan=0.0, posinf=0.0)
-    largest = float(finite.max())
-    if largest > most:
-        raise QlabError(
-            f"{where} holds {largest:.3g}, and {dtype} numbers end at {most:.3g}; run the model "
-            "in bfloat16 or float32"
-        )
-
-
 def lone_weight(
     path: str,
     W_ok: Tensor,

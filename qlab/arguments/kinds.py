@@ -1,97 +1,16 @@
-"""The kinds of arguments of public functions, each a function (value, name) -> value.
+"""The kinds of arguments that are qlab's own: models, specs, recipes, data, results. Each is a
+function (value, name) -> value, as those of `plain`.
 
-A kind refuses a value that it does not take, in one sentence. It takes a name or a path where that
-can only mean one thing: a spec, a grid, a model.
+A kind takes a name or a path where that can only mean one thing: a spec, a grid, a model.
 """
 
-import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any, TypeGuard
 
+from qlab.arguments.plain import LARGEST, names, said, text
 from qlab.errors import QlabError
-
-Kind = Callable[[Any, str], Any]
-LONGEST = 80  # characters of a value that an error shows
-LONGEST_TEXT = 500  # characters of a name, a pattern or a description
-LARGEST = 2**63 - 1
-
-
-def said(value: Any) -> str:
-    """A value in an error: the value itself where it is a short number or text, else its type."""
-    plain = value is None or isinstance(value, bool | int | float | str | os.PathLike)
-    if not plain:
-        return f"a {type(value).__name__}"
-    if isinstance(value, int) and abs(value) > LARGEST:
-        return "a number of more than 64 bits"
-    text = repr(value if not isinstance(value, os.PathLike) else os.fspath(value))
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}... of {len(text)} characters"
-
-
-def whole(value: Any, name: str) -> Any:
-    """A whole number of 64 bits; the function itself checks its range."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or not -LARGEST <= number <= LARGEST:
-        raise QlabError(f"{name} is {said(value)}; give a whole number")
-    return number
-
-
-def optional_whole(value: Any, name: str) -> Any:
-    """A whole number, or None."""
-    return value if value is None else whole(value, name)
-
-
-def fraction(value: Any, name: str) -> Any:
-    """A finite number; the function itself checks its range."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not -LARGEST <= value <= LARGEST:
-        raise QlabError(f"{name} is {said(value)}; give a number from 0 to 1")
-    return value
-
-
-def optional_fraction(value: Any, name: str) -> Any:
-    """A finite number, or None."""
-    return value if value is None else fraction(value, name)
-
-
-def flag(value: Any, name: str) -> Any:
-    """True or False."""
-    if not isinstance(value, bool):
-        raise QlabError(f"{name} is {said(value)}; give True or False")
-    return value
-
-
-def text(value: Any, name: str) -> Any:
-    """A string of at most 500 characters."""
-    if not isinstance(value, str):
-        raise QlabError(f"{name} is {said(value)}; give a string")
-    if len(value) > LONGEST_TEXT:
-        raise QlabError(f"{name} is {said(value)}; give a shorter string")
-    return value
-
-
-def word(value: Any, name: str) -> Any:
-    """A name in lower case; upper case means the same."""
-    return text(value, name).lower()
-
-
-def optional_word(value: Any, name: str) -> Any:
-    """A name in lower case, or None."""
-    return value if value is None else word(value, name)
-
-
-def names(value: Any, name: str) -> Any:
-    """Several strings, or one."""
-    if isinstance(value, str):
-        value = (value,)
-    if not isinstance(value, list | tuple | set | frozenset):
-        raise QlabError(f"{name} is {said(value)}; give a list of strings")
-    return tuple(text(each, name) for each in value)
 
 
 def needed(value: Any, name: str) -> Any:
@@ -104,42 +23,6 @@ def needed(value: Any, name: str) -> Any:
     own = frozenset(each for each in several if isinstance(each, Stat))
     others = [each for each in several if not isinstance(each, Stat)] if own else value
     return own | frozenset(names(others, name))
-
-
-def path(value: Any, name: str) -> Any:
-    """The path of a directory to be written."""
-    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
-        raise QlabError(f"{name} is {said(value)}; give the path of a directory")
-    for part in Path(value).parts:
-        # While a directory is written, a folder of a longer name lies beside it.
-        if len(os.fsencode(part)) > 200:
-            raise QlabError(
-                f"{name} names a folder by {len(part)} characters; choose a shorter name"
-            )
-    return value
-
-
-def dtype(value: Any, name: str) -> Any:
-    """A floating-point dtype, or its name."""
-    import torch
-
-    dtype = getattr(torch, value, None) if isinstance(value, str) else value
-    if not isinstance(dtype, torch.dtype):
-        shown = said(value)
-    elif not dtype.is_floating_point or dtype.itemsize < 2:
-        shown = str(dtype)
-    else:
-        return dtype
-    raise QlabError(f"{name} is {shown}; give a floating-point dtype such as torch.bfloat16")
-
-
-def device(value: Any, name: str) -> Any:
-    """A device of torch, or its name."""
-    import torch
-
-    if not isinstance(value, str | torch.device):
-        raise QlabError(f"{name} is {said(value)}; give 'cpu' or 'cuda'")
-    return word(value, name) if isinstance(value, str) else value
 
 
 def model(value: Any, name: str) -> Any:
@@ -171,9 +54,7 @@ def quantized(value: Any, name: str) -> Any:
     """What a recipe makes of a model."""
     from qlab.driver.apply import Quantized
 
-    if isinstance(value, Quantized):
-        return value
-    raise QlabError(f"{name} is {said(value)}; give what qlab.apply returns")
+    return _instance(value, name, Quantized, "what qlab.apply returns")
 
 
 def directory(value: Any, name: str) -> Any:
@@ -397,29 +278,17 @@ def evaluation(value: Any, name: str) -> Any:
     """What `evaluate` returns."""
     from qlab.evaluation.figures import Evaluation
 
-    if not isinstance(value, Evaluation):
-        raise QlabError(f"{name} is {said(value)}; give what qlab.evaluate returns")
-    return value
-
-
-def seeds(value: Any, name: str) -> Any:
-    """Whole numbers."""
-    if not isinstance(value, list | tuple | range):
-        raise QlabError(f"{name} is {said(value)}; give a list of whole numbers")
-    return [whole(each, name) for each in value]
-
-
-def function(value: Any, name: str) -> Any:
-    """A function."""
-    if not callable(value):
-        raise QlabError(f"{name} is {said(value)}; give a function")
-    return value
+    return _instance(value, name, Evaluation, "what qlab.evaluate returns")
 
 
 def block(value: Any, name: str) -> Any:
     """The graph of a block."""
     from qlab.algebra.graph import ModuleGraph
 
-    if not isinstance(value, ModuleGraph):
-        raise QlabError(f"{name} is {said(value)}; give the graph that a stage is called with")
+    return _instance(value, name, ModuleGraph, "the graph that a stage is called with")
+
+
+def _instance(value: Any, name: str, of: type, give: str) -> Any:
+    if not isinstance(value, of):
+        raise QlabError(f"{name} is {said(value)}; give {give}")
     return value

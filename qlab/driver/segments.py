@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from qlab.algebra.graph import Code, ModuleGraph, refuse_overflow
+from qlab.algebra.graph import Code, ModuleGraph
 from qlab.algebra.qtensor import dense
 from qlab.algebra.transform import Stage
 from qlab.codecs import CODECS
@@ -17,6 +17,7 @@ from qlab.driver.observe import Observe, Reference, observe, remembering, with_s
 from qlab.driver.solve import Check, solve, solve_in_order, unchecked
 from qlab.driver.states import flat
 from qlab.files.carry import Carry
+from qlab.files.tensors import refuse_overflow
 from qlab.model.calls import Call, State
 from qlab.model.loading import load_block
 from qlab.model.skeleton import Skeleton

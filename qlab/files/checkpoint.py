@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qlab.algebra.graph import Op, refuse_overflow
+from qlab.algebra.graph import Op
 from qlab.algebra.qtensor import Leaf
 from qlab.algebra.spec import InputSpec, Spec
 from qlab.codecs import Codec, reader
@@ -21,7 +21,7 @@ from qlab.errors import QlabError, warn
 from qlab.files.directory import CONFIG, INDEX, Stored, locate, read_json
 from qlab.files.explained import KEY, explained, refuse_unexplained
 from qlab.files.hashed import HashedFiles, fingerprint
-from qlab.files.tensors import dtype_of, read, same_bytes
+from qlab.files.tensors import dtype_of, read, refuse_overflow, same_bytes
 from qlab.process.shown import Shown, size
 
 if TYPE_CHECKING:

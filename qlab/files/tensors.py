@@ -134,3 +134,19 @@ def _join(path: Path, header: dict[str, dict], parts: list[IO[bytes]]) -> None:
         for part in parts:
             part.seek(0)
             shutil.copyfileobj(part, file, BLOCK)
+
+
+def refuse_overflow(where: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Refuse a tensor with finite numbers that would be Inf in a dtype of a smaller range."""
+    most = torch.finfo(dtype).max
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    if torch.finfo(tensor.dtype).max <= most:
+        return
+    finite = tensor.abs().nan_to_num(nan=0.0, posinf=0.0)
+    largest = float(finite.max())
+    if largest > most:
+        raise QlabError(
+            f"{where} holds {largest:.3g}, and {dtype} numbers end at {most:.3g}; run the model "
+            "in bfloat16 or float32"
+        )

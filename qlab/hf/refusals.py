@@ -7,9 +7,9 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlab.algebra.graph import refuse_overflow
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
+from qlab.files.tensors import refuse_overflow
 from qlab.model.skeleton import Skeleton
 
 
