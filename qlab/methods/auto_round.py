@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qlab.algebra.block import Block, each_block
+from qlab.algebra.cell import on_support
 from qlab.algebra.grid import stored
 from qlab.algebra.learn import Schedule, Version, learn
 from qlab.algebra.qtensor import QTensor, steps
@@ -160,7 +161,9 @@ def starts_refining(block: Block) -> dict[str, Start]:
     for site in block.segment.sites:
         q = block.segment.params[site.weight or ""]
         if isinstance(q, QTensor):
-            starts[site.path] = Start(W_ok=_behind(block.weight(site.path), q), q=q)
+            W_ok, support = block.weight(site.path), block.segment.support_ok(site)
+            W_ok = W_ok if support is None else on_support(W_ok, support)
+            starts[site.path] = Start(W_ok=_behind(W_ok, q), q=q)
     if not starts:
         raise QlabError(
             f"auto_round_refine has no codes to refine in {block.segment.path}; put a step that "

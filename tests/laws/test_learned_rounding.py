@@ -9,9 +9,12 @@ from families import FAMILIES, MIXTURES
 from segments import assert_same, samples_of, segment
 
 from qlab.algebra.block import Block
+from qlab.algebra.qtensor import dense
 from qlab.algebra.spec import parse_spec
+from qlab.algebra.transform import chain
 from qlab.methods.auto_round import auto_round, auto_round_refine
 from qlab.methods.gptq import gptq
+from qlab.methods.magnitude import magnitude
 from qlab.methods.rtn import rtn
 
 families = pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "opt"])
@@ -73,3 +76,14 @@ def test_steps_that_lead_away_keep_what_was_best(family):
     assert error(seg, learned) <= error(seg, best) * (1 + 1e-6)
     for note in learned.notes.values():
         assert note["block_loss"] <= note["block_loss_before"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_refining_keeps_the_zeros_of_a_mask(family):
+    seg, spec = segment(family), parse_spec("int4-g16-asym")
+    masked = chain(magnitude("2:4"), gptq(spec))
+    refined, _ = seg.solve(chain(masked, auto_round_refine(steps=4, windows=1, lr=0.2)))
+    for site in refined.sites:
+        if not site.router:
+            weight = dense(refined.params[site.weight], torch.float32)
+            assert not weight[~refined.supports[site.weight]].any()
