@@ -17,6 +17,7 @@ from qlab.algebra.groups import General, groups
 from qlab.algebra.online import MatMul, Multiply
 from qlab.algebra.stats import Stats
 from qlab.algebra.transform import Stage, Transform
+from qlab.algebra.views import Folded
 
 Act = Callable[[ModuleGraph, Tensor], Mapping[str, Any]]
 
@@ -86,11 +87,11 @@ def absorb() -> Transform:
 
     Example:
         >>> import qlab
-        >>> [(stage.name, stage.lossless) for stage in qlab.absorb()]
+        >>> [(stage.name, stage.view.keeps_function) for stage in qlab.absorb()]
         [('absorb', True)]
     """
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
         return fold_scales(graph), stats
 
-    return (Stage("absorb", frozenset(), run, lossless=True),)
+    return (Stage("absorb", frozenset(), run, Folded()),)

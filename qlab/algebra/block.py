@@ -20,6 +20,7 @@ from qlab.algebra.rounding import Copies
 from qlab.algebra.spec import Spec
 from qlab.algebra.stats import Need, Stats, name_of, named
 from qlab.algebra.transform import Stage, Transform
+from qlab.algebra.views import WholeBlock
 from qlab.errors import QlabError
 
 BLOCK_IO = "block_io"  # a step that needs it sees the samples of a whole block
@@ -214,7 +215,7 @@ def each_block(
             notes[site.path] = {**notes.get(site.path, {}), **errors, **note}
         return replace(graph.update(placed), notes=notes), stats
 
-    return (Stage(name, needs | {BLOCK_IO}, run, spec, detail, visits=visits),)
+    return (Stage(name, needs | {BLOCK_IO}, run, WholeBlock(visits), spec=spec, detail=detail),)
 
 
 def _refuse_nonfinite(graph: ModuleGraph, sites: list[Site]) -> None:

@@ -2,8 +2,8 @@
 
 A step returns new values and writes to none that it was given, since other steps, and other recipes
 of one comparison, go on with those. It changes leaves, statistics and operations at run time, and
-nothing else: equal blocks share their program, and files have no place for other leaves. A
-site-wise step sees the numbers of its own weights alone.
+nothing else: equal blocks share their program, and files have no place for other leaves. A step
+whose view is one input at a time sees the numbers of that input's weights alone.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -19,6 +19,7 @@ from qlab.algebra.leaf import is_leaf, proper
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import Spec, same_grid
 from qlab.algebra.stats import Stats, name_of
+from qlab.algebra.views import OnWires, View
 from qlab.algebra.wires import nearest, wires
 from qlab.errors import QlabError
 
@@ -108,7 +109,7 @@ def _sum_of_bits(t: Tensor) -> int:
 
 # ------------------------------------------------------------------ nothing else is changed
 def shown(graph: ModuleGraph, upstream: bool) -> ModuleGraph:
-    """The graph as a site-wise step sees it: weights of other sites are hidden, as meta tensors.
+    """The graph as a step site by site sees it: weights of other sites are hidden, as meta tensors.
 
     upstream: weights that run before the selected sites stay visible, for a step that scales the
     rows of those.
@@ -161,7 +162,7 @@ def with_targets(new: ModuleGraph, before: ModuleGraph) -> ModuleGraph:
 
 
 def refuse_others(
-    step: str, spec: Spec | None, sitewise: bool, graph: ModuleGraph, new: ModuleGraph
+    step: str, spec: Spec | None, view: View, graph: ModuleGraph, new: ModuleGraph
 ) -> None:
     """Refuse a new graph that differs from the graph in more than the step may change. The error
     names the leaf or site."""
@@ -179,8 +180,8 @@ def refuse_others(
     _refuse_cells(step, graph, new)
     if spec:
         _refuse_unrounded(step, spec, graph, new)
-    if sitewise:
-        _refuse_elsewhere(step, changed, graph, new)
+    if view.site_by_site:
+        _refuse_elsewhere(step, view, changed, graph, new)
 
 
 def _refuse_structure(step: str, graph: ModuleGraph, new: ModuleGraph) -> None:
@@ -260,10 +261,13 @@ def _misfit(leaf: Any, before: Any, site: Site | None, spec: Spec | None) -> str
     return f"{codes.spec} and was {plan}; give the stage that spec, for plans to ask about"
 
 
-def _refuse_elsewhere(step: str, changed: list[str], graph: ModuleGraph, new: ModuleGraph) -> None:
-    """Refuse a site-wise step that changed or read other sites than its own. changed: the leaves
+def _refuse_elsewhere(
+    step: str, view: View, changed: list[str], graph: ModuleGraph, new: ModuleGraph
+) -> None:
+    """Refuse a step site by site that changed or read other sites than its own. changed: the leaves
     that it replaced."""
-    allowed = {name for site in graph.sites for name in (site.weight, site.bias) if name}
+    weights = () if isinstance(view, OnWires) else graph.sites
+    allowed = {name for site in weights for name in (site.weight, site.bias) if name}
     paths = {site.path for site in graph.sites}
     elsewhere = [name for name in changed if name not in allowed]
     operations = (
@@ -280,8 +284,8 @@ def _refuse_elsewhere(step: str, changed: list[str], graph: ModuleGraph, new: Mo
         sites = ", ".join(map(graph.where, graph.sites))
         raise QlabError(
             f"the stage {step!r} is sitewise and changes {graph.path}.{elsewhere[0]} "
-            f"beside {sites}; change those of `graph.sites` alone, or do not call it "
-            "sitewise"
+            f"beside {sites}; change those of `graph.sites` alone, or give it a view of the "
+            "whole segment"
         )
     # A leaf that was computed from hidden weights is a meta tensor as well.
     unknown = [name for name in changed if any(t.is_meta for t in _tensors(new.params[name]))]
@@ -290,8 +294,8 @@ def _refuse_elsewhere(step: str, changed: list[str], graph: ModuleGraph, new: Mo
 
 
 def reads_elsewhere(step: str, where: str) -> str:
-    """The error of a site-wise step that reads weights which are hidden from it."""
+    """The error of a step site by site that reads weights which are hidden from it."""
     return (
         f"the stage {step!r} is sitewise and makes {where} depend on weights of other sites; "
-        "read those of `graph.sites` alone, or do not call it sitewise"
+        "read those of `graph.sites` alone, or give it a view of the whole segment"
     )

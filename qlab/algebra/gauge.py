@@ -22,6 +22,7 @@ from qlab.algebra.online import MatMul
 from qlab.algebra.reparametrize import is_scale, reparametrize
 from qlab.algebra.stats import PerExpert, Stats
 from qlab.algebra.transform import Stage, Transform, at, chain
+from qlab.algebra.views import Gauged
 from qlab.algebra.wires import full_name
 from qlab.errors import QlabError
 
@@ -169,7 +170,7 @@ def gauge(
         return graph, stats
 
     left = (MatMul(torch.eye(2, dtype=torch.float32)),) if online else ()
-    stage = Stage(name, needs, run, detail=detail, reparametrizes=True, online=left)
+    stage = Stage(name, needs, run, Gauged(left=left), detail=detail)
     pattern = wires.removesuffix(INPUT)
     turning = (stage,) if pattern == EVERY else at(pattern, (stage,))
     return chain(turning, absorb())

@@ -7,6 +7,7 @@ from typing import Any
 from qlab.algebra.graph import ModuleGraph, Op
 from qlab.algebra.stats import Need, Stats, name_of, named
 from qlab.algebra.transform import Stage, Transform
+from qlab.algebra.views import OnWires
 from qlab.algebra.wires import Wire, open_wires
 from qlab.errors import QlabError
 
@@ -48,7 +49,7 @@ def insert(
         >>> def halve(wire, stats):
         ...     return lambda x: x / 2
         >>> (stage,) = qlab.insert("halve", "*.self_attn:query", halve)
-        >>> stage.name, stage.wires
+        >>> stage.name, stage.view.wires
         ('halve', '*.self_attn:query')
     """
     needs = named(needs)
@@ -65,4 +66,4 @@ def insert(
             graph = graph.inserting(wire.name, op)
         return graph, stats
 
-    return (Stage(name, needs, run, detail=detail, sitewise=True, online=online, wires=wires),)
+    return (Stage(name, needs, run, OnWires(wires, online), detail=detail),)

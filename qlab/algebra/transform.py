@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -19,11 +19,12 @@ from qlab.algebra.claims import (
     shown,
     with_targets,
 )
-from qlab.algebra.graph import ModuleGraph, Op, Site
+from qlab.algebra.graph import ModuleGraph, Site
 from qlab.algebra.rounding import CellFn, Step, WeightFn, of_arrays, outer_scales, solve
 from qlab.algebra.scope import Scope
 from qlab.algebra.spec import Spec
 from qlab.algebra.stats import COMPARING, Need, Stats, name_of, named
+from qlab.algebra.views import EachWeight, Gauged, Uncovered, View, WholeSegment
 from qlab.algebra.wires import open_wires, reached
 from qlab.algebra.zeros import masked, narrowed
 from qlab.errors import QlabError
@@ -36,34 +37,21 @@ class Stage:
     """One pure step of a transform.
 
     name: as reports and errors call it. needs: the statistics that it reads. apply: the step
-    itself. spec: the grid it rounds to; None where it rounds nothing. detail: its settings in
-    words. scope: the sites that it may touch.
-
-    reparametrizes: it changes the basis of inputs, so all sites of one input belong together.
-    sitewise: what it does to a site depends on the weights and statistics of that site's input
-    alone. wires: the pattern of the wires that it works on and whose statistics it reads, of a step
-    that works on no weights (`insert`). lossless: it keeps the function of any graph, so it may
-    wait until every site is solved.
-    online: the operations that it puts on the inputs of its sites, as a codec is asked about them.
-    workspace: how many fp32 matrices [k, k] it holds at once beside its statistics. uncovered: it
-    is the last stage of `rules`, for which a site in its scope is an error. visits: how many
-    windows it runs forward and backward in every block.
+    itself. view: what it sees, from which follows when it runs and what is checked of it. spec: the
+    grid it rounds to; None where it rounds nothing. detail: its settings in words. scope: the sites
+    that it may touch. workspace: how many fp32 matrices [k, k] it holds at once beside its
+    statistics.
     """
 
     name: str
     needs: frozenset[Need]
     apply: Apply
+    view: View = field(default_factory=WholeSegment)
+    _: KW_ONLY
     spec: Spec | None = None
     detail: str = ""
     scope: Scope = field(default_factory=Scope)
-    reparametrizes: bool = False
-    sitewise: bool = False
-    lossless: bool = False
-    online: tuple[Op, ...] = ()
     workspace: int = 1
-    uncovered: bool = False
-    visits: int = 0
-    wires: str | None = None
 
     def wants(self, site: Site) -> frozenset[Need]:
         """The statistics that it reads of this site's input. Routed experts have no drift: their
@@ -73,8 +61,12 @@ class Stage:
     def touches(self, name: str, site: Site) -> bool:
         """Whether it may change the site of this full name. Routers are never rounded, and need no
         rule."""
-        unrounded = site.router and (self.spec is not None or self.uncovered)
-        return site.outside == self.scope.outside and name in self.scope and not unrounded
+        rounds = self.spec is not None or isinstance(self.view, Uncovered)
+        return (
+            site.outside == self.scope.outside
+            and name in self.scope
+            and not (site.router and rounds)
+        )
 
 
 Transform = tuple[Stage, ...]
@@ -143,7 +135,7 @@ def outside(transform: Transform) -> Transform:
         'every site around the blocks'
     """
     for stage in transform:
-        if stage.needs or stage.online or not stage.sitewise:
+        if stage.needs or stage.view.operations or not stage.view.site_by_site:
             reason = (
                 f"observes {', '.join(sorted(map(name_of, stage.needs)))}"
                 if stage.needs
@@ -167,7 +159,7 @@ def keep() -> Transform:
         >>> [stage.name for stage in qlab.keep()]
         ['keep']
     """
-    return (Stage("keep", frozenset(), lambda graph, stats: (graph, stats), sitewise=True),)
+    return (Stage("keep", frozenset(), lambda graph, stats: (graph, stats), EachWeight()),)
 
 
 def rules(table: Mapping[str, Transform]) -> Transform:
@@ -200,9 +192,8 @@ def rules(table: Mapping[str, Transform]) -> Transform:
         "rules",
         frozenset(),
         lambda graph, stats: (graph, stats),
+        Uncovered(),
         scope=Scope(exclude=earlier),
-        uncovered=True,
-        sitewise=True,
     )
     return (*stages, last)
 
@@ -325,7 +316,7 @@ def _each(step: Step, needs: frozenset[Need], detail: str) -> Transform:
             stats,
         )
 
-    return (Stage(step.name, needs, run, step.spec, detail, sitewise=True),)
+    return (Stage(step.name, needs, run, EachWeight(), spec=step.spec, detail=detail),)
 
 
 # ------------------------------------------------------------------ running a stage
@@ -334,16 +325,16 @@ def select(stage: Stage, graph: ModuleGraph) -> ModuleGraph:
     chosen = replace(
         graph, selected=frozenset(s.path for s in graph.sites if stage.touches(graph.where(s), s))
     )
-    if stage.wires is None:
+    if stage.view.wires is None:
         return chosen
-    return replace(chosen, selected_wires=reached(chosen, stage.wires, stage.scope))
+    return replace(chosen, selected_wires=reached(chosen, stage.view.wires, stage.scope))
 
 
 def keys_of(stage: Stage, graph: ModuleGraph) -> set[tuple[str, Need]]:
     """The statistics that a stage reads: of the inputs of the sites that it may touch, or of the
     wires that it works on."""
     chosen = select(stage, graph)
-    if stage.wires is None:
+    if stage.view.wires is None:
         return {(site.source, need) for site in chosen.sites for need in stage.wants(site)}
     return {(wire.key, need) for wire in open_wires(chosen) for need in stage.needs}
 
@@ -352,17 +343,19 @@ def apply(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, 
     """Run one stage on its sites among the selected ones. The new graph has the same sites selected
     as the graph had.
 
-    Refuses a stage that writes to its arguments, changes what no file holds, or is sitewise and
-    touches or reads other sites.
+    Refuses a stage that writes to its arguments, changes what no file holds, or touches or reads
+    what its view does not show.
     """
     notes = {path: dict(note) for path, note in graph.notes.items()}
     chosen = select(stage, replace(graph, notes=notes))
-    if stage.uncovered and chosen.sites:
+    if isinstance(stage.view, Uncovered) and chosen.sites:
         raise QlabError(
             f"no rule covers {', '.join(map(graph.where, chosen.sites))}; add a pattern, with "
             "keep() to leave them"
         )
-    seen = shown(chosen, upstream=stage.reparametrizes) if stage.sitewise else chosen
+    seen = chosen
+    if stage.view.site_by_site:
+        seen = shown(chosen, upstream=isinstance(stage.view, Gauged))
     try:
         new, new_stats = _run_sealed(stage, seen, stats)
     except (RuntimeError, NotImplementedError) as error:
@@ -371,10 +364,10 @@ def apply(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, 
                 reads_elsewhere(stage.name, ", ".join(map(graph.where, chosen.sites)))
             ) from error
         raise
-    refuse_others(stage.name, stage.spec, stage.sitewise, seen, new)
+    refuse_others(stage.name, stage.spec, stage.view, seen, new)
     new = restored(with_targets(new, seen), seen, chosen)
     new = narrowed(stage.name, chosen, new)
-    if stage.spec is None and not (stage.lossless or stage.reparametrizes):
+    if stage.spec is None and not stage.view.keeps_function:
         new = masked(chosen, new)
     new = replace(new, selected=graph.selected, selected_wires=graph.selected_wires)
     return new, new_stats

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from qlab.algebra.scope import matches
 from qlab.algebra.spec import Float, Spec
 from qlab.algebra.transform import Transform
+from qlab.algebra.views import Uncovered
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.model.linears import holds_experts
@@ -134,7 +135,7 @@ def _specs(recipe: Transform, chosen: Sequence[str]) -> dict[str, Spec]:
     specs: dict[str, Spec] = {}
     for stage in recipe:
         inside = [module for module in chosen if module in stage.scope]
-        if stage.uncovered and inside:
+        if isinstance(stage.view, Uncovered) and inside:
             raise QlabError(
                 f"no rule covers {', '.join(inside[:4])}; add a pattern, with keep() to leave "
                 "them as they are"

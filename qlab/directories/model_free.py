@@ -177,7 +177,7 @@ def _refuse_recipe(recipe: Transform, codec: str) -> None:
             f"the recipe observes {', '.join(needs)}, for which the model has to run; use a "
             "data-free method such as rtn"
         )
-    online = [stage.name for stage in recipe if stage.online]
+    online = [stage.name for stage in recipe if stage.view.operations]
     if online:
         raise QlabError(
             f"the stage {online[0]!r} puts operations on inputs, of which nobody knows anything "

@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qlab.algebra.block import BLOCK_IO
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.interpret import outputs_of
 from qlab.algebra.transform import Transform
+from qlab.algebra.views import WholeBlock
 from qlab.data.calibration import Data
 from qlab.model.calls import Call, State
 from qlab.model.running import record_blocks
@@ -26,7 +26,7 @@ Batches = Callable[[], Iterator[Batch]]
 def batch_tokens(recipes: Iterable[Transform]) -> int:
     """About how many tokens a batch has: those of one window where a step sees a whole block, which
     draws its samples by window."""
-    learns = any(BLOCK_IO in stage.needs for recipe in recipes for stage in recipe)
+    learns = any(isinstance(stage.view, WholeBlock) for recipe in recipes for stage in recipe)
     return 1 if learns else BATCH_TOKENS
 
 

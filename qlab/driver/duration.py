@@ -23,6 +23,7 @@ from qlab.algebra.graph import Code, Site, by_source
 from qlab.algebra.learn import LOOKS
 from qlab.algebra.products import product_dtype
 from qlab.algebra.transform import Stage
+from qlab.algebra.views import WholeBlock
 from qlab.data.calibration import Data
 from qlab.driver.batches import BATCH_TOKENS
 from qlab.driver.job import Job
@@ -118,8 +119,9 @@ def _passes_of_learning(job: Job) -> int:
     counts twice, and the loss over all windows is looked at on the way."""
     if job.observed is None:
         return 0
-    learning = [stage for stage in job.recipe if stage.visits]
-    tokens = 3 * sum(stage.visits for stage in learning) * job.observed.longest
+    views = [stage.view for stage in job.recipe]
+    learning = [view for view in views if isinstance(view, WholeBlock) and view.windows]
+    tokens = 3 * sum(view.windows for view in learning) * job.observed.longest
     return math.ceil(tokens / job.observed.count) + (LOOKS + 2) * len(learning)
 
 

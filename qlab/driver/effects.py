@@ -12,6 +12,7 @@ from qlab.algebra.online import QuantizeInput
 from qlab.algebra.scope import matches
 from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Stage, Transform, select
+from qlab.algebra.views import Uncovered
 from qlab.algebra.wires import full_name, open_wires
 from qlab.codecs import CODECS, Codec
 from qlab.driver.observe import DRIFT, Inputs
@@ -27,7 +28,7 @@ def refuse_without_effect(recipe: Transform, named: Mapping[str, Site], inputs: 
     that rounds inputs of routers alone, which stay as they are."""
     for stage in recipe:
         sites = [site for name, site in named.items() if stage.touches(name, site)]
-        if stage.online and sites and all(site.router for site in sites):
+        if stage.view.operations and sites and all(site.router for site in sites):
             raise QlabError(
                 f"the stage {stage.name!r} would change nothing: {stage.scope} names routers, "
                 "which stay as they are; leave it away there"
@@ -57,10 +58,11 @@ def online_of(recipe: Transform, named: Mapping[str, Site]) -> Online:
     """Site -> what stages say beforehand that they put on its input."""
     found: dict[str, tuple[Op, ...]] = {}
     for stage in recipe:
+        view = stage.view
         for name, site in named.items():
-            at_input = stage.wires is None or matches(stage.wires, f"{name}:in")
-            if stage.online and at_input and stage.touches(name, site) and not site.router:
-                found[name] = (*found.get(name, ()), *stage.online)
+            at_input = view.wires is None or matches(view.wires, f"{name}:in")
+            if view.operations and at_input and stage.touches(name, site) and not site.router:
+                found[name] = (*found.get(name, ()), *view.operations)
     return found
 
 
@@ -75,7 +77,7 @@ def refuse_left(recipe: Transform, stage: Stage, graph: ModuleGraph, codec: Code
     place for it: nothing behind it could still fold that into weights."""
     behind = recipe[recipe.index(stage) + 1 :]
     if stage.spec is not None or any(
-        later.spec is None and not later.uncovered for later in behind
+        later.spec is None and not isinstance(later.view, Uncovered) for later in behind
     ):
         return
     for site in graph.sites:
@@ -106,7 +108,7 @@ def refuse_unheld_values(recipe: Transform, codes: Mapping[str, Code], codec: st
     """Refuse inserts on values that are no inputs of weights, for which the format has no place, by
     the names of their wires."""
     for stage in recipe:
-        if stage.wires is None:
+        if stage.view.wires is None:
             continue
         unheld: list[str] = []
         for path, code in codes.items():

@@ -6,10 +6,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qlab.algebra.block import BLOCK_IO
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.interpret import outputs_of
 from qlab.algebra.transform import Stage, Transform
+from qlab.algebra.views import WholeBlock
 from qlab.data.calibration import generator
 from qlab.driver.batches import Batch
 
@@ -19,7 +19,7 @@ SEED = 0
 
 def learns(stage: Stage) -> bool:
     """Whether a stage sees a whole block."""
-    return BLOCK_IO in stage.needs
+    return isinstance(stage.view, WholeBlock)
 
 
 def split(recipe: Transform) -> tuple[Transform, Transform]:

@@ -23,11 +23,6 @@ RESIDUAL = 1e-2  # of the token itself: what a block that adds next to nothing i
 MOST = 0.99  # of all tokens: rounding sends few to another expert
 
 
-def claims(stage: Stage) -> bool:
-    """Whether the stage says that what the block computes stays."""
-    return stage.lossless or stage.reparametrizes
-
-
 def refuse_changed(
     stage: Stage,
     before: ModuleGraph,
@@ -40,7 +35,7 @@ def refuse_changed(
     call: what the block is called with where there are no batches, with random numbers then.
     """
     same = all(leaf is before.params[name] for name, leaf in after.params.items())
-    if not claims(stage) or (same and after.inserts == before.inserts):
+    if not stage.view.keeps_function or (same and after.inserts == before.inserts):
         return
     call, state = next(batches(), None) or (call, _random_like(call.entering, before))
     state = tuple(t.float() if t.dtype in NARROW else t for t in state)

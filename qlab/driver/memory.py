@@ -8,10 +8,10 @@ import psutil
 import torch
 
 from qlab.algebra.graph import Code, Site, by_source
+from qlab.algebra.views import Gauged
 from qlab.data.calibration import Data
 from qlab.driver.batches import BATCH_TOKENS
 from qlab.driver.job import Job
-from qlab.driver.lossless import claims
 from qlab.driver.scores import score_bytes
 from qlab.driver.sites import Sites
 from qlab.driver.solve import HELD
@@ -123,7 +123,8 @@ class _Block:
             "waiting": self.waiting,
             "activations": activations + 2 * FP32 * self.largest,  # weights as they are decoded
         }
-        if self.size < FP32 and any(map(claims, self.job.recipe)):  # one batch checks them in fp32
+        kept = any(stage.view.keeps_function for stage in self.job.recipe)
+        if self.size < FP32 and kept:  # one batch checks it in fp32
             yield {
                 "statistics": self.statistics,
                 "activations": self._activations(data, FP32)
@@ -135,7 +136,7 @@ class _Block:
         moved_at_once = max(self.shared) if self.in_order else sum(self.shared)
         moved = 0
         for stage in self.job.recipe:
-            if stage.reparametrizes:  # weights stay in fp32 until they are rounded
+            if isinstance(stage.view, Gauged):  # weights stay in fp32 until they are rounded
                 moved += FP32 * moved_at_once
             yield {
                 "moved weights": moved,

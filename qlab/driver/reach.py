@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from qlab.algebra.graph import ModuleGraph, Site, by_origin
 from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Stage, Transform, select
+from qlab.algebra.views import Gauged, Uncovered
 from qlab.algebra.wires import full_name, nearest, wires
 from qlab.driver.admissible import KEEP_THEM
 from qlab.driver.sites import Sites
@@ -44,13 +45,13 @@ def refuse_unread(stage: Stage, unread: Mapping[str, str]) -> None:
 
 def check_scope(stage: Stage, model: Sites) -> None:
     """Refuse a stage without a site, sites without a rule, and a rule that splits an input."""
-    if stage.wires is not None:
-        _check_wires(stage, stage.wires, model)
+    if stage.view.wires is not None:
+        _check_wires(stage, stage.view.wires, model)
         return
     chosen = {name for name, site in model.sites.items() if stage.touches(name, site)}
     if not stage.scope.outside:  # a rule may be there to keep what no program shows
         chosen |= {name for name in model.unread if name in stage.scope}
-    if stage.uncovered:
+    if isinstance(stage.view, Uncovered):
         if chosen:
             raise QlabError(
                 f"no rule covers {some(sorted(chosen))}; add a pattern, with keep() to leave "
@@ -59,7 +60,7 @@ def check_scope(stage: Stage, model: Sites) -> None:
         return
     if not chosen:
         raise QlabError(_matches_nothing(stage, model))
-    if stage.reparametrizes:
+    if isinstance(stage.view, Gauged):
         _refuse_split(stage, model, chosen)
 
 
@@ -69,7 +70,7 @@ def _check_wires(stage: Stage, pattern: str, model: Sites) -> None:
     if any(select(stage, graph).selected_wires for graph in graphs):
         return
     touched = [site for name, site in model.sites.items() if stage.touches(name, site)]
-    if stage.online and touched and all(site.router for site in touched):
+    if stage.view.operations and touched and all(site.router for site in touched):
         return  # `effects` refuses it by the routers' names
     names = [full_name(graph.path, name) for graph in graphs for name in wires(graph.code)]
     raise QlabError(

@@ -13,6 +13,7 @@ from qlab.algebra.online import QuantizeInput
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import described
 from qlab.algebra.transform import Transform
+from qlab.algebra.views import Uncovered
 from qlab.files.record import spec_entries
 
 
@@ -26,7 +27,7 @@ def describe(recipe: Transform) -> list[dict[str, str]]:
             "scope": str(s.scope),
         }
         for s in recipe
-        if not s.uncovered
+        if not isinstance(s.view, Uncovered)
     ]
 
 

@@ -28,7 +28,7 @@ def refuse_dividing(
             )
         for stage in recipe:
             touched = any(stage.touches(site, found.sites[site]) for site in (name, other))
-            if touched and (stage.needs or not stage.sitewise):
+            if touched and (stage.needs or not stage.view.site_by_site):
                 raise QlabError(
                     f"{name} and {other} are one weight, of which the stage {stage.name!r} would "
                     "make two, from what reaches each block; use rtn or hqq there, or keep() them"

@@ -15,6 +15,7 @@ from qlab.algebra.graph import Code, ModuleGraph
 from qlab.algebra.interpret import Walk
 from qlab.algebra.stats import PerExpert, Stats
 from qlab.algebra.transform import Stage, Transform, apply, keys_of, select
+from qlab.algebra.views import Folded, Gauged, Uncovered
 from qlab.algebra.wires import stops
 from qlab.driver.batches import Batches
 from qlab.driver.observe import (
@@ -68,7 +69,7 @@ def solve(
 def _let_go(graph: ModuleGraph, later: Transform) -> ModuleGraph:
     """The graph without the targets of weights that no later stage makes anew: each is as large as
     its weight."""
-    makers = [stage for stage in later if not (stage.lossless or stage.uncovered)]
+    makers = [stage for stage in later if not isinstance(stage.view, Folded | Uncovered)]
     sites = {site.weight: site for site in graph.code.sites}
     targets = {
         name: target
@@ -115,8 +116,8 @@ def in_order(
         return False
     lone = all(site.source == site.origin for site in code.sites)
     return all(
-        (stage.lossless and not stage.needs)
-        or (stage.sitewise and (lone or not stage.reparametrizes))
+        (isinstance(stage.view, Folded) and not stage.needs)
+        or (stage.view.site_by_site and (lone or not isinstance(stage.view, Gauged)))
         for stage in transform
     )
 
@@ -136,14 +137,14 @@ def solve_in_order(
 
     One forward pass: it waits at each source until that is solved. Batches whose values would take
     more than HELD bytes together are not kept waiting, but run again from the start of the segment.
-    Stages are sitewise, or lossless: the lossless ones come when all sources are solved, since what
+    Stages are site by site, or fold: those that fold come when all sources are solved, since what
     waits was computed with the leaves as they were. experts_at_once: of how many experts statistics
     are held at a time (None: of all); nothing that comes out depends on it. later: as of `solve`.
     """
     streams = [_Stream(graph.code, batches)]
     if reference:
         streams.append(_Stream(graph.code, reference.batches))
-    inserting = [stage for stage in transform if stage.wires is not None]
+    inserting = [stage for stage in transform if stage.view.wires is not None]
     values = set().union(*(select(stage, graph).selected_wires or () for stage in inserting))
     for source, sites, open_to_all in stops(graph.code, values):
         selected = frozenset(site.path for site in sites)
@@ -156,16 +157,16 @@ def solve_in_order(
         else:
             stats = observe(graph, keys)
         for i, stage in enumerate(transform):
-            if not sites and stage.wires is None:
+            if not sites and stage.view.wires is None:
                 continue
-            if stage.sitewise:
+            if stage.view.site_by_site:
                 before = graph
                 graph, stats = apply(stage, graph, stats)
                 check(stage, before, graph)
                 graph = _let_go(graph, (*transform[i + 1 :], *later))
     graph = walked = replace(graph, selected=None, selected_wires=None)
     for stage in transform:
-        if not stage.sitewise:
+        if not stage.view.site_by_site:
             before = graph
             graph, _ = apply(stage, graph, {})
             check(stage, before, graph)

@@ -21,6 +21,7 @@ from qlab.algebra.qtensor import shared_outer
 from qlab.algebra.spec import Spec, described, with_scale_dtype
 from qlab.algebra.stats import Moment
 from qlab.algebra.transform import Transform, chain
+from qlab.algebra.views import Gauged
 from qlab.methods.grid import Grid, encode_rows, weighted
 from qlab.methods.rtn import rtn
 
@@ -196,7 +197,8 @@ def awq_scale(spec: Spec, grid: Grid = weighted) -> Transform:
     )
     # Where rounded rows can take a scale, sources are solved one after the other: a value
     # projection is rounded before the scale of the output projection moves its rows.
-    return (replace(searching, sitewise=rows_move(spec), workspace=4), *folding)
+    view = Gauged(by_source=rows_move(spec))
+    return (replace(searching, view=view, workspace=4), *folding)
 
 
 def awq(spec: Spec, grid: Grid = weighted) -> Transform:

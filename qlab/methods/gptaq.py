@@ -17,6 +17,7 @@ from qlab.algebra.graph import ModuleGraph, by_source
 from qlab.algebra.spec import Spec
 from qlab.algebra.stats import Stats
 from qlab.algebra.transform import Stage, Transform, chain
+from qlab.algebra.views import EachWeight
 from qlab.errors import QlabError
 from qlab.methods.gptq import gptq
 from qlab.methods.obs import check_damp, cholesky
@@ -90,8 +91,8 @@ def aim_at_reference(strength: float = 0.5, damp: float = 0.01) -> Transform:
         "aim_at_reference",
         frozenset({"second_moment", "drift"}),
         run,
+        EachWeight(),
         detail=f"strength {strength:g}, damp {damp:g}",
-        sitewise=True,
         workspace=3,
     )
     return (stage,)

@@ -23,6 +23,7 @@ from torch import Tensor
 from qlab.algebra.graph import ModuleGraph, Site, by_source
 from qlab.algebra.stats import Drifting, Moment, Stats
 from qlab.algebra.transform import Stage, Transform
+from qlab.algebra.views import EachWeight
 from qlab.errors import QlabError
 from qlab.methods.obs import check_damp, cholesky
 
@@ -120,7 +121,7 @@ def aim_held_out(damps: Sequence[float] = DAMPS) -> Transform:
     listed = f"{', '.join(others)} or {last}" if others else last
     needs = frozenset({"second_moment", "drift", "held_out"})
     detail = f"damp {listed}"
-    return (Stage("aim_held_out", needs, run, detail=detail, sitewise=True, workspace=4),)
+    return (Stage("aim_held_out", needs, run, EachWeight(), detail=detail, workspace=4),)
 
 
 def _aimed(

@@ -76,7 +76,7 @@ def rotate_online(seed: int = 0, draw: Draw = random_hadamard) -> Transform:
     Example:
         >>> import qlab
         >>> stage = qlab.rotate_online(seed=1)[0]
-        >>> stage.name, stage.detail, len(stage.online)
+        >>> stage.name, stage.detail, len(stage.view.operations)
         ('rotate_online', 'seed 1', 1)
     """
 

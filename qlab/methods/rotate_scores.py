@@ -13,6 +13,7 @@ from qlab.algebra.online import MatMul
 from qlab.algebra.random import generator
 from qlab.algebra.stats import Stats
 from qlab.algebra.transform import Stage, Transform
+from qlab.algebra.views import Gauged
 from qlab.algebra.wires import Wire, full_name, open_wires, wires
 from qlab.errors import QlabError
 from qlab.methods.hadamard import random_hadamard
@@ -42,7 +43,7 @@ def rotate_scores(seed: int = 0, draw: Draw = random_hadamard) -> Transform:
     Example:
         >>> import qlab
         >>> (stage,) = qlab.rotate_scores()
-        >>> stage.name, stage.wires
+        >>> stage.name, stage.view.wires
         ('rotate_scores', 're:.*:(query|key)')
     """
 
@@ -65,10 +66,8 @@ def rotate_scores(seed: int = 0, draw: Draw = random_hadamard) -> Transform:
         "rotate_scores",
         frozenset(),
         run,
+        Gauged(SCORES, left=(MatMul(torch.eye(2, dtype=torch.float32)),)),
         detail=f"seed {seed}",
-        reparametrizes=True,
-        online=(MatMul(torch.eye(2, dtype=torch.float32)),),
-        wires=SCORES,
     )
     return (stage,)
 

@@ -16,6 +16,7 @@ from qlab.algebra.reparametrize import reparametrize
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.stats import STATS, Moment, Observation
 from qlab.algebra.transform import Stage, at, chain
+from qlab.algebra.views import Gauged
 from qlab.driver.observe import Reference, observe
 from qlab.driver.solve import solve, solve_in_order
 from qlab.errors import QlabError
@@ -157,7 +158,7 @@ def test_scales_before_it_or_after_it_make_the_same_block(in_order):
             else (graph, stats)
         )
 
-    scale = (Stage("scale", frozenset(), move, reparametrizes=True, sitewise=True),)
+    scale = (Stage("scale", frozenset(), move, Gauged(by_source=True)),)
     aim, scale = (at("*.down_proj", stages) for stages in (aim_at_reference(damp=1e-6), scale))
     for recipe in (chain(scale, aim), chain(aim, scale)):
         if in_order:

@@ -17,6 +17,8 @@ from qlab.algebra.interpret import Walk, inputs_of, interpret
 from qlab.algebra.online import MatMul
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.stats import STATS, Stat
+from qlab.algebra.transform import Stage
+from qlab.algebra.views import OnWires
 from qlab.algebra.wires import wires
 from qlab.driver.observe import observe
 from qlab.driver.solve import in_order, solve_in_order
@@ -180,7 +182,7 @@ def test_an_insert_on_a_wire_that_is_not_there_is_refused_with_the_nearest():
     stray = replace(seg.graph, online_values={"self_attn:keys": (torch.neg,)})
     with pytest.raises(QlabError, match=r"'self_attn:keys' is no wire.*self_attn:key"):
         interpret(stray, *seg.batches[0])
-    stage = qlab.algebra.transform.Stage("stray", frozenset(), lambda g, s: (stray, s))
+    stage = Stage("stray", frozenset(), lambda g, s: (stray, s))
     with pytest.raises(QlabError, match=r"'stray' puts an operation on 'self_attn:keys'"):
         seg.solve((stage,))
     with pytest.raises(QlabError, match=r"the stage 'look' made a NoneType for .*self_attn:key"):
@@ -205,3 +207,12 @@ def test_scopes_restrict_inserts_to_the_modules_that_they_name():
     assert not graph.inserts
     routers, _ = segment("qwen3_moe").solve(halve)
     assert "mlp.gate:in" not in routers.inserts and "mlp.experts.down_proj:in" in routers.inserts
+
+
+def test_a_step_on_wires_changes_no_weight():
+    seg = segment("llama")
+    name = "self_attn.q_proj.weight"
+    double = lambda graph, stats: (graph.update({name: 2 * graph.params[name]}), stats)
+    stage = Stage("double", frozenset(), double, OnWires("*.q_proj:in"))
+    with pytest.raises(QlabError, match=r"'double' .*changes model\.layers\.0\.self_attn\.q_proj"):
+        seg.solve((stage,))

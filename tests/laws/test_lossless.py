@@ -18,6 +18,7 @@ from qlab.algebra.reparametrize import reparametrize
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.tracing.trace import trace
 from qlab.algebra.transform import Stage, chain
+from qlab.algebra.views import Folded, Gauged, WholeSegment
 from qlab.driver.lossless import refuse_changed
 from qlab.driver.quantize import quantize
 from qlab.driver.solve import in_order, solve, solve_in_order
@@ -28,6 +29,7 @@ from qlab.methods.rtn import rtn
 from qlab.model.paper import find_blocks
 
 SPEC = parse_spec("int4-g16")
+FOLDED = Folded()
 
 
 def checked(seg, transform):
@@ -36,7 +38,7 @@ def checked(seg, transform):
     return solve(seg.graph, transform, seg.observe, check)
 
 
-def scaling_norms(factor, **fields):
+def scaling_norms(factor, view=FOLDED):
     def run(graph, stats):
         return graph.update(
             {
@@ -46,7 +48,7 @@ def scaling_norms(factor, **fields):
             }
         ), stats
 
-    return (Stage("mine", frozenset(), run, **(fields or {"lossless": True})),)
+    return (Stage("mine", frozenset(), run, view),)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
@@ -62,12 +64,12 @@ def test_scales_and_rotations_keep_the_function(family):
         return graph, stats
 
     checked(seg, awq_scale(SPEC))
-    checked(seg, (Stage("turn", frozenset(), turn, reparametrizes=True),))
+    checked(seg, (Stage("turn", frozenset(), turn, Gauged()),))
 
 
 @pytest.mark.parametrize("factor", [2.0, 1.01])
-@pytest.mark.parametrize("fields", [{"lossless": True}, {"reparametrizes": True}])
-def test_a_claim_that_does_not_hold_is_refused_by_name(factor, fields):
+@pytest.mark.parametrize("view", [Folded(), Gauged()])
+def test_a_claim_that_does_not_hold_is_refused_by_name(factor, view):
     seg = segment("llama")
     with pytest.raises(
         QlabError,
@@ -76,8 +78,8 @@ def test_a_claim_that_does_not_hold_is_refused_by_name(factor, fields):
             r"it; move"
         ),
     ):
-        checked(seg, scaling_norms(factor, **fields))
-    checked(seg, scaling_norms(factor, sitewise=False, lossless=False))  # which claims nothing
+        checked(seg, scaling_norms(factor, view))
+    checked(seg, scaling_norms(factor, WholeSegment()))  # which claims nothing
 
 
 def test_what_a_stage_left_alone_is_not_run():
@@ -188,7 +190,7 @@ def test_what_folding_loses_to_the_dtype_of_the_files_is_no_change(family):
 
     halves = replace(seg.graph, dtype=torch.bfloat16)
     refuse_changed(
-        Stage("smooth", frozenset(), smooth, lossless=True),
+        Stage("smooth", frozenset(), smooth, Folded()),
         halves,
         smooth(halves, {})[0],
         None,

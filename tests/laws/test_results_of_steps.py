@@ -15,6 +15,7 @@ from qlab.algebra.online import QuantizeInput
 from qlab.algebra.reparametrize import reparametrize
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.transform import Stage, chain, each_weight
+from qlab.algebra.views import EachWeight, Gauged
 from qlab.driver.quantize import quantize
 from qlab.driver.solve import solve_in_order
 from qlab.driver.writing import refuse_unwritten
@@ -147,7 +148,9 @@ def test_a_sitewise_claim_that_does_not_hold_is_refused(change, words):
     seg = segment("llama")
     with pytest.raises(QlabError, match=rf"the stage 'mine' .*{words}"):
         solve_in_order(
-            seg.graph, chain(step(change, needs=HESSIAN, sitewise=True), rtn(SPEC)), batches_of(seg)
+            seg.graph,
+            chain(step(change, needs=HESSIAN, view=EachWeight()), rtn(SPEC)),
+            batches_of(seg),
         )
 
 
@@ -278,8 +281,8 @@ def test_refused_steps_leave_no_directory(change, words, saved, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("sitewise", [False, True])
-def test_what_is_left_at_run_time_is_refused_before_a_weight_is_rounded(sitewise, saved, tmp_path):
+@pytest.mark.parametrize("by_source", [False, True])
+def test_what_is_left_at_run_time_is_refused_before_a_weight_is_rounded(by_source, saved, tmp_path):
     rounded = []
 
     def turned(graph, stats):
@@ -291,8 +294,7 @@ def test_what_is_left_at_run_time_is_refused_before_a_weight_is_rounded(sitewise
             "mine",
             frozenset(),
             lambda graph, stats: (turned(graph, stats), stats),
-            sitewise=sitewise,
-            reparametrizes=True,
+            Gauged(by_source=by_source),
         ),
     )
     rounds = each_weight(

@@ -1,0 +1,136 @@
+"""What a step sees of a model. When it runs, and what is checked of it, follows from that alone.
+
+| view | it runs | what is checked |
+|---|---|---|
+| `EachWeight` | when its input's turn comes | it reads and changes no other weight |
+| `OnWires` | when the wire's turn comes | it changes no weight, and no other wire |
+| `Gauged` | before any weight that reads the wire is rounded | the function stays |
+| `Folded` | when all inputs of the segment are done | the function stays |
+| `WholeBlock` | when the steps before it are done with the block | |
+| `WholeSegment` | likewise, without samples | |
+| `Uncovered` | before all others | there is nothing to see |
+"""
+
+from dataclasses import dataclass
+
+from qlab.algebra.graph import Op
+
+
+class View:
+    """What a step sees. The properties are what the driver and the checks ask of it."""
+
+    @property
+    def site_by_site(self) -> bool:
+        """Whether what the step does at an input depends on the weights and statistics there alone.
+        It runs when that input's turn comes, on what the quantized weights before it produce, and
+        other weights are hidden from it."""
+        return False
+
+    @property
+    def keeps_function(self) -> bool:
+        """Whether what the segment computes stays. It is checked on a batch."""
+        return False
+
+    @property
+    def wires(self) -> str | None:
+        """The pattern of the wires that the step works on, and whose statistics it reads; None of a
+        step that works on weights and their inputs."""
+        return None
+
+    @property
+    def operations(self) -> tuple[Op, ...]:
+        """What the step leaves at run time, as a codec is asked about it."""
+        return ()
+
+
+@dataclass(frozen=True)
+class EachWeight(View):
+    """One weight at a time, and the statistics of its input."""
+
+    @property
+    def site_by_site(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class OnWires(View):
+    """The wires that a pattern matches, one at a time, and their statistics. The step puts
+    operations on them."""
+
+    pattern: str
+    left: tuple[Op, ...] = ()
+
+    @property
+    def site_by_site(self) -> bool:
+        return True
+
+    @property
+    def wires(self) -> str:
+        return self.pattern
+
+    @property
+    def operations(self) -> tuple[Op, ...]:
+        return self.left
+
+
+@dataclass(frozen=True)
+class Gauged(View):
+    """A wire with its readers, which turn together, and with what produces it.
+
+    pattern: of the wires; None where they are the inputs of the sites in the step's scope. left:
+    the operations that stay at run time. by_source: whether inputs are turned one after the other,
+    each when those before it are rounded, and not all of a segment before any is.
+    """
+
+    pattern: str | None = None
+    left: tuple[Op, ...] = ()
+    by_source: bool = False
+
+    @property
+    def site_by_site(self) -> bool:
+        return self.by_source
+
+    @property
+    def keeps_function(self) -> bool:
+        return True
+
+    @property
+    def wires(self) -> str | None:
+        return self.pattern
+
+    @property
+    def operations(self) -> tuple[Op, ...]:
+        return self.left
+
+
+@dataclass(frozen=True)
+class Folded(View):
+    """The segment, once all its inputs are done. What it computes stays."""
+
+    @property
+    def keeps_function(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class WholeBlock(View):
+    """A block with its samples: what enters it, and what leaves it in the unquantized model.
+
+    windows: how many of them the step runs forward and backward, for the estimate of time.
+    """
+
+    windows: int = 0
+
+
+@dataclass(frozen=True)
+class WholeSegment(View):
+    """The segment, with the statistics of its inputs."""
+
+
+@dataclass(frozen=True)
+class Uncovered(View):
+    """The names that no rule before it covers. There may be none."""
+
+    @property
+    def site_by_site(self) -> bool:
+        return True
