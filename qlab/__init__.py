@@ -20,6 +20,7 @@ HOMES = {
     "Int": "qlab.algebra.spec",
     "LowRank": "qlab.algebra.leaf",
     "PRUNERS": "qlab.methods",
+    "QTensor": "qlab.algebra.qtensor",
     "QlabError": "qlab.errors",
     "RANGES": "qlab.methods.inputs",
     "RECOMMENDED": "qlab.methods",

@@ -11,6 +11,7 @@ from qlab.algebra.insert import insert as insert
 from qlab.algebra.leaf import LowRank as LowRank
 from qlab.algebra.leaf import Sum as Sum
 from qlab.algebra.leaf import dense as dense
+from qlab.algebra.qtensor import QTensor as QTensor
 from qlab.algebra.reparametrize import reparametrize as reparametrize
 from qlab.algebra.spec import Int as Int
 from qlab.algebra.spec import parse_spec as parse_spec

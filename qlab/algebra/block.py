@@ -128,7 +128,7 @@ class Block:
             site = sites[path]
             return str(site.weight), _turned(leaf, leaf, site)
         if path not in self.segment.params:
-            known = [*sites, *self.segment.params]
+            known = list(dict.fromkeys([*sites, *self.segment.params]))
             near = get_close_matches(path, known, 3) or known[:3]
             raise QlabError(
                 f"{self.segment.path} has no site and no leaf {path!r}; it has {', '.join(near)}"

@@ -37,7 +37,7 @@ class Observed(dict):
         if not sites:
             raise KeyError(key)
         raise QlabError(
-            f"the stage {self.step!r} asks for the statistic {need!r} of "
+            f"the stage {self.step!r} asks for the statistic {name_of(need)!r} of "
             f"{', '.join(sites)}, which was not observed for it; name it in `needs`, "
             "and ask for the sites of `graph.sites` alone"
         )

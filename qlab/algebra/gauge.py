@@ -7,7 +7,7 @@ producer takes M with its own, or M stays at the input as an operation at run ti
 SmoothQuant's scales, and the rotations R2 and R4, are gauges.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,8 @@ from qlab.algebra.graph import ModuleGraph, Site, by_origin, by_source
 from qlab.algebra.groups import Diagonal, General, Group, Nothing, groups, writers
 from qlab.algebra.online import MatMul
 from qlab.algebra.reparametrize import is_scale, reparametrize
-from qlab.algebra.stats import PerExpert, Stats
+from qlab.algebra.rounding import Copies
+from qlab.algebra.stats import Need, PerExpert, Stats, name_of, named
 from qlab.algebra.transform import Stage, Transform, at, chain
 from qlab.algebra.views import Gauged
 from qlab.algebra.wires import full_name
@@ -31,7 +32,8 @@ INPUT, EVERY = ":in", "*"
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One input of a turn: the weights [o, k] in fp32 that it meets, and its statistics by name."""
+    """One input of a turn: the weights [o, k] in fp32 that it meets, and its statistics by name,
+    as copies."""
 
     weights: Sequence[Tensor]
     stats: Mapping[str, Any]
@@ -51,7 +53,7 @@ class Turn:
     graph: ModuleGraph
     sites: tuple[Site, ...]
     stats: Stats
-    needs: frozenset[str]
+    needs: frozenset[Need]
     size: int
 
     @property
@@ -79,7 +81,7 @@ class Turn:
         for source, group in by_source(self.sites).items():
             states = {need: self.stats[source, need] for need in self.needs}
             if group[0].route is None:
-                yield Source(weights=[self.graph.weight_ok(s) for s in group], stats=states)
+                yield Source(weights=[self.graph.weight_ok(s) for s in group], stats=_named(states))
                 continue
             experts = self.graph.params[group[0].weight or ""].shape[0]
             for e in range(experts):
@@ -88,7 +90,7 @@ class Turn:
                     for need, state in states.items()
                 }
                 weights = [self.graph.weight_ok(s, e) for s in group]
-                yield Source(weights=weights, stats=of_expert)
+                yield Source(weights=weights, stats=_named(of_expert))
 
     def stored(self, m: Tensor) -> Tensor:
         """The scales [k] or [e, 1, k] nearest to m that the producer holds exactly: the same where
@@ -116,11 +118,15 @@ class Element:
 Choose = Callable[[Turn], "Tensor | Element | None"]
 
 
+def _named(states: Mapping[Need, Any]) -> Copies:
+    return Copies({name_of(need): state for need, state in states.items()})
+
+
 def gauge(
     name: str,
     wires: str,
     choose: Choose,
-    needs: frozenset[str] = frozenset(),
+    needs: Iterable[Need] = frozenset(),
     online: bool = False,
     detail: str = "",
 ) -> Transform:
@@ -161,6 +167,8 @@ def gauge(
             "'*.down_proj:in' or '*:in'"
         )
 
+    needs = named(needs)
+
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
         for origin, sharing in by_origin(graph.sites).items():
             readers = tuple(site for site in sharing if not site.router)
@@ -177,7 +185,7 @@ def gauge(
 
 
 def _turn(
-    graph: ModuleGraph, stats: Stats, origin: str, readers: tuple[Site, ...], needs: frozenset[str]
+    graph: ModuleGraph, stats: Stats, origin: str, readers: tuple[Site, ...], needs: frozenset[Need]
 ) -> Turn:
     return Turn(
         name=full_name(graph.path, f"{readers[0].path}{INPUT}"),

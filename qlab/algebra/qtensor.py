@@ -22,11 +22,27 @@ class QTensor:
     """W[..., o, k] ~ (codes - zeros) * scales, or codes * (scales / outer) where there is an outer
     scale.
 
-    codes: [..., o, k] in spec.code_dtype, which is int8, or an 8-bit float that holds values.
-    scales: float [..., a, g], one per tile; they may be negative. zeros: [..., a, g] in
-    spec.zero_dtype, None for a symmetric spec. outer: fp32 [..., 1], the global scale of NVFP4, or
-    None. perm: int64 [k] or None; column j of codes is input channel perm[j]. Formats with g_idx
-    need it, whose groups hold channels in an order of their own.
+    Args:
+        codes: [..., o, k] in spec.code_dtype, which is int8, or an 8-bit float that holds values.
+        scales: float [..., a, g], one per tile; they may be negative.
+        zeros: [..., a, g] in spec.zero_dtype, None for a symmetric spec.
+        spec: the grid that the codes belong to.
+        outer: fp32 [..., 1], the global scale of NVFP4, or None.
+        perm: int64 [k] or None; column j of codes is input channel perm[j]. Formats with g_idx need
+            it, whose groups hold channels in an order of their own.
+
+    Raises:
+        QlabError: the parts do not fit each other or the spec, in shape or dtype.
+
+    Example:
+        >>> import qlab, torch
+        >>> codes = torch.tensor([[1, -2, 0, 3]], dtype=torch.int8)
+        >>> scales = torch.tensor([[0.5, 2.0]])
+        >>> leaf = qlab.QTensor(codes, scales, None, qlab.parse_spec("int4-g2"))
+        >>> leaf.dense()
+        tensor([[ 0.5000, -1.0000,  0.0000,  6.0000]])
+        >>> leaf.at(torch.tensor([[0.6, -1.0, 0.0, 5.0]]))
+        tensor([[ 1.2000, -2.0000,  0.0000,  2.5000]])
     """
 
     codes: Tensor
@@ -75,8 +91,26 @@ class QTensor:
         if self.zeros is not None:
             x = x - self.zeros.to(dtype)[..., None]
         x = x * steps(self.scales, self.outer, dtype)[..., None]
-        W_ok = self.spec.tile.join(x, self.shape)
-        return W_ok if self.perm is None else W_ok[..., self.perm.argsort()]
+        return self._laid(self.spec.tile.join(x, self.shape))
+
+    def at(self, W_ok: Tensor) -> Tensor:
+        """Where weights [..., o, k] lie among the codes, in fp32: W / scales + zeros, unrounded."""
+        W_ok = W_ok if self.perm is None else W_ok[..., self.perm]
+        step = steps(self.scales, self.outer, torch.float32)
+        x = self.spec.tile.split(W_ok.float()) / step[..., None]
+        x = x if self.zeros is None else x + self.zeros.float()[..., None]
+        return self._laid(self.spec.tile.join(x, self.shape))
+
+    def with_codes(self, x: Tensor) -> "QTensor":
+        """The same scales with other codes: the nearest ones that the grid has, of numbers
+        [..., o, k] as `at` gives them."""
+        x = x if self.perm is None else x[..., self.perm]
+        codes = self.spec.nearest_(x.float().clone()).to(self.spec.code_dtype)
+        return replace(self, codes=codes)
+
+    def _laid(self, columns: Tensor) -> Tensor:
+        """Columns of codes [..., o, k] in the order of the input channels."""
+        return columns if self.perm is None else columns[..., self.perm.argsort()]
 
     def bits(self) -> float:
         """Those of codes, scales and zero points, as formats store them."""

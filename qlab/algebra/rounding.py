@@ -267,6 +267,7 @@ def solve_weight(
     stats = {**seen, "outer": codes.outer} if isinstance(codes, QTensor) else seen
     returned = _returned(step, Weight(where, given, Copies(stats), expert))
     leaf, note = _leaf_and_note(returned, f"{where}: {step.name}")
+    _refuse_other_grid(given, returned)
     is_target = returned.target is returned.leaf and isinstance(leaf, Tensor)
     own = is_target and (step.of_arrays or returned.target is not given.target)
     aimed = None if own or returned.target is given.target else _copy(returned.target)
@@ -305,6 +306,16 @@ def _returned(step: Step, weight: Weight) -> Cell:
             "as weight.cell.put(leaf)"
         )
     return returned
+
+
+def _refuse_other_grid(given: Cell, returned: Cell) -> None:
+    """Refuse a grid that the step was not planned with, which nothing behind it would see."""
+    before, after = given.feasible.spec, returned.feasible.spec
+    if before is None and after is not None:
+        raise Misfit(
+            f"{given.name}: {given.step} narrows the grid to {after}, and was planned without one; "
+            "give each_cell that spec, or choose a rounding per weight with qlab.rules"
+        )
 
 
 def _cell(step: Step, graph: ModuleGraph, site: Site, expert: int | None) -> Cell:

@@ -189,7 +189,10 @@ def _checked(function: Callable[..., Any], kind_of: Mapping[str, plain.Kind]) ->
 
     @wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs)
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}() of qlab: {error}; see help(qlab)") from None
         for argument, value in given.arguments.items():
             if argument not in kind_of:
                 continue

@@ -1,5 +1,7 @@
-"""What the laws run over. A new method adds one line to LAW_METHODS."""
+"""What the laws run over. A method that rounds every weight adds one line to LAW_METHODS, any other
+step one to LAW_STEPS."""
 
+from own_steps import OWN_STEPS
 from quick import QUICK
 
 from qlab.algebra.grid import mse, signed, weighted_mse
@@ -24,6 +26,8 @@ LAW_METHODS = {  # name -> (spec -> transform)
     "smoothquant": lambda spec: chain(smoothquant(), rtn(spec)),
     "smoothquant_gptq": lambda spec: chain(smoothquant(0.3), gptq(spec)),
 }
+# Masks, leaves and inserts too: the laws of every step.
+LAW_STEPS = {**LAW_METHODS, **OWN_STEPS}
 # They change producers beside the weights that they round.
 MOVING = ("awq", "smoothquant", "rotate", "quarot", "qat")
 SCALES = ("awq_scale", "smoothquant_scale")  # round nothing

@@ -55,6 +55,17 @@ class Segment:
         """Every statistic of every source of the block as it is."""
         return self.all_stats(self.graph)
 
+    def stats_for(self, transform):
+        """Those, and what the stages ask for beside them."""
+        own = {
+            (site.source, need)
+            for stage in transform
+            for need in stage.needs
+            for site in self.graph.sites
+            if not isinstance(need, str)
+        }
+        return {**self.stats, **(self.observe(self.graph, own) if own else {})}
+
     def all_stats(self, graph):
         keys = {(s.source, name) for s in graph.sites for name in STATS}
         return self.observe(graph, keys | {SAMPLES})
@@ -148,7 +159,7 @@ def tensors(tree):
             [[vars(op) for op in ops] for _, ops in sorted(tree.online.items())],
         )
     if isinstance(tree, dict):
-        tree = [tree[key] for key in sorted(tree)]
+        tree = [tree[key] for key in sorted(tree, key=str)]
     return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
 
 

@@ -7,7 +7,7 @@ from itertools import permutations
 import pytest
 import torch
 from families import FAMILIES, MIXTURES
-from methods import LAW_METHODS, LAW_SPECS, MOVING, SCALES, pairs
+from methods import LAW_METHODS, LAW_SPECS, LAW_STEPS, MOVING, SCALES, pairs
 from quick import LEARNING
 from segments import assert_same, hidden, relative, reversed_sites, segment, tensors, untouched
 
@@ -19,6 +19,7 @@ from qlab.algebra.transform import apply
 from qlab.methods import METHODS
 
 every_method = pytest.mark.parametrize("method", LAW_METHODS)
+every_step = pytest.mark.parametrize("method", LAW_STEPS)
 all_families = [*FAMILIES, *MIXTURES]
 every_family = pytest.mark.parametrize("family", all_families)
 specs = pytest.mark.parametrize("text", LAW_SPECS)
@@ -39,13 +40,13 @@ def test_every_public_method_is_under_the_laws():
     assert LEARNING.keys() <= METHODS.keys() & LAW_METHODS.keys()
 
 
-@pytest.mark.parametrize("method, family", pairs(LAW_METHODS, all_families))
+@pytest.mark.parametrize("method, family", pairs(LAW_STEPS, all_families))
 def test_a_transform_writes_to_none_of_its_inputs(method, family):
-    seg = segment(family)
-    stats = seg.stats
+    seg, transform = segment(family), LAW_STEPS[method](parse_spec("int3-g32-asym"))
+    stats = seg.stats_for(transform)
     kept = dict(stats)
     graph = seg.graph
-    for stage in LAW_METHODS[method](parse_spec("int3-g32-asym")):
+    for stage in transform:
         params = dict(graph.params)
         with untouched(graph, seg.graph, stats, seg.stats):
             after, moved = apply(stage, graph, stats)
@@ -54,21 +55,21 @@ def test_a_transform_writes_to_none_of_its_inputs(method, family):
         graph, stats, kept = after, moved, dict(moved)
 
 
-@every_method
+@every_step
 @specs
 def test_the_same_inputs_give_the_same_bits(method, text):
-    seg, transform = segment("qwen2"), LAW_METHODS[method](parse_spec(text))
-    stats = seg.stats
+    seg, transform = segment("qwen2"), LAW_STEPS[method](parse_spec(text))
+    stats = seg.stats_for(transform)
     once, twice = (run(seg, transform, stats) for _ in range(2))
     assert_same(once, twice)
     assert once[0].notes == twice[0].notes
 
 
-@every_method
+@every_step
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 def test_the_order_of_sites_does_not_matter(method, family):
-    seg, transform = segment(family), LAW_METHODS[method](parse_spec("int3-g16-asym"))
-    stats = seg.stats
+    seg, transform = segment(family), LAW_STEPS[method](parse_spec("int3-g16-asym"))
+    stats = seg.stats_for(transform)
     forward, backward = (
         run(seg, transform, stats, g) for g in (seg.graph, reversed_sites(seg.graph))
     )
