@@ -8,16 +8,21 @@
 | `Folded` | when all inputs of the segment are done | the function stays |
 | `WholeBlock` | when the steps before it are done with the block | |
 | `WholeSegment` | likewise, without samples | |
+| `WholeModel` | when the steps before it are done with all blocks | |
 | `Uncovered` | before all others | there is nothing to see |
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from qlab.algebra.graph import Op
 
 
 class View:
-    """What a step sees. The properties are what the driver and the checks ask of it."""
+    """What a step sees. The properties are what the driver and the checks ask of it. sees: in
+    words, for plans."""
+
+    sees: ClassVar[str] = "the segment"
 
     @property
     def site_by_site(self) -> bool:
@@ -47,6 +52,8 @@ class View:
 class EachWeight(View):
     """One weight at a time, and the statistics of its input."""
 
+    sees: ClassVar[str] = "each weight"
+
     @property
     def site_by_site(self) -> bool:
         return True
@@ -56,6 +63,8 @@ class EachWeight(View):
 class OnWires(View):
     """The wires that a pattern matches, one at a time, and their statistics. The step puts
     operations on them."""
+
+    sees: ClassVar[str] = "each wire"
 
     pattern: str
     left: tuple[Op, ...] = ()
@@ -81,6 +90,8 @@ class Gauged(View):
     the operations that stay at run time. by_source: whether inputs are turned one after the other,
     each when those before it are rounded, and not all of a segment before any is.
     """
+
+    sees: ClassVar[str] = "each input, its readers and its producer"
 
     pattern: str | None = None
     left: tuple[Op, ...] = ()
@@ -119,6 +130,8 @@ class WholeBlock(View):
     windows: how many of them the step runs forward and backward, for the estimate of time.
     """
 
+    sees: ClassVar[str] = "the block and its samples"
+
     windows: int = 0
 
 
@@ -128,8 +141,17 @@ class WholeSegment(View):
 
 
 @dataclass(frozen=True)
+class WholeModel(View):
+    """All segments behind the steps before it, which are done with each of them then."""
+
+    sees: ClassVar[str] = "the whole model"
+
+
+@dataclass(frozen=True)
 class Uncovered(View):
     """The names that no rule before it covers. There may be none."""
+
+    sees: ClassVar[str] = "names"
 
     @property
     def site_by_site(self) -> bool:

@@ -28,6 +28,7 @@ from qlab.driver.memory import predict_memory
 from qlab.driver.observe import Inputs, inputs_named
 from qlab.driver.reach import check_scope, refuse_unread, specs_of
 from qlab.driver.report import describe
+from qlab.driver.schedule import Row, rounds, schedule
 from qlab.driver.shared import refuse_dividing
 from qlab.driver.sites import Sites, sites_of
 from qlab.errors import QlabError
@@ -50,6 +51,7 @@ class Plan(Shown):
 
     Args:
         stages: The recipe in words.
+        schedule: Its steps in the order in which they run, with what each sees and asks for.
         sites: Site -> its spec, shape, bits per weight and number of experts.
         unquantized: The weights that stay.
         passes: Forward passes over the calibration data, those of the unquantized model included.
@@ -61,6 +63,7 @@ class Plan(Shown):
     """
 
     stages: Sequence[Mapping[str, str]]
+    schedule: Sequence[Row]
     sites: Mapping[str, Mapping[str, Any]]
     unquantized: Sequence[str]
     passes: int
@@ -137,6 +140,7 @@ class Plan(Shown):
         """The plan as plain data."""
         return {
             "stages": list(self.stages),
+            "schedule": [row.json() for row in self.schedule],
             "sites": dict(self.sites),
             "unquantized": list(self.unquantized),
             "passes": self.passes,
@@ -150,9 +154,14 @@ class Plan(Shown):
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table("stage", "spec", "settings", "sites", title="plan", title_justify="left")
-        for stage in self.stages:
-            table.add_row(stage["stage"], stage["spec"], stage["detail"], stage["scope"])
+        heads = ("step", "spec", "settings", "sees", "where", "sites", "observes", "runs")
+        table = Table(*heads, title="plan", title_justify="left")
+        table.columns[0].no_wrap = True
+        for row in self.schedule:
+            observes = ", ".join(row.observes)
+            table.add_row(
+                row.step, row.spec, row.detail, row.sees, row.place, row.reached, observes, row.asks
+            )
         yield table
         yield (
             f"{len(self.sites) - sum(r['spec'] is None for r in self.sites.values())} weights "
@@ -242,10 +251,12 @@ def plan_of(job: Job, skeleton: Skeleton | None = None) -> Plan:
     sites = sites_of(skeleton, job.recipe, job.data)
     specs = _checked_specs(job, skeleton, sites)
     experts_at_once, memory = _fitting(job, skeleton, sites)
-    passes = _passes(job, sites)
+    rows = schedule(job, sites)
+    passes = _passes(job, sites, rows)
     work = work_of(job, sites, skeleton.dtype, passes)
     return Plan(
         stages=describe(job.recipe),
+        schedule=rows,
         sites=_rows(job, sites, specs),
         unquantized=_unquantized(skeleton, sites, specs),
         passes=passes,
@@ -338,12 +349,13 @@ def _all_in_order(job: Job, sites: Sites) -> bool:
     return all(job.in_order(code) for code in sites.codes.values())
 
 
-def _passes(job: Job, sites: Sites) -> int:
-    """Forward passes over the samples: where sources are not solved in order, a block is run to be
-    observed and again when it is solved; the reference's pass comes on top."""
+def _passes(job: Job, sites: Sites, rows: Sequence[Row]) -> int:
+    """Forward passes over the samples: where sources are not solved in order, a block is run
+    whenever a step observes, and again when it is solved; the reference's pass comes on top."""
     if job.observed is None:
         return 0
-    return (1 if _all_in_order(job, sites) else 2) + job.runs_reference
+    observing = 0 if _all_in_order(job, sites) else max(1, rounds(rows))
+    return observing + 1 + job.runs_reference
 
 
 def _rows(job: Job, sites: Sites, specs: Mapping[str, Spec | None]) -> dict[str, dict[str, Any]]:
