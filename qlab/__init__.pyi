@@ -57,6 +57,7 @@ from qlab.methods.auto_round import auto_round as auto_round
 from qlab.methods.auto_round import auto_round_refine as auto_round_refine
 from qlab.methods.awq import awq as awq
 from qlab.methods.awq import awq_scale as awq_scale
+from qlab.methods.eora import eora as eora
 from qlab.methods.gptaq import aim_at_reference as aim_at_reference
 from qlab.methods.gptaq import gptaq as gptaq
 from qlab.methods.gptq import gptq as gptq
@@ -65,7 +66,10 @@ from qlab.methods.inputs import RANGES as RANGES
 from qlab.methods.inputs import quantize_inputs as quantize_inputs
 from qlab.methods.kv import attention_inputs as attention_inputs
 from qlab.methods.kv import kv_cache as kv_cache
+from qlab.methods.lqer import l2qer as l2qer
+from qlab.methods.lqer import lqer as lqer
 from qlab.methods.magnitude import magnitude as magnitude
+from qlab.methods.names import method as method
 from qlab.methods.qat import qat as qat
 from qlab.methods.qronos import aim_held_out as aim_held_out
 from qlab.methods.rotate import incoherence as incoherence

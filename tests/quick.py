@@ -1,11 +1,19 @@
-"""The methods of the command line, with few steps where they learn."""
+"""The methods of the command line, with few steps where they learn, and with a spec for keys and
+values that their heads can have."""
 
+from qlab.algebra.transform import chain
 from qlab.methods import METHODS
-from qlab.methods.auto_round import auto_round
+from qlab.methods.auto_round import auto_round, auto_round_refine
+from qlab.methods.gptq import gptq
+from qlab.methods.kv import kv_cache, parse_cache_spec
 from qlab.methods.qat import qat
 
-LEARNING = {
+INSTEAD = {
     "auto_round": lambda spec: auto_round(spec, steps=2, windows=2),
+    "auto_round_refine": lambda spec: chain(gptq(spec), auto_round_refine(steps=2, windows=2)),
+    "kv": lambda spec: kv_cache(parse_cache_spec("int8-token")),
     "qat": lambda spec: qat(spec, steps=2, windows=2),
 }
-QUICK = {**METHODS, **LEARNING}
+QUICK = {**METHODS, **INSTEAD}
+# What they leave has no place in the formats of GPTQ: operations at run time, low ranks.
+UNHELD = ("quarot", "quip", "lqer", "l2qer", "eora", "kv")

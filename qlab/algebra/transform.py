@@ -247,6 +247,7 @@ def each_cell(
     needs: Iterable[Need] = (),
     spec: Spec | None = None,
     detail: str = "",
+    leaves: str = "",
 ) -> Transform:
     """A method from a function of one cell: fn(weight) -> cell.
 
@@ -265,6 +266,8 @@ def each_cell(
         needs: statistics of the weight's input, as in `each_weight`.
         spec: the grid that fn rounds to; None where it rounds nothing.
         detail: settings in words, for plans and reports.
+        leaves: what it puts that is neither a tensor nor codes, in words such as "a low rank". No
+            format holds such a leaf, so a plan refuses to write the recipe.
 
     Returns:
         A transform of one stage. Its report holds the notes, and the errors from the target as in
@@ -283,10 +286,10 @@ def each_cell(
         >>> [stage.name for stage in qlab.chain(mask, qlab.gptq("int4-g64"))]
         ['larger_half', 'gptq']
     """
-    return _each(Step(name, fn, spec), named(needs), detail)
+    return _each(Step(name, fn, spec), named(needs), detail, leaves)
 
 
-def _each(step: Step, needs: frozenset[Need], detail: str) -> Transform:
+def _each(step: Step, needs: frozenset[Need], detail: str, leaves: str = "") -> Transform:
     """The transform of one stage that runs the step on every selected weight but routers."""
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
@@ -316,7 +319,7 @@ def _each(step: Step, needs: frozenset[Need], detail: str) -> Transform:
             stats,
         )
 
-    return (Stage(step.name, needs, run, EachWeight(), spec=step.spec, detail=detail),)
+    return (Stage(step.name, needs, run, EachWeight(leaves), spec=step.spec, detail=detail),)
 
 
 # ------------------------------------------------------------------ running a stage

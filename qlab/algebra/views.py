@@ -50,7 +50,11 @@ class View:
 
 @dataclass(frozen=True)
 class EachWeight(View):
-    """One weight at a time, and the statistics of its input."""
+    """One weight at a time, and the statistics of its input. leaves: in words, what the step puts
+    into the place of weights that is neither numbers nor codes, as formats are asked about it; ""
+    where it puts nothing else."""
+
+    leaves: str = ""
 
     sees: ClassVar[str] = "each weight"
 

@@ -113,6 +113,10 @@ TAKES: Mapping[str, Mapping[str, plain.Kind]] = {
     "wanda": {"pattern": kinds.pattern},
     "sparsegpt": {"pattern": kinds.pattern, "damp": plain.fraction},
     "smoothquant": {"alpha": plain.fraction},
+    "lqer": {"rank": plain.whole},
+    "l2qer": {"rank": plain.whole},
+    "eora": {"rank": plain.whole},
+    "method": {"name": plain.text, "spec": kinds.spec},
     "at": {"pattern": plain.text, "transform": kinds.recipe},
     "outside": {"transform": kinds.recipe},
     "chain": {"transforms": kinds.recipe},
@@ -123,6 +127,7 @@ TAKES: Mapping[str, Mapping[str, plain.Kind]] = {
         "needs": kinds.needed,
         "spec": kinds.optional_spec,
         "detail": plain.text,
+        "leaves": plain.text,
     },
     "each_weight": {
         "name": plain.text,

@@ -9,17 +9,19 @@ from typer.core import TyperGroup
 from qlab.cli.kernels import Activations, KernelDevice, kernel_device, kernel_refusals, tune
 from qlab.cli.options import (
     HELP_BY,
-    METHODS,
+    METHOD_HELP,
     Asymmetric,
     Calib,
     InputsName,
     Json,
     Length,
     Seed,
+    Seeds,
     SpecName,
     listed,
 )
 from qlab.cli.output import console, report
+from qlab.cli.recipes import is_file
 from qlab.cli.running import run
 from qlab.errors import QlabError
 from qlab.process.extras import needed
@@ -56,7 +58,8 @@ def group() -> None:
 def methods(
     model: Annotated[str, typer.Option("--model", help="a model directory, or 'demo'")] = "demo",
     names: Annotated[
-        str, typer.Option("--methods", help=f"with commas between them: {', '.join(METHODS)}")
+        str,
+        typer.Option("--methods", help=f"with commas between them: {METHOD_HELP}; or FILE.py:NAME"),
     ] = "rtn,awq,gptq",
     spec: SpecName = "int4-g64",
     asymmetric: Asymmetric = False,
@@ -68,9 +71,7 @@ def methods(
     samples: Annotated[int, typer.Option("--samples", min=1, help="calibration windows")] = 32,
     length: Length = 512,
     seed: Seed = 0,
-    seeds: Annotated[
-        int, typer.Option("--seeds", min=1, help="calibration seeds, from --seed on")
-    ] = 1,
+    seeds: Seeds = 1,
     windows: Annotated[int, typer.Option("--windows", min=2, help="evaluation windows")] = 16,
     inputs: InputsName = "quantized",
     out: Annotated[
@@ -84,7 +85,7 @@ def methods(
     from qlab.cli.choices import recipe_of, refuse_unused
     from qlab.files.place import refuse_inside
 
-    chosen = listed(names.lower())
+    chosen = [name if is_file(name) else name.lower() for name in listed(names)]
     if not any(stage.needs for name in chosen for stage in recipe_of(name, spec, asymmetric)):
         refuse_unused(calib, None, "none of these methods observes anything")
     if json_file and out:

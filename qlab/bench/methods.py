@@ -1,13 +1,13 @@
 """Methods side by side: one model, spec, calibration sample and held-out text, the unquantized
 model beside them."""
 
-import gc
 import hashlib
 import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from qlab.bench.folder import RECORD, owned, refuse_foreign
 from qlab.bench.methods_table import change
 from qlab.bench.methods_table import table as table
 from qlab.bench.plots import draw
+from qlab.bench.seeds import add_seeds, of_seed, seeds_of_unwritten, seeds_of_written
+from qlab.bench.unwritten import measured, unwritten
+from qlab.bench.written import folders, quantized
 from qlab.cli.choices import recipe_of
 from qlab.data.calibration import Tokens
 from qlab.demo.build import home
@@ -88,8 +91,8 @@ def compare_methods(
     texts = [Path(path) for path in (*(calib or ()), *(text or ()))]
     observing = [name for name in recipes if any(stage.needs for stage in recipes[name])]
     others = range(seed + 1, seed + seeds) if observing else ()
-    folders = [_folder_of_seed(name, other) for name in observing for other in others]
-    refuse_foreign(out, [*recipes, *folders], job, model.path, texts)
+    written = [*recipes, *(of_seed(name, other) for name in observing for other in others)]
+    refuse_foreign(out, folders(written), job, model.path, texts)
     observes = bool(calib or observing)
     if not (text and (calib or not observes)):
         _say_whose_text(model)
@@ -99,13 +102,24 @@ def compare_methods(
     if data:
         calibrating = f"calibrating on {data.count:,} tokens ({samples} windows of {length}), "
     say(f"{calibrating}evaluating on {held_out.count:,} tokens")
+    left = unwritten(model, recipes, data, inputs)
     with owned(out, job):
         # before the reference is read, which would add to the memory of quantizing
-        results = _quantize(model, recipes, data, out, inputs)
+        held = {name: recipe for name, recipe in recipes.items() if name not in left}
+        results = quantized(model, held, data, out, inputs)
         reference, rows, reading = _evaluate(model, results, held_out, spec)
-        drawn = (qlab.tokens(model, calibration_texts(calib), samples, length, n) for n in others)
-        again = {method: recipes[method] for method in observing}
-        _add_seeds(rows, seed, _seeds(model, again, drawn, out, inputs, (reading, held_out)))
+        against = reading, held_out
+        beside = {name: recipes[name] for name in left}
+        rows += _measure(model, beside, data, inputs, against, spec)
+        rows.sort(key=lambda row: methods.index(row["method"]))
+        drawn = [qlab.tokens(model, calibration_texts(calib), samples, length, n) for n in others]
+        again = {name: held[name] for name in observing if name in held}
+        others_beside = {name: beside[name] for name in observing if name in beside}
+        more = chain(
+            seeds_of_written(model, again, drawn, out, inputs, against),
+            seeds_of_unwritten(model, others_beside, drawn, inputs, against),
+        )
+        add_seeds(rows, seed, more)
         record = _record(name, job, reference, rows, data, held_out, out)
         write_json(out / RECORD, record)
         draw(record, out)
@@ -178,26 +192,6 @@ def _resolved(paths: Paths) -> list[str] | None:
     return [str(Path(path).resolve()) for path in paths] if paths else None
 
 
-def _quantize(
-    model: Checkpoint, recipes: Mapping[str, Transform], data: Tokens | None, out: Path, inputs: str
-) -> dict[str, Result]:
-    results = {}
-    if inputs == "reference":
-        results = qlab.compare(model, recipes, data, out, inputs="reference", overwrite=True)
-    for method in recipes:
-        if method not in results:
-            gc.collect()
-            results[method] = qlab.quantize(
-                model, recipes[method], data, out / method, overwrite=True
-            )
-        cost = results[method]
-        say(
-            f"{method}: quantized in {cost.seconds:.1f} s, peak {cost.peak_rss_bytes / 2**20:.0f} "
-            "MiB"
-        )
-    return results
-
-
 def _evaluate(
     model: Checkpoint, results: Mapping[str, Result], held_out: Tokens, spec: str
 ) -> tuple[dict, list[dict], Reading]:
@@ -242,46 +236,22 @@ def _evaluate(
     return unquantized, rows, reference
 
 
-def _folder_of_seed(method: str, seed: int) -> str:
-    return f"{method}-seed{seed}"
-
-
-def _seeds(
+def _measure(
     model: Checkpoint,
     recipes: Mapping[str, Transform],
-    drawn: Iterable[Tokens],
-    out: Path,
+    data: Tokens | None,
     inputs: str,
     against: tuple[Reading, Tokens],
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each method with its figures, calibrated on the windows that further seeds chose. against:
-    the reference, and the windows that it was read on."""
-    for data in drawn:
-        assert data.seed is not None  # it chose the windows
-        folders = {_folder_of_seed(name, data.seed): name for name in recipes}
-        by_folder = {folder: recipes[name] for folder, name in folders.items()}
-        results = _quantize(model, by_folder, data, out, inputs)
-        for folder, name in folders.items():
-            evaluation = qlab.evaluate(qlab.open(results[folder].path), *against)
-            yield name, _of_seed(data.seed, evaluation.json())
-
-
-def _add_seeds(
-    rows: Sequence[dict[str, Any]], first: int, others: Iterable[tuple[str, dict[str, Any]]]
-) -> None:
-    """Put the figures of every seed into the rows of their methods, those of the first seed, which
-    are the row's own, before the others."""
-    by_method = {row["method"]: row for row in rows}
-    for row in rows:
-        row["seeds"] = [_of_seed(first, row)]
-    for method, figures in others:
-        by_method[method]["seeds"].append(figures)
-
-
-def _of_seed(seed: int, row: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of a method calibrated with one seed."""
-    ratio = row["perplexity"] / row["reference_perplexity"]
-    return {"seed": seed, "perplexity": row["perplexity"], "ratio": ratio, "kl": row["kl"]}
+    spec: str,
+) -> list[dict]:
+    """The rows of methods that are not written."""
+    rows = []
+    for method, recipe in recipes.items():
+        started = time.perf_counter()
+        evaluation, cost = measured(model, recipe, data, inputs, against)
+        rows.append(_row(method, spec, evaluation, started, **cost))
+        say(f"{method}: perplexity {evaluation.perplexity:.3f} ({change(rows[-1]['ratio'])} %)")
+    return rows
 
 
 def _row(

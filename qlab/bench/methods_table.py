@@ -59,7 +59,7 @@ def _cells(row: Mapping[str, Any], quantized: bool) -> list[str]:
         compared["kl"],
         compared["top1"],
         f"{row['bits_per_weight']:.2f}",
-        f"{row['bytes'] / 1e6:.1f}",
+        "-" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f}",
         compared["seconds"],
         f"{row['peak_rss_bytes'] / 2**20:.0f}",
     ]

@@ -93,6 +93,11 @@ def _figure(title: str) -> tuple[Any, Any, Any]:
     return figure, left, right
 
 
+def _label(method: str) -> str:
+    """A method's name as it is drawn, without the way to its file."""
+    return _literal(method.rpartition("/")[2])
+
+
 def _title(record: Mapping[str, Any]) -> str:
     reference, rows = record["reference"], record["rows"]
     return (
@@ -126,7 +131,7 @@ def _bars(
     below = [max(value - low, 0.0) for value, (low, _) in zip(values, intervals)]
     above = [max(high - value, 0.0) for value, (_, high) in zip(values, intervals)]
     drawn = axes.barh(
-        [_literal(row["method"]) for row in rows],
+        [_label(row["method"]) for row in rows],
         values,
         xerr=[below, above],
         capsize=4,
@@ -151,7 +156,7 @@ def _layers(record: Mapping[str, Any]) -> Any:
     figure, left, right = _figure(_title(record))
     for i, row in enumerate(record["rows"]):
         # one style on both sides
-        style: dict[str, Any] = {"label": _literal(row["method"]), "color": f"C{i}"}
+        style: dict[str, Any] = {"label": _label(row["method"]), "color": f"C{i}"}
         blocks, losses = len(row["layer_error"]), row["losses"]
         left.plot(range(blocks), row["layer_error"], marker=".", **style)
         if losses:

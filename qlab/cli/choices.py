@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from qlab.cli.options import (
     AllExperts,
@@ -20,11 +22,13 @@ from qlab.cli.options import (
     Length,
     Memory,
     Outside,
+    RecipeName,
     Samples,
     Seed,
     SpecName,
     TargetName,
 )
+from qlab.cli.recipes import is_file, recipe_of_file
 from qlab.errors import QlabError
 from qlab.process.progress import say
 
@@ -35,11 +39,18 @@ if TYPE_CHECKING:
     from qlab.driver.job import Job
     from qlab.files.checkpoint import Checkpoint
 
+    Maker = Callable[[Spec], Transform]  # of the recipe of a spec
+
+
+TYPED = "COMMANDLINE"  # the source of a parameter that was typed, as typer calls it
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """The options that both commands have, in the order in which help lists them."""
+    """The options that both commands have, in the order in which help lists them. typed: the names
+    of those that the command line has, and which are no defaults."""
 
+    recipe: RecipeName = None
     spec: SpecName = "int4-g64"
     asymmetric: Asymmetric = False
     calib: Calib = None
@@ -55,6 +66,7 @@ class Choices:
     outside: Outside = None
     codec: CodecName = ""
     target: TargetName = ""
+    typed: frozenset[str] = field(default=frozenset(), metadata={"option": False})
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before anything is read."""
@@ -70,10 +82,11 @@ def with_choices(command: Callable[..., None]) -> Callable[..., None]:
     typer makes the options of a command out of its signature, so the signature is what changes.
     """
     options = [
-        Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-        for field in fields(Choices)
+        Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
+        for each in fields(Choices)
+        if each.metadata.get("option", True)
     ]
-    parameters: list[Parameter] = []
+    parameters = [Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     for parameter in signature(command).parameters.values():
         if parameter.name == "choices":
             parameters += options
@@ -81,23 +94,30 @@ def with_choices(command: Callable[..., None]) -> Callable[..., None]:
             parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
 
     @wraps(command)
-    def with_options(**typed: Any) -> None:
-        choices = Choices(**{option.name: typed.pop(option.name) for option in options})
-        command(**typed, choices=choices)
+    def with_options(context: typer.Context, **values: Any) -> None:
+        chosen = {option.name: values.pop(option.name) for option in options}
+        command(**values, choices=Choices(**chosen, typed=typed_in(context)))
 
     with_options.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     return with_options
 
 
-def job_of(model: str, method: str, choices: Choices) -> "Job":
-    """The job that a command's words stand for."""
+def typed_in(context: typer.Context) -> frozenset[str]:
+    """The parameters that the command line has."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return frozenset(name for name, source in sources.items() if source and source.name == TYPED)
+
+
+def job_of(model: str, method: str, choices: Choices, usual: str = "gptq") -> "Job":
+    """The job that a command's words stand for. usual: the method where none is named."""
     import qlab
     from qlab.driver.job import Job
     from qlab.driver.observe import inputs_named
 
+    maker = maker_of(method, choices, usual)
     opened = qlab.open(model)
-    codec = codec_of(choices)
-    recipe = recipe_for(opened, method, choices, codec)
+    codec = codec_of(choices, maker)
+    recipe = recipe_for(opened, maker, choices, codec)
     return Job(
         model=opened,
         recipe=recipe,
@@ -127,7 +147,24 @@ def spec_of(choices: Choices) -> "Spec":
     return parse_spec(choices.spec, symmetric=not choices.asymmetric)
 
 
-def codec_of(choices: Choices) -> str:
+def maker_of(method: str, choices: Choices, usual: str) -> "Maker":
+    """What makes the recipe of a spec: the method, or the recipe of a file."""
+    if not choices.recipe:
+        return method_named(method or usual)
+    if "method" in choices.typed:
+        raise QlabError(
+            f"--method {method} and --recipe {choices.recipe} are both recipes; give one of them"
+        )
+    recipe = recipe_of_file(choices.recipe)
+    if not recipe.takes_spec and "spec" in choices.typed:
+        raise QlabError(
+            f"--spec {choices.spec} would not be used, since {recipe.path}:{recipe.name} is a "
+            "transform with specs of its own; leave it out, or name a function of a spec"
+        )
+    return recipe.transform
+
+
+def codec_of(choices: Choices, maker: "Maker") -> str:
     """The codec that is named, else the safest for the engine that is named, else the usual one."""
     from qlab.codecs.engines import safest_codec
     from qlab.driver.job import CODEC
@@ -135,16 +172,19 @@ def codec_of(choices: Choices) -> str:
     spec = spec_of(choices)
     if choices.codec:
         return choices.codec
-    return safest_codec(choices.target, spec) if choices.target else CODEC
+    if not choices.target:
+        return CODEC
+    rounded = [stage.spec for stage in maker(spec) if stage.spec]
+    return safest_codec(choices.target, rounded[0] if rounded else spec)
 
 
-def recipe_for(model: "Checkpoint", method: str, choices: Choices, codec: str) -> "Transform":
-    """The method for the sites in blocks, without those that are kept, and a rounding to nearest
+def recipe_for(model: "Checkpoint", maker: "Maker", choices: Choices, codec: str) -> "Transform":
+    """The recipe for the sites in blocks, without those that are kept, and a rounding to nearest
     for what is named outside the blocks; scales in a dtype that the codec stores."""
     from qlab.algebra.transform import chain, keep, rules
     from qlab.codecs import storable
 
-    recipe = method_named(method)(storable(spec_of(choices), codec, model.dtype))
+    recipe = maker(storable(spec_of(choices), codec, model.dtype))
     if choices.keep:
         recipe = rules({**{pattern: keep() for pattern in choices.keep}, "*": recipe})
     for rule in choices.outside or ():
@@ -167,20 +207,19 @@ def _outside(rule: str, codec: str, model: "Checkpoint") -> "Transform":
     return at(pattern, outside(rtn(storable(parse_spec(spec), codec, model.dtype))))
 
 
-def method_named(name: str) -> "Callable[[Spec], Transform]":
+def method_named(name: str) -> "Maker":
     """The method of that name: spec -> transform."""
-    from qlab.methods import METHODS
+    from qlab.methods import names
 
-    if name not in METHODS:
-        raise QlabError(f"method {name!r} is unknown; known are {', '.join(METHODS)}")
-    return METHODS[name]
+    return names.method_named(name)
 
 
 def recipe_of(method: str, spec: str, asymmetric: bool) -> "Transform":
-    """The transform that a method's name and a spec's name stand for."""
+    """The transform that a method's name, or FILE.py:NAME, and a spec's name stand for."""
     from qlab.algebra.spec import parse_spec
 
-    return method_named(method)(parse_spec(spec, symmetric=not asymmetric))
+    maker = recipe_of_file(method).transform if is_file(method) else method_named(method)
+    return maker(parse_spec(spec, symmetric=not asymmetric))
 
 
 def _data(model: "Checkpoint", recipe: "Transform", choices: Choices) -> "Data | None":

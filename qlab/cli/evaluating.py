@@ -6,7 +6,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from qlab.cli.options import Device, Json, Length, Model
+from qlab.cli.applying import refuse_without_recipe, seeds_of
+from qlab.cli.choices import Choices, typed_in
+from qlab.cli.options import (
+    Asymmetric,
+    Calib,
+    Device,
+    InputsName,
+    Json,
+    Length,
+    MethodName,
+    Model,
+    RecipeName,
+    Samples,
+    Seed,
+    Seeds,
+    SpecName,
+)
 from qlab.cli.output import console, report
 from qlab.errors import QlabError
 from qlab.process.progress import say
@@ -18,6 +34,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
+    context: typer.Context,
     model: Model,
     against: Annotated[
         str | None,
@@ -30,12 +47,40 @@ def evaluate(
     length: Length = 512,
     windows: Annotated[int | None, typer.Option(min=2, help="default: all full windows")] = None,
     device: Device = "cpu",
+    method: MethodName = "",
+    recipe: RecipeName = None,
+    spec: SpecName = "int4-g64",
+    asymmetric: Asymmetric = False,
+    calib: Calib = None,
+    samples: Samples = 32,
+    seed: Seed = 0,
+    seeds: Seeds = 1,
+    inputs: InputsName = "quantized",
     json_file: Json = None,
 ) -> None:
     """Perplexity over full windows of --length tokens; with a reference also KL divergence and
-    top-1 agreement."""
+    top-1 agreement. With --method or --recipe it is what that makes of the model, which is the
+    reference then; nothing is written."""
     import qlab
 
+    choices = Choices(
+        recipe=recipe,
+        spec=spec,
+        asymmetric=asymmetric,
+        calib=calib,
+        samples=samples,
+        length=length,
+        seed=seed,
+        inputs=inputs,
+        device=device,
+        typed=typed_in(context),
+    )
+    if method or recipe:
+        _evaluate_recipe(
+            model, method, choices, seeds, against or model, (text, windows), json_file
+        )
+        return
+    refuse_without_recipe(choices)
     opened = qlab.open(model)
     reference = None if against is None else qlab.open(against)
     data = _held_out(reference or opened, text, length, windows)
@@ -56,6 +101,31 @@ def evaluate(
     report(
         {"model": model, "against": against, "data": data.describe(), **result.json()}, json_file
     )
+
+
+def _evaluate_recipe(
+    model: str,
+    method: str,
+    choices: Choices,
+    seeds: int,
+    against: str,
+    held_out: tuple[list[Path] | None, int | None],
+    json_file: Path | None,
+) -> None:
+    """Print what a recipe loses. held_out: the files to evaluate on, and how many windows."""
+    import qlab
+
+    text, windows = held_out
+    data = _held_out(qlab.open(against), text, choices.length, windows)
+    result = seeds_of(model, method, choices, seeds, against, data)
+    first, name = result.evaluations[choices.seed], method or str(choices.recipe)
+    console().print(_table_of_evaluation(first, f"{model} by {name}", against))
+    for line in _details_of_evaluation(first):
+        console().print(line, soft_wrap=True, highlight=False)
+    if seeds > 1:
+        console().print(str(result), soft_wrap=True, highlight=False)
+    said = {"model": model, "method": name, "spec": choices.spec, "against": against}
+    report({**said, "data": data.describe(), **first.json(), "seeds": result.json()}, json_file)
 
 
 def _held_out(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qlab.cli.choices import Choices, codec_of, recipe_for, refuse_unused
+from qlab.cli.choices import Choices, codec_of, maker_of, recipe_for, refuse_unused
 from qlab.cli.options import resolved
 from qlab.cli.output import console, report
 from qlab.errors import QlabError
@@ -39,11 +39,12 @@ def quantize_without_model(
     from qlab.files.checkpoint import open_checkpoint
 
     _refuse_of_runs(choices)
+    maker = maker_of(method, choices, usual="rtn")
     opened = open_checkpoint(resolved(model))
-    codec = codec_of(choices)
+    codec = codec_of(choices, maker)
     result = quantize_files(
         opened,
-        recipe_for(opened, method, choices, codec),
+        recipe_for(opened, maker, choices, codec),
         out,
         include=include or ("*",),
         exclude=(*KEPT, *(exclude or ())),

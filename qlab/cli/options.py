@@ -20,6 +20,20 @@ METHODS = (
     "qat",
     "gptq-refined",
     "qronos-refined",
+    "imatrix",
+    "autoawq",
+    "llmcompressor-awq",
+    "smoothquant",
+    "quarot",
+    "quip",
+    "magnitude-2:4",
+    "wanda-2:4",
+    "sparsegpt-2:4",
+    "auto_round_refine",
+    "lqer",
+    "l2qer",
+    "eora",
+    "kv",
 )
 CODECS = ("compressed-tensors", "gptq", "gptq_desc_act", "gptq_v2", "gptq_v2_desc_act", "awq")
 TARGETS = ("vllm", "lmdeploy", "transformers", "sglang")
@@ -31,7 +45,15 @@ def lower(name: str | None) -> str | None:
 
 
 Model = Annotated[str, typer.Argument(help="a model directory, or 'demo'")]
-MethodName = Annotated[str, typer.Option("--method", callback=lower, help=", ".join(METHODS))]
+METHOD_HELP = f"{', '.join(METHODS)}; or steps and a rounding in a row, such as sparsegpt-4:8+gptq"
+MethodName = Annotated[str, typer.Option("--method", callback=lower, help=METHOD_HELP)]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        help="instead of --method: FILE.py:NAME, a transform or a function of a spec in a file",
+    ),
+]
 SpecName = Annotated[
     str,
     typer.Option(
@@ -62,6 +84,7 @@ Samples = Annotated[
 ]
 Length = Annotated[int, typer.Option("--length", min=2, help="tokens per window")]
 Seed = Annotated[int, typer.Option("--seed", help="chooses the calibration windows")]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="calibration seeds, from --seed on")]
 Device = Annotated[
     str, typer.Option("--device", callback=lower, help="where one block at a time is worked on")
 ]

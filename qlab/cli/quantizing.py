@@ -65,7 +65,7 @@ def quantize(
         quantize_without_model(
             model,
             out,
-            method=method or "rtn",
+            method=method,
             choices=choices,
             include=include,
             exclude=exclude,
@@ -79,7 +79,7 @@ def quantize(
             "--include and --exclude go with --model-free; leave sites as they are by --keep, or "
             "choose them in Python by qlab.rules and qlab.at"
         )
-    job = job_of(model, method or "gptq", choices)
+    job = job_of(model, method, choices)
     result = qlab.quantize(**vars(job), out=out, overwrite=overwrite, resume=resume)
     console().print(result.plan)
     _show(result, job.codec)

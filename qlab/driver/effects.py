@@ -12,7 +12,7 @@ from qlab.algebra.online import QuantizeInput
 from qlab.algebra.scope import matches
 from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Stage, Transform, select
-from qlab.algebra.views import Uncovered
+from qlab.algebra.views import EachWeight, Uncovered
 from qlab.algebra.wires import full_name, open_wires
 from qlab.codecs import CODECS, Codec
 from qlab.driver.observe import DRIFT, Inputs
@@ -102,6 +102,22 @@ def refuse_unheld(
             failed.setdefault(reason, []).append(name)
     for reason, names in failed.items():
         raise QlabError(f"{some(names)}: {reason}")
+
+
+def refuse_unheld_leaves(recipe: Transform, named: Mapping[str, Site], codec: str) -> None:
+    """Refuse leaves that are neither numbers nor codes, by the names of their weights."""
+    for stage in recipe:
+        if isinstance(stage.view, EachWeight) and stage.view.leaves:
+            touched = [
+                name
+                for name, site in named.items()
+                if stage.touches(name, site) and not site.router
+            ]
+            raise QlabError(
+                f"the stage {stage.name!r} makes of {some(touched)} {stage.view.leaves}, for which "
+                f"{codec} has no place; evaluate or lower what qlab.apply makes of it, or leave "
+                "the stage out"
+            )
 
 
 def refuse_unheld_values(recipe: Transform, codes: Mapping[str, Code], codec: str) -> None:

@@ -20,6 +20,7 @@ from qlab.driver.effects import (
     input_specs,
     online_of,
     refuse_unheld,
+    refuse_unheld_leaves,
     refuse_unheld_values,
     refuse_without_effect,
 )
@@ -327,6 +328,7 @@ def _checked_specs(job: Job, skeleton: Skeleton, sites: Sites) -> dict[str, Spec
     refuse_without_effect(job.recipe, sites.sites, job.inputs)
     if job.codec is not None:
         refuse_unheld(online_of(job.recipe, sites.sites), specs, sites.sites, job.codec)
+        refuse_unheld_leaves(job.recipe, sites.sites, job.codec)
         refuse_unheld_values(job.recipe, sites.codes, job.codec)
     return specs
 

@@ -126,7 +126,7 @@ def _spread_rows(W_ok: Tensor) -> Tensor:
     return W_ok[:: max(1, len(W_ok) // ROWS)]
 
 
-def _inputs(turn: Turn) -> list[Input]:
+def inputs_of(turn: Turn) -> list[Input]:
     """The inputs of the readers of one wire: one per source, and one per expert."""
     inputs = [
         _input(source.weights, source.stats["second_moment"], source.stats["absmean"])
@@ -147,7 +147,7 @@ def _scale(turn: Turn, spec: Spec, grid: Grid) -> Element | None:
     if turn.fold is None:
         return None
     graph, settled = turn.graph, with_scale_dtype(spec, turn.graph.dtype)
-    inputs = _inputs(turn)
+    inputs = inputs_of(turn)
     groups = [[one] for one in inputs] if turn.apart else [inputs]
     choices = [search(graph, turn.fold, group, settled, grid) for group in groups]
     m = torch.stack([c.m_k for c in choices])[:, None] if turn.apart else choices[0].m_k

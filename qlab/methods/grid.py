@@ -12,13 +12,15 @@ their second moment in a weighted grid, and is 1 otherwise.
         best; weighted. The default of gptq and awq.
     neuqi: scale and integer zero point searched together, the best zero point of a scale exactly;
         weighted (qlab.methods.neuqi).
+    imatrix: the range and the same shrunken in steps of 5 % to a tenth, by cubes of errors that
+        are weighted; weighted (qlab.methods.imatrix).
     four_six: of NVFP4, each block's largest number becomes 6 or 4 (qlab.methods.scale_sweep).
     scale_sweep: of NVFP4 and MXFP4, every scale of a block that may be best; weighted.
 
 Example:
     >>> import qlab
     >>> list(qlab.GRIDS)
-    ['minmax', 'mse', 'weighted_mse', 'signed', 'weighted', 'neuqi', 'four_six', 'scale_sweep']
+    ['minmax', 'mse', 'weighted_mse', 'signed', 'weighted', 'neuqi', 'imatrix', ...]
     >>> qlab.rtn("int4-g64", "mse")[0].detail
     'grid mse'
 """
@@ -37,12 +39,13 @@ from qlab.algebra.grid import (
     weighted,
     weighted_mse,
 )
+from qlab.methods.imatrix import imatrix
 from qlab.methods.neuqi import neuqi
 from qlab.methods.scale_sweep import four_six, scale_sweep
 
 GRIDS = {
     grid.name: grid
-    for grid in (minmax, mse, weighted_mse, signed, weighted, neuqi, four_six, scale_sweep)
+    for grid in (minmax, mse, weighted_mse, signed, weighted, neuqi, imatrix, four_six, scale_sweep)
 }
 
 __all__ = [
@@ -53,6 +56,7 @@ __all__ = [
     "encode_rows",
     "fit",
     "four_six",
+    "imatrix",
     "least_rows",
     "minmax",
     "mse",

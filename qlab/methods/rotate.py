@@ -15,6 +15,7 @@ from qlab.algebra.gauge import Element, Turn, gauge
 from qlab.algebra.groups import General
 from qlab.algebra.random import generator
 from qlab.algebra.transform import Transform, chain
+from qlab.algebra.wires import full_name
 from qlab.methods.hadamard import largest_order, random_hadamard, random_orthogonal
 
 # size and random numbers -> an orthogonal matrix
@@ -141,5 +142,6 @@ def incoherence(seed: int = 0, draw: Draw = random_orthogonal) -> Transform:
 
 def _drawn(turn: Turn, size: int, seed: int, draw: Draw) -> Element:
     """An orthogonal matrix [size, size] of the wire's own, with its inverse."""
-    R = draw(size, generator(seed, turn.name)).to(turn.graph.weight_ok(turn.sites[0]).device)
+    wire = min(full_name(turn.graph.path, f"{site.path}:in") for site in turn.sites)
+    R = draw(size, generator(seed, wire)).to(turn.graph.weight_ok(turn.sites[0]).device)
     return Element(M=R, M_inv=R.T, notes={"rotated": size})

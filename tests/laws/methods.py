@@ -8,7 +8,7 @@ from qlab.algebra.grid import mse, signed, weighted_mse
 from qlab.algebra.transform import chain
 from qlab.methods.awq import awq_scale
 from qlab.methods.gptq import gptq, paper_order
-from qlab.methods.rotate import quarot, rotate_heads
+from qlab.methods.rotate import rotate_heads
 from qlab.methods.rtn import rtn
 from qlab.methods.smoothquant import smoothquant
 
@@ -21,20 +21,30 @@ LAW_METHODS = {  # name -> (spec -> transform)
     "gptq_paper_order": lambda spec: gptq(spec, order=paper_order),
     "awq_scale": awq_scale,
     "rotate_heads": lambda spec: chain(rotate_heads(), rtn(spec)),
-    "quarot_gptq": lambda spec: chain(quarot(), gptq(spec)),
     "smoothquant_scale": lambda spec: smoothquant(),
-    "smoothquant": lambda spec: chain(smoothquant(), rtn(spec)),
     "smoothquant_gptq": lambda spec: chain(smoothquant(0.3), gptq(spec)),
 }
 # Masks, leaves and inserts too: the laws of every step.
 LAW_STEPS = {**LAW_METHODS, **OWN_STEPS}
 # They change producers beside the weights that they round.
-MOVING = ("awq", "smoothquant", "rotate", "quarot", "qat")
-SCALES = ("awq_scale", "smoothquant_scale")  # round nothing
+MOVING = ("awq", "autoawq", "llmcompressor", "smoothquant", "rotate", "quarot", "quip", "qat")
+UNROUNDED = ("awq_scale", "smoothquant_scale", "kv")  # round no weights
+ONLINE = ("quarot", "quip")  # leave operations on inputs
+BESIDE = ("lqer", "l2qer", "eora")  # leave a low rank beside the codes
+PRUNED = ("magnitude-2:4", "wanda-2:4", "sparsegpt-2:4")
 LAW_SPECS = ("int4-g16", "int3-g32-asym", "int8-channel", "int2-channel-asym", "int5-tensor")
 # A rounding, a solver, a solver with another target, a reparametrization.
 KINDS = ("rtn", "gptq", "gptaq", "awq")
 EVERY_METHOD = ("llama", "gpt2", "qwen3_moe")  # families: linears, transposed ones, experts
+
+
+# Rows of steps, each of which is under the laws itself.
+IN_ROWS = ("imatrix", "smoothquant", "quarot", "quip", *PRUNED, "auto_round_refine", *BESIDE, "kv")
+
+
+def on_specs(methods):
+    """Every method on every spec, rows of steps on one: (method, spec)."""
+    return [(m, text) for m in methods for text in LAW_SPECS[: 1 if m in IN_ROWS else None]]
 
 
 def pairs(methods, families):
