@@ -19,8 +19,8 @@ from qlab.demo.build import demo_text
 from qlab.evaluation.perplexity import read
 
 SIZES = {"samples": 32, "windows": 16, "length": 512, "every": 1}
-DEFAULTS = {"model": "demo", "spec": "int3-g64", **SIZES}
-ROUNDINGS = ("rtn", "rtn-weighted", "gptq", "gptq-refined")
+ROUNDINGS = "rtn,rtn-weighted,gptq,gptq-refined"
+DEFAULTS = {"model": "demo", "spec": "int3-g64", "roundings": ROUNDINGS, **SIZES}
 BEFORE = ("smoothquant", "awq_scale", "rotate_heads", "quarot", "aim_at_reference", "aim_held_out")
 BEHIND = ("lqer-16", "eora-16")
 
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
         seen = data if any(stage.needs for stage in recipe) else None
         return qlab.evaluate(qlab.apply(model, recipe, seen), reference, held_out)
 
-    for rounding in ROUNDINGS:
+    for rounding in given["roundings"].split(","):
         started = time.process_time()
         alone = evaluation(rounding)
         names = [*(f"{step}+{rounding}" for step in BEFORE), *(f"{rounding}+{s}" for s in BEHIND)]
