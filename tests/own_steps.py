@@ -35,7 +35,7 @@ def _centres(W_ok, entries):
 
 
 def codebook(spec):
-    """k-means: 2^bits values per row. No format holds it."""
+    """k-means: 2^bits values per row. Such numbers are written dense."""
     entries = 2 ** min(getattr(spec, "bits", 4), 4)
     return qlab.each_cell(
         "codebook", lambda weight: weight.cell.put(_centres(weight.cell.target, entries))
@@ -192,4 +192,4 @@ OWN_STEPS = {
     )
 }
 # What no format holds, by what a refusal says of it.
-UNWRITTEN = {"codebook": "rounds no weight", "outliers": "a Sum", "kv4": "has no place"}
+UNWRITTEN = {"outliers": "a Sum", "kv4": "has no place"}

@@ -92,6 +92,13 @@ class MatMul:
         return rotate(x, self.M_nn.to(x.device))
 
 
+def matrix_of(op: object) -> Tensor | None:
+    """The matrix with which an operation multiplies channels, if that is what it does."""
+    if isinstance(op, MatMul):
+        return op.M_nn
+    return op.M_kk if isinstance(op, Rotate) else None
+
+
 def rotate(x: Tensor, M_nn: Tensor) -> Tensor:
     """x @ M for every n neighbouring channels (MatMul)."""
     blocks = x.to(M_nn.dtype).unflatten(-1, (-1, M_nn.shape[-1]))

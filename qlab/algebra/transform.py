@@ -72,6 +72,38 @@ class Stage:
 Transform = tuple[Stage, ...]
 
 
+def unchanged(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
+    """The step that changes nothing."""
+    return graph, stats
+
+
+def makes_weights(recipe: Transform) -> bool:
+    """Whether some stage makes other weights than the model's: codes, or dense ones of another
+    function, as a mask and learning do."""
+    return any(
+        stage.spec is not None
+        or not (
+            stage.view.keeps_function
+            or stage.view.operations
+            or stage.view.wires is not None
+            or stage.apply is unchanged
+        )
+        for stage in recipe
+    )
+
+
+def puts_on_values(recipe: Transform) -> bool:
+    """Whether some stage puts operations on values that are no inputs of weights, and says which:
+    what attention reads is rounded."""
+    return any(
+        stage.view.wires is not None
+        and not stage.view.wires.endswith(":in")
+        and stage.view.operations
+        and not stage.view.keeps_function
+        for stage in recipe
+    )
+
+
 def chain(*transforms: Transform) -> Transform:
     """One transform after the other. chain() is the identity, and chain is associative.
 
@@ -159,7 +191,7 @@ def keep() -> Transform:
         >>> [stage.name for stage in qlab.keep()]
         ['keep']
     """
-    return (Stage("keep", frozenset(), lambda graph, stats: (graph, stats), EachWeight()),)
+    return (Stage("keep", frozenset(), unchanged, EachWeight()),)
 
 
 def rules(table: Mapping[str, Transform]) -> Transform:
@@ -191,7 +223,7 @@ def rules(table: Mapping[str, Transform]) -> Transform:
     last = Stage(
         "rules",
         frozenset(),
-        lambda graph, stats: (graph, stats),
+        unchanged,
         Uncovered(),
         scope=Scope(exclude=earlier),
     )

@@ -13,6 +13,7 @@ from qlab.algebra.graph import Op
 from qlab.algebra.qtensor import Leaf
 from qlab.algebra.spec import InputSpec, Spec
 from qlab.codecs import auto_round, awq, awq_gemv, compressed_tensors, fp8, gptq, hqq, torchao
+from qlab.codecs.around import Around
 from qlab.codecs.cache_scales import unsaid
 from qlab.codecs.extra import Extra
 from qlab.errors import QlabError
@@ -45,6 +46,9 @@ class Codec:
         `online`, `config` takes path -> InputSpec as `inputs`.
         inputs(config, names): reads the latter, as `specs` does for weights.
         decode_input(path, tensors, spec): the operation on the input of a module.
+    around: what else happens at modules at run time, in formats that hold any of it.
+    dense: config.json's quantization_config where no weight is quantized and something happens at
+        run time, in formats that hold dense weights. A model without either has none.
     Other modules than nn.Linear:
         transposed: whether readers look for codes in linears that hold W as [k, o], too.
         embeddings: whether they look for codes in embeddings; `config` takes the names of these as
@@ -65,6 +69,37 @@ class Codec:
     risk: Callable[[Spec], str | None] = lambda spec: None
     transposed: bool = False
     embeddings: bool = False
+    around: Around | None = None
+    dense: Mapping[str, Any] | None = None
+
+
+def quantization_of(
+    codec: Codec,
+    specs: Specs,
+    *inputs: Mapping[str, InputSpec | None],
+    around: Mapping[str, Any] | None = None,
+) -> dict[str, Any] | None:
+    """config.json's quantization_config of a model, None where it needs none.
+
+    specs: of every module. inputs: how inputs are rounded, where some are. around: what
+    `Codec.around` says beside.
+    """
+    if any(specs.values()) or codec.dense is None:
+        said = codec.config(specs, *inputs)
+    elif around:
+        said = dict(codec.dense)
+    else:
+        return None
+    return joined(said, around or {})
+
+
+def joined(said: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that says more: keys of their own, and further entries of objects."""
+    whole = dict(said)
+    for key, value in more.items():
+        both = isinstance(value, Mapping) and isinstance(whole.get(key), Mapping)
+        whole[key] = {**whole[key], **value} if both else value
+    return whole
 
 
 def _gptq(version: gptq.Version) -> Codec:
@@ -98,6 +133,8 @@ CODECS: Mapping[str, Codec] = {
         decode_input=compressed_tensors.decode_input,
         extras=compressed_tensors.extras,
         embeddings=True,
+        around=compressed_tensors.around,
+        dense=compressed_tensors.DENSE,
     ),
     # gptq, gptq_v2, and each of them with _desc_act
     **{str(version): _gptq(version) for version in GPTQ_VERSIONS},

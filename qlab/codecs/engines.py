@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from qlab.algebra.spec import Float, Int, Spec, Tile, parse_spec
+from qlab.codecs.around import Rows
 from qlab.errors import QlabError
 
 CHANNEL, TENSOR, BLOCK = Tile(1, None), Tile(None, None), Tile(128, 128)
@@ -48,13 +49,16 @@ class Target:
     rows: the weights, the safest first. uniform: whether all weights of a model must have one spec.
     joins: whether the engine makes one weight of those that share an input (q, k and v; gate and
     up), and one layer of a mixture's experts. whole_blocks: whether 2-D blocks must divide the
-    input channels.
+    input channels. turns: whether it multiplies values with matrices at run time. caches: how it
+    rounds keys and values, as (type, bits, what a static scale covers).
     """
 
     rows: tuple[Row | Floats, ...]
     uniform: bool = False
     joins: bool = False
     whole_blocks: bool = False
+    turns: bool = False
+    caches: tuple[tuple[str, int, str], ...] = ()
 
 
 def _floats(*names: str) -> Floats:
@@ -74,6 +78,8 @@ TARGETS: Mapping[str, Target] = {
         ),
         joins=True,
         whole_blocks=True,
+        turns=True,
+        caches=(("float", 8, "tensor"), ("float", 8, "attn_head")),
     ),
     "lmdeploy": Target(
         (
@@ -151,6 +157,25 @@ def uniformity(name: str, specs: Mapping[str, Spec]) -> str | None:
     distinct = sorted({str(spec) for spec in specs.values()})
     if target_named(name).uniform and len(distinct) > 1:
         return f"{name} reads one spec for all weights, not {', '.join(distinct)}"
+    return None
+
+
+def refusal_at_run_time(name: str, rows: Rows) -> str | None:
+    """Why the engine does not do what happens at run time at modules (`codecs.around`), or None."""
+    target = target_named(name)
+    steps = [step for places in rows.values() for steps in places.values() for step in steps]
+    if any("rotated" in step for step in steps) and not target.turns:
+        return f"{name} turns no values at run time; choose a target that does, or none"
+    for args in (step["rounded"] for step in steps if "rounded" in step):
+        kind = (args["type"], args["num_bits"], args["strategy"])
+        if args["dynamic"] or kind not in target.caches:
+            return (
+                f"{name} caches keys and values as "
+                f"{'fp8-tensor or fp8-head' if target.caches else 'they are'} alone; choose "
+                f"{'one of these' if target.caches else 'another target'}, or leave the cache out"
+            )
+    if any("rounded" in step for places in rows.values() for step in places.get("query", ())):
+        return f"{name} rounds no queries; use kv_cache, or leave attention_inputs out"
     return None
 
 

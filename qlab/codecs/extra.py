@@ -12,18 +12,24 @@ from qlab.algebra.graph import Op
 class Extra:
     """Something that readers of a directory do beside products with weights.
 
-    key: the key of quantization_config that says it. says: the same in words, a clause. online:
-    whether it happens at run time; if not, the weights hold its result. applied: whether qlab
-    computes it too. tensors: the names of its tensors in the files. missing: the tensors that the
-    files should hold and do not. fault(tensor): what is wrong with one of its tensors, or None.
+    key: the key of quantization_config that says it, and part: which of its entries, where one
+    alone does. says: the same in words, a clause. online: whether it happens at run time; if not,
+    the weights hold its result. applied: whether qlab computes it too. lowered: whether lowered
+    modules do, of what qlab computes. tensors: the names of its tensors in the files. missing: the
+    tensors that the files should hold and do not. fault(tensor): what is wrong with one of its
+    tensors, or None.
+
     ops(path, location, n, tensor): the operations on the "input" or "output" [..., n] of the linear
-    module `path`; tensor(name) reads a tensor of the files.
+    module `path`, or on the "query", "key" or "value" of the attention module `path` with n
+    channels per head; tensor(name) reads a tensor of the files.
     """
 
     key: str
     says: str
     online: bool = True
     applied: bool = False
+    lowered: bool = True
+    part: str | None = None
     tensors: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     fault: Callable[[Tensor], str | None] = lambda tensor: None

@@ -17,7 +17,7 @@ from qlab.algebra.grid import encode as round_to_grid
 from qlab.algebra.grid import minmax
 from qlab.algebra.qtensor import QTensor, dense
 from qlab.algebra.spec import Spec
-from qlab.codecs import CODECS, Codec
+from qlab.codecs import CODECS, Codec, joined
 from qlab.directories.converted import Converted
 from qlab.directories.express import express
 from qlab.driver.admissible import Admission
@@ -96,7 +96,7 @@ def convert(
     _refuse_transposed(modules, admission)
     _refuse_embeddings(modules, codec)
     targets = _targets(source, admission, requantize)
-    quantization = _quantization_config(modules, CODECS[codec], targets) | kept_settings
+    quantization = joined(_quantization_config(modules, CODECS[codec], targets), kept_settings)
     config = {**modules.untied_where_apart(targets), "quantization_config": quantization}
     record = recorded(source.path)
     job = _job(source, codec, requantize, record)
@@ -190,7 +190,13 @@ def _carried(source: Checkpoint, codec: str) -> dict[str, Any]:
             f"({lost[0].says}); choose the codec that the directory is in"
         )
     said = source.raw["quantization_config"]
-    return {extra.key: said[extra.key] for extra in source.extras if same and extra.key in said}
+    kept: dict[str, Any] = {}
+    for extra in source.extras if same else ():
+        if extra.part is not None:
+            kept.setdefault(extra.key, {})[extra.part] = said[extra.key][extra.part]
+        elif extra.key in said:
+            kept[extra.key] = said[extra.key]
+    return kept
 
 
 def _refuse_rounded_inputs(source: Checkpoint, codec: str) -> None:

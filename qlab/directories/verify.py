@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.qtensor import Leaf, QTensor, dense
+from qlab.codecs.around import SECTION as AROUND
+from qlab.codecs.around import hash_of_numbers, hashes
 from qlab.directories.covered import unlike_recipe
 from qlab.directories.settings import differences
 from qlab.directories.verdict import Verdict
@@ -62,7 +64,8 @@ def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path)
     """
     checkpoint = directory if isinstance(directory, Checkpoint) else open_checkpoint(directory)
     original = against if isinstance(against, Checkpoint) else open_checkpoint(against)
-    if not checkpoint.quantized:
+    record = recorded(checkpoint.path)
+    if not checkpoint.quantized and not (record.get("changed") or record.get(AROUND)):
         raise QlabError(
             f"{checkpoint.path} is not quantized, so there is nothing to verify; give a quantized "
             "directory"
@@ -70,17 +73,12 @@ def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path)
     model, reference = Modules(checkpoint), Modules(original)
     model.refuse_unheld()
     reference.refuse_unheld()
-    record = recorded(checkpoint.path)
     certificates = record.get("certificates", {})
     both = alike(model, reference)
     checkpoint, original = both.model.checkpoint, both.reference.checkpoint
     sites = _sites(both, certificates)
     changed = _changed(both, sites, record.get("changed", {}))
-    extras = {
-        name: extra.fault(checkpoint.tensor(name))
-        for extra in checkpoint.extras
-        for name in extra.tensors
-    }
+    extras = _extras(checkpoint, hashes(record.get(AROUND, {})))
     return Verdict(
         path=checkpoint.path,
         sites=sites,
@@ -91,9 +89,27 @@ def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path)
         extras=extras,
         config=differences(checkpoint, original, both.mistied),
         retold=_says_otherwise(checkpoint, record),
-        lost=bool(record) and not certificates and _certifies(record.get("job", {})),
+        lost=bool(checkpoint.quantized and record and not certificates)
+        and _certifies(record.get("job", {})),
         unlike=unlike_recipe(both.model, record),
     )
+
+
+def _extras(checkpoint: Checkpoint, written: Mapping[str, str]) -> dict[str, str | None]:
+    """Name of a tensor of what happens at run time -> what is wrong with it, or None. written: the
+    hashes of those that qlab wrote."""
+    faults: dict[str, str | None] = {}
+    for extra in checkpoint.extras:
+        for name in extra.tensors:
+            tensor = checkpoint.tensor(name)
+            faults[name] = extra.fault(tensor)
+            if (
+                faults[name] is None
+                and name in written
+                and hash_of_numbers(tensor) != written[name]
+            ):
+                faults[name] = "is not what the recipe wrote"
+    return faults
 
 
 def _leaves(model: Modules) -> set[str]:
@@ -102,7 +118,7 @@ def _leaves(model: Modules) -> set[str]:
 
 def _says_otherwise(checkpoint: Checkpoint, record: Mapping[str, Any]) -> bool:
     """Whether the quantization_config is not the one that was written with the certificates."""
-    if not record.get("certificates"):
+    if not any(record.get(section) for section in ("certificates", "changed", AROUND)):
         return False
     written = hash_of_json(checkpoint.raw.get("quantization_config"))
     return record.get("quantization_config") != written

@@ -12,6 +12,7 @@ import torch
 from qlab.algebra.graph import Site
 from qlab.algebra.spec import Int, Spec, with_scale_dtype
 from qlab.algebra.tile import legal_groups
+from qlab.algebra.transform import Transform, makes_weights, puts_on_values
 from qlab.codecs import CODECS, refusal_of_transposed
 from qlab.codecs.engines import division, refusal, uniformity
 from qlab.driver.sites import Sites
@@ -134,7 +135,8 @@ def check_specs(
             divided = division(admission.target, {name: specs[name] for name in names})
             refusals.add(divided, *names)
     refusals.raise_first()
-    CODECS[admission.codec].config(specs)  # refuses what no config can say of all of them
+    if rounded:
+        CODECS[admission.codec].config(specs)  # refuses what no config can say of all of them
     admission.refuse_several(rounded, "sites")
 
 
@@ -146,6 +148,23 @@ def check_tiles(specs: Mapping[str, Spec | None], model: Sites) -> None:
         misfit = tile_misfit(spec, model.shapes[name])
         refusals.add(misfit and misfit + _for_all_widths(spec, rounded, model), name)
     refusals.raise_first()
+
+
+def refuse_unrounded(recipe: Transform, codec: str) -> None:
+    """Refuse a recipe that rounds no weight, where it makes no other weights and rounds nothing
+    that attention reads, or the format holds no dense ones."""
+    if any(stage.spec for stage in recipe):
+        return
+    if not makes_weights(recipe) and not puts_on_values(recipe):
+        raise QlabError(
+            "the recipe rounds no weight, so there is nothing to write; add a method such as "
+            "rtn(spec)"
+        )
+    if CODECS[codec].dense is None:
+        raise QlabError(
+            f"the recipe rounds no weight, and {codec} holds rounded ones; write "
+            "compressed-tensors, which holds dense ones too, or add a method such as rtn(spec)"
+        )
 
 
 class Refusals:

@@ -47,7 +47,7 @@ class Quantized(Shown):
     @cached_property
     def plan(self) -> Plan:
         """What the recipe does and costs, whatever format it is written in."""
-        return plan_of(self.job)
+        return plan_of(self.job, self._skeleton)
 
     @property
     def bits_per_weight(self) -> float:
@@ -55,7 +55,12 @@ class Quantized(Shown):
         return self.plan.bits_per_weight
 
     def skeleton(self) -> Skeleton:
-        """The model around its blocks, in the dtype of the calibration."""
+        """The model around its blocks, in the dtype of the calibration; every call gives one and
+        the same."""
+        return self._skeleton
+
+    @cached_property
+    def _skeleton(self) -> Skeleton:
         return Skeleton(self.model, self.job.dtype or self.model.running_dtype, self.job.device)
 
     def segments(self) -> Iterator[tuple[str, ModuleGraph]]:

@@ -8,16 +8,20 @@ out in silence.
 from collections.abc import Mapping, Sequence
 
 from qlab.algebra.graph import Code, ModuleGraph, Op, Site
-from qlab.algebra.online import QuantizeInput
+from qlab.algebra.online import QuantizeInput, matrix_of
 from qlab.algebra.scope import matches
 from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Stage, Transform, select
 from qlab.algebra.views import EachWeight, Uncovered
 from qlab.algebra.wires import full_name, open_wires
 from qlab.codecs import CODECS, Codec
+from qlab.codecs.around import Around, Places
+from qlab.codecs.engines import refusal_at_run_time
+from qlab.driver.around import EXPERTS, place_of
 from qlab.driver.observe import DRIFT, Inputs
 from qlab.errors import QlabError
 from qlab.methods.inputs import DYNAMIC
+from qlab.model.online import attentions
 from qlab.process.shown import some
 
 Online = Mapping[str, tuple[Op, ...]]  # site -> what happens to its input at run time
@@ -91,13 +95,22 @@ def refuse_left(recipe: Transform, stage: Stage, graph: ModuleGraph, codec: Code
 
 
 def refuse_unheld(
-    online: Online, specs: Mapping[str, Spec | None], named: Mapping[str, Site], codec: str
+    online: Online,
+    specs: Mapping[str, Spec | None],
+    named: Mapping[str, Site],
+    codec: str,
+    target: str | None = None,
 ) -> None:
-    """Refuse operations on inputs for which the format has no place, by the names of their
-    sites."""
+    """Refuse operations on inputs for which the format has no place, and matrices that the engine
+    does not multiply with, by the names of their sites."""
+    around = CODECS[codec].around
     failed: dict[str, list[str]] = {}
     for name, ops in online.items():
         reason = _unheld(ops, specs[name], named[name], codec)
+        turns = [op for op in ops if matrix_of(op) is not None]
+        if reason is None and turns and around and target:
+            _, rows = around.encode({name: {"input": (*turns,)}})
+            reason = refusal_at_run_time(target, rows)
         if reason:
             failed.setdefault(reason, []).append(name)
     for reason, names in failed.items():
@@ -120,25 +133,64 @@ def refuse_unheld_leaves(recipe: Transform, named: Mapping[str, Site], codec: st
             )
 
 
-def refuse_unheld_values(recipe: Transform, codes: Mapping[str, Code], codec: str) -> None:
-    """Refuse inserts on values that are no inputs of weights, for which the format has no place, by
-    the names of their wires."""
+def refuse_unheld_values(
+    recipe: Transform, codes: Mapping[str, Code], codec: str, target: str | None = None
+) -> None:
+    """Refuse inserts on values that are no inputs of weights, for which the format has no place, or
+    the engine none, by the names of their wires."""
+    around = CODECS[codec].around
+    modules: dict[str, dict[str, tuple[Op, ...]]] = {}  # what stages say that they put there
     for stage in recipe:
         if stage.view.wires is None:
             continue
         unheld: list[str] = []
         for path, code in codes.items():
             chosen = select(stage, ModuleGraph(code, {}, path))
-            others = [w.name for w in open_wires(chosen) if w.kind != "in"]
-            unheld += [full_name(path, name) for name in others]
+            for wire in (wire for wire in open_wires(chosen) if wire.kind != "in"):
+                at = place_of(path, code, wire)
+                if around is None or at is None or not stage.view.operations:
+                    unheld.append(full_name(path, wire.name))
+                    continue
+                module, place = at
+                before = modules.setdefault(module, {}).get(place, ())
+                modules[module][place] = (*before, *stage.view.operations)
         if unheld:
             raise QlabError(
                 f"the stage {stage.name!r} puts operations on {some(unheld)}, for which {codec} "
                 "has no place; evaluate the recipe with qlab.apply, or leave the stage out"
             )
+    if around is not None and modules:
+        _refuse_unheld_around(modules, codes, around, target)
+
+
+def _refuse_unheld_around(
+    modules: Mapping[str, Places], codes: Mapping[str, Code], around: Around, target: str | None
+) -> None:
+    """Refuse what happens at attentions where the format has no place for it, or none for all of
+    them together, or the engine does not do it."""
+    failed: dict[str, list[str]] = {}
+    for module, places in modules.items():
+        reason = around.refusal(places)
+        if reason:
+            failed.setdefault(reason, []).append(module)
+    for reason, names in failed.items():
+        raise QlabError(
+            f"stages put operations on what is read in {some(names)}: {reason}; or evaluate the "
+            "recipe with qlab.apply"
+        )
+    _, rows = around.encode(modules)
+    around.config(rows, [name for path, code in codes.items() for name in attentions(path, code)])
+    reason = refusal_at_run_time(target, rows) if target else None
+    if reason:
+        raise QlabError(f"{some(list(modules))}: {reason}")
 
 
 def _unheld(ops: Sequence[Op], spec: Spec | None, site: Site, codec: str) -> str | None:
+    turns = [matrix_of(op) is not None for op in ops]
+    if CODECS[codec].around and site.route and any(turns):
+        return EXPERTS
+    if CODECS[codec].around and spec is None and all(turns):
+        return None
     if spec is None:
         return (
             "its input is rounded at run time and its weight is not, which no format holds; "

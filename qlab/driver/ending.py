@@ -2,10 +2,11 @@
 
 While a block is in memory, the first one of every program is run on a few random hidden states in
 float32, and some numbers of the result are noted: a probe. Before the directory is put in place,
-the same block is loaded from it and has to give these numbers.
+the same block is loaded from it and has to give these numbers, and so has what lies around the
+blocks, on a few tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,22 @@ from torch.utils import _pytree as pytree
 
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.interpret import outputs_of
+from qlab.algebra.qtensor import Leaf, dense
 from qlab.algebra.random import generator
 from qlab.algebra.spec import InputSpec, Spec
+from qlab.codecs import Codec
+from qlab.codecs.around import Rows
+from qlab.driver.around import refuse_misread
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.model.calls import Call, State
 from qlab.model.headers import refuse_missing
-from qlab.model.loading import load_block
+from qlab.model.loading import drop_outside, load_block, load_outside, put
+from qlab.model.running import head, record_blocks
 from qlab.model.skeleton import Skeleton
 
 SECTION = "probes"  # of the notes of a segment; the finished record does not have it
+IDS = (2, 8)  # windows and tokens of a run around the blocks
 ROWS, DIRECTIONS = 16, 8  # a probe holds so many tokens, each seen from so many random directions
 CLOSE = 1e-3  # relative; the same numbers in the same arithmetic, perhaps on other threads
 
@@ -35,16 +42,33 @@ def probe(graph: ModuleGraph, call: Call) -> list[list[float]]:
     leaves it, each multiplied with a few random directions."""
     state = _random(call.entering, graph)
     leaving = call.leaving(state, outputs_of(graph, *call.inputs(state), wide=True))
-    numbers: list[list[float]] = []
-    for tensor in leaving:
-        if not tensor.is_floating_point():
-            continue
-        rows = tensor.float().cpu().reshape(-1, tensor.shape[-1])
-        chosen = rows[:: max(1, len(rows) // ROWS)][:ROWS]
-        shape = chosen.shape[1], DIRECTIONS
-        directions = torch.randn(shape, generator=generator(0, "directions"), dtype=torch.float32)
-        numbers += (chosen.nan_to_num() @ directions).tolist()
-    return numbers
+    return [row for tensor in leaving if tensor.is_floating_point() for row in _seen(tensor)]
+
+
+def probe_outside(skeleton: Skeleton, leaves: Iterable[tuple[str, Leaf]]) -> list[list[float]]:
+    """What the model computes around its blocks: some rows of what enters the first block, and of
+    the logits where the last one returns that, as `probe` notes them.
+
+    leaves: those that are no longer the model's, by their names in it.
+    """
+    load_outside(skeleton, with_head=True)
+    for name, leaf in leaves:
+        put(skeleton.model, name, dense(leaf, skeleton.dtype).to(skeleton.device))
+    ids = torch.arange(IDS[0] * IDS[1]).reshape(IDS)
+    ids = ids % skeleton.model.config.get_text_config().vocab_size
+    hidden, _ = record_blocks(skeleton, ids)
+    logits = head(skeleton, ids, hidden)
+    drop_outside(skeleton)
+    return [*_seen(hidden), *_seen(logits)]
+
+
+def _seen(tensor: Tensor) -> list[list[float]]:
+    """Some rows of a tensor, each multiplied with a few random directions."""
+    rows = tensor.float().cpu().reshape(-1, tensor.shape[-1])
+    chosen = rows[:: max(1, len(rows) // ROWS)][:ROWS]
+    shape = chosen.shape[1], DIRECTIONS
+    directions = torch.randn(shape, generator=generator(0, "directions"), dtype=torch.float32)
+    return (chosen.nan_to_num() @ directions).tolist()
 
 
 def as_held(graph: ModuleGraph) -> ModuleGraph:
@@ -62,8 +86,11 @@ def refuse_unreadable(
     skeleton: Skeleton,
     specs: Mapping[str, Spec | None],
     inputs: Mapping[str, InputSpec | None],
+    around: Rows,
+    codec: Codec,
     probes: Mapping[str, list[list[float]]],
     calls: Mapping[str, Call],
+    outside: list[list[float]],
 ) -> None:
     """Refuse a complete directory that its readers would not take for what was computed.
 
@@ -72,12 +99,16 @@ def refuse_unreadable(
         skeleton: The model that was quantized.
         specs: Module of the files -> the spec of its weight.
         inputs: Module of the files -> how its inputs are rounded.
+        around: Module of the files -> what else happens there at run time.
+        codec: The format.
         probes: Path of a block -> its probe, made in memory.
         calls: Path of a block -> what it is called with.
+        outside: The probe of what lies around the blocks, made in memory.
     """
     try:
         written = open_checkpoint(folder)
         _refuse_other_grids(written, specs, inputs)
+        refuse_misread(written, around, codec)
         reader = Skeleton(written, skeleton.dtype, skeleton.device, model=skeleton.model)
         refuse_missing(reader.names)
         reader.programs = skeleton.programs  # of the same blocks
@@ -87,6 +118,12 @@ def refuse_unreadable(
                 raise QlabError(
                     f"{path} computes other numbers, by {change:.1e} of them, than it did in memory"
                 )
+        change = _change(probe_outside(reader, ()), outside)
+        if not change <= CLOSE:
+            raise QlabError(
+                f"the embedding, final norm and head give other numbers, by {change:.1e} of them, "
+                "than they did in memory"
+            )
     except QlabError as error:
         raise QlabError(
             f"what was written does not read back as the quantized model and is not put in place: "

@@ -12,9 +12,9 @@ from qlab.algebra.block import BLOCK_IO
 from qlab.algebra.spec import Float, Spec
 from qlab.algebra.stats import name_of, stat_of
 from qlab.algebra.transform import Transform
-from qlab.codecs import CODECS
+from qlab.codecs import CODECS, quantization_of
 from qlab.data.calibration import Data
-from qlab.driver.admissible import Admission, check_specs, check_tiles
+from qlab.driver.admissible import Admission, check_specs, check_tiles, refuse_unrounded
 from qlab.driver.duration import SPREAD, Work, said, work_of
 from qlab.driver.effects import (
     input_specs,
@@ -276,11 +276,8 @@ def _refuse_job(job: Job) -> None:
     if job.codec is not None and job.codec not in CODECS:
         raise QlabError(f"the codec {job.codec!r} is unknown; qlab writes {', '.join(CODECS)}")
     _refuse_quantized(job.model)
-    if job.codec is not None and all(stage.spec is None for stage in job.recipe):
-        raise QlabError(
-            "the recipe rounds no weight, so there is nothing to write; add a method such as "
-            "rtn(spec)"
-        )
+    if job.codec is not None:
+        refuse_unrounded(job.recipe, job.codec)
     needs = {need for stage in job.recipe for need in stage.needs} - {BLOCK_IO}
     for need in sorted(needs, key=name_of):
         stat_of(need, experts=False)  # refuses names that no statistic has
@@ -324,12 +321,13 @@ def _checked_specs(job: Job, skeleton: Skeleton, sites: Sites) -> dict[str, Spec
         admission = Admission(codec=job.codec, dtype=dtype, target=job.target)
         check_specs(specs, sites, skeleton, admission)
         # refuses now what no configuration could say when all is written
-        CODECS[job.codec].config(by_module(skeleton, specs))
+        quantization_of(CODECS[job.codec], by_module(skeleton, specs))
     refuse_without_effect(job.recipe, sites.sites, job.inputs)
     if job.codec is not None:
-        refuse_unheld(online_of(job.recipe, sites.sites), specs, sites.sites, job.codec)
+        online = online_of(job.recipe, sites.sites)
+        refuse_unheld(online, specs, sites.sites, job.codec, job.target)
         refuse_unheld_leaves(job.recipe, sites.sites, job.codec)
-        refuse_unheld_values(job.recipe, sites.codes, job.codec)
+        refuse_unheld_values(job.recipe, sites.codes, job.codec, job.target)
     return specs
 
 

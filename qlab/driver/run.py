@@ -9,11 +9,13 @@ from torch import Tensor
 
 from qlab.algebra.graph import Code, ModuleGraph
 from qlab.algebra.spec import InputSpec, Spec
-from qlab.codecs import Codec
+from qlab.codecs import Codec, quantization_of
+from qlab.codecs.around import SECTION as AROUND
 from qlab.data.overlap import sketch
-from qlab.driver.ending import SECTION, as_held, probe, refuse_unreadable
+from qlab.driver.around import encoded, held, told
+from qlab.driver.ending import SECTION, as_held, probe, probe_outside, refuse_unreadable
 from qlab.driver.job import Job
-from qlab.driver.outside import carried, outside_leaves, outside_sites
+from qlab.driver.outside import carried, outside_leaves, outside_sites, rounded_outside
 from qlab.driver.plan import Plan
 from qlab.driver.report import site_rows
 from qlab.driver.segments import Solved, Solver
@@ -29,6 +31,7 @@ from qlab.driver.writing import (
     refuse_unwritten,
     unused,
 )
+from qlab.files.explained import KEY
 from qlab.files.readback import Mark, mark, refuse_misread
 from qlab.files.record import input_spec_of, spec_of, written
 from qlab.files.writer import Writer
@@ -87,16 +90,20 @@ def write_outside(skeleton: Skeleton, run: Run) -> None:
 def write_solved(skeleton: Skeleton, run: Run, block: Solved, call: Call) -> None:
     """Write the shard and the notes of a block, and read the shard back."""
     before, after, number = block.before, block.after, block.index + 1
-    refuse_unwritten(skeleton, before, after)
+    around, left = held(after, run.codec)
+    refuse_unwritten(skeleton, before, left)
     leaves = as_stored(skeleton, after)
     changed_names = changed(skeleton, before, after)
     online = online_at(skeleton, after, run.codec)
-    run.writer.write_shard(number, encode(leaves, run.codec, online).items())
+    tensors, rows = encoded(skeleton, around, run.codec)
+    tensors = {**encode(leaves, run.codec, online), **tensors}
+    run.writer.write_shard(number, tensors.items())
     refuse_misread(run.writer.shard(number), leaves, run.codec, online)
     notes: dict[str, Mapping[str, Any]] = {
         "sites": site_rows(after),
         "certificates": certificates(skeleton, leaves, originals(skeleton, before)),
         "changed": hashes(leaves, changed_names),
+        **rows,
         **unused(skeleton, before),
         **shared(skeleton, after, changed_names),
         **run.probes(after, call),
@@ -126,13 +133,20 @@ def finish(skeleton: Skeleton, run: Run, calls: Mapping[str, Call]) -> None:
     separated = any(f"{name}.weight" in tied_names for name in outside)
     raw = untied(model.raw) if separated or skeleton.names.apart else model.raw
     grids = by_module(skeleton, specs)
-    config = {**raw, "quantization_config": run.codec.config(grids, *rounding)}
+    codes = {path: skeleton.programs.code(path, call) for path, call in calls.items()}
+    around = told(skeleton, notes.get(AROUND, {}), codes, run.codec)
+    quantization = quantization_of(run.codec, grids, *rounding, around=around)
+    config = {key: value for key, value in raw.items() if key != KEY}
+    config |= {} if quantization is None else {KEY: quantization}
     check = partial(
         refuse_unreadable,
         skeleton=skeleton,
         specs=grids,
         inputs=inputs,
+        around=notes.get(AROUND, {}),
+        codec=run.codec,
         probes=probes,
         calls=calls,
+        outside=probe_outside(skeleton, rounded_outside(skeleton, run.job.recipe)),
     )
     run.writer.finish(written(config, run.writer.hashed_job(), notes), model.path, check)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qlab.algebra.graph import ModuleGraph, Op
+from qlab.algebra.online import matrix_of
 from qlab.algebra.qtensor import Leaf, QTensor
 from qlab.algebra.wires import full_name
 from qlab.codecs import Codec
@@ -132,6 +133,8 @@ def online_at(skeleton: Skeleton, graph: ModuleGraph, codec: Codec) -> dict[str,
         leaf = graph.params[site.weight or ""]
         if isinstance(leaf, QTensor):
             reason = codec.refusal(leaf.spec, ops)
+        elif codec.around and all(matrix_of(op) is not None for op in ops):
+            continue  # matrices stand by themselves
         else:
             reason = "its weight is not quantized"
         if reason:

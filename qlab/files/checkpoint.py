@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.graph import Op
+from qlab.algebra.online import QuantizeInput
 from qlab.algebra.qtensor import Leaf
 from qlab.algebra.spec import InputSpec, Spec
 from qlab.codecs import Codec, reader
@@ -112,6 +113,8 @@ class Checkpoint(Shown):
         """The dtype most of its floating-point numbers are stored in."""
         sizes: dict[torch.dtype, int] = {}
         for name in self.stored:
+            if name in self.beside:
+                continue
             shape, dtype = self.shape_and_dtype(name)
             if dtype.is_floating_point and dtype.itemsize > 1:  # 8 bits are codes
                 sizes[dtype] = sizes.get(dtype, 0) + shape.numel()
@@ -222,9 +225,21 @@ class Checkpoint(Shown):
     def rotations(self, module: str, location: str, n: int) -> tuple[Op, ...]:
         """What the "input" [..., n] of a linear module is multiplied with before it is rounded, or
         its "output"."""
-        return tuple(
-            op for extra in self.extras for op in extra.ops(module, location, n, self._needed)
-        )
+        return self.around(module, location, n)
+
+    def attended(self, module: str, channels: int) -> dict[str, tuple[Op, ...]]:
+        """What happens to the "query", "key" and "value" of an attention module with so many
+        channels per head. Empty where none is rounded, since queries and keys that turn together
+        change nothing else."""
+        found = {place: self.around(module, place, channels) for place in ("query", "key", "value")}
+        rounds = any(isinstance(op, QuantizeInput) for ops in found.values() for op in ops)
+        return {place: ops for place, ops in found.items() if ops} if rounds else {}
+
+    def around(self, module: str, location: str, n: int) -> tuple[Op, ...]:
+        """What happens at a location of a module as `extras` say it (`Extra.ops`): it is turned
+        before it is rounded."""
+        ops = [op for extra in self.extras for op in extra.ops(module, location, n, self._needed)]
+        return tuple(sorted(ops, key=lambda op: isinstance(op, QuantizeInput)))
 
     def _needed(self, name: str) -> Tensor:
         if name not in self.stored:
@@ -234,10 +249,11 @@ class Checkpoint(Shown):
             )
         return self.tensor(name)
 
-    def warn_unapplied(self) -> None:
-        """Warn of what the directory's readers do at run time and qlab does not."""
+    def warn_unapplied(self, lowered: bool = False) -> None:
+        """Warn of what the directory's readers do at run time and qlab does not, or its lowered
+        modules do not."""
         for extra in self.extras:
-            if not extra.applied:
+            if not extra.applied or (lowered and not extra.lowered):
                 warn(
                     f"{self.path}: {extra.says}, which qlab does not do: it computes with keys "
                     "and values as they are"

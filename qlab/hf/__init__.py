@@ -116,7 +116,7 @@ class QlabQuantizer(HfQuantizer):
         checkpoint = checkpoint_of(checkpoint_files)
         self.device, self.skeleton = torch.device(device_map[""]), Skeleton(checkpoint, self.dtype)
         refuse_another_class(self.skeleton, model)
-        checkpoint.warn_unapplied()
+        checkpoint.warn_unapplied(lowered=True)
         refuse_other_shapes(self.skeleton, model)
         refuse_experts_implementation(model)
         self.packed = quantized_weights(self.skeleton)

@@ -74,7 +74,7 @@ def lower(
     """
     solved = model if isinstance(model, SolvedModel) else None
     checkpoint = solved.model if solved else _opened(model)
-    checkpoint.warn_unapplied()
+    checkpoint.warn_unapplied(lowered=True)
     where = device_named(device)
     if dtype not in DTYPES:
         raise QlabError(

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from qlab.algebra.insert import insert
 from qlab.algebra.online import QuantizeInput
 from qlab.algebra.spec import Spec, parse_spec
@@ -119,7 +121,15 @@ def _rounded(name: str, kinds: str, spec: CacheSpec, static: Range) -> Transform
         return rounding(of_wire, static if spec.static else None, stats)
 
     needs = static.needs if spec.static else frozenset()
-    return insert(name, f"re:.*:({kinds})", make, needs, detail=str(spec))
+    return insert(name, f"re:.*:({kinds})", make, needs, (_form(spec),), str(spec))
+
+
+def _form(spec: CacheSpec) -> QuantizeInput:
+    """A rounding as a codec is asked about it, of heads of one channel."""
+    ones = torch.ones(1, 1, dtype=torch.float32)
+    zeros = None if spec.spec.symmetric else torch.zeros(1, 1, dtype=torch.int8)
+    of_wire = spec.of_heads(1, 1)
+    return QuantizeInput(of_wire, ones, zeros) if spec.static else QuantizeInput(of_wire)
 
 
 def _refuse_split(wire: Wire, spec: Spec) -> None:

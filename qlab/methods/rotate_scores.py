@@ -5,7 +5,6 @@ of keys) sees outliers spread over all channels of a head. Rotary embeddings lie
 and these values, so R is multiplied at run time.
 """
 
-import torch
 from torch import Tensor
 
 from qlab.algebra.graph import ModuleGraph
@@ -16,10 +15,12 @@ from qlab.algebra.transform import Stage, Transform
 from qlab.algebra.views import Gauged
 from qlab.algebra.wires import Wire, full_name, open_wires, wires
 from qlab.errors import QlabError
-from qlab.methods.hadamard import random_hadamard
+from qlab.methods.hadamard import hadamard, random_hadamard
 from qlab.methods.rotate import Draw
 
 SCORES = "re:.*:(query|key)"  # the wires
+# a rotation as codecs are asked about it
+FORM = (hadamard(2) / 2**0.5).float()
 
 
 def rotate_scores(seed: int = 0, draw: Draw = random_hadamard) -> Transform:
@@ -66,7 +67,7 @@ def rotate_scores(seed: int = 0, draw: Draw = random_hadamard) -> Transform:
         "rotate_scores",
         frozenset(),
         run,
-        Gauged(SCORES, left=(MatMul(torch.eye(2, dtype=torch.float32)),)),
+        Gauged(SCORES, left=(MatMul(FORM),)),
         detail=f"seed {seed}",
     )
     return (stage,)

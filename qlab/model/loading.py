@@ -10,7 +10,7 @@ from qlab.algebra.graph import Code, ModuleGraph, Op
 from qlab.algebra.qtensor import Leaf, QTensor, dense
 from qlab.errors import QlabError
 from qlab.model.calls import Call
-from qlab.model.online import at_input, at_output
+from qlab.model.online import at_attentions, at_input, at_output
 from qlab.model.paper import dtype_in
 from qlab.model.pieces import assemble
 from qlab.model.skeleton import Skeleton
@@ -39,7 +39,7 @@ def load_block(skeleton: Skeleton, path: str, call: Call, decoded: bool = False)
     """The block as a value, with its leaves loaded from the files onto the skeleton's device.
 
     decoded: as if it had never been quantized. All leaves are dense, with the bits of the files,
-    and no input is rounded at run time.
+    and nothing is rounded at run time.
     """
     code = skeleton.programs.code(path, call)
     _refuse_rounded_inputs(skeleton, path, code)
@@ -62,6 +62,7 @@ def load_block(skeleton: Skeleton, path: str, call: Call, decoded: bool = False)
         dtype=common,
         online=online,
         online_outputs=online_outputs,
+        online_values={} if decoded else at_attentions(skeleton, path, code),
         stored={
             name: dtype
             for name, dtype in dtypes.items()

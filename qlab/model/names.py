@@ -179,6 +179,17 @@ class Names:
         weight = f"{name}.weight"
         return self.file_name(self._borrowed.get(weight, weight)).rpartition(".")[0]
 
+    def spellings_of(self, module: str) -> tuple[str, ...]:
+        """What readers call a module that has no weight itself (an attention): in the model's
+        spelling and in that of the files, which the weights within it show."""
+        within = [name for name in self._spelled if name.startswith(f"{module}.")]
+        called = [
+            self._spelled[name].removesuffix(name.removeprefix(module))
+            for name in within
+            if self._spelled[name].endswith(name.removeprefix(module))
+        ]
+        return tuple(dict.fromkeys([module, *called]))
+
     def model_name(self, module: str) -> str:
         """The model's name of a module, from the files'. The model need not have the module:
         transformers' rules for its name decide."""

@@ -1,9 +1,10 @@
-"""The operations around a linear at run time, as the files' configuration names them: its input is
-rotated and then rounded, its output is rotated."""
+"""The operations at run time, as the files' configuration names them: the input of a linear is
+rotated and then rounded, its output is rotated; what an attention reads is rotated and rounded."""
 
 from torch import nn
 
-from qlab.algebra.graph import Op
+from qlab.algebra.graph import Code, Op
+from qlab.algebra.wires import Wire, wires
 from qlab.errors import QlabError
 from qlab.model.skeleton import Skeleton
 
@@ -28,6 +29,34 @@ def at_input(skeleton: Skeleton, site: str) -> tuple[Op, ...]:
 def at_output(skeleton: Skeleton, site: str) -> tuple[Op, ...]:
     """The operations on a site's output."""
     return _rotation(skeleton, site, "output")
+
+
+def at_attentions(skeleton: Skeleton, path: str, code: Code) -> dict[str, tuple[Op, ...]]:
+    """Wire -> the operations on it, of all that the attentions of a block read."""
+    found: dict[str, tuple[Op, ...]] = {}
+    if not skeleton.checkpoint.extras:
+        return found
+    for module, read in attentions(path, code).items():
+        channels = read["key"].channels // read["key"].heads
+        for name in skeleton.names.spellings_of(module):
+            places = skeleton.checkpoint.attended(name, channels)
+            found |= {read[place].name: ops for place, ops in places.items()}
+    return found
+
+
+def attentions(path: str, code: Code) -> dict[str, dict[str, Wire]]:
+    """Module of the model -> what its attention reads, by kind, of every attention that the program
+    of a block shows."""
+    found: dict[str, dict[str, Wire]] = {}
+    for wire in wires(code).values():
+        if wire.of_attention:
+            found.setdefault(within(path, wire.owner), {})[wire.kind] = wire
+    return found
+
+
+def within(path: str, module: str) -> str:
+    """The name in the model of a module of a block; of the block itself, where that is ""."""
+    return ".".join(part for part in (path, module) if part)
 
 
 def _rotation(skeleton: Skeleton, site: str, location: str) -> tuple[Op, ...]:

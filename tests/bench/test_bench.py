@@ -207,18 +207,18 @@ def test_the_demo_from_the_shell(tmp_path):
 def test_what_no_format_holds_is_measured_without_being_written(bench, job, tmp_path):
     own = tmp_path / "own.py"
     own.write_text("import qlab\n\ndef mine(spec):\n    return qlab.rtn(spec, 'weighted')\n")
-    names = f"quarot,rtn,rtn+eora-4,{own}:mine"
+    names = f"gptq+kv-int8-token,rtn,rtn+eora-4,{own}:mine"
     folder = tmp_path / "out"
     code, _, said = bench(*job, "--methods", names, "--seeds", 2, "--out", folder)
     assert code == 0, said
     rows = {row["method"]: row for row in json.loads((folder / "bench.json").read_text())["rows"]}
     assert list(rows) == names.split(",")
-    assert rows["quarot"]["bytes"] is None and rows["rtn+eora-4"]["bytes"] is None
+    assert rows["gptq+kv-int8-token"]["bytes"] is None and rows["rtn+eora-4"]["bytes"] is None
     assert rows["rtn+eora-4"]["kl"] < rows["rtn"]["kl"]
     assert rows["rtn+eora-4"]["bits_per_weight"] > rows["rtn"]["bits_per_weight"] == 5
     assert [len(row["seeds"]) for row in rows.values()] == [2, 1, 2, 2]
     written = {path.name for path in folder.iterdir() if path.is_dir()}
     assert written == {"rtn", "own.py-mine", "own.py-mine-seed1"}
-    assert "measured without being written" in said and "run-time MatMul" in said
+    assert "measured without being written" in said and "no scale per token of all heads" in said
     code, _, said = bench(*job, "--methods", "gptaq", "--inputs", "reference", "--out", folder)
     assert code == 2 and "they never are" in said

@@ -140,7 +140,7 @@ def test_rows_of_steps_are_methods(call, saved, text, tmp_path):
         ("sparsegpt-4:8", "rounds no weights; put a rounding into the row"),
         ("sparsegpt-2:4+gtpq", "method 'gtpq' is unknown in 'sparsegpt-2:4+gtpq'"),
         ("inputs-int5x+rtn", "int5x"),
-        ("quarot+rtn", "holds no run-time MatMul"),
+        ("kv-int8-token+rtn", "no scale per token of all heads"),
         ("rtn+gptq", "is rounded by two stages"),
     ):
         said = sentence(call("plan", saved(), "--method", method, "--spec", "int4-g32"))

@@ -1,5 +1,5 @@
-"""A kv_cache_scheme is read, shown, carried on with its scales, and never dropped or passed over in
-silence."""
+"""A kv_cache_scheme is read, shown, evaluated, carried on with its scales, and never dropped or
+passed over in silence."""
 
 import importlib
 import json
@@ -10,6 +10,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from families import tiny
 from library import CACHE_IS_MISSED, INT8, MISSED, write_with_the_library
 from model_folders import bits_equal, change, random_tokens, rewrite, tensors
+from rotations import assert_close, logits
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.quantizers import auto
@@ -102,11 +103,27 @@ def test_verify_counts_the_scales(directory, tmp_path):
 
 
 def test_who_computes_without_it_says_so(directory):
-    model = open_checkpoint(directory)
-    with pytest.warns(UserWarning, match=WARNING):
-        read(model, random_tokens(directory, 1, 8))
     with pytest.warns(UserWarning, match=WARNING):
         qlab.lower(directory)
+
+
+def test_scales_in_places_of_other_writers_are_not_computed_and_this_is_said(directory):
+    state = tensors(directory)
+    for name in [name for name in state if name.endswith(("k_scale", "v_scale"))]:
+        owner, _, kind = name.rpartition(".")
+        state[f"{owner}.{kind[0]}_proj.{kind}"] = state.pop(name)
+    save_file(state, directory / "model.safetensors")
+    with pytest.warns(UserWarning, match=WARNING):
+        read(open_checkpoint(directory), random_tokens(directory, 1, 8))
+
+
+@pytest.mark.parametrize("change", [{}, {"strategy": "attn_head"}, {"type": "int"}])
+def test_we_compute_what_the_library_computes(change, tmp_path):
+    """Its scales are far too small, so that a cache passed over is not to be missed."""
+    plain = write_with_the_library(tiny("llama"), tmp_path / "plain")
+    expected = write_with_the_library(tiny("llama"), tmp_path / "cache", cache=FP8 | change)
+    assert_close(logits(tmp_path / "cache"), expected, limit=1e-4)
+    assert (plain - expected).norm() > 1e-2 * plain.norm()
 
 
 def test_hugging_face_says_so_and_saves_the_scales_again(directory, tmp_path, monkeypatch):

@@ -191,3 +191,58 @@ def test_what_steps_fold_into_dense_weights_is_no_difference(dtype, saved, tmp_p
         tmp_path / "out",
     )
     assert not qlab.verify(made.path, path).faults
+
+
+def fewer_scales(around):
+    def encode(modules):
+        tensors, rows = around.encode(modules)
+        return {n: 2 * t if n.endswith("v_scale") else t for n, t in tensors.items()}, rows
+
+    return replace(around, encode=encode)
+
+
+def turned_back(around):
+    def encode(modules):
+        tensors, rows = around.encode(modules)
+        turned = {n: t.flip(0).contiguous() for n, t in tensors.items() if n.endswith(".weight")}
+        return tensors | turned, rows
+
+    return replace(around, encode=encode)
+
+
+def unsaid(around):
+    return replace(around, config=lambda rows, attentions: {})
+
+
+@pytest.mark.parametrize("fault", [fewer_scales, turned_back, unsaid])
+def test_what_happens_at_run_time_in_another_way_is_refused(fault, saved, tmp_path, monkeypatch):
+    codec = CODECS["compressed-tensors"]
+    monkeypatch.setitem(CODECS, "compressed-tensors", replace(codec, around=fault(codec.around)))
+    model = open_checkpoint(saved("llama"))
+    steps = (qlab.rotate_online(), qlab.rtn(ASYMMETRIC), qlab.kv_cache("fp8-tensor"))
+    refused(
+        lambda: driver.quantize(
+            model, qlab.chain(*steps), random_tokens(model.path), tmp_path / "out"
+        ),
+        "is turned or rounded in another way"
+        if fault is not fewer_scales
+        else "the value of model",
+    )
+    assert_nothing_stays(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "model.norm", "lm_head"])
+def test_what_lies_around_the_blocks_and_is_another_is_refused(name, saved, tmp_path, monkeypatch):
+    """Its tensors read back as they were written; only the run around the blocks tells."""
+    real = run.outside_leaves
+
+    def moved(skeleton, recipe):
+        for part in real(skeleton, recipe):
+            yield replace(part, leaf=-part.leaf) if name in part.name else part
+
+    monkeypatch.setattr(run, "outside_leaves", moved)
+    refused(
+        lambda: quantize(saved("llama"), tmp_path / "out"),
+        "the embedding, final norm and head give other numbers",
+    )
+    assert_nothing_stays(tmp_path)

@@ -26,12 +26,46 @@ def test_a_rounded_cache_is_part_of_what_a_recipe_makes(saved, text, family):
     assert cached != plain
 
 
-@pytest.mark.parametrize("stage", [qlab.attention_inputs("int8-token"), qlab.kv_cache("int4-g8")])
-def test_what_no_format_holds_is_refused_before_any_work(saved, text, stage):
-    model = qlab.open(saved("llama"))
+@pytest.mark.parametrize(
+    "stage, codec, words",
+    [
+        (qlab.kv_cache("int8-token"), "compressed-tensors", "no scale per token of all heads"),
+        (qlab.kv_cache("int8-tensor-asym"), "compressed-tensors", "no int8-tensor-asym there"),
+        (qlab.kv_cache("int5-head"), "compressed-tensors", "holds symmetric int4, int8 and fp8"),
+        (qlab.kv_cache("int4-g8"), "gptq", r"puts operations on .*self_attn:"),
+        (qlab.rotate_scores(), "awq", r"puts operations on .*self_attn:"),
+        (
+            qlab.insert("mine", "*:key", lambda wire, stats: torch.neg),
+            "compressed-tensors",
+            r"puts operations on .*self_attn:",
+        ),
+        (
+            qlab.chain(qlab.kv_cache("int8-head"), qlab.kv_cache("int8-head")),
+            "compressed-tensors",
+            "turns a value once and then rounds it",
+        ),
+        (
+            qlab.chain(qlab.kv_cache("int8-head"), qlab.rotate_scores()),
+            "compressed-tensors",
+            "turns a value once and then rounds it",
+        ),
+        (
+            qlab.at("*.0.*", qlab.kv_cache("fp8-tensor")),
+            "compressed-tensors",
+            r"layers.1.self_attn does not round its keys and values as .*layers.0.self_attn does",
+        ),
+        (
+            qlab.at("*:key", qlab.kv_cache("fp8-tensor")),
+            "compressed-tensors",
+            "rounds keys and values, or queries too, and not key alone",
+        ),
+    ],
+)
+def test_what_the_format_does_not_hold_is_refused_before_any_work(saved, text, stage, codec, words):
+    model = qlab.open(saved("llama", torch.float16))
     recipe = qlab.chain(qlab.rtn("int4-g32"), stage)
-    with pytest.raises(QlabError, match=r"puts operations on .*self_attn:"):
-        qlab.plan(model, recipe, windows(model, text))
+    with pytest.raises(QlabError, match=words):
+        qlab.plan(model, recipe, windows(model, text), codec=codec)
 
 
 def test_a_pattern_without_a_wire_is_refused_with_the_nearest(saved):

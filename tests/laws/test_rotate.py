@@ -190,11 +190,18 @@ def test_a_written_model_with_turned_heads_computes_what_it_is_made_of(saved, tm
     assert qlab.evaluate(result, source, random_tokens(source, seed=1)).kl < 1e-3
 
 
-def test_what_turns_at_run_time_is_refused_by_formats_before_any_work(saved):
-    refused(
-        lambda: qlab.plan(saved("llama"), qlab.chain(qlab.quarot(), qlab.rtn(INT4))),
-        "run-time MatMul",
-    )
+@pytest.mark.parametrize(
+    "family, codec, words",
+    [
+        ("llama", "gptq", "GPTQ holds no run-time operations"),
+        ("mixtral", "compressed-tensors", "the input of fused experts"),
+    ],
+)
+def test_what_turns_at_run_time_is_refused_before_any_work_by_formats_without_a_place(
+    family, codec, words, saved
+):
+    recipe = qlab.chain(qlab.quarot(), qlab.rtn(INT4))
+    refused(lambda: qlab.plan(saved(family, torch.float16), recipe, codec=codec), words)
 
 
 def test_a_draw_that_is_no_rotation_is_refused():

@@ -4,30 +4,47 @@
 Layouts: `packed.py` holds integers as bit streams, `plain.py` one code per byte (int-, float- and
 naive-quantized, MXFP8), `narrow.py` 4- and 6-bit floats, `sparse.py` 2:4 weights (read only),
 `activations.py` the scales of inputs. Configuration: `scheme.py` says how a number grid is written
-down, `config.py` which module has which grid, `cache.py` and `transforms.py` what else happens at
-run time.
+down, `config.py` which module has which grid. What else happens at run time is read by `cache.py`,
+`attentions.py` and `transforms.py`, and written by `at_run_time.py` with `attended.py` and
+`rotations.py`.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from qlab.algebra.graph import Op
 from qlab.algebra.online import QuantizeInput
 from qlab.algebra.qtensor import Leaf, QTensor
 from qlab.algebra.spec import Spec
+from qlab.codecs.around import Around
 from qlab.codecs.cache_scales import unsaid
-from qlab.codecs.compressed_tensors import narrow, packed, plain, sparse
+from qlab.codecs.compressed_tensors import at_run_time, narrow, packed, plain, sparse
 from qlab.codecs.compressed_tensors.activations import decode_input, encode_input
+from qlab.codecs.compressed_tensors.attentions import attentions
 from qlab.codecs.compressed_tensors.cache import cache
-from qlab.codecs.compressed_tensors.config import config, inputs, specs
+from qlab.codecs.compressed_tensors.config import DENSE, config, inputs, specs
 from qlab.codecs.compressed_tensors.scheme import format_of, refusal
 from qlab.codecs.compressed_tensors.tensors import whole_groups
 from qlab.codecs.compressed_tensors.transforms import transforms
 from qlab.codecs.extra import Extra
 from qlab.errors import QlabError
 
-__all__ = ["config", "decode", "decode_input", "encode", "extras", "inputs", "refusal", "specs"]
+__all__ = [
+    "DENSE",
+    "around",
+    "config",
+    "decode",
+    "decode_input",
+    "encode",
+    "extras",
+    "inputs",
+    "refusal",
+    "specs",
+]
+
+around = Around(at_run_time.refusal, at_run_time.encode, at_run_time.config)
 
 LAYOUTS = {
     "pack-quantized": packed,
@@ -41,11 +58,12 @@ LAYOUTS = {
 }
 
 
-def encode(path: str, leaf: QTensor, online: Collection = ()) -> dict[str, Tensor]:
+def encode(path: str, leaf: QTensor, online: Sequence[Op] = ()) -> dict[str, Tensor]:
     """QTensor [o, k] -> the tensors of module `path`, in the layout for its spec and that of its
     inputs.
 
-    online: what happens to the module's input at run time; the format holds only a QuantizeInput.
+    online: what happens to the module's input at run time, of which a QuantizeInput lies beside the
+    weight.
     """
     reason = refusal(leaf.spec, online)
     if reason:
@@ -91,8 +109,9 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec | None) -> Leaf:
 
 def extras(config: Mapping[str, Any], names: Collection[str]) -> tuple[Extra, ...]:
     """What the config says beside weights and inputs."""
-    cached = cache(config, names)
-    extras = [extra for extra in (cached, transforms(config, names)) if extra]
+    cached, attended = cache(config, names), attentions(config, names)
+    extras = [extra for extra in (cached, transforms(config, names), *attended) if extra]
     if cached is None:
-        extras += unsaid(config, names)
+        said = {tensor for extra in attended for tensor in extra.tensors}
+        extras += unsaid(config, set(names) - said)
     return tuple(extras)

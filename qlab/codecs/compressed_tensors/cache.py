@@ -1,32 +1,38 @@
-"""`kv_cache_scheme`: keys and values are rounded before they are cached. qlab reads it and carries
-it into other directories; it does not round a cache itself.
+"""`kv_cache_scheme`: keys and values are rounded before they are cached. qlab rounds what attention
+reads, which is what a cache of such numbers gives back, and carries the scheme on.
 
-One QuantizationArgs holds for every attention with a cache. Under a static scheme each attention
-has k_scale and v_scale in the dtype of the activations: [1], or [heads, 1, 1] for its key-value
-heads ("attn_head"). Source: compressed-tensors 0.20. Other writers put these scales in other places
-(cache_scales.py).
+One QuantizationArgs holds for every attention with a cache (`attended.py`), and each attention has
+the scales. The library's dynamic "tensor" and "token" depend on what is computed beside: one scale
+for a batch, and one for all tokens of a head. qlab carries these on and does not compute them; nor
+scales that other writers put in other places (cache_scales.py). Source: compressed-tensors 0.20.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from qlab.algebra.graph import Op
 from qlab.codecs.cache_scales import scales_of
+from qlab.codecs.compressed_tensors.attended import SCALES, decode, is_static, spec_of
 from qlab.codecs.compressed_tensors.scheme import check_args
 from qlab.codecs.extra import Extra
 from qlab.codecs.families import pattern
 from qlab.errors import QlabError
 
 KEY = "kv_cache_scheme"
+CACHED = ("key", "value")
 KEYS_TO_VALUES = str.maketrans("kv", "vk")
 STRATEGIES = {
     (False, "tensor"): "a stored scale per tensor",
     (False, "attn_head"): "a stored scale per head",
     (True, "tensor"): "a scale per tensor",
     (True, "token"): "a scale per token",
+    (True, "group"): "a scale per group of channels of a token",
 }
 
 
@@ -52,7 +58,40 @@ def cache(config: Mapping[str, Any], names: Collection[str]) -> Extra | None:
     number = "int" if args.get("type", "int") == "int" else "fp"
     says = f"keys and values are cached as {number}{bits} with {scales}"
     tensors, missing = ((), ()) if dynamic else _scales(names)
-    return Extra(KEY, says, tensors=tensors, missing=missing, fault=_fault)
+    extra = Extra(KEY, says, lowered=False, tensors=tensors, missing=missing, fault=_fault)
+    has_scales = bool(dynamic) or (bool(tensors) and _are_of_attentions(tensors, names))
+    if spec_of(args, 1) is None or not has_scales:
+        return extra
+    needed = frozenset({*tensors, *missing})
+    return replace(extra, applied=True, ops=partial(_operations, args, needed))
+
+
+def _operations(
+    args: Mapping[str, Any],
+    scales: Collection[str],
+    path: str,
+    location: str,
+    channels: int,
+    tensor: Callable[[str], Tensor],
+) -> tuple[Op, ...]:
+    """How the scheme rounds the keys or values of an attention, with so many channels per head (see
+    Extra.ops)."""
+    name = f"{path}.{SCALES.get(location)}"
+    if location not in CACHED or (is_static(args) and name not in scales):
+        return ()
+    return (decode(name, args, channels, tensor),)
+
+
+def _are_of_attentions(scales: Collection[str], names: Collection[str]) -> bool:
+    """Whether all scales are k_scale or v_scale of a module around others, as compressed-tensors
+    has them. Other writers put them into a module of their own, or into a linear."""
+    modules = {name.rpartition(".")[0] for name in names}
+    around = {module.rpartition(".")[0] for module in modules}
+    kinds = {SCALES[kind] for kind in CACHED}
+    return all(
+        kind in kinds and owner in around
+        for owner, _, kind in (scale.rpartition(".") for scale in scales)
+    )
 
 
 def _scales(names: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

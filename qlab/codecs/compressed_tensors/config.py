@@ -8,6 +8,7 @@ from typing import Any
 
 from qlab.algebra.spec import InputSpec, Spec, parse_input_spec, parse_spec
 from qlab.codecs.checks import refuse_unheld, refuse_unquantized
+from qlab.codecs.compressed_tensors.attentions import is_of_attentions
 from qlab.codecs.compressed_tensors.classes import CLASSES, LINEAR, written_with
 from qlab.codecs.compressed_tensors.scheme import (
     PRESETS,
@@ -27,6 +28,21 @@ GROUP_KEYS = {"targets", "weights", "input_activations", "output_activations", "
 SPARSE = "sparse-24-bitmask"
 # A module with one of these tensors has a weight that is not stored as it is.
 MARKS = ("weight_packed", "weight_scale", "compressed")
+
+
+# Of a model without a quantized weight.
+DENSE: Mapping[str, Any] = {
+    "config_groups": {},
+    "format": "dense",
+    "global_compression_ratio": None,
+    "ignore": [],
+    "kv_cache_scheme": None,
+    "quant_method": METHOD,
+    "quantization_status": "compressed",
+    "sparsity_config": {},
+    "transform_config": {},
+    "version": VERSION,
+}
 
 
 @dataclass(frozen=True)
@@ -79,16 +95,10 @@ def config(
     }
     formats = {group["format"] for group in groups.values()}
     return {
+        **DENSE,
         "config_groups": groups,
         "format": formats.pop() if len(formats) == 1 else MIXED,
-        "global_compression_ratio": None,
         "ignore": [path for path in specs if path not in schemes],
-        "kv_cache_scheme": None,
-        "quant_method": METHOD,
-        "quantization_status": "compressed",
-        "sparsity_config": {},
-        "transform_config": {},
-        "version": VERSION,
     }
 
 
@@ -183,6 +193,8 @@ def _read_targets(config: Mapping[str, Any], names: Collection[str]) -> dict[str
     """Target -> its scheme, of all config groups; refuses classes that qlab does not know."""
     targets: dict[str, Scheme] = {}
     for name, group in _mapping(config, "config_groups").items():
+        if is_of_attentions(group, names):
+            continue  # what attention reads is no weight (`attentions.py`)
         where = f"config group {name}"
         scheme, group_targets = _read_group(where, name, group, config.get("format"))
         targets |= dict.fromkeys(group_targets, scheme)

@@ -1,13 +1,15 @@
 """Number grids as compressed-tensors writes them down: QuantizationArgs, format names and
 presets."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from qlab.algebra.online import QuantizeInput
+from qlab.algebra.graph import Op
+from qlab.algebra.online import QuantizeInput, matrix_of
 from qlab.algebra.spec import FLOATS, NAMED, Float, InputSpec, Int, Spec, Tile, same_grid
+from qlab.codecs.compressed_tensors import rotations
 from qlab.codecs.compressed_tensors.tensors import WIDE, strategy
 from qlab.errors import QlabError
 
@@ -29,12 +31,17 @@ PACKED = {4: "mxfp4-pack-quantized", 6: "mxfp6-pack-quantized"}
 E8M0 = torch.float8_e8m0fnu
 
 
-def refusal(spec: Spec, online: Collection = ()) -> str | None:
+def refusal(spec: Spec, online: Sequence[Op] = ()) -> str | None:
     """Why compressed-tensors cannot hold such a weight, or None when it can."""
     return _refusal_of_operations(online) or _refusal_of_grid(spec)
 
 
-def _refusal_of_operations(online: Collection) -> str | None:
+def _refusal_of_operations(online: Sequence[Op]) -> str | None:
+    if online and matrix_of(online[0]) is not None:
+        reason = rotations.refusal(online[0], "input")
+        if reason:
+            return reason
+        online = online[1:]
     others = [op for op in online if not isinstance(op, QuantizeInput)]
     if others:
         return (
@@ -43,7 +50,7 @@ def _refusal_of_operations(online: Collection) -> str | None:
         )
     if len(online) > 1:
         return "compressed-tensors rounds an input once; give each site one quantize_inputs"
-    reasons = (_unreadable(rounding) for rounding in online)
+    reasons = (_unreadable(op) for op in online if isinstance(op, QuantizeInput))
     return next((reason for reason in reasons if reason), None)
 
 

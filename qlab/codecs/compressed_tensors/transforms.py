@@ -9,7 +9,8 @@ weight_input, weight_output: the weights were multiplied before they were rounde
 input, output: x -> x @ M and y -> y @ M at run time. M [n, n] multiplies every n neighbouring
     channels; n is `head_dim`, or all channels without it.
 q_attn, k_cache: the same for every head of queries and of keys. One Hadamard matrix at both changes
-    no product, (q M) (k M)^T = q k^T: qlab leaves it out, and refuses other pairs.
+    no product, (q M) (k M)^T = q k^T: it matters where keys are rounded behind it. qlab refuses
+    other pairs.
 
 M is the tensor <module>.<group>_<location>.weight. It is written once for all modules of a group
 that share it, under the name of one of them. The Hadamard types hold +-1: M is that matrix in the
@@ -31,12 +32,14 @@ from qlab.algebra.graph import Op
 from qlab.algebra.online import MatMul
 from qlab.codecs.extra import Extra
 from qlab.errors import QlabError
+from qlab.process.shown import some
 
 KEY, LINEAR = "transform_config", "Linear"
 HADAMARD = ("hadamard", "random-hadamard")
 TYPES = (*HADAMARD, "random-matrix")
 AROUND = ("input", "output")  # locations at a linear module
-ONLINE = (*AROUND, "q_attn", "k_cache")  # locations at run time
+ATTENDED = {"query": "q_attn", "key": "k_cache"}  # what an attention reads -> the location
+ONLINE = (*AROUND, *ATTENDED.values())  # locations at run time
 LOCATIONS = ("weight_input", "weight_output", *ONLINE)
 GROUP_KEYS = {"type", "apply", "randomize", "requires_grad", "head_dim", "precision"}
 PLACE_KEYS = {"targets", "location", "inverse", "ignore"}
@@ -56,9 +59,11 @@ class Place:
     inverse: bool
 
     def __contains__(self, path: str) -> bool:
-        """Whether the linear module of this path is among the modules."""
-        targeted = any(_names(target, path) for target in self.targets)
-        return targeted and not any(_names(target, path) for target in self.ignore)
+        """Whether the module of this path is among the modules: a linear, or an attention, of whose
+        class no other module is."""
+        is_class = LINEAR.__eq__ if self.location in AROUND else _is_class
+        targeted = any(_names(target, path, is_class) for target in self.targets)
+        return targeted and not any(_names(target, path, is_class) for target in self.ignore)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +85,7 @@ class Group:
         return any(place.location in ONLINE for place in self.places)
 
     def at(self, path: str, location: str) -> list[Place]:
-        """The places at the input or output of this linear module."""
+        """The places at a location of this module."""
         return [place for place in self.places if place.location == location and path in place]
 
     def matrix(
@@ -151,11 +156,17 @@ def _order(name: str, n: int, tensor: Callable[[str], Tensor]) -> Tensor:
     return order
 
 
-def _names(target: str, path: str) -> bool:
-    """Whether a target of a config means the linear module of this path."""
+def _names(target: str, path: str, is_class: Callable[[str], bool]) -> bool:
+    """Whether a target of a config means the module of this path, which is of the classes that
+    `is_class` says."""
     if target.startswith("re:"):
         return target == path or re.match(target[3:], path) is not None
-    return target in (path, LINEAR)
+    return target == path or is_class(target)
+
+
+def _is_class(target: str) -> bool:
+    """Whether a target that is no pattern names a class of modules."""
+    return "." not in target and target != "lm_head"
 
 
 def transforms(config: Mapping[str, Any], names: Collection[str]) -> Extra | None:
@@ -186,7 +197,7 @@ def transforms(config: Mapping[str, Any], names: Collection[str]) -> Extra | Non
 
 
 def _listed(groups: list[Group]) -> str:
-    return ", ".join(group.name for group in groups)
+    return some([group.name for group in groups])
 
 
 def _operations(
@@ -196,8 +207,10 @@ def _operations(
     channels: int,
     tensor: Callable[[str], Tensor],
 ) -> tuple[Op, ...]:
-    """What the groups do to the input or output of a linear module (see Extra.ops)."""
-    at = [(group, place) for group in groups for place in group.at(path, location)]
+    """What the groups do to the input or output of a linear module, or to what an attention reads
+    (see Extra.ops)."""
+    stored = ATTENDED.get(location, location)
+    at = [(group, place) for group in groups for place in group.at(path, stored)]
     if len(at) > 1:
         raise QlabError(
             f"{path} has an {location} that {at[0][0].name} and {at[1][0].name} of {KEY} "
@@ -281,7 +294,7 @@ def _place(where: str, place: Any) -> Place:
     classes = [
         target
         for target in (*targets, *ignore)
-        if not target.startswith("re:") and "." not in target and target != "lm_head"
+        if not target.startswith("re:") and _is_class(target)
     ]
     unknown = [name for name in classes if name != LINEAR]
     if location in AROUND and unknown:
