@@ -27,7 +27,7 @@ from qlab.cli.choices import recipe_of
 from qlab.data.calibration import Tokens
 from qlab.demo.build import home
 from qlab.demo.hub import calibration_texts, evaluation_texts, is_demo
-from qlab.driver.observe import inputs_named
+from qlab.driver.observe import Inputs, inputs_named
 from qlab.driver.report import PeakMemory
 from qlab.driver.result import Result
 from qlab.errors import QlabError
@@ -70,7 +70,7 @@ def compare_methods(
     behind `seed`, into out/<method>-seed<n>; its row has the figures of each under "seeds".
     """
     recipes = _recipes(methods, spec, asymmetric)
-    inputs_named(inputs)
+    mode = inputs_named(inputs)
     model, spec = qlab.open(name), str(parse_spec(spec, symmetric=not asymmetric))
     job = {
         "model": str(model.path.resolve()),
@@ -102,7 +102,7 @@ def compare_methods(
     if data:
         calibrating = f"calibrating on {data.count:,} tokens ({samples} windows of {length}), "
     say(f"{calibrating}evaluating on {held_out.count:,} tokens")
-    left = unwritten(model, recipes, data, inputs)
+    left = unwritten(model, recipes, data, mode)
     with owned(out, job):
         # before the reference is read, which would add to the memory of quantizing
         held = {name: recipe for name, recipe in recipes.items() if name not in left}
@@ -110,14 +110,14 @@ def compare_methods(
         reference, rows, reading = _evaluate(model, results, held_out, spec)
         against = reading, held_out
         beside = {name: recipes[name] for name in left}
-        rows += _measure(model, beside, data, inputs, against, spec)
+        rows += _measure(model, beside, data, mode, against, spec)
         rows.sort(key=lambda row: methods.index(row["method"]))
         drawn = [qlab.tokens(model, calibration_texts(calib), samples, length, n) for n in others]
         again = {name: held[name] for name in observing if name in held}
         others_beside = {name: beside[name] for name in observing if name in beside}
         more = chain(
             seeds_of_written(model, again, drawn, out, inputs, against),
-            seeds_of_unwritten(model, others_beside, drawn, inputs, against),
+            seeds_of_unwritten(model, others_beside, drawn, mode, against),
         )
         add_seeds(rows, seed, more)
         record = _record(name, job, reference, rows, data, held_out, out)
@@ -240,7 +240,7 @@ def _measure(
     model: Checkpoint,
     recipes: Mapping[str, Transform],
     data: Tokens | None,
-    inputs: str,
+    inputs: Inputs,
     against: tuple[Reading, Tokens],
     spec: str,
 ) -> list[dict]:

@@ -9,6 +9,7 @@ from qlab.algebra.transform import Transform
 from qlab.bench.unwritten import measured
 from qlab.bench.written import quantized
 from qlab.data.calibration import Tokens
+from qlab.driver.observe import Inputs
 from qlab.evaluation.perplexity import Reading
 from qlab.files.checkpoint import Checkpoint
 
@@ -42,7 +43,7 @@ def seeds_of_unwritten(
     model: Checkpoint,
     recipes: Mapping[str, Transform],
     drawn: Iterable[Tokens],
-    inputs: str,
+    inputs: Inputs,
     against: tuple[Reading, Tokens],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The same of methods that no format holds."""

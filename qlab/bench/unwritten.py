@@ -10,6 +10,7 @@ import qlab
 from qlab.algebra.transform import Transform
 from qlab.data.calibration import Tokens
 from qlab.driver.apply import Quantized
+from qlab.driver.observe import Inputs
 from qlab.driver.report import PeakMemory, site_rows
 from qlab.driver.result import bits_per_weight
 from qlab.driver.segments import Solved
@@ -34,7 +35,7 @@ class _Noted(Quantized):
 
 
 def unwritten(
-    model: Checkpoint, recipes: Mapping[str, Transform], data: Tokens | None, inputs: str
+    model: Checkpoint, recipes: Mapping[str, Transform], data: Tokens | None, inputs: Inputs
 ) -> dict[str, str]:
     """The methods that can be applied and not written, each with the reason. What is wrong with a
     recipe beside that is refused as when it is written."""
@@ -56,7 +57,7 @@ def measured(
     model: Checkpoint,
     recipe: Transform,
     data: Tokens | None,
-    inputs: str,
+    inputs: Inputs,
     against: tuple[Reading, Tokens],
 ) -> tuple[Evaluation, dict[str, Any]]:
     """The evaluation of a method, and what it costs. Its seconds and its memory hold those of the
@@ -75,6 +76,6 @@ def measured(
     return evaluation, cost
 
 
-def _value(model: Checkpoint, recipe: Transform, data: Tokens | None, inputs: str) -> _Noted:
+def _value(model: Checkpoint, recipe: Transform, data: Tokens | None, inputs: Inputs) -> _Noted:
     applied = qlab.apply(model, recipe, data, inputs=inputs)
     return _Noted(job=applied.job)

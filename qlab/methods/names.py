@@ -1,6 +1,6 @@
 """Recipes by name: a name of METHODS, or steps and a rounding in a row with "+" between them.
 
-    sparsegpt-2:4+gptq        smoothquant-0.6+rtn+inputs-int8-channel        quarot+gptq+eora-64
+    sparsegpt-2:4+gptq        smoothquant-0.6+rtn+inputs-int8-token        quarot+gptq+eora-64
 
 Behind the name of a step stands what it takes. A method of METHODS may be a row of steps itself;
 within a row `smoothquant` is the step alone.
@@ -19,7 +19,7 @@ from qlab.methods.autoawq import awq_clip
 from qlab.methods.awq import awq_scale
 from qlab.methods.eora import eora
 from qlab.methods.gptaq import aim_at_reference
-from qlab.methods.inputs import quantize_inputs
+from qlab.methods.inputs import absmax, quantize_inputs
 from qlab.methods.kv import attention_inputs, kv_cache, parse_cache_spec
 from qlab.methods.lqer import RANK, l2qer, lqer
 from qlab.methods.magnitude import magnitude
@@ -53,7 +53,12 @@ def _pruning(make: Callable[[str], Transform]) -> Step:
 
 def _values(make: Callable[[str], Transform]) -> Step:
     """A step that rounds values at run time, to the spec behind its name."""
-    return Step(lambda text, spec: make(text), "int8-channel", None)
+    return Step(lambda text, spec: make(text), "int8-token", None)
+
+
+def _input_spec(text: str) -> Spec:
+    """The spec of inputs, of which -token is another word for -channel."""
+    return parse_spec(text.replace("-token", "-channel"))
 
 
 def _thin(make: Callable[[int], Transform]) -> Step:
@@ -97,7 +102,10 @@ STEPS: Mapping[str, Step] = {
     "lqer": _thin(lqer),
     "l2qer": _thin(l2qer),
     "eora": _thin(eora),
-    "inputs": _values(lambda text: quantize_inputs(parse_spec(text))),
+    "inputs": _values(lambda text: quantize_inputs(_input_spec(text))),
+    "static_inputs": Step(
+        lambda text, spec: quantize_inputs(_input_spec(text), absmax), "int8-tensor", None
+    ),
     "kv": _values(lambda text: kv_cache(parse_cache_spec(text))),
     "attention": _values(lambda text: attention_inputs(parse_cache_spec(text))),
 }

@@ -99,6 +99,8 @@ def given(saved, text, tmp_path_factory):
         "aim_held_out": {},
         "aim_at_reference": {},
         "smoothquant": {},
+        **{n: {} for n in ("lqer", "l2qer", "eora")},
+        "method": {"name": "gptq", "spec": INT4},
         **{n: {} for n in ("rotate_heads", "rotate_online", "rotate_scores")},
         **{n: {} for n in ("quarot", "incoherence")},
         "gauge": {"name": "mine", "wires": "*:in", "choose": lambda turn: None},

@@ -220,5 +220,7 @@ def test_what_no_format_holds_is_measured_without_being_written(bench, job, tmp_
     written = {path.name for path in folder.iterdir() if path.is_dir()}
     assert written == {"rtn", "own.py-mine", "own.py-mine-seed1"}
     assert "measured without being written" in said and "no scale per token of all heads" in said
-    code, _, said = bench(*job, "--methods", "gptaq", "--inputs", "reference", "--out", folder)
+    code, _, said = bench(
+        *job, "--methods", "gptaq", "--inputs", "reference", "--out", tmp_path / "b"
+    )
     assert code == 2 and "they never are" in said

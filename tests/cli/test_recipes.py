@@ -139,7 +139,8 @@ def test_rows_of_steps_are_methods(call, saved, text, tmp_path):
         ("eora-x", "the rank 'x' is no whole number"),
         ("sparsegpt-4:8", "rounds no weights; put a rounding into the row"),
         ("sparsegpt-2:4+gtpq", "method 'gtpq' is unknown in 'sparsegpt-2:4+gtpq'"),
-        ("inputs-int5x+rtn", "int5x"),
+        ("rtn+inputs-int5x", "int5x"),
+        ("rtn+static_inputs-int8-token", "inputs int8-channel have several scales"),
         ("kv-int8-token+rtn", "no scale per token of all heads"),
         ("rtn+gptq", "is rounded by two stages"),
     ):
