@@ -20,7 +20,7 @@ from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import Spec, same_grid
 from qlab.algebra.stats import Stats, name_of
 from qlab.algebra.views import OnWires, View
-from qlab.algebra.wires import nearest, wires
+from qlab.algebra.wires import full_name, nearest, wires
 from qlab.errors import QlabError
 
 
@@ -34,12 +34,18 @@ class Observed(dict):
     def __missing__(self, key: Any) -> Any:
         source, need = key if isinstance(key, tuple) and len(key) == 2 else (None, key)
         sites = [self.graph.where(s) for s in self.graph.code.sites if s.source == source]
-        if not sites:
+        if not sites and not isinstance(source, str):
             raise KeyError(key)
+        asks = f"the stage {self.step!r} asks for the statistic {name_of(need)!r} of"
+        there = wires(self.graph.code)
+        if not sites and source not in there:
+            raise QlabError(
+                f"{asks} {source!r}, which is no wire of {self.graph.path}; "
+                f"{nearest(source, there)}"
+            )
         raise QlabError(
-            f"the stage {self.step!r} asks for the statistic {name_of(need)!r} of "
-            f"{', '.join(sites)}, which was not observed for it; name it in `needs`, "
-            "and ask for the sites of `graph.sites` alone"
+            f"{asks} {', '.join(sites) or full_name(self.graph.path, source)}, which was not "
+            "observed for it; name it in `needs`, and ask for the sites of `graph.sites` alone"
         )
 
 

@@ -8,10 +8,11 @@ import psutil
 import torch
 
 from qlab.algebra.graph import Code, Site, by_source
-from qlab.algebra.views import Gauged
+from qlab.algebra.views import Gauged, WholeBlock
 from qlab.data.calibration import Data
-from qlab.driver.batches import BATCH_TOKENS
+from qlab.driver.batches import batch_tokens
 from qlab.driver.job import Job
+from qlab.driver.learning import KEPT
 from qlab.driver.scores import score_bytes
 from qlab.driver.sites import Sites
 from qlab.driver.solve import HELD
@@ -19,6 +20,10 @@ from qlab.model.skeleton import Skeleton
 
 FP32 = 4  # bytes of a number
 SOLVER_COPIES = 5  # of a weight, in fp32, that a solver holds at once
+# Of all weights that a step learns in a block, in fp32, that it holds at once: weights, parameters,
+# gradients, and what the rounding keeps for the way back. auto_round held 14, qat 12 to 17.
+LEARNING_COPIES = 14
+BACKWARD = 2  # times the activations of a forward pass: they are kept, and have gradients
 Moment = Mapping[str, int]  # what holds memory -> its bytes, at one moment of a run
 
 
@@ -40,6 +45,7 @@ def predict_memory(
             continue
         block = _Block(
             job=job,
+            path=path,
             code=code,
             weights={site: sites.shapes[f"{path}.{site.path}"] for site in code.sites},
             size=skeleton.dtype.itemsize,
@@ -91,6 +97,7 @@ class _Block:
 
     Args:
         job: What is done to it.
+        path: Its name.
         code: Its program.
         weights: Site -> the shape [..., o, k] of its weight.
         size: Bytes of one number of the activations.
@@ -98,6 +105,7 @@ class _Block:
     """
 
     job: Job
+    path: str
     code: Code
     weights: Mapping[Site, torch.Size]
     size: int
@@ -107,6 +115,7 @@ class _Block:
         """What is held while the block is observed and left, and while it is solved."""
         if self.job.observed is not None:
             yield from self._observing(self.job.observed)
+            yield from self._learning(self.job.observed)
         yield from self._solving()
 
     def _observing(self, data: Data) -> Iterator[Moment]:
@@ -144,6 +153,27 @@ class _Block:
                 "statistics": self.statistics,
                 "waiting": self.waiting,
                 "solver": SOLVER_COPIES * FP32 * self.largest + stage.workspace * self.square,
+            }
+
+    def _learning(self, data: Data) -> Iterator[Moment]:
+        """What steps hold that see the whole block, with one window on its way back."""
+        for stage in self.job.recipe:
+            if not isinstance(stage.view, WholeBlock):
+                continue
+            learned = [
+                shape.numel()
+                for site, shape in self.weights.items()
+                if stage.touches(f"{self.path}.{site.path}", site) and not site.router
+            ]
+            if not learned:
+                continue
+            hidden = self.weights[self.code.sites[0]][-1]
+            forward = self._activations(data, self.size) + self._scores(data)
+            yield {
+                "learning": LEARNING_COPIES * FP32 * sum(learned),
+                "targets": min(KEPT, data.count * hidden * self.size),
+                "statistics": sum(self.moments_kk) if "second_moment" in stage.needs else 0,
+                "activations": BACKWARD * forward,
             }
 
     @cached_property
@@ -189,6 +219,13 @@ class _Block:
         """Bytes of the largest second moment [k, k], 0 where none is observed."""
         return FP32 * max(self.widths) ** 2 if "second_moment" in self.job.statistics else 0
 
+    @property
+    def moments_kk(self) -> list[int]:
+        """Bytes of the second moment of every source, of as many experts as are held at once."""
+        return [
+            FP32 * k**2 * self._experts_held(site) for site, k in zip(self.sources, self.widths)
+        ]
+
     @cached_property
     def statistics(self) -> int:
         """Bytes of the second moments that are held at once. The drift, which is observed beside
@@ -196,9 +233,7 @@ class _Block:
         that are held out."""
         if not self.square:
             return 0
-        of_sources = [
-            FP32 * k**2 * self._experts_held(site) for site, k in zip(self.sources, self.widths)
-        ]
+        of_sources = self.moments_kk
         held = max(of_sources) if self.in_order else sum(of_sources)
         growing = 2 * (max(of_sources) - self.square)  # that of a batch, and the sum with it
         moments = self.streams + (2 if "held_out" in self.job.statistics else 0)
@@ -229,7 +264,7 @@ class _Block:
 
     def _tokens(self, data: Data) -> int:
         """The tokens of a batch, which has one window at least."""
-        return min(max(BATCH_TOKENS, data.longest), data.count)
+        return min(max(batch_tokens([self.job.recipe]), data.longest), data.count)
 
     def _activations(self, data: Data, size: int) -> int:
         """Bytes of a batch's activations, with `size` bytes to a number: an attention holds some

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from qlab.algebra.graph import ModuleGraph, Site, by_origin
+from qlab.algebra.scope import matches
 from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Stage, Transform, select
 from qlab.algebra.views import Gauged, Uncovered
@@ -77,6 +78,28 @@ def _check_wires(stage: Stage, pattern: str, model: Sites) -> None:
         f"the stage {stage.name!r} matches no wire ({pattern} at {stage.scope}); "
         f"{nearest(pattern, names)}"
     )
+
+
+def unseen(stage: Stage, model: Sites) -> list[str]:
+    """The blocks that a step on what attentions read leaves as they are, since their programs show
+    no attention: what those compute in its place is none, or is not traced."""
+    pattern = stage.view.wires
+    if pattern is None:
+        return []
+    names: set[str] = set()  # of what it reaches elsewhere
+    blind: list[str] = []
+    for path, code in model.codes.items():
+        attentions = {wire.name for wire in wires(code).values() if wire.of_attention}
+        names |= attentions & (select(stage, ModuleGraph(code, {}, path)).selected_wires or set())
+        blind += [] if attentions else [path]
+    return [path for path in blind if any(_is_for(stage, pattern, path, name) for name in names)]
+
+
+def _is_for(stage: Stage, pattern: str, path: str, wire: str) -> bool:
+    """Whether a step would work on a wire of this name, if there were one in the block."""
+    name = full_name(path, wire)
+    in_scope = name.rpartition(":")[0] in stage.scope or name in stage.scope
+    return in_scope and (matches(pattern, wire) or matches(pattern, name))
 
 
 def _matches_nothing(stage: Stage, model: Sites) -> str:

@@ -23,6 +23,7 @@ from qlab.algebra.wires import open_wires
 from qlab.driver.job import Job
 from qlab.driver.learning import split
 from qlab.driver.observe import DRIFT
+from qlab.driver.reach import unseen
 from qlab.driver.sites import Sites
 
 # when a step runs in a block
@@ -51,6 +52,7 @@ class Row:
         passes: How many forward passes through its blocks the statistics take that no step before
             it has observed.
         windows: How many windows it runs forward and backward in every block.
+        unseen: The blocks that it leaves as they are, since their programs show no attention.
     """
 
     step: str
@@ -65,10 +67,11 @@ class Row:
     observes: Sequence[str]
     passes: int
     windows: int
+    unseen: Sequence[str]
 
     def json(self) -> dict[str, Any]:
         """The row as plain data."""
-        return {**vars(self), "observes": list(self.observes)}
+        return {**vars(self), "observes": list(self.observes), "unseen": list(self.unseen)}
 
     @property
     def place(self) -> str:
@@ -105,7 +108,7 @@ def schedule(job: Job, sites: Sites) -> list[Row]:
         scan = replace(job, recipe=tuple(stage for stage in part if not stage.scope.outside))
         for in_order in (True, False):
             codes = {p: c for p, c in sites.codes.items() if scan.in_order(c) == in_order}
-            rows += _of_blocks(scan.recipe, codes, len(sites.codes), in_order)
+            rows += _of_blocks(scan.recipe, codes, sites, in_order)
     return rows
 
 
@@ -132,7 +135,7 @@ def _scans(recipe: Transform) -> Iterator[Transform | Stage]:
 
 
 def _of_blocks(
-    recipe: Transform, codes: Mapping[str, Code], blocks: int, in_order: bool
+    recipe: Transform, codes: Mapping[str, Code], sites: Sites, in_order: bool
 ) -> Iterator[Row]:
     """The steps on those blocks that are solved one way."""
     graphs = [ModuleGraph(code, {}, path) for path, code in codes.items()]
@@ -151,10 +154,11 @@ def _of_blocks(
                 continue
             yield _row(
                 stage,
-                where=_blocks(len(reached), blocks),
+                where=_blocks(len(reached), len(sites.codes)),
                 when=when,
                 touched=sum(_touched(stage, graph) for graph, _ in reached),
                 passes=max([s.passes(stage, graph) for graph, s in reached]),
+                unseen=unseen(stage, sites),
             )
 
 
@@ -200,7 +204,14 @@ def _turns(need: Need) -> bool:
     return stat.transport(stat.nothing(2), torch.eye(2, dtype=torch.float32)) is not None
 
 
-def _row(stage: Stage, where: str, when: str = "", touched: int = 0, passes: int = 0) -> Row:
+def _row(
+    stage: Stage,
+    where: str,
+    when: str = "",
+    touched: int = 0,
+    passes: int = 0,
+    unseen: Sequence[str] = (),
+) -> Row:
     return Row(
         step=stage.name,
         spec=described(stage.spec) if stage.spec else "",
@@ -214,6 +225,7 @@ def _row(stage: Stage, where: str, when: str = "", touched: int = 0, passes: int
         observes=sorted(map(name_of, stage.needs)),
         passes=passes,
         windows=stage.view.windows if isinstance(stage.view, WholeBlock) else 0,
+        unseen=unseen,
     )
 
 

@@ -19,6 +19,8 @@ from qlab.data.calibration import from_ids
 from qlab.driver.quantize import quantize
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods import METHODS
+from qlab.methods.auto_round import auto_round
+from qlab.methods.qat import qat
 from qlab.methods.rtn import rtn
 
 INT4 = parse_spec("int4-g64")
@@ -28,13 +30,25 @@ def gptq_in_attention(spec):
     return rules({"*.self_attn.*": METHODS["gptq"](spec), "*": rtn(spec)})
 
 
+def learned(method):
+    """A method that learns, for two steps: it holds as much in each."""
+    return lambda spec: method(spec, steps=2, windows=2)
+
+
+RECIPES = {
+    "gptq in attention": gptq_in_attention,
+    "auto_round": learned(auto_round),
+    "qat": learned(qat),
+}
+
+
 def peak(path: str, out: str, method: str, samples: int, length: int, memory: int | None) -> dict:
     """What a job held at most, and what its plan said."""
     model = open_checkpoint(path)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 512, (samples, length), generator=generator)
     data = None if method == "rtn" else from_ids(model, ids)
-    recipe = (METHODS | {"gptq in attention": gptq_in_attention})[method](INT4)
+    recipe = (METHODS | RECIPES)[method](INT4)
     result = quantize(model, recipe, data, out, memory=memory)
     return {
         "peak": result.peak_rss_bytes,

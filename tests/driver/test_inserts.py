@@ -1,6 +1,8 @@
 """Inserts on values of whole models: evaluated without a format, and refused where none holds
 them; static inputs as files."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -73,6 +75,21 @@ def test_a_pattern_without_a_wire_is_refused_with_the_nearest(saved):
     stray = qlab.insert("stray", "*.self_attn:keys", lambda wire, stats: torch.neg)
     with pytest.raises(QlabError, match=r"'stray' matches no wire .*self_attn:key"):
         qlab.plan(model, qlab.chain(qlab.rtn("int4-g32"), stray))
+
+
+def test_blocks_whose_programs_show_no_attention_are_named(saved):
+    model, rtn = qlab.open(saved("lfm2")), qlab.rtn("int4-g16")
+    cache = qlab.kv_cache("int8-token")
+    with pytest.warns(UserWarning, match=r"kv_cache leaves model\.layers\.1 as they are: .*no att"):
+        planned = qlab.apply(model, qlab.chain(rtn, cache), None).plan
+    assert [list(row.unseen) for row in planned.schedule] == [[], ["model.layers.1"]]
+    assert planned.json()["schedule"][1]["unseen"] == ["model.layers.1"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        meant = qlab.at("*.layers.0.*", cache)
+        (_, row) = qlab.apply(model, qlab.chain(rtn, meant), None).plan.schedule
+        qlab.apply(qlab.open(saved("llama")), qlab.chain(rtn, cache), None).plan.json()
+    assert row.unseen == [] and row.wires == 2
 
 
 @pytest.mark.parametrize("static", list(qlab.RANGES))

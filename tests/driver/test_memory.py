@@ -71,6 +71,19 @@ def test_the_plan_predicts_the_peak_of_a_wide_model(method, dtype, intermediate,
     assert abs(seen["predicted"] / seen["peak"] - 1) < 0.25, seen
 
 
+@pytest.mark.parametrize(
+    "method, dtype, samples, length",
+    [
+        ("auto_round", torch.bfloat16, 2, 1024),
+        ("qat", torch.float32, 4, 128),
+    ],
+)
+def test_the_plan_predicts_the_peak_of_learning(method, dtype, samples, length, job, tmp_path):
+    seen = measure(job, llama(tmp_path / "model", 1024, 2048, 1, dtype), method, samples, length)
+    assert abs(seen["predicted"] / seen["peak"] - 1) < 0.2, seen
+    assert seen["held"]["learning"] > seen["peak"] / 3
+
+
 def test_the_plan_predicts_the_peak_of_a_small_model_with_a_large_vocabulary(job, tmp_path):
     seen = measure(job, llama(tmp_path / "model", 192, 512, 2, torch.bfloat16, 49152), "gptq")
     assert abs(seen["predicted"] / seen["peak"] - 1) < 0.25, seen

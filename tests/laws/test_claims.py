@@ -187,6 +187,14 @@ def test_a_statistic_that_was_not_asked_for_is_named():
     )
 
 
+def test_a_statistic_of_a_wire_that_is_not_there_is_refused_with_the_nearest():
+    seg = segment("llama")
+    stray = step(lambda graph, stats: stats["self_attn:keys", "absmax"] and graph)
+    refused(seg, stray, r"'absmax' of 'self_attn:keys', which is no wire of .*self_attn:key")
+    early = step(lambda graph, stats: stats["self_attn:key", "absmax"] and graph)
+    refused(seg, early, r"'absmax' of model\.layers\.0\.self_attn:key, which was not observed")
+
+
 DOWN, UP = "mlp.down_proj.weight", "mlp.up_proj.weight"
 
 
