@@ -5,7 +5,7 @@ from torch import nn
 
 from qlab.algebra.graph import Code, Op
 from qlab.algebra.wires import Wire, wires
-from qlab.errors import QlabError
+from qlab.errors import QlabError, warn
 from qlab.model.skeleton import Skeleton
 
 
@@ -36,12 +36,29 @@ def at_attentions(skeleton: Skeleton, path: str, code: Code) -> dict[str, tuple[
     found: dict[str, tuple[Op, ...]] = {}
     if not skeleton.checkpoint.extras:
         return found
+    seen: set[str] = set()
     for module, read in attentions(path, code).items():
         channels = read["key"].channels // read["key"].heads
         for name in skeleton.names.spellings_of(module):
             places = skeleton.checkpoint.attended(name, channels)
             found |= {read[place].name: ops for place, ops in places.items()}
+            seen.add(name)
+    _warn_of_others(skeleton, path, seen)
     return found
+
+
+def _warn_of_others(skeleton: Skeleton, path: str, seen: set[str]) -> None:
+    """Warn of attentions of a block whose keys and values are rounded and that its program does not
+    show."""
+    inside = tuple(f"{name}." for name in skeleton.names.spellings_of(path))
+    for extra in skeleton.checkpoint.extras:
+        owners = {name.rpartition(".")[0] for name in extra.tensors}
+        hidden = sorted(name for name in owners - seen if name.startswith(inside))
+        if hidden and extra.applied and not extra.lowered:
+            warn(
+                f"{skeleton.checkpoint.path}: {extra.says}, which qlab does not do in "
+                f"{', '.join(hidden)}, whose attention the traced program does not show"
+            )
 
 
 def attentions(path: str, code: Code) -> dict[str, dict[str, Wire]]:

@@ -202,3 +202,38 @@ def test_damaged_scales_are_refused_by_name(edit, words):
     [extra] = CODEC.extras(config, [*tensors, *WEIGHTS])
     with pytest.raises(QlabError, match=f"^{ATTENTION}.k_scale is .*{words}"):
         extra.ops(ATTENTION, "key", WIDTH, lambda name: edit(tensors[name]))
+
+
+ARGS = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"}
+
+
+def read_group(args=None, targets=("re:.*attn$",), **more):
+    names = [*WEIGHTS, f"{ATTENTION}.q_scale"]
+    group = {"targets": [*targets], "input_activations": ARGS | (args or {}), "weights": None}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"a": group}, **more}
+    assert CODEC.specs(config, names) == {}
+    return CODEC.extras(config, names)
+
+
+@pytest.mark.parametrize("targets", [["re:.*attn$"], ["LlamaAttention"], [ATTENTION]])
+def test_a_group_of_attention_modules_is_read_and_scales_that_lack_are_named(targets):
+    [extra] = read_group(targets=targets)
+    assert extra.tensors == (f"{ATTENTION}.q_scale",)
+    assert extra.missing == (f"{ATTENTION}.k_scale", f"{ATTENTION}.v_scale")
+
+
+@pytest.mark.parametrize(
+    "args, more, words",
+    [
+        ({"strategy": "token", "dynamic": True}, {}, "strategy 'token', dynamic True"),
+        ({"symmetric": False}, {}, "symmetric False"),
+        ({"strategy": ["tensor"]}, {}, "strategy"),
+        ({"dynamic": "local", "strategy": "group", "group_size": 8}, {}, "dynamic 'local'"),
+        ({"num_bits": 3}, {}, "num_bits 3"),
+        ({"scale": 1}, {}, "unknown key 'scale'"),
+        ({}, {"kv_cache_scheme": ARGS}, "qlab reads one of them"),
+    ],
+)
+def test_groups_of_attentions_that_qlab_does_not_compute_are_refused(args, more, words):
+    with pytest.raises(QlabError, match=f"^config group a .*{words}"):
+        read_group(args, **more)

@@ -88,7 +88,10 @@ def decode(
 def refusal_of_args(args: Mapping[str, Any]) -> str | None:
     """What of QuantizationArgs qlab does not compute, or None."""
     bits, symmetric = args.get("num_bits") or 8, args.get("symmetric", True)
-    if symmetric and bits in BITS and spec_of(args, 1) is not None:
+    is_known = isinstance(args.get("strategy") or "", str) and isinstance(
+        args.get("dynamic") or False, bool
+    )
+    if is_known and symmetric and bits in BITS and spec_of(args, 1) is not None:
         return None
     return (
         f"strategy {args.get('strategy')!r}, dynamic {args.get('dynamic')!r}, symmetric "

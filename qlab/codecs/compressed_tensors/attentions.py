@@ -53,14 +53,19 @@ def _matches(target: str, modules: Collection[str]) -> bool:
 
 
 def _names(target: str, module: str) -> bool:
-    if target.startswith("re:"):
+    if not target.startswith("re:"):
+        return target == module or _is_class(target)
+    try:
         return re.match(target[3:], module) is not None
-    return target == module or _is_class(target)
+    except re.error:  # which is refused where targets are read
+        return False
 
 
 def attentions(config: Mapping[str, Any], names: Collection[str]) -> tuple[Extra, ...]:
     """What such groups of a config say; refuses roundings that qlab does not compute."""
-    groups = config.get(KEY) or {}
+    groups = config.get(KEY)
+    if not isinstance(groups, Mapping):
+        return ()  # which is refused where weights are read
     found = {name: group for name, group in groups.items() if is_of_attentions(group, names)}
     if found and config.get("kv_cache_scheme"):
         raise QlabError(
