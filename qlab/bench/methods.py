@@ -24,11 +24,12 @@ from qlab.bench.seeds import add_seeds, of_seed, seeds_of_unwritten, seeds_of_wr
 from qlab.bench.unwritten import measured, unwritten
 from qlab.bench.written import folders, quantized
 from qlab.cli.choices import recipe_of
+from qlab.cli.recipes import is_file
 from qlab.data.calibration import Tokens
 from qlab.demo.build import home
 from qlab.demo.hub import calibration_texts, evaluation_texts, is_demo
 from qlab.driver.observe import Inputs, inputs_named
-from qlab.driver.report import PeakMemory
+from qlab.driver.report import PeakMemory, describe
 from qlab.driver.result import Result
 from qlab.errors import QlabError
 from qlab.evaluation.perplexity import Evaluation, Reading, read
@@ -86,6 +87,9 @@ def compare_methods(
     }
     if seeds > 1:
         job["seeds"] = seeds
+    of_files = {name: describe(recipe) for name, recipe in recipes.items() if is_file(name)}
+    if of_files:
+        job["recipes"] = of_files  # with the hashes of the files
     chosen = Path(out or home() / "bench" / _folder_name(name, job)).expanduser()
     out = Path(os.path.realpath(chosen))
     texts = [Path(path) for path in (*(calib or ()), *(text or ()))]

@@ -219,6 +219,8 @@ def test_what_no_format_holds_is_measured_without_being_written(bench, job, tmp_
     assert [len(row["seeds"]) for row in rows.values()] == [2, 1, 2, 2]
     written = {path.name for path in folder.iterdir() if path.is_dir()}
     assert written == {"rtn", "own.py-mine", "own.py-mine-seed1"}
+    [stage] = json.loads((folder / "bench.json").read_text())["job"]["recipes"][f"{own}:mine"]
+    assert f"of {own}:mine (sha256 " in stage["detail"]
     assert "measured without being written" in said and "no scale per token of all heads" in said
     code, _, said = bench(
         *job, "--methods", "gptaq", "--inputs", "reference", "--out", tmp_path / "b"
