@@ -58,8 +58,8 @@ def _spec(path: str, params: Mapping[str, Any]) -> Spec | None:
         raise QlabError(f"{path} has nbits {bits!r}; qlab reads {', '.join(map(str, PARTS))}")
     if group is not None and (type(group) is not int or group < 1):
         raise QlabError(
-            f"{path} has group_size {group!r}; it is a number of weights, or null for a scale "
-            "per row"
+            f"{path} has group_size {group!r}; "
+            "it is a number of weights, or null for a scale per row"
         )
     if axis not in (0, 1) or type(axis) is not int:
         raise QlabError(f"{path} has axis {axis!r}; it is 0 or 1")
@@ -136,10 +136,9 @@ def _numbers(path: str, tensors: Mapping[str, Tensor], spec: Int | None) -> tupl
             f"{path} holds words viewed as floats, or scales or zero points quantized themselves; "
             "qlab reads neither"
         )
-    if spec is None:
-        agrees = bits in PARTS and axis == 0
-    else:
-        agrees = (bits, group or None) == (spec.bits, spec.tile.cols) and axis != 0
+    agrees = bits in PARTS and (axis == 0) == (spec is None)
+    if spec is not None:
+        agrees = agrees and (bits, group or None) == (spec.bits, spec.tile.cols)
     if not agrees:
         raise QlabError(
             f"{path} has nbits {bits}, group_size {group} and axis {axis}, and its config says "
@@ -154,8 +153,8 @@ def _shape(path: str, tensors: Mapping[str, Tensor], group: int, axis: int) -> t
     uneven = group and (o * k % group or (axis and k % group))
     if min(o, k) < 1 or uneven:
         raise QlabError(
-            f"{path}.shape is ({o}, {k}), which groups of {group} do not divide; qlab reads groups "
-            "of neighbours in one row or column"
+            f"{path}.shape is ({o}, {k}), which groups of {group} do not divide; "
+            "qlab reads groups of neighbours in one row or column"
         )
     return o, k
 
