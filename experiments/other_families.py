@@ -1,8 +1,8 @@
 """Is any method worse than plain RTN: on other families, on another kind of text than it was
 calibrated on?
 
-Usage: python experiments/other_families.py FOLDER [NAME...]        (default: every family, then
-                                                                    demo)
+Usage: python experiments/other_families.py FOLDER [NAME...] [steps=N] [methods=rtn,NAME,...]
+(default: every family, then demo; other steps or methods are a run of their own, NAME-N.json)
 
 A small model of each family is trained on an encyclopedia and on Python's standard library, windows
 of both in one random order, each seen once. It is quantized on windows of one of them and compared
@@ -88,7 +88,7 @@ def tokenizer(folder, corpus):
     )
 
 
-def train(family, folder, corpus):
+def train(family, folder, corpus, steps):
     """A bfloat16 directory of the family in `folder`."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
@@ -99,7 +99,7 @@ def train(family, folder, corpus):
     data = qlab.tokens(
         qlab.open(folder),
         [calibration for calibration, _ in corpus.values()],
-        STEPS * BATCH,
+        steps * BATCH,
         LENGTH,
     )
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -110,7 +110,7 @@ def train(family, folder, corpus):
         betas=(0.9, 0.95),
         weight_decay=0.1,
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.1)
     for ids in data.ids.split(BATCH):
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
@@ -145,7 +145,7 @@ def interval(values):
     return [float(values.mean()), low, high]
 
 
-def measure(model, corpus, spec, folder):
+def measure(model, corpus, spec, folder, methods):
     """One row per method, text calibrated on and text evaluated on, with per-site calibration
     losses.
 
@@ -166,7 +166,7 @@ def measure(model, corpus, spec, folder):
         for kind, data in held_out.items()
     }
     rtn = {}
-    for method in METHODS:
+    for method in methods:
         recipe = qlab.METHODS[method](qlab.parse_spec(spec))
         sees_data = any(stage.needs for stage in recipe)
         for calibrated, data in calibration.items() if sees_data else [(None, None)]:
@@ -210,17 +210,18 @@ def line(name, row):
     )
 
 
-def main(folder, names):
+def main(folder, names, steps=STEPS, methods=METHODS):
+    run = "" if steps == STEPS and methods == METHODS else f"-{steps}"
     folder.mkdir(parents=True, exist_ok=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     corpus = texts(folder)
     for name in names:
         if name in FAMILIES and not (folder / name).exists():
-            train(name, folder / f"{name}.untrained", corpus)
+            train(name, folder / f"{name}.untrained", corpus, steps)
             (folder / f"{name}.untrained").rename(folder / name)
         model, rows = qlab.open(folder / name if name in FAMILIES else name), []
         for spec in SPECS:
-            for row in measure(model, corpus, spec, folder):
+            for row in measure(model, corpus, spec, folder, methods):
                 rows.append(row)
                 print(line(name, row), flush=True)
                 record = {
@@ -228,10 +229,16 @@ def main(folder, names):
                     "tokens": {"calibration": CALIBRATION, "evaluation": EVALUATION},
                     "rows": rows,
                 }
-                (RESULTS / f"{name}.json").write_text(
+                (RESULTS / f"{name}{run}.json").write_text(
                     json.dumps(record, indent=1) + "\n", encoding="utf-8"
                 )
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:] or [*FAMILIES, "demo"])
+    options = dict(word.split("=") for word in sys.argv[2:] if "=" in word)
+    main(
+        Path(sys.argv[1]),
+        [word for word in sys.argv[2:] if "=" not in word] or [*FAMILIES, "demo"],
+        int(options.get("steps", STEPS)),
+        tuple(options["methods"].split(",")) if "methods" in options else METHODS,
+    )

@@ -1,8 +1,8 @@
 """Does the staged solver lose less than gptaq, in how much more time? And on the float formats?
 
-Usage: python experiments/solver.py SPEC SAMPLES METHOD,METHOD,... [WINDOWS]
+Usage: python experiments/solver.py SPEC SAMPLES METHOD,METHOD,... [WINDOWS [RUN]]
 By the protocol of README.md (windows of 512 tokens, seed 0, quantized inputs); writes
-results/solver-SPEC-SAMPLES.json.
+results/solver-SPEC-SAMPLES.json, with -RUN behind the samples where a run has a name.
 """
 
 import json
@@ -17,11 +17,12 @@ from qlab.evaluation.perplexity import read
 
 spec, samples, methods = qlab.parse_spec(sys.argv[1]), int(sys.argv[2]), sys.argv[3].split(",")
 windows = int(sys.argv[4]) if len(sys.argv) > 4 else 16
+run = f"-{sys.argv[5]}" if len(sys.argv) > 5 else ""
 model = qlab.open("demo")
 calibration = qlab.tokens(model, [demo_text("calibration")], samples=samples, length=512)
 held_out = qlab.first_windows(model, [demo_text("heldout")], length=512, count=windows)
 reference = read(model, held_out)
-out = Path(__file__).parent / "results" / f"solver-{spec}-{samples}.json"
+out = Path(__file__).parent / "results" / f"solver-{spec}-{samples}{run}.json"
 rows = {}
 
 for name in methods:

@@ -33,6 +33,7 @@ HOMES = {
     "absorb": "qlab.algebra.absorb",
     "aim_at_reference": "qlab.methods.gptaq",
     "aim_held_out": "qlab.methods.qronos",
+    "aim_in_stream": "qlab.methods.loaq",
     "apply": "qlab.driver.apply",
     "at": "qlab.algebra.transform",
     "auto_round": "qlab.methods.auto_round",

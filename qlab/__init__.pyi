@@ -66,6 +66,7 @@ from qlab.methods.inputs import RANGES as RANGES
 from qlab.methods.inputs import quantize_inputs as quantize_inputs
 from qlab.methods.kv import attention_inputs as attention_inputs
 from qlab.methods.kv import kv_cache as kv_cache
+from qlab.methods.loaq import aim_in_stream as aim_in_stream
 from qlab.methods.lqer import l2qer as l2qer
 from qlab.methods.lqer import lqer as lqer
 from qlab.methods.magnitude import magnitude as magnitude

@@ -41,6 +41,8 @@ WALKERS = {
     "algebra/channels.py",
     "algebra/graph.py",
     "algebra/interpret.py",
+    "algebra/received.py",
+    "algebra/stream.py",
     "algebra/tracing/routers.py",
     "algebra/tracing/stretches.py",
     "algebra/tracing/trace.py",

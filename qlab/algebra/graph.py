@@ -82,6 +82,12 @@ def behind_casts(node: fx.Node) -> fx.Node:
     return node
 
 
+def weight_of(code: "Code", product: fx.Node) -> str | None:
+    """The name of the leaf that a product of WEIGHT_OPS multiplies by; None of what is computed."""
+    weight = product.args[WEIGHT_OPS[product.target][1]]
+    return code.params.get(behind_casts(weight).name) if isinstance(weight, fx.Node) else None
+
+
 def is_matrix(shape: Iterable[Any]) -> bool:
     """Whether a parameter of this shape may be a matrix: more than one axis is longer than 1."""
     return sum(n > 1 for n in shape) > 1

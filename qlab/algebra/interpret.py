@@ -5,7 +5,7 @@ only what the inputs of some sites depend on, and a `Walk` stops at every source
 change behind it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -199,6 +199,18 @@ def inputs_of(
     }
 
 
+def values_at(
+    graph: ModuleGraph,
+    ends: Iterable[tuple[str, str | None]],
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> tuple[Any, ...]:
+    """The values of nodes, each as it is in front of the operation that is named beside it, or at
+    the end with None. Nothing else is computed."""
+    program = _ending_at(graph.code, tuple(ends), False)
+    return tuple(_Interpreter(graph, program).run(*_tensors(graph, args, kwargs)))
+
+
 def _first_reader(code: Code, wire: Wire) -> str | None:
     """The operation that reads a wire first; None of inputs of sites, whose node is read."""
     if wire.kind == "in":
@@ -305,6 +317,25 @@ class Walk:
                 del self.env[dead]
         self.position = max(self.position, stop)
         return value
+
+    def value(self, name: str) -> Any:
+        """The value of a node that is still to be read."""
+        return next(value for node, value in self.env.items() if node.name == name)
+
+    def ahead(
+        self,
+        graph: ModuleGraph,
+        ends: Sequence[tuple[str, str | None]],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> list[Any]:
+        """The values of nodes, each in front of the operation that is named beside it or, with
+        None, at once. The walk goes on to there, so the leaves that it passes may not change any
+        more."""
+        places = {node.name: i for i, node in enumerate(self.nodes)}
+        stops = (places[node] + 1 if reader is None else places[reader] for node, reader in ends)
+        self._advance(graph, max(self.position, *stops), args, kwargs)
+        return [self.value(node) for node, _ in ends]
 
     def forget(self) -> None:
         """Let go of every value."""

@@ -28,13 +28,18 @@ class Observation:
     position).
 
     ends [e]: where the rows of each expert end, if rows are sorted by expert. reference_nk: the
-    same inputs in the reference model, None where those are x itself.
+    same inputs in the reference model, None where those are x itself. received_n: how much
+    attention every token receives (`qlab.algebra.received`), None where it is not asked for or the
+    source feeds no attention. stream_no: the drift of what the output of its site is added to, the
+    reference's less ours (`qlab.algebra.stream`), None likewise.
     """
 
     x_nk: Tensor
     keys: Tensor
     ends: Tensor | None = None
     reference_nk: Tensor | None = None
+    received_n: Tensor | None = None
+    stream_no: Tensor | None = None
 
 
 class Stat(NamedTuple):
@@ -177,6 +182,46 @@ def _held_out(o: Observation) -> Drifting:
     return Drifting(Moment(gram(part.x_nk), len(part.x_nk)), _drift(part))
 
 
+def _received(o: Observation) -> Moment:
+    """sum over tokens of a x^T x, with a what they receive; of no tokens where nothing is known of
+    it."""
+    k = o.x_nk.shape[1]
+    if o.received_n is None:
+        return Moment(o.x_nk.new_zeros(1, 1, dtype=torch.float32).expand(k, k), 0)
+    return Moment(gram(o.x_nk.float() * o.received_n.sqrt()[:, None]), len(o.x_nk))
+
+
+def _add_known(a: Moment, b: Moment) -> Moment:
+    # a sum with nothing is not worth its matrix
+    if a.tokens and b.tokens:
+        return _add_moments(a, b)
+    return max((a, b), key=lambda state: (state.tokens, len(state.sum_kk)))
+
+
+def _stream_drift(o: Observation) -> Moment:
+    """sum over tokens of (r' - r)^T x [o, k], with r what the output is added to; of no tokens
+    where nothing is known of it."""
+    if o.stream_no is None:
+        return Moment(o.x_nk.new_zeros(1, o.x_nk.shape[1], dtype=torch.float32), 0)
+    return Moment(o.stream_no.float().T @ o.x_nk.float(), len(o.x_nk))
+
+
+def _stream_held_out(o: Observation) -> Moment:
+    """The same of the tokens that are held out."""
+    rows = _is_held_out(o.keys)
+    stream_no = None if o.stream_no is None else o.stream_no[rows]
+    return _stream_drift(Observation(o.x_nk[rows], o.keys[rows], stream_no=stream_no))
+
+
+def _move_stream(state: Moment, M: Tensor) -> Moment:
+    moved = state.sum_kk * M if M.ndim == 1 else state.sum_kk @ M
+    return Moment(moved, state.tokens)
+
+
+def _no_stream(k: int) -> Moment:
+    return Moment(torch.zeros(1, k, dtype=torch.float32), 0)
+
+
 def _no_moment(k: int) -> Moment:
     return Moment(torch.zeros(k, k, dtype=torch.float32), 0)
 
@@ -235,8 +280,17 @@ def per_expert(stat: Stat) -> Stat:
         assert o.ends is not None
         nothing = lambda: _on(o.x_nk, stat.nothing(o.x_nk.shape[1]))
         other = o.x_nk if o.reference_nk is None else o.reference_nk
+        of_rows = lambda t, rows: None if t is None else t[rows]
         parts = [
-            Observation(o.x_nk[rows], o.keys[rows], None, other[rows]) for rows in rows_of(o.ends)
+            Observation(
+                o.x_nk[rows],
+                o.keys[rows],
+                None,
+                other[rows],
+                of_rows(o.received_n, rows),
+                of_rows(o.stream_no, rows),
+            )
+            for rows in rows_of(o.ends)
         ]
         return PerExpert(tuple(stat.lift(part) if len(part.keys) else nothing() for part in parts))
 
@@ -280,6 +334,11 @@ STATS: dict[str, Stat] = {
         lambda s, M: Drifting(*(_move_moment(moment, M) for moment in s)),
         lambda k: Drifting(_no_moment(k), _no_moment(k)),
     ),
+    # What the attention that tokens receive adds to their weight in the second moment.
+    "received": Stat(_received, _add_known, _move_moment, _no_moment),
+    # What the sum that an output goes into lacks already, as far as the input says it.
+    "stream_drift": Stat(_stream_drift, _add_known, _move_stream, _no_stream),
+    "stream_held_out": Stat(_stream_held_out, _add_known, _move_stream, _no_stream),
     "absmax": Stat(
         lambda o: o.x_nk.abs().amax(0).float(),
         torch.maximum,
@@ -306,7 +365,11 @@ STATS: dict[str, Stat] = {
 
 # Statistics that compare with the reference model. Routed experts have none of them: their rows
 # have no counterpart there.
-COMPARING = frozenset({"drift", "held_out"})
+COMPARING = frozenset({"drift", "held_out", "stream_drift", "stream_held_out"})
+# Of them, those that compare what the output is added to.
+JOINING = frozenset({"stream_drift", "stream_held_out"})
+# Statistics that read how much attention tokens receive, which is computed for them alone.
+ATTENDING = frozenset({"received"})
 Stats = Mapping[tuple[str, Need], Any]  # (source node or wire, statistic) -> state
 
 

@@ -107,6 +107,7 @@ TAKES: Mapping[str, Mapping[str, plain.Kind]] = {
         "damp": plain.fraction,
     },
     "aim_held_out": {},
+    "aim_in_stream": {},
     "aim_at_reference": {"strength": plain.fraction, "damp": plain.fraction},
     **dict.fromkeys(ROTATIONS, ROTATION),
     "magnitude": {"pattern": kinds.pattern},

@@ -20,6 +20,7 @@ METHODS = (
     "qat",
     "gptq-refined",
     "qronos-refined",
+    "loaq-refined",
     "imatrix",
     "autoawq",
     "llmcompressor-awq",

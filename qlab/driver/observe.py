@@ -5,7 +5,7 @@ wanted of it (`Observe`).
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any, Literal, cast, get_args
 
@@ -15,8 +15,19 @@ from torch import Tensor
 from qlab.algebra.block import BLOCK_IO, SAMPLES, Samples
 from qlab.algebra.experts import Rows, reaching
 from qlab.algebra.graph import ModuleGraph
-from qlab.algebra.interpret import inputs_of
-from qlab.algebra.stats import COMPARING, Need, Observation, Stats, name_of, stat_of
+from qlab.algebra.interpret import inputs_of, values_at
+from qlab.algebra.received import received
+from qlab.algebra.stats import (
+    ATTENDING,
+    COMPARING,
+    JOINING,
+    Need,
+    Observation,
+    Stats,
+    name_of,
+    stat_of,
+)
+from qlab.algebra.stream import streams_joined
 from qlab.algebra.transform import Transform
 from qlab.algebra.wires import full_name
 from qlab.driver.batches import Batches
@@ -73,16 +84,27 @@ def observe(
     """
     sources = sorted({source for source, _ in keys})
     drifting = sorted({source for source, need in keys if need in DRIFT})
+    attending = sorted({source for source, need in keys if need in ATTENDING})
     totals = Totals(graph, keys)
     reference_batches = reference.batches() if reference and drifting else repeat(None)
+    joined = streams_joined(graph.code)
+    joining = sorted({s for s, need in keys if need in JOINING and s in joined})
+    ends = [(joined[source], None) for source in joining]
     for (call, state), reference_batch in zip(batches(), reference_batches):
         reference_rows: Mapping[str, Rows] = {}
+        streams: Mapping[str, Tensor] = {}
+        arguments = call.inputs(state)
         if reference and reference_batch:
             reference_call, reference_state = reference_batch
-            arguments = reference_call.inputs(reference_state)
-            reference_rows = inputs_of(reference.graph, drifting, *arguments)
-        rows = inputs_of(graph, sources, *call.inputs(state), calibrate_all_experts)
-        totals.add(rows, reference_rows)
+            others = reference_call.inputs(reference_state)
+            reference_rows = inputs_of(reference.graph, drifting, *others)
+            ours, theirs = (
+                values_at(graph, ends, *arguments),
+                values_at(reference.graph, ends, *others),
+            )
+            streams = {s: drift_of(r, other) for s, r, other in zip(joining, ours, theirs)}
+        rows = inputs_of(graph, sources, *arguments, calibrate_all_experts)
+        totals.add(rows, reference_rows, received(graph, attending, *arguments), streams)
     return totals.stats
 
 
@@ -117,6 +139,11 @@ def remembering(graph: ModuleGraph, observe: Observe) -> Observe:
     return observe_once
 
 
+def drift_of(ours: Tensor, theirs: Tensor) -> Tensor:
+    """The drift [n, o] of a value, the reference's less ours."""
+    return theirs.flatten(0, -2).float() - ours.flatten(0, -2).float()
+
+
 class Totals:
     """The statistics of a segment over the batches so far.
 
@@ -131,11 +158,24 @@ class Totals:
         self.tokens = dict.fromkeys((source for source, _ in keys), 0)
         self.stats: dict[Key, Any] = {}
 
-    def add(self, inputs: Mapping[str, Rows], reference: Mapping[str, Rows]) -> None:
-        """One batch: source or wire -> the rows that reach it, and those that do in the reference,
-        of the sources whose drift is measured."""
+    def add(
+        self,
+        inputs: Mapping[str, Rows],
+        reference: Mapping[str, Rows],
+        received: Mapping[str, Tensor],
+        streams: Mapping[str, Tensor],
+    ) -> None:
+        """One batch: source or wire -> the rows that reach it, those that do in the reference, of
+        the sources whose drift is measured, what attention they receive, and the drift of what
+        their outputs are added to, where these are asked for."""
         for source, rows in inputs.items():
             observation = self._observation(source, rows, reference.get(source))
+            received_n = received.get(source)
+            if received_n is not None and len(received_n) == len(observation.x_nk):
+                observation = replace(observation, received_n=received_n)
+            stream_no = streams.get(source)
+            if stream_no is not None and len(stream_no) == len(observation.x_nk):
+                observation = replace(observation, stream_no=stream_no)
             needs = [need for of_source, need in self.keys if of_source == source]
             for need in sorted(needs, key=name_of):
                 stat, key = stat_of(need, observation.ends is not None), (source, need)

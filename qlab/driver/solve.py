@@ -4,16 +4,21 @@ Sources of a segment are solved together (`solve`), or one after another in runn
 what the quantized ones before it produce (`solve_in_order`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import repeat
 from typing import Any
+
+from torch import Tensor
 
 from qlab.algebra.block import BLOCK_IO, SAMPLES
 from qlab.algebra.experts import Rows
 from qlab.algebra.graph import Code, ModuleGraph
 from qlab.algebra.interpret import Walk
-from qlab.algebra.stats import PerExpert, Stats
+from qlab.algebra.received import next_is_attention, received, received_by
+from qlab.algebra.stats import ATTENDING, JOINING, PerExpert, Stats
+from qlab.algebra.stream import streams_joined
 from qlab.algebra.transform import Stage, Transform, apply, keys_of, select
 from qlab.algebra.views import Folded, Gauged, Uncovered
 from qlab.algebra.wires import stops
@@ -25,6 +30,7 @@ from qlab.driver.observe import (
     Observe,
     Reference,
     Totals,
+    drift_of,
     observe_nothing,
 )
 from qlab.errors import QlabError
@@ -212,15 +218,40 @@ def _observe_waiting(
     if reference and any(name in DRIFT for _, name in keys):
         graphs.append(reference.graph)
     arriving = [stream.to(g, source) for stream, g in zip(streams, graphs)]
-    for of_batch in zip(*arriving):
+    attending = any(name in ATTENDING for _, name in keys)
+    joins = any(name in JOINING for _, name in keys)
+    joined = streams_joined(graph.code).get(source) if joins else None
+    # leaves of the reference stay, so that its walk may go on to the attention
+    last, of_last = graphs[-1], streams[len(graphs) - 1]
+    calls = of_last.batches() if attending else repeat(None)
+    for of_batch, batch in zip(zip(*arriving), calls):
         rows, *reference_rows = [rows for _, rows in of_batch]
-        totals.add({source: rows}, {source: reference_rows[0]} if reference_rows else {})
+        of_reference = {source: reference_rows[0]} if reference_rows else {}
+        joined_no: Mapping[str, Tensor] = {}
+        if joined is not None and len(of_batch) > 1:
+            ours, theirs = (walk.value(joined) for walk, _ in of_batch)
+            joined_no = {source: drift_of(ours, theirs)}
+        received_n: Mapping[str, Tensor] = {}
+        if batch is not None:
+            call, state = batch
+            walk = of_batch[-1][0] if len(of_batch) > 1 else None
+            received_n = _received(last, source, walk, *call.inputs(state))
+        totals.add({source: rows}, of_reference, received_n, joined_no)
         for walk, _ in of_batch:
             waiting += walk.nbytes()
             if waiting > HELD:
                 waiting -= walk.nbytes()
                 walk.forget()
     return totals.stats
+
+
+def _received(
+    graph: ModuleGraph, source: str, walk: Walk | None, args: tuple, kwargs: dict[str, Any]
+) -> dict[str, Tensor]:
+    """What attention the tokens of a source receive. walk: one that waits there, and may go on."""
+    if walk is None or not next_is_attention(graph.code, source):
+        return received(graph, [source], args, kwargs)
+    return received_by(graph.code, [source], lambda ends: walk.ahead(graph, ends, args, kwargs))
 
 
 def _in_parts(

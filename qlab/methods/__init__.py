@@ -26,6 +26,7 @@ from qlab.methods.gptq import gptq
 from qlab.methods.grid import imatrix, weighted
 from qlab.methods.hqq import hqq
 from qlab.methods.kv import cache_spec, kv_cache
+from qlab.methods.loaq import aim_in_stream
 from qlab.methods.lqer import l2qer, lqer
 from qlab.methods.magnitude import magnitude
 from qlab.methods.qat import qat
@@ -34,7 +35,7 @@ from qlab.methods.rotate import incoherence, quarot
 from qlab.methods.rtn import rtn
 from qlab.methods.smoothquant import smoothquant
 from qlab.methods.sparsegpt import sparsegpt
-from qlab.methods.stages import solver
+from qlab.methods.stages import ALTERNATED, attended, solver
 from qlab.methods.wanda import wanda
 
 
@@ -61,6 +62,13 @@ def gptq_refined(spec: Spec) -> Transform:
 def qronos_refined(spec: Spec) -> Transform:
     """A target as near to the reference as held-out tokens bear out, then the staged solver."""
     return chain(aim_held_out(), solver(spec))
+
+
+def loaq_refined(spec: Spec) -> Transform:
+    """A target that also makes up for the drift of the residual stream, then the staged solver by a
+    metric that tokens with much attention weigh more in, more damped since tokens are few."""
+    solved = solver(spec, refine=ALTERNATED[:2], damp=0.1, metric=attended)
+    return chain(aim_in_stream(), solved)
 
 
 def smoothquant_rtn(spec: Spec) -> Transform:
@@ -132,6 +140,7 @@ METHODS: Mapping[str, Callable[[Spec], Transform]] = {
     "qat": qat,
     "gptq-refined": gptq_refined,
     "qronos-refined": qronos_refined,
+    "loaq-refined": loaq_refined,
     "imatrix": rtn_imatrix,
     "autoawq": autoawq,
     "llmcompressor-awq": llmcompressor_awq,

@@ -42,9 +42,18 @@ class Aim:
 
 def correction(W_ok: Tensor, seen: Drifting, damp: float) -> Tensor:
     """C = W D (H + damp mean(diag H) I)^-1."""
-    factor, _ = cholesky(seen.moment.mean_kk, damp)
-    # H is symmetric: W D H^-1 = (H^-1 (W D)^T)^T
-    return torch.cholesky_solve((W_ok @ seen.drift.mean_kk).mT, factor).mT
+    return step_of(W_ok @ seen.drift.mean_kk, seen.moment, damp)
+
+
+def step_of(pull_ok: Tensor, moment: Moment, damp: float) -> Tensor:
+    """P (H + damp mean(diag H) I)^-1 of a pull P, such as W D."""
+    return solved(pull_ok, cholesky(moment.mean_kk, damp)[0])
+
+
+def solved(pull_ok: Tensor, factor_kk: Tensor) -> Tensor:
+    """P H^-1, with the lower factor of H."""
+    # H is symmetric: P H^-1 = (H^-1 P^T)^T
+    return torch.cholesky_solve(pull_ok.mT, factor_kk).mT
 
 
 def rest(total: Drifting, part: Drifting) -> Drifting:
@@ -59,14 +68,25 @@ def _less(total: Moment, part: Moment) -> Moment:
 def choose(W_ok: Tensor, fitted: Drifting, held_out: Drifting, damps: Sequence[float]) -> Aim:
     """The strength, 0 to 1, and the damping with the least error on the tokens that were held out.
     W_ok: all weights of an input, one below the other."""
+    pulls = [W_ok @ part.drift.mean_kk for part in (fitted, held_out)]
+    return choose_step(W_ok, (pulls[0], fitted.moment), (pulls[1], held_out.moment), damps)
+
+
+def choose_step(
+    W_ok: Tensor,
+    fitted: tuple[Tensor, Moment],
+    held_out: tuple[Tensor, Moment],
+    damps: Sequence[float],
+) -> Aim:
+    """The same of any pull [o, k], each with the second moment of the tokens that it is of."""
     best = Aim(strength=0.0, damp=damps[0], gain=0.0)
-    if not fitted.moment.tokens or not held_out.moment.tokens:
+    (pull_ok, moment), (held_pull_ok, held_moment) = fitted, held_out
+    if not moment.tokens or not held_moment.tokens:
         return best
-    size = max(held_out.moment.output_error(W_ok), 1e-30)
-    WD_ok = W_ok @ held_out.drift.mean_kk
+    size = max(held_moment.output_error(W_ok), 1e-30)
     for damp in damps:
-        C_ok = correction(W_ok, fitted, damp)
-        slope, curvature = float((C_ok * WD_ok).sum()), held_out.moment.output_error(C_ok)
+        C_ok = step_of(pull_ok, moment, damp)
+        slope, curvature = float((C_ok * held_pull_ok).sum()), held_moment.output_error(C_ok)
         strength = min(max(slope / max(curvature, 1e-30), 0.0), 1.0)
         gain = (2 * strength * slope - strength**2 * curvature) / size
         if gain > best.gain:
@@ -104,38 +124,65 @@ def aim_held_out(damps: Sequence[float] = DAMPS) -> Transform:
         aim_held_out damp 0.01, 0.1 or 1
         rtn grid minmax
     """
-    if not damps:
-        raise QlabError("damps is empty; give at least one fraction of mean(diag H)")
-    for damp in damps:
-        check_damp(damp)
+    check_damps(damps)
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
         aimed_sites = [site for site in graph.sites if not site.route and not site.router]
         for source, sites in by_source(aimed_sites).items():
             total = Drifting(stats[source, "second_moment"], stats[source, "drift"])
             if total.drift.sum_kk.any():
-                graph = _aimed(graph, sites, total, stats[source, "held_out"], damps)
+                graph = aimed(graph, sites, total, stats[source, "held_out"], damps, None)
         return graph, stats
 
-    *others, last = (f"{damp:g}" for damp in damps)
-    listed = f"{', '.join(others)} or {last}" if others else last
     needs = frozenset({"second_moment", "drift", "held_out"})
-    detail = f"damp {listed}"
+    detail = f"damp {listed(damps)}"
     return (Stage("aim_held_out", needs, run, EachWeight(), detail=detail, workspace=4),)
 
 
-def _aimed(
+def listed(damps: Sequence[float]) -> str:
+    """The fractions in words."""
+    *others, last = (f"{damp:g}" for damp in damps)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def check_damps(damps: Sequence[float]) -> None:
+    """Refuse no fractions to choose from, and those that are none."""
+    if not damps:
+        raise QlabError("damps is empty; give at least one fraction of mean(diag H)")
+    for damp in damps:
+        check_damp(damp)
+
+
+Stream = tuple[Moment, Moment]  # what sums lack already: of all tokens, and of those held out
+
+
+def pull_of(W_ok: Tensor, drift: Moment, stream: Moment | None) -> Tensor:
+    """W D, and what the sum lacks that the output goes into."""
+    pull_ok = W_ok @ drift.mean_kk
+    return pull_ok if stream is None or not stream.tokens else pull_ok + stream.mean_kk
+
+
+def aimed(
     graph: ModuleGraph,
     sites: Sequence[Site],
     total: Drifting,
     held_out: Drifting,
     damps: Sequence[float],
+    stream: Stream | None,
 ) -> ModuleGraph:
     """The graph with the weights of one input moved."""
     weights = [graph.weight_ok(site) for site in sites]
+    W_ok, fitted = torch.cat(weights), rest(total, held_out)
+    of_all, of_held, of_rest = (None, None, None) if stream is None else (*stream, _less(*stream))
+    held = pull_of(W_ok, held_out.drift, of_held), held_out.moment
+    moved = weights
     try:
-        aim = choose(torch.cat(weights), rest(total, held_out), held_out, damps)
-        moved = [W + aim.strength * correction(W, total, aim.damp) for W in weights]
+        rest_ = pull_of(W_ok, fitted.drift, of_rest), fitted.moment
+        aim = choose_step(W_ok, rest_, held, damps)
+        if aim.strength:
+            factor, _ = cholesky(total.moment.mean_kk, aim.damp)
+            pulls = [pull_of(W, total.drift, of_all) for W in weights]
+            moved = [W + aim.strength * solved(P, factor) for W, P in zip(weights, pulls)]
     except QlabError as error:
         raise QlabError(f"{graph.where(sites[0])}: {error}") from error
     note = {"aim_strength": aim.strength, "aim_damp": aim.damp, "aim_gain": aim.gain}

@@ -12,9 +12,10 @@ Legend: problem.target_ok is W*, problem.M_kk the damped metric; s_ag, z_ag scal
 the diagonal of D in M = R D R^T (`qlab.methods.obs`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from qlab.algebra.cell import Cell, Weight, on_support
 from qlab.algebra.qtensor import QTensor, dense, round_codes, steps
 from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Transform, each_cell
+from qlab.errors import QlabError
 from qlab.methods.gptq import WORKSPACE, act_order, gptq_codes
 from qlab.methods.grid import Grid, fit, scale_sweep, weighted
 from qlab.methods.obs import Factor, check_damp, damped, factorize
@@ -81,10 +83,34 @@ class Problem:
         return q if self.support is None else on_support(q, self.support)
 
 
+@dataclass(frozen=True)
+class Metric:
+    """What a solver measures errors by. needs: statistics of the input. of: the statistics by name
+    -> H_kk."""
+
+    name: str
+    needs: frozenset[str]
+    of: Callable[[Mapping[str, Any]], Tensor]
+
+
 Scales = tuple[Tensor, Tensor | None]
 GridStage = Callable[[Problem], Scales]
 RoundStage = Callable[[Problem, Tensor, Tensor | None], QTensor]
 RefineStage = Callable[[Problem, QTensor], QTensor]
+
+
+# ------------------------------------------------------------------ metric
+def _with_received(stats: Mapping[str, Any]) -> Tensor:
+    H_kk, received = stats["second_moment"].mean_kk, stats["received"]
+    return H_kk + received.mean_kk if received.tokens else H_kk
+
+
+every_token = Metric(
+    "every_token", frozenset({"second_moment"}), lambda s: s["second_moment"].mean_kk
+)
+# A token counts once, and again by the attention that it receives (`qlab.algebra.received`), where
+# it becomes keys and values.
+attended = Metric("attended", frozenset({"second_moment", "received"}), _with_received)
 
 
 # ------------------------------------------------------------------ grid
@@ -167,6 +193,7 @@ def solver(
     round: RoundStage = obs,
     refine: Sequence[RefineStage] = ALTERNATED,
     damp: float = 0.01,
+    metric: Metric = every_token,
 ) -> Transform:
     """A weight-only solver of three stages over J = tr((W* - W') M (W* - W')^T).
 
@@ -180,13 +207,14 @@ def solver(
         round: (problem, scales, zeros) -> leaf.
         refine: functions (problem, leaf) -> leaf, in the order in which they run.
         damp: fraction of mean(diag H) that is added to the diagonal of H, from 0 to 1.
+        metric: statistics -> H, what errors are measured by.
 
     Returns:
         A transform of one stage. It needs calibration data. Its report holds J after every stage as
         `J_nearest`, `J_obs` and so on: none is above the one before.
 
     Raises:
-        QlabError: damp is not from 0 to 1.
+        QlabError: damp is not from 0 to 1, or metric is no Metric.
 
     Source:
         The stages name theirs. The grid's weights D are the cost of an error under the
@@ -200,13 +228,17 @@ def solver(
         'grid compensated, round obs, refine scales_refitted, damp 0.01'
     """
     check_damp(damp)
+    if not isinstance(metric, Metric):
+        raise QlabError(
+            f"metric is {metric!r}; give a Metric, such as qlab.methods.stages.attended"
+        )
 
     def fn(weight: Weight) -> Cell:
         cell = weight.cell
         assert cell.feasible.spec is not None  # the stage has a spec
         problem = Problem(
             target_ok=cell.target,
-            H_kk=weight.stats["second_moment"].mean_kk,
+            H_kk=metric.of(weight.stats),
             damp=damp,
             spec=cell.feasible.spec,
             outer=weight.stats["outer"],
@@ -219,5 +251,6 @@ def solver(
 
     names = ", ".join(stage.__name__ for stage in refine) or "nothing"
     detail = f"grid {grid.__name__}, round {round.__name__}, refine {names}, damp {damp:g}"
-    stages = each_cell("solver", fn, {"second_moment"}, spec, detail)
+    detail += "" if metric is every_token else f", metric {metric.name}"
+    stages = each_cell("solver", fn, metric.needs, spec, detail)
     return tuple(replace(stage, workspace=WORKSPACE) for stage in stages)

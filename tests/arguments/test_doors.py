@@ -96,7 +96,7 @@ def given(saved, text, tmp_path_factory):
             for name in ("rtn", "awq", "awq_scale", "gptq", "gptaq", "auto_round", "qat")
         },
         "solver": {"spec": INT4},
-        "aim_held_out": {},
+        **{n: {} for n in ("aim_held_out", "aim_in_stream")},
         "aim_at_reference": {},
         "smoothquant": {},
         **{n: {} for n in ("lqer", "l2qer", "eora")},

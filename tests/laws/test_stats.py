@@ -23,7 +23,9 @@ from qlab.algebra.stats import (
 )
 
 EVERY = {**STATS, "sample of 7": sample(7)}
-LINEAR = {"second_moment", "drift", "held_out", "sample"}  # which every matrix moves
+# which every matrix moves
+LINEAR = {"second_moment", "drift", "held_out", "received", "stream_drift", "stream_held_out"}
+LINEAR |= {"sample"}
 SOURCES = st.tuples(st.integers(2, 24), st.integers(2, 12), st.integers(0, 999))
 laws = pytest.mark.parametrize("stat", EVERY.values(), ids=EVERY)
 
@@ -41,12 +43,19 @@ def close(a, b, tolerance=1e-5):
 def observation(n, k, seed):
     order = torch.randperm(10 * n, generator=torch.Generator().manual_seed(seed))[:n]
     x = normal(n, k, seed=seed) + 0.3
-    return Observation(x, order, reference_nk=x + 0.1 * normal(n, k, seed=seed + 1))
+    return Observation(
+        x,
+        order,
+        reference_nk=x + 0.1 * normal(n, k, seed=seed + 1),
+        received_n=normal(n, seed=seed + 2).square(),
+        stream_no=0.1 * normal(n, 3, seed=seed + 3),
+    )
 
 
 def cut(o, *at):
-    parts = (t.tensor_split(at) for t in (o.x_nk, o.keys, o.reference_nk))
-    return [Observation(x, keys, reference_nk=other) for x, keys, other in zip(*parts)]
+    tensors = (o.x_nk, o.keys, o.reference_nk, o.received_n, o.stream_no)
+    parts = (t.tensor_split(at) for t in tensors)
+    return [Observation(x, keys, None, *others) for x, keys, *others in zip(*parts)]
 
 
 def through(o, move):
