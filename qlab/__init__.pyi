@@ -1,6 +1,7 @@
 """The public names, as editors and type checkers see them."""
 
 from qlab.algebra.absorb import absorb as absorb
+from qlab.algebra.bind import bind as bind
 from qlab.algebra.block import Block as Block
 from qlab.algebra.block import each_block as each_block
 from qlab.algebra.cell import Cell as Cell
@@ -37,6 +38,7 @@ from qlab.directories.model_free import quantize_files as quantize_files
 from qlab.directories.results import results as results
 from qlab.directories.verify import verify as verify
 from qlab.driver.apply import apply as apply
+from qlab.driver.model import Model as Model
 from qlab.driver.plan import plan as plan
 from qlab.driver.quantize import compare as compare
 from qlab.driver.quantize import quantize as quantize

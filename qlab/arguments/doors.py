@@ -122,6 +122,12 @@ TAKES: Mapping[str, Mapping[str, plain.Kind]] = {
     "outside": {"transform": kinds.recipe},
     "chain": {"transforms": kinds.recipe},
     "rules": {"table": kinds.table},
+    "bind": {
+        "name": plain.text,
+        "measure": plain.function,
+        "then": plain.function,
+        "detail": plain.text,
+    },
     "each_cell": {
         "name": plain.text,
         "fn": plain.function,

@@ -1,10 +1,8 @@
 """What a recipe makes of a model, as a value: nothing is written, and no format has to hold it."""
 
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 
@@ -12,13 +10,13 @@ from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.qtensor import Leaf
 from qlab.algebra.transform import Transform
 from qlab.data.calibration import Data
+from qlab.driver.bound import resolved
 from qlab.driver.job import Job
+from qlab.driver.kept import solved_in_order
 from qlab.driver.observe import Inputs
 from qlab.driver.outside import rounded_outside
 from qlab.driver.plan import Plan, plan_of
-from qlab.driver.scan import begin, solved_blocks
-from qlab.driver.segments import Solved, Solver
-from qlab.files.carry import Carry
+from qlab.driver.segments import Solved
 from qlab.files.checkpoint import Checkpoint
 from qlab.model.skeleton import Skeleton
 from qlab.process.shown import Shown
@@ -45,9 +43,20 @@ class Quantized(Shown):
         return self.job.recipe
 
     @cached_property
-    def plan(self) -> Plan:
-        """What the recipe does and costs, whatever format it is written in."""
+    def resolved(self) -> Job:
+        """The job without binds (`qlab.bind`), which are measured when this is first asked for."""
+        return _measured(self.job)
+
+    @cached_property
+    def asked(self) -> Plan:
+        """The plan of the recipe before any bind is measured."""
         return plan_of(self.job, self._skeleton)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What the recipe does and costs, whatever format it is written in. Binds are measured for
+        it."""
+        return plan_of(self.resolved, self._skeleton) if self.job.measures else self.asked
 
     @property
     def bits_per_weight(self) -> float:
@@ -77,23 +86,18 @@ class Quantized(Shown):
     @streamed
     def solved(self) -> Iterator[Solved]:
         """Every block before and after the recipe, in running order; as `segments`."""
-        skeleton = self.skeleton()
-        solver = Solver(job=self.job, experts_at_once=self.plan.experts_at_once)
-        with tempfile.TemporaryDirectory(prefix="qlab-states-") as folder:
-            every = range(len(skeleton.blocks))
-            scan = begin(skeleton, [solver], _Folder(Path(folder)), lambda carries: every)
-            yield from solved_blocks(scan)
+        yield from solved_in_order(self.skeleton(), self.resolved, self.plan.experts_at_once)
 
     @streamed
     def around(self) -> Iterator[tuple[str, Leaf]]:
         """Every weight around the blocks that the recipe rounds (a head, a projector), by its name
         in the model."""
-        yield from rounded_outside(self.skeleton(), self.recipe)
+        yield from rounded_outside(self.skeleton(), self.resolved.recipe)
 
     def summary(self) -> dict[str, str]:
         """The recipe, its specs and the bits per weight."""
-        facts = self.plan.summary()
-        specs = sorted({row["spec"] for row in self.plan.sites.values() if row["spec"]})
+        facts = self.asked.summary()
+        specs = sorted({row["spec"] for row in self.asked.sites.values() if row["spec"]})
         return {
             "model": str(self.model.path),
             "stages": facts["stages"],
@@ -158,23 +162,11 @@ def apply(
         codec=None,
     )
     quantized = Quantized(job=job)
-    quantized.plan.check(memory)
+    quantized.asked.check(memory)
     return quantized
 
 
-class _Folder:
-    """Hidden states between blocks in the files of a folder that nobody else writes to."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def carry(
-        self, stream: str, index: int, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
-    ) -> Carry:
-        """See `qlab.driver.scan.Keeper`."""
-        name = f"{stream}-{index}"
-        return Carry(self.path / name, shapes, dtype, name, _write)
-
-
-def _write(path: Path, fill: Callable[[Path], object]) -> None:
-    fill(path)
+@undisturbed
+@torch.no_grad()
+def _measured(job: Job) -> Job:
+    return resolved(job)

@@ -1,12 +1,16 @@
 """A job as a value: what is asked of a model, handed on whole instead of option by option."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 
-from qlab.algebra.graph import Code
+from qlab.algebra.bind import Bind, Bound
+from qlab.algebra.graph import Code, ModuleGraph
 from qlab.algebra.stats import name_of
 from qlab.algebra.transform import Transform
+from qlab.algebra.views import WholeModel
 from qlab.data.calibration import Data
 from qlab.driver.learning import split
 from qlab.driver.observe import Inputs, runs_reference
@@ -14,6 +18,16 @@ from qlab.driver.solve import in_order
 from qlab.files.checkpoint import Checkpoint
 
 CODEC = "compressed-tensors"  # what is written unless another codec is named
+
+
+class Begun(Protocol):
+    """Blocks that the first steps of a recipe were applied to."""
+
+    def block(self, path: str, device: torch.device | str) -> ModuleGraph:
+        """A block behind those steps."""
+
+    def unchanged(self, graph: ModuleGraph) -> Mapping[str, Any]:
+        """The leaves of such a block that no file holds and no step changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +63,36 @@ class Job:
     target: str | None = None
 
     @property
+    def done(self) -> int:
+        """The number of stages that were applied before a bind of the recipe was measured."""
+        return 0
+
+    @property
+    def begun(self) -> Begun | None:
+        """The blocks behind those stages; None where they change nothing."""
+        return None
+
+    @property
+    def remaining(self) -> "Job":
+        """The job of the stages that are not done."""
+        return self
+
+    @property
+    def measures(self) -> bool:
+        """Whether the recipe has a bind whose value is not known yet."""
+        return any(isinstance(stage, Bind) for stage in self.recipe)
+
+    @property
     def statistics(self) -> list[str]:
         """The names of the statistics that the recipe needs, sorted."""
         return sorted({name_of(need) for stage in self.recipe for need in stage.needs})
 
     @property
     def observed(self) -> Data | None:
-        """The calibration samples, where the recipe needs statistics of them."""
-        return self.data if self.statistics else None
+        """The calibration samples, where the recipe needs statistics of them, or a measurement of
+        the whole model may."""
+        measured = any(isinstance(stage, Bind | Bound) for stage in self.recipe)
+        return self.data if self.statistics or measured else None
 
     @property
     def runs_reference(self) -> bool:
@@ -66,5 +102,31 @@ class Job:
     def in_order(self, code: Code) -> bool:
         """Whether the sources of this block are solved one after another, each on what the
         quantized ones before it produce, up to the first stage that sees the whole block."""
-        site_by_site, _ = split(self.recipe)
+        in_blocks = tuple(s for s in self.recipe if not isinstance(s.view, WholeModel))
+        site_by_site, _ = split(in_blocks)
         return in_order(code, site_by_site, self.inputs, self.calibrate_all_experts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved(Job):
+    """A job whose binds are measured.
+
+    Args:
+        stages: The number of stages up to the last bind, which are done.
+        blocks: The blocks behind them; None where they change nothing.
+    """
+
+    stages: int
+    blocks: Begun | None
+
+    @property
+    def done(self) -> int:
+        return self.stages
+
+    @property
+    def begun(self) -> Begun | None:
+        return self.blocks
+
+    @property
+    def remaining(self) -> Job:
+        return replace(self, recipe=self.recipe[self.stages :], stages=0)

@@ -55,7 +55,7 @@ class Run:
     @property
     def solver(self) -> Solver:
         """What solves its blocks."""
-        return Solver(job=self.job, experts_at_once=self.plan.experts_at_once)
+        return Solver(job=self.job.remaining, experts_at_once=self.plan.experts_at_once)
 
     def probes(self, solved: ModuleGraph, call: Call) -> dict[str, dict[str, list[list[float]]]]:
         """The probe of a solved block, as a section of its notes: of the first block of every

@@ -1,8 +1,10 @@
 """One block at a time, as each of several jobs solves it."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+
+from torch import Tensor
 
 from qlab.algebra.graph import Code, ModuleGraph
 from qlab.algebra.qtensor import dense
@@ -81,7 +83,8 @@ def solved_by_each(
         after: Stream by stream, where the states that leave go; empty where nobody needs them.
     """
     batches, first = streams[0], solvers[0].job
-    graph = solved = load_block(skeleton, list(skeleton.blocks)[index], call, decoded=True)
+    path = list(skeleton.blocks)[index]
+    graph = solved = load_block(skeleton, path, call, decoded=True)
     if any(solver.job.observed is not None for solver in solvers):
         _refuse_overflow(skeleton, graph)
     reference = Reference(graph, streams[1]) if streams[1:] else None
@@ -97,7 +100,9 @@ def solved_by_each(
     for number, solver in enumerate(solvers):
         solved = graph  # lets go of the job before
         check = solver.check(graph.code, call, batches)
-        solved, leaving = _solved(solver, graph, streams, reference, look, check)
+        start = _start(solver, graph)
+        solved, leaving = _solved(solver, (graph, start), streams, reference, look, check)
+        del start
         yield Solved(index=index, by=number, before=graph, after=solved)
     passed = [solved if first.inputs == "quantized" else graph, graph][: len(streams)]
     del graph, solved, look  # one version of the block per stream is enough from here on
@@ -107,26 +112,40 @@ def solved_by_each(
         carry.write(flat(states, skeleton.dtype))
 
 
+def _start(solver: Solver, graph: ModuleGraph) -> ModuleGraph:
+    """The block that the stages are applied to: as it was loaded, or as the stages before a bind
+    left it."""
+    begun = solver.job.begun
+    if begun is None:
+        return graph
+    device = next(t.device for t in graph.params.values() if isinstance(t, Tensor))
+    return replace(begun.block(graph.path, device), code=graph.code)
+
+
 def _solved(
     solver: Solver,
-    graph: ModuleGraph,
+    loaded_and_start: tuple[ModuleGraph, ModuleGraph],
     streams: Sequence[Batches],
     reference: Reference | None,
     look: Observe,
     check: Check,
 ) -> tuple[ModuleGraph, list[Iterator[State]]]:
-    """The block after all stages, and what leaves it, stream by stream, where that is known."""
+    """The block after all stages, and what leaves it, stream by stream, where that is known.
+
+    loaded_and_start: the unquantized block, and the one that the stages are applied to.
+    """
+    graph, start = loaded_and_start
     site_by_site, learning = split(solver.job.recipe)
     samples = BlockSamples(graph, streams) if learning else None
     leaving: list[Iterator[State]] = []
     if not site_by_site and learning:
-        solved = graph
+        solved = start
     elif solver.job.in_order(graph.code):
         solved, leaving = solve_in_order(
-            graph, site_by_site, streams[0], solver.experts_at_once, reference, check, learning
+            start, site_by_site, streams[0], solver.experts_at_once, reference, check, learning
         )
     else:
-        solved, _ = solve(graph, site_by_site, look, check, learning)
+        solved, _ = solve(start, site_by_site, look, check, learning)
     if samples:
         # What left the block before it learned is of no use any more.
         leaving = []

@@ -102,24 +102,35 @@ def write_all(
     model = replace(first.model, reader=source.read)
     reads = [*set(model.files.values()), *getattr(first.data, "files", ())]
     outs = places(out, list(named), model.path, reads)
-    jobs = {
-        name: replace(quantized.job, model=model, codec=codec, target=target)
-        for name, quantized in named.items()
-    }
+
+    def of_format(job: Job) -> Job:
+        return replace(job, model=model, codec=codec, target=target)
+
     with ExitStack() as stack:
         writers = {
             name: stack.enter_context(Writer(place, overwrite, resume))
             for name, place in outs.items()
         }
-        return _written(jobs, writers, source, stack)
+        started = time.perf_counter()
+        for quantized in named.values():
+            if quantized.job.measures:  # refuses what is known before anything is measured
+                plan_of(of_format(quantized.job)).check(first.memory)
+        jobs = {name: of_format(quantized.resolved) for name, quantized in named.items()}
+        return _written(jobs, writers, source, stack, started)
 
 
 def _written(
-    jobs: Mapping[str, Job], writers: Mapping[str, Writer], source: HashedFiles, stack: ExitStack
+    jobs: Mapping[str, Job],
+    writers: Mapping[str, Writer],
+    source: HashedFiles,
+    stack: ExitStack,
+    started: float,
 ) -> dict[str, Result]:
-    """Plan all jobs, begin them, and do them. stack: is left when they are done."""
+    """Plan all jobs, begin them, and do them.
+
+    stack: is left when they are done. started: when the work on them began.
+    """
     first = next(iter(jobs.values()))
-    started = time.perf_counter()
     with PeakMemory() as planning:
         skeleton = Skeleton(first.model, first.dtype or first.model.running_dtype, first.device)
         plans = {name: plan_of(job, skeleton) for name, job in jobs.items()}
@@ -136,7 +147,9 @@ def _written(
         if not run.writer.finished:
             stack.enter_context(run.writer.refusing())
     results: dict[str, Result] = {}
-    for names in sharing_a_pass({name: job.recipe for name, job in jobs.items()}, first.inputs):
+    for names in sharing_a_pass(
+        {name: job.remaining.recipe for name, job in jobs.items()}, first.inputs
+    ):
         seconds, peak_bytes = _one_pass(skeleton, [runs[name] for name in names])
         for name in names:
             results[name] = Result(

@@ -56,7 +56,7 @@ def as_read(skeleton: Skeleton, call: Call, before: ModuleGraph, after: ModuleGr
     buffers = dict(block.named_buffers())
     leaves: dict[str, Leaf] = {}
     for name, leaf in after.params.items():
-        if name not in names and _same(leaf, before.params.get(name)):
+        if name not in names and same(leaf, before.params.get(name)):
             leaf = buffers[name]
         elif name in names and isinstance(leaf, Tensor):
             leaf = leaf.to(skeleton.names.stored_dtype(names[name][0]))
@@ -75,12 +75,13 @@ def as_read(skeleton: Skeleton, call: Call, before: ModuleGraph, after: ModuleGr
 def changed(skeleton: Skeleton, loaded: ModuleGraph, solved: ModuleGraph) -> set[str]:
     """The names in the files of what steps made another, and did not quantize."""
     others = [
-        name for name, leaf in solved.params.items() if not _same(leaf, loaded.params.get(name))
+        name for name, leaf in solved.params.items() if not same(leaf, loaded.params.get(name))
     ]
     return {piece.name for name in others for piece in written_as(skeleton, solved, name)}
 
 
-def _same(leaf: Leaf, other: Leaf | None) -> bool:
+def same(leaf: Leaf, other: Leaf | None) -> bool:
+    """Whether two leaves are one, or tensors of the same numbers."""
     if leaf is other or not isinstance(leaf, Tensor) or not isinstance(other, Tensor):
         return leaf is other
     return leaf.dtype == other.dtype and torch.equal(leaf, other)

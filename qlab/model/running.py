@@ -53,7 +53,7 @@ def record_blocks(
     makers = Makers()
     recorders = _recorders(skeleton, makers, skeleton.programs.code)
     recorders[-1].last = True
-    embedding = skeleton.model.get_input_embeddings().get_parameter("weight")
+    embedding = next(skeleton.model.get_input_embeddings().parameters())
     others = {name: to_like(t, embedding) for name, t in (beside or {}).items()}
     with (
         foreign,

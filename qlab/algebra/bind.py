@@ -1,0 +1,158 @@
+"""A step that measures the whole model, and whose value becomes the next part of the recipe.
+
+A bind is one element of a recipe. The steps in front of it make the model that it measures; the
+driver runs it before the steps behind it, and puts what it returns in its place.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlab.algebra.graph import ModuleGraph
+from qlab.algebra.stats import Stats
+from qlab.algebra.transform import Stage, Transform
+from qlab.algebra.views import WholeModel
+from qlab.errors import QlabError
+
+Measure = Callable[[Any], Any]  # qlab.Model -> a value
+Then = Callable[[Any], Transform]  # the value -> the next part of the recipe
+PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bind(Stage):
+    """A measurement whose value decides the next part of a recipe; see `bind`."""
+
+    measure: Measure
+    then: Then
+
+
+@dataclass(frozen=True)
+class Bound(Stage):
+    """What is left of a bind in a recipe when it was run: a step that changes nothing. Its detail
+    tells one value from another."""
+
+
+def bind(name: str, measure: Measure, then: Then, detail: str = "") -> Transform:
+    """Measure the whole model, and go on with what the value says: then(measure(model)).
+
+    The steps in front of it make the model that is measured; without any it is the unquantized one.
+    What they made is kept, and the steps behind go on from there, block by block.
+
+    Args:
+        name: The step's name in plans, reports and errors.
+        measure: Gets a `qlab.Model` and returns a value: numbers, texts, tensors, or mappings,
+            sequences and dataclasses of these. Gradients are on while it runs.
+        then: Gets the value, and returns a recipe. `at` and `rules` around the bind restrict it.
+        detail: Settings in words, for plans and reports.
+
+    Returns:
+        A transform of one stage, which is measured when the recipe is used.
+
+    Raises:
+        QlabError: When it is measured: measure raises or returns what has no identity, or then
+            returns no recipe.
+
+    Example:
+        >>> import qlab
+        >>> def widest(model):
+        ...     def of_block(most, path, graph):
+        ...         sizes = [float(graph.weight_ok(site).abs().max()) for site in graph.sites]
+        ...         return max(most, *sizes)
+        ...     return model.fold(of_block, 0.0)
+        >>> def by_width(most):
+        ...     return qlab.rtn("int8-channel" if most > 1000 else "int4-g64")
+        >>> recipe = qlab.bind("by_width", widest, by_width)
+        >>> qlab.apply(qlab.open("demo"), recipe, None).bits_per_weight
+        4.25
+    """
+    view = WholeModel()
+    apply = _unmeasured(name)
+    return (Bind(name, frozenset(), apply, view, detail=detail, measure=measure, then=then),)
+
+
+def marked(bind: Bind, value: Any) -> Bound:
+    """The step that is left of a bind with this value."""
+    detail = f"{bind.detail}, " if bind.detail else ""
+    return Bound(
+        bind.name,
+        frozenset(),
+        lambda graph, stats: (graph, stats),
+        WholeModel(),
+        detail=f"{detail}value {digest(bind.name, value)}",
+        scope=bind.scope,
+    )
+
+
+def returned(bind: Bind, value: Any) -> Transform:
+    """What a bind's value makes of the recipe, on the sites of the bind alone."""
+    transform = bind.then(value)
+    if isinstance(transform, Stage):
+        transform = (transform,)
+    is_recipe = isinstance(transform, tuple) and all(isinstance(s, Stage) for s in transform)
+    if not is_recipe:
+        raise QlabError(
+            f"the bind {bind.name!r} returned a {type(transform).__name__}, which is no recipe; "
+            "return what rtn(spec), chain(...) or rules(...) returns, or keep() to change nothing"
+        )
+    return tuple(_narrowed(bind, stage) for stage in transform)
+
+
+def _narrowed(bind: Bind, stage: Stage) -> Stage:
+    scope = replace(
+        stage.scope,
+        include=(*bind.scope.include, *stage.scope.include),
+        exclude=(*stage.scope.exclude, *bind.scope.exclude),
+    )
+    return replace(stage, scope=scope)
+
+
+def _unmeasured(name: str) -> Callable[[ModuleGraph, Stats], Any]:
+    def apply(graph: ModuleGraph, stats: Stats) -> Any:
+        raise QlabError(
+            f"the bind {name!r} measures a whole model, and here is one block; give the recipe to "
+            "qlab.apply or qlab.quantize"
+        )
+
+    return apply
+
+
+def digest(name: str, value: Any) -> str:
+    """What tells one value of a bind from another, for the identity of a job: 16 hex digits."""
+    hashed = hashlib.sha256()
+    for part in _bytes_of(name, value):
+        hashed.update(part)
+    return hashed.hexdigest()[:16]
+
+
+def _bytes_of(name: str, value: Any) -> Iterator[bytes]:
+    """The value as bytes, part by part. Refuses what has no identity beside its address."""
+    kind = type(value).__name__
+    if isinstance(value, Tensor):
+        yield f"tensor {value.dtype} {tuple(value.shape)};".encode()
+        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, PLAIN):
+        yield f"{kind} {value!r};".encode()
+    elif isinstance(value, Mapping):
+        yield f"mapping {len(value)};".encode()
+        for key, each in value.items():
+            yield from _bytes_of(name, key)
+            yield from _bytes_of(name, each)
+    elif isinstance(value, list | tuple):
+        yield f"sequence {len(value)};".encode()
+        for each in value:
+            yield from _bytes_of(name, each)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield f"{kind} {len(fields(value))};".encode()
+        for field in fields(value):
+            yield from _bytes_of(name, getattr(value, field.name))
+    else:
+        raise QlabError(
+            f"the bind {name!r} measured a {kind}, by which a run that is continued cannot tell "
+            "one value from another; return numbers, texts, tensors, or mappings, sequences and "
+            "dataclasses of these"
+        )

@@ -1,0 +1,131 @@
+"""One segment run backward: from the gradients of what leaves it to those of what enters it and of
+its leaves."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qlab.algebra.graph import ModuleGraph
+from qlab.algebra.interpret import outputs_of
+from qlab.driver.batches import Batch
+from qlab.errors import QlabError
+from qlab.model.calls import State
+
+Loss = Callable[[Tensor, int], Tensor]  # logits [l, v] of a window, and its number -> a number
+Cotangent = tuple[Tensor | None, ...]  # of a state: None where the loss does not depend on it
+
+
+class NotFinite(QlabError):
+    """A loss that is NaN or infinite, as when learning diverges."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """The gradients of one window's loss at the leaves of one segment.
+
+    Args:
+        path: the segment.
+        segment: its value, whose dense leaves are in fp32 here.
+        window: the number of the window.
+        leaves: leaf -> the gradient, of its shape, for every dense leaf that the loss depends on.
+    """
+
+    path: str
+    segment: ModuleGraph
+    window: int
+    leaves: Mapping[str, Tensor]
+
+
+Sink = Callable[[Gradients], None]
+
+
+def back(
+    graph: ModuleGraph,
+    numbers: Sequence[int],
+    batches: Sequence[Batch],
+    leaving: Sequence[Cotangent],
+    sink: Sink | None,
+) -> list[Cotangent]:
+    """The gradients of what enters a segment, window by window.
+
+    What requires gradients in the segment gets them added to its `.grad`.
+
+    Args:
+        graph: the segment.
+        numbers: of the windows.
+        batches: what enters it, and what it is called with.
+        leaving: the gradients of what leaves it.
+        sink: takes the gradients of its dense leaves, if they are asked for.
+    """
+    leaves = _leaves(graph) if sink else {}
+    graph = replace(graph, params={**graph.params, **leaves})
+    entering: list[Cotangent] = []
+    for number, (call, state), cotangent in zip(numbers, batches, leaving):
+        with torch.enable_grad():
+            apart = tuple(_leaf(t) for t in state)
+            inputs = call.inputs(tuple(t.clone() for t in apart))
+            outputs = call.leaving(apart, outputs_of(graph, *inputs))
+        # what `changed` computed of parameters is shared by all windows
+        _hand_on(outputs, cotangent, retain_graph=True)
+        entering.append(tuple(t.grad for t in apart))
+        if sink:
+            reached = {name: t.grad for name, t in leaves.items() if t.grad is not None}
+            sink(Gradients(path=graph.path, segment=graph, window=number, leaves=reached))
+            for t in leaves.values():
+                t.grad = None
+    return entering
+
+
+def _leaf(t: Tensor) -> Tensor:
+    return t.detach().requires_grad_(t.is_floating_point())
+
+
+def _leaves(graph: ModuleGraph) -> dict[str, Tensor]:
+    """The dense leaves of a segment in fp32, as variables, but for those that are a learner's."""
+    return {
+        name: leaf.detach().float().requires_grad_()
+        for name, leaf in graph.params.items()
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.requires_grad
+    }
+
+
+def end(entering: Sequence[State], cotangents: Sequence[Cotangent]) -> None:
+    """Hand gradients on to what computed the states that enter the first segment, where that
+    requires them."""
+    tensors = [t for state in entering for t in state]
+    _hand_on(tensors, [gradient for of_state in cotangents for gradient in of_state])
+
+
+def _hand_on(
+    tensors: Sequence[Tensor], gradients: Sequence[Tensor | None], retain_graph: bool = False
+) -> None:
+    """Run backward from those tensors that require gradients, and got one."""
+    reached = [i for i, t in enumerate(tensors) if t.requires_grad and gradients[i] is not None]
+    if reached:
+        torch.autograd.backward(
+            [tensors[i] for i in reached],
+            [gradients[i] for i in reached],
+            retain_graph=retain_graph,
+        )
+
+
+def value_of(loss: Loss, logits: Tensor, window: int) -> Tensor:
+    """The loss of one window. Refuses what is no finite number."""
+    value = loss(logits, window)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise QlabError(f"the loss of window {window} is {shown}; return a tensor of one number")
+    if not math.isfinite(float(value.detach())):
+        cause = (
+            "the loss of finite logits"
+            if torch.isfinite(logits).all()
+            else "its logits hold NaN or Inf"
+        )
+        raise NotFinite(
+            f"the loss of window {window} is {float(value.detach())} ({cause}); give a loss and "
+            "leaves that are finite on every window"
+        )
+    return value.reshape(())

@@ -1,0 +1,80 @@
+"""Binds of a recipe measured: what each returns takes its place, and what the steps in front of it
+made is kept."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlab.algebra.bind import Bind, marked, returned
+from qlab.algebra.leaf import dense
+from qlab.algebra.transform import Stage
+from qlab.algebra.views import EachWeight
+from qlab.driver.job import Job, Resolved
+from qlab.driver.kept import Kept, solved_in_order
+from qlab.driver.model import Model
+from qlab.driver.outside import rounded_outside
+from qlab.driver.plan import plan_of
+from qlab.errors import QlabError, first_line
+from qlab.model.loading import load_outside
+from qlab.model.skeleton import Skeleton
+
+
+def resolved(job: Job) -> Job:
+    """The job with plain stages alone: its binds are measured from the left, each on the model
+    that the stages in front of it make. A job without binds is as it was."""
+    while job.measures:
+        first = next(i for i, stage in enumerate(job.recipe) if isinstance(stage, Bind))
+        job = _bound(job, first)
+    return job
+
+
+def _bound(job: Job, first: int) -> Job:
+    """The job with the bind at this place measured, and with the stages in front of it done."""
+    bind = job.recipe[first]
+    assert isinstance(bind, Bind)
+    front = replace(job, recipe=job.recipe[:first], codec=None, target=None)
+    begun, rounded = job.begun, dict[str, Tensor]()
+    if front.recipe:
+        skeleton = Skeleton(job.model, job.dtype or job.model.running_dtype, job.device)
+        if job.done < first:
+            begun = _kept(skeleton, front, bind)
+        around = rounded_outside(skeleton, front.recipe)
+        rounded = {name: dense(leaf, torch.float32) for name, leaf in around}
+    wide = Skeleton(job.model, torch.float32, job.device)
+    load_outside(wide, with_head=True)
+    named = wide.model.named_parameters(remove_duplicate=False)
+    loaded = {name: parameter.detach() for name, parameter in named if not parameter.is_meta}
+    model = Model(front, wide, begun, loaded, rounded)
+    value = _called(bind, "measure", lambda: bind.measure(model))
+    then = _called(bind, "then", lambda: returned(bind, value))
+    recipe = (*front.recipe, marked(bind, value), *then, *job.recipe[first + 1 :])
+    return Resolved(**{**vars(job), "recipe": recipe, "stages": first + 1, "blocks": begun})
+
+
+def _kept(skeleton: Skeleton, front: Job, bind: Bind) -> Kept:
+    """The blocks behind the stages in front of a bind."""
+    # the last stage stands for those behind the bind, for whom targets are kept
+    last = Stage(bind.name, frozenset(), lambda graph, stats: (graph, stats), EachWeight())
+    job = replace(front, recipe=(*front.recipe, last))
+    kept, experts_at_once = Kept(), plan_of(job, skeleton).experts_at_once
+    for block in solved_in_order(skeleton, job, experts_at_once):
+        kept.put(skeleton, block)
+        del block
+    return kept
+
+
+def _called(bind: Bind, part: str, run: Callable[[], Any]) -> Any:
+    """What a function of the bind returns. An error of its own is explained."""
+    try:
+        with torch.enable_grad():
+            return run()
+    except (QlabError, OSError, RecursionError, MemoryError):
+        raise
+    except Exception as error:  # whatever the function raises
+        raise QlabError(
+            f"the bind {bind.name!r} failed in {part}: {type(error).__name__}: "
+            f"{first_line(error)}; mend that function"
+        ) from error

@@ -1,0 +1,321 @@
+"""A whole model as a bind measures it: streamed forward and backward, one segment in memory at a
+time.
+
+Legend: l tokens of a window, v the vocabulary.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qlab.algebra.graph import ModuleGraph
+from qlab.data.calibration import Data, from_ids
+from qlab.driver.backward import Cotangent, Loss, Sink, back, end, value_of
+from qlab.driver.batches import in_batches, push, record
+from qlab.driver.job import Begun, Job
+from qlab.driver.writing import as_read
+from qlab.errors import QlabError
+from qlab.files.checkpoint import Checkpoint
+from qlab.model.calls import Call, State
+from qlab.model.loading import load_block
+from qlab.model.running import head
+from qlab.model.skeleton import Skeleton
+from qlab.process.surroundings import undisturbed
+
+Changed = Callable[[str, ModuleGraph], ModuleGraph]  # a segment's path, and the segment
+T = TypeVar("T")
+
+
+def _unchanged(path: str, graph: ModuleGraph) -> ModuleGraph:
+    return graph
+
+
+class Model:
+    """A model as the steps in front of a bind make it, which `qlab.bind` hands to its measurement.
+
+    It runs in fp32. What lies around the blocks is in memory, and one segment (a block) at a time.
+
+    Args:
+        job: the steps in front, with the model and the calibration data.
+        skeleton: the model around its blocks, in fp32.
+        kept: the segments that those steps made; None for the unquantized model.
+        loaded: name -> the parameter around the segments (embedding, norm, head), as the files hold
+            it.
+        rounded: name -> one that those steps made another.
+
+    Example:
+        >>> import qlab
+        >>> def measure(model):
+        ...     return model.losses(model.nll)
+        >>> recipe = qlab.bind("nll", measure, lambda losses: qlab.rtn("int4-g64"))
+        >>> data = qlab.tokens("demo", "my.jsonl", samples=2, length=16)
+        >>> qlab.apply("demo", recipe, data).bits_per_weight
+        4.25
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        skeleton: Skeleton,
+        kept: Begun | None,
+        loaded: Mapping[str, Tensor],
+        rounded: Mapping[str, Tensor],
+    ):
+        self._job, self._skeleton, self._kept = job, skeleton, kept
+        self._loaded, self._rounded = loaded, rounded
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The files of the unquantized model."""
+        return self._job.model
+
+    @property
+    def data(self) -> Data:
+        """The calibration samples."""
+        if self._job.data is None:
+            raise QlabError(
+                "a bind of the recipe measures on calibration text and none was given; give data"
+            )
+        return self._job.data
+
+    @property
+    def count(self) -> int:
+        """The number of windows (or of samples, where they hold images)."""
+        return len(self._windows)
+
+    def ids(self, window: int) -> Tensor:
+        """The token ids [l] of a window."""
+        return self._windows[window]["input_ids"][0]
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        """The paths of the segments, in running order."""
+        return tuple(self._skeleton.blocks)
+
+    @cached_property
+    def reference(self) -> "Model":
+        """The unquantized model on the same windows."""
+        if self._kept is None and not self._rounded:
+            return self
+        return Model(self._job, self._skeleton, None, self._loaded, {})
+
+    @property
+    def around(self) -> Mapping[str, Tensor]:
+        """Name -> the parameter, for what lies around the segments (embedding, norm, head)."""
+        return {**self._loaded, **self._rounded}
+
+    @undisturbed
+    @torch.no_grad()
+    def segment(self, path: str) -> ModuleGraph:
+        """One segment, loaded: a value of its own each time."""
+        if path not in self._skeleton.blocks:
+            raise QlabError(f"{path!r} is no segment; they are {', '.join(self.segments)}")
+        call = self._calls[path]
+        if self._kept is None:
+            return load_block(self._skeleton, path, call, decoded=True)
+        graph = self._kept.block(path, self._skeleton.device)
+        before = replace(graph, params=self._kept.unchanged(graph))
+        return as_read(self._skeleton, call, before, graph)
+
+    def fold(self, fn: Callable[[T, str, ModuleGraph], T], start: T) -> T:
+        """fn(... fn(fn(start, path, segment), path, segment) ...) over the segments in running
+        order, with one in memory at a time."""
+        for path in self.segments:
+            start = fn(start, path, self.segment(path))
+        return start
+
+    @undisturbed
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        """The logits [n, l, v] of windows of token ids [n, l], in fp32 on the CPU."""
+        windows = [{"input_ids": ids} for ids in from_ids(self.checkpoint, ids).ids.split(1)]
+        rows = self._run(windows, _unchanged, {})
+        with self._placed({}):
+            return torch.cat([self._head(w, h).float().cpu() for w, h in zip(windows, rows)])
+
+    def nll(self, logits: Tensor, window: int) -> Tensor:
+        """The mean negative log likelihood of a window's tokens: a loss for `vjp`."""
+        return F.cross_entropy(logits[:-1], self.ids(window)[1:].to(logits.device))
+
+    def kl_to(self, reference: "Model") -> Loss:
+        """A loss for `vjp`: the mean over a window's predictions of KL(reference || model).
+
+        The reference runs once, here; its final hidden states stay in memory.
+        """
+        finals = reference._finals(self._windows)
+
+        def loss(logits: Tensor, window: int) -> Tensor:
+            with torch.no_grad(), reference._placed({}):
+                target = reference._head(self._windows[window], finals[window])[0, :-1].float()
+            log_p, log_q = target.log_softmax(-1), logits[:-1].log_softmax(-1)
+            return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+        return loss
+
+    @undisturbed
+    @torch.no_grad()
+    def losses(
+        self,
+        loss: Loss,
+        windows: Iterable[int] | None = None,
+        *,
+        changed: Changed = _unchanged,
+        around: Mapping[str, Tensor] | None = None,
+    ) -> list[float]:
+        """The loss of each window, without gradients; the arguments are those of `vjp`."""
+        numbers = self._numbers(windows)
+        chosen = [self._windows[i] for i in numbers]
+        finals = self._run(chosen, changed, around or {})
+        with self._placed(around or {}):
+            return [
+                float(value_of(loss, self._head(w, h)[0].float(), i))
+                for w, h, i in zip(chosen, finals, numbers)
+            ]
+
+    @undisturbed
+    @torch.no_grad()
+    def vjp(
+        self,
+        loss: Loss,
+        windows: Iterable[int] | None = None,
+        *,
+        changed: Changed = _unchanged,
+        sink: Sink | None = None,
+        around: Mapping[str, Tensor] | None = None,
+    ) -> list[float]:
+        """The loss of each window, and the gradients of their sum.
+
+        The windows go forward through one segment after the other, of which only what passes
+        between segments is kept; then back, each segment loaded and run again when its turn comes.
+
+        Args:
+            loss: (logits [l, v], window) -> a number, such as `model.nll` or
+                `model.kl_to(model.reference)`.
+            windows: numbers of windows; None takes all.
+            changed: (path, segment) -> the segment that is run in its place, which may hold tensors
+                that require gradients, also in its operations at run time. It is called once
+                forward and once backward for each segment, and the gradients add up in those
+                tensors' `.grad`.
+            sink: takes the `Gradients` of each dense leaf, segment by segment from the last to the
+                first and window by window; they are let go of afterwards.
+            around: name -> a tensor in the place of a parameter around the segments (`around`); one
+                that requires gradients gets them in `.grad`.
+
+        Returns:
+            The loss of each window.
+
+        Raises:
+            QlabError: a loss that is NaN, no number, or depends on nothing that the model computes.
+        """
+        numbers, around = self._numbers(windows), around or {}
+        chosen = [self._windows[i] for i in numbers]
+        with self._placed(around):
+            with torch.set_grad_enabled(any(t.requires_grad for t in around.values())):
+                entering, calls = record(self._skeleton, chosen)
+            states = [tuple(t.detach() for t in state) for state in entering]
+            boundaries = []
+            for path in self.segments:
+                boundaries.append(states)
+                graph = changed(path, self.segment(path))
+                states = list(push(graph, zip([c[path] for c in calls], states)))
+                del graph
+            values, gradients = self._of_heads(loss, numbers, chosen, states)
+            for path in reversed(self.segments):
+                states = boundaries.pop()
+                batches = [(c[path], s) for c, s in zip(calls, states)]
+                with torch.enable_grad():
+                    graph = changed(path, self.segment(path))
+                gradients = back(graph, numbers, batches, gradients, sink)
+                del graph, states, batches
+            end(entering, gradients)
+        return values
+
+    # --------------------------------------------------------------- how it runs
+    @cached_property
+    def _windows(self) -> Sequence[Mapping[str, Tensor]]:
+        return in_batches(self.data, 1)
+
+    @cached_property
+    def _calls(self) -> Mapping[str, Call]:
+        """What each segment is called with, for one window."""
+        window = self._windows[0] if self._job.data is not None else in_batches(None)[0]
+        return record(self._skeleton, [window])[1][0]
+
+    def _numbers(self, windows: Iterable[int] | None) -> list[int]:
+        numbers = list(range(self.count)) if windows is None else [int(i) for i in windows]
+        unknown = [i for i in numbers if not 0 <= i < self.count]
+        if unknown or not numbers:
+            what = f"window {unknown[0]} is not there" if unknown else "no window was named"
+            raise QlabError(f"{what}; the calibration data has windows 0 to {self.count - 1}")
+        return numbers
+
+    @contextlib.contextmanager
+    def _placed(self, around: Mapping[str, Tensor]) -> Iterator[None]:
+        """Tensors in the places of parameters around the segments, for now."""
+        model = self._skeleton.model
+        before: dict[str, Any] = {}
+        for name, value in {**self.around, **around}.items():
+            owner, _, key = name.rpartition(".")
+            parameters: dict[str, Any] = model.get_submodule(owner)._parameters
+            before[name] = parameters[key]
+            parameters[key] = value
+        try:
+            yield
+        finally:
+            for name, parameter in before.items():
+                owner, _, key = name.rpartition(".")
+                model.get_submodule(owner)._parameters[key] = parameter
+
+    def _finals(self, windows: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        return self._run(windows, _unchanged, {})
+
+    @undisturbed
+    @torch.no_grad()
+    def _run(
+        self,
+        windows: Sequence[Mapping[str, Tensor]],
+        changed: Changed,
+        around: Mapping[str, Tensor],
+    ) -> list[Tensor]:
+        """The final hidden states of windows."""
+        with self._placed(around):
+            states, calls = record(self._skeleton, windows)
+        for path in self.segments:
+            graph = changed(path, self.segment(path))
+            states = list(push(graph, zip([c[path] for c in calls], states)))
+            del graph
+        return [state[0] for state in states]
+
+    def _head(self, window: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        return head(self._skeleton, window["input_ids"], hidden)
+
+    def _of_heads(
+        self,
+        loss: Loss,
+        numbers: Sequence[int],
+        windows: Sequence[Mapping[str, Tensor]],
+        states: Sequence[State],
+    ) -> tuple[list[float], list[Cotangent]]:
+        """The loss of each window, and its gradient at what leaves the last segment."""
+        values: list[float] = []
+        gradients: list[Cotangent] = []
+        for i, window, (hidden,) in zip(numbers, windows, states):
+            with torch.enable_grad():
+                hidden = hidden.detach().requires_grad_()
+                value = value_of(loss, self._head(window, hidden)[0].float(), i)
+            if not value.requires_grad:
+                raise QlabError(
+                    "the loss does not depend on the logits that it was given; compute it of them, "
+                    "without detach() or item()"
+                )
+            value.backward()
+            values.append(float(value.detach()))
+            gradient = torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
+            gradients.append((gradient,))
+        return values, gradients
