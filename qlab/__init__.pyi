@@ -55,6 +55,9 @@ from qlab.lowering import to_torchao as to_torchao
 from qlab.methods import METHODS as METHODS
 from qlab.methods import PRUNERS as PRUNERS
 from qlab.methods import RECOMMENDED as RECOMMENDED
+from qlab.methods.allocate import allocate as allocate
+from qlab.methods.allocate import fisher as fisher
+from qlab.methods.allocate import kl_of_each as kl_of_each
 from qlab.methods.auto_round import auto_round as auto_round
 from qlab.methods.auto_round import auto_round_refine as auto_round_refine
 from qlab.methods.awq import awq as awq

@@ -75,6 +75,12 @@ def bind(name: str, measure: Measure, then: Then, detail: str = "") -> Transform
     return (Bind(name, frozenset(), apply, view, detail=detail, measure=measure, then=then),)
 
 
+def uses_data(recipe: Transform) -> bool:
+    """Whether a recipe observes statistics, or measures a whole model, and so may read calibration
+    data."""
+    return any(stage.needs or isinstance(stage, Bind) for stage in recipe)
+
+
 def marked(bind: Bind, value: Any) -> Bound:
     """The step that is left of a bind with this value."""
     detail = f"{bind.detail}, " if bind.detail else ""

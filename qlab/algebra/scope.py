@@ -1,6 +1,7 @@
 """Which sites a stage may touch, by patterns over their names."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -48,3 +49,17 @@ def matches(pattern: str, name: str) -> bool:
         raise QlabError(
             f"the pattern {pattern!r} is no regular expression ({error}); mend it, or write a glob"
         ) from error
+
+
+def pattern_of(names: Sequence[str]) -> str:
+    """A pattern that matches these full names and no others: names that differ in their first
+    number alone are one part of it."""
+    numbers: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        head, number, tail = re.split(r"(\d+|$)", name, maxsplit=1)
+        numbers.setdefault((head, tail), []).append(number)
+    parts = [
+        f"{re.escape(head)}({'|'.join(of_name)}){re.escape(tail)}"
+        for (head, tail), of_name in numbers.items()
+    ]
+    return f"re:{'|'.join(parts)}"

@@ -122,6 +122,11 @@ TAKES: Mapping[str, Mapping[str, plain.Kind]] = {
     "outside": {"transform": kinds.recipe},
     "chain": {"transforms": kinds.recipe},
     "rules": {"table": kinds.table},
+    "allocate": {
+        "choices": kinds.choices,
+        "bits": plain.bits,
+        "sensitivity": plain.function,
+    },
     "bind": {
         "name": plain.text,
         "measure": plain.function,

@@ -171,6 +171,16 @@ def recipes(value: Any, name: str) -> Any:
     return {key: recipe(each, f"{name}[{said(key)}]") for key, each in value.items()}
 
 
+def choices(value: Any, name: str) -> Any:
+    """Several recipes to choose from."""
+    if not isinstance(value, list | tuple) or not value:
+        raise QlabError(
+            f"{name} is {said(value)}; give a list of recipes such as [qlab.rtn('int2-g64'), "
+            "qlab.rtn('int4-g64')]"
+        )
+    return [recipe(each, f"{name}[{i}]") for i, each in enumerate(value)]
+
+
 def table(value: Any, name: str) -> Any:
     """Patterns -> recipes; None keeps the sites as they are."""
     if not isinstance(value, Mapping):

@@ -58,6 +58,14 @@ def optional_fraction(value: Any, name: str) -> Any:
     return value if value is None else fraction(value, name)
 
 
+def bits(value: Any, name: str) -> Any:
+    """A number of bits, which need not be whole."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value <= LARGEST:
+        raise QlabError(f"{name} is {said(value)}; give a number above 0, such as 3.5")
+    return value
+
+
 def flag(value: Any, name: str) -> Any:
     """True or False."""
     if not isinstance(value, bool):

@@ -81,12 +81,13 @@ def methods(
 ) -> None:
     """Compare quantization methods with each other and with the unquantized model on held-out
     text."""
+    from qlab.algebra.bind import uses_data
     from qlab.bench.methods import compare_methods, table
     from qlab.cli.choices import recipe_of, refuse_unused
     from qlab.files.place import refuse_inside
 
     chosen = [name if is_file(name) else name.lower() for name in listed(names)]
-    if not any(stage.needs for name in chosen for stage in recipe_of(name, spec, asymmetric)):
+    if not any(uses_data(recipe_of(name, spec, asymmetric)) for name in chosen):
         refuse_unused(calib, None, "none of these methods observes anything")
     if json_file and out:
         refuse_inside(json_file, [Path(out).expanduser().resolve()])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import qlab
+from qlab.algebra.bind import uses_data
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.transform import Transform
 from qlab.bench.folder import RECORD, owned, refuse_foreign
@@ -93,7 +94,7 @@ def compare_methods(
     chosen = Path(out or home() / "bench" / _folder_name(name, job)).expanduser()
     out = Path(os.path.realpath(chosen))
     texts = [Path(path) for path in (*(calib or ()), *(text or ()))]
-    observing = [name for name in recipes if any(stage.needs for stage in recipes[name])]
+    observing = [name for name in recipes if uses_data(recipes[name])]
     others = range(seed + 1, seed + seeds) if observing else ()
     written = [*recipes, *(of_seed(name, other) for name in observing for other in others)]
     refuse_foreign(out, folders(written), job, model.path, texts)

@@ -224,6 +224,7 @@ def recipe_of(method: str, spec: str, asymmetric: bool) -> "Transform":
 
 def _data(model: "Checkpoint", recipe: "Transform", choices: Choices) -> "Data | None":
     """The samples that the recipe is calibrated on; None where it observes nothing."""
+    from qlab.algebra.bind import uses_data
     from qlab.data.calibration import tokens
     from qlab.data.images import image_samples
     from qlab.demo.hub import calibration_texts, is_demo
@@ -233,7 +234,7 @@ def _data(model: "Checkpoint", recipe: "Transform", choices: Choices) -> "Data |
         raise QlabError(
             "--calib takes text and --images samples that may have both; give one of them"
         )
-    if not any(stage.needs for stage in recipe):
+    if not uses_data(recipe):
         refuse_unused(calib, images, "this method observes nothing")
         return None
     if images:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlab.algebra.bind import Bind
 from qlab.algebra.graph import lone_weight
 from qlab.algebra.qtensor import QTensor, dense
 from qlab.algebra.spec import Spec
@@ -176,6 +177,12 @@ def _refuse_recipe(recipe: Transform, codec: str) -> None:
         raise QlabError(
             f"the recipe observes {', '.join(needs)}, for which the model has to run; use a "
             "data-free method such as rtn"
+        )
+    measuring = [stage.name for stage in recipe if isinstance(stage, Bind)]
+    if measuring:
+        raise QlabError(
+            f"the bind {measuring[0]!r} measures a model, for which the model has to run; quantize "
+            "with the model, or leave it away"
         )
     online = [stage.name for stage in recipe if stage.view.operations]
     if online:

@@ -47,7 +47,7 @@ def _bound(job: Job, first: int) -> Job:
     load_outside(wide, with_head=True)
     named = wide.model.named_parameters(remove_duplicate=False)
     loaded = {name: parameter.detach() for name, parameter in named if not parameter.is_meta}
-    model = Model(front, wide, begun, loaded, rounded)
+    model = Model(front, wide, begun, loaded=loaded, rounded=rounded, bind=bind)
     value = _called(bind, "measure", lambda: bind.measure(model))
     then = _called(bind, "then", lambda: returned(bind, value))
     recipe = (*front.recipe, marked(bind, value), *then, *job.recipe[first + 1 :])

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlab.algebra.graph import ModuleGraph
+from qlab.algebra.transform import Stage, select
 from qlab.data.calibration import Data, from_ids
 from qlab.driver.backward import Cotangent, Loss, Sink, back, end, value_of
 from qlab.driver.batches import in_batches, push, record
@@ -48,6 +49,7 @@ class Model:
         loaded: name -> the parameter around the segments (embedding, norm, head), as the files hold
             it.
         rounded: name -> one that those steps made another.
+        bind: the step that measures it, whose sites are the selected ones of each segment.
 
     Example:
         >>> import qlab
@@ -64,11 +66,13 @@ class Model:
         job: Job,
         skeleton: Skeleton,
         kept: Begun | None,
+        *,
         loaded: Mapping[str, Tensor],
         rounded: Mapping[str, Tensor],
+        bind: Stage,
     ):
         self._job, self._skeleton, self._kept = job, skeleton, kept
-        self._loaded, self._rounded = loaded, rounded
+        self._loaded, self._rounded, self._bind = loaded, rounded, bind
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -103,7 +107,9 @@ class Model:
         """The unquantized model on the same windows."""
         if self._kept is None and not self._rounded:
             return self
-        return Model(self._job, self._skeleton, None, self._loaded, {})
+        return Model(
+            self._job, self._skeleton, None, loaded=self._loaded, rounded={}, bind=self._bind
+        )
 
     @property
     def around(self) -> Mapping[str, Tensor]:
@@ -113,15 +119,16 @@ class Model:
     @undisturbed
     @torch.no_grad()
     def segment(self, path: str) -> ModuleGraph:
-        """One segment, loaded: a value of its own each time."""
+        """One segment, loaded: a value of its own each time. `segment.sites` are those that the
+        bind is for."""
         if path not in self._skeleton.blocks:
             raise QlabError(f"{path!r} is no segment; they are {', '.join(self.segments)}")
         call = self._calls[path]
         if self._kept is None:
-            return load_block(self._skeleton, path, call, decoded=True)
+            return select(self._bind, load_block(self._skeleton, path, call, decoded=True))
         graph = self._kept.block(path, self._skeleton.device)
         before = replace(graph, params=self._kept.unchanged(graph))
-        return as_read(self._skeleton, call, before, graph)
+        return select(self._bind, as_read(self._skeleton, call, before, graph))
 
     def fold(self, fn: Callable[[T, str, ModuleGraph], T], start: T) -> T:
         """fn(... fn(fn(start, path, segment), path, segment) ...) over the segments in running

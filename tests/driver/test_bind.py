@@ -1,19 +1,23 @@
 """A measurement of the whole model whose value becomes the next part of a recipe."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from families import tiny
+from killing import KILLED, dying, finish, start
 from model_folders import contents, random_tokens
 
 import qlab
+from qlab.algebra.bind import digest
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.transform import at, chain, keep, rules
 from qlab.driver.apply import apply
-from qlab.driver.quantize import quantize
+from qlab.driver.quantize import compare, quantize
 from qlab.driver.write import write
+from qlab.errors import QlabError
 from qlab.evaluation.logits import logits
 from qlab.evaluation.perplexity import evaluate
 from qlab.files.checkpoint import open_checkpoint
@@ -193,3 +197,93 @@ def test_binds_are_measured_from_the_left(saved):
     assert order == [("mlp", False), ("self_attn", True)]
     list(value.segments())
     assert len(order) == 2  # and nothing twice
+
+
+@pytest.mark.parametrize(
+    "measure, then, says",
+    [
+        (lambda m: 1, lambda v: 3, "the bind 'x' returned a int, which is no recipe"),
+        (lambda m: 1, lambda v: rtn, "the bind 'x' returned a function, which is no recipe"),
+        (lambda m: m, lambda v: keep(), "the bind 'x' measured a Model, by which a run"),
+        (lambda m: 1 / 0, lambda v: keep(), "failed in measure: ZeroDivisionError: division"),
+        (lambda m: 1, lambda v: v.bits, "failed in then: AttributeError: 'int' object"),
+        (lambda m: m.segment("model.layers.7"), lambda v: keep(), "'model.layers.7' is no segment"),
+        (lambda m: m.losses(m.nll, [3]), lambda v: keep(), "window 3 is not there; .* 0 to 2"),
+        (lambda m: m.vjp(lambda x, i: x.sum() * float("nan")), keep, "the loss of window 0 is nan"),
+        (lambda m: m.vjp(lambda x, i: x), keep, r"the loss of window 0 is \(16, 128\); return a"),
+        (lambda m: m.vjp(lambda x, i: x.detach().sum()), keep, "does not depend on the logits"),
+    ],
+)
+def test_a_bind_that_cannot_go_on_says_why_in_one_sentence(measure, then, says, saved):
+    model, data = opened(saved)
+    with pytest.raises(QlabError, match=says) as refused:
+        list(apply(model, qlab.bind("x", measure, then), data).segments())
+    assert "\n" not in str(refused.value)
+
+
+def test_calibration_text_is_asked_for_where_it_is_measured_on(saved):
+    model, _ = opened(saved)
+    recipe = qlab.bind("x", lambda m: m.losses(m.nll), lambda v: keep())
+    with pytest.raises(QlabError, match="measures on calibration text and none was given"):
+        list(apply(model, recipe, None).segments())
+
+
+def test_what_is_known_is_refused_before_anything_is_measured(saved, tmp_path):
+    model, data = opened(saved)
+    called = []
+    bind = qlab.bind("x", called.append, lambda v: keep())
+    for recipe, says in [
+        (at("*.nope.*", bind), "matches no site"),
+        (chain(rtn(INT4), gptq(INT4), bind), "rounded by two stages"),
+    ]:
+        with pytest.raises(QlabError, match=says):
+            apply(model, recipe, data)
+    with pytest.raises(QlabError, match="group"):
+        quantize(model, chain(rtn(parse_spec("int4-g48")), bind), data, tmp_path / "out")
+    assert not called
+
+
+def test_a_plan_shows_a_bind_that_is_not_measured(saved):
+    model, data = opened(saved)
+    recipe = chain(rtn(INT4), qlab.bind("x", lambda m: 1, lambda v: keep(), detail="as it is"))
+    plan = qlab.plan(model, recipe, data)
+    assert [(row["stage"], row["detail"]) for row in plan.stages][1] == ("x", "as it is")
+    assert plan.bits_per_weight < 16
+
+
+def test_a_continued_run_does_not_mix_two_values(saved, tmp_path):
+    model, data = opened(saved)
+
+    def recipe(value):
+        behind = at("*.self_attn.*", gptq(INT4))
+        return chain(at("*.mlp.*", gptq(INT4)), qlab.bind("x", lambda m: value, lambda v: behind))
+
+    whole = quantize(model, recipe(1), data, tmp_path / "whole")
+    names = [row["detail"] for row in whole.plan.stages if row["stage"] == "x"]
+    run = partial(quantize, model, recipe(1), data, tmp_path / "out")
+    assert finish(start(dying(run, 4, "after"))) == KILLED
+    with pytest.raises(QlabError, match="another job"):
+        quantize(model, recipe(2), data, tmp_path / "out", resume=True)
+    resumed = quantize(model, recipe(1), data, tmp_path / "out", resume=True)
+    assert contents(resumed.path) == contents(whole.path)
+    assert names[0].startswith("value ")
+
+
+@pytest.mark.parametrize("inputs", ["quantized", "reference"])
+def test_several_recipes_with_binds_are_what_each_is_alone(inputs, saved, tmp_path):
+    model, data = opened(saved)
+    recipes = {
+        "one": qlab.bind("x", lambda m: 4, lambda v: rtn(INT4)),
+        "two": chain(gptq(INT4), qlab.bind("y", lambda m: m.losses(m.nll), lambda v: keep())),
+    }
+    together = compare(model, recipes, data, tmp_path / "all", inputs=inputs)
+    for name, recipe in recipes.items():
+        alone = quantize(model, recipe, data, tmp_path / name, inputs=inputs)
+        assert contents(together[name].path) == contents(alone.path)
+
+
+def test_values_are_told_apart():
+    values = [1, 1.0, "1", None, [1], [[1]], {1: 1}, {"1": 1}, torch.ones(1), torch.ones(1, 1)]
+    values += [torch.ones(1).bfloat16(), torch.zeros(1), INT4, INT8, [1, 1], (INT4, "")]
+    assert len({digest("x", value) for value in values}) == len(values)
+    assert digest("x", {"a": torch.arange(3)}) == digest("x", {"a": torch.arange(3)})
