@@ -62,6 +62,7 @@ WORK: Mapping[tuple[str, bool], Effort] = {
     ("qat", True): Effort(elements=2.7, rows=0.0, square=0.07, columns=1.7),
     ("solver", True): Effort(elements=73.0, rows=7.0, square=1.2, columns=30.0),
     ("aim_held_out", True): Effort(elements=0.0, rows=2.4, square=2.0, columns=2.0),
+    ("aim_in_stream", True): Effort(elements=0.0, rows=2.4, square=2.0, columns=2.0),
     ("aim_at_reference", True): Effort(elements=0.0, rows=0.3, square=0.5, columns=1.2),
 }
 UNKNOWN = Effort(

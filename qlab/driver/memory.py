@@ -23,6 +23,8 @@ SOLVER_COPIES = 5  # of a weight, in fp32, that a solver holds at once
 # Of all weights that a step learns in a block, in fp32, that it holds at once: weights, parameters,
 # gradients, and what the rounding keeps for the way back. auto_round held 14, qat 12 to 17.
 LEARNING_COPIES = 14
+# statistic -> the matrices of its state, each as large as a second moment or less
+BESIDE = {"held_out": 2, "received": 1, "stream_drift": 1, "stream_held_out": 1}
 BACKWARD = 2  # times the activations of a forward pass: they are kept, and have gradients
 Moment = Mapping[str, int]  # what holds memory -> its bytes, at one moment of a run
 
@@ -230,13 +232,15 @@ class _Block:
     def statistics(self) -> int:
         """Bytes of the second moments that are held at once. The drift, which is observed beside
         the reference, is as large as a second moment, and both are observed again of the tokens
-        that are held out."""
+        that are held out. What the attention adds to it is as large too, and the drift of the
+        stream [o, k] is counted as if it was."""
         if not self.square:
             return 0
         of_sources = self.moments_kk
         held = max(of_sources) if self.in_order else sum(of_sources)
         growing = 2 * (max(of_sources) - self.square)  # that of a batch, and the sum with it
-        moments = self.streams + (2 if "held_out" in self.job.statistics else 0)
+        beside = sum(BESIDE[name] for name in BESIDE if name in self.job.statistics)
+        moments = self.streams + beside
         return moments * (held + growing)
 
     def _experts_held(self, site: Site) -> int:
