@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import qlab
+from qlab.algebra.bind import uses_data
 from qlab.demo.build import demo_text
 from qlab.evaluation.perplexity import read
 
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> None:
 
     def evaluation(name: str) -> Any:
         recipe = qlab.at(pattern, qlab.method(name, spec))
-        seen = data if any(stage.needs for stage in recipe) else None
+        seen = data if uses_data(recipe) else None
         return qlab.evaluate(qlab.apply(model, recipe, seen), reference, held_out)
 
     for rounding in given["roundings"].split(","):

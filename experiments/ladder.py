@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 import qlab
+from qlab.algebra.bind import uses_data
 from qlab.demo.build import demo_text
 from qlab.evaluation.perplexity import Reading, read
 
@@ -33,7 +34,7 @@ def measure(
 ) -> dict[str, Any]:
     """The figures of one recipe under every calibration seed. seconds: of the processor for one,
     with the evaluation."""
-    observes = any(stage.needs for stage in recipe)
+    observes = uses_data(recipe)
     blocks = "|".join(str(i) for i in range(0, 100, sizes["every"]))
     pattern = rf"re:.*\.({blocks})\..*" if sizes["every"] > 1 else "*"
     restricted = qlab.at(pattern, recipe)
