@@ -89,6 +89,7 @@ HOMES = {
     "results": "qlab.directories.results",
     "rotate_heads": "qlab.methods.rotate",
     "rotate_online": "qlab.methods.rotate",
+    "rotate_residual": "qlab.methods.rotate_residual",
     "rotate_scores": "qlab.methods.rotate_scores",
     "rtn": "qlab.methods.rtn",
     "rules": "qlab.algebra.transform",

@@ -82,6 +82,7 @@ from qlab.methods.rotate import incoherence as incoherence
 from qlab.methods.rotate import quarot as quarot
 from qlab.methods.rotate import rotate_heads as rotate_heads
 from qlab.methods.rotate import rotate_online as rotate_online
+from qlab.methods.rotate_residual import rotate_residual as rotate_residual
 from qlab.methods.rotate_scores import rotate_scores as rotate_scores
 from qlab.methods.rtn import rtn as rtn
 from qlab.methods.smoothquant import smoothquant as smoothquant

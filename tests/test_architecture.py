@@ -36,6 +36,7 @@ MATHEMATICS = {"errors", "algebra", "methods"}
 WALKERS = {
     "algebra/folds.py",
     "algebra/groups.py",
+    "algebra/basis.py",
     "algebra/tracing/as_it_is.py",
     "algebra/attention.py",
     "algebra/channels.py",

@@ -270,9 +270,9 @@ def _vectors(code: Code, node: fx.Node) -> list[Producer]:
     """A parameter [k] that the output is multiplied by, as norms written out by hand do."""
     producers = []
     for operand in node.args[:2]:
-        vector = _vector(code, operand)
-        if vector and operand.meta["val"].shape[0] == node.meta["val"].shape[-1]:
-            weight, offset = vector
+        gain = vector(code, operand)
+        if gain and operand.meta["val"].shape[0] == node.meta["val"].shape[-1]:
+            weight, offset = gain
             producers.append(
                 Producer(node=node.name, weight=weight, bias=None, offset=offset, rows=False)
             )
@@ -284,7 +284,7 @@ def _own(code: Code, node: fx.Node | None) -> bool:
     return node is None or (node.name in code.params and len(node.users) == 1)
 
 
-def _vector(code: Code, node: Any) -> tuple[str, float] | None:
+def vector(code: Code, node: Any) -> tuple[str, float] | None:
     """(path, offset) of a parameter [k] that is used once, behind casts and an added constant
     (Gemma's 1 + w)."""
     offset = 0.0

@@ -9,6 +9,7 @@
 | `WholeBlock` | when the steps before it are done with the block | |
 | `WholeSegment` | likewise, without samples | |
 | `WholeModel` | when the steps before it are done with all blocks | |
+| `EverySegment` | before all other steps, on what lies around the blocks too | the function stays |
 | `Uncovered` | before all others | there is nothing to see |
 """
 
@@ -121,6 +122,17 @@ class Gauged(View):
 @dataclass(frozen=True)
 class Folded(View):
     """The segment, once all its inputs are done. What it computes stays."""
+
+    @property
+    def keeps_function(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class EverySegment(View):
+    """Each segment of the model, embedding and head among them, for a basis that all share."""
+
+    sees: ClassVar[str] = "each segment, embedding and head too"
 
     @property
     def keeps_function(self) -> bool:

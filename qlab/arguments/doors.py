@@ -25,7 +25,14 @@ RUN: Mapping[str, plain.Kind] = {
 }
 METHOD: Mapping[str, plain.Kind] = {"spec": kinds.spec, "grid": kinds.grid}
 ROTATION: Mapping[str, plain.Kind] = {"seed": plain.whole, "draw": plain.function}
-ROTATIONS = ("rotate_heads", "rotate_online", "rotate_scores", "quarot", "incoherence")
+ROTATIONS = (
+    "rotate_heads",
+    "rotate_online",
+    "rotate_residual",
+    "rotate_scores",
+    "quarot",
+    "incoherence",
+)
 WINDOWS: Mapping[str, plain.Kind] = {
     "model": kinds.model,
     "samples": plain.whole,

@@ -83,7 +83,7 @@ def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path)
         path=checkpoint.path,
         sites=sites,
         missing=_missing(both, sites, certificates),
-        extra=_extra(both, extras, certificates),
+        extra=_extra(both, extras, certificates, record.get("changed", {})),
         changed=changed,
         certified=bool(certificates),
         extras=extras,
@@ -144,8 +144,14 @@ def _missing(both: Alike, sites: Collection[str], certificates: Certificates) ->
     ]
 
 
-def _extra(both: Alike, extras: Collection[str], certificates: Certificates) -> list[str]:
-    """The directory's leaves that are neither the reference's nor made of one of its leaves."""
+def _extra(
+    both: Alike,
+    extras: Collection[str],
+    certificates: Certificates,
+    written: Mapping[str, str],
+) -> list[str]:
+    """The directory's leaves that are neither the reference's nor made of one of its leaves, nor
+    what the recipe wrote in the place of one that is tied there. written: see `_changed`."""
     originals = _leaves(both.reference)
     made_of = {
         f"{module}.weight": certificate.get("made_of") or f"{module}.weight"
@@ -154,7 +160,13 @@ def _extra(both: Alike, extras: Collection[str], certificates: Certificates) -> 
     explained = {
         name for name, source in made_of.items() if both.names.get(source, source) in originals
     }
-    return sorted(_leaves(both.model) - originals - set(extras) - explained - both.doubled)
+    model = both.model.checkpoint
+    extra = _leaves(both.model) - originals - set(extras) - explained - both.doubled
+    return sorted(
+        name
+        for name in extra
+        if name not in written or written[name] != hash_of(dense(model.leaf(name)))
+    )
 
 
 # ------------------------------------------------------------------ unquantized tensors

@@ -1,11 +1,12 @@
 """What a recipe makes of a model, as a value: nothing is written, and no format has to hold it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
+from qlab.algebra.frame import in_frame
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.qtensor import Leaf
 from qlab.algebra.transform import Transform
@@ -86,7 +87,10 @@ class Quantized(Shown):
     @streamed
     def solved(self) -> Iterator[Solved]:
         """Every block before and after the recipe, in running order; as `segments`."""
-        yield from solved_in_order(self.skeleton(), self.resolved, self.plan.experts_at_once)
+        solved = solved_in_order(self.skeleton(), self.resolved, self.plan.experts_at_once)
+        for block in solved:
+            yield replace(block, after=in_frame(block.after))
+            del block
 
     @streamed
     def around(self) -> Iterator[tuple[str, Leaf]]:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from qlab.algebra.bind import Bind, Bound
+from qlab.algebra.frame import framing
 from qlab.algebra.graph import Code, ModuleGraph
 from qlab.algebra.stats import name_of
 from qlab.algebra.transform import Transform
@@ -102,7 +103,8 @@ class Job:
     def in_order(self, code: Code) -> bool:
         """Whether the sources of this block are solved one after another, each on what the
         quantized ones before it produce, up to the first stage that sees the whole block."""
-        in_blocks = tuple(s for s in self.recipe if not isinstance(s.view, WholeModel))
+        _, behind = framing(self.recipe)
+        in_blocks = tuple(s for s in behind if not isinstance(s.view, WholeModel))
         site_by_site, _ = split(in_blocks)
         return in_order(code, site_by_site, self.inputs, self.calibrate_all_experts)
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qlab.algebra.frame import in_frame
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.transform import Stage, select
 from qlab.data.calibration import Data, from_ids
@@ -126,7 +127,7 @@ class Model:
         call = self._calls[path]
         if self._kept is None:
             return select(self._bind, load_block(self._skeleton, path, call, decoded=True))
-        graph = self._kept.block(path, self._skeleton.device)
+        graph = in_frame(self._kept.block(path, self._skeleton.device))
         before = replace(graph, params=self._kept.unchanged(graph))
         return select(self._bind, as_read(self._skeleton, call, before, graph))
 

@@ -1,20 +1,24 @@
 """The linears outside the blocks (a vision tower, a projector, the head): left as they are, or
 rounded without data by rule."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qlab.algebra.frame import framing
 from qlab.algebra.graph import ModuleGraph, Site, lone_weight
 from qlab.algebra.qtensor import Leaf, QTensor, dense
 from qlab.algebra.transform import Transform
+from qlab.driver.framed import turned_around
 from qlab.driver.report import site_rows
 from qlab.driver.siblings import Siblings
 from qlab.driver.solve import solve_alone
-from qlab.files.certificate import certify
+from qlab.files.certificate import certify, hash_of
+from qlab.model.around import source_of
+from qlab.model.pieces import Piece
 from qlab.model.skeleton import Skeleton
 
 
@@ -63,29 +67,33 @@ class OutsideLeaf:
     """A leaf of the files that belongs to no block, as it is written.
 
     rows: the report's row of the site, where the leaf was rounded. certificates: module -> its
-    certificate, likewise.
+    certificate, likewise. changed: its hash, where it was turned into another basis.
     """
 
     name: str
     leaf: Leaf
     rows: Mapping[str, Any] = field(default_factory=dict)
     certificates: Mapping[str, Any] = field(default_factory=dict)
+    changed: Mapping[str, str] = field(default_factory=dict)
 
 
 def outside_leaves(skeleton: Skeleton, recipe: Transform) -> Iterator[OutsideLeaf]:
     """Every leaf of the files that belongs to no block, one at a time: rounded where a stage of the
-    recipe is for it, else dense as it was stored; then heads that share their weight with one that
-    was rounded."""
+    recipe is for it, else dense as it was stored, or as it is in the recipe's basis; then heads
+    that share their weight with one that was rounded."""
     checkpoint, names = skeleton.checkpoint, skeleton.names
+    turned = _turned(skeleton, recipe)
     rounded_sites = _rounded_sites(skeleton, recipe)
-    siblings = _siblings(skeleton, recipe, rounded_sites)
-    for name in dict.fromkeys([*names.outside_leaves(), *rounded_sites]):
+    siblings = _siblings(skeleton, recipe, rounded_sites, turned)
+    for name in dict.fromkeys([*names.outside_leaves(), *rounded_sites, *turned]):
         if name in rounded_sites:
             outer = siblings.outer(name.removesuffix(".weight"))
-            yield _rounded(skeleton, recipe, name, rounded_sites[name], outer)
+            yield _rounded(skeleton, recipe, name, rounded_sites[name], outer, turned)
+        elif name in turned:
+            yield OutsideLeaf(name=name, leaf=turned[name], changed={name: hash_of(turned[name])})
         else:
             yield OutsideLeaf(name=name, leaf=_dense(skeleton, checkpoint.leaf(name)))
-    in_files = {*checkpoint.stored, *rounded_sites}
+    in_files = {*checkpoint.stored, *rounded_sites, *turned}
     for tied, keeper in names.tied.items():
         name, kept = names.file_name(tied), names.file_name(keeper)
         if kept in rounded_sites and name not in in_files:
@@ -94,14 +102,43 @@ def outside_leaves(skeleton: Skeleton, recipe: Transform) -> Iterator[OutsideLea
 
 
 def rounded_outside(skeleton: Skeleton, recipe: Transform) -> Iterator[tuple[str, Leaf]]:
-    """Every weight outside the blocks that a stage of the recipe rounds, by its name in the model,
-    one at a time."""
+    """Every weight outside the blocks that the recipe makes another, by its name in the model, one
+    at a time: what it rounds, and what is in another basis."""
+    turned = _turned(skeleton, recipe)
     rounded_sites = _rounded_sites(skeleton, recipe)
-    siblings = _siblings(skeleton, recipe, rounded_sites)
+    siblings = _siblings(skeleton, recipe, rounded_sites, turned)
     for name, site in rounded_sites.items():
         outer = siblings.outer(name.removesuffix(".weight"))
-        solved = _solved(skeleton, recipe, _original(skeleton, name, site), site, outer)
+        weight = turned.get(name, _original(skeleton, name, site))
+        solved = _solved(skeleton, recipe, weight, site, outer)
         yield f"{site.path}.weight", solved.params["weight"]
+    for name in turned_around(skeleton, recipe):
+        stored = skeleton.names.file_name(name)
+        if stored not in rounded_sites:
+            yield name, turned[stored]
+
+
+def parted(skeleton: Skeleton, recipe: Transform, rounded: Iterable[str]) -> bool:
+    """Whether a head has a weight of its own in what the recipe makes of the model, which the files
+    of the model tie to its embedding. rounded: the linears around the blocks that are rounded."""
+    tied = {*skeleton.names.tied, *skeleton.names.tied.values()}
+    first, _ = framing(recipe)
+    inside = tuple(f"{path}." for path in skeleton.blocks)
+    turned = bool(first) and any(not name.startswith(inside) for name in tied)
+    return turned or any(f"{name}.weight" in tied for name in rounded)
+
+
+def _turned(skeleton: Skeleton, recipe: Transform) -> dict[str, Tensor]:
+    """What is in another basis around the blocks, by its names in the files and as it is stored."""
+    return {
+        skeleton.names.file_name(name): leaf.to(_stored_dtype(skeleton, name)).cpu()
+        for name, leaf in turned_around(skeleton, recipe).items()
+    }
+
+
+def _stored_dtype(skeleton: Skeleton, name: str) -> torch.dtype:
+    piece = Piece(skeleton.names.file_name(source_of(skeleton, name)))
+    return skeleton.names.stored_dtype(piece)
 
 
 def _rounded_sites(skeleton: Skeleton, recipe: Transform) -> dict[str, Site]:
@@ -114,7 +151,12 @@ def _rounded_sites(skeleton: Skeleton, recipe: Transform) -> dict[str, Site]:
     }
 
 
-def _siblings(skeleton: Skeleton, recipe: Transform, rounded_sites: Mapping[str, Site]) -> Siblings:
+def _siblings(
+    skeleton: Skeleton,
+    recipe: Transform,
+    rounded_sites: Mapping[str, Site],
+    turned: Mapping[str, Tensor],
+) -> Siblings:
     """The global scales that the rounded weights share."""
     specs = {
         name.removesuffix(".weight"): stage.spec
@@ -125,7 +167,7 @@ def _siblings(skeleton: Skeleton, recipe: Transform, rounded_sites: Mapping[str,
 
     def read(module: str) -> Tensor:
         name = f"{module}.weight"
-        original = _original(skeleton, name, rounded_sites[name])
+        original = turned.get(name, _original(skeleton, name, rounded_sites[name]))
         return _dense(skeleton, original).to(skeleton.device, torch.float32)
 
     return Siblings(specs, read)
@@ -152,17 +194,23 @@ def _solved(
     """A weight outside the blocks, rounded by itself."""
     weight = _dense(skeleton, original).to(skeleton.device)
     dtype = skeleton.checkpoint.dtype
-    return solve_alone(lone_weight(site.path, weight, dtype, outside=True, outer=outer), recipe)
+    _, behind = framing(recipe)
+    return solve_alone(lone_weight(site.path, weight, dtype, outside=True, outer=outer), behind)
 
 
 def _rounded(
-    skeleton: Skeleton, recipe: Transform, name: str, site: Site, outer: Tensor | None
+    skeleton: Skeleton,
+    recipe: Transform,
+    name: str,
+    site: Site,
+    outer: Tensor | None,
+    turned: Mapping[str, Tensor],
 ) -> OutsideLeaf:
     """A weight outside the blocks, rounded by itself, with the certificate against what was
     read."""
     checkpoint, source = skeleton.checkpoint, _source_of(skeleton, name, site)
     original = _original(skeleton, name, site)
-    solved = _solved(skeleton, recipe, original, site, outer)
+    solved = _solved(skeleton, recipe, turned.get(name, original), site, outer)
     leaf = solved.params["weight"]
     certificates: dict[str, Any] = {}
     if isinstance(leaf, QTensor):

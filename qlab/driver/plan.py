@@ -24,6 +24,7 @@ from qlab.driver.effects import (
     refuse_unheld_values,
     refuse_without_effect,
 )
+from qlab.driver.framed import refuse_unturnable
 from qlab.driver.job import CODEC, Job
 from qlab.driver.memory import predict_memory
 from qlab.driver.observe import Inputs, inputs_named
@@ -328,6 +329,7 @@ def _checked_specs(job: Job, skeleton: Skeleton, sites: Sites) -> dict[str, Spec
         # refuses now what no configuration could say when all is written
         quantization_of(CODECS[job.codec], by_module(skeleton, specs))
     refuse_without_effect(job.recipe, sites.sites, job.inputs)
+    refuse_unturnable(skeleton, job.recipe, sites.codes, sites.sites)
     if job.codec is not None:
         online = online_of(job.recipe, sites.sites)
         refuse_unheld(online, specs, sites.sites, job.codec, job.target)

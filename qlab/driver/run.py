@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qlab.algebra.frame import in_frame
 from qlab.algebra.graph import Code, ModuleGraph
 from qlab.algebra.spec import InputSpec, Spec
 from qlab.codecs import Codec, quantization_of
@@ -15,7 +16,13 @@ from qlab.data.overlap import sketch
 from qlab.driver.around import encoded, held, told
 from qlab.driver.ending import SECTION, as_held, probe, probe_outside, refuse_unreadable
 from qlab.driver.job import Job
-from qlab.driver.outside import carried, outside_leaves, outside_sites, rounded_outside
+from qlab.driver.outside import (
+    carried,
+    outside_leaves,
+    outside_sites,
+    parted,
+    rounded_outside,
+)
 from qlab.driver.plan import Plan
 from qlab.driver.report import site_rows
 from qlab.driver.segments import Solved, Solver
@@ -76,6 +83,7 @@ def write_outside(skeleton: Skeleton, run: Run) -> None:
         for part in outside_leaves(skeleton, run.job.recipe):
             notes["sites"].update(part.rows)
             notes["certificates"].update(part.certificates)
+            notes["changed"].update(part.changed)
             marks[part.name] = mark(part.leaf)
             if part.name in taken_by_nobody and isinstance(part.leaf, Tensor):
                 yield part.name, part.leaf  # whatever numbers it holds
@@ -89,7 +97,7 @@ def write_outside(skeleton: Skeleton, run: Run) -> None:
 
 def write_solved(skeleton: Skeleton, run: Run, block: Solved, call: Call) -> None:
     """Write the shard and the notes of a block, and read the shard back."""
-    before, after, number = block.before, block.after, block.index + 1
+    before, after, number = block.before, in_frame(block.after), block.index + 1
     around, left = held(after, run.codec)
     refuse_unwritten(skeleton, before, left)
     leaves = as_stored(skeleton, after)
@@ -128,9 +136,8 @@ def finish(skeleton: Skeleton, run: Run, calls: Mapping[str, Call]) -> None:
         specs[name] = spec_of(row)
         inputs |= dict.fromkeys(skeleton.names.modules(name), input_spec_of(row))
     rounding = [inputs] if any(inputs.values()) else []
-    tied_names = {*skeleton.names.tied, *skeleton.names.tied.values()}
     outside = notes["sites"].keys() & outside_sites(skeleton).keys()
-    separated = any(f"{name}.weight" in tied_names for name in outside)
+    separated = parted(skeleton, run.job.recipe, outside)
     raw = untied(model.raw) if separated or skeleton.names.apart else model.raw
     grids = by_module(skeleton, specs)
     codes = {path: skeleton.programs.code(path, call) for path, call in calls.items()}

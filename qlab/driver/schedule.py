@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from qlab.algebra.block import BLOCK_IO
+from qlab.algebra.frame import framing
 from qlab.algebra.graph import Code, ModuleGraph
 from qlab.algebra.scope import Scope
 from qlab.algebra.spec import described
@@ -27,7 +28,7 @@ from qlab.driver.reach import unseen
 from qlab.driver.sites import Sites
 
 # when a step runs in a block
-IN_ORDER, TOGETHER = "input by input", "all inputs at once"
+FIRST, IN_ORDER, TOGETHER = "before other steps", "input by input", "all inputs at once"
 INPUTS_DONE, BLOCK_DONE = "when all inputs are done", "when the steps above are done"
 # where a step runs that runs in no block
 AROUND, MODEL = "around the blocks", "the whole model"
@@ -139,13 +140,15 @@ def _of_blocks(
 ) -> Iterator[Row]:
     """The steps on those blocks that are solved one way."""
     graphs = [ModuleGraph(code, {}, path) for path, code in codes.items()]
-    site_by_site, learning = split(recipe)
+    first, behind_basis = framing(recipe)
+    site_by_site, learning = split(behind_basis)
     alone = [stage for stage in site_by_site if stage.view.site_by_site]
     behind = [stage for stage in site_by_site if not stage.view.site_by_site]
     if in_order:
         parts = [(alone, IN_ORDER), (behind, INPUTS_DONE), (learning, BLOCK_DONE)]
     else:
         parts = [(site_by_site, TOGETHER), (learning, BLOCK_DONE)]
+    parts = [(first, FIRST), *parts]
     for stages, when in parts:
         seen = [_Seen(at_once=when == IN_ORDER) for _ in graphs]
         for stage in stages:

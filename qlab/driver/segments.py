@@ -6,9 +6,10 @@ from functools import partial
 
 from torch import Tensor
 
+from qlab.algebra.frame import framed_like, framing
 from qlab.algebra.graph import Code, ModuleGraph
 from qlab.algebra.qtensor import dense
-from qlab.algebra.transform import Stage
+from qlab.algebra.transform import Stage, apply
 from qlab.codecs import CODECS
 from qlab.driver.batches import Batches, push
 from qlab.driver.effects import refuse_left
@@ -52,7 +53,8 @@ class Solver:
 @dataclass(frozen=True, kw_only=True)
 class Solved:
     """A block before and after the stages of a job. index: of the block, from 0. by: the job's
-    number among those that share the pass."""
+    number among those that share the pass. after: with the turns into its basis and back at its
+    ends, where it has one."""
 
     index: int
     by: int
@@ -88,21 +90,22 @@ def solved_by_each(
     if any(solver.job.observed is not None for solver in solvers):
         _refuse_overflow(skeleton, graph)
     reference = Reference(graph, streams[1]) if streams[1:] else None
-    look: Observe = partial(
-        observe,
-        batches=batches,
-        calibrate_all_experts=first.calibrate_all_experts,
-        reference=reference,
-    )
+    observing = partial(observe, batches=batches, calibrate_all_experts=first.calibrate_all_experts)
+    look: Observe = partial(observing, reference=reference)
     if len(solvers) > 1:
         look = remembering(graph, look)
     leaving: list[Iterator[State]] = []
     for number, solver in enumerate(solvers):
         solved = graph  # lets go of the job before
         check = solver.check(graph.code, call, batches)
-        start = _start(solver, graph)
-        solved, leaving = _solved(solver, (graph, start), streams, reference, look, check)
-        del start
+        start = _start(solver, graph, check)
+        beside, seen = reference, look
+        if "enter" in start.inserts and reference is not None:
+            # it is compared channel by channel
+            beside = replace(reference, graph=framed_like(graph, start))
+            seen = partial(observing, reference=beside)
+        solved, leaving = _solved(solver, (graph, start), streams, beside, seen, check)
+        del start, beside, seen
         yield Solved(index=index, by=number, before=graph, after=solved)
     passed = [solved if first.inputs == "quantized" else graph, graph][: len(streams)]
     del graph, solved, look  # one version of the block per stream is enough from here on
@@ -112,14 +115,18 @@ def solved_by_each(
         carry.write(flat(states, skeleton.dtype))
 
 
-def _start(solver: Solver, graph: ModuleGraph) -> ModuleGraph:
-    """The block that the stages are applied to: as it was loaded, or as the stages before a bind
-    left it."""
+def _start(solver: Solver, graph: ModuleGraph, check: Check) -> ModuleGraph:
+    """The block that the stages are applied to: as the stages before a bind left it, or as it was
+    loaded, in the basis that the recipe begins with."""
     begun = solver.job.begun
-    if begun is None:
-        return graph
-    device = next(t.device for t in graph.params.values() if isinstance(t, Tensor))
-    return replace(begun.block(graph.path, device), code=graph.code)
+    if begun is not None:
+        device = next(t.device for t in graph.params.values() if isinstance(t, Tensor))
+        graph = replace(begun.block(graph.path, device), code=graph.code)
+    for stage in framing(solver.job.recipe)[0]:
+        before = graph
+        graph, _ = apply(stage, graph, {})
+        check(stage, before, graph)
+    return graph
 
 
 def _solved(
@@ -130,12 +137,14 @@ def _solved(
     look: Observe,
     check: Check,
 ) -> tuple[ModuleGraph, list[Iterator[State]]]:
-    """The block after all stages, and what leaves it, stream by stream, where that is known.
+    """The block after all stages behind those that choose its basis, and what leaves it, stream by
+    stream, where that is known.
 
     loaded_and_start: the unquantized block, and the one that the stages are applied to.
     """
     graph, start = loaded_and_start
-    site_by_site, learning = split(solver.job.recipe)
+    _, behind = framing(solver.job.recipe)
+    site_by_site, learning = split(behind)
     samples = BlockSamples(graph, streams) if learning else None
     leaving: list[Iterator[State]] = []
     if not site_by_site and learning:

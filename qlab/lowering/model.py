@@ -1,6 +1,7 @@
 """A quantized model directory as an ordinary Hugging Face model that runs fast."""
 
 import os
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -87,11 +88,12 @@ def lower(
         )
     skeleton = Skeleton(checkpoint, dtype, where)
     cure = "" if dense_cache else "; dense_cache=True dequantizes once"
+    own: frozenset[str] = frozenset()
     if solved:
-        _fill_solved(skeleton, solved, Place(dtype, where, dense_cache), cure)
+        own = _fill_solved(skeleton, solved, Place(dtype, where, dense_cache), cure)
     else:
         _fill(skeleton, Place(dtype, where, dense_cache), cure)
-    _tie(skeleton)
+    _tie(skeleton, own)
     if (checkpoint.path / "generation_config.json").is_file():
         skeleton.model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     finish(skeleton.model, where)
@@ -118,17 +120,19 @@ def _fill(skeleton: Skeleton, place: Place, cure: str) -> None:
 
 
 @torch.no_grad()
-def _fill_solved(skeleton: Skeleton, solved: SolvedModel, place: Place, cure: str) -> None:
-    """The same of blocks that are solved meanwhile."""
+def _fill_solved(
+    skeleton: Skeleton, solved: SolvedModel, place: Place, cure: str
+) -> frozenset[str]:
+    """The same of blocks that are solved meanwhile. Gives the names of the weights around the
+    blocks that are the recipe's."""
     load_outside(skeleton, with_head=True)
     left = put_solved(skeleton, solved, place)
     if cure:
         warn_slow(skeleton.model, place.dtype, place.device, cure=cure)
     _load_blocks(skeleton)
     put_buffers(skeleton.model, left.buffers)
-    if isinstance(skeleton.model.get_output_embeddings(), QuantizedWeight):
-        _untie(skeleton)  # a rounded head has a weight of its own
     attach(skeleton.model, left.rotations, place.device)
+    return left.around
 
 
 def _refuse_saving(*_: object, **__: object) -> None:
@@ -155,20 +159,26 @@ def _load_blocks(skeleton: Skeleton) -> None:
             owner._buffers[key] = skeleton.checkpoint.tensor(stored).to(buffer)
 
 
-def _tie(skeleton: Skeleton) -> None:
-    """One parameter for all names that it has. What config.json ties and the files hold apart stays
-    apart, also when transformers ties weights again."""
+def _tie(skeleton: Skeleton, own: Collection[str]) -> None:
+    """One parameter for all names that it has. What config.json ties and is apart here stays apart,
+    also when transformers ties weights again.
+
+    own: the names of weights around the blocks that a recipe made others.
+    """
     model, parameters = skeleton.model, dict(skeleton.model.named_parameters())
-    for name, keeper in skeleton.names.tied.items():
+    tied = {
+        name: keeper for name, keeper in skeleton.names.tied.items() if not {name, keeper} & {*own}
+    }
+    for name, keeper in tied.items():
         if name in parameters and keeper in parameters:
             owner_of(model, name)._parameters[name.rpartition(".")[2]] = parameters[keeper]
-    if skeleton.names.apart:
-        _untie(skeleton)
+    if skeleton.names.apart or len(tied) < len(skeleton.names.tied):
+        _untie(skeleton, tied)
 
 
-def _untie(skeleton: Skeleton) -> None:
-    """Let transformers tie no weights again that are apart here."""
+def _untie(skeleton: Skeleton, tied: dict[str, str]) -> None:
+    """Let transformers tie no weights again that are apart here. tied: those that are not."""
     model = skeleton.model
-    model.all_tied_weights_keys = dict(skeleton.names.tied)
+    model.all_tied_weights_keys = tied
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False

@@ -59,23 +59,26 @@ class Place:
 @dataclass(frozen=True)
 class Left:
     """What is put into the model when every weight is there: matrices at the linears, and buffers
-    that steps changed."""
+    that steps changed. around: the names of the weights around the blocks that steps changed."""
 
     rotations: Rotations
     buffers: dict[str, Tensor]
+    around: frozenset[str]
 
 
 def put_solved(skeleton: Skeleton, solved: SolvedModel, place: Place) -> Left:
     """Put every solved leaf into the model, block by block; codes in packed modules."""
+    around = set()
     for name, leaf in solved.around():
         _put(skeleton.model, name, leaf, place)
+        around.add(name)
     pairs: dict[str, tuple[Tensor | None, Tensor | None]] = {}
     buffers: dict[str, Tensor] = {}
     for block in solved.solved():
         pairs |= _put_block(skeleton.model, block.after, place)
         buffers |= _changed_buffers(skeleton.model, block)
         del block  # lets go of it before the next one is solved
-    return Left(rotations=pairs, buffers=buffers)
+    return Left(rotations=pairs, buffers=buffers, around=frozenset(around))
 
 
 def put_buffers(model: nn.Module, buffers: dict[str, Tensor]) -> None:

@@ -25,6 +25,7 @@ from qlab.methods.lqer import RANK, l2qer, lqer
 from qlab.methods.magnitude import magnitude
 from qlab.methods.qronos import aim_held_out
 from qlab.methods.rotate import incoherence, quarot, rotate_heads, rotate_online
+from qlab.methods.rotate_residual import rotate_residual
 from qlab.methods.rotate_scores import rotate_scores
 from qlab.methods.smoothquant import smoothquant
 from qlab.methods.sparsegpt import sparsegpt
@@ -89,6 +90,7 @@ STEPS: Mapping[str, Step] = {
     "awq_scale": Step(lambda text, spec: awq_scale(spec)),
     "awq_clip": Step(lambda text, spec: awq_clip(spec)),
     "quarot": _plain(quarot),
+    "rotate_residual": _plain(rotate_residual),
     "rotate_heads": _plain(rotate_heads),
     "rotate_online": _plain(rotate_online),
     "rotate_scores": _plain(rotate_scores),

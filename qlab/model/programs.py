@@ -28,6 +28,7 @@ class Programs:
         self._traced_for: dict[Any, str] = {}  # structure whose blocks differ -> its first block
         self._known: dict[Any, Code] = {}
         self._first: dict[str, Code] = {}
+        self.around: Code | None = None  # of what lies around the blocks (qlab.model.around)
 
     def code(self, path: str, call: Call) -> Code:
         """The traced program of a block for arguments of this form.

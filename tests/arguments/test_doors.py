@@ -101,7 +101,7 @@ def given(saved, text, tmp_path_factory):
         "smoothquant": {},
         **{n: {} for n in ("lqer", "l2qer", "eora")},
         "method": {"name": "gptq", "spec": INT4},
-        **{n: {} for n in ("rotate_heads", "rotate_online", "rotate_scores")},
+        **{n: {} for n in ("rotate_heads", "rotate_online", "rotate_residual", "rotate_scores")},
         **{n: {} for n in ("quarot", "incoherence")},
         "gauge": {"name": "mine", "wires": "*:in", "choose": lambda turn: None},
     }

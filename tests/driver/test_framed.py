@@ -1,0 +1,149 @@
+"""A whole model in another basis: embedding, blocks and head, written and read by others."""
+
+import pytest
+import torch
+from logits import IDS, transformers_logits
+from model_folders import contents, random_tokens, refused, tensors
+
+import qlab
+from qlab.algebra.frame import framing
+from qlab.driver.framed import turned_around
+from qlab.model.skeleton import Skeleton
+
+R1 = qlab.rotate_residual()
+TIED = dict(tie_word_embeddings=True)
+# of tables of positions, layer norms with and without biases, shared experts, filters over time
+WHOLE = [("llama", TIED), ("opt", {}), ("gpt2", {}), ("falcon", {}), ("mixtral", {}), ("lfm2", {})]
+
+
+EMBEDDING = {
+    "llama": "model.embed_tokens.weight",
+    "opt": "model.decoder.embed_tokens.weight",
+}
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("family, changes", WHOLE)
+def test_a_model_in_another_basis_computes_the_same(saved, family, changes):
+    model = qlab.open(saved(family, **changes))
+    turned = qlab.apply(model, R1, None)
+    assert relative(qlab.logits(turned, IDS), qlab.logits(model, IDS)) < 1e-4
+
+
+def test_every_leaf_that_reads_or_writes_the_stream_turns(saved):
+    skeleton = Skeleton(qlab.open(saved("gpt2")), torch.float32)
+    turned = turned_around(skeleton, R1)
+    before = tensors(saved("gpt2"))
+    assert turned.keys() == {
+        "transformer.wte.weight",
+        "transformer.wpe.weight",
+        "transformer.ln_f.weight",
+        "transformer.ln_f.bias",
+        "lm_head.weight",
+    }
+    assert (turned["transformer.ln_f.weight"] == 1).all()
+    # R is orthogonal, and the same for both tables
+    for a in ("wte", "wpe"):
+        gram = [
+            p[f"transformer.{a}.weight"] @ p["transformer.wpe.weight"].T for p in (turned, before)
+        ]
+        assert relative(*gram) < 1e-5
+    assert turned_around(skeleton, qlab.quarot()) == {}
+
+
+@pytest.fixture(scope="module")
+def written(saved, tmp_path_factory):
+    """A tied llama in another basis, rounded to int8, with its head rounded too."""
+    out = tmp_path_factory.mktemp("framed")
+    model = saved("llama", **TIED)
+    int8 = qlab.rtn("int8-g16")
+    recipe = qlab.chain(R1, int8)
+    qlab.quantize(model, recipe, None, out / "blocks")
+    qlab.quantize(model, qlab.chain(recipe, qlab.outside(int8)), None, out / "head")
+    return model, recipe, out
+
+
+@pytest.mark.parametrize("which", ["blocks", "head"])
+def test_what_is_written_is_read_by_others_as_by_qlab(written, which):
+    model, _, out = written
+    ours, reference = qlab.logits(out / which, IDS), qlab.logits(model, IDS)
+    assert 0 < relative(ours, reference) < 0.05
+    assert relative(transformers_logits(out / which, dequantize=True), ours) < 1e-4
+    assert not qlab.verify(out / which, model).faults
+    assert qlab.open(out / which).raw["tie_word_embeddings"] is False
+    lowered = qlab.lower(out / which)
+    with torch.no_grad():
+        assert relative(lowered(IDS).logits.float(), ours) < 0.02
+
+
+@pytest.mark.parametrize("family, changes", [("llama", TIED), ("opt", {})])
+def test_a_model_that_only_turned_is_read_by_plain_transformers(saved, tmp_path, family, changes):
+    model = saved(family, **changes)
+    qlab.quantize(model, R1, None, tmp_path / "turned")
+    before, turned = transformers_logits(model), transformers_logits(tmp_path / "turned")
+    assert relative(turned, before) < 1e-4
+    assert "quantization_config" not in qlab.open(tmp_path / "turned").raw
+    assert (
+        relative(tensors(tmp_path / "turned")["lm_head.weight"], tensors(model)[EMBEDDING[family]])
+        > 0.5
+    )
+
+
+def test_what_is_written_is_what_the_value_computes(written):
+    model, recipe, out = written
+    value = qlab.apply(qlab.open(model), recipe, None)
+    assert relative(qlab.logits(value, IDS), qlab.logits(out / "blocks", IDS)) < 1e-6
+    assert not any(block.inserts for _, block in value.segments())
+    with torch.no_grad():
+        lowered = qlab.lower(value)(IDS).logits.float()
+    assert relative(lowered, qlab.logits(out / "blocks", IDS)) < 0.02
+
+
+def test_a_turned_leaf_that_was_changed_is_a_fault(written, tmp_path):
+    model, recipe, out = written
+    head = tensors(out / "blocks")["lm_head.weight"]
+    assert relative(head, tensors(model)["model.embed_tokens.weight"]) > 0.5
+    qlab.quantize(model, qlab.chain(qlab.rotate_residual(seed=1), recipe[1]), None, tmp_path / "b")
+    verdict = qlab.verify(tmp_path / "b", out / "blocks")
+    assert verdict.faults
+
+
+def test_sources_are_solved_in_order_and_drift_is_measured_in_the_basis(saved):
+    """The steps behind R1 see the model as if it had been turned beforehand."""
+    path = saved("llama")
+    model, data = qlab.open(path), random_tokens(path)
+    recipe = qlab.chain(R1, qlab.gptaq("int4-g16"))
+    assert qlab.plan(model, recipe, data).passes == qlab.plan(model, recipe[1:], data).passes
+    gptaq = qlab.evaluate(qlab.apply(model, recipe, data), model, data)
+    rtn = qlab.evaluate(qlab.apply(model, qlab.chain(R1, qlab.rtn("int4-g16")), data), model, data)
+    assert gptaq.kl < 0.8 * rtn.kl
+
+
+def test_the_same_bytes_again(saved, written, tmp_path):
+    model, recipe, out = written
+    qlab.quantize(model, recipe, None, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(out / "blocks")
+
+
+def test_what_cannot_turn_is_refused_before_any_work(saved, tmp_path):
+    rtn = qlab.rtn("int4-g16")
+
+    def planned(family, recipe):
+        return lambda: qlab.plan(saved(family), recipe)
+
+    refused(planned("gemma2", qlab.chain(R1, rtn)), "model.layers.0", "mul", "rotate_heads")
+    refused(planned("llava", qlab.chain(R1, rtn)), "model.vision_tower", "text alone")
+    refused(planned("gemma4_text", qlab.chain(R1, rtn)), "model.layers.1", "hidden states")
+    refused(planned("llama", qlab.chain(rtn, R1)), "rotate_residual", "first in the recipe")
+    refused(planned("llama", qlab.chain(R1, R1, rtn)), "rotate_residual", "once")
+    some = qlab.rules({"*mlp*": qlab.chain(R1, rtn), "*": qlab.keep()})
+    refused(planned("llama", some), "rotate_residual", "self_attn.q_proj", "rules()")
+
+
+def test_the_steps_that_choose_the_basis_come_first():
+    first, behind = framing(qlab.chain(R1, qlab.quarot()))
+    assert [stage.name for stage in first] == ["rotate_residual"]
+    assert len(behind) == 4
