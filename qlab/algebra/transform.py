@@ -24,7 +24,7 @@ from qlab.algebra.rounding import CellFn, Step, WeightFn, of_arrays, outer_scale
 from qlab.algebra.scope import Scope
 from qlab.algebra.spec import Spec
 from qlab.algebra.stats import COMPARING, Need, Stats, name_of, named
-from qlab.algebra.views import EachWeight, Gauged, Uncovered, View, WholeSegment
+from qlab.algebra.views import EachWeight, EverySegment, Gauged, Uncovered, View, WholeSegment
 from qlab.algebra.wires import open_wires, reached
 from qlab.algebra.zeros import masked, narrowed
 from qlab.errors import QlabError
@@ -79,9 +79,10 @@ def unchanged(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
 
 def makes_weights(recipe: Transform) -> bool:
     """Whether some stage makes other weights than the model's: codes, or dense ones of another
-    function, as a mask and learning do."""
+    function, as a mask and learning do, or those of another basis of the whole model."""
     return any(
         stage.spec is not None
+        or isinstance(stage.view, EverySegment)
         or not (
             stage.view.keeps_function
             or stage.view.operations
