@@ -95,6 +95,7 @@ HOMES = {
     "rules": "qlab.algebra.transform",
     "smoothquant": "qlab.methods.smoothquant",
     "sparsegpt": "qlab.methods.sparsegpt",
+    "spinquant": "qlab.methods.spinquant",
     "solver": "qlab.methods.stages",
     "to_torchao": "qlab.lowering",
     "tokens": "qlab.data.calibration",

@@ -87,6 +87,7 @@ from qlab.methods.rotate_scores import rotate_scores as rotate_scores
 from qlab.methods.rtn import rtn as rtn
 from qlab.methods.smoothquant import smoothquant as smoothquant
 from qlab.methods.sparsegpt import sparsegpt as sparsegpt
+from qlab.methods.spinquant import spinquant as spinquant
 from qlab.methods.stages import solver as solver
 from qlab.methods.wanda import wanda as wanda
 

@@ -190,6 +190,13 @@ TAKES: Mapping[str, Mapping[str, plain.Kind]] = {
         "needs": kinds.needed,
         "detail": plain.text,
     },
+    "spinquant": {
+        "spec": kinds.spec,
+        "inputs": kinds.optional_spec,
+        "steps": plain.whole,
+        "rate": plain.fraction,
+        "seed": plain.whole,
+    },
     "quantize_inputs": {"spec": kinds.spec, "static": kinds.measured},
     "kv_cache": {"spec": kinds.cache, "static": kinds.measured},
     "attention_inputs": {"spec": kinds.cache, "static": kinds.measured},

@@ -99,6 +99,7 @@ def given(saved, text, tmp_path_factory):
         **{n: {} for n in ("aim_held_out", "aim_in_stream")},
         "aim_at_reference": {},
         "smoothquant": {},
+        "spinquant": {"spec": INT4},
         **{n: {} for n in ("lqer", "l2qer", "eora")},
         "method": {"name": "gptq", "spec": INT4},
         **{n: {} for n in ("rotate_heads", "rotate_online", "rotate_residual", "rotate_scores")},
