@@ -49,15 +49,15 @@ class Target:
     rows: the weights, the safest first. uniform: whether all weights of a model must have one spec.
     joins: whether the engine makes one weight of those that share an input (q, k and v; gate and
     up), and one layer of a mixture's experts. whole_blocks: whether 2-D blocks must divide the
-    input channels. turns: whether it multiplies values with matrices at run time. caches: how it
-    rounds keys and values, as (type, bits, what a static scale covers).
+    input channels. turns: the places (`codecs.around`) at which it multiplies with matrices at run
+    time. caches: how it rounds keys and values, as (type, bits, what a static scale covers).
     """
 
     rows: tuple[Row | Floats, ...]
     uniform: bool = False
     joins: bool = False
     whole_blocks: bool = False
-    turns: bool = False
+    turns: tuple[str, ...] = ()
     caches: tuple[tuple[str, int, str], ...] = ()
 
 
@@ -78,7 +78,7 @@ TARGETS: Mapping[str, Target] = {
         ),
         joins=True,
         whole_blocks=True,
-        turns=True,
+        turns=("input", "output"),
         caches=(("float", 8, "tensor"), ("float", 8, "attn_head")),
     ),
     "lmdeploy": Target(
@@ -163,10 +163,11 @@ def uniformity(name: str, specs: Mapping[str, Spec]) -> str | None:
 def refusal_at_run_time(name: str, rows: Rows) -> str | None:
     """Why the engine does not do what happens at run time at modules (`codecs.around`), or None."""
     target = target_named(name)
-    steps = [step for places in rows.values() for steps in places.values() for step in steps]
-    if any("rotated" in step for step in steps) and not target.turns:
-        return f"{name} turns no values at run time; choose a target that does, or none"
-    for args in (step["rounded"] for step in steps if "rounded" in step):
+    at = [(place, step) for places in rows.values() for place in places for step in places[place]]
+    turned = sorted({place for place, step in at if "rotated" in step}.difference(target.turns))
+    if turned:
+        return f"{name} turns no {turned[0]} at run time; choose a target that does, or none"
+    for args in (step["rounded"] for _, step in at if "rounded" in step):
         kind = (args["type"], args["num_bits"], args["strategy"])
         if args["dynamic"] or kind not in target.caches:
             return (
@@ -174,7 +175,7 @@ def refusal_at_run_time(name: str, rows: Rows) -> str | None:
                 f"{'fp8-tensor or fp8-head' if target.caches else 'they are'} alone; choose "
                 f"{'one of these' if target.caches else 'another target'}, or leave the cache out"
             )
-    if any("rounded" in step for places in rows.values() for step in places.get("query", ())):
+    if any("rounded" in step for place, step in at if place == "query"):
         return f"{name} rounds no queries; use kv_cache, or leave attention_inputs out"
     return None
 

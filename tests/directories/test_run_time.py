@@ -78,8 +78,11 @@ def computed_by_the_library(folder):
         return model(torch.arange(3, 35).reshape(2, 16)).logits
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "kv turned"])
-def test_the_library_computes_the_same(name, saved, tmp_path):
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_library_computes_the_same(name, saved, tmp_path, monkeypatch):
+    if name == "kv turned":  # where it would round queries too, with a scale that no file has
+        at_queries = "compressed_tensors.modeling.attention.forward_quantize"
+        monkeypatch.setattr(at_queries, lambda module, value, *args: value)
     _, _, _, result = written(name, "llama", saved, tmp_path / "out")
     config = json.loads((result.path / "config.json").read_text())["quantization_config"]
     QuantizationConfig.model_validate(config)
@@ -110,7 +113,9 @@ def test_engines_that_do_not_do_it_are_refused_before_any_work(saved):
     for name, target, words in (
         ("kv int8 head", "vllm", "caches keys and values as fp8-tensor or fp8-head alone"),
         ("kv fp8", "transformers", "caches keys and values as they are alone"),
-        ("R4", "transformers", "transformers turns no values at run time"),
+        ("kv turned", "vllm", "vllm turns no key at run time"),
+        ("attention", "vllm", "vllm caches keys and values as fp8-tensor or fp8-head alone"),
+        ("R4", "transformers", "transformers turns no input at run time"),
     ):
         recipe = qlab.chain(RECIPES[name](), qlab.rtn("int4-g32"))
         with pytest.raises(QlabError, match=words):
