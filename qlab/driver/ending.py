@@ -2,11 +2,11 @@
 
 While a block is in memory, the first one of every program is run on a few random hidden states in
 float32, and some numbers of the result are noted: a probe. Before the directory is put in place,
-the same block is loaded from it and has to give these numbers, and so has what lies around the
-blocks, on a few tokens.
+the same block is loaded from it and has to give these numbers, and so have the embedding, the final
+norm and the head.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,13 @@ from qlab.codecs.around import Rows
 from qlab.driver.around import refuse_misread
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
-from qlab.model.calls import Call, State
+from qlab.model.calls import Call, State, windows_axis
 from qlab.model.headers import refuse_missing
 from qlab.model.loading import drop_outside, load_block, load_outside, put
-from qlab.model.running import head, record_blocks
+from qlab.model.running import head
 from qlab.model.skeleton import Skeleton
 
 SECTION = "probes"  # of the notes of a segment; the finished record does not have it
-IDS = (2, 8)  # windows and tokens of a run around the blocks
 ROWS, DIRECTIONS = 16, 8  # a probe holds so many tokens, each seen from so many random directions
 CLOSE = 1e-3  # relative; the same numbers in the same arithmetic, perhaps on other threads
 
@@ -45,27 +44,37 @@ def probe(graph: ModuleGraph, call: Call) -> list[list[float]]:
     return [row for tensor in leaving if tensor.is_floating_point() for row in _seen(tensor)]
 
 
-def probe_outside(skeleton: Skeleton, leaves: Iterable[tuple[str, Leaf]]) -> list[list[float]]:
-    """What the model computes around its blocks: some rows of what enters the first block, and of
-    the logits where the last one returns that, as `probe` notes them.
+def probe_outside(
+    skeleton: Skeleton, leaves: Iterable[tuple[str, Leaf]], call: Call, tokens: Sequence[int]
+) -> list[list[float]]:
+    """What the model computes around its blocks, as `probe` notes it: the embedding of a few
+    tokens, and the logits of one window of random hidden states.
 
-    leaves: those that are no longer the model's, by their names in it.
+    Args:
+        skeleton: The model.
+        leaves: Those that are no longer the model's, by their names in it.
+        call: What its last block is called with.
+        tokens: (windows, tokens in each), of which that was made.
     """
     load_outside(skeleton, with_head=True)
     for name, leaf in leaves:
         put(skeleton.model, name, dense(leaf, skeleton.dtype).to(skeleton.device))
-    ids = torch.arange(IDS[0] * IDS[1]).reshape(IDS)
-    ids = ids % skeleton.model.config.get_text_config().vocab_size
-    hidden, _ = record_blocks(skeleton, ids)
-    logits = head(skeleton, ids, hidden)
+    embedding = skeleton.model.get_input_embeddings()
+    rows = torch.arange(ROWS, device=skeleton.device) % len(embedding.get_parameter("weight"))
+    shape = list(call.entering[0].shape)
+    shape[windows_axis(call.entering[0], tokens)] = 1
+    drawn = torch.randn(shape, generator=generator(0, "probe"), dtype=torch.float32)
+    hidden = drawn.to(skeleton.device, skeleton.dtype)
+    logits = head(skeleton, torch.zeros(1, tokens[1], dtype=torch.long), hidden)
+    numbers = [*_seen(embedding(rows)), *_seen(logits)]
     drop_outside(skeleton)
-    return [*_seen(hidden), *_seen(logits)]
+    return numbers
 
 
 def _seen(tensor: Tensor) -> list[list[float]]:
     """Some rows of a tensor, each multiplied with a few random directions."""
-    rows = tensor.float().cpu().reshape(-1, tensor.shape[-1])
-    chosen = rows[:: max(1, len(rows) // ROWS)][:ROWS]
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    chosen = rows[:: max(1, len(rows) // ROWS)][:ROWS].float().cpu()
     shape = chosen.shape[1], DIRECTIONS
     directions = torch.randn(shape, generator=generator(0, "directions"), dtype=torch.float32)
     return (chosen.nan_to_num() @ directions).tolist()
@@ -90,6 +99,7 @@ def refuse_unreadable(
     codec: Codec,
     probes: Mapping[str, list[list[float]]],
     calls: Mapping[str, Call],
+    tokens: Sequence[int],
     outside: list[list[float]],
 ) -> None:
     """Refuse a complete directory that its readers would not take for what was computed.
@@ -103,6 +113,7 @@ def refuse_unreadable(
         codec: The format.
         probes: Path of a block -> its probe, made in memory.
         calls: Path of a block -> what it is called with.
+        tokens: (windows, tokens in each), of which that was made.
         outside: The probe of what lies around the blocks, made in memory.
     """
     try:
@@ -118,7 +129,8 @@ def refuse_unreadable(
                 raise QlabError(
                     f"{path} computes other numbers, by {change:.1e} of them, than it did in memory"
                 )
-        change = _change(probe_outside(reader, ()), outside)
+        last = calls[list(skeleton.blocks)[-1]]
+        change = _change(probe_outside(reader, (), last, tokens), outside)
         if not change <= CLOSE:
             raise QlabError(
                 f"the embedding, final norm and head give other numbers, by {change:.1e} of them, "

@@ -1,6 +1,6 @@
 """A job while it is written: what lies around the blocks, each solved block, and its end."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -119,11 +119,12 @@ def write_solved(skeleton: Skeleton, run: Run, block: Solved, call: Call) -> Non
     run.writer.write_notes(number, notes)
 
 
-def finish(skeleton: Skeleton, run: Run, calls: Mapping[str, Call]) -> None:
+def finish(skeleton: Skeleton, run: Run, calls: Mapping[str, Call], tokens: Sequence[int]) -> None:
     """Write config.json and qlab.json of a run whose segments are all written, open the whole as
     its readers do, and put it in place.
 
-    calls: path of a block -> what it is called with.
+    calls: path of a block -> what it is called with. tokens: (windows, tokens in each), of which
+    that was made.
     """
     model, notes = skeleton.checkpoint, run.writer.notes()
     probes = notes.pop(SECTION, {})
@@ -145,6 +146,7 @@ def finish(skeleton: Skeleton, run: Run, calls: Mapping[str, Call]) -> None:
     quantization = quantization_of(run.codec, grids, *rounding, around=around)
     config = {key: value for key, value in raw.items() if key != KEY}
     config |= {} if quantization is None else {KEY: quantization}
+    rounded = rounded_outside(skeleton, run.job.recipe)
     check = partial(
         refuse_unreadable,
         skeleton=skeleton,
@@ -154,6 +156,7 @@ def finish(skeleton: Skeleton, run: Run, calls: Mapping[str, Call]) -> None:
         codec=run.codec,
         probes=probes,
         calls=calls,
-        outside=probe_outside(skeleton, rounded_outside(skeleton, run.job.recipe)),
+        tokens=tokens,
+        outside=probe_outside(skeleton, rounded, calls[list(skeleton.blocks)[-1]], tokens),
     )
     run.writer.finish(written(config, run.writer.hashed_job(), notes), model.path, check)

@@ -12,7 +12,7 @@ import torch
 
 from qlab.codecs import CODECS
 from qlab.driver.apply import Quantized
-from qlab.driver.batches import sharing_a_pass
+from qlab.driver.batches import batch_tokens, in_batches, sharing_a_pass
 from qlab.driver.job import CODEC, Job
 from qlab.driver.plan import plan_of
 from qlab.driver.report import PeakMemory, describe
@@ -202,8 +202,10 @@ def _write_segments(skeleton: Skeleton, runs: Sequence[Run]) -> None:
     for block in solved_blocks(scan):
         write_solved(skeleton, runs[block.by], block, scan.calls[0][block.after.path])
         del block  # lets go of it before the next one is solved
+    recipes = [run.job.recipe for run in runs]
+    first, *_ = in_batches(scan.data, batch_tokens(recipes))
     for run in runs:
-        finish(skeleton, run, scan.calls[0])
+        finish(skeleton, run, scan.calls[0], first["input_ids"].shape)
 
 
 def _unwritten_blocks(runs: Sequence[Run], blocks: int) -> list[int]:
