@@ -69,6 +69,7 @@ from qlab.methods.gptq import gptq as gptq
 from qlab.methods.grid import GRIDS as GRIDS
 from qlab.methods.inputs import RANGES as RANGES
 from qlab.methods.inputs import quantize_inputs as quantize_inputs
+from qlab.methods.kl_tune import kl_tune as kl_tune
 from qlab.methods.kv import attention_inputs as attention_inputs
 from qlab.methods.kv import kv_cache as kv_cache
 from qlab.methods.loaq import aim_in_stream as aim_in_stream
@@ -77,6 +78,7 @@ from qlab.methods.lqer import lqer as lqer
 from qlab.methods.magnitude import magnitude as magnitude
 from qlab.methods.names import method as method
 from qlab.methods.qat import qat as qat
+from qlab.methods.qat_end_to_end import qat_end_to_end as qat_end_to_end
 from qlab.methods.qronos import aim_held_out as aim_held_out
 from qlab.methods.rotate import incoherence as incoherence
 from qlab.methods.rotate import quarot as quarot

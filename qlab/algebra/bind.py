@@ -153,8 +153,10 @@ def _bytes_of(name: str, value: Any) -> Iterator[bytes]:
         for each in value:
             yield from _bytes_of(name, each)
     elif is_dataclass(value) and not isinstance(value, type):
-        yield f"{kind} {len(fields(value))};".encode()
-        for field in fields(value):
+        # what takes no part in comparing two values is no part of their identity
+        compared = [field for field in fields(value) if field.compare]
+        yield f"{kind} {len(compared)};".encode()
+        for field in compared:
             yield from _bytes_of(name, getattr(value, field.name))
     else:
         raise QlabError(

@@ -24,6 +24,12 @@ RUN: Mapping[str, plain.Kind] = {
     "target": plain.optional_word,
 }
 METHOD: Mapping[str, plain.Kind] = {"spec": kinds.spec, "grid": kinds.grid}
+TUNING: Mapping[str, plain.Kind] = {
+    "steps": plain.whole,
+    "rate": plain.fraction,
+    "windows": plain.whole,
+    "held_out": plain.fraction,
+}
 ROTATION: Mapping[str, plain.Kind] = {"seed": plain.whole, "draw": plain.function}
 ROTATIONS = (
     "rotate_heads",
@@ -178,6 +184,8 @@ TAKES: Mapping[str, Mapping[str, plain.Kind]] = {
         "lr": plain.optional_fraction,
     },
     "qat": {**METHOD, "steps": plain.whole, "windows": plain.whole, "lr": plain.fraction},
+    "kl_tune": TUNING,
+    "qat_end_to_end": TUNING,
     "auto_round_refine": {
         "steps": plain.whole,
         "windows": plain.whole,

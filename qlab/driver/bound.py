@@ -1,6 +1,7 @@
 """Binds of a recipe measured: what each returns takes its place, and what the steps in front of it
 made is kept."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,15 +11,13 @@ from torch import Tensor
 
 from qlab.algebra.bind import Bind, marked, returned
 from qlab.algebra.leaf import dense
-from qlab.algebra.transform import Stage
-from qlab.algebra.views import EachWeight
+from qlab.algebra.transform import keep
 from qlab.driver.job import Job, Resolved
 from qlab.driver.kept import Kept, solved_in_order
-from qlab.driver.model import Model
+from qlab.driver.model import Model, loaded_around
 from qlab.driver.outside import rounded_outside
 from qlab.driver.plan import plan_of
 from qlab.errors import QlabError, first_line
-from qlab.model.loading import load_outside
 from qlab.model.skeleton import Skeleton
 
 
@@ -44,23 +43,23 @@ def _bound(job: Job, first: int) -> Job:
         around = rounded_outside(skeleton, front.recipe)
         rounded = {name: dense(leaf, torch.float32) for name, leaf in around}
     wide = Skeleton(job.model, torch.float32, job.device)
-    load_outside(wide, with_head=True)
-    named = wide.model.named_parameters(remove_duplicate=False)
-    loaded = {name: parameter.detach() for name, parameter in named if not parameter.is_meta}
+    loaded = loaded_around(wide)
     model = Model(front, wide, begun, loaded=loaded, rounded=rounded, bind=bind)
+    started = time.perf_counter()
     value = _called(bind, "measure", lambda: bind.measure(model))
+    seconds = {**job.seconds, f"{bind.name} {first}": time.perf_counter() - started}
     then = _called(bind, "then", lambda: returned(bind, value))
     recipe = (*front.recipe, marked(bind, value), *then, *job.recipe[first + 1 :])
-    return Resolved(**{**vars(job), "recipe": recipe, "stages": first + 1, "blocks": begun})
+    done = {"recipe": recipe, "stages": first + 1, "blocks": begun, "measured": seconds}
+    return Resolved(**{**vars(job), **done})
 
 
 def _kept(skeleton: Skeleton, front: Job, bind: Bind) -> Kept:
     """The blocks behind the stages in front of a bind."""
-    # the last stage stands for those behind the bind, for whom targets are kept
-    last = Stage(bind.name, frozenset(), lambda graph, stats: (graph, stats), EachWeight())
-    job = replace(front, recipe=(*front.recipe, last))
-    kept, experts_at_once = Kept(), plan_of(job, skeleton).experts_at_once
-    for block in solved_in_order(skeleton, job, experts_at_once):
+    # stands for the stages behind the bind, for whom targets are kept
+    behind = tuple(replace(stage, scope=bind.scope) for stage in keep())
+    kept, experts_at_once = Kept(), plan_of(front, skeleton).experts_at_once
+    for block in solved_in_order(skeleton, front, experts_at_once, behind):
         kept.put(skeleton, block)
         del block
     return kept

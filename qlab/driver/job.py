@@ -74,6 +74,11 @@ class Job:
         return None
 
     @property
+    def seconds(self) -> Mapping[str, float]:
+        """What each bind took that was measured, by its name and place in the recipe."""
+        return {}
+
+    @property
     def remaining(self) -> "Job":
         """The job of the stages that are not done."""
         return self
@@ -116,10 +121,12 @@ class Resolved(Job):
     Args:
         stages: The number of stages up to the last bind, which are done.
         blocks: The blocks behind them; None where they change nothing.
+        measured: What each bind took in seconds, by its name and place in the recipe.
     """
 
     stages: int
     blocks: Begun | None
+    measured: Mapping[str, float]
 
     @property
     def done(self) -> int:
@@ -128,6 +135,10 @@ class Resolved(Job):
     @property
     def begun(self) -> Begun | None:
         return self.blocks
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        return self.measured
 
     @property
     def remaining(self) -> Job:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qlab.algebra.graph import ModuleGraph
+from qlab.algebra.transform import Transform
 from qlab.driver.job import Job
 from qlab.driver.scan import begin, solved_blocks
 from qlab.driver.segments import Solved, Solver
@@ -21,11 +22,12 @@ from qlab.model.skeleton import Skeleton
 
 
 def solved_in_order(
-    skeleton: Skeleton, job: Job, experts_at_once: int | None = None
+    skeleton: Skeleton, job: Job, experts_at_once: int | None = None, later: Transform = ()
 ) -> Iterator[Solved]:
     """Every block before and after the steps of a job, in running order. One is in memory at a
-    time; hidden states lie in a temporary folder."""
-    solver = Solver(job=job.remaining, experts_at_once=experts_at_once)
+    time; hidden states lie in a temporary folder. later: steps behind them, for whom targets are
+    kept."""
+    solver = Solver(job=job.remaining, experts_at_once=experts_at_once, later=later)
     with tempfile.TemporaryDirectory(prefix="qlab-states-") as folder:
         every = range(len(skeleton.blocks))
         scan = begin(skeleton, [solver], _Folder(Path(folder)), lambda carries: every)

@@ -25,13 +25,20 @@ from qlab.driver.writing import as_read
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.model.calls import Call, State
-from qlab.model.loading import load_block
+from qlab.model.loading import load_block, load_outside
 from qlab.model.running import head
 from qlab.model.skeleton import Skeleton
 from qlab.process.surroundings import undisturbed
 
 Changed = Callable[[str, ModuleGraph], ModuleGraph]  # a segment's path, and the segment
 T = TypeVar("T")
+
+
+def loaded_around(skeleton: Skeleton) -> dict[str, Tensor]:
+    """Name -> the parameter around the blocks (embedding, norm, head), loaded."""
+    load_outside(skeleton, with_head=True)
+    named = skeleton.model.named_parameters(remove_duplicate=False)
+    return {name: parameter.detach() for name, parameter in named if not parameter.is_meta}
 
 
 def _unchanged(path: str, graph: ModuleGraph) -> ModuleGraph:
@@ -110,6 +117,17 @@ class Model:
             return self
         return Model(
             self._job, self._skeleton, None, loaded=self._loaded, rounded={}, bind=self._bind
+        )
+
+    def running(self, dtype: torch.dtype) -> "Model":
+        """The same model whose blocks and head compute in another dtype; losses stay in fp32."""
+        if dtype == self._skeleton.dtype:
+            return self
+        skeleton = Skeleton(self.checkpoint, dtype, self._job.device)
+        loaded = loaded_around(skeleton)
+        rounded = {name: t.to(loaded[name].dtype) for name, t in self._rounded.items()}
+        return Model(
+            self._job, skeleton, self._kept, loaded=loaded, rounded=rounded, bind=self._bind
         )
 
     @property
@@ -196,6 +214,7 @@ class Model:
         changed: Changed = _unchanged,
         sink: Sink | None = None,
         around: Mapping[str, Tensor] | None = None,
+        after: Callable[[str], None] | None = None,
     ) -> list[float]:
         """The loss of each window, and the gradients of their sum.
 
@@ -214,6 +233,7 @@ class Model:
                 first and window by window; they are let go of afterwards.
             around: name -> a tensor in the place of a parameter around the segments (`around`); one
                 that requires gradients gets them in `.grad`.
+            after: takes the path of each segment when its gradients are complete.
 
         Returns:
             The loss of each window.
@@ -241,6 +261,8 @@ class Model:
                     graph = changed(path, self.segment(path))
                 gradients = back(graph, numbers, batches, gradients, sink)
                 del graph, states, batches
+                if after is not None:
+                    after(path)
             end(entering, gradients)
         return values
 

@@ -1,7 +1,7 @@
 """What a finished job returns."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Result(Written):
     inputs: Inputs
     seconds: float
     peak_rss_bytes: int
+    seconds_of_binds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def experts_with_few_tokens(self) -> Mapping[str, Sequence[int]]:
@@ -71,6 +72,9 @@ class Result(Written):
             "size": size(self.bytes),
             "cost": f"{self.seconds:.1f} s, peak {size(self.peak_rss_bytes)}, {self.inputs} inputs",
         }
+        if self.seconds_of_binds:
+            each = [f"{name} {seconds:.1f} s" for name, seconds in self.seconds_of_binds.items()]
+            facts["measured"] = ", ".join(each)
         if worst is not None:
             facts["largest weight error"] = f"{errors[worst]:.3e} of the norm, {worst}"
         few = self.experts_with_few_tokens

@@ -9,7 +9,7 @@ from torch import Tensor
 from qlab.algebra.frame import framed_like, framing
 from qlab.algebra.graph import Code, ModuleGraph
 from qlab.algebra.qtensor import dense
-from qlab.algebra.transform import Stage, apply
+from qlab.algebra.transform import Stage, Transform, apply
 from qlab.codecs import CODECS
 from qlab.driver.batches import Batches, push
 from qlab.driver.effects import refuse_left
@@ -29,10 +29,12 @@ from qlab.model.skeleton import Skeleton
 @dataclass(frozen=True, kw_only=True)
 class Solver:
     """A job while its blocks are solved. experts_at_once: as of its plan. checked: the programs of
-    which the claims of the job's stages were checked on a block."""
+    which the claims of the job's stages were checked on a block. later: stages behind the job's,
+    for whom targets are kept."""
 
     job: Job
     experts_at_once: int | None = None
+    later: Transform = ()
     checked: set[Code] = field(default_factory=set)
 
     def check(self, code: Code, call: Call, batches: Batches) -> Check:
@@ -146,19 +148,20 @@ def _solved(
     _, behind = framing(solver.job.recipe)
     site_by_site, learning = split(behind)
     samples = BlockSamples(graph, streams) if learning else None
+    later = (*learning, *solver.later)
     leaving: list[Iterator[State]] = []
     if not site_by_site and learning:
         solved = start
     elif solver.job.in_order(graph.code):
         solved, leaving = solve_in_order(
-            start, site_by_site, streams[0], solver.experts_at_once, reference, check, learning
+            start, site_by_site, streams[0], solver.experts_at_once, reference, check, later
         )
     else:
-        solved, _ = solve(start, site_by_site, look, check, learning)
+        solved, _ = solve(start, site_by_site, look, check, later)
     if samples:
         # What left the block before it learned is of no use any more.
         leaving = []
-        solved, _ = solve(solved, learning, with_samples(look, samples), check)
+        solved, _ = solve(solved, learning, with_samples(look, samples), check, solver.later)
     return solved, leaving
 
 

@@ -159,6 +159,7 @@ def _written(
                 inputs=first.inputs,
                 seconds=seconds_of_planning + seconds,
                 peak_rss_bytes=max(planning.bytes, peak_bytes),
+                seconds_of_binds=jobs[name].seconds,
             )
     return results
 

@@ -163,7 +163,7 @@ def starts_refining(block: Block) -> dict[str, Start]:
         if isinstance(q, QTensor):
             W_ok, support = block.weight(site.path), block.segment.support_ok(site)
             W_ok = W_ok if support is None else on_support(W_ok, support)
-            starts[site.path] = Start(W_ok=_behind(W_ok, q), q=q)
+            starts[site.path] = Start(W_ok=behind(W_ok, q), q=q)
     if not starts:
         raise QlabError(
             f"auto_round_refine has no codes to refine in {block.segment.path}; put a step that "
@@ -172,7 +172,7 @@ def starts_refining(block: Block) -> dict[str, Start]:
     return starts
 
 
-def _behind(W_ok: Tensor, q: QTensor) -> Tensor:
+def behind(W_ok: Tensor, q: QTensor) -> Tensor:
     """The weight nearest to W that rounds to the codes of q, in the order of the codes."""
     spec = q.spec
     W_ok = W_ok if q.perm is None else W_ok[..., q.perm]

@@ -20,9 +20,11 @@ from qlab.methods.awq import awq_scale
 from qlab.methods.eora import eora
 from qlab.methods.gptaq import aim_at_reference
 from qlab.methods.inputs import absmax, quantize_inputs
+from qlab.methods.kl_tune import kl_tune
 from qlab.methods.kv import attention_inputs, kv_cache, parse_cache_spec
 from qlab.methods.lqer import RANK, l2qer, lqer
 from qlab.methods.magnitude import magnitude
+from qlab.methods.qat_end_to_end import qat_end_to_end
 from qlab.methods.qronos import aim_held_out
 from qlab.methods.rotate import incoherence, quarot, rotate_heads, rotate_online
 from qlab.methods.rotate_residual import rotate_residual
@@ -101,6 +103,8 @@ STEPS: Mapping[str, Step] = {
     "aim_at_reference": _plain(aim_at_reference),
     "aim_held_out": _plain(aim_held_out),
     "auto_round_refine": _plain(auto_round_refine),
+    "kl_tune": _plain(kl_tune),
+    "qat_end_to_end": _plain(qat_end_to_end),
     "lqer": _thin(lqer),
     "l2qer": _thin(l2qer),
     "eora": _thin(eora),

@@ -82,6 +82,9 @@ def given(saved, text, tmp_path_factory):
         "rules": {"table": {"*": recipe}},
         "each_block": {"name": "mine", "fn": print},
         "auto_round_refine": {},
+        "bind": {"name": "mine", "measure": print, "then": print},
+        "kl_tune": {},
+        "qat_end_to_end": {},
         "each_weight": {"name": "mine", "fn": print, "spec": INT4},
         "parse_spec": {"text": "int4-g32"},
         "reparametrize": {

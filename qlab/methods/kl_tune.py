@@ -1,0 +1,141 @@
+"""KL tuning: scales, norms and biases learned end to end with codes frozen, so that formats and
+shapes stay (the second phase of EfficientQAT, Chen et al. 2024, with a divergence as its loss).
+
+    minimize  mean over tokens of KL(p_reference || p_quantized)   over m
+    s = stored(s0 (1 + m))       v = stored(v0 + mean|v0| m)
+
+Legend: s the scales of codes, v a norm's gain or a bias, m how far either has moved, relative to
+its size; stored(x) rounds to the dtype in which files hold it, and gradients pass straight through.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlab.algebra.bind import bind
+from qlab.algebra.graph import ModuleGraph
+from qlab.algebra.leaf import Sum, proper
+from qlab.algebra.learn_whole import Relaxed, Schedule, learn_whole, placed, rounded, vectors
+from qlab.algebra.qtensor import QTensor
+from qlab.algebra.transform import Transform
+from qlab.algebra.variables import Stored
+from qlab.errors import QlabError
+
+NAME = "kl_tune"
+
+
+# ------------------------------------------------------------------ what is learned
+def _codes(graph: ModuleGraph) -> dict[str, QTensor]:
+    """The codes of a segment, by leaf."""
+    codes = rounded(graph)
+    for name, q in codes.items():
+        if q.scales.dtype == torch.float8_e8m0fnu:
+            raise QlabError(
+                f"{graph.path}.{name} is rounded to {q.spec}, whose scales are powers of two, and "
+                "kl_tune moves scales by less than that; use it behind another spec, or leave it "
+                "away"
+            )
+    return codes
+
+
+def moved_vector(graph: ModuleGraph, name: str, move: Tensor) -> Tensor:
+    """v after a move, in fp32, as stored."""
+    v = graph.params[name].float()
+    size = v.abs().mean().clamp_min(1e-8)
+    return Stored.apply(v + size * move, graph.stored_dtype(name))
+
+
+def _moved_scales(q: QTensor, move: Tensor) -> Tensor:
+    """s after a move, in fp32, as stored."""
+    return Stored.apply(q.scales.float() * (1 + move), q.scales.dtype)
+
+
+def with_leaves(graph: ModuleGraph, leaves: Mapping[str, Any]) -> ModuleGraph:
+    """The segment with some leaves replaced, whose targets stay."""
+    return replace(graph, params={**graph.params, **leaves})
+
+
+def _with_scales(leaf: Any, scales: Tensor) -> Any:
+    """A leaf of codes with other scales."""
+    if isinstance(leaf, Sum):
+        return Sum((_with_scales(leaf.parts[0], scales), *leaf.parts[1:]))
+    return replace(leaf, scales=scales)
+
+
+def _shapes(graph: ModuleGraph) -> dict[str, tuple[int, ...]]:
+    scales = {name: q.scales for name, q in _codes(graph).items()}
+    moving = {**vectors(graph), **scales}
+    return {f"{graph.path}.{name}": tuple(t.shape) for name, t in moving.items()}
+
+
+def _moved(graph: ModuleGraph, moves: Mapping[str, Tensor]) -> ModuleGraph:
+    leaves: dict[str, Any] = {}
+    for name, v in vectors(graph).items():
+        leaves[name] = moved_vector(graph, name, moves[f"{graph.path}.{name}"]).to(v.dtype)
+    for name, q in _codes(graph).items():
+        scales = _moved_scales(q, moves[f"{graph.path}.{name}"])
+        leaves[name] = _with_scales(graph.params[name], scales)
+    return with_leaves(graph, leaves)
+
+
+def _stored(graph: ModuleGraph, moves: Mapping[str, Tensor]) -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, leaf in _moved(graph, moves).params.items():
+        move = moves.get(f"{graph.path}.{name}")
+        if move is None or not move.any():
+            continue  # keeps its bits
+        leaves[name] = leaf
+        if not isinstance(leaf, Tensor):
+            dtype = proper(graph.params[name]).scales.dtype
+            leaves[name] = _with_scales(leaf, proper(leaf).scales.to(dtype))
+    return leaves
+
+
+RELAXED = Relaxed(shapes=_shapes, moved=_moved, stored=_stored)
+
+
+def kl_tune(
+    steps: int = 64, rate: float = 0.001, windows: int = 2, held_out: float = 0.125
+) -> Transform:
+    """KL tuning: learn scales, norms and biases end to end, with codes frozen.
+
+    It lowers the KL divergence from the unquantized model over the calibration windows, behind the
+    method that rounds: `chain(gptq(spec), kl_tune())`. Formats and shapes stay as they are. The
+    model runs in bfloat16 where it is stored so, else in fp32, one block in memory at a time.
+
+    Args:
+        steps: how many steps of Adam; with 0 nothing moves.
+        rate: how far a scale, gain or bias moves in the first step, relative to its size, at most
+            about. It falls linearly to 0.
+        windows: how many windows a step sees.
+        held_out: the share of the calibration windows that nothing is learned from. They choose the
+            state that is kept.
+
+    Returns:
+        A transform of one stage, a `bind`. It needs at least two windows of calibration data. On
+        the windows held out what it keeps never has a larger divergence than what it started from.
+
+    Raises:
+        QlabError: an argument is out of its range; or, when it is measured, no weight is rounded in
+            front of it, or one to a spec whose scales are powers of two.
+
+    Source:
+        Chen et al. 2024, EfficientQAT: Efficient Quantization-Aware Training for Large Language
+        Models (end-to-end training of quantization parameters).
+
+    Example:
+        >>> import qlab
+        >>> recipe = qlab.chain(qlab.rtn("int4-g64"), qlab.kl_tune(steps=2))
+        >>> data = qlab.tokens("demo", "my.jsonl", samples=2, length=16)
+        >>> qlab.apply("demo", recipe, data).bits_per_weight
+        4.25
+    """
+    schedule = Schedule(steps=steps, rate=rate, windows=windows, held_out=held_out)
+
+    detail = f"{steps} steps of {windows} windows, rate {rate:g}, {held_out:g} held out"
+    measure, then = partial(learn_whole, NAME, RELAXED, schedule), partial(placed, NAME, RELAXED)
+    return bind(NAME, measure, then, detail)

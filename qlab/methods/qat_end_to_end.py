@@ -1,0 +1,133 @@
+"""Quantization-aware training of the whole model: weights, scales, norms and biases trained through
+the rounding by straight-through gradients of the KL divergence from the unquantized model (Liu et
+al. 2023, LLM-QAT: the unquantized model teaches, without labels).
+
+    codes = clamp(round(W / s' + V + z'))    W' = (codes - z') s'    s' of a range that is learned
+
+Legend: as in auto_round. W is the weight nearest to the target that rounds to the codes which are
+there, so that training begins at them. V_ok, by which it has moved in steps of its scale, has no
+bound. Ranges, norms and biases move a tenth as far, relative to their size.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from qlab.algebra.bind import bind
+from qlab.algebra.cell import on_support
+from qlab.algebra.graph import ModuleGraph, Site
+from qlab.algebra.leaf import Sum
+from qlab.algebra.learn_whole import Relaxed, Schedule, learn_whole, placed, rounded, vectors
+from qlab.algebra.qtensor import QTensor
+from qlab.algebra.transform import Transform
+from qlab.methods.auto_round import Start, behind
+from qlab.methods.kl_tune import moved_vector, with_leaves
+
+NAME = "qat_end_to_end"
+SLOWER = 0.1  # how much of the step of weights, in steps of their scale, the rest takes
+
+
+def _starts(graph: ModuleGraph) -> dict[str, Start]:
+    """Leaf -> where training of its codes begins."""
+    starts = {}
+    codes = rounded(graph)
+    for site in graph.sites:
+        name = site.weight or ""
+        if isinstance(graph.params[name], QTensor):
+            starts[name] = Start(W_ok=_weight(graph, site, codes[name]), q=codes[name])
+    return starts
+
+
+def _weight(graph: ModuleGraph, site: Site, q: QTensor) -> Tensor:
+    W_ok, support = graph.target_ok(site), graph.support_ok(site)
+    return behind(W_ok if support is None else on_support(W_ok, support), q)
+
+
+def _names(graph: ModuleGraph, leaf: str, start: Start) -> list[str]:
+    """The names of what is learned of one weight: V, and the ends of its ranges."""
+    return [f"{graph.path}.{leaf} {i}" for i in range(len(start.parameters()))]
+
+
+def _parameters(
+    graph: ModuleGraph, leaf: str, start: Start, moves: Mapping[str, Tensor]
+) -> list[Tensor]:
+    V, *ends = (moves[name] for name in _names(graph, leaf, start))
+    return [V, *(1 + SLOWER * end for end in ends)]
+
+
+def _shapes(graph: ModuleGraph) -> dict[str, tuple[int, ...]]:
+    shapes = {f"{graph.path}.{name}": tuple(v.shape) for name, v in vectors(graph).items()}
+    for leaf, start in _starts(graph).items():
+        of_leaf = zip(_names(graph, leaf, start), start.parameters())
+        shapes |= {name: tuple(p.shape) for name, p in of_leaf}
+    return shapes
+
+
+def _vectors_now(graph: ModuleGraph, moves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: moved_vector(graph, name, SLOWER * moves[f"{graph.path}.{name}"]).to(vector.dtype)
+        for name, vector in vectors(graph).items()
+        if moves[f"{graph.path}.{name}"].requires_grad or moves[f"{graph.path}.{name}"].any()
+    }
+
+
+def _moved(graph: ModuleGraph, moves: Mapping[str, Tensor]) -> ModuleGraph:
+    leaves: dict[str, Any] = dict(_vectors_now(graph, moves))
+    for leaf, start in _starts(graph).items():
+        W_ok, _ = start.rounded(_parameters(graph, leaf, start, moves))
+        # a sum is [o, k] in every layout of a program
+        leaves[leaf] = Sum((W_ok,))
+    return with_leaves(graph, leaves)
+
+
+def _stored(graph: ModuleGraph, moves: Mapping[str, Tensor]) -> dict[str, Any]:
+    leaves: dict[str, Any] = dict(_vectors_now(graph, moves))
+    for leaf, start in _starts(graph).items():
+        _, leaves[leaf] = start.rounded(_parameters(graph, leaf, start, moves))
+    return leaves
+
+
+RELAXED = Relaxed(shapes=_shapes, moved=_moved, stored=_stored)
+
+
+def qat_end_to_end(
+    steps: int = 96, rate: float = 0.02, windows: int = 1, held_out: float = 0.125
+) -> Transform:
+    """QAT of the whole model: train weights, scales, norms and biases through the rounding.
+
+    It lowers the KL divergence from the unquantized model over the calibration windows, and begins
+    at the codes of the method in front of it: `chain(gptq(spec), qat_end_to_end())`. What it trains
+    lies in a temporary folder, of 16 bytes a weight; one block is in memory at a time.
+
+    Args:
+        steps: how many steps of Adam; with 0 nothing moves.
+        rate: how far a weight moves in the first step, in steps of its scale, at most about; the
+            rest moves a tenth of that, relative to its size. It falls linearly to 0.
+        windows: how many windows a step sees.
+        held_out: the share of the calibration windows that nothing is learned from. They choose the
+            state that is kept.
+
+    Returns:
+        A transform of one stage, a `bind`. It needs at least two windows of calibration data. On
+        the windows held out what it keeps never has a larger divergence than what it started from.
+
+    Raises:
+        QlabError: an argument is out of its range; or, when it is measured, no weight is rounded in
+            front of it.
+
+    Source:
+        Liu et al. 2023, LLM-QAT: Data-Free Quantization Aware Training for Large Language Models.
+
+    Example:
+        >>> import qlab
+        >>> recipe = qlab.chain(qlab.rtn("int4-g64"), qlab.qat_end_to_end(steps=2))
+        >>> data = qlab.tokens("demo", "my.jsonl", samples=2, length=16)
+        >>> qlab.apply("demo", recipe, data).bits_per_weight
+        4.25
+    """
+    schedule = Schedule(steps=steps, rate=rate, windows=windows, held_out=held_out)
+    measure, then = partial(learn_whole, NAME, RELAXED, schedule), partial(placed, NAME, RELAXED)
+    detail = f"{steps} steps of {windows} windows, rate {rate:g}, {held_out:g} held out"
+    return bind(NAME, measure, then, detail)
