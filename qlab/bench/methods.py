@@ -74,7 +74,7 @@ def compare_methods(
     recipes = _recipes(methods, spec, asymmetric)
     mode = inputs_named(inputs)
     model, spec = qlab.open(name), str(parse_spec(spec, symmetric=not asymmetric))
-    job = {
+    job: dict[str, Any] = {
         "model": str(model.path.resolve()),
         "methods": list(methods),
         "spec": spec,
