@@ -33,7 +33,10 @@ class Written(Shown):
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Result(Written):
-    """A finished job: its directory, the rows of its report, and what the run cost."""
+    """A finished job: its directory, the rows of its report, and what the run cost.
+
+    seconds_of_binds: what each step took that measures the whole model (`kl_tune`, `allocate`).
+    """
 
     plan: Plan
     inputs: Inputs
