@@ -34,7 +34,7 @@ class Observed(dict):
     def __missing__(self, key: Any) -> Any:
         source, need = key if isinstance(key, tuple) and len(key) == 2 else (None, key)
         sites = [self.graph.where(s) for s in self.graph.code.sites if s.source == source]
-        if not sites and not isinstance(source, str):
+        if not isinstance(source, str):
             raise KeyError(key)
         asks = f"the stage {self.step!r} asks for the statistic {name_of(need)!r} of"
         there = wires(self.graph.code)

@@ -21,13 +21,14 @@ from qlab.algebra.groups import Diagonal, General, Group, Nothing, groups, write
 from qlab.algebra.online import MatMul
 from qlab.algebra.reparametrize import is_scale, reparametrize
 from qlab.algebra.rounding import Copies
+from qlab.algebra.scores import Scores, scores
 from qlab.algebra.stats import Need, PerExpert, Stats, name_of, named
 from qlab.algebra.transform import Stage, Transform, at, chain
 from qlab.algebra.views import Gauged
 from qlab.algebra.wires import full_name
 from qlab.errors import QlabError
 
-INPUT, EVERY = ":in", "*"
+INPUT, EVERY, SCORES = ":in", "*", ":(query|key)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +44,14 @@ class Source:
 class Turn:
     """A wire that is to be turned.
 
-    name: the wire's full name, that of its first reader's input. group: what its producer takes.
-    graph: the segment. sites: the readers, without routers, which turn with them. stats: (source,
-    statistic) -> state. size: the channels k of the wire.
+    name: the wire's full name, that of its first reader's input, or of the keys. group: what its
+    producer takes, or what queries undo. graph: the segment. sites: the readers, without routers,
+    which turn with them; keys have none. stats: (source, statistic) -> state. size: the channels k
+    of the wire.
     """
 
     name: str
-    group: Group
+    group: Group | Scores
     graph: ModuleGraph
     sites: tuple[Site, ...]
     stats: Stats
@@ -71,13 +73,18 @@ class Turn:
     @property
     def fold(self) -> Fold | None:
         """Where scales of the channels go, if the producer takes any."""
-        return None if isinstance(self.group, Nothing) else self.group.fold
+        return None if isinstance(self.group, Nothing | Scores) else self.group.fold
 
     def sources(self) -> list[Source]:
-        """The inputs that the readers see: one per source, and one per expert of a mixture."""
+        """The inputs that the readers see: one per source, and one per expert of a mixture; of an
+        attention its keys and its queries, which meet no weights."""
         return list(self._sources())
 
     def _sources(self) -> Iterator[Source]:
+        if isinstance(self.group, Scores):
+            for wire in (self.group.key, self.group.query):
+                states = {need: self.stats[wire.key, need] for need in self.needs}
+                yield Source(weights=[], stats=_named(states))
         for source, group in by_source(self.sites).items():
             states = {need: self.stats[source, need] for need in self.needs}
             if group[0].route is None:
@@ -133,23 +140,27 @@ def gauge(
     """Turn the inputs of sites and undo it: x -> x M, folded into what produces x, and
     W -> W M^-T in every site that reads it.
 
+    Keys of attentions turn too: k -> k M, which queries undo, q -> q M^-T, both at run time.
+
     The function stays, which the driver checks on one batch to 1e-4. Routers turn with the sites
     that share their input.
 
     Args:
         name: the stage's name in plans, reports and errors.
         wires: a pattern over full names of inputs: a glob (`*.o_proj:in`), or "re:" and a regular
-            expression. It names all readers of a wire, or the stage is refused.
+            expression. It names all readers of a wire, or the stage is refused. Of attentions it
+            names queries and keys, and ends in `:(query|key)`.
         choose: gets a Turn (the wire's group, its readers' weights and statistics) and returns M,
             an Element with M and its inverse, or None to leave the wire as it is. Scales of
-            channels [k] fit the groups Diagonal and General, matrices [d, d] and [h, d, d] General.
+            channels [k] fit the groups Diagonal and General, matrices [d, d] and [h, d, d] General,
+            and all of them Scores.
         needs: statistics of the inputs (see `each_weight`).
         online: what the producer does not take stays at the input as an operation at run time, so
             that every wire takes matrices [k, k], and [n, n] for every n neighbouring channels.
         detail: settings in words, for plans and reports.
 
     Returns:
-        A transform of two stages, the gauge and absorb.
+        A transform of two stages, the gauge and absorb; of queries and keys the gauge alone.
 
     Raises:
         QlabError: the pattern is for no inputs. When it runs: an M that is not of the wire's group,
@@ -161,13 +172,15 @@ def gauge(
         >>> [(stage.name, str(stage.scope)) for stage in flip]
         [('flip', '*.o_proj'), ('absorb', 'every site')]
     """
+    needs = named(needs)
+    if wires.endswith(SCORES):
+        return _of_scores(name, wires, choose, needs, online, detail)
     if not wires.endswith(INPUT):
         raise QlabError(
             f"the gauge {name!r} is for wires {wires!r}; it turns inputs of sites, such as "
-            "'*.down_proj:in' or '*:in'"
+            "'*.down_proj:in' or '*:in', and queries with keys, 're:.*:(query|key)'; values of "
+            "heads turn at the input of what reads them"
         )
-
-    needs = named(needs)
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
         for origin, sharing in by_origin(graph.sites).items():
@@ -182,6 +195,41 @@ def gauge(
     pattern = wires.removesuffix(INPUT)
     turning = (stage,) if pattern == EVERY else at(pattern, (stage,))
     return chain(turning, absorb())
+
+
+def _of_scores(
+    name: str, wires: str, choose: Choose, needs: frozenset[Need], online: bool, detail: str
+) -> Transform:
+    """The gauge of queries and keys, which stays at run time."""
+    if not online:
+        raise QlabError(
+            f"the gauge {name!r} is for wires {wires!r}, where nothing before takes a change of "
+            "basis; leave it at run time with online=True"
+        )
+
+    def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
+        for group in scores(graph, name):
+            turn = Turn(
+                name=full_name(graph.path, group.key.name),
+                group=group,
+                graph=graph,
+                sites=(),
+                stats=stats,
+                needs=needs,
+                size=group.key.channels,
+            )
+            element = _chosen(name, turn, choose)
+            if element is None:
+                continue
+            if not group.takes(element.M):
+                raise QlabError(_refusal(name, turn, element.M, "return None"))
+            graph = group.turned(graph, element.M.clone(), _inverse_of(name, turn, element))
+            moved = {group.query.key, group.key.key}
+            stats = {place: state for place, state in stats.items() if place[0] not in moved}
+        return graph, stats
+
+    left = (MatMul(torch.eye(2, dtype=torch.float32)),)
+    return (Stage(name, needs, run, Gauged(wires, left), detail=detail),)
 
 
 def _turn(
@@ -202,14 +250,9 @@ def _turned(
     name: str, graph: ModuleGraph, stats: Stats, turn: Turn, choose: Choose, online: bool
 ) -> tuple[ModuleGraph, Stats]:
     """The graph after a turn, and its statistics. M waits at the inputs for `absorb`."""
-    chosen = choose(turn)
-    if chosen is None:
+    element = _chosen(name, turn, choose)
+    if element is None:
         return graph, stats
-    element = chosen if isinstance(chosen, Element) else Element(M=chosen)
-    if not isinstance(element.M, Tensor) or not element.M.isfinite().all():
-        raise QlabError(
-            f"the gauge {name!r} chose {_said(element.M)} for {turn.name}; return a finite tensor"
-        )
     M, M_inv = _at_input(name, turn, element, online)
     graph, stats = reparametrize(graph, stats, turn.sites[0].origin, M, M_inv)
     if element.notes:
@@ -220,11 +263,37 @@ def _turned(
     return graph, stats
 
 
+def _chosen(name: str, turn: Turn, choose: Choose) -> Element | None:
+    """What a step chose for a wire. Refuses what is no finite tensor."""
+    chosen = choose(turn)
+    if chosen is None:
+        return None
+    element = chosen if isinstance(chosen, Element) else Element(M=chosen)
+    if not isinstance(element.M, Tensor) or not element.M.isfinite().all():
+        raise QlabError(
+            f"the gauge {name!r} chose {_said(element.M)} for {turn.name}; return a finite tensor"
+        )
+    return element
+
+
+def _inverse_of(name: str, turn: Turn, element: Element) -> Tensor:
+    """The inverse, as it was given or computed."""
+    if element.M_inv is not None:
+        return element.M_inv
+    return 1 / element.M if is_scale(element.M) else _inverse(name, turn, element.M)
+
+
+def _refusal(name: str, turn: Turn, M: Tensor, instead: str) -> str:
+    """Why an M is not of the wire's group, in words."""
+    return (
+        f"the gauge {name!r} chose {_said(M)} for {turn.name}, and {_allowed(turn)}; choose such "
+        f"an element, {instead}"
+    )
+
+
 def _at_input(name: str, turn: Turn, element: Element, online: bool) -> tuple[Tensor, Tensor]:
     """M and its inverse as the input meets them. Refuses an M that is not of the wire's group."""
-    M, M_inv, group = element.M, element.M_inv, turn.group
-    if M_inv is None:
-        M_inv = 1 / M if is_scale(M) else _inverse(name, turn, M)
+    M, M_inv, group = element.M, _inverse_of(name, turn, element), turn.group
     if isinstance(group, General) and not is_scale(M):
         if M.ndim == 3 and M.shape == M_inv.shape and len(M) == len(group.heads_hd):
             M, M_inv = group.of_input(M), group.of_input(M_inv)
@@ -233,10 +302,8 @@ def _at_input(name: str, turn: Turn, element: Element, online: bool) -> tuple[Te
     if is_scale(M) and turn.fold is not None and _takes(turn, turn.fold, M):
         return M, M_inv
     if not online:
-        raise QlabError(
-            f"the gauge {name!r} chose {_said(M)} for {turn.name}, and {_allowed(turn)}; choose "
-            "such an element, return None, or leave it at run time with online=True"
-        )
+        instead = "return None, or leave it at run time with online=True"
+        raise QlabError(_refusal(name, turn, M, instead))
     return M, M_inv
 
 
@@ -262,6 +329,9 @@ def _inverse(name: str, turn: Turn, M: Tensor) -> Tensor:
 def _allowed(turn: Turn) -> str:
     """What may act on the wire, in words."""
     group = turn.group
+    if isinstance(group, Scores):
+        h, d = group.key.heads, group.size
+        return f"queries undo matrices [{d}, {d}] or [{h}, {d}, {d}] alone, or scales [{h * d}]"
     if isinstance(group, Nothing):
         return f"nothing may act there that its producer undoes ({group.reason})"
     if isinstance(group, Diagonal):

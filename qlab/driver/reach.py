@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from qlab.algebra.graph import ModuleGraph, Site, by_origin
 from qlab.algebra.scope import matches
+from qlab.algebra.scores import scores
 from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Stage, Transform, select
 from qlab.algebra.views import Gauged, Uncovered
@@ -68,7 +69,11 @@ def check_scope(stage: Stage, model: Sites) -> None:
 def _check_wires(stage: Stage, pattern: str, model: Sites) -> None:
     """Refuse a stage that works on wires, of which it matches none."""
     graphs = [ModuleGraph(code, {}, path) for path, code in model.codes.items()]
-    if any(select(stage, graph).selected_wires for graph in graphs):
+    chosen = [select(stage, graph) for graph in graphs]
+    if isinstance(stage.view, Gauged):
+        for graph in chosen:
+            scores(graph, stage.name)  # refuses a rule that splits queries and keys
+    if any(graph.selected_wires for graph in chosen):
         return
     touched = [site for name, site in model.sites.items() if stage.touches(name, site)]
     if stage.view.operations and touched and all(site.router for site in touched):

@@ -5,16 +5,14 @@ of keys) sees outliers spread over all channels of a head. Rotary embeddings lie
 and these values, so R is multiplied at run time.
 """
 
-from torch import Tensor
+from dataclasses import replace
 
-from qlab.algebra.graph import ModuleGraph
+from qlab.algebra.gauge import Element, Turn, gauge
 from qlab.algebra.online import MatMul
 from qlab.algebra.random import generator
-from qlab.algebra.stats import Stats
-from qlab.algebra.transform import Stage, Transform
+from qlab.algebra.scores import Scores
+from qlab.algebra.transform import Transform
 from qlab.algebra.views import Gauged
-from qlab.algebra.wires import Wire, full_name, open_wires, wires
-from qlab.errors import QlabError
 from qlab.methods.hadamard import hadamard, random_hadamard
 from qlab.methods.rotate import Draw
 
@@ -48,33 +46,10 @@ def rotate_scores(seed: int = 0, draw: Draw = random_hadamard) -> Transform:
         ('rotate_scores', 're:.*:(query|key)')
     """
 
-    def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
-        selected = {wire.name for wire in open_wires(graph)}
-        for query in wires(graph.code).values():
-            key = f"{query.owner}:key"
-            if query.kind != "query" or not selected & {query.name, key}:
-                continue
-            if not selected >= {query.name, key}:
-                raise QlabError(
-                    f"{full_name(graph.path, query.name)} and {full_name(graph.path, key)} turn "
-                    "together, and the rule for rotate_scores splits them; give one to both"
-                )
-            R = draw(_head_size(graph, query), generator(seed, full_name(graph.path, query.owner)))
-            graph = graph.inserting(query.name, MatMul(R)).inserting(key, MatMul(R))
-        return graph, {place: s for place, s in stats.items() if place[0] not in selected}
+    def choose(turn: Turn) -> Element:
+        assert isinstance(turn.group, Scores)
+        R = draw(turn.group.size, generator(seed, turn.name.rpartition(":")[0]))
+        return Element(M=R, M_inv=R.mT)
 
-    stage = Stage(
-        "rotate_scores",
-        frozenset(),
-        run,
-        Gauged(SCORES, left=(MatMul(FORM),)),
-        detail=f"seed {seed}",
-    )
-    return (stage,)
-
-
-def _head_size(graph: ModuleGraph, wire: Wire) -> int:
-    """Channels of a head of the queries."""
-    node = next(node for node in graph.code.graph.nodes if node.name == wire.node)
-    value: Tensor = node.meta["val"]
-    return int(value.shape[-2 if wire.layout == "h d n" else -1])
+    (stage,) = gauge("rotate_scores", SCORES, choose, online=True, detail=f"seed {seed}")
+    return (replace(stage, view=Gauged(SCORES, left=(MatMul(FORM),))),)

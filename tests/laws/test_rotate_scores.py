@@ -4,9 +4,10 @@ import pytest
 import torch
 from families import FAMILIES, MIXTURES, OTHERS, UNLIKE
 from model_folders import refused
-from segments import batches_of, hidden, relative, segment
+from segments import batches_of, hidden, normal, relative, segment
 
 import qlab
+from qlab.algebra.gauge import Element
 from qlab.algebra.insert import insert
 from qlab.algebra.interpret import interpret
 from qlab.algebra.online import QuantizeInput
@@ -75,3 +76,55 @@ def test_the_seed_decides():
     seg = segment("llama")
     matrix = lambda seed: run(seg, qlab.rotate_scores(seed)).inserts["self_attn:key"][0].M_nn
     assert torch.equal(matrix(0), matrix(0)) and not torch.equal(matrix(0), matrix(1))
+
+
+SCORES = "re:.*:(query|key)"
+GAUGES = {
+    "a matrix": lambda turn: normal(turn.group.size, turn.group.size, seed=1),
+    "a matrix of each head": lambda turn: normal(
+        turn.group.key.heads, turn.group.size, turn.group.size, seed=2
+    ),
+    "scales": lambda turn: normal(turn.size, seed=3).exp() * normal(turn.size, seed=4).sign(),
+}
+
+
+@pytest.mark.parametrize("choose", GAUGES.values(), ids=list(GAUGES))
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen3_moe", "deepseek_v3"])
+def test_whatever_turns_keys_is_undone_by_queries(family, choose):
+    seg = segment(family)
+    graph = run(seg, qlab.gauge("mine", SCORES, choose, online=True))
+    out, before = (hidden(interpret(g, *seg.batches[0])) for g in (graph, seg.graph))
+    assert graph.inserts and relative(out, before) < 1e-4 and not torch.equal(out, before)
+
+
+def test_keys_are_turned_by_what_was_seen_of_them():
+    seg, seen = segment("llama"), []
+
+    def flat(turn):
+        keys, queries = turn.sources()
+        seen.append((len(keys.stats["absmax"]), len(queries.stats["absmax"])))
+        return 1 / keys.stats["absmax"].clamp_min(1e-3)
+
+    flatten = qlab.gauge("flatten", SCORES, flat, {"absmax"}, online=True)
+    look = insert(
+        "look", "*:key", lambda wire, stats: seen.append(stats["absmax"]) or abs, {"absmax"}
+    )
+    seg.solve(qlab.chain(flatten, look))
+    assert seen[0] == (32, 64) and torch.allclose(seen[1], torch.ones(32), atol=1e-4)
+
+
+def test_what_is_no_turn_of_keys_is_refused_by_name(saved):
+    seg = segment("llama")
+    mine = lambda choose: qlab.gauge("mine", SCORES, choose, online=True)
+    refused(
+        lambda: run(seg, mine(lambda turn: torch.ones(3))),
+        "'mine' chose scales (3,) for model.layers.0.self_attn:key",
+        "queries undo matrices [16, 16] or [2, 16, 16] alone, or scales [32]; choose",
+    )
+    refused(lambda: run(seg, mine(lambda turn: torch.zeros(16, 16))), "has no inverse")
+    wrong = lambda turn: Element(M=2 * torch.eye(16), M_inv=torch.eye(16))
+    refused(lambda: run(seg, mine(wrong)), "'mine' changes what", "claims to keep it")
+    refused(lambda: qlab.gauge("mine", SCORES, GAUGES["scales"]), "online=True")
+    refused(lambda: qlab.gauge("mine", "*:key", GAUGES["scales"]), "'re:.*:(query|key)'")
+    split = qlab.chain(qlab.at("*:key", mine(GAUGES["scales"])), qlab.rtn("int4-g16"))
+    refused(lambda: qlab.plan(saved("llama"), split), "the rule for mine splits them", "layers.0")

@@ -1,0 +1,76 @@
+"""Attention scores as what keys and queries undo of each other.
+
+    (q M^-T) (k M)^T = q k^T
+
+Positions are added to queries and keys before they meet, so nothing before them takes M: both turn
+at run time. R3 is such a turn.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from qlab.algebra.graph import ModuleGraph, Op
+from qlab.algebra.online import MatMul, Multiply
+from qlab.algebra.wires import Wire, full_name, open_wires, wires
+from qlab.errors import QlabError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Invertible matrices of one attention: [d, d] for all heads, [h, d, d] for each of the h heads
+    of the keys, or scales [k] of their channels.
+
+    query, key: the wires, of which several heads of the one may share a head of the other.
+    """
+
+    query: Wire
+    key: Wire
+
+    @property
+    def size(self) -> int:
+        """Channels of a head."""
+        return self.key.channels // self.key.heads
+
+    def takes(self, M: Tensor) -> bool:
+        """Whether M has the shape of an element."""
+        shapes = [(self.size, self.size), (self.key.heads, self.size, self.size)]
+        return tuple(M.shape) in [*shapes, (self.key.channels,)]
+
+    def turned(self, graph: ModuleGraph, M: Tensor, M_inv: Tensor) -> ModuleGraph:
+        """The graph with keys times M and queries times its inverse, transposed."""
+        ops: tuple[Op, Op]
+        if M.ndim == 1:
+            ops = Multiply(self._of_queries(M_inv)), Multiply(M)
+        else:
+            ops = MatMul(self._of_queries(M_inv.mT)), MatMul(M)
+        for wire, op in zip((self.query, self.key), ops):
+            graph = graph.inserting(wire.name, op)
+        return graph
+
+    def _of_queries(self, M: Tensor) -> Tensor:
+        """What heads of keys have, for every head of queries that reads them."""
+        readers = self.query.heads // self.key.heads
+        if M.ndim == 3:
+            return M.repeat_interleave(readers, 0)
+        if M.ndim == 1:
+            return M.unflatten(0, (self.key.heads, -1)).repeat_interleave(readers, 0).flatten()
+        return M
+
+
+def scores(graph: ModuleGraph, step: str) -> list[Scores]:
+    """The attentions whose queries and keys a step may touch. Refuses a rule that splits them."""
+    there = wires(graph.code)
+    selected = {wire.name for wire in open_wires(graph)}
+    found = []
+    for query in there.values():
+        name = f"{query.owner}:key"
+        if query.kind != "query" or not selected & {query.name, name}:
+            continue
+        if not selected >= {query.name, name}:
+            raise QlabError(
+                f"{full_name(graph.path, query.name)} and {full_name(graph.path, name)} turn "
+                f"together, and the rule for {step} splits them; give one to both"
+            )
+        found.append(Scores(query=query, key=there[name]))
+    return found
