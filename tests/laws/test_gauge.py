@@ -280,7 +280,9 @@ def test_a_rule_that_splits_a_wire_is_refused_before_any_work(saved):
 def test_what_stays_at_run_time_is_refused_before_any_work_by_formats_without_a_place(saved):
     left = qlab.gauge("mine", "*.down_proj:in", lambda t: turn_of(32, 32), online=True)
     refused(
-        lambda: qlab.plan(saved("llama"), qlab.chain(left, qlab.rtn("int8-g32")), codec="gptq"),
+        lambda: qlab.plan(
+            saved("llama", torch.float16), qlab.chain(left, qlab.rtn("int8-g32")), codec="gptq"
+        ),
         "down_proj",
         "holds no run-time operations",
     )
