@@ -197,7 +197,10 @@ def each_block(
             return graph, stats
         _refuse_nonfinite(graph, sites)
         of_sites = {
-            site.path: Copies({name_of(need): stats[site.source, need] for need in needs})
+            site.path: Copies(
+                {name_of(need): stats[site.source, need] for need in needs},
+                f"{graph.where(site)}: ",
+            )
             for site in sites
         }
         block = Block(segment=graph, samples=stats[SAMPLES], stats=of_sites)

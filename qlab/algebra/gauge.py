@@ -88,7 +88,10 @@ class Turn:
         for source, group in by_source(self.sites).items():
             states = {need: self.stats[source, need] for need in self.needs}
             if group[0].route is None:
-                yield Source(weights=[self.graph.weight_ok(s) for s in group], stats=_named(states))
+                yield Source(
+                    weights=[self.graph.weight_ok(s) for s in group],
+                    stats=_named(states, self.name),
+                )
                 continue
             experts = self.graph.params[group[0].weight or ""].shape[0]
             for e in range(experts):
@@ -97,7 +100,7 @@ class Turn:
                     for need, state in states.items()
                 }
                 weights = [self.graph.weight_ok(s, e) for s in group]
-                yield Source(weights=weights, stats=_named(of_expert))
+                yield Source(weights=weights, stats=_named(of_expert, self.name))
 
     def stored(self, m: Tensor) -> Tensor:
         """The scales [k] or [e, 1, k] nearest to m that the producer holds exactly: the same where
@@ -125,8 +128,9 @@ class Element:
 Choose = Callable[[Turn], "Tensor | Element | None"]
 
 
-def _named(states: Mapping[Need, Any]) -> Copies:
-    return Copies({name_of(need): state for need, state in states.items()})
+def _named(states: Mapping[Need, Any], wire: str) -> Copies:
+    by_name = {name_of(need): state for need, state in states.items()}
+    return Copies(by_name, f"{wire}: ")
 
 
 def gauge(

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from qlab.algebra.graph import ModuleGraph, Op
+from qlab.algebra.rounding import Copies
 from qlab.algebra.stats import Need, Stats, name_of, named
 from qlab.algebra.transform import Stage, Transform
 from qlab.algebra.views import OnWires
@@ -32,7 +33,8 @@ def insert(
         name: The stage's name in plans, reports and errors.
         wires: A pattern over the names of wires, or over those in the model (see `at`): `*:in`,
             `*.self_attn:key`, `re:.*:(key|value)`, `*:enter`.
-        make: Gets the wire and its statistics by name, and returns the operation, x -> x.
+        make: Gets the wire and its statistics by name, as copies, and returns the operation x -> x,
+            which keeps the shape and writes to nothing. Its result is cast to the dtype of x.
         needs: The statistics, names or qlab.Stat values of your own. They are those of the value
             that comes from what was quantized before, without this operation.
         online: What `make` returns, as a codec is asked about it before any work.
@@ -56,8 +58,9 @@ def insert(
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
         for wire in open_wires(graph):
+            wire = replace(wire, path=graph.path)
             seen = {name_of(need): stats[wire.key, need] for need in needs}
-            op = make(replace(wire, path=graph.path), seen)
+            op = make(wire, Copies(seen, f"{wire.where}: "))
             if not callable(op):
                 raise QlabError(
                     f"the stage {name!r} made a {type(op).__name__} for "

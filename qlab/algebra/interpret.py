@@ -41,6 +41,8 @@ class _Interpreter(fx.Interpreter):
 
     def __init__(self, mg: ModuleGraph, graph: fx.Graph):
         super().__init__(nn.Module(), graph=graph)
+        # An error of an insert says what is wrong; where its node was traced adds nothing to that.
+        self.extra_traceback = False
         self.mg = mg
         self.by_weight = {s.weight: s for s in mg.code.sites if s.weight}
         tensors = (t for t in pytree.tree_leaves(dict(mg.params)) if isinstance(t, Tensor))

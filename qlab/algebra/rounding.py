@@ -69,16 +69,17 @@ class Placed:
 
 class Copies(Mapping[str, Any]):
     """Statistics as a step gets them: copies, made when they are asked for, which it may write
-    to."""
+    to. where: what they are of, for errors."""
 
-    def __init__(self, states: Mapping[str, Any]):
-        self.states = states
+    def __init__(self, states: Mapping[str, Any], where: str = ""):
+        self.states, self.where = states, where
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.states:
-            known = ", ".join(map(repr, self.states))
+            known = ", ".join(map(repr, self.states)) or "none"
             raise QlabError(
-                f"the step asks for the statistic {name!r} and has {known}; name it in `needs`"
+                f"{self.where}the step asks for the statistic {name!r} and has {known}; name it in "
+                "`needs`"
             )
         return _copy(self.states[name])
 

@@ -153,9 +153,11 @@ def solve_in_order(
     inserting = [stage for stage in transform if stage.view.wires is not None]
     values = set().union(*(select(stage, graph).selected_wires or () for stage in inserting))
     for source, sites, open_to_all in stops(graph.code, values):
-        selected = frozenset(site.path for site in sites)
+        # the site of an output too, which is none of those that are solved here
+        selected = frozenset(wire.rpartition(":")[0] for wire in open_to_all)
         graph = replace(graph, selected=selected, selected_wires=open_to_all)
-        keys = set().union(*(_needed(stage, graph) for stage in transform))
+        here = transform if sites else inserting
+        keys = set().union(*(_needed(stage, graph) for stage in here))
         observe = partial(_observe_waiting, source, streams=streams, reference=reference)
         if sites and sites[0].route and experts_at_once:
             experts = graph.params[sites[0].weight or ""].shape[0]

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from model_folders import random_tokens
 
 import qlab
 from qlab.algebra.spec import parse_spec
@@ -104,3 +105,24 @@ def test_static_inputs_are_written_and_read(saved, text, tmp_path, spec, static)
     assert {str(s) for s in read.inputs.values()} == {f"{spec} static"}
     ours = qlab.perplexity(qlab.apply(model, recipe, data), data).perplexity
     assert qlab.perplexity(read, data).perplexity == pytest.approx(ours, rel=1e-3)
+
+
+@pytest.mark.parametrize("inputs", ["quantized", "reference"])
+@pytest.mark.parametrize(
+    "wire", ["down_proj:in", "down_proj:out", "key", "value", "enter", "leave"]
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_an_insert_reaches_its_wire_in_every_block(saved, family, wire, inputs):
+    model, reached = qlab.open(saved(family)), []
+
+    def mark(wire, stats):
+        assert "absmax" in stats
+        return lambda x: reached.append(wire.where) or x
+
+    pattern = f"*.{wire}" if ":" in wire else f"*:{wire}"
+    step = qlab.insert("mark", pattern, mark, needs={"absmax"})
+    recipe = qlab.chain(qlab.rtn(qlab.parse_spec("int4-g16")), step)
+    value = qlab.apply(model, recipe, random_tokens(model.path), inputs=inputs)
+    qlab.logits(value, torch.arange(3, 11)[None])
+    assert {name.partition(":")[0].split(".")[2] for name in reached} == {"0", "1"}
+    assert all(name.endswith(wire) for name in reached)
