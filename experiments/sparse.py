@@ -5,8 +5,9 @@ Usage: python experiments/sparse.py LLMCOMPRESSOR_PYTHON FOLDER
 The interpreter is of an environment with llmcompressor, and FOLDER receives what it writes. All
 prune every linear but the head to 2:4 by SparseGPT and round what is left to symmetric int4 in
 groups of 64 by GPTQ, from 8 x 512 tokens, and are compared on the same 8 held-out windows. In "one
-after the other" GPTQ aims at the pruned weight, in "together" at the unpruned one. Seconds are processor seconds of solving alone. Figures go
-to results/sparse-int4.json; what that holds is not run again.
+after the other" GPTQ aims at the pruned weight, in "together" at the unpruned one. Seconds are
+processor seconds of solving alone. Figures go to results/sparse-int4.json; what that holds is not
+run again.
 """
 
 import json
