@@ -161,4 +161,4 @@ PRUNERS: Mapping[str, Callable[[str | float], Transform]] = {
     "wanda": wanda,
     "sparsegpt": sparsegpt,
 }
-RECOMMENDED = "qronos-refined"
+RECOMMENDED = "loaq-refined"
