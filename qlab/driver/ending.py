@@ -61,11 +61,13 @@ def probe_outside(
         put(skeleton.model, name, dense(leaf, skeleton.dtype).to(skeleton.device))
     embedding = skeleton.model.get_input_embeddings()
     rows = torch.arange(ROWS, device=skeleton.device) % len(embedding.get_parameter("weight"))
+    # a few tokens, as without data, are run as they are; of more, one window
+    windows = tokens[0] if tokens[0] * tokens[1] <= ROWS else 1
     shape = list(call.entering[0].shape)
-    shape[windows_axis(call.entering[0], tokens)] = 1
+    shape[windows_axis(call.entering[0], tokens)] = windows
     drawn = torch.randn(shape, generator=generator(0, "probe"), dtype=torch.float32)
     hidden = drawn.to(skeleton.device, skeleton.dtype)
-    logits = head(skeleton, torch.zeros(1, tokens[1], dtype=torch.long), hidden)
+    logits = head(skeleton, torch.zeros(windows, tokens[1], dtype=torch.long), hidden)
     numbers = [*_seen(embedding(rows)), *_seen(logits)]
     drop_outside(skeleton)
     return numbers
