@@ -56,8 +56,6 @@ from qlab.methods import METHODS as METHODS
 from qlab.methods import PRUNERS as PRUNERS
 from qlab.methods import RECOMMENDED as RECOMMENDED
 from qlab.methods.allocate import allocate as allocate
-from qlab.methods.allocate import fisher as fisher
-from qlab.methods.allocate import kl_of_each as kl_of_each
 from qlab.methods.auto_round import auto_round as auto_round
 from qlab.methods.auto_round import auto_round_refine as auto_round_refine
 from qlab.methods.awq import awq as awq
@@ -87,6 +85,8 @@ from qlab.methods.rotate import rotate_online as rotate_online
 from qlab.methods.rotate_residual import rotate_residual as rotate_residual
 from qlab.methods.rotate_scores import rotate_scores as rotate_scores
 from qlab.methods.rtn import rtn as rtn
+from qlab.methods.sensitivity import fisher as fisher
+from qlab.methods.sensitivity import kl_of_each as kl_of_each
 from qlab.methods.smoothquant import smoothquant as smoothquant
 from qlab.methods.sparsegpt import sparsegpt as sparsegpt
 from qlab.methods.spinquant import spinquant as spinquant

@@ -4,11 +4,11 @@ time.
 Legend: l tokens of a window, v the vocabulary.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from qlab.driver.writing import as_read
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.model.calls import Call, State
-from qlab.model.loading import load_block, load_outside
+from qlab.model.loading import load_block, load_outside, placed
 from qlab.model.running import head
 from qlab.model.skeleton import Skeleton
 from qlab.process.surroundings import undisturbed
@@ -174,7 +174,7 @@ class Model:
 
         The reference runs once, here; its final hidden states stay in memory.
         """
-        finals = reference._finals(self._windows)
+        finals = reference._run(self._windows, _unchanged, {})
 
         def loss(logits: Tensor, window: int) -> Tensor:
             with torch.no_grad(), reference._placed({}):
@@ -285,25 +285,15 @@ class Model:
             raise QlabError(f"{what}; the calibration data has windows 0 to {self.count - 1}")
         return numbers
 
-    @contextlib.contextmanager
-    def _placed(self, around: Mapping[str, Tensor]) -> Iterator[None]:
+    def _placed(self, around: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Tensors in the places of parameters around the segments, for now."""
-        model = self._skeleton.model
-        before: dict[str, Any] = {}
-        for name, value in {**self.around, **around}.items():
-            owner, _, key = name.rpartition(".")
-            parameters: dict[str, Any] = model.get_submodule(owner)._parameters
-            before[name] = parameters[key]
-            parameters[key] = value
-        try:
-            yield
-        finally:
-            for name, parameter in before.items():
-                owner, _, key = name.rpartition(".")
-                model.get_submodule(owner)._parameters[key] = parameter
-
-    def _finals(self, windows: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-        return self._run(windows, _unchanged, {})
+        unknown = around.keys() - self.around.keys()
+        if unknown:
+            raise QlabError(
+                f"{min(unknown)!r} is no parameter around the segments; they are "
+                f"{', '.join(self.around)}"
+            )
+        return placed(self._skeleton.model, {**self.around, **around})
 
     @undisturbed
     @torch.no_grad()

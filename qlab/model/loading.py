@@ -1,6 +1,9 @@
 """What the files hold of a model, loaded: one leaf, one block, or what surrounds the blocks."""
 
+import contextlib
 import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -156,3 +159,25 @@ def put(model: nn.Module, name: str, value: Tensor) -> None:
     """Put a tensor in the place of a parameter, and of no other that was tied to it."""
     owner, _, key = name.rpartition(".")
     model.get_submodule(owner)._parameters[key] = nn.Parameter(value, requires_grad=False)
+
+
+@contextlib.contextmanager
+def placed(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Tensors, which may require gradients, in the places of parameters of these names for now."""
+    before: dict[str, Any] = {}
+    for name, value in tensors.items():
+        before[name] = _put(model, name, value)
+    try:
+        yield
+    finally:
+        for name, parameter in before.items():
+            _put(model, name, parameter)
+
+
+def _put(model: nn.Module, name: str, value: Any) -> Any:
+    """Put a value in the place of a parameter, and return what was there."""
+    owner, _, key = name.rpartition(".")
+    parameters: dict[str, Any] = model.get_submodule(owner)._parameters
+    before = parameters[key]
+    parameters[key] = value
+    return before

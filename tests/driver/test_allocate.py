@@ -13,9 +13,9 @@ from qlab.algebra.spec import parse_spec
 from qlab.algebra.transform import at, chain, keep, rules
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
-from qlab.methods.allocate import fused
 from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
+from qlab.methods.sensitivity import fused
 
 SPECS = [parse_spec(text) for text in ("int2-g16", "int4-g16", "int8-g16")]
 CHOICES = [rtn(spec) for spec in SPECS]

@@ -209,6 +209,7 @@ def test_binds_are_measured_from_the_left(saved):
         (lambda m: 1, lambda v: v.bits, "failed in then: AttributeError: 'int' object"),
         (lambda m: m.segment("model.layers.7"), lambda v: keep(), "'model.layers.7' is no segment"),
         (lambda m: m.losses(m.nll, [3]), lambda v: keep(), "window 3 is not there; .* 0 to 2"),
+        (lambda m: m.losses(m.nll, around={"nope": 1}), keep, "'nope' is no parameter around"),
         (lambda m: m.vjp(lambda x, i: x.sum() * float("nan")), keep, "the loss of window 0 is nan"),
         (lambda m: m.vjp(lambda x, i: x), keep, r"the loss of window 0 is \(16, 128\); return a"),
         (lambda m: m.vjp(lambda x, i: x.detach().sum()), keep, "does not depend on the logits"),
