@@ -118,7 +118,7 @@ def test_the_value_computes_nothing_and_shows_its_recipe(saved):
     value = apply(open_checkpoint(source), gptq(INT4), random_tokens(source))
     assert "gptq" in repr(value) and "int4-g16" in repr(value)
     assert f"{value.bits_per_weight:.3f} bits per weight" in repr(value)
-    assert {*vars(value)} == {"job", "plan", "_skeleton"}
+    assert {*vars(value)} == {"job", "asked", "plan", "_skeleton"}
 
 
 def test_bad_input_is_refused_before_any_work(saved, tmp_path):
