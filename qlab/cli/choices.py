@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -13,6 +13,7 @@ import typer
 from qlab.cli.options import (
     AllExperts,
     Asymmetric,
+    Bits,
     Calib,
     CodecName,
     Device,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     Maker = Callable[[Spec], Transform]  # of the recipe of a spec
 
 
+WIDTHS = (2, 3, 4, 8)  # in bits, among which a budget is spent
 TYPED = "COMMANDLINE"  # the source of a parameter that was typed, as typer calls it
 
 
@@ -53,6 +55,7 @@ class Choices:
     recipe: RecipeName = None
     spec: SpecName = "int4-g64"
     asymmetric: Asymmetric = False
+    bits: Bits = None
     calib: Calib = None
     images: Images = None
     samples: Samples = 128
@@ -156,10 +159,11 @@ def maker_of(method: str, choices: Choices, usual: str) -> "Maker":
             f"--method {method} and --recipe {choices.recipe} are both recipes; give one of them"
         )
     recipe = recipe_of_file(choices.recipe)
-    if not recipe.takes_spec and "spec" in choices.typed:
+    unused = [name for name in ("spec", "asymmetric", "bits") if name in choices.typed]
+    if unused and not recipe.takes_spec:
         raise QlabError(
-            f"--spec {choices.spec} would not be used, since {recipe.path}:{recipe.name} is a "
-            "transform with specs of its own; leave it out, or name a function of a spec"
+            f"--{unused[0]} would not be used, since {recipe.path}:{recipe.name} is a transform "
+            "with specs of its own; leave it out, or name a function of a spec"
         )
     return recipe.transform
 
@@ -184,12 +188,35 @@ def recipe_for(model: "Checkpoint", maker: "Maker", choices: Choices, codec: str
     from qlab.algebra.transform import chain, keep, rules
     from qlab.codecs import storable
 
-    recipe = maker(storable(spec_of(choices), codec, model.dtype))
+    spec = storable(spec_of(choices), codec, model.dtype)
+    recipe = (
+        maker(spec) if choices.bits is None else _within(choices.bits, maker, spec, codec, model)
+    )
     if choices.keep:
         recipe = rules({**{pattern: keep() for pattern in choices.keep}, "*": recipe})
     for rule in choices.outside or ():
         recipe = chain(recipe, _outside(rule, codec, model))
     return recipe
+
+
+def _within(
+    bits: float, maker: "Maker", spec: "Spec", codec: str, model: "Checkpoint"
+) -> "Transform":
+    """The recipe at the widths that the format holds, of which each weight gets one, within a
+    budget of bits per weight."""
+    from qlab.algebra.spec import Int, with_scale_dtype
+    from qlab.codecs import CODECS
+    from qlab.methods.allocate import allocate
+
+    if not isinstance(spec, Int):
+        raise QlabError(
+            f"--bits {bits:g} chooses among widths of integers, and --spec is {spec}; name "
+            "integers such as int4-g64"
+        )
+    specs = [replace(spec, bits=width) for width in WIDTHS]
+    refusal = CODECS[codec].refusal
+    held = [each for each in specs if not refusal(with_scale_dtype(each, model.dtype))]
+    return allocate([maker(each) for each in held], bits)
 
 
 def _outside(rule: str, codec: str, model: "Checkpoint") -> "Transform":

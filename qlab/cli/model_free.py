@@ -66,6 +66,7 @@ def _refuse_of_runs(choices: Choices) -> None:
     """Refuse options that say how a model is run."""
     refuse_unused(choices.calib, choices.images, "--model-free runs no model")
     given = {
+        f"--bits {choices.bits}": choices.bits,
         "--memory": choices.memory,
         "--calibrate-all-experts": choices.calibrate_all_experts,
         "--inputs reference": choices.inputs == "reference",

@@ -66,6 +66,14 @@ SpecName = Annotated[
         ),
     ),
 ]
+Bits = Annotated[
+    float | None,
+    typer.Option(
+        "--bits",
+        help="budget in bits per weight: of 2, 3, 4 and 8 bits in groups as of --spec, each weight "
+        "gets those that the loss asks for",
+    ),
+]
 Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="with a zero point per scale")]
 Calib = Annotated[
     list[Path] | None, typer.Option("--calib", help="text or jsonl files (default: the demo text)")

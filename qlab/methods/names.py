@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+from qlab.algebra.bind import Bind
 from qlab.algebra.spec import Spec, parse_spec
 from qlab.algebra.transform import Transform, chain
 from qlab.errors import QlabError
@@ -150,7 +151,7 @@ def method_named(name: str) -> Callable[[Spec], Transform]:
 
 def _row(name: str, parts: list[Callable[[Spec], Transform]], spec: Spec) -> Transform:
     transform = chain(*(part(spec) for part in parts))
-    if not any(stage.spec for stage in transform):
+    if not any(stage.spec or isinstance(stage, Bind) for stage in transform):
         raise QlabError(
             f"{name!r} rounds no weights; put a rounding into the row, such as {name}+rtn or "
             f"{name}+gptq"

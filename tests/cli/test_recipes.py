@@ -2,6 +2,7 @@
 everything that is wrong with a file."""
 
 import json
+import math
 from functools import partial
 
 import pytest
@@ -121,7 +122,7 @@ def test_what_a_file_raises_is_one_sentence_with_its_line(call, saved, tmp_path,
 def test_options_that_would_not_be_used_are_refused(call, saved, file):
     settled = ["plan", saved(), "--recipe", f"{file}:settled"]
     assert "are both recipes" in sentence(call(*settled, "--method", "rtn"))
-    assert "--spec int4-g32 would not be used" in sentence(call(*settled, "--spec", "int4-g32"))
+    assert "--spec would not be used" in sentence(call(*settled, "--spec", "int4-g32"))
 
 
 def test_without_a_model_a_recipe_of_files_is_run_too(call, saved, file, tmp_path):
@@ -129,6 +130,26 @@ def test_without_a_model_a_recipe_of_files_is_run_too(call, saved, file, tmp_pat
     job = ["--model-free", "--recipe", f"{file}:settled", "--out", out]
     code, _, error = call("quantize", saved(), *job)
     assert code == 0 and len(qlab.open(out).quantized) == 14, error
+
+
+def test_a_budget_of_bits_is_spent_among_widths(call, saved, text, file, tmp_path):
+    out, job = tmp_path / "out", [saved(), *SMALL, "--calib", text, "--spec", "int4-g32"]
+    code, _, error = call("quantize", *job, "--method", "rtn", "--bits", 5, "--out", out)
+    assert code == 0, error
+    assert len({str(spec) for spec in qlab.open(out).quantized.values()}) > 1
+    rows = json.loads((out / "qlab.json").read_text())["sites"].values()
+    sizes = [math.prod(row["shape"]) for row in rows]
+    mean = sum(row["bits_per_weight"] * n for row, n in zip(rows, sizes)) / sum(sizes)
+    assert 4 < mean <= 5
+    for arguments, why in (
+        (["--spec", "nvfp4", "--bits", 4], "--bits 4 chooses among widths of integers"),
+        (["--spec", "int4-g32", "--bits", 1], "smallest choices of allocate take"),
+        (["--recipe", f"{file}:settled", "--bits", 4], "--bits would not be used"),
+    ):
+        printed = call(
+            "quantize", saved(), *SMALL, "--calib", text, *arguments, "--out", tmp_path / "b"
+        )
+        assert printed[0] == 2 and why in printed[2].strip().splitlines()[-1], printed[2]
 
 
 def test_rows_of_steps_are_methods(call, saved, text, tmp_path):
