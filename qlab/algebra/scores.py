@@ -44,9 +44,9 @@ class Scores:
             ops = Multiply(self._of_queries(M_inv)), Multiply(M)
         else:
             ops = MatMul(self._of_queries(M_inv.mT)), MatMul(M)
-        for wire, op in zip((self.query, self.key), ops):
-            graph = graph.inserting(wire.name, op)
-        return graph
+        at_query, at_key = ops
+        turned = graph.inserting(self.query.name, at_query)
+        return turned.inserting(self.key.name, at_key)
 
     def _of_queries(self, M: Tensor) -> Tensor:
         """What heads of keys have, for every head of queries that reads them."""
