@@ -17,7 +17,7 @@ from qlab.driver.report import site_rows
 from qlab.driver.siblings import Siblings
 from qlab.driver.solve import solve_alone
 from qlab.files.certificate import certify, hash_of
-from qlab.model.around import source_of
+from qlab.model.around import around_code, source_of
 from qlab.model.pieces import Piece
 from qlab.model.skeleton import Skeleton
 
@@ -112,9 +112,10 @@ def rounded_outside(skeleton: Skeleton, recipe: Transform) -> Iterator[tuple[str
         weight = turned.get(name, _original(skeleton, name, site))
         solved = _solved(skeleton, recipe, weight, site, outer)
         yield f"{site.path}.weight", solved.params["weight"]
-    for name in turned_around(skeleton, recipe):
+    around = around_code(skeleton).params.values() if turned else ()
+    for name in dict.fromkeys(around):
         stored = skeleton.names.file_name(name)
-        if stored not in rounded_sites:
+        if stored in turned and stored not in rounded_sites:
             yield name, turned[stored]
 
 

@@ -68,11 +68,11 @@ def test_a_step_stays_on_the_group_and_goes_down(size, seed, rate, centred):
         loss.backward()
     A = _skew(R, centred)
     moved = _moved(R.detach(), A, rate)
-    assert (moved @ moved.T - torch.eye(size)).abs().max() < 1e-8
+    assert (moved @ moved.T - torch.eye(size)).abs().max() < 1e-5
     if centred:
-        assert (moved.sum(1) - 1).abs().max() < 1e-6
+        assert (moved.sum(1) - 1).abs().max() < 1e-5
     small = _moved(R.detach(), A, 1e-6)
-    assert float((small * target).sum()) <= float(loss.detach()) + 1e-12
+    assert float((small * target).sum()) <= float(loss.detach()) + 1e-9
 
 
 def test_bad_settings_and_places_are_refused(saved):
