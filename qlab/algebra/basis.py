@@ -73,7 +73,7 @@ class Stream:
         inputs = [a for a in node.all_input_nodes if a in self.turned or a in self.squares]
         if node.op == "output":
             return all(a.name == self.leaving and self.turned.get(a, "") is None for a in inputs)
-        asks_dtype = node.target is aten.type_as.default and inputs == [node.args[1]]
+        asks_dtype = node.target is aten.type_as.default and inputs == [_args(node)[1]]
         if not inputs or node.target in QUIET or asks_dtype:
             return node.name != self.leaving
         if self.squares & {*inputs}:
@@ -86,38 +86,38 @@ class Stream:
             return self._sum(node)
         if node.target is aten.pow.Tensor_Scalar:
             self.squares.add(node)
-            return node.args[1] == 2 and self.turned[inputs[0]] is None
+            return _args(node)[1] == 2 and self.turned[inputs[0]] is None
         if node.target is aten.rms_norm.default:
             return self._normed(node, bias_at=None)
         if node.target is aten.layer_norm.default:
             self.centred = True
             return self._normed(node, bias_at=3)
-        if node.target not in MOVES or node.args[0] not in self.turned:
+        if node.target not in MOVES or _args(node)[0] not in self.turned:
             return False
-        self.turned[node] = self.turned[node.args[0]]
-        alone = node.target in SAME_VALUES or inputs == [node.args[0]]
+        self.turned[node] = self.turned[_args(node)[0]]
+        alone = node.target in SAME_VALUES or inputs == [_args(node)[0]]
         return alone and _keeps_rows(node)
 
     def _of_squares(self, node: fx.Node) -> bool:
         if node.target in SAME_VALUES:
             self.squares.add(node)
             return True
-        return node.target in SUMS and _axes(node) == [_last(node.args[0])]
+        return node.target in SUMS and _axes(node) == [_last(_args(node)[0])]
 
     def _reads(self, node: fx.Node, inputs: list[fx.Node]) -> bool:
         x_at, *_ = WEIGHT_OPS[node.target]
         site = self._site(node)
-        if site is None or inputs != [node.args[x_at]]:
+        if site is None or inputs != [_args(node)[x_at]]:
             return False
         self.readers[site.path] = self.turned[inputs[0]]
         return True
 
     def _site(self, node: fx.Node) -> Site | None:
-        weight = behind_casts(node.args[WEIGHT_OPS[node.target][1]])
+        weight = behind_casts(_args(node)[WEIGHT_OPS[node.target][1]])
         return self.sites.get(self.code.params.get(weight.name, ""))
 
     def _product(self, node: fx.Node) -> bool:
-        x, other = node.args[:2]
+        x, other = _args(node)[:2]
         if x is other and node.target is aten.mul.Tensor:
             self.squares.add(node)
             return self.turned[x] is None
@@ -136,13 +136,13 @@ class Stream:
         return norm is None and gain is not None and node.target is aten.mul.Tensor
 
     def _normed(self, node: fx.Node, bias_at: int | None) -> bool:
-        args = dict(enumerate(node.args))
+        args = dict(enumerate(_args(node)))
         weight, bias = args.get(2), None if bias_at is None else args.get(bias_at)
         gain = None if weight is None else vector(self.code, weight)
         added = None if bias is None else vector(self.code, bias)
         self.turned[node] = None if gain is None else Gain(*gain, added[0] if added else None)
         known = (weight is None or gain is not None) and (bias is None or added is not None)
-        over_rows = len(node.args[1]) == 1
+        over_rows = len(_args(node)[1]) == 1
         return self.turned_whole(args[0]) and known and over_rows and not (added and gain is None)
 
     def turned_whole(self, node: Any) -> bool:
@@ -150,7 +150,7 @@ class Stream:
         return node in self.turned and self.turned[node] is None
 
     def _sum(self, node: fx.Node) -> bool:
-        terms = node.args[:2]
+        terms = _args(node)[:2]
         self.turned[node] = None
         if node.kwargs or not all(isinstance(term, fx.Node) for term in terms):
             return False
@@ -185,19 +185,19 @@ class Stream:
 def _before(node: fx.Node) -> list[fx.Node]:
     """The values of which a node is the same mixture in every channel; none if it is not."""
     if node.target in MOVES and _keeps_rows(node):
-        return [node.args[0]]
+        return [_args(node)[0]]
     if node.target in SUMS:
-        return [] if _last(node.args[0]) in _axes(node) else [node.args[0]]
+        return [] if _last(_args(node)[0]) in _axes(node) else [_args(node)[0]]
     if node.target in ADDS and not node.kwargs:
-        return [a for a in node.args[:2] if isinstance(a, fx.Node)] if _nodes(node) == 2 else []
+        return [a for a in _args(node)[:2] if isinstance(a, fx.Node)] if _nodes(node) == 2 else []
     if node.target is aten.mul.Tensor:
-        factors = [a for a in node.args[:2] if not _one_per_row(a)]
+        factors = [a for a in _args(node)[:2] if not _one_per_row(a)]
         return factors if len(factors) == 1 else []
     return []
 
 
 def _nodes(node: fx.Node) -> int:
-    return sum(isinstance(a, fx.Node) for a in node.args[:2])
+    return sum(isinstance(a, fx.Node) for a in _args(node)[:2])
 
 
 def _one_per_row(factor: Any) -> bool:
@@ -210,9 +210,13 @@ def _one_per_row(factor: Any) -> bool:
 
 def _keeps_rows(node: fx.Node) -> bool:
     """Whether the last axis of the first argument is that of the value."""
-    before, after = node.args[0].meta["val"], node.meta["val"]
+    before, after = _args(node)[0].meta["val"], node.meta["val"]
     turns = node.target in (aten.transpose.int, aten.permute.default, aten.t.default)
     return isinstance(after, Tensor) and not turns and str(before.shape[-1]) == str(after.shape[-1])
+
+
+def _args(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
 
 
 def _last(node: fx.Node) -> int:
@@ -221,8 +225,8 @@ def _last(node: fx.Node) -> int:
 
 def _axes(node: fx.Node) -> list[int]:
     """The axes over which a sum runs."""
-    axes = node.args[1] if len(node.args) > 1 else None
-    return [axis % node.args[0].meta["val"].ndim for axis in axes or ()]
+    axes = _args(node)[1] if len(_args(node)) > 1 else None
+    return [axis % _args(node)[0].meta["val"].ndim for axis in axes or ()]
 
 
 def _lookups(code: Code, leaving: str) -> dict[fx.Node, str]:
@@ -232,7 +236,7 @@ def _lookups(code: Code, leaving: str) -> dict[fx.Node, str]:
     while waiting:
         node = waiting.pop()
         if node.target is aten.embedding.default:
-            table = behind_casts(node.args[0])
+            table = behind_casts(_args(node)[0])
             if table.name in code.params and len(table.users) == 1:
                 found[node] = code.params[table.name]
         elif node.op == "call_function":

@@ -129,6 +129,7 @@ class _Rounded:
         return self._round(turned)
 
     def _of_heads(self, turn: Turn) -> Tensor:
+        assert isinstance(turn.group, General)
         if turn.name not in self.matrices:
             self.matrices[turn.name] = self._drawn(turn.group.size, turn.name)
         return self.matrices[turn.name].float()
