@@ -84,7 +84,7 @@ class Turn:
         if isinstance(self.group, Scores):
             for wire in (self.group.key, self.group.query):
                 states = {need: self.stats[wire.key, need] for need in self.needs}
-                yield Source(weights=[], stats=_named(states))
+                yield Source(weights=[], stats=_named(states, wire.key))
         for source, group in by_source(self.sites).items():
             states = {need: self.stats[source, need] for need in self.needs}
             if group[0].route is None:

@@ -39,12 +39,12 @@ class Scores:
 
     def turned(self, graph: ModuleGraph, M: Tensor, M_inv: Tensor) -> ModuleGraph:
         """The graph with keys times M and queries times its inverse, transposed."""
-        ops: tuple[Op, Op]
+        at_query: Op
+        at_key: Op
         if M.ndim == 1:
-            ops = Multiply(self._of_queries(M_inv)), Multiply(M)
+            at_query, at_key = Multiply(self._of_queries(M_inv)), Multiply(M)
         else:
-            ops = MatMul(self._of_queries(M_inv.mT)), MatMul(M)
-        at_query, at_key = ops
+            at_query, at_key = MatMul(self._of_queries(M_inv.mT)), MatMul(M)
         turned = graph.inserting(self.query.name, at_query)
         return turned.inserting(self.key.name, at_key)
 
