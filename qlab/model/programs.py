@@ -11,6 +11,7 @@ from qlab.algebra.graph import Code, runs_on, tensors_of
 from qlab.algebra.tracing.kept import refuse_shared
 from qlab.algebra.tracing.programs import program
 from qlab.model.calls import Call
+from qlab.model.recording import shapes_of
 
 # what a config says of where it comes from
 ORIGIN = frozenset({"_name_or_path", "quantization_config"})
@@ -51,9 +52,13 @@ class Programs:
         return code
 
     def first(self, path: str, call: Call) -> Code:
-        """The first program of a block, for arguments of any form: it tells what the block
-        returns."""
-        return self._first[path] if path in self._first else self.code(path, call)
+        """The first program of a block that returns hidden states of this shape, for arguments of
+        any form: it tells what else the block returns. A program may be for one shape alone."""
+        first = self._first.get(path)
+        tensors = tensors_of(*call.inputs(call.entering))
+        if first is not None and tuple(call.entering[0].shape) in shapes_of(first, tensors):
+            return first
+        return self.code(path, call)
 
     def uses(self, name: str) -> bool:
         """Whether the program of a block uses a parameter that the block holds. The block has been

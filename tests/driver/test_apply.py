@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from model_folders import contents, random_tokens
+from model_folders import contents, random_tokens, tensors
 from transformers import AutoModelForCausalLM
 
 from qlab import LowRank, Sum, apply, evaluate, insert, logits, lower, perplexity, quantize, write
@@ -84,6 +84,18 @@ def test_writing_the_value_gives_the_bytes_of_quantize(inputs, saved, tmp_path):
     quantize(model, gptq(INT4), data, tmp_path / "quantized", inputs=inputs)
     assert contents(tmp_path / "written") == contents(tmp_path / "quantized")
     assert contents(tmp_path / "again") == contents(tmp_path / "quantized")
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo_hybrid"])
+def test_data_that_no_step_needs_changes_no_tensor(family, saved, tmp_path):
+    """A program of filters over time is for one length, which is another one with data."""
+    source = saved(family)
+    model, data = open_checkpoint(source), random_tokens(source, 2, 24)
+    write(apply(model, rtn(INT4), data), tmp_path / "with")
+    write(apply(model, rtn(INT4), None), tmp_path / "without")
+    with_data, without = tensors(tmp_path / "with"), tensors(tmp_path / "without")
+    assert with_data.keys() == without.keys()
+    assert all(torch.equal(tensor, without[name]) for name, tensor in with_data.items())
 
 
 def test_the_value_gives_the_same_bits_each_time(saved):
