@@ -9,6 +9,10 @@ and D of those, whose minimum over a is exact. a = 0 is among the candidates, so
 never worse there. Inputs of many correlated channels, as of down_proj, get a fraction of what
 normalized inputs get.
 
+Zeros of a mask stay. W is then the weight before it, and the leaf L follows its target to
+L + b (W* - W) on the support, where b, 0 to 1, is exact for every row of
+tr((W* - L') H (W* - L')^T): on the support the leaf is never further from the new target.
+
 Legend: x the input as the quantized sites before it make it, x' the input in the reference model,
 H = E x^T x, D = E (x' - x)^T x, W_ok weight, C_ok its correction at a = 1.
 Sources: Qronos (arXiv 2505.11695), QEP (arXiv 2504.09629).
@@ -100,7 +104,8 @@ def aim_held_out(damps: Sequence[float] = DAMPS) -> Transform:
     For every input the strength a, from 0 to 1, and the damping are those with the least error on a
     quarter of the calibration tokens, when fitted to the others. The step itself is then fitted to
     all of them. Without drift, or without enough tokens to hold some out, weights stay bit for bit.
-    Routers and routed experts stay as they are, as with `aim_at_reference`.
+    Routers and routed experts stay as they are, as with `aim_at_reference`. Behind a mask the
+    weight before it is aimed, and what the mask left follows on the support.
 
     Args:
         damps: fractions of mean(diag H) to choose from, each from 0 to 1.
@@ -171,7 +176,11 @@ def aimed(
     stream: Stream | None,
 ) -> ModuleGraph:
     """The graph with the weights of one input moved."""
-    weights = [graph.weight_ok(site) for site in sites]
+    supports = [graph.support_ok(site) for site in sites]
+    weights = [
+        graph.weight_ok(site) if support is None else graph.target_ok(site)
+        for site, support in zip(sites, supports)
+    ]
     W_ok, fitted = torch.cat(weights), rest(total, held_out)
     of_all, of_held, of_rest = (None, None, None) if stream is None else (*stream, _less(*stream))
     held = pull_of(W_ok, held_out.drift, of_held), held_out.moment
@@ -186,10 +195,36 @@ def aimed(
     except QlabError as error:
         raise QlabError(f"{graph.where(sites[0])}: {error}") from error
     note = {"aim_strength": aim.strength, "aim_damp": aim.damp, "aim_gain": aim.gain}
-    leaves: dict[str, Tensor] = {}
     notes = dict(graph.notes)
-    for site, W_ok in zip(sites, moved):
+    for site in sites:
         notes[site.path] = {**notes.get(site.path, {}), **note}
-        if aim.strength and site.weight is not None:
-            leaves[site.weight] = W_ok if site.layout == "o k" else W_ok.mT.contiguous()
-    return replace(graph.update(leaves), notes=notes)
+    if aim.strength:
+        for site, W_ok, support in zip(sites, moved, supports):
+            graph = _placed(graph, site, W_ok, support, total.moment)
+    return replace(graph, notes=notes)
+
+
+def _placed(
+    graph: ModuleGraph, site: Site, W_ok: Tensor, support: Tensor | None, moment: Moment
+) -> ModuleGraph:
+    """The graph with another target of a site, and with what lies nearest to it as its leaf."""
+    name = site.weight or ""
+    if support is None:
+        return graph.update({name: _in_layout(W_ok, site)})
+    step_ok = W_ok - graph.target_ok(site)
+    leaf_ok = followed(graph.weight_ok(site), W_ok, step_ok * support, moment)
+    moved = graph.update({name: _in_layout(leaf_ok, site)})
+    return replace(moved, targets={**graph.targets, name: _in_layout(W_ok, site)})
+
+
+def _in_layout(W_ok: Tensor, site: Site) -> Tensor:
+    return W_ok if site.layout == "o k" else W_ok.mT.contiguous()
+
+
+def followed(leaf_ok: Tensor, target_ok: Tensor, step_ok: Tensor, moment: Moment) -> Tensor:
+    """L + b S, with b, 0 to 1, for every row the least of tr((T - L - b S) H (T - L - b S)^T)."""
+    H_kk = moment.mean_kk
+    slope_o = torch.linalg.vecdot((target_ok - leaf_ok) @ H_kk, step_ok)
+    curvature_o = torch.linalg.vecdot(step_ok @ H_kk, step_ok)
+    share_o = (slope_o / curvature_o.clamp_min(1e-30)).clamp(0, 1)
+    return leaf_ok + share_o[:, None] * step_ok

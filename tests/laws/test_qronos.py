@@ -10,18 +10,23 @@ from test_gptaq import drifted, drifting
 
 from qlab.algebra.graph import lone_weight
 from qlab.algebra.interpret import interpret
+from qlab.algebra.leaf import dense
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.stats import HELD_OUT, STATS, STRETCH, Drifting, Observation
-from qlab.algebra.transform import chain
+from qlab.algebra.transform import chain, each_cell
 from qlab.driver.observe import Reference
 from qlab.driver.solve import solve_in_order
 from qlab.errors import QlabError
+from qlab.methods import METHODS, PRUNERS
+from qlab.methods.gptaq import aim_at_reference
 from qlab.methods.gptq import gptq
-from qlab.methods.qronos import aim_held_out, choose, correction, rest
+from qlab.methods.loaq import aim_in_stream
+from qlab.methods.qronos import aim_held_out, choose, correction, followed, rest
 
 SPEC = parse_spec("int4-g16")
 SHAPES = st.tuples(st.integers(1, 8), st.integers(2, 12), st.integers(0, 99))
 ROWS = 2 * HELD_OUT * STRETCH
+MASKED = [("llama", "sparsegpt"), ("gpt2", "magnitude"), ("qwen3_moe", "wanda")]
 NAMES = ("second_moment", "drift", "held_out")
 
 
@@ -131,6 +136,63 @@ def test_a_block_whose_inputs_drift_ends_nearer_to_the_reference(family, monkeyp
     for path, note in graph.notes.items():
         site = by_path[path]
         assert ("aim_strength" in note) == (not site.route and not site.router)
+
+
+@given(SHAPES)
+def test_a_leaf_that_follows_its_target_on_a_support_is_never_further_from_it(shape):
+    o, k, seed = shape
+    T, step, x = (normal(n, k, seed=seed + i) for i, n in enumerate((o, o, 3 * k)))
+    support = normal(o, k, seed=seed) > 0
+    L, moment = T * support + 0.1 * normal(o, k, seed=seed + 5) * support, moment_of(x)
+    new = followed(L, T + step, step * support, moment)
+    before, after = (((T + step - leaf) @ x.T).square().sum(1) for leaf in (L, new))
+    assert not new[~support].any() and (after <= before * (1 + 1e-4) + 1e-4).all()
+
+
+def moment_of(x):
+    return STATS["second_moment"].lift(Observation(x, torch.arange(len(x))))
+
+
+@pytest.mark.parametrize("aim", [aim_held_out, aim_in_stream, aim_at_reference])
+@pytest.mark.parametrize("family, pruner", [*MASKED])
+def test_behind_a_mask_the_target_moves_and_its_zeros_stay(family, pruner, aim, monkeypatch):
+    monkeypatch.setattr("qlab.algebra.stats.STRETCH", 4)
+    cells = {}
+
+    def look(weight):
+        cells[weight.name, weight.expert] = weight.cell
+        return weight.cell
+
+    graph = in_order(family, chain(PRUNERS[pruner]("2:4"), aim(), each_cell("look", look)))
+    sites, moved = {graph.where(site): site for site in graph.sites}, 0
+    for (name, expert), cell in cells.items():
+        assert (~cell.support).any() and not cell.leaf[~cell.support].any()
+        W = segment(family).graph.weight_ok(sites[name], expert)
+        elsewhere = not torch.equal(cell.target, W)
+        assert not elsewhere or expert is None
+        moved += elsewhere
+    assert moved
+
+
+@pytest.mark.parametrize("method", ["qronos-refined", "loaq-refined", "gptaq"])
+@pytest.mark.parametrize("family, pruner", [*MASKED])
+def test_zeros_outlive_an_aim_and_its_solver(family, pruner, method, monkeypatch):
+    monkeypatch.setattr("qlab.algebra.stats.STRETCH", 4)
+    mask = PRUNERS[pruner]("2:4")
+    graph = in_order(family, chain(mask, METHODS[method](SPEC)))
+    for site in graph.sites:
+        if not site.router:
+            experts = [None] if site.route is None else range(len(graph.support_ok(site)))
+            for e in experts:
+                zeros = ~graph.support_ok(site, e)
+                assert zeros.any() and not dense(graph.leaf_ok(site, e))[zeros].any()
+
+
+def in_order(family, recipe):
+    """A block whose inputs drift, solved."""
+    seg = segment(family)
+    reference = Reference(seg.graph, batches_of(seg))
+    return solve_in_order(seg.graph, recipe, drifted(seg), reference=reference)[0]
 
 
 def test_on_the_reference_s_own_activations_it_changes_nothing():
