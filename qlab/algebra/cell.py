@@ -222,9 +222,15 @@ def _refuse_unplanned(leaf: Any, spec: Spec | None, step: str) -> None:
     actual = codes.spec if isinstance(codes, QTensor) else None
     as_planned = same_grid(actual, spec) if actual and spec else actual is spec
     if not as_planned:
-        planned = f"is to round to {spec}" if spec else "is to round nothing"
+        result = f"{step} made {actual or 'plain numbers'}"
+        if spec:
+            raise Misfit(
+                f"{result} and is to round to {spec}, the grid of its cell; give codes on that "
+                "grid, a QTensor, or plain numbers where neither the step's spec nor "
+                "narrow(spec=...) asks for a grid"
+            )
         raise Misfit(
-            f"{step} made {actual or 'plain numbers'} and {planned}, which is what was planned; "
+            f"{result} and is to round nothing, which is what was planned; "
             "return a QTensor of the spec, or a tensor where each_weight has none"
         )
 

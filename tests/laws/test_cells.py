@@ -13,7 +13,7 @@ from segments import normal, segment, untouched
 
 from qlab.algebra.cell import Cell, Feasible, zero_codes
 from qlab.algebra.grid import encode, minmax
-from qlab.algebra.leaf import LowRank, Sum, dense
+from qlab.algebra.leaf import LowRank, Sum, dense, proper
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.transform import Stage, at, chain, each_cell, each_weight
@@ -30,7 +30,11 @@ HESSIAN = frozenset({"second_moment"})
 # rounding steps, by the specs they take
 ROUNDING = sorted(m for m in LAW_METHODS if any(stage.spec for stage in LAW_METHODS[m](SPEC)))
 # A rotation has no zeros where its weight had some.
-TURNED = sorted(m for m in ROUNDING if any("rotate" in s.name for s in LAW_METHODS[m](SPEC)))
+TURNED = sorted(
+    method
+    for method in ROUNDING
+    if any("rotate" in s.name or s.name == "incoherence" for s in LAW_METHODS[method](SPEC))
+)
 FAMILIES = ("llama", "gpt2", "qwen3_moe")
 
 
@@ -77,7 +81,7 @@ def test_a_mask_survives_every_later_step(method, family):
     for spec in (SPEC, ASYM):
         graph, _ = seg.solve(chain(MASK, LAW_METHODS[method](spec)))
         for site, _, leaf, _, support in weights(graph):
-            W = dense(leaf, torch.float32)
+            W = dense(proper(leaf), torch.float32)
             assert support is not None and not W[~support].any() and W[support].any()
             assert (support.unflatten(-1, (-1, 4)).sum(-1) == 2).all()
             assert graph.notes[site.path]["zeros"] == pytest.approx(0.5)
@@ -88,7 +92,7 @@ def test_a_rotation_of_a_mask_is_refused_by_name(method):
     refused(
         segment("llama"),
         chain(MASK, LAW_METHODS[method](SPEC)),
-        r"proj: rotate\w* moves \d+ weights that a step before it set to 0",
+        r"proj: (rotate\w*|incoherence) moves \d+ weights that a step before it set to 0",
     )
 
 
@@ -234,7 +238,11 @@ HALF = torch.arange(32) % 2 == 0
         (cell_of(W), (W,), "proj: mine put a tuple, which is no leaf"),
         (cell_of(W), encode(minmax, W, SPEC), "made int4-g16 and is to round nothing"),
         (cell_of(W, ASYM), encode(minmax, W, SPEC), "made int4-g16 and is to round to int3"),
-        (cell_of(W, SPEC), W, "made plain numbers and is to round to int4-g16"),
+        (
+            cell_of(W, SPEC),
+            W,
+            "made plain numbers and is to round to int4-g16, the grid of its cell; give codes",
+        ),
         (
             cell_of(W, SPEC),
             replace(encode(minmax, W, SPEC), codes=encode(minmax, W, SPEC).codes + 9),
