@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qlab.algebra.graph import ModuleGraph, Site
-from qlab.algebra.measured import errors_in_notes, errors_of, noted_by_step
+from qlab.algebra.measured import errors_in_notes, errors_of, noted_by_step, warn_of_divergence
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.rounding import Copies
 from qlab.algebra.spec import Spec
@@ -152,6 +152,7 @@ def each_block(
     spec: Spec | None = None,
     detail: str = "",
     visits: int = 0,
+    leaves: str = "",
 ) -> Transform:
     """A method from a function of one whole block: fn(block) -> leaves, or (leaves, notes).
 
@@ -168,6 +169,8 @@ def each_block(
         spec: the grid that fn rounds to; None where it keeps the grid of each leaf.
         detail: settings in words, for plans and reports.
         visits: how many windows fn runs forward and backward, for the estimate of time.
+        leaves: what it puts that is neither a tensor nor codes, as of `qlab.each_cell`: no format
+            holds such a leaf, so a plan refuses to write the recipe.
 
     Returns:
         A transform of one stage. It needs calibration data.
@@ -205,8 +208,9 @@ def each_block(
         }
         block = Block(segment=graph, samples=stats[SAMPLES], stats=of_sites)
         with torch.enable_grad():
-            leaves, note = _returned(name, fn(block))
-        placed = dict(map(block._placed, _copies(leaves).items()))
+            returned, note = _returned(name, fn(block))
+        warn_of_divergence(f"{graph.path}: {name}", note)
+        placed = dict(map(block._placed, _copies(returned).items()))
         for path, leaf in placed.items():
             _refuse_unfit(f"{name} made {graph.path}.{path}", leaf)
         notes = dict(graph.notes)
@@ -218,7 +222,8 @@ def each_block(
             notes[site.path] = {**notes.get(site.path, {}), **errors, **note}
         return replace(graph.update(placed), notes=notes), stats
 
-    return (Stage(name, needs | {BLOCK_IO}, run, WholeBlock(visits), spec=spec, detail=detail),)
+    view = WholeBlock(visits, leaves)
+    return (Stage(name, needs | {BLOCK_IO}, run, view, spec=spec, detail=detail),)
 
 
 def _refuse_nonfinite(graph: ModuleGraph, sites: list[Site]) -> None:

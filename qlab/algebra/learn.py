@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.block import Block
+from qlab.algebra.measured import DIVERGED
 
 LOOKS = 8  # how often the loss over all windows is looked at, at most
 
@@ -59,7 +60,7 @@ def learn(
     for t in range(schedule.steps):
         indices = torch.randperm(block.count, generator=drawn)[: schedule.windows].tolist()
         if not math.isfinite(_add_gradients(block, version().weights, indices)):
-            notes["diverged_at_step"] = t
+            notes[DIVERGED] = t
             break
         update(1 - t / schedule.steps)
         last = t + 1 == schedule.steps

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from qlab.algebra.graph import ModuleGraph, Site
 from qlab.algebra.leaf import proper
-from qlab.algebra.measured import errors_in_notes, errors_of
+from qlab.algebra.measured import DIVERGED, errors_in_notes, errors_of, warn_of_divergence
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.random import generator
 from qlab.algebra.stats import Stats
@@ -114,7 +114,7 @@ def learn_whole(step: str, relaxed: Relaxed, schedule: Schedule, model: Any) -> 
     learn_from, held_out = divided(step, model.count, schedule.held_out)
     narrow = model.checkpoint.running_dtype == torch.bfloat16
     model = model.running(torch.bfloat16 if narrow else torch.float32)
-    loss = _finite(model.kl_to(model.reference))
+    loss = finite(model.kl_to(model.reference))
     variables = Variables(model.fold(partial(_with_shapes, relaxed), {}))
 
     def changed(path: str, graph: ModuleGraph) -> ModuleGraph:
@@ -134,13 +134,14 @@ def learn_whole(step: str, relaxed: Relaxed, schedule: Schedule, model: Any) -> 
             last = t + 1 == schedule.steps
             if last or (t + 1) % math.ceil(schedule.steps / LOOKS) == 0:
                 now = look()
-        except _Diverged:
-            notes["diverged_at_step"] = t
+        except Diverged:
+            notes[DIVERGED] = t
             break
         if now < least:
             least, kept_step = now, t + 1
             variables.keep()
     notes |= {"kl_before": before, "kl": least, "kept_step": kept_step}
+    warn_of_divergence(step, notes)
     leaves = model.fold(partial(_hashed, relaxed, variables), "")
     return Learned(notes=notes, leaves=leaves, variables=variables)
 
@@ -218,15 +219,17 @@ def _hashed(
     return hashed.hexdigest()[:32]
 
 
-class _Diverged(Exception):
+class Diverged(Exception):
     """The loss is no finite number any more."""
 
 
-def _finite(loss: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
+def finite(loss: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
+    """The loss, which raises `Diverged` where it is no finite number."""
+
     def checked(logits: Tensor, window: int) -> Tensor:
         value = loss(logits, window)
         if not math.isfinite(float(value.detach())):
-            raise _Diverged
+            raise Diverged
         return value
 
     return checked

@@ -16,7 +16,9 @@ from torch import Tensor
 from qlab.algebra.leaf import Structured, dense, proper
 from qlab.algebra.qtensor import QTensor, largest_step
 from qlab.algebra.stats import Moment
-from qlab.errors import QlabError
+from qlab.errors import QlabError, warn
+
+DIVERGED = "diverged_at_step"  # the note of learning that left the finite numbers
 
 # Entries of the report that are measured, so that no step may note them.
 MEASURED = {
@@ -121,3 +123,12 @@ def merged(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         key: values[0] if all(value == values[0] for value in values) else values
         for key, values in lists.items()
     }
+
+
+def warn_of_divergence(step: str, notes: Mapping[str, Any]) -> None:
+    """Warn of learning that left the finite numbers, of which the notes say when."""
+    if DIVERGED in notes:
+        warn(
+            f"{step} diverged at step {notes[DIVERGED]}, and the best that it saw before is kept; "
+            "lower its rate, or take fewer steps"
+        )

@@ -143,12 +143,14 @@ class EverySegment(View):
 class WholeBlock(View):
     """A block with its samples: what enters it, and what leaves it in the unquantized model.
 
-    windows: how many of them the step runs forward and backward, for the estimate of time.
+    windows: how many of them the step runs forward and backward, for the estimate of time. leaves:
+    as of `EachWeight`.
     """
 
     sees: ClassVar[str] = "the block and its samples"
 
     windows: int = 0
+    leaves: str = ""
 
 
 @dataclass(frozen=True)

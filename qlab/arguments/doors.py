@@ -176,6 +176,7 @@ TAKES: Mapping[str, Mapping[str, plain.Kind]] = {
         "spec": kinds.optional_spec,
         "detail": plain.text,
         "visits": plain.whole,
+        "leaves": plain.text,
     },
     "auto_round": {
         **METHOD,

@@ -12,7 +12,7 @@ from qlab.algebra.online import QuantizeInput, matrix_of
 from qlab.algebra.scope import matches
 from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Stage, Transform, select
-from qlab.algebra.views import EachWeight, Uncovered
+from qlab.algebra.views import EachWeight, Uncovered, WholeBlock
 from qlab.algebra.wires import full_name, open_wires
 from qlab.codecs import CODECS, Codec
 from qlab.codecs.around import Around, Places
@@ -120,7 +120,7 @@ def refuse_unheld(
 def refuse_unheld_leaves(recipe: Transform, named: Mapping[str, Site], codec: str) -> None:
     """Refuse leaves that are neither numbers nor codes, by the names of their weights."""
     for stage in recipe:
-        if isinstance(stage.view, EachWeight) and stage.view.leaves:
+        if isinstance(stage.view, EachWeight | WholeBlock) and stage.view.leaves:
             touched = [
                 name
                 for name, site in named.items()

@@ -123,6 +123,11 @@ def _matches_nothing(stage: Stage, model: Sites) -> str:
     beside = [name for name in model.around if name in stage.scope]
     example = next(iter([*model.sites, *model.unread]), "none")
     hint = f"outside() reaches {some(beside)}" if beside else f"sites are named like {example}"
+    if isinstance(stage.view, Gauged) and stage.scope.include and not beside:
+        known = [f"{name}:in" for name in model.sites]
+        strange = [p for p in stage.scope.include if not any(matches(p, n) for n in model.sites)]
+        pattern = [*strange, stage.scope.include[-1]][0]
+        hint = f"of the inputs that it may turn {nearest(f'{pattern}:in', known)}"
     return f"the stage {stage.name!r} matches no site ({stage.scope}); {hint}"
 
 

@@ -23,6 +23,8 @@ from qlab.algebra.gauge import Element, Turn, gauge
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.grid import encode, minmax
 from qlab.algebra.groups import General
+from qlab.algebra.learn_whole import Diverged, finite
+from qlab.algebra.measured import DIVERGED, warn_of_divergence
 from qlab.algebra.online import QuantizeInput
 from qlab.algebra.qtensor import dense
 from qlab.algebra.random import generator
@@ -177,12 +179,19 @@ def _learned(model: Any, changed: _Rounded, steps: int, rate: float) -> Learned:
     loss, losses = model.kl_to(model), list[float]()
     best: dict[str, Tensor] = {}
     slope: dict[str, Tensor] = {}
-    for _ in range(steps + 1):
-        if steps:
-            _watch(changed, model)
-            values = model.vjp(loss, changed=changed)
-        else:
-            values = model.losses(loss, changed=changed)
+    notes: dict[str, int] = {}
+    for step in range(steps + 1):
+        # A loss that is not finite at the start is no divergence, and refused as such.
+        checked = finite(loss) if step else loss
+        try:
+            if steps:
+                _watch(changed, model)
+                values = model.vjp(checked, changed=changed)
+            else:
+                values = model.losses(checked, changed=changed)
+        except Diverged:
+            notes[DIVERGED] = step
+            break
         mean = sum(values) / len(values)
         if not losses or mean < min(losses):
             best = {name: R.detach() for name, R in changed.matrices.items()}
@@ -194,6 +203,10 @@ def _learned(model: Any, changed: _Rounded, steps: int, rate: float) -> Learned:
             rate /= 2
         losses.append(mean)
         changed.matrices = {name: _moved(R, slope[name], rate) for name, R in best.items()}
+        if step < steps and not all(R.isfinite().all() for R in changed.matrices.values()):
+            notes[DIVERGED] = step + 1
+            break
+    warn_of_divergence("spinquant", notes)
     return Learned(matrices=best, before=losses[0], after=min(losses))
 
 

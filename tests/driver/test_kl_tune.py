@@ -13,6 +13,7 @@ from qlab.algebra.transform import at, chain
 from qlab.data.calibration import from_ids
 from qlab.directories.verify import verify
 from qlab.driver.apply import apply
+from qlab.driver.model import Model
 from qlab.driver.quantize import quantize
 from qlab.driver.write import write
 from qlab.errors import QlabError
@@ -20,7 +21,9 @@ from qlab.evaluation.perplexity import evaluate
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.gptq import gptq
 from qlab.methods.kl_tune import kl_tune
+from qlab.methods.qat_end_to_end import qat_end_to_end
 from qlab.methods.rtn import rtn
+from qlab.methods.spinquant import spinquant
 
 INT4 = parse_spec("int4-g16")
 LEARNING = {"steps": 6, "rate": 0.004}
@@ -140,6 +143,35 @@ def test_divergence_keeps_what_was_best(saved):
     assert all(note["kl"] <= note["kl_before"] for note in notes)
     if notes[0]["kept_step"] == 0:
         assert evaluate(value, model, data).kl == evaluate(plain, model, data).kl
+
+
+@pytest.mark.parametrize(
+    "step, recipe",
+    [
+        ("kl_tune", chain(rtn(INT4), kl_tune(steps=4, windows=2))),
+        ("qat_end_to_end", chain(rtn(INT4), qat_end_to_end(steps=4, windows=2))),
+        ("spinquant", chain(spinquant(parse_spec("int4-channel"), steps=4), rtn(INT4))),
+    ],
+)
+def test_divergence_is_a_warning_of_the_run(step, recipe, saved, monkeypatch):
+    model, data = opened(saved)
+    kl_to, calls = Model.kl_to, []
+
+    def lost(self, other):
+        """A divergence that is NaN from the seventh window on."""
+        loss = kl_to(self, other)
+
+        def value(logits, window):
+            calls.append(window)
+            return loss(logits, window) * (1 if len(calls) <= 6 else torch.nan)
+
+        return value
+
+    monkeypatch.setattr(Model, "kl_to", lost)
+    with pytest.warns(UserWarning, match=rf"{step} diverged at step \d, and the best") as warned:
+        value = apply(model, recipe, data)
+        list(value.segments())
+    assert len([w for w in warned if "diverged" in str(w.message)]) == 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 written."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -169,6 +170,20 @@ def test_a_pattern_without_a_site_is_refused(model):
     assert "matches no site (*.experts.*)" in refusal(model, at("*.experts.*", rtn(INT4)))
     assert "matches no site (*.atn.*" in refusal(
         model, rules({"*.atn.*": rtn(INT4), "*": rtn(INT4)})
+    )
+
+
+def test_a_gauge_without_a_wire_names_the_nearest(model):
+    for pattern in ("*.o_porj:in", "model.layers.0.self_attn.o_porj:in"):
+        message = refusal(model, chain(qlab.gauge("flip", pattern, lambda turn: None), rtn(INT4)))
+        assert "'flip' matches no site" in message and "self_attn.o_proj:in" in message
+
+
+def test_what_a_block_step_says_that_it_puts_is_refused_beforehand(model):
+    step = qlab.each_block("mine", lambda block: {}, leaves="low ranks")
+    data = random_tokens(model.path)
+    assert re.search(
+        r"the stage 'mine' makes of .* low ranks, for which", refusal(model, step, data)
     )
 
 

@@ -180,7 +180,8 @@ def test_learning_that_diverges_keeps_the_best_and_says_so():
 
         return learn(block, version, update, Schedule(steps=9, windows=1))
 
-    graph, _ = seg.solve(each_block("explode", explode))
+    with pytest.warns(UserWarning, match=r"explode diverged at step \d, and the best"):
+        graph, _ = seg.solve(each_block("explode", explode))
     note = graph.notes["mlp.up_proj"]
     assert note["diverged_at_step"] <= 3 and note["kept_step"] == 0
     assert torch.equal(graph.params["mlp.up_proj.weight"], seg.graph.params["mlp.up_proj.weight"])
