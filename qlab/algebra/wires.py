@@ -21,6 +21,7 @@ from qlab.algebra.graph import (
     Site,
     behind_casts,
     by_source,
+    open_symbols,
 )
 from qlab.algebra.scope import Scope, matches
 from qlab.errors import QlabError
@@ -289,6 +290,11 @@ def _of_attention(owner: str, operand: Operand) -> Wire:
         node=operand.node.name,
         edges=((operand.reader.name, operand.place),),
         layout=operand.layout,
-        channels=shape[-3] * width,
-        heads=shape[-3],
+        channels=_count(shape[-3] * width),
+        heads=_count(shape[-3]),
     )
+
+
+def _count(size: Any) -> int:
+    """The size as a number, where it is a term without symbols."""
+    return size if open_symbols(size) else int(size)

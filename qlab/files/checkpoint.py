@@ -227,11 +227,11 @@ class Checkpoint(Shown):
         its "output"."""
         return self.around(module, location, n)
 
-    def attended(self, module: str, channels: int) -> dict[str, tuple[Op, ...]]:
-        """What happens to the "query", "key" and "value" of an attention module with so many
-        channels per head. Empty where none is rounded, since queries and keys that turn together
-        change nothing else."""
-        found = {place: self.around(module, place, channels) for place in ("query", "key", "value")}
+    def attended(self, module: str, channels: Mapping[str, int]) -> dict[str, tuple[Op, ...]]:
+        """What happens to the "query", "key" and "value" of an attention module, of which each has
+        so many channels per head. Empty where none is rounded, since queries and keys that turn
+        together change nothing else."""
+        found = {place: self.around(module, place, n) for place, n in channels.items()}
         rounds = any(isinstance(op, QuantizeInput) for ops in found.values() for op in ops)
         return {place: ops for place, ops in found.items() if ops} if rounds else {}
 

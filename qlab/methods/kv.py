@@ -39,7 +39,7 @@ class CacheSpec:
         """The spec for so many heads, which have so many channels together."""
         if not self.per_head:
             return self.spec
-        return replace(self.spec, tile=Tile(None, int(channels // heads)))
+        return replace(self.spec, tile=Tile(None, channels // heads))
 
     def __str__(self) -> str:
         text = str(self.spec)

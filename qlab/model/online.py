@@ -38,7 +38,7 @@ def at_attentions(skeleton: Skeleton, path: str, code: Code) -> dict[str, tuple[
         return found
     seen: set[str] = set()
     for module, read in attentions(path, code).items():
-        channels = int(read["key"].channels // read["key"].heads)
+        channels = {place: wire.channels // wire.heads for place, wire in read.items()}
         for name in skeleton.names.spellings_of(module):
             places = skeleton.checkpoint.attended(name, channels)
             found |= {read[place].name: ops for place, ops in places.items()}
