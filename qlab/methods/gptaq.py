@@ -11,7 +11,6 @@ import math
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from qlab.algebra.graph import ModuleGraph, by_source
 from qlab.algebra.spec import Spec
@@ -21,6 +20,7 @@ from qlab.algebra.views import EachWeight
 from qlab.errors import QlabError
 from qlab.methods.gptq import gptq
 from qlab.methods.obs import check_damp, cholesky
+from qlab.methods.qronos import aimed_at
 
 
 def aim_at_reference(strength: float = 0.5, damp: float = 0.01) -> Transform:
@@ -29,7 +29,8 @@ def aim_at_reference(strength: float = 0.5, damp: float = 0.01) -> Transform:
     With strength 1 this minimizes `E |V x - W x'|^2 + damp mean(diag H) |V - W|^2` over V. A
     smaller strength aims at W times a point between x and x'. Without drift D, W stays bit for bit.
     Routers stay as every engine reads them, and so do routed experts: the tokens that reach an
-    expert differ between the two models, so their rows have no counterpart.
+    expert differ between the two models, so their rows have no counterpart. Behind a mask the
+    weight before it is aimed, and what the mask left follows on the support.
 
     Args:
         strength: the share of the way from x to x', not 0.
@@ -60,8 +61,6 @@ def aim_at_reference(strength: float = 0.5, damp: float = 0.01) -> Transform:
         )
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
-        leaves: dict[str, Tensor] = {}
-        targets: dict[str, Tensor] = {}
         notes = dict(graph.notes)
         aimed_sites = [site for site in graph.sites if not site.route and not site.router]
         for source, sites in by_source(aimed_sites).items():
@@ -77,15 +76,9 @@ def aim_at_reference(strength: float = 0.5, damp: float = 0.01) -> Transform:
                 W_ok = graph.weight_ok(site) if support is None else graph.target_ok(site)
                 # H is symmetric: W D H^-1 = (H^-1 (W D)^T)^T
                 W_ok = W_ok + strength * torch.cholesky_solve((W_ok @ drift.mean_kk).mT, factor).mT
-                assert site.weight is not None  # weight_ok refuses a site without one
-                leaves[site.weight] = W_ok if site.layout == "o k" else W_ok.mT.contiguous()
-                if support is not None:
-                    targets[site.weight] = leaves[site.weight]
-                    masked = support if site.layout == "o k" else support.mT
-                    leaves[site.weight] = leaves[site.weight] * masked
+                graph = aimed_at(graph, site, W_ok, support, stats[source, "second_moment"])
                 notes[site.path] = {**notes.get(site.path, {}), "aim_damp": used}
-        graph = graph.update(leaves)
-        return replace(graph, notes=notes, targets={**graph.targets, **targets}), stats
+        return replace(graph, notes=notes), stats
 
     stage = Stage(
         "aim_at_reference",

@@ -200,11 +200,11 @@ def aimed(
         notes[site.path] = {**notes.get(site.path, {}), **note}
     if aim.strength:
         for site, W_ok, support in zip(sites, moved, supports):
-            graph = _placed(graph, site, W_ok, support, total.moment)
+            graph = aimed_at(graph, site, W_ok, support, total.moment)
     return replace(graph, notes=notes)
 
 
-def _placed(
+def aimed_at(
     graph: ModuleGraph, site: Site, W_ok: Tensor, support: Tensor | None, moment: Moment
 ) -> ModuleGraph:
     """The graph with another target of a site, and with what lies nearest to it as its leaf."""

@@ -174,6 +174,21 @@ def test_behind_a_mask_the_target_moves_and_its_zeros_stay(family, pruner, aim, 
     assert moved
 
 
+@pytest.mark.parametrize("aim", [aim_held_out, aim_in_stream, aim_at_reference])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_behind_a_mask_an_aim_brings_the_block_nearer_to_the_reference(family, aim, monkeypatch):
+    """Also where SparseGPT made up for its zeros, which the leaf that follows keeps."""
+    monkeypatch.setattr("qlab.algebra.stats.STRETCH", 4)
+    seg, mask = segment(family), PRUNERS["sparsegpt"]("2:4")
+    exact = [hidden(interpret(seg.graph, *batch)) for batch in seg.batches]
+    errors = []
+    for recipe in (mask, chain(mask, aim())):
+        reference = Reference(seg.graph, batches_of(seg))
+        _, (left, *_) = solve_in_order(seg.graph, recipe, drifted(seg), reference=reference)
+        errors.append(sum(relative(hidden(out), y) for out, y in zip(left, exact)))
+    assert errors[1] < 0.95 * errors[0]
+
+
 @pytest.mark.parametrize("method", ["qronos-refined", "loaq-refined", "gptaq"])
 @pytest.mark.parametrize("family, pruner", [*MASKED])
 def test_zeros_outlive_an_aim_and_its_solver(family, pruner, method, monkeypatch):
