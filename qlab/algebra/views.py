@@ -9,6 +9,7 @@
 | `WholeBlock` | when the steps before it are done with the block | |
 | `WholeSegment` | likewise, without samples | |
 | `WholeModel` | when the steps before it are done with all blocks | |
+| `WholeModelBasis` | before all other steps | every segment can take another basis |
 | `EverySegment` | before all other steps, on what lies around the blocks too | the function stays |
 | `Uncovered` | before all others | there is nothing to see |
 """
@@ -163,6 +164,12 @@ class WholeModel(View):
     """All segments behind the steps before it, which are done with each of them then."""
 
     sees: ClassVar[str] = "the whole model"
+
+
+@dataclass(frozen=True)
+class WholeModelBasis(WholeModel):
+    """The whole model before every other step, for a basis that all segments share: what chooses it
+    comes behind."""
 
 
 @dataclass(frozen=True)

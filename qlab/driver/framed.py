@@ -2,13 +2,14 @@
 and whether it can."""
 
 from collections.abc import Mapping
+from itertools import takewhile
 
 from torch import Tensor
 
 from qlab.algebra.frame import framing, turning
 from qlab.algebra.graph import Code, ModuleGraph, Site
 from qlab.algebra.transform import Stage, Transform, apply
-from qlab.algebra.views import EverySegment
+from qlab.algebra.views import EverySegment, WholeModel, WholeModelBasis
 from qlab.driver.lossless import refuse_changed
 from qlab.errors import QlabError
 from qlab.model.around import around_code, call_around, load_around
@@ -21,8 +22,7 @@ def refuse_unturnable(
 ) -> None:
     """Refuse a step that chooses the basis of a model which no basis but its own fits, before any
     work, by the segment and its operation."""
-    first, behind = framing(recipe)
-    late = [stage for stage in behind if isinstance(stage.view, EverySegment)]
+    first, late = _choosing(recipe)
     if len(first) > 1 or late:
         stage = [*first[1:], *late][0]
         raise QlabError(
@@ -40,6 +40,19 @@ def refuse_unturnable(
                 "norm their inputs after their mean and others not; leave it out"
             )
         _refuse_unfollowed(stage, skeleton, around)
+
+
+def _choosing(recipe: Transform) -> tuple[Transform, Transform]:
+    """The steps that choose the basis, or will when they have measured the model: those at the
+    beginning of the recipe, and those behind another step."""
+    begins = EverySegment | WholeModel
+    before = len(list(takewhile(lambda stage: isinstance(stage.view, begins), recipe)))
+    chooses = EverySegment | WholeModelBasis
+    first, late = (
+        tuple(stage for stage in part if isinstance(stage.view, chooses))
+        for part in (recipe[:before], recipe[before:])
+    )
+    return first, late
 
 
 def _refuse_part(stage: Stage, sites: Mapping[str, Site]) -> None:

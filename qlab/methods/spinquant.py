@@ -11,7 +11,7 @@ Rounding has the gradient of the identity. Legend: R, G [k, k].
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from qlab.algebra.qtensor import dense
 from qlab.algebra.random import generator
 from qlab.algebra.spec import Spec, with_scale_dtype
 from qlab.algebra.transform import Transform, apply, chain
+from qlab.algebra.views import WholeModelBasis
 from qlab.errors import QlabError
 from qlab.methods.hadamard import largest_order, random_hadamard
 
@@ -72,7 +73,7 @@ def spinquant(
         of the matrices that it begins with.
 
     Raises:
-        QlabError: steps is below 0 or rate not in (0, 1]; when it runs, a model that
+        QlabError: steps is below 0 or rate not in (0, 1]; before any work, a model that
             `rotate_residual` refuses.
 
     Source:
@@ -104,7 +105,9 @@ def spinquant(
         return chain(turned, _heads(lambda turn: learned.matrices[turn.name].float()))
 
     around = f"{spec} weights, {inputs or 'dense'} inputs"
-    return bind("spinquant", measure, then, f"{around}, {steps} steps at {rate:g}, seed {seed}")
+    detail = f"{around}, {steps} steps at {rate:g}, seed {seed}"
+    (stage,) = bind("spinquant", measure, then, detail)
+    return (replace(stage, view=WholeModelBasis()),)
 
 
 class _Rounded:

@@ -1,7 +1,10 @@
 """A whole model in another basis: embedding, blocks and head, written and read by others."""
 
+from functools import partial
+
 import pytest
 import torch
+from killing import KILLED, dying, finish, start
 from logits import IDS, transformers_logits
 from model_folders import contents, random_tokens, refused, tensors
 
@@ -126,6 +129,53 @@ def test_the_same_bytes_again(saved, written, tmp_path):
     model, recipe, out = written
     qlab.quantize(model, recipe, None, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(out / "blocks")
+
+
+@pytest.mark.parametrize("family, changes", [("llama", TIED), ("gpt2", {}), ("mixtral", {})])
+def test_a_measurement_behind_it_sees_the_function(family, changes, saved):
+    path, seen = saved(family, **changes), []
+    model, data = qlab.open(path), random_tokens(path, 3, 16)
+
+    def measure(turned):
+        seen.extend([turned.logits(IDS), turned.reference.logits(IDS)])
+        assert max(map(abs, turned.losses(turned.kl_to(turned.reference)))) < 1e-6
+        return 8
+
+    def rounded(bits):
+        return qlab.rtn(f"int{bits}-g16")
+
+    measured = qlab.apply(model, qlab.chain(R1, qlab.bind("bits", measure, rounded)), data)
+    plain = qlab.apply(model, qlab.chain(R1, rounded(8)), data)
+    assert torch.equal(qlab.logits(measured, IDS), qlab.logits(plain, IDS))
+    assert all(relative(logits, qlab.logits(model, IDS)) < 1e-4 for logits in seen)
+
+
+def test_scales_are_tuned_in_the_basis_and_written(saved, tmp_path):
+    path = saved("llama", **TIED)
+    model, data = qlab.open(path), random_tokens(path, 3, 16)
+    rounded = qlab.chain(R1, qlab.rtn("int4-g16"))
+    tuned = qlab.apply(model, qlab.chain(rounded, qlab.kl_tune(steps=8)), data)
+    out = qlab.write(tuned, tmp_path / "out").path
+    before, after, read = (
+        qlab.evaluate(each, model, data).kl
+        for each in (qlab.apply(model, rounded, data), tuned, out)
+    )
+    assert after < 0.95 * before and read == pytest.approx(after, rel=1e-3)
+    assert not qlab.verify(out, model).faults
+
+
+@pytest.mark.parametrize("tuning, kills", [(False, (3, 7)), (True, (5,))])
+def test_a_killed_run_is_resumed_to_the_same_bytes(tuning, kills, saved, tmp_path):
+    path = saved("llama", **TIED)
+    model, data = qlab.open(path), random_tokens(path, 3, 16)
+    recipe = qlab.chain(R1, qlab.gptq("int4-g16"), qlab.kl_tune(steps=2) if tuning else ())
+    whole = qlab.quantize(model, recipe, data, tmp_path / "whole").path
+    for renames in kills:
+        out = tmp_path / f"{renames}"
+        run = partial(qlab.quantize, model, recipe, data, out)
+        assert finish(start(dying(run, renames, "after"))) == KILLED
+        qlab.quantize(model, recipe, data, out, resume=True)
+        assert contents(out) == contents(whole)
 
 
 def test_what_cannot_turn_is_refused_before_any_work(saved, tmp_path):

@@ -78,10 +78,14 @@ def test_a_step_stays_on_the_group_and_goes_down(size, seed, rate, centred):
 def test_bad_settings_and_places_are_refused(saved):
     refused(lambda: qlab.spinquant(*GRIDS, steps=-1), "steps is -1")
     refused(lambda: qlab.spinquant(*GRIDS, rate=0.0), "rate")
-    path = saved("llama")
     behind = qlab.chain(qlab.smoothquant(), qlab.spinquant(*GRIDS, steps=0))
-    value = qlab.apply(qlab.open(path), behind, random_tokens(path))
-    refused(lambda: list(value.segments()), "spinquant", "first in the recipe")
-    gemma = saved("gemma2")
-    value = qlab.apply(qlab.open(gemma), qlab.spinquant(*GRIDS), random_tokens(gemma))
-    refused(lambda: list(value.segments()), "model.layers.0", "mul")
+
+    def planned(family, recipe):
+        return lambda: qlab.plan(saved(family), recipe, random_tokens(saved(family)))
+
+    refused(planned("llama", behind), "spinquant", "first in the recipe")
+    part = qlab.at("*mlp*", qlab.spinquant(*GRIDS))
+    refused(planned("llama", part), "spinquant", "leaves out", "q_proj")
+    refused(planned("gemma2", qlab.spinquant(*GRIDS)), "model.layers.0", "mul")
+    tower = "model.vision_tower", "leave spinquant out"
+    refused(planned("llava", qlab.spinquant(*GRIDS)), *tower)
