@@ -17,7 +17,15 @@ from qlab.arguments.doors import TAKES
 from qlab.files.checkpoint import open_checkpoint
 
 INT4 = qlab.parse_spec("int4-g32")
-NO_ARGUMENTS_OF_USERS = {"keep", "absorb", "inductor_options", "results"}
+# fisher and kl_of_each are called with what a bind shows
+NO_ARGUMENTS_OF_USERS = {
+    "keep",
+    "absorb",
+    "inductor_options",
+    "results",
+    "fisher",
+    "kl_of_each",
+}
 WRONG = [
     object(),
     b"x",
@@ -82,6 +90,7 @@ def given(saved, text, tmp_path_factory):
         "rules": {"table": {"*": recipe}},
         "each_block": {"name": "mine", "fn": print},
         "auto_round_refine": {},
+        "allocate": {"choices": [recipe], "bits": 4},
         "bind": {"name": "mine", "measure": print, "then": print},
         "kl_tune": {},
         "qat_end_to_end": {},

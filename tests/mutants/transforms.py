@@ -79,8 +79,9 @@ MUTANTS = [
         "mixture: one statistic for all experts",
         "algebra/stats.py",
         "per_expert.lift",
-        "[Observation(o.x_nk[rows], o.keys[rows], None, other[rows]) for rows in rows_of(o.ends)]",
-        "[Observation(o.x_nk, o.keys, None, other) for rows in rows_of(o.ends)]",
+        "Observation(o.x_nk[rows], o.keys[rows], None, other[rows], "
+        "of_rows(o.received_n, rows), of_rows(o.stream_no, rows))",
+        "Observation(o.x_nk, o.keys, None, other, o.received_n, o.stream_no)",
         "experts stats",
     ),
     Mutant(
@@ -96,7 +97,8 @@ MUTANTS = [
         "mixture: routers are rounded",
         "algebra/transform.py",
         "Stage.touches",
-        "site.outside == self.scope.outside and name in self.scope and (not unrounded)",
+        "site.outside == self.scope.outside and name in self.scope "
+        "and (not (site.router and rounds))",
         "site.outside == self.scope.outside and name in self.scope",
         "graph",
     ),
