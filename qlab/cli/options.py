@@ -26,6 +26,7 @@ METHODS = (
     "llmcompressor-awq",
     "smoothquant",
     "quarot",
+    "spinquant",
     "quip",
     "magnitude-2:4",
     "wanda-2:4",

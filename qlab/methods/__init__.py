@@ -32,9 +32,11 @@ from qlab.methods.magnitude import magnitude
 from qlab.methods.qat import qat
 from qlab.methods.qronos import aim_held_out
 from qlab.methods.rotate import incoherence, quarot
+from qlab.methods.rotate_residual import rotate_residual
 from qlab.methods.rtn import rtn
 from qlab.methods.smoothquant import smoothquant
 from qlab.methods.sparsegpt import sparsegpt
+from qlab.methods.spinquant import spinquant
 from qlab.methods.stages import ALTERNATED, attended, solver
 from qlab.methods.wanda import wanda
 
@@ -77,8 +79,14 @@ def smoothquant_rtn(spec: Spec) -> Transform:
 
 
 def quarot_gptq(spec: Spec) -> Transform:
-    """QuaRot's rotations, then GPTQ."""
-    return chain(quarot(), gptq(spec))
+    """QuaRot: hidden states in another basis between all blocks (R1), heads and inputs turned in
+    each (R2, R4), then GPTQ."""
+    return chain(rotate_residual(), quarot(), gptq(spec))
+
+
+def spinquant_gptq(spec: Spec) -> Transform:
+    """SpinQuant's learned rotations of hidden states and heads, then GPTQ."""
+    return chain(spinquant(spec), gptq(spec))
 
 
 def quip(spec: Spec) -> Transform:
@@ -146,6 +154,7 @@ METHODS: Mapping[str, Callable[[Spec], Transform]] = {
     "llmcompressor-awq": llmcompressor_awq,
     "smoothquant": smoothquant_rtn,
     "quarot": quarot_gptq,
+    "spinquant": spinquant_gptq,
     "quip": quip,
     "magnitude-2:4": magnitude_rtn,
     "wanda-2:4": wanda_gptq,

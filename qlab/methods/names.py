@@ -32,6 +32,7 @@ from qlab.methods.rotate_residual import rotate_residual
 from qlab.methods.rotate_scores import rotate_scores
 from qlab.methods.smoothquant import smoothquant
 from qlab.methods.sparsegpt import sparsegpt
+from qlab.methods.spinquant import spinquant
 from qlab.methods.wanda import wanda
 
 
@@ -93,6 +94,11 @@ STEPS: Mapping[str, Step] = {
     "awq_scale": Step(lambda text, spec: awq_scale(spec)),
     "awq_clip": Step(lambda text, spec: awq_clip(spec)),
     "quarot": _plain(quarot),
+    "spinquant": Step(
+        lambda text, spec: spinquant(spec, _input_spec(text) if text else None),
+        "int8-token",
+        usual="",
+    ),
     "rotate_residual": _plain(rotate_residual),
     "rotate_heads": _plain(rotate_heads),
     "rotate_online": _plain(rotate_online),

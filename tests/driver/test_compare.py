@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from model_folders import contents, random_tokens
-from quick import QUICK
+from quick import WRITTEN
 
 from qlab.algebra.grid import encode, minmax
 from qlab.algebra.spec import parse_spec
@@ -30,7 +30,7 @@ def test_compare_gives_the_bytes_of_separate_runs_by_default_and_in_one_pass(
     model, data = open_checkpoint(source), random_tokens(source)
     recipes = {
         name: method(INT4)
-        for name, method in QUICK.items()
+        for name, method in WRITTEN.items()
         if name not in ("gptaq", "qronos-refined", "loaq-refined") or not inputs
     }
     together = compare(model, recipes, data, tmp_path / "all", **inputs)

@@ -2,18 +2,19 @@
 step one to LAW_STEPS."""
 
 from own_steps import OWN_STEPS
-from quick import QUICK
+from quick import QUICK, WHOLE
 
 from qlab.algebra.grid import mse, signed, weighted_mse
 from qlab.algebra.transform import chain
 from qlab.methods.awq import awq_scale
 from qlab.methods.gptq import gptq, paper_order
-from qlab.methods.rotate import rotate_heads
+from qlab.methods.rotate import quarot, rotate_heads
 from qlab.methods.rtn import rtn
 from qlab.methods.smoothquant import smoothquant
 
 LAW_METHODS = {  # name -> (spec -> transform)
-    **QUICK,
+    **{name: method for name, method in QUICK.items() if name not in WHOLE},
+    "quarot_of_blocks": lambda spec: chain(quarot(), gptq(spec)),
     "rtn_mse": lambda spec: rtn(spec, mse),
     "rtn_signed": lambda spec: rtn(spec, signed),
     "rtn_weighted_mse": lambda spec: rtn(spec, weighted_mse),
@@ -29,7 +30,7 @@ LAW_STEPS = {**LAW_METHODS, **OWN_STEPS}
 # They change producers beside the weights that they round.
 MOVING = ("awq", "autoawq", "llmcompressor", "smoothquant", "rotate", "quarot", "quip", "qat")
 UNROUNDED = ("awq_scale", "smoothquant_scale", "kv")  # round no weights
-ONLINE = ("quarot", "quip")  # leave operations on inputs
+ONLINE = ("quarot_of_blocks", "quip")  # leave operations on inputs
 BESIDE = ("lqer", "l2qer", "eora")  # leave a low rank beside the codes
 PRUNED = ("magnitude-2:4", "wanda-2:4", "sparsegpt-2:4")
 LAW_SPECS = ("int4-g16", "int3-g32-asym", "int8-channel", "int2-channel-asym", "int5-tensor")
@@ -39,7 +40,16 @@ EVERY_METHOD = ("llama", "gpt2", "qwen3_moe")  # families: linears, transposed o
 
 
 # Rows of steps, each of which is under the laws itself.
-IN_ROWS = ("imatrix", "smoothquant", "quarot", "quip", *PRUNED, "auto_round_refine", *BESIDE, "kv")
+IN_ROWS = (
+    "imatrix",
+    "smoothquant",
+    "quarot_of_blocks",
+    "quip",
+    *PRUNED,
+    "auto_round_refine",
+    *BESIDE,
+    "kv",
+)
 
 
 def on_specs(methods):

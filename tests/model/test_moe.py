@@ -8,7 +8,7 @@ import torch
 from families import MIXTURES, tiny
 from logits import IDS, assert_read_alike, qlab_logits
 from model_folders import add_tokenizer, bits_equal, random_tokens, tensors
-from quick import QUICK
+from quick import WRITTEN
 
 from qlab.algebra.grid import encode as on_grid
 from qlab.algebra.grid import minmax
@@ -35,6 +35,8 @@ PROJECTIONS = {
     "mixtral": ("w1", "w3", "w2"),
     **dict.fromkeys(["qwen3_moe", "deepseek_v3"], ("gate_proj", "up_proj", "down_proj")),
 }
+# The methods that leave no zeros in a pattern.
+ROUNDING = [name for name in WRITTEN if not name.endswith("2:4")]
 every_mixture = pytest.mark.parametrize("family", MIXTURES)
 
 
@@ -44,12 +46,9 @@ def test_every_method_writes_experts_that_transformers_reads_as_qlab_does(family
     model = open_checkpoint(source)
     before = qlab_logits(source)
     assert torch.allclose(before, tiny(family)(IDS).logits, rtol=1e-4, atol=1e-4)
-    results = compare(
-        model,
-        {name: method(INT4) for name, method in QUICK.items()},
-        random_tokens(source),
-        tmp_path,
-    )
+    chosen = ROUNDING if family == "mixtral" else ("rtn", "gptq", "awq")
+    recipes = {name: WRITTEN[name](INT4) for name in chosen}
+    results = compare(model, recipes, random_tokens(source), tmp_path)
     last = model.config.num_hidden_layers - 1
     for name, result in results.items():
         names = tensors(result.path)
@@ -117,13 +116,11 @@ def fused_leaf(path, name):
 
 def test_experts_that_no_token_or_two_tokens_reach_are_quantized_and_named(tmp_path):
     model, data = starving(tmp_path / "model")
-    recipes = {name: method(INT4) for name, method in QUICK.items()}
-    recipes.pop("qronos-refined")
-    recipes.pop("loaq-refined")
-    drifting = recipes.pop("gptaq")
+    compared = ("qronos-refined", "loaq-refined", "gptaq")
+    recipes = {name: WRITTEN[name](INT4) for name in ROUNDING if name not in compared}
     # Every router sees the tokens that it was made for.
     results = compare(model, recipes, data, tmp_path / "out", inputs="reference")
-    results["gptaq"] = quantize(model, drifting, data, tmp_path / "out" / "gptaq")
+    results["gptaq"] = quantize(model, WRITTEN["gptaq"](INT4), data, tmp_path / "out" / "gptaq")
     site = "model.layers.0.mlp.experts.gate_up_proj"
     W_eok = torch.stack(
         [
@@ -139,6 +136,12 @@ def test_experts_that_no_token_or_two_tokens_reach_are_quantized_and_named(tmp_p
     for name, result in results.items():
         row, q = result.sites[site], fused_leaf(result.path, site)
         assert torch.isfinite(q.scales).all() and torch.isfinite(qlab_logits(result.path)).all()
+        if name in (
+            "autoawq",
+            "llmcompressor-awq",
+            "smoothquant",
+        ):  # which scale what nobody observed
+            continue
         if name in ("rtn", "hqq", "auto_round", "qat"):  # which observe nothing of single experts
             assert "expert_tokens" not in row
             assert name == "hqq" or torch.equal(q.codes[0], on_grid(minmax, W_eok[0], q.spec).codes)
