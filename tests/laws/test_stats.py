@@ -211,8 +211,13 @@ def test_an_experts_statistic_is_that_of_the_tokens_routed_to_it(stat, source, s
     starts = [0, *ends.tolist()]
     assert len(seen) == len(ends)
     for state, start, stop in zip(seen, starts, ends.tolist()):
-        alone = Observation(
-            o.x_nk[start:stop], o.keys[start:stop], None, o.reference_nk[start:stop]
+        alone = replace(
+            o,
+            x_nk=o.x_nk[start:stop],
+            keys=o.keys[start:stop],
+            reference_nk=o.reference_nk[start:stop],
+            received_n=None if o.received_n is None else o.received_n[start:stop],
+            stream_no=None if o.stream_no is None else o.stream_no[start:stop],
         )
         close(state, stat.lift(alone) if stop > start else stat.nothing(source[1]))
 
