@@ -11,6 +11,7 @@ Sources: the Fisher information as a sensitivity, Kim et al. 2023 (SqueezeLLM, a
 Dong et al. 2019 (HAWQ, arXiv:1905.03696).
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -146,7 +147,7 @@ def _refuse_costs(costs: Costs, names: Mapping[str, Any], choices: int) -> None:
                 f"the sensitivity gives no {choices} numbers for {name}; return one for each "
                 "choice of each weight"
             )
-        if not all(torch.isfinite(torch.tensor(float(cost))) for cost in costs[name]):
+        if not all(math.isfinite(float(cost)) for cost in costs[name]):
             raise QlabError(
                 f"the sensitivity of {name} is {list(map(float, costs[name]))}; return finite "
                 "numbers"

@@ -12,7 +12,7 @@ from families import FAMILIES, OTHERS, tiny
 from logits import IDS, assert_read_alike, qlab_logits
 from model_folders import bits_equal, contents, random_tokens, tensors
 from packaging.version import Version
-from quick import WRITTEN
+from quick import ROUNDING
 from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
 from qlab.algebra.spec import parse_spec
@@ -95,7 +95,7 @@ def test_transformers_reads_every_family_and_method_as_qlab_does(family, saved, 
     """Every family after a method of each kind; every method on one of them."""
     methods = {
         name: method
-        for name, method in WRITTEN.items()
+        for name, method in ROUNDING.items()
         if family == "llama" or name in ("rtn", "gptq", "awq")
     }
     source = saved(family, **SHORT.get(family, {}))

@@ -8,7 +8,7 @@ import torch
 from families import MIXTURES, tiny
 from logits import IDS, assert_read_alike, qlab_logits
 from model_folders import add_tokenizer, bits_equal, random_tokens, tensors
-from quick import WRITTEN
+from quick import ROUNDING
 
 from qlab.algebra.grid import encode as on_grid
 from qlab.algebra.grid import minmax
@@ -35,8 +35,6 @@ PROJECTIONS = {
     "mixtral": ("w1", "w3", "w2"),
     **dict.fromkeys(["qwen3_moe", "deepseek_v3"], ("gate_proj", "up_proj", "down_proj")),
 }
-# The methods that leave no zeros in a pattern.
-ROUNDING = [name for name in WRITTEN if not name.endswith("2:4")]
 every_mixture = pytest.mark.parametrize("family", MIXTURES)
 
 
@@ -47,7 +45,7 @@ def test_every_method_writes_experts_that_transformers_reads_as_qlab_does(family
     before = qlab_logits(source)
     assert torch.allclose(before, tiny(family)(IDS).logits, rtol=1e-4, atol=1e-4)
     chosen = ROUNDING if family == "mixtral" else ("rtn", "gptq", "awq")
-    recipes = {name: WRITTEN[name](INT4) for name in chosen}
+    recipes = {name: ROUNDING[name](INT4) for name in chosen}
     results = compare(model, recipes, random_tokens(source), tmp_path)
     last = model.config.num_hidden_layers - 1
     for name, result in results.items():
@@ -117,10 +115,10 @@ def fused_leaf(path, name):
 def test_experts_that_no_token_or_two_tokens_reach_are_quantized_and_named(tmp_path):
     model, data = starving(tmp_path / "model")
     compared = ("qronos-refined", "loaq-refined", "gptaq")
-    recipes = {name: WRITTEN[name](INT4) for name in ROUNDING if name not in compared}
+    recipes = {name: ROUNDING[name](INT4) for name in ROUNDING if name not in compared}
     # Every router sees the tokens that it was made for.
     results = compare(model, recipes, data, tmp_path / "out", inputs="reference")
-    results["gptaq"] = quantize(model, WRITTEN["gptaq"](INT4), data, tmp_path / "out" / "gptaq")
+    results["gptaq"] = quantize(model, ROUNDING["gptaq"](INT4), data, tmp_path / "out" / "gptaq")
     site = "model.layers.0.mlp.experts.gate_up_proj"
     W_eok = torch.stack(
         [
