@@ -26,7 +26,7 @@ HOMES = {
     "RANGES": "qlab.methods.inputs",
     "RECOMMENDED": "qlab.methods",
     "Samples": "qlab.data.images",
-    "Stat": "qlab.algebra.stats",
+    "Stat": "qlab.algebra.statistic",
     "Sum": "qlab.algebra.leaf",
     "Tile": "qlab.algebra.tile",
     "Tokens": "qlab.data.calibration",

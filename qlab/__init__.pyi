@@ -16,7 +16,7 @@ from qlab.algebra.qtensor import QTensor as QTensor
 from qlab.algebra.reparametrize import reparametrize as reparametrize
 from qlab.algebra.spec import Int as Int
 from qlab.algebra.spec import parse_spec as parse_spec
-from qlab.algebra.stats import Stat as Stat
+from qlab.algebra.statistic import Stat as Stat
 from qlab.algebra.tile import Tile as Tile
 from qlab.algebra.transform import at as at
 from qlab.algebra.transform import chain as chain

@@ -22,7 +22,8 @@ from qlab.algebra.online import MatMul
 from qlab.algebra.reparametrize import is_scale, reparametrize
 from qlab.algebra.rounding import Copies
 from qlab.algebra.scores import Scores, scores
-from qlab.algebra.stats import Need, PerExpert, Stats, name_of, named
+from qlab.algebra.statistic import PerExpert
+from qlab.algebra.stats import Need, Stats, name_of, named
 from qlab.algebra.transform import Stage, Transform, at, chain
 from qlab.algebra.views import Gauged
 from qlab.algebra.wires import full_name

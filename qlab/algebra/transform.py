@@ -1,7 +1,7 @@
 """A quantizer is a tuple of pure stages (graph, stats) -> (graph, stats).
 
 `chain` concatenates such tuples, `at` and `rules` narrow their stages to some sites, and
-`each_weight` makes a stage of a function of one weight. `apply` runs a stage.
+`each_weight` makes a stage of a function of one weight. `qlab.algebra.running` runs a stage.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -10,23 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from qlab.algebra.claims import (
-    Observed,
-    Seal,
-    reads_elsewhere,
-    refuse_others,
-    restored,
-    shown,
-    with_targets,
-)
 from qlab.algebra.graph import ModuleGraph, Site
 from qlab.algebra.rounding import CellFn, Step, WeightFn, of_arrays, outer_scales, solve
 from qlab.algebra.scope import Scope
 from qlab.algebra.spec import Spec
 from qlab.algebra.stats import COMPARING, Need, Stats, name_of, named
-from qlab.algebra.views import EachWeight, EverySegment, Gauged, Uncovered, View, WholeSegment
-from qlab.algebra.wires import open_wires, reached
-from qlab.algebra.zeros import masked, narrowed
+from qlab.algebra.views import EachWeight, EverySegment, Uncovered, View, WholeSegment
 from qlab.errors import QlabError
 
 Apply = Callable[[ModuleGraph, Stats], tuple[ModuleGraph, Stats]]
@@ -353,77 +342,3 @@ def _each(step: Step, needs: frozenset[Need], detail: str, leaves: str = "") -> 
         )
 
     return (Stage(step.name, needs, run, EachWeight(leaves), spec=step.spec, detail=detail),)
-
-
-# ------------------------------------------------------------------ running a stage
-def select(stage: Stage, graph: ModuleGraph) -> ModuleGraph:
-    """The graph with the stage's sites and wires selected, of those that are selected already."""
-    chosen = replace(
-        graph, selected=frozenset(s.path for s in graph.sites if stage.touches(graph.where(s), s))
-    )
-    if stage.view.wires is None:
-        return chosen
-    return replace(chosen, selected_wires=reached(chosen, stage.view.wires, stage.scope))
-
-
-def keys_of(stage: Stage, graph: ModuleGraph) -> set[tuple[str, Need]]:
-    """The statistics that a stage reads: of the inputs of the sites that it may touch, or of the
-    wires that it works on."""
-    chosen = select(stage, graph)
-    if stage.view.wires is None:
-        return {(site.source, need) for site in chosen.sites for need in stage.wants(site)}
-    return {(wire.key, need) for wire in open_wires(chosen) for need in stage.needs}
-
-
-def apply(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
-    """Run one stage on its sites among the selected ones. The new graph has the same sites selected
-    as the graph had.
-
-    Refuses a stage that writes to its arguments, changes what no file holds, or touches or reads
-    what its view does not show.
-    """
-    notes = {path: dict(note) for path, note in graph.notes.items()}
-    chosen = select(stage, replace(graph, notes=notes))
-    if isinstance(stage.view, Uncovered) and chosen.sites:
-        raise QlabError(
-            f"no rule covers {', '.join(map(graph.where, chosen.sites))}; add a pattern, with "
-            "keep() to leave them"
-        )
-    seen = chosen
-    if stage.view.site_by_site:
-        seen = shown(chosen, upstream=isinstance(stage.view, Gauged))
-    try:
-        new, new_stats = _run_sealed(stage, seen, stats)
-    except (RuntimeError, NotImplementedError) as error:
-        if seen is not chosen and "meta" in str(error).lower():
-            raise QlabError(
-                reads_elsewhere(stage.name, ", ".join(map(graph.where, chosen.sites)))
-            ) from error
-        raise
-    refuse_others(stage.name, stage.spec, stage.view, seen, new)
-    new = restored(with_targets(new, seen), seen, chosen)
-    new = narrowed(stage.name, chosen, new)
-    if stage.spec is None and not stage.view.keeps_function:
-        new = masked(chosen, new)
-    new = replace(new, selected=graph.selected, selected_wires=graph.selected_wires)
-    return new, new_stats
-
-
-def _run_sealed(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
-    """What the stage returns. Refuses one that writes to what it is given, or returns no pair."""
-    given = Observed(stats, stage.name, graph)
-    as_before = dict(stats)
-    seal = Seal(graph, given)
-    returned = stage.apply(graph, given)
-    if not (isinstance(returned, tuple) and len(returned) == 2):
-        raise QlabError(
-            f"the stage {stage.name!r} returned a {type(returned).__name__}; return (graph, stats)"
-        )
-    broken = seal.broken(graph, given)
-    if broken:
-        raise QlabError(
-            f"the stage {stage.name!r} writes to {broken}, which others go on with; change a "
-            "copy, and return that"
-        )
-    new, new_stats = returned
-    return new, as_before if new_stats is given else new_stats

@@ -15,7 +15,7 @@ from qlab.errors import QlabError
 
 def needed(value: Any, name: str) -> Any:
     """Names of statistics, and statistics of one's own (qlab.Stat)."""
-    from qlab.algebra.stats import Stat
+    from qlab.algebra.statistic import Stat
 
     if isinstance(value, Stat):
         return frozenset({value})

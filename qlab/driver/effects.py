@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 
 from qlab.algebra.graph import Code, ModuleGraph, Op, Site
 from qlab.algebra.online import QuantizeInput, matrix_of
+from qlab.algebra.running import select
 from qlab.algebra.scope import matches
 from qlab.algebra.spec import Spec
-from qlab.algebra.transform import Stage, Transform, select
+from qlab.algebra.transform import Stage, Transform
 from qlab.algebra.views import EachWeight, Uncovered, WholeBlock
 from qlab.algebra.wires import full_name, open_wires
 from qlab.codecs import CODECS, Codec

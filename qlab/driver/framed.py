@@ -8,7 +8,8 @@ from torch import Tensor
 
 from qlab.algebra.frame import framing, turning
 from qlab.algebra.graph import Code, ModuleGraph, Site
-from qlab.algebra.transform import Stage, Transform, apply
+from qlab.algebra.running import apply
+from qlab.algebra.transform import Stage, Transform
 from qlab.algebra.views import EverySegment, WholeModel, WholeModelBasis
 from qlab.driver.lossless import refuse_changed
 from qlab.errors import QlabError

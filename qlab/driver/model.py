@@ -16,7 +16,8 @@ from torch import Tensor
 
 from qlab.algebra.frame import in_frame
 from qlab.algebra.graph import ModuleGraph
-from qlab.algebra.transform import Stage, select
+from qlab.algebra.running import select
+from qlab.algebra.transform import Stage
 from qlab.data.calibration import Data, from_ids
 from qlab.driver.backward import Cotangent, Loss, Sink, back, end, value_of
 from qlab.driver.batches import in_batches, push, record

@@ -17,16 +17,8 @@ from qlab.algebra.experts import Rows, reaching
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.interpret import inputs_of, values_at
 from qlab.algebra.received import received
-from qlab.algebra.stats import (
-    ATTENDING,
-    COMPARING,
-    JOINING,
-    Need,
-    Observation,
-    Stats,
-    name_of,
-    stat_of,
-)
+from qlab.algebra.statistic import Observation
+from qlab.algebra.stats import ATTENDING, COMPARING, JOINING, Need, Stats, name_of, stat_of
 from qlab.algebra.stream import streams_joined
 from qlab.algebra.transform import Transform
 from qlab.algebra.wires import full_name

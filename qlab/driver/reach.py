@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 
 from qlab.algebra.graph import ModuleGraph, Site, by_origin
+from qlab.algebra.running import select
 from qlab.algebra.scope import matches
 from qlab.algebra.scores import scores
 from qlab.algebra.spec import Spec
-from qlab.algebra.transform import Stage, Transform, select
+from qlab.algebra.transform import Stage, Transform
 from qlab.algebra.views import Gauged, Uncovered
 from qlab.algebra.wires import full_name, nearest, wires
 from qlab.driver.admissible import KEEP_THEM

@@ -15,10 +15,11 @@ import torch
 from qlab.algebra.block import BLOCK_IO
 from qlab.algebra.frame import framing
 from qlab.algebra.graph import Code, ModuleGraph
+from qlab.algebra.running import keys_of, select
 from qlab.algebra.scope import Scope
 from qlab.algebra.spec import described
 from qlab.algebra.stats import STATS, Need, name_of
-from qlab.algebra.transform import Stage, Transform, keys_of, select
+from qlab.algebra.transform import Stage, Transform
 from qlab.algebra.views import Gauged, Uncovered, WholeBlock, WholeModel
 from qlab.algebra.wires import open_wires
 from qlab.driver.job import Job

@@ -9,7 +9,8 @@ from torch import Tensor
 from qlab.algebra.frame import framed_like, framing
 from qlab.algebra.graph import Code, ModuleGraph
 from qlab.algebra.qtensor import dense
-from qlab.algebra.transform import Stage, Transform, apply
+from qlab.algebra.running import apply
+from qlab.algebra.transform import Stage, Transform
 from qlab.codecs import CODECS
 from qlab.driver.batches import Batches, push
 from qlab.driver.effects import refuse_left

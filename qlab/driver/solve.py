@@ -17,9 +17,11 @@ from qlab.algebra.experts import Rows
 from qlab.algebra.graph import Code, ModuleGraph
 from qlab.algebra.interpret import Walk
 from qlab.algebra.received import next_is_attention, received, received_by
-from qlab.algebra.stats import ATTENDING, JOINING, PerExpert, Stats
+from qlab.algebra.running import apply, keys_of, select
+from qlab.algebra.statistic import PerExpert
+from qlab.algebra.stats import ATTENDING, JOINING, Stats
 from qlab.algebra.stream import streams_joined
-from qlab.algebra.transform import Stage, Transform, apply, keys_of, select
+from qlab.algebra.transform import Stage, Transform
 from qlab.algebra.views import Folded, Gauged, Uncovered
 from qlab.algebra.wires import stops
 from qlab.driver.batches import Batches

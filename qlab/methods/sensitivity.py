@@ -11,8 +11,8 @@ from torch import Tensor
 
 from qlab.algebra.graph import ModuleGraph, Site
 from qlab.algebra.leaf import dense
+from qlab.algebra.running import apply
 from qlab.algebra.spec import Spec
-from qlab.algebra.transform import apply
 from qlab.methods.rtn import rtn
 
 # full name of a weight -> what each grid costs; None stands for a weight that stays

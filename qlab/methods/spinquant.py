@@ -28,8 +28,9 @@ from qlab.algebra.measured import DIVERGED, warn_of_divergence
 from qlab.algebra.online import QuantizeInput
 from qlab.algebra.qtensor import dense
 from qlab.algebra.random import generator
+from qlab.algebra.running import apply
 from qlab.algebra.spec import Spec, with_scale_dtype
-from qlab.algebra.transform import Transform, apply, chain
+from qlab.algebra.transform import Transform, chain
 from qlab.algebra.views import WholeModelBasis
 from qlab.errors import QlabError
 from qlab.methods.hadamard import largest_order, random_hadamard

@@ -15,7 +15,8 @@ from qlab.algebra.block import SAMPLES
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.interpret import inputs_of
 from qlab.algebra.qtensor import dense
-from qlab.algebra.stats import STATS, Moment, Observation, stat_of
+from qlab.algebra.statistic import Observation
+from qlab.algebra.stats import STATS, Moment, stat_of
 from qlab.algebra.tracing.taken_apart import take_apart
 from qlab.algebra.tracing.trace import trace
 from qlab.driver.learning import BlockSamples

@@ -14,9 +14,9 @@ from qlab.algebra.graph import by_source
 from qlab.algebra.grid import encode, encode_rows, minmax, mse, weighted
 from qlab.algebra.interpret import interpret
 from qlab.algebra.qtensor import dense
+from qlab.algebra.running import apply
 from qlab.algebra.spec import parse_spec, with_scale_dtype
 from qlab.algebra.stats import quadratic
-from qlab.algebra.transform import apply
 from qlab.methods.awq import awq, awq_scale, least_ratio
 from qlab.methods.rtn import rtn
 

@@ -13,9 +13,10 @@ from segments import assert_same, segment, untouched
 from qlab.algebra.claims import _sum_of_bits
 from qlab.algebra.grid import encode, minmax
 from qlab.algebra.qtensor import QTensor, dense
+from qlab.algebra.running import apply
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.stats import Moment
-from qlab.algebra.transform import apply, at, each_weight
+from qlab.algebra.transform import at, each_weight
 from qlab.errors import QlabError
 from qlab.methods.rtn import rtn
 

@@ -17,9 +17,9 @@ from qlab.algebra.graph import by_origin
 from qlab.algebra.grid import encode, weighted
 from qlab.algebra.interpret import inputs_of
 from qlab.algebra.qtensor import dense
+from qlab.algebra.running import apply
 from qlab.algebra.spec import parse_spec, with_scale_dtype
 from qlab.algebra.stats import Moment, gram, quadratic
-from qlab.algebra.transform import apply
 from qlab.driver.observe import observe
 from qlab.methods.awq import awq_scale
 from qlab.methods.gptq import gptq

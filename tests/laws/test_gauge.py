@@ -16,9 +16,9 @@ from qlab.algebra.groups import Diagonal, General, Nothing, groups
 from qlab.algebra.interpret import interpret
 from qlab.algebra.online import MatMul, rotate
 from qlab.algebra.reparametrize import reparametrize
+from qlab.algebra.running import apply
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.stats import STATS
-from qlab.algebra.transform import apply
 from qlab.algebra.wires import wires
 from qlab.driver.lossless import refuse_changed
 

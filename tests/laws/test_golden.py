@@ -10,10 +10,11 @@ import torch
 from segments import correlated, normal
 
 from qlab.algebra.graph import by_source
+from qlab.algebra.running import apply
 from qlab.algebra.spec import parse_spec
-from qlab.algebra.stats import STATS, Observation
+from qlab.algebra.statistic import Observation
+from qlab.algebra.stats import STATS
 from qlab.algebra.tracing.trace import trace
-from qlab.algebra.transform import apply
 from qlab.methods import METHODS
 
 GOLDEN = {  # method/spec -> the sum of relative losses, and how far it may be from there

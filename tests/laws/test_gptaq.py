@@ -14,7 +14,8 @@ from qlab.algebra.graph import lone_weight
 from qlab.algebra.interpret import interpret
 from qlab.algebra.reparametrize import reparametrize
 from qlab.algebra.spec import parse_spec
-from qlab.algebra.stats import STATS, Moment, Observation
+from qlab.algebra.statistic import Observation
+from qlab.algebra.stats import STATS, Moment
 from qlab.algebra.transform import Stage, at, chain
 from qlab.algebra.views import Gauged
 from qlab.driver.observe import Reference, observe

@@ -9,9 +9,10 @@ from weights import problems, weight
 
 from qlab.algebra.grid import fit, minmax
 from qlab.algebra.qtensor import QTensor, dense, round_codes
+from qlab.algebra.running import apply
 from qlab.algebra.spec import Int, Tile, parse_spec
 from qlab.algebra.stats import Moment, quadratic
-from qlab.algebra.transform import apply, at
+from qlab.algebra.transform import at
 from qlab.errors import QlabError
 from qlab.methods.gptq import act_order, gptq, gptq_codes, paper_order
 from qlab.methods.obs import factorize, obs_sweep

@@ -16,7 +16,8 @@ from qlab.algebra.insert import insert
 from qlab.algebra.interpret import Walk, inputs_of, interpret
 from qlab.algebra.online import MatMul
 from qlab.algebra.spec import parse_spec
-from qlab.algebra.stats import STATS, Stat
+from qlab.algebra.statistic import Stat
+from qlab.algebra.stats import STATS
 from qlab.algebra.transform import Stage
 from qlab.algebra.views import OnWires
 from qlab.algebra.wires import wires

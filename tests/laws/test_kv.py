@@ -11,7 +11,8 @@ import qlab
 from qlab.algebra.interpret import inputs_of, interpret
 from qlab.algebra.online import QuantizeInput
 from qlab.algebra.spec import parse_spec
-from qlab.algebra.stats import STATS, Observation
+from qlab.algebra.statistic import Observation
+from qlab.algebra.stats import STATS
 from qlab.algebra.wires import wires
 from qlab.driver.observe import observe
 from qlab.errors import QlabError

@@ -17,8 +17,9 @@ from qlab.algebra.grid import encode, minmax
 from qlab.algebra.interpret import interpret
 from qlab.algebra.leaf import LowRank, Sum, bits, dense, is_leaf, proper
 from qlab.algebra.qtensor import QTensor
+from qlab.algebra.running import apply
 from qlab.algebra.spec import parse_spec
-from qlab.algebra.transform import Stage, apply, chain, each_weight
+from qlab.algebra.transform import Stage, chain, each_weight
 from qlab.driver.report import site_rows
 from qlab.driver.writing import refuse_unwritten
 from qlab.errors import QlabError

@@ -12,7 +12,8 @@ from test_gptaq import drifted, drifting
 from qlab.algebra.graph import by_source, lone_weight
 from qlab.algebra.interpret import inputs_of, interpret, values_at
 from qlab.algebra.spec import parse_spec
-from qlab.algebra.stats import HELD_OUT, STATS, STRETCH, Observation
+from qlab.algebra.statistic import Observation
+from qlab.algebra.stats import HELD_OUT, STATS, STRETCH
 from qlab.algebra.stream import streams_joined
 from qlab.algebra.transform import at, chain, each_cell
 from qlab.driver.observe import Reference, observe

@@ -24,9 +24,9 @@ from segments import assert_same, hidden, relative, reversed_sites, segment, ten
 from qlab.algebra.interpret import interpret
 from qlab.algebra.leaf import Sum, proper
 from qlab.algebra.qtensor import QTensor, dense
+from qlab.algebra.running import apply
 from qlab.algebra.spec import Int, Tile, parse_spec, with_scale_dtype
 from qlab.algebra.stats import STATS
-from qlab.algebra.transform import apply
 from qlab.methods import METHODS
 
 every_method = pytest.mark.parametrize("method", LAW_METHODS)

@@ -12,7 +12,8 @@ from qlab.algebra.graph import lone_weight
 from qlab.algebra.interpret import interpret
 from qlab.algebra.leaf import dense
 from qlab.algebra.spec import parse_spec
-from qlab.algebra.stats import HELD_OUT, STATS, STRETCH, Drifting, Observation
+from qlab.algebra.statistic import Observation
+from qlab.algebra.stats import HELD_OUT, STATS, STRETCH, Drifting
 from qlab.algebra.transform import chain, each_cell
 from qlab.driver.observe import Reference
 from qlab.driver.solve import solve_in_order

@@ -8,7 +8,8 @@ from segments import batches_of, segment
 from qlab.algebra.graph import by_source
 from qlab.algebra.interpret import inputs_of
 from qlab.algebra.received import received
-from qlab.algebra.stats import STATS, Observation
+from qlab.algebra.statistic import Observation
+from qlab.algebra.stats import STATS
 from qlab.algebra.wires import wires
 from qlab.driver.observe import observe
 from qlab.errors import QlabError

@@ -13,8 +13,8 @@ from qlab.algebra.groups import General, groups, writers
 from qlab.algebra.interpret import interpret
 from qlab.algebra.qtensor import dense
 from qlab.algebra.random import generator
+from qlab.algebra.running import apply
 from qlab.algebra.spec import parse_spec
-from qlab.algebra.transform import apply
 from qlab.driver.lossless import refuse_changed
 from qlab.methods.hadamard import (
     hadamard,

@@ -14,8 +14,8 @@ from qlab.algebra.frame import in_frame, keeping_ones
 from qlab.algebra.groups import Nothing
 from qlab.algebra.interpret import interpret
 from qlab.algebra.residual import Frame, Orthogonal, residual
+from qlab.algebra.running import apply
 from qlab.algebra.spec import parse_spec
-from qlab.algebra.transform import apply
 from qlab.driver.lossless import refuse_changed
 from qlab.methods.hadamard import random_hadamard, random_orthogonal
 

@@ -11,8 +11,8 @@ from qlab.algebra.gauge import Element
 from qlab.algebra.insert import insert
 from qlab.algebra.interpret import interpret
 from qlab.algebra.online import QuantizeInput
+from qlab.algebra.running import apply
 from qlab.algebra.spec import parse_spec
-from qlab.algebra.transform import apply
 from qlab.algebra.wires import wires
 from qlab.driver.lossless import refuse_changed
 

@@ -12,8 +12,9 @@ import qlab
 from qlab.algebra.absorb import folds
 from qlab.algebra.graph import by_origin
 from qlab.algebra.interpret import interpret
+from qlab.algebra.running import apply
 from qlab.algebra.spec import parse_spec
-from qlab.algebra.transform import apply, chain
+from qlab.algebra.transform import chain
 from qlab.methods.inputs import quantize_inputs
 from qlab.methods.rtn import rtn
 from qlab.methods.smoothquant import smoothing, smoothquant

@@ -11,16 +11,8 @@ from hypothesis import strategies as st
 from segments import normal, untouched
 from torch.utils import _pytree as pytree
 
-from qlab.algebra.stats import (
-    STATS,
-    Moment,
-    Observation,
-    gram,
-    per_expert,
-    quadratic,
-    sample,
-    transport,
-)
+from qlab.algebra.statistic import Observation, per_expert
+from qlab.algebra.stats import STATS, Moment, gram, quadratic, sample, transport
 
 EVERY = {**STATS, "sample of 7": sample(7)}
 # which every matrix moves

@@ -12,7 +12,7 @@ from qlab.algebra.absorb import fold_scales
 from qlab.algebra.graph import by_source
 from qlab.algebra.interpret import Walk, inputs_of, interpret, outputs_of
 from qlab.algebra.spec import parse_spec
-from qlab.algebra.stats import PerExpert
+from qlab.algebra.statistic import PerExpert
 from qlab.algebra.transform import at, chain, keep, rules
 from qlab.driver import solve
 from qlab.driver.solve import solve_in_order

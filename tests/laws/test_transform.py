@@ -14,19 +14,11 @@ from qlab.algebra.graph import by_source
 from qlab.algebra.interpret import interpret
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.reparametrize import reparametrize
+from qlab.algebra.running import apply, select
 from qlab.algebra.scope import matches
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.stats import STATS
-from qlab.algebra.transform import (
-    Stage,
-    apply,
-    at,
-    chain,
-    each_weight,
-    keep,
-    rules,
-    select,
-)
+from qlab.algebra.transform import Stage, at, chain, each_weight, keep, rules
 from qlab.errors import QlabError
 from qlab.methods.rtn import rtn
 

@@ -77,7 +77,7 @@ MUTANTS = [
     ),
     Mutant(
         "mixture: one statistic for all experts",
-        "algebra/stats.py",
+        "algebra/statistic.py",
         "per_expert.lift",
         "Observation(o.x_nk[rows], o.keys[rows], None, other[rows], "
         "of_rows(o.received_n, rows), of_rows(o.stream_no, rows))",
@@ -176,7 +176,7 @@ MUTANTS = [
     ),
     Mutant(
         "uncovered sites pass",
-        "algebra/transform.py",
+        "algebra/running.py",
         "apply",
         "if isinstance(stage.view, Uncovered) and chosen.sites: ...",
         "if False: ...",

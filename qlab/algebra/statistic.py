@@ -1,0 +1,118 @@
+"""A statistic of what reaches a wire, and the same of every expert's own tokens.
+
+A statistic is a monoid: each batch is lifted to a state, and states are combined in any order. When
+the inputs become x @ M, the state is transported instead of being observed again. Those that have
+names are in `qlab.algebra.stats`.
+
+Legend: x_nk is n tokens by k channels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from qlab.algebra.experts import rows_of
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The inputs x_nk of one source in one batch, and the keys [n] of its tokens (sample * length +
+    position).
+
+    ends [e]: where the rows of each expert end, if rows are sorted by expert. reference_nk: the
+    same inputs in the reference model, None where those are x itself. received_n: how much
+    attention every token receives (`qlab.algebra.received`), None where it is not asked for or the
+    source feeds no attention. stream_no: the drift of what the output of its site is added to, the
+    reference's less ours (`qlab.algebra.stream`), None likewise.
+    """
+
+    x_nk: Tensor
+    keys: Tensor
+    ends: Tensor | None = None
+    reference_nk: Tensor | None = None
+    received_n: Tensor | None = None
+    stream_no: Tensor | None = None
+
+
+class Stat(NamedTuple):
+    """A statistic of what reaches a wire, of one's own beside those that have names.
+
+    A step that needs it is given its state by its name. It is observed in batches, whose states are
+    combined; none but fp32 tensors need be held.
+
+    Args:
+        lift: observation -> state. `observation.x_nk` holds the tokens of a batch as rows.
+        combine: two states -> one, associative and commutative up to fp32 rounding.
+        transport: the state after x -> x * m (a vector [k]) or x @ M (a matrix [k, k]), or None if
+            it has to be observed again, which is the default.
+        nothing: k -> the state of k channels that no token reached, the identity of combine; by
+            default None, which is combined with nothing.
+        name: under which a step finds the state. The statistics of qlab go by the keys of STATS.
+
+    Example:
+        >>> import qlab, torch
+        >>> peak = qlab.Stat(lambda o: o.x_nk.abs().amax().float(), torch.maximum, name="peak")
+        >>> def clip(W_ok, stats, spec):
+        ...     return W_ok.clamp(-1, 1), {"peak": float(stats["peak"])}
+        >>> (stage,) = qlab.each_weight("clip", clip, None, {peak})
+        >>> [need.name for need in stage.needs]
+        ['peak']
+    """
+
+    lift: Callable[[Observation], Any]
+    combine: Callable[[Any, Any], Any]
+    transport: Callable[[Any, Tensor], Any] = lambda state, M: None
+    nothing: Callable[[int], Any] = lambda k: None
+    name: str = ""
+
+
+class PerExpert(NamedTuple):
+    """One state per expert, of the tokens that were routed to it. A state may be observed only when
+    it is asked for."""
+
+    states: Sequence[Any]
+
+
+def per_expert(stat: Stat) -> Stat:
+    """The statistic of every expert's own tokens. States move by a matrix [k, k] or a vector [k]
+    that all experts share, or by vectors of their own [e, 1, k]."""
+
+    def lift(o: Observation) -> PerExpert:
+        assert o.ends is not None
+        nothing = lambda: _on(o.x_nk, stat.nothing(o.x_nk.shape[1]))
+        other = o.x_nk if o.reference_nk is None else o.reference_nk
+        of_rows = lambda t, rows: None if t is None else t[rows]
+        parts = [
+            Observation(
+                o.x_nk[rows],
+                o.keys[rows],
+                None,
+                other[rows],
+                of_rows(o.received_n, rows),
+                of_rows(o.stream_no, rows),
+            )
+            for rows in rows_of(o.ends)
+        ]
+        return PerExpert(tuple(stat.lift(part) if len(part.keys) else nothing() for part in parts))
+
+    def combine(a: PerExpert, b: PerExpert) -> PerExpert:
+        both = zip(a.states, b.states)
+        return PerExpert(
+            tuple(y if x is None else x if y is None else stat.combine(x, y) for x, y in both)
+        )
+
+    def move(state: PerExpert, M: Tensor) -> PerExpert | None:
+        moved = [
+            stat.transport(s, M[e, 0] if M.ndim == 3 else M) for e, s in enumerate(state.states)
+        ]
+        return None if any(s is None for s in moved) else PerExpert(tuple(moved))
+
+    return Stat(lift, combine, move, stat.nothing)
+
+
+def _on(like: Tensor, state: Any) -> Any:
+    """The state on the device of a tensor."""
+    return pytree.tree_map_only(Tensor, lambda t: t.to(like.device), state)
