@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.stats import Stats
-from qlab.algebra.transform import Stage, Transform
+from qlab.algebra.transform import Stage, Transform, unchanged
 from qlab.algebra.views import WholeModel
 from qlab.errors import QlabError
 
@@ -87,7 +87,7 @@ def marked(bind: Bind, value: Any) -> Bound:
     return Bound(
         bind.name,
         frozenset(),
-        lambda graph, stats: (graph, stats),
+        unchanged,
         WholeModel(),
         detail=f"{detail}value {digest(bind.name, value)}",
         scope=bind.scope,

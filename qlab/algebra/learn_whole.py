@@ -1,8 +1,8 @@
 """Learning over a whole model: gradients of its divergence from the unquantized model, segment by
 segment, and the best state kept.
 
-A step that learns is `bind(name, learn_whole, placed)`: what the first measures, the second lays
-down, block by block.
+A step that learns (`learner`) is a bind: what `learn_whole` measures, `placed` lays down, block by
+block.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from qlab.algebra.bind import bind
 from qlab.algebra.graph import ModuleGraph, Site
 from qlab.algebra.leaf import proper
 from qlab.algebra.measured import DIVERGED, errors_in_notes, errors_of, warn_of_divergence
@@ -48,6 +49,12 @@ class Schedule:
                 "and a share between 0 and 1"
             )
 
+    def __str__(self) -> str:
+        return (
+            f"{self.steps} steps of {self.windows} windows, rate {self.rate:g}, "
+            f"{self.held_out:g} held out"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Relaxed:
@@ -72,6 +79,12 @@ class Learned:
     notes: Mapping[str, Any]
     leaves: str
     variables: Variables = field(compare=False, repr=False)
+
+
+def learner(step: str, relaxed: Relaxed, schedule: Schedule) -> Transform:
+    """The transform that learns what `relaxed` moves, by this schedule."""
+    measure = partial(learn_whole, step, relaxed, schedule)
+    return bind(step, measure, partial(placed, step, relaxed), str(schedule))
 
 
 # ------------------------------------------------------------------ measured

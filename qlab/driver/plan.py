@@ -30,10 +30,10 @@ from qlab.driver.memory import predict_memory
 from qlab.driver.observe import Inputs, inputs_named
 from qlab.driver.reach import check_scope, refuse_unread, specs_of
 from qlab.driver.report import describe
-from qlab.driver.schedule import Row, rounds, schedule
+from qlab.driver.schedule import Row, rounds, schedule, warn_of_unseen
 from qlab.driver.shared import refuse_dividing
 from qlab.driver.sites import Sites, sites_of
-from qlab.errors import QlabError, warn
+from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.record import bits_per_weight
 from qlab.model.headers import refuse_missing
@@ -257,7 +257,7 @@ def plan_of(job: Job, skeleton: Skeleton | None = None) -> Plan:
     specs = _checked_specs(job, skeleton, sites)
     experts_at_once, memory = _fitting(job, skeleton, sites)
     rows = schedule(job, sites)
-    _warn_of_unseen(rows)
+    warn_of_unseen(rows)
     passes = _passes(job, sites, rows)
     work = work_of(job, sites, skeleton.dtype, passes)
     return Plan(
@@ -354,16 +354,6 @@ def _fitting(job: Job, skeleton: Skeleton, sites: Sites) -> tuple[int | None, di
 
 def _all_in_order(job: Job, sites: Sites) -> bool:
     return all(job.in_order(code) for code in sites.codes.values())
-
-
-def _warn_of_unseen(rows: Sequence[Row]) -> None:
-    """Name the blocks that a step on attentions cannot reach."""
-    for row in rows:
-        if row.unseen:
-            warn(
-                f"{row.step} leaves {some(row.unseen)} as they are: their programs show no "
-                "attention; say which blocks it is for, by at(), where that is meant"
-            )
 
 
 def _passes(job: Job, sites: Sites, rows: Sequence[Row]) -> int:

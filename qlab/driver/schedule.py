@@ -27,6 +27,8 @@ from qlab.driver.learning import split
 from qlab.driver.observe import DRIFT
 from qlab.driver.reach import unseen
 from qlab.driver.sites import Sites
+from qlab.errors import warn
+from qlab.process.shown import some
 
 # when a step runs in a block
 FIRST, IN_ORDER, TOGETHER = "before other steps", "input by input", "all inputs at once"
@@ -112,6 +114,16 @@ def schedule(job: Job, sites: Sites) -> list[Row]:
             codes = {p: c for p, c in sites.codes.items() if scan.in_order(c) == in_order}
             rows += _of_blocks(scan.recipe, codes, sites, in_order)
     return rows
+
+
+def warn_of_unseen(rows: Sequence[Row]) -> None:
+    """Name the blocks that a step on attentions cannot reach."""
+    for row in rows:
+        if row.unseen:
+            warn(
+                f"{row.step} leaves {some(row.unseen)} as they are: their programs show no "
+                "attention; say which blocks it is for, by at(), where that is meant"
+            )
 
 
 def rounds(rows: Sequence[Row]) -> int:

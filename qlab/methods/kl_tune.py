@@ -10,16 +10,14 @@ its size; stored(x) rounds to the dtype in which files hold it, and gradients pa
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlab.algebra.bind import bind
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.leaf import Sum, proper
-from qlab.algebra.learn_whole import Relaxed, Schedule, learn_whole, placed, rounded, vectors
+from qlab.algebra.learn_whole import Relaxed, Schedule, learner, rounded, vectors
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.transform import Transform
 from qlab.algebra.variables import Stored
@@ -135,7 +133,4 @@ def kl_tune(
         4.25
     """
     schedule = Schedule(steps=steps, rate=rate, windows=windows, held_out=held_out)
-
-    detail = f"{steps} steps of {windows} windows, rate {rate:g}, {held_out:g} held out"
-    measure, then = partial(learn_whole, NAME, RELAXED, schedule), partial(placed, NAME, RELAXED)
-    return bind(NAME, measure, then, detail)
+    return learner(NAME, RELAXED, schedule)

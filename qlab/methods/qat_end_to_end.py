@@ -10,16 +10,14 @@ bound. Ranges, norms and biases move a tenth as far, relative to their size.
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from qlab.algebra.bind import bind
 from qlab.algebra.cell import on_support
 from qlab.algebra.graph import ModuleGraph, Site
 from qlab.algebra.leaf import Sum
-from qlab.algebra.learn_whole import Relaxed, Schedule, learn_whole, placed, rounded, vectors
+from qlab.algebra.learn_whole import Relaxed, Schedule, learner, rounded, vectors
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.transform import Transform
 from qlab.methods.auto_round import Start, behind
@@ -128,6 +126,4 @@ def qat_end_to_end(
         4.25
     """
     schedule = Schedule(steps=steps, rate=rate, windows=windows, held_out=held_out)
-    measure, then = partial(learn_whole, NAME, RELAXED, schedule), partial(placed, NAME, RELAXED)
-    detail = f"{steps} steps of {windows} windows, rate {rate:g}, {held_out:g} held out"
-    return bind(NAME, measure, then, detail)
+    return learner(NAME, RELAXED, schedule)

@@ -13,27 +13,20 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM
 
 import qlab
-from qlab.algebra.insert import insert
 from qlab.algebra.spec import parse_spec
-from qlab.algebra.transform import at, chain, each_weight, keep, outside, rules
+from qlab.algebra.transform import at, chain, each_weight, keep, rules
 from qlab.data.calibration import from_ids
 from qlab.data.images import Samples
 from qlab.directories.verify import verify
-from qlab.driver.apply import apply
-from qlab.driver.observe import observe
 from qlab.driver.plan import plan
 from qlab.driver.quantize import quantize
-from qlab.driver.schedule import rounds
 from qlab.errors import QlabError
 from qlab.evaluation.perplexity import evaluate
 from qlab.files.checkpoint import open_checkpoint
-from qlab.methods.auto_round import auto_round_refine
 from qlab.methods.awq import awq, awq_scale
 from qlab.methods.gptaq import gptaq
 from qlab.methods.gptq import gptq
-from qlab.methods.rotate import rotate_online
 from qlab.methods.rtn import rtn
-from qlab.methods.smoothquant import smoothquant
 
 INT4 = parse_spec("int4-g16")
 PER_TENSOR = qlab.quantize_inputs("int8-tensor", static="absmax")
@@ -379,58 +372,3 @@ def test_windows_of_lengths_that_a_program_is_not_for_are_refused_before_anythin
         *words,
     )
     assert plan(open_checkpoint(saved()), gptq(parse_spec("int8-g16")), samples).tokens == 64
-
-
-def steps_of(planned):
-    return [(row.step, row.where, row.when, row.passes) for row in planned.schedule]
-
-
-def test_the_schedule_has_the_steps_in_the_order_in_which_they_run(model, source):
-    recipe = chain(awq(INT4), auto_round_refine(steps=2), outside(rtn(parse_spec("int8-channel"))))
-    planned = plan(model, recipe, random_tokens(source))
-    assert steps_of(planned) == [
-        ("rtn", "around the blocks", "", 0),
-        ("awq_scale", "2 blocks", "input by input", 1),
-        ("rtn", "2 blocks", "input by input", 0),
-        ("absorb", "2 blocks", "when all inputs are done", 0),
-        ("auto_round_refine", "2 blocks", "when the steps above are done", 0),
-    ]
-    assert [row.weights for row in planned.schedule] == [1, 14, 14, 14, 14]
-    assert planned.schedule[-1].windows == 16 and planned.schedule[1].observes == [
-        "absmean",
-        "second_moment",
-    ]
-    assert json.loads(json.dumps(planned.json()))["schedule"][0]["sees"] == "each weight"
-    keys = insert("halve", "*:key", lambda wire, stats: lambda x: x / 2)
-    (_, row) = apply(model, chain(rtn(INT4), keys), None).plan.schedule
-    assert (row.sees, row.wires, row.weights) == ("each wire", 2, 0)
-
-
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        chain(smoothquant(), gptq(INT4)),
-        chain(smoothquant(), awq(INT4)),
-        gptaq(INT4),
-        chain(rotate_online(), rtn(INT4), PER_TENSOR),
-        chain(at("*.mlp.*", gptq(INT4)), at("*.self_attn.*", awq(INT4))),
-        awq(parse_spec("nvfp4")),
-    ],
-)
-@pytest.mark.parametrize("inputs", ["quantized", "reference"])
-def test_passes_are_those_that_the_run_makes(recipe, inputs, model, source, monkeypatch):
-    if inputs == "reference" and recipe[0].name == "aim_at_reference":
-        return
-    counted = []
-
-    def counting(graph, *args, **kwargs):
-        counted.append(graph.path)
-        return observe(graph, *args, **kwargs)
-
-    monkeypatch.setattr("qlab.driver.segments.observe", counting)
-    data = random_tokens(source)
-    applied = apply(model, recipe, data, inputs=inputs)
-    list(applied.segments())
-    together = rounds(applied.plan.schedule)
-    assert counted.count("model.layers.0") == counted.count("model.layers.1") == together
-    assert applied.plan.passes == max(1, together) + 1 if together else 1

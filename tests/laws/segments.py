@@ -15,11 +15,13 @@ from qlab.algebra.block import SAMPLES
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.interpret import inputs_of
 from qlab.algebra.qtensor import dense
+from qlab.algebra.running import apply
 from qlab.algebra.statistic import Observation
 from qlab.algebra.stats import STATS, Moment, stat_of
 from qlab.algebra.tracing.taken_apart import take_apart
 from qlab.algebra.tracing.trace import trace
 from qlab.driver.learning import BlockSamples
+from qlab.driver.lossless import refuse_changed
 from qlab.driver.solve import solve
 from qlab.model.calls import Call
 from qlab.model.paper import find_blocks, run_experts_here
@@ -130,6 +132,16 @@ def batches_of(seg):
         ), state
 
     return lambda: iter([one(*batch) for batch in seg.batches])
+
+
+def run_checked(seg, transform, stats=None, graph=None):
+    """All stages, each with its claim checked on a batch."""
+    graph, stats = graph or seg.graph, dict(stats or {})
+    for stage in transform:
+        before = graph
+        graph, stats = apply(stage, graph, stats)
+        refuse_changed(stage, before, graph, None, batches_of(seg))
+    return graph, stats
 
 
 def samples_of(seg):

@@ -6,7 +6,7 @@ from families import FAMILIES, MIXTURES, OTHERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_folders import refused
-from segments import batches_of, hidden, normal, relative, segment
+from segments import hidden, normal, relative, run_checked, segment
 
 import qlab
 from qlab.algebra.absorb import fold_scales
@@ -16,25 +16,13 @@ from qlab.algebra.groups import Diagonal, General, Nothing, groups
 from qlab.algebra.interpret import interpret
 from qlab.algebra.online import MatMul, rotate
 from qlab.algebra.reparametrize import reparametrize
-from qlab.algebra.running import apply
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.stats import STATS
 from qlab.algebra.wires import wires
-from qlab.driver.lossless import refuse_changed
 
 ALL = [*FAMILIES, *MIXTURES, *OTHERS]
 every_family = pytest.mark.parametrize("family", ALL)
 INT8 = parse_spec("int8-channel")
-
-
-def run(seg, transform, stats=None, graph=None):
-    """All stages, each with its claim checked on a batch."""
-    graph, stats = graph or seg.graph, dict(stats or {})
-    for stage in transform:
-        before = graph
-        graph, stats = apply(stage, graph, stats)
-        refuse_changed(stage, before, graph, None, batches_of(seg))
-    return graph, stats
 
 
 def kept(graph, seg):
@@ -102,7 +90,7 @@ def test_a_matrix_per_head_folds_into_values_and_their_readers(family):
         h, d = turn.group.heads_hd.shape
         return turn_of(h, d, d) + 0.3 * torch.eye(d)  # invertible, and no rotation
 
-    graph, _ = run(seg, qlab.gauge("heads", "*:in", choose))
+    graph, _ = run_checked(seg, qlab.gauge("heads", "*:in", choose))
     kept(graph, seg)
     assert not graph.online
     changed = {n for n in graph.params if graph.params[n] is not seg.graph.params[n]}
@@ -123,7 +111,7 @@ def test_scales_of_every_wire_that_takes_them(family):
         m = normal(turn.size, seed=1).mul(0.3).exp()
         return turn.stored(m if experts is None else m.repeat(experts, 1, 1))
 
-    graph, _ = run(seg, qlab.gauge("scales", "*:in", choose))
+    graph, _ = run_checked(seg, qlab.gauge("scales", "*:in", choose))
     kept(graph, seg)
     assert not graph.online
 
@@ -133,7 +121,7 @@ def test_scales_of_every_wire_that_takes_them(family):
 def test_what_no_producer_takes_stays_at_run_time(family, n):
     seg = segment(family)
     turned = lambda turn: turn_of(n or turn.size, n or turn.size)
-    graph, stats = run(seg, qlab.gauge("turn", "*:in", turned, online=True), seg.stats)
+    graph, stats = run_checked(seg, qlab.gauge("turn", "*:in", turned, online=True), seg.stats)
     kept(graph, seg)
     assert graph.online.keys() == {s.path for s in graph.sites}
     again = seg.all_stats(graph)
@@ -144,7 +132,7 @@ def test_what_no_producer_takes_stays_at_run_time(family, n):
 
 def test_every_reader_of_a_wire_turns_routers_too():
     seg = segment("qwen3_moe")
-    graph, _ = run(
+    graph, _ = run_checked(
         seg, qlab.gauge("turn", "*mlp*:in", lambda t: turn_of(t.size, t.size), online=True)
     )
     kept(graph, seg)
@@ -157,7 +145,7 @@ def test_a_sources_statistics_come_with_its_weights():
     def choose(turn):
         seen.extend((turn.name, len(s.weights), s.stats["absmax"].shape) for s in turn.sources())
 
-    run(seg, qlab.gauge("look", "*:in", choose, needs=frozenset({"absmax"})), seg.stats)
+    run_checked(seg, qlab.gauge("look", "*:in", choose, needs=frozenset({"absmax"})), seg.stats)
     path = seg.graph.path
     assert seen[0] == (f"{path}.self_attn.q_proj:in", 3, (64,))
     assert len(seen) == 2 + 4 + 4  # q k v, o, and the two inputs of four experts
@@ -251,16 +239,18 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_not_of_the_group_is_refused_by_name(case):
     family, pattern, choose, words = WRONG[case]
-    refused(lambda: run(segment(family), qlab.gauge("mine", pattern, choose)), *words)
+    refused(lambda: run_checked(segment(family), qlab.gauge("mine", pattern, choose)), *words)
 
 
 def test_a_rounded_neighbour_is_refused():
     seg = segment("llama")
-    graph, _ = run(seg, qlab.at("*.v_proj", qlab.rtn(INT8)))
+    graph, _ = run_checked(seg, qlab.at("*.v_proj", qlab.rtn(INT8)))
     turn = qlab.gauge("mine", "*.o_proj:in", lambda t: turn_of(16, 16))
-    refused(lambda: run(seg, turn, graph=graph), "v_proj", "rounded already", "rotate first")
-    graph, _ = run(seg, qlab.at("*.o_proj", qlab.rtn(INT8)))
-    refused(lambda: run(seg, turn, graph=graph), "o_proj", "quantized already")
+    refused(
+        lambda: run_checked(seg, turn, graph=graph), "v_proj", "rounded already", "rotate first"
+    )
+    graph, _ = run_checked(seg, qlab.at("*.o_proj", qlab.rtn(INT8)))
+    refused(lambda: run_checked(seg, turn, graph=graph), "o_proj", "quantized already")
 
 
 def test_a_pattern_that_is_for_no_inputs_is_refused():

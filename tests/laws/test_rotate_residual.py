@@ -7,7 +7,7 @@ from families import FAMILIES, MIXTURES, OTHERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_folders import refused
-from segments import batches_of, hidden, normal, relative, segment
+from segments import batches_of, hidden, normal, relative, run_checked, segment
 
 import qlab
 from qlab.algebra.frame import in_frame, keeping_ones
@@ -26,20 +26,10 @@ TURNING = [family for family in (*FAMILIES, *MIXTURES, *OTHERS) if family not in
 CENTRED = {"opt", "gpt_neox", "gpt2", "falcon"}
 
 
-def run(seg, transform, stats=None, graph=None):
-    """All stages, each with its claim checked on a batch."""
-    graph, stats = graph or seg.graph, dict(stats or {})
-    for stage in transform:
-        before = graph
-        graph, stats = apply(stage, graph, stats)
-        refuse_changed(stage, before, graph, None, batches_of(seg))
-    return graph, stats
-
-
 @pytest.mark.parametrize("family", TURNING)
 def test_a_block_in_another_basis_computes_the_same(family):
     seg = segment(family)
-    graph, _ = run(seg, qlab.rotate_residual())
+    graph, _ = run_checked(seg, qlab.rotate_residual())
     for batch in seg.batches[:2]:
         out, before = (hidden(interpret(g, *batch)) for g in (graph, seg.graph))
         assert relative(out, before) < 1e-4
@@ -56,7 +46,7 @@ def test_what_does_not_turn_is_refused_by_the_operation(family):
     seg = segment(family)
     group = residual(seg.graph.code)
     assert isinstance(group, Nothing) and STANDS[family] in group.reason
-    refused(lambda: run(seg, qlab.rotate_residual()), seg.graph.path, group.reason)
+    refused(lambda: run_checked(seg, qlab.rotate_residual()), seg.graph.path, group.reason)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "mixtral"])
@@ -108,7 +98,7 @@ def test_weights_that_read_outliers_become_incoherent(family):
     W = seg.graph.params[site.weight].clone()
     W[:, [3, 50]] *= 30
     graph = seg.graph.update({site.weight: W})
-    rotated, _ = run(seg, qlab.rotate_residual(), graph=graph)
+    rotated, _ = run_checked(seg, qlab.rotate_residual(), graph=graph)
     largest = lambda g: float(g.weight_ok(site).abs().max() / g.weight_ok(site).std())
     assert largest(rotated) < 0.5 * largest(graph)
 
@@ -116,7 +106,7 @@ def test_weights_that_read_outliers_become_incoherent(family):
 def test_all_four_rotations_and_a_rounding_come_together():
     seg, int8 = segment("llama"), parse_spec("int8-g16")
     rotations = qlab.chain(qlab.rotate_residual(), qlab.quarot(), qlab.rotate_scores())
-    graph, _ = run(seg, qlab.chain(rotations, qlab.rtn(int8)))
+    graph, _ = run_checked(seg, qlab.chain(rotations, qlab.rtn(int8)))
     out, before = (hidden(interpret(g, *seg.batches[0])) for g in (graph, seg.graph))
     assert 0 < relative(out, before) < 0.03
 
@@ -127,7 +117,7 @@ def test_a_bias_without_a_gain_is_refused():
     weight = seg.graph.params[gain.weight].clone()
     weight[5] = 0
     graph = seg.graph.update({gain.weight: weight})
-    refused(lambda: run(seg, qlab.rotate_residual(), graph=graph), gain.weight, gain.bias)
+    refused(lambda: run_checked(seg, qlab.rotate_residual(), graph=graph), gain.weight, gain.bias)
 
 
 def test_what_stands_at_the_ends_is_refused():
@@ -141,4 +131,4 @@ def test_what_stands_at_the_ends_is_refused():
 
 def test_a_rule_for_a_part_of_a_block_is_refused():
     part = qlab.at("*mlp*", qlab.rotate_residual())
-    refused(lambda: run(segment("llama"), part), "self_attn.q_proj", "whole model")
+    refused(lambda: run_checked(segment("llama"), part), "self_attn.q_proj", "whole model")
