@@ -5,11 +5,14 @@ import itertools
 import pytest
 import torch
 from model_folders import random_tokens
+from transformers import AutoModelForCausalLM
 
 from qlab import allocate, apply, evaluate, fisher, kl_of_each, quantize
 from qlab.algebra.graph import by_source
+from qlab.algebra.grid import encode, minmax
+from qlab.algebra.leaf import dense
 from qlab.algebra.scope import matches, pattern_of
-from qlab.algebra.spec import parse_spec
+from qlab.algebra.spec import parse_spec, with_scale_dtype
 from qlab.algebra.transform import at, chain, keep, rules
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
@@ -98,6 +101,30 @@ def test_measured_sensitivities_beat_the_opposite_choice(sensitivity, saved):
         for costs in (sensitivity, opposite)
     )
     assert evaluate(by_measure, model, data).kl < evaluate(by_opposite, model, data).kl
+
+
+def test_fisher_is_half_the_squared_gradients_times_the_squared_errors(saved):
+    """By the gradients of transformers' own loss, window by window."""
+    model, data = opened(saved, dtype=torch.float32)
+    seen = []
+
+    def measured(whole, specs):
+        seen.append(fisher(whole, specs))
+        return seen[0]
+
+    list(apply(model, allocate(CHOICES, 5, measured), data).segments())
+    reference = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32)
+    name = "model.layers.1.self_attn.o_proj"
+    W = reference.get_submodule(name).weight
+    error = (
+        dense(encode(minmax, W.detach(), with_scale_dtype(SPECS[0], torch.float32))) - W.detach()
+    )
+    expected = 0.0
+    for ids in data.ids:
+        reference.zero_grad()
+        reference(ids[None], labels=ids[None]).loss.backward()
+        expected += float((W.grad.square() * error.square()).sum()) / 2 / len(data.ids)
+    assert seen[0][name][0] == pytest.approx(expected, rel=1e-3)
 
 
 def test_choices_may_need_data_and_stand_behind_other_steps(saved):

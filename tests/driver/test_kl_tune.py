@@ -3,10 +3,13 @@ out never rises, and what is written is what was learned."""
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from model_folders import contents, random_tokens
 from torch.utils import _pytree as pytree
 
 from qlab.algebra.leaf import proper
+from qlab.algebra.learn_whole import divided
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.transform import at, chain
@@ -125,6 +128,12 @@ def test_the_same_seed_gives_the_same_bytes(saved, tmp_path):
     assert contents(first.path) == contents(second.path)
     details = [stage.detail for stage in apply(model, recipe, data).resolved.recipe]
     assert any("value" in detail for detail in details)
+
+
+@given(st.integers(2, 40), st.floats(0.01, 0.99))
+def test_no_window_is_both_learned_from_and_held_out(count, share):
+    learn_from, held_out = divided("a step", count, share)
+    assert sorted([*learn_from, *held_out]) == list(range(count)) and learn_from and held_out
 
 
 def test_without_steps_nothing_moves(saved):

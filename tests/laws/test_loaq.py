@@ -51,6 +51,11 @@ def test_the_stream_and_the_output_make_what_comes_behind(family):
         assert relative(r.flatten(0, -2) + out.flatten(0, -2), leaving.flatten(0, -2)) < 1e-6
 
 
+def test_a_sum_with_what_comes_after_the_input_is_no_stream():
+    """Where attention and MLP stand side by side, the later one's sum is there in time alone."""
+    assert list(joined_sites(segment("gpt_neox"))) == ["mlp.dense_4h_to_h"]
+
+
 @pytest.mark.parametrize("family", ["gemma2", "olmo2"])
 def test_behind_a_norm_nothing_is_known_of_the_stream(family):
     assert not joined_sites(segment(family))

@@ -1,8 +1,6 @@
 """A low rank beside codes: EoRA loses least of the outputs for its rank, more rank loses less, and
 all of it gives the weight back."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,8 +30,16 @@ def leaves(graph):
                 yield site, e, graph.leaf_ok(site, e)
 
 
-def losses(graph):
-    return {site.path: graph.notes[site.path]["loss"] for site in graph.sites if not site.router}
+def losses(seg, graph):
+    """tr(D H D^T) of every weight, from the second moments of the unquantized inputs."""
+    stats = seg.stats_for(gptq(INT3))
+    of_weights = {}
+    for site, e, leaf in leaves(graph):
+        state = stats[site.source, "second_moment"]
+        H = (state if e is None else state.states[e]).mean_kk.double()
+        D = (seg.graph.weight_ok(site, e) - dense(leaf)).double()
+        of_weights[site.path, e] = float((D @ H * D).sum())
+    return of_weights
 
 
 @given(st.integers(0, 999), st.sampled_from([(6, 12), (12, 6), (8, 8)]), st.integers(1, 5))
@@ -77,18 +83,14 @@ def test_errors_fall_with_the_rank_and_all_of_it_gives_the_weight_back(name, fam
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_eora_loses_less_of_the_outputs_than_a_plain_decomposition(family):
     seg = segment(family)
+    # Rounded to nearest, so that both stand beside the same codes.
     plain, weighted = (
-        losses(seg.solve(chain(gptq(INT3), step(4)))[0]) for step in (lqer_with_loss, eora)
+        losses(seg, seg.solve(chain(rtn(INT3), step(4)))[0]) for step in (lqer, eora)
     )
-    assert all(weighted[path] <= plain[path] * (1 + 1e-5) for path in plain)
+    assert all(weighted[name] <= plain[name] * (1 + 1e-4) + 1e-9 for name in plain)
     assert sum(weighted.values()) < 0.99 * sum(plain.values())
-    ranks = [losses(seg.solve(chain(gptq(INT3), eora(rank)))[0]) for rank in (1, 4, 16)]
-    assert all(ranks[0][p] > ranks[1][p] > ranks[2][p] for p in plain)
-
-
-def lqer_with_loss(rank):
-    """lqer, which also observes second moments, so that its report holds the loss."""
-    return tuple(replace(stage, needs=frozenset({"second_moment"})) for stage in lqer(rank))
+    ranks = [losses(seg, seg.solve(chain(rtn(INT3), eora(rank)))[0]) for rank in (1, 4, 16)]
+    assert all(ranks[0][n] > ranks[1][n] > ranks[2][n] for n in plain if ranks[0][n] > 1e-9)
 
 
 def test_it_makes_up_for_zeros_of_a_mask_too():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import FAMILIES, MIXTURES
-from segments import batches_of, segment
+from segments import batches_of, of, segment
 
 from qlab.algebra.graph import by_source
 from qlab.algebra.interpret import inputs_of
@@ -81,6 +81,31 @@ def test_the_statistic_is_the_moment_of_the_tokens_so_weighted(family):
         expected = expected + (x * a[:, None]).T @ x
     assert torch.allclose(stats[source, "received"].sum_kk, expected, rtol=1e-3, atol=1e-4)
     assert stats[source, "received"].tokens == 72 and not stats[other, "received"].tokens
+
+
+class TwoAttentions(torch.nn.Module):
+    """Two attentions whose keys and values are made of one input."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        k, v, other_k, other_v = (linear(x)[:, None] for linear in self.made)
+        attention = torch.nn.functional.scaled_dot_product_attention
+        return x + (attention(k, k, v) + attention(other_k, other_k, other_v))[:, 0]
+
+
+def test_what_several_attentions_give_adds_up():
+    x = torch.randn(1, 5, 8)
+    block = TwoAttentions()
+    seg = of(block, x)
+    (a_n,) = received(seg.graph, {s.source for s in seg.graph.sites}, (x,), {}).values()
+    expected = 0
+    for i in (0, 2):
+        k = block.made[i](x)[0]
+        expected = expected + (k @ k.T / 8**0.5).softmax(-1).square().sum(0)
+    assert torch.allclose(a_n.flatten(), expected, atol=1e-5)
 
 
 def test_an_error_costs_more_where_attention_goes():

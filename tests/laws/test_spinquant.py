@@ -11,7 +11,7 @@ from model_folders import random_tokens, refused
 import qlab
 from qlab.algebra.frame import keeping_ones
 from qlab.methods.hadamard import random_orthogonal
-from qlab.methods.spinquant import _moved, _skew
+from qlab.methods.spinquant import _moved, _Rounded, _skew
 
 GRIDS = ("int3-channel", "int4-channel")  # of weights, and of inputs
 
@@ -53,6 +53,29 @@ def test_the_same_seed_learns_the_same_and_no_steps_learn_nothing(saved):
     assert all(torch.equal(R, again[0].matrices[n]) for n, R in first[0].matrices.items())
     assert start[0].before == start[0].after == first[0].before
     assert other[0].before != start[0].before
+
+
+@pytest.mark.parametrize("way", [1, -1])
+def test_what_is_kept_has_the_loss_that_is_said(way, saved, monkeypatch):
+    """Also where every step leads up, and what it began with is kept."""
+    moved = lambda R, A, rate: _moved(R, way * A, rate)
+    monkeypatch.setattr("qlab.methods.spinquant._moved", moved)
+    path, losses = saved("llama"), []
+    (stage,) = qlab.spinquant(*GRIDS, steps=3)
+    grids = [qlab.parse_spec(text) for text in GRIDS]
+
+    def measure(model):
+        value = stage.measure(model)
+        rounded = _Rounded(*grids, seed=0)
+        rounded.matrices = dict(value.matrices)
+        losses.append((value.after, model.losses(model.kl_to(model), changed=rounded)))
+        return value
+
+    data = random_tokens(path, samples=3, length=16)
+    again = qlab.bind("spinquant", measure, stage.then)
+    qlab.logits(qlab.apply(qlab.open(path), again, data), IDS)
+    ((said, found),) = losses
+    assert sum(found) / len(found) == pytest.approx(said, rel=1e-5)
 
 
 @settings(max_examples=30, deadline=None)
