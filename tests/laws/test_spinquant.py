@@ -1,6 +1,8 @@
 """SpinQuant: learned rotations are orthogonal, keep the function, and never end above where they
 began."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -59,7 +61,7 @@ def test_the_same_seed_learns_the_same_and_no_steps_learn_nothing(saved):
 def test_what_is_kept_has_the_loss_that_is_said(way, saved, monkeypatch):
     """Also where every step leads up, and what it began with is kept."""
     moved = lambda R, A, rate: _moved(R, way * A, rate)
-    monkeypatch.setattr("qlab.methods.spinquant._moved", moved)
+    monkeypatch.setattr(import_module("qlab.methods.spinquant"), "_moved", moved)
     path, losses = saved("llama"), []
     (stage,) = qlab.spinquant(*GRIDS, steps=3)
     grids = [qlab.parse_spec(text) for text in GRIDS]
