@@ -100,6 +100,7 @@ TAKES: Mapping[str, Mapping[str, plain.Kind]] = {
         "device": plain.device,
         "dtype": plain.dtype,
         "dense_cache": plain.flag,
+        "activations": plain.optional_word,
     },
     "to_torchao": {"model": kinds.directory, "device": plain.device},
     "rtn": METHOD,

@@ -23,6 +23,7 @@ from qlab.lowering.tuning.timing import copies
 from qlab.lowering.weights import int4
 from qlab.lowering.weights.ops import int4_mm
 from qlab.lowering.weights.packed import Packed
+from qlab.lowering.weights.setting import Setting
 
 Product = Callable[[Tensor], Tensor]
 
@@ -78,7 +79,7 @@ def qlab_dense_copy(case: Case) -> Sequence[Product]:
 
 def _packed(case: Case) -> list[Packed]:
     return [
-        int4.pack("the weight", leaf, case.torch_dtype, case.device)
+        int4.pack("the weight", leaf, Setting(dtype=case.torch_dtype, device=case.device))
         for leaf in case.weights(case.int4_bytes)
     ]
 

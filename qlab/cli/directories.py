@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from qlab.cli.kernels import KernelDevice, kernel_device
 from qlab.cli.options import Asymmetric, CodecName, Json, Model, Overwrite, Resume, lower, resolved
 from qlab.cli.output import console, output_place, report
 from qlab.cli.running import loading
@@ -12,15 +13,34 @@ from qlab.errors import QlabError
 from qlab.process.shown import some
 
 
-def inspect(directory: Model, json_file: Json = None) -> None:
+def inspect(
+    directory: Model,
+    run: Annotated[
+        bool, typer.Option("--run", help="which kernel multiplies each weight here, and why")
+    ] = False,
+    device: KernelDevice = "",
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            "--activations", callback=lower, help="with --run: 'int8' lets kernels round them"
+        ),
+    ] = None,
+    json_file: Json = None,
+) -> None:
     """What a directory holds, in any format that qlab reads: specs, tensors, bytes, and what qlab
-    measured if it wrote it."""
+    measured if it wrote it. With --run, which kernel `lower` takes for each weight on this machine,
+    and why the faster ones do not take it."""
+    if not run and (device or activations):
+        raise QlabError("--device and --activations say where weights run; give --run with them")
     with loading():
         from qlab.directories.inspect import inspect
+        from qlab.lowering.rows import rows_of
 
-    inspection = inspect(resolved(directory))
-    console().print(inspection)
-    report(inspection.json(), json_file)
+    path = resolved(directory)
+    inspection = inspect(path)
+    rows = rows_of(path, kernel_device(device), activations=activations) if run else None
+    console().print(inspection if rows is None else rows)
+    report(inspection.json() | ({} if rows is None else {"run": rows.json()}), json_file)
 
 
 def convert(

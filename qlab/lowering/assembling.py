@@ -1,7 +1,9 @@
 """Putting lowered weights into a model, for both doors: `qlab.lower`, which builds the model, and
 `qlab.hf`, where transformers does."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from qlab.errors import QlabError, warn
 from qlab.lowering.around.attention import use_grouped_attention
 from qlab.lowering.weights.kernels import KERNELS
 from qlab.lowering.weights.modules import QExperts, QLinear, QuantizedWeight
+from qlab.lowering.weights.setting import Activations
 from qlab.model.loading import load_leaf
 from qlab.model.online import at_input
 from qlab.model.paper import dtype_in
@@ -57,6 +60,8 @@ def put_weights(
     dtype: torch.dtype,
     device: torch.device,
     dense_cache: bool = False,
+    *,
+    activations: Activations | None = None,
 ) -> None:
     """Put a packed module in the place of every one of `weights` (`quantized_weights`), loaded one
     at a time. Blocks that share a weight share the module."""
@@ -64,7 +69,7 @@ def put_weights(
     for name, pieces in weights.items():
         tensors = (*pieces, *_bias(skeleton, name))
         if tensors not in packed:
-            packed[tensors] = pack(skeleton, name, dtype, device, dense_cache)
+            packed[tensors] = pack(skeleton, name, dtype, device, dense_cache, activations)
         set_module(model, name, packed[tensors])
 
 
@@ -73,32 +78,44 @@ def _bias(skeleton: Skeleton, name: str) -> tuple[Piece, ...]:
     return skeleton.names.pieces(bias) if bias in dict(skeleton.model.named_parameters()) else ()
 
 
+def loaded(skeleton: Skeleton, name: str) -> tuple[Any, QuantizeInput | None]:
+    """The leaf of a weight of `quantized_weights`, and how the directory rounds its inputs."""
+    is_fused = name in dict(skeleton.model.named_parameters())
+    inputs = next((op for op in at_input(skeleton, name) if isinstance(op, QuantizeInput)), None)
+    return load_leaf(skeleton, name if is_fused else f"{name}.weight"), inputs
+
+
 def pack(
-    skeleton: Skeleton, name: str, dtype: torch.dtype, device: torch.device, dense_cache: bool
+    skeleton: Skeleton,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    dense_cache: bool,
+    activations: Activations | None = None,
 ) -> nn.Module:
     """What stands in for a quantized weight of the model: a module of the first kernel that takes
     it, or an ordinary linear where the format's layout is no grid of qlab's, so that the weight has
     no codes."""
     is_fused = name in dict(skeleton.model.named_parameters())
     weight = name if is_fused else f"{name}.weight"
-    leaf, parameter = load_leaf(skeleton, weight), skeleton.model.get_parameter(weight)
+    (leaf, inputs), parameter = loaded(skeleton, name), skeleton.model.get_parameter(weight)
+    rounding: Any = {"inputs": inputs, "activations": activations}
     if sorted(leaf.shape) != sorted(parameter.shape):
         raise QlabError(
             f"{skeleton.names.pieces(weight)[0].module} holds a weight {tuple(leaf.shape)} and the "
             f"model wants {tuple(parameter.shape)}; its config.json belongs to another model"
         )
-    inputs = next((op for op in at_input(skeleton, name) if isinstance(op, QuantizeInput)), None)
     if is_fused:
         if not isinstance(leaf, QTensor):
             raise QlabError(
                 f"{name} has experts without codes of a grid, which no lowered module holds; "
                 "evaluate the directory with qlab"
             )
-        return QExperts(name, leaf, dtype, device, dense_cache, inputs=inputs)
+        return QExperts(name, leaf, dtype, device, dense_cache, **rounding)
     linear = skeleton.model.get_submodule(name)
     bias = None if linear.bias is None else dense(load_leaf(skeleton, f"{name}.bias"))
     if isinstance(leaf, QTensor):
-        return QLinear(name, leaf, bias, dtype, device, dense_cache, inputs=inputs)
+        return QLinear(name, leaf, bias, dtype, device, dense_cache, **rounding)
     return plain(leaf, bias, dtype_in(skeleton.model, weight), device)
 
 
@@ -117,15 +134,43 @@ def finish(model: PreTrainedModel, device: torch.device) -> None:
         use_grouped_attention(model)
 
 
-def warn_slow(model: nn.Module, dtype: torch.dtype, device: torch.device, cure: str = "") -> None:
+def warn_slow(
+    model: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device,
+    cure: str = "",
+    *,
+    activations: Activations | None = None,
+) -> None:
     """Warn of what keeps quantized weights of a lowered model from being fast, in a line for all
-    that one kernel holds. cure: what else would help."""
+    that one kernel holds, with the reasons of the kernels that do not take them. cure: what else
+    would help. activations: what the user asked for; a line where it changes nothing."""
     modules = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
     for kernel in KERNELS:
-        specs = [str(module.spec) for module in modules if module.kernel is kernel]
+        of_kernel = [module for module in modules if module.kernel is kernel]
+        specs = [str(module.spec) for module in of_kernel]
         slowness = kernel.slowness(specs, dtype, device) if specs else None
+        reasons = "; ".join(passed_over(of_kernel))
         if slowness:
-            warn(slowness + cure)
+            warn(f"{slowness}. {reasons}{cure}" if reasons else slowness + cure)
+        elif reasons:
+            warn(f"weights are multiplied by '{kernel.name}', a slower kernel: {reasons}")
+    left = [module for module in modules if module.rounding is None]
+    if activations is not None and left:
+        specs = sorted({str(module.spec) for module in left})
+        warn(
+            f"activations={activations!r} changes nothing at {len(left)} weights "
+            f"({', '.join(specs)}): no kernel here rounds their activations"
+        )
+
+
+def passed_over(modules: Sequence[QuantizedWeight]) -> list[str]:
+    """The kernels that do not take weights that they are meant for: for how many, and why."""
+    counts = Counter(passed for module in modules for passed in module.passed)
+    return [
+        f"'{passed.row}' does not take {count} of them, because {passed.reason}"
+        for passed, count in counts.items()
+    ]
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -23,6 +23,7 @@ from qlab.lowering.assembling import (
 from qlab.lowering.devices import DTYPES, device_named
 from qlab.lowering.solved import Place, SolvedModel, put_buffers, put_solved
 from qlab.lowering.weights.modules import QuantizedWeight
+from qlab.lowering.weights.setting import Activations, checked_activations
 from qlab.model.loading import load_leaf, load_outside
 from qlab.model.skeleton import Skeleton
 from qlab.process.surroundings import undisturbed
@@ -34,14 +35,16 @@ def lower(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     dense_cache: bool = False,
+    activations: Activations | None = None,
 ) -> PreTrainedModel:
     """A quantized directory as a Hugging Face model that runs fast.
 
     A `QLinear` stands in the place of every quantized linear, and a `QExperts` in that of every
     fused weight of experts. Their codes are packed for `device` while they are loaded, one tensor
-    at a time; the directory stays as it is. Where no int4 kernel takes the codes (floats, groups of
-    16, blocks), the module holds them as bit streams and dequantizes them for every call; `repr`
-    shows which, as the layout. Embeddings (even with codes), norms and an unquantized head are
+    at a time; the directory stays as it is. The first kernel of a table that takes a weight
+    multiplies it; `repr` shows which, as the layout, and why a faster one does not. Where none
+    takes the codes, the module holds them as bit streams and dequantizes them for every call.
+    Embeddings (even with codes), norms and an unquantized head are
     dense. What the directory rotates or rounds at run time is rotated or rounded. The value of
     `qlab.apply` is lowered while it is solved, without a directory.
 
@@ -56,14 +59,17 @@ def lower(
             float32.
         dense_cache: keep a dense copy of each weight for products of many tokens;
             `resident_bytes` says what that costs.
+        activations: "int8" lets kernels that can round activations to 8-bit integers, where the
+            directory leaves them as they are: faster, and not quite the directory's function. None
+            rounds nothing that the directory does not.
 
     Returns:
         The model in evaluation mode. Its weights cannot be saved, because they are packed for one
         device.
 
     Raises:
-        QlabError: a directory that is not quantized, a device or dtype without kernels, a tensor
-            that the model needs and the files lack.
+        QlabError: a directory that is not quantized, a device or dtype without kernels, activations
+            that no kernel rounds to, a tensor that the model needs and the files lack.
 
     Example:
         >>> import qlab, torch
@@ -81,6 +87,7 @@ def lower(
         raise QlabError(
             f"no kernel takes {dtype} activations; lower to {', '.join(str(d) for d in DTYPES)}"
         )
+    rounding = checked_activations(activations)
     if not solved and not checkpoint.quantized:
         raise QlabError(
             f"{checkpoint.path} is not quantized, so there is nothing to lower; load it with "
@@ -89,10 +96,11 @@ def lower(
     skeleton = Skeleton(checkpoint, dtype, where)
     cure = "" if dense_cache else "; dense_cache=True dequantizes once"
     own: frozenset[str] = frozenset()
+    place = Place(dtype, where, dense_cache, rounding)
     if solved:
-        own = _fill_solved(skeleton, solved, Place(dtype, where, dense_cache), cure)
+        own = _fill_solved(skeleton, solved, place, cure)
     else:
-        _fill(skeleton, Place(dtype, where, dense_cache), cure)
+        _fill(skeleton, place, cure)
     _tie(skeleton, own)
     if (checkpoint.path / "generation_config.json").is_file():
         skeleton.model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
@@ -110,9 +118,16 @@ def _fill(skeleton: Skeleton, place: Place, cure: str) -> None:
     is said of them where there is none."""
     matrices = rotations(skeleton)
     weights = quantized_weights(skeleton)
-    put_weights(skeleton.model, skeleton, weights, place.dtype, place.device, place.dense_cache)
-    if cure:
-        warn_slow(skeleton.model, place.dtype, place.device, cure=cure)
+    put_weights(
+        skeleton.model,
+        skeleton,
+        weights,
+        place.dtype,
+        place.device,
+        place.dense_cache,
+        activations=place.activations,
+    )
+    _warn(skeleton, place, cure)
     with torch.no_grad():
         load_outside(skeleton, with_head=True)
         _load_blocks(skeleton)
@@ -127,12 +142,18 @@ def _fill_solved(
     blocks that are the recipe's."""
     load_outside(skeleton, with_head=True)
     left = put_solved(skeleton, solved, place)
-    if cure:
-        warn_slow(skeleton.model, place.dtype, place.device, cure=cure)
+    _warn(skeleton, place, cure)
     _load_blocks(skeleton)
     put_buffers(skeleton.model, left.buffers)
     attach(skeleton.model, left.rotations, place.device)
     return left.around
+
+
+def _warn(skeleton: Skeleton, place: Place, cure: str) -> None:
+    """Say what is slow, unless a dense copy of every weight was asked for."""
+    if cure:
+        activations = place.activations
+        warn_slow(skeleton.model, place.dtype, place.device, cure, activations=activations)
 
 
 def _refuse_saving(*_: object, **__: object) -> None:

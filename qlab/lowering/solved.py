@@ -18,6 +18,7 @@ from qlab.files.checkpoint import Checkpoint
 from qlab.lowering.around.rotated import Rotations
 from qlab.lowering.assembling import owner_of, plain, set_module
 from qlab.lowering.weights.modules import QExperts, QLinear
+from qlab.lowering.weights.setting import Activations
 from qlab.model.skeleton import Skeleton
 
 
@@ -54,6 +55,7 @@ class Place:
     dtype: torch.dtype
     device: torch.device
     dense_cache: bool
+    activations: Activations | None = None
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,12 @@ def _put(
     any other leaf dense."""
     owner, parameter = owner_of(model, name), model.get_parameter(name)
     how = (place.dtype, place.device, place.dense_cache)
+    rounding: Any = {"inputs": inputs, "activations": place.activations}
     module = name.removesuffix(".weight")
     if isinstance(leaf, QTensor) and leaf.codes.ndim == 3:
-        set_module(model, name, QExperts(name, leaf, *how, inputs=inputs))
+        set_module(model, name, QExperts(name, leaf, *how, **rounding))
     elif isinstance(leaf, QTensor):
-        set_module(model, module, QLinear(module, leaf, _bias(owner), *how, inputs=inputs))
+        set_module(model, module, QLinear(module, leaf, _bias(owner), *how, **rounding))
     elif isinstance(leaf, Tensor):
         value = leaf.to(place.device, parameter.dtype)
         owner._parameters[name.rpartition(".")[2]] = nn.Parameter(value, requires_grad=False)

@@ -21,6 +21,7 @@ from qlab.lowering.tuning.timing import copies, copy_rate, matmul_rate, microsec
 from qlab.lowering.weights import cpu, cuda, int4
 from qlab.lowering.weights.nibbles import spread
 from qlab.lowering.weights.packed import Packed, stacked
+from qlab.lowering.weights.setting import Setting
 
 Call = Callable[[], Tensor]
 
@@ -166,7 +167,7 @@ def _gpu_weights(n: int, k: int, form: Form, dtype: torch.dtype, device: torch.d
     weights = []
     for seed in range(1 if form.experts else copies(n * k / 2, device)):
         leaf = random_weight(n, k, form.group, form.zeros, device, seed)
-        packed = int4.pack("the weight", leaf, dtype, device)
+        packed = int4.pack("the weight", leaf, Setting(dtype=dtype, device=device))
         whole = stacked([packed] * form.experts) if form.experts else packed
         weights.append(cuda.launched(whole))
     return weights
@@ -208,7 +209,8 @@ def _products_on_cpu(
             random_weight(n, k, form.group, form.zeros, device, seed)
             for seed in range(copies(n * k / 2, device))
         ]
-        weights = [int4.pack("the weight", leaf, torch.bfloat16, device) for leaf in leaves]
+        setting = Setting(dtype=torch.bfloat16, device=device)
+        weights = [int4.pack("the weight", leaf, setting) for leaf in leaves]
         rows, half = weights[0].words.shape  # the key holds the sizes that the kernel sees
         group = weights[0].group
         for beside_copy in (False, True):

@@ -26,6 +26,7 @@ from qlab.algebra.qtensor import dense as dense_of
 from qlab.errors import QlabError
 from qlab.lowering.weights.exact import spec_of, text_of
 from qlab.lowering.weights.int4 import refuse_lost
+from qlab.lowering.weights.setting import Setting
 from qlab.lowering.weights.streams import codes_of, words_of
 
 Part = Tensor | None
@@ -59,14 +60,19 @@ class Coded(NamedTuple):
         return self._replace(words=self.words[e], scales=self.scales[e], zeros=zeros, outer=outer)
 
 
-def takes(leaf: QTensor) -> str | None:
+def meant(leaf: QTensor, setting: Setting) -> bool:
     """Every weight can be held as codes."""
-    return None
+    return True
 
 
-def pack(path: str, leaf: QTensor, dtype: torch.dtype, device: torch.device) -> Coded:
+def takes(leaf: QTensor, setting: Setting) -> None:
+    """Every weight is taken."""
+
+
+def pack(path: str, leaf: QTensor, setting: Setting) -> Coded:
     """A weight as bit streams on the device. Refuses codes that are not on the spec's grid, and
     scales that the dtype does not hold."""
+    dtype, device = setting.dtype, setting.device
     refuse_lost(path, [leaf.scales], dtype)
 
     def placed(part: Part) -> Part:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.qtensor import QTensor
+from qlab.algebra.spec import Int
 from qlab.errors import QlabError
 from qlab.lowering.weights import cpu, cuda, ops
 from qlab.lowering.weights.nibbles import planes_of, refusal
 from qlab.lowering.weights.packed import Packed, stacked
+from qlab.lowering.weights.setting import Setting
 
 
 def implementation(device: torch.device) -> ModuleType:
@@ -22,14 +24,20 @@ def implementation(device: torch.device) -> ModuleType:
     return cpu if device.type == "cpu" else cuda
 
 
-def takes(leaf: QTensor) -> str | None:
+def meant(leaf: QTensor, setting: Setting) -> bool:
+    """Whether a weight has integer codes."""
+    return isinstance(leaf.spec, Int)
+
+
+def takes(leaf: QTensor, setting: Setting) -> str | None:
     """Why no int4 kernel multiplies this weight, or None."""
     return refusal(leaf.spec, leaf.shape)
 
 
-def pack(path: str, leaf: QTensor, dtype: torch.dtype, device: torch.device) -> Packed:
+def pack(path: str, leaf: QTensor, setting: Setting) -> Packed:
     """A weight [n, k] or [e, n, k] as the device's kernels read it. Refuses scales that the dtype
     does not hold, and a device without kernels."""
+    dtype, device = setting.dtype, setting.device
     kernels = implementation(device)
     is_fused = leaf.codes.ndim == 3
     leaves = [expert(leaf, e) for e in range(len(leaf.codes))] if is_fused else [leaf]

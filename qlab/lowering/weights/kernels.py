@@ -1,12 +1,12 @@
 """The ways to hold and multiply a quantized weight, as a table: the first kernel that takes a
-weight holds it.
+weight holds it, and the reasons of those before it that were meant for it are kept.
 
-A new storage is a module with the functions of a row, and its row.
+A new kernel is a module with the functions of a row, and its row. Faster rows come first.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from qlab.algebra.qtensor import QTensor
 from qlab.lowering.weights import codes, int4
 from qlab.lowering.weights.codes import Coded
 from qlab.lowering.weights.packed import Packed
+from qlab.lowering.weights.setting import Setting
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -22,10 +23,14 @@ class Kernel:
     """One way to hold a quantized weight, [n, k] or [e, n, k] of experts, and to multiply with it.
 
     name: identifies the row in copies and pickles of a module.
+    multiplies: what it multiplies with what, in words for tables.
     weight: the class of the value that holds a weight: its tensors first, named in `tensors`, then
-    what else an operator needs.
-    takes: leaf -> why the kernel cannot hold it, or None.
-    pack: (path, leaf, dtype of the activations, device) -> the value.
+    what else an operator needs, and last but for that its `layout`, the name of the order of words.
+    meant: (leaf, setting) -> whether the row is for such numbers and such inputs, so that its
+    reason is worth knowing where it does not take the weight.
+    takes: (leaf, setting) -> why the kernel cannot multiply it there, or None. Asked only of what
+    is meant. What stands before a semicolon is the short form.
+    pack: (path, leaf, setting) -> the value.
     mm: (x [m, k], value, dense copy or None, bias or None) -> y [m, n].
     grouped_mm: (x [s, k], value, dense copy or None, ends [e]) -> y [s, n].
     columns: value -> the dense copy of W that products take.
@@ -33,19 +38,24 @@ class Kernel:
     keeps_copy: (device, whether it is of experts) -> whether products ever take a dense copy.
     slowness: (the specs of all weights that it holds, dtype, device) -> what keeps them from being
     fast, for a warning, or None.
+    rounds: whether products take x as it comes and round it themselves, as `setting.inputs` or
+    `setting.activations` says. What that needs is part of the value. Other rows get x rounded.
     """
 
     name: str
+    multiplies: str
     weight: Callable[..., Any]
     tensors: tuple[str, ...]
-    takes: Callable[[QTensor], str | None]
-    pack: Callable[[str, QTensor, torch.dtype, torch.device], Any]
+    meant: Callable[[QTensor, Setting], bool]
+    takes: Callable[[QTensor, Setting], str | None]
+    pack: Callable[[str, QTensor, Setting], Any]
     mm: Callable[[Tensor, Any, Tensor | None, Tensor | None], Tensor]
     grouped_mm: Callable[[Tensor, Any, Tensor | None, Tensor], Tensor]
     columns: Callable[[Any], Tensor]
     dequantized: Callable[[Any], Tensor]
     keeps_copy: Callable[[torch.device, bool], bool]
     slowness: Callable[[Sequence[str], torch.dtype, torch.device], str | None]
+    rounds: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A row is one object in a process, also after a copy or a pickle of a module."""
@@ -54,8 +64,10 @@ class Kernel:
 
 INT4 = Kernel(
     name="int4",
+    multiplies="integers as planes of 4 bits x activations",
     weight=Packed,
     tensors=("words", "scales", "zeros", "perm"),
+    meant=int4.meant,
     takes=int4.takes,
     pack=int4.pack,
     mm=int4.mm,
@@ -67,8 +79,10 @@ INT4 = Kernel(
 )
 CODES = Kernel(
     name="codes",
+    multiplies="codes dequantized for every call x activations",
     weight=Coded,
     tensors=("words", "scales", "zeros", "outer", "perm"),
+    meant=codes.meant,
     takes=codes.takes,
     pack=codes.pack,
     mm=codes.mm,
@@ -81,9 +95,36 @@ CODES = Kernel(
 KERNELS = (INT4, CODES)
 
 
-def kernel_for(leaf: QTensor) -> Kernel:
+class Passed(NamedTuple):
+    """A row that was meant for a weight and does not take it."""
+
+    row: str
+    reason: str
+
+    @property
+    def short(self) -> str:
+        """The reason in brief."""
+        return f"not {self.row}: {self.reason.partition(';')[0]}"
+
+
+class Choice(NamedTuple):
+    """The row that multiplies a weight, and those that were passed over."""
+
+    kernel: Kernel
+    passed: tuple[Passed, ...]
+
+
+def choose(leaf: QTensor, setting: Setting) -> Choice:
     """The first kernel that takes a weight."""
-    return next(kernel for kernel in KERNELS if kernel.takes(leaf) is None)
+    passed: list[Passed] = []
+    for kernel in KERNELS[:-1]:
+        if not kernel.meant(leaf, setting):
+            continue
+        reason = kernel.takes(leaf, setting)
+        if reason is None:
+            return Choice(kernel, tuple(passed))
+        passed.append(Passed(kernel.name, reason))
+    return Choice(KERNELS[-1], tuple(passed))
 
 
 def kernel_named(name: str) -> Kernel:

@@ -15,7 +15,8 @@ from qlab.algebra.qtensor import QTensor
 from qlab.errors import QlabError
 from qlab.lowering.around.inputs import RoundedInput
 from qlab.lowering.readonly import REFUSED, ReadOnly
-from qlab.lowering.weights.kernels import Kernel, kernel_for
+from qlab.lowering.weights.kernels import Choice, Kernel, Passed, choose
+from qlab.lowering.weights.setting import Activations, Setting
 
 
 class QuantizedWeight(nn.Module):
@@ -24,7 +25,9 @@ class QuantizedWeight(nn.Module):
     The tensors of the kernel's value are buffers under their own names. Its layout is part of the
     state: a state of another layout is refused.
     spec: the spec of the codes.
-    inputs: rounds x at run time, or None.
+    passed: the kernels before its own that were meant for the weight, and why they do not take it.
+    inputs: rounds x at run time in front of the kernel, or None. rounding: how x is rounded,
+    whether here or by the kernel, or None.
     dense: a copy of W for products of many tokens, or None; never part of the state.
     """
 
@@ -33,6 +36,8 @@ class QuantizedWeight(nn.Module):
     zeros: Tensor | None
     perm: Tensor | None
     dense: Tensor | None
+    kernel: Kernel
+    passed: tuple[Passed, ...]
 
     def __init__(
         self,
@@ -44,16 +49,22 @@ class QuantizedWeight(nn.Module):
         *,
         inputs: QuantizeInput | None = None,
         kernel: Kernel | None = None,
+        activations: Activations | None = None,
     ):
         """path: the weight's name in messages. dtype: of the activations. dense_cache: keep a dense
-        copy where products take one. kernel: default: the first that takes the leaf."""
+        copy where products take one. inputs, activations: those of a `Setting`. kernel: default:
+        the first that takes the leaf."""
         nn.Module.__init__(self)  # nn.Linear's would allocate a dense weight
         *self.experts, self.out_features, self.in_features = leaf.shape  # [] or [e]
         self.spec = leaf.spec
-        self.kernel = kernel_for(leaf) if kernel is None else kernel
-        packed = self.kernel.pack(path, leaf, dtype, device)
+        setting = Setting(dtype=dtype, device=device, inputs=inputs, activations=activations)
+        choice = choose(leaf, setting) if kernel is None else Choice(kernel, ())
+        self.kernel, self.passed = choice
+        packed = self.kernel.pack(path, leaf, setting)
         self.layout, self.form = packed.layout, packed[len(self.kernel.tensors) :]
-        self.inputs = None if inputs is None else RoundedInput(path, inputs, device)
+        here = None if self.kernel.rounds else inputs
+        self.inputs = None if here is None else RoundedInput(path, here, device)
+        self.rounding = rounding_of(setting, self.kernel)
         for name in self.kernel.tensors:
             self.register_buffer(name, getattr(packed, name))
         keeps_copy = dense_cache and self.kernel.keeps_copy(device, bool(self.experts))
@@ -98,11 +109,16 @@ class QuantizedWeight(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        copy = "" if self.dense is None else ", dense copy"
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, spec={self.spec}, "
-            f"layout={self.layout}{copy}"
-        )
+        facts = [
+            f"in_features={self.in_features}",
+            f"out_features={self.out_features}",
+            f"spec={self.spec}",
+            f"layout={self.layout}",
+            *(["dense copy"] if self.dense is not None else []),
+            *([f"x in {self.rounding}"] if self.kernel.rounds else []),
+            *(passed.short for passed in self.passed),
+        ]
+        return ", ".join(facts)
 
     def __getstate__(self) -> dict[str, Any]:
         """The module for a pickle. torch cannot read tensors of 8-bit floats back from one, so
@@ -121,6 +137,13 @@ class QuantizedWeight(nn.Module):
         super().__setstate__(state)
         for name, dtype in narrow.items():
             self._buffers[name] = state["_buffers"][name].view(dtype)
+
+
+def rounding_of(setting: Setting, kernel: Kernel) -> str | None:
+    """How the inputs of a weight are rounded, in words, or None."""
+    if setting.inputs is not None:
+        return str(setting.inputs.input_spec)
+    return setting.activations if kernel.rounds else None
 
 
 class QLinear(QuantizedWeight, nn.Linear):
@@ -144,8 +167,18 @@ class QLinear(QuantizedWeight, nn.Linear):
         *,
         inputs: QuantizeInput | None = None,
         kernel: Kernel | None = None,
+        activations: Activations | None = None,
     ):
-        super().__init__(path, leaf, dtype, device, dense_cache, inputs=inputs, kernel=kernel)
+        super().__init__(
+            path,
+            leaf,
+            dtype,
+            device,
+            dense_cache,
+            inputs=inputs,
+            kernel=kernel,
+            activations=activations,
+        )
         self.register_buffer("bias", None if bias is None else bias.to(device, dtype))
 
     @property
