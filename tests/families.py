@@ -88,6 +88,28 @@ OTHERS: dict[str, dict] = {
     "glm": _DENSE | dict(head_dim=16),
     "lfm2": _DENSE | dict(layer_types=["full_attention", "conv"], block_auto_adjust_ff_dim=False),
 }
+# Families that write out what others call: attentions with windows and heads in one axis, or with
+# scores beside those of sinks; norms that subtract a mean.
+WRITTEN_OUT: dict[str, dict] = {
+    "cohere": _DENSE,
+    "bloom": dict(vocab_size=128, hidden_size=64, n_layer=2, n_head=4, bos_token_id=1),
+    "xglm": dict(
+        vocab_size=128,
+        d_model=64,
+        ffn_dim=128,
+        num_layers=2,
+        attention_heads=4,
+        max_position_embeddings=128,
+    ),
+    "gpt_oss": _DENSE
+    | dict(
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+}
 # Families whose blocks hand on keys and values, or use weights in ways that qlab does not read.
 UNLIKE: dict[str, dict] = {
     "gemma4_text": _DENSE
@@ -192,7 +214,8 @@ def tiny(family: str, seed: int = 0, **overrides) -> PreTrainedModel:
             "installed"
         )
     config = AutoConfig.for_model(
-        family, **((FAMILIES | MIXTURES | OTHERS | UNLIKE | VISION)[family] | overrides)
+        family,
+        **((FAMILIES | MIXTURES | OTHERS | WRITTEN_OUT | UNLIKE | VISION)[family] | overrides),
     )
     torch.manual_seed(seed)
     maker = AutoModelForImageTextToText if family in VISION else AutoModelForCausalLM

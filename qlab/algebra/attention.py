@@ -1,7 +1,8 @@
 """The attentions of a traced program: the queries, keys and values that they read.
 
-An attention is one operation, or two products around a softmax. Keys and values are found as they
-were before they were repeated for the queries that share them, where the program shows these.
+An attention is one operation, or two products around a softmax. What it reads is found as it was
+before windows and heads were merged into one axis, and keys and values before they were repeated
+for the queries that share them, where the program shows these.
 """
 
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ PRODUCTS: Mapping[Any, tuple[int, int]] = {
 }
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 TURNS = frozenset({aten.transpose.int, aten.permute.default, aten.mT.default})
+MERGES = frozenset({aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints})
 REPEATS = frozenset({aten.expand.default, aten.repeat.default, aten.repeat_interleave.self_int})
 
 
@@ -83,8 +85,13 @@ def _attended(node: fx.Node) -> dict[str, tuple[fx.Node, int, str]]:
 
 
 def _scored(node: fx.Node) -> fx.Node | None:
-    """The product whose result becomes this number by number: scaled, capped, masked."""
+    """The product whose result becomes this number by number: scaled, capped, masked, and set
+    beside numbers of sinks."""
     while node.op == "call_function" and node.target not in PRODUCTS:
+        if node.target is aten.cat.default:
+            parts = map(_scored, cast(list[fx.Node], node.args[0]))
+            products = [product for product in parts if product is not None]
+            return products[0] if len(products) == 1 else None
         pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
         if not pointwise and node.target not in LAYOUT | SAME_VALUES:
             return None
@@ -120,15 +127,16 @@ def _mixed(node: fx.Node) -> fx.Node | None:
 
 
 def _of_heads(kind: str, reader: fx.Node, place: int, layout: str) -> Operand:
-    """A value [..., h, n, d] that an attention reads, before it was turned or repeated."""
+    """A value [..., h, n, d] that an attention reads, before it was turned, merged or repeated."""
     node = leaves_of(reader)[place]
     if layout == "h d n":
         turned = _before_turn(node)
         if turned is not None:
             reader, place, node, layout = *turned, "h n d"
-    before = _before_repeat(node)
-    if before is not None:
-        reader, place, node = before
+    for before in (_before_merge, _before_repeat):
+        earlier = before(node)
+        if earlier is not None:
+            reader, place, node = earlier
     return Operand(kind, node, reader, place, layout)
 
 
@@ -147,6 +155,19 @@ def _before_turn(node: fx.Node) -> tuple[fx.Node, int, fx.Node] | None:
         order[i], order[j] = order[j], order[i]
     swaps = order == [*range(n - 2), n - 1, n - 2]
     return (turn, 0, turn.all_input_nodes[0]) if swaps else None
+
+
+def _before_merge(node: fx.Node) -> tuple[fx.Node, int, fx.Node] | None:
+    """The value [b, h, n, d] whose windows and heads were merged into the first axis of this one:
+    the operation that reads it, its place there, and the value; None where none was. Casts may lie
+    between."""
+    merge = behind_casts(node)
+    value = merge.args[0] if merge.target in MERGES else None
+    if not isinstance(value, fx.Node) or not _is_heads(value):
+        return None
+    shape, merged = value.meta["val"].shape, merge.meta["val"].shape
+    kept = all(same_size(a, b) for a, b in zip(shape[-2:], merged[-2:]))
+    return (merge, 0, value) if kept and (len(shape), len(merged)) == (4, 3) else None
 
 
 def _before_repeat(node: fx.Node) -> tuple[fx.Node, int, fx.Node] | None:

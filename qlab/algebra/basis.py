@@ -92,6 +92,8 @@ class Stream:
         if node.target is aten.layer_norm.default:
             self.centred = True
             return self._normed(node, bias_at=3)
+        if node.target in (aten.mean.dim, aten.sub.Tensor):
+            return self._centre(node)
         if node.target not in MOVES or _args(node)[0] not in self.turned:
             return False
         self.turned[node] = self.turned[_args(node)[0]]
@@ -144,6 +146,18 @@ class Stream:
         known = (weight is None or gain is not None) and (bias is None or added is not None)
         over_rows = len(_args(node)[1]) == 1
         return self.turned_whole(args[0]) and known and over_rows and not (added and gain is None)
+
+    def _centre(self, node: fx.Node) -> bool:
+        """The mean over channels, or what is left of rows without one number each: the same in
+        every basis that keeps the vector of ones."""
+        self.centred = True
+        x = _args(node)[0]
+        if node.target is aten.mean.dim:
+            return self.turned_whole(x) and _axes(node) == [_last(x)]
+        self.turned[node] = None
+        less = _args(node)[1]
+        plain = not node.kwargs and less not in self.turned and _one_per_row(less)
+        return self.turned_whole(x) and plain
 
     def turned_whole(self, node: Any) -> bool:
         """Whether a value turns and lacks nothing."""

@@ -178,8 +178,13 @@ def folds(code: Code) -> Mapping[str, Fold]:
 
 def walked(code: Code, producer: str, rules: Mapping[Any, Rule] = RULES) -> Labels:
     """The labels after a run on small inputs, or on inputs as they were traced, for programs that
-    hold only for some lengths (loops over blocks of tokens)."""
+    hold only for some lengths (loops over blocks of tokens). A program whose sizes are numbers that
+    it computes runs on no shapes alone, and no label reaches a site."""
     walk = Labels(code, producer, rules)
+    if any(
+        torch.Tag.data_dependent_output in getattr(n.target, "tags", ()) for n in code.graph.nodes
+    ):
+        return walk
     try:
         walk.run(*_meta_inputs(code, small=True))
     except RuntimeError:

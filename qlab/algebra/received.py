@@ -90,6 +90,9 @@ def _received(code: Code, name: str, values: Values) -> Tensor:
     (node,) = (n for n in code.graph.nodes if n.name == name)
     if node.target is not ATTENTION:  # written out: its probabilities are a value
         (P,) = values([(name, None)])
+        query = attended(node)[0].node.meta["val"]
+        if query.ndim > P.ndim:  # windows and heads lie in one axis of the probabilities
+            P = P.unflatten(0, (-1, query.shape[-3]))
         return P.float().square().sum(-2).mean(-2).flatten()
     read = node.all_input_nodes
     env = dict(zip(read, values([(value.name, name) for value in read])))

@@ -244,6 +244,20 @@ class Blockwise(nn.Module):
         )
 
 
+class Counted(nn.Module):
+    """norm -> one -> doubled, in two parts whose sizes the block computes -> two."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.one, self.two = nn.LayerNorm(12), nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x):
+        y = self.one(self.norm(x))
+        counts = nn.functional.one_hot((y[..., 0] > 0).flatten().long(), 2).sum(0).tolist()
+        parts = y.flatten(0, 1).split(counts)
+        return self.two(torch.cat([part * 2 for part in parts]).view_as(x))
+
+
 class StateSpace(nn.Module):
     """norm -> a filter of each channel over time -> decayed by a matrix of rates, number by number
     -> out."""

@@ -9,6 +9,7 @@ from blocks import (
     WAYS,
     BilinearGate,
     Blockwise,
+    Counted,
     Factor,
     Halves,
     Interleaved,
@@ -259,6 +260,13 @@ def test_a_program_that_holds_for_some_lengths_only_is_labelled_at_the_one_it_wa
     seg = of(Blockwise(), x)
     assert table(seg.graph) == {"one": "norm", "two": "one"}
     assert relative(out(fold_scales(scaled(seg.graph, 1)), seg), seg.block(x)) < 1e-5
+
+
+def test_of_a_program_whose_sizes_are_numbers_that_it_computes_no_scale_folds():
+    torch.manual_seed(0)
+    seg = of(Counted(), torch.randn(2, 5, 12))
+    assert table(seg.graph) == {}
+    assert relative(out(fold_scales(scaled(seg.graph, 1)), seg), out(seg.graph, seg)) < 1e-5
 
 
 def test_negative_scales_and_rotations_stay_online():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, MIXTURES, OTHERS
+from families import FAMILIES, MIXTURES, OTHERS, WRITTEN_OUT
 from hypothesis import given
 from hypothesis import strategies as st
 from segments import batches_of, hidden, normal, relative, segment
@@ -32,17 +32,17 @@ def seen(x_nk):
     return {name: stat.lift(o) for name, stat in STATS.items()}
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES, *OTHERS])
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES, *OTHERS, *WRITTEN_OUT])
 def test_a_cache_is_rounded_in_every_family(family):
     seg = segment(family)
     graph = rounded(seg, qlab.kv_cache("int8-token"))
     owners = [w.owner for w in wires(seg.graph.code).values() if w.kind == "key"]
     assert list(graph.inserts) == [f"{o}:{kind}" for o in owners for kind in ("key", "value")]
     before, after = (hidden(interpret(g, *seg.batches[0])) for g in (seg.graph, graph))
-    assert 0 < relative(after, before) < (0.2 if family in MIXTURES else 0.02)
+    assert 0 < relative(after, before) < (0.2 if family in (*MIXTURES, "gpt_oss") else 0.02)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "gpt2", "qwen3_moe", "bloom"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_what_a_scale_covers(family, spec):
     seg = segment(family)

@@ -16,7 +16,19 @@ from qlab.errors import QlabError
 from qlab.methods.stages import attended, solver
 
 # whose attention's output is the input of a linear as it is, and whose sizes of heads are one
-PLAIN = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3", "opt", "gpt2", "mixtral")
+PLAIN = (
+    "llama",
+    "mistral",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "opt",
+    "gpt2",
+    "mixtral",
+    "bloom",
+    "xglm",
+)
 
 
 def source_of(seg, *names):
@@ -28,14 +40,14 @@ def source_of(seg, *names):
 
 
 def feeding(seg):
-    return source_of(seg, "v_proj", "qkv_proj", "c_attn")
+    return source_of(seg, "v_proj", "qkv_proj", "c_attn", "query_key_value")
 
 
 @pytest.mark.parametrize("family", PLAIN)
 def test_it_is_what_an_error_in_a_value_does_to_the_outputs(family):
     seg, (args, kwargs) = segment(family), segment(family).batches[0]
     (name,) = [n for n in wires(seg.graph.code) if n.endswith(":value")]
-    wire, out = wires(seg.graph.code)[name], source_of(seg, "o_proj", "c_proj", "out_proj")
+    wire, out = wires(seg.graph.code)[name], source_of(seg, "o_proj", "c_proj", "out_proj", "dense")
     of_source = received(seg.graph, [feeding(seg)], args, kwargs)[feeding(seg)]
     before = inputs_of(seg.graph, [out], args, kwargs)[out].x.double()
     error = torch.randn(wire.channels // wire.heads).repeat(wire.heads)

@@ -3,7 +3,7 @@ function."""
 
 import pytest
 import torch
-from families import FAMILIES, MIXTURES, OTHERS
+from families import FAMILIES, MIXTURES, OTHERS, WRITTEN_OUT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_folders import refused
@@ -21,9 +21,11 @@ from qlab.methods.hadamard import random_hadamard, random_orthogonal
 
 # a norm behind a weight scales channels before the sum
 STANDS = {"gemma2": "mul", "gemma3_text": "mul", "olmo2": "mul"}
-TURNING = [family for family in (*FAMILIES, *MIXTURES, *OTHERS) if family not in STANDS]
+TURNING = [
+    family for family in (*FAMILIES, *MIXTURES, *OTHERS, *WRITTEN_OUT) if family not in STANDS
+]
 # layer norms subtract a mean, which R has to keep
-CENTRED = {"opt", "gpt_neox", "gpt2", "falcon"}
+CENTRED = {"opt", "gpt_neox", "gpt2", "falcon", "cohere", "bloom", "xglm"}
 
 
 @pytest.mark.parametrize("family", TURNING)

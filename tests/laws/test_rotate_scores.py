@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, MIXTURES, OTHERS, UNLIKE
+from families import FAMILIES, MIXTURES, OTHERS, UNLIKE, WRITTEN_OUT
 from model_folders import refused
 from segments import batches_of, hidden, normal, relative, segment
 
@@ -27,7 +27,7 @@ def run(seg, transform, graph=None):
     return graph
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES, *OTHERS, *UNLIKE])
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES, *OTHERS, *WRITTEN_OUT, *UNLIKE])
 def test_attention_stays(family):
     seg = segment(family)
     graph = run(seg, qlab.rotate_scores())

@@ -8,7 +8,9 @@ import torch
 from segments import of
 from torch import nn
 
+from qlab.algebra.groups import Nothing
 from qlab.algebra.interpret import inputs_of, interpret
+from qlab.algebra.residual import residual
 from qlab.algebra.tracing.as_it_is import untraced_modules
 from qlab.algebra.tracing.trace import trace
 from qlab.model.recording import shapes_of
@@ -202,3 +204,9 @@ def test_a_module_that_writes_to_its_arguments_is_no_operation_by_itself():
     graph = of(block, x).graph
     assert untraced_modules(graph.code).keys() == {""} and not graph.sites
     assert torch.equal(interpret(graph, (x,), {}), block(x))
+
+
+def test_where_such_a_module_stands_in_the_way_it_is_named():
+    graph = of(Mixture(12), torch.randn(2, 5, 12)).graph
+    group = residual(graph.code)
+    assert isinstance(group, Nothing) and "the operation Gate is not the same" in group.reason

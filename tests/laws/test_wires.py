@@ -3,7 +3,7 @@
 import pytest
 import torch
 from blocks import OddBlock, SharedKeysAndValues, Spread
-from families import FAMILIES, MIXTURES, OTHERS, UNLIKE
+from families import FAMILIES, MIXTURES, OTHERS, UNLIKE, WRITTEN_OUT, tiny
 from segments import normal, of, segment
 
 from qlab.algebra.attention import ATTENTION, leaves_of
@@ -11,7 +11,7 @@ from qlab.algebra.graph import lone_weight
 from qlab.algebra.wires import full_name, wire_named, wires
 from qlab.errors import QlabError
 
-ALL = (*FAMILIES, *MIXTURES, *OTHERS, *UNLIKE)
+ALL = (*FAMILIES, *MIXTURES, *OTHERS, *WRITTEN_OUT, *UNLIKE)
 families = pytest.mark.parametrize("family", ALL)
 
 
@@ -50,7 +50,7 @@ def test_an_attention_has_queries_keys_and_values_before_they_are_repeated(famil
     found = wires(graph.code)
     nodes = {node.name: node for node in graph.code.graph.nodes}
     attentions = [node for node in nodes.values() if node.target is ATTENTION]
-    written_out = family == "gemma2"
+    written_out = family == "gemma2" or family in WRITTEN_OUT
     kinds = [wire.kind for wire in found.values() if wire.of_attention]
     if not attentions and not written_out:
         assert not kinds
@@ -58,13 +58,14 @@ def test_an_attention_has_queries_keys_and_values_before_they_are_repeated(famil
     assert kinds == ["query", "key", "value"]
     (owner,) = {wire.owner for wire in found.values() if wire.of_attention}
     attention = block.get_submodule(owner)
-    config = attention.config
+    config = getattr(attention, "config", None) or tiny(family).config
     heads = getattr(config, "num_attention_heads", None)
     shared = getattr(config, "num_key_value_heads", None) or heads
     if getattr(config, "multi_query", False):
         shared = 1
     shapes = {kind: nodes[found[f"{owner}:{kind}"].node].meta["val"].shape for kind in kinds}
     assert [shapes[kind][-3] for kind in kinds] == [heads, shared, shared]
+    assert [found[f"{owner}:{kind}"].heads for kind in kinds] == [heads, shared, shared]
 
 
 def test_attention_that_a_block_writes_itself_is_named():

@@ -186,6 +186,9 @@ class AsItIs:
         self.module, self.path, self.known = module, path, known
         self.names = [f"segment.{name}" for name in named_leaves(module)]
 
+    def __str__(self) -> str:
+        return type(self.module).__name__
+
     def __call__(
         self, tensors: Sequence[Tensor], numbers: Sequence[int], weights: Sequence[Tensor]
     ) -> tuple[Any, ...]:
