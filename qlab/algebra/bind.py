@@ -25,10 +25,16 @@ PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype)
 
 @dataclass(frozen=True, kw_only=True)
 class Bind(Stage):
-    """A measurement whose value decides the next part of a recipe; see `bind`."""
+    """A measurement whose value decides the next part of a recipe; see `bind`.
+
+    among: the recipes of which the value gives each weight one, where that is known before. budget:
+    the bits per weight that they may take.
+    """
 
     measure: Measure
     then: Then
+    among: tuple[Transform, ...] = ()
+    budget: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,20 @@ def returned(bind: Bind, value: Any) -> Transform:
             f"the bind {bind.name!r} returned a {type(transform).__name__}, which is no recipe; "
             "return what rtn(spec), chain(...) or rules(...) returns, or keep() to change nothing"
         )
+    return narrowed(bind, transform)
+
+
+def narrowed(bind: Bind, transform: Transform) -> Transform:
+    """A recipe on the sites of a bind alone."""
     return tuple(_narrowed(bind, stage) for stage in transform)
+
+
+def over_budget(name: str, least: float, budget: float) -> QlabError:
+    """Why a budget of bits per weight is below what the smallest choices take."""
+    return QlabError(
+        f"the smallest choices of {name} take {least:.3f} bits per weight and the budget is "
+        f"{budget:g}; give more bits, or a smaller choice"
+    )
 
 
 def _narrowed(bind: Bind, stage: Stage) -> Stage:

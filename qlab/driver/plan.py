@@ -15,6 +15,7 @@ from qlab.algebra.transform import Transform
 from qlab.codecs import CODECS, quantization_of
 from qlab.data.calibration import Data
 from qlab.driver.admissible import Admission, check_specs, check_tiles, refuse_unrounded
+from qlab.driver.among import refuse_choices
 from qlab.driver.duration import SPREAD, Work, said, work_of
 from qlab.driver.effects import (
     input_specs,
@@ -253,6 +254,7 @@ def plan_of(job: Job, skeleton: Skeleton | None = None) -> Plan:
     _refuse_job(job)
     skeleton = skeleton or Skeleton(job.model, job.dtype or job.model.running_dtype, job.device)
     _refuse_model(job, skeleton)
+    refuse_choices(job, lambda choice: plan_of(choice, skeleton))
     sites = sites_of(skeleton, job.recipe, job.data)
     specs = _checked_specs(job, skeleton, sites)
     experts_at_once, memory = _fitting(job, skeleton, sites)

@@ -13,12 +13,12 @@ Dong et al. 2019 (HAWQ, arXiv:1905.03696).
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from qlab.algebra.bind import bind
+from qlab.algebra.bind import bind, over_budget
 from qlab.algebra.graph import ModuleGraph, Site
 from qlab.algebra.scope import pattern_of
 from qlab.algebra.spec import Spec
@@ -26,6 +26,8 @@ from qlab.algebra.transform import Transform, at, chain
 from qlab.errors import QlabError
 from qlab.methods.knapsack import cheapest
 from qlab.methods.sensitivity import Costs, Sensitivity, fisher, fused
+
+NAME = "allocate"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,9 @@ def allocate(
     def then(value: Allocation) -> Transform:
         return chain(*_parts(choices, value.chosen))
 
-    return bind("allocate", measure, then, detail=f"{bits:g} bits of {words}, by {name}")
+    detail = f"{bits:g} bits of {words}, by {name}"
+    (stage,) = bind(NAME, measure, then, detail=detail)
+    return (replace(stage, among=tuple(choices), budget=bits),)
 
 
 def _parts(choices: Sequence[Transform], chosen: Mapping[str, int]) -> Iterator[Transform]:
@@ -127,10 +131,7 @@ def allocated(model: Any, specs: Sequence[Spec | None], bits: float, costs: Cost
     taken = cheapest(options, int(bits * count))
     if taken is None:
         least = sum(min(size for size, _ in group) for group in options) / count
-        raise QlabError(
-            f"the smallest choices of allocate take {least:.3f} bits per weight and the budget is "
-            f"{bits:g}; give more bits, or a smaller choice"
-        )
+        raise over_budget(NAME, least, bits)
     return Allocation(
         chosen={name: c for group, c in zip(groups, taken) for name in group},
         costs={name: [float(cost) for cost in costs[name]] for name in sizes},

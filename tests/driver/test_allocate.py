@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from model_folders import random_tokens
+from model_folders import random_tokens, refused
 from transformers import AutoModelForCausalLM
 
-from qlab import allocate, apply, evaluate, fisher, kl_of_each, quantize
+from qlab import allocate, apply, evaluate, fisher, kl_of_each, plan, quantize
 from qlab.algebra.graph import by_source
 from qlab.algebra.grid import encode, minmax
 from qlab.algebra.leaf import dense
@@ -170,3 +170,25 @@ def test_costs_that_are_no_numbers_are_refused(saved):
 
     with pytest.raises(QlabError, match="return finite numbers"):
         list(apply(model, allocate(CHOICES, 5, nans), data).segments())
+
+
+def test_what_no_choice_allows_is_refused_by_the_plan(saved):
+    """With the sentence of the run, which would measure first."""
+    model, data = opened(saved, dtype=torch.float32)
+
+    def unmeasured(whole, specs):
+        raise AssertionError("this comes after refusals")
+
+    def asked(recipe, **options):
+        return lambda: plan(model, recipe, data, **options)
+
+    least = "the smallest choices of allocate take 4.000 bits per weight and the budget is 2.5"
+    refused(asked(allocate(CHOICES, 2.5, unmeasured)), least)
+    refused(lambda: apply(model, allocate(CHOICES, 2.5, unmeasured), data), least)
+    narrow = rules({"*.mlp.*": allocate(CHOICES, 2.5, unmeasured), "*": rtn(SPECS[2])})
+    refused(asked(narrow), least)
+    scales = "GPTQ has no torch.float32 scales"
+    wide = [rtn(with_scale_dtype(spec, torch.float32)) for spec in SPECS]
+    refused(asked(allocate(wide, 5, unmeasured), codec="gptq"), scales)
+    refused(asked(allocate([rtn("int4-g24"), keep()], 5, unmeasured)), "groups of 24")
+    assert plan(model, allocate([*CHOICES, keep()], 5, unmeasured), data)
