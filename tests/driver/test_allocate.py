@@ -190,5 +190,5 @@ def test_what_no_choice_allows_is_refused_by_the_plan(saved):
     scales = "GPTQ has no torch.float32 scales"
     wide = [rtn(with_scale_dtype(spec, torch.float32)) for spec in SPECS]
     refused(asked(allocate(wide, 5, unmeasured), codec="gptq"), scales)
-    refused(asked(allocate([rtn("int4-g24"), keep()], 5, unmeasured)), "groups of 24")
+    refused(asked(allocate([rtn(parse_spec("int4-g24")), keep()], 5, unmeasured)), "groups of 24")
     assert plan(model, allocate([*CHOICES, keep()], 5, unmeasured), data)
