@@ -20,7 +20,7 @@ from qlab.algebra.qtensor import QTensor
 from qlab.lowering.tuning.random_weight import random_weight, rounded_once
 from qlab.lowering.tuning.shapes import DTYPES
 from qlab.lowering.tuning.timing import copies
-from qlab.lowering.weights import int4
+from qlab.lowering.weights import int4, int4_int8
 from qlab.lowering.weights.ops import int4_mm
 from qlab.lowering.weights.packed import Packed
 from qlab.lowering.weights.setting import Setting
@@ -75,6 +75,23 @@ def qlab_dense_copy(case: Case) -> Sequence[Product]:
     """The same with dense_cache=True; on a GPU the configuration "dequant" uses the copy."""
     dense = [rounded_once(w, case.torch_dtype) for w in case.weights(case.dense_bytes)]
     return [partial(int4_mm_of, w, W) for w, W in zip(_packed(case), dense)]
+
+
+def qlab_int8(case: Case) -> Sequence[Product]:
+    """The operator of a model lowered with activations="int8", which rounds x to it."""
+    setting = Setting(dtype=case.torch_dtype, device=case.device, activations="int8")
+    weights = case.weights(case.int4_bytes)
+    if not int4_int8.meant(weights[0], setting):
+        raise Unavailable("runs on CPUs")
+    reason = int4_int8.takes(weights[0], setting)
+    if reason:
+        raise Unavailable(reason)
+    packed = [int4_int8.pack("the weight", leaf, setting) for leaf in weights]
+    return [partial(_rounding, weight.for_mm()) for weight in packed]
+
+
+def _rounding(weight: tuple[Any, ...], x: Tensor) -> Tensor:
+    return torch.ops.qlab.int4_int8_mm(x, *weight)
 
 
 def _packed(case: Case) -> list[Packed]:
@@ -214,6 +231,7 @@ LIBRARY = "library"
 CONTENDERS: dict[str, Callable[[Case], Sequence[Product]]] = {
     OURS: qlab,
     BESIDE_DENSE: qlab_dense_copy,
+    "int8 activations": qlab_int8,
     LIBRARY: library,
     "compiled": compiled,
     "torch int4": torch_int4,

@@ -40,6 +40,7 @@ ENGINES = (
     "qlab eager",
     "qlab compiled",
     "qlab compiled, dense cache",
+    "qlab compiled, int8 activations",
 )
 BASE, COMPILED = ENGINES[:2]
 
@@ -144,7 +145,13 @@ def prepare(name: str, path: str | Path, prompt: int, new: int, device: str) -> 
     gc.collect()
     started = time.perf_counter()
     with PeakMemory() as peak:
-        model = lower(path, device, torch.bfloat16, dense_cache=name.endswith("dense cache"))
+        model = lower(
+            path,
+            device,
+            torch.bfloat16,
+            dense_cache=name.endswith("dense cache"),
+            activations="int8" if name.endswith("int8 activations") else None,
+        )
         if name.startswith("bf16"):
             _undo(model)
         cache = StaticCache(config=model.config, max_cache_len=prompt + new)

@@ -155,7 +155,7 @@ def warn_slow(
             warn(f"{slowness}. {reasons}{cure}" if reasons else slowness + cure)
         elif reasons:
             warn(f"weights are multiplied by '{kernel.name}', a slower kernel: {reasons}")
-    left = [module for module in modules if module.rounding is None]
+    left = [module for module in modules if module.rounding is None and not module.passed]
     if activations is not None and left:
         specs = sorted({str(module.spec) for module in left})
         warn(

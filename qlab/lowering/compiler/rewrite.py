@@ -1,6 +1,6 @@
 """The pass that makes compiled graphs run the fused kernels.
 
-Three rewrites before Inductor's own post-grad passes, on nodes alone, since the operators are
+Rewrites before Inductor's own post-grad passes, on nodes alone, since the operators are
 opaque to every other pass:
 
     mm(x, dequantize(w).T), addmm(b, x, dequantize(w).T)   ->  int4_mm(x, w) [+ b]
@@ -12,6 +12,7 @@ opaque to every other pass:
                                                                dequantize(w).T) where it is
                                                                multiplied in x's dtype
     mm(x [1, k], W.T), W dense, on a CPU                   ->  sum_k x * W
+    int4_int8_mm(x, w)                                     ->  the same without a gradient
 """
 
 import hashlib
@@ -22,6 +23,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from qlab.algebra.products import product_dtype
+from qlab.lowering.compiler.gradients import drop_gradients
 from qlab.lowering.weights import cpu
 from qlab.lowering.weights.nibbles import plane_width
 from qlab.lowering.weights.packed import Packed, unflattened
@@ -33,6 +35,7 @@ VIEWS = (*TRANSPOSES, *RESHAPES, aten.expand.default, aten.unsqueeze.default, at
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 # what the pass depends on, beside the config cache
 SOURCES = (
+    "compiler/gradients.py",
     "compiler/rewrite.py",
     "weights/cpu.py",
     "weights/nibbles.py",
@@ -53,6 +56,7 @@ class Rewrite(CustomGraphPass):
         self.fused = fuse(graph)
         self.chosen = choose(graph)
         self.streamed = stream(graph)
+        drop_gradients(graph)
 
     def uuid(self) -> bytes:
         """Changes with the pass, with the config cache, which it looks into while it runs, and with

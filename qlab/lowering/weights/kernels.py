@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.qtensor import QTensor
-from qlab.lowering.weights import codes, int4
+from qlab.lowering.weights import codes, int4, int4_int8
 from qlab.lowering.weights.codes import Coded
+from qlab.lowering.weights.int4_int8 import Interleaved
 from qlab.lowering.weights.packed import Packed
 from qlab.lowering.weights.setting import Setting
 
@@ -62,6 +63,22 @@ class Kernel:
         return kernel_named, (self.name,)
 
 
+INT4_INT8 = Kernel(
+    name="int4_int8",
+    multiplies="integers of 4 or 8 bits x activations rounded to int8, on a CPU",
+    weight=Interleaved,
+    tensors=("words", "scales", "zeros", "perm"),
+    meant=int4_int8.meant,
+    takes=int4_int8.takes,
+    pack=int4_int8.pack,
+    mm=int4_int8.mm,
+    grouped_mm=int4_int8.grouped_mm,
+    columns=int4_int8.columns,
+    dequantized=int4_int8.dequantized,
+    keeps_copy=int4_int8.keeps_copy,
+    slowness=int4_int8.slowness,
+    rounds=True,
+)
 INT4 = Kernel(
     name="int4",
     multiplies="integers as planes of 4 bits x activations",
@@ -92,7 +109,7 @@ CODES = Kernel(
     keeps_copy=codes.keeps_copy,
     slowness=codes.slowness,
 )
-KERNELS = (INT4, CODES)
+KERNELS = (INT4_INT8, INT4, CODES)
 
 
 class Passed(NamedTuple):

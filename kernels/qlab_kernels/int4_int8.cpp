@@ -1,0 +1,639 @@
+// y [m, n] = x @ W.T on a CPU: W in codes of 4 or 8 bits, x rounded to int8 for every 32 channels of a token.
+//
+//     x  ~  s_x * a      a in -127..127, one s_x for a block of 32 channels: absmax / 127
+//     W  =  s_w * (u - offset - z)      u unsigned, offset 8 for 4 bits and 128 for 8; s_w, z for a group of blocks
+//     y  =  sum over blocks of  s_w * s_x * (sum_k u a  -  offset sum_k a  -  z sum_k a)
+//
+// All sums over k inside of a block are exact integers. Across blocks they are added in fp32, in the order of k.
+// A block of x with an inf or a NaN has the scale NaN, so its token's results are NaN. A block whose absmax
+// is below 1e-30 is zero.
+//
+// Words: 16 rows of W stand side by side, because a 32-bit lane of a vector sums four products of one row.
+//     8 bits: byte [block][j < 8][row < 16][c < 4] holds channel 4 j + c of the block
+//     4 bits: byte [block][j < 4][row < 16][c < 4] holds channel 8 j + c, and 8 j + 4 + c in its high half
+// Scales and zeros: [n / 16][group][row < 16].
+//
+// Names: m tokens, n rows, k channels, b blocks, t a token, MT tokens that share a loaded block of W.
+
+#include <torch/csrc/stable/c/shim.h>
+
+#include <immintrin.h>
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define AVX2 __attribute__((target("avx2,fma,f16c")))
+#define VNNI __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#define AMX __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8")))
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace {
+
+enum Kind : int64_t { F32, F16, BF16 };
+enum Path : int64_t { BEST, PORTABLE, PATH_AVX2, PATH_VNNI, PATH_AMX };
+
+constexpr int64_t BLOCK = 32, ROWS = 16, QUADS = BLOCK / 4;
+constexpr int64_t CHUNK = 96;              // tokens of one task
+constexpr int64_t GRAIN = 1 << 16;         // products below which another thread costs more than it gains
+constexpr int64_t AHEAD = 4096;            // bytes of W between what is read and what is fetched
+constexpr float TINY = 1e-30f;
+
+struct Weight {
+  const uint8_t* words;
+  const char* scales;
+  Kind scale_kind;
+  const int8_t* zeros;                     // or null
+  int64_t n, blocks, group_blocks, bits;
+
+  int64_t groups() const { return blocks / group_blocks; }
+  int64_t row_blocks() const { return (n + ROWS - 1) / ROWS; }
+  int64_t block_bytes() const { return ROWS * BLOCK * bits / 8; }
+  int64_t offset() const { return int64_t(1) << (bits - 1); }
+};
+
+struct Input {
+  const char* data;
+  Kind kind;
+  int64_t m, k, stride_m, stride_k;        // strides in numbers
+};
+
+struct Tokens {                            // rounded: [m][blocks] of each
+  int8_t* codes;                           // [32] each
+  float* scales;
+  int32_t* shifts;                         // -offset * sum of the codes
+  int64_t blocks;
+};
+
+struct Output {
+  char* data;
+  Kind kind;
+  int64_t n;
+};
+
+INLINE int64_t size_of(Kind kind) { return kind == F32 ? 4 : 2; }
+
+INLINE float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+INLINE uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+// ---------------------------------------------------------------- numbers of 16 bits, without instructions for them
+INLINE float from_half(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
+  if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+  const float value = from_bits(rest << 13) * 0x1p112f;
+  return from_bits(sign | bits_of(value));
+}
+
+INLINE uint16_t to_half(float value) {
+  const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000;
+  const uint32_t size = bits & 0x7fffffff;
+  if (size > 0x7f800000) return sign | 0x7e00;
+  if (size >= 0x477ff000) return sign | 0x7c00;                                // rounds past 65504
+  if (size < 0x38800000) return sign | (bits_of(from_bits(size) + 0.5f) & 0x7ff);  // subnormal: units of 2^-24
+  return sign | ((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);
+}
+
+INLINE uint16_t to_bf16(float value) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
+}
+
+INLINE float number(const char* data, Kind kind, int64_t at) {
+  if (kind == F32) return reinterpret_cast<const float*>(data)[at];
+  const uint16_t half = reinterpret_cast<const uint16_t*>(data)[at];
+  return kind == F16 ? from_half(half) : from_bits(uint32_t(half) << 16);
+}
+
+// ---------------------------------------------------------------- rounding of x
+// The codes, scale and shift of one block. Magnitudes are compared as integers, where a NaN is the largest.
+INLINE void round_block(const float* x, int64_t offset, int8_t* codes, float* scale, int32_t* shift) {
+  uint32_t largest = 0;
+  for (int i = 0; i < BLOCK; i++) largest = std::max(largest, bits_of(x[i]) & 0x7fffffff);
+  const float absmax = from_bits(largest);
+  const bool is_finite = largest < 0x7f800000, is_zero = absmax < TINY;
+  const float inverse = is_finite && !is_zero ? 127.0f / absmax : 0.0f;
+  int32_t sum = 0;
+  for (int i = 0; i < BLOCK; i++) {
+    // adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits
+    const float shifted = (is_finite ? x[i] : 0.0f) * inverse + 12582912.0f;
+    const int32_t code = int32_t(bits_of(shifted)) - 0x4b400000;
+    codes[i] = int8_t(code);
+    sum += code;
+  }
+  *scale = !is_finite ? NAN : is_zero ? 0.0f : absmax / 127.0f;
+  *shift = int32_t(-offset) * sum;
+}
+
+INLINE void load_any(const Input& x, int64_t t, int64_t first, float* out) {
+  for (int64_t i = 0; i < BLOCK; i++) {
+    const int64_t channel = first + i;
+    out[i] = channel < x.k ? number(x.data, x.kind, t * x.stride_m + channel * x.stride_k) : 0.0f;
+  }
+}
+
+void load_halves(const char* row, float* out) {
+  for (int i = 0; i < BLOCK; i++) out[i] = from_half(reinterpret_cast<const uint16_t*>(row)[i]);
+}
+
+AVX2 void load_halves_f16c(const char* row, float* out) {
+  for (int i = 0; i < BLOCK; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 2 * i))));
+}
+
+template <void HALVES(const char*, float*)>
+INLINE void load_whole(const char* row, Kind kind, float* out) {
+  if (kind == F32) std::memcpy(out, row, 4 * BLOCK);
+  if (kind == F16) HALVES(row, out);
+  if (kind == BF16)
+    for (int i = 0; i < BLOCK; i++) out[i] = from_bits(uint32_t(reinterpret_cast<const uint16_t*>(row)[i]) << 16);
+}
+
+template <void HALVES(const char*, float*)>
+INLINE void round_tokens(const Input& x, const Tokens& to, int64_t offset, int64_t begin, int64_t end) {
+  float values[BLOCK];
+  for (int64_t t = begin; t < end; t++)
+    for (int64_t b = 0; b < to.blocks; b++) {
+      const int64_t first = b * BLOCK, at = t * to.blocks + b;
+      if (x.stride_k == 1 && first + BLOCK <= x.k)
+        load_whole<HALVES>(x.data + (t * x.stride_m + first) * size_of(x.kind), x.kind, values);
+      else
+        load_any(x, t, first, values);
+      round_block(values, offset, to.codes + at * BLOCK, to.scales + at, to.shifts + at);
+    }
+}
+
+void round_portable(const Input& x, const Tokens& to, int64_t offset, int64_t begin, int64_t end) {
+  round_tokens<load_halves>(x, to, offset, begin, end);
+}
+
+AVX2 void round_avx2(const Input& x, const Tokens& to, int64_t offset, int64_t begin, int64_t end) {
+  round_tokens<load_halves_f16c>(x, to, offset, begin, end);
+}
+
+VNNI void round_vnni(const Input& x, const Tokens& to, int64_t offset, int64_t begin, int64_t end) {
+  round_tokens<load_halves_f16c>(x, to, offset, begin, end);
+}
+
+// ---------------------------------------------------------------- results
+INLINE void store_any(const float* from, const Output& y, int64_t t, int64_t row, int64_t count) {
+  char* to = y.data + (t * y.n + row) * size_of(y.kind);
+  if (y.kind == F32) std::memcpy(to, from, 4 * count);
+  uint16_t* halves = reinterpret_cast<uint16_t*>(to);
+  if (y.kind == BF16) {
+    uint16_t rounded[ROWS];
+    for (int i = 0; i < ROWS; i++) rounded[i] = to_bf16(from[i]);
+    std::memcpy(halves, rounded, 2 * count);
+  }
+  if (y.kind == F16)
+    for (int i = 0; i < count; i++) halves[i] = to_half(from[i]);
+}
+
+void store_portable(const float* from, const Output& y, int64_t t, int64_t row, int64_t count) {
+  store_any(from, y, t, row, count);
+}
+
+AVX2 void store_avx2(const float* from, const Output& y, int64_t t, int64_t row, int64_t count) {
+  if (y.kind != F16) return store_any(from, y, t, row, count);
+  uint16_t rounded[ROWS];
+  for (int i = 0; i < ROWS; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(rounded + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+  std::memcpy(y.data + (t * y.n + row) * 2, rounded, 2 * count);
+}
+
+// ---------------------------------------------------------------- portable: the formula as it stands
+INLINE int code_at(const uint8_t* block, int64_t bits, int64_t row, int64_t channel) {
+  if (bits == 8) return block[(channel / 4 * ROWS + row) * 4 + channel % 4];
+  const uint8_t both = block[(channel / 8 * ROWS + row) * 4 + channel % 4];
+  return channel / 4 % 2 ? both >> 4 : both & 15;
+}
+
+void tile_portable(const Weight& w, int64_t row_block, const Tokens& x, int64_t t, float* out) {
+  for (int64_t row = 0; row < ROWS; row++) {
+    out[row] = 0;
+    for (int64_t b = 0; b < w.blocks; b++) {
+      const int64_t at = t * x.blocks + b, group = (row_block * w.groups() + b / w.group_blocks) * ROWS + row;
+      const uint8_t* block = w.words + (row_block * w.blocks + b) * w.block_bytes();
+      int32_t sum = x.shifts[at];
+      for (int64_t i = 0; i < BLOCK; i++) sum += code_at(block, w.bits, row, i) * x.codes[at * BLOCK + i];
+      if (w.zeros) sum += w.zeros[group] * (x.shifts[at] / int32_t(w.offset()));
+      out[row] += float(sum) * x.scales[at] * number(w.scales, w.scale_kind, group);
+    }
+  }
+}
+
+// ---------------------------------------------------------------- AVX2: products of bytes, summed in 16 bits
+// maddubs adds two products of u <= 15 and |a| <= 127, and one lane takes the eight of a block:
+// 8 * 2 * 15 * 127 = 30480 < 32768, so no 16-bit sum saturates or wraps. Codes of 8 bits are split in halves of 4.
+AVX2 INLINE __m256 scales_avx2(const Weight& w, int64_t at) {
+  if (w.scale_kind == F32) return _mm256_loadu_ps(reinterpret_cast<const float*>(w.scales) + at);
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.scales + 2 * at));
+  if (w.scale_kind == F16) return _mm256_cvtph_ps(halves);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+AVX2 INLINE __m256 zeros_avx2(const Weight& w, int64_t at) {
+  const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(w.zeros + at));
+  const __m256 zeros = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
+  return _mm256_mul_ps(zeros, _mm256_set1_ps(1.0f / float(w.offset())));
+}
+
+AVX2 INLINE __m256i four(const int8_t* codes) {
+  int32_t word;
+  std::memcpy(&word, codes, 4);
+  return _mm256_set1_epi32(word);
+}
+
+// The sums of a block for eight rows and MT tokens. block: of the eight rows' first bytes.
+template <int MT, int BITS>
+AVX2 INLINE void dots_avx2(const uint8_t* block, const int8_t* codes, int64_t stride, __m256i* sums) {
+  const __m256i low_half = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  __m256i low[MT], high[MT];
+  for (int t = 0; t < MT; t++) low[t] = high[t] = _mm256_setzero_si256();
+  constexpr int LOADS = BITS == 4 ? QUADS / 2 : QUADS;
+  for (int j = 0; j < LOADS; j++) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 4 * ROWS * j));
+    const __m256i lo = _mm256_and_si256(both, low_half);
+    const __m256i hi = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_half);
+    for (int t = 0; t < MT; t++) {
+      const int8_t* a = codes + t * stride + (BITS == 4 ? 8 : 4) * j;
+      low[t] = _mm256_add_epi16(low[t], _mm256_maddubs_epi16(lo, four(a)));
+      __m256i& second = BITS == 4 ? low[t] : high[t];
+      second = _mm256_add_epi16(second, _mm256_maddubs_epi16(hi, four(BITS == 4 ? a + 4 : a)));
+    }
+  }
+  for (int t = 0; t < MT; t++) {
+    sums[t] = _mm256_madd_epi16(low[t], ones);
+    if (BITS == 8) sums[t] = _mm256_add_epi32(sums[t], _mm256_slli_epi32(_mm256_madd_epi16(high[t], ones), 4));
+  }
+}
+
+template <int MT, int BITS>
+AVX2 void tile_avx2(const Weight& w, int64_t row_block, const Tokens& x, int64_t first, float* out) {
+  const int64_t bytes = ROWS * BLOCK * BITS / 8, stride = x.blocks * BLOCK;
+  for (int half = 0; half < 2; half++) {
+    __m256 sums[MT], zeros = _mm256_setzero_ps();
+    for (int t = 0; t < MT; t++) sums[t] = _mm256_setzero_ps();
+    for (int64_t g = 0; g < w.groups(); g++) {
+      const int64_t group = (row_block * w.groups() + g) * ROWS + 8 * half;
+      const __m256 scales = scales_avx2(w, group);
+      if (w.zeros) zeros = zeros_avx2(w, group);
+      for (int64_t b = g * w.group_blocks; b < (g + 1) * w.group_blocks; b++) {
+        __m256i dots[MT];
+        dots_avx2<MT, BITS>(
+            w.words + (row_block * w.blocks + b) * bytes + 32 * half,
+            x.codes + first * stride + b * BLOCK, stride, dots);
+        for (int t = 0; t < MT; t++) {
+          const int64_t at = (first + t) * x.blocks + b;
+          const __m256i shift = _mm256_set1_epi32(x.shifts[at]);
+          __m256 dot = _mm256_cvtepi32_ps(_mm256_add_epi32(dots[t], shift));
+          if (w.zeros) dot = _mm256_fmadd_ps(zeros, _mm256_cvtepi32_ps(shift), dot);
+          sums[t] = _mm256_fmadd_ps(_mm256_mul_ps(dot, _mm256_set1_ps(x.scales[at])), scales, sums[t]);
+        }
+      }
+    }
+    for (int t = 0; t < MT; t++) _mm256_storeu_ps(out + t * ROWS + 8 * half, sums[t]);
+  }
+}
+
+// ---------------------------------------------------------------- AVX-512 VNNI: four products of bytes, summed in 32 bits
+VNNI INLINE __m512 scales_vnni(const Weight& w, int64_t at) {
+  if (w.scale_kind == F32) return _mm512_loadu_ps(reinterpret_cast<const float*>(w.scales) + at);
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.scales + 2 * at));
+  if (w.scale_kind == F16) return _mm512_cvtph_ps(halves);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+VNNI INLINE __m512 zeros_vnni(const Weight& w, int64_t at) {
+  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.zeros + at));
+  return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)), _mm512_set1_ps(1.0f / float(w.offset())));
+}
+
+template <int BITS>
+VNNI INLINE void unpack_vnni(const uint8_t* block, __m512i* quads) {
+  const __m512i low_half = _mm512_set1_epi8(15);
+  for (int j = 0; j < QUADS; j += BITS == 4 ? 2 : 1) {
+    const __m512i loaded = _mm512_loadu_si512(block + j * 4 * ROWS * BITS / 8);
+    if (BITS == 8) {
+      quads[j] = loaded;
+    } else {
+      quads[j] = _mm512_and_si512(loaded, low_half);
+      quads[j + 1] = _mm512_and_si512(_mm512_srli_epi16(loaded, 4), low_half);
+    }
+  }
+}
+
+template <int MT, int BITS>
+VNNI void tile_vnni(const Weight& w, int64_t row_block, const Tokens& x, int64_t first, float* out) {
+  constexpr int SIDE = MT < 4 ? MT : 4;    // tokens whose sums are made side by side: each waits for itself
+  const int64_t bytes = ROWS * BLOCK * BITS / 8, stride = x.blocks * BLOCK;
+  const int8_t* codes = x.codes + first * stride;
+  const int32_t* shifts = x.shifts + first * x.blocks;
+  const float* x_scales = x.scales + first * x.blocks;
+  const uint8_t* block = w.words + row_block * w.blocks * bytes;
+  __m512 sums[MT], zeros = _mm512_setzero_ps();
+  for (int t = 0; t < MT; t++) sums[t] = _mm512_setzero_ps();
+  int64_t b = 0;
+  for (int64_t g = 0; g < w.groups(); g++) {
+    const int64_t group = (row_block * w.groups() + g) * ROWS;
+    const __m512 scales = scales_vnni(w, group);
+    if (w.zeros) zeros = zeros_vnni(w, group);
+    for (const int64_t end = b + w.group_blocks; b < end; b++, block += bytes) {
+      if (MT <= 4)                         // the memory is what few tokens wait for
+        for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(block + AHEAD + i, _MM_HINT_T0);
+      __m512i quads[QUADS];
+      unpack_vnni<BITS>(block, quads);
+      for (int t = 0; t < MT; t += SIDE) {
+        __m512i dots[SIDE], shift[SIDE];
+        UNROLL for (int i = 0; i < SIDE; i++) {
+          shift[i] = _mm512_set1_epi32(shifts[(t + i) * x.blocks + b]);
+          dots[i] = shift[i];
+        }
+        UNROLL for (int j = 0; j < QUADS; j++)
+          UNROLL for (int i = 0; i < SIDE; i++) {
+            int32_t word;
+            std::memcpy(&word, codes + (t + i) * stride + b * BLOCK + 4 * j, 4);
+            dots[i] = _mm512_dpbusd_epi32(dots[i], quads[j], _mm512_set1_epi32(word));
+          }
+        UNROLL for (int i = 0; i < SIDE; i++) {
+          __m512 exact = _mm512_cvtepi32_ps(dots[i]);
+          if (w.zeros) exact = _mm512_fmadd_ps(zeros, _mm512_cvtepi32_ps(shift[i]), exact);
+          const __m512 x_scale = _mm512_set1_ps(x_scales[(t + i) * x.blocks + b]);
+          sums[t + i] = _mm512_fmadd_ps(_mm512_mul_ps(exact, x_scale), scales, sums[t + i]);
+        }
+      }
+    }
+  }
+  for (int t = 0; t < MT; t++) _mm512_storeu_ps(out + t * ROWS, sums[t]);
+}
+
+// ---------------------------------------------------------------- AMX: tiles of 16 tokens and 16 rows
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+template <int BITS>
+AMX void tile_amx(const Weight& w, int64_t row_block, const Tokens& x, int64_t first, float* out) {
+  constexpr int MT = 16;
+  TileShapes shapes;
+  shapes.bytes[0] = 64, shapes.rows[0] = MT;        // sums: [token][row] of 32 bits
+  shapes.bytes[1] = BLOCK, shapes.rows[1] = MT;     // codes of x: [token][32]
+  shapes.bytes[2] = 64, shapes.rows[2] = QUADS;     // codes of W: [quad][row][4]
+  _tile_loadconfig(&shapes);
+  const int64_t bytes = ROWS * BLOCK * BITS / 8, stride = x.blocks * BLOCK;
+  alignas(64) uint8_t quads[QUADS * 4 * ROWS];
+  alignas(64) int32_t dots[MT * ROWS];
+  __m512 sums[MT], zeros = _mm512_setzero_ps();
+  for (int t = 0; t < MT; t++) sums[t] = _mm512_setzero_ps();
+  for (int64_t b = 0; b < w.blocks; b++) {
+    const int64_t group = (row_block * w.groups() + b / w.group_blocks) * ROWS;
+    const __m512 scales = scales_vnni(w, group);
+    if (w.zeros) zeros = zeros_vnni(w, group);
+    __m512i unpacked[QUADS];
+    unpack_vnni<BITS>(w.words + (row_block * w.blocks + b) * bytes, unpacked);
+    for (int j = 0; j < QUADS; j++) _mm512_store_si512(quads + j * 4 * ROWS, unpacked[j]);
+    _tile_zero(0);
+    _tile_loadd(1, x.codes + first * stride + b * BLOCK, stride);
+    _tile_loadd(2, quads, 64);
+    _tile_dpbsud(0, 1, 2);
+    _tile_stored(0, dots, 64);
+    for (int t = 0; t < MT; t++) {
+      const int64_t at = (first + t) * x.blocks + b;
+      const __m512i shift = _mm512_set1_epi32(x.shifts[at]);
+      __m512 exact = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_load_si512(dots + t * ROWS), shift));
+      if (w.zeros) exact = _mm512_fmadd_ps(zeros, _mm512_cvtepi32_ps(shift), exact);
+      sums[t] = _mm512_fmadd_ps(_mm512_mul_ps(exact, _mm512_set1_ps(x.scales[at])), scales, sums[t]);
+    }
+  }
+  for (int t = 0; t < MT; t++) _mm512_storeu_ps(out + t * ROWS, sums[t]);
+  _tile_release();
+}
+
+// ---------------------------------------------------------------- which of them this processor runs
+using Tile = void (*)(const Weight&, int64_t, const Tokens&, int64_t, float*);
+
+struct Step {                              // tokens that a tile takes, and the tile for codes of 4 and of 8 bits
+  int64_t tokens;
+  Tile four, eight;
+};
+
+struct Implementation {                    // steps: from the widest tile to that of one token
+  void (*round)(const Input&, const Tokens&, int64_t, int64_t, int64_t);
+  void (*store)(const float*, const Output&, int64_t, int64_t, int64_t);
+  const Step* steps;
+};
+
+constexpr int64_t WIDEST = 16;
+constexpr Step STEPS_PORTABLE[] = {{1, tile_portable, tile_portable}};
+constexpr Step STEPS_AVX2[] = {
+    {4, tile_avx2<4, 4>, tile_avx2<4, 8>}, {2, tile_avx2<2, 4>, tile_avx2<2, 8>}, {1, tile_avx2<1, 4>, tile_avx2<1, 8>}};
+constexpr Step STEPS_AMX[] = {
+    {16, tile_amx<4>, tile_amx<8>},
+    {12, tile_vnni<12, 4>, tile_vnni<12, 8>},
+    {8, tile_vnni<8, 4>, tile_vnni<8, 8>},
+    {4, tile_vnni<4, 4>, tile_vnni<4, 8>},
+    {2, tile_vnni<2, 4>, tile_vnni<2, 8>},
+    {1, tile_vnni<1, 4>, tile_vnni<1, 8>}};
+
+bool has_amx() {
+#ifdef __linux__
+  uint32_t a = 7, b = 0, c = 0, d = 0;
+  __asm__("cpuid" : "+a"(a), "+b"(b), "+c"(c), "+d"(d));
+  const uint32_t tile_and_int8 = 3u << 24;
+  constexpr long ASK_PERMISSION = 0x1023, TILE_DATA = 18;
+  return (d & tile_and_int8) == tile_and_int8 && !syscall(SYS_arch_prctl, ASK_PERMISSION, TILE_DATA);
+#else
+  return false;
+#endif
+}
+
+Path best_path() {
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool vnni = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vnni");
+  return vnni && has_amx() ? PATH_AMX : vnni ? PATH_VNNI : avx2 ? PATH_AVX2 : PORTABLE;
+}
+
+Path best() {
+  static const Path path = best_path();
+  return path;
+}
+
+Implementation implementation(int64_t path) {
+  switch (path == BEST ? int64_t(best()) : path) {
+    case PATH_AMX: return {round_vnni, store_avx2, STEPS_AMX};
+    case PATH_VNNI: return {round_vnni, store_avx2, STEPS_AMX + 1};
+    case PATH_AVX2: return {round_avx2, store_avx2, STEPS_AVX2};
+    default: return {round_portable, store_portable, STEPS_PORTABLE};
+  }
+}
+
+// ---------------------------------------------------------------- the product
+struct Job {
+  const Input& x;
+  const Weight& w;
+  const Output& y;
+  Tokens tokens;
+  Implementation path;
+  int64_t chunks;
+};
+
+void round_some(int64_t begin, int64_t end, void* of) {
+  const Job& job = *static_cast<const Job*>(of);
+  job.path.round(job.x, job.tokens, job.w.offset(), begin, end);
+}
+
+void multiply_some(int64_t begin, int64_t end, void* of) {
+  const Job& job = *static_cast<const Job*>(of);
+  alignas(64) float out[WIDEST * ROWS];
+  for (int64_t task = begin; task < end; task++) {
+    const int64_t row_block = task / job.chunks, row = row_block * ROWS;
+    const int64_t count = std::min(ROWS, job.w.n - row);
+    const int64_t last = std::min(job.x.m, (task % job.chunks + 1) * CHUNK);
+    const Step* step = job.path.steps;
+    for (int64_t t = task % job.chunks * CHUNK; t < last; t += step->tokens) {
+      while (step->tokens > last - t) step++;
+      (job.w.bits == 4 ? step->four : step->eight)(job.w, row_block, job.tokens, t, out);
+      for (int64_t i = 0; i < step->tokens; i++) job.path.store(out + i * ROWS, job.y, t + i, row, count);
+    }
+  }
+}
+
+void multiply(const Input& x, const Weight& w, const Output& y, int64_t path) {
+  if (x.m == 0 || w.n == 0) return;
+  const int64_t blocks = x.m * w.blocks;
+  const size_t bytes = blocks * (BLOCK + sizeof(float) + sizeof(int32_t));
+  std::unique_ptr<char, decltype(&std::free)> room(static_cast<char*>(std::malloc(bytes + 64)), std::free);
+  char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(room.get()) + 63) & ~uintptr_t(63));
+  Tokens tokens{reinterpret_cast<int8_t*>(aligned), reinterpret_cast<float*>(aligned + blocks * BLOCK), nullptr, w.blocks};
+  tokens.shifts = reinterpret_cast<int32_t*>(tokens.scales + blocks);
+  Job job{x, w, y, tokens, implementation(path), (x.m + CHUNK - 1) / CHUNK};
+  torch_parallel_for(0, x.m, std::max<int64_t>(1, GRAIN / 8 / (w.blocks * BLOCK)), round_some, &job);
+  const int64_t task_products = ROWS * w.blocks * BLOCK * std::min(x.m, CHUNK);
+  torch_parallel_for(0, w.row_blocks() * job.chunks, std::max<int64_t>(1, GRAIN / task_products), multiply_some, &job);
+}
+
+// ---------------------------------------------------------------- as torch's operators
+struct Argument {                          // a tensor that the dispatcher hands over, to be freed
+  AtenTensorHandle handle;
+  explicit Argument(StableIValue value) { std::memcpy(&handle, &value, sizeof handle); }
+  ~Argument() { aoti_torch_delete_tensor_object(handle); }
+  Argument(const Argument&) = delete;
+
+  char* data() const {
+    void* address = nullptr;
+    aoti_torch_get_data_ptr(handle, &address);
+    return static_cast<char*>(address);
+  }
+  int64_t size(int64_t axis) const {
+    int64_t value = 0;
+    aoti_torch_get_size(handle, axis, &value);
+    return value;
+  }
+  int64_t stride(int64_t axis) const {
+    int64_t value = 0;
+    aoti_torch_get_stride(handle, axis, &value);
+    return value;
+  }
+  int32_t dtype() const {
+    int32_t value = 0;
+    aoti_torch_get_dtype(handle, &value);
+    return value;
+  }
+  Kind kind() const {
+    return dtype() == aoti_torch_dtype_float32() ? F32 : dtype() == aoti_torch_dtype_float16() ? F16 : BF16;
+  }
+};
+
+AtenTensorHandle empty(int64_t m, int64_t n, int32_t dtype) {
+  const int64_t sizes[] = {m, n}, strides[] = {n, 1};
+  AtenTensorHandle made = nullptr;
+  aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &made);
+  return made;
+}
+
+StableIValue value_of(AtenTensorHandle handle) {
+  StableIValue value = 0;
+  std::memcpy(&value, &handle, sizeof handle);
+  return value;
+}
+
+char* data_of(AtenTensorHandle handle) {
+  void* address = nullptr;
+  aoti_torch_get_data_ptr(handle, &address);
+  return static_cast<char*>(address);
+}
+
+Weight weight(const Argument& words, const Argument& scales, const Argument& zeros, int64_t axis, int64_t n, int64_t group) {
+  const char* none = zeros.size(0) ? zeros.data() : nullptr;
+  return {
+      reinterpret_cast<const uint8_t*>(words.data()),
+      scales.data(),
+      scales.kind(),
+      reinterpret_cast<const int8_t*>(none),
+      n,
+      words.size(axis),
+      group / BLOCK,
+      words.size(axis + 1) * 8 / (ROWS * BLOCK)};
+}
+
+// int4_int8_mm(Tensor x, Tensor words, Tensor scales, Tensor zeros, int n, int group, int path) -> Tensor
+void boxed_mm(StableIValue* stack, uint64_t, uint64_t) {
+  const Argument x(stack[0]), words(stack[1]), scales(stack[2]), zeros(stack[3]);
+  const int64_t n = int64_t(stack[4]), group = int64_t(stack[5]), path = int64_t(stack[6]);
+  AtenTensorHandle y = empty(x.size(0), n, x.dtype());
+  const Input input{x.data(), x.kind(), x.size(0), x.size(1), x.stride(0), x.stride(1)};
+  multiply(input, weight(words, scales, zeros, 1, n, group), {data_of(y), x.kind(), n}, path);
+  stack[0] = value_of(y);
+}
+
+// int4_int8_grouped_mm(Tensor x, Tensor words, Tensor scales, Tensor zeros, Tensor ends, int n, int group, int path)
+// -> Tensor: rows ends[e - 1] to ends[e] by the weight of expert e; ends int64 [e], contiguous.
+void boxed_grouped_mm(StableIValue* stack, uint64_t, uint64_t) {
+  const Argument x(stack[0]), words(stack[1]), scales(stack[2]), zeros(stack[3]), ends(stack[4]);
+  const int64_t n = int64_t(stack[5]), group = int64_t(stack[6]), path = int64_t(stack[7]);
+  AtenTensorHandle y = empty(x.size(0), n, x.dtype());
+  Weight w = weight(words, scales, zeros, 2, n, group);
+  const int64_t numbers = w.row_blocks() * w.groups() * ROWS, size = size_of(x.kind());
+  const int64_t* last = reinterpret_cast<const int64_t*>(ends.data());
+  for (int64_t e = 0, first = 0; e < words.size(0); first = last[e++]) {
+    const Input rows{x.data() + first * x.stride(0) * size, x.kind(), last[e] - first, x.size(1), x.stride(0), x.stride(1)};
+    multiply(rows, w, {data_of(y) + first * n * size, x.kind(), n}, path);
+    w.words += w.row_blocks() * w.blocks * w.block_bytes();
+    w.scales += numbers * size_of(w.scale_kind);
+    w.zeros += w.zeros ? numbers : 0;
+  }
+  stack[0] = value_of(y);
+}
+
+}  // namespace
+
+// The fastest path of this processor, as a number of `Path`.
+extern "C" int64_t qlab_best_path() { return best(); }
+
+// Give torch the operators. Their schemas are defined in Python. 0 where torch took them.
+extern "C" int32_t qlab_register() {
+  TorchLibraryHandle library = nullptr;
+  int32_t failed = aoti_torch_library_init_impl("qlab", "CPU", __FILE__, __LINE__, &library);
+  failed = failed || aoti_torch_library_impl(library, "int4_int8_mm", boxed_mm);
+  failed = failed || aoti_torch_library_impl(library, "int4_int8_forward", boxed_mm);
+  return failed || aoti_torch_library_impl(library, "int4_int8_grouped_mm", boxed_grouped_mm);
+}
