@@ -67,6 +67,8 @@ seconds = time.process_time() - cpu
     + END
 )
 REFINED = "qlab.chain(qlab.gptq(spec), qlab.auto_round_refine(steps=steps // 4, windows=per_step))"
+# So few steps have to be larger, to reach the next code at all.
+HASTY = "qlab.chain(qlab.gptq(spec), qlab.auto_round_refine(2, windows=per_step, lr=0.0008))"
 
 
 def recipe_of(grid: str) -> str:
@@ -79,6 +81,7 @@ PROGRAMS = {
     "AutoRound, enable_neuqi": THEIRS.replace("{more}", ", enable_neuqi=True"),
     "qlab auto_round, weighted": OURS.replace("{recipe}", recipe_of("weighted")),
     "qlab gptq": OURS.replace("{recipe}", "qlab.gptq(spec)"),
+    "qlab gptq, auto_round_refine, 2 steps": OURS.replace("{recipe}", HASTY),
     "qlab gptq, auto_round_refine": OURS.replace("{recipe}", REFINED),
 }
 

@@ -60,6 +60,7 @@ from qlab.methods.auto_round import auto_round as auto_round
 from qlab.methods.auto_round import auto_round_refine as auto_round_refine
 from qlab.methods.awq import awq as awq
 from qlab.methods.awq import awq_scale as awq_scale
+from qlab.methods.centre_keys import centre_keys as centre_keys
 from qlab.methods.eora import eora as eora
 from qlab.methods.gptaq import aim_at_reference as aim_at_reference
 from qlab.methods.gptaq import gptaq as gptaq
@@ -70,6 +71,7 @@ from qlab.methods.inputs import quantize_inputs as quantize_inputs
 from qlab.methods.kl_tune import kl_tune as kl_tune
 from qlab.methods.kv import attention_inputs as attention_inputs
 from qlab.methods.kv import kv_cache as kv_cache
+from qlab.methods.kv_clipped import kv_clipped as kv_clipped
 from qlab.methods.loaq import aim_in_stream as aim_in_stream
 from qlab.methods.lqer import l2qer as l2qer
 from qlab.methods.lqer import lqer as lqer

@@ -25,6 +25,21 @@ SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 TURNS = frozenset({aten.transpose.int, aten.permute.default, aten.mT.default})
 MERGES = frozenset({aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints})
 REPEATS = frozenset({aten.expand.default, aten.repeat.default, aten.repeat_interleave.self_int})
+# What is added to all scores of a query stays that: behind sums and masks as it is, behind products
+# with one number as another.
+SUMS = frozenset(
+    {
+        aten.add.Tensor,
+        aten.sub.Tensor,
+        aten.masked_fill.Scalar,
+        aten.masked_fill.Tensor,
+        aten.where.self,
+        aten.where.ScalarOther,
+        aten.mul.Scalar,
+        aten.div.Scalar,
+    }
+)
+PRODUCTS_WITH_NUMBERS = frozenset({aten.mul.Tensor, aten.div.Tensor})
 
 
 class Operand(NamedTuple):
@@ -42,6 +57,15 @@ class Operand(NamedTuple):
 def attended(node: fx.Node) -> tuple[Operand, ...]:
     """Query, key and value of the attention that is met at this node, if one is."""
     return tuple(_of_heads(kind, *read) for kind, read in _attended(node).items())
+
+
+def sees_shifts(node: fx.Node) -> fx.Node | None:
+    """The operation of the attention met at this node to which a number added to all scores of a
+    query matters (a cap), None where the softmax is all that comes."""
+    if node.target is ATTENTION:
+        return None
+    way, _ = _way(node.all_input_nodes[0])
+    return next((step for step in way if not _keeps_shifts(step)), None)
 
 
 def leaves_of(node: fx.Node) -> list[Any]:
@@ -87,20 +111,37 @@ def _attended(node: fx.Node) -> dict[str, tuple[fx.Node, int, str]]:
 def _scored(node: fx.Node) -> fx.Node | None:
     """The product whose result becomes this number by number: scaled, capped, masked, and set
     beside numbers of sinks."""
+    _, product = _way(node)
+    return product
+
+
+def _way(node: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
+    """The operations from this back to a product of computed values, number by number and beside
+    sinks, and that product; None where there is none."""
+    way: list[fx.Node] = []
     while node.op == "call_function" and node.target not in PRODUCTS:
         if node.target is aten.cat.default:
-            parts = map(_scored, cast(list[fx.Node], node.args[0]))
-            products = [product for product in parts if product is not None]
-            return products[0] if len(products) == 1 else None
+            parts = [part for part in map(_way, cast(list[fx.Node], node.args[0])) if part[1]]
+            before, product = parts[0] if len(parts) == 1 else ([], None)
+            return [*way, node, *before], product
         pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
         if not pointwise and node.target not in LAYOUT | SAME_VALUES:
-            return None
+            return way, None
         inputs = [a for a in node.args if isinstance(a, fx.Node) and is_float(a)]
         computed = [a for a in inputs if a.op == "call_function"]
         if not computed:
-            return None
+            return way, None
+        way.append(node)
         node = computed[0]
-    return node if node.target in PRODUCTS and _both_computed(node) else None
+    return way, node if node.target in PRODUCTS and _both_computed(node) else None
+
+
+def _keeps_shifts(step: fx.Node) -> bool:
+    """Whether a number that is added to all scores of a query leaves this operation as one."""
+    if step.target in PRODUCTS_WITH_NUMBERS:
+        others = [a for a in step.args if isinstance(a, fx.Node)][1:]
+        return all(a.meta["val"].numel() == 1 for a in others)
+    return step.target in SUMS | LAYOUT | SAME_VALUES
 
 
 def _both_computed(product: fx.Node) -> bool:

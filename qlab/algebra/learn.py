@@ -11,8 +11,11 @@ from torch import Tensor
 
 from qlab.algebra.block import Block
 from qlab.algebra.measured import DIVERGED
+from qlab.algebra.qtensor import QTensor
 
 LOOKS = 8  # how often the loss over all windows is looked at, at most
+BACKWARD = 3  # a window forward and backward takes as long as so many forward
+OF_STEPS = 0.5  # what looks may take of the time of steps; the last step is looked at always
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ def learn(
 
     Each step adds the gradients of the mean error of some windows to the parameters and calls
     `update`, with what is left of the step size: 1 at first, then linearly less. The loss over all
-    windows is looked at some times on the way; leaves are kept only if it fell, so it never rises.
+    windows is looked at some times on the way, as often as takes half as long as the steps; leaves
+    are kept only if it fell, so it never rises.
     Learning that leaves the finite numbers ends, and the notes say at which step.
 
     Args:
@@ -57,6 +61,7 @@ def learn(
     best, kept_at = version().leaves, 0
     before = least = _loss(block, best, every)
     notes: dict[str, Any] = {}
+    apart = math.ceil(schedule.steps / _looks(schedule, block.count))
     for t in range(schedule.steps):
         indices = torch.randperm(block.count, generator=drawn)[: schedule.windows].tolist()
         if not math.isfinite(_add_gradients(block, version().weights, indices)):
@@ -64,7 +69,7 @@ def learn(
             break
         update(1 - t / schedule.steps)
         last = t + 1 == schedule.steps
-        if last or (t + 1) % math.ceil(schedule.steps / LOOKS) == 0:
+        if last or (t + 1) % apart == 0:
             with torch.no_grad():
                 leaves = version().leaves
             loss = _loss(block, leaves, every)
@@ -74,9 +79,23 @@ def learn(
     return best, {name: value for name, value in notes.items() if math.isfinite(value)}
 
 
+def _looks(schedule: Schedule, count: int) -> int:
+    """How often the loss over `count` windows is looked at."""
+    forward = BACKWARD * schedule.steps * schedule.windows
+    return max(1, min(LOOKS, int(OF_STEPS * forward / count)))
+
+
 def _loss(block: Block, leaves: Mapping[str, Any], indices: range) -> float:
+    """The mean error over windows. Codes are made dense once, not for each of them."""
     with torch.no_grad():
-        return float(block.loss(block.put(leaves), indices))
+        as_run = {path: _as_run(leaf, block.segment.dtype) for path, leaf in leaves.items()}
+        return float(block.loss(block.put(as_run), indices))
+
+
+def _as_run(leaf: Any, dtype: torch.dtype) -> Any:
+    """The leaf as the program multiplies with it; experts stay codes, one dense at a time."""
+    is_codes = isinstance(leaf, QTensor) and leaf.codes.ndim == 2
+    return leaf.dense(dtype) if is_codes else leaf
 
 
 def _add_gradients(block: Block, weights: Mapping[str, Tensor], indices: list[int]) -> float:

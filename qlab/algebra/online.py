@@ -1,6 +1,7 @@
-"""Operations at run time on the input x of a linear layer: rounding it, scaling it, multiplying it
-with a matrix."""
+"""Operations at run time on the input x of a linear layer, or on another value: rounding it,
+scaling and shifting it, multiplying it with a matrix."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlab.algebra.experts import per_row
-from qlab.algebra.grid import encode, minmax
+from qlab.algebra.grid import Grid, encode, minmax
 from qlab.algebra.qtensor import QTensor, dense, round_codes
 from qlab.algebra.spec import InputSpec, Spec
 
@@ -36,24 +37,75 @@ class QuantizeInput:
         return InputSpec(self.spec, static)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return self._rounded(x)
-        with torch.no_grad():
-            rounded = self._rounded(x)
-        return rounded + (x - x.detach())  # adds 0, with the gradient of x
+        return _straight_through(self._rounded, x)
 
     def _rounded(self, x: Tensor) -> Tensor:
-        k = x.shape[-1]
-        x_nk = F.pad(x.flatten(0, -2).float(), (0, -k % (self.spec.tile.cols or k)))
         scales, zeros, outer = (
             None if t is None else t.to(x.device) for t in (self.scales, self.zeros, self.outer)
         )
         if scales is None:
-            q = encode(minmax, x_nk, self.spec, outer=outer)
-        else:
+            return _as_rows(lambda x_nk: encode(minmax, x_nk, self.spec, outer=outer), x, self.spec)
+
+        def fixed(x_nk: Tensor) -> QTensor:
             codes = round_codes(x_nk, scales, zeros, self.spec, outer)
-            q = QTensor(codes, scales, zeros, self.spec, outer)
-        return dense(q, torch.float32)[:, :k].reshape(x.shape).to(x.dtype)
+            return QTensor(codes, scales, zeros, self.spec, outer)
+
+        return _as_rows(fixed, x, self.spec)
+
+
+@dataclass(frozen=True)
+class QuantizeClipped:
+    """x -> dense(round(x)) as `QuantizeInput` computes it from each x, with both ends of every
+    range times `share`, and numbers beyond them clamped to these.
+
+    spec: its tiles lie over [tokens, k].
+    """
+
+    spec: Spec
+    share: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _straight_through(self._rounded, x)
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        grid = clipped(self.share)
+        return _as_rows(lambda x_nk: encode(grid, x_nk, self.spec), x, self.spec)
+
+
+def clipped(share: float) -> Grid:
+    """The grid `minmax` with both ends of every range times this share."""
+    return Grid(
+        f"{share:g} of minmax",
+        lambda lo, hi, spec: minmax.candidates(lo * share, hi * share, spec),
+    )
+
+
+def _straight_through(rounded: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """rounded(x), with the gradient of x."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return rounded(x)
+    with torch.no_grad():
+        y = rounded(x)
+    return y + (x - x.detach())  # adds 0, with the gradient of x
+
+
+def _as_rows(encoded: Callable[[Tensor], QTensor], x: Tensor, spec: Spec) -> Tensor:
+    """What the codes of x [..., k] stand for, encoded as [tokens, k] in fp32. A last group of
+    channels that is not full is filled up with zeros."""
+    k = x.shape[-1]
+    x_nk = F.pad(x.flatten(0, -2).float(), (0, -k % (spec.tile.cols or k)))
+    return dense(encoded(x_nk), torch.float32)[:, :k].reshape(x.shape).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Subtract:
+    """x -> x - c, with c [k], computed in the dtype of c."""
+
+    c_k: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        c_k = self.c_k.to(x.device)
+        return (x.to(c_k.dtype) - c_k).to(x.dtype)
 
 
 @dataclass(frozen=True)

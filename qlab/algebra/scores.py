@@ -4,12 +4,16 @@
 
 Positions are added to queries and keys before they meet, so nothing before them takes M: both turn
 at run time. R3 is such a turn.
+
+A vector c that is taken from all keys takes q c^T from all scores of a query. A softmax does not
+see that, so nothing has to undo it.
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from qlab.algebra.attention import attended, sees_shifts
 from qlab.algebra.graph import ModuleGraph, Op
 from qlab.algebra.online import MatMul, Multiply
 from qlab.algebra.wires import Wire, full_name, open_wires, wires
@@ -74,3 +78,18 @@ def scores(graph: ModuleGraph, step: str) -> list[Scores]:
             )
         found.append(Scores(query=query, key=there[name]))
     return found
+
+
+def refuse_seen_shifts(graph: ModuleGraph, step: str) -> None:
+    """Refuse keys that a step may shift, of an attention that would see it: one that caps its
+    scores."""
+    selected = {wire.node: wire for wire in open_wires(graph) if wire.kind == "key"}
+    for node in graph.code.graph.nodes:
+        keys = [o.node.name for o in attended(node) if o.kind == "key" and o.node.name in selected]
+        cap = sees_shifts(node) if keys else None
+        if cap is not None:
+            raise QlabError(
+                f"{full_name(graph.path, selected[keys[0]].name)} cannot be shifted by {step}: its "
+                f"attention puts scores through {cap.target} before the softmax, which sees what "
+                "is added to all of them; leave the step out there (at, rules)"
+            )

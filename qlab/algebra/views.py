@@ -4,6 +4,7 @@
 |---|---|---|
 | `EachWeight` | when its input's turn comes | it reads and changes no other weight |
 | `OnWires` | when the wire's turn comes | it changes no weight, and no other wire |
+| `Shifted` | when the wire's turn comes | the function stays; attention sees no shift |
 | `Gauged` | before any weight that reads the wire is rounded | the function stays |
 | `Folded` | when all inputs of the segment are done | the function stays |
 | `WholeBlock` | when the steps before it are done with the block | |
@@ -86,6 +87,18 @@ class OnWires(View):
     @property
     def operations(self) -> tuple[Op, ...]:
         return self.left
+
+
+@dataclass(frozen=True)
+class Shifted(OnWires):
+    """Keys of attentions, from which a step takes the same vector for every token. The function
+    stays, since a softmax sees differences of scores alone."""
+
+    sees: ClassVar[str] = "the keys of each attention"
+
+    @property
+    def keeps_function(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)

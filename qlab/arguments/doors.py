@@ -209,6 +209,7 @@ TAKES: Mapping[str, Mapping[str, plain.Kind]] = {
     },
     "quantize_inputs": {"spec": kinds.spec, "static": kinds.measured},
     "kv_cache": {"spec": kinds.cache, "static": kinds.measured},
+    "kv_clipped": {"spec": kinds.cache},
     "attention_inputs": {"spec": kinds.cache, "static": kinds.measured},
     "parse_spec": {"text": plain.text, "symmetric": plain.flag},
     "dense": {"leaf": kinds.leaf, "dtype": plain.dtype},

@@ -1,6 +1,6 @@
 """The samples of one block for steps that see it as a whole (`qlab.algebra.block`)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from qlab.algebra.transform import Stage, Transform
 from qlab.algebra.views import WholeBlock
 from qlab.data.calibration import generator
 from qlab.driver.batches import Batch
+from qlab.model.calls import Call, State
 
 KEPT = 1 << 30  # bytes of targets that are kept; further ones are computed when they are asked for
 SEED = 0
@@ -73,11 +74,22 @@ class BlockSamples:
     def leaving(self, segment: ModuleGraph, i: int) -> Tensor:
         return _leaving(segment, self.batches[i])
 
+    def reference_leaving(self) -> Iterator[State]:
+        """The states that leave the unquantized block in the unquantized model, window by window.
+        Targets that are kept are not computed again."""
+        for i in range(len(self.reference)):
+            call, state = self.reference[i]
+            kept = i in self.targets and len(state) == 1
+            yield (self.targets[i],) if kept else _leaving_states(self.graph, call, state)
+
     def generator(self, name: str) -> torch.Generator:
         return generator(SEED, f"{self.graph.path}/{name}")
 
 
 def _leaving(graph: ModuleGraph, batch: Batch) -> Tensor:
     """The hidden states that leave the segment."""
-    call, state = batch
-    return call.leaving(state, outputs_of(graph, *call.inputs(state)))[0]
+    return _leaving_states(graph, *batch)[0]
+
+
+def _leaving_states(graph: ModuleGraph, call: Call, state: State) -> State:
+    return call.leaving(state, outputs_of(graph, *call.inputs(state)))

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from qlab.algebra.graph import ModuleGraph, Site, by_origin
 from qlab.algebra.running import select
 from qlab.algebra.scope import matches
-from qlab.algebra.scores import scores
+from qlab.algebra.scores import refuse_seen_shifts, scores
 from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Stage, Transform
-from qlab.algebra.views import Gauged, Uncovered
+from qlab.algebra.views import Gauged, Shifted, Uncovered
 from qlab.algebra.wires import full_name, nearest, wires
 from qlab.driver.admissible import KEEP_THEM
 from qlab.driver.sites import Sites
@@ -74,6 +74,9 @@ def _check_wires(stage: Stage, pattern: str, model: Sites) -> None:
     if isinstance(stage.view, Gauged):
         for graph in chosen:
             scores(graph, stage.name)  # refuses a rule that splits queries and keys
+    if isinstance(stage.view, Shifted):
+        for graph in chosen:
+            refuse_seen_shifts(graph, stage.name)
     if any(graph.selected_wires for graph in chosen):
         return
     touched = [site for name, site in model.sites.items() if stage.touches(name, site)]

@@ -160,9 +160,9 @@ def _solved(
     else:
         solved, _ = solve(start, site_by_site, look, check, later)
     if samples:
-        # What left the block before it learned is of no use any more.
-        leaving = []
         solved, _ = solve(solved, learning, with_samples(look, samples), check, solver.later)
+        # What left the block before it learned is of no use any more.
+        leaving = [push(solved, streams[0]()), samples.reference_leaving()] if streams[1:] else []
     return solved, leaving
 
 

@@ -14,6 +14,7 @@ that they stand for which rounds to them, so that learning begins at those codes
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,6 +43,12 @@ class Start:
     W_ok: Tensor
     q: QTensor
 
+    @cached_property
+    def zeros(self) -> Tensor | None:
+        """Which weights are 0, if any is."""
+        is_zero = self.W_ok == 0
+        return is_zero if bool(is_zero.any()) else None
+
     def parameters(self) -> list[Tensor]:
         """V = 0, and a = b = 1 where the ends of ranges are learned."""
         V = torch.zeros_like(self.W_ok)
@@ -63,22 +70,37 @@ class Start:
             z = None if z is None or zeros is None else _through(z, zeros.float())
         x = spec.tile.split(self.W_ok) / s[..., None]
         x = x if z is None else x + z[..., None]
-        # a weight that a mask set to 0 stays 0
-        V_ok = V_ok.masked_fill(self.W_ok == 0, 0)
-        x = x + spec.tile.split(V_ok) * _unit(x.detach(), spec)
-        nearest = spec.nearest_(x.detach().clone())
-        # Beyond the ends of the grid the gradient is 0, as that of the clamp.
-        inside = x.clamp(*_limits(spec))
-        codes = _through(inside, nearest)
+        if self.zeros is not None:
+            # a weight that a mask set to 0 stays 0
+            V_ok = V_ok.masked_fill(self.zeros, 0)
+        V = spec.tile.split(V_ok)
+        x = x + (V * _unit(x.detach(), spec) if isinstance(spec, Float) else V)
+        codes = _Nearest.apply(x, spec)
         W = (codes if z is None else codes - z[..., None]) * s[..., None]
         leaf = replace(
             q,
-            codes=spec.tile.join(nearest, self.W_ok.shape).to(spec.code_dtype),
+            codes=spec.tile.join(codes.detach(), self.W_ok.shape).to(spec.code_dtype),
             scales=scales,
             zeros=zeros,
         )
         W_ok = spec.tile.join(W, self.W_ok.shape)
         return W_ok if q.perm is None else W_ok[..., q.perm.argsort()], leaf
+
+
+class _Nearest(torch.autograd.Function):
+    """The numbers of a grid that are nearest to x, with the gradient of x within the ends of the
+    grid, and 0 beyond them, as that of a clamp."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spec: Spec) -> Tensor:
+        ctx.spec = spec
+        ctx.save_for_backward(x)
+        return spec.nearest_(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,), (low, high) = ctx.saved_tensors, _limits(ctx.spec)
+        return grads[0].masked_fill((x < low) | (x > high), 0), None
 
 
 def _through(x: Tensor, value: Tensor) -> Tensor:

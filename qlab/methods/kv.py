@@ -116,7 +116,7 @@ def attention_inputs(spec: CacheSpec, static: Range = absmax) -> Transform:
 
 def _rounded(name: str, kinds: str, spec: CacheSpec, static: Range) -> Transform:
     def make(wire: Wire, stats: Mapping[str, Any]) -> QuantizeInput:
-        _refuse_split(wire, spec.spec)
+        refuse_split(wire, spec.spec)
         of_wire = spec.of_heads(wire.heads, wire.channels)
         return rounding(of_wire, static if spec.static else None, stats)
 
@@ -132,7 +132,7 @@ def _form(spec: CacheSpec) -> QuantizeInput:
     return QuantizeInput(of_wire, ones, zeros) if spec.static else QuantizeInput(of_wire)
 
 
-def _refuse_split(wire: Wire, spec: Spec) -> None:
+def refuse_split(wire: Wire, spec: Spec) -> None:
     """Refuse groups of channels that reach from one head into the next."""
     width, group = wire.channels // wire.heads, spec.tile.cols
     if group and width % group:

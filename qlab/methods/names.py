@@ -18,11 +18,13 @@ from qlab.methods import METHODS
 from qlab.methods.auto_round import auto_round_refine
 from qlab.methods.autoawq import awq_clip
 from qlab.methods.awq import awq_scale
+from qlab.methods.centre_keys import centre_keys
 from qlab.methods.eora import eora
 from qlab.methods.gptaq import aim_at_reference
 from qlab.methods.inputs import absmax, quantize_inputs
 from qlab.methods.kl_tune import kl_tune
 from qlab.methods.kv import attention_inputs, kv_cache, parse_cache_spec
+from qlab.methods.kv_clipped import kv_clipped
 from qlab.methods.lqer import RANK, l2qer, lqer
 from qlab.methods.magnitude import magnitude
 from qlab.methods.qat_end_to_end import qat_end_to_end
@@ -103,6 +105,7 @@ STEPS: Mapping[str, Step] = {
     "rotate_heads": _plain(rotate_heads),
     "rotate_online": _plain(rotate_online),
     "rotate_scores": _plain(rotate_scores),
+    "centre_keys": _plain(centre_keys),
     "quip": _plain(incoherence),
     "magnitude": _pruning(magnitude),
     "wanda": _pruning(wanda),
@@ -120,6 +123,7 @@ STEPS: Mapping[str, Step] = {
         lambda text, spec: quantize_inputs(_input_spec(text), absmax), "int8-tensor", None
     ),
     "kv": _values(lambda text: kv_cache(parse_cache_spec(text))),
+    "kv_clipped": _values(lambda text: kv_clipped(parse_cache_spec(text))),
     "attention": _values(lambda text: attention_inputs(parse_cache_spec(text))),
 }
 

@@ -21,6 +21,7 @@ INT4 = qlab.parse_spec("int4-g32")
 NO_ARGUMENTS_OF_USERS = {
     "keep",
     "absorb",
+    "centre_keys",
     "inductor_options",
     "results",
     "fisher",
@@ -73,6 +74,7 @@ def given(saved, text, tmp_path_factory):
         "insert": {"name": "mine", "wires": "*:in", "make": print},
         "quantize_inputs": {"spec": INT4},
         "kv_cache": {"spec": "int8-token"},
+        "kv_clipped": {"spec": "int4-token"},
         "attention_inputs": {"spec": "int8-token"},
         **{name: {"pattern": "2:4"} for name in ("magnitude", "wanda", "sparsegpt")},
         "plan": {"model": model, "recipe": recipe},
