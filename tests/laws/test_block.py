@@ -7,13 +7,15 @@ import pytest
 import torch
 from families import FAMILIES, MIXTURES
 from model_folders import contents, random_tokens, refused
-from segments import samples_of, segment
+from segments import batches_of, samples_of, segment
 
 import qlab
-from qlab.algebra.block import Block, each_block
+from qlab.algebra.block import SAMPLES, Block, each_block
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.transform import at, chain
 from qlab.data.calibration import from_ids
+from qlab.driver.batches import push
+from qlab.driver.learning import BlockSamples
 from qlab.driver.quantize import quantize
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
@@ -185,6 +187,35 @@ def test_learning_that_diverges_keeps_the_best_and_says_so():
     note = graph.notes["mlp.up_proj"]
     assert note["diverged_at_step"] <= 3 and note["kept_step"] == 0
     assert torch.equal(graph.params["mlp.up_proj.weight"], seg.graph.params["mlp.up_proj.weight"])
+
+
+@pytest.mark.parametrize("steps, windows", [(1, 1), (4, 1), (9, 2), (30, 3)])
+def test_looking_at_the_whole_loss_takes_half_as_long_as_steps_at_most(steps, windows):
+    """A window forward and backward counts as three forward. The last step is always looked at."""
+    seg, runs = segment("llama"), {True: 0, False: 0}
+
+    class Counted(BlockSamples):
+        def leaving(self, graph, i):
+            runs[torch.is_grad_enabled()] += 1
+            return super().leaving(graph, i)
+
+    samples = Counted(seg.graph, [list(batches_of(seg)())])
+    (stage,) = auto_round(SPEC, steps=steps, windows=windows)
+    stage.apply(seg.graph, {**seg.stats, SAMPLES: samples})
+    assert runs[True] == steps * windows
+    first_and_last = 2 * samples.count
+    assert first_and_last <= runs[False] <= max(first_and_last, samples.count + 1.5 * runs[True])
+    assert runs[False] <= 9 * samples.count
+
+
+def test_what_leaves_the_reference_is_computed_once():
+    """Kept targets and fresh ones are the states of a pass, bit for bit."""
+    seg = segment("qwen3_moe")
+    samples = samples_of(seg)
+    samples.wanted(1)
+    passed = push(seg.graph, batches_of(seg)())
+    for i, ((kept,), (state,)) in enumerate(zip(samples.reference_leaving(), passed, strict=True)):
+        assert torch.equal(kept, state) and (kept is samples.targets.get(i)) == (i == 1)
 
 
 def test_a_rule_learns_some_sites_and_leaves_the_others(saved, tmp_path):
