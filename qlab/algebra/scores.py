@@ -82,7 +82,7 @@ def scores(graph: ModuleGraph, step: str) -> list[Scores]:
 
 def refuse_seen_shifts(graph: ModuleGraph, step: str) -> None:
     """Refuse keys that a step may shift, of an attention that would see it: one that caps its
-    scores."""
+    scores, or has sinks beside them."""
     selected = {wire.node: wire for wire in open_wires(graph) if wire.kind == "key"}
     for node in graph.code.graph.nodes:
         keys = [o.node.name for o in attended(node) if o.kind == "key" and o.node.name in selected]

@@ -51,7 +51,7 @@ def centre_keys() -> Transform:
 
     Raises:
         QlabError: before any work, an attention that does more to its scores than to scale, mask
-            and add to them before the softmax, such as a cap.
+            and add to them before the softmax: caps, and sinks beside them.
 
     Source:
         Zhang et al. 2025, SageAttention: Accurate 8-Bit Attention for Plug-and-play Inference

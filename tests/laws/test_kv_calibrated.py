@@ -76,11 +76,12 @@ def test_turned_keys_have_the_turned_mean():
     assert torch.allclose(shift.c_k, turn(plain.c_k), atol=1e-5)
 
 
-def test_a_cap_sees_the_shift_and_is_refused_before_any_work(saved):
-    seg = segment("gemma2")
-    said = ("self_attn:key", "cannot be shifted by centre_keys", "tanh", "leave the step out")
+@pytest.mark.parametrize("family, operation", [("gemma2", "tanh"), ("gpt_oss", "cat")])
+def test_caps_and_sinks_see_the_shift_and_are_refused_before_any_work(saved, family, operation):
+    seg = segment(family)
+    said = ("self_attn:key", "cannot be shifted by centre_keys", operation, "leave the step out")
     refused(lambda: solved(seg, qlab.centre_keys()), *said)
-    model, data = saved("gemma2"), random_tokens(saved("gemma2"))
+    model, data = saved(family), random_tokens(saved(family))
     recipe = qlab.chain(qlab.centre_keys(), qlab.rtn("int4-g16"))
     refused(lambda: qlab.plan(model, recipe, data), "model.layers.0.self_attn:key", *said[1:])
 
