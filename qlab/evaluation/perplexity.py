@@ -38,13 +38,15 @@ class Reading:
     """What a model computes on n windows of l tokens each: its final hidden states.
 
     hidden: [n, l, d], or with one more axis of streams. trail: the hidden states of the first
-    window after each of b blocks, [b, l, d]. windows: the axis of the windows in `hidden`.
+    window after each of b blocks, [b, l, d]. windows: the axis of the windows in `hidden`. stages:
+    the names of the steps that the model was read behind.
     """
 
     skeleton: Skeleton
     hidden: Tensor
     trail: Tensor
     windows: int
+    stages: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -90,6 +92,7 @@ def read(
         hidden=torch.cat([hidden for (hidden,) in states], axis),
         trail=torch.stack(trail),
         windows=axis,
+        stages=tuple(stage.name for stage in quantized.recipe) if quantized else (),
     )
 
 
@@ -296,8 +299,8 @@ def _log_probabilities(reading: Reading, tokens: Tensor, i: int) -> Tensor:
     """Log probabilities of the tokens 1 to l - 1 of window i: [l - 1, vocabulary]."""
     logits = head(reading.skeleton, tokens, reading.hidden.narrow(reading.windows, i, 1))[0, :-1]
     if not torch.isfinite(logits).all():
-        raise QlabError(
-            f"{reading.skeleton.checkpoint.path} predicts NaN or Inf in window {i}; its weights "
-            "are damaged"
-        )
+        behind = f" behind {', '.join(reading.stages)}; look at what these steps make of it"
+        why = behind if reading.stages else "; its weights are damaged"
+        path = reading.skeleton.checkpoint.path
+        raise QlabError(f"{path} predicts NaN or Inf in window {i}{why}")
     return logits.float().log_softmax(-1).cpu()

@@ -126,3 +126,12 @@ def test_an_insert_reaches_its_wire_in_every_block(saved, family, wire, inputs):
     qlab.logits(value, torch.arange(3, 11)[None])
     assert {name.partition(":")[0].split(".")[2] for name in reached} == {"0", "1"}
     assert all(name.endswith(wire) for name in reached)
+
+
+def test_values_that_a_step_makes_nan_are_refused_by_its_name(saved, text):
+    model = qlab.open(saved("llama"))
+    data = windows(model, text)
+    nan = qlab.insert("broken", "*:value", lambda wire, stats: lambda x: x * float("nan"))
+    recipe = qlab.chain(qlab.rtn(parse_spec("int8-channel")), nan)
+    with pytest.raises(QlabError, match="NaN or Inf in window 0 behind rtn, broken; look at"):
+        qlab.evaluate(qlab.apply(model, recipe, data), model, data)
