@@ -237,3 +237,13 @@ def test_a_group_of_attention_modules_is_read_and_scales_that_lack_are_named(tar
 def test_groups_of_attentions_that_qlab_does_not_compute_are_refused(args, more, words):
     with pytest.raises(QlabError, match=f"^config group a .*{words}"):
         read_group(args, **more)
+
+
+def test_scales_of_a_second_attention_in_a_module_have_no_place():
+    whole, groups = rounding(8, Tile(None, None)), rounding(4, Tile(1, 4))
+    for ops in ((whole, "key", "value"), (groups, "query", "key", "value")):
+        places = dict.fromkeys(ops[1:], (ops[0],))
+        assert CODEC.around.encode({ATTENTION: places})
+        with pytest.raises(QlabError, match=r"attn#2: several attentions run in one module"):
+            CODEC.around.encode({f"{ATTENTION}#2": places})
+    assert CODEC.around.encode({f"{ATTENTION}#2": {"key": (groups,), "value": (groups,)}})

@@ -261,3 +261,10 @@ def test_layers_of_the_same_names_must_have_scales_too():
     ]
     assert extras(FP8, names)[0].missing == ("h.1.attn.v_scale", "h.2.attn.v_scale")
     assert len(extras(FP8, names)[0].tensors) == 4 and not extras(None, names)
+
+
+def test_layers_of_the_same_names_and_other_modules_inside_have_none():
+    """Of blocks that differ, some keep no keys and values."""
+    alike = [f"h.{i}.attn.{part}" for i in (0, 2) for part in ("q_proj.weight", "k_scale")]
+    names = [*alike, "h.0.attn.v_scale", "h.1.attn.qkv_proj.weight", "h.1.attn.decay"]
+    assert extras(FP8, names)[0].missing == ("h.2.attn.v_scale",)

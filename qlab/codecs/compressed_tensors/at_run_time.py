@@ -71,6 +71,20 @@ def _refusal_of_roundings(places: Places) -> str | None:
     return None
 
 
+def _refusal_of_another(module: str, places: Places) -> str | None:
+    """Why a directory cannot hold what happens at a second attention of a module ("self_attn#2"),
+    or None. Files know the module alone."""
+    roundings = {place: _rounding(ops) for place, ops in places.items()}
+    stored = any(op.scales is not None for op in roundings.values() if op is not None)
+    if "#" not in module or not (stored or roundings.get("query")):
+        return None
+    return (
+        "several attentions run in one module there, for which compressed-tensors has one scale; "
+        "round keys and values to groups of the channels of a head (kv_cache with -g and a size), "
+        "or evaluate the recipe with qlab.apply"
+    )
+
+
 def _rotation(ops: Sequence[Op]) -> Tensor | None:
     return next((matrix_of(op) for op in ops if matrix_of(op) is not None), None)
 
@@ -95,7 +109,7 @@ def encode(modules: Mapping[str, Places]) -> tuple[dict[str, Tensor], Rows]:
     rows: dict[str, dict[str, list[Row]]] = {}
     shared: list[tuple[str, Tensor, Row]] = []  # location, matrix, its row
     for module, places in modules.items():
-        reason = refusal(places)
+        reason = refusal(places) or _refusal_of_another(module, places)
         if reason:
             raise QlabError(f"{module}: {reason}")
         rows[module] = {}

@@ -96,20 +96,25 @@ def _are_of_attentions(scales: Collection[str], names: Collection[str]) -> bool:
 
 def _scales(names: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The scales among `names`, and those that are missing: every module of a family of which one
-    has a scale needs that scale too."""
+    has a scale needs that scale too. A family has the same name, and the same modules inside: of
+    blocks that differ some have no cache of keys and values."""
     scales = scales_of(names)
     if not scales:
         return (), ("k_scale of every attention",)
-    kinds: dict[str, set[str]] = defaultdict(set)  # family of modules -> the scales of each of them
+    inside: dict[str, set[str]] = defaultdict(set)  # module -> the modules inside it
+    for name in names:
+        owner, _, module = name.rpartition(".")[0].rpartition(".")
+        inside[owner].add(module)
+        inside[f"{owner}.{module}"] |= set()
+    family = {owner: (pattern(owner), frozenset(modules)) for owner, modules in inside.items()}
+    kinds: dict[Any, set[str]] = defaultdict(set)  # family of modules -> the scales of each of them
     for scale in scales:
         for name in (scale, _counterpart(scale)):
             owner, _, kind = name.rpartition(".")
-            kinds[pattern(owner)].add(kind)
-    modules = {name.rpartition(".")[0] for name in names}
-    owners = modules | {module.rpartition(".")[0] for module in modules}
+            kinds[family.get(owner)].add(kind)
     expected: set[str] = set()
-    for owner in owners:
-        expected |= {f"{owner}.{kind}" for kind in kinds.get(pattern(owner), ())}
+    for owner in inside:
+        expected |= {f"{owner}.{kind}" for kind in kinds.get(family[owner], ())}
     return scales, tuple(sorted(expected.difference(scales)))
 
 
