@@ -61,6 +61,7 @@ HOMES = {
     "gauge": "qlab.algebra.gauge",
     "gptaq": "qlab.methods.gptaq",
     "gptq": "qlab.methods.gptq",
+    "guidedquant": "qlab.methods.guidedquant",
     "image_samples": "qlab.data.images",
     "incoherence": "qlab.methods.rotate",
     "inductor_options": "qlab.lowering",

@@ -66,6 +66,7 @@ from qlab.methods.gptaq import aim_at_reference as aim_at_reference
 from qlab.methods.gptaq import gptaq as gptaq
 from qlab.methods.gptq import gptq as gptq
 from qlab.methods.grid import GRIDS as GRIDS
+from qlab.methods.guidedquant import guidedquant as guidedquant
 from qlab.methods.inputs import RANGES as RANGES
 from qlab.methods.inputs import quantize_inputs as quantize_inputs
 from qlab.methods.kl_tune import kl_tune as kl_tune

@@ -19,8 +19,8 @@ INSTEAD = {
 QUICK = {**METHODS, **INSTEAD}
 # What they leave has no place in the formats of GPTQ: operations at run time, low ranks.
 UNHELD = ("quarot", "quip", "lqer", "l2qer", "eora", "kv")
-# They turn the whole model, which not every family lets them, and leave new weights around blocks.
-WHOLE = ("quarot", "spinquant")
+# They turn or measure the whole model, which not every family lets them.
+WHOLE = ("quarot", "spinquant", "guidedquant")
 WRITTEN = {name: method for name, method in QUICK.items() if name not in (*UNHELD, *WHOLE)}
 # Those that leave no zeros in a pattern, whose errors are larger.
 ROUNDING = {name: WRITTEN[name] for name in WRITTEN if not name.endswith("2:4")}

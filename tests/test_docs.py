@@ -23,6 +23,8 @@ import qlab.cli
 from qlab.bench.__main__ import app as bench_app
 from qlab.bench.__main__ import main as bench
 from qlab.errors import QlabError
+from qlab.methods import METHODS
+from qlab.methods.names import STEPS
 
 LINK = re.compile(r"\]\(([^)#]*)(?:#([^)]*))?\)")
 UNRUN = ("gpu", "minutes", "network", "others")  # needs a GPU, minutes, a network, other libraries
@@ -201,6 +203,15 @@ def test_links_lead_somewhere(page):
             assert not anchor or anchor in [
                 re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings
             ], anchor
+
+
+def test_every_method_and_step_has_a_paper_and_a_law():
+    page = (ROOT / "docs" / "methods.md").read_text()
+    table = page.partition("## Papers and laws")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| `")]
+    assert all(len(row) == 3 and all(cell.strip() for cell in row) for row in rows)
+    named = {name for row in rows for name in re.findall("`([^`]+)`", row[0])}
+    assert named == {*METHODS, *STEPS}
 
 
 def test_the_readme_is_short_and_the_index_names_every_page():

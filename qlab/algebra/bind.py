@@ -5,7 +5,7 @@ driver runs it before the steps behind it, and puts what it returns in its place
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -13,12 +13,56 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.graph import ModuleGraph
+from qlab.algebra.spec import Spec
 from qlab.algebra.stats import Stats
 from qlab.algebra.transform import Stage, Transform, unchanged
 from qlab.algebra.views import WholeModel
 from qlab.errors import QlabError
 
+
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """A model as it is known before anything runs.
+
+    Args:
+        segments: its segments without their leaves, each with the sites of the bind selected.
+        shapes: full name of such a site -> the shape [..., o, k] of its weight.
+        rounded: full name of such a site -> what the steps in front of the bind round it to, of
+            those that are rounded; None where another bind decides that.
+        windows: the number of calibration windows; 0 where none are given.
+    """
+
+    segments: Sequence[ModuleGraph]
+    shapes: Mapping[str, torch.Size]
+    rounded: Mapping[str, Spec] | None
+    windows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreseen:
+    """What a measurement will run, and hold.
+
+    Args:
+        forward: how many windows go forward through the whole model.
+        backward: how many go forward and backward.
+        at_once: of how many of them what passes between segments is held together.
+        kept: of how many windows final hidden states are held, as those of the reference are.
+        learned: how many numbers are learned, of which moments and copies are held.
+        moments: how many second moments of its input each weight of it gets behind it.
+        copies: as how many copies of its weights in fp32 a segment is held while it runs.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    at_once: int = 0
+    kept: int = 0
+    learned: int = 0
+    moments: int = 0
+    copies: int = 1
+
+
 Measure = Callable[[Any], Any]  # qlab.Model -> a value
+Foresee = Callable[[Outline], Foreseen | None]
 Then = Callable[[Any], Transform]  # the value -> the next part of the recipe
 PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype)
 
@@ -33,6 +77,7 @@ class Bind(Stage):
 
     measure: Measure
     then: Then
+    foresee: Foresee
     among: tuple[Transform, ...] = ()
     budget: float | None = None
 
@@ -43,7 +88,18 @@ class Bound(Stage):
     tells one value from another."""
 
 
-def bind(name: str, measure: Measure, then: Then, detail: str = "") -> Transform:
+def unforeseen(outline: Outline) -> None:
+    """Of a measurement of which nothing is known beforehand."""
+
+
+def bind(
+    name: str,
+    measure: Measure,
+    then: Then,
+    detail: str = "",
+    foresee: Foresee = unforeseen,
+    spec: Spec | None = None,
+) -> Transform:
     """Measure the whole model, and go on with what the value says: then(measure(model)).
 
     The steps in front of it make the model that is measured; without any it is the unquantized one.
@@ -55,6 +111,11 @@ def bind(name: str, measure: Measure, then: Then, detail: str = "") -> Transform
             sequences and dataclasses of these. Gradients are on while it runs.
         then: Gets the value, and returns a recipe. `at` and `rules` around the bind restrict it.
         detail: Settings in words, for plans and reports.
+        foresee: Gets a `qlab.algebra.bind.Outline` when the recipe is planned, before anything
+            runs. It returns what the measurement will run (`qlab.algebra.bind.Foreseen`), or None
+            where it does not know, and raises a QlabError where it cannot work.
+        spec: The grid to which `then` rounds every weight of the bind, where that is known
+            beforehand; a plan checks it then.
 
     Returns:
         A transform of one stage, which is measured when the recipe is used.
@@ -78,7 +139,18 @@ def bind(name: str, measure: Measure, then: Then, detail: str = "") -> Transform
     """
     view = WholeModel()
     apply = _unmeasured(name)
-    return (Bind(name, frozenset(), apply, view, detail=detail, measure=measure, then=then),)
+    stage = Bind(
+        name,
+        frozenset(),
+        apply,
+        view,
+        spec=spec,
+        detail=detail,
+        measure=measure,
+        then=then,
+        foresee=foresee,
+    )
+    return (stage,)
 
 
 def uses_data(recipe: Transform) -> bool:

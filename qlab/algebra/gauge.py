@@ -30,6 +30,7 @@ from qlab.algebra.wires import full_name
 from qlab.errors import QlabError
 
 INPUT, EVERY, SCORES = ":in", "*", ":(query|key)"
+MADE = (":value", ":out")  # names of what inputs are made of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +146,9 @@ def gauge(
     """Turn the inputs of sites and undo it: x -> x M, folded into what produces x, and
     W -> W M^-T in every site that reads it.
 
-    Keys of attentions turn too: k -> k M, which queries undo, q -> q M^-T, both at run time.
+    What an input is made of is another name of it: the values of an attention (`*:value`), the
+    output of the linear or norm before (`*.up_proj:out`). Keys of attentions turn too: k -> k M,
+    which queries undo, q -> q M^-T, both at run time.
 
     The function stays, which the driver checks on one batch to 1e-4. Routers turn with the sites
     that share their input.
@@ -153,8 +156,9 @@ def gauge(
     Args:
         name: the stage's name in plans, reports and errors.
         wires: a pattern over full names of inputs: a glob (`*.o_proj:in`), or "re:" and a regular
-            expression. It names all readers of a wire, or the stage is refused. Of attentions it
-            names queries and keys, and ends in `:(query|key)`.
+            expression. It names all readers of a wire, or the stage is refused. Values and outputs
+            end in `:value` and `:out`. Of attentions it names queries and keys, and ends in
+            `:(query|key)`.
         choose: gets a Turn (the wire's group, its readers' weights and statistics) and returns M,
             an Element with M and its inverse, or None to leave the wire as it is. Scales of
             channels [k] fit the groups Diagonal and General, matrices [d, d] and [h, d, d] General,
@@ -180,7 +184,12 @@ def gauge(
     needs = named(needs)
     if wires.endswith(SCORES):
         return _of_scores(name, wires, choose, needs, online, detail)
-    if not wires.endswith(INPUT):
+    if wires.endswith(MADE) and online:
+        raise QlabError(
+            f"the gauge {name!r} is for wires {wires!r} with online=True; name the inputs at which "
+            "it is to stay at run time, such as '*.o_proj:in'"
+        )
+    if not wires.endswith((INPUT, *MADE)):
         raise QlabError(
             f"the gauge {name!r} is for wires {wires!r}; it turns inputs of sites, such as "
             "'*.down_proj:in' or '*:in', and queries with keys, 're:.*:(query|key)'; values of "
@@ -196,9 +205,10 @@ def gauge(
         return graph, stats
 
     left = (MatMul(torch.eye(2, dtype=torch.float32)),) if online else ()
-    stage = Stage(name, needs, run, Gauged(left=left), detail=detail)
+    made_of = wires if wires.endswith(MADE) else None
+    stage = Stage(name, needs, run, Gauged(left=left, made_of=made_of), detail=detail)
     pattern = wires.removesuffix(INPUT)
-    turning = (stage,) if pattern == EVERY else at(pattern, (stage,))
+    turning = (stage,) if made_of or pattern == EVERY else at(pattern, (stage,))
     return chain(turning, absorb())
 
 

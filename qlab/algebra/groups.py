@@ -6,7 +6,7 @@ head (a matrix per head passes). The group is what the stricter walk allows, els
 does, else nothing, with the operation that stands in the way.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,12 +21,15 @@ from qlab.algebra.graph import (
     WEIGHT_OPS,
     Code,
     ModuleGraph,
+    Site,
     aten,
     behind_casts,
     by_origin,
 )
 from qlab.algebra.qtensor import Leaf
-from qlab.algebra.wires import wires
+from qlab.algebra.received import makers
+from qlab.algebra.scope import matches
+from qlab.algebra.wires import full_name, wires
 from qlab.errors import QlabError
 
 
@@ -143,6 +146,43 @@ def _heads(code: Code, origin: str, fold: Fold) -> Tensor | None:
 
 def _of_experts(code: Code, weight: str) -> bool:
     return any(site.weight == weight and site.layout.startswith("e") for site in code.sites)
+
+
+@lru_cache(maxsize=32)
+def made_of(code: Code) -> Mapping[str, frozenset[str]]:
+    """Origin of sites -> other names of what turns there: those of the values that its producer
+    makes, "v_proj:out" and "self_attn:value" of what "o_proj:in" reads. Where the producer makes
+    more than that, as fused queries, keys and values are, its output is none of them."""
+    values = {
+        maker: wire.name
+        for wire in wires(code).values()
+        if wire.kind == "value"
+        for maker in makers(code, wire)
+    }
+    names: dict[str, frozenset[str]] = {}
+    for origin, fold in folds(code).items():
+        producer = fold.producer
+        module = producer.weight.removesuffix(".weight")
+        node = next(n for n in code.graph.nodes if n.name == producer.node)
+        whole = len(fold.index_k.unique()) == node.meta["val"].shape[-1]
+        aliases = [f"{module}:out"] if whole else []
+        aliases += [values[producer.weight]] if producer.weight in values else []
+        names[origin] = frozenset(aliases)
+    return names
+
+
+def turning_with(graph: ModuleGraph, sites: Sequence[Site], pattern: str) -> list[Site]:
+    """The sites whose inputs are made of a value that the pattern matches, by its own name or that
+    in the model."""
+    aliases = made_of(graph.code)
+    return [
+        site
+        for site in sites
+        if any(
+            matches(pattern, name) or matches(pattern, full_name(graph.path, name))
+            for name in aliases.get(site.origin, ())
+        )
+    ]
 
 
 @lru_cache(maxsize=32)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from qlab.algebra.bind import bind
+from qlab.algebra.bind import Foreseen, Outline, bind
 from qlab.algebra.graph import ModuleGraph, Site
 from qlab.algebra.leaf import proper
 from qlab.algebra.measured import DIVERGED, errors_in_notes, errors_of, warn_of_divergence
@@ -27,6 +27,10 @@ from qlab.algebra.transform import Stage, Transform
 from qlab.algebra.variables import Variables
 from qlab.errors import QlabError
 
+NOTHING_ROUNDED = (
+    "{} tunes what was rounded, and nothing in front of it rounds a weight; put a method such as "
+    "gptq(spec) in front of it"
+)
 LOOKS = 6  # how often the divergence on the windows held out is looked at, at most
 
 
@@ -61,7 +65,9 @@ class Relaxed:
     """A segment as a function of how far the numbers of its selected sites, or of all, have moved;
     all moves 0 is the segment.
 
-    shapes: segment -> full name of what moves -> its shape. moved: (segment, full name -> how far
+    count: what is known of the model beforehand -> how many numbers of its weights move. copies: of
+    a segment's weights that it holds at once while it learns. shapes: segment -> full name of what
+    moves -> its shape. moved: (segment, full name -> how far
     it has moved) -> the segment, differentiable in the moves. stored: the same -> leaf -> what
     files hold in its place.
     """
@@ -69,6 +75,8 @@ class Relaxed:
     shapes: Callable[[ModuleGraph], Mapping[str, Sequence[int]]]
     moved: Callable[[ModuleGraph, Mapping[str, Tensor]], ModuleGraph]
     stored: Callable[[ModuleGraph, Mapping[str, Tensor]], Mapping[str, Any]]
+    count: Callable[[Outline], int]
+    copies: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +92,32 @@ class Learned:
 def learner(step: str, relaxed: Relaxed, schedule: Schedule) -> Transform:
     """The transform that learns what `relaxed` moves, by this schedule."""
     measure = partial(learn_whole, step, relaxed, schedule)
-    return bind(step, measure, partial(placed, step, relaxed), str(schedule))
+    foresee = partial(foreseen, step, relaxed, schedule)
+    return bind(step, measure, partial(placed, step, relaxed), str(schedule), foresee)
+
+
+def foreseen(step: str, relaxed: Relaxed, schedule: Schedule, outline: Outline) -> Foreseen | None:
+    """What learning will run. Refuses too few windows, and nothing that was rounded."""
+    if outline.rounded is not None and not outline.rounded:
+        raise QlabError(NOTHING_ROUNDED.format(step))
+    if not outline.windows:
+        return None
+    _, held_out = divided(step, outline.windows, schedule.held_out)
+    looks = 1 + sum(_looks_behind(schedule, t) for t in range(schedule.steps))
+    return Foreseen(
+        forward=outline.windows + looks * len(held_out),
+        backward=schedule.steps * schedule.windows,
+        at_once=max(schedule.windows, len(held_out)),
+        kept=outline.windows,
+        learned=relaxed.count(outline),
+        copies=relaxed.copies,
+    )
+
+
+def _looks_behind(schedule: Schedule, step: int) -> bool:
+    """Whether the divergence on the windows held out is looked at behind this step."""
+    last = step + 1 == schedule.steps
+    return last or (step + 1) % math.ceil(schedule.steps / LOOKS) == 0
 
 
 # ------------------------------------------------------------------ measured
@@ -144,8 +177,7 @@ def learn_whole(step: str, relaxed: Relaxed, schedule: Schedule, model: Any) -> 
         now = math.inf
         try:
             model.vjp(loss, windows, changed=changed, after=partial(_updated, variables, rate))
-            last = t + 1 == schedule.steps
-            if last or (t + 1) % math.ceil(schedule.steps / LOOKS) == 0:
+            if _looks_behind(schedule, t):
                 now = look()
         except Diverged:
             notes[DIVERGED] = t
@@ -164,10 +196,7 @@ def _refuse_dense(step: str, model: Any) -> None:
         return codes + len(rounded(graph))
 
     if not model.fold(count, 0):
-        raise QlabError(
-            f"{step} tunes what was rounded, and nothing in front of it rounds a weight; put a "
-            "method such as gptq(spec) in front of it"
-        )
+        raise QlabError(NOTHING_ROUNDED.format(step))
 
 
 def divided(step: str, count: int, share: float) -> tuple[list[int], list[int]]:

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from qlab.algebra.attention import ATTENTION, attended
 from qlab.algebra.graph import WEIGHT_OPS, Code, ModuleGraph, aten, by_source, weight_of
 from qlab.algebra.interpret import values_at
+from qlab.algebra.wires import Wire
 
 Values = Callable[[Sequence[tuple[str, str | None]]], Sequence[Any]]
 
@@ -59,6 +60,15 @@ def attentions_fed(code: Code) -> Mapping[str, tuple[str, ...]]:
                 if source is not None and node.name not in fed.get(source, ()):
                     fed[source] = (*fed.get(source, ()), node.name)
     return fed
+
+
+def makers(code: Code, wire: Wire) -> frozenset[str]:
+    """The weights whose products an attention reads by a wire."""
+    nodes = {node.name: node for node in code.graph.nodes}
+    readers = [nodes[name] for name, _ in wire.edges]
+    behind = [maker for reader in readers for maker in _sites_behind(nodes[wire.node], reader)]
+    weights = {weight_of(code, maker) for maker in behind}
+    return frozenset(weight for weight in weights if weight is not None)
 
 
 @lru_cache(maxsize=32)

@@ -12,6 +12,7 @@ from qlab.algebra.claims import (
     with_targets,
 )
 from qlab.algebra.graph import ModuleGraph
+from qlab.algebra.groups import turning_with
 from qlab.algebra.stats import Need, Stats
 from qlab.algebra.transform import Stage
 from qlab.algebra.views import Gauged, Uncovered
@@ -22,9 +23,10 @@ from qlab.errors import QlabError
 
 def select(stage: Stage, graph: ModuleGraph) -> ModuleGraph:
     """The graph with the stage's sites and wires selected, of those that are selected already."""
-    chosen = replace(
-        graph, selected=frozenset(s.path for s in graph.sites if stage.touches(graph.where(s), s))
-    )
+    sites = [s for s in graph.sites if stage.touches(graph.where(s), s)]
+    if isinstance(stage.view, Gauged) and stage.view.made_of is not None:
+        sites = turning_with(graph, sites, stage.view.made_of)
+    chosen = replace(graph, selected=frozenset(site.path for site in sites))
     if stage.view.wires is None:
         return chosen
     return replace(chosen, selected_wires=reached(chosen, stage.view.wires, stage.scope))

@@ -178,6 +178,11 @@ FLOATS = {"fp8": (4, 3), "fp6": (2, 3), "fp4": (2, 1)}
 Spec = Int | Float
 
 
+def scales_of(spec: Spec, shape: torch.Size) -> int:
+    """How many scales a weight of this shape has."""
+    return round(_scales_per_weight(spec.tile, shape) * shape.numel())
+
+
 _NAME = re.compile(
     r"(?P<kind>int|fp)(?P<bits>[0-9]+)-"
     r"(?:g(?P<group>[0-9]{1,9})|b(?P<rows>[0-9]{1,9})x(?P<cols>[0-9]{1,9})"

@@ -26,7 +26,7 @@ class Observation:
     same inputs in the reference model, None where those are x itself. received_n: how much
     attention every token receives (`qlab.algebra.received`), None where it is not asked for or the
     source feeds no attention. stream_no: the drift of what the output of its site is added to, the
-    reference's less ours (`qlab.algebra.stream`), None likewise.
+    reference's less ours (`qlab.algebra.stream`), None likewise. segment: the path of the segment.
     """
 
     x_nk: Tensor
@@ -35,6 +35,7 @@ class Observation:
     reference_nk: Tensor | None = None
     received_n: Tensor | None = None
     stream_no: Tensor | None = None
+    segment: str = ""
 
 
 class Stat(NamedTuple):
@@ -93,6 +94,7 @@ def per_expert(stat: Stat) -> Stat:
                 other[rows],
                 of_rows(o.received_n, rows),
                 of_rows(o.stream_no, rows),
+                o.segment,
             )
             for rows in rows_of(o.ends)
         ]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qlab.algebra.graph import ModuleGraph, Site
@@ -260,7 +261,8 @@ def each_weight(
         >>> [stage.name for stage in qlab.chain(mask, qlab.rtn(qlab.parse_spec("int4-g64")))]
         ['prune', 'rtn']
     """
-    return _each(Step(name, of_arrays(fn), spec, of_arrays=True), named(needs), detail)
+    step = Step(name, of_arrays(fn), spec, of_arrays=True)
+    return _each(step, named(needs), detail, EachWeight())
 
 
 def each_cell(
@@ -270,6 +272,7 @@ def each_cell(
     spec: Spec | None = None,
     detail: str = "",
     leaves: str = "",
+    beside: Callable[[torch.Size, Spec | None], float] | None = None,
 ) -> Transform:
     """A method from a function of one cell: fn(weight) -> cell.
 
@@ -290,6 +293,8 @@ def each_cell(
         detail: settings in words, for plans and reports.
         leaves: what it puts that is neither a tensor nor codes, in words such as "a low rank". No
             format holds such a leaf, so a plan refuses to write the recipe.
+        beside: (shape [..., o, k], spec or None) -> the bits of that which stand beside the codes,
+            as plans count them.
 
     Returns:
         A transform of one stage. Its report holds the notes, and the errors from the target as in
@@ -308,10 +313,11 @@ def each_cell(
         >>> [stage.name for stage in qlab.chain(mask, qlab.gptq("int4-g64"))]
         ['larger_half', 'gptq']
     """
-    return _each(Step(name, fn, spec), named(needs), detail, leaves)
+    view = EachWeight(leaves, beside)
+    return _each(Step(name, fn, spec), named(needs), detail, view)
 
 
-def _each(step: Step, needs: frozenset[Need], detail: str, leaves: str = "") -> Transform:
+def _each(step: Step, needs: frozenset[Need], detail: str, view: EachWeight) -> Transform:
     """The transform of one stage that runs the step on every selected weight but routers."""
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
@@ -341,4 +347,4 @@ def _each(step: Step, needs: frozenset[Need], detail: str, leaves: str = "") -> 
             stats,
         )
 
-    return (Stage(step.name, needs, run, EachWeight(leaves), spec=step.spec, detail=detail),)
+    return (Stage(step.name, needs, run, view, spec=step.spec, detail=detail),)

@@ -15,10 +15,14 @@
 | `Uncovered` | before all others | there is nothing to see |
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from qlab.algebra.graph import Op
+from qlab.algebra.spec import Spec
 
 
 class View:
@@ -55,9 +59,11 @@ class View:
 class EachWeight(View):
     """One weight at a time, and the statistics of its input. leaves: in words, what the step puts
     into the place of weights that is neither numbers nor codes, as formats are asked about it; ""
-    where it puts nothing else."""
+    where it puts nothing else. beside: (shape, spec) -> the bits of what it puts beside the codes
+    of a weight, for plans; None where that is not known beforehand."""
 
     leaves: str = ""
+    beside: Callable[[torch.Size, Spec | None], float] | None = None
 
     sees: ClassVar[str] = "each weight"
 
@@ -107,7 +113,9 @@ class Gauged(View):
 
     pattern: of the wires; None where they are the inputs of the sites in the step's scope. left:
     the operations that stay at run time. by_source: whether inputs are turned one after the other,
-    each when those before it are rounded, and not all of a segment before any is.
+    each when those before it are rounded, and not all of a segment before any is. made_of: a
+    pattern over the names of what inputs are made of (`groups.made_of`), of which the step's scope
+    keeps those alone; None where it keeps all.
     """
 
     sees: ClassVar[str] = "each input, its readers and its producer"
@@ -115,6 +123,7 @@ class Gauged(View):
     pattern: str | None = None
     left: tuple[Op, ...] = ()
     by_source: bool = False
+    made_of: str | None = None
 
     @property
     def site_by_site(self) -> bool:

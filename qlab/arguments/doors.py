@@ -120,6 +120,7 @@ TAKES: Mapping[str, Mapping[str, plain.Kind]] = {
         "round": plain.function,
         "damp": plain.fraction,
     },
+    "guidedquant": {"spec": kinds.spec, "groups": plain.whole, "damp": plain.fraction},
     "aim_held_out": {},
     "aim_in_stream": {},
     "aim_at_reference": {"strength": plain.fraction, "damp": plain.fraction},

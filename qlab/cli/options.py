@@ -21,6 +21,7 @@ METHODS = (
     "gptq-refined",
     "qronos-refined",
     "loaq-refined",
+    "guidedquant",
     "imatrix",
     "autoawq",
     "llmcompressor-awq",

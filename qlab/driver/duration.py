@@ -26,6 +26,7 @@ from qlab.algebra.transform import Stage
 from qlab.algebra.views import WholeBlock
 from qlab.data.calibration import Data
 from qlab.driver.batches import BATCH_TOKENS
+from qlab.driver.foreseen import Measured, passes_of
 from qlab.driver.job import Job
 from qlab.driver.sites import Sites
 
@@ -61,6 +62,7 @@ WORK: Mapping[tuple[str, bool], Effort] = {
     ("auto_round", True): Effort(elements=2.7, rows=0.0, square=0.07, columns=1.7),
     ("qat", True): Effort(elements=2.7, rows=0.0, square=0.07, columns=1.7),
     ("solver", True): Effort(elements=73.0, rows=7.0, square=1.2, columns=30.0),
+    ("guidedquant", False): Effort(elements=73.0, rows=7.0, square=4.8, columns=60.0),
     ("aim_held_out", True): Effort(elements=0.0, rows=2.4, square=2.0, columns=2.0),
     ("aim_in_stream", True): Effort(elements=0.0, rows=2.4, square=2.0, columns=2.0),
     ("aim_at_reference", True): Effort(elements=0.0, rows=0.3, square=0.5, columns=1.2),
@@ -101,9 +103,12 @@ class Work:
         )
 
 
-def work_of(job: Job, sites: Sites, dtype: torch.dtype, passes: int) -> Work:
-    """The work of a job. dtype: of the activations. passes: over the calibration samples."""
-    costs = list(_costs(job, sites, passes + _passes_of_learning(job)))
+def work_of(job: Job, sites: Sites, dtype: torch.dtype, passes: int, measured: Measured) -> Work:
+    """The work of a job. dtype: of the activations. passes: over the calibration samples. measured:
+    what its binds will run."""
+    windows = 0 if job.data is None else job.data.count // job.data.longest
+    passes += _passes_of_learning(job) + passes_of(measured, windows)
+    costs = list(_costs(job, sites, passes))
     return Work(
         products=sum(cost.products for cost in costs),
         float32=sum(cost.float32 for cost in costs),

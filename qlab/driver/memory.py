@@ -3,14 +3,18 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 
 import psutil
 import torch
+from torch.utils import _pytree as pytree
 
 from qlab.algebra.graph import Code, Site, by_source
+from qlab.algebra.statistic import Stat
 from qlab.algebra.views import Gauged, WholeBlock
 from qlab.data.calibration import Data
 from qlab.driver.batches import batch_tokens
+from qlab.driver.foreseen import Measured, Running
 from qlab.driver.job import Job
 from qlab.driver.learning import KEPT
 from qlab.driver.scores import score_bytes
@@ -30,13 +34,17 @@ Moment = Mapping[str, int]  # what holds memory -> its bytes, at one moment of a
 
 
 def predict_memory(
-    job: Job, skeleton: Skeleton, sites: Sites, experts_at_once: int | None = None
+    job: Job,
+    skeleton: Skeleton,
+    sites: Sites,
+    experts_at_once: int | None = None,
+    measured: Measured = MappingProxyType({}),
 ) -> dict[str, int]:
     """Bytes at the widest moment of a run, by what holds them.
 
-    The moments are: copying the weights outside the blocks, entering the first block, and
-    observing, solving and leaving each block. experts_at_once: of how many experts statistics are
-    held at a time (None: of all).
+    The moments are: copying the weights outside the blocks, entering the first block, observing,
+    solving and leaving each block, and what binds measure. experts_at_once: of how many experts
+    statistics are held at a time (None: of all).
     """
     process = psutil.Process().memory_info().rss
     moments = [_outside_the_blocks(skeleton, sites)]
@@ -55,6 +63,7 @@ def predict_memory(
         )
         leaves = _leaf_bytes(skeleton, path) * block.streams
         moments += [{"block": leaves, **moment} for moment in block.moments()]
+        moments += block.measuring(skeleton, len(sites.codes), measured)
     widest = max(moments, key=lambda moment: sum(moment.values()))
     return {"process": process, **widest}
 
@@ -93,6 +102,13 @@ def _leaf_bytes(skeleton: Skeleton, path: str) -> int:
     return sum(p.numel() * widths[name] for name, p in skeleton.blocks[path].named_parameters())
 
 
+def _state_bytes(stat: Stat, k: int) -> int:
+    """The bytes of a state of k channels."""
+    with torch.device("meta"):
+        state = stat.nothing(k)
+    return sum(t.nbytes for t in pytree.tree_leaves(state) if isinstance(t, torch.Tensor))
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Block:
     """A block while it is observed and solved, beside its leaves.
@@ -119,6 +135,33 @@ class _Block:
             yield from self._observing(self.job.observed)
             yield from self._learning(self.job.observed)
         yield from self._solving()
+
+    def measuring(self, skeleton: Skeleton, blocks: int, measured: Measured) -> Iterator[Moment]:
+        """What is held while binds measure, with one window in this block."""
+        data = self.job.data
+        if data is None:
+            return
+        running = Running(
+            skeleton=skeleton,
+            segments=blocks,
+            tokens=data.longest,
+            hidden=self.weights[self.code.sites[0]][-1],
+        )
+        numbers = sum(p.numel() for p in skeleton.blocks[self.path].parameters())
+        forward = self._activations_of(data.longest, FP32)
+        scores = score_bytes(self.code, data.longest, 1) * FP32 // self.size
+        for of in measured.values():
+            if of is None:
+                continue
+            yield running.moment(of, FP32 * numbers, forward + scores)
+            if of.moments:
+                yield {
+                    "block": FP32 * numbers,
+                    "statistics": FP32 * of.moments * max(self._widest_of_sources),
+                    "waiting": self.waiting,
+                    "activations": forward + scores,
+                    "codes": self.codes,
+                }
 
     def _observing(self, data: Data) -> Iterator[Moment]:
         activations = self._activations(data, self.size) + self._scores(data)
@@ -207,6 +250,12 @@ class _Block:
         ]
 
     @property
+    def _widest_of_sources(self) -> list[int]:
+        """The numbers of a matrix [k, k] for each weight of a source, and of two more."""
+        groups = by_source(self.code.sites).values()
+        return [(len(sites) + 2) * self.weights[sites[0]][-1] ** 2 for sites in groups]
+
+    @property
     def codes(self) -> int:
         """Bytes of the codes of all weights."""
         return sum(shape.numel() for shape in self.weights.values())
@@ -230,6 +279,32 @@ class _Block:
 
     @cached_property
     def statistics(self) -> int:
+        """Bytes of the statistics that are held at once."""
+        own = self._own_states
+        held = max(own) if self.in_order else sum(own)
+        # a step that reads a state, or a batch that is added to it, takes two more of that size
+        return self._second_moments + held + 2 * max(own)
+
+    @property
+    def _own_states(self) -> list[int]:
+        """Bytes of the states of statistics that are a recipe's own, for every source: as large as
+        those that no token reached."""
+        sizes: list[int] = []
+        for sites in by_source(self.code.sites).values():
+            k, experts = self.weights[sites[0]][-1], self._experts_held(sites[0])
+            needs = {
+                need
+                for stage in self.job.recipe
+                for site in sites
+                if stage.touches(f"{self.path}.{site.path}", site)
+                for need in stage.needs
+                if not isinstance(need, str)
+            }
+            sizes.append(experts * sum(_state_bytes(need, k) for need in needs))
+        return sizes
+
+    @property
+    def _second_moments(self) -> int:
         """Bytes of the second moments that are held at once. The drift, which is observed beside
         the reference, is as large as a second moment, and both are observed again of the tokens
         that are held out. What the attention adds to it is as large too, and the drift of the
@@ -271,11 +346,15 @@ class _Block:
         return min(max(batch_tokens([self.job.recipe]), data.longest), data.count)
 
     def _activations(self, data: Data, size: int) -> int:
-        """Bytes of a batch's activations, with `size` bytes to a number: an attention holds some
-        seven tensors of the hidden size, a feed-forward layer two and three of the widest."""
+        """Bytes of a batch's activations, with `size` bytes to a number."""
+        return self._activations_of(self._tokens(data), size)
+
+    def _activations_of(self, tokens: int, size: int) -> int:
+        """Those of so many tokens: an attention holds some seven tensors of the hidden size, a
+        feed-forward layer two and three of the widest."""
         hidden = self.weights[self.code.sites[0]][-1]
         widest = max(max(shape[-2:]) * self._rows(site) for site, shape in self.weights.items())
-        return self._tokens(data) * size * (2 * hidden + max(5 * hidden, 3 * widest))
+        return tokens * size * (2 * hidden + max(5 * hidden, 3 * widest))
 
     def _scores(self, data: Data) -> int:
         """Bytes of a batch's attention scores, where the program writes them out."""

@@ -189,7 +189,8 @@ class Totals:
         if numbers is None:
             numbers = torch.arange(len(x_nk), device=x_nk.device)
         reference_nk = None if reference is None else reference.x.flatten(0, -2)
-        return Observation(x_nk, numbers + before, rows.ends, reference_nk)
+        keys, segment = numbers + before, self.graph.path
+        return Observation(x_nk, keys, rows.ends, reference_nk, segment=segment)
 
 
 def _refuse_nonfinite(graph: ModuleGraph, source: str, dtype: torch.dtype) -> None:

@@ -18,27 +18,29 @@ from qlab.driver.admissible import Admission, check_specs, check_tiles, refuse_u
 from qlab.driver.among import refuse_choices
 from qlab.driver.duration import SPREAD, Work, said, work_of
 from qlab.driver.effects import (
-    input_specs,
     online_of,
     refuse_unheld,
     refuse_unheld_leaves,
     refuse_unheld_values,
     refuse_without_effect,
 )
+from qlab.driver.foreseen import Measured, foreseen
 from qlab.driver.framed import refuse_unturnable
 from qlab.driver.job import CODEC, Job
 from qlab.driver.memory import predict_memory
 from qlab.driver.observe import Inputs, inputs_named
+from qlab.driver.outcome import rows_of, unquantized
 from qlab.driver.reach import check_scope, refuse_unread, specs_of
 from qlab.driver.report import describe
 from qlab.driver.schedule import Row, rounds, schedule, warn_of_unseen
 from qlab.driver.shared import refuse_dividing
 from qlab.driver.sites import Sites, sites_of
+from qlab.driver.tried import tried
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.record import bits_per_weight
 from qlab.model.headers import refuse_missing
-from qlab.model.linears import by_module, unbuilt
+from qlab.model.linears import by_module
 from qlab.model.running import check_length
 from qlab.model.skeleton import Skeleton
 from qlab.model.uncounted import refuse_uncounted
@@ -257,16 +259,17 @@ def plan_of(job: Job, skeleton: Skeleton | None = None) -> Plan:
     refuse_choices(job, lambda choice: plan_of(choice, skeleton))
     sites = sites_of(skeleton, job.recipe, job.data)
     specs = _checked_specs(job, skeleton, sites)
-    experts_at_once, memory = _fitting(job, skeleton, sites)
-    rows = schedule(job, sites)
+    measured = foreseen(job, sites)
+    experts_at_once, memory = _fitting(job, skeleton, sites, measured)
+    rows = schedule(job, sites, measured)
     warn_of_unseen(rows)
     passes = _passes(job, sites, rows)
-    work = work_of(job, sites, skeleton.dtype, passes)
+    work = work_of(job, sites, skeleton.dtype, passes, measured)
     return Plan(
         stages=describe(job.recipe),
         schedule=rows,
-        sites=_rows(job, sites, specs),
-        unquantized=_unquantized(skeleton, sites, specs),
+        sites=rows_of(job, sites, specs),
+        unquantized=unquantized(skeleton, sites, specs),
         passes=passes,
         tokens=job.observed.count if job.observed is not None else 0,
         statistics=job.statistics,
@@ -332,25 +335,28 @@ def _checked_specs(job: Job, skeleton: Skeleton, sites: Sites) -> dict[str, Spec
         quantization_of(CODECS[job.codec], by_module(skeleton, specs))
     refuse_without_effect(job.recipe, sites.sites, job.inputs)
     refuse_unturnable(skeleton, job.recipe, sites.codes, sites.sites)
+    made = tried(job, sites, skeleton.dtype, skeleton.device)
     if job.codec is not None:
-        online = online_of(job.recipe, sites.sites)
+        online = {**made, **online_of(job.recipe, sites.sites)}
         refuse_unheld(online, specs, sites.sites, job.codec, job.target)
         refuse_unheld_leaves(job.recipe, sites.sites, job.codec)
         refuse_unheld_values(job.recipe, sites.codes, job.codec, job.target)
     return specs
 
 
-def _fitting(job: Job, skeleton: Skeleton, sites: Sites) -> tuple[int | None, dict[str, int]]:
+def _fitting(
+    job: Job, skeleton: Skeleton, sites: Sites, measured: Measured
+) -> tuple[int | None, dict[str, int]]:
     """Of how many experts statistics are held at a time, and the memory that is predicted then:
     the experts are halved until the memory fits or one is left."""
     experts = 0
     if _all_in_order(job, sites):
         fused = [sites.shapes[name][0] for name, site in sites.sites.items() if site.route]
         experts = max(fused, default=0)
-    at_once, memory = None, predict_memory(job, skeleton, sites)
+    at_once, memory = None, predict_memory(job, skeleton, sites, None, measured)
     while job.memory is not None and sum(memory.values()) > job.memory and experts > 1:
         experts = at_once = -(-experts // 2)
-        memory = predict_memory(job, skeleton, sites, at_once)
+        memory = predict_memory(job, skeleton, sites, at_once, measured)
     return at_once, memory
 
 
@@ -365,30 +371,3 @@ def _passes(job: Job, sites: Sites, rows: Sequence[Row]) -> int:
         return 0
     observing = 0 if _all_in_order(job, sites) else max(1, rounds(rows))
     return observing + 1 + job.runs_reference
-
-
-def _rows(job: Job, sites: Sites, specs: Mapping[str, Spec | None]) -> dict[str, dict[str, Any]]:
-    """Per site: what it becomes."""
-    dtype = job.model.dtype  # of the weights that stay as they are
-    rounded_inputs = input_specs(online_of(job.recipe, sites.sites))
-    rows: dict[str, dict[str, Any]] = {}
-    for name, spec in specs.items():
-        shape = sites.shapes[name]
-        row = rows[name] = {
-            "spec": str(spec) if spec else None,
-            "shape": list(shape),
-            "bits_per_weight": spec.bits_per_weight(shape, dtype) if spec else 8.0 * dtype.itemsize,
-        }
-        if sites.sites[name].route:
-            row["experts"] = shape[0]
-        if name in rounded_inputs:
-            row["inputs"] = rounded_inputs[name]
-    return rows
-
-
-def _unquantized(skeleton: Skeleton, sites: Sites, specs: Mapping[str, Spec | None]) -> list[str]:
-    """The matrices that stay as they are: linears that the recipe does not reach, matrices without
-    a site, and sites that it keeps."""
-    unreached = [name for name in skeleton.names.linears() if name not in sites.sites]
-    kept = [name for name, spec in specs.items() if spec is None]
-    return [*unreached, *sites.beside, *unbuilt(skeleton), *kept]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from qlab.algebra.graph import ModuleGraph, Site, by_origin
+from qlab.algebra.groups import made_of
 from qlab.algebra.running import select
 from qlab.algebra.scope import matches
 from qlab.algebra.scores import refuse_seen_shifts, scores
@@ -52,6 +53,8 @@ def check_scope(stage: Stage, model: Sites) -> None:
         _check_wires(stage, stage.view.wires, model)
         return
     chosen = {name for name, site in model.sites.items() if stage.touches(name, site)}
+    if isinstance(stage.view, Gauged) and stage.view.made_of is not None:
+        chosen = _made_of(stage, stage.view.made_of, model)
     if not stage.scope.outside:  # a rule may be there to keep what no program shows
         chosen |= {name for name in model.unread if name in stage.scope}
     if isinstance(stage.view, Uncovered):
@@ -65,6 +68,25 @@ def check_scope(stage: Stage, model: Sites) -> None:
         raise QlabError(_matches_nothing(stage, model))
     if isinstance(stage.view, Gauged):
         _refuse_split(stage, model, chosen)
+
+
+def _made_of(stage: Stage, pattern: str, model: Sites) -> set[str]:
+    """The sites whose inputs are made of what a gauge names; refuses a name of nothing that can
+    turn, with the nearest."""
+    graphs = [ModuleGraph(code, {}, path) for path, code in model.codes.items()]
+    chosen = {g.where(s) for g in (select(stage, graph) for graph in graphs) for s in g.sites}
+    if not chosen:
+        names = [
+            full_name(graph.path, name)
+            for graph in graphs
+            for aliases in made_of(graph.code).values()
+            for name in sorted(aliases)
+        ]
+        raise QlabError(
+            f"the gauge {stage.name!r} matches nothing that can turn ({pattern} at {stage.scope}); "
+            f"of outputs and values that may {nearest(pattern, names)}"
+        )
+    return chosen
 
 
 def _check_wires(stage: Stage, pattern: str, model: Sites) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from qlab.algebra.bind import Foreseen
 from qlab.algebra.block import BLOCK_IO
 from qlab.algebra.frame import framing
 from qlab.algebra.graph import Code, ModuleGraph
@@ -22,6 +23,7 @@ from qlab.algebra.stats import STATS, Need, name_of
 from qlab.algebra.transform import Stage, Transform
 from qlab.algebra.views import Gauged, Uncovered, WholeBlock, WholeModel
 from qlab.algebra.wires import open_wires
+from qlab.driver.foreseen import Measured
 from qlab.driver.job import Job
 from qlab.driver.learning import split
 from qlab.driver.observe import DRIFT
@@ -98,12 +100,13 @@ class Row:
         return "; ".join(filter(None, (forward, learning)))
 
 
-def schedule(job: Job, sites: Sites) -> list[Row]:
-    """The steps of a job in the order in which they run."""
+def schedule(job: Job, sites: Sites, measured: Measured) -> list[Row]:
+    """The steps of a job in the order in which they run. measured: what its binds will run."""
     rows: list[Row] = []
     for part in _scans(job.recipe):
         if isinstance(part, Stage):
-            rows.append(_row(part, where=MODEL))
+            place = next(i for i, stage in enumerate(job.recipe) if stage is part)
+            rows.append(_of_model(part, measured.get(place)))
             continue
         for stage in part:
             if stage.scope.outside:
@@ -146,6 +149,12 @@ def _scans(recipe: Transform) -> Iterator[Transform | Stage]:
         scan = ()
     if scan:
         yield scan
+
+
+def _of_model(stage: Stage, foreseen: Foreseen | None) -> Row:
+    """A step that measures the whole model."""
+    row = _row(stage, where=MODEL)
+    return row if foreseen is None else replace(row, windows=foreseen.backward)
 
 
 def _of_blocks(

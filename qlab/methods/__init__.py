@@ -24,6 +24,7 @@ from qlab.methods.eora import eora
 from qlab.methods.gptaq import gptaq
 from qlab.methods.gptq import gptq
 from qlab.methods.grid import imatrix, weighted
+from qlab.methods.guidedquant import guidedquant
 from qlab.methods.hqq import hqq
 from qlab.methods.kv import cache_spec, kv_cache
 from qlab.methods.loaq import aim_in_stream
@@ -149,6 +150,7 @@ METHODS: Mapping[str, Callable[[Spec], Transform]] = {
     "gptq-refined": gptq_refined,
     "qronos-refined": qronos_refined,
     "loaq-refined": loaq_refined,
+    "guidedquant": guidedquant,
     "imatrix": rtn_imatrix,
     "autoawq": autoawq,
     "llmcompressor-awq": llmcompressor_awq,

@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from qlab.algebra.bind import bind, over_budget
+from qlab.algebra.bind import Foreseen, Outline, bind, over_budget
 from qlab.algebra.graph import ModuleGraph, Site
 from qlab.algebra.scope import pattern_of
 from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Transform, at, chain
 from qlab.errors import QlabError
 from qlab.methods.knapsack import cheapest
-from qlab.methods.sensitivity import Costs, Sensitivity, fisher, fused
+from qlab.methods.sensitivity import Costs, Sensitivity, fisher, foreseen, fused
 
 NAME = "allocate"
 
@@ -93,8 +93,11 @@ def allocate(
     def then(value: Allocation) -> Transform:
         return chain(*_parts(choices, value.chosen))
 
+    def foresee(outline: Outline) -> Foreseen | None:
+        return foreseen(measure_costs, sum(spec is not None for spec in specs), outline)
+
     detail = f"{bits:g} bits of {words}, by {name}"
-    (stage,) = bind(NAME, measure, then, detail=detail)
+    (stage,) = bind(NAME, measure, then, detail, foresee)
     return (replace(stage, among=tuple(choices), budget=bits),)
 
 

@@ -9,12 +9,14 @@ are the r leading left singular vectors of E M.
 Legend: E_ok what codes are off, H_kk mean second moment of the input.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from qlab.algebra.cell import Cell, Weight
 from qlab.algebra.transform import Transform, each_cell
-from qlab.methods.lqer import BESIDE, RANK, beside, check_rank, leading, lost
+from qlab.methods.lqer import BESIDE, RANK, beside, bits_of, check_rank, leading, lost
 
 
 def root(H_kk: Tensor) -> Tensor:
@@ -56,4 +58,5 @@ def eora(rank: int = RANK) -> Transform:
         M_kk = root(weight.stats["second_moment"].mean_kk)
         return beside(weight.cell, E_ok, leading(E_ok.double() @ M_kk, rank))
 
-    return each_cell("eora", fn, {"second_moment"}, detail=f"rank {rank}", leaves=BESIDE)
+    detail, bits = f"rank {rank}", partial(bits_of, rank)
+    return each_cell("eora", fn, {"second_moment"}, detail=detail, leaves=BESIDE, beside=bits)

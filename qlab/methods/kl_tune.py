@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlab.algebra.bind import Outline
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.leaf import Sum, proper
 from qlab.algebra.learn_whole import Relaxed, Schedule, learner, rounded, vectors
 from qlab.algebra.qtensor import QTensor
+from qlab.algebra.spec import scales_of
 from qlab.algebra.transform import Transform
 from qlab.algebra.variables import Stored
 from qlab.errors import QlabError
@@ -93,7 +95,13 @@ def _stored(graph: ModuleGraph, moves: Mapping[str, Tensor]) -> dict[str, Any]:
     return leaves
 
 
-RELAXED = Relaxed(shapes=_shapes, moved=_moved, stored=_stored)
+def _count(outline: Outline) -> int:
+    """The scales; norms and biases are few."""
+    rounded = outline.rounded or {}
+    return sum(scales_of(spec, outline.shapes[name]) for name, spec in rounded.items())
+
+
+RELAXED = Relaxed(shapes=_shapes, moved=_moved, stored=_stored, count=_count, copies=4)
 
 
 def kl_tune(

@@ -8,12 +8,16 @@ leading left singular vectors of E S, B A = U_r U_r^T E, so S is never inverted.
 Legend: W_ok weight, E_ok what its codes are off, U_or orthonormal columns.
 """
 
+import math
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from qlab.algebra.cell import Cell, Weight
 from qlab.algebra.leaf import LowRank, Sum, dense, proper
 from qlab.algebra.qtensor import QTensor
+from qlab.algebra.spec import Spec
 from qlab.algebra.tile import is_size
 from qlab.algebra.transform import Transform, each_cell
 from qlab.errors import QlabError
@@ -47,11 +51,22 @@ def beside(cell: Cell, E_ok: Tensor, U_or: Tensor) -> Cell:
     """The cell with U (U^T E) beside its leaf, in the dtype of the scales, or in bfloat16 where
     those have 8 bits or there are none."""
     codes = proper(cell.leaf)
-    wide = isinstance(codes, QTensor) and codes.scales.itemsize > 1
-    dtype = codes.scales.dtype if wide else torch.bfloat16
+    dtype = _stored(codes.scales.dtype if isinstance(codes, QTensor) else None)
     A_rk = U_or.T @ E_ok.to(U_or.dtype)
     thin = LowRank(U_or.to(dtype).contiguous(), A_rk.to(dtype))
     return cell.put(Sum((cell.leaf, thin)), rank=U_or.shape[1])
+
+
+def _stored(scales: torch.dtype | None) -> torch.dtype:
+    """The dtype of the factors beside codes with scales of a dtype; None where there are none."""
+    return scales if scales is not None and scales.itemsize > 1 else torch.bfloat16
+
+
+def bits_of(rank: int, shape: torch.Size, spec: Spec | None) -> float:
+    """The bits of a low rank beside a weight [..., o, k]."""
+    *experts, o, k = shape
+    numbers = math.prod(experts) * min(rank, o, k) * (o + k)
+    return 8.0 * _stored(spec.scale_dtype if spec else None).itemsize * numbers
 
 
 def check_rank(rank: int, step: str) -> None:
@@ -87,7 +102,8 @@ def lqer(rank: int = RANK) -> Transform:
         E_ok = lost(weight, "lqer")
         return beside(weight.cell, E_ok, leading(E_ok, rank))
 
-    return each_cell("lqer", fn, detail=f"rank {rank}", leaves=BESIDE)
+    detail, bits = f"rank {rank}", partial(bits_of, rank)
+    return each_cell("lqer", fn, detail=detail, leaves=BESIDE, beside=bits)
 
 
 def l2qer(rank: int = RANK) -> Transform:
@@ -119,7 +135,8 @@ def l2qer(rank: int = RANK) -> Transform:
         s_k = scaling(total_k / tokens) if tokens else torch.ones_like(total_k)
         return beside(weight.cell, E_ok, leading(E_ok * s_k, rank))
 
-    return each_cell("l2qer", fn, {"absmean"}, detail=f"rank {rank}", leaves=BESIDE)
+    detail, bits = f"rank {rank}", partial(bits_of, rank)
+    return each_cell("l2qer", fn, {"absmean"}, detail=detail, leaves=BESIDE, beside=bits)
 
 
 def scaling(absmean_k: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from qlab.methods.inputs import absmax, quantize_inputs
 from qlab.methods.kl_tune import kl_tune
 from qlab.methods.kv import attention_inputs, kv_cache, parse_cache_spec
 from qlab.methods.kv_clipped import kv_clipped
+from qlab.methods.loaq import aim_in_stream
 from qlab.methods.lqer import RANK, l2qer, lqer
 from qlab.methods.magnitude import magnitude
 from qlab.methods.qat_end_to_end import qat_end_to_end
@@ -112,6 +113,7 @@ STEPS: Mapping[str, Step] = {
     "sparsegpt": _pruning(sparsegpt),
     "aim_at_reference": _plain(aim_at_reference),
     "aim_held_out": _plain(aim_held_out),
+    "aim_in_stream": _plain(aim_in_stream),
     "auto_round_refine": _plain(auto_round_refine),
     "kl_tune": _plain(kl_tune),
     "qat_end_to_end": _plain(qat_end_to_end),

@@ -14,11 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
+from qlab.algebra.bind import Outline
 from qlab.algebra.cell import on_support
 from qlab.algebra.graph import ModuleGraph, Site
 from qlab.algebra.leaf import Sum
 from qlab.algebra.learn_whole import Relaxed, Schedule, learner, rounded, vectors
 from qlab.algebra.qtensor import QTensor
+from qlab.algebra.spec import scales_of
 from qlab.algebra.transform import Transform
 from qlab.methods.auto_round import Start, behind
 from qlab.methods.kl_tune import moved_vector, with_leaves
@@ -87,7 +89,15 @@ def _stored(graph: ModuleGraph, moves: Mapping[str, Tensor]) -> dict[str, Any]:
     return leaves
 
 
-RELAXED = Relaxed(shapes=_shapes, moved=_moved, stored=_stored)
+def _count(outline: Outline) -> int:
+    """The weights, and the two ends of every range."""
+    return sum(
+        outline.shapes[name].numel() + 2 * scales_of(spec, outline.shapes[name])
+        for name, spec in (outline.rounded or {}).items()
+    )
+
+
+RELAXED = Relaxed(shapes=_shapes, moved=_moved, stored=_stored, count=_count, copies=8)
 
 
 def qat_end_to_end(

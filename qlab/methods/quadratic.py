@@ -8,7 +8,7 @@ Legend: target_ok is W*, what a weight aims at; M_kk the metric, the mean second
 or another positive semidefinite matrix; J_o the objective of every row; a the rows of scales.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,6 +66,26 @@ def accept(problem: Quadratic, before: Candidate, leaf: QTensor, stage: str) -> 
     )
     J_o = torch.where(better_o, J_o, before.J_o)
     return Candidate(accepted, J_o, {**before.certificate, stage: float(J_o.sum())})
+
+
+def joined(parts: Sequence[Candidate]) -> Candidate:
+    """Neighbouring groups of rows, each solved by itself, as one weight: its J is their sum."""
+    first, leaves = parts[0], [part.leaf for part in parts]
+    zeros = [leaf.zeros for leaf in leaves if leaf.zeros is not None]
+    leaf = replace(
+        first.leaf,
+        codes=_stacked([leaf.codes for leaf in leaves]),
+        scales=_stacked([leaf.scales for leaf in leaves]),
+        zeros=_stacked(zeros) if zeros else None,
+    )
+    stages = {stage: sum(p.certificate[stage] for p in parts) for stage in first.certificate}
+    return Candidate(leaf, torch.cat([part.J_o for part in parts]), stages)
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    # torch.cat takes no 8-bit floats
+    bits = [t.view(torch.uint8) if t.itemsize == 1 else t for t in parts]
+    return torch.cat(bits).view(parts[0].dtype)
 
 
 def rows_where(first_a: Tensor, x_an: Tensor, y_an: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlab.algebra.bind import Foreseen, Outline
 from qlab.algebra.graph import ModuleGraph, Site
 from qlab.algebra.leaf import dense
 from qlab.algebra.running import apply
@@ -78,6 +79,17 @@ def fisher(model: Any, specs: Sequence[Spec | None]) -> Costs:
 
     model.vjp(model.nll, sink=add)
     return costs
+
+
+def foreseen(sensitivity: Sensitivity, choices: int, outline: Outline) -> Foreseen | None:
+    """What measuring a sensitivity will run; None of one's own. choices: the grids that round."""
+    windows = outline.windows
+    if sensitivity is fisher:
+        return Foreseen(backward=windows, at_once=windows, copies=3 + choices)
+    if sensitivity is kl_of_each:
+        groups = sum(len(fused(graph)) for graph in outline.segments)
+        return Foreseen(forward=windows * (1 + groups * choices), at_once=windows, kept=windows)
+    return None
 
 
 def _rounded_sites(graph: ModuleGraph) -> list[Site]:

@@ -12,12 +12,13 @@ Rounding has the gradient of the identity. Legend: R, G [k, k].
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlab.algebra.bind import bind
+from qlab.algebra.bind import Foreseen, Outline, bind
 from qlab.algebra.frame import frame, keeping_ones, turning
 from qlab.algebra.gauge import Element, Turn, gauge
 from qlab.algebra.graph import ModuleGraph
@@ -107,8 +108,20 @@ def spinquant(
 
     around = f"{spec} weights, {inputs or 'dense'} inputs"
     detail = f"{around}, {steps} steps at {rate:g}, seed {seed}"
-    (stage,) = bind("spinquant", measure, then, detail)
+    (stage,) = bind("spinquant", measure, then, detail, partial(_foreseen, steps))
     return (replace(stage, view=WholeModelBasis()),)
+
+
+def _foreseen(steps: int, outline: Outline) -> Foreseen:
+    """A pass backward for every step, and one for where it ends."""
+    passes = outline.windows * (steps + 1 if steps else 0)
+    return Foreseen(
+        forward=outline.windows * (1 if steps else 2),
+        backward=passes,
+        at_once=outline.windows,
+        kept=outline.windows,
+        copies=4,
+    )
 
 
 class _Rounded:

@@ -12,7 +12,7 @@ Legend: problem.target_ok is W*, problem.M_kk the damped metric; s_ag, z_ag scal
 the diagonal of D in M = R D R^T (`qlab.methods.obs`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -23,12 +23,13 @@ from torch import Tensor
 from qlab.algebra.cell import Cell, Weight, on_support
 from qlab.algebra.qtensor import QTensor, dense, round_codes, steps
 from qlab.algebra.spec import Spec
+from qlab.algebra.stats import Need
 from qlab.algebra.transform import Transform, each_cell
 from qlab.errors import QlabError
 from qlab.methods.gptq import WORKSPACE, act_order, gptq_codes
 from qlab.methods.grid import Grid, fit, scale_sweep, weighted
 from qlab.methods.obs import Factor, check_damp, damped, factorize
-from qlab.methods.quadratic import Candidate, Quadratic, accept, start
+from qlab.methods.quadratic import Candidate, Quadratic, accept, joined, start
 from qlab.methods.quantease import descend_codes
 from qlab.methods.refit import refit
 
@@ -86,10 +87,10 @@ class Problem:
 @dataclass(frozen=True)
 class Metric:
     """What a solver measures errors by. needs: statistics of the input. of: the statistics by name
-    -> H_kk."""
+    -> H [k, k], or [g, k, k] with one for each of g groups of rows (`row_groups`)."""
 
     name: str
-    needs: frozenset[str]
+    needs: frozenset[Need]
     of: Callable[[Mapping[str, Any]], Tensor]
 
 
@@ -187,6 +188,31 @@ def solve(
     return now
 
 
+def row_groups(shape: torch.Size, spec: Spec, groups: int) -> list[slice]:
+    """The rows of a weight [o, k] in so many groups of neighbours, as even as can be. Rows that
+    share scales stay together, so that there may be fewer groups."""
+    rows, _ = spec.tile.sizes(shape)
+    count = -(-shape[0] // rows)
+    parts = min(groups, count)
+    ends = [count * i // parts * rows for i in range(parts + 1)]
+    return [slice(ends[i], min(ends[i + 1], shape[0])) for i in range(parts)]
+
+
+def in_groups(problem: Problem, H_gkk: Tensor) -> Iterator[Problem]:
+    """The problems of groups of rows, each of which has a second moment of its own: the mean of
+    several, where rows that share scales make one group of them."""
+    rows_of = lambda t, rows: None if t is None else t[rows]
+    groups = row_groups(problem.target_ok.shape, problem.spec, len(H_gkk))
+    for rows, moments in zip(groups, H_gkk.tensor_split(len(groups))):
+        yield replace(
+            problem,
+            target_ok=problem.target_ok[rows],
+            H_kk=moments.mean(0),
+            support=rows_of(problem.support, rows),
+            masked_ok=rows_of(problem.masked_ok, rows),
+        )
+
+
 def solver(
     spec: Spec,
     grid: GridStage = compensated,
@@ -236,18 +262,23 @@ def solver(
     def fn(weight: Weight) -> Cell:
         cell = weight.cell
         assert cell.feasible.spec is not None  # the stage has a spec
+        H = metric.of(weight.stats)
         problem = Problem(
             target_ok=cell.target,
-            H_kk=metric.of(weight.stats),
+            H_kk=H,
             damp=damp,
             spec=cell.feasible.spec,
             outer=weight.stats["outer"],
             support=cell.support,
             masked_ok=None if cell.support is None else dense(cell.leaf, torch.float32),
         )
-        solved = solve(problem, grid, round, refine)
+        solved_parts, damps = list[Candidate](), list[float]()
+        for each in [problem] if H.ndim == 2 else in_groups(problem, H):
+            solved_parts.append(solve(each, grid, round, refine))
+            damps.append(each.factor.damp)
+        solved = joined(solved_parts)
         certificate = {f"J_{stage}": J for stage, J in solved.certificate.items()}
-        return cell.put(solved.leaf, damp=problem.factor.damp, **certificate)
+        return cell.put(solved.leaf, damp=max(damps), **certificate)
 
     names = ", ".join(stage.__name__ for stage in refine) or "nothing"
     detail = f"grid {grid.__name__}, round {round.__name__}, refine {names}, damp {damp:g}"

@@ -109,7 +109,7 @@ def given(saved, text, tmp_path_factory):
             name: {"spec": INT4}
             for name in ("rtn", "awq", "awq_scale", "gptq", "gptaq", "auto_round", "qat")
         },
-        "solver": {"spec": INT4},
+        **{n: {"spec": INT4} for n in ("solver", "guidedquant")},
         **{n: {} for n in ("aim_held_out", "aim_in_stream")},
         "aim_at_reference": {},
         "smoothquant": {},

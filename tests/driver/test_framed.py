@@ -11,6 +11,7 @@ from model_folders import contents, random_tokens, refused, tensors
 import qlab
 from qlab.algebra.frame import framing
 from qlab.driver.framed import turned_around
+from qlab.driver.sites import trace_all
 from qlab.model.skeleton import Skeleton
 
 R1 = qlab.rotate_residual()
@@ -32,6 +33,11 @@ def relative(a, b):
 @pytest.mark.parametrize("family, changes", WHOLE)
 def test_a_model_in_another_basis_computes_the_same(saved, family, changes):
     model = qlab.open(saved(family, **changes))
+    codes = trace_all(Skeleton(model, torch.float32), None)
+    if family == "falcon" and any(code.unread for code in codes.values()):
+        # in transformers 5.0 its attention is one operation, which no basis is followed through
+        refused(lambda: qlab.plan(model, R1), "stream of transformer.h.0", "rotate_residual")
+        return
     turned = qlab.apply(model, R1, None)
     assert relative(qlab.logits(turned, IDS), qlab.logits(model, IDS)) < 1e-4
 

@@ -29,17 +29,15 @@ def inserted(run, **needs):
 )
 def test_an_insert_that_makes_no_value_names_its_wire(saved, make, words):
     model = qlab.open(saved("llama"))
-    value = qlab.apply(model, inserted(make), random_tokens(model.path))
-    refused(lambda: qlab.logits(value, torch.ones(1, 32, dtype=torch.int64)), *words)
+    refused(lambda: qlab.plan(model, inserted(make), random_tokens(model.path)), *words)
 
 
 @pytest.mark.parametrize("wire", ["*:enter", "*.q_proj:in", "*.down_proj:out"])
 def test_an_insert_that_writes_to_its_value_names_its_wire(saved, wire):
     model = qlab.open(saved("llama"))
     step = qlab.insert("mine", wire, lambda wire, stats: lambda x: x.mul_(2))
-    value = qlab.apply(model, qlab.chain(qlab.rtn(INT4), step), None)
-    ids = torch.ones(1, 8, dtype=torch.int64)
-    refused(lambda: qlab.logits(value, ids), wire[2:], "model.layers.0", "writes to the value")
+    recipe = qlab.chain(qlab.rtn(INT4), step)
+    refused(lambda: qlab.plan(model, recipe), wire[2:], "model.layers.0", "writes to the value")
 
 
 def test_what_an_insert_returns_has_the_dtype_of_its_value(saved):

@@ -1,4 +1,4 @@
-"""Methods that turn the whole model, by their names: written, read back and verified."""
+"""Methods that turn or measure the whole model, by their names: written, read back and verified."""
 
 import pytest
 import torch
@@ -12,9 +12,14 @@ INT8 = parse_spec("int8-channel")
 
 
 @pytest.mark.parametrize(
-    "name, family", [*[(name, "llama") for name in WHOLE], ("spinquant", "mixtral")]
+    "name, family",
+    [
+        *[(name, "llama") for name in WHOLE],
+        ("spinquant", "mixtral"),
+        ("guidedquant", "phi3"),
+    ],
 )
-def test_a_turned_model_is_written_as_it_is_evaluated(name, family, saved, tmp_path):
+def test_it_is_written_as_it_is_evaluated(name, family, saved, tmp_path):
     source = saved(family)
     model, data = qlab.open(source), random_tokens(source)
     quantized = qlab.apply(model, QUICK[name](INT8), data, dtype=torch.float32)

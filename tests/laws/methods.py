@@ -1,16 +1,30 @@
 """What the laws run over. A method that rounds every weight adds one line to LAW_METHODS, any other
 step one to LAW_STEPS."""
 
+import torch
+from newcomer_steps import NEWCOMER_STEPS
 from own_steps import OWN_STEPS
 from quick import QUICK, WHOLE
 
 from qlab.algebra.grid import mse, signed, weighted_mse
+from qlab.algebra.statistic import Stat
 from qlab.algebra.transform import chain
 from qlab.methods.awq import awq_scale
 from qlab.methods.gptq import gptq, paper_order
+from qlab.methods.guidedquant import added, weighted
 from qlab.methods.rotate import quarot, rotate_heads
 from qlab.methods.rtn import rtn
 from qlab.methods.smoothquant import smoothquant
+from qlab.methods.stages import Metric, solver
+
+
+def _by_token(o):
+    """Two groups of rows, to which tokens count differently."""
+    return weighted(o.x_nk, torch.stack([1 + o.keys % 3, 1 + o.keys % 5], 1).float())
+
+
+BY_TOKEN = Stat(_by_token, added, name="by_token")
+IN_GROUPS = Metric("in_groups", frozenset({BY_TOKEN}), lambda stats: stats["by_token"].mean_gkk)
 
 LAW_METHODS = {  # name -> (spec -> transform)
     **{name: method for name, method in QUICK.items() if name not in WHOLE},
@@ -20,13 +34,14 @@ LAW_METHODS = {  # name -> (spec -> transform)
     "rtn_weighted_mse": lambda spec: rtn(spec, weighted_mse),
     "gptq_without_sweeps": lambda spec: gptq(spec, sweeps=0),
     "gptq_paper_order": lambda spec: gptq(spec, order=paper_order),
+    "solver_in_groups": lambda spec: solver(spec, metric=IN_GROUPS),
     "awq_scale": awq_scale,
     "rotate_heads": lambda spec: chain(rotate_heads(), rtn(spec)),
     "smoothquant_scale": lambda spec: smoothquant(),
     "smoothquant_gptq": lambda spec: chain(smoothquant(0.3), gptq(spec)),
 }
 # Masks, leaves and inserts too: the laws of every step.
-LAW_STEPS = {**LAW_METHODS, **OWN_STEPS}
+LAW_STEPS = {**LAW_METHODS, **OWN_STEPS, **NEWCOMER_STEPS}
 # They change producers beside the weights that they round.
 MOVING = ("awq", "autoawq", "llmcompressor", "smoothquant", "rotate", "quarot", "quip", "qat")
 UNROUNDED = ("awq_scale", "smoothquant_scale", "kv")  # round no weights

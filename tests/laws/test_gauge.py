@@ -19,10 +19,12 @@ from qlab.algebra.reparametrize import reparametrize
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.stats import STATS
 from qlab.algebra.wires import wires
+from qlab.errors import QlabError
 
 ALL = [*FAMILIES, *MIXTURES, *OTHERS]
 every_family = pytest.mark.parametrize("family", ALL)
 INT8 = parse_spec("int8-channel")
+ROUNDED = qlab.rtn(INT8)
 
 
 def kept(graph, seg):
@@ -276,3 +278,67 @@ def test_what_stays_at_run_time_is_refused_before_any_work_by_formats_without_a_
         "down_proj",
         "holds no run-time operations",
     )
+
+
+# ------------------------------------------------------------------ names
+def turned_by(seg, pattern, choose):
+    return run_checked(seg, qlab.gauge("mine", pattern, choose))[0]
+
+
+@pytest.mark.parametrize(
+    "family, reader",
+    [
+        ("llama", "self_attn.o_proj"),
+        ("phi3", "self_attn.o_proj"),
+        ("gpt2", "attn.c_proj"),
+        ("deepseek_v3", "self_attn.o_proj"),
+        ("qwen3_moe", "self_attn.o_proj"),
+    ],
+)
+def test_values_turn_by_their_own_name(family, reader):
+    seg, M = segment(family), turn_of(16, 16)
+    by_value = turned_by(seg, "*:value", lambda turn: M)
+    by_input = turned_by(seg, f"*{reader}:in", lambda turn: M)
+    assert not torch.equal(
+        by_value.params[f"{reader}.weight"], seg.graph.params[f"{reader}.weight"]
+    )
+    for name, leaf in by_input.params.items():
+        assert torch.equal(by_value.params[name], leaf), name
+
+
+@pytest.mark.parametrize(
+    "family, output, reader",
+    [
+        ("llama", "mlp.up_proj", "*mlp.down_proj"),
+        ("llama", "input_layernorm", "*self_attn.[qkv]_proj"),
+        ("opt", "fc1", "*fc2"),
+        ("mixtral", "post_attention_layernorm", "re:.*mlp.(gate|experts.gate_up_proj)"),
+    ],
+)
+def test_outputs_turn_by_their_own_name(family, output, reader):
+    seg = segment(family)
+    choose = lambda turn: torch.full((turn.size,), 0.5)
+    by_output = turned_by(seg, f"*{output}:out", choose)
+    by_input = turned_by(seg, f"{reader}:in", choose)
+    assert any(
+        by_input.params[name] is not leaf and not torch.equal(by_input.params[name], leaf)
+        for name, leaf in seg.graph.params.items()
+    )
+    for name, leaf in by_input.params.items():
+        assert torch.equal(by_output.params[name], leaf), name
+
+
+def test_names_of_what_cannot_turn_are_refused_with_the_nearest(saved):
+    model, half = qlab.open(saved("llama")), lambda turn: torch.full((turn.size,), 0.5)
+    recipe = lambda name, **given: qlab.chain(qlab.gauge("mine", name, half, **given), ROUNDED)
+    for name, near in [
+        ("*.gate_proj:out", "up_proj:out"),
+        ("*.self_attn.q_proj:out", "v_proj:out"),
+        ("*.attn:value", "self_attn:value"),
+    ]:
+        with pytest.raises(QlabError, match=f"nothing that can turn .*{near}"):
+            qlab.plan(model, recipe(name))
+    with pytest.raises(QlabError, match="online=True; name the inputs"):
+        recipe("*:value", online=True)
+    rows = qlab.plan(model, recipe("*.0.self_attn:value")).schedule
+    assert [(row.step, row.weights) for row in rows if row.step == "mine"] == [("mine", 1)]

@@ -11,6 +11,7 @@ import qlab
 from qlab.algebra.leaf import LowRank, Sum, dense
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.transform import chain
+from qlab.driver.report import site_rows
 from qlab.errors import QlabError
 from qlab.methods.eora import eora, root
 from qlab.methods.gptq import gptq
@@ -129,3 +130,19 @@ def test_a_plan_refuses_to_write_it_and_evaluating_it_does_not(name, saved):
         qlab.evaluate(qlab.apply(model, each, data), model, data) for each in (recipe[:1], recipe)
     )
     assert beside.kl < bare.kl
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("spec, rank", [("int4-g16", 3), ("nvfp4", 3), ("int8-channel", 500)])
+def test_a_plan_counts_the_bits_of_low_ranks_as_the_run_does(saved, family, spec, rank):
+    model = qlab.open(saved(family))
+    beside = qlab.at("*.0.*", qlab.lqer(rank))
+    quantized = qlab.apply(model, qlab.chain(qlab.rtn(spec), beside), None)
+    planned = {name: row["bits_per_weight"] for name, row in quantized.plan.sites.items()}
+    made = {}
+    for _, graph in quantized.segments():
+        made |= {name: row["bits_per_weight"] for name, row in site_rows(graph).items()}
+    assert planned == pytest.approx(made)
+    plain = qlab.apply(model, qlab.rtn(spec), None).plan.sites
+    more = {name for name, bits in planned.items() if bits > plain[name]["bits_per_weight"]}
+    assert more == {name for name, row in plain.items() if ".0." in name and row["spec"]}

@@ -128,8 +128,8 @@ def test_every_site_becomes_codes_of_its_own_shape_near_the_weight(method, famil
 @pytest.mark.parametrize("method", ROUNDING)
 def test_notes_hold_the_errors_that_were_made(method):
     seg = segment("opt")
-    stats = seg.stats
     stages = LAW_METHODS[method](parse_spec("int4-g16"))
+    stats = seg.stats_for(stages)
     before, moved = run(seg, stages[:-1], stats)
     after, _ = run(seg, stages[-1:], moved, before)
     for site in seg.graph.sites:
@@ -152,6 +152,7 @@ def test_scales_are_stored_in_the_dtype_of_the_spec_or_the_model(method):
         (parse_spec("int4-g16"), torch.bfloat16),
         (Int(4, Tile(1, 16), True, torch.float16), torch.float16),
     ):
-        graph, _ = run(seg, LAW_METHODS[method](spec), seg.stats, half)
+        transform = LAW_METHODS[method](spec)
+        graph, _ = run(seg, transform, seg.stats_for(transform), half)
         leaves = [proper(graph.params[s.weight]) for s in graph.sites]
         assert {q.scales.dtype for q in leaves if isinstance(q, QTensor)} in ({dtype}, set())

@@ -1,0 +1,94 @@
+"""What binds of a recipe will measure, asked before anything runs, and what that takes.
+
+A pass backward goes through the model once forward and, segment by segment, forward and backward
+again. In memory are what passes between segments for its windows, one segment with the activations
+of one window, and the logits of one window.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qlab.algebra.bind import Bind, Foreseen, Outline
+from qlab.algebra.graph import ModuleGraph
+from qlab.algebra.running import select
+from qlab.algebra.transform import Stage
+from qlab.driver.batches import in_batches
+from qlab.driver.job import Job
+from qlab.driver.reach import specs_of
+from qlab.driver.sites import Sites
+from qlab.model.skeleton import Skeleton
+
+FP32 = 4  # bytes of a number
+# of logits [l, v] in fp32 that a loss, its divergence from the reference and its gradient hold
+LOGITS = 5
+LEARNED = 4  # numbers in files for each that is learned: how far it moved, two moments, the best
+BACKWARD = 2  # times forward: the work of a pass backward
+
+# place in the recipe -> what the bind there will run; None where it does not know
+Measured = Mapping[int, Foreseen | None]
+
+
+def foreseen(job: Job, sites: Sites) -> Measured:
+    """What each bind says that it will measure. Refuses what it cannot."""
+    windows = 0 if job.data is None else len(in_batches(job.data, 1))
+    return {
+        i: stage.foresee(_outline(job, i, stage, sites, windows))
+        for i, stage in enumerate(job.recipe)
+        if isinstance(stage, Bind)
+    }
+
+
+def _outline(job: Job, place: int, stage: Stage, sites: Sites, windows: int) -> Outline:
+    segments = [select(stage, ModuleGraph(code, {}, path)) for path, code in sites.codes.items()]
+    names = [graph.where(site) for graph in segments for site in graph.sites]
+    front = job.recipe[:place]
+    rounded = None
+    if not any(isinstance(other, Bind) and other.spec is None for other in front):
+        specs = specs_of(front, sites.sites)
+        rounded = {name: spec for name in names if (spec := specs[name]) is not None}
+    return Outline(
+        segments=segments,
+        shapes={name: sites.shapes[name] for name in names},
+        rounded=rounded,
+        windows=windows,
+    )
+
+
+def passes_of(measured: Measured, windows: int) -> int:
+    """The forward passes over all windows that measuring takes as much time as."""
+    known = [f for f in measured.values() if f is not None]
+    # each segment is run again when its turn backward comes
+    runs = sum(f.forward + (2 + BACKWARD) * f.backward for f in known)
+    return -(-runs // max(windows, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A model while it is measured. tokens: of a window. hidden: channels between segments."""
+
+    skeleton: Skeleton
+    segments: int
+    tokens: int
+    hidden: int
+
+    def moment(self, of: Foreseen, block: int, activations: int) -> dict[str, int]:
+        """What is held at most, by what holds it. block: the bytes of a segment. activations: those
+        of one window in it, forward."""
+        state = FP32 * self.tokens * self.hidden
+        states = (self.segments + 2) * of.at_once + of.kept
+        return {
+            "embeddings and head": self._around(),
+            "block": block * of.copies,
+            "states between blocks": states * state,
+            "logits": LOGITS * FP32 * self.tokens * self._vocabulary(),
+            "activations": activations * (1 + BACKWARD if of.backward else 1),
+            "learned": LEARNED * FP32 * of.learned,
+        }
+
+    def _around(self) -> int:
+        names = self.skeleton.names.outside_names()
+        shapes = [self.skeleton.checkpoint.shape_and_dtype(name)[0] for name in names]
+        return FP32 * sum(shape.numel() for shape in shapes)
+
+    def _vocabulary(self) -> int:
+        return self.skeleton.model.get_input_embeddings().get_parameter("weight").shape[0]
