@@ -5,7 +5,7 @@ again. In memory are what passes between segments for its windows, one segment w
 of one window, and the logits of one window.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from qlab.algebra.bind import Bind, Foreseen, Outline
@@ -20,7 +20,7 @@ from qlab.model.skeleton import Skeleton
 
 FP32 = 4  # bytes of a number
 # of logits [l, v] in fp32 that a loss, its divergence from the reference and its gradient hold
-LOGITS = 5
+LOGITS = 4
 LEARNED = 4  # numbers in files for each that is learned: how far it moved, two moments, the best
 BACKWARD = 2  # times forward: the work of a pass backward
 
@@ -71,19 +71,21 @@ class Running:
     tokens: int
     hidden: int
 
-    def moment(self, of: Foreseen, block: int, activations: int) -> dict[str, int]:
-        """What is held at most, by what holds it. block: the bytes of a segment. activations: those
-        of one window in it, forward."""
-        state = FP32 * self.tokens * self.hidden
+    def moments(self, of: Foreseen, block: int, activations: int) -> Iterator[dict[str, int]]:
+        """What is held while a segment runs, and while the head does. block: the bytes of a
+        segment. activations: those of one window in it, forward."""
         states = (self.segments + 2) * of.at_once + of.kept
-        return {
+        throughout = {
             "embeddings and head": self._around(),
-            "block": block * of.copies,
-            "states between blocks": states * state,
-            "logits": LOGITS * FP32 * self.tokens * self._vocabulary(),
-            "activations": activations * (1 + BACKWARD if of.backward else 1),
+            "states between blocks": states * FP32 * self.tokens * self.hidden,
             "learned": LEARNED * FP32 * of.learned,
         }
+        yield {
+            **throughout,
+            "block": block * of.copies,
+            "activations": activations * (1 + BACKWARD if of.backward else 1),
+        }
+        yield {**throughout, "logits": LOGITS * FP32 * self.tokens * self._vocabulary()}
 
     def _around(self) -> int:
         names = self.skeleton.names.outside_names()

@@ -150,14 +150,17 @@ class _Block:
         numbers = sum(p.numel() for p in skeleton.blocks[self.path].parameters())
         forward = self._activations_of(data.longest, FP32)
         scores = score_bytes(self.code, data.longest, 1) * FP32 // self.size
-        for of in measured.values():
+        widest = FP32 * max(self.widths) ** 2
+        for place, of in measured.items():
             if of is None:
                 continue
-            yield running.moment(of, FP32 * numbers, forward + scores)
+            workspace = self.job.recipe[place].workspace * widest
+            yield from running.moments(of, FP32 * numbers, forward + scores)
             if of.moments:
                 yield {
                     "block": FP32 * numbers,
                     "statistics": FP32 * of.moments * max(self._widest_of_sources),
+                    "solver": SOLVER_COPIES * FP32 * self.largest + workspace,
                     "waiting": self.waiting,
                     "activations": forward + scores,
                     "codes": self.codes,

@@ -40,13 +40,14 @@ class _Rows:
 
     def value(self, wire: Wire, graph: ModuleGraph) -> tuple[Tensor, Tensor | None]:
         """The value of a wire, and where the rows of each expert end."""
-        channels = wire.channels
-        if open_symbols(channels):  # of hidden states, whose program is for any width
+        if open_symbols(wire.channels):  # of hidden states, whose program is for any width
             channels = self.shapes[graph.where(graph.code.sites[0])][-1]
+        else:
+            channels = int(wire.channels)
         if wire.of_attention:
-            width = channels // wire.heads
+            width = channels // int(wire.heads)
             last = (self.tokens, width) if wire.layout == "h n d" else (width, self.tokens)
-            return self.drawn(1, wire.heads, *last), None
+            return self.drawn(1, int(wire.heads), *last), None
         if wire.site is None or not wire.site.route:
             return self.drawn(1, self.tokens, channels), None
         experts = self.shapes[graph.where(wire.site)][0]
@@ -99,6 +100,8 @@ def _of_block(stage: Stage, graph: ModuleGraph, rows: _Rows) -> Mapping[str, tup
     except Exception:  # whatever `make` raises is said where it meets the model
         return {}
     for wire in open_wires(graph):
+        if wire.of_attention and (open_symbols(wire.heads) or open_symbols(wire.channels)):
+            continue  # its program is for any number of heads
         for op in inserts.get(wire.name, ()):
             _try(stage, replace(wire, path=graph.path), op, *rows.value(wire, graph))
     return inserts

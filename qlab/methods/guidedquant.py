@@ -12,6 +12,7 @@ Source: Kim et al. 2025 (arXiv:2505.07004).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from qlab.algebra.statistic import Observation, Stat
 from qlab.algebra.stats import gram
 from qlab.algebra.transform import Transform, at, chain
 from qlab.errors import QlabError
+from qlab.methods.gptq import WORKSPACE
 from qlab.methods.obs import check_damp
 from qlab.methods.stages import Metric, row_groups, solver
 
@@ -92,7 +94,8 @@ def guidedquant(spec: Spec, groups: int = 4, damp: float = 0.01) -> Transform:
         return chain(*_solvers(spec, damp, found))
 
     detail = f"{groups} {'group' if groups == 1 else 'groups'}, damp {damp:g}"
-    return bind(NAME, measure, then, detail, partial(foreseen, groups), spec)
+    (stage,) = bind(NAME, measure, then, detail, partial(foreseen, groups), spec)
+    return (replace(stage, workspace=WORKSPACE),)
 
 
 def foreseen(groups: int, outline: Outline) -> Foreseen:

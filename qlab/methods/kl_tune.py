@@ -101,7 +101,7 @@ def _count(outline: Outline) -> int:
     return sum(scales_of(spec, outline.shapes[name]) for name, spec in rounded.items())
 
 
-RELAXED = Relaxed(shapes=_shapes, moved=_moved, stored=_stored, count=_count, copies=4)
+RELAXED = Relaxed(shapes=_shapes, moved=_moved, stored=_stored, count=_count, copies=3)
 
 
 def kl_tune(

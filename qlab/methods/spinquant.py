@@ -120,7 +120,7 @@ def _foreseen(steps: int, outline: Outline) -> Foreseen:
         backward=passes,
         at_once=outline.windows,
         kept=outline.windows,
-        copies=4,
+        copies=9,  # turned in fp64, which gradients keep
     )
 
 

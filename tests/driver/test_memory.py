@@ -84,25 +84,6 @@ def test_the_plan_predicts_the_peak_of_learning(method, dtype, samples, length, 
     assert seen["held"]["learning"] > seen["peak"] / 3
 
 
-@pytest.mark.parametrize(
-    "method, dtype, samples, length, vocabulary",
-    [
-        ("guidedquant", torch.float32, 24, 128, 512),
-        ("kl_tune", torch.bfloat16, 4, 128, 512),
-        ("kl_tune", torch.float32, 2, 512, 32768),
-        ("qat_end_to_end", torch.float32, 4, 128, 512),
-        ("spinquant", torch.float32, 4, 256, 512),
-        ("allocate", torch.float32, 4, 128, 512),
-    ],
-)
-def test_the_plan_predicts_the_peak_of_a_bind(
-    method, dtype, samples, length, vocabulary, job, tmp_path
-):
-    model = llama(tmp_path / "model", 1024, 2048, 1, dtype, vocabulary)
-    seen = measure(job, model, method, samples, length)
-    assert abs(seen["predicted"] / seen["peak"] - 1) < 0.25, seen
-
-
 def test_the_plan_predicts_the_peak_of_a_small_model_with_a_large_vocabulary(job, tmp_path):
     seen = measure(job, llama(tmp_path / "model", 192, 512, 2, torch.bfloat16, 49152), "gptq")
     assert abs(seen["predicted"] / seen["peak"] - 1) < 0.25, seen

@@ -12,7 +12,7 @@ import qlab
 from qlab.algebra.absorb import fold_scales
 from qlab.algebra.gauge import Element
 from qlab.algebra.graph import by_origin
-from qlab.algebra.groups import Diagonal, General, Nothing, groups
+from qlab.algebra.groups import Diagonal, General, Nothing, groups, made_of
 from qlab.algebra.interpret import interpret
 from qlab.algebra.online import MatMul, rotate
 from qlab.algebra.reparametrize import reparametrize
@@ -326,6 +326,11 @@ def test_outputs_turn_by_their_own_name(family, output, reader):
     )
     for name, leaf in by_input.params.items():
         assert torch.equal(by_output.params[name], leaf), name
+
+
+def test_an_output_of_which_others_read_a_part_is_no_name_of_a_value():
+    names = set().union(*made_of(segment("phi3").graph.code).values())
+    assert "self_attn:value" in names and "self_attn.qkv_proj:out" not in names
 
 
 def test_names_of_what_cannot_turn_are_refused_with_the_nearest(saved):

@@ -80,8 +80,8 @@ MUTANTS = [
         "algebra/statistic.py",
         "per_expert.lift",
         "Observation(o.x_nk[rows], o.keys[rows], None, other[rows], "
-        "of_rows(o.received_n, rows), of_rows(o.stream_no, rows))",
-        "Observation(o.x_nk, o.keys, None, other, o.received_n, o.stream_no)",
+        "of_rows(o.received_n, rows), of_rows(o.stream_no, rows), o.segment)",
+        "Observation(o.x_nk, o.keys, None, other, o.received_n, o.stream_no, o.segment)",
         "experts stats",
     ),
     Mutant(
