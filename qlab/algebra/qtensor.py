@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from qlab.algebra.e4m3 import numbers
 from qlab.algebra.leaf import dense as dense
 from qlab.algebra.spec import Float, Int, Spec
 from qlab.errors import QlabError
@@ -87,7 +88,7 @@ class QTensor:
         """(codes - zeros) * scales, computed in the dtype: by default that of the scales, and fp32
         for scales of 8 bits."""
         dtype = dtype or (self.scales.dtype if self.scales.dtype.itemsize > 1 else torch.float32)
-        x = self.spec.tile.split(self.codes.to(dtype))
+        x = self.spec.tile.split(numbers(self.codes, dtype))
         if self.zeros is not None:
             x = x - self.zeros.to(dtype)[..., None]
         x = x * steps(self.scales, self.outer, dtype)[..., None]

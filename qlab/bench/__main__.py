@@ -114,6 +114,43 @@ def methods(
 
 
 @app.command()
+def rows(
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights", help="SPEC, or SPEC:INPUTS, with commas between them (default: several)"
+        ),
+    ] = None,
+    shapes: Annotated[str, typer.Option("--shapes", help="NxK,...")] = "2048x2048",
+    m: Annotated[str, typer.Option("--m", help="numbers of tokens")] = "1,4,16,128",
+    device: KernelDevice = "",
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0.01, help="spent on one product at most")
+    ] = 0.3,
+    json_file: Json = None,
+) -> None:
+    """One product by every kernel of qlab.lower's table that takes it, beside torchao's and the
+    dense one."""
+    from qlab.bench.rows import FORMS, measure, table
+    from qlab.lowering.tuning.shapes import parse_shapes, parse_tokens
+
+    forms = [_form(text) for text in listed(weights)] if weights else FORMS
+    where = kernel_device(device)
+    with kernel_refusals():
+        record = measure(forms, parse_shapes(shapes), parse_tokens(m), where, seconds, say)
+    console().print(table(record))
+    report(record, json_file)
+
+
+def _form(text: str) -> tuple[str, str | None]:
+    """'int8-channel:int8-token' as weights and inputs."""
+    from qlab.algebra.spec import parse_input_spec
+
+    weights, _, inputs = text.lower().partition(":")
+    return weights, str(parse_input_spec(inputs).spec) if inputs else None
+
+
+@app.command()
 def generate(
     directories: Annotated[list[Path], typer.Argument(help="directories that qlab quantized")],
     engines: Annotated[

@@ -183,7 +183,11 @@ READERS: Mapping[str, Callable[[Mapping[str, Any]], Codec]] = {
     "awq": _awq,
     "auto-round": lambda config: replace(CODECS[auto_round.layout(config)], specs=auto_round.specs),
     "hqq": lambda config: _read_only("HQQ", hqq),
-    "torchao": lambda config: _read_only("torchao's tensors", torchao),
+    "torchao": lambda config: replace(
+        _read_only("torchao's tensors", torchao),
+        inputs=torchao.inputs,
+        decode_input=torchao.decode_input,
+    ),
 }
 
 # Older writers put the configuration into a file beside config.json. Its name -> a function from

@@ -13,6 +13,14 @@ a weight comes back dense.
     _weight_scale       float [G, N]
     _weight_zero_point  float [G, N]
 
+Float8Tensor, W = q * s:
+
+    _weight_qdata       e4m3 [N, K]
+    _weight_scale       fp32 [N, 1], [1, 1], or [N, G]
+
+Configs with "DynamicActivation" round the inputs as well, each token (PerRow) or all of them
+(PerTensor) by its own largest number.
+
 Layouts packed for one kind of device (tile-packed, preshuffled, opaque, plain int32) are refused.
 Source: torchao 0.18.
 """
@@ -23,113 +31,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlab.algebra.online import QuantizeInput
 from qlab.algebra.qtensor import Leaf, QTensor
-from qlab.algebra.spec import Int, Spec, Tile
+from qlab.algebra.spec import Float, InputSpec, Spec
 from qlab.codecs import checks
+from qlab.codecs.torchao_config import READ, ROUNDED, config_of
 from qlab.errors import QlabError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TENSORS = ("_weight_qdata", "_weight_scale", "_weight_zero_point")
-INTS = tuple(f"int{bits}" for bits in range(1, 9))
-SYMMETRIC = {"SYMMETRIC": True, "SYMMETRIC_NO_CLIPPING_ERR": True, "ASYMMETRIC": False}
 
 
 def specs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Spec | None]:
     """The spec of every module with a quantized weight among `names`; None where it is
     Int4Tensor."""
-    quant_type = config.get("quant_type")
-    if not isinstance(quant_type, Mapping) or list(quant_type) != ["default"]:
-        raise QlabError(
-            f"quantization_config has quant_type {quant_type!r:.80}; "
-            "qlab reads one config for all modules, as 'default'"
-        )
-    kind, data = _typed(quant_type["default"])
-    if kind not in READ:
-        raise QlabError(f"quantization_config has torchao's {kind}; qlab reads {', '.join(READ)}")
+    kind, data = config_of(config)
     return dict.fromkeys(checks.modules_with("_weight_qdata", names), READ[kind](data))
 
 
-def _typed(value: Any) -> tuple[str, Any]:
-    """torchao writes its objects as {"_type": class, "_data": fields}."""
-    if not isinstance(value, Mapping) or not isinstance(value.get("_type"), str):
-        raise QlabError(
-            f"quantization_config has {value!r:.80} where torchao writes an object with a _type; "
-            "repair it"
-        )
-    return value["_type"], value.get("_data")
+def inputs(config: Mapping[str, Any], names: Collection[str]) -> dict[str, InputSpec]:
+    """How the inputs of every module with a quantized weight are rounded at run time."""
+    kind, data = config_of(config)
+    if kind not in ROUNDED:
+        return {}
+    spec = InputSpec(ROUNDED[kind](data))
+    return dict.fromkeys(checks.modules_with("_weight_qdata", names), spec)
 
 
-def _int8(data: Any) -> Spec:
-    data = _fields(data)
-    group = data.get("group_size")
-    if data.get("granularity") and group is None:
-        return Int(8, _tile(data["granularity"]))
-    return Int(8, Tile(1, _size(group)))
+def decode_input(path: str, tensors: Mapping[str, Tensor], spec: InputSpec) -> QuantizeInput:
+    """The operation on the module's input, whose scales are computed from each x."""
+    return QuantizeInput(spec.spec)
 
 
-def _intx(data: Any) -> Spec:
-    data = _fields(data)
-    _, dtype = _typed(data.get("weight_dtype"))
-    _, mapping = _typed(data.get("mapping_type"))
-    packing = data.get("intx_packing_format") and _typed(data["intx_packing_format"])[1]
-    if not isinstance(dtype, str) or dtype not in INTS or mapping not in list(SYMMETRIC):
-        raise QlabError(
-            f"quantization_config has weight_dtype {dtype!r} and mapping_type {mapping!r}; "
-            "qlab reads int1 to int8"
-        )
-    if packing not in (None, "UNPACKED_TO_INT8"):
-        raise QlabError(
-            f"quantization_config has intx_packing_format {packing!r}; qlab reads UNPACKED_TO_INT8"
-        )
-    return Int(int(dtype[3:]), _tile(data.get("granularity")), SYMMETRIC[mapping])
-
-
-def _int4(data: Any) -> None:
-    packing = _typed(_fields(data).get("int4_packing_format"))[1]
-    if packing != "PLAIN":
-        raise QlabError(
-            f"quantization_config has int4_packing_format {packing!r}, made for one kind of "
-            "device; qlab reads PLAIN"
-        )
-
-
-READ = {"Int8WeightOnlyConfig": _int8, "IntxWeightOnlyConfig": _intx, "Int4WeightOnlyConfig": _int4}
-
-
-def _fields(data: Any) -> Mapping[str, Any]:
-    """The fields of one of torchao's objects."""
-    if not isinstance(data, Mapping):
-        raise QlabError(
-            f"quantization_config has {data!r:.80} where torchao writes the fields of a config; "
-            "repair it"
-        )
-    return data
-
-
-def _tile(granularity: Any) -> Tile:
-    kind, data = _typed(granularity)
-    data = _fields(data)
-    if kind == "PerGroup":
-        return Tile(1, _size(data.get("group_size")))
-    per_axis_0 = kind == "PerAxis" and data.get("axis", 0) == 0
-    per_last_dim = kind == "PerRow" and data.get("dim", -1) == -1
-    if per_axis_0 or per_last_dim:
-        return Tile(1, None)
-    raise QlabError(
-        f"quantization_config has granularity {kind} {dict(data)}; "
-        "qlab reads PerGroup, PerRow and PerAxis 0"
-    )
-
-
-def _size(group: Any) -> int | None:
-    if group is not None and (type(group) is not int or group < 1):
-        raise QlabError(
-            f"quantization_config has group_size {group!r}; it is a number of input channels"
-        )
-    return group
-
-
-def decode(path: str, tensors: Mapping[str, Tensor], spec: Int | None) -> Leaf:
+def decode(path: str, tensors: Mapping[str, Tensor], spec: Spec | None) -> Leaf:
     """The tensors of module `path` -> codes, or for a spec of None a dense weight in the dtype of
     the scales.
 
@@ -139,6 +73,8 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Int | None) -> Leaf:
     checks.check_names(path, "torchao's format", tensors, TENSORS)
     if spec is None:
         return _dense(path, tensors)
+    if isinstance(spec, Float):
+        return _floats(path, tensors, spec)
     codes = checks.take(path, tensors, "_weight_qdata", (None, None), torch.int8)
     o, k = codes.shape
     if spec.tile.cols and k % spec.tile.cols:
@@ -152,7 +88,7 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Int | None) -> Leaf:
             f"{path}._weight_qdata spans [{low}, {high}] and int{spec.bits} holds [{spec.qmin}, "
             f"{spec.qmax}]; the file or its config is wrong"
         )
-    grid = (o, k // (spec.tile.cols or k))
+    grid = spec.tile.scales_shape(codes.shape)
     scales = checks.take_spread(path, tensors, "_weight_scale", grid, *FLOATS)
     if spec.symmetric and f"{path}._weight_zero_point" not in tensors:
         return QTensor(codes, scales, None, spec)
@@ -163,6 +99,20 @@ def decode(path: str, tensors: Mapping[str, Tensor], spec: Int | None) -> Leaf:
             "one of them is wrong"
         )
     return QTensor(codes, scales, None if spec.symmetric else zeros, spec)
+
+
+def _floats(path: str, tensors: Mapping[str, Tensor], spec: Float) -> QTensor:
+    """A Float8Tensor."""
+    codes = checks.take(path, tensors, "_weight_qdata", (None, None), torch.float8_e4m3fn)
+    if spec.tile.cols and codes.shape[1] % spec.tile.cols:
+        raise QlabError(
+            f"{path}._weight_qdata {tuple(codes.shape)} does not hold a weight of {spec}; "
+            "the file or its config is wrong"
+        )
+    grid = spec.tile.scales_shape(codes.shape)
+    return QTensor(
+        codes, checks.take_spread(path, tensors, "_weight_scale", grid, *FLOATS), None, spec
+    )
 
 
 def _dense(path: str, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -80,7 +80,7 @@ def lower(
         torch.Size([1, 5])
     """
     solved = model if isinstance(model, SolvedModel) else None
-    checkpoint = solved.model if solved else _opened(model)
+    checkpoint = solved.model if solved else opened(model)
     checkpoint.warn_unapplied(lowered=True)
     where = device_named(device)
     if dtype not in DTYPES:
@@ -109,7 +109,8 @@ def lower(
     return skeleton.model.eval()
 
 
-def _opened(model: Any) -> Checkpoint:
+def opened(model: Any) -> Checkpoint:
+    """A directory, opened if it is not."""
     return model if isinstance(model, Checkpoint) else open_checkpoint(model)
 
 

@@ -1,11 +1,12 @@
-"""A quantized directory in torchao's own int4 tensors, where torchao has one that holds the codes:
+"""A quantized directory in torchao's own tensors, where torchao has one that holds the codes:
 another backend, and an oracle for the tests.
 
-torchao is imported on use: it is no dependency of qlab. Both of its layouts mean (u - 8) * s + z'
-with u in 0..15, in bfloat16.
+torchao is imported on use: it is no dependency of qlab. Both of its int4 layouts mean
+(u - 8) * s + z' with u in 0..15, in bfloat16. `torchao_bytes` has its int8 and fp8 tensors.
 """
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -15,14 +16,17 @@ from transformers import PreTrainedModel
 
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
+from qlab.lowering import torchao_bytes
 from qlab.lowering.around.rotated import is_rotated
-from qlab.lowering.assembling import set_module
-from qlab.lowering.model import lower
+from qlab.lowering.assembling import loaded, set_module
+from qlab.lowering.devices import device_named
+from qlab.lowering.model import lower, opened
 from qlab.lowering.weights import cuda
 from qlab.lowering.weights.kernels import INT4
 from qlab.lowering.weights.modules import QLinear, QuantizedWeight
 from qlab.lowering.weights.nibbles import GROUPS, plane_width
 from qlab.lowering.weights.packed import Packed
+from qlab.model.skeleton import Skeleton
 from qlab.process.surroundings import undisturbed
 
 TILE_K, TILE_N = 1024, 8  # what torchao pads a tiled weight to
@@ -32,11 +36,12 @@ TILE_K, TILE_N = 1024, 8  # what torchao pads a tiled weight to
 def to_torchao(
     model: Checkpoint | str | os.PathLike[str], device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """A quantized directory as a Hugging Face model in bfloat16 with torchao's int4 weights in
-    ordinary linears; the codes are those of the directory.
+    """A quantized directory as a Hugging Face model in bfloat16 with torchao's weights in ordinary
+    linears; the codes are those of the directory.
 
-    On a CPU the weights are Int4OpaqueTensor (aten's int4 product for any number of tokens), on a
-    GPU Int4TilePackedTo4dTensor (tinygemm).
+    Weights of up to 4 bits are Int4OpaqueTensor on a CPU (aten's int4 product for any number of
+    tokens) and Int4TilePackedTo4dTensor on a GPU (tinygemm). Those of 5 to 8 bits are Int8Tensor,
+    and 8-bit floats are Float8Tensor: alone, or beside inputs that each product rounds anew.
 
     Args:
         model: a quantized directory, or an open one.
@@ -46,8 +51,8 @@ def to_torchao(
         The model in evaluation mode.
 
     Raises:
-        QlabError: torchao is missing, a weight of more than 4 bits or of fused experts, rows that
-            need padding, groups that torchao's kernels do not read.
+        QlabError: torchao is missing, a weight of fused experts, a grid, groups or rounded inputs
+            that torchao's tensors do not hold, rows that need padding.
 
     Example:
         >>> import qlab
@@ -61,30 +66,47 @@ def to_torchao(
         raise QlabError(
             "torchao is not installed; `pip install torchao`, or use qlab.lower"
         ) from error
-    lowered = lower(model, device, torch.bfloat16)
+    with warnings.catch_warnings():
+        # what is slow in qlab's modules is not in torchao's
+        for message in ("no kernel takes the codes", "weights are multiplied by"):
+            warnings.filterwarnings("ignore", message=message)
+        lowered = lower(model, device, torch.bfloat16)
+    skeleton = Skeleton(opened(model), torch.bfloat16, device_named(device))
     for name, module in list(lowered.named_modules()):
         if not isinstance(module, QuantizedWeight):
             continue
-        if module.kernel is not INT4:
-            raise QlabError(
-                f"{name}: torchao's int4 tensors do not hold {module.spec}; use qlab.lower"
-            )
-        if not isinstance(module, QLinear):
+        in_bytes = torchao_bytes.holds(module.spec)
+        if not isinstance(module, QLinear) and (in_bytes or module.kernel is INT4):
             raise QlabError(
                 f"{name}: torchao's int4 tensors are weights of linears, and these are fused "
                 "experts; use qlab.lower"
             )
-        set_module(lowered, name, _linear(name, module))
+        if isinstance(module, QLinear) and in_bytes:
+            leaf, inputs = loaded(skeleton, name)
+            tensor = torchao_bytes.tensor(name, leaf, inputs, is_rotated(module)).to(device)
+        elif isinstance(module, QLinear) and module.kernel is INT4:
+            tensor = _int4(name, module)
+        else:
+            raise QlabError(
+                f"{name}: torchao's int4 tensors do not hold {module.spec}; use qlab.lower"
+            )
+        set_module(lowered, name, _linear(module, tensor))
     return lowered
 
 
-def _linear(name: str, module: QLinear) -> nn.Linear:
+def _linear(module: QLinear, tensor: Any) -> nn.Linear:
+    """An ordinary linear with a tensor of torchao's as its weight."""
+    has_bias = module.bias is not None
+    linear = nn.Linear(module.in_features, module.out_features, has_bias, device="meta")
+    linear.weight = nn.Parameter(tensor, requires_grad=False)
+    if module.bias is not None:
+        linear.bias = nn.Parameter(module.bias, requires_grad=False)
+    return linear
+
+
+def _int4(name: str, module: QLinear) -> Any:
+    """The weight of a module as one of torchao's int4 tensors."""
     packed = module.packed
-    if packed.planes > 1:
-        raise QlabError(
-            f"{name}: torchao's int4 tensors do not hold {module.spec}; use qlab.lower, or "
-            "quantize to 4 bits or less"
-        )
     if packed.perm is not None or module.inputs is not None or is_rotated(module):
         raise QlabError(
             f"{name}: torchao's int4 tensors take inputs as they come, in the order of the "
@@ -96,14 +118,7 @@ def _linear(name: str, module: QLinear) -> nn.Linear:
             f"{module.in_features} channels; use qlab.lower, or quantize with groups of 32, 64, "
             "128 or 256"
         )
-    linear = nn.Linear(
-        module.in_features, module.out_features, module.bias is not None, device="meta"
-    )
-    tensor = _opaque(packed) if packed.words.device.type == "cpu" else _tiled(packed)
-    linear.weight = nn.Parameter(tensor, requires_grad=False)
-    if module.bias is not None:
-        linear.bias = nn.Parameter(module.bias, requires_grad=False)
-    return linear
+    return _opaque(packed) if packed.words.device.type == "cpu" else _tiled(packed)
 
 
 def _opaque(packed: Packed) -> Any:

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import qlab
 from qlab.algebra.qtensor import dense
-from qlab.algebra.spec import Int, Tile
-from qlab.codecs import reader
+from qlab.algebra.spec import Int, Tile, parse_spec
+from qlab.codecs import reader, torchao
 from qlab.errors import QlabError
 
 quantization = pytest.importorskip("torchao.quantization")
@@ -131,8 +132,8 @@ def test_plain_int4_has_the_even_column_in_the_low_nibble_and_a_zero_point_in_un
     "default, message",
     [
         (
-            {"_type": "Float8WeightOnlyConfig", "_data": {}},
-            "torchao's Float8WeightOnlyConfig; qlab reads Int8WeightOnlyConfig",
+            {"_type": "GemliteUIntXWeightOnlyConfig", "_data": {}},
+            "torchao's GemliteUIntXWeightOnlyConfig; qlab reads Int8WeightOnlyConfig",
         ),
         (
             {
@@ -193,3 +194,119 @@ def test_damaged_tensors_are_refused_or_make_no_difference(data, symmetric):
     except QlabError:
         return
     assert (dense(leaf, torch.float64) - W).abs().max() <= 2.0**-9 * W.abs().max()
+
+
+def e4m3(**fields):
+    return {"_type": "torch.dtype", "_data": "float8_e4m3fn"} | fields
+
+
+@pytest.mark.parametrize(
+    "kind, fields, message",
+    [
+        (
+            "Int8DynamicActivationInt8WeightConfig",
+            {"act_mapping_type": {"_type": "MappingType", "_data": "OTHER"}},
+            "act_mapping_type 'OTHER'",
+        ),
+        ("Float8WeightOnlyConfig", {"weight_dtype": e4m3(_data="float8_e5m2")}, "float8_e5m2"),
+        (
+            "Float8DynamicActivationFloat8WeightConfig",
+            {"packing_format": {"_type": "P", "_data": "SPARSE_CUTLASS"}},
+            "packing_format 'SPARSE_CUTLASS'",
+        ),
+        ("Float8DynamicActivationFloat8WeightConfig", {"activation_value_ub": 3.0}, "ub 3.0"),
+    ],
+)
+def test_inputs_that_cannot_be_read_are_refused(kind, fields, message):
+    whole = {"_type": "PerRow", "_data": {"dim": -1}}
+    data = {"granularity": whole, "weight_dtype": e4m3(), "activation_dtype": e4m3()} | fields
+    said = {"quant_type": {"default": {"_type": kind, "_data": data}}}
+    with pytest.raises(QlabError, match=message):
+        torchao.specs(said, ["m._weight_qdata"])
+        torchao.inputs(said, ["m._weight_qdata"])
+
+
+def rounding_configs():
+    int8, intx = (
+        quantization.Int8DynamicActivationInt8WeightConfig,
+        quantization.Int8DynamicActivationIntxWeightConfig,
+    )
+    asymmetric = quantization.MappingType.ASYMMETRIC
+    whole = quantization.PerTensor()
+    return [
+        (int8(), "int8-channel", "int8-channel"),
+        (
+            int8(granularity=whole, act_mapping_type=asymmetric),
+            "int8-tensor",
+            "int8-tensor-asym",
+        ),
+        (int8(reduce_range=True), "int8-channel", "int7-channel"),
+        (
+            intx(weight_dtype=torch.int4, weight_granularity=quantization.PerGroup(32)),
+            "int4-g32",
+            "int8-channel-asym",
+        ),
+    ]
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_inputs_are_rounded_as_the_library_rounds_them(i):
+    config, spec, inputs = rounding_configs()[i]
+    said, tensors, W = quantized_by_torchao(config)
+    codec = reader(said)
+    assert {n: str(s) for n, s in codec.specs(said, tensors).items()} == {"0": spec}
+    [(path, rounding)] = codec.inputs(said, tensors).items()
+    assert path == "0" and str(rounding) == inputs
+    leaf = codec.decode("0", tensors, parse_spec(spec))
+    assert torch.equal(dense(leaf, torch.float32), W)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 32, bias=False)), torch.randn(5, 64)
+    quantization.quantize_(model, config)
+    y = codec.decode_input("0", tensors, rounding)(x) @ dense(leaf, torch.float32).mT
+    theirs, plain = model(x), x @ dense(leaf, torch.float32).mT
+    assert (y - theirs).norm() <= 0.1 * (plain - theirs).norm()
+
+
+@pytest.mark.parametrize("granularity", ["PerRow", "PerTensor", "PerGroup"])
+def test_floats_are_those_of_the_library(granularity):
+    groups = (32,) if granularity == "PerGroup" else ()
+    config = quantization.Float8WeightOnlyConfig(
+        granularity=getattr(quantization, granularity)(*groups)
+    )
+    said, tensors, W = quantized_by_torchao(config)
+    [spec] = reader(said).specs(said, tensors).values()
+    assert torch.equal(dense(reader(said).decode("0", tensors, spec), torch.float32), W)
+    assert not reader(said).inputs(said, tensors)
+
+
+def test_floats_beside_floats_are_read_as_the_library_writes_their_config():
+    whole = {"_type": "PerRow", "_version": 1, "_data": {"dim": -1}}
+    data = {"weight_dtype": e4m3(), "activation_dtype": e4m3(), "granularity": [whole, whole]}
+    default = {"_type": "Float8DynamicActivationFloat8WeightConfig", "_data": data}
+    said = {"quant_method": "torchao", "quant_type": {"default": default}}
+    names = ["m._weight_qdata", "m._weight_scale"]
+    assert str(reader(said).specs(said, names)["m"]) == "fp8-channel"
+    assert str(reader(said).inputs(said, names)["m"]) == "fp8-channel"
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_a_model_quantized_by_the_library_opens_runs_and_is_lowered(i, saved, tmp_path):
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+
+    config, kernel = [
+        (quantization.Int8DynamicActivationInt8WeightConfig(), "int8_int8"),
+        (quantization.Int8WeightOnlyConfig(version=2), "int8"),
+        (quantization.Float8WeightOnlyConfig(), None),
+    ][i]
+    theirs = AutoModelForCausalLM.from_pretrained(
+        saved("llama"), quantization_config=TorchAoConfig(config), dtype=torch.bfloat16
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = qlab.open(tmp_path / "theirs")
+    assert model.quantized
+    ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
+    reference = theirs(ids).logits.double()
+    for computed in (qlab.logits(model, ids), qlab.lower(tmp_path / "theirs")(ids).logits):
+        assert (computed.double() - reference).norm() <= 0.05 * reference.norm()
+    layer = qlab.lower(tmp_path / "theirs").model.layers[0].mlp.up_proj
+    assert kernel is None or layer.kernel.name == kernel or layer.passed

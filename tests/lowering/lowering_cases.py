@@ -10,7 +10,7 @@ from torch._inductor import config
 from qlab.algebra.qtensor import QTensor, dense
 from qlab.algebra.spec import Int, Tile
 from qlab.lowering import QExperts, QLinear, inductor_options
-from qlab.lowering.weights.kernels import CODES
+from qlab.lowering.weights.kernels import CODES, INT4
 
 calm = settings(
     max_examples=25,
@@ -42,7 +42,8 @@ def activations(m, k, dtype, seed=0):
 
 
 def lowered(leaf, dtype=torch.bfloat16, bias=None, dense_cache=False):
-    return QLinear("site", leaf, bias, dtype, CPU, dense_cache)
+    """By the int4 kernels, also where another row takes the weight."""
+    return QLinear("site", leaf, bias, dtype, CPU, dense_cache, kernel=INT4)
 
 
 def coded(leaf, dtype=torch.bfloat16, bias=None, dense_cache=False, inputs=None):

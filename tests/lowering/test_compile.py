@@ -48,8 +48,11 @@ def test_the_whole_model_is_one_graph_with_one_operator_per_site(directory):
     )
 
 
-def test_a_model_without_kernels_and_with_rounded_inputs_is_one_graph_too(saved, tmp_path):
-    recipe = chain(rtn(parse_spec("fp8-channel")), quantize_inputs(parse_spec("fp8-channel")))
+@pytest.mark.parametrize("spec, op", [("fp8-channel", "qlab.fp8_mm"), ("mxfp4", "qlab.dense")])
+def test_a_model_without_kernels_and_with_rounded_inputs_is_one_graph_too(
+    spec, op, saved, tmp_path
+):
+    recipe = chain(rtn(parse_spec(spec)), quantize_inputs(parse_spec("fp8-channel")))
     path = qlab.quantize(open_checkpoint(saved()), recipe, None, tmp_path / "out").path
     with pytest.warns(UserWarning, match="no kernel takes"):
         model = lower(path)
@@ -69,8 +72,7 @@ def test_a_model_without_kernels_and_with_rounded_inputs_is_one_graph_too(saved,
             model(input_ids=tokens, use_cache=False).logits,
         )
     counts = [
-        sum(op in target for target in graphs[0])
-        for op in ("qlab.dense", "qlab.round_input", "qlab.int4_mm")
+        sum(op in target for target in graphs[0]) for op in (op, "qlab.round_input", "qlab.int4_mm")
     ]
     assert counts == [14, 14, 0]
 

@@ -19,7 +19,7 @@ from qlab.algebra.spec import Int, Tile, parse_spec
 from qlab.files.checkpoint import open_checkpoint
 from qlab.lowering import QExperts
 from qlab.lowering.around.inputs import RoundedInput
-from qlab.lowering.weights.kernels import INT4, KERNELS
+from qlab.lowering.weights.kernels import CODES, INT4
 from qlab.methods.rtn import rtn
 
 
@@ -84,7 +84,7 @@ def each(W_eok, ends):
     )
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", [INT4, CODES], ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("dense_cache", [False, True])
 def test_through_experts_whatever_their_rows(kernel, dense_cache):
     leaf = random_experts(3, 40, 64, Int(4, Tile(1, 32 if kernel is INT4 else 16), False))

@@ -237,20 +237,49 @@ def test_a_slow_dtype_is_announced(quantized, dtype):
         lower(quantized(), dtype=dtype)
 
 
-def test_torchao_multiplies_the_same_codes(quantized):
+@pytest.mark.parametrize(
+    "family, spec, inputs",
+    [
+        ("llama", "int4-g32", None),
+        ("phi3", "int8-channel", None),
+        ("opt", "int6-tensor", None),
+        ("qwen2", "int8-g32", None),
+        ("llama", "int8-channel", "int8-channel"),
+        ("opt", "int8-channel", "int8-tensor-asym"),
+        ("llama", "fp8-channel", None),
+        ("qwen2", "fp8-tensor", None),
+    ],
+)
+def test_torchao_multiplies_the_same_codes(family, spec, inputs, saved, tmp_path):
     pytest.importorskip("torchao")
-    result = quantized("llama", "int4-g32")
+    steps = [] if inputs is None else [qlab.quantize_inputs(inputs)]
+    recipe = qlab.chain(*steps, rtn(parse_spec(spec)))
+    result = qlab.quantize(open_checkpoint(saved(family)), recipe, None, tmp_path / "out")
     ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(5))
     theirs = qlab.to_torchao(result)
-    assert type(theirs.model.layers[0].mlp.up_proj.weight).__module__.startswith("torchao")
+    weights = [m.weight for n, m in theirs.named_modules() if n in result.sites]
+    assert weights and all(type(w).__module__.startswith("torchao") for w in weights)
     reference = interpreted(result.path, ids)
     assert (logits(theirs, ids) - reference).norm() / reference.norm() < MODEL[torch.bfloat16]
-    with pytest.raises(QlabError, match="torchao's int4 tensors do not hold int8-channel"):
-        qlab.to_torchao(quantized("phi3", "int8-channel"))
-    with pytest.raises(QlabError, match="these are fused experts"):
-        qlab.to_torchao(quantized("mixtral", SPECS["mixtral"]))
-    with (
-        pytest.warns(UserWarning, match="no kernel"),
-        pytest.raises(QlabError, match="torchao's int4 tensors do not hold fp8-channel"),
-    ):
-        qlab.to_torchao(quantized("llama", "fp8-channel"))
+
+
+def test_what_torchao_does_not_hold_is_refused_by_name(quantized, saved, tmp_path):
+    pytest.importorskip("torchao")
+    for family, spec, message in [
+        ("mixtral", SPECS["mixtral"], "these are fused experts"),
+        ("qwen2", "mxfp4", "torchao's int4 tensors do not hold mxfp4"),
+        ("llama", "int8-channel-asym", "torchao's int8 tensors multiply no zero points"),
+        ("llama", "fp8-b16x32", "torchao's fp8 tensors hold no blocks of 16x32"),
+    ]:
+        with pytest.raises(QlabError, match=message):
+            qlab.to_torchao(quantized(family, spec))
+    for inputs, spec, message in [
+        ("int8-g32", "int8-channel", "of int8-channel take no inputs in int8-g32"),
+        ("fp8-channel", "int8-channel", "take no inputs in fp8-channel"),
+        ("int8-channel", "int8-g32", "of int8-g32 take no inputs in int8-channel"),
+    ]:
+        recipe = qlab.chain(qlab.quantize_inputs(inputs), rtn(parse_spec(spec)))
+        out = tmp_path / f"{spec} {inputs}"
+        qlab.quantize(open_checkpoint(saved("llama")), recipe, None, out)
+        with pytest.raises(QlabError, match=message):
+            qlab.to_torchao(out)

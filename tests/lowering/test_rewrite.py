@@ -4,7 +4,7 @@ of it is written out."""
 import pytest
 import torch
 import torch.nn.functional as F
-from lowering_cases import Seen, activations, check_product, lowered, random_leaf
+from lowering_cases import CPU, Seen, activations, check_product, lowered, random_leaf
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -292,3 +292,14 @@ def test_what_enters_a_product_of_one_token_is_computed_once():
         y, codes = run_and_get_code(compiled, *arguments)
         torch.testing.assert_close(y, f(*arguments), rtol=0.02, atol=0.02)
         assert 1 <= max(loops_around("erf(", code) for code in codes) <= loops
+
+
+@pytest.mark.parametrize("symmetric, m, count", [(True, 3, 1), (True, 40, 0), (False, 3, 0)])
+def test_few_tokens_by_bytes_are_atens_product(symmetric, m, count, fresh):
+    spec, seen = Int(8, Tile(1, None), symmetric), Seen(loops=False)
+    layer = QLinear("site", random_leaf(70, 64, spec), None, torch.bfloat16, CPU, False)
+    x = activations(m, 64, torch.bfloat16)
+    y = torch.compile(layer, fullgraph=True, dynamic=False, options=seen.options)(x)
+    torch.testing.assert_close(y, layer(x))
+    assert seen.count("aten._weight_int8pack_mm") == count
+    assert seen.count("qlab.int8_mm") == 1 - count

@@ -2,8 +2,8 @@
 
     x -> x @ M before the module runs (and rounds x), y -> y @ M behind it
 
-M is the module's buffer `input_rotation` or `output_rotation`. The directory holds it, and a state
-of the model does not.
+M is in the module's `input_rotation` or `output_rotation`, by its factors where it is a Hadamard
+matrix and these are faster. The directory holds it, and a state of the model does not.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from qlab.algebra.graph import Op
-from qlab.algebra.online import MatMul, rotate
+from qlab.algebra.online import MatMul
+from qlab.lowering.around.hadamard import rotation
 from qlab.model.online import at_input, at_output
 from qlab.model.skeleton import Skeleton
 
@@ -42,12 +43,15 @@ def rotations(skeleton: Skeleton) -> Rotations:
 
 def attach(model: nn.Module, rotations: Rotations, device: torch.device) -> None:
     """Let the linears of a model do it."""
-    there: dict[int, Tensor] = {}
+    there: dict[int, nn.Module] = {}
     for name, (before, behind) in rotations.items():
         module = model.get_submodule(name)
         for key, M in (("input_rotation", before), ("output_rotation", behind)):
-            if M is not None:
-                module.register_buffer(key, there.setdefault(id(M), M.to(device)), persistent=False)
+            if M is None:
+                continue
+            if id(M) not in there:
+                there[id(M)] = rotation(M, device)
+            setattr(module, key, there[id(M)])
         if before is not None:
             module.register_forward_pre_hook(_rotate_input)
         if behind is not None:
@@ -60,8 +64,8 @@ def is_rotated(module: nn.Module) -> bool:
 
 
 def _rotate_input(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return rotate(args[0], module.input_rotation), *args[1:]
+    return module.input_rotation(args[0]), *args[1:]
 
 
 def _rotate_output(module: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-    return rotate(y, module.output_rotation)
+    return module.output_rotation(y)

@@ -11,6 +11,7 @@ opaque to every other pass:
                                                                has a template for, or mm(x,
                                                                dequantize(w).T) where it is
                                                                multiplied in x's dtype
+    int8_mm(x, w) of few tokens, on a CPU                  ->  aten's int8 product
     mm(x [1, k], W.T), W dense, on a CPU                   ->  sum_k x * W
     int4_int8_mm(x, w)                                     ->  the same without a gradient
 """
@@ -23,7 +24,9 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from qlab.algebra.products import product_dtype
+from qlab.lowering.compiler.bytes import choose_bytes
 from qlab.lowering.compiler.gradients import drop_gradients
+from qlab.lowering.compiler.nodes import call, contiguous, replace
 from qlab.lowering.weights import cpu
 from qlab.lowering.weights.nibbles import plane_width
 from qlab.lowering.weights.packed import Packed, unflattened
@@ -36,8 +39,11 @@ PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 # what the pass depends on, beside the config cache
 SOURCES = (
     "compiler/gradients.py",
+    "compiler/bytes.py",
+    "compiler/nodes.py",
     "compiler/rewrite.py",
     "weights/cpu.py",
+    "weights/int8.py",
     "weights/nibbles.py",
     "weights/ops.py",
     "weights/packed.py",
@@ -54,7 +60,7 @@ class Rewrite(CustomGraphPass):
 
     def __call__(self, graph: Any) -> None:
         self.fused = fuse(graph)
-        self.chosen = choose(graph)
+        self.chosen = choose(graph) + choose_bytes(graph)
         self.streamed = stream(graph)
         drop_gradients(graph)
 
@@ -89,10 +95,10 @@ def _fused(graph: Any, node: Any) -> bool:
     with graph.inserting_before(node):
         new = _multiplied(graph, _turned(graph, x) if in_columns else x, unflattened(*source.args))
         if bias is not None:
-            new = _call(graph, aten.add.Tensor, (new, bias))
+            new = call(graph, aten.add.Tensor, (new, bias))
         if in_columns:
-            new = _contiguous(graph, _turned(graph, new))
-    _replace(graph, node, new)
+            new = contiguous(graph, _turned(graph, new))
+    replace(graph, node, new)
     _erase_unused(graph, w, source)
     return True
 
@@ -101,11 +107,11 @@ def _multiplied(graph: Any, x: Any, packed: Packed) -> Any:
     """int4_mm of x [m, k], or of all rows of x [b, m, k]."""
     int4_mm = torch.ops.qlab.int4_mm.default
     if x.meta["val"].ndim == 2:
-        return _call(graph, int4_mm, packed.for_mm(x, None))
+        return call(graph, int4_mm, packed.for_mm(x, None))
     sizes = [_size(graph, x, axis) for axis in (0, 1)]
-    rows = _call(graph, aten.reshape.default, (x, [-1, packed.k]))
-    new = _call(graph, int4_mm, packed.for_mm(rows, None))
-    return _call(graph, aten.reshape.default, (new, [*sizes, packed.n]))
+    rows = call(graph, aten.reshape.default, (x, [-1, packed.k]))
+    new = call(graph, int4_mm, packed.for_mm(rows, None))
+    return call(graph, aten.reshape.default, (new, [*sizes, packed.n]))
 
 
 def _erase_unused(graph: Any, view: Any, source: Any) -> None:
@@ -152,12 +158,12 @@ def _dequantized(w: Any, transposed: bool) -> Any:
 
 
 def _turned(graph: Any, x: Any) -> Any:
-    return _call(graph, aten.permute.default, (x, [1, 0] if x.meta["val"].ndim == 2 else [0, 2, 1]))
+    return call(graph, aten.permute.default, (x, [1, 0] if x.meta["val"].ndim == 2 else [0, 2, 1]))
 
 
 def _size(graph: Any, x: Any, axis: int) -> Any:
     size = x.meta["val"].shape[axis]
-    return size if isinstance(size, int) else _call(graph, aten.sym_size.int, (x, axis))
+    return size if isinstance(size, int) else call(graph, aten.sym_size.int, (x, axis))
 
 
 def _same_axes(w: Any) -> bool:
@@ -181,10 +187,10 @@ def choose(graph: Any) -> int:
                 new = _int4pack(graph, x, packed)
             else:
                 dequantize = torch.ops.qlab.dequantize.default
-                W = dense or _call(graph, dequantize, packed.for_dequantize())
-                turned = _call(graph, aten.permute.default, (W, [1, 0]))
-                new = _call(graph, aten.mm.default, (x, turned))
-        _replace(graph, node, new)
+                W = dense or call(graph, dequantize, packed.for_dequantize())
+                turned = call(graph, aten.permute.default, (W, [1, 0]))
+                new = call(graph, aten.mm.default, (x, turned))
+        replace(graph, node, new)
         count += 1
     return count
 
@@ -207,14 +213,14 @@ def _kind(x: Any, packed: Packed, dense: Any) -> cpu.Kind | None:
 
 def _int4pack(graph: Any, x: Any, packed: Packed) -> Any:
     """aten's int4 product, without the rows that padding adds."""
-    new = _call(
+    new = call(
         graph,
         aten._weight_int4pack_mm_for_cpu.default,
         (_spread(graph, x, packed), packed.words, packed.group, packed.scales),
     )
     if new.meta["val"].shape[1] == packed.n:
         return new
-    return _contiguous(graph, _call(graph, aten.slice.Tensor, (new, 1, 0, packed.n)))
+    return contiguous(graph, call(graph, aten.slice.Tensor, (new, 1, 0, packed.n)))
 
 
 def stream(graph: Any) -> int:
@@ -245,20 +251,20 @@ def stream(graph: Any) -> int:
         with graph.inserting_before(node):
             # as_strided needs a real buffer, so Inductor computes x once here instead of anew for
             # every row
-            x = _call(
+            x = call(
                 graph,
                 aten.as_strided.default,
-                (_contiguous(graph, x), list(value.shape), [value.shape[1], 1]),
+                (contiguous(graph, x), list(value.shape), [value.shape[1], 1]),
             )
             wide = [
-                _call(graph, prims.convert_element_type.default, (t, torch.float32)) for t in (x, W)
+                call(graph, prims.convert_element_type.default, (t, torch.float32)) for t in (x, W)
             ]
-            sums = _call(
-                graph, aten.sum.dim_IntList, (_call(graph, aten.mul.Tensor, tuple(wide)), [1])
+            sums = call(
+                graph, aten.sum.dim_IntList, (call(graph, aten.mul.Tensor, tuple(wide)), [1])
             )
-            rounded = _call(graph, prims.convert_element_type.default, (sums, torch.bfloat16))
-            new = _call(graph, aten.unsqueeze.default, (rounded, 0))
-        _replace(graph, node, new)
+            rounded = call(graph, prims.convert_element_type.default, (sums, torch.bfloat16))
+            new = call(graph, aten.unsqueeze.default, (rounded, 0))
+        replace(graph, node, new)
         count += 1
     return count
 
@@ -267,33 +273,7 @@ def _spread(graph: Any, x: Any, packed: Packed) -> Any:
     """nibbles.spread in a graph."""
     padding = plane_width(packed.k) - packed.k
     if padding:
-        x = _call(graph, aten.constant_pad_nd.default, (x, [0, padding], 0.0))
+        x = call(graph, aten.constant_pad_nd.default, (x, [0, padding], 0.0))
     if packed.planes == 1:
-        return _contiguous(graph, x)
-    return _call(graph, aten.cat.default, ([x, x], 1))
-
-
-def _contiguous(graph: Any, x: Any) -> Any:
-    """x with contiguous strides. aten's kernel takes no other input, and the eager operator gives
-    no other output."""
-    if x.meta["val"].is_contiguous():
-        return x
-    return _call(graph, aten.clone.default, (x,), memory_format=torch.contiguous_format)
-
-
-def _call(graph: Any, target: Any, args: tuple, **kwargs: Any) -> Any:
-    """A new node with the value that later passes read off it."""
-    node = graph.call_function(target, args, kwargs)
-    fakes = torch.utils._pytree.tree_map(
-        lambda a: a.meta["val"] if hasattr(a, "meta") and hasattr(a, "op") else a, args
-    )
-    tensors = [t for t in torch.utils._pytree.tree_leaves(fakes) if isinstance(t, torch.Tensor)]
-    with tensors[0].fake_mode:  # type: ignore[attr-defined]
-        node.meta["val"] = target(*fakes, **kwargs)
-    return node
-
-
-def _replace(graph: Any, old: Any, new: Any) -> None:
-    new.meta = {**old.meta, **new.meta}
-    old.replace_all_uses_with(new)
-    graph.erase_node(old)
+        return contiguous(graph, x)
+    return call(graph, aten.cat.default, ([x, x], 1))

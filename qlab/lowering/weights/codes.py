@@ -23,10 +23,9 @@ from torch import Tensor
 from qlab.algebra.experts import each_expert
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.qtensor import dense as dense_of
-from qlab.errors import QlabError
 from qlab.lowering.weights.exact import spec_of, text_of
 from qlab.lowering.weights.int4 import refuse_lost
-from qlab.lowering.weights.setting import Setting
+from qlab.lowering.weights.setting import Setting, refuse_another_dtype
 from qlab.lowering.weights.streams import codes_of, words_of
 
 Part = Tensor | None
@@ -98,13 +97,13 @@ def pack(path: str, leaf: QTensor, setting: Setting) -> Coded:
 
 def mm(x_mk: Tensor, coded: Coded, copy: Part, bias: Part) -> Tensor:
     """y [m, n] = x @ W.T + b. copy: W, or None to dequantize it for the call."""
-    _refuse_another_dtype(x_mk, coded)
+    refuse_another_dtype(x_mk, coded.dtype)
     return F.linear(x_mk, dequantized(coded) if copy is None else copy, bias)
 
 
 def grouped_mm(x_sk: Tensor, coded: Coded, copy: Part, ends: Tensor) -> Tensor:
     """y [s, n]: rows ends[e-1]:ends[e] of x @ W_e.T."""
-    _refuse_another_dtype(x_sk, coded)
+    refuse_another_dtype(x_sk, coded.dtype)
     words, scales, zeros, outer, perm = coded[:5]
     return experts_mm(x_sk, words, scales, zeros, outer, perm, copy, ends, coded.k, coded.spec)
 
@@ -127,14 +126,6 @@ def slowness(specs: Sequence[str], dtype: torch.dtype, device: torch.device) -> 
         "every product dequantizes them and is dense. "
         "Kernels read integers in groups of 32, 64, 128, 256 or whole rows"
     )
-
-
-def _refuse_another_dtype(x: Tensor, coded: Coded) -> None:
-    if x.dtype != coded.dtype:
-        raise QlabError(
-            f"a model lowered for {coded.dtype} got {x.dtype} activations; lower it for that "
-            "dtype instead"
-        )
 
 
 # ---------------------------------------------------------------- operators

@@ -12,11 +12,25 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.qtensor import QTensor
-from qlab.lowering.weights import codes, int4, int4_int8
+from qlab.lowering.weights import (
+    codes,
+    fp8,
+    fp8_fp8,
+    int4,
+    int4_int8,
+    int8,
+    int8_int8,
+    sparse24,
+)
 from qlab.lowering.weights.codes import Coded
+from qlab.lowering.weights.fp8 import Bytes8
+from qlab.lowering.weights.fp8_fp8 import Floats
 from qlab.lowering.weights.int4_int8 import Interleaved
+from qlab.lowering.weights.int8 import Bytes
+from qlab.lowering.weights.int8_int8 import Integers
 from qlab.lowering.weights.packed import Packed
 from qlab.lowering.weights.setting import Setting
+from qlab.lowering.weights.sparse24 import Sparse
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,6 +93,69 @@ INT4_INT8 = Kernel(
     slowness=int4_int8.slowness,
     rounds=True,
 )
+FP8_FP8 = Kernel(
+    name="fp8_fp8",
+    multiplies="8-bit floats x activations rounded to 8-bit floats",
+    weight=Floats,
+    tensors=("words", "scales", "in_scales"),
+    meant=fp8_fp8.meant,
+    takes=fp8_fp8.takes,
+    pack=fp8_fp8.pack,
+    mm=fp8_fp8.mm,
+    grouped_mm=fp8_fp8.grouped_mm,
+    columns=fp8_fp8.dequantized,
+    dequantized=fp8_fp8.dequantized,
+    keeps_copy=fp8_fp8.keeps_copy,
+    slowness=fp8_fp8.slowness,
+    rounds=True,
+)
+SPARSE24 = Kernel(
+    name="sparse24",
+    multiplies="integers of 8 bits without their zeros x activations rounded to integers",
+    weight=Sparse,
+    tensors=("words", "scales", "sums", "perm", "in_scales", "in_zeros"),
+    meant=sparse24.meant,
+    takes=sparse24.takes,
+    pack=sparse24.pack,
+    mm=sparse24.mm,
+    grouped_mm=sparse24.grouped_mm,
+    columns=sparse24.columns,
+    dequantized=sparse24.dequantized,
+    keeps_copy=sparse24.keeps_copy,
+    slowness=sparse24.slowness,
+    rounds=True,
+)
+INT8_INT8 = Kernel(
+    name="int8_int8",
+    multiplies="integers of 8 bits x activations rounded to integers",
+    weight=Integers,
+    tensors=("words", "scales", "zeros", "sums", "perm", "in_scales", "in_zeros"),
+    meant=int8_int8.meant,
+    takes=int8_int8.takes,
+    pack=int8_int8.pack,
+    mm=int8_int8.mm,
+    grouped_mm=int8_int8.grouped_mm,
+    columns=int8_int8.columns,
+    dequantized=int8_int8.dequantized,
+    keeps_copy=int8_int8.keeps_copy,
+    slowness=int8_int8.slowness,
+    rounds=True,
+)
+INT8 = Kernel(
+    name="int8",
+    multiplies="integers as bytes x bfloat16 activations",
+    weight=Bytes,
+    tensors=("words", "scales", "zeros", "perm"),
+    meant=int8.meant,
+    takes=int8.takes,
+    pack=int8.pack,
+    mm=int8.mm,
+    grouped_mm=int8.grouped_mm,
+    columns=int8.columns,
+    dequantized=int8.dequantized,
+    keeps_copy=int8.keeps_copy,
+    slowness=int8.slowness,
+)
 INT4 = Kernel(
     name="int4",
     multiplies="integers as planes of 4 bits x activations",
@@ -93,6 +170,21 @@ INT4 = Kernel(
     dequantized=int4.dequantized,
     keeps_copy=int4.keeps_copy,
     slowness=int4.slowness,
+)
+FP8 = Kernel(
+    name="fp8",
+    multiplies="8-bit floats, cast for every call x bfloat16 activations",
+    weight=Bytes8,
+    tensors=("words", "scales", "perm"),
+    meant=fp8.meant,
+    takes=fp8.takes,
+    pack=fp8.pack,
+    mm=fp8.mm,
+    grouped_mm=fp8.grouped_mm,
+    columns=fp8.columns,
+    dequantized=fp8.dequantized,
+    keeps_copy=fp8.keeps_copy,
+    slowness=fp8.slowness,
 )
 CODES = Kernel(
     name="codes",
@@ -109,7 +201,7 @@ CODES = Kernel(
     keeps_copy=codes.keeps_copy,
     slowness=codes.slowness,
 )
-KERNELS = (INT4_INT8, INT4, CODES)
+KERNELS = (INT4_INT8, SPARSE24, INT8_INT8, FP8_FP8, INT8, INT4, FP8, CODES)
 
 
 class Passed(NamedTuple):

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.experts import each_expert
-from qlab.errors import QlabError
 from qlab.lowering.weights import cpu, cuda
 from qlab.lowering.weights.packed import unflattened
+from qlab.lowering.weights.setting import refuse_another_dtype
 
 
 @torch.library.custom_op("qlab::dequantize", mutates_args=(), device_types="cpu")
@@ -66,21 +66,21 @@ def int4_mm(
     layout: str,
 ) -> Tensor:
     """y [m, n] = x @ W.T in x's dtype."""
-    _same_dtype(x, scales)
+    refuse_another_dtype(x, scales.dtype)
     packed = unflattened(words, scales, zeros, n, x.shape[1], group, count, layout)
     return cpu.int4_mm(x, packed, dense)
 
 
 @int4_mm.register_kernel("cuda")
 def _int4_mm_cuda(x, words, scales, zeros, dense, n, group, count, layout):
-    _same_dtype(x, scales)
+    refuse_another_dtype(x, scales.dtype)
     packed = unflattened(words, scales, zeros, n, x.shape[1], group, count, layout)
     return cuda.int4_mm(x, packed, dense)
 
 
 @int4_mm.register_fake
 def _int4_mm_fake(x, words, scales, zeros, dense, n, group, count, layout):
-    _same_dtype(x, scales)
+    refuse_another_dtype(x, scales.dtype)
     return x.new_empty(x.shape[0], n)
 
 
@@ -99,21 +99,21 @@ def int4_grouped_mm(
 ) -> Tensor:
     """y [m, n] in x's dtype, each row by its own expert's weight; all but x and n have a leading
     axis of experts."""
-    _same_dtype(x, scales)
+    refuse_another_dtype(x, scales.dtype)
     packed = unflattened(words, scales, zeros, n, x.shape[1], group, count, layout)
     return cpu.int4_grouped_mm(x, packed, dense, ends)
 
 
 @int4_grouped_mm.register_kernel("cuda")
 def _int4_grouped_mm_cuda(x, words, scales, zeros, dense, ends, n, group, count, layout):
-    _same_dtype(x, scales)
+    refuse_another_dtype(x, scales.dtype)
     packed = unflattened(words, scales, zeros, n, x.shape[1], group, count, layout)
     return cuda.int4_grouped_mm(x, packed, dense, ends)
 
 
 @int4_grouped_mm.register_fake
 def _int4_grouped_mm_fake(x, words, scales, zeros, dense, ends, n, group, count, layout):
-    _same_dtype(x, scales)
+    refuse_another_dtype(x, scales.dtype)
     return x.new_empty(x.shape[0], n)
 
 
@@ -175,11 +175,3 @@ def _int4_grouped_mm_gradients(ctx: Any, g_mn: Tensor) -> tuple[Tensor | None, .
 
 int4_mm.register_autograd(_int4_mm_gradients, setup_context=_save)
 int4_grouped_mm.register_autograd(_int4_grouped_mm_gradients, setup_context=_save_grouped)
-
-
-def _same_dtype(x: Tensor, scales: Tensor) -> None:
-    if x.dtype != scales.dtype:
-        raise QlabError(
-            f"a model lowered for {scales.dtype} got {x.dtype} activations; lower it for that "
-            "dtype instead"
-        )

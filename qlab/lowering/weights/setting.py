@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 import torch
+from torch import Tensor
 
 from qlab.algebra.online import QuantizeInput
 from qlab.errors import QlabError
@@ -12,6 +13,15 @@ from qlab.errors import QlabError
 # What `lower` may be asked to round activations to.
 Activations = Literal["int8"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activations)
+
+
+def refuse_another_dtype(x: Tensor, dtype: torch.dtype) -> None:
+    """Refuse activations in another dtype than the weight was packed for."""
+    if x.dtype != dtype:
+        raise QlabError(
+            f"a model lowered for {dtype} got {x.dtype} activations; lower it for that dtype "
+            "instead"
+        )
 
 
 def checked_activations(name: str | None) -> Activations | None:
