@@ -60,7 +60,7 @@ class Labels(fx.Interpreter):
             result = self._follow(n, value) if n.op == "call_function" else None
             if result is not None:
                 self.labels[n] = result
-            elif n.target not in HARMLESS and not self._reaches_site(n):
+            elif n.target not in HARMLESS and not self._asks_dtype(n) and not self._reaches_site(n):
                 for node in labelled:
                     self.leak(self.labels[node])
         return value
@@ -69,6 +69,10 @@ class Labels(fx.Interpreter):
         """Note that no scale can move on from here."""
         for t in labels if isinstance(labels, list | tuple) else [labels]:
             self.leaked |= {c for c in t.unique().tolist() if c != NONE}
+
+    def _asks_dtype(self, n: fx.Node) -> bool:
+        """Whether all that a node takes of labelled values is the dtype."""
+        return n.target is aten.type_as.default and n.args[0] not in self.labels
 
     def _follow(self, n: fx.Node, value: Any) -> Any:
         """The labels of a node's value, or None where they leak."""

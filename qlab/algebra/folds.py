@@ -257,15 +257,16 @@ def _norm(code: Code, node: fx.Node) -> list[Producer]:
     """The weight and bias of a norm."""
     w_at, b_at = NORMS[node.target]
     args = dict(enumerate(node.args))
-    weight, bias = args.get(w_at), None if b_at is None else args.get(b_at)
-    if not isinstance(weight, fx.Node) or not (_own(code, weight) and _own(code, bias)):
+    gain, bias = vector(code, args.get(w_at)), None if b_at is None else args.get(b_at)
+    if gain is None or not _own(code, bias):
         return []
+    weight, offset = gain
     return [
         Producer(
             node=node.name,
-            weight=code.params[weight.name],
+            weight=weight,
             bias=None if bias is None else code.params[bias.name],
-            offset=0.0,
+            offset=offset,
             rows=False,
         )
     ]

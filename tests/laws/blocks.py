@@ -62,7 +62,8 @@ class Straight(nn.Module):
         nn.init.normal_(self.norm.bias)
 
     def forward(self, x):
-        y = self.norm(x)
+        gain = self.norm.weight + 1 if self.leak == "offset" else self.norm.weight
+        y = nn.functional.layer_norm(x, (x.shape[-1],), gain, self.norm.bias)
         h = self.one(y)
         h = nn.functional.gelu(h) if self.leak == "gelu" else torch.relu(h)
         out = self.two(h)
@@ -71,6 +72,8 @@ class Straight(nn.Module):
             out = out + self.three(h.unflatten(-1, (3, -1)).transpose(-1, -2).flatten(-2))
         if self.leak == "return":
             return out, y
+        if self.leak == "dtype":
+            return out + x.type_as(y)
         if self.leak == "tanh":
             return out + torch.tanh(y)
         return out + (y if self.leak == "residual" else x)

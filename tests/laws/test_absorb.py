@@ -237,6 +237,8 @@ LEAKS = {
     "one bias for two linears": (SharedBias(), {}),
     "keys that are the values": (SharedKeysAndValues(), {}),
     "a product of two halves of one projection": (BilinearGate(), {"one": "norm"}),
+    "a norm whose gain is 1 and a weight": (Straight("offset"), {"one": "norm", "two": "one"}),
+    "a norm output whose dtype is asked for": (Straight("dtype"), {"one": "norm", "two": "one"}),
     "a parameter of one number": (Factor(1), {}),
     "a parameter behind a multiplied constant": (Factor(12, alpha=3), {"two": "factor"}),
 }
