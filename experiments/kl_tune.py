@@ -1,9 +1,12 @@
 """How far does KL tuning take a method, and in how much time?
 
-Usage: python experiments/kl_tune.py SPEC STEPS RATE [METHOD [SAMPLES [WINDOWS]]]
-By the protocol of README.md (32 windows of 512 tokens, seed 0, quantized inputs, 16 held-out
-windows). The tuning learns from those calibration windows, and holds out an eighth of them, of
-which `kl_before` and `kl` are. Writes results/kl-tune-SPEC.json.
+Usage: python experiments/kl_tune.py SPEC FOLDER SOLVED_ON TUNED_ON [METHOD] [SETTING=NUMBER ...]
+By the protocol of README.md (windows of 512 tokens, seed 0, quantized inputs, 16 windows held out
+of everything), but with more calibration windows than its 32 where SOLVED_ON says so. The tuning is
+given TUNED_ON further windows, of which the method has seen none; it learns from most of them and
+chooses what it keeps by the others, of which `kl_before` and `kl` are. With 0 nothing is tuned.
+SETTING is an argument of `qlab.kl_tune`. FOLDER keeps the solved model, which further runs only
+tune. Writes results/kl-tune-SPEC.json.
 """
 
 import json
@@ -14,39 +17,76 @@ from tempfile import TemporaryDirectory
 
 import qlab
 from qlab.demo.build import demo_text
+from qlab.evaluation.perplexity import read
 
-spec, steps, rate = qlab.parse_spec(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-method = sys.argv[4] if len(sys.argv) > 4 else qlab.RECOMMENDED
-samples = int(sys.argv[5]) if len(sys.argv) > 5 else 32
-windows = int(sys.argv[6]) if len(sys.argv) > 6 else 16
+spec, folder = qlab.parse_spec(sys.argv[1]), Path(sys.argv[2])
+solved_on, tuned_on = int(sys.argv[3]), int(sys.argv[4])
+pairs = [argument.split("=") for argument in sys.argv[5:] if "=" in argument]
+settings = {name: json.loads(number) for name, number in pairs}
+method = next((argument for argument in sys.argv[5:] if "=" not in argument), qlab.RECOMMENDED)
 model = qlab.open("demo")
-calibration = qlab.tokens(model, [demo_text("calibration")], samples=samples, length=512)
-held_out = qlab.first_windows(model, [demo_text("heldout")], length=512, count=windows)
-recipe = qlab.chain(qlab.METHODS[method](spec), qlab.kl_tune(steps, rate))
+held_out = qlab.first_windows(model, [demo_text("heldout")], length=512, count=16)
+reference = read(model, held_out)
 
-with TemporaryDirectory() as folder:
+
+ids = qlab.tokens(model, [demo_text("calibration")], samples=solved_on + tuned_on, length=512).ids
+
+
+def as_written(quantized):
+    """The step that lays down the codes of a directory."""
+
+    def fn(weight):
+        return weight.cell.put(quantized.leaf(f"{weight.name}.weight"))
+
+    return qlab.each_cell("as_written", fn, spec=spec)
+
+
+def figures(quantized):
+    """Those of README.md, on the windows that are held out."""
+    e = qlab.evaluate(quantized, reference, held_out)
+    return {
+        "perplexity": e.perplexity,
+        "ratio": e.perplexity / e.reference_perplexity,
+        "ratio_ci": list(e.ratio_ci),
+        "kl": e.kl,
+        "kl_ci": list(e.kl_ci),
+        "top1": e.top1_agreement,
+    }
+
+
+def quantized(recipe, data, out):
+    """A model written to a directory, and its figures with the time that it took."""
     cpu = time.process_time()
-    result = qlab.quantize(model, recipe, calibration, Path(folder) / "tuned")
+    result = qlab.quantize(model, recipe, data, out)
     cpu = time.process_time() - cpu
-    e = qlab.evaluate(qlab.open(result.path), model, held_out)
-site = next(iter(result.sites.values()))
-record = {
-    "method": f"{method}+kl_tune",
-    "spec": str(spec),
-    "samples": samples,
-    "windows": windows,
-    "steps": steps,
-    "rate": rate,
-    "tuned_on": {key: site[key] for key in ("kl_before", "kl", "kept_step")},
-    "perplexity": e.perplexity,
-    "ratio": e.perplexity / e.reference_perplexity,
-    "ratio_ci": list(e.ratio_ci),
-    "kl": e.kl,
-    "kl_ci": list(e.kl_ci),
-    "top1": e.top1_agreement,
-    "processor_seconds": cpu,
-    "peak_mib": result.peak_rss_bytes / 2**20,
-}
-print(record)
-out = Path(__file__).parent / "results" / f"kl-tune-{spec}.json"
-out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    written = figures(qlab.open(result.path))
+    written |= {"bits_per_weight": result.bits_per_weight, "processor_seconds": cpu}
+    return result, {**written, "peak_mib": result.peak_rss_bytes / 2**20}
+
+
+solved = folder / f"{method}-{spec}-{solved_on}"
+kept = folder / f"{solved.name}.json"
+if not kept.exists():
+    _, before = quantized(qlab.METHODS[method](spec), qlab.from_ids(model, ids[:solved_on]), solved)
+    kept.write_text(json.dumps(before), encoding="utf-8")
+before = json.loads(kept.read_text(encoding="utf-8"))
+print(method, before, flush=True)
+if tuned_on:
+    recipe = qlab.chain(as_written(qlab.open(solved)), qlab.kl_tune(**settings))
+    further = qlab.from_ids(model, ids[solved_on:])
+    with TemporaryDirectory(dir=folder) as place:
+        result, after = quantized(recipe, further, Path(place) / "tuned")
+    site = next(iter(result.sites.values()))
+    record = {
+        "method": f"{method}+kl_tune",
+        "spec": str(spec),
+        "solved_on": solved_on,
+        "tuned_on": tuned_on,
+        "settings": settings,
+        "on_windows_that_chose": {key: site[key] for key in ("kl_before", "kl", "kept_step")},
+        "solved": before,
+        "tuned": after,
+    }
+    print(record)
+    out = Path(__file__).parent / "results" / f"kl-tune-{spec}.json"
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

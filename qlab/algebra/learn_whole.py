@@ -36,13 +36,16 @@ LOOKS = 6  # how often the divergence on the windows held out is looked at, at m
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """steps: of Adam. rate: how far a number moves in the first of them; it falls linearly to 0.
-    windows: how many a step sees. held_out: the share of the windows that choose the best state."""
+    """steps: of Adam. rate: how far a number moves in a step at most; it falls linearly to 0.
+    windows: how many a step sees. held_out: the share of the windows that choose the best state.
+    warm_up: the share of the steps in which the rate rises to that, while Adam's means are of few
+    windows."""
 
     steps: int
     rate: float
     windows: int
     held_out: float
+    warm_up: float = 0.0
 
     def __post_init__(self) -> None:
         in_range = self.steps >= 0 and self.windows >= 1
@@ -52,6 +55,11 @@ class Schedule:
                 f"{self.held_out}; give at least 0 steps of at least 1 window, a rate in (0, 1], "
                 "and a share between 0 and 1"
             )
+
+    def rate_at(self, t: int) -> float:
+        """The rate of step t, from 0."""
+        rising = min(1.0, (t + 1) / max(1.0, self.warm_up * self.steps))
+        return self.rate * rising * (1 - t / self.steps)
 
     def __str__(self) -> str:
         return (
@@ -173,8 +181,7 @@ def learn_whole(step: str, relaxed: Relaxed, schedule: Schedule, model: Any) -> 
     before = least = look()
     kept_step, notes = 0, dict[str, Any]()
     for t, windows in enumerate(_drawn(step, learn_from, schedule)):
-        rate = schedule.rate * (1 - t / schedule.steps)
-        now = math.inf
+        rate, now = schedule.rate_at(t), math.inf
         try:
             model.vjp(loss, windows, changed=changed, after=partial(_updated, variables, rate))
             if _looks_behind(schedule, t):

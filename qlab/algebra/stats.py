@@ -7,7 +7,7 @@ Legend: x_nk is n tokens by k channels, H_kk = sum_n x_n^T x_n. States are fp32 
 the model.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -102,7 +102,8 @@ def gram(x_nk: Tensor) -> Tensor:
     return H_kk
 
 
-def _add_moments(a: Moment, b: Moment) -> Moment:
+def add_moments(a: Moment, b: Moment) -> Moment:
+    """The moment of the tokens of both."""
     return Moment(a.sum_kk + b.sum_kk, a.tokens + b.tokens)
 
 
@@ -111,7 +112,8 @@ def _drift(o: Observation) -> Moment:
     tokens, k = o.x_nk.shape
     if o.reference_nk is None:
         return Moment(o.x_nk.new_zeros(k, k, dtype=torch.float32), tokens)
-    return Moment((o.reference_nk.float() - o.x_nk.float()).T @ o.x_nk.float(), tokens)
+    x_nk = o.x_nk.float()
+    return Moment((o.reference_nk.float() - x_nk).T @ x_nk, tokens)
 
 
 def _is_held_out(keys: Tensor) -> Tensor:
@@ -120,11 +122,26 @@ def _is_held_out(keys: Tensor) -> Tensor:
     return (keys // STRETCH) % HELD_OUT == HELD_OUT - 1
 
 
+def _part(o: Observation, rows: Tensor) -> Observation:
+    """Those tokens of an observation, with what they are compared with."""
+    other_nk = None if o.reference_nk is None else o.reference_nk[rows]
+    stream_no = None if o.stream_no is None else o.stream_no[rows]
+    return Observation(o.x_nk[rows], o.keys[rows], None, other_nk, None, stream_no)
+
+
+def _of_held_out(lift: Callable[[Observation], Moment]) -> Callable[[Observation], Moment]:
+    """What a statistic is of the tokens that are held out."""
+    return lambda o: lift(_part(o, _is_held_out(o.keys)))
+
+
+def _of_fitted(lift: Callable[[Observation], Moment]) -> Callable[[Observation], Moment]:
+    """What a statistic is of the tokens that are not held out."""
+    return lambda o: lift(_part(o, ~_is_held_out(o.keys)))
+
+
 def _held_out(o: Observation) -> Drifting:
     """The second moment and the drift of the tokens that are held out."""
-    rows = _is_held_out(o.keys)
-    other_nk = None if o.reference_nk is None else o.reference_nk[rows]
-    part = Observation(o.x_nk[rows], o.keys[rows], None, other_nk)
+    part = _part(o, _is_held_out(o.keys))
     return Drifting(Moment(gram(part.x_nk), len(part.x_nk)), _drift(part))
 
 
@@ -137,10 +154,11 @@ def _received(o: Observation) -> Moment:
     return Moment(gram(o.x_nk.float() * o.received_n.sqrt()[:, None]), len(o.x_nk))
 
 
-def _add_known(a: Moment, b: Moment) -> Moment:
+def add_known(a: Moment, b: Moment) -> Moment:
+    """The same of moments that may be of no tokens, where nothing is known."""
     # a sum with nothing is not worth its matrix
     if a.tokens and b.tokens:
-        return _add_moments(a, b)
+        return add_moments(a, b)
     return max((a, b), key=lambda state: (state.tokens, len(state.sum_kk)))
 
 
@@ -150,13 +168,6 @@ def _stream_drift(o: Observation) -> Moment:
     if o.stream_no is None:
         return Moment(o.x_nk.new_zeros(1, o.x_nk.shape[1], dtype=torch.float32), 0)
     return Moment(o.stream_no.float().T @ o.x_nk.float(), len(o.x_nk))
-
-
-def _stream_held_out(o: Observation) -> Moment:
-    """The same of the tokens that are held out."""
-    rows = _is_held_out(o.keys)
-    stream_no = None if o.stream_no is None else o.stream_no[rows]
-    return _stream_drift(Observation(o.x_nk[rows], o.keys[rows], stream_no=stream_no))
 
 
 def _move_stream(state: Moment, M: Tensor) -> Moment:
@@ -214,28 +225,32 @@ def sample(n: int) -> Stat:
 STATS: dict[str, Stat] = {
     "second_moment": Stat(
         lambda o: Moment(gram(o.x_nk), o.x_nk.shape[0]),
-        _add_moments,
+        add_moments,
         _move_moment,
         _no_moment,
     ),
     "drift": Stat(
         _drift,
-        _add_moments,
+        add_moments,
         _move_moment,
         _no_moment,
     ),
     # The part of both on which a choice that was made on the rest is judged.
     "held_out": Stat(
         _held_out,
-        lambda a, b: Drifting(*map(_add_moments, a, b)),
+        lambda a, b: Drifting(*map(add_moments, a, b)),
         lambda s, M: Drifting(*(_move_moment(moment, M) for moment in s)),
         lambda k: Drifting(_no_moment(k), _no_moment(k)),
     ),
     # What the attention that tokens receive adds to their weight in the second moment.
-    "received": Stat(_received, _add_known, _move_moment, _no_moment),
+    "received": Stat(_received, add_known, _move_moment, _no_moment),
     # What the sum that an output goes into lacks already, as far as the input says it.
-    "stream_drift": Stat(_stream_drift, _add_known, _move_stream, _no_stream),
-    "stream_held_out": Stat(_stream_held_out, _add_known, _move_stream, _no_stream),
+    "stream_drift": Stat(_stream_drift, add_known, _move_stream, _no_stream),
+    "stream_held_out": Stat(_of_held_out(_stream_drift), add_known, _move_stream, _no_stream),
+    # Of the other tokens. With those that are held out they make up the whole, which need not be
+    # multiplied once more.
+    "drift_fitted": Stat(_of_fitted(_drift), add_moments, _move_moment, _no_moment),
+    "stream_fitted": Stat(_of_fitted(_stream_drift), add_known, _move_stream, _no_stream),
     "absmax": Stat(
         lambda o: o.x_nk.abs().amax(0).float(),
         torch.maximum,
@@ -262,9 +277,11 @@ STATS: dict[str, Stat] = {
 
 # Statistics that compare with the reference model. Routed experts have none of them: their rows
 # have no counterpart there.
-COMPARING = frozenset({"drift", "held_out", "stream_drift", "stream_held_out"})
+COMPARING = frozenset(
+    {"drift", "held_out", "stream_drift", "stream_held_out", "drift_fitted", "stream_fitted"}
+)
 # Of them, those that compare what the output is added to.
-JOINING = frozenset({"stream_drift", "stream_held_out"})
+JOINING = frozenset({"stream_drift", "stream_held_out", "stream_fitted"})
 # Statistics that read how much attention tokens receive, which is computed for them alone.
 ATTENDING = frozenset({"received"})
 Stats = Mapping[tuple[str, Need], Any]  # (source node or wire, statistic) -> state

@@ -36,7 +36,7 @@ SPREAD = (0.5, 2.0)
 TRACING = 1.0  # seconds to trace one structure of block
 # statistics that are a product of k^2 for every token; a held-out one, of every fourth, is not
 # counted
-SQUARED = ("second_moment", "drift")
+SQUARED = ("second_moment", "drift", "drift_fitted")
 PASSES_OVER_FILES = 3  # weights are hashed, read, and certified
 
 

@@ -29,6 +29,7 @@ SOLVER_COPIES = 5  # of a weight, in fp32, that a solver holds at once
 LEARNING_COPIES = 14
 # statistic -> the matrices of its state, each as large as a second moment or less
 BESIDE = {"held_out": 2, "received": 1, "stream_drift": 1, "stream_held_out": 1}
+BESIDE |= {"drift_fitted": 1, "stream_fitted": 1}
 BACKWARD = 2  # times the activations of a forward pass: they are kept, and have gradients
 Moment = Mapping[str, int]  # what holds memory -> its bytes, at one moment of a run
 

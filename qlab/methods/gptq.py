@@ -18,7 +18,7 @@ from qlab.algebra.stats import Moment
 from qlab.algebra.transform import Transform, each_cell
 from qlab.errors import QlabError
 from qlab.methods.grid import Grid, encode, fit, least_rows, weighted
-from qlab.methods.obs import check_damp, damped, factorize, obs_sweep
+from qlab.methods.obs import Factor, check_damp, damped, factorize, obs_sweep
 from qlab.methods.quantease import descend_codes, refit_scales
 
 WORKSPACE = 8  # matrices [k, k] at once: H, its copies in solving order, and their factors
@@ -48,11 +48,29 @@ def gptq_codes(
 ) -> tuple[Tensor, float, int]:
     """Codes [o, k] on a fixed grid, the damping that was used, and the number of dead columns.
 
-    scales: what `qtensor.steps` gives. order: the columns [k] as they are solved; codes come back
-    in their own places, so that no g_idx is needed. support: bool [o, k]; where it is False the
-    weight becomes 0, and later columns make up for that as for any other error.
+    order: the columns [k] as they are solved. The rest is as of `codes_on`.
     """
     factor = factorize(H_kk.index_select(0, order).index_select(1, order), damp)
+    codes_ok = codes_on((scales, zeros, spec), W_ok, factor, order, block, support)
+    return codes_ok, factor.damp, int(factor.dead.sum())
+
+
+def codes_on(
+    grid: tuple[Tensor, Tensor | None, Spec],
+    W_ok: Tensor,
+    factor: Factor,
+    order: Tensor,
+    block: int,
+    support: Tensor | None = None,
+) -> Tensor:
+    """Codes [o, k] on a fixed grid, by the factor of H in solving order.
+
+    grid: scales as `qtensor.steps` gives them, zeros, and what they are of. order: the columns [k]
+    as they are solved; codes come back in their own places, so that no g_idx is needed. support:
+    bool [o, k]; where it is False the weight becomes 0, and later columns make up for that as for
+    any other error.
+    """
+    scales, zeros, spec = grid
     W = W_ok.index_select(1, order).masked_fill_(factor.dead.to(W_ok.device), 0)
     rows, cols = spec.tile.sizes(W_ok.shape)
 
@@ -77,8 +95,7 @@ def gptq_codes(
             out_o.mul_(free[j])
 
     obs_sweep(W, factor.R_kk, project, block)
-    codes_ok = codes_ko[order.argsort()].T.contiguous().to(spec.code_dtype)
-    return codes_ok, factor.damp, int(factor.dead.sum())
+    return codes_ko[order.argsort()].T.contiguous().to(spec.code_dtype)
 
 
 def gptq(

@@ -2,10 +2,12 @@
 shapes stay (the second phase of EfficientQAT, Chen et al. 2024, with a divergence as its loss).
 
     minimize  mean over tokens of KL(p_reference || p_quantized)   over m
-    s = stored(s0 (1 + m))       v = stored(v0 + mean|v0| m)
+    s = stored(s0 (1 + m + r))       v = stored(v0 + mean|v0| m)
 
 Legend: s the scales of codes, v a norm's gain or a bias, m how far either has moved, relative to
-its size; stored(x) rounds to the dtype in which files hold it, and gradients pass straight through.
+its size, r how far all scales of a row have; stored(x) rounds to the dtype in which files hold it,
+and gradients pass straight through. Adam moves every number alike, however sure its gradient is. A
+row's, the sum over its scales, is surer than any of theirs, so that r saves steps.
 """
 
 from collections.abc import Mapping
@@ -26,6 +28,7 @@ from qlab.algebra.variables import Stored
 from qlab.errors import QlabError
 
 NAME = "kl_tune"
+WARM_UP = 0.1  # of the steps
 
 
 # ------------------------------------------------------------------ what is learned
@@ -49,9 +52,15 @@ def moved_vector(graph: ModuleGraph, name: str, move: Tensor) -> Tensor:
     return Stored.apply(v + size * move, graph.stored_dtype(name))
 
 
-def _moved_scales(q: QTensor, move: Tensor) -> Tensor:
-    """s after a move, in fp32, as stored."""
-    return Stored.apply(q.scales.float() * (1 + move), q.scales.dtype)
+def _moved_scales(q: QTensor, move: Tensor, of_rows: Tensor | None) -> Tensor:
+    """s after the moves of each and of its row, in fp32, as stored."""
+    total = move if of_rows is None else move + of_rows
+    return Stored.apply(q.scales.float() * (1 + total), q.scales.dtype)
+
+
+def _rows(name: str) -> str:
+    """The name of what all scales of a row move by."""
+    return f"{name} rows"
 
 
 def with_leaves(graph: ModuleGraph, leaves: Mapping[str, Any]) -> ModuleGraph:
@@ -68,7 +77,8 @@ def _with_scales(leaf: Any, scales: Tensor) -> Any:
 
 def _shapes(graph: ModuleGraph) -> dict[str, tuple[int, ...]]:
     scales = {name: q.scales for name, q in _codes(graph).items()}
-    moving = {**vectors(graph), **scales}
+    rows = {_rows(name): s[..., :1] for name, s in scales.items() if s.shape[-1] > 1}
+    moving = {**vectors(graph), **scales, **rows}
     return {f"{graph.path}.{name}": tuple(t.shape) for name, t in moving.items()}
 
 
@@ -77,7 +87,8 @@ def _moved(graph: ModuleGraph, moves: Mapping[str, Tensor]) -> ModuleGraph:
     for name, v in vectors(graph).items():
         leaves[name] = moved_vector(graph, name, moves[f"{graph.path}.{name}"]).to(v.dtype)
     for name, q in _codes(graph).items():
-        scales = _moved_scales(q, moves[f"{graph.path}.{name}"])
+        full = f"{graph.path}.{name}"
+        scales = _moved_scales(q, moves[full], moves.get(_rows(full)))
         leaves[name] = _with_scales(graph.params[name], scales)
     return with_leaves(graph, leaves)
 
@@ -85,8 +96,8 @@ def _moved(graph: ModuleGraph, moves: Mapping[str, Tensor]) -> ModuleGraph:
 def _stored(graph: ModuleGraph, moves: Mapping[str, Tensor]) -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for name, leaf in _moved(graph, moves).params.items():
-        move = moves.get(f"{graph.path}.{name}")
-        if move is None or not move.any():
+        full = f"{graph.path}.{name}"
+        if not any(moves[key].any() for key in (full, _rows(full)) if key in moves):
             continue  # keeps its bits
         leaves[name] = leaf
         if not isinstance(leaf, Tensor):
@@ -115,8 +126,9 @@ def kl_tune(
 
     Args:
         steps: how many steps of Adam; with 0 nothing moves.
-        rate: how far a scale, gain or bias moves in the first step, relative to its size, at most
-            about. It falls linearly to 0.
+        rate: how far a scale, gain or bias moves in a step, relative to its size, at most about; a
+            scale twice as far, once by itself and once with its row. It rises over the first tenth
+            of the steps, and falls linearly to 0.
         windows: how many windows a step sees.
         held_out: the share of the calibration windows that nothing is learned from. They choose the
             state that is kept.
@@ -140,5 +152,5 @@ def kl_tune(
         >>> qlab.apply("demo", recipe, data).bits_per_weight
         4.25
     """
-    schedule = Schedule(steps=steps, rate=rate, windows=windows, held_out=held_out)
+    schedule = Schedule(steps=steps, rate=rate, windows=windows, held_out=held_out, warm_up=WARM_UP)
     return learner(NAME, RELAXED, schedule)

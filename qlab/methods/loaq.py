@@ -15,12 +15,12 @@ Source: LoaQ (arXiv 2509.06297).
 from collections.abc import Sequence
 
 from qlab.algebra.graph import ModuleGraph, by_source
-from qlab.algebra.stats import Drifting, Stats
+from qlab.algebra.stats import Drifting, Stats, add_known, add_moments
 from qlab.algebra.transform import Stage, Transform
 from qlab.algebra.views import EachWeight
 from qlab.methods.qronos import DAMPS, aimed, check_damps, listed
 
-NEEDS = frozenset({"second_moment", "drift", "held_out", "stream_drift", "stream_held_out"})
+NEEDS = frozenset({"second_moment", "drift_fitted", "held_out", "stream_fitted", "stream_held_out"})
 
 
 def aim_in_stream(damps: Sequence[float] = DAMPS) -> Transform:
@@ -54,10 +54,12 @@ def aim_in_stream(damps: Sequence[float] = DAMPS) -> Transform:
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
         aimed_sites = [site for site in graph.sites if not site.route and not site.router]
         for source, sites in by_source(aimed_sites).items():
-            total = Drifting(stats[source, "second_moment"], stats[source, "drift"])
-            stream = stats[source, "stream_drift"], stats[source, "stream_held_out"]
-            if total.drift.sum_kk.any() or stream[0].sum_kk.any():
-                graph = aimed(graph, sites, total, stats[source, "held_out"], damps, stream)
+            held_out, of_held = stats[source, "held_out"], stats[source, "stream_held_out"]
+            drift = add_moments(stats[source, "drift_fitted"], held_out.drift)
+            total = Drifting(stats[source, "second_moment"], drift)
+            stream = add_known(stats[source, "stream_fitted"], of_held), of_held
+            if drift.sum_kk.any() or stream[0].sum_kk.any():
+                graph = aimed(graph, sites, total, held_out, damps, stream)
         return graph, stats
 
     detail = f"damp {listed(damps)}"

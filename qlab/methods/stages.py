@@ -26,7 +26,7 @@ from qlab.algebra.spec import Spec
 from qlab.algebra.stats import Need
 from qlab.algebra.transform import Transform, each_cell
 from qlab.errors import QlabError
-from qlab.methods.gptq import WORKSPACE, act_order, gptq_codes
+from qlab.methods.gptq import WORKSPACE, act_order, codes_on
 from qlab.methods.grid import Grid, fit, scale_sweep, weighted
 from qlab.methods.obs import Factor, check_damp, damped, factorize
 from qlab.methods.quadratic import Candidate, Quadratic, accept, joined, start
@@ -145,17 +145,8 @@ def nearest(problem: Problem, scales: Tensor, zeros: Tensor | None) -> QTensor:
 def obs(problem: Problem, scales: Tensor, zeros: Tensor | None) -> QTensor:
     """GPTQ: column after column, each error made up for by those behind."""
     s_ag = steps(scales, problem.outer, problem.target_ok.dtype)
-    codes, _, _ = gptq_codes(
-        problem.target_ok,
-        problem.H_kk,
-        s_ag,
-        zeros,
-        problem.spec,
-        problem.order,
-        problem.factor.damp,
-        BLOCK,
-        problem.support,
-    )
+    grid = s_ag, zeros, problem.spec
+    codes = codes_on(grid, problem.target_ok, problem.factor, problem.order, BLOCK, problem.support)
     return problem.leaf(codes, scales, zeros)
 
 

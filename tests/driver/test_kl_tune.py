@@ -9,7 +9,7 @@ from model_folders import contents, random_tokens
 from torch.utils import _pytree as pytree
 
 from qlab.algebra.leaf import proper
-from qlab.algebra.learn_whole import divided
+from qlab.algebra.learn_whole import Schedule, divided
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.transform import at, chain
@@ -23,7 +23,7 @@ from qlab.errors import QlabError
 from qlab.evaluation.perplexity import evaluate
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.gptq import gptq
-from qlab.methods.kl_tune import kl_tune
+from qlab.methods.kl_tune import RELAXED, kl_tune
 from qlab.methods.qat_end_to_end import qat_end_to_end
 from qlab.methods.rtn import rtn
 from qlab.methods.spinquant import spinquant
@@ -134,6 +134,30 @@ def test_the_same_seed_gives_the_same_bytes(saved, tmp_path):
 def test_no_window_is_both_learned_from_and_held_out(count, share):
     learn_from, held_out = divided("a step", count, share)
     assert sorted([*learn_from, *held_out]) == list(range(count)) and learn_from and held_out
+
+
+def test_a_row_moves_all_its_scales(saved):
+    model, data = opened(saved)
+    graph = next(iter(segments(apply(model, rtn(INT4), data)).values()))
+    moves = {name: torch.zeros(shape) for name, shape in RELAXED.shapes(graph).items()}
+    name, q = next(iter(codes_of(graph).items()))
+    full = f"{graph.path}.{name}"
+    moves[f"{full} rows"][0], moves[full][1, 0] = 0.5, 0.25
+    scales = proper(RELAXED.stored(graph, moves)[name]).scales
+    assert torch.allclose(scales[0], 1.5 * q.scales[0]) and scales.shape[1] > 1
+    assert torch.allclose(scales[1, 0], 1.25 * q.scales[1, 0])
+    assert torch.equal(scales[1, 1:], q.scales[1, 1:]) and torch.equal(scales[2:], q.scales[2:])
+
+
+@given(st.integers(1, 200), st.floats(0, 0.5))
+def test_the_rate_rises_and_falls(steps, warm_up):
+    schedule = Schedule(steps=steps, rate=0.1, windows=1, held_out=0.5, warm_up=warm_up)
+    rates = [schedule.rate_at(t) for t in range(steps)]
+    top = rates.index(max(rates))
+    assert min(rates) > 0 and max(rates) <= 0.1 and top <= warm_up * steps
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert warm_up or rates[0] == 0.1
 
 
 def test_without_steps_nothing_moves(saved):

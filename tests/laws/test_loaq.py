@@ -63,7 +63,7 @@ def test_behind_a_norm_nothing_is_known_of_the_stream(family):
 
 def seen_of(x, other, stream):
     o = Observation(x, torch.arange(len(x)), reference_nk=other, stream_no=stream)
-    return {name: STATS[name].lift(o) for name in NEEDS}
+    return {name: STATS[name].lift(o) for name in (*NEEDS, "drift", "stream_drift")}
 
 
 @given(st.tuples(st.integers(1, 8), st.integers(2, 12), st.integers(0, 99)))
@@ -129,10 +129,15 @@ def test_where_no_stream_is_known_it_is_qronos_target(monkeypatch):
     seg = segment("gemma2")
     reference = Reference(seg.graph, batches_of(seg))
     graphs = [
-        solve_in_order(seg.graph, chain(aim, rtn(SPEC)), drifted(seg), reference=reference)[0]
+        solve_in_order(seg.graph, aim, drifted(seg), reference=reference)[0]
         for aim in (aim_in_stream(), aim_held_out())
     ]
-    assert_same(*graphs)
+    moved = 0
+    for site in seg.graph.sites:
+        ours, theirs = (graph.weight_ok(site) for graph in graphs)
+        assert relative(ours, theirs) < 1e-4
+        moved += not torch.equal(theirs, seg.graph.weight_ok(site))
+    assert moved
 
 
 def test_bad_settings_are_refused():

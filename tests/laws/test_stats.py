@@ -17,7 +17,7 @@ from qlab.algebra.stats import STATS, Moment, gram, quadratic, sample, transport
 EVERY = {**STATS, "sample of 7": sample(7)}
 # which every matrix moves
 LINEAR = {"second_moment", "drift", "held_out", "received", "stream_drift", "stream_held_out"}
-LINEAR |= {"sample"}
+LINEAR |= {"sample", "drift_fitted", "stream_fitted"}
 SOURCES = st.tuples(st.integers(2, 24), st.integers(2, 12), st.integers(0, 999))
 laws = pytest.mark.parametrize("stat", EVERY.values(), ids=EVERY)
 
@@ -178,6 +178,17 @@ def test_the_drift_is_the_cross_moment_with_the_reference_less_the_second_moment
         drift.tokens == len(o.keys)
         and not STATS["drift"].lift(replace(o, reference_nk=None)).sum_kk.any()
     )
+
+
+@given(SOURCES)
+def test_tokens_are_fitted_to_or_held_out(source):
+    o = observation(*source)
+    o = replace(o, keys=8 * o.keys)  # of several stretches
+    of = lambda name: STATS[name].lift(o)
+    for name, held in (("drift", of("held_out").drift), ("stream", of("stream_held_out"))):
+        whole, fitted = of("drift" if name == "drift" else "stream_drift"), of(f"{name}_fitted")
+        assert fitted.tokens + held.tokens == whole.tokens == len(o.keys)
+        close(fitted.sum_kk + held.sum_kk, whole.sum_kk, 1e-4)
 
 
 def test_the_mean_of_nothing_weighs_every_direction_the_same():

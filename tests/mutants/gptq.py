@@ -6,7 +6,7 @@ MUTANTS = [
     Mutant(
         "scales tiled instead of repeated",
         "methods/gptq.py",
-        "gptq_codes.per_column",
+        "codes_on.per_column",
         "order // cols",
         "order % x_ag.shape[1]",
         "gptq",
@@ -14,7 +14,7 @@ MUTANTS = [
     Mutant(
         "group off by one column",
         "methods/gptq.py",
-        "gptq_codes.per_column",
+        "codes_on.per_column",
         "order // cols",
         "(order + 1) % len(order) // cols",
         "gptq",
@@ -22,7 +22,7 @@ MUTANTS = [
     Mutant(
         "order not restored",
         "methods/gptq.py",
-        "gptq_codes",
+        "codes_on",
         "codes_ko[order.argsort()]",
         "codes_ko",
         "gptq",
@@ -30,7 +30,7 @@ MUTANTS = [
     Mutant(
         "order applied twice",
         "methods/gptq.py",
-        "gptq_codes",
+        "codes_on",
         "codes_ko[order.argsort()]",
         "codes_ko[order]",
         "gptq",
@@ -54,7 +54,7 @@ MUTANTS = [
     Mutant(
         "dead columns not zeroed",
         "methods/gptq.py",
-        "gptq_codes",
+        "codes_on",
         "W_ok.index_select(1, order).masked_fill_(factor.dead.to(W_ok.device), 0)",
         "W_ok.index_select(1, order)",
         "gptq",

@@ -20,6 +20,22 @@ MUTANTS = [
         "driver/kl_tune",
     ),
     Mutant(
+        "kl_tune: rows do not move",
+        "methods/kl_tune.py",
+        "_moved_scales",
+        "move + of_rows",
+        "move",
+        "driver/kl_tune",
+    ),
+    Mutant(
+        "learning: the rate does not rise",
+        "algebra/learn_whole.py",
+        "Schedule.rate_at",
+        "min(1.0, (t + 1) / max(1.0, self.warm_up * self.steps))",
+        "1.0",
+        "driver/kl_tune",
+    ),
+    Mutant(
         "spinquant: the last step instead of the best",
         "methods/spinquant.py",
         "_learned",
@@ -151,8 +167,8 @@ MUTANTS = [
         "loaq: without the stream",
         "methods/loaq.py",
         "aim_in_stream.run",
-        "aimed(graph, sites, total, stats[source, 'held_out'], damps, stream)",
-        "aimed(graph, sites, total, stats[source, 'held_out'], damps, None)",
+        "aimed(graph, sites, total, held_out, damps, stream)",
+        "aimed(graph, sites, total, held_out, damps, None)",
         "loaq",
     ),
     Mutant(
