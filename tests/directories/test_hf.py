@@ -144,7 +144,10 @@ def test_mixtures_and_decoders_behind_a_tower_of_any_spec(family, weights, input
     model, loaded = maker.from_pretrained(path, output_loading_info=True)
     expected = reference(path)
     assert not loaded["unexpected_keys"] and not loaded["missing_keys"]
-    assert (logits(model) - expected).norm() < MODEL[torch.float32] * expected.norm()
+    # Sums of integers are exact and those of the reference are not: what is rounded behind them may
+    # land on the neighbouring code.
+    within = MODEL[torch.float32 if inputs is None else torch.bfloat16]
+    assert (logits(model) - expected).norm() < within * expected.norm()
     model.save_pretrained(tmp_path / "again")
     old, new = tensors(path), tensors(tmp_path / "again")
     assert (
