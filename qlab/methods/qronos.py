@@ -60,6 +60,16 @@ def solved(pull_ok: Tensor, factor_kk: Tensor) -> Tensor:
     return torch.cholesky_solve(pull_ok.mT, factor_kk).mT
 
 
+def _factor(moment: Moment, damp: float) -> Tensor | None:
+    """The factor of what is left of sums, None where that is no second moment for rounding."""
+    try:
+        return cholesky(moment.mean_kk, damp)[0]
+    except QlabError:
+        if not moment.sum_kk.isfinite().all():
+            raise
+        return None
+
+
 def rest(total: Drifting, part: Drifting) -> Drifting:
     """The tokens of `total` that are not in `part`."""
     return Drifting(*(_less(a, b) for a, b in zip(total, part)))
@@ -82,14 +92,22 @@ def choose_step(
     held_out: tuple[Tensor, Moment],
     damps: Sequence[float],
 ) -> Aim:
-    """The same of any pull [o, k], each with the second moment of the tokens that it is of."""
+    """The same of any pull [o, k], each with the second moment of the tokens that it is of.
+
+    The tokens to fit to are those of all sums less those held out. Where one that is held out
+    outweighs all others by far, as a rotated outlier does, what is left of the sums is rounding: no
+    second moment, to which nothing is fitted.
+    """
     best = Aim(strength=0.0, damp=damps[0], gain=0.0)
     (pull_ok, moment), (held_pull_ok, held_moment) = fitted, held_out
     if not moment.tokens or not held_moment.tokens:
         return best
     size = max(held_moment.output_error(W_ok), 1e-30)
     for damp in damps:
-        C_ok = step_of(pull_ok, moment, damp)
+        factor_kk = _factor(moment, damp)
+        if factor_kk is None:
+            continue
+        C_ok = solved(pull_ok, factor_kk)
         slope, curvature = float((C_ok * held_pull_ok).sum()), held_moment.output_error(C_ok)
         strength = min(max(slope / max(curvature, 1e-30), 0.0), 1.0)
         gain = (2 * strength * slope - strength**2 * curvature) / size

@@ -82,6 +82,23 @@ def test_the_rest_is_what_was_not_held_out(shape):
         assert torch.allclose(a.sum_kk, b.sum_kk, rtol=1e-3, atol=1e-2)
 
 
+def test_nothing_is_fitted_to_what_rounding_leaves_of_sums():
+    """A held-out token, rotated over all channels, outweighs the others by 1e10."""
+    k = 48
+    x = normal(HELD_OUT * STRETCH, k, seed=5)
+    x[-1] = 1e5 * normal(k, seed=6).sign()
+    seen = Observation(x, torch.arange(len(x)), None, x + 0.1 * normal(*x.shape, seed=7))
+    total = Drifting(STATS["second_moment"].lift(seen), STATS["drift"].lift(seen))
+    held_out = STATS["held_out"].lift(seen)
+    fitted = rest(total, held_out)
+    assert torch.linalg.eigvalsh(fitted.moment.mean_kk.double()).min() <= 0
+    aim = choose(normal(8, k, seed=8), fitted, held_out, (0.01, 0.1, 1.0))
+    assert (aim.strength, aim.gain) == (0.0, 0.0)
+    broken = fitted.moment._replace(sum_kk=fitted.moment.sum_kk * torch.inf)
+    with pytest.raises(QlabError, match="beyond float32"):
+        choose(normal(8, k, seed=8), Drifting(broken, fitted.drift), held_out, (0.01,))
+
+
 def test_drift_that_is_noise_moves_nothing_much_and_drift_that_is_linear_is_undone():
     k = 48
     W, x = normal(16, k, seed=1), normal(4 * STRETCH, k, seed=2)
