@@ -29,7 +29,7 @@ from qlab.files.record import versions
 from qlab.lowering.devices import device_label
 
 PROMPT, NEW, ROUNDS = 512, 64, 3
-RESULT = Path(__file__).parent / "results" / "generate-llama-cpp.json"
+RESULTS = Path(__file__).parent / "results"
 
 # the other side, in an interpreter of its own: a round for every line that it reads
 LLAMA = f"""
@@ -129,7 +129,8 @@ def main(files, python, *paths):
         "rows": rows,
         "versions": {**versions(), "llama-cpp-python": version},
     }
-    RESULT.write_text(json.dumps(record, indent=1) + "\n")
+    name = "generate-llama-cpp-one-thread" if torch.get_num_threads() == 1 else "generate-llama-cpp"
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -50,13 +50,20 @@ def library(source: Path) -> ctypes.CDLL:
         )
     compiler = _compiler()
     name = f"{source.stem}-{_hash_of_inputs(source, compiler)}"
-    for place in (cache.folder() / "compiled", Path(tempfile.mkdtemp(prefix="qlab-"))):
-        known = _whole(place, name)
-        with contextlib.suppress(OSError):
-            return ctypes.CDLL(str(known or _compile(source, compiler, place, name)))
-    raise Uncompiled(
-        f"neither {cache.folder()} nor {tempfile.gettempdir()} takes files that can be loaded"
-    )
+    with contextlib.suppress(OSError):  # a folder that cannot be written, or not loaded from
+        return _loaded(source, compiler, cache.folder() / "compiled", name)
+    try:
+        with tempfile.TemporaryDirectory(prefix="qlab-") as place:
+            return _loaded(source, compiler, Path(place), name)
+    except OSError as error:
+        raise Uncompiled(
+            f"neither {cache.folder()} nor {tempfile.gettempdir()} takes files that can be loaded"
+        ) from error
+
+
+def _loaded(source: Path, compiler: str, place: Path, name: str) -> ctypes.CDLL:
+    known = _whole(place, name)
+    return ctypes.CDLL(str(known or _compile(source, compiler, place, name)))
 
 
 def _compiler() -> str:

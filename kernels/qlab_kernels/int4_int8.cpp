@@ -337,47 +337,62 @@ VNNI INLINE void unpack_vnni(const uint8_t* block, __m512i* quads) {
   }
 }
 
-template <int MT, int BITS>
-VNNI void tile_vnni(const Weight& w, int64_t row_block, const Tokens& x, int64_t first, float* out) {
-  constexpr int SIDE = MT < 4 ? MT : 4;    // tokens whose sums are made side by side: each waits for itself
+// P: blocks that are summed together, which share the scales of a group.
+template <int MT, int BITS, int P>
+VNNI INLINE void sums_vnni(const Weight& w, int64_t row_block, const Tokens& x, int64_t first, __m512* sums) {
+  constexpr int SIDE = MT < 2 ? MT : 2;    // tokens whose products are made side by side, because each waits for itself
   const int64_t bytes = ROWS * BLOCK * BITS / 8, stride = x.blocks * BLOCK;
   const int8_t* codes = x.codes + first * stride;
   const int32_t* shifts = x.shifts + first * x.blocks;
   const float* x_scales = x.scales + first * x.blocks;
   const uint8_t* block = w.words + row_block * w.blocks * bytes;
-  __m512 sums[MT], zeros = _mm512_setzero_ps();
-  for (int t = 0; t < MT; t++) sums[t] = _mm512_setzero_ps();
+  __m512 zeros = _mm512_setzero_ps();
   int64_t b = 0;
   for (int64_t g = 0; g < w.groups(); g++) {
     const int64_t group = (row_block * w.groups() + g) * ROWS;
     const __m512 scales = scales_vnni(w, group);
     if (w.zeros) zeros = zeros_vnni(w, group);
-    for (const int64_t end = b + w.group_blocks; b < end; b++, block += bytes) {
+    for (const int64_t end = b + w.group_blocks; b < end; b += P, block += P * bytes) {
       if (MT <= 4)                         // the memory is what few tokens wait for
-        for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(block + AHEAD + i, _MM_HINT_T0);
-      __m512i quads[QUADS];
-      unpack_vnni<BITS>(block, quads);
+        for (int64_t i = 0; i < P * bytes; i += 64) _mm_prefetch(block + AHEAD + i, _MM_HINT_T0);
+      __m512i quads[P][QUADS], dots[SIDE][P], shift[SIDE][P];
+      UNROLL for (int p = 0; p < P; p++) unpack_vnni<BITS>(block + p * bytes, quads[p]);
       for (int t = 0; t < MT; t += SIDE) {
-        __m512i dots[SIDE], shift[SIDE];
-        UNROLL for (int i = 0; i < SIDE; i++) {
-          shift[i] = _mm512_set1_epi32(shifts[(t + i) * x.blocks + b]);
-          dots[i] = shift[i];
-        }
-        UNROLL for (int j = 0; j < QUADS; j++)
-          UNROLL for (int i = 0; i < SIDE; i++) {
-            int32_t word;
-            std::memcpy(&word, codes + (t + i) * stride + b * BLOCK + 4 * j, 4);
-            dots[i] = _mm512_dpbusd_epi32(dots[i], quads[j], _mm512_set1_epi32(word));
+        UNROLL for (int i = 0; i < SIDE; i++)
+          UNROLL for (int p = 0; p < P; p++) {
+            shift[i][p] = _mm512_set1_epi32(shifts[(t + i) * x.blocks + b + p]);
+            dots[i][p] = shift[i][p];
           }
+        UNROLL for (int j = 0; j < QUADS; j++)
+          UNROLL for (int i = 0; i < SIDE; i++)
+            UNROLL for (int p = 0; p < P; p++) {
+              int32_t word;
+              std::memcpy(&word, codes + (t + i) * stride + (b + p) * BLOCK + 4 * j, 4);
+              dots[i][p] = _mm512_dpbusd_epi32(dots[i][p], quads[p][j], _mm512_set1_epi32(word));
+            }
         UNROLL for (int i = 0; i < SIDE; i++) {
-          __m512 exact = _mm512_cvtepi32_ps(dots[i]);
-          if (w.zeros) exact = _mm512_fmadd_ps(zeros, _mm512_cvtepi32_ps(shift[i]), exact);
-          const __m512 x_scale = _mm512_set1_ps(x_scales[(t + i) * x.blocks + b]);
-          sums[t + i] = _mm512_fmadd_ps(_mm512_mul_ps(exact, x_scale), scales, sums[t + i]);
+          __m512 scaled[P];
+          UNROLL for (int p = 0; p < P; p++) {
+            __m512 exact = _mm512_cvtepi32_ps(dots[i][p]);
+            if (w.zeros) exact = _mm512_fmadd_ps(zeros, _mm512_cvtepi32_ps(shift[i][p]), exact);
+            const __m512 x_scale = _mm512_set1_ps(x_scales[(t + i) * x.blocks + b + p]);
+            scaled[p] = p ? _mm512_fmadd_ps(exact, x_scale, scaled[p - 1]) : _mm512_mul_ps(exact, x_scale);
+          }
+          sums[t + i] = _mm512_fmadd_ps(scaled[P - 1], scales, sums[t + i]);
         }
       }
     }
   }
+}
+
+template <int MT, int BITS>
+VNNI void tile_vnni(const Weight& w, int64_t row_block, const Tokens& x, int64_t first, float* out) {
+  __m512 sums[MT];
+  for (int t = 0; t < MT; t++) sums[t] = _mm512_setzero_ps();
+  if (w.group_blocks % 2)
+    sums_vnni<MT, BITS, 1>(w, row_block, x, first, sums);
+  else
+    sums_vnni<MT, BITS, 2>(w, row_block, x, first, sums);
   for (int t = 0; t < MT; t++) _mm512_storeu_ps(out + t * ROWS, sums[t]);
 }
 
