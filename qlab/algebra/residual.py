@@ -108,7 +108,8 @@ def _left_of(graph: ModuleGraph, gain: Gain, R: Tensor) -> dict[str, Leaf]:
                 "bias in another basis stands for it; leave rotate_residual out"
             )
         shift_k = torch.where(b_k == 0, 0.0, b_k / torch.where(g_k == 0, 1.0, g_k))
-        leaves[gain.bias] = (shift_k @ R).float()
+        # as wide as the gain, beside which a norm reads it
+        leaves[gain.bias] = (shift_k @ R).to(_tensor(graph, gain.bias).dtype)
     return leaves
 
 

@@ -41,9 +41,12 @@ def hadamard(n: int) -> Tensor:
 
 
 def random_hadamard(n: int, generator: torch.Generator) -> Tensor:
-    """diag(s) H / sqrt(n) with random signs s: an orthogonal matrix [n, n] in float32."""
+    """diag(s) H / sqrt(n) with random signs s: an orthogonal matrix [n, n] in float32. For sizes
+    without a Hadamard matrix, blocks of the largest that divides them."""
     signs = torch.randint(2, (n, 1), generator=generator).double() * 2 - 1
-    return (signs * hadamard(n) / n**0.5).float()
+    m = largest_order(n, most=n)
+    blocks = torch.block_diag(*[hadamard(m)] * (n // m))
+    return (signs * blocks / m**0.5).float()
 
 
 def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:

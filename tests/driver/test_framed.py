@@ -203,3 +203,12 @@ def test_the_steps_that_choose_the_basis_come_first():
     first, behind = framing(qlab.chain(R1, qlab.quarot()))
     assert [stage.name for stage in first] == ["rotate_residual"]
     assert len(behind) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_solvers_run_behind_it_in_the_dtype_of_the_files(dtype, saved):
+    """Norms of a weight and a bias read both in one dtype."""
+    model = qlab.open(saved("gpt2", dtype))
+    data = random_tokens(model.path, 2, 16)
+    value = qlab.apply(model, qlab.chain(R1, qlab.gptq("int8-channel")), data)
+    assert qlab.evaluate(value, model, data).kl < 0.01

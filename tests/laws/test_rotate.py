@@ -207,3 +207,10 @@ def test_what_turns_at_run_time_is_refused_before_any_work_by_formats_without_a_
 def test_a_draw_that_is_no_rotation_is_refused():
     stretch = lambda n, g: 2 * random_hadamard(n, g)
     refused(lambda: run(segment("llama"), qlab.rotate_heads(draw=stretch)), "M_inv is not the inv")
+
+
+@pytest.mark.parametrize("n", [26, 52, 14, 7])
+def test_a_size_without_a_hadamard_matrix_is_turned_in_blocks(n):
+    R = random_hadamard(n, torch.Generator().manual_seed(0))
+    assert relative(R @ R.T, torch.eye(n)) < 1e-6
+    assert (R != 0).sum(1).unique().tolist() == [largest_order(n)]
