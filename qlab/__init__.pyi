@@ -36,6 +36,7 @@ from qlab.directories.convert import convert as convert
 from qlab.directories.inspect import inspect as inspect
 from qlab.directories.model_free import quantize_files as quantize_files
 from qlab.directories.results import results as results
+from qlab.directories.schemes import schemes as schemes
 from qlab.directories.verify import verify as verify
 from qlab.driver.apply import apply as apply
 from qlab.driver.model import Model as Model
@@ -88,6 +89,8 @@ from qlab.methods.rotate import rotate_online as rotate_online
 from qlab.methods.rotate_residual import rotate_residual as rotate_residual
 from qlab.methods.rotate_scores import rotate_scores as rotate_scores
 from qlab.methods.rtn import rtn as rtn
+from qlab.methods.schemes import Scheme as Scheme
+from qlab.methods.schemes import scheme as scheme
 from qlab.methods.sensitivity import fisher as fisher
 from qlab.methods.sensitivity import kl_of_each as kl_of_each
 from qlab.methods.smoothquant import smoothquant as smoothquant

@@ -39,6 +39,7 @@ WALKERS = {
     "algebra/basis.py",
     "algebra/tracing/as_it_is.py",
     "algebra/attention.py",
+    "algebra/cached.py",
     "algebra/channels.py",
     "algebra/graph.py",
     "algebra/interpret.py",

@@ -5,6 +5,7 @@
 | `EachWeight` | when its input's turn comes | it reads and changes no other weight |
 | `OnWires` | when the wire's turn comes | it changes no weight, and no other wire |
 | `Shifted` | when the wire's turn comes | the function stays; attention sees no shift |
+| `PlainCache` | when the wire's turn comes | no weight changes; each block caches these |
 | `Gauged` | before any weight that reads the wire is rounded | the function stays |
 | `Folded` | when all inputs of the segment are done | the function stays |
 | `WholeBlock` | when the steps before it are done with the block | |
@@ -105,6 +106,14 @@ class Shifted(OnWires):
     @property
     def keeps_function(self) -> bool:
         return True
+
+
+@dataclass(frozen=True)
+class PlainCache(OnWires):
+    """The keys and values of all attentions, as a cache holds them. Blocks whose cache holds
+    something else are refused by name. stores_scales: whether scales are measured beforehand."""
+
+    stores_scales: bool = False
 
 
 @dataclass(frozen=True)

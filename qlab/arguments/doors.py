@@ -133,6 +133,7 @@ TAKES: Mapping[str, Mapping[str, plain.Kind]] = {
     "l2qer": {"rank": plain.whole},
     "eora": {"rank": plain.whole},
     "method": {"name": plain.text, "spec": kinds.spec},
+    "scheme": {"name": plain.text},
     "at": {"pattern": plain.text, "transform": kinds.recipe},
     "outside": {"transform": kinds.recipe},
     "chain": {"transforms": kinds.recipe},

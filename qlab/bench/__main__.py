@@ -11,13 +11,16 @@ from qlab.cli.options import (
     HELP_BY,
     METHOD_HELP,
     Asymmetric,
+    CacheName,
     Calib,
     InputsName,
     Json,
     Length,
+    SchemeName,
     Seed,
     Seeds,
     SpecName,
+    StaticName,
     listed,
 )
 from qlab.cli.output import console, report
@@ -56,6 +59,7 @@ def group() -> None:
 
 @app.command()
 def methods(
+    context: typer.Context,
     model: Annotated[str, typer.Option("--model", help="a model directory, or 'demo'")] = "demo",
     names: Annotated[
         str,
@@ -63,6 +67,9 @@ def methods(
     ] = "rtn,awq,gptq",
     spec: SpecName = "int4-g64",
     asymmetric: Asymmetric = False,
+    scheme: SchemeName = "",
+    kv_cache: CacheName = "",
+    static: StaticName = "absmax",
     calib: Calib = None,
     text: Annotated[
         list[Path] | None,
@@ -83,11 +90,16 @@ def methods(
     text."""
     from qlab.algebra.bind import uses_data
     from qlab.bench.methods import compare_methods, table
-    from qlab.cli.choices import recipe_of, refuse_unused
+    from qlab.cli.choices import recipe_of, refuse_unused, typed_in
+    from qlab.cli.schemes import chosen_scheme, refuse_unfilled
     from qlab.files.place import refuse_inside
 
+    filled = chosen_scheme(scheme, kv_cache, static, spec, typed_in(context))
+    if filled:
+        refuse_unfilled(filled, names, None)
     chosen = [name if is_file(name) else name.lower() for name in listed(names)]
-    if not any(uses_data(recipe_of(name, spec, asymmetric)) for name in chosen):
+    recipes = [recipe_of(name, spec, asymmetric, filled, static) for name in chosen]
+    if not any(uses_data(recipe) for recipe in recipes):
         refuse_unused(calib, None, "none of these methods observes anything")
     if json_file and out:
         refuse_inside(json_file, [Path(out).expanduser().resolve()])
@@ -105,6 +117,8 @@ def methods(
         windows=windows,
         inputs=inputs,
         out=out,
+        scheme=filled,
+        static=static,
     )
     console().print(table(record))
     report(record, json_file)

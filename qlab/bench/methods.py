@@ -38,6 +38,7 @@ from qlab.files.atomic import write_json
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.ownership import sealed
 from qlab.files.record import versions
+from qlab.methods.schemes import Scheme
 from qlab.process.progress import say
 
 Paths = Sequence[str | Path] | None
@@ -58,6 +59,8 @@ def compare_methods(
     windows: int = 16,
     inputs: str = "quantized",
     out: Path | None = None,
+    scheme: Scheme | None = None,
+    static: str = "absmax",
 ) -> dict[str, Any]:
     """Quantize the model `name` by every method into out/<method> and evaluate each result against
     the unquantized model.
@@ -70,10 +73,14 @@ def compare_methods(
 
     With several `seeds` every method that observes anything is also calibrated with the seeds
     behind `seed`, into out/<method>-seed<n>; its row has the figures of each under "seeds".
+
+    scheme: what the methods fill, in the place of the spec; its stored scales are measured as
+    `static` says.
     """
-    recipes = _recipes(methods, spec, asymmetric)
+    recipes = _recipes(methods, spec, asymmetric, scheme, static)
     mode = inputs_named(inputs)
-    model, spec = qlab.open(name), str(parse_spec(spec, symmetric=not asymmetric))
+    spec = scheme.name if scheme else str(parse_spec(spec, symmetric=not asymmetric))
+    model = qlab.open(name)
     job: dict[str, Any] = {
         "model": str(model.path.resolve()),
         "methods": list(methods),
@@ -88,6 +95,8 @@ def compare_methods(
     }
     if seeds > 1:
         job["seeds"] = seeds
+    if scheme and scheme.static:
+        job["static"] = static
     of_files = {name: describe(recipe) for name, recipe in recipes.items() if is_file(name)}
     if of_files:
         job["recipes"] = of_files  # with the hashes of the files
@@ -177,13 +186,15 @@ def _record(
     )
 
 
-def _recipes(methods: Sequence[str], spec: str, asymmetric: bool) -> dict[str, Transform]:
+def _recipes(
+    methods: Sequence[str], spec: str, asymmetric: bool, scheme: Scheme | None, static: str
+) -> dict[str, Transform]:
     for method in methods:
         if methods.count(method) > 1:
             raise QlabError(
                 f"method {method!r} is given {methods.count(method)} times; give each one once"
             )
-    return {method: recipe_of(method, spec, asymmetric) for method in methods}
+    return {method: recipe_of(method, spec, asymmetric, scheme, static) for method in methods}
 
 
 def _folder_name(name: str, job: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from qlab.cli.evaluating import evaluate
 from qlab.cli.options import HELP_BY
 from qlab.cli.quantizing import plan, quantize
 from qlab.cli.running import run
+from qlab.cli.schemes import schemes
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,7 +43,7 @@ def options_of_qlab(
     """Quantize language models: plan, quantize, evaluate, convert, verify and inspect."""
 
 
-for command in (plan, quantize, convert, verify, inspect, kernels.tune):
+for command in (plan, quantize, convert, verify, inspect, schemes, kernels.tune):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(kernels.configs, name="cache")

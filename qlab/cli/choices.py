@@ -14,6 +14,7 @@ from qlab.cli.options import (
     AllExperts,
     Asymmetric,
     Bits,
+    CacheName,
     Calib,
     CodecName,
     Device,
@@ -25,11 +26,14 @@ from qlab.cli.options import (
     Outside,
     RecipeName,
     Samples,
+    SchemeName,
     Seed,
     SpecName,
+    StaticName,
     TargetName,
 )
 from qlab.cli.recipes import is_file, recipe_of_file
+from qlab.cli.schemes import chosen_scheme, refuse_unfilled
 from qlab.errors import QlabError
 from qlab.process.progress import say
 
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from qlab.data.calibration import Data
     from qlab.driver.job import Job
     from qlab.files.checkpoint import Checkpoint
+    from qlab.methods.schemes import Scheme
 
     Maker = Callable[[Spec], Transform]  # of the recipe of a spec
 
@@ -56,6 +61,9 @@ class Choices:
     spec: SpecName = "int4-g64"
     asymmetric: Asymmetric = False
     bits: Bits = None
+    scheme: SchemeName = ""
+    kv_cache: CacheName = ""
+    static: StaticName = "absmax"
     calib: Calib = None
     images: Images = None
     samples: Samples = 128
@@ -117,6 +125,10 @@ def job_of(model: str, method: str, choices: Choices, usual: str = "gptq") -> "J
     from qlab.driver.job import Job
     from qlab.driver.observe import inputs_named
 
+    scheme = scheme_of(choices)
+    if scheme:
+        named = method if "method" in choices.typed else ""
+        refuse_unfilled(scheme, named, choices.recipe)
     maker = maker_of(method, choices, usual)
     opened = qlab.open(model)
     codec = codec_of(choices, maker)
@@ -143,10 +155,20 @@ def in_bytes(memory: float | None) -> int | None:
     return int(memory * 2**30)
 
 
+def scheme_of(choices: Choices) -> "Scheme | None":
+    """What --scheme and --kv-cache name together; None where neither is given."""
+    return chosen_scheme(
+        choices.scheme, choices.kv_cache, choices.static, choices.spec, choices.typed
+    )
+
+
 def spec_of(choices: Choices) -> "Spec":
-    """The spec that is named, with zero points or without."""
+    """The spec of weights that is named, with zero points or without, or that of the scheme."""
     from qlab.algebra.spec import parse_spec
 
+    scheme = scheme_of(choices)
+    if scheme and scheme.weights:
+        return scheme.weights
     return parse_spec(choices.spec, symmetric=not choices.asymmetric)
 
 
@@ -159,7 +181,7 @@ def maker_of(method: str, choices: Choices, usual: str) -> "Maker":
             f"--method {method} and --recipe {choices.recipe} are both recipes; give one of them"
         )
     recipe = recipe_of_file(choices.recipe)
-    unused = [name for name in ("spec", "asymmetric", "bits") if name in choices.typed]
+    unused = [name for name in ("spec", "asymmetric", "bits", "scheme") if name in choices.typed]
     if unused and not recipe.takes_spec:
         raise QlabError(
             f"--{unused[0]} would not be used, since {recipe.path}:{recipe.name} is a transform "
@@ -173,11 +195,11 @@ def codec_of(choices: Choices, maker: "Maker") -> str:
     from qlab.codecs.engines import safest_codec
     from qlab.driver.job import CODEC
 
-    spec = spec_of(choices)
+    spec, scheme = spec_of(choices), scheme_of(choices)
     if choices.codec:
         return choices.codec
-    if not choices.target:
-        return CODEC
+    if not choices.target or (scheme and (scheme.inputs or scheme.cache)):
+        return CODEC  # the format that holds what happens at run time
     rounded = [stage.spec for stage in maker(spec) if stage.spec]
     return safest_codec(choices.target, rounded[0] if rounded else spec)
 
@@ -188,12 +210,18 @@ def recipe_for(model: "Checkpoint", maker: "Maker", choices: Choices, codec: str
     from qlab.algebra.transform import chain, keep, rules
     from qlab.codecs import storable
 
-    spec = storable(spec_of(choices), codec, model.dtype)
-    recipe = (
-        maker(spec) if choices.bits is None else _within(choices.bits, maker, spec, codec, model)
-    )
-    if choices.keep:
+    spec, scheme = storable(spec_of(choices), codec, model.dtype), scheme_of(choices)
+    if scheme:
+        stored = replace(scheme, weights=scheme.weights and spec)
+        recipe = chain(stored.filled(maker), stored.on_inputs(choices.static))
+    elif choices.bits is None:
+        recipe = maker(spec)
+    else:
+        recipe = _within(choices.bits, maker, spec, codec, model)
+    if choices.keep and recipe:
         recipe = rules({**{pattern: keep() for pattern in choices.keep}, "*": recipe})
+    if scheme:
+        recipe = chain(recipe, scheme.on_cache(choices.static))  # which holds for all attentions
     for rule in choices.outside or ():
         recipe = chain(recipe, _outside(rule, codec, model))
     return recipe
@@ -241,11 +269,20 @@ def method_named(name: str) -> "Maker":
     return names.method_named(name)
 
 
-def recipe_of(method: str, spec: str, asymmetric: bool) -> "Transform":
-    """The transform that a method's name, or FILE.py:NAME, and a spec's name stand for."""
+def recipe_of(
+    method: str,
+    spec: str,
+    asymmetric: bool,
+    scheme: "Scheme | None" = None,
+    static: str = "absmax",
+) -> "Transform":
+    """The transform that a method's name, or FILE.py:NAME, and a spec's name or a scheme stand
+    for."""
     from qlab.algebra.spec import parse_spec
 
     maker = recipe_of_file(method).transform if is_file(method) else method_named(method)
+    if scheme:
+        return scheme.recipe(maker, static)
     return maker(parse_spec(spec, symmetric=not asymmetric))
 
 

@@ -68,6 +68,29 @@ SpecName = Annotated[
         ),
     ),
 ]
+SchemeName = Annotated[
+    str,
+    typer.Option(
+        "--scheme",
+        help="instead of --spec: numbers of weights, inputs and cache by one name, such as W8A8, "
+        "NVFP4 or W4A16-g64; `qlab schemes` lists them",
+    ),
+]
+CacheName = Annotated[
+    str,
+    typer.Option(
+        "--kv-cache",
+        help="round cached keys and values: fp8, int8 or int4 with -tensor, -head or -token",
+    ),
+]
+StaticName = Annotated[
+    str,
+    typer.Option(
+        "--static",
+        callback=lower,
+        help="how stored scales of inputs and caches are measured: absmax, quantile, least_error",
+    ),
+]
 Bits = Annotated[
     float | None,
     typer.Option(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qlab.algebra.spec import Float, Int, Spec, Tile, parse_spec
+from qlab.algebra.spec import Float, InputSpec, Int, Spec, Tile, parse_input_spec, parse_spec
 from qlab.codecs.around import Rows
 from qlab.errors import QlabError
 
@@ -43,6 +43,17 @@ class Floats:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """Inputs that an engine rounds at run time, beside weights of these specs. widths, tiles: of
+    symmetric integers. floats: the names of other specs. inputs: the names of the input specs."""
+
+    inputs: tuple[str, ...]
+    widths: tuple[int, ...] = ()
+    tiles: tuple[Tile, ...] = ()
+    floats: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Target:
     """What an engine loads.
 
@@ -51,6 +62,8 @@ class Target:
     up), and one layer of a mixture's experts. whole_blocks: whether 2-D blocks must divide the
     input channels. turns: the places (`codecs.around`) at which it multiplies with matrices at run
     time. caches: how it rounds keys and values, as (type, bits, what a static scale covers).
+    rounds: the inputs that it rounds, all of them in compressed-tensors' files; None for every one
+    that the format holds.
     """
 
     rows: tuple[Row | Floats, ...]
@@ -59,6 +72,7 @@ class Target:
     whole_blocks: bool = False
     turns: tuple[str, ...] = ()
     caches: tuple[tuple[str, int, str], ...] = ()
+    rounds: tuple[Beside, ...] | None = ()
 
 
 def _floats(*names: str) -> Floats:
@@ -66,6 +80,18 @@ def _floats(*names: str) -> Floats:
 
 
 CT = "compressed-tensors"
+FP8 = ("fp8-token", "fp8-tensor", "fp8-tensor static")
+VLLM_ROUNDS = (
+    Beside(("int8-token", "int8-tensor static"), (8,), (CHANNEL, TENSOR)),
+    # from packed codes, by a kernel for CUDA
+    Beside(("int8-token", "int4-token"), (2, 3, 4, 5, 6, 7), MARLIN),
+    Beside(("fp8-token",), (4,), (Tile(1, 128),)),  # on compute capability 9.0 alone
+    Beside(FP8, floats=("fp8-tensor", "fp8-channel")),
+    Beside(("fp8-g128",), floats=("fp8-b128x128",)),
+    Beside(("nvfp4 static",), floats=("nvfp4",)),
+    Beside(("mxfp4", "fp8-g128"), floats=("mxfp4",)),
+    Beside(("mxfp8",), floats=("mxfp8",)),
+)
 TARGETS: Mapping[str, Target] = {
     "vllm": Target(
         (
@@ -80,6 +106,7 @@ TARGETS: Mapping[str, Target] = {
         whole_blocks=True,
         turns=("input", "output"),
         caches=(("float", 8, "tensor"), ("float", 8, "attn_head")),
+        rounds=VLLM_ROUNDS,
     ),
     "lmdeploy": Target(
         (
@@ -98,7 +125,8 @@ TARGETS: Mapping[str, Target] = {
             # GPTQModel refuses zero points of version 1 unless it wrote the file itself.
             Row("gptq_v2", (2, 3, 4, 8), MARLIN, (False,)),
             _floats("fp8-channel", "fp8-b128x128", "fp8-tensor", "nvfp4", "mxfp4", "mxfp8"),
-        )
+        ),
+        rounds=None,  # by compressed-tensors itself
     ),
     "sglang": Target((Row(CT, (4, 8), MARLIN),)),
 }
@@ -136,6 +164,24 @@ def refusal(
     if nearest is None:
         return loads_no
     return f"{loads_no}; the nearest it loads is {nearest.spec} with the codec {nearest.codec}"
+
+
+def refusal_of_inputs(name: str, spec: Spec, inputs: InputSpec) -> str | None:
+    """Why the engine does not round the inputs of such weights so at run time, or None."""
+    rounds = target_named(name).rounds
+    if rounds is None:
+        return None
+    taken = [text for beside in rounds if _is_beside(beside, spec) for text in beside.inputs]
+    if inputs in [parse_input_spec(text) for text in taken]:
+        return None
+    others = f"{', '.join(taken)}, or 16-bit inputs" if taken else "16-bit inputs alone"
+    return f"{name} rounds no inputs to {inputs} beside {spec} weights; it takes {others}"
+
+
+def _is_beside(beside: Beside, spec: Spec) -> bool:
+    if isinstance(spec, Float):
+        return any(_plain(spec) == _plain(parse_spec(text)) for text in beside.floats)
+    return spec.symmetric and spec.bits in beside.widths and spec.tile in beside.tiles
 
 
 def _refusal_of_blocks(name: str, spec: Spec, experts: bool, k: int | None) -> str | None:

@@ -13,11 +13,11 @@ from qlab.algebra.running import select
 from qlab.algebra.scope import matches
 from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Stage, Transform
-from qlab.algebra.views import EachWeight, Uncovered, WholeBlock
-from qlab.algebra.wires import full_name, open_wires
+from qlab.algebra.views import EachWeight, PlainCache, Uncovered, WholeBlock
+from qlab.algebra.wires import full_name, open_wires, wires
 from qlab.codecs import CODECS, Codec
 from qlab.codecs.around import Around, Places
-from qlab.codecs.engines import refusal_at_run_time
+from qlab.codecs.engines import refusal_at_run_time, refusal_of_inputs
 from qlab.driver.around import EXPERTS, place_of
 from qlab.driver.observe import DRIFT, Inputs
 from qlab.errors import QlabError
@@ -107,7 +107,10 @@ def refuse_unheld(
     around = CODECS[codec].around
     failed: dict[str, list[str]] = {}
     for name, ops in online.items():
-        reason = _unheld(ops, specs[name], named[name], codec)
+        spec = specs[name]
+        reason = _unheld(ops, spec, named[name], codec)
+        if reason is None and spec and target:
+            reason = _untaken(ops, spec, target)
         turns = [op for op in ops if matrix_of(op) is not None]
         if reason is None and turns and around and target:
             _, rows = around.encode({name: {"input": (*turns,)}})
@@ -162,6 +165,25 @@ def refuse_unheld_values(
             )
     if around is not None and modules:
         _refuse_unheld_around(modules, codes, around, target)
+        _refuse_several_widths(recipe, codes, codec)
+
+
+def _refuse_several_widths(recipe: Transform, codes: Mapping[str, Code], codec: str) -> None:
+    """Refuse a scale per token of a head where heads differ in width: a configuration says it as
+    groups of one size."""
+    per_token = [
+        stage
+        for stage in recipe
+        if isinstance(stage.view, PlainCache) and not stage.view.stores_scales
+    ]
+    there = [wire for code in codes.values() for wire in wires(code).values()]
+    widths = {w.channels // w.heads for w in there if w.kind in ("key", "value")}
+    if per_token and len(widths) > 1:
+        raise QlabError(
+            f"keys and values have heads of {' and '.join(map(str, sorted(widths)))} channels, and "
+            f"{codec} says one width of {per_token[0].detail} for all; store a scale per head or "
+            "tensor (KV_INT8_HEAD and alike)"
+        )
 
 
 def _refuse_unheld_around(
@@ -184,6 +206,13 @@ def _refuse_unheld_around(
     reason = refusal_at_run_time(target, rows) if target else None
     if reason:
         raise QlabError(f"{some(list(modules))}: {reason}")
+
+
+def _untaken(ops: Sequence[Op], spec: Spec, target: str) -> str | None:
+    """Why the engine does not round an input so, or None."""
+    roundings = [op.input_spec for op in ops if isinstance(op, QuantizeInput)]
+    reasons = [refusal_of_inputs(target, spec, inputs) for inputs in roundings]
+    return next(filter(None, reasons), None)
 
 
 def _unheld(ops: Sequence[Op], spec: Spec | None, site: Site, codec: str) -> str | None:

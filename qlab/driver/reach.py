@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from qlab.algebra.cached import latent_attentions
 from qlab.algebra.graph import ModuleGraph, Site, by_origin
 from qlab.algebra.groups import made_of
 from qlab.algebra.running import select
@@ -9,7 +10,7 @@ from qlab.algebra.scope import matches
 from qlab.algebra.scores import refuse_seen_shifts, scores
 from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Stage, Transform
-from qlab.algebra.views import Gauged, Shifted, Uncovered
+from qlab.algebra.views import Gauged, PlainCache, Shifted, Uncovered
 from qlab.algebra.wires import full_name, nearest, wires
 from qlab.driver.admissible import KEEP_THEM
 from qlab.driver.sites import Sites
@@ -99,6 +100,8 @@ def _check_wires(stage: Stage, pattern: str, model: Sites) -> None:
     if isinstance(stage.view, Shifted):
         for graph in chosen:
             refuse_seen_shifts(graph, stage.name)
+    if isinstance(stage.view, PlainCache):
+        _refuse_other_caches(stage, model)
     if any(graph.selected_wires for graph in chosen):
         return
     touched = [site for name, site in model.sites.items() if stage.touches(name, site)]
@@ -109,6 +112,27 @@ def _check_wires(stage: Stage, pattern: str, model: Sites) -> None:
         f"the stage {stage.name!r} matches no wire ({pattern} at {stage.scope}); "
         f"{nearest(pattern, names)}"
     )
+
+
+def _refuse_other_caches(stage: Stage, model: Sites) -> None:
+    """Refuse to round a cache that holds no keys and values as attention reads them."""
+    latent = [
+        ".".join(filter(None, (path, owner)))
+        for path, code in model.codes.items()
+        for owner in latent_attentions(code)
+    ]
+    if latent:
+        raise QlabError(
+            f"{some(latent)} caches a latent of which keys and values are made, and not these, so "
+            f"{stage.detail} is no scheme of its cache; leave the cache as it is"
+        )
+    without = unseen(stage, model)
+    if without:
+        raise QlabError(
+            f"{some(without)} caches a state and no keys and values, so {stage.detail} is no "
+            "scheme of its cache; leave the cache as it is, or round what the other blocks cache "
+            "by qlab.kv_cache"
+        )
 
 
 def unseen(stage: Stage, model: Sites) -> list[str]:

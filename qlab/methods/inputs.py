@@ -119,7 +119,7 @@ def quantize_inputs(spec: Spec, static: Range | None = None) -> Transform:
                 f"{wire.where.removesuffix(':in')} is one of fused experts, whose inputs have no "
                 f"stored scale; {DYNAMIC}"
             )
-        return rounding(spec, static, stats)
+        return rounding(spec, static, stats, wire.where)
 
     form = QuantizeInput(spec, outer=torch.ones(1, dtype=torch.float32) if spec.outer else None)
     if static and not spec.outer:
@@ -127,8 +127,16 @@ def quantize_inputs(spec: Spec, static: Range | None = None) -> Transform:
     return insert("quantize_inputs", "*:in", make, needs, (form,), str(form.input_spec))
 
 
-def rounding(spec: Spec, static: Range | None, stats: Mapping[str, Any]) -> QuantizeInput:
-    """The rounding of one input with these statistics."""
+def rounding(
+    spec: Spec, static: Range | None, stats: Mapping[str, Any], where: str = "the input"
+) -> QuantizeInput:
+    """The rounding of one input with these statistics. Refuses a scale of what no token reached.
+    where: the name of its wire."""
+    if (static or spec.outer) and not _reached(stats):
+        raise QlabError(
+            f"no token of the calibration data reached {where}, or only zeros did, so that its "
+            f"stored scale would be 0; calibrate on more text, or {DYNAMIC}"
+        )
     if isinstance(spec, Float) and spec.outer:
         if static is None:
             return QuantizeInput(spec, outer=spec.global_scale(stats["absmax"].amax()))
@@ -139,6 +147,16 @@ def rounding(spec: Spec, static: Range | None, stats: Mapping[str, Any]) -> Quan
         return QuantizeInput(spec)
     scales, zeros = static.fit(stats, spec)
     return QuantizeInput(spec, scales, zeros)
+
+
+def _reached(stats: Mapping[str, Any]) -> bool:
+    """Whether any number but 0 was seen; True where the statistics do not say."""
+    if "minmax" in stats:
+        low, high = stats["minmax"]
+        return bool(((low <= high) & ((low != 0) | (high != 0))).any())
+    if "absmax" in stats:
+        return bool(stats["absmax"].any())
+    return "sample" not in stats or bool(stats["sample"].x_nk.any())
 
 
 def _form(spec: Spec) -> QuantizeInput:

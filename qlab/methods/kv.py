@@ -25,7 +25,8 @@ from qlab.methods.inputs import Range, absmax, rounding
 @dataclass(frozen=True)
 class CacheSpec:
     """How cached keys and values are rounded. spec: its tiles lie over [tokens, channels of all
-    heads]. per_head: each head has a scale of its own, of a spec whose tile is the whole tensor."""
+    heads]. per_head: each head has a scale of its own, of a spec whose tile is the whole tensor or
+    a token."""
 
     spec: Spec
     per_head: bool = False
@@ -39,19 +40,23 @@ class CacheSpec:
         """The spec for so many heads, which have so many channels together."""
         if not self.per_head:
             return self.spec
-        return replace(self.spec, tile=Tile(None, channels // heads))
+        return replace(self.spec, tile=Tile(self.spec.tile.rows, channels // heads))
 
     def __str__(self) -> str:
         text = str(self.spec)
-        return text.replace("-tensor", "-head") if self.per_head else text
+        if not self.per_head:
+            return text
+        return text.replace("-tensor", "-head").replace("-channel", "-token-head")
 
 
 def parse_cache_spec(text: str) -> CacheSpec:
-    """The cache spec of a name: a spec's name, in which -token is another word for -channel and
-    -head stands for a scale of every head. Examples: fp8-tensor, int8-head, int4-token, int4-g32.
+    """The cache spec of a name: a spec's name, in which -token is another word for -channel, -head
+    stands for a scale of every head, and -token-head for one of every head of a token. Examples:
+    fp8-tensor, int8-head, int4-token, int8-token-head, int4-g32.
     """
     text = text.lower()
-    spec = parse_spec(text.replace("-token", "-channel").replace("-head", "-tensor"))
+    of_all = text.replace("-token-head", "-token")
+    spec = parse_spec(of_all.replace("-token", "-channel").replace("-head", "-tensor"))
     return cache_spec(spec, per_head="-head" in text)
 
 
@@ -118,7 +123,7 @@ def _rounded(name: str, kinds: str, spec: CacheSpec, static: Range) -> Transform
     def make(wire: Wire, stats: Mapping[str, Any]) -> QuantizeInput:
         refuse_split(wire, spec.spec)
         of_wire = spec.of_heads(wire.heads, wire.channels)
-        return rounding(of_wire, static if spec.static else None, stats)
+        return rounding(of_wire, static if spec.static else None, stats, wire.where)
 
     needs = static.needs if spec.static else frozenset()
     return insert(name, f"re:.*:({kinds})", make, needs, (_form(spec),), str(spec))

@@ -24,6 +24,7 @@ NO_ARGUMENTS_OF_USERS = {
     "centre_keys",
     "inductor_options",
     "results",
+    "schemes",
     "fisher",
     "kl_of_each",
 }
@@ -116,6 +117,7 @@ def given(saved, text, tmp_path_factory):
         "spinquant": {"spec": INT4},
         **{n: {} for n in ("lqer", "l2qer", "eora")},
         "method": {"name": "gptq", "spec": INT4},
+        "scheme": {"name": "W8A8"},
         **{n: {} for n in ("rotate_heads", "rotate_online", "rotate_residual", "rotate_scores")},
         **{n: {} for n in ("quarot", "incoherence")},
         "gauge": {"name": "mine", "wires": "*:in", "choose": lambda turn: None},
