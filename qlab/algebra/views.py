@@ -61,10 +61,12 @@ class EachWeight(View):
     """One weight at a time, and the statistics of its input. leaves: in words, what the step puts
     into the place of weights that is neither numbers nor codes, as formats are asked about it; ""
     where it puts nothing else. beside: (shape, spec) -> the bits of what it puts beside the codes
-    of a weight, for plans; None where that is not known beforehand."""
+    of a weight, for plans; None where that is not known beforehand. check: refuses a number of
+    input channels that the step has no place for, before it runs; None where it takes any."""
 
     leaves: str = ""
     beside: Callable[[torch.Size, Spec | None], float] | None = None
+    check: Callable[[int], None] | None = None
 
     sees: ClassVar[str] = "each weight"
 

@@ -4,8 +4,9 @@ Everything is refused by name, before anything runs.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -13,12 +14,15 @@ from qlab.algebra.graph import Site
 from qlab.algebra.spec import Int, Spec, with_scale_dtype
 from qlab.algebra.tile import legal_groups
 from qlab.algebra.transform import Transform, makes_weights, puts_on_values
+from qlab.algebra.views import EachWeight
 from qlab.codecs import CODECS, refusal_of_transposed
 from qlab.codecs.engines import division, refusal, uniformity
 from qlab.driver.sites import Sites
 from qlab.errors import QlabError
 from qlab.model.skeleton import Skeleton
 from qlab.process.shown import some
+
+T = TypeVar("T")
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KEEP_THEM = "leave them as they are (--keep PATTERN, or keep() in rules() in Python)"
@@ -150,6 +154,17 @@ def check_tiles(specs: Mapping[str, Spec | None], model: Sites) -> None:
     refusals.raise_first()
 
 
+def refuse_misfits(recipe: Transform, model: Sites) -> None:
+    """Refuse steps that have no place for the input channels of a weight (a pattern of zeros)."""
+    refusals = Refusals()
+    for stage in recipe:
+        check = stage.view.check if isinstance(stage.view, EachWeight) else None
+        for name, site in model.sites.items():
+            if check and stage.touches(name, site) and not site.router:
+                refusals.add(refusal_by(check, model.shapes[name][-1]), name)
+    refusals.raise_first()
+
+
 def refuse_unrounded(recipe: Transform, codec: str) -> None:
     """Refuse a recipe that rounds no weight, where it makes no other weights and rounds nothing
     that attention reads, or the format holds no dense ones."""
@@ -186,8 +201,13 @@ class Refusals:
 
 def tile_misfit(spec: Spec, shape: torch.Size) -> str | None:
     """Why the spec's tile does not divide a weight of this shape, or None."""
+    return refusal_by(spec.tile.check, shape)
+
+
+def refusal_by(check: Callable[[T], None], size: T) -> str | None:
+    """What a check says of the size of a weight, or None."""
     try:
-        spec.tile.check(shape)
+        check(size)
     except QlabError as error:
         return str(error)
     return None

@@ -14,7 +14,13 @@ from qlab.algebra.stats import name_of, stat_of
 from qlab.algebra.transform import Transform
 from qlab.codecs import CODECS, quantization_of
 from qlab.data.calibration import Data
-from qlab.driver.admissible import Admission, check_specs, check_tiles, refuse_unrounded
+from qlab.driver.admissible import (
+    Admission,
+    check_specs,
+    check_tiles,
+    refuse_misfits,
+    refuse_unrounded,
+)
 from qlab.driver.among import refuse_choices
 from qlab.driver.duration import SPREAD, Work, said, work_of
 from qlab.driver.effects import (
@@ -323,6 +329,7 @@ def _checked_specs(job: Job, skeleton: Skeleton, sites: Sites) -> dict[str, Spec
     for stage in job.recipe:
         refuse_unread(stage, sites.unread)
         check_scope(stage, sites)
+    refuse_misfits(job.recipe, sites)
     refuse_dividing(skeleton, job.recipe, sites, specs)
     unknown = job.measures and not any(specs.values())  # what a bind will return
     if job.codec is None or unknown:

@@ -3,7 +3,7 @@
 from qlab.algebra.cell import Cell, Weight
 from qlab.algebra.leaf import dense
 from qlab.algebra.transform import Transform, each_cell
-from qlab.methods.pattern import Pattern, parse_pattern
+from qlab.methods.pattern import Pattern, checked, parse_pattern
 
 
 def magnitude(pattern: str | float | Pattern) -> Transform:
@@ -37,4 +37,4 @@ def magnitude(pattern: str | float | Pattern) -> Transform:
         kept = kind.kept_overall(dense(cell.leaf).float().abs())
         return cell.narrow(support=kept if cell.support is None else kept & cell.support)
 
-    return each_cell("magnitude", fn, detail=f"pattern {kind}")
+    return checked(each_cell("magnitude", fn, detail=f"pattern {kind}"), kind)

@@ -4,12 +4,14 @@ Legend: W_ok a weight of o output and k input channels, s_ok how much each weigh
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from qlab.algebra.tile import is_size
+from qlab.algebra.transform import Transform
+from qlab.algebra.views import EachWeight
 from qlab.errors import QlabError
 
 
@@ -49,6 +51,16 @@ class Pattern:
         if self.of is not None:
             return self.kept(s_ok)
         return self.kept(s_ok.reshape(1, -1)).view(s_ok.shape)
+
+
+def checked(stages: Transform, pattern: Pattern) -> Transform:
+    """The stages of a mask, which plans ask whether the pattern has groups in a weight."""
+    return tuple(
+        replace(stage, view=replace(stage.view, check=pattern.check))
+        if isinstance(stage.view, EachWeight)
+        else stage
+        for stage in stages
+    )
 
 
 def parse_pattern(pattern: str | float | Pattern) -> Pattern:

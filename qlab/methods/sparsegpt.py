@@ -16,7 +16,7 @@ from torch import Tensor
 from qlab.algebra.cell import Cell, Weight
 from qlab.algebra.transform import Transform, each_cell
 from qlab.methods.obs import check_damp, cholesky, obs_sweep
-from qlab.methods.pattern import Pattern, parse_pattern
+from qlab.methods.pattern import Pattern, checked, parse_pattern
 
 BLOCK = 128  # columns whose zeros of a share are chosen together, as in the paper
 WORKSPACE = 6  # matrices [k, k] at once: H, its damped copy, its factor and that reversed
@@ -96,4 +96,4 @@ def sparsegpt(pattern: str | float | Pattern, damp: float = 0.01) -> Transform:
         return cell.narrow(support=kept).put(W_ok, prune_damp=used)
 
     stages = each_cell("sparsegpt", fn, {"second_moment"}, detail=f"pattern {kind}, damp {damp:g}")
-    return tuple(replace(stage, workspace=WORKSPACE) for stage in stages)
+    return checked(tuple(replace(stage, workspace=WORKSPACE) for stage in stages), kind)

@@ -6,7 +6,7 @@ Legend: s_ij = |W_ij| sqrt(E x_j^2), the score of a weight; x the input.
 from qlab.algebra.cell import Cell, Weight
 from qlab.algebra.leaf import dense
 from qlab.algebra.transform import Transform, each_cell
-from qlab.methods.pattern import Pattern, parse_pattern
+from qlab.methods.pattern import Pattern, checked, parse_pattern
 
 
 def wanda(pattern: str | float | Pattern) -> Transform:
@@ -40,4 +40,4 @@ def wanda(pattern: str | float | Pattern) -> Transform:
         kept = kind.kept(dense(cell.leaf).float().abs() * size_k)
         return cell.narrow(support=kept if cell.support is None else kept & cell.support)
 
-    return each_cell("wanda", fn, {"second_moment"}, detail=f"pattern {kind}")
+    return checked(each_cell("wanda", fn, {"second_moment"}, detail=f"pattern {kind}"), kind)

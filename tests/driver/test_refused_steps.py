@@ -91,3 +91,13 @@ def test_a_gauge_sees_a_statistic_of_ones_own_by_its_name(saved):
 def test_a_call_with_wrong_arguments_names_the_function():
     with pytest.raises(TypeError, match=r"^rtn\(\) of qlab: missing a required argument: 'spec'"):
         qlab.rtn()
+
+
+@pytest.mark.parametrize("prune", [qlab.magnitude, qlab.wanda, qlab.sparsegpt])
+def test_patterns_without_groups_in_a_weight_are_refused_by_the_plan(prune, saved):
+    model = qlab.open(saved("llama"))
+    data = random_tokens(model.path)
+    recipe = qlab.chain(prune("3:7"), qlab.rtn("int4-g16"))
+    refused(lambda: qlab.plan(model, recipe, data), "q_proj", "no multiple of 7, so 3:7 has no")
+    partly = qlab.chain(qlab.at("*.down_proj", prune("3:8")), qlab.rtn("int4-g16"))
+    assert qlab.plan(model, partly, data)
