@@ -16,11 +16,14 @@ from qlab.model.running import head
 WIDE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=1, head_dim=32)
 MIXTURE = dict(hidden_size=128, moe_intermediate_size=128, num_hidden_layers=1, head_dim=32)
 OF_WEIGHTS = [name for name, scheme in SCHEMES.items() if scheme.weights]
-# One scale for a tensor, or a stored one for an input, has no place at fused experts.
+# One scale for a tensor, or a stored one for an input, has no place at fused experts. Widths that
+# differ in bits alone are one case.
 OF_EXPERTS = [
     name
     for name in OF_WEIGHTS
-    if not SCHEMES[name].static and SCHEMES[name].weights.tile.rows is not None
+    if not SCHEMES[name].static
+    and SCHEMES[name].weights.tile.rows is not None
+    and name not in ("W2A16", "W3A16", "W5A16", "W6A16")
 ]
 
 
@@ -123,7 +126,7 @@ def test_a_scheme_that_does_not_fit_the_model_is_refused_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi3", "mixtral", "falcon"])
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "mixtral"])
 def test_a_plain_cache_is_taken(family, saved):
     folder = saved(family)
     recipe = qlab.scheme("KV_INT8_HEAD").recipe()
