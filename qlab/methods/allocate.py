@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from qlab.algebra.bind import Foreseen, Outline, bind, over_budget
+from qlab.algebra.bind import Bind, Foreseen, Outline, bind, over_budget
 from qlab.algebra.graph import ModuleGraph, Site
 from qlab.algebra.scope import pattern_of
 from qlab.algebra.spec import Spec
@@ -98,6 +98,7 @@ def allocate(
 
     detail = f"{bits:g} bits of {words}, by {name}"
     (stage,) = bind(NAME, measure, then, detail, foresee)
+    assert isinstance(stage, Bind)
     return (replace(stage, among=tuple(choices), budget=bits),)
 
 
