@@ -80,10 +80,11 @@ class Tile:
         k = shape[-1]
         cols = self.cols or k
         if self.rows in (None, 1) and k % cols:
+            groups = ", ".join(map(str, legal_groups(k)))
+            legal = f"legal groups here are {groups} or" if groups else "the only legal one here is"
             raise QlabError(
                 f"groups of {cols} do not divide the {k} input channels of a weight "
-                f"{tuple(shape)}; legal groups here are {', '.join(map(str, legal_groups(k)))} or "
-                "'channel'"
+                f"{tuple(shape)}; {legal} 'channel'"
             )
 
     def scales_shape(self, shape: torch.Size) -> tuple[int, ...]:

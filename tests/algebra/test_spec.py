@@ -50,3 +50,10 @@ def test_a_name_alone_is_the_spec_that_it_names(text):
 def test_a_dtype_that_torch_has_not_is_refused(key):
     with pytest.raises(QlabError, match="'float9' is no dtype of torch; write one such as float32"):
         spec_from_json({"spec": "int4-g64", key: "float9"})
+
+
+def test_a_width_that_no_group_divides_leaves_the_whole_channel():
+    with pytest.raises(QlabError, match=r"\(8, 100\); the only legal one here is 'channel'"):
+        parse_spec("int4-g16").tile.check(torch.Size((8, 100)))
+    with pytest.raises(QlabError, match=r"\(8, 48\); legal groups here are 16 or 'channel'"):
+        parse_spec("int4-g32").tile.check(torch.Size((8, 48)))
