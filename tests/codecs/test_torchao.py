@@ -15,6 +15,7 @@ from qlab.algebra.qtensor import dense
 from qlab.algebra.spec import Int, Tile, parse_spec
 from qlab.codecs import reader, torchao
 from qlab.errors import QlabError
+from qlab.lowering.weights.integers import is_exact
 
 quantization = pytest.importorskip("torchao.quantization")
 
@@ -298,6 +299,8 @@ def test_a_model_quantized_by_the_library_opens_runs_and_is_lowered(i, saved, tm
         (quantization.Int8WeightOnlyConfig(version=2), "int8"),
         (quantization.Float8WeightOnlyConfig(), None),
     ][i]
+    if kernel == "int8_int8" and not is_exact():
+        pytest.skip("torchao's sums of integers are not exact on this processor")
     theirs = AutoModelForCausalLM.from_pretrained(
         saved("llama"), quantization_config=TorchAoConfig(config), dtype=torch.bfloat16
     )

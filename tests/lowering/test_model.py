@@ -12,6 +12,7 @@ from qlab.errors import QlabError
 from qlab.evaluation.perplexity import read
 from qlab.files.checkpoint import open_checkpoint
 from qlab.lowering import QExperts, QLinear, lower, resident_bytes
+from qlab.lowering.weights.integers import is_exact
 from qlab.lowering.weights.kernels import CODES
 from qlab.lowering.weights.modules import QuantizedWeight
 from qlab.methods.rtn import rtn
@@ -252,6 +253,8 @@ def test_a_slow_dtype_is_announced(quantized, dtype):
 )
 def test_torchao_multiplies_the_same_codes(family, spec, inputs, saved, tmp_path):
     pytest.importorskip("torchao")
+    if inputs is not None and not is_exact():
+        pytest.skip("torchao's sums of integers are not exact on this processor")
     steps = [] if inputs is None else [qlab.quantize_inputs(inputs)]
     recipe = qlab.chain(*steps, rtn(parse_spec(spec)))
     result = qlab.quantize(open_checkpoint(saved(family)), recipe, None, tmp_path / "out")
