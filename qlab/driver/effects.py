@@ -130,6 +130,8 @@ def refuse_unheld_leaves(recipe: Transform, named: Mapping[str, Site], codec: st
                 for name, site in named.items()
                 if stage.touches(name, site) and not site.router
             ]
+            if not touched:  # a rule for matrices that no program shows
+                continue
             raise QlabError(
                 f"the stage {stage.name!r} makes of {some(touched)} {stage.view.leaves}, for which "
                 f"{codec} has no place; evaluate or lower what qlab.apply makes of it, or leave "

@@ -13,7 +13,7 @@ thing for projections back into the residual stream.
 Legend: W_ok weight, m_k = 1 / s_k what x is multiplied by.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import fsum
 
@@ -35,6 +35,8 @@ SHRUNKEN = [1 - i / 20 for i in range(10)]  # AutoAWQ clips a group to these sha
 # Which weights AutoAWQ does not clip: those that make queries and keys.
 UNCLIPPED = "re:(?!.*(q_|k_|query|key|Wqkv)).*"
 
+ScaleOf = Callable[[Tensor, Tensor, float], Tensor]  # mean|x_k|, w_k and a ratio -> s_k
+
 
 def weight_mean(weights: Sequence[Tensor], spec: Spec) -> Tensor:
     """w_k: the mean over the rows of all weights of |W| / (the largest of its group + 1e-6)."""
@@ -48,23 +50,25 @@ def _relative_sizes(W_ok: Tensor, spec: Spec) -> Tensor:
     return (groups / (groups.amax(-1, keepdim=True) + 1e-6)).flatten(-2)
 
 
-def scale(absmean_k: Tensor, w_k: Tensor | None, ratio: float) -> Tensor:
-    """s_k of a ratio; without w_k it is mean|x|^ratio."""
-    s_k = absmean_k**ratio
-    if w_k is not None:
-        s_k = s_k / (w_k ** (1 - ratio) + 1e-4)
-    s_k = s_k.clamp_min(1e-4)
+def scale(absmean_k: Tensor, w_k: Tensor, ratio: float) -> Tensor:
+    """s_k of a ratio."""
+    s_k = (absmean_k**ratio / (w_k ** (1 - ratio) + 1e-4)).clamp_min(1e-4)
     s_k = s_k / (s_k.max() * s_k.min()).sqrt()
     return torch.where(s_k.isfinite(), s_k, 1.0)
 
 
-def _searched(turn: Turn, spec: Spec, with_identity: bool) -> Element | None:
+def scale_or_one(absmean_k: Tensor, w_k: Tensor, ratio: float) -> Tensor:
+    """s_k of a ratio, of which 0 stands for s = 1."""
+    return scale(absmean_k, w_k, ratio) if ratio else torch.ones_like(absmean_k)
+
+
+def _searched(turn: Turn, spec: Spec, scale_of: ScaleOf) -> Element | None:
     """The scale of the least loss among the ratios."""
     if turn.fold is None:
         return None
     settled, inputs = with_scale_dtype(spec, turn.graph.dtype), inputs_of(turn)
     groups = [[one] for one in inputs] if turn.apart else [inputs]
-    chosen = [_least(turn, group, settled, with_identity) for group in groups]
+    chosen = [_least(turn, group, settled, scale_of) for group in groups]
     m = torch.stack([m_k for m_k, _ in chosen])
     m = turn.stored(m[:, None] if turn.apart else m[0])
     ratios = [ratio for _, ratio in chosen]
@@ -72,7 +76,7 @@ def _searched(turn: Turn, spec: Spec, with_identity: bool) -> Element | None:
 
 
 def _least(
-    turn: Turn, inputs: Sequence[Input], spec: Spec, with_identity: bool
+    turn: Turn, inputs: Sequence[Input], spec: Spec, scale_of: ScaleOf
 ) -> tuple[Tensor, float]:
     """m_k of the best ratio, and that."""
     assert turn.fold is not None
@@ -82,8 +86,7 @@ def _least(
     w_k = weight_mean([W for i in inputs for W in i.weights], spec)
     best, least = (torch.ones_like(absmean_k), 0.0), torch.inf
     for ratio in RATIOS if seen else ():
-        plain = with_identity and ratio == 0
-        s_k = scale(absmean_k, None if plain else w_k, ratio)
+        s_k = scale_of(absmean_k, w_k, ratio)
         m_k = turn.fold.stored(turn.graph, turn.fold.tie(1 / s_k))
         loss = fsum(i.share * scaled_loss(i.weights, i.moment, m_k, spec, minmax) for i in inputs)
         if loss < least:
@@ -134,11 +137,11 @@ def clip(W_ok: Tensor, moment: Moment, spec: Spec) -> tuple[Tensor, float]:
     return best.flatten(1), float((best != W_ogn).any(-1).float().mean())
 
 
-def _scales(name: str, spec: Spec, with_identity: bool) -> Transform:
+def _scales(name: str, spec: Spec, scale_of: ScaleOf) -> Transform:
     return gauge(
         name,
         "*:in",
-        partial(_searched, spec=spec, with_identity=with_identity),
+        partial(_searched, spec=spec, scale_of=scale_of),
         frozenset({"second_moment", "absmean"}),
         detail=f"for {described(spec)}",
     )
@@ -158,7 +161,7 @@ def autoawq(spec: Spec) -> Transform:
         Lin et al. 2023, AWQ: Activation-aware Weight Quantization; AutoAWQ's quantize/quantizer.py.
     """
     clipping = at(UNCLIPPED, awq_clip(spec))
-    return chain(_scales("autoawq_scale", spec, with_identity=False), clipping, rtn(spec))
+    return chain(_scales("autoawq_scale", spec, scale), clipping, rtn(spec))
 
 
 def llmcompressor_awq(spec: Spec) -> Transform:
@@ -174,4 +177,4 @@ def llmcompressor_awq(spec: Spec) -> Transform:
     Source:
         Lin et al. 2023, AWQ: Activation-aware Weight Quantization; llm-compressor 0.14.
     """
-    return chain(_scales("llmcompressor_awq_scale", spec, with_identity=True), rtn(spec))
+    return chain(_scales("llmcompressor_awq_scale", spec, scale_or_one), rtn(spec))

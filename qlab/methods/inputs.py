@@ -123,7 +123,7 @@ def quantize_inputs(spec: Spec, static: Range | None = None) -> Transform:
 
     form = QuantizeInput(spec, outer=torch.ones(1, dtype=torch.float32) if spec.outer else None)
     if static and not spec.outer:
-        form = _form(spec)
+        form = static_form(spec)
     return insert("quantize_inputs", "*:in", make, needs, (form,), str(form.input_spec))
 
 
@@ -159,14 +159,10 @@ def _reached(stats: Mapping[str, Any]) -> bool:
     return "sample" not in stats or bool(stats["sample"].x_nk.any())
 
 
-def _form(spec: Spec) -> QuantizeInput:
+def static_form(spec: Spec) -> QuantizeInput:
     """A static rounding as a codec is asked about it."""
-    ones = torch.ones(1, 1, dtype=torch.float32)
-    return QuantizeInput(
-        spec,
-        ones,
-        None if spec.symmetric else torch.zeros(1, 1, dtype=torch.float32).to(torch.int8),
-    )
+    zeros = None if spec.symmetric else torch.zeros(1, 1, dtype=torch.int8)
+    return QuantizeInput(spec, torch.ones(1, 1, dtype=torch.float32), zeros)
 
 
 def _of_tensor(spec: Spec) -> Spec:

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from qlab.algebra.insert import insert
 from qlab.algebra.online import QuantizeInput
 from qlab.algebra.spec import Spec, parse_spec
@@ -19,7 +17,7 @@ from qlab.algebra.tile import Tile
 from qlab.algebra.transform import Transform
 from qlab.algebra.wires import Wire
 from qlab.errors import QlabError
-from qlab.methods.inputs import Range, absmax, rounding
+from qlab.methods.inputs import Range, absmax, rounding, static_form
 
 
 @dataclass(frozen=True)
@@ -131,10 +129,8 @@ def _rounded(name: str, kinds: str, spec: CacheSpec, static: Range) -> Transform
 
 def _form(spec: CacheSpec) -> QuantizeInput:
     """A rounding as a codec is asked about it, of heads of one channel."""
-    ones = torch.ones(1, 1, dtype=torch.float32)
-    zeros = None if spec.spec.symmetric else torch.zeros(1, 1, dtype=torch.int8)
     of_wire = spec.of_heads(1, 1)
-    return QuantizeInput(of_wire, ones, zeros) if spec.static else QuantizeInput(of_wire)
+    return static_form(of_wire) if spec.static else QuantizeInput(of_wire)
 
 
 def refuse_split(wire: Wire, spec: Spec) -> None:

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qlab.algebra.block import Block, each_block
 from qlab.algebra.learn import Schedule, Version, learn
+from qlab.algebra.learn_whole import vectors
 from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Transform
 from qlab.errors import QlabError
@@ -25,30 +25,14 @@ from qlab.methods.grid import Grid, minmax
 SLOWER = 0.1  # how much of the step of weights, in steps of their scale, ranges and vectors take
 
 
-def _vectors(block: Block) -> dict[str, Tensor]:
-    """The norms and biases of a block; none where the step is for some of its sites alone."""
-    segment = block.segment
-    chosen = {site.path for site in segment.sites}
-    if any(site.path not in chosen and not site.router for site in segment.code.sites):
-        return {}
-    return {
-        name: leaf
-        for name, leaf in segment.params.items()
-        if isinstance(leaf, Tensor)
-        and leaf.ndim == 1
-        and leaf.is_floating_point()
-        and name.endswith((".weight", ".bias"))
-    }
-
-
 def _trained(
     block: Block, starts: Mapping[str, Start], schedule: Schedule, lr: float
 ) -> tuple[Mapping[str, Any], dict[str, Any]]:
     """The best leaves seen, by Adam with a linearly falling step."""
     parameters = {path: start.parameters() for path, start in starts.items()}
-    vectors = _vectors(block)
-    sizes = {name: leaf.float().abs().mean().clamp_min(1e-8) for name, leaf in vectors.items()}
-    moves = {name: torch.zeros_like(leaf, dtype=torch.float32) for name, leaf in vectors.items()}
+    before = vectors(block.segment)
+    sizes = {name: leaf.float().abs().mean().clamp_min(1e-8) for name, leaf in before.items()}
+    moves = {name: torch.zeros_like(leaf, dtype=torch.float32) for name, leaf in before.items()}
     fast = [V.requires_grad_() for V, *_ in parameters.values()]
     slow = [end.requires_grad_() for _, *ends in parameters.values() for end in ends]
     slow += [move.requires_grad_() for move in moves.values()]
@@ -59,11 +43,11 @@ def _trained(
     def version() -> Version:
         made = {path: start.rounded(parameters[path]) for path, start in starts.items()}
         weights = {path: W for path, (W, _) in made.items()}
-        trained = {name: leaf.float() + sizes[name] * moves[name] for name, leaf in vectors.items()}
+        trained = {name: leaf.float() + sizes[name] * moves[name] for name, leaf in before.items()}
         leaves: dict[str, Any] = {path: q for path, (_, q) in made.items()}
         # A vector that was not moved keeps its bits.
         moved = [name for name, move in moves.items() if bool(move.detach().any())]
-        leaves |= {name: trained[name].detach().to(vectors[name].dtype) for name in moved}
+        leaves |= {name: trained[name].detach().to(before[name].dtype) for name in moved}
         return Version({**weights, **trained}, leaves)
 
     def update(left: float) -> None:

@@ -198,7 +198,7 @@ MUTANTS = [
     Mutant(
         "rotations: one matrix for all that share a place",
         "codecs/compressed_tensors/at_run_time.py",
-        "_encoded_rotation",
+        "_Block._rotation",
         "where == location and torch.equal(matrix, M_nn)",
         "where == location",
         "codecs/at_run_time directories/run_time",

@@ -105,66 +105,59 @@ def encode(modules: Mapping[str, Places]) -> tuple[dict[str, Tensor], Rows]:
     A row of a place is a list of its operations: {"rotated": type of the matrix, "group", "size",
     "precision"} or {"rounded": QuantizationArgs}, with the name and the hash of its tensor.
     """
-    tensors: dict[str, Tensor] = {}
+    block = _Block()
     rows: dict[str, dict[str, list[Row]]] = {}
-    shared: list[tuple[str, Tensor, Row]] = []  # location, matrix, its row
     for module, places in modules.items():
         reason = refusal(places) or _refusal_of_another(module, places)
         if reason:
             raise QlabError(f"{module}: {reason}")
         rows[module] = {}
         for place in (place for place in PLACES if places.get(place)):
-            steps = [_encoded(module, place, op, tensors, shared) for op in places[place]]
+            steps = [block.row(module, place, op) for op in places[place]]
             rows[module][place] = [step for step in steps if step]
-    return tensors, rows
+    return block.tensors, rows
 
 
-def _encoded(
-    module: str,
-    place: str,
-    op: Op,
-    tensors: dict[str, Tensor],
-    shared: list[tuple[str, Tensor, Row]],
-) -> Row:
-    """The row of one operation, whose tensors join the others. Empty for what lies beside the
-    weight of a linear."""
-    M = matrix_of(op)
-    if M is not None:
-        return _encoded_rotation(module, place, M, tensors, shared)
-    if place not in ATTENDED:
-        return {}
-    assert isinstance(op, QuantizeInput)  # refused otherwise
-    row: Row = {"rounded": attended.args_of(op)}
-    for name, scales in attended.encode(f"{module}.{attended.SCALES[place]}", op).items():
-        tensors[name] = scales
-        row |= {"tensor": name, "sha256": hash_of_numbers(scales)}
-    return row
+class _Block:
+    """The tensors of one block, which operations join one after the other."""
 
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._matrices: list[tuple[str, Tensor, Row]] = []  # location, matrix, its row
 
-def _encoded_rotation(
-    module: str,
-    place: str,
-    M_nn: Tensor,
-    tensors: dict[str, Tensor],
-    shared: list[tuple[str, Tensor, Row]],
-) -> Row:
-    location = "attention" if place in ATTENDED else place
-    for where, matrix, row in shared:
-        if where == location and torch.equal(matrix, M_nn):
-            return row
-    kind, stored = rotations.encode(M_nn)
-    name = rotations.tensor_of(module, place)
-    tensors[name] = stored
-    row = {
-        "rotated": kind,
-        "group": rotations.name_of(module, place),
-        "tensor": name,
-        "size": len(stored),
-        "precision": str(M_nn.dtype),
-        "sha256": hash_of_numbers(stored),
-    }
-    shared.append((location, M_nn, row))
-    return row
+    def row(self, module: str, place: str, op: Op) -> Row:
+        """The row of one operation. Empty for what lies beside the weight of a linear."""
+        M = matrix_of(op)
+        if M is not None:
+            return self._rotation(module, place, M)
+        if place not in ATTENDED:
+            return {}
+        assert isinstance(op, QuantizeInput)  # refused otherwise
+        row: Row = {"rounded": attended.args_of(op)}
+        for name, scales in attended.encode(f"{module}.{attended.SCALES[place]}", op).items():
+            self.tensors[name] = scales
+            row |= {"tensor": name, "sha256": hash_of_numbers(scales)}
+        return row
+
+    def _rotation(self, module: str, place: str, M_nn: Tensor) -> Row:
+        """The row of a matrix: that of an equal one at such a place, or its own."""
+        location = "attention" if place in ATTENDED else place
+        for where, matrix, row in self._matrices:
+            if where == location and torch.equal(matrix, M_nn):
+                return row
+        kind, stored = rotations.encode(M_nn)
+        name = rotations.tensor_of(module, place)
+        self.tensors[name] = stored
+        row = {
+            "rotated": kind,
+            "group": rotations.name_of(module, place),
+            "tensor": name,
+            "size": len(stored),
+            "precision": str(M_nn.dtype),
+            "sha256": hash_of_numbers(stored),
+        }
+        self._matrices.append((location, M_nn, row))
+        return row
 
 
 # ------------------------------------------------------------------ configuration

@@ -5,7 +5,7 @@ One static scale is [1], and one for each head [heads, 1, 1] ("attn_head"). Dyna
 groups of a head's channels, have no tensors. Source: compressed-tensors 0.20.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -98,6 +98,18 @@ def refusal_of_args(args: Mapping[str, Any]) -> str | None:
         f"{symmetric!r} and num_bits {bits}; qlab reads symmetric ones of 4 or 8 bits with a "
         "stored scale per tensor or head, or dynamic ones per group"
     )
+
+
+def fault(of: str, scale: Tensor) -> str | None:
+    """What is wrong with a stored scale, or None. of: what it rounds, in words."""
+    good = scale.is_floating_point() and bool(((scale > 0) & scale.isfinite()).all())
+    return None if good else f"is no scale of {of}, which are positive"
+
+
+def modules_of(names: Collection[str]) -> tuple[set[str], set[str]]:
+    """The modules that have the tensors `names`, and the modules around those."""
+    modules = {name.rpartition(".")[0] for name in names}
+    return modules, {module.rpartition(".")[0] for module in modules}
 
 
 def is_static(args: Mapping[str, Any]) -> bool:

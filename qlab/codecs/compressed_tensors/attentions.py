@@ -14,7 +14,14 @@ from typing import Any
 from torch import Tensor
 
 from qlab.algebra.graph import Op
-from qlab.codecs.compressed_tensors.attended import SCALES, decode, is_static, refusal_of_args
+from qlab.codecs.compressed_tensors.attended import (
+    SCALES,
+    decode,
+    fault,
+    is_static,
+    modules_of,
+    refusal_of_args,
+)
 from qlab.codecs.compressed_tensors.scheme import check_args
 from qlab.codecs.extra import Extra
 from qlab.errors import QlabError
@@ -29,8 +36,7 @@ def is_of_attentions(group: Any, names: Collection[str]) -> bool:
     targets = group.get("targets")
     if not group.get("input_activations") or not isinstance(targets, list) or not targets:
         return False
-    modules = {name.rpartition(".")[0] for name in names}
-    around = {module.rpartition(".")[0] for module in modules}
+    modules, around = modules_of(names)
     return all(_is_attention(target, modules, around) for target in targets)
 
 
@@ -102,7 +108,7 @@ def _extra(name: str, group: Mapping[str, Any], names: Collection[str]) -> Extra
         part=name,
         tensors=tensors if is_static(args) else (),
         missing=tuple(sorted(needed.difference(tensors))) if is_static(args) else (),
-        fault=_fault,
+        fault=partial(fault, "queries, keys or values"),
         ops=partial(_operations, args, targets),
     )
 
@@ -119,8 +125,3 @@ def _operations(
     if location not in SCALES or not any(_names(target, path) for target in targets):
         return ()
     return (decode(f"{path}.{SCALES[location]}", args, channels, tensor),)
-
-
-def _fault(scale: Tensor) -> str | None:
-    good = scale.is_floating_point() and bool(((scale > 0) & scale.isfinite()).all())
-    return None if good else "is no scale of queries, keys or values, which are positive"

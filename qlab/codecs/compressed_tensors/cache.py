@@ -18,7 +18,14 @@ from torch import Tensor
 
 from qlab.algebra.graph import Op
 from qlab.codecs.cache_scales import scales_of
-from qlab.codecs.compressed_tensors.attended import SCALES, decode, is_static, spec_of
+from qlab.codecs.compressed_tensors.attended import (
+    SCALES,
+    decode,
+    fault,
+    is_static,
+    modules_of,
+    spec_of,
+)
 from qlab.codecs.compressed_tensors.scheme import check_args
 from qlab.codecs.extra import Extra
 from qlab.codecs.families import pattern
@@ -58,7 +65,14 @@ def cache(config: Mapping[str, Any], names: Collection[str]) -> Extra | None:
     number = "int" if args.get("type", "int") == "int" else "fp"
     says = f"keys and values are cached as {number}{bits} with {scales}"
     tensors, missing = ((), ()) if dynamic else _scales(names)
-    extra = Extra(KEY, says, lowered=False, tensors=tensors, missing=missing, fault=_fault)
+    extra = Extra(
+        KEY,
+        says,
+        lowered=False,
+        tensors=tensors,
+        missing=missing,
+        fault=partial(fault, "keys or values"),
+    )
     has_scales = bool(dynamic) or (bool(tensors) and _are_of_attentions(tensors, names))
     if spec_of(args, 1) is None or not has_scales:
         return extra
@@ -85,8 +99,7 @@ def _operations(
 def _are_of_attentions(scales: Collection[str], names: Collection[str]) -> bool:
     """Whether all scales are k_scale or v_scale of a module around others, as compressed-tensors
     has them. Other writers put them into a module of their own, or into a linear."""
-    modules = {name.rpartition(".")[0] for name in names}
-    around = {module.rpartition(".")[0] for module in modules}
+    _, around = modules_of(names)
     kinds = {SCALES[kind] for kind in CACHED}
     return all(
         kind in kinds and owner in around
@@ -123,8 +136,3 @@ def _counterpart(scale: str) -> str:
     return re.sub(
         r"(^|\.)[kv](?=_proj\.|_scale$)", lambda match: match[0].translate(KEYS_TO_VALUES), scale
     )
-
-
-def _fault(scale: Tensor) -> str | None:
-    good = scale.is_floating_point() and bool(((scale > 0) & scale.isfinite()).all())
-    return None if good else "is no scale of keys or values, which are positive"
