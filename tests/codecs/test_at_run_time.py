@@ -137,9 +137,20 @@ def test_a_matrix_that_modules_of_a_block_share_is_written_once():
     assert [place["targets"] for place in group["apply"][::2]] == [[name] for name in names]
 
 
+def test_a_matrix_that_is_nearly_of_signs_is_stored_as_it_is():
+    """By a ten-thousandth, which a Hadamard matrix of bfloat16 signs would lose."""
+    near = MatMul(TURN.M_nn + 1e-4 * torch.eye(WIDTH))
+    tensors, rows = CODEC.around.encode({DOWN: {"input": (near,)}})
+    assert rows[DOWN]["input"][0]["rotated"] == "random-matrix"
+    assert all(torch.equal(stored, near.M_nn) for stored in tensors.values())
+
+
 KV8 = rounding(8, Tile(None, WIDTH))
 TURN = MatMul(random_hadamard(WIDTH, torch.Generator().manual_seed(1)))
+OTHER = MatMul(random_hadamard(WIDTH, torch.Generator().manual_seed(2)))
 ANY = MatMul(random_orthogonal(WIDTH, torch.Generator().manual_seed(1)))
+# of +-1 / sqrt(n) as Hadamard matrices are, whose rows are all one
+FLAT = MatMul(torch.full((WIDTH, WIDTH), WIDTH**-0.5))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +159,9 @@ ANY = MatMul(random_orthogonal(WIDTH, torch.Generator().manual_seed(1)))
         ({"key": (KV8,)}, "not key alone"),
         ({"key": (KV8,), "value": (rounding(4, Tile(None, WIDTH)),)}, "alike"),
         ({"query": (TURN,)}, "together, by one matrix"),
+        ({"query": (TURN,), "key": (OTHER,)}, "together, by one matrix"),
         ({"query": (TURN,), "key": (ANY,)}, "turns queries and keys by Hadamard matrices"),
+        ({"query": (FLAT,), "key": (FLAT,)}, "turns queries and keys by Hadamard matrices"),
         ({"query": (ANY,), "key": (ANY,)}, "turns queries and keys by Hadamard matrices"),
         ({"value": (TURN,)}, "no place for MatMul"),
         ({"key": (KV8, TURN), "value": (KV8,)}, "turns a value once and then rounds it"),

@@ -128,6 +128,25 @@ def test_a_configuration_that_says_another_grid_is_refused(saved, tmp_path, monk
     assert_nothing_stays(tmp_path)
 
 
+def test_a_configuration_that_says_another_grid_of_inputs_is_refused(saved, tmp_path, monkeypatch):
+    codec = CODECS["compressed-tensors"]
+    (static,) = quantize_inputs(qlab.parse_spec("int8-tensor"), qlab.RANGES["absmax"])
+    (other,) = static.view.operations
+
+    def config(specs, inputs=None, *others):
+        wrong = {name: op and other.input_spec for name, op in (inputs or {}).items()}
+        return codec.config(specs, wrong, *others)
+
+    monkeypatch.setitem(CODECS, "compressed-tensors", replace(codec, config=config))
+    int8 = qlab.parse_spec("int8-channel")
+    recipe = qlab.chain(qlab.rtn(int8), quantize_inputs(int8))
+    refused(
+        lambda: driver.quantize(open_checkpoint(saved("llama")), recipe, None, tmp_path / "out"),
+        "config.json makes the inputs of model.layers.0.mlp.down_proj int8-tensor static",
+    )
+    assert_nothing_stays(tmp_path)
+
+
 def test_inputs_of_another_scale_are_refused(saved, tmp_path, monkeypatch):
     def halved(path, tensors):
         return {n: t / 2 if n.endswith("input_global_scale") else t for n, t in tensors.items()}
@@ -231,14 +250,19 @@ def test_what_happens_at_run_time_in_another_way_is_refused(fault, saved, tmp_pa
     assert_nothing_stays(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["embed_tokens", "model.norm", "lm_head"])
-def test_what_lies_around_the_blocks_and_is_another_is_refused(name, saved, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [("embed_tokens", -1), ("model.norm", -1), ("lm_head", -1), ("model.norm", 1.01)],
+)
+def test_what_lies_around_the_blocks_and_is_another_is_refused(
+    name, factor, saved, tmp_path, monkeypatch
+):
     """Its tensors read back as they were written; only the run around the blocks tells."""
     real = run.outside_leaves
 
     def moved(skeleton, recipe):
         for part in real(skeleton, recipe):
-            yield replace(part, leaf=-part.leaf) if name in part.name else part
+            yield replace(part, leaf=factor * part.leaf) if name in part.name else part
 
     monkeypatch.setattr(run, "outside_leaves", moved)
     refused(

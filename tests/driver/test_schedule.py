@@ -22,7 +22,7 @@ from qlab.methods.rotate import rotate_online
 from qlab.methods.rtn import rtn
 from qlab.methods.smoothquant import smoothquant
 
-INT4 = parse_spec("int4-g16")
+INT4, NVFP4 = parse_spec("int4-g16"), parse_spec("nvfp4")
 PER_TENSOR = qlab.quantize_inputs("int8-tensor", static="absmax")
 
 
@@ -65,8 +65,10 @@ OBSERVING = [
     chain(smoothquant(), gptq(INT4)),
     chain(smoothquant(), awq(INT4)),
     chain(rotate_online(), rtn(INT4), PER_TENSOR),
+    # absmax is not known of inputs that turned
+    chain(smoothquant(), rotate_online(), rtn(NVFP4), qlab.quantize_inputs(NVFP4)),
     chain(at("*.mlp.*", gptq(INT4)), at("*.self_attn.*", awq(INT4))),
-    awq(parse_spec("nvfp4")),
+    awq(NVFP4),
 ]
 
 
