@@ -84,6 +84,9 @@ def test_differences_within_the_paired_interval_are_ties(models):
     one, other = qlab.difference(coarse, fine), qlab.difference(fine, coarse)
     assert one.tie == other.tie and one.ratio == pytest.approx(1 / other.ratio)
     assert one.ratio == pytest.approx(coarse.perplexity / fine.perplexity)
+    low, high = one.kl_ci
+    assert other.kl == pytest.approx(-one.kl) and 0 < low < one.kl < high
+    assert other.kl_ci == pytest.approx((-high, -low), rel=0.05)
     same = evaluate(model, model, data)
     assert same.indistinguishable and "indistinguishable" in str(same)
     ahead = replace(coarse, ratio_ci=(1.01, 1.2))
@@ -91,6 +94,8 @@ def test_differences_within_the_paired_interval_are_ties(models):
     elsewhere = evaluate(made["int8"], model, random_tokens(model.path, 8, 32, seed=1))
     refused(lambda: qlab.difference(fine, elsewhere), "of other windows")
     refused(lambda: qlab.difference(fine, None), "other is None")
+    runs = {0: fine, 1: elsewhere}
+    refused(lambda: qlab.over_seeds(runs.__getitem__, [0, 1]), "of other windows")
 
 
 def test_tables_call_runs_ties_that_the_interval_does_not_tell_apart(models, tmp_path):

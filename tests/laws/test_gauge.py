@@ -145,12 +145,17 @@ def test_a_sources_statistics_come_with_its_weights():
     seg, seen = segment("mixtral"), []
 
     def choose(turn):
-        seen.extend((turn.name, len(s.weights), s.stats["absmax"].shape) for s in turn.sources())
+        seen.extend((turn.name, len(s.weights), s.stats["absmax"]) for s in turn.sources())
 
     run_checked(seg, qlab.gauge("look", "*:in", choose, needs=frozenset({"absmax"})), seg.stats)
     path = seg.graph.path
-    assert seen[0] == (f"{path}.self_attn.q_proj:in", 3, (64,))
+    assert seen[0][:2] == (f"{path}.self_attn.q_proj:in", 3) and seen[0][2].shape == (64,)
     assert len(seen) == 2 + 4 + 4  # q k v, o, and the two inputs of four experts
+    (down,) = (s for s in seg.graph.sites if s.path.endswith("experts.down_proj"))
+    of_experts = seg.stats[down.source, "absmax"].states
+    own = [absmax for name, _, absmax in seen if name.endswith("experts.down_proj:in")]
+    assert len(own) == 4 and all(map(torch.equal, own, of_experts))
+    assert not torch.equal(own[0], own[1])
 
 
 @settings(max_examples=20, deadline=None)

@@ -116,6 +116,16 @@ def test_ranges_cover_what_they_promise(seed, bits, asym):
     assert error["all"] == pytest.approx(error["absmax"])
 
 
+@pytest.mark.parametrize("outlier", [-50.0, 50.0])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_quantile_leaves_outliers_out_at_either_end(outlier, symmetric):
+    x = normal(64, 24, seed=0)
+    x[3, 5] = outlier
+    spec = parse_spec("int8-tensor", symmetric=symmetric)
+    whole, most = (float(each.fit(seen(x), spec)[0]) for each in (quantile(1.0), quantile(0.99)))
+    assert most < 0.3 * whole
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("static", [*RANGES])
 def test_static_inputs_have_one_stored_scale_from_the_calibration_data(family, static):

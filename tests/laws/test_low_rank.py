@@ -8,14 +8,16 @@ from hypothesis import strategies as st
 from segments import correlated, moment, normal, segment
 
 import qlab
+from qlab.algebra.cell import Cell, Feasible
+from qlab.algebra.grid import encode, minmax
 from qlab.algebra.leaf import LowRank, Sum, dense
-from qlab.algebra.spec import parse_spec
+from qlab.algebra.spec import parse_spec, with_scale_dtype
 from qlab.algebra.transform import chain
 from qlab.driver.report import site_rows
 from qlab.errors import QlabError
 from qlab.methods.eora import eora, root
 from qlab.methods.gptq import gptq
-from qlab.methods.lqer import l2qer, leading, lqer, scaling
+from qlab.methods.lqer import beside, l2qer, leading, lqer, scaling
 from qlab.methods.magnitude import magnitude
 from qlab.methods.rtn import rtn
 
@@ -92,6 +94,36 @@ def test_eora_loses_less_of_the_outputs_than_a_plain_decomposition(family):
     assert sum(weighted.values()) < 0.99 * sum(plain.values())
     ranks = [losses(seg, seg.solve(chain(rtn(INT3), eora(rank)))[0]) for rank in (1, 4, 16)]
     assert all(ranks[0][n] > ranks[1][n] > ranks[2][n] for n in plain if ranks[0][n] > 1e-9)
+
+
+def test_l2qer_loses_least_where_inputs_are_large():
+    seg = segment("llama")
+    means = seg.observe(seg.graph, {(site.source, "absmean") for site in seg.graph.sites})
+    graphs = [seg.solve(chain(rtn(INT3), step(4)))[0] for step in (lqer, l2qer)]
+    sizes = []
+    for site in seg.graph.sites:
+        total_k, tokens = means[site.source, "absmean"]
+        W, s_k = seg.graph.weight_ok(site), scaling(total_k / tokens)
+        sizes.append([float(((W - dense(g.leaf_ok(site))) * s_k).norm()) for g in graphs])
+    assert all(weighted <= plain * (1 + 1e-4) for plain, weighted in sizes)
+    assert sum(weighted for _, weighted in sizes) < 0.999 * sum(plain for plain, _ in sizes)
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [
+        (with_scale_dtype(INT3, torch.float16), torch.float16),
+        (parse_spec("mxfp4"), torch.bfloat16),
+        (None, torch.bfloat16),
+    ],
+)
+def test_factors_have_the_dtype_of_scales_where_that_is_wide(spec, dtype):
+    W = normal(8, 32, seed=0)
+    leaf = W.relu() if spec is None else encode(minmax, W, spec)
+    cell = Cell(target=W, leaf=leaf, feasible=Feasible(spec))
+    E_ok = W - dense(leaf, torch.float32)
+    _, thin = beside(cell, E_ok, leading(E_ok, 2)).leaf.parts
+    assert thin.B_or.dtype == thin.A_rk.dtype == dtype
 
 
 def test_it_makes_up_for_zeros_of_a_mask_too():

@@ -50,6 +50,16 @@ def test_training_helps_and_moves_vectors_where_all_sites_are_trained(family):
     assert all(some.params[name] is seg.graph.params[name] for name in kept)
 
 
+def test_norms_move_a_tenth_as_far_as_weights_in_steps_of_their_scale():
+    seg = segment("llama")
+    trained, _ = seg.solve(qat(parse_spec("int2-g32-asym"), steps=1, windows=2, lr=0.02))
+    name = "input_layernorm.weight"
+    before, after = (graph.params[name] for graph in (seg.graph, trained))
+    # Adam's first step is as long whatever the gradient
+    step = float((after - before).abs().max())
+    assert step == pytest.approx(0.002 * float(before.abs().mean()), rel=0.01)
+
+
 def test_what_is_trained_is_written_as_it_is_and_the_same_every_time(saved, tmp_path):
     source = saved("llama")
     model, data = open_checkpoint(source), random_tokens(source)

@@ -96,6 +96,11 @@ def test_codes_belong_to_the_spec_that_was_planned():
         each_weight("mine", lambda W, stats, spec: (W, {}), SPEC),
         r"q_proj: mine made plain numbers and is to round to int4",
     )
+    refused(
+        seg,
+        step(lambda g, s: g, spec=SPEC),
+        r"'mine' left model\.layers\.0\.self_attn\.q_proj as it was and is to round it to int4-g16",
+    )
     bare = each_weight("mine", lambda W, stats, spec: W, SPEC)
     refused(seg, bare, r"q_proj: mine returned Tensor; return \(tensor or QTensor, notes\)")
     norm = {"input_layernorm.weight": encode(minmax, torch.ones(1, 64), SPEC)}
@@ -124,6 +129,10 @@ DOWN, UP = "mlp.down_proj.weight", "mlp.up_proj.weight"
         ),
         (
             lambda g, s: replace(g, online={x.path: (QuantizeInput(SPEC),) for x in g.code.sites}),
+            "changes",
+        ),
+        (
+            lambda g, s: replace(g, online_outputs={x.path: (torch.neg,) for x in g.code.sites}),
             "changes",
         ),
         (

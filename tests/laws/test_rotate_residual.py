@@ -68,6 +68,12 @@ def test_in_its_frame_it_is_f_of_h_r(family):
     assert relative(out, before @ Q.T) > 0.1
 
 
+def test_the_seed_decides():
+    seg = segment("llama")
+    matrix = lambda seed: run_checked(seg, qlab.rotate_residual(seed))[0].inserts["enter"][0].M_nn
+    assert torch.equal(matrix(1), matrix(1)) and not torch.equal(matrix(1), matrix(2))
+
+
 def test_layer_norms_need_an_r_that_keeps_the_mean():
     """Without that the check of the claim refuses it."""
     seg = segment("opt")

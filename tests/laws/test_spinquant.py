@@ -60,7 +60,12 @@ def test_the_same_seed_learns_the_same_and_no_steps_learn_nothing(saved):
 @pytest.mark.parametrize("way", [1, -1])
 def test_what_is_kept_has_the_loss_that_is_said(way, saved, monkeypatch):
     """Also where every step leads up, and what it began with is kept."""
-    moved = lambda R, A, rate: _moved(R, way * A, rate)
+    rates = []
+
+    def moved(R, A, rate):
+        rates.append(rate)
+        return _moved(R, way * A, rate)
+
     monkeypatch.setattr(import_module("qlab.methods.spinquant"), "_moved", moved)
     path, losses = saved("llama"), []
     (stage,) = qlab.spinquant(*GRIDS, steps=3)
@@ -78,6 +83,8 @@ def test_what_is_kept_has_the_loss_that_is_said(way, saved, monkeypatch):
     qlab.logits(qlab.apply(qlab.open(path), again, data), IDS)
     ((said, found),) = losses
     assert sum(found) / len(found) == pytest.approx(said, rel=1e-5)
+    if way < 0:  # no step betters the loss, so each that follows is half as long
+        assert list(dict.fromkeys(rates)) == [0.05 / 2**i for i in range(4)]
 
 
 @settings(max_examples=30, deadline=None)

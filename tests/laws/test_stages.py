@@ -93,6 +93,21 @@ def test_a_candidate_that_is_worse_changes_nothing(problem):
     assert torch.equal(accept(problem.quadratic, before, q, "same").leaf.codes, q.codes)
 
 
+@given(any_problem(), SEEDS)
+def test_what_is_accepted_is_the_leaf_of_its_objective(problem, seed):
+    """With its scales and zero points, of which the leaf before it had others."""
+    moved = problem.target_ok + 0.5 * weight(*problem.target_ok.shape, seed)
+    first, second = (
+        encode(minmax, W, problem.spec, outer=problem.outer) for W in (moved, problem.target_ok)
+    )
+    before = start(problem.quadratic, first, "first")
+    after = accept(problem.quadratic, before, second, "second")
+    noise = 1e-5 * float(before.J_o.sum())
+    torch.testing.assert_close(
+        exact_rows(problem, after.leaf), after.J_o.double(), rtol=1e-3, atol=noise
+    )
+
+
 @given(problems(scale_dtype=torch.float32, kinds=("normal", "offset")), SEEDS)
 def test_refitted_scales_are_the_least_squares_solution(problem, seed):
     W, spec = problem
@@ -162,6 +177,9 @@ def test_random_paths_and_the_compensated_grid_pay():
     plain = J(diagonal, obs)
     assert J(compensated, obs) < 0.97 * plain
     assert J(diagonal, babai(8)) < 0.97 * plain
+    grid = diagonal(problem)
+    one, other = (babai(8, seed)(problem, *grid) for seed in (0, 1))
+    assert not torch.equal(one.codes, other.codes)
 
 
 @given(problems(), SEEDS)
@@ -195,3 +213,13 @@ def test_zeros_of_a_mask_stay_and_are_made_up_for(seed, round_):
     if round_ is not nearest:  # which makes up for nothing
         cut = masked.leaf(obs(whole, scales, zeros).codes, scales, zeros)
         assert exact_rows(masked, leaf).sum() < exact_rows(masked, cut).sum()
+
+
+def test_random_paths_pay_behind_a_mask():
+    spec = with_scale_dtype(parse_spec("int3-g32"), torch.float32)
+    whole = problem_of(weight(64, 128, 0), spec, 1)
+    support = whole.target_ok.abs() >= whole.target_ok.abs().median(1, keepdim=True).values
+    masked = replace(whole, support=support, masked_ok=whole.target_ok * support)
+    grid = diagonal(masked)
+    J = lambda round_: float(masked.quadratic.rows(round_(masked, *grid)).sum())
+    assert J(babai(8)) < 0.985 * J(obs)

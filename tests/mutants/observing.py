@@ -134,4 +134,20 @@ torch.addmm(
         "streams.append(_Stream(graph.code, batches))",
         "gptaq",
     ),
+    Mutant(
+        "quantile: of the high end alone",
+        "methods/inputs.py",
+        "quantile.clipped",
+        "-high if spec.symmetric else ordered[..., round(last * (1 - share)), None]",
+        "-high if spec.symmetric else ordered[..., 0, None]",
+        "kv",
+    ),
+    Mutant(
+        "seeds: evaluated on other windows",
+        "evaluation/comparison.py",
+        "over_seeds",
+        "difference(evaluations[seed], evaluations[seeds[0]])",
+        "pass",
+        "evaluation/trust",
+    ),
 ]
