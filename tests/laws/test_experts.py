@@ -16,6 +16,7 @@ from qlab.algebra.experts import experts_forward, per_row, rows_of
 from qlab.algebra.graph import by_origin
 from qlab.algebra.grid import encode, weighted
 from qlab.algebra.interpret import inputs_of
+from qlab.algebra.measured import Errors, errors_in_notes, merged
 from qlab.algebra.qtensor import dense
 from qlab.algebra.running import apply
 from qlab.algebra.spec import parse_spec, with_scale_dtype
@@ -277,6 +278,24 @@ def test_an_expert_without_tokens_is_rounded_to_nearest_by_every_solver():
             graph.notes[down.path]["expert_tokens"][0] == 0
             and 0 in graph.notes[down.path]["experts_with_few_tokens"]
         )
+
+
+def test_the_report_weighs_experts_by_their_tokens():
+    parts = [
+        Errors(D=3.0, W=4.0, D_H=1.0, W_H=4.0, tokens=30, channels=30),
+        Errors(D=4.0, W=3.0, D_H=5.0, W_H=10.0, tokens=10, channels=30),
+        Errors(D=0.0, W=0.0, tokens=0, channels=30),
+    ]
+    notes = errors_in_notes(parts)
+    assert notes["weight_error"] == pytest.approx(1)
+    assert notes["loss"] == pytest.approx((30 * 1 + 10 * 5) / (30 * 4 + 10 * 10))
+    assert notes["expert_tokens"] == [30, 10, 0] and notes["tokens"] == 40
+    assert notes["experts_with_few_tokens"] == [1, 2]
+
+
+def test_what_experts_have_in_common_is_noted_once():
+    notes = [{"damp": 0.01, "share": 0.5}, {"damp": 0.01, "share": 0.5}, {"damp": 0.01, "share": 1}]
+    assert merged(notes) == {"damp": 0.01, "share": [0.5, 0.5, 1]}
 
 
 def test_programs_of_a_mixture_hold_for_every_number_of_tokens():

@@ -3,11 +3,12 @@ function."""
 
 import pytest
 import torch
+from blocks import OddBlock
 from families import FAMILIES, MIXTURES, OTHERS, WRITTEN_OUT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_folders import refused
-from segments import batches_of, hidden, normal, relative, run_checked, segment
+from segments import batches_of, hidden, normal, of, relative, run_checked, segment
 
 import qlab
 from qlab.algebra.frame import in_frame, keeping_ones
@@ -66,6 +67,42 @@ def test_in_its_frame_it_is_f_of_h_r(family):
     before = hidden(interpret(seg.graph, *seg.batches[0]))
     assert relative(out, before @ R) < 1e-5
     assert relative(out, before @ Q.T) > 0.1
+
+
+def test_a_gain_that_is_stored_less_a_constant_counts_with_it():
+    """As gemma's are, by 1."""
+    x = normal(2, 7, 24, seed=1)
+    seg = of(OddBlock(), x)
+    group = residual(seg.graph.code)
+    assert {gain.offset for gain in group.readers.values()} == {2.5}
+    turned = group.apply(seg.graph, torch.linalg.qr(normal(24, 24, seed=0))[0])
+    out, before = (hidden(interpret(graph, (x,), {})) for graph in (turned, seg.graph))
+    assert relative(out, before) < 1e-5
+
+
+class Ends(torch.nn.Module):
+    """A norm and a linear beside the stream; what leaves is of choice."""
+
+    def __init__(self, leaving):
+        super().__init__()
+        self.leaving, self.norm, self.one = leaving, torch.nn.RMSNorm(12), torch.nn.Linear(12, 12)
+
+    def forward(self, x):
+        y = x + self.one(self.norm(x))
+        return self.leaving(y, self.norm)
+
+
+@pytest.mark.parametrize(
+    ("leaving", "turns"),
+    [
+        (lambda y, norm: y, True),
+        (lambda y, norm: norm(y), False),
+        (lambda y, norm: (y, norm(y)), False),
+    ],
+)
+def test_the_stream_alone_leaves_in_its_basis(leaving, turns):
+    group = residual(of(Ends(leaving), normal(2, 5, 12, seed=0)).graph.code)
+    assert isinstance(group, Orthogonal if turns else Nothing)
 
 
 def test_the_seed_decides():
