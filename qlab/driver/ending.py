@@ -94,6 +94,7 @@ def as_held(graph: ModuleGraph) -> ModuleGraph:
 
 def refuse_unreadable(
     folder: Path,
+    *,
     skeleton: Skeleton,
     specs: Mapping[str, Spec | None],
     inputs: Mapping[str, InputSpec | None],

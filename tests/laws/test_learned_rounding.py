@@ -9,6 +9,7 @@ from families import FAMILIES, MIXTURES
 from segments import assert_same, samples_of, segment
 
 from qlab.algebra.block import Block
+from qlab.algebra.learn import Schedule, Version, learn
 from qlab.algebra.qtensor import dense
 from qlab.algebra.spec import parse_spec
 from qlab.algebra.transform import chain
@@ -66,6 +67,44 @@ def test_what_is_kept_is_no_worse_than_nearest_and_learning_helps(family):
         assert note["block_loss"] <= note["block_loss_before"]
         assert note["block_loss"] == pytest.approx(error(seg, learned), rel=1e-3)
         assert note["block_loss_before"] == pytest.approx(error(seg, nearest), rel=1e-3)
+
+
+class Line:
+    """A block of one number w, whose error in window i is (w - i)^2."""
+
+    count = 8
+
+    def __init__(self):
+        self.seen = []
+
+    def generator(self, name):
+        return torch.Generator().manual_seed(0)
+
+    def put(self, leaves):
+        return leaves["w"]
+
+    def error(self, w, i):
+        self.seen.append(i)
+        return (w - i).square()
+
+    def loss(self, w, windows):
+        return torch.stack([(w - i).square() for i in windows]).mean()
+
+
+def test_a_step_goes_by_the_mean_over_windows_drawn_at_random_and_gets_shorter():
+    block, w, shares, slopes = Line(), torch.tensor(9.0, requires_grad=True), [], []
+
+    def update(left):
+        shares.append(left)
+        slopes.append(float(w.grad))
+        w.grad = None
+
+    version = lambda: Version({"w": w * 1}, {"w": w.detach()})
+    learn(block, version, update, Schedule(steps=6, windows=2))
+    drawn = list(zip(block.seen[::2], block.seen[1::2]))
+    assert shares == pytest.approx([1 - t / 6 for t in range(6)])
+    assert slopes == pytest.approx([(9 - i) + (9 - j) for i, j in drawn])
+    assert all(i != j for i, j in drawn) and len({*block.seen}) > 2
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])

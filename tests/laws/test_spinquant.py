@@ -83,8 +83,9 @@ def test_what_is_kept_has_the_loss_that_is_said(way, saved, monkeypatch):
     qlab.logits(qlab.apply(qlab.open(path), again, data), IDS)
     ((said, found),) = losses
     assert sum(found) / len(found) == pytest.approx(said, rel=1e-5)
-    if way < 0:  # no step betters the loss, so each that follows is half as long
-        assert list(dict.fromkeys(rates)) == [0.05 / 2**i for i in range(4)]
+    halved = list(dict.fromkeys(rates))
+    assert halved == [0.05 / 2**i for i in range(len(halved))]
+    assert len(halved) > 1 or way > 0  # a step that does not better the loss halves the next
 
 
 @settings(max_examples=30, deadline=None)

@@ -86,4 +86,12 @@ MUTANTS = [
         "state.states[0]",
         "gauge",
     ),
+    Mutant(
+        "mixture: losses of experts weigh alike",
+        "algebra/measured.py",
+        "errors_in_notes",
+        "tokens / max(notes['tokens'], 1)",
+        "1 / len(counts)",
+        "experts",
+    ),
 ]

@@ -75,4 +75,20 @@ MUTANTS = [
         "pass",
         "spinquant",
     ),
+    Mutant(
+        "learning in blocks: of the first windows alone",
+        "algebra/learn.py",
+        "learn",
+        "torch.randperm(block.count, generator=drawn)[:schedule.windows].tolist()",
+        "list(range(block.count))[:schedule.windows]",
+        "learned_rounding",
+    ),
+    Mutant(
+        "learning in blocks: windows are summed",
+        "algebra/learn.py",
+        "_add_gradients",
+        "block.error(segment, i) / len(indices)",
+        "block.error(segment, i)",
+        "learned_rounding",
+    ),
 ]

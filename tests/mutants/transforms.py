@@ -1,4 +1,4 @@
-"""Graphs, transforms, claims and mixtures of experts."""
+"""Graphs, transforms, claims and other bases."""
 
 from mutants.planting import Mutant
 
@@ -266,5 +266,21 @@ MUTANTS = [
         "_refuse_unrounded(step, spec, graph, new)",
         "pass",
         "results_of_steps",
+    ),
+    Mutant(
+        "another basis: what leaves need not be the stream",
+        "algebra/basis.py",
+        "Stream.follow",
+        "all((a.name == self.leaving and self.turned.get(a, '') is None for a in inputs))",
+        "True",
+        "rotate_residual",
+    ),
+    Mutant(
+        "another basis: gains less a constant count without it",
+        "algebra/residual.py",
+        "_left_of",
+        "1 - gain.offset",
+        "1.0",
+        "rotate_residual",
     ),
 ]
