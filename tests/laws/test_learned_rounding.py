@@ -2,6 +2,7 @@
 keeps is never worse than that on all windows; and learning helps."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_what_is_kept_is_no_worse_than_nearest_and_learning_helps(family):
 class Line:
     """A block of one number w, whose error in window i is (w - i)^2."""
 
-    count = 8
+    count, segment = 8, SimpleNamespace(dtype=torch.float32)
 
     def __init__(self):
         self.seen = []
