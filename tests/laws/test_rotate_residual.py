@@ -3,7 +3,6 @@ function."""
 
 import pytest
 import torch
-from blocks import OddBlock
 from families import FAMILIES, MIXTURES, OTHERS, WRITTEN_OUT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,15 +68,16 @@ def test_in_its_frame_it_is_f_of_h_r(family):
     assert relative(out, before @ Q.T) > 0.1
 
 
-def test_a_gain_that_is_stored_less_a_constant_counts_with_it():
-    """As gemma's are, by 1."""
-    x = normal(2, 7, 24, seed=1)
-    seg = of(OddBlock(), x)
-    group = residual(seg.graph.code)
-    assert {gain.offset for gain in group.readers.values()} == {2.5}
-    turned = group.apply(seg.graph, torch.linalg.qr(normal(24, 24, seed=0))[0])
-    out, before = (hidden(interpret(graph, (x,), {})) for graph in (turned, seg.graph))
-    assert relative(out, before) < 1e-5
+class Norm(torch.nn.Module):
+    """An RMS norm whose gain is stored less 1, as gemma's."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(0.3 * normal(12, seed=2))
+
+    def forward(self, x):
+        size = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return x * size * (1.0 + self.weight)
 
 
 class Ends(torch.nn.Module):
@@ -85,7 +85,7 @@ class Ends(torch.nn.Module):
 
     def __init__(self, leaving):
         super().__init__()
-        self.leaving, self.norm, self.one = leaving, torch.nn.RMSNorm(12), torch.nn.Linear(12, 12)
+        self.leaving, self.norm, self.one = leaving, Norm(), torch.nn.Linear(12, 12)
 
     def forward(self, x):
         y = x + self.one(self.norm(x))
@@ -103,6 +103,17 @@ class Ends(torch.nn.Module):
 def test_the_stream_alone_leaves_in_its_basis(leaving, turns):
     group = residual(of(Ends(leaving), normal(2, 5, 12, seed=0)).graph.code)
     assert isinstance(group, Orthogonal if turns else Nothing)
+
+
+def test_a_gain_that_is_stored_less_a_constant_counts_with_it():
+    x = normal(2, 7, 12, seed=1)
+    seg = of(Ends(lambda y, norm: y), x)
+    group = residual(seg.graph.code)
+    assert {gain.offset for gain in group.readers.values()} == {1.0}
+    turned = group.apply(seg.graph, torch.linalg.qr(normal(12, 12, seed=0))[0])
+    assert not turned.params["norm.weight"].any()
+    out, before = (hidden(interpret(graph, (x,), {})) for graph in (turned, seg.graph))
+    assert relative(out, before) < 1e-5
 
 
 def test_the_seed_decides():
