@@ -268,14 +268,6 @@ MUTANTS = [
         "results_of_steps",
     ),
     Mutant(
-        "another basis: what leaves need not be the stream",
-        "algebra/basis.py",
-        "Stream.follow",
-        "all((a.name == self.leaving and self.turned.get(a, '') is None for a in inputs))",
-        "True",
-        "rotate_residual",
-    ),
-    Mutant(
         "another basis: gains less a constant count without it",
         "algebra/residual.py",
         "_left_of",
