@@ -101,7 +101,8 @@ def test_a_step_goes_by_the_mean_over_windows_drawn_at_random_and_gets_shorter()
         w.grad = None
 
     version = lambda: Version({"w": w * 1}, {"w": w.detach()})
-    learn(block, version, update, Schedule(steps=6, windows=2))
+    with torch.enable_grad():
+        learn(block, version, update, Schedule(steps=6, windows=2))
     drawn = list(zip(block.seen[::2], block.seen[1::2]))
     assert shares == pytest.approx([1 - t / 6 for t in range(6)])
     assert slopes == pytest.approx([(9 - i) + (9 - j) for i, j in drawn])
