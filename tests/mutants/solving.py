@@ -46,8 +46,8 @@ MUTANTS = [
     Mutant(
         "low rank: factors in fp32",
         "methods/lqer.py",
-        "beside",
-        "codes.scales.dtype if wide else torch.bfloat16",
+        "_stored",
+        "scales if scales is not None and scales.itemsize > 1 else torch.bfloat16",
         "torch.float32",
         "low_rank",
     ),
