@@ -4,7 +4,7 @@ Sources of a segment are solved together (`solve`), or one after another in runn
 what the quantized ones before it produce (`solve_in_order`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import repeat
@@ -74,15 +74,18 @@ def solve(
     return graph, stats
 
 
-def _let_go(graph: ModuleGraph, later: Transform) -> ModuleGraph:
+def _let_go(
+    graph: ModuleGraph, later: Transform, waiting: Collection[str | None] = ()
+) -> ModuleGraph:
     """The graph without the targets of weights that no later stage makes anew: each is as large as
-    its weight."""
+    its weight. waiting: weights whose turn has not come, which have targets from a scan before."""
     makers = [stage for stage in later if not isinstance(stage.view, Folded | Uncovered)]
     sites = {site.weight: site for site in graph.code.sites}
     targets = {
         name: target
         for name, target in graph.targets.items()
-        if any(stage.touches(graph.where(sites[name]), sites[name]) for stage in makers)
+        if name in waiting
+        or any(stage.touches(graph.where(sites[name]), sites[name]) for stage in makers)
     }
     return replace(graph, targets=targets) if len(targets) < len(graph.targets) else graph
 
@@ -154,7 +157,9 @@ def solve_in_order(
         streams.append(_Stream(graph.code, reference.batches))
     inserting = [stage for stage in transform if stage.view.wires is not None]
     values = set().union(*(select(stage, graph).selected_wires or () for stage in inserting))
+    waiting = {site.weight for site in graph.code.sites}
     for source, sites, open_to_all in stops(graph.code, values):
+        waiting -= {site.weight for site in sites}
         # the site of an output too, which is none of those that are solved here
         selected = frozenset(wire.rpartition(":")[0] for wire in open_to_all)
         graph = replace(graph, selected=selected, selected_wires=open_to_all)
@@ -173,7 +178,7 @@ def solve_in_order(
                 before = graph
                 graph, stats = apply(stage, graph, stats)
                 check(stage, before, graph)
-                graph = _let_go(graph, (*transform[i + 1 :], *later))
+                graph = _let_go(graph, (*transform[i + 1 :], *later), waiting)
     graph = walked = replace(graph, selected=None, selected_wires=None)
     for stage in transform:
         if not stage.view.site_by_site:

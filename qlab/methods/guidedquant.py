@@ -117,7 +117,7 @@ def saliency(model: Any, spec: Spec, groups: int) -> Saliency:
     def watched(path: str, graph: ModuleGraph) -> ModuleGraph:
         squares[path] = {site.path: [] for site in _sites(graph)}
         for site in _sites(graph):
-            rows = row_groups(graph.weight_ok(site).shape, spec, groups)
+            rows = row_groups(_shape(graph, site), spec, groups)
             watch = _Watch(rows, squares[path][site.path])
             graph = graph.inserting(f"{site.path}:out", watch)
         return graph
@@ -127,6 +127,12 @@ def saliency(model: Any, spec: Spec, groups: int) -> Saliency:
         path: {site: relative(torch.cat(of_windows)) for site, of_windows in of_segment.items()}
         for path, of_segment in squares.items()
     }
+
+
+def _shape(graph: ModuleGraph, site: Site) -> torch.Size:
+    """[o, k] of a weight."""
+    shape = graph.params[site.weight or ""].shape
+    return torch.Size(reversed(shape)) if site.layout == "k o" else shape
 
 
 def relative(s_ng: Tensor) -> Tensor:
@@ -187,7 +193,7 @@ def by_gradient(path: str, found: Saliency) -> Metric:
     """The metric of one weight of a block. path: its name there."""
 
     def lift(o: Observation) -> Weighted:
-        s_ng = found[o.segment][path][o.keys].to(o.x_nk.device)
+        s_ng = found[o.segment][path][o.keys.cpu()].to(o.x_nk.device)
         return weighted(o.x_nk, s_ng)
 
     groups = max(of_segment[path].shape[1] for of_segment in found.values() if path in of_segment)

@@ -288,3 +288,15 @@ def test_values_are_told_apart():
     values += [torch.ones(1).bfloat16(), torch.zeros(1), INT4, INT8, [1, 1], (INT4, "")]
     assert len({digest("x", value) for value in values}) == len(values)
     assert digest("x", {"a": torch.arange(3)}) == digest("x", {"a": torch.arange(3)})
+
+
+@pytest.mark.parametrize("inputs", ["quantized", "reference"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_mask_left_aims_at_the_weight_before_it_behind_a_bind_too(saved, family, inputs):
+    model, data = opened(saved, family)
+    mask, between = qlab.magnitude("2:4"), qlab.bind("between", lambda m: 1, lambda value: keep())
+    alone, behind = (
+        apply(model, chain(mask, *parts, gptq(INT4)), data, inputs=inputs)
+        for parts in ((), (between,))
+    )
+    assert torch.equal(logits(behind, data.ids), logits(alone, data.ids))

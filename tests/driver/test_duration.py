@@ -1,11 +1,13 @@
 """The time in a plan: work counted from shapes, over rates that probes measure. No test asserts
 seconds of this machine."""
 
+import math
+
 import pytest
 import torch
 
 from qlab.algebra.spec import parse_spec
-from qlab.algebra.transform import at, each_weight
+from qlab.algebra.transform import at, chain, each_weight
 from qlab.data.calibration import from_ids
 from qlab.driver import duration
 from qlab.driver.duration import WORK, said
@@ -13,6 +15,7 @@ from qlab.driver.plan import plan
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods import METHODS
 from qlab.methods.gptq import gptq
+from qlab.methods.kl_tune import kl_tune
 from qlab.methods.rtn import rtn
 
 INT4 = parse_spec("int4-g32")
@@ -101,3 +104,15 @@ def test_in_words(seconds, words):
 
 def test_rates_are_measured():
     assert duration._fastest(lambda: torch.ones(8).add(1)) > 0
+
+
+def test_what_a_bind_runs_is_counted(model):
+    data = windows(model, 8, 16)
+    tuned = chain(gptq(INT4), kl_tune(steps=4, windows=2))
+    plain, tuned = (plan(model, recipe, data) for recipe in (gptq(INT4), tuned))
+    # of 8 windows one is held out and looked at 5 times; the reference runs on all; every step
+    # takes two windows through each block forward, forward again and backward
+    passes = math.ceil((8 + 5 + 4 * 2 * (2 + 2)) / 8)
+    of_pass = 128 * WEIGHTS + LAYERS * 128 * 16 * H
+    assert tuned.work.products - plain.work.products == passes * of_pass
+    assert [row.windows for row in tuned.schedule] == [0, 8]

@@ -8,6 +8,7 @@ import torch
 from model_folders import random_tokens
 
 import qlab
+from qlab.algebra.online import QuantizeInput
 from qlab.algebra.spec import parse_spec
 from qlab.errors import QlabError
 
@@ -135,3 +136,27 @@ def test_values_that_a_step_makes_nan_are_refused_by_its_name(saved, text):
     recipe = qlab.chain(qlab.rtn(parse_spec("int8-channel")), nan)
     with pytest.raises(QlabError, match="NaN or Inf in window 0 behind rtn, broken; look at"):
         qlab.evaluate(qlab.apply(model, recipe, data), model, data)
+
+
+def test_what_an_undeclared_insert_makes_is_asked_about_before_any_work(saved):
+    """A rounding has a place in the format. Another function has none, unless a later step folds
+    it; statistics of it are of random rows."""
+    model, int8 = qlab.open(saved("llama", torch.float16)), parse_spec("int8-channel")
+    data = random_tokens(model.path)
+    makes = {
+        "rounds": (lambda wire, stats: QuantizeInput(int8), ()),
+        "halves": (lambda wire, stats: lambda x: x / 2, ()),
+        "clips": (lambda wire, stats: lambda x: x.clamp(max=stats["absmax"].max()), ("absmax",)),
+        "fails": (lambda wire, stats: lambda x: x @ x.new_ones(3), ()),
+    }
+    recipes = {
+        name: qlab.chain(qlab.rtn(int8), qlab.insert(name, "*.down_proj:in", make, needs))
+        for name, (make, needs) in makes.items()
+    }
+    assert qlab.plan(model, recipes["rounds"], data).bits_per_weight < 9
+    for name in ("halves", "clips"):
+        with pytest.raises(QlabError, match=r"layers.0.mlp.down_proj.* no run-time function"):
+            qlab.plan(model, recipes[name], data)
+        assert qlab.apply(model, recipes[name], data).bits_per_weight < 9
+    with pytest.raises(QlabError, match=r"'fails' .* fails on \(1, 32, 128\) in torch.float16"):
+        qlab.apply(model, recipes["fails"], data)

@@ -108,6 +108,14 @@ MUTANTS = [
         "driver/refused_steps",
     ),
     Mutant(
+        "behind a bind: targets of weights whose turn has not come are let go of",
+        "driver/solve.py",
+        "_let_go",
+        "name in waiting",
+        "False",
+        "driver/bind",
+    ),
+    Mutant(
         "low rank: of the sum instead of the error",
         "methods/lqer.py",
         "lost",
