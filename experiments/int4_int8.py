@@ -5,8 +5,8 @@ Usage: python experiments/int4_int8.py [GROUP]
 
 Every contender multiplies copies of the weight that together exceed the caches. They take turns,
 and figures are medians over all calls, in processor time with OMP_NUM_THREADS=1 and in wall time
-with more. `bf16` is torch's product of the dequantized weight as torch.compile calls it; the paths
-of the kernel are those that the processor runs.
+with more. `bf16` is `F.linear` with the dequantized weight, called eagerly and not compiled; the
+paths of the kernel are those that the processor runs.
 """
 
 import json

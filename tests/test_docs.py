@@ -14,7 +14,7 @@ import tomllib
 from importlib.util import find_spec
 
 import pytest
-from families import FAMILIES, MIXTURES, OTHERS, UNLIKE, VISION
+from families import FAMILIES, MIXTURES, OTHERS, UNLIKE, VISION, WRITTEN_OUT
 from pages import MADE, PAGES, QUANTIZE, ROOT, blocks, commands, commands_of
 from typer.core import TyperCommand
 from typer.main import get_command
@@ -271,7 +271,7 @@ def test_the_readmes_rates_are_of_the_stored_runs():
 
 
 def test_models_that_are_named_are_tested():
-    families = {**FAMILIES, **MIXTURES, **OTHERS, **UNLIKE, **VISION}
+    families = {**FAMILIES, **MIXTURES, **OTHERS, **WRITTEN_OUT, **UNLIKE, **VISION}
     lists = re.findall(
         r"^- .* such as (.*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
     )
@@ -280,7 +280,7 @@ def test_models_that_are_named_are_tested():
         (ROOT / "docs" / "models.md").read_text(encoding="utf-8"),
         re.MULTILINE,
     )
-    assert len(lists) == 7 and {name for line in lists for name in line.split(", ")} <= set(
+    assert len(lists) == 8 and {name for line in lists for name in line.split(", ")} <= set(
         families
     )
 
