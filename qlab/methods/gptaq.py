@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from qlab.algebra.graph import ModuleGraph, by_source
+from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.spec import Spec
 from qlab.algebra.stats import Stats
 from qlab.algebra.transform import Stage, Transform, chain
@@ -20,7 +20,7 @@ from qlab.algebra.views import EachWeight
 from qlab.errors import QlabError
 from qlab.methods.gptq import gptq
 from qlab.methods.obs import check_damp, cholesky
-from qlab.methods.qronos import aimed_at
+from qlab.methods.qronos import aimed_at, aimed_by_source
 
 
 def aim_at_reference(strength: float = 0.5, damp: float = 0.01) -> Transform:
@@ -62,8 +62,7 @@ def aim_at_reference(strength: float = 0.5, damp: float = 0.01) -> Transform:
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
         notes = dict(graph.notes)
-        aimed_sites = [site for site in graph.sites if not site.route and not site.router]
-        for source, sites in by_source(aimed_sites).items():
+        for source, sites in aimed_by_source(graph).items():
             drift = stats[source, "drift"]
             if not drift.sum_kk.any():
                 continue

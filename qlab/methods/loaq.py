@@ -14,11 +14,11 @@ Source: LoaQ (arXiv 2509.06297).
 
 from collections.abc import Sequence
 
-from qlab.algebra.graph import ModuleGraph, by_source
+from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.stats import Drifting, Stats, add_known, add_moments
 from qlab.algebra.transform import Stage, Transform
 from qlab.algebra.views import EachWeight
-from qlab.methods.qronos import DAMPS, aimed, check_damps, listed
+from qlab.methods.qronos import DAMPS, aimed, aimed_by_source, check_damps, listed
 
 NEEDS = frozenset({"second_moment", "drift_fitted", "held_out", "stream_fitted", "stream_held_out"})
 
@@ -52,8 +52,7 @@ def aim_in_stream(damps: Sequence[float] = DAMPS) -> Transform:
     check_damps(damps)
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
-        aimed_sites = [site for site in graph.sites if not site.route and not site.router]
-        for source, sites in by_source(aimed_sites).items():
+        for source, sites in aimed_by_source(graph).items():
             held_out, of_held = stats[source, "held_out"], stats[source, "stream_held_out"]
             drift = add_moments(stats[source, "drift_fitted"], held_out.drift)
             total = Drifting(stats[source, "second_moment"], drift)

@@ -3,7 +3,7 @@
 from qlab.algebra.cell import Cell, Weight
 from qlab.algebra.leaf import dense
 from qlab.algebra.transform import Transform, each_cell
-from qlab.methods.pattern import Pattern, checked, parse_pattern
+from qlab.methods.pattern import Pattern, checked, narrowed, parse_pattern
 
 
 def magnitude(pattern: str | float | Pattern) -> Transform:
@@ -35,6 +35,6 @@ def magnitude(pattern: str | float | Pattern) -> Transform:
     def fn(weight: Weight) -> Cell:
         cell = weight.cell
         kept = kind.kept_overall(dense(cell.leaf).float().abs())
-        return cell.narrow(support=kept if cell.support is None else kept & cell.support)
+        return narrowed(cell, kept)
 
     return checked(each_cell("magnitude", fn, detail=f"pattern {kind}"), kind)

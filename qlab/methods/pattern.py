@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qlab.algebra.cell import Cell
 from qlab.algebra.tile import is_size
 from qlab.algebra.transform import Transform
 from qlab.algebra.views import EachWeight
@@ -51,6 +52,11 @@ class Pattern:
         if self.of is not None:
             return self.kept(s_ok)
         return self.kept(s_ok.reshape(1, -1)).view(s_ok.shape)
+
+
+def narrowed(cell: Cell, kept_ok: Tensor) -> Cell:
+    """The cell with zeros where its weights are not kept, beside those that it has."""
+    return cell.narrow(support=kept_ok if cell.support is None else kept_ok & cell.support)
 
 
 def checked(stages: Transform, pattern: Pattern) -> Transform:

@@ -18,7 +18,7 @@ H = E x^T x, D = E (x' - x)^T x, W_ok weight, C_ok its correction at a = 1.
 Sources: Qronos (arXiv 2505.11695), QEP (arXiv 2504.09629).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -150,8 +150,7 @@ def aim_held_out(damps: Sequence[float] = DAMPS) -> Transform:
     check_damps(damps)
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
-        aimed_sites = [site for site in graph.sites if not site.route and not site.router]
-        for source, sites in by_source(aimed_sites).items():
+        for source, sites in aimed_by_source(graph).items():
             total = Drifting(stats[source, "second_moment"], stats[source, "drift"])
             if total.drift.sum_kk.any():
                 graph = aimed(graph, sites, total, stats[source, "held_out"], damps, None)
@@ -183,6 +182,11 @@ def pull_of(W_ok: Tensor, drift: Moment, stream: Moment | None) -> Tensor:
     """W D, and what the sum lacks that the output goes into."""
     pull_ok = W_ok @ drift.mean_kk
     return pull_ok if stream is None or not stream.tokens else pull_ok + stream.mean_kk
+
+
+def aimed_by_source(graph: ModuleGraph) -> Mapping[str, Sequence[Site]]:
+    """The sites whose weights are aimed, by their input: all but routers and routed experts."""
+    return by_source([site for site in graph.sites if not site.route and not site.router])
 
 
 def aimed(

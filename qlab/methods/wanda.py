@@ -6,7 +6,7 @@ Legend: s_ij = |W_ij| sqrt(E x_j^2), the score of a weight; x the input.
 from qlab.algebra.cell import Cell, Weight
 from qlab.algebra.leaf import dense
 from qlab.algebra.transform import Transform, each_cell
-from qlab.methods.pattern import Pattern, checked, parse_pattern
+from qlab.methods.pattern import Pattern, checked, narrowed, parse_pattern
 
 
 def wanda(pattern: str | float | Pattern) -> Transform:
@@ -38,6 +38,6 @@ def wanda(pattern: str | float | Pattern) -> Transform:
     def fn(weight: Weight) -> Cell:
         cell, size_k = weight.cell, weight.stats["second_moment"].mean_square_k.sqrt()
         kept = kind.kept(dense(cell.leaf).float().abs() * size_k)
-        return cell.narrow(support=kept if cell.support is None else kept & cell.support)
+        return narrowed(cell, kept)
 
     return checked(each_cell("wanda", fn, {"second_moment"}, detail=f"pattern {kind}"), kind)
