@@ -41,6 +41,7 @@ WALKERS = {
     "algebra/attention.py",
     "algebra/cached.py",
     "algebra/channels.py",
+    "algebra/crossed.py",
     "algebra/graph.py",
     "algebra/interpret.py",
     "algebra/received.py",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlab.algebra.crossed import crossed, standing_between
 from qlab.algebra.folds import Fold, folds, rows_move
 from qlab.algebra.graph import ModuleGraph, Site, by_origin
 from qlab.algebra.groups import General, groups
@@ -26,10 +27,11 @@ __all__ = ["Fold", "absorb", "fold_scales", "folds", "rows_move"]
 
 def fold_scales(graph: ModuleGraph) -> ModuleGraph:
     """The graph with every leading scale, and every leading matrix of heads, that a producer can
-    take folded into it. The others stay at their inputs."""
+    take folded into it. The others stay at their inputs, and so do those with an operation at run
+    time between (`qlab.algebra.crossed`)."""
     places = folds(graph.code)
     for origin, sites in by_origin(graph.code.sites).items():
-        if origin not in places:
+        if origin not in places or standing_between(graph, origin):
             continue
         m_k, M_hdd = _leading_scale(graph, sites), _leading_heads(graph, origin, sites)
         if m_k is not None:
@@ -92,6 +94,13 @@ def absorb() -> Transform:
     """
 
     def run(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
-        return fold_scales(graph), stats
+        folded = fold_scales(graph)
+        moved = {
+            wire
+            for origin, sites in by_origin(graph.code.sites).items()
+            if any(folded.online.get(s.path) != graph.online.get(s.path) for s in sites)
+            for wire in crossed(graph.code).get(origin, ())
+        }
+        return folded, {place: state for place, state in stats.items() if place[0] not in moved}
 
     return (Stage("absorb", frozenset(), run, Folded()),)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.absorb import absorb
+from qlab.algebra.crossed import standing_between
 from qlab.algebra.folds import Fold
 from qlab.algebra.graph import ModuleGraph, Site, by_origin, by_source
 from qlab.algebra.groups import Diagonal, General, Group, Nothing, groups, writers
@@ -252,13 +253,22 @@ def _turn(
 ) -> Turn:
     return Turn(
         name=full_name(graph.path, f"{readers[0].path}{INPUT}"),
-        group=groups(graph.code)[origin],
+        group=_group(graph, origin),
         graph=graph,
         sites=readers,
         stats=stats,
         needs=needs,
         size=graph.weight_ok(readers[0]).shape[-1],
     )
+
+
+def _group(graph: ModuleGraph, origin: str) -> Group:
+    """What may act on an input: the program's group, or nothing behind an operation on the way."""
+    standing = standing_between(graph, origin)
+    if standing is None:
+        return groups(graph.code)[origin]
+    where = full_name(graph.path, standing)
+    return Nothing(f"an operation on {where} stands between; put it there behind this step")
 
 
 def _turned(

@@ -36,7 +36,7 @@ from qlab.driver.job import CODEC, Job
 from qlab.driver.memory import predict_memory
 from qlab.driver.observe import Inputs, inputs_named
 from qlab.driver.outcome import rows_of, unquantized
-from qlab.driver.reach import check_scope, refuse_unread, specs_of
+from qlab.driver.reach import check_scope, refuse_unread, specs_of, warn_of_crossed
 from qlab.driver.report import describe
 from qlab.driver.schedule import Row, rounds, schedule, warn_of_unseen
 from qlab.driver.shared import refuse_dividing
@@ -269,6 +269,7 @@ def plan_of(job: Job, skeleton: Skeleton | None = None) -> Plan:
     experts_at_once, memory = _fitting(job, skeleton, sites, measured)
     rows = schedule(job, sites, measured)
     warn_of_unseen(rows)
+    warn_of_crossed(job.recipe, sites)
     passes = _passes(job, sites, rows)
     work = work_of(job, sites, skeleton.dtype, passes, measured)
     return Plan(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from qlab.algebra.cached import latent_attentions
+from qlab.algebra.crossed import crossed
 from qlab.algebra.graph import ModuleGraph, Site, by_origin
 from qlab.algebra.groups import made_of
 from qlab.algebra.running import select
@@ -10,11 +11,11 @@ from qlab.algebra.scope import matches
 from qlab.algebra.scores import refuse_seen_shifts, scores
 from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Stage, Transform
-from qlab.algebra.views import Gauged, PlainCache, Shifted, Uncovered
+from qlab.algebra.views import Gauged, OnWires, PlainCache, Shifted, Uncovered
 from qlab.algebra.wires import full_name, nearest, wires
 from qlab.driver.admissible import KEEP_THEM
 from qlab.driver.sites import Sites
-from qlab.errors import QlabError
+from qlab.errors import QlabError, warn
 from qlab.process.shown import some
 
 
@@ -148,6 +149,36 @@ def unseen(stage: Stage, model: Sites) -> list[str]:
         names |= attentions & (select(stage, ModuleGraph(code, {}, path)).selected_wires or set())
         blind += [] if attentions else [path]
     return [path for path in blind if any(_is_for(stage, pattern, path, name) for name in names)]
+
+
+def warn_of_crossed(recipe: Transform, model: Sites) -> None:
+    """Name the inputs that a step leaves as they are, since a step in front of it puts operations
+    on values that their scales would fold across."""
+    for i, stage in enumerate(recipe):
+        if not isinstance(stage.view, Gauged) or stage.view.wires or stage.view.operations:
+            continue
+        for before in recipe[:i]:
+            names = _crossed(stage, before, model) if isinstance(before.view, OnWires) else []
+            if names:
+                warn(
+                    f"{stage.name} leaves the inputs of {some(names)} as they are: {before.name} "
+                    f"in front of it stands on values that it would move; write {before.name} "
+                    f"behind {stage.name}, unless that is meant"
+                )
+
+
+def _crossed(stage: Stage, before: Stage, model: Sites) -> list[str]:
+    """The sites that one step turns and whose folds cross the wires of another."""
+    names = []
+    for path, code in model.codes.items():
+        graph = ModuleGraph(code, {}, path)
+        standing = select(before, graph).selected_wires or frozenset()
+        names += [
+            graph.where(site)
+            for site in select(stage, graph).sites
+            if standing & {*crossed(code).get(site.origin, ())} and not site.router
+        ]
+    return names
 
 
 def _is_for(stage: Stage, pattern: str, path: str, wire: str) -> bool:

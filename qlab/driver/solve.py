@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from qlab.algebra.block import BLOCK_IO, SAMPLES
+from qlab.algebra.crossed import crosses
 from qlab.algebra.experts import Rows
 from qlab.algebra.graph import Code, ModuleGraph
 from qlab.algebra.interpret import Walk
@@ -22,7 +23,7 @@ from qlab.algebra.statistic import PerExpert
 from qlab.algebra.stats import ATTENDING, JOINING, Stats
 from qlab.algebra.stream import streams_joined
 from qlab.algebra.transform import Stage, Transform
-from qlab.algebra.views import Folded, Gauged, Uncovered
+from qlab.algebra.views import Folded, Gauged, OnWires, Uncovered
 from qlab.algebra.wires import stops
 from qlab.driver.batches import Batches
 from qlab.driver.observe import (
@@ -120,15 +121,18 @@ def in_order(
     produce.
 
     A reparametrization needs all sources of its channels at once, and in a mixture these are
-    several. Sending every token to every expert (`calibrate_all_experts`) is no part of the model's
-    own forward pass.
+    several. What stands on a value that it folds across comes behind it, and in running order the
+    value comes first. Sending every token to every expert (`calibrate_all_experts`) is no part of
+    the model's own forward pass.
     """
     if inputs != "quantized" or calibrate_all_experts:
         return False
     lone = all(site.source == site.origin for site in code.sites)
+    on_values = [stage.view.pattern for stage in transform if isinstance(stage.view, OnWires)]
+    turns = lone and not any(crosses(code, pattern) for pattern in on_values)
     return all(
         (isinstance(stage.view, Folded) and not stage.needs)
-        or (stage.view.site_by_site and (lone or not isinstance(stage.view, Gauged)))
+        or (stage.view.site_by_site and (turns or not isinstance(stage.view, Gauged)))
         for stage in transform
     )
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.gauge import Element, Turn, gauge
-from qlab.algebra.groups import General
+from qlab.algebra.groups import General, groups
 from qlab.algebra.random import generator
 from qlab.algebra.transform import Transform, chain
 from qlab.algebra.wires import full_name
@@ -82,7 +82,8 @@ def rotate_online(seed: int = 0, draw: Draw = random_hadamard) -> Transform:
     """
 
     def choose(turn: Turn) -> Element | None:
-        if not turn.writes or isinstance(turn.group, General):
+        behind_attention = isinstance(groups(turn.graph.code)[turn.sites[0].origin], General)
+        if not turn.writes or behind_attention:
             return None
         return _drawn(turn, largest_order(turn.size), seed, draw)
 

@@ -27,14 +27,23 @@ def test_the_command_lists_every_scheme(call, tmp_path):
     assert by_name["W8A8"]["inputs"] == "int8-token" and by_name["NVFP4"]["capability"] == [10, 0]
 
 
-def test_a_scheme_with_a_method_and_a_cache_is_written(call, saved, text, tmp_path):
+@pytest.mark.parametrize(
+    "scheme, inputs", [("w8a8_static", "int8-tensor static"), ("fp8", "fp8-tensor static")]
+)
+@pytest.mark.parametrize(
+    "method, steps",
+    [("wanda-2:4+gptq", ["wanda", "gptq"]), ("awq", ["awq_scale", "absorb", "rtn"])],
+)
+def test_a_scheme_with_a_method_and_a_cache_is_written(
+    scheme, inputs, method, steps, call, saved, text, tmp_path
+):
     out = tmp_path / "out"
-    job = [saved("llama"), *SMALL, "--calib", text, "--scheme", "w8a8_static", "--out", out]
+    job = [saved("llama"), *SMALL, "--calib", text, "--scheme", scheme, "--out", out]
     code, _, error = call(
         "quantize",
         *job,
         "--method",
-        "wanda-2:4+gptq",
+        method,
         "--kv-cache",
         "fp8-head",
         "--static",
@@ -42,11 +51,11 @@ def test_a_scheme_with_a_method_and_a_cache_is_written(call, saved, text, tmp_pa
     )
     assert code == 0, error
     model = qlab.open(out)
-    assert {str(spec) for spec in model.inputs.values()} == {"int8-tensor static"}
+    assert {str(spec) for spec in model.inputs.values()} == {inputs}
     config = model.raw["quantization_config"]
     assert config["kv_cache_scheme"]["strategy"] == "attn_head"
     stages = [row["stage"] for row in json.loads((out / "qlab.json").read_text())["job"]["recipe"]]
-    assert stages == ["wanda", "gptq", "quantize_inputs", "kv_cache"]
+    assert stages == [*steps, "quantize_inputs", "kv_cache"]
 
 
 def test_a_scheme_keeps_what_is_kept_and_is_planned(call, saved, text):
