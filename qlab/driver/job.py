@@ -16,6 +16,7 @@ from qlab.data.calibration import Data
 from qlab.driver.learning import split
 from qlab.driver.observe import Inputs, runs_reference
 from qlab.driver.solve import in_order
+from qlab.driver.turned import turned_first
 from qlab.files.checkpoint import Checkpoint
 
 CODEC = "compressed-tensors"  # what is written unless another codec is named
@@ -107,11 +108,13 @@ class Job:
 
     def in_order(self, code: Code) -> bool:
         """Whether the sources of this block are solved one after another, each on what the
-        quantized ones before it produce, up to the first stage that sees the whole block."""
-        _, behind = framing(self.recipe)
-        in_blocks = tuple(s for s in behind if not isinstance(s.view, WholeModel))
+        quantized ones before it produce, up to the first stage that sees the whole block, and
+        behind those that turn it first."""
+        _, in_basis = framing(self.recipe)
+        in_blocks = tuple(s for s in in_basis if not isinstance(s.view, WholeModel))
         site_by_site, _ = split(in_blocks)
-        return in_order(code, site_by_site, self.inputs, self.calibrate_all_experts)
+        _, behind = turned_first(site_by_site)
+        return in_order(code, behind, self.inputs, self.calibrate_all_experts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from qlab.algebra.graph import Code, Site, by_source
 from qlab.algebra.statistic import Stat
+from qlab.algebra.transform import Stage
 from qlab.algebra.views import Gauged, WholeBlock
 from qlab.data.calibration import Data
 from qlab.driver.batches import batch_tokens
@@ -190,12 +191,17 @@ class _Block:
                 "waiting": self.waiting,
             }
 
+    def _turned_by(self, stage: Stage) -> int:
+        """How many numbers a step turns at once, in the block and in the reference beside it."""
+        if not self.in_order:
+            return sum(self.shared)
+        return max(self.shared) if stage.view.site_by_site else self.streams * sum(self.shared)
+
     def _solving(self) -> Iterator[Moment]:
-        moved_at_once = max(self.shared) if self.in_order else sum(self.shared)
         moved = 0
         for stage in self.job.recipe:
             if isinstance(stage.view, Gauged):  # weights stay in fp32 until they are rounded
-                moved += FP32 * moved_at_once
+                moved += FP32 * self._turned_by(stage)
             yield {
                 "moved weights": moved,
                 "codes": self.codes if stage.spec is not None else 0,

@@ -1,9 +1,10 @@
 """In which order the steps of a recipe run, and what each of them sees and asks for.
 
 What lies around the blocks comes first, and then one block after the other. In a block that is
-solved input by input, the steps that see one input at a time run at each of them in their order,
-and those that fold when all inputs are done. A step that measures the whole model ends a scan over
-all blocks, and the steps behind it are another.
+solved input by input, what turns all of it comes first (`qlab.driver.turned`). The steps that see
+one input at a time run at each of them in their order, and those that fold when all inputs are
+done. A step that measures the whole model ends a scan over all blocks, and the steps behind it are
+another.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from qlab.driver.learning import split
 from qlab.driver.observe import DRIFT
 from qlab.driver.reach import unseen
 from qlab.driver.sites import Sites
+from qlab.driver.turned import turned_first
 from qlab.errors import warn
 from qlab.process.shown import some
 
@@ -164,10 +166,16 @@ def _of_blocks(
     graphs = [ModuleGraph(code, {}, path) for path, code in codes.items()]
     first, behind_basis = framing(recipe)
     site_by_site, learning = split(behind_basis)
-    alone = [stage for stage in site_by_site if stage.view.site_by_site]
-    behind = [stage for stage in site_by_site if not stage.view.site_by_site]
+    turning, in_turn = turned_first(site_by_site)
+    alone = [stage for stage in in_turn if stage.view.site_by_site]
+    behind = [stage for stage in in_turn if not stage.view.site_by_site]
     if in_order:
-        parts = [(alone, IN_ORDER), (behind, INPUTS_DONE), (learning, BLOCK_DONE)]
+        parts = [
+            (turning, TOGETHER),
+            (alone, IN_ORDER),
+            (behind, INPUTS_DONE),
+            (learning, BLOCK_DONE),
+        ]
     else:
         parts = [(site_by_site, TOGETHER), (learning, BLOCK_DONE)]
     parts = [(first, FIRST), *parts]

@@ -17,9 +17,17 @@ from qlab.driver.effects import refuse_left
 from qlab.driver.job import Job
 from qlab.driver.learning import BlockSamples, split
 from qlab.driver.lossless import refuse_changed
-from qlab.driver.observe import Observe, Reference, observe, remembering, with_samples
+from qlab.driver.observe import (
+    Observe,
+    Reference,
+    observe,
+    observe_nothing,
+    remembering,
+    with_samples,
+)
 from qlab.driver.solve import Check, solve, solve_in_order, unchecked
 from qlab.driver.states import flat
+from qlab.driver.turned import turned_first
 from qlab.files.carry import Carry
 from qlab.files.tensors import refuse_overflow
 from qlab.model.calls import Call, State
@@ -154,8 +162,14 @@ def _solved(
     if not site_by_site and learning:
         solved = start
     elif solver.job.in_order(graph.code):
+        turning, in_turn = turned_first(site_by_site)
+        if turning:
+            start, _ = solve(start, turning, observe_nothing, check, (*in_turn, *later))
+        if turning and reference is not None:
+            beside, _ = solve(reference.graph, turning, observe_nothing)
+            reference = replace(reference, graph=beside)
         solved, leaving = solve_in_order(
-            start, site_by_site, streams[0], solver.experts_at_once, reference, check, later
+            start, in_turn, streams[0], solver.experts_at_once, reference, check, later
         )
     else:
         solved, _ = solve(start, site_by_site, look, check, later)
