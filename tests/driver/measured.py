@@ -13,14 +13,19 @@ from pathlib import Path
 import psutil
 import torch
 
+from qlab.algebra.bind import Bind
 from qlab.algebra.spec import parse_spec
-from qlab.algebra.transform import rules
+from qlab.algebra.transform import chain, rules
 from qlab.data.calibration import from_ids
+from qlab.driver.plan import plan
 from qlab.driver.quantize import quantize
 from qlab.files.checkpoint import open_checkpoint
 from qlab.methods import METHODS
+from qlab.methods.allocate import allocate
 from qlab.methods.auto_round import auto_round
+from qlab.methods.kl_tune import kl_tune
 from qlab.methods.qat import qat
+from qlab.methods.qat_end_to_end import qat_end_to_end
 from qlab.methods.rtn import rtn
 
 INT4 = parse_spec("int4-g64")
@@ -35,7 +40,15 @@ def learned(method):
     return lambda spec: method(spec, steps=2, windows=2)
 
 
+def behind_rtn(step):
+    """A step that learns over the whole model, for two steps."""
+    return lambda spec: chain(rtn(spec), step(steps=2))
+
+
 RECIPES = {
+    "kl_tune": behind_rtn(kl_tune),
+    "qat_end_to_end": behind_rtn(qat_end_to_end),
+    "allocate": lambda spec: allocate([rtn(parse_spec("int3-g64")), rtn(spec)], 4),
     "gptq in attention": gptq_in_attention,
     "auto_round": learned(auto_round),
     "qat": learned(qat),
@@ -49,11 +62,14 @@ def peak(path: str, out: str, method: str, samples: int, length: int, memory: in
     ids = torch.randint(0, 512, (samples, length), generator=generator)
     data = None if method == "rtn" else from_ids(model, ids)
     recipe = (METHODS | RECIPES)[method](INT4)
+    measures = any(isinstance(stage, Bind) for stage in recipe)
+    before = plan(model, recipe, data, memory=memory) if measures else None
     result = quantize(model, recipe, data, out, memory=memory)
+    planned = before or result.plan  # what a bind measured is known to the plan of what it returned
     return {
         "peak": result.peak_rss_bytes,
-        "predicted": result.plan.peak_bytes,
-        "held": dict(result.plan.memory),
+        "predicted": planned.peak_bytes,
+        "held": dict(planned.memory),
         "at_once": result.plan.experts_at_once,
     }
 

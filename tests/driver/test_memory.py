@@ -84,6 +84,20 @@ def test_the_plan_predicts_the_peak_of_learning(method, dtype, samples, length, 
     assert seen["held"]["learning"] > seen["peak"] / 3
 
 
+@pytest.mark.parametrize(
+    "method, dtype, samples",
+    [
+        ("kl_tune", torch.bfloat16, 4),
+        ("qat_end_to_end", torch.float32, 2),
+        ("allocate", torch.float32, 4),
+    ],
+)
+def test_the_plan_predicts_the_peak_of_a_bind(method, dtype, samples, job, tmp_path):
+    seen = measure(job, llama(tmp_path / "model", 1024, 2048, 1, dtype), method, samples)
+    assert abs(seen["predicted"] / seen["peak"] - 1) < 0.25, seen
+    assert seen["held"]["block"] > seen["peak"] / 6  # the moment in which a bind measures
+
+
 def test_the_plan_predicts_the_peak_of_a_small_model_with_a_large_vocabulary(job, tmp_path):
     seen = measure(job, llama(tmp_path / "model", 192, 512, 2, torch.bfloat16, 49152), "gptq")
     assert abs(seen["predicted"] / seen["peak"] - 1) < 0.25, seen
