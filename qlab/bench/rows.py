@@ -53,7 +53,9 @@ def measure(
             for name, module in _modules(leaf, rounding, where):
                 calls = [copy.deepcopy(module) for _ in range(copies(2 * n * k, where))]
                 for m in tokens:
-                    x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
+                    x = torch.randn(
+                        m, k, generator=torch.Generator().manual_seed(m), dtype=torch.float32
+                    )
                     taken = _time(calls, x.to(where, torch.bfloat16), where, seconds)
                     row = {"weights": text, "inputs": inputs, "n": n, "k": k, "m": m}
                     rows.append({**row, "kernel": name, "microseconds": taken})
@@ -61,7 +63,7 @@ def measure(
 
 
 def _weight(text: str, n: int, k: int) -> QTensor:
-    W = torch.randn(n, k, generator=torch.Generator().manual_seed(0))
+    W = torch.randn(n, k, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     return encode(minmax, W, parse_spec(text))
 
 

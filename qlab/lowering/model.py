@@ -79,32 +79,41 @@ def lower(
         >>> model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False).shape
         torch.Size([1, 5])
     """
+    place = Place(dtype, device_named(device), dense_cache, checked_activations(activations))
+    lowered = put_together(model, place)
+    if not dense_cache:
+        cure = "; dense_cache=True dequantizes once"
+        warn_slow(lowered, dtype, place.device, cure, activations=place.activations)
+    return lowered
+
+
+def put_together(
+    model: Checkpoint | SolvedModel | str | os.PathLike[str], place: Place
+) -> PreTrainedModel:
+    """The lowered model, of which nothing is said that is slow."""
     solved = model if isinstance(model, SolvedModel) else None
     checkpoint = solved.model if solved else opened(model)
     checkpoint.warn_unapplied(lowered=True)
-    where = device_named(device)
-    if dtype not in DTYPES:
+    if place.dtype not in DTYPES:
         raise QlabError(
-            f"no kernel takes {dtype} activations; lower to {', '.join(str(d) for d in DTYPES)}"
+            f"no kernel takes {place.dtype} activations; lower to "
+            f"{', '.join(str(d) for d in DTYPES)}"
         )
-    rounding = checked_activations(activations)
     if not solved and not checkpoint.quantized:
         raise QlabError(
             f"{checkpoint.path} is not quantized, so there is nothing to lower; load it with "
             "transformers"
         )
-    skeleton = Skeleton(checkpoint, dtype, where)
-    cure = "" if dense_cache else "; dense_cache=True dequantizes once"
+    skeleton = Skeleton(checkpoint, place.dtype, place.device)
     own: frozenset[str] = frozenset()
-    place = Place(dtype, where, dense_cache, rounding)
     if solved:
-        own = _fill_solved(skeleton, solved, place, cure)
+        own = _fill_solved(skeleton, solved, place)
     else:
-        _fill(skeleton, place, cure)
+        _fill(skeleton, place)
     _tie(skeleton, own)
     if (checkpoint.path / "generation_config.json").is_file():
         skeleton.model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
-    finish(skeleton.model, where)
+    finish(skeleton.model, place.device)
     skeleton.model.save_pretrained = _refuse_saving  # type: ignore[method-assign]
     return skeleton.model.eval()
 
@@ -114,9 +123,8 @@ def opened(model: Any) -> Checkpoint:
     return model if isinstance(model, Checkpoint) else open_checkpoint(model)
 
 
-def _fill(skeleton: Skeleton, place: Place, cure: str) -> None:
-    """Put what a quantized directory holds into its model. cure: of weights that are slow; nothing
-    is said of them where there is none."""
+def _fill(skeleton: Skeleton, place: Place) -> None:
+    """Put what a quantized directory holds into its model."""
     matrices = rotations(skeleton)
     weights = quantized_weights(skeleton)
     put_weights(
@@ -128,7 +136,6 @@ def _fill(skeleton: Skeleton, place: Place, cure: str) -> None:
         place.dense_cache,
         activations=place.activations,
     )
-    _warn(skeleton, place, cure)
     with torch.no_grad():
         load_outside(skeleton, with_head=True)
         _load_blocks(skeleton)
@@ -136,25 +143,15 @@ def _fill(skeleton: Skeleton, place: Place, cure: str) -> None:
 
 
 @torch.no_grad()
-def _fill_solved(
-    skeleton: Skeleton, solved: SolvedModel, place: Place, cure: str
-) -> frozenset[str]:
+def _fill_solved(skeleton: Skeleton, solved: SolvedModel, place: Place) -> frozenset[str]:
     """The same of blocks that are solved meanwhile. Gives the names of the weights around the
     blocks that are the recipe's."""
     load_outside(skeleton, with_head=True)
     left = put_solved(skeleton, solved, place)
-    _warn(skeleton, place, cure)
     _load_blocks(skeleton)
     put_buffers(skeleton.model, left.buffers)
     attach(skeleton.model, left.rotations, place.device)
     return left.around
-
-
-def _warn(skeleton: Skeleton, place: Place, cure: str) -> None:
-    """Say what is slow, unless a dense copy of every weight was asked for."""
-    if cure:
-        activations = place.activations
-        warn_slow(skeleton.model, place.dtype, place.device, cure, activations=activations)
 
 
 def _refuse_saving(*_: object, **__: object) -> None:

@@ -6,7 +6,6 @@ torchao is imported on use: it is no dependency of qlab. Both of its int4 layout
 """
 
 import os
-import warnings
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ from qlab.lowering import torchao_bytes
 from qlab.lowering.around.rotated import is_rotated
 from qlab.lowering.assembling import loaded, set_module
 from qlab.lowering.devices import device_named
-from qlab.lowering.model import lower, opened
+from qlab.lowering.model import opened, put_together
+from qlab.lowering.solved import Place
 from qlab.lowering.weights import cuda
 from qlab.lowering.weights.kernels import INT4
 from qlab.lowering.weights.modules import QLinear, QuantizedWeight
@@ -66,12 +66,10 @@ def to_torchao(
         raise QlabError(
             "torchao is not installed; `pip install torchao`, or use qlab.lower"
         ) from error
-    with warnings.catch_warnings():
-        # what is slow in qlab's modules is not in torchao's
-        for message in ("no kernel takes the codes", "weights are multiplied by"):
-            warnings.filterwarnings("ignore", message=message)
-        lowered = lower(model, device, torch.bfloat16)
-    skeleton = Skeleton(opened(model), torch.bfloat16, device_named(device))
+    # what is slow in qlab's modules is not in torchao's, so nothing is said of it
+    place = Place(torch.bfloat16, device_named(device), dense_cache=False)
+    lowered = put_together(model, place)
+    skeleton = Skeleton(opened(model), place.dtype, place.device)
     for name, module in list(lowered.named_modules()):
         if not isinstance(module, QuantizedWeight):
             continue

@@ -46,7 +46,7 @@ class Weighted(NamedTuple):
     def mean_gkk(self) -> Tensor:
         """The mean over tokens; without any every direction counts the same."""
         if not self.tokens:
-            return torch.eye(self.sum_gkk.shape[-1]).expand_as(self.sum_gkk)
+            return torch.eye(self.sum_gkk.shape[-1], dtype=torch.float32).expand_as(self.sum_gkk)
         return self.sum_gkk / self.tokens
 
 

@@ -184,9 +184,10 @@ def test_every_format_comes_up_as_qlab_reads_it_and_is_saved_as_it_was(name, tmp
     path = directory(name, tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(path, device_map="cpu")
     computed, expected = logits(model), reference(path)
-    assert (computed - expected).norm() < MODEL[
-        torch.float32
-    ] * expected.norm() and model.dtype == torch.float32
+    # sums of integers are exact and those of the reference are not, as above
+    within = MODEL[torch.bfloat16 if name == "W8A8" else torch.float32]
+    assert (computed - expected).norm() < within * expected.norm()
+    assert model.dtype == torch.float32
     assert sum(isinstance(m, QuantizedWeight) for m in model.modules()) == (
         0 if name in DENSE else 14
     )

@@ -59,8 +59,13 @@ def tried(device: torch.device, form: str) -> str | None:
 
     Drivers and builds of torch differ in what they take."""
     generator = torch.Generator().manual_seed(0)
-    p, q = (torch.randn(2 * BLOCK, 2 * BLOCK, generator=generator).to(E4M3) for _ in range(2))
-    t, s = (torch.rand(2 * BLOCK, 2, generator=generator) + 0.5 for _ in range(2))
+    p, q = (
+        torch.randn(2 * BLOCK, 2 * BLOCK, generator=generator, dtype=torch.float32).to(E4M3)
+        for _ in range(2)
+    )
+    t, s = (
+        torch.rand(2 * BLOCK, 2, generator=generator, dtype=torch.float32) + 0.5 for _ in range(2)
+    )
     t, s = (t[:, :1], s[:, 0]) if form == "rows" else (t, s[:2])
     expected = product(Codes(p, t, None), q, s)
     try:

@@ -162,7 +162,7 @@ def fp8_back(g: Tensor, words: Tensor, scales: Tensor, ends: Part) -> Tensor:
 
     ends: those of experts, or None of one weight."""
     if ends is None:
-        ends, words, scales = torch.tensor([len(g)]), words[None], scales[None]
+        ends, words, scales = torch.tensor([len(g)], dtype=torch.int64), words[None], scales[None]
 
     def by_x(e: int, g_mn: Tensor) -> Tensor:
         if not len(g_mn):

@@ -209,7 +209,7 @@ def fp8_fp8_back(g: Tensor, words: Tensor, scales: Tensor, ends: Part, k: int) -
 
     ends: those of experts, or None of one weight."""
     lone, n = ends is None, g.shape[1]
-    ends = torch.tensor([len(g)]) if ends is None else ends
+    ends = torch.tensor([len(g)], dtype=torch.int64) if ends is None else ends
     words, scales = (part[None] if lone else part for part in (words, scales))
 
     def by_x(e: int, g_mn: Tensor) -> Tensor:

@@ -248,7 +248,7 @@ def int8_int8_back(
 
     ends: those of experts, or None of one weight."""
     if ends is None:
-        ends, words, scales = torch.tensor([len(g)]), words[None], scales[None]
+        ends, words, scales = torch.tensor([len(g)], dtype=torch.int64), words[None], scales[None]
         zeros = None if zeros is None else zeros[None]
 
     def by_x(e: int, g_mn: Tensor) -> Tensor:

@@ -249,7 +249,7 @@ def sparse24_back(
 
     ends: those of experts, or None of one weight."""
     lone = ends is None
-    ends = torch.tensor([len(g)]) if ends is None else ends
+    ends = torch.tensor([len(g)], dtype=torch.int64) if ends is None else ends
     words, scales = (part[None] if lone else part for part in (words, scales))
 
     def by_x(e: int, g_mn: Tensor) -> Tensor:
