@@ -14,10 +14,10 @@ class Extra:
 
     key: the key of quantization_config that says it, and part: which of its entries, where one
     alone does. says: the same in words, a clause. online: whether it happens at run time; if not,
-    the weights hold its result. applied: whether qlab computes it too. lowered: whether lowered
-    modules do, of what qlab computes. tensors: the names of its tensors in the files. missing: the
-    tensors that the files should hold and do not. fault(tensor): what is wrong with one of its
-    tensors, or None.
+    the weights hold its result. applied: whether qlab computes it too. attended: whether it happens
+    to what attention reads. tensors: the names of its tensors in the files. missing: the tensors
+    that the files should hold and do not. fault(tensor): what is wrong with one of its tensors, or
+    None.
 
     ops(path, location, n, tensor): the operations on the "input" or "output" [..., n] of the linear
     module `path`, or on the "query", "key" or "value" of the attention module `path` with n
@@ -28,7 +28,7 @@ class Extra:
     says: str
     online: bool = True
     applied: bool = False
-    lowered: bool = True
+    attended: bool = False
     part: str | None = None
     tensors: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()

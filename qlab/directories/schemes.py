@@ -140,7 +140,7 @@ def _of_numbers(spec: Spec) -> tuple[int, int]:
 def _here(scheme: Scheme, device: torch.device) -> str:
     """The kernel of the table that takes a weight of the scheme in bfloat16."""
     if scheme.weights is None:
-        return "rounded by eval"
+        return "rounded by eval and lower"
     weight = torch.linspace(-1, 1, 256 * 256, dtype=torch.float32).view(256, 256)
     leaf = encode(minmax, weight, scheme.weights)
     setting = Setting(dtype=torch.bfloat16, device=device, inputs=_form(scheme, "inputs"))

@@ -249,11 +249,10 @@ class Checkpoint(Shown):
             )
         return self.tensor(name)
 
-    def warn_unapplied(self, lowered: bool = False) -> None:
-        """Warn of what the directory's readers do at run time and qlab does not, or its lowered
-        modules do not."""
+    def warn_unapplied(self) -> None:
+        """Warn of what the directory's readers do at run time and qlab does not."""
         for extra in self.extras:
-            if not extra.applied or (lowered and not extra.lowered):
+            if not extra.applied:
                 warn(
                     f"{self.path}: {extra.says}, which qlab does not do: it computes with keys "
                     "and values as they are"

@@ -37,6 +37,7 @@ from qlab.hf.refusals import (
     refuse_other_shapes,
 )
 from qlab.hf.saving import names_of_codes, state_with_codes
+from qlab.lowering.around.attended import attend, attended_in, warn_unread
 from qlab.lowering.around.inputs import RoundedInput
 from qlab.lowering.around.rotated import attach, is_rotated, rotations
 from qlab.lowering.assembling import (
@@ -116,7 +117,7 @@ class QlabQuantizer(HfQuantizer):
         checkpoint = checkpoint_of(checkpoint_files)
         self.device, self.skeleton = torch.device(device_map[""]), Skeleton(checkpoint, self.dtype)
         refuse_another_class(self.skeleton, model)
-        checkpoint.warn_unapplied(lowered=True)
+        checkpoint.warn_unapplied()
         refuse_other_shapes(self.skeleton, model)
         refuse_experts_implementation(model)
         self.packed = quantized_weights(self.skeleton)
@@ -137,6 +138,7 @@ class QlabQuantizer(HfQuantizer):
             model.get_parameter(name).copy_(dense(load_leaf(self.skeleton, name), self.dtype))
         self._cast_renamed(model)
         attach(model, rotations(self.skeleton), self.device)
+        attended = attended_in(self.skeleton)
         checkpoint = self.skeleton.checkpoint
         self.source = checkpoint.path
         self.names = names_of_codes(self.skeleton, self.packed, self.decoded)
@@ -144,12 +146,14 @@ class QlabQuantizer(HfQuantizer):
         # the model is copied and pickled with this quantizer, and needs neither any more
         del self.skeleton, self.packed
         if getattr(self.quantization_config, "dequantize", False):
+            warn_unread(checkpoint, attended)
             return self._dequantize(model)
         warn_slow(model, self.dtype, self.device)
         # transformers has rules of its own for moving models of the methods that it knows
         model.quantization_method = "qlab"  # type: ignore[assignment]
         run_experts_here(model)
         finish(model, self.device)
+        attend(model, attended, self.device)
         return model
 
     def _cast_renamed(self, model: PreTrainedModel) -> None:

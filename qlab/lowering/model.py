@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from qlab.algebra.qtensor import dense
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
+from qlab.lowering.around.attended import Attended, attend, attended_in
 from qlab.lowering.around.inputs import RoundedInput
 from qlab.lowering.around.rotated import attach, rotations
 from qlab.lowering.assembling import (
@@ -45,8 +46,10 @@ def lower(
     multiplies it; `repr` shows which, as the layout, and why a faster one does not. Where none
     takes the codes, the module holds them as bit streams and dequantizes them for every call.
     Embeddings (even with codes), norms and an unquantized head are
-    dense. What the directory rotates or rounds at run time is rotated or rounded. The value of
-    `qlab.apply` is lowered while it is solved, without a directory.
+    dense. What the directory rotates or rounds at run time is rotated or rounded: inputs, and the
+    queries, keys and values that attention reads. A cache of these holds numbers of `dtype`, not
+    codes: it is as large as without a scheme, and every step rounds what it reads of it. The value
+    of `qlab.apply` is lowered while it is solved, without a directory.
 
     `generate()` works, and so does `torch.compile`, with `options=inductor_options()` for the fused
     kernels; the model can be exported. Warns of what is slower than it could be: weights without a
@@ -93,7 +96,7 @@ def put_together(
     """The lowered model, of which nothing is said that is slow."""
     solved = model if isinstance(model, SolvedModel) else None
     checkpoint = solved.model if solved else opened(model)
-    checkpoint.warn_unapplied(lowered=True)
+    checkpoint.warn_unapplied()
     if place.dtype not in DTYPES:
         raise QlabError(
             f"no kernel takes {place.dtype} activations; lower to "
@@ -107,13 +110,14 @@ def put_together(
     skeleton = Skeleton(checkpoint, place.dtype, place.device)
     own: frozenset[str] = frozenset()
     if solved:
-        own = _fill_solved(skeleton, solved, place)
+        own, attended = _fill_solved(skeleton, solved, place)
     else:
-        _fill(skeleton, place)
+        attended = _fill(skeleton, place)
     _tie(skeleton, own)
     if (checkpoint.path / "generation_config.json").is_file():
         skeleton.model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     finish(skeleton.model, place.device)
+    attend(skeleton.model, attended, place.device)
     skeleton.model.save_pretrained = _refuse_saving  # type: ignore[method-assign]
     return skeleton.model.eval()
 
@@ -123,9 +127,10 @@ def opened(model: Any) -> Checkpoint:
     return model if isinstance(model, Checkpoint) else open_checkpoint(model)
 
 
-def _fill(skeleton: Skeleton, place: Place) -> None:
-    """Put what a quantized directory holds into its model."""
-    matrices = rotations(skeleton)
+def _fill(skeleton: Skeleton, place: Place) -> Attended:
+    """Put what a quantized directory holds into its model. Gives what happens to what attention
+    reads."""
+    matrices, attended = rotations(skeleton), attended_in(skeleton)
     weights = quantized_weights(skeleton)
     put_weights(
         skeleton.model,
@@ -140,18 +145,21 @@ def _fill(skeleton: Skeleton, place: Place) -> None:
         load_outside(skeleton, with_head=True)
         _load_blocks(skeleton)
     attach(skeleton.model, matrices, place.device)
+    return attended
 
 
 @torch.no_grad()
-def _fill_solved(skeleton: Skeleton, solved: SolvedModel, place: Place) -> frozenset[str]:
+def _fill_solved(
+    skeleton: Skeleton, solved: SolvedModel, place: Place
+) -> tuple[frozenset[str], Attended]:
     """The same of blocks that are solved meanwhile. Gives the names of the weights around the
-    blocks that are the recipe's."""
+    blocks that are the recipe's, too."""
     load_outside(skeleton, with_head=True)
     left = put_solved(skeleton, solved, place)
     _load_blocks(skeleton)
     put_buffers(skeleton.model, left.buffers)
     attach(skeleton.model, left.rotations, place.device)
-    return left.around
+    return left.around, left.attended
 
 
 def _refuse_saving(*_: object, **__: object) -> None:

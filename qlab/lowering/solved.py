@@ -12,9 +12,9 @@ from qlab.algebra.graph import ModuleGraph, Op, Site
 from qlab.algebra.leaf import dense
 from qlab.algebra.online import MatMul, QuantizeInput
 from qlab.algebra.qtensor import QTensor
-from qlab.algebra.wires import full_name
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
+from qlab.lowering.around.attended import Attended, attended_of
 from qlab.lowering.around.rotated import Rotations
 from qlab.lowering.assembling import owner_of, plain, set_module
 from qlab.lowering.weights.modules import QExperts, QLinear
@@ -60,12 +60,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Left:
-    """What is put into the model when every weight is there: matrices at the linears, and buffers
-    that steps changed. around: the names of the weights around the blocks that steps changed."""
+    """What is put into the model when every weight is there: matrices at the linears, buffers that
+    steps changed, and operations on what attention reads. around: the names of the weights around
+    the blocks that steps changed."""
 
     rotations: Rotations
     buffers: dict[str, Tensor]
     around: frozenset[str]
+    attended: Attended
 
 
 def put_solved(skeleton: Skeleton, solved: SolvedModel, place: Place) -> Left:
@@ -76,11 +78,13 @@ def put_solved(skeleton: Skeleton, solved: SolvedModel, place: Place) -> Left:
         around.add(name)
     pairs: dict[str, tuple[Tensor | None, Tensor | None]] = {}
     buffers: dict[str, Tensor] = {}
+    attended: dict[str, Any] = {}
     for block in solved.solved():
+        attended |= attended_of(skeleton.model, block.after)
         pairs |= _put_block(skeleton.model, block.after, place)
         buffers |= _changed_buffers(skeleton.model, block)
         del block  # lets go of it before the next one is solved
-    return Left(rotations=pairs, buffers=buffers, around=frozenset(around))
+    return Left(rotations=pairs, buffers=buffers, around=frozenset(around), attended=attended)
 
 
 def put_buffers(model: nn.Module, buffers: dict[str, Tensor]) -> None:
@@ -96,11 +100,6 @@ def _put_block(model: PreTrainedModel, graph: ModuleGraph, place: Place) -> dict
     sites = {site.weight: site for site in graph.code.sites}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     pairs: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-    for wire in graph.online_values:
-        raise QlabError(
-            f"{full_name(graph.path, wire)} still needs an operation at run time, which lowered "
-            "modules do at linears alone; evaluate the value of qlab.apply instead"
-        )
     for name in sorted(graph.params, key=lambda name: name in sites):
         full, leaf = f"{graph.path}.{name}", graph.params[name]
         if full not in parameters:

@@ -54,7 +54,7 @@ def _warn_of_others(skeleton: Skeleton, path: str, seen: set[str]) -> None:
     for extra in skeleton.checkpoint.extras:
         owners = {name.rpartition(".")[0] for name in extra.tensors}
         hidden = sorted(name for name in owners - seen if name.startswith(inside))
-        if hidden and extra.applied and not extra.lowered:
+        if hidden and extra.applied and extra.attended:
             warn(
                 f"{skeleton.checkpoint.path}: {extra.says}, which qlab does not do in "
                 f"{', '.join(hidden)}, whose attention the traced program does not show"

@@ -12,7 +12,7 @@ from library import CACHE_IS_MISSED, INT8, MISSED, write_with_the_library
 from model_folders import bits_equal, change, random_tokens, rewrite, tensors
 from rotations import assert_close, logits
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from transformers.quantizers import auto
 
 import qlab
@@ -28,6 +28,7 @@ from qlab.files.checkpoint import open_checkpoint
 from qlab.methods.rtn import rtn
 
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"}
+IDS = torch.arange(3, 35).reshape(2, 16)
 SCALE = "model.layers.1.self_attn.v_scale"
 WARNING = "keys and values are cached as fp8 with a stored scale per tensor, which qlab does not do"
 
@@ -102,9 +103,11 @@ def test_verify_counts_the_scales(directory, tmp_path):
     ]
 
 
-def test_who_computes_without_it_says_so(directory):
-    with pytest.warns(UserWarning, match=WARNING):
-        qlab.lower(directory)
+def test_a_lowered_model_computes_it(directory):
+    expected = logits(directory)
+    with torch.no_grad():
+        computed = qlab.lower(directory, dtype=torch.float32)(IDS).logits
+    assert_close(computed, expected, limit=1e-4)
 
 
 def test_scales_in_places_of_other_writers_are_not_computed_and_this_is_said(directory):
@@ -126,14 +129,19 @@ def test_we_compute_what_the_library_computes(change, tmp_path):
     assert (plain - expected).norm() > 1e-2 * plain.norm()
 
 
-def test_hugging_face_says_so_and_saves_the_scales_again(directory, tmp_path, monkeypatch):
+def test_hugging_face_computes_it_and_saves_the_scales_again(directory, tmp_path, monkeypatch):
     for mapping in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
         for method, theirs in list(mapping.items()):
             # The library has its own readers back when the test ends.
             monkeypatch.setitem(mapping, method, theirs)
     importlib.import_module("qlab.hf").register()
-    with pytest.warns(UserWarning, match=WARNING):
-        AutoModelForCausalLM.from_pretrained(directory).save_pretrained(tmp_path / "again")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        assert_close(model(IDS).logits, logits(directory), limit=1e-4)
+    model.save_pretrained(tmp_path / "again")
+    plain = CompressedTensorsConfig(dequantize=True)
+    with pytest.warns(UserWarning, match="which a dequantized model does not do"):
+        AutoModelForCausalLM.from_pretrained(directory, quantization_config=plain)
     before, after = tensors(directory), tensors(tmp_path / "again")
     assert before.keys() == after.keys() and bits_equal(before[SCALE], after[SCALE])
 

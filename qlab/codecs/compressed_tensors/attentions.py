@@ -104,7 +104,7 @@ def _extra(name: str, group: Mapping[str, Any], names: Collection[str]) -> Extra
         KEY,
         f"queries, keys and values are rounded to {number}{args.get('num_bits') or 8}",
         applied=True,
-        lowered=False,
+        attended=True,
         part=name,
         tensors=tensors if is_static(args) else (),
         missing=tuple(sorted(needed.difference(tensors))) if is_static(args) else (),

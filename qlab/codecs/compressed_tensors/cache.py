@@ -68,7 +68,7 @@ def cache(config: Mapping[str, Any], names: Collection[str]) -> Extra | None:
     extra = Extra(
         KEY,
         says,
-        lowered=False,
+        attended=True,
         tensors=tensors,
         missing=missing,
         fault=partial(fault, "keys or values"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qlab.algebra.online import QuantizeInput
 from qlab.algebra.spec import parse_spec
 from qlab.errors import QlabError
-from qlab.lowering.weights.exact import spec_of, text_of
+from qlab.lowering.weights.exact import has_columns, spec_of, text_of
 
 
 @torch.library.custom_op("qlab::round_input", mutates_args=())
@@ -56,18 +56,21 @@ class RoundedInput(nn.Module):
     """x [n, k] -> x rounded to the nearest numbers of a grid. Scales that were fixed beforehand are
     buffers.
 
-    spec: the grid, and what a scale covers. text: the same as the operator takes it.
+    spec: the grid, and what a scale covers. text: the same as the operator takes it. persistent:
+    whether the scales are part of the model's state.
     """
 
     scales: Tensor | None
     zeros: Tensor | None
     outer: Tensor | None
 
-    def __init__(self, path: str, rounding: QuantizeInput, device: torch.device):
+    def __init__(
+        self, path: str, rounding: QuantizeInput, device: torch.device, persistent: bool = True
+    ):
         super().__init__()
         self.spec, self.text = rounding.spec, text_of(rounding.spec)
         self.label = str(rounding.input_spec)
-        if parse_spec(str(rounding.spec)) != rounding.spec:
+        if not has_columns(self.spec) and parse_spec(str(self.spec)) != self.spec:
             raise QlabError(
                 f"{path} rounds its inputs to {rounding.spec!r}, which has no name; evaluate the "
                 "directory with qlab"
@@ -77,7 +80,8 @@ class RoundedInput(nn.Module):
             ("zeros", rounding.zeros),
             ("outer", rounding.outer),
         ):
-            self.register_buffer(name, None if part is None else part.to(device))
+            scale = None if part is None else part.to(device)
+            self.register_buffer(name, scale, persistent=persistent)
 
     def forward(self, x: Tensor) -> Tensor:
         return round_input(x, self.scales, self.zeros, self.outer, self.text)

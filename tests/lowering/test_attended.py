@@ -1,0 +1,119 @@
+"""Keys, values and queries that a lowered model rounds where attention reads them: it computes what
+evaluation computes, at once and token by token."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from model_folders import random_tokens, refused
+from tolerances import MODEL
+
+import qlab
+from qlab.evaluation.perplexity import read
+from qlab.model.running import head
+
+IDS = torch.arange(3, 27).reshape(2, 12)
+WRITTEN = [("llama", "fp8-tensor"), ("llama", "int4-g8"), ("qwen3", "int4-head")]
+SOLVED = [
+    ("gpt2", qlab.kv_cache("int4-head")),
+    ("gpt_oss", qlab.attention_inputs("int4-token")),
+    ("qwen3_moe", qlab.kv_cache("int4-token")),
+    ("llama", qlab.chain(qlab.rotate_scores(), qlab.centre_keys(), qlab.kv_cache("int4-token"))),
+]
+
+
+def written(saved, family, recipe, out):
+    """A directory of 8-bit weights, with what a recipe puts on what attention reads."""
+    folder = saved(family)
+    steps = qlab.chain(qlab.rtn("int8-channel"), recipe)
+    qlab.quantize(folder, steps, random_tokens(folder, 2, 16), out)
+    return out
+
+
+def computed(model):
+    """The logits that evaluation computes."""
+    checkpoint = model if not hasattr(model, "model") else model.model
+    reading = read(model, qlab.from_ids(checkpoint, IDS))
+    return head(reading.skeleton, IDS, reading.hidden)
+
+
+def lowered(model, **more):
+    """The model, lowered without a warning of its cache."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = qlab.lower(model, **({"dtype": torch.float32} | more))
+    assert not [w for w in said if "keys and values" in str(w.message)]
+    return model
+
+
+def relative(y, expected):
+    return ((y - expected).norm() / expected.norm()).item()
+
+
+@torch.no_grad()
+def token_by_token(model, **cache):
+    """The logits behind a cache that grows by a token: a prefill of five, and then one at a
+    time."""
+    out = model(IDS[:, :5], use_cache=True, **cache)
+    logits = [out.logits]
+    for i in range(5, IDS.shape[1]):
+        out = model(IDS[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+        logits.append(out.logits)
+    return torch.cat(logits, 1)
+
+
+@torch.no_grad()
+def check(model, expected):
+    """Keys and values that come in with another last bit may land on the neighbouring code."""
+    bare = copy.deepcopy(model)
+    for module in bare.modules():
+        module._modules.pop("reads", None)
+    logits, plain = model(IDS).logits, bare(IDS).logits
+    effect = relative(plain, expected)
+    assert relative(logits, expected) < MODEL[torch.float32] < effect / 10
+    assert relative(token_by_token(bare), plain) < MODEL[torch.float32]
+    assert relative(token_by_token(model), logits) < min(effect / 4, MODEL[torch.bfloat16])
+
+
+@pytest.mark.parametrize("family, spec", WRITTEN)
+def test_a_directory_computes_what_evaluation_computes(family, spec, saved, tmp_path):
+    out = written(saved, family, qlab.kv_cache(spec), tmp_path / "out")
+    check(lowered(out), computed(qlab.open(out)))
+
+
+@pytest.mark.parametrize("family, recipe", SOLVED)
+def test_what_a_recipe_makes_computes_what_evaluation_computes(family, recipe, saved):
+    folder = saved(family)
+    steps = qlab.chain(qlab.rtn("int8-channel"), recipe)
+    made = qlab.apply(qlab.open(folder), steps, random_tokens(folder, 2, 16))
+    check(lowered(made), computed(made))
+
+
+def test_it_compiles_and_is_pickled_and_no_other_attention_takes_its_place(saved, tmp_path):
+    out = written(saved, "llama", qlab.attention_inputs("int8-head"), tmp_path / "out")
+    model = lowered(out, dtype=torch.bfloat16)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        expected = model(IDS).logits
+        logits = compiled(IDS, use_cache=False).logits
+        again = pickle.loads(pickle.dumps(model))(IDS).logits
+    assert relative(logits, expected) < MODEL[torch.bfloat16] and torch.equal(again, expected)
+    assert not [name for name in model.state_dict() if "reads" in name]
+    static = model.generate(IDS, max_new_tokens=3, do_sample=False, cache_implementation="static")
+    assert torch.equal(static, model.generate(IDS, max_new_tokens=3, do_sample=False))
+    model.set_attn_implementation("sdpa")
+    refused(lambda: model(IDS), "sdpa", "does not round keys and values")
+
+
+def test_attention_in_code_of_its_own_keeps_the_warning_and_clipped_ranges_are_refused(
+    saved, tmp_path
+):
+    out = written(saved, "bloom", qlab.kv_cache("int4-g8"), tmp_path / "out")
+    with pytest.warns(UserWarning, match=r"int4 .* do not do in .*h\.0\.self_attention,.* code of"):
+        qlab.lower(out, dtype=torch.float32)
+    folder = saved("llama")
+    steps = qlab.chain(qlab.rtn("int8-channel"), qlab.kv_clipped("int4-token"))
+    made = qlab.apply(qlab.open(folder), steps, random_tokens(folder, 2, 16))
+    refused(lambda: qlab.lower(made), "self_attn:key", "QuantizeClipped", "qlab.apply")
