@@ -47,7 +47,7 @@ MUTANTS = [
         "mixtures scaled source by source",
         "driver/solve.py",
         "in_order",
-        "lone or not isinstance(stage.view, Gauged)",
+        "turns or not isinstance(stage.view, Gauged)",
         "True",
         "sweep",
     ),
