@@ -170,7 +170,7 @@ def test_scales_lose_nothing(scale_dtype):
     leaf = random_leaf(17, 64, Int(4, Tile(1, 32)), scale_dtype=scale_dtype)
     weight = int4_int8.pack("site", leaf, setting(dtype=torch.float32))
     assert weight.scales.dtype == scale_dtype
-    assert torch.equal(int4_int8.dequantized(weight), dense(leaf, torch.float32))
+    assert torch.equal(kernels.INT4_INT8.dequantized(weight), dense(leaf, torch.float32))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])

@@ -81,12 +81,6 @@ def columns(weight: Bytes8) -> Tensor:
     return dense_bytes(weight.words, weight.scales)
 
 
-def dequantized(weight: Bytes8) -> Tensor:
-    """W [..., n, k]."""
-    W = columns(weight)
-    return W if weight.perm is None else W[..., weight.perm.argsort()]
-
-
 def keeps_copy(device: torch.device, experts: bool) -> bool:
     """Whether a dense copy of the weight would ever be multiplied: always."""
     return True

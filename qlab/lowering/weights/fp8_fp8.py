@@ -12,7 +12,6 @@ rounded here, as qlab.algebra.online.QuantizeInput rounds them.
     qlab::fp8_fp8_back(g, words, scales, ends, k)                           -> by x [s, k]
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -137,15 +136,6 @@ def dequantized(weight: Floats) -> Tensor:
     """W [..., n, k]."""
     W = dense_floats(weight.words, weight.scales)[..., : weight.n, : weight.k]
     return W.to(weight.dtype)
-
-
-def keeps_copy(device: torch.device, experts: bool) -> bool:
-    """Whether a dense copy of the weight would ever be multiplied: never."""
-    return False
-
-
-def slowness(specs: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
-    """Nothing is slow about fp8 where it is multiplied."""
 
 
 def mm(x_mk: Tensor, weight: Floats, dense: Part, bias: Part) -> Tensor:

@@ -94,12 +94,6 @@ def columns(packed: Packed) -> Tensor:
     return torch.stack([ops.dequantize(*one.for_dequantize()) for one in experts])
 
 
-def dequantized(packed: Packed) -> Tensor:
-    """W [..., n, k]."""
-    W = columns(packed)
-    return W if packed.perm is None else W[..., packed.perm.argsort()]
-
-
 def keeps_copy(device: torch.device, experts: bool) -> bool:
     """Whether a dense copy of the weight would ever be multiplied."""
     return implementation(device).reads_dense(device, experts)

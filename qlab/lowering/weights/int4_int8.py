@@ -13,7 +13,6 @@ symmetric weight, and `path` a number of `qlab_kernels.int4_int8.PATHS`, 0 for t
 have a gradient by x, through the dequantized weight and as if x were not rounded.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -162,12 +161,6 @@ def columns(weight: Interleaved) -> Tensor:
     return torch.stack([_dense(*part, n, weight.k, group, weight.dtype) for part in parts])
 
 
-def dequantized(weight: Interleaved) -> Tensor:
-    """W [..., n, k]."""
-    W = columns(weight)
-    return W if weight.perm is None else W[..., weight.perm.argsort()]
-
-
 def _dense(
     words: Tensor, scales: Tensor, zeros: Tensor, n: int, k: int, group: int, dtype: torch.dtype
 ) -> Tensor:
@@ -179,16 +172,6 @@ def _dense(
 
     q = unpack(words, n, k).float()
     return ((q - of_channels(zeros) if len(zeros) else q) * of_channels(scales)).to(dtype)
-
-
-def keeps_copy(device: torch.device, experts: bool) -> bool:
-    """Whether a dense copy of the weight would ever be multiplied: never."""
-    return False
-
-
-def slowness(specs: Sequence[str], dtype: torch.dtype, device: torch.device) -> str | None:
-    """What is slow about weights of these specs: nothing."""
-    return None
 
 
 # ---------------------------------------------------------------- operators

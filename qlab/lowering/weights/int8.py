@@ -12,7 +12,6 @@ bfloat16, which holds every code, and multiplied densely; the scale follows.
     qlab::int8_grouped_back(g, words, scales, zeros, ends)         -> its gradient by x [s, k]
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -100,19 +99,9 @@ def dense_rows(words: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     return q.mul_(scales[..., None])
 
 
-def dequantized(weight: Bytes) -> Tensor:
-    """W [..., n, k]."""
-    W = columns(weight)
-    return W if weight.perm is None else W[..., weight.perm.argsort()]
-
-
 def keeps_copy(device: torch.device, experts: bool) -> bool:
     """Whether a dense copy of the weight would ever be multiplied: for many tokens."""
     return True
-
-
-def slowness(specs: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
-    """Nothing is slow about bytes beside bfloat16."""
 
 
 def mm(x_mk: Tensor, weight: Bytes, dense: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -12,7 +12,6 @@ never made numbers again, so the product is nearer to the formula than one in 16
     qlab::int8_int8_back(g, words, scales, zeros, ends)                            -> by x [s, k]
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -145,21 +144,6 @@ def dense_groups(words: Tensor, scales: Tensor, zeros: Part) -> Tensor:
     if zeros is not None:
         q.sub_(zeros[..., None])
     return q.mul_(scales[..., None]).transpose(-2, -3).flatten(-2)
-
-
-def dequantized(weight: Integers) -> Tensor:
-    """W [..., n, k]."""
-    W = columns(weight)
-    return W if weight.perm is None else W[..., weight.perm.argsort()]
-
-
-def keeps_copy(device: torch.device, experts: bool) -> bool:
-    """Whether a dense copy of the weight would ever be multiplied: never."""
-    return False
-
-
-def slowness(specs: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
-    """Nothing is slow about integers."""
 
 
 def mm(x_mk: Tensor, weight: Integers, dense: Part, bias: Part) -> Tensor:

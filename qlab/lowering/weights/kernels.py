@@ -33,6 +33,25 @@ from qlab.lowering.weights.setting import Setting
 from qlab.lowering.weights.sparse24 import Sparse
 
 
+def never_copied(device: torch.device, experts: bool) -> bool:
+    """Products never take a dense copy."""
+    return False
+
+
+def never_slow(specs: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
+    """Nothing keeps the weights from being fast."""
+
+
+def of_channels(columns: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    """value -> W [..., n, k], of a function that gives its columns in the order of the codes."""
+
+    def dequantized(value: Any) -> Tensor:
+        W = columns(value)
+        return W if value.perm is None else W[..., value.perm.argsort()]
+
+    return dequantized
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Kernel:
     """One way to hold a quantized weight, [n, k] or [e, n, k] of experts, and to multiply with it.
@@ -68,8 +87,8 @@ class Kernel:
     grouped_mm: Callable[[Tensor, Any, Tensor | None, Tensor], Tensor]
     columns: Callable[[Any], Tensor]
     dequantized: Callable[[Any], Tensor]
-    keeps_copy: Callable[[torch.device, bool], bool]
-    slowness: Callable[[Sequence[str], torch.dtype, torch.device], str | None]
+    keeps_copy: Callable[[torch.device, bool], bool] = never_copied
+    slowness: Callable[[Sequence[str], torch.dtype, torch.device], str | None] = never_slow
     rounds: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -88,9 +107,7 @@ INT4_INT8 = Kernel(
     mm=int4_int8.mm,
     grouped_mm=int4_int8.grouped_mm,
     columns=int4_int8.columns,
-    dequantized=int4_int8.dequantized,
-    keeps_copy=int4_int8.keeps_copy,
-    slowness=int4_int8.slowness,
+    dequantized=of_channels(int4_int8.columns),
     rounds=True,
 )
 FP8_FP8 = Kernel(
@@ -105,8 +122,6 @@ FP8_FP8 = Kernel(
     grouped_mm=fp8_fp8.grouped_mm,
     columns=fp8_fp8.dequantized,
     dequantized=fp8_fp8.dequantized,
-    keeps_copy=fp8_fp8.keeps_copy,
-    slowness=fp8_fp8.slowness,
     rounds=True,
 )
 SPARSE24 = Kernel(
@@ -120,9 +135,7 @@ SPARSE24 = Kernel(
     mm=sparse24.mm,
     grouped_mm=sparse24.grouped_mm,
     columns=sparse24.columns,
-    dequantized=sparse24.dequantized,
-    keeps_copy=sparse24.keeps_copy,
-    slowness=sparse24.slowness,
+    dequantized=of_channels(sparse24.columns),
     rounds=True,
 )
 INT8_INT8 = Kernel(
@@ -136,9 +149,7 @@ INT8_INT8 = Kernel(
     mm=int8_int8.mm,
     grouped_mm=int8_int8.grouped_mm,
     columns=int8_int8.columns,
-    dequantized=int8_int8.dequantized,
-    keeps_copy=int8_int8.keeps_copy,
-    slowness=int8_int8.slowness,
+    dequantized=of_channels(int8_int8.columns),
     rounds=True,
 )
 INT8 = Kernel(
@@ -152,9 +163,8 @@ INT8 = Kernel(
     mm=int8.mm,
     grouped_mm=int8.grouped_mm,
     columns=int8.columns,
-    dequantized=int8.dequantized,
+    dequantized=of_channels(int8.columns),
     keeps_copy=int8.keeps_copy,
-    slowness=int8.slowness,
 )
 INT4 = Kernel(
     name="int4",
@@ -167,7 +177,7 @@ INT4 = Kernel(
     mm=int4.mm,
     grouped_mm=int4.grouped_mm,
     columns=int4.columns,
-    dequantized=int4.dequantized,
+    dequantized=of_channels(int4.columns),
     keeps_copy=int4.keeps_copy,
     slowness=int4.slowness,
 )
@@ -182,7 +192,7 @@ FP8 = Kernel(
     mm=fp8.mm,
     grouped_mm=fp8.grouped_mm,
     columns=fp8.columns,
-    dequantized=fp8.dequantized,
+    dequantized=of_channels(fp8.columns),
     keeps_copy=fp8.keeps_copy,
     slowness=fp8.slowness,
 )

@@ -11,7 +11,6 @@ Sums are int32, as those of `int8_int8`, and exact.
     qlab::sparse24_back(g, words, scales, perm, ends, k)                           -> by x [s, k]
 """
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -144,21 +143,6 @@ def columns(weight: Sparse) -> Tensor:
         return dense_sparse(words, scales, weight.k).to(weight.dtype)
     pairs = zip(words, scales, strict=True)
     return torch.stack([dense_sparse(w, s, weight.k) for w, s in pairs]).to(weight.dtype)
-
-
-def dequantized(weight: Sparse) -> Tensor:
-    """W [..., n, k]."""
-    W = columns(weight)
-    return W if weight.perm is None else W[..., weight.perm.argsort()]
-
-
-def keeps_copy(device: torch.device, experts: bool) -> bool:
-    """Whether a dense copy of the weight would ever be multiplied: never."""
-    return False
-
-
-def slowness(specs: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
-    """Nothing is slow about zeros that are skipped."""
 
 
 def mm(x_mk: Tensor, weight: Sparse, dense: Part, bias: Part) -> Tensor:
