@@ -12,10 +12,17 @@ from tolerances import MODEL
 
 import qlab
 from qlab.evaluation.perplexity import read
+from qlab.lowering.around.attended import OfHeads
 from qlab.model.running import head
 
 IDS = torch.arange(3, 27).reshape(2, 12)
-WRITTEN = [("llama", "fp8-tensor"), ("llama", "int4-g8"), ("qwen3", "int4-head")]
+WRITTEN = [
+    ("llama", "fp8-tensor"),
+    ("llama", "int4-g8"),
+    ("qwen3", "int4-head"),
+    ("gemma3_text", "int4-head"),
+    ("deepseek_v3", "int4-g8"),
+]
 SOLVED = [
     ("gpt2", qlab.kv_cache("int4-head")),
     ("gpt_oss", qlab.attention_inputs("int4-token")),
@@ -65,6 +72,34 @@ def token_by_token(model, **cache):
 
 
 @torch.no_grad()
+def check_reads(model):
+    """Behind a cache the first block reads what it reads at once, and every token becomes the
+    numbers that it becomes alone, bit for bit."""
+    reads = {name: module for name, module in model.named_modules() if isinstance(module, OfHeads)}
+    entered, left = {}, {}
+
+    def note(name):
+        def hook(module, args, y):
+            entered[name], left[name] = args[0].clone(), y.clone()
+
+        return hook
+
+    hooks = [module.register_forward_hook(note(name)) for name, module in reads.items()]
+    model(IDS)
+    at_once = dict(entered)
+    token_by_token(model)
+    for hook in hooks:
+        hook.remove()
+    for name, x in entered.items():
+        alone = torch.cat([reads[name](token) for token in x.split(1, 2)], 2)
+        assert torch.equal(alone, left[name])
+    first = next(iter(reads)).rpartition(".")[0]
+    for name in [name for name in entered if name.startswith(f"{first}.")]:
+        last = at_once[name][:, :, -entered[name].shape[2] :]
+        assert relative(entered[name], last) < MODEL[torch.float32]
+
+
+@torch.no_grad()
 def check(model, expected):
     """Keys and values that come in with another last bit may land on the neighbouring code."""
     bare = copy.deepcopy(model)
@@ -75,6 +110,7 @@ def check(model, expected):
     assert relative(logits, expected) < MODEL[torch.float32] < effect / 10
     assert relative(token_by_token(bare), plain) < MODEL[torch.float32]
     assert relative(token_by_token(model), logits) < min(effect / 4, MODEL[torch.bfloat16])
+    check_reads(model)
 
 
 @pytest.mark.parametrize("family, spec", WRITTEN)
