@@ -23,7 +23,7 @@ from qlab.algebra.products import product_dtype
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import Float
 from qlab.lowering.weights.cpu import dense_product
-from qlab.lowering.weights.int4 import refuse_lost
+from qlab.lowering.weights.int4 import in_order, refuse_lost
 from qlab.lowering.weights.setting import Setting, refuse_another_dtype
 
 Part = Tensor | None
@@ -97,19 +97,14 @@ def slowness(specs: Sequence[str], dtype: torch.dtype, device: torch.device) -> 
 def mm(x_mk: Tensor, weight: Bytes8, dense: Part, bias: Part) -> Tensor:
     """y [m, n] = x @ W.T + b."""
     refuse_another_dtype(x_mk, torch.bfloat16)
-    y = fp8_mm(_in_order(x_mk, weight), weight.words, weight.scales, dense)
+    y = fp8_mm(in_order(x_mk, weight.perm), weight.words, weight.scales, dense)
     return y if bias is None else y + bias
 
 
 def grouped_mm(x_sk: Tensor, weight: Bytes8, dense: Part, ends: Tensor) -> Tensor:
     """y [s, n]: rows ends[e-1]:ends[e] of x @ W_e.T."""
     refuse_another_dtype(x_sk, torch.bfloat16)
-    return fp8_grouped_mm(_in_order(x_sk, weight), weight.words, weight.scales, dense, ends)
-
-
-def _in_order(x_mk: Tensor, weight: Bytes8) -> Tensor:
-    """x with its channels in the order of the codes."""
-    return x_mk if weight.perm is None else x_mk[:, weight.perm]
+    return fp8_grouped_mm(in_order(x_sk, weight.perm), weight.words, weight.scales, dense, ends)
 
 
 # ---------------------------------------------------------------- operators

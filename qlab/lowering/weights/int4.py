@@ -72,18 +72,18 @@ def refuse_lost(path: str, scales: Sequence[Tensor], dtype: torch.dtype) -> None
 
 def mm(x_mk: Tensor, packed: Packed, dense: Tensor | None, bias: Tensor | None) -> Tensor:
     """y [m, n] = x @ W.T + b."""
-    y = ops.int4_mm(*packed.for_mm(_in_order(x_mk, packed), dense))
+    y = ops.int4_mm(*packed.for_mm(in_order(x_mk, packed.perm), dense))
     return y if bias is None else y + bias
 
 
 def grouped_mm(x_sk: Tensor, packed: Packed, dense: Tensor | None, ends: Tensor) -> Tensor:
     """y [s, n]: rows ends[e-1]:ends[e] of x @ W_e.T."""
-    return ops.int4_grouped_mm(*packed.for_grouped_mm(_in_order(x_sk, packed), dense, ends))
+    return ops.int4_grouped_mm(*packed.for_grouped_mm(in_order(x_sk, packed.perm), dense, ends))
 
 
-def _in_order(x_mk: Tensor, packed: Packed) -> Tensor:
+def in_order(x_mk: Tensor, perm: Tensor | None) -> Tensor:
     """x with its channels in the order of the codes."""
-    return x_mk if packed.perm is None else x_mk[:, packed.perm]
+    return x_mk if perm is None else x_mk[:, perm]
 
 
 def columns(packed: Packed) -> Tensor:

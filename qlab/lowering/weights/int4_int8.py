@@ -22,7 +22,7 @@ from qlab.algebra.experts import each_expert
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import Int
 from qlab.errors import QlabError
-from qlab.lowering.weights.int4 import expert
+from qlab.lowering.weights.int4 import expert, in_order
 from qlab.lowering.weights.setting import Setting
 
 BLOCK = 32  # channels of x that share a scale; groups of W are multiples of it
@@ -136,20 +136,15 @@ def _narrowest(scales: Tensor) -> Tensor:
 
 def mm(x_mk: Tensor, weight: Interleaved, dense: Tensor | None, bias: Tensor | None) -> Tensor:
     """y [m, n] = x @ W.T + b."""
-    y = torch.ops.qlab.int4_int8_mm(_in_order(x_mk, weight), *weight.for_mm())
+    y = torch.ops.qlab.int4_int8_mm(in_order(x_mk, weight.perm), *weight.for_mm())
     return y if bias is None else y + bias
 
 
 def grouped_mm(x_sk: Tensor, weight: Interleaved, dense: Tensor | None, ends: Tensor) -> Tensor:
     """y [s, n]: rows ends[e-1]:ends[e] of x @ W_e.T."""
     words, scales, zeros, *form = weight.for_mm()
-    x = _in_order(x_sk, weight)
+    x = in_order(x_sk, weight.perm)
     return torch.ops.qlab.int4_int8_grouped_mm(x, words, scales, zeros, ends, *form)
-
-
-def _in_order(x_mk: Tensor, weight: Interleaved) -> Tensor:
-    """x with its channels in the order of the codes."""
-    return x_mk if weight.perm is None else x_mk[:, weight.perm]
 
 
 def columns(weight: Interleaved) -> Tensor:

@@ -22,7 +22,7 @@ from qlab.algebra.products import product_dtype
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import Int
 from qlab.lowering.weights.cpu import dense_product
-from qlab.lowering.weights.int4 import refuse_lost
+from qlab.lowering.weights.int4 import in_order, refuse_lost
 from qlab.lowering.weights.setting import Setting, refuse_another_dtype
 
 aten = torch.ops.aten
@@ -106,19 +106,14 @@ def keeps_copy(device: torch.device, experts: bool) -> bool:
 
 def mm(x_mk: Tensor, weight: Bytes, dense: Tensor | None, bias: Tensor | None) -> Tensor:
     """y [m, n] = x @ W.T + b."""
-    y = int8_mm(_in_order(x_mk, weight), weight.words, weight.scales, weight.zeros, dense)
+    y = int8_mm(in_order(x_mk, weight.perm), weight.words, weight.scales, weight.zeros, dense)
     return y if bias is None else y + bias
 
 
 def grouped_mm(x_sk: Tensor, weight: Bytes, dense: Tensor | None, ends: Tensor) -> Tensor:
     """y [s, n]: rows ends[e-1]:ends[e] of x @ W_e.T."""
-    x_sk = _in_order(x_sk, weight)
+    x_sk = in_order(x_sk, weight.perm)
     return int8_grouped_mm(x_sk, weight.words, weight.scales, weight.zeros, dense, ends)
-
-
-def _in_order(x_mk: Tensor, weight: Bytes) -> Tensor:
-    """x with its channels in the order of the codes."""
-    return x_mk if weight.perm is None else x_mk[:, weight.perm]
 
 
 # ---------------------------------------------------------------- operators
