@@ -101,13 +101,14 @@ def check_reads(model):
 
 @torch.no_grad()
 def check(model, expected):
-    """Keys and values that come in with another last bit may land on the neighbouring code."""
+    """Keys and values that come in with another last bit may land on the neighbouring code, where
+    an error of one code in thousands is still far below that of rounding."""
     bare = copy.deepcopy(model)
     for module in bare.modules():
         module._modules.pop("reads", None)
     logits, plain = model(IDS).logits, bare(IDS).logits
     effect = relative(plain, expected)
-    assert relative(logits, expected) < MODEL[torch.float32] < effect / 10
+    assert relative(logits, expected) < effect / 10 < MODEL[torch.bfloat16]
     assert relative(token_by_token(bare), plain) < MODEL[torch.float32]
     assert relative(token_by_token(model), logits) < min(effect / 4, MODEL[torch.bfloat16])
     check_reads(model)
