@@ -68,13 +68,13 @@ class Snapshot:
     shipped: Mapping[str, Table]
     override: Mapping[str, Table] = field(default_factory=dict)
     inline: tuple[str | None, Config] | None = None
-    kernel: str = ""
+    kernels: Mapping[str, str] = field(default_factory=dict)  # revisions by operator
     _found: dict[Problem, Found] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def hash(self) -> str:
         """16 hex digits over all of it."""
-        digest = hashlib.sha256(f"{self.inline} {self.kernel}".encode())
+        digest = hashlib.sha256(f"{self.inline} {sorted(self.kernels.items())}".encode())
         for layer in (self.override, self.user, self.shipped):
             for name, table in sorted(layer.items()):
                 entries = sorted(f"{key} {entry}" for key, entry in table.entries.items())
@@ -99,7 +99,8 @@ class Snapshot:
                     f"k={p.k}, m={p.m}: {why}"
                 )
             return Found(self.inline[1], "override")
-        name, key_asked = file_name(p.op, p.cc), key_of(p, self.kernel)
+        kernel = self.kernels.get(p.op, "")
+        name, key_asked = file_name(p.op, p.cc), key_of(p, kernel)
         layers: tuple[tuple[Source, Mapping[str, Table], bool], ...] = (
             ("override", self.override, False),
             ("user", self.user, True),
@@ -110,7 +111,7 @@ class Snapshot:
             table = layer.get(name)
             for key, entry in _exact(table, key_asked, same_device) if table else ():
                 if legal(p, entry.config) is None:
-                    return Found(entry.config, source, entry, stale(entry, key, self.kernel))
+                    return Found(entry.config, source, entry, stale(entry, key, kernel))
         return self._nearest(p, name, key_asked) or Found(heuristic(p), "heuristic")
 
     def _nearest(self, p: Problem, name: str, key_asked: Key) -> Found | None:
@@ -127,7 +128,7 @@ class Snapshot:
                     entry.config,
                     "nearest",
                     entry,
-                    stale(entry, entries.key_from(text), self.kernel),
+                    stale(entry, entries.key_from(text), key_asked.kernel),
                 )
         return None
 
@@ -249,7 +250,8 @@ def _load() -> Snapshot:
     for name, unwritten in _unwritten.items():
         table = user.get(name) or Table({}, {})
         user[name] = Table(table.meta, {**table.entries, **unwritten})
-    return Snapshot(user, shipped_tables(), override, inline, kernel_revision())
+    revisions = {op: kernel_revision(op) for op in OPERATORS}
+    return Snapshot(user, shipped_tables(), override, inline, revisions)
 
 
 def user_tables() -> dict[str, Table]:
@@ -300,7 +302,7 @@ def store(p: Problem, entry: Entry) -> None:
     if why:
         raise CacheError(f"{entry.config} is no entry for n={p.n}, k={p.k}, m={p.m}: {why}")
     name = file_name(p.op, p.cc)
-    key = key_of(p, MODEL if entry.source == "modelled" else kernel_revision())
+    key = key_of(p, MODEL if entry.source == "modelled" else kernel_revision(p.op))
     try:
         entries.update(folder() / name, lambda kept: kept.update({key: entry}))
     except OSError as error:
@@ -341,7 +343,7 @@ def fresh(p: Problem) -> Entry | None:
         table = entries.read(folder() / file_name(p.op, p.cc))
     except (ValueError, OSError):
         return None
-    key = key_of(p, kernel_revision())
+    key = key_of(p, kernel_revision(p.op))
     entry = table.entries.get(key) if table else None
     usable = (
         entry

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 
 from qlab_kernels.capability import KernelError, target
 from qlab_kernels.config import Config, Problem, candidates, registers, shared_bytes
-from qlab_kernels.layout import padded_group, round_up
+from qlab_kernels.families import int4
+from qlab_kernels.families.int4 import true_bytes, weight_bytes
+from qlab_kernels.layout import round_up
 
 # seconds from a request to DRAM until its bytes arrive (Little's law: what must be in flight)
 LATENCY = 0.7e-6
@@ -114,17 +116,6 @@ def device(p: Problem) -> Device:
         raise KernelError(f"the cost model describes GPUs, not {p.cc!r}: time the candidates there")
     words = p.device.lower().replace("-", " ").split()
     return next((d for d in DEVICES[p.cc] if d.name in words), DEVICES[p.cc][0])
-
-
-def weight_bytes(p: Problem) -> float:
-    """Bytes of packed codes, scales and zeros, of the experts that are reached."""
-    k, group = padded_group(p.k, p.group)
-    return p.reached * p.n * k * (0.5 + (4 if p.zeros else 2) / group)
-
-
-def true_bytes(p: Problem) -> float:
-    """Bytes that any int4 kernel must move: weights once, x once, y once."""
-    return weight_bytes(p) + 2.0 * p.m * (p.k + p.n)
 
 
 def dense_bytes(p: Problem) -> float:
@@ -247,10 +238,11 @@ def rank(p: Problem, configs: list[Config] | None = None) -> list[tuple[float, C
 def prune(p: Problem, keep: int = 16) -> list[Config]:
     """The `keep` most promising candidates, fastest first, with at least the best of every kind: a
     model that is wrong about a regime must not hide it from the clock. On a CPU, which the model
-    does not describe, all of them."""
+    does not describe, all of them; of another family than int4, in the order of its menu."""
     if isinstance(p.cc, str):
         return candidates(p)
-    ranked = [c for _, c in rank(p)]
+    described = p.op in int4.FAMILY.operators
+    ranked = [c for _, c in rank(p)] if described else candidates(p)
     best = list({c.kind: c for c in reversed(ranked)}.values())
     others = [c for c in ranked if c not in best]
     return sorted(best + others[: max(keep - len(best), 0)], key=ranked.index)

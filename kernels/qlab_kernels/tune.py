@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from qlab_kernels import cache
-from qlab_kernels.config import Config, Problem
-from qlab_kernels.cost import prune, true_bytes
+from qlab_kernels.config import Config, Problem, moved
+from qlab_kernels.cost import prune
 from qlab_kernels.entries import CacheError, Entry, file_name, versions
 
 Measure = Callable[[Config, int], float]  # (config, repetitions) -> median microseconds
@@ -85,7 +85,7 @@ def tune(
                 f"none of {len(timings)} candidates ran for n={p.n}, k={p.k}, m={p.m}: "
                 f"{best.failure}"
             )
-        gbps, today = round(true_bytes(p) / best.us * 1e-3, 1), date.today().isoformat()
+        gbps, today = round(moved(p) / best.us * 1e-3, 1), date.today().isoformat()
         entry = Entry(
             best.config,
             round(best.us, 3),

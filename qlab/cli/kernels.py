@@ -136,7 +136,7 @@ def cache_list(
     """The entries, one a line."""
     with kernel_refusals():
         from qlab_kernels import cache, transfer
-        from qlab_kernels.config import kernel_revision
+        from qlab_kernels.config import OPERATORS, kernel_revision
 
         rows = [row for row in transfer.listing() if shipped or row[0] == "user"]
         table = Table(
@@ -151,7 +151,9 @@ def cache_list(
             title=str(cache.folder()),
         )
         for layer, name, key, entry in rows:
-            old = ", stale" if cache.stale(entry, key, kernel_revision()) else ""
+            op = name.split(".")[0]
+            revision = kernel_revision(op) if op in OPERATORS else ""
+            old = ", stale" if cache.stale(entry, key, revision) else ""
             values = entry.json()["config"].items()
             config = " ".join(f"{field}={value}" for field, value in values if field != "kind")
             table.add_row(

@@ -81,7 +81,7 @@ def test_lookups_never_measure(problem):
 
 def test_an_older_kernel_is_tuned_anew(problem, monkeypatch):
     tune(problem(), Bench(), 1e9)
-    monkeypatch.setattr(cache, "kernel_revision", lambda: "newer")
+    monkeypatch.setattr(cache, "kernel_revision", lambda op: "newer")
     cache.refresh()
     assert cache.lookup(problem()).stale
     bench = Bench()

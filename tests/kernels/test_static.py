@@ -1,71 +1,57 @@
 """Every shipped configuration, and what runs where nothing is shipped, compiles for its capability
 and passes the gates.
 
-The normal run compiles every configuration of the shipped tables and of the heuristic's choices for
-every capability, each for one of its kinds of weights in turn; `-m static_full` compiles every
-candidate of every kind of weights.
+The normal run compiles every configuration of the shipped tables and of the heuristic's choices, of
+every family for every capability that it runs on, each for one of its kinds of weights in turn;
+`-m static_full` compiles every candidate of every kind of weights.
 """
 
 import os
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
+from typing import Any
 
 import pytest
 
-from qlab_kernels import TARGETS, Config, Problem, candidates, heuristic
+from qlab_kernels import TARGETS, Capability, Config, candidates, heuristic
+from qlab_kernels.compilations import COMPILED
+from qlab_kernels.compilations.ahead import AheadOfTime
 from qlab_kernels.modelled import shipped_variants
-from qlab_kernels.static import Facts, Variant, compile_variant, faults, variant
+from qlab_kernels.static import Facts, Variant, compile_variant, faults
 
-MOST = 120
-COMPILED = [cc for cc, row in TARGETS.items() if row.path != "dequantize"]
-KINDS = [
-    (dtype, group, zeros)
-    for dtype in ("bfloat16", "float16")
-    for group in (32, 64, 128, 256, 8192)
-    for zeros in (False, True)
-]
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+MOST = 120  # of a family
+FAMILIES = {family.name: family for family in COMPILED}
 
 
-def problem(
-    cc, dtype="bfloat16", group=128, zeros=False, m=1, op="int4_mm", n=8192, k=8192, experts=1
-):
-    return Problem(op, cc, "", dtype, group, zeros, n, k, m, experts)
+def runs_on(family: AheadOfTime) -> list[Capability]:
+    return [cc for cc in TARGETS if any(True for _ in family.chosen(cc))]
 
 
-def dtypes(cc):
-    return [str(d).removeprefix("torch.") for d in TARGETS[cc].dtypes]
+PLACES = [(name, cc) for name, family in FAMILIES.items() for cc in runs_on(family)]
+BY_TRITON = [cc for cc, row in TARGETS.items() if row.path != "dequantize"]
 
 
-def chosen() -> Iterable[Variant | None]:
-    for cc in COMPILED:
-        for dtype in dtypes(cc):
-            for p in [problem(cc, dtype, m=m) for m in TOKENS] + [
-                problem(cc, dtype, op="int4_grouped_mm", m=64, experts=32)
-            ]:
-                if TARGETS[cc].path == "fused" or p.op == "int4_mm":
-                    yield variant(p, heuristic(p))
+def chosen(family: AheadOfTime) -> list[Any]:
+    """What the heuristic takes and what is shipped."""
+    problems = [p for cc in TARGETS for p in family.chosen(cc)]
+    shipped = sorted((v for v in shipped_variants() if isinstance(v, family.variant)), key=repr)
+    return shipped + [v for p in problems for v in family.variants(p, heuristic(p))]
 
 
-def normal() -> list[Variant]:
+def normal(family: AheadOfTime) -> list[Any]:
     """Of the variants of one configuration, which differ in the kind of weights alone, one: the
     next kind every time."""
-    alike: dict[tuple, list[Variant]] = {}
-    for v in dict.fromkeys(v for v in (*sorted(shipped_variants(), key=repr), *chosen()) if v):
+    alike: dict[tuple, list[Any]] = {}
+    for v in dict.fromkeys(chosen(family)):
         alike.setdefault((v.cc, v.op, v.config), []).append(v)
     return [variants[i % len(variants)] for i, variants in enumerate(alike.values())]
 
 
-def everything() -> Iterable[Variant | None]:
-    for cc in COMPILED:
-        for dtype, group, zeros in KINDS:
-            for m in TOKENS if dtype in dtypes(cc) else ():
-                p = problem(cc, dtype, group, zeros, m)
-                yield from (variant(p, c) for c in candidates(p))
-            if dtype in dtypes(cc) and TARGETS[cc].path == "fused":
-                p = problem(cc, dtype, group, zeros, 64, "int4_grouped_mm", experts=32)
-                yield from (variant(p, c) for c in candidates(p))
+def everything(family: AheadOfTime, cc: Capability) -> list[Any]:
+    pairs = [(p, c) for p in family.every(cc) for c in candidates(p)]
+    return [v for p, c in pairs for v in family.variants(p, c)]
 
 
 def quiet(cache_directory):
@@ -73,7 +59,7 @@ def quiet(cache_directory):
     os.environ.pop("TRITON_INTERPRET", None)
 
 
-def attempt(v: Variant, **constants) -> Facts | str:
+def attempt(v: Any, **constants) -> Facts | str:
     try:
         return compile_variant(v, **constants)
     except Exception as error:  # any failure of the compiler is a fault of the variant
@@ -90,48 +76,50 @@ def compilers(tmp_path_factory):
         yield pool
 
 
-def failures(compilers, variants: Iterable[Variant | None]) -> list[str]:
-    distinct = list(dict.fromkeys(v for v in variants if v))
+def failures(compilers, variants: Iterable[Any]) -> list[str]:
+    distinct = list(dict.fromkeys(variants))
     assert distinct
     compiled = compilers.map(attempt, distinct, chunksize=4)
     wrong = {v: [f] if isinstance(f, str) else faults(v, f) for v, f in zip(distinct, compiled)}
     return [f"{v}: {sentences}" for v, sentences in wrong.items() if sentences]
 
 
-@pytest.mark.parametrize("cc", COMPILED)
-def test_shipped_and_chosen_variants_pass_the_gates(compilers, cc):
-    assert not failures(compilers, [v for v in normal() if v.cc == cc])
+@pytest.mark.parametrize("name, cc", PLACES)
+def test_shipped_and_chosen_variants_pass_the_gates(compilers, name, cc):
+    assert not failures(compilers, [v for v in normal(FAMILIES[name]) if v.cc == cc])
 
 
-@pytest.mark.parametrize("cc", COMPILED)
+@pytest.mark.parametrize("cc", BY_TRITON)
 def test_dequantization_compiles(compilers, cc):
     kinds = [(0, True), (32, True), (128, False)]
+    dtypes = [str(d).removeprefix("torch.") for d in TARGETS[cc].dtypes]
     assert not failures(
         compilers,
-        [
-            Variant("dequantize", cc, d, *kind, Config("dequant"))
-            for d in dtypes(cc)
-            for kind in kinds
-        ],
+        [Variant("dequantize", cc, d, *kind, Config("dequant")) for d in dtypes for kind in kinds],
     )
 
 
-def test_the_normal_run_stays_small_and_covers_every_capability():
-    variants, shipped = normal(), [v for v in (*shipped_variants(), *chosen()) if v]
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_normal_run_stays_small_and_covers_every_capability(name):
+    family = FAMILIES[name]
+    variants, all_of_them = normal(family), chosen(family)
     assert len(variants) <= MOST
-    assert {(v.cc, v.op, v.config) for v in variants} == {(v.cc, v.op, v.config) for v in shipped}
-    assert {v.cc for v in variants} == set(COMPILED)
-    assert {(v.dtype, v.group, v.zeros) for v in variants} == {
-        (v.dtype, v.group, v.zeros) for v in shipped
+    assert {(v.cc, v.op, v.config) for v in variants} == {
+        (v.cc, v.op, v.config) for v in all_of_them
+    }
+    assert {v.cc for v in variants} == set(runs_on(family)) != set()
+    without = [replace(v, cc=(0, 0), op="", config=Config("gemm")) for v in variants]
+    assert set(without) == {
+        replace(v, cc=(0, 0), op="", config=Config("gemm")) for v in all_of_them
     }
 
 
 @pytest.mark.static_full
-@pytest.mark.parametrize("cc", COMPILED)
-def test_every_candidate_passes_the_gates(compilers, cc, request):
+@pytest.mark.parametrize("name, cc", PLACES)
+def test_every_candidate_passes_the_gates(compilers, name, cc, request):
     if "static_full" not in request.config.option.markexpr:
         pytest.skip("compiles for many minutes: ask for it with -m static_full")
-    assert not failures(compilers, [v for v in everything() if v and v.cc == cc])
+    assert not failures(compilers, everything(FAMILIES[name], cc))
 
 
 SMALL = Config("gemm", 16, 64, 128, warps=4, stages=4)

@@ -116,7 +116,7 @@ low = (words >> 4).to(tl.int8)
     ),
     Mutant(
         "tiles that do not divide are legal",
-        "qlab_kernels/config.py",
+        "qlab_kernels/families/int4_legal.py",
         "_legal_division",
         "if n_pad % c.bn or k_pad % c.bk: ...",
         "if False: ...",

@@ -102,7 +102,7 @@ def _tune(
     failures = sum(bool(timing.failure) for timing in timed)
     failed = f", {failures} failed" if failures else ""
     timings = f"{len(timed)} timings{failed}" if timed else "measured before"
-    experts = f"{problem.experts}x" if problem.op == "int4_grouped_mm" else ""
+    experts = f"{problem.experts}x" if problem.grouped else ""
     said(
         f"{experts}{problem.n}x{problem.k}, {problem.bucket} tokens: {entry.config.kind} in "
         f"{entry.us:.1f} us ({timings})"
