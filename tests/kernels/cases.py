@@ -15,7 +15,6 @@ from multiprocessing import get_context
 import torch
 
 CAPABILITY = {"wgmma": (9, 0), "mma2": (8, 0), "rows": (7, 5)}
-UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # relative rounding error
 
 
 @dataclass(frozen=True)
@@ -57,53 +56,39 @@ def illegal(case):
     return legal(problem, Config(*case.config))
 
 
+def product(case):
+    """The case as the acceptance cases of the package have it: imported here, so that Triton is not
+    before it is told to interpret."""
+    from qlab_kernels.acceptance.int4 import Product
+
+    fields = {name: value for name, value in vars(case).items() if name != "device"}
+    return Product(**fields), torch.device(case.device)
+
+
 def operands(case):
     """x [m, k] in the case's dtype and packed weights, with a leading dimension for experts."""
-    from qlab_kernels.layout import pack
+    from qlab_kernels.acceptance import int4
 
-    rng = torch.Generator().manual_seed(case.seed)
-    lead = (len(case.ends),) if case.ends else ()
-    dtype = getattr(torch, case.dtype)
-    codes = torch.randint(-8, 8, (*lead, case.n, case.k), generator=rng, dtype=torch.int8)
-    scales = torch.rand(*lead, case.n, -(-case.k // case.group), generator=rng) * 0.1 + 0.01
-    zeros = torch.randint(-8, 8, scales.shape, generator=rng) if case.zeros else None
-    x = torch.randn(case.m, case.k, generator=rng).to(dtype)
-    moved = [None if t is None else t.to(case.device) for t in (x, codes, scales, zeros)]
-    return moved[0], pack(*moved[1:], case.group, case.layout, dtype)
+    return int4.operands(*product(case))
 
 
 def error(case):
     """max |y - y64| over what is allowed: rounding y, fp32 sums, and 16-bit weights if the config
     scales those."""
-    from qlab_kernels import reference
-    from qlab_kernels.config import Config
-    from qlab_kernels.grouped import int4_grouped_mm
-    from qlab_kernels.int4_mm import int4_mm
+    from qlab_kernels.acceptance import int4
 
-    x, packed = operands(case)
-    config = Config(*case.config)
-    W = reference.dequantize(packed, torch.float64)
-    if case.ends:
-        ends = torch.tensor(case.ends, dtype=torch.int32, device=case.device)
-        y = int4_grouped_mm(x, packed, ends, config)
-        expected = reference.int4_grouped_mm(x, packed, ends)
-        magnitude = x.double().abs() @ W.abs().amax(0).T
-    else:
-        y = int4_mm(x, packed, config)
-        expected = reference.int4_mm(x, packed)
-        magnitude = x.double().abs() @ W.abs().T
-    assert y.dtype == x.dtype and y.shape == expected.shape
-    unit = UNIT[case.dtype]
-    rounded_weights = config.kind == "dequant" or config.scale_on == "weight" or case.group < 64
-    allowed = 1.01 * unit * expected.abs() + (unit if rounded_weights else 3e-6) * magnitude + 1e-7
-    return float(((y.double() - expected).abs() / allowed).max()) if y.numel() else 0.0
+    return int4.excess(*product(case))
 
 
 def dequantized_exactly(case):
     """Whether the kernel and the reference agree bit for bit in every output dtype."""
-    from qlab_kernels import reference
-    from qlab_kernels.dequantize import dequantize
+    from qlab_kernels.acceptance import int4
 
-    _, packed = operands(case)
-    dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    return all(torch.equal(dequantize(packed, d), reference.dequantize(packed, d)) for d in dtypes)
+    return int4.dequantized(*product(case)) == 0
+
+
+def accepted(family, name, cc, device="cpu"):
+    """The excess of one acceptance case."""
+    from qlab_kernels.acceptance import check
+
+    return check(family, name, cc, torch.device(device))

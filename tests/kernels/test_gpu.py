@@ -7,8 +7,9 @@ import torch
 from cases import Case
 
 from qlab_kernels import Problem, candidates, heuristic, target
+from qlab_kernels.acceptance import FAMILIES, check
+from qlab_kernels.acceptance import cases as listed
 from qlab_kernels.config import Config
-from qlab_kernels.layout import pack
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,29 +31,19 @@ def row_for(dtype):
     return row
 
 
-@pytest.mark.parametrize("layout", ["wgmma", "mma2"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_assembly_equals_the_plain_path_bit_for_bit(layout, dtype):
-    """All 16 values in all 8 positions of a word, and the order of both layouts."""
-    from device_kernels import decode
+def accepted():
+    """(family, name) of every acceptance case of this device, assembly first."""
+    if not torch.cuda.is_available():
+        return []
+    cc = torch.cuda.get_device_capability()
+    return [(family, case.name) for family in FAMILIES for case in listed(family, cc)]
 
-    # fma.rn.bf16x2 runs wherever sub.bf16x2 does.
-    sequences = {"plain", fused_row().sequence, "fma"}
-    codes = (
-        ((torch.arange(4096) // 3 + torch.arange(16)[:, None]) % 16 - 8)
-        .view(16, 64, 64)
-        .to(torch.int8)
-    )
-    words = pack(codes, torch.ones(16, 64, 1), None, 64, layout, dtype).words.cuda()
-    seen = {
-        (i, word >> 4 * i & 15)
-        for word in words.view(torch.int32).unique().tolist()
-        for i in range(8)
-    }
-    assert len(seen) == 128
-    for sequence in sequences:
-        decoded = decode(words, layout, sequence, dtype)
-        assert torch.equal(decoded.cpu(), codes.to(dtype)), sequence
+
+@pytest.mark.parametrize("family, name", accepted())
+def test_acceptance(family, name):
+    """What `python -m qlab.bench gpu` checks: assembly bit for bit, then every kernel."""
+    cc = torch.cuda.get_device_capability()
+    assert check(family, name, cc, torch.device("cuda")) <= 1
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -1,0 +1,50 @@
+"""What proves the kernels right on a device: every family lists cases by name and checks one of
+them against a reference.
+
+A family is a module with `cases(cc)`, the cases of a compute capability, the most telling first:
+assembly, what runs by default, every other configuration. Listing them needs no GPU, and no family
+is imported before it is asked for. A case runs on any device that its capability describes, also
+in Triton's interpreter unless it is `assembly`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+
+from qlab_kernels.capability import Capability, KernelError
+
+FAMILIES = {"int4": "qlab_kernels.acceptance.int4"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One check of a family.
+
+    name: unique in its family and the same in every process. excess: a device -> the largest error
+    over what rounding explains, at most 1 where the kernel is right; 0 or infinity where bits are
+    compared. assembly: it runs assembly, which the interpreter does not. kernels: how many it
+    compiles.
+    """
+
+    name: str
+    excess: Callable[[torch.device], float]
+    assembly: bool = False
+    kernels: int = 1
+
+
+def cases(family: str, cc: Capability) -> list[Case]:
+    """The cases of a family for a compute capability; none where the family has no kernel."""
+    if family not in FAMILIES:
+        raise KernelError(f"no family {family!r}: there are {', '.join(FAMILIES)}")
+    listed: list[Case] = import_module(FAMILIES[family]).cases(cc)
+    return listed
+
+
+def check(family: str, name: str, cc: Capability, device: torch.device) -> float:
+    """The excess of one case on a device of the capability. KernelError for an unknown name."""
+    for case in cases(family, cc):
+        if case.name == name:
+            return case.excess(device)
+    raise KernelError(f"the family {family} has no case {name!r} for capability {cc[0]}.{cc[1]}")
