@@ -11,6 +11,7 @@ import triton
 from cases import Case
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 
 import qlab_kernels
 
@@ -26,7 +27,8 @@ DTYPE = st.sampled_from(["float16", "bfloat16"])
 
 @pytest.fixture(scope="module")
 def interpreter():
-    if triton.__version__ < "3.7" and not numpy.__version__ < "2.4":
+    old = Version(triton.__version__) < Version("3.7")
+    if old and Version(numpy.__version__) >= Version("2.4"):
         pytest.skip(
             "the interpreter of Triton 3.6 fails with numpy 2.4 and newer: install numpy<2.4 "
             "beside it"
