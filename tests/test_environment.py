@@ -40,6 +40,15 @@ def test_every_requirement_has_a_tested_version_within_its_range():
     ]
 
 
+def test_the_readme_names_the_whole_range_of_torch():
+    named = re.search(r"PyTorch 2\.(\d+) to 2\.(\d+)", (ROOT / "README.md").read_text())
+    assert named
+    first, last = int(named[1]), int(named[2])
+    (torch,) = [r.specifier for r in asked() if r.name == "torch"]
+    allowed = [minor for minor in range(last + 10) if Version(f"2.{minor}.0") in torch]
+    assert allowed == list(range(first, last + 1))
+
+
 def test_a_cpu_build_of_the_tested_torch_is_one_of_its_versions():
     assert (
         Version(f"{pinned_versions()['torch']}+cpu")
