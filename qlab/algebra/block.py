@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from qlab.algebra.called import called
 from qlab.algebra.graph import ModuleGraph, Site
 from qlab.algebra.measured import errors_in_notes, errors_of, noted_by_step, warn_of_divergence
 from qlab.algebra.qtensor import QTensor
@@ -208,7 +209,7 @@ def each_block(
         }
         block = Block(segment=graph, samples=stats[SAMPLES], stats=of_sites)
         with torch.enable_grad():
-            returned, note = _returned(name, fn(block))
+            returned, note = _returned(name, called(f"{graph.path}: {name}", fn, block))
         warn_of_divergence(f"{graph.path}: {name}", note)
         placed = dict(map(block._placed, _copies(returned).items()))
         for path, leaf in placed.items():

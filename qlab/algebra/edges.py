@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from qlab.algebra.called import called
 from qlab.algebra.graph import ModuleGraph, Op
 from qlab.algebra.wires import AT_NODE, Wire, wire_named, wires
 from qlab.errors import QlabError
@@ -35,7 +36,8 @@ def run_ops(wire: Wire, ops: Sequence[Op], x: Tensor, ends: Tensor | None = None
     given = rows = wire.rows(x)
     written = _writes(x)
     for op in ops:
-        rows = op(rows, ends) if getattr(op, "per_expert", False) else op(rows)
+        arguments = (rows, ends) if getattr(op, "per_expert", False) else (rows,)
+        rows = called(f"{wire.where}: the operation {_name_of(op)} there", op, *arguments)
         if not isinstance(rows, Tensor) or rows.shape != given.shape:
             shape = tuple(rows.shape) if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
             raise QlabError(
@@ -48,6 +50,11 @@ def run_ops(wire: Wire, ops: Sequence[Op], x: Tensor, ends: Tensor | None = None
             "the model read too; return a new tensor"
         )
     return wire.value(rows.to(given.dtype), x)
+
+
+def _name_of(op: Op) -> str:
+    """An operation as its author calls it."""
+    return getattr(op, "__qualname__", type(op).__qualname__)
 
 
 def _writes(x: Tensor) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.absorb import absorb
+from qlab.algebra.called import called
 from qlab.algebra.crossed import standing_between
 from qlab.algebra.folds import Fold
 from qlab.algebra.graph import ModuleGraph, Site, by_origin, by_source
@@ -290,7 +291,7 @@ def _turned(
 
 def _chosen(name: str, turn: Turn, choose: Choose) -> Element | None:
     """What a step chose for a wire. Refuses what is no finite tensor."""
-    chosen = choose(turn)
+    chosen = called(f"{turn.name}: what {name} chooses", choose, turn)
     if chosen is None:
         return None
     element = chosen if isinstance(chosen, Element) else Element(M=chosen)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from qlab.algebra.called import called
 from qlab.algebra.graph import ModuleGraph, Op
 from qlab.algebra.rounding import Copies
 from qlab.algebra.stats import Need, Stats, name_of, named
@@ -60,7 +61,8 @@ def insert(
         for wire in open_wires(graph):
             wire = replace(wire, path=graph.path)
             seen = {name_of(need): stats[wire.key, need] for need in needs}
-            op = make(wire, Copies(seen, f"{wire.where}: "))
+            copies = Copies(seen, f"{wire.where}: ")
+            op = called(f"{wire.where}: what {name} makes of it", make, wire, copies)
             if not callable(op):
                 raise QlabError(
                     f"the stage {name!r} made a {type(op).__name__} for "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from qlab.algebra.called import Failed, called
 from qlab.algebra.cell import Cell, Feasible, Misfit, Weight, refuse_misfit, refuse_support
 from qlab.algebra.graph import ModuleGraph, Site
 from qlab.algebra.leaf import Structured, is_leaf, proper
@@ -294,13 +295,13 @@ def solve_weight(
 
 def _returned(step: Step, weight: Weight) -> Cell:
     """What the step returns, with refusals of its own by the name of the weight."""
+    where = weight.name if weight.expert is None else f"{weight.name}, expert {weight.expert}"
     try:
-        returned = step.fn(weight)
-    except Misfit:
+        returned = called(f"{where}: {step.name}", step.fn, weight)
+    except (Misfit, Failed):
         raise
     except QlabError as error:
-        of_expert = "" if weight.expert is None else f", expert {weight.expert}"
-        raise QlabError(f"{weight.name}{of_expert}: {error}") from error
+        raise QlabError(f"{where}: {error}") from error
     if not isinstance(returned, Cell):
         raise QlabError(
             f"{weight.name}: {step.name} returned a {type(returned).__name__}; return a cell, such "

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from qlab.algebra.called import Failed
 from qlab.algebra.claims import (
     Observed,
     Seal,
@@ -60,7 +61,7 @@ def apply(stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, 
         seen = shown(chosen, upstream=isinstance(stage.view, Gauged))
     try:
         new, new_stats = _run_sealed(stage, seen, stats)
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, NotImplementedError, Failed) as error:
         if seen is not chosen and "meta" in str(error).lower():
             raise QlabError(
                 reads_elsewhere(stage.name, ", ".join(map(graph.where, chosen.sites)))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.block import BLOCK_IO, SAMPLES, Samples
+from qlab.algebra.called import called
 from qlab.algebra.experts import Rows, reaching
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.interpret import inputs_of, values_at
@@ -171,9 +172,12 @@ class Totals:
             needs = [need for of_source, need in self.keys if of_source == source]
             for need in sorted(needs, key=name_of):
                 stat, key = stat_of(need, observation.ends is not None), (source, need)
-                state = stat.lift(observation)
+                what = f"{_where(self.graph, source)}: the statistic {name_of(need)}"
+                state = called(what, stat.lift, observation)
                 earlier = self.stats.get(key)
-                self.stats[key] = state if earlier is None else stat.combine(earlier, state)
+                if earlier is not None:
+                    state = called(f"{what}, combined,", stat.combine, earlier, state)
+                self.stats[key] = state
 
     def _observation(self, source: str, rows: Rows, reference: Rows | None) -> Observation:
         """The rows of one batch, with tokens numbered behind those of the batches before."""
@@ -203,8 +207,13 @@ def _refuse_nonfinite(graph: ModuleGraph, source: str, dtype: torch.dtype) -> No
     ]
     if broken:
         raise QlabError(f"{', '.join(broken)} holds NaN or Inf; repair the checkpoint")
-    sites = [graph.where(s) for s in graph.code.sites if s.source == source]
-    at = ", ".join(sites) or full_name(graph.path, source)
+    at = _where(graph, source)
     raise QlabError(
         f"the activations that reach {at} hold NaN or Inf; check the model in this dtype ({dtype})"
     )
+
+
+def _where(graph: ModuleGraph, source: str) -> str:
+    """The sites that a source feeds, or the wire of that name, in the model."""
+    sites = [graph.where(s) for s in graph.code.sites if s.source == source]
+    return ", ".join(sites) or full_name(graph.path, source)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlab.algebra.called import Failed
 from qlab.algebra.edges import run_ops
 from qlab.algebra.graph import Code, ModuleGraph, Op, open_symbols
 from qlab.algebra.running import keys_of, select
@@ -110,11 +111,11 @@ def _of_block(stage: Stage, graph: ModuleGraph, rows: _Rows) -> Mapping[str, tup
 def _try(stage: Stage, wire: Wire, op: Op, x: Tensor, ends: Tensor | None) -> None:
     try:
         run_ops(wire, (op,), x, ends)
-    except QlabError:
-        raise
-    except Exception as error:  # whatever the operation raises
+    except Failed as failed:
         if stage.needs:
             return
+        error = failed.__cause__
+        assert isinstance(error, Exception)
         raise QlabError(
             f"the stage {stage.name!r} put an operation on {wire.where} that fails on "
             f"{tuple(wire.rows(x).shape)} in {x.dtype}: {type(error).__name__}: "
