@@ -89,15 +89,17 @@ def pack(
         KernelError: for an unknown layout or group, shapes that do not match, and codes that need
         more than 4 bits.
     """
-    _check(codes, scales, zeros, group, layout)
+    if layout not in LAYOUTS:
+        raise KernelError(f"no weight layout {layout!r}: there are {', '.join(LAYOUTS)}")
+    check(codes, scales, zeros, group)
     n, k = codes.shape[-2:]
     k_pad, group_pad = padded_group(k, group)
     n_pad = round_up(n, ATOM)
     q = torch.full((*codes.shape[:-2], n_pad, k_pad), 8, dtype=torch.uint8, device=codes.device)
     q[..., :n, :k] = (codes + 8).to(torch.uint8)
     ones = scales.new_ones((*scales.shape[:-2], k_pad // group_pad, n_pad), dtype=dtype)
-    padded_scales = _place(scales, ones)
-    padded_zeros = None if zeros is None else _place(zeros, torch.zeros_like(ones))
+    padded_scales = placed(scales, ones)
+    padded_zeros = None if zeros is None else placed(zeros, torch.zeros_like(ones))
     return Packed(_words(q, layout), padded_scales, padded_zeros, n, k, group_pad, layout)
 
 
@@ -115,9 +117,8 @@ def unpack(packed: Packed) -> tuple[Tensor, Tensor, Tensor | None]:
     return codes, scales, zeros
 
 
-def _check(codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int, layout: str) -> None:
-    if layout not in LAYOUTS:
-        raise KernelError(f"no weight layout {layout!r}: there are {', '.join(LAYOUTS)}")
+def check(codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> None:
+    """Refuse codes that need more than 4 bits, and scales of another shape."""
     if codes.dtype != torch.int8 or codes.dim() < 2:
         raise KernelError(f"codes are int8 [..., n, k], not {codes.dtype} {tuple(codes.shape)}")
     expected = (*codes.shape[:-1], -(-codes.shape[-1] // group))
@@ -134,7 +135,7 @@ def _check(codes: Tensor, scales: Tensor, zeros: Tensor | None, group: int, layo
         )
 
 
-def _place(values: Tensor, into: Tensor) -> Tensor:
+def placed(values: Tensor, into: Tensor) -> Tensor:
     """[..., n, groups] transposed into the corner of a padded [..., groups, n]."""
     into[..., : values.shape[-1], : values.shape[-2]] = values.mT.to(into.dtype)
     return into

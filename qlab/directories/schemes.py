@@ -2,8 +2,8 @@
 
 Kernels are asked of the table in `qlab.lowering.weights.kernels`, engines of
 `qlab.codecs.engines`. The first compute capability is that whose tensor cores multiply such
-numbers. Sources: PTX ISA 9.0, mma (int8 and int4 from 7.5, e4m3 from 8.9, block scales from 10.0),
-mma.sp (from 8.0).
+numbers; of integers of up to 4 bits beside inputs of 8, that which `int4_a8` runs on. Sources: PTX
+ISA 9.0, mma (int8 and int4 from 7.5, e4m3 from 8.9, block scales from 10.0), mma.sp (from 8.0).
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,11 +16,12 @@ from rich.table import Table
 
 from qlab.algebra.grid import encode, minmax
 from qlab.algebra.online import QuantizeInput
-from qlab.algebra.spec import FLOATS, Float, Spec
+from qlab.algebra.spec import FLOATS, Float, Int, Spec
 from qlab.codecs import CODECS
 from qlab.codecs.around import Rows
 from qlab.codecs.engines import TARGETS, refusal, refusal_at_run_time, refusal_of_inputs
 from qlab.driver.job import CODEC
+from qlab.lowering.weights import int4_a8
 from qlab.lowering.weights.kernels import choose
 from qlab.lowering.weights.setting import Setting
 from qlab.methods.schemes import SCHEMES, Scheme
@@ -118,11 +119,14 @@ def _row(scheme: Scheme, device: torch.device) -> Row:
 
 
 def first_capability(scheme: Scheme) -> tuple[int, int]:
-    """The first compute capability whose tensor cores multiply the numbers of a scheme. Weights
-    alone are multiplied as 16-bit floats."""
+    """The first compute capability that multiplies the numbers of a scheme on tensor cores. Weights
+    alone are multiplied as 16-bit floats; integers of up to 4 bits as what their inputs are."""
     needed = [TENSOR_CORES, SPARSE if scheme.sparsity else TENSOR_CORES]
     if scheme.inputs:
         needed.append(_of_numbers(scheme.inputs.spec))
+    if scheme.inputs and isinstance(scheme.weights, Int) and scheme.weights.bits <= 4:
+        numbers = "int8" if isinstance(scheme.inputs.spec, Int) else "fp8"
+        needed.append(int4_a8.first_capability(numbers))
     if scheme.cache:
         needed.append(_of_numbers(scheme.cache.spec))
     return max(needed)

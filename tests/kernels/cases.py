@@ -92,3 +92,38 @@ def accepted(family, name, cc, device="cpu"):
     from qlab_kernels.acceptance import check
 
     return check(family, name, cc, torch.device(device))
+
+
+def a8_excess(fields):
+    """The excess of a product of int4 weights and activations of 8 bits."""
+    from qlab_kernels.acceptance.int4_a8 import Product, excess
+
+    return excess(Product(**fields), torch.device("cpu"))
+
+
+def a8_planted(path, fields):
+    """The same by the sources in `path`, imported anew: many faults take one process."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "qlab_kernels"]:
+        del sys.modules[name]
+    sys.path.insert(0, path)
+    try:
+        return a8_excess(fields)
+    finally:
+        sys.path.remove(path)
+
+
+def a8_largest():
+    """Whether int8 sums at the end of their range are exact, in the widest k tile."""
+    from qlab_kernels.device8 import prepared
+    from qlab_kernels.int4_a8 import int4_a8_mm
+    from qlab_kernels.layout8 import pack8
+    from qlab_kernels.problem import Config
+
+    q = torch.full((64, 512), -8, dtype=torch.int8)
+    q[1] = 7
+    packed = pack8(q, torch.ones(64, 2), None, 256, "mma8-int8", torch.float32)
+    p = torch.tensor([-128, 127], dtype=torch.int8)[:, None].repeat(1, 512)
+    t = torch.ones(1, 1, dtype=torch.float32)
+    x = prepared(p, t, packed)
+    y = int4_a8_mm(x, packed, None, torch.float32, Config("gemm", 16, 64, 256))
+    return torch.equal(y.double(), p.double() @ q.double().mT)

@@ -54,6 +54,7 @@ def check(y, x, leaf, bias=None):
 
 def test_every_row_has_cases():
     rows = {case.row for case in LAW_ROWS} | {"int4_int8"}  # test_int4_int8.py has its laws
+    rows |= {"int4_int8_cuda", "int4_fp8"}  # test_int4_a8_rows.py runs these laws on them
     rows |= set() if is_exact() else {"int8_int8", "sparse24"}
     assert rows == {kernel.name for kernel in KERNELS}
 

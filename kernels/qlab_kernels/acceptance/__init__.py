@@ -15,7 +15,10 @@ import torch
 
 from qlab_kernels.capability import Capability, KernelError
 
-FAMILIES = {"int4": "qlab_kernels.acceptance.int4"}
+FAMILIES = {
+    "int4": "qlab_kernels.acceptance.int4",
+    "int4_a8": "qlab_kernels.acceptance.int4_a8",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

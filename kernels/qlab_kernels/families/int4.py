@@ -118,10 +118,10 @@ def heuristic(p: Problem) -> Config:
         return dense[0]
     if fused[0].kind == "fma":
         return min(fused, key=lambda c: (abs(c.bn - 16), abs(c.bk - 256)))
-    return min(fused, key=lambda c: _waste(p, c))
+    return min(fused, key=lambda c: waste(p, c))
 
 
-def _waste(p: Problem, c: Config) -> tuple[float, ...]:
+def waste(p: Problem, c: Config) -> tuple[float, ...]:
     """How far a tile is from the expected best: no padded tokens, about four programs per
     multiprocessor, wide rows of W."""
     assert not isinstance(p.cc, str)

@@ -48,14 +48,14 @@ class Floats(NamedTuple):
     layout: str
 
 
-def _is_e4m3(spec: Spec) -> bool:
+def is_e4m3(spec: Spec) -> bool:
     """Whether numbers are e4m3 under scales that are no powers of two."""
     return isinstance(spec, Float) and spec.bits == 8 and spec.scale_dtype != torch.float8_e8m0fnu
 
 
 def meant(leaf: QTensor, setting: Setting) -> bool:
     """Whether weight and activations are 8-bit floats."""
-    return _is_e4m3(leaf.spec) and setting.inputs is not None and _is_e4m3(setting.inputs.spec)
+    return is_e4m3(leaf.spec) and setting.inputs is not None and is_e4m3(setting.inputs.spec)
 
 
 def takes(leaf: QTensor, setting: Setting) -> str | None:

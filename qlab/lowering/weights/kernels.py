@@ -17,7 +17,10 @@ from qlab.lowering.weights import (
     fp8,
     fp8_fp8,
     int4,
+    int4_a8,
+    int4_fp8,
     int4_int8,
+    int4_int8_cuda,
     int8,
     int8_int8,
     sparse24,
@@ -25,6 +28,7 @@ from qlab.lowering.weights import (
 from qlab.lowering.weights.codes import Coded
 from qlab.lowering.weights.fp8 import Bytes8
 from qlab.lowering.weights.fp8_fp8 import Floats
+from qlab.lowering.weights.int4_a8 import Nibbles
 from qlab.lowering.weights.int4_int8 import Interleaved
 from qlab.lowering.weights.int8 import Bytes
 from qlab.lowering.weights.int8_int8 import Integers
@@ -108,6 +112,34 @@ INT4_INT8 = Kernel(
     grouped_mm=int4_int8.grouped_mm,
     columns=int4_int8.columns,
     dequantized=of_channels(int4_int8.columns),
+    rounds=True,
+)
+INT4_INT8_CUDA = Kernel(
+    name="int4_int8_cuda",
+    multiplies="integers of up to 4 bits, as int8 x activations rounded to integers, on a GPU",
+    weight=Nibbles,
+    tensors=("words", "scales", "zeros", "perm", "in_scales"),
+    meant=int4_int8_cuda.meant,
+    takes=int4_int8_cuda.takes,
+    pack=int4_int8_cuda.pack,
+    mm=int4_a8.mm,
+    grouped_mm=int4_a8.grouped_mm,
+    columns=int4_a8.columns,
+    dequantized=of_channels(int4_a8.columns),
+    rounds=True,
+)
+INT4_FP8 = Kernel(
+    name="int4_fp8",
+    multiplies="integers of up to 4 bits, as 8-bit floats x activations rounded to 8-bit floats",
+    weight=Nibbles,
+    tensors=("words", "scales", "zeros", "perm", "in_scales"),
+    meant=int4_fp8.meant,
+    takes=int4_fp8.takes,
+    pack=int4_fp8.pack,
+    mm=int4_a8.mm,
+    grouped_mm=int4_a8.grouped_mm,
+    columns=int4_a8.columns,
+    dequantized=of_channels(int4_a8.columns),
     rounds=True,
 )
 FP8_FP8 = Kernel(
@@ -211,7 +243,18 @@ CODES = Kernel(
     keeps_copy=codes.keeps_copy,
     slowness=codes.slowness,
 )
-KERNELS = (INT4_INT8, SPARSE24, INT8_INT8, FP8_FP8, INT8, INT4, FP8, CODES)
+KERNELS = (
+    INT4_INT8,
+    INT4_INT8_CUDA,
+    INT4_FP8,
+    SPARSE24,
+    INT8_INT8,
+    FP8_FP8,
+    INT8,
+    INT4,
+    FP8,
+    CODES,
+)
 
 
 class Passed(NamedTuple):

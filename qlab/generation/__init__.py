@@ -1,1 +1,0 @@
-"""Text from a model: requests that share steps, a cache in pages, and what is drawn from logits."""
