@@ -84,6 +84,7 @@ HOMES = {
     "over_seeds": "qlab.evaluation.comparison",
     "parse_spec": "qlab.algebra.spec",
     "perplexity": "qlab.evaluation.perplexity",
+    "pipeline": "qlab.generation.pipeline",
     "plan": "qlab.driver.plan",
     "qat": "qlab.methods.qat",
     "qat_end_to_end": "qlab.methods.qat_end_to_end",

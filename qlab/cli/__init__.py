@@ -12,6 +12,7 @@ from qlab import installed_version
 from qlab.cli import kernels
 from qlab.cli.directories import convert, inspect, verify
 from qlab.cli.evaluating import evaluate
+from qlab.cli.generating import answer
 from qlab.cli.options import HELP_BY
 from qlab.cli.quantizing import plan, quantize
 from qlab.cli.running import run
@@ -46,6 +47,7 @@ def options_of_qlab(
 for command in (plan, quantize, convert, verify, inspect, schemes, kernels.tune):
     app.command()(command)
 app.command("eval")(evaluate)
+app.command("run")(answer)
 app.add_typer(kernels.configs, name="cache")
 
 

@@ -224,7 +224,7 @@ def _refuse_outside(model: Checkpoint, low: int, high: int) -> None:
         )
 
 
-def _tokenizer(model: Checkpoint) -> PreTrainedTokenizerBase:
+def tokenizer_of(model: Checkpoint) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(
             model.path, local_files_only=True, trust_remote_code=False
@@ -279,7 +279,7 @@ def _streamed(
     `count` windows is hashed and not tokenized."""
     if length < 1:
         raise QlabError(f"windows of {length} tokens hold nothing; give a length of at least 1")
-    texts, digest, tokenizer = texts_of(given), hashlib.sha256(), _tokenizer(model)
+    texts, digest, tokenizer = texts_of(given), hashlib.sha256(), tokenizer_of(model)
     render = _renderer(model, tokenizer)
     documents = chain.from_iterable(text.read(digest, render) for text in texts)
     enough = None if count is None else count * length

@@ -89,15 +89,20 @@ def attend(model: PreTrainedModel, attended: Attended, device: torch.device) -> 
             "attn_implementation='sdpa'"
         )
     model.set_attn_implementation(PREFIX + str(implementation))
-    for name in attentions(model):
-        module: Any = model.get_submodule(name)
-        # the forward functions of a file hand this one to the interface as the default
-        module.written_out = _forward(module).__globals__.get("eager_attention_forward")
+    keep_written_out(model)
     for name, by_kind in found.items():
         reads = {kind: OfHeads(f"{name}:{kind}", ops, device) for kind, ops in by_kind.items()}
         module = model.get_submodule(name)
         module.reads = nn.ModuleDict(reads)
         module.register_forward_pre_hook(_refuse_unrounded)
+
+
+def keep_written_out(model: PreTrainedModel) -> None:
+    """Let every attention have the function that is written out in its file, as `written_out`."""
+    for name in attentions(model):
+        module: Any = model.get_submodule(name)
+        # the forward functions of a file hand this one to the interface as the default
+        module.written_out = _forward(module).__globals__.get("eager_attention_forward")
 
 
 def attended_in(skeleton: Skeleton) -> Attended:
@@ -237,7 +242,7 @@ def _asks(module: nn.Module) -> bool:
 def _refuse_unrounded(module: nn.Module, args: tuple) -> None:
     """Refuse to run where somebody has named another attention since."""
     implementation = module.config._attn_implementation  # type: ignore[union-attr]
-    if implementation not in AROUND:
+    if not str(implementation).startswith(PREFIX):
         raise QlabError(
             f"the attention implementation is {implementation}, which does not round keys and "
             "values as the model's directory says; leave it as qlab has set it, or name it when "
@@ -262,7 +267,7 @@ def _around(plain: Callable[..., Any]) -> Callable[..., Any]:
     return attention
 
 
-def _written_out(module: Any, *args: Any, **more: Any) -> Any:
+def written_out(module: Any, *args: Any, **more: Any) -> Any:
     """The attention that the file of the module has itself."""
     return module.written_out(module, *args, **more)
 
@@ -271,7 +276,7 @@ def _written_out(module: Any, *args: Any, **more: Any) -> Any:
 AROUND: Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     f"{PREFIX}sdpa": (_around(sdpa_attention_forward), sdpa_mask),
     f"{PREFIX}{one_token.NAME}": (_around(one_token.attention), sdpa_mask),
-    f"{PREFIX}eager": (_around(_written_out), eager_mask),
+    f"{PREFIX}eager": (_around(written_out), eager_mask),
 }
 
 

@@ -1,0 +1,63 @@
+"""run: answer the prompts of a file."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qlab.cli.options import Device, Model
+from qlab.cli.output import console
+
+UNSET = -1.0  # of numbers that may be left out, none of which is negative
+
+
+def answer(
+    model: Model,
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            "--in", help='JSON lines: {"prompt": ...} or {"messages": [...]}, and settings'
+        ),
+    ],
+    answers: Annotated[
+        Path, typer.Option("--out", help="JSON lines; what is there already is not asked again")
+    ],
+    device: Device = "cpu",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="of the activations: bfloat16, float16 or float32")
+    ] = "bfloat16",
+    activations: Annotated[
+        str, typer.Option("--activations", help="int8: let kernels round activations to it")
+    ] = "",
+    rows: Annotated[int, typer.Option("--rows", min=1, help="prompts at a time")] = 16,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="of a reply")] = 256,
+    temperature: Annotated[
+        float,
+        typer.Option("--temperature", help="0: the likeliest tokens (default: as the model says)"),
+    ] = UNSET,
+    top_p: Annotated[float, typer.Option("--top-p", help="(default: as the model says)")] = UNSET,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="of the draws of every prompt")] = 0,
+) -> None:
+    """Answer every prompt of a file, in order; a run that was stopped goes on where it was."""
+    import qlab
+    from qlab.generation.offline import answer_file
+
+    settings: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}
+    given = {"temperature": temperature, "top_p": top_p}
+    settings |= {name: value for name, value in given.items() if value != UNSET}
+    ready = qlab.pipeline(
+        model,
+        device=device,
+        dtype=dtype,  # type: ignore[arg-type]
+        activations=activations or None,  # type: ignore[arg-type]
+        rows=rows,
+    )
+    with ready as pipe:
+        done = answer_file(pipe, prompts, answers, settings)
+    console().print(
+        f"{answers}: {done.answers} answers, {done.before} of them from before, "
+        f"{done.failed} failed",
+        soft_wrap=True,
+    )
+    if done.failed:
+        raise typer.Exit(1)

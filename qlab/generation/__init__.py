@@ -1,0 +1,1 @@
+"""Text from a model: requests that share steps, a cache in pages, and what is drawn from logits."""

@@ -1,0 +1,191 @@
+"""Keys and values of all requests in pages, and what one forward pass sees of them: a transformers
+cache whose rows are at positions of their own.
+
+    slot of token t of a request = page[t // size] * size + t % size
+
+States of recurrent layers are no pages: they are objects of a request, laid side by side for a pass
+and taken apart behind it.
+"""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+States = list[Any]  # the cache's layer objects of one request, in which recurrent states are
+
+
+class Pool:
+    """The slots of every layer that has keys and values: tensors [slots, heads, channels].
+
+    Args:
+        shapes: layer -> (heads, channels of a key, channels of a value).
+        pages, size: how many pages there are beside that of nobody, and tokens of a page.
+        dtype, device: of what is stored.
+    """
+
+    def __init__(
+        self,
+        shapes: dict[int, tuple[int, int, int]],
+        pages: int,
+        size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self.size, self.dtype, self.device = size, dtype, device
+        slots = (pages + 1) * size
+        self.keys, self.values = {}, {}
+        for layer, (heads, of_key, of_value) in shapes.items():
+            self.keys[layer] = torch.zeros(slots, heads, of_key, dtype=dtype, device=device)
+            self.values[layer] = torch.zeros(slots, heads, of_value, dtype=dtype, device=device)
+
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(t.nbytes for t in (*self.keys.values(), *self.values.values()))
+
+    def slots(self, table_bp: Tensor) -> Tensor:
+        """The slots [b, p * size] of pages [b, p]."""
+        within = torch.arange(self.size, device=table_bp.device)
+        return (table_bp[:, :, None] * self.size + within).flatten(1)
+
+    def written(self, table_bp: Tensor, start_b: Tensor, count: int) -> Tensor:
+        """The slots [b, count] of the tokens from `start` on."""
+        at = start_b[:, None] + torch.arange(count, device=start_b.device)
+        return table_bp.gather(1, at // self.size) * self.size + at % self.size
+
+
+class Rows(Cache):
+    """The cache of one forward pass over b rows.
+
+    Args:
+        pool: the slots.
+        table: int64 [b, p], the pages of every row, in order; shorter rows end in page 0.
+        start: int64 [b], how many tokens of a row have keys and values.
+        count: how many tokens of each row the pass computes.
+        states: the layer objects of recurrent layers, the rows side by side; none without.
+    """
+
+    def __init__(self, pool: Pool, table: Tensor, start: Tensor, count: int, states: States):
+        super().__init__(layers=list(states))
+        self.pool, self.start = pool, start
+        self.reads = pool.slots(table)
+        self.writes = pool.written(table, start, count)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **more: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write new keys and values [b, h, q, d], and give all that the rows may read [b, h, l,
+        d]."""
+        return (
+            self._stored(self.pool.keys[layer_idx], key_states),
+            self._stored(self.pool.values[layer_idx], value_states),
+        )
+
+    def _stored(self, slots_nhd: Tensor, x_bhqd: Tensor) -> Tensor:
+        rows = x_bhqd.transpose(1, 2).flatten(0, 1).to(slots_nhd.dtype)
+        slots_nhd.index_put_((self.writes.flatten(),), rows)
+        return slots_nhd[self.reads].transpose(1, 2).to(x_bhqd.dtype)
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """The position of each row's first new token; a number of a single row."""
+        return self.start if len(self.start) > 1 else int(self.start[0])
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """How many keys there are before the new ones, as a width of masks."""
+        return self.reads.shape[1] - self.writes.shape[1]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """(keys that a mask covers, the position of the first one)."""
+        return self.reads.shape[1], 0
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether transformers may compile what reads it."""
+        return True
+
+
+def probed(model: PreTrainedModel) -> DynamicCache:
+    """A cache of one token, whose shapes are those of every cache of the model."""
+    cache = DynamicCache(config=model.config)
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    with torch.no_grad():
+        model(ids, use_cache=True, **{cache_argument(model): cache})
+    return cache
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name under which a model takes its cache."""
+    takes = inspect.signature(model.forward).parameters
+    return next(name for name in ("past_key_values", "cache_params", "cache") if name in takes)
+
+
+def shapes_of(cache: DynamicCache) -> dict[int, tuple[int, int, int]]:
+    """Layer -> (heads, channels of a key, channels of a value), of the layers that have them."""
+    layers: list[Any] = cache.layers
+    return {
+        i: (layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
+        for i, layer in enumerate(layers)
+        if getattr(layer, "keys", None) is not None
+    }
+
+
+# ------------------------------------------------------------------ recurrent states
+KINDS = ("conv_states", "recurrent_states")
+
+
+def has_states(cache: DynamicCache) -> bool:
+    """Whether a layer keeps a state beside keys and values."""
+    return any(hasattr(layer, KINDS[0]) for layer in cache.layers)
+
+
+def side_by_side(rows: Sequence[States]) -> States:
+    """The states of several requests as those of a batch; they are not changed in place."""
+    batch = []
+    for layers in zip(*rows):
+        layer = copy.copy(layers[0])
+        for kind in KINDS:
+            if hasattr(layer, kind):
+                setattr(layer, kind, _joined([getattr(other, kind) for other in layers]))
+        batch.append(_with_marks_of_its_own(layer))
+    return batch
+
+
+def apart(batch: States, count: int) -> list[States]:
+    """The states of a batch as those of each request."""
+    rows: list[States] = [[] for _ in range(count)]
+    for layer in batch:
+        for row, states in enumerate(rows):
+            part = copy.copy(layer)
+            for kind in KINDS:
+                if hasattr(layer, kind):
+                    setattr(part, kind, _row(getattr(layer, kind), row))
+            states.append(_with_marks_of_its_own(part))
+    return rows
+
+
+def _with_marks_of_its_own(layer: Any) -> Any:
+    """A copied layer, whose marks of what it has seen are copied too."""
+    if isinstance(getattr(layer, "has_previous_state", None), dict):
+        layer.has_previous_state = dict(layer.has_previous_state)
+    return layer
+
+
+def _joined(states: Sequence[dict[Any, Tensor | None]]) -> dict[Any, Tensor | None]:
+    return {
+        key: None if first is None else torch.cat([_tensor(other[key]) for other in states])
+        for key, first in states[0].items()
+    }
+
+
+def _row(states: dict[Any, Tensor | None], row: int) -> dict[Any, Tensor | None]:
+    return {key: None if t is None else t[row : row + 1].clone() for key, t in states.items()}
+
+
+def _tensor(state: Tensor | None) -> Tensor:
+    assert state is not None
+    return state

@@ -1,0 +1,302 @@
+"""Requests that share steps: prompts in parts, one at a time, and then a token of every running
+request at once.
+
+    step:  receive -> plan -> pages -> parts of prompts -> rows -> draw -> tell
+
+A step that fails, fails alone: a prompt its request, and of rows the one that fails when they are
+run one at a time.
+"""
+
+import inspect
+import itertools
+import queue
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from qlab.errors import QlabError
+from qlab.generation.attention import use_row_masks
+from qlab.generation.cache import (
+    Pool,
+    Rows,
+    States,
+    apart,
+    cache_argument,
+    has_states,
+    probed,
+    shapes_of,
+    side_by_side,
+)
+from qlab.generation.pages import NOBODY, Pages
+from qlab.generation.request import ABORT, ERROR, Request
+from qlab.generation.sampling import Drawn, Sampling, draw, told
+from qlab.generation.schedule import Limits, Part, plan
+from qlab.process.surroundings import undisturbed
+
+LONGEST = 4096  # tokens of a request, where a model takes more and nobody asked for it
+
+
+def nothing(drawn: Drawn) -> bool:
+    """Tell nobody, and end nothing."""
+    return False
+
+
+class Engine:
+    """Continuous batching over a Hugging Face model, whose cache is in pages.
+
+    `submit` may be called from any thread, `step` from one. The model's attention makes masks for
+    the engine from then on.
+
+    Args:
+        model: lowered or dense, in evaluation mode.
+        rows: how many requests run at a time.
+        max_length: tokens of a request, prompt and new; None takes what the model takes, at most
+            4096.
+        page: tokens of a page.
+        pages: how many pages there are; None makes as many as `rows` requests of max_length need.
+        chunk: tokens of a part of a prompt.
+        step_tokens: how many tokens of prompts a step computes beside its rows.
+        reuse: whether requests whose prompts begin alike share pages.
+
+    Raises:
+        QlabError: numbers below 1, or more tokens than the model has positions.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        rows: int = 16,
+        max_length: int | None = None,
+        page: int = 16,
+        pages: int | None = None,
+        chunk: int = 256,
+        step_tokens: int = 512,
+        reuse: bool = True,
+    ):
+        self.model, self.max_length = model, _longest(model, max_length)
+        _refuse_below_one(rows=rows, page=page, pages=pages or 1, chunk=chunk, tokens=step_tokens)
+        text = model.config.get_text_config()
+        self.vocabulary = int(text.vocab_size)
+        probe = probed(model)
+        self._takes = frozenset(inspect.signature(model.forward).parameters)
+        self._cache_argument, self._has_states = cache_argument(model), has_states(probe)
+        shapes = shapes_of(probe)
+        self._together = not shapes or use_row_masks(model)
+        count = pages or rows * -(-self.max_length // page)
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        self.pool = Pool(shapes, count, page, dtype, model.device)
+        self.pages = Pages(count, page, reuse=reuse and not self._has_states)
+        self._limits = Limits(rows=rows, tokens=step_tokens, chunk=chunk, page=page)
+        self._numbers = itertools.count()
+        self._inbox: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        self._requests: dict[int, Request] = {}
+
+    # -------------------------------------------------------------- requests
+    def submit(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        told: Callable[[Drawn], bool] = nothing,
+    ) -> Request:
+        """Ask for new tokens behind a prompt.
+
+        Args:
+            prompt: token ids.
+            sampling: how they are drawn, and how many.
+            told: is called with every new token by whoever calls `step`; True ends the text.
+
+        Raises:
+            QlabError: an empty prompt, ids outside the vocabulary, or more tokens than a request
+                or the cache may have.
+        """
+        self._refuse(prompt, sampling)
+        number = next(self._numbers)
+        seed = torch.seed() % 2**62 if sampling.seed is None else sampling.seed
+        request = Request(
+            number=number, prompt=list(prompt), sampling=sampling, seed=seed, told=told
+        )
+        self._inbox.put(request)
+        return request
+
+    def _refuse(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        if not len(prompt):
+            raise QlabError("the prompt has no tokens; give at least one")
+        wrong = [
+            i
+            for i in (*prompt, *sampling.logit_bias, *sampling.stop_ids)
+            if not 0 <= i < self.vocabulary
+        ]
+        if wrong:
+            raise QlabError(f"token {wrong[0]} is not in the vocabulary of {self.vocabulary}")
+        wanted = len(prompt) + sampling.max_tokens
+        most = min(self.max_length, self.pages.count * self.pages.size)
+        if wanted > most:
+            raise QlabError(
+                f"{len(prompt)} tokens of the prompt and {sampling.max_tokens} new ones are "
+                f"{wanted}, and a request has at most {most}; ask for fewer"
+            )
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody waits for anything."""
+        return not self._requests and self._inbox.empty()
+
+    def run(self) -> None:
+        """Step until nobody waits for anything."""
+        while not self.is_idle:
+            self.step()
+
+    # -------------------------------------------------------------- one step
+    @undisturbed
+    @torch.no_grad()
+    def step(self) -> None:
+        """Compute what is planned for now, and tell the new tokens."""
+        self._receive()
+        self._claim_prefixes()
+        places = [r.place(self.pages.alone(r.pages)) for r in self._requests.values()]
+        step = plan(places, self.pages.available, self._limits)
+        for number in step.preempted:
+            self._give_back(self._requests[number])
+        for number, count in step.grown.items():
+            self._requests[number].pages += self.pages.take(count)
+        for part in step.parts:
+            self._run_part(part)
+        self._run_rows([self._requests[number] for number in step.rows])
+        self._retire()
+
+    def _receive(self) -> None:
+        """Take what was submitted, and let go of what was cancelled."""
+        while not self._inbox.empty():
+            request = self._inbox.get()
+            self._requests[request.number] = request
+        for request in self._requests.values():
+            if request.is_cancelled and request.finish is None:
+                request.finish = ABORT
+        self._retire()
+
+    def _claim_prefixes(self) -> None:
+        """Let those that begin next hold the pages that are known already."""
+        for request in [*self._requests.values()][: self._limits.rows]:
+            asks = request.sampling.prompt_logprobs is not None
+            if not request.pages and not request.done and not asks:
+                request.pages = self.pages.prefix(request.tokens)
+                request.done = len(request.pages) * self.pages.size
+                request.cached = max(request.cached, min(request.done, len(request.prompt)))
+
+    def _give_back(self, request: Request) -> None:
+        """All pages of a request, whose tokens are computed again if it goes on."""
+        self.pages.remember(request.tokens[: request.done], request.pages)
+        self.pages.drop(request.pages)
+        request.pages, request.done, request.states = [], 0, []
+
+    def _retire(self) -> None:
+        for request in [r for r in self._requests.values() if r.finish is not None]:
+            self._give_back(request)
+            del self._requests[request.number]
+
+    def _run_part(self, part: Part) -> None:
+        request = self._requests[part.request]
+        if request.finish is not None:
+            return  # an earlier part of it failed
+        try:
+            self._compute_part(request, part)
+        except Exception as error:
+            _fail(request, error)
+
+    def _compute_part(self, request: Request, part: Part) -> None:
+        tokens = request.tokens
+        if self._has_states and part.begin == 0:
+            request.states = DynamicCache(config=self.model.config).layers
+        asked = request.sampling.prompt_logprobs
+        ids = torch.tensor([tokens[part.begin : part.end]], dtype=torch.int64)
+        logits = self._forward(ids, [request], request.states, keep=0 if asked is not None else 1)
+        if asked is not None:
+            _tell_prompt(request, part, logits[0], asked)
+        request.done = part.end
+        if part.end == len(tokens):
+            self.pages.remember(tokens[: request.done], request.pages)
+            request.accept(draw(logits[:, -1], [request.drawing])[0])
+
+    def _run_rows(self, rows: Sequence[Request]) -> None:
+        rows = [request for request in rows if request.finish is None]
+        if not rows:
+            return
+        if not self._together:
+            for request in rows:
+                self._run_alone(request)
+            return
+        try:
+            self._compute_rows(rows)
+        except Exception:  # one of them is to blame, and the others go on
+            for request in rows:
+                self._run_alone(request)
+
+    def _run_alone(self, request: Request) -> None:
+        try:
+            self._compute_rows([request])
+        except Exception as error:
+            _fail(request, error)
+
+    def _compute_rows(self, rows: Sequence[Request]) -> None:
+        ids = torch.tensor([[request.tokens[-1]] for request in rows], dtype=torch.int64)
+        if self._has_states:
+            for request in rows:
+                request.states = request.states or DynamicCache(config=self.model.config).layers
+        states = side_by_side([r.states for r in rows]) if self._has_states else []
+        logits = self._forward(ids, rows, states, keep=1)
+        tokens = draw(logits[:, -1], [request.drawing for request in rows])
+        if self._has_states:
+            for request, own in zip(rows, apart(states, len(rows))):
+                request.states = own
+        for request, drawn in zip(rows, tokens):
+            request.done += 1
+            request.accept(drawn)
+
+    def _forward(
+        self, ids_bq: Tensor, requests: Sequence[Request], states: States, keep: int
+    ) -> Tensor:
+        """Logits [b, keep, v] of the next tokens of requests; of all tokens where keep is 0."""
+        device = self.model.device
+        width = max(len(request.pages) for request in requests)
+        table = [r.pages + [NOBODY] * (width - len(r.pages)) for r in requests]
+        table_bp = torch.tensor(table, dtype=torch.int64, device=device)
+        start = torch.tensor([r.done for r in requests], dtype=torch.int64, device=device)
+        rows = Rows(self.pool, table_bp, start, ids_bq.shape[1], states)
+        positions = start[:, None] + torch.arange(ids_bq.shape[1], device=device)
+        more: dict[str, Any] = {"position_ids": positions, "logits_to_keep": keep}
+        taken = {name: value for name, value in more.items() if name in self._takes}
+        taken[self._cache_argument] = rows
+        return self.model(ids_bq.to(device), use_cache=True, **taken).logits
+
+
+# ------------------------------------------------------------------ bounds and failures
+def _longest(model: PreTrainedModel, asked: int | None) -> int:
+    has = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if asked is None:
+        return min(has or LONGEST, LONGEST)
+    if asked < 1 or (has and asked > has):
+        raise QlabError(f"max_length is {asked}; the model takes from 1 to {has} tokens")
+    return asked
+
+
+def _refuse_below_one(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise QlabError(f"{name} is {number}; give at least 1")
+
+
+def _fail(request: Request, error: Exception) -> None:
+    request.finish, request.error = ERROR, error
+
+
+def _tell_prompt(request: Request, part: Part, logits_qv: Tensor, count: int) -> None:
+    """The log-probabilities of the tokens behind those of a part, as far as they are the
+    prompt's and were not told before."""
+    for i, logits in enumerate(logits_qv, part.begin):
+        if i + 1 < len(request.prompt) and len(request.prompt_drawn) == i:
+            request.prompt_drawn.append(told(logits, request.prompt[i + 1], count))

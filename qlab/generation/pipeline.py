@@ -1,0 +1,275 @@
+"""Texts, token ids and chats in, replies out: an engine with a tokenizer around it."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from qlab.data.calibration import tokenizer_of
+from qlab.errors import QlabError, first_line
+from qlab.files.checkpoint import Checkpoint, open_checkpoint
+from qlab.generation.engine import Engine
+from qlab.generation.request import STOP, Request
+from qlab.generation.sampling import Drawn, Sampling
+from qlab.generation.text import GrowingText
+from qlab.lowering import lower
+from qlab.lowering.devices import device_named
+from qlab.lowering.weights.setting import Activations
+from qlab.process.progress import progress
+from qlab.process.surroundings import undisturbed
+
+Chat = Sequence[dict[str, Any]]
+Prompt = str | Sequence[int] | Chat
+FEW = 8  # prompts that are answered without a display of how many are done
+SETTINGS = frozenset(field.name for field in fields(Sampling))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What a model wrote behind a prompt.
+
+    text: without special tokens, up to the first stop string. tokens: all new ids. finish: "stop"
+    at a stop string or a token that ends a text, "length" after max_tokens. prompt_tokens,
+    cached_tokens: how many tokens the prompt has, and how many of them were in the cache. drawn,
+    prompt_drawn: the log-probabilities that were asked for, of new tokens and of the prompt's but
+    for its first.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: str
+    prompt_tokens: int
+    cached_tokens: int
+    drawn: tuple[Drawn, ...]
+    prompt_drawn: tuple[Drawn, ...]
+
+
+class Asked:
+    """A request to a pipeline, with the text that grows out of it."""
+
+    def __init__(self, pipeline: "Pipeline", prompt: Prompt, sampling: Sampling, stop: Any):
+        self.text, self.pieces = GrowingText(pipeline.tokenizer, stop), list[str]()
+        ids = pipeline.ids(prompt)
+        self.request: Request = pipeline.engine.submit(ids, sampling, self._told)
+
+    def _told(self, drawn: Drawn) -> bool:
+        self.pieces.append(self.text.add(drawn.token))
+        return self.text.is_ended
+
+    def taken(self) -> str:
+        """The text since the last call; all that is left where the request has ended."""
+        if self.request.finish is not None:
+            self.pieces.append(self.text.end())
+        text, self.pieces = "".join(self.pieces), []
+        return text
+
+    def reply(self) -> Reply:
+        """The whole answer of a request that has ended. Raises what it failed of."""
+        request = self.request
+        if request.error is not None:
+            error = request.error
+            raise QlabError(
+                f"the model failed on a prompt of {len(request.prompt)} tokens: "
+                f"{type(error).__name__}: {first_line(error)}"
+            ) from error
+        return Reply(
+            text=self.taken(),
+            tokens=tuple(request.new),
+            finish=request.finish or STOP,
+            prompt_tokens=len(request.prompt),
+            cached_tokens=request.cached,
+            drawn=tuple(request.drawn),
+            prompt_drawn=tuple(request.prompt_drawn),
+        )
+
+
+class Pipeline:
+    """A model with its tokenizer, that answers prompts (`qlab.pipeline`).
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: of transformers.
+        defaults: what is not asked for.
+        engine: how requests share the model: arguments of
+            `qlab.generation.engine.Engine`.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, defaults: Sampling, **engine: Any):
+        self.tokenizer, self.defaults = tokenizer, defaults
+        self.engine = Engine(model, **engine)
+
+    def __enter__(self) -> "Pipeline":
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the model and of its cache."""
+        del self.engine
+
+    def __call__(self, prompts: Any, *, stop: str | Sequence[str] = (), **settings: Any) -> Any:
+        """The reply to a prompt, or the list of replies to several, in their order.
+
+        Args:
+            prompts: a text, a list of token ids, a chat (a list of {"role": ..., "content": ...}),
+                or a list of these.
+            stop: a reply ends in front of the first of these strings.
+            settings: fields of `qlab.generation.sampling.Sampling`, such as temperature=0.7 or
+                max_tokens=100.
+        """
+        if _is_one(prompts):
+            asked = self.ask(prompts, stop=stop, **settings)
+            return self.wait_for(asked)
+        several = [self.ask(prompt, stop=stop, **settings) for prompt in prompts]
+        shown = progress(several, "replies") if len(several) > FEW else iter(several)
+        return [self.wait_for(asked) for asked in shown]
+
+    def stream(
+        self, prompt: Prompt, *, stop: str | Sequence[str] = (), **settings: Any
+    ) -> Iterator[str]:
+        """The text of the reply to one prompt, in pieces as they become certain. A stream that is
+        closed ends its request."""
+        asked = self.ask(prompt, stop=stop, **settings)
+        try:
+            while asked.request.finish is None:
+                self.engine.step()
+                yield from filter(None, [asked.taken()])
+            yield from filter(None, [asked.reply().text])
+        finally:
+            if asked.request.finish is None:
+                asked.request.cancel()
+                self.engine.step()
+
+    def ids(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt."""
+        if isinstance(prompt, str):
+            return [*self.tokenizer(prompt)["input_ids"]]
+        if prompt and isinstance(prompt[0], dict):
+            return self._ids_of_chat(prompt)
+        if not all(isinstance(i, int) for i in prompt):
+            raise QlabError(
+                f"a prompt is {type(prompt[0]).__name__}s; give a text, token ids, or messages "
+                '{"role": ..., "content": ...}'
+            )
+        return [int(i) for i in prompt]  # type: ignore[arg-type]
+
+    def _ids_of_chat(self, messages: Any) -> list[int]:
+        if not self.tokenizer.chat_template:
+            raise QlabError(
+                "the model's tokenizer has no chat template; give the prompt as one text"
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # whatever the template says of messages it does not know
+            raise QlabError(
+                f"the chat template refuses the messages ({first_line(error):.100}); give each a "
+                'known "role" and a "content"'
+            ) from error
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    def ask(self, prompt: Prompt, *, stop: str | Sequence[str] = (), **settings: Any) -> Asked:
+        """Ask, and wait for nothing."""
+        unknown = sorted({*settings} - SETTINGS)
+        if unknown:
+            raise QlabError(
+                f"there is no setting {unknown[0]!r} of sampling; there are "
+                f"{', '.join(sorted(SETTINGS))}"
+            )
+        sampling = replace(self.defaults, **settings)
+        return Asked(self, prompt, sampling, (stop,) if isinstance(stop, str) else stop)
+
+    def wait_for(self, asked: Asked) -> Reply:
+        """The reply to what was asked; others go on meanwhile."""
+        while asked.request.finish is None:
+            self.engine.step()
+        return asked.reply()
+
+
+def _is_one(prompts: Any) -> bool:
+    """Whether this is one prompt, and no list of prompts."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | dict))
+
+
+@undisturbed
+def pipeline(
+    model: Checkpoint | str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    activations: Activations | None = None,
+    rows: int = 16,
+    max_length: int | None = None,
+) -> Pipeline:
+    """A model that answers texts, token ids and chats, many at a time.
+
+    Requests share steps (continuous batching), and those whose prompts begin alike share keys and
+    values. In float32, greedy replies are those of `generate()`, whatever is asked beside them.
+
+    Args:
+        model: a directory, quantized or not, or an open one.
+        device: 'cpu', 'cuda' or 'cuda:N'.
+        dtype: of the activations.
+        activations: as `qlab.lower` takes it; of quantized directories alone.
+        rows: how many requests run at a time.
+        max_length: tokens of a request, prompt and reply; None takes what the model takes, at most
+            4096.
+
+    Returns:
+        A pipeline, to be called with prompts and to be used in a `with` statement.
+
+    Raises:
+        QlabError: a directory that cannot be read or has no tokenizer, more tokens than the model
+            has positions.
+
+    Example:
+        >>> import qlab
+        >>> with qlab.pipeline("demo-int4") as pipe:
+        ...     reply = pipe("Once upon a time", temperature=0, max_tokens=4)
+        >>> reply.finish, len(reply.tokens), reply.prompt_tokens
+        ('length', 4, 4)
+    """
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    tokenizer = tokenizer_of(checkpoint)
+    ready = _loaded(checkpoint, device, dtype, activations)
+    defaults = _defaults(ready.generation_config, tokenizer)
+    return Pipeline(ready, tokenizer, defaults, rows=rows, max_length=max_length)
+
+
+def _loaded(
+    checkpoint: Checkpoint, device: Any, dtype: torch.dtype, activations: Activations | None
+) -> PreTrainedModel:
+    """The model of a directory, lowered where it is quantized."""
+    if checkpoint.quantized:
+        return lower(checkpoint, device, dtype, activations=activations)
+    if activations is not None:
+        raise QlabError(
+            f"activations={activations!r} is for quantized models, and {checkpoint.path} is none; "
+            "leave it away"
+        )
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        checkpoint.path, dtype=dtype, local_files_only=True
+    )
+    return model.to(device_named(device)).eval()
+
+
+def _defaults(config: GenerationConfig | None, tokenizer: Any) -> Sampling:
+    """What the directory's generation_config.json asks for: its sampling where it samples, else
+    the likeliest tokens; and the tokens that end a text."""
+    ends = getattr(config, "eos_token_id", None)
+    ends = [ends] if isinstance(ends, int) else [*(ends or ())]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.append(tokenizer.eos_token_id)
+    if config is None or not config.do_sample:
+        return Sampling(temperature=0, stop_ids=tuple(ends))
+    given = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    known = {name: value for name, value in given.items() if value is not None}
+    return Sampling(stop_ids=tuple(ends), **known)

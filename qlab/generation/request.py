@@ -1,0 +1,73 @@
+"""What somebody asked an engine for, and how far it is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from qlab.generation.cache import States
+from qlab.generation.sampling import Drawing, Drawn, Sampling
+from qlab.generation.schedule import Place
+
+STOP, LENGTH, ABORT, ERROR = "stop", "length", "abort", "error"  # how a request ends
+
+
+@dataclass(kw_only=True, eq=False)
+class Request:
+    """Tokens, the pages that hold their keys and values, and for how many of them they do.
+
+    number: of its arrival. prompt: token ids. seed: of its noise. told: is called with every new
+    token, and says whether the text ends with it. drawn: the new tokens. prompt_drawn: those of the
+    prompt but for the first one, where their log-probabilities were asked for. cached: tokens of
+    the prompt that were in the cache. finish: how it ended, or None. error: why it failed.
+    """
+
+    number: int
+    prompt: list[int]
+    sampling: Sampling
+    seed: int
+    told: Callable[[Drawn], bool]
+    drawn: list[Drawn] = field(default_factory=list)
+    prompt_drawn: list[Drawn] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    done: int = 0
+    cached: int = 0
+    states: States = field(default_factory=list)
+    finish: str | None = None
+    error: Exception | None = None
+    is_cancelled: bool = False
+
+    @property
+    def new(self) -> list[int]:
+        """The new token ids."""
+        return [drawn.token for drawn in self.drawn]
+
+    @property
+    def tokens(self) -> list[int]:
+        """All token ids."""
+        return self.prompt + self.new
+
+    @property
+    def drawing(self) -> Drawing:
+        """What the draw of its next token depends on."""
+        return Drawing(sampling=self.sampling, prompt=self.prompt, new=self.new, seed=self.seed)
+
+    def place(self, alone: int) -> Place:
+        """What the schedule has to know."""
+        return Place(
+            request=self.number,
+            length=len(self.prompt) + len(self.drawn),
+            done=self.done,
+            pages=len(self.pages),
+            alone=alone,
+        )
+
+    def cancel(self) -> None:
+        """End it before the next step. May be called from any thread."""
+        self.is_cancelled = True
+
+    def accept(self, drawn: Drawn) -> None:
+        """Take the next token, and end where it says so."""
+        self.drawn.append(drawn)
+        if self.told(drawn) or drawn.token in self.sampling.stop_ids:
+            self.finish = STOP
+        elif len(self.drawn) == self.sampling.max_tokens:
+            self.finish = LENGTH

@@ -1,0 +1,74 @@
+"""Text that grows by tokens: what is certain of it, up to the first stop string.
+
+A token may end in the middle of a character, so that its text is told when the next ones complete
+it. Text that may be the beginning of a stop string is held back until it is none.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+INCOMPLETE = "�"  # what a tokenizer writes for bytes that are no character yet
+
+
+class GrowingText:
+    """The text of new tokens.
+
+    Args:
+        tokenizer: of transformers.
+        stop: the text ends in front of the first of these strings.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
+        self.tokenizer, self.stop = tokenizer, [s for s in stop if s]
+        self.is_ended = False
+        self._tokens: list[int] = []
+        # Tokens from `_first` on are decoded together, of which those before `_told` have been.
+        self._first, self._told = 0, 0
+        self._held = ""
+
+    def add(self, token: int) -> str:
+        """The text that is certain now."""
+        self._tokens.append(token)
+        return self._certain(self._decoded(is_last=False), is_last=False)
+
+    def end(self) -> str:
+        """The rest of the text, when no token follows."""
+        return self._certain(self._decoded(is_last=True), is_last=True)
+
+    def _decoded(self, is_last: bool) -> str:
+        """The text of the tokens that none was told of; the tokens before them are decoded with
+        them, since some tokenizers write a token by what stands in front of it."""
+        before = self._text(self._tokens[self._first : self._told])
+        both = self._text(self._tokens[self._first :])
+        if both.endswith(INCOMPLETE) and not is_last:
+            return ""
+        self._first, self._told = self._told, len(self._tokens)
+        return both[len(before) :]
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def _certain(self, text: str, is_last: bool) -> str:
+        if self.is_ended:
+            return ""
+        self._held += text
+        places = [self._held.find(s) for s in self.stop]
+        stops = [place for place in places if place >= 0]
+        if stops:
+            self.is_ended = True
+            certain, self._held = self._held[: min(stops)], ""
+            return certain
+        kept = 0 if is_last else self._possible_stop()
+        cut = len(self._held) - kept
+        certain, self._held = self._held[:cut], self._held[cut:]
+        return certain
+
+    def _possible_stop(self) -> int:
+        """How many characters at the end may be the beginning of a stop string."""
+        longest = max(map(len, self.stop), default=1) - 1
+        for count in range(min(longest, len(self._held)), 0, -1):
+            if any(s.startswith(self._held[-count:]) for s in self.stop):
+                return count
+        return 0

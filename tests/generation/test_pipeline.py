@@ -1,0 +1,151 @@
+"""Texts in, replies out: in Python, streamed, and from file to file."""
+
+import json
+
+import pytest
+import torch
+from model_folders import WORDS, prose, refused
+
+import qlab
+from qlab.cli import main
+from qlab.generation.offline import answer_file
+from qlab.generation.text import GrowingText
+
+
+@pytest.fixture(scope="module")
+def spoken(saved, tmp_path_factory):
+    """A tiny llama of 8-bit weights, with a tokenizer."""
+    out = tmp_path_factory.mktemp("spoken") / "out"
+    qlab.quantize(saved("llama"), qlab.rtn("int8-channel"), None, out)
+    return out
+
+
+@pytest.fixture
+def pipe(spoken):
+    with qlab.pipeline(spoken, dtype=torch.float32, rows=3) as pipe:
+        yield pipe
+
+
+def test_replies_are_those_of_generate(pipe, spoken):
+    prompts = [prose(n, seed=n) for n in (3, 17, 1, 8)]
+    model = qlab.lower(spoken, dtype=torch.float32)
+    replies = pipe(prompts, max_tokens=6)
+    for prompt, reply in zip(prompts, replies):
+        ids = torch.tensor([pipe.ids(prompt)])
+        expected = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+        assert [*reply.tokens] == expected.tolist()
+        assert reply.text == pipe.tokenizer.decode(expected, skip_special_tokens=True)
+        assert reply.prompt_tokens == ids.shape[1] and reply.finish in ("length", "stop")
+    assert pipe(prompts[1], max_tokens=6).tokens == replies[1].tokens
+
+
+def test_ids_and_chats_are_prompts_too(pipe):
+    text = prose(4)
+    ids = pipe.ids(text)
+    chat = [{"role": "user", "content": text}]
+    replies = pipe([text, ids, chat], max_tokens=4)
+    assert len({reply.tokens for reply in replies}) == 1
+    assert pipe(ids, max_tokens=4) == pipe(chat, max_tokens=4)
+
+
+def test_a_stream_is_the_reply_in_pieces_and_a_closed_one_ends(pipe):
+    text = prose(5)
+    whole = pipe(text, max_tokens=12).text
+    assert "".join(pipe.stream(text, max_tokens=12)) == whole
+    word = whole.split()[3]
+    cut = pipe(text, max_tokens=12, stop=word)
+    assert cut.text == whole[: whole.index(word)] and cut.finish == "stop"
+    assert "".join(pipe.stream(text, max_tokens=12, stop=[word])) == cut.text
+    stream = pipe.stream(text, max_tokens=12)
+    next(stream)
+    stream.close()
+    assert pipe.engine.is_idle and pipe.engine.pages.available == pipe.engine.pages.count
+
+
+@pytest.mark.parametrize("stop", [["ghi"], ["xyz", "d"], ["aab"], [""], []])
+def test_text_grows_up_to_the_first_stop_string(stop):
+    class Letters:
+        """A tokenizer of letters, two of which are half a character each."""
+
+        def decode(self, tokens, **_):
+            text = "".join(map(chr, tokens))
+            whole = text.replace("<>", "é")
+            return whole.replace("<", "�").replace(">", "�")
+
+    letters = "aaabc<>def ghi jk<>"
+    text = GrowingText(Letters(), stop)
+    pieces = [text.add(ord(letter)) for letter in letters] + [text.end()]
+    expected = letters.replace("<>", "é")
+    places = [expected.index(s) for s in stop if s and s in expected]
+    assert "".join(pieces) == expected[: min(places, default=None)]
+    assert text.is_ended == bool(places)
+
+
+def test_what_is_no_prompt_or_setting_is_refused(pipe, folder):
+    refused(lambda: pipe("word1", max_token=3), "max_token", "max_tokens")
+    refused(lambda: pipe([[1.5]]), "float", "token ids")
+    refused(lambda: pipe([{"role": "user"}] * 2, temperature=-1), "temperature")
+    refused(lambda: pipe("word1 " * 120, max_tokens=20), "at most 128")
+    (folder / "tokenizer.json").unlink()
+    refused(lambda: qlab.pipeline(folder), "no tokenizer")
+    pipe.tokenizer.chat_template = None
+    refused(lambda: pipe([{"role": "user", "content": "word1"}]), "chat template")
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+@pytest.fixture
+def asked(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    prompts = [{"prompt": prose(3, seed=i), "max_tokens": 2 + i} for i in range(5)]
+    prompts[2] = {"messages": [{"role": "user", "content": WORDS[3]}], "stop": "zzz"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    return path
+
+
+def test_a_file_is_answered_in_order_and_goes_on_where_it_was_cut(pipe, asked, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    done = answer_file(pipe, asked, out, {"max_tokens": 3, "temperature": 0})
+    whole = out.read_bytes()
+    assert (done.answers, done.before, done.failed) == (5, 0, 0)
+    assert [row["new_tokens"] for row in rows(out)] == [2, 3, 3, 5, 6]
+    for cut in (0, 1, len(whole) // 2, len(whole) - 1, len(whole)):
+        out.write_bytes(whole[:cut])
+        again = answer_file(pipe, asked, out, {"max_tokens": 3, "temperature": 0})
+        assert out.read_bytes() == whole and again.before == whole[:cut].count(b"\n")
+
+
+def test_bad_lines_are_named_and_nothing_that_was_answered_is_lost(pipe, asked, tmp_path):
+    out, lines = tmp_path / "answers.jsonl", asked.read_bytes().splitlines(keepends=True)
+    run = lambda: answer_file(pipe, asked, out, {"max_tokens": 3})
+    for bad in (b"{\n", b"[]\n", b'{"prompt": ""}\n', b'{"text": "a"}\n'):
+        asked.write_bytes(lines[0] + bad)
+        refused(run, "line 2", asked.name)
+        assert not out.exists()
+    asked.write_bytes(lines[0] + b'{"prompt": "word1", "top_p": 7}\n' + lines[1])
+    assert run().failed == 1
+    assert ["error" in row for row in rows(out)] == [False, True, False]
+    answers = out.read_bytes()
+    asked.write_bytes(lines[1])
+    refused(run, "line 1 answers another prompt")
+    out.write_text("{}\n")
+    refused(run, "no answer of qlab run")
+    out.write_bytes(answers)
+    asked.write_bytes(lines[0])
+    refused(run, "3 answers", "1 prompts")
+    assert out.read_bytes() == answers
+
+
+def test_the_command_answers_and_says_how_many(spoken, asked, tmp_path, command):
+    out = tmp_path / "answers.jsonl"
+    given = ("run", spoken, "--in", asked, "--out", out, "--max-tokens", 3, "--dtype", "float32")
+    code, said, _ = command(main, *given)
+    assert code == 0 and "5 answers, 0 of them from before, 0 failed" in said
+    asked.write_text('{"prompt": "word1", "max_tokens": 500}\n')
+    out.unlink()
+    code, said, _ = command(main, *given)
+    assert code == 1 and "1 failed" in said and "at most 128" in rows(out)[0]["error"]
+    code, _, error = command(main, *given[:2], "--in", tmp_path / "none", "--out", out)
+    assert code == 2 and "none" in error

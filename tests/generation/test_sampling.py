@@ -1,0 +1,126 @@
+"""Laws of the draw: what the filters keep, that seeds decide, and that a rounding does not."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_folders import refused
+
+from qlab.generation.sampling import Drawing, Sampling, draw, kept, noise, penalized, told
+
+few = settings(deadline=None, max_examples=40)
+LOGITS = st.lists(st.integers(-60, 60), min_size=2, max_size=12, unique=True).map(
+    lambda row: torch.tensor(row, dtype=torch.float32) / 10
+)
+
+
+def drawing(sampling, prompt=(0,), new=(), seed=0):
+    return Drawing(sampling=sampling, prompt=list(prompt), new=list(new), seed=seed)
+
+
+def one(logits, sampling, **more):
+    return draw(logits[None], [drawing(sampling, **more)])[0].token
+
+
+@few
+@given(logits=LOGITS, k=st.integers(1, 12))
+def test_top_k_keeps_the_k_likeliest(logits, k):
+    x = kept(logits, Sampling(top_k=k))
+    assert {*x.isfinite().nonzero().flatten().tolist()} == {
+        *logits.topk(min(k, len(logits))).indices.tolist()
+    }
+
+
+@few
+@given(logits=LOGITS, p=st.floats(0.01, 1))
+def test_top_p_keeps_the_fewest_that_reach_it(logits, p):
+    probabilities = logits.softmax(-1)
+    inside = probabilities[kept(logits, Sampling(top_p=p)).isfinite()]
+    assert inside.sum() >= p - 1e-6
+    assert len(inside) == 1 or inside.sum() - inside.min() < p + 1e-6
+    assert inside.min() >= probabilities.sort(descending=True).values[len(inside) - 1]
+
+
+def test_the_nucleus_of_a_flat_vocabulary_is_found_among_all():
+    logits = torch.zeros(5000)
+    logits[:2500] += 0.01
+    assert kept(logits, Sampling(top_p=0.4)).isfinite().sum() == 2500
+
+
+@few
+@given(logits=LOGITS, share=st.floats(0.001, 1))
+def test_min_p_keeps_what_is_likely_beside_the_likeliest(logits, share):
+    p = logits.softmax(-1)
+    x = kept(logits, Sampling(min_p=share))
+    assert torch.equal(x.isfinite(), p >= share * p.max())
+
+
+@few
+@given(logits=LOGITS, seed=st.integers(0, 2**40), temperature=st.floats(0.1, 3))
+def test_a_draw_is_of_its_seed_alone_and_no_rounding_moves_it(logits, seed, temperature):
+    sampling = Sampling(temperature=temperature)
+    expected = one(logits, sampling, seed=seed, new=[1])
+    others = [drawing(Sampling(temperature=0.7), seed=i) for i in range(3)]
+    rows = torch.stack([*logits.flip(0).expand(3, -1), logits])
+    drawn = draw(rows, [*others, drawing(sampling, seed=seed, new=[1])])[-1].token
+    assert drawn == expected
+    x = logits / temperature + noise(len(logits), seed, 1)
+    margin = x.topk(2).values.diff().abs().item()
+    moved = logits * (1 + 1e-6)
+    assert one(moved, sampling, seed=seed, new=[1]) == expected or margin < 1e-4
+
+
+def test_tokens_come_as_often_as_they_are_likely():
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    counts = torch.zeros(4)
+    for seed in range(2000):
+        counts[one(logits, Sampling(temperature=2), seed=seed)] += 1
+    expected = 2000 * (logits / 2).softmax(-1)
+    chi_squared = ((counts - expected) ** 2 / expected).sum().item()
+    assert chi_squared < 16.3  # three degrees of freedom, one in a thousand
+
+
+def test_penalties_and_biases_are_the_formula():
+    logits = torch.tensor([2.0, -2.0, 1.0, 0.5])
+    sampling = Sampling(
+        temperature=0, repetition_penalty=2, presence_penalty=0.25, frequency_penalty=0.5
+    )
+    x = penalized(logits, drawing(sampling, prompt=[1], new=[2, 2]))
+    assert x.tolist() == [2.0, -4.0, 1.0 / 2 - 0.25 - 2 * 0.5, 0.5]
+    assert one(logits, Sampling(temperature=0, logit_bias={3: 2.0})) == 3
+    early = Sampling(temperature=0, stop_ids=(0,), min_tokens=1)
+    assert (one(logits, early), one(logits, early, new=[3])) == (2, 0)
+
+
+def test_log_probabilities_are_those_of_the_model():
+    logits = torch.tensor([2.0, -2.0, 1.0, 0.5])
+    expected = logits.log_softmax(-1)
+    drawn = told(logits, 2, 2)
+    assert math.isclose(drawn.logprob, expected[2].item(), rel_tol=1e-6)
+    assert [token for token, _ in drawn.likeliest] == [0, 2]
+    silent = told(logits, 2, None)
+    assert silent.logprob is None and silent.likeliest == ()
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("max_tokens", 0),
+        ("min_tokens", 300),
+        ("temperature", -1.0),
+        ("temperature", math.nan),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", math.nan),
+        ("min_p", 2.0),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", math.inf),
+        ("logprobs", -1),
+        ("logit_bias", {1: math.nan}),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_name(name, value):
+    shown = next(iter(value.values())) if isinstance(value, dict) else value
+    refused(lambda: Sampling(**{name: value}), name, str(shown))
