@@ -10,6 +10,7 @@ import typer
 
 from qlab import installed_version
 from qlab.cli import kernels
+from qlab.cli.chatting import chat
 from qlab.cli.directories import convert, inspect, verify
 from qlab.cli.evaluating import evaluate
 from qlab.cli.generating import answer
@@ -48,6 +49,7 @@ for command in (plan, quantize, convert, verify, inspect, schemes, kernels.tune)
     app.command()(command)
 app.command("eval")(evaluate)
 app.command("run")(answer)
+app.command()(chat)
 app.add_typer(kernels.configs, name="cache")
 
 

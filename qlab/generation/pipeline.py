@@ -1,7 +1,7 @@
 """Texts, token ids and chats in, replies out: an engine with a tokenizer around it."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, fields, replace
 from types import TracebackType
 from typing import Any
@@ -133,7 +133,7 @@ class Pipeline:
 
     def stream(
         self, prompt: Prompt, *, stop: str | Sequence[str] = (), **settings: Any
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """The text of the reply to one prompt, in pieces as they become certain. A stream that is
         closed ends its request."""
         asked = self.ask(prompt, stop=stop, **settings)

@@ -1,0 +1,104 @@
+"""chat: talk to a model in the terminal."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qlab.cli.options import Device, Model
+from qlab.errors import QlabError, printable
+from qlab.process.progress import say
+
+if TYPE_CHECKING:
+    from qlab.generation.talk import Talk
+
+BLOCK = '"""'  # a line of it begins and ends a text of several lines
+YOURS, MORE = "> ", "... "
+NONE = "none"
+
+
+def chat(
+    model: Model,
+    device: Device = "cpu",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="of the activations: bfloat16, float16 or float32")
+    ] = "bfloat16",
+    activations: Annotated[
+        str,
+        typer.Option(
+            "--activations",
+            help="int8 or none; kernels round activations of quantized models to int8 on a CPU, "
+            "which is faster and not quite the model",
+        ),
+    ] = "",
+    system: Annotated[str, typer.Option("--system", help="what the model is told first")] = "",
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="of a reply")] = 512,
+) -> None:
+    """Talk to a model. /help lists the commands; Ctrl-C stops a reply and keeps the talk."""
+    import qlab
+    from qlab.generation.talk import Talk
+
+    opened = qlab.open(model)
+    rounding = activations or ("int8" if opened.quantized and device == "cpu" else NONE)
+    ready = qlab.pipeline(
+        opened,
+        device=device,
+        dtype=dtype,  # type: ignore[arg-type]
+        activations=None if rounding == NONE else rounding,  # type: ignore[arg-type]
+        rows=1,
+    )
+    with ready as pipe:
+        _talk(Talk(pipe=pipe, system=system, settings={"max_tokens": max_tokens}))
+
+
+def _talk(talk: "Talk") -> None:
+    """Read, answer, until /exit or the end of the input."""
+    while True:
+        try:
+            text = _read()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n/exit leaves")
+            continue
+        if text.strip() == "/exit":
+            return
+        if text.strip():
+            answer(talk, text.strip())
+
+
+def _read() -> str:
+    """A line, or the lines between two of three quotes."""
+    line = input(YOURS)
+    if line.strip() != BLOCK:
+        return line
+    lines: list[str] = []
+    while True:
+        line = input(MORE)
+        if line.strip() == BLOCK:
+            return "\n".join(lines)
+        lines.append(line)
+
+
+def answer(talk: "Talk", text: str) -> None:
+    """Print the reply to a text, or what a command did. Ctrl-C stops it."""
+    try:
+        if text.startswith("/"):
+            print(_shown(talk.command(text)))
+            return
+        pieces = talk.reply(text)
+        try:
+            for piece in pieces:
+                print(_shown(piece), end="", flush=True)
+        finally:
+            pieces.close()
+        print()
+    except KeyboardInterrupt:
+        print(" [stopped]")
+    except QlabError as error:
+        say(f"qlab: {error}")
+
+
+def _shown(text: str) -> str:
+    """What a model writes, line by line, with escapes for what would steer the terminal."""
+    return "\n".join(map(printable, text.expandtabs().split("\n")))
