@@ -14,6 +14,15 @@ from qlab_kernels.problem import Config
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
+class Limits(NamedTuple):
+    """The grid of codes: its ends, and the number that the largest channel is divided by to get the
+    scale."""
+
+    lowest: float
+    highest: float
+    reach: float
+
+
 class Activations(NamedTuple):
     """x as the kernels read it: x_mk = p_mk t_m.
 

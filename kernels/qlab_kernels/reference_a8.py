@@ -4,6 +4,7 @@ kernels are checked against."""
 import torch
 from torch import Tensor
 
+from qlab_kernels.device8 import Limits
 from qlab_kernels.layout import Packed
 from qlab_kernels.layout8 import unpack8
 
@@ -21,6 +22,18 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
     if zeros is not None:
         w -= of_channels(zeros)
     return w.mul_(of_channels(scales)).to(dtype)
+
+
+def rounded(
+    x: Tensor, t: Tensor | None, limits: Limits, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Codes p [m, k] of x in int8 or e4m3, and their scales: t, or each token's own [m, 1]."""
+    wide = x.float()
+    if t is None:
+        t = wide.abs().amax(1, keepdim=True) / limits.reach
+        t = torch.where((t == 0) | t.isnan(), torch.finfo(torch.float32).eps, t)
+    steps = (wide / t).clamp(limits.lowest, limits.highest)
+    return (steps.round() if dtype == torch.int8 else steps).to(dtype), t
 
 
 def int4_a8_mm(p: Tensor, t: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:

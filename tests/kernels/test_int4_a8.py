@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import qlab_kernels
-from qlab_kernels import TARGETS, Config, KernelError, Problem, candidates, heuristic, legal
+from qlab_kernels import TARGETS, Config, KernelError, Problem, candidates, gates, heuristic, legal
 from qlab_kernels import reference_a8 as reference
 from qlab_kernels.compilations import int4_a8 as ahead
 from qlab_kernels.config import BUCKETS
 from qlab_kernels.families.int4_a8 import NUMBERS, shared_bytes
 from qlab_kernels.layout8 import FIRST, layout_of, pack8, unpack8
-from qlab_kernels.static import compile_variant, faults
+from qlab_kernels.static import compile_variant, compiled, faults
 
 SOURCE = Path(qlab_kernels.__file__).parent
 few = settings(
@@ -356,6 +356,26 @@ def test_gates_catch(planted):
     v = ahead.Variant(op, cc, "bfloat16", 128, False, config)
     said = faults(v, compile_variant(v, **constants))
     assert any(sentence in fault for fault in said), said
+
+
+@pytest.mark.parametrize("cc, numbers", [((8, 0), "int8"), ((8, 9), "fp8"), ((9, 0), "fp8")])
+def test_rounding_compiles(cc, numbers):
+    from qlab_kernels.round8 import BLOCK, EPSILON, round8_kernel
+
+    pointer = {"int8": "*i8", "fp8": "*fp8e4nv"}[numbers]
+    types = {"x_ptr": "*bf16", "perm_ptr": "*i64", "p_ptr": pointer}
+    flags = {"FIXED": False, "PERM": True, "SUMS": True, "DIVIDES": False}
+    numbers = {"LOWEST": -128.0, "HIGHEST": 127.0, "REACH": 127.5, "EPSILON": EPSILON, "UNIT": 16.0}
+    one = gates.Compilation(
+        kernel=round8_kernel,
+        cc=cc,
+        types=types | {"t_ptr": "*fp32", "sums_ptr": "*fp32"},
+        constants={**flags, **numbers, "GROUP": 128, "BLOCK": BLOCK},
+        aligned=("K", "K_PAD"),
+        options={"num_warps": 4},
+        weights=0,
+    )
+    assert not gates.sentences(gates.FITS, one, compiled(one))
 
 
 def test_shared_memory_is_bounded_from_above():

@@ -18,6 +18,7 @@ from qlab_kernels.capability import Capability, KernelError
 FAMILIES = {
     "int4": "qlab_kernels.acceptance.int4",
     "int4_a8": "qlab_kernels.acceptance.int4_a8",
+    "round8": "qlab_kernels.acceptance.round8",
 }
 
 

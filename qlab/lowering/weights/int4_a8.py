@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.experts import each_expert
+from qlab.algebra.grid import fit, minmax
 from qlab.algebra.online import QuantizeInput
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import Int, parse_spec
 from qlab.lowering.weights.cpu import dense_product
-from qlab.lowering.weights.exact import text_of
-from qlab.lowering.weights.integers import rounded
+from qlab.lowering.weights.exact import spec_of, text_of
 from qlab.lowering.weights.nibbles import GROUPS
 from qlab.lowering.weights.setting import Setting, refuse_another_dtype
 
@@ -150,26 +150,34 @@ def columns(weight: Nibbles) -> Tensor:
     """W [..., n, k] with its columns in the order of the codes."""
     from qlab_kernels.reference_a8 import dequantize
 
-    return dequantize(_launched(*weight[:3], *weight[5:8], weight.layout), weight.dtype)
+    return dequantize(launched(weight), weight.dtype)
+
+
+def launched(weight: Nibbles) -> Any:
+    """The weight as qlab_kernels launches it."""
+    return _launched(*weight[:3], *weight[5:8], weight.layout)
 
 
 def _launched(
     words: Tensor, scales: Tensor, zeros: Part, n: int, k: int, group: int, layout: str
 ) -> Any:
-    """The weight as qlab_kernels launches it."""
+    """The same of its parts."""
     from qlab_kernels.layout import Packed
 
     return Packed(words, scales, zeros, n, k, group, layout)
 
 
-def _codes(x: Tensor, perm: Part, in_scales: Part, spec: str, packed: Any) -> Any:
-    """x in codes, its channels in the order of the weight's, as qlab_kernels multiplies it."""
-    from qlab_kernels.device8 import prepared
+def codes(x: Tensor, perm: Part, in_scales: Part, spec: str, packed: Any) -> Any:
+    """x in codes, as QuantizeInput rounds it, its channels in the order of the weight's."""
+    from qlab_kernels.device8 import Limits
+    from qlab_kernels.round8 import round8
 
-    p, t, _ = rounded(x, None, in_scales, None, spec)
-    if perm is not None:  # as bytes, since torch indexes no 8-bit floats
-        p = p.view(torch.uint8)[:, perm].view(p.dtype)
-    return prepared(p, t, packed)
+    grid = spec_of(spec)
+    lowest, highest = (grid.qmin, grid.qmax) if isinstance(grid, Int) else (-grid.max, grid.max)
+    if in_scales is None and grid.tile.rows is None:  # one scale of all tokens
+        in_scales = fit(minmax, x.float(), grid)[0]
+    t = None if in_scales is None else in_scales.float()
+    return round8(x, t, perm, Limits(lowest, highest, grid.reach), packed)
 
 
 def _config(op: str, x: Tensor, packed: Any, experts: int) -> Any:
@@ -214,7 +222,7 @@ def int4_a8_mm(
         return x.new_empty(0, n)
     packed = _launched(words, scales, zeros, n, x.shape[1], group, layout)
     config = _config(f"int4_{numbers_of(layout)}_mm", x, packed, 1)
-    return launch(_codes(x, perm, in_scales, spec, packed), packed, bias, x.dtype, config)
+    return launch(codes(x, perm, in_scales, spec, packed), packed, bias, x.dtype, config)
 
 
 @int4_a8_mm.register_fake
@@ -245,8 +253,8 @@ def int4_a8_grouped_mm(
         return x.new_empty(0, n)
     packed = _launched(words, scales, zeros, n, x.shape[1], group, layout)
     config = _config(f"int4_{numbers_of(layout)}_grouped_mm", x, packed, len(words))
-    codes = _codes(x, perm, in_scales, spec, packed)
-    return launch(codes, packed, ends.to(torch.int32), x.dtype, config)
+    p = codes(x, perm, in_scales, spec, packed)
+    return launch(p, packed, ends.to(torch.int32), x.dtype, config)
 
 
 @int4_a8_grouped_mm.register_fake
