@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from qlab.lowering.around.attended import keep_written_out, written_out
+from qlab.lowering.around.attention import use_grouped_attention
 
 SUFFIX = "_of_rows"
 EAGER = "eager"
@@ -20,6 +21,9 @@ EAGER = "eager"
 def use_row_masks(model: PreTrainedModel) -> bool:
     """Let a model make masks for rows at positions of their own. False where it makes its masks in
     code of its own, so that rows have to run one at a time."""
+    if model.device.type == "cpu":
+        # its sums over positions do not change with what stands behind the last one
+        use_grouped_attention(model)
     implementation = str(model.config.get_text_config()._attn_implementation)
     if implementation.endswith(SUFFIX):
         return True

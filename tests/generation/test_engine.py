@@ -4,9 +4,10 @@ pages shared; and every page comes back."""
 import pytest
 import torch
 from engines import GREEDY, PROMPTS, asked, reference, small
-from families import FAMILIES, MIXTURES, OTHERS, UNLIKE, WRITTEN_OUT
+from families import FAMILIES, MIXTURES, OTHERS, UNLIKE, WRITTEN_OUT, tiny
 from model_folders import refused
 
+import qlab
 from qlab.generation.sampling import Sampling
 
 FEW = ["llama", "gemma2", "qwen3_moe"]
@@ -80,6 +81,22 @@ def test_a_seed_says_the_same_alone_and_beside_others(known):
         again = alone.submit(PROMPTS[i % 4], sampling[i])
         alone.run()
         assert again.new == request.new
+
+
+@pytest.mark.parametrize("activations", [None, "int8", "dense"])
+def test_in_bfloat16_a_request_has_the_same_bits_alone_and_beside_others(
+    activations, saved, tmp_path
+):
+    if activations == "dense":
+        model = tiny("llama").to(torch.bfloat16).eval()
+    else:
+        qlab.quantize(saved("llama"), qlab.rtn("int4-g32"), None, tmp_path / "out")
+        model = qlab.lower(tmp_path / "out", activations=activations)
+    sampling = Sampling(temperature=0, max_tokens=8, logprobs=1)
+    together = asked(small(model, reuse=False), sampling=sampling)
+    for prompt, expected in zip(PROMPTS, together):
+        (alone,) = asked(small(model, reuse=False), [prompt], sampling)
+        assert alone.drawn == expected.drawn
 
 
 @pytest.mark.parametrize("steps", range(6))
