@@ -149,7 +149,8 @@ def gauge(
     W -> W M^-T in every site that reads it.
 
     What an input is made of is another name of it: the values of an attention (`*:value`), the
-    output of the linear or norm before (`*.up_proj:out`). Keys of attentions turn too: k -> k M,
+    output of the linear or norm before (`*.up_proj:out`); what stays at run time stays at the
+    input. Keys of attentions turn too: k -> k M,
     which queries undo, q -> q M^-T, both at run time.
 
     The function stays, which the driver checks on one batch to 1e-4. Routers turn with the sites
@@ -186,11 +187,6 @@ def gauge(
     needs = named(needs)
     if wires.endswith(SCORES):
         return _of_scores(name, wires, choose, needs, online, detail)
-    if wires.endswith(MADE) and online:
-        raise QlabError(
-            f"the gauge {name!r} is for wires {wires!r} with online=True; name the inputs at which "
-            "it is to stay at run time, such as '*.o_proj:in'"
-        )
     if not wires.endswith((INPUT, *MADE)):
         raise QlabError(
             f"the gauge {name!r} is for wires {wires!r}; it turns inputs of sites, such as "

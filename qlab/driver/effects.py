@@ -20,6 +20,8 @@ from qlab.codecs.around import Around, Places
 from qlab.codecs.engines import refusal_at_run_time, refusal_of_inputs
 from qlab.driver.around import EXPERTS, place_of
 from qlab.driver.observe import DRIFT, Inputs
+from qlab.driver.reach import sites_made_of
+from qlab.driver.sites import Sites
 from qlab.errors import QlabError
 from qlab.methods.inputs import DYNAMIC
 from qlab.model.online import attentions
@@ -59,14 +61,18 @@ def _drifts(stage: Stage, site: Site) -> bool:
     return bool(DRIFT & stage.wants(site)) and not site.router
 
 
-def online_of(recipe: Transform, named: Mapping[str, Site]) -> Online:
+def online_of(recipe: Transform, sites: Sites) -> Online:
     """Site -> what stages say beforehand that they put on its input."""
     found: dict[str, tuple[Op, ...]] = {}
     for stage in recipe:
         view = stage.view
-        for name, site in named.items():
+        if not view.operations:
+            continue
+        turned = sites_made_of(stage, sites)
+        for name, site in sites.sites.items():
             at_input = view.wires is None or matches(view.wires, f"{name}:in")
-            if view.operations and at_input and stage.touches(name, site) and not site.router:
+            reached = stage.touches(name, site) if turned is None else name in turned
+            if at_input and reached and not site.router:
                 found[name] = (*found.get(name, ()), *view.operations)
     return found
 

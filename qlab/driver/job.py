@@ -23,7 +23,10 @@ CODEC = "compressed-tensors"  # what is written unless another codec is named
 
 
 class Begun(Protocol):
-    """Blocks that the first steps of a recipe were applied to."""
+    """Blocks that the first steps of a recipe were applied to. recipe: those steps."""
+
+    @property
+    def recipe(self) -> Transform: ...
 
     def block(self, path: str, device: torch.device | str) -> ModuleGraph:
         """A block behind those steps."""
@@ -110,11 +113,21 @@ class Job:
         """Whether the sources of this block are solved one after another, each on what the
         quantized ones before it produce, up to the first stage that sees the whole block, and
         behind those that turn it first."""
+        _, behind = self.turned_first(code)
+        return in_order(code, behind, self.inputs, self.calibrate_all_experts)
+
+    def source_by_source(self, code: Code) -> bool:
+        """Whether the statistics of this block, too, are observed for one source at a time."""
+        turning, _ = self.turned_first(code)
+        return self.in_order(code) and not any(stage.needs for stage in turning)
+
+    def turned_first(self, code: Code) -> tuple[Transform, Transform]:
+        """The stages that turn this block first, and those behind, up to the first that sees the
+        whole block."""
         _, in_basis = framing(self.recipe)
         in_blocks = tuple(s for s in in_basis if not isinstance(s.view, WholeModel))
         site_by_site, _ = split(in_blocks)
-        _, behind = turned_first(site_by_site)
-        return in_order(code, behind, self.inputs, self.calibrate_all_experts)
+        return turned_first(site_by_site, code)
 
 
 @dataclass(frozen=True, kw_only=True)

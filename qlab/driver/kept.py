@@ -68,9 +68,11 @@ class _Shell:
 
 
 class Kept:
-    """Solved blocks in the files of a temporary folder, which lives as long as this does."""
+    """Solved blocks in the files of a temporary folder, which lives as long as this does. recipe:
+    the steps that made them."""
 
-    def __init__(self) -> None:
+    def __init__(self, recipe: Transform) -> None:
+        self.recipe = recipe
         self._folder = tempfile.TemporaryDirectory(prefix="qlab-kept-")
         self._shells: dict[str, _Shell] = {}
 

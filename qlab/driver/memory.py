@@ -236,6 +236,11 @@ class _Block:
         """Whether sources are solved one after another."""
         return self.job.in_order(self.code)
 
+    @cached_property
+    def source_by_source(self) -> bool:
+        """Whether statistics are observed for one source at a time."""
+        return self.job.source_by_source(self.code)
+
     @property
     def streams(self) -> int:
         """Of hidden states: the reference's run beside the quantized model's, or not."""
@@ -291,7 +296,7 @@ class _Block:
     def statistics(self) -> int:
         """Bytes of the statistics that are held at once."""
         own = self._own_states
-        held = max(own) if self.in_order else sum(own)
+        held = max(own) if self.source_by_source else sum(own)
         # a step that reads a state, or a batch that is added to it, takes two more of that size
         return self._second_moments + held + 2 * max(own)
 
@@ -322,7 +327,7 @@ class _Block:
         if not self.square:
             return 0
         of_sources = self.moments_kk
-        held = max(of_sources) if self.in_order else sum(of_sources)
+        held = max(of_sources) if self.source_by_source else sum(of_sources)
         growing = 2 * (max(of_sources) - self.square)  # that of a batch, and the sum with it
         beside = sum(BESIDE[name] for name in BESIDE if name in self.job.statistics)
         moments = self.streams + beside

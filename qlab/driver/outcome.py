@@ -16,7 +16,7 @@ from qlab.model.skeleton import Skeleton
 def rows_of(job: Job, sites: Sites, specs: Mapping[str, Spec | None]) -> dict[str, dict[str, Any]]:
     """Site -> what it becomes."""
     dtype = job.model.dtype  # of the weights that stay as they are
-    rounded_inputs = input_specs(online_of(job.recipe, sites.sites))
+    rounded_inputs = input_specs(online_of(job.recipe, sites))
     rows: dict[str, dict[str, Any]] = {}
     for name, spec in specs.items():
         shape = sites.shapes[name]

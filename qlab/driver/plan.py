@@ -42,6 +42,7 @@ from qlab.driver.schedule import Row, rounds, schedule, warn_of_unseen
 from qlab.driver.shared import refuse_dividing
 from qlab.driver.sites import Sites, sites_of
 from qlab.driver.tried import tried
+from qlab.driver.turned import refuse_lost_turns
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.record import bits_per_weight
@@ -341,11 +342,12 @@ def _checked_specs(job: Job, skeleton: Skeleton, sites: Sites) -> dict[str, Spec
         check_specs(specs, sites, skeleton, admission)
         # refuses now what no configuration could say when all is written
         quantization_of(CODECS[job.codec], by_module(skeleton, specs))
+    refuse_lost_turns(job.recipe)
     refuse_without_effect(job.recipe, sites.sites, job.inputs)
     refuse_unturnable(skeleton, job.recipe, sites.codes, sites.sites)
     made = tried(job, sites, skeleton.dtype, skeleton.device)
     if job.codec is not None:
-        online = {**made, **online_of(job.recipe, sites.sites)}
+        online = {**made, **online_of(job.recipe, sites)}
         refuse_unheld(online, specs, sites.sites, job.codec, job.target)
         refuse_unheld_leaves(job.recipe, sites.sites, job.codec)
         refuse_unheld_values(job.recipe, sites.codes, job.codec, job.target)
@@ -358,7 +360,7 @@ def _fitting(
     """Of how many experts statistics are held at a time, and the memory that is predicted then:
     the experts are halved until the memory fits or one is left."""
     experts = 0
-    if _all_in_order(job, sites):
+    if all(map(job.source_by_source, sites.codes.values())):
         fused = [sites.shapes[name][0] for name, site in sites.sites.items() if site.route]
         experts = max(fused, default=0)
     at_once, memory = None, predict_memory(job, skeleton, sites, None, measured)
@@ -368,14 +370,11 @@ def _fitting(
     return at_once, memory
 
 
-def _all_in_order(job: Job, sites: Sites) -> bool:
-    return all(job.in_order(code) for code in sites.codes.values())
-
-
 def _passes(job: Job, sites: Sites, rows: Sequence[Row]) -> int:
     """Forward passes over the samples: where sources are not solved in order, a block is run
     whenever a step observes, and again when it is solved; the reference's pass comes on top."""
     if job.observed is None:
         return 0
-    observing = 0 if _all_in_order(job, sites) else max(1, rounds(rows))
+    in_order = all(map(job.in_order, sites.codes.values()))
+    observing = rounds(rows) if in_order else max(1, rounds(rows))
     return observing + 1 + job.runs_reference

@@ -55,8 +55,10 @@ def check_scope(stage: Stage, model: Sites) -> None:
         _check_wires(stage, stage.view.wires, model)
         return
     chosen = {name for name, site in model.sites.items() if stage.touches(name, site)}
-    if isinstance(stage.view, Gauged) and stage.view.made_of is not None:
-        chosen = _made_of(stage, stage.view.made_of, model)
+    turned = sites_made_of(stage, model)
+    if turned is not None:
+        chosen = turned
+        _refuse_unmade(stage, model, turned)
     if not stage.scope.outside:  # a rule may be there to keep what no program shows
         chosen |= {name for name in model.unread if name in stage.scope}
     if isinstance(stage.view, Uncovered):
@@ -72,23 +74,30 @@ def check_scope(stage: Stage, model: Sites) -> None:
         _refuse_split(stage, model, chosen)
 
 
-def _made_of(stage: Stage, pattern: str, model: Sites) -> set[str]:
-    """The sites whose inputs are made of what a gauge names; refuses a name of nothing that can
-    turn, with the nearest."""
+def sites_made_of(stage: Stage, model: Sites) -> set[str] | None:
+    """The sites whose inputs are made of what a gauge names; None of a step that names none."""
+    if not isinstance(stage.view, Gauged) or stage.view.made_of is None:
+        return None
     graphs = [ModuleGraph(code, {}, path) for path, code in model.codes.items()]
-    chosen = {g.where(s) for g in (select(stage, graph) for graph in graphs) for s in g.sites}
-    if not chosen:
-        names = [
-            full_name(graph.path, name)
-            for graph in graphs
-            for aliases in made_of(graph.code).values()
-            for name in sorted(aliases)
-        ]
-        raise QlabError(
-            f"the gauge {stage.name!r} matches nothing that can turn ({pattern} at {stage.scope}); "
-            f"of outputs and values that may {nearest(pattern, names)}"
-        )
-    return chosen
+    return {g.where(s) for g in (select(stage, graph) for graph in graphs) for s in g.sites}
+
+
+def _refuse_unmade(stage: Stage, model: Sites, turned: set[str]) -> None:
+    """Refuse a gauge that names nothing that can turn, with the nearest names."""
+    if turned:
+        return
+    assert isinstance(stage.view, Gauged) and stage.view.made_of is not None
+    names = [
+        full_name(path, name)
+        for path, code in model.codes.items()
+        for aliases in made_of(code).values()
+        for name in sorted(aliases)
+    ]
+    pattern = stage.view.made_of
+    raise QlabError(
+        f"the gauge {stage.name!r} matches nothing that can turn ({pattern} at {stage.scope}); "
+        f"of outputs and values that may {nearest(pattern, names)}"
+    )
 
 
 def _check_wires(stage: Stage, pattern: str, model: Sites) -> None:

@@ -30,7 +30,6 @@ from qlab.driver.learning import split
 from qlab.driver.observe import DRIFT
 from qlab.driver.reach import unseen
 from qlab.driver.sites import Sites
-from qlab.driver.turned import turned_first
 from qlab.errors import warn
 from qlab.process.shown import some
 
@@ -116,9 +115,20 @@ def schedule(job: Job, sites: Sites, measured: Measured) -> list[Row]:
                 rows.append(_row(stage, where=AROUND, touched=touched))
         scan = replace(job, recipe=tuple(stage for stage in part if not stage.scope.outside))
         for in_order in (True, False):
-            codes = {p: c for p, c in sites.codes.items() if scan.in_order(c) == in_order}
-            rows += _of_blocks(scan.recipe, codes, sites, in_order)
+            for codes in _alike(scan, sites, in_order):
+                turned = scan.turned_first(next(iter(codes.values())))
+                rows += _of_blocks(scan.recipe, codes, sites, in_order, turned)
     return rows
+
+
+def _alike(scan: Job, sites: Sites, in_order: bool) -> Iterator[dict[str, Code]]:
+    """The blocks that are solved one way, those together that the same stages turn first."""
+    alike: dict[int, dict[str, Code]] = {}
+    for path, code in sites.codes.items():
+        if scan.in_order(code) == in_order:
+            turning, _ = scan.turned_first(code)
+            alike.setdefault(len(turning), {})[path] = code
+    yield from alike.values()
 
 
 def warn_of_unseen(rows: Sequence[Row]) -> None:
@@ -160,13 +170,17 @@ def _of_model(stage: Stage, foreseen: Foreseen | None) -> Row:
 
 
 def _of_blocks(
-    recipe: Transform, codes: Mapping[str, Code], sites: Sites, in_order: bool
+    recipe: Transform,
+    codes: Mapping[str, Code],
+    sites: Sites,
+    in_order: bool,
+    turned: tuple[Transform, Transform],
 ) -> Iterator[Row]:
     """The steps on those blocks that are solved one way."""
     graphs = [ModuleGraph(code, {}, path) for path, code in codes.items()]
     first, behind_basis = framing(recipe)
     site_by_site, learning = split(behind_basis)
-    turning, in_turn = turned_first(site_by_site)
+    turning, in_turn = turned
     alone = [stage for stage in in_turn if stage.view.site_by_site]
     behind = [stage for stage in in_turn if not stage.view.site_by_site]
     if in_order:

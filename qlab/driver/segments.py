@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
-from qlab.algebra.frame import framed_like, framing
+from qlab.algebra.frame import framing
 from qlab.algebra.graph import Code, ModuleGraph
 from qlab.algebra.qtensor import dense
 from qlab.algebra.running import apply
@@ -21,13 +21,12 @@ from qlab.driver.observe import (
     Observe,
     Reference,
     observe,
-    observe_nothing,
     remembering,
     with_samples,
 )
-from qlab.driver.solve import Check, solve, solve_in_order, unchecked
+from qlab.driver.solve import Check, solve, solve_beside, solve_in_order, unchecked
 from qlab.driver.states import flat
-from qlab.driver.turned import turned_first
+from qlab.driver.turned import reference_of, turned_first
 from qlab.files.carry import Carry
 from qlab.files.tensors import refuse_overflow
 from qlab.model.calls import Call, State
@@ -111,9 +110,11 @@ def solved_by_each(
         check = solver.check(graph.code, call, batches)
         start = _start(solver, graph, check)
         beside, seen = reference, look
-        if "enter" in start.inserts and reference is not None:
+        begun = solver.job.begun
+        if reference is not None and ("enter" in start.inserts or begun is not None):
             # it is compared channel by channel
-            beside = replace(reference, graph=framed_like(graph, start))
+            begun_by = () if begun is None else begun.recipe
+            beside = replace(reference, graph=reference_of(begun_by, graph, start))
             seen = partial(observing, reference=beside)
         solved, leaving = _solved(solver, (graph, start), streams, beside, seen, check)
         del start, beside, seen
@@ -162,11 +163,12 @@ def _solved(
     if not site_by_site and learning:
         solved = start
     elif solver.job.in_order(graph.code):
-        turning, in_turn = turned_first(site_by_site)
+        turning, in_turn = turned_first(site_by_site, graph.code)
         if turning:
-            start, _ = solve(start, turning, observe_nothing, check, (*in_turn, *later))
-        if turning and reference is not None:
-            beside, _ = solve(reference.graph, turning, observe_nothing)
+            assert reference is not None  # a step behind them compares with it
+            start, beside = solve_beside(
+                start, reference.graph, turning, look, check, (*in_turn, *later)
+            )
             reference = replace(reference, graph=beside)
         solved, leaving = solve_in_order(
             start, in_turn, streams[0], solver.experts_at_once, reference, check, later

@@ -75,6 +75,29 @@ def solve(
     return graph, stats
 
 
+def solve_beside(
+    graph: ModuleGraph,
+    reference: ModuleGraph,
+    transform: Transform,
+    observe: Observe,
+    check: Check = unchecked,
+    later: Transform = (),
+) -> tuple[ModuleGraph, ModuleGraph]:
+    """A segment, and the reference, behind stages that keep the function: each turns both by the
+    statistics of the segment, and so by the same matrices."""
+    stats: Stats = {}
+    for i, stage in enumerate(transform):
+        missing = _needed(stage, graph) - stats.keys()
+        if missing:
+            stats = {**stats, **observe(graph, missing)}
+        before = graph
+        reference, _ = apply(stage, reference, stats)
+        graph, stats = apply(stage, graph, stats)
+        check(stage, before, graph)
+        graph = _let_go(graph, (*transform[i + 1 :], *later))
+    return graph, reference
+
+
 def _let_go(
     graph: ModuleGraph, later: Transform, waiting: Collection[str | None] = ()
 ) -> ModuleGraph:
@@ -127,14 +150,18 @@ def in_order(
     """
     if inputs != "quantized" or calibrate_all_experts:
         return False
+    return all(in_turn(stage, code, transform) for stage in transform)
+
+
+def in_turn(stage: Stage, code: Code, transform: Transform) -> bool:
+    """Whether a stage of a recipe can be solved source after source; see `in_order`."""
+    if isinstance(stage.view, Folded):
+        return not stage.needs
+    if not isinstance(stage.view, Gauged) or not stage.view.site_by_site:
+        return stage.view.site_by_site
     lone = all(site.source == site.origin for site in code.sites)
-    on_values = [stage.view.pattern for stage in transform if isinstance(stage.view, OnWires)]
-    turns = lone and not any(crosses(code, pattern) for pattern in on_values)
-    return all(
-        (isinstance(stage.view, Folded) and not stage.needs)
-        or (stage.view.site_by_site and (turns or not isinstance(stage.view, Gauged)))
-        for stage in transform
-    )
+    on_values = [other.view.pattern for other in transform if isinstance(other.view, OnWires)]
+    return lone and not any(crosses(code, pattern) for pattern in on_values)
 
 
 def solve_in_order(

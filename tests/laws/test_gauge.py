@@ -348,7 +348,43 @@ def test_names_of_what_cannot_turn_are_refused_with_the_nearest(saved):
     ]:
         with pytest.raises(QlabError, match=f"nothing that can turn .*{near}"):
             qlab.plan(model, recipe(name))
-    with pytest.raises(QlabError, match="online=True; name the inputs"):
-        recipe("*:value", online=True)
     rows = qlab.plan(model, recipe("*.0.self_attn:value")).schedule
     assert [(row.step, row.weights) for row in rows if row.step == "mine"] == [("mine", 1)]
+
+
+@pytest.mark.parametrize(
+    "family, name, reader",
+    [
+        ("llama", "*:value", "*.o_proj"),
+        ("qwen3_moe", "*:value", "*.o_proj"),
+        ("llama", "*.up_proj:out", "*.down_proj"),
+        ("gpt2", "*.attn:value", "*.attn.c_proj"),
+    ],
+)
+def test_what_stays_at_run_time_stays_at_the_input_of_that_name(family, name, reader, saved):
+    """All channels of an input are turned together, which nothing folds."""
+    seg = segment(family)
+
+    def recipe(wires):
+        return qlab.gauge("mine", wires, lambda t: turn_of(t.size, t.size), online=True)
+
+    by_name, by_input = (run_checked(seg, recipe(at))[0] for at in (name, f"{reader}:in"))
+    kept(by_name, seg)
+    assert len(by_name.online) == 1 and by_name.online.keys() == by_input.online.keys()
+    for leaf in seg.graph.params:
+        assert torch.equal(by_name.params[leaf], by_input.params[leaf]), leaf
+    plans = [
+        qlab.apply(saved(family), qlab.chain(recipe(wires), qlab.rtn(INT8)), None).asked
+        for wires in (name, f"{reader}:in")
+    ]
+    weights = [{row.step: row.weights for row in plan.schedule}["mine"] for plan in plans]
+    assert weights[0] == weights[1] >= 1
+
+
+def test_an_input_of_another_name_alone_is_refused_by_formats_without_a_place(saved):
+    """What a plan asks a format about is at the inputs that turn, and at no others."""
+    left = qlab.gauge("mine", "*.1.self_attn:value", lambda t: turn_of(16, 16), online=True)
+    recipe = qlab.chain(left, qlab.rtn("int8-g32"))
+    with pytest.raises(QlabError, match=r"layers\.1\.self_attn\.o_proj") as refused:
+        qlab.plan(saved("llama", torch.float16), recipe, codec="gptq")
+    assert "layers.0" not in str(refused.value) and "mlp" not in str(refused.value)
