@@ -31,6 +31,7 @@ from qlab.generation.cache import (
     shapes_of,
     side_by_side,
 )
+from qlab.generation.grammar import Word
 from qlab.generation.pages import NOBODY, Pages
 from qlab.generation.request import ABORT, ERROR, Request
 from qlab.generation.sampling import Drawn, Sampling, draw, told
@@ -102,6 +103,7 @@ class Engine:
         prompt: Sequence[int],
         sampling: Sampling,
         told: Callable[[Drawn], bool] = nothing,
+        word: Word | None = None,
     ) -> Request:
         """Ask for new tokens behind a prompt.
 
@@ -109,6 +111,7 @@ class Engine:
             prompt: token ids.
             sampling: how they are drawn, and how many.
             told: is called with every new token by whoever calls `step`; True ends the text.
+            word: what the new text has to be, of a grammar.
 
         Raises:
             QlabError: an empty prompt, ids outside the vocabulary, or more tokens than a request
@@ -118,7 +121,12 @@ class Engine:
         number = next(self._numbers)
         seed = torch.seed() % 2**62 if sampling.seed is None else sampling.seed
         request = Request(
-            number=number, prompt=list(prompt), sampling=sampling, seed=seed, told=told
+            number=number,
+            prompt=list(prompt),
+            sampling=sampling,
+            seed=seed,
+            told=told,
+            word=word,
         )
         self._inbox.put(request)
         return request
@@ -134,12 +142,16 @@ class Engine:
         if wrong:
             raise QlabError(f"token {wrong[0]} is not in the vocabulary of {self.vocabulary}")
         wanted = len(prompt) + sampling.max_tokens
-        most = min(self.max_length, self.pages.count * self.pages.size)
-        if wanted > most:
+        if wanted > self.longest:
             raise QlabError(
                 f"{len(prompt)} tokens of the prompt and {sampling.max_tokens} new ones are "
-                f"{wanted}, and a request has at most {most}; ask for fewer"
+                f"{wanted}, and a request has at most {self.longest}; ask for fewer"
             )
+
+    @property
+    def longest(self) -> int:
+        """How many tokens a request may have, prompt and new."""
+        return min(self.max_length, self.pages.count * self.pages.size)
 
     @property
     def is_idle(self) -> bool:

@@ -143,6 +143,7 @@ def _append(file: BinaryIO, line: bytes, reply: Reply | QlabError) -> None:
         answer |= {
             "text": reply.text,
             "finish": reply.finish,
+            **({} if reply.is_whole is None else {"is_whole": reply.is_whole}),
             "prompt_tokens": reply.prompt_tokens,
             "new_tokens": len(reply.tokens),
         }

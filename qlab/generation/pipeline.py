@@ -13,6 +13,7 @@ from qlab.data.calibration import tokenizer_of
 from qlab.errors import QlabError, first_line
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.generation.engine import Engine
+from qlab.generation.grammar import KINDS, Grammars, Word, asked_for
 from qlab.generation.request import STOP, Request
 from qlab.generation.sampling import Drawn, Sampling
 from qlab.generation.text import GrowingText
@@ -33,7 +34,9 @@ class Reply:
     """What a model wrote behind a prompt.
 
     text: without special tokens, up to the first stop string. tokens: all new ids. finish: "stop"
-    at a stop string or a token that ends a text, "length" after max_tokens. prompt_tokens,
+    at a stop string, a token that ends a text or the end of a grammar's word, "length" after
+    max_tokens. is_whole: whether it is a word of the grammar that was asked for, or None.
+    prompt_tokens,
     cached_tokens: how many tokens the prompt has, and how many of them were in the cache. drawn,
     prompt_drawn: the log-probabilities that were asked for, of new tokens and of the prompt's but
     for its first.
@@ -42,6 +45,7 @@ class Reply:
     text: str
     tokens: tuple[int, ...]
     finish: str
+    is_whole: bool | None
     prompt_tokens: int
     cached_tokens: int
     drawn: tuple[Drawn, ...]
@@ -51,10 +55,16 @@ class Reply:
 class Asked:
     """A request to a pipeline, with the text that grows out of it."""
 
-    def __init__(self, pipeline: "Pipeline", prompt: Prompt, sampling: Sampling, stop: Any):
+    def __init__(
+        self,
+        pipeline: "Pipeline",
+        ids: Sequence[int],
+        sampling: Sampling,
+        stop: Sequence[str],
+        word: Word | None,
+    ):
         self.text, self.pieces = GrowingText(pipeline.tokenizer, stop), list[str]()
-        ids = pipeline.ids(prompt)
-        self.request: Request = pipeline.engine.submit(ids, sampling, self._told)
+        self.request: Request = pipeline.engine.submit(ids, sampling, self._told, word)
 
     def _told(self, drawn: Drawn) -> bool:
         self.pieces.append(self.text.add(drawn.token))
@@ -80,6 +90,7 @@ class Asked:
             text=self.taken(),
             tokens=tuple(request.new),
             finish=request.finish or STOP,
+            is_whole=None if request.word is None else request.word.is_whole,
             prompt_tokens=len(request.prompt),
             cached_tokens=request.cached,
             drawn=tuple(request.drawn),
@@ -101,6 +112,7 @@ class Pipeline:
     def __init__(self, model: PreTrainedModel, tokenizer: Any, defaults: Sampling, **engine: Any):
         self.tokenizer, self.defaults = tokenizer, defaults
         self.engine = Engine(model, **engine)
+        self._grammars: Grammars | None = None
 
     def __enter__(self) -> "Pipeline":
         return self
@@ -122,7 +134,8 @@ class Pipeline:
                 or a list of these.
             stop: a reply ends in front of the first of these strings.
             settings: fields of `qlab.generation.sampling.Sampling`, such as temperature=0.7 or
-                max_tokens=100.
+                max_tokens=100; and what the reply has to be: a JSON schema, regex="..." or
+                choice=["...", ...].
         """
         if _is_one(prompts):
             asked = self.ask(prompts, stop=stop, **settings)
@@ -178,14 +191,28 @@ class Pipeline:
 
     def ask(self, prompt: Prompt, *, stop: str | Sequence[str] = (), **settings: Any) -> Asked:
         """Ask, and wait for nothing."""
-        unknown = sorted({*settings} - SETTINGS)
+        unknown = sorted({*settings} - SETTINGS - {*KINDS})
         if unknown:
             raise QlabError(
-                f"there is no setting {unknown[0]!r} of sampling; there are "
-                f"{', '.join(sorted(SETTINGS))}"
+                f"there is no setting {unknown[0]!r} of a reply; there are "
+                f"{', '.join(sorted({*SETTINGS, *KINDS}))}"
             )
-        sampling = replace(self.defaults, **settings)
-        return Asked(self, prompt, sampling, (stop,) if isinstance(stop, str) else stop)
+        ids = self.ids(prompt)
+        given = {name: value for name, value in settings.items() if name in SETTINGS}
+        fits = max(1, min(self.defaults.max_tokens, self.engine.longest - len(ids)))
+        sampling = replace(self.defaults, **{"max_tokens": fits, **given})
+        stops = (stop,) if isinstance(stop, str) else stop
+        return Asked(self, ids, sampling, stops, self._word(settings))
+
+    def _word(self, settings: dict[str, Any]) -> Word | None:
+        """What a reply has to be, of the grammar that was asked for."""
+        asked = asked_for(settings)
+        if asked is None:
+            return None
+        if self._grammars is None:
+            ends = self.defaults.stop_ids
+            self._grammars = Grammars(self.tokenizer, self.engine.vocabulary, ends)
+        return self._grammars.word(*asked)
 
     def wait_for(self, asked: Asked) -> Reply:
         """The reply to what was asked; others go on meanwhile."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from qlab.generation.cache import States
+from qlab.generation.grammar import Word
 from qlab.generation.sampling import Drawing, Drawn, Sampling
 from qlab.generation.schedule import Place
 
@@ -18,6 +19,7 @@ class Request:
     token, and says whether the text ends with it. drawn: the new tokens. prompt_drawn: those of the
     prompt but for the first one, where their log-probabilities were asked for. cached: tokens of
     the prompt that were in the cache. finish: how it ended, or None. error: why it failed.
+    word: what the new text has to be, of a grammar.
     """
 
     number: int
@@ -33,6 +35,7 @@ class Request:
     states: States = field(default_factory=list)
     finish: str | None = None
     error: Exception | None = None
+    word: Word | None = None
     is_cancelled: bool = False
 
     @property
@@ -48,7 +51,13 @@ class Request:
     @property
     def drawing(self) -> Drawing:
         """What the draw of its next token depends on."""
-        return Drawing(sampling=self.sampling, prompt=self.prompt, new=self.new, seed=self.seed)
+        return Drawing(
+            sampling=self.sampling,
+            prompt=self.prompt,
+            new=self.new,
+            seed=self.seed,
+            word=self.word,
+        )
 
     def place(self, alone: int) -> Place:
         """What the schedule has to know."""
@@ -67,7 +76,8 @@ class Request:
     def accept(self, drawn: Drawn) -> None:
         """Take the next token, and end where it says so."""
         self.drawn.append(drawn)
-        if self.told(drawn) or drawn.token in self.sampling.stop_ids:
+        is_whole = self.word is not None and self.word.accept(drawn.token)
+        if self.told(drawn) or is_whole or drawn.token in self.sampling.stop_ids:
             self.finish = STOP
         elif len(self.drawn) == self.sampling.max_tokens:
             self.finish = LENGTH

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qlab.algebra.random import generator
 from qlab.errors import QlabError
+from qlab.generation.grammar import Word
 
 LIKELIEST = 1024  # tokens among which the nucleus is looked for before all are sorted
 
@@ -102,17 +103,18 @@ class Drawn:
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
     """What one draw depends on beside the logits. prompt, new: the tokens so far. seed: of the
-    noise."""
+    noise. word: what the reply has to be, of a grammar, or None."""
 
     sampling: Sampling
     prompt: Sequence[int]
     new: Sequence[int]
     seed: int
+    word: Word | None = None
 
 
 def draw(logits_bv: Tensor, drawings: Sequence[Drawing]) -> list[Drawn]:
     """A token for each row of logits [b, v]."""
-    if all(d.sampling.is_plain for d in drawings):
+    if all(d.sampling.is_plain and d.word is None for d in drawings):
         tokens = logits_bv.argmax(-1).tolist()
     else:
         tokens = [_token(logits.float(), d) for logits, d in zip(logits_bv, drawings)]
@@ -134,9 +136,9 @@ def told(logits_v: Tensor, token: int, count: int | None) -> Drawn:
 
 def _token(logits_v: Tensor, drawing: Drawing) -> int:
     sampling = drawing.sampling
-    if sampling.is_plain:
-        return int(logits_v.argmax())
-    x = biased(penalized(logits_v, drawing), drawing)
+    x = logits_v if sampling.is_plain else biased(penalized(logits_v, drawing), drawing)
+    if drawing.word is not None:
+        x = drawing.word.allowed(x)
     if sampling.temperature == 0:
         return int(x.argmax())
     x = kept(x / sampling.temperature, sampling)
