@@ -47,9 +47,10 @@ def lower(
     takes the codes, the module holds them as bit streams and dequantizes them for every call.
     Embeddings (even with codes), norms and an unquantized head are
     dense. What the directory rotates or rounds at run time is rotated or rounded: inputs, and the
-    queries, keys and values that attention reads. A cache of these holds numbers of `dtype`, not
-    codes: it is as large as without a scheme, and every step rounds what it reads of it. The value
-    of `qlab.apply` is lowered while it is solved, without a directory.
+    queries, keys and values that attention reads, also where no weight has codes. A cache of these
+    holds numbers of `dtype`, not codes: it is as large as without a scheme, and every step rounds
+    what it reads of it. The value of `qlab.apply` is lowered while it is solved, without a
+    directory.
 
     `generate()` works, and so does `torch.compile`, with `options=inductor_options()` for the fused
     kernels; the model can be exported. Warns of what is slower than it could be: weights without a
@@ -102,7 +103,7 @@ def put_together(
             f"no kernel takes {place.dtype} activations; lower to "
             f"{', '.join(str(d) for d in DTYPES)}"
         )
-    if not solved and not checkpoint.quantized:
+    if not solved and not checkpoint.quantized and not checkpoint.extras:
         raise QlabError(
             f"{checkpoint.path} is not quantized, so there is nothing to lower; load it with "
             "transformers"

@@ -120,6 +120,14 @@ def test_a_directory_computes_what_evaluation_computes(family, spec, saved, tmp_
     check(lowered(out), computed(qlab.open(out)))
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_directory_whose_cache_alone_is_rounded_computes_the_same(family, saved, tmp_path):
+    folder, out = saved(family), tmp_path / "out"
+    turned = qlab.chain(qlab.rotate_heads(), qlab.rotate_scores())
+    qlab.quantize(folder, qlab.chain(turned, qlab.scheme("KV_INT4_TOKEN").on_cache()), None, out)
+    check(lowered(out), computed(qlab.open(out)))
+
+
 @pytest.mark.parametrize("family, recipe", SOLVED)
 def test_what_a_recipe_makes_computes_what_evaluation_computes(family, recipe, saved):
     folder = saved(family)
