@@ -100,7 +100,7 @@ def pack(
     ones = scales.new_ones((*scales.shape[:-2], k_pad // group_pad, n_pad), dtype=dtype)
     padded_scales = placed(scales, ones)
     padded_zeros = None if zeros is None else placed(zeros, torch.zeros_like(ones))
-    return Packed(_words(q, layout), padded_scales, padded_zeros, n, k, group_pad, layout)
+    return Packed(in_words(q, layout), padded_scales, padded_zeros, n, k, group_pad, layout)
 
 
 def unpack(packed: Packed) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -108,7 +108,7 @@ def unpack(packed: Packed) -> tuple[Tensor, Tensor, Tensor | None]:
     padding cut off."""
     n, k = packed.n, packed.k
     groups = -(-k // packed.group)
-    codes = (_nibbles(packed.words, packed.layout)[..., :n, :k].to(torch.int8) - 8).contiguous()
+    codes = (nibbles_of(packed.words, packed.layout)[..., :n, :k].to(torch.int8) - 8).contiguous()
     scales, zeros = (
         (None if t is None else t[..., :groups, :n].mT.contiguous())
         for t in (packed.scales, packed.zeros)
@@ -141,7 +141,7 @@ def placed(values: Tensor, into: Tensor) -> Tensor:
     return into
 
 
-def _words(q: Tensor, layout: str) -> Tensor:
+def in_words(q: Tensor, layout: str) -> Tensor:
     """uint8 [..., n, k] in 0..15 -> uint8 [..., n/64, k/64, 2048]."""
     lead, (n, k) = q.shape[:-2], (q.shape[-2] // ATOM, q.shape[-1] // ATOM)
     if layout == "rows":
@@ -157,8 +157,8 @@ def _words(q: Tensor, layout: str) -> Tensor:
     return (low | high << 4).reshape(*lead, n, k, 2048)
 
 
-def _nibbles(words: Tensor, layout: str) -> Tensor:
-    """The inverse of `_words`."""
+def nibbles_of(words: Tensor, layout: str) -> Tensor:
+    """The inverse of `in_words`."""
     lead, (n, k) = words.shape[:-3], words.shape[-3:-1]
     if layout == "rows":
         pairs = torch.stack((words & 15, words >> 4), -1).reshape(-1, n, k, 64, 64)

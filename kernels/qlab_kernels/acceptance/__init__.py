@@ -19,6 +19,7 @@ FAMILIES = {
     "int4": "qlab_kernels.acceptance.int4",
     "int4_a8": "qlab_kernels.acceptance.int4_a8",
     "round8": "qlab_kernels.acceptance.round8",
+    "floats": "qlab_kernels.acceptance.floats",
 }
 
 

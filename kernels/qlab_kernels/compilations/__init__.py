@@ -1,6 +1,6 @@
 """What of each family is compiled ahead of time, one file each; needs Triton."""
 
-from qlab_kernels.compilations import int4, int4_a8
+from qlab_kernels.compilations import floats, int4, int4_a8
 from qlab_kernels.compilations.ahead import AheadOfTime
 
-COMPILED: tuple[AheadOfTime, ...] = (int4.AHEAD, int4_a8.AHEAD)
+COMPILED: tuple[AheadOfTime, ...] = (int4.AHEAD, floats.AHEAD, int4_a8.AHEAD)
