@@ -26,6 +26,7 @@ LAYERS = [
     {"evaluation"},
     {"directories"},
     {"demo", "hf", "generation"},
+    {"serving"},
     {"arguments"},
     {"__init__"},
     {"cli"},

@@ -18,6 +18,7 @@ from qlab.cli.options import HELP_BY
 from qlab.cli.quantizing import plan, quantize
 from qlab.cli.running import run
 from qlab.cli.schemes import schemes
+from qlab.cli.serving import serve
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,6 +51,7 @@ for command in (plan, quantize, convert, verify, inspect, schemes, kernels.tune)
 app.command("eval")(evaluate)
 app.command("run")(answer)
 app.command()(chat)
+app.command()(serve)
 app.add_typer(kernels.configs, name="cache")
 
 

@@ -158,6 +158,12 @@ class Engine:
         """Whether nobody waits for anything."""
         return not self._requests and self._inbox.empty()
 
+    def drop_all(self) -> None:
+        """End every request as failed."""
+        for request in self._requests.values():
+            request.finish = request.finish or ERROR
+        self._retire()
+
     def run(self) -> None:
         """Step until nobody waits for anything."""
         while not self.is_idle:

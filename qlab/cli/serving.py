@@ -1,0 +1,122 @@
+"""serve: a model behind OpenAI's HTTP interface."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qlab.cli.options import Device, Model
+from qlab.errors import QlabError
+from qlab.process.extras import needed
+from qlab.process.progress import say
+
+KEY = "QLAB_API_KEY"
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option("--host", help="the address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 8000,
+    device: Device = "cpu",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="of the activations: bfloat16, float16 or float32")
+    ] = "bfloat16",
+    activations: Annotated[
+        str,
+        typer.Option(
+            "--activations",
+            help="int8 or none; kernels round activations of quantized models to int8 on a CPU",
+        ),
+    ] = "",
+    name: Annotated[
+        str, typer.Option("--served-model-name", help="(default: the directory's)")
+    ] = "",
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option("--api-key", help=f"may be given several times; also one a line in ${KEY}"),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", help="keys, one a line")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option("--max-model-len", min=1, help="tokens of a request")
+    ] = None,
+    max_num_seqs: Annotated[
+        int, typer.Option("--max-num-seqs", min=1, help="requests at a time")
+    ] = 16,
+    max_queue_tokens: Annotated[
+        int, typer.Option("--max-queue-tokens", min=1, help="of all requests; above, 429")
+    ] = 262_144,
+    request_timeout: Annotated[
+        float | None, typer.Option("--request-timeout", min=0.01, help="seconds")
+    ] = None,
+    drain_timeout: Annotated[
+        float, typer.Option("--drain-timeout", min=0, help="seconds for requests at SIGTERM")
+    ] = 30.0,
+    ssl_certfile: Annotated[Path | None, typer.Option("--ssl-certfile")] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option("--ssl-keyfile")] = None,
+) -> None:
+    """Serve a model over OpenAI's API, with a page to talk to it at /."""
+    for library in ("fastapi", "uvicorn", "prometheus_client"):
+        needed(library, "serve")
+    import qlab
+    from qlab.serving.app import Server, Settings
+    from qlab.serving.running import run
+    from qlab.serving.worker import Worker
+
+    keys = _keys(api_key or [], api_key_file)
+    listening = {"host": host, "port": port, **_certificates(ssl_certfile, ssl_keyfile)}
+    if not keys and host not in LOCAL:
+        say(f"qlab: {host} is open to others and asks for no key; --api-key sets one")
+    opened = qlab.open(model)
+    rounding = activations or ("int8" if opened.quantized and device == "cpu" else "none")
+    pipe = qlab.pipeline(
+        opened,
+        device=device,
+        dtype=dtype,  # type: ignore[arg-type]
+        activations=None if rounding == "none" else rounding,  # type: ignore[arg-type]
+        rows=max_num_seqs,
+        max_length=max_model_len,
+    )
+    facts = {
+        "max_model_len": pipe.engine.longest,
+        "activations": dtype if rounding == "none" else rounding,
+        "cache_mib": round(pipe.engine.pool.nbytes() / 2**20),
+        "weights_mib": round(_bytes(pipe) / 2**20),
+    }
+    settings = Settings(
+        name=name or opened.path.name, facts=facts, keys=keys, timeout=request_timeout
+    )
+    say(f"qlab: {settings.name} at {'https' if ssl_certfile else 'http'}://{host}:{port}")
+    run(Server(Worker(pipe, max_queue_tokens), settings), drain_timeout, **listening)
+
+
+def _keys(given: list[str], file: Path | None) -> list[str]:
+    lines = [*given, *os.environ.get(KEY, "").splitlines()]
+    if file is not None:
+        lines += file.read_text(encoding="utf-8").splitlines()
+    keys = [line.strip() for line in lines if line.strip()]
+    if (given or file) and not keys:
+        raise QlabError("the keys are empty; give --api-key a text")
+    return keys
+
+
+def _certificates(certfile: Path | None, keyfile: Path | None) -> dict[str, Any]:
+    if (certfile is None) != (keyfile is None):
+        raise QlabError(
+            "a certificate and its key go together; give both --ssl-certfile and --ssl-keyfile"
+        )
+    if certfile is None or keyfile is None:
+        return {}
+    for path in (certfile, keyfile):
+        path.open("rb").close()
+    return {"ssl_certfile": str(certfile), "ssl_keyfile": str(keyfile)}
+
+
+def _bytes(pipe: Any) -> int:
+    """Of the model's parameters and buffers, each counted once."""
+    from qlab.lowering.resident import resident_bytes
+
+    return sum(resident_bytes(pipe.engine.model).values())

@@ -1,0 +1,331 @@
+"""The routes: OpenAI's completions, chats and models, and what operators ask."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from qlab.errors import QlabError, printable
+from qlab.generation.request import ERROR
+from qlab.serving.limits import Limits
+from qlab.serving.metrics import Metrics
+from qlab.serving.replies import (
+    DONE,
+    chat_logprobs,
+    completion_logprobs,
+    error_body,
+    event,
+    usage,
+)
+from qlab.serving.schemas import Chat, Completion, Detokenize, Options, Tokenize
+from qlab.serving.worker import Answer, Busy, Piece, Worker
+
+COMPLETION_TOKENS = 16  # of a completion that says none, as OpenAI has it
+LOOK = 0.25  # seconds between looks whether a client is still there
+RETRY = "1"  # seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """name: of the model, as clients see it. facts: what the page and /v1/models say of it. keys:
+    that open the server. timeout: seconds of a request, or None."""
+
+    name: str
+    facts: dict[str, Any]
+    keys: Sequence[str] = ()
+    timeout: float | None = None
+
+
+class Server:
+    """The application over a worker.
+
+    Args:
+        worker: what replies.
+        settings: of the server.
+    """
+
+    def __init__(self, worker: Worker, settings: Settings):
+        self.worker, self.settings, self.is_draining = worker, settings, False
+        self.metrics = Metrics(worker)
+        worker.stepped = self.metrics.step
+        self.started = int(time.time())
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the model."""
+        return self.worker.pipe.tokenizer
+
+    # -------------------------------------------------------------- asking
+    def ask(self, body: Options, prompts: Sequence[Any], more: dict[str, Any]) -> list[Answer]:
+        """The replies that a body asks for, n for each prompt. Those asked before one that is
+        refused are cancelled."""
+        if self.is_draining or not self.worker.is_alive:
+            raise HTTPException(503, "the server is ending")
+        if body.model is not None and body.model != self.settings.name:
+            raise HTTPException(
+                404, f"there is no model {printable(body.model)!r}; there is {self.settings.name!r}"
+            )
+        answers: list[Answer] = []
+        try:
+            for prompt in prompts:
+                for i in range(body.n):
+                    seed = {} if body.seed is None else {"seed": body.seed + i}
+                    settings = {**body.sampling(), **more, **seed}
+                    answers.append(self.worker.ask(prompt, **settings))
+        except QlabError:
+            cancel(answers)
+            raise
+        return answers
+
+    async def whole(self, request: Request, answers: Sequence[Answer]) -> list[list[Piece]]:
+        """All pieces of all replies. A client that leaves, or that waits too long, ends them."""
+        reading = asyncio.gather(*[_read(answer) for answer in answers])
+        try:
+            end = time.monotonic() + (self.settings.timeout or 1e9)
+            while not reading.done():
+                await asyncio.wait([reading], timeout=LOOK)
+                if await request.is_disconnected():
+                    raise HTTPException(499, "the client has left")
+                if time.monotonic() > end and not reading.done():
+                    raise HTTPException(408, f"no reply in {self.settings.timeout} s")
+            pieces = await reading
+        finally:
+            cancel(answers)
+            reading.cancel()
+        errors = [all_of[-1].error for all_of in pieces if all_of[-1].finish == ERROR]
+        if errors:
+            raise HTTPException(500, errors[0] or "the model failed")
+        return pieces
+
+    async def stream(
+        self, answers: Sequence[Answer], body: Options, head: dict[str, Any], choice: Any
+    ) -> AsyncIterator[str]:
+        """Events of all replies as they come. choice: (which reply, a piece) -> its choice."""
+        queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+
+        async def read(index: int, answer: Answer) -> None:
+            async for piece in answer.pieces():
+                await queue.put((index, piece))
+
+        readers = [asyncio.create_task(read(i, answer)) for i, answer in enumerate(answers)]
+        wants_usage = body.stream_options is not None and body.stream_options.include_usage
+        empty = {"usage": None} if wants_usage else {}
+        left = len(answers)
+        try:
+            async with asyncio.timeout(self.settings.timeout):
+                while left:
+                    index, piece = await queue.get()
+                    left -= piece.finish is not None
+                    if piece.finish == ERROR:
+                        yield event(error_body(piece.error or "the model failed", "server_error"))
+                        return
+                    yield event({**head, "choices": [choice(index, piece)], **empty})
+            if wants_usage:
+                yield event(
+                    {**head, "choices": [], "usage": usage(len(answers) // body.n, answers)}
+                )
+            yield DONE
+        except TimeoutError:
+            said = f"no whole reply in {self.settings.timeout} s"
+            yield event(error_body(said, "server_error"))
+        finally:
+            cancel(answers)
+            for reader in readers:
+                reader.cancel()
+
+    # -------------------------------------------------------------- routes
+    async def completions(self, body: Completion, request: Request) -> Response:
+        """OpenAI's completions, from texts or token ids."""
+        more: dict[str, Any] = {} if body.max_tokens else {"max_tokens": COMPLETION_TOKENS}
+        if body.logprobs is not None:
+            more |= {"logprobs": body.logprobs}
+            more |= {"prompt_logprobs": body.logprobs} if body.echo else {}
+        answers = self.ask(body, body.prompts, more)
+        head = self._head("cmpl", "text_completion")
+        told = [Told(self.tokenizer, answer, body) for answer in answers]
+        if body.stream:
+
+            def choice(index: int, piece: Piece) -> dict[str, Any]:
+                return {"index": index, **told[index].completion(piece)}
+
+            return _events(self.stream(answers, body, head, choice))
+        pieces = await self.whole(request, answers)
+        choices = [
+            {"index": i, **told[i].completion(_together(all_of))} for i, all_of in enumerate(pieces)
+        ]
+        counted = usage(len(body.prompts), answers)
+        return JSONResponse({**head, "choices": choices, "usage": counted})
+
+    async def chat(self, body: Chat, request: Request) -> Response:
+        """OpenAI's chats, by the model's chat template."""
+        messages = [message.model_dump(exclude_none=True) for message in body.messages]
+        answers = self.ask(body, [messages], {})
+        told = [Told(self.tokenizer, answer, body) for answer in answers]
+        if body.stream:
+            head = self._head("chatcmpl", "chat.completion.chunk")
+
+            def choice(index: int, piece: Piece) -> dict[str, Any]:
+                return {"index": index, **told[index].delta(piece)}
+
+            return _events(self.stream(answers, body, head, choice))
+        pieces = await self.whole(request, answers)
+        choices = [
+            {"index": i, **told[i].message(_together(all_of))} for i, all_of in enumerate(pieces)
+        ]
+        head = self._head("chatcmpl", "chat.completion")
+        return JSONResponse({**head, "choices": choices, "usage": usage(1, answers)})
+
+    def models(self) -> dict[str, Any]:
+        """The one model."""
+        model = {"id": self.settings.name, "object": "model", "created": self.started}
+        return {"object": "list", "data": [{**model, "owned_by": "qlab", **self.settings.facts}]}
+
+    def tokenize(self, body: Tokenize) -> dict[str, Any]:
+        """The token ids of a text."""
+        ids = self.worker.pipe.ids(body.prompt)
+        return {"tokens": ids, "count": len(ids), "max_model_len": self.worker.pipe.engine.longest}
+
+    def detokenize(self, body: Detokenize) -> dict[str, Any]:
+        """The text of token ids."""
+        vocabulary = self.worker.pipe.engine.vocabulary
+        wrong = [token for token in body.tokens if token >= vocabulary]
+        if wrong:
+            raise HTTPException(400, f"token {wrong[0]} is not in the vocabulary of {vocabulary}")
+        return {"prompt": self.tokenizer.decode(body.tokens)}
+
+    def health(self) -> Response:
+        """200 while requests are computed."""
+        return Response(status_code=200 if self.worker.is_alive else 503)
+
+    def ready(self) -> Response:
+        """200 while requests are taken."""
+        return Response(status_code=200 if self.worker.is_alive and not self.is_draining else 503)
+
+    def _head(self, kind: str, name: str) -> dict[str, Any]:
+        return {
+            "id": f"{kind}-{uuid.uuid4().hex}",
+            "object": name,
+            "created": int(time.time()),
+            "model": self.settings.name,
+        }
+
+
+class Told:
+    """What a client was told of one reply so far."""
+
+    def __init__(self, tokenizer: Any, answer: Answer, body: Options):
+        self.tokenizer, self.answer, self.body, self.at = tokenizer, answer, body, 0
+        self.is_begun = False
+
+    def completion(self, piece: Piece) -> dict[str, Any]:
+        """A choice of a completion."""
+        assert isinstance(self.body, Completion)
+        request, text = self.answer.asked.request, piece.text
+        drawn: list[Any] = list(piece.drawn)
+        if self.body.echo and not self.is_begun:
+            text = self.tokenizer.decode(request.prompt, skip_special_tokens=True) + text
+            drawn = [request.prompt[0], *request.prompt_drawn, *drawn]
+        self.is_begun = True
+        logprobs = None
+        if self.body.logprobs is not None:
+            logprobs = completion_logprobs(self.tokenizer, drawn, self.at)
+        self.at += len(text)
+        return {"text": text, "logprobs": logprobs, "finish_reason": piece.finish}
+
+    def delta(self, piece: Piece) -> dict[str, Any]:
+        """A choice of a chunk of a chat."""
+        delta = {"content": piece.text}
+        if not self.is_begun:
+            delta = {"role": "assistant", **delta}
+        self.is_begun = True
+        return {"delta": delta, **self._behind(piece)}
+
+    def message(self, piece: Piece) -> dict[str, Any]:
+        """A choice of a whole chat."""
+        return {"message": {"role": "assistant", "content": piece.text}, **self._behind(piece)}
+
+    def _behind(self, piece: Piece) -> dict[str, Any]:
+        assert isinstance(self.body, Chat)
+        told = chat_logprobs(self.tokenizer, piece.drawn) if self.body.logprobs else None
+        return {"logprobs": told, "finish_reason": piece.finish}
+
+
+def application(server: Server) -> FastAPI:
+    """The application, which starts and stops the worker."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        server.worker.start()
+        yield
+        await asyncio.to_thread(server.worker.stop)
+
+    app = FastAPI(title="qlab", lifespan=lifespan)
+    app.state.server = server
+    app.add_middleware(Limits, keys=server.settings.keys)
+    app.post("/v1/completions")(server.completions)
+    app.post("/v1/chat/completions")(server.chat)
+    app.get("/v1/models")(server.models)
+    app.post("/tokenize")(server.tokenize)
+    app.post("/detokenize")(server.detokenize)
+    app.get("/health")(server.health)
+    app.get("/ready")(server.ready)
+    app.get("/metrics")(server.metrics.text)
+    app.get("/", response_class=HTMLResponse, include_in_schema=False)(_page)
+    app.exception_handler(RequestValidationError)(_misformed)
+    app.exception_handler(QlabError)(_refused)
+    app.exception_handler(HTTPException)(_failed)
+    return app
+
+
+def cancel(answers: Sequence[Answer]) -> None:
+    """Stop computing what has not ended."""
+    for answer in answers:
+        answer.cancel()
+
+
+async def _read(answer: Answer) -> list[Piece]:
+    return [piece async for piece in answer.pieces()]
+
+
+def _together(pieces: Sequence[Piece]) -> Piece:
+    """Several pieces as one."""
+    drawn = [drawn for piece in pieces for drawn in piece.drawn]
+    text = "".join(piece.text for piece in pieces)
+    return Piece(text=text, drawn=tuple(drawn), finish=pieces[-1].finish, error=None)
+
+
+def _events(stream: AsyncIterator[str]) -> StreamingResponse:
+    return StreamingResponse(stream, media_type="text/event-stream")
+
+
+async def _page() -> str:
+    return (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+
+
+async def _misformed(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    said = [f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in error.errors()[:4]]
+    return JSONResponse(error_body(printable("; ".join(said)), "invalid_request_error"), 400)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    if isinstance(error, Busy):
+        body = error_body(str(error), "rate_limit_error", "queue_full")
+        return JSONResponse(body, 429, {"Retry-After": RETRY})
+    code = "context_length_exceeded" if "at most" in str(error) else None
+    return JSONResponse(error_body(str(error), "invalid_request_error", code), 400)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
+    return JSONResponse(error_body(str(error.detail), kind), error.status_code)

@@ -1,0 +1,150 @@
+"""What clients may send: every number is bounded, and no field is unknown."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MOST_TOKENS = 2**20  # of a prompt, before anything is looked at
+Token = Annotated[int, Field(ge=0, le=2**31)]
+Ids = Annotated[list[Token], Field(min_length=1, max_length=MOST_TOKENS)]
+Text = Annotated[str, Field(min_length=1, max_length=2**24)]
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    """A body without unknown fields."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(Strict):
+    """What a stream ends with."""
+
+    include_usage: bool = False
+
+
+class Options(Strict):
+    """What completions and chats have in common. The fields are OpenAI's, but for top_k, min_p,
+    repetition_penalty, min_tokens and ignore_eos, which are vLLM's."""
+
+    model: str | None = Field(default=None, max_length=1000)
+    max_tokens: int | None = Field(default=None, ge=1, le=2**20)
+    min_tokens: int = Field(default=0, ge=0, le=2**20)
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(default=None, ge=0, le=2**20)
+    min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    n: int = Field(default=1, ge=1, le=16)
+    seed: int | None = Field(default=None, ge=0, le=2**62)
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: float = Field(default=1.0, gt=0.01, le=100, allow_inf_nan=False)
+    logit_bias: dict[Token, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] = Field(
+        default_factory=dict, max_length=1024
+    )
+    ignore_eos: bool = False
+    user: str | None = Field(default=None, max_length=1000)
+
+    def sampling(self) -> dict[str, Any]:
+        """The settings of a request to the pipeline; what was not sent is not among them."""
+        names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
+        given = {name: getattr(self, name) for name in names}
+        settings = {name: value for name, value in given.items() if value is not None}
+        settings |= {
+            "min_tokens": self.min_tokens,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "logit_bias": self.logit_bias,
+        }
+        settings["stop"] = self.stop or ()
+        return settings | ({"stop_ids": ()} if self.ignore_eos else {})
+
+
+class Completion(Options):
+    """POST /v1/completions."""
+
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=64)]
+        | Ids
+        | Annotated[list[Ids], Field(min_length=1, max_length=64)]
+    )
+    echo: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    @property
+    def prompts(self) -> list[Any]:
+        """One or several prompts as a list."""
+        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return list(self.prompt) if several else [self.prompt]
+
+
+class Message(Strict):
+    """One message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str, Field(max_length=2**24)]
+    name: str | None = Field(default=None, max_length=100)
+
+
+class JsonSchema(Strict):
+    """What a reply has to be."""
+
+    name: str = Field(default="", max_length=100)
+    description: str | None = Field(default=None, max_length=10_000)
+    strict: bool | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(Strict):
+    """OpenAI's response_format."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with the type json_schema")
+        return self
+
+
+class Chat(Options):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=2**20)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+
+    def sampling(self) -> dict[str, Any]:
+        """The same, with what the reply has to be."""
+        settings = super().sampling()
+        if self.max_completion_tokens is not None:
+            settings["max_tokens"] = self.max_completion_tokens
+        if self.logprobs:
+            settings["logprobs"] = self.top_logprobs or 0
+        wanted = self.response_format
+        if wanted is not None and wanted.type == "json_object":
+            settings["schema"] = {"type": "object"}
+        if wanted is not None and wanted.json_schema is not None:
+            settings["schema"] = wanted.json_schema.json_schema
+        return settings
+
+
+class Tokenize(Strict):
+    """POST /tokenize."""
+
+    prompt: str = Field(max_length=2**24)
+
+
+class Detokenize(Strict):
+    """POST /detokenize."""
+
+    tokens: Annotated[list[Token], Field(max_length=MOST_TOKENS)]

@@ -1,0 +1,46 @@
+"""A server of a tiny model in a thread, for clients on a socket."""
+
+import contextlib
+import socket
+import threading
+import time
+
+import torch
+import uvicorn
+
+import qlab
+from qlab.serving.app import Server, Settings, application
+from qlab.serving.worker import Worker
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def served(directory, queue_tokens=100_000, keys=(), timeout=None):
+    """A server over a directory; its `url` is where it is."""
+    pipe = qlab.pipeline(directory, dtype=torch.float32, rows=4)
+    settings = Settings(name="tiny", facts={}, keys=keys, timeout=timeout)
+    server, port = Server(Worker(pipe, queue_tokens), settings), free_port()
+    running = uvicorn.Server(uvicorn.Config(application(server), port=port, log_level="error"))
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    while not running.started:
+        time.sleep(0.02)
+    server.url = f"http://127.0.0.1:{port}"
+    try:
+        yield server
+    finally:
+        running.should_exit = True
+        thread.join()
+
+
+def idle(server, seconds=20):
+    """Whether nothing is computed any more, and all pages are back."""
+    engine, end = server.worker.pipe.engine, time.monotonic() + seconds
+    while (server.worker.answers or not engine.is_idle) and time.monotonic() < end:
+        time.sleep(0.02)
+    return engine.is_idle and engine.pages.available == engine.pages.count
