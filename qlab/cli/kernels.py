@@ -58,6 +58,13 @@ def tune(
         int | None,
         typer.Option("--group", min=1, help="weights per scale of --shapes (default: 128)"),
     ] = None,
+    kernel: Annotated[
+        str,
+        typer.Option(
+            "--kernel",
+            help="of --shapes: int4, or on a GPU int8_int8 or fp8_fp8, in whole rows or a --group",
+        ),
+    ] = "int4",
     asymmetric: Asymmetric = False,
     experts: Annotated[
         int,
@@ -74,16 +81,20 @@ def tune(
 ) -> None:
     """Time the configurations of int4 products on this machine and keep the fastest in the config
     cache."""
+    from qlab.lowering.tuning.octet_pairs import WHOLE_ROWS
     from qlab.lowering.tuning.shapes import SHORT, Form, parse_shapes, parse_tokens, weights_of
     from qlab.lowering.tuning.tune import tune_shapes
 
     _refuse_both(model, shapes, bool(group or asymmetric or experts))
+    if model is not None and kernel != "int4":
+        raise QlabError(f"{model} has its own kernels; --kernel goes with --shapes")
+    usual = 128 if kernel == "int4" else WHOLE_ROWS
     where = kernel_device(device)
     with kernel_refusals():
         if shapes is None:
             sizes_of_form = weights_of(str(model), where)
         else:
-            sizes_of_form = {Form(group or 128, asymmetric, experts): parse_shapes(shapes)}
+            sizes_of_form = {Form(group or usual, asymmetric, experts): parse_shapes(shapes)}
     rows: list[dict[str, Any]] = []
     for form, sizes in sizes_of_form.items():
         rows += tune_shapes(
@@ -92,6 +103,7 @@ def tune(
             form,
             dtype=SHORT.get(dtype, dtype),
             device=where,
+            kernel=kernel,
             budget=budget,
             retune=retune,
             said=lambda line: print(line, file=sys.stderr, flush=True),

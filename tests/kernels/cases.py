@@ -6,9 +6,11 @@ imported, and the other tests compile kernels. That process imports qlab_kernels
 a test may have planted a fault.
 """
 
+import importlib.util
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 
@@ -127,3 +129,20 @@ def a8_largest():
     x = prepared(p, t, packed)
     y = int4_a8_mm(x, packed, None, torch.float32, Config("gemm", 16, 64, 256))
     return torch.equal(y.double(), p.double() @ q.double().mT)
+
+
+@contextmanager
+def planted(module, source, *names):
+    """The kernels of these names in a module of launches are those of the source file."""
+    spec = importlib.util.spec_from_file_location(f"planted_{id(source)}", source)
+    other = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = other
+    spec.loader.exec_module(other)
+    own = {name: getattr(module, name) for name in names}
+    try:
+        for name in names:
+            setattr(module, name, getattr(other, name))
+        yield
+    finally:
+        for name, kernel in own.items():
+            setattr(module, name, kernel)

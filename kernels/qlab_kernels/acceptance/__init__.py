@@ -20,6 +20,8 @@ FAMILIES = {
     "int4_a8": "qlab_kernels.acceptance.int4_a8",
     "round8": "qlab_kernels.acceptance.round8",
     "floats": "qlab_kernels.acceptance.floats",
+    "int8_int8": "qlab_kernels.acceptance.int8_int8",
+    "fp8_fp8": "qlab_kernels.acceptance.fp8_fp8",
 }
 
 

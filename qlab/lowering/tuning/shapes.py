@@ -35,11 +35,7 @@ LINEAR = Form()
 
 def check(shapes: Sequence[Shape], tokens: Sequence[int], dtype: str, group: int) -> None:
     """Refuse what no int4 product is defined for."""
-    if dtype not in DTYPES:
-        raise QlabError(f"--dtype {dtype!r} is unknown; it is {' or '.join(DTYPES)}")
-    too_few = [m for m in tokens if m < 1]
-    if too_few:
-        raise QlabError(f"--m {too_few[0]} is no number of tokens; give 1 or more")
+    check_tokens(tokens, dtype)
     for n, k in shapes:
         if n < 1 or k < 1 or group < 1 or k % group:
             raise QlabError(
@@ -49,6 +45,15 @@ def check(shapes: Sequence[Shape], tokens: Sequence[int], dtype: str, group: int
         reason = refusal(Int(4, Tile(1, group)), torch.Size((n, k)))
         if reason:
             raise QlabError(f"--group {group}: {reason}")
+
+
+def check_tokens(tokens: Sequence[int], dtype: str) -> None:
+    """Refuse numbers that are none of tokens, and dtypes that nothing is tuned for."""
+    if dtype not in DTYPES:
+        raise QlabError(f"--dtype {dtype!r} is unknown; it is {' or '.join(DTYPES)}")
+    too_few = [m for m in tokens if m < 1]
+    if too_few:
+        raise QlabError(f"--m {too_few[0]} is no number of tokens; give 1 or more")
 
 
 def weights_of(directory: str | Path, device: torch.device | str) -> dict[Form, list[Shape]]:

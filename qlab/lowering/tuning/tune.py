@@ -1,4 +1,4 @@
-"""Tuning on this machine: which configuration of an int4 product is fastest for given shapes and
+"""Tuning on this machine: which configuration of a product is fastest for given shapes and
 numbers of tokens.
 
 The measuring half of `qlab_kernels.tune`: random weights of the shape, rotated so that none stays
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from qlab.errors import QlabError
 from qlab.lowering.devices import device_label, device_named
+from qlab.lowering.tuning import octet_pairs
 from qlab.lowering.tuning.random_weight import random_weight, rounded_once
-from qlab.lowering.tuning.shapes import DTYPES, LINEAR, Form, Shape, check, one_by_one
+from qlab.lowering.tuning.shapes import DTYPES, LINEAR, Form, Shape, check, check_tokens, one_by_one
 from qlab.lowering.tuning.timing import copies, copy_rate, matmul_rate, microseconds
 from qlab.lowering.weights import cpu, cuda, int4
 from qlab.lowering.weights.nibbles import spread
@@ -49,6 +50,7 @@ def tune_shapes(
     *,
     dtype: str = "bfloat16",
     device: torch.device | str = "cpu",
+    kernel: str = "int4",
     budget: float = 10.0,
     retune: bool = False,
     said: Callable[[str], object] = lambda _: None,
@@ -58,6 +60,8 @@ def tune_shapes(
 
     tokens: where there are experts, the rows of all of them: a token is one for each expert that it
     is sent to.
+    kernel: "int4", or on a GPU "int8_int8" or "fp8_fp8"; of the last a group of 128 stands for
+    blocks of 128 x 128.
     budget: seconds for each. What was measured before with the same kernels is not measured again
     unless `retune`. Returns one row each: op, experts, n, k, m, config, us, gbps, trials, source
     and how many timings were taken now.
@@ -65,16 +69,30 @@ def tune_shapes(
     from qlab_kernels.cache import require_writable
     from qlab_kernels.capability import KernelError
 
-    check(shapes, tokens, dtype, form.group)
+    if kernel not in ("int4", *octet_pairs.KERNELS):
+        raise QlabError(
+            f"no kernel {kernel!r} is tuned; there are int4, {', '.join(octet_pairs.KERNELS)}"
+        )
+    if kernel == "int4":
+        check(shapes, tokens, dtype, form.group)
+    check_tokens(tokens, dtype)
     where = device_named(device)
+    if kernel != "int4":
+        octet_pairs.check(kernel, shapes, form, where)
     try:
-        if form.experts and one_by_one(where):
+        if kernel == "int4" and form.experts and one_by_one(where):
             raise QlabError(
                 f"{where} multiplies experts one by one, as linears: tune their shapes without a "
                 "number of experts"
             )
         require_writable()
-        if where.type == "cuda":
+        if kernel != "int4":
+            timed = octet_pairs.products(kernel, shapes, tokens, form, dtype, where)
+            products = (
+                Product(problem=problem, measure=measure, floor_us=floor_us)
+                for problem, measure, floor_us in timed
+            )
+        elif where.type == "cuda":
             products = _products_on_gpu(shapes, tokens, form, dtype, where)
         else:
             products = _products_on_cpu(shapes, tokens, form, dtype, budget)

@@ -1,14 +1,16 @@
-"""8-bit floats beside 8-bit floats, on GPUs that multiply them: of capability 8.9 on; of 9.0 on
-where scales are those of blocks of 128 x 128 and of 128 channels of a token.
+"""8-bit floats beside 8-bit floats, on GPUs that multiply them, of capability 8.9 on: under scales
+of rows, or of blocks of 128 x 128 and of 128 channels of a token.
 
     x_mk = p_mk t_m,  W_nk = q_nk s_n:            x @ W.T = t_m s_n sum_k p q
     x_mk = p_mk t_mc, W_nk = q_nk s_ac, k in c:   x @ W.T = sum_c t_mc s_ac sum_(k in c) p q
 
-Scales of rows follow the sum, which is fp32; those of blocks are the product's own. Activations are
-rounded here, as qlab.algebra.online.QuantizeInput rounds them.
+Scales of rows follow the sum, which is fp32; those of blocks follow the sum of a block. Activations
+are rounded here, as qlab.algebra.online.QuantizeInput rounds them. Without Triton torch multiplies,
+which has scales of blocks from capability 9.0 on.
 
     qlab::fp8_fp8_mm(x, words, scales, in_scales, n, spec)                  -> y [m, n]
     qlab::fp8_fp8_grouped_mm(x, words, scales, in_scales, ends, n, spec)    -> y [s, n]
+    qlab::fp8_fp8_experts_mm(x, words, ..., ends, n, spec)    the same, without waiting for `ends`
     qlab::fp8_fp8_back(g, words, scales, ends, k)                           -> by x [s, k]
 """
 
@@ -21,6 +23,7 @@ from torch import Tensor
 from qlab.algebra.experts import each_expert, rows_of
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import Float, Spec, parse_spec
+from qlab.lowering.weights import octets_cuda
 from qlab.lowering.weights.cpu import dense_product
 from qlab.lowering.weights.exact import text_of
 from qlab.lowering.weights.floats import BLOCK, E4M3, MULTIPLE, product, tried
@@ -92,7 +95,10 @@ def _no_device(device: torch.device, form: str) -> str | None:
     """Why a device has no such product, or None."""
     if device.type == "cpu":
         return "torch's fp8 product on a CPU takes as long as dequantizing"
-    first = (9, 0) if form == "blocks" else (8, 9)
+    if octets_cuda.fused(device, octets_cuda.FP8):
+        return None
+    of_torch = form == "blocks" and not octets_cuda.has_triton()
+    first = (9, 0) if of_torch else octets_cuda.FP8
     capability = torch.cuda.get_device_capability(device)
     if capability < first:
         return (
@@ -142,31 +148,47 @@ def mm(x_mk: Tensor, weight: Floats, dense: Part, bias: Part) -> Tensor:
     """y [m, n] = x @ W.T + b, x rounded."""
     refuse_another_dtype(x_mk, weight.dtype)
     words, scales, in_scales, n, _, spec, *_ = weight
-    y = fp8_fp8_mm(x_mk, words, scales, in_scales, n, spec)
-    return y if bias is None else y + bias
+    added = bias if x_mk.device.type == "cuda" else None
+    y = fp8_fp8_mm(x_mk, words, scales, in_scales, n, spec, added)
+    return y if bias is None or added is not None else y + bias
 
 
 def grouped_mm(x_sk: Tensor, weight: Floats, dense: Part, ends: Tensor) -> Tensor:
     """y [s, n]: rows ends[e-1]:ends[e] of x @ W_e.T, x rounded."""
     refuse_another_dtype(x_sk, weight.dtype)
     words, scales, in_scales, n, _, spec, *_ = weight
-    return fp8_fp8_grouped_mm(x_sk, words, scales, in_scales, ends, n, spec)
+    multiply = (
+        fp8_fp8_experts_mm
+        if octets_cuda.fused(x_sk.device, octets_cuda.FP8)
+        else fp8_fp8_grouped_mm
+    )
+    return multiply(x_sk, words, scales, in_scales, ends, n, spec)
 
 
 # ---------------------------------------------------------------- operators
 @torch.library.custom_op("qlab::fp8_fp8_mm", mutates_args=())
 def fp8_fp8_mm(
-    x: Tensor, words: Tensor, scales: Tensor, in_scales: Part, n: int, spec: str
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    in_scales: Part,
+    n: int,
+    spec: str,
+    bias: Part = None,
 ) -> Tensor:
-    """y [m, n] in x's dtype."""
+    """y [m, n] in x's dtype, which a GPU rounds once."""
     if not len(x):
         return x.new_empty(0, n)
-    y = product(rounded(x, None, in_scales, None, spec), words, scales)
-    return y[:, :n].to(x.dtype).contiguous()
+    if x.device.type == "cuda":
+        codes = octets_cuda.rounded(x, None, in_scales, None, spec)
+        return octets_cuda.fp8_mm(codes, (words, scales, n), bias, x.dtype)
+    codes = rounded(x, None, in_scales, None, spec)
+    y = product(codes, words, scales)[:, :n].to(x.dtype).contiguous()
+    return y if bias is None else y + bias
 
 
 @fp8_fp8_mm.register_fake
-def _(x, words, scales, in_scales, n, spec):
+def _(x, words, scales, in_scales, n, spec, bias=None):
     return x.new_empty(x.shape[0], n)
 
 
@@ -189,8 +211,22 @@ def fp8_fp8_grouped_mm(
 
 
 @fp8_fp8_grouped_mm.register_fake
-def _(x, words, scales, in_scales, ends, n, spec):
+def _grouped_fake(x, words, scales, in_scales, ends, n, spec):
     return x.new_empty(x.shape[0], n)
+
+
+@torch.library.custom_op("qlab::fp8_fp8_experts_mm", mutates_args=())
+def fp8_fp8_experts_mm(
+    x: Tensor, words: Tensor, scales: Tensor, in_scales: Part, ends: Tensor, n: int, spec: str
+) -> Tensor:
+    """y [s, n] in x's dtype, on a GPU that reads `ends` itself."""
+    if not len(x):
+        return x.new_empty(0, n)
+    codes = octets_cuda.rounded(x, None, in_scales, None, spec)
+    return octets_cuda.fp8_grouped_mm(codes, (words, scales, n), ends, x.dtype)
+
+
+fp8_fp8_experts_mm.register_fake(_grouped_fake)
 
 
 @torch.library.custom_op("qlab::fp8_fp8_back", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
@@ -216,18 +252,17 @@ def _(g, words, scales, ends, k):
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, words, scales, _, *ends, _, _ = inputs
-    ctx.save_for_backward(words, scales, ends[0] if ends else None)
-    ctx.k = x.shape[1]
+    x, words, scales, _, ends, *_ = inputs
+    ctx.save_for_backward(words, scales, ends if isinstance(ends, Tensor) else None)
+    ctx.k, ctx.others = x.shape[1], len(inputs) - 1
 
 
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    return fp8_fp8_back(g, *ctx.saved_tensors, ctx.k), *[None] * 5
+    others: list[Tensor | None] = [None] * ctx.others
+    if ctx.needs_input_grad[-1]:  # a bias, which is the last
+        others[-1] = g.sum(0)
+    return fp8_fp8_back(g, *ctx.saved_tensors, ctx.k), *others
 
 
-def _grouped_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    return fp8_fp8_back(g, *ctx.saved_tensors, ctx.k), *[None] * 6
-
-
-fp8_fp8_mm.register_autograd(_gradients, setup_context=_save)
-fp8_fp8_grouped_mm.register_autograd(_grouped_gradients, setup_context=_save)
+for operator in (fp8_fp8_mm, fp8_fp8_grouped_mm, fp8_fp8_experts_mm):
+    operator.register_autograd(_gradients, setup_context=_save)

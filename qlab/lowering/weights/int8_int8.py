@@ -9,6 +9,7 @@ never made numbers again, so the product is nearer to the formula than one in 16
 
     qlab::int8_int8_mm(x, words, scales, zeros, sums, in_scales, in_zeros, spec)   -> y [m, n]
     qlab::int8_int8_grouped_mm(x, words, ..., ends, spec)                          -> y [s, n]
+    qlab::int8_int8_experts_mm(x, words, ..., ends, spec)     the same, without waiting for `ends`
     qlab::int8_int8_back(g, words, scales, zeros, ends)                            -> by x [s, k]
 """
 
@@ -21,6 +22,7 @@ from qlab.algebra.experts import each_expert, rows_of
 from qlab.algebra.online import QuantizeInput
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import Int, parse_spec
+from qlab.lowering.weights import octets_cuda
 from qlab.lowering.weights.cpu import dense_product
 from qlab.lowering.weights.exact import text_of
 from qlab.lowering.weights.int8 import is_byte
@@ -150,17 +152,17 @@ def mm(x_mk: Tensor, weight: Integers, dense: Part, bias: Part) -> Tensor:
     """y [m, n] = x @ W.T + b, x rounded."""
     refuse_another_dtype(x_mk, weight.dtype)
     words, scales, zeros, sums, perm, in_scales, in_zeros, spec = weight[:8]
-    y = int8_int8_mm(x_mk, words, scales, zeros, sums, perm, in_scales, in_zeros, spec)
-    return y if bias is None else y + bias
+    added = bias if x_mk.device.type == "cuda" else None
+    y = int8_int8_mm(x_mk, words, scales, zeros, sums, perm, in_scales, in_zeros, spec, added)
+    return y if bias is None or added is not None else y + bias
 
 
 def grouped_mm(x_sk: Tensor, weight: Integers, dense: Part, ends: Tensor) -> Tensor:
     """y [s, n]: rows ends[e-1]:ends[e] of x @ W_e.T, x rounded."""
     refuse_another_dtype(x_sk, weight.dtype)
     words, scales, zeros, sums, perm, in_scales, in_zeros, spec = weight[:8]
-    return int8_int8_grouped_mm(
-        x_sk, words, scales, zeros, sums, perm, in_scales, in_zeros, ends, spec
-    )
+    multiply = int8_int8_experts_mm if octets_cuda.fused(x_sk.device) else int8_int8_grouped_mm
+    return multiply(x_sk, words, scales, zeros, sums, perm, in_scales, in_zeros, ends, spec)
 
 
 # ---------------------------------------------------------------- operators
@@ -175,16 +177,21 @@ def int8_int8_mm(
     in_scales: Part,
     in_zeros: Part,
     spec: str,
+    bias: Part = None,
 ) -> Tensor:
-    """y [m, n] in x's dtype."""
+    """y [m, n] in x's dtype, which a GPU rounds once."""
     if not len(x):
         return x.new_empty(0, words.shape[1])
+    if x.device.type == "cuda":
+        codes = octets_cuda.rounded(x, perm, in_scales, in_zeros, spec)
+        return octets_cuda.int8_mm(codes, (words, scales, zeros, sums), bias, x.dtype)
     codes = rounded(x, perm, in_scales, in_zeros, spec)
-    return product(codes, words, scales, zeros, sums).to(x.dtype)
+    y = product(codes, words, scales, zeros, sums).to(x.dtype)
+    return y if bias is None else y + bias
 
 
 @int8_int8_mm.register_fake
-def _(x, words, scales, zeros, sums, perm, in_scales, in_zeros, spec):
+def _(x, words, scales, zeros, sums, perm, in_scales, in_zeros, spec, bias=None):
     return x.new_empty(x.shape[0], words.shape[1])
 
 
@@ -218,8 +225,31 @@ def int8_int8_grouped_mm(
 
 
 @int8_int8_grouped_mm.register_fake
-def _(x, words, scales, zeros, sums, perm, in_scales, in_zeros, ends, spec):
+def _grouped_fake(x, words, scales, zeros, sums, perm, in_scales, in_zeros, ends, spec):
     return x.new_empty(x.shape[0], words.shape[2])
+
+
+@torch.library.custom_op("qlab::int8_int8_experts_mm", mutates_args=())
+def int8_int8_experts_mm(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Part,
+    sums: Part,
+    perm: Part,
+    in_scales: Part,
+    in_zeros: Part,
+    ends: Tensor,
+    spec: str,
+) -> Tensor:
+    """y [s, n] in x's dtype, on a GPU that reads `ends` itself."""
+    if not len(x):
+        return x.new_empty(0, words.shape[2])
+    codes = octets_cuda.rounded(x, perm, in_scales, in_zeros, spec)
+    return octets_cuda.int8_grouped_mm(codes, (words, scales, zeros, sums), ends, x.dtype)
+
+
+int8_int8_experts_mm.register_fake(_grouped_fake)
 
 
 @torch.library.custom_op(
@@ -250,17 +280,17 @@ def _(g, words, scales, zeros, perm, ends):
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    _, words, scales, zeros, _, perm, *_ = inputs
-    ctx.save_for_backward(words, scales, zeros, perm, inputs[8] if len(inputs) == 10 else None)
+    _, words, scales, zeros, _, perm, _, _, ends, *rest = inputs
+    ctx.save_for_backward(words, scales, zeros, perm, ends if isinstance(ends, Tensor) else None)
+    ctx.others = 8 + len(rest)
 
 
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    return int8_int8_back(g, *ctx.saved_tensors), *[None] * 8
+    others: list[Tensor | None] = [None] * ctx.others
+    if ctx.needs_input_grad[-1]:  # a bias, which is the last
+        others[-1] = g.sum(0)
+    return int8_int8_back(g, *ctx.saved_tensors), *others
 
 
-def _grouped_gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    return int8_int8_back(g, *ctx.saved_tensors), *[None] * 9
-
-
-int8_int8_mm.register_autograd(_gradients, setup_context=_save)
-int8_int8_grouped_mm.register_autograd(_grouped_gradients, setup_context=_save)
+for operator in (int8_int8_mm, int8_int8_grouped_mm, int8_int8_experts_mm):
+    operator.register_autograd(_gradients, setup_context=_save)
