@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from qlab.bench.gpu.command import gpu
 from qlab.cli.kernels import Activations, KernelDevice, kernel_device, kernel_refusals, tune
 from qlab.cli.options import (
     HELP_BY,
@@ -309,6 +310,7 @@ def pack(
 
 
 app.command("tune")(tune)
+app.command("gpu")(gpu)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from qlab.lowering.weights.packed import Packed
 from qlab.lowering.weights.setting import Setting
 
 Product = Callable[[Tensor], Tensor]
+AnyProduct = TypeVar("AnyProduct", bound=Product)
 
 
 class Unavailable(Exception):
@@ -178,7 +179,8 @@ def _int4pack(function: Any, words: Tensor, group: int, scales: Tensor, x: Tenso
     return function(x, words, group, scales)
 
 
-def _need(package: str) -> None:
+def needs(package: str) -> None:
+    """Raise Unavailable where a package is not installed."""
     if importlib.util.find_spec(package) is None:
         raise Unavailable("is not installed")
 
@@ -187,7 +189,7 @@ def gemlite(case: Case) -> Sequence[Product]:
     """gemlite's Triton kernels on the same codes."""
     if case.device.type != "cuda":
         raise Unavailable("runs on GPUs")
-    _need("gemlite")
+    needs("gemlite")
     from gemlite.helper import A16W4_HQQ_INT
 
     packer, products = A16W4_HQQ_INT(device=str(case.device), dtype=case.torch_dtype), []
@@ -202,7 +204,7 @@ def gemlite(case: Case) -> Sequence[Product]:
 def torchao(case: Case) -> Sequence[Product]:
     """torchao's int4 weights; it quantizes the dense weight itself, so its product differs a
     little."""
-    _need("torchao")
+    needs("torchao")
     if case.dtype != "bfloat16":
         raise Unavailable(f"takes bfloat16 activations, not {case.dtype}")
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
@@ -246,15 +248,22 @@ TIGHT = 0.02  # relative error of all others, which multiply the very same weigh
 def prepare(name: str, case: Case) -> Sequence[Product]:
     """The products of a contender, checked against fp32 on a few tokens. Unavailable says why it
     does not take part."""
+    return checked(CONTENDERS[name], case, TOLERANCE.get(name, TIGHT))
+
+
+def checked(
+    make: Callable[[Case], Sequence[AnyProduct]], case: Case, tolerance: float
+) -> Sequence[AnyProduct]:
+    """What `make` returns, where its first product is within a relative error of fp32's."""
     with torch.no_grad():
         with _failures():
-            products = CONTENDERS[name](case)
+            products = make(case)
         x = torch.randn(4, case.k, device=case.device, dtype=case.torch_dtype)
         first = random_weight(case.n, case.k, case.group, case.zeros, case.device, 0)
         expected = x.float() @ rounded_once(first, torch.float32).mT
         with _failures():
             error_norm = float((products[0](x).float() - expected).norm() / expected.norm())
-    if not error_norm < TOLERANCE.get(name, TIGHT):
+    if not error_norm < tolerance:
         raise Unavailable(f"computes something else: relative error {error_norm:.3f}")
     return products
 

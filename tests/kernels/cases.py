@@ -146,3 +146,12 @@ def planted(module, source, *names):
     finally:
         for name, kernel in own.items():
             setattr(module, name, kernel)
+
+
+def timed(form, cc):
+    """A product that would be timed, by the heuristic's configuration, on a CPU."""
+    from qlab_kernels.acceptance import timed
+    from qlab_kernels.config import Problem, heuristic
+
+    p = Problem(form.op, cc, "", form.dtype, form.group, form.zeros, 128, 256, 3)
+    return timed(p, torch.device("cpu"), 0)(heuristic(p))

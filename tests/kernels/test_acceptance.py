@@ -11,10 +11,10 @@ import torch
 import triton
 
 import qlab_kernels
-from qlab_kernels.acceptance import FAMILIES, check
+from qlab_kernels.acceptance import FAMILIES, check, forms, timed
 from qlab_kernels.acceptance import cases as listed
 from qlab_kernels.capability import TARGETS, KernelError
-from qlab_kernels.config import Config, legal
+from qlab_kernels.config import Config, Problem, legal
 
 SOURCE = Path(qlab_kernels.__file__).parent
 
@@ -38,6 +38,21 @@ def test_names_are_unique_and_the_same_again(family, cc):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_some_capability_has_cases(family):
     assert any(listed(family, cc) for cc in TARGETS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_timed_computes_a_product(interpreter, family):
+    for form in [form for form in forms(family, (9, 0)) if form.dtype == "bfloat16"][:1]:
+        y = interpreter.submit(cases.timed, form, (9, 0)).result()
+        assert y.shape == (3, 128) and y.isfinite().all() and y.abs().max() > 0
+
+
+def test_products_are_timed_where_something_computes_them():
+    assert {form.dtype for form in forms("int4", (7, 5))} == {"float16"}
+    assert {form.dtype for form in forms("int4", (9, 0))} == {"bfloat16", "float16"}
+    no_such = Problem("int4_linear_cpu", "cpu-avx2", "", "bfloat16", 128, False, 64, 128, 1)
+    with pytest.raises(KernelError, match="no kernels for compute capability"):
+        timed(no_such, torch.device("cpu"), 0)
 
 
 def test_an_unknown_case_and_family_are_refused():

@@ -192,7 +192,7 @@ def cases(cc: Capability) -> list[Case]:
     listed += [_products(row.layout, *one, RAGGED) for one in _for_ragged(cc, dtypes)]
     listed += [_experts(cc, row.layout, d, f) for d in dtypes for f in FORMATS]
     rest = [one for one in dict.fromkeys(others) if one not in first]
-    return listed + [_products(row.layout, *one, EVEN) for one in rest]
+    return listed + [replace(_products(row.layout, *one, EVEN), tuned=True) for one in rest]
 
 
 def _assembly(bits: int, layout: str, dtype: str, sequence: str) -> Case:

@@ -6,6 +6,7 @@ y. Random activations and scales come behind, within a bound of rounding.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlab_kernels import reference
-from qlab_kernels.acceptance import Case
+from qlab_kernels.acceptance import Case, Form
 from qlab_kernels.capability import Capability, target
 from qlab_kernels.config import BUCKETS, Config, Problem, candidates, heuristic
 from qlab_kernels.dequantize import dequantize
@@ -30,6 +31,7 @@ FORMS = ((128, False), (128, True), (64, False), (64, True), (32, False), (10_00
 MAIN = FORMS[0]
 EVEN, RAGGED = (256, 1280), (456, 1256)  # (n, k)
 ENDS = (0, 3, 50, 50, 51, 200)  # of the experts' rows: some have none
+TIMED = tuple(Form(op="int4_mm", dtype=dtype, group=128) for dtype in ("bfloat16", "float16"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,13 +150,11 @@ def cases(cc: Capability) -> list[Case]:
     listed = [*_assembly(cc, dtypes), *_dequantizations(row.layout, dtypes)]
     first = [(d, form, c) for d in dtypes for form in FORMS for c in _defaults(cc, d, form)]
     others = [(d, MAIN, c) for d in dtypes for c in _tiles(cc, d)]
-    # what runs by default has been checked when its tile comes again
-    products = [_products(row.layout, *one, EVEN) for one in dict.fromkeys(first + others)]
-    products += [_products(row.layout, *one, RAGGED) for one in first]
-    listed += products[: len(first)]
+    listed += [_products(row.layout, *one, size) for size in (EVEN, RAGGED) for one in first]
     if row.path == "fused":
         listed += [_experts(cc, row.layout, d, form) for d in dtypes for form in FORMS[:2]]
-    return listed + products[len(first) :]
+    seldom = [_products(row.layout, *one, EVEN) for one in others if one not in first]
+    return listed + [replace(case, tuned=True) for case in seldom]
 
 
 def _assembly(cc: Capability, dtypes: list[str]) -> list[Case]:
@@ -283,3 +283,17 @@ def _experts(cc: Capability, layout: str, dtype: str, form: tuple[int, bool]) ->
         name=f"experts {dtype} {_form(group, zeros)}",
         excess=partial(_largest, [replace(one, exact=True), one]),
     )
+
+
+# ---------------------------------------------------------------- products to time
+def timed(p: Problem, device: torch.device, seed: int) -> Callable[[Config], Tensor]:
+    """config -> y of a random linear [n, k]."""
+    rng = torch.Generator(device).manual_seed(seed)
+    q = torch.randint(-8, 8, (p.n, p.k), generator=rng, dtype=torch.int8, device=device)
+    rows = (p.n, -(-p.k // p.group))
+    scales = torch.rand(rows, generator=rng, dtype=torch.float32, device=device) * 0.01
+    zeros = torch.randint(-8, 8, rows, generator=rng, device=device) if p.zeros else None
+    dtype = getattr(torch, p.dtype)
+    packed = pack(q, scales, zeros, p.group, target(p.cc).layout, dtype)  # type: ignore[arg-type]
+    x = torch.randn(p.m, p.k, generator=rng, dtype=torch.float32, device=device).to(dtype)
+    return partial(int4_mm, x, packed)

@@ -7,6 +7,7 @@ come behind, within a bound of rounding.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlab_kernels import reference_a8 as reference
-from qlab_kernels.acceptance import Case
+from qlab_kernels.acceptance import Case, Form
 from qlab_kernels.capability import Capability, KernelError
 from qlab_kernels.config import BUCKETS, Config, Problem, candidates, heuristic
 from qlab_kernels.device8 import CODES, prepared
@@ -33,6 +34,7 @@ FP8_SUMS = 2.0**-12
 FORMS = ((128, False), (128, True), (64, False), (32, True), (10_000, True), (10_000, False))
 EVEN, RAGGED = (256, 1280), (456, 1256)  # (n, k)
 ENDS = (0, 3, 50, 50, 51, 200)  # of the experts' rows: some have none
+TIMED = tuple(Form(op=op, dtype="bfloat16", group=128) for op in ("int4_int8_mm", "int4_fp8_mm"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +181,7 @@ def decoded(layout: str, sequence: str, device: torch.device) -> float:
 def cases(cc: Capability) -> list[Case]:
     """Of int8 and e4m3 where the capability has them: assembly bit for bit, what runs by default
     for every form of weights, experts, every other tile."""
-    listed, products = [], []
+    listed, products, seldom = [], [], []
     for op, numbers in NUMBERS.items():
         try:
             layout = layout_of(cc, numbers)
@@ -194,9 +196,11 @@ def cases(cc: Capability) -> list[Case]:
             listed.append(Case(name=name, excess=how, assembly=sequence == "asm"))
         first = [(form, c) for form in FORMS for c in _defaults(cc, op, form)]
         listed += [_products(op, layout, *one, RAGGED) for one in first]
+        products += [_products(op, layout, *one, EVEN) for one in first]
         others = [(FORMS[0], c) for c in _tiles(cc, op)]
-        products += [_products(op, layout, *one, EVEN) for one in dict.fromkeys(first + others)]
-    return sorted(listed, key=lambda case: not case.assembly) + products
+        rest = [_products(op, layout, *one, EVEN) for one in others if one not in first]
+        seldom += [replace(case, tuned=True) for case in rest]
+    return sorted(listed, key=lambda case: not case.assembly) + products + seldom
 
 
 def problem(
@@ -276,3 +280,22 @@ def _form(form: tuple[int, bool]) -> str:
 
 def _arguments(c: Config) -> tuple:
     return (c.kind, c.bm, c.bn, c.bk, c.split, c.warps, c.stages, c.scale_on)
+
+
+# ---------------------------------------------------------------- products to time
+def timed(p: Problem, device: torch.device, seed: int) -> Callable[[Config], Tensor]:
+    """config -> y of a random linear [n, k], for activations that are codes already."""
+    one = Product(
+        m=p.m,
+        n=p.n,
+        k=p.k,
+        group=p.group,
+        zeros=p.zeros,
+        layout=layout_of(p.cc, NUMBERS[p.op]),  # type: ignore[arg-type]
+        dtype=p.dtype,
+        config=(),
+        seed=seed,
+    )
+    own = operands(one, device)
+    x, dtype = prepared(own.p, own.t, own.packed), getattr(torch, p.dtype)
+    return partial(int4_a8_mm, x, own.packed, None, dtype)
