@@ -60,14 +60,16 @@ class Asked:
         pipeline: "Pipeline",
         ids: Sequence[int],
         sampling: Sampling,
-        stop: Sequence[str],
+        text: GrowingText,
         word: Word | None,
     ):
-        self.text, self.pieces = GrowingText(pipeline.tokenizer, stop), list[str]()
+        # `submit` may be overtaken by the thread that steps, which tells tokens
+        self.text, self.pieces, self._stop_ids = text, list[str](), sampling.stop_ids
         self.request: Request = pipeline.engine.submit(ids, sampling, self._told, word)
 
     def _told(self, drawn: Drawn) -> bool:
-        self.pieces.append(self.text.add(drawn.token))
+        if drawn.token not in self._stop_ids:
+            self.pieces.append(self.text.add(drawn.token))
         return self.text.is_ended
 
     def taken(self) -> str:
@@ -160,12 +162,12 @@ class Pipeline:
                 asked.request.cancel()
                 self.engine.step()
 
-    def ids(self, prompt: Prompt) -> list[int]:
+    def ids(self, prompt: Prompt, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """The token ids of a prompt."""
         if isinstance(prompt, str):
             return [*self.tokenizer(prompt)["input_ids"]]
         if prompt and isinstance(prompt[0], dict):
-            return self._ids_of_chat(prompt)
+            return self._ids_of_chat(prompt, tools)
         if not all(isinstance(i, int) for i in prompt):
             raise QlabError(
                 f"a prompt is {type(prompt[0]).__name__}s; give a text, token ids, or messages "
@@ -173,14 +175,17 @@ class Pipeline:
             )
         return [int(i) for i in prompt]  # type: ignore[arg-type]
 
-    def _ids_of_chat(self, messages: Any) -> list[int]:
+    def _ids_of_chat(self, messages: Any, tools: Sequence[dict[str, Any]]) -> list[int]:
         if not self.tokenizer.chat_template:
             raise QlabError(
                 "the model's tokenizer has no chat template; give the prompt as one text"
             )
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
+                list(messages),
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=True,
             )
         except Exception as error:  # whatever the template says of messages it does not know
             raise QlabError(
@@ -189,20 +194,29 @@ class Pipeline:
             ) from error
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"]]
 
-    def ask(self, prompt: Prompt, *, stop: str | Sequence[str] = (), **settings: Any) -> Asked:
-        """Ask, and wait for nothing."""
+    def ask(
+        self,
+        prompt: Prompt,
+        *,
+        stop: str | Sequence[str] = (),
+        tools: Sequence[dict[str, Any]] = (),
+        **settings: Any,
+    ) -> Asked:
+        """Ask, and wait for nothing. tools: functions that a chat template tells of; with them the
+        text has the special tokens that mark calls."""
         unknown = sorted({*settings} - SETTINGS - {*KINDS})
         if unknown:
             raise QlabError(
                 f"there is no setting {unknown[0]!r} of a reply; there are "
                 f"{', '.join(sorted({*SETTINGS, *KINDS}))}"
             )
-        ids = self.ids(prompt)
+        ids = self.ids(prompt, tools)
         given = {name: value for name, value in settings.items() if name in SETTINGS}
         fits = max(1, min(self.defaults.max_tokens, self.engine.longest - len(ids)))
         sampling = replace(self.defaults, **{"max_tokens": fits, **given})
         stops = (stop,) if isinstance(stop, str) else stop
-        return Asked(self, ids, sampling, stops, self._word(settings))
+        text = GrowingText(self.tokenizer, stops, skip_special=not tools)
+        return Asked(self, ids, sampling, text, self._word(settings))
 
     def _word(self, settings: dict[str, Any]) -> Word | None:
         """What a reply has to be, of the grammar that was asked for."""

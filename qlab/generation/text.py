@@ -16,10 +16,12 @@ class GrowingText:
     Args:
         tokenizer: of transformers.
         stop: the text ends in front of the first of these strings.
+        skip_special: whether special tokens have no text.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), skip_special: bool = True):
         self.tokenizer, self.stop = tokenizer, [s for s in stop if s]
+        self._skip_special = skip_special
         self.is_ended = False
         self._tokens: list[int] = []
         # Tokens from `_first` on are decoded together, of which those before `_told` have been.
@@ -47,7 +49,9 @@ class GrowingText:
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            tokens,
+            skip_special_tokens=self._skip_special,
+            clean_up_tokenization_spaces=False,
         )
 
     def _certain(self, text: str, is_last: bool) -> str:

@@ -27,6 +27,7 @@ from qlab.serving.replies import (
     usage,
 )
 from qlab.serving.schemas import Chat, Completion, Detokenize, Options, Tokenize
+from qlab.serving.tools import Call, ToolText
 from qlab.serving.worker import Answer, Busy, Piece, Worker
 
 COMPLETION_TOKENS = 16  # of a completion that says none, as OpenAI has it
@@ -167,7 +168,7 @@ class Server:
 
     async def chat(self, body: Chat, request: Request) -> Response:
         """OpenAI's chats, by the model's chat template."""
-        messages = [message.model_dump(exclude_none=True) for message in body.messages]
+        messages = [message.plain() for message in body.messages]
         answers = self.ask(body, [messages], {})
         told = [Told(self.tokenizer, answer, body) for answer in answers]
         if body.stream:
@@ -225,6 +226,9 @@ class Told:
     def __init__(self, tokenizer: Any, answer: Answer, body: Options):
         self.tokenizer, self.answer, self.body, self.at = tokenizer, answer, body, 0
         self.is_begun = False
+        tools = body.callable_tools if isinstance(body, Chat) else []
+        names = [tool["function"]["name"] for tool in tools]
+        self.tools = ToolText(names) if names else None
 
     def completion(self, piece: Piece) -> dict[str, Any]:
         """A choice of a completion."""
@@ -243,20 +247,38 @@ class Told:
 
     def delta(self, piece: Piece) -> dict[str, Any]:
         """A choice of a chunk of a chat."""
-        delta = {"content": piece.text}
+        text, calls = self._parted(piece)
+        delta: dict[str, Any] = {"content": text}
+        if calls:
+            delta["tool_calls"] = [call.json(index) for index, call in enumerate(calls)]
         if not self.is_begun:
             delta = {"role": "assistant", **delta}
         self.is_begun = True
-        return {"delta": delta, **self._behind(piece)}
+        return {"delta": delta, **self._behind(piece, calls)}
 
     def message(self, piece: Piece) -> dict[str, Any]:
         """A choice of a whole chat."""
-        return {"message": {"role": "assistant", "content": piece.text}, **self._behind(piece)}
+        text, calls = self._parted(piece)
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if calls:
+            called = [call.json() for call in calls]
+            message |= {"content": text or None, "tool_calls": called}
+        return {"message": message, **self._behind(piece, calls)}
 
-    def _behind(self, piece: Piece) -> dict[str, Any]:
+    def _parted(self, piece: Piece) -> tuple[str, list[Call]]:
+        """The text of a piece that is message, and the calls, which are known at the end."""
+        if self.tools is None:
+            return piece.text, []
+        text = self.tools.add(piece.text)
+        if piece.finish is None:
+            return text, []
+        rest, calls = self.tools.end()
+        return text + rest, calls
+
+    def _behind(self, piece: Piece, calls: Sequence[Call]) -> dict[str, Any]:
         assert isinstance(self.body, Chat)
         told = chat_logprobs(self.tokenizer, piece.drawn) if self.body.logprobs else None
-        return {"logprobs": told, "finish_reason": piece.finish}
+        return {"logprobs": told, "finish_reason": "tool_calls" if calls else piece.finish}
 
 
 def application(server: Server) -> FastAPI:

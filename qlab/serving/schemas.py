@@ -1,8 +1,11 @@
 """What clients may send: every number is bounded, and no field is unknown."""
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from qlab.serving.tools import schema_of_calls
 
 MOST_TOKENS = 2**20  # of a prompt, before anything is looked at
 Token = Annotated[int, Field(ge=0, le=2**31)]
@@ -84,12 +87,74 @@ class Completion(Options):
         return list(self.prompt) if several else [self.prompt]
 
 
+class CalledFunction(Strict):
+    """What a model called, as a client sends it back."""
+
+    name: str = Field(max_length=100)
+    arguments: str = Field(max_length=2**20)
+
+
+class ToolCall(Strict):
+    """A call that a model made."""
+
+    id: str = Field(max_length=100)
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class Message(Strict):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, Field(max_length=2**24)]
+    content: Annotated[str, Field(max_length=2**24)] | None = None
     name: str | None = Field(default=None, max_length=100)
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    tool_call_id: str | None = Field(default=None, max_length=100)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Message":
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("a message has a content, or is the assistant's and calls tools")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates read it, with the arguments of calls as values."""
+        message = self.model_dump(exclude_none=True)
+        for call in message.get("tool_calls", ()):
+            try:
+                call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+            except ValueError:
+                continue  # a template writes what the model wrote
+        return message
+
+
+class Function(Strict):
+    """What a tool takes."""
+
+    name: str = Field(min_length=1, max_length=100, pattern=r"^[\w.-]+$")
+    description: str | None = Field(default=None, max_length=10_000)
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Strict):
+    """The name of a tool."""
+
+    name: str = Field(max_length=100)
+
+
+class ToolChoice(Strict):
+    """The tool that the model has to call."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class JsonSchema(Strict):
@@ -122,6 +187,29 @@ class Chat(Options):
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+
+    @model_validator(mode="after")
+    def _has_the_tool(self) -> "Chat":
+        if self.tool_choice in ("none", "auto"):
+            return self
+        names = [tool.function.name for tool in self.tools or ()]
+        chosen = None if isinstance(self.tool_choice, str) else self.tool_choice.function.name
+        if not names or (chosen is not None and chosen not in names):
+            raise ValueError("tool_choice asks for a tool that is not among tools")
+        return self
+
+    @property
+    def callable_tools(self) -> list[dict[str, Any]]:
+        """The tools that this reply may call."""
+        if self.tool_choice == "none":
+            return []
+        tools = [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+        if isinstance(self.tool_choice, str):
+            return tools
+        return [t for t in tools if t["function"]["name"] == self.tool_choice.function.name]
 
     def sampling(self) -> dict[str, Any]:
         """The same, with what the reply has to be."""
@@ -130,6 +218,10 @@ class Chat(Options):
             settings["max_tokens"] = self.max_completion_tokens
         if self.logprobs:
             settings["logprobs"] = self.top_logprobs or 0
+        if self.callable_tools:
+            settings["tools"] = self.callable_tools
+        if self.tool_choice not in ("none", "auto"):
+            return settings | {"schema": schema_of_calls(self.callable_tools)}
         wanted = self.response_format
         if wanted is not None and wanted.type == "json_object":
             settings["schema"] = {"type": "object"}
