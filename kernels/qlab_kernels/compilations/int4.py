@@ -101,7 +101,12 @@ def _dequantization(v: Variant, planted: dict) -> Compilation:
     return Compilation(
         kernel=dequantize_kernel,
         cc=v.cc,
-        types={"words_ptr": "*u8", "scales_ptr": "*i32", "zeros_ptr": "*i32"},
+        types={
+            "words_ptr": "*u8",
+            "scales_ptr": "*i32",
+            "zeros_ptr": "*i32",
+            "y_ptr": PTR[v.dtype],
+        },
         constants=constants | planted,
         aligned=("N", "K", "N_PAD", "K_PAD"),
         options={"num_warps": WARPS},
