@@ -89,10 +89,16 @@ def _of_experts(case: Int8Product, rows: Int8Rows, weight: Int8Weight) -> Tensor
     """y [m, n] in fp32, expert by expert."""
     parts = []
     for e, (start, end) in enumerate(zip((0, *case.ends), case.ends)):
-        mine = Int8Rows(*(t if t is None or len(t) < case.m else t[start:end] for t in rows))
-        one = Int8Weight(*(None if t is None else t[e] for t in weight))
-        parts.append(expected(mine, one, None))
+        own = slice(start, end) if len(rows.scales) == case.m else slice(None)
+        zeros = None if rows.zeros is None else rows.zeros[own]
+        mine = Int8Rows(rows.p[start:end], rows.scales[own], zeros)
+        parts.append(expected(mine, _expert(weight, e), None))
     return torch.cat(parts)
+
+
+def _expert(weight: Int8Weight, e: int) -> Int8Weight:
+    zeros, sums = (None if t is None else t[e] for t in (weight.zeros, weight.sums))
+    return Int8Weight(weight.words[e], weight.scales[e], zeros, sums)
 
 
 def cases(cc: Capability) -> list[Case]:

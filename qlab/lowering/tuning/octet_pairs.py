@@ -1,12 +1,11 @@
 """Tuning of products of 8-bit codes with 8-bit codes on a GPU: random codes of a shape, whose
 products the tuner times in every configuration, the library's among them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qlab.errors import QlabError
 from qlab.lowering.tuning.shapes import DTYPES, Form, Shape
@@ -57,14 +56,12 @@ def products(
     rate = copy_rate(device)
     op = f"{kernel}_{'grouped_' if form.experts else ''}mm"
     for n, k in shapes:
-        make = integers_of if kernel == "int8_int8" else floats_of
         count = 1 if form.experts else copies(n * k, device)
-        weights = [make(n, k, form, device, seed) for seed in range(count)]
-        keyed = {}
+        weights = [WEIGHTS[kernel](n, k, form, device, seed) for seed in range(count)]
+        keyed: dict[int, Any] = {}
         for m in tokens:
             codes = rows_of(kernel, m, k, form, device)
-            key_of = octets_cuda.int8_problem if kernel == "int8_int8" else octets_cuda.fp8_problem
-            key = key_of(op, codes, weights[0], DTYPES[dtype])
+            key = KEYS[kernel](op, codes, weights[0], DTYPES[dtype])
             keyed[key.bucket] = key
         for problem in keyed.values():
             codes = rows_of(kernel, problem.bucket, k, form, device)
@@ -130,9 +127,20 @@ def _call(
 ) -> Call:
     """One product; rows are sent to experts at random, each as likely."""
     if not experts:
-        multiply = octets_cuda.int8_by if kernel == "int8_int8" else octets_cuda.fp8_by
-        return partial(multiply, config, codes, weight, None, dtype)
+        return partial(PRODUCTS[kernel], config, codes, weight, None, dtype)
     sent = torch.randint(experts, (len(codes.p),), generator=torch.Generator().manual_seed(0))
-    ends: Tensor = sent.bincount(minlength=experts).cumsum(0).to(codes.p.device, torch.int32)
-    grouped = octets_cuda.int8_grouped_by if kernel == "int8_int8" else octets_cuda.fp8_grouped_by
-    return partial(grouped, config, codes, weight, ends, dtype)
+    ends = sent.bincount(minlength=experts).cumsum(0).to(codes.p.device, torch.int32)
+    return partial(GROUPED[kernel], config, codes, weight, ends, dtype)
+
+
+Function = Callable[..., Any]
+WEIGHTS: dict[str, Function] = {"int8_int8": integers_of, "fp8_fp8": floats_of}
+KEYS: dict[str, Function] = {
+    "int8_int8": octets_cuda.int8_problem,
+    "fp8_fp8": octets_cuda.fp8_problem,
+}
+PRODUCTS: dict[str, Function] = {"int8_int8": octets_cuda.int8_by, "fp8_fp8": octets_cuda.fp8_by}
+GROUPED: dict[str, Function] = {
+    "int8_int8": octets_cuda.int8_grouped_by,
+    "fp8_fp8": octets_cuda.fp8_grouped_by,
+}

@@ -88,7 +88,7 @@ def tune_shapes(
         require_writable()
         if kernel != "int4":
             timed = octet_pairs.products(kernel, shapes, tokens, form, dtype, where)
-            products = (
+            products: Iterator[Product] = (
                 Product(problem=problem, measure=measure, floor_us=floor_us)
                 for problem, measure, floor_us in timed
             )
