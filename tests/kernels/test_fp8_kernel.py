@@ -7,6 +7,7 @@ import cases
 import fp8_cases
 import numpy
 import pytest
+import torch
 import triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -177,3 +178,26 @@ def test_what_has_no_kernel_is_refused_by_name():
         assert why in legal(p, c)
     assert "not of groups of 64" in legal(problem((9, 0), group=64), Config("gemm", 16, 64, 64))
     assert "for capability 9.0 alone" in legal(problem((12, 0), group=128), Config("library"))
+
+
+def test_operands_that_do_not_fit_are_refused():
+    from qlab_kernels.fp8_fp8 import Fp8Rows, Fp8Weight, fp8_fp8, fp8_fp8_grouped
+
+    words = torch.zeros(128, 256, dtype=torch.float32).to(torch.float8_e4m3fn)
+    ones = lambda *shape: torch.ones(shape, dtype=torch.float32)
+    blocks, gemm = Fp8Weight(words, ones(1, 2), 128), Config("gemm", 16, 64, 64)
+    p, half = words[:3], torch.float16
+    with pytest.raises(
+        KernelError, match=r"has scales \(1, 2\) and \(3, 2\), not \(1, 2\) and \(3, 1\)"
+    ):
+        fp8_fp8(Fp8Rows(p, ones(3, 1)), blocks, None, half, gemm)
+    with pytest.raises(KernelError, match="tiles of 64x256 straddle blocks of 128"):
+        fp8_fp8(Fp8Rows(p, ones(3, 2)), blocks, None, half, Config("gemm", 16, 64, 256))
+    narrow = Fp8Weight(words[:, :128], ones(128), 128)
+    with pytest.raises(KernelError, match="do not fit weights padded to 128x128"):
+        fp8_fp8(Fp8Rows(p, ones(3, 1)), narrow, None, half, gemm)
+    with pytest.raises(KernelError, match="by gemm or split_k, not by library"):
+        fp8_fp8(Fp8Rows(p, ones(3, 1)), narrow, None, half, Config("library"))
+    ends = torch.tensor([3], dtype=torch.int32)
+    with pytest.raises(KernelError, match=r"one end per expert, not \(128, 256\) and \(1,\)"):
+        fp8_fp8_grouped(Fp8Rows(p, ones(3, 2)), blocks, ends, half, gemm)

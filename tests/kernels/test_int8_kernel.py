@@ -7,6 +7,7 @@ import cases
 import int8_cases
 import numpy
 import pytest
+import torch
 import triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -189,3 +190,22 @@ def test_what_has_no_kernel_is_refused_by_name():
     assert "k is split only of whole rows" in legal(
         problem((8, 0), group=1024), Config("split_k", 16, 64, 64, 2)
     )
+
+
+def test_operands_that_do_not_fit_are_refused():
+    from qlab_kernels.int8_int8 import Int8Rows, Int8Weight, int8_int8, int8_int8_grouped
+
+    words, scales = torch.zeros(2, 8, 64, dtype=torch.int8), torch.ones(2, 8, dtype=torch.float32)
+    rows = Int8Rows(
+        torch.zeros(3, 64, dtype=torch.int8), torch.ones(3, 1, dtype=torch.float32), None
+    )
+    weight, gemm = Int8Weight(words, scales, None, None), Config("gemm", 16, 64, 64)
+    with pytest.raises(KernelError, match=r"codes are \[tokens, 128\] for these weights, not 3x64"):
+        int8_int8(rows, weight, None, torch.float16, gemm)
+    with pytest.raises(KernelError, match="in 2 groups is multiplied by gemm, not by split_k"):
+        int8_int8(rows, weight, None, torch.float16, Config("split_k", 16, 64, 64, 2))
+    ends = torch.tensor([3], dtype=torch.int32)
+    with pytest.raises(KernelError, match=r"one end per expert, not \(2, 8, 64\) and \(1,\)"):
+        int8_int8_grouped(rows, weight, ends, torch.float16, gemm)
+    with pytest.raises(KernelError, match="by the one kind gemm, not library"):
+        int8_int8_grouped(rows, weight, ends, torch.float16, Config("library"))
