@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from model_folders import WORDS, prose, refused
 
 import qlab
@@ -60,6 +61,15 @@ def test_a_stream_is_the_reply_in_pieces_and_a_closed_one_ends(pipe):
     next(stream)
     stream.close()
     assert pipe.engine.is_idle and pipe.engine.pages.available == pipe.engine.pages.count
+
+
+def test_transformers_pipeline_runs_a_lowered_model(pipe, spoken):
+    model = qlab.lower(spoken, dtype=torch.float32)
+    theirs = transformers.pipeline("text-generation", model=model, tokenizer=pipe.tokenizer)
+    prompts = [prose(n, seed=n) for n in (3, 9)]
+    for prompt, (said,) in zip(prompts, theirs(prompts, max_new_tokens=5, do_sample=False)):
+        expected = pipe(prompt, temperature=0, max_tokens=5).text
+        assert said["generated_text"].removeprefix(prompt).strip() == expected
 
 
 @pytest.mark.parametrize("stop", [["ghi"], ["xyz", "d"], ["aab"], [""], []])
