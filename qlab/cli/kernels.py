@@ -62,7 +62,8 @@ def tune(
         str,
         typer.Option(
             "--kernel",
-            help="of --shapes: int4, or on a GPU int8_int8 or fp8_fp8, in whole rows or a --group",
+            help="of --shapes: int4, or on a GPU int4_int8 or int4_fp8, or int8_int8 or fp8_fp8, "
+            "in whole rows or a --group",
         ),
     ] = "int4",
     asymmetric: Asymmetric = False,
@@ -88,7 +89,7 @@ def tune(
     _refuse_both(model, shapes, bool(group or asymmetric or experts))
     if model is not None and kernel != "int4":
         raise QlabError(f"{model} has its own kernels; --kernel goes with --shapes")
-    usual = 128 if kernel == "int4" else WHOLE_ROWS
+    usual = 128 if kernel.startswith("int4") else WHOLE_ROWS
     where = kernel_device(device)
     with kernel_refusals():
         if shapes is None:

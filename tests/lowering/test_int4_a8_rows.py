@@ -14,11 +14,17 @@ from test_row_laws import TOKENS, check, rounded
 
 from qlab.algebra.online import QuantizeInput
 from qlab.algebra.spec import Int, Tile, parse_spec
+from qlab.directories.schemes import first_capability
+from qlab.errors import QlabError
+from qlab.lowering.tuning import int4_a8 as timed
+from qlab.lowering.tuning.shapes import Form
+from qlab.lowering.tuning.tune import tune_shapes
 from qlab.lowering.weights import int4_a8, kernels
 from qlab.lowering.weights.int4 import expert
 from qlab.lowering.weights.integers import rounded as codes_of
 from qlab.lowering.weights.kernels import choose
 from qlab.lowering.weights.setting import Setting
+from qlab.methods.schemes import SCHEMES
 
 CASES = [
     Case("int4_int8_cuda", "int4-g32-asym", inputs="int8-channel"),
@@ -67,6 +73,64 @@ def test_the_laws_of_all_rows_hold_in_the_interpreter(capability, part):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", LAWS, capability, str(part)]
     subprocess.run(command, env=environment, check=True)
+
+
+TUNED = """
+import torch
+from lowering_cases import activations
+from qlab.lowering.tuning import int4_a8 as timed, tune as tuning
+from qlab.lowering.weights import int4_a8
+from qlab_kernels import cache
+HERE = torch.device("cpu")
+torch.cuda.get_device_capability = lambda device=None: (9, 0)
+torch.cuda.get_device_name = timed.device_label = lambda device=None: "NVIDIA H200"
+timed.check, timed.copies, timed.copy_rate = lambda *_: None, lambda *_: 2, lambda *_: 1e9
+
+def invented(calls, *_):
+    '''The deepest pipeline of the narrowest tile wins.'''
+    products.append(calls[0]())
+    torch.testing.assert_close(products[-1], products[0], rtol=1e-2, atol=1e-2)
+    config = calls[0].args[-1]
+    return 1000.0 + config.bn + config.bm - config.stages
+
+timed.microseconds, lookup = invented, cache.lookup
+for numbers, experts in (("int8", 0), ("fp8", 3)):
+    products, found = [], []
+    form, kernel = tuning.Form(64, True, experts), f"int4_{numbers}"
+    how = {"dtype": "float16", "kernel": kernel, "budget": 600.0}
+    [row] = tuning.tune_shapes([(64, 128)], [20], form, **how)
+    assert row["op"] == f"int4_{numbers}{'_grouped' if experts else ''}_mm" and row["timings"] > 4
+    cache.lookup = lambda problem: (found.append(lookup(problem)), found[-1])[1]
+    weight = timed.weight(kernel, 64, 128, form, torch.float16, HERE, 0)
+    x = activations(20, 128, torch.float16)
+    if experts:
+        int4_a8.grouped_mm(x, weight, None, torch.tensor([2, 2, 20]))
+    else:
+        int4_a8.mm(x, weight, None, None)
+    cache.lookup = lookup
+    [one] = found
+    assert (one.source, one.stale) == ("user", False), one
+    assert one.config.bn == 64 and one.config.bm == 16 and one.config.stages == 5, one
+"""
+
+
+def test_what_is_tuned_is_what_products_look_up(tmp_path):
+    """The key of the tuner is that of the operators, for linears and for experts; every candidate
+    gives the same product."""
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "QLAB_CACHE_DIR": str(tmp_path),
+    }
+    subprocess.run([sys.executable, "-c", TUNED], env=environment, check=True)
+
+
+def test_what_is_not_tuned_is_refused():
+    with pytest.raises(QlabError, match="int4_fp8 has configurations on a GPU alone, not on cpu"):
+        tune_shapes([(64, 64)], [1], kernel="int4_fp8")
+    with pytest.raises(QlabError, match="groups of 48 do not divide a weight of 64x64"):
+        timed.check("int4_int8", [(64, 64)], Form(48), torch.device("cuda"))
 
 
 # ---------------------------------------------------------------- which weights they take
@@ -160,3 +224,8 @@ def test_a_gpu_multiplies_what_the_reference_does(case):
     y, all_rounded = several(x.to(device), None, ends).cpu(), rounded(case, x)
     for e, rows in enumerate((slice(0, 4), slice(4, 9))):
         check(y[rows], all_rounded[rows], expert(experts, e))
+
+
+def test_schemes_name_the_first_capability_that_multiplies_them():
+    first = {name: first_capability(SCHEMES[name]) for name in ("W4A8", "W4A4", "W4AFP8", "W8A8")}
+    assert first == {"W4A8": (8, 0), "W4A4": (8, 0), "W4AFP8": (8, 9), "W8A8": (7, 5)}

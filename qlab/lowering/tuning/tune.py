@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qlab.errors import QlabError
 from qlab.lowering.devices import device_label, device_named
-from qlab.lowering.tuning import octet_pairs
+from qlab.lowering.tuning import int4_a8, octet_pairs
 from qlab.lowering.tuning.random_weight import random_weight, rounded_once
 from qlab.lowering.tuning.shapes import DTYPES, LINEAR, Form, Shape, check, check_tokens, one_by_one
 from qlab.lowering.tuning.timing import copies, copy_rate, matmul_rate, microseconds
@@ -25,6 +25,12 @@ from qlab.lowering.weights.packed import Packed, stacked
 from qlab.lowering.weights.setting import Setting
 
 Call = Callable[[], Tensor]
+
+
+# Kernels that multiply activations of 8 bits, by the module that times them.
+OF_OCTETS: dict[str, Any] = {
+    name: module for module in (octet_pairs, int4_a8) for name in module.KERNELS
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +66,8 @@ def tune_shapes(
 
     tokens: where there are experts, the rows of all of them: a token is one for each expert that it
     is sent to.
-    kernel: "int4", or on a GPU "int8_int8" or "fp8_fp8"; of the last a group of 128 stands for
-    blocks of 128 x 128.
+    kernel: "int4", or on a GPU "int8_int8", "fp8_fp8", "int4_int8" or "int4_fp8"; of fp8_fp8 a
+    group of 128 stands for blocks of 128 x 128.
     budget: seconds for each. What was measured before with the same kernels is not measured again
     unless `retune`. Returns one row each: op, experts, n, k, m, config, us, gbps, trials, source
     and how many timings were taken now.
@@ -69,16 +75,14 @@ def tune_shapes(
     from qlab_kernels.cache import require_writable
     from qlab_kernels.capability import KernelError
 
-    if kernel not in ("int4", *octet_pairs.KERNELS):
-        raise QlabError(
-            f"no kernel {kernel!r} is tuned; there are int4, {', '.join(octet_pairs.KERNELS)}"
-        )
+    if kernel not in ("int4", *OF_OCTETS):
+        raise QlabError(f"no kernel {kernel!r} is tuned; there are int4, {', '.join(OF_OCTETS)}")
     if kernel == "int4":
         check(shapes, tokens, dtype, form.group)
     check_tokens(tokens, dtype)
     where = device_named(device)
     if kernel != "int4":
-        octet_pairs.check(kernel, shapes, form, where)
+        OF_OCTETS[kernel].check(kernel, shapes, form, where)
     try:
         if kernel == "int4" and form.experts and one_by_one(where):
             raise QlabError(
@@ -87,7 +91,7 @@ def tune_shapes(
             )
         require_writable()
         if kernel != "int4":
-            timed = octet_pairs.products(kernel, shapes, tokens, form, dtype, where)
+            timed = OF_OCTETS[kernel].products(kernel, shapes, tokens, form, dtype, where)
             products: Iterator[Product] = (
                 Product(problem=problem, measure=measure, floor_us=floor_us)
                 for problem, measure, floor_us in timed
