@@ -96,9 +96,15 @@ def operands(product: Product, device: torch.device) -> Operands:
     bias = None
     if product.bias:
         bias = torch.randint(-9, 9, (product.n,), generator=rng).to(getattr(torch, product.dtype))
-    moved = [None if part is None else part.to(device) for part in (q, scales, zeros, p, t, bias)]
-    packed = pack8(*moved[:3], product.group, product.layout, getattr(torch, product.scales))
-    return Operands(*moved[3:5], packed, moved[5])
+    packed = pack8(
+        q.to(device),
+        scales.to(device),
+        None if zeros is None else zeros.to(device),
+        product.group,
+        product.layout,
+        getattr(torch, product.scales),
+    )
+    return Operands(p.to(device), t.to(device), packed, None if bias is None else bias.to(device))
 
 
 def excess(product: Product, device: torch.device) -> float:

@@ -112,12 +112,22 @@ def pack(leaf: QTensor, inputs: QuantizeInput, setting: Setting, numbers: str) -
     layout = layout_of(torch.cuda.get_device_capability(device), numbers)
     dtype = _narrowest(scales, zeros)
     packed = pack8(leaf.codes, scales, zeros, group, layout, dtype)
-    placed = [
-        None if part is None else part.to(device)
-        for part in (packed.words, packed.scales, packed.zeros, leaf.perm, inputs.scales)
-    ]
-    return Nibbles(  # type: ignore[misc]
-        *placed, packed.n, k, packed.group, text_of(inputs.spec), setting.dtype, layout
+
+    def placed(part: Part) -> Part:
+        return None if part is None else part.to(device)
+
+    return Nibbles(
+        words=packed.words.to(device),
+        scales=packed.scales.to(device),
+        zeros=placed(packed.zeros),
+        perm=placed(leaf.perm),
+        in_scales=placed(inputs.scales),
+        n=packed.n,
+        k=k,
+        group=packed.group,
+        spec=text_of(inputs.spec),
+        dtype=setting.dtype,
+        layout=layout,
     )
 
 
