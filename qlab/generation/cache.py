@@ -48,6 +48,12 @@ class Pool:
         """Bytes of all slots."""
         return sum(t.nbytes for t in (*self.keys.values(), *self.values.values()))
 
+    @staticmethod
+    def bytes_of_token(shapes: dict[int, tuple[int, int, int]], dtype: torch.dtype) -> int:
+        """Bytes of the keys and values of a token in all layers."""
+        sizes = [heads * (of_key + of_value) for heads, of_key, of_value in shapes.values()]
+        return sum(sizes) * dtype.itemsize
+
     def slots(self, table_bp: Tensor) -> Tensor:
         """The slots [b, p * size] of pages [b, p]."""
         within = torch.arange(self.size, device=table_bp.device)

@@ -13,6 +13,7 @@ import queue
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -38,6 +39,7 @@ from qlab.generation.sampling import Drawn, Sampling, draw, told
 from qlab.generation.schedule import Limits, Part, plan
 from qlab.process.surroundings import undisturbed
 
+SHARE = 0.25  # of the memory that is free, which the cache may take
 LONGEST = 4096  # tokens of a request, where a model takes more and nobody asked for it
 
 
@@ -58,7 +60,8 @@ class Engine:
         max_length: tokens of a request, prompt and new; None takes what the model takes, at most
             4096.
         page: tokens of a page.
-        pages: how many pages there are; None makes as many as `rows` requests of max_length need.
+        pages: how many pages there are; None makes as many as `rows` requests of max_length need,
+            in at most a quarter of the memory that is free.
         chunk: tokens of a part of a prompt.
         step_tokens: how many tokens of prompts a step computes beside its rows.
         reuse: whether requests whose prompts begin alike share pages.
@@ -88,8 +91,10 @@ class Engine:
         self._cache_argument, self._has_states = cache_argument(model), has_states(probe)
         shapes = shapes_of(probe)
         self._together = not shapes or use_row_masks(model)
-        count = pages or rows * -(-self.max_length // page)
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        size = page * Pool.bytes_of_token(shapes, dtype)
+        most = int(SHARE * free_bytes(model.device)) // max(size, 1)
+        count = pages or max(1, min(rows * -(-self.max_length // page), most))
         self.pool = Pool(shapes, count, page, dtype, model.device)
         self.pages = Pages(count, page, reuse=reuse and not self._has_states)
         self._limits = Limits(rows=rows, tokens=step_tokens, chunk=chunk, page=page)
@@ -293,6 +298,13 @@ class Engine:
 
 
 # ------------------------------------------------------------------ bounds and failures
+def free_bytes(device: torch.device) -> int:
+    """The memory that is free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
 def _longest(model: PreTrainedModel, asked: int | None) -> int:
     has = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if asked is None:

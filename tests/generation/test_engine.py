@@ -137,6 +137,15 @@ def test_a_step_that_fails_ends_the_guilty_request_alone(monkeypatch):
         assert engine.pages.available == engine.pages.count
 
 
+def test_a_cache_takes_a_quarter_of_the_memory_that_is_free(monkeypatch):
+    model, expected = reference("llama")
+    page = 4 * 2 * 2 * 2 * 16 * 4  # tokens, layers, keys and values, heads, channels, bytes
+    monkeypatch.setattr("qlab.generation.engine.free_bytes", lambda device: 4 * 10 * page)
+    engine = small(model, pages=None)
+    assert engine.pages.count == 10 and engine.pool.nbytes() == 11 * page
+    assert [r.new for r in asked(engine)] == expected
+
+
 def test_what_cannot_be_answered_is_refused_before_it_waits():
     model, _ = reference("llama")
     engine = small(model, pages=8)
