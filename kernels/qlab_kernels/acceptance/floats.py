@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlab_kernels import reference_float_mm as reference
-from qlab_kernels.acceptance import Case
+from qlab_kernels.acceptance import Case, Form
 from qlab_kernels.capability import Capability, target
 from qlab_kernels.config import BUCKETS, Config, Problem, candidates, heuristic
 from qlab_kernels.float_layout import DROP, E2M1, PackedFloats, pack, unpack
@@ -37,6 +37,11 @@ FORMATS = {
 }
 EVEN, RAGGED = (256, 640), (200, 600)  # (n, k)
 ENDS = (0, 3, 50, 50, 51, 120)  # of the experts' rows: some have none
+# nvfp4, and fp8 in blocks
+TIMED = (
+    Form(op="float4_mm", dtype="bfloat16", group=16),
+    Form(op="float8_mm", dtype="bfloat16", group=128),
+)
 _E4M3 = torch.float8_e4m3fn
 
 
@@ -270,3 +275,22 @@ def _experts(cc: Capability, layout: str, dtype: str, format: str) -> Case:
         name=f"experts {dtype} {format}",
         excess=partial(_largest, [replace(one, exact=True), one]),
     )
+
+
+# ---------------------------------------------------------------- products to time
+def timed(p: Problem, device: torch.device, seed: int) -> Callable[[Config], Tensor]:
+    """config -> y of a random linear [n, k] in the format that has the operator's bits and the
+    problem's group."""
+    bits = int(p.op.removeprefix("float").removesuffix("_mm"))
+    format = next(name for name, (b, group, _) in FORMATS.items() if (b, group) == (bits, p.group))
+    one = Product(
+        m=p.m,
+        n=p.n,
+        k=p.k,
+        format=format,
+        layout=target(p.cc).layout,  # type: ignore[arg-type]
+        dtype=p.dtype,
+        config=(),
+        seed=seed,
+    )
+    return partial(float_mm, *operands(one, device))

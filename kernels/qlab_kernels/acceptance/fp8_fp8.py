@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qlab_kernels import reference_fp8
-from qlab_kernels.acceptance import Case
+from qlab_kernels.acceptance import Case, Form
 from qlab_kernels.capability import Capability
 from qlab_kernels.config import BUCKETS, Config, Problem, candidates, heuristic
 from qlab_kernels.families.fp8_fp8 import BLOCK, FIRST
@@ -21,6 +21,8 @@ from qlab_kernels.fp8_fp8 import Fp8Rows, Fp8Weight, fp8_fp8, fp8_fp8_grouped
 
 N, K = 200, 640
 ENDS = (0, 3, 50, 50, 51, 200)  # of the experts' rows: some have none
+# one scale per row, and one per block
+TIMED = tuple(Form(op="fp8_fp8_mm", dtype="bfloat16", group=group) for group in (2**20, BLOCK))
 E4M3 = torch.float8_e4m3fn
 UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
 # A tensor core of 9.0 adds 32 products and its sum with about 14 bits of the largest of them
@@ -48,11 +50,12 @@ class Fp8Product:
     padding: int = 0
     ends: tuple[int, ...] = ()
     exact: bool = True
+    seed: int = 0
 
 
 def operands(case: Fp8Product, device: torch.device) -> tuple[Fp8Rows, Fp8Weight, Tensor | None]:
     """(rows, weight, bias) of a case."""
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(case.seed)
     lead = (len(case.ends),) if case.ends else ()
     n, k = case.n + case.padding, case.k + case.padding
 
@@ -129,7 +132,8 @@ def cases(cc: Capability) -> list[Case]:
             tiles.setdefault((p.group, replace(c, kind="gemm", split=1)), c)
     others = [(group, c) for (group, _), c in tiles.items() if (group, c) not in defaults]
     experts = [_experts(cc, group) for group in forms]
-    return [*(_product(*one) for one in defaults), *experts, *(_product(*one) for one in others)]
+    seldom = [replace(_product(*one), tuned=True) for one in others]
+    return [*(_product(*one) for one in defaults), *experts, *seldom]
 
 
 def _problem(cc: Capability, m: int, group: int) -> Problem:
@@ -174,3 +178,14 @@ def _name(c: Config) -> str:
 
 def _largest(runs: list[Fp8Product], device: torch.device) -> float:
     return max(excess(one, device) for one in runs)
+
+
+# ---------------------------------------------------------------- products to time
+def timed(p: Problem, device: torch.device, seed: int) -> Callable[[Config], Tensor]:
+    """config -> y of a random linear [n, k], for activations that are codes already."""
+    blocks = p.group == BLOCK
+    one = Fp8Product(
+        m=p.m, n=p.n, k=p.k, config=(), blocks=blocks, dtype=p.dtype, exact=False, seed=seed
+    )
+    rows, weight, _ = operands(one, device)
+    return partial(fp8_fp8, rows, weight, None, getattr(torch, p.dtype))

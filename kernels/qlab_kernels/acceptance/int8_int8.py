@@ -2,13 +2,14 @@
 tile, with and without zero points, for rows and groups, and for experts."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from qlab_kernels.acceptance import Case
+from qlab_kernels.acceptance import Case, Form
 from qlab_kernels.capability import Capability
 from qlab_kernels.config import BUCKETS, Config, Problem, candidates, heuristic
 from qlab_kernels.families.int8_int8 import fused
@@ -17,6 +18,7 @@ from qlab_kernels.reference_int8 import product
 
 N, K = 200, 640
 ENDS = (0, 3, 50, 50, 51, 200)  # of the experts' rows: some have none
+TIMED = (Form(op="int8_int8_mm", dtype="bfloat16", group=2**20),)  # one scale per row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +41,12 @@ class Int8Product:
     bias: bool = False
     dtype: str = "bfloat16"
     ends: tuple[int, ...] = ()
+    seed: int = 0
 
 
 def operands(case: Int8Product, device: torch.device) -> tuple[Int8Rows, Int8Weight, Tensor | None]:
     """(rows, weight, bias) of a case, the codes over their whole range."""
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(case.seed)
     lead = (len(case.ends),) if case.ends else ()
 
     def codes(*shape: int) -> Tensor:
@@ -115,7 +118,8 @@ def cases(cc: Capability) -> list[Case]:
     p = Problem("int8_int8_grouped_mm", cc, "", "bfloat16", K, False, N, K, ENDS[-1], len(ENDS))
     several = Problem("int8_int8_mm", cc, "", "bfloat16", K // 2, True, N, K, 64)
     others = [_experts(heuristic(p)), _groups(heuristic(several))]
-    return [*listed[: len(set(defaults))], *others, *listed[len(set(defaults)) :]]
+    seldom = [replace(case, tuned=True) for case in listed[len(set(defaults)) :]]
+    return [*listed[: len(set(defaults))], *others, *seldom]
 
 
 def _problem(cc: Capability, m: int) -> Problem:
@@ -159,3 +163,11 @@ def _name(c: Config) -> str:
 
 def _largest(runs: list[Int8Product], device: torch.device) -> float:
     return max(excess(one, device) for one in runs)
+
+
+# ---------------------------------------------------------------- products to time
+def timed(p: Problem, device: torch.device, seed: int) -> Callable[[Config], Tensor]:
+    """config -> y of a random linear [n, k], for activations that are codes already."""
+    one = Int8Product(m=p.m, n=p.n, k=p.k, config=(), zeros=p.zeros, dtype=p.dtype, seed=seed)
+    rows, weight, _ = operands(one, device)
+    return partial(int8_int8, rows, weight, None, getattr(torch, p.dtype))

@@ -28,7 +28,7 @@ def harness(bench: Bench) -> dict[str, Any]:
     source = torch.ones(size // 4, dtype=torch.float32, device=bench.device)
     target = torch.empty_like(source)
     small = source[: 2**20 // 4], target[: 2**20 // 4]
-    calls = {
+    calls: dict[str, Callable[[], Any]] = {
         "empty kernel": bench.empty,
         "copy of 1 MB": partial(small[1].copy_, small[0]),
         "copy": partial(target.copy_, source),
@@ -40,7 +40,8 @@ def harness(bench: Bench) -> dict[str, Any]:
 
 def _times(
     bench: Bench, calls: Sequence[Callable[[], Any]], seconds: float, profiled: bool
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
+    """Microseconds in every harness."""
     return {
         "events_us": bench.events(calls, REPS, seconds),
         "graph_us": bench.graph(calls, seconds),
@@ -72,13 +73,12 @@ def tune(bench: Bench, keep: int, **place: Any) -> dict[str, Any]:
     and exported beside it."""
     from qlab_kernels import cache, transfer
     from qlab_kernels.acceptance import timed as product_of
-    from qlab_kernels.layout import padded_group
+    from qlab_kernels.config import moved
     from qlab_kernels.tune import Timing
     from qlab_kernels.tune import tune as tuned
 
     p = _problem(bench, **place)
-    amount = copies(p.n * padded_group(p.k, p.group)[0] / 2, bench.device)
-    products = [product_of(p, bench.device, seed) for seed in range(amount)]
+    products = [product_of(p, bench.device, seed) for seed in range(copies(moved(p), bench.device))]
     timings: list[Timing] = []
 
     def measure(config: Any, reps: int) -> float:

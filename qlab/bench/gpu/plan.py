@@ -29,6 +29,14 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 GOAL_TOKENS = (1, 2, 4, 8, 16, 64)
 OTHER_TOKENS = tuple(m for m in TOKENS if m not in GOAL_TOKENS)
 GOAL_FAMILY = "int4"
+# of the table of kernels, by weights and inputs
+ROWS = (
+    *FORMS,
+    ("int4-g128", "int8-channel"),
+    ("int4-g128", "fp8-channel"),
+    ("mxfp8", None),
+    ("nvfp4", None),
+)
 ROW_SHAPE, ROW_TOKENS = (4096, 4096), (1, 16, 256)
 GOAL_RIVALS = ("qlab", "library")
 TITLES = {GOAL_RIVALS: "goals", RIVALS: "all"}
@@ -114,7 +122,9 @@ def fitting(
 ) -> tuple[list[Step], list[Step]]:
     """(steps that fit into `budget` seconds in their order, steps that do not). The start of the
     workers is paid first."""
-    left, fit, skipped = budget - START, [], []
+    fit: list[Step] = []
+    skipped: list[Step] = []
+    left = budget - START
     for step in steps:
         needed = seconds(step, workers, done(step))
         (fit if needed <= left else skipped).append(step)
@@ -142,7 +152,7 @@ def steps(facts: Facts) -> tuple[Step, ...]:
         _products(facts, main, GOAL_SHAPE, GOAL_TOKENS, GOAL_RIVALS),
         *_checks(facts, others, "kernels", _runs_untuned),
         *_other_products(facts, main, compiled),
-        *(_row(weights, inputs) for weights, inputs in FORMS),
+        *(_row(weights, inputs) for weights, inputs in ROWS),
         _generation(),
         *(_tuning(facts, form, MORE_SHAPE, GOAL_TOKENS, compiled) for form in more),
         *_checks(facts, FAMILIES, "other configurations", lambda case: case.tuned),
@@ -213,7 +223,8 @@ def _tuning(
             if compiled.new(p, c)
         ]
     size = f"{shape[0]}x{shape[1]}"
-    name = f"tune {form.op} {form.dtype} {size} {tokens[0]} to {tokens[-1]}"
+    scales = "rows" if form.group >= shape[1] else f"g{form.group}"
+    name = f"tune {form.op} {form.dtype} {scales} {size} {tokens[0]} to {tokens[-1]}"
     return Step(name=name, calls=tuple(calls), ahead=tuple(ahead))
 
 
