@@ -70,7 +70,8 @@ def operands(case: Int8Product, device: torch.device) -> tuple[Int8Rows, Int8Wei
 
 def expected(rows: Int8Rows, weight: Int8Weight, bias: Tensor | None) -> Tensor:
     """y [m, n] in fp32."""
-    y = product(rows.p, rows.scales, rows.zeros, *weight)
+    words, scales, zeros, sums = weight
+    y = product(rows.p, rows.scales, rows.zeros, words, scales, zeros, sums)
     return y if bias is None else y + bias.float()
 
 
