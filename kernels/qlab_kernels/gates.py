@@ -25,7 +25,7 @@ class Compilation:
     ("*bf16"); "i32" where there is none. constants: of its constexpr arguments. aligned: the
     arguments that are multiples of 16, sizes and addresses. options: num_warps and others of the
     compiler's. weights: how many a step of its loop multiplies; 0 where nothing is asked of a loop,
-    which then is not read.
+    which then is not read. straight: the kernel has no loop, and all of it is read.
     """
 
     kernel: Any
@@ -35,6 +35,7 @@ class Compilation:
     aligned: tuple[str, ...]
     options: Mapping[str, Any]
     weights: int
+    straight: bool = False
 
     @property
     def threads(self) -> int:

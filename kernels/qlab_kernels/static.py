@@ -76,7 +76,8 @@ def compiled(c: Compilation) -> Facts:
     body: list[str] = []
     # The analysis of branch stacks is left out, since these capabilities have none.
     if c.weights:
-        body = longest_loop(_printed_of(cubin, "nvdisasm", "--print-code", "--no-dataflow"))
+        sass = _printed_of(cubin, "nvdisasm", "--print-code", "--no-dataflow")
+        body = instructions(sass) if c.straight else longest_loop(sass)
     opcodes = Counter(_PREDICATE.sub("", line).split()[0].split(".")[0] for line in body)
     tensor = ptx.count("mma.sync") + ptx.count("tcgen05.mma") + ptx.count("wgmma.mma_async")
     return Facts(
@@ -109,6 +110,12 @@ def _printed_of(cubin: bytes, tool: str, *options: str) -> str:
         path.write_bytes(cubin)
         command = [str(TOOLS / tool), *options, str(path)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def instructions(sass: str) -> list[str]:
+    """All of a kernel, but what pads it behind its end."""
+    code = [match[1] for match in map(_INSTRUCTION.search, sass.splitlines()) if match]
+    return [instruction for instruction in code if instruction != "NOP"]
 
 
 def longest_loop(sass: str) -> list[str]:

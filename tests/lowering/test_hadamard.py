@@ -1,7 +1,10 @@
 """Hadamard matrices by their factors: the products of the matrix itself, in fewer steps."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +14,15 @@ from lowering_cases import CPU, calm
 
 from qlab.algebra.online import rotate
 from qlab.algebra.random import generator
-from qlab.lowering.around.hadamard import LARGEST_FACTOR, Dense, Hadamard, factors, rotation
+from qlab.lowering.around.hadamard import (
+    LARGEST_FACTOR,
+    Dense,
+    Hadamard,
+    factors,
+    rotation,
+    signs,
+)
+from qlab.lowering.around.hadamard_op import Butterflies
 from qlab.methods.hadamard import hadamard, random_hadamard, random_orthogonal
 
 # 12 and 20 are Paley's of q = 11 and 19, 28 of q = 13; 36 of q = 17
@@ -83,3 +94,78 @@ def test_it_compiles_into_one_graph(dynamic):
     for m in (3, 7):
         x = torch.randn(m, 256)
         torch.testing.assert_close(compiled(x), form(x))
+
+
+INTERPRETED = """
+import torch
+from qlab.lowering.around import hadamard_op
+from qlab.lowering.around.hadamard import Butterflies, Dense, rotation
+from qlab.algebra.online import rotate
+from qlab.methods.hadamard import hadamard, random_hadamard
+from qlab.algebra.random import generator
+place, here = torch.device("cuda"), []
+torch.cuda.get_device_capability = lambda device=None: (8, 0)
+torch.cuda.get_device_name = lambda device=None: "NVIDIA A100"
+Tensor_to = torch.Tensor.to
+torch.Tensor.to = lambda t, *a, **k: t if a and a[0] == place else Tensor_to(t, *a, **k)
+multiplied = hadamard_op.product
+hadamard_op.hadamard = lambda *args: (here.append(args[0].shape), multiplied(*args))[1]
+for n in (64, 48):
+    for M in (random_hadamard(n, generator(0, "x")), hadamard(n).float() / n**0.5):
+        form = rotation(M, place)
+        assert isinstance(form, Butterflies), form
+        for dtype, rtol in ((torch.float16, 2e-3), (torch.bfloat16, 2e-2), (torch.float32, 1e-5)):
+            x = torch.randn(2, 1, 2 * n).to(dtype)
+            y = form(x)
+            assert y.dtype == dtype and y.shape == x.shape
+            torch.testing.assert_close(y.double(), rotate(x.double(), M.double()), rtol=rtol, atol=rtol)
+        assert form(x[:0]).shape == (0, 1, 2 * n)
+assert here and isinstance(rotation(torch.ones(4, 4), place), Dense)
+torch.cuda.get_device_capability = lambda device=None: (7, 5)
+assert isinstance(rotation(hadamard(48).float(), place), Dense)
+"""  # noqa: E501
+
+
+def test_a_gpu_multiplies_by_the_kernel_where_it_has_one():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, check=True)
+
+
+def butterflies(n, seed=0):
+    parts = signs(signed(n, seed))
+    return Butterflies(parts.before, parts.core, parts.behind, float(parts.size), parts.doublings)
+
+
+@pytest.mark.parametrize("n", [16, 48])
+def test_the_operator_is_one_node_with_a_fake_kernel_and_the_gradient_of_the_matrix(n):
+    form, M, x = butterflies(n), signed(n, 0), torch.randn(3, n)
+    arguments = (form.before, form.core, form.behind, form.scale, form.doublings)
+    torch.library.opcheck(torch.ops.qlab.hadamard.default, (x, *arguments))
+    nodes = []
+
+    def backend(graph, _):
+        nodes.extend(node.target for node in graph.graph.nodes if "hadamard" in str(node.target))
+        return graph
+
+    compiled = torch.compile(form, fullgraph=True, dynamic=True, backend=backend)
+    for m in (3, 7):
+        rows = torch.randn(m, 2, n)
+        torch.testing.assert_close(compiled(rows), rotate(rows, M), rtol=1e-5, atol=1e-5)
+    assert nodes == [torch.ops.qlab.hadamard.default]
+    with torch.enable_grad():
+        x.requires_grad_()
+        g = torch.randn(3, n)
+        (by_x,) = torch.autograd.grad(form(x), x, g)
+    torch.testing.assert_close(by_x, g @ M.mT, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("n", [64, 1024, 48, 1536])
+def test_a_gpu_computes_what_the_matrix_does(n):
+    M = signed(n, 1)
+    form = rotation(M, torch.device("cuda"))
+    for dtype, rtol in ((torch.float16, 2e-3), (torch.float32, 1e-5)):
+        x = torch.randn(5, 2 * n, device="cuda").to(dtype)
+        expected = rotate(x.double(), M.cuda().double())
+        torch.testing.assert_close(form(x).double(), expected, rtol=rtol, atol=rtol)

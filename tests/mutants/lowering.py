@@ -86,7 +86,7 @@ MUTANTS = [
     Mutant(
         "a Hadamard matrix loses the signs of its columns",
         "lowering/around/hadamard.py",
-        "factors",
+        "signs",
         "core[0].clone()",
         "torch.ones_like(core[0])",
         "lowering/hadamard",

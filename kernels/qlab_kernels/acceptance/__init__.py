@@ -24,6 +24,8 @@ FAMILIES = {
     "floats": "qlab_kernels.acceptance.floats",
     "int8_int8": "qlab_kernels.acceptance.int8_int8",
     "fp8_fp8": "qlab_kernels.acceptance.fp8_fp8",
+    "hadamard": "qlab_kernels.acceptance.hadamard",
+    "cache_attention": "qlab_kernels.acceptance.cache_attention",
 }
 
 

@@ -1,6 +1,13 @@
 """What of each family is compiled ahead of time, one file each; needs Triton."""
 
-from qlab_kernels.compilations import floats, fp8_fp8, int4, int4_a8, int8_int8
+from qlab_kernels.compilations import (
+    floats,
+    fp8_fp8,
+    hadamard,
+    int4,
+    int4_a8,
+    int8_int8,
+)
 from qlab_kernels.compilations.ahead import AheadOfTime
 
 COMPILED: tuple[AheadOfTime, ...] = (
@@ -9,4 +16,5 @@ COMPILED: tuple[AheadOfTime, ...] = (
     int4_a8.AHEAD,
     int8_int8.AHEAD,
     fp8_fp8.AHEAD,
+    hadamard.AHEAD,
 )

@@ -1,6 +1,14 @@
 """The families of kernels, one file each: their operators and configurations."""
 
-from qlab_kernels.families import floats, fp8_fp8, int4, int4_a8, int8_int8
+from qlab_kernels.families import (
+    cache_attention,
+    floats,
+    fp8_fp8,
+    hadamard,
+    int4,
+    int4_a8,
+    int8_int8,
+)
 from qlab_kernels.problem import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -9,4 +17,6 @@ FAMILIES: tuple[Family, ...] = (
     int4_a8.FAMILY,
     int8_int8.FAMILY,
     fp8_fp8.FAMILY,
+    hadamard.FAMILY,
+    cache_attention.FAMILY,
 )

@@ -12,7 +12,15 @@ from qlab_kernels.problem import Config, Family, Problem
 # above, the heuristic dequantizes and calls the library: the crossover expected on the published
 # tables
 DENSE_TOKENS = 256
-_SMS = {(8, 0): 108, (8, 6): 84, (8, 7): 16, (8, 9): 128, (9, 0): 132, (10, 0): 148, (12, 0): 170}
+MULTIPROCESSORS = {
+    (8, 0): 108,
+    (8, 6): 84,
+    (8, 7): 16,
+    (8, 9): 128,
+    (9, 0): 132,
+    (10, 0): 148,
+    (12, 0): 170,
+}
 
 
 def candidates(p: Problem) -> list[Config]:
@@ -127,7 +135,7 @@ def waste(p: Problem, c: Config) -> tuple[float, ...]:
     assert not isinstance(p.cc, str)
     tokens = round_up(max(ceil(p.rows), 1), c.bm)
     programs = p.reached * (tokens // c.bm) * (round_up(p.n, ATOM) // c.bn) * c.split
-    programs_expected = _SMS[p.cc] * (4 if c.bm <= 32 else 1)
+    programs_expected = MULTIPROCESSORS[p.cc] * (4 if c.bm <= 32 else 1)
     excess = programs / programs_expected - 1
     return (
         tokens // c.bm,

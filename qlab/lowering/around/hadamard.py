@@ -10,11 +10,13 @@ Source: Sylvester 1867; Paley 1933 for cores.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from qlab.algebra.online import rotate
+from qlab.lowering.around.hadamard_op import Butterflies, refusal
 
 LARGEST_FACTOR = 32  # several small products take less time than one large one
 SMALLEST_ORDER = 256  # below, a product with the matrix itself takes as long
@@ -67,19 +69,47 @@ class Hadamard(nn.Module):
         return f"{len(self.before)} channels as {sizes}"
 
 
-def rotation(M: Tensor, device: torch.device) -> Dense | Hadamard:
-    """The module that multiplies channels with a matrix: by its factors on a CPU, where a matrix of
-    many channels has some."""
-    if device.type == "cpu" and M.ndim == 2 and len(M) >= SMALLEST_ORDER:
-        factored = factors(M)
-        if factored is not None:
-            return factored
-    return Dense(M.to(device))
+@dataclass(frozen=True, kw_only=True)
+class Signs:
+    """M = size diag(before) (H_2 (x) ... (x) H_2 (x) core) diag(behind), with `doublings` times
+    H_2; the first row and column of the core are 1."""
+
+    size: Tensor
+    before: Tensor
+    core: Tensor
+    doublings: int
+    behind: Tensor
+
+
+def rotation(
+    M: Tensor, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Dense | Hadamard | Butterflies:
+    """The module that multiplies channels with a matrix: where the matrix has factors, by these on
+    a CPU if there are many channels, and by one kernel on a GPU that has it. dtype: of the
+    activations."""
+    pays = device.type == "cuda" or (device.type == "cpu" and len(M) >= SMALLEST_ORDER)
+    parts = signs(M) if pays and M.ndim == 2 else None
+    if parts is None or (
+        device.type == "cuda" and refusal(device, dtype, len(M), len(parts.core)) is not None
+    ):
+        return Dense(M.to(device))
+    if device.type == "cpu":
+        return _of_signs(parts)
+    moved = (part.to(device) for part in (parts.before, parts.core, parts.behind))
+    return Butterflies(*moved, scale=float(parts.size), doublings=parts.doublings)
 
 
 def factors(M: Tensor) -> Hadamard | None:
-    """A matrix [n, n] in factors, or None where it has none: entries of several sizes, or no matrix
-    of half the order in it."""
+    """A matrix [n, n] in factors, or None where it has none (`signs`)."""
+    parts = signs(M)
+    if parts is None:
+        return None
+    return _of_signs(parts)
+
+
+def signs(M: Tensor) -> Signs | None:
+    """A matrix [n, n] by its signs, or None where it has entries of several sizes, or no matrix of
+    half the order in it."""
     size = M.abs()[0, 0]
     if not size > 0 or not bool((M.abs() == size).all()):
         return None
@@ -89,11 +119,17 @@ def factors(M: Tensor) -> Hadamard | None:
     core, doublings = _core(core * behind)
     if not doublings:
         return None
+    return Signs(size=size, before=before, core=core, doublings=doublings, behind=behind)
+
+
+def _of_signs(parts: Signs) -> Hadamard:
+    """The factors, none larger than LARGEST_FACTOR but for a core that is."""
+    core, doublings, M = parts.core, parts.doublings, parts.before
     while doublings and 2 * len(core) <= LARGEST_FACTOR:
         core, doublings = _doubled(core), doublings - 1
-    parts = [*map(_sylvester, _shares(doublings)), core]
-    parts[0] = parts[0] * size
-    return Hadamard(before, [part.to(M) for part in parts], behind)
+    matrices = [*map(_sylvester, _shares(doublings)), core]
+    matrices[0] = matrices[0] * parts.size
+    return Hadamard(parts.before, [matrix.to(M) for matrix in matrices], parts.behind)
 
 
 def _shares(doublings: int) -> list[int]:

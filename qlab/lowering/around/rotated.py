@@ -44,13 +44,14 @@ def rotations(skeleton: Skeleton) -> Rotations:
 def attach(model: nn.Module, rotations: Rotations, device: torch.device) -> None:
     """Let the linears of a model do it."""
     there: dict[int, nn.Module] = {}
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for name, (before, behind) in rotations.items():
         module = model.get_submodule(name)
         for key, M in (("input_rotation", before), ("output_rotation", behind)):
             if M is None:
                 continue
             if id(M) not in there:
-                there[id(M)] = rotation(M, device)
+                there[id(M)] = rotation(M, device, dtype)
             setattr(module, key, there[id(M)])
         if before is not None:
             module.register_forward_pre_hook(_rotate_input)
