@@ -27,6 +27,7 @@ from qlab.bench.gpu.plan import (
     COMPILE,
     KEEP,
     READ,
+    ROWS,
     START,
     Call,
     Facts,
@@ -343,6 +344,14 @@ def test_rivals_compute_the_product(rival):
     result = product(gpu_fakes.running(), rival, [1, 3, 20])
     assert "absent" not in result and "error" not in result, result
     assert [row["m"] for row in result["rows"]] == [1, 3, 20]
+
+
+@pytest.mark.parametrize("weights, inputs", ROWS)
+def test_every_row_of_the_plan_is_measured(weights, inputs):
+    result = jobs.row(
+        gpu_fakes.bench(), weights=weights, inputs=inputs, n=128, k=256, tokens=[2], seconds=0.01
+    )
+    assert {row["kernel"] for row in result["rows"]} > {"dense"}
 
 
 @pytest.mark.parametrize("rival", [rivals.MARLIN, rivals.HUMMING])

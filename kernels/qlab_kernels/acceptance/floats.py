@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -100,7 +101,7 @@ def operands(product: Product, device: torch.device) -> tuple[Tensor, PackedFloa
         factors = torch.full_like(factors, 0.5)
         x = torch.randint(-8, 9, x.shape, generator=rng).float()
     packed = pack(codes, scales, factors, group, bits, product.layout)
-    moved = {
+    moved: dict[str, Any] = {
         name: part.to(device) for name, part in vars(packed).items() if isinstance(part, Tensor)
     }
     return x.to(device, getattr(torch, product.dtype)), replace(packed, **moved)

@@ -36,7 +36,8 @@ def excess(
         perm = torch.randperm(k, generator=rng).to(device)
         ones = torch.ones(64, -(-k // group), dtype=torch.float32)
         q = torch.zeros(64, k, dtype=torch.int8)
-        packed = pack8(*(part.to(device) for part in (q, ones, ones)), group, layout, torch.float32)
+        q, ones = q.to(device), ones.to(device)
+        packed = pack8(q, ones, ones, group, layout, torch.float32)
         t = torch.full((1, 1), 0.03, dtype=torch.float32, device=device) if fixed else None
         for of in DTYPES:
             y = x.to(device, of)
@@ -54,7 +55,7 @@ def excess(
 def cases(cc: Capability) -> list[Case]:
     """Of int8 and e4m3 where the capability multiplies them: tokens and one scale, for groups and
     whole rows."""
-    listed = []
+    listed: list[Case] = []
     for numbers in NUMBERS:
         try:
             layout = layout_of(cc, numbers)
