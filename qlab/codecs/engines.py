@@ -166,11 +166,20 @@ def refusal(
     return f"{loads_no}; the nearest it loads is {nearest.spec} with the codec {nearest.codec}"
 
 
-def refusal_of_inputs(name: str, spec: Spec, inputs: InputSpec) -> str | None:
-    """Why the engine does not round the inputs of such weights so at run time, or None."""
+def refusal_of_inputs(
+    name: str, spec: Spec, inputs: InputSpec, experts: bool = False
+) -> str | None:
+    """Why the engine does not round the inputs of such weights so at run time, or None. Stored
+    scales of the inputs of experts are NVFP4's alone: vLLM's int8 experts take none, and its fp8
+    experts take them beside weights with one scale for a tensor."""
     rounds = target_named(name).rounds
     if rounds is None:
         return None
+    if experts and inputs.static and not inputs.spec.outer:
+        return (
+            f"{name} rounds inputs of experts by a stored scale in NVFP4 alone, and not to "
+            f"{inputs}; use {inputs.spec} without static, or leave experts out"
+        )
     taken = [text for beside in rounds if _is_beside(beside, spec) for text in beside.inputs]
     if inputs in [parse_input_spec(text) for text in taken]:
         return None

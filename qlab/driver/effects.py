@@ -23,7 +23,6 @@ from qlab.driver.observe import DRIFT, Inputs
 from qlab.driver.reach import sites_made_of
 from qlab.driver.sites import Sites
 from qlab.errors import QlabError
-from qlab.methods.inputs import DYNAMIC
 from qlab.model.online import attentions
 from qlab.process.shown import some
 
@@ -116,7 +115,7 @@ def refuse_unheld(
         spec = specs[name]
         reason = _unheld(ops, spec, named[name], codec)
         if reason is None and spec and target:
-            reason = _untaken(ops, spec, target)
+            reason = _untaken(ops, spec, target, experts=bool(named[name].route))
         turns = [op for op in ops if matrix_of(op) is not None]
         if reason is None and turns and around and target:
             _, rows = around.encode({name: {"input": (*turns,)}})
@@ -216,10 +215,10 @@ def _refuse_unheld_around(
         raise QlabError(f"{some(list(modules))}: {reason}")
 
 
-def _untaken(ops: Sequence[Op], spec: Spec, target: str) -> str | None:
+def _untaken(ops: Sequence[Op], spec: Spec, target: str, experts: bool) -> str | None:
     """Why the engine does not round an input so, or None."""
     roundings = [op.input_spec for op in ops if isinstance(op, QuantizeInput)]
-    reasons = [refusal_of_inputs(target, spec, inputs) for inputs in roundings]
+    reasons = [refusal_of_inputs(target, spec, inputs, experts) for inputs in roundings]
     return next(filter(None, reasons), None)
 
 
@@ -234,6 +233,4 @@ def _unheld(ops: Sequence[Op], spec: Spec | None, site: Site, codec: str) -> str
             "its input is rounded at run time and its weight is not, which no format holds; "
             "round the weight too, or leave it out"
         )
-    if site.route and any(isinstance(op, QuantizeInput) and op.input_spec.static for op in ops):
-        return f"inputs of fused experts have no stored scale; {DYNAMIC}"
     return CODECS[codec].refusal(spec, ops)

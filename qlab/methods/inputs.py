@@ -19,6 +19,7 @@ Example:
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from qlab.algebra.grid import fit, minmax, mse
 from qlab.algebra.insert import insert
 from qlab.algebra.online import QuantizeInput
 from qlab.algebra.spec import Float, Spec
+from qlab.algebra.stats import STATS
 from qlab.algebra.tile import Tile
 from qlab.algebra.transform import Transform
 from qlab.algebra.wires import Wire
@@ -91,7 +93,8 @@ def quantize_inputs(spec: Spec, static: Range | None = None) -> Transform:
     Args:
         spec: Its tiles lie over [tokens, channels], so that fp8-channel has one scale per token.
         static: How the one scale of an int8-tensor or fp8-tensor, or NVFP4's global scale, is
-            measured beforehand: a name in RANGES, or a Range. None: scales come from each x.
+            measured beforehand: a name in RANGES, or a Range. None: scales come from each x. Fused
+            experts share one, measured on the rows of all.
 
     Returns:
         A transform of one stage.
@@ -114,17 +117,19 @@ def quantize_inputs(spec: Spec, static: Range | None = None) -> Transform:
 
     def make(wire: Wire, stats: Mapping[str, Any]) -> QuantizeInput:
         assert wire.site is not None
-        if wire.site.route and (static or spec.outer):
-            raise QlabError(
-                f"{wire.where.removesuffix(':in')} is one of fused experts, whose inputs have no "
-                f"stored scale; {DYNAMIC}"
-            )
-        return rounding(spec, static, stats, wire.where)
+        seen = _of_all_experts(stats) if wire.site.route else stats
+        return rounding(spec, static, seen, wire.where)
 
     form = QuantizeInput(spec, outer=torch.ones(1, dtype=torch.float32) if spec.outer else None)
     if static and not spec.outer:
         form = static_form(spec)
     return insert("quantize_inputs", "*:in", make, needs, (form,), str(form.input_spec))
+
+
+def _of_all_experts(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """Statistics of the rows of a mixture whichever expert they are routed to: one stored scale is
+    for the inputs of all, as kernels of fused experts take one."""
+    return {name: reduce(STATS[name].combine, state.states) for name, state in stats.items()}
 
 
 def rounding(

@@ -1,9 +1,13 @@
 """The operations at run time, as the files' configuration names them: the input of a linear is
 rotated and then rounded, its output is rotated; what an attention reads is rotated and rounded."""
 
-from torch import nn
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
 
 from qlab.algebra.graph import Code, Op
+from qlab.algebra.online import QuantizeInput
 from qlab.algebra.wires import Wire, wires
 from qlab.errors import QlabError, warn
 from qlab.model.skeleton import Skeleton
@@ -15,15 +19,33 @@ def at_input(skeleton: Skeleton, site: str) -> tuple[Op, ...]:
     checkpoint = skeleton.checkpoint
     modules = [name for name in skeleton.names.modules(site) if name in checkpoint.inputs]
     specs = {checkpoint.inputs[name] for name in modules}
-    if skeleton.names.fused(site) and (len(specs) > 1 or any(s.static for s in specs)):
+    fused = skeleton.names.fused(site)
+    if fused and len(specs) > 1:
         raise QlabError(
             f"{site}: its experts round their inputs in ways of their own "
             f"({', '.join(map(str, specs))}); qlab reads experts whose inputs are rounded with "
-            "one dynamic spec"
+            "one spec"
         )
-    return _rotation(skeleton, site, "input") + (
-        checkpoint.rounding(modules[-1]) if modules else ()
-    )
+    rounding = checkpoint.rounding(modules[-1]) if modules else ()
+    if fused and any(spec.static for spec in specs):
+        _refuse_scales_apart(site, [checkpoint.rounding(name) for name in modules])
+    return _rotation(skeleton, site, "input") + rounding
+
+
+def _refuse_scales_apart(site: str, roundings: Sequence[tuple[Op, ...]]) -> None:
+    """Refuse stored scales that differ between experts, whose rows are rounded together."""
+    first, *others = map(_stored, roundings)
+    if not all(all(map(torch.equal, first, other)) for other in others):
+        raise QlabError(
+            f"{site}: its experts store input scales that differ; qlab reads experts that share "
+            "one scale for their inputs"
+        )
+
+
+def _stored(ops: Sequence[Op]) -> list[Tensor]:
+    """What is stored of the rounding of an input."""
+    roundings = [op for op in ops if isinstance(op, QuantizeInput)]
+    return [t for op in roundings for t in (op.scales, op.zeros, op.outer) if t is not None]
 
 
 def at_output(skeleton: Skeleton, site: str) -> tuple[Op, ...]:

@@ -16,13 +16,12 @@ from qlab.model.running import head
 WIDE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=1, head_dim=32)
 MIXTURE = dict(hidden_size=128, moe_intermediate_size=128, num_hidden_layers=1, head_dim=32)
 OF_WEIGHTS = [name for name, scheme in SCHEMES.items() if scheme.weights]
-# One scale for a tensor, or a stored one for an input, has no place at fused experts. Widths that
+# One scale for a tensor of weights has no place at fused experts. Widths that
 # differ in bits alone are one case.
 OF_EXPERTS = [
     name
     for name in OF_WEIGHTS
-    if not SCHEMES[name].static
-    and SCHEMES[name].weights.tile.rows is not None
+    if SCHEMES[name].weights.tile.rows is not None
     and name not in ("W2A16", "W3A16", "W5A16", "W6A16")
 ]
 
@@ -103,7 +102,6 @@ def test_a_scheme_runs_end_to_end_on_a_mixture(name, saved, tmp_path):
         ("llama", "W4A16", ("groups of 128 do not divide the 64 input", "16, 32, 64")),
         ("llama", "W4A16-g24", ("groups of 24", "legal groups here are 16, 32, 64")),
         ("qwen3_moe", "FP8", ("fused experts", "one per tensor")),
-        ("qwen3_moe", "NVFP4", ("inputs of fused experts have no stored scale",)),
         ("deepseek_v3", "KV_FP8_TENSOR", ("layers.0.self_attn", "caches a latent", "fp8-tensor")),
         ("lfm2", "KV_INT8_HEAD", ("model.layers.1 caches a state", "qlab.kv_cache")),
         ("gemma4_text", "KV_INT8_TOKEN", ("heads of 16 and", "int8-token-head", "KV_INT8_HEAD")),
@@ -118,6 +116,15 @@ def test_a_scheme_that_does_not_fit_the_model_is_refused_before_any_work(
     refused(lambda: qlab.plan(model, recipe, data), *words)
     refused(lambda: qlab.quantize(model, recipe, data, tmp_path / "out"), *words)
     assert not list(tmp_path.iterdir())
+
+
+def test_static_scales_of_experts_that_an_engine_does_not_take_are_refused(saved):
+    folder = saved("qwen3_moe", **MIXTURE)
+    model, data = qlab.open(folder), random_tokens(folder)
+    static = qlab.scheme("W8A8_STATIC").recipe()
+    words = "vllm rounds inputs of experts by a stored scale in NVFP4 alone"
+    refused(lambda: qlab.plan(model, static, data, target="vllm"), "experts", words)
+    qlab.plan(model, qlab.scheme("NVFP4").recipe(), data, target="vllm")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "phi3", "mixtral"])

@@ -153,8 +153,26 @@ def test_the_global_scale_of_nvfp4_inputs_comes_from_any_range():
         assert less[path][0].outer > op.outer
 
 
-def test_static_inputs_with_several_scales_and_of_experts_are_refused():
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("text, static", [("int8-tensor-asym", "absmax"), ("nvfp4", None)])
+def test_experts_share_one_static_scale_of_the_rows_of_all(family, text, static):
+    """What is stored for the input of a mixture is what is stored of the same rows without experts:
+    no expert's rows are left out, and none are clipped by the others' range."""
+    seg = segment(family)
+    made = rounded(seg, qlab.quantize_inputs(text, static=static))
+    routed = [site for site in seg.graph.sites if site.route]
+    assert routed
+    for site in routed:
+        (op,) = made.online[site.path]
+        rows = [inputs_of(seg.graph, [site.source], *b)[site.source].x for b in seg.batches]
+        x_nk = torch.cat([x.flatten(0, -2) for x in rows])
+        if static is None:
+            assert torch.equal(op.outer, op.spec.global_scale(x_nk.abs().amax()))
+        else:
+            scales, zeros = RANGES[static].fit(seen(x_nk), op.spec)
+            assert torch.equal(op.scales, scales) and torch.equal(op.zeros, zeros)
+
+
+def test_static_inputs_with_several_scales_are_refused():
     with pytest.raises(QlabError, match="inputs int8-channel have several scales"):
         qlab.quantize_inputs("int8-channel", static="absmax")
-    with pytest.raises(QlabError, match="one of fused experts, whose inputs have no stored scale"):
-        rounded(segment("qwen3_moe"), qlab.quantize_inputs("int8-tensor", static="absmax"))
