@@ -23,6 +23,7 @@ from qlab.files.checkpoint import open_checkpoint
 from qlab.methods import METHODS
 from qlab.methods.allocate import allocate
 from qlab.methods.auto_round import auto_round
+from qlab.methods.guidedquant import guidedquant
 from qlab.methods.kl_tune import kl_tune
 from qlab.methods.qat import qat
 from qlab.methods.qat_end_to_end import qat_end_to_end
@@ -46,6 +47,7 @@ def behind_rtn(step):
 
 
 RECIPES = {
+    "guidedquant": guidedquant,
     "kl_tune": behind_rtn(kl_tune),
     "qat_end_to_end": behind_rtn(qat_end_to_end),
     "allocate": lambda spec: allocate([rtn(parse_spec("int3-g64")), rtn(spec)], 4),
