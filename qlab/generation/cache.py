@@ -127,7 +127,7 @@ def probed(model: PreTrainedModel) -> DynamicCache:
 def cache_argument(model: PreTrainedModel) -> str:
     """The name under which a model takes its cache."""
     takes = inspect.signature(model.forward).parameters
-    return next(name for name in ("past_key_values", "cache_params", "cache") if name in takes)
+    return next(name for name in ("cache", "past_key_values", "cache_params") if name in takes)
 
 
 def shapes_of(cache: DynamicCache) -> dict[int, tuple[int, int, int]]:
