@@ -306,6 +306,27 @@ def test_what_hangs_is_ended(tmp_path):
     assert outcomes["c"]["error"] == "it did not begin within the 3 s of its step"
 
 
+def test_kernels_run_in_workers_through_the_interpreter(tmp_path, monkeypatch):
+    """A case that is right, one that is unknown, and a tuning that computes what it times."""
+    from qlab_kernels.acceptance import cases
+
+    name = next(c.name for c in cases("int4", (9, 0)) if c.name == "dequantize float16 g128")
+    place = {"op": "int4_mm", "dtype": "float16", "group": 128, "zeros": False}
+    size = {"n": 64, "k": 128, "m": 1}
+    calls = [
+        call("right", "check", family="int4", name=name),
+        call("unknown", "check", family="int4", name="no case"),
+        call("tuned", "tune", keep=2, **place, **size),
+    ]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # from the beginning: some library imports Triton
+    environment = {"QLAB_CACHE_DIR": str(tmp_path / "configs")}
+    outcomes = outcomes_of("running", (calls, 300.0), environment=environment)
+    assert outcomes["right"]["result"] == {"excess": 0.0}
+    assert "has no case 'no case'" in outcomes["unknown"]["error"]
+    assert outcomes["tuned"]["result"]["source"] == "measured", outcomes["tuned"]
+    assert not outcomes["tuned"]["result"]["failures"]
+
+
 # ---------------------------------------------------------------- jobs
 def test_what_was_tuned_can_be_imported(bench, tmp_path, monkeypatch, command):
     from qlab.cli import main as qlab_main
