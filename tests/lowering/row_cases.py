@@ -8,7 +8,6 @@ from test_coded import leaf_of
 from torch.utils import _pytree as pytree
 
 from qlab.algebra.online import QuantizeInput
-from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import parse_spec
 from qlab.lowering import QExperts, QLinear
 from qlab.lowering.weights.integers import is_exact
@@ -74,7 +73,7 @@ class Case:
             lambda *parts: None if parts[0] is None else torch.stack(parts), *leaves
         )
         perm = self.leaf(shuffled=shuffled).perm
-        return QTensor(stacked.codes, stacked.scales, stacked.zeros, stacked.spec, perm=perm)
+        return replace(stacked, perm=perm)
 
     def linear(self, leaf, bias=None, dtype=torch.bfloat16, dense_cache=False, device=CPU):
         return QLinear("site", leaf, bias, dtype, device, dense_cache, **self._how())
@@ -91,6 +90,7 @@ class Case:
 
 
 BF16 = (torch.bfloat16,)
+HALVES = (torch.bfloat16, torch.float16)
 FLOATS = {"row": "fp8_fp8", "orders": False}
 # Each is put under every law of test_row_laws.py.
 LAW_ROWS = [
@@ -113,6 +113,11 @@ LAW_ROWS = [
     Case("fp8", "fp8-channel", dtypes=BF16),
     Case("fp8", "fp8-b16x32", inputs="fp8-g32", dtypes=BF16),
     Case("fp8", "mxfp8", dtypes=BF16),
+    Case("fused_floats", "nvfp4", inputs="nvfp4", dtypes=HALVES),
+    Case("fused_floats", "mxfp4", dtypes=HALVES),
+    Case("fused_floats", "mxfp8", inputs="mxfp8", dtypes=HALVES),
+    Case("fused_floats", "fp8-b64x64", k=192, dtypes=HALVES),
+    Case("fused_floats", "fp8-channel", dtypes=HALVES),
     Case("codes", "int4-g8-asym", inputs="int8-channel"),
 ]
 # Processors without VNNI add products of integers in 16 bits, and the table passes over these rows.

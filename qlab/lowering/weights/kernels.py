@@ -16,6 +16,7 @@ from qlab.lowering.weights import (
     codes,
     fp8,
     fp8_fp8,
+    fused_floats,
     int4,
     int4_a8,
     int4_fp8,
@@ -28,6 +29,7 @@ from qlab.lowering.weights import (
 from qlab.lowering.weights.codes import Coded
 from qlab.lowering.weights.fp8 import Bytes8
 from qlab.lowering.weights.fp8_fp8 import Floats
+from qlab.lowering.weights.fused_floats import Fused
 from qlab.lowering.weights.int4_a8 import Nibbles
 from qlab.lowering.weights.int4_int8 import Interleaved
 from qlab.lowering.weights.int8 import Bytes
@@ -228,6 +230,19 @@ FP8 = Kernel(
     keeps_copy=fp8.keeps_copy,
     slowness=fp8.slowness,
 )
+FUSED_FLOATS = Kernel(
+    name="fused_floats",
+    multiplies="4- and 8-bit floats, dequantized in the product x 16-bit activations, on a GPU",
+    weight=Fused,
+    tensors=("words", "scales", "factors", "perm"),
+    meant=fused_floats.meant,
+    takes=fused_floats.takes,
+    pack=fused_floats.pack,
+    mm=fused_floats.mm,
+    grouped_mm=fused_floats.grouped_mm,
+    columns=fused_floats.columns,
+    dequantized=of_channels(fused_floats.columns),
+)
 CODES = Kernel(
     name="codes",
     multiplies="codes dequantized for every call x activations",
@@ -253,6 +268,7 @@ KERNELS = (
     INT8,
     INT4,
     FP8,
+    FUSED_FLOATS,
     CODES,
 )
 
