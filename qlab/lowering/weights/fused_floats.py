@@ -263,9 +263,10 @@ def floats_back(
     def by_x(e: int, g_mn: Tensor) -> Tensor:
         if not len(g_mn):
             return g_mn.new_empty(0, k)
-        one = (words, scales, factors)
-        parts = one if lone else (part if part is None else part[e] for part in one)
-        return dense_product(g_mn, _dense(_packed(*parts, n, k, group, layout), g_mn.dtype).mT)
+        q, s, f = words, scales, factors
+        if not lone:
+            q, s, f = words[e], scales[e], None if factors is None else factors[e]
+        return dense_product(g_mn, _dense(_packed(q, s, f, n, k, group, layout), g_mn.dtype).mT)
 
     return each_expert(g, ends, by_x)
 
