@@ -170,8 +170,8 @@ def test_copies_pickles_and_states_multiply_alike(case):
     assert not torch.equal(other(x), y)
     other.load_state_dict(module.state_dict())
     assert torch.equal(other(x), y)
-    state = module.state_dict() | {"_extra_state": torch.tensor(list(b"mma2"), dtype=torch.uint8)}
-    with pytest.raises(QlabError, match="packed as mma2 and the module reads"):
+    state = module.state_dict() | {"_extra_state": torch.tensor(list(b"other"), dtype=torch.uint8)}
+    with pytest.raises(QlabError, match="packed as other and the module reads"):
         module.load_state_dict(state)
 
 

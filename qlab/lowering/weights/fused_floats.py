@@ -265,7 +265,7 @@ def floats_back(
             return g_mn.new_empty(0, k)
         q, s, f = words, scales, factors
         if not lone:
-            q, s, f = words[e], scales[e], None if factors is None else factors[e]
+            q, s, f = words[e], None if scales is None else scales[e], factors[e]
         return dense_product(g_mn, _dense(_packed(q, s, f, n, k, group, layout), g_mn.dtype).mT)
 
     return each_expert(g, ends, by_x)
