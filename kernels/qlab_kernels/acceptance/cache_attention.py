@@ -12,7 +12,7 @@ from torch import Tensor
 from qlab_kernels import reference
 from qlab_kernels.acceptance import Case
 from qlab_kernels.attend import attend
-from qlab_kernels.cached import Cached, decoding, numbers, pack_nibbles
+from qlab_kernels.cached import Cached, Format, decoding, numbers, pack_nibbles
 from qlab_kernels.capability import Capability
 from qlab_kernels.config import Config
 from qlab_kernels.families.cache_attention import refusal
@@ -31,7 +31,7 @@ class Attention:
     heads: int
     rows: tuple[int, int]
     channels: tuple[int, int]
-    formats: tuple[str, str]
+    formats: tuple[Format, Format]
     dtype: str
     scope: str = "token"
     groups: tuple[int, int] = (1, 1)
@@ -105,24 +105,28 @@ def excess(case: Attention, device: torch.device) -> float:
     b, (g, t) = len(case.lengths), case.rows
     drawn = torch.randn(b, case.heads * g, t, case.channels[0], generator=rng, dtype=torch.float32)
     q = drawn.to(device, getattr(torch, case.dtype))
-    whole = [moved(cached(case, which, rng, n), device) for which in (0, 1)]
+    keys, values = (moved(cached(case, which, rng, n), device) for which in (0, 1))
     lengths = torch.tensor(case.lengths, dtype=torch.int32, device=device)
     more: dict[str, Any] = {"cap": case.cap, "window": case.window}
     more["starts"] = (lengths // 3).to(torch.int32) if case.started else None
-    expected = reference.attend(q, *whole, lengths, **more)
-    read = whole
+    expected = reference.attend(q, keys, values, lengths, **more)
+    paged_keys, paged_values = keys, values
     if case.page:
         pages = torch.randperm(b * (n // case.page), generator=rng).view(b, -1)
         more["pages"] = pages.to(device, torch.int32)
-        read = [in_pages(part, more["pages"], case.page) for part in whole]
-        torch.testing.assert_close(reference.attend(q, *read, lengths, **more), expected)
+        paged_keys, paged_values = (
+            in_pages(part, more["pages"], case.page) for part in (keys, values)
+        )
+        again = reference.attend(q, paged_keys, paged_values, lengths, **more)
+        torch.testing.assert_close(again, expected)
     split, bn, bm = case.tile
     stages = 1 if any(count > 1 for count in case.groups) else 2
-    y = attend(q, *read, lengths, Config("split_k", bm, bn, 0, split, 4, stages), **more)
+    config = Config("split_k", bm, bn, 0, split, 4, stages)
+    y = attend(q, paged_keys, paged_values, lengths, config, **more)
     assert y.dtype == q.dtype and y.shape == expected.shape
     if not y.numel():
         return 0.0
-    return float(((y.double() - expected).abs() / allowed(case, q, whole, expected)).max())
+    return float(((y.double() - expected).abs() / allowed(case, q, [keys, values], expected)).max())
 
 
 def allowed(case: Attention, q: Tensor, whole: list[Cached], expected: Tensor) -> Tensor:

@@ -95,9 +95,10 @@ class CodedHeads:
 
             codes = unpack_nibbles(codes, self.channels)
         fixed = self.op.scales is not None
-        scales, zeros = (
-            t if fixed or t is None else t[:, :, first:last] for t in (self.scales, self.zeros)
-        )
+        scales = self.scales if fixed else self.scales[:, :, first:last]
+        zeros = self.zeros
+        if zeros is not None and not fixed:
+            zeros = zeros[:, :, first:last]
         x = numbers(codes, torch.float32).unflatten(-1, (self.scales.shape[-1], -1))
         if zeros is not None:
             x = x - zeros.float()[..., None]
@@ -129,11 +130,13 @@ class CodedHeads:
 
     def for_kernel(self) -> Any:
         """The same as qlab_kernels reads it."""
-        from qlab_kernels.cached import Cached
+        from qlab_kernels.cached import Cached, Format
 
         shape = (*self.codes.shape[:3], self.scales.shape[-1])
         zeros = None if self.zeros is None else self.zeros.expand(shape)
-        form = "int4" if self.pairs else "fp8" if isinstance(self.op.spec, Float) else "int8"
+        form: Format = (
+            "int4" if self.pairs else "fp8" if isinstance(self.op.spec, Float) else "int8"
+        )
         return Cached(
             codes=self.codes,
             scales=self.scales.float().expand(shape),

@@ -95,8 +95,13 @@ def rotation(
         return Dense(M.to(device))
     if device.type == "cpu":
         return _of_signs(parts)
-    moved = (part.to(device) for part in (parts.before, parts.core, parts.behind))
-    return Butterflies(*moved, scale=float(parts.size), doublings=parts.doublings)
+    return Butterflies(
+        before=parts.before.to(device),
+        core=parts.core.to(device),
+        behind=parts.behind.to(device),
+        scale=float(parts.size),
+        doublings=parts.doublings,
+    )
 
 
 def factors(M: Tensor) -> Hadamard | None:
