@@ -14,7 +14,12 @@ from qlab_kernels.cache_attention import cache_attention_kernel, combine_kernel
 from qlab_kernels.cached import Cached, decoding
 from qlab_kernels.capability import Capability, KernelError
 from qlab_kernels.device import interpreted, stored
-from qlab_kernels.families.cache_attention import OPERATORS, padded, positions_tuned
+from qlab_kernels.families.cache_attention import (
+    OPERATORS,
+    REGISTERS,
+    padded,
+    positions_tuned,
+)
 from qlab_kernels.problem import Config, Problem
 
 _TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -83,6 +88,7 @@ def attend(
             BN=config.bn,
             STAGES=config.stages,
             num_warps=config.warps,
+            maxnreg=REGISTERS,
         )
         combine_kernel[(b * h, rows)](
             sums,

@@ -29,6 +29,10 @@ def octets(raw, FORMAT: tl.constexpr, COMPUTE: tl.constexpr):
     elif tl.float16 == COMPUTE:
         shifted = (raw.to(tl.uint8, bitcast=True) ^ 128).to(tl.uint16)
         values = (shifted | 0x6400).to(tl.float16, bitcast=True)
+    elif tl.bfloat16 == COMPUTE:
+        # under the exponent of 2^23 in float32, less 2^23 + 128: no integer is converted
+        shifted = (raw.to(tl.uint8, bitcast=True) ^ 128).to(tl.uint32)
+        values = ((shifted | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0).to(COMPUTE)
     else:
         values = raw.to(COMPUTE)
     return values

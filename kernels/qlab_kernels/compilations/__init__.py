@@ -1,6 +1,7 @@
 """What of each family is compiled ahead of time, one file each; needs Triton."""
 
 from qlab_kernels.compilations import (
+    cache_attention,
     floats,
     fp8_fp8,
     hadamard,
@@ -17,4 +18,5 @@ COMPILED: tuple[AheadOfTime, ...] = (
     int8_int8.AHEAD,
     fp8_fp8.AHEAD,
     hadamard.AHEAD,
+    cache_attention.AHEAD,
 )

@@ -18,6 +18,7 @@ LEAST = 16  # rows and channels that tensor cores multiply
 MOST_SPLITS = 64
 LARGEST_HEAD = 512
 MOST_SUMS = 64  # of a thread, in registers
+REGISTERS = 192  # of a thread at most; with those of three blocks the assembler spills a few
 PROGRAMS = 2  # for each multiprocessor, that one waits while another computes
 
 
