@@ -145,6 +145,45 @@ UNLIKE: dict[str, dict] = {
         attention_chunk_size=16,
     ),
 }
+# Families with recurrent states beside attention, or in its place.
+RECURRENT: dict[str, dict] = {
+    "jamba": _DENSE
+    | dict(
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        num_experts=2,
+        num_experts_per_tok=1,
+        use_mamba_kernels=False,
+        mamba_d_state=8,
+    ),
+    "mamba2": dict(
+        vocab_size=128,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_heads=8,
+        head_dim=16,
+        state_size=16,
+        n_groups=1,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "falcon_h1": _DENSE
+    | dict(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, head_dim=16),
+    "qwen3_next": _DENSE
+    | dict(
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    ),
+}
 _ROPE = dict(
     rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
     bos_token_id=1,
@@ -199,6 +238,7 @@ VISION: dict[str, dict] = {
 }
 
 # The release of transformers that brought a family, where it was not 5.0.
+ALL = FAMILIES | MIXTURES | OTHERS | WRITTEN_OUT | UNLIKE | RECURRENT | VISION
 SINCE = {"olmo_hybrid": "5.3", "gemma4_text": "5.5"}
 
 
@@ -215,7 +255,7 @@ def tiny(family: str, seed: int = 0, **overrides) -> PreTrainedModel:
         )
     config = AutoConfig.for_model(
         family,
-        **((FAMILIES | MIXTURES | OTHERS | WRITTEN_OUT | UNLIKE | VISION)[family] | overrides),
+        **(ALL[family] | overrides),
     )
     torch.manual_seed(seed)
     maker = AutoModelForImageTextToText if family in VISION else AutoModelForCausalLM

@@ -62,7 +62,7 @@ class Engine:
         page: tokens of a page.
         pages: how many pages there are; None makes as many as `rows` requests of max_length need,
             in at most a quarter of the memory that is free.
-        chunk: tokens of a part of a prompt.
+        chunk: tokens of a part of a prompt; prompts of models with recurrent states are one part.
         step_tokens: how many tokens of prompts a step computes beside its rows.
         reuse: whether requests whose prompts begin alike share pages.
 
@@ -97,7 +97,9 @@ class Engine:
         count = pages or max(1, min(rows * -(-self.max_length // page), most))
         self.pool = Pool(shapes, count, page, dtype, model.device)
         self.pages = Pages(count, page, reuse=reuse and not self._has_states)
-        self._limits = Limits(rows=rows, tokens=step_tokens, chunk=chunk, page=page)
+        # the code of some families (jamba) does not continue a state over parts of a prompt
+        part = self.max_length if self._has_states else chunk
+        self._limits = Limits(rows=rows, tokens=step_tokens, chunk=part, page=page)
         self._numbers = itertools.count()
         self._inbox: queue.SimpleQueue[Request] = queue.SimpleQueue()
         self._requests: dict[int, Request] = {}
