@@ -86,6 +86,7 @@ def given(saved, text, tmp_path_factory):
         "inspect": {"path": saved()},
         "verify": {"directory": saved(), "against": saved()},
         "lower": {"model": saved()},
+        "pipeline": {"model": saved()},
         "to_torchao": {"model": saved()},
         "at": {"pattern": "*", "transform": recipe},
         "outside": {"transform": recipe},

@@ -76,7 +76,7 @@ def test_jsonl_and_text_hold_the_same_documents(model, tmp_path):
 
 def test_a_tokenizer_that_makes_nothing_of_a_text_is_named(model, text, monkeypatch):
     monkeypatch.setattr(
-        "qlab.data.calibration._tokenizer",
+        "qlab.data.calibration.tokenizer_of",
         lambda model: lambda documents, **_: SimpleNamespace(input_ids=[[]]),
     )
     with pytest.raises(QlabError, match="makes no token of"):

@@ -151,9 +151,9 @@ def test_a_long_document_is_no_file_name_in_an_error(model):
 
 
 def test_a_chat_that_the_template_refuses_is_not_shown(model, monkeypatch):
-    tokenizer = calibration._tokenizer(model)
+    tokenizer = calibration.tokenizer_of(model)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    monkeypatch.setattr(calibration, "_tokenizer", lambda model: tokenizer)
+    monkeypatch.setattr(calibration, "tokenizer_of", lambda model: tokenizer)
     refused(
         lambda: qlab.tokens(model, [{"messages": CHATS[0]}], 1, 8),
         "chat template",

@@ -101,6 +101,10 @@ def test_a_command_that_does_not_fit_is_refused_and_changes_nothing(talk, tmp_pa
     assert (talk.messages, talk.settings, talk.system) == before
 
 
+def _listens():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """`qlab chat` behind a pseudo-terminal."""
 
@@ -109,7 +113,13 @@ class Terminal:
         command = [sys.executable, "-m", "qlab", "chat", *map(str, arguments)]
         env = {**os.environ, "TERM": "dumb"}
         self.process = subprocess.Popen(
-            command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True
+            command,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=env,
+            start_new_session=True,
+            preexec_fn=_listens,  # a shell lets what it runs behind itself ignore Ctrl-C
         )
         os.close(theirs)
         self.seen = ""

@@ -109,7 +109,7 @@ low = (words >> 4).to(tl.int8)
     Mutant(
         "atoms in another order",
         "qlab_kernels/layout.py",
-        "_words",
+        "in_words",
         "q.reshape(-1, n, 4, 2, 8, k, 4, 2, 4, 2).permute(0, 1, 5, 2, 4, 8, 6, 7, 3, 9)",
         "q.reshape(-1, n, 4, 2, 8, k, 4, 2, 4, 2).permute(0, 1, 5, 2, 4, 8, 7, 6, 3, 9)",
         "kernels/layout",

@@ -46,9 +46,9 @@ MUTANTS = [
     Mutant(
         "mixtures scaled source by source",
         "driver/solve.py",
-        "in_order",
-        "turns or not isinstance(stage.view, Gauged)",
-        "True",
+        "in_turn",
+        "lone and not any(crosses(code, pattern) for pattern in on_values)",
+        "not any(crosses(code, pattern) for pattern in on_values)",
         "sweep",
     ),
     Mutant(
