@@ -13,6 +13,7 @@ from qlab.errors import QlabError
 from qlab.lowering.tuning.shapes import Form
 from qlab.lowering.tuning.tune import tune_shapes
 from qlab.lowering.weights import fp8_fp8, octets_cuda
+from qlab.lowering.weights.integers import is_exact
 
 INTERPRETED = """
 from types import SimpleNamespace
@@ -127,6 +128,8 @@ assert groups == {(op, group, False) for op in ("fp8_fp8_mm", "fp8_fp8_grouped_m
 @pytest.mark.parametrize("script", [INTERPRETED, FLOATS], ids=["integers", "floats"])
 def test_the_cache_chooses_and_the_kernels_multiply(script):
     """Of integers every configuration gives the same bits, those of the path of CPUs."""
+    if script == INTERPRETED and not is_exact():
+        pytest.skip("this processor adds int8 products in 16 bits, so that it is no reference")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True)
 
