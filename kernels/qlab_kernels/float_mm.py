@@ -17,6 +17,7 @@ from qlab_kernels.device import interpreted, options, stored
 from qlab_kernels.float_layout import PackedFloats
 from qlab_kernels.float_tile import float_product
 from qlab_kernels.int4_mm import SUMMED, sum_parts_kernel
+from qlab_kernels.rows import expert_tile
 
 
 @triton.jit(do_not_specialize=["M", "SPLIT"])
@@ -108,20 +109,11 @@ def float_grouped_mm_kernel(
     `offsets` on the device; EXPERTS is E rounded up to a power of two."""
     tile = tl.program_id(0)
     block_n = tl.program_id(1)
-    e = tl.arange(0, EXPERTS)
-    ends = tl.load(offsets_ptr + e, mask=e < E, other=0)
-    starts = tl.load(offsets_ptr + e - 1, mask=(e > 0) & (e < E), other=0)
-    tiles = (ends - starts + BM - 1) // BM
-    # The number of experts that end before this tile; the padding never ends.
-    expert = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
+    expert, row, left = expert_tile(offsets_ptr, tile, E, EXPERTS, BM)
     if expert >= E:
         return
-    row = (
-        tl.sum(tl.where(e == expert, starts, 0), 0)
-        + (tile - tl.sum(tl.where(e < expert, tiles, 0), 0)) * BM
-    )
     rm = tl.arange(0, BM)
-    live = rm < tl.sum(tl.where(e == expert, ends, 0), 0) - row
+    live = rm < left
     rn = tl.arange(0, BN) + block_n * BN
     one = expert.to(tl.int64)
     # rows of the scales of one expert

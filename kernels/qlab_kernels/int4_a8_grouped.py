@@ -11,6 +11,7 @@ from qlab_kernels.device import stored
 from qlab_kernels.device8 import Activations, admit, constants, x_and_weight
 from qlab_kernels.layout import Packed
 from qlab_kernels.problem import Config
+from qlab_kernels.rows import expert_tile
 from qlab_kernels.tile8 import finished, product
 
 
@@ -47,20 +48,11 @@ def int4_a8_grouped_mm_kernel(
     of two. sums: [K / GROUP, T]."""
     tile = tl.program_id(0)
     block_n = tl.program_id(1)
-    e = tl.arange(0, EXPERTS)
-    ends = tl.load(offsets_ptr + e, mask=e < E, other=0)
-    starts = tl.load(offsets_ptr + e - 1, mask=(e > 0) & (e < E), other=0)
-    tiles = (ends - starts + BM - 1) // BM
-    # The number of experts that end before this tile; the padding never ends.
-    expert = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
+    expert, row, left = expert_tile(offsets_ptr, tile, E, EXPERTS, BM)
     if expert >= E:
         return
-    row = (
-        tl.sum(tl.where(e == expert, starts, 0), 0)
-        + (tile - tl.sum(tl.where(e < expert, tiles, 0), 0)) * BM
-    )
     rm = tl.arange(0, BM)
-    live = rm < tl.sum(tl.where(e == expert, ends, 0), 0) - row
+    live = rm < left
     rn = tl.arange(0, BN) + block_n * BN
     words_ptr += expert.to(tl.int64) * N_PAD * (K // 2) + block_n.to(tl.int64) * BN * (K // 2)
     scale_rows = expert.to(tl.int64) * (K // GROUP if GROUP > 0 else 1) * N_PAD

@@ -136,8 +136,8 @@ class Pipeline:
                 or a list of these.
             stop: a reply ends in front of the first of these strings.
             settings: fields of `qlab.generation.sampling.Sampling`, such as temperature=0.7 or
-                max_tokens=100; and what the reply has to be: a JSON schema, regex="..." or
-                choice=["...", ...].
+                max_tokens=100, without which a reply has as many tokens as fit, at most 256; and
+                what the reply has to be: a JSON schema, regex="..." or choice=["...", ...].
         """
         if _is_one(prompts):
             asked = self.ask(prompts, stop=stop, **settings)

@@ -273,7 +273,8 @@ class Told:
         if piece.finish is None:
             return text, []
         rest, calls = self.tools.end()
-        return text + rest, calls
+        assert isinstance(self.body, Chat)
+        return text + rest, calls if self.body.parallel_tool_calls else calls[:1]
 
     def _behind(self, piece: Piece, calls: Sequence[Call]) -> dict[str, Any]:
         assert isinstance(self.body, Chat)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from qlab.bench.gpu.device import Bench
+from qlab.bench.gpu.plan import Call
 
 
 def _events(calls, reps, seconds):
@@ -78,3 +79,7 @@ class Crew:
 
     def close(self):
         self.closed = True
+
+
+def call(key, job, **arguments):
+    return Call(key=key, job=job, arguments=arguments, seconds=1.0)

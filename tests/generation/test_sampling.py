@@ -124,3 +124,9 @@ def test_log_probabilities_are_those_of_the_model():
 def test_numbers_out_of_range_are_refused_by_name(name, value):
     shown = next(iter(value.values())) if isinstance(value, dict) else value
     refused(lambda: Sampling(**{name: value}), name, str(shown))
+
+
+def test_every_token_of_a_seed_has_noise_of_its_own():
+    assert torch.equal(noise(50, 3, 1), noise(50, 3, 1))
+    assert not torch.equal(noise(50, 3, 1), noise(50, 3, 2))
+    assert not torch.equal(noise(50, 3, 1), noise(50, 4, 1))

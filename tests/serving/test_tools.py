@@ -158,3 +158,14 @@ def test_tools_that_do_not_fit_are_refused(client):
     ):
         with pytest.raises(openai.BadRequestError):
             chat(client, **more)
+
+
+def test_one_call_at_most_is_made_where_no_more_are_wanted(client, server, monkeypatch):
+    call = '{"name": "time", "arguments": {"n": 1}}'
+    server.length = len("[weather][time]hi")
+    writes(monkeypatch, server, f"[TOOL_CALLS][{call}, {call}]")
+    both, one = (
+        chat(client, tools=TOOLS, parallel_tool_calls=wanted).choices[0].message.tool_calls
+        for wanted in (True, False)
+    )
+    assert (len(both), len(one)) == (2, 1)

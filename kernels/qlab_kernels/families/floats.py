@@ -202,7 +202,7 @@ def moved(p: Problem) -> float:
 FAMILY = Family(
     name="floats",
     operators=tuple(BITS),
-    sources=("tile", "device", "float_tile", "float_mm"),
+    sources=("tile", "device", "rows", "float_tile", "float_mm"),
     layouts=REVISION,
     legal=legal,
     candidates=candidates,

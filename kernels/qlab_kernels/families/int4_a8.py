@@ -191,7 +191,7 @@ def moved(p: Problem) -> float:
 FAMILY = Family(
     name="int4_a8",
     operators=tuple(NUMBERS),
-    sources=("tile8", "int4_a8", "int4_a8_grouped"),
+    sources=("tile8", "rows", "int4_a8", "int4_a8_grouped"),
     layouts=REVISION,
     legal=legal,
     candidates=candidates,
