@@ -146,6 +146,14 @@ def test_the_oldest_goes_first_and_the_youngest_gives_its_pages_back():
     assert (step.preempted, dict(step.grown), step.rows, step.parts) == ((3,), {1: 1}, (1, 2), ())
 
 
+def test_pages_that_others_read_too_are_not_counted_as_free():
+    limits = Limits(rows=3, tokens=8, chunk=4, page=2)
+    old = Place(request=1, length=5, done=4, pages=2, alone=0)
+    young = Place(request=2, length=5, done=4, pages=3, alone=0)
+    step = plan([old, young], 0, limits)
+    assert (step.preempted, dict(step.grown), step.rows) == ((2,), {}, ())
+
+
 class Readers(RuleBasedStateMachine):
     """Pages under any sequence of what requests do with them."""
 
