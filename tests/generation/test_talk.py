@@ -134,6 +134,14 @@ class Terminal:
         before, _, self.seen = self.seen.partition(text)
         return before
 
+    def interrupt_until(self, text):
+        """Ctrl-C, again while nothing comes: one that comes before the reading waits for a key."""
+        for _ in range(60):
+            os.kill(self.process.pid, signal.SIGINT)
+            if select.select([self.fd], [], [], 4)[0]:
+                return self.until(text)
+        raise AssertionError(self.seen)
+
     def say(self, *lines):
         os.write(self.fd, "".join(f"{line}\n" for line in lines).encode())
 
@@ -163,8 +171,8 @@ def test_the_terminal_talks_and_leaves(speaker):
     terminal.until("0 messages")
     terminal.say('"""', "word1", "word2", '"""', "/stats")
     terminal.until("2 messages")
-    os.kill(terminal.process.pid, signal.SIGINT)
-    terminal.until("/exit leaves")
+    terminal.until("> ")
+    terminal.interrupt_until("/exit leaves")
     terminal.say("/warm", "/exit")
     terminal.until("there is no /warm")
     assert terminal.process.wait(60) == 0

@@ -211,7 +211,7 @@ FAULTS = {
         BASE,
     ),
     "one expert's tokens go to the next": (
-        "int4_a8_grouped.py",
+        "rows.py",
         "tl.cumsum(tiles, 0) <= tile",
         "tl.cumsum(tiles, 0) < tile",
         BASE | {"m": 20, "ends": (4, 20)},
