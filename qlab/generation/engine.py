@@ -10,7 +10,7 @@ run one at a time.
 import inspect
 import itertools
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -33,6 +33,7 @@ from qlab.generation.cache import (
     side_by_side,
 )
 from qlab.generation.grammar import Word
+from qlab.generation.images import Placed, placed
 from qlab.generation.pages import NOBODY, Pages
 from qlab.generation.request import ABORT, ERROR, Request
 from qlab.generation.sampling import Drawn, Sampling, draw, told
@@ -111,6 +112,7 @@ class Engine:
         sampling: Sampling,
         told: Callable[[Drawn], bool] = nothing,
         word: Word | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
     ) -> Request:
         """Ask for new tokens behind a prompt.
 
@@ -119,6 +121,8 @@ class Engine:
             sampling: how they are drawn, and how many.
             told: is called with every new token by whoever calls `step`; True ends the text.
             word: what the new text has to be, of a grammar.
+            inputs: what the model takes beside the tokens, as its processor makes it of images.
+                Such a prompt is computed in one part, and shares its pages with no other.
 
         Raises:
             QlabError: an empty prompt, ids outside the vocabulary, or more tokens than a request
@@ -134,6 +138,7 @@ class Engine:
             seed=seed,
             told=told,
             word=word,
+            inputs=inputs or {},
         )
         self._inbox.put(request)
         return request
@@ -209,13 +214,13 @@ class Engine:
         for request in [*self._requests.values()][: self._limits.rows]:
             asks = request.sampling.prompt_logprobs is not None
             if not request.pages and not request.done and not asks:
-                request.pages = self.pages.prefix(request.tokens)
+                request.pages = self.pages.prefix(request.shared)
                 request.done = len(request.pages) * self.pages.size
                 request.cached = max(request.cached, min(request.done, len(request.prompt)))
 
     def _give_back(self, request: Request) -> None:
         """All pages of a request, whose tokens are computed again if it goes on."""
-        self.pages.remember(request.tokens[: request.done], request.pages)
+        self.pages.remember(request.shared[: request.done], request.pages)
         self.pages.drop(request.pages)
         request.pages, request.done, request.states = [], 0, []
 
@@ -239,13 +244,23 @@ class Engine:
             request.states = DynamicCache(config=self.model.config).layers
         asked = request.sampling.prompt_logprobs
         ids = torch.tensor([tokens[part.begin : part.end]], dtype=torch.int64)
-        logits = self._forward(ids, [request], request.states, keep=0 if asked is not None else 1)
+        keep = 0 if asked is not None else 1
+        seen = self._placed(request, ids)
+        logits = self._forward(ids, [request], request.states, keep, seen)
         if asked is not None:
             _tell_prompt(request, part, logits[0], asked)
         request.done = part.end
         if part.end == len(tokens):
-            self.pages.remember(tokens[: request.done], request.pages)
+            self.pages.remember(request.shared[: request.done], request.pages)
             request.accept(draw(logits[:, -1], [request.drawing])[0])
+
+    def _placed(self, request: Request, ids_1q: Tensor) -> Placed | None:
+        """The images of a prompt, among its tokens and those that it got before it began anew."""
+        if not request.inputs:
+            return None
+        seen = placed(self.model, ids_1q, request.inputs, len(request.prompt))
+        request.shift = seen.shift
+        return seen
 
     def _run_rows(self, rows: Sequence[Request]) -> None:
         rows = [request for request in rows if request.finish is None]
@@ -283,17 +298,25 @@ class Engine:
             request.accept(drawn)
 
     def _forward(
-        self, ids_bq: Tensor, requests: Sequence[Request], states: States, keep: int
+        self,
+        ids_bq: Tensor,
+        requests: Sequence[Request],
+        states: States,
+        keep: int,
+        seen: Placed | None = None,
     ) -> Tensor:
-        """Logits [b, keep, v] of the next tokens of requests; of all tokens where keep is 0."""
+        """Logits [b, keep, v] of the next tokens of requests; of all tokens where keep is 0. seen:
+        the images among the tokens."""
         device = self.model.device
         width = max(len(request.pages) for request in requests)
         table = [r.pages + [NOBODY] * (width - len(r.pages)) for r in requests]
         table_bp = torch.tensor(table, dtype=torch.int64, device=device)
         start = torch.tensor([r.done for r in requests], dtype=torch.int64, device=device)
         rows = Rows(self.pool, table_bp, start, ids_bq.shape[1], states)
-        positions = start[:, None] + torch.arange(ids_bq.shape[1], device=device)
+        shift = torch.tensor([r.shift for r in requests], dtype=torch.int64, device=device)
+        positions = (start + shift)[:, None] + torch.arange(ids_bq.shape[1], device=device)
         more: dict[str, Any] = {"position_ids": positions, "logits_to_keep": keep}
+        more |= seen.inputs if seen else {}
         taken = {name: value for name, value in more.items() if name in self._takes}
         taken[self._cache_argument] = rows
         return self.model(ids_bq.to(device), use_cache=True, **taken).logits

@@ -1,7 +1,9 @@
 """What somebody asked an engine for, and how far it is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from qlab.generation.cache import States
 from qlab.generation.grammar import Word
@@ -19,7 +21,9 @@ class Request:
     token, and says whether the text ends with it. drawn: the new tokens. prompt_drawn: those of the
     prompt but for the first one, where their log-probabilities were asked for. cached: tokens of
     the prompt that were in the cache. finish: how it ended, or None. error: why it failed.
-    word: what the new text has to be, of a grammar.
+    word: what the new text has to be, of a grammar. inputs: what the model takes of the prompt
+    beside its tokens (images). shift: by how much positions behind the prompt differ from counts of
+    tokens.
     """
 
     number: int
@@ -37,6 +41,8 @@ class Request:
     error: Exception | None = None
     word: Word | None = None
     is_cancelled: bool = False
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    shift: int = 0
 
     @property
     def new(self) -> list[int]:
@@ -47,6 +53,12 @@ class Request:
     def tokens(self) -> list[int]:
         """All token ids."""
         return self.prompt + self.new
+
+    @property
+    def shared(self) -> list[int]:
+        """The tokens by which others may find its pages: none where tokens do not say what an image
+        shows."""
+        return [] if self.inputs else self.tokens
 
     @property
     def drawing(self) -> Drawing:
@@ -67,6 +79,7 @@ class Request:
             done=self.done,
             pages=len(self.pages),
             alone=alone,
+            is_uncut=bool(self.inputs),
         )
 
     def cancel(self) -> None:

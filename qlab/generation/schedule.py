@@ -17,7 +17,7 @@ class Place:
 
     request: its number; those that came first have smaller ones. length: how many tokens it has.
     done: for how many of them keys and values are written. pages: how many pages it holds. alone:
-    how many of these nobody else reads.
+    how many of these nobody else reads. is_uncut: whether its prompt is one part.
     """
 
     request: int
@@ -25,6 +25,7 @@ class Place:
     done: int
     pages: int
     alone: int
+    is_uncut: bool = False
 
     @property
     def is_ready(self) -> bool:
@@ -107,7 +108,8 @@ class _Draft:
     def add_parts(self, place: Place) -> None:
         begin = place.done
         while begin < place.length and (self.tokens > 0 or not self.parts):
-            end = min(place.length, (begin // self.limits.chunk + 1) * self.limits.chunk)
+            part = place.length if place.is_uncut else self.limits.chunk
+            end = min(place.length, (begin // part + 1) * part)
             if not self._room(place, end):
                 return
             self.parts.append(Part(request=place.request, begin=begin, end=end))

@@ -1,0 +1,207 @@
+"""Images in chats: what a model's own processor makes of them, and at which positions they stand.
+
+A chat holds them as parts of a content, beside {"type": "text", "text": ...}:
+
+    {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}      OpenAI's
+    {"type": "image", "path": "cat.png"}                                          transformers'
+
+Nothing is fetched from a network.
+"""
+
+import base64
+import binascii
+import inspect
+import io
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qlab.errors import QlabError, first_line, printable
+from qlab.process.extras import needed
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+PIXELS = 2**24  # of an image
+IMAGES = 16  # of a prompt
+OF_TOKENS = ("input_ids", "attention_mask")  # what a processor gives beside the images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """A prompt as a model takes it: token ids, and what its processor makes of images."""
+
+    ids: list[int]
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """inputs: arguments of a model for a prompt with images. shift: by how much the positions
+    behind the prompt differ from counts of tokens."""
+
+    inputs: Mapping[str, Tensor]
+    shift: int
+
+
+class ImageReader:
+    """Reads chats with images for a model, by its processor. May be called from any thread.
+
+    Args:
+        processor: of transformers.
+    """
+
+    def __init__(self, processor: Any):
+        self.processor, self._lock = processor, threading.Lock()
+
+    def encoded(self, chat: Sequence[Mapping[str, Any]], **template: Any) -> Encoded:
+        """The prompt that a chat is. template: what its template takes beside the messages."""
+        pictures: list[Any] = []
+        messages = [{**m, "content": _parts(m.get("content"), pictures)} for m in chat]
+        with self._lock:
+            text = self.processor.apply_chat_template(messages, tokenize=False, **template)
+            processed = self.processor(
+                text=[text], images=pictures or None, return_tensors="pt", add_special_tokens=False
+            )
+        inputs = {
+            name: value
+            for name, value in processed.items()
+            if isinstance(value, Tensor) and name not in OF_TOKENS
+        }
+        if "cross_attention_mask" in inputs:
+            raise QlabError(
+                "the model reads images by an attention of their own, which the cache does not "
+                "hold; send text alone"
+            )
+        ids = processed["input_ids"][0].tolist()
+        return Encoded(ids=ids, inputs=inputs if pictures else {})
+
+
+def has_images(chat: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a message of a chat has a part that is not text."""
+    contents = [message.get("content") for message in chat]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(part.get("type") != "text" for part in parts)
+
+
+def as_text(chat: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A chat without images, whose contents are texts: one line for each part."""
+    return [{**message, **_text(message.get("content"))} for message in chat]
+
+
+def _text(content: Any) -> dict[str, str]:
+    if not isinstance(content, list):
+        return {}
+    return {"content": "\n".join(str(part.get("text", "")) for part in content)}
+
+
+def _parts(content: Any, pictures: list[Any]) -> list[dict[str, Any]]:
+    """The content as templates of processors read it; its images are added to the pictures."""
+    if not isinstance(content, list):
+        return [{"type": "text", "text": content}] if content else []
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        if part.get("type") == "text":
+            parts.append({"type": "text", "text": part.get("text", "")})
+            continue
+        if len(pictures) == IMAGES:
+            raise QlabError(f"a prompt has at most {IMAGES} images; send fewer")
+        pictures.append(_picture(part))
+        parts.append({"type": "image"})
+    return parts
+
+
+# ------------------------------------------------------------------ pictures
+def _picture(part: Mapping[str, Any]) -> Any:
+    """The image of a part of a content, in RGB."""
+    if part.get("type") == "image" and isinstance(part.get("path"), str):
+        return opened(Path(part["path"]).expanduser())
+    url = part.get("image_url")
+    url = url.get("url") if isinstance(url, Mapping) else url
+    if part.get("type") != "image_url" or not isinstance(url, str):
+        raise QlabError(
+            f"a part of a content is {printable(str(part.get('type')))!r}; there are text, "
+            "image_url with a url, and image with a path"
+        )
+    return decoded(_bytes_of(url), "the image")
+
+
+def _bytes_of(url: str) -> bytes:
+    head, comma, code = url.partition(",")
+    if not (head.startswith("data:image/") and head.endswith(";base64") and comma):
+        raise QlabError(
+            f"the url of an image begins with {printable(url[:24])!r}; images are sent as data "
+            "urls, data:image/png;base64,..."
+        )
+    try:
+        return base64.b64decode(code, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise QlabError(f"the image is not base64 ({first_line(error)}); encode it so") from error
+
+
+def opened(path: Path) -> Any:
+    """The image of a file, in RGB."""
+    try:
+        return decoded(path.read_bytes(), str(path))
+    except OSError as error:
+        raise QlabError(f"the image {path} cannot be read ({error.strerror})") from error
+
+
+def decoded(content: bytes, name: str) -> Any:
+    """An image in RGB. QlabError for what is none, or has too many pixels."""
+    image = needed("PIL.Image", "images")
+    try:
+        picture = image.open(io.BytesIO(content), formats=FORMATS)
+        width, height = picture.size
+        picture = picture.convert("RGB") if width * height <= PIXELS else None
+    except Exception as error:  # whatever the decoder of a format makes of damaged bytes
+        raise QlabError(
+            f"{name} cannot be read ({first_line(error)}); give one of {', '.join(FORMATS)}"
+        ) from error
+    if picture is None:
+        raise QlabError(f"{name} is {width} x {height}; give one of at most {PIXELS} pixels")
+    return picture
+
+
+def data_url(path: Path) -> str:
+    """A file as the url of a part. QlabError where it is no image."""
+    opened(path)
+    return "data:image/*;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+# ------------------------------------------------------------------ positions
+def placed(
+    model: PreTrainedModel, ids_1q: Tensor, inputs: Mapping[str, Tensor], prompt: int
+) -> Placed:
+    """What a model takes beside the token ids [1, q] of a prompt with images, and new tokens.
+
+    Positions of several axes (M-RoPE) are those of the model's own `get_rope_index`.
+
+    Args:
+        prompt: how many of the tokens are the prompt's.
+    """
+    taken = {name: _on(model, value) for name, value in inputs.items()}
+    for name, value in taken.items():
+        if value.shape == (1, prompt):  # a kind for each token; new ones are text
+            taken[name] = torch.nn.functional.pad(value, (0, ids_1q.shape[1] - prompt))
+    rule = getattr(model.base_model, "get_rope_index", None)
+    if rule is None:
+        rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+        if "mrope_section" in rope:
+            raise QlabError(
+                f"{type(model).__name__} gives tokens of images positions by a rule that it does "
+                "not name; send text alone"
+            )
+        return Placed(inputs=taken, shift=0)
+    takes = inspect.signature(rule).parameters
+    known = {name: value for name, value in taken.items() if name in takes}
+    positions, shift = rule(ids_1q.to(model.device), **known)
+    return Placed(inputs={**taken, "position_ids": positions}, shift=int(shift))
+
+
+def _on(model: PreTrainedModel, value: Tensor) -> Tensor:
+    return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
