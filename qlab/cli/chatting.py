@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qlab.cli.opening import Activations, Dtype, Head, roundings
 from qlab.cli.options import Device, Model
 from qlab.errors import QlabError, printable
 from qlab.process.progress import say
@@ -13,23 +14,14 @@ if TYPE_CHECKING:
 
 BLOCK = '"""'  # a line of it begins and ends a text of several lines
 YOURS, MORE = "> ", "... "
-NONE = "none"
 
 
 def chat(
     model: Model,
     device: Device = "cpu",
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="of the activations: bfloat16, float16 or float32")
-    ] = "bfloat16",
-    activations: Annotated[
-        str,
-        typer.Option(
-            "--activations",
-            help="int8 or none; kernels round activations of quantized models to int8 on a CPU, "
-            "which is faster and not quite the model",
-        ),
-    ] = "",
+    dtype: Dtype = "bfloat16",
+    activations: Activations = "",
+    head: Head = "",
     system: Annotated[str, typer.Option("--system", help="what the model is told first")] = "",
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="of a reply")] = 512,
 ) -> None:
@@ -38,13 +30,12 @@ def chat(
     from qlab.generation.talk import Talk
 
     opened = qlab.open(model)
-    rounding = activations or ("int8" if opened.quantized and device == "cpu" else NONE)
     ready = qlab.pipeline(
         opened,
         device=device,
         dtype=dtype,  # type: ignore[arg-type]
-        activations=None if rounding == NONE else rounding,  # type: ignore[arg-type]
         rows=1,
+        **roundings(opened, device, activations, head),  # type: ignore[arg-type]
     )
     with ready as pipe:
         _talk(Talk(pipe=pipe, system=system, settings={"max_tokens": max_tokens}))

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qlab.cli.opening import NONE, Activations, Dtype, Head, roundings
 from qlab.cli.options import Device, Model
 from qlab.cli.output import console
 
@@ -23,12 +24,9 @@ def answer(
         Path, typer.Option("--out", help="JSON lines; what is there already is not asked again")
     ],
     device: Device = "cpu",
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="of the activations: bfloat16, float16 or float32")
-    ] = "bfloat16",
-    activations: Annotated[
-        str, typer.Option("--activations", help="int8: let kernels round activations to it")
-    ] = "",
+    dtype: Dtype = "bfloat16",
+    activations: Activations = NONE,
+    head: Head = NONE,
     rows: Annotated[int, typer.Option("--rows", min=1, help="prompts at a time")] = 16,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="of a reply")] = 256,
     temperature: Annotated[
@@ -45,12 +43,13 @@ def answer(
     settings: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}
     given = {"temperature": temperature, "top_p": top_p}
     settings |= {name: value for name, value in given.items() if value != UNSET}
+    opened = qlab.open(model)
     ready = qlab.pipeline(
-        model,
+        opened,
         device=device,
         dtype=dtype,  # type: ignore[arg-type]
-        activations=activations or None,  # type: ignore[arg-type]
         rows=rows,
+        **roundings(opened, device, activations, head),  # type: ignore[arg-type]
     )
     with ready as pipe:
         done = answer_file(pipe, prompts, answers, settings)

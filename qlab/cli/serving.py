@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qlab.cli.opening import Activations, Dtype, Head, roundings
 from qlab.cli.options import Device, Model
 from qlab.errors import QlabError
 from qlab.process.extras import needed
@@ -20,16 +21,9 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="the address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 8000,
     device: Device = "cpu",
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="of the activations: bfloat16, float16 or float32")
-    ] = "bfloat16",
-    activations: Annotated[
-        str,
-        typer.Option(
-            "--activations",
-            help="int8 or none; kernels round activations of quantized models to int8 on a CPU",
-        ),
-    ] = "",
+    dtype: Dtype = "bfloat16",
+    activations: Activations = "",
+    head: Head = "",
     name: Annotated[
         str, typer.Option("--served-model-name", help="(default: the directory's)")
     ] = "",
@@ -71,18 +65,19 @@ def serve(
     if not keys and host not in LOCAL:
         say(f"qlab: {host} is open to others and asks for no key; --api-key sets one")
     opened = qlab.open(model)
-    rounding = activations or ("int8" if opened.quantized and device == "cpu" else "none")
+    rounded = roundings(opened, device, activations, head)
     pipe = qlab.pipeline(
         opened,
         device=device,
         dtype=dtype,  # type: ignore[arg-type]
-        activations=None if rounding == "none" else rounding,  # type: ignore[arg-type]
         rows=max_num_seqs,
         max_length=max_model_len,
+        **rounded,  # type: ignore[arg-type]
     )
     facts = {
         "max_model_len": pipe.engine.longest,
-        "activations": dtype if rounding == "none" else rounding,
+        "activations": rounded["activations"] or dtype,
+        "head": rounded["head"] or "as it is",
         "cache_mib": round(pipe.engine.pool.nbytes() / 2**20),
         "weights_mib": round(_bytes(pipe) / 2**20),
     }

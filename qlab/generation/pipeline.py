@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from qlab.algebra.spec import Spec
 from qlab.data.calibration import tokenizer_of
 from qlab.errors import QlabError, first_line
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
@@ -18,6 +19,7 @@ from qlab.generation.request import STOP, Request
 from qlab.generation.sampling import Drawn, Sampling
 from qlab.generation.text import GrowingText
 from qlab.lowering import lower
+from qlab.lowering.around.coded_head import code_head
 from qlab.lowering.devices import device_named
 from qlab.lowering.weights.setting import Activations
 from qlab.process.progress import progress
@@ -247,6 +249,7 @@ def pipeline(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     activations: Activations | None = None,
+    head: Spec | None = None,
     rows: int = 16,
     max_length: int | None = None,
 ) -> Pipeline:
@@ -260,6 +263,7 @@ def pipeline(
         device: 'cpu', 'cuda' or 'cuda:N'.
         dtype: of the activations.
         activations: as `qlab.lower` takes it; of quantized directories alone.
+        head: as `qlab.lower` takes it; of dense directories too.
         rows: how many requests run at a time.
         max_length: tokens of a request, prompt and reply; None takes what the model takes, at most
             4096.
@@ -280,17 +284,21 @@ def pipeline(
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     tokenizer = tokenizer_of(checkpoint)
-    ready = _loaded(checkpoint, device, dtype, activations)
+    ready = _loaded(checkpoint, device, dtype, activations, head)
     defaults = _defaults(ready.generation_config, tokenizer)
     return Pipeline(ready, tokenizer, defaults, rows=rows, max_length=max_length)
 
 
 def _loaded(
-    checkpoint: Checkpoint, device: Any, dtype: torch.dtype, activations: Activations | None
+    checkpoint: Checkpoint,
+    device: Any,
+    dtype: torch.dtype,
+    activations: Activations | None,
+    head: Spec | None,
 ) -> PreTrainedModel:
     """The model of a directory, lowered where it is quantized."""
     if checkpoint.quantized:
-        return lower(checkpoint, device, dtype, activations=activations)
+        return lower(checkpoint, device, dtype, activations=activations, head=head)
     if activations is not None:
         raise QlabError(
             f"activations={activations!r} is for quantized models, and {checkpoint.path} is none; "
@@ -299,7 +307,10 @@ def _loaded(
     model: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint.path, dtype=dtype, local_files_only=True
     )
-    return model.to(device_named(device)).eval()
+    model = model.to(device_named(device)).eval()
+    if head is not None:
+        code_head(model, head, dtype, activations)
+    return model
 
 
 def _defaults(config: GenerationConfig | None, tokenizer: Any) -> Sampling:

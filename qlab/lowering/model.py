@@ -9,9 +9,11 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from qlab.algebra.qtensor import dense
+from qlab.algebra.spec import Spec
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.lowering.around.attended import Attended, attend, attended_in
+from qlab.lowering.around.coded_head import code_head, untie
 from qlab.lowering.around.inputs import RoundedInput
 from qlab.lowering.around.rotated import attach, rotations
 from qlab.lowering.assembling import (
@@ -37,6 +39,7 @@ def lower(
     dtype: torch.dtype = torch.bfloat16,
     dense_cache: bool = False,
     activations: Activations | None = None,
+    head: Spec | None = None,
 ) -> PreTrainedModel:
     """A quantized directory as a Hugging Face model that runs fast.
 
@@ -45,12 +48,11 @@ def lower(
     at a time; the directory stays as it is. The first kernel of a table that takes a weight
     multiplies it; `repr` shows which, as the layout, and why a faster one does not. Where none
     takes the codes, the module holds them as bit streams and dequantizes them for every call.
-    Embeddings (even with codes), norms and an unquantized head are
-    dense. What the directory rotates or rounds at run time is rotated or rounded: inputs, and the
-    queries, keys and values that attention reads, also where no weight has codes. A cache of these
-    holds numbers of `dtype`, not codes: it is as large as without a scheme, and every step rounds
-    what it reads of it. The value of `qlab.apply` is lowered while it is solved, without a
-    directory.
+    Embeddings (even with codes) and norms are dense, and so is an unquantized head without `head`.
+    What the directory rotates or rounds at run time is rotated or rounded: inputs, and the queries,
+    keys and values that attention reads, also where no weight has codes. A cache of these holds
+    numbers of `dtype`, not codes: it is as large as without a scheme, and every step rounds what it
+    reads of it. The value of `qlab.apply` is lowered while it is solved, without a directory.
 
     `generate()` works, and so does `torch.compile`, with `options=inductor_options()` for the fused
     kernels; the model can be exported. Warns of what is slower than it could be: weights without a
@@ -66,6 +68,9 @@ def lower(
         activations: "int8" lets kernels that can round activations to 8-bit integers, where the
             directory leaves them as they are: faster, and not quite the directory's function. None
             rounds nothing that the directory does not.
+        head: a spec such as 'int8-channel', to which the weight of an unquantized head is rounded
+            while it is loaded: faster for few tokens, and not quite the directory's function. None
+            leaves the head dense.
 
     Returns:
         The model in evaluation mode. Its weights cannot be saved, because they are packed for one
@@ -85,6 +90,8 @@ def lower(
     """
     place = Place(dtype, device_named(device), dense_cache, checked_activations(activations))
     lowered = put_together(model, place)
+    if head is not None:
+        code_head(lowered, head, dtype, place.activations)
     if not dense_cache:
         cure = "; dense_cache=True dequantizes once"
         warn_slow(lowered, dtype, place.device, cure, activations=place.activations)
@@ -201,12 +208,4 @@ def _tie(skeleton: Skeleton, own: Collection[str]) -> None:
         if name in parameters and keeper in parameters:
             owner_of(model, name)._parameters[name.rpartition(".")[2]] = parameters[keeper]
     if skeleton.names.apart or len(tied) < len(skeleton.names.tied):
-        _untie(skeleton, tied)
-
-
-def _untie(skeleton: Skeleton, tied: dict[str, str]) -> None:
-    """Let transformers tie no weights again that are apart here. tied: those that are not."""
-    model = skeleton.model
-    model.all_tied_weights_keys = tied
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False
+        untie(model, tied)
