@@ -1,0 +1,284 @@
+"""Which part of a model each of several ranks holds (tensor parallel): what the model's own plan
+cuts, and over how many ranks that is possible, from headers alone.
+
+transformers names a style for modules (`tp_plan`). A weight [o, k] that is cut by outputs gives a
+part of y; one that is cut by inputs gives a summand of y, from its part of x. Between the two, a
+rank has the attention heads and the channels that it holds and no others, so that all cuts between
+them are at the same places.
+
+    whole model -> each rank: its rows of q, k, v, gate, up; its columns of o, down;  y = sum of y_r
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+
+from qlab.algebra.online import QuantizeInput, matrix_of
+from qlab.algebra.spec import InputSpec
+from qlab.errors import QlabError
+from qlab.files.checkpoint import Checkpoint
+from qlab.model.online import at_input, at_output
+from qlab.model.skeleton import Skeleton
+
+Axis = Literal["o", "k"]
+G_IDX = "g_idx"  # ends the name of a tensor that gives each input channel its group
+
+
+@dataclass(frozen=True)
+class Style:
+    """What a style of a plan means where no gradient is wanted.
+
+    axis: along which the weight is cut, None where every rank has it whole. packed: how many
+    weights lie one behind the other along it, each of which is cut. splits: whether the input comes
+    whole, so that a rank takes its part of it. behind: what becomes of the output: the ranks'
+    summands are summed, or their parts gathered.
+    """
+
+    axis: Axis | None = None
+    packed: int = 1
+    splits: bool = False
+    behind: Literal["sum", "gather"] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether parts of the weight meet parts of others, so that all are cut alike."""
+        return self.axis is not None and not self.splits and self.behind != "gather"
+
+
+GATHERED, SPLIT = Style("o", behind="gather"), Style("k", splits=True, behind="sum")
+STYLES: Mapping[str, Style] = {
+    "colwise": Style("o"),
+    "colwise_rep": GATHERED,
+    "colwise_gather_output": GATHERED,
+    "packed_colwise": Style("o", packed=2),
+    "rowwise": Style("k", behind="sum"),
+    "rowwise_rep": SPLIT,
+    "rowwise_split_input": SPLIT,
+    "packed_rowwise": Style("k", packed=2),
+    "embedding_rowwise": Style("o", behind="sum"),
+    "moe_tp_experts": Style(behind="sum"),
+    "all_reduce": Style(behind="sum"),
+    # what these do concerns gradients, or how transformers holds a parameter
+    "replicate": Style(),
+    "replicated_with_grad_allreduce": Style(),
+    "mla_kv_a_proj": Style(),
+    "local_params": Style(),
+}
+
+
+class Limit(NamedTuple):
+    """What keeps a degree from being legal: it has to divide `count`. what: `count` of these."""
+
+    what: str
+    count: int
+
+
+# ------------------------------------------------------------------ the plan
+def styles_of(skeleton: Skeleton) -> dict[str, Style]:
+    """Name of a module, or of a fused weight of experts -> its style, of all that have one.
+
+    Errors: a model without a plan, one whose plan cuts nothing inside its blocks, a style that qlab
+    does not know, or one at what it cannot cut.
+    """
+    model, kind = skeleton.model, skeleton.checkpoint.raw.get("model_type")
+    plan = getattr(model, "tp_plan", None) or {}
+    names = [name for name, _ in model.named_modules()]
+    names += [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+    named = {name: plan[generic(name)] for name in names if generic(name) in plan}
+    for name, style in named.items():
+        if style not in STYLES:
+            raise QlabError(
+                f"{generic(name)} has the tensor parallel style {style!r}, which qlab does not "
+                "know; run the model in one process"
+            )
+    styles = {name: _turned(model, name, STYLES[style]) for name, style in named.items()}
+    inside = tuple(f"{path}." for path in skeleton.blocks)
+    if not any(style.axis and name.startswith(inside) for name, style in styles.items()):
+        raise QlabError(
+            f"transformers has no tensor parallel plan for the blocks of a {kind}; run the model "
+            "in one process"
+        )
+    for name, style in styles.items():
+        _refuse_uncuttable(model, name, style)
+    return styles
+
+
+def generic(name: str) -> str:
+    """A name with a star in the place of each number, as plans write it."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def _turned(model: nn.Module, name: str, style: Style) -> Style:
+    """The style of the weight as codes have it, [o, k]: some experts are [e, k, o] in the model."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    is_fused = style.axis is not None and name.rpartition(".")[2] in owner._parameters
+    if not is_fused:
+        return style
+    turned: Axis = "k" if style.axis == "o" else "o"
+    # the sum is that of the module of all experts, which has a style of its own
+    return replace(
+        style, axis=turned if getattr(owner, "is_transposed", False) else style.axis, behind=None
+    )
+
+
+def _refuse_uncuttable(model: nn.Module, name: str, style: Style) -> None:
+    if style.axis is None:
+        return
+    owner, key = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    fused = owner._parameters.get(key)
+    has_biases = fused is not None and f"{key}_bias" in owner._parameters
+    if has_biases or not (fused is not None or isinstance(_at(model, name), LEAVES)):
+        what = "experts with biases" if has_biases else f"a {type(_at(model, name)).__name__}"
+        raise QlabError(
+            f"{generic(name)} is {what}, which qlab does not cut for several ranks; run the model "
+            "in one process"
+        )
+
+
+LEAVES = (nn.Linear, nn.Embedding)
+
+
+def _at(model: nn.Module, name: str) -> Any:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return getattr(owner, name.rpartition(".")[2])
+
+
+# ------------------------------------------------------------------ the degrees
+def degrees(model: Checkpoint | Skeleton) -> tuple[int, ...]:
+    """Over how many ranks a directory can run, in rising order, from headers alone.
+
+    Errors: a model whose plan qlab cannot follow (`styles_of`).
+    """
+    skeleton = model if isinstance(model, Skeleton) else Skeleton(model, model.dtype)
+    return _divisors(limits(skeleton, styles_of(skeleton)))
+
+
+def _divisors(found: tuple[Limit, ...]) -> tuple[int, ...]:
+    common = math.gcd(*(limit.count for limit in found))
+    return tuple(n for n in range(1, common + 1) if common % n == 0)
+
+
+def refuse_degree(limits: tuple[Limit, ...], world: int) -> None:
+    """Refuse a number of ranks that is not legal, with those that are."""
+    broken = [limit for limit in limits if limit.count % world]
+    if broken:
+        legal = ", ".join(map(str, _divisors(limits)))
+        raise QlabError(
+            f"{broken[0].count} {broken[0].what} cannot be divided over {world} ranks; run it on "
+            f"{legal}"
+        )
+
+
+def limits(skeleton: Skeleton, styles: Mapping[str, Style]) -> tuple[Limit, ...]:
+    """What a degree has to divide, each once: heads, and the scales along what is cut. What is
+    gathered outside of the blocks, such as logits, may be in unequal parts and limits nothing."""
+    inside = tuple(f"{path}." for path in skeleton.blocks)
+    found: dict[Limit, None] = {}
+    for name, style in styles.items():
+        limits_ranks = style.axis is not None and (style.is_open or name.startswith(inside))
+        if limits_ranks and not isinstance(_at(skeleton.model, name), nn.Embedding):
+            found |= dict.fromkeys(_limits_of(skeleton, name, style))
+    if any(extra.attended and extra.applied for extra in skeleton.checkpoint.extras):
+        found[Limit("set of scales for what all heads of an attention read", 1)] = None
+    return tuple(found)
+
+
+def _limits_of(skeleton: Skeleton, name: str, style: Style) -> Iterator[Limit]:
+    """What a degree has to divide because of one weight."""
+    if style.is_open:
+        yield from _heads(skeleton, name)
+    size, unit = parts_of(skeleton, name, style)
+    what = f"{'outputs' if style.axis == 'o' else 'inputs'} of {generic(name)}"
+    if size % unit:
+        yield Limit(f"last group of the {size} {what}, which {unit} does not divide,", 1)
+    else:
+        yield Limit(what if unit == 1 else f"groups of {unit} {what}", size // unit)
+    if style.axis == "k":
+        yield from _limits_of_inputs(skeleton, name)
+
+
+def _heads(skeleton: Skeleton, name: str) -> Iterator[Limit]:
+    """The heads of the attention that a linear belongs to, if it does."""
+    attention, path = _attention_around(skeleton.model, name)
+    if attention is None:
+        return
+    config = getattr(attention, "config", skeleton.model.config.get_text_config())
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        raise QlabError(
+            f"{generic(path)} does not say how many heads it has, so that qlab cannot cut it "
+            "between them; run the model in one process"
+        )
+    groups = getattr(attention, "num_key_value_groups", None)
+    shared = heads // groups if groups else getattr(config, "num_key_value_heads", None)
+    yield Limit(f"key-value heads of {generic(path)}", shared or heads)
+    yield Limit(f"heads of {generic(path)}", heads)
+
+
+def _attention_around(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
+    """The innermost attention that has a module, and its name."""
+    path = name
+    while path:
+        path = path.rpartition(".")[0]
+        module = model.get_submodule(path)
+        is_named = "attention" in type(module).__name__.lower()
+        if is_named or hasattr(module, "num_key_value_groups"):
+            return module, path
+    return None, ""
+
+
+def parts_of(skeleton: Skeleton, name: str, style: Style) -> tuple[int, int]:
+    """(channels along the axis that is cut, of one of the packed weights; how many of them stay
+    together)."""
+    is_fused = skeleton.names.fused(name)
+    weight = name if is_fused else f"{name}.weight"
+    shape = skeleton.model.get_parameter(weight).shape[-2:]
+    owner = skeleton.model.get_submodule(name.rpartition(".")[0])
+    turned = is_fused and getattr(owner, "is_transposed", False)
+    o, k = (shape[1], shape[0]) if turned else (shape[0], shape[1])
+    pieces = skeleton.names.pieces(weight)
+    specs = {skeleton.checkpoint.quantized.get(piece.module) for piece in pieces} - {None}
+    if style.axis == "o":
+        units = [spec.tile.rows or 1 for spec in specs if spec]
+        matrices = () if is_fused else map(matrix_of, at_output(skeleton, name))
+    else:
+        units = [spec.tile.cols or 1 for spec in specs if spec]
+        matrices = map(matrix_of, at_input(skeleton, name))
+    units += [M.shape[-1] for M in matrices if M is not None]
+    return (o if style.axis == "o" else k) // style.packed, math.lcm(*units)
+
+
+def _limits_of_inputs(skeleton: Skeleton, name: str) -> Iterator[Limit]:
+    """What keeps the inputs of a weight together beside its own scales."""
+    checkpoint = skeleton.checkpoint
+    for module in skeleton.names.modules(name):
+        inputs: InputSpec | None = checkpoint.inputs.get(module)
+        if inputs is not None:
+            yield from _limits_of_rounding(skeleton, name, inputs)
+        if any(_is_reordered(checkpoint, part) for part in checkpoint.parts(module)):
+            yield Limit(f"order of its own that the inputs of {generic(name)} have", 1)
+    for op in at_input(skeleton, name):
+        if not isinstance(op, QuantizeInput) and (M := matrix_of(op)) is not None and M.ndim > 2:
+            yield Limit(f"matrix for each block of the inputs of {generic(name)}", 1)
+
+
+def _limits_of_rounding(skeleton: Skeleton, name: str, inputs: InputSpec) -> Iterator[Limit]:
+    k = parts_of(skeleton, name, Style("k"))[0]
+    cols = inputs.spec.tile.cols
+    if cols is not None:
+        count = k // cols if k % cols == 0 else 1
+        yield Limit(f"groups of {cols} inputs of {generic(name)} that are rounded together", count)
+    elif not inputs.static:
+        yield Limit(f"scale for all inputs of a token that {generic(name)} rounds", 1)
+
+
+def _is_reordered(checkpoint: Checkpoint, part: str) -> bool:
+    """Whether a tensor says that the channels of a group do not lie side by side."""
+    if not part.endswith(G_IDX):
+        return False
+    groups = checkpoint.tensor(part)
+    return bool((groups.diff() < 0).any())
