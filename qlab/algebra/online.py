@@ -3,6 +3,7 @@ scaling and shifting it, multiplying it with a matrix."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,11 @@ class QuantizeInput:
     scales: Tensor | None = None
     zeros: Tensor | None = None
     outer: Tensor | None = None
+
+    @property
+    def grid(self) -> Grid:
+        """How scales that are computed come from a range."""
+        return minmax
 
     @property
     def input_spec(self) -> InputSpec:
@@ -58,18 +64,25 @@ class QuantizeClipped:
     """x -> dense(round(x)) as `QuantizeInput` computes it from each x, with both ends of every
     range times `share`, and numbers beyond them clamped to these.
 
-    spec: its tiles lie over [tokens, k].
+    spec: its tiles lie over [tokens, k]. scales, zeros: none is fixed beforehand.
     """
+
+    scales: ClassVar[None] = None
+    zeros: ClassVar[None] = None
 
     spec: Spec
     share: float
+
+    @property
+    def grid(self) -> Grid:
+        """How scales come from a range."""
+        return clipped(self.share)
 
     def __call__(self, x: Tensor) -> Tensor:
         return _straight_through(self._rounded, x)
 
     def _rounded(self, x: Tensor) -> Tensor:
-        grid = clipped(self.share)
-        return _as_rows(lambda x_nk: encode(grid, x_nk, self.spec), x, self.spec)
+        return _as_rows(lambda x_nk: encode(self.grid, x_nk, self.spec), x, self.spec)
 
 
 def clipped(share: float) -> Grid:

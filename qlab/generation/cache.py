@@ -10,6 +10,7 @@ and taken apart behind it.
 import copy
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,42 +18,51 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from qlab.generation.coded import Coders, Codes, Numbers, Shapes, Slots
+
 States = list[Any]  # the cache's layer objects of one request, in which recurrent states are
 
 
-class Pool:
-    """The slots of every layer that has keys and values: tensors [slots, heads, channels].
+@dataclass(frozen=True, kw_only=True)
+class Layers:
+    """What is stored of a token.
 
-    Args:
-        shapes: layer -> (heads, channels of a key, channels of a value).
-        pages, size: how many pages there are beside that of nobody, and tokens of a page.
-        dtype, device: of what is stored.
+    shapes: layer -> (heads, channels of a key, channels of a value). dtype: of what is stored as
+    numbers. coders: layer, "key" or "value" -> what is stored as codes becomes by it.
     """
 
-    def __init__(
-        self,
-        shapes: dict[int, tuple[int, int, int]],
-        pages: int,
-        size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        self.size, self.dtype, self.device = size, dtype, device
+    shapes: Shapes
+    dtype: torch.dtype
+    device: torch.device
+    coders: Coders = field(default_factory=dict)
+
+    @property
+    def bytes_of_token(self) -> int:
+        """Of its keys and values in all layers."""
+        return Pool(self, 0, 1).nbytes()
+
+
+class Pool:
+    """The slots of every layer that has keys and values.
+
+    Args:
+        layers: what is stored of a token.
+        pages, size: how many pages there are beside that of nobody, and tokens of a page.
+    """
+
+    def __init__(self, layers: Layers, pages: int, size: int):
+        self.layers, self.size = layers, size
         slots = (pages + 1) * size
-        self.keys, self.values = {}, {}
-        for layer, (heads, of_key, of_value) in shapes.items():
-            self.keys[layer] = torch.zeros(slots, heads, of_key, dtype=dtype, device=device)
-            self.values[layer] = torch.zeros(slots, heads, of_value, dtype=dtype, device=device)
+        self.keys: dict[int, Slots] = {}
+        self.values: dict[int, Slots] = {}
+        for layer, (heads, of_key, of_value) in layers.shapes.items():
+            self.keys[layer] = _slots(layers, (layer, "key"), slots, heads, of_key)
+            self.values[layer] = _slots(layers, (layer, "value"), slots, heads, of_value)
 
     def nbytes(self) -> int:
         """Bytes of all slots."""
-        return sum(t.nbytes for t in (*self.keys.values(), *self.values.values()))
-
-    @staticmethod
-    def bytes_of_token(shapes: dict[int, tuple[int, int, int]], dtype: torch.dtype) -> int:
-        """Bytes of the keys and values of a token in all layers."""
-        sizes = [heads * (of_key + of_value) for heads, of_key, of_value in shapes.values()]
-        return sum(sizes) * dtype.itemsize
+        every = (*self.keys.values(), *self.values.values())
+        return sum(t.nbytes for slots in every for t in slots.tensors)
 
     def slots(self, table_bp: Tensor) -> Tensor:
         """The slots [b, p * size] of pages [b, p]."""
@@ -92,10 +102,14 @@ class Rows(Cache):
             self._stored(self.pool.values[layer_idx], value_states),
         )
 
-    def _stored(self, slots_nhd: Tensor, x_bhqd: Tensor) -> Tensor:
-        rows = x_bhqd.transpose(1, 2).flatten(0, 1).to(slots_nhd.dtype)
-        slots_nhd.index_put_((self.writes.flatten(),), rows)
-        return slots_nhd[self.reads].transpose(1, 2).to(x_bhqd.dtype)
+    def _stored(self, slots: Slots, x_bhqd: Tensor) -> Tensor:
+        slots.write(self.writes.flatten(), x_bhqd)
+        return slots.read(self.reads, x_bhqd.dtype)
+
+    def decodes(self, layer_idx: int) -> tuple[str, ...]:
+        """Which of "key" and "value" come back as an attention rounds them."""
+        coders = self.pool.layers.coders
+        return tuple(kind for kind in ("key", "value") if (layer_idx, kind) in coders)
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """The position of each row's first new token; a number of a single row."""
@@ -115,6 +129,14 @@ class Rows(Cache):
         return True
 
 
+def _slots(layers: Layers, place: tuple[int, str], slots: int, heads: int, channels: int) -> Slots:
+    """Empty slots of the keys or the values of a layer."""
+    coder = layers.coders.get(place)
+    if coder is None:
+        return Numbers(slots, heads, channels, layers.dtype, layers.device)
+    return Codes(slots, heads, channels, coder, layers.device)
+
+
 def probed(model: PreTrainedModel) -> DynamicCache:
     """A cache of one token, whose shapes are those of every cache of the model."""
     cache = DynamicCache(config=model.config)
@@ -130,7 +152,7 @@ def cache_argument(model: PreTrainedModel) -> str:
     return next(name for name in ("cache", "past_key_values", "cache_params") if name in takes)
 
 
-def shapes_of(cache: DynamicCache) -> dict[int, tuple[int, int, int]]:
+def shapes_of(cache: DynamicCache) -> Shapes:
     """Layer -> (heads, channels of a key, channels of a value), of the layers that have them."""
     layers: list[Any] = cache.layers
     return {

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache
 from qlab.errors import QlabError
 from qlab.generation.attention import use_row_masks
 from qlab.generation.cache import (
+    Layers,
     Pool,
     Rows,
     States,
@@ -32,6 +33,7 @@ from qlab.generation.cache import (
     shapes_of,
     side_by_side,
 )
+from qlab.generation.coded import coders_of
 from qlab.generation.grammar import Word
 from qlab.generation.images import Placed, placed
 from qlab.generation.pages import NOBODY, Pages
@@ -91,12 +93,14 @@ class Engine:
         self._takes = frozenset(inspect.signature(model.forward).parameters)
         self._cache_argument, self._has_states = cache_argument(model), has_states(probe)
         shapes = shapes_of(probe)
-        self._together = not shapes or use_row_masks(model)
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        size = page * Pool.bytes_of_token(shapes, dtype)
+        coders = coders_of(model, shapes)
+        layers = Layers(shapes=shapes, dtype=dtype, device=model.device, coders=coders)
+        self._together = not shapes or use_row_masks(model)
+        size = page * layers.bytes_of_token
         most = int(SHARE * free_bytes(model.device)) // max(size, 1)
         count = pages or max(1, min(rows * -(-self.max_length // page), most))
-        self.pool = Pool(shapes, count, page, dtype, model.device)
+        self.pool = Pool(layers, count, page)
         self.pages = Pages(count, page, reuse=reuse and not self._has_states)
         # the code of some families (jamba) does not continue a state over parts of a prompt
         part = self.max_length if self._has_states else chunk

@@ -297,7 +297,7 @@ def _loaded(
     head: Spec | None,
 ) -> PreTrainedModel:
     """The model of a directory, lowered where it is quantized."""
-    if checkpoint.quantized:
+    if checkpoint.quantized or checkpoint.extras:
         return lower(checkpoint, device, dtype, activations=activations, head=head)
     if activations is not None:
         raise QlabError(

@@ -1,16 +1,16 @@
 """Queries, keys and values of a lowered model that are turned, shifted and rounded where attention
 reads them.
 
-    attention(q, k, v) -> attention(f(q), f(k), f(v))
+    attention(q, k, v) -> g(attention(f(q), f(k), f(v)))
 
-The rows of f are tokens, and its columns the channels of all heads. transformers hands what an
-attention reads to the function that the configuration names: behind rotary positions and the cache,
-and before keys and values are repeated for the queries that share them. The functions here stand
-around torch's, around that of single tokens, and around those that are written out.
+The rows of f and g are tokens, and their columns the channels of all heads. transformers hands what
+an attention reads to the function that the configuration names: behind rotary positions and the
+cache, and before keys and values are repeated for the queries that share them. The functions here
+stand around torch's, around that of single tokens, and around those that are written out.
 
-A cache holds numbers of the activations' dtype, as they came. Each step rounds all that it reads
-of it. Every token is rounded by itself, so that a token becomes the same numbers in every step, and
-no number is rounded twice.
+Every token is rounded by itself, so that a token becomes the same numbers in every step, and no
+number is rounded twice. A cache that holds codes (one that `decodes`) did all of f when a token was
+written; of others each step rounds all that it reads.
 """
 
 import inspect
@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from qlab.algebra.graph import ModuleGraph, Op
-from qlab.algebra.online import MatMul, QuantizeInput, Subtract
+from qlab.algebra.online import MatMul, QuantizeClipped, QuantizeInput, Subtract
 from qlab.algebra.wires import full_name
 from qlab.errors import QlabError, warn
 from qlab.files.checkpoint import Checkpoint
@@ -33,9 +34,10 @@ from qlab.lowering.around.hadamard import rotation
 from qlab.lowering.around.inputs import RoundedInput
 from qlab.model.skeleton import Skeleton
 
-# Attention module -> "query", "key" or "value" -> the operations on it, in order.
+# Attention module -> "query", "key", "value" or "output" -> the operations on it, in order.
 Attended = Mapping[str, Mapping[str, tuple[Op, ...]]]
 KINDS = ("query", "key", "value")
+OUTPUT = "output"
 PREFIX = "qlab_rounded_"
 
 
@@ -59,7 +61,7 @@ class OfHeads(nn.Module):
     def __init__(self, where: str, ops: tuple[Op, ...], device: torch.device):
         super().__init__()
         self.where = where
-        self.steps = nn.ModuleList(_module(where, op, device) for op in ops)
+        self.steps = nn.ModuleList(_module(op, device) for op in ops)
         self.columns = next((columns for columns in map(_columns, ops) if columns), None)
         self.scales = next((scales for scales in map(_heads, ops) if scales), 1)
 
@@ -92,9 +94,9 @@ def attend(model: PreTrainedModel, attended: Attended, device: torch.device) -> 
     keep_written_out(model)
     for name, by_kind in found.items():
         reads = {kind: OfHeads(f"{name}:{kind}", ops, device) for kind, ops in by_kind.items()}
-        module = model.get_submodule(name)
-        module.reads = nn.ModuleDict(reads)
-        module.register_forward_pre_hook(_refuse_unrounded)
+        module: Any = model.get_submodule(name)
+        module.reads, module.decoded = nn.ModuleDict(reads), ()
+        module.register_forward_pre_hook(_before, with_kwargs=True)
 
 
 def keep_written_out(model: PreTrainedModel) -> None:
@@ -203,22 +205,23 @@ def refusal(op: Op) -> str | None:
     if isinstance(op, QuantizeInput):
         is_fixed = op.scales is not None or op.spec.tile.rows == 1
         return None if is_fixed else f"a scale of several tokens ({op.spec})"
-    return None if isinstance(op, MatMul | Subtract) else f"a {type(op).__name__}"
+    known = isinstance(op, MatMul | Subtract | QuantizeClipped)
+    return None if known else f"a {type(op).__name__}"
 
 
-def _module(where: str, op: Op, device: torch.device) -> nn.Module:
+def _module(op: Op, device: torch.device) -> nn.Module:
     """The module of an operation that is not refused."""
     if isinstance(op, MatMul):
         return rotation(op.M_nn, device)
     if isinstance(op, Subtract):
         return Shifted(op.c_k.to(device))
-    assert isinstance(op, QuantizeInput)
-    return RoundedInput(where, op, device, persistent=False)
+    assert isinstance(op, QuantizeInput | QuantizeClipped)
+    return RoundedInput(op, device, persistent=False)
 
 
 def _columns(op: Op) -> int | None:
     """How many channels have a scale or a matrix together, where not all have."""
-    if isinstance(op, QuantizeInput):
+    if isinstance(op, QuantizeInput | QuantizeClipped):
         return op.spec.tile.cols
     return op.M_nn.shape[-1] if isinstance(op, MatMul) else None
 
@@ -239,15 +242,19 @@ def _asks(module: nn.Module) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in getattr(code, "co_names", ())
 
 
-def _refuse_unrounded(module: nn.Module, args: tuple) -> None:
-    """Refuse to run where somebody has named another attention since."""
-    implementation = module.config._attn_implementation  # type: ignore[union-attr]
+def _before(module: Any, args: tuple, more: dict[str, Any]) -> None:
+    """Note which of keys and values a cache gives back as they were rounded. Refuse to run where
+    somebody has named another attention since."""
+    implementation = module.config._attn_implementation
     if not str(implementation).startswith(PREFIX):
         raise QlabError(
             f"the attention implementation is {implementation}, which does not round keys and "
             "values as the model's directory says; leave it as qlab has set it, or name it when "
             "the model is loaded"
         )
+    cache = next((a for a in (*args, *more.values()) if isinstance(a, Cache)), None)
+    decodes = getattr(cache, "decodes", None)
+    module.decoded = decodes(module.layer_idx) if decodes else ()
 
 
 def _around(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -258,11 +265,16 @@ def _around(plain: Callable[..., Any]) -> Callable[..., Any]:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any
     ) -> Any:
         reads: Any = getattr(module, "reads", None)
-        if reads is not None:
-            query = reads["query"](query) if "query" in reads else query
-            key = reads["key"](key) if "key" in reads else key
-            value = reads["value"](value) if "value" in reads else value
-        return plain(module, query, key, value, *args, **more)
+        if reads is None:
+            return plain(module, query, key, value, *args, **more)
+        decoded: Any = module.decoded
+        query = reads["query"](query) if "query" in reads else query
+        key = reads["key"](key) if "key" in reads and "key" not in decoded else key
+        value = reads["value"](value) if "value" in reads and "value" not in decoded else value
+        y, weights = plain(module, query, key, value, *args, **more)
+        if OUTPUT in reads:  # [b, n, h, d]
+            y = reads[OUTPUT](y.transpose(1, 2)).transpose(1, 2)
+        return y, weights
 
     return attention
 

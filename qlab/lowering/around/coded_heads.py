@@ -1,11 +1,12 @@
 """Keys or values of one attention as codes of 8 or 4 bits.
 
-    appended(x): codes = round(f(x) / s + z), as QuantizeInput rounds each token by itself
-    read():      (codes - z) * s, bit for bit what QuantizeInput gives
+    appended(x): codes = round(f(x) / s + z), as the operation rounds each token by itself
+    read():      (codes - z) * s, bit for bit what the operation gives
 
 A token has its codes from the step that brings it, and no number is rounded twice. Scales are those
-of the tokens (and of groups of channels in them), or fixed beforehand for a head or a tensor; both
-are fp32. Nothing changes in place: `appended` gives another value.
+of the tokens (and of groups of channels in them), in the dtype that the spec names (fp32 by
+default), or fixed beforehand for a head or a tensor. Nothing changes in place: `appended` gives
+another value.
 """
 
 from collections.abc import Callable
@@ -15,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.algebra.grid import encode, minmax
-from qlab.algebra.online import QuantizeInput
+from qlab.algebra.grid import encode
 from qlab.algebra.qtensor import numbers, round_codes
 from qlab.algebra.spec import Float, Int
 from qlab.errors import QlabError
+from qlab.lowering.around.inputs import Rounding
 
 
-def refusal(op: QuantizeInput, channels: int) -> str | None:
+def refusal(op: Rounding, channels: int) -> str | None:
     """Why keys or values with so many channels in a head are not kept as codes, or None."""
     spec, cols = op.spec, op.spec.tile.cols
     if (
@@ -49,7 +50,7 @@ class CodedHeads:
     uint8 [b, h, n, ceil(d / 2)]. scales, zeros: [b or 1, h or 1, n or 1, groups].
     """
 
-    op: QuantizeInput
+    op: Rounding
     channels: int
     dtype: torch.dtype
     codes: Tensor
@@ -64,7 +65,7 @@ class CodedHeads:
     @property
     def pairs(self) -> bool:
         """Whether a byte holds two codes."""
-        return _in_pairs(self.op)
+        return in_pairs(self.op)
 
     def appended(self, x: Tensor) -> "CodedHeads":
         """With tokens [b, h, n, d] behind those that are there."""
@@ -87,22 +88,11 @@ class CodedHeads:
         )
 
     def read(self, first: int = 0, last: int | None = None) -> Tensor:
-        """Positions first to last as numbers [b, h, n, d] in the dtype of the tokens: what
-        QuantizeInput gives."""
-        codes = self.codes[:, :, first:last]
-        if self.pairs:
-            from qlab_kernels.cached import unpack_nibbles
-
-            codes = unpack_nibbles(codes, self.channels)
-        fixed = self.op.scales is not None
-        scales = self.scales if fixed else self.scales[:, :, first:last]
-        zeros = self.zeros
-        if zeros is not None and not fixed:
-            zeros = zeros[:, :, first:last]
-        x = numbers(codes, torch.float32).unflatten(-1, (self.scales.shape[-1], -1))
-        if zeros is not None:
-            x = x - zeros.float()[..., None]
-        return (x * scales.float()[..., None]).flatten(-2).to(self.dtype)
+        """Positions first to last as numbers [b, h, n, d] in the dtype of the tokens: what the
+        operation gives."""
+        part = self._changed(lambda t, of_tokens: t[:, :, first:last] if of_tokens else t)
+        channels = self.channels if self.pairs else None
+        return decoded(part.codes, part.scales, part.zeros, self.dtype, channels)
 
     def until(self, last: int) -> "CodedHeads":
         """The first positions alone."""
@@ -146,7 +136,22 @@ class CodedHeads:
         )
 
 
-def coded(op: QuantizeInput, x: Tensor) -> CodedHeads:
+def decoded(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype, channels: int | None
+) -> Tensor:
+    """(codes - zeros) * scales, computed in fp32. channels: of codes that lie in pairs, else
+    None."""
+    if channels is not None:
+        from qlab_kernels.cached import unpack_nibbles
+
+        codes = unpack_nibbles(codes, channels)
+    x = numbers(codes, torch.float32).unflatten(-1, (scales.shape[-1], -1))
+    if zeros is not None:
+        x = x - zeros.float()[..., None]
+    return (x * scales.float()[..., None]).flatten(-2).to(dtype)
+
+
+def coded(op: Rounding, x: Tensor) -> CodedHeads:
     """Tokens [b, h, n, d] as codes: rows of the rounding are tokens, and its columns the channels
     of all heads."""
     b, h, n, d = x.shape
@@ -159,7 +164,7 @@ def coded(op: QuantizeInput, x: Tensor) -> CodedHeads:
     else:
         codes, scales, zeros = _of_heads(op, rows)
     codes = codes.view(b, n, h, d).transpose(1, 2).contiguous()
-    if _in_pairs(op):
+    if in_pairs(op):
         from qlab_kernels.cached import pack_nibbles
 
         codes = pack_nibbles(codes)
@@ -167,7 +172,7 @@ def coded(op: QuantizeInput, x: Tensor) -> CodedHeads:
 
 
 def _of_tokens(
-    op: QuantizeInput, rows: Tensor, sizes: tuple[int, int, int]
+    op: Rounding, rows: Tensor, sizes: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes of rows, and scales and zero points of every token [b, h or 1, n, groups]."""
     b, n, h = sizes
@@ -176,7 +181,7 @@ def _of_tokens(
         scales, codes = rows.new_empty(0, groups), rows.to(op.spec.code_dtype)
         zeros = None if op.spec.symmetric else scales.to(torch.int8)
     else:
-        q = encode(minmax, rows, op.spec)
+        q = encode(op.grid, rows, op.spec)
         codes, scales, zeros = q.codes, q.scales, q.zeros
     heads = 1 if op.spec.tile.cols is None else h
     shape = (b, n, heads, scales.shape[1] // heads)
@@ -187,7 +192,7 @@ def _of_tokens(
     return codes, laid(scales), None if zeros is None else laid(zeros)
 
 
-def _of_heads(op: QuantizeInput, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _of_heads(op: Rounding, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same with scales that were fixed beforehand [1, h or 1, 1, 1]."""
     scales, zeros = (None if t is None else t.to(rows.device) for t in (op.scales, op.zeros))
     assert scales is not None
@@ -197,7 +202,8 @@ def _of_heads(op: QuantizeInput, rows: Tensor) -> tuple[Tensor, Tensor, Tensor |
     return codes, scales.view(shape), None if zeros is None else zeros.view(shape)
 
 
-def _in_pairs(op: QuantizeInput) -> bool:
+def in_pairs(op: Rounding) -> bool:
+    """Whether a byte holds two codes."""
     return isinstance(op.spec, Int) and op.spec.bits <= 4
 
 

@@ -63,7 +63,7 @@ class QuantizedWeight(nn.Module):
         packed = self.kernel.pack(path, leaf, setting)
         self.layout, self.form = packed.layout, packed[len(self.kernel.tensors) :]
         here = None if self.kernel.rounds else inputs
-        self.inputs = None if here is None else RoundedInput(path, here, device)
+        self.inputs = None if here is None else RoundedInput(here, device)
         self.rounding = rounding_of(setting, self.kernel)
         for name in self.kernel.tensors:
             self.register_buffer(name, getattr(packed, name))
