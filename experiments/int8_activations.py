@@ -1,11 +1,12 @@
-"""What does rounding activations to int8 cost, beside what the quantization of the weights costs?
+"""What do activations rounded to int8 and a head rounded to int8 cost, beside what the quantization
+of the weights costs?
 
 Usage: python experiments/int8_activations.py DIRECTORY
 
 Of a quantized demo model, on 4 held-out windows of 256 tokens: the KL divergence of the lowered
-model from the unquantized one, with activations as they are and rounded to int8, and that between
-the two, in float32 and in bfloat16; and between the dtypes, which bounds what can be told apart in
-bfloat16. Writes results/int8-activations.json.
+model from the unquantized one, as it is and rounded, and that between the two, in float32 and in
+bfloat16; and between the dtypes, which bounds what can be told apart in bfloat16. Writes
+results/int8-activations-NAME.json, NAME that of the directory.
 """
 
 import json
@@ -23,7 +24,12 @@ from qlab.lowering.devices import device_label
 from qlab_kernels.int4_int8 import best_path
 
 LENGTH, COUNT = 256, 4
-RESULT = Path(__file__).parent / "results" / "int8-activations.json"
+RESULTS = Path(__file__).parent / "results"
+ROUNDED = {
+    "int8 activations": {"activations": "int8"},
+    "int8 head": {"head": "int8-channel"},
+    "both": {"activations": "int8", "head": "int8-channel"},
+}
 
 
 def log_probabilities(model, windows):
@@ -43,17 +49,16 @@ def main(directory):
     reference = log_probabilities(whole, windows)
     rows, plain_ones = {}, []
     for dtype in (torch.float32, torch.bfloat16):
-        plain, rounded = (
-            log_probabilities(qlab.lower(directory, "cpu", dtype, activations=name), windows)
-            for name in (None, "int8")
-        )
+        plain = log_probabilities(qlab.lower(directory, "cpu", dtype), windows)
         plain_ones.append(plain)
-        rows[str(dtype)] = {
-            "of the quantization": kl(reference, plain),
-            "with int8 activations": kl(reference, rounded),
-            "between the two": kl(plain, rounded),
-            "share": kl(plain, rounded) / kl(reference, plain),
-        }
+        rows[str(dtype)] = {"of the quantization": kl(reference, plain)}
+        for name, how in ROUNDED.items():
+            rounded = log_probabilities(qlab.lower(directory, "cpu", dtype, **how), windows)
+            rows[str(dtype)][name] = {
+                "of both": kl(reference, rounded),
+                "between the two": kl(plain, rounded),
+                "share": kl(plain, rounded) / kl(reference, plain),
+            }
         print(dtype, rows[str(dtype)], flush=True)
     print("between the dtypes", kl(*plain_ones))
     record = {
@@ -65,7 +70,8 @@ def main(directory):
         "device": device_label(torch.device("cpu")),
         "versions": versions(),
     }
-    RESULT.write_text(json.dumps(record, indent=1) + "\n")
+    result = RESULTS / f"int8-activations-{Path(directory).name}.json"
+    result.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

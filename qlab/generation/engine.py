@@ -34,11 +34,12 @@ from qlab.generation.cache import (
     side_by_side,
 )
 from qlab.generation.coded import coders_of
+from qlab.generation.drawing import draw, told
 from qlab.generation.grammar import Word
 from qlab.generation.images import Placed, placed
 from qlab.generation.pages import NOBODY, Pages
 from qlab.generation.request import ABORT, ERROR, Request
-from qlab.generation.sampling import Drawn, Sampling, draw, told
+from qlab.generation.sampling import Drawn, Sampling
 from qlab.generation.schedule import Limits, Part, plan
 from qlab.process.surroundings import undisturbed
 

@@ -65,12 +65,10 @@ class Word:
         self._library, self._matcher = library, matcher
         self._bits = library.allocate_token_bitmask(1, vocabulary)
 
-    def allowed(self, logits_v: Tensor) -> Tensor:
-        """The logits, with -inf for every token that no word goes on with."""
+    def leave_out(self, logits_v: Tensor) -> None:
+        """Make the logits -inf of every token that no word goes on with."""
         self._matcher.fill_next_token_bitmask(self._bits)
-        logits = logits_v.float().clone()
-        self._library.apply_token_bitmask_inplace(logits[None], self._bits.to(logits.device))
-        return logits
+        self._library.apply_token_bitmask_inplace(logits_v[None], self._bits.to(logits_v.device))
 
     def accept(self, token: int) -> bool:
         """Go on with a token; whether the word ends with it."""

@@ -1,26 +1,10 @@
-"""Which token comes next: what a request asks of the logits, and the draw.
+"""What a request asks of the draw of its tokens, and what it is told of each."""
 
-    x = logits less penalties, plus biases
-    token = argmax x                              at temperature 0
-    token = argmax (x / T + noise)                else, over the tokens that the filters keep
-    noise = -log(-log(u)),  u uniform, of the request's seed and the token's number
-
-The Gumbel noise makes it a draw from softmax(x / T) (Gumbel 1954). It is the same whatever runs
-beside the request, and a rounding of the logits moves a token only where two are that close.
-"""
-
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
-from qlab.algebra.random import generator
 from qlab.errors import QlabError
 from qlab.generation.grammar import Word
-
-LIKELIEST = 1024  # tokens among which the nucleus is looked for before all are sorted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,93 +94,3 @@ class Drawing:
     new: Sequence[int]
     seed: int
     word: Word | None = None
-
-
-def draw(logits_bv: Tensor, drawings: Sequence[Drawing]) -> list[Drawn]:
-    """A token for each row of logits [b, v]."""
-    if all(d.sampling.is_plain and d.word is None for d in drawings):
-        tokens = logits_bv.argmax(-1).tolist()
-    else:
-        tokens = [_token(logits.float(), d) for logits, d in zip(logits_bv, drawings)]
-    return [
-        told(logits, token, d.sampling.logprobs)
-        for logits, token, d in zip(logits_bv, tokens, drawings)
-    ]
-
-
-def told(logits_v: Tensor, token: int, count: int | None) -> Drawn:
-    """A token with its log-probability, and those of the `count` likeliest."""
-    if count is None:
-        return Drawn(token=token)
-    logprobs = logits_v.float().log_softmax(-1)
-    best = logprobs.topk(min(count, len(logprobs)))
-    likeliest = tuple(zip(best.indices.tolist(), best.values.tolist()))
-    return Drawn(token=token, logprob=logprobs[token].item(), likeliest=likeliest)
-
-
-def _token(logits_v: Tensor, drawing: Drawing) -> int:
-    sampling = drawing.sampling
-    x = logits_v if sampling.is_plain else biased(penalized(logits_v, drawing), drawing)
-    if drawing.word is not None:
-        x = drawing.word.allowed(x)
-    if sampling.temperature == 0:
-        return int(x.argmax())
-    x = kept(x / sampling.temperature, sampling)
-    return int((x + noise(len(x), drawing.seed, len(drawing.new)).to(x.device)).argmax())
-
-
-def penalized(logits_v: Tensor, drawing: Drawing) -> Tensor:
-    """The logits less the penalties of the tokens so far."""
-    sampling, x = drawing.sampling, logits_v.clone()
-    if sampling.repetition_penalty != 1:
-        seen = (
-            torch.tensor([*drawing.prompt, *drawing.new], dtype=torch.int64).unique().to(x.device)
-        )
-        penalty = sampling.repetition_penalty
-        x[seen] = torch.where(x[seen] > 0, x[seen] / penalty, x[seen] * penalty)
-    if drawing.new and (sampling.presence_penalty or sampling.frequency_penalty):
-        new = torch.tensor(drawing.new, dtype=torch.int64)
-        seen, times = (part.to(x.device) for part in new.unique(return_counts=True))
-        x[seen] -= sampling.presence_penalty + sampling.frequency_penalty * times
-    return x
-
-
-def biased(x_v: Tensor, drawing: Drawing) -> Tensor:
-    """The logits with their biases; stop tokens that come too early have none."""
-    sampling, x = drawing.sampling, x_v.clone()
-    for token, bias in sampling.logit_bias.items():
-        x[token] += bias
-    if len(drawing.new) < sampling.min_tokens and sampling.stop_ids:
-        x[list(sampling.stop_ids)] = -math.inf
-    return x
-
-
-def kept(x_v: Tensor, sampling: Sampling) -> Tensor:
-    """The logits, with -inf for the tokens that the filters leave out: top_k first, then top_p and
-    min_p of what it keeps."""
-    x = x_v
-    if 0 < sampling.top_k < len(x):
-        x = x.masked_fill(x < x.topk(sampling.top_k).values[-1], -math.inf)
-    p = x.softmax(-1)
-    if sampling.top_p < 1:
-        x = x.masked_fill(p < _least_of_nucleus(p, sampling.top_p), -math.inf)
-    if sampling.min_p:
-        x = x.masked_fill(p < sampling.min_p * p.max(), -math.inf)
-    return x
-
-
-def _least_of_nucleus(p_v: Tensor, top_p: float) -> Tensor:
-    """The least probability in the nucleus: the likeliest tokens up to the one that reaches
-    top_p."""
-    likeliest = p_v.topk(min(LIKELIEST, len(p_v))).values
-    if likeliest.sum() < top_p:
-        likeliest = p_v.sort(descending=True).values
-    before = likeliest.cumsum(-1) - likeliest
-    return likeliest[before < top_p][-1]
-
-
-def noise(size: int, seed: int, step: int) -> Tensor:
-    """Gumbel noise [size] for the token of a number, in fp32."""
-    u = torch.rand(size, generator=generator(seed, f"token {step}"), dtype=torch.float32)
-    # `rand` gives 0 and never 1: the least that it can give beside 0 stands for 0
-    return -(-u.clamp_min(2.0**-25).log()).log()

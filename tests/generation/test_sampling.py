@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_folders import refused
 
-from qlab.generation.sampling import Drawing, Sampling, draw, kept, noise, penalized, told
+from qlab.generation.drawing import change, draw, keep, likeliest, noise, told
+from qlab.generation.sampling import Drawing, Sampling
 
 few = settings(deadline=None, max_examples=40)
 LOGITS = st.lists(st.integers(-60, 60), min_size=2, max_size=12, unique=True).map(
@@ -20,6 +21,13 @@ def drawing(sampling, prompt=(0,), new=(), seed=0):
     return Drawing(sampling=sampling, prompt=list(prompt), new=list(new), seed=seed)
 
 
+def kept(logits, sampling):
+    """Which tokens the filters keep."""
+    e = (logits - logits.max()).exp()[None].clone()
+    keep(e, [sampling])
+    return e[0] > 0
+
+
 def one(logits, sampling, **more):
     return draw(logits[None], [drawing(sampling, **more)])[0].token
 
@@ -27,34 +35,59 @@ def one(logits, sampling, **more):
 @few
 @given(logits=LOGITS, k=st.integers(1, 12))
 def test_top_k_keeps_the_k_likeliest(logits, k):
-    x = kept(logits, Sampling(top_k=k))
-    assert {*x.isfinite().nonzero().flatten().tolist()} == {
-        *logits.topk(min(k, len(logits))).indices.tolist()
-    }
+    tokens = kept(logits, Sampling(top_k=k)).nonzero().flatten().tolist()
+    assert {*tokens} == {*logits.topk(min(k, len(logits))).indices.tolist()}
 
 
 @few
-@given(logits=LOGITS, p=st.floats(0.01, 1))
-def test_top_p_keeps_the_fewest_that_reach_it(logits, p):
-    probabilities = logits.softmax(-1)
-    inside = probabilities[kept(logits, Sampling(top_p=p)).isfinite()]
+@given(logits=LOGITS, p=st.floats(0.01, 1), k=st.integers(0, 12))
+def test_top_p_keeps_the_fewest_that_reach_it_of_what_top_k_keeps(logits, p, k):
+    left_out = ~kept(logits, Sampling(top_k=k))
+    probabilities = logits.masked_fill(left_out, -math.inf).softmax(-1)
+    inside = probabilities[kept(logits, Sampling(top_k=k, top_p=p))]
     assert inside.sum() >= p - 1e-6
     assert len(inside) == 1 or inside.sum() - inside.min() < p + 1e-6
     assert inside.min() >= probabilities.sort(descending=True).values[len(inside) - 1]
 
 
-def test_the_nucleus_of_a_flat_vocabulary_is_found_among_all():
-    logits = torch.zeros(5000)
-    logits[:2500] += 0.01
-    assert kept(logits, Sampling(top_p=0.4)).isfinite().sum() == 2500
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 4.0])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 0.999999, 1.0])
+def test_the_nucleus_is_found_in_a_large_vocabulary(scale, p):
+    x = scale * torch.randn(5003, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+    probabilities = x.bfloat16().double().softmax(-1)
+    inside = kept(x.bfloat16().float(), Sampling(top_p=p))
+    least = probabilities[inside].min()
+    above = probabilities[probabilities > least].sum()
+    assert torch.equal(inside, probabilities >= least)
+    assert above < p + 1e-6 and probabilities[inside].sum() >= p - 1e-6
 
 
 @few
 @given(logits=LOGITS, share=st.floats(0.001, 1))
 def test_min_p_keeps_what_is_likely_beside_the_likeliest(logits, share):
-    p = logits.softmax(-1)
-    x = kept(logits, Sampling(min_p=share))
-    assert torch.equal(x.isfinite(), p >= share * p.max())
+    e = (logits - logits.max()).exp()
+    assert torch.equal(kept(logits, Sampling(min_p=share)), e >= share)
+
+
+def test_rows_keep_what_they_ask_for():
+    x = torch.randn(6, 3000, generator=torch.Generator().manual_seed(2), dtype=torch.float32)
+    asked = [{}, {"top_k": 7}, {"top_p": 0.3}, {"min_p": 0.2}, {"top_k": 9, "top_p": 0.5}]
+    samplings = [Sampling(**fields) for fields in [*asked, {"top_k": 200, "min_p": 0.01}]]
+    e = (x - x.amax(1, True)).exp()
+    keep(e, samplings)
+    for row, logits, sampling in zip(e, x, samplings):
+        assert torch.equal(row > 0, kept(logits, sampling))
+    assert (e > 0).sum(1).tolist()[:2] == [3000, 7]
+
+
+@few
+@given(size=st.integers(1, 3000), count=st.integers(1, 100), steps=st.integers(1, 40))
+def test_the_likeliest_are_the_greatest(size, count, steps):
+    x = torch.randint(steps, (2, size), generator=torch.Generator().manual_seed(size)).float()
+    values, places = likeliest(x, count)
+    assert torch.equal(values, x.topk(min(count, size)).values)
+    assert torch.equal(x.gather(1, places), values)
+    assert all(len({*row}) == len(row) for row in places.tolist())
 
 
 @few
@@ -66,7 +99,8 @@ def test_a_draw_is_of_its_seed_alone_and_no_rounding_moves_it(logits, seed, temp
     rows = torch.stack([*logits.flip(0).expand(3, -1), logits])
     drawn = draw(rows, [*others, drawing(sampling, seed=seed, new=[1])])[-1].token
     assert drawn == expected
-    x = logits / temperature + noise(len(logits), seed, 1)
+    x = logits / temperature + noise(1 + 512, seed, 1)[1 : 1 + len(logits)]  # of one block
+    assert expected == x.argmax()
     margin = x.topk(2).values.diff().abs().item()
     moved = logits * (1 + 1e-6)
     assert one(moved, sampling, seed=seed, new=[1]) == expected or margin < 1e-4
@@ -82,12 +116,28 @@ def test_tokens_come_as_often_as_they_are_likely():
     assert chi_squared < 16.3  # three degrees of freedom, one in a thousand
 
 
+def test_blocks_come_as_often_as_they_are_likely():
+    logits = torch.full((1500,), -9.0)  # of three blocks
+    logits[[0, 600, 601, 1499]] = torch.tensor([1.0, 0.0, 1.0, 2.0])
+    counts = dict.fromkeys((0, 600, 601, 1499, "other"), 0)
+    for first in range(0, 2000, 100):
+        rows = [drawing(Sampling(), seed=seed) for seed in range(first, first + 100)]
+        for drawn in draw(logits.expand(100, -1), rows):
+            counts[drawn.token if drawn.token in counts else "other"] += 1
+    p = logits.softmax(-1)
+    expected = {token: 2000 * p[token].item() for token in (0, 600, 601, 1499)}
+    expected["other"] = 2000 - sum(expected.values())
+    chi_squared = sum((counts[t] - e) ** 2 / e for t, e in expected.items())
+    assert chi_squared < 18.5  # four degrees of freedom, one in a thousand
+
+
 def test_penalties_and_biases_are_the_formula():
     logits = torch.tensor([2.0, -2.0, 1.0, 0.5])
     sampling = Sampling(
         temperature=0, repetition_penalty=2, presence_penalty=0.25, frequency_penalty=0.5
     )
-    x = penalized(logits, drawing(sampling, prompt=[1], new=[2, 2]))
+    x = logits.clone()
+    change(x, drawing(sampling, prompt=[1], new=[2, 2]))
     assert x.tolist() == [2.0, -4.0, 1.0 / 2 - 0.25 - 2 * 0.5, 0.5]
     assert one(logits, Sampling(temperature=0, logit_bias={3: 2.0})) == 3
     early = Sampling(temperature=0, stop_ids=(0,), min_tokens=1)
