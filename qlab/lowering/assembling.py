@@ -13,6 +13,7 @@ from qlab.algebra.online import QuantizeInput
 from qlab.algebra.qtensor import QTensor, dense
 from qlab.errors import QlabError, warn
 from qlab.lowering.around.attention import use_grouped_attention
+from qlab.lowering.share import Share
 from qlab.lowering.weights.kernels import KERNELS
 from qlab.lowering.weights.modules import QExperts, QLinear, QuantizedWeight
 from qlab.lowering.weights.setting import Activations
@@ -62,14 +63,17 @@ def put_weights(
     dense_cache: bool = False,
     *,
     activations: Activations | None = None,
+    share: Share | None = None,
 ) -> None:
     """Put a packed module in the place of every one of `weights` (`quantized_weights`), loaded one
-    at a time. Blocks that share a weight share the module."""
+    at a time. Blocks that share a weight share the module. share: the part of each that is held."""
     packed: dict[tuple[Piece, ...], nn.Module] = {}
     for name, pieces in weights.items():
         tensors = (*pieces, *_bias(skeleton, name))
         if tensors not in packed:
-            packed[tensors] = pack(skeleton, name, dtype, device, dense_cache, activations)
+            packed[tensors] = pack(
+                skeleton, name, dtype, device, dense_cache, activations, share
+            )
         set_module(model, name, packed[tensors])
 
 
@@ -92,6 +96,7 @@ def pack(
     device: torch.device,
     dense_cache: bool,
     activations: Activations | None = None,
+    share: Share | None = None,
 ) -> nn.Module:
     """What stands in for a quantized weight of the model: a module of the first kernel that takes
     it, or an ordinary linear where the format's layout is no grid of qlab's, so that the weight has
@@ -105,6 +110,7 @@ def pack(
             f"{skeleton.names.pieces(weight)[0].module} holds a weight {tuple(leaf.shape)} and the "
             f"model wants {tuple(parameter.shape)}; its config.json belongs to another model"
         )
+    leaf = leaf if share is None else share.of_weight(name, leaf)
     if is_fused:
         if not isinstance(leaf, QTensor):
             raise QlabError(
@@ -114,6 +120,7 @@ def pack(
         return QExperts(name, leaf, dtype, device, dense_cache, **rounding)
     linear = skeleton.model.get_submodule(name)
     bias = None if linear.bias is None else dense(load_leaf(skeleton, f"{name}.bias"))
+    bias = bias if share is None or bias is None else share.of_bias(name, bias)
     if isinstance(leaf, QTensor):
         return QLinear(name, leaf, bias, dtype, device, dense_cache, **rounding)
     return plain(leaf, bias, dtype_in(skeleton.model, weight), device)

@@ -24,6 +24,7 @@ from qlab.lowering.assembling import (
     warn_slow,
 )
 from qlab.lowering.devices import DTYPES, device_named
+from qlab.lowering.share import Share
 from qlab.lowering.solved import Place, SolvedModel, put_buffers, put_solved
 from qlab.lowering.weights.modules import QuantizedWeight
 from qlab.lowering.weights.setting import Activations, checked_activations
@@ -105,23 +106,30 @@ def put_together(
     solved = model if isinstance(model, SolvedModel) else None
     checkpoint = solved.model if solved else opened(model)
     checkpoint.warn_unapplied()
-    if place.dtype not in DTYPES:
-        raise QlabError(
-            f"no kernel takes {place.dtype} activations; lower to "
-            f"{', '.join(str(d) for d in DTYPES)}"
-        )
+    refuse_dtype(place.dtype)
     if not solved and not checkpoint.quantized and not checkpoint.extras:
         raise QlabError(
             f"{checkpoint.path} is not quantized, so there is nothing to lower; load it with "
             "transformers"
         )
-    skeleton = Skeleton(checkpoint, place.dtype, place.device)
-    own: frozenset[str] = frozenset()
+    return assembled(Skeleton(checkpoint, place.dtype, place.device), place, solved)
+
+
+def assembled(
+    skeleton: Skeleton,
+    place: Place,
+    solved: SolvedModel | None = None,
+    share: Share | None = None,
+) -> PreTrainedModel:
+    """The model of a skeleton, with its weights, or with a rank's share of them."""
+    checkpoint, own = skeleton.checkpoint, frozenset[str]()
     if solved:
         own, attended = _fill_solved(skeleton, solved, place)
     else:
-        attended = _fill(skeleton, place)
+        attended = _fill(skeleton, place, share)
     _tie(skeleton, own)
+    if share:
+        share.cut_outside()
     if (checkpoint.path / "generation_config.json").is_file():
         skeleton.model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     finish(skeleton.model, place.device)
@@ -130,14 +138,21 @@ def put_together(
     return skeleton.model.eval()
 
 
+def refuse_dtype(dtype: torch.dtype) -> None:
+    """Refuse a dtype of activations that no kernel takes."""
+    if dtype not in DTYPES:
+        raise QlabError(
+            f"no kernel takes {dtype} activations; lower to {', '.join(str(d) for d in DTYPES)}"
+        )
+
+
 def opened(model: Any) -> Checkpoint:
     """A directory, opened if it is not."""
     return model if isinstance(model, Checkpoint) else open_checkpoint(model)
 
 
-def _fill(skeleton: Skeleton, place: Place) -> Attended:
-    """Put what a quantized directory holds into its model. Gives what happens to what attention
-    reads."""
+def _fill(skeleton: Skeleton, place: Place, share: Share | None) -> Attended:
+    """Put what a directory holds into its model. Gives what happens to what attention reads."""
     matrices, attended = rotations(skeleton), attended_in(skeleton)
     weights = quantized_weights(skeleton)
     put_weights(
@@ -148,10 +163,11 @@ def _fill(skeleton: Skeleton, place: Place) -> Attended:
         place.device,
         place.dense_cache,
         activations=place.activations,
+        share=share,
     )
     with torch.no_grad():
         load_outside(skeleton, with_head=True)
-        _load_blocks(skeleton)
+        _load_blocks(skeleton, share)
     attach(skeleton.model, matrices, place.device)
     return attended
 
@@ -178,11 +194,12 @@ def _refuse_saving(*_: object, **__: object) -> None:
     )
 
 
-def _load_blocks(skeleton: Skeleton) -> None:
+def _load_blocks(skeleton: Skeleton, share: Share | None = None) -> None:
     """The parameters of the blocks that stayed on meta, and the buffers that the files hold."""
     for name, parameter in list(skeleton.model.named_parameters(remove_duplicate=False)):
         if parameter.is_meta:
             leaf = dense(load_leaf(skeleton, name), parameter.dtype)
+            leaf = leaf if share is None else share.of_parameter(name, leaf)
             value = nn.Parameter(leaf.to(skeleton.device), requires_grad=False)
             owner_of(skeleton.model, name)._parameters[name.rpartition(".")[2]] = value
     for name, buffer in list(skeleton.model.named_buffers()):

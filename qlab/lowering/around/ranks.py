@@ -1,0 +1,81 @@
+"""What ranks tell each other inside a forward pass of a model that is divided between them.
+
+    by inputs: y = sum over r of y_r       gathered: y = [y_0, y_1, ...]
+    a table of embeddings: each rank looks up the ids that it has, the others are 0 there
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qlab.lowering.share import Share
+
+
+def connect(model: PreTrainedModel, share: Share, group: Any) -> None:
+    """Let the modules of a model do it.
+
+    Args:
+        model: assembled with the share.
+        group: torch's process group of all ranks.
+    """
+    for name, style in share.styles.items():
+        if share.skeleton.names.fused(name):
+            continue  # the module of all experts has a style of its own
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Embedding) and style.axis == "o":
+            _look_up(module, *share.spans(name)[0])
+        if style.splits:
+            module.register_forward_pre_hook(_split(*share.spans(name)[0]))
+        if style.behind == "sum":
+            module.register_forward_hook(_sum(group))
+        elif style.behind == "gather":
+            widths = [share.width(name, rank) for rank in range(share.world)]
+            module.register_forward_hook(_gather(group, widths))
+        if type(module) is nn.Linear:
+            module.out_features, module.in_features = module.weight.shape
+
+
+def _sum(group: Any) -> Any:
+    def summed(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+        y = y.contiguous()
+        dist.all_reduce(y, group=group)
+        return y
+
+    return summed
+
+
+def _gather(group: Any, widths: list[int]) -> Any:
+    """The outputs of all ranks, whose last axis is as wide as it is there."""
+    widest = max(widths)
+
+    def gathered(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+        own = F.pad(y, (0, widest - y.shape[-1])).contiguous()
+        parts = [torch.empty_like(own) for _ in widths]
+        dist.all_gather(parts, own, group=group)
+        return torch.cat([part[..., :width] for part, width in zip(parts, widths)], -1)
+
+    return gathered
+
+
+def _split(start: int, stop: int) -> Any:
+    def split(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return args[0][..., start:stop], *args[1:]
+
+    return split
+
+
+def _look_up(table: nn.Embedding, start: int, stop: int) -> None:
+    """Let a table of the rows start:stop take ids of all rows."""
+    whole = table.forward
+    table.num_embeddings, table.padding_idx = stop - start, None
+
+    def forward(ids: Tensor) -> Tensor:
+        is_here = (ids >= start) & (ids < stop)
+        found = whole((ids - start).where(is_here, 0))
+        return found.masked_fill(~is_here[..., None], 0)
+
+    table.forward = forward  # type: ignore[method-assign]

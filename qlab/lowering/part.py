@@ -1,0 +1,55 @@
+"""One rank's part of a directory's model, which runs together with those of the other ranks."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from qlab.algebra.spec import Spec
+from qlab.files.checkpoint import Checkpoint
+from qlab.lowering.around.coded_head import code_head
+from qlab.lowering.around.ranks import connect
+from qlab.lowering.devices import device_named
+from qlab.lowering.model import assembled, refuse_dtype
+from qlab.lowering.share import shared
+from qlab.lowering.solved import Place
+from qlab.lowering.weights.setting import Activations, checked_activations
+from qlab.model.skeleton import Skeleton
+from qlab.process.surroundings import undisturbed
+
+
+@undisturbed
+def lower_part(
+    checkpoint: Checkpoint,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    rank: int,
+    world: int,
+    group: Any,
+    activations: Activations | None = None,
+    head: Spec | None = None,
+) -> PreTrainedModel:
+    """A directory as `qlab.lower` makes a model of it, quantized or dense, of which this rank holds
+    its part. All ranks run each forward pass together, and each gets all logits.
+
+    Args:
+        checkpoint: the directory.
+        device, dtype, activations, head: as `qlab.lower` takes them.
+        rank, world: which of how many.
+        group: torch's process group of all ranks.
+
+    Raises:
+        QlabError: a model that transformers has no plan for, or a number of ranks that its heads or
+            its groups do not allow, with those that they do, before a weight is loaded.
+    """
+    refuse_dtype(dtype)
+    place = Place(dtype, device_named(device), False, checked_activations(activations))
+    checkpoint.warn_unapplied()
+    skeleton = Skeleton(checkpoint, place.dtype, place.device)
+    share = shared(skeleton, rank, world)
+    model = assembled(skeleton, place, share=share)
+    if head is not None:
+        code_head(model, head, dtype, place.activations)
+    connect(model, share, group)
+    return model

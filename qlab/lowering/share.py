@@ -1,0 +1,131 @@
+"""The part of each weight that one of several ranks holds, cut before it is packed.
+
+    colwise: W_r = W[rows of r], b_r = b[rows of r]      rowwise: W_r = W[:, columns of r], b_0 = b
+
+Cuts lie between the tiles of a weight, so that every scale stays with the codes that it is for.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from qlab.algebra.qtensor import Leaf, QTensor
+from qlab.errors import QlabError
+from qlab.model.parallel import Style, limits, parts_of, refuse_degree, styles_of
+from qlab.model.skeleton import Skeleton
+
+Spans = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """What a rank holds of a model.
+
+    skeleton: the model that is filled with parts. styles: how its weights are cut (`styles_of`).
+    sizes: what `parts_of` says of those that are, while all of them are whole. rank, world: which
+    of how many.
+    """
+
+    skeleton: Skeleton
+    styles: Mapping[str, Style]
+    sizes: Mapping[str, tuple[int, int]]
+    rank: int
+    world: int
+
+    def spans(self, name: str, rank: int | None = None) -> Spans:
+        """Where the parts of a rank, by default this one, lie along the axis of a weight that is
+        cut: one, or one in each of those that are packed in it."""
+        style = self.styles[name]
+        size, unit = self.sizes[name]
+        units, r = -(-size // unit), self.rank if rank is None else rank
+        start, stop = (min(size, unit * (units * i // self.world)) for i in (r, r + 1))
+        return [(size * i + start, size * i + stop) for i in range(style.packed)]
+
+    def width(self, name: str, rank: int) -> int:
+        """How many channels of a weight a rank has along the axis that is cut."""
+        return sum(stop - start for start, stop in self.spans(name, rank))
+
+    def of_weight(self, name: str, leaf: Leaf) -> Leaf:
+        """The part of the weight of a module, or of a fused weight of experts."""
+        style = self.styles.get(name)
+        if style is None or style.axis is None:
+            return leaf
+        spans = self.spans(name)
+        if isinstance(leaf, QTensor):
+            return _of_codes(name, leaf, style.axis, spans)
+        owner = self.skeleton.model.get_submodule(name.rpartition(".")[0])
+        turned = leaf.ndim == 3 and getattr(owner, "is_transposed", False)
+        return _along(leaf, -2 if (style.axis == "o") != turned else -1, spans)
+
+    def of_bias(self, name: str, bias: Tensor) -> Tensor:
+        """The part of the bias of a module: of summands, one rank has all of it."""
+        style = self.styles.get(name)
+        if style is None or style.axis is None:
+            return bias
+        if style.axis == "o":
+            return _along(bias, -1, self.spans(name))
+        return torch.zeros_like(bias) if self.rank else bias
+
+    def of_parameter(self, name: str, value: Tensor) -> Tensor:
+        """The part of a dense parameter."""
+        module, _, key = name.rpartition(".")
+        if key == "bias":
+            return self.of_bias(module, value)
+        part = self.of_weight(module if key == "weight" else name, value)
+        assert isinstance(part, Tensor)
+        return part
+
+    @torch.no_grad()
+    def cut_outside(self) -> None:
+        """Cut what is loaded of the parameters outside of the blocks. Those that were one and are
+        cut alike stay one."""
+        model, blocks = self.skeleton.model, tuple(f"{path}." for path in self.skeleton.blocks)
+        parts: dict[tuple[nn.Parameter, str], nn.Parameter] = {}
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+            owner, _, key = name.rpartition(".")
+            if name.startswith(blocks) or owner not in self.styles:
+                continue
+            alike = (parameter, f"{self.spans(owner)}" if self.styles[owner].axis else "")
+            if alike not in parts:
+                part = self.of_parameter(name, parameter)
+                parts[alike] = nn.Parameter(part, requires_grad=False)
+            model.get_submodule(owner)._parameters[key] = parts[alike]
+
+
+def shared(skeleton: Skeleton, rank: int, world: int) -> Share:
+    """The share of a rank. Refuses a number of ranks that is not legal, before a weight is
+    loaded."""
+    styles = styles_of(skeleton)
+    refuse_degree(limits(skeleton, styles), world)
+    cut = {name: style for name, style in styles.items() if style.axis is not None}
+    sizes = {name: parts_of(skeleton, name, style) for name, style in cut.items()}
+    return Share(skeleton, styles, sizes, rank, world)
+
+
+def _of_codes(name: str, leaf: QTensor, axis: str, spans: Spans) -> QTensor:
+    """The part of a quantized weight [..., o, k]."""
+    if axis == "k" and leaf.perm is not None:
+        raise QlabError(
+            f"{name} has its input channels in an order of its own, which is not divided over "
+            "ranks; run the model in one process"
+        )
+    tile = leaf.spec.tile
+    dim, unit = (-2, tile.rows) if axis == "o" else (-1, tile.cols)
+
+    def scaled(t: Tensor | None) -> Tensor | None:
+        if t is None or unit is None:  # one scale for all of them
+            return t
+        return _along(t, dim, [(start // unit, -(-stop // unit)) for start, stop in spans])
+
+    scales = scaled(leaf.scales)
+    assert scales is not None
+    return replace(
+        leaf, codes=_along(leaf.codes, dim, spans), scales=scales, zeros=scaled(leaf.zeros)
+    )
+
+
+def _along(t: Tensor, dim: int, spans: Spans) -> Tensor:
+    """The spans of an axis, one behind the other, in memory of their own."""
+    return torch.cat([t.narrow(dim, start, stop - start) for start, stop in spans], dim)
