@@ -11,6 +11,7 @@ import inspect
 import itertools
 import queue
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -47,6 +48,21 @@ SHARE = 0.25  # of the memory that is free, which the cache may take
 LONGEST = 4096  # tokens of a request, where a model takes more and nobody asked for it
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """A forward pass as values. ids_bq: the tokens of b rows. table_bp: the pages of every row, in
+    order; shorter rows end in page 0. start_b: how many tokens of a row have keys and values.
+    shift_b: by how much positions differ from counts of tokens. keep: of how many last tokens
+    logits are wanted, 0 for all. inputs: what else the model takes."""
+
+    ids_bq: Tensor
+    table_bp: Tensor
+    start_b: Tensor
+    shift_b: Tensor
+    keep: int
+    inputs: Mapping[str, Tensor]
+
+
 def nothing(drawn: Drawn) -> bool:
     """Tell nobody, and end nothing."""
     return False
@@ -65,7 +81,8 @@ class Engine:
             4096.
         page: tokens of a page.
         pages: how many pages there are; None makes as many as `rows` requests of max_length need,
-            in at most a quarter of the memory that is free.
+            in the memory that they may take.
+        memory: bytes that pages may take; None is a quarter of the memory that is free.
         chunk: tokens of a part of a prompt; prompts of models with recurrent states are one part.
         step_tokens: how many tokens of prompts a step computes beside its rows.
         reuse: whether requests whose prompts begin alike share pages.
@@ -82,6 +99,7 @@ class Engine:
         max_length: int | None = None,
         page: int = 16,
         pages: int | None = None,
+        memory: int | None = None,
         chunk: int = 256,
         step_tokens: int = 512,
         reuse: bool = True,
@@ -99,7 +117,8 @@ class Engine:
         layers = Layers(shapes=shapes, dtype=dtype, device=model.device, coders=coders)
         self._together = not shapes or use_row_masks(model)
         size = page * layers.bytes_of_token
-        most = int(SHARE * free_bytes(model.device)) // max(size, 1)
+        free = int(SHARE * free_bytes(model.device)) if memory is None else memory
+        most = free // max(size, 1)
         count = pages or max(1, min(rows * -(-self.max_length // page), most))
         self.pool = Pool(layers, count, page)
         self.pages = Pages(count, page, reuse=reuse and not self._has_states)
@@ -109,6 +128,8 @@ class Engine:
         self._numbers = itertools.count()
         self._inbox: queue.SimpleQueue[Request] = queue.SimpleQueue()
         self._requests: dict[int, Request] = {}
+        # what runs a pass: this process alone, or others with it
+        self.forward: Callable[[Pass, States], Tensor] = self.compute
 
     # -------------------------------------------------------------- requests
     def submit(
@@ -312,19 +333,29 @@ class Engine:
     ) -> Tensor:
         """Logits [b, keep, v] of the next tokens of requests; of all tokens where keep is 0. seen:
         the images among the tokens."""
-        device = self.model.device
         width = max(len(request.pages) for request in requests)
         table = [r.pages + [NOBODY] * (width - len(r.pages)) for r in requests]
-        table_bp = torch.tensor(table, dtype=torch.int64, device=device)
-        start = torch.tensor([r.done for r in requests], dtype=torch.int64, device=device)
-        rows = Rows(self.pool, table_bp, start, ids_bq.shape[1], states)
-        shift = torch.tensor([r.shift for r in requests], dtype=torch.int64, device=device)
-        positions = (start + shift)[:, None] + torch.arange(ids_bq.shape[1], device=device)
-        more: dict[str, Any] = {"position_ids": positions, "logits_to_keep": keep}
-        more |= seen.inputs if seen else {}
+        call = Pass(
+            ids_bq=ids_bq,
+            table_bp=torch.tensor(table, dtype=torch.int64),
+            start_b=torch.tensor([r.done for r in requests], dtype=torch.int64),
+            shift_b=torch.tensor([r.shift for r in requests], dtype=torch.int64),
+            keep=keep,
+            inputs=seen.inputs if seen else {},
+        )
+        return self.forward(call, states)
+
+    def compute(self, call: Pass, states: States) -> Tensor:
+        """The logits [b, keep, v] of a pass. states: of recurrent layers, the rows side by side."""
+        device, count = self.model.device, call.ids_bq.shape[1]
+        start = call.start_b.to(device)
+        rows = Rows(self.pool, call.table_bp.to(device), start, count, states)
+        positions = (start + call.shift_b.to(device))[:, None] + torch.arange(count, device=device)
+        more: dict[str, Any] = {"position_ids": positions, "logits_to_keep": call.keep}
+        more |= call.inputs
         taken = {name: value for name, value in more.items() if name in self._takes}
         taken[self._cache_argument] = rows
-        return self.model(ids_bq.to(device), use_cache=True, **taken).logits
+        return self.model(call.ids_bq.to(device), use_cache=True, **taken).logits
 
 
 # ------------------------------------------------------------------ bounds and failures

@@ -71,9 +71,7 @@ def put_weights(
     for name, pieces in weights.items():
         tensors = (*pieces, *_bias(skeleton, name))
         if tensors not in packed:
-            packed[tensors] = pack(
-                skeleton, name, dtype, device, dense_cache, activations, share
-            )
+            packed[tensors] = pack(skeleton, name, dtype, device, dense_cache, activations, share)
         set_module(model, name, packed[tensors])
 
 

@@ -1,7 +1,7 @@
 """What ranks tell each other inside a forward pass of a model that is divided between them.
 
-    by inputs: y = sum over r of y_r       gathered: y = [y_0, y_1, ...]
-    a table of embeddings: each rank looks up the ids that it has, the others are 0 there
+by inputs: y = sum over r of y_r       gathered: y = [y_0, y_1, ...]
+a table of embeddings: each rank looks up the ids that it has, the others are 0 there
 """
 
 from typing import Any
