@@ -27,8 +27,8 @@ LENGTH, COUNT = 256, 4
 RESULTS = Path(__file__).parent / "results"
 ROUNDED = {
     "int8 activations": {"activations": "int8"},
-    "int8 head": {"head": "int8-channel"},
-    "both": {"activations": "int8", "head": "int8-channel"},
+    "int8 head": {"head": "int8-g32"},
+    "both": {"activations": "int8", "head": "int8-g32"},
 }
 
 

@@ -22,12 +22,12 @@ Head = Annotated[
     str,
     typer.Option(
         "--head",
-        help="a spec such as int8-channel, to which an unquantized head is rounded, which is "
+        help="a spec such as int8-g32, to which an unquantized head is rounded, which is "
         "faster and not quite the model; none",
     ),
 ]
 NONE = "none"
-FAST = {"activations": "int8", "head": "int8-channel"}
+INT8 = "int8"
 
 
 def roundings(
@@ -35,8 +35,16 @@ def roundings(
 ) -> dict[str, str | None]:
     """How a model is rounded beyond its directory, as arguments of `qlab.pipeline`. What is not
     said of a quantized model on a CPU is what is fast there."""
-    is_fast = model.quantized and device == "cpu" and activations in ("", FAST["activations"])
-    unsaid = FAST if is_fast else {"activations": NONE, "head": NONE}
+    is_fast = model.quantized and device == "cpu" and activations in ("", INT8)
+    unsaid = {"activations": NONE, "head": NONE}
+    if is_fast:
+        unsaid = {"activations": INT8, "head": _head(model)}
     said = {"activations": activations, "head": head}
     chosen = {name: value or unsaid[name] for name, value in said.items()}
     return {name: None if value == NONE else value for name, value in chosen.items()}
+
+
+def _head(model: "Checkpoint") -> str:
+    """The spec with the least loss that its kernel takes."""
+    is_even = model.config.get_text_config().hidden_size % 32 == 0
+    return f"{INT8}-g32" if is_even else f"{INT8}-channel"

@@ -69,7 +69,7 @@ def lower(
         activations: "int8" lets kernels that can round activations to 8-bit integers, where the
             directory leaves them as they are: faster, and not quite the directory's function. None
             rounds nothing that the directory does not.
-        head: a spec such as 'int8-channel', to which the weight of an unquantized head is rounded
+        head: a spec such as 'int8-g32', to which the weight of an unquantized head is rounded
             while it is loaded: faster for few tokens, and not quite the directory's function. None
             leaves the head dense.
 
