@@ -16,7 +16,7 @@ from qlab.algebra.stats import STATS
 from qlab.algebra.wires import wires
 from qlab.driver.observe import observe
 from qlab.errors import QlabError
-from qlab.methods.inputs import RANGES, quantile
+from qlab.methods.inputs import RANGES, quantile, rounding
 
 SPECS = ("fp8-tensor", "int8-tensor", "int8-head", "int8-token", "int4-g16", "int4-head-asym")
 
@@ -151,6 +151,18 @@ def test_the_global_scale_of_nvfp4_inputs_comes_from_any_range():
     for path, (op,) in today.items():
         assert torch.allclose(op.outer, same[path][0].outer)
         assert less[path][0].outer > op.outer
+
+
+@given(seed=st.integers(0, 99), outlier=st.sampled_from([0.0, 30.0, 1000.0]))
+def test_the_global_scale_with_the_least_error_is_no_worse_than_that_of_the_largest(seed, outlier):
+    """Also where the sample misses the only row with an outlier."""
+    spec, x = parse_spec("nvfp4"), normal(600, 64, seed=seed)
+    x[seed, 5] += outlier
+    error = {}
+    for name in ("absmax", "least_error"):
+        op = rounding(spec, RANGES[name], seen(x))
+        error[name] = float((op(x) - x).square().sum())
+    assert error["least_error"] <= 1.02 * error["absmax"]
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
