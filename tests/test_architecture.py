@@ -50,6 +50,7 @@ WALKERS = {
     "algebra/tracing/routers.py",
     "algebra/tracing/stretches.py",
     "algebra/tracing/trace.py",
+    "algebra/values.py",
     "algebra/wires.py",
 }
 MODELS = {"transformers", "safetensors", "accelerate", "huggingface_hub", "gguf"}

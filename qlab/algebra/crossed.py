@@ -13,11 +13,7 @@ from torch import fx
 
 from qlab.algebra.folds import folds
 from qlab.algebra.graph import Code, ModuleGraph
-from qlab.algebra.scope import matches
-from qlab.algebra.wires import full_name, wires
-
-# no scale passes from keys or queries through a softmax, so a fold never moves these
-PASSED = frozenset({"out", "value"})
+from qlab.algebra.wires import wires
 
 
 @lru_cache(maxsize=64)
@@ -27,7 +23,12 @@ def crossed(code: Code) -> Mapping[str, tuple[str, ...]]:
     between: dict[str, tuple[str, ...]] = {}
     for origin, fold in folds(code).items():
         moved = _behind(nodes[fold.producer.node]) & _ahead(nodes[origin])
-        there = [w for w in wires(code).values() if w.kind in PASSED and nodes[w.node] in moved]
+        # no scale passes from keys or queries through a softmax, so a fold never moves these
+        there = [
+            wire
+            for wire in wires(code).values()
+            if (wire.whole or wire.kind == "value") and nodes[wire.node] in moved
+        ]
         between[origin] = tuple(wire.name for wire in there)
     return between
 
@@ -42,10 +43,11 @@ def standing_between(graph: ModuleGraph, origin: str) -> str | None:
 def crosses(code: Code, pattern: str, path: str = "") -> list[str]:
     """The origins of a program from which a fold crosses a wire that the pattern matches, by its
     own name or that in the model."""
+    there = wires(code)
     return [
         origin
         for origin, between in crossed(code).items()
-        if any(matches(pattern, w) or matches(pattern, full_name(path, w)) for w in between)
+        if any(there[wire].is_called(pattern, path) for wire in between)
     ]
 
 

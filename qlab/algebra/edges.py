@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qlab.algebra.called import called
 from qlab.algebra.graph import ModuleGraph, Op
-from qlab.algebra.wires import AT_NODE, Wire, wire_named, wires
+from qlab.algebra.wires import Wire, wire_named, wires
 from qlab.errors import QlabError
 
 # node -> which of its arguments -> what happens to that on its way there, in order
@@ -67,6 +67,6 @@ def as_read(graph: ModuleGraph, node: str, x: Tensor) -> Tensor:
     or on what enters the segment there."""
     inserts = graph.inserts
     for wire in wires(graph.code).values() if inserts else ():
-        if wire.node == node and wire.kind in AT_NODE and wire.name in inserts:
+        if wire.node == node and wire.whole and wire.name in inserts:
             x = run_ops(wire, inserts[wire.name], x)
     return x

@@ -249,11 +249,12 @@ class ModuleGraph:
     def with_inserts(self, inserts: Mapping[str, tuple[Op, ...]]) -> "ModuleGraph":
         """The same graph with these operations on its wires, and no others."""
         online, outputs, values = {}, {}, {}
+        paths = {site.path for site in self.code.sites}  # of other modules too there are values
         for wire, ops in inserts.items():
             owner, _, kind = wire.rpartition(":")
-            if kind == "in":
+            if kind == "in" and owner in paths:
                 online[owner] = ops
-            elif kind == "out":
+            elif kind == "out" and owner in paths:
                 outputs[owner] = ops
             else:
                 values[wire] = ops

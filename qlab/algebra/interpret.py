@@ -29,7 +29,7 @@ from qlab.algebra.graph import (
 )
 from qlab.algebra.leaf import dense
 from qlab.algebra.products import product_dtype
-from qlab.algebra.wires import AT_NODE, Wire, wire_named, wires
+from qlab.algebra.wires import Wire, wire_named, wires
 from qlab.errors import QlabError
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -232,7 +232,7 @@ def _arriving(graph: ModuleGraph, wire: Wire, values: Mapping[str, Any]) -> Rows
     route = wire.site.route if wire.site else None
     _, tokens, ends = values[route] if route else (None, None, None)
     x = as_read(graph, wire.node, values[wire.node])
-    if wire.kind not in AT_NODE:
+    if not wire.whole:
         x = run_ops(wire, graph.inserts.get(wire.name, ()), x, ends)
     return Rows(wire.rows(x), tokens, ends)
 

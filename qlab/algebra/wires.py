@@ -3,6 +3,7 @@
 A wire is a value on its way to the operations that read it. Names come from the program alone:
 "mlp.up_proj:in" and ":out" from the paths of sites, "self_attn:query", ":key" and ":value" from the
 module in which an attention runs, "enter" and "leave" from what the program is given and returns.
+All other values have names too (`values`): "mlp.act_fn:out" and "self_attn:softmax".
 """
 
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -24,21 +25,22 @@ from qlab.algebra.graph import (
     open_symbols,
 )
 from qlab.algebra.scope import Scope, matches
+from qlab.algebra.values import Edge, Value, reads_of, values
 from qlab.errors import QlabError
 
-AT_NODE = frozenset({"enter", "out"})  # kinds of wires whose edges are all uses of their node
-Edge = tuple[str, int]  # a node, and which of its arguments, counted as leaves of (args, kwargs)
+ON_EDGES = frozenset({"in", "query", "key", "value", "leave"})  # kinds of what some readers read
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wire:
     """A named value of a program.
 
-    name: "<site>:in", "<site>:out", "<attention>:query", ":key" or ":value", "enter" or "leave".
-    kind: the last part of the name. node: the name of the node whose value it is. edges: where the
-    value enters operations. site: of an input or output of a site. layout: the last axes of the
-    value, "n k" (tokens, channels), or those of the heads of an attention, "h n d" or "h d n".
-    channels: k, of all heads of an attention. heads: their number there, 1 elsewhere. path: the
+    name: "<site>:in", "<site>:out", "<attention>:query", ":key" or ":value", "enter" or "leave", or
+    one of `values`. also: its other names, which patterns match too. kind: the last part of the
+    name. node: the name of the node whose value it is. edges: where the value enters operations.
+    site: of an input or output of a site. layout: the last axes of the value, "n k" (tokens,
+    channels), those of the heads of an attention, "h n d" or "h d n", or all of fewer, "n", "k" or
+    "". channels: k, of all heads of an attention. heads: their number there, 1 elsewhere. path: the
     segment's path in the model, where a step is given the wire.
     """
 
@@ -51,6 +53,7 @@ class Wire:
     channels: int = 0
     heads: int = 1
     path: str = ""
+    also: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -70,11 +73,25 @@ class Wire:
     @property
     def of_attention(self) -> bool:
         """Whether its channels are those of the heads of an attention."""
-        return self.layout != "n k"
+        return self.layout in ("h n d", "h d n")
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is the value as all that read it see it."""
+        return self.kind not in ON_EDGES
+
+    def is_called(self, pattern: str, path: str = "") -> bool:
+        """Whether a pattern matches one of its names, or of those in a segment of this path."""
+        return any(
+            matches(pattern, name) or matches(pattern, full_name(path, name))
+            for name in (self.name, *self.also)
+        )
 
     def rows(self, x: Tensor) -> Tensor:
         """The value as [..., n, k], with a token in each row and the channels of all heads side by
         side."""
+        if x.ndim < 2:
+            return x[:, None] if self.layout == "n" else x.reshape(1, -1)
         if not self.of_attention:
             return x
         x = x.mT if self.layout == "h d n" else x
@@ -83,7 +100,7 @@ class Wire:
     def value(self, rows: Tensor, like: Tensor) -> Tensor:
         """The inverse of `rows`, for a value of the shape of `like`."""
         if not self.of_attention:
-            return rows
+            return rows if like.ndim >= 2 else rows.reshape(like.shape)
         x = rows.unflatten(-1, (like.shape[-3], -1)).transpose(-3, -2)
         return x.mT if self.layout == "h d n" else x
 
@@ -96,50 +113,33 @@ def wires(code: Code) -> Mapping[str, Wire]:
     them, where the program shows these. Where attention is written out they are the operands of its
     two products. A module with several attentions has "self_attn:key", "self_attn#2:key" and so on.
     """
-    uses = _uses(code.graph)
+    reads = reads_of(code.graph)
     sites = {node: site for node, site in _sites(code) if node is not None}
-    ends = _ends(code)
-    found: list[Wire] = []
-    if ends is not None:
-        entering = ends[0]
-        found.append(
-            Wire(
-                name="enter",
-                kind="enter",
-                node=entering.name,
-                edges=uses[entering],
-                channels=entering.meta["val"].shape[-1],
-            )
-        )
+    entering, leaving, place = _ends(code) or (None, None, 0)
+    found: dict[fx.Node, list[Wire]] = {node: [] for node in code.graph.nodes}  # where they are met
+    if entering is not None:
+        found[entering].append(_plain("enter", entering, reads[entering]))
     owners: dict[str, int] = {}
     for node in code.graph.nodes:
         if node in sites:
-            found += _around(node, sites[node], uses)
+            found[node] += _around(node, sites[node], reads)
         operands = attended(node)
         if operands:
             path = module_of(node)
             owners[path] = owners.get(path, 0) + 1
             owner = path if owners[path] == 1 else f"{path}#{owners[path]}"
-            found += [_of_attention(owner, operand) for operand in operands]
+            found[node] += [_of_attention(owner, operand) for operand in operands]
+    if leaving is not None:
+        out = code.graph.output_node()
+        found[out].append(_plain("leave", leaving, ((out.name, place),)))
+    named = _all_named(found, list(values(code, reads, entering, leaving)), reads)
     # of a weight by itself (`graph.lone_weight`), which has no program
-    found += [
+    named += [
         Wire(name=f"{site.path}:in", kind="in", node=site.source, edges=(), site=site)
         for node, site in _sites(code)
         if node is None
     ]
-    if ends is not None:
-        leaving, place = ends[1:]
-        out = code.graph.output_node().name
-        found.append(
-            Wire(
-                name="leave",
-                kind="leave",
-                node=leaving.name,
-                edges=((out, place),),
-                channels=leaving.meta["val"].shape[-1],
-            )
-        )
-    return {wire.name: wire for wire in found}
+    return {wire.name: wire for wire in named}
 
 
 def wire_named(code: Code, name: str, where: str = "the segment") -> Wire:
@@ -155,10 +155,17 @@ def nearest(name: str, names: Mapping[str, Any] | Sequence[str]) -> str:
     stem = name.replace("*", "").lstrip(".")  # of a pattern, what every name has to end with
     ends: dict[str, str] = {}
     for known in names:
-        ends.setdefault(known[-len(stem) :] if "*" in name else known, known)
+        ends.setdefault(_end(known, stem) if "*" in name else known, known)
     near = [ends[end] for end in get_close_matches(stem, list(ends), n=3, cutoff=0.5)]
     near = near or list(names)[:8]
     return f"the nearest are {', '.join(near)}" if near else "it has none"
+
+
+def _end(name: str, stem: str) -> str:
+    """The last parts of a name, as many as the stem has."""
+    parts = name.split(".")[-1 - stem.count(".") :]
+    end = ".".join(parts)
+    return f":{end.rpartition(':')[2]}" if stem.startswith(":") else end
 
 
 def full_name(path: str, wire: str) -> str:
@@ -182,7 +189,7 @@ def reached(graph: ModuleGraph, pattern: str, scope: Scope) -> frozenset[str]:
     found = []
     for wire in open_wires(graph):
         name = full_name(graph.path, wire.name)
-        if not (matches(pattern, wire.name) or matches(pattern, name)):
+        if not wire.is_called(pattern, graph.path):
             continue
         if wire.site is None:
             owner, _, _ = name.rpartition(":")
@@ -202,32 +209,59 @@ class Stop(NamedTuple):
     wires: frozenset[str]
 
 
-def stops(code: Code, values: Container[str]) -> list[Stop]:
-    """The stops of a run at every source, and at each wire among `values` that is no input of a
+def stops(code: Code, inserting: Container[str]) -> list[Stop]:
+    """The stops of a run at every source, and at each wire among `inserting` that is no input of a
     site, in the order in which the program reaches them."""
     places = {node.name: i for i, node in enumerate(code.graph.nodes)}
     there = wires(code)
-    found: list[tuple[int, Stop]] = []
+    found: list[tuple[int, bool, Stop]] = []
     for source, sites in by_source(code.sites).items():
         inputs = [there[f"{site.path}:in"] for site in sites]
         place = min((places[n] for wire in inputs for n, _ in wire.edges), default=0)
-        found.append((place, Stop(source, sites, frozenset(wire.name for wire in inputs))))
+        found.append((place, True, Stop(source, sites, frozenset(wire.name for wire in inputs))))
     for wire in there.values():
-        if wire.kind != "in" and wire.name in values:
+        if wire.kind != "in" and wire.name in inserting:
             place = min(places[node] for node, _ in wire.edges)
-            found.append((place, Stop(wire.name, (), frozenset({wire.name}))))
-    return [stop for _, stop in sorted(found, key=lambda pair: pair[0])]
+            # what all readers of a value see comes before what one of them does
+            found.append((place, not wire.whole, Stop(wire.name, (), frozenset({wire.name}))))
+    return [stop for *_, stop in sorted(found, key=lambda stop: stop[:2])]
 
 
 # ------------------------------------------------------------------ ends and sites
-def _uses(graph: fx.Graph) -> dict[fx.Node, tuple[Edge, ...]]:
-    """node -> the edges at which its value enters operations."""
-    uses: dict[fx.Node, tuple[Edge, ...]] = {node: () for node in graph.nodes}
-    for user in graph.nodes:
-        for place, leaf in enumerate(leaves_of(user)):
-            if isinstance(leaf, fx.Node):
-                uses[leaf] = (*uses[leaf], (user.name, place))
-    return uses
+def _all_named(
+    found: Mapping[fx.Node, list[Wire]],
+    others: Sequence[Value],
+    reads: Mapping[fx.Node, tuple[Edge, ...]],
+) -> list[Wire]:
+    """The wires in running order, with one for each value that no wire brings to all that read it,
+    and for the others the names that they have as well."""
+    by_node: dict[str, list[tuple[fx.Node, int]]] = {}
+    for at, wires_there in found.items():
+        for i, wire in enumerate(wires_there):
+            by_node.setdefault(wire.node, []).append((at, i))
+    for node, returned_by, computed_by in others:
+        names = (*returned_by, computed_by)
+        covering = [
+            (at, i) for at, i in by_node.get(node.name, ()) if found[at][i].edges == reads[node]
+        ]
+        if covering:
+            at, i = covering[0]
+            found[at][i] = replace(found[at][i], also=names)
+        else:
+            wire = _plain(names[0], node, reads[node])
+            found[node].insert(0, replace(wire, also=names[1:]))
+    return [wire for wires_there in found.values() for wire in wires_there]
+
+
+def _plain(name: str, node: fx.Node, edges: tuple[Edge, ...]) -> Wire:
+    """A value with its last axis as channels."""
+    shape = node.meta["val"].shape
+    layout = "n k"
+    if len(shape) < 2:
+        layout = "".join("n" if open_symbols(size) else "k" for size in shape)
+    channels = 1 if layout in ("n", "") else _count(shape[-1])
+    kind = name.rpartition(":")[2]
+    return Wire(name=name, kind=kind, node=node.name, edges=edges, layout=layout, channels=channels)
 
 
 def _ends(code: Code) -> tuple[fx.Node, fx.Node, int] | None:
@@ -262,7 +296,7 @@ def _sites(code: Code) -> Iterator[tuple[fx.Node | None, Site]]:
         yield by_leaf.get(site.weight or ""), site
 
 
-def _around(node: fx.Node, site: Site, uses: Mapping[fx.Node, tuple[Edge, ...]]) -> list[Wire]:
+def _around(node: fx.Node, site: Site, reads: Mapping[fx.Node, tuple[Edge, ...]]) -> list[Wire]:
     """The input and the output of a site."""
     x_at = WEIGHT_OPS[node.target][0]
     k, o = node.args[x_at].meta["val"].shape[-1], node.meta["val"].shape[-1]
@@ -275,7 +309,7 @@ def _around(node: fx.Node, site: Site, uses: Mapping[fx.Node, tuple[Edge, ...]])
         channels=k,
     )
     leaving = replace(
-        entering, name=f"{site.path}:out", kind="out", node=node.name, edges=uses[node], channels=o
+        entering, name=f"{site.path}:out", kind="out", node=node.name, edges=reads[node], channels=o
     )
     return [entering, leaving]
 

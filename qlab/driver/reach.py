@@ -117,7 +117,12 @@ def _check_wires(stage: Stage, pattern: str, model: Sites) -> None:
     touched = [site for name, site in model.sites.items() if stage.touches(name, site)]
     if stage.view.operations and touched and all(site.router for site in touched):
         return  # `effects` refuses it by the routers' names
-    names = [full_name(graph.path, name) for graph in graphs for name in wires(graph.code)]
+    names = [
+        full_name(graph.path, name)
+        for graph in graphs
+        for wire in wires(graph.code).values()
+        for name in (wire.name, *wire.also)
+    ]
     raise QlabError(
         f"the stage {stage.name!r} matches no wire ({pattern} at {stage.scope}); "
         f"{nearest(pattern, names)}"

@@ -41,10 +41,7 @@ class _Rows:
 
     def value(self, wire: Wire, graph: ModuleGraph) -> tuple[Tensor, Tensor | None]:
         """The value of a wire, and where the rows of each expert end."""
-        if open_symbols(wire.channels):  # of hidden states, whose program is for any width
-            channels = self.shapes[graph.where(graph.code.sites[0])][-1]
-        else:
-            channels = int(wire.channels)
+        channels = self._channels(wire, graph)
         if wire.of_attention:
             width = channels // int(wire.heads)
             last = (self.tokens, width) if wire.layout == "h n d" else (width, self.tokens)
@@ -54,6 +51,14 @@ class _Rows:
         experts = self.shapes[graph.where(wire.site)][0]
         ends = (torch.arange(experts, device=self.device) + 1) * self.tokens // experts
         return self.drawn(self.tokens, channels), ends
+
+    def _channels(self, wire: Wire, graph: ModuleGraph) -> int:
+        if not open_symbols(wire.channels):
+            return int(wire.channels)
+        if wire.site is None and wire.kind not in ("enter", "leave"):
+            return self.tokens  # a number for each token, as scores of attentions are
+        # of hidden states, whose program is for any width
+        return self.shapes[graph.where(graph.code.sites[0])][-1]
 
 
 def tried(

@@ -112,11 +112,16 @@ def write_all(
             for name, place in outs.items()
         }
         started = time.perf_counter()
-        for quantized in named.values():
-            if quantized.job.measures:  # refuses what is known before anything is measured
-                plan_of(of_format(quantized.job)).check(first.memory)
-        jobs = {name: of_format(quantized.resolved) for name, quantized in named.items()}
-        return _written(jobs, writers, source, stack, started)
+        with PeakMemory() as measuring:
+            for quantized in named.values():
+                if quantized.job.measures:  # refuses what is known before anything is measured
+                    plan_of(of_format(quantized.job)).check(first.memory)
+            jobs = {name: of_format(quantized.resolved) for name, quantized in named.items()}
+        results = _written(jobs, writers, source, stack, started)
+    return {
+        name: replace(result, peak_rss_bytes=max(measuring.bytes, result.peak_rss_bytes))
+        for name, result in results.items()
+    }
 
 
 def _written(

@@ -44,6 +44,11 @@ def test_a_rounded_cache_is_part_of_what_a_recipe_makes(saved, text, family):
             r"puts operations on .*self_attn:",
         ),
         (
+            qlab.insert("mine", "*.mlp.act_fn:out", lambda wire, stats: torch.neg),
+            "compressed-tensors",
+            r"puts operations on .*mlp.act_fn:out",
+        ),
+        (
             qlab.chain(qlab.kv_cache("int8-head"), qlab.kv_cache("int8-head")),
             "compressed-tensors",
             "turns a value once and then rounds it",
@@ -110,7 +115,8 @@ def test_static_inputs_are_written_and_read(saved, text, tmp_path, spec, static)
 
 @pytest.mark.parametrize("inputs", ["quantized", "reference"])
 @pytest.mark.parametrize(
-    "wire", ["down_proj:in", "down_proj:out", "key", "value", "enter", "leave"]
+    "wire",
+    ["down_proj:in", "down_proj:out", "key", "value", "enter", "leave", "input_layernorm:out"],
 )
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_an_insert_reaches_its_wire_in_every_block(saved, family, wire, inputs):

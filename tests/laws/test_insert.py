@@ -61,21 +61,30 @@ def test_wires_of_an_attention_bring_what_it_is_given(family):
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_every_wire_can_be_observed_and_rounded_and_the_walk_agrees(family):
+def test_what_stands_on_a_value_is_observed_and_reaches_the_output(family):
     seg = segment(family)
     names = list(wires(seg.graph.code))
     rows = inputs_of(seg.graph, names, *seg.batches[0])
     before = hidden(interpret(seg.graph, *seg.batches[0]))
+    # beside the tokens that it routes, a rank among experts is not seen
+    silent = {"mlp.gate:topk"} if family == "deepseek_v3" else set()
     for name in names:
-        graph = seg.graph.inserting(name, torch.tanh)
+        if rows[name].x.numel() == 0:  # the channels that no rotary embedding leaves over
+            continue
+        graph = seg.graph.inserting(name, moved)
         assert graph.inserts.keys() == {name} and not seg.graph.inserts
-        observed = inputs_of(graph, [name], *seg.batches[0])[name].x
-        assert torch.equal(observed, rows[name].x.tanh())
-        assert torch.equal(Walk(graph.code).to(graph, name, *seg.batches[0]).x, observed)
         after = hidden(interpret(graph, *seg.batches[0]))
-        assert relative(after, before) > 1e-5, name
-        identity = seg.graph.inserting(name, lambda x: x.clone())
-        assert torch.equal(hidden(interpret(identity, *seg.batches[0])), before)
+        assert torch.equal(after, before) == (name in silent), name
+    for name in names[::4]:
+        graph = seg.graph.inserting(name, moved)
+        observed = inputs_of(graph, [name], *seg.batches[0])[name].x
+        assert torch.equal(observed, moved(rows[name].x))
+        assert torch.equal(Walk(graph.code).to(graph, name, *seg.batches[0]).x, observed)
+
+
+def moved(x):
+    """Twice x and more, of which no norm takes the change back."""
+    return 2 * x.clamp(-2, 2) + torch.linspace(0.5, 1.5, x.shape[-1], dtype=x.dtype)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
@@ -160,6 +169,16 @@ def test_weights_behind_a_wire_are_solved_on_what_its_insert_makes(family):
     for path in ("self_attn.q_proj", "self_attn.v_proj"):
         assert torch.equal(*(g.params[f"{path}.weight"].codes for g in (graph, plain)))
     assert not torch.equal(*(g.params["self_attn.o_proj.weight"].codes for g in (graph, plain)))
+
+
+def test_weights_are_solved_on_what_stands_on_all_that_they_read():
+    seg, recipe, wire = segment("llama"), gptq(parse_spec("int3-g16")), "input_layernorm:out"
+    capped = qlab.chain(recipe, insert("cap", f"*.{wire}", lambda wire, stats: torch.tanh))
+    ours, _ = solve_in_order(seg.graph, capped, batches_of(seg))
+    theirs, _ = solve_in_order(seg.graph.inserting(wire, torch.tanh), recipe, batches_of(seg))
+    assert ours.inserts == theirs.inserts == {wire: (torch.tanh,)}
+    for path in (f"self_attn.{name}_proj.weight" for name in "qkvo"):
+        assert torch.equal(*(graph.params[path].codes for graph in (ours, theirs)))
 
 
 def test_a_wire_is_observed_behind_the_quantized_weights_before_it():
