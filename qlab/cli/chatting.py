@@ -1,5 +1,7 @@
 """chat: talk to a model in the terminal."""
 
+from contextlib import suppress
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -37,6 +39,8 @@ def chat(
         rows=1,
         **roundings(opened, device, activations, head),  # type: ignore[arg-type]
     )
+    with suppress(ImportError):
+        import_module("readline")  # gives `input` keys that edit, and the lines before
     with ready as pipe:
         _talk(Talk(pipe=pipe, system=system, settings={"max_tokens": max_tokens}))
 

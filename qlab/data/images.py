@@ -135,7 +135,7 @@ def image_samples(
         qlab.errors.QlabError: my.jsonl holds 1 samples and 8 were asked for; give more lines, or
         fewer samples
     """
-    processor, digest = _processor(model), hashlib.sha256()
+    processor, digest = processor_of(model), hashlib.sha256()
     paths = [Path(text) for text in ([texts] if isinstance(texts, str | Path) else texts)]
     inputs: list[dict[str, Tensor]] = []
     images: list[Path] = []
@@ -177,7 +177,8 @@ def _count_of_image_tokens(model: Checkpoint, inputs: Sequence[Mapping[str, Tens
     return sum(int(sample["input_ids"].eq(token).sum()) for sample in inputs)
 
 
-def _processor(model: Checkpoint) -> Any:
+def processor_of(model: Checkpoint) -> Any:
+    """The processor of a model's directory, which makes its inputs of text and images."""
     try:
         return AutoProcessor.from_pretrained(
             model.path, local_files_only=True, trust_remote_code=False

@@ -15,6 +15,7 @@ import io
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qlab.data.images import processor_of
 from qlab.errors import QlabError, first_line, printable
+from qlab.files.checkpoint import Checkpoint
 from qlab.process.extras import needed
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -49,19 +52,25 @@ class Placed:
 
 
 class ImageReader:
-    """Reads chats with images for a model, by its processor. May be called from any thread.
+    """Reads chats with images for a model, by its processor, which is made for the first one. May
+    be called from any thread.
 
     Args:
-        processor: of transformers.
+        model: whose directory has the processor.
     """
 
-    def __init__(self, processor: Any):
-        self.processor, self._lock = processor, threading.Lock()
+    def __init__(self, model: Checkpoint):
+        self._model, self._lock = model, threading.Lock()
+
+    @cached_property
+    def processor(self) -> Any:
+        """transformers'."""
+        return processor_of(self._model)
 
     def encoded(self, chat: Sequence[Mapping[str, Any]], **template: Any) -> Encoded:
         """The prompt that a chat is. template: what its template takes beside the messages."""
         pictures: list[Any] = []
-        messages = [{**m, "content": _parts(m.get("content"), pictures)} for m in chat]
+        messages = in_parts(chat, pictures)
         with self._lock:
             text = self.processor.apply_chat_template(messages, tokenize=False, **template)
             processed = self.processor(
@@ -93,6 +102,15 @@ def as_text(chat: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{**message, **_text(message.get("content"))} for message in chat]
 
 
+def in_parts(
+    chat: Sequence[Mapping[str, Any]], pictures: list[Any] | None = None
+) -> list[dict[str, Any]]:
+    """A chat whose contents are lists of parts, as templates of models that take images read them.
+    Its images are added to the pictures."""
+    pictures = [] if pictures is None else pictures
+    return [{**message, "content": _parts(message.get("content"), pictures)} for message in chat]
+
+
 def _text(content: Any) -> dict[str, str]:
     if not isinstance(content, list):
         return {}
@@ -100,7 +118,6 @@ def _text(content: Any) -> dict[str, str]:
 
 
 def _parts(content: Any, pictures: list[Any]) -> list[dict[str, Any]]:
-    """The content as templates of processors read it; its images are added to the pictures."""
     if not isinstance(content, list):
         return [{"type": "text", "text": content}] if content else []
     parts: list[dict[str, Any]] = []
@@ -119,7 +136,8 @@ def _parts(content: Any, pictures: list[Any]) -> list[dict[str, Any]]:
 def _picture(part: Mapping[str, Any]) -> Any:
     """The image of a part of a content, in RGB."""
     if part.get("type") == "image" and isinstance(part.get("path"), str):
-        return opened(Path(part["path"]).expanduser())
+        path = Path(part["path"]).expanduser()
+        return decoded(_bytes_in(path), str(path))
     url = part.get("image_url")
     url = url.get("url") if isinstance(url, Mapping) else url
     if part.get("type") != "image_url" or not isinstance(url, str):
@@ -143,19 +161,18 @@ def _bytes_of(url: str) -> bytes:
         raise QlabError(f"the image is not base64 ({first_line(error)}); encode it so") from error
 
 
-def opened(path: Path) -> Any:
-    """The image of a file, in RGB."""
+def _bytes_in(path: Path) -> bytes:
     try:
-        return decoded(path.read_bytes(), str(path))
+        return path.read_bytes()
     except OSError as error:
         raise QlabError(f"the image {path} cannot be read ({error.strerror})") from error
 
 
 def decoded(content: bytes, name: str) -> Any:
     """An image in RGB. QlabError for what is none, or has too many pixels."""
-    image = needed("PIL.Image", "images")
+    library = needed("PIL.Image", "images")
     try:
-        picture = image.open(io.BytesIO(content), formats=FORMATS)
+        picture = library.open(io.BytesIO(content), formats=FORMATS)
         width, height = picture.size
         picture = picture.convert("RGB") if width * height <= PIXELS else None
     except Exception as error:  # whatever the decoder of a format makes of damaged bytes
@@ -167,10 +184,13 @@ def decoded(content: bytes, name: str) -> Any:
     return picture
 
 
-def data_url(path: Path) -> str:
-    """A file as the url of a part. QlabError where it is no image."""
-    opened(path)
-    return "data:image/*;base64," + base64.b64encode(path.read_bytes()).decode()
+def part_of(path: Path) -> dict[str, Any]:
+    """The image of a file as a part of a content that holds all of it."""
+    content = _bytes_in(path)
+    decoded(content, str(path))
+    kind = needed("PIL.Image", "images").open(io.BytesIO(content)).format.lower()
+    url = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 # ------------------------------------------------------------------ positions

@@ -1,5 +1,6 @@
 """Texts, token ids and chats in, replies out: an engine with a tokenizer around it."""
 
+import inspect
 import os
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -7,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from qlab.algebra.spec import Spec
 from qlab.data.calibration import tokenizer_of
@@ -15,6 +16,7 @@ from qlab.errors import QlabError, first_line
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.generation.engine import Engine
 from qlab.generation.grammar import KINDS, Grammars, Word, asked_for
+from qlab.generation.images import Encoded, ImageReader, as_text, has_images, in_parts
 from qlab.generation.request import STOP, Request
 from qlab.generation.sampling import Drawn, Sampling
 from qlab.generation.text import GrowingText
@@ -22,6 +24,7 @@ from qlab.lowering import lower
 from qlab.lowering.around.coded_head import code_head
 from qlab.lowering.devices import device_named
 from qlab.lowering.weights.setting import Activations
+from qlab.model.paper import maker_of
 from qlab.process.progress import progress
 from qlab.process.surroundings import undisturbed
 
@@ -60,14 +63,16 @@ class Asked:
     def __init__(
         self,
         pipeline: "Pipeline",
-        ids: Sequence[int],
+        prompt: Encoded,
         sampling: Sampling,
         text: GrowingText,
         word: Word | None,
     ):
         # `submit` may be overtaken by the thread that steps, which tells tokens
         self.text, self.pieces, self._stop_ids = text, list[str](), sampling.stop_ids
-        self.request: Request = pipeline.engine.submit(ids, sampling, self._told, word)
+        self.request: Request = pipeline.engine.submit(
+            prompt.ids, sampling, self._told, word, prompt.inputs
+        )
 
     def _told(self, drawn: Drawn) -> bool:
         if drawn.token not in self._stop_ids:
@@ -109,12 +114,20 @@ class Pipeline:
         model: in evaluation mode.
         tokenizer: of transformers.
         defaults: what is not asked for.
+        images: reads chats with images; None where the model takes none.
         engine: how requests share the model: arguments of
             `qlab.generation.engine.Engine`.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, defaults: Sampling, **engine: Any):
-        self.tokenizer, self.defaults = tokenizer, defaults
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        defaults: Sampling,
+        images: ImageReader | None = None,
+        **engine: Any,
+    ):
+        self.tokenizer, self.defaults, self.images = tokenizer, defaults, images
         self.engine = Engine(model, **engine)
         self._grammars: Grammars | None = None
 
@@ -135,7 +148,9 @@ class Pipeline:
 
         Args:
             prompts: a text, a list of token ids, a chat (a list of {"role": ..., "content": ...}),
-                or a list of these.
+                or a list of these. A content is a text, or a list of parts: {"type": "text",
+                "text": ...}, and where the model takes images {"type": "image", "path": ...} or
+                OpenAI's "image_url" with a data url.
             stop: a reply ends in front of the first of these strings.
             settings: fields of `qlab.generation.sampling.Sampling`, such as temperature=0.7 or
                 max_tokens=100, without which a reply has as many tokens as fit, at most 256; and
@@ -164,41 +179,48 @@ class Pipeline:
                 asked.request.cancel()
                 self.engine.step()
 
-    def ids(self, prompt: Prompt, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+    def ids(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt."""
+        return self.encoded(prompt).ids
+
+    def encoded(self, prompt: Prompt, tools: Sequence[dict[str, Any]] = ()) -> Encoded:
+        """A prompt as the model takes it. May be called from any thread."""
         if isinstance(prompt, str):
-            return [*self.tokenizer(prompt)["input_ids"]]
+            return Encoded(ids=[*self.tokenizer(prompt)["input_ids"]])
         if prompt and isinstance(prompt[0], dict):
-            return self._ids_of_chat(prompt, tools)
+            return self._encoded_chat(prompt, tools)
         if not all(isinstance(i, int) for i in prompt):
             raise QlabError(
                 f"a prompt is {type(prompt[0]).__name__}s; give a text, token ids, or messages "
                 '{"role": ..., "content": ...}'
             )
-        return [int(i) for i in prompt]  # type: ignore[arg-type]
+        return Encoded(ids=[int(i) for i in prompt])  # type: ignore[arg-type]
 
-    def _ids_of_chat(self, messages: Any, tools: Sequence[dict[str, Any]]) -> list[int]:
-        if not self.tokenizer.chat_template:
-            raise QlabError(
-                "the model's tokenizer has no chat template; give the prompt as one text"
-            )
+    def _encoded_chat(self, messages: Any, tools: Sequence[dict[str, Any]]) -> Encoded:
+        told = {"tools": list(tools) or None, "add_generation_prompt": True}
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=list(tools) or None,
-                tokenize=False,
-                add_generation_prompt=True,
-            )
+            if has_images(messages):
+                if self.images is None:
+                    raise QlabError("the model takes no images; send text alone")
+                return self.images.encoded(messages, **told)
+            if not self.tokenizer.chat_template:
+                raise QlabError(
+                    "the model's tokenizer has no chat template; give the prompt as one text"
+                )
+            chat = as_text(messages) if self.images is None else in_parts(messages)
+            text = self.tokenizer.apply_chat_template(chat, tokenize=False, **told)
+        except QlabError:
+            raise
         except Exception as error:  # whatever the template says of messages it does not know
             raise QlabError(
                 f"the chat template refuses the messages ({first_line(error):.100}); give each a "
                 'known "role" and a "content"'
             ) from error
-        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        return Encoded(ids=[*self.tokenizer(text, add_special_tokens=False)["input_ids"]])
 
     def ask(
         self,
-        prompt: Prompt,
+        prompt: Prompt | Encoded,
         *,
         stop: str | Sequence[str] = (),
         tools: Sequence[dict[str, Any]] = (),
@@ -212,13 +234,13 @@ class Pipeline:
                 f"there is no setting {unknown[0]!r} of a reply; there are "
                 f"{', '.join(sorted({*SETTINGS, *KINDS}))}"
             )
-        ids = self.ids(prompt, tools)
+        known = prompt if isinstance(prompt, Encoded) else self.encoded(prompt, tools)
         given = {name: value for name, value in settings.items() if name in SETTINGS}
-        fits = max(1, min(self.defaults.max_tokens, self.engine.longest - len(ids)))
+        fits = max(1, min(self.defaults.max_tokens, self.engine.longest - len(known.ids)))
         sampling = replace(self.defaults, **{"max_tokens": fits, **given})
         stops = (stop,) if isinstance(stop, str) else stop
         text = GrowingText(self.tokenizer, stops, skip_special=not tools)
-        return Asked(self, ids, sampling, text, self._word(settings))
+        return Asked(self, known, sampling, text, self._word(settings))
 
     def _word(self, settings: dict[str, Any]) -> Word | None:
         """What a reply has to be, of the grammar that was asked for."""
@@ -286,7 +308,9 @@ def pipeline(
     tokenizer = tokenizer_of(checkpoint)
     ready = _loaded(checkpoint, device, dtype, activations, head)
     defaults = _defaults(ready.generation_config, tokenizer)
-    return Pipeline(ready, tokenizer, defaults, rows=rows, max_length=max_length)
+    takes_images = "pixel_values" in inspect.signature(ready.forward).parameters
+    images = ImageReader(checkpoint) if takes_images else None
+    return Pipeline(ready, tokenizer, defaults, images, rows=rows, max_length=max_length)
 
 
 def _loaded(
@@ -304,7 +328,7 @@ def _loaded(
             f"activations={activations!r} is for quantized models, and {checkpoint.path} is none; "
             "leave it away"
         )
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model: Any = maker_of(checkpoint.config).from_pretrained(
         checkpoint.path, dtype=dtype, local_files_only=True
     )
     model = model.to(device_named(device)).eval()

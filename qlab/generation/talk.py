@@ -11,6 +11,7 @@ from typing import Any
 
 from qlab.errors import QlabError, refusal_of
 from qlab.files.atomic import write_json
+from qlab.generation.images import as_text, has_images, part_of
 from qlab.generation.pipeline import Pipeline, Prompt
 
 # What /set takes.
@@ -32,12 +33,14 @@ class Talk:
     """A conversation.
 
     pipe: what replies. system: what the model is told first, or "". messages: what was said.
-    settings: of sampling. new_tokens, seconds: of all replies so far.
+    pictures: parts of the next message. settings: of sampling. new_tokens, seconds: of all replies
+    so far.
     """
 
     pipe: Pipeline
     system: str = ""
-    messages: list[dict[str, str]] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    pictures: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     new_tokens: int = 0
     seconds: float = 0.0
@@ -45,7 +48,8 @@ class Talk:
     def reply(self, text: str) -> Generator[str, None, None]:
         """The pieces of the model's reply to a text. What was told of it when the iteration ends,
         early or not, is part of the conversation."""
-        self.messages.append({"role": "user", "content": text})
+        said = [*self.pictures, {"type": "text", "text": text}] if self.pictures else text
+        self.messages.append({"role": "user", "content": said})
         told: list[str] = []
         started = time.monotonic()
         stream = self.pipe.stream(self._prompt(), **self.settings)
@@ -63,14 +67,15 @@ class Talk:
                 reply = "".join(told)
                 self.new_tokens += len(self.pipe.ids(reply)) if reply else 0
                 self.messages.append({"role": "assistant", "content": reply})
+                self.pictures.clear()
 
     def _prompt(self) -> Prompt:
         """The messages by the model's chat template; where it has none, their text."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         messages = [*system, *self.messages]
-        if self.pipe.tokenizer.chat_template:
+        if self.pipe.tokenizer.chat_template or has_images(messages):
             return messages
-        return "\n".join(message["content"] for message in messages)
+        return "\n".join(message["content"] for message in as_text(messages))
 
     # -------------------------------------------------------------- commands
     def command(self, line: str) -> str:
@@ -86,7 +91,14 @@ class Talk:
 
     def clear(self, argument: str) -> str:
         self.messages.clear()
+        self.pictures.clear()
         return "forgotten"
+
+    def show(self, argument: str) -> str:
+        if self.pipe.images is None:
+            raise QlabError("the model takes no images")
+        self.pictures.append(part_of(_path(argument, "image")))
+        return f"images of the next message: {len(self.pictures)}"
 
     def say_system(self, argument: str) -> str:
         self.system = argument
@@ -154,6 +166,7 @@ COMMANDS: Mapping[str, Command] = {
     "help": Command(takes="", says="this list", run=Talk.help),
     "clear": Command(takes="", says="forget what was said", run=Talk.clear),
     "system": Command(takes="TEXT", says="what the model is told first", run=Talk.say_system),
+    "image": Command(takes="FILE", says="show it with the next message", run=Talk.show),
     "set": Command(takes="NAME NUMBER", says="how replies are drawn", run=Talk.set),
     "save": Command(takes="FILE", says="write the conversation", run=Talk.save),
     "load": Command(takes="FILE", says="go on with a written one", run=Talk.load),

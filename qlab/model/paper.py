@@ -32,7 +32,7 @@ def on_paper(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         config = copy.deepcopy(checkpoint.config)  # transformers writes into it
         with foreign, parameters_on_meta(), Floats(dtype):
             # a dtype of its own would be the whole process's while it builds
-            model = _maker(config).from_config(config, dtype=None, trust_remote_code=False).eval()
+            model = maker_of(config).from_config(config, dtype=None, trust_remote_code=False).eval()
             run_experts_here(model)
         parts = [getattr(config, name, None) for name in config.sub_configs]
         for part in (config, *parts):
@@ -87,7 +87,7 @@ def dtype_in(model: nn.Module, name: str) -> torch.dtype:
     return getattr(model.get_submodule(owner), key).dtype
 
 
-def _maker(config: PretrainedConfig) -> Any:
+def maker_of(config: PretrainedConfig) -> Any:
     """The auto class that makes the architecture that the config names: of text alone, or of images
     and text."""
     for maker in (AutoModelForCausalLM, AutoModelForImageTextToText):

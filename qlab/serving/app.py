@@ -15,6 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from qlab.errors import QlabError, printable
+from qlab.generation.images import has_images
 from qlab.generation.request import ERROR
 from qlab.serving.limits import Limits
 from qlab.serving.metrics import Metrics
@@ -168,8 +169,11 @@ class Server:
 
     async def chat(self, body: Chat, request: Request) -> Response:
         """OpenAI's chats, by the model's chat template."""
-        messages = [message.plain() for message in body.messages]
-        answers = self.ask(body, [messages], {})
+        prompt: Any = [message.plain() for message in body.messages]
+        if has_images(prompt):  # they take the time of many tokens to be read
+            pipe = self.worker.pipe
+            prompt = await asyncio.to_thread(pipe.encoded, prompt, body.callable_tools)
+        answers = self.ask(body, [prompt], {})
         told = [Told(self.tokenizer, answer, body) for answer in answers]
         if body.stream:
             head = self._head("chatcmpl", "chat.completion.chunk")

@@ -102,11 +102,36 @@ class ToolCall(Strict):
     function: CalledFunction
 
 
+class TextPart(Strict):
+    """A text in a content."""
+
+    type: Literal["text"]
+    text: str = Field(max_length=2**24)
+
+
+class ImageUrl(Strict):
+    """An image: a data url, of which `detail` changes nothing."""
+
+    url: str = Field(max_length=2**25)
+    detail: Literal["auto", "low", "high"] = "auto"
+
+
+class ImagePart(Strict):
+    """An image in a content."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Parts = Annotated[list[Part], Field(min_length=1, max_length=256)]
+
+
 class Message(Strict):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, Field(max_length=2**24)] | None = None
+    content: Annotated[str, Field(max_length=2**24)] | Parts | None = None
     name: str | None = Field(default=None, max_length=100)
     tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
     tool_call_id: str | None = Field(default=None, max_length=100)

@@ -169,6 +169,9 @@ def test_the_terminal_talks_and_leaves(speaker):
     terminal.until("> ")
     terminal.say("/stats")
     terminal.until("0 messages")
+    terminal.until("> ")
+    terminal.say("\x1b[A")  # the key that brings the line before
+    terminal.until("0 messages")
     terminal.say('"""', "word1", "word2", '"""', "/stats")
     terminal.until("2 messages")
     terminal.until("> ")
