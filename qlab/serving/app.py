@@ -11,12 +11,22 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from qlab.errors import QlabError, printable
 from qlab.generation.images import has_images
 from qlab.generation.request import ERROR
+from qlab.serving.documents import (
+    SILENT,
+    ChatReply,
+    CompletionReply,
+    Models,
+    Prompt,
+    Tokens,
+    of,
+    streamed,
+)
 from qlab.serving.limits import Limits
 from qlab.serving.metrics import Metrics
 from qlab.serving.replies import (
@@ -298,14 +308,15 @@ def application(server: Server) -> FastAPI:
     app = FastAPI(title="qlab", lifespan=lifespan)
     app.state.server = server
     app.add_middleware(Limits, keys=server.settings.keys)
-    app.post("/v1/completions")(server.completions)
-    app.post("/v1/chat/completions")(server.chat)
-    app.get("/v1/models")(server.models)
-    app.post("/tokenize")(server.tokenize)
-    app.post("/detokenize")(server.detokenize)
-    app.get("/health")(server.health)
-    app.get("/ready")(server.ready)
-    app.get("/metrics")(server.metrics.text)
+    chats, completions = streamed(ChatReply), streamed(CompletionReply)
+    app.post("/v1/completions", responses=completions)(server.completions)
+    app.post("/v1/chat/completions", responses=chats)(server.chat)
+    app.get("/v1/models", responses=of(Models))(server.models)
+    app.post("/tokenize", responses=of(Tokens))(server.tokenize)
+    app.post("/detokenize", responses=of(Prompt))(server.detokenize)
+    app.get("/health", response_class=Response, responses=SILENT)(server.health)
+    app.get("/ready", response_class=Response, responses=SILENT)(server.ready)
+    app.get("/metrics", response_class=PlainTextResponse)(server.metrics.text)
     app.get("/", response_class=HTMLResponse, include_in_schema=False)(_page)
     app.exception_handler(RequestValidationError)(_misformed)
     app.exception_handler(QlabError)(_refused)
