@@ -57,6 +57,7 @@ def serve(
         needed(library, "serve")
     import qlab
     from qlab.serving.app import Server, Settings
+    from qlab.serving.facts import facts_of
     from qlab.serving.running import run
     from qlab.serving.worker import Worker
 
@@ -74,15 +75,11 @@ def serve(
         max_length=max_model_len,
         **rounded,  # type: ignore[arg-type]
     )
-    facts = {
-        "max_model_len": pipe.engine.longest,
-        "activations": rounded["activations"] or dtype,
-        "head": rounded["head"] or "as it is",
-        "cache_mib": round(pipe.engine.pool.nbytes() / 2**20),
-        "weights_mib": round(_bytes(pipe) / 2**20),
-    }
     settings = Settings(
-        name=name or opened.path.name, facts=facts, keys=keys, timeout=request_timeout
+        name=name or opened.path.name,
+        facts=facts_of(pipe, rounded["activations"] or dtype),
+        keys=keys,
+        timeout=request_timeout,
     )
     say(f"qlab: {settings.name} at {'https' if ssl_certfile else 'http'}://{host}:{port}")
     run(Server(Worker(pipe, max_queue_tokens), settings), drain_timeout, **listening)
@@ -108,10 +105,3 @@ def _certificates(certfile: Path | None, keyfile: Path | None) -> dict[str, Any]
     for path in (certfile, keyfile):
         path.open("rb").close()
     return {"ssl_certfile": str(certfile), "ssl_keyfile": str(keyfile)}
-
-
-def _bytes(pipe: Any) -> int:
-    """Of the model's parameters and buffers, each counted once."""
-    from qlab.lowering.resident import resident_bytes
-
-    return sum(resident_bytes(pipe.engine.model).values())

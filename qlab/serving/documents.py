@@ -184,6 +184,7 @@ def of(body: type[BaseModel]) -> Documented:
 
 def streamed(body: type[BaseModel]) -> Documented:
     """The same, of a route whose answers may be events."""
-    event = {"schema": {"type": "string"}}
+    data = {"type": "string", "description": "a part of the answer as JSON; at last [DONE]"}
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     answer = {"model": body, "description": "the answer, or events where `stream` is true"}
-    return {200: {**answer, "content": {"text/event-stream": event}}, **FAILED}
+    return {200: {**answer, "content": {"text/event-stream": {"itemSchema": event}}}, **FAILED}

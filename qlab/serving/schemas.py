@@ -3,22 +3,37 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from qlab.serving.tools import schema_of_calls
 
 MOST_TOKENS = 2**20  # of a prompt, before anything is looked at
-Token = Annotated[int, Field(ge=0, le=2**31)]
+
+
+def _whole(value: Any) -> Any:
+    """JSON's integers may be written 3.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
+Token = Annotated[int, Field(ge=0, le=2**31), WHOLE]
+Count = Annotated[int, Field(ge=0, le=2**20), WHOLE]
+AtLeastOne = Annotated[int, Field(ge=1, le=2**20), WHOLE]
+Replies = Annotated[int, Field(ge=1, le=16), WHOLE]
+Seed = Annotated[int, Field(ge=0, le=2**62), WHOLE]
+Likeliest = Annotated[int, Field(ge=0, le=20), WHOLE]
 Ids = Annotated[list[Token], Field(min_length=1, max_length=MOST_TOKENS)]
 Text = Annotated[str, Field(min_length=1, max_length=2**24)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]  # keys of JSON are texts
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 
 
 class Strict(BaseModel):
-    """A body without unknown fields."""
+    """A body without unknown fields, in which no text or truth value stands for a number."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class StreamOptions(Strict):
@@ -32,22 +47,22 @@ class Options(Strict):
     repetition_penalty, min_tokens and ignore_eos, which are vLLM's."""
 
     model: str | None = Field(default=None, max_length=1000)
-    max_tokens: int | None = Field(default=None, ge=1, le=2**20)
-    min_tokens: int = Field(default=0, ge=0, le=2**20)
+    max_tokens: AtLeastOne | None = None
+    min_tokens: Count = 0
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    top_k: int | None = Field(default=None, ge=0, le=2**20)
+    top_k: Count | None = None
     min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
-    n: int = Field(default=1, ge=1, le=16)
-    seed: int | None = Field(default=None, ge=0, le=2**62)
+    n: Replies = 1
+    seed: Seed | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     repetition_penalty: float = Field(default=1.0, gt=0.01, le=100, allow_inf_nan=False)
-    logit_bias: dict[Token, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] = Field(
-        default_factory=dict, max_length=1024
+    logit_bias: dict[TokenName, Bias] = Field(
+        default_factory=dict, max_length=1024, json_schema_extra={"additionalProperties": False}
     )
     ignore_eos: bool = False
     user: str | None = Field(default=None, max_length=1000)
@@ -62,7 +77,7 @@ class Options(Strict):
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
             "repetition_penalty": self.repetition_penalty,
-            "logit_bias": self.logit_bias,
+            "logit_bias": {int(token): bias for token, bias in self.logit_bias.items()},
         }
         settings["stop"] = self.stop or ()
         return settings | ({"stop_ids": ()} if self.ignore_eos else {})
@@ -78,7 +93,7 @@ class Completion(Options):
         | Annotated[list[Ids], Field(min_length=1, max_length=64)]
     )
     echo: bool = False
-    logprobs: int | None = Field(default=None, ge=0, le=20)
+    logprobs: Likeliest | None = None
 
     @property
     def prompts(self) -> list[Any]:
@@ -127,19 +142,54 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 Parts = Annotated[list[Part], Field(min_length=1, max_length=256)]
 
 
-class Message(Strict):
-    """One message of a chat."""
+Content = Annotated[str, Field(max_length=2**24)] | Parts
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, Field(max_length=2**24)] | Parts | None = None
+
+class Said(Strict):
+    """A message of a chat."""
+
+    role: Literal["system", "developer", "user"]
+    content: Content
     name: str | None = Field(default=None, max_length=100)
-    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates read it."""
+        return self.model_dump(exclude_none=True)
+
+
+class Result(Strict):
+    """What a tool that was called returned."""
+
+    role: Literal["tool"]
+    content: Content
+    name: str | None = Field(default=None, max_length=100)
     tool_call_id: str | None = Field(default=None, max_length=100)
 
+    def plain(self) -> dict[str, Any]:
+        """As chat templates read it."""
+        return self.model_dump(exclude_none=True)
+
+
+class Replied(Strict):
+    """An earlier reply of the model: a content, or calls of tools."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
+                {"required": ["tool_calls"], "properties": {"tool_calls": {"minItems": 1}}},
+            ]
+        }
+    )
+    role: Literal["assistant"]
+    content: Content | None = None
+    name: str | None = Field(default=None, max_length=100)
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=128)] | None = None
+
     @model_validator(mode="after")
-    def _says_something(self) -> "Message":
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise ValueError("a message has a content, or is the assistant's and calls tools")
+    def _says_something(self) -> "Replied":
+        if self.content is None and not self.tool_calls:
+            raise ValueError("a message of the assistant has a content or calls tools")
         return self
 
     def plain(self) -> dict[str, Any]:
@@ -151,6 +201,9 @@ class Message(Strict):
             except ValueError:
                 continue  # a template writes what the model wrote
         return message
+
+
+Message = Annotated[Said | Result | Replied, Field(discriminator="role")]
 
 
 class Function(Strict):
@@ -208,9 +261,9 @@ class Chat(Options):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=2**20)
+    max_completion_tokens: AtLeastOne | None = None
     logprobs: bool = False
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    top_logprobs: Likeliest | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"

@@ -10,6 +10,7 @@ import uvicorn
 
 import qlab
 from qlab.serving.app import Server, Settings, application
+from qlab.serving.facts import facts_of
 from qlab.serving.worker import Worker
 
 
@@ -23,7 +24,8 @@ def free_port():
 def served(directory, queue_tokens=100_000, keys=(), timeout=None):
     """A server over a directory; its `url` is where it is."""
     pipe = qlab.pipeline(directory, dtype=torch.float32, rows=4)
-    settings = Settings(name="tiny", facts={}, keys=keys, timeout=timeout)
+    facts = facts_of(pipe, "float32")
+    settings = Settings(name="tiny", facts=facts, keys=keys, timeout=timeout)
     server, port = Server(Worker(pipe, queue_tokens), settings), free_port()
     running = uvicorn.Server(uvicorn.Config(application(server), port=port, log_level="error"))
     thread = threading.Thread(target=running.run)

@@ -22,6 +22,9 @@ def server(saved, tmp_path_factory):
     few = saved("llama", max_position_embeddings=32)
     qlab.quantize(few, qlab.rtn("int8-channel"), None, out)
     with served(out) as server:
+        server.worker.pipe.tokenizer.chat_template = (
+            "word1{% for m in messages %} word2{% endfor %}"
+        )
         yield server
 
 
@@ -51,8 +54,9 @@ def test_every_route_is_in_the_document(document):
 @pytest.mark.parametrize("mode", schemathesis.GenerationMode)
 @pytest.mark.parametrize("path", ROUTES["POST"])
 def test_what_is_posted_is_answered_as_the_document_says(server, document, path, mode):
+    codes: list[int] = []
     bounds = settings(
-        max_examples=25,
+        max_examples=15,
         deadline=None,
         derandomize=True,
         database=None,
@@ -62,9 +66,10 @@ def test_what_is_posted_is_answered_as_the_document_says(server, document, path,
     @bounds
     @given(case=document[path]["POST"].as_strategy(generation_mode=mode))
     def answered(case):
-        case.call_and_validate(checks=checks(), timeout=30)
+        codes.append(case.call_and_validate(checks=checks(), timeout=30).status_code)
 
     answered()
+    assert mode is not schemathesis.GenerationMode.POSITIVE or 200 in codes
     assert idle(server)
     assert httpx.post(f"{server.url}/v1/completions", json=OK).status_code == 200
 
