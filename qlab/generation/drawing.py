@@ -126,7 +126,7 @@ def keep(e_bv: Tensor, samplings: Sequence[Sampling]) -> None:
     least = _column([max(s.min_p, NEVER) for s in samplings], e_bv)
     by_mass = [row for row, s in enumerate(samplings) if s.top_p < 1]
     if by_mass:
-        top_p = _column([samplings[row].top_p for row in by_mass], e_bv)
+        top_p = _column([max(samplings[row].top_p, NEVER) for row in by_mass], e_bv)
         of_nucleus = least_of_nucleus(_rows(e_bv, by_mass), top_p)
         least[by_mass] = torch.maximum(least[by_mass], of_nucleus)
     _leave_out(e_bv, least)

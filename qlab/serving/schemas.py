@@ -44,7 +44,7 @@ class StreamOptions(Strict):
 
 class Options(Strict):
     """What completions and chats have in common. The fields are OpenAI's, but for top_k, min_p,
-    repetition_penalty, min_tokens and ignore_eos, which are vLLM's."""
+    repetition_penalty, min_tokens and ignore_eos, which are vLLM's. `user` changes nothing."""
 
     model: str | None = Field(default=None, max_length=1000)
     max_tokens: AtLeastOne | None = None
@@ -207,7 +207,8 @@ Message = Annotated[Said | Result | Replied, Field(discriminator="role")]
 
 
 class Function(Strict):
-    """What a tool takes."""
+    """What a tool takes. `strict` changes nothing: a call that `tool_choice` asks for always is of
+    these parameters, and another is the model's."""
 
     name: str = Field(min_length=1, max_length=100, pattern=r"^[\w.-]+$")
     description: str | None = Field(default=None, max_length=10_000)

@@ -50,6 +50,11 @@ def test_top_p_keeps_the_fewest_that_reach_it_of_what_top_k_keeps(logits, p, k):
     assert inside.min() >= probabilities.sort(descending=True).values[len(inside) - 1]
 
 
+def test_a_nucleus_that_fp32_rounds_to_nothing_holds_the_likeliest():
+    x = torch.tensor([1, 3, 2], dtype=torch.float32)
+    assert kept(x, Sampling(top_p=5e-324)).tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 4.0])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 0.999999, 1.0])
 def test_the_nucleus_is_found_in_a_large_vocabulary(scale, p):
