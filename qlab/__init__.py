@@ -56,6 +56,7 @@ HOMES = {
     "each_weight": "qlab.algebra.transform",
     "eora": "qlab.methods.eora",
     "evaluate": "qlab.evaluation.perplexity",
+    "evaluate_tasks": "qlab.evaluation.tasks.evaluate",
     "fisher": "qlab.methods.sensitivity",
     "first_windows": "qlab.data.calibration",
     "from_ids": "qlab.data.calibration",

@@ -50,6 +50,7 @@ from qlab.evaluation.comparison import over_seeds as over_seeds
 from qlab.evaluation.logits import logits as logits
 from qlab.evaluation.perplexity import evaluate as evaluate
 from qlab.evaluation.perplexity import perplexity as perplexity
+from qlab.evaluation.tasks.evaluate import evaluate_tasks as evaluate_tasks
 from qlab.generation.pipeline import pipeline as pipeline
 from qlab.lowering import inductor_options as inductor_options
 from qlab.lowering import lower as lower

@@ -11,6 +11,7 @@ import pytest
 import torch
 from gguf_files import KINDS, write
 from model_folders import prose
+from task_folders import write_tasks
 
 import qlab.cli
 
@@ -65,6 +66,7 @@ def fill(folder, saved):
     for name, family in {"model": "llama", "mixtral": "mixtral"}.items():
         (folder / name).symlink_to(saved(family, torch.bfloat16, max_position_embeddings=2048))
     write(folder / "model.gguf", {"attn_q": KINDS.Q4_0})
+    write_tasks(folder / "my-tasks")
     windows = {
         "text/calibration.jsonl": 33,
         "text/heldout.jsonl": 3,

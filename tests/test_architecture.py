@@ -208,7 +208,8 @@ def test_foreign_libraries_come_in_by_their_doors(file):
         "accelerate": {"model", "hf", "demo"},
         "compressed_tensors": {"bench"},  # tests read with it; qlab does not need it
         "gptqmodel": {"bench"},
-        "matplotlib": {"bench"},
+        "matplotlib": {"bench", "evaluation"},
+        "lm_eval": {"evaluation"},
         "typer": {"cli", "bench"},
         "torchao": {"lowering", "bench"},
     }

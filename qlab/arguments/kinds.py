@@ -43,6 +43,13 @@ def read_model(value: Any, name: str) -> Any:
     return value if isinstance(value, Reading | Quantized) else model(value, name)
 
 
+def solved_model(value: Any, name: str) -> Any:
+    """A model or what it is opened from, or what a recipe makes of one."""
+    from qlab.driver.apply import Quantized
+
+    return value if isinstance(value, Quantized) else model(value, name)
+
+
 def lowered(value: Any, name: str) -> Any:
     """What a recipe makes of a model, or a directory."""
     from qlab.driver.apply import Quantized

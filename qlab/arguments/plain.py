@@ -82,6 +82,11 @@ def text(value: Any, name: str) -> Any:
     return value
 
 
+def optional_text(value: Any, name: str) -> Any:
+    """A string of at most 500 characters, or None."""
+    return value if value is None else text(value, name)
+
+
 def word(value: Any, name: str) -> Any:
     """A name in lower case; upper case means the same."""
     return text(value, name).lower()
@@ -111,6 +116,15 @@ def path(value: Any, name: str) -> Any:
             raise QlabError(
                 f"{name} names a folder by {len(part)} characters; choose a shorter name"
             )
+    return value
+
+
+def optional_path(value: Any, name: str) -> Any:
+    """The path of a folder that is read, or None."""
+    if value is None:
+        return value
+    if "\0" in os.fspath(path(value, name)) or not os.fspath(value).strip():
+        raise QlabError(f"{name} is {said(value)}; give the path of a folder")
     return value
 
 

@@ -266,7 +266,7 @@ def _prepare(plot: Path | None, threads: int | None) -> None:
     threads."""
     import torch
 
-    from qlab.bench.plots import refuse_foreign_figure
+    from qlab.files.figures import refuse_foreign_figure
 
     if plot:
         needed("matplotlib", "bench")

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlab.bench.plots import refuse_foreign_figure
 from qlab.errors import QlabError
 from qlab.files.atomic import write_json
+from qlab.files.figures import refuse_foreign_figure
 from qlab.files.lock import Lock
 from qlab.files.ownership import foreign, read_sealed, sealed
 from qlab.files.place import WORK, is_taken, places

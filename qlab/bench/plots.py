@@ -1,22 +1,18 @@
 """The figures of a comparison: what each method costs in quality, and where in the model the error
 arises."""
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlab.errors import QlabError, printable
-from qlab.files.atomic import atomically
-
-DRAWN = b"Software\0qlab"  # in the first chunk of text of a PNG
+from qlab.files.figures import literal, save_figure
 
 
 def draw(record: Mapping[str, Any], out: Path) -> None:
     """Write methods.png and layers.png into `out`."""
-    _save(_methods(record), out / "methods.png")
-    _save(_layers(record), out / "layers.png")
+    save_figure(_methods(record), out / "methods.png")
+    save_figure(_layers(record), out / "layers.png")
 
 
 def draw_matmuls(record: Mapping[str, Any], path: Path) -> None:
@@ -30,14 +26,14 @@ def draw_matmuls(record: Mapping[str, Any], path: Path) -> None:
         f"{record['device']['name']}: {record['dtype']} x int4, groups of {record['group']}, cold "
         "cache"
     )
-    figure.suptitle(_literal(title), fontsize="medium")
+    figure.suptitle(literal(title), fontsize="medium")
     names = list(dict.fromkeys(row["contender"] for row in rows))
     for axes, (n, k) in zip(figure.subplots(1, len(shapes), squeeze=False)[0], shapes):
         rows_of_shape = [row for row in rows if (row["n"], row["k"]) == (n, k)]
         for i, name in enumerate(names):
             rows_of_contender = [row for row in rows_of_shape if row["contender"] == name]
             if rows_of_contender:
-                style = {"marker": ".", "color": f"C{i}", "label": _literal(name)}
+                style = {"marker": ".", "color": f"C{i}", "label": literal(name)}
                 times = [row["us"] for row in rows_of_contender]
                 axes.plot([row["m"] for row in rows_of_contender], times, **style)
         first = [row for row in rows_of_shape if row["contender"] == names[0]]
@@ -47,41 +43,7 @@ def draw_matmuls(record: Mapping[str, Any], path: Path) -> None:
         axes.set(title=f"{n}x{k}", xlabel="tokens", ylabel="microseconds", yscale="log")
         axes.set_xscale("log", base=2)
         axes.legend(fontsize="small")
-    _save(figure, path)
-
-
-def refuse_foreign_figure(path: Path) -> None:
-    """Refuse to draw over anything but a figure that qlab drew, which says so in its first
-    bytes."""
-    if path.parent.exists() and not os.access(path.parent, os.W_OK):
-        raise QlabError(
-            f"{path} cannot be written; give a figure in a folder that may be written to"
-        )
-    if not path.exists():
-        return
-    if not path.is_file() or (path.stat().st_size and DRAWN not in _beginning(path)):
-        raise QlabError(
-            f"{path} exists and is no figure that qlab drew; move it away or choose another place"
-        )
-
-
-def _beginning(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(1000)
-
-
-def _literal(text: str) -> str:
-    """A name out of a file or a path, in which a `$` begins no formula."""
-    return printable(text).replace("$", r"\$")
-
-
-def _save(figure: Any, path: Path) -> None:
-    atomically(
-        path,
-        lambda temporary: figure.savefig(
-            temporary, format="png", dpi=120, metadata={"Software": "qlab"}
-        ),
-    )
+    save_figure(figure, path)
 
 
 def _figure(title: str) -> tuple[Any, Any, Any]:
@@ -89,13 +51,13 @@ def _figure(title: str) -> tuple[Any, Any, Any]:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    figure.suptitle(_literal(title), fontsize="medium")
+    figure.suptitle(literal(title), fontsize="medium")
     return figure, left, right
 
 
 def _label(method: str) -> str:
     """A method's name as it is drawn, without the way to its file."""
-    return _literal(method.rpartition("/")[2])
+    return literal(method.rpartition("/")[2])
 
 
 def _title(record: Mapping[str, Any]) -> str:

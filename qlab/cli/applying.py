@@ -36,13 +36,13 @@ def seeds_of(
     reference = read(qlab.open(against), data, device=choices.device)
 
     def run(seed: int) -> "Evaluation":
-        applied = _applied(model, method, replace(choices, seed=seed))
-        return qlab.evaluate(applied, reference, data, choices.device)
+        quantized = applied(model, method, replace(choices, seed=seed))
+        return qlab.evaluate(quantized, reference, data, choices.device)
 
     return qlab.over_seeds(run, list(range(choices.seed, choices.seed + seeds)))
 
 
-def _applied(model: str, method: str, choices: Choices) -> "Quantized":
+def applied(model: str, method: str, choices: Choices) -> "Quantized":
     """What the recipe makes of the model; refuses what cannot be done, whatever the format."""
     import qlab
 

@@ -24,6 +24,7 @@ from qlab.cli.options import (
     SpecName,
 )
 from qlab.cli.output import console, report
+from qlab.cli.task_scores import Asked, evaluate_by_tasks, refuse_without_tasks, with_tasks
 from qlab.errors import QlabError
 from qlab.process.progress import say
 
@@ -33,9 +34,11 @@ if TYPE_CHECKING:
     from qlab.files.checkpoint import Checkpoint
 
 
+@with_tasks
 def evaluate(
     context: typer.Context,
     model: Model,
+    asked: Asked,
     against: Annotated[
         str | None,
         typer.Option("--against", help="the reference model; without it, perplexity alone"),
@@ -60,7 +63,8 @@ def evaluate(
 ) -> None:
     """Perplexity over full windows of --length tokens; with a reference also KL divergence and
     top-1 agreement. With --method or --recipe it is what that makes of the model, which is the
-    reference then; nothing is written."""
+    reference then; nothing is written. With --tasks it is the scores in tasks of lm-eval, each
+    beside the reference's, document by document."""
     import qlab
 
     choices = Choices(
@@ -75,6 +79,10 @@ def evaluate(
         device=device,
         typed=typed_in(context),
     )
+    if asked.tasks:
+        evaluate_by_tasks(model, method, choices, against, asked, json_file)
+        return
+    refuse_without_tasks(choices.typed)
     if method or recipe:
         _evaluate_recipe(
             model, method, choices, seeds, against or model, (text, windows), json_file

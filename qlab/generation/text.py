@@ -44,8 +44,11 @@ class GrowingText:
         both = self._text(self._tokens[self._first :])
         if both.endswith(INCOMPLETE) and not is_last:
             return ""
-        self._first, self._told = self._told, len(self._tokens)
-        return both[len(before) :]
+        new = both[len(before) :]
+        if new:  # else special tokens, which tell nothing of how the next one is written
+            self._first = self._told
+        self._told = len(self._tokens)
+        return new
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(

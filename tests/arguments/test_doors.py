@@ -82,6 +82,7 @@ def given(saved, text, tmp_path_factory):
         "quantize_files": {"model": saved(), "recipe": recipe, "out": out / "f"},
         "convert": {"model": saved(), "codec": "gptq", "out": out / "c"},
         "evaluate": {"model": model, "against": model, "data": run["data"]},
+        "evaluate_tasks": {"model": model, "tasks": ["any"], "folder": out},  # which has none
         "perplexity": {"model": model, "data": run["data"]},
         "inspect": {"path": saved()},
         "verify": {"directory": saved(), "against": saved()},

@@ -11,7 +11,7 @@ import qlab
 import qlab.cli
 from qlab.bench.__main__ import main as bench_main
 from qlab.bench.methods import _folder_name
-from qlab.bench.plots import _save, refuse_foreign_figure
+from qlab.files.figures import refuse_foreign_figure, save_figure
 
 INT4, INT8 = (qlab.rtn(qlab.parse_spec(name)) for name in ("int4-g16", "int8-g16"))
 
@@ -119,7 +119,7 @@ def test_figures_and_exports_replace_only_their_like(call, tmp_path, monkeypatch
     assert code == 2 and not out and "is no figure that qlab drew" in said
     for _ in range(2):
         refuse_foreign_figure(tmp_path / "new.png")
-        _save(Figure(), tmp_path / "new.png")
+        save_figure(Figure(), tmp_path / "new.png")
         assert call("cache", "export", tmp_path / "all.json")[0] == 0
     (tmp_path / "configs").mkdir(exist_ok=True)
     wrong = {
