@@ -43,10 +43,12 @@ def reference(saved, folder):
 
 # ------------------------------------------------------------------ laws
 @pytest.mark.filterwarnings("ignore:no int4 kernel")
-@pytest.mark.parametrize("is_quantized", [False, True], ids=["dense", "quantized"])
+@pytest.mark.parametrize("is_quantized", [False, True], ids=["dense", "quantized and chat"])
 def test_scores_through_the_server_are_those_in_process(saved, quantized, folder, is_quantized):
     model = quantized if is_quantized else saved()
-    asked = {"tasks": KINDS, "folder": folder, "dtype": torch.float32}
+    # in the chat template of the tests a choice has no token of its own
+    tasks = ["rolling", "writing"] if is_quantized else KINDS
+    asked = {"tasks": tasks, "folder": folder, "dtype": torch.float32, "chat": is_quantized}
     here = qlab.evaluate_tasks(model, batch=3, **asked)
     with serving.served(model) as server:
         there = qlab.evaluate_tasks(model, server=server.url, **asked)
@@ -180,6 +182,11 @@ def test_names_and_folders_are_refused_in_a_sentence(saved, folder, tmp_path):
         "doc_to_choice: [a, b]\n"
     )
     refused(act(["lost"], tmp_path), "task lost cannot be loaded", "lost.jsonl")
+
+
+def test_a_choice_without_a_token_is_refused(saved, folder):
+    asked = {"folder": folder, "chat": True, "limit": 1}
+    refused(lambda: qlab.evaluate_tasks(saved(), ["choices"], **asked), "no token of its own")
 
 
 def test_a_task_of_the_hub_without_the_hub_is_refused(saved, monkeypatch):

@@ -69,8 +69,9 @@ def evaluate_tasks(
         group what its tasks score together.
 
     Raises:
-        QlabError: lm-eval is not installed, no such task, data that cannot be had, a server that
-            does not answer as OpenAI's or gives no log-probabilities of prompts.
+        QlabError: lm-eval is not installed, no such task, data that cannot be had, questions
+            without a token, a server that does not answer as OpenAI's or gives no
+            log-probabilities of prompts.
 
     Source:
         lm-evaluation-harness (EleutherAI).
@@ -133,6 +134,9 @@ def _answered(asked: Any, loaded: "Loaded", limit: int | None, chat: bool) -> Ma
             )
         except requests.RequestException as error:
             raise answers(error) from error
+        except AssertionError as error:  # lm-eval's checks of what tasks ask
+            said = str(error) or "a question or an answer is empty, or has no token of its own"
+            raise QlabError(f"lm-eval cannot ask these tasks: {said:.300}") from error
     return found["samples"]
 
 
@@ -164,7 +168,8 @@ def _draws_of_its_own() -> Iterator[None]:
 
 
 def _scores(loaded: "Loaded", name: str, samples: Sequence[Mapping[str, Any]]) -> Iterator[Score]:
-    """Every metric of a task, behind every filter of its answers."""
+    """Every metric of a task, behind every filter of its answers. A metric of which the task does
+    not say how it is aggregated is a mean, as in lm-eval."""
     from lm_eval.api.metrics import mean
 
     task = loaded.tasks[name]
@@ -173,13 +178,13 @@ def _scores(loaded: "Loaded", name: str, samples: Sequence[Mapping[str, Any]]) -
         rows = [sample for sample in samples if sample["filter"] == filtered]
         rows.sort(key=lambda row: row["doc_id"])
         for metric in rows[0]["metrics"]:
-            values, aggregate = tuple(row[metric] for row in rows), aggregations[metric]
+            values, aggregate = tuple(row[metric] for row in rows), aggregations.get(metric, mean)
             yield Score(
                 task=name,
                 metric=metric,
                 filter=filtered,
                 value=float(aggregate(list(values))),
-                is_higher_better=bool(better[metric]),
+                is_higher_better=better.get(metric) is not False,
                 of_documents=values,
                 documents=tuple(row["doc_hash"] for row in rows),
                 aggregate=None if aggregate is mean else aggregate,
