@@ -1,22 +1,26 @@
-"""Attention of one new token over a static cache on a CPU, in a form that the compiler turns into
-two loops.
-
-torch's fused attention repeats keys and values for every query head of a group when it is compiled,
-and packs them again for each call: at one token that is most of a decode step. Here each key and
-value is read once, in place.
+"""Attention of one new token over a cache on a CPU.
 
     p = softmax(scale * q . k + mask),  y = sum p v,  over the kv heads h, the g query heads of
                                                       each, and the positions l
+
+torch's fused attention repeats keys and values for every query head of a group, which at one token
+is most of a step. Here each key and value is read once, in place: by a kernel in a model that runs
+as it is, and in a form that the compiler turns into two loops in one that is compiled. The bits of
+a row do not depend on positions behind its last one, nor on rows beside it.
 """
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from qlab.errors import warn
 
 NAME = "qlab_one_token"
 # Arguments that are already in the mask, or that concern outputs.
@@ -28,6 +32,8 @@ def use_grouped_attention(model: PreTrainedModel) -> None:
     keep theirs."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
+        if why_not() is not None:
+            warn(f"attention of single tokens is slow: {why_not()}")
 
 
 def attention(
@@ -52,17 +58,53 @@ def attention(
         )
     b, heads, _, d = query.shape
     scale = 1 / math.sqrt(d) if scaling is None else scaling
-    q_bhgd = (query.reshape(b, key.shape[1], -1, d).float() * scale).contiguous()
+    q_bhgd = query.reshape(b, key.shape[1], -1, d)
+    mask = None if attention_mask is None else attention_mask[:, :, :, : key.shape[2]]
+    y_bhgd = _attend(q_bhgd, key, value, mask, scale)
+    return y_bhgd.to(query.dtype).reshape(b, 1, heads, value.shape[-1]), None
+
+
+def _attend(
+    q_bhgd: Tensor, k_bhld: Tensor, v_bhld: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    q_bhgd = (q_bhgd.float() * scale).contiguous()
+    if _is_plain(q_bhgd, k_bhld, v_bhld) and why_not() is None:
+        from qlab_kernels.one_token import attend, takes
+
+        if takes(k_bhld, v_bhld, mask):
+            return attend(q_bhgd, k_bhld, v_bhld, mask)
+    return in_torch(q_bhgd, k_bhld, v_bhld, mask)
+
+
+def _is_plain(*tensors: Tensor) -> bool:
+    """Whether these are numbers, of which nobody wants a trace or a gradient."""
+    is_traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    return not is_traced and not any(t.requires_grad and torch.is_grad_enabled() for t in tensors)
+
+
+@cache
+def why_not() -> str | None:
+    """Why there is no kernel here; None where there is one."""
+    from qlab_kernels.compiled import Uncompiled
+    from qlab_kernels.one_token import loaded
+
+    try:
+        loaded()
+    except Uncompiled as error:
+        return str(error)
+    return None
+
+
+def in_torch(q_bhgd: Tensor, k_bhld: Tensor, v_bhld: Tensor, mask: Tensor | None) -> Tensor:
+    """y [b, h, g, d] in fp32, of q that is scaled already. A row that reads no position is NaN."""
     # `as_strided` needs a real buffer, so Inductor computes q once here instead of redoing its
     # rotary embedding for every cached position.
     q_bhgd = q_bhgd.as_strided(q_bhgd.shape, q_bhgd.stride())
-    s_bhgl = (q_bhgd[..., None, :] * key[:, :, None].float()).sum(-1)
-    if attention_mask is not None:
-        mask = attention_mask[:, :, :, : key.shape[2]]
+    s_bhgl = (q_bhgd[..., None, :] * k_bhld[:, :, None].float()).sum(-1)
+    if mask is not None:
         s_bhgl = s_bhgl.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else s_bhgl + mask
     p_bhgl = s_bhgl.softmax(-1)
-    y_bhgd = (p_bhgl[..., None] * value[:, :, None].float()).sum(-2)
-    return y_bhgd.to(query.dtype).reshape(b, 1, heads, value.shape[-1]), None
+    return (p_bhgl[..., None] * v_bhld[:, :, None].float()).sum(-2)
 
 
 # Registered by importing this module, so that a model that was pickled finds it in another process.
