@@ -59,6 +59,7 @@ TaskDtype = Annotated[
     str, typer.Option("--dtype", help="of the activations: bfloat16, float16 or float32")
 ]
 Plot = Annotated[Path | None, typer.Option("--plot", help="draw what is left of each score (PNG)")]
+WIDE = 150  # characters of the table of differences
 ONLY_PERPLEXITY = ("text", "windows", "seeds")
 
 
@@ -160,7 +161,7 @@ def evaluate_by_tasks(
         return
     reference = asked.scores(opened, choices.device, asked.against_server)
     differences = scores.against(reference)
-    console().print(table_of_differences(differences, name, against))
+    console(WIDE).print(table_of_differences(differences, name, against))
     report({**said, **differences.json()}, json)
     if asked.plot is not None:
         from qlab.evaluation.tasks.plot import draw
@@ -170,18 +171,18 @@ def evaluate_by_tasks(
 
 def table_of_differences(differences: "TaskDifferences", model: str, against: str) -> Table:
     """A row for every score of every task."""
-    columns = ("reference", "model", "difference", "95 %, paired", "lost", "gained", "recovery")
-    table = Table("task", "documents", *columns, "", title=f"{model} against {against}")
+    columns = ("reference", "model", "difference (95 %, paired)", "lost, gained", "recovery")
+    table = Table("task", "n", *columns, title=f"{model} against {against}")
+    table.add_column(no_wrap=True)  # the verdict
     for row in differences.rows:
-        flips = ["" if flips is None else str(flips) for flips in (row.lost, row.gained)]
+        low, high = row.interval
         table.add_row(
             row.score.name,
             str(len(row.score.documents)),
             f"{row.reference.value:.4f}",
             f"{row.score.value:.4f}",
-            f"{row.difference:+.4f}",
-            f"{row.interval[0]:+.4f} to {row.interval[1]:+.4f}",
-            *flips,
+            f"{row.difference:+.4f} ({low:+.4f} to {high:+.4f})",
+            "" if row.lost is None else f"{row.lost}, {row.gained}",
             "" if row.recovery is None else f"{100 * row.recovery:.1f} %",
             row.verdict,
         )
