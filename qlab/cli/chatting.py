@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlab.cli.opening import Activations, Dtype, Head, roundings
+from qlab.cli.opening import NONE, Activations, Compile, Dtype, Head, roundings
 from qlab.cli.options import Device, Model
 from qlab.errors import QlabError, printable
 from qlab.process.progress import say
@@ -24,6 +24,7 @@ def chat(
     dtype: Dtype = "bfloat16",
     activations: Activations = "",
     head: Head = "",
+    compile: Compile = NONE,
     system: Annotated[str, typer.Option("--system", help="what the model is told first")] = "",
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="of a reply")] = 512,
 ) -> None:
@@ -37,6 +38,7 @@ def chat(
         device=device,
         dtype=dtype,  # type: ignore[arg-type]
         rows=1,
+        compile=compile,  # type: ignore[arg-type]
         **roundings(opened, device, activations, head),  # type: ignore[arg-type]
     )
     with suppress(ImportError):

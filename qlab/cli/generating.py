@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qlab.cli.opening import NONE, Activations, Dtype, Head, roundings
+from qlab.cli.opening import NONE, Activations, Compile, Dtype, Head, roundings
 from qlab.cli.options import Device, Model
 from qlab.cli.output import console
 
@@ -27,6 +27,7 @@ def answer(
     dtype: Dtype = "bfloat16",
     activations: Activations = NONE,
     head: Head = NONE,
+    compile: Compile = NONE,
     rows: Annotated[int, typer.Option("--rows", min=1, help="prompts at a time")] = 16,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="of a reply")] = 256,
     temperature: Annotated[
@@ -49,6 +50,7 @@ def answer(
         device=device,
         dtype=dtype,  # type: ignore[arg-type]
         rows=rows,
+        compile=compile,  # type: ignore[arg-type]
         **roundings(opened, device, activations, head),  # type: ignore[arg-type]
     )
     with ready as pipe:

@@ -26,6 +26,14 @@ Head = Annotated[
         "faster and not quite the model; none",
     ),
 ]
+Compile = Annotated[
+    str,
+    typer.Option(
+        "--compile",
+        help="what is compiled while requests run as they are: block (seconds for each of 1, 2, 4, "
+        "... rows), model (minutes for each, and faster) or none; what was compiled is kept",
+    ),
+]
 NONE = "none"
 INT8 = "int8"
 

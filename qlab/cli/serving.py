@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qlab.cli.opening import Activations, Dtype, Head, roundings
+from qlab.cli.opening import Activations, Compile, Dtype, Head, roundings
 from qlab.cli.options import Device, Model
 from qlab.errors import QlabError
 from qlab.process.extras import needed
@@ -24,6 +24,7 @@ def serve(
     dtype: Dtype = "bfloat16",
     activations: Activations = "",
     head: Head = "",
+    compile: Compile = "block",
     name: Annotated[
         str, typer.Option("--served-model-name", help="(default: the directory's)")
     ] = "",
@@ -72,6 +73,7 @@ def serve(
         device=device,
         dtype=dtype,  # type: ignore[arg-type]
         rows=max_num_seqs,
+        compile=compile,  # type: ignore[arg-type]
         max_length=max_model_len,
         **rounded,  # type: ignore[arg-type]
     )
@@ -82,7 +84,8 @@ def serve(
         timeout=request_timeout,
     )
     say(f"qlab: {settings.name} at {'https' if ssl_certfile else 'http'}://{host}:{port}")
-    run(Server(Worker(pipe, max_queue_tokens), settings), drain_timeout, **listening)
+    with pipe:
+        run(Server(Worker(pipe, max_queue_tokens), settings), drain_timeout, **listening)
 
 
 def _keys(given: list[str], file: Path | None) -> list[str]:

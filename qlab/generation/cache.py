@@ -10,7 +10,7 @@ and taken apart behind it.
 import copy
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,10 +59,31 @@ class Pool:
             self.keys[layer] = _slots(layers, (layer, "key"), slots, heads, of_key)
             self.values[layer] = _slots(layers, (layer, "value"), slots, heads, of_value)
 
+        self._alone: dict[int, Pool] = {}
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is stored; the first dimension counts slots."""
+        every = (*self.keys.values(), *self.values.values())
+        return tuple(tensor for slots in every for tensor in slots.tensors)
+
     def nbytes(self) -> int:
         """Bytes of all slots."""
-        every = (*self.keys.values(), *self.values.values())
-        return sum(t.nbytes for slots in every for t in slots.tensors)
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def like(self, pages: int) -> "Pool":
+        """Empty slots of the same form, of so many pages."""
+        return Pool(self.layers, pages, self.size)
+
+    def of(self, layer: int) -> "Pool":
+        """The slots of one layer, as those of layer 0."""
+        if layer not in self._alone:
+            alone = self._alone[layer] = copy.copy(self)
+            every = self.layers.coders.items()
+            coders = {(0, kind): coder for (owner, kind), coder in every if owner == layer}
+            alone.layers = replace(self.layers, coders=coders)
+            alone.keys = {0: self.keys[layer]} if layer in self.keys else {}
+            alone.values = {0: self.values[layer]} if layer in self.values else {}
+        return self._alone[layer]
 
     def slots(self, table_bp: Tensor) -> Tensor:
         """The slots [b, p * size] of pages [b, p]."""
@@ -88,9 +109,19 @@ class Rows(Cache):
 
     def __init__(self, pool: Pool, table: Tensor, start: Tensor, count: int, states: States):
         super().__init__(layers=list(states))
-        self.pool, self.start = pool, start
+        self.pool, self.start, self._is_of_one = pool, start, False
         self.reads = pool.slots(table)
         self.writes = pool.written(table, start, count)
+
+    def of(self, layer: int) -> "Rows":
+        """What one layer sees; nothing in it says which one."""
+        one = copy.copy(self)
+        one.pool, one._is_of_one = self.pool.of(layer), True
+        return one
+
+    def _place(self, layer_idx: int) -> int:
+        """The number of a layer in the pool."""
+        return 0 if self._is_of_one else layer_idx
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **more: Any
@@ -98,8 +129,8 @@ class Rows(Cache):
         """Write new keys and values [b, h, q, d], and give all that the rows may read [b, h, l,
         d]."""
         return (
-            self._stored(self.pool.keys[layer_idx], key_states),
-            self._stored(self.pool.values[layer_idx], value_states),
+            self._stored(self.pool.keys[self._place(layer_idx)], key_states),
+            self._stored(self.pool.values[self._place(layer_idx)], value_states),
         )
 
     def _stored(self, slots: Slots, x_bhqd: Tensor) -> Tensor:
@@ -108,12 +139,14 @@ class Rows(Cache):
 
     def decodes(self, layer_idx: int) -> tuple[str, ...]:
         """Which of "key" and "value" come back as an attention rounds them."""
-        coders = self.pool.layers.coders
-        return tuple(kind for kind in ("key", "value") if (layer_idx, kind) in coders)
+        coders, layer = self.pool.layers.coders, self._place(layer_idx)
+        return tuple(kind for kind in ("key", "value") if (layer, kind) in coders)
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
-        """The position of each row's first new token; a number of a single row."""
-        return self.start if len(self.start) > 1 else int(self.start[0])
+        """The position of each row's first new token; a number of a single row, which code of a
+        model's own may want, but not in a graph, which no number may be part of."""
+        alone = len(self.start) == 1 and not torch.compiler.is_compiling()
+        return int(self.start[0]) if alone else self.start
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many keys there are before the new ones, as a width of masks."""

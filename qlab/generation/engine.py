@@ -11,7 +11,6 @@ import inspect
 import itertools
 import queue
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from qlab.errors import QlabError
+from qlab.errors import QlabError, first_line
 from qlab.generation.attention import use_row_masks
 from qlab.generation.cache import (
     Layers,
@@ -35,10 +34,12 @@ from qlab.generation.cache import (
     side_by_side,
 )
 from qlab.generation.coded import coders_of
-from qlab.generation.drawing import draw, told
+from qlab.generation.compiled import Bucket, Compiled
+from qlab.generation.drawing import draw
 from qlab.generation.grammar import Word
 from qlab.generation.images import Placed, placed
-from qlab.generation.pages import NOBODY, Pages
+from qlab.generation.pages import Pages
+from qlab.generation.passes import Pass, pass_over
 from qlab.generation.request import ABORT, ERROR, Request
 from qlab.generation.sampling import Drawn, Sampling
 from qlab.generation.schedule import Limits, Part, plan
@@ -46,21 +47,6 @@ from qlab.process.surroundings import undisturbed
 
 SHARE = 0.25  # of the memory that is free, which the cache may take
 LONGEST = 4096  # tokens of a request, where a model takes more and nobody asked for it
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pass:
-    """A forward pass as values. ids_bq: the tokens of b rows. table_bp: the pages of every row, in
-    order; shorter rows end in page 0. start_b: how many tokens of a row have keys and values.
-    shift_b: by how much positions differ from counts of tokens. keep: of how many last tokens
-    logits are wanted, 0 for all. inputs: what else the model takes."""
-
-    ids_bq: Tensor
-    table_bp: Tensor
-    start_b: Tensor
-    shift_b: Tensor
-    keep: int
-    inputs: Mapping[str, Tensor]
 
 
 def nothing(drawn: Drawn) -> bool:
@@ -86,9 +72,12 @@ class Engine:
         chunk: tokens of a part of a prompt; prompts of models with recurrent states are one part.
         step_tokens: how many tokens of prompts a step computes beside its rows.
         reuse: whether requests whose prompts begin alike share pages.
+        compile: what of the steps of rows is compiled while they run: none, block or model
+            (`qlab.generation.compiled`).
 
     Raises:
-        QlabError: numbers below 1, or more tokens than the model has positions.
+        QlabError: numbers below 1, more tokens than the model has positions, or an unknown
+            compile.
     """
 
     def __init__(
@@ -103,6 +92,7 @@ class Engine:
         chunk: int = 256,
         step_tokens: int = 512,
         reuse: bool = True,
+        compile: str = "none",
     ):
         self.model, self.max_length = model, _longest(model, max_length)
         _refuse_below_one(rows=rows, page=page, pages=pages or 1, chunk=chunk, tokens=step_tokens)
@@ -130,6 +120,26 @@ class Engine:
         self._requests: dict[int, Request] = {}
         # what runs a pass: this process alone, or others with it
         self.forward: Callable[[Pass, States], Tensor] = self.compute
+        self.compiled = Compiled(
+            model,
+            compile,
+            rows=rows,
+            pool=self.pool,
+            arguments=self._arguments,
+            why=self._why_eager(),
+        )
+
+    def _why_eager(self) -> str | None:
+        """Why its steps of rows are not compiled, or None."""
+        if self._has_states:
+            return "it has recurrent states, which are objects of their requests"
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            return "several processes run it together"
+        return None if self._together else "it makes its masks in code of its own, row by row"
+
+    def close(self) -> None:
+        """Compile no more."""
+        self.compiled.close()
 
     # -------------------------------------------------------------- requests
     def submit(
@@ -274,7 +284,7 @@ class Engine:
         seen = self._placed(request, ids)
         logits = self._forward(ids, [request], request.states, keep, seen)
         if asked is not None:
-            _tell_prompt(request, part, logits[0], asked)
+            request.tell_prompt(logits[0], part.begin, asked)
         request.done = part.end
         if part.end == len(tokens):
             self.pages.remember(request.shared[: request.done], request.pages)
@@ -296,11 +306,14 @@ class Engine:
             for request in rows:
                 self._run_alone(request)
             return
+        bucket = self.compiled.bucket(len(rows))
         try:
-            self._compute_rows(rows)
-        except Exception:  # one of them is to blame, and the others go on
+            self._compute_rows(rows, bucket)
+        except Exception as error:  # one of them is to blame, and the others go on
             for request in rows:
                 self._run_alone(request)
+            if bucket is not None and not any(request.finish == ERROR for request in rows):
+                self.compiled.drop(bucket.rows, first_line(error))
 
     def _run_alone(self, request: Request) -> None:
         try:
@@ -308,13 +321,13 @@ class Engine:
         except Exception as error:
             _fail(request, error)
 
-    def _compute_rows(self, rows: Sequence[Request]) -> None:
+    def _compute_rows(self, rows: Sequence[Request], bucket: Bucket | None = None) -> None:
         ids = torch.tensor([[request.tokens[-1]] for request in rows], dtype=torch.int64)
         if self._has_states:
             for request in rows:
                 request.states = request.states or DynamicCache(config=self.model.config).layers
         states = side_by_side([r.states for r in rows]) if self._has_states else []
-        logits = self._forward(ids, rows, states, keep=1)
+        logits = self._forward(ids, rows, states, keep=1, bucket=bucket)
         tokens = draw(logits[:, -1], [request.drawing for request in rows])
         if self._has_states:
             for request, own in zip(rows, apart(states, len(rows))):
@@ -330,32 +343,34 @@ class Engine:
         states: States,
         keep: int,
         seen: Placed | None = None,
+        bucket: Bucket | None = None,
     ) -> Tensor:
         """Logits [b, keep, v] of the next tokens of requests; of all tokens where keep is 0. seen:
-        the images among the tokens."""
-        width = max(len(request.pages) for request in requests)
-        table = [r.pages + [NOBODY] * (width - len(r.pages)) for r in requests]
-        call = Pass(
-            ids_bq=ids_bq,
-            table_bp=torch.tensor(table, dtype=torch.int64),
-            start_b=torch.tensor([r.done for r in requests], dtype=torch.int64),
-            shift_b=torch.tensor([r.shift for r in requests], dtype=torch.int64),
-            keep=keep,
-            inputs=seen.inputs if seen else {},
-        )
-        return self.forward(call, states)
+        the images among the tokens. bucket: what runs it, or None for the model as it is."""
+        call = pass_over(requests, ids_bq, keep, seen.inputs if seen else {}, bucket)
+        if bucket is None:
+            return self.forward(call, states)
+        return self.compute(call, states, bucket)[: len(requests)]
 
-    def compute(self, call: Pass, states: States) -> Tensor:
-        """The logits [b, keep, v] of a pass. states: of recurrent layers, the rows side by side."""
-        device, count = self.model.device, call.ids_bq.shape[1]
-        start = call.start_b.to(device)
-        rows = Rows(self.pool, call.table_bp.to(device), start, count, states)
-        positions = (start + call.shift_b.to(device))[:, None] + torch.arange(count, device=device)
-        more: dict[str, Any] = {"position_ids": positions, "logits_to_keep": call.keep}
-        more |= call.inputs
+    def compute(self, call: Pass, states: States, bucket: Bucket | None = None) -> Tensor:
+        """The logits [b, keep, v] of a pass. states: of recurrent layers, the rows side by side.
+        bucket: what runs it, or None for the model as it is."""
+        device = self.model.device
+        start, shift = call.start_b.to(device), call.shift_b.to(device)
+        rows = Rows(self.pool, call.table_bp.to(device), start, call.ids_bq.shape[1], states)
+        more = self._arguments(rows, start + shift, call.keep, call.inputs)
+        return (bucket or self.model)(call.ids_bq.to(device), use_cache=True, **more).logits
+
+    def _arguments(
+        self, rows: Rows, first_b: Tensor, keep: int = 1, inputs: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Any]:
+        """What the model is called with beside ids. first_b: the positions of each row's first new
+        token."""
+        count = torch.arange(rows.writes.shape[1], dtype=torch.int64, device=first_b.device)
+        more: dict[str, Any] = {"position_ids": first_b[:, None] + count, "logits_to_keep": keep}
+        more |= inputs or {}
         taken = {name: value for name, value in more.items() if name in self._takes}
-        taken[self._cache_argument] = rows
-        return self.model(call.ids_bq.to(device), use_cache=True, **taken).logits
+        return {**taken, self._cache_argument: rows}
 
 
 # ------------------------------------------------------------------ bounds and failures
@@ -383,11 +398,3 @@ def _refuse_below_one(**numbers: int) -> None:
 
 def _fail(request: Request, error: Exception) -> None:
     request.finish, request.error = ERROR, error
-
-
-def _tell_prompt(request: Request, part: Part, logits_qv: Tensor, count: int) -> None:
-    """The log-probabilities of the tokens behind those of a part, as far as they are the
-    prompt's and were not told before."""
-    for i, logits in enumerate(logits_qv, part.begin):
-        if i + 1 < len(request.prompt) and len(request.prompt_drawn) == i:
-            request.prompt_drawn.append(told(logits, request.prompt[i + 1], count))

@@ -5,7 +5,7 @@ import os
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, fields, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -14,6 +14,7 @@ from qlab.algebra.spec import Spec
 from qlab.data.calibration import tokenizer_of
 from qlab.errors import QlabError, first_line
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
+from qlab.generation.compiled import refuse_unknown
 from qlab.generation.engine import Engine
 from qlab.generation.grammar import KINDS, Grammars, Word, asked_for
 from qlab.generation.images import Encoded, ImageReader, as_text, has_images, in_parts
@@ -141,7 +142,14 @@ class Pipeline:
 
     def close(self) -> None:
         """Let go of the model and of its cache."""
+        self.engine.close()
         del self.engine
+
+    def stats(self) -> dict[str, Any]:
+        """Pages of the cache, those that no request reads, and what is compiled
+        (`qlab.generation.compiled.Compiled.stats`)."""
+        pages, compiled = self.engine.pages, self.engine.compiled.stats()
+        return {"pages": pages.count, "pages_free": pages.available, **compiled}
 
     def __call__(self, prompts: Any, *, stop: str | Sequence[str] = (), **settings: Any) -> Any:
         """The reply to a prompt, or the list of replies to several, in their order.
@@ -274,6 +282,7 @@ def pipeline(
     head: Spec | None = None,
     rows: int = 16,
     max_length: int | None = None,
+    compile: Literal["none", "block", "model"] = "none",
 ) -> Pipeline:
     """A model that answers texts, token ids and chats, many at a time.
 
@@ -289,13 +298,16 @@ def pipeline(
         rows: how many requests run at a time.
         max_length: tokens of a request, prompt and reply; None takes what the model takes, at most
             4096.
+        compile: what of the steps of rows is compiled while they run as they are: "none", "block"
+            (one block for all of a structure, and the head; seconds of a processor for each of 1,
+            2, 4, ... rows) or "model" (the whole step; minutes for each).
 
     Returns:
         A pipeline, to be called with prompts and to be used in a `with` statement.
 
     Raises:
-        QlabError: a directory that cannot be read or has no tokenizer, more tokens than the model
-            has positions.
+        QlabError: a directory that cannot be read or has no tokenizer, an unknown compile, more
+            tokens than the model has positions.
 
     Example:
         >>> import qlab
@@ -304,13 +316,15 @@ def pipeline(
         >>> reply.finish, len(reply.tokens), reply.prompt_tokens
         ('length', 4, 4)
     """
+    refuse_unknown(compile)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     tokenizer = tokenizer_of(checkpoint)
     ready = _loaded(checkpoint, device, dtype, activations, head)
     defaults = _defaults(ready.generation_config, tokenizer)
     takes_images = "pixel_values" in inspect.signature(ready.forward).parameters
     images = ImageReader(checkpoint) if takes_images else None
-    return Pipeline(ready, tokenizer, defaults, images, rows=rows, max_length=max_length)
+    engine: dict[str, Any] = {"rows": rows, "max_length": max_length, "compile": compile}
+    return Pipeline(ready, tokenizer, defaults, images, **engine)
 
 
 def _loaded(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from qlab.generation.cache import States
+from qlab.generation.drawing import told
 from qlab.generation.grammar import Word
 from qlab.generation.sampling import Drawing, Drawn, Sampling
 from qlab.generation.schedule import Place
@@ -85,6 +86,13 @@ class Request:
     def cancel(self) -> None:
         """End it before the next step. May be called from any thread."""
         self.is_cancelled = True
+
+    def tell_prompt(self, logits_qv: Tensor, begin: int, count: int) -> None:
+        """The log-probabilities of the tokens behind those of a part from `begin` on, as far as
+        they are the prompt's and were not told before. count: how many likeliest ones beside."""
+        for i, logits in enumerate(logits_qv, begin):
+            if i + 1 < len(self.prompt) and len(self.prompt_drawn) == i:
+                self.prompt_drawn.append(told(logits, self.prompt[i + 1], count))
 
     def accept(self, drawn: Drawn) -> None:
         """Take the next token, and end where it says so."""

@@ -36,6 +36,9 @@ class Metrics:
         self._gauge("waiting_tokens", "Tokens they may have", lambda: worker.waiting_tokens)
         self._gauge("pages_free", "Pages that no request reads", lambda: pages.available)
         self._gauge("pages", "Pages of the cache", lambda: pages.count)
+        compiled = worker.pipe.engine.compiled
+        self._gauge("graphs", "Graphs that were compiled", lambda: compiled.graphs)
+        self._gauge("recompiles", "Graphs after the warm-up", lambda: compiled.recompiles)
 
     def _counter(self, name: str, says: str) -> Counter:
         return Counter(f"qlab_{name}", says, registry=self._registry)

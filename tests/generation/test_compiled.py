@@ -1,0 +1,179 @@
+"""Compiled steps say what eager ones say; their graphs are counted, and no request needs another;
+nobody waits for the compiler, and what stays eager is said with its reason."""
+
+import random
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from engines import GREEDY, PROMPTS, asked, reference, small
+from families import tiny
+from model_folders import refused
+from torch._dynamo import lookup_backend
+from torch._dynamo.utils import counters
+
+from qlab.generation import compiled as module
+from qlab.generation.sampling import Sampling
+from qlab.generation.twins import kinds_of
+from qlab.model.paper import find_blocks
+
+KINDS = {"gemma2": 2, "deepseek_v3": 2}  # sliding and full, dense and of experts
+
+
+def traced(monkeypatch, backend="eager"):
+    """Graphs are made, and run as they are: seconds instead of minutes."""
+    made = lookup_backend(backend)
+    monkeypatch.setattr(module, "inductor", lambda graph, inputs, options: made(graph, inputs))
+
+
+def ready(model, mode, **settings):
+    """An engine that has compiled all its buckets."""
+    engine = small(model, compile=mode, **settings)
+    engine.compiled.wait()
+    return engine
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_compiled_steps_say_what_generate_says_with_a_graph_for_each_kind(family, monkeypatch):
+    traced(monkeypatch)
+    model, expected = reference(family)
+    engine = ready(model, "block", rows=2)
+    assert [r.new for r in asked(engine)] == expected
+    stats = engine.compiled.stats()
+    assert stats["ready"] == stats["buckets"] == (1, 2) and not stats["eager"]
+    assert (stats["graphs"], stats["recompiles"]) == (2 * (KINDS[family] + 1), 0)
+    assert engine.pages.available == engine.pages.count
+
+
+def test_a_whole_step_is_one_graph_for_each_bucket(monkeypatch):
+    traced(monkeypatch)
+    model, expected = reference("llama")
+    engine = ready(model, "model", rows=2)
+    assert [r.new for r in asked(engine)] == expected
+    stats = engine.compiled.stats()
+    assert stats["ready"] == (1, 2) and (stats["graphs"], stats["recompiles"]) == (2, 0)
+
+
+def test_a_thousand_mixed_requests_need_no_graph_that_the_warm_up_has_not_made(monkeypatch):
+    traced(monkeypatch, "aot_eager")
+    engine = ready(tiny("llama").eval(), "block", rows=4, chunk=64)
+    draw, requests = random.Random(0), []
+    for _ in range(1000):
+        prompt = [draw.randrange(128) for _ in range(draw.randint(1, 40))]
+        sampling = Sampling(max_tokens=draw.randint(1, 5), seed=draw.randrange(100))
+        requests.append(engine.submit(prompt, sampling))
+        for _ in range(draw.choice((0, 0, 1, 4))):
+            engine.step()
+    engine.run()
+    assert all(r.finish == "length" and len(r.new) == r.sampling.max_tokens for r in requests)
+    stats = engine.compiled.stats()
+    assert stats["ready"] == (1, 2, 4) and (stats["graphs"], stats["recompiles"]) == (3 * 2, 0)
+
+
+def test_inductor_compiles_blocks_and_a_second_start_finds_them(monkeypatch, tmp_path):
+    """In one bucket a request has the same bits alone and beside others, on a CPU."""
+    monkeypatch.setenv("QLAB_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(module, "buckets", lambda rows: (rows,))
+    model, expected = reference("llama")
+    sampling = replace(GREEDY, logprobs=1)
+    found = []
+    for _ in range(2):
+        counters.clear()
+        torch._dynamo.reset()
+        engine = ready(model, "block", rows=2, reuse=False)
+        together = asked(engine, sampling=sampling)
+        assert [r.new for r in together] == expected
+        caches = counters["aot_autograd"], counters["inductor"]
+        found.append(sum(count[key] for count in caches for key in count if "cache_hit" in key))
+    alone = [asked(engine, [prompt], sampling)[0].drawn for prompt in PROMPTS]
+    assert alone == [r.drawn for r in together]
+    stats = engine.compiled.stats()
+    assert (stats["graphs"], stats["recompiles"], stats["ready"]) == (2, 0, (2,))
+    assert found[0] == 0 and found[1] >= 2
+    assert any((tmp_path / "compiled").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("mamba2", "recurrent states"),
+        ("bloom", "masks in code of its own"),
+        ("gemma4_text", "layers.0 stays eager: it is handed a KVSharingDict"),
+    ],
+)
+def test_what_stays_eager_is_said_with_its_reason(family, why, monkeypatch, capsys):
+    traced(monkeypatch)
+    model = tiny(family).eval()
+    engine = ready(model, "block", rows=1)
+    assert why in repr(engine.compiled) and why in capsys.readouterr().err
+    assert [r.new for r in asked(engine)] == [r.new for r in asked(small(model))]
+
+
+def test_blocks_that_differ_in_what_nobody_reads_off_them_stay_eager(monkeypatch):
+    traced(monkeypatch)
+    model = tiny("llama").eval()
+    model.model.layers[1].mlp.register_forward_hook(lambda mlp, args, y: 2 * y)
+    engine = ready(model, "block", rows=1)
+    assert "stays eager: its blocks differ in more than their tensors" in repr(engine.compiled)
+    assert [r.new for r in asked(engine)] == [r.new for r in asked(small(model))]
+
+
+def test_nobody_waits_for_the_compiler_and_closing_ends_it(monkeypatch):
+    waits = threading.Event()
+
+    def slow(graph, inputs, options):
+        while not waits.wait(0.01):
+            pass
+
+    monkeypatch.setattr(module, "inductor", slow)
+    model, expected = reference("llama")
+    engine = small(model, compile="block")
+    assert [r.new for r in asked(engine)] == expected
+    assert engine.compiled.stats()["ready"] == () and engine.compiled._thread.is_alive()
+    engine.close()
+    assert not engine.compiled._thread.is_alive()
+
+
+def test_a_compiled_step_that_fails_or_wants_another_graph_runs_eager_from_then_on(monkeypatch):
+    traced(monkeypatch)
+    model, expected = reference("llama")
+    engine = ready(model, "block", rows=2)
+
+    def failing(*_, **__):
+        raise RuntimeError("boom")
+
+    engine.compiled._ready[2] = module.Bucket(rows=2, run=failing)
+    engine.pool = engine.pool.like(engine.pages.count)
+    for slots in engine.pool.tensors():
+        slots.requires_grad_()  # what a graph of the warm-up was not made for
+    assert [r.new for r in asked(engine)] == expected
+    stats = engine.compiled.stats()
+    assert stats["ready"] == () and stats["recompiles"] == 1
+    assert "2 rows stay eager: boom" in repr(engine.compiled)
+
+
+def test_a_bucket_runs_as_it_is_while_the_next_one_is_traced(monkeypatch):
+    traced(monkeypatch)
+    model, expected = reference("llama")
+    engine = ready(model, "block", rows=2)
+    monkeypatch.setattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", True)
+    assert [r.new for r in asked(engine)] == expected
+    assert engine.compiled.stats()["ready"] == (1, 2) and not engine.compiled.said
+
+
+def test_blocks_of_one_structure_are_told_from_others():
+    """By their classes, shapes and attributes, whatever their number among layers is."""
+    for family, kinds in (("llama", [0, 0]), ("gemma2", [0, 1, 0, 1]), ("deepseek_v3", [0, 1, 1])):
+        _, blocks = find_blocks(tiny(family))
+        assert kinds_of(blocks) == kinds
+    blocks["model.layers.2"].mlp.top_k = 1
+    assert kinds_of(blocks) == [0, 1, 2]
+
+
+def test_a_mode_that_is_none_is_refused():
+    refused(lambda: small(tiny("llama"), compile="all"), "'all'", "none, block, model")
+
+
+def test_buckets_are_powers_of_two_and_the_number_of_rows():
+    assert [module.buckets(rows) for rows in (1, 2, 6)] == [(1,), (1, 2), (1, 2, 4, 6)]
