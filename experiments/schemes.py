@@ -153,6 +153,31 @@ def row_of(steps, settings):
     return row | {"processor_seconds": round(time.process_time() - started, 1)}
 
 
+def cell(row):
+    """KL divergence with its interval, and the change of perplexity, as README's table says it."""
+    if not row or "kl" not in row:
+        return (row or {}).get("refused", "")
+    digits = 4 if row["kl"] < 0.01 else 3
+    low, high = row["kl_ci"]
+    ratio = row["ratio"]
+    change = f"{ratio:.2f} x" if ratio > 2 else f"{100 * (ratio - 1):+.1f} %"
+    return f"{row['kl']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f}), {change}"
+
+
+def table(rows):
+    """README's table of all rows."""
+    columns = ("rtn", "best", "llm-compressor rtn")
+    names = list(dict.fromkeys(key.partition(" ")[0] for key in rows))
+    order = [fitting(row.scheme.name, OPTIONS["group"]).name for row in qlab.schemes()]
+    lines = [f"| scheme | bits | {' | '.join(columns)} |", "|---|---|---|---|---|"]
+    for name in sorted(names, key=order.index):
+        of_name = [rows.get(f"{name} {column}") for column in columns]
+        bits = next((row["bits"] for row in of_name if row and row["bits"]), None)
+        shown = "-" if bits is None else f"{bits:.2f}"
+        lines.append(f"| {name} | {shown} | {' | '.join(map(cell, of_name))} |")
+    return "\n".join(lines)
+
+
 def main(*arguments):
     options = OPTIONS | dict(argument.split("=", 1) for argument in arguments)
     samples, length, windows = (int(options[key]) for key in ("samples", "length", "windows"))
@@ -191,6 +216,7 @@ def main(*arguments):
                 rows[key] = row_of(steps, {"bits": scheme.bits_per_weight, **settings})
             out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             print(key, rows[key], flush=True)
+    print(table(rows))
 
 
 if __name__ == "__main__":
