@@ -2,14 +2,14 @@
 do the first token and the draws cost?
 
 Usage: python experiments/streams.py DIRECTORY [streams=1,4,16] [prompt=48] [new=32] [rounds=3]
-       [compile=none]
+       [compile=block]
 
 DIRECTORY is a quantized demo model. Contenders answer the same held-out texts greedily and take
 turns; a figure is the median over the rounds of new tokens per second of the process, prompts
 included. `manager` is transformers' continuous batching over the dense model in bfloat16, `static`
 its `generate` of one batch over the lowered model, `rounded` what `qlab serve` runs by default
-(activations and head as int8). With compile=block or model, engines compile their steps before the
-first round, and seconds of compiling are told apart.
+(activations and head as int8), and `block` or `model` the same with steps that were compiled before
+the first round.
 
 `first`: processor seconds to the first token of a prompt of 512 tokens through the engine, beside
 the bare forward pass. `draws`: what a setting of sampling adds to a step of all streams, as a share
@@ -36,7 +36,7 @@ from qlab.generation.sampling import Drawing, Sampling
 from qlab.lowering.devices import device_label
 
 RESULT = Path(__file__).parent / "results" / "streams.json"
-OPTIONS = {"streams": "1,4,16", "prompt": "48", "new": "32", "rounds": "3", "compile": "none"}
+OPTIONS = {"streams": "1,4,16", "prompt": "48", "new": "32", "rounds": "3", "compile": "block"}
 DRAWS = {
     "temperature": {"temperature": 0.7},
     "top_k": {"temperature": 0.7, "top_k": 50},
@@ -184,6 +184,13 @@ def main(directory, *given):
         "plain": of_engine(plain, new),
         "rounded": of_engine(rounded, new),
     }
+    for mode in filter(None, options["compile"].split(",")):
+        pipe = qlab.pipeline(
+            directory, activations="int8", head="int8-g32", compile=mode, rows=rows, max_length=256
+        )
+        pipe.engine.compiled.wait()
+        print(mode, pipe.stats(), flush=True)
+        contenders[mode] = of_engine(pipe, new)
     rates = throughput(contenders, options, texts)
     record = {
         "directory": Path(directory).name,
