@@ -19,7 +19,7 @@ def printable(text: str) -> str:
     return UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of what an error of another library says; its type where it says nothing."""
     said = str(error).strip() or type(error).__name__
     return said.splitlines()[0]
@@ -50,6 +50,10 @@ class QlabError(ValueError):
 class Unwritable(QlabError):
     """A refusal of the place that is written to, not of an argument: the files that are written
     already stay, and the job can be resumed."""
+
+
+class ToldElsewhere(QlabError):
+    """A refusal that another process of the same run tells."""
 
 
 def refusal_of(error: OSError | RecursionError) -> QlabError:

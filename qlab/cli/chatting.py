@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlab.cli.opening import NONE, Activations, Compile, Dtype, Head, roundings
+from qlab.cli.opening import NONE, Activations, Compile, Dtype, Head, opened, roundings
 from qlab.cli.options import Device, Model
 from qlab.errors import QlabError, printable
 from qlab.process.progress import say
@@ -32,18 +32,20 @@ def chat(
     import qlab
     from qlab.generation.talk import Talk
 
-    opened = qlab.open(model)
+    checkpoint = opened(model)
     ready = qlab.pipeline(
-        opened,
+        checkpoint,
         device=device,
         dtype=dtype,  # type: ignore[arg-type]
         rows=1,
         compile=compile,  # type: ignore[arg-type]
-        **roundings(opened, device, activations, head),  # type: ignore[arg-type]
+        **roundings(checkpoint, device, activations, head),  # type: ignore[arg-type]
     )
     with suppress(ImportError):
         import_module("readline")  # gives `input` keys that edit, and the lines before
     with ready as pipe:
+        if not pipe.answers:
+            return
         _talk(Talk(pipe=pipe, system=system, settings={"max_tokens": max_tokens}))
 
 

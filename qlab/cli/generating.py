@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qlab.cli.opening import NONE, Activations, Compile, Dtype, Head, roundings
+from qlab.cli.opening import NONE, Activations, Compile, Dtype, Head, opened, roundings
 from qlab.cli.options import Device, Model
 from qlab.cli.output import console
 
@@ -44,16 +44,18 @@ def answer(
     settings: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}
     given = {"temperature": temperature, "top_p": top_p}
     settings |= {name: value for name, value in given.items() if value != UNSET}
-    opened = qlab.open(model)
+    checkpoint = opened(model)
     ready = qlab.pipeline(
-        opened,
+        checkpoint,
         device=device,
         dtype=dtype,  # type: ignore[arg-type]
         rows=rows,
         compile=compile,  # type: ignore[arg-type]
-        **roundings(opened, device, activations, head),  # type: ignore[arg-type]
+        **roundings(checkpoint, device, activations, head),  # type: ignore[arg-type]
     )
     with ready as pipe:
+        if not pipe.answers:
+            return
         done = answer_file(pipe, prompts, answers, settings)
     console().print(
         f"{answers}: {done.answers} answers, {done.before} of them from before, "

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated
 
+import click
 import typer
 
 if TYPE_CHECKING:
@@ -36,6 +37,18 @@ Compile = Annotated[
 ]
 NONE = "none"
 INT8 = "int8"
+
+
+def opened(model: str) -> "Checkpoint":
+    """The directory of a command. The processes that a launcher such as torchrun started are ranks
+    that open it together, and stay so until the command ends."""
+    import qlab
+    from qlab.generation.parallel import agreed, join, leave
+
+    if not join():
+        return qlab.open(model)
+    click.get_current_context().call_on_close(leave)
+    return agreed(lambda: qlab.open(model))
 
 
 def roundings(

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from qlab.errors import QlabError, printable, refusal_of
+from qlab.errors import QlabError, ToldElsewhere, printable, refusal_of
 
 SEVERAL = ("--calib", "--images", "--text")  # options that take several files
 STOPPED = 130  # the exit code of a command that Ctrl-C ended
@@ -41,6 +41,8 @@ def run(typed: typer.Typer) -> None:
     except OSError as error:
         _drop_output()
         _end(refusal_of(error), 2)
+    except ToldElsewhere:
+        sys.exit(2)
     except (QlabError, RecursionError) as error:
         _end(error if isinstance(error, QlabError) else refusal_of(error), 2)
     except MemoryError:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qlab.cli.opening import Activations, Compile, Dtype, Head, roundings
+from qlab.cli.opening import Activations, Compile, Dtype, Head, opened, roundings
 from qlab.cli.options import Device, Model
 from qlab.errors import QlabError
 from qlab.process.extras import needed
@@ -64,12 +64,10 @@ def serve(
 
     keys = _keys(api_key or [], api_key_file)
     listening = {"host": host, "port": port, **_certificates(ssl_certfile, ssl_keyfile)}
-    if not keys and host not in LOCAL:
-        say(f"qlab: {host} is open to others and asks for no key; --api-key sets one")
-    opened = qlab.open(model)
-    rounded = roundings(opened, device, activations, head)
+    checkpoint = opened(model)
+    rounded = roundings(checkpoint, device, activations, head)
     pipe = qlab.pipeline(
-        opened,
+        checkpoint,
         device=device,
         dtype=dtype,  # type: ignore[arg-type]
         rows=max_num_seqs,
@@ -77,8 +75,12 @@ def serve(
         max_length=max_model_len,
         **rounded,  # type: ignore[arg-type]
     )
+    if not pipe.answers:
+        return
+    if not keys and host not in LOCAL:
+        say(f"qlab: {host} is open to others and asks for no key; --api-key sets one")
     settings = Settings(
-        name=name or opened.path.name,
+        name=name or checkpoint.path.name,
         facts=facts_of(pipe, rounded["activations"] or dtype),
         keys=keys,
         timeout=request_timeout,

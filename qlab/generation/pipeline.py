@@ -4,28 +4,27 @@ import inspect
 import os
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qlab.algebra.spec import Spec
 from qlab.data.calibration import tokenizer_of
-from qlab.errors import QlabError, first_line
+from qlab.errors import QlabError, first_line, warn
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.generation.compiled import refuse_unknown
 from qlab.generation.engine import Engine
 from qlab.generation.grammar import KINDS, Grammars, Word, asked_for
 from qlab.generation.images import Encoded, ImageReader, as_text, has_images, in_parts
+from qlab.generation.loaded import defaults_of, loaded
+from qlab.generation.parallel import Group, joined, run_together
 from qlab.generation.request import STOP, Request
 from qlab.generation.sampling import Drawn, Sampling
 from qlab.generation.text import GrowingText
-from qlab.lowering import lower
-from qlab.lowering.around.coded_head import code_head
-from qlab.lowering.devices import device_named
 from qlab.lowering.weights.setting import Activations
-from qlab.model.paper import maker_of
 from qlab.process.progress import progress
 from qlab.process.surroundings import undisturbed
 
@@ -131,6 +130,12 @@ class Pipeline:
         self.tokenizer, self.defaults, self.images = tokenizer, defaults, images
         self.engine = Engine(model, **engine)
         self._grammars: Grammars | None = None
+        self.group: Group | None = None  # the ranks that run the model together, if there are some
+
+    @property
+    def answers(self) -> bool:
+        """Whether this process is the one that answers: the only one, or rank 0 of several."""
+        return self.group is None or self.group.rank == 0
 
     def __enter__(self) -> "Pipeline":
         return self
@@ -141,9 +146,12 @@ class Pipeline:
         self.close()
 
     def close(self) -> None:
-        """Let go of the model and of its cache."""
-        self.engine.close()
-        del self.engine
+        """Let go of the model and of its cache, and let other ranks end."""
+        engine = vars(self).pop("engine", None)
+        if engine is not None:
+            engine.close()
+        if self.group is not None:
+            self.group.close()
 
     def stats(self) -> dict[str, Any]:
         """Pages of the cache, those that no request reads, and what is compiled
@@ -163,7 +171,11 @@ class Pipeline:
             settings: fields of `qlab.generation.sampling.Sampling`, such as temperature=0.7 or
                 max_tokens=100, without which a reply has as many tokens as fit, at most 256; and
                 what the reply has to be: a JSON schema, regex="..." or choice=["...", ...].
+
+        Returns None on the ranks that do not answer.
         """
+        if not self.answers:
+            return None
         if _is_one(prompts):
             asked = self.ask(prompts, stop=stop, **settings)
             return self.wait_for(asked)
@@ -289,6 +301,10 @@ def pipeline(
     Requests share steps (continuous batching), and those whose prompts begin alike share keys and
     values. In float32, greedy replies are those of `generate()`, whatever is asked beside them.
 
+    Where torch.distributed is initialised for several ranks, all of them call this, each holds its
+    part of the model, and rank 0 answers. On the other ranks the call lasts until rank 0 closes its
+    pipeline, and what it returns replies None.
+
     Args:
         model: a directory, quantized or not, or an open one.
         device: 'cpu', 'cuda' or 'cuda:N'.
@@ -307,7 +323,8 @@ def pipeline(
 
     Raises:
         QlabError: a directory that cannot be read or has no tokenizer, an unknown compile, more
-            tokens than the model has positions.
+            tokens than the model has positions, more ranks than its heads and groups can be divided
+            over.
 
     Example:
         >>> import qlab
@@ -317,49 +334,19 @@ def pipeline(
         ('length', 4, 4)
     """
     refuse_unknown(compile)
-    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-    tokenizer = tokenizer_of(checkpoint)
-    ready = _loaded(checkpoint, device, dtype, activations, head)
-    defaults = _defaults(ready.generation_config, tokenizer)
-    takes_images = "pixel_values" in inspect.signature(ready.forward).parameters
-    images = ImageReader(checkpoint) if takes_images else None
-    engine: dict[str, Any] = {"rows": rows, "max_length": max_length, "compile": compile}
-    return Pipeline(ready, tokenizer, defaults, images, **engine)
+    group = joined(device)
+    if group is not None and compile != "none":
+        warn(f"steps of {group.world} ranks run as they are; compile='none' says so")
 
+    def opened() -> Any:
+        checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+        tokenizer = tokenizer_of(checkpoint)
+        ready = loaded(checkpoint, device, dtype, activations, head, group)
+        defaults = defaults_of(ready.generation_config, tokenizer)
+        takes_images = "pixel_values" in inspect.signature(ready.forward).parameters
+        images = ImageReader(checkpoint) if takes_images else None
+        engine: dict[str, Any] = {"rows": rows, "max_length": max_length}
+        engine["compile"] = compile if group is None else "none"
+        return partial(Pipeline, ready, tokenizer, defaults, images, **engine)
 
-def _loaded(
-    checkpoint: Checkpoint,
-    device: Any,
-    dtype: torch.dtype,
-    activations: Activations | None,
-    head: Spec | None,
-) -> PreTrainedModel:
-    """The model of a directory, lowered where it is quantized."""
-    if checkpoint.quantized or checkpoint.extras:
-        return lower(checkpoint, device, dtype, activations=activations, head=head)
-    if activations is not None:
-        raise QlabError(
-            f"activations={activations!r} is for quantized models, and {checkpoint.path} is none; "
-            "leave it away"
-        )
-    model: Any = maker_of(checkpoint.config).from_pretrained(
-        checkpoint.path, dtype=dtype, local_files_only=True
-    )
-    model = model.to(device_named(device)).eval()
-    if head is not None:
-        code_head(model, head, dtype, activations)
-    return model
-
-
-def _defaults(config: GenerationConfig | None, tokenizer: Any) -> Sampling:
-    """What the directory's generation_config.json asks for: its sampling where it samples, else
-    the likeliest tokens; and the tokens that end a text."""
-    ends = getattr(config, "eos_token_id", None)
-    ends = [ends] if isinstance(ends, int) else [*(ends or ())]
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-        ends.append(tokenizer.eos_token_id)
-    if config is None or not config.do_sample:
-        return Sampling(temperature=0, stop_ids=tuple(ends))
-    given = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
-    known = {name: value for name, value in given.items() if value is not None}
-    return Sampling(stop_ids=tuple(ends), **known)
+    return opened()() if group is None else run_together(group, group.agreed(opened))

@@ -1,6 +1,6 @@
 """One rank's part of a directory's model, which runs together with those of the other ranks."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -18,15 +18,21 @@ from qlab.model.skeleton import Skeleton
 from qlab.process.surroundings import undisturbed
 
 
+class Ranks(Protocol):
+    """rank, world: which of how many. passes: torch's process group of all of them."""
+
+    rank: int
+    world: int
+    passes: Any
+
+
 @undisturbed
 def lower_part(
     checkpoint: Checkpoint,
     device: torch.device | str,
     dtype: torch.dtype,
     *,
-    rank: int,
-    world: int,
-    group: Any,
+    ranks: Ranks,
     activations: Activations | None = None,
     head: Spec | None = None,
 ) -> PreTrainedModel:
@@ -36,8 +42,7 @@ def lower_part(
     Args:
         checkpoint: the directory.
         device, dtype, activations, head: as `qlab.lower` takes them.
-        rank, world: which of how many.
-        group: torch's process group of all ranks.
+        ranks: which of how many this is, and how passes are shared.
 
     Raises:
         QlabError: a model that transformers has no plan for, or a number of ranks that its heads or
@@ -47,9 +52,9 @@ def lower_part(
     place = Place(dtype, device_named(device), False, checked_activations(activations))
     checkpoint.warn_unapplied()
     skeleton = Skeleton(checkpoint, place.dtype, place.device)
-    share = shared(skeleton, rank, world)
+    share = shared(skeleton, ranks.rank, ranks.world)
     model = assembled(skeleton, place, share=share)
     if head is not None:
         code_head(model, head, dtype, place.activations)
-    connect(model, share, group)
+    connect(model, share, ranks.passes)
     return model

@@ -23,6 +23,9 @@ def run(server: Server, drain: float, **listening: Any) -> None:
         server: the application's.
         drain: seconds.
         listening: host, port and certificates, as uvicorn takes them.
+
+    Raises:
+        SystemExit: no step can be computed any more.
     """
     config = uvicorn.Config(
         application(server),
@@ -31,6 +34,8 @@ def run(server: Server, drain: float, **listening: Any) -> None:
         **listening,
     )
     Draining(config, server, drain).run()
+    if server.worker.ended is not None:
+        raise server.worker.ended
 
 
 class Draining(uvicorn.Server):
@@ -45,6 +50,7 @@ class Draining(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, server: Server, drain: float):
         super().__init__(config)
         self._server, self._drain = server, drain
+        server.worker.on_end = self.begin_to_end
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

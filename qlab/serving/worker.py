@@ -74,7 +74,7 @@ class Answer:
         self.is_ended = finish is not None
         return Piece(text=self.asked.taken(), drawn=drawn, finish=finish, error=error)
 
-    def failed(self, error: Exception) -> Piece:
+    def failed(self, error: Exception | SystemExit) -> Piece:
         """The last piece, where a whole step failed."""
         self.is_ended = True
         return Piece(text="", drawn=(), finish=ERROR, error=f"a step failed: {first_line(error)}")
@@ -100,6 +100,9 @@ class Worker:
         # called in the event loop with what every step wrote
         self.stepped: Callable[[list[tuple[Answer, Piece]]], None] = lambda pieces: None
         self.answers: list[Answer] = []
+        # why no step can be computed any more, and what is called in the event loop then
+        self.ended: SystemExit | None = None
+        self.on_end: Callable[[], None] = lambda: None
         self._lock, self._wake = threading.Lock(), threading.Event()
         self._is_ending = False
         self._thread = threading.Thread(target=self._run, name="qlab", daemon=True)
@@ -158,12 +161,20 @@ class Worker:
                 continue
             try:
                 engine.step()
-            except Exception as error:  # nobody may wait on a dead thread
+            except (Exception, SystemExit) as error:  # nobody may wait on a dead thread
                 self._send([(answer, answer.failed(error)) for answer in self._all()])
                 engine.drop_all()
+                if isinstance(error, SystemExit):
+                    self._end(error)
             else:
                 pieces = [(answer, answer.new()) for answer in self._all()]
                 self._send([(answer, piece) for answer, piece in pieces if piece is not None])
+
+    def _end(self, why: SystemExit) -> None:
+        """Answer nobody any more, and let the server end."""
+        self.ended, self._is_ending = why, True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.on_end)
 
     def _all(self) -> list[Answer]:
         with self._lock:

@@ -1,0 +1,62 @@
+"""Several processes as the ranks of a process group, which are forked from one that has imported
+everything already."""
+
+import os
+import pickle
+import socket
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+LOADED = ["qlab.generation.pipeline", "qlab.cli", "torch.distributed", "families"]
+
+
+def run_ranks(folder, world, work, *arguments, joins=True):
+    """What work(rank, *arguments) gives on every rank: its value, or the exception that it raised.
+
+    joins: whether the process group is there before the work begins, or the work makes it of what a
+    launcher says.
+    """
+    port = free_port()
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(LOADED)
+    processes = [
+        context.Process(target=_rank, args=(rank, world, port, folder, joins, work, arguments))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode is not None, "a rank hangs"
+    return [read(folder / f"rank{rank}") for rank in range(world)]
+
+
+def read(path):
+    return pickle.loads(path.read_bytes()) if path.exists() else None
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _rank(rank, world, port, folder, joins, work, arguments):
+    torch.set_num_threads(1)
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in launcher.items()})
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    if joins:
+        dist.init_process_group("gloo")
+    try:
+        value = work(rank, *arguments)
+    except BaseException as error:
+        value = error
+    sys.stdout.flush()
+    Path(folder / f"rank{rank}").write_bytes(pickle.dumps(value))
