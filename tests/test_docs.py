@@ -45,6 +45,7 @@ def check_names(words):
     assert (
         words[0]
         in ("git", "cd", "pip", "python", "pytest", "ruff", "mypy", "sphinx-build", ".ci/run")
+        or words[0] == "torchrun"
         or "=" in words[0]
     ), words
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
