@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-import click
 import typer
 
 if TYPE_CHECKING:
@@ -41,14 +40,11 @@ INT8 = "int8"
 
 def opened(model: str) -> "Checkpoint":
     """The directory of a command. The processes that a launcher such as torchrun started are ranks
-    that open it together, and stay so until the command ends."""
+    that open it together, and stay so until they end."""
     import qlab
-    from qlab.generation.parallel import agreed, join, leave
+    from qlab.generation.parallel import agreed, join
 
-    if not join():
-        return qlab.open(model)
-    click.get_current_context().call_on_close(leave)
-    return agreed(lambda: qlab.open(model))
+    return agreed(lambda: qlab.open(model)) if join() else qlab.open(model)
 
 
 def roundings(

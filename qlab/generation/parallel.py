@@ -9,6 +9,7 @@ Inside a pass all ranks wait for each other. One that fails there cannot be wait
 pass that fails anywhere ends all of them.
 """
 
+import atexit
 import os
 import signal
 import socket
@@ -105,7 +106,7 @@ class Group:
         if not self.is_over:
             self.is_over = True
             if self.rank == 0:
-                with suppress(RuntimeError):  # they are gone
+                with suppress(RuntimeError, ValueError):  # they are gone
                     self._tell(None)
 
     def _tell(self, call: Pass | None) -> None:
@@ -202,14 +203,15 @@ def join() -> bool:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_ADDR" not in os.environ:
         return False
     dist.init_process_group("gloo")
+    atexit.register(_leave)
     if dist.get_rank():
         warnings.simplefilter("ignore")
     return True
 
 
-def leave() -> None:
-    """Undo `join`."""
-    dist.destroy_process_group()
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextmanager

@@ -108,7 +108,6 @@ def test_what_cannot_be_divided_is_refused_on_every_rank(made, tmp_path):
         made("llama", "int4-g64", {}),
         made("opt", None, {}),
         made("qwen3_next", None, {}),
-        tmp_path / "nothing",
     ]
     first, second = run_ranks(tmp_path, 2, refusals, paths)
     words = [
@@ -116,7 +115,6 @@ def test_what_cannot_be_divided_is_refused_on_every_rank(made, tmp_path):
         ("groups of 64 inputs", "o_proj", "run it on 1"),
         ("opt", "one process"),
         ("recurrent", "one process"),
-        ("nothing", "not a model directory"),
     ]
     for (kind, said), (told, _), expected in zip(first, second, words, strict=True):
         assert kind is QlabError and told is ToldElsewhere
@@ -191,6 +189,8 @@ def test_run_answers_a_file_from_rank_0_alone(made, tmp_path):
     run_ranks(tmp_path, 2, command, *wrong, joins=False)
     assert said(tmp_path, "err0").count("one process") == 1 and said(tmp_path, "err1") == ""
     assert not (tmp_path / "none.jsonl").exists()
+    run_ranks(tmp_path, 2, command, "run", tmp_path / "no", *words[2:], "--out", "x", joins=False)
+    assert "no" in said(tmp_path, "err0") and said(tmp_path, "err1") == ""
 
 
 def said(folder: Path, name: str) -> str:
