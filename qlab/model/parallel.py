@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torch import nn
 
@@ -70,7 +70,8 @@ STYLES: Mapping[str, Style] = {
 }
 
 
-class Limit(NamedTuple):
+@dataclass(frozen=True)
+class Limit:
     """What keeps a degree from being legal: it has to divide `count`. what: `count` of these."""
 
     what: str

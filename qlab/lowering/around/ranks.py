@@ -78,4 +78,4 @@ def _look_up(table: nn.Embedding, start: int, stop: int) -> None:
         found = whole((ids - start).where(is_here, 0))
         return found.masked_fill(~is_here[..., None], 0)
 
-    table.forward = forward  # type: ignore[method-assign]
+    vars(table)["forward"] = forward
