@@ -46,7 +46,7 @@ def inspect(
 def convert(
     directory: Annotated[str, typer.Argument(help="a quantized model directory, or a GGUF file")],
     codec: CodecName,
-    out: Annotated[Path, typer.Option("--out", help="the directory to write")],
+    out: Annotated[Path, typer.Option("--out", help="the directory to write, or a .gguf file")],
     requantize: Annotated[
         str | None,
         typer.Option(
@@ -69,7 +69,7 @@ def convert(
             "--asymmetric says how --requantize rounds, which was not given; leave it out, or "
             "give both"
         )
-    output_place(out, directory, [], overwrite, resume, json_file)
+    output_place(out, directory, [], overwrite, resume, json_file, codec)
     grid = parse_spec(requantize, symmetric=not asymmetric) if requantize else None
     result = convert(
         resolved(directory), codec, out, requantize=grid, overwrite=overwrite, resume=resume

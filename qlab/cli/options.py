@@ -38,8 +38,24 @@ METHODS = (
     "eora",
     "kv",
 )
-CODECS = ("compressed-tensors", "gptq", "gptq_desc_act", "gptq_v2", "gptq_v2_desc_act", "awq")
-TARGETS = ("vllm", "lmdeploy", "transformers", "sglang")
+CODECS = (
+    "compressed-tensors",
+    "gptq",
+    "gptq_desc_act",
+    "gptq_v2",
+    "gptq_v2_desc_act",
+    "awq",
+    "gguf",
+)
+ONE_FILE = ("gguf",)  # of these, the formats that are one file
+TARGETS = (
+    "vllm",
+    "lmdeploy",
+    "lmdeploy-turbomind",
+    "lmdeploy-pytorch",
+    "transformers",
+    "sglang",
+)
 
 
 def lower(name: str | None) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from qlab.cli.options import resolved
+from qlab.cli.options import ONE_FILE, resolved
 from qlab.errors import printable
 
 WIDTH = 132  # of a table that no terminal shows
@@ -46,11 +46,16 @@ def output_place(
     overwrite: bool,
     resume: bool,
     json_file: Path | None,
+    codec: str = "",
 ) -> None:
-    """Refuse an output, and a report inside it, before anything is read; files: what is read beside
-    the model."""
+    """Refuse an output, and a report inside it, before anything is read.
+
+    files: what is read beside the model. codec: the name of the format, where one is named; for one
+    that is a file the output is refused when it is written."""
     from qlab.files.place import place, refuse_early, refuse_inside, working
 
+    if codec in ONE_FILE:
+        return
     folder = place(out, resolved(model), files)
     refuse_early(folder, overwrite, resume)
     if json_file is not None:

@@ -1,5 +1,7 @@
 """plan and quantize."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,11 +9,12 @@ import typer
 
 from qlab.cli.choices import Choices, job_of, with_choices
 from qlab.cli.model_free import quantize_without_model, refuse_site_choices
-from qlab.cli.options import Json, MethodName, Model, Overwrite, Resume
+from qlab.cli.options import ONE_FILE, Json, MethodName, Model, Overwrite, Resume
 from qlab.cli.output import console, output_place, report
 from qlab.errors import QlabError
 
 if TYPE_CHECKING:
+    from qlab.driver.job import Job
     from qlab.driver.result import Result
 
 
@@ -60,7 +63,7 @@ def quantize(
     if model_free:
         refuse_site_choices(choices)
     texts = [*(choices.calib or ()), *(choices.images or ())]
-    output_place(out, model, texts, overwrite, resume, json_file)
+    output_place(out, model, texts, overwrite, resume, json_file, choices.codec or "")
     if model_free:
         quantize_without_model(
             model,
@@ -80,10 +83,31 @@ def quantize(
             "choose them in Python by qlab.rules and qlab.at"
         )
     job = job_of(model, method, choices)
-    result = qlab.quantize(**vars(job), out=out, overwrite=overwrite, resume=resume)
+    result = (
+        _as_file(job, out, overwrite, resume)
+        if job.codec in ONE_FILE
+        else qlab.quantize(**vars(job), out=out, overwrite=overwrite, resume=resume)
+    )
     console().print(result.plan)
     _show(result, job.codec)
     report(result.json(), json_file)
+
+
+def _as_file(job: "Job", out: Path, overwrite: bool, resume: bool) -> "Result":
+    """Quantize into a directory beside the file that is made of it; a killed run is continued
+    there."""
+    import qlab
+    from qlab.directories.to_gguf import gguf_place
+    from qlab.driver.job import CODEC
+
+    qlab.plan(**vars(job)).check(job.memory)  # refuses what the file would not hold
+    file = gguf_place(out, job.model.path, overwrite)
+    folder = file.with_name(f"{file.name}.quantized")
+    whole = {**vars(job), "codec": CODEC}
+    result = qlab.quantize(**whole, out=folder, overwrite=overwrite, resume=resume)
+    made = qlab.convert(result.path, job.codec or CODEC, file, overwrite=overwrite)
+    shutil.rmtree(folder)
+    return replace(result, path=made.path)
 
 
 def _show(result: "Result", codec: str | None) -> None:

@@ -12,7 +12,17 @@ from torch import Tensor
 from qlab.algebra.graph import Op
 from qlab.algebra.qtensor import Leaf
 from qlab.algebra.spec import InputSpec, Spec
-from qlab.codecs import auto_round, awq, awq_gemv, compressed_tensors, fp8, gptq, hqq, torchao
+from qlab.codecs import (
+    auto_round,
+    awq,
+    awq_gemv,
+    compressed_tensors,
+    fp8,
+    gguf_blocks,
+    gptq,
+    hqq,
+    torchao,
+)
 from qlab.codecs.around import Around
 from qlab.codecs.cache_scales import unsaid
 from qlab.codecs.extra import Extra
@@ -53,6 +63,8 @@ class Codec:
         transposed: whether readers look for codes in linears that hold W as [k, o], too.
         embeddings: whether they look for codes in embeddings; `config` takes the names of these as
             `embeddings`.
+    file: whether the format is one file for a whole model, which is made of a directory. Its
+        tensors stand for themselves, and its configuration says nothing.
     """
 
     refusal: Callable[..., str | None]
@@ -71,6 +83,7 @@ class Codec:
     embeddings: bool = False
     around: Around | None = None
     dense: Mapping[str, Any] | None = None
+    file: bool = False
 
 
 def quantization_of(
@@ -146,7 +159,29 @@ CODECS: Mapping[str, Codec] = {
         specs=awq.specs,
         misfit=awq.misfit,
     ),
+    "gguf": Codec(
+        refusal=gguf_blocks.refusal,
+        encode=gguf_blocks.encode,
+        decode=gguf_blocks.decode,
+        config=lambda specs: {},
+        specs=lambda config, names: {},
+        misfit=gguf_blocks.misfit,
+        file=True,
+    ),
 }
+
+
+def codec_of_directories(name: str) -> Codec:
+    """The codec of that name, whose format is a directory; refuses unknown names, and formats that
+    are one file."""
+    if name not in CODECS:
+        raise QlabError(f"the codec {name!r} is unknown; qlab writes {', '.join(CODECS)}")
+    if CODECS[name].file:
+        raise QlabError(
+            f"{name} is one file, which is made of a quantized directory: write compressed-tensors "
+            f"with its numbers, and then `qlab convert DIR --codec {name} --out FILE`"
+        )
+    return CODECS[name]
 
 
 def _read_only(name: str, codec: Any) -> Codec:

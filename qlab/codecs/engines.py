@@ -1,8 +1,8 @@
 """What inference engines load, as data: for each engine the formats and grids that it takes, the
 safest first.
 
-Sources: the code of vLLM 0.33.0, transformers 5.23.0 with compressed-tensors 0.20 and LMDeploy
-(TurboMind) 1263d5cd8, and SGLang's issue reports. A combination that nobody examined is not listed,
+Sources: the loaders of vLLM 0.33.0, transformers 5.23.0 with compressed-tensors 0.20, LMDeploy
+0.18.0 (both of its engines) and SGLang 0.5.23. A combination that nobody examined is not listed,
 and is therefore refused.
 """
 
@@ -24,13 +24,14 @@ MARLIN = (Tile(1, 32), Tile(1, 64), Tile(1, 128), CHANNEL)
 @dataclass(frozen=True)
 class Row:
     """Integer weights that an engine loads from the files of one codec, by bits, by what one scale
-    covers, and by symmetry. experts: also in mixtures."""
+    covers, and by symmetry. experts: also in mixtures. linears: also outside of them."""
 
     codec: str
     bits: tuple[int, ...]
     tiles: tuple[Tile, ...]
     symmetric: tuple[bool, ...] = (True,)
     experts: bool = True
+    linears: bool = True
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def _floats(*names: str) -> Floats:
 
 
 CT = "compressed-tensors"
+CACHES = {"tensor": "fp8-tensor", "attn_head": "fp8-head"}  # what a scale covers -> the cache
 FP8 = ("fp8-token", "fp8-tensor", "fp8-tensor static")
 VLLM_ROUNDS = (
     Beside(("int8-token", "int8-tensor static"), (8,), (CHANNEL, TENSOR)),
@@ -91,6 +93,15 @@ VLLM_ROUNDS = (
     Beside(("nvfp4 static",), floats=("nvfp4",)),
     Beside(("mxfp4", "fp8-g128"), floats=("mxfp4",)),
     Beside(("mxfp8",), floats=("mxfp8",)),
+)
+# It reads group_0 of compressed-tensors alone, and refuses groups of 64.
+TURBOMIND = Target(
+    (
+        Row(CT, (4,), (Tile(1, 128), Tile(1, 32)), (True, False)),
+        Row("awq", (4,), (Tile(1, 128),), (False, True)),
+        Row("gptq", (4,), (Tile(1, 128),)),
+    ),
+    uniform=True,
 )
 TARGETS: Mapping[str, Target] = {
     "vllm": Target(
@@ -108,11 +119,12 @@ TARGETS: Mapping[str, Target] = {
         caches=(("float", 8, "tensor"), ("float", 8, "attn_head")),
         rounds=VLLM_ROUNDS,
     ),
-    "lmdeploy": Target(
+    "lmdeploy": TURBOMIND,  # the engine that it takes where nobody names one
+    "lmdeploy-turbomind": TURBOMIND,
+    "lmdeploy-pytorch": Target(
         (
-            Row(CT, (4,), (Tile(1, 128), Tile(1, 32)), (True, False)),
-            Row("awq", (4,), (Tile(1, 128),), (False, True)),
-            Row("gptq", (4,), (Tile(1, 128),)),
+            Row("awq", (4,), (Tile(1, 128),), (False, True), experts=False),
+            Row(CT, (4,), (Tile(1, 32),), linears=False),
         ),
         uniform=True,
     ),
@@ -128,7 +140,13 @@ TARGETS: Mapping[str, Target] = {
         ),
         rounds=None,  # by compressed-tensors itself
     ),
-    "sglang": Target((Row(CT, (4, 8), MARLIN),)),
+    "sglang": Target(
+        (
+            Row(CT, (4, 8), MARLIN),
+            Row(CT, (4, 8), MARLIN, (False,), experts=False),
+        ),
+        caches=(("float", 8, "tensor"),),  # others it leaves out with a line in its log
+    ),
 }
 
 
@@ -225,10 +243,10 @@ def refusal_at_run_time(name: str, rows: Rows) -> str | None:
     for args in (step["rounded"] for _, step in at if "rounded" in step):
         kind = (args["type"], args["num_bits"], args["strategy"])
         if args["dynamic"] or kind not in target.caches:
+            names = " or ".join(CACHES[strategy] for _, _, strategy in target.caches)
             return (
-                f"{name} caches keys and values as "
-                f"{'fp8-tensor or fp8-head' if target.caches else 'they are'} alone; choose "
-                f"{'one of these' if target.caches else 'another target'}, or leave the cache out"
+                f"{name} caches keys and values as {names or 'they are'} alone; choose "
+                f"{'one of these' if names else 'another target'}, or leave the cache out"
             )
     if any("rounded" in step for place, step in at if place == "query"):
         return f"{name} rounds no queries; use kv_cache, or leave attention_inputs out"
@@ -244,8 +262,13 @@ def division(name: str, specs: Mapping[str, Spec | None]) -> str | None:
     return f"{name} joins these weights and reads one spec for them, not {', '.join(distinct)}"
 
 
+def _is_for(row: Row | Floats, experts: bool) -> bool:
+    """Whether a row is of experts, or of other weights."""
+    return row.experts if experts else isinstance(row, Floats) or row.linears
+
+
 def _takes(row: Row | Floats, spec: Spec, experts: bool) -> bool:
-    if experts and not row.experts:
+    if not _is_for(row, experts):
         return False
     if isinstance(row, Floats):
         return any(_plain(spec) == _plain(known) for known in row.specs)
@@ -283,7 +306,7 @@ def _loaded(
 ) -> Iterator[_Loaded]:
     """What the engine loads for weights of k input channels, with the distance from `spec`."""
     for row in rows:
-        if experts and not row.experts:
+        if not _is_for(row, experts):
             continue
         if isinstance(row, Floats):
             for known in row.specs:

@@ -1,14 +1,14 @@
-"""GGUF: the tensors of one file under the names of a model; read only, through the `gguf` package.
+"""GGUF: the tensors of one file under the names of a model, through the `gguf` package.
 
-The codes of Q4_0 and Q8_0 are kept: blocks of 32 along a row with one float16 scale each, W = q * d
-with q in [-8, 7] or [-128, 127]. The package dequantizes every other kind: a Q4_1 block is q * d +
-m, whose zero point -m / d no dtype holds exactly.
+The codes of Q4_0 and Q8_0 are kept (gguf_blocks.py). The package dequantizes every other kind: a
+Q4_1 block is q * d + m, whose zero point -m / d no dtype holds exactly.
 
 GGUF has its own names for tensors, which the package maps. For the architecture "llama" it stores
-the rows of q and k with the two halves of a rotation interleaved; that order is undone here.
+the rows of q and k with the two halves of a rotation interleaved; that order is made and undone
+here.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.qtensor import Leaf, QTensor
-from qlab.algebra.spec import Int, Tile
+from qlab.codecs import gguf_blocks
 from qlab.errors import QlabError
 
-BLOCK = 32
 # general.architecture -> whether rows of q and k are interleaved. Files of other architectures
 # change weights in further ways.
 ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
 # Factors of rotary frequencies, which transformers does not read into a config.
 SCALED_ROTARY = "rope_freqs.weight"
+BITS = {kind: bits for bits, kind in gguf_blocks.KINDS.items()}
 # Tensors whose rows are interleaved -> the key that says how many heads they have.
 HEADS = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
 
@@ -56,8 +56,8 @@ def tensors(path: Path, names: Collection[str]) -> Iterator[tuple[str, str, Leaf
         )
     for name, file_name in names_in_file.items():
         leaf = _leaf(f"{path}: {file_name}", stored[file_name])
-        count_of_heads = HEADS.get(file_name.split(".")[-2])
-        if ARCHITECTURES[arch] and count_of_heads:
+        count_of_heads = heads_key(arch, file_name)
+        if count_of_heads:
             heads = _field(path, reader, f"{arch}.{count_of_heads}", int)
             leaf = _halves_apart(f"{path}: {file_name}", leaf, heads)
         yield name, stored[file_name].tensor_type.name, leaf
@@ -111,28 +111,42 @@ def _names(
     path: Path, arch: str, blocks: int, names: Collection[str], stored: Collection[str]
 ) -> dict[str, str]:
     """Name of a parameter of the model -> name of its tensor in the file."""
-    [key] = [key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch]
     if not 0 < blocks <= len(stored):
         raise QlabError(
             f"{path} says that it has {blocks} blocks and holds {len(stored)} tensors; "
             "download it again"
         )
-    table, names_in_file = gguf.get_tensor_name_map(key, blocks), {}
-    for name in names:
-        module, _, kind = name.rpartition(".")
-        file_name = f"{table.get_name(module)}.{kind}"
-        if file_name in stored:
+    names_in_file: dict[str, str] = {}
+    for name, file_name in file_names(arch, blocks, names).items():
+        if file_name is not None and file_name in stored:
             names_in_file[name] = file_name
         elif file_name != "output.weight":  # a head that is tied to the embedding
             raise QlabError(f"{path} has no tensor for {name}; the file is of another model")
     return names_in_file
 
 
+def file_names(arch: str, blocks: int, names: Collection[str]) -> dict[str, str | None]:
+    """Name of a parameter of the model -> how the format calls it; None where it has no name."""
+    [key] = [key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch]
+    table = gguf.get_tensor_name_map(key, blocks)
+    called: dict[str, str | None] = {}
+    for name in names:
+        module, _, kind = name.rpartition(".")
+        base = table.get_name(module)
+        called[name] = f"{base}.{kind}" if base else None
+    return called
+
+
+def heads_key(arch: str, file_name: str) -> str | None:
+    """The key that says how many heads a tensor has, where the file interleaves its rows."""
+    return HEADS.get(file_name.split(".")[-2]) if ARCHITECTURES[arch] else None
+
+
 def _leaf(where: str, tensor: Any) -> Leaf:
     """The content of a tensor: codes where qlab keeps them, else floats."""
     kind = tensor.tensor_type
-    if kind in EXACT and len(tensor.shape) == 2:
-        return EXACT[kind](torch.from_numpy(np.array(tensor.data)))
+    if kind.name in BITS and len(tensor.shape) == 2:
+        return gguf_blocks.codes_of(torch.from_numpy(np.array(tensor.data)), BITS[kind.name])
     if tensor.data.dtype in (np.float32, np.float16):
         return torch.from_numpy(np.array(tensor.data))
     try:
@@ -142,34 +156,6 @@ def _leaf(where: str, tensor: Any) -> Leaf:
             f"{where} is stored as {kind.name}, which the gguf package does not dequantize; "
             "convert the file"
         ) from error
-
-
-def _q4_0(rows: Tensor) -> QTensor:
-    """uint8 [o, 18 * k/32] -> codes. A block is a scale, then 16 bytes with columns 0 to 15 in the
-    low nibbles and columns 16 to 31 in the high nibbles."""
-    blocks = rows.view(rows.shape[0], -1, 2 + BLOCK // 2)
-    nibbles = blocks[..., 2:]
-    codes = (torch.cat([nibbles & 15, nibbles >> 4], -1) - 8).view(torch.int8)
-    return _blocks(4, blocks, codes)
-
-
-def _q8_0(rows: Tensor) -> QTensor:
-    """uint8 [o, 34 * k/32] -> codes. A block is a scale, then 32 signed bytes."""
-    blocks = rows.view(rows.shape[0], -1, 2 + BLOCK)
-    return _blocks(8, blocks, blocks[..., 2:].contiguous().view(torch.int8))
-
-
-def _blocks(bits: int, blocks: Tensor, codes: Tensor) -> QTensor:
-    """The leaf of blocks [o, k/32, bytes], which begin with a float16 scale, and their codes."""
-    scales = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
-    spec = Int(bits, Tile(1, BLOCK), True, torch.float16)
-    return QTensor(codes.reshape(len(codes), -1), scales, None, spec)
-
-
-EXACT: dict[Any, Callable[[Tensor], QTensor]] = {
-    gguf.GGMLQuantizationType.Q4_0: _q4_0,
-    gguf.GGMLQuantizationType.Q8_0: _q8_0,
-}
 
 
 def _halves_apart(where: str, leaf: Leaf, heads: int) -> Leaf:
@@ -183,3 +169,8 @@ def _halves_apart(where: str, leaf: Leaf, heads: int) -> Leaf:
     if isinstance(leaf, Tensor):
         return leaf[order]
     return QTensor(leaf.codes[order], leaf.scales[order], None, leaf.spec)
+
+
+def interleaved(rows: Tensor, heads: int) -> Tensor:
+    """The inverse of `_halves_apart`: rows of any content as the file has them."""
+    return rows[torch.arange(len(rows)).view(heads, 2, -1).mT.flatten()]

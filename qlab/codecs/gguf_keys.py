@@ -7,6 +7,9 @@ READ      keys whose values the config that is made of the file must have. A key
 NEUTRAL   keys with which some engine computes, and the values that change nothing.
 NO_LOGIT  keys with which no engine computes logits.
 
+`told` is the inverse: the keys that say a config. It leaves out `attention.sliding_window`, which
+no engine reads of these architectures.
+
 Rotary scaling is `rope.scaling.*`, or the older `rope.scale_linear`: linear and yarn are read.
 Source: llama.cpp, gguf 0.19.
 """
@@ -63,6 +66,7 @@ TYPE, FACTOR, OLD_FACTOR = "rope.scaling.type", "rope.scaling.factor", "rope.sca
 LENGTH, FAST, SLOW = (
     f"rope.scaling.{key}" for key in ("original_context_length", "yarn_beta_fast", "yarn_beta_slow")
 )
+YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # what engines and transformers assume
 ROTARY = {TYPE, FACTOR, OLD_FACTOR, LENGTH, FAST, SLOW}
 NEEDED = ("block_count", "context_length", "embedding_length", "attention.head_count")
 
@@ -152,6 +156,26 @@ def _rotary(path: Path, arch: str, keys: Mapping[str, Any]) -> dict[str, Any]:
         "rope_type": kind,
         "factor": factor,
         "original_max_position_embeddings": keys.get(LENGTH, keys["context_length"]),
-        "beta_fast": float(keys.get(FAST, 32)),
-        "beta_slow": float(keys.get(SLOW, 1)),
+        "beta_fast": float(keys.get(FAST, YARN["beta_fast"])),
+        "beta_slow": float(keys.get(SLOW, YARN["beta_slow"])),
     }
+
+
+def told(settings: Mapping[str, Any]) -> dict[str, int | float | str]:
+    """The keys of a file without the architecture's name in front, and their values. settings: of a
+    config, and of its `rope_parameters`; other scalings than linear and yarn have no keys."""
+    width = settings["hidden_size"] // settings["num_attention_heads"]
+    complete = {**settings, "head_dim": settings.get("head_dim") or width}
+    keys = {key: complete[name] for key, name in READ.items() if name != "sliding_window"}
+    kind = settings.get("rope_type")
+    if kind not in ("linear", "yarn"):
+        return keys
+    keys |= {TYPE: kind, FACTOR: float(settings["factor"])}
+    if kind == "yarn":
+        length = settings.get("original_max_position_embeddings")
+        keys |= {
+            LENGTH: length or settings["max_position_embeddings"],
+            FAST: float(settings.get("beta_fast") or YARN["beta_fast"]),
+            SLOW: float(settings.get("beta_slow") or YARN["beta_slow"]),
+        }
+    return keys

@@ -17,7 +17,7 @@ from qlab.algebra.grid import encode as round_to_grid
 from qlab.algebra.grid import minmax
 from qlab.algebra.qtensor import QTensor, dense
 from qlab.algebra.spec import Spec
-from qlab.codecs import CODECS, Codec, joined
+from qlab.codecs import CODECS, Codec, codec_of_directories, joined
 from qlab.directories.converted import Converted
 from qlab.directories.express import express
 from qlab.driver.admissible import Admission
@@ -58,15 +58,17 @@ def convert(
             for it, or a GGUF file.
         codec: The name of the format to write: "compressed-tensors", "gptq", "awq" and the other
             names of `qlab.codecs.CODECS`.
-        out: The directory to write.
+        out: The directory to write. For "gguf" the file, whose name ends in .gguf, or a folder for
+            a `model.gguf`.
         requantize: A grid on which every weight is to lie. Weights that lie on it keep their codes
             where the format can hold them; the others are dequantized and rounded to nearest. None
             rounds nothing.
         overwrite: Whether to replace a directory of qlab's that is there.
-        resume: Whether to continue a conversion that was interrupted.
+        resume: Whether to continue a conversion that was interrupted. A file is begun anew.
 
     Returns:
-        The directory with a row for each of its weights, and what was rounded anew or dequantized.
+        The directory, or the file, with a row for each of its weights, and what was rounded anew
+        or dequantized.
 
     Raises:
         QlabError: The directory is not quantized; or, without `requantize`, the format cannot hold
@@ -89,15 +91,12 @@ def convert(
     _check_codec(codec)
     modules, admission = Modules(source), Admission(codec=codec, dtype=source.dtype)
     modules.refuse_unheld()
-    folder = place(out, source.path, set(source.files.values()))
-    refuse_early(folder, overwrite, resume)
+    output = _output(source, codec, Path(out), overwrite, resume)
     kept_settings = _carried(source, codec)
     _refuse_rounded_inputs(source, codec)
     _refuse_transposed(modules, admission)
     _refuse_embeddings(modules, codec)
     targets = _targets(source, admission, requantize)
-    quantization = joined(_quantization_config(modules, CODECS[codec], targets), kept_settings)
-    config = {**modules.untied_where_apart(targets), "quantization_config": quantization}
     record = recorded(source.path)
     job = _job(source, codec, requantize, record)
     leaves = _Leaves(
@@ -108,14 +107,17 @@ def convert(
         rounds=requantize is not None,
         record=record,
     )
-    with Writer(folder, overwrite, resume) as writer:
+    if CODECS[codec].file:
+        return _as_file(leaves, job, output)
+    quantization = joined(_quantization_config(modules, CODECS[codec], targets), kept_settings)
+    config = {**modules.untied_where_apart(targets), "quantization_config": quantization}
+    with Writer(output, overwrite, resume) as writer:
         writer.begin(job, len(leaves_by_file(source)), source.path)
         if not writer.finished:
             with writer.refusing():
                 rewrite_files(source, writer, leaves.rewritten, "converting", CODECS[codec])
                 notes = writer.notes()
-                if "lost" in notes:
-                    raise _refusal(codec, notes["lost"])
+                leaves.refuse_lost(notes)
             writer.finish(written(config, job, {**record, **notes}), source.path)
     return Converted(path=writer.out, sites=recorded(writer.out)["sites"])
 
@@ -133,6 +135,32 @@ def _job(
     }
 
 
+def _output(source: Checkpoint, codec: str, out: Path, overwrite: bool, resume: bool) -> Path:
+    """The directory or the file that is written; refuses one that may not be."""
+    if CODECS[codec].file:
+        needed("gguf", "gguf")  # directories do without it
+        from qlab.directories.to_gguf import gguf_place
+
+        return gguf_place(out, source.path, overwrite)
+    folder = place(out, source.path, set(source.files.values()))
+    refuse_early(folder, overwrite, resume)
+    return folder
+
+
+def _as_file(leaves: "_Leaves", job: Mapping[str, Any], file: Path) -> Converted:
+    from qlab.directories.to_gguf import to_gguf
+
+    notes = to_gguf(
+        leaves.source,
+        leaves.targets,
+        leaves.rewritten,
+        refuse_lost=leaves.refuse_lost,
+        job=job,
+        file=file,
+    )
+    return Converted(path=file, sites=notes["sites"])
+
+
 def _check_codec(codec: str) -> None:
     if codec not in CODECS:
         raise QlabError(f"the codec {codec!r} is unknown; qlab writes {', '.join(CODECS)}")
@@ -144,7 +172,7 @@ def _from_gguf(
     needed("gguf", "gguf")  # directories do without it
     from qlab.directories.gguf import from_gguf
 
-    _check_codec(codec)
+    codec_of_directories(codec)
     folder = place(out, path)
     refuse_early(folder, overwrite, resume)
     if requantize is not None:
@@ -316,6 +344,11 @@ class _Leaves:
         else:
             self._note(module, new, notes)
         return tensors
+
+    def refuse_lost(self, notes: Notes) -> None:
+        """Refuse what the notes say that the format would lose."""
+        if "lost" in notes:
+            raise _refusal(self.admission.codec, notes["lost"])
 
     def _same_codes(self, module: str, leaf: QTensor, rounding: tuple[Op, ...]) -> QTensor:
         target = self.targets[module]

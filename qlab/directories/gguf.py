@@ -4,12 +4,13 @@ a codec.
 Only linears of the model are read as codes. Tensors that the file stores as floats keep their
 dtype, so that nothing is lost; what is dequantized (other kinds of blocks, embeddings) is written
 as bfloat16, which has the range of the float32 products. Config and tokenizer are those that
-transformers reads from the file.
+transformers reads from the file; a file that qlab wrote (to_gguf.py) holds them word for word, and
+the config has to say what transformers reads.
 """
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -24,6 +25,7 @@ from qlab.algebra.qtensor import Leaf, QTensor, dense
 from qlab.algebra.spec import Spec
 from qlab.codecs import CODECS, Codec, gguf, gguf_keys
 from qlab.codecs.gguf_keys import Said
+from qlab.directories.settings import same_setting, settings_of
 from qlab.driver.report import stored_bits
 from qlab.errors import QlabError, first_line
 from qlab.files.certificate import certify
@@ -33,9 +35,24 @@ from qlab.files.readback import MARKS, mark, refuse_misread
 from qlab.files.record import versions, written
 from qlab.files.writer import Writer
 from qlab.model.skeleton import Skeleton
+from qlab.model.ties import FLAG
 from qlab.process.surroundings import foreign, undisturbed
 
+GENERATION = "generation_config.json"
 ROUNDED = 1e-6  # relative: the file has floats of 32 bits
+RECORDED = "qlab.json"  # the key of what qlab says of a file that it wrote
+EMBEDDED = "qlab.file."  # begins the keys of texts of the directory that such a file was made of
+TEXTS = (".json", ".jinja", ".txt")
+# Of a config: what changes no number that a trained model computes. Heads are tied by tensors.
+UNUSED = (
+    "architectures",
+    "attention_dropout",
+    "initializer_range",
+    "max_window_layers",
+    "pretraining_tp",
+    "use_sliding_window",
+    FLAG,
+)
 FLOATS = ("F64", "F32", "F16", "BF16")
 Notes = dict[str, dict[str, Any]]
 
@@ -60,7 +77,8 @@ def from_gguf(path: Path, codec: str, out: Path, overwrite: bool, resume: bool) 
         writer.begin(job)
         if not writer.finished:
             with writer.refusing(), TemporaryDirectory() as scratch:
-                _save_config_and_tokenizer(path, said, Path(scratch))
+                embedded = _embedded(gguf.fields(reader))
+                _save_config_and_tokenizer(path, said, embedded, Path(scratch))
                 _fill(path, CODECS[codec], writer, job, Path(scratch))
     return writer.out
 
@@ -74,7 +92,7 @@ def _fill(path: Path, codec: Codec, writer: Writer, job: dict[str, Any], scratch
     empty = Checkpoint(path=scratch, raw=raw, stored={}, codec=None, quantized={})
     skeleton = Skeleton(empty, torch.bfloat16)
     generation = skeleton.model.generation_config
-    if generation is not None:
+    if generation is not None and not (scratch / GENERATION).exists():
         generation.save_pretrained(scratch)
     specs: dict[str, Spec | None] = dict.fromkeys(skeleton.names.linears())
     notes: Notes = {"sites": {}, "certificates": {}, "dequantized": {}}
@@ -128,24 +146,85 @@ def _dense(leaf: Leaf, kind: str) -> Tensor:
     return wide if keeps_dtype else wide.to(torch.bfloat16)
 
 
-def _save_config_and_tokenizer(path: Path, said: Said, folder: Path) -> None:
-    """Save what transformers reads of a GGUF file beside its weights, as files of a model
-    directory, and what it does not read: the size of heads and the scaling of rotary positions."""
-    source: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+def _save_config_and_tokenizer(
+    path: Path, said: Said, embedded: Mapping[str, str], folder: Path
+) -> None:
+    """Save the config and the tokenizer of a GGUF file as files of a model directory: those that it
+    holds word for word, or those that transformers reads of it."""
+    config = config_of(path, said)
+    for name, text in embedded.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if embedded:
+        _refuse_contradiction(path, config, folder)
+        return
+    config.save_pretrained(folder)
+    with _reading(path):
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+
+
+def config_of(path: Path, said: Said) -> Any:
+    """The config that transformers reads of a file, and what it does not read: the size of heads
+    and the scaling of rotary positions. Refuses one that says other than the file does."""
+    with _reading(path):
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    if hasattr(config, "head_dim"):
+        config.head_dim = said.head_size
+    _refuse_another(path, said, config)
+    config.rope_parameters = {**config.rope_parameters, **said.rotary}
+    return config
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What transformers reads of a file, without its warnings; refused where it cannot."""
     with quiet_transformers():
         try:
-            config = AutoConfig.from_pretrained(**source)
-            AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+            yield
         except Exception as error:  # whatever its readers run into
             raise QlabError(
                 f"transformers cannot read the config and the tokenizer of {path} "
                 f"({first_line(error)}); convert a file that holds both"
             ) from error
-        if hasattr(config, "head_dim"):
-            config.head_dim = said.head_size
-        _refuse_another(path, said, config)
-        config.rope_parameters = {**config.rope_parameters, **said.rotary}
-        config.save_pretrained(folder)
+
+
+def _embedded(fields: Mapping[str, Any]) -> dict[str, str]:
+    """The texts of the directory that qlab made a file of: name -> text. Empty for other files."""
+    names = {
+        key.removeprefix(EMBEDDED): text for key, text in fields.items() if key.startswith(EMBEDDED)
+    }
+    texts = {name: text for name, text in names.items() if is_embedded(name)}
+    is_ours = (
+        RECORDED in fields and CONFIG in texts and all(isinstance(t, str) for t in texts.values())
+    )
+    return texts if is_ours else {}
+
+
+def is_embedded(name: str) -> bool:
+    """Whether a file of this name goes along with a model: a text beside its weights."""
+    return Path(name).name == name and name.endswith(TEXTS)
+
+
+def _refuse_contradiction(path: Path, read: Any, folder: Path) -> None:
+    """Refuse a config that a file holds and that says other than the file's keys."""
+    empty = Checkpoint(
+        path=folder, raw=read_json(folder / CONFIG), stored={}, codec=None, quantized={}
+    )
+    differing = unlike(empty.config, read)
+    if differing:
+        key, (ours, theirs) = next(iter(differing.items()))
+        raise QlabError(
+            f"{path} holds a config with {key} {ours!r:.60} and says {theirs!r:.60} itself; it was "
+            "changed after it was written: convert the directory again"
+        )
+
+
+def unlike(config: Any, other: Any) -> dict[str, tuple[Any, Any]]:
+    """Setting -> both values, where two configs, of which the other may be of another class, say
+    different things of the model. Settings that the class does not know say nothing."""
+    known = type(config)().to_dict().keys() - set(UNUSED)
+    ours, theirs = (_told(each.to_dict(), known) for each in (config, other))
+    pairs = {key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys())}
+    return {key: pair for key, pair in pairs.items() if not same_setting(*pair)}
 
 
 def _refuse_another(path: Path, said: Said, config: Any) -> None:
@@ -163,6 +242,16 @@ def _refuse_another(path: Path, said: Said, config: Any) -> None:
                 f"transformers makes of it has {name} {setting!r}; quantize the model from its "
                 "safetensors files"
             )
+
+
+def _told(config: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """The settings of a config that are known, with what is assumed of rotary positions."""
+    rotary = config.get("rope_parameters") or {}
+    if rotary.get("rope_type") == "yarn":
+        stated = {key: value for key, value in rotary.items() if value is not None}
+        config = {**config, "rope_parameters": {**gguf_keys.YARN, **stated}}
+    settings = settings_of(config)
+    return {key: value for key, value in settings.items() if key.partition(".")[0] in known}
 
 
 @contextmanager

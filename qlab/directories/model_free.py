@@ -22,7 +22,7 @@ from qlab.algebra.qtensor import QTensor, dense
 from qlab.algebra.spec import Spec
 from qlab.algebra.stats import name_of
 from qlab.algebra.transform import Transform
-from qlab.codecs import CODECS, Codec
+from qlab.codecs import CODECS, Codec, codec_of_directories
 from qlab.directories.chosen import KEPT, chosen_weights
 from qlab.driver.admissible import Admission, Refusals, tile_misfit
 from qlab.driver.job import CODEC
@@ -170,8 +170,7 @@ def _job(
 
 def _refuse_recipe(recipe: Transform, codec: str) -> None:
     """Refuse an unknown format, and stages for which the model would have to run."""
-    if codec not in CODECS:
-        raise QlabError(f"the codec {codec!r} is unknown; qlab writes {', '.join(CODECS)}")
+    codec_of_directories(codec)
     needs = sorted({name_of(need) for stage in recipe for need in stage.needs})
     if needs:
         raise QlabError(

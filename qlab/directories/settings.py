@@ -39,7 +39,7 @@ def differences(
 
     mistied: whether they disagree.
     """
-    ours, theirs = _settings(model.raw), _settings(reference.raw)
+    ours, theirs = settings_of(model.raw), settings_of(reference.raw)
     pairs = {key: (ours[key], theirs[key]) for key in ours.keys() & theirs.keys()}
     if ours.keys() != theirs.keys():
         read, expected = _as_transformers_reads(model), _as_transformers_reads(reference)
@@ -47,7 +47,7 @@ def differences(
             read, expected = ours, theirs
         for key in (read.keys() | expected.keys()) - pairs.keys():
             pairs[key] = (read.get(key), expected.get(key))
-    differing = {key: pair for key, pair in sorted(pairs.items()) if not _same(*pair)}
+    differing = {key: pair for key, pair in sorted(pairs.items()) if not same_setting(*pair)}
     if not mistied:
         differing = {key: pair for key, pair in differing.items() if _last(key) != FLAG}
     return differing
@@ -58,14 +58,14 @@ def _last(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def settings_of(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """What a configuration says of the model: dotted key -> value. A null says nothing."""
     settings: dict[str, Any] = {}
     for key, value in config.items():
         if key in PROVENANCE or value is None:
             continue
         if isinstance(value, dict):
-            settings |= _settings(value, f"{prefix}{key}.")
+            settings |= settings_of(value, f"{prefix}{key}.")
         else:
             settings[f"{prefix}{key}"] = value
     return settings
@@ -75,15 +75,15 @@ def _as_transformers_reads(model: Checkpoint) -> dict[str, Any] | None:
     """The settings with transformers' defaults, under the names of its present version; None where
     it does not know the architecture or refuses the file."""
     try:
-        return _settings(model.config.to_dict()) if model.known else None
+        return settings_of(model.config.to_dict()) if model.known else None
     except QlabError:
         return None
 
 
-def _same(ours: Any, theirs: Any) -> bool:
+def same_setting(ours: Any, theirs: Any) -> bool:
     """Whether two values of a configuration are one; NaN is NaN."""
     if isinstance(ours, list) and isinstance(theirs, list):
-        return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+        return len(ours) == len(theirs) and all(map(same_setting, ours, theirs))
     if isinstance(ours, float) and isinstance(theirs, float):
         close = math.isclose(ours, theirs, rel_tol=ROUNDED)
         return close or repr(ours) == repr(theirs)

@@ -135,7 +135,7 @@ def check_specs(
         )
         refusals.add(reason, name)
     if admission.target:
-        for names in _joined(model.sites):
+        for names in joined_sites(model.sites):
             divided = division(admission.target, {name: specs[name] for name in names})
             refusals.add(divided, *names)
     refusals.raise_first()
@@ -238,7 +238,7 @@ def _for_all_widths(spec: Spec, rounded: Mapping[str, Spec], model: Sites) -> st
     return f"; for all {len(widths)} widths {common}" if len(widths) > 1 else ""
 
 
-def _joined(sites: Mapping[str, Site]) -> list[list[str]]:
+def joined_sites(sites: Mapping[str, Site]) -> list[list[str]]:
     """Sites of one module that engines may join: they share an input, or are the experts of a
     mixture."""
     groups: dict[tuple[str, str], list[str]] = {}

@@ -54,8 +54,9 @@ class Result(Written):
 
     @property
     def bytes(self) -> int:
-        """Of all safetensors files."""
-        return sum(f.stat().st_size for f in self.path.glob("*.safetensors"))
+        """Of all safetensors files, or of the file that was made of them."""
+        files = [self.path] if self.path.is_file() else self.path.glob("*.safetensors")
+        return sum(file.stat().st_size for file in files)
 
     def summary(self) -> dict[str, str]:
         """The facts in words, without the sites and the plan."""

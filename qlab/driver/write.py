@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qlab.codecs import CODECS
+from qlab.codecs import CODECS, codec_of_directories
 from qlab.driver.apply import Quantized
 from qlab.driver.batches import batch_tokens, in_batches, sharing_a_pass
 from qlab.driver.job import CODEC, Job
@@ -102,6 +102,8 @@ def write_all(
     model = replace(first.model, reader=source.read)
     reads = [*set(model.files.values()), *getattr(first.data, "files", ())]
     outs = places(out, list(named), model.path, reads)
+    if codec in CODECS:  # the plan refuses others
+        codec_of_directories(codec)
 
     def of_format(job: Job) -> Job:
         return replace(job, model=model, codec=codec, target=target)

@@ -59,7 +59,7 @@ class Writer(Workplace):
             copied: The model directory whose other files `finish` copies.
             source: See `Workplace.begin`.
         """
-        for path in _beside(copied).values() if copied else ():
+        for path in beside(copied).values() if copied else ():
             if not os.access(path, os.R_OK):
                 raise QlabError(
                     f"{path} may not be read, and goes into the output; give it to whoever runs "
@@ -188,7 +188,7 @@ class Writer(Workplace):
 
     def _complete(self, files: Mapping[str, Any], copied: Path) -> None:
         """All files beside the shards; qlab.json, which names them all, comes last."""
-        others = {name: path for name, path in _beside(copied).items() if path.name not in files}
+        others = {name: path for name, path in beside(copied).items() if path.name not in files}
         self.write_json(self.work / NAMES, sorted(others))
         for name, path in others.items():
             (self.partial / name).parent.mkdir(exist_ok=True)
@@ -210,7 +210,7 @@ class Writer(Workplace):
         return {"metadata": {"total_size": size}, "weight_map": weight_map}
 
 
-def _beside(folder: Path) -> dict[str, Path]:
+def beside(folder: Path) -> dict[str, Path]:
     """The files of a model directory that hold no weights and do not say how they are stored: name
     -> file."""
     files = {}

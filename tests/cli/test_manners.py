@@ -59,6 +59,7 @@ def test_help_lists_the_names_that_exist_without_loading_what_they_stand_for(cal
     assert (
         tuple(METHODS) == options.METHODS
         and tuple(CODECS) == options.CODECS
+        and {name for name in CODECS if CODECS[name].file} == set(options.ONE_FILE)
         and set(options.TARGETS) == set(TARGETS)
     )
     code, out, _ = call("quantize", "--help")

@@ -54,7 +54,7 @@ def quantized(saved, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", [name for name in CODECS if not CODECS[name].file])
 def test_there_and_back_again_gives_the_same_numbers(codec, quantized, tmp_path):
     source = quantized("int4-g32")
     there = convert(source, codec, tmp_path / "there").path

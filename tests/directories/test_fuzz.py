@@ -62,7 +62,8 @@ def one_sentence(error):
 
 
 def test_every_codec_is_here():
-    assert {name.removesuffix("_desc_act") for name in CODECS} <= set(FORMATS)
+    of_directories = [name for name in CODECS if not CODECS[name].file]
+    assert {name.removesuffix("_desc_act") for name in of_directories} <= set(FORMATS)
 
 
 @pytest.mark.parametrize("codec", FORMATS)

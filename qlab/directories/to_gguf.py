@@ -1,0 +1,242 @@
+"""A quantized directory as one GGUF file, which llama.cpp runs: the inverse of `from_gguf`.
+
+Codes keep their bits. Dense matrices keep their dtype, vectors (norms and biases) become float32,
+as engines need them. What a GGUF file has no keys for stands in it too, word for word, so that the
+directory comes back: config.json, the tokenizer and qlab.json.
+
+The keys are written first, to a file of their own, and read back by transformers: a model of which
+the keys do not say everything is refused before any weight is touched. The finished file is read
+back before it gets its name.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+
+from qlab.algebra.spec import Spec
+from qlab.codecs import gguf as file_format
+from qlab.codecs import gguf_blocks, gguf_keys
+from qlab.data.calibration import tokenizer_of
+from qlab.directories.gguf import EMBEDDED, RECORDED, config_of, is_embedded, unlike
+from qlab.directories.gguf_tokenizer import vocabulary
+from qlab.errors import QlabError
+from qlab.files.atomic import atomically
+from qlab.files.checkpoint import GGUF, Checkpoint
+from qlab.files.directory import CONFIG
+from qlab.files.explained import KEY
+from qlab.files.ownership import RECORD
+from qlab.files.readback import MARKS, Mark, mark
+from qlab.files.shardwise import Notes, leaves_by_file
+from qlab.files.writer import beside
+from qlab.process.progress import progress
+from qlab.process.shown import some
+
+NAME = f"model{GGUF}"  # of the file in a directory
+KINDS = gguf.GGMLQuantizationType
+FLOATS = {torch.float32: KINDS.F32, torch.float16: KINDS.F16, torch.bfloat16: KINDS.BF16}
+Rewrite = Callable[[str, Notes], Mapping[str, Tensor]]
+
+
+def gguf_place(out: Path, source: Path, overwrite: bool) -> Path:
+    """The file that an output stands for: itself where its name ends in .gguf, else `model.gguf` in
+    that folder. Refuses one that is there and may not be replaced."""
+    out = out.expanduser()
+    file = out if out.suffix == GGUF else out / NAME
+    if file.parent.resolve() == source.resolve():
+        raise QlabError(f"{file} lies in the model's own directory; choose another place")
+    if file.parent.exists() and not file.parent.is_dir():
+        raise QlabError(f"{file.parent} is a file; choose another output directory")
+    if file.is_dir():
+        raise QlabError(f"{file} is a directory; choose another name for the file")
+    if file.exists() and not (overwrite and _is_ours(file)):
+        raise QlabError(f"{file} exists; choose another name, or --overwrite it if qlab wrote it")
+    return file
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        reader, _ = file_format.opened(file)
+    except QlabError:
+        return False
+    return RECORDED in reader.fields
+
+
+def to_gguf(
+    source: Checkpoint,
+    targets: Mapping[str, Spec],
+    rewritten: Rewrite,
+    refuse_lost: Callable[[Notes], None],
+    job: Mapping[str, Any],
+    file: Path,
+) -> Notes:
+    """Write a directory's model as `file` (of `gguf_place`), and return its report.
+
+    Args:
+        source: The directory.
+        targets: Module -> the spec of its weight in the file.
+        rewritten: Gives the tensors of a leaf in the codec's form, and notes what it did.
+        refuse_lost: Raises what the notes say that is lost.
+        job: What identifies the conversion.
+        file: Where the file appears, whole, at the end.
+
+    Raises:
+        QlabError: An architecture, a setting of the config or a tokenizer that the format does not
+            say, or a leaf that it does not hold.
+    """
+    model = _Model.of(source)
+    words = vocabulary(str(source.path), tokenizer_of(source), model.settings["vocab_size"])
+    _refuse_unsaid(source, model)
+    notes: Notes = {}
+
+    def write(temporary: Path) -> None:
+        with closing(gguf.GGUFWriter(temporary, model.arch, use_temp_file=True)) as writer:
+            for name in progress(list(model.names), "converting"):
+                spec = targets.get(name.rpartition(".")[0])
+                for part, tensor in rewritten(name, notes).items():
+                    _add_tensor(writer, model, part, tensor, spec, notes)
+            refuse_lost(notes)
+            marks = notes.pop(MARKS, {})
+            model.write_keys(writer)
+            words.write(writer)
+            _add_kind(writer, targets)
+            for name, text in _files_beside(source).items():
+                writer.add_string(f"{EMBEDDED}{name}", text)
+            writer.add_string(RECORDED, json.dumps({**notes, "job": job}, sort_keys=True))
+            _finish(writer)
+        _refuse_misread(temporary, model.names, marks)
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomically(file, write)
+    return notes
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What a directory is in the terms of the format.
+
+    settings: of its config and of its rotary positions. names: leaf -> its tensor in the file.
+    """
+
+    title: str
+    arch: str
+    settings: Mapping[str, Any]
+    names: Mapping[str, str]
+
+    @classmethod
+    def of(cls, source: Checkpoint) -> "_Model":
+        arch = str(source.raw.get("model_type"))
+        if arch not in file_format.ARCHITECTURES:
+            raise QlabError(
+                f"{source.path} is a model of architecture {arch!r}; qlab writes GGUF files of "
+                f"{', '.join(file_format.ARCHITECTURES)}: run the directory as it is"
+            )
+        settings = {**source.config.to_dict(), **source.config.rope_parameters}
+        leaves = [name for file in leaves_by_file(source) for name in file]
+        called = file_format.file_names(arch, settings["num_hidden_layers"], leaves)
+        nameless = [name for name, file_name in called.items() if file_name is None]
+        if nameless:
+            raise QlabError(
+                f"GGUF has no name for {some(nameless)} of {source.path}; run the directory as it "
+                "is"
+            )
+        names = {name: file_name for name, file_name in called.items() if file_name}
+        return cls(source.path.name, arch, settings, names)
+
+    def write_keys(self, writer: "gguf.GGUFWriter") -> None:
+        """Add what the format's keys say of the model."""
+        writer.add_name(self.title)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for key, value in gguf_keys.told(self.settings).items():
+            add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+            add[type(value)](f"{self.arch}.{key}", value)
+
+    def heads(self, file_name: str) -> int | None:
+        """Heads of a tensor whose rows the file interleaves."""
+        key = file_format.heads_key(self.arch, file_name)
+        return None if key is None else self.settings[gguf_keys.READ[key]]
+
+
+def _refuse_unsaid(source: Checkpoint, model: _Model) -> None:
+    """Refuse a model whose config the format's keys do not say, before any weight is read."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / NAME
+        with closing(gguf.GGUFWriter(file, model.arch)) as writer:
+            model.write_keys(writer)
+            _finish(writer)
+        reader, arch = file_format.opened(file)
+        read = config_of(file, gguf_keys.said(file, arch, file_format.fields(reader)))
+    lost = unlike(source.config, read)
+    if lost:
+        key, (ours, theirs) = next(iter(lost.items()))
+        raise QlabError(
+            f"{source.path} has {key} {ours!r:.60}, and engines read {theirs!r:.60} of a GGUF file "
+            f"of architecture {model.arch!r}, whose keys do not say it; run the directory as it is"
+        )
+
+
+# ------------------------------------------------------------------ parts of the file
+def _add_tensor(
+    writer: "gguf.GGUFWriter",
+    model: _Model,
+    name: str,
+    tensor: Tensor,
+    spec: Spec | None,
+    notes: Notes,
+) -> None:
+    """Add a tensor of a leaf; notes the mark of a dense one."""
+    is_coded = spec is not None and tensor.dtype == torch.uint8
+    if not is_coded:
+        if tensor.dtype not in FLOATS:
+            raise QlabError(f"{name} is {tensor.dtype}, of which GGUF holds no weights")
+        tensor = tensor if tensor.ndim > 1 else tensor.float()
+        notes.setdefault(MARKS, {})[name] = mark(tensor)
+    file_name = model.names[name]
+    heads = model.heads(file_name)
+    rows = tensor if heads is None else file_format.interleaved(tensor, heads)
+    kind = KINDS[gguf_blocks.KINDS[spec.bits]] if is_coded else FLOATS[tensor.dtype]
+    if rows.dtype == torch.bfloat16:  # numpy has none
+        rows = rows.contiguous().view(torch.uint8)
+    writer.add_tensor(file_name, rows.contiguous().numpy(), raw_dtype=kind)
+
+
+def _add_kind(writer: "gguf.GGUFWriter", targets: Mapping[str, Spec]) -> None:
+    """The kind of most weights, for those who list files."""
+    [(bits, _)] = Counter(spec.bits for spec in targets.values()).most_common(1)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{gguf_blocks.KINDS[bits]}"])
+
+
+def _files_beside(source: Checkpoint) -> dict[str, str]:
+    """The texts of a directory that are no weights: name -> text. Its config without what it says
+    of codes, which are others in the file."""
+    config = {key: value for key, value in source.raw.items() if key != KEY}
+    texts = {CONFIG: json.dumps(config, sort_keys=True)}
+    for name, path in beside(source.path).items():
+        if is_embedded(name) and name not in (CONFIG, RECORD):
+            texts[name] = path.read_text(encoding="utf-8")
+    return texts
+
+
+def _finish(writer: "gguf.GGUFWriter") -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+
+
+def _refuse_misread(file: Path, names: Mapping[str, str], marks: Mapping[str, Mark]) -> None:
+    """Refuse a file that does not give back the leaves that it was written from."""
+    for name, kind, leaf in file_format.tensors(file, names):
+        there = leaf.to(torch.bfloat16) if isinstance(leaf, Tensor) and kind == "BF16" else leaf
+        if mark(there) != marks[name]:
+            raise QlabError(
+                f"{name} does not read back from the GGUF file as it was written, which is "
+                "therefore not put in place; report this, and run the directory as it is"
+            )
