@@ -6,6 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
+from qlab.cli.handing_over import (
+    EngineCache,
+    EngineName,
+    EnginePython,
+    PrintCommand,
+    TensorParallel,
+    hand_over,
+    refuse_without_engine,
+)
 from qlab.cli.opening import Activations, Compile, Dtype, Head, opened, roundings
 from qlab.cli.options import Device, Model
 from qlab.errors import QlabError
@@ -17,6 +26,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(
+    context: typer.Context,
     model: Model,
     host: Annotated[str, typer.Option("--host", help="the address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 8000,
@@ -52,8 +62,21 @@ def serve(
     ] = 30.0,
     ssl_certfile: Annotated[Path | None, typer.Option("--ssl-certfile")] = None,
     ssl_keyfile: Annotated[Path | None, typer.Option("--ssl-keyfile")] = None,
+    engine: EngineName = "",
+    engine_python: EnginePython = None,
+    print_command: PrintCommand = False,
+    tensor_parallel: TensorParallel = None,
+    kv_cache: EngineCache = "",
 ) -> None:
-    """Serve a model over OpenAI's API, with a page to talk to it at /."""
+    """Serve a model over OpenAI's API, with a page to talk to it at /. With --engine another engine
+    serves it."""
+    keys = _keys(api_key or [], api_key_file)
+    if not keys and host not in LOCAL:
+        say(f"qlab: {host} is open to others and asks for no key; --api-key sets one")
+    if engine:
+        hand_over(context, keys)
+        return
+    refuse_without_engine(context)
     for library in ("fastapi", "uvicorn", "prometheus_client"):
         needed(library, "serve")
     import qlab
@@ -62,7 +85,6 @@ def serve(
     from qlab.serving.running import run
     from qlab.serving.worker import Worker
 
-    keys = _keys(api_key or [], api_key_file)
     listening = {"host": host, "port": port, **_certificates(ssl_certfile, ssl_keyfile)}
     checkpoint = opened(model)
     rounded = roundings(checkpoint, device, activations, head)

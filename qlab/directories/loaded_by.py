@@ -1,4 +1,4 @@
-"""Whether an engine loads a directory, from its headers, its configuration and its traced blocks."""
+"""Whether an engine loads a directory: from headers, its configuration and its traced blocks."""
 
 from collections.abc import Mapping
 

@@ -29,12 +29,12 @@ class Engine:
     """How an engine is asked for what qlab's options ask for.
 
     library: the package. module: what `python -m` runs. before: the words in front of the
-    directory. flags: option of qlab -> the engine's flag. caches: name of a cache -> the engine's
-    word behind its flag of "--kv-cache". key_flag: the flag of an API key. key_variable: the
-    variable of the environment that holds one instead, which no list of processes shows. several_keys:
-    whether there may be more than one.
+    directory. flags: option of qlab -> the engine's flag. targets: the names of what it loads, with
+    the flags of each. caches: name of a cache -> the engine's word behind its flag of "--kv-cache".
+    key_flag: the flag of an API key. key_variable: the variable of the environment that holds one
+    instead, which no list of processes shows. several_keys: whether there may be more than one.
     variables: option of qlab -> a variable of the environment that holds its value. with_ssl: a
-    flag that certificates need. targets: the names of what it loads, with the flags of each.
+    flag that certificates need.
     """
 
     library: str
