@@ -9,6 +9,7 @@ the config has to say what transformers reads.
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -42,6 +43,9 @@ GENERATION = "generation_config.json"
 ROUNDED = 1e-6  # relative: the file has floats of 32 bits
 RECORDED = "qlab.json"  # the key of what qlab says of a file that it wrote
 EMBEDDED = "qlab.file."  # begins the keys of texts of the directory that such a file was made of
+KEPT = ("changed",)  # sections of that which stay true of the directory
+WIDENED = "widened"  # the section of vectors that the file holds as float32: name -> their dtype
+NARROW = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16)}
 TEXTS = (".json", ".jinja", ".txt")
 # Of a config: what changes no number that a trained model computes. Heads are tied by tensors.
 UNUSED = (
@@ -77,16 +81,24 @@ def from_gguf(path: Path, codec: str, out: Path, overwrite: bool, resume: bool) 
         writer.begin(job)
         if not writer.finished:
             with writer.refusing(), TemporaryDirectory() as scratch:
-                embedded = _embedded(gguf.fields(reader))
-                _save_config_and_tokenizer(path, said, embedded, Path(scratch))
-                _fill(path, CODECS[codec], writer, job, Path(scratch))
+                fields = gguf.fields(reader)
+                _save_config_and_tokenizer(path, said, _embedded(fields), Path(scratch))
+                _fill(path, CODECS[codec], writer, job, record_of(fields), Path(scratch))
     return writer.out
 
 
-def _fill(path: Path, codec: Codec, writer: Writer, job: dict[str, Any], scratch: Path) -> None:
+def _fill(
+    path: Path,
+    codec: Codec,
+    writer: Writer,
+    job: dict[str, Any],
+    record: Mapping[str, Any],
+    scratch: Path,
+) -> None:
     """Write the tensors of the file, and config.json with what became of them.
 
-    scratch: a directory with the config and the tokenizer, which become the written one's.
+    record: what qlab says of a file that it wrote. scratch: a directory with the config and the
+    tokenizer, which become the written one's.
     """
     raw = read_json(scratch / CONFIG)
     empty = Checkpoint(path=scratch, raw=raw, stored={}, codec=None, quantized={})
@@ -96,21 +108,29 @@ def _fill(path: Path, codec: Codec, writer: Writer, job: dict[str, Any], scratch
         generation.save_pretrained(scratch)
     specs: dict[str, Spec | None] = dict.fromkeys(skeleton.names.linears())
     notes: Notes = {"sites": {}, "certificates": {}, "dequantized": {}}
-    writer.write_shard(0, _tensors(path, codec, skeleton, specs, notes))
+    writer.write_shard(0, _tensors(path, codec, skeleton, specs, record, notes))
     refuse_misread(writer.shard(0), notes.pop(MARKS, {}), codec)
     writer.write_notes(0, notes)
     raw |= {"architectures": [type(skeleton.model).__name__], "dtype": "bfloat16"}
     if any(specs.values()):
         raw["dtype"] = "float16"  # that of the blocks' scales, which bfloat16 would round
         raw["quantization_config"] = codec.config(specs)
-    writer.finish(written(raw, job, notes), scratch)
+    kept = {key: rows for key, rows in record.items() if key in KEPT}
+    writer.finish(written(raw, job, kept | notes), scratch)
 
 
 def _tensors(
-    path: Path, codec: Codec, skeleton: Skeleton, specs: dict[str, Spec | None], notes: Notes
+    path: Path,
+    codec: Codec,
+    skeleton: Skeleton,
+    specs: dict[str, Spec | None],
+    record: Mapping[str, Any],
+    notes: Notes,
 ) -> Iterator[tuple[str, Tensor]]:
     """What the directory holds, one tensor at a time; fills in the specs of linears that stay
-    codes."""
+    codes, and their rows and certificates, which are those that a file of qlab's has."""
+    rows, certificates = record.get("sites", {}), record.get("certificates", {})
+    widened = record.get(WIDENED, {})
     shapes = {name: p.shape for name, p in skeleton.model.named_parameters(remove_duplicate=False)}
     for name, kind, leaf in gguf.tensors(path, shapes):
         module = name.rpartition(".")[0]
@@ -123,17 +143,19 @@ def _tensors(
         if isinstance(leaf, QTensor) and module in specs:
             specs[module] = leaf.spec
             notes["sites"][module] = {
+                **rows.get(module, {}),
                 "spec": str(leaf.spec),
                 "shape": list(leaf.shape),
                 "bits_per_weight": stored_bits(leaf, leaf.scales.dtype),
             }
-            notes["certificates"][module] = certify(leaf, None)
+            notes["certificates"][module] = certificates.get(module) or certify(leaf, None)
             notes.setdefault(MARKS, {})[f"{module}.weight"] = mark(leaf)
             yield from codec.encode(module, leaf).items()
             continue
         if kind not in FLOATS:
             notes["dequantized"][name] = {"kind": kind}
-        yield name, _dense(leaf, kind)
+        tensor = _dense(leaf, kind)
+        yield name, tensor.to(NARROW[widened[name]["dtype"]]) if name in widened else tensor
 
 
 def _dense(leaf: Leaf, kind: str) -> Tensor:
@@ -185,6 +207,12 @@ def _reading(path: Path) -> Iterator[None]:
                 f"transformers cannot read the config and the tokenizer of {path} "
                 f"({first_line(error)}); convert a file that holds both"
             ) from error
+
+
+def record_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What qlab says of a file that it wrote; {} for files of others."""
+    record = json.loads(fields[RECORDED]) if isinstance(fields.get(RECORDED), str) else {}
+    return record if isinstance(record, dict) else {}
 
 
 def _embedded(fields: Mapping[str, Any]) -> dict[str, str]:

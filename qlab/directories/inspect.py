@@ -11,8 +11,9 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from qlab.files.checkpoint import Checkpoint, open_checkpoint
+from qlab.files.checkpoint import GGUF, Checkpoint, open_checkpoint
 from qlab.files.record import recorded
+from qlab.process.extras import needed
 from qlab.process.shown import Shown, size
 from qlab.process.surroundings import undisturbed
 
@@ -151,7 +152,7 @@ def inspect(path: str | Path) -> Inspection:
     Only headers and JSON files are read.
 
     Args:
-        path: The model directory.
+        path: The model directory, or a GGUF file.
 
     Returns:
         Specs, tensors and bytes of every weight, with what qlab measured if it wrote the directory.
@@ -168,6 +169,12 @@ def inspect(path: str | Path) -> Inspection:
         >>> held.sites["model.layers.0.self_attn.q_proj"]["spec"]
         'int4-g64'
     """
+    file = Path(path).expanduser()
+    if file.suffix == GGUF and file.is_file():
+        needed("gguf", "gguf")  # directories do without it
+        from qlab.directories.inspect_gguf import facts_of
+
+        return Inspection(**facts_of(file))
     model = open_checkpoint(path)
     record, quantization = recorded(model.path), model.raw.get("quantization_config") or {}
     dtypes: Counter[str] = Counter()

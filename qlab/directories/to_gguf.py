@@ -26,7 +26,7 @@ from qlab.algebra.spec import Spec
 from qlab.codecs import gguf as file_format
 from qlab.codecs import gguf_blocks, gguf_keys
 from qlab.data.calibration import tokenizer_of
-from qlab.directories.gguf import EMBEDDED, RECORDED, config_of, is_embedded, unlike
+from qlab.directories.gguf import EMBEDDED, RECORDED, WIDENED, config_of, is_embedded, unlike
 from qlab.directories.gguf_tokenizer import vocabulary
 from qlab.errors import QlabError
 from qlab.files.atomic import atomically
@@ -35,6 +35,7 @@ from qlab.files.directory import CONFIG
 from qlab.files.explained import KEY
 from qlab.files.ownership import RECORD
 from qlab.files.readback import MARKS, Mark, mark
+from qlab.files.record import recorded
 from qlab.files.shardwise import Notes, leaves_by_file
 from qlab.files.writer import beside
 from qlab.process.progress import progress
@@ -110,7 +111,8 @@ def to_gguf(
             _add_kind(writer, targets)
             for name, text in _files_beside(source).items():
                 writer.add_string(f"{EMBEDDED}{name}", text)
-            writer.add_string(RECORDED, json.dumps({**notes, "job": job}, sort_keys=True))
+            told = {**recorded(source.path), **notes, "job": job}
+            writer.add_string(RECORDED, json.dumps(told, sort_keys=True))
             _finish(writer)
         _refuse_misread(temporary, model.names, marks)
 
@@ -197,7 +199,9 @@ def _add_tensor(
     if not is_coded:
         if tensor.dtype not in FLOATS:
             raise QlabError(f"{name} is {tensor.dtype}, of which GGUF holds no weights")
-        tensor = tensor if tensor.ndim > 1 else tensor.float()
+        if tensor.ndim == 1 and tensor.dtype != torch.float32:
+            notes.setdefault(WIDENED, {})[name] = {"dtype": str(tensor.dtype)}
+            tensor = tensor.float()
         notes.setdefault(MARKS, {})[name] = mark(tensor)
     file_name = model.names[name]
     heads = model.heads(file_name)

@@ -5,7 +5,9 @@ tensor against that model.
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,11 +21,12 @@ from qlab.directories.settings import differences
 from qlab.directories.verdict import Verdict
 from qlab.errors import QlabError
 from qlab.files.certificate import distances, fingerprint, hash_of, hash_of_json, off_grid
-from qlab.files.checkpoint import Checkpoint, open_checkpoint
+from qlab.files.checkpoint import GGUF, Checkpoint, open_checkpoint
 from qlab.files.record import recorded
 from qlab.files.shardwise import leaves_by_file
 from qlab.model.alike import Alike, alike
 from qlab.model.modules import Modules
+from qlab.process.extras import needed
 from qlab.process.surroundings import undisturbed
 
 Certificates = Mapping[str, Mapping[str, Any]]  # module -> what was certified of its weight
@@ -32,8 +35,6 @@ SLACK = 1e-4  # relative: how far a sum of squares in fp32 may differ between ma
 DISTANCES = {"weight_error": "weight error", "largest_step": "largest error in steps"}
 
 
-@undisturbed
-@torch.no_grad()
 def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path) -> Verdict:
     """Check a quantized directory against the model it was made from, one tensor at a time.
 
@@ -45,7 +46,7 @@ def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path)
 
     Args:
         directory: A quantized model directory, in any format that qlab reads, or what `open`
-            returned for it.
+            returned for it, or a GGUF file.
         against: The directory of the model that it was made from, which may be unquantized or
             quantized itself, or what `open` returned for it.
 
@@ -62,7 +63,22 @@ def verify(directory: Checkpoint | str | Path, against: Checkpoint | str | Path)
         >>> verdict.faults, verdict.certified
         ([], True)
     """
-    checkpoint = directory if isinstance(directory, Checkpoint) else open_checkpoint(directory)
+    if isinstance(directory, Checkpoint):
+        return _verdict(directory, against)
+    file = Path(directory).expanduser()
+    if file.suffix != GGUF or not file.is_file():
+        return _verdict(open_checkpoint(file), against)
+    needed("gguf", "gguf")  # directories do without it
+    from qlab.directories.gguf import from_gguf
+
+    with TemporaryDirectory() as folder:  # what qlab reads the file as
+        read = from_gguf(file, "compressed-tensors", Path(folder) / "model", False, False)
+        return replace(_verdict(open_checkpoint(read), against), path=file)
+
+
+@undisturbed
+@torch.no_grad()
+def _verdict(checkpoint: Checkpoint, against: Checkpoint | str | Path) -> Verdict:
     original = against if isinstance(against, Checkpoint) else open_checkpoint(against)
     record = recorded(checkpoint.path)
     if not checkpoint.quantized and not (record.get("changed") or record.get(AROUND)):

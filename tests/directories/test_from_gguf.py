@@ -337,7 +337,7 @@ def test_an_output_around_the_file_is_refused_even_when_it_may_be_overwritten(tm
         assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("door", [qlab.open, qlab.inspect])
+@pytest.mark.parametrize("door", [qlab.open, qlab.lower])
 def test_doors_of_directories_say_that_a_file_is_converted_first(door, converted):
     with pytest.raises(
         QlabError,

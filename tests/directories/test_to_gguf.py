@@ -13,7 +13,7 @@ import gguf
 import pytest
 import torch
 from bytewise import RULES, TEXTS, VOCABULARY, bytes_of_words, model_folder, tokenizer
-from model_folders import contents, refused, rewrite
+from model_folders import bits_equal, contents, random_tokens, refused, rewrite
 from tokenizers import normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
@@ -77,12 +77,13 @@ def test_a_file_reads_back_as_the_directory_that_it_was_made_of(family, made, tm
         assert fingerprint(ours) == fingerprint(theirs) and ours.spec == theirs.spec
     for name in before.stored.keys() & after.stored.keys():
         if name.rpartition(".")[0] not in before.quantized or name.endswith("bias"):
-            assert torch.equal(after.tensor(name), before.tensor(name).to(after.tensor(name).dtype))
+            assert bits_equal(after.tensor(name), before.tensor(name))
     assert without_codes(directory) == without_codes(back)
     ours, theirs = AutoTokenizer.from_pretrained(back), AutoTokenizer.from_pretrained(model)
     assert [ours(text).input_ids for text in TEXTS] == [theirs(text).input_ids for text in TEXTS]
     assert ours.chat_template == theirs.chat_template and ours.eos_token == theirs.eos_token
-    assert qlab.verify(back, model).faults == [] and qlab.verify(back, directory).faults == []
+    verdict = qlab.verify(back, model)
+    assert verdict.faults == [] and verdict.certified
 
 
 def of_llama(file, **asked):
@@ -231,6 +232,37 @@ def test_tokenizers_that_engines_do_not_have_are_refused(saved, made, tmp_path):
         lambda: convert(plain, "gguf", tmp_path / "x.gguf"), "WordLevel", "byte-level BPE alone"
     )
     assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_a_file_is_inspected_and_verified_itself(made, tmp_path, command):
+    model, directory, file = made("qwen2")
+    held = qlab.inspect(file)
+    assert (held.format, held.model_type, held.path) == ("gguf", "qwen2", file)
+    ours, theirs = held.sites, qlab.inspect(directory).sites
+    assert {name: row["spec"] for name, row in ours.items()} == {
+        name: row["spec"] for name, row in theirs.items() if row["spec"]
+    }
+    assert ours["model.layers.0.mlp.down_proj"]["stored"] == "Q8_0 64x128"
+    assert held.unquantized["token_embd.weight"] == "BF16 320x64"
+    verdict = qlab.verify(file, model)
+    assert verdict.faults == [] and verdict.certified and verdict.path == file
+    code, printed, _ = command(main, "verify", file, "--against", model)
+    assert code == 0 and "12" in printed
+    data, tensor = bytearray(file.read_bytes()), gguf.GGUFReader(file).tensors
+    at = next(int(t.data_offset) for t in tensor if t.name == "blk.0.ffn_down.weight")
+    data[at + 2] ^= 1  # one code
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(data)
+    assert ["down_proj" in fault for fault in qlab.verify(broken, model).faults] == [True]
+
+
+def test_weights_that_a_recipe_moved_are_explained_in_the_file(made, tmp_path):
+    model = made()[0]
+    fold = qlab.chain(qlab.awq_scale("int4-g32"), codes("int4-g32"))
+    data = random_tokens(model)
+    folded = qlab.quantize(open_checkpoint(model), fold, data, tmp_path / "folded").path
+    verdict = qlab.verify(convert(folded, "gguf", tmp_path / "x.gguf").path, model)
+    assert verdict.faults == [] and set(verdict.changed.values()) != {None}
 
 
 def test_outputs_that_are_there_are_kept_but_for_files_of_qlab(made, tmp_path):
