@@ -71,9 +71,8 @@ def serve(
     """Serve a model over OpenAI's API, with a page to talk to it at /. With --engine another engine
     serves it."""
     keys = _keys(api_key or [], api_key_file)
-    if not keys and host not in LOCAL:
-        say(f"qlab: {host} is open to others and asks for no key; --api-key sets one")
     if engine:
+        _warn_open(host, keys)
         hand_over(context, keys)
         return
     refuse_without_engine(context)
@@ -99,8 +98,7 @@ def serve(
     )
     if not pipe.answers:
         return
-    if not keys and host not in LOCAL:
-        say(f"qlab: {host} is open to others and asks for no key; --api-key sets one")
+    _warn_open(host, keys)
     settings = Settings(
         name=name or checkpoint.path.name,
         facts=facts_of(pipe, rounded["activations"] or dtype),
@@ -110,6 +108,11 @@ def serve(
     say(f"qlab: {settings.name} at {'https' if ssl_certfile else 'http'}://{host}:{port}")
     with pipe:
         run(Server(Worker(pipe, max_queue_tokens), settings), drain_timeout, **listening)
+
+
+def _warn_open(host: str, keys: list[str]) -> None:
+    if not keys and host not in LOCAL:
+        say(f"qlab: {host} is open to others and asks for no key; --api-key sets one")
 
 
 def _keys(given: list[str], file: Path | None) -> list[str]:
