@@ -50,6 +50,8 @@ class Foreseen:
         learned: how many numbers are learned, of which moments and copies are held.
         moments: how many second moments of its input each weight of it gets behind it.
         copies: as how many copies of its weights in fp32 a segment is held while it runs.
+        as_stored: whether it runs in bfloat16 where the model is stored so, for which what lies
+            around the segments is held once more.
     """
 
     forward: int = 0
@@ -59,6 +61,7 @@ class Foreseen:
     learned: int = 0
     moments: int = 0
     copies: int = 1
+    as_stored: bool = False
 
 
 Measure = Callable[[Any], Any]  # qlab.Model -> a value

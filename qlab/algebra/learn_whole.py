@@ -119,6 +119,7 @@ def foreseen(step: str, relaxed: Relaxed, schedule: Schedule, outline: Outline) 
         kept=outline.windows,
         learned=relaxed.count(outline),
         copies=relaxed.copies,
+        as_stored=True,
     )
 
 

@@ -20,7 +20,7 @@ from qlab.algebra.qtensor import Leaf
 from qlab.algebra.wires import full_name, wires
 from qlab.errors import QlabError
 
-ROWS = 4096  # of a table, turned at a time
+ROWS = 4096  # of a table or a weight, turned at a time
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,20 @@ class Orthogonal:
         for gain in {gain for gain in self.readers.values() if gain is not None}:
             leaves.update(_left_of(graph, gain, R))
         for path in self.tables:
-            parts = _tensor(graph, path).split(ROWS)
-            leaves[path] = torch.cat([(part.double() @ R).float() for part in parts])
+            leaves[path] = _rows_turned(_tensor(graph, path), 1.0, R, torch.float32)
         turned = graph.update(leaves).inserting("enter", Frame(R.float()))
         return turned.inserting("leave", Frame(R.mT.float()))
 
     def _turned(self, graph: ModuleGraph, site: Site, R: Tensor) -> dict[str, Leaf]:
-        W_ok = graph.weight_ok(site).double()
+        W_ok = graph.weight_ok(site)
         leaves: dict[str, Leaf] = {}
         if site.path in self.readers:
             gain = self.readers[site.path]
-            W_ok = (W_ok if gain is None else W_ok * _factor(graph, gain)) @ R
+            factor = 1.0 if gain is None else _factor(graph, gain)
+            kept = torch.float64 if site.path in self.writers else torch.float32
+            W_ok = _rows_turned(W_ok, factor, R, kept)
         if site.path in self.writers:
-            W_ok = R.mT @ W_ok
+            W_ok = R.mT @ W_ok.double()
             if site.bias:
                 leaves[site.bias] = (_tensor(graph, site.bias).double() @ R).float()
         turned = W_ok.float()
@@ -93,6 +94,13 @@ def residual(code: Code) -> Orthogonal | Nothing:
         writers=frozenset(stream.writers),
         tables=stream.tables,
     )
+
+
+def _rows_turned(W: Tensor, factor: Tensor | float, R: Tensor, dtype: torch.dtype) -> Tensor:
+    """W diag(factor) R in fp64, a part of the rows at a time, since those of tables and heads are a
+    vocabulary. Differentiable."""
+    parts = W.split(ROWS)
+    return torch.cat([((part.double() * factor) @ R).to(dtype) for part in parts])
 
 
 def _left_of(graph: ModuleGraph, gain: Gain, R: Tensor) -> dict[str, Leaf]:

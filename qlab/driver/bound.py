@@ -18,6 +18,7 @@ from qlab.driver.model import Model, loaded_around
 from qlab.driver.outside import rounded_outside
 from qlab.driver.plan import plan_of
 from qlab.errors import QlabError, first_line
+from qlab.model.loading import drop_outside
 from qlab.model.skeleton import Skeleton
 
 
@@ -49,6 +50,7 @@ def _bound(job: Job, first: int) -> Job:
     value = _called(bind, "measure", lambda: bind.measure(model))
     seconds = {**job.seconds, f"{bind.name} {first}": time.perf_counter() - started}
     then = _called(bind, "then", lambda: returned(bind, value))
+    drop_outside(wide)  # modules refer to each other, so that they outlive this
     recipe = (*front.recipe, marked(bind, value), *then, *job.recipe[first + 1 :])
     done = {"recipe": recipe, "stages": first + 1, "blocks": begun, "measured": seconds}
     return Resolved(**{**vars(job), **done})

@@ -8,6 +8,8 @@ of one window, and the logits of one window.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from qlab.algebra.bind import Bind, Foreseen, Outline
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.running import select
@@ -19,8 +21,9 @@ from qlab.driver.sites import Sites
 from qlab.model.skeleton import Skeleton
 
 FP32 = 4  # bytes of a number
-# of logits [l, v] in fp32 that a loss, its divergence from the reference and its gradient hold
-LOGITS = 4
+# of logits [l, v] in fp32 that a loss and its gradient hold; of a divergence from the reference the
+# logits, both logarithms of probabilities, and three on the way to their sum
+LOGITS, LOGITS_OF_BOTH = 4, 6
 LEARNED = 4  # numbers in files for each that is learned: how far it moved, two moments, the best
 BACKWARD = 2  # times forward: the work of a pass backward
 
@@ -62,6 +65,12 @@ def passes_of(measured: Measured, windows: int) -> int:
     return -(-runs // max(windows, 1))
 
 
+def around_bytes(skeleton: Skeleton, size: int) -> int:
+    """The bytes of all parameters around the blocks, in numbers of this size."""
+    names = skeleton.names.outside_names()
+    return size * sum(skeleton.checkpoint.shape_and_dtype(name)[0].numel() for name in names)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Running:
     """A model while it is measured. tokens: of a window. hidden: channels between segments."""
@@ -76,7 +85,7 @@ class Running:
         segment. activations: those of one window in it, forward."""
         states = (self.segments + 2) * of.at_once + of.kept
         throughout = {
-            "embeddings and head": self._around(),
+            "embeddings and head": around_bytes(self.skeleton, FP32) + self._once_more(of),
             "states between blocks": states * FP32 * self.tokens * self.hidden,
             "learned": LEARNED * FP32 * of.learned,
         }
@@ -85,12 +94,13 @@ class Running:
             "block": block * of.copies,
             "activations": activations * (1 + BACKWARD if of.backward else 1),
         }
-        yield {**throughout, "logits": LOGITS * FP32 * self.tokens * self._vocabulary()}
+        each = LOGITS_OF_BOTH if of.kept else LOGITS
+        yield {**throughout, "logits": each * FP32 * self.tokens * self._vocabulary()}
 
-    def _around(self) -> int:
-        names = self.skeleton.names.outside_names()
-        shapes = [self.skeleton.checkpoint.shape_and_dtype(name)[0] for name in names]
-        return FP32 * sum(shape.numel() for shape in shapes)
+    def _once_more(self, of: Foreseen) -> int:
+        """The bytes of what lies around the blocks in bfloat16, where the model runs in that."""
+        narrow = of.as_stored and self.skeleton.checkpoint.running_dtype == torch.bfloat16
+        return around_bytes(self.skeleton, torch.bfloat16.itemsize) if narrow else 0
 
     def _vocabulary(self) -> int:
         return self.skeleton.model.get_input_embeddings().get_parameter("weight").shape[0]

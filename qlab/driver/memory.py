@@ -12,10 +12,10 @@ from torch.utils import _pytree as pytree
 from qlab.algebra.graph import Code, Site, by_source
 from qlab.algebra.statistic import Stat
 from qlab.algebra.transform import Stage
-from qlab.algebra.views import Gauged, WholeBlock
+from qlab.algebra.views import EverySegment, Gauged, WholeBlock, WholeModelBasis
 from qlab.data.calibration import Data
 from qlab.driver.batches import batch_tokens
-from qlab.driver.foreseen import Measured, Running
+from qlab.driver.foreseen import Measured, Running, around_bytes
 from qlab.driver.job import Job
 from qlab.driver.learning import KEPT
 from qlab.driver.scores import score_bytes
@@ -50,6 +50,10 @@ def predict_memory(
     """
     process = psutil.Process().memory_info().rss
     moments = [_outside_the_blocks(skeleton, sites)]
+    if any(isinstance(stage.view, EverySegment | WholeModelBasis) for stage in job.recipe):
+        # as the files hold them, as they run, and as they are turned
+        sizes = skeleton.checkpoint.dtype.itemsize + skeleton.dtype.itemsize + FP32
+        moments.append({"embeddings and head": around_bytes(skeleton, sizes)})
     if job.observed is not None:
         moments.append(_entering(job.observed, skeleton))
     for path, code in sites.codes.items():

@@ -179,8 +179,10 @@ class Model:
 
         def loss(logits: Tensor, window: int) -> Tensor:
             with torch.no_grad(), reference._placed({}):
-                target = reference._head(self._windows[window], finals[window])[0, :-1].float()
-            log_p, log_q = target.log_softmax(-1), logits[:-1].log_softmax(-1)
+                target = reference._head(self._windows[window], finals[window])[0, :-1]
+                log_p = target.float().log_softmax(-1)
+                del target  # as large as all logits of a window
+            log_q = logits[:-1].log_softmax(-1)
             return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
         return loss

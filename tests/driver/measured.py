@@ -28,6 +28,7 @@ from qlab.methods.kl_tune import kl_tune
 from qlab.methods.qat import qat
 from qlab.methods.qat_end_to_end import qat_end_to_end
 from qlab.methods.rtn import rtn
+from qlab.methods.spinquant import spinquant
 
 INT4 = parse_spec("int4-g64")
 
@@ -50,6 +51,7 @@ RECIPES = {
     "guidedquant": guidedquant,
     "kl_tune": behind_rtn(kl_tune),
     "qat_end_to_end": behind_rtn(qat_end_to_end),
+    "spinquant": lambda spec: chain(spinquant(spec, steps=1), rtn(spec)),
     "allocate": lambda spec: allocate([rtn(parse_spec("int3-g64")), rtn(spec)], 4),
     "gptq in attention": gptq_in_attention,
     "auto_round": learned(auto_round),

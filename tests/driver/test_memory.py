@@ -100,6 +100,14 @@ def test_the_plan_predicts_the_peak_of_a_bind(method, dtype, samples, job, tmp_p
     assert sum(seen["held"].get(part, 0) for part in ("block", "statistics")) > seen["peak"] / 6
 
 
+@pytest.mark.parametrize("method", ["kl_tune", "spinquant"])
+def test_the_plan_predicts_what_binds_hold_of_a_large_vocabulary(method, job, tmp_path):
+    path = llama(tmp_path / "model", 64, 128, 1, torch.bfloat16, 100_000)
+    seen = measure(job, path, method, 2, 192)
+    assert abs(seen["predicted"] / seen["peak"] - 1) < 0.25, seen
+    assert seen["held"]["logits"] > 4 * 192 * 4 * 100_000
+
+
 def test_the_plan_predicts_the_peak_of_a_small_model_with_a_large_vocabulary(job, tmp_path):
     seen = measure(job, llama(tmp_path / "model", 192, 512, 2, torch.bfloat16, 49152), "gptq")
     assert abs(seen["predicted"] / seen["peak"] - 1) < 0.25, seen
