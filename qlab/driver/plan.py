@@ -42,7 +42,7 @@ from qlab.driver.schedule import Row, rounds, schedule, warn_of_unseen
 from qlab.driver.shared import refuse_dividing
 from qlab.driver.sites import Sites, sites_of
 from qlab.driver.tried import tried
-from qlab.driver.turned import refuse_lost_turns
+from qlab.driver.turned import refuse_late_turns, refuse_lost_turns
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.record import bits_per_weight
@@ -343,6 +343,8 @@ def _checked_specs(job: Job, skeleton: Skeleton, sites: Sites) -> dict[str, Spec
         # refuses now what no configuration could say when all is written
         quantization_of(CODECS[job.codec], by_module(skeleton, specs))
     refuse_lost_turns(job.recipe)
+    if job.inputs == "quantized" and not job.calibrate_all_experts:
+        refuse_late_turns(job.recipe, sites.codes)
     refuse_without_effect(job.recipe, sites.sites, job.inputs)
     refuse_unturnable(skeleton, job.recipe, sites.codes, sites.sites)
     made = tried(job, sites, skeleton.dtype, skeleton.device)

@@ -10,14 +10,16 @@ there was to make up for, block after block. So what turns comes first, on the b
 reference beside it, and the rest goes input by input.
 """
 
-from itertools import takewhile
+from collections.abc import Mapping
+from itertools import groupby, takewhile
 
 from qlab.algebra.bind import Bind, Bound
-from qlab.algebra.frame import framed_like
+from qlab.algebra.frame import framed_like, framing
 from qlab.algebra.graph import Code, ModuleGraph
 from qlab.algebra.stats import COMPARING, name_of
 from qlab.algebra.transform import Stage, Transform, unchanged
 from qlab.algebra.views import Folded, Gauged
+from qlab.driver.learning import split
 from qlab.driver.observe import observe_nothing
 from qlab.driver.solve import in_turn, solve
 from qlab.errors import QlabError
@@ -88,3 +90,31 @@ def refuse_lost_turns(recipe: Transform) -> None:
                 f"{turned[0].name} turned what was rounded in front of that by statistics, which "
                 f"the reference does not take; put {stage.name} in front of {turned[0].name}"
             )
+
+
+def refuse_late_turns(recipe: Transform, codes: Mapping[str, Code]) -> None:
+    """Refuse a step that compares with the reference in a block that another step turns as a whole,
+    behind a step that does not turn: nothing turns the reference there.
+
+    codes: path of a block -> its program.
+    """
+    for measured, part in groupby(recipe, lambda stage: isinstance(stage, Bind | Bound)):
+        if measured:
+            continue
+        site_by_site, _ = split(framing(tuple(part))[1])
+        for path, code in codes.items():
+            _, behind = turned_first(site_by_site, code)
+            late = [stage for stage in behind if _turns(stage) and _is_at_once(stage, code, behind)]
+            comparing = [stage for stage in behind if _compares(stage)]
+            if late and comparing:
+                front = next(stage for stage in behind if not _turns(stage))
+                raise QlabError(
+                    f"{comparing[0].name} compares with the reference, and {late[0].name} turns "
+                    f"all inputs of {path} at once behind {front.name}, which the reference does "
+                    f"not take; put {late[0].name} in front of {front.name}"
+                )
+
+
+def _is_at_once(stage: Stage, code: Code, recipe: Transform) -> bool:
+    """Whether a step works on all inputs of a block at once."""
+    return isinstance(stage.view, Gauged | Folded) and not in_turn(stage, code, recipe)

@@ -82,6 +82,31 @@ def test_a_reference_that_nothing_can_turn_is_refused_beforehand(saved):
         qlab.plan(qlab.open(path), recipe, random_tokens(path))
 
 
+MASKED = qlab.magnitude("2:4")
+LATE = {
+    "a mask": (qlab.chain(MASKED, qlab.rotate_heads()), "rotate_heads", "magnitude"),
+    "rounded keys": (qlab.chain(qlab.kv_cache("int8-head"), SMOOTHED), "smoothquant", "kv_cache"),
+    "inputs that are rounded": (
+        qlab.chain(ROUNDED, qlab.quarot()),
+        "rotate_heads",
+        "quantize_inputs",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_a_turn_of_all_inputs_that_does_not_come_first_is_refused_in_front_of_an_aim(case, saved):
+    steps, turning, front = LATE[case]
+    path = saved()
+    recipe, data = qlab.chain(steps, qlab.gptaq("int4-g32")), random_tokens(path)
+    words = f"aim_at_reference compares .* {turning}.* of model.layers.0 at once behind {front},"
+    for run in (qlab.plan, qlab.apply):
+        with pytest.raises(qlab.QlabError, match=words):
+            run(qlab.open(path), recipe, data)
+    without = qlab.chain(steps, qlab.gptq("int4-g32"))
+    assert qlab.apply(qlab.open(path), without, data).plan.sites
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_the_plan_says_that_aims_behind_scales_run_input_by_input(family, saved):
     path = saved(family)
