@@ -86,6 +86,13 @@ class Asked:
         text, self.pieces = "".join(self.pieces), []
         return text
 
+    @property
+    def told_tokens(self) -> int:
+        """How many of the new tokens the text that was taken is made of."""
+        if self.request.finish is not None and not self.text.is_ended:
+            return len(self.request.drawn)
+        return self.text.told_tokens
+
     def reply(self) -> Reply:
         """The whole answer of a request that has ended. Raises what it failed of."""
         request = self.request

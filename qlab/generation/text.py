@@ -4,6 +4,7 @@ A token may end in the middle of a character, so that its text is told when the 
 it. Text that may be the beginning of a stop string is held back until it is none.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,11 +28,24 @@ class GrowingText:
         # Tokens from `_first` on are decoded together, of which those before `_told` have been.
         self._first, self._told = 0, 0
         self._held = ""
+        # Characters: up to the end of each token, of all tokens, and told.
+        self._ends: list[int] = []
+        self._known = self._given = 0
+
+    @property
+    def told_tokens(self) -> int:
+        """How many tokens the text that was told is made of, from the first one on; with the one in
+        which a stop string begins, where that has text in front of it."""
+        if not self.is_ended:
+            return bisect_right(self._ends, self._given)
+        return bisect_left([0, *self._ends[:-1]], self._given)
 
     def add(self, token: int) -> str:
         """The text that is certain now."""
         self._tokens.append(token)
-        return self._certain(self._decoded(is_last=False), is_last=False)
+        text = self._certain(self._decoded(is_last=False), is_last=False)
+        self._ends.append(self._known)
+        return text
 
     def end(self) -> str:
         """The rest of the text, when no token follows."""
@@ -60,16 +74,19 @@ class GrowingText:
     def _certain(self, text: str, is_last: bool) -> str:
         if self.is_ended:
             return ""
+        self._known += len(text)
         self._held += text
         places = [self._held.find(s) for s in self.stop]
         stops = [place for place in places if place >= 0]
         if stops:
             self.is_ended = True
             certain, self._held = self._held[: min(stops)], ""
+            self._given += len(certain)
             return certain
         kept = 0 if is_last else self._possible_stop()
         cut = len(self._held) - kept
         certain, self._held = self._held[:cut], self._held[cut:]
+        self._given += cut
         return certain
 
     def _possible_stop(self) -> int:

@@ -122,7 +122,8 @@ class Server:
         self, answers: Sequence[Answer], body: Options, head: dict[str, Any], choice: Any
     ) -> AsyncIterator[str]:
         """Events of all replies as they come. choice: (which reply, a piece) -> its choice."""
-        queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        # bounded, so that what waits for a slow reader waits where it is counted
+        queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue(maxsize=len(answers))
 
         async def read(index: int, answer: Answer) -> None:
             async for piece in answer.pieces():
@@ -241,8 +242,9 @@ class Told:
         self.tokenizer, self.answer, self.body, self.at = tokenizer, answer, body, 0
         self.is_begun = False
         tools = body.callable_tools if isinstance(body, Chat) else []
-        names = [tool["function"]["name"] for tool in tools]
-        self.tools = ToolText(names) if names else None
+        functions = [tool["function"] for tool in tools]
+        known = {f["name"]: f.get("parameters") or {} for f in functions}
+        self.tools = ToolText(known) if known else None
 
     def completion(self, piece: Piece) -> dict[str, Any]:
         """A choice of a completion."""
@@ -338,7 +340,10 @@ def _together(pieces: Sequence[Piece]) -> Piece:
     """Several pieces as one."""
     drawn = [drawn for piece in pieces for drawn in piece.drawn]
     text = "".join(piece.text for piece in pieces)
-    return Piece(text=text, drawn=tuple(drawn), finish=pieces[-1].finish, error=None)
+    written = sum(piece.written for piece in pieces)
+    return Piece(
+        text=text, drawn=tuple(drawn), written=written, finish=pieces[-1].finish, error=None
+    )
 
 
 def _events(stream: AsyncIterator[str]) -> StreamingResponse:

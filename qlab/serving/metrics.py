@@ -50,8 +50,8 @@ class Metrics:
         """Count what a step wrote."""
         for answer, piece in pieces:
             request = answer.asked.request
-            self._new_tokens.inc(len(piece.drawn))
-            if piece.drawn and len(request.drawn) == len(piece.drawn):
+            self._new_tokens.inc(piece.written)
+            if piece.written and len(request.drawn) == piece.written:
                 self._first.observe(time.monotonic() - answer.asked_at)
             if piece.finish is not None:
                 self._prompt_tokens.inc(len(request.prompt))

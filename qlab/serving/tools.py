@@ -1,21 +1,37 @@
 """Calls of tools in what a model writes.
 
-    <tool_call>{"name": ..., "arguments": {...}}</tool_call>      Hermes, Qwen
-    [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]           Mistral
-    <|python_tag|>{"name": ..., "parameters": {...}}               Llama
-    {"name": ..., "parameters": {...}}                             Llama, as the whole reply
+    <tool_call>{"name": ..., "arguments": {...}}</tool_call>       Hermes, Qwen
+    <tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>  Qwen, of code
+    [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]            Mistral
+    [TOOL_CALLS]NAME[ARGS]{...}                                     Mistral, later
+    <|python_tag|>{"name": ..., "parameters": {...}}; ...           Llama
+    {"name": ..., "parameters": {...}}                              Llama, as the whole reply
+    <｜tool▁call▁begin｜>NAME<｜tool▁sep｜>{...}<｜tool▁call▁end｜>...    DeepSeek, in one more pair
 
 Text in front of the first call is the message. What looks like a call and is none stays text.
 """
 
 import json
+import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-OPENINGS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
-CLOSING = "</tool_call>"
+HERMES, MISTRAL, LLAMA = "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>"
+CALLS, NO_CALLS, CALL, NO_CALL, SEP = (
+    f"<\uff5ctool▁{name}\uff5c>"
+    for name in ("calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep")
+)  # of DeepSeek
+OPENINGS = (HERMES, MISTRAL, LLAMA, CALLS)
+IN_HERMES = re.compile(r"\s*<tool_call>(.*?)(?:</tool_call>\s*|$)", re.DOTALL)
+IN_XML = re.compile(r"\s*<function=([^>]*)>(.*?)</function>\s*", re.DOTALL)
+IN_FUNCTION = re.compile(r"\s*<parameter=([^>]*)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
+IN_MISTRAL = re.compile(r"([^\[]*)(?:\[CALL_ID\][^\[]*)?\[ARGS\](.*)", re.DOTALL)
+IN_DEEPSEEK = re.compile(
+    rf"{CALL}(?:function{SEP})?(.*?)(?:{SEP}|\n```json\n)(.*?)(?:\n```)?{NO_CALL}\s*", re.DOTALL
+)
+Tools = Mapping[str, Mapping[str, Any]]  # name -> the JSON schema of its arguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +57,11 @@ class ToolText:
     """A reply that grows: its text, up to what may be a call, and the calls at its end.
 
     Args:
-        names: of the tools that may be called.
+        tools: that may be called.
     """
 
-    def __init__(self, names: Sequence[str]):
-        self.names = frozenset(names)
+    def __init__(self, tools: Tools):
+        self.tools = tools
         self._held, self._is_call, self._is_begun = "", False, False
 
     def add(self, text: str) -> str:
@@ -66,7 +82,7 @@ class ToolText:
 
     def end(self) -> tuple[str, list[Call]]:
         """The rest of the text, and the calls."""
-        calls = calls_in(self._held, self.names)
+        calls = calls_in(self._held, self.tools)
         return ("" if calls else self._held), calls
 
     def _possible_opening(self) -> int:
@@ -77,34 +93,78 @@ class ToolText:
         return 0
 
 
-def calls_in(text: str, names: frozenset[str]) -> list[Call]:
+def calls_in(text: str, tools: Tools) -> list[Call]:
     """The calls that a text is made of; none where it is anything else, or calls another tool."""
-    calls: list[Call] = []
-    for part in _parts(text.strip()):
-        try:
-            value = json.loads(part)
-        except ValueError:
-            return []
-        for item in value if isinstance(value, list) else [value]:
-            call = _call(item, names)
-            if call is None:
-                return []
-            calls.append(call)
-    return calls
+    try:
+        values = [*_values(text.strip(), tools)]
+    except ValueError:
+        return []
+    calls = [_call(value, tools) for value in values]
+    known = [call for call in calls if call is not None]
+    return known if len(known) == len(calls) else []
 
 
-def _parts(text: str) -> list[str]:
-    """The JSON in a text of calls."""
-    if text.startswith(OPENINGS[0]):
-        parts = text.split(OPENINGS[0])[1:]
-        return [part.partition(CLOSING)[0] for part in parts]
-    for opening in OPENINGS[1:]:
-        text = text.removeprefix(opening)
-    return [text] if text else []
+def _values(text: str, tools: Tools) -> Iterator[Any]:
+    """The calls of a text as {"name": ..., "arguments": ...}. ValueError for what is none."""
+    if text.startswith(HERMES):
+        for (part,) in _all(IN_HERMES, text):
+            yield from _xml(part, tools) if IN_XML.match(part) else [json.loads(part)]
+    elif text.startswith(MISTRAL) and IN_MISTRAL.match(text.removeprefix(MISTRAL)):
+        for part in text.split(MISTRAL)[1:]:
+            ((name, arguments),) = _all(IN_MISTRAL, part)
+            yield {"name": name.strip(), "arguments": json.loads(arguments)}
+    elif text.startswith(CALLS):
+        inside = text.removeprefix(CALLS).removesuffix(NO_CALLS)
+        for name, arguments in _all(IN_DEEPSEEK, inside):
+            yield {"name": name.strip(), "arguments": json.loads(arguments)}
+    elif text:
+        yield from _one_after_another(text.removeprefix(MISTRAL).removeprefix(LLAMA))
 
 
-def _call(value: Any, names: frozenset[str]) -> Call | None:
-    if not isinstance(value, dict) or value.get("name") not in names:
+def _all(pattern: re.Pattern[str], text: str) -> Iterator[tuple[str, ...]]:
+    """The groups of matches that a text consists of."""
+    end = 0
+    while end < len(text):
+        match = pattern.match(text, end)
+        if match is None or match.end() == end:
+            raise ValueError(text[end:])
+        yield match.groups()
+        end = match.end()
+
+
+def _one_after_another(text: str) -> Iterator[Any]:
+    """JSON values with semicolons between them; those of a list one by one."""
+    while text := text.strip():
+        value, end = json.JSONDecoder().raw_decode(text)
+        yield from value if isinstance(value, list) else [value]
+        text = text[end:].strip()
+        if text and not text.startswith(";"):
+            raise ValueError(text)
+        text = text.removeprefix(";")
+
+
+def _xml(text: str, tools: Tools) -> Iterator[Any]:
+    for name, inside in _all(IN_XML, text):
+        known = tools.get(name, {}).get("properties", {})
+        given = dict(_all(IN_FUNCTION, inside))
+        yield {
+            "name": name,
+            "arguments": {key: _typed(value, known.get(key, {})) for key, value in given.items()},
+        }
+
+
+def _typed(text: str, schema: Any) -> Any:
+    """A text as the JSON that it is, unless a text is asked for."""
+    if isinstance(schema, Mapping) and schema.get("type") == "string":
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _call(value: Any, tools: Tools) -> Call | None:
+    if not isinstance(value, dict) or value.get("name") not in tools:
         return None
     arguments = value.get("arguments", value.get("parameters", {}))
     said = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)

@@ -26,11 +26,13 @@ class Busy(QlabError):
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What a step added to a reply. text: what is certain of it now. drawn: its tokens. finish: how
-    it ended, or None. error: why it failed."""
+    """What a step added to a reply. text: what is certain of it now. drawn: the tokens of that
+    text, without those of a stop string. written: how many tokens the step wrote. finish: how it
+    ended, or None. error: why it failed."""
 
     text: str
     drawn: tuple[Drawn, ...]
+    written: int
     finish: str | None
     error: str | None
 
@@ -42,7 +44,7 @@ class Answer:
         self.asked, self.is_ended = asked, False
         self.asked_at = time.monotonic()
         self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
-        self._told = 0
+        self._told = self._written = 0
 
     @property
     def tokens(self) -> int:
@@ -66,18 +68,21 @@ class Answer:
     def new(self) -> Piece | None:
         """What was added since the last call, or None."""
         request = self.asked.request
-        finish, drawn = request.finish, tuple(request.drawn[self._told :])
-        if not drawn and finish is None:
+        finish, written = request.finish, len(request.drawn) - self._written
+        if not written and finish is None:
             return None
-        self._told += len(drawn)
+        text = self.asked.taken()
+        drawn = tuple(request.drawn[self._told : self.asked.told_tokens])
+        self._told, self._written = self._told + len(drawn), self._written + written
         error = None if request.error is None else f"the model failed: {first_line(request.error)}"
         self.is_ended = finish is not None
-        return Piece(text=self.asked.taken(), drawn=drawn, finish=finish, error=error)
+        return Piece(text=text, drawn=drawn, written=written, finish=finish, error=error)
 
     def failed(self, error: Exception | SystemExit) -> Piece:
         """The last piece, where a whole step failed."""
         self.is_ended = True
-        return Piece(text="", drawn=(), finish=ERROR, error=f"a step failed: {first_line(error)}")
+        said = f"a step failed: {first_line(error)}"
+        return Piece(text="", drawn=(), written=0, finish=ERROR, error=said)
 
     def put(self, piece: Piece) -> None:
         """Hand a piece to whoever reads, in the event loop."""

@@ -83,8 +83,12 @@ def test_text_grows_up_to_the_first_stop_string(stop):
             return whole.replace("<", "�").replace(">", "�")
 
     letters = "aaabc<>def ghi jk<>"
-    text = GrowingText(Letters(), stop)
-    pieces = [text.add(ord(letter)) for letter in letters] + [text.end()]
+    text, pieces = GrowingText(Letters(), stop), []
+    for letter in letters:
+        pieces.append(text.add(ord(letter)))
+        of_tokens = Letters().decode(map(ord, letters[: text.told_tokens])).rstrip("�")
+        assert of_tokens == "".join(pieces)
+    pieces.append(text.end())
     expected = letters.replace("<>", "é")
     places = [expected.index(s) for s in stop if s and s in expected]
     assert "".join(pieces) == expected[: min(places, default=None)]

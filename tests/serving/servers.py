@@ -21,18 +21,19 @@ def free_port():
 
 
 @contextlib.contextmanager
-def served(directory, queue_tokens=100_000, keys=(), timeout=None):
-    """A server over a directory; its `url` is where it is."""
+def served(directory, queue_tokens=100_000, keys=(), timeout=None, **listening):
+    """A server over a directory; its `url` is where it is. listening: more of uvicorn's."""
     pipe = qlab.pipeline(directory, dtype=torch.float32, rows=4)
     facts = facts_of(pipe, "float32")
     settings = Settings(name="tiny", facts=facts, keys=keys, timeout=timeout)
     server, port = Server(Worker(pipe, queue_tokens), settings), free_port()
-    running = uvicorn.Server(uvicorn.Config(application(server), port=port, log_level="error"))
+    config = uvicorn.Config(application(server), port=port, log_level="error", **listening)
+    running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run)
     thread.start()
     while not running.started:
         time.sleep(0.02)
-    server.url = f"http://127.0.0.1:{port}"
+    server.url = f"{'https' if listening else 'http'}://127.0.0.1:{port}"
     try:
         yield server
     finally:

@@ -140,6 +140,12 @@ def test_models_tokens_metrics_and_the_page(server, pipe):
     assert after["qlab_new_tokens_total"] - before["qlab_new_tokens_total"] == 3
     assert after["qlab_pages_free"] == after["qlab_pages"]
     assert [get(path).status_code for path in ("/health", "/ready", "/docs")] == [200] * 3
+    server.is_draining = True  # it computes, and lets nobody in
+    try:
+        assert [get(path).status_code for path in ("/health", "/ready")] == [200, 503]
+        assert post(f"{server.url}/v1/completions", json=OK).status_code == 503
+    finally:
+        server.is_draining = False
     assert "<title>qlab</title>" in get("/").text
 
 
@@ -213,19 +219,27 @@ def test_other_doors_refuse_too(server):
 
 
 # ------------------------------------------------------------------ clients that leave, and limits
+def aborted(server):
+    """How many replies ended because nobody wanted them."""
+    name, get = 'qlab_requests_total{finish="abort"}', lambda path: httpx.get(server.url + path)
+    return _metrics(get).get(name, 0)
+
+
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_leaves_frees_what_was_computed_for_it(server, stream):
+def test_who_leaves_ends_what_is_computed_for_it(server, stream, monkeypatch):
+    step, before = server.worker.pipe.engine.step, aborted(server)
+    monkeypatch.setattr(server.worker.pipe.engine, "step", lambda: (time.sleep(0.02), step()))
     body = {"prompt": "word1", "max_tokens": 120, "ignore_eos": True, "stream": stream}
 
     async def leave():
         async with httpx.AsyncClient() as client:
             request = client.build_request("POST", f"{server.url}/v1/completions", json=body)
             sending = asyncio.create_task(client.send(request, stream=True))
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.2)
             sending.cancel()
 
     asyncio.run(leave())
-    assert idle(server)
+    assert idle(server) and aborted(server) == before + 1
 
 
 def test_a_full_queue_a_key_and_a_timeout(directory):

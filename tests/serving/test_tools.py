@@ -17,16 +17,35 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 import qlab
-from qlab.serving.tools import ToolText
+from qlab.serving.tools import ToolText, calls_in
 
 NAMES = ["weather", "time"]
+PARAMETERS = {"weather": {"properties": {"city": {"type": "string"}}}, "time": {}}
 ONE = '{"name": "weather", "arguments": {"city": "Köln"}}'
 TWO = '{"name": "time", "parameters": {}}'
+CITY = '{"city": "Köln"}'
+XML = (
+    "<function=weather>\n<parameter=city>\n12\n</parameter>\n"
+    "<parameter=days>\n[3]\n</parameter>\n</function>"
+)
+DEEP = (
+    "<|tool▁calls▁begin|><|tool▁call▁begin|>time<|tool▁sep|>{}<|tool▁call▁end|>"
+    f"<|tool▁call▁begin|>function<|tool▁sep|>weather\n```json\n{CITY}\n```<|tool▁call▁end|>"
+).replace("|", "\uff5c")
 WRITTEN = {
     f"Let me see. <tool_call>{ONE}</tool_call>": ("Let me see. ", ["weather"]),
     f"<tool_call>\n{ONE}\n</tool_call>\n<tool_call>{TWO}</tool_call>": ("", ["weather", "time"]),
     f"[TOOL_CALLS][{ONE}, {TWO}]": ("", ["weather", "time"]),
     f"<|python_tag|>{TWO}": ("", ["time"]),
+    f"<|python_tag|>{TWO}; {ONE}": ("", ["time", "weather"]),
+    f"<|python_tag|>{TWO} and {ONE}": (f"<|python_tag|>{TWO} and {ONE}", []),
+    f"[TOOL_CALLS]weather[ARGS]{CITY}[TOOL_CALLS]time[CALL_ID]abc[ARGS]{{}}": (
+        "",
+        ["weather", "time"],
+    ),
+    f"Well.<tool_call>\n{XML}\n</tool_call>": ("Well.", ["weather"]),
+    f"{DEEP}<\uff5ctool▁calls▁end\uff5c>": ("", ["time", "weather"]),
+    DEEP: ("", ["time", "weather"]),
     f" {TWO}": ("", ["time"]),
     "no call at all": ("no call at all", []),
     'a {"name": "weather"}': ('a {"name": "weather"}', []),
@@ -42,11 +61,16 @@ WRITTEN = {
 @pytest.mark.parametrize("written", WRITTEN)
 def test_calls_are_found_however_the_text_is_cut(written, cuts):
     text, names = WRITTEN[written]
-    reply, places = ToolText(NAMES), sorted({0, *cuts, len(written)})
+    reply, places = ToolText(PARAMETERS), sorted({0, *cuts, len(written)})
     told = [reply.add(written[a:b]) for a, b in pairwise(places)]
     rest, calls = reply.end()
     assert "".join(told) + rest == text and [call.name for call in calls] == names
     assert all(isinstance(json.loads(call.arguments), dict) for call in calls)
+
+
+def test_texts_stay_texts_where_the_tool_takes_them():
+    (call,) = calls_in(f"<tool_call>{XML}</tool_call>", PARAMETERS)
+    assert json.loads(call.arguments) == {"city": "12", "days": [3]}
 
 
 LETTERS = ["<pad>", "<s>", "</s>", *string.printable[:95]]
@@ -132,6 +156,21 @@ def test_a_call_that_the_model_writes_is_a_call(client, server, monkeypatch, str
         text, calls = message.content, message.tool_calls
     assert (text, finish, len(calls)) == ("Well. ", "tool_calls", 1)
     assert calls[0].function.name == "weather" and json.loads(calls[0].function.arguments)["n"] == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_are_those_of_the_text_up_to_a_stop_string(
+    client, server, monkeypatch, stream
+):
+    server.length = len("hi")
+    writes(monkeypatch, server, "ab-cd--ef")
+    for stop, expected in {"--": "ab-cd", "ab-": "", "zz": "ab-cd--ef</s>"}.items():
+        answer = chat(client, stop=stop, logprobs=True, stream=stream)
+        choices = [p.choices[0] for p in answer] if stream else answer.choices
+        said = [choice.delta if stream else choice.message for choice in choices]
+        tokens = [token.token for choice in choices for token in choice.logprobs.content]
+        assert "".join(tokens) == expected
+        assert "".join(part.content for part in said) == expected.removesuffix("</s>")
 
 
 def test_a_call_that_is_asked_for_is_made_and_its_result_is_read(client):
