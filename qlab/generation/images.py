@@ -70,8 +70,8 @@ class ImageReader:
     def encoded(self, chat: Sequence[Mapping[str, Any]], **template: Any) -> Encoded:
         """The prompt that a chat is. template: what its template takes beside the messages."""
         pictures: list[Any] = []
-        messages = in_parts(chat, pictures)
-        with self._lock:
+        with self._lock:  # the images of one prompt at a time are in memory
+            messages = in_parts(chat, pictures)
             text = self.processor.apply_chat_template(messages, tokenize=False, **template)
             processed = self.processor(
                 text=[text], images=pictures or None, return_tensors="pt", add_special_tokens=False

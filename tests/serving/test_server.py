@@ -235,7 +235,8 @@ def test_who_leaves_ends_what_is_computed_for_it(server, stream, monkeypatch):
         async with httpx.AsyncClient() as client:
             request = client.build_request("POST", f"{server.url}/v1/completions", json=body)
             sending = asyncio.create_task(client.send(request, stream=True))
-            await asyncio.sleep(0.2)
+            while not server.worker.answers:
+                await asyncio.sleep(0.01)
             sending.cancel()
 
     asyncio.run(leave())
