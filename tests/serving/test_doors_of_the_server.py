@@ -3,6 +3,7 @@ readers that do not read."""
 
 import asyncio
 import shutil
+import ssl
 import subprocess
 
 import httpx
@@ -88,9 +89,10 @@ def test_a_certificate_makes_it_https(directory, tmp_path):
     made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
     more = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
     subprocess.run([*made, *more], check=True, capture_output=True)
+    context = ssl.create_default_context(cafile=certificate)
     listening = {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}
     with served(directory, **listening) as server:
-        assert httpx.get(f"{server.url}/ready", verify=str(certificate)).status_code == 200
+        assert httpx.get(f"{server.url}/ready", verify=context).status_code == 200
 
 
 def test_a_reader_that_does_not_read_is_cut_off(directory, monkeypatch):
