@@ -79,7 +79,7 @@ def vocabulary(where: str, tokenizer: Any, size: int) -> Vocabulary:
             f"{size} rows in its embedding; one of the two is of another model"
         )
     kinds = gguf.TokenType
-    types = [
+    types: list[int] = [
         (kinds.CONTROL if added[id]["special"] else kinds.USER_DEFINED)
         if id in added
         else (kinds.NORMAL if id in tokens else kinds.UNUSED)

@@ -158,8 +158,13 @@ class _Model:
         writer.add_name(self.title)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in gguf_keys.told(self.settings).items():
-            add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
-            add[type(value)](f"{self.arch}.{key}", value)
+            name = f"{self.arch}.{key}"
+            if isinstance(value, str):
+                writer.add_string(name, value)
+            elif isinstance(value, int):
+                writer.add_uint32(name, value)
+            else:
+                writer.add_float32(name, value)
 
     def heads(self, file_name: str) -> int | None:
         """Heads of a tensor whose rows the file interleaves."""
@@ -195,18 +200,19 @@ def _add_tensor(
     notes: Notes,
 ) -> None:
     """Add a tensor of a leaf; notes the mark of a dense one."""
-    is_coded = spec is not None and tensor.dtype == torch.uint8
-    if not is_coded:
-        if tensor.dtype not in FLOATS:
-            raise QlabError(f"{name} is {tensor.dtype}, of which GGUF holds no weights")
-        if tensor.ndim == 1 and tensor.dtype != torch.float32:
+    if spec is not None and tensor.dtype == torch.uint8:
+        kind = KINDS.__members__[gguf_blocks.KINDS[spec.bits]]
+    else:
+        if tensor.ndim == 1 and tensor.dtype in (torch.float16, torch.bfloat16):
             notes.setdefault(WIDENED, {})[name] = {"dtype": str(tensor.dtype)}
             tensor = tensor.float()
+        if tensor.dtype not in FLOATS:
+            raise QlabError(f"{name} is {tensor.dtype}, of which GGUF holds no weights")
+        kind = FLOATS[tensor.dtype]
         notes.setdefault(MARKS, {})[name] = mark(tensor)
     file_name = model.names[name]
     heads = model.heads(file_name)
     rows = tensor if heads is None else file_format.interleaved(tensor, heads)
-    kind = KINDS[gguf_blocks.KINDS[spec.bits]] if is_coded else FLOATS[tensor.dtype]
     if rows.dtype == torch.bfloat16:  # numpy has none
         rows = rows.contiguous().view(torch.uint8)
     writer.add_tensor(file_name, rows.contiguous().numpy(), raw_dtype=kind)
