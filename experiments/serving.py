@@ -63,14 +63,11 @@ def one_start(directory, mode, rows):
     sys.stdout.write(json.dumps(engine_of(model, mode, int(rows))[1]))
 
 
-def two_starts(directory, mode, rows, folder):
-    """What compiling took in two processes, of which the second finds what the first one made."""
+def first_start(directory, mode, rows, folder):
+    """What compiling took in a process that finds nothing in a folder."""
     command = [sys.executable, __file__, "one-start", directory, mode, str(rows)]
-    environment = {**os.environ, FOLDER: folder}
-    runs = [subprocess.run(command, env=environment, check=True, stdout=-1) for _ in range(2)]
-    first, second = (json.loads(run.stdout.splitlines()[-1]) for run in runs)
-    print(mode, rows, first, second)
-    return {"mode": mode, "first": first, "second": second}
+    run = subprocess.run(command, env={**os.environ, FOLDER: folder}, check=True, stdout=-1)
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def decode_rate(engine, rows):
@@ -88,19 +85,30 @@ def decode_rate(engine, rows):
     return rows * STEPS / seconds
 
 
-def rates_of(directory, rows, top):
-    """Tokens per processor second of every mode, in turns; what is compiled was made before."""
-    model, engines = qlab.lower(directory, dtype=torch.bfloat16), {}
+def figures_of(directory, rows, top):
+    """Of one number of rows. The second start, in this process, finds what the first one made."""
+    first = {mode: first_start(directory, mode, rows, f"{top}/{mode}") for mode in MODES[1:]}
+    print(rows, first)
+    model, engines, second = qlab.lower(directory, dtype=torch.bfloat16), {}, {}
     for mode in MODES:
         os.environ[FOLDER] = f"{top}/{mode}"
-        engines[mode] = engine_of(model, mode, rows)[0]
+        engines[mode], second[mode] = engine_of(model, mode, rows)
+    print(rows, second)
     turns = {mode: [] for mode in MODES}
     for turn in range(TURNS + 1):
         for mode, engine in engines.items():
             rate = decode_rate(engine, rows)
             turns[mode] += [rate] if turn else []  # the first one warms up
     recompiles = [engine.compiled.stats()["recompiles"] for engine in engines.values()]
-    return {"tokens_per_cpu_second": turns, "recompiles": recompiles}
+    assert not any(recompiles), recompiles
+    return {
+        "model": Path(directory).name,
+        "prompt": PROMPT,
+        "steps": STEPS,
+        "first_start": first,
+        "second_start": {mode: second[mode] for mode in MODES[1:]},
+        "tokens_per_cpu_second": turns,
+    }
 
 
 def compile_figures(directory, several="1,16"):
@@ -108,12 +116,9 @@ def compile_figures(directory, several="1,16"):
     table, figures = Table("rows", *MODES), {}
     for rows in map(int, several.split(",")):
         with tempfile.TemporaryDirectory() as top:
-            starts = [two_starts(directory, mode, rows, f"{top}/{mode}") for mode in MODES[1:]]
-            rates = rates_of(directory, rows, top)
-        medians = [median(rates["tokens_per_cpu_second"][mode]) for mode in MODES]
+            figures[str(rows)] = of = figures_of(directory, rows, top)
+        medians = [median(of["tokens_per_cpu_second"][mode]) for mode in MODES]
         table.add_row(str(rows), *[f"{rate:.1f}" for rate in medians])
-        about = {"model": Path(directory).name, "prompt": PROMPT, "steps": STEPS}
-        figures[str(rows)] = {**about, "starts": starts, **rates}
     print(table)
     return figures
 
