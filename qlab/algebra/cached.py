@@ -4,12 +4,30 @@ In latent attention (DeepSeek-V2, 2024) keys and values are a linear function of
 hidden states have, and engines cache those.
 """
 
+from collections.abc import Mapping
 from typing import cast
 
 from torch import fx
 
 from qlab.algebra.graph import WEIGHT_OPS, Code
 from qlab.algebra.wires import wires
+from qlab.errors import QlabError
+from qlab.process.shown import some
+
+
+def refuse_latent(codes: Mapping[str, Code], scheme: str) -> None:
+    """Refuse to round the keys and values of attentions that cache a latent. codes: block -> its
+    program. scheme: how they would be rounded."""
+    latent = [
+        ".".join(filter(None, (path, owner)))
+        for path, code in codes.items()
+        for owner in latent_attentions(code)
+    ]
+    if latent:
+        raise QlabError(
+            f"{some(latent)} caches a latent of which keys and values are made, and not these, so "
+            f"{scheme} is no scheme of its cache; leave the cache as it is"
+        )
 
 
 def latent_attentions(code: Code) -> list[str]:

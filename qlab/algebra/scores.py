@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qlab.algebra.attention import attended, sees_shifts
-from qlab.algebra.graph import ModuleGraph, Op
+from qlab.algebra.graph import Code, ModuleGraph, Op
 from qlab.algebra.online import MatMul, Multiply
 from qlab.algebra.wires import Wire, full_name, open_wires, wires
 from qlab.errors import QlabError
@@ -81,15 +81,27 @@ def scores(graph: ModuleGraph, step: str) -> list[Scores]:
 
 
 def refuse_seen_shifts(graph: ModuleGraph, step: str) -> None:
-    """Refuse keys that a step may shift, of an attention that would see it: one that caps its
-    scores, or has sinks beside them."""
-    selected = {wire.node: wire for wire in open_wires(graph) if wire.kind == "key"}
-    for node in graph.code.graph.nodes:
-        keys = [o.node.name for o in attended(node) if o.kind == "key" and o.node.name in selected]
-        cap = sees_shifts(node) if keys else None
-        if cap is not None:
+    """Refuse keys that a step may shift, of an attention that would see it."""
+    selected = {wire.name for wire in open_wires(graph)}
+    for name, cap in seen_shifts(graph.code).items():
+        if name in selected:
             raise QlabError(
-                f"{full_name(graph.path, selected[keys[0]].name)} cannot be shifted by {step}: its "
-                f"attention puts scores through {cap.target} before the softmax, which sees what "
-                "is added to all of them; leave the step out there (at, rules)"
+                f"{full_name(graph.path, name)} cannot be shifted by {step}: its attention puts "
+                f"scores through {cap} before the softmax, which sees what is added to all "
+                "of them; leave the step out there (at, rules)"
             )
+
+
+def seen_shifts(code: Code) -> dict[str, str]:
+    """The keys of attentions that cap their scores or have sinks beside them, by their wires, with
+    the operation that sees a number added to all scores of a query."""
+    keys = {wire.node: wire.name for wire in wires(code).values() if wire.kind == "key"}
+    seen = {}
+    for node in code.graph.nodes:
+        names = [
+            keys[o.node.name] for o in attended(node) if o.kind == "key" and o.node.name in keys
+        ]
+        cap = sees_shifts(node) if names else None
+        if cap is not None:
+            seen[names[0]] = str(cap.target)
+    return seen

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlab.cli.opening import NONE, Activations, Compile, Dtype, Head, opened, roundings
+from qlab.cli.opening import (
+    NONE,
+    Activations,
+    Compile,
+    Dtype,
+    Head,
+    KvCache,
+    opened,
+    roundings,
+    say_cost,
+)
 from qlab.cli.options import Device, Model
 from qlab.errors import QlabError, printable
 from qlab.process.progress import say
@@ -25,6 +35,7 @@ def chat(
     activations: Activations = "",
     head: Head = "",
     compile: Compile = NONE,
+    kv_cache: KvCache = "",
     system: Annotated[str, typer.Option("--system", help="what the model is told first")] = "",
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="of a reply")] = 512,
 ) -> None:
@@ -39,6 +50,7 @@ def chat(
         dtype=dtype,  # type: ignore[arg-type]
         rows=1,
         compile=compile,  # type: ignore[arg-type]
+        kv_cache=kv_cache or None,
         **roundings(checkpoint, device, activations, head),  # type: ignore[arg-type]
     )
     with suppress(ImportError):
@@ -46,6 +58,7 @@ def chat(
     with ready as pipe:
         if not pipe.answers:
             return
+        say_cost(pipe)
         _talk(Talk(pipe=pipe, system=system, settings={"max_tokens": max_tokens}))
 
 

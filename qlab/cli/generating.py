@@ -5,7 +5,17 @@ from typing import Annotated, Any
 
 import typer
 
-from qlab.cli.opening import NONE, Activations, Compile, Dtype, Head, opened, roundings
+from qlab.cli.opening import (
+    NONE,
+    Activations,
+    Compile,
+    Dtype,
+    Head,
+    KvCache,
+    opened,
+    roundings,
+    say_cost,
+)
 from qlab.cli.options import Device, Model
 from qlab.cli.output import console
 
@@ -28,6 +38,7 @@ def answer(
     activations: Activations = NONE,
     head: Head = NONE,
     compile: Compile = NONE,
+    kv_cache: KvCache = "",
     rows: Annotated[int, typer.Option("--rows", min=1, help="prompts at a time")] = 16,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="of a reply")] = 256,
     temperature: Annotated[
@@ -51,11 +62,13 @@ def answer(
         dtype=dtype,  # type: ignore[arg-type]
         rows=rows,
         compile=compile,  # type: ignore[arg-type]
+        kv_cache=kv_cache or None,
         **roundings(checkpoint, device, activations, head),  # type: ignore[arg-type]
     )
     with ready as pipe:
         if not pipe.answers:
             return
+        say_cost(pipe)
         done = answer_file(pipe, prompts, answers, settings)
     console().print(
         f"{answers}: {done.answers} answers, {done.before} of them from before, "

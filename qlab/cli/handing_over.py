@@ -27,17 +27,12 @@ PrintCommand = Annotated[
 TensorParallel = Annotated[
     int | None, typer.Option("--tensor-parallel", min=1, help="with --engine: devices")
 ]
-EngineCache = Annotated[
-    str,
-    typer.Option("--kv-cache", callback=lower, help="with --engine: fp8, int8 or int4"),
-]
 # parameters that are no options of the engine's server
 OWN = {"model", "engine", "engine_python", "print_command", "api_key", "api_key_file"}
 NEED_ENGINE = {
     "engine_python": "--engine-python",
     "print_command": "--print",
     "tensor_parallel": "--tensor-parallel",
-    "kv_cache": "--kv-cache",
 }
 
 

@@ -4,8 +4,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qlab.cli.options import lower
+from qlab.process.progress import say
+
 if TYPE_CHECKING:
     from qlab.files.checkpoint import Checkpoint
+    from qlab.generation.pipeline import Pipeline
 
 Dtype = Annotated[
     str, typer.Option("--dtype", help="of the activations: bfloat16, float16 or float32")
@@ -32,6 +36,15 @@ Compile = Annotated[
         "--compile",
         help="what is compiled while requests run as they are: block (seconds for each of 1, 2, 4, "
         "... rows), model (minutes for each, and faster) or none; what was compiled is kept",
+    ),
+]
+KvCache = Annotated[
+    str,
+    typer.Option(
+        "--kv-cache",
+        callback=lower,
+        help="how keys and values are cached: int8, fp8, int4, k8v4, a KV_... of `qlab schemes`, "
+        "or a cache spec such as int8-head (default: as the directory says)",
     ),
 ]
 NONE = "none"
@@ -65,3 +78,13 @@ def _head(model: "Checkpoint") -> str:
     """The spec with the least loss that its kernel takes."""
     is_even = model.config.get_text_config().hidden_size % 32 == 0
     return f"{INT8}-g32" if is_even else f"{INT8}-channel"
+
+
+def say_cost(pipe: "Pipeline") -> None:
+    """Tell what the rounding of a cache costs, if it is rounded."""
+    from qlab.generation.parallel import joined
+
+    # other ranks run passes of requests alone
+    cost = pipe.cache_cost() if joined("cpu") is None else None
+    if cost is not None:
+        say(f"qlab: {cost}")

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 
 from qlab.cli.handing_over import (
-    EngineCache,
     EngineName,
     EnginePython,
     PrintCommand,
@@ -15,7 +14,16 @@ from qlab.cli.handing_over import (
     hand_over,
     refuse_without_engine,
 )
-from qlab.cli.opening import Activations, Compile, Dtype, Head, opened, roundings
+from qlab.cli.opening import (
+    Activations,
+    Compile,
+    Dtype,
+    Head,
+    KvCache,
+    opened,
+    roundings,
+    say_cost,
+)
 from qlab.cli.options import Device, Model
 from qlab.errors import QlabError
 from qlab.process.extras import needed
@@ -35,6 +43,7 @@ def serve(
     activations: Activations = "",
     head: Head = "",
     compile: Compile = "block",
+    kv_cache: KvCache = "",
     name: Annotated[
         str, typer.Option("--served-model-name", help="(default: the directory's)")
     ] = "",
@@ -66,7 +75,6 @@ def serve(
     engine_python: EnginePython = None,
     print_command: PrintCommand = False,
     tensor_parallel: TensorParallel = None,
-    kv_cache: EngineCache = "",
 ) -> None:
     """Serve a model over OpenAI's API, with a page to talk to it at /. With --engine another engine
     serves it."""
@@ -93,12 +101,14 @@ def serve(
         dtype=dtype,  # type: ignore[arg-type]
         rows=max_num_seqs,
         compile=compile,  # type: ignore[arg-type]
+        kv_cache=kv_cache or None,
         max_length=max_model_len,
         **rounded,  # type: ignore[arg-type]
     )
     if not pipe.answers:
         return
     _warn_open(host, keys)
+    say_cost(pipe)
     settings = Settings(
         name=name or checkpoint.path.name,
         facts=facts_of(pipe, rounded["activations"] or dtype),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from qlab.algebra.cached import latent_attentions
+from qlab.algebra.cached import refuse_latent
 from qlab.algebra.crossed import crossed
 from qlab.algebra.graph import ModuleGraph, Site, by_origin
 from qlab.algebra.groups import made_of
@@ -131,16 +131,7 @@ def _check_wires(stage: Stage, pattern: str, model: Sites) -> None:
 
 def _refuse_other_caches(stage: Stage, model: Sites) -> None:
     """Refuse to round a cache that holds no keys and values as attention reads them."""
-    latent = [
-        ".".join(filter(None, (path, owner)))
-        for path, code in model.codes.items()
-        for owner in latent_attentions(code)
-    ]
-    if latent:
-        raise QlabError(
-            f"{some(latent)} caches a latent of which keys and values are made, and not these, so "
-            f"{stage.detail} is no scheme of its cache; leave the cache as it is"
-        )
+    refuse_latent(model.codes, stage.detail)
     without = unseen(stage, model)
     if without:
         raise QlabError(

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from qlab.generation.coded import Coders, Codes, Numbers, Shapes, Slots
+from qlab.generation.coded import Coders, Codes, Numbers, Shapes, Slots, coders_of
 
 States = list[Any]  # the cache's layer objects of one request, in which recurrent states are
 
@@ -40,6 +40,13 @@ class Layers:
     def bytes_of_token(self) -> int:
         """Of its keys and values in all layers."""
         return Pool(self, 0, 1).nbytes()
+
+
+def layers_of(model: PreTrainedModel, shapes: Shapes) -> Layers:
+    """What a model stores of a token: codes where its attentions round keys and values."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    coders = coders_of(model, shapes)
+    return Layers(shapes=shapes, dtype=dtype, device=model.device, coders=coders)
 
 
 class Pool:
@@ -170,9 +177,13 @@ def _slots(layers: Layers, place: tuple[int, str], slots: int, heads: int, chann
     return Codes(slots, heads, channels, coder, layers.device)
 
 
+class _OfNumbers(DynamicCache):
+    """A cache into which no attention puts codes."""
+
+
 def probed(model: PreTrainedModel) -> DynamicCache:
     """A cache of one token, whose shapes are those of every cache of the model."""
-    cache = DynamicCache(config=model.config)
+    cache = _OfNumbers(config=model.config)
     ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     with torch.no_grad():
         model(ids, use_cache=True, **{cache_argument(model): cache})

@@ -22,18 +22,17 @@ from transformers.cache_utils import DynamicCache
 from qlab.errors import QlabError, first_line
 from qlab.generation.attention import use_row_masks
 from qlab.generation.cache import (
-    Layers,
     Pool,
     Rows,
     States,
     apart,
     cache_argument,
     has_states,
+    layers_of,
     probed,
     shapes_of,
     side_by_side,
 )
-from qlab.generation.coded import coders_of
 from qlab.generation.compiled import Bucket, Compiled
 from qlab.generation.drawing import draw
 from qlab.generation.grammar import Word
@@ -94,7 +93,7 @@ class Engine:
         reuse: bool = True,
         compile: str = "none",
     ):
-        self.model, self.max_length = model, _longest(model, max_length)
+        self.model, self.max_length = model, longest(model, max_length)
         _refuse_below_one(rows=rows, page=page, pages=pages or 1, chunk=chunk, tokens=step_tokens)
         text = model.config.get_text_config()
         self.vocabulary = int(text.vocab_size)
@@ -102,9 +101,7 @@ class Engine:
         self._takes = frozenset(inspect.signature(model.forward).parameters)
         self._cache_argument, self._has_states = cache_argument(model), has_states(probe)
         shapes = shapes_of(probe)
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        coders = coders_of(model, shapes)
-        layers = Layers(shapes=shapes, dtype=dtype, device=model.device, coders=coders)
+        layers = layers_of(model, shapes)
         self._together = not shapes or use_row_masks(model)
         size = page * layers.bytes_of_token
         free = int(SHARE * free_bytes(model.device)) if memory is None else memory
@@ -381,7 +378,8 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _longest(model: PreTrainedModel, asked: int | None) -> int:
+def longest(model: PreTrainedModel, asked: int | None) -> int:
+    """How many tokens a request may have of which nobody, or somebody, said how many."""
     has = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if asked is None:
         return min(has or LONGEST, LONGEST)

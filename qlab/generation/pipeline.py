@@ -15,8 +15,10 @@ from qlab.algebra.spec import Spec
 from qlab.data.calibration import tokenizer_of
 from qlab.errors import QlabError, first_line, warn
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
+from qlab.generation.cache_cost import CacheCost, cache_cost, calibration_ids
+from qlab.generation.cache_schemes import cache_scheme, put_cache
 from qlab.generation.compiled import refuse_unknown
-from qlab.generation.engine import Engine
+from qlab.generation.engine import Engine, longest
 from qlab.generation.grammar import KINDS, Grammars, Word, asked_for
 from qlab.generation.images import Encoded, ImageReader, as_text, has_images, in_parts
 from qlab.generation.loaded import defaults_of, loaded
@@ -166,6 +168,11 @@ class Pipeline:
         pages, compiled = self.engine.pages, self.engine.compiled.stats()
         return {"pages": pages.count, "pages_free": pages.available, **compiled}
 
+    def cache_cost(self) -> CacheCost | None:
+        """What the rounding of the cache costs, in bytes and in KL divergence, measured in a second
+        or two while nobody waits for a reply; None where it holds numbers as they are."""
+        return cache_cost(self.engine, self.tokenizer)
+
     def __call__(self, prompts: Any, *, stop: str | Sequence[str] = (), **settings: Any) -> Any:
         """The reply to a prompt, or the list of replies to several, in their order.
 
@@ -299,6 +306,7 @@ def pipeline(
     dtype: torch.dtype = torch.bfloat16,
     activations: Activations | None = None,
     head: Spec | None = None,
+    kv_cache: str | None = None,
     rows: int = 16,
     max_length: int | None = None,
     compile: Literal["none", "block", "model"] = "none",
@@ -318,6 +326,10 @@ def pipeline(
         dtype: of the activations.
         activations: as `qlab.lower` takes it; of quantized directories alone.
         head: as `qlab.lower` takes it; of dense directories too.
+        kv_cache: how keys and values are cached: "int8", "fp8", "int4", "k8v4", a KV_... scheme of
+            `qlab.schemes()`, or a cache spec such as "int8-head"; None as the directory says, and
+            as numbers of the activations' dtype where it says nothing. Means and scales that have
+            to be measured are measured on a passage that comes with qlab.
         rows: how many requests run at a time.
         max_length: tokens of a request, prompt and reply; None takes what the model takes, at most
             4096.
@@ -330,8 +342,8 @@ def pipeline(
 
     Raises:
         QlabError: a directory that cannot be read or has no tokenizer, an unknown compile, more
-            tokens than the model has positions, more ranks than its heads and groups can be divided
-            over.
+            tokens than the model has positions, a cache scheme for a model that caches something
+            else, more ranks than its heads and groups can be divided over.
 
     Example:
         >>> import qlab
@@ -341,14 +353,23 @@ def pipeline(
         ('length', 4, 4)
     """
     refuse_unknown(compile)
+    scheme = cache_scheme(kv_cache) if kv_cache else None
     group = joined(device)
     if group is not None and compile != "none":
         warn(f"steps of {group.world} ranks run as they are; compile='none' says so")
+    if group is not None and scheme:
+        raise QlabError(
+            f"--kv-cache {scheme.name} is for one process, and there are {group.world} ranks; "
+            "leave it away, or run one"
+        )
 
     def opened() -> Any:
         checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
         tokenizer = tokenizer_of(checkpoint)
         ready = loaded(checkpoint, device, dtype, activations, head, group)
+        if scheme:
+            most = longest(ready, max_length)
+            put_cache(ready, checkpoint, scheme, calibration_ids(tokenizer, most))
         defaults = defaults_of(ready.generation_config, tokenizer)
         takes_images = "pixel_values" in inspect.signature(ready.forward).parameters
         images = ImageReader(checkpoint) if takes_images else None

@@ -16,6 +16,7 @@ from torch import Tensor
 from qlab.algebra.grid import SHRINK
 from qlab.algebra.insert import insert
 from qlab.algebra.online import QuantizeClipped
+from qlab.algebra.spec import Spec
 from qlab.algebra.transform import Transform
 from qlab.algebra.wires import Wire
 from qlab.errors import QlabError
@@ -54,14 +55,19 @@ def kv_clipped(spec: CacheSpec) -> Transform:
 
     def make(wire: Wire, stats: Mapping[str, Any]) -> QuantizeClipped:
         refuse_split(wire, spec.spec)
-        x_nk = stats["sample"].x_nk
-        roundings = [QuantizeClipped(spec.spec, share) for share in SHARES]
-        # min takes the first of equals, which is the whole range
-        return min(roundings, key=lambda rounding: _error(rounding, x_nk))
+        return clipped_to(spec.of_heads(wire.heads, wire.channels), stats["sample"].x_nk)
 
     form = QuantizeClipped(spec.spec, 1.0)
     return insert("kv_clipped", "re:.*:(key|value)", make, {"sample"}, (form,), str(spec))
 
 
-def _error(rounding: QuantizeClipped, x_nk: Tensor) -> float:
+def clipped_to(spec: Spec, x_nk: Tensor) -> QuantizeClipped:
+    """The rounding of a wire with the share that loses least on these tokens."""
+    roundings = [QuantizeClipped(spec, share) for share in SHARES]
+    # min takes the first of equals, which is the whole range
+    return min(roundings, key=lambda rounding: error(rounding, x_nk))
+
+
+def error(rounding: QuantizeClipped, x_nk: Tensor) -> float:
+    """sum |round(x) - x|^2."""
     return float((rounding(x_nk) - x_nk).square().sum())

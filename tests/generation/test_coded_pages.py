@@ -7,7 +7,7 @@ from engines import PROMPTS, asked, generated, small
 from families import tiny
 
 from qlab.algebra.online import MatMul, QuantizeClipped, QuantizeInput, Subtract
-from qlab.generation import engine as module
+from qlab.generation import cache as module
 from qlab.generation.cache import Rows
 from qlab.generation.sampling import Sampling
 from qlab.lowering.around.attended import attend, attentions, channels_of
@@ -31,12 +31,13 @@ CASES = [
 
 
 def rounding(text, heads, d):
-    """As a directory has it; static scales are those of numbers up to 2."""
+    """As a directory has it; static scales are those of numbers up to 2, of later heads less."""
     cache_spec = parse_cache_spec(text)
     spec = cache_spec.of_heads(heads, heads * d)
     if not cache_spec.static:
         return QuantizeInput(spec)
-    return QuantizeInput(spec, torch.full((1, heads if cache_spec.per_head else 1), 2 / spec.reach))
+    count = heads if cache_spec.per_head else 1
+    return QuantizeInput(spec, torch.linspace(2, 1, count)[None] / spec.reach)
 
 
 def rounds(family, key, value):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from model_folders import random_tokens, refused
 from tolerances import MODEL
+from transformers.cache_utils import DynamicCache
 
 import qlab
 from qlab.evaluation.perplexity import read
@@ -71,10 +72,14 @@ def token_by_token(model, **cache):
     return torch.cat(logits, 1)
 
 
+class OfNumbers(DynamicCache):
+    """A cache that holds no codes."""
+
+
 @torch.no_grad()
 def check_reads(model):
-    """Behind a cache the first block reads what it reads at once, and every token becomes the
-    numbers that it becomes alone, bit for bit."""
+    """Behind a cache of numbers the first block reads what it reads at once, and every token
+    becomes the numbers that it becomes alone, bit for bit."""
     reads = {name: module for name, module in model.named_modules() if isinstance(module, OfHeads)}
     entered, left = {}, {}
 
@@ -85,9 +90,9 @@ def check_reads(model):
         return hook
 
     hooks = [module.register_forward_hook(note(name)) for name, module in reads.items()]
-    model(IDS)
+    model(IDS, use_cache=False)
     at_once = dict(entered)
-    token_by_token(model)
+    token_by_token(model, past_key_values=OfNumbers(config=model.config))
     for hook in hooks:
         hook.remove()
     for name, x in entered.items():

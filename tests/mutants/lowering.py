@@ -99,4 +99,28 @@ MUTANTS = [
         "mended",
         "lowering/rows",
     ),
+    Mutant(
+        "codes of a cache are rounded again by each step",
+        "generation/cache.py",
+        "decodes",
+        "(layer_idx, kind) in coders",
+        "False",
+        "generation/coded_pages",
+    ),
+    Mutant(
+        "codes of a cache are those of numbers that were not turned",
+        "lowering/around/coded_tokens.py",
+        "written",
+        "x_nk = step(x_nk)",
+        "step(x_nk)",
+        "generation/coded_pages",
+    ),
+    Mutant(
+        "stored scales of the heads of a cache are those of its first",
+        "lowering/around/coded_tokens.py",
+        "read",
+        "t.view(1, 1, -1, 1)",
+        "t.view(1, 1, -1, 1)[:, :, :1]",
+        "generation/coded_pages",
+    ),
 ]

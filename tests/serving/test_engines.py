@@ -108,7 +108,7 @@ def test_what_an_engine_does_not_have_is_refused_by_name(engine, words, reason, 
     assert code == 2 and not out and reason in error
 
 
-@pytest.mark.parametrize("option", [["--print"], ["--tensor-parallel", "2"], ["--kv-cache", "fp8"]])
+@pytest.mark.parametrize("option", [["--print"], ["--tensor-parallel", "2"]])
 def test_options_of_engines_go_with_one(option, made, command):
     code, _, error = command(main, "serve", made(), *option)
     assert code == 2 and f"{option[0]} goes with --engine" in error

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
@@ -30,6 +30,9 @@ from qlab.algebra.wires import full_name
 from qlab.errors import QlabError, warn
 from qlab.files.checkpoint import Checkpoint
 from qlab.lowering.around import attention as one_token
+from qlab.lowering.around.coded_layer import decoded_of
+from qlab.lowering.around.coded_tokens import Coder
+from qlab.lowering.around.coded_tokens import refusal as refusal_as_codes
 from qlab.lowering.around.hadamard import rotation
 from qlab.lowering.around.inputs import RoundedInput
 from qlab.model.skeleton import Skeleton
@@ -79,24 +82,43 @@ class OfHeads(nn.Module):
 
 
 def attend(model: PreTrainedModel, attended: Attended, device: torch.device) -> None:
-    """Let the attentions of a model do it, which have to be among `attentions`."""
+    """Let the attentions of a model do it, which have to be among `attentions`, and do nothing
+    else that was said before."""
     found = {name: ops for name, ops in attended.items() if ops}
     if not found:
         return
-    implementation = model.config._attn_implementation
-    if PREFIX + str(implementation) not in AROUND:
+    implementation = str(model.config._attn_implementation)
+    around = PREFIX + implementation.removeprefix(PREFIX)
+    if around not in AROUND:
         raise QlabError(
             f"{next(iter(found))} rounds what attention reads, which qlab does around the "
             f"attention implementations sdpa and eager, not {implementation}; load the model with "
             "attn_implementation='sdpa'"
         )
-    model.set_attn_implementation(PREFIX + str(implementation))
+    model.set_attn_implementation(around)
     keep_written_out(model)
     for name, by_kind in found.items():
         reads = {kind: OfHeads(f"{name}:{kind}", ops, device) for kind, ops in by_kind.items()}
         module: Any = model.get_submodule(name)
+        if not hasattr(module, "reads"):
+            module.register_forward_pre_hook(_before, with_kwargs=True)
         module.reads, module.decoded = nn.ModuleDict(reads), ()
-        module.register_forward_pre_hook(_before, with_kwargs=True)
+    modules: list[Any] = [model.get_submodule(name) for name in found]
+    # fewer than there are blocks, where some read keys and values of others
+    layers = len(DynamicCache(config=model.config).layers)
+    has_own = all(getattr(module, "layer_idx", layers) < layers for module in modules)
+    for module in modules:
+        module.coders = _coders(module) if has_own else {}
+
+
+def _coders(module: Any) -> dict[str, Coder]:
+    """What keys and values become that a cache may hold as codes, both or none."""
+    steps = {kind: module.reads[kind].steps for kind in KINDS[1:] if kind in module.reads}
+    channels = channels_of(module)
+    fit = {kind: refusal_as_codes(steps[kind], channels[kind]) is None for kind in steps}
+    if not (len(fit) == 2 and all(fit.values())):
+        return {}
+    return {kind: Coder(steps[kind], channels[kind]) for kind in steps}
 
 
 def keep_written_out(model: PreTrainedModel) -> None:
@@ -253,8 +275,9 @@ def _before(module: Any, args: tuple, more: dict[str, Any]) -> None:
             "the model is loaded"
         )
     cache = next((a for a in (*args, *more.values()) if isinstance(a, Cache)), None)
-    decodes = getattr(cache, "decodes", None)
-    module.decoded = decodes(module.layer_idx) if decodes else ()
+    module.decoded = ()
+    if cache is not None:
+        module.decoded = decoded_of(cache, module.layer_idx, module.coders)
 
 
 def _around(plain: Callable[..., Any]) -> Callable[..., Any]:

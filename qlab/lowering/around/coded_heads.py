@@ -145,10 +145,11 @@ def decoded(
         from qlab_kernels.cached import unpack_nibbles
 
         codes = unpack_nibbles(codes, channels)
+    # a tensor of its own, which is changed in place: large ones take most of the time to make
     x = numbers(codes, torch.float32).unflatten(-1, (scales.shape[-1], -1))
     if zeros is not None:
-        x = x - zeros.float()[..., None]
-    return (x * scales.float()[..., None]).flatten(-2).to(dtype)
+        x.sub_(zeros.float()[..., None])
+    return x.mul_(scales.float()[..., None]).flatten(-2).to(dtype)
 
 
 def coded(op: Rounding, x: Tensor) -> CodedHeads:
