@@ -110,7 +110,7 @@ def test_nothing_is_lost_among_clients_that_cancel_wait_and_send_nonsense(saved,
         replies = pipe(PROMPTS, temperature=0, max_tokens=TOKENS)
     with served(tmp_path / "out") as server:
         expected, memory = [reply.text for reply in replies], []
-        for seed in range(2):
+        for seed in range(3):
             before = counted(server.url)
             kinds, read = asyncio.run(soak(server.url, expected, seed))
             assert idle(server)
@@ -123,5 +123,5 @@ def test_nothing_is_lost_among_clients_that_cancel_wait_and_send_nonsense(saved,
             assert len(read) <= ended(new, "stop", "length") <= len(read) + unsure
             assert ended(new, "stop", "length", "abort") <= len(read) + unsure
             assert sum(read) <= new["qlab_new_tokens_total"] <= sum(read) + unsure * TOKENS
-        assert memory[1] <= 1.02 * memory[0]
+        assert memory[2] <= 1.02 * memory[1]  # the first ones fill what is kept for later
         assert httpx.post(f"{server.url}/v1/completions", json=body(0)).status_code == 200
