@@ -33,7 +33,7 @@ def insert(
     Args:
         name: The stage's name in plans, reports and errors.
         wires: A pattern over the names of wires, or over those in the model (see `at`): `*:in`,
-            `*.self_attn:key`, `re:.*:(key|value)`, `*:enter`.
+            `*.self_attn:key`, `re:.*:(key|value)`, `*:enter`, `*.mlp.act_fn:out`.
         make: Gets the wire and its statistics by name, as copies, and returns the operation x -> x,
             which keeps the shape and writes to nothing. Its result is cast to the dtype of x.
         needs: The statistics, names or qlab.Stat values of your own. They are those of the value

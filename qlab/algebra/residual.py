@@ -63,7 +63,7 @@ class Orthogonal:
         leaves: dict[str, Leaf] = {}
         if site.path in self.readers:
             gain = self.readers[site.path]
-            factor = 1.0 if gain is None else _factor(graph, gain)
+            factor: Tensor | float = 1.0 if gain is None else _factor(graph, gain)
             kept = torch.float64 if site.path in self.writers else torch.float32
             W_ok = _rows_turned(W_ok, factor, R, kept)
         if site.path in self.writers:

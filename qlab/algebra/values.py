@@ -114,7 +114,7 @@ def _operation(node: fx.Node) -> str:
     if target is operator.getitem:
         return _operation(node.all_input_nodes[0])
     if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.partition("::")[2].strip("_")
+        return str(target._schema.name).partition("::")[2].strip("_")
     return type(target).__name__.lower()
 
 

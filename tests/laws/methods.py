@@ -5,6 +5,7 @@ import torch
 from newcomer_steps import NEWCOMER_STEPS
 from own_steps import OWN_STEPS
 from quick import QUICK, WHOLE
+from reader_steps import READER_STEPS
 
 from qlab.algebra.grid import mse, signed, weighted_mse
 from qlab.algebra.statistic import Stat
@@ -41,7 +42,7 @@ LAW_METHODS = {  # name -> (spec -> transform)
     "smoothquant_gptq": lambda spec: chain(smoothquant(0.3), gptq(spec)),
 }
 # Masks, leaves and inserts too: the laws of every step.
-LAW_STEPS = {**LAW_METHODS, **OWN_STEPS, **NEWCOMER_STEPS}
+LAW_STEPS = {**LAW_METHODS, **OWN_STEPS, **NEWCOMER_STEPS, **READER_STEPS}
 # They change producers beside the weights that they round.
 MOVING = ("awq", "autoawq", "llmcompressor", "smoothquant", "rotate", "quarot", "quip", "qat")
 UNROUNDED = ("awq_scale", "smoothquant_scale", "kv")  # round no weights
@@ -64,6 +65,7 @@ IN_ROWS = (
     "auto_round_refine",
     *BESIDE,
     "kv",
+    *READER_STEPS,
 )
 
 

@@ -11,11 +11,11 @@ from families import MIXTURES, tiny
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from qlab.algebra.block import SAMPLES
+from qlab.algebra.block import BLOCK_IO, SAMPLES
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.interpret import inputs_of
 from qlab.algebra.qtensor import dense
-from qlab.algebra.running import apply
+from qlab.algebra.running import apply, keys_of
 from qlab.algebra.statistic import Observation
 from qlab.algebra.stats import STATS, Moment, stat_of
 from qlab.algebra.tracing.taken_apart import take_apart
@@ -60,13 +60,8 @@ class Segment:
 
     def stats_for(self, transform):
         """Those, and what the stages ask for beside them."""
-        own = {
-            (site.source, need)
-            for stage in transform
-            for need in stage.needs
-            for site in self.graph.sites
-            if not isinstance(need, str)
-        }
+        asked = {key for stage in transform for key in keys_of(stage, self.graph)}
+        own = {(of, need) for of, need in asked - self.stats.keys() if need != BLOCK_IO}
         return {**self.stats, **(self.observe(self.graph, own) if own else {})}
 
     def all_stats(self, graph):
