@@ -146,7 +146,7 @@ def _one_after_another(text: str) -> Iterator[Any]:
 def _xml(text: str, tools: Tools) -> Iterator[Any]:
     for name, inside in _all(IN_XML, text):
         known = tools.get(name, {}).get("properties", {})
-        given = dict(_all(IN_FUNCTION, inside))
+        given = {key: value for key, value in _all(IN_FUNCTION, inside)}
         yield {
             "name": name,
             "arguments": {key: _typed(value, known.get(key, {})) for key, value in given.items()},
