@@ -92,7 +92,9 @@ def best(scheme):
     inputs = None if scheme.inputs is None else scheme.inputs.spec
     is_wide = isinstance(inputs, qlab.Int) or getattr(inputs, "scale_dtype", None) == POWER_OF_2
     turned = qlab.chain(qlab.rotate_residual(), qlab.quarot()) if is_wide else ()
-    return qlab.chain(turned, scheme.on_inputs("least_error"), scheme.filled("loaq-refined"))
+    # under a global scale nothing is gained by clipping: groups have scales of their own
+    static = "absmax" if getattr(inputs, "outer", False) else "least_error"
+    return qlab.chain(turned, scheme.on_inputs(static), scheme.filled("loaq-refined"))
 
 
 def divergence(logits, reference):
