@@ -40,7 +40,6 @@ from qlab.files.record import versions
 
 RESULTS = Path(__file__).parent / "results"
 DEMO = "SmolLM2-135M-Instruct"
-POWER_OF_2 = torch.float8_e8m0fnu
 OPTIONS = {"methods": "rtn,best", "schemes": "all", "group": "64", "samples": "4"}
 OPTIONS |= {"length": "256", "windows": "4", "model": "demo", "rival": ""}
 # reads: the model, a file of token ids [samples, length], where to write, a preset, a size of
@@ -83,15 +82,16 @@ def fitting(name, group):
 
 def best(scheme):
     """The recipe that suits a scheme. Weights by `loaq-refined`, solved on the inputs as they will
-    be rounded. Integers have equal steps, and MX floats scales of powers of two, which outliers
-    make wide: their inputs are turned. Other floats have steps that grow with the number, and are
-    left in their basis. Keys and values are turned by heads."""
+    be rounded. Integers have equal steps, which outliers make wide: their inputs are turned. Floats
+    have steps that grow with the number, and are left in their basis. Keys and values are turned by
+    heads."""
     if scheme.weights is None:
         turned = qlab.chain(qlab.rotate_heads(), qlab.rotate_scores())
         return qlab.chain(turned, scheme.on_cache("least_error"))
     inputs = None if scheme.inputs is None else scheme.inputs.spec
-    is_wide = isinstance(inputs, qlab.Int) or getattr(inputs, "scale_dtype", None) == POWER_OF_2
-    turned = qlab.chain(qlab.rotate_residual(), qlab.quarot()) if is_wide else ()
+    turned = ()
+    if isinstance(inputs, qlab.Int):
+        turned = qlab.chain(qlab.rotate_residual(), qlab.quarot())
     # under a global scale nothing is gained by clipping: groups have scales of their own
     static = "absmax" if getattr(inputs, "outer", False) else "least_error"
     return qlab.chain(turned, scheme.on_inputs(static), scheme.filled("loaq-refined"))

@@ -222,7 +222,7 @@ class Compiled:
     def _step(self, run: Any, table_bp: Tensor, start: int, count: int) -> Tensor:
         """Logits of a step of rows with these pages of the small pool, from a position on."""
         rows, text = len(table_bp), self.model.config.get_text_config()
-        whole = {"dtype": torch.int64, "device": self.model.device}
+        whole: dict[str, Any] = {"dtype": torch.int64, "device": self.model.device}
         ids = torch.arange(start, start + count, **whole) % int(text.vocab_size)
         starts = torch.full((rows,), start, **whole)
         seen = Rows(self._pool, table_bp.to(self.model.device), starts, count, [])

@@ -17,7 +17,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qlab.algebra.random import generator
@@ -135,7 +134,7 @@ def keep(e_bv: Tensor, samplings: Sequence[Sampling]) -> None:
 def _leave_out(e_bv: Tensor, least_b1: Tensor) -> None:
     """Make 0 of what is less than the least of its row, and multiples of it of all else: so one
     number tells in every row what is kept."""
-    F.threshold_(e_bv.div_(least_b1), BELOW_1, 0.0)
+    torch.threshold_(e_bv.div_(least_b1), BELOW_1, 0.0)
 
 
 def least_of_nucleus(e_bv: Tensor, top_p_b1: Tensor) -> Tensor:

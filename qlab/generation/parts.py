@@ -111,7 +111,9 @@ class Part:
     ):
         self.name, self.program, self.tokens, self._say = name, program, tokens, say
         # the model does not change while it is served, so its modules are not guarded
-        options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        options: dict[str, Any] = {
+            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        }
         # torch keeps what it compiled by code object, and at most eight for one
         own = types.FunctionType(program.__code__.replace(), program.__globals__)  # type: ignore[attr-defined]
         self._compiled = torch.compile(
