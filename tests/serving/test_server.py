@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import httpx
@@ -15,6 +16,7 @@ from model_folders import prose
 from servers import free_port, idle, served
 
 import qlab
+from qlab.generation.parallel import GroupEnded
 
 TEXT = prose(5)
 GREEDY = {"model": "tiny", "temperature": 0}
@@ -274,6 +276,22 @@ def test_a_step_that_fails_is_an_error_and_the_next_one_is_answered(directory):
             assert json.loads(streamed.splitlines()[0][6:])["error"]["type"] == "server_error"
             engine.step, engine.model.forward = step, forward
             assert httpx.post(url, json=OK).status_code == 200
+
+
+def test_ranks_that_are_gone_leave_nobody_waiting(directory):
+    with served(directory) as server:
+        url, over = f"{server.url}/v1/completions", threading.Event()
+        server.worker.on_end = over.set
+        server.worker.pipe.engine.forward = _gone
+        answer = httpx.post(url, json=OK)
+        assert answer.status_code == 500 and "rank 1 is gone" in answer.json()["error"]["message"]
+        assert over.wait(20) and "rank 1" in str(server.worker.ended) and idle(server)
+        assert httpx.get(f"{server.url}/health").status_code == 503
+        assert httpx.post(url, json=OK).status_code == 503
+
+
+def _gone(*_, **__):
+    raise GroupEnded("rank 1 is gone")
 
 
 def _boom(*_, **__):
