@@ -71,17 +71,31 @@ class Group:
 
     # -------------------------------------------------------------- passes
     def lead(self, engine: Engine) -> None:
-        """Let the others run the passes of an engine too."""
+        """Let the others run the passes of an engine too. Its model cannot be called otherwise
+        from then on: this rank would wait for the others."""
+        is_pass = False
 
         def together(call: Pass, states: States) -> Tensor:
+            nonlocal is_pass
             if self.is_over:
                 self._end("the ranks that ran the model with it have ended")
             try:
                 self._tell(_on(call, torch.device("cpu")))
-                return engine.compute(call, states)
+                is_pass = True
+                logits = engine.compute(call, states)
+                is_pass = False
+                return logits
             except BaseException as error:
                 self._end(f"a forward pass failed, or another rank is gone ({_said(error)})", error)
 
+        def refuse_alone(*_: object) -> None:
+            if not is_pass:
+                raise QlabError(
+                    f"the model runs on {self.world} ranks, which only run the passes of its "
+                    "engine; call the model in one process"
+                )
+
+        engine.model.register_forward_pre_hook(refuse_alone)
         engine.forward = together
 
     @undisturbed

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_folders import add_tokenizer, prose
+from model_folders import add_tokenizer, prose, refused
 from ranks import run_ranks
 
 import qlab
@@ -157,8 +157,10 @@ def test_a_rank_that_fails_ends_all_with_a_sentence(made, tmp_path, dies):
 
 
 def leaves(rank, path):
-    """Rank 0 ends without closing its pipeline."""
+    """Rank 0 ends without closing its pipeline. Its model is not called alone."""
     pipe = qlab.pipeline(path, dtype=torch.float32)
+    if pipe.answers:
+        refused(lambda: pipe.engine.model(torch.tensor([[7]])), "2 ranks", "one process")
     return pipe([7], max_tokens=2) is None
 
 
