@@ -86,7 +86,7 @@ class Group:
                 is_pass = False
                 return logits
             except BaseException as error:
-                self._end(f"a forward pass failed, or another rank is gone ({_said(error)})", error)
+                self._end(_why(error), error)
 
         def refuse_alone(*_: object) -> None:
             if not is_pass:
@@ -110,9 +110,7 @@ class Group:
                         break
                     engine.compute(_on(call, self.device), [])
                 except Exception as error:
-                    self._end(
-                        f"a forward pass failed, or another rank is gone ({_said(error)})", error
-                    )
+                    self._end(_why(error), error)
         self.is_over = True
 
     def close(self) -> None:
@@ -185,6 +183,13 @@ def agreed(work: Callable[[], T], group: Any = None) -> T:
     if dist.get_rank(group):
         raise ToldElsewhere(f"rank {rank}: {why}") from error
     raise error or QlabError(f"rank {rank}: {why}")
+
+
+def _why(error: BaseException) -> str:
+    """Why a pass was not computed: what failed here, or a rank that is waited for in vain."""
+    is_lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+    lost = f"another rank is gone, or did not answer for {PATIENCE.seconds // 60} minutes"
+    return lost if is_lost else f"a forward pass failed ({_said(error)})"
 
 
 def _said(error: BaseException) -> str:
