@@ -277,7 +277,8 @@ def _before(module: Any, args: tuple, more: dict[str, Any]) -> None:
     cache = next((a for a in (*args, *more.values()) if isinstance(a, Cache)), None)
     module.decoded = ()
     if cache is not None:
-        module.decoded = decoded_of(cache, module.layer_idx, module.coders)
+        coders = module.coders if hasattr(module, "reads") else {}
+        module.decoded = decoded_of(cache, module.layer_idx, coders)
 
 
 def _around(plain: Callable[..., Any]) -> Callable[..., Any]:
