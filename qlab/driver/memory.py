@@ -51,8 +51,9 @@ def predict_memory(
     process = psutil.Process().memory_info().rss
     moments = [_outside_the_blocks(skeleton, sites)]
     if any(isinstance(stage.view, EverySegment | WholeModelBasis) for stage in job.recipe):
-        # as the files hold them, as they run, and as they are turned
-        sizes = skeleton.checkpoint.dtype.itemsize + skeleton.dtype.itemsize + FP32
+        # as the files hold them, as they run, and as they are turned: first in parts, whose memory
+        # malloc keeps
+        sizes = skeleton.checkpoint.dtype.itemsize + skeleton.dtype.itemsize + 2 * FP32
         moments.append({"embeddings and head": around_bytes(skeleton, sizes)})
     if job.observed is not None:
         moments.append(_entering(job.observed, skeleton))
