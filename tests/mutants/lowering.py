@@ -103,7 +103,7 @@ MUTANTS = [
         "codes of a cache are rounded again by each step",
         "generation/cache.py",
         "decodes",
-        "(layer_idx, kind) in coders",
+        "(layer, kind) in coders",
         "False",
         "generation/coded_pages",
     ),
