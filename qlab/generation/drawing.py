@@ -52,7 +52,8 @@ def draw(logits_bv: Tensor, drawings: Sequence[Drawing]) -> list[Drawn]:
 
 
 def told(logits_v: Tensor, token: int, count: int | None) -> Drawn:
-    """A token with its log-probability, and those of the `count` likeliest."""
+    """A token with its log-probability, and those of the `count` likeliest. Of one row, which stays
+    in the processor's cache meanwhile: all rows at once take twice as long."""
     if count is None:
         return Drawn(token=token)
     logprobs = logits_v.float().log_softmax(-1)
@@ -115,15 +116,16 @@ def keep(e_bv: Tensor, samplings: Sequence[Sampling]) -> None:
     v = e_bv.shape[1]
     by_rank = [row for row, s in enumerate(samplings) if 0 < s.top_k < v]
     if by_rank:
-        best_bn = likeliest(_rows(e_bv, by_rank), max(samplings[row].top_k for row in by_rank))[0]
+        best_bn = greatest(_rows(e_bv, by_rank), max(samplings[row].top_k for row in by_rank))
         ranks = [[samplings[row].top_k - 1] for row in by_rank]
         at = torch.tensor(ranks, dtype=torch.int64, device=e_bv.device)
         least = e_bv.new_full((len(e_bv), 1), NEVER)
         least[by_rank] = best_bn.gather(1, at).clamp_min(NEVER)
         _leave_out(e_bv, least)
-        e_bv /= e_bv.amax(-1, True)
-    least = _column([max(s.min_p, NEVER) for s in samplings], e_bv)
     by_mass = [row for row, s in enumerate(samplings) if s.top_p < 1]
+    if not by_mass and not any(s.min_p for s in samplings):
+        return
+    least = _column([max(s.min_p, NEVER) for s in samplings], e_bv) * e_bv.amax(-1, True)
     if by_mass:
         top_p = _column([max(samplings[row].top_p, NEVER) for row in by_mass], e_bv)
         of_nucleus = least_of_nucleus(_rows(e_bv, by_mass), top_p)
@@ -141,7 +143,7 @@ def least_of_nucleus(e_bv: Tensor, top_p_b1: Tensor) -> Tensor:
     """The least likelihood [b, 1] in the nuclei: the likeliest tokens up to the one that makes
     their sum top_p of all. Most nuclei lie among the FEW likeliest."""
     wanted_b1 = e_bv.sum(1, True) * top_p_b1
-    best_bn = likeliest(e_bv, FEW)[0]
+    best_bn = greatest(e_bv, FEW)
     up_to = best_bn.cumsum(1)
     inside = up_to - best_bn < wanted_b1
     least_b1 = best_bn.masked_fill(~inside, math.inf).amin(1, True)
@@ -165,22 +167,37 @@ def _least_of_many(e_v: Tensor, wanted: Tensor) -> Tensor:
     return best[before < wanted][-1]
 
 
+def greatest(x_bv: Tensor, count: int) -> Tensor:
+    """The `count` greatest numbers of each row, the greatest first."""
+    groups = x_bv.shape[1] // GROUP
+    if count >= groups:
+        return x_bv.topk(min(count, x_bv.shape[1])).values
+    inside, _ = _of_greatest_groups(x_bv, count)
+    return torch.cat([inside, x_bv[:, groups * GROUP :]], 1).topk(count).values
+
+
 def likeliest(x_bv: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` greatest numbers of each row and their places, the greatest first: they lie in
-    the groups with the `count` greatest maxima."""
+    """The same with their places in the row."""
     groups = x_bv.shape[1] // GROUP
     if count >= groups:
         best = x_bv.topk(min(count, x_bv.shape[1]))
         return best.values, best.indices
-    even = groups * GROUP
-    x_bng = x_bv[:, :even].unflatten(1, (GROUP, groups))
-    group_bm = x_bng.amax(1).topk(count).indices
-    inside = x_bng.gather(2, group_bm[:, None].expand(-1, GROUP, -1)).flatten(1)
+    inside, group_bm = _of_greatest_groups(x_bv, count)
     first = torch.arange(GROUP, device=x_bv.device)[:, None] * groups
     places = (first + group_bm[:, None]).flatten(1)
+    even = groups * GROUP
     rest = torch.arange(even, x_bv.shape[1], device=x_bv.device).expand(len(x_bv), -1)
     best = torch.cat([inside, x_bv[:, even:]], 1).topk(count)
     return best.values, torch.cat([places, rest], 1).gather(1, best.indices)
+
+
+def _of_greatest_groups(x_bv: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The numbers [b, GROUP * count] of the `count` groups with the greatest maxima, among which
+    the `count` greatest numbers are, and those groups. A group is every so many-th number."""
+    groups = x_bv.shape[1] // GROUP
+    x_bng = x_bv[:, : groups * GROUP].unflatten(1, (GROUP, groups))
+    group_bm = x_bng.amax(1).topk(count).indices
+    return x_bng.gather(2, group_bm[:, None].expand(-1, GROUP, -1)).flatten(1), group_bm
 
 
 def _rows(x_bv: Tensor, rows: Sequence[int]) -> Tensor:

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_folders import refused
 
-from qlab.generation.drawing import change, draw, keep, likeliest, noise, told
-from qlab.generation.sampling import Drawing, Sampling
+from qlab.generation.drawing import change, draw, greatest, keep, likeliest, noise, told
+from qlab.generation.sampling import Drawing, Drawn, Sampling
 
 few = settings(deadline=None, max_examples=40)
 LOGITS = st.lists(st.integers(-60, 60), min_size=2, max_size=12, unique=True).map(
@@ -91,6 +91,7 @@ def test_the_likeliest_are_the_greatest(size, count, steps):
     x = torch.randint(steps, (2, size), generator=torch.Generator().manual_seed(size)).float()
     values, places = likeliest(x, count)
     assert torch.equal(values, x.topk(min(count, size)).values)
+    assert torch.equal(greatest(x, count), values)
     assert torch.equal(x.gather(1, places), values)
     assert all(len({*row}) == len(row) for row in places.tolist())
 
@@ -155,8 +156,7 @@ def test_log_probabilities_are_those_of_the_model():
     drawn = told(logits, 2, 2)
     assert math.isclose(drawn.logprob, expected[2].item(), rel_tol=1e-6)
     assert [token for token, _ in drawn.likeliest] == [0, 2]
-    silent = told(logits, 2, None)
-    assert silent.logprob is None and silent.likeliest == ()
+    assert told(logits, 1, None) == Drawn(token=1)
 
 
 @pytest.mark.parametrize(
