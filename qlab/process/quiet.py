@@ -10,12 +10,12 @@ given a model and not the name of one, and that requests hold several prompts.
 import logging
 
 # logger -> the beginnings of its messages that are not shown
-UNHELPFUL: dict[str, str | tuple[str, ...]] = {
-    "torchao": "Failed to load ",
-    "torch.utils._pytree": "%s is an Enum subclass and is now natively supported",
-    "torch._subclasses.fake_tensor": "failed while attempting to run meta for ",
+UNHELPFUL = {
+    "torchao": ("Failed to load ",),
+    "torch.utils._pytree": ("%s is an Enum subclass and is now natively supported",),
+    "torch._subclasses.fake_tensor": ("failed while attempting to run meta for ",),
     "lm_eval.models.huggingface": ("`pretrained` model kwarg is not", "Passed an already-init"),
-    "lm_eval.models.api_models": "Batch size > 1 detected",
+    "lm_eval.models.api_models": ("Batch size > 1 detected",),
 }
 
 

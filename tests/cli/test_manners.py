@@ -148,8 +148,9 @@ def test_a_directory_is_evaluated_without_a_reference(call, saved, text, tmp_pat
 
 
 def test_what_nobody_can_act_on_is_not_said_and_the_rest_is(caplog):
-    for name, message in UNHELPFUL.items():
-        logging.getLogger(name).warning(message + "x", *(["y"] if "%s" in message else []))
+    for name, messages in UNHELPFUL.items():
+        for message in messages:
+            logging.getLogger(name).warning(message + "x", *(["y"] if "%s" in message else []))
         logging.getLogger(name).warning("something else")
     assert [record.message for record in caplog.records] == ["something else"] * len(UNHELPFUL)
 
