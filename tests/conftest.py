@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import setuptools  # noqa: F401  torch's compiler needs it, and behind an import of pip it is refused
 import torch
 from families import tiny
 from model_folders import add_tokenizer, prose

@@ -87,7 +87,7 @@ def cache_cost(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> CacheCost 
 
 def _divergence(engine: Engine, window: Sequence[int]) -> float:
     """The sum of the KL divergences of the tokens behind those of a window."""
-    ids = torch.tensor([[*window]], device=engine.model.device)
+    ids = torch.tensor([[*window]], dtype=torch.int64, device=engine.model.device)
     with unrounded(engine.model):
         p = engine.model(ids, use_cache=False).logits[0].float().log_softmax(-1)
     q = through_pages(engine, window).float().log_softmax(-1)
@@ -102,7 +102,7 @@ def through_pages(engine: Engine, tokens: Sequence[int]) -> Tensor:
     request.pages = engine.pages.take(engine.pages.needed(len(tokens)))
     cache = DynamicCache(config=engine.model.config)
     states = cache.layers if has_states(cache) else []
-    call = pass_over([request], torch.tensor([[*tokens]]), 0, {}, None)
+    call = pass_over([request], torch.tensor([[*tokens]], dtype=torch.int64), 0, {}, None)
     logits = engine.forward(call, states)[0]
     engine.pages.drop(request.pages)
     return logits

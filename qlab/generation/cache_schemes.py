@@ -287,7 +287,7 @@ def _seen(
         for kind in ("key", "value")
     ]
     try:
-        model(torch.tensor([[*ids]], device=model.device), use_cache=False)
+        model(torch.tensor([[*ids]], dtype=torch.int64, device=model.device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

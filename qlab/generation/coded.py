@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qlab.lowering.around.attended import OfHeads
+from qlab.lowering.around.attended import OfHeads, channels_of, key_heads_of
 from qlab.lowering.around.coded_tokens import Coder, refusal
 
 Shapes = Mapping[int, tuple[int, int, int]]  # layer -> heads, channels of a key and of a value
@@ -81,5 +81,12 @@ def coders_of(model: PreTrainedModel, shapes: Shapes) -> Coders:
         (module.layer_idx, kind): module.reads[kind]
         for module in reading
         for kind, channels in zip(("key", "value"), shapes[module.layer_idx][1:])
-        if kind in module.reads and refusal(module.reads[kind].steps, channels) is None
+        if kind in module.reads
+        and _is_read(module, kind, shapes[module.layer_idx][0], channels)
+        and refusal(module.reads[kind].steps, channels) is None
     }
+
+
+def _is_read(module: Any, kind: str, heads: int, channels: int) -> bool:
+    """Whether what is cached is what the attention reads, and no latent of which it makes that."""
+    return heads == key_heads_of(module) and channels == channels_of(module)[kind]

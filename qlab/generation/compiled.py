@@ -10,7 +10,6 @@ nobody. How many tokens the rows have is no part of a graph.
 
 import atexit
 import ctypes
-import os
 import threading
 import time
 from collections import Counter
@@ -30,7 +29,7 @@ from qlab.generation.pages import NOBODY
 from qlab.generation.parts import Blocks, Part, Program, of_module, of_step
 from qlab.lowering.compiler.options import inductor_options
 from qlab.process.progress import say
-from qlab.process.surroundings import undisturbed
+from qlab.process.surroundings import environment, undisturbed
 
 NONE, BLOCK, MODEL = MODES = ("none", "block", "model")
 # Pages of the rows that are compiled with: no other size of a model is a multiple of it, so that
@@ -252,15 +251,11 @@ def kept() -> Iterator[None]:
     """Keep what the compiler makes in the folder of `qlab cache`, for the next start."""
     from qlab_kernels.cache import folder
 
-    place, before = folder() / "compiled", os.environ.get(FOLDER)
+    place = folder() / "compiled"
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError:  # nothing can be kept there, and torch has a place of its own
         yield
         return
-    os.environ[FOLDER] = str(place)
-    try:
+    with environment(FOLDER, str(place)):
         yield
-    finally:
-        os.environ.pop(FOLDER)
-        os.environ |= {} if before is None else {FOLDER: before}

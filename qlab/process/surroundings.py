@@ -7,6 +7,7 @@ held at its default while any call runs, and calls into transformers and torch's
 more of them, go through one lock.
 """
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -183,6 +184,27 @@ def _set(precisions: list[tuple[Any, str]]) -> None:
 
 
 _exact = _Exact()
+
+
+@contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """A variable of the process's environment, which has its value back behind it. What reads it
+    meanwhile in another thread reads this one too."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        os.environ |= {} if before is None else {name: before}
+
+
+@contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """torch's own generators start from a seed, and have their states back behind it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager

@@ -114,9 +114,7 @@ def test_dense_experts_give_those_of_weights_and_biases_too(op):
 def test_a_rounded_input_has_the_gradient_that_it_has_in_the_reference(spec):
     rounding = QuantizeInput(parse_spec(spec))
     x = activations(5, 64, torch.float32)
-    torch.testing.assert_close(
-        gradient(RoundedInput("site", rounding, CPU), x), gradient(rounding, x)
-    )
+    torch.testing.assert_close(gradient(RoundedInput(rounding, CPU), x), gradient(rounding, x))
 
 
 def test_compiled_they_are_the_same():

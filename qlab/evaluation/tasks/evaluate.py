@@ -13,7 +13,7 @@ from qlab.errors import QlabError
 from qlab.evaluation.tasks.scores import Score, TaskScores
 from qlab.files.checkpoint import Checkpoint
 from qlab.process.extras import needed
-from qlab.process.surroundings import undisturbed
+from qlab.process.surroundings import drawn_from, undisturbed
 
 if TYPE_CHECKING:
     from qlab.evaluation.tasks.loading import Loaded
@@ -156,10 +156,9 @@ def _draws_of_its_own() -> Iterator[None]:
     import numpy
 
     states = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng():
+    with drawn_from(SEED):
         random.seed(SEED)
         numpy.random.seed(SEED)
-        torch.manual_seed(SEED)
         try:
             yield
         finally:

@@ -118,7 +118,8 @@ def _coders(module: Any) -> dict[str, Coder]:
     fit = {kind: refusal_as_codes(steps[kind], channels[kind]) is None for kind in steps}
     if not (len(fit) == 2 and all(fit.values())):
         return {}
-    return {kind: Coder(steps[kind], channels[kind]) for kind in steps}
+    heads = key_heads_of(module)
+    return {kind: Coder(steps[kind], channels[kind], heads) for kind in steps}
 
 
 def keep_written_out(model: PreTrainedModel) -> None:
@@ -220,6 +221,14 @@ def channels_of(module: nn.Module) -> dict[str, int]:
     scored = getattr(module, "qk_head_dim", None) or common
     mixed = getattr(module, "v_head_dim", None) or common
     return {"query": scored, "key": scored, "value": mixed}
+
+
+def key_heads_of(module: nn.Module) -> int:
+    """How many heads of keys and values an attention reads. What is cached in another number is
+    something else: a latent, of which it makes them."""
+    config: Any = module.config
+    heads = getattr(module, "num_key_value_heads", None)
+    return heads or getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def refusal(op: Op) -> str | None:

@@ -7,7 +7,7 @@ is given, before anything is in it. Layers with windows, which keep few tokens, 
 numbers either way.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,19 +20,31 @@ from qlab.lowering.around.coded_tokens import Coder
 class CodedLayer(DynamicLayer):
     """Keys and values of one layer as codes [b, n, ...].
 
+    Where something else is cached than what the attention reads (a latent, of which it makes keys
+    and values), the layer holds numbers, as transformers' own does.
+
     Args:
         coders: what keys and values become.
+
+    Attributes:
+        decoded: which of "key" and "value" are given back as they were rounded.
     """
 
     def __init__(self, coders: Mapping[str, Coder]):
         super().__init__()
         self.coders = coders
         self.parts: dict[str, list[Tensor]] = {}
+        self.decoded = ["key", "value"]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **more: Any
     ) -> tuple[Tensor, Tensor]:
         """Keep new keys and values [b, h, n, d], and give all of them as numbers."""
+        given = {"key": key_states, "value": value_states}
+        if not all(coder.fits(given[kind]) for kind, coder in self.coders.items()):
+            self.decoded.clear()
+            self.__class__ = DynamicLayer  # type: ignore[assignment]
+            return DynamicLayer.update(self, key_states, value_states, *args, **more)
         self.is_initialized = True
         return self._with("key", key_states), self._with("value", value_states)
 
@@ -73,7 +85,7 @@ class CodedLayer(DynamicLayer):
         self.parts = {kind: [change(t) for t in parts] for kind, parts in self.parts.items()}
 
 
-def decoded_of(cache: Any, layer: int, coders: Mapping[str, Coder]) -> tuple[str, ...]:
+def decoded_of(cache: Any, layer: int, coders: Mapping[str, Coder]) -> Sequence[str]:
     """Which of "key" and "value" a cache gives back as they were rounded. A dynamic cache that is
     empty there holds codes from here on. coders: of an attention both of whose keys and values may
     be codes, else none."""
@@ -87,4 +99,4 @@ def decoded_of(cache: Any, layer: int, coders: Mapping[str, Coder]) -> tuple[str
     held = cache.layers[layer]
     if coders and type(held) is DynamicLayer and not held.is_initialized:
         cache.layers[layer] = CodedLayer(coders)
-    return ("key", "value") if isinstance(cache.layers[layer], CodedLayer) else ()
+    return getattr(cache.layers[layer], "decoded", ())

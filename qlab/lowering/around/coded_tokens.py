@@ -35,13 +35,19 @@ class Coder:
     Args:
         steps: what the attention makes of them; the last step rounds.
         channels: of a head.
+        heads: that an attention reads, where it is known.
     """
 
-    def __init__(self, steps: nn.ModuleList, channels: int):
+    def __init__(self, steps: nn.ModuleList, channels: int, heads: int | None = None):
         self.rounding: Any
         *self.before, self.rounding = steps
+        self.of_head, self.heads = channels, heads
         self.channels = channels if in_pairs(self.rounding.operation) else None
         self.is_float = isinstance(self.rounding.spec, Float)
+
+    def fits(self, x_bhnd: Tensor) -> bool:
+        """Whether these are as many heads and channels as the attention reads."""
+        return x_bhnd.shape[1] == self.heads and x_bhnd.shape[-1] == self.of_head
 
     def written(self, x_bhnd: Tensor) -> list[Tensor]:
         """Tokens as tensors [b * n, ...]: codes [h, d] or pairs of them, and where tokens have them
