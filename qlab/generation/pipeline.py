@@ -326,10 +326,10 @@ def pipeline(
         dtype: of the activations.
         activations: as `qlab.lower` takes it; of quantized directories alone.
         head: as `qlab.lower` takes it; of dense directories too.
-        kv_cache: how keys and values are cached: "int8", "fp8", "int4", "k8v4", a KV_... scheme of
-            `qlab.schemes()`, or a cache spec such as "int8-head"; None as the directory says, and
-            as numbers of the activations' dtype where it says nothing. Means and scales that have
-            to be measured are measured on a passage that comes with qlab.
+        kv_cache: how keys and values are cached: "int8", "fp8", "int4", "k8v4", the name of a cache
+            scheme of `qlab.schemes()`, or a cache spec such as "int8-head"; None as the directory
+            says, and as numbers of the activations' dtype where it says nothing. Means and scales
+            that have to be measured are measured on a passage that comes with qlab.
         rows: how many requests run at a time.
         max_length: tokens of a request, prompt and reply; None takes what the model takes, at most
             4096.
