@@ -83,4 +83,6 @@ def test_what_cannot_be_rounded_is_refused(saved):
     refused(code(model, "int8-tensor"), "rows", "int8-channel")
     refused(code(model, "int8-g7"), "groups of 7")
     refused(code(model.model, "int8-channel"), "LlamaModel", "no head")
+    model.set_output_embeddings(torch.nn.Identity())
+    refused(code(model, "int8-channel"), "Identity")
     refused(lambda: qlab.lower(saved("llama"), head="int9"), "int9")

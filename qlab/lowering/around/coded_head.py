@@ -32,14 +32,18 @@ def code_head(
         dtype, activations: as `qlab.lower` takes them.
 
     Raises:
-        QlabError: a model without a head, or a spec that shares a scale between rows or does not
-            divide them.
+        QlabError: a model without a head, or with one that is no linear; a spec that shares a scale
+            between rows or does not divide them.
     """
     head = model.get_output_embeddings()
     if head is None:
         raise QlabError(f"{type(model).__name__} has no head, so that none can have codes")
-    if not isinstance(head, nn.Linear) or isinstance(head, QLinear):
+    if isinstance(head, QLinear):
         return
+    if not isinstance(head, nn.Linear):
+        raise QlabError(
+            f"the head is a {type(head).__name__}, and a linear can have codes; leave head away"
+        )
     name = next(name for name, module in model.named_modules() if module is head)
     bias = None if head.bias is None else head.bias.detach()
     leaf = _rounded(name, head.weight.detach(), spec)
