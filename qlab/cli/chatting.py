@@ -14,6 +14,7 @@ from qlab.cli.opening import (
     Head,
     KvCache,
     opened,
+    pipeline_of,
     roundings,
     say_cost,
 )
@@ -40,19 +41,11 @@ def chat(
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="of a reply")] = 512,
 ) -> None:
     """Talk to a model. /help lists the commands; Ctrl-C stops a reply and keeps the talk."""
-    import qlab
     from qlab.generation.talk import Talk
 
     checkpoint = opened(model)
-    ready = qlab.pipeline(
-        checkpoint,
-        device=device,
-        dtype=dtype,  # type: ignore[arg-type]
-        rows=1,
-        compile=compile,  # type: ignore[arg-type]
-        kv_cache=kv_cache or None,
-        **roundings(checkpoint, device, activations, head),  # type: ignore[arg-type]
-    )
+    rounded = roundings(checkpoint, device, activations, head)
+    ready = pipeline_of(checkpoint, rounded, device, dtype, compile, kv_cache, rows=1)
     with suppress(ImportError):
         import_module("readline")  # gives `input` keys that edit, and the lines before
     with ready as pipe:

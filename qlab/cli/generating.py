@@ -13,6 +13,7 @@ from qlab.cli.opening import (
     Head,
     KvCache,
     opened,
+    pipeline_of,
     roundings,
     say_cost,
 )
@@ -49,22 +50,14 @@ def answer(
     seed: Annotated[int, typer.Option("--seed", min=0, help="of the draws of every prompt")] = 0,
 ) -> None:
     """Answer every prompt of a file, in order; a run that was stopped goes on where it was."""
-    import qlab
     from qlab.generation.offline import answer_file
 
     settings: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}
     given = {"temperature": temperature, "top_p": top_p}
     settings |= {name: value for name, value in given.items() if value != UNSET}
     checkpoint = opened(model)
-    ready = qlab.pipeline(
-        checkpoint,
-        device=device,
-        dtype=dtype,  # type: ignore[arg-type]
-        rows=rows,
-        compile=compile,  # type: ignore[arg-type]
-        kv_cache=kv_cache or None,
-        **roundings(checkpoint, device, activations, head),  # type: ignore[arg-type]
-    )
+    rounded = roundings(checkpoint, device, activations, head)
+    ready = pipeline_of(checkpoint, rounded, device, dtype, compile, kv_cache, rows=rows)
     with ready as pipe:
         if not pipe.answers:
             return

@@ -1,6 +1,6 @@
 """How a model that answers is opened: what run, chat and serve have in common."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -49,6 +49,22 @@ KvCache = Annotated[
 ]
 NONE = "none"
 INT8 = "int8"
+
+
+def pipeline_of(
+    model: "Checkpoint",
+    rounded: dict[str, str | None],
+    device: str,
+    dtype: str,
+    compile: str,
+    kv_cache: str,
+    **engine: Any,
+) -> "Pipeline":
+    """The pipeline of a command. rounded: as `roundings` gives it. engine: what requests share."""
+    import qlab
+
+    more: dict[str, Any] = {"dtype": dtype, "compile": compile, **rounded, **engine}
+    return qlab.pipeline(model, device=device, kv_cache=kv_cache or None, **more)
 
 
 def opened(model: str) -> "Checkpoint":

@@ -21,6 +21,7 @@ from qlab.cli.opening import (
     Head,
     KvCache,
     opened,
+    pipeline_of,
     roundings,
     say_cost,
 )
@@ -86,7 +87,6 @@ def serve(
     refuse_without_engine(context)
     for library in ("fastapi", "uvicorn", "prometheus_client"):
         needed(library, "serve")
-    import qlab
     from qlab.serving.app import Server, Settings
     from qlab.serving.facts import facts_of
     from qlab.serving.running import run
@@ -95,16 +95,8 @@ def serve(
     listening = {"host": host, "port": port, **_certificates(ssl_certfile, ssl_keyfile)}
     checkpoint = opened(model)
     rounded = roundings(checkpoint, device, activations, head)
-    pipe = qlab.pipeline(
-        checkpoint,
-        device=device,
-        dtype=dtype,  # type: ignore[arg-type]
-        rows=max_num_seqs,
-        compile=compile,  # type: ignore[arg-type]
-        kv_cache=kv_cache or None,
-        max_length=max_model_len,
-        **rounded,  # type: ignore[arg-type]
-    )
+    shared = {"rows": max_num_seqs, "max_length": max_model_len}
+    pipe = pipeline_of(checkpoint, rounded, device, dtype, compile, kv_cache, **shared)
     if not pipe.answers:
         return
     _warn_open(host, keys)
