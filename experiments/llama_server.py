@@ -2,6 +2,7 @@
 the same codes?
 
 Usage: python experiments/llama_server.py FOLDER [streams=1,16] [prompt=48] [new=32] [rounds=3]
+       [compile=none,block]
 
 The demo model is rounded to nearest into FOLDER (int4-g32, its head int8-g32) and written as GGUF
 (Q4_0, Q8_0). llama.cpp is the wheel xllamacpp, in a process of its own; it rounds activations to
@@ -28,7 +29,7 @@ from qlab.generation.sampling import Sampling
 from qlab.lowering.devices import device_label
 
 RESULT = Path(__file__).parent / "results" / "llama-server.json"
-OPTIONS = {"streams": "1,16", "prompt": "48", "new": "32", "rounds": "3"}
+OPTIONS = {"streams": "1,16", "prompt": "48", "new": "32", "rounds": "3", "compile": "none,block"}
 # The other side. Reads lines of [prompts, new tokens], and answers with its seconds.
 LLAMA = """
 import json, sys, time, xllamacpp
@@ -107,7 +108,8 @@ def main(folder, *given):
     streams = [int(count) for count in options["streams"].split(",")]
     llama = Llama(file, max(streams))
     sides = {"llama.cpp": llama}
-    sides |= {mode: Engine(directory, max(streams), mode) for mode in ("none", "block")}
+    modes = options["compile"].split(",")
+    sides |= {mode: Engine(directory, max(streams), mode) for mode in modes}
     windows = qlab.first_windows(qlab.open("demo"), [demo_text("heldout")], length=512, count=64)
     texts = iter(windows.ids.flatten().unfold(0, prompt, prompt).tolist())
     rates = {}

@@ -11,10 +11,15 @@
 The Gumbel noise makes both a draw from e / sum e (Gumbel 1954). It is the same whatever runs beside
 the request, and a rounding of the logits moves a token only where two blocks or two tokens are that
 close. Blocks need noise for themselves and for the tokens of one, instead of for all.
+
+A token outside the nucleus of top_p is drawn again, among those that are likelier than it: what
+comes at last is a draw from the nucleus, whose least member nobody has to look for.
 """
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain, count
 
 import torch
 from torch import Tensor
@@ -23,63 +28,102 @@ from qlab.algebra.random import generator
 from qlab.generation.sampling import Drawing, Drawn, Sampling
 
 BLOCK = 512  # tokens; noise is drawn for vocabulary / BLOCK + BLOCK numbers
-GROUP = 32  # tokens of which only the likeliest is looked at first
-FEW = 64  # tokens among which the nucleus is looked for first
-NEVER = 1e-35  # a likelihood beside the likeliest token that noise of 24 bits never makes up for
-BIN_SHIFT = 19  # bits of a float that bins leave out: there are 16 bins to an octave
+GROUP = 8  # tokens of which only the likeliest is looked at first
+ROWS = 16  # of which log-probabilities are in memory at a time
+LEAST = 2.0**-126  # of normal numbers in fp32
 LOG2_E = math.log2(math.e)
-BELOW_1 = 1 - 2.0**-24  # the greatest number in fp32 below 1
 
 
 def draw(logits_bv: Tensor, drawings: Sequence[Drawing]) -> list[Drawn]:
     """A token for each row of logits [b, v]."""
+    tokens = _tokens(logits_bv, drawings)
+    return told(logits_bv, tokens, [drawing.sampling.logprobs for drawing in drawings])
+
+
+def _tokens(logits_bv: Tensor, drawings: Sequence[Drawing]) -> list[int]:
     b, v = logits_bv.shape
-    x = logits_bv.new_full((b, v + -v % BLOCK), -math.inf, dtype=torch.float32)
-    x[:, :v] = logits_bv
-    for x_v, drawing in zip(x, drawings):
-        change(x_v[:v], drawing)
+    x = logits_bv.new_empty((b, v + -v % BLOCK), dtype=torch.float32)
+    x[:, :v], x[:, v:] = logits_bv, -math.inf
+    change(x[:, :v], drawings)
     warm = [row for row, d in enumerate(drawings) if d.sampling.temperature > 0]
     cold = [row for row, d in enumerate(drawings) if d.sampling.temperature == 0]
     tokens = torch.empty(len(x), dtype=torch.int64)
     if cold:
-        tokens[cold] = _rows(x, cold).argmax(-1).cpu()
+        tokens[cold] = _first_greatest(_rows(x, cold)).cpu()
     if warm:
         tokens[warm] = _warm(_rows(x, warm), [drawings[row] for row in warm]).cpu()
-    return [
-        told(logits, token, drawing.sampling.logprobs)
-        for logits, token, drawing in zip(logits_bv, tokens.tolist(), drawings)
-    ]
+    return tokens.tolist()
 
 
-def told(logits_v: Tensor, token: int, count: int | None) -> Drawn:
-    """A token with its log-probability, and those of the `count` likeliest. Of one row, which stays
-    in the processor's cache meanwhile: all rows at once take twice as long."""
-    if count is None:
-        return Drawn(token=token)
-    logprobs = logits_v.float().log_softmax(-1)
-    values, tokens = likeliest(logprobs[None], count)
-    pairs = tuple(zip(tokens[0].tolist(), values[0].tolist()))
-    return Drawn(token=token, logprob=logprobs[token].item(), likeliest=pairs)
+def told(logits_bv: Tensor, tokens: Sequence[int], counts: Sequence[int | None]) -> list[Drawn]:
+    """A token of each row with its log-probability, and those of the `count` likeliest; None asks
+    for neither."""
+    drawn = [Drawn(token=token) for token in tokens]
+    asking = [row for row, asked in enumerate(counts) if asked is not None]
+    for rows in (asking[i : i + ROWS] for i in range(0, len(asking), ROWS)):
+        logprobs = logits_bv.new_empty((len(rows), logits_bv.shape[1]), dtype=torch.float32)
+        for of_row, row in zip(logprobs, rows):  # which stays in the processor's cache meanwhile
+            of_row.copy_(logits_bv[row].float().log_softmax(-1))
+        at = torch.tensor([[tokens[row]] for row in rows], dtype=torch.int64)
+        own = logprobs.gather(1, at.to(logprobs.device))[:, 0].tolist()
+        best = likeliest(logprobs, max(counts[row] or 0 for row in rows))
+        for row, logprob, values, places in zip(rows, own, *(part.tolist() for part in best)):
+            pairs = tuple(zip(places, values))[: counts[row]]
+            drawn[row] = Drawn(token=tokens[row], logprob=logprob, likeliest=pairs)
+    return drawn
 
 
-def change(x_v: Tensor, drawing: Drawing) -> None:
-    """Take the penalties of the tokens so far from a row of logits, add its biases, and leave out,
+# ------------------------------------------------------------------ what changes logits
+def change(x_bv: Tensor, drawings: Sequence[Drawing]) -> None:
+    """Take the penalties of the tokens so far from rows of logits, add their biases, and leave out,
     by -inf, stop tokens that come too early and what no word of a grammar goes on with."""
-    sampling = drawing.sampling
-    if sampling.repetition_penalty != 1:
-        seen = torch.tensor([*{*drawing.prompt, *drawing.new}], dtype=torch.int64).to(x_v.device)
-        of_seen, penalty = x_v[seen], sampling.repetition_penalty
-        x_v[seen] = torch.where(of_seen > 0, of_seen / penalty, of_seen * penalty)
-    if drawing.new and (sampling.presence_penalty or sampling.frequency_penalty):
-        new = torch.tensor(drawing.new, dtype=torch.int64)
-        seen, times = (part.to(x_v.device) for part in new.unique(return_counts=True))
-        x_v[seen] -= sampling.presence_penalty + sampling.frequency_penalty * times
-    for token, bias in sampling.logit_bias.items():
-        x_v[token] += bias
-    if len(drawing.new) < sampling.min_tokens and sampling.stop_ids:
-        x_v[list(sampling.stop_ids)] = -math.inf
-    if drawing.word is not None:
-        drawing.word.leave_out(x_v)
+    _divide_repeated(x_bv, drawings)
+    _add(x_bv, [_penalties(drawing) for drawing in drawings])
+    _add(x_bv, [drawing.sampling.logit_bias for drawing in drawings])
+    for x_v, drawing in zip(x_bv, drawings):
+        sampling = drawing.sampling
+        if len(drawing.new) < sampling.min_tokens and sampling.stop_ids:
+            x_v[list(sampling.stop_ids)] = -math.inf
+        if drawing.word is not None:
+            drawing.word.leave_out(x_v)
+
+
+def _divide_repeated(x_bv: Tensor, drawings: Sequence[Drawing]) -> None:
+    """Make logits of tokens so far smaller by the repetition penalty of their row."""
+    penalties = [drawing.sampling.repetition_penalty for drawing in drawings]
+    rows = [row for row, penalty in enumerate(penalties) if penalty != 1]
+    if rows:
+        at = _places(rows, [{*drawings[row].prompt, *drawings[row].new} for row in rows], x_bv)
+        penalty_n, x_n = _column(penalties, x_bv)[at[0], 0], x_bv[at]
+        x_bv[at] = torch.where(x_n > 0, x_n / penalty_n, x_n * penalty_n)
+
+
+def _penalties(drawing: Drawing) -> Mapping[int, float]:
+    """New token -> what is added to its logit: presence and frequency penalties, which are
+    negative."""
+    presence, frequency = drawing.sampling.presence_penalty, drawing.sampling.frequency_penalty
+    if not presence and not frequency:
+        return {}
+    return {token: -presence - frequency * n for token, n in Counter(drawing.new).items()}
+
+
+def _add(x_bv: Tensor, of_rows: Sequence[Mapping[int, float]]) -> None:
+    """Add to the logits of some tokens of each row."""
+    rows = [row for row, added in enumerate(of_rows) if added]
+    if rows:
+        added = [number for row in rows for number in of_rows[row].values()]
+        at = _places(rows, [of_rows[row] for row in rows], x_bv)
+        x_bv[at] += torch.tensor(added, dtype=x_bv.dtype).to(x_bv.device)
+
+
+def _places(
+    rows: Sequence[int], tokens: Sequence[Collection[int]], like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Some tokens of each row, as an index."""
+    lengths = torch.tensor([len(of_row) for of_row in tokens], dtype=torch.int64)
+    row_n = torch.tensor(rows, dtype=torch.int64).repeat_interleave(lengths)
+    token_n = torch.tensor([*chain.from_iterable(tokens)], dtype=torch.int64)
+    return row_n.to(like.device), token_n.to(like.device)
 
 
 # ------------------------------------------------------------------ draws above temperature 0
@@ -88,96 +132,91 @@ def _warm(x_bv: Tensor, drawings: Sequence[Drawing]) -> Tensor:
     samplings = [drawing.sampling for drawing in drawings]
     per_e = _column([LOG2_E / sampling.temperature for sampling in samplings], x_bv)
     e_bv = x_bv.sub_(x_bv.amax(-1, True)).mul_(per_e).exp2_()  # takes half of the time of exp_
-    keep(e_bv, samplings)
+    mass_b = keep(e_bv, samplings)
+    token_b = _drawn(e_bv, drawings, "")
+    rows = [row for row, sampling in enumerate(samplings) if sampling.top_p < 1]
+    for turn in count(1):
+        rows = [row for row in rows if is_outside(e_bv[row], token_b[row], mass_b[row])]
+        if not rows:
+            break
+        again = [drawings[row] for row in rows]
+        token_b[rows] = _drawn(e_bv[rows], again, f" again {turn}")
+    return token_b
+
+
+def _drawn(e_bv: Tensor, drawings: Sequence[Drawing], turn: str) -> Tensor:
+    """A token [b] of each row, as often as it is likely."""
     e_bcn = e_bv.unflatten(1, (-1, BLOCK))
     blocks = e_bcn.shape[1]
-    rows = [noise(blocks + BLOCK, d.seed, len(d.new)) for d in drawings]
-    of_blocks, of_tokens = torch.stack(rows).to(x_bv.device).split([blocks, BLOCK], 1)
+    names = [f"token {len(drawing.new)}{turn}" for drawing in drawings]
+    noise_bn = noise(blocks + BLOCK, [d.seed for d in drawings], names).to(e_bv.device)
+    of_blocks, of_tokens = noise_bn.split([blocks, BLOCK], 1)
     block_b = (e_bcn.sum(-1).log() + of_blocks).argmax(-1)
-    e_bn = e_bcn[torch.arange(len(e_bcn), device=x_bv.device), block_b]
+    e_bn = _of_blocks(e_bcn, block_b)
     return block_b * BLOCK + (e_bn.log() + of_tokens).argmax(-1)
 
 
-def noise(size: int, seed: int, step: int) -> Tensor:
-    """Gumbel noise [size] for the token of a number, in fp32."""
-    u = torch.rand(size, generator=generator(seed, f"token {step}"), dtype=torch.float32)
-    # `rand` gives 0 and never 1: the least that it can give beside 0 stands for 0
-    return -(-u.clamp_min(2.0**-25).log()).log()
+def noise(size: int, seeds: Sequence[int], names: Sequence[str]) -> Tensor:
+    """Gumbel noise [b, size], of a seed and a name in each row, in fp32."""
+    u_bn = torch.empty(len(seeds), size, dtype=torch.float32)
+    for u_n, seed, name in zip(u_bn, seeds, names):
+        u_n.uniform_(generator=generator(seed, name))
+    # uniform numbers are 0 at times and never 1: the least one beside 0 stands for 0
+    return u_bn.clamp_min_(2.0**-25).log_().neg_().log_().neg_()
 
 
 # ------------------------------------------------------------------ filters
-def keep(e_bv: Tensor, samplings: Sequence[Sampling]) -> None:
-    """Make 0 of what the filters leave out of each row: top_k first, then top_p and min_p of what
-    it keeps. Tokens as likely as the least one that is kept are kept. The others are given as
-    multiples of that one.
+def keep(e_bv: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Make 0 of what top_k and min_p leave out of each row. Tokens as likely as the least one that
+    is kept are kept.
 
-    e: how likely tokens are beside the likeliest one.
+    e: how likely tokens are beside the likeliest one, which has 1. Returns the mass [b] that
+    tokens likelier than one of the nucleus have less than: the share top_p of what top_k keeps.
     """
-    v = e_bv.shape[1]
-    by_rank = [row for row, s in enumerate(samplings) if 0 < s.top_k < v]
+    by_rank = [row for row, s in enumerate(samplings) if 0 < s.top_k < e_bv.shape[1]]
     if by_rank:
-        best_bn = greatest(_rows(e_bv, by_rank), max(samplings[row].top_k for row in by_rank))
-        ranks = [[samplings[row].top_k - 1] for row in by_rank]
-        at = torch.tensor(ranks, dtype=torch.int64, device=e_bv.device)
-        least = e_bv.new_full((len(e_bv), 1), NEVER)
-        least[by_rank] = best_bn.gather(1, at).clamp_min(NEVER)
-        _leave_out(e_bv, least)
-    by_mass = [row for row, s in enumerate(samplings) if s.top_p < 1]
-    if not by_mass and not any(s.min_p for s in samplings):
-        return
-    least = _column([max(s.min_p, NEVER) for s in samplings], e_bv) * e_bv.amax(-1, True)
-    if by_mass:
-        top_p = _column([max(samplings[row].top_p, NEVER) for row in by_mass], e_bv)
-        of_nucleus = least_of_nucleus(_rows(e_bv, by_mass), top_p)
-        least[by_mass] = torch.maximum(least[by_mass], of_nucleus)
-    _leave_out(e_bv, least)
+        best_bn, _ = likeliest(_rows(e_bv, by_rank), max(samplings[row].top_k for row in by_rank))
+        ranks = [samplings[row].top_k - 1 for row in by_rank]
+        least_b = e_bv.new_zeros(len(e_bv))
+        least_b[by_rank] = best_bn[[*range(len(by_rank))], ranks]
+        _leave_out(e_bv, least_b)
+    top_p = _column([max(sampling.top_p, LEAST) for sampling in samplings], e_bv)[:, 0]
+    mass_b = e_bv.sum(1) * top_p
+    if any(sampling.min_p for sampling in samplings):
+        _leave_out(e_bv, _column([sampling.min_p for sampling in samplings], e_bv)[:, 0])
+    return mass_b
 
 
-def _leave_out(e_bv: Tensor, least_b1: Tensor) -> None:
-    """Make 0 of what is less than the least of its row, and multiples of it of all else: so one
-    number tells in every row what is kept."""
-    torch.threshold_(e_bv.div_(least_b1), BELOW_1, 0.0)
+def _leave_out(e_bv: Tensor, least_b: Tensor) -> None:
+    """Make 0 of what is less than the least of its row."""
+    below_b = least_b.nextafter(torch.zeros_like(least_b))
+    for e_v, below in zip(e_bv, below_b.tolist()):
+        if below:
+            torch.threshold_(e_v, below, 0.0)
 
 
-def least_of_nucleus(e_bv: Tensor, top_p_b1: Tensor) -> Tensor:
-    """The least likelihood [b, 1] in the nuclei: the likeliest tokens up to the one that makes
-    their sum top_p of all. Most nuclei lie among the FEW likeliest."""
-    wanted_b1 = e_bv.sum(1, True) * top_p_b1
-    best_bn = greatest(e_bv, FEW)
-    up_to = best_bn.cumsum(1)
-    inside = up_to - best_bn < wanted_b1
-    least_b1 = best_bn.masked_fill(~inside, math.inf).amin(1, True)
-    for row in (up_to[:, -1] < wanted_b1[:, 0]).nonzero()[:, 0].tolist():
-        least_b1[row] = _least_of_many(e_bv[row], wanted_b1[row])
-    return least_b1
+def is_outside(e_v: Tensor, token: Tensor, mass: Tensor) -> bool:
+    """Whether a token is outside of its row's nucleus, the likeliest tokens up to the one that
+    makes their sum `mass`. Makes 0 of what is not likelier than the token."""
+    return bool(torch.threshold_(e_v, e_v[token].item(), 0.0).sum() >= mass)
 
 
-def _least_of_many(e_v: Tensor, wanted: Tensor) -> Tensor:
-    """The same of one row, whatever the size of its nucleus: by a histogram over the upper bits of
-    the numbers, which are in their order, and then in the bin where the sum is reached."""
-    bin_v = e_v.view(torch.int32) >> BIN_SHIFT
-    mass = torch.bincount(bin_v, weights=e_v)
-    up_to = mass.flip(0).cumsum(0).flip(0)
-    reached = (up_to >= wanted).nonzero()
-    if not len(reached):  # by roundings of the sum
-        return e_v.new_full((), NEVER)
-    last = reached[-1]
-    best = e_v[bin_v == last].sort(descending=True).values
-    before = up_to[last] - mass[last] + best.cumsum(0) - best
-    return best[before < wanted][-1]
+# ------------------------------------------------------------------ the greatest of each row
+def _first_greatest(x_bv: Tensor) -> Tensor:
+    """The first place [b] of the greatest number of each row, as `argmax` gives it in five times
+    the time."""
+    x_bcn = x_bv.unflatten(1, (-1, BLOCK))
+    block_b = x_bcn.amax(-1).argmax(-1)
+    return block_b * BLOCK + _of_blocks(x_bcn, block_b).argmax(-1)
 
 
-def greatest(x_bv: Tensor, count: int) -> Tensor:
-    """The `count` greatest numbers of each row, the greatest first."""
-    groups = x_bv.shape[1] // GROUP
-    if count >= groups:
-        return x_bv.topk(min(count, x_bv.shape[1])).values
-    inside, _ = _of_greatest_groups(x_bv, count)
-    return torch.cat([inside, x_bv[:, groups * GROUP :]], 1).topk(count).values
+def _of_blocks(x_bcn: Tensor, block_b: Tensor) -> Tensor:
+    """The numbers [b, n] of one block of each row."""
+    return x_bcn[torch.arange(len(x_bcn), device=x_bcn.device), block_b]
 
 
 def likeliest(x_bv: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The same with their places in the row."""
+    """The `count` greatest numbers of each row, the greatest first, and their places in the row."""
     groups = x_bv.shape[1] // GROUP
     if count >= groups:
         best = x_bv.topk(min(count, x_bv.shape[1]))

@@ -90,9 +90,10 @@ class Request:
     def tell_prompt(self, logits_qv: Tensor, begin: int, count: int) -> None:
         """The log-probabilities of the tokens behind those of a part from `begin` on, as far as
         they are the prompt's and were not told before. count: how many likeliest ones beside."""
-        for i, logits in enumerate(logits_qv, begin):
-            if i + 1 < len(self.prompt) and len(self.prompt_drawn) == i:
-                self.prompt_drawn.append(told(logits, self.prompt[i + 1], count))
+        first, end = len(self.prompt_drawn), min(begin + len(logits_qv), len(self.prompt) - 1)
+        tokens = self.prompt[first + 1 : end + 1]
+        rows = logits_qv[first - begin : end - begin]
+        self.prompt_drawn += told(rows, tokens, [count] * len(tokens))
 
     def accept(self, drawn: Drawn) -> None:
         """Take the next token, and end where it says so."""

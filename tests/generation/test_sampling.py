@@ -1,6 +1,7 @@
 """Laws of the draw: what the filters keep, that seeds decide, and that a rounding does not."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_folders import refused
 
-from qlab.generation.drawing import change, draw, greatest, keep, likeliest, noise, told
+from qlab.generation.drawing import change, draw, is_outside, keep, likeliest, noise, told
 from qlab.generation.sampling import Drawing, Drawn, Sampling
 
 few = settings(deadline=None, max_examples=40)
@@ -24,8 +25,12 @@ def drawing(sampling, prompt=(0,), new=(), seed=0):
 def kept(logits, sampling):
     """Which tokens the filters keep."""
     e = (logits - logits.max()).exp()[None].clone()
-    keep(e, [sampling])
-    return e[0] > 0
+    mass = keep(e, [sampling])[0]
+    if sampling.top_p == 1:
+        return e[0] > 0
+    tokens = range(len(logits))
+    inside = torch.tensor([not is_outside(e[0].clone(), torch.tensor(t), mass) for t in tokens])
+    return inside & (e[0] > 0)
 
 
 def one(logits, sampling, **more):
@@ -81,8 +86,12 @@ def test_rows_keep_what_they_ask_for():
     e = (x - x.amax(1, True)).exp()
     keep(e, samplings)
     for row, logits, sampling in zip(e, x, samplings):
-        assert torch.equal(row > 0, kept(logits, sampling))
+        assert torch.equal(row > 0, kept(logits, replace(sampling, top_p=1.0)))
     assert (e > 0).sum(1).tolist()[:2] == [3000, 7]
+    inside = [kept(logits, sampling) for logits, sampling in zip(x, samplings)]
+    for first in range(0, 600, 6):
+        drawn = draw(x, [drawing(s, seed=first + i) for i, s in enumerate(samplings)])
+        assert all(row[one.token] for row, one in zip(inside, drawn))
 
 
 @few
@@ -91,7 +100,6 @@ def test_the_likeliest_are_the_greatest(size, count, steps):
     x = torch.randint(steps, (2, size), generator=torch.Generator().manual_seed(size)).float()
     values, places = likeliest(x, count)
     assert torch.equal(values, x.topk(min(count, size)).values)
-    assert torch.equal(greatest(x, count), values)
     assert torch.equal(x.gather(1, places), values)
     assert all(len({*row}) == len(row) for row in places.tolist())
 
@@ -105,7 +113,8 @@ def test_a_draw_is_of_its_seed_alone_and_no_rounding_moves_it(logits, seed, temp
     rows = torch.stack([*logits.flip(0).expand(3, -1), logits])
     drawn = draw(rows, [*others, drawing(sampling, seed=seed, new=[1])])[-1].token
     assert drawn == expected
-    x = logits / temperature + noise(1 + 512, seed, 1)[1 : 1 + len(logits)]  # of one block
+    of_tokens = noise(1 + 512, [seed], ["token 1"])[0, 1 : 1 + len(logits)]  # of one block
+    x = logits / temperature + of_tokens
     assert expected == x.argmax()
     margin = x.topk(2).values.diff().abs().item()
     moved = logits * (1 + 1e-6)
@@ -137,14 +146,30 @@ def test_blocks_come_as_often_as_they_are_likely():
     assert chi_squared < 18.5  # four degrees of freedom, one in a thousand
 
 
+def test_tokens_of_a_nucleus_come_as_often_as_they_are_likely_in_it():
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 1.5])
+    sampling = Sampling(top_p=0.75)  # holds three of them
+    counts = torch.zeros(5)
+    for seed in range(2000):
+        counts[one(logits, sampling, seed=seed)] += 1
+    inside = torch.tensor([False, True, True, False, True])
+    expected = 2000 * logits.masked_fill(~inside, -math.inf).softmax(-1)
+    assert torch.equal(counts > 0, inside)
+    chi_squared = ((counts - expected) ** 2 / expected)[inside].sum().item()
+    assert chi_squared < 13.8  # two degrees of freedom, one in a thousand
+
+
 def test_penalties_and_biases_are_the_formula():
     logits = torch.tensor([2.0, -2.0, 1.0, 0.5])
     sampling = Sampling(
         temperature=0, repetition_penalty=2, presence_penalty=0.25, frequency_penalty=0.5
     )
-    x = logits.clone()
-    change(x, drawing(sampling, prompt=[1], new=[2, 2]))
-    assert x.tolist() == [2.0, -4.0, 1.0 / 2 - 0.25 - 2 * 0.5, 0.5]
+    x = logits.repeat(3, 1)
+    biased = Sampling(temperature=0, logit_bias={3: 2.0, 1: -1.0})
+    penalized = drawing(sampling, prompt=[1], new=[2, 2])
+    change(x, [penalized, drawing(Sampling()), drawing(biased)])
+    assert x[0].tolist() == [2.0, -4.0, 1.0 / 2 - 0.25 - 2 * 0.5, 0.5]
+    assert x[1].equal(logits) and x[2].tolist() == [2.0, -3.0, 1.0, 2.5]
     assert one(logits, Sampling(temperature=0, logit_bias={3: 2.0})) == 3
     early = Sampling(temperature=0, stop_ids=(0,), min_tokens=1)
     assert (one(logits, early), one(logits, early, new=[3])) == (2, 0)
@@ -153,10 +178,17 @@ def test_penalties_and_biases_are_the_formula():
 def test_log_probabilities_are_those_of_the_model():
     logits = torch.tensor([2.0, -2.0, 1.0, 0.5])
     expected = logits.log_softmax(-1)
-    drawn = told(logits, 2, 2)
+    drawn, plain, bare = told(logits.repeat(3, 1), [2, 1, 3], [2, None, 0])
     assert math.isclose(drawn.logprob, expected[2].item(), rel_tol=1e-6)
     assert [token for token, _ in drawn.likeliest] == [0, 2]
-    assert told(logits, 1, None) == Drawn(token=1)
+    assert plain == Drawn(token=1)
+    assert math.isclose(bare.logprob, expected[3].item(), rel_tol=1e-6) and not bare.likeliest
+
+
+def test_the_first_of_the_greatest_is_taken_at_temperature_0():
+    x = torch.randint(5, (4, 2000), generator=torch.Generator().manual_seed(4)).float()
+    drawn = draw(x, [drawing(Sampling(temperature=0))] * 4)
+    assert [one.token for one in drawn] == x.argmax(1).tolist()
 
 
 @pytest.mark.parametrize(
@@ -182,6 +214,8 @@ def test_numbers_out_of_range_are_refused_by_name(name, value):
 
 
 def test_every_token_of_a_seed_has_noise_of_its_own():
-    assert torch.equal(noise(50, 3, 1), noise(50, 3, 1))
-    assert not torch.equal(noise(50, 3, 1), noise(50, 3, 2))
-    assert not torch.equal(noise(50, 3, 1), noise(50, 4, 1))
+    once, again, later, other = noise(
+        50, [3, 3, 3, 4], ["token 1", "token 1", "token 2", "token 1"]
+    )
+    assert torch.equal(once, again)
+    assert not torch.equal(once, later) and not torch.equal(once, other)
