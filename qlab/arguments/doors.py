@@ -58,6 +58,7 @@ TAKES: Mapping[str, Mapping[str, plain.Kind]] = {
         "recipe": kinds.recipe,
         "data": kinds.data,
         "out": plain.path,
+        "keep_statistics": plain.optional_path,
     },
     "apply": {**RUN, "model": kinds.model, "recipe": kinds.recipe, "data": kinds.data},
     "write": {**RUN, "quantized": kinds.quantized, "out": plain.path},
@@ -67,6 +68,7 @@ TAKES: Mapping[str, Mapping[str, plain.Kind]] = {
         "recipes": kinds.recipes,
         "data": kinds.data,
         "out": plain.path,
+        "keep_statistics": plain.optional_path,
     },
     "plan": {**RUN, "model": kinds.model, "recipe": kinds.recipe, "data": kinds.data},
     "quantize_files": {

@@ -19,6 +19,7 @@ from qlab.cli.quantizing import plan, quantize
 from qlab.cli.running import run
 from qlab.cli.schemes import schemes
 from qlab.cli.serving import serve
+from qlab.cli.statistics import statistics
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,6 +54,7 @@ app.command("run")(answer)
 app.command()(chat)
 app.command()(serve)
 app.add_typer(kernels.configs, name="cache")
+app.add_typer(statistics, name="stats")
 
 
 def main() -> None:

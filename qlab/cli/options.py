@@ -172,6 +172,19 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="continue a killed run of the same job, or start it")
 ]
 
+KeepStatistics = Annotated[
+    bool,
+    typer.Option(
+        "--keep-statistics",
+        help="with --inputs reference: keep what is observed of the model in $QLAB_HOME, so that "
+        "another method starts at its solver",
+    ),
+]
+Statistics = Annotated[
+    Path | None,
+    typer.Option("--statistics", help="the folder of kept statistics (default: in $QLAB_HOME)"),
+]
+
 
 def _writable(path: Path | None) -> Path | None:
     """Before the work, not after it."""
@@ -196,3 +209,10 @@ def resolved(model: str) -> Path:
     from qlab.demo.hub import demo_model, is_demo_name
 
     return demo_model() if is_demo_name(model) else Path(model)
+
+
+def statistics_folder(named: Path | None) -> Path:
+    """The folder of kept statistics: the one that is named, or that of `$QLAB_HOME`."""
+    from qlab.demo.build import home
+
+    return home() / "statistics" if named is None else named.expanduser()

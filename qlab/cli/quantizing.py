@@ -3,13 +3,23 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qlab.cli.choices import Choices, job_of, with_choices
 from qlab.cli.model_free import quantize_without_model, refuse_site_choices
-from qlab.cli.options import ONE_FILE, Json, MethodName, Model, Overwrite, Resume
+from qlab.cli.options import (
+    ONE_FILE,
+    Json,
+    KeepStatistics,
+    MethodName,
+    Model,
+    Overwrite,
+    Resume,
+    Statistics,
+    statistics_folder,
+)
 from qlab.cli.output import console, output_place, report
 from qlab.errors import QlabError
 
@@ -55,13 +65,18 @@ def quantize(
         list[str] | None,
         typer.Option("--exclude", help="with --model-free: globs of modules to leave"),
     ] = None,
+    keep_statistics: KeepStatistics = False,
+    statistics: Statistics = None,
     json_file: Json = None,
 ) -> None:
     """Quantize a model directory into one that other engines load."""
     import qlab
 
+    kept = statistics_folder(statistics) if keep_statistics or statistics else None
     if model_free:
         refuse_site_choices(choices)
+        if kept:
+            raise QlabError("--model-free runs no model and keeps no statistics; leave them out")
     texts = [*(choices.calib or ()), *(choices.images or ())]
     output_place(out, model, texts, overwrite, resume, json_file, choices.codec or "")
     if model_free:
@@ -83,17 +98,18 @@ def quantize(
             "choose them in Python by qlab.rules and qlab.at"
         )
     job = job_of(model, method, choices)
+    options: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "keep_statistics": kept}
     result = (
-        _as_file(job, out, overwrite, resume)
+        _as_file(job, out, **options)
         if job.codec in ONE_FILE
-        else qlab.quantize(**vars(job), out=out, overwrite=overwrite, resume=resume)
+        else qlab.quantize(**vars(job), out=out, **options)
     )
     console().print(result.plan)
     _show(result, job.codec)
     report(result.json(), json_file)
 
 
-def _as_file(job: "Job", out: Path, overwrite: bool, resume: bool) -> "Result":
+def _as_file(job: "Job", out: Path, overwrite: bool, **options: Any) -> "Result":
     """Quantize into a directory beside the file that is made of it; a killed run is continued
     there."""
     import qlab
@@ -104,7 +120,7 @@ def _as_file(job: "Job", out: Path, overwrite: bool, resume: bool) -> "Result":
     file = gguf_place(out, job.model.path, overwrite)
     folder = file.with_name(f"{file.name}.quantized")
     whole = {**vars(job), "codec": CODEC}
-    result = qlab.quantize(**whole, out=folder, overwrite=overwrite, resume=resume)
+    result = qlab.quantize(**whole, out=folder, overwrite=overwrite, **options)
     made = qlab.convert(result.path, job.codec or CODEC, file, overwrite=overwrite)
     shutil.rmtree(folder)
     return replace(result, path=made.path)

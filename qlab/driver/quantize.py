@@ -31,6 +31,7 @@ def quantize(
     calibrate_all_experts: bool = False,
     codec: str = CODEC,
     target: str | None = None,
+    keep_statistics: str | Path | None = None,
 ) -> Result:
     """Apply a recipe to every block of a model and write the result as a model directory.
 
@@ -60,6 +61,10 @@ def quantize(
         codec: The format that is written, a name in `qlab.codecs.CODECS`.
         target: The engine that is to load the directory, a name in `qlab.codecs.engines`, whose
             limits are checked before anything runs. None checks no engine's.
+        keep_statistics: A folder for the statistics of the unquantized model, with
+            inputs="reference": those that are there are used, and others are put there. Another
+            recipe for the model, on the same data, then runs no block before its solver. None keeps
+            none.
 
     Returns:
         The directory, the report's row of every site, the plan, and what the run cost.
@@ -90,6 +95,7 @@ def quantize(
         calibrate_all_experts=calibrate_all_experts,
         codec=codec,
         target=target,
+        keep_statistics=keep_statistics,
     )
     return results[""]
 
@@ -109,6 +115,7 @@ def compare(
     calibrate_all_experts: bool = False,
     codec: str = CODEC,
     target: str | None = None,
+    keep_statistics: str | Path | None = None,
 ) -> dict[str, Result]:
     """Quantize a model by several recipes, each into a folder of its own.
 
@@ -132,6 +139,7 @@ def compare(
         calibrate_all_experts: See `quantize`.
         codec: See `quantize`.
         target: See `quantize`.
+        keep_statistics: See `quantize`.
 
     Returns:
         Name of a folder -> the result of its recipe.
@@ -164,4 +172,12 @@ def compare(
         )
         for name, recipe in recipes.items()
     }
-    return write_all(named, out, codec=codec, target=target, overwrite=overwrite, resume=resume)
+    return write_all(
+        named,
+        out,
+        codec=codec,
+        target=target,
+        overwrite=overwrite,
+        resume=resume,
+        keep_statistics=keep_statistics,
+    )

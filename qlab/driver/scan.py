@@ -3,13 +3,16 @@
 import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from qlab.data.calibration import Data
 from qlab.driver.batches import Batch, Batches, batch_tokens, in_batches, record
+from qlab.driver.reached import Reached
 from qlab.driver.segments import Solved, Solver, solved_by_each
+from qlab.driver.shelved import Shelved
 from qlab.driver.states import Entering, flat, stored_shapes
 from qlab.files.carry import Carry
 from qlab.model.calls import Call
@@ -37,7 +40,8 @@ class Scan:
 
     data: the samples, or None. calls: batch by batch, what each block is called with. carries:
     where hidden states lie; those that enter the first block of `todo` are there. todo: the numbers
-    of the blocks that are solved, in order.
+    of the blocks that are solved, in order. reached: the states of the unquantized model, where
+    they are made when a block asks for them. shelved: its statistics, where these are kept.
     """
 
     skeleton: Skeleton
@@ -46,6 +50,8 @@ class Scan:
     calls: Sequence[Mapping[str, Call]]
     carries: Carries
     todo: Sequence[int]
+    reached: Reached | None = None
+    shelved: Shelved | None = None
 
 
 def begin(
@@ -53,11 +59,13 @@ def begin(
     solvers: Sequence[Solver],
     keeper: Keeper,
     todo: Callable[[Carries], Sequence[int]],
+    shelved: Shelved | None = None,
 ) -> Scan:
     """Record what every block is called with, and write what enters the first one.
 
     solvers: their jobs differ in their recipes alone. todo: takes where states lie; gives the
-    numbers of the blocks that are to be solved.
+    numbers of the blocks that are to be solved. shelved: the statistics of the unquantized model
+    that are kept; states are made where a block asks for more.
     """
     jobs = [solver.job for solver in solvers]
     data = next((job.observed for job in jobs if job.observed is not None), None)
@@ -72,10 +80,21 @@ def begin(
         shapes = stored_shapes(calls, path, skeleton.dtype)
         carries.append([keeper.carry(s, i, shapes, skeleton.dtype) for s in streams])
     numbers = todo(carries)
-    for carry in carries[0] if data is not None and list(numbers[:1]) == [0] else ():
+    at_first = list(numbers[:1]) == [0] or (shelved is not None and bool(numbers))
+    for carry in carries[0] if data is not None and at_first else ():
         carry.write(flat(entering, skeleton.dtype))
+    reached = None
+    if shelved is not None:
+        reached = Reached(skeleton, calls, [reference for (reference,) in carries])
     return Scan(
-        skeleton=skeleton, solvers=solvers, data=data, calls=calls, carries=carries, todo=numbers
+        skeleton=skeleton,
+        solvers=solvers,
+        data=data,
+        calls=calls,
+        carries=carries,
+        todo=numbers,
+        reached=reached,
+        shelved=shelved,
     )
 
 
@@ -86,6 +105,12 @@ def solved_blocks(scan: Scan) -> Iterator[Solved]:
     skeleton, data, paths = scan.skeleton, scan.data, list(scan.skeleton.blocks)
     doing = "quantizing blocks" if data is None else f"quantizing blocks on {data.count:,} tokens"
     for i in progress(scan.todo, doing):
+        call = scan.calls[0][paths[i]]
+        solved = partial(solved_by_each, skeleton, scan.solvers, call, i)
+        if scan.reached is not None:
+            entering, leaving = scan.reached.entering(i), scan.reached.leaving(i)
+            yield from solved([entering], leaving, scan.shelved)
+            continue
         before, after = (
             ([], [])
             if data is None
@@ -94,8 +119,7 @@ def solved_blocks(scan: Scan) -> Iterator[Solved]:
         streams: list[Batches] = [
             Entering(scan.calls, paths[i], carry, skeleton.device) for carry in before
         ]
-        call = scan.calls[0][paths[i]]
-        yield from solved_by_each(skeleton, scan.solvers, call, i, streams or [_no_batches], after)
+        yield from solved(streams or [_no_batches], after)
         for carry in before if after else ():
             carry.path.unlink(missing_ok=True)
 

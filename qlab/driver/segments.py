@@ -1,6 +1,6 @@
 """One block at a time, as each of several jobs solves it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -24,6 +24,7 @@ from qlab.driver.observe import (
     remembering,
     with_samples,
 )
+from qlab.driver.shelved import Shelved
 from qlab.driver.solve import Check, solve, solve_beside, solve_in_order, unchecked
 from qlab.driver.states import flat
 from qlab.driver.turned import reference_of, turned_first
@@ -78,7 +79,8 @@ def solved_by_each(
     call: Call,
     index: int,
     streams: Sequence[Batches],
-    after: Sequence[Carry],
+    after: Iterable[Carry],
+    shelved: Shelved | None = None,
 ) -> Iterator[Solved]:
     """A block as each job solves it; behind the last one, the hidden states that leave it are
     written.
@@ -93,6 +95,8 @@ def solved_by_each(
         streams: The batches that enter the block: first in the model that is calibrated, then in
             the unquantized one, where that runs beside it.
         after: Stream by stream, where the states that leave go; empty where nobody needs them.
+            It is asked when the block is solved.
+        shelved: The statistics of the unquantized model that are kept.
     """
     batches, first = streams[0], solvers[0].job
     path = list(skeleton.blocks)[index]
@@ -102,6 +106,8 @@ def solved_by_each(
     reference = Reference(graph, streams[1]) if streams[1:] else None
     observing = partial(observe, batches=batches, calibrate_all_experts=first.calibrate_all_experts)
     look: Observe = partial(observing, reference=reference)
+    if shelved is not None:
+        look = shelved.observing(graph, look)
     if len(solvers) > 1:
         look = remembering(graph, look)
     leaving: list[Iterator[State]] = []

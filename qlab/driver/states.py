@@ -3,13 +3,13 @@ of another dtype by its bits."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from qlab.driver.batches import Batch
 from qlab.errors import QlabError
-from qlab.files.carry import Carry
 from qlab.model.calls import Call, State
 
 
@@ -38,20 +38,30 @@ def flat(states: Iterable[State], dtype: torch.dtype) -> Iterator[Tensor]:
         yield from (t if t.dtype == dtype else t.contiguous().view(dtype) for t in state)
 
 
+class States(Protocol):
+    """Where the tensors of all states that enter a block are read, such as a `Carry`."""
+
+    def read(self) -> Iterator[Tensor]:
+        """All of them, one by one."""
+
+    def at(self, first: int, count: int) -> list[Tensor]:
+        """Some of them, from number `first` on."""
+
+
 @dataclass(frozen=True)
 class Entering:
-    """The batches that enter a block, read from the file that holds their states.
+    """The batches that enter a block, read from where their states lie.
 
     Args:
         calls: What every block is called with, batch by batch.
         path: The block.
-        states: The file, which `flat` filled.
+        states: The states, as `flat` lays them out.
         device: Where the block runs.
     """
 
     calls: Sequence[Mapping[str, Call]]
     path: str
-    states: Carry
+    states: States
     device: torch.device
 
     def __call__(self) -> Iterator[Batch]:

@@ -19,9 +19,11 @@ from qlab.driver.report import PeakMemory, describe
 from qlab.driver.result import Result
 from qlab.driver.run import Run, finish, write_outside, write_solved
 from qlab.driver.scan import Carries, begin, solved_blocks
+from qlab.driver.shelved import Keeping, Known, Shelved, refuse_unkept
 from qlab.files.hashed import HashedFiles
 from qlab.files.place import places
 from qlab.files.record import recorded, versions
+from qlab.files.statistics import Shelf
 from qlab.files.writer import Writer
 from qlab.model.device import name_of
 from qlab.model.skeleton import Skeleton
@@ -84,6 +86,7 @@ def write_all(
     target: str | None,
     overwrite: bool,
     resume: bool,
+    keep_statistics: str | Path | None = None,
 ) -> dict[str, Result]:
     """Write what several recipes make of one model, each into a folder of its own.
 
@@ -94,10 +97,16 @@ def write_all(
         target: See `write`; of every folder.
         overwrite: See `write`; of every folder.
         resume: See `write`; of every folder.
+        keep_statistics: See `quantize`.
     """
     if not named:
         return {}
     first = next(iter(named.values())).job
+    keeping = None
+    if keep_statistics is not None:
+        refuse_unkept([quantized.job for quantized in named.values()])
+        shelf = Shelf(Path(keep_statistics).expanduser())
+        keeping = Keeping(shelf=shelf, known=Known(first.model))
     source = HashedFiles(first.model.path, first.model.stored)
     model = replace(first.model, reader=source.read)
     reads = [*set(model.files.values()), *getattr(first.data, "files", ())]
@@ -119,7 +128,7 @@ def write_all(
                 if quantized.job.measures:  # refuses what is known before anything is measured
                     plan_of(of_format(quantized.job)).check(first.memory)
             jobs = {name: of_format(quantized.resolved) for name, quantized in named.items()}
-        results = _written(jobs, writers, source, stack, started)
+        results = _written(jobs, writers, source, stack, started, keeping)
     return {
         name: replace(result, peak_rss_bytes=max(measuring.bytes, result.peak_rss_bytes))
         for name, result in results.items()
@@ -132,10 +141,12 @@ def _written(
     source: HashedFiles,
     stack: ExitStack,
     started: float,
+    keeping: Keeping | None,
 ) -> dict[str, Result]:
     """Plan all jobs, begin them, and do them.
 
-    stack: is left when they are done. started: when the work on them began.
+    stack: is left when they are done. started: when the work on them began. keeping: where
+    statistics are kept.
     """
     first = next(iter(jobs.values()))
     with PeakMemory() as planning:
@@ -148,7 +159,7 @@ def _written(
     for name, job in jobs.items():
         codec = CODECS[job.codec or CODEC]
         runs[name] = Run(job=job, plan=plans[name], writer=writers[name], codec=codec)
-        identity, segments = _identity(job, skeleton), len(skeleton.blocks) + 1
+        identity, segments = identity_of(job, skeleton), len(skeleton.blocks) + 1
         writers[name].begin(identity, segments, first.model.path, source=source)
     for run in runs.values():
         if not run.writer.finished:
@@ -157,7 +168,7 @@ def _written(
     for names in sharing_a_pass(
         {name: job.remaining.recipe for name, job in jobs.items()}, first.inputs
     ):
-        seconds, peak_bytes = _one_pass(skeleton, [runs[name] for name in names])
+        seconds, peak_bytes = _one_pass(skeleton, [runs[name] for name in names], keeping)
         for name in names:
             results[name] = Result(
                 path=writers[name].out,
@@ -171,7 +182,7 @@ def _written(
     return results
 
 
-def _identity(job: Job, skeleton: Skeleton) -> dict[str, Any]:
+def identity_of(job: Job, skeleton: Skeleton) -> dict[str, Any]:
     """What decides which bytes come out of a job."""
     return {
         "source": job.model.fingerprint(),
@@ -186,24 +197,29 @@ def _identity(job: Job, skeleton: Skeleton) -> dict[str, Any]:
     }
 
 
-def _one_pass(skeleton: Skeleton, runs: Sequence[Run]) -> tuple[float, int]:
+def _one_pass(
+    skeleton: Skeleton, runs: Sequence[Run], keeping: Keeping | None
+) -> tuple[float, int]:
     """One pass over the model for all runs that are not finished: seconds and peak memory."""
     started = time.perf_counter()
     unfinished = [run for run in runs if not run.writer.finished]
     with PeakMemory() as peak:
         if unfinished:
-            _write_segments(skeleton, unfinished)
+            shelved = keeping and keeping.of([run.job for run in unfinished], skeleton)
+            _write_segments(skeleton, unfinished, shelved)
     return time.perf_counter() - started, peak.bytes
 
 
-def _write_segments(skeleton: Skeleton, runs: Sequence[Run]) -> None:
+def _write_segments(skeleton: Skeleton, runs: Sequence[Run], shelved: Shelved | None) -> None:
     """All segments, in order, from the first block on that some run lacks."""
 
     def todo(carries: Carries) -> Sequence[int]:
         blocks = len(skeleton.blocks)
-        return _blocks_to_do(runs, blocks, carries) if carries else _unwritten_blocks(runs, blocks)
+        if shelved is None and carries:
+            return _blocks_to_do(runs, blocks, carries)
+        return _unwritten_blocks(runs, blocks)
 
-    scan = begin(skeleton, [run.solver for run in runs], runs[0].writer, todo)
+    scan = begin(skeleton, [run.solver for run in runs], runs[0].writer, todo, shelved)
     for run in runs:
         if not run.writer.has(0):
             write_outside(skeleton, run)
@@ -217,7 +233,8 @@ def _write_segments(skeleton: Skeleton, runs: Sequence[Run]) -> None:
 
 
 def _unwritten_blocks(runs: Sequence[Run], blocks: int) -> list[int]:
-    """The blocks that some job lacks: without data each one is solved by itself."""
+    """The blocks that some job lacks. Each one is solved by itself, without data and where the
+    states in front of it are made when it asks for them."""
     written = [[run.writer.has(i + 1) for run in runs] for i in range(blocks)]
     return [i for i in range(blocks) if not all(written[i])]
 

@@ -5,7 +5,7 @@ import errno
 import hashlib
 import json
 import os
-import threading
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from qlab.errors import Unwritable
 def atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call write(temporary path) and rename the result to `path`; on failure nothing is left and
     `path` is as before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    # machines that share a folder may have processes of one number
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(8)}.tmp")
     try:
         write(temporary)
         sync(temporary)

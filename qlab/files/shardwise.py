@@ -9,7 +9,7 @@ from torch import Tensor
 from qlab.codecs import Codec
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.readback import MARKS, refuse_misread
-from qlab.files.writer import Writer
+from qlab.files.segments import Segments
 from qlab.process.progress import progress
 
 Notes = dict[str, dict[str, Any]]  # section of the report -> rows
@@ -34,16 +34,22 @@ def leaves_by_file(model: Checkpoint) -> list[list[str]]:
 
 
 def rewrite_files(
-    model: Checkpoint, writer: Writer, rewrite: Rewrite, doing: str, codec: Codec
+    model: Checkpoint, writer: Segments, rewrite: Rewrite, doing: str, codec: Codec
 ) -> None:
-    """Write every file that the writer lacks, with its notes, and read back by the codec what has a
-    mark in them."""
+    """Write every file that the writer lacks (`rewrite_file`)."""
     for index, leaves in progress(list(enumerate(leaves_by_file(model))), doing):
         if not writer.has(index):
-            notes: Notes = {}
-            writer.write_shard(index, _rewritten(leaves, rewrite, notes))
-            refuse_misread(writer.shard(index), notes.pop(MARKS, {}), codec)
-            writer.write_notes(index, notes)
+            rewrite_file(writer, index, leaves, rewrite, codec)
+
+
+def rewrite_file(
+    writer: Segments, index: int, leaves: list[str], rewrite: Rewrite, codec: Codec
+) -> None:
+    """Write a file with its notes, and read back by the codec what has a mark in them."""
+    notes: Notes = {}
+    writer.write_shard(index, _rewritten(leaves, rewrite, notes))
+    refuse_misread(writer.shard(index), notes.pop(MARKS, {}), codec)
+    writer.write_notes(index, notes)
 
 
 def _rewritten(leaves: list[str], rewrite: Rewrite, notes: Notes) -> Iterator[tuple[str, Tensor]]:

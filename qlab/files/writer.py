@@ -2,31 +2,28 @@
 can go on.
 
 Each file is written under a temporary name, synced and renamed. The work folder beside the shards
-says how far the run came: a segment is done when its notes are what was written and its shard has
-the hash that they name.
+says how far the run came.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qlab.errors import QlabError, Unwritable
 from qlab.files.atomic import digest_of
 from qlab.files.carry import Carry
 from qlab.files.directory import INDEX, read_header
 from qlab.files.hashed import HashedFiles
-from qlab.files.ownership import RECORD, read_sealed, sealed, with_files
-from qlab.files.tensors import write
+from qlab.files.ownership import RECORD, with_files
+from qlab.files.segments import Segments
 from qlab.files.work_folder import NAMES
 from qlab.files.workplace import Workplace
-from qlab.process.progress import say
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 # Files in which GPTQ and AWQ say how the weights were quantized before.
@@ -35,12 +32,12 @@ FORMER = ("quantize_config.json", "quant_config.json")
 TEMPLATES = "additional_chat_templates"
 
 
-class Writer(Workplace):
+class Writer(Workplace, Segments):
     """The shards of a job, the notes on each of them, and the files beside them."""
 
     def __init__(self, out: Path, overwrite: bool, resume: bool):
         self.shards = 0
-        self.digests: dict[int, str] = {}  # of shards that await their notes
+        self.digests = {}
         super().__init__(out, overwrite, resume)
 
     def begin(
@@ -70,81 +67,29 @@ class Writer(Workplace):
 
     # -------------------------------------------------------------- shards
     def shard(self, index: int) -> Path:
-        """The file of segment `index`: 0 is what surrounds the blocks, i the i-th block (from
-        1)."""
         return self.partial / f"model-{index + 1:05d}-of-{self.shards:05d}.safetensors"
 
     def shard_names(self) -> list[str]:
         """The files of all segments."""
         return [self.shard(index).name for index in range(self.shards)]
 
-    def write_shard(self, index: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """One shard, atomically, one tensor at a time."""
-        self.atomically(self.shard(index), lambda path: write(path, tensors))
-        self.digests[index] = digest_of(self.shard(index))
-
-    def write_notes(self, index: int, notes: Mapping[str, Mapping[str, Any]]) -> None:
-        """What the report says of a segment, by section, kept until the end of the job; with the
-        hash of its shard, written before."""
-        record = {"segment": index, "shard": self.digests[index], "notes": notes}
-        if self.source is not None:
-            record["read"] = self.source.proof()
-        self.write_json(self._notes_path(index), sealed(record))
-
-    def _notes_path(self, index: int) -> Path:
+    def notes_path(self, index: int) -> Path:
         return self.work / f"notes-{index:05d}.json"
 
-    def _record(self, index: int) -> dict[str, Any] | None:
-        """What was written of a segment; None where that is damaged."""
-        record = read_sealed(self._notes_path(index))
-        return record if isinstance(record, dict) and record.get("segment") == index else None
-
-    def _records(self) -> list[dict[str, Any]]:
-        """What was written of every segment."""
-        records = []
-        for index in range(self.shards):
-            record = self._record(index)
-            if record is None:
-                raise Unwritable(
-                    f"{self._notes_path(index)} was damaged or removed during the run; make it "
-                    "again with --resume"
-                )
-            records.append(record)
-        return records
-
     def source_agrees(self) -> bool:
-        if self.source is None:
-            return True
-        records = [self._record(index) for index in range(self.shards)]
-        return self.source.agrees(record["read"] for record in records if record is not None)
+        return self.reads_agree()
 
-    def notes(self) -> dict[str, dict[str, Any]]:
-        """The notes of all segments: section -> its rows."""
-        merged: dict[str, dict[str, Any]] = {}
-        for record in self._records():
-            for section, rows in record["notes"].items():
-                merged.setdefault(section, {}).update(rows)
-        return merged
-
-    def has(self, index: int) -> bool:
-        """Whether a segment is written, as its notes prove. Damage is printed, since that part is
-        then made again."""
-        if not os.path.lexists(self.shard(index)) and not os.path.lexists(self._notes_path(index)):
-            return False
-        damage = self._damage(index)
-        if damage:
-            say(f"{damage}; that part is made again")
-        return damage is None
-
-    def _damage(self, index: int) -> str | None:
-        record, shard = self._record(index), self.shard(index)
-        if not os.path.lexists(self._notes_path(index)):
-            return f"{shard} lacks its notes ({self._notes_path(index)} is missing)"
+    def take(self, index: int, parts: Segments) -> bool:
+        """Take over a segment that others made; False where its shard is not what its notes say.
+        The shard is linked where the file system can, and copied elsewhere."""
+        record = parts.record(index)
         if record is None:
-            return f"{self._notes_path(index)} is not what was written"
-        if not shard.is_file():
-            return f"{shard} is missing"
-        return None if digest_of(shard) == record["shard"] else f"{shard} is not what was written"
+            return False
+        self.atomically(self.shard(index), partial(_link_or_copy, parts.shard(index)))
+        if digest_of(self.shard(index)) != record["shard"]:
+            return False
+        self.write_json(self.notes_path(index), record)
+        return True
 
     # -------------------------------------------------------------- the carry
     def carry(
@@ -197,7 +142,7 @@ class Writer(Workplace):
         plain = {name: value for name, value in files.items() if name != RECORD}
         for name, value in plain.items():
             self.write_json(self.partial / name, value)
-        digests = {self.shard(i).name: record["shard"] for i, record in enumerate(self._records())}
+        digests = {self.shard(i).name: record["shard"] for i, record in enumerate(self.records())}
         digests |= {name: digest_of(self.partial / name) for name in (*others, INDEX, *plain)}
         self.write_json(self.partial / RECORD, with_files(files[RECORD], digests))
 
@@ -208,6 +153,13 @@ class Writer(Workplace):
             weight_map |= dict.fromkeys(read_header(self.shard(i)), self.shard(i).name)
             size += self.shard(i).stat().st_size
         return {"metadata": {"total_size": size}, "weight_map": weight_map}
+
+
+def _link_or_copy(file: Path, path: Path) -> None:
+    try:
+        os.link(file, path)
+    except OSError:  # on another file system, or on one without links
+        shutil.copyfile(file, path)
 
 
 def beside(folder: Path) -> dict[str, Path]:
