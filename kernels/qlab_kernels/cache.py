@@ -24,7 +24,7 @@ import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -263,8 +263,15 @@ def user_tables() -> dict[str, Table]:
 
 def shipped_tables() -> dict[str, Table]:
     """The tables of this package by file name."""
-    tables = {path.name: entries.read(path) for path in _files(SHIPPED)}
+    tables = {path.name: _shipped(path, path.stat().st_mtime_ns) for path in _files(SHIPPED)}
     return {name: table for name, table in tables.items() if table}
+
+
+@cache
+def _shipped(path: Path, written: int) -> Table | None:
+    """A table of this package, parsed once for as long as its file stays as it was written: every
+    entry that is stored makes a new snapshot, and none of them changes what is shipped."""
+    return entries.read(path)
 
 
 def _files(where: Path) -> list[Path]:

@@ -3,6 +3,8 @@ and where its blocks are."""
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ def on_paper(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     it loads the model in `dtype`."""
     try:
         config = copy.deepcopy(checkpoint.config)  # transformers writes into it
-        with foreign, parameters_on_meta(), Floats(dtype):
+        with foreign, parameters_on_meta(), _no_values(), Floats(dtype):
             # a dtype of its own would be the whole process's while it builds
             model = maker_of(config).from_config(config, dtype=None, trust_remote_code=False).eval()
             run_experts_here(model)
@@ -46,6 +48,18 @@ def on_paper(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
             f"{checkpoint.path}/config.json ({first_line(error)}); qlab quantizes those, and "
             "models of images and text around one"
         ) from error
+
+
+@contextmanager
+def _no_values() -> Iterator[None]:
+    """Parameters are given no values while a model is built: on meta they hold none, and drawing
+    them is most of the building."""
+    drawing = PreTrainedModel.initialize_weights
+    PreTrainedModel.initialize_weights = lambda model: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PreTrainedModel.initialize_weights = drawing  # type: ignore[method-assign]
 
 
 def run_experts_here(model: PreTrainedModel) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._device import _device_constructors
 
 META = torch.device("meta")
@@ -27,7 +26,8 @@ def on_meta(module: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[nn.Module, 
 
 def called_on_meta(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     """What a function of torch gives on the meta device, whatever device it is told."""
-    args, named = pytree.tree_map_only(torch.device, lambda _: META, (args, dict(kwargs)))
+    args = tuple(META if isinstance(x, torch.device) else x for x in args)
+    named = {name: META if isinstance(x, torch.device) else x for name, x in kwargs.items()}
     if func in _device_constructors() and named.get("device") is None:
         named["device"] = META
     out = func(*args, **named)

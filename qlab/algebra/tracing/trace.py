@@ -1,6 +1,7 @@
 """From a module to a value: torch.export of one segment, and the sites that its program shows."""
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +104,7 @@ def _followed(
     while True:
         finder = Finder(module, untraced)
         try:
-            with foreign:
+            with foreign, _unremembered():
                 exported = _exported(finder, args, kwargs, refused)
             if finder.modules == untraced:
                 return exported
@@ -116,6 +117,12 @@ def _followed(
             refused = error
         if finder.modules != untraced:
             untraced, refused = finder.modules, None
+
+
+def _unremembered() -> AbstractContextManager[None]:
+    """Within it, torch does not remember what operations make of which forms. That is a third of a
+    trace: where sizes are symbols, few operations come twice."""
+    return torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
 
 
 def _exported(
