@@ -85,7 +85,7 @@ def serve(
         hand_over(context, keys)
         return
     refuse_without_engine(context)
-    for library in ("fastapi", "uvicorn", "prometheus_client"):
+    for library in ("fastapi", "fastapi_offline", "uvicorn", "prometheus_client"):
         needed(library, "serve")
     from qlab.serving.app import Server, Settings
     from qlab.serving.facts import facts_of

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from qlab.errors import QlabError, printable
@@ -27,7 +28,7 @@ from qlab.serving.documents import (
     of,
     streamed,
 )
-from qlab.serving.limits import Limits
+from qlab.serving.limits import DOCUMENTATION, Limits
 from qlab.serving.metrics import Metrics
 from qlab.serving.replies import (
     DONE,
@@ -307,7 +308,9 @@ def application(server: Server) -> FastAPI:
         yield
         await asyncio.to_thread(server.worker.stop)
 
-    app = FastAPI(title="qlab", lifespan=lifespan)
+    app = FastAPIOffline(
+        title="qlab", lifespan=lifespan, redoc_url=None, static_url=f"{DOCUMENTATION}files"
+    )
     app.state.server = server
     app.add_middleware(Limits, keys=server.settings.keys)
     chats, completions = streamed(ChatReply), streamed(CompletionReply)
