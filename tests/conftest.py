@@ -1,6 +1,9 @@
 """Tiny models as directories on disk, with a real tokenizer and text in its words."""
 
+import gc
 import importlib
+import os
+import random
 import shutil
 import sys
 from collections.abc import Callable
@@ -10,15 +13,27 @@ import pytest
 import setuptools  # noqa: F401  torch's compiler needs it, and behind an import of pip it is refused
 import torch
 from families import tiny
+from hypothesis import HealthCheck, settings
 from model_folders import add_tokenizer, prose
 from pictures import save_with_processor
 from transformers import PretrainedConfig
 from transformers.quantizers import auto
 from transformers.utils import logging as transformers_logging
 
+from qlab.algebra.tracing import programs
+
 transformers_logging.disable_progress_bar()  # tests read what qlab itself prints
 # The models are tiny, and children that tests fork must not inherit half a thread pool.
 torch.set_num_threads(1)
+# The same examples in every run, however long each takes on a machine that does other things.
+same = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+# Twice as many examples as every planted fault takes.
+settings.register_profile("tests", max_examples=25, **same)
+settings.register_profile("mutants", max_examples=12, **same)
+settings.load_profile(os.environ.get("LAWS_PROFILE", "tests"))
+os.fsync = lambda handle: None  # no test cuts the power, and disks of others are slow
+# Tests open many more models than a user does, and come back to the same.
+programs.KEPT = 1024
 
 
 def pytest_collection_modifyitems(items):
@@ -26,6 +41,19 @@ def pytest_collection_modifyitems(items):
     addressed = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if addressed:
         raise pytest.UsageError(f"name the parameters of {addressed[0]} without addresses")
+
+
+def pytest_collection_finish():
+    """What the libraries and the tests are made of stays: the collector need not visit it."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """What a test draws depends on no test before it."""
+    random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ qlab` costs."""
 import ast
 import subprocess
 import sys
-from functools import cache
+from functools import cache, wraps
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -55,7 +55,23 @@ WALKERS = {
 }
 MODELS = {"transformers", "safetensors", "accelerate", "huggingface_hub", "gguf"}
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
-modules = pytest.mark.parametrize("file", FILES)
+
+
+def each_module(law):
+    """A test that asks a law of every file; it names all that break it."""
+
+    @wraps(law)
+    def of_all():
+        broken = []
+        for file in FILES:
+            try:
+                law(file)
+            except AssertionError as error:
+                broken.append(f"{file}: {error}")
+        assert not broken, "\n".join(broken)
+
+    del of_all.__wrapped__  # pytest would ask for the law's own argument
+    return of_all
 
 
 def unit(file):
@@ -70,13 +86,17 @@ def imports(file, functions=True, types=True):
 
 
 @cache
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def imported_by(path, functions, types):
     return list(names_imported(path, functions, types))
 
 
 def names_imported(path, functions, types):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = list(ast.walk(tree))
+    nodes = list(ast.walk(parsed(path)))
     left_out = set()
     for node in nodes:
         in_function = (
@@ -109,7 +129,7 @@ def top_level(file, **kwargs):
     return {name.split(".")[0] for name in imports(file, **kwargs)}
 
 
-@modules
+@each_module
 def test_imports_point_downwards(file):
     here = unit(file)
     assert here in LEVEL, f"give {here} a layer in LAYERS"
@@ -147,20 +167,20 @@ def test_no_circle():
     assert list(TopologicalSorter(arrows).static_order())
 
 
-@modules
+@each_module
 def test_mathematics_knows_no_model_library(file):
     if unit(file) in MATHEMATICS:
         assert not top_level(file) & (MODELS | {"rich", "typer", "matplotlib", "numpy"})
 
 
-@modules
+@each_module
 def test_only_what_walks_programs_uses_fx_and_export(file):
-    text = ast.unparse(ast.parse(FILES[file].read_text(encoding="utf-8")))
+    text = ast.unparse(parsed(FILES[file]))
     uses = "torch.fx" in text or "torch.export" in text or "import fx" in text or ", fx" in text
     assert not uses or file in WALKERS
 
 
-@modules
+@each_module
 def test_methods_know_neither_devices_nor_files_nor_paths(file):
     if unit(file) == "methods":
         assert not top_level(file) - {
@@ -176,7 +196,7 @@ def test_methods_know_neither_devices_nor_files_nor_paths(file):
         assert ".cuda(" not in FILES[file].read_text(encoding="utf-8")
 
 
-@modules
+@each_module
 def test_rooms_that_do_not_know_each_other(file):
     """A format knows no method, running a model knows no quantizing, and lowering knows no
     format."""
@@ -189,7 +209,7 @@ def test_rooms_that_do_not_know_each_other(file):
     assert not wrong, f"{file} imports {sorted(wrong)}"
 
 
-@modules
+@each_module
 def test_foreign_libraries_come_in_by_their_doors(file):
     doors = {
         "safetensors": set(),  # files/ reads and writes the format itself, one tensor at a time
@@ -221,7 +241,7 @@ def test_foreign_libraries_come_in_by_their_doors(file):
     assert not wrong, f"{file} imports {sorted(wrong)}; their doors are {[doors[w] for w in wrong]}"
 
 
-@modules
+@each_module
 def test_nothing_imports_kernels_or_plots_at_import(file):
     assert not top_level(file, functions=False) & {
         "triton",
@@ -263,4 +283,4 @@ def test_this_test_sees_a_wrong_import(wrong, tmp_path, monkeypatch):
     path.write_text(wrong)
     monkeypatch.setitem(FILES, "algebra/transform.py", path)
     with pytest.raises(AssertionError, match="not below it"):
-        test_imports_point_downwards("algebra/transform.py")
+        test_imports_point_downwards()

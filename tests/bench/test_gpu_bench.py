@@ -88,7 +88,7 @@ def test_names_of_steps_keys_and_files_are_unique(capability):
         assert all(call.job in jobs.JOBS for call in (*one.calls, *one.ahead))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     expected=st.lists(st.floats(1, 300), min_size=1, max_size=8),
     budget=st.floats(0, 1500),

@@ -65,7 +65,7 @@ def test_eight_processes_lose_no_entry(folder):
         process.start()
     started.set()
     for process in processes:
-        process.join(60)
+        process.join(600)
     assert [process.exitcode for process in processes] == [0] * 8
     table = read(folder / "int4_mm.sm90.json")
     assert sorted(entry.us for entry in table.entries.values()) == [i + 1.0 for i in range(80)]

@@ -48,7 +48,7 @@ def read_back(modules):
 tiles = st.sampled_from([Tile(None, None), Tile(None, WIDTH), Tile(1, 4)])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     bits=st.sampled_from([0, 4, 8]),
     tile=tiles,

@@ -99,7 +99,7 @@ def test_a_config_that_cannot_be_read_is_refused(changes, message):
         reader(config).specs(config, ["m.qweight"])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(odd_configs({**CONFIG, "extra_config": {"m": {}}, "act_bits": 16}))
 def test_odd_configs_are_refused_or_mean_specs(config):
     config = {**config, "quant_method": "auto-round"}

@@ -32,7 +32,7 @@ def leaves(draw):
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(leaves())
 def test_decode_inverts_encode_bit_for_bit(q):
     tensors = AWQ.encode("m.q", q)
@@ -91,7 +91,7 @@ def test_weights_larger_than_a_chunk_pack_alike():
 NAMES = [f"h.{i}.{name}" for i in range(2) for name in ("q", "fc1", "fc2")] + ["lm_head"]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.sampled_from([Int(4, Tile(1, g), s) for g in (128, None) for s in (True, False)]),
     st.sets(st.sampled_from(NAMES)),
@@ -206,7 +206,7 @@ def test_zero_points_that_a_symmetric_spec_would_drop_are_refused():
         AWQ.decode("m", AWQ.encode("m", random_qtensor(ASYM, 16, 64)), SYM)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_damaged_tensors_are_refused(data):
     q = random_qtensor(data.draw(st.sampled_from([SYM, ASYM])), 64, 96)
@@ -215,7 +215,7 @@ def test_damaged_tensors_are_refused(data):
         AWQ.decode("m.q", tensors, q.spec)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     odd_configs(
         {

@@ -119,7 +119,7 @@ def leaves(draw):
 
 
 @BY_VERSION
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(q=leaves())
 def test_what_the_writers_make_of_a_leaf_is_that_leaf(version, q):
     assert_same(codec(version).decode("m", written(version, q), q.spec), q)
@@ -211,7 +211,7 @@ def test_groups_and_zero_points_that_the_config_denies_are_refused(version):
 
 
 @BY_VERSION
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_damaged_tensors_are_refused(version, data):
     # of so many groups that no narrower qweight goes with their padded number

@@ -37,7 +37,7 @@ def test_dense_streams_have_the_golden_words(bits, words):
     assert torch.equal(unpack(pack(codes, bits), bits, 32), codes)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 8), st.integers(1, 9), st.integers(1, 100))
 def test_the_librarys_packers_agree(bits, o, k):
     unsigned = torch.randint(2**bits, (o, k), generator=torch.Generator().manual_seed(k)).to(

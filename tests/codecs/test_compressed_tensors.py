@@ -91,7 +91,7 @@ def test_w4a16_asym_end_to_end_golden():
     assert hexes(tensors["m.weight_zero_point"]) == "33333333"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(qtensors())
 def test_decode_inverts_encode_bit_for_bit(q):
     tensors = {
@@ -101,7 +101,7 @@ def test_decode_inverts_encode_bit_for_bit(q):
     assert_same(CODEC.decode("m.q", tensors, q.spec), q)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(qtensors())
 def test_the_librarys_decompressor_returns_the_dense_weight(q):
     scheme = QuantizationConfig.model_validate(CODEC.config({"m": q.spec})).config_groups["group_0"]

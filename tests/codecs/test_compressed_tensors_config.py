@@ -56,14 +56,14 @@ def as_read(specs):
     return {p: s and (s.bits, s.symmetric, s.tile.cols) for p, s in specs.items()}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(some_specs([*NAMES, "lm_head"]))
 def test_specs_inverts_config(specs):
     quantized = {path: spec for path, spec in specs.items() if spec}
     assert CODEC.specs(CODEC.config(specs), file_names(specs)) == quantized
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(some_specs(LINEARS))
 def test_the_library_gives_every_module_the_same_spec(specs):
     assert library_reads(CODEC.config(specs)) == as_read(specs)

@@ -65,7 +65,7 @@ def local(tensors):
 
 
 @pytest.mark.parametrize("text", FLOATS + INTS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(size=sizes, dtype=scales, seed=st.integers(0, 99))
 def test_decode_inverts_encode_bit_for_bit(text, size, dtype, seed):
     q = random_qtensor(settled(text, dtype), size[0], 32 * size[1], seed)
@@ -74,7 +74,7 @@ def test_decode_inverts_encode_bit_for_bit(text, size, dtype, seed):
 
 
 @pytest.mark.parametrize("text", FLOATS + INTS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(size=sizes, seed=st.integers(0, 99))
 def test_the_library_decompresses_our_files_to_our_dense_weights(text, size, seed):
     spec = settled(text)
@@ -89,7 +89,7 @@ def test_the_library_decompresses_our_files_to_our_dense_weights(text, size, see
 
 
 @pytest.mark.parametrize("text", FLOATS + INTS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(size=sizes, seed=st.integers(0, 99))
 def test_we_read_what_the_library_compresses(text, size, seed):
     spec = settled(text)
@@ -216,7 +216,7 @@ def test_formats_are_those_that_the_library_picks_but_for_narrow_integers_with_r
     assert all(parse_spec(PRESETS[name][0]).bits < 8 for name in differ)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from([None, *PRESETS.values()]), min_size=3, max_size=3))
 def test_a_config_of_several_formats_is_read_as_it_was_written(drawn):
     schemes = {f"h.{i}": pair for i, pair in enumerate(drawn) if pair and pair[0]}

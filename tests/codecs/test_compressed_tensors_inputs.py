@@ -46,7 +46,7 @@ DYNAMIC = (
 
 
 @pytest.mark.parametrize("text", DYNAMIC)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(n=st.integers(1, 9), groups=st.integers(1, 4), seed=st.integers(0, 99))
 def test_dynamic_inputs_are_rounded_as_the_library_does(text, n, groups, seed):
     spec = parse_input_spec(text.replace("-token-asym", "-channel-asym"))
@@ -229,7 +229,7 @@ def test_a_global_scale_of_inputs_is_measured_on_the_calibration_data_and_read_a
     ),
     st.integers(0, 99),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_gradient_of_rounded_inputs_is_the_straight_through_one(text, seed):
     x, along = (
         torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(seed + i)) for i in (0, 1000)

@@ -61,7 +61,7 @@ def without_straddling(codes, n):
     return torch.tensor(rows).to(torch.int32)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from([3, 5, 6, 7]), st.integers(1, 20), st.integers(1, 4), st.integers(0, 99))
 def test_codes_and_zero_points_of_older_files_are_read(n, o, groups, seed):
     q = random_qtensor(settled(f"int{n}-g32-asym"), o, 32 * groups, seed)
@@ -72,7 +72,7 @@ def test_codes_and_zero_points_of_older_files_are_read(n, o, groups, seed):
     assert_same(CODEC.decode("m", tensors, q.spec), q)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 8), st.integers(1, 4), st.booleans(), st.integers(0, 99))
 def test_channels_with_a_group_index_take_the_scale_of_their_group(o, groups, symmetric, seed):
     q = random_qtensor(settled("int4-g8" if symmetric else "int4-g8-asym"), o, 8 * groups, seed)
@@ -135,7 +135,7 @@ def test_a_bitmask_is_golden():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(o=st.integers(1, 9), fours=st.integers(1, 9), seed=st.integers(0, 99))
 def test_two_of_four_weights_are_read(dtype, o, fours, seed):
     W = two_of_four(o, 4 * fours, seed).to(dtype)

@@ -55,7 +55,7 @@ def test_a_rotation_comes_before_the_rounding_and_later_layers_share_its_matrix(
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 3), st.integers(1, 3), st.integers(0, 99))
 def test_a_narrow_matrix_is_a_block_diagonal_one(power, blocks, seed):
     generator, n = torch.Generator().manual_seed(seed), 2**power

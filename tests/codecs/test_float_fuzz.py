@@ -98,7 +98,7 @@ def survives(codec, tensors, spec):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(name=st.sampled_from(NAMES), damage=damages(), other=st.sampled_from(TEXTS))
 def test_damaged_tensors_of_compressed_tensors(text, name, damage, other):
     tensors = CT.encode(
@@ -111,7 +111,7 @@ def test_damaged_tensors_of_compressed_tensors(text, name, damage, other):
     survives(CT, tensors, None)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     name=st.sampled_from(["weight", "weight_scale_inv", "weight_scale"]),
     damage=damages(),
@@ -128,7 +128,7 @@ def test_damaged_tensors_of_fp8(name, damage, text):
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     name=st.sampled_from(["input_scale", "input_zero_point", "input_global_scale"]),
     damage=damages(),
@@ -183,7 +183,7 @@ def put(config, path, value):
     config[path[-1]] = value
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.data(), st.sampled_from([name for name, (weights, _) in PRESETS.items() if weights]))
 def test_damaged_configs(data, preset):
     weights, rounded = PRESETS[preset]

@@ -68,7 +68,7 @@ def test_scales_may_be_bytes_of_exponents(powers):
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     o=st.integers(1, 5),
     k=st.integers(1, 5),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from families import tiny
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_folders import unpacked
 from transformers import AutoModelForCausalLM
@@ -201,9 +201,7 @@ def test_what_does_not_belong_together_is_refused(model, file, tmp_path):
         leaves(tmp_path / "gemma.gguf", names)
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_damaged_file_is_refused_or_holds_other_numbers(data, model, file, tmp_path):
     whole = bytearray(file.read_bytes())

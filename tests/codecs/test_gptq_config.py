@@ -33,7 +33,7 @@ def file_names(specs):
     return [f"{path}.{'qweight' if spec else 'weight'}" for path, spec in specs.items()]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.fixed_dictionaries(dict.fromkeys(NAMES, st.sampled_from(CHOICES))).filter(
         lambda specs: any(specs.values())
@@ -159,7 +159,7 @@ def test_configs_in_files_of_their_own_are_read():
     assert LEGACY_CONFIGS["quantize_config.json"]({"quant_method": "awq"})["quant_method"] == "awq"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(odd_configs(V1.config({"m.0.q": INT4, "m.1.q": ASYM, "m.2.q": None})))
 def test_odd_configs_are_refused_or_mean_specs(config):
     config = {**config, "quant_method": "gptq"}

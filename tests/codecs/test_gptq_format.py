@@ -48,7 +48,7 @@ def canonical_perm(k, group, seed):
     return torch.cat([part.sort().values for part in order.split(group)])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(leaves())
 def test_decode_inverts_encode_bit_for_bit(q):
     assert_same(V2.decode("m.q", V2.encode("m.q", q), q.spec), q)
@@ -56,7 +56,7 @@ def test_decode_inverts_encode_bit_for_bit(q):
     assert_same(V1.decode("m.q", V1.encode("m.q", q), q.spec), q)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(leaves(), st.integers(0, 99))
 def test_channels_in_another_order_come_back(q, seed):
     k = q.shape[1]
@@ -271,7 +271,7 @@ def test_refusal_comes_before_any_work():
         V1.config({"lm_head": None})
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_damaged_tensors_are_refused_or_make_no_difference(data):
     group, bits = data.draw(st.sampled_from([None, 32])), data.draw(st.sampled_from([3, 4]))

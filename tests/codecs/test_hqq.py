@@ -72,7 +72,7 @@ def module(bits, o, k, group, axis, dtype=torch.float16, seed=0):
     ).reshape(o, k)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.sampled_from(list(PARTS)),
     st.integers(1, 6),
@@ -184,7 +184,7 @@ def test_decode_refuses(name, value, message):
         )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data(), st.sampled_from([0, 1]))
 def test_damaged_tensors_are_refused_or_make_no_difference(data, axis):
     tensors, W = module(4, 32, 64, 16, axis)
@@ -199,7 +199,7 @@ def test_damaged_tensors_are_refused_or_make_no_difference(data, axis):
     assert (decoded - W).abs().max() <= 2.0**-10 * W.abs().max()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(odd_configs(config()["quant_config"]["weight_quant_params"]), st.booleans())
 def test_odd_configs_are_refused_or_mean_specs(params, flat):
     said = config()

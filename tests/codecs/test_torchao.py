@@ -66,7 +66,7 @@ def test_weights_are_those_of_the_library(i):
     assert torch.equal(dense(reader(said).decode("0", tensors, spec), torch.float32), W)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(2, 8),
     st.sampled_from(["SYMMETRIC", "SYMMETRIC_NO_CLIPPING_ERR", "ASYMMETRIC"]),
@@ -185,7 +185,7 @@ def test_codes_and_zero_points_outside_the_grid_are_refused():
         )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data(), st.booleans())
 def test_damaged_tensors_are_refused_or_make_no_difference(data, symmetric):
     tensors, spec = module(symmetric), Int(4, Tile(1, 32), symmetric)

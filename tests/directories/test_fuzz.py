@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -27,7 +27,6 @@ JSON = st.recursive(
     lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=8), v, max_size=3),
     max_leaves=6,
 )
-SLOW = settings(suppress_health_check=list(HealthCheck), deadline=None, max_examples=60)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,6 @@ def test_every_codec_is_here():
 @pytest.mark.parametrize("codec", FORMATS)
 def test_flipped_bytes_are_refused_or_seen_by_verify(codec, formats, copied, saved):
     @given(data=st.data())
-    @SLOW
     def corrupted(data):
         path = copied(codec)
         file = data.draw(st.sampled_from(sorted(path.glob("*.safetensors"))))
@@ -106,7 +104,6 @@ def test_any_value_in_a_configuration_is_read_or_refused(codec, formats, copied)
     keys = sorted(config["quantization_config"])
 
     @given(key=st.sampled_from(keys), value=JSON, drop=st.booleans())
-    @SLOW
     def changed(key, value, drop):
         broken = {**config["quantization_config"], key: value}
         if drop:
@@ -133,7 +130,6 @@ def test_any_value_in_a_groups_weights_is_read_or_refused(formats, copied):
     group = config["quantization_config"]["config_groups"]["group_0"]
 
     @given(key=st.sampled_from(sorted(group["weights"])), value=JSON)
-    @SLOW
     def changed(key, value):
         path = copied(codec)
         group_0 = {**group, "weights": {**group["weights"], key: value}}
@@ -148,7 +144,6 @@ def test_any_value_in_a_groups_weights_is_read_or_refused(formats, copied):
 
 
 @given(value=JSON)
-@SLOW
 def test_any_quantization_config_at_all(value, formats, tmp_path_factory):
     path = tmp_path_factory.mktemp("any")
     for file in formats["awq"].iterdir():
@@ -176,7 +171,6 @@ def test_any_value_in_the_record(section, copied, saved):
     row = st.fixed_dictionaries({}, optional=dict.fromkeys(keys, JSON))
 
     @given(value=JSON | st.dictionaries(st.sampled_from([site, "other"]), JSON | row, max_size=2))
-    @SLOW
     def written(value):
         path = copied("awq")
         record = json.loads((path / "qlab.json").read_text())
@@ -199,7 +193,6 @@ def printed(path):
 @pytest.mark.parametrize("name", ["config.json", "qlab.json", "model.safetensors.index.json"])
 def test_json_files_of_any_content(name, copied, saved):
     @given(value=JSON | st.text(max_size=20).map(str.encode) | st.binary(max_size=20))
-    @SLOW
     def written(value):
         path = copied("awq")
         (path / name).write_bytes(value if isinstance(value, bytes) else json.dumps(value).encode())

@@ -140,7 +140,7 @@ def test_the_same_bytes_again(saved, written, tmp_path):
 @pytest.mark.parametrize("family, changes", [("llama", TIED), ("gpt2", {}), ("mixtral", {})])
 def test_a_measurement_behind_it_sees_the_function(family, changes, saved):
     path, seen = saved(family, **changes), []
-    model, data = qlab.open(path), random_tokens(path, 3, 16)
+    model, data = qlab.open(path), random_tokens(path)
 
     def measure(turned):
         seen.extend([turned.logits(IDS), turned.reference.logits(IDS)])
@@ -158,7 +158,7 @@ def test_a_measurement_behind_it_sees_the_function(family, changes, saved):
 
 def test_scales_are_tuned_in_the_basis_and_written(saved, tmp_path):
     path = saved("llama", **TIED)
-    model, data = qlab.open(path), random_tokens(path, 3, 16)
+    model, data = qlab.open(path), random_tokens(path)
     rounded = qlab.chain(R1, qlab.rtn("int4-g16"))
     tuned = qlab.apply(model, qlab.chain(rounded, qlab.kl_tune(steps=8)), data)
     out = qlab.write(tuned, tmp_path / "out").path
@@ -173,7 +173,7 @@ def test_scales_are_tuned_in_the_basis_and_written(saved, tmp_path):
 @pytest.mark.parametrize("tuning, kills", [(False, (3, 7)), (True, (5,))])
 def test_a_killed_run_is_resumed_to_the_same_bytes(tuning, kills, saved, tmp_path):
     path = saved("llama", **TIED)
-    model, data = qlab.open(path), random_tokens(path, 3, 16)
+    model, data = qlab.open(path), random_tokens(path)
     recipe = qlab.chain(R1, qlab.gptq("int4-g16"), qlab.kl_tune(steps=2) if tuning else ())
     whole = qlab.quantize(model, recipe, data, tmp_path / "whole").path
     for renames in kills:
@@ -209,6 +209,6 @@ def test_the_steps_that_choose_the_basis_come_first():
 def test_solvers_run_behind_it_in_the_dtype_of_the_files(dtype, saved):
     """Norms of a weight and a bias read both in one dtype."""
     model = qlab.open(saved("gpt2", dtype))
-    data = random_tokens(model.path, 2, 16)
+    data = random_tokens(model.path)
     value = qlab.apply(model, qlab.chain(R1, qlab.gptq("int8-channel")), data)
     assert qlab.evaluate(value, model, data).kl < 0.01

@@ -195,10 +195,10 @@ def large_llama(path, size):
 
 
 def test_a_model_four_times_larger_than_the_memory_is_quantized(exact_job, tmp_path):
-    one, model = tmp_path / "one", tmp_path / "model"
+    """The memory is what the program itself leaves of that of the process."""
+    one, model, memory = tmp_path / "one", tmp_path / "model", 96 * MiB
     large_llama(one, 1)  # what is left when one block is done is the program itself
     program = exact_job("within", path=one, out=tmp_path / "first", limit=None)["data"]
-    limit = program + 96 * MiB
-    sites = large_llama(model, 4 * limit)
-    assert sum(file.stat().st_size for file in model.glob("*.safetensors")) >= 4 * limit
+    sites, limit = large_llama(model, 4 * memory), program + memory
+    assert sum(file.stat().st_size for file in model.glob("*.safetensors")) >= 4 * memory
     assert exact_job("within", path=model, out=tmp_path / "out", limit=limit)["sites"] == sites

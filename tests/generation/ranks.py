@@ -3,13 +3,13 @@ everything already."""
 
 import os
 import pickle
-import socket
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ports import free_port
 
 LOADED = ["qlab.generation.pipeline", "qlab.cli", "torch.distributed", "families"]
 
@@ -30,19 +30,13 @@ def run_ranks(folder, world, work, *arguments, joins=True):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(600)
         assert process.exitcode is not None, "a rank hangs"
     return [read(folder / f"rank{rank}") for rank in range(world)]
 
 
 def read(path):
     return pickle.loads(path.read_bytes()) if path.exists() else None
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _rank(rank, world, port, folder, joins, work, arguments):

@@ -4,7 +4,6 @@ leave nobody waiting."""
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -135,21 +134,19 @@ def one_fails(rank, path, dies):
         return compute(self, call, states)
 
     parallel.Engine.compute = failing
-    started = time.monotonic()
     with qlab.pipeline(path, dtype=torch.float32) as pipe:
         try:
             pipe(PROMPTS, temperature=0, max_tokens=20)
         except GroupEnded as first:
             with pytest.raises(GroupEnded, match="have ended"):
                 pipe([7])
-            return str(first), time.monotonic() - started
+            return str(first)
 
 
 @pytest.mark.parametrize("dies", [False, True])
 def test_a_rank_that_fails_ends_all_with_a_sentence(made, tmp_path, dies):
     first, second = run_ranks(tmp_path, 2, one_fails, made("llama", None, {}), dies)
-    assert first[0].startswith("qlab: rank 0 of 2: another rank is gone")
-    assert first[1] < 60
+    assert first.startswith("qlab: rank 0 of 2: another rank is gone")
     if dies:
         assert second is None
     else:

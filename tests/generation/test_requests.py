@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from qlab.generation.pages import NOBODY, Pages
 from qlab.generation.schedule import Limits, Place, plan
 
-MANY = settings(deadline=None, max_examples=60)
+MANY = settings(max_examples=60)
 ALPHABET = st.integers(0, 1)  # so that prompts begin alike
 
 

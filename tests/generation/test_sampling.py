@@ -12,7 +12,7 @@ from model_folders import refused
 from qlab.generation.drawing import change, draw, is_outside, keep, likeliest, noise, told
 from qlab.generation.sampling import Drawing, Drawn, Sampling
 
-few = settings(deadline=None, max_examples=40)
+few = settings(max_examples=40)
 LOGITS = st.lists(st.integers(-60, 60), min_size=2, max_size=12, unique=True).map(
     lambda row: torch.tensor(row, dtype=torch.float32) / 10
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import cases
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qlab_kernels
@@ -20,9 +20,7 @@ from qlab_kernels.families.cache_attention import refusal
 HERE = torch.device("cpu")
 SOURCE = Path(qlab_kernels.__file__).parent
 FORMAT = st.sampled_from(["int8", "fp8", "int4"])
-few = settings(
-    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], database=None
-)
+few = settings(max_examples=25)
 
 
 @pytest.fixture(scope="module")

@@ -125,7 +125,7 @@ def test_grouped_product_needs_the_fused_path():
         heuristic(problem((7, 5), op="int4_grouped_mm"))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     cc=st.sampled_from(sorted(TABLE)),
     m=st.integers(0, 10_000),

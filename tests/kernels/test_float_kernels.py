@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 import triton
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_static import attempt, compilers  # noqa: F401
 
@@ -22,11 +22,7 @@ from qlab_kernels.static import faults
 
 SOURCE = Path(qlab_kernels.__file__).parent
 E4M3 = torch.float8_e4m3fn
-few = settings(
-    deadline=None,
-    max_examples=25,
-    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
-)
+few = settings(max_examples=25)
 GROUPS = {"nvfp4": 16, "mxfp4": 32, "mxfp8": 32, "fp8-blocks": 128, "fp8-rows": 10_000}
 GROUPS["fp4-g64"] = 64
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import cases
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qlab_kernels
@@ -17,9 +17,7 @@ from qlab_kernels.families.hadamard import refusal
 
 HERE = torch.device("cpu")
 SOURCE = Path(qlab_kernels.__file__).parent
-few = settings(
-    deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow], database=None
-)
+few = settings(max_examples=30)
 DTYPE = st.sampled_from(["float16", "bfloat16", "float32"])
 # orders: 2 to 1,024, and multiples of cores; (doublings, core)
 SHAPE = st.one_of(

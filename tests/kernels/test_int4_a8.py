@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 import triton
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qlab_kernels
@@ -23,11 +23,7 @@ from qlab_kernels.layout8 import FIRST, layout_of, pack8, unpack8
 from qlab_kernels.static import compile_variant, compiled, faults
 
 SOURCE = Path(qlab_kernels.__file__).parent
-few = settings(
-    deadline=None,
-    max_examples=25,
-    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
-)
+few = settings(max_examples=25)
 GROUPS = (32, 64, 128, 256, 10_000)
 LAYOUTS = ("mma8-int8", "wgmma8-int8", "mma8-fp8", "wgmma8-fp8")
 

@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 import triton
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qlab_kernels
@@ -19,7 +19,7 @@ from qlab_kernels.static import compiled
 
 SOURCE = Path(qlab_kernels.__file__).parent / "int8_int8_kernel.py"
 TILE = ("gemm", 16, 64, 64)
-few = settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=20)
 
 
 @pytest.fixture(scope="module")

@@ -9,18 +9,14 @@ import numpy
 import pytest
 import triton
 from cases import Case
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 
 import qlab_kernels
 
 SOURCE = Path(qlab_kernels.__file__).parent
-few = settings(
-    deadline=None,
-    max_examples=30,
-    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
-)
+few = settings(max_examples=30)
 GROUP = st.sampled_from([32, 64, 128, 256, 1000])
 DTYPE = st.sampled_from(["float16", "bfloat16"])
 

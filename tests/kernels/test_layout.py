@@ -26,7 +26,7 @@ def weights(n, k, group, zeros, seed=0, lead=()):
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, 200),
     k=st.integers(1, 400),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qlab.lowering.around.attention import attention, in_torch
 from qlab_kernels.one_token import DTYPES, PATHS, attend, loaded, takes
 
-few = settings(deadline=None, max_examples=25)
+few = settings(max_examples=25)
 SHAPES = st.tuples(
     st.integers(1, 3), st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 3, 4, 7, 8])
 )

@@ -1,16 +1,7 @@
-"""Every law runs without gradients, on one thread, and draws the same examples each time."""
-
-import os
+"""Every law runs without gradients and on one thread."""
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
-
-calm = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-# Twice as many examples as every planted fault takes.
-settings.register_profile("laws", max_examples=25, **calm)
-settings.register_profile("mutants", max_examples=12, **calm)
-settings.load_profile(os.environ.get("LAWS_PROFILE", "laws"))
 
 
 @pytest.fixture(autouse=True)

@@ -158,7 +158,7 @@ def test_a_sources_statistics_come_with_its_weights():
     assert not torch.equal(own[0], own[1])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 4), st.integers(2, 5), st.integers(0, 99))
 def test_blocks_are_the_matrix_that_they_are_together(blocks, n, seed):
     M, x = normal(blocks, n, n, seed=seed), normal(3, blocks * n, seed=seed)

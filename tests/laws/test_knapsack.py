@@ -16,7 +16,7 @@ def total(groups, chosen, what):
     return sum(options[i][what] for options, i in zip(groups, chosen, strict=True))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(PROBLEMS)
 def test_the_choice_is_that_of_brute_force(problem):
     groups, budget = problem

@@ -46,7 +46,7 @@ def losses(seg, graph):
 
 
 @given(st.integers(0, 999), st.sampled_from([(6, 12), (12, 6), (8, 8)]), st.integers(1, 5))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_no_product_of_the_rank_loses_less_than_eoras(seed, shape, rank):
     """It is that of the singular values of E M that are left out, and at most a plain
     decomposition's."""

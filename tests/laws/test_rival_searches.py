@@ -88,7 +88,7 @@ def test_with_s_1_among_the_ratios_no_input_is_worse_than_without_scales():
 
 
 @given(st.integers(0, 999), st.sampled_from([16, 32]))
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_clipping_leaves_no_group_with_more_error(seed, k):
     W_ok, H = normal(6, k, seed=seed), moment(correlated(50, k, seed))
     clipped, share = clip(W_ok, H, FP32)
@@ -115,7 +115,7 @@ def test_queries_and_keys_are_not_clipped():
 
 
 @given(st.integers(0, 999), st.sampled_from(["int4-g16", "int3-g16-asym", "int2-g32-asym"]))
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_imatrix_takes_the_share_of_the_least_weighted_cubes(seed, text):
     spec = parse_spec(text)
     W_ok, h_k = normal(4, 32, seed=seed), correlated(30, 32, seed).square().mean(0)

@@ -45,7 +45,7 @@ def run(seg, transform, graph=None):
 
 
 # ------------------------------------------------------------------ matrices
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 300))
 def test_a_hadamard_matrix_is_of_signs_and_its_rows_are_orthogonal(n):
     if is_order(n):
@@ -62,7 +62,7 @@ def test_the_sizes_of_models_have_one():
     assert not any(is_order(n) for n in (0, -4, 3, 6, 18, 22, 52))  # 52 needs more than primes
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 6000))
 def test_blocks_divide_and_are_the_largest(k):
     n = largest_order(k)

@@ -133,7 +133,7 @@ def test_layer_norms_need_an_r_that_keeps_the_mean():
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 6), st.integers(0, 99), st.booleans())
 def test_a_matrix_that_keeps_the_ones_is_orthogonal_and_near_the_one_before(power, seed, haar):
     n = 2**power

@@ -27,7 +27,7 @@ from qlab.methods.schemes import SCHEMES, Scheme
 
 PRESETS = sorted(set(PRESET_SCHEMES) & set(SCHEMES))
 WEIGHTS = [name for name, scheme in SCHEMES.items() if scheme.weights]
-seeds = settings(max_examples=5, deadline=None)
+seeds = settings(max_examples=5)
 
 
 def test_every_preset_that_is_no_alias_or_neighbour_has_a_scheme():

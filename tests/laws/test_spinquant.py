@@ -88,7 +88,7 @@ def test_what_is_kept_has_the_loss_that_is_said(way, saved, monkeypatch):
     assert len(halved) > 1 or way > 0  # a step that does not better the loss halves the next
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(2, 24), st.integers(0, 99), st.floats(1e-3, 1), st.booleans())
 def test_a_step_stays_on_the_group_and_goes_down(size, seed, rate, centred):
     drawn = torch.Generator().manual_seed(seed)

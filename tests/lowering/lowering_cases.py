@@ -2,7 +2,7 @@
 be."""
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from tolerances import PRODUCT, UNIT
 from torch._inductor import config
@@ -12,13 +12,7 @@ from qlab.algebra.spec import Int, Tile
 from qlab.lowering import QExperts, QLinear, inductor_options
 from qlab.lowering.weights.kernels import CODES, INT4
 
-calm = settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+calm = settings(max_examples=25)
 CPU = torch.device("cpu")
 GROUPS = (32, 64, 128, 256)
 

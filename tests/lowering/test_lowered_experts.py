@@ -15,6 +15,8 @@ from qlab.errors import QlabError
 from qlab.lowering import QExperts
 from qlab.lowering.weights.int4 import expert
 
+pytestmark = pytest.mark.processor
+
 DTYPES = [torch.bfloat16, torch.float32]
 
 

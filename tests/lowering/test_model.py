@@ -18,6 +18,8 @@ from qlab.lowering.weights.modules import QuantizedWeight
 from qlab.methods.rtn import rtn
 from qlab.model.running import head
 
+pytestmark = pytest.mark.processor
+
 SPECS = {
     "llama": "int4-g32",
     "qwen2": "int4-g64-asym",

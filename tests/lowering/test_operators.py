@@ -20,6 +20,8 @@ from qlab.lowering.weights import cpu
 from qlab.lowering.weights.nibbles import planes_of
 from qlab.lowering.weights.ops import dequantize, int4_mm
 
+pytestmark = pytest.mark.processor
+
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 

@@ -19,6 +19,8 @@ from qlab.lowering.tuning import tune as tuning
 from qlab.lowering.weights import cpu
 from qlab.process import processor
 
+pytestmark = pytest.mark.processor
+
 HALVES = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 
 

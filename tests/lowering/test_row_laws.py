@@ -21,6 +21,8 @@ from qlab.lowering.weights.int4 import expert
 from qlab.lowering.weights.integers import is_exact
 from qlab.lowering.weights.kernels import KERNELS, kernel_named
 
+pytestmark = pytest.mark.processor
+
 each_case = pytest.mark.parametrize("case", LAW_ROWS, ids=str)
 TOKENS = (0, 1, 3, 33)
 # test_schema is left out: it compares no 8-bit floats.

@@ -27,6 +27,8 @@ from qlab.lowering.weights.kernels import KERNELS, choose
 from qlab.lowering.weights.setting import Setting
 from qlab_kernels.compiled import Uncompiled
 
+pytestmark = pytest.mark.processor
+
 
 def setting(**changes):
     return Setting(**{"dtype": torch.bfloat16, "device": CPU} | changes)

@@ -4,7 +4,9 @@ import contextlib
 import socket
 import threading
 import time
+from functools import partial
 
+import httpx
 import torch
 import uvicorn
 
@@ -13,11 +15,8 @@ from qlab.serving.app import Server, Settings, application
 from qlab.serving.facts import facts_of
 from qlab.serving.worker import Worker
 
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+PATIENCE = 300.0  # seconds: a machine that does other things is no fault of the server
+get, post = partial(httpx.get, timeout=PATIENCE), partial(httpx.post, timeout=PATIENCE)
 
 
 @contextlib.contextmanager
@@ -26,10 +25,12 @@ def served(directory, queue_tokens=100_000, keys=(), timeout=None, **listening):
     pipe = qlab.pipeline(directory, dtype=torch.float32, rows=4)
     facts = facts_of(pipe, "float32")
     settings = Settings(name="tiny", facts=facts, keys=keys, timeout=timeout)
-    server, port = Server(Worker(pipe, queue_tokens), settings), free_port()
+    server, listener = Server(Worker(pipe, queue_tokens), settings), socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
     config = uvicorn.Config(application(server), port=port, log_level="error", **listening)
     running = uvicorn.Server(config)
-    thread = threading.Thread(target=running.run)
+    thread = threading.Thread(target=running.run, args=([listener],))
     thread.start()
     while not running.started:
         time.sleep(0.02)
@@ -41,7 +42,7 @@ def served(directory, queue_tokens=100_000, keys=(), timeout=None, **listening):
         thread.join()
 
 
-def idle(server, seconds=20):
+def idle(server, seconds=PATIENCE):
     """Whether nothing is computed any more, and all pages are back."""
     engine, end = server.worker.pipe.engine, time.monotonic() + seconds
     while (server.worker.answers or not engine.is_idle) and time.monotonic() < end:

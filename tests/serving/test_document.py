@@ -1,10 +1,9 @@
 """Requests that the server's own document describes, and requests that it rules out, made by
 schemathesis: each is answered as the document says, and so is the next good one."""
 
-import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
-from servers import idle, served
+from servers import PATIENCE, idle, post, served
 
 import qlab
 
@@ -66,12 +65,12 @@ def test_what_is_posted_is_answered_as_the_document_says(server, document, path,
     @bounds
     @given(case=document[path]["POST"].as_strategy(generation_mode=mode))
     def answered(case):
-        codes.append(case.call_and_validate(checks=checks(), timeout=30).status_code)
+        codes.append(case.call_and_validate(checks=checks(), timeout=PATIENCE).status_code)
 
     answered()
     assert mode is not schemathesis.GenerationMode.POSITIVE or 200 in codes
     assert idle(server)
-    assert httpx.post(f"{server.url}/v1/completions", json=OK).status_code == 200
+    assert post(f"{server.url}/v1/completions", json=OK).status_code == 200
 
 
 @pytest.mark.parametrize("path", ROUTES["GET"])

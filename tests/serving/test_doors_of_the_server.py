@@ -6,10 +6,9 @@ import shutil
 import ssl
 import subprocess
 
-import httpx
 import pytest
 import torch
-from servers import served
+from servers import get, served
 
 import qlab
 from qlab.cli import main
@@ -92,7 +91,7 @@ def test_a_certificate_makes_it_https(directory, tmp_path):
     context = ssl.create_default_context(cafile=certificate)
     listening = {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}
     with served(directory, **listening) as server:
-        assert httpx.get(f"{server.url}/ready", verify=context).status_code == 200
+        assert get(f"{server.url}/ready", verify=context).status_code == 200
 
 
 def test_a_reader_that_does_not_read_is_cut_off(directory, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from browsers import chromium
 from model_folders import prose
-from servers import idle, served
+from servers import PATIENCE, idle, served
 
 import qlab
 from qlab.serving.facts import facts_of
@@ -39,6 +39,7 @@ def server(directory):
 def page(browser, server):
     """The page, of which no script failed."""
     page, failed = browser.new_page(), []
+    page.set_default_timeout(1000 * PATIENCE)
     page.on("pageerror", lambda error: failed.append(error))
     page.goto(server.url)
     page.locator("#facts dd").first.wait_for()

@@ -56,7 +56,7 @@ WRITTEN = {
 }
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(cuts=st.lists(st.integers(0, 80), max_size=6))
 @pytest.mark.parametrize("written", WRITTEN)
 def test_calls_are_found_however_the_text_is_cut(written, cuts):
