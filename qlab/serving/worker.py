@@ -163,6 +163,7 @@ class Worker:
             if engine.is_idle:
                 self._wake.wait(IDLE)
                 self._wake.clear()
+                self._tell()  # a reply may have ended before its answer was among the others
                 continue
             try:
                 engine.step()
@@ -172,8 +173,12 @@ class Worker:
                 if isinstance(error, SystemExit):
                     self._end(error)
             else:
-                pieces = [(answer, answer.new()) for answer in self._all()]
-                self._send([(answer, piece) for answer, piece in pieces if piece is not None])
+                self._tell()
+
+    def _tell(self) -> None:
+        """What was added to every reply."""
+        pieces = [(answer, answer.new()) for answer in self._all()]
+        self._send([(answer, piece) for answer, piece in pieces if piece is not None])
 
     def _end(self, why: SystemExit) -> None:
         """Answer nobody any more, and let the server end."""

@@ -282,6 +282,22 @@ def test_what_takes_longer_than_the_timeout_is_ended(directory):
         assert slow.status_code == 408 and idle(server)
 
 
+def test_a_reply_that_ends_before_its_answer_is_noted_is_sent(directory, monkeypatch):
+    with served(directory) as server:
+        ask = server.worker.pipe.ask
+
+        def late(*arguments, **settings):
+            asked = ask(*arguments, **settings)
+            while asked.request.finish is None:
+                time.sleep(0.01)
+            return asked
+
+        monkeypatch.setattr(server.worker.pipe, "ask", late)
+        for stream in (False, True):
+            answer = post(f"{server.url}/v1/completions", json=OK | {"stream": stream})
+            assert answer.status_code == 200 and "finish_reason" in answer.text
+
+
 def test_a_step_that_fails_is_an_error_and_the_next_one_is_answered(directory):
     with served(directory) as server:
         url, engine = f"{server.url}/v1/completions", server.worker.pipe.engine
