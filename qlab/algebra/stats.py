@@ -73,6 +73,11 @@ class Moment(NamedTuple):
         return float(self.output_errors(D_ok).sum())
 
 
+def own_mean_kk(moment: Moment) -> Tensor:
+    """The mean over tokens, in the memory of a moment that is the caller's own, which is lost."""
+    return moment.sum_kk.div_(moment.tokens) if moment.tokens else moment.mean_kk
+
+
 class Drifting(NamedTuple):
     """The second moment of the inputs x, and their drift sum (x' - x)^T x, of the same tokens."""
 

@@ -14,14 +14,15 @@ from torch import Tensor
 from qlab.algebra.cell import Cell, Weight, on_support
 from qlab.algebra.qtensor import QTensor, dense, steps
 from qlab.algebra.spec import Spec
-from qlab.algebra.stats import Moment
+from qlab.algebra.stats import Moment, own_mean_kk
 from qlab.algebra.transform import Transform, each_cell
 from qlab.errors import QlabError
 from qlab.methods.grid import Grid, encode, fit, least_rows, weighted
-from qlab.methods.obs import Factor, check_damp, damped, factorize, obs_sweep
-from qlab.methods.quantease import descend_codes, refit_scales
+from qlab.methods.obs import Factor, check_damp, damped_, factor_of, obs_sweep, parts
+from qlab.methods.quantease import descend_in_order, refit_scales
+from qlab.methods.square import Fresh, permuted_
 
-WORKSPACE = 8  # matrices [k, k] at once: H, its copies in solving order, and their factors
+WORKSPACE = 1  # matrices [k, k] at once: a copy of H, in whose memory it is factorized
 Order = Callable[[Tensor], Tensor]  # H_kk -> the order [k] in which columns are solved
 
 
@@ -37,7 +38,7 @@ def paper_order(H_kk: Tensor) -> Tensor:
 
 def gptq_codes(
     W_ok: Tensor,
-    H_kk: Tensor,
+    H: Fresh,
     scales: Tensor,
     zeros: Tensor | None,
     spec: Spec,
@@ -48,9 +49,10 @@ def gptq_codes(
 ) -> tuple[Tensor, float, int]:
     """Codes [o, k] on a fixed grid, the damping that was used, and the number of dead columns.
 
-    order: the columns [k] as they are solved. The rest is as of `codes_on`.
+    H: gives H_kk, a copy at every call. order: the columns [k] as they are solved. The rest is as
+    of `codes_on`.
     """
-    factor = factorize(H_kk.index_select(0, order).index_select(1, order), damp)
+    factor = factor_of(lambda: permuted_(H(), order), damp)
     codes_ok = codes_on((scales, zeros, spec), W_ok, factor, order, block, support)
     return codes_ok, factor.damp, int(factor.dead.sum())
 
@@ -70,6 +72,24 @@ def codes_on(
     bool [o, k]; where it is False the weight becomes 0, and later columns make up for that as for
     any other error.
     """
+    scales, zeros, spec = grid
+    codes_ok = torch.empty(W_ok.shape, dtype=spec.code_dtype, device=W_ok.device)
+    for rows, tiles in parts(W_ok.shape, spec.tile):
+        part = scales[tiles], None if zeros is None else zeros[tiles], spec
+        free = None if support is None else support[rows]
+        codes_ok[rows] = _codes_of_rows(part, W_ok[rows], factor, order, block, free)
+    return codes_ok
+
+
+def _codes_of_rows(
+    grid: tuple[Tensor, Tensor | None, Spec],
+    W_ok: Tensor,
+    factor: Factor,
+    order: Tensor,
+    block: int,
+    support: Tensor | None,
+) -> Tensor:
+    """`codes_on` of some rows."""
     scales, zeros, spec = grid
     W = W_ok.index_select(1, order).masked_fill_(factor.dead.to(W_ok.device), 0)
     rows, cols = spec.tile.sizes(W_ok.shape)
@@ -144,14 +164,20 @@ def gptq(
         )
 
     def fn(weight: Weight) -> Cell:
-        cell, moment, outer = weight.cell, weight.stats["second_moment"], weight.stats["outer"]
+        cell, outer = weight.cell, weight.stats["outer"]
         W_ok, support, settled = cell.target, cell.support, cell.feasible.spec
-        H_kk, start_ok = moment.mean_kk, dense(cell.leaf, torch.float32)
         assert settled is not None  # the stage has a spec
-        scales, zeros = fit(grid, start_ok, settled, H_kk.diagonal(), outer)
-        s_ag, columns = steps(scales, outer, W_ok.dtype), order(H_kk)
+
+        def second_moment() -> Tensor:
+            return own_mean_kk(weight.stats["second_moment"])
+
+        H_kk, start_ok = second_moment(), dense(cell.leaf, torch.float32)
+        columns, h_k = order(H_kk), H_kk.diagonal().clone()
+        del H_kk  # a copy at a time
+        scales, zeros = fit(grid, start_ok, settled, h_k, outer)
+        s_ag = steps(scales, outer, W_ok.dtype)
         codes, used, dead = gptq_codes(
-            W_ok, H_kk, s_ag, zeros, settled, columns, damp, block, support
+            W_ok, second_moment, s_ag, zeros, settled, columns, damp, block, support
         )
         q = QTensor(codes, scales, zeros, settled, outer)
         q = q if support is None else on_support(q, support)
@@ -160,10 +186,13 @@ def gptq(
         refits = settled.tile.rows == 1 and scales.itemsize > 1
         for _ in range(sweeps):
             if refits:
-                q = refit_scales(W_ok, damped(H_kk, used), q)
-            q = descend_codes(W_ok, damped(H_kk, used), q, columns, block, support)
+                q = refit_scales(W_ok, damped_(second_moment(), used), q)
+            in_order = permuted_(damped_(second_moment(), used), columns)
+            q = descend_in_order(W_ok, in_order, q, columns, block, support)
+            del in_order
         if support is not None:
-            q = _no_worse(q, encode(grid, start_ok, settled, H_kk.diagonal(), outer), W_ok, moment)
+            nearest = encode(grid, start_ok, settled, h_k, outer)
+            q = _no_worse(q, nearest, W_ok, weight.stats["second_moment"])
         return cell.put(q, grid=grid.name, damp=used, dead=dead)
 
     detail = (

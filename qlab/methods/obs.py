@@ -13,12 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qlab.algebra.tile import Tile
 from qlab.errors import QlabError
+from qlab.methods.square import Fresh, backwards_, is_finite, lower_mirrored_
 
 DAMP_LIMIT = 1.0
 # (column [o], its place, out [o]) -> None: writes to `out` what the column becomes
 Project = Callable[[Tensor, int, Tensor], None]
 Begin = Callable[[Tensor, int], None]
+AT_ONCE = 1 << 24  # numbers of a weight whose rows are solved together; rows do not see each other
 
 
 @dataclass(frozen=True)
@@ -39,22 +42,30 @@ def damped(H_kk: Tensor, damp: float) -> Tensor:
 
     So scaling the activations scales the result, also where columns are dead.
     """
+    return damped_(H_kk.clone(), damp)
+
+
+def damped_(H_kk: Tensor, damp: float) -> Tensor:
+    """The same in the memory of H."""
     diagonal = H_kk.diagonal().contiguous()
     mean = diagonal.mean() * (len(diagonal) / (diagonal != 0).sum().clamp_min(1))
     mean = torch.where(mean > 0, mean, 1)
-    H = H_kk.clone()
-    H.diagonal().copy_(torch.where(diagonal == 0, mean, diagonal) + damp * mean)
-    return H
+    H_kk.diagonal().copy_(torch.where(diagonal == 0, mean, diagonal) + damp * mean)
+    return H_kk
 
 
 def factorize(H_kk: Tensor, damp: float) -> Factor:
     """The unit upper factor of the damped H (see `cholesky`)."""
+    return factor_of(lambda: _own(H_kk), damp)
+
+
+def factor_of(H: Fresh, damp: float) -> Factor:
+    """The same of what H() gives, in its memory."""
     # Cholesky's L of H read backwards is, read backwards, an upper factor of H.
-    L_kk, used = cholesky(H_kk.flip(0, 1), damp)
-    C_kk = L_kk.flip(0, 1)
-    del L_kk  # it is as large as H
+    L_kk, used, diagonal_k = cholesky_of(lambda: backwards_(H()), damp)
+    C_kk = backwards_(L_kk.mT).mT  # columns of L are contiguous
     root_k = C_kk.diagonal().clone()
-    return Factor(C_kk.div_(root_k), used, H_kk.diagonal() == 0, root_k.square())
+    return Factor(C_kk.div_(root_k), used, diagonal_k.flip(0) == 0, root_k.square())
 
 
 def check_damp(damp: float) -> None:
@@ -66,21 +77,53 @@ def check_damp(damp: float) -> None:
 def cholesky(H_kk: Tensor, damp: float) -> tuple[Tensor, float]:
     """L with L L^T = H after damping, and the damping that was used. While the factorization fails
     the damping grows tenfold; beyond DAMP_LIMIT it is an error."""
-    if not torch.isfinite(H_kk).all():
-        raise QlabError(
-            "the second moment is beyond float32; the activations are too large, check the model"
-        )
+    L_kk, used, _ = cholesky_of(lambda: _own(H_kk), damp)
+    return L_kk, used
+
+
+def cholesky_of(H: Fresh, damp: float) -> tuple[Tensor, float, Tensor]:
+    """The same of what H() gives, in its memory, and the diagonal [k] before damping."""
     used = damp
     while True:
-        L_kk, failed = torch.linalg.cholesky_ex(damped(H_kk, used))
-        if not failed and torch.isfinite(L_kk).all():
-            return L_kk, used
+        H_kk = H()
+        if not is_finite(H_kk):
+            raise QlabError(
+                "the second moment is beyond float32; the activations are too large, check the "
+                "model"
+            )
+        diagonal_k = H_kk.diagonal().clone()
+        L_kk, failed = _lower_factor(lower_mirrored_(damped_(H_kk, used)))
+        if not failed and is_finite(L_kk):
+            return L_kk, used, diagonal_k
         if not used < DAMP_LIMIT:
             raise QlabError(
                 f"the second moment is not positive definite even with damping {used:g} (limit "
                 f"{DAMP_LIMIT:g}); calibrate with more or other text"
             )
+        del H_kk, L_kk  # before the next one is made
         used = min(max(used, 1e-3) * 10, DAMP_LIMIT)
+
+
+def _lower_factor(H_kk: Tensor) -> tuple[Tensor, bool]:
+    """L of a symmetric H in the memory of H, and whether there is none."""
+    columns_kk = H_kk.mT  # as LAPACK holds matrices
+    info = torch.empty((), dtype=torch.int32, device=H_kk.device)
+    torch.linalg.cholesky_ex(columns_kk, out=(columns_kk, info))
+    return columns_kk, bool(info)
+
+
+def _own(H_kk: Tensor) -> Tensor:
+    """A contiguous copy."""
+    return H_kk.clone(memory_format=torch.contiguous_format)
+
+
+def parts(shape: torch.Size, tile: Tile) -> Iterator[tuple[slice, slice]]:
+    """The rows of a weight [o, k] that are solved together, and those of its scales [a, g]."""
+    o, k = shape
+    rows = tile.sizes(shape)[0]
+    count = max(1, AT_ONCE // (rows * k))
+    for first in range(0, -(-o // rows), count):
+        yield slice(first * rows, min((first + count) * rows, o)), slice(first, first + count)
 
 
 def obs_sweep(

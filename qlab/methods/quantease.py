@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from qlab.algebra.qtensor import QTensor, dense, steps
-from qlab.methods.obs import Substitution
+from qlab.methods.obs import Substitution, parts
 
 RIDGE = 1e-3  # pull of a scale towards its old value, as a fraction of its own curvature
 
@@ -34,8 +34,37 @@ def descend_codes(
     The gradient D H follows the codes: column by column inside a block of columns, and once per
     block beyond it. support: bool [o, k], False where the codes of q stay as they are.
     """
+    in_order_kk = H_kk.index_select(0, order).index_select(1, order)
+    return descend_in_order(W_ok, in_order_kk, q, order, block, support)
+
+
+def descend_in_order(
+    W_ok: Tensor,
+    H_kk: Tensor,
+    q: QTensor,
+    order: Tensor,
+    block: int = 32,
+    support: Tensor | None = None,
+) -> QTensor:
+    """The same with an H whose rows and columns are in that order already."""
+    codes_ok = torch.empty_like(q.codes)
+    for rows, tiles in parts(q.shape, q.spec.tile):
+        fixed = None if support is None else ~support[rows]
+        codes_ok[rows] = _descended(W_ok[rows], H_kk, _rows(q, rows, tiles), order, block, fixed)
+    return replace(q, codes=codes_ok)
+
+
+def _rows(q: QTensor, rows: slice, tiles: slice) -> QTensor:
+    """Some rows of a leaf, as `parts` gives them."""
+    zeros = None if q.zeros is None else q.zeros[tiles]
+    return replace(q, codes=q.codes[rows], scales=q.scales[tiles], zeros=zeros)
+
+
+def _descended(
+    W_ok: Tensor, H_kk: Tensor, q: QTensor, order: Tensor, block: int, fixed: Tensor | None
+) -> Tensor:
+    """The codes of some rows. fixed: bool [o, k], True where they stay."""
     spec, (rows, cols) = q.spec, q.spec.tile.sizes(q.shape)
-    H_kk = H_kk.index_select(0, order).index_select(1, order)
     codes_ko = q.codes.T.index_select(0, order).to(W_ok.dtype)
     D_ko = (W_ok - dense(q, W_ok.dtype)).T.index_select(0, order)
     s_ko = (
@@ -45,7 +74,7 @@ def descend_codes(
     )
     codes, s = codes_ko.unbind(), s_ko.unbind()
     hs = (H_kk.diagonal()[:, None] * s_ko).unbind()
-    fixed = None if support is None else (~support).T.index_select(0, order).unbind()
+    stays = None if fixed is None else fixed.T.index_select(0, order).unbind()
     inner, before_o = Substitution(min(block, len(order)), D_ko), torch.empty_like(D_ko[0])
     for start in range(0, len(order), block):
         at = slice(start, start + block)
@@ -55,11 +84,11 @@ def descend_codes(
             before_o.copy_(code_o)
             # w'_j + g / H_jj in units of codes
             spec.nearest_(code_o.addcdiv_(g_o, hs[j]))
-            if fixed is not None:
-                code_o.copy_(torch.where(fixed[j], before_o, code_o))
+            if stays is not None:
+                code_o.copy_(torch.where(stays[j], before_o, code_o))
             torch.sub(code_o, before_o, out=moved_o).mul_(s[j])
         D_ko[at] -= inner.e_bo[: len(G_bo)]
-    return replace(q, codes=codes_ko[order.argsort()].T.contiguous().to(spec.code_dtype))
+    return codes_ko[order.argsort()].T.contiguous().to(spec.code_dtype)
 
 
 def refit_scales(W_ok: Tensor, H_kk: Tensor, q: QTensor) -> QTensor:
@@ -68,6 +97,15 @@ def refit_scales(W_ok: Tensor, H_kk: Tensor, q: QTensor) -> QTensor:
 
     RIDGE keeps groups with hardly any curvature at their old scale.
     """
+    scales = [
+        _refitted(W_ok[rows], H_kk, _rows(q, rows, tiles))
+        for rows, tiles in parts(q.shape, q.spec.tile)
+    ]
+    return QTensor(q.codes, torch.cat(scales), q.zeros, q.spec)
+
+
+def _refitted(W_ok: Tensor, H_kk: Tensor, q: QTensor) -> Tensor:
+    """The scales of some rows."""
     o, groups = q.scales.shape
     c_ogn = q.spec.tile.split(q.codes).to(W_ok.dtype)
     if q.zeros is not None:
@@ -86,4 +124,4 @@ def refit_scales(W_ok: Tensor, H_kk: Tensor, q: QTensor) -> QTensor:
         A_ogh + torch.diag_embed(ridge), b_og + ridge * q.scales.to(W_ok.dtype)
     ).to(q.scales.dtype)
     usable = solved.isfinite() & (solved != 0)
-    return QTensor(q.codes, torch.where(usable, solved, q.scales), q.zeros, q.spec)
+    return torch.where(usable, solved, q.scales)

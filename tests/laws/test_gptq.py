@@ -34,7 +34,7 @@ def on_minmax(W, spec):
 def solve(W, H, spec, order=None, damp=DAMP, block=32):
     scales, zeros = on_minmax(W, spec)
     order = paper_order(H) if order is None else order
-    return gptq_codes(W.double(), H, scales, zeros, spec, order, damp, block)
+    return gptq_codes(W.double(), H.clone, scales, zeros, spec, order, damp, block)
 
 
 def by_hand(W, H, spec, order, damp=DAMP):
@@ -132,7 +132,9 @@ def test_dead_columns_become_zero_and_leave_the_others_alone(problem, seed, damp
     assert not dense(QTensor(codes, scales, zeros, spec))[:, dead].any()
     alive = ~dead
     H = H[alive][:, alive]
-    alone = gptq_codes(W.double()[:, alive], H, scales, zeros, spec, act_order(H), damp, 32)[0]
+    alone = gptq_codes(W.double()[:, alive], H.clone, scales, zeros, spec, act_order(H), damp, 32)[
+        0
+    ]
     assert torch.equal(codes[:, alive], alone)
 
 

@@ -6,7 +6,7 @@ MUTANTS = [
     Mutant(
         "scales tiled instead of repeated",
         "methods/gptq.py",
-        "codes_on.per_column",
+        "_codes_of_rows.per_column",
         "order // cols",
         "order % x_ag.shape[1]",
         "gptq",
@@ -14,7 +14,7 @@ MUTANTS = [
     Mutant(
         "group off by one column",
         "methods/gptq.py",
-        "codes_on.per_column",
+        "_codes_of_rows.per_column",
         "order // cols",
         "(order + 1) % len(order) // cols",
         "gptq",
@@ -22,7 +22,7 @@ MUTANTS = [
     Mutant(
         "order not restored",
         "methods/gptq.py",
-        "codes_on",
+        "_codes_of_rows",
         "codes_ko[order.argsort()]",
         "codes_ko",
         "gptq",
@@ -30,7 +30,7 @@ MUTANTS = [
     Mutant(
         "order applied twice",
         "methods/gptq.py",
-        "codes_on",
+        "_codes_of_rows",
         "codes_ko[order.argsort()]",
         "codes_ko[order]",
         "gptq",
@@ -39,8 +39,8 @@ MUTANTS = [
         "H not permuted",
         "methods/gptq.py",
         "gptq_codes",
-        "H_kk.index_select(0, order).index_select(1, order)",
-        "H_kk",
+        "permuted_(H(), order)",
+        "H()",
         "gptq",
     ),
     Mutant(
@@ -54,7 +54,7 @@ MUTANTS = [
     Mutant(
         "dead columns not zeroed",
         "methods/gptq.py",
-        "codes_on",
+        "_codes_of_rows",
         "W_ok.index_select(1, order).masked_fill_(factor.dead.to(W_ok.device), 0)",
         "W_ok.index_select(1, order)",
         "gptq",
@@ -62,39 +62,39 @@ MUTANTS = [
     Mutant(
         "damping not recorded",
         "methods/obs.py",
-        "factorize",
-        "Factor(C_kk.div_(root_k), used, H_kk.diagonal() == 0, root_k.square())",
-        "Factor(C_kk.div_(root_k), damp, H_kk.diagonal() == 0, root_k.square())",
+        "factor_of",
+        "Factor(C_kk.div_(root_k), used, diagonal_k.flip(0) == 0, root_k.square())",
+        "Factor(C_kk.div_(root_k), damp, diagonal_k.flip(0) == 0, root_k.square())",
         "gptq",
     ),
     Mutant(
         "damping not added",
         "methods/obs.py",
-        "damped",
-        "H.diagonal().copy_(torch.where(diagonal == 0, mean, diagonal) + damp * mean)",
-        "H.diagonal().copy_(torch.where(diagonal == 0, mean, diagonal))",
+        "damped_",
+        "H_kk.diagonal().copy_(torch.where(diagonal == 0, mean, diagonal) + damp * mean)",
+        "H_kk.diagonal().copy_(torch.where(diagonal == 0, mean, diagonal))",
         "gptq",
     ),
     Mutant(
         "factor of H read forwards",
         "methods/obs.py",
-        "factorize",
-        "cholesky(H_kk.flip(0, 1), damp)",
-        "cholesky(H_kk, damp)",
+        "factor_of",
+        "cholesky_of(lambda: backwards_(H()), damp)",
+        "cholesky_of(H, damp)",
         "gptq",
     ),
     Mutant(
         "factor not normalised",
         "methods/obs.py",
-        "factorize",
-        "Factor(C_kk.div_(root_k), used, H_kk.diagonal() == 0, root_k.square())",
-        "Factor(C_kk, used, H_kk.diagonal() == 0, root_k.square())",
+        "factor_of",
+        "Factor(C_kk.div_(root_k), used, diagonal_k.flip(0) == 0, root_k.square())",
+        "Factor(C_kk, used, diagonal_k.flip(0) == 0, root_k.square())",
         "gptq",
     ),
     Mutant(
         "factor normalised by rows",
         "methods/obs.py",
-        "factorize",
+        "factor_of",
         "C_kk.diagonal().clone()",
         "C_kk.diagonal().clone()[:, None]",
         "gptq",
@@ -133,7 +133,7 @@ w[i].copy_(out[i])
     Mutant(
         "step taken backwards",
         "methods/quantease.py",
-        "descend_codes",
+        "_descended",
         "code_o.addcdiv_(g_o, hs[j])",
         "code_o.addcdiv_(g_o, hs[j], value=-1)",
         "quantease",
@@ -141,7 +141,7 @@ w[i].copy_(out[i])
     Mutant(
         "curvature without the scale",
         "methods/quantease.py",
-        "descend_codes",
+        "_descended",
         "H_kk.diagonal()[:, None] * s_ko",
         "(H_kk.diagonal()[:, None] * s_ko.abs().mean()).expand_as(s_ko)",
         "quantease",
@@ -157,7 +157,7 @@ w[i].copy_(out[i])
     Mutant(
         "error not brought up to date",
         "methods/quantease.py",
-        "descend_codes",
+        "_descended",
         "D_ko[at] -= inner.e_bo[:len(G_bo)]",
         "pass",
         "quantease",
@@ -165,7 +165,7 @@ w[i].copy_(out[i])
     Mutant(
         "codes beyond the range",
         "methods/quantease.py",
-        "descend_codes",
+        "_descended",
         "spec.nearest_(code_o.addcdiv_(g_o, hs[j]))",
         "code_o.addcdiv_(g_o, hs[j]).round_()",
         "quantease",
@@ -173,7 +173,7 @@ w[i].copy_(out[i])
     Mutant(
         "scales of the wrong group",
         "methods/quantease.py",
-        "descend_codes",
+        "_descended",
         """\
 steps(q.scales, q.outer, W_ok.dtype).T.repeat_interleave(rows, 1)[
     :, : len(W_ok)
@@ -189,7 +189,7 @@ steps(q.scales, q.outer, W_ok.dtype).T.repeat_interleave(rows, 1)[
     Mutant(
         "off-diagonal groups forgotten",
         "methods/quantease.py",
-        "refit_scales",
+        "_refitted",
         "A_ogh[:, g, g:] = A_ogh[:, g:, g] = torch.linalg.vecdot(cH_ohm, c_ogn[:, g:])",
         """\
 A_ogh[:, g, g:] = 0
@@ -201,7 +201,7 @@ A_ogh[:, g, g:g + 1] = torch.linalg.vecdot(cH_ohm, c_ogn[:, g:])
     Mutant(
         "zeros forgotten in the refit",
         "methods/quantease.py",
-        "refit_scales",
+        "_refitted",
         "c_ogn = c_ogn - q.zeros.to(W_ok.dtype)[..., None]",
         "c_ogn = c_ogn - 0 * q.zeros.to(W_ok.dtype)[..., None]",
         "quantease",
@@ -209,7 +209,7 @@ A_ogh[:, g, g:g + 1] = torch.linalg.vecdot(cH_ohm, c_ogn[:, g:])
     Mutant(
         "ridge pulls to zero",
         "methods/quantease.py",
-        "refit_scales",
+        "_refitted",
         "b_og + ridge * q.scales.to(W_ok.dtype)",
         "b_og",
         "quantease",
