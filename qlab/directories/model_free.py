@@ -9,7 +9,7 @@ names for them.
 
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from qlab.driver.solve import solve_alone
 from qlab.errors import QlabError
 from qlab.files.certificate import certify
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
+from qlab.files.hashed import HashedFiles
 from qlab.files.place import place, refuse_early
 from qlab.files.readback import MARKS, mark
 from qlab.files.record import recorded, versions, written
@@ -125,7 +126,8 @@ def quantize_files(
     opened = Modules(model if isinstance(model, Checkpoint) else open_checkpoint(model))
     opened.refuse_unheld()
     modules = opened.experts_apart()
-    source = modules.checkpoint
+    files = HashedFiles(modules.checkpoint.path, modules.checkpoint.stored)
+    source = replace(modules.checkpoint, reader=files.read)
     _refuse_recipe(recipe, codec)
     folder = place(out, source.path, set(source.files.values()))
     refuse_early(folder, overwrite, resume)
@@ -142,11 +144,11 @@ def quantize_files(
         transposed=transposed,
     )
     with PeakMemory() as peak, Writer(folder, overwrite, resume) as writer:
-        writer.begin(job, len(leaves_by_file(source)), source.path)
+        writer.begin(job, len(leaves_by_file(source)), source.path, source=files)
         if not writer.finished:
             with writer.refusing():
                 rewrite_files(source, writer, leaves.rewritten, "quantizing", leaves.codec)
-            writer.finish(written(config, job, writer.notes()), source.path)
+            writer.finish(written(config, writer.hashed_job(), writer.notes()), source.path)
     return Rewritten(
         path=writer.out,
         sites=recorded(writer.out)["sites"],
@@ -160,7 +162,7 @@ def _job(
 ) -> dict[str, Any]:
     """What identifies a run. specs: the chosen modules."""
     return {
-        "source": source.sha256(),
+        "source": source.fingerprint(),
         "recipe": describe(recipe),
         "sites": sorted(specs),
         "codec": codec,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qlab.errors import QlabError
 from qlab.files.directory import CONFIG, Stored
-from qlab.files.tensors import BLOCK, bytes_of, read
+from qlab.files.tensors import BLOCK, OpenFiles, bytes_of, read
 
 SAMPLE = 4096  # bytes of every tensor in a fingerprint
 
@@ -38,7 +38,8 @@ def fingerprint(folder: Path, stored: Mapping[str, Stored]) -> str:
 
 
 class HashedFiles:
-    """The files of a model, read through `read` and hashed on the way.
+    """The files of a model, read through `read` and hashed on the way. Each stays open, so that a
+    pass in their order opens it once.
 
     Args:
         folder: The model directory, which holds config.json.
@@ -47,6 +48,7 @@ class HashedFiles:
 
     def __init__(self, folder: Path, stored: Mapping[str, Stored]) -> None:
         self.folder, self.stored = folder, stored
+        self._files = OpenFiles()
         self._hashed = self._nothing_hashed()
         self._early: dict[str, str] = {}  # tensor that was read before its turn -> sha256
 
@@ -57,11 +59,11 @@ class HashedFiles:
             begins = starts.setdefault(tensor.file, [])
             if tensor.nbytes:
                 begins.append(tensor.start)
-        return {file: _HashedFile(file, starts[file]) for file in sorted(starts)}
+        return {file: _HashedFile(file, starts[file], self._files) for file in sorted(starts)}
 
     def read(self, name: str, stored: Stored) -> Tensor:
         """The tensor itself, as `qlab.files.tensors.read` reads it."""
-        tensor = read(name, stored)
+        tensor = read(name, stored, self._files)
         if stored.nbytes:
             data = bytes_of(tensor)
             was_hashed = self._hashed[stored.file].add(stored, data)
@@ -113,14 +115,14 @@ class HashedFiles:
         )
 
     def _sha256_of(self, name: str) -> str:
-        return hashlib.sha256(bytes_of(read(name, self.stored[name]))).hexdigest()
+        return hashlib.sha256(bytes_of(read(name, self.stored[name], self._files))).hexdigest()
 
 
 class _HashedFile:
     """sha256 of a file, of which the bytes before `position` are hashed."""
 
-    def __init__(self, path: Path, starts: Iterable[int]) -> None:
-        self.path = path
+    def __init__(self, path: Path, starts: Iterable[int], files: OpenFiles) -> None:
+        self.path, self._files = path, files
         self.position = 0
         self.hasher = hashlib.sha256()
         self._unread = sorted(starts, reverse=True)  # where tensors begin; the last comes first
@@ -145,16 +147,13 @@ class _HashedFile:
         """Read the file from `position` to `stop` for its hash."""
         if stop == self.position:
             return
-        with self.path.open("rb") as stream:
-            stream.seek(self.position)
-            while self.position < stop:
-                block = stream.read(min(BLOCK, stop - self.position))
-                if not block:
-                    raise QlabError(
-                        f"{self.path} became shorter while it was read; download it again"
-                    )
-                self.hasher.update(block)
-                self.position += len(block)
+        stream = self._files.at(self.path, self.position)
+        while self.position < stop:
+            block = stream.read(min(BLOCK, stop - self.position))
+            if not block:
+                raise QlabError(f"{self.path} became shorter while it was read; download it again")
+            self.hasher.update(block)
+            self.position += len(block)
 
     def finish(self) -> None:
         """Hash the rest of the file."""

@@ -18,12 +18,14 @@ Rewrite = Callable[[str, Notes], Mapping[str, Tensor]]
 
 
 def leaves_by_file(model: Checkpoint) -> list[list[str]]:
-    """The leaves of each file: the name of every plain tensor, and `module.weight` for a quantized
-    module, whose tensors count where the first of them lies. A quantized module's bias is a plain
-    tensor, and so are those of the model's extras."""
+    """The leaves of each file in its order: the name of every plain tensor, and `module.weight` for
+    a quantized module, whose tensors count where the first of them lies. A quantized module's bias
+    is a plain tensor, and so are those of the model's extras."""
     files: dict[Any, list[str]] = {}
     seen: set[str] = set()
-    for name, stored in model.stored.items():
+    places = {file: number for number, file in enumerate(dict.fromkeys(model.files.values()))}
+    in_order = sorted(model.stored.items(), key=lambda each: (places[each[1].file], each[1].start))
+    for name, stored in in_order:
         module, _, kind = name.rpartition(".")
         plain = kind == "bias" or name in model.beside
         leaf = f"{module}.weight" if module in model.quantized and not plain else name

@@ -6,6 +6,7 @@ memory pass through.
 
 import json
 import shutil
+import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -53,14 +54,39 @@ def dtype_of(name: str, stored: Stored) -> torch.dtype:
     return DTYPES[stored.dtype]
 
 
-def read(name: str, stored: Stored) -> Tensor:
-    """The tensor itself, in memory of its own."""
-    dtype = dtype_of(name, stored)
+class OpenFiles:
+    """Files that stay open from one read to the next, so that each is opened once where tensors are
+    read file by file. Of more than MOST the one that was read longest ago is closed."""
+
+    MOST = 32
+
+    def __init__(self) -> None:
+        self._files: dict[Path, IO[bytes]] = {}
+        weakref.finalize(self, _close, self._files)
+
+    def at(self, path: Path, start: int) -> IO[bytes]:
+        """A file, of which the next byte that is read is that number."""
+        file = self._files.pop(path, None) or path.open("rb")
+        self._files[path] = file  # the last one that was read
+        for oldest in list(self._files)[: -self.MOST]:
+            self._files.pop(oldest).close()
+        file.seek(start)
+        return file
+
+
+def _close(files: Mapping[Path, IO[bytes]]) -> None:
+    for file in files.values():
+        file.close()
+
+
+def read(name: str, stored: Stored, files: OpenFiles | None = None) -> Tensor:
+    """The tensor itself, in memory of its own. files: those that stay open (None: it is opened for
+    this tensor)."""
+    dtype, files = dtype_of(name, stored), files or OpenFiles()
     data = torch.empty(stored.nbytes, dtype=torch.uint8, device="cpu")
     try:
-        with stored.file.open("rb") as file:
-            file.seek(stored.start)
-            size = file.readinto(data.numpy().data) if stored.nbytes else 0
+        file = files.at(stored.file, stored.start)
+        size = file.readinto(data.numpy().data) if stored.nbytes else 0  # type: ignore[attr-defined]
     except OSError as error:
         raise QlabError(
             f"{stored.file} cannot be read ({error.strerror}); check the disk"

@@ -29,9 +29,9 @@ def readings(monkeypatch):
     """What is read: tensor -> how often, and "" -> bytes that are read for a hash alone."""
     counted, read, hash_up_to = Counter(), hashed.read, hashed._HashedFile.hash_up_to
 
-    def counting_read(name, stored):
+    def counting_read(name, stored, files):
         counted[name] += 1
-        return read(name, stored)
+        return read(name, stored, files)
 
     def counting_hash(file, stop):
         counted[""] += stop - file.position

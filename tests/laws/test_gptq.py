@@ -15,7 +15,8 @@ from qlab.algebra.stats import Moment, quadratic
 from qlab.algebra.transform import at
 from qlab.errors import QlabError
 from qlab.methods.gptq import act_order, gptq, gptq_codes, paper_order
-from qlab.methods.obs import factorize, obs_sweep
+from qlab.methods.obs import factor_of, factorize, obs_sweep
+from qlab.methods.square import permuted_
 
 SEEDS, DAMP = st.integers(0, 999), 0.01
 plain = problems(kinds=("normal", "offset", "outlier"))
@@ -206,3 +207,26 @@ def test_the_sweep_writes_to_none_of_its_inputs(seed, o):
 def test_a_projection_that_changes_nothing_leaves_the_weight(seed):
     W, H = weight(5, 12, seed), second_moment(12, seed).float()
     assert torch.equal(obs_sweep(W, factorize(H, DAMP).R_kk, lambda w, j, into: into.copy_(w)), W)
+
+
+@given(plain, SEEDS)
+def test_rows_that_are_solved_in_parts_have_the_codes_of_the_whole(problem, seed):
+    W, spec = problem
+    H = second_moment(W.shape[1], seed)
+    whole = solve(W, H, spec, act_order(H))[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qlab.methods.obs.AT_ONCE", W.shape[1])
+        assert torch.equal(solve(W, H, spec, act_order(H))[0], whole)
+
+
+@given(SEEDS, st.integers(1, 20), st.sampled_from([1, 7, 1 << 22]))
+def test_a_matrix_is_factorized_in_its_own_memory(seed, k, strip):
+    H, order = second_moment(k, seed), normal(k, 1, seed)[:, 0].argsort()
+    own = H.clone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qlab.methods.square.STRIP", strip)
+        factor = factor_of(lambda: permuted_(own, order), DAMP)
+    R_kk, D_k = factor.R_kk, factor.D_k
+    assert R_kk.data_ptr() == own.data_ptr()
+    there = H[order][:, order] + DAMP * H.diagonal().mean() * torch.eye(k)
+    assert torch.allclose(R_kk @ D_k.diag() @ R_kk.T, there)
