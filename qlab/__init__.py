@@ -87,6 +87,7 @@ HOMES = {
     "perplexity": "qlab.evaluation.perplexity",
     "pipeline": "qlab.generation.pipeline",
     "plan": "qlab.driver.plan",
+    "rehearse": "qlab.driver.rehearsal",
     "qat": "qlab.methods.qat",
     "qat_end_to_end": "qlab.methods.qat_end_to_end",
     "quantize": "qlab.driver.quantize",

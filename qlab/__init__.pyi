@@ -43,6 +43,7 @@ from qlab.driver.model import Model as Model
 from qlab.driver.plan import plan as plan
 from qlab.driver.quantize import compare as compare
 from qlab.driver.quantize import quantize as quantize
+from qlab.driver.rehearsal import rehearse as rehearse
 from qlab.driver.write import write as write
 from qlab.errors import QlabError as QlabError
 from qlab.evaluation.comparison import difference as difference

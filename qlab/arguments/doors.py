@@ -22,6 +22,7 @@ RUN: Mapping[str, plain.Kind] = {
     "calibrate_all_experts": plain.flag,
     "codec": plain.word,
     "target": plain.optional_word,
+    "offload": plain.optional_path,
 }
 METHOD: Mapping[str, plain.Kind] = {"spec": kinds.spec, "grid": kinds.grid}
 TUNING: Mapping[str, plain.Kind] = {
@@ -71,6 +72,13 @@ TAKES: Mapping[str, Mapping[str, plain.Kind]] = {
         "keep_statistics": plain.optional_path,
     },
     "plan": {**RUN, "model": kinds.model, "recipe": kinds.recipe, "data": kinds.data},
+    "rehearse": {
+        **RUN,
+        "model": kinds.model,
+        "recipe": kinds.recipe,
+        "data": kinds.data,
+        "blocks": plain.whole,
+    },
     "quantize_files": {
         **RUN,
         "model": kinds.directory,

@@ -48,5 +48,11 @@ def applied(model: str, method: str, choices: Choices) -> "Quantized":
 
     job = job_of(model, method, choices)
     return qlab.apply(
-        job.model, job.recipe, job.data, inputs=job.inputs, device=job.device, memory=job.memory
+        job.model,
+        job.recipe,
+        job.data,
+        inputs=job.inputs,
+        device=job.device,
+        memory=job.memory,
+        offload=job.offload,
     )

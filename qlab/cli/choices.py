@@ -23,6 +23,7 @@ from qlab.cli.options import (
     Keep,
     Length,
     Memory,
+    Offload,
     Outside,
     RecipeName,
     Samples,
@@ -73,6 +74,7 @@ class Choices:
     calibrate_all_experts: AllExperts = False
     device: Device = "cpu"
     memory: Memory = None
+    offload: Offload = None
     keep: Keep = None
     outside: Outside = None
     codec: CodecName = ""
@@ -143,6 +145,7 @@ def job_of(model: str, method: str, choices: Choices, usual: str = "gptq") -> "J
         memory=in_bytes(choices.memory),
         codec=codec,
         target=choices.target or None,
+        offload=choices.offload,
     )
 
 

@@ -68,6 +68,7 @@ def _refuse_of_runs(choices: Choices) -> None:
     given = {
         f"--bits {choices.bits}": choices.bits,
         "--memory": choices.memory,
+        "--offload": choices.offload,
         "--calibrate-all-experts": choices.calibrate_all_experts,
         "--inputs reference": choices.inputs == "reference",
         f"--device {choices.device}": choices.device != "cpu",

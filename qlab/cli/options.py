@@ -144,6 +144,13 @@ Memory = Annotated[
         "--memory", help="budget in GiB, for experts in parts; a plan above it is refused"
     ),
 ]
+Offload = Annotated[
+    Path | None,
+    typer.Option(
+        "--offload",
+        help="folder for hidden states and blocks that are kept meanwhile; results are the same",
+    ),
+]
 InputsName = Annotated[
     str,
     typer.Option("--inputs", callback=lower, help="calibrate on 'quantized' or 'reference' inputs"),

@@ -30,10 +30,20 @@ if TYPE_CHECKING:
 
 @with_choices
 def plan(
-    model: Model, *, method: MethodName = "gptq", choices: Choices, json_file: Json = None
+    model: Model,
+    *,
+    method: MethodName = "gptq",
+    choices: Choices,
+    blocks: Annotated[
+        int | None,
+        typer.Option(
+            "--blocks", help="really quantize the first N blocks, for peak and time; keeps nothing"
+        ),
+    ] = None,
+    json_file: Json = None,
 ) -> None:
     """What a method would do to a model: stages, passes, peak memory, bits per weight. Runs and
-    writes nothing."""
+    writes nothing, but for the blocks that --blocks asks for."""
     import qlab
 
     job = job_of(model, method, choices)
@@ -41,7 +51,12 @@ def plan(
     console().print(planned)
     planned.check(job.memory)
     console().print(f"written by the codec {job.codec}")
-    report({**planned.json(), "codec": job.codec}, json_file)
+    shown = {**planned.json(), "codec": job.codec}
+    if blocks is not None:
+        rehearsal = qlab.rehearse(**vars(job), blocks=blocks)
+        console().print(str(rehearsal), soft_wrap=True)
+        shown["rehearsal"] = rehearsal.json()
+    report(shown, json_file)
 
 
 @with_choices

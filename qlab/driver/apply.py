@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -122,6 +123,7 @@ def apply(
     device: str = "cpu",
     memory: int | None = None,
     calibrate_all_experts: bool = False,
+    offload: str | Path | None = None,
 ) -> Quantized:
     """What a recipe makes of a model, as a value that `evaluate`, `lower` and `write` take.
 
@@ -138,6 +140,7 @@ def apply(
         device: See `quantize`.
         memory: See `quantize`.
         calibrate_all_experts: See `quantize`.
+        offload: See `quantize`.
 
     Returns:
         The value. Its `segments()` are the solved blocks, and its `plan` says what they cost.
@@ -164,6 +167,7 @@ def apply(
         device=device,
         memory=memory,
         codec=None,
+        offload=offload,
     )
     quantized = Quantized(job=job)
     quantized.asked.check(memory)

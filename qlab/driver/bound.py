@@ -60,7 +60,10 @@ def _kept(skeleton: Skeleton, front: Job, bind: Bind) -> Kept:
     """The blocks behind the stages in front of a bind."""
     # stands for the stages behind the bind, for whom targets are kept
     behind = tuple(replace(stage, scope=bind.scope) for stage in keep())
-    kept, experts_at_once = Kept(front.recipe), plan_of(front, skeleton).experts_at_once
+    kept, experts_at_once = (
+        Kept(front.recipe, front.offload),
+        plan_of(front, skeleton).experts_at_once,
+    )
     for block in solved_in_order(skeleton, front, experts_at_once, behind):
         kept.put(skeleton, block)
         del block

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -54,6 +55,8 @@ class Job:
             is.
         target: The name of the engine that is to load the directory (`qlab.codecs.engines`), or
             None.
+        offload: The folder of what is kept beside the output (`qlab.files.offload`), or None: in
+            the output's work folder, and where the system has its temporary files.
     """
 
     model: Checkpoint
@@ -66,6 +69,7 @@ class Job:
     memory: int | None = None
     codec: str | None = CODEC
     target: str | None = None
+    offload: str | Path | None = None
 
     @property
     def done(self) -> int:

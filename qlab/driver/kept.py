@@ -1,7 +1,6 @@
-"""Blocks as the first steps of a recipe made them, in a temporary folder: what the steps behind go
+"""Blocks as the first steps of a recipe made them, in a folder: what the steps behind go
 on from."""
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,9 @@ from qlab.driver.job import Job
 from qlab.driver.scan import begin, solved_blocks
 from qlab.driver.segments import Solved, Solver
 from qlab.driver.writing import same
+from qlab.files.atomic import unwritable
 from qlab.files.carry import Carry
+from qlab.files.offload import scratch
 from qlab.model.skeleton import Skeleton
 
 
@@ -25,10 +26,10 @@ def solved_in_order(
     skeleton: Skeleton, job: Job, experts_at_once: int | None = None, later: Transform = ()
 ) -> Iterator[Solved]:
     """Every block before and after the steps of a job, in running order. One is in memory at a
-    time; hidden states lie in a temporary folder. later: steps behind them, for whom targets are
-    kept."""
+    time; hidden states lie in a folder of their own (`Job.offload`). later: steps behind them,
+    for whom targets are kept."""
     solver = Solver(job=job.remaining, experts_at_once=experts_at_once, later=later)
-    with tempfile.TemporaryDirectory(prefix="qlab-states-") as folder:
+    with scratch("states", job.offload) as folder:
         every = range(len(skeleton.blocks))
         scan = begin(skeleton, [solver], _Folder(Path(folder)), lambda carries: every)
         yield from solved_blocks(scan)
@@ -49,7 +50,8 @@ class _Folder:
 
 
 def _write(path: Path, fill: Any) -> None:
-    fill(path)
+    with unwritable(path):
+        fill(path)
 
 
 # what a block holds as tensors; its operations at run time stay in memory
@@ -68,12 +70,12 @@ class _Shell:
 
 
 class Kept:
-    """Solved blocks in the files of a temporary folder, which lives as long as this does. recipe:
-    the steps that made them."""
+    """Solved blocks in the files of a folder that lives as long as this does. recipe: the steps
+    that made them. offload: as of a job."""
 
-    def __init__(self, recipe: Transform) -> None:
+    def __init__(self, recipe: Transform, offload: str | Path | None = None) -> None:
         self.recipe = recipe
-        self._folder = tempfile.TemporaryDirectory(prefix="qlab-kept-")
+        self._folder = scratch("kept", offload)
         self._shells: dict[str, _Shell] = {}
 
     def put(self, skeleton: Skeleton, block: Solved) -> None:
@@ -81,7 +83,8 @@ class Kept:
         graph = block.after
         leaves, form = pytree.tree_flatten({name: dict(getattr(graph, name)) for name in HELD})
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        torch.save([t.detach().cpu().contiguous() for t in tensors], self._file(graph.path))
+        with unwritable(self._file(graph.path)):
+            torch.save([t.detach().cpu().contiguous() for t in tensors], self._file(graph.path))
         in_files, before = skeleton.names.block_names(graph.path), block.before.params
         unchanged = {
             name

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -209,6 +210,7 @@ def plan(
     codec: str = CODEC,
     target: str | None = None,
     memory: int | None = None,
+    offload: str | Path | None = None,
 ) -> Plan:
     """What `quantize` would do with the same arguments, and what it would cost. Runs no block.
 
@@ -226,6 +228,7 @@ def plan(
         target: The engine that is to load the directory, a name in `qlab.codecs.engines`, or None.
         memory: A bound in bytes into which the statistics of experts are to fit, some experts at a
             time; `Plan.check` says whether they do. None sets no bound.
+        offload: See `quantize`; changes nothing of a plan.
 
     Returns:
         The stages, the weights with their specs, the weights that stay, the passes over the data,
@@ -254,6 +257,7 @@ def plan(
         memory=memory,
         codec=codec,
         target=target,
+        offload=offload,
     )
     return plan_of(job, skeleton)
 

@@ -32,6 +32,7 @@ def quantize(
     codec: str = CODEC,
     target: str | None = None,
     keep_statistics: str | Path | None = None,
+    offload: str | Path | None = None,
 ) -> Result:
     """Apply a recipe to every block of a model and write the result as a model directory.
 
@@ -65,6 +66,10 @@ def quantize(
             inputs="reference": those that are there are used, and others are put there. Another
             recipe for the model, on the same data, then runs no block before its solver. None keeps
             none.
+        offload: A folder for what is kept while the model is worked on: hidden states between
+            blocks, and blocks that wait for a measurement of the whole model. It is made where it
+            is missing. None keeps states beside the output, and the rest where the system has its
+            temporary files. What is written does not depend on it.
 
     Returns:
         The directory, the report's row of every site, the plan, and what the run cost.
@@ -96,6 +101,7 @@ def quantize(
         codec=codec,
         target=target,
         keep_statistics=keep_statistics,
+        offload=offload,
     )
     return results[""]
 
@@ -116,6 +122,7 @@ def compare(
     codec: str = CODEC,
     target: str | None = None,
     keep_statistics: str | Path | None = None,
+    offload: str | Path | None = None,
 ) -> dict[str, Result]:
     """Quantize a model by several recipes, each into a folder of its own.
 
@@ -140,6 +147,7 @@ def compare(
         codec: See `quantize`.
         target: See `quantize`.
         keep_statistics: See `quantize`.
+        offload: See `quantize`.
 
     Returns:
         Name of a folder -> the result of its recipe.
@@ -168,6 +176,7 @@ def compare(
                 device=device,
                 memory=memory,
                 codec=None,
+                offload=offload,
             )
         )
         for name, recipe in recipes.items()

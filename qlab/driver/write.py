@@ -119,7 +119,7 @@ def write_all(
 
     with ExitStack() as stack:
         writers = {
-            name: stack.enter_context(Writer(place, overwrite, resume))
+            name: stack.enter_context(Writer(place, overwrite, resume, first.offload))
             for name, place in outs.items()
         }
         started = time.perf_counter()

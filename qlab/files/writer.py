@@ -20,9 +20,10 @@ from qlab.files.atomic import digest_of
 from qlab.files.carry import Carry
 from qlab.files.directory import INDEX, read_header
 from qlab.files.hashed import HashedFiles
+from qlab.files.offload import made, states_of
 from qlab.files.ownership import RECORD, with_files
 from qlab.files.segments import Segments
-from qlab.files.work_folder import NAMES
+from qlab.files.work_folder import NAMES, delete
 from qlab.files.workplace import Workplace
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -33,10 +34,14 @@ TEMPLATES = "additional_chat_templates"
 
 
 class Writer(Workplace, Segments):
-    """The shards of a job, the notes on each of them, and the files beside them."""
+    """The shards of a job, the notes on each of them, and the files beside them.
 
-    def __init__(self, out: Path, overwrite: bool, resume: bool):
+    offload: the folder in which hidden states are to lie, in one of this run's; None for the work
+    folder."""
+
+    def __init__(self, out: Path, overwrite: bool, resume: bool, offload: str | Path | None = None):
         self.shards = 0
+        self.states = states_of(out, None if offload is None else Path(offload))
         self.digests = {}
         super().__init__(out, overwrite, resume)
 
@@ -64,6 +69,18 @@ class Writer(Workplace, Segments):
                 )
         self.shards = shards
         super().begin(job, source=source)
+        if self.states is not None and not self.finished:
+            with self._refused():
+                made(self.states)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._drop_states()
+
+    def _drop_states(self) -> None:
+        """Remove the offloaded states of this run."""
+        if self.states is not None and self.states.is_dir():
+            delete(self.states)
 
     # -------------------------------------------------------------- shards
     def shard(self, index: int) -> Path:
@@ -97,7 +114,7 @@ class Writer(Workplace, Segments):
     ) -> Carry:
         """The hidden states of a stream (of the quantized model, of the reference) that enter block
         `index` (from 0)."""
-        path = self.work / f"carry-{stream}-{index:05d}.bin"
+        path = (self.states or self.work) / f"carry-{stream}-{index:05d}.bin"
         return Carry(
             path,
             shapes,
@@ -125,6 +142,7 @@ class Writer(Workplace, Segments):
         try:
             self._complete(files, copied)
             check(self.partial)
+            self._drop_states()
             self.put_in_place()
         except OSError as error:
             raise Unwritable(

@@ -79,6 +79,7 @@ def given(saved, text, tmp_path_factory):
         "attention_inputs": {"spec": "int8-token"},
         **{name: {"pattern": "2:4"} for name in ("magnitude", "wanda", "sparsegpt")},
         "plan": {"model": model, "recipe": recipe},
+        "rehearse": {"model": model, "recipe": recipe},
         "quantize_files": {"model": saved(), "recipe": recipe, "out": out / "f"},
         "convert": {"model": saved(), "codec": "gptq", "out": out / "c"},
         "evaluate": {"model": model, "against": model, "data": run["data"]},

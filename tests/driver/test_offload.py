@@ -1,0 +1,142 @@
+"""What is kept beside the output lies in the folder that the user names, and changes no byte."""
+
+import errno
+
+import pytest
+from model_folders import contents, random_tokens, refused
+
+from qlab.algebra.bind import bind
+from qlab.algebra.spec import parse_spec
+from qlab.algebra.transform import chain
+from qlab.driver.quantize import quantize
+from qlab.driver.rehearsal import rehearse
+from qlab.files import offload
+from qlab.files.carry import Carry
+from qlab.files.checkpoint import open_checkpoint
+from qlab.methods.gptq import gptq
+from qlab.methods.grid import weighted_mse
+from qlab.methods.rtn import rtn
+
+SPEC = parse_spec("int4-g16")
+
+
+@pytest.fixture
+def job(saved, tmp_path):
+    """job(name, recipe, **options): a run into that folder."""
+    path = saved("llama", num_hidden_layers=3)
+    model, data = open_checkpoint(path), random_tokens(path, 2, 8)
+    return lambda name, recipe, **options: quantize(model, recipe, data, tmp_path / name, **options)
+
+
+@pytest.fixture
+def entered(monkeypatch):
+    """The numbers of the blocks whose states are read to go into them, each once."""
+    numbers, read = [], Carry.read
+
+    def noting(carry):
+        number = int(carry.path.stem.rpartition("-")[2])
+        if number not in numbers:
+            numbers.append(number)
+        return read(carry)
+
+    monkeypatch.setattr(Carry, "read", noting)
+    return numbers
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The folders into which hidden states are written."""
+    folders, write = [], Carry.write
+
+    def noting(carry, batches):
+        folders.append(carry.path.parent)
+        write(carry, batches)
+
+    monkeypatch.setattr(Carry, "write", noting)
+    return folders
+
+
+def test_states_lie_where_they_are_offloaded_to_and_nothing_depends_on_it(job, written, tmp_path):
+    plain = job("plain", gptq(SPEC)).path
+    written.clear()
+    offloaded = job("offloaded", gptq(SPEC), offload=tmp_path / "new" / "states").path
+    assert contents(plain) == contents(offloaded)
+    assert len(written) == 3 and {folder.parent for folder in written} == {tmp_path / "new/states"}
+    assert not list((tmp_path / "new" / "states").iterdir())
+
+
+def test_blocks_that_wait_for_a_measurement_are_offloaded_too(job, tmp_path, monkeypatch):
+    folders, scratch = [], offload.scratch
+
+    def noting(kind, folder):
+        folders.append((kind, folder))
+        return scratch(kind, folder)
+
+    monkeypatch.setattr("qlab.driver.kept.scratch", noting)
+    recipe = chain(rtn(SPEC), bind("look", lambda model: 0, lambda value: ()))
+    job("bound", recipe, offload=tmp_path / "off")
+    assert folders == [("kept", tmp_path / "off"), ("states", tmp_path / "off")]
+
+
+class _FullDisk:
+    """A disk that is full when the hidden states behind a block are written."""
+
+    def __init__(self, monkeypatch, block):
+        self.full, write = True, Carry.write
+
+        def writing(carry, batches):
+            def failing():
+                for i, batch in enumerate(batches):
+                    if self.full and f"-{block:05d}" in carry.path.name and i:
+                        raise OSError(errno.ENOSPC, "No space left on device")
+                    yield batch
+
+            write(carry, failing())
+
+        monkeypatch.setattr(Carry, "write", writing)
+
+
+def test_a_full_disk_is_said_in_a_sentence_and_the_run_goes_on_from_there(
+    saved, tmp_path, monkeypatch, entered
+):
+    path = saved("llama", num_hidden_layers=3)
+    model, off = open_checkpoint(path), tmp_path / "off"
+    data = random_tokens(path, 600, 8)  # several batches
+    run = lambda name, **options: quantize(
+        model, rtn(SPEC, weighted_mse), data, tmp_path / name, **options
+    )
+    plain = run("plain").path
+    disk = _FullDisk(monkeypatch, 2)
+    refused(lambda: run("out", offload=off), str(off), "No space left on device", "free some space")
+    (states,) = off.iterdir()
+    assert [file.name for file in states.iterdir()] == ["carry-quantized-00001.bin"]
+    disk.full = False
+    entered.clear()
+    assert contents(run("out", offload=off, resume=True).path) == contents(plain)
+    assert entered == [1, 2] and not list(off.iterdir())
+
+
+@pytest.mark.parametrize(
+    "place, reason",
+    [
+        ("out", "lies in the output directory"),
+        ("out/inside", "lies in the output directory"),
+        ("file", "cannot be created to offload to"),
+    ],
+)
+def test_a_folder_that_cannot_be_offloaded_to_is_refused(place, reason, job, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(lambda: job("out", gptq(SPEC), offload=tmp_path / place), reason)
+
+
+def test_a_rehearsal_runs_the_first_blocks_and_leaves_nothing(saved, tmp_path):
+    path = saved("llama", num_hidden_layers=3)
+    model, off = open_checkpoint(path), tmp_path / "off"
+    found = rehearse(model, gptq(SPEC), random_tokens(path, 2, 8), blocks=2, offload=off)
+    assert len(found.seconds) == 2 and found.blocks == 3 and not list(off.iterdir())
+    first, second = found.seconds
+    assert found.whole == pytest.approx(found.start + first + 2 * second)
+    assert found.peak_rss_bytes > 0 and "2 of 3" in found.summary()["blocks"]
+    refused(lambda: rehearse(model, rtn(SPEC), blocks=4), "of a model that has 3")
+    bound = chain(rtn(SPEC), bind("look", lambda model: 0, lambda value: ()))
+    refused(lambda: rehearse(model, bound, blocks=1), "measures the whole model")
