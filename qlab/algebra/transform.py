@@ -30,7 +30,8 @@ class Stage:
     itself. view: what it sees, from which follows when it runs and what is checked of it. spec: the
     grid it rounds to; None where it rounds nothing. detail: its settings in words. scope: the sites
     that it may touch. workspace: how many fp32 matrices [k, k] it holds at once beside its
-    statistics.
+    statistics. at_once: the numbers of a weight of which it makes copies at once, where it solves
+    rows in parts (None: all).
     """
 
     name: str
@@ -42,6 +43,7 @@ class Stage:
     detail: str = ""
     scope: Scope = field(default_factory=Scope)
     workspace: int = 1
+    at_once: int | None = None
 
     def wants(self, site: Site) -> frozenset[Need]:
         """The statistics that it reads of this site's input. Routed experts have no drift: their

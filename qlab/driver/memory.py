@@ -25,6 +25,7 @@ from qlab.model.skeleton import Skeleton
 
 FP32 = 4  # bytes of a number
 SOLVER_COPIES = 5  # of a weight, in fp32, that a solver holds at once
+ERRORS = 4  # of them while the errors of a solved weight are measured
 # Of all weights that a step learns in a block, in fp32, that it holds at once: weights, parameters,
 # gradients, and what the rounding keeps for the way back. auto_round held 14, qat 12 to 17.
 LEARNING_COPIES = 14
@@ -177,8 +178,9 @@ class _Block:
         activations = self._activations(data, self.size) + self._scores(data)
         if self.size < FP32:  # an input is converted for its second moment
             activations += self._tokens(data) * FP32 * max(self.widths)
+        growing = 2 * self.square if data.count > self._tokens(data) else 0  # as of a mixture's
         yield {
-            "statistics": self.statistics + 2 * self.square,
+            "statistics": self.statistics + growing,
             "activations": activations,
             "waiting": self.waiting,
         }
@@ -207,13 +209,20 @@ class _Block:
         for stage in self.job.recipe:
             if isinstance(stage.view, Gauged):  # weights stay in fp32 until they are rounded
                 moved += FP32 * self._turned_by(stage)
+            solving = FP32 * self._copied(stage) + stage.workspace * self.square
             yield {
                 "moved weights": moved,
                 "codes": self.codes if stage.spec is not None else 0,
                 "statistics": self.statistics,
                 "waiting": self.waiting,
-                "solver": SOLVER_COPIES * FP32 * self.largest + stage.workspace * self.square,
+                "solver": max(solving, ERRORS * FP32 * self.largest),
             }
+
+    def _copied(self, stage: Stage) -> int:
+        """The numbers of the largest weight that a solver holds, in all of its copies."""
+        if stage.at_once is None or self.largest <= stage.at_once:
+            return SOLVER_COPIES * self.largest
+        return self.largest + SOLVER_COPIES * stage.at_once
 
     def _learning(self, data: Data) -> Iterator[Moment]:
         """What steps hold that see the whole block, with one window on its way back."""

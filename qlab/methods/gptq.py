@@ -18,7 +18,7 @@ from qlab.algebra.stats import Moment, own_mean_kk
 from qlab.algebra.transform import Transform, each_cell
 from qlab.errors import QlabError
 from qlab.methods.grid import Grid, encode, fit, least_rows, weighted
-from qlab.methods.obs import Factor, check_damp, damped_, factor_of, obs_sweep, parts
+from qlab.methods.obs import AT_ONCE, Factor, check_damp, damped_, factor_of, obs_sweep, parts
 from qlab.methods.quantease import descend_in_order, refit_scales
 from qlab.methods.square import Fresh, permuted_
 
@@ -199,7 +199,7 @@ def gptq(
         f"grid {grid.name}, {getattr(order, '__name__', order)}, damp {damp:g}, {sweeps} sweeps"
     )
     stages = each_cell("gptq", fn, {"second_moment"}, spec, detail)
-    return tuple(replace(stage, workspace=WORKSPACE) for stage in stages)
+    return tuple(replace(stage, workspace=WORKSPACE, at_once=AT_ONCE) for stage in stages)
 
 
 def _no_worse(q: QTensor, nearest: QTensor, W_ok: Tensor, moment: Moment) -> QTensor:
