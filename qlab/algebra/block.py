@@ -4,7 +4,7 @@ version of it is from that. Learning is such a step.
 Legend: W_ok a weight of o output and k input channels.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Protocol
@@ -34,7 +34,8 @@ class Samples(Protocol):
     entering(i): the hidden states that enter it in the model that is calibrated. wanted(i): those
     that leave the unquantized block in the unquantized model. leaving(segment, i): those that leave
     a version of the block, in the calibrated model. generator(name): random numbers of this block
-    for one purpose.
+    for one purpose. each(work, block, leaves, indices): what the work yields of windows, in their
+    order; where several processes have the block, by all of them.
     """
 
     @property
@@ -47,6 +48,14 @@ class Samples(Protocol):
     def leaving(self, segment: ModuleGraph, i: int) -> Tensor: ...
 
     def generator(self, name: str) -> torch.Generator: ...
+
+    def each(
+        self,
+        work: "OfWindows",
+        block: "Block",
+        leaves: Mapping[str, Any],
+        indices: Sequence[int],
+    ) -> Iterator[Any]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +111,13 @@ class Block:
         """Random numbers for one purpose, the same in every run."""
         return self.samples.generator(name)
 
+    def each(
+        self, work: "OfWindows", leaves: Mapping[str, Any], indices: Sequence[int]
+    ) -> Iterator[Any]:
+        """What work(block, leaves, indices), a function of a module, yields of each window, in
+        their order. Processes that have the block together take some windows each."""
+        return self.samples.each(work, self, leaves, indices)
+
     def weight(self, path: str) -> Tensor:
         """A site's weight [..., o, k] in fp32, a copy: of a rounded one the target that the step
         which rounded it had."""
@@ -139,6 +155,8 @@ class Block:
 
 
 BlockFn = Callable[[Block], Any]
+# the block, other leaves of it and some windows -> something of each of these, in their order
+OfWindows = Callable[[Block, Mapping[str, Any], Sequence[int]], Iterator[Any]]
 
 
 def _turned(x: Any, leaf: Any, site: Site) -> Any:

@@ -2,8 +2,9 @@
 kept."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,7 +90,16 @@ def _loss(block: Block, leaves: Mapping[str, Any], indices: range) -> float:
     """The mean error over windows. Codes are made dense once, not for each of them."""
     with torch.no_grad():
         as_run = {path: _as_run(leaf, block.segment.dtype) for path, leaf in leaves.items()}
-        return float(block.loss(block.put(as_run), indices))
+        return float(torch.stack(list(block.each(errors, as_run, indices))).mean())
+
+
+def errors(block: Block, leaves: Mapping[str, Any], indices: Sequence[int]) -> Iterator[Tensor]:
+    """The error of each window."""
+    segment = block.put(leaves)
+    for i in indices:
+        with torch.no_grad():
+            error = block.loss(segment, [i])
+        yield error
 
 
 def _as_run(leaf: Any, dtype: torch.dtype) -> Any:
@@ -103,15 +113,30 @@ def _add_gradients(block: Block, weights: Mapping[str, Tensor], indices: list[in
 
     Windows run one after the other, so that the activations of one are held at a time.
     """
-    apart = {path: W.detach().requires_grad_() for path, W in weights.items()}
-    segment = block.put(apart)
-    total = 0.0
-    for i in indices:
-        error = block.error(segment, i) / len(indices)
-        if error.requires_grad:
-            error.backward()
-        total += float(error.detach())
-    reached = {path: leaf.grad for path, leaf in apart.items() if leaf.grad is not None}
+    total, reached = 0.0, dict[str, Tensor]()
+    apart = {path: W.detach() for path, W in weights.items()}
+    for error, of_window in block.each(partial(gradients, of=len(indices)), apart, indices):
+        total += error
+        for path, gradient in of_window.items():
+            reached[path] = reached[path] + gradient if path in reached else gradient
     if reached and math.isfinite(total):
         torch.autograd.backward([weights[path] for path in reached], list(reached.values()))
     return total
+
+
+def gradients(
+    block: Block, leaves: Mapping[str, Any], indices: Sequence[int], *, of: int
+) -> Iterator[tuple[float, dict[str, Tensor]]]:
+    """What each window adds to the mean error of so many, and the gradients of that by the leaves
+    that it depends on."""
+    apart = {path: W.requires_grad_() for path, W in leaves.items()}
+    with torch.enable_grad():
+        segment = block.put(apart)
+    for i in indices:
+        with torch.enable_grad():
+            error = block.error(segment, i) / of
+        if error.requires_grad:
+            error.backward()
+        yield float(error.detach()), {p: W.grad for p, W in apart.items() if W.grad is not None}
+        for W in apart.values():
+            W.grad = None

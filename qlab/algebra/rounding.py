@@ -19,6 +19,7 @@ from qlab.algebra.leaf import Structured, is_leaf, proper
 from qlab.algebra.measured import Errors, errors_in_notes, errors_of, merged, noted_by_step
 from qlab.algebra.qtensor import QTensor, shared_outer
 from qlab.algebra.spec import Spec, with_scale_dtype
+from qlab.algebra.statistic import in_turn
 from qlab.errors import QlabError
 
 Leaf = Tensor | Structured
@@ -178,12 +179,15 @@ def _solve_experts(
     are asked for, and are let go of before the next expert's."""
     assert site.weight is not None
 
-    def solve_expert(e: int) -> Solved:
+    def given(e: int) -> dict[str, Any]:
         own = {name: states.states[e] for name, states in seen.items()}
-        own["outer"] = None if outer is None else outer[e]
+        return {**own, "outer": None if outer is None else outer[e]}
+
+    def run(e: int, own: Mapping[str, Any]) -> Solved:
         return solve_weight(step, graph, site, own, e)
 
-    return [solve_expert(e) for e in range(graph.params[site.weight].shape[0])]
+    each = next((states.each for states in seen.values()), in_turn)
+    return each(given, run, graph.params[site.weight].shape[0])
 
 
 def _experts(site: Site, parts: Sequence[Solved]) -> Sequence[int | None]:

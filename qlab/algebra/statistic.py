@@ -70,11 +70,18 @@ class Stat(NamedTuple):
     name: str = ""
 
 
+def in_turn(given: Callable[[int], Any], run: Callable[[int, Any], Any], count: int) -> list[Any]:
+    """run(e, given(e)) of every expert, one after the other."""
+    return [run(e, given(e)) for e in range(count)]
+
+
 class PerExpert(NamedTuple):
     """One state per expert, of the tokens that were routed to it. A state may be observed only when
-    it is asked for."""
+    it is asked for. each: computes something of every expert, as `in_turn` does; where several
+    processes have the states of some experts each, by whoever has them."""
 
     states: Sequence[Any]
+    each: Callable[..., list[Any]] = in_turn
 
 
 def per_expert(stat: Stat) -> Stat:

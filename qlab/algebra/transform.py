@@ -349,4 +349,5 @@ def _each(step: Step, needs: frozenset[Need], detail: str, view: EachWeight) -> 
             stats,
         )
 
+    view = replace(view, by_expert=True)
     return (Stage(step.name, needs, run, view, spec=step.spec, detail=detail),)

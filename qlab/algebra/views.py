@@ -67,6 +67,7 @@ class EachWeight(View):
     leaves: str = ""
     beside: Callable[[torch.Size, Spec | None], float] | None = None
     check: Callable[[int], None] | None = None
+    by_expert: bool = False
 
     sees: ClassVar[str] = "each weight"
 

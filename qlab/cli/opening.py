@@ -71,7 +71,7 @@ def opened(model: str) -> "Checkpoint":
     """The directory of a command. The processes that a launcher such as torchrun started are ranks
     that open it together, and stay so until they end."""
     import qlab
-    from qlab.generation.parallel import agreed, join
+    from qlab.process.ranks import agreed, join
 
     return agreed(lambda: qlab.open(model)) if join() else qlab.open(model)
 

@@ -84,16 +84,29 @@ def quantize(
     statistics: Statistics = None,
     json_file: Json = None,
 ) -> None:
-    """Quantize a model directory into one that other engines load."""
+    """Quantize a model directory into one that other engines load. The processes that torchrun
+    starts do it together."""
     import qlab
+    from qlab.process.ranks import agreed, is_first, join
 
     kept = statistics_folder(statistics) if keep_statistics or statistics else None
     if model_free:
         refuse_site_choices(choices)
         if kept:
             raise QlabError("--model-free runs no model and keeps no statistics; leave them out")
+    is_joined = join()
     texts = [*(choices.calib or ()), *(choices.images or ())]
-    output_place(out, model, texts, overwrite, resume, json_file, choices.codec or "")
+
+    def check_place() -> None:
+        if is_first():  # others would see what it makes there
+            output_place(out, model, texts, overwrite, resume, json_file, choices.codec or "")
+        if model_free and is_joined:
+            raise QlabError(
+                "--model-free is done by one process, which reads and writes as fast as the disk; "
+                "start it without torchrun"
+            )
+
+    agreed(check_place)
     if model_free:
         quantize_without_model(
             model,
@@ -112,13 +125,15 @@ def quantize(
             "--include and --exclude go with --model-free; leave sites as they are by --keep, or "
             "choose them in Python by qlab.rules and qlab.at"
         )
-    job = job_of(model, method, choices)
+    job = agreed(lambda: job_of(model, method, choices))
     options: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "keep_statistics": kept}
     result = (
         _as_file(job, out, **options)
         if job.codec in ONE_FILE
         else qlab.quantize(**vars(job), out=out, **options)
     )
+    if not is_first():
+        return
     console().print(result.plan)
     _show(result, job.codec)
     report(result.json(), json_file)
@@ -130,12 +145,15 @@ def _as_file(job: "Job", out: Path, overwrite: bool, **options: Any) -> "Result"
     import qlab
     from qlab.directories.to_gguf import gguf_place
     from qlab.driver.job import CODEC
+    from qlab.process.ranks import is_first
 
     qlab.plan(**vars(job)).check(job.memory)  # refuses what the file would not hold
     file = gguf_place(out, job.model.path, overwrite)
     folder = file.with_name(f"{file.name}.quantized")
     whole = {**vars(job), "codec": CODEC}
     result = qlab.quantize(**whole, out=folder, overwrite=overwrite, **options)
+    if not is_first():
+        return result
     made = qlab.convert(result.path, job.codec or CODEC, file, overwrite=overwrite)
     shutil.rmtree(folder)
     return replace(result, path=made.path)
@@ -151,6 +169,9 @@ def _show(result: "Result", codec: str | None) -> None:
         f"{result.inputs} inputs",
         soft_wrap=True,
     )
+    if result.ranks > 1:
+        sent = result.sent_bytes_per_block / 1e6
+        console().print(f"{result.ranks} ranks, which sent each other {sent:.1f} MB a block")
     for name, few in result.experts_with_few_tokens.items():
         console().print(
             f"{name}: experts {', '.join(map(str, few))} saw fewer tokens than input channels",

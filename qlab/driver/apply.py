@@ -18,6 +18,7 @@ from qlab.driver.kept import solved_in_order
 from qlab.driver.observe import Inputs
 from qlab.driver.outside import rounded_outside
 from qlab.driver.plan import Plan, plan_of
+from qlab.driver.ranks import Ranks
 from qlab.driver.segments import Solved
 from qlab.files.checkpoint import Checkpoint
 from qlab.model.skeleton import Skeleton
@@ -47,7 +48,11 @@ class Quantized(Shown):
     @cached_property
     def resolved(self) -> Job:
         """The job without binds (`qlab.bind`), which are measured when this is first asked for."""
-        return _measured(self.job)
+        return _measured(self.job, Ranks())
+
+    def resolved_by(self, ranks: Ranks) -> Job:
+        """The same of several ranks, all of which ask for it."""
+        return self.resolved if ranks.world == 1 else _measured(self.job, ranks)
 
     @cached_property
     def asked(self) -> Plan:
@@ -176,5 +181,5 @@ def apply(
 
 @undisturbed
 @torch.no_grad()
-def _measured(job: Job) -> Job:
-    return resolved(job)
+def _measured(job: Job, ranks: Ranks) -> Job:
+    return resolved(job, ranks)

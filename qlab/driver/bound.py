@@ -17,21 +17,23 @@ from qlab.driver.kept import Kept, solved_in_order
 from qlab.driver.model import Model, loaded_around
 from qlab.driver.outside import rounded_outside
 from qlab.driver.plan import plan_of
+from qlab.driver.ranks import Ranks
 from qlab.errors import QlabError, first_line
 from qlab.model.loading import drop_outside
 from qlab.model.skeleton import Skeleton
 
 
-def resolved(job: Job) -> Job:
+def resolved(job: Job, ranks: Ranks) -> Job:
     """The job with plain stages alone: its binds are measured from the left, each on the model
-    that the stages in front of it make. A job without binds is as it was."""
+    that the stages in front of it make. A job without binds is as it was. ranks: those that make
+    that model together; rank 0 measures it, and tells the others."""
     while job.measures:
         first = next(i for i, stage in enumerate(job.recipe) if isinstance(stage, Bind))
-        job = _bound(job, first)
+        job = _bound(job, first, ranks)
     return job
 
 
-def _bound(job: Job, first: int) -> Job:
+def _bound(job: Job, first: int, ranks: Ranks) -> Job:
     """The job with the bind at this place measured, and with the stages in front of it done."""
     bind = job.recipe[first]
     assert isinstance(bind, Bind)
@@ -40,14 +42,14 @@ def _bound(job: Job, first: int) -> Job:
     if front.recipe:
         skeleton = Skeleton(job.model, job.dtype or job.model.running_dtype, job.device)
         if job.done < first:
-            begun = _kept(skeleton, front, bind)
+            begun = _kept(skeleton, front, bind, ranks)
         around = rounded_outside(skeleton, front.recipe)
         rounded = {name: dense(leaf, torch.float32) for name, leaf in around}
     wide = Skeleton(job.model, torch.float32, job.device)
     loaded = loaded_around(wide)
     model = Model(front, wide, begun, loaded=loaded, rounded=rounded, bind=bind)
     started = time.perf_counter()
-    value = _called(bind, "measure", lambda: bind.measure(model))
+    value = ranks.first(lambda: _called(bind, "measure", lambda: bind.measure(model)))
     seconds = {**job.seconds, f"{bind.name} {first}": time.perf_counter() - started}
     then = _called(bind, "then", lambda: returned(bind, value))
     drop_outside(wide)  # modules refer to each other, so that they outlive this
@@ -56,7 +58,7 @@ def _bound(job: Job, first: int) -> Job:
     return Resolved(**{**vars(job), **done})
 
 
-def _kept(skeleton: Skeleton, front: Job, bind: Bind) -> Kept:
+def _kept(skeleton: Skeleton, front: Job, bind: Bind, ranks: Ranks) -> Kept:
     """The blocks behind the stages in front of a bind."""
     # stands for the stages behind the bind, for whom targets are kept
     behind = tuple(replace(stage, scope=bind.scope) for stage in keep())
@@ -64,7 +66,7 @@ def _kept(skeleton: Skeleton, front: Job, bind: Bind) -> Kept:
         Kept(front.recipe, front.offload),
         plan_of(front, skeleton).experts_at_once,
     )
-    for block in solved_in_order(skeleton, front, experts_at_once, behind):
+    for block in solved_in_order(skeleton, front, experts_at_once, behind, ranks):
         kept.put(skeleton, block)
         del block
     return kept

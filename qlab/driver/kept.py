@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.transform import Transform
 from qlab.driver.job import Job
+from qlab.driver.ranks import Ranks
 from qlab.driver.scan import begin, solved_blocks
 from qlab.driver.segments import Solved, Solver
 from qlab.driver.writing import same
@@ -23,15 +24,22 @@ from qlab.model.skeleton import Skeleton
 
 
 def solved_in_order(
-    skeleton: Skeleton, job: Job, experts_at_once: int | None = None, later: Transform = ()
+    skeleton: Skeleton,
+    job: Job,
+    experts_at_once: int | None = None,
+    later: Transform = (),
+    ranks: Ranks | None = None,
 ) -> Iterator[Solved]:
     """Every block before and after the steps of a job, in running order. One is in memory at a
     time; hidden states lie in a folder of their own (`Job.offload`). later: steps behind them,
-    for whom targets are kept."""
-    solver = Solver(job=job.remaining, experts_at_once=experts_at_once, later=later)
+    for whom targets are kept. ranks: those that solve them together (None: this process alone)."""
+    solver = Solver(
+        job=job.remaining, ranks=ranks or Ranks(), experts_at_once=experts_at_once, later=later
+    )
     with scratch("states", job.offload) as folder:
         every = range(len(skeleton.blocks))
-        scan = begin(skeleton, [solver], _Folder(Path(folder)), lambda carries: every)
+        keeper = _Folder(Path(folder)) if solver.ranks.is_first else None
+        scan = begin(skeleton, [solver], keeper, lambda carries: every)
         yield from solved_blocks(scan)
 
 

@@ -1,17 +1,20 @@
 """The samples of one block for steps that see it as a whole (`qlab.algebra.block`)."""
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from qlab.algebra.block import Block, OfWindows
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.interpret import outputs_of
 from qlab.algebra.transform import Stage, Transform
 from qlab.algebra.views import WholeBlock
 from qlab.data.calibration import generator
 from qlab.driver.batches import Batch
+from qlab.driver.ranks import Ranks
 from qlab.model.calls import Call, State
 
 KEPT = 1 << 30  # bytes of targets that are kept; further ones are computed when they are asked for
@@ -74,16 +77,66 @@ class BlockSamples:
     def leaving(self, segment: ModuleGraph, i: int) -> Tensor:
         return _leaving(segment, self.batches[i])
 
-    def reference_leaving(self) -> Iterator[State]:
-        """The states that leave the unquantized block in the unquantized model, window by window.
+    def reference_leaving(self, windows: Iterable[int]) -> Iterator[State]:
+        """The states that leave the unquantized block in the unquantized model, of these windows.
         Targets that are kept are not computed again."""
-        for i in range(len(self.reference)):
+        for i in windows:
             call, state = self.reference[i]
             kept = i in self.targets and len(state) == 1
             yield (self.targets[i],) if kept else _leaving_states(self.graph, call, state)
 
     def generator(self, name: str) -> torch.Generator:
         return generator(SEED, f"{self.graph.path}/{name}")
+
+    def each(
+        self, work: OfWindows, block: Block, leaves: Mapping[str, Any], indices: Sequence[int]
+    ) -> Iterator[Any]:
+        return work(block, leaves, indices)
+
+
+class Leading(BlockSamples):
+    """The samples of a block that several ranks have. Rank 0 learns; the others do the work of some
+    windows for it, until it is done.
+
+    rank 0: learn --work, leaves, windows--> its windows, and those of others in their order
+    others:                                  their windows           until there is no more work
+    """
+
+    def __init__(self, samples: BlockSamples, ranks: Ranks):
+        vars(self).update(vars(samples))
+        self.ranks = ranks
+
+    def each(
+        self, work: OfWindows, block: Block, leaves: Mapping[str, Any], indices: Sequence[int]
+    ) -> Iterator[Any]:
+        self.ranks.told((work, leaves, list(indices)))
+        return self._in_order(work, block, leaves, indices)
+
+    def _in_order(
+        self, work: OfWindows, block: Block, leaves: Mapping[str, Any], indices: Sequence[int]
+    ) -> Iterator[Any]:
+        """What the work yields of each window, on rank 0; the others give it theirs."""
+        rank, world = self.ranks.rank, self.ranks.world
+        own = work(block, leaves, indices[rank::world])
+        for number in range(len(indices)):
+            owner = number % world
+            found = self.ranks.sent(next(own) if owner == rank else None, owner, 0)
+            if self.ranks.is_first:
+                yield found
+
+    def follow(self, segment: ModuleGraph) -> None:
+        """Do the work that rank 0 asks for. segment: the block, with the sites of the step."""
+        block = Block(segment=segment, samples=self, stats={})
+        while True:
+            task = self.ranks.told(None)
+            if task is None:
+                return
+            work, leaves, indices = task
+            deque(self._in_order(work, block, leaves, indices), maxlen=0)
+
+    def done(self) -> None:
+        """Let the others go on."""
+        self.ranks.told(None)
 
 
 def _leaving(graph: ModuleGraph, batch: Batch) -> Tensor:

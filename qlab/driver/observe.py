@@ -4,7 +4,7 @@ Everything that observes is a function of the segment as it is now and of the st
 wanted of it (`Observe`).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any, Literal, cast, get_args
@@ -18,10 +18,11 @@ from qlab.algebra.experts import Rows, reaching
 from qlab.algebra.graph import ModuleGraph
 from qlab.algebra.interpret import inputs_of, values_at
 from qlab.algebra.received import received
-from qlab.algebra.statistic import Observation
+from qlab.algebra.running import apply
+from qlab.algebra.statistic import Observation, PerExpert
 from qlab.algebra.stats import ATTENDING, COMPARING, JOINING, Need, Stats, name_of, stat_of
 from qlab.algebra.stream import streams_joined
-from qlab.algebra.transform import Transform
+from qlab.algebra.transform import Stage, Transform
 from qlab.algebra.wires import full_name
 from qlab.driver.batches import Batches
 from qlab.errors import QlabError
@@ -61,12 +62,46 @@ class Reference:
     batches: Batches
 
 
+@dataclass(frozen=True)
+class Division:
+    """How a block is observed and solved: by this process alone, which sees all batches.
+
+    size: how many batches a part has, over which statistics are summed (`Totals`).
+    """
+
+    size: int = 1
+
+    def totals(self, graph: ModuleGraph, keys: set[Key], experts: slice | None = None) -> "Totals":
+        """The statistics of a segment over no batches yet."""
+        return Totals(graph, keys, experts, self.size)
+
+    def batches(self, count: int) -> Sequence[int]:
+        """The numbers of the batches, of so many, that this process sees."""
+        return range(count)
+
+    def apply(self, stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
+        """See `qlab.algebra.running.apply`."""
+        return apply(stage, graph, stats)
+
+    def by_expert(self, key: Key, states: Sequence[Any]) -> Any:
+        """The statistic of a source whose states of all experts are given."""
+        return PerExpert(states)
+
+    def of_experts(self, statistic: Any) -> Sequence[Any]:
+        """The states of such a statistic."""
+        return statistic.states
+
+
+ALONE = Division()
+
+
 def observe(
     graph: ModuleGraph,
     keys: set[Key],
     batches: Batches,
     calibrate_all_experts: bool = False,
     reference: Reference | None = None,
+    division: Division = ALONE,
 ) -> Stats:
     """The statistics of a segment's inputs and other wires over all batches.
 
@@ -78,7 +113,7 @@ def observe(
     sources = sorted({source for source, _ in keys})
     drifting = sorted({source for source, need in keys if need in DRIFT})
     attending = sorted({source for source, need in keys if need in ATTENDING})
-    totals = Totals(graph, keys)
+    totals = division.totals(graph, keys)
     reference_batches = reference.batches() if reference and drifting else repeat(None)
     joined = streams_joined(graph.code)
     joining = sorted({s for s, need in keys if need in JOINING and s in joined})
@@ -138,18 +173,24 @@ def drift_of(ours: Tensor, theirs: Tensor) -> Tensor:
 
 
 class Totals:
-    """The statistics of a segment over the batches so far.
+    """The statistics of a segment over the batches so far: sums over parts of them, each of which
+    is summed from nothing, added in their order.
 
     Args:
         graph: The segment, which names sites and wires in errors.
         keys: The statistics.
         experts: The experts of which statistics are kept (None: all).
+        size: How many batches a part has.
     """
 
-    def __init__(self, graph: ModuleGraph, keys: set[Key], experts: slice | None = None):
-        self.graph, self.keys, self.experts = graph, keys, experts
+    def __init__(
+        self, graph: ModuleGraph, keys: set[Key], experts: slice | None = None, size: int = 1
+    ):
+        self.graph, self.keys, self.experts, self.size = graph, keys, experts, size
         self.tokens = dict.fromkeys((source for source, _ in keys), 0)
-        self.stats: dict[Key, Any] = {}
+        self.batches = 0
+        self.part: dict[Key, Any] = {}
+        self.totals: dict[Key, Any] = {}
 
     def add(
         self,
@@ -172,18 +213,46 @@ class Totals:
             needs = [need for of_source, need in self.keys if of_source == source]
             for need in sorted(needs, key=name_of):
                 stat, key = stat_of(need, observation.ends is not None), (source, need)
-                what = f"{_where(self.graph, source)}: the statistic {name_of(need)}"
-                state = called(what, stat.lift, observation)
-                earlier = self.stats.get(key)
-                if earlier is not None:
-                    state = called(f"{what}, combined,", stat.combine, earlier, state)
-                self.stats[key] = state
+                state = called(self._what(key), stat.lift, observation)
+                self._combine(self.part, key, state)
+        self.batches += 1
+        if self.batches % self.size == 0:
+            self._end_part()
+
+    @property
+    def stats(self) -> dict[Key, Any]:
+        """The statistics of all batches."""
+        if self.batches % self.size:
+            self._end_part()
+        return self.totals
+
+    def _end_part(self) -> None:
+        """Add the part to those before it."""
+        for key, state in self.part.items():
+            self._combine(self.totals, key, state)
+        self.part = {}
+
+    def _combine(self, states: dict[Key, Any], key: Key, state: Any) -> None:
+        earlier = states.get(key)
+        if earlier is not None:
+            stat = stat_of(key[1], isinstance(state, PerExpert))
+            state = called(f"{self._what(key)}, combined,", stat.combine, earlier, state)
+        states[key] = state
+
+    def _what(self, key: Key) -> str:
+        """A statistic, as errors call it."""
+        return f"{where(self.graph, key[0])}: the statistic {name_of(key[1])}"
+
+    def _before(self, source: str, count: int) -> int:
+        """How many tokens reached a source in the batches before one of `count` tokens."""
+        before = self.tokens[source]
+        self.tokens[source] += count
+        return before
 
     def _observation(self, source: str, rows: Rows, reference: Rows | None) -> Observation:
         """The rows of one batch, with tokens numbered behind those of the batches before."""
-        before = self.tokens[source]
         count = rows.x[..., 0].numel() if rows.tokens is None else int(rows.tokens.max()) + 1
-        self.tokens[source] += count
+        before = self._before(source, count)
         rows = rows if self.experts is None else reaching(rows, self.experts)
         x_nk = rows.x.flatten(0, -2)
         # the sum is the cheaper question
@@ -207,13 +276,13 @@ def _refuse_nonfinite(graph: ModuleGraph, source: str, dtype: torch.dtype) -> No
     ]
     if broken:
         raise QlabError(f"{', '.join(broken)} holds NaN or Inf; repair the checkpoint")
-    at = _where(graph, source)
+    at = where(graph, source)
     raise QlabError(
         f"the activations that reach {at} hold NaN or Inf; check the model in this dtype ({dtype})"
     )
 
 
-def _where(graph: ModuleGraph, source: str) -> str:
+def where(graph: ModuleGraph, source: str) -> str:
     """The sites that a source feeds, or the wire of that name, in the model."""
     sites = [graph.where(s) for s in graph.code.sites if s.source == source]
     return ", ".join(sites) or full_name(graph.path, source)

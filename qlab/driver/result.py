@@ -36,6 +36,8 @@ class Result(Written):
     """A finished job: its directory, the rows of its report, and what the run cost.
 
     seconds_of_binds: what each step took that measures the whole model (`kl_tune`, `allocate`).
+    ranks: how many processes made it together. sent_bytes_per_block: what they sent each other for
+    each block, all of them together.
     """
 
     plan: Plan
@@ -43,6 +45,8 @@ class Result(Written):
     seconds: float
     peak_rss_bytes: int
     seconds_of_binds: Mapping[str, float] = field(default_factory=dict)
+    ranks: int = 1
+    sent_bytes_per_block: int = 0
 
     @property
     def experts_with_few_tokens(self) -> Mapping[str, Sequence[int]]:
@@ -76,6 +80,8 @@ class Result(Written):
             "size": size(self.bytes),
             "cost": f"{self.seconds:.1f} s, peak {size(self.peak_rss_bytes)}, {self.inputs} inputs",
         }
+        if self.ranks > 1:
+            facts["ranks"] = f"{self.ranks}, which sent {size(self.sent_bytes_per_block)} a block"
         if self.seconds_of_binds:
             each = [f"{name} {seconds:.1f} s" for name, seconds in self.seconds_of_binds.items()]
             facts["measured"] = ", ".join(each)
@@ -93,6 +99,8 @@ class Result(Written):
             "inputs": self.inputs,
             "seconds": self.seconds,
             "peak_rss_bytes": self.peak_rss_bytes,
+            "ranks": self.ranks,
+            "sent_bytes_per_block": self.sent_bytes_per_block,
             "bits_per_weight": self.bits_per_weight,
             "bytes": self.bytes,
             "sites": dict(self.sites),

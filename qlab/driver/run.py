@@ -24,6 +24,7 @@ from qlab.driver.outside import (
     rounded_outside,
 )
 from qlab.driver.plan import Plan
+from qlab.driver.ranks import Ranks
 from qlab.driver.report import site_rows
 from qlab.driver.segments import Solved, Solver
 from qlab.driver.shared import refuse_divided, shared
@@ -50,19 +51,31 @@ from qlab.model.ties import untied
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A job while it is written. probed: the programs of which a block was run for the check at the
+    """A job while it is written. ranks: those that make it together. own_writer: of rank 0, which
+    alone writes; None on others. probed: the programs of which a block was run for the check at the
     end."""
 
     job: Job
     plan: Plan
-    writer: Writer
+    ranks: Ranks
+    own_writer: Writer | None
     codec: Codec
     probed: set[Code] = field(default_factory=set)
 
     @property
     def solver(self) -> Solver:
         """What solves its blocks."""
-        return Solver(job=self.job.remaining, experts_at_once=self.plan.experts_at_once)
+        return Solver(
+            job=self.job.remaining,
+            ranks=self.ranks,
+            experts_at_once=self.plan.experts_at_once,
+        )
+
+    @property
+    def writer(self) -> Writer:
+        """What writes it, on rank 0."""
+        assert self.own_writer is not None
+        return self.own_writer
 
     def probes(self, solved: ModuleGraph, call: Call) -> dict[str, dict[str, list[list[float]]]]:
         """The probe of a solved block, as a section of its notes: of the first block of every

@@ -1,19 +1,24 @@
 """The pass over the blocks, in order: what goes through them, and every block as jobs solve it."""
 
 import ctypes
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from qlab.data.calibration import Data
 from qlab.driver.batches import Batch, Batches, batch_tokens, in_batches, record
+from qlab.driver.parts import own
+from qlab.driver.ranks import Ranks, refuse_unseen
 from qlab.driver.reached import Reached
 from qlab.driver.segments import Solved, Solver, solved_by_each
 from qlab.driver.shelved import Shelved
 from qlab.driver.states import Entering, flat, stored_shapes
+from qlab.errors import QlabError
 from qlab.files.carry import Carry
 from qlab.model.calls import Call
 from qlab.model.loading import drop_outside, load_outside
@@ -57,17 +62,18 @@ class Scan:
 def begin(
     skeleton: Skeleton,
     solvers: Sequence[Solver],
-    keeper: Keeper,
+    keeper: Keeper | None,
     todo: Callable[[Carries], Sequence[int]],
     shelved: Shelved | None = None,
 ) -> Scan:
     """Record what every block is called with, and write what enters the first one.
 
-    solvers: their jobs differ in their recipes alone. todo: takes where states lie; gives the
-    numbers of the blocks that are to be solved. shelved: the statistics of the unquantized model
-    that are kept; states are made where a block asks for more.
+    solvers: their jobs differ in their recipes alone. keeper: of rank 0, None on others. todo:
+    takes where states lie; gives the numbers of the blocks that are to be solved. Rank 0 asks it.
+    shelved: the statistics of the unquantized model that are kept, by one process; states are made
+    where a block asks for more.
     """
-    jobs = [solver.job for solver in solvers]
+    jobs, ranks = [solver.job for solver in solvers], solvers[0].ranks
     data = next((job.observed for job in jobs if job.observed is not None), None)
     streams: list[str] = [jobs[0].inputs]
     if any(job.runs_reference for job in jobs):
@@ -78,14 +84,17 @@ def begin(
     carries = []
     for i, path in enumerate(skeleton.blocks if data is not None else ()):
         shapes = stored_shapes(calls, path, skeleton.dtype)
-        carries.append([keeper.carry(s, i, shapes, skeleton.dtype) for s in streams])
-    numbers = todo(carries)
+        carries.append([_carry(keeper, ranks, s, i, shapes, skeleton.dtype) for s in streams])
+    numbers = ranks.first(lambda: todo(carries))
     at_first = list(numbers[:1]) == [0] or (shelved is not None and bool(numbers))
-    for carry in carries[0] if data is not None and at_first else ():
+    for carry in carries[0] if data is not None and at_first and ranks.is_first else ():
         carry.write(flat(entering, skeleton.dtype))
+    ranks.told(None)  # the others read what rank 0 has written
     reached = None
     if shelved is not None:
         reached = Reached(skeleton, calls, [reference for (reference,) in carries])
+    elif carries and numbers:
+        refuse_unseen([carry.path for carry in carries[numbers[0]]], ranks)
     return Scan(
         skeleton=skeleton,
         solvers=solvers,
@@ -98,15 +107,38 @@ def begin(
     )
 
 
+def _carry(
+    keeper: Keeper | None,
+    ranks: Ranks,
+    stream: str,
+    index: int,
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+) -> Carry:
+    """Where the states of a stream lie: rank 0 writes them there, and the others read them."""
+    own = None if keeper is None else keeper.carry(stream, index, shapes, dtype)
+    path = ranks.told(None if own is None else own.path)
+    if own is not None:
+        return own
+    assert path is not None
+    return Carry(path, shapes, dtype, "", _refuse_writing)
+
+
+def _refuse_writing(path: Path, fill: Any) -> None:
+    raise QlabError(f"{path} is written by rank 0 alone")
+
+
 def solved_blocks(scan: Scan) -> Iterator[Solved]:
     """Every block of a pass that is to be solved, as each job solves it. The pass itself holds one
     block at a time."""
     _return_freed_memory()
     skeleton, data, paths = scan.skeleton, scan.data, list(scan.skeleton.blocks)
+    ranks = scan.solvers[0].ranks
     doing = "quantizing blocks" if data is None else f"quantizing blocks on {data.count:,} tokens"
-    for i in progress(scan.todo, doing):
+    for i in progress(scan.todo, doing) if ranks.is_first else scan.todo:
         call = scan.calls[0][paths[i]]
-        solved = partial(solved_by_each, skeleton, scan.solvers, call, i)
+        tokens = [] if data is None else [_tokens(of_batch[paths[i]]) for of_batch in scan.calls]
+        solved = partial(solved_by_each, skeleton, scan.solvers, call, i, tokens)
         if scan.reached is not None:
             entering, leaving = scan.reached.entering(i), scan.reached.leaving(i)
             yield from solved([entering], leaving, scan.shelved)
@@ -117,11 +149,16 @@ def solved_blocks(scan: Scan) -> Iterator[Solved]:
             else (scan.carries[i], scan.carries[i + 1] if i + 1 < len(paths) else [])
         )
         streams: list[Batches] = [
-            Entering(scan.calls, paths[i], carry, skeleton.device) for carry in before
+            own(Entering(scan.calls, paths[i], carry, skeleton.device), ranks) for carry in before
         ]
         yield from solved(streams or [_no_batches], after)
-        for carry in before if after else ():
+        for carry in before if after and ranks.is_first else ():
             carry.path.unlink(missing_ok=True)
+
+
+def _tokens(call: Call) -> int:
+    """How many tokens enter the block in a batch."""
+    return math.prod(call.entering[0].shape[:-1])
 
 
 def _no_batches() -> Iterator[Batch]:

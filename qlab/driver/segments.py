@@ -1,5 +1,6 @@
 """One block at a time, as each of several jobs solves it."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,17 +14,21 @@ from qlab.algebra.running import apply
 from qlab.algebra.transform import Stage, Transform
 from qlab.codecs import CODECS
 from qlab.driver.batches import Batches, push
+from qlab.driver.divided import Divided
 from qlab.driver.effects import refuse_left
 from qlab.driver.job import Job
 from qlab.driver.learning import BlockSamples, split
 from qlab.driver.lossless import refuse_changed
 from qlab.driver.observe import (
+    Division,
     Observe,
     Reference,
     observe,
     remembering,
     with_samples,
 )
+from qlab.driver.parts import Parts, collected
+from qlab.driver.ranks import Ranks
 from qlab.driver.shelved import Shelved
 from qlab.driver.solve import Check, solve, solve_beside, solve_in_order, unchecked
 from qlab.driver.states import flat
@@ -37,19 +42,20 @@ from qlab.model.skeleton import Skeleton
 
 @dataclass(frozen=True, kw_only=True)
 class Solver:
-    """A job while its blocks are solved. experts_at_once: as of its plan. checked: the programs of
-    which the claims of the job's stages were checked on a block. later: stages behind the job's,
-    for whom targets are kept."""
+    """A job while its blocks are solved. ranks: those that solve them together. experts_at_once: as
+    of its plan. checked: the programs of which the claims of the job's stages were checked on a
+    block. later: stages behind the job's, for whom targets are kept."""
 
     job: Job
+    ranks: Ranks
     experts_at_once: int | None = None
     later: Transform = ()
     checked: set[Code] = field(default_factory=set)
 
     def check(self, code: Code, call: Call, batches: Batches) -> Check:
         """What checks the claims of the job's stages on a block of this program, with the first
-        batch: on the first block of every program, and on no other."""
-        if code in self.checked:
+        batch: on the first block of every program, and on no other. Rank 0 has that batch."""
+        if code in self.checked or not self.ranks.is_first:
             return unchecked
         self.checked.add(code)
 
@@ -78,12 +84,13 @@ def solved_by_each(
     solvers: Sequence[Solver],
     call: Call,
     index: int,
+    tokens: Sequence[int],
     streams: Sequence[Batches],
     after: Iterable[Carry],
     shelved: Shelved | None = None,
 ) -> Iterator[Solved]:
     """A block as each job solves it; behind the last one, the hidden states that leave it are
-    written.
+    written, by rank 0.
 
     Nothing of the block outlives the iteration.
 
@@ -92,6 +99,7 @@ def solved_by_each(
         solvers: Their jobs differ in their recipes alone.
         call: A call of the block, of the form that all of them have.
         index: Number of the block, from 0.
+        tokens: Of each batch, of all ranks.
         streams: The batches that enter the block: first in the model that is calibrated, then in
             the unquantized one, where that runs beside it.
         after: Stream by stream, where the states that leave go; empty where nobody needs them.
@@ -104,7 +112,14 @@ def solved_by_each(
     if any(solver.job.observed is not None for solver in solvers):
         _refuse_overflow(skeleton, graph)
     reference = Reference(graph, streams[1]) if streams[1:] else None
-    observing = partial(observe, batches=batches, calibrate_all_experts=first.calibrate_all_experts)
+    ranks, parts = solvers[0].ranks, Parts(len(tokens))
+    division = _division(solvers, graph, tokens)
+    observing = partial(
+        observe,
+        batches=batches,
+        calibrate_all_experts=first.calibrate_all_experts,
+        division=division,
+    )
     look: Observe = partial(observing, reference=reference)
     if shelved is not None:
         look = shelved.observing(graph, look)
@@ -122,7 +137,7 @@ def solved_by_each(
             begun_by = () if begun is None else begun.recipe
             beside = replace(reference, graph=reference_of(begun_by, graph, start))
             seen = partial(observing, reference=beside)
-        solved, leaving = _solved(solver, (graph, start), streams, beside, seen, check)
+        solved, leaving = _solved(solver, (graph, start), streams, beside, seen, check, division)
         del start, beside, seen
         yield Solved(index=index, by=number, before=graph, after=solved)
     passed = [solved if first.inputs == "quantized" else graph, graph][: len(streams)]
@@ -130,7 +145,19 @@ def solved_by_each(
     if not leaving:
         leaving = [push(version, enter()) for version, enter in zip(passed, streams)]
     for carry, states in zip(after, leaving):
-        carry.write(flat(states, skeleton.dtype))
+        whole = flat(collected(states, parts, ranks), skeleton.dtype)
+        carry.write(whole) if ranks.is_first else deque(whole, maxlen=0)
+    ranks.told(None)  # the others read what rank 0 has written
+
+
+def _division(solvers: Sequence[Solver], graph: ModuleGraph, tokens: Sequence[int]) -> Division:
+    """How the block is observed and solved. tokens: of each batch."""
+    ranks = solvers[0].ranks
+    if ranks.world == 1:
+        return Division(Parts(len(tokens)).size)
+    stages = tuple(stage for solver in solvers for stage in solver.job.recipe)
+    one_by_one = all(solver.job.in_order(graph.code) for solver in solvers)
+    return Divided(ranks, stages, graph, tokens, one_by_one)
 
 
 def _start(solver: Solver, graph: ModuleGraph, check: Check) -> ModuleGraph:
@@ -154,6 +181,7 @@ def _solved(
     reference: Reference | None,
     look: Observe,
     check: Check,
+    division: Division,
 ) -> tuple[ModuleGraph, list[Iterator[State]]]:
     """The block after all stages behind those that choose its basis, and what leaves it, stream by
     stream, where that is known.
@@ -173,18 +201,20 @@ def _solved(
         if turning:
             assert reference is not None  # a step behind them compares with it
             start, beside = solve_beside(
-                start, reference.graph, turning, look, check, (*in_turn, *later)
+                start, reference.graph, turning, look, check, (*in_turn, *later), division
             )
             reference = replace(reference, graph=beside)
         solved, leaving = solve_in_order(
-            start, in_turn, streams[0], solver.experts_at_once, reference, check, later
+            start, in_turn, streams[0], solver.experts_at_once, reference, check, later, division
         )
     else:
-        solved, _ = solve(start, site_by_site, look, check, later)
+        solved, _ = solve(start, site_by_site, look, check, later, division)
     if samples:
-        solved, _ = solve(solved, learning, with_samples(look, samples), check, solver.later)
+        with_them = with_samples(look, samples)
+        solved, _ = solve(solved, learning, with_them, check, solver.later, division)
+        beside_it = samples.reference_leaving(division.batches(samples.count))
         # What left the block before it learned is of no use any more.
-        leaving = [push(solved, streams[0]()), samples.reference_leaving()] if streams[1:] else []
+        leaving = [push(solved, streams[0]()), beside_it] if streams[1:] else []
     return solved, leaving
 
 

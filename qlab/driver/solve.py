@@ -18,8 +18,7 @@ from qlab.algebra.experts import Rows
 from qlab.algebra.graph import Code, ModuleGraph
 from qlab.algebra.interpret import Walk
 from qlab.algebra.received import next_is_attention, received, received_by
-from qlab.algebra.running import apply, keys_of, select
-from qlab.algebra.statistic import PerExpert
+from qlab.algebra.running import keys_of, select
 from qlab.algebra.stats import ATTENDING, JOINING, Stats
 from qlab.algebra.stream import streams_joined
 from qlab.algebra.transform import Stage, Transform
@@ -27,12 +26,13 @@ from qlab.algebra.views import Folded, Gauged, OnWires, Uncovered
 from qlab.algebra.wires import stops
 from qlab.driver.batches import Batches
 from qlab.driver.observe import (
+    ALONE,
     DRIFT,
+    Division,
     Inputs,
     Key,
     Observe,
     Reference,
-    Totals,
     drift_of,
     observe_nothing,
 )
@@ -55,6 +55,7 @@ def solve(
     observe: Observe,
     check: Check = unchecked,
     later: Transform = (),
+    division: Division = ALONE,
 ) -> tuple[ModuleGraph, Stats]:
     """All stages on one segment, and the statistics that are left.
 
@@ -69,7 +70,7 @@ def solve(
         if missing:
             stats = {**stats, **observe(graph, missing)}
         before = graph
-        graph, stats = apply(stage, graph, stats)
+        graph, stats = division.apply(stage, graph, stats)
         check(stage, before, graph)
         graph = _let_go(graph, (*transform[i + 1 :], *later))
     return graph, stats
@@ -82,6 +83,7 @@ def solve_beside(
     observe: Observe,
     check: Check = unchecked,
     later: Transform = (),
+    division: Division = ALONE,
 ) -> tuple[ModuleGraph, ModuleGraph]:
     """A segment, and the reference, behind stages that keep the function: each turns both by the
     statistics of the segment, and so by the same matrices."""
@@ -91,8 +93,8 @@ def solve_beside(
         if missing:
             stats = {**stats, **observe(graph, missing)}
         before = graph
-        reference, _ = apply(stage, reference, stats)
-        graph, stats = apply(stage, graph, stats)
+        reference, _ = division.apply(stage, reference, stats)
+        graph, stats = division.apply(stage, graph, stats)
         check(stage, before, graph)
         graph = _let_go(graph, (*transform[i + 1 :], *later))
     return graph, reference
@@ -172,6 +174,7 @@ def solve_in_order(
     reference: Reference | None = None,
     check: Check = unchecked,
     later: Transform = (),
+    division: Division = ALONE,
 ) -> tuple[ModuleGraph, list[Iterator[State]]]:
     """All stages, source after source and wire after wire in running order, each on what the
     quantized sources before it produced; with the states that leave the solved segment, batch by
@@ -196,10 +199,12 @@ def solve_in_order(
         graph = replace(graph, selected=selected, selected_wires=open_to_all)
         here = transform if sites else inserting
         keys = set().union(*(_needed(stage, graph) for stage in here))
-        observe = partial(_observe_waiting, source, streams=streams, reference=reference)
+        observe = partial(
+            _observe_waiting, source, streams=streams, reference=reference, division=division
+        )
         if sites and sites[0].route and experts_at_once:
             experts = graph.params[sites[0].weight or ""].shape[0]
-            stats = _in_parts(graph, keys, observe, experts, experts_at_once)
+            stats = _in_parts(graph, keys, observe, experts, experts_at_once, division)
         else:
             stats = observe(graph, keys)
         for i, stage in enumerate(transform):
@@ -207,14 +212,14 @@ def solve_in_order(
                 continue
             if stage.view.site_by_site:
                 before = graph
-                graph, stats = apply(stage, graph, stats)
+                graph, stats = division.apply(stage, graph, stats)
                 check(stage, before, graph)
                 graph = _let_go(graph, (*transform[i + 1 :], *later), waiting)
     graph = walked = replace(graph, selected=None, selected_wires=None)
     for stage in transform:
         if not stage.view.site_by_site:
             before = graph
-            graph, _ = apply(stage, graph, {})
+            graph, _ = division.apply(stage, graph, {})
             check(stage, before, graph)
     graphs = [walked, reference.graph] if reference else [walked]
     return graph, [stream.end(g) for stream, g in zip(streams, graphs)]
@@ -244,6 +249,7 @@ def _observe_waiting(
     keys: set[Key],
     streams: Sequence[_Stream],
     reference: Reference | None,
+    division: Division,
     experts: slice | None = None,
 ) -> Stats:
     """The statistics of one source, at which every walk waits then.
@@ -253,7 +259,7 @@ def _observe_waiting(
     """
     if not keys:
         return {}
-    totals, waiting = Totals(graph, keys, experts), 0
+    totals, waiting = division.totals(graph, keys, experts), 0
     graphs = [graph]
     if reference and any(name in DRIFT for _, name in keys):
         graphs.append(reference.graph)
@@ -295,10 +301,22 @@ def _received(
 
 
 def _in_parts(
-    graph: ModuleGraph, keys: set[Key], observe: Callable[..., Stats], experts: int, size: int
+    graph: ModuleGraph,
+    keys: set[Key],
+    observe: Callable[..., Stats],
+    experts: int,
+    size: int,
+    division: Division,
 ) -> Stats:
     """The statistics of all experts, of which `size` are held at a time."""
-    return {key: PerExpert(_InParts(graph, key, observe, experts, size)) for key in keys}
+
+    def states(key: Key) -> Sequence[Any]:
+        def part(experts: slice) -> Sequence[Any]:
+            return division.of_experts(observe(graph, {key}, experts=experts)[key])
+
+        return _InParts(part, experts, size)
+
+    return {key: division.by_expert(key, states(key)) for key in keys}
 
 
 class _InParts(Sequence):
@@ -307,11 +325,8 @@ class _InParts(Sequence):
     Experts are observed `size` neighbours at a time, and the states of the last part are kept.
     """
 
-    def __init__(
-        self, graph: ModuleGraph, key: Key, observe: Callable[..., Stats], experts: int, size: int
-    ):
-        self.graph, self.key, self.observe = graph, key, observe
-        self.experts, self.size = experts, size
+    def __init__(self, observe: Callable[[slice], Sequence[Any]], experts: int, size: int):
+        self.observe, self.experts, self.size = observe, experts, size
         self.first: int = 0
         self.states: Sequence[Any] = ()
 
@@ -325,5 +340,5 @@ class _InParts(Sequence):
             self.states = ()  # lets go of the part before
             self.first = expert - expert % self.size
             part = slice(self.first, min(self.first + self.size, self.experts))
-            self.states = self.observe(self.graph, {self.key}, experts=part)[self.key].states
+            self.states = self.observe(part)
         return self.states[expert - self.first]

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from qlab.driver.apply import Quantized
 from qlab.driver.batches import batch_tokens, in_batches, sharing_a_pass
 from qlab.driver.job import CODEC, Job
 from qlab.driver.plan import plan_of
+from qlab.driver.ranks import Ranks, refuse_unlike, together
 from qlab.driver.report import PeakMemory, describe
 from qlab.driver.result import Result
 from qlab.driver.run import Run, finish, write_outside, write_solved
 from qlab.driver.scan import Carries, begin, solved_blocks
 from qlab.driver.shelved import Keeping, Known, Shelved, refuse_unkept
+from qlab.errors import QlabError
 from qlab.files.hashed import HashedFiles
 from qlab.files.place import places
 from qlab.files.record import recorded, versions
@@ -102,33 +105,69 @@ def write_all(
     if not named:
         return {}
     first = next(iter(named.values())).job
-    keeping = None
-    if keep_statistics is not None:
-        refuse_unkept([quantized.job for quantized in named.values()])
-        shelf = Shelf(Path(keep_statistics).expanduser())
-        keeping = Keeping(shelf=shelf, known=Known(first.model))
+    with together(first.device) as ranks:
+        keeping = None
+        if keep_statistics is not None:
+            refuse_unkept([quantized.job for quantized in named.values()])
+            if ranks.world > 1:
+                raise QlabError(
+                    f"statistics are kept by one process, and {ranks.world} ranks divide them; "
+                    "start it without torchrun, or keep no statistics"
+                )
+            shelf = Shelf(Path(keep_statistics).expanduser())
+            keeping = Keeping(shelf=shelf, known=Known(first.model))
+        return _write_together(
+            named,
+            out,
+            ranks,
+            codec=codec,
+            target=target,
+            overwrite=overwrite,
+            resume=resume,
+            keeping=keeping,
+        )
+
+
+def _write_together(
+    named: Mapping[str, Quantized],
+    out: str | Path,
+    ranks: Ranks,
+    *,
+    codec: str,
+    target: str | None,
+    overwrite: bool,
+    resume: bool,
+    keeping: Keeping | None,
+) -> dict[str, Result]:
+    """See `write_all`; by all ranks, of which rank 0 writes."""
+    first = next(iter(named.values())).job
     source = HashedFiles(first.model.path, first.model.stored)
-    model = replace(first.model, reader=source.read)
+    # rank 0 vouches for what is read
+    model = replace(first.model, reader=source.read) if ranks.is_first else first.model
     reads = [*set(model.files.values()), *getattr(first.data, "files", ())]
     outs = places(out, list(named), model.path, reads)
     if codec in CODECS:  # the plan refuses others
         codec_of_directories(codec)
 
     def of_format(job: Job) -> Job:
-        return replace(job, model=model, codec=codec, target=target)
+        device = job.device if ranks.device is None else str(ranks.device)
+        return replace(job, model=model, codec=codec, target=target, device=device)
 
+    asked = {name: of_format(quantized.job) for name, quantized in named.items()}
+    refuse_unlike(ranks, {name: _asked(job) for name, job in asked.items()})
     with ExitStack() as stack:
         writers = {
             name: stack.enter_context(Writer(place, overwrite, resume, first.offload))
             for name, place in outs.items()
+            if ranks.is_first
         }
         started = time.perf_counter()
         with PeakMemory() as measuring:
-            for quantized in named.values():
-                if quantized.job.measures:  # refuses what is known before anything is measured
-                    plan_of(of_format(quantized.job)).check(first.memory)
-            jobs = {name: of_format(quantized.resolved) for name, quantized in named.items()}
-        results = _written(jobs, writers, source, stack, started, keeping)
+            for job in asked.values():
+                if job.measures:  # refuses what is known before anything is measured
+                    plan_of(job).check(first.memory)
+            jobs = {name: of_format(each.resolved_by(ranks)) for name, each in named.items()}
+        results = _written(jobs, outs, writers, ranks, source, stack, started, keeping)
     return {
         name: replace(result, peak_rss_bytes=max(measuring.bytes, result.peak_rss_bytes))
         for name, result in results.items()
@@ -137,7 +176,9 @@ def write_all(
 
 def _written(
     jobs: Mapping[str, Job],
+    outs: Mapping[str, Path],
     writers: Mapping[str, Writer],
+    ranks: Ranks,
     source: HashedFiles,
     stack: ExitStack,
     started: float,
@@ -145,8 +186,8 @@ def _written(
 ) -> dict[str, Result]:
     """Plan all jobs, begin them, and do them.
 
-    stack: is left when they are done. started: when the work on them began. keeping: where
-    statistics are kept.
+    writers: of rank 0; none on others. stack: is left when they are done. started: when the work
+    on them began. keeping: where statistics are kept.
     """
     first = next(iter(jobs.values()))
     with PeakMemory() as planning:
@@ -157,29 +198,68 @@ def _written(
     seconds_of_planning = time.perf_counter() - started
     runs: dict[str, Run] = {}
     for name, job in jobs.items():
-        codec = CODECS[job.codec or CODEC]
-        runs[name] = Run(job=job, plan=plans[name], writer=writers[name], codec=codec)
-        identity, segments = identity_of(job, skeleton), len(skeleton.blocks) + 1
-        writers[name].begin(identity, segments, first.model.path, source=source)
-    for run in runs.values():
-        if not run.writer.finished:
-            stack.enter_context(run.writer.refusing())
+        runs[name] = Run(
+            job=job,
+            plan=plans[name],
+            ranks=ranks,
+            own_writer=writers.get(name),
+            codec=CODECS[job.codec or CODEC],
+        )
+    _begin(runs, skeleton, source, stack)
+    finished = ranks.first(lambda: [name for name, run in runs.items() if run.writer.finished])
     results: dict[str, Result] = {}
     for names in sharing_a_pass(
         {name: job.remaining.recipe for name, job in jobs.items()}, first.inputs
     ):
-        seconds, peak_bytes = _one_pass(skeleton, [runs[name] for name in names], keeping)
+        unfinished = [runs[name] for name in names if name not in finished]
+        seconds, peak_bytes = _one_pass(skeleton, unfinished, keeping)
+        sent_bytes = sum(ranks.all_told(ranks.sent_bytes))
         for name in names:
+            sites = ranks.first(partial(_sites, outs[name]))
             results[name] = Result(
-                path=writers[name].out,
-                sites=recorded(writers[name].out)["sites"],
+                path=outs[name],
+                sites=sites,
                 plan=plans[name],
                 inputs=first.inputs,
                 seconds=seconds_of_planning + seconds,
                 peak_rss_bytes=max(planning.bytes, peak_bytes),
                 seconds_of_binds=jobs[name].seconds,
+                ranks=ranks.world,
+                sent_bytes_per_block=sent_bytes // len(skeleton.blocks),
             )
     return results
+
+
+def _sites(out: Path) -> Mapping[str, Mapping[str, Any]]:
+    """The report's row of every site."""
+    return recorded(out)["sites"]
+
+
+def _begin(
+    runs: Mapping[str, Run], skeleton: Skeleton, source: HashedFiles, stack: ExitStack
+) -> None:
+    """Begin the jobs where they are written."""
+    writing = [run for run in runs.values() if run.own_writer is not None]
+    for run in writing:
+        identity, segments = identity_of(run.job, skeleton), len(skeleton.blocks) + 1
+        run.writer.begin(identity, segments, run.job.model.path, source=source)
+    for run in writing:
+        if not run.writer.finished:
+            stack.enter_context(run.writer.refusing())
+
+
+def _asked(job: Job) -> dict[str, Any]:
+    """What all ranks have to see alike, in words that name it."""
+    return {
+        "models": job.model.fingerprint(),
+        "recipes": [[*map(str, (s.name, s.spec, s.detail, s.scope))] for s in job.recipe],
+        "calibration data": job.data and job.data.describe(),
+        "modes of calibration": [job.inputs, job.calibrate_all_experts, str(job.dtype)],
+        "devices": torch.device(job.device).type,
+        "budgets of memory": job.memory,
+        "formats": [job.codec, job.target],
+        "versions": versions(),
+    }
 
 
 def identity_of(job: Job, skeleton: Skeleton) -> dict[str, Any]:
@@ -200,18 +280,18 @@ def identity_of(job: Job, skeleton: Skeleton) -> dict[str, Any]:
 def _one_pass(
     skeleton: Skeleton, runs: Sequence[Run], keeping: Keeping | None
 ) -> tuple[float, int]:
-    """One pass over the model for all runs that are not finished: seconds and peak memory."""
+    """One pass over the model for all runs, none of which is finished: seconds and peak memory."""
     started = time.perf_counter()
-    unfinished = [run for run in runs if not run.writer.finished]
     with PeakMemory() as peak:
-        if unfinished:
-            shelved = keeping and keeping.of([run.job for run in unfinished], skeleton)
-            _write_segments(skeleton, unfinished, shelved)
+        if runs:
+            shelved = keeping and keeping.of([run.job for run in runs], skeleton)
+            _write_segments(skeleton, runs, shelved)
     return time.perf_counter() - started, peak.bytes
 
 
 def _write_segments(skeleton: Skeleton, runs: Sequence[Run], shelved: Shelved | None) -> None:
-    """All segments, in order, from the first block on that some run lacks."""
+    """All segments, in order, from the first block on that some run lacks. Of several ranks, rank 0
+    writes what all solve."""
 
     def todo(carries: Carries) -> Sequence[int]:
         blocks = len(skeleton.blocks)
@@ -219,17 +299,21 @@ def _write_segments(skeleton: Skeleton, runs: Sequence[Run], shelved: Shelved | 
             return _blocks_to_do(runs, blocks, carries)
         return _unwritten_blocks(runs, blocks)
 
-    scan = begin(skeleton, [run.solver for run in runs], runs[0].writer, todo, shelved)
-    for run in runs:
+    ranks = runs[0].ranks
+    scan = begin(skeleton, [run.solver for run in runs], runs[0].own_writer, todo, shelved)
+    writing = runs if ranks.is_first else ()
+    for run in writing:
         if not run.writer.has(0):
             write_outside(skeleton, run)
     for block in solved_blocks(scan):
-        write_solved(skeleton, runs[block.by], block, scan.calls[0][block.after.path])
+        if writing:
+            write_solved(skeleton, runs[block.by], block, scan.calls[0][block.after.path])
         del block  # lets go of it before the next one is solved
     recipes = [run.job.recipe for run in runs]
     first, *_ = in_batches(scan.data, batch_tokens(recipes))
-    for run in runs:
+    for run in writing:
         finish(skeleton, run, scan.calls[0], first["input_ids"].shape)
+    ranks.told(None)  # the others wait until all is in place
 
 
 def _unwritten_blocks(runs: Sequence[Run], blocks: int) -> list[int]:

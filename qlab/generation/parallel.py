@@ -9,12 +9,9 @@ Inside a pass all ranks wait for each other. One that fails there cannot be wait
 pass that fails anywhere ends all of them.
 """
 
-import atexit
-import os
 import signal
 import socket
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,10 +23,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qlab.errors import QlabError, ToldElsewhere, first_line, printable
+from qlab.errors import QlabError
 from qlab.generation.cache import States, has_states, probed
 from qlab.generation.engine import SHARE, Engine, free_bytes
 from qlab.generation.passes import Pass
+from qlab.process.ranks import agreed, is_joined, local_device, told
 from qlab.process.surroundings import undisturbed
 
 PATIENCE = timedelta(minutes=10)  # that ranks wait for one another inside a pass
@@ -166,71 +164,17 @@ def _on(call: Pass, device: torch.device) -> Pass:
     return replace(call, inputs={name: t.to(device) for name, t in call.inputs.items()})
 
 
-def agreed(work: Callable[[], T], group: Any = None) -> T:
-    """What the work of this rank gives, where it failed on none of a group. Otherwise rank 0 raises
-    what failed first, and the others raise the same, told elsewhere."""
-    error: Exception | None = None
-    try:
-        value = work()
-    except Exception as failed:
-        error = failed
-    said: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(said, None if error is None else _said(error), group=group)
-    failures = [(rank, why) for rank, why in enumerate(said) if why is not None]
-    if not failures:
-        return value
-    rank, why = failures[0]
-    if dist.get_rank(group):
-        raise ToldElsewhere(f"rank {rank}: {why}") from error
-    raise error or QlabError(f"rank {rank}: {why}")
-
-
 def _why(error: BaseException) -> str:
     """Why a pass was not computed: what failed here, or a rank that is waited for in vain."""
     is_lost = isinstance(error, dist.DistError) or "gloo" in str(error)
     lost = f"another rank is gone, or did not answer for {PATIENCE.seconds // 60} minutes"
-    return lost if is_lost else f"a forward pass failed ({_said(error)})"
-
-
-def _said(error: BaseException) -> str:
-    """An error in a line; that of qlab as it is."""
-    if isinstance(error, QlabError):
-        return str(error)
-    return printable(f"{type(error).__name__}: {first_line(error)}")
+    return lost if is_lost else f"a forward pass failed ({told(error)})"
 
 
 # ------------------------------------------------------------------ joining
 def joined(device: torch.device | str) -> Group | None:
     """The group of an initialised process group of several ranks, or None where there is none."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return None
-    where = torch.device(device)
-    if where.type == "cuda":
-        where = torch.device("cuda", _local_rank() if where.index is None else where.index)
-        torch.cuda.set_device(where)
-    return Group(where)
-
-
-def _local_rank() -> int:
-    local = os.environ.get("LOCAL_RANK")
-    return dist.get_rank() % max(1, torch.cuda.device_count()) if local is None else int(local)
-
-
-def join() -> bool:
-    """Make a process group of the processes that a launcher such as torchrun started. Gives whether
-    there are several. What is worth a warning is said by rank 0."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_ADDR" not in os.environ:
-        return False
-    dist.init_process_group("gloo")
-    atexit.register(_leave)
-    if dist.get_rank():
-        warnings.simplefilter("ignore")
-    return True
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    return Group(local_device(device)) if is_joined() else None
 
 
 @contextmanager

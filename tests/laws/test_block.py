@@ -214,7 +214,9 @@ def test_what_leaves_the_reference_is_computed_once():
     samples = samples_of(seg)
     samples.wanted(1)
     passed = push(seg.graph, batches_of(seg)())
-    for i, ((kept,), (state,)) in enumerate(zip(samples.reference_leaving(), passed, strict=True)):
+    for i, ((kept,), (state,)) in enumerate(
+        zip(samples.reference_leaving(range(samples.count)), passed, strict=True)
+    ):
         assert torch.equal(kept, state) and (kept is samples.targets.get(i)) == (i == 1)
 
 

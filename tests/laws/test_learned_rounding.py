@@ -91,6 +91,9 @@ class Line:
     def loss(self, w, windows):
         return torch.stack([(w - i).square() for i in windows]).mean()
 
+    def each(self, work, leaves, windows):
+        return work(self, leaves, windows)
+
 
 def test_a_step_goes_by_the_mean_over_windows_drawn_at_random_and_gets_shorter():
     block, w, shares, slopes = Line(), torch.tensor(9.0, requires_grad=True), [], []

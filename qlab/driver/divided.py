@@ -1,0 +1,349 @@
+"""One block that several ranks observe and solve together.
+
+Each rank observes its own batches. The sums over parts of the batches go to one owner of each input
+(or wire), which adds them in the order of the parts and gives the total to the ranks that own sites
+there. Each site is solved by its one owner, and each routed expert by one too; what a step changed
+is told to all. A step that sees more than one weight is run by rank 0.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from fractions import Fraction
+from math import prod
+from typing import Any
+
+from qlab.algebra.block import SAMPLES
+from qlab.algebra.graph import ModuleGraph, Site
+from qlab.algebra.running import apply, keys_of, select
+from qlab.algebra.statistic import PerExpert
+from qlab.algebra.stats import Stats, name_of
+from qlab.algebra.transform import Stage, Transform, unchanged
+from qlab.algebra.views import EachWeight, Uncovered, WholeBlock
+from qlab.driver.learning import Leading
+from qlab.driver.observe import Division, Key, Totals, where
+from qlab.driver.owners import owners, solving_cost
+from qlab.driver.parts import Parts
+from qlab.driver.ranks import Ranks
+from qlab.errors import QlabError
+
+BY_EXPERT = -1  # in the place of a rank: each has the states of its experts
+
+
+@dataclass(frozen=True)
+class At:
+    """A statistic that some ranks have. ranks: their numbers, or BY_EXPERT alone. state: where this
+    is one of them; of experts, with None for those of others."""
+
+    ranks: frozenset[int]
+    state: Any = None
+
+
+class Divided(Division):
+    """A block among ranks.
+
+    Args:
+        ranks: All of them.
+        stages: The steps, which say where statistics are read.
+        graph: The block.
+        tokens: Of each batch.
+        one_by_one: Whether its inputs are solved one after another, so that only sites of one input
+            are solved at a time.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        stages: Transform,
+        graph: ModuleGraph,
+        tokens: Sequence[int],
+        one_by_one: bool,
+    ):
+        self.parts = Parts(len(tokens))
+        super().__init__(self.parts.size)
+        self.ranks, self.stages, self.tokens = ranks, stages, tokens
+        self.owners = site_owners(graph, ranks.world, one_by_one, _fused(stages))
+
+    # -------------------------------------------------------------- statistics
+    def totals(self, graph: ModuleGraph, keys: set[Key], experts: slice | None = None) -> Totals:
+        return _Totals(self, graph, keys, experts)
+
+    def batches(self, count: int) -> Sequence[int]:
+        return self.parts.numbers(self.ranks.rank, self.ranks.world)
+
+    def readers(self, key: Key, graph: ModuleGraph) -> list[int]:
+        """The ranks at which the first step that needs a statistic reads it, the smallest number
+        first."""
+        for stage in self.stages:
+            if stage.apply is not unchanged and key in keys_of(stage, graph):
+                return sorted(self._turns(stage, graph, key[0]))
+        return [0]
+
+    def _turns(
+        self, stage: Stage, graph: ModuleGraph, source: str | None = None
+    ) -> dict[int, frozenset[str] | None]:
+        """Rank -> the sites that it runs a step on, of one source or of all; None: whatever the
+        step sees."""
+        if not isinstance(stage.view, EachWeight):
+            return {0: graph.selected}
+        turns: dict[int, set[str]] = {}
+        for site in select(stage, graph).sites:
+            if source in (None, site.source):
+                by_expert = site.route and stage.view.by_expert and stage.needs
+                at = BY_EXPERT if by_expert else self.owners[site.path]
+                turns.setdefault(at, set()).add(site.path)
+        return {at: frozenset(paths) for at, paths in turns.items()}
+
+    def by_expert(self, key: Key, states: Sequence[Any]) -> At:
+        return At(frozenset({BY_EXPERT}), PerExpert(states, self._each))
+
+    def of_experts(self, statistic: At) -> Sequence[Any]:
+        return statistic.state.states
+
+    def expert_of(self, expert: int) -> int:
+        """The rank that owns an expert: all of a site cost the same."""
+        return expert % self.ranks.world
+
+    def _each(
+        self, given: Callable[[int], Any], run: Callable[[int, Any], Any], count: int
+    ) -> list[Any]:
+        """As `qlab.algebra.statistic.in_turn`, each expert by its owner."""
+        own: dict[int, Any] = {}
+        for e in range(count):
+            known = given(e)  # every rank takes part where it is observed only now
+            if self.expert_of(e) == self.ranks.rank:
+                own[e] = run(e, known)
+            del known
+        solved = dict[int, Any]()
+        for rank in range(self.ranks.world):
+            solved |= self.ranks.told(own, by=rank)
+        return [solved[e] for e in range(count)]
+
+    def at(self, statistic: At, rank: int) -> At:
+        """The statistic where `rank` has it, too."""
+        if rank in statistic.ranks:
+            return statistic
+        if rank == BY_EXPERT:
+            return self._scattered(statistic)
+        if BY_EXPERT in statistic.ranks:
+            return self._gathered(statistic, rank)
+        state = self.ranks.sent(statistic.state, min(statistic.ranks), rank)
+        kept = state if self.ranks.rank == rank else statistic.state
+        return At(statistic.ranks | {rank}, kept)
+
+    def _scattered(self, statistic: At) -> At:
+        holder = min(statistic.ranks)
+        states = statistic.state.states if holder == self.ranks.rank else ()
+        count = self.ranks.told(len(states), by=holder)
+        own = [
+            self.ranks.sent(states[e] if states else None, holder, self.expert_of(e))
+            for e in range(count)
+        ]
+        return At(frozenset({BY_EXPERT}), PerExpert(own, self._each))
+
+    def _gathered(self, statistic: At, rank: int) -> At:
+        states = statistic.state.states
+        whole = [self.ranks.sent(s, self.expert_of(e), rank) for e, s in enumerate(states)]
+        return At(frozenset({rank}), PerExpert(tuple(whole)) if rank == self.ranks.rank else None)
+
+    # -------------------------------------------------------------- steps
+    def apply(self, stage: Stage, graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:
+        if stage.apply is unchanged or isinstance(stage.view, Uncovered):
+            return apply(stage, graph, {})[0], stats
+        turns = self._turns(stage, graph)
+        given = dict(stats)
+        for at, selected in sorted(turns.items()):
+            needed = keys_of(stage, replace(graph, selected=selected)) & given.keys()
+            for key in sorted(needed, key=_named):
+                if isinstance(given[key], At):
+                    given[key] = self.at(given[key], at)
+        own = {key: s.state if isinstance(s, At) else s for key, s in given.items()}
+        if BY_EXPERT in turns:  # together, expert by expert
+            chosen = replace(graph, selected=turns.pop(BY_EXPERT))
+            after, _ = apply(stage, chosen, own)
+            graph = replace(after, selected=graph.selected)
+        made: tuple[Any, Any, Any] | None = None
+        kept: Mapping[Key, Any] = {}
+        samples = given.get(SAMPLES) if isinstance(stage.view, WholeBlock) else None
+        leading = None if samples is None else Leading(samples, self.ranks)
+        own = own if leading is None else {**own, SAMPLES: leading}
+        if self.ranks.rank in turns:
+            before = replace(graph, selected=turns[self.ranks.rank])
+            after, kept = apply(stage, before, own)
+            made = _made(before, after, own, kept)
+            if leading is not None:
+                leading.done()
+        elif leading is not None:
+            leading.follow(select(stage, graph))
+        for rank in sorted(turns):
+            changes, moved, gone = self.ranks.told(made, by=rank)  # type: ignore[misc]
+            graph = _changed(graph, changes)
+            named = {_named(key): key for key in given}
+            for name in moved:
+                key = named[name]
+                state = kept[key] if rank == self.ranks.rank else None
+                given[key] = At(frozenset({rank}), state)
+            for name in gone:
+                del given[named[name]]
+        return graph, given
+
+
+class _Totals(Totals):
+    """The statistics of all ranks' batches: this one adds its own, and after each of its parts all
+    of them hand theirs to the owners."""
+
+    def __init__(
+        self, division: Divided, graph: ModuleGraph, keys: set[Key], experts: slice | None
+    ):
+        super().__init__(graph, keys, experts, division.size)
+        self.division, self.ranks, self.parts = division, division.ranks, division.parts
+        self.own = self.parts.numbers(self.ranks.rank, self.ranks.world)
+        self.readers = {key: division.readers(key, graph) for key in sorted(keys, key=_named)}
+        self.rounds = 0
+        self.rates: dict[str, set[Fraction]] = {source: set() for source, _ in keys}
+
+    @property
+    def stats(self) -> dict[Key, Any]:
+        while self.rounds * self.ranks.world < self.parts.count:
+            self._end_part()
+        self._refuse_uneven()
+        found = {key: self._given_out(key, at) for key, at in self.readers.items()}
+        return {key: at for key, at in found.items() if at is not None}
+
+    def add(self, *of_batch: Any) -> None:
+        super().add(*of_batch)
+        last = self.batches == len(self.own)
+        if last and self.batches % self.size:
+            self._end_part()
+
+    def _end_part(self) -> None:
+        first = self.rounds * self.ranks.world
+        self.rounds += 1
+        for key, readers in self.readers.items():
+            for part in range(first, min(first + self.ranks.world, self.parts.count)):
+                source = part % self.ranks.world
+                state = self.part.get(key) if source == self.ranks.rank else None
+                if readers == [BY_EXPERT]:
+                    self._to_experts(key, state, source)
+                    continue
+                state = self.ranks.sent(state, source, readers[0])
+                if state is not None:
+                    self._combine(self.totals, key, state)
+        self.part = {}
+
+    def _to_experts(self, key: Key, state: PerExpert | None, source: int) -> None:
+        """The states of experts to those that own them."""
+        first = 0 if self.experts is None else self.experts.start
+        for rank in range(self.ranks.world):
+            theirs = None
+            if state is not None:
+                owned = [
+                    s if self.division.expert_of(first + e) == rank else None
+                    for e, s in enumerate(state.states)
+                ]
+                theirs = tuple(owned)
+            theirs = self.ranks.sent(theirs, source, rank)
+            if theirs is not None:
+                self._combine(self.totals, key, PerExpert(theirs))
+
+    def _given_out(self, key: Key, readers: list[int]) -> At | None:
+        """The total where it is read."""
+        total = self.totals.get(key)
+        if readers == [BY_EXPERT]:
+            return self.division.by_expert(key, total.states if total is not None else ())
+        first, *others = readers
+        if not self.ranks.told(total is not None, by=first):
+            return None
+        for rank in others:
+            sent = self.ranks.sent(total, first, rank)
+            total = sent if self.ranks.rank == rank else total
+        return At(frozenset(readers), total)
+
+    # -------------------------------------------------------------- numbers of tokens
+    def _before(self, source: str, count: int) -> int:
+        batch = self.own[self.batches]
+        rate = Fraction(count, self.division.tokens[batch])
+        self.rates[source].add(rate)
+        return int(rate * sum(self.division.tokens[:batch]))
+
+    def _refuse_uneven(self) -> None:
+        """Refuse an input whose rows are not in one proportion to the tokens of its batch: other
+        ranks' rows cannot be numbered then."""
+        rates = {source: sorted(map(str, rates)) for source, rates in self.rates.items()}
+        for other in self.ranks.all_told(rates):
+            for source, of_source in other.items():
+                rates[source] = sorted({*rates[source], *of_source})
+        uneven = next((source for source, of_source in rates.items() if len(of_source) > 1), None)
+        if uneven is not None:
+            shares = " and ".join(rates[uneven])
+            raise QlabError(
+                f"the rows that reach {where(self.graph, uneven)} are {shares} of the tokens of a "
+                "batch, and ranks number them by one share; run it in one process"
+            )
+
+
+# ------------------------------------------------------------------ who owns which site
+def site_owners(graph: ModuleGraph, world: int, one_by_one: bool, fused: bool) -> dict[str, int]:
+    """Site path -> the rank that solves it.
+
+    one_by_one: whether only sites of one input are solved at a time, so that each input's are
+    shared anew. fused: whether sites of an input share a scale, so that one rank solves them.
+    """
+    units: dict[tuple[str, str], list[Site]] = {}
+    for site in graph.code.sites:
+        units.setdefault((site.source, "" if fused else site.path), []).append(site)
+    costs = {unit: sum(_cost(graph, site) for site in sites) for unit, sites in units.items()}
+    groups: dict[str, dict[tuple[str, str], float]] = {}
+    for unit, cost in costs.items():
+        groups.setdefault(unit[0] if one_by_one else "", {})[unit] = cost
+    owner = {unit: rank for group in groups.values() for unit, rank in owners(group, world).items()}
+    return {site.path: owner[unit] for unit, sites in units.items() for site in sites}
+
+
+def _cost(graph: ModuleGraph, site: Site) -> float:
+    """What all experts of a site cost to solve."""
+    *experts, a, b = graph.params[site.weight or ""].shape
+    o, k = (b, a) if site.layout.endswith("k o") else (a, b)
+    return prod(experts) * solving_cost(o, k)
+
+
+def _fused(stages: Transform) -> bool:
+    return any(stage.spec is not None and stage.spec.outer for stage in stages)
+
+
+def _named(key: Key) -> tuple[str, str]:
+    """A statistic's key as all ranks have it."""
+    return key[0], name_of(key[1])
+
+
+# ------------------------------------------------------------------ what a step changed
+def _made(
+    before: ModuleGraph, after: ModuleGraph, given: Stats, kept: Stats
+) -> tuple[dict[str, Any], list[tuple[str, str]], list[tuple[str, str]]]:
+    """What a step changed: of the graph, and the names of statistics that moved or are gone."""
+    moved = [_named(key) for key, state in kept.items() if state is not given.get(key)]
+    gone = [_named(key) for key in given if key not in kept]
+    return _changes(before, after), moved, gone
+
+
+def _changes(before: ModuleGraph, after: ModuleGraph) -> dict[str, Any]:
+    """Field -> (its entries that are other values, the names of those that are gone)."""
+    found: dict[str, Any] = {}
+    for field in fields(ModuleGraph):
+        old, new = getattr(before, field.name), getattr(after, field.name)
+        if isinstance(old, Mapping) and old is not new:
+            other = {k: v for k, v in new.items() if k not in old or not _same(v, old[k])}
+            found[field.name] = other, [k for k in old if k not in new]
+    return found
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two entries are the same value, or equal notes."""
+    return a is b or (isinstance(a, dict) and isinstance(b, dict) and a == b)
+
+
+def _changed(graph: ModuleGraph, changes: Mapping[str, Any]) -> ModuleGraph:
+    new: dict[str, Any] = {}
+    for name, (other, gone) in changes.items():
+        entries: Mapping[str, Any] = getattr(graph, name)
+        new[name] = {**{k: v for k, v in entries.items() if k not in gone}, **other}
+    return replace(graph, **new)

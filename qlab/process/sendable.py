@@ -1,0 +1,97 @@
+"""Values as bytes that another process makes the same values of. A tensor is laid out in memory as
+it was: the order of sums in a product with it may depend on that."""
+
+import io
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlab.errors import QlabError, first_line
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor as bytes in the order of its memory. sizes, axes: of what is laid out, and where its
+    axes are in the tensor; expanded: the sizes of axes that repeat one row."""
+
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+    axes: tuple[int, ...]
+    expanded: tuple[int, ...]
+    is_on_host: bool
+    needs_gradient: bool
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.sizes) * self.dtype.itemsize
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The tensor of those bytes."""
+        laid = flat.view(self.dtype).reshape(self.sizes)
+        inverse = sorted(range(len(self.axes)), key=self.axes.__getitem__)
+        return laid.permute(inverse).expand(self.expanded).requires_grad_(self.needs_gradient)
+
+
+def _flat(t: Tensor) -> tuple[Place, Tensor]:
+    """A tensor's place and bytes."""
+    plain = t.detach().resolve_conj().resolve_neg()
+    for axis, stride in enumerate(plain.stride()):
+        if stride == 0 and plain.shape[axis] > 1:
+            plain = plain.narrow(axis, 0, 1)
+    axes = tuple(sorted(range(plain.ndim), key=lambda axis: -plain.stride(axis)))
+    laid = plain.permute(axes).contiguous()
+    place = Place(
+        dtype=t.dtype,
+        sizes=tuple(laid.shape),
+        axes=axes,
+        expanded=tuple(t.shape),
+        is_on_host=t.device.type == "cpu",
+        needs_gradient=t.requires_grad,
+    )
+    # an axis of size 1 may have any stride
+    return place, laid.as_strided((laid.numel(),), (1,)).view(torch.uint8)
+
+
+def packed(value: Any) -> tuple[bytes, list[Tensor]]:
+    """A value as bytes, and the bytes of its tensors. Refuses what no other process can hold."""
+    tensors: list[Tensor] = []
+    known: dict[int, tuple[Any, tuple[int, Place]]] = {}  # of what lives as long as this
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, part: Any) -> Any:
+            if not isinstance(part, Tensor) or part.is_meta:
+                return None
+            if id(part) not in known:
+                place, flat = _flat(part)
+                known[id(part)] = (part, (len(tensors), place))
+                tensors.append(flat)
+            return known[id(part)][1]
+
+    file = io.BytesIO()
+    try:
+        Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise QlabError(
+            f"what a step made cannot be sent to other ranks ({first_line(error)}); make it of "
+            "functions and classes of a module, or run it in one process"
+        ) from error
+    return file.getvalue(), tensors
+
+
+def unpacked(data: bytes, receive: Callable[[Place], Tensor]) -> Any:
+    """The value of `packed`. Tensors come in the order in which they are first met."""
+    tensors: list[Tensor] = []
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, pid: Any) -> Tensor:
+            number, place = pid
+            if number == len(tensors):
+                tensors.append(receive(place))
+            return tensors[number]
+
+    return Unpickler(io.BytesIO(data)).load()
