@@ -30,7 +30,7 @@ def run_ranks(folder, world, work, *arguments, joins=True):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(600)
+        process.join(1800)
         assert process.exitcode is not None, "a rank hangs"
     return [read(folder / f"rank{rank}") for rank in range(world)]
 

@@ -17,6 +17,7 @@ from qlab.driver.duration import said
 from qlab.driver.job import CODEC, Job
 from qlab.driver.observe import Inputs
 from qlab.driver.plan import Plan, plan_of
+from qlab.driver.ranks import Ranks
 from qlab.driver.report import PeakMemory
 from qlab.driver.run import Run, write_solved
 from qlab.driver.scan import begin, solved_blocks
@@ -181,7 +182,13 @@ def _timed(
         Writer(Path(folder) / "out", False, False) as writer,
     ):
         writer.begin({"rehearsal": blocks}, len(skeleton.blocks) + 1, source=source)
-        run = Run(job=job, plan=planned, writer=writer, codec=CODECS[job.codec or CODEC])
+        run = Run(
+            job=job,
+            plan=planned,
+            ranks=Ranks(),
+            own_writer=writer,
+            codec=CODECS[job.codec or CODEC],
+        )
         scan = begin(skeleton, [run.solver], writer, first)
         times = [time.perf_counter()]
         for block in solved_blocks(scan):

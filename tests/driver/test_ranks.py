@@ -34,7 +34,7 @@ METHODS = {
 }
 CASES = [
     *[("llama", name) for name in ("rtn", "awq", "loaq-refined", "smoothquant_gptq")],
-    *[("llama", name) for name in ("gptaq", "nvfp4", "auto_round", "spinquant")],
+    *[("llama", name) for name in ("gptaq", "nvfp4", "auto_round")],
     ("qwen3_moe", "gptq"),
 ]
 LENGTH = 16  # tokens of a window, and of a batch
