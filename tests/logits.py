@@ -11,8 +11,7 @@ from qlab.model.loading import load_block, load_outside
 from qlab.model.running import head, record_blocks
 from qlab.model.skeleton import Skeleton
 
-# as many as without calibration data a model is traced for, so that it is traced once
-IDS = torch.randint(3, 128, (2, 8), generator=torch.Generator().manual_seed(1))
+IDS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()

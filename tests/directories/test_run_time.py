@@ -32,7 +32,7 @@ RECIPES = {
 
 
 def written(name, family, saved, out, **more):
-    model, data = qlab.open(saved(family)), random_tokens(saved(family))
+    model, data = qlab.open(saved(family)), random_tokens(saved(family), 2, 24)
     recipe = qlab.chain(RECIPES[name](), qlab.rtn(WEIGHTS))
     value = qlab.apply(model, recipe, data)
     return model, data, value, qlab.write(value, out, **more)
@@ -112,7 +112,7 @@ def test_lowering_says_nothing_of_a_cache_that_it_rounds(saved, tmp_path):
 
 
 def test_engines_that_do_not_do_it_are_refused_before_any_work(saved):
-    model, data = qlab.open(saved("llama", torch.float16)), random_tokens(saved("llama"))
+    model, data = qlab.open(saved("llama", torch.float16)), random_tokens(saved("llama"), 2, 24)
     for name, target, words in (
         ("kv int8 head", "vllm", "caches keys and values as fp8-tensor or fp8-head alone"),
         ("kv fp8", "transformers", "caches keys and values as they are alone"),
@@ -150,7 +150,7 @@ def test_verify_finds_what_was_changed(name, edit, saved, tmp_path):
 
 
 def test_a_recipe_without_any_rounding_is_written_dense(saved, tmp_path):
-    model, data = qlab.open(saved("llama")), random_tokens(saved("llama"))
+    model, data = qlab.open(saved("llama")), random_tokens(saved("llama"), 2, 24)
     value = qlab.apply(model, qlab.wanda(0.5), data)
     result = qlab.write(value, tmp_path / "out")
     out = qlab.open(result.path)
@@ -168,7 +168,7 @@ def test_a_recipe_without_any_rounding_is_written_dense(saved, tmp_path):
 
 @pytest.mark.parametrize("pruned", [False, True])
 def test_a_dense_model_with_a_rounded_cache_says_the_cache_alone(pruned, saved, tmp_path):
-    model, data = qlab.open(saved("llama")), random_tokens(saved("llama"))
+    model, data = qlab.open(saved("llama")), random_tokens(saved("llama"), 2, 24)
     recipe = qlab.chain(qlab.wanda("2:4") if pruned else (), qlab.kv_cache("fp8-head"))
     result = qlab.write(qlab.apply(model, recipe, data), tmp_path / "out")
     said = qlab.open(result.path).raw["quantization_config"]

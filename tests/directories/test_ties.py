@@ -99,7 +99,7 @@ def test_every_door_reads_the_head_that_transformers_reads(way, family, edit, ti
     assert (logits(lowered) - expected).norm() < 0.05 * expected.norm()
     separate = lowered.get_output_embeddings().weight is not lowered.get_input_embeddings().weight
     assert separate != ties
-    tokens = random_tokens(path)
+    tokens = random_tokens(path, 2, 16)
     assert evaluate(open_checkpoint(out), open_checkpoint(path), tokens).kl < 1e-3
 
 

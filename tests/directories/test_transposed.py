@@ -22,7 +22,7 @@ from qlab.methods.gptq import gptq
 from qlab.methods.rtn import rtn
 
 INT4 = parse_spec("int4-g32")
-IDS = torch.randint(3, 128, (2, 8), generator=torch.Generator().manual_seed(1))
+IDS = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(1))
 pytestmark = pytest.mark.filterwarnings("ignore:no int4 kernel on a CPU takes")
 
 
@@ -83,7 +83,7 @@ def test_lowered_and_opened_by_transformers_they_compute_the_same(source, writte
 
 @torch.no_grad()
 def test_qlab_computes_what_transformers_does(source, written):
-    data = random_tokens(source)
+    data = random_tokens(source, 2, 16)
     nll = torch.nn.functional.cross_entropy(
         by_hand(source, written)(data.ids).logits[:, :-1].flatten(0, 1), data.ids[:, 1:].flatten()
     )

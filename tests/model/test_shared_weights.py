@@ -71,7 +71,7 @@ def logits(model):
 
 
 def test_blocks_that_share_weights_are_read_and_rounded_once(source, tmp_path, door):
-    model, data = open_checkpoint(source), random_tokens(source)
+    model, data = open_checkpoint(source), random_tokens(source, 2, 16)
     expected = logits(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
     with torch.no_grad():
         reading = read(model, data)
@@ -95,7 +95,7 @@ def test_blocks_that_share_weights_are_read_and_rounded_once(source, tmp_path, d
 def test_a_method_that_would_make_two_of_a_shared_weight_is_refused_before_work(
     method, source, tmp_path
 ):
-    model, data = open_checkpoint(source), random_tokens(source)
+    model, data = open_checkpoint(source), random_tokens(source, 2, 16)
     words = "model.layers.1.mlp.", "model.layers.0.mlp.", "are one weight", "rtn or hqq"
     refused(lambda: quantize(model, method(INT8), data, tmp_path / "out"), *words)
     assert not (tmp_path / "out").exists()

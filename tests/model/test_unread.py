@@ -81,7 +81,7 @@ def test_the_command_line_keeps_what_it_is_told_to(command, source, saved, tmp_p
 
 
 def test_a_router_of_experts_that_are_not_read_is_one(source, tmp_path):
-    model, data = open_checkpoint(source), random_tokens(source)
+    model, data = open_checkpoint(source), random_tokens(source, 2, 16)
     router = "model.layers.1.feed_forward.router"  # a subclass of nn.Linear, which gives a pair
     recipe = rules({"*experts*": keep(), "*": rtn(INT8)})
     assert plan(model, recipe, data).sites[router]["spec"] is None
