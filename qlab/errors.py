@@ -12,6 +12,8 @@ UNSEEN = re.compile(
 )
 
 LONGEST_PATH = 300  # characters of a path that an error shows
+LONGEST_LINE = 300  # characters of what another library says
+LONGEST = 2000  # characters of a sentence, of which the last quarter says what to do
 
 
 def printable(text: str) -> str:
@@ -20,9 +22,20 @@ def printable(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error of another library says; its type where it says nothing."""
+    """The first line of what an error of another library says, with the next one where it ends in a
+    colon, and no more than a sentence holds; its type where it says nothing."""
     said = str(error).strip() or type(error).__name__
-    return said.splitlines()[0]
+    first, *more = said.splitlines()
+    line = f"{first} {more[0].strip()}" if first.endswith(":") and more else first
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..."
+
+
+def _cut(sentence: str) -> str:
+    """A sentence without the middle of it where a value makes it longer than anybody reads."""
+    if len(sentence) <= LONGEST:
+        return sentence
+    end = LONGEST // 4
+    return f"{sentence[: LONGEST - end - 5]} ... {sentence[-end:]}"
 
 
 class QlabError(ValueError):
@@ -32,7 +45,8 @@ class QlabError(ValueError):
     It is a ValueError. The command line prints it as one line and exits with 2.
 
     Args:
-        message: the sentence. Line ends and other unseen characters in it are escaped.
+        message: the sentence. Line ends and other unseen characters in it are escaped, and the
+            middle of one that is thousands of characters long is left out.
 
     Example:
         >>> import qlab
@@ -44,7 +58,7 @@ class QlabError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(printable(message))
+        super().__init__(_cut(printable(message)))
 
 
 class Unwritable(QlabError):

@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.qtensor import Leaf, QTensor
-from qlab.codecs import gguf_blocks
-from qlab.errors import QlabError
+from qlab.codecs import gguf_blocks, gguf_header
+from qlab.errors import QlabError, first_line
 
 # general.architecture -> whether rows of q and k are interleaved. Files of other architectures
 # change weights in further ways.
 ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
 # Factors of rotary frequencies, which transformers does not read into a config.
 SCALED_ROTARY = "rope_freqs.weight"
+# kind of a tensor -> (numbers in a block, bytes of a block)
+SIZES = {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
 BITS = {kind: bits for bits, kind in gguf_blocks.KINDS.items()}
 # Tensors whose rows are interleaved -> the key that says how many heads they have.
 HEADS = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
@@ -41,7 +43,7 @@ def tensors(path: Path, names: Collection[str]) -> Iterator[tuple[str, str, Leaf
     """
     reader, arch = opened(path)
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    blocks = _field(path, reader, f"{arch}.block_count", int)
+    blocks = blocks_of(path, reader, arch)
     names_in_file = _names(path, arch, blocks, names, stored)
     if SCALED_ROTARY in stored:
         raise QlabError(
@@ -65,7 +67,7 @@ def tensors(path: Path, names: Collection[str]) -> Iterator[tuple[str, str, Leaf
 
 def opened(path: Path) -> tuple[Any, str]:
     """The package's reader of a file, and the file's architecture; refuses a file that is no GGUF,
-    and an architecture whose weights qlab cannot restore."""
+    an architecture whose weights qlab cannot restore."""
     reader = _reader(path)
     arch = _field(path, reader, "general.architecture", str)
     if arch not in ARCHITECTURES:
@@ -76,13 +78,24 @@ def opened(path: Path) -> tuple[Any, str]:
     return reader, arch
 
 
+def blocks_of(path: Path, reader: Any, arch: str) -> int:
+    """How many blocks a file says that its model has; refuses more than it has tensors."""
+    blocks: int = _field(path, reader, f"{arch}.block_count", int)
+    if not 0 < blocks <= len(reader.tensors):
+        raise QlabError(
+            f"{path} says that it has {blocks} blocks and holds {len(reader.tensors)} tensors; "
+            "download it again"
+        )
+    return blocks
+
+
 def _reader(path: Path) -> Any:
     try:
+        gguf_header.check(path, SIZES)
         return gguf.GGUFReader(path)
     except Exception as error:  # whatever parsing bytes as numbers, lengths and text runs into
         raise QlabError(
-            f"{path} is truncated or not a GGUF file ({str(error) or type(error).__name__}); "
-            "download it again"
+            f"{path} is truncated or not a GGUF file ({first_line(error)}); download it again"
         ) from error
 
 
@@ -111,11 +124,6 @@ def _names(
     path: Path, arch: str, blocks: int, names: Collection[str], stored: Collection[str]
 ) -> dict[str, str]:
     """Name of a parameter of the model -> name of its tensor in the file."""
-    if not 0 < blocks <= len(stored):
-        raise QlabError(
-            f"{path} says that it has {blocks} blocks and holds {len(stored)} tensors; "
-            "download it again"
-        )
     names_in_file: dict[str, str] = {}
     for name, file_name in file_names(arch, blocks, names).items():
         if file_name is not None and file_name in stored:

@@ -20,6 +20,7 @@ from qlab.data.texts import Text, texts_of
 from qlab.data.tokenizing import token_ids
 from qlab.errors import QlabError, first_line
 from qlab.files.checkpoint import Checkpoint
+from qlab.files.directory import read_json, refuse_leading_out
 from qlab.process.shown import Shown, some
 from qlab.process.surroundings import undisturbed
 
@@ -225,6 +226,8 @@ def _refuse_outside(model: Checkpoint, low: int, high: int) -> None:
 
 
 def tokenizer_of(model: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's directory."""
+    _refuse_leading_out(model.path / "tokenizer_config.json")
     try:
         return AutoTokenizer.from_pretrained(
             model.path, local_files_only=True, trust_remote_code=False
@@ -234,6 +237,13 @@ def tokenizer_of(model: Checkpoint) -> PreTrainedTokenizerBase:
             f"{model.path} has no tokenizer that transformers can read ({first_line(error)}); "
             "add its files"
         ) from error
+
+
+def _refuse_leading_out(config: Path) -> None:
+    """Refuse a tokenizer's configuration that has transformers read a file of another directory."""
+    files = read_json(config).get("fast_tokenizer_files") if config.is_file() else None
+    for file in files if isinstance(files, list) else ():
+        refuse_leading_out(config, file)
 
 
 @dataclass(frozen=True)

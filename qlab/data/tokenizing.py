@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
+from qlab.errors import QlabError, first_line
+
 PIECE = 1 << 16  # characters that are tokenized at a time
 MARGIN = 1 << 10  # characters on either side of a cut
 SEPARATOR = "\n\n"  # between documents
@@ -48,8 +50,22 @@ def _gathered(text: str, pieces: Iterator[str], length: int) -> tuple[str, bool]
     return "".join(parts), True
 
 
+def encode(tokenizer: Any, texts: str | list[str], **options: Any) -> Any:
+    """What a tokenizer makes of texts. options: of its call. Refuses a tokenizer that fails, as one
+    of damaged files does at the first word that it does not know."""
+    try:
+        return tokenizer(texts, **options)
+    except Exception as error:  # whatever the tokenizer's files make it raise
+        raise QlabError(
+            f"the tokenizer of {getattr(tokenizer, 'name_or_path', '')} cannot make tokens of a "
+            f"text ({first_line(error)}); repair its files, and the text where it holds half of a "
+            "character"
+        ) from error
+
+
 def _encoded(tokenizer: Any, texts: list[str], places: bool) -> Any:
-    return tokenizer(
+    return encode(
+        tokenizer,
         texts,
         add_special_tokens=False,
         verbose=False,

@@ -33,7 +33,7 @@ from qlab.files.certificate import certify
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.directory import CONFIG, read_json
 from qlab.files.readback import MARKS, mark, refuse_misread
-from qlab.files.record import versions, written
+from qlab.files.record import refuse_foreign_record, versions, written
 from qlab.files.writer import Writer
 from qlab.model.skeleton import Skeleton
 from qlab.model.ties import FLAG
@@ -73,6 +73,7 @@ def from_gguf(path: Path, codec: str, out: Path, overwrite: bool, resume: bool) 
     """
     # refused before any work, in fewer words than transformers has
     reader, arch = gguf.opened(path)
+    gguf.blocks_of(path, reader, arch)  # before that many are built
     said = gguf_keys.said(path, arch, gguf.fields(reader))
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -83,7 +84,7 @@ def from_gguf(path: Path, codec: str, out: Path, overwrite: bool, resume: bool) 
             with writer.refusing(), TemporaryDirectory() as scratch:
                 fields = gguf.fields(reader)
                 _save_config_and_tokenizer(path, said, _embedded(fields), Path(scratch))
-                _fill(path, CODECS[codec], writer, job, record_of(fields), Path(scratch))
+                _fill(path, CODECS[codec], writer, job, record_of(path, fields), Path(scratch))
     return writer.out
 
 
@@ -209,10 +210,27 @@ def _reading(path: Path) -> Iterator[None]:
             ) from error
 
 
-def record_of(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What qlab says of a file that it wrote; {} for files of others."""
-    record = json.loads(fields[RECORDED]) if isinstance(fields.get(RECORDED), str) else {}
-    return record if isinstance(record, dict) else {}
+def record_of(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What qlab says of a file that it wrote; {} for files of others. Refuses what qlab did not
+    write there."""
+    said = fields.get(RECORDED, "{}")
+    try:
+        record = json.loads(said)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise QlabError(
+            f"{path} has a key {RECORDED} that is no JSON ({first_line(error)}); convert the "
+            "directory again"
+        ) from error
+    where = f"{path}, {RECORDED}"
+    refuse_foreign_record(record, where)
+    widened = record.get(WIDENED, {})
+    for name, row in widened.items() if isinstance(widened, dict) else [("", None)]:
+        if not isinstance(row, dict) or row.get("dtype") not in NARROW:
+            raise QlabError(
+                f"{where}, {WIDENED}, {name!r:.100} is not what qlab writes there; convert the "
+                "directory again"
+            )
+    return record
 
 
 def _embedded(fields: Mapping[str, Any]) -> dict[str, str]:

@@ -14,10 +14,10 @@ def facts_of(path: Path) -> dict[str, Any]:
     else under the file's own."""
     reader, arch = file_format.opened(path)
     fields = file_format.fields(reader)
-    record = record_of(fields)
+    record = record_of(path, fields)
     rows = {name: dict(row) for name, row in record.get("sites", {}).items()}
     weights = [f"{name}.weight" for name in rows]
-    called = file_format.file_names(arch, fields[f"{arch}.block_count"], weights)
+    called = file_format.file_names(arch, file_format.blocks_of(path, reader, arch), weights)
     names = {file: name.removesuffix(".weight") for name, file in called.items()}
     dtypes: Counter[str] = Counter()
     sites: dict[str, dict[str, Any]] = {}

@@ -18,7 +18,7 @@ from qlab.algebra.qtensor import Leaf
 from qlab.algebra.spec import InputSpec, Spec
 from qlab.codecs import Codec, reader
 from qlab.codecs.extra import Extra
-from qlab.errors import QlabError, warn
+from qlab.errors import QlabError, first_line, warn
 from qlab.files.directory import CONFIG, INDEX, Stored, locate, read_json
 from qlab.files.explained import KEY, explained, refuse_unexplained
 from qlab.files.hashed import HashedFiles, fingerprint
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["GGUF", "INDEX", "Checkpoint", "open_checkpoint"]
 
 GGUF = ".gguf"
+OTHERS = "configuration_files"  # a key of config.json
 
 
 @dataclass(frozen=True, repr=False)
@@ -84,12 +85,10 @@ class Checkpoint(Shown):
                 self.path, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # whatever a config's own checks raise
-            first, *more = (str(error).strip() or type(error).__name__).splitlines()
-            reason = f"{first} {more[0].strip()}" if first.endswith(":") and more else first
             raise QlabError(
                 f"{self.path / CONFIG}: transformers cannot read model_type "
-                f"{self.raw.get('model_type')!r} ({reason}); check the file, or whether this "
-                "version of transformers knows the model"
+                f"{self.raw.get('model_type')!r:.100} ({first_line(error)}); check the file, or "
+                "whether this version of transformers knows the model"
             ) from error
         _refuse_foreign_part(config, self.path / CONFIG)
         _forget_codes(config)
@@ -308,6 +307,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             f"{folder} has no config.json; a model directory holds one beside its safetensors files"
         )
     raw, stored = explained(read_json(folder / CONFIG), folder), locate(folder)
+    if OTHERS in raw:
+        raise QlabError(
+            f"{folder / CONFIG} has {OTHERS}, by which transformers reads another file in its "
+            "place; remove that key, or rename the file to config.json"
+        )
     model = _read_codes(Checkpoint(path=folder, raw=raw, stored=stored, codec=None, quantized={}))
     refuse_unexplained(folder, stored, model.quantized, model.beside)
     return model

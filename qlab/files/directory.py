@@ -107,7 +107,8 @@ def read_header(file: Path) -> dict[str, Stored]:
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or length > min(size - 8, LARGEST_JSON):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(f.read(length), object_pairs_hook=_without_duplicates)
+            # as text, since `json` takes bytes in other encodings too
+            header = json.loads(f.read(length).decode(), object_pairs_hook=_without_duplicates)
         return _checked(file, header, 8 + length, size)
     except OSError as error:
         raise QlabError(
@@ -130,7 +131,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _checked(file: Path, header: Any, begin: int, size: int) -> dict[str, Stored]:
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
-    header.pop(METADATA, None)
+    metadata = header.pop(METADATA, None)
+    if metadata is not None and not _texts(metadata):
+        raise ValueError(f"its {METADATA} is no object of texts")
+    "".join(header).encode()  # JSON writes halves of characters too, which other readers refuse
     tensors = {name: _entry(file, name, entry, begin) for name, entry in header.items()}
     end = begin
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
@@ -142,6 +146,10 @@ def _checked(file: Path, header: Any, begin: int, size: int) -> dict[str, Stored
     if end != size:
         raise ValueError(f"its tensors end at byte {end} of {size}")
     return tensors
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
 def _entry(file: Path, name: str, entry: Any, begin: int) -> Stored:
@@ -212,17 +220,29 @@ def _listed(folder: Path) -> dict[str, str]:
     if not isinstance(listed, dict) or not listed:
         raise QlabError(f"{folder / INDEX} has no weight_map; download it again")
     for file in listed.values():
-        plain = (
-            isinstance(file, str)
-            and not set(file) & set("/\\\0")
-            and len(file.encode(errors="replace")) <= LONGEST_NAME
-        )
-        if not plain or file in ("", ".", ".."):
-            raise QlabError(
-                f"{folder / INDEX} lists the file {file!r:.100}, which is no plain name of a file "
-                "beside it; download it again"
-            )
+        refuse_leading_out(folder / INDEX, file)
     return listed
+
+
+def refuse_leading_out(where: Path, file: Any) -> None:
+    """Refuse what a file of a directory names as another file, unless it is the plain name of one
+    beside it. A link is followed wherever it leads: hubs' snapshots are links to their blobs, and
+    nothing that is downloaded makes one.
+
+    Args:
+        where: the file that names another.
+        file: what it names.
+    """
+    is_plain = (
+        isinstance(file, str)
+        and not set(file) & set("/\\\0")
+        and len(file.encode(errors="replace")) <= LONGEST_NAME
+    )
+    if not is_plain or file in ("", ".", ".."):
+        raise QlabError(
+            f"{where} lists the file {file!r:.100}, which is no plain name of a file beside it; "
+            "download it again"
+        )
 
 
 def _shards(folder: Path, listed: Mapping[str, str]) -> list[Path]:

@@ -1,7 +1,7 @@
 """qlab.json: what made a directory, and what is in it."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +17,7 @@ from qlab.algebra.spec import (
     spec_from_json,
     spec_json,
 )
+from qlab.codecs.around import SECTION as AROUND
 from qlab.errors import QlabError
 from qlab.files.certificate import hash_of_json
 from qlab.files.directory import read_json
@@ -48,28 +49,51 @@ def recorded(directory: Path) -> dict[str, Any]:
     """The qlab.json of a directory that qlab wrote; {} for directories of others. Refuses one that
     somebody changed by hand."""
     record = read_json(directory / RECORD) if (directory / RECORD).is_file() else {}
+    refuse_foreign_record(record, str(directory / RECORD))
+    return record
+
+
+def refuse_foreign_record(record: Any, where: str) -> None:
+    """Refuse a record that does not hold what qlab writes there. where: of whom this is said."""
+    fault = next(_faults(record), None)
+    if fault:
+        raise QlabError(
+            f"{where}, {fault:.200} is not what qlab writes there; remove the file, or quantize "
+            "again"
+        )
+
+
+def _faults(record: Any) -> Iterator[str]:
+    """Where a record is not what qlab writes."""
+    if not isinstance(record, dict):
+        yield "no object, it"
+        return
     for section, kinds in ROWS.items():
         rows = record.get(section, {})
         for name, row in rows.items() if isinstance(rows, dict) else [(section, None)]:
             if not isinstance(row, dict) or not all(
                 isinstance(row.get(key), kind) for key, kind in kinds.items()
             ):
-                where = f"{directory / RECORD}, {section}, {name!r}"
-                raise QlabError(
-                    f"{where} is not what qlab writes there; remove the file, or quantize again"
-                )
-    for key, kind in {
-        "job": dict,
-        "changed": dict,
-        "bits_per_weight": float,
-        "quantization_config": str,
-    }.items():
-        if key in record and not isinstance(record[key], kind):
-            raise QlabError(
-                f"{directory / RECORD}, {key} is not what qlab writes there; remove the file, or "
-                "quantize again"
-            )
-    return record
+                yield f"{section}, {name!r}"
+    yield from (key for key, kind in KEYS.items() if not isinstance(record.get(key, kind()), kind))
+    if not _are_rows(record.get(AROUND, {})):
+        yield AROUND
+
+
+def _are_rows(rows: Any) -> bool:
+    """Whether these are rows of what happens at run time (`qlab.codecs.around.Rows`)."""
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+        return False
+    lists = [steps for places in rows.values() for steps in places.values()]
+    if not all(isinstance(steps, list) for steps in lists):
+        return False
+    return all(_is_step(step) for steps in lists for step in steps)
+
+
+def _is_step(step: Any) -> bool:
+    if not isinstance(step, dict):
+        return False
+    return "tensor" not in step or all(isinstance(step.get(k), str) for k in ("tensor", "sha256"))
 
 
 _MAYBE_FLOAT = (float, int, NoneType)
@@ -90,6 +114,13 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
         "made_of": (str, NoneType),
     },
     "unused": {"shape": list},
+}
+# other key of qlab.json -> what it holds
+KEYS: Mapping[str, type] = {
+    "job": dict,
+    "changed": dict,
+    "bits_per_weight": float,
+    "quantization_config": str,
 }
 
 

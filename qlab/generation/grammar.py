@@ -17,6 +17,7 @@ from qlab.errors import QlabError, first_line
 from qlab.process.extras import needed
 
 KINDS = ("schema", "regex", "choice")
+KEPT = 2**27  # bytes of grammars that are kept for the next request
 
 
 class Grammars:
@@ -34,7 +35,7 @@ class Grammars:
         info = self._library.TokenizerInfo.from_huggingface(
             tokenizer, vocab_size=vocabulary, stop_token_ids=self._stop_ids or None
         )
-        self._compiler = self._library.GrammarCompiler(info, max_threads=1)
+        self._compiler = self._library.GrammarCompiler(info, max_threads=1, cache_limit_bytes=KEPT)
 
     def word(self, kind: str, said: Any) -> "Word":
         """A word of the grammar, to be written. Refuses a schema, an expression or texts that make

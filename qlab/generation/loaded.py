@@ -15,7 +15,7 @@ from qlab.lowering.around.coded_head import code_head
 from qlab.lowering.devices import device_named
 from qlab.lowering.part import lower_part
 from qlab.lowering.weights.setting import Activations
-from qlab.model.paper import maker_of
+from qlab.model.whole import load_whole
 
 
 def loaded(
@@ -38,9 +38,7 @@ def loaded(
         return lower_part(checkpoint, group.device, dtype, ranks=group, **how)
     if is_coded:
         return lower(checkpoint, device, dtype, **how)
-    model: Any = maker_of(checkpoint.config).from_pretrained(
-        checkpoint.path, dtype=dtype, local_files_only=True
-    )
+    model: Any = load_whole(checkpoint, dtype)
     model = model.to(device_named(device)).eval()
     if head is not None:
         code_head(model, head, dtype, activations)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from qlab.algebra.spec import Spec
 from qlab.data.calibration import tokenizer_of
+from qlab.data.tokenizing import encode
 from qlab.errors import QlabError, first_line, warn
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.generation.cache_cost import CacheCost, cache_cost, calibration_ids
@@ -220,7 +221,7 @@ class Pipeline:
     def encoded(self, prompt: Prompt, tools: Sequence[dict[str, Any]] = ()) -> Encoded:
         """A prompt as the model takes it. May be called from any thread."""
         if isinstance(prompt, str):
-            return Encoded(ids=[*self.tokenizer(prompt)["input_ids"]])
+            return Encoded(ids=[*encode(self.tokenizer, prompt)["input_ids"]])
         if prompt and isinstance(prompt[0], dict):
             return self._encoded_chat(prompt, tools)
         if not all(isinstance(i, int) for i in prompt):
@@ -250,7 +251,8 @@ class Pipeline:
                 f"the chat template refuses the messages ({first_line(error):.100}); give each a "
                 'known "role" and a "content"'
             ) from error
-        return Encoded(ids=[*self.tokenizer(text, add_special_tokens=False)["input_ids"]])
+        ids = encode(self.tokenizer, text, add_special_tokens=False)["input_ids"]
+        return Encoded(ids=[*ids])
 
     def ask(
         self,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qlab.algebra.qtensor import dense
 from qlab.algebra.spec import Spec
@@ -30,6 +30,7 @@ from qlab.lowering.weights.modules import QuantizedWeight
 from qlab.lowering.weights.setting import Activations, checked_activations
 from qlab.model.loading import load_leaf, load_outside
 from qlab.model.skeleton import Skeleton
+from qlab.model.whole import generation_config_of
 from qlab.process.surroundings import undisturbed
 
 
@@ -130,8 +131,9 @@ def assembled(
     _tie(skeleton, own)
     if share:
         share.cut_outside()
-    if (checkpoint.path / "generation_config.json").is_file():
-        skeleton.model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    said = generation_config_of(checkpoint)
+    if said is not None:
+        skeleton.model.generation_config = said
     finish(skeleton.model, place.device)
     attend(skeleton.model, attended, place.device)
     skeleton.model.save_pretrained = _refuse_saving  # type: ignore[method-assign]

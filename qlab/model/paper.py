@@ -20,6 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from qlab.algebra.experts import experts_forward
 from qlab.errors import QlabError, first_line
 from qlab.files.checkpoint import Checkpoint
+from qlab.model.unbuilt import has_large_numbers, most_parameters, refuse_large_constants
 from qlab.process.surroundings import Floats, foreign, parameters_on_meta
 
 # the name under which transformers finds the forward of fused experts that traces on every device
@@ -32,9 +33,13 @@ def on_paper(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     it loads the model in `dtype`."""
     try:
         config = copy.deepcopy(checkpoint.config)  # transformers writes into it
-        with foreign, parameters_on_meta(), _no_values(), Floats(dtype):
-            # a dtype of its own would be the whole process's while it builds
-            model = maker_of(config).from_config(config, dtype=None, trust_remote_code=False).eval()
+        most = most_parameters(checkpoint)
+        with foreign, _no_values(), Floats(dtype):
+            if has_large_numbers(checkpoint):
+                with parameters_on_meta(most), torch.device("meta"):
+                    refuse_large_constants(checkpoint, _made(copy.deepcopy(config)))
+            with parameters_on_meta(most):
+                model = _made(config).eval()
             run_experts_here(model)
         parts = [getattr(config, name, None) for name in config.sub_configs]
         for part in (config, *parts):
@@ -42,6 +47,8 @@ def on_paper(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
                 part.dtype = dtype
         _widen(model, dtype)
         return model
+    except QlabError:
+        raise
     except Exception as error:  # whatever the model's own constructor raises
         raise QlabError(
             "transformers cannot build a causal language model from "
@@ -60,6 +67,11 @@ def _no_values() -> Iterator[None]:
         yield
     finally:
         PreTrainedModel.initialize_weights = drawing  # type: ignore[method-assign]
+
+
+def _made(config: PretrainedConfig) -> Any:
+    # a dtype of its own would be the whole process's while it builds
+    return maker_of(config).from_config(config, dtype=None, trust_remote_code=False)
 
 
 def run_experts_here(model: PreTrainedModel) -> None:

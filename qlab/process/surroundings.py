@@ -20,6 +20,8 @@ from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from qlab.errors import QlabError
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -208,20 +210,26 @@ def drawn_from(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta(most: int) -> Iterator[None]:
     """Parameters that this thread registers in modules become meta tensors, without memory. Buffers
-    stay as they are. Tied modules get a parameter each."""
-    _local.on_meta = True
+    stay as they are. Tied modules get a parameter each. Refuses more than `most` of them."""
+    _local.most, _local.left = most, most
     try:
         yield
     finally:
-        _local.on_meta = False
+        _local.left = None
 
 
 def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
     """A hook of torch: the parameter to register instead, or None to register the one at hand."""
-    if parameter is None or not getattr(_local, "on_meta", False):
+    if parameter is None or getattr(_local, "left", None) is None:
         return None
+    _local.left -= 1
+    if _local.left < 0:
+        raise QlabError(
+            f"config.json describes a model of more than {_local.most:,} parameters, which is more "
+            "than its files hold tensors for; the one or the other is of another model"
+        )
     empty = type(parameter)(parameter.to("meta"), requires_grad=parameter.requires_grad)
     vars(empty).update(vars(parameter))
     return empty

@@ -1,14 +1,16 @@
 """Calibration windows: distinct, drawn without replacement, by the seed and by nothing else."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from model_folders import prose
+from model_folders import prose, refused, rewrite
 
 from qlab.algebra.random import generator
-from qlab.data.calibration import first_windows, tokens
+from qlab.data.calibration import first_windows, tokenizer_of, tokens
+from qlab.data.tokenizing import token_ids
 from qlab.errors import QlabError
 from qlab.files.checkpoint import open_checkpoint
 
@@ -117,3 +119,20 @@ def test_generator_depends_on_seed_and_name_only():
         len({tuple(draw(*key)) for key in [(0, "a"), (1, "a"), (0, "b"), (10, "a"), (1, "0/a")]})
         == 5
     )
+
+
+def test_a_tokenizer_of_another_directory_is_not_read(saved, tmp_path):
+    folder = shutil.copytree(saved("llama"), tmp_path / "model")
+    outside = ["tokenizer.4.0.json", "../tokenizer.4.1.json"]
+    rewrite(folder / "tokenizer_config.json", lambda c: c.update(fast_tokenizer_files=outside))
+    refused(
+        lambda: tokenizer_of(open_checkpoint(folder)),
+        "tokenizer_config.json lists the file '../tokenizer.4.1.json'",
+    )
+
+
+def test_a_tokenizer_that_fails_at_a_word_is_refused(saved, tmp_path):
+    folder = shutil.copytree(saved("llama"), tmp_path / "model")
+    rewrite(folder / "tokenizer.json", lambda t: t["model"].update(unk_token="none"))
+    words = tokenizer_of(open_checkpoint(folder))
+    refused(lambda: list(token_ids(words, [["ungueltig"]])), str(folder), "cannot make tokens")

@@ -3,5 +3,6 @@
 from collections.abc import Mapping
 
 from faults import Case, killed
+from faults.fuzz import CASES as FUZZED
 
-CASES: Mapping[str, Case] = {case.name: case for case in (*killed.CASES,)}
+CASES: Mapping[str, Case] = {case.name: case for case in (*killed.CASES, *FUZZED)}

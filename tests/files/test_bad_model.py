@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from families import tiny
-from model_folders import change, random_tokens, refused
+from model_folders import change, random_tokens, refused, rewrite
 from transformers import AutoConfig
 
 import qlab
@@ -193,3 +193,31 @@ def test_a_tensor_that_the_config_does_not_describe(folder, tmp_path, edit, stor
     refused(lambda: qlab.quantize(model, qlab.rtn(INT4), None, tmp_path / "q"), *words)
     refused(lambda: qlab.evaluate(model, model, random_tokens(folder)), *words)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_config_that_names_another_file_in_its_place(folder):
+    rewrite(folder / "config.json", lambda c: c.update(configuration_files=["../config.1.json"]))
+    refused(lambda: qlab.open(folder), "config.json has configuration_files", "remove that key")
+
+
+def test_what_another_library_says_at_length_is_cut(folder):
+    rewrite(folder / "config.json", lambda config: config.update(eos_token_id={"x" * 2000: 1}))
+    refused(lambda: open_checkpoint(folder).config, "config.json", "...")
+
+
+@pytest.mark.parametrize("numbers", [{"head_dim": 2**40}, {"head_dim": 2**31}])
+def test_constants_larger_than_the_files_are_never_computed(numbers, folder):
+    rewrite(folder / "config.json", lambda config: config.update(numbers))
+    refused(
+        lambda: Skeleton(open_checkpoint(folder), torch.float32),
+        "config.json describes",
+        "inv_freq",
+    )
+
+
+def test_more_parameters_than_the_files_hold_are_never_made(tmp_path):
+    tiny("qwen2_vl").save_pretrained(tmp_path)
+    rewrite(tmp_path / "config.json", lambda c: c["vision_config"].update(depth=10**9))
+    refused(
+        lambda: Skeleton(open_checkpoint(tmp_path), torch.float32), "more than", "its files hold"
+    )

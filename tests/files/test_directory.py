@@ -3,10 +3,11 @@ it is checked."""
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model_folders import bits_equal, refused
 from safetensors.torch import load_file, save
@@ -14,6 +15,9 @@ from safetensors.torch import load_file, save
 from qlab.errors import QlabError
 from qlab.files.directory import INDEX, LARGEST_JSON, SINGLE, locate, read_header, read_json, unheld
 from qlab.files.tensors import DTYPES, read, write
+
+# other processes may take any time of this one
+BUSY = settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 
 
 def file(header, data=b"", length=None):
@@ -102,7 +106,12 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path):
         (file(b"[" * 200_000), "is truncated or not"),
         (file(b'{"a":' * 50_000 + b"1" + b"}" * 50_000), "is truncated or not"),
         (file(b"\xff\xfe{}"), "is truncated or not"),
+        (file(b"\xef\xbb\xbf{}"), "is truncated or not"),
+        (file("{}".encode("utf-16")), "is truncated or not"),
         (file(b"[]"), "no JSON object"),
+        (file({"__metadata__": {"format": 1}}), "__metadata__ is no object of texts"),
+        (file({"__metadata__": [1]}), "__metadata__ is no object of texts"),
+        (file({"\ud800": entry()}, bytes(8)), "surrogates not allowed"),
         (file(b"9" * 5000), "is truncated or not"),
         (file(b'{"a":1,"a":2}'), "occurs twice"),
         (file({"a": 3}), "'a' is not a dtype"),
@@ -135,6 +144,7 @@ def test_a_header_that_does_not_describe_its_file(content, words, tmp_path):
 
 
 @given(data=st.data())
+@BUSY
 def test_a_corrupted_file_is_refused_or_read_within_its_bounds(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz") / SINGLE
     whole = bytearray(save({"a.weight": torch.ones(3, 4), "b": torch.zeros(5, dtype=torch.uint8)}))
@@ -158,6 +168,7 @@ PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 
 
 @given(value=st.recursive(PLAIN, lambda v: st.lists(v) | st.dictionaries(st.text(), v)))
+@BUSY
 def test_any_json_as_a_header_ends_in_one_error_or_no_tensors(value, tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz") / SINGLE
     path.write_bytes(file(value))
@@ -237,3 +248,18 @@ def test_a_hundred_shards_are_opened_once_each(tmp_path, monkeypatch):
     )
     assert len(locate(tmp_path)) == 2000
     assert sorted(n for n in opened if n.endswith(".safetensors")) == sorted(set(names.values()))
+
+
+def test_a_snapshot_of_links_to_blobs_is_a_directory(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    write(tmp_path / "blobs" / "hash", [("a", torch.ones(2))])
+    (tmp_path / "snapshot" / SINGLE).symlink_to(Path("..", "blobs", "hash"))
+    header = locate(tmp_path / "snapshot")
+    assert torch.equal(read("a", header["a"]), torch.ones(2))
+
+
+@pytest.mark.parametrize("leads", [SINGLE, "nowhere", ".", "/dev/zero"])
+def test_a_link_to_no_file_is_no_shard(leads, tmp_path):
+    (tmp_path / SINGLE).symlink_to(leads)
+    refused(lambda: locate(tmp_path), SINGLE)

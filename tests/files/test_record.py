@@ -2,14 +2,16 @@
 
 import json
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from model_folders import refused
 
 from qlab.algebra.spec import NAMED, Float, InputSpec, Int, Tile, parse_spec, with_scale_dtype
 from qlab.driver.quantize import quantize
 from qlab.files.checkpoint import open_checkpoint
-from qlab.files.record import input_spec_of, spec_entries, spec_of
+from qlab.files.record import input_spec_of, recorded, spec_entries, spec_of
 from qlab.methods.rtn import rtn
 
 sizes = st.none() | st.integers(1, 256)
@@ -60,3 +62,12 @@ def test_scales_in_a_dtype_of_their_own_are_recorded(saved, tmp_path):
     assert {row["spec"] for row in rows} == {"int4-g16"} and {spec_of(row) for row in rows} == {
         spec
     }
+
+
+@pytest.mark.parametrize(
+    "around",
+    [7, {"m": 7}, {"m": {"input": 7}}, {"m": {"input": [7]}}, {"m": {"input": [{"tensor": 1}]}}],
+)
+def test_rows_of_what_happens_at_run_time_are_what_qlab_writes(around, tmp_path):
+    (tmp_path / "qlab.json").write_text(json.dumps({"around": around}))
+    refused(lambda: recorded(tmp_path), "qlab.json, around is not what qlab writes there")

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from model_folders import WORDS, prose, refused
+from model_folders import WORDS, change, prose, refused, rewrite
 
 import qlab
 from qlab.cli import main
@@ -163,3 +163,16 @@ def test_the_command_answers_and_says_how_many(spoken, asked, tmp_path, command)
     assert code == 1 and "1 failed" in said and "at most 128" in rows(out)[0]["error"]
     code, _, error = command(main, *given[:2], "--in", tmp_path / "none", "--out", out)
     assert code == 2 and "none" in error
+
+
+def test_a_dense_directory_without_a_tensor_is_refused_and_not_filled_at_random(folder):
+    change(folder, model__layers__1__mlp__up_proj__weight=None)
+    refused(lambda: qlab.pipeline(folder), "has no tensor model.layers.1.mlp.up_proj.weight")
+
+
+@pytest.mark.parametrize(
+    "said", [{"eos_token_id": ["x"]}, {"temperature": "warm", "do_sample": True}, {"do_sample": 7}]
+)
+def test_a_generation_config_with_what_does_not_belong_there_is_refused(said, folder):
+    rewrite(folder / "generation_config.json", lambda config: config.update(said))
+    refused(lambda: qlab.pipeline(folder), f"generation_config.json has {next(iter(said))}")

@@ -11,7 +11,7 @@ import requests
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qlab.data.calibration import tokenizer_of
 from qlab.driver.apply import Quantized
@@ -19,6 +19,7 @@ from qlab.errors import QlabError, first_line
 from qlab.files.checkpoint import Checkpoint
 from qlab.lowering import lower
 from qlab.lowering.devices import device_named
+from qlab.model.whole import load_whole
 
 LONGEST = 4096  # tokens of a text and its answer, unless others are asked for
 SECONDS = 3600  # that a server may take for one request
@@ -188,9 +189,7 @@ def answers(error: requests.RequestException) -> QlabError:
 def _ready(model: Checkpoint | Quantized, device: str, dtype: torch.dtype) -> PreTrainedModel:
     if isinstance(model, Quantized) or model.quantized or model.extras:
         return lower(model, device, dtype)
-    dense: Any = AutoModelForCausalLM.from_pretrained(
-        model.path, dtype=dtype, local_files_only=True
-    )
+    dense: Any = load_whole(model, dtype)
     return dense.to(device_named(device)).eval()
 
 
