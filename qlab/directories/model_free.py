@@ -35,7 +35,7 @@ from qlab.files.certificate import certify
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.hashed import HashedFiles
 from qlab.files.place import place, refuse_early
-from qlab.files.readback import MARKS, mark
+from qlab.files.readback import MARKS, Mark
 from qlab.files.record import recorded, versions, written
 from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
 from qlab.files.writer import Writer
@@ -255,7 +255,7 @@ class _Leaves:
         notes.setdefault("sites", {}).update(site_rows(solved))
         certificate = certify(quantized, W_ok if transposed else leaf)
         notes.setdefault("certificates", {})[module] = certificate
-        notes.setdefault(MARKS, {})[name] = mark(quantized)
+        notes.setdefault(MARKS, {})[name] = Mark(certificate["sha256"], quantized.spec)
         return self.codec.encode(module, quantized)
 
 

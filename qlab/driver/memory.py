@@ -24,8 +24,8 @@ from qlab.driver.solve import HELD
 from qlab.model.skeleton import Skeleton
 
 FP32 = 4  # bytes of a number
-SOLVER_COPIES = 5  # of a weight, in fp32, that a solver holds at once
-ERRORS = 4  # of them while the errors of a solved weight are measured
+# copies of a weight in fp32: a solver's, and while the errors of a solved weight are measured
+SOLVER_COPIES, ERRORS = 5, 4
 # Of all weights that a step learns in a block, in fp32, that it holds at once: weights, parameters,
 # gradients, and what the rounding keeps for the way back. auto_round held 14, qat 12 to 17.
 LEARNING_COPIES = 14
@@ -178,9 +178,9 @@ class _Block:
         activations = self._activations(data, self.size) + self._scores(data)
         if self.size < FP32:  # an input is converted for its second moment
             activations += self._tokens(data) * FP32 * max(self.widths)
-        growing = 2 * self.square if data.count > self._tokens(data) else 0  # as of a mixture's
+        added = 2 * (data.count > self._tokens(data))  # that of a batch, and the sum with it
         yield {
-            "statistics": self.statistics + growing,
+            "statistics": self.statistics + added * self.square,
             "activations": activations,
             "waiting": self.waiting,
         }
@@ -297,13 +297,23 @@ class _Block:
     @property
     def square(self) -> int:
         """Bytes of the largest second moment [k, k], 0 where none is observed."""
-        return FP32 * max(self.widths) ** 2 if "second_moment" in self.job.statistics else 0
+        return FP32 * max(k * seen for k, seen in zip(self.widths, self._observed)) ** 2
 
     @property
     def moments_kk(self) -> list[int]:
         """Bytes of the second moment of every source, of as many experts as are held at once."""
         return [
-            FP32 * k**2 * self._experts_held(site) for site, k in zip(self.sources, self.widths)
+            FP32 * k**2 * self._experts_held(site) * seen
+            for site, k, seen in zip(self.sources, self.widths, self._observed)
+        ]
+
+    @cached_property
+    def _observed(self) -> list[bool]:
+        """Of every source whether its second moment is observed."""
+        asking = [stage for stage in self.job.recipe if "second_moment" in stage.needs]
+        return [
+            any(stage.touches(f"{self.path}.{s.path}", s) for stage in asking for s in sites)
+            for sites in by_source(self.code.sites).values()
         ]
 
     @cached_property

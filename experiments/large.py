@@ -1,0 +1,206 @@
+"""Does a model of the shapes of Llama 3 70B run on a small machine, and do the methods without data
+run as fast as files can be copied?
+
+Usage: python experiments/large.py blocks FOLDER [blocks=2] [samples=2] [length=512]
+           [spec=int4-g128] [gptq=k_proj,v_proj] [layers=80] [hidden=8192] [intermediate=28672]
+           [vocabulary=128256]
+       python experiments/large.py speed FOLDER [gigabytes=1] [turns=3] [spec=int4-g128]
+
+`blocks` writes a model to FOLDER whose first blocks hold random numbers, and whose others are holes
+in sparse files: they take no room and no run reads them. The weights that `gptq` names, by the ends
+of their names, are solved by GPTQ, and all others by rounding to nearest. It plans the whole, runs
+the first blocks by `qlab.rehearse` with states in FOLDER, and compares the predicted peak with the
+measured one.
+
+`speed` writes a model of blocks of hidden size 2048 and takes turns: a plain copy of its files,
+synced as every run of qlab syncs what it writes, a copy that is not synced, RTN (`quantize`), and
+RTN from the files alone (`quantize_files`). A figure is bytes of the model over the seconds of a
+turn; the ratio is the median over turns of that to the synced copy's. The model was just written or
+read, so it lies in the page cache where memory allows: all contenders read from there, and what a
+disk takes to read is in none of them. Writes results/large-<part>.json.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich import print
+from rich.table import Table
+from transformers import AutoConfig
+
+import qlab
+from qlab.files.directory import METADATA
+from qlab.files.record import versions
+from qlab.lowering.devices import device_label
+
+RESULTS = Path(__file__).parent / "results"
+BLOCKS = {
+    "blocks": "2",
+    "samples": "2",
+    "length": "512",
+    "spec": "int4-g128",
+    "gptq": "k_proj,v_proj",
+    "layers": "80",
+    "hidden": "8192",
+    "intermediate": "28672",
+    "vocabulary": "128256",
+}
+SPEED = {"gigabytes": "1", "turns": "3", "spec": "int4-g128"}
+ROWS, HEAD = 512, 128  # rows that are drawn at once; channels of a head
+KNOWN = 4096  # tokens whose embeddings hold numbers
+
+
+def shapes_of(layer, hidden, intermediate):
+    """Tensor -> its shape, of one block; an eighth of the heads are keys' and values'."""
+    attention = {"q": hidden, "k": hidden // 8, "v": hidden // 8, "o": hidden}
+    linears = {f"self_attn.{name}_proj": (o, hidden) for name, o in attention.items()}
+    linears |= {f"mlp.{name}_proj": (intermediate, hidden) for name in ("gate", "up")}
+    linears["mlp.down_proj"] = (hidden, intermediate)
+    norms = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+    return {f"model.layers.{layer}.{n}.weight": s for n, s in {**norms, **linears}.items()}
+
+
+def write_sparsely(path, shapes, filled):
+    """A safetensors file in bfloat16. filled: name -> how many rows hold numbers; the rest is a
+    hole, which reads as zeros."""
+    header, at = {METADATA: {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        size = 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        start = file.tell()
+        file.truncate(start + at)
+        for number, (name, shape) in enumerate(shapes.items()):
+            file.seek(start + header[name]["data_offsets"][0])
+            drawn = torch.Generator().manual_seed(number)
+            for first in range(0, min(shape[0], filled[name]), ROWS):
+                size = (min(ROWS, shape[0] - first), *shape[1:])
+                x = torch.randn(size, generator=drawn, dtype=torch.float32) * shape[-1] ** -0.5
+                x = x if len(shape) == 2 else torch.ones(size, dtype=torch.float32)
+                file.write(x.bfloat16().view(torch.uint8).numpy().data)
+
+
+def write_model(folder, layers, hidden, intermediate, vocabulary, real):
+    """A model directory of which `real` blocks hold numbers."""
+    folder.mkdir(parents=True)
+    AutoConfig.for_model(
+        "llama",
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // HEAD,
+        num_key_value_heads=hidden // HEAD // 8,
+        vocab_size=vocabulary,
+        dtype="bfloat16",
+    ).save_pretrained(folder)
+    for layer in range(layers):
+        shapes = shapes_of(layer, hidden, intermediate)
+        rows = dict.fromkeys(shapes, max(hidden, intermediate) if layer < real else 0)
+        write_sparsely(folder / f"block-{layer}.safetensors", shapes, rows)
+    around = {
+        "lm_head.weight": (vocabulary, hidden),
+        "model.embed_tokens.weight": (vocabulary, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    write_sparsely(folder / "around.safetensors", around, dict.fromkeys(around, KNOWN))
+
+
+def blocks(folder, options):
+    """The plan of the whole and the first blocks, run."""
+    sizes = [int(options[n]) for n in ("layers", "hidden", "intermediate", "vocabulary")]
+    write_model(folder / "model", *sizes, real=int(options["blocks"]))
+    model = qlab.open(folder / "model")
+    shape = int(options["samples"]), int(options["length"])
+    known = min(KNOWN, sizes[-1])
+    ids = torch.randint(0, known, shape, generator=torch.Generator().manual_seed(0))
+    solved = {f"*{end}": qlab.gptq(options["spec"]) for end in options["gptq"].split(",") if end}
+    recipe = qlab.rules({**solved, "*": qlab.rtn(options["spec"])})
+    rehearsal = qlab.rehearse(
+        model,
+        recipe,
+        qlab.from_ids(model, ids) if solved else None,
+        blocks=int(options["blocks"]),
+        offload=folder / "states",
+    )
+    print(rehearsal.plan, rehearsal)
+    predicted = rehearsal.plan.peak_bytes / rehearsal.peak_rss_bytes
+    print(f"predicted peak / measured peak: {predicted:.2f}")
+    plan = {k: v for k, v in rehearsal.plan.json().items() if k in ("memory", "peak_bytes")}
+    return {**rehearsal.json(), "plan": plan, "predicted / measured": predicted}
+
+
+def copied(model, out, synced):
+    """The files of a model, copied."""
+    out.mkdir()
+    for file in model.iterdir():
+        shutil.copyfile(file, out / file.name)
+        if synced:
+            with (out / file.name).open("rb") as copy:
+                os.fsync(copy.fileno())
+
+
+def speed(folder, options):
+    """Bytes of the model a second, of every contender in turns."""
+    hidden, intermediate = 2048, 8192
+    in_block = 2 * sum(torch.Size(s).numel() for s in shapes_of(0, hidden, intermediate).values())
+    layers = max(1, round(float(options["gigabytes"]) * 1e9 / in_block))
+    write_model(folder / "model", layers, hidden, intermediate, 512, real=layers)
+    model, out = folder / "model", folder / "out"
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    recipe = qlab.rtn(options["spec"])
+    contenders = {
+        "copy, synced": lambda: copied(model, out, synced=True),
+        "copy": lambda: copied(model, out, synced=False),
+        "quantize": lambda: qlab.quantize(qlab.open(model), recipe, None, out),
+        "quantize_files": lambda: qlab.quantize_files(model, recipe, out),
+    }
+    rates = {name: [] for name in contenders}
+    processor = {name: [] for name in contenders}
+    qlab.quantize_files(model, recipe, out)  # what is imported and compiled once
+    for _ in range(int(options["turns"])):
+        for name, run in contenders.items():
+            shutil.rmtree(out)
+            started, used = time.perf_counter(), time.process_time()
+            run()
+            rates[name].append(size / (time.perf_counter() - started))
+            processor[name].append(time.process_time() - used)
+    ratios = {
+        name: median(mine / copy for mine, copy in zip(each, rates["copy, synced"]))
+        for name, each in rates.items()
+    }
+    table = Table("contender", "MB/s", "of the synced copy", "processor seconds")
+    for name, each in rates.items():
+        figures = f"{median(each) / 1e6:.0f}", f"{ratios[name]:.2f}", f"{min(processor[name]):.1f}"
+        table.add_row(name, *figures)
+    print(table)
+    return {"bytes": size, "rates": rates, "of the synced copy": ratios, "processor": processor}
+
+
+def main() -> None:
+    part, folder, *rest = sys.argv[1:]
+    run, known = {"blocks": (blocks, BLOCKS), "speed": (speed, SPEED)}[part]
+    options = known | dict(word.split("=", 1) for word in rest)
+    if options.keys() != known.keys():
+        raise SystemExit(f"options are {', '.join(known)}")
+    found = run(Path(folder), options)
+    result = {
+        "options": options,
+        "processor": device_label(torch.device("cpu")),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        **found,
+    }
+    (RESULTS / f"large-{part}.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
