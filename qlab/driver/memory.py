@@ -220,9 +220,8 @@ class _Block:
 
     def _copied(self, stage: Stage) -> int:
         """The numbers of the largest weight that a solver holds, in all of its copies."""
-        if stage.at_once is None or self.largest <= stage.at_once:
-            return SOLVER_COPIES * self.largest
-        return self.largest + SOLVER_COPIES * stage.at_once
+        at_once = min(stage.at_once or self.largest, self.largest)
+        return SOLVER_COPIES * at_once + (self.largest if at_once < self.largest else 0)
 
     def _learning(self, data: Data) -> Iterator[Moment]:
         """What steps hold that see the whole block, with one window on its way back."""

@@ -221,7 +221,7 @@ def test_rows_that_are_solved_in_parts_have_the_codes_of_the_whole(problem, seed
 
 @given(SEEDS, st.integers(1, 20), st.sampled_from([1, 7, 1 << 22]))
 def test_a_matrix_is_factorized_in_its_own_memory(seed, k, strip):
-    H, order = second_moment(k, seed), normal(k, 1, seed)[:, 0].argsort()
+    H, order = second_moment(k, seed), normal(k, 1, seed=seed)[:, 0].argsort()
     own = H.clone()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qlab.methods.square.STRIP", strip)
