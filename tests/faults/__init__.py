@@ -23,7 +23,7 @@ class Case:
     name: of the case, in words.
     make: takes a folder for what all trials share (models, whole outputs), fills it, and gives the
         function of one trial. It is called once, and trials run in forks of the process after it.
-    bounded: how many trials the suite runs.
+    bounded: how many trials the suite runs; 0 for one that has a test of its own.
     """
 
     name: str

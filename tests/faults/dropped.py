@@ -34,12 +34,13 @@ def refuse_growth(after: list[int]) -> None:
 
 
 def _cycles(shared: Path) -> Trial:
-    tiny("llama").save_pretrained(shared)
-    add_tokenizer(shared)
+    source = shared / "dropped"
+    tiny("llama").save_pretrained(source)
+    add_tokenizer(source)
 
     def trial(draw: random.Random, folder: Path) -> str:
         method = draw.choice(["rtn", "gptq", "awq"])
-        refuse_growth(resident(shared, folder, method, CYCLES))
+        refuse_growth(resident(source, folder, method, CYCLES))
         return f"no growth in {CYCLES} runs"
 
     return trial

@@ -99,4 +99,4 @@ def _specs(text: str) -> None:
     refusal(lambda: parse_cache_spec(text))
 
 
-CASES = [case("recipes", recipes)]
+CASES = [case("recipes", recipes, bounded=40)]

@@ -25,11 +25,13 @@ REFUSED, READ = "refused", "read"
 OUTSIDE = "outside"  # the name of folders from which nothing may be read
 
 
-def case(name: str, make: Callable[[Path], Trial], bounded: int = 10) -> Case:
+def case(name: str, make: Callable[[Path], Trial], bounded: int = 4) -> Case:
     """The case of such inputs. make: as `Case.make`; its trials are bounded here."""
 
     def make_bounded(shared: Path) -> Trial:
-        trial = make(shared)
+        own = shared / name.replace(" ", "-")  # others may have files of the same names
+        own.mkdir()
+        trial = make(own)
 
         def one(draw: random.Random, folder: Path) -> str:
             with watched() as read_outside, bounded_memory(), bounded_time():
