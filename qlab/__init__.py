@@ -112,6 +112,7 @@ HOMES = {
     "tokens": "qlab.data.calibration",
     "verify": "qlab.directories.verify",
     "wanda": "qlab.methods.wanda",
+    "work": "qlab.cli.working",
     "write": "qlab.driver.write",
 }
 __all__ = sorted(HOMES)

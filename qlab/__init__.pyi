@@ -25,6 +25,7 @@ from qlab.algebra.transform import each_weight as each_weight
 from qlab.algebra.transform import keep as keep
 from qlab.algebra.transform import outside as outside
 from qlab.algebra.transform import rules as rules
+from qlab.cli.working import work as work
 from qlab.data.calibration import Tokens as Tokens
 from qlab.data.calibration import first_windows as first_windows
 from qlab.data.calibration import from_ids as from_ids

@@ -81,3 +81,5 @@ def fill(folder, saved):
         patch.chdir(folder)
         patch.setenv("QLAB_DEMO", str(folder))
         qlab.cli.app(QUANTIZE[1:], standalone_mode=False)
+        shared = ["--method", "rtn", "--out", "shared-int4", "--jobs", "jobs"]
+        qlab.cli.app(["quantize", "demo", *shared], standalone_mode=False)

@@ -87,6 +87,7 @@ TAKES: Mapping[str, Mapping[str, plain.Kind]] = {
         "include": plain.names,
         "exclude": plain.names,
     },
+    "work": {"folder": plain.folder, "shard": plain.pair},
     "convert": {
         **RUN,
         "model": kinds.directory,

@@ -128,6 +128,11 @@ def optional_path(value: Any, name: str) -> Any:
     return value
 
 
+def folder(value: Any, name: str) -> Any:
+    """The path of a folder that is read."""
+    return optional_path(path(value, name), name)
+
+
 def dtype(value: Any, name: str) -> Any:
     """A floating-point dtype, or its name."""
     import torch
@@ -156,6 +161,13 @@ def seeds(value: Any, name: str) -> Any:
     if not isinstance(value, list | tuple | range):
         raise QlabError(f"{name} is {said(value)}; give a list of whole numbers")
     return [whole(each, name) for each in value]
+
+
+def pair(value: Any, name: str) -> Any:
+    """Two whole numbers."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise QlabError(f"{name} is {said(value)}; give two whole numbers, such as (1, 8)")
+    return tuple(whole(each, name) for each in value)
 
 
 def function(value: Any, name: str) -> Any:

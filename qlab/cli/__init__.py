@@ -20,6 +20,7 @@ from qlab.cli.running import run
 from qlab.cli.schemes import schemes
 from qlab.cli.serving import serve
 from qlab.cli.statistics import statistics
+from qlab.cli.working import work_on
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,6 +54,7 @@ app.command("eval")(evaluate)
 app.command("run")(answer)
 app.command()(chat)
 app.command()(serve)
+app.command("work")(work_on)
 app.add_typer(kernels.configs, name="cache")
 app.add_typer(statistics, name="stats")
 

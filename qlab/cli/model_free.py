@@ -38,7 +38,7 @@ def quantize_without_model(
     from qlab.directories.model_free import KEPT, quantize_files
     from qlab.files.checkpoint import open_checkpoint
 
-    _refuse_of_runs(choices)
+    refuse_of_runs(choices)
     maker = maker_of(method, choices, usual="rtn")
     opened = open_checkpoint(resolved(model))
     codec = codec_of(choices, maker)
@@ -62,7 +62,7 @@ def quantize_without_model(
     report(result.json(), json_file)
 
 
-def _refuse_of_runs(choices: Choices) -> None:
+def refuse_of_runs(choices: Choices) -> None:
     """Refuse options that say how a model is run."""
     refuse_unused(choices.calib, choices.images, "--model-free runs no model")
     given = {

@@ -1,5 +1,6 @@
 """The options that several commands take, each written once."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -222,4 +223,4 @@ def statistics_folder(named: Path | None) -> Path:
     """The folder of kept statistics: the one that is named, or that of `$QLAB_HOME`."""
     from qlab.demo.build import home
 
-    return home() / "statistics" if named is None else named.expanduser()
+    return home() / "statistics" if named is None else Path(os.path.expanduser(named))

@@ -1,5 +1,6 @@
 """plan and quantize."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlab.cli.choices import Choices, job_of, with_choices
+from qlab.cli.dividing import Words, add
 from qlab.cli.model_free import quantize_without_model, refuse_site_choices
 from qlab.cli.options import (
     ONE_FILE,
@@ -82,6 +84,13 @@ def quantize(
     ] = None,
     keep_statistics: KeepStatistics = False,
     statistics: Statistics = None,
+    jobs: Annotated[
+        Path | None,
+        typer.Option(
+            "--jobs",
+            help="write nothing but this run into a shared folder, on which `qlab work` is started",
+        ),
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Quantize a model directory into one that other engines load. The processes that torchrun
@@ -94,19 +103,38 @@ def quantize(
         refuse_site_choices(choices)
         if kept:
             raise QlabError("--model-free runs no model and keeps no statistics; leave them out")
+    elif include or exclude:
+        raise QlabError(
+            "--include and --exclude go with --model-free; leave sites as they are by --keep, or "
+            "choose them in Python by qlab.rules and qlab.at"
+        )
     is_joined = join()
     texts = [*(choices.calib or ()), *(choices.images or ())]
 
     def check_place() -> None:
         if is_first():  # others would see what it makes there
             output_place(out, model, texts, overwrite, resume, json_file, choices.codec or "")
-        if model_free and is_joined:
+        if (model_free or jobs) and is_joined:
             raise QlabError(
-                "--model-free is done by one process, which reads and writes as fast as the disk; "
-                "start it without torchrun"
+                f"{'--model-free' if model_free else '--jobs'} is done by one process; start it "
+                "without torchrun"
             )
 
     agreed(check_place)
+    if jobs is not None:
+        words = Words(
+            model=model,
+            out=Path(os.path.abspath(out.expanduser())),
+            method=method,
+            choices=choices,
+            model_free=model_free,
+            include=include,
+            exclude=exclude,
+            overwrite=overwrite,
+            kept=kept,
+        )
+        _add_run(words, Path(os.path.abspath(os.path.expanduser(jobs))), resume, json_file)
+        return
     if model_free:
         quantize_without_model(
             model,
@@ -120,11 +148,6 @@ def quantize(
             json_file=json_file,
         )
         return
-    if include or exclude:
-        raise QlabError(
-            "--include and --exclude go with --model-free; leave sites as they are by --keep, or "
-            "choose them in Python by qlab.rules and qlab.at"
-        )
     job = agreed(lambda: job_of(model, method, choices))
     options: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "keep_statistics": kept}
     result = (
@@ -137,6 +160,25 @@ def quantize(
     console().print(result.plan)
     _show(result, job.codec)
     report(result.json(), json_file)
+
+
+def _add_run(words: Words, jobs: Path, resume: bool, json_file: Path | None) -> None:
+    """Add a run to a shared folder, and say how it is done."""
+    if resume:
+        raise QlabError("--resume would do nothing, since --jobs runs nothing; leave it out")
+    run = add(words, jobs)
+    count = run.said["pieces"]
+    pieces = (
+        f"{count} pieces, for any number of processes"
+        if count
+        else "one piece, since its blocks depend on each other (--inputs reference divides it)"
+    )
+    console().print(
+        f"{words.out} is to be made in {pieces}; start `qlab work {jobs} --shard i/n` wherever "
+        "this folder is shared",
+        soft_wrap=True,
+    )
+    report({"folder": str(run.folder), "out": str(words.out), "pieces": count}, json_file)
 
 
 def _as_file(job: "Job", out: Path, overwrite: bool, **options: Any) -> "Result":

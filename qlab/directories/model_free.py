@@ -26,6 +26,7 @@ from qlab.codecs import CODECS, Codec, codec_of_directories
 from qlab.directories.chosen import KEPT, chosen_weights
 from qlab.driver.admissible import Admission, Refusals, tile_misfit
 from qlab.driver.job import CODEC
+from qlab.driver.pieces import put_together
 from qlab.driver.report import PeakMemory, describe, site_rows
 from qlab.driver.result import Written
 from qlab.driver.siblings import Siblings
@@ -34,10 +35,11 @@ from qlab.errors import QlabError
 from qlab.files.certificate import certify
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.files.hashed import HashedFiles
+from qlab.files.parts import Parts
 from qlab.files.place import place, refuse_early
 from qlab.files.readback import MARKS, Mark
 from qlab.files.record import recorded, versions, written
-from qlab.files.shardwise import Notes, leaves_by_file, rewrite_files
+from qlab.files.shardwise import Notes, leaves_by_file, rewrite_file, rewrite_files
 from qlab.files.writer import Writer
 from qlab.model.modules import Modules
 from qlab.process.shown import size
@@ -123,38 +125,91 @@ def quantize_files(
         ('model.layers.0.self_attn.q_proj', 8.25)
     """
     started = time.perf_counter()
-    opened = Modules(model if isinstance(model, Checkpoint) else open_checkpoint(model))
-    opened.refuse_unheld()
-    modules = opened.experts_apart()
-    files = HashedFiles(modules.checkpoint.path, modules.checkpoint.stored)
-    source = replace(modules.checkpoint, reader=files.read)
-    _refuse_recipe(recipe, codec)
-    folder = place(out, source.path, set(source.files.values()))
-    refuse_early(folder, overwrite, resume)
-    specs = chosen_weights(modules, recipe, include, exclude)
-    transposed = modules.transposed() & specs.keys()
-    _check(source, specs, transposed, Admission(codec=codec, dtype=source.dtype, target=target))
-    config = _config(modules, specs, CODECS[codec])
-    job = _job(source, recipe, specs, codec)
-    leaves = _Leaves(
-        source=source,
-        recipe=recipe,
-        codec=CODECS[codec],
-        siblings=Siblings(specs, lambda module: _dense_weight(source, module)),
-        transposed=transposed,
-    )
-    with PeakMemory() as peak, Writer(folder, overwrite, resume) as writer:
-        writer.begin(job, len(leaves_by_file(source)), source.path, source=files)
+    files = Files(model, recipe, out, include=include, exclude=exclude, codec=codec, target=target)
+    refuse_early(files.out, overwrite, resume)
+    with PeakMemory() as peak, Writer(files.out, overwrite, resume) as writer:
+        writer.begin(files.identity, files.count, files.model.path, source=files.source)
         if not writer.finished:
             with writer.refusing():
-                rewrite_files(source, writer, leaves.rewritten, "quantizing", leaves.codec)
-            writer.finish(written(config, writer.hashed_job(), writer.notes()), source.path)
+                leaves = files.leaves
+                rewrite_files(files.model, writer, leaves.rewritten, "quantizing", leaves.codec)
+            files.end(writer)
     return Rewritten(
         path=writer.out,
         sites=recorded(writer.out)["sites"],
         seconds=time.perf_counter() - started,
         peak_rss_bytes=peak.bytes,
     )
+
+
+class Files:
+    """The files of a directory under a recipe, each of which is rewritten by itself: `Pieces` of a
+    run.
+
+    Args:
+        model: See `quantize_files`, as all others.
+        recipe: The stages.
+        out: The directory to write.
+        include: Globs of the modules that are chosen.
+        exclude: Globs of those that are not.
+        codec: The format.
+        target: The engine.
+    """
+
+    sha256: str | None = None  # no statistics are kept
+
+    @undisturbed
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: Checkpoint | str | Path,
+        recipe: Transform,
+        out: str | Path,
+        *,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = KEPT,
+        codec: str = CODEC,
+        target: str | None = None,
+    ) -> None:
+        opened = Modules(model if isinstance(model, Checkpoint) else open_checkpoint(model))
+        opened.refuse_unheld()
+        modules = opened.experts_apart()
+        files = HashedFiles(modules.checkpoint.path, modules.checkpoint.stored)
+        self.source: HashedFiles | None = files
+        source = self.model = replace(modules.checkpoint, reader=files.read)
+        _refuse_recipe(recipe, codec)
+        self.out = place(out, source.path, set(source.files.values()))
+        specs = chosen_weights(modules, recipe, include, exclude)
+        transposed = modules.transposed() & specs.keys()
+        _check(source, specs, transposed, Admission(codec=codec, dtype=source.dtype, target=target))
+        self.config = _config(modules, specs, CODECS[codec])
+        self.identity = _job(source, recipe, specs, codec)
+        self.count = len(leaves_by_file(source))
+        self.leaves = _Leaves(
+            source=source,
+            recipe=recipe,
+            codec=CODECS[codec],
+            siblings=Siblings(specs, lambda module: _dense_weight(source, module)),
+            transposed=transposed,
+        )
+
+    @undisturbed
+    @torch.no_grad()
+    def make(self, parts: Parts, index: int) -> None:
+        """See `qlab.driver.pieces.Pieces`."""
+        leaves = leaves_by_file(self.model)[index]
+        rewrite_file(parts, index, leaves, self.leaves.rewritten, self.leaves.codec)
+
+    @undisturbed
+    @torch.no_grad()
+    def finish(self, parts: Parts, out: Path, overwrite: bool) -> list[int]:
+        """See `qlab.driver.pieces.Pieces`."""
+        return put_together(self, parts, self.out, overwrite, self.end)
+
+    def end(self, writer: Writer) -> None:
+        """Write what stands beside the files, and put the directory in place."""
+        files = written(self.config, writer.hashed_job(), writer.notes())
+        writer.finish(files, self.model.path)
 
 
 def _job(

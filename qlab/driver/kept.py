@@ -38,12 +38,12 @@ def solved_in_order(
     )
     with scratch("states", job.offload) as folder:
         every = range(len(skeleton.blocks))
-        keeper = _Folder(Path(folder)) if solver.ranks.is_first else None
+        keeper = Folder(Path(folder)) if solver.ranks.is_first else None
         scan = begin(skeleton, [solver], keeper, lambda carries: every)
         yield from solved_blocks(scan)
 
 
-class _Folder:
+class Folder:
     """Hidden states between blocks in the files of a folder that nobody else writes to."""
 
     def __init__(self, path: Path):

@@ -1,5 +1,6 @@
 """What recipes make of a model, written as model directories, one segment in memory at a time."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -114,7 +115,7 @@ def write_all(
                     f"statistics are kept by one process, and {ranks.world} ranks divide them; "
                     "start it without torchrun, or keep no statistics"
                 )
-            shelf = Shelf(Path(keep_statistics).expanduser())
+            shelf = Shelf(Path(os.path.expanduser(keep_statistics)))
             keeping = Keeping(shelf=shelf, known=Known(first.model))
         return _write_together(
             named,

@@ -31,13 +31,17 @@ class Parts(Segments):
     def __init__(self, folder: Path, shards: int, source: HashedFiles | None = None) -> None:
         self.folder, self.shards, self.source = folder, shards, source
         self.digests = {}
-        folder.mkdir(parents=True, exist_ok=True)
 
     def shard(self, index: int) -> Path:
         return self.folder / f"part-{index:05d}.safetensors"
 
     def notes_path(self, index: int) -> Path:
         return self.folder / f"part-{index:05d}.json"
+
+    def is_written(self, index: int) -> bool:
+        """Whether a segment was written. Whether it still is what was written is asked when it is
+        taken over: then it is read anyway."""
+        return self.shard(index).is_file() and self.record(index) is not None
 
     def atomically(self, path: Path, write: Callable[[Path], object]) -> None:
         atomically(path, write)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,7 +74,8 @@ class Shelf:
         except QlabError as error:
             say(f"{error}; that statistic is observed again")
             return None
-        os.utime(path)
+        with suppress(OSError):  # pruned at this moment, or not ours
+            os.utime(path)
         return state
 
     def put(self, of: Mapping[str, Any], state: Any, about: Mapping[str, Any]) -> None:

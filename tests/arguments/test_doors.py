@@ -81,6 +81,7 @@ def given(saved, text, tmp_path_factory):
         "plan": {"model": model, "recipe": recipe},
         "rehearse": {"model": model, "recipe": recipe},
         "quantize_files": {"model": saved(), "recipe": recipe, "out": out / "f"},
+        "work": {"folder": out, "shard": (1, 1)},
         "convert": {"model": saved(), "codec": "gptq", "out": out / "c"},
         "evaluate": {"model": model, "against": model, "data": run["data"]},
         "evaluate_tasks": {"model": model, "tasks": ["any"], "folder": out},  # which has none
