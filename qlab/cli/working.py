@@ -72,9 +72,10 @@ def work(folder: str | Path, *, shard: tuple[int, int] = (1, 1)) -> Worked:
 
     Example:
         >>> import qlab
-        >>> qlab.work("jobs", shard=(1, 2)).left
+        >>> worked = qlab.work("jobs", shard=(1, 2))
+        >>> worked.left
         {}
-        >>> qlab.inspect("shared-int4").bits_per_weight
+        >>> qlab.inspect(worked.whole[0]).bits_per_weight
         4.25
     """
     from qlab.files.runs import runs_of

@@ -29,7 +29,7 @@ from qlab.files.place import places
 from qlab.files.record import recorded, versions
 from qlab.files.statistics import Shelf
 from qlab.files.writer import Writer
-from qlab.model.device import name_of
+from qlab.model.device import name_of, usable
 from qlab.model.skeleton import Skeleton
 from qlab.process.progress import say
 from qlab.process.surroundings import undisturbed
@@ -256,7 +256,7 @@ def _asked(job: Job) -> dict[str, Any]:
         "recipes": [[*map(str, (s.name, s.spec, s.detail, s.scope))] for s in job.recipe],
         "calibration data": job.data and job.data.describe(),
         "modes of calibration": [job.inputs, job.calibrate_all_experts, str(job.dtype)],
-        "devices": torch.device(job.device).type,
+        "devices": usable(job.device).type,
         "budgets of memory": job.memory,
         "formats": [job.codec, job.target],
         "versions": versions(),

@@ -165,7 +165,8 @@ def _form(state: Any, numbers: list[Tensor]) -> Any:
     if isinstance(state, tuple):
         kind = type(state).__name__
         assert type(state) is NAMED.get(kind, tuple), kind
-        return {kind: [_form(part, numbers) for part in state]}
+        parts = state.states if isinstance(state, PerExpert) else state
+        return {kind: [_form(part, numbers) for part in parts]}
     assert isinstance(state, PLAIN), type(state)
     return {"value": state}
 
@@ -177,5 +178,7 @@ def _state(form: Mapping[str, Any], numbers: Sequence[Tensor]) -> Any:
         return numbers[content]
     if kind == "value":
         return content
-    parts = [_state(part, numbers) for part in content]
-    return NAMED[kind](*parts) if kind in NAMED else tuple(parts)
+    parts = tuple(_state(part, numbers) for part in content)
+    if kind == PerExpert.__name__:
+        return PerExpert(parts)
+    return NAMED[kind](*parts) if kind in NAMED else parts
