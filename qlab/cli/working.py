@@ -73,10 +73,8 @@ def work(folder: str | Path, *, shard: tuple[int, int] = (1, 1)) -> Worked:
     Example:
         >>> import qlab
         >>> worked = qlab.work("jobs", shard=(1, 2))
-        >>> worked.left
-        {}
-        >>> qlab.inspect(worked.whole[0]).bits_per_weight
-        4.25
+        >>> [path.name for path in worked.whole], worked.left
+        (['shared-int4'], {})
     """
     from qlab.files.runs import runs_of
 
