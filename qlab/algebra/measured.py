@@ -36,6 +36,11 @@ MEASURED = {
 }
 
 
+# numbers of a weight that are measured at once: few, and with a second moment, which every part
+# reads whole, many
+AT_ONCE, AT_ONCE_BY_H = 1 << 20, 1 << 24
+
+
 @dataclass(frozen=True, kw_only=True)
 class Errors:
     """How far a leaf W' is from its weight W: |D| = |W' - W|, |W|, and the largest error in steps.
@@ -54,6 +59,32 @@ class Errors:
 
 
 def errors_of(W_ok: Tensor, leaf: Tensor | Structured, moment: Moment | None) -> Errors:
+    """The errors of a leaf; moment: the second moment of the input, or None. A weight of many
+    numbers is measured in parts of its rows."""
+    if not isinstance(leaf, QTensor):
+        return _errors_of(W_ok.float(), leaf, moment)
+    count = AT_ONCE if moment is None else AT_ONCE_BY_H
+    parts = [
+        _errors_of(W_ok[rows].float(), leaf.rows(rows, tiles), moment)
+        for rows, tiles in leaf.spec.tile.parts(leaf.shape, count)
+    ]
+    first = parts[0]
+    return first if len(parts) == 1 else _joined(first, parts)
+
+
+def _joined(first: Errors, parts: Sequence[Errors]) -> Errors:
+    """The errors of a weight whose rows were measured in parts."""
+    return replace(
+        first,
+        D=math.hypot(*(part.D for part in parts)),
+        W=math.hypot(*(part.W for part in parts)),
+        steps=max(part.steps for part in parts),
+        D_H=sum(part.D_H for part in parts),
+        W_H=sum(part.W_H for part in parts),
+    )
+
+
+def _errors_of(W_ok: Tensor, leaf: Tensor | Structured, moment: Moment | None) -> Errors:
     D_ok = dense(leaf, torch.float32) - W_ok
     steps = 0.0
     codes = proper(leaf)

@@ -17,6 +17,8 @@ from qlab.algebra.leaf import dense as dense
 from qlab.algebra.spec import Float, Int, Spec
 from qlab.errors import QlabError
 
+IN_CACHE = 1 << 18  # numbers of a weight that are worked on at once, few enough to stay there
+
 
 @dataclass(frozen=True)
 class QTensor:
@@ -109,6 +111,11 @@ class QTensor:
         codes = self.spec.nearest_(x.float().clone()).to(self.spec.code_dtype)
         return replace(self, codes=codes)
 
+    def rows(self, rows: slice, tiles: slice) -> "QTensor":
+        """Some rows of a leaf [o, k], and the rows of its scales, as `Tile.parts` gives them."""
+        zeros = None if self.zeros is None else self.zeros[tiles]
+        return replace(self, codes=self.codes[rows], scales=self.scales[tiles], zeros=zeros)
+
     def _laid(self, columns: Tensor) -> Tensor:
         """Columns of codes [..., o, k] in the order of the input channels."""
         return columns if self.perm is None else columns[..., self.perm.argsort()]
@@ -156,6 +163,19 @@ def round_codes(
 ) -> Tensor:
     """codes = round(W / scales + zeros), or round(W / (scales / outer)): [..., o, k] in
     spec.code_dtype, computed in the dtype of W."""
+    if W_ok.ndim == 2 and W_ok.numel() > IN_CACHE and spec.tile.rows is not None:
+        codes = torch.empty(W_ok.shape, dtype=spec.code_dtype, device=W_ok.device)
+        for rows, tiles in spec.tile.parts(W_ok.shape, IN_CACHE):
+            z_ag = None if zeros is None else zeros[tiles]
+            codes[rows] = _rounded(W_ok[rows], scales[tiles], z_ag, spec, outer)
+        return codes
+    return _rounded(W_ok, scales, zeros, spec, outer)
+
+
+def _rounded(
+    W_ok: Tensor, scales: Tensor, zeros: Tensor | None, spec: Spec, outer: Tensor | None
+) -> Tensor:
+    """`round_codes` of all rows at once."""
     x = spec.tile.split(W_ok) / steps(scales, outer, W_ok.dtype)[..., None]
     if zeros is not None:
         x = x + zeros.to(x.dtype)[..., None]

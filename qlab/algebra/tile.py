@@ -4,6 +4,7 @@ Legend: W_ok a weight of o output and k input channels; [a, g] its scales, a til
 across; n the weights in one tile.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -73,6 +74,16 @@ class Tile:
         """Rows and columns under one scale of a weight [..., o, k]."""
         o, k = shape[-2:]
         return self.rows or o, self.cols or k
+
+    def parts(self, shape: torch.Size, count: int) -> Iterator[tuple[slice, slice]]:
+        """The rows of a weight [o, k] in parts of about `count` numbers that share no scale, each
+        with the rows of its scales [a, g]."""
+        o, k = shape
+        rows = self.sizes(shape)[0]
+        tiles = max(1, count // (rows * k))
+        for first in range(0, -(-o // rows), tiles):
+            last = first + tiles
+            yield slice(first * rows, min(last * rows, o)), slice(first, last)
 
     def check(self, shape: torch.Size) -> None:
         """Refuse groups that do not divide the input channels of a weight [..., o, k] that is to be

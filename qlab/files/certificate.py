@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.algebra.qtensor import Leaf, QTensor, dense, largest_step
+from qlab.algebra.measured import errors_of
+from qlab.algebra.qtensor import Leaf, QTensor, dense
 from qlab.algebra.qtensor import off_grid as off_grid
 from qlab.files.tensors import bytes_of
 
@@ -28,10 +29,10 @@ def distances(leaf: QTensor, reference: Leaf) -> dict[str, float]:
     """How far the weight is from the reference's, as a certificate says it. A leaf whose groups are
     permuted has no `largest_step`."""
     # The reference comes from the files, which lie on the CPU.
-    W_ok = dense(reference, torch.float32).to(leaf.codes.device)
-    D_ok = dense(leaf, torch.float32).sub_(W_ok)
-    errors = {"weight_error": float(D_ok.norm() / W_ok.norm().clamp_min(1e-30))}
-    return errors | ({"largest_step": largest_step(leaf, D_ok)} if leaf.perm is None else {})
+    dtype = torch.float32 if isinstance(reference, QTensor) else None
+    errors = errors_of(dense(reference, dtype).to(leaf.codes.device), leaf, None)
+    error = {"weight_error": errors.D / max(errors.W, 1e-30)}
+    return error | ({"largest_step": errors.steps} if leaf.perm is None else {})
 
 
 def fingerprint(leaf: QTensor) -> str:

@@ -119,11 +119,7 @@ def _own(H_kk: Tensor) -> Tensor:
 
 def parts(shape: torch.Size, tile: Tile) -> Iterator[tuple[slice, slice]]:
     """The rows of a weight [o, k] that are solved together, and those of its scales [a, g]."""
-    o, k = shape
-    rows = tile.sizes(shape)[0]
-    count = max(1, AT_ONCE // (rows * k))
-    for first in range(0, -(-o // rows), count):
-        yield slice(first * rows, min((first + count) * rows, o)), slice(first, first + count)
+    return tile.parts(shape, AT_ONCE)
 
 
 def obs_sweep(

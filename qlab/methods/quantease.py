@@ -50,14 +50,8 @@ def descend_in_order(
     codes_ok = torch.empty_like(q.codes)
     for rows, tiles in parts(q.shape, q.spec.tile):
         fixed = None if support is None else ~support[rows]
-        codes_ok[rows] = _descended(W_ok[rows], H_kk, _rows(q, rows, tiles), order, block, fixed)
+        codes_ok[rows] = _descended(W_ok[rows], H_kk, q.rows(rows, tiles), order, block, fixed)
     return replace(q, codes=codes_ok)
-
-
-def _rows(q: QTensor, rows: slice, tiles: slice) -> QTensor:
-    """Some rows of a leaf, as `parts` gives them."""
-    zeros = None if q.zeros is None else q.zeros[tiles]
-    return replace(q, codes=q.codes[rows], scales=q.scales[tiles], zeros=zeros)
 
 
 def _descended(
@@ -98,7 +92,7 @@ def refit_scales(W_ok: Tensor, H_kk: Tensor, q: QTensor) -> QTensor:
     RIDGE keeps groups with hardly any curvature at their old scale.
     """
     scales = [
-        _refitted(W_ok[rows], H_kk, _rows(q, rows, tiles))
+        _refitted(W_ok[rows], H_kk, q.rows(rows, tiles))
         for rows, tiles in parts(q.shape, q.spec.tile)
     ]
     return QTensor(q.codes, torch.cat(scales), q.zeros, q.spec)
