@@ -112,13 +112,10 @@ def solved_by_each(
     if any(solver.job.observed is not None for solver in solvers):
         _refuse_overflow(skeleton, graph)
     reference = Reference(graph, streams[1]) if streams[1:] else None
-    ranks, parts = solvers[0].ranks, Parts(len(tokens))
     division = _division(solvers, graph, tokens)
+    everywhere = first.calibrate_all_experts
     observing = partial(
-        observe,
-        batches=batches,
-        calibrate_all_experts=first.calibrate_all_experts,
-        division=division,
+        observe, batches=batches, calibrate_all_experts=everywhere, division=division
     )
     look: Observe = partial(observing, reference=reference)
     if shelved is not None:
@@ -144,10 +141,18 @@ def solved_by_each(
     del graph, solved, look  # one version of the block per stream is enough from here on
     if not leaving:
         leaving = [push(version, enter()) for version, enter in zip(passed, streams)]
+    ranks = solvers[0].ranks
     for carry, states in zip(after, leaving):
-        whole = flat(collected(states, parts, ranks), skeleton.dtype)
-        carry.write(whole) if ranks.is_first else deque(whole, maxlen=0)
+        _write(carry, flat(collected(states, Parts(len(tokens)), ranks), skeleton.dtype), ranks)
     ranks.told(None)  # the others read what rank 0 has written
+
+
+def _write(carry: Carry, tensors: Iterator[Tensor], ranks: Ranks) -> None:
+    """Write the states that leave a block on rank 0; the others give it theirs."""
+    if ranks.is_first:
+        carry.write(tensors)
+    else:
+        deque(tensors, maxlen=0)
 
 
 def _division(solvers: Sequence[Solver], graph: ModuleGraph, tokens: Sequence[int]) -> Division:
