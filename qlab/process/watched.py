@@ -62,7 +62,7 @@ def watching(own: int, all_told: Callable[[Any], list[Any]]) -> Iterator[Watched
     handles = {
         os.pidfd_open(pid): rank
         for rank, (machine, _, pid) in enumerate(told)
-        if machine == here and rank != own
+        if machine == here and rank != own and hasattr(os, "pidfd_open")  # Linux alone has it
     }
     stop, stopping = os.pipe()
     all_told(None)  # none ends before all watch
