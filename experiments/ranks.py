@@ -1,16 +1,18 @@
 """Two ranks of one thread each against one process of two threads: GPTQ of the demo, on two cores.
 
-    python experiments/ranks.py FOLDER [ROUNDS] [SAMPLES]
+    python experiments/ranks.py FOLDER [ROUNDS] [SAMPLES] [BLOCKS]
 
-Both take turns, each in processes of their own, whose import of torch is not counted. Wall seconds
-are those that `qlab.quantize` says; processor seconds are those of all processes. Results go into
-experiments/results/ranks.json.
+BLOCKS takes the first blocks of the demo alone. Both take turns, each in processes of their own,
+whose import of torch is not counted. Wall seconds are those that `qlab.quantize` says; processor
+seconds are those of all processes. Results go into experiments/results/ranks.json.
 """
 
 import json
 import os
 import platform
+import re
 import resource
+import shutil
 import socket
 import statistics
 import subprocess
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 import qlab
 from qlab.demo.build import demo_text
@@ -29,11 +32,30 @@ RESULTS = Path(__file__).parent / "results" / "ranks.json"
 LENGTH, SPEC = 512, "int4-g64"
 
 
-def work(out: str, samples: int) -> None:
+def cut(folder: Path, blocks: int) -> Path:
+    """The demo with its first blocks alone."""
+    folder.mkdir(parents=True)
+    source = qlab.open("demo").path
+    for path in source.glob("*.json"):
+        if not path.name.endswith(".index.json"):
+            shutil.copy(path, folder)
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": blocks}))
+    kept = {}
+    for path in source.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            number = re.search(r"layers\.(\d+)\.", name)
+            if number is None or int(number[1]) < blocks:
+                kept[name] = tensor
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def work(folder: str, out: str, samples: int) -> None:
     """One rank, or one process: quantize, and print what it took."""
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-    model = qlab.open("demo")
+    model = qlab.open(folder)
     data = qlab.tokens(model, [demo_text("calibration")], samples=samples, length=LENGTH)
     before = resource.getrusage(resource.RUSAGE_SELF)
     result = qlab.quantize(model, qlab.gptq(SPEC), data, out)
@@ -44,7 +66,7 @@ def work(out: str, samples: int) -> None:
         dist.destroy_process_group()
 
 
-def run(out: Path, ranks: int, threads: int, samples: int) -> dict[str, float]:
+def run(model: Path, out: Path, ranks: int, threads: int, samples: int) -> dict[str, float]:
     """What a run of so many ranks took."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     if ranks > 1:
@@ -52,7 +74,7 @@ def run(out: Path, ranks: int, threads: int, samples: int) -> dict[str, float]:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, __file__, "work", str(out), str(samples)]
+    command = [sys.executable, __file__, "work", str(model), str(out), str(samples)]
     processes = [
         subprocess.Popen(
             command,
@@ -71,12 +93,13 @@ def run(out: Path, ranks: int, threads: int, samples: int) -> dict[str, float]:
     }
 
 
-def main(folder: str, rounds: int = 3, samples: int = 16) -> None:
+def main(folder: str, rounds: int = 3, samples: int = 16, blocks: int = 30) -> None:
+    model = cut(Path(folder) / "model", blocks)
     found: dict[str, list[dict[str, float]]] = {"one_process": [], "two_ranks": []}
     for number in range(rounds):
         for name, ranks, threads in (("one_process", 1, 2), ("two_ranks", 2, 1)):
             out = Path(folder) / f"{name}-{number}"
-            found[name].append(run(out, ranks, threads, samples))
+            found[name].append(run(model, out, ranks, threads, samples))
             print(name, found[name][-1], flush=True)
     middle = {
         name: {key: statistics.median(one[key] for one in runs) for key in runs[0]}
@@ -87,7 +110,7 @@ def main(folder: str, rounds: int = 3, samples: int = 16) -> None:
         json.dumps(
             {
                 "question": "two ranks of a thread each against one process of two threads",
-                "model": "demo",
+                "model": f"demo, {blocks} blocks",
                 "method": f"gptq {SPEC}, {samples} x {LENGTH} tokens",
                 "processor": str(here()),
                 "torch": torch.__version__,
@@ -107,6 +130,6 @@ def main(folder: str, rounds: int = 3, samples: int = 16) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "work":
-        work(sys.argv[2], int(sys.argv[3]))
+        work(sys.argv[2], sys.argv[3], int(sys.argv[4]))
     else:
         main(sys.argv[1], *map(int, sys.argv[2:]))

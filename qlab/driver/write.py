@@ -285,7 +285,8 @@ def _one_pass(
     started = time.perf_counter()
     with PeakMemory() as peak:
         if runs:
-            shelved = keeping and keeping.of([run.job for run in runs], skeleton)
+            jobs = [run.job for run in runs]
+            shelved = None if keeping is None else keeping.of(jobs, skeleton)
             _write_segments(skeleton, runs, shelved)
     return time.perf_counter() - started, peak.bytes
 

@@ -43,7 +43,7 @@ def _flat(t: Tensor) -> tuple[Place, Tensor]:
     for axis, stride in enumerate(plain.stride()):
         if stride == 0 and plain.shape[axis] > 1:
             plain = plain.narrow(axis, 0, 1)
-    axes = tuple(sorted(range(plain.ndim), key=lambda axis: -plain.stride(axis)))
+    axes = tuple(sorted(range(plain.ndim), key=plain.stride().__getitem__, reverse=True))
     laid = plain.permute(axes).contiguous()
     place = Place(
         dtype=t.dtype,
