@@ -30,6 +30,13 @@ def first_line(error: BaseException) -> str:
     return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..."
 
 
+def reraise_own(error: BaseException) -> None:
+    """Raise on what a caller asked for (an interrupt, an exit); return for whatever a library
+    fails with. Libraries in Rust panic with what is no Exception."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+
+
 def _cut(sentence: str) -> str:
     """A sentence without the middle of it where a value makes it longer than anybody reads."""
     if len(sentence) <= LONGEST:

@@ -236,7 +236,7 @@ def _within(
     """The recipe at the widths that the format holds, of which each weight gets one, within a
     budget of bits per weight."""
     from qlab.algebra.spec import Int, with_scale_dtype
-    from qlab.codecs import CODECS
+    from qlab.codecs import codec_named
     from qlab.methods.allocate import allocate
 
     if not isinstance(spec, Int):
@@ -245,7 +245,7 @@ def _within(
             "integers such as int4-g64"
         )
     specs = [replace(spec, bits=width) for width in WIDTHS]
-    refusal = CODECS[codec].refusal
+    refusal = codec_named(codec).refusal
     held = [each for each in specs if not refusal(with_scale_dtype(each, model.dtype))]
     return allocate([maker(each) for each in held], bits)
 

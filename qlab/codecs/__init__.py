@@ -171,17 +171,23 @@ CODECS: Mapping[str, Codec] = {
 }
 
 
+def codec_named(name: str) -> Codec:
+    """The codec of that name; refuses unknown names."""
+    if name not in CODECS:
+        raise QlabError(f"the codec {name!r} is unknown; qlab writes {', '.join(CODECS)}")
+    return CODECS[name]
+
+
 def codec_of_directories(name: str) -> Codec:
     """The codec of that name, whose format is a directory; refuses unknown names, and formats that
     are one file."""
-    if name not in CODECS:
-        raise QlabError(f"the codec {name!r} is unknown; qlab writes {', '.join(CODECS)}")
-    if CODECS[name].file:
+    codec = codec_named(name)
+    if codec.file:
         raise QlabError(
             f"{name} is one file, which is made of a quantized directory: write compressed-tensors "
             f"with its numbers, and then `qlab convert DIR --codec {name} --out FILE`"
         )
-    return CODECS[name]
+    return codec
 
 
 def _read_only(name: str, codec: Any) -> Codec:

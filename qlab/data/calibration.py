@@ -18,7 +18,7 @@ from qlab.algebra.random import generator
 from qlab.data.documents import Render
 from qlab.data.texts import Text, texts_of
 from qlab.data.tokenizing import token_ids
-from qlab.errors import QlabError, first_line
+from qlab.errors import QlabError, first_line, reraise_own
 from qlab.files.checkpoint import Checkpoint
 from qlab.files.directory import read_json, refuse_leading_out
 from qlab.process.shown import Shown, some
@@ -232,7 +232,8 @@ def tokenizer_of(model: Checkpoint) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(
             model.path, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # whatever the tokenizer's files make it raise
+    except BaseException as error:  # whatever the tokenizer's files make it raise
+        reraise_own(error)
         raise QlabError(
             f"{model.path} has no tokenizer that transformers can read ({first_line(error)}); "
             "add its files"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
-from qlab.errors import QlabError, first_line
+from qlab.errors import QlabError, first_line, reraise_own
 
 PIECE = 1 << 16  # characters that are tokenized at a time
 MARGIN = 1 << 10  # characters on either side of a cut
@@ -55,7 +55,8 @@ def encode(tokenizer: Any, texts: str | list[str], **options: Any) -> Any:
     of damaged files does at the first word that it does not know."""
     try:
         return tokenizer(texts, **options)
-    except Exception as error:  # whatever the tokenizer's files make it raise
+    except BaseException as error:  # whatever the tokenizer's files make it raise
+        reraise_own(error)
         raise QlabError(
             f"the tokenizer of {getattr(tokenizer, 'name_or_path', '')} cannot make tokens of a "
             f"text ({first_line(error)}); repair its files, and the text where it holds half of a "

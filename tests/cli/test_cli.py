@@ -219,6 +219,8 @@ def test_convert_and_verify_go_by_exit_codes(call, quantized, saved, tmp_path):
 def test_codecs_and_targets_are_checked_before_anything_runs(call, saved, text, tmp_path):
     job = ["quantize", saved(), *SMALL, "--method", "rtn", "--out", tmp_path / "out"]
     assert "codec 'nothing' is unknown" in sentence(call(*job, "--codec", "nothing"))
+    within = sentence(call(*job, "--codec", "nothing", "--bits", 4))
+    assert "codec 'nothing' is unknown" in within
     assert "target 'engine' is unknown; qlab knows the limits of vllm" in sentence(
         call(*job, "--target", "engine")
     )

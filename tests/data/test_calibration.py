@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from model_folders import prose, refused, rewrite
+from transformers import AutoTokenizer
 
 from qlab.algebra.random import generator
 from qlab.data.calibration import first_windows, tokenizer_of, tokens
@@ -136,3 +137,23 @@ def test_a_tokenizer_that_fails_at_a_word_is_refused(saved, tmp_path):
     rewrite(folder / "tokenizer.json", lambda t: t["model"].update(unk_token="none"))
     words = tokenizer_of(open_checkpoint(folder))
     refused(lambda: list(token_ids(words, [["ungueltig"]])), str(folder), "cannot make tokens")
+
+
+def test_a_tokenizer_at_which_its_library_panics_is_refused(saved, monkeypatch):
+    class PanicException(BaseException):  # what libraries in Rust raise
+        pass
+
+    def panics(*given, **options):
+        raise PanicException("range end index out of range")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", panics)
+    refused(lambda: tokenizer_of(open_checkpoint(saved("llama"))), "range end index out of range")
+    refused(lambda: list(token_ids(panics, [["word"]])), "range end index out of range")
+
+
+def test_an_interrupt_is_no_fault_of_a_tokenizer():
+    def interrupted(*given, **options):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(token_ids(interrupted, [["word"]]))

@@ -139,7 +139,7 @@ def _text(raw: bytes, at: int) -> tuple[str, int]:
 def _after(raw: bytes, at: int, kind: int) -> int:
     """Where what follows a value begins."""
     if kind == TEXT:
-        return _text(raw, at)[1]
+        return int(at + 8 + struct.unpack_from("<Q", raw, at)[0])
     if kind != LIST:
         return at + struct.calcsize(SCALARS[kind])
     inner, count = struct.unpack_from("<IQ", raw, at)

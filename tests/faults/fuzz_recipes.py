@@ -32,6 +32,7 @@ SPECS = [
     *("fp8-tensor", "int8-token", "int8-head", "2:4", "0.5", "64", *NAMED),
 ]
 PARTS = [*METHODS, *STEPS, *SPECS, *SCHEMES, "-", "+", "=", ":", "*", " static", "-token", "-asym"]
+SMALL = [n for n in NUMBERS if not isinstance(n, int) or abs(n) < 2**1000]
 SOURCE = "import qlab\ndef mine(spec):\n    return qlab.rtn(spec)\nother = qlab.rtn('int4-g16')\n"
 
 
@@ -49,7 +50,7 @@ def recipes(shared: Path) -> Trial:
         if draw.random() < 0.2:
             given["kv_cache"] = _worn(draw, draw.choice([*SCHEMES, "int8-head", "fp8-token"]))
         if draw.random() < 0.2:
-            given["bits"] = draw.choice([*NUMBERS, 3.5, 4, 6])
+            given["bits"] = float(draw.choice([*SMALL, 3.5, 4, 6]))
         if draw.random() < 0.2:
             given["codec"] = _worn(draw, draw.choice([*CODECS]))
         if draw.random() < 0.2:
@@ -59,7 +60,7 @@ def recipes(shared: Path) -> Trial:
         if draw.random() < 0.2:
             given["outside"] = [_worn(draw, "*head*=int8-channel")]
         if draw.random() < 0.2:
-            given["memory"] = draw.choice([n for n in NUMBERS if abs(n) < 1e300])
+            given["memory"] = float(draw.choice(SMALL))
         if draw.random() < 0.15:
             file = folder / "recipes.py"
             source = changed_text(draw, SOURCE, PARTS)

@@ -96,7 +96,7 @@ def _change(draw: random.Random, holder: Any, key: Any, other: Any) -> None:
     elif kind == 1:
         holder[key] = copy.deepcopy(other)
     elif kind == 2 and type(old) is int:
-        holder[key] = draw.choice([old + 1, old - 1, -old, 2 * old, old * 10**6, float(old)])
+        holder[key] = draw.choice([old + 1, old - 1, -old, 2 * old, old * 10**6, f"{old}"])
     elif kind == 3 and isinstance(holder, dict):
         holder[draw.choice(TEXTS)] = holder.pop(key)
     elif kind == 4 and isinstance(old, str) and old:
