@@ -68,9 +68,17 @@ class QlabError(ValueError):
         super().__init__(_cut(printable(message)))
 
 
-class Unwritable(QlabError):
-    """A refusal of the place that is written to, not of an argument: the files that are written
-    already stay, and the job can be resumed."""
+class Outage(QlabError):
+    """A refusal of the system, not of an argument: the files that are written already stay, and the
+    job can be resumed."""
+
+
+class Unwritable(Outage):
+    """A place cannot be written to."""
+
+
+class Unreadable(Outage):
+    """A file cannot be read, or is no longer the one that was opened."""
 
 
 class ToldElsewhere(QlabError):

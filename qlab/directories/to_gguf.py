@@ -29,7 +29,7 @@ from qlab.data.calibration import tokenizer_of
 from qlab.directories.gguf import EMBEDDED, RECORDED, WIDENED, config_of, is_embedded, unlike
 from qlab.directories.gguf_tokenizer import vocabulary
 from qlab.errors import QlabError
-from qlab.files.atomic import atomically
+from qlab.files.atomic import atomically, remove_abandoned
 from qlab.files.checkpoint import GGUF, Checkpoint
 from qlab.files.directory import CONFIG
 from qlab.files.explained import KEY
@@ -117,6 +117,7 @@ def to_gguf(
         _refuse_misread(temporary, model.names, marks)
 
     file.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(file)
     atomically(file, write)
     return notes
 

@@ -23,7 +23,7 @@ from qlab.algebra.spec import InputSpec, Spec
 from qlab.codecs import Codec
 from qlab.codecs.around import Rows
 from qlab.driver.around import refuse_misread
-from qlab.errors import QlabError
+from qlab.errors import Outage, QlabError
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
 from qlab.model.calls import Call, State, windows_axis
 from qlab.model.headers import refuse_missing
@@ -139,6 +139,8 @@ def refuse_unreadable(
                 f"the embedding, final norm and head give other numbers, by {change:.1e} of them, "
                 "than they did in memory"
             )
+    except Outage:
+        raise
     except QlabError as error:
         raise QlabError(
             f"what was written does not read back as the quantized model and is not put in place: "

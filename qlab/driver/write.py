@@ -155,7 +155,8 @@ def _write_together(
         return replace(job, model=model, codec=codec, target=target, device=device)
 
     asked = {name: of_format(quantized.job) for name, quantized in named.items()}
-    refuse_unlike(ranks, {name: _asked(job) for name, job in asked.items()})
+    if ranks.world > 1:  # what tells models apart is read for it
+        refuse_unlike(ranks, {name: _asked(job) for name, job in asked.items()})
     with ExitStack() as stack:
         writers = {
             name: stack.enter_context(Writer(place, overwrite, resume, first.offload))

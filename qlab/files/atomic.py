@@ -2,12 +2,14 @@
 that vouches for it."""
 
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,14 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(8)}.tmp")
     try:
         with unwritable(path):
-            write(temporary)
-            sync(temporary)
-            os.replace(temporary, path)
+            with _held(temporary):
+                write(temporary)
+                sync(temporary)
+                os.replace(temporary, path)
             sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that failed may refuse this, too
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -38,6 +42,31 @@ def unwritable(path: Path) -> Iterator[None]:
         raise Unwritable(
             f"{path} cannot be written ({error.strerror}); free some space or choose another place"
         ) from error
+
+
+@contextmanager
+def _held(temporary: Path) -> Iterator[None]:
+    """A lock on a temporary file, which the system releases when its writer dies."""
+    handle = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with suppress(OSError):  # a file system without locks keeps what is abandoned
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what killed calls of `atomically` left beside `path`, a file that machines do not
+    share: their locks need not reach each other."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(OSError):  # its writer lives, or has removed it
+            handle = os.open(left, os.O_RDWR)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+            finally:
+                os.close(handle)
 
 
 def sync(path: Path) -> None:

@@ -2,18 +2,21 @@
 and without torch.
 
 A safetensors file is 8 bytes n (little-endian), n bytes of JSON {name: {dtype, shape,
-data_offsets}}, and the data without gaps. Every file is opened once, and all that its header says
-is checked. Pickles are never read."""
+data_offsets}}, and the data without gaps. Every header is read once, and all that it says is
+checked. A file that is another one when its tensors are read is refused. Pickles are never read."""
 
+import hashlib
 import json
+import os
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from qlab.errors import QlabError, first_line
+from qlab.errors import QlabError, Unreadable, first_line
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -49,15 +52,41 @@ WIDTHS: Mapping[str, int] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What tells a file from another one of its name. modified: in ns. header: sha256 of the length
+    and the JSON at its beginning."""
+
+    size: int
+    modified: int
+    number: int
+    header: str
+
+    def is_same(self, file: IO[bytes]) -> bool:
+        """Whether an opened file is this one. Its number decides only together with its header:
+        some network file systems number a file anew."""
+        now = os.fstat(file.fileno())
+        if (now.st_size, now.st_mtime_ns) != (self.size, self.modified):
+            return False
+        if now.st_ino == self.number:
+            return True
+        file.seek(0)
+        try:
+            return _header_of(file)[1] == self.header
+        except ValueError:  # it has none
+            return False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stored:
     """A tensor of a file: its dtype by the format's name, and the bytes [start, stop) of the file
-    that hold it."""
+    that hold it. seen: the file when its header was read."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
+    seen: Seen = field(compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +113,7 @@ def read_json(path: Path) -> dict[str, Any]:
             )
         value = json.loads(path.read_bytes())
     except OSError as error:
-        raise QlabError(
+        raise Unreadable(
             f"{path} cannot be read ({error.strerror}); check the path and its permissions"
         ) from error
     except (ValueError, RecursionError) as error:
@@ -98,20 +127,54 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+@contextmanager
+def opened(file: Path, seen: Seen) -> Iterator[IO[bytes]]:
+    """A safetensors file, opened to read its tensors; refuses one that cannot be read, and one that
+    is not the file whose header was read."""
+    with reading(file), file.open("rb") as stream:
+        refuse_another(file, stream, seen)
+        yield stream
+        refuse_another(file, stream, seen)
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """A context for what reads a file: what the system refuses is said in one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise Unreadable(
+            f"{file} cannot be read ({error.strerror}); check the disk, and --resume"
+        ) from error
+
+
+def refuse_another(file: Path, stream: IO[bytes], seen: Seen) -> None:
+    """Refuse an opened file that is not the one whose header was read."""
+    if not seen.is_same(stream):
+        raise Unreadable(
+            f"{file} was changed or replaced while the model was read; put the file back and "
+            "--resume, or start again with the new one"
+        )
+
+
 def read_header(file: Path) -> dict[str, Stored]:
     """Every tensor of a safetensors file; refuses a file whose header and size do not describe each
     other exactly."""
     try:
-        size = file.stat().st_size
         with file.open("rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if size < 8 or length > min(size - 8, LARGEST_JSON):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            # as text, since `json` takes bytes in other encodings too
-            header = json.loads(f.read(length).decode(), object_pairs_hook=_without_duplicates)
-        return _checked(file, header, 8 + length, size)
+            status = os.fstat(f.fileno())
+            text, digest = _header_of(f)
+        # as text, since `json` takes bytes in other encodings too
+        header = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+        seen = Seen(
+            size=status.st_size,
+            modified=status.st_mtime_ns,
+            number=status.st_ino,
+            header=digest,
+        )
+        return _checked(file, header, 8 + len(text), seen)
     except OSError as error:
-        raise QlabError(
+        raise Unreadable(
             f"{file} cannot be read ({error.strerror}); check the path and its permissions"
         ) from error
     except (ValueError, RecursionError, struct.error) as error:
@@ -121,6 +184,17 @@ def read_header(file: Path) -> dict[str, Stored]:
         ) from error
 
 
+def _header_of(file: IO[bytes]) -> tuple[bytes, str]:
+    """The JSON at the beginning of a file, and sha256 of it and its length."""
+    size = os.fstat(file.fileno()).st_size
+    begin = file.read(8)
+    length = int.from_bytes(begin, "little")
+    if size < 8 or length > min(size - 8, LARGEST_JSON):
+        raise ValueError(f"a header of {length} bytes in a file of {size}")
+    text = file.read(length)
+    return text, hashlib.sha256(begin + text).hexdigest()
+
+
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
@@ -128,14 +202,14 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _checked(file: Path, header: Any, begin: int, size: int) -> dict[str, Stored]:
+def _checked(file: Path, header: Any, begin: int, seen: Seen) -> dict[str, Stored]:
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
     metadata = header.pop(METADATA, None)
     if metadata is not None and not _texts(metadata):
         raise ValueError(f"its {METADATA} is no object of texts")
     "".join(header).encode()  # JSON writes halves of characters too, which other readers refuse
-    tensors = {name: _entry(file, name, entry, begin) for name, entry in header.items()}
+    tensors = {name: _entry(file, name, entry, begin, seen) for name, entry in header.items()}
     end = begin
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if tensor.start != end:
@@ -143,8 +217,8 @@ def _checked(file: Path, header: Any, begin: int, size: int) -> dict[str, Stored
                 f"{name!r} begins at byte {tensor.start} and what is before it ends at {end}"
             )
         end = tensor.stop
-    if end != size:
-        raise ValueError(f"its tensors end at byte {end} of {size}")
+    if end != seen.size:
+        raise ValueError(f"its tensors end at byte {end} of {seen.size}")
     return tensors
 
 
@@ -152,7 +226,7 @@ def _texts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
-def _entry(file: Path, name: str, entry: Any, begin: int) -> Stored:
+def _entry(file: Path, name: str, entry: Any, begin: int, seen: Seen) -> Stored:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"the entry of {name!r} is not a dtype, a shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -168,6 +242,7 @@ def _entry(file: Path, name: str, entry: Any, begin: int) -> Stored:
         shape=tuple(shape),
         start=begin + offsets[0],
         stop=begin + offsets[1],
+        seen=seen,
     )
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from qlab.errors import QlabError
-from qlab.files.directory import CONFIG, Stored
+from qlab.errors import Unreadable
+from qlab.files.directory import CONFIG, Seen, Stored, opened
 from qlab.files.tensors import BLOCK, OpenFiles, bytes_of, read
 
 SAMPLE = 4096  # bytes of every tensor in a fingerprint
@@ -28,8 +28,9 @@ def fingerprint(folder: Path, stored: Mapping[str, Stored]) -> str:
     digest = hashlib.sha256((folder / CONFIG).read_bytes())
     in_place = sorted(stored.items(), key=lambda item: (item[1].file, item[1].start))
     for file, tensors in groupby(in_place, key=lambda item: item[1].file):
-        with file.open("rb") as stream:
-            for name, tensor in tensors:
+        inside = list(tensors)
+        with opened(file, inside[0][1].seen) as stream:
+            for name, tensor in inside:
                 place = (file.name, name, tensor.dtype, tensor.shape, tensor.start, tensor.stop)
                 digest.update(repr(place).encode())
                 stream.seek(tensor.start + max(0, tensor.nbytes - SAMPLE) // 2)
@@ -55,11 +56,16 @@ class HashedFiles:
     def _nothing_hashed(self) -> dict[Path, "_HashedFile"]:
         """File -> its hash, before anything is read, in the order of their names."""
         starts: dict[Path, list[int]] = {}
+        seen: dict[Path, Seen] = {}
         for tensor in self.stored.values():
             begins = starts.setdefault(tensor.file, [])
+            seen[tensor.file] = tensor.seen
             if tensor.nbytes:
                 begins.append(tensor.start)
-        return {file: _HashedFile(file, starts[file], self._files) for file in sorted(starts)}
+        return {
+            file: _HashedFile(file, seen[file], starts[file], self._files)
+            for file in sorted(starts)
+        }
 
     def read(self, name: str, stored: Stored) -> Tensor:
         """The tensor itself, as `qlab.files.tensors.read` reads it."""
@@ -121,8 +127,8 @@ class HashedFiles:
 class _HashedFile:
     """sha256 of a file, of which the bytes before `position` are hashed."""
 
-    def __init__(self, path: Path, starts: Iterable[int], files: OpenFiles) -> None:
-        self.path, self._files = path, files
+    def __init__(self, path: Path, seen: Seen, starts: Iterable[int], files: OpenFiles) -> None:
+        self.path, self.seen, self._files = path, seen, files
         self.position = 0
         self.hasher = hashlib.sha256()
         self._unread = sorted(starts, reverse=True)  # where tensors begin; the last comes first
@@ -147,23 +153,24 @@ class _HashedFile:
         """Read the file from `position` to `stop` for its hash."""
         if stop == self.position:
             return
-        stream = self._files.at(self.path, self.position)
-        while self.position < stop:
-            block = stream.read(min(BLOCK, stop - self.position))
-            if not block:
-                raise QlabError(f"{self.path} became shorter while it was read; download it again")
-            self.hasher.update(block)
-            self.position += len(block)
+        with self._files.at(self.path, self.seen, self.position) as stream:
+            while self.position < stop:
+                block = stream.read(min(BLOCK, stop - self.position))
+                if not block:
+                    raise Unreadable(
+                        f"{self.path} became shorter while it was read; download it again"
+                    )
+                self.hasher.update(block)
+                self.position += len(block)
 
     def finish(self) -> None:
         """Hash the rest of the file."""
-        self.hash_up_to(self.path.stat().st_size)
+        self.hash_up_to(self.seen.size)
 
     def agrees(self, prefixes: Mapping[int, str]) -> bool:
         """Whether the first bytes of the file have these hashes: number of bytes -> sha256."""
-        size = self.path.stat().st_size
         for position in sorted(prefixes):
-            if not self.position <= position <= size:
+            if not self.position <= position <= self.seen.size:
                 return False
             self.hash_up_to(position)
             if self.hasher.hexdigest() != prefixes[position]:

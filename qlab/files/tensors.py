@@ -7,8 +7,8 @@ memory pass through.
 import json
 import shutil
 import weakref
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
@@ -16,8 +16,8 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from qlab.errors import QlabError
-from qlab.files.directory import METADATA, Stored
+from qlab.errors import QlabError, Unreadable
+from qlab.files.directory import METADATA, Seen, Stored, opened, reading, refuse_another
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -64,14 +64,19 @@ class OpenFiles:
         self._files: dict[Path, IO[bytes]] = {}
         weakref.finalize(self, _close, self._files)
 
-    def at(self, path: Path, start: int) -> IO[bytes]:
-        """A file, of which the next byte that is read is that number."""
-        file = self._files.pop(path, None) or path.open("rb")
-        self._files[path] = file  # the last one that was read
-        for oldest in list(self._files)[: -self.MOST]:
-            self._files.pop(oldest).close()
-        file.seek(start)
-        return file
+    @contextmanager
+    def at(self, path: Path, seen: Seen, start: int) -> Iterator[IO[bytes]]:
+        """A file, of which the next byte that is read is that number; refuses one that cannot be
+        read, and one that is not the file whose header was read (`seen`)."""
+        with reading(path):
+            file = self._files.pop(path, None) or path.open("rb")
+            self._files[path] = file  # the last one that was read
+            for oldest in list(self._files)[: -self.MOST]:
+                self._files.pop(oldest).close()
+            refuse_another(path, file, seen)
+            file.seek(start)
+            yield file
+            refuse_another(path, file, seen)
 
 
 def _close(files: Mapping[Path, IO[bytes]]) -> None:
@@ -84,15 +89,10 @@ def read(name: str, stored: Stored, files: OpenFiles | None = None) -> Tensor:
     this tensor)."""
     dtype, files = dtype_of(name, stored), files or OpenFiles()
     data = torch.empty(stored.nbytes, dtype=torch.uint8, device="cpu")
-    try:
-        file = files.at(stored.file, stored.start)
+    with files.at(stored.file, stored.seen, stored.start) as file:
         size = file.readinto(data.numpy().data) if stored.nbytes else 0  # type: ignore[attr-defined]
-    except OSError as error:
-        raise QlabError(
-            f"{stored.file} cannot be read ({error.strerror}); check the disk"
-        ) from error
     if size < stored.nbytes:
-        raise QlabError(f"{stored.file} became shorter while it was read; download it again")
+        raise Unreadable(f"{stored.file} became shorter while it was read; download it again")
     return data.view(dtype).reshape(stored.shape)
 
 
@@ -106,7 +106,7 @@ def same_bytes(a: Stored, b: Stored) -> bool:
     memory at a time."""
     if (a.dtype, a.shape, a.nbytes) != (b.dtype, b.shape, b.nbytes):
         return False
-    with a.file.open("rb") as one, b.file.open("rb") as other:
+    with opened(a.file, a.seen) as one, opened(b.file, b.seen) as other:
         one.seek(a.start)
         other.seek(b.start)
         sizes = [min(BLOCK, a.nbytes - done) for done in range(0, a.nbytes, BLOCK)]

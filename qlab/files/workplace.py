@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
-from qlab.errors import QlabError, Unwritable
+from qlab.errors import Outage, QlabError, Unwritable
 from qlab.files.atomic import atomically, sync
 from qlab.files.hashed import HashedFiles
 from qlab.files.lock import LOCK, Lock
@@ -124,7 +124,7 @@ class Workplace:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if self.begun and isinstance(error, QlabError) and not isinstance(error, Unwritable):
+        if self.begun and isinstance(error, QlabError) and not isinstance(error, Outage):
             self._clear()
         self._let_go()
 
@@ -272,11 +272,11 @@ class Workplace:
     @contextmanager
     def refusing(self) -> Iterator[None]:
         """A context for the work. If the input is refused, the partial directory is deleted: the
-        corrected call is another job. If the disk is full or the process is killed, it stays to be
-        resumed."""
+        corrected call is another job. If the disk is full, the model cannot be read or the process
+        is killed, it stays to be resumed."""
         try:
             yield
-        except Unwritable:
+        except Outage:
             raise
         except QlabError:
             if self.lock and self.lock.holds():

@@ -21,9 +21,10 @@ class Case:
     """One kind of fault.
 
     name: of the case, in words.
-    make: takes a folder for what all trials share (models, whole outputs), fills it, and gives the
-        function of one trial. It is called once, and trials run in forks of the process after it.
-    bounded: how many trials the suite runs; 0 for one that has a test of its own.
+    make: takes a folder for what trials of all cases share (models, whole outputs), adds to it what
+        is not there yet, and gives the function of one trial. It is called once, and trials run in
+        forks of the process after it.
+    bounded: how many trials the suite runs; 0 for one that has a test of its own, or no time there.
     """
 
     name: str

@@ -19,7 +19,6 @@ from rich.console import Console  # noqa: E402
 from faults import Case  # noqa: E402
 from faults.campaign import ROOT, attempt, campaign, table  # noqa: E402
 from faults.cases import CASES  # noqa: E402
-from qlab.files.atomic import write_json  # noqa: E402
 
 
 def main() -> int:
@@ -39,7 +38,7 @@ def main() -> int:
         parser.error(f"no case's name holds any of {asked.words}; there are {', '.join(CASES)}")
     if asked.number is not None:
         return again(chosen, asked.number)
-    whole = campaign(chosen, asked.hours, lambda stored: write_json(asked.out, stored))
+    whole = campaign(chosen, asked.hours, asked.out)
     Console().print(table(json.loads(asked.out.read_text(encoding="utf-8"))))
     return 0 if whole else 1
 
@@ -47,10 +46,8 @@ def main() -> int:
 def again(cases: Sequence[Case], number: int) -> int:
     """Run one trial of each case in this process."""
     with tempfile.TemporaryDirectory(prefix="qlab-faults-") as shared:
-        for i, case in enumerate(cases):
-            folder = Path(shared) / str(i)
-            folder.mkdir()
-            print(f"{case.name}, {number}: {attempt(case, case.make(folder), number)}")
+        for case in cases:
+            print(f"{case.name}, {number}: {attempt(case, case.make(Path(shared)), number)}")
     return 0
 
 

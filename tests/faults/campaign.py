@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +23,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from faults import Case, Trial, drawn
+from qlab.files.atomic import write_json
+from qlab.files.directory import read_json
 from qlab.lowering.devices import device_label
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +39,12 @@ class Tally:
     findings: dict[int, str] = field(default_factory=dict)
     seconds: float = 0.0
     number: int = 0  # of the next trial
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> "Tally":
+        """The tally that `json` gave."""
+        findings = {int(number): says for number, says in stored["findings"].items()}
+        return cls(Counter(stored["ended"]), findings, stored["seconds"], stored["trials"])
 
     def json(self) -> dict[str, Any]:
         """The tally as plain data."""
@@ -106,12 +114,15 @@ def _run(case: Case, trial: Trial, number: int, until: float, pipe: int) -> None
         os._exit(1)
 
 
-def campaign(cases: Sequence[Case], hours: float, store: Callable[[Any], None]) -> bool:
+def campaign(cases: Sequence[Case], hours: float, out: Path) -> bool:
     """Run all cases in turn until the hours are over, each of them once at least, and store how
-    trials ended after every turn. Whether nothing was found."""
+    trials ended after every turn. Goes on from what is stored of the same commit. Whether nothing
+    was found."""
     torch.set_num_threads(1)  # a fork inherits no half of a pool of threads
     shared = Path(tempfile.mkdtemp(prefix="qlab-faults-"))
-    tallies = {case.name: Tally() for case in cases}
+    tallies = stored_tallies(out)
+    for case in cases:
+        tallies.setdefault(case.name, Tally())
     began, end = datetime.now(UTC), time.monotonic() + hours * 3600
     try:
         with _progress() as shown:
@@ -123,10 +134,9 @@ def campaign(cases: Sequence[Case], hours: float, store: Callable[[Any], None]) 
                     break
                 shown.update(bar, description=case.name, completed=hours * 3600 - left)
                 if case.name not in trials:
-                    (folder := shared / str(len(trials))).mkdir()
-                    trials[case.name] = case.make(folder)
+                    trials[case.name] = case.make(shared)
                 turn(case, trials[case.name], tallies[case.name], min(TURN, left))
-                store(report(tallies, began))
+                write_json(out, report(tallies, began))
                 shown.update(bar, found=sum(len(tally.findings) for tally in tallies.values()))
     finally:
         shutil.rmtree(shared)
@@ -138,14 +148,26 @@ def _progress() -> Progress:
     return Progress(TextColumn(parts[0]), BarColumn(), TextColumn(parts[1]), TimeRemainingColumn())
 
 
-def report(tallies: Mapping[str, Tally], began: datetime) -> dict[str, Any]:
-    """What is stored: of which code and machine, and how the trials of every case ended."""
+def commit() -> str:
+    """The commit that is checked out, and whether anything was changed since."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     found = subprocess.run(git, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def stored_tallies(out: Path) -> dict[str, Tally]:
+    """What a file says of the commit that is checked out: case -> its tally."""
+    stored = read_json(out) if out.exists() else {}
+    if stored.get("commit") != commit():
+        return {}
+    return {name: Tally.of(row) for name, row in stored["cases"].items()}
+
+
+def report(tallies: Mapping[str, Tally], began: datetime) -> dict[str, Any]:
+    """What is stored: of which code and machine, and how the trials of every case ended."""
     return {
-        "commit": found.stdout.strip() or "unknown",
+        "commit": commit(),
         "began": began.isoformat(timespec="seconds"),
-        "seconds": round((datetime.now(UTC) - began).total_seconds()),
         "processor": device_label(torch.device("cpu")),
         "torch": torch.__version__,
         "cases": {name: tally.json() for name, tally in tallies.items() if tally.number},
