@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.graph import ModuleGraph, Site
+from qlab.algebra.operations import Operations
 from qlab.algebra.rounding import CellFn, Step, WeightFn, of_arrays, outer_scales, solve
 from qlab.algebra.scope import Scope
 from qlab.algebra.spec import Spec
@@ -31,7 +32,8 @@ class Stage:
     grid it rounds to; None where it rounds nothing. detail: its settings in words. scope: the sites
     that it may touch. workspace: how many fp32 matrices [k, k] it holds at once beside its
     statistics. at_once: the numbers of a weight of which it makes copies at once, where it solves
-    rows in parts (None: all).
+    rows in parts (None: all). operations: how many it takes for one weight; None where nobody has
+    said.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Stage:
     scope: Scope = field(default_factory=Scope)
     workspace: int = 1
     at_once: int | None = None
+    operations: Operations | None = None
 
     def wants(self, site: Site) -> frozenset[Need]:
         """The statistics that it reads of this site's input. Routed experts have no drift: their
@@ -62,6 +65,11 @@ class Stage:
 
 
 Transform = tuple[Stage, ...]
+
+
+def costing(transform: Transform, operations: Operations) -> Transform:
+    """The transform whose steps each declare so many operations for a weight."""
+    return tuple(replace(stage, operations=operations) for stage in transform)
 
 
 def unchanged(graph: ModuleGraph, stats: Stats) -> tuple[ModuleGraph, Stats]:

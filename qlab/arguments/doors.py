@@ -71,7 +71,13 @@ TAKES: Mapping[str, Mapping[str, plain.Kind]] = {
         "out": plain.path,
         "keep_statistics": plain.optional_path,
     },
-    "plan": {**RUN, "model": kinds.model, "recipe": kinds.recipe, "data": kinds.data},
+    "plan": {
+        **RUN,
+        "model": kinds.model,
+        "recipe": kinds.recipe,
+        "data": kinds.data,
+        "ranks": plain.whole,
+    },
     "rehearse": {
         **RUN,
         "model": kinds.model,

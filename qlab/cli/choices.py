@@ -121,8 +121,11 @@ def typed_in(context: typer.Context) -> frozenset[str]:
     return frozenset(name for name, source in sources.items() if source and source.name == TYPED)
 
 
-def job_of(model: str, method: str, choices: Choices, usual: str = "gptq") -> "Job":
-    """The job that a command's words stand for. usual: the method where none is named."""
+def job_of(
+    model: str, method: str, choices: Choices, usual: str = "gptq", planning: bool = False
+) -> "Job":
+    """The job that a command's words stand for. usual: the method where none is named. planning:
+    whether a configuration without weights will do."""
     import qlab
     from qlab.driver.job import Job
     from qlab.driver.observe import inputs_named
@@ -132,7 +135,7 @@ def job_of(model: str, method: str, choices: Choices, usual: str = "gptq") -> "J
         named = method if "method" in choices.typed else ""
         refuse_unfilled(scheme, named, choices.recipe)
     maker = maker_of(method, choices, usual)
-    opened = qlab.open(model)
+    opened = qlab.open(model) if has_weights(model) or not planning else _on_paper(model)
     codec = codec_of(choices, maker)
     recipe = recipe_for(opened, maker, choices, codec)
     return Job(
@@ -147,6 +150,20 @@ def job_of(model: str, method: str, choices: Choices, usual: str = "gptq") -> "J
         target=choices.target or None,
         offload=choices.offload,
     )
+
+
+def has_weights(model: str) -> bool:
+    """Whether a name stands for more than a configuration."""
+    from qlab.demo.hub import is_demo_name
+    from qlab.model.config_alone import is_alone
+
+    return is_demo_name(model) or not is_alone(Path(model).expanduser())
+
+
+def _on_paper(model: str) -> "Checkpoint":
+    from qlab.model.config_alone import open_config
+
+    return open_config(Path(model).expanduser())
 
 
 def in_bytes(memory: float | None) -> int | None:
@@ -292,7 +309,7 @@ def recipe_of(
 def _data(model: "Checkpoint", recipe: "Transform", choices: Choices) -> "Data | None":
     """The samples that the recipe is calibrated on; None where it observes nothing."""
     from qlab.algebra.bind import uses_data
-    from qlab.data.calibration import tokens
+    from qlab.data.calibration import tokens, unread_windows
     from qlab.data.images import image_samples
     from qlab.demo.hub import calibration_texts, is_demo
 
@@ -306,6 +323,9 @@ def _data(model: "Checkpoint", recipe: "Transform", choices: Choices) -> "Data |
         return None
     if images:
         return image_samples(model, images, choices.samples, choices.length, choices.seed)
+    if not model.has_weights:
+        refuse_unused(calib, images, "a configuration alone has no tokenizer; plan by --samples")
+        return unread_windows(choices.samples, choices.length)
     if not calib and not is_demo(model):
         say(
             f"calibrating {model.path} on the demo's text, articles of English Wikipedia; --calib "

@@ -9,6 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlab.cli.choices import Choices, job_of, with_choices
+from qlab.cli.devices import (
+    Call,
+    DeviceMemory,
+    Float32,
+    Flops,
+    Link,
+    Read,
+    devices_of,
+    least_memory,
+)
 from qlab.cli.dividing import Words, add
 from qlab.cli.model_free import quantize_without_model, refuse_site_choices
 from qlab.cli.options import (
@@ -32,10 +42,21 @@ if TYPE_CHECKING:
 
 @with_choices
 def plan(
-    model: Model,
+    model: Annotated[
+        str, typer.Argument(help="a model directory, its config.json alone, or 'demo'")
+    ],
     *,
     method: MethodName = "gptq",
     choices: Choices,
+    ranks: Annotated[
+        int, typer.Option("--ranks", min=1, help="processes that share the run, as of torchrun")
+    ] = 1,
+    device_flops: Flops = None,
+    device_float32: Float32 = None,
+    device_read: Read = None,
+    device_memory: DeviceMemory = None,
+    link: Link = None,
+    device_call: Call = None,
     blocks: Annotated[
         int | None,
         typer.Option(
@@ -44,21 +65,34 @@ def plan(
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """What a method would do to a model: stages, passes, peak memory, bits per weight. Runs and
-    writes nothing, but for the blocks that --blocks asks for."""
+    """What a method would do to a model: stages, passes, peak memory, bits per weight; what it
+    would cost on devices of given figures. Runs and writes nothing, but for the blocks that
+    --blocks asks for."""
     import qlab
 
-    job = job_of(model, method, choices)
-    planned = qlab.plan(**vars(job))
+    devices = devices_of(
+        flops=device_flops,
+        float32=device_float32,
+        read=device_read,
+        link=link,
+        call=device_call,
+        ranks=ranks,
+    )
+    job = job_of(model, method, choices, planning=True)
+    memory = least_memory(job.memory, device_memory)
+    planned = qlab.plan(**{**vars(job), "memory": memory}, ranks=ranks)
     console().print(planned)
-    planned.check(job.memory)
+    if devices is not None or ranks > 1 or not job.model.has_weights:
+        console().print(*planned.costs(devices), sep="\n")
     console().print(f"written by the codec {job.codec}")
-    shown = {**planned.json(), "codec": job.codec}
-    if blocks is not None:
+    times = {} if devices is None else planned.at(devices)
+    shown = {**planned.json(), **times, "codec": job.codec}
+    if planned.peak_bytes <= (memory or planned.peak_bytes) and blocks is not None:
         rehearsal = qlab.rehearse(**vars(job), blocks=blocks)
         console().print(str(rehearsal), soft_wrap=True)
         shown["rehearsal"] = rehearsal.json()
     report(shown, json_file)
+    planned.check(memory)
 
 
 @with_choices

@@ -142,18 +142,23 @@ def _scheme(config: Mapping[str, Any]) -> str:
 
 def _spec(config: Mapping[str, Any], names: Collection[str]) -> Float:
     """The spec that the config states for all weights."""
-    _check_config(config)
     # Files with blocks call their scales inverse, and the configs of older ones leave the size out.
     default = BLOCK if any(name.endswith(f".{INVERSE}") for name in names) else None
+    return Float(*FLOATS["fp8"], tile_of(config, default))
+
+
+def tile_of(config: Mapping[str, Any], default: list[int] | None) -> Tile:
+    """What a scale covers by the config. default: its weight_block_size where it names none."""
+    _check_config(config)
     block = config.get("weight_block_size", default)
     if block is None:
-        return Float(*FLOATS["fp8"], WHOLE)
+        return WHOLE
     sizes = block if isinstance(block, list) else []
     if len(sizes) != 2 or not all(type(size) is int and 1 < size <= 1 << 20 for size in sizes):
         raise QlabError(
             f"quantization_config has weight_block_size {block!r}; it is [rows, columns] or null"
         )
-    return Float(*FLOATS["fp8"], Tile(*block))
+    return Tile(*block)
 
 
 def _check_config(config: Mapping[str, Any]) -> None:

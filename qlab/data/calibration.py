@@ -216,6 +216,12 @@ def from_ids(model: Checkpoint, ids: Tensor) -> Tokens:
     )
 
 
+def unread_windows(samples: int, length: int) -> Tokens:
+    """Windows of which only the numbers are known, to plan with: one token in memory."""
+    ids = torch.zeros((), dtype=torch.int64).expand(samples, length)
+    return Tokens(ids=ids, texts=(), sha256="", seed=None)
+
+
 def _refuse_outside(model: Checkpoint, low: int, high: int) -> None:
     vocabulary = model.config.get_text_config().vocab_size
     if low < 0 or high >= vocabulary:

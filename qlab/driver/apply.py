@@ -17,7 +17,8 @@ from qlab.driver.job import Job
 from qlab.driver.kept import solved_in_order
 from qlab.driver.observe import Inputs
 from qlab.driver.outside import rounded_outside
-from qlab.driver.plan import Plan, plan_of
+from qlab.driver.plan import plan_of
+from qlab.driver.planned import Plan
 from qlab.driver.ranks import Ranks
 from qlab.driver.segments import Solved
 from qlab.files.checkpoint import Checkpoint

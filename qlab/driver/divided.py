@@ -9,7 +9,6 @@ is told to all. A step that sees more than one weight is run by rank 0.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from math import prod
 from typing import Any
 
 from qlab.algebra.block import SAMPLES
@@ -21,7 +20,7 @@ from qlab.algebra.transform import Stage, Transform, unchanged
 from qlab.algebra.views import EachWeight, Uncovered, WholeBlock
 from qlab.driver.learning import Leading
 from qlab.driver.observe import Division, Key, Totals, where
-from qlab.driver.owners import owners, solving_cost
+from qlab.driver.owners import site_owners
 from qlab.driver.parts import Parts
 from qlab.driver.ranks import Ranks
 from qlab.errors import QlabError
@@ -61,7 +60,7 @@ class Divided(Division):
         self.parts = Parts(len(tokens))
         super().__init__(self.parts.size)
         self.ranks, self.stages, self.tokens = ranks, stages, tokens
-        self.owners = site_owners(graph, ranks.world, one_by_one, _fused(stages))
+        self.owners = site_owners(_shapes(graph), ranks.world, one_by_one, _fused(stages))
 
     # -------------------------------------------------------------- statistics
     def totals(self, graph: ModuleGraph, keys: set[Key], experts: slice | None = None) -> Totals:
@@ -282,28 +281,13 @@ class _Totals(Totals):
 
 
 # ------------------------------------------------------------------ who owns which site
-def site_owners(graph: ModuleGraph, world: int, one_by_one: bool, fused: bool) -> dict[str, int]:
-    """Site path -> the rank that solves it.
-
-    one_by_one: whether only sites of one input are solved at a time, so that each input's are
-    shared anew. fused: whether sites of an input share a scale, so that one rank solves them.
-    """
-    units: dict[tuple[str, str], list[Site]] = {}
+def _shapes(graph: ModuleGraph) -> dict[Site, tuple[int, ...]]:
+    """Site -> [..., o, k]."""
+    shapes: dict[Site, tuple[int, ...]] = {}
     for site in graph.code.sites:
-        units.setdefault((site.source, "" if fused else site.path), []).append(site)
-    costs = {unit: sum(_cost(graph, site) for site in sites) for unit, sites in units.items()}
-    groups: dict[str, dict[tuple[str, str], float]] = {}
-    for unit, cost in costs.items():
-        groups.setdefault(unit[0] if one_by_one else "", {})[unit] = cost
-    owner = {unit: rank for group in groups.values() for unit, rank in owners(group, world).items()}
-    return {site.path: owner[unit] for unit, sites in units.items() for site in sites}
-
-
-def _cost(graph: ModuleGraph, site: Site) -> float:
-    """What all experts of a site cost to solve."""
-    *experts, a, b = graph.params[site.weight or ""].shape
-    o, k = (b, a) if site.layout.endswith("k o") else (a, b)
-    return prod(experts) * solving_cost(o, k)
+        *experts, a, b = graph.params[site.weight or ""].shape
+        shapes[site] = (*experts, b, a) if site.layout.endswith("k o") else (*experts, a, b)
+    return shapes
 
 
 def _fused(stages: Transform) -> bool:

@@ -107,7 +107,7 @@ def work_of(job: Job, sites: Sites, dtype: torch.dtype, passes: int, measured: M
     """The work of a job. dtype: of the activations. passes: over the calibration samples. measured:
     what its binds will run."""
     windows = 0 if job.data is None else job.data.count // job.data.longest
-    passes += _passes_of_learning(job) + passes_of(measured, windows)
+    passes += passes_of_learning(job) + passes_of(measured, windows)
     costs = list(_costs(job, sites, passes))
     return Work(
         products=sum(cost.products for cost in costs),
@@ -120,7 +120,7 @@ def work_of(job: Job, sites: Sites, dtype: torch.dtype, passes: int, measured: M
     )
 
 
-def _passes_of_learning(job: Job) -> int:
+def passes_of_learning(job: Job) -> int:
     """The passes over all windows that stages which learn take as much time as: a pass backward
     counts twice, and the loss over all windows is looked at on the way."""
     if job.observed is None:

@@ -1,13 +1,10 @@
 """What a recipe will do to a model, and whether it can, before anything runs."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 
 from qlab.algebra.block import BLOCK_IO
 from qlab.algebra.spec import Float, Spec
@@ -23,7 +20,7 @@ from qlab.driver.admissible import (
     refuse_unrounded,
 )
 from qlab.driver.among import refuse_choices
-from qlab.driver.duration import SPREAD, Work, said, work_of
+from qlab.driver.duration import passes_of_learning, work_of
 from qlab.driver.effects import (
     online_of,
     refuse_unheld,
@@ -31,12 +28,14 @@ from qlab.driver.effects import (
     refuse_unheld_values,
     refuse_without_effect,
 )
-from qlab.driver.foreseen import Measured, foreseen
+from qlab.driver.expense import expenses, undeclared, windows_of
+from qlab.driver.foreseen import Measured, foreseen, passes_of
 from qlab.driver.framed import refuse_unturnable
 from qlab.driver.job import CODEC, Job
-from qlab.driver.memory import predict_memory
 from qlab.driver.observe import Inputs, inputs_named
 from qlab.driver.outcome import rows_of, unquantized
+from qlab.driver.per_rank import memory_of_rank
+from qlab.driver.planned import Plan
 from qlab.driver.reach import check_scope, refuse_unread, specs_of, warn_of_crossed
 from qlab.driver.report import describe
 from qlab.driver.schedule import Row, rounds, schedule, warn_of_unseen
@@ -46,153 +45,14 @@ from qlab.driver.tried import tried
 from qlab.driver.turned import refuse_late_turns, refuse_lost_turns
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint
-from qlab.files.record import bits_per_weight
 from qlab.model.headers import refuse_missing
 from qlab.model.linears import by_module
 from qlab.model.running import check_length
 from qlab.model.skeleton import Skeleton
 from qlab.model.uncounted import refuse_uncounted
-from qlab.process.shown import Shown, size, some
 from qlab.process.surroundings import undisturbed
 
-MiB = 1 << 20
-
-
-@dataclass(frozen=True, repr=False, kw_only=True)
-class Plan(Shown):
-    """What a job would do, and what it would cost.
-
-    Args:
-        stages: The recipe in words.
-        schedule: Its steps in the order in which they run, with what each sees and asks for.
-        sites: Site -> its spec, shape, bits per weight and number of experts.
-        unquantized: The weights that stay.
-        passes: Forward passes over the calibration data, those of the unquantized model included.
-        tokens: The number of calibration tokens.
-        statistics: The names of the statistics that are observed.
-        memory: What takes memory -> the predicted bytes.
-        experts_at_once: The number of experts whose statistics are held at a time; None for all.
-        work: The operations of the run, from which `seconds` estimates a time; None on a GPU.
-    """
-
-    stages: Sequence[Mapping[str, str]]
-    schedule: Sequence[Row]
-    sites: Mapping[str, Mapping[str, Any]]
-    unquantized: Sequence[str]
-    passes: int
-    tokens: int
-    statistics: Sequence[str]
-    memory: Mapping[str, int]
-    experts_at_once: int | None = None
-    work: Work | None = None
-
-    @property
-    def seconds(self) -> tuple[float, float] | None:
-        """Between which times the run is expected to end, on this machine when nothing else runs on
-        it, without the start of the process and the reading of texts. Probes of some milliseconds
-        measure its rates when this is first asked for: qlab.driver.duration."""
-        if self.work is None:
-            return None
-        estimate = self.work.seconds()
-        return estimate * SPREAD[0], estimate * SPREAD[1]
-
-    @property
-    def _time(self) -> str:
-        if self.seconds is None:
-            return "none is estimated for a GPU"
-        threads = torch.get_num_threads()
-        with_them = (
-            f"{threads} threads of this processor"
-            if threads > 1
-            else "one thread of this processor"
-        )
-        return (
-            f"{said(self.seconds[0])} to {said(self.seconds[1])} with {with_them}, if nothing "
-            "else runs on it"
-        )
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Over all sites; those that stay unquantized count in full."""
-        return bits_per_weight(self.sites)
-
-    @property
-    def peak_bytes(self) -> int:
-        """The predicted peak of the process."""
-        return sum(self.memory.values())
-
-    def check(self, memory: int | None) -> None:
-        """Refuse a plan that needs more than `memory` bytes."""
-        if memory is not None and self.peak_bytes > memory:
-            largest = max(self.memory, key=lambda k: self.memory[k])
-            raise QlabError(
-                f"the plan needs {self.peak_bytes / MiB:.0f} MiB and the budget is "
-                f"{memory / MiB:.0f} MiB (most of it: {largest}); give more memory, or fewer or "
-                "shorter samples"
-            )
-
-    def summary(self) -> dict[str, str]:
-        """Without the sites."""
-        stages = [
-            " ".join(filter(None, (s["stage"], s["spec"], f"({s['scope']})"))) for s in self.stages
-        ]
-        quantized = sum(row["spec"] is not None for row in self.sites.values())
-        return {
-            "stages": "; ".join(stages),
-            "weights": f"{quantized} quantized, {self.bits_per_weight:.3f} bits per weight",
-            "stays unquantized": some(self.unquantized) or "nothing",
-            "passes": (
-                f"{self.passes} over {self.tokens:,} tokens; statistics: "
-                f"{', '.join(self.statistics) or 'none'}"
-            ),
-            "predicted peak memory": size(self.peak_bytes),
-            "estimated time": self._time,
-        }
-
-    def json(self) -> dict[str, Any]:
-        """The plan as plain data."""
-        return {
-            "stages": list(self.stages),
-            "schedule": [row.json() for row in self.schedule],
-            "sites": dict(self.sites),
-            "unquantized": list(self.unquantized),
-            "passes": self.passes,
-            "tokens": self.tokens,
-            "statistics": list(self.statistics),
-            "memory": dict(self.memory),
-            "experts_at_once": self.experts_at_once,
-            "peak_bytes": self.peak_bytes,
-            "seconds": self.seconds and list(self.seconds),
-            "bits_per_weight": self.bits_per_weight,
-        }
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        heads = ("step", "spec", "settings", "sees", "where", "sites", "observes", "runs")
-        table = Table(*heads, title="plan", title_justify="left")
-        table.columns[0].no_wrap = True
-        for row in self.schedule:
-            observes = ", ".join(row.observes)
-            table.add_row(
-                row.step, row.spec, row.detail, row.sees, row.place, row.reached, observes, row.asks
-            )
-        yield table
-        yield (
-            f"{len(self.sites) - sum(r['spec'] is None for r in self.sites.values())} weights "
-            f"quantized, {self.bits_per_weight:.3f} bits per weight"
-        )
-        for row in self.schedule:
-            if row.unseen:
-                yield f"{row.step} sees no attention in: {', '.join(row.unseen)}"
-        yield f"stays unquantized: {', '.join(self.unquantized) or 'nothing'}"
-        yield (
-            f"{self.passes} passes over {self.tokens:,} tokens; statistics: "
-            f"{', '.join(self.statistics) or 'none'}"
-        )
-        if self.experts_at_once:
-            yield f"statistics of {self.experts_at_once} experts at a time"
-        parts = ", ".join(f"{name} {size / MiB:.0f}" for name, size in self.memory.items())
-        yield f"predicted peak memory: {self.peak_bytes / MiB:.0f} MiB ({parts})"
-        yield f"estimated time: {self._time}"
+MOST_RANKS = 100_000
 
 
 @undisturbed
@@ -211,6 +71,7 @@ def plan(
     target: str | None = None,
     memory: int | None = None,
     offload: str | Path | None = None,
+    ranks: int = 1,
 ) -> Plan:
     """What `quantize` would do with the same arguments, and what it would cost. Runs no block.
 
@@ -229,6 +90,8 @@ def plan(
         memory: A bound in bytes into which the statistics of experts are to fit, some experts at a
             time; `Plan.check` says whether they do. None sets no bound.
         offload: See `quantize`; changes nothing of a plan.
+        ranks: The processes that are to share the run, as torchrun starts them. Memory is that of
+            the one that needs most, and the bound is for each of them.
 
     Returns:
         The stages, the weights with their specs, the weights that stay, the passes over the data,
@@ -259,24 +122,29 @@ def plan(
         target=target,
         offload=offload,
     )
-    return plan_of(job, skeleton)
+    return plan_of(job, skeleton, ranks)
 
 
-def plan_of(job: Job, skeleton: Skeleton | None = None) -> Plan:
-    """The plan of a job. skeleton: the model around its blocks, where one is there."""
+def plan_of(job: Job, skeleton: Skeleton | None = None, ranks: int = 1) -> Plan:
+    """The plan of a job for so many ranks. skeleton: the model around its blocks, where one is
+    there."""
+    if not 1 <= ranks <= MOST_RANKS:
+        raise QlabError(f"ranks is {ranks}; give the number of processes, from 1 to {MOST_RANKS}")
     _refuse_job(job)
     skeleton = skeleton or Skeleton(job.model, job.dtype or job.model.running_dtype, job.device)
     _refuse_model(job, skeleton)
-    refuse_choices(job, lambda choice: plan_of(choice, skeleton))
+    refuse_choices(job, lambda choice: plan_of(choice, skeleton, ranks))
     sites = sites_of(skeleton, job.recipe, job.data)
     specs = _checked_specs(job, skeleton, sites)
     measured = foreseen(job, sites)
-    experts_at_once, memory = _fitting(job, skeleton, sites, measured)
+    experts_at_once, memory = _fitting(job, skeleton, sites, measured, ranks)
     rows = schedule(job, sites, measured)
     warn_of_unseen(rows)
     warn_of_crossed(job.recipe, sites)
     passes = _passes(job, sites, rows)
     work = work_of(job, sites, skeleton.dtype, passes, measured)
+    windows = 0 if job.data is None else windows_of(job.data)
+    learning = passes_of_learning(job) + passes_of(measured, windows)
     return Plan(
         stages=describe(job.recipe),
         schedule=rows,
@@ -288,6 +156,10 @@ def plan_of(job: Job, skeleton: Skeleton | None = None) -> Plan:
         memory=memory,
         experts_at_once=experts_at_once,
         work=work if skeleton.device.type == "cpu" else None,
+        ranks=ranks,
+        expenses=expenses(job, sites, passes, learning, ranks, skeleton.dtype.itemsize),
+        blocks=len(sites.codes),
+        undeclared=undeclared(job),
     )
 
 
@@ -361,7 +233,7 @@ def _checked_specs(job: Job, skeleton: Skeleton, sites: Sites) -> dict[str, Spec
 
 
 def _fitting(
-    job: Job, skeleton: Skeleton, sites: Sites, measured: Measured
+    job: Job, skeleton: Skeleton, sites: Sites, measured: Measured, ranks: int
 ) -> tuple[int | None, dict[str, int]]:
     """Of how many experts statistics are held at a time, and the memory that is predicted then:
     the experts are halved until the memory fits or one is left."""
@@ -369,10 +241,11 @@ def _fitting(
     if all(map(job.source_by_source, sites.codes.values())):
         fused = [sites.shapes[name][0] for name, site in sites.sites.items() if site.route]
         experts = max(fused, default=0)
-    at_once, memory = None, predict_memory(job, skeleton, sites, None, measured)
+    predict = partial(memory_of_rank, job, skeleton, sites, measured, ranks)
+    at_once, memory = None, predict(None)
     while job.memory is not None and sum(memory.values()) > job.memory and experts > 1:
         experts = at_once = -(-experts // 2)
-        memory = predict_memory(job, skeleton, sites, at_once, measured)
+        memory = predict(at_once)
     return at_once, memory
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlab.driver.observe import Inputs
-from qlab.driver.plan import Plan
+from qlab.driver.planned import Plan
 from qlab.files.record import bits_per_weight
 from qlab.process.shown import Shown, size, some
 

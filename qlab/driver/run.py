@@ -23,7 +23,7 @@ from qlab.driver.outside import (
     parted,
     rounded_outside,
 )
-from qlab.driver.plan import Plan
+from qlab.driver.planned import Plan
 from qlab.driver.ranks import Ranks
 from qlab.driver.report import site_rows
 from qlab.driver.segments import Solved, Solver

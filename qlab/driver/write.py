@@ -167,7 +167,7 @@ def _write_together(
         with PeakMemory() as measuring:
             for job in asked.values():
                 if job.measures:  # refuses what is known before anything is measured
-                    plan_of(job).check(first.memory)
+                    plan_of(job, ranks=ranks.world).check(first.memory)
             jobs = {name: of_format(each.resolved_by(ranks)) for name, each in named.items()}
         results = _written(jobs, outs, writers, ranks, source, stack, started, keeping)
     return {
@@ -194,7 +194,7 @@ def _written(
     first = next(iter(jobs.values()))
     with PeakMemory() as planning:
         skeleton = Skeleton(first.model, first.dtype or first.model.running_dtype, first.device)
-        plans = {name: plan_of(job, skeleton) for name, job in jobs.items()}
+        plans = {name: plan_of(job, skeleton, ranks.world) for name, job in jobs.items()}
     for planned in plans.values():
         planned.check(first.memory)
     seconds_of_planning = time.perf_counter() - started

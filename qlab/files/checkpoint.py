@@ -95,6 +95,11 @@ class Checkpoint(Shown):
         return config
 
     @property
+    def has_weights(self) -> bool:
+        """Whether there are files behind the tensors; a plan can do without."""
+        return all(file.exists() for file in {tensor.file for tensor in self.stored.values()})
+
+    @property
     def known(self) -> bool:
         """Whether transformers has the architecture."""
         from transformers import CONFIG_MAPPING
@@ -312,12 +317,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             f"{folder / CONFIG} has {OTHERS}, by which transformers reads another file in its "
             "place; remove that key, or rename the file to config.json"
         )
-    model = _read_codes(Checkpoint(path=folder, raw=raw, stored=stored, codec=None, quantized={}))
+    model = with_codes(Checkpoint(path=folder, raw=raw, stored=stored, codec=None, quantized={}))
     refuse_unexplained(folder, stored, model.quantized, model.beside)
     return model
 
 
-def _read_codes(model: Checkpoint) -> Checkpoint:
+def with_codes(model: Checkpoint) -> Checkpoint:
     """The directory with what its configuration says of codes."""
     quantization = model.raw.get(KEY)
     if not quantization:

@@ -25,10 +25,11 @@ from qlab.algebra.block import Block, each_block
 from qlab.algebra.cell import on_support
 from qlab.algebra.grid import stored
 from qlab.algebra.learn import Schedule, Version, learn
+from qlab.algebra.operations import Operations
 from qlab.algebra.qtensor import QTensor, steps
 from qlab.algebra.rounding import outer_scales
 from qlab.algebra.spec import Float, Int, Spec, with_scale_dtype
-from qlab.algebra.transform import Transform
+from qlab.algebra.transform import Transform, costing
 from qlab.errors import QlabError
 from qlab.methods.grid import Grid, encode, minmax
 
@@ -284,7 +285,8 @@ def auto_round(
         return _learned(block, starts_nearest(block, spec, grid), schedule, lr)
 
     detail = f"grid {grid.name}, {_detail(schedule, lr)}"
-    return each_block("auto_round", fn, grid.needs, spec, detail, steps * windows)
+    stages = each_block("auto_round", fn, grid.needs, spec, detail, steps * windows)
+    return costing(stages, Operations())  # beside the passes of its windows
 
 
 def auto_round_refine(steps: int = 50, windows: int = 8, lr: float | None = 0.0003) -> Transform:
@@ -321,4 +323,5 @@ def auto_round_refine(steps: int = 50, windows: int = 8, lr: float | None = 0.00
         return _learned(block, starts_refining(block), schedule, lr)
 
     detail = _detail(schedule, lr)
-    return each_block("auto_round_refine", fn, detail=detail, visits=steps * windows)
+    stages = each_block("auto_round_refine", fn, detail=detail, visits=steps * windows)
+    return costing(stages, Operations())  # beside the passes of its windows

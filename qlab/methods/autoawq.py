@@ -24,9 +24,10 @@ from qlab.algebra.cell import Cell, Weight
 from qlab.algebra.gauge import Element, Turn, gauge
 from qlab.algebra.grid import encode, minmax
 from qlab.algebra.leaf import dense
+from qlab.algebra.operations import Operations
 from qlab.algebra.spec import Spec, described, with_scale_dtype
 from qlab.algebra.stats import Moment
-from qlab.algebra.transform import Transform, at, chain, each_cell
+from qlab.algebra.transform import Transform, at, chain, costing, each_cell
 from qlab.methods.awq import Input, inputs_of, scaled_loss
 from qlab.methods.rtn import rtn
 
@@ -115,7 +116,11 @@ def awq_clip(spec: Spec) -> Transform:
         clipped, share = clip(W_ok, weight.stats["second_moment"], settled)
         return weight.cell.put(clipped, clipped=share)
 
-    return each_cell("awq_clip", fn, {"second_moment"}, detail=f"for {described(spec)}")
+    stages = each_cell("awq_clip", fn, {"second_moment"}, detail=f"for {described(spec)}")
+    n = spec.tile.cols
+    products = 2 * len(SHRUNKEN)  # with the moments of a group, or of a row
+    counted = Operations(elements=products * n) if n else Operations(rows=products)
+    return costing(stages, counted)
 
 
 def clip(W_ok: Tensor, moment: Moment, spec: Spec) -> tuple[Tensor, float]:
@@ -138,13 +143,15 @@ def clip(W_ok: Tensor, moment: Moment, spec: Spec) -> tuple[Tensor, float]:
 
 
 def _scales(name: str, spec: Spec, scale_of: ScaleOf) -> Transform:
-    return gauge(
+    searching, *folding = gauge(
         name,
         "*:in",
         partial(_searched, spec=spec, scale_of=scale_of),
         frozenset({"second_moment", "absmean"}),
         detail=f"for {described(spec)}",
     )
+    # the output error of each ratio
+    return (*costing((searching,), Operations(rows=2 * len(RATIOS))), *folding)
 
 
 def autoawq(spec: Spec) -> Transform:

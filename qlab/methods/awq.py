@@ -17,6 +17,7 @@ from torch import Tensor
 from qlab.algebra.folds import Fold, rows_move
 from qlab.algebra.gauge import Element, Turn, gauge
 from qlab.algebra.graph import ModuleGraph
+from qlab.algebra.operations import Operations
 from qlab.algebra.qtensor import shared_outer
 from qlab.algebra.spec import Spec, described, with_scale_dtype
 from qlab.algebra.stats import Moment
@@ -198,7 +199,8 @@ def awq_scale(spec: Spec, grid: Grid = weighted) -> Transform:
     # Where rounded rows can take a scale, sources are solved one after the other: a value
     # projection is rounded before the scale of the output projection moves its rows.
     view = Gauged(by_source=rows_move(spec))
-    return (replace(searching, view=view, workspace=4), *folding)
+    counted = Operations(rows=24)  # the output error of each ratio
+    return (replace(searching, view=view, workspace=4, operations=counted), *folding)
 
 
 def awq(spec: Spec, grid: Grid = weighted) -> Transform:

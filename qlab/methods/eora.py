@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.cell import Cell, Weight
-from qlab.algebra.transform import Transform, each_cell
+from qlab.algebra.operations import Operations
+from qlab.algebra.transform import Transform, costing, each_cell
 from qlab.methods.lqer import BESIDE, RANK, beside, bits_of, check_rank, leading, lost
 
 
@@ -59,4 +60,5 @@ def eora(rank: int = RANK) -> Transform:
         return beside(weight.cell, E_ok, leading(E_ok.double() @ M_kk, rank))
 
     detail, bits = f"rank {rank}", partial(bits_of, rank)
-    return each_cell("eora", fn, {"second_moment"}, detail=detail, leaves=BESIDE, beside=bits)
+    stages = each_cell("eora", fn, {"second_moment"}, detail=detail, leaves=BESIDE, beside=bits)
+    return costing(stages, Operations(square=1 / 2, rows=28))

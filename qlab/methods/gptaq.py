@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from qlab.algebra.graph import ModuleGraph
+from qlab.algebra.operations import Operations
 from qlab.algebra.spec import Spec
 from qlab.algebra.stats import Stats
 from qlab.algebra.transform import Stage, Transform, chain
@@ -86,6 +87,7 @@ def aim_at_reference(strength: float = 0.5, damp: float = 0.01) -> Transform:
         EachWeight(),
         detail=f"strength {strength:g}, damp {damp:g}",
         workspace=3,
+        operations=Operations(square=1 / 3, rows=2),
     )
     return (stage,)
 

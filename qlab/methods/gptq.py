@@ -7,11 +7,13 @@ across; c codes, s scales and z zeros [o] of one column, in the order in which c
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from qlab.algebra.cell import Cell, Weight, on_support
+from qlab.algebra.operations import Operations
 from qlab.algebra.qtensor import QTensor, dense, steps
 from qlab.algebra.spec import Spec
 from qlab.algebra.stats import Moment, own_mean_kk
@@ -199,7 +201,10 @@ def gptq(
         f"grid {grid.name}, {getattr(order, '__name__', order)}, damp {damp:g}, {sweeps} sweeps"
     )
     stages = each_cell("gptq", fn, {"second_moment"}, spec, detail)
-    return tuple(replace(stage, workspace=WORKSPACE, at_once=AT_ONCE) for stage in stages)
+    # Cholesky; the sweep over a triangle and the loss; of each further sweep, scales and codes
+    counted = Operations(square=1 / 3, rows=5 + 5 * sweeps)
+    held = partial(replace, workspace=WORKSPACE, at_once=AT_ONCE, operations=counted)
+    return tuple(held(stage) for stage in stages)
 
 
 def _no_worse(q: QTensor, nearest: QTensor, W_ok: Tensor, moment: Moment) -> QTensor:

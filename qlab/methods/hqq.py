@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.cell import Cell, Weight
+from qlab.algebra.operations import Operations
 from qlab.algebra.qtensor import QTensor, dense, round_codes, steps
 from qlab.algebra.spec import Spec
-from qlab.algebra.transform import Transform, each_cell
+from qlab.algebra.transform import Transform, costing, each_cell
 from qlab.methods.grid import CHUNK, fit, minmax, stored
 
 P, BETA, KAPPA, STEPS = 0.7, 10.0, 1.01, 20  # the paper's
@@ -97,4 +98,5 @@ def hqq(spec: Spec) -> Transform:
         codes = round_codes(W_ok, scales, zeros, settled, outer)
         return cell.put(QTensor(codes, scales, zeros, settled, outer), norm=P)
 
-    return each_cell("hqq", fn, spec=spec, detail=f"norm {P}, {STEPS} steps")
+    stages = each_cell("hqq", fn, spec=spec, detail=f"norm {P}, {STEPS} steps")
+    return costing(stages, Operations())  # elements alone

@@ -15,8 +15,9 @@ Source: LoaQ (arXiv 2509.06297).
 from collections.abc import Sequence
 
 from qlab.algebra.graph import ModuleGraph
+from qlab.algebra.operations import Operations
 from qlab.algebra.stats import Drifting, Stats, add_known, add_moments
-from qlab.algebra.transform import Stage, Transform
+from qlab.algebra.transform import Stage, Transform, costing
 from qlab.algebra.views import EachWeight
 from qlab.methods.qronos import DAMPS, aimed, aimed_by_source, check_damps, listed
 
@@ -62,4 +63,5 @@ def aim_in_stream(damps: Sequence[float] = DAMPS) -> Transform:
         return graph, stats
 
     detail = f"damp {listed(damps)}"
-    return (Stage("aim_in_stream", NEEDS, run, EachWeight(), detail=detail, workspace=4),)
+    stage = Stage("aim_in_stream", NEEDS, run, EachWeight(), detail=detail, workspace=4)
+    return costing((stage,), Operations(square=2.5, rows=6))

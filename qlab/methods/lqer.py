@@ -16,10 +16,11 @@ from torch import Tensor
 
 from qlab.algebra.cell import Cell, Weight
 from qlab.algebra.leaf import LowRank, Sum, dense, proper
+from qlab.algebra.operations import Operations
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import Spec
 from qlab.algebra.tile import is_size
-from qlab.algebra.transform import Transform, each_cell
+from qlab.algebra.transform import Transform, costing, each_cell
 from qlab.errors import QlabError
 
 RANK = 32
@@ -103,7 +104,8 @@ def lqer(rank: int = RANK) -> Transform:
         return beside(weight.cell, E_ok, leading(E_ok, rank))
 
     detail, bits = f"rank {rank}", partial(bits_of, rank)
-    return each_cell("lqer", fn, detail=detail, leaves=BESIDE, beside=bits)
+    stages = each_cell("lqer", fn, detail=detail, leaves=BESIDE, beside=bits)
+    return costing(stages, Operations(rows=8))  # singular vectors
 
 
 def l2qer(rank: int = RANK) -> Transform:
@@ -136,7 +138,8 @@ def l2qer(rank: int = RANK) -> Transform:
         return beside(weight.cell, E_ok, leading(E_ok * s_k, rank))
 
     detail, bits = f"rank {rank}", partial(bits_of, rank)
-    return each_cell("l2qer", fn, {"absmean"}, detail=detail, leaves=BESIDE, beside=bits)
+    stages = each_cell("l2qer", fn, {"absmean"}, detail=detail, leaves=BESIDE, beside=bits)
+    return costing(stages, Operations(rows=8))  # singular vectors
 
 
 def scaling(absmean_k: Tensor) -> Tensor:

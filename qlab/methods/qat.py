@@ -16,8 +16,9 @@ import torch
 from qlab.algebra.block import Block, each_block
 from qlab.algebra.learn import Schedule, Version, learn
 from qlab.algebra.learn_whole import vectors
+from qlab.algebra.operations import Operations
 from qlab.algebra.spec import Spec
-from qlab.algebra.transform import Transform
+from qlab.algebra.transform import Transform, costing
 from qlab.errors import QlabError
 from qlab.methods.auto_round import Start, starts_nearest
 from qlab.methods.grid import Grid, minmax
@@ -100,4 +101,5 @@ def qat(
         return _trained(block, starts_nearest(block, spec, grid), schedule, lr)
 
     detail = f"grid {grid.name}, {steps} steps of {windows} windows, lr {lr:g}"
-    return each_block("qat", fn, grid.needs, spec, detail, steps * windows)
+    stages = each_block("qat", fn, grid.needs, spec, detail, steps * windows)
+    return costing(stages, Operations())  # beside the passes of its windows

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.graph import ModuleGraph, Site, by_source
+from qlab.algebra.operations import Operations
 from qlab.algebra.stats import Drifting, Moment, Stats
-from qlab.algebra.transform import Stage, Transform
+from qlab.algebra.transform import Stage, Transform, costing
 from qlab.algebra.views import EachWeight
 from qlab.errors import QlabError
 from qlab.methods.obs import check_damp, cholesky
@@ -158,7 +159,8 @@ def aim_held_out(damps: Sequence[float] = DAMPS) -> Transform:
 
     needs = frozenset({"second_moment", "drift", "held_out"})
     detail = f"damp {listed(damps)}"
-    return (Stage("aim_held_out", needs, run, EachWeight(), detail=detail, workspace=4),)
+    stage = Stage("aim_held_out", needs, run, EachWeight(), detail=detail, workspace=4)
+    return costing((stage,), Operations(square=2.5, rows=6))
 
 
 def listed(damps: Sequence[float]) -> str:

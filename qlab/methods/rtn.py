@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
+from qlab.algebra.operations import Operations
 from qlab.algebra.qtensor import QTensor
 from qlab.algebra.spec import Spec
-from qlab.algebra.transform import Transform, each_weight
+from qlab.algebra.transform import Transform, costing, each_weight
 from qlab.methods.grid import Grid, encode, encode_rows, minmax
 
 
@@ -39,4 +40,6 @@ def rtn(spec: Spec, grid: Grid = minmax) -> Transform:
         q, _ = encode_rows(grid, W_ok, spec, moment.mean_square_k, moment.output_errors, outer)
         return q, note
 
-    return each_weight("rtn", fn, spec, grid.needs, f"grid {grid.name}")
+    stages = each_weight("rtn", fn, spec, grid.needs, f"grid {grid.name}")
+    # errors of both grids' rows by the second moment, and the loss
+    return costing(stages, Operations(rows=7 if grid.weighted else 0))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.cell import Cell, Weight
+from qlab.algebra.operations import Operations
 from qlab.algebra.transform import Transform, each_cell
 from qlab.methods.obs import check_damp, cholesky, obs_sweep
 from qlab.methods.pattern import Pattern, checked, parse_pattern
@@ -96,4 +97,7 @@ def sparsegpt(pattern: str | float | Pattern, damp: float = 0.01) -> Transform:
         return cell.narrow(support=kept).put(W_ok, prune_damp=used)
 
     stages = each_cell("sparsegpt", fn, {"second_moment"}, detail=f"pattern {kind}, damp {damp:g}")
-    return checked(tuple(replace(stage, workspace=WORKSPACE) for stage in stages), kind)
+    counted = Operations(square=1 / 3, rows=5)  # Cholesky, the sweep and the loss
+    return checked(
+        tuple(replace(stage, workspace=WORKSPACE, operations=counted) for stage in stages), kind
+    )

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qlab.algebra.cell import Cell, Weight, on_support
+from qlab.algebra.operations import Operations
 from qlab.algebra.qtensor import QTensor, dense, round_codes, steps
 from qlab.algebra.spec import Spec
 from qlab.algebra.stats import Need
@@ -275,4 +276,5 @@ def solver(
     detail = f"grid {grid.__name__}, round {round.__name__}, refine {names}, damp {damp:g}"
     detail += "" if metric is every_token else f", metric {metric.name}"
     stages = each_cell("solver", fn, metric.needs, spec, detail)
-    return tuple(replace(stage, workspace=WORKSPACE) for stage in stages)
+    counted = Operations(square=1 / 2, rows=8 + 4.7 * len(refine))
+    return tuple(replace(stage, workspace=WORKSPACE, operations=counted) for stage in stages)

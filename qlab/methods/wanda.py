@@ -5,7 +5,8 @@ Legend: s_ij = |W_ij| sqrt(E x_j^2), the score of a weight; x the input.
 
 from qlab.algebra.cell import Cell, Weight
 from qlab.algebra.leaf import dense
-from qlab.algebra.transform import Transform, each_cell
+from qlab.algebra.operations import Operations
+from qlab.algebra.transform import Transform, costing, each_cell
 from qlab.methods.pattern import Pattern, checked, narrowed, parse_pattern
 
 
@@ -40,4 +41,5 @@ def wanda(pattern: str | float | Pattern) -> Transform:
         kept = kind.kept(dense(cell.leaf).float().abs() * size_k)
         return narrowed(cell, kept)
 
-    return checked(each_cell("wanda", fn, {"second_moment"}, detail=f"pattern {kind}"), kind)
+    stages = each_cell("wanda", fn, {"second_moment"}, detail=f"pattern {kind}")
+    return checked(costing(stages, Operations(rows=4)), kind)

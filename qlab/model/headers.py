@@ -18,7 +18,7 @@ def refuse_another_model(names: Names) -> None:
     """
     for name, parameter in names.model.named_parameters(remove_duplicate=False):
         for piece in names.pieces(name):
-            _check(names, piece, _shape_of(piece, parameter), floats=True)
+            _check(names, piece, shape_of(piece, parameter), floats=True)
     for name, buffer in names.model.named_buffers():
         stored = names.stored_buffer(name)
         if stored:
@@ -63,7 +63,7 @@ def _refuse_untied(names: Names, name: str) -> None:
         )
 
 
-def _shape_of(piece: Piece, parameter: Tensor) -> torch.Size:
+def shape_of(piece: Piece, parameter: Tensor) -> torch.Size:
     """The shape of the tensor that holds a parameter, or a part of it."""
     if not piece.stop:
         return parameter.shape

@@ -1,0 +1,90 @@
+"""The memory of each of several ranks that share a run: a whole block, the sums of its own windows,
+and the statistics that it owns."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from qlab.algebra.graph import by_source
+from qlab.data.calibration import Data
+from qlab.driver.duration import SQUARED
+from qlab.driver.expense import FP32, batches_of, share_of
+from qlab.driver.foreseen import Measured
+from qlab.driver.job import Job
+from qlab.driver.memory import predict_memory
+from qlab.driver.owners import site_owners
+from qlab.driver.sites import Sites
+from qlab.model.skeleton import Skeleton
+
+
+@dataclass(frozen=True)
+class _Share:
+    """As many windows as the rank with most of them has, by their sizes alone."""
+
+    whole: Data
+    share: float
+
+    @property
+    def count(self) -> int:
+        return round(self.whole.count * self.share)
+
+    @property
+    def longest(self) -> int:
+        return self.whole.longest
+
+    def batches(self, tokens: int) -> list[Mapping[str, Tensor]]:
+        """Those of all ranks."""
+        return self.whole.batches(tokens)
+
+    def describe(self) -> dict[str, object]:
+        """The data of all ranks."""
+        return self.whole.describe()
+
+
+def memory_of_rank(
+    job: Job,
+    skeleton: Skeleton,
+    sites: Sites,
+    measured: Measured,
+    ranks: int,
+    experts_at_once: int | None,
+) -> dict[str, int]:
+    """Bytes at the widest moment of the rank that needs most, by what holds them.
+
+    Beside what one process holds for the windows of this rank (`predict_memory`) there are the sums
+    over all windows of the inputs that it owns. Every rank embeds all windows before the first
+    block.
+    """
+    alone = predict_memory(job, skeleton, sites, experts_at_once, measured)
+    if ranks == 1 or job.data is None:
+        return alone
+    own = replace(job, data=_Share(job.data, share_of(batches_of(job), ranks)))
+    memory = predict_memory(own, skeleton, sites, experts_at_once, measured)
+    if "statistics" in memory:
+        memory["owned statistics"] = max(_owned(job, sites, ranks, experts_at_once), default=0)
+    candidates = [memory, *([alone] if "carry" in alone else [])]
+    return max(candidates, key=lambda moment: sum(moment.values()))
+
+
+def _owned(job: Job, sites: Sites, ranks: int, experts_at_once: int | None) -> Iterator[int]:
+    """Of each block, the bytes of the second moments that the rank with most of them owns."""
+    squared = sum(name in SQUARED for name in job.statistics)
+    outer = any(stage.spec is not None and stage.spec.outer for stage in job.recipe)
+    for path, code in sites.codes.items():
+        shapes = {site: sites.shapes[f"{path}.{site.path}"] for site in code.sites}
+        one_by_one = job.in_order(code)
+        owner = site_owners(shapes, ranks, one_by_one, outer)
+        held = [[0] * ranks]  # of inputs that are held at one time
+        for first, *others in by_source(code.sites).values():
+            *experts, _, k = shapes[first]
+            if one_by_one:
+                held.append([0] * ranks)
+            if experts:
+                count = min(experts[0], experts_at_once or experts[0])
+                readers = dict.fromkeys(range(ranks), -(-count // ranks))
+            else:
+                readers = dict.fromkeys((owner[site.path] for site in (first, *others)), 1)
+            for rank, count in readers.items():
+                held[-1][rank] += squared * FP32 * k**2 * count
+        yield max(map(max, held))
