@@ -152,7 +152,7 @@ def _refuse_another(run: "PlannedRun", here: Mapping[str, Any]) -> None:
     # the model decides others of them
     for name in sorted(there.keys() | here.keys(), key=lambda name: (name != "source", name)):
         was, now = there.get(name), here.get(name)
-        if name == "versions" and was != now:
+        if name == "versions" and was and now and was != now:
             package = next(p for p in sorted({*was, *now}) if was.get(p) != now.get(p))
             raise QlabError(
                 f"{run.folder} was begun with {package} {was.get(package)}, and this is "

@@ -203,6 +203,11 @@ class Whole:
 
     def finish(self, parts: Parts, out: Path, overwrite: bool) -> list[int]:
         """See `Pieces`."""
-        options = {"overwrite": overwrite, "resume": True}
-        quantize(**vars(self.job), out=out, keep_statistics=self.keep_statistics, **options)
+        quantize(
+            **vars(self.job),
+            out=out,
+            overwrite=overwrite,
+            resume=True,
+            keep_statistics=self.keep_statistics,
+        )
         return []
