@@ -1,12 +1,14 @@
-"""How far does KL tuning take a method, and in how much time?
+"""How far does tuning take a method behind it, and in how much time?
 
-Usage: python experiments/kl_tune.py SPEC FOLDER SOLVED_ON TUNED_ON [METHOD] [SETTING=NUMBER ...]
+Usage: python experiments/kl_tune.py SPEC FOLDER SOLVED_ON TUNED_ON [METHOD] [step=NAME]
+       [SETTING=NUMBER ...]
 By the protocol of README.md (windows of 512 tokens, seed 0, quantized inputs, 16 windows held out
 of everything), but with more calibration windows than its 32 where SOLVED_ON says so. The tuning is
 given TUNED_ON further windows, of which the method has seen none; it learns from most of them and
 chooses what it keeps by the others, of which `kl_before` and `kl` are. With 0 nothing is tuned.
-SETTING is an argument of `qlab.kl_tune`. FOLDER keeps the solved model, which further runs only
-tune. Writes results/kl-tune-SPEC.json.
+NAME is the step of qlab that tunes, kl_tune (where none is named) or qat_end_to_end, and SETTING
+one of its arguments. FOLDER keeps the solved model, which further runs only tune. Writes
+results/kl-tune-SPEC.json, with NAME in the place of kl-tune.
 """
 
 import json
@@ -21,8 +23,9 @@ from qlab.evaluation.perplexity import read
 
 spec, folder = qlab.parse_spec(sys.argv[1]), Path(sys.argv[2])
 solved_on, tuned_on = int(sys.argv[3]), int(sys.argv[4])
-pairs = [argument.split("=") for argument in sys.argv[5:] if "=" in argument]
-settings = {name: json.loads(number) for name, number in pairs}
+pairs = dict(argument.split("=") for argument in sys.argv[5:] if "=" in argument)
+step = pairs.pop("step", "kl_tune")
+settings = {name: json.loads(number) for name, number in pairs.items()}
 method = next((argument for argument in sys.argv[5:] if "=" not in argument), qlab.RECOMMENDED)
 model = qlab.open("demo")
 held_out = qlab.first_windows(model, [demo_text("heldout")], length=512, count=16)
@@ -72,13 +75,13 @@ if not kept.exists():
 before = json.loads(kept.read_text(encoding="utf-8"))
 print(method, before, flush=True)
 if tuned_on:
-    recipe = qlab.chain(as_written(qlab.open(solved)), qlab.kl_tune(**settings))
+    recipe = qlab.chain(as_written(qlab.open(solved)), getattr(qlab, step)(**settings))
     further = qlab.from_ids(model, ids[solved_on:])
     with TemporaryDirectory(dir=folder) as place:
         result, after = quantized(recipe, further, Path(place) / "tuned")
     site = next(iter(result.sites.values()))
     record = {
-        "method": f"{method}+kl_tune",
+        "method": f"{method}+{step}",
         "spec": str(spec),
         "solved_on": solved_on,
         "tuned_on": tuned_on,
@@ -88,5 +91,5 @@ if tuned_on:
         "tuned": after,
     }
     print(record)
-    out = Path(__file__).parent / "results" / f"kl-tune-{spec}.json"
+    out = Path(__file__).parent / "results" / f"{step.replace('_', '-')}-{spec}.json"
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

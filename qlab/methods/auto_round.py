@@ -124,7 +124,8 @@ def _ranged(
 
 def _stored(s: Tensor, z: Tensor | None, q: QTensor) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points as the file holds them."""
-    scales = stored(s.detach(), q.spec, q.outer)
+    # the spec of codes that were read from a directory may leave the dtype open
+    scales = stored(s.detach(), with_scale_dtype(q.spec, q.scales.dtype), q.outer)
     if z is None or q.zeros is None:
         return scales, None
     z = z.detach() if q.zeros.is_floating_point() else z.detach().round()

@@ -8,7 +8,7 @@ from model_folders import random_tokens
 from qlab.algebra.leaf import dense, proper
 from qlab.algebra.qtensor import QTensor, off_grid
 from qlab.algebra.spec import parse_spec
-from qlab.algebra.transform import chain
+from qlab.algebra.transform import chain, each_cell
 from qlab.data.calibration import from_ids
 from qlab.directories.verify import verify
 from qlab.driver.apply import apply
@@ -72,3 +72,17 @@ def test_zeros_of_a_mask_stay(saved):
     for graph in dict(apply(model, recipe, data).segments()).values():
         for name, support in graph.supports.items():
             assert not dense(graph.params[name], torch.float32)[~support].any()
+
+
+def test_codes_read_from_a_directory_learn(saved, tmp_path):
+    model, data = opened(saved)
+    spec = parse_spec("int3-g16-asym")
+    read = open_checkpoint(write(apply(model, rtn(spec), data), tmp_path / "out").path)
+
+    def as_written(weight):
+        return weight.cell.put(read.leaf(f"{weight.name}.weight"))
+
+    front = each_cell("as_written", as_written, spec=spec)
+    graphs = dict(apply(model, chain(front, qat_end_to_end(steps=2)), data).segments()).values()
+    assert {q.scales.dtype for graph in graphs for q in rounded(graph).values()} == {torch.float32}
+    assert all(off_grid(q) is None for graph in graphs for q in rounded(graph).values())
