@@ -208,7 +208,8 @@ def _checked(file: Path, header: Any, begin: int, seen: Seen) -> dict[str, Store
     metadata = header.pop(METADATA, None)
     if metadata is not None and not _texts(metadata):
         raise ValueError(f"its {METADATA} is no object of texts")
-    "".join(header).encode()  # JSON writes halves of characters too, which other readers refuse
+    # JSON writes halves of characters too, which other readers refuse
+    "".join([*header, *(metadata or ()), *(metadata or {}).values()]).encode()
     tensors = {name: _entry(file, name, entry, begin, seen) for name, entry in header.items()}
     end = begin
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):

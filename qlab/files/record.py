@@ -72,12 +72,17 @@ def _faults(record: Any) -> Iterator[str]:
         rows = record.get(section, {})
         for name, row in rows.items() if isinstance(rows, dict) else [(section, None)]:
             if not isinstance(row, dict) or not all(
-                isinstance(row.get(key), kind) for key, kind in kinds.items()
+                _holds(row.get(key), kind) for key, kind in kinds.items()
             ):
                 yield f"{section}, {name!r}"
     yield from (key for key, kind in KEYS.items() if not isinstance(record.get(key, kind()), kind))
     if not _are_rows(record.get(AROUND, {})):
         yield AROUND
+
+
+def _holds(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind, and no whole number beyond all floats."""
+    return isinstance(value, kind) and (not isinstance(value, int) or abs(value) < 2**1000)
 
 
 def _are_rows(rows: Any) -> bool:

@@ -112,6 +112,7 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path):
         (file({"__metadata__": {"format": 1}}), "__metadata__ is no object of texts"),
         (file({"__metadata__": [1]}), "__metadata__ is no object of texts"),
         (file({"\ud800": entry()}, bytes(8)), "surrogates not allowed"),
+        (file({"__metadata__": {"format": "\ud800"}}), "surrogates not allowed"),
         (file(b"9" * 5000), "is truncated or not"),
         (file(b'{"a":1,"a":2}'), "occurs twice"),
         (file({"a": 3}), "'a' is not a dtype"),

@@ -71,3 +71,9 @@ def test_scales_in_a_dtype_of_their_own_are_recorded(saved, tmp_path):
 def test_rows_of_what_happens_at_run_time_are_what_qlab_writes(around, tmp_path):
     (tmp_path / "qlab.json").write_text(json.dumps({"around": around}))
     refused(lambda: recorded(tmp_path), "qlab.json, around is not what qlab writes there")
+
+
+def test_a_whole_number_beyond_all_floats_is_no_error_of_a_weight(tmp_path):
+    rows = {"m": {"sha256": "", "weight_error": 10**400}}
+    (tmp_path / "qlab.json").write_text(json.dumps({"certificates": rows}))
+    refused(lambda: recorded(tmp_path), "qlab.json, certificates, 'm' is not what qlab writes")
