@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from interpreted import interpreter
 
 from qlab.process import processor
 from qlab_kernels import cache
@@ -28,3 +29,10 @@ def fresh():
 def on(monkeypatch):
     """on(isa): products from here on as they are on a processor with this instruction set."""
     return lambda isa: monkeypatch.setattr(processor, "here", lambda: processor.Processor(isa))
+
+
+@pytest.fixture(scope="session")
+def interpreted():
+    """interpreted(script, *arguments): Triton interpreted, in a process of the script's own."""
+    with interpreter() as run:
+        yield run

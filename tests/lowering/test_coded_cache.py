@@ -1,9 +1,6 @@
 """A cache of codes gives back, bit for bit, what QuantizeInput makes of each token; attention over
 it is attention over those numbers."""
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
@@ -169,7 +166,5 @@ assert len(used) == 2 * len(t.SPECS) and all(c.kind == "split_k" for c in used)
 """
 
 
-def test_a_gpu_reads_codes_by_the_kernel():
-    paths = [*sys.path, os.path.dirname(__file__)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, check=True)
+def test_a_gpu_reads_codes_by_the_kernel(interpreted):
+    interpreted(INTERPRETED)

@@ -1,10 +1,6 @@
 """The CUDA implementations: their choice and their plumbing with Triton interpreted, and the whole
 on a GPU where there is one."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from lowering_cases import activations, check_product, random_leaf
@@ -67,11 +63,10 @@ for capability in ((9, 0), (7, 5)):  # one grouped kernel, and expert by expert
 """  # noqa: E501
 
 
-def test_the_cache_chooses_and_the_kernels_multiply():
+def test_the_cache_chooses_and_the_kernels_multiply(interpreted):
     """Fused and dequantizing configurations, two planes, whole rows and ragged shapes, in Triton's
     interpreter."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, check=True)
+    interpreted(INTERPRETED)
 
 
 TUNED = """
@@ -123,16 +118,10 @@ for experts in (0, 3):
 """  # noqa: E501
 
 
-def test_what_is_tuned_for_a_gpu_is_what_its_products_look_up(tmp_path):
+def test_what_is_tuned_for_a_gpu_is_what_its_products_look_up(interpreted):
     """The key of the tuner is the key of the operators, for linears and for experts; every
     candidate gives the same product."""
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "QLAB_CACHE_DIR": str(tmp_path),
-    }
-    subprocess.run([sys.executable, "-c", TUNED], env=environment, check=True)
+    interpreted(TUNED)
 
 
 def test_capabilities_and_dtypes_without_kernels_are_refused_by_name(monkeypatch):

@@ -1,9 +1,6 @@
 """4- and 8-bit floats on a GPU: which weights the row takes and why not others, and its kernels in
 Triton's interpreter as the row launches them."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -118,7 +115,7 @@ assert {op for op, _ in kinds} == {"float4_mm", "float8_mm", "float4_grouped_mm"
 """  # noqa: E501
 
 
-def test_the_cache_chooses_and_the_kernels_multiply():
+def test_the_cache_chooses_and_the_kernels_multiply(interpreted):
     """Every format as the row packs and launches it, on shapes that divide nothing, without a dense
     product."""
     cases = [
@@ -128,9 +125,7 @@ def test_the_cache_chooses_and_the_kernels_multiply():
         Case("fused_floats", "fp8-b64x64", k=192, dtypes=(torch.bfloat16,)),
         Case("fused_floats", "fp8-tensor", dtypes=(torch.float16,)),
     ]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    program = INTERPRETED.replace("CASES", repr(cases))
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    interpreted(INTERPRETED.replace("CASES", repr(cases)))
 
 
 def test_a_last_group_that_is_not_full_is_multiplied():

@@ -1,9 +1,6 @@
 """The rows of int4 weights and activations of 8 bits, which run on GPUs: which weights they take
 there, the laws of all rows with Triton interpreted, and the whole on a GPU where there is one."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -69,10 +66,8 @@ def check_codes(case):
 
 
 @pytest.mark.parametrize("capability, part", [("9.0", 0), ("8.9", 1)])
-def test_the_laws_of_all_rows_hold_in_the_interpreter(capability, part):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", LAWS, capability, str(part)]
-    subprocess.run(command, env=environment, check=True)
+def test_the_laws_of_all_rows_hold_in_the_interpreter(capability, part, interpreted):
+    interpreted(LAWS, capability, part)
 
 
 TUNED = """
@@ -114,16 +109,10 @@ for numbers, experts in (("int8", 0), ("fp8", 3)):
 """
 
 
-def test_what_is_tuned_is_what_products_look_up(tmp_path):
+def test_what_is_tuned_is_what_products_look_up(interpreted):
     """The key of the tuner is that of the operators, for linears and for experts; every candidate
     gives the same product."""
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "QLAB_CACHE_DIR": str(tmp_path),
-    }
-    subprocess.run([sys.executable, "-c", TUNED], env=environment, check=True)
+    interpreted(TUNED)
 
 
 def test_what_is_not_tuned_is_refused():

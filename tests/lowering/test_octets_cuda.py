@@ -1,10 +1,6 @@
 """8-bit codes beside 8-bit codes on a GPU: the choice of a kernel and the plumbing, with Triton
 interpreted."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from row_cases import LAW_ROWS
@@ -126,12 +122,11 @@ assert groups == {(op, group, False) for op in ("fp8_fp8_mm", "fp8_fp8_grouped_m
 
 
 @pytest.mark.parametrize("script", [INTERPRETED, FLOATS], ids=["integers", "floats"])
-def test_the_cache_chooses_and_the_kernels_multiply(script):
+def test_the_cache_chooses_and_the_kernels_multiply(script, interpreted):
     """Of integers every configuration gives the same bits, those of the path of CPUs."""
     if script == INTERPRETED and not is_exact():
         pytest.skip("this processor adds int8 products in 16 bits, so that it is no reference")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    interpreted(script)
 
 
 @pytest.mark.parametrize(
@@ -206,14 +201,8 @@ for kernel, group, experts in cases:
 """
 
 
-def test_what_is_tuned_is_what_products_look_up(tmp_path):
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "QLAB_CACHE_DIR": str(tmp_path),
-    }
-    subprocess.run([sys.executable, "-c", TUNED], env=environment, check=True)
+def test_what_is_tuned_is_what_products_look_up(interpreted):
+    interpreted(TUNED)
 
 
 def test_what_is_not_tuned_is_refused_by_name(monkeypatch):
