@@ -20,7 +20,7 @@ from qlab.algebra.spec import Tile
 from qlab.codecs import fp8
 from qlab.errors import QlabError
 from qlab.files.checkpoint import Checkpoint, with_codes
-from qlab.files.directory import CONFIG, INDEX, PICKLES, SINGLE, Stored, read_json
+from qlab.files.directory import CONFIG, INDEX, PICKLES, SINGLE, Seen, Stored, read_json
 from qlab.files.explained import KEY, explained
 from qlab.files.tensors import NAMES, dtype_of
 from qlab.model.headers import shape_of
@@ -29,7 +29,9 @@ from qlab.model.paper import find_blocks, on_paper
 from qlab.process.surroundings import undisturbed
 
 MOST_LAYERS, MOST_EXPERTS = 2_000, 1_000_000  # of a model that is built module by module
+LAYERS = r"layers?$|depth$|^(num|n)_blocks?$"  # names of numbers of layers; a block_size is none
 UNSAID = torch.bfloat16  # the dtype where a configuration names none
+UNWRITTEN = Seen(size=0, modified=0, number=0, header="")  # of files that are not there
 
 
 def is_alone(path: Path) -> bool:
@@ -82,7 +84,7 @@ def _counts(raw: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     for name, value in raw.items():
         if isinstance(value, dict):
             yield from _counts(value)
-        elif type(value) is int and re.search(r"layer|depth|block", name):
+        elif type(value) is int and re.search(LAYERS, name):
             yield name, value
 
 
@@ -160,6 +162,7 @@ def _placed(
             shape=tuple(shape),
             start=start,
             stop=stop,
+            seen=UNWRITTEN,
         )
         start = stop
     return stored

@@ -86,8 +86,8 @@ MUTANTS = [
     Mutant(
         "learning in blocks: windows are summed",
         "algebra/learn.py",
-        "_add_gradients",
-        "block.error(segment, i) / len(indices)",
+        "gradients",
+        "block.error(segment, i) / of",
         "block.error(segment, i)",
         "learned_rounding",
     ),

@@ -55,8 +55,8 @@ MUTANTS = [
         "a source solved on unquantized inputs",
         "driver/solve.py",
         "solve_in_order",
-        "graph, stats = apply(stage, graph, stats)",
-        "_, stats = apply(stage, graph, stats)",
+        "graph, stats = division.apply(stage, graph, stats)",
+        "_, stats = division.apply(stage, graph, stats)",
         "sweep",
     ),
     Mutant(
