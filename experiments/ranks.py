@@ -51,14 +51,23 @@ def cut(folder: Path, blocks: int) -> Path:
     return folder
 
 
+def recipe_of(model, samples: int):
+    """What is run: GPTQ on so many samples, without any rtn."""
+    if not samples:
+        return qlab.rtn(SPEC), None
+    data = qlab.tokens(model, [demo_text("calibration")], samples=samples, length=LENGTH)
+    return qlab.gptq(SPEC), data
+
+
 def work(folder: str, out: str, samples: int) -> None:
-    """One rank, or one process: quantize, and print what it took."""
+    """One rank, or one process: quantize, by rtn where there are no samples, and print what it
+    took."""
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     model = qlab.open(folder)
-    data = qlab.tokens(model, [demo_text("calibration")], samples=samples, length=LENGTH)
+    recipe, data = recipe_of(model, samples)
     before = resource.getrusage(resource.RUSAGE_SELF)
-    result = qlab.quantize(model, qlab.gptq(SPEC), data, out)
+    result = qlab.quantize(model, recipe, data, out)
     after = resource.getrusage(resource.RUSAGE_SELF)
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     print(json.dumps({**result.json(), "sites": len(result.sites), "processor_seconds": used}))
