@@ -180,7 +180,8 @@ def options(command):
 @each_page
 def test_options_paths_and_names_in_the_text_exist(page):
     text = page.read_text(encoding="utf-8")
-    others = {"--help", "--nproc-per-node"}  # the second is torchrun's
+    # the second is torchrun's, the third that of `python -m tests.faults`
+    others = {"--help", "--nproc-per-node", "--hours"}
     known = options(get_command(qlab.cli.app)) | options(get_command(bench_app)) | others
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) <= known
     paths = re.findall(r"`((?:qlab|tests|experiments|docs|kernels)/[\w/.-]*)", text)

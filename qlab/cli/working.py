@@ -157,7 +157,7 @@ def _made(run: "PlannedRun", pieces: "Pieces", parts: "Parts", index: int) -> bo
     from qlab.files.parts import claimed
 
     with claimed(run.claim(index)) as mine:
-        if not mine or parts.is_written(index):
+        if not mine or run.is_whole or parts.is_written(index):
             return False
         parts.folder.mkdir(parents=True, exist_ok=True)
         try:

@@ -27,8 +27,8 @@ FP32 = 4  # bytes of a number
 # copies of a weight in fp32: a solver's, and while the errors of a solved weight are measured
 SOLVER_COPIES, ERRORS = 5, 4
 # Of all weights that a step learns in a block, in fp32, that it holds at once: weights, parameters,
-# gradients, and what the rounding keeps for the way back. auto_round held 14, qat 12 to 17.
-LEARNING_COPIES = 14
+# gradients, and what the rounding keeps for the way back. auto_round held 8.5, qat 9.5.
+LEARNING_COPIES = 9
 # statistic -> the matrices of its state, each as large as a second moment or less
 BESIDE = {"held_out": 2, "received": 1, "stream_drift": 1, "stream_held_out": 1}
 BESIDE |= {"drift_fitted": 1, "stream_fitted": 1}

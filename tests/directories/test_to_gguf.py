@@ -146,7 +146,7 @@ def test_what_blocks_do_not_hold_is_refused_by_name_or_rounded_and_said(made, tm
     }.items():
         path = directory if spec == "int4-g64" else quantized(model, tmp_path / spec, codes(spec))
         writes = partial(convert, path, "gguf", tmp_path / "x.gguf")
-        refused(writes, "down_proj", words, "--requantize")
+        refused(writes, "_proj", words, "--requantize")
     out = tmp_path / "new" / "x.gguf"
     code, printed, _ = command(
         main, "convert", directory, "--codec", "gguf", "--out", out, "--requantize", "int4-g32"

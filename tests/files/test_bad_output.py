@@ -27,25 +27,25 @@ def test_an_existing_output_directory_stays_as_it_is(folder, tmp_path):
 
 
 def test_a_full_disk_leaves_the_former_result_and_can_be_resumed(folder, tmp_path, monkeypatch):
-    from qlab.files import writer
+    from qlab.files import segments
 
     model, out = open_checkpoint(folder), tmp_path / "q"
     qlab.quantize(model, qlab.rtn(INT4), None, out)
-    before, write = contents(out), writer.write
+    before, write = contents(out), segments.write
 
     def full(path, tensors):
         if "00003" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, tensors)
 
-    monkeypatch.setattr(writer, "write", full)
+    monkeypatch.setattr(segments, "write", full)
     again = qlab.rtn(qlab.parse_spec("int3-g16"))
     refused(
         lambda: qlab.quantize(model, again, None, out, overwrite=True), "00003", "No space left"
     )
     assert contents(out) == before
     assert not list(tmp_path.rglob("*.tmp"))
-    monkeypatch.setattr(writer, "write", write)
+    monkeypatch.setattr(segments, "write", write)
     qlab.quantize(model, again, None, out, resume=True)
     assert json.loads((out / "qlab.json").read_text())["bits_per_weight"] == 3 + 32 / 16
 
