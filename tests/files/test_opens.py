@@ -45,8 +45,12 @@ def test_a_pass_opens_each_shard_of_a_mixture_once(way, saved, tmp_path, opened)
         quantize(model, gptq(SPEC), data, tmp_path / "out")
     else:
         quantize_files(model, rtn(SPEC), tmp_path / "out")
+    # headers are read once more where transformers asks for the config and qlab.hf is there
+    passes = {
+        shard: [names for names in opened[shard] if "read_header" not in names] for shard in shards
+    }
     # the bytes that tell the model from others, before the pass, are read of all files
-    assert {len(opened[shard]) for shard in shards} == {2}, opened[min(shards)]
+    assert {len(names) for names in passes.values()} == {2}, passes[min(shards)]
 
 
 def test_of_many_files_few_stay_open(tmp_path, opened):
