@@ -150,6 +150,18 @@ def test_a_reply_without_a_word_is_said_and_what_was_asked_is_kept(page):
     assert page.evaluate("messages.length") == 0
 
 
+def test_what_was_asked_comes_back_where_the_reply_is_stopped_before_its_first_word(page):
+    page.route("**/v1/chat/completions", lambda route: None)  # no answer
+    for end, left in (("Stop", TEXT), ("New chat", "")):
+        page.get_by_label(MESSAGE).fill(TEXT)
+        with page.expect_request("**/v1/chat/completions"):
+            page.keyboard.press("Enter")
+        page.get_by_role("button", name=end).click()
+        page.wait_for_function("!running")
+        assert page.get_by_label(MESSAGE).input_value() == left
+        assert page.evaluate("messages.length") == 0
+
+
 def test_a_key_is_asked_for(browser, directory):
     with served(directory, keys=["sesame"]) as server:
         page = browser.new_page()
