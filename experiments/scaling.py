@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from ranks import cut, recipe_of, run
 
 import qlab
-from qlab.driver.expense import CALL, Devices
+from qlab.driver.expense import Devices
 from qlab.files.figures import save_figure
 from qlab.process.processor import here
 
@@ -79,7 +79,9 @@ def fitted(plans, seconds, link: float) -> Devices:
     left = [seconds[i] - one["read"] / read for i, one in ((1, few), (2, all_))]
     rate = (all_["operations"] - few["operations"]) / (left[1] - left[0])
     call = (left[1] - all_["operations"] / rate) / all_["calls"]
-    return Devices(flops=rate, float32=rate, read=read, link=link, call=max(call, CALL / 100))
+    if min(rate, call) <= 0:
+        raise SystemExit(f"no rates fit {seconds}: repeat on a machine without other work")
+    return Devices(flops=rate, float32=rate, read=read, link=link, call=call)
 
 
 def draw(curve) -> None:
