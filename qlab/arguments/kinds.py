@@ -6,6 +6,7 @@ A kind takes a name or a path where that can only mean one thing: a spec, a grid
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any, TypeGuard
 
@@ -96,9 +97,9 @@ def folder(value: Any, name: str) -> Any:
             f"{name} {said(where)} is in the home of nobody known here; give the whole path"
         )
     try:
-        os.stat(os.path.expanduser(where))
-    except FileNotFoundError:
-        pass  # 'demo', or a directory that is refused when it is opened
+        # what is not there is 'demo', or a directory that is refused when it is opened
+        with suppress(FileNotFoundError):
+            os.stat(os.path.expanduser(where))
     except OSError as error:
         raise QlabError(
             f"{name} {said(where)} cannot be read ({error.strerror}); check the path"

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from qlab.errors import QlabError, Unwritable
+from qlab.files.place import folder_for
 
 STATES = ".states"  # ends the name of the folder of a run's hidden states
 
@@ -28,21 +29,10 @@ def states_of(out: Path, offload: Path | None) -> Path | None:
     return folder / f"{out.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:12]}{STATES}"
 
 
-def made(folder: Path) -> Path:
-    """The folder, which is made where it is missing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Unwritable(
-            f"{folder} cannot be created to offload to ({error.strerror}); name another folder"
-        ) from error
-    return folder
-
-
 def scratch(kind: str, offload: str | Path | None) -> "tempfile.TemporaryDirectory[str]":
     """A folder that lives as long as the value does, in the offload folder or where the system has
     its temporary files. kind: what lies in it."""
-    base = None if offload is None else made(Path(offload).expanduser())
+    base = None if offload is None else folder_for("hidden states", Path(offload).expanduser())
     try:
         return tempfile.TemporaryDirectory(prefix=f"qlab-{kind}-", dir=base)
     except OSError as error:

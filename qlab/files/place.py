@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from qlab.errors import QlabError
+from qlab.errors import QlabError, Unwritable
 from qlab.files.ownership import foreign, read_sealed
 
 PARTIAL = ".partial"  # ends the name of the folder in which an output is built
@@ -156,6 +156,17 @@ def refuse_inside(report: Path, folders: Iterable[Path]) -> None:
             raise QlabError(
                 f"{report} lies in the output directory {folder}; give --json a place outside it"
             )
+
+
+def folder_for(what: str, folder: Path) -> Path:
+    """The folder that is to hold something, made where it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unwritable(
+            f"the folder of {what} {folder} cannot be created ({error.strerror}); name another"
+        ) from error
+    return folder
 
 
 def working(folder: Path) -> Path:

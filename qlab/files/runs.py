@@ -17,6 +17,7 @@ from qlab.errors import QlabError
 from qlab.files.atomic import write_json
 from qlab.files.ownership import read_sealed, sealed
 from qlab.files.parts import refuse_without_rename
+from qlab.files.place import folder_for
 
 FORM = 1  # of what is said of a run
 RUNS, RUN, WHOLE = "runs", "run.json", "whole.json"
@@ -64,12 +65,7 @@ class PlannedRun:
 def add_run(folder: Path, said: Mapping[str, Any]) -> PlannedRun:
     """Add a run to a shared folder, which is made where it is missing. The same run is added
     once."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise QlabError(
-            f"the folder of runs {folder} cannot be created ({error.strerror}); choose another"
-        ) from error
+    folder_for("runs", folder)
     strangers = sorted({path.name for path in folder.iterdir()} - {RUNS, "statistics"})
     if strangers and not (folder / RUNS).is_dir():
         raise QlabError(

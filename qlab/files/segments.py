@@ -4,6 +4,7 @@ A segment is done when its notes are what was written and its shard has the hash
 """
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from qlab.files.tensors import write
 from qlab.process.progress import say
 
 
-class Segments:
+class Segments(ABC):
     """The segments of a job in files, each of which appears whole.
 
     shards: the number of segments. digests: the hashes of shards that await their notes. source:
@@ -29,22 +30,22 @@ class Segments:
     digests: dict[int, str]
     source: HashedFiles | None
 
+    @abstractmethod
     def shard(self, index: int) -> Path:
         """The file of segment `index`: 0 is what surrounds the blocks, i the i-th block (from
         1)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def notes_path(self, index: int) -> Path:
         """The file of the notes on a segment."""
-        raise NotImplementedError
 
+    @abstractmethod
     def atomically(self, path: Path, write: Callable[[Path], object]) -> None:
         """Write a file of the job, which appears whole."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write_json(self, path: Path, value: Any) -> None:
         """Write a JSON file of the job."""
-        raise NotImplementedError
 
     def write_shard(self, index: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """One shard, atomically, one tensor at a time."""

@@ -26,6 +26,7 @@ from qlab.errors import QlabError
 from qlab.files.atomic import atomically
 from qlab.files.directory import read_header
 from qlab.files.ownership import is_sealed, sealed
+from qlab.files.place import folder_for
 from qlab.files.tensors import bytes_of, read, write
 from qlab.process.progress import say
 
@@ -85,13 +86,7 @@ class Shelf:
         said = sealed({"of": _plain(of), "about": about, "form": form, "sha256": _digest(numbers)})
         text = torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
         tensors = [(SAID, text), *((str(i), t) for i, t in enumerate(numbers))]
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise QlabError(
-                f"the folder of statistics {self.folder} cannot be created ({error.strerror}); "
-                "name another"
-            ) from error
+        folder_for("statistics", self.folder)
         atomically(self._file(of), partial(write, tensors=tensors))
 
     def listed(self) -> tuple[list[Kept], list[Path]]:

@@ -8,6 +8,7 @@ other run away until the work folder is gone.
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,7 +37,7 @@ from qlab.files.work_folder import (
 from qlab.process.progress import say
 
 
-class Workplace:
+class Workplace(ABC):
     """The place of one output, which a run owns until the context ends. The constructor takes the
     right to write there; `begin` begins the job.
 
@@ -78,13 +79,13 @@ class Workplace:
         if self.finished:
             self._let_go()
 
+    @abstractmethod
     def shard_names(self) -> list[str]:
         """The files that hold the tensors of the output."""
-        raise NotImplementedError
 
+    @abstractmethod
     def source_agrees(self) -> bool:
         """Whether the source still holds what an earlier run read of it."""
-        raise NotImplementedError
 
     def hashed_job(self) -> Any:
         """The job as qlab.json records it, with the sha256 of its source."""

@@ -20,8 +20,9 @@ from qlab.files.atomic import digest_of
 from qlab.files.carry import Carry
 from qlab.files.directory import INDEX, read_header
 from qlab.files.hashed import HashedFiles
-from qlab.files.offload import made, states_of
+from qlab.files.offload import states_of
 from qlab.files.ownership import RECORD, with_files
+from qlab.files.place import folder_for
 from qlab.files.segments import Segments
 from qlab.files.work_folder import NAMES, delete
 from qlab.files.workplace import Workplace
@@ -71,7 +72,7 @@ class Writer(Workplace, Segments):
         super().begin(job, source=source)
         if self.states is not None and not self.finished:
             with self._refused():
-                made(self.states)
+                folder_for("hidden states", self.states)
 
     def _clear(self) -> None:
         super()._clear()

@@ -1,6 +1,7 @@
 """Results as people see them: a few lines where they are printed, a table in a notebook. Fields and
 `json()` of a result hold everything."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -9,12 +10,12 @@ from qlab.errors import printable
 LONGEST = 300  # characters of a representation: one line in a console
 
 
-class Shown:
+class Shown(ABC):
     """A result that is shown by its `summary()`: names of a few facts -> the facts in words."""
 
+    @abstractmethod
     def summary(self) -> Mapping[str, str]:
         """The facts, the most important first."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         facts = self.summary()

@@ -121,7 +121,7 @@ def test_a_full_disk_is_said_in_a_sentence_and_the_run_goes_on_from_there(
     [
         ("out", "lies in the output directory"),
         ("out/inside", "lies in the output directory"),
-        ("file", "cannot be created to offload to"),
+        ("file", "the folder of hidden states"),
     ],
 )
 def test_a_folder_that_cannot_be_offloaded_to_is_refused(place, reason, job, tmp_path):
