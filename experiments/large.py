@@ -2,15 +2,14 @@
 run as fast as files can be copied?
 
 Usage: python experiments/large.py blocks FOLDER [blocks=2] [samples=2] [length=512]
-           [spec=int4-g128] [gptq=k_proj,v_proj] [layers=80] [hidden=8192] [intermediate=28672]
+           [spec=int4-g128] [rtn=NAME,NAME] [layers=80] [hidden=8192] [intermediate=28672]
            [vocabulary=128256]
        python experiments/large.py speed FOLDER [gigabytes=1] [turns=3] [spec=int4-g128]
 
 `blocks` writes a model to FOLDER whose first blocks hold random numbers, and whose others are holes
-in sparse files: they take no room and no run reads them. The weights that `gptq` names, by the ends
-of their names, are solved by GPTQ, and all others by rounding to nearest. It plans the whole, runs
-the first blocks by `qlab.rehearse` with states in FOLDER, and compares the predicted peak with the
-measured one.
+in sparse files: they take no room and no run reads them. The weights whose names end as `rtn` says
+are rounded to nearest, and all others are solved by GPTQ. It plans the whole, runs the first blocks
+by `qlab.rehearse` with states in FOLDER, and compares the predicted peak with the measured one.
 
 `speed` writes a model of blocks of hidden size 2048 and takes turns: a plain copy of its files,
 synced as every run of qlab syncs what it writes, a copy that is not synced, RTN (`quantize`), and
@@ -44,7 +43,7 @@ BLOCKS = {
     "samples": "2",
     "length": "512",
     "spec": "int4-g128",
-    "gptq": "k_proj,v_proj",
+    "rtn": "",
     "layers": "80",
     "hidden": "8192",
     "intermediate": "28672",
@@ -122,12 +121,12 @@ def blocks(folder, options):
     shape = int(options["samples"]), int(options["length"])
     known = min(KNOWN, sizes[-1])
     ids = torch.randint(0, known, shape, generator=torch.Generator().manual_seed(0))
-    solved = {f"*{end}": qlab.gptq(options["spec"]) for end in options["gptq"].split(",") if end}
-    recipe = qlab.rules({**solved, "*": qlab.rtn(options["spec"])})
+    rounded = {f"*{end}": qlab.rtn(options["spec"]) for end in options["rtn"].split(",") if end}
+    recipe = qlab.rules({**rounded, "*": qlab.gptq(options["spec"])})
     rehearsal = qlab.rehearse(
         model,
         recipe,
-        qlab.from_ids(model, ids) if solved else None,
+        qlab.from_ids(model, ids),
         blocks=int(options["blocks"]),
         offload=folder / "states",
     )
