@@ -1,5 +1,5 @@
-"""kill -9 while `qlab serve` starts: the directory stays as it is, and the next start answers as if
-there had been none."""
+"""kill -9 while `qlab serve` starts, or compiles behind its first answer: the directory stays as it
+is, and the next start answers as if there had been none."""
 
 import os
 import random
@@ -21,16 +21,17 @@ from faults.runs import INT4, model_in, quietly
 
 ASKED = {"prompt": "word1 word2 word3", "max_tokens": 8, "temperature": 0}
 PATIENCE = 120.0  # seconds that a start may take on a loaded machine
+COMPILING = 20.0  # seconds behind the first answer in which a block of this size is compiled
 
 
-def serving(model: Path, home: Path, port: int) -> Callable[[], None]:
+def serving(model: Path, home: Path, port: int, compiled: str = "none") -> Callable[[], None]:
     """The command that serves a model, with caches in a home of its own."""
 
     def run() -> None:
         from qlab.__main__ import main
 
         os.environ |= {"QLAB_HOME": str(home), "TORCHINDUCTOR_CACHE_DIR": str(home / "inductor")}
-        options = ["--port", str(port), "--dtype", "float32", "--compile", "none"]
+        options = ["--port", str(port), "--dtype", "float32", "--compile", compiled]
         sys.argv = ["qlab", "serve", str(model), *options]
         try:
             main()
@@ -60,11 +61,11 @@ def reply(pid: int, port: int) -> str:
     raise AssertionError(f"no answer in {PATIENCE} s")
 
 
-def answered(model: Path, home: Path) -> tuple[str, float]:
+def answered(model: Path, home: Path, compiled: str = "none") -> tuple[str, float]:
     """What a server that is started now says, which then ends as it is asked to, and the seconds
     until it said it."""
     began, port = time.monotonic(), free_port()
-    pid = start(serving(model, home, port))
+    pid = start(serving(model, home, port, compiled))
     text = reply(pid, port)
     seconds = time.monotonic() - began
     os.kill(pid, signal.SIGTERM)
@@ -81,18 +82,24 @@ def trial(
     folder: Path,
 ) -> str:
     """Starts that are killed, and one that is not; some in a new home, for which kernels are
-    built."""
+    built, and some with what they compile."""
     killed, (text, seconds) = 0, expected
     home = folder / "home" if draw.random() < 0.2 else model.parent / "home"
+    compiled = draw.choice(("none", "block"))
     for _ in range(draw.randint(1, 3)):
-        pid = start(serving(model, home, free_port()))
-        time.sleep(draw.uniform(0, seconds))
+        port = free_port()
+        pid = start(serving(model, home, port, compiled))
+        if compiled == "none":
+            time.sleep(draw.uniform(0, seconds))
+        else:
+            reply(pid, port)
+            time.sleep(draw.uniform(0, COMPILING))
         os.kill(pid, signal.SIGKILL)
         killed += finish(pid) == KILLED
     assert contents(model) == whole, "the directory that is served changed"
-    said, _ = answered(model, home)
+    said, _ = answered(model, home, compiled)
     assert said == text, f"behind {killed} kills the server says {said!r} in the place of {text!r}"
-    return f"the same answer after kill {killed}"
+    return f"the same answer after kill {killed}, --compile {compiled}"
 
 
 def make(folder: Path) -> Trial:
