@@ -54,6 +54,14 @@ def test_errors_and_results_are_lines_that_hold_no_control_characters():
     assert printable("\ud800") == r"\ud800"
 
 
+def test_a_sentence_of_thousands_of_characters_keeps_its_beginning_and_its_end():
+    said = str(QlabError(f"m.gguf holds {'x' * 3000}; download it again"))
+    assert len(said) == 2000 and "x ... x" in said
+    assert said.startswith("m.gguf holds xx") and said.endswith("xx; download it again")
+    assert str(QlabError("y" * 2000)) == "y" * 2000
+    assert len(str(QlabError("\n" * 1500))) == 2000  # as it is shown
+
+
 def test_progress_says_names_as_they_read(capsys):
     assert list(progress([1], f"reading {EVIL}")) == [1]
     said = capsys.readouterr().err

@@ -90,7 +90,9 @@ def test_prune_all_says_what_it_freed_and_takes_the_damaged_along(stats, shelf):
     path = min(shelf.folder.iterdir())
     path.write_bytes(path.read_bytes()[:-1])
     assert "1 damaged" in stats("list")[0]
+    bytes = sum(path.stat().st_size for path in shelf.folder.iterdir())
     printed, report = stats("prune", "--all")
+    assert report["freed_bytes"] == bytes and report["left_bytes"] == 0
     assert report["removed"] == 3 and report["damaged"] == 1 and "3 statistics removed" in printed
     assert not list(shelf.folder.iterdir())
 

@@ -106,9 +106,9 @@ def test_weights_are_those_that_transformers_reads(model, file):
     assert kinds["model.layers.0.self_attn.v_proj.weight"] == torch.float32
 
 
-def one_tensor(path, data, kind, name="blk.0.ffn_up.weight"):
+def one_tensor(path, data, kind, name="blk.0.ffn_up.weight", blocks=1):
     writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_block_count(1)
+    writer.add_block_count(blocks)
     writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -199,6 +199,13 @@ def test_what_does_not_belong_together_is_refused(model, file, tmp_path):
         QlabError, match=r"architecture 'gemma2'; qlab reads llama, qwen2, qwen3: convert it"
     ):
         leaves(tmp_path / "gemma.gguf", names)
+
+
+@pytest.mark.parametrize("blocks", [0, 2, 2**31])
+def test_a_file_has_blocks_and_no_more_than_tensors(blocks, tmp_path):
+    one = np.zeros((1, 32), dtype=np.float32)
+    with pytest.raises(QlabError, match=f"it has {blocks} blocks and holds 1 tensors; download"):
+        one_tensor(tmp_path / "one.gguf", one, KINDS.F32, blocks=blocks)
 
 
 @settings(max_examples=60)

@@ -39,8 +39,10 @@ def many(inner, count, values=b""):
 SOUND = {
     "one tensor": file(),
     "no tensor": file(tensors=(), data=b""),
+    "a list of numbers": file([key(kind=9, value=many(4, 3, bytes(12)))]),
     "lists in a list": file([key(kind=9, value=many(9, 2, many(4, 0) + many(8, 1, text(b"x"))))]),
     "two tensors": file(tensors=(tensor(), tensor(b"b", offset=128)), data=bytes(256)),
+    "one of 36 bytes": file(tensors=(tensor(shape=(9,)), tensor(b"b", offset=64)), data=bytes(192)),
 }
 BROKEN = {
     "a list without end": (file([key(kind=9, value=many(4, 2**60))]), "bytes follow"),
@@ -56,13 +58,19 @@ BROKEN = {
         file(tensors=(tensor(), tensor(b"b")), data=bytes(256)),
         "'b' begins at 0 of the data and not at 128",
     ),
-    "a tensor behind the file": (file(data=bytes(64)), "'a' ends behind the file"),
+    "a tensor behind the file": (file(data=bytes(127)), "'a' ends behind the file"),
     "a product beyond 64 bits": (file(tensors=(tensor(shape=(2**32, 2**32)),)), "behind the file"),
     "no axes": (file(tensors=(tensor(shape=()),)), "0 axes"),
+    "five axes": (file(tensors=(tensor(shape=(32, 1, 1, 1, 1)),)), "5 axes"),
+    "an empty axis": (file(tensors=(tensor(shape=(32, 0)),), data=b""), "blocks of 1 "),
     "half a block": (file(tensors=(tensor(shape=(33,), kind=2),)), "blocks of 32"),
     "an unknown kind": (file(tensors=(tensor(kind=99),)), "unknown kind 99"),
     "an alignment of 3": (
         file([key(b"general.alignment", 4, struct.pack(U32, 3))]),
+        "power of two",
+    ),
+    "an alignment in 64 bits": (
+        file([key(b"general.alignment", 10, struct.pack(U64, 32))]),
         "power of two",
     ),
     "another byte order": (file(version=3 << 24), "version"),
@@ -78,7 +86,7 @@ def test_a_sound_file_passes_and_the_package_reads_it(name, tmp_path):
     path.write_bytes(SOUND[name])
     check(path, SIZES)
     for tensor_read in gguf.GGUFReader(path).tensors:
-        assert np.array_equal(tensor_read.data, np.zeros(32, dtype=np.float32))
+        assert np.array_equal(tensor_read.data, np.zeros(tensor_read.shape, dtype=np.float32))
 
 
 @pytest.mark.parametrize("name", BROKEN)

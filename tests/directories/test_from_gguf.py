@@ -114,6 +114,7 @@ def test_keys_that_no_config_made_of_the_file_holds_are_refused_before_anything_
             lambda w: w.add_rope_scaling_type(
                 gguf.RopeScalingType.LONGROPE
             ): r"says llama\.rope\.scaling\.type 'longrope'",
+            lambda w: w.add_block_count(2**31): "it has 2147483648 blocks and holds 21 tensors",
         }.items()
     ):
         file = write(tmp_path / f"{n}.gguf", {}, keys=keys)

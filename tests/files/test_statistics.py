@@ -1,6 +1,7 @@
 """Statistics in a folder: what is read is what was written, for what was asked, or nothing."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -48,8 +49,11 @@ def test_every_statistic_is_read_as_it_was_written(name, experts, tmp_path):
 
 @pytest.mark.parametrize("key", sorted(OF))
 def test_what_is_asked_for_decides_what_is_found(key, shelf):
-    assert shelf.get(OF) is not None
-    assert shelf.get({**OF, key: "another"}) is None
+    other = {**OF, key: "another"}
+    assert shelf.get(OF) is not None and shelf.get(other) is None
+    shelf.put(other, observed("second_moment", True), ABOUT)
+    assert same(shelf.get(OF), observed("second_moment", False))
+    assert same(shelf.get(other), observed("second_moment", True))
 
 
 def test_any_byte_that_is_changed_or_missing_is_found_and_named(shelf, capsys):
@@ -75,6 +79,14 @@ def test_a_file_under_another_name_is_not_used(shelf, capsys):
     other.replace(path)
     assert shelf.get(OF) is None
     assert "of something else" in capsys.readouterr().err
+
+
+def test_reading_is_a_use(shelf):
+    (path,) = shelf.folder.iterdir()
+    os.utime(path, (0, 0))
+    assert shelf.listed()[0][0].used == 0
+    shelf.get(OF)
+    assert shelf.listed()[0][0].used > 0
 
 
 def test_the_list_says_of_what_and_names_the_damaged(shelf):

@@ -12,6 +12,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 import qlab
+from qlab.generation import grammar
 
 pytest.importorskip("xgrammar")
 SCHEMA = {
@@ -72,3 +73,14 @@ def test_what_makes_no_grammar_is_refused_and_the_next_one_is_answered(pipe):
     refused(lambda: pipe("a", choice="yes"), "choice", "list of texts")
     refused(lambda: pipe("a", regex="a", choice=["b"]), "regex and choice")
     assert pipe("a", choice=["z"]).text == "z"
+
+
+def test_grammars_of_many_requests_take_about_the_memory_that_is_kept_for_them(pipe, monkeypatch):
+    """All of these take ten times as much."""
+    monkeypatch.setattr(grammar, "KEPT", 2**16)
+    grammars = grammar.Grammars(pipe.tokenizer, pipe.engine.vocabulary, [2])
+    sizes = []
+    for n in range(1, 60):
+        grammars.word("regex", rf"[a-c]{{{n}}}-\d{{2}}")
+        sizes.append(grammars._compiler.get_cache_size_bytes())
+    assert 0 < sizes[0] < max(sizes) < 1.5 * 2**16
