@@ -113,26 +113,31 @@ def test_static_inputs_are_written_and_read(saved, text, tmp_path, spec, static)
     assert qlab.perplexity(read, data).perplexity == pytest.approx(ours, rel=1e-3)
 
 
-@pytest.mark.parametrize("inputs", ["quantized", "reference"])
-@pytest.mark.parametrize(
-    "wire",
-    ["down_proj:in", "down_proj:out", "key", "value", "enter", "leave", "input_layernorm:out"],
+WIRES = (
+    *("down_proj:in", "down_proj:out", "key", "value", "enter", "leave"),
+    "input_layernorm:out",
 )
+
+
+@pytest.mark.parametrize("inputs", ["quantized", "reference"])
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_an_insert_reaches_its_wire_in_every_block(saved, family, wire, inputs):
+def test_inserts_reach_their_wires_in_every_block(saved, family, inputs):
     model, reached = qlab.open(saved(family)), []
 
-    def mark(wire, stats):
-        assert "absmax" in stats
-        return lambda x: reached.append(wire.where) or x
+    def marking(pattern):
+        def mark(wire, stats):
+            assert "absmax" in stats
+            return lambda x: reached.append((pattern, wire.where)) or x
 
-    pattern = f"*.{wire}" if ":" in wire else f"*:{wire}"
-    step = qlab.insert("mark", pattern, mark, needs={"absmax"})
-    recipe = qlab.chain(qlab.rtn(qlab.parse_spec("int4-g16")), step)
+        name = f"*.{pattern}" if ":" in pattern else f"*:{pattern}"
+        return qlab.insert(f"mark {pattern}", name, mark, needs={"absmax"})
+
+    recipe = qlab.chain(qlab.rtn(qlab.parse_spec("int4-g16")), *map(marking, WIRES))
     value = qlab.apply(model, recipe, random_tokens(model.path), inputs=inputs)
     qlab.logits(value, torch.arange(3, 11)[None])
-    assert {name.partition(":")[0].split(".")[2] for name in reached} == {"0", "1"}
-    assert all(name.endswith(wire) for name in reached)
+    assert all(name.endswith(wire) for wire, name in reached)
+    blocks = {(wire, name.partition(":")[0].split(".")[2]) for wire, name in reached}
+    assert blocks == {(wire, block) for wire in WIRES for block in "01"}
 
 
 def test_values_that_a_step_makes_nan_are_refused_by_its_name(saved, text):

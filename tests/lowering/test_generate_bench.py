@@ -34,7 +34,14 @@ def bench(command):
     return partial(command, main, "generate")
 
 
-def test_engines_side_by_side(bench, directory, tmp_path):
+def test_engines_side_by_side(bench, directory, tmp_path, monkeypatch):
+    """Graphs run as they are made: Inductor compiles them in the tests below."""
+    compiled = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda f, options, **how: compiled(f, **how, backend="eager"),
+    )
     engines = ["bf16 eager", "qlab eager", "qlab compiled, dense cache"]
     out = tmp_path / "out.json"
     code, printed, said = bench(
