@@ -157,7 +157,8 @@ def _made(run: "PlannedRun", pieces: "Pieces", parts: "Parts", index: int) -> bo
     from qlab.files.parts import claimed
 
     with claimed(run.claim(index)) as mine:
-        if not mine or run.is_whole or parts.is_written(index):
+        # in this order: parts go when the run is noted as whole, and not before
+        if not mine or parts.is_written(index) or run.is_whole:
             return False
         parts.folder.mkdir(parents=True, exist_ok=True)
         try:

@@ -126,6 +126,28 @@ def test_killed_again_and_again_and_started_again(jobs, quantize, tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_one_that_comes_when_a_run_is_noted_as_whole_makes_nothing_again(tmp_path):
+    class Noted:
+        """A run, and its parts: all are written, and it is noted after the first question."""
+
+        asked = 0
+
+        def claim(self, index):
+            return tmp_path / "claim"
+
+        @property
+        def is_whole(self):
+            self.asked += 1
+            return self.asked > 1
+
+        def is_written(self, index):
+            self.asked += 1
+            return self.asked == 1
+
+    run = Noted()
+    assert not qlab.cli.working._made(run, None, run, 0)
+
+
 def test_a_damaged_part_is_named_and_made_again(jobs, quantize, tmp_path, monkeypatch, capsys):
     quantize("alone", *DATA_FREE)
     folder = jobs(*DATA_FREE)
