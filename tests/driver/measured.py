@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 import torch
+import torch.export._trace  # what is imported at the first export
+import transformers.models.llama.modeling_llama  # noqa: F401  of most models
 
 from qlab.algebra.bind import Bind
 from qlab.algebra.spec import parse_spec
