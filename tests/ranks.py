@@ -11,7 +11,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from ports import free_port
 
-LOADED = ["qlab.generation.pipeline", "qlab.cli", "torch.distributed", "families"]
+LOADED = [
+    "pytest",
+    "qlab.cli",
+    "qlab.driver.quantize",
+    "qlab.generation.pipeline",
+    "qlab.methods",
+    "torch.distributed",
+    "torch.export._trace",  # what is imported at the first export
+    "transformers.models.llama.modeling_llama",
+]
 
 
 def run_ranks(folder, world, work, *arguments, joins=True):
