@@ -1,6 +1,8 @@
 """serve: a model behind OpenAI's HTTP interface."""
 
 import os
+import socket
+import ssl
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +28,7 @@ from qlab.cli.opening import (
     say_cost,
 )
 from qlab.cli.options import Device, Model
-from qlab.errors import QlabError
+from qlab.errors import QlabError, first_line
 from qlab.process.extras import needed
 from qlab.process.progress import say
 
@@ -93,6 +95,7 @@ def serve(
     from qlab.serving.worker import Worker
 
     listening = {"host": host, "port": port, **_certificates(ssl_certfile, ssl_keyfile)}
+    _refuse_taken(host, port)
     checkpoint = opened(model)
     rounded = roundings(checkpoint, device, activations, head)
     shared = {"rows": max_num_seqs, "max_length": max_model_len}
@@ -117,10 +120,28 @@ def _warn_open(host: str, keys: list[str]) -> None:
         say(f"qlab: {host} is open to others and asks for no key; --api-key sets one")
 
 
+def _refuse_taken(host: str, port: int) -> None:
+    """Refuse an address on which nobody can listen before a model is read for it."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in found:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+    except OSError as error:
+        raise QlabError(
+            f"nobody can listen at {host}:{port} ({error.strerror or error}); give another --port, "
+            "or another --host"
+        ) from error
+
+
 def _keys(given: list[str], file: Path | None) -> list[str]:
     lines = [*given, *os.environ.get(KEY, "").splitlines()]
     if file is not None:
-        lines += file.read_text(encoding="utf-8").splitlines()
+        try:
+            lines += file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise QlabError(f"{file} is no text in UTF-8; give keys, one a line") from error
     keys = [line.strip() for line in lines if line.strip()]
     if (given or file) and not keys:
         raise QlabError("the keys are empty; give --api-key a text")
@@ -136,4 +157,12 @@ def _certificates(certfile: Path | None, keyfile: Path | None) -> dict[str, Any]
         return {}
     for path in (certfile, keyfile):
         path.open("rb").close()
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certfile, keyfile, password=lambda: "")  # nobody is asked for one
+    except ssl.SSLError as error:
+        raise QlabError(
+            f"{certfile} and {keyfile} are no certificate with its key in PEM ({first_line(error)})"
+            "; give a pair that belongs together, the key without a password"
+        ) from error
     return {"ssl_certfile": str(certfile), "ssl_keyfile": str(keyfile)}

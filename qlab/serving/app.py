@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from qlab.errors import QlabError, printable
 from qlab.generation.images import has_images
-from qlab.generation.request import ERROR
+from qlab.generation.request import ERROR, STOP
 from qlab.serving.documents import (
     SILENT,
     ChatReply,
@@ -39,7 +39,7 @@ from qlab.serving.replies import (
     usage,
 )
 from qlab.serving.schemas import Chat, Completion, Detokenize, Options, Tokenize
-from qlab.serving.tools import Call, ToolText
+from qlab.serving.tools import ToolText
 from qlab.serving.worker import Answer, Busy, Piece, Worker
 
 COMPLETION_TOKENS = 16  # of a completion that says none, as OpenAI has it
@@ -120,9 +120,10 @@ class Server:
         return pieces
 
     async def stream(
-        self, answers: Sequence[Answer], body: Options, head: dict[str, Any], choice: Any
+        self, answers: Sequence[Answer], body: Options, head: dict[str, Any], choices: Any
     ) -> AsyncIterator[str]:
-        """Events of all replies as they come. choice: (which reply, a piece) -> its choice."""
+        """Events of all replies as they come. choices: (which reply, a piece) -> its choices, an
+        event each."""
         # bounded, so that what waits for a slow reader waits where it is counted
         queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue(maxsize=len(answers))
 
@@ -142,7 +143,9 @@ class Server:
                     if piece.finish == ERROR:
                         yield event(error_body(piece.error or "the model failed", "server_error"))
                         return
-                    yield event({**head, "choices": [choice(index, piece)], **empty})
+                    for choice in choices(index, piece):
+                        told = {"index": index, **choice}
+                        yield event({**head, "choices": [told], **empty})
             if wants_usage:
                 yield event(
                     {**head, "choices": [], "usage": usage(len(answers) // body.n, answers)}
@@ -152,7 +155,6 @@ class Server:
             said = f"no whole reply in {self.settings.timeout} s"
             yield event(error_body(said, "server_error"))
         finally:
-            cancel(answers)
             for reader in readers:
                 reader.cancel()
 
@@ -168,10 +170,10 @@ class Server:
         told = [Told(self.tokenizer, answer, body) for answer in answers]
         if body.stream:
 
-            def choice(index: int, piece: Piece) -> dict[str, Any]:
-                return {"index": index, **told[index].completion(piece)}
+            def choices_of(index: int, piece: Piece) -> list[dict[str, Any]]:
+                return [told[index].completion(piece)]
 
-            return _events(self.stream(answers, body, head, choice))
+            return Events(self.stream(answers, body, head, choices_of), answers)
         pieces = await self.whole(request, answers)
         choices = [
             {"index": i, **told[i].completion(_together(all_of))} for i, all_of in enumerate(pieces)
@@ -190,10 +192,10 @@ class Server:
         if body.stream:
             head = self._head("chatcmpl", "chat.completion.chunk")
 
-            def choice(index: int, piece: Piece) -> dict[str, Any]:
-                return {"index": index, **told[index].delta(piece)}
+            def choices_of(index: int, piece: Piece) -> list[dict[str, Any]]:
+                return told[index].deltas(piece)
 
-            return _events(self.stream(answers, body, head, choice))
+            return Events(self.stream(answers, body, head, choices_of), answers)
         pieces = await self.whole(request, answers)
         choices = [
             {"index": i, **told[i].message(_together(all_of))} for i, all_of in enumerate(pieces)
@@ -236,16 +238,39 @@ class Server:
         }
 
 
+class Events(StreamingResponse):
+    """Events of replies, which end with it: a client may have left before the first one is made.
+
+    Args:
+        stream: of events.
+        answers: the replies.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, stream: AsyncIterator[str], answers: Sequence[Answer]):
+        super().__init__(stream)
+        self.answers = answers
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send them."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            cancel(self.answers)
+
+
 class Told:
     """What a client was told of one reply so far."""
 
     def __init__(self, tokenizer: Any, answer: Answer, body: Options):
         self.tokenizer, self.answer, self.body, self.at = tokenizer, answer, body, 0
         self.is_begun = False
-        tools = body.callable_tools if isinstance(body, Chat) else []
-        functions = [tool["function"] for tool in tools]
-        known = {f["name"]: f.get("parameters") or {} for f in functions}
-        self.tools = ToolText(known) if known else None
+        self.tools: ToolText | None = None
+        if isinstance(body, Chat) and body.callable_tools:
+            functions = [tool["function"] for tool in body.callable_tools]
+            known = {f["name"]: f.get("parameters") or {} for f in functions}
+            self.tools = ToolText(known, is_single=not body.parallel_tool_calls)
 
     def completion(self, piece: Piece) -> dict[str, Any]:
         """A choice of a completion."""
@@ -262,41 +287,42 @@ class Told:
         self.at += len(text)
         return {"text": text, "logprobs": logprobs, "finish_reason": piece.finish}
 
-    def delta(self, piece: Piece) -> dict[str, Any]:
-        """A choice of a chunk of a chat."""
-        text, calls = self._parted(piece)
-        delta: dict[str, Any] = {"content": text}
-        if calls:
-            delta["tool_calls"] = [call.json(index) for index, call in enumerate(calls)]
-        if not self.is_begun:
-            delta = {"role": "assistant", **delta}
-        self.is_begun = True
-        return {"delta": delta, **self._behind(piece, calls)}
+    def deltas(self, piece: Piece) -> list[dict[str, Any]]:
+        """Choices of chunks of a chat: one for each thing that is told, and at least one at the
+        end, or where log-probabilities are told."""
+        told = self._told(piece)
+        assert isinstance(self.body, Chat)
+        if not told and (piece.finish or (self.body.logprobs and piece.drawn)):
+            told = [{}]
+        if told and not self.is_begun:
+            told[0] = {"role": "assistant", "content": None, **told[0]}
+            self.is_begun = True
+        between: dict[str, Any] = {"logprobs": None, "finish_reason": None}
+        choices = [{"delta": delta, **between} for delta in told]
+        return [*choices[:-1], {**choices[-1], **self._behind(piece)}] if choices else []
 
     def message(self, piece: Piece) -> dict[str, Any]:
         """A choice of a whole chat."""
-        text, calls = self._parted(piece)
+        text = "".join(delta.get("content", "") for delta in self._told(piece))
         message: dict[str, Any] = {"role": "assistant", "content": text}
-        if calls:
-            called = [call.json() for call in calls]
+        if self.tools is not None and self.tools.calls:
+            called = [call.json() for call in self.tools.calls]
             message |= {"content": text or None, "tool_calls": called}
-        return {"message": message, **self._behind(piece, calls)}
+        return {"message": message, **self._behind(piece)}
 
-    def _parted(self, piece: Piece) -> tuple[str, list[Call]]:
-        """The text of a piece that is message, and the calls, which are known at the end."""
+    def _told(self, piece: Piece) -> list[dict[str, Any]]:
+        """What a piece adds, as deltas."""
         if self.tools is None:
-            return piece.text, []
-        text = self.tools.add(piece.text)
-        if piece.finish is None:
-            return text, []
-        rest, calls = self.tools.end()
-        assert isinstance(self.body, Chat)
-        return text + rest, calls if self.body.parallel_tool_calls else calls[:1]
+            return [{"content": piece.text}]
+        told = self.tools.add(piece.text)
+        return told if piece.finish is None else [*told, *self.tools.end()]
 
-    def _behind(self, piece: Piece, calls: Sequence[Call]) -> dict[str, Any]:
+    def _behind(self, piece: Piece) -> dict[str, Any]:
         assert isinstance(self.body, Chat)
         told = chat_logprobs(self.tokenizer, piece.drawn) if self.body.logprobs else None
-        return {"logprobs": told, "finish_reason": "tool_calls" if calls else piece.finish}
+        calls = self.tools.calls if self.tools is not None else []
+        is_call = piece.finish == STOP and calls and all(call.is_whole for call in calls)
+        return {"logprobs": told, "finish_reason": "tool_calls" if is_call else piece.finish}
 
 
 def application(server: Server) -> FastAPI:
@@ -347,10 +373,6 @@ def _together(pieces: Sequence[Piece]) -> Piece:
     return Piece(
         text=text, drawn=tuple(drawn), written=written, finish=pieces[-1].finish, error=None
     )
-
-
-def _events(stream: AsyncIterator[str]) -> StreamingResponse:
-    return StreamingResponse(stream, media_type="text/event-stream")
 
 
 async def _page() -> str:

@@ -8,167 +8,337 @@
     {"name": ..., "parameters": {...}}                              Llama, as the whole reply
     <｜tool▁call▁begin｜>NAME<｜tool▁sep｜>{...}<｜tool▁call▁end｜>...    DeepSeek, in one more pair
 
-Text in front of the first call is the message. What looks like a call and is none stays text.
+A call begins where its tool is known and its arguments open. From there on its arguments are told
+as they are written. What looks like a call and does not come to that is text, as is all in front of
+calls and behind them, but for white space behind one.
 """
 
 import json
-import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
+
+from qlab.serving.reading import NoCall, Reader, Reading
 
 HERMES, MISTRAL, LLAMA = "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>"
 CALLS, NO_CALLS, CALL, NO_CALL, SEP = (
     f"<\uff5ctool▁{name}\uff5c>"
     for name in ("calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep")
 )  # of DeepSeek
-OPENINGS = (HERMES, MISTRAL, LLAMA, CALLS)
-IN_HERMES = re.compile(r"\s*<tool_call>(.*?)(?:</tool_call>\s*|$)", re.DOTALL)
-IN_XML = re.compile(r"\s*<function=([^>]*)>(.*?)</function>\s*", re.DOTALL)
-IN_FUNCTION = re.compile(r"\s*<parameter=([^>]*)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
-IN_MISTRAL = re.compile(r"([^\[]*)(?:\[CALL_ID\][^\[]*)?\[ARGS\](.*)", re.DOTALL)
-IN_DEEPSEEK = re.compile(
-    rf"{CALL}(?:function{SEP})?(.*?)(?:{SEP}|\n```json\n)(.*?)(?:\n```)?{NO_CALL}\s*", re.DOTALL
-)
+FENCE = "```"  # around DeepSeek's earlier arguments
+ARGUMENTS = ("arguments", "parameters")
+ENDS = ("\n</parameter>", "</parameter>")
+FIELDS = ("name", *ARGUMENTS, "id", "type")  # of a call that is an object
 Tools = Mapping[str, Mapping[str, Any]]  # name -> the JSON schema of its arguments
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Call:
-    """One call: the tool's name, and its arguments as JSON."""
+    """One call: its place among those of a reply, the tool's name, and its arguments as JSON, as
+    far as they are written."""
 
+    index: int
     name: str
-    arguments: str
+    arguments: str = ""
+    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
 
-    def json(self, index: int | None = None) -> dict[str, Any]:
-        """OpenAI's form. index: of the call in a stream."""
+    @property
+    def is_whole(self) -> bool:
+        """Whether the arguments are an object of JSON."""
+        try:
+            return isinstance(_loaded(self.arguments), dict)
+        except NoCall:
+            return False
+
+    def json(self) -> dict[str, Any]:
+        """OpenAI's form."""
         function = {"name": self.name, "arguments": self.arguments}
-        place = {} if index is None else {"index": index}
-        return {
-            **place,
-            "id": f"call_{uuid.uuid4().hex[:24]}",
-            "type": "function",
-            "function": function,
-        }
+        return {"id": self.id, "type": "function", "function": function}
 
 
 class ToolText:
-    """A reply that grows: its text, up to what may be a call, and the calls at its end.
+    """A reply that grows: text and calls, told as OpenAI's deltas.
 
     Args:
         tools: that may be called.
+        is_single: whether calls behind the first one are left out.
     """
 
-    def __init__(self, tools: Tools):
-        self.tools = tools
-        self._held, self._is_call, self._is_begun = "", False, False
+    def __init__(self, tools: Tools, is_single: bool = False):
+        self.tools, self.is_single = tools, is_single
+        self._source, self._calls = Reading(), list[Call]()
+        # (the call or None for text, whether it begins here) with a text
+        self._pieces: list[tuple[tuple[Call | None, bool], str]] = []
+        self._behind = 0  # what was told of calls
+        self._reader = self._read()
 
-    def add(self, text: str) -> str:
-        """The text that is surely part of the message."""
-        self._held += text
-        if self._is_call:
-            return ""
-        begin = self._held.lstrip()
-        if not self._is_begun and (not begin or begin[0] == "{"):
-            self._is_call = bool(begin)
-            return ""
-        self._is_begun = True
-        places = [place for place in map(self._held.find, OPENINGS) if place >= 0]
-        self._is_call = bool(places)
-        cut = min(places) if places else len(self._held) - self._possible_opening()
-        told, self._held = self._held[:cut], self._held[cut:]
+    @property
+    def calls(self) -> list[Call]:
+        """The calls so far."""
+        return self._calls[:1] if self.is_single else self._calls
+
+    def add(self, text: str) -> list[dict[str, Any]]:
+        """What is certain now, as deltas of text or of one call. The first one of a call has its
+        id, type and name, and the others have parts of its arguments."""
+        self._source.text += text
+        next(self._reader, None)
+        parts, self._pieces = groupby(self._pieces, key=itemgetter(0)), []
+        return [_delta(*place, "".join(text for _, text in part)) for place, part in parts]
+
+    def end(self) -> list[dict[str, Any]]:
+        """The rest, when no text follows."""
+        self._source.is_ended = True
+        return self.add("")
+
+    # -------------------------------------------------------------- telling
+    def _tell(self, text: str) -> None:
+        self._pieces += [((None, False), text)] if text else []
+
+    def _begin(self, name: str) -> None:
+        self._calls.append(Call(index=len(self._calls), name=name))
+        self._tell_call("", is_first=True)
+
+    def _argue(self, part: str) -> None:
+        self._calls[-1].arguments += part
+        self._tell_call(part, is_first=False)
+
+    def _tell_call(self, part: str, is_first: bool) -> None:
+        if not self.is_single or self._calls[-1].index == 0:
+            self._pieces.append(((self._calls[-1], is_first), part))
+        self._behind = self._source.at
+
+    # -------------------------------------------------------------- reading
+    def _read(self) -> Reader[None]:
+        """The whole reply, which may be a call from its first character on."""
+        formats = {
+            HERMES: self._hermes,
+            MISTRAL: self._mistral,
+            LLAMA: self._objects,
+            CALLS: self._deepseek,
+        }
+        yield from self._tried("", self._objects)
+        while opening := (yield from self._source.until([*formats], self._tell)):
+            yield from self._tried(opening, formats[opening])
+
+    def _tried(self, opening: str, read: Callable[[], Reader[None]]) -> Reader[None]:
+        """Calls behind an opening, which is text where there are none. What follows the last call
+        and is none is read again, as text."""
+        source, before = self._source, len(self._calls)
+        begin = source.at
+        try:
+            yield from read()
+        except ValueError:  # NoCall, or of a text that is no JSON
+            is_text = len(self._calls) == before
+            source.at = begin if is_text else self._behind
+            self._tell(opening if is_text else "")
+        if len(self._calls) > before:
+            yield from source.blanks()
+
+    def _closes(self, *words: str) -> Reader[bool]:
+        """Whether one of these words comes next, which then belongs to the call."""
+        is_there = yield from self._source.has(*words)
+        self._behind = self._source.at
+        return is_there
+
+    def _hermes(self) -> Reader[None]:
+        yield from self._source.blanks()
+        is_xml = (yield from self._source.peek()) == "<"
+        yield from self._xml() if is_xml else self._objects()
+        yield from self._closes("</tool_call>")
+
+    def _mistral(self) -> Reader[None]:
+        source = self._source
+        yield from source.blanks()
+        if (yield from source.peek()) in ("[", "{"):
+            yield from self._objects()
+            return
+        name = yield from source.word(*self.tools)
+        number: list[str] = []
+        if (yield from source.has("[CALL_ID]")):
+            yield from source.until(["[ARGS]"], number.append)
+        elif not (yield from source.has("[ARGS]")):
+            raise NoCall
+        yield from self._arguments(name)
+
+    def _deepseek(self) -> Reader[None]:
+        source, is_next = self._source, True
+        yield from source.blanks()
+        yield from source.word(CALL)
+        while is_next:
+            yield from source.blanks()
+            name = yield from source.word(f"function{SEP}", *self.tools)
+            if name not in self.tools:
+                name = yield from source.word(*self.tools)
+            if not (yield from source.has(SEP, f"{FENCE}json")):
+                raise NoCall
+            yield from self._arguments(name)
+            yield from self._closes(FENCE)
+            yield from self._closes(NO_CALL)
+            is_next = yield from source.has(CALL)
+        yield from source.has(NO_CALLS)
+
+    def _objects(self) -> Reader[None]:
+        """{"name": ..., "arguments": ...}, alone, in a list, or with semicolons between them."""
+        is_list = yield from self._source.has("[")
+        yield from self._object()
+        while (yield from self._source.has("," if is_list else ";")):
+            yield from self._object()
+        if is_list:
+            yield from self._closes("]")
+
+    def _object(self) -> Reader[None]:
+        """Arguments are told as they grow where the name stands in front of them, and else at the
+        end of the object."""
+        yield from self._source.blanks()
+        yield from self._source.word("{")
+        held: dict[str, str] = {}
+        is_next = True
+        while is_next:
+            key = yield from self._key()
+            is_open = key in ARGUMENTS and (yield from self._source.peek()) == "{"
+            if is_open and "name" in held:
+                yield from self._arguments(self._known(held["name"]))
+                yield from self._fields_behind()
+                return
+            held[key] = yield from self._value()
+            if key == "name":
+                self._known(held[key])
+            is_next = yield from self._is_next()
+        given = held.get("arguments", held.get("parameters", "{}"))
+        said = _loaded(given) if given.startswith('"') else given
+        if "name" not in held or not isinstance(_loaded(said), dict):
+            raise NoCall
+        said.encode()  # halves of characters have no bytes
+        self._begin(self._known(held["name"]))
+        self._argue(said)
+
+    def _fields_behind(self) -> Reader[None]:
+        """The fields behind arguments, up to the end of their object. Where there is no end, they
+        are read again."""
+        begin = self._source.at
+        try:
+            while (yield from self._is_next()):
+                yield from self._key()
+                yield from self._value()
+        except ValueError:
+            self._source.at = begin
+        self._behind = self._source.at
+
+    def _is_next(self) -> Reader[bool]:
+        """Whether an object goes on, or else ends."""
+        yield from self._source.blanks()
+        return (yield from self._source.word(",", "}")) == ","
+
+    def _key(self) -> Reader[str]:
+        """The name of a field, up to its value."""
+        yield from self._source.blanks()
+        key = _loaded((yield from self._value()))
+        if key not in FIELDS:
+            raise NoCall
+        yield from self._source.blanks()
+        yield from self._source.word(":")
+        yield from self._source.blanks()
+        return str(key)
+
+    def _value(self) -> Reader[str]:
+        """A text, list or object, whole."""
+        parts: list[str] = []
+        if not (yield from self._source.value(parts.append)):
+            raise NoCall
+        return "".join(parts)
+
+    def _known(self, name: str) -> str:
+        """The tool of a name, which is written as JSON."""
+        told = _loaded(name)
+        if not isinstance(told, str) or told not in self.tools:
+            raise NoCall
         return told
 
-    def end(self) -> tuple[str, list[Call]]:
-        """The rest of the text, and the calls."""
-        calls = calls_in(self._held, self.tools)
-        return ("" if calls else self._held), calls
+    def _arguments(self, name: str) -> Reader[None]:
+        """A call whose arguments come next, as an object."""
+        yield from self._source.blanks()
+        if (yield from self._source.peek()) != "{":
+            raise NoCall
+        self._begin(name)
+        yield from self._source.value(self._argue)
 
-    def _possible_opening(self) -> int:
-        """How many characters at the end may begin a call."""
-        for count in range(min(max(map(len, OPENINGS)), len(self._held)), 0, -1):
-            if any(opening.startswith(self._held[-count:]) for opening in OPENINGS):
-                return count
-        return 0
+    # -------------------------------------------------------------- Qwen's tags
+    def _xml(self) -> Reader[None]:
+        source = self._source
+        yield from source.word("<function=")
+        is_next = True
+        while is_next:
+            name = yield from source.word(*self.tools)
+            yield from source.word(">")
+            self._begin(name)
+            yield from self._parameters(self.tools[name].get("properties") or {})
+            is_next = yield from source.has("<function=")
 
+    def _parameters(self, known: Mapping[str, Any]) -> Reader[None]:
+        """The parameters of a function up to its end, told as an object of JSON."""
+        source, before = self._source, "{"
+        while True:
+            yield from source.blanks()
+            if (yield from source.word("<parameter=", "</function>")) == "</function>":
+                break
+            key: list[str] = []
+            if not (yield from source.until([">"], key.append)):
+                raise NoCall
+            if (yield from source.peek()) == "\n":
+                source.at += 1
+            name = "".join(key)
+            self._argue(f"{before}{json.dumps(name, ensure_ascii=False)}: ")
+            schema = known.get(name)
+            is_text = isinstance(schema, Mapping) and schema.get("type") == "string"
+            yield from self._text() if is_text else self._typed()
+            before = ", "
+        self._argue("{}" if before == "{" else "}")
 
-def calls_in(text: str, tools: Tools) -> list[Call]:
-    """The calls that a text is made of; none where it is anything else, or calls another tool."""
-    try:
-        values = [*_values(text.strip(), tools)]
-    except ValueError:
-        return []
-    calls = [_call(value, tools) for value in values]
-    known = [call for call in calls if call is not None]
-    return known if len(known) == len(calls) else []
+    def _text(self) -> Reader[None]:
+        """A parameter that is a text."""
+        self._argue('"')
+        if not (yield from self._source.until(ENDS, lambda text: self._argue(_inside(text)))):
+            raise NoCall
+        self._argue('"')
 
-
-def _values(text: str, tools: Tools) -> Iterator[Any]:
-    """The calls of a text as {"name": ..., "arguments": ...}. ValueError for what is none."""
-    if text.startswith(HERMES):
-        for (part,) in _all(IN_HERMES, text):
-            yield from _xml(part, tools) if IN_XML.match(part) else [json.loads(part)]
-    elif text.startswith(MISTRAL) and IN_MISTRAL.match(text.removeprefix(MISTRAL)):
-        for part in text.split(MISTRAL)[1:]:
-            ((name, arguments),) = _all(IN_MISTRAL, part)
-            yield {"name": name.strip(), "arguments": json.loads(arguments)}
-    elif text.startswith(CALLS):
-        inside = text.removeprefix(CALLS).removesuffix(NO_CALLS)
-        for name, arguments in _all(IN_DEEPSEEK, inside):
-            yield {"name": name.strip(), "arguments": json.loads(arguments)}
-    elif text:
-        yield from _one_after_another(text.removeprefix(MISTRAL).removeprefix(LLAMA))
-
-
-def _all(pattern: re.Pattern[str], text: str) -> Iterator[tuple[str, ...]]:
-    """The groups of matches that a text consists of."""
-    end = 0
-    while end < len(text):
-        match = pattern.match(text, end)
-        if match is None or match.end() == end:
-            raise ValueError(text[end:])
-        yield match.groups()
-        end = match.end()
-
-
-def _one_after_another(text: str) -> Iterator[Any]:
-    """JSON values with semicolons between them; those of a list one by one."""
-    while text := text.strip():
-        value, end = json.JSONDecoder().raw_decode(text)
-        yield from value if isinstance(value, list) else [value]
-        text = text[end:].strip()
-        if text and not text.startswith(";"):
-            raise ValueError(text)
-        text = text.removeprefix(";")
+    def _typed(self) -> Reader[None]:
+        """A parameter that is the JSON that it is written as, or else a text."""
+        parts: list[str] = []
+        end = yield from self._source.until(ENDS, parts.append)
+        text = "".join(parts)
+        try:
+            _loaded(text)
+        except NoCall:
+            text = f'"{_inside(text)}"'
+        self._argue(text if end else "".join(parts))
+        if not end:
+            raise NoCall
 
 
-def _xml(text: str, tools: Tools) -> Iterator[Any]:
-    for name, inside in _all(IN_XML, text):
-        known = tools.get(name, {}).get("properties", {})
-        given = {key: value for key, value in _all(IN_FUNCTION, inside)}
-        yield {
-            "name": name,
-            "arguments": {key: _typed(value, known.get(key, {})) for key, value in given.items()},
-        }
+def _delta(call: Call | None, is_first: bool, text: str) -> dict[str, Any]:
+    """OpenAI's delta."""
+    if call is None:
+        return {"content": text}
+    said: dict[str, Any] = {"index": call.index}
+    if is_first:
+        said |= {"id": call.id, "type": "function"}
+    name = {"name": call.name} if is_first else {}
+    return {"tool_calls": [{**said, "function": {**name, "arguments": text}}]}
 
 
-def _typed(text: str, schema: Any) -> Any:
-    """A text as the JSON that it is, unless a text is asked for."""
-    if isinstance(schema, Mapping) and schema.get("type") == "string":
-        return text
+def _inside(text: str) -> str:
+    """A part of a text of JSON."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def _loaded(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
-        return text
-
-
-def _call(value: Any, tools: Tools) -> Call | None:
-    if not isinstance(value, dict) or value.get("name") not in tools:
-        return None
-    arguments = value.get("arguments", value.get("parameters", {}))
-    said = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return Call(name=value["name"], arguments=said)
+    except (ValueError, RecursionError) as error:
+        raise NoCall(text) from error
 
 
 def schema_of_calls(tools: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -3,11 +3,13 @@ readers that do not read."""
 
 import asyncio
 import shutil
+import socket
 import ssl
 import subprocess
 
 import pytest
 import torch
+from ports import free_port
 from servers import get, served
 
 import qlab
@@ -51,8 +53,9 @@ def test_keys_come_from_options_a_file_and_the_environment(serving, tmp_path, mo
 
 
 def test_bounds_and_names_reach_the_server(serving):
+    port = free_port()
     bounds = {
-        "--port": 81,
+        "--port": port,
         "--served-model-name": "mine",
         "--max-model-len": 64,
         "--max-num-seqs": 3,
@@ -61,7 +64,7 @@ def test_bounds_and_names_reach_the_server(serving):
         "--drain-timeout": 2,
     }
     server, listening, _ = serving(*[part for option in bounds.items() for part in option])
-    assert listening == {"host": "127.0.0.1", "port": 81, "drain": 2}
+    assert listening == {"host": "127.0.0.1", "port": port, "drain": 2}
     assert (server.settings.name, server.settings.timeout) == ("mine", 7.5)
     facts = server.settings.facts
     assert server.worker.queue_tokens == 99
@@ -70,15 +73,25 @@ def test_bounds_and_names_reach_the_server(serving):
 
 def test_what_cannot_be_served_is_refused(directory, command, tmp_path):
     (tmp_path / "empty").write_text("\n")
+    (tmp_path / "bytes").write_bytes(b"\xff\n")
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    pair = ("--ssl-certfile", tmp_path / "empty", "--ssl-keyfile", tmp_path / "bytes")
     for options, said in {
         ("--ssl-certfile", "a.pem"): "--ssl-keyfile",
         ("--ssl-certfile", "a.pem", "--ssl-keyfile", "b.pem"): "a.pem",
         ("--api-key-file", tmp_path / "empty"): "keys are empty",
         ("--api-key-file", tmp_path / "none"): "none",
+        ("--api-key-file", tmp_path / "bytes"): "no text in UTF-8",
+        ("--api-key-file", tmp_path): str(tmp_path),
+        ("--port", port): f"127.0.0.1:{port}",
+        ("--host", "no.such.host.invalid"): "no.such.host.invalid",
+        pair: "no certificate with its key",
         ("--max-model-len", 4096): "128",
     }.items():
         code, _, error = command(main, "serve", directory, *options)
         assert code == 2 and said in error
+    taken.close()
 
 
 def test_a_certificate_makes_it_https(directory, tmp_path):
@@ -94,6 +107,23 @@ def test_a_certificate_makes_it_https(directory, tmp_path):
         assert get(f"{server.url}/ready", verify=context).status_code == 200
 
 
+def test_a_client_that_left_before_the_first_event_is_answered_no_more(directory):
+    body = Completion(prompt="word1", max_tokens=100, ignore_eos=True, stream=True)
+
+    async def leave(server):
+        server.worker.start()
+        response = await server.completions(body, None)
+        gone = lambda: asyncio.sleep(0, {"type": "http.disconnect"})
+        await response({"type": "http"}, gone, lambda message: asyncio.sleep(0))
+        is_cancelled = [answer.asked.request.is_cancelled for answer in response.answers]
+        await asyncio.to_thread(server.worker.stop)
+        return is_cancelled
+
+    with qlab.pipeline(directory, dtype=torch.float32) as pipe:
+        server = app.Server(worker.Worker(pipe, 1000), app.Settings(name="tiny", facts={}))
+        assert asyncio.run(leave(server)) == [True]
+
+
 def test_a_reader_that_does_not_read_is_cut_off(directory, monkeypatch):
     monkeypatch.setattr(worker, "PIECES", 5)
     body = Completion(prompt="word1", max_tokens=100, ignore_eos=True, stream=True)
@@ -101,7 +131,7 @@ def test_a_reader_that_does_not_read_is_cut_off(directory, monkeypatch):
     async def read_one_and_wait(server):
         server.worker.start()
         (answer,) = server.ask(body, body.prompts, {})
-        stream = server.stream([answer], body, {}, lambda index, piece: piece.finish)
+        stream = server.stream([answer], body, {}, lambda index, piece: [{"finish": piece.finish}])
         await anext(stream)
         while server.worker.answers:
             await asyncio.sleep(0.01)

@@ -17,7 +17,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 import qlab
-from qlab.serving.tools import ToolText, calls_in
+from qlab.serving.tools import ToolText
 
 NAMES = ["weather", "time"]
 PARAMETERS = {"weather": {"properties": {"city": {"type": "string"}}}, "time": {}}
@@ -32,13 +32,14 @@ DEEP = (
     "<|tool▁calls▁begin|><|tool▁call▁begin|>time<|tool▁sep|>{}<|tool▁call▁end|>"
     f"<|tool▁call▁begin|>function<|tool▁sep|>weather\n```json\n{CITY}\n```<|tool▁call▁end|>"
 ).replace("|", "\uff5c")
+XML_CALL = f"<tool_call>{XML}</tool_call>"
 WRITTEN = {
     f"Let me see. <tool_call>{ONE}</tool_call>": ("Let me see. ", ["weather"]),
     f"<tool_call>\n{ONE}\n</tool_call>\n<tool_call>{TWO}</tool_call>": ("", ["weather", "time"]),
     f"[TOOL_CALLS][{ONE}, {TWO}]": ("", ["weather", "time"]),
     f"<|python_tag|>{TWO}": ("", ["time"]),
     f"<|python_tag|>{TWO}; {ONE}": ("", ["time", "weather"]),
-    f"<|python_tag|>{TWO} and {ONE}": (f"<|python_tag|>{TWO} and {ONE}", []),
+    f"<|python_tag|>{TWO} and {ONE}": (f"and {ONE}", ["time"]),
     f"[TOOL_CALLS]weather[ARGS]{CITY}[TOOL_CALLS]time[CALL_ID]abc[ARGS]{{}}": (
         "",
         ["weather", "time"],
@@ -53,24 +54,107 @@ WRITTEN = {
     "<tool_call>{broken</tool_call>": ("<tool_call>{broken</tool_call>", []),
     "a < b, <tool": ("a < b, <tool", []),
     "": ("", []),
+    '[{"name": "time"}]': ("", ["time"]),
+    '{"arguments": {}, "name": "time", "id": "1"} ': ("", ["time"]),
+    '<tool_call>{"name": "weather", "arguments": "{\\"city\\": 1}"}</tool_call>': ("", ["weather"]),
+    f"<tool_call> <tool_call>{TWO}</tool_call> there": ("<tool_call> there", ["time"]),
+    f"[TOOL_CALLS][{TWO}, {{}}]": (", {}]", ["time"]),
+    '{"name": "a person", "age": 3}': ('{"name": "a person", "age": 3}', []),
+    '{"name": ["time"], "arguments": {}}': ('{"name": ["time"], "arguments": {}}', []),
+    '{"name": "time", "arguments": "\\ud800"}': ('{"name": "time", "arguments": "\\ud800"}', []),
+    f"{DEEP[:24]}no": (f"{DEEP[:24]}no", []),
+}
+# what is told once a call has begun is not taken back
+BROKEN = {
+    '<tool_call>{"name": "time", "arguments": {}</tool_call>x': ("x", ["time"]),
+    '<tool_call>{"name": "time", "arguments": {"a": b}}</tool_call>': ("", ["time"]),
+    '{"name": "time", "arguments": {"a': ("", ["time"]),
+    "<tool_call><function=time><parameter=a>1</parameter> no": ("no", ["time"]),
+    "<tool_call><function=weather><parameter=city>Kö": ("", ["weather"]),
 }
 
 
+def joined(deltas):
+    """What a client makes of deltas: the text, and the calls."""
+    text, calls = "", []
+    for delta in deltas:
+        text += delta.get("content") or ""
+        for told in delta.get("tool_calls") or ():
+            function = told["function"]
+            if "id" in told:
+                assert told["index"] == len(calls) and function["arguments"] == ""
+                calls.append({"id": told["id"], "name": function["name"], "arguments": ""})
+            assert told["index"] == len(calls) - 1 and len(delta) == 1
+            calls[-1]["arguments"] += function["arguments"]
+    return text, calls
+
+
+def without_ids(calls):
+    return [(call["name"], call["arguments"]) for call in calls]
+
+
+def parted(reply, parts):
+    return joined([delta for part in parts for delta in reply.add(part)] + reply.end())
+
+
 @settings(max_examples=20)
-@given(cuts=st.lists(st.integers(0, 80), max_size=6))
+@given(cuts=st.lists(st.integers(0, 200), max_size=8))
+@pytest.mark.parametrize("written", [*WRITTEN, *BROKEN])
+def test_calls_are_told_alike_however_the_text_is_cut(written, cuts):
+    text, names = {**WRITTEN, **BROKEN}[written]
+    cut = [written[a:b] for a, b in pairwise(sorted({0, *cuts, len(written)}))]
+    for parts in (cut, [*written]):
+        told, calls = parted(ToolText(PARAMETERS), parts)
+        assert told == text and [call["name"] for call in calls] == names
+        whole = parted(ToolText(PARAMETERS), [written])
+        assert without_ids(calls) == without_ids(whole[1])
+        if written in WRITTEN:
+            assert all(isinstance(json.loads(call["arguments"]), dict) for call in calls)
+
+
+MARKS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "[ARGS]", "<function=")
+PIECES = [*'{}[]<>;, \n"x', *MARKS, ONE, TWO, XML, DEEP, CITY, "</parameter>", "weather", "<to"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(written=st.lists(st.sampled_from(PIECES), max_size=8).map("".join), draw=st.data())
+def test_any_text_is_told_alike_however_it_is_cut(written, draw):
+    cuts = draw.draw(st.sets(st.integers(0, len(written)), max_size=8))
+    reply = ToolText(PARAMETERS)
+    told, calls = parted(
+        reply, [written[a:b] for a, b in pairwise(sorted({0, *cuts, len(written)}))]
+    )
+    whole, expected = parted(ToolText(PARAMETERS), [written])
+    assert told == whole and without_ids(calls) == without_ids(expected)
+    assert [call["arguments"] for call in calls] == [call.arguments for call in reply.calls]
+    if not calls:
+        assert told == written
+
+
 @pytest.mark.parametrize("written", WRITTEN)
-def test_calls_are_found_however_the_text_is_cut(written, cuts):
-    text, names = WRITTEN[written]
-    reply, places = ToolText(PARAMETERS), sorted({0, *cuts, len(written)})
-    told = [reply.add(written[a:b]) for a, b in pairwise(places)]
-    rest, calls = reply.end()
-    assert "".join(told) + rest == text and [call.name for call in calls] == names
-    assert all(isinstance(json.loads(call.arguments), dict) for call in calls)
+def test_a_reply_that_is_cut_short_loses_nothing(written):
+    for end in range(len(written)):
+        reply = ToolText(PARAMETERS)
+        text, calls = parted(reply, [*written[:end]])
+        assert calls or text == written[:end]
+        assert all(call.is_whole for call in reply.calls[:-1])
+
+
+def test_arguments_are_told_while_they_are_written():
+    deep = DEEP.replace("{}", CITY)
+    for written in (f"<tool_call>{ONE}", f"[TOOL_CALLS]weather[ARGS]{CITY}", deep, XML_CALL):
+        reply, seen = ToolText(PARAMETERS), []
+        for i, letter in enumerate(written):
+            seen += [(i, delta) for delta in reply.add(letter)]
+        end = written.index("}" if "=" not in written else "</parameter>")
+        before = [delta for i, delta in seen if i < end]
+        ids = [d["tool_calls"][0].get("id") for d in before]
+        assert ids[0] and not any(ids[1:]) and len(ids) >= 3
 
 
 def test_texts_stay_texts_where_the_tool_takes_them():
-    (call,) = calls_in(f"<tool_call>{XML}</tool_call>", PARAMETERS)
-    assert json.loads(call.arguments) == {"city": "12", "days": [3]}
+    _, (call,) = parted(ToolText(PARAMETERS), [XML_CALL])
+    assert json.loads(call["arguments"]) == {"city": "12", "days": [3]}
 
 
 LETTERS = ["<pad>", "<s>", "</s>", *string.printable[:95]]
@@ -122,7 +206,7 @@ def client(server):
 def chat(client, **more):
     said = more.pop("messages", [{"role": "user", "content": "hi"}])
     return client.chat.completions.create(
-        model="tiny", messages=said, temperature=0, max_tokens=100, **more
+        model="tiny", messages=said, temperature=0, **{"max_tokens": 100, **more}
     )
 
 
@@ -140,22 +224,37 @@ def writes(monkeypatch, server, text):
     monkeypatch.setattr(model, "forward", forward)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_call_that_the_model_writes_is_a_call(client, server, monkeypatch, stream):
+@pytest.mark.parametrize("most", [100, 48])
+def test_calls_that_the_model_writes_come_whole_and_as_they_are_written(
+    client, server, monkeypatch, most
+):
     call = '{"name": "weather", "arguments": {"n": 3}}'
     server.length = len("[weather][time]hi")
-    writes(monkeypatch, server, f"Well. <tool_call>{call}</tool_call>")
-    answer = chat(client, tools=TOOLS, stream=stream)
-    if stream:
-        pieces = [piece.choices[0] for piece in answer]
-        text = "".join(piece.delta.content or "" for piece in pieces)
-        calls, finish = pieces[-1].delta.tool_calls, pieces[-1].finish_reason
-        assert calls[0].index == 0
-    else:
-        message, finish = answer.choices[0].message, answer.choices[0].finish_reason
-        text, calls = message.content, message.tool_calls
-    assert (text, finish, len(calls)) == ("Well. ", "tool_calls", 1)
-    assert calls[0].function.name == "weather" and json.loads(calls[0].function.arguments)["n"] == 3
+    calls = [("weather", '{"n": 3}')]
+    for written, text, expected, finish in (
+        (f"Well. <tool_call>{call}</tool_call>", "Well. ", calls, "tool_calls"),
+        (f"[TOOL_CALLS][{call}, {call}]", None, calls * 2, "tool_calls"),
+        (call, None, calls, "tool_calls"),
+        ("a <tool_call>{no}</tool_call>", "a <tool_call>{no}</tool_call>", [], "stop"),
+    ):
+        writes(monkeypatch, server, written)
+        whole = chat(client, tools=TOOLS, max_tokens=most).choices[0]
+        made = [(c.function.name, c.function.arguments) for c in whole.message.tool_calls or ()]
+        if len(written) < most:
+            assert (whole.message.content, made, whole.finish_reason) == (text, expected, finish)
+        else:
+            assert whole.finish_reason == "length"
+        pieces = [p.choices[0] for p in chat(client, tools=TOOLS, max_tokens=most, stream=True)]
+        told = [piece.delta.model_dump(exclude_none=True) for piece in pieces]
+        assert [delta.pop("role", None) for delta in told] == [
+            "assistant",
+            *[None] * (len(told) - 1),
+        ]
+        joined_text, joined_calls = joined([delta for delta in told if delta])
+        assert (joined_text or None, without_ids(joined_calls)) == (whole.message.content, made)
+        assert [p.finish_reason for p in pieces if p.finish_reason] == [whole.finish_reason]
+        parts = [delta for delta in told if "tool_calls" in delta]
+        assert len(parts) == sum(1 + len(arguments) for _, arguments in made)  # a letter each
 
 
 @pytest.mark.parametrize("stream", [False, True])
