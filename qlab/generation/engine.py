@@ -260,6 +260,7 @@ class Engine:
     def _retire(self) -> None:
         for request in [r for r in self._requests.values() if r.finish is not None]:
             self._give_back(request)
+            request.told = nothing  # else it and who asked hold each other until a full collection
             del self._requests[request.number]
 
     def _run_part(self, part: Part) -> None:
