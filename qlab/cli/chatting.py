@@ -66,6 +66,9 @@ def _talk(talk: "Talk") -> None:
         except KeyboardInterrupt:
             print("\n/exit leaves")
             continue
+        except UnicodeDecodeError:
+            say("qlab: that was no text in UTF-8, and is not told; write it anew")
+            continue
         if text.strip() == "/exit":
             return
         if text.strip():

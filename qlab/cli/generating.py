@@ -19,6 +19,7 @@ from qlab.cli.opening import (
 )
 from qlab.cli.options import Device, Model
 from qlab.cli.output import console
+from qlab.errors import QlabError
 
 UNSET = -1.0  # of numbers that may be left out, none of which is negative
 
@@ -50,11 +51,14 @@ def answer(
     seed: Annotated[int, typer.Option("--seed", min=0, help="of the draws of every prompt")] = 0,
 ) -> None:
     """Answer every prompt of a file, in order; a run that was stopped goes on where it was."""
-    from qlab.generation.offline import answer_file
+    from qlab.generation.offline import answer_file, prompts_of
 
     settings: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed}
     given = {"temperature": temperature, "top_p": top_p}
     settings |= {name: value for name, value in given.items() if value != UNSET}
+    asked = prompts_of(prompts)
+    if not answers.parent.is_dir():
+        raise QlabError(f"{answers} would lie in no folder; make {answers.parent} first")
     checkpoint = opened(model)
     rounded = roundings(checkpoint, device, activations, head)
     ready = pipeline_of(checkpoint, rounded, device, dtype, compile, kv_cache, rows=rows)
@@ -62,7 +66,8 @@ def answer(
         if not pipe.answers:
             return
         say_cost(pipe)
-        done = answer_file(pipe, prompts, answers, settings)
+        known_by = {"fingerprint": checkpoint.fingerprint(), "dtype": dtype, "kv_cache": kv_cache}
+        done = answer_file(pipe, asked, answers, settings, {**known_by, **rounded})
     console().print(
         f"{answers}: {done.answers} answers, {done.before} of them from before, "
         f"{done.failed} failed",

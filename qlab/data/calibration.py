@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlab.algebra.random import generator
+from qlab.data.chats import text_of_chat
 from qlab.data.documents import Render
 from qlab.data.texts import Text, texts_of
 from qlab.data.tokenizing import token_ids
@@ -353,7 +354,7 @@ def _renderer(model: Checkpoint, tokenizer: Any) -> Render:
 
     def render(messages: Any) -> str:
         try:
-            return tokenizer.apply_chat_template(messages, tokenize=False)
+            return text_of_chat(tokenizer, messages)
         except Exception as error:  # whatever the template says of messages that it does not know
             raise QlabError(
                 f"the chat template of {model.path} refuses a row of messages "

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from qlab.algebra.random import generator
+from qlab.data.chats import text_of_chat
 from qlab.data.texts import open_regular
 from qlab.errors import QlabError, first_line
 from qlab.files.checkpoint import Checkpoint
@@ -250,10 +251,7 @@ def _sample(
     """The arguments of the model for one sample; refuses one of more than `length` tokens."""
     images = [_image(path, where) for path in paths]
     try:
-        if "text" in row:
-            text = row["text"]
-        else:
-            text = processor.apply_chat_template(row["messages"], tokenize=False)
+        text = row["text"] if "text" in row else text_of_chat(processor, row["messages"])
         processed = processor(text=[text], images=images or None, return_tensors="pt")
     except Exception as error:  # whatever the processor says of text and images that do not fit
         raise QlabError(

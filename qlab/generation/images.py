@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qlab.data.chats import text_of_chat
 from qlab.data.images import processor_of
 from qlab.errors import QlabError, first_line, printable
 from qlab.files.checkpoint import Checkpoint
@@ -72,7 +73,7 @@ class ImageReader:
         pictures: list[Any] = []
         with self._lock:  # the images of one prompt at a time are in memory
             messages = in_parts(chat, pictures)
-            text = self.processor.apply_chat_template(messages, tokenize=False, **template)
+            text = text_of_chat(self.processor, messages, **template)
             processed = self.processor(
                 text=[text], images=pictures or None, return_tensors="pt", add_special_tokens=False
             )

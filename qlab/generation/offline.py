@@ -1,23 +1,27 @@
 """Prompts of a file to answers in another, in the same order: `qlab run`.
 
 A line of prompts is {"prompt": TEXT or IDS} or {"messages": [...]}, beside settings such as
-"max_tokens" and "stop". A line of answers is what was replied, beside a hash of the line that
-asked: what was answered before is read back, checked and not asked again.
+"max_tokens" and "stop". A blank line is none. A line of answers is what was replied, beside a hash
+of the line that asked and one of the model and the settings of all: what was answered before is
+read back, checked and not asked again.
 """
 
 import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qlab.errors import QlabError
-from qlab.generation.pipeline import Pipeline, Reply
+from qlab.errors import QlabError, first_line
+from qlab.generation.grammar import KINDS
+from qlab.generation.pipeline import SETTINGS, Pipeline, Reply
 from qlab.process.progress import progress
 
+TAKEN = (*sorted(SETTINGS), *KINDS, "stop", "tools")  # fields of a line beside its prompt
 AHEAD = 64  # prompts that wait for each other, so that memory does not grow with the file
 
 
@@ -31,83 +35,136 @@ class Answered:
     failed: int
 
 
-def answer_file(pipe: Pipeline, prompts: Path, answers: Path, settings: dict[str, Any]) -> Answered:
-    """Answer every line of a file.
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """What a file asks, in its order. path: of the file. lines: those that are not blank, as they
+    are. rows: the same, a prompt under "prompt" beside its settings."""
+
+    path: Path
+    lines: tuple[bytes, ...]
+    rows: tuple[dict[str, Any], ...]
+
+
+def prompts_of(path: Path) -> Prompts:
+    """The prompts of a file. Refuses a line that is none, with its number."""
+    numbered = [(n, line) for n, line in enumerate(path.read_bytes().splitlines(), 1)]
+    asked = [(number, line) for number, line in numbered if line.strip()]
+    rows = tuple(_row(line, f"{path}, line {number}") for number, line in asked)
+    return Prompts(path=path, lines=tuple(line for _, line in asked), rows=rows)
+
+
+def answer_file(
+    pipe: Pipeline,
+    prompts: Prompts,
+    answers: Path,
+    settings: Mapping[str, Any],
+    model: Mapping[str, Any],
+) -> Answered:
+    """Answer every prompt of a file.
 
     Args:
         pipe: what replies.
-        prompts, answers: JSON lines. Answers are appended as they are ready; a line that was cut
-            when a run ended is written again.
+        prompts: of the file.
+        answers: JSON lines. Answers are appended as they are ready; a line that was cut when a run
+            ended is written again.
         settings: of all prompts, unless their line says otherwise.
+        model: what tells the model and its arithmetic from others. With the settings it is part of
+            what a line of answers is known by.
 
     Raises:
-        QlabError: a line that is no prompt, with its number, before any is answered; answers to
-            other prompts.
+        QlabError: answers to other prompts, of another model or with other settings.
     """
-    lines = prompts.read_bytes().splitlines()
-    rows = [_row(line, number, prompts) for number, line in enumerate(lines, 1)]
-    before = _answered(answers, lines, prompts)
+    shared = json.dumps({"model": model, "settings": settings}, sort_keys=True).encode()
+    asked = [
+        {"prompt_sha256": _digest(line), "run_sha256": _digest(shared)} for line in prompts.lines
+    ]
+    before = _answered(answers, asked, prompts.path)
     failed = 0
     with open(answers, "ab") as file:
-        todo = [*zip(lines, rows)][before:]
-        replies = _replies(pipe, [row for _, row in todo], settings)
-        for line, _ in progress(todo, f"answering {prompts.name}"):
+        todo = asked[before:]
+        replies = _replies(pipe, prompts.rows[before:], settings)
+        for known_by in progress(todo, f"answering {prompts.path.name}"):
             reply = next(replies)
             failed += isinstance(reply, QlabError)
-            _append(file, line, reply)
-    return Answered(answers=len(lines), before=before, failed=failed)
+            _append(file, known_by, reply)
+    return Answered(answers=len(asked), before=before, failed=failed)
 
 
-def _row(line: bytes, number: int, path: Path) -> dict[str, Any]:
+def _row(line: bytes, where: str) -> dict[str, Any]:
     """A prompt under "prompt", and its settings."""
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise QlabError(f"{path}, line {number} is no JSON ({error}); repair it") from error
+        row = json.loads(line, object_pairs_hook=partial(_once, where))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, QlabError):
+            raise
+        raise QlabError(f"{where} is no JSON ({first_line(error)}); repair it") from error
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
-        raise QlabError(
-            f'{path}, line {number} has no prompt; give {{"prompt": ...}} or {{"messages": [...]}}'
-        )
+        raise QlabError(f'{where} has no prompt; give {{"prompt": ...}} or {{"messages": [...]}}')
+    for name in ("messages", "tools"):
+        given = row.get(name, [])
+        if not isinstance(given, list) or not all(isinstance(item, dict) for item in given):
+            raise QlabError(f"{where} has {name} that are no list of objects; give one")
     prompt = row.pop("prompt") if "prompt" in row else row.pop("messages")
     if not isinstance(prompt, str | list) or not prompt:
-        raise QlabError(f"{path}, line {number} has an empty prompt; give a text, ids or messages")
+        raise QlabError(f"{where} has an empty prompt; give a text, ids or messages")
+    unknown = sorted({*row} - {*TAKEN})
+    if unknown:
+        raise QlabError(f"{where} has no setting {unknown[0]!r}; there are {', '.join(TAKEN)}")
+    biases = row.get("logit_bias")
+    if isinstance(biases, dict):  # keys of JSON are texts
+        row["logit_bias"] = {int(key) if key.isdecimal() else key: b for key, b in biases.items()}
     return {"prompt": prompt, **row}
 
 
-def _answered(answers: Path, lines: list[bytes], prompts: Path) -> int:
+def _once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, each of whose fields is there once."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise QlabError(f"{where} has the field {twice!r} twice; give it once")
+    return fields
+
+
+def _answered(answers: Path, asked: Sequence[Mapping[str, str]], prompts: Path) -> int:
     """How many answers there are. A cut line at the end is taken away."""
     if not answers.exists():
         return 0
     whole = answers.read_bytes()
     kept = whole[: whole.rfind(b"\n") + 1]
-    asked = [_asked_by(line, number, answers) for number, line in enumerate(kept.splitlines(), 1)]
-    for number, (said, line) in enumerate(zip(asked, lines), 1):
-        if said != _digest(line):
+    lines = kept.splitlines()
+    known = [_known_by(line, f"{answers}, line {number}") for number, line in enumerate(lines, 1)]
+    for number, (said, expected) in enumerate(zip(known, asked), 1):
+        if said["prompt_sha256"] != expected["prompt_sha256"]:
             raise QlabError(
-                f"{answers}, line {number} answers another prompt than line {number} of {prompts}; "
-                "name another file"
+                f"{answers}, line {number} answers another prompt than the one in place {number} "
+                f"of {prompts}; name another file"
             )
-    if len(asked) > len(lines):
+        if said["run_sha256"] != expected["run_sha256"]:
+            raise QlabError(
+                f"{answers}, line {number} is of another model or of other settings than these; "
+                "give those again, or name another file"
+            )
+    if len(known) > len(asked):
         raise QlabError(
-            f"{answers} has {len(asked)} answers, and {prompts} {len(lines)} prompts; name another "
+            f"{answers} has {len(known)} answers, and {prompts} {len(asked)} prompts; name another "
             "file"
         )
     if kept != whole:
         os.truncate(answers, len(kept))
-    return len(asked)
+    return len(known)
 
 
-def _asked_by(line: bytes, number: int, answers: Path) -> str:
+def _known_by(line: bytes, where: str) -> dict[str, str]:
     try:
-        return str(json.loads(line)["prompt_sha256"])
+        row = json.loads(line)
+        return {name: str(row[name]) for name in ("prompt_sha256", "run_sha256")}
     except (ValueError, KeyError, TypeError) as error:
-        raise QlabError(
-            f"{answers}, line {number} is no answer of qlab run; name another file"
-        ) from error
+        raise QlabError(f"{where} is no answer of qlab run; name another file") from error
 
 
 def _replies(
-    pipe: Pipeline, rows: list[dict[str, Any]], settings: dict[str, Any]
+    pipe: Pipeline, rows: Sequence[dict[str, Any]], settings: Mapping[str, Any]
 ) -> Iterator[Reply | QlabError]:
     """The replies in order, some prompts ahead."""
     waiting: deque[Any] = deque()
@@ -135,8 +192,8 @@ def _waited_for(pipe: Pipeline, asked: Any) -> Reply | QlabError:
         return error
 
 
-def _append(file: BinaryIO, line: bytes, reply: Reply | QlabError) -> None:
-    answer: dict[str, Any] = {"prompt_sha256": _digest(line)}
+def _append(file: BinaryIO, known_by: Mapping[str, str], reply: Reply | QlabError) -> None:
+    answer: dict[str, Any] = {**known_by}
     if isinstance(reply, QlabError):
         answer |= {"error": str(reply)}
     else:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from qlab.algebra.spec import Spec
 from qlab.data.calibration import tokenizer_of
+from qlab.data.chats import text_of_chat
 from qlab.data.tokenizing import encode
 from qlab.errors import QlabError, first_line, warn
 from qlab.files.checkpoint import Checkpoint, open_checkpoint
@@ -243,7 +244,7 @@ class Pipeline:
                     "the model's tokenizer has no chat template; give the prompt as one text"
                 )
             chat = as_text(messages) if self.images is None else in_parts(messages)
-            text = self.tokenizer.apply_chat_template(chat, tokenize=False, **told)
+            text = text_of_chat(self.tokenizer, chat, **told)
         except QlabError:
             raise
         except Exception as error:  # whatever the template says of messages it does not know
@@ -275,6 +276,8 @@ class Pipeline:
         fits = max(1, min(self.defaults.max_tokens, self.engine.longest - len(known.ids)))
         sampling = replace(self.defaults, **{"max_tokens": fits, **given})
         stops = (stop,) if isinstance(stop, str) else stop
+        if not isinstance(stops, Sequence) or not all(isinstance(text, str) for text in stops):
+            raise QlabError(f"stop is {stop!r:.100}; give a text, or several")
         text = GrowingText(self.tokenizer, stops, skip_special=not tools)
         return Asked(self, known, sampling, text, self._word(settings))
 

@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 from qlab.errors import QlabError
 from qlab.generation.grammar import Word
+
+WHOLE = ("max_tokens", "min_tokens", "top_k", "logprobs", "prompt_logprobs", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +53,23 @@ class Sampling:
             "frequency_penalty": (self.frequency_penalty, -100, 100),
             "logprobs": (self.logprobs or 0, 0, 1024),
             "prompt_logprobs": (self.prompt_logprobs or 0, 0, 1024),
+            "seed": (self.seed or 0, -(2**63), 2**63 - 1),
         }
         for name, (value, least, most) in ranges.items():
-            if not least <= value <= most:  # a NaN is in no range
-                raise QlabError(f"{name} is {value}; give a number from {least} to {most}")
-        if not 0 < self.top_p <= 1:
-            raise QlabError(f"top_p is {self.top_p}; give a number above 0, up to 1")
-        wrong = [bias for bias in self.logit_bias.values() if not -100 <= bias <= 100]
+            if not _is_number(value, name in WHOLE) or not least <= value <= most:  # no NaN is
+                kind = "whole number" if name in WHOLE else "number"
+                raise QlabError(f"{name} is {value!r}; give a {kind} from {least} to {most}")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise QlabError(f"top_p is {self.top_p!r}; give a number above 0, up to 1")
+        if not isinstance(self.logit_bias, Mapping):
+            raise QlabError(f"logit_bias is {self.logit_bias!r}; give numbers by token ids")
+        for ids in (self.logit_bias, self.stop_ids):
+            if isinstance(ids, str) or not all(_is_number(i, is_whole=True) for i in ids):
+                raise QlabError(f"token ids are {ids!r:.100}; give whole numbers")
+        biases = self.logit_bias.values()
+        wrong = [bias for bias in biases if not _is_number(bias) or not -100 <= bias <= 100]
         if wrong:
-            raise QlabError(f"a logit_bias is {wrong[0]}; give numbers from -100 to 100")
+            raise QlabError(f"a logit_bias is {wrong[0]!r}; give numbers from -100 to 100")
 
     @property
     def is_plain(self) -> bool:
@@ -72,6 +83,10 @@ class Sampling:
             len(self.logit_bias),
         )
         return not any(changes)
+
+
+def _is_number(value: object, is_whole: bool = False) -> bool:
+    return isinstance(value, Integral if is_whole else Real) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)

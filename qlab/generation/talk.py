@@ -145,9 +145,12 @@ class Talk:
             saved = json.loads(path.read_text(encoding="utf-8"))
             messages = [{key: m[key] for key in ("role", "content")} for m in saved["messages"]]
             system = saved["system"]
+            said = [system, *(part for message in messages for part in _texts(message))]
+            if not all(isinstance(text, str) for text in said):
+                raise ValueError("a text is something else")
         except OSError as error:
             raise refusal_of(error) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise QlabError(f"{path} is no conversation that /save wrote") from error
         self.system, self.messages = system, messages
         return f"{len(messages)} messages"
@@ -177,4 +180,14 @@ COMMANDS: Mapping[str, Command] = {
 def _path(argument: str, name: str) -> Path:
     if not argument:
         raise QlabError(f"/{name} needs the name of a file")
-    return Path(argument).expanduser()
+    try:
+        return Path(argument).expanduser()
+    except RuntimeError as error:  # of ~NAME
+        raise QlabError(f"{argument} is in the home of nobody; name another file") from error
+
+
+def _texts(message: Mapping[str, Any]) -> list[Any]:
+    """What is written in a saved message, and who says it."""
+    content = message["content"]
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    return [message["role"], *(part["text"] for part in parts if part.get("type") == "text")]

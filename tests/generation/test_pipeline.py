@@ -1,6 +1,8 @@
 """Texts in, replies out: in Python, streamed, and from file to file."""
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from model_folders import WORDS, change, prose, refused, rewrite
 
 import qlab
 from qlab.cli import main
-from qlab.generation.offline import answer_file
+from qlab.generation.offline import answer_file, prompts_of
 from qlab.generation.text import GrowingText
 
 
@@ -106,6 +108,20 @@ def test_what_is_no_prompt_or_setting_is_refused(pipe, folder):
     refused(lambda: pipe([{"role": "user", "content": "word1"}]), "chat template")
 
 
+def test_what_was_asked_is_let_go_of_as_soon_as_nobody_holds_it(pipe):
+    gc.collect()
+    gc.disable()
+    try:
+        for more in ({}, {"choice": ["a"]}):
+            asked = pipe.ask("word1", max_tokens=2, **more)
+            pipe.wait_for(asked)
+            left = [weakref.ref(asked), weakref.ref(asked.request), weakref.ref(asked.text)]
+            del asked
+            assert [ref() for ref in left] == [None, None, None]
+    finally:
+        gc.enable()
+
+
 def rows(path):
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
@@ -121,22 +137,34 @@ def asked(tmp_path):
 
 def test_a_file_is_answered_in_order_and_goes_on_where_it_was_cut(pipe, asked, tmp_path):
     out = tmp_path / "answers.jsonl"
-    done = answer_file(pipe, asked, out, {"max_tokens": 3, "temperature": 0})
+    run = lambda: answer_file(pipe, prompts_of(asked), out, {"max_tokens": 3}, {})
+    done = run()
     whole = out.read_bytes()
     assert (done.answers, done.before, done.failed) == (5, 0, 0)
     assert [row["new_tokens"] for row in rows(out)] == [2, 3, 3, 5, 6]
     for cut in (0, 1, len(whole) // 2, len(whole) - 1, len(whole)):
         out.write_bytes(whole[:cut])
-        again = answer_file(pipe, asked, out, {"max_tokens": 3, "temperature": 0})
+        again = run()
         assert out.read_bytes() == whole and again.before == whole[:cut].count(b"\n")
 
 
 def test_bad_lines_are_named_and_nothing_that_was_answered_is_lost(pipe, asked, tmp_path):
     out, lines = tmp_path / "answers.jsonl", asked.read_bytes().splitlines(keepends=True)
-    run = lambda: answer_file(pipe, asked, out, {"max_tokens": 3})
-    for bad in (b"{\n", b"[]\n", b'{"prompt": ""}\n', b'{"text": "a"}\n'):
-        asked.write_bytes(lines[0] + bad)
-        refused(run, "line 2", asked.name)
+    run = lambda: answer_file(pipe, prompts_of(asked), out, {"max_tokens": 3}, {})
+    for bad, said in {
+        b"{": "no JSON",
+        b"[]": "no prompt",
+        b'{"prompt": ""}': "empty prompt",
+        b'{"text": "a"}': "no prompt",
+        b'{"prompt": "a\xff"}': "no JSON",
+        b'{"prompt": "a", "prompt": "b"}': "'prompt' twice",
+        b'{"prompt": "a", "self": 1}': "no setting 'self'",
+        b'{"messages": [3]}': "messages that are no list of objects",
+        b'{"prompt": "a", "tools": 3}': "tools that are no list of objects",
+        b"[" * 10**5: "no JSON",
+    }.items():
+        asked.write_bytes(lines[0] + b"\r\n" + bad + b"\n")
+        refused(run, "line 3", asked.name, said)
         assert not out.exists()
     asked.write_bytes(lines[0] + b'{"prompt": "word1", "top_p": 7}\n' + lines[1])
     assert run().failed == 1
@@ -144,12 +172,58 @@ def test_bad_lines_are_named_and_nothing_that_was_answered_is_lost(pipe, asked, 
     answers = out.read_bytes()
     asked.write_bytes(lines[1])
     refused(run, "line 1 answers another prompt")
+    asked.write_bytes(lines[0] + lines[2])
+    refused(
+        lambda: answer_file(pipe, prompts_of(asked), out, {"max_tokens": 4}, {}), "other settings"
+    )
+    refused(
+        lambda: answer_file(pipe, prompts_of(asked), out, {"max_tokens": 3}, {"fingerprint": "0"}),
+        "another model",
+    )
     out.write_text("{}\n")
     refused(run, "no answer of qlab run")
     out.write_bytes(answers)
     asked.write_bytes(lines[0])
     refused(run, "3 answers", "1 prompts")
     assert out.read_bytes() == answers
+
+
+def test_a_line_whose_settings_are_of_another_kind_fails_alone(pipe, asked, tmp_path):
+    wrong = {
+        "max_tokens": ["8", 2.5, True, None],
+        "top_p": ["1"],
+        "stop": [3, [3]],
+        "logit_bias": [[1], {"a": 1}, {"5": "1"}, {"500": 1}],
+        "seed": ["a", 2**70],
+        "logprobs": ["a"],
+        "regex": [3],
+        "choice": [3],
+    }
+    bad = [{"prompt": WORDS[1], name: value} for name in wrong for value in wrong[name]]
+    good = {"prompt": WORDS[1], "logit_bias": {"5": 100}, "max_tokens": 1, "temperature": 0}
+    said = [*bad, {"prompt": [1, "a"]}, good]
+    asked.write_text("\ufeff" + "\r\n\r\n".join(map(json.dumps, said)))
+    done = answer_file(pipe, prompts_of(asked), tmp_path / "out", {}, {})
+    assert (done.answers, done.failed) == (len(said), len(said) - 1)
+    *failed, answered = rows(tmp_path / "out")
+    assert all(row["error"] for row in failed) and answered["text"] == pipe.tokenizer.decode([5])
+
+
+@pytest.mark.parametrize(
+    "template, said",
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "steps"),
+        ("{{ 'a' * 40000000 }}", "40000000 characters"),
+        ("{% for m in messages %}", "refuses the messages"),
+        ("{{ raise_exception('no') }}", "refuses the messages (no)"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "refuses the messages"),
+    ],
+)
+def test_a_chat_template_that_does_not_end_or_is_broken_is_refused(pipe, template, said):
+    pipe.tokenizer.chat_template = template
+    refused(lambda: pipe([{"role": "user", "content": "word1"}]), "chat template", said)
+    pipe.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    assert pipe([{"role": "user", "content": "word1"}], max_tokens=2).tokens
 
 
 def test_the_command_answers_and_says_how_many(spoken, asked, tmp_path, command):
@@ -161,8 +235,9 @@ def test_the_command_answers_and_says_how_many(spoken, asked, tmp_path, command)
     out.unlink()
     code, said, _ = command(main, *given)
     assert code == 1 and "1 failed" in said and "at most 128" in rows(out)[0]["error"]
-    code, _, error = command(main, *given[:2], "--in", tmp_path / "none", "--out", out)
-    assert code == 2 and "none" in error
+    for places in ((tmp_path / "none", out), (asked, tmp_path / "none" / "out")):
+        code, _, error = command(main, *given[:2], "--in", places[0], "--out", places[1])
+        assert code == 2 and "none" in error and "Traceback" not in error
 
 
 def test_a_dense_directory_without_a_tensor_is_refused_and_not_filled_at_random(folder):

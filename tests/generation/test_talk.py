@@ -90,6 +90,13 @@ def test_commands_change_the_talk(talk, tmp_path):
 
 def test_a_command_that_does_not_fit_is_refused_and_changes_nothing(talk, tmp_path):
     (tmp_path / "other.json").write_text(json.dumps({"messages": 3}))
+    for content in (3, [{"type": "text", "text": 3}], [3]):
+        saved = {"system": "", "messages": [{"role": "user", "content": content}]}
+        (tmp_path / "kinds.json").write_text(json.dumps(saved))
+        refused(lambda: talk.command(f"/load {tmp_path / 'kinds.json'}"), "kinds.json", "/save")
+    (tmp_path / "deep.json").write_text("[" * 10**5)
+    refused(lambda: talk.command(f"/load {tmp_path / 'deep.json'}"), "deep.json", "/save")
+    refused(lambda: talk.command("/save ~no-such-user/x"), "~no-such-user/x", "nobody")
     before = (list(talk.messages), dict(talk.settings), talk.system)
     refused(lambda: talk.command("/forget"), "/forget", "/help")
     refused(lambda: talk.command("/set warmth 3"), "warmth", "temperature")
